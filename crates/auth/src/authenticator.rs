@@ -1,0 +1,236 @@
+//! Verifies tokens.
+
+use std::{sync::Arc, time::Duration};
+
+use jsonwebtoken::{Validation, errors::ErrorKind};
+use quick_cache::sync::Cache;
+use serde::Deserialize;
+use streamer_core::{Clock, Timestamp};
+
+use crate::{JwksSource, Principal, VerificationKey};
+
+/// Verified tokens kept at most.
+const CACHED_TOKENS: usize = 16_384;
+/// Larger tokens are refused unread.
+const MAX_TOKEN_BYTES: usize = 8 * 1024;
+const MAX_NAME_CHARS: usize = 128;
+
+/// Why a caller is not let in.
+#[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
+pub enum AuthError {
+    /// No token was sent.
+    #[error("a token is required: send `authorization: Bearer <token>`")]
+    Missing,
+    /// It cannot be read.
+    #[error("the token is malformed: {0}")]
+    Malformed(String),
+    /// Its algorithm is not one of those configured.
+    #[error("the token's algorithm is not accepted here")]
+    Algorithm,
+    /// No configured key signed it.
+    #[error("the token's signature does not match any accepted key")]
+    Signature,
+    /// Its time is over.
+    #[error("the token expired at {0}")]
+    Expired(Timestamp),
+    /// Its time has not come.
+    #[error("the token is not valid before {0}")]
+    NotYetValid(Timestamp),
+    /// A claim is missing or is not what is asked for.
+    #[error("claim {claim} {rule}")]
+    Claim {
+        /// Which.
+        claim: &'static str,
+        /// The rule that it breaks.
+        rule: String,
+    },
+    /// The keys cannot be had at the moment.
+    #[error("the signing keys cannot be fetched now: {0}")]
+    KeysUnavailable(String),
+}
+
+/// What a token must say.
+#[derive(Clone, Debug)]
+pub struct TokenRules {
+    /// Claim `iss` must be one of these.
+    pub issuers: Vec<String>,
+    /// Claim `aud` must name one of these.
+    pub audiences: Vec<String>,
+    /// How far clocks may differ.
+    pub leeway: Duration,
+}
+
+#[derive(Deserialize)]
+struct Claims {
+    iss: Option<String>,
+    aud: Option<OneOrMany>,
+    sub: Option<String>,
+    tenant_id: Option<String>,
+    #[serde(default)]
+    permissions: Vec<String>,
+    exp: Option<f64>,
+    nbf: Option<f64>,
+}
+
+#[derive(Deserialize)]
+#[serde(untagged)]
+enum OneOrMany {
+    One(String),
+    Many(Vec<String>),
+}
+
+impl OneOrMany {
+    fn has_any(&self, wanted: &[String]) -> bool {
+        match self {
+            Self::One(one) => wanted.contains(one),
+            Self::Many(many) => many.iter().any(|one| wanted.contains(one)),
+        }
+    }
+}
+
+/// Verifies tokens against the configured keys.
+pub struct Authenticator {
+    keys: Arc<Vec<VerificationKey>>,
+    jwks: Option<JwksSource>,
+    rules: TokenRules,
+    clock: Arc<dyn Clock>,
+    verified: Cache<String, Arc<Verified>>,
+}
+
+struct Verified {
+    principal: Arc<Principal>,
+    valid_from: Timestamp,
+}
+
+impl Authenticator {
+    /// Accepts tokens that one of `keys`, or one of the keys at the JWKS URL, signed.
+    #[must_use]
+    pub fn new(
+        keys: Vec<VerificationKey>,
+        jwks: Option<JwksSource>,
+        rules: TokenRules,
+        clock: Arc<dyn Clock>,
+    ) -> Self {
+        Self { keys: Arc::new(keys), jwks, rules, clock, verified: Cache::new(CACHED_TOKENS) }
+    }
+
+    /// Who holds this token.
+    ///
+    /// # Errors
+    /// Why it is not accepted.
+    pub async fn authenticate(&self, token: &str) -> Result<Arc<Principal>, AuthError> {
+        if let Some(known) = self.cached(token) {
+            return known;
+        }
+        let claims = self.verify(token).await?;
+        let verified = Arc::new(self.check(claims)?);
+        let principal = verified.principal.clone();
+        self.in_force(&verified)?;
+        self.verified.insert(token.to_owned(), verified);
+        Ok(principal)
+    }
+
+    /// As [`Self::authenticate`] for a token that was verified lately; `None` for others. The hot
+    /// path: no signature, no await.
+    #[must_use]
+    pub fn cached(&self, token: &str) -> Option<Result<Arc<Principal>, AuthError>> {
+        let verified = self.verified.get(token)?;
+        Some(self.in_force(&verified).map(|()| verified.principal.clone()))
+    }
+
+    async fn verify(&self, token: &str) -> Result<Claims, AuthError> {
+        if token.len() > MAX_TOKEN_BYTES {
+            return Err(AuthError::Malformed(format!("it is over {MAX_TOKEN_BYTES} bytes")));
+        }
+        // The header is not trusted: it only picks among keys, each of which has its algorithm.
+        let header = jsonwebtoken::decode_header(token).map_err(|error| match error.kind() {
+            // `none` and everything else that jsonwebtoken does not know.
+            ErrorKind::Json(_) | ErrorKind::InvalidAlgorithmName => AuthError::Algorithm,
+            _ => AuthError::Malformed(error.to_string()),
+        })?;
+        let from_url = match &self.jwks {
+            Some(jwks) => {
+                jwks.keys(header.kid.as_deref()).await.map_err(AuthError::KeysUnavailable)?
+            }
+            None => Arc::default(),
+        };
+        let mut right_algorithm = false;
+        for key in self.keys.iter().chain(from_url.iter()) {
+            let other_id =
+                key.id.is_some() && header.kid.is_some() && key.id.as_ref() != header.kid.as_ref();
+            if key.algorithm != header.alg || other_id {
+                continue;
+            }
+            right_algorithm = true;
+            let mut validation = Validation::new(key.algorithm);
+            // Claims are checked below, by our clock and with errors that name the claim.
+            validation.required_spec_claims.clear();
+            validation.validate_exp = false;
+            validation.validate_aud = false;
+            match jsonwebtoken::decode::<Claims>(token, &key.key, &validation) {
+                Ok(decoded) => return Ok(decoded.claims),
+                Err(error) => match error.kind() {
+                    ErrorKind::InvalidSignature => {}
+                    _ => return Err(AuthError::Malformed(error.to_string())),
+                },
+            }
+        }
+        Err(if right_algorithm { AuthError::Signature } else { AuthError::Algorithm })
+    }
+
+    fn check(&self, claims: Claims) -> Result<Verified, AuthError> {
+        let broken = |claim, rule: &str| AuthError::Claim { claim, rule: rule.to_owned() };
+        match &claims.iss {
+            Some(issuer) if self.rules.issuers.contains(issuer) => {}
+            Some(_) => return Err(broken("iss", "is not an accepted issuer")),
+            None => return Err(broken("iss", "is required")),
+        }
+        match &claims.aud {
+            Some(audience) if audience.has_any(&self.rules.audiences) => {}
+            Some(_) => return Err(broken("aud", "does not name this service")),
+            None => return Err(broken("aud", "is required")),
+        }
+        let expires_at = seconds(claims.exp.ok_or_else(|| broken("exp", "is required"))?);
+        Ok(Verified {
+            principal: Arc::new(Principal {
+                tenant: name("tenant_id", claims.tenant_id)?,
+                user: name("sub", claims.sub)?,
+                permissions: claims.permissions,
+                expires_at,
+            }),
+            valid_from: claims.nbf.map_or(Timestamp::from_millis(i64::MIN), seconds),
+        })
+    }
+
+    fn in_force(&self, verified: &Verified) -> Result<(), AuthError> {
+        let now = self.clock.now();
+        let expires_at = verified.principal.expires_at;
+        if expires_at.plus(self.rules.leeway) <= now {
+            return Err(AuthError::Expired(expires_at));
+        }
+        if verified.valid_from > now.plus(self.rules.leeway) {
+            return Err(AuthError::NotYetValid(verified.valid_from));
+        }
+        Ok(())
+    }
+}
+
+fn name(claim: &'static str, value: Option<String>) -> Result<String, AuthError> {
+    let broken = |rule: String| AuthError::Claim { claim, rule };
+    let value = value.ok_or_else(|| broken("is required".into()))?;
+    let length = value.chars().count();
+    if length == 0 || length > MAX_NAME_CHARS {
+        return Err(broken(format!("must have 1 to {MAX_NAME_CHARS} characters, has {length}")));
+    }
+    if value.chars().any(char::is_control) {
+        return Err(broken("must not have control characters".into()));
+    }
+    Ok(value)
+}
+
+/// NumericDate of RFC 7519: seconds since the Unix epoch, possibly with a fraction.
+fn seconds(numeric_date: f64) -> Timestamp {
+    // `as` saturates, which is what a date beyond the calendar shall do.
+    #[expect(clippy::cast_possible_truncation, reason = "saturates")]
+    Timestamp::from_millis((numeric_date * 1000.0) as i64)
+}

@@ -1,0 +1,180 @@
+//! The development key: made at first start, so that a laptop needs no issuer.
+
+use std::{
+    fs::{self, OpenOptions},
+    io::{self, Write},
+    path::{Path, PathBuf},
+    time::Duration,
+};
+
+use ed25519_dalek::{
+    SigningKey,
+    pkcs8::{DecodePrivateKey, EncodePrivateKey, EncodePublicKey, spki::der::pem::LineEnding},
+};
+use jsonwebtoken::{Algorithm, EncodingKey, Header};
+use serde::Serialize;
+use streamer_core::Timestamp;
+
+use crate::{KeyError, VerificationKey};
+
+/// Claim `iss` of development tokens.
+pub const DEV_ISSUER: &str = "streamer-dev";
+/// Claim `aud` of development tokens.
+pub const DEV_AUDIENCE: &str = "streamer";
+
+const FILE: &str = "dev-key.pem";
+
+/// Why there is no development key.
+#[derive(Debug, thiserror::Error)]
+pub enum DevKeyError {
+    /// Its file cannot be read or written.
+    #[error("cannot {doing} the development key {path}: {reason}")]
+    File {
+        /// Read or write.
+        doing: &'static str,
+        /// Which file.
+        path: String,
+        /// What the operating system said.
+        reason: String,
+    },
+    /// The file holds something else.
+    #[error("{path} is not an Ed25519 private key in PKCS#8 PEM: {reason}")]
+    Malformed {
+        /// Which file.
+        path: String,
+        /// What is wrong.
+        reason: String,
+    },
+    /// A token could not be signed.
+    #[error("cannot sign a token: {0}")]
+    Sign(String),
+}
+
+/// What a token shall say.
+#[derive(Clone, Debug)]
+pub struct NewToken {
+    /// Claim `sub`.
+    pub user: String,
+    /// Claim `tenant_id`.
+    pub tenant: String,
+    /// Claim `permissions`.
+    pub permissions: Vec<String>,
+    /// How long it is valid.
+    pub expires_in: Duration,
+}
+
+#[derive(Serialize)]
+struct Claims<'a> {
+    iss: &'a str,
+    aud: &'a str,
+    sub: &'a str,
+    tenant_id: &'a str,
+    permissions: &'a [String],
+    iat: i64,
+    exp: i64,
+}
+
+/// An Ed25519 key pair in the data folder, readable by its owner only.
+pub struct DevKey {
+    private: EncodingKey,
+    public_pem: String,
+    path: PathBuf,
+}
+
+impl DevKey {
+    /// Reads the key in `data`, or makes one.
+    ///
+    /// # Errors
+    /// When the file can be neither read nor written, or holds something else.
+    pub fn load_or_create(data: &Path) -> Result<Self, DevKeyError> {
+        match Self::load(data) {
+            Err(DevKeyError::File { .. }) if !data.join(FILE).exists() => {
+                create(data)?;
+                Self::load(data)
+            }
+            loaded => loaded,
+        }
+    }
+
+    /// Reads the key in `data`.
+    ///
+    /// # Errors
+    /// When there is none.
+    pub fn load(data: &Path) -> Result<Self, DevKeyError> {
+        let path = data.join(FILE);
+        let shown = path.display().to_string();
+        let pem = fs::read_to_string(&path).map_err(|error| DevKeyError::File {
+            doing: "read",
+            path: shown.clone(),
+            reason: error.to_string(),
+        })?;
+        let malformed =
+            |reason: String| DevKeyError::Malformed { path: shown.clone(), reason };
+        let signing = SigningKey::from_pkcs8_pem(&pem).map_err(|error| malformed(error.to_string()))?;
+        let public_pem = signing
+            .verifying_key()
+            .to_public_key_pem(LineEnding::LF)
+            .map_err(|error| malformed(error.to_string()))?;
+        let private =
+            EncodingKey::from_ed_pem(pem.as_bytes()).map_err(|error| malformed(error.to_string()))?;
+        Ok(Self { private, public_pem, path })
+    }
+
+    /// The key that verifies what this one signs.
+    ///
+    /// # Errors
+    /// When it cannot be read back, which a key that was loaded rules out.
+    pub fn verification_key(&self) -> Result<VerificationKey, KeyError> {
+        let origin = self.path.display().to_string();
+        VerificationKey::from_bytes("EdDSA", self.public_pem.as_bytes(), origin)
+    }
+
+    /// Signs a token.
+    ///
+    /// # Errors
+    /// When signing fails.
+    pub fn sign(&self, token: &NewToken, now: Timestamp) -> Result<String, DevKeyError> {
+        let claims = Claims {
+            iss: DEV_ISSUER,
+            aud: DEV_AUDIENCE,
+            sub: &token.user,
+            tenant_id: &token.tenant,
+            permissions: &token.permissions,
+            iat: now.as_millis() / 1000,
+            exp: now.plus(token.expires_in).as_millis() / 1000,
+        };
+        jsonwebtoken::encode(&Header::new(Algorithm::EdDSA), &claims, &self.private)
+            .map_err(|error| DevKeyError::Sign(error.to_string()))
+    }
+}
+
+fn create(data: &Path) -> Result<(), DevKeyError> {
+    let path = data.join(FILE);
+    let failed = |reason: String| DevKeyError::File {
+        doing: "write",
+        path: path.display().to_string(),
+        reason,
+    };
+    let mut seed = [0; 32];
+    getrandom::fill(&mut seed).map_err(|error| failed(error.to_string()))?;
+    let pem = SigningKey::from_bytes(&seed)
+        .to_pkcs8_pem(LineEnding::LF)
+        .map_err(|error| failed(error.to_string()))?;
+    write_private(&path, pem.as_bytes()).map_err(|error| failed(error.to_string()))
+}
+
+/// Whole or not at all, and for nobody else's eyes.
+fn write_private(path: &Path, bytes: &[u8]) -> io::Result<()> {
+    let folder = path.parent().unwrap_or(Path::new("."));
+    fs::create_dir_all(folder)?;
+    let draft = path.with_extension("pem.new");
+    let mut options = OpenOptions::new();
+    options.write(true).create(true).truncate(true);
+    #[cfg(unix)]
+    std::os::unix::fs::OpenOptionsExt::mode(&mut options, 0o600);
+    let mut file = options.open(&draft)?;
+    file.write_all(bytes)?;
+    file.sync_all()?;
+    fs::rename(&draft, path)?;
+    fs::File::open(folder)?.sync_all()
+}

@@ -1,0 +1,158 @@
+//! Keys from a JWKS URL, with rotation.
+
+use std::{sync::Arc, time::Duration};
+
+use bytes::Bytes;
+use http::Uri;
+use http_body_util::{BodyExt, Empty, Limited};
+use hyper_rustls::{HttpsConnector, HttpsConnectorBuilder};
+use hyper_util::{
+    client::legacy::{Client, connect::HttpConnector},
+    rt::TokioExecutor,
+};
+use jsonwebtoken::{
+    Algorithm, DecodingKey,
+    jwk::{JwkSet, KeyAlgorithm},
+};
+use parking_lot::RwLock;
+use tokio::{sync::Mutex, time::Instant};
+
+use crate::{KeyError, VerificationKey};
+
+/// A token with an unknown key id makes us look again, but not more often than this.
+const MIN_REFRESH: Duration = Duration::from_secs(10);
+/// Keys older than this are fetched anew on use, so that withdrawn ones go.
+const MAX_AGE: Duration = Duration::from_secs(600);
+const TIMEOUT: Duration = Duration::from_secs(5);
+const MAX_BYTES: usize = 1024 * 1024;
+
+/// Fetches and keeps the keys of one JWKS URL.
+pub struct JwksSource {
+    url: Uri,
+    client: Client<HttpsConnector<HttpConnector>, Empty<Bytes>>,
+    keys: RwLock<Fetched>,
+    fetching: Mutex<()>,
+}
+
+#[derive(Clone, Default)]
+struct Fetched {
+    keys: Arc<Vec<VerificationKey>>,
+    tried_at: Option<Instant>,
+    got_at: Option<Instant>,
+}
+
+impl JwksSource {
+    /// Will fetch from this `https:` (or, for tests and sidecars, `http:`) URL when first needed.
+    ///
+    /// # Errors
+    /// When it is no URL, or the machine has no root certificates.
+    pub fn new(url: &str) -> Result<Self, KeyError> {
+        let malformed = |reason: String| KeyError::Malformed {
+            path: url.to_owned(),
+            algorithm: "JWKS".into(),
+            reason,
+        };
+        let parsed: Uri = url.parse().map_err(|error| malformed(format!("{error}")))?;
+        if parsed.host().is_none() || !matches!(parsed.scheme_str(), Some("http" | "https")) {
+            return Err(malformed("must be an https:// URL".into()));
+        }
+        let connector = HttpsConnectorBuilder::new()
+            .with_native_roots()
+            .map_err(|error| malformed(error.to_string()))?
+            .https_or_http()
+            .enable_http1()
+            .build();
+        Ok(Self {
+            url: parsed,
+            client: Client::builder(TokioExecutor::new()).build(connector),
+            keys: RwLock::default(),
+            fetching: Mutex::default(),
+        })
+    }
+
+    /// The keys as of now; fetched when `wanted` is not among them, or when they are old.
+    ///
+    /// # Errors
+    /// When they are needed and cannot be had.
+    pub(crate) async fn keys(
+        &self,
+        wanted: Option<&str>,
+    ) -> Result<Arc<Vec<VerificationKey>>, String> {
+        if let Some(keys) = self.fresh(wanted) {
+            return Ok(keys);
+        }
+        let _one_at_a_time = self.fetching.lock().await;
+        if let Some(keys) = self.fresh(wanted) {
+            return Ok(keys);
+        }
+        let fetched = tokio::time::timeout(TIMEOUT, self.fetch())
+            .await
+            .unwrap_or_else(|_| Err(format!("no answer within {} s", TIMEOUT.as_secs())));
+        let now = Instant::now();
+        let mut held = self.keys.write();
+        held.tried_at = Some(now);
+        match fetched {
+            Ok(keys) => {
+                held.keys = Arc::new(keys);
+                held.got_at = Some(now);
+                Ok(held.keys.clone())
+            }
+            // Old keys serve on while the issuer is out of reach.
+            Err(reason) if held.got_at.is_some() => {
+                tracing::warn!(url = %self.url, reason, "could not refresh the signing keys");
+                Ok(held.keys.clone())
+            }
+            Err(reason) => Err(reason),
+        }
+    }
+
+    fn fresh(&self, wanted: Option<&str>) -> Option<Arc<Vec<VerificationKey>>> {
+        let held = self.keys.read().clone();
+        let tried_lately = held.tried_at.is_some_and(|at| at.elapsed() < MIN_REFRESH);
+        let young = held.got_at.is_some_and(|at| at.elapsed() < MAX_AGE);
+        let known = match wanted {
+            Some(id) => held.keys.iter().any(|key| key.id.as_deref() == Some(id)),
+            None => true,
+        };
+        let usable = held.got_at.is_some() && ((young && known) || tried_lately);
+        usable.then_some(held.keys)
+    }
+
+    async fn fetch(&self) -> Result<Vec<VerificationKey>, String> {
+        let response =
+            self.client.get(self.url.clone()).await.map_err(|error| error.to_string())?;
+        if !response.status().is_success() {
+            return Err(format!("status {}", response.status()));
+        }
+        let body = Limited::new(response.into_body(), MAX_BYTES)
+            .collect()
+            .await
+            .map_err(|error| error.to_string())?
+            .to_bytes();
+        let set: JwkSet = serde_json::from_slice(&body).map_err(|error| error.to_string())?;
+        let keys: Vec<_> = set.keys.iter().filter_map(verification_key).collect();
+        if keys.is_empty() {
+            return Err("it holds no RS256, ES256 or EdDSA key".into());
+        }
+        Ok(keys)
+    }
+}
+
+/// Symmetric keys and algorithms beyond ours are passed over.
+fn verification_key(jwk: &jsonwebtoken::jwk::Jwk) -> Option<VerificationKey> {
+    use jsonwebtoken::jwk::{AlgorithmParameters, EllipticCurve};
+    let algorithm = match (jwk.common.key_algorithm, &jwk.algorithm) {
+        (Some(KeyAlgorithm::RS256) | None, AlgorithmParameters::RSA(_)) => Algorithm::RS256,
+        (Some(KeyAlgorithm::ES256) | None, AlgorithmParameters::EllipticCurve(parameters))
+            if parameters.curve == EllipticCurve::P256 =>
+        {
+            Algorithm::ES256
+        }
+        (Some(KeyAlgorithm::EdDSA) | None, AlgorithmParameters::OctetKeyPair(_)) => {
+            Algorithm::EdDSA
+        }
+        _ => return None,
+    };
+    let key = DecodingKey::from_jwk(jwk).ok()?;
+    Some(VerificationKey { id: jwk.common.key_id.clone(), algorithm, key })
+}

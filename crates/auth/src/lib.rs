@@ -1,0 +1,20 @@
+//! Tokens: who is calling, and what they may do.
+//!
+//! [`Authenticator`] verifies JSON Web Tokens against keys that the operator configured: the
+//! algorithm belongs to the key and never comes from the token. [`AuthLayer`] puts it in front of
+//! a gRPC service; every service has it, so that no hop trusts the one before. What was verified is
+//! cached, bounded, until the token expires. No token is ever logged.
+
+mod authenticator;
+mod dev_key;
+mod jwks;
+mod keys;
+mod layer;
+mod principal;
+
+pub use authenticator::{AuthError, Authenticator, TokenRules};
+pub use dev_key::{DEV_AUDIENCE, DEV_ISSUER, DevKey, DevKeyError, NewToken};
+pub use jwks::JwksSource;
+pub use keys::{KeyError, VerificationKey};
+pub use layer::{AuthLayer, AuthService, Caller, caller_of};
+pub use principal::{Principal, permissions};

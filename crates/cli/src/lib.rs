@@ -1,0 +1,1 @@
+//! The commands of the streamer binary that talk to a server

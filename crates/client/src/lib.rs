@@ -1,0 +1,1 @@
+//! Client library: submit, watch and manage requests over gRPC and WebSocket

@@ -1,0 +1,1 @@
+//! Configuration of every Streamer process, read once from file, environment and flags

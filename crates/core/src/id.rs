@@ -1,0 +1,112 @@
+//! Globally unique ids.
+
+use std::{fmt, str::FromStr};
+
+use ulid::Ulid;
+
+use crate::Timestamp;
+
+/// Id that the server gives: a ULID. Sorts by time of creation; 26 characters of Crockford's
+/// base 32 as text, 16 bytes big-endian on the wire.
+#[derive(Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash)]
+pub struct Uid(Ulid);
+
+impl Uid {
+    /// A new id of this moment, with 80 random bits.
+    ///
+    /// # Panics
+    /// When the operating system has no randomness to give, which leaves nothing to go on with.
+    #[must_use]
+    pub fn new(now: Timestamp) -> Self {
+        let mut random = [0; 16];
+        getrandom::fill(&mut random[..10]).expect("the operating system gives random bytes");
+        let random = u128::from_le_bytes(random);
+        Self(Ulid::from_parts(u64::try_from(now.as_millis()).unwrap_or(0), random))
+    }
+
+    /// The smallest id of this moment: a bound for looking up by time.
+    #[must_use]
+    pub fn first_of(moment: Timestamp) -> Self {
+        Self(Ulid::from_parts(u64::try_from(moment.as_millis()).unwrap_or(0), 0))
+    }
+
+    /// The 16 bytes, big-endian: byte order is id order.
+    #[must_use]
+    pub fn to_bytes(self) -> [u8; 16] {
+        self.0.to_bytes()
+    }
+
+    /// From 16 bytes; `None` for any other length.
+    #[must_use]
+    pub fn from_slice(bytes: &[u8]) -> Option<Self> {
+        <[u8; 16]>::try_from(bytes).ok().map(|bytes| Self(Ulid::from_bytes(bytes)))
+    }
+
+    /// When it was made.
+    #[must_use]
+    pub fn time(self) -> Timestamp {
+        Timestamp::from_millis(i64::try_from(self.0.timestamp_ms()).unwrap_or(i64::MAX))
+    }
+
+    /// A number that spreads evenly: for shards.
+    #[must_use]
+    pub fn spread(self) -> u64 {
+        let low = self.to_bytes();
+        u64::from_be_bytes([low[8], low[9], low[10], low[11], low[12], low[13], low[14], low[15]])
+    }
+}
+
+impl fmt::Display for Uid {
+    fn fmt(&self, formatter: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let mut text = [0; ulid::ULID_LEN];
+        formatter.write_str(self.0.array_to_str(&mut text))
+    }
+}
+
+impl fmt::Debug for Uid {
+    fn fmt(&self, formatter: &mut fmt::Formatter<'_>) -> fmt::Result {
+        fmt::Display::fmt(self, formatter)
+    }
+}
+
+/// The text is not a ULID.
+#[derive(Debug, thiserror::Error)]
+#[error("is not a ULID: 26 characters of Crockford's base 32")]
+pub struct InvalidUid;
+
+impl FromStr for Uid {
+    type Err = InvalidUid;
+
+    fn from_str(text: &str) -> Result<Self, InvalidUid> {
+        Ulid::from_string(text).map(Self).map_err(|_| InvalidUid)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn text_and_bytes_come_back() {
+        let uid = Uid::new(Timestamp::from_millis(1_700_000_000_123));
+        assert_eq!(uid.to_string().parse::<Uid>().unwrap(), uid);
+        assert_eq!(Uid::from_slice(&uid.to_bytes()), Some(uid));
+        assert_eq!(uid.time().as_millis(), 1_700_000_000_123);
+    }
+
+    #[test]
+    fn later_ids_sort_later() {
+        let early = Uid::new(Timestamp::from_millis(1));
+        let late = Uid::new(Timestamp::from_millis(2));
+        assert!(early < late);
+        assert!(early.to_bytes() < late.to_bytes());
+        assert!(early.to_string() < late.to_string());
+    }
+
+    #[test]
+    fn other_texts_are_refused() {
+        for text in ["", "req-1", "01ARZ3NDEKTSV4RRFFQ69G5FA", "01ARZ3NDEKTSV4RRFFQ69G5FAVX"] {
+            assert!(text.parse::<Uid>().is_err(), "{text}");
+        }
+    }
+}

@@ -1,0 +1,24 @@
+//! Streamer's words as types: ids, states, errors, limits, retry policy and clock.
+//!
+//! Every other crate uses it. It does no I/O and starts no task; time and randomness come in
+//! through [`Clock`] and arguments, so that everything here can be tested by calling it.
+
+pub mod action;
+pub mod clock;
+pub mod error;
+pub mod id;
+pub mod limits;
+pub mod output;
+pub mod retry;
+pub mod state;
+pub mod validate;
+
+pub use action::{ActionSpec, DEFAULT_SYNC_THRESHOLD};
+pub use clock::{Clock, ManualClock, SystemClock, Timestamp};
+pub use error::{ErrorCode, RequestError};
+pub use id::Uid;
+pub use limits::Limits;
+pub use output::OutputDigest;
+pub use retry::RetryPolicy;
+pub use state::RequestState;
+pub use validate::{Violation, Violations};

@@ -1,0 +1,58 @@
+//! The sizes that bound everything a caller or handler can hand in.
+
+/// Largest `id` of a request, in characters.
+pub const MAX_REQUEST_ID_CHARS: usize = 128;
+/// Largest name of an action, in characters.
+pub const MAX_ACTION_CHARS: usize = 64;
+/// Largest metadata of a request, in bytes.
+pub const MAX_METADATA_BYTES: usize = 16 * 1024;
+/// Largest reason of a cancellation, in bytes.
+pub const MAX_REASON_BYTES: usize = 1024;
+/// Largest content type, in bytes.
+pub const MAX_CONTENT_TYPE_BYTES: usize = 255;
+/// Highest priority.
+pub const MAX_PRIORITY: i32 = 9;
+/// Longest `delay`, in milliseconds: 30 days.
+pub const MAX_DELAY_MS: i64 = 30 * 24 * 3600 * 1000;
+/// Longest `wait`, in milliseconds: 5 minutes.
+pub const MAX_WAIT_MS: i64 = 300 * 1000;
+/// Largest message of a progress event, in bytes.
+pub const MAX_PROGRESS_MESSAGE_BYTES: usize = 4096;
+/// Largest metadata of a progress event, in bytes.
+pub const MAX_PROGRESS_METADATA_BYTES: usize = 64 * 1024;
+/// Largest checkpoint, in bytes.
+pub const MAX_CHECKPOINT_BYTES: usize = 256 * 1024;
+/// Largest data of a pushed message, in bytes.
+pub const MAX_PUSH_BYTES: usize = 128 * 1024;
+/// Largest topic of a pushed message, in bytes.
+pub const MAX_TOPIC_BYTES: usize = 128;
+/// What a message needs beside its payload, in bytes.
+pub const ENVELOPE_BYTES: usize = 64 * 1024;
+
+/// The limits that an operator sets.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Limits {
+    /// Largest payload and largest result, in bytes.
+    pub max_payload_bytes: usize,
+    /// Largest chunk of output, in bytes.
+    pub max_output_chunk_bytes: usize,
+}
+
+impl Limits {
+    /// Largest message that carries a payload, in bytes.
+    #[must_use]
+    pub const fn max_message_bytes(&self) -> usize {
+        let largest = if self.max_payload_bytes > self.max_output_chunk_bytes {
+            self.max_payload_bytes
+        } else {
+            self.max_output_chunk_bytes
+        };
+        largest.saturating_add(ENVELOPE_BYTES)
+    }
+}
+
+impl Default for Limits {
+    fn default() -> Self {
+        Self { max_payload_bytes: 4 * 1024 * 1024, max_output_chunk_bytes: 1024 * 1024 }
+    }
+}

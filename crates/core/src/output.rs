@@ -1,0 +1,68 @@
+//! The proof that a reader has a request's whole output.
+
+use std::fmt;
+
+use sha2::{Digest, Sha256};
+
+/// Counts the valid chunks and hashes their bytes, one after the other.
+#[derive(Clone, Default)]
+pub struct OutputDigest {
+    chunks: i64,
+    hash: Sha256,
+}
+
+impl OutputDigest {
+    /// Takes in the next chunk.
+    pub fn push(&mut self, chunk: &[u8]) {
+        self.chunks += 1;
+        self.hash.update(chunk);
+    }
+
+    /// How many chunks it took in.
+    #[must_use]
+    pub fn chunks(&self) -> i64 {
+        self.chunks
+    }
+
+    /// SHA-256 over their bytes.
+    #[must_use]
+    pub fn sha256(&self) -> [u8; 32] {
+        self.hash.clone().finalize().into()
+    }
+}
+
+impl fmt::Debug for OutputDigest {
+    fn fmt(&self, formatter: &mut fmt::Formatter<'_>) -> fmt::Result {
+        formatter.debug_struct("OutputDigest").field("chunks", &self.chunks).finish_non_exhaustive()
+    }
+}
+
+/// Bytes as lower-case hexadecimal digits.
+#[must_use]
+pub fn hex(bytes: &[u8]) -> String {
+    const DIGITS: &[u8; 16] = b"0123456789abcdef";
+    let mut text = String::with_capacity(bytes.len() * 2);
+    for byte in bytes {
+        text.push(char::from(DIGITS[usize::from(byte >> 4)]));
+        text.push(char::from(DIGITS[usize::from(byte & 15)]));
+    }
+    text
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_hash_is_that_of_the_chunks_joined() {
+        let mut digest = OutputDigest::default();
+        digest.push(b"a");
+        digest.push(b"bc");
+        assert_eq!(digest.chunks(), 2);
+        // FIPS 180-2, the one-block example "abc".
+        assert_eq!(
+            hex(&digest.sha256()),
+            "ba7816bf8f01cfea414140de5dae2223b00361a396177a9cb410ff61f20015ad"
+        );
+    }
+}

@@ -1,0 +1,76 @@
+//! When a failed attempt is followed by another.
+
+use std::time::Duration;
+
+/// How often and how soon a failed attempt is repeated.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct RetryPolicy {
+    /// Attempts in all, at least 1.
+    pub max_attempts: u32,
+    /// Upper bound of the wait after the first attempt; doubled after each further one.
+    pub initial_backoff: Duration,
+    /// Upper bound of any wait.
+    pub max_backoff: Duration,
+}
+
+impl Default for RetryPolicy {
+    fn default() -> Self {
+        Self {
+            max_attempts: 3,
+            initial_backoff: Duration::from_millis(500),
+            max_backoff: Duration::from_secs(60),
+        }
+    }
+}
+
+impl RetryPolicy {
+    /// One attempt and no other.
+    #[must_use]
+    pub const fn none() -> Self {
+        Self { max_attempts: 1, initial_backoff: Duration::ZERO, max_backoff: Duration::ZERO }
+    }
+
+    /// The wait after `failed_attempts` (from 1), or `None` when there is no attempt left. Full
+    /// jitter: evenly drawn from nothing to the bound by `random`, 0.0 to 1.0
+    /// (<https://aws.amazon.com/blogs/architecture/exponential-backoff-and-jitter/>).
+    #[must_use]
+    pub fn backoff(&self, failed_attempts: u32, random: f64) -> Option<Duration> {
+        if failed_attempts >= self.max_attempts {
+            return None;
+        }
+        let doublings = failed_attempts.saturating_sub(1).min(31);
+        let bound = self.initial_backoff.saturating_mul(1 << doublings).min(self.max_backoff);
+        Some(bound.mul_f64(random.clamp(0.0, 1.0)))
+    }
+}
+
+/// A random number from 0.0 to 1.0, for jitter.
+#[must_use]
+pub fn random_fraction() -> f64 {
+    let random = getrandom::u32().unwrap_or(u32::MAX / 2);
+    f64::from(random) / f64::from(u32::MAX)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn waits_double_up_to_the_bound_and_end_with_the_attempts() {
+        let policy = RetryPolicy {
+            max_attempts: 5,
+            initial_backoff: Duration::from_secs(1),
+            max_backoff: Duration::from_secs(3),
+        };
+        let waits: Vec<_> = (1..=5).map(|failed| policy.backoff(failed, 1.0)).collect();
+        let seconds = |n| Some(Duration::from_secs(n));
+        assert_eq!(waits, [seconds(1), seconds(2), seconds(3), seconds(3), None]);
+        assert_eq!(policy.backoff(3, 0.0), Some(Duration::ZERO));
+    }
+
+    #[test]
+    fn many_attempts_do_not_overflow() {
+        let policy = RetryPolicy { max_attempts: u32::MAX, ..RetryPolicy::default() };
+        assert_eq!(policy.backoff(1_000_000, 1.0), Some(policy.max_backoff));
+    }
+}

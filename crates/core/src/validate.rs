@@ -1,0 +1,156 @@
+//! The rules for what callers write, each told as a field and a rule.
+
+use std::fmt;
+
+use crate::limits;
+
+/// One rule that one field breaks.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Violation {
+    /// Path of the field: `payload`, `payload.rows[3]`.
+    pub field: String,
+    /// The rule, and how it is broken.
+    pub description: String,
+}
+
+/// Every rule that an input breaks, gathered before anything is refused.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct Violations(Vec<Violation>);
+
+impl Violations {
+    /// Notes a broken rule.
+    pub fn push(&mut self, field: impl Into<String>, description: impl Into<String>) {
+        self.0.push(Violation { field: field.into(), description: description.into() });
+    }
+
+    /// Notes what a check found.
+    pub fn check(&mut self, field: &str, outcome: Result<(), String>) {
+        if let Err(description) = outcome {
+            self.push(field, description);
+        }
+    }
+
+    /// Whether every rule is kept.
+    #[must_use]
+    pub fn is_empty(&self) -> bool {
+        self.0.is_empty()
+    }
+
+    /// The broken rules, in the order they were found.
+    pub fn iter(&self) -> impl Iterator<Item = &Violation> {
+        self.0.iter()
+    }
+}
+
+impl fmt::Display for Violations {
+    fn fmt(&self, formatter: &mut fmt::Formatter<'_>) -> fmt::Result {
+        for (position, violation) in self.0.iter().enumerate() {
+            let separator = if position == 0 { "" } else { "; " };
+            write!(formatter, "{separator}{}: {}", violation.field, violation.description)?;
+        }
+        Ok(())
+    }
+}
+
+/// A request's id: 1 to 128 characters of `[A-Za-z0-9._:@/+=-]`.
+///
+/// # Errors
+/// The rule, and how it is broken.
+pub fn request_id(id: &str) -> Result<(), String> {
+    let length = id.chars().count();
+    if length == 0 || length > limits::MAX_REQUEST_ID_CHARS {
+        return Err(format!(
+            "must have 1 to {} characters, has {length}",
+            limits::MAX_REQUEST_ID_CHARS
+        ));
+    }
+    let allowed = |c: char| c.is_ascii_alphanumeric() || "._:@/+=-".contains(c);
+    match id.chars().find(|c| !allowed(*c)) {
+        None => Ok(()),
+        Some(c) => {
+            Err(format!("must consist of letters, digits and ._:@/+=- only, has {}", c.escape_debug()))
+        }
+    }
+}
+
+/// An action's name: `[a-z][a-z0-9_.-]{0,63}`.
+///
+/// # Errors
+/// The rule, and how it is broken.
+pub fn action_name(name: &str) -> Result<(), String> {
+    if name.is_empty() {
+        return Err("is required".into());
+    }
+    let rest_allowed =
+        |c: char| c.is_ascii_lowercase() || c.is_ascii_digit() || "_.-".contains(c);
+    let well_formed = name.chars().count() <= limits::MAX_ACTION_CHARS
+        && name.starts_with(|c: char| c.is_ascii_lowercase())
+        && name.chars().all(rest_allowed);
+    if well_formed {
+        Ok(())
+    } else {
+        Err("must match [a-z][a-z0-9_.-]{0,63}".into())
+    }
+}
+
+/// A number in a range.
+///
+/// # Errors
+/// The rule, and how it is broken.
+pub fn in_range(value: i64, low: i64, high: i64, unit: &str) -> Result<(), String> {
+    if (low..=high).contains(&value) {
+        Ok(())
+    } else {
+        Err(format!("must be {low} to {high}{unit}, is {value}"))
+    }
+}
+
+/// A size limit.
+///
+/// # Errors
+/// The rule with the limit's name, and how it is broken.
+pub fn at_most(bytes: usize, limit: usize, limit_name: &str) -> Result<(), String> {
+    if bytes <= limit {
+        Ok(())
+    } else {
+        Err(format!("must be at most {limit} bytes ({limit_name}), is {bytes}"))
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn ids_keep_to_length_and_alphabet() {
+        assert!(request_id("req-1:user@host/x+y=z.w_").is_ok());
+        assert!(request_id(&"x".repeat(128)).is_ok());
+        assert_eq!(request_id("").unwrap_err(), "must have 1 to 128 characters, has 0");
+        assert_eq!(request_id(&"x".repeat(129)).unwrap_err(), "must have 1 to 128 characters, has 129");
+        assert!(request_id("a b").is_err());
+        assert!(request_id("a\n").unwrap_err().ends_with("has \\n"));
+    }
+
+    #[test]
+    fn action_names_keep_to_their_pattern() {
+        for good in ["a", "generate_report", "a.b-c_9"] {
+            assert!(action_name(good).is_ok(), "{good}");
+        }
+        for bad in ["", "A", "9a", "a b", "é", &"a".repeat(65)] {
+            assert!(action_name(bad).is_err(), "{bad}");
+        }
+    }
+
+    #[test]
+    fn all_violations_are_told() {
+        let mut violations = Violations::default();
+        violations.check("id", request_id(""));
+        violations.check("priority", in_range(10, 0, 9, ""));
+        violations.check("payload", at_most(3, 2, "limits.max_payload_bytes"));
+        assert_eq!(
+            violations.to_string(),
+            "id: must have 1 to 128 characters, has 0; priority: must be 0 to 9, is 10; \
+             payload: must be at most 2 bytes (limits.max_payload_bytes), is 3"
+        );
+    }
+}

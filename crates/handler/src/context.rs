@@ -1,0 +1,281 @@
+//! What a handler works with while it runs.
+
+use std::sync::Arc;
+
+use async_trait::async_trait;
+use bytes::Bytes;
+use serde::{Serialize, de::DeserializeOwned};
+use streamer_core::{Limits, RequestState, Timestamp, Uid, limits};
+use tokio_util::sync::CancellationToken;
+
+use crate::{HandlerError, Report, ReportQueue};
+
+/// Which attempt of which request this is.
+#[derive(Clone, Debug)]
+pub struct AttemptInfo {
+    /// The server's id of the request.
+    pub uid: Uid,
+    /// The caller's id of it.
+    pub request_id: String,
+    /// Whose it is.
+    pub tenant: String,
+    /// Whose it is.
+    pub user: String,
+    /// What was asked for.
+    pub action: String,
+    /// From 1.
+    pub attempt: u32,
+    /// What an earlier attempt left.
+    pub checkpoint: Option<Bytes>,
+    /// W3C `traceparent` of the submission.
+    pub trace_parent: Option<String>,
+}
+
+/// One request of the tenant, for handlers that report on them.
+#[derive(Clone, Debug)]
+pub struct RequestSummary {
+    /// The server's id.
+    pub uid: Uid,
+    /// What was asked for.
+    pub action: String,
+    /// Where it stands.
+    pub state: RequestState,
+    /// Attempts so far.
+    pub attempts: u32,
+    /// When it was accepted.
+    pub create_time: Timestamp,
+    /// When its latest attempt began.
+    pub start_time: Option<Timestamp>,
+    /// When it ended.
+    pub finish_time: Option<Timestamp>,
+}
+
+/// Where [`Context::requests`] reads.
+#[async_trait]
+pub trait RequestHistory: Send + Sync {
+    /// The requests of this user that were accepted in `from..until`, newest first, at most
+    /// `limit`.
+    async fn requests(
+        &self,
+        tenant: &str,
+        user: &str,
+        from: Timestamp,
+        until: Timestamp,
+        limit: usize,
+    ) -> Result<Vec<RequestSummary>, HandlerError>;
+}
+
+/// Handed to every run of a handler.
+pub struct Context {
+    info: AttemptInfo,
+    reports: Arc<ReportQueue>,
+    cancellation: CancellationToken,
+    limits: Limits,
+    history: Option<Arc<dyn RequestHistory>>,
+}
+
+impl Context {
+    /// For whoever runs handlers.
+    #[must_use]
+    pub fn new(
+        info: AttemptInfo,
+        reports: Arc<ReportQueue>,
+        cancellation: CancellationToken,
+        limits: Limits,
+        history: Option<Arc<dyn RequestHistory>>,
+    ) -> Self {
+        Self { info, reports, cancellation, limits, history }
+    }
+
+    /// For testing a handler without a server: what it reports is in the queue.
+    #[must_use]
+    pub fn for_test(action: &str) -> (Self, Arc<ReportQueue>) {
+        let reports = Arc::new(ReportQueue::default());
+        let info = AttemptInfo {
+            uid: Uid::new(Timestamp::default()),
+            request_id: "test".into(),
+            tenant: "test".into(),
+            user: "test".into(),
+            action: action.into(),
+            attempt: 1,
+            checkpoint: None,
+            trace_parent: None,
+        };
+        let token = CancellationToken::new();
+        (Self::new(info, reports.clone(), token, Limits::default(), None), reports)
+    }
+
+    /// The server's id of the request.
+    #[must_use]
+    pub fn uid(&self) -> Uid {
+        self.info.uid
+    }
+
+    /// The caller's id of the request.
+    #[must_use]
+    pub fn request_id(&self) -> &str {
+        &self.info.request_id
+    }
+
+    /// The tenant that asks.
+    #[must_use]
+    pub fn tenant(&self) -> &str {
+        &self.info.tenant
+    }
+
+    /// The user who asks.
+    #[must_use]
+    pub fn user(&self) -> &str {
+        &self.info.user
+    }
+
+    /// Which attempt this is, from 1.
+    #[must_use]
+    pub fn attempt(&self) -> u32 {
+        self.info.attempt
+    }
+
+    /// W3C `traceparent` of the submission, to go on with.
+    #[must_use]
+    pub fn trace_parent(&self) -> Option<&str> {
+        self.info.trace_parent.as_deref()
+    }
+
+    /// Says how far the work is, 0 to 100, and what is being done (at most 4,096 bytes). Watchers
+    /// see it once it is durable; this does not wait for that, only while very much is underway.
+    ///
+    /// # Errors
+    /// When a value is out of bounds, or the attempt is not this handler's any more.
+    pub async fn progress(
+        &self,
+        percentage: f64,
+        message: impl Into<String>,
+    ) -> Result<(), HandlerError> {
+        self.report_progress(percentage, message.into(), None).await
+    }
+
+    /// As [`Self::progress`], with anything more (as JSON, at most 64 KiB).
+    ///
+    /// # Errors
+    /// As [`Self::progress`].
+    pub async fn progress_with(
+        &self,
+        percentage: f64,
+        message: impl Into<String>,
+        metadata: &impl Serialize,
+    ) -> Result<(), HandlerError> {
+        let metadata = serde_json::to_vec(metadata)?;
+        self.report_progress(percentage, message.into(), Some(metadata.into())).await
+    }
+
+    async fn report_progress(
+        &self,
+        percentage: f64,
+        message: String,
+        metadata: Option<Bytes>,
+    ) -> Result<(), HandlerError> {
+        if !(0.0..=100.0).contains(&percentage) {
+            return Err(HandlerError::fatal(format!(
+                "progress.percentage must be 0 to 100, is {percentage}"
+            )));
+        }
+        bounded("progress.message", message.len(), limits::MAX_PROGRESS_MESSAGE_BYTES)?;
+        let metadata_bytes = metadata.as_ref().map_or(0, Bytes::len);
+        bounded("progress.metadata", metadata_bytes, limits::MAX_PROGRESS_METADATA_BYTES)?;
+        self.reports.push(Report::Progress { percentage: Some(percentage), message, metadata }).await
+    }
+
+    /// Puts out the next chunk of the result, as JSON.
+    ///
+    /// # Errors
+    /// When it is larger than `limits.max_output_chunk_bytes`, or the attempt is not this
+    /// handler's any more.
+    pub async fn output(&self, chunk: &impl Serialize) -> Result<(), HandlerError> {
+        self.output_bytes("application/json", serde_json::to_vec(chunk)?).await
+    }
+
+    /// Puts out the next chunk of the result, as bytes of this media type.
+    ///
+    /// # Errors
+    /// As [`Self::output`].
+    pub async fn output_bytes(
+        &self,
+        content_type: &str,
+        chunk: impl Into<Bytes>,
+    ) -> Result<(), HandlerError> {
+        let data = chunk.into();
+        bounded("output chunk", data.len(), self.limits.max_output_chunk_bytes)?;
+        self.reports.push(Report::Output { content_type: content_type.to_owned(), data }).await
+    }
+
+    /// Leaves a note (as JSON, at most 256 KiB) that the next attempt begins from.
+    ///
+    /// # Errors
+    /// When it is too large, or the attempt is not this handler's any more.
+    pub async fn save_checkpoint(&self, checkpoint: &impl Serialize) -> Result<(), HandlerError> {
+        let data = serde_json::to_vec(checkpoint)?;
+        bounded("checkpoint", data.len(), limits::MAX_CHECKPOINT_BYTES)?;
+        self.reports.push(Report::Checkpoint(data.into())).await
+    }
+
+    /// What an earlier attempt left.
+    ///
+    /// # Errors
+    /// When it is there and of another shape.
+    pub fn checkpoint<T: DeserializeOwned>(&self) -> Result<Option<T>, HandlerError> {
+        match &self.info.checkpoint {
+            None => Ok(None),
+            Some(data) => Ok(Some(serde_json::from_slice(data)?)),
+        }
+    }
+
+    /// Whether cancellation was asked for.
+    #[must_use]
+    pub fn is_cancelled(&self) -> bool {
+        self.cancellation.is_cancelled()
+    }
+
+    /// Returns once cancellation is asked for. A handler then ends as soon as it can, with
+    /// [`HandlerError::cancelled`]; one that does not is cut off.
+    pub async fn cancelled(&self) {
+        self.cancellation.cancelled().await;
+    }
+
+    /// Sleeps, unless cancellation is asked for.
+    ///
+    /// # Errors
+    /// [`HandlerError::cancelled`].
+    pub async fn sleep(&self, duration: std::time::Duration) -> Result<(), HandlerError> {
+        tokio::select! {
+            () = self.cancelled() => Err(HandlerError::cancelled()),
+            () = tokio::time::sleep(duration) => Ok(()),
+        }
+    }
+
+    /// The asking user's own requests that were accepted in `from..until`, newest first, at most
+    /// `limit`.
+    ///
+    /// # Errors
+    /// When they cannot be read here or now.
+    pub async fn requests(
+        &self,
+        from: Timestamp,
+        until: Timestamp,
+        limit: usize,
+    ) -> Result<Vec<RequestSummary>, HandlerError> {
+        match &self.history {
+            Some(history) => {
+                history.requests(self.tenant(), self.user(), from, until, limit).await
+            }
+            None => Err(HandlerError::fatal("request history is not available here")),
+        }
+    }
+}
+
+fn bounded(what: &str, bytes: usize, limit: usize) -> Result<(), HandlerError> {
+    if bytes <= limit {
+        Ok(())
+    } else {
+        Err(HandlerError::fatal(format!("{what} must be at most {limit} bytes, is {bytes}")))
+    }
+}

@@ -1,0 +1,40 @@
+//! The handlers that a processor runs.
+
+use std::{collections::BTreeMap, sync::Arc};
+
+use streamer_core::ActionSpec;
+
+use crate::DynHandler;
+
+/// Handlers by the name of their action.
+#[derive(Clone, Default)]
+pub struct Handlers {
+    by_action: BTreeMap<String, (ActionSpec, Arc<dyn DynHandler>)>,
+}
+
+impl Handlers {
+    /// None yet.
+    #[must_use]
+    pub fn new() -> Self {
+        Self::default()
+    }
+
+    /// Adds a handler; it takes the place of an earlier one for the same action.
+    #[must_use]
+    pub fn add(mut self, handler: impl DynHandler) -> Self {
+        let spec = handler.spec();
+        self.by_action.insert(spec.name.clone(), (spec, Arc::new(handler)));
+        self
+    }
+
+    /// The handler of this action.
+    #[must_use]
+    pub fn get(&self, action: &str) -> Option<(&ActionSpec, &Arc<dyn DynHandler>)> {
+        self.by_action.get(action).map(|(spec, handler)| (spec, handler))
+    }
+
+    /// What the actions declare, by name.
+    pub fn specs(&self) -> impl Iterator<Item = &ActionSpec> {
+        self.by_action.values().map(|(spec, _)| spec)
+    }
+}

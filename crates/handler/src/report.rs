@@ -1,0 +1,126 @@
+//! What a running attempt reports, on its way to the log.
+
+use std::collections::VecDeque;
+
+use bytes::Bytes;
+use parking_lot::Mutex;
+use tokio::sync::Notify;
+
+use crate::HandlerError;
+
+/// Reports that wait at most; a handler that is faster than the log waits.
+const MAX_REPORTS: usize = 1024;
+/// Bytes of reports that wait at most.
+const MAX_BYTES: usize = 4 * 1024 * 1024;
+
+/// One thing that an attempt reports.
+#[derive(Clone, Debug, PartialEq)]
+pub enum Report {
+    /// How far it is.
+    Progress {
+        /// 0 to 100.
+        percentage: Option<f64>,
+        /// For people.
+        message: String,
+        /// JSON.
+        metadata: Option<Bytes>,
+    },
+    /// The next chunk of its output.
+    Output {
+        /// IANA media type.
+        content_type: String,
+        /// The chunk.
+        data: Bytes,
+    },
+    /// What the next attempt may begin from.
+    Checkpoint(Bytes),
+}
+
+impl Report {
+    fn bytes(&self) -> usize {
+        const OVERHEAD: usize = 64;
+        OVERHEAD
+            + match self {
+                Self::Progress { message, metadata, .. } => {
+                    message.len() + metadata.as_ref().map_or(0, Bytes::len)
+                }
+                Self::Output { content_type, data } => content_type.len() + data.len(),
+                Self::Checkpoint(data) => data.len(),
+            }
+    }
+}
+
+/// Reports between a handler and the log: in order, bounded, taken in batches.
+#[derive(Debug, Default)]
+pub struct ReportQueue {
+    state: Mutex<State>,
+    filled: Notify,
+    emptied: Notify,
+}
+
+#[derive(Debug, Default)]
+struct State {
+    reports: VecDeque<Report>,
+    bytes: usize,
+    closed: bool,
+}
+
+impl ReportQueue {
+    /// Adds a report; waits while the queue is full.
+    ///
+    /// # Errors
+    /// When the attempt has been taken from this handler: nothing it reports counts any more.
+    pub async fn push(&self, report: Report) -> Result<(), HandlerError> {
+        let bytes = report.bytes();
+        let mut report = Some(report);
+        loop {
+            // Registered before looking, so that no wake-up is missed.
+            let emptied = self.emptied.notified();
+            {
+                let mut state = self.state.lock();
+                if state.closed {
+                    return Err(HandlerError::cancelled());
+                }
+                let room = state.reports.len() < MAX_REPORTS
+                    && (state.bytes + bytes <= MAX_BYTES || state.reports.is_empty());
+                if room && let Some(report) = report.take() {
+                    state.reports.push_back(report);
+                    state.bytes += bytes;
+                }
+            }
+            if report.is_none() {
+                self.filled.notify_one();
+                return Ok(());
+            }
+            emptied.await;
+        }
+    }
+
+    /// Takes everything that waits.
+    #[must_use]
+    pub fn take(&self) -> VecDeque<Report> {
+        let taken = {
+            let mut state = self.state.lock();
+            state.bytes = 0;
+            std::mem::take(&mut state.reports)
+        };
+        if !taken.is_empty() {
+            self.emptied.notify_waiters();
+        }
+        taken
+    }
+
+    /// Returns once there may be something to take.
+    pub async fn filled(&self) {
+        let filled = self.filled.notified();
+        if self.state.lock().reports.is_empty() {
+            filled.await;
+        }
+    }
+
+    /// Refuses everything from now on.
+    pub fn close(&self) {
+        self.state.lock().closed = true;
+        self.emptied.notify_waiters();
+    }
+}

@@ -1,0 +1,181 @@
+//! Records of the store as messages of the schema.
+
+use streamer_core::{ErrorCode, RequestError, RequestState, Timestamp};
+use streamer_proto::{common::v1 as proto, timestamp};
+use streamer_store::RequestRecord;
+
+use crate::payload::{json_payload, payload_bytes};
+
+/// A state as the schema writes it.
+#[must_use]
+pub fn state_to_proto(state: RequestState) -> proto::RequestState {
+    match state {
+        RequestState::Queued => proto::RequestState::Queued,
+        RequestState::Running => proto::RequestState::Running,
+        RequestState::Succeeded => proto::RequestState::Succeeded,
+        RequestState::Failed => proto::RequestState::Failed,
+        RequestState::Cancelled => proto::RequestState::Cancelled,
+    }
+}
+
+/// A state from the schema; `None` for one that is not there.
+#[must_use]
+pub fn state_from_proto(state: i32) -> Option<RequestState> {
+    match proto::RequestState::try_from(state).ok()? {
+        proto::RequestState::Unspecified => None,
+        proto::RequestState::Queued => Some(RequestState::Queued),
+        proto::RequestState::Running => Some(RequestState::Running),
+        proto::RequestState::Succeeded => Some(RequestState::Succeeded),
+        proto::RequestState::Failed => Some(RequestState::Failed),
+        proto::RequestState::Cancelled => Some(RequestState::Cancelled),
+    }
+}
+
+/// A failure as the schema writes it.
+#[must_use]
+pub fn error_to_proto(error: &RequestError) -> proto::Error {
+    proto::Error {
+        code: code_to_proto(error.code).into(),
+        message: error.message.clone(),
+        retryable: error.retryable,
+        details: error.details.clone().map(json_payload),
+    }
+}
+
+/// A failure from the schema.
+#[must_use]
+pub fn error_from_proto(error: &proto::Error) -> RequestError {
+    let details = error.details.as_ref().map(|details| {
+        String::from_utf8_lossy(&payload_bytes(Some(details))).into_owned()
+    });
+    RequestError {
+        code: code_from_proto(error.code()),
+        message: error.message.clone(),
+        retryable: error.retryable,
+        details,
+    }
+}
+
+/// A record as the schema writes it, without payload and result.
+#[must_use]
+pub fn request_to_proto(record: &RequestRecord) -> proto::Request {
+    let time = |moment: Timestamp| timestamp(moment.as_millis());
+    let error = match (&record.error, record.state, &record.cancel_reason) {
+        (Some(error), ..) => Some(error.clone()),
+        (None, RequestState::Cancelled, reason) => {
+            let reason = reason.clone().unwrap_or_default();
+            Some(error_to_proto(&RequestError::new(ErrorCode::Cancelled, reason)))
+        }
+        _ => None,
+    };
+    proto::Request {
+        uid: record.uid.to_string(),
+        request_id: record.request_id(),
+        tenant_id: record.owner.tenant.clone(),
+        user_id: record.owner.user.clone(),
+        action: record.action.clone(),
+        state: state_to_proto(record.state).into(),
+        attempt: i32::try_from(record.attempt).unwrap_or(i32::MAX),
+        last_seq: record.last_seq,
+        create_time: Some(time(record.create_time)),
+        start_time: record.start_time.map(time),
+        finish_time: record.finish_time.map(time),
+        not_before: (record.not_before > record.create_time).then(|| time(record.not_before)),
+        deadline: record.deadline.map(time),
+        priority: record.priority,
+        progress: record.progress.clone(),
+        metadata: record.metadata.clone().map(json_payload),
+        cancel_requested: record.cancel_reason.is_some() && !record.state.is_terminal(),
+        payload: None,
+        result: None,
+        error,
+        output: record.output.clone(),
+        redrive_of: record.redrive_of.map(|uid| uid.to_string()).unwrap_or_default(),
+    }
+}
+
+fn code_to_proto(code: ErrorCode) -> proto::ErrorCode {
+    match code {
+        ErrorCode::ValidationError => proto::ErrorCode::ValidationError,
+        ErrorCode::InvalidAction => proto::ErrorCode::InvalidAction,
+        ErrorCode::Unauthorized => proto::ErrorCode::Unauthorized,
+        ErrorCode::Forbidden => proto::ErrorCode::Forbidden,
+        ErrorCode::NotFound => proto::ErrorCode::NotFound,
+        ErrorCode::Conflict => proto::ErrorCode::Conflict,
+        ErrorCode::RateLimited => proto::ErrorCode::RateLimited,
+        ErrorCode::Timeout => proto::ErrorCode::Timeout,
+        ErrorCode::Cancelled => proto::ErrorCode::Cancelled,
+        ErrorCode::ProcessingFailed => proto::ErrorCode::ProcessingFailed,
+        ErrorCode::Unavailable => proto::ErrorCode::Unavailable,
+        ErrorCode::InternalError => proto::ErrorCode::InternalError,
+    }
+}
+
+fn code_from_proto(code: proto::ErrorCode) -> ErrorCode {
+    match code {
+        proto::ErrorCode::ValidationError => ErrorCode::ValidationError,
+        proto::ErrorCode::InvalidAction => ErrorCode::InvalidAction,
+        proto::ErrorCode::Unauthorized => ErrorCode::Unauthorized,
+        proto::ErrorCode::Forbidden => ErrorCode::Forbidden,
+        proto::ErrorCode::NotFound => ErrorCode::NotFound,
+        proto::ErrorCode::Conflict => ErrorCode::Conflict,
+        proto::ErrorCode::RateLimited => ErrorCode::RateLimited,
+        proto::ErrorCode::Timeout => ErrorCode::Timeout,
+        proto::ErrorCode::Cancelled => ErrorCode::Cancelled,
+        proto::ErrorCode::ProcessingFailed => ErrorCode::ProcessingFailed,
+        proto::ErrorCode::Unavailable => ErrorCode::Unavailable,
+        proto::ErrorCode::Unspecified | proto::ErrorCode::InternalError => ErrorCode::InternalError,
+    }
+}
+
+/// Brings a request up to date with the next event of its log.
+pub fn apply_event(request: &mut proto::Request, event: &proto::Event) {
+    use proto::event::Kind;
+    if event.seq <= request.last_seq {
+        return;
+    }
+    request.last_seq = event.seq;
+    request.attempt = event.attempt;
+    let end = |request: &mut proto::Request, state: RequestState| {
+        request.state = state_to_proto(state).into();
+        request.finish_time = event.time;
+        request.cancel_requested = false;
+    };
+    match &event.kind {
+        Some(Kind::Accepted(_)) => request.state = state_to_proto(RequestState::Queued).into(),
+        Some(Kind::Started(_)) => {
+            request.state = state_to_proto(RequestState::Running).into();
+            request.start_time = event.time;
+            request.progress = None;
+        }
+        Some(Kind::Progress(progress)) => request.progress = Some(progress.clone()),
+        Some(Kind::Output(_)) | None => {}
+        Some(Kind::Retrying(retrying)) => {
+            request.state = state_to_proto(RequestState::Queued).into();
+            request.not_before = retrying.retry_at;
+            request.progress = None;
+        }
+        Some(Kind::Succeeded(succeeded)) => {
+            end(request, RequestState::Succeeded);
+            request.output = succeeded.output.clone();
+        }
+        Some(Kind::Failed(failed)) => {
+            end(request, RequestState::Failed);
+            request.output = failed.output.clone();
+            request.error = failed.error.clone();
+        }
+        Some(Kind::Cancelled(cancelled)) => {
+            end(request, RequestState::Cancelled);
+            request.output = cancelled.output.clone();
+            let error = RequestError::new(ErrorCode::Cancelled, cancelled.reason.clone());
+            request.error = Some(error_to_proto(&error));
+        }
+    }
+}
+
+/// Whether nothing follows this event.
+#[must_use]
+pub fn is_terminal(event: &proto::Event) -> bool {
+    use proto::event::Kind;
+    matches!(event.kind, Some(Kind::Succeeded(_) | Kind::Failed(_) | Kind::Cancelled(_)))
+}

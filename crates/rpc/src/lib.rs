@@ -1,0 +1,19 @@
+//! What every gRPC server and client of Streamer shares: status mapping, payload conversion,
+//! channels. Used by all services; holds no state.
+
+mod channel;
+mod convert;
+mod payload;
+mod status;
+
+pub use channel::{Channel, local};
+pub use convert::{
+    apply_event, error_from_proto, error_to_proto, is_terminal, request_to_proto, state_from_proto,
+    state_to_proto,
+};
+pub use payload::{
+    JSON, empty_object, encode_event, encode_payload, json_payload, payload_bytes, payload_into_parts,
+};
+pub use status::{
+    not_found, request_error, status, store_status, validation_status, violations_details,
+};

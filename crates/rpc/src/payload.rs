@@ -1,0 +1,155 @@
+//! Payloads: opaque bytes inside, protobuf JSON for people at the edges.
+
+use bytes::Bytes;
+use prost_types::{Struct, Value, value::Kind};
+use serde_json::{Map, Number};
+use streamer_proto::common::v1::{
+    Event, Payload, PayloadEncoding, event, payload::Body,
+};
+
+/// Content type of a payload that names none.
+pub const JSON: &str = "application/json";
+
+/// The payload of a caller that sends none.
+#[must_use]
+pub fn empty_object() -> Bytes {
+    Bytes::from_static(b"{}")
+}
+
+/// A JSON payload.
+#[must_use]
+pub fn json_payload(data: impl Into<Bytes>) -> Payload {
+    Payload { content_type: JSON.to_owned(), body: Some(Body::Data(data.into())) }
+}
+
+/// Content type and bytes of what came in.
+#[must_use]
+pub fn payload_into_parts(payload: Option<Payload>) -> (String, Bytes) {
+    let Some(payload) = payload else { return (JSON.to_owned(), empty_object()) };
+    let content_type =
+        if payload.content_type.is_empty() { JSON.to_owned() } else { payload.content_type };
+    let data = match payload.body {
+        None => empty_object(),
+        Some(Body::Data(data)) => data,
+        Some(Body::Json(value)) => to_json(&value).to_string().into(),
+    };
+    (content_type, data)
+}
+
+/// The bytes of a payload that services of ours made, which always holds bytes.
+#[must_use]
+pub fn payload_bytes(payload: Option<&Payload>) -> Bytes {
+    match payload.and_then(|payload| payload.body.as_ref()) {
+        Some(Body::Data(data)) => data.clone(),
+        Some(Body::Json(value)) => to_json(value).to_string().into(),
+        None => empty_object(),
+    }
+}
+
+/// Turns a payload into what the caller asked for.
+pub fn encode_payload(payload: &mut Payload, encoding: PayloadEncoding) {
+    if encoding != PayloadEncoding::JsonValue {
+        return;
+    }
+    if let Some(Body::Data(data)) = &payload.body
+        && let Ok(value) = serde_json::from_slice::<serde_json::Value>(data)
+    {
+        payload.body = Some(Body::Json(from_json(value)));
+    }
+}
+
+/// Turns the payloads of an event into what the caller asked for.
+pub fn encode_event(event: &mut Event, encoding: PayloadEncoding) {
+    use event::Kind;
+    let payload = match &mut event.kind {
+        Some(Kind::Progress(progress)) => progress.metadata.as_mut(),
+        Some(Kind::Output(output)) => output.data.as_mut(),
+        Some(Kind::Succeeded(succeeded)) => succeeded.result.as_mut(),
+        Some(Kind::Failed(failed)) => {
+            failed.error.as_mut().and_then(|error| error.details.as_mut())
+        }
+        Some(Kind::Retrying(retrying)) => {
+            retrying.error.as_mut().and_then(|error| error.details.as_mut())
+        }
+        Some(Kind::Accepted(_) | Kind::Started(_) | Kind::Cancelled(_)) | None => None,
+    };
+    if let Some(payload) = payload {
+        encode_payload(payload, encoding);
+    }
+}
+
+fn to_json(value: &Value) -> serde_json::Value {
+    match &value.kind {
+        None | Some(Kind::NullValue(_)) => serde_json::Value::Null,
+        Some(Kind::BoolValue(value)) => (*value).into(),
+        Some(Kind::NumberValue(number)) => json_number(*number),
+        Some(Kind::StringValue(text)) => text.clone().into(),
+        Some(Kind::ListValue(list)) => list.values.iter().map(to_json).collect(),
+        Some(Kind::StructValue(object)) => {
+            let members = object.fields.iter().map(|(name, value)| (name.clone(), to_json(value)));
+            serde_json::Value::Object(members.collect())
+        }
+    }
+}
+
+/// Whole numbers that a double holds exactly are written without a fraction.
+fn json_number(number: f64) -> serde_json::Value {
+    const EXACT: f64 = 9_007_199_254_740_992.0;
+    if number.fract() == 0.0 && number.abs() <= EXACT {
+        #[expect(clippy::cast_possible_truncation, reason = "within the exact range")]
+        return (number as i64).into();
+    }
+    Number::from_f64(number).map_or(serde_json::Value::Null, serde_json::Value::Number)
+}
+
+fn from_json(value: serde_json::Value) -> Value {
+    let kind = match value {
+        serde_json::Value::Null => Kind::NullValue(0),
+        serde_json::Value::Bool(value) => Kind::BoolValue(value),
+        serde_json::Value::Number(number) => Kind::NumberValue(number.as_f64().unwrap_or(f64::NAN)),
+        serde_json::Value::String(text) => Kind::StringValue(text),
+        serde_json::Value::Array(values) => Kind::ListValue(prost_types::ListValue {
+            values: values.into_iter().map(from_json).collect(),
+        }),
+        serde_json::Value::Object(members) => Kind::StructValue(to_struct(members)),
+    };
+    Value { kind: Some(kind) }
+}
+
+fn to_struct(members: Map<String, serde_json::Value>) -> Struct {
+    Struct { fields: members.into_iter().map(|(name, value)| (name, from_json(value))).collect() }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn typed_json_becomes_json_bytes_and_back() {
+        let json = serde_json::json!({"a": [1, 2.5, null, true], "b": {"c": "é😀"}, "n": -3});
+        let payload = Payload {
+            content_type: String::new(),
+            body: Some(Body::Json(from_json(json.clone()))),
+        };
+        let (content_type, data) = payload_into_parts(Some(payload));
+        assert_eq!(content_type, JSON);
+        assert_eq!(serde_json::from_slice::<serde_json::Value>(&data).unwrap(), json);
+        let mut back = json_payload(data);
+        encode_payload(&mut back, PayloadEncoding::JsonValue);
+        let Some(Body::Json(value)) = back.body else { panic!("not typed JSON") };
+        assert_eq!(to_json(&value), json);
+    }
+
+    #[test]
+    fn absent_means_an_empty_object() {
+        assert_eq!(payload_into_parts(None), (JSON.to_owned(), empty_object()));
+        assert_eq!(payload_into_parts(Some(Payload::default())).1, empty_object());
+    }
+
+    #[test]
+    fn what_is_not_json_stays_bytes() {
+        let mut payload = json_payload("\u{0}not json");
+        encode_payload(&mut payload, PayloadEncoding::JsonValue);
+        assert!(matches!(payload.body, Some(Body::Data(_))));
+    }
+}

@@ -1,0 +1,334 @@
+//! What goes into the store and comes out of it.
+
+use bytes::Bytes;
+use streamer_core::{RequestState, Timestamp, Uid};
+use streamer_proto::common::v1::{Error, Event, OutputSummary, Progress};
+
+/// The scope of an idempotency key, and who may see a request.
+#[derive(Clone, Debug, PartialEq, Eq, Hash)]
+pub struct Owner {
+    /// The tenant.
+    pub tenant: String,
+    /// The user.
+    pub user: String,
+}
+
+/// Opaque bytes and what they are.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct StoredPayload {
+    /// IANA media type.
+    pub content_type: String,
+    /// The bytes.
+    pub data: Bytes,
+}
+
+/// A request to be stored.
+#[derive(Clone, Debug)]
+pub struct NewRequest {
+    /// Its id.
+    pub uid: Uid,
+    /// The caller's own id for it, which makes the submission idempotent.
+    pub client_id: Option<String>,
+    /// Whose it is.
+    pub owner: Owner,
+    /// What is asked for.
+    pub action: String,
+    /// Its input.
+    pub payload: StoredPayload,
+    /// A JSON object kept with it.
+    pub metadata: Option<Bytes>,
+    /// 0 to 9.
+    pub priority: i32,
+    /// Now.
+    pub create_time: Timestamp,
+    /// It is due from then on.
+    pub not_before: Timestamp,
+    /// It must have started by then.
+    pub deadline: Option<Timestamp>,
+    /// The request it repeats.
+    pub redrive_of: Option<Uid>,
+    /// W3C `traceparent` of the submission.
+    pub trace_parent: Option<String>,
+    /// Hash of action and payload: what the same `client_id` must stand for.
+    pub fingerprint: [u8; 32],
+}
+
+/// What became of a submission.
+#[derive(Clone, Debug)]
+pub enum CreateOutcome {
+    /// It is stored, with this first event.
+    Created(Box<RequestRecord>, Box<Event>),
+    /// The same was submitted before.
+    Existing(Box<RequestRecord>),
+    /// The `client_id` stands for something else.
+    Conflict(Box<RequestRecord>),
+}
+
+/// A stored request, without payload and result.
+#[derive(Clone, Debug, PartialEq)]
+pub struct RequestRecord {
+    /// Its id.
+    pub uid: Uid,
+    /// The caller's own id for it.
+    pub client_id: Option<String>,
+    /// Whose it is.
+    pub owner: Owner,
+    /// What was asked for.
+    pub action: String,
+    /// Where it stands.
+    pub state: RequestState,
+    /// The latest attempt, from 1; 0 before the first.
+    pub attempt: u32,
+    /// `seq` of its latest event.
+    pub last_seq: i64,
+    /// `seq` of the `started` event of the latest attempt; 0 before the first.
+    pub attempt_seq: i64,
+    /// 0 to 9.
+    pub priority: i32,
+    /// When it was stored.
+    pub create_time: Timestamp,
+    /// When its latest attempt began.
+    pub start_time: Option<Timestamp>,
+    /// When it ended.
+    pub finish_time: Option<Timestamp>,
+    /// It is due from then on.
+    pub not_before: Timestamp,
+    /// It must have started by then.
+    pub deadline: Option<Timestamp>,
+    /// Latest progress of the latest attempt.
+    pub progress: Option<Progress>,
+    /// A JSON object kept with it.
+    pub metadata: Option<Bytes>,
+    /// Why cancellation was asked for, when it was.
+    pub cancel_reason: Option<String>,
+    /// Why it ended, when not well.
+    pub error: Option<Error>,
+    /// Proof of its output, once it ended.
+    pub output: Option<OutputSummary>,
+    /// The request it repeats.
+    pub redrive_of: Option<Uid>,
+    /// W3C `traceparent` of the submission.
+    pub trace_parent: Option<String>,
+}
+
+impl RequestRecord {
+    /// The id by which its owner knows it.
+    #[must_use]
+    pub fn request_id(&self) -> String {
+        self.client_id.clone().unwrap_or_else(|| self.uid.to_string())
+    }
+}
+
+/// Asks for the right to run the next attempt.
+#[derive(Clone, Debug)]
+pub struct Claim {
+    /// Of this request.
+    pub uid: Uid,
+    /// Who asks: one run of one processor.
+    pub holder: String,
+    /// Now.
+    pub now: Timestamp,
+    /// The right lasts until then, unless renewed.
+    pub lease_until: Timestamp,
+}
+
+/// What became of a claim.
+#[derive(Clone, Debug)]
+pub enum ClaimOutcome {
+    /// The attempt is the caller's.
+    Claimed(Box<Claimed>),
+    /// Its deadline passed before it was started; it is still queued.
+    DeadlinePassed(Box<RequestRecord>),
+    /// It is not there, not queued or not due.
+    NotClaimable,
+}
+
+/// An attempt to run.
+#[derive(Clone, Debug)]
+pub struct Claimed {
+    /// The request, running.
+    pub record: RequestRecord,
+    /// Its input.
+    pub payload: StoredPayload,
+    /// What an earlier attempt left.
+    pub checkpoint: Option<Bytes>,
+    /// The stored `started` event.
+    pub started: Event,
+}
+
+/// In which capacity somebody appends to a log.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Writer {
+    /// As the holder of this attempt: the request must be running it.
+    Attempt(u32),
+    /// On behalf of a request that waits: it must be queued, after this attempt.
+    Queued(u32),
+    /// Over the head of a holder that is gone: it must be running this attempt, with a lease that
+    /// ended by `now`.
+    ExpiredLease(u32),
+}
+
+/// Appends events, and moves the request to the state that the last of them tells.
+#[derive(Clone, Debug)]
+pub struct Append {
+    /// To the log of this request.
+    pub uid: Uid,
+    /// By whom.
+    pub writer: Writer,
+    /// Contiguous and numbered; `retrying` and terminal ones only at the end.
+    pub events: Vec<Event>,
+    /// New checkpoint.
+    pub checkpoint: Option<Bytes>,
+    /// With `retrying`: when the next attempt is due.
+    pub retry_at: Option<Timestamp>,
+    /// Now.
+    pub now: Timestamp,
+}
+
+/// What became of an append.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum Appended {
+    /// The events are stored, by this call or by an earlier one like it.
+    Applied {
+        /// Cancellation has been asked for.
+        cancel_requested: bool,
+    },
+    /// The writer has no right to write (any more), or the events do not follow the log.
+    Fenced {
+        /// Where the request stands.
+        state: RequestState,
+        /// Its current attempt.
+        attempt: u32,
+        /// `seq` of its latest event.
+        last_seq: i64,
+    },
+    /// There is no such request.
+    NotFound,
+}
+
+/// What became of a cancellation.
+#[derive(Clone, Debug)]
+pub enum CancelOutcome {
+    /// It was queued and is cancelled, with this event.
+    Cancelled(Box<RequestRecord>, Box<Event>),
+    /// It is running; its holder has to notice.
+    Requested(Box<RequestRecord>),
+    /// It had ended.
+    Ended(Box<RequestRecord>),
+    /// There is no such request.
+    NotFound,
+}
+
+/// What became of a deletion.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum DeleteOutcome {
+    /// It is gone, or was not there.
+    Deleted,
+    /// It has not ended.
+    NotEnded,
+}
+
+/// A request that waits and may start.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct DueRequest {
+    /// Its id.
+    pub uid: Uid,
+    /// What was asked for.
+    pub action: String,
+    /// By which tenant.
+    pub tenant: String,
+    /// 0 to 9.
+    pub priority: i32,
+    /// Since when it is due.
+    pub not_before: Timestamp,
+}
+
+/// The right to run an attempt.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub struct Lease {
+    /// Of this request.
+    pub uid: Uid,
+    /// This attempt.
+    pub attempt: u32,
+}
+
+/// What became of a renewal.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Renewed {
+    /// Of this lease.
+    pub lease: Lease,
+    /// Whether it is still held.
+    pub held: bool,
+    /// Whether cancellation has been asked for.
+    pub cancel_requested: bool,
+}
+
+/// Asks for a page of requests, newest first.
+#[derive(Clone, Debug)]
+pub struct ListRequests {
+    /// Of this tenant.
+    pub tenant: String,
+    /// Of this user only.
+    pub user: Option<String>,
+    /// In these states; empty for all.
+    pub states: Vec<RequestState>,
+    /// For this action only.
+    pub action: Option<String>,
+    /// Older than this.
+    pub before: Option<Uid>,
+    /// At most so many.
+    pub limit: usize,
+}
+
+/// A page of requests.
+#[derive(Clone, Debug)]
+pub struct RequestPage {
+    /// Newest first.
+    pub requests: Vec<RequestRecord>,
+    /// Where the next page begins.
+    pub next: Option<Uid>,
+}
+
+/// A page of a log.
+#[derive(Clone, Debug)]
+pub struct EventPage {
+    /// In order, contiguous.
+    pub events: Vec<Event>,
+    /// Whether there are more.
+    pub more: bool,
+}
+
+/// A live connection.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct ConnectionRecord {
+    /// Its id.
+    pub id: Uid,
+    /// Whose it is.
+    pub owner: Owner,
+    /// The gateway that holds it.
+    pub gateway: String,
+    /// Address of the peer.
+    pub remote_address: String,
+    /// What it calls itself.
+    pub user_agent: String,
+    /// When it opened.
+    pub connect_time: Timestamp,
+}
+
+/// A page of connections.
+#[derive(Clone, Debug)]
+pub struct ConnectionPage {
+    /// Oldest first.
+    pub connections: Vec<ConnectionRecord>,
+    /// Where the next page begins.
+    pub next: Option<Uid>,
+}
+
+/// How the queue stands.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct QueueStats {
+    /// Requests that wait.
+    pub queued: u64,
+    /// When the one that has been due longest became due.
+    pub oldest_due: Option<Timestamp>,
+}

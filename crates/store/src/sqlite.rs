@@ -1,0 +1,277 @@
+//! The embedded engine: SQLite in write-ahead-log mode, `synchronous=FULL`.
+//!
+//! One thread writes. It takes every operation that waits, applies them in one transaction and
+//! answers them all after the one fsync of its commit: group commit. Reads have connections of
+//! their own and see the last commit.
+
+mod connections;
+mod requests;
+mod row;
+mod schema;
+mod writer;
+
+use std::{
+    fs::{self, File, TryLockError},
+    io,
+    path::Path,
+};
+
+use async_trait::async_trait;
+use parking_lot::Mutex;
+use rusqlite::Connection;
+use streamer_core::{Timestamp, Uid};
+
+use crate::{
+    Append, Appended, CancelOutcome, Claim, ClaimOutcome, ConnectionPage, ConnectionRecord,
+    CreateOutcome, DeleteOutcome, DueRequest, EventPage, Lease, ListRequests, NewRequest, Owner,
+    QueueStats, Renewed, RequestPage, RequestRecord, Store, StoreError, StoredPayload,
+};
+use writer::WriterThread;
+
+/// Readers beyond this wait for one to be free.
+const MAX_READERS: usize = 4;
+
+/// SQLite in a folder of its own.
+pub struct SqliteStore {
+    writer: WriterThread,
+    readers: std::sync::Arc<Readers>,
+    /// Held as long as the store is open; the operating system lets go of it when the process dies.
+    _lock: File,
+}
+
+struct Readers {
+    idle: Mutex<Vec<Connection>>,
+    permits: tokio::sync::Semaphore,
+    path: std::path::PathBuf,
+}
+
+impl SqliteStore {
+    /// Opens the store in `data`, making what is not there.
+    ///
+    /// # Errors
+    /// As [`crate::open`].
+    pub fn open(data: &Path) -> Result<Self, StoreError> {
+        let doing = "opening the data folder";
+        let lock = make_folder(data)
+            .and_then(|()| File::create(data.join("lock")))
+            .map_err(|error| io_error(doing, data, &error))?;
+        match lock.try_lock() {
+            Ok(()) => {}
+            Err(TryLockError::WouldBlock) => {
+                return Err(StoreError::Locked { path: data.display().to_string() });
+            }
+            Err(TryLockError::Error(error)) => return Err(io_error(doing, data, &error)),
+        }
+        let path = data.join("streamer.db");
+        let connection =
+            schema::open_for_writing(&path).map_err(|error| sqlite_error("opening", &error))?;
+        schema::migrate(&connection)?;
+        schema::forget_previous_process(&connection)
+            .map_err(|error| sqlite_error("opening", &error))?;
+        let readers = Readers {
+            idle: Mutex::new(Vec::new()),
+            permits: tokio::sync::Semaphore::new(MAX_READERS),
+            path,
+        };
+        Ok(Self {
+            writer: WriterThread::start(connection)?,
+            readers: std::sync::Arc::new(readers),
+            _lock: lock,
+        })
+    }
+
+    async fn read<T: Send + 'static>(
+        &self,
+        doing: &'static str,
+        query: impl FnOnce(&Connection) -> rusqlite::Result<T> + Send + 'static,
+    ) -> Result<T, StoreError> {
+        let unavailable =
+            |reason: &str| StoreError::Unavailable { doing, reason: reason.to_owned() };
+        let _permit =
+            self.readers.permits.acquire().await.map_err(|_| unavailable("it is closed"))?;
+        let readers = self.readers.clone();
+        let answer = tokio::task::spawn_blocking(move || {
+            let idle = readers.idle.lock().pop();
+            let connection = match idle {
+                Some(connection) => connection,
+                None => schema::open_for_reading(&readers.path)?,
+            };
+            let answer = query(&connection);
+            readers.idle.lock().push(connection);
+            answer
+        });
+        match answer.await {
+            Ok(answer) => answer.map_err(|error| sqlite_error(doing, &error)),
+            Err(_) => Err(unavailable("the reader was stopped")),
+        }
+    }
+}
+
+fn make_folder(data: &Path) -> io::Result<()> {
+    if data.is_dir() {
+        return Ok(());
+    }
+    fs::create_dir_all(data)?;
+    // The folder's own entry must survive a crash too.
+    let parent = match data.parent() {
+        Some(parent) if !parent.as_os_str().is_empty() => parent,
+        _ => Path::new("."),
+    };
+    File::open(parent)?.sync_all()
+}
+
+fn io_error(doing: &'static str, path: &Path, error: &io::Error) -> StoreError {
+    StoreError::Unavailable { doing, reason: format!("{}: {error}", path.display()) }
+}
+
+fn sqlite_error(doing: &'static str, error: &rusqlite::Error) -> StoreError {
+    use rusqlite::ErrorCode;
+    let reason = error.to_string();
+    let corrupt = match error {
+        rusqlite::Error::SqliteFailure(failure, _) => {
+            matches!(failure.code, ErrorCode::DatabaseCorrupt | ErrorCode::NotADatabase)
+        }
+        rusqlite::Error::FromSqlConversionFailure(..) | rusqlite::Error::InvalidColumnType(..) => {
+            true
+        }
+        _ => false,
+    };
+    if corrupt {
+        StoreError::Corrupt { doing, reason }
+    } else {
+        StoreError::Unavailable { doing, reason }
+    }
+}
+
+#[async_trait]
+impl Store for SqliteStore {
+    async fn create_request(&self, new: NewRequest) -> Result<CreateOutcome, StoreError> {
+        self.writer.run("creating a request", move |db| requests::create(db, &new)).await
+    }
+
+    async fn get_request(&self, uid: Uid) -> Result<Option<RequestRecord>, StoreError> {
+        self.read("reading a request", move |db| requests::get(db, uid)).await
+    }
+
+    async fn find_request(
+        &self,
+        owner: Owner,
+        client_id: String,
+    ) -> Result<Option<RequestRecord>, StoreError> {
+        self.read("finding a request", move |db| requests::find(db, &owner, &client_id)).await
+    }
+
+    async fn list_requests(&self, query: ListRequests) -> Result<RequestPage, StoreError> {
+        self.read("listing requests", move |db| requests::list(db, &query)).await
+    }
+
+    async fn read_payload(&self, uid: Uid) -> Result<Option<StoredPayload>, StoreError> {
+        self.read("reading a payload", move |db| requests::payload(db, uid)).await
+    }
+
+    async fn delete_request(&self, uid: Uid) -> Result<DeleteOutcome, StoreError> {
+        self.writer.run("deleting a request", move |db| requests::delete(db, uid)).await
+    }
+
+    async fn claim(&self, claim: Claim) -> Result<ClaimOutcome, StoreError> {
+        self.writer.run("claiming a request", move |db| requests::claim(db, &claim)).await
+    }
+
+    async fn append(&self, append: Append) -> Result<Appended, StoreError> {
+        self.writer.run("appending events", move |db| requests::append(db, &append)).await
+    }
+
+    async fn cancel(
+        &self,
+        uid: Uid,
+        reason: String,
+        now: Timestamp,
+    ) -> Result<CancelOutcome, StoreError> {
+        self.writer
+            .run("cancelling a request", move |db| requests::cancel(db, uid, &reason, now))
+            .await
+    }
+
+    async fn renew_leases(
+        &self,
+        holder: String,
+        leases: Vec<Lease>,
+        until: Timestamp,
+    ) -> Result<Vec<Renewed>, StoreError> {
+        self.writer
+            .run("renewing leases", move |db| requests::renew(db, &holder, &leases, until))
+            .await
+    }
+
+    async fn expired_leases(
+        &self,
+        now: Timestamp,
+        limit: usize,
+    ) -> Result<Vec<RequestRecord>, StoreError> {
+        self.read("looking for expired leases", move |db| requests::expired(db, now, limit)).await
+    }
+
+    async fn due_requests(
+        &self,
+        actions: Vec<String>,
+        now: Timestamp,
+        limit: usize,
+    ) -> Result<Vec<DueRequest>, StoreError> {
+        self.read("reading the queue", move |db| requests::due(db, &actions, now, limit)).await
+    }
+
+    async fn next_due(&self, now: Timestamp) -> Result<Option<Timestamp>, StoreError> {
+        self.read("reading the queue", move |db| requests::next_due(db, now)).await
+    }
+
+    async fn queue_stats(&self, now: Timestamp) -> Result<QueueStats, StoreError> {
+        self.read("measuring the queue", move |db| requests::queue_stats(db, now)).await
+    }
+
+    async fn read_events(
+        &self,
+        uid: Uid,
+        after_seq: i64,
+        max_events: usize,
+        max_bytes: usize,
+    ) -> Result<EventPage, StoreError> {
+        self.read("reading events", move |db| {
+            requests::events(db, uid, after_seq, max_events, max_bytes)
+        })
+        .await
+    }
+
+    async fn update_connections(
+        &self,
+        opened: Vec<ConnectionRecord>,
+        closed: Vec<Uid>,
+    ) -> Result<(), StoreError> {
+        self.writer
+            .run("noting connections", move |db| connections::update(db, &opened, &closed))
+            .await
+    }
+
+    async fn renew_gateway(&self, gateway: String, until: Timestamp) -> Result<(), StoreError> {
+        self.writer
+            .run("renewing a gateway", move |db| connections::renew_gateway(db, &gateway, until))
+            .await
+    }
+
+    async fn list_connections(
+        &self,
+        tenant: String,
+        user: Option<String>,
+        after: Option<Uid>,
+        limit: usize,
+        now: Timestamp,
+    ) -> Result<ConnectionPage, StoreError> {
+        self.read("listing connections", move |db| {
+            connections::list(db, &tenant, user.as_deref(), after, limit, now)
+        })
+        .await
+    }
+
+    async fn check(&self) -> Result<(), StoreError> {
+        self.writer.run("checking the store", |db| schema::touch(db)).await
+    }
+}

@@ -1,0 +1,393 @@
+//! Requests and their logs: every change of state, each as one read and the writes it allows.
+
+mod read;
+
+use bytes::Bytes;
+use prost::Message;
+use rusqlite::{Connection, OptionalExtension, params};
+use streamer_core::{OutputDigest, RequestState, Timestamp, Uid};
+use streamer_proto::common::v1::{
+    Accepted, Cancelled, Event, OutputSummary, Started, event::Kind,
+};
+
+use super::row;
+use crate::{
+    Append, Appended, CancelOutcome, Claim, ClaimOutcome, Claimed, CreateOutcome, DeleteOutcome,
+    Lease, NewRequest, Renewed, RequestRecord, StoredPayload, Writer,
+};
+pub(super) use read::{
+    due, events, expired, find, get, list, next_due, payload, queue_stats,
+};
+
+pub(super) fn create(db: &Connection, new: &NewRequest) -> rusqlite::Result<CreateOutcome> {
+    if let Some(existing) = existing(db, new)? {
+        let (record, fingerprint) = existing;
+        return Ok(if fingerprint == new.fingerprint {
+            CreateOutcome::Existing(Box::new(record))
+        } else {
+            CreateOutcome::Conflict(Box::new(record))
+        });
+    }
+    let accepted = event(1, 0, new.create_time, Kind::Accepted(Accepted { action: new.action.clone() }));
+    db.prepare_cached(
+        "INSERT INTO requests (uid, client_id, tenant, user, action, state, attempt, last_seq,
+             attempt_seq, priority, create_time, not_before, deadline, metadata, redrive_of,
+             trace_parent, fingerprint)
+         VALUES (?1, ?2, ?3, ?4, ?5, 0, 0, 1, 0, ?6, ?7, ?8, ?9, ?10, ?11, ?12, ?13)",
+    )?
+    .execute(params![
+        new.uid.to_bytes(),
+        new.client_id,
+        new.owner.tenant,
+        new.owner.user,
+        new.action,
+        new.priority,
+        new.create_time.as_millis(),
+        new.not_before.as_millis(),
+        new.deadline.map(Timestamp::as_millis),
+        new.metadata.as_deref(),
+        new.redrive_of.map(Uid::to_bytes),
+        new.trace_parent,
+        new.fingerprint,
+    ])?;
+    db.prepare_cached("INSERT INTO payloads VALUES (?1, ?2, ?3)")?.execute(params![
+        new.uid.to_bytes(),
+        new.payload.content_type,
+        &new.payload.data[..],
+    ])?;
+    insert_events(db, new.uid, std::slice::from_ref(&accepted))?;
+    let record = RequestRecord {
+        uid: new.uid,
+        client_id: new.client_id.clone(),
+        owner: new.owner.clone(),
+        action: new.action.clone(),
+        state: RequestState::Queued,
+        attempt: 0,
+        last_seq: 1,
+        attempt_seq: 0,
+        priority: new.priority,
+        create_time: new.create_time,
+        start_time: None,
+        finish_time: None,
+        not_before: new.not_before,
+        deadline: new.deadline,
+        progress: None,
+        metadata: new.metadata.clone(),
+        cancel_reason: None,
+        error: None,
+        output: None,
+        redrive_of: new.redrive_of,
+        trace_parent: new.trace_parent.clone(),
+    };
+    Ok(CreateOutcome::Created(Box::new(record), Box::new(accepted)))
+}
+
+/// What this submission stands for already: by the caller's id, or by its own when it is repeated.
+fn existing(db: &Connection, new: &NewRequest) -> rusqlite::Result<Option<(RequestRecord, Vec<u8>)>> {
+    let with_fingerprint = |row: &rusqlite::Row<'_>| Ok((row::record(row)?, row.get(23)?));
+    let columns = row::COLUMNS;
+    if let Some(client_id) = &new.client_id {
+        db.prepare_cached(&format!(
+            "SELECT {columns}, fingerprint FROM requests
+             WHERE tenant = ?1 AND user = ?2 AND client_id = ?3"
+        ))?
+        .query_row(params![new.owner.tenant, new.owner.user, client_id], with_fingerprint)
+        .optional()
+    } else {
+        db.prepare_cached(&format!("SELECT {columns}, fingerprint FROM requests WHERE uid = ?1"))?
+            .query_row([new.uid.to_bytes()], with_fingerprint)
+            .optional()
+    }
+}
+
+pub(super) fn claim(db: &Connection, claim: &Claim) -> rusqlite::Result<ClaimOutcome> {
+    let Some(mut record) = get(db, claim.uid)? else { return Ok(ClaimOutcome::NotClaimable) };
+    if record.state != RequestState::Queued || record.not_before > claim.now {
+        return Ok(ClaimOutcome::NotClaimable);
+    }
+    if record.attempt == 0 && record.deadline.is_some_and(|deadline| deadline <= claim.now) {
+        return Ok(ClaimOutcome::DeadlinePassed(Box::new(record)));
+    }
+    let Some(payload) = payload(db, claim.uid)? else { return Ok(ClaimOutcome::NotClaimable) };
+    record.state = RequestState::Running;
+    record.attempt += 1;
+    record.last_seq += 1;
+    record.attempt_seq = record.last_seq;
+    record.start_time = Some(claim.now);
+    record.progress = None;
+    let started = event(
+        record.last_seq,
+        record.attempt,
+        claim.now,
+        Kind::Started(Started { worker: claim.holder.clone() }),
+    );
+    db.prepare_cached(
+        "UPDATE requests SET state = 1, attempt = ?2, last_seq = ?3, attempt_seq = ?3,
+             start_time = ?4, lease_until = ?5, lease_holder = ?6, progress = NULL
+         WHERE uid = ?1",
+    )?
+    .execute(params![
+        claim.uid.to_bytes(),
+        record.attempt,
+        record.last_seq,
+        claim.now.as_millis(),
+        claim.lease_until.as_millis(),
+        claim.holder,
+    ])?;
+    insert_events(db, claim.uid, std::slice::from_ref(&started))?;
+    let checkpoint = db
+        .prepare_cached("SELECT data FROM checkpoints WHERE uid = ?1")?
+        .query_row([claim.uid.to_bytes()], |row| row.get::<_, Vec<u8>>(0))
+        .optional()?;
+    Ok(ClaimOutcome::Claimed(Box::new(Claimed {
+        record,
+        payload,
+        checkpoint: checkpoint.map(Bytes::from),
+        started,
+    })))
+}
+
+/// The columns that decide whether an append is right.
+struct Standing {
+    state: RequestState,
+    attempt: u32,
+    last_seq: i64,
+    lease_until: i64,
+    cancel_requested: bool,
+}
+
+fn standing(db: &Connection, uid: Uid) -> rusqlite::Result<Option<Standing>> {
+    db.prepare_cached(
+        "SELECT state, attempt, last_seq, lease_until, cancel_reason IS NOT NULL
+         FROM requests WHERE uid = ?1",
+    )?
+    .query_row([uid.to_bytes()], |row| {
+        Ok(Standing {
+            state: row::state(row, 0)?,
+            attempt: row.get(1)?,
+            last_seq: row.get(2)?,
+            lease_until: row.get::<_, Option<i64>>(3)?.unwrap_or(0),
+            cancel_requested: row.get(4)?,
+        })
+    })
+    .optional()
+}
+
+pub(super) fn append(db: &Connection, append: &Append) -> rusqlite::Result<Appended> {
+    let Some(standing) = standing(db, append.uid)? else { return Ok(Appended::NotFound) };
+    let applied = Appended::Applied { cancel_requested: standing.cancel_requested };
+    let (Some(first), Some(last)) = (append.events.first(), append.events.last()) else {
+        return Ok(applied);
+    };
+    if last.seq <= standing.last_seq && is_stored(db, append.uid, &append.events)? {
+        return Ok(applied);
+    }
+    let may_write = match append.writer {
+        Writer::Attempt(attempt) => {
+            standing.state == RequestState::Running && standing.attempt == attempt
+        }
+        Writer::Queued(attempt) => {
+            standing.state == RequestState::Queued && standing.attempt == attempt
+        }
+        Writer::ExpiredLease(attempt) => {
+            standing.state == RequestState::Running
+                && standing.attempt == attempt
+                && standing.lease_until <= append.now.as_millis()
+        }
+    };
+    if !may_write || first.seq != standing.last_seq + 1 {
+        return Ok(Appended::Fenced {
+            state: standing.state,
+            attempt: standing.attempt,
+            last_seq: standing.last_seq,
+        });
+    }
+    insert_events(db, append.uid, &append.events)?;
+    if let Some(checkpoint) = &append.checkpoint {
+        db.prepare_cached("INSERT OR REPLACE INTO checkpoints VALUES (?1, ?2)")?
+            .execute(params![append.uid.to_bytes(), &checkpoint[..]])?;
+    }
+    advance(db, append, last)?;
+    Ok(applied)
+}
+
+/// Moves the request to where its last event says it is.
+fn advance(db: &Connection, append: &Append, last: &Event) -> rusqlite::Result<()> {
+    let uid = append.uid.to_bytes();
+    let progress = append.events.iter().rev().find_map(|event| match &event.kind {
+        Some(Kind::Progress(progress)) => Some(progress.encode_to_vec()),
+        _ => None,
+    });
+    let end = |state, error: Option<Vec<u8>>, output: Option<&OutputSummary>| {
+        db.prepare_cached(
+            "UPDATE requests SET state = ?2, last_seq = ?3, finish_time = ?4, error = ?5,
+                 output_chunks = ?6, output_sha256 = ?7, progress = COALESCE(?8, progress),
+                 lease_until = NULL, lease_holder = NULL
+             WHERE uid = ?1",
+        )?
+        .execute(params![
+            uid,
+            row::state_number(state),
+            last.seq,
+            append.now.as_millis(),
+            error,
+            output.map_or(0, |output| output.chunks),
+            output.map(|output| &output.sha256[..]),
+            progress,
+        ])
+    };
+    match &last.kind {
+        Some(Kind::Succeeded(succeeded)) => {
+            end(RequestState::Succeeded, None, succeeded.output.as_ref())?
+        }
+        Some(Kind::Failed(failed)) => {
+            let error = failed.error.as_ref().map(Message::encode_to_vec);
+            end(RequestState::Failed, error, failed.output.as_ref())?
+        }
+        Some(Kind::Cancelled(cancelled)) => {
+            end(RequestState::Cancelled, None, cancelled.output.as_ref())?
+        }
+        Some(Kind::Retrying(_)) => {
+            let retry_at = append.retry_at.unwrap_or(append.now);
+            db.prepare_cached(
+                "UPDATE requests SET state = 0, last_seq = ?2, not_before = ?3, progress = NULL,
+                     lease_until = NULL, lease_holder = NULL
+                 WHERE uid = ?1",
+            )?
+            .execute(params![uid, last.seq, retry_at.as_millis()])?
+        }
+        _ => db
+            .prepare_cached(
+                "UPDATE requests SET last_seq = ?2, progress = COALESCE(?3, progress)
+                 WHERE uid = ?1",
+            )?
+            .execute(params![uid, last.seq, progress])?,
+    };
+    Ok(())
+}
+
+pub(super) fn cancel(
+    db: &Connection,
+    uid: Uid,
+    reason: &str,
+    now: Timestamp,
+) -> rusqlite::Result<CancelOutcome> {
+    let Some(mut record) = get(db, uid)? else { return Ok(CancelOutcome::NotFound) };
+    match record.state {
+        RequestState::Succeeded | RequestState::Failed | RequestState::Cancelled => {
+            Ok(CancelOutcome::Ended(Box::new(record)))
+        }
+        RequestState::Running => {
+            if record.cancel_reason.is_none() {
+                db.prepare_cached("UPDATE requests SET cancel_reason = ?2 WHERE uid = ?1")?
+                    .execute(params![uid.to_bytes(), reason])?;
+                record.cancel_reason = Some(reason.to_owned());
+            }
+            Ok(CancelOutcome::Requested(Box::new(record)))
+        }
+        RequestState::Queued => {
+            // Whatever earlier attempts put out is void, so nothing is left.
+            let nothing = OutputDigest::default();
+            let output =
+                OutputSummary { chunks: 0, sha256: nothing.sha256().to_vec().into() };
+            let cancelled = event(
+                record.last_seq + 1,
+                record.attempt,
+                now,
+                Kind::Cancelled(Cancelled {
+                    reason: reason.to_owned(),
+                    output: Some(output.clone()),
+                }),
+            );
+            let append = Append {
+                uid,
+                writer: Writer::Queued(record.attempt),
+                events: vec![cancelled.clone()],
+                checkpoint: None,
+                retry_at: None,
+                now,
+            };
+            insert_events(db, uid, &append.events)?;
+            advance(db, &append, &cancelled)?;
+            db.prepare_cached("UPDATE requests SET cancel_reason = ?2 WHERE uid = ?1")?
+                .execute(params![uid.to_bytes(), reason])?;
+            record.state = RequestState::Cancelled;
+            record.last_seq = cancelled.seq;
+            record.finish_time = Some(now);
+            record.cancel_reason = Some(reason.to_owned());
+            record.output = Some(output);
+            Ok(CancelOutcome::Cancelled(Box::new(record), Box::new(cancelled)))
+        }
+    }
+}
+
+pub(super) fn renew(
+    db: &Connection,
+    holder: &str,
+    leases: &[Lease],
+    until: Timestamp,
+) -> rusqlite::Result<Vec<Renewed>> {
+    let mut update = db.prepare_cached(
+        "UPDATE requests SET lease_until = MAX(lease_until, ?4)
+         WHERE uid = ?1 AND state = 1 AND attempt = ?2 AND lease_holder = ?3",
+    )?;
+    let mut renewed = Vec::with_capacity(leases.len());
+    for lease in leases {
+        let changed =
+            update.execute(params![lease.uid.to_bytes(), lease.attempt, holder, until.as_millis()])?;
+        let cancel_requested =
+            standing(db, lease.uid)?.is_some_and(|standing| standing.cancel_requested);
+        renewed.push(Renewed { lease: *lease, held: changed == 1, cancel_requested });
+    }
+    Ok(renewed)
+}
+
+pub(super) fn delete(db: &Connection, uid: Uid) -> rusqlite::Result<DeleteOutcome> {
+    if let Some(standing) = standing(db, uid)?
+        && !standing.state.is_terminal()
+    {
+        return Ok(DeleteOutcome::NotEnded);
+    }
+    for statement in [
+        "DELETE FROM events WHERE uid = ?1",
+        "DELETE FROM payloads WHERE uid = ?1",
+        "DELETE FROM checkpoints WHERE uid = ?1",
+        "DELETE FROM requests WHERE uid = ?1",
+    ] {
+        db.prepare_cached(statement)?.execute([uid.to_bytes()])?;
+    }
+    Ok(DeleteOutcome::Deleted)
+}
+
+fn event(seq: i64, attempt: u32, time: Timestamp, kind: Kind) -> Event {
+    Event {
+        seq,
+        attempt: i32::try_from(attempt).unwrap_or(i32::MAX),
+        time: Some(streamer_proto::timestamp(time.as_millis())),
+        kind: Some(kind),
+    }
+}
+
+fn insert_events(db: &Connection, uid: Uid, events: &[Event]) -> rusqlite::Result<()> {
+    let Some(last) = events.last() else { return Ok(()) };
+    // An `EventBatch`, written field by field so that the events need not be copied into one.
+    let mut batch = Vec::new();
+    for event in events {
+        prost::encoding::message::encode(1, event, &mut batch);
+    }
+    db.prepare_cached("INSERT INTO events VALUES (?1, ?2, ?3)")?
+        .execute(params![uid.to_bytes(), last.seq, batch])
+        .map(drop)
+}
+
+/// Whether exactly these events are in the log: an append that is repeated.
+fn is_stored(db: &Connection, uid: Uid, events: &[Event]) -> rusqlite::Result<bool> {
+    let Some(first) = events.first() else { return Ok(true) };
+    let page = read::events(db, uid, first.seq - 1, events.len(), usize::MAX)?;
+    Ok(page.events == events)
+}
+
+/// What a payload row holds.
+fn stored_payload(row: &rusqlite::Row<'_>) -> rusqlite::Result<StoredPayload> {
+    Ok(StoredPayload { content_type: row.get(0)?, data: row.get::<_, Vec<u8>>(1)?.into() })
+}

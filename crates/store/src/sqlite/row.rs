@@ -1,0 +1,90 @@
+//! Rows to records and back.
+
+use bytes::Bytes;
+use prost::Message;
+use rusqlite::{Row, types::Type};
+use streamer_core::{RequestState, Timestamp, Uid};
+use streamer_proto::{common::v1::OutputSummary, internal::v1::EventBatch};
+
+use crate::{Owner, RequestRecord};
+
+/// The columns that [`record`] reads, in its order.
+pub(super) const COLUMNS: &str =
+    "uid, client_id, tenant, user, action, state, attempt, last_seq, attempt_seq, priority, \
+     create_time, start_time, finish_time, not_before, deadline, progress, metadata, \
+     cancel_reason, error, output_chunks, output_sha256, redrive_of, trace_parent";
+
+pub(super) fn record(row: &Row<'_>) -> rusqlite::Result<RequestRecord> {
+    let chunks: Option<i64> = row.get(19)?;
+    let sha256: Option<Vec<u8>> = row.get(20)?;
+    Ok(RequestRecord {
+        uid: uid(row, 0)?,
+        client_id: row.get(1)?,
+        owner: Owner { tenant: row.get(2)?, user: row.get(3)? },
+        action: row.get(4)?,
+        state: state(row, 5)?,
+        attempt: row.get(6)?,
+        last_seq: row.get(7)?,
+        attempt_seq: row.get(8)?,
+        priority: row.get(9)?,
+        create_time: Timestamp::from_millis(row.get(10)?),
+        start_time: optional_time(row, 11)?,
+        finish_time: optional_time(row, 12)?,
+        not_before: Timestamp::from_millis(row.get(13)?),
+        deadline: optional_time(row, 14)?,
+        progress: message(row, 15)?,
+        metadata: row.get::<_, Option<Vec<u8>>>(16)?.map(Bytes::from),
+        cancel_reason: row.get(17)?,
+        error: message(row, 18)?,
+        output: chunks
+            .map(|chunks| OutputSummary { chunks, sha256: sha256.unwrap_or_default().into() }),
+        redrive_of: match row.get_ref(21)? {
+            rusqlite::types::ValueRef::Null => None,
+            _ => Some(uid(row, 21)?),
+        },
+        trace_parent: row.get(22)?,
+    })
+}
+
+pub(super) fn state_number(state: RequestState) -> i64 {
+    match state {
+        RequestState::Queued => 0,
+        RequestState::Running => 1,
+        RequestState::Succeeded => 2,
+        RequestState::Failed => 3,
+        RequestState::Cancelled => 4,
+    }
+}
+
+pub(super) fn state(row: &Row<'_>, column: usize) -> rusqlite::Result<RequestState> {
+    let number: i64 = row.get(column)?;
+    RequestState::ALL
+        .into_iter()
+        .find(|state| state_number(*state) == number)
+        .ok_or_else(|| damaged(column, Type::Integer, format!("{number} is no state")))
+}
+
+pub(super) fn uid(row: &Row<'_>, column: usize) -> rusqlite::Result<Uid> {
+    let bytes = row.get_ref(column)?.as_blob()?;
+    Uid::from_slice(bytes)
+        .ok_or_else(|| damaged(column, Type::Blob, format!("{} bytes are no id", bytes.len())))
+}
+
+pub(super) fn batch(row: &Row<'_>, column: usize) -> rusqlite::Result<EventBatch> {
+    let bytes = Bytes::copy_from_slice(row.get_ref(column)?.as_blob()?);
+    EventBatch::decode(bytes).map_err(|error| damaged(column, Type::Blob, error.to_string()))
+}
+
+fn message<M: Message + Default>(row: &Row<'_>, column: usize) -> rusqlite::Result<Option<M>> {
+    let Some(bytes) = row.get_ref(column)?.as_blob_or_null()? else { return Ok(None) };
+    let decoded = M::decode(bytes).map_err(|error| damaged(column, Type::Blob, error.to_string()))?;
+    Ok(Some(decoded))
+}
+
+fn optional_time(row: &Row<'_>, column: usize) -> rusqlite::Result<Option<Timestamp>> {
+    Ok(row.get::<_, Option<i64>>(column)?.map(Timestamp::from_millis))
+}
+
+fn damaged(column: usize, kind: Type, reason: String) -> rusqlite::Error {
+    rusqlite::Error::FromSqlConversionFailure(column, kind, reason.into())
+}

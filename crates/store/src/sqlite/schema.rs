@@ -1,0 +1,140 @@
+//! The file: how it is opened, its tables, its version.
+
+use std::path::Path;
+
+use rusqlite::{Connection, OpenFlags};
+
+use super::sqlite_error;
+use crate::StoreError;
+
+const VERSION: i64 = 1;
+
+/// Payload, events and hot columns are apart, so that a change of state rewrites a small row
+/// however large the payload is. Times are milliseconds since the Unix epoch; `uid` is a
+/// big-endian ULID, so that rows are written in order; `state` as in `row.rs`.
+const TABLES: &str = "
+CREATE TABLE requests (
+    uid BLOB PRIMARY KEY,
+    client_id TEXT,
+    tenant TEXT NOT NULL,
+    user TEXT NOT NULL,
+    action TEXT NOT NULL,
+    state INTEGER NOT NULL,
+    attempt INTEGER NOT NULL,
+    last_seq INTEGER NOT NULL,
+    attempt_seq INTEGER NOT NULL,
+    priority INTEGER NOT NULL,
+    create_time INTEGER NOT NULL,
+    start_time INTEGER,
+    finish_time INTEGER,
+    not_before INTEGER NOT NULL,
+    deadline INTEGER,
+    lease_until INTEGER,
+    lease_holder TEXT,
+    progress BLOB,
+    metadata BLOB,
+    cancel_reason TEXT,
+    error BLOB,
+    output_chunks INTEGER,
+    output_sha256 BLOB,
+    redrive_of BLOB,
+    trace_parent TEXT,
+    fingerprint BLOB NOT NULL
+) WITHOUT ROWID;
+CREATE UNIQUE INDEX requests_by_client_id ON requests (tenant, user, client_id)
+    WHERE client_id IS NOT NULL;
+CREATE INDEX requests_by_owner ON requests (tenant, user, uid);
+CREATE INDEX requests_by_tenant ON requests (tenant, uid);
+CREATE INDEX requests_queued ON requests (action, priority, not_before, uid) WHERE state = 0;
+CREATE INDEX requests_waiting ON requests (not_before) WHERE state = 0;
+CREATE INDEX requests_leased ON requests (lease_until) WHERE state = 1;
+
+CREATE TABLE payloads (
+    uid BLOB PRIMARY KEY,
+    content_type TEXT NOT NULL,
+    data BLOB NOT NULL
+) WITHOUT ROWID;
+
+CREATE TABLE checkpoints (
+    uid BLOB PRIMARY KEY,
+    data BLOB NOT NULL
+) WITHOUT ROWID;
+
+CREATE TABLE events (
+    uid BLOB NOT NULL,
+    last_seq INTEGER NOT NULL,
+    batch BLOB NOT NULL,
+    PRIMARY KEY (uid, last_seq)
+) WITHOUT ROWID;
+
+CREATE TABLE connections (
+    id BLOB PRIMARY KEY,
+    tenant TEXT NOT NULL,
+    user TEXT NOT NULL,
+    gateway TEXT NOT NULL,
+    remote_address TEXT NOT NULL,
+    user_agent TEXT NOT NULL,
+    connect_time INTEGER NOT NULL
+) WITHOUT ROWID;
+CREATE INDEX connections_by_tenant ON connections (tenant, id);
+
+CREATE TABLE gateways (
+    gateway TEXT PRIMARY KEY,
+    alive_until INTEGER NOT NULL
+) WITHOUT ROWID;
+
+CREATE TABLE health (only_row INTEGER PRIMARY KEY CHECK (only_row = 1), checks INTEGER NOT NULL);
+INSERT INTO health VALUES (1, 0);
+";
+
+pub(super) fn open_for_writing(path: &Path) -> rusqlite::Result<Connection> {
+    let connection = Connection::open(path)?;
+    connection.execute_batch(
+        "PRAGMA journal_mode = WAL;
+         PRAGMA synchronous = FULL;
+         PRAGMA wal_autocheckpoint = 1000;
+         PRAGMA temp_store = MEMORY;
+         PRAGMA cache_size = -16384;",
+    )?;
+    connection.set_prepared_statement_cache_capacity(64);
+    Ok(connection)
+}
+
+pub(super) fn open_for_reading(path: &Path) -> rusqlite::Result<Connection> {
+    let flags = OpenFlags::SQLITE_OPEN_READ_ONLY | OpenFlags::SQLITE_OPEN_NO_MUTEX;
+    let connection = Connection::open_with_flags(path, flags)?;
+    connection.execute_batch("PRAGMA cache_size = -4096; PRAGMA busy_timeout = 5000;")?;
+    connection.set_prepared_statement_cache_capacity(32);
+    Ok(connection)
+}
+
+/// Brings the file to this program's version.
+pub(super) fn migrate(connection: &Connection) -> Result<(), StoreError> {
+    let doing = "reading the schema version";
+    let found: i64 = connection
+        .pragma_query_value(None, "user_version", |row| row.get(0))
+        .map_err(|error| sqlite_error(doing, &error))?;
+    match found {
+        0 => connection
+            .execute_batch(&format!("BEGIN; {TABLES} PRAGMA user_version = {VERSION}; COMMIT;"))
+            .map_err(|error| sqlite_error("creating the tables", &error)),
+        VERSION => Ok(()),
+        _ => Err(StoreError::TooNew { found, known: VERSION }),
+    }
+}
+
+/// One process at a time has this file, so nothing that the one before held is held any more.
+pub(super) fn forget_previous_process(connection: &Connection) -> rusqlite::Result<()> {
+    connection.execute_batch(
+        "BEGIN;
+         UPDATE requests SET lease_until = 0 WHERE state = 1;
+         DELETE FROM connections;
+         DELETE FROM gateways;
+         COMMIT;",
+    )
+}
+
+/// Writes, to prove that it can.
+pub(super) fn touch(db: &Connection) -> rusqlite::Result<()> {
+    db.prepare_cached("UPDATE health SET checks = checks + 1")?.execute([]).map(drop)
+}

@@ -1,0 +1,1 @@
+//! Handlers that people can copy

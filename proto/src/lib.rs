@@ -1,0 +1,72 @@
+//! Streamer's schema as Rust types, clients and servers, generated from the `.proto` files beside
+//! this crate. Used by every other crate; holds no behaviour.
+#![allow(missing_docs, unreachable_pub)]
+
+/// Shapes shared by all packages.
+pub mod common {
+    /// `streamer.common.v1`
+    pub mod v1 {
+        tonic::include_proto!("streamer.common.v1");
+    }
+}
+
+/// `RouterService`.
+pub mod router {
+    /// `streamer.router.v1`
+    pub mod v1 {
+        tonic::include_proto!("streamer.router.v1");
+    }
+}
+
+/// `ProgressService`.
+pub mod progress {
+    /// `streamer.progress.v1`
+    pub mod v1 {
+        tonic::include_proto!("streamer.progress.v1");
+    }
+}
+
+/// `ConnectionsService`.
+pub mod connections {
+    /// `streamer.connections.v1`
+    pub mod v1 {
+        tonic::include_proto!("streamer.connections.v1");
+    }
+}
+
+/// What services say only to each other.
+pub mod internal {
+    /// `streamer.internal.v1`
+    pub mod v1 {
+        tonic::include_proto!("streamer.internal.v1");
+    }
+}
+
+/// The long-running operations interface of AIP-151.
+pub mod longrunning {
+    tonic::include_proto!("google.longrunning");
+}
+
+/// `google.rpc.Status`.
+pub mod rpc {
+    tonic::include_proto!("google.rpc");
+}
+
+/// The public schema as an encoded `FileDescriptorSet`, for reflection.
+pub const PUBLIC_DESCRIPTOR_SET: &[u8] =
+    include_bytes!(concat!(env!("OUT_DIR"), "/public_descriptor.bin"));
+
+/// Milliseconds since the Unix epoch as protobuf writes them.
+#[must_use]
+pub fn timestamp(millis: i64) -> prost_types::Timestamp {
+    prost_types::Timestamp {
+        seconds: millis.div_euclid(1000),
+        nanos: (millis.rem_euclid(1000) * 1_000_000) as i32,
+    }
+}
+
+/// Milliseconds since the Unix epoch, from how protobuf writes them; finer parts are dropped.
+#[must_use]
+pub fn millis(timestamp: &prost_types::Timestamp) -> i64 {
+    timestamp.seconds.saturating_mul(1000).saturating_add(i64::from(timestamp.nanos) / 1_000_000)
+}

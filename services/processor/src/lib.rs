@@ -1,0 +1,1 @@
+//! Execution: claim, dispatch to handlers, retry, time out

@@ -1,0 +1,118 @@
+//! `streamer.internal.v1.EventLogService`.
+
+use std::sync::Arc;
+
+use streamer_core::{Clock, ErrorCode, RequestError, Timestamp, Uid};
+use streamer_proto::{
+    common::v1::Event,
+    internal::v1::{
+        AnnounceRequest, AnnounceResponse, PublishRequest, PublishResponse,
+        event_log_service_server::EventLogService,
+    },
+    millis,
+};
+use streamer_rpc::{status, store_status};
+use streamer_store::{Append, Appended, Store, Writer};
+use tokio::time::Instant;
+use tonic::{Code, Request, Response, Status};
+
+use crate::{metrics::ProgressMetrics, topics::Topics};
+
+/// Serves processors and routers.
+pub struct LogService {
+    topics: Arc<Topics>,
+    store: Arc<dyn Store>,
+    clock: Arc<dyn Clock>,
+    metrics: ProgressMetrics,
+}
+
+impl LogService {
+    pub(crate) fn new(
+        topics: Arc<Topics>,
+        store: Arc<dyn Store>,
+        clock: Arc<dyn Clock>,
+        metrics: ProgressMetrics,
+    ) -> Self {
+        Self { topics, store, clock, metrics }
+    }
+}
+
+#[tonic::async_trait]
+impl EventLogService for LogService {
+    async fn publish(
+        &self,
+        request: Request<PublishRequest>,
+    ) -> Result<Response<PublishResponse>, Status> {
+        let began = Instant::now();
+        let request = request.into_inner();
+        let uid = parse_uid(&request.uid)?;
+        check_contiguous(&request.events)?;
+        let attempt = u32::try_from(request.attempt).ok().filter(|attempt| *attempt > 0);
+        let attempt = attempt.ok_or_else(|| Status::invalid_argument("attempt must be positive"))?;
+        let appended = self
+            .store
+            .append(Append {
+                uid,
+                writer: Writer::Attempt(attempt),
+                events: request.events.clone(),
+                checkpoint: request.checkpoint,
+                retry_at: request.retry_at.map(|at| Timestamp::from_millis(millis(&at))),
+                now: self.clock.now(),
+            })
+            .await
+            .map_err(|error| store_status(&error))?;
+        match appended {
+            Appended::Applied { cancel_requested } => {
+                self.metrics.events.inc_by(request.events.len() as u64);
+                self.metrics.append_seconds.observe(began.elapsed().as_secs_f64());
+                self.topics.push(uid, &request.events);
+                Ok(Response::new(PublishResponse { cancel_requested }))
+            }
+            Appended::Fenced { state, attempt: current, last_seq } => {
+                self.metrics.fenced.inc();
+                Err(Status::new(
+                    Code::Aborted,
+                    format!(
+                        "attempt {attempt} may not write: the request is {state}, at attempt \
+                         {current} and seq {last_seq}"
+                    ),
+                ))
+            }
+            Appended::NotFound => {
+                self.metrics.fenced.inc();
+                Err(Status::new(Code::Aborted, "the request is not there any more"))
+            }
+        }
+    }
+
+    async fn announce(
+        &self,
+        request: Request<AnnounceRequest>,
+    ) -> Result<Response<AnnounceResponse>, Status> {
+        let request = request.into_inner();
+        let uid = parse_uid(&request.uid)?;
+        check_contiguous(&request.events)?;
+        match request.created {
+            Some(created) => self.topics.create(uid, created, &request.events),
+            None => self.topics.push(uid, &request.events),
+        }
+        Ok(Response::new(AnnounceResponse {}))
+    }
+}
+
+fn parse_uid(bytes: &[u8]) -> Result<Uid, Status> {
+    Uid::from_slice(bytes).ok_or_else(|| invalid("uid must be 16 bytes"))
+}
+
+fn check_contiguous(events: &[Event]) -> Result<(), Status> {
+    let contiguous = events.windows(2).all(|pair| pair[1].seq == pair[0].seq + 1);
+    match events.first() {
+        Some(first) if contiguous && first.seq > 0 => Ok(()),
+        Some(_) => Err(invalid("events must be numbered one after the other, from 1")),
+        None => Err(invalid("events must not be empty")),
+    }
+}
+
+fn invalid(rule: &str) -> Status {
+    status(&RequestError::new(ErrorCode::ValidationError, rule))
+}

@@ -1,0 +1,226 @@
+//! The requests whose latest events are in memory.
+
+mod tail;
+
+use std::{
+    collections::HashMap,
+    sync::{
+        Arc,
+        atomic::{AtomicU32, Ordering},
+    },
+    time::Duration,
+};
+
+use parking_lot::Mutex;
+use streamer_core::Uid;
+use streamer_proto::common::v1::{Event, Request};
+use streamer_rpc::request_to_proto;
+use streamer_store::{Store, StoreError};
+use tokio::{
+    sync::{OnceCell, watch},
+    time::{MissedTickBehavior, interval},
+};
+use tokio_util::sync::CancellationToken;
+
+use crate::metrics::ProgressMetrics;
+pub(crate) use tail::{Read, Tail};
+
+/// Bytes of all tails together, beyond which unwatched ones go at once.
+const MAX_TOTAL_BYTES: usize = 64 * 1024 * 1024;
+/// Topics beyond which unwatched ones go at once.
+const MAX_TOPICS: usize = 32_768;
+const MAINTENANCE: Duration = Duration::from_secs(5);
+/// Rounds of maintenance that an unwatched topic without news survives.
+const UNWATCHED_ROUNDS: u32 = 2;
+/// Rounds without news after which a watched topic is compared with the store.
+const COMPARE_ROUNDS: u32 = 3;
+
+/// One request in memory.
+pub(crate) struct Topic {
+    pub(crate) uid: Uid,
+    tail: Mutex<Tail>,
+    /// `last_seq`, for those who wait.
+    news: watch::Sender<i64>,
+    loaded: OnceCell<()>,
+    /// Rounds of maintenance since there was news.
+    quiet_rounds: AtomicU32,
+}
+
+impl Topic {
+    fn new(uid: Uid) -> Self {
+        Self {
+            uid,
+            tail: Mutex::default(),
+            news: watch::Sender::new(0),
+            loaded: OnceCell::new(),
+            quiet_rounds: AtomicU32::new(0),
+        }
+    }
+
+    /// The request as of the latest event here.
+    pub(crate) fn snapshot(&self) -> Option<Request> {
+        self.tail.lock().snapshot().cloned()
+    }
+
+    /// What comes after `after_seq`.
+    pub(crate) fn read(&self, after_seq: i64, max_events: usize, max_bytes: usize) -> Read {
+        self.tail.lock().read(after_seq, max_events, max_bytes)
+    }
+
+    fn change(&self, change: impl FnOnce(&mut Tail)) {
+        let last_seq = {
+            let mut tail = self.tail.lock();
+            change(&mut tail);
+            tail.last_seq()
+        };
+        self.quiet_rounds.store(0, Ordering::Relaxed);
+        self.news.send_if_modified(|known| {
+            let newer = last_seq > *known;
+            *known = last_seq.max(*known);
+            newer
+        });
+    }
+
+    fn is_watched(&self) -> bool {
+        self.news.receiver_count() > 0
+    }
+}
+
+/// A topic that stays in memory as long as this lives.
+pub(crate) struct Subscription {
+    pub(crate) topic: Arc<Topic>,
+    /// Changes with `last_seq`.
+    pub(crate) news: watch::Receiver<i64>,
+}
+
+impl Subscription {
+    fn new(topic: &Arc<Topic>) -> Self {
+        Self { topic: topic.clone(), news: topic.news.subscribe() }
+    }
+}
+
+/// All requests in memory.
+pub(crate) struct Topics {
+    by_uid: Mutex<HashMap<Uid, Arc<Topic>>>,
+    store: Arc<dyn Store>,
+    metrics: ProgressMetrics,
+}
+
+impl Topics {
+    pub(crate) fn new(store: Arc<dyn Store>, metrics: ProgressMetrics) -> Self {
+        Self { by_uid: Mutex::default(), store, metrics }
+    }
+
+    pub(crate) fn metrics(&self) -> &ProgressMetrics {
+        &self.metrics
+    }
+
+    /// Subscribes to a request, if it is in memory and knows its request.
+    pub(crate) fn loaded(&self, uid: Uid) -> Option<Subscription> {
+        // Under the lock, so that the topic cannot be dropped between being found and being kept.
+        let by_uid = self.by_uid.lock();
+        let topic = by_uid.get(&uid)?;
+        topic.loaded.initialized().then(|| Subscription::new(topic))
+    }
+
+    /// Subscribes to a request, bringing it into memory when it is not there.
+    pub(crate) async fn load(&self, uid: Uid) -> Result<Option<Subscription>, StoreError> {
+        // In the map before the store is read: what is published from now on reaches it, and what
+        // was published before is in the store.
+        let subscription = self.subscribe(uid);
+        let topic = subscription.topic.clone();
+        let loading = topic.loaded.get_or_try_init(|| async {
+            match self.store.get_request(uid).await {
+                Ok(Some(record)) => {
+                    topic.change(|tail| tail.load(request_to_proto(&record)));
+                    Ok(())
+                }
+                Ok(None) => Err(None),
+                Err(error) => Err(Some(error)),
+            }
+        });
+        let outcome = loading.await.map(|()| ());
+        match outcome {
+            Ok(()) => Ok(Some(subscription)),
+            Err(error) => {
+                self.by_uid.lock().remove(&uid);
+                error.map_or(Ok(None), Err)
+            }
+        }
+    }
+
+    /// A request begins: its first event is durable.
+    pub(crate) fn create(&self, uid: Uid, created: Request, events: &[Event]) {
+        let topic = self.subscribe(uid).topic;
+        topic.change(|tail| {
+            tail.push(events);
+            tail.load(created);
+        });
+        // Fails only when somebody else has loaded it, which is as good.
+        drop(topic.loaded.set(()));
+    }
+
+    /// Delivers durable events to whoever watches; when nobody does, the store has them.
+    pub(crate) fn push(&self, uid: Uid, events: &[Event]) {
+        let topic = self.by_uid.lock().get(&uid).cloned();
+        if let Some(topic) = topic {
+            topic.change(|tail| tail.push(events));
+        }
+    }
+
+    fn subscribe(&self, uid: Uid) -> Subscription {
+        let mut by_uid = self.by_uid.lock();
+        if by_uid.len() >= MAX_TOPICS && !by_uid.contains_key(&uid) {
+            by_uid.retain(|_, topic| topic.is_watched());
+        }
+        Subscription::new(by_uid.entry(uid).or_insert_with(|| Arc::new(Topic::new(uid))))
+    }
+
+    /// Drops tails that nobody needs and compares quiet watched ones with the store, in case a
+    /// hint was lost.
+    pub(crate) async fn maintain(&self, shutdown: CancellationToken) {
+        let mut ticks = interval(MAINTENANCE);
+        ticks.set_missed_tick_behavior(MissedTickBehavior::Delay);
+        loop {
+            tokio::select! {
+                () = shutdown.cancelled() => return,
+                _ = ticks.tick() => {}
+            }
+            for topic in self.sweep() {
+                self.compare(&topic).await;
+            }
+        }
+    }
+
+    /// Drops what is not needed; returns what should be compared with the store.
+    fn sweep(&self) -> Vec<Arc<Topic>> {
+        let mut by_uid = self.by_uid.lock();
+        let bytes: usize = by_uid.values().map(|topic| topic.tail.lock().bytes()).sum();
+        let unwatched_rounds = if bytes > MAX_TOTAL_BYTES { 0 } else { UNWATCHED_ROUNDS };
+        let mut compare = Vec::new();
+        by_uid.retain(|_, topic| {
+            let quiet = topic.quiet_rounds.fetch_add(1, Ordering::Relaxed);
+            if !topic.is_watched() {
+                return quiet < unwatched_rounds;
+            }
+            if quiet > 0 && quiet.is_multiple_of(COMPARE_ROUNDS) && !topic.tail.lock().ended() {
+                compare.push(topic.clone());
+            }
+            true
+        });
+        self.metrics.topics.set(i64::try_from(by_uid.len()).unwrap_or(i64::MAX));
+        compare
+    }
+
+    async fn compare(&self, topic: &Topic) {
+        match self.store.get_request(topic.uid).await {
+            Ok(Some(record)) => {
+                if record.last_seq > topic.tail.lock().last_seq() {
+                    topic.change(|tail| tail.load(request_to_proto(&record)));
+                }
+            }
+            Ok(None) => {}
+            Err(error) => tracing::warn!(%error, uid = %topic.uid, "could not compare with the store"),
+        }
+    }
+}

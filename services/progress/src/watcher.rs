@@ -1,0 +1,150 @@
+//! One watch stream: a cursor that moves along a request's log.
+
+use std::sync::Arc;
+
+use futures_util::stream::{self, BoxStream};
+use prometheus_client::metrics::gauge::Gauge;
+use streamer_proto::{
+    common::v1::{Event, PayloadEncoding},
+    progress::v1::WatchResponse,
+};
+use streamer_rpc::{encode_event, is_terminal, store_status};
+use streamer_store::Store;
+use tonic::Status;
+
+use crate::topics::{Read, Subscription, Topics};
+
+/// Events of one message at most.
+const MAX_EVENTS: usize = 512;
+/// Bytes of one message, roughly, at most; a single event may be larger.
+const MAX_BYTES: usize = 256 * 1024;
+
+pub(crate) struct Watcher {
+    subscription: Subscription,
+    topics: Arc<Topics>,
+    store: Arc<dyn Store>,
+    cursor: i64,
+    encoding: PayloadEncoding,
+    snapshot_sent: bool,
+    ended: bool,
+    _counted: Counted,
+}
+
+/// Counts an open stream for as long as it lives.
+struct Counted(Gauge);
+
+impl Drop for Counted {
+    fn drop(&mut self) {
+        self.0.dec();
+    }
+}
+
+impl Watcher {
+    /// From `after_seq` on; without one, from the snapshot on (with the terminal event if that has
+    /// passed).
+    pub(crate) fn new(
+        subscription: Subscription,
+        topics: Arc<Topics>,
+        store: Arc<dyn Store>,
+        after_seq: Option<i64>,
+        encoding: PayloadEncoding,
+    ) -> Self {
+        let watchers = topics.metrics().watchers.clone();
+        watchers.inc();
+        Self {
+            subscription,
+            topics,
+            store,
+            cursor: after_seq.unwrap_or(-1),
+            encoding,
+            snapshot_sent: false,
+            ended: false,
+            _counted: Counted(watchers),
+        }
+    }
+
+    pub(crate) fn into_stream(self) -> BoxStream<'static, Result<WatchResponse, Status>> {
+        Box::pin(stream::unfold(self, |mut watcher| async move {
+            let item = watcher.next().await?;
+            watcher.ended |= item.is_err();
+            Some((item, watcher))
+        }))
+    }
+
+    async fn next(&mut self) -> Option<Result<WatchResponse, Status>> {
+        if self.ended {
+            return None;
+        }
+        if !self.snapshot_sent {
+            self.snapshot_sent = true;
+            return Some(self.first_message().await);
+        }
+        match self.next_events().await {
+            Ok(events) if events.is_empty() => None,
+            Ok(events) => Some(Ok(self.message(events))),
+            Err(status) => Some(Err(status)),
+        }
+    }
+
+    /// The snapshot, with the events that are there already.
+    async fn first_message(&mut self) -> Result<WatchResponse, Status> {
+        let snapshot = self.subscription.topic.snapshot();
+        if let (Some(snapshot), -1) = (&snapshot, self.cursor) {
+            let state = streamer_rpc::state_from_proto(snapshot.state);
+            let ended = state.is_some_and(streamer_core::RequestState::is_terminal);
+            self.cursor = snapshot.last_seq - i64::from(ended);
+        }
+        let events = match self.read().await? {
+            Some(events) => events,
+            None => Vec::new(),
+        };
+        Ok(WatchResponse { snapshot, ..self.message(events) })
+    }
+
+    fn message(&mut self, mut events: Vec<Event>) -> WatchResponse {
+        if let Some(last) = events.last() {
+            self.cursor = last.seq;
+            self.ended = is_terminal(last);
+        }
+        for event in &mut events {
+            encode_event(event, self.encoding);
+        }
+        WatchResponse { snapshot: None, events }
+    }
+
+    /// Waits for the next events; empty when none will come.
+    async fn next_events(&mut self) -> Result<Vec<Event>, Status> {
+        loop {
+            if let Some(events) = self.read().await? {
+                return Ok(events);
+            }
+            if self.subscription.news.changed().await.is_err() {
+                return Err(Status::unavailable("the progress service is stopping"));
+            }
+        }
+    }
+
+    /// The next events that are there; `None` when there are none yet, empty when none will come.
+    async fn read(&mut self) -> Result<Option<Vec<Event>>, Status> {
+        // Marked as seen before reading, so that what comes in between wakes us.
+        self.subscription.news.borrow_and_update();
+        match self.subscription.topic.read(self.cursor, MAX_EVENTS, MAX_BYTES) {
+            Read::Events(events) => Ok(Some(events)),
+            Read::UpToDate => Ok(None),
+            Read::Ended => Ok(Some(Vec::new())),
+            Read::InStore => {
+                let page = self
+                    .store
+                    .read_events(self.subscription.topic.uid, self.cursor, MAX_EVENTS, MAX_BYTES)
+                    .await
+                    .map_err(|error| store_status(&error))?;
+                self.topics.metrics().replayed.inc_by(page.events.len() as u64);
+                if page.events.is_empty() {
+                    // The request was deleted under the watcher.
+                    return Err(streamer_rpc::not_found(&self.subscription.topic.uid.to_string()));
+                }
+                Ok(Some(page.events))
+            }
+        }
+    }
+}

@@ -1,0 +1,1 @@
+//! Admission: authenticate, authorise, validate, run now or queue; queries; cancel

@@ -1,0 +1,1 @@
+//! Streamer's test suites
