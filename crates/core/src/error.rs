@@ -7,7 +7,7 @@ use std::fmt;
 pub enum ErrorCode {
     /// The input breaks a rule.
     ValidationError,
-    /// No such action, or its name is ill-formed.
+    /// No such action.
     InvalidAction,
     /// No valid token.
     Unauthorized,

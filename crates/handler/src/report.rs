@@ -63,9 +63,19 @@ struct State {
     reports: VecDeque<Report>,
     bytes: usize,
     closed: bool,
+    discarding: bool,
 }
 
 impl ReportQueue {
+    /// Takes everything and keeps nothing: for sync actions, which have no log.
+    #[must_use]
+    pub fn discarding() -> Self {
+        let queue = Self::default();
+        queue.state.lock().discarding = true;
+        queue
+    }
+
+
     /// Adds a report; waits while the queue is full.
     ///
     /// # Errors
@@ -80,6 +90,9 @@ impl ReportQueue {
                 let mut state = self.state.lock();
                 if state.closed {
                     return Err(HandlerError::cancelled());
+                }
+                if state.discarding {
+                    return Ok(());
                 }
                 let room = state.reports.len() < MAX_REPORTS
                     && (state.bytes + bytes <= MAX_BYTES || state.reports.is_empty());

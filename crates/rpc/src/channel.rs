@@ -1,14 +1,13 @@
 //! How one service reaches another: the same client, whether there is a network between them.
 
-use std::{convert::Infallible, error::Error};
+use std::convert::Infallible;
 
 use http::{Request, Response};
-use tonic::body::Body;
+use tonic::{Status, body::Body};
 use tower::{Service, ServiceExt, util::BoxCloneSyncService};
 
-/// What a generated client talks through.
-pub type Channel =
-    BoxCloneSyncService<Request<Body>, Response<Body>, Box<dyn Error + Send + Sync>>;
+/// What a generated client talks through. Its error is what the client then answers with.
+pub type Channel = BoxCloneSyncService<Request<Body>, Response<Body>, Status>;
 
 /// A channel to a server in this process: its calls are function calls, without sockets.
 pub fn local<S>(server: S) -> Channel

@@ -175,7 +175,8 @@ pub struct Append {
     pub uid: Uid,
     /// By whom.
     pub writer: Writer,
-    /// Contiguous and numbered; `retrying` and terminal ones only at the end.
+    /// Contiguous and numbered; `retrying` and terminal ones only at the end. May be empty, to store
+    /// a checkpoint alone.
     pub events: Vec<Event>,
     /// New checkpoint.
     pub checkpoint: Option<Bytes>,
@@ -190,8 +191,8 @@ pub struct Append {
 pub enum Appended {
     /// The events are stored, by this call or by an earlier one like it.
     Applied {
-        /// Cancellation has been asked for.
-        cancel_requested: bool,
+        /// Why cancellation has been asked for, when it has.
+        cancel_reason: Option<String>,
     },
     /// The writer has no right to write (any more), or the events do not follow the log.
     Fenced {
@@ -253,14 +254,14 @@ pub struct Lease {
 }
 
 /// What became of a renewal.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Renewed {
     /// Of this lease.
     pub lease: Lease,
     /// Whether it is still held.
     pub held: bool,
-    /// Whether cancellation has been asked for.
-    pub cancel_requested: bool,
+    /// Why cancellation has been asked for, when it has.
+    pub cancel_reason: Option<String>,
 }
 
 /// Asks for a page of requests, newest first.

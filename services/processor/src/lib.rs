@@ -1,1 +1,119 @@
-//! Execution: claim, dispatch to handlers, retry, time out
+//! Execution: claim, lease, dispatch to handlers, retry, time out.
+//!
+//! Sync actions run at once, for the router that calls. Async requests are claimed from the store,
+//! which makes their attempt number the fencing token for everything they report; what they
+//! report goes to the progress service. Hints from the router start a claim at once, a slow poll
+//! finds whatever hints did not reach. A lease that is not renewed in time is taken over by
+//! whoever finds it.
+
+mod attempt;
+mod dispatcher;
+mod execution_service;
+mod history;
+mod log_client;
+mod metrics;
+mod outcome;
+mod slots;
+mod takeover;
+
+use std::{sync::Arc, time::Duration};
+
+use streamer_auth::Authenticator;
+use streamer_core::{Clock, Limits, Timestamp, Uid};
+use streamer_handler::Handlers;
+use streamer_proto::internal::v1::execution_service_server::ExecutionServiceServer;
+use streamer_rpc::Channel;
+use streamer_store::Store;
+use streamer_telemetry::Metrics;
+use tokio_util::sync::CancellationToken;
+
+use crate::{
+    dispatcher::Dispatcher, execution_service::ExecutionApi, history::StoredHistory,
+    log_client::LogClient, metrics::ProcessorMetrics,
+};
+
+/// What the operator sets.
+#[derive(Clone, Copy, Debug)]
+pub struct ProcessorOptions {
+    /// Async attempts that run at once at most.
+    pub max_concurrent_attempts: usize,
+    /// Sync actions that run at once at most.
+    pub max_concurrent_sync: usize,
+    /// Longest run of a sync action that sets no limit of its own.
+    pub sync_timeout: Duration,
+    /// How long a lease lasts unless renewed.
+    pub lease: Duration,
+    /// How long a handler may go on after cancellation was asked for.
+    pub cancel_grace: Duration,
+    /// How often the store is asked for work that no hint told of.
+    pub poll_interval: Duration,
+    /// How long running attempts may go on when the processor stops.
+    pub drain_timeout: Duration,
+    /// Sizes that bound payloads, results and chunks.
+    pub limits: Limits,
+    /// Actions faster than this are sync.
+    pub sync_threshold: Duration,
+}
+
+/// What the processor needs.
+pub struct Dependencies {
+    /// Where requests wait.
+    pub store: Arc<dyn Store>,
+    /// For timestamps.
+    pub clock: Arc<dyn Clock>,
+    /// Verifies the tokens of those who ask for sync actions.
+    pub authenticator: Arc<Authenticator>,
+    /// What it can run.
+    pub handlers: Handlers,
+    /// To the progress service.
+    pub progress: Channel,
+    /// Where metrics go.
+    pub metrics: Metrics,
+    /// What the operator sets.
+    pub options: ProcessorOptions,
+}
+
+/// The processor, ready to be served.
+pub struct Processor {
+    /// For the router: `streamer.internal.v1`.
+    pub internal: ExecutionServiceServer<ExecutionApi>,
+    dispatcher: Arc<Dispatcher>,
+}
+
+impl Processor {
+    /// Wires the service.
+    #[must_use]
+    pub fn build(dependencies: Dependencies) -> Self {
+        let Dependencies { store, clock, authenticator, handlers, progress, metrics, options } =
+            dependencies;
+        let metrics = ProcessorMetrics::new(&metrics);
+        let max_message_bytes = options.limits.max_message_bytes();
+        let dispatcher = Arc::new(Dispatcher::new(dispatcher::Parts {
+            name: name(clock.now()),
+            history: Arc::new(StoredHistory::new(store.clone())),
+            store,
+            clock,
+            handlers: handlers.clone(),
+            log: LogClient::new(progress, max_message_bytes),
+            metrics: metrics.clone(),
+            options,
+        }));
+        let service =
+            ExecutionApi::new(dispatcher.clone(), handlers, authenticator, metrics, options);
+        let internal = ExecutionServiceServer::new(service)
+            .max_decoding_message_size(max_message_bytes)
+            .max_encoding_message_size(max_message_bytes);
+        Self { internal, dispatcher }
+    }
+
+    /// Claims and runs requests until `shutdown`; then lets running ones end, for as long as the
+    /// options say.
+    pub async fn run(&self, shutdown: CancellationToken) {
+        self.dispatcher.run(shutdown).await;
+    }
+}
+
+/// One run of one processor, in leases and `started` events.
+fn name(now: Timestamp) -> String {
+    format!("processor-{}", Uid::new(now))
+}

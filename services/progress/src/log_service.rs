@@ -46,7 +46,9 @@ impl EventLogService for LogService {
         let began = Instant::now();
         let request = request.into_inner();
         let uid = parse_uid(&request.uid)?;
-        check_contiguous(&request.events)?;
+        if !request.events.is_empty() || request.checkpoint.is_none() {
+            check_contiguous(&request.events)?;
+        }
         let attempt = u32::try_from(request.attempt).ok().filter(|attempt| *attempt > 0);
         let attempt = attempt.ok_or_else(|| Status::invalid_argument("attempt must be positive"))?;
         let appended = self
@@ -62,11 +64,11 @@ impl EventLogService for LogService {
             .await
             .map_err(|error| store_status(&error))?;
         match appended {
-            Appended::Applied { cancel_requested } => {
+            Appended::Applied { cancel_reason } => {
                 self.metrics.events.inc_by(request.events.len() as u64);
                 self.metrics.append_seconds.observe(began.elapsed().as_secs_f64());
                 self.topics.push(uid, &request.events);
-                Ok(Response::new(PublishResponse { cancel_requested }))
+                Ok(Response::new(PublishResponse { cancel_reason }))
             }
             Appended::Fenced { state, attempt: current, last_seq } => {
                 self.metrics.fenced.inc();

@@ -1,1 +1,100 @@
-//! Admission: authenticate, authorise, validate, run now or queue; queries; cancel
+//! Admission: authenticate, authorise, validate, run now or queue; queries; cancel.
+//!
+//! The router writes the request to the store itself, so that work is accepted and kept while
+//! every processor is down; what it tells processor and progress afterwards are hints. It refuses
+//! bad input with every broken rule at once, and then nothing has changed.
+
+mod admission;
+mod catalog;
+mod front;
+mod metrics;
+mod operations;
+mod peers;
+mod router_service;
+mod wait;
+
+use std::sync::Arc;
+
+use streamer_auth::{AuthLayer, AuthService};
+use streamer_core::{Clock, Limits};
+use streamer_proto::{
+    longrunning::operations_server::OperationsServer,
+    router::v1::router_service_server::RouterServiceServer,
+};
+use streamer_rpc::Channel;
+use streamer_store::Store;
+use streamer_telemetry::Metrics;
+use tokio_util::sync::CancellationToken;
+
+use crate::{
+    catalog::Catalog, front::Front, metrics::RouterMetrics, operations::OperationsApi,
+    peers::Peers, router_service::RouterApi,
+};
+
+/// What the router needs.
+pub struct Dependencies {
+    /// Where requests are kept.
+    pub store: Arc<dyn Store>,
+    /// For timestamps.
+    pub clock: Arc<dyn Clock>,
+    /// In front of the public services.
+    pub auth: AuthLayer,
+    /// To the processor's internal service.
+    pub processor: Channel,
+    /// To the progress service's internal service.
+    pub event_log: Channel,
+    /// To the progress service's public service.
+    pub progress: Channel,
+    /// Where metrics go.
+    pub metrics: Metrics,
+    /// Sizes that bound payloads and results.
+    pub limits: Limits,
+}
+
+/// The router, ready to be served.
+pub struct Router {
+    /// For everybody: `streamer.router.v1`.
+    pub public: AuthService<RouterServiceServer<RouterApi>>,
+    /// For everybody: `google.longrunning`.
+    pub operations: AuthService<OperationsServer<OperationsApi>>,
+    front: Arc<Front>,
+}
+
+impl Router {
+    /// Wires the service.
+    #[must_use]
+    pub fn build(dependencies: Dependencies) -> Self {
+        let max_message_bytes = dependencies.limits.max_message_bytes();
+        let peers = Peers::new(
+            dependencies.processor,
+            dependencies.event_log,
+            dependencies.progress,
+            max_message_bytes,
+        );
+        let front = Arc::new(Front {
+            store: dependencies.store,
+            clock: dependencies.clock,
+            peers,
+            catalog: Catalog::default(),
+            metrics: RouterMetrics::new(&dependencies.metrics),
+            limits: dependencies.limits,
+        });
+        let public = RouterServiceServer::new(RouterApi::new(front.clone()))
+            .max_decoding_message_size(max_message_bytes)
+            .max_encoding_message_size(max_message_bytes.saturating_mul(2));
+        let operations = OperationsServer::new(OperationsApi::new(front.clone()))
+            .max_encoding_message_size(max_message_bytes.saturating_mul(2));
+        let auth = dependencies.auth;
+        Self { public: auth.wrap(public), operations: auth.wrap(operations), front }
+    }
+
+    /// Learns which actions there are, and follows their changes until `shutdown`.
+    pub async fn run(&self, shutdown: CancellationToken) {
+        self.front.catalog.follow(&self.front.peers, shutdown).await;
+    }
+
+    /// Returns once the actions are known.
+    pub async fn ready(&self) {
+        self.front.catalog.ready().await;
+    }
+}

@@ -153,12 +153,12 @@ struct Standing {
     attempt: u32,
     last_seq: i64,
     lease_until: i64,
-    cancel_requested: bool,
+    cancel_reason: Option<String>,
 }
 
 fn standing(db: &Connection, uid: Uid) -> rusqlite::Result<Option<Standing>> {
     db.prepare_cached(
-        "SELECT state, attempt, last_seq, lease_until, cancel_reason IS NOT NULL
+        "SELECT state, attempt, last_seq, lease_until, cancel_reason
          FROM requests WHERE uid = ?1",
     )?
     .query_row([uid.to_bytes()], |row| {
@@ -167,7 +167,7 @@ fn standing(db: &Connection, uid: Uid) -> rusqlite::Result<Option<Standing>> {
             attempt: row.get(1)?,
             last_seq: row.get(2)?,
             lease_until: row.get::<_, Option<i64>>(3)?.unwrap_or(0),
-            cancel_requested: row.get(4)?,
+            cancel_reason: row.get(4)?,
         })
     })
     .optional()
@@ -175,12 +175,12 @@ fn standing(db: &Connection, uid: Uid) -> rusqlite::Result<Option<Standing>> {
 
 pub(super) fn append(db: &Connection, append: &Append) -> rusqlite::Result<Appended> {
     let Some(standing) = standing(db, append.uid)? else { return Ok(Appended::NotFound) };
-    let applied = Appended::Applied { cancel_requested: standing.cancel_requested };
-    let (Some(first), Some(last)) = (append.events.first(), append.events.last()) else {
-        return Ok(applied);
-    };
-    if last.seq <= standing.last_seq && is_stored(db, append.uid, &append.events)? {
-        return Ok(applied);
+    let applied = || Appended::Applied { cancel_reason: standing.cancel_reason.clone() };
+    if let Some(last) = append.events.last()
+        && last.seq <= standing.last_seq
+        && is_stored(db, append.uid, &append.events)?
+    {
+        return Ok(applied());
     }
     let may_write = match append.writer {
         Writer::Attempt(attempt) => {
@@ -195,7 +195,8 @@ pub(super) fn append(db: &Connection, append: &Append) -> rusqlite::Result<Appen
                 && standing.lease_until <= append.now.as_millis()
         }
     };
-    if !may_write || first.seq != standing.last_seq + 1 {
+    let follows = append.events.first().is_none_or(|first| first.seq == standing.last_seq + 1);
+    if !may_write || !follows {
         return Ok(Appended::Fenced {
             state: standing.state,
             attempt: standing.attempt,
@@ -207,8 +208,10 @@ pub(super) fn append(db: &Connection, append: &Append) -> rusqlite::Result<Appen
         db.prepare_cached("INSERT OR REPLACE INTO checkpoints VALUES (?1, ?2)")?
             .execute(params![append.uid.to_bytes(), &checkpoint[..]])?;
     }
-    advance(db, append, last)?;
-    Ok(applied)
+    if let Some(last) = append.events.last() {
+        advance(db, append, last)?;
+    }
+    Ok(applied())
 }
 
 /// Moves the request to where its last event says it is.
@@ -335,9 +338,8 @@ pub(super) fn renew(
     for lease in leases {
         let changed =
             update.execute(params![lease.uid.to_bytes(), lease.attempt, holder, until.as_millis()])?;
-        let cancel_requested =
-            standing(db, lease.uid)?.is_some_and(|standing| standing.cancel_requested);
-        renewed.push(Renewed { lease: *lease, held: changed == 1, cancel_requested });
+        let cancel_reason = standing(db, lease.uid)?.and_then(|standing| standing.cancel_reason);
+        renewed.push(Renewed { lease: *lease, held: changed == 1, cancel_reason });
     }
     Ok(renewed)
 }

@@ -1,0 +1,39 @@
+//! How this service writes to the log: the progress service's internal calls.
+
+use streamer_core::Uid;
+use streamer_proto::{
+    common::v1::Event,
+    internal::v1::{
+        AnnounceRequest, PublishRequest, event_log_service_client::EventLogServiceClient,
+    },
+};
+use streamer_rpc::Channel;
+use tonic::Status;
+
+#[derive(Clone)]
+pub(crate) struct LogClient {
+    client: EventLogServiceClient<Channel>,
+}
+
+impl LogClient {
+    pub(crate) fn new(progress: Channel, max_message_bytes: usize) -> Self {
+        let client = EventLogServiceClient::new(progress)
+            .max_encoding_message_size(max_message_bytes.saturating_mul(4));
+        Self { client }
+    }
+
+    /// Appends events; says why cancellation was asked for, when it was.
+    pub(crate) async fn publish(&self, request: PublishRequest) -> Result<Option<String>, Status> {
+        let response = self.client.clone().publish(request).await?;
+        Ok(response.into_inner().cancel_reason)
+    }
+
+    /// Delivers events that are durable. A hint: when it fails, watchers find them in the store.
+    pub(crate) async fn announce(&self, uid: Uid, events: Vec<Event>) {
+        let uid_bytes = uid.to_bytes().to_vec().into();
+        let request = AnnounceRequest { uid: uid_bytes, events, created: None };
+        if let Err(status) = self.client.clone().announce(request).await {
+            tracing::warn!(%uid, %status, "could not announce events");
+        }
+    }
+}

@@ -1,0 +1,155 @@
+//! The rules that a submission keeps to.
+
+use bytes::Bytes;
+use serde_json::value::RawValue;
+use sha2::{Digest, Sha256};
+use streamer_core::{Limits, Timestamp, Violations, limits, validate};
+use streamer_proto::{millis, router::v1::SubmitRequest};
+use streamer_rpc::{JSON, payload_into_parts};
+use streamer_store::StoredPayload;
+
+/// A submission whose every rule but the action's own has been checked.
+pub(crate) struct Submission {
+    pub(crate) client_id: Option<String>,
+    pub(crate) action: String,
+    pub(crate) payload: StoredPayload,
+    pub(crate) metadata: Option<Bytes>,
+    pub(crate) wait_ms: i64,
+    pub(crate) priority: i32,
+    pub(crate) delay_ms: i64,
+    pub(crate) deadline: Option<Timestamp>,
+}
+
+/// Reads a submission, noting every rule that it breaks.
+pub(crate) fn read(
+    request: SubmitRequest,
+    server_limits: &Limits,
+    now: Timestamp,
+    violations: &mut Violations,
+) -> Submission {
+    let client_id = (!request.id.is_empty()).then_some(request.id);
+    if let Some(id) = &client_id {
+        violations.check("id", validate::request_id(id));
+    }
+    violations.check("action", validate::action_name(&request.action));
+
+    let (content_type, data) = payload_into_parts(request.payload);
+    let content_type_limit = limits::MAX_CONTENT_TYPE_BYTES;
+    violations.check(
+        "payload.content_type",
+        validate::at_most(content_type.len(), content_type_limit, "content type"),
+    );
+    let payload_limit = server_limits.max_payload_bytes;
+    violations.check(
+        "payload",
+        validate::at_most(data.len(), payload_limit, "limits.max_payload_bytes"),
+    );
+    if content_type == JSON {
+        violations.check("payload", well_formed_json(&data).map(drop));
+    }
+
+    let metadata = request.metadata.map(|metadata| payload_into_parts(Some(metadata)).1);
+    if let Some(metadata) = &metadata {
+        violations.check("metadata", check_metadata(metadata));
+    }
+    let wait_ms = request.wait.map_or(0, |wait| duration_ms(&wait));
+    violations.check("wait", validate::in_range(wait_ms, 0, limits::MAX_WAIT_MS, " ms"));
+    let delay_ms = request.delay.map_or(0, |delay| duration_ms(&delay));
+    violations.check("delay", validate::in_range(delay_ms, 0, limits::MAX_DELAY_MS, " ms"));
+    let highest = i64::from(limits::MAX_PRIORITY);
+    violations.check("priority", validate::in_range(request.priority.into(), 0, highest, ""));
+    let deadline = request.deadline.map(|deadline| Timestamp::from_millis(millis(&deadline)));
+    if deadline.is_some_and(|deadline| deadline <= now) {
+        violations.push("deadline", format!("must be in the future, it is {now} now"));
+    }
+    Submission {
+        client_id,
+        action: request.action,
+        payload: StoredPayload { content_type, data },
+        metadata,
+        wait_ms,
+        priority: request.priority,
+        delay_ms,
+        deadline,
+    }
+}
+
+/// What the same `client_id` must stand for.
+pub(crate) fn fingerprint(action: &str, payload: &StoredPayload) -> [u8; 32] {
+    let mut hash = Sha256::new();
+    for part in [action.as_bytes(), payload.content_type.as_bytes(), &payload.data[..]] {
+        hash.update((part.len() as u64).to_be_bytes());
+        hash.update(part);
+    }
+    hash.finalize().into()
+}
+
+/// Scans without building anything, however deep it nests.
+fn well_formed_json(data: &[u8]) -> Result<&RawValue, String> {
+    serde_json::from_slice(data).map_err(|error| format!("is not JSON: {error}"))
+}
+
+fn check_metadata(metadata: &[u8]) -> Result<(), String> {
+    validate::at_most(metadata.len(), limits::MAX_METADATA_BYTES, "metadata")?;
+    if well_formed_json(metadata)?.get().starts_with('{') {
+        Ok(())
+    } else {
+        Err("must be a JSON object".into())
+    }
+}
+
+fn duration_ms(duration: &prost_types::Duration) -> i64 {
+    let millis = i64::from(duration.nanos) / 1_000_000;
+    duration.seconds.saturating_mul(1000).saturating_add(millis)
+}
+
+#[cfg(test)]
+mod tests {
+    use streamer_rpc::json_payload;
+
+    use super::*;
+
+    fn violations_of(request: SubmitRequest) -> String {
+        let mut violations = Violations::default();
+        let limits = Limits { max_payload_bytes: 10, ..Limits::default() };
+        read(request, &limits, Timestamp::from_millis(0), &mut violations);
+        violations.to_string()
+    }
+
+    #[test]
+    fn every_broken_rule_is_told_at_once() {
+        let told = violations_of(SubmitRequest {
+            id: "a b".into(),
+            action: "Nope".into(),
+            payload: Some(json_payload("[1,2,3,4,5,6")),
+            metadata: Some(json_payload("[]")),
+            priority: 10,
+            wait: Some(prost_types::Duration { seconds: 301, nanos: 0 }),
+            delay: Some(prost_types::Duration { seconds: -1, nanos: 0 }),
+            deadline: Some(prost_types::Timestamp { seconds: -5, nanos: 0 }),
+            ..SubmitRequest::default()
+        });
+        for field in ["id:", "action:", "payload: must be at most 10", "payload: is not JSON",
+            "metadata:", "priority:", "wait:", "delay:", "deadline:"]
+        {
+            assert!(told.contains(field), "{field} is missing in {told}");
+        }
+    }
+
+    #[test]
+    fn a_plain_submission_breaks_no_rule() {
+        let request = SubmitRequest { action: "echo".into(), ..SubmitRequest::default() };
+        assert_eq!(violations_of(request), "");
+    }
+
+    #[test]
+    fn the_fingerprint_tells_action_and_payload_apart() {
+        let payload = |data: &'static str| StoredPayload {
+            content_type: JSON.into(),
+            data: Bytes::from_static(data.as_bytes()),
+        };
+        assert_eq!(fingerprint("a", &payload("1")), fingerprint("a", &payload("1")));
+        assert_ne!(fingerprint("a", &payload("1")), fingerprint("b", &payload("1")));
+        assert_ne!(fingerprint("a", &payload("1")), fingerprint("a", &payload("2")));
+    }
+}

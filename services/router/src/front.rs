@@ -1,0 +1,386 @@
+//! What the router does, apart from the shape in which it is asked.
+
+use std::{sync::Arc, time::Duration};
+
+use streamer_auth::Caller;
+use streamer_core::{
+    Clock, ErrorCode, Limits, RequestError, Timestamp, Uid, Violations, limits, validate,
+};
+use streamer_proto::{
+    common::v1::{Payload, Request, RequestState, event::Kind, payload::Body},
+    internal::v1::ExecuteRequest,
+    router::v1::{Acknowledgment, Completed, SubmitRequest, SubmitResponse, submit_response::Outcome},
+};
+use streamer_rpc::{
+    encode_payload, not_found, request_to_proto, state_to_proto, status, store_status,
+    validation_status,
+};
+use streamer_store::{
+    CancelOutcome, CreateOutcome, DeleteOutcome, ListRequests, NewRequest, Owner, RequestPage,
+    RequestRecord, Store, StoredPayload, find_by_name,
+};
+use tokio::time::Instant;
+use tonic::Status;
+
+use crate::{
+    admission::{self, Submission},
+    catalog::{Catalog, Known},
+    metrics::RouterMetrics,
+    peers::Peers,
+    wait,
+};
+
+pub(crate) struct Front {
+    pub(crate) store: Arc<dyn Store>,
+    pub(crate) clock: Arc<dyn Clock>,
+    pub(crate) peers: Peers,
+    pub(crate) catalog: Catalog,
+    pub(crate) metrics: RouterMetrics,
+    pub(crate) limits: Limits,
+}
+
+/// What a caller wants to do with a request.
+#[derive(Clone, Copy, PartialEq, Eq)]
+pub(crate) enum Access {
+    Read,
+    Write,
+}
+
+impl Front {
+    /// Admits a submission and runs it now, or stores it.
+    pub(crate) async fn submit(
+        &self,
+        caller: &Caller,
+        request: SubmitRequest,
+        trace_parent: Option<String>,
+    ) -> Result<SubmitResponse, Status> {
+        let encoding = request.payload_encoding();
+        let outcome = self.admit(caller, request, trace_parent).await;
+        let mut response = outcome.inspect_err(|_| {
+            self.metrics.refused.inc();
+        })?;
+        if let Some(Outcome::Completed(completed)) = &mut response.outcome
+            && let Some(result) = &mut completed.result
+        {
+            encode_payload(result, encoding);
+        }
+        Ok(response)
+    }
+
+    async fn admit(
+        &self,
+        caller: &Caller,
+        request: SubmitRequest,
+        trace_parent: Option<String>,
+    ) -> Result<SubmitResponse, Status> {
+        let now = self.clock.now();
+        let mut violations = Violations::default();
+        let submission = admission::read(request, &self.limits, now, &mut violations);
+        let known = self.catalog.get(&submission.action);
+        if let (Some(known), true) = (&known, violations.is_empty()) {
+            permitted(caller, known)?;
+            known.check_payload(&submission.payload.data, &mut violations);
+        }
+        refuse(&violations)?;
+        let Some(known) = known else {
+            return Err(status(&RequestError::new(
+                ErrorCode::InvalidAction,
+                format!("there is no action {:?}", submission.action),
+            )));
+        };
+        if known.action.sync {
+            self.run_now(caller, submission, now).await
+        } else {
+            self.store_and_wake(caller, submission, now, trace_parent, None).await
+        }
+    }
+
+    async fn run_now(
+        &self,
+        caller: &Caller,
+        submission: Submission,
+        now: Timestamp,
+    ) -> Result<SubmitResponse, Status> {
+        self.metrics.submitted_sync.inc();
+        let uid = Uid::new(now).to_string();
+        let request_id = submission.client_id.unwrap_or_else(|| uid.clone());
+        let StoredPayload { content_type, data } = submission.payload;
+        let execute = ExecuteRequest {
+            action: submission.action,
+            payload: Some(Payload { content_type, body: Some(Body::Data(data)) }),
+            uid: uid.clone(),
+            request_id: request_id.clone(),
+        };
+        let result = self.peers.execute(caller.authorization.clone(), execute).await?;
+        let state = RequestState::Succeeded.into();
+        let completed = Completed { state, result, ..Completed::default() };
+        Ok(SubmitResponse { request_id, uid, outcome: Some(Outcome::Completed(completed)) })
+    }
+
+    async fn store_and_wake(
+        &self,
+        caller: &Caller,
+        submission: Submission,
+        now: Timestamp,
+        trace_parent: Option<String>,
+        redrive_of: Option<Uid>,
+    ) -> Result<SubmitResponse, Status> {
+        let began = Instant::now();
+        let wait_ms = submission.wait_ms;
+        let (record, duplicate) =
+            self.create(caller, submission, now, trace_parent, redrive_of).await?;
+        self.metrics.submit_seconds.observe(began.elapsed().as_secs_f64());
+        let mut response = SubmitResponse {
+            request_id: record.request_id(),
+            uid: record.uid.to_string(),
+            outcome: Some(Outcome::Acknowledgment(Acknowledgment {
+                state: state_to_proto(record.state).into(),
+                duplicate,
+                last_seq: record.last_seq,
+            })),
+        };
+        if wait_ms > 0 {
+            let limit = Duration::from_millis(u64::try_from(wait_ms).unwrap_or(0));
+            // It is stored and will run; when waiting fails, the acknowledgement still stands.
+            match wait::for_terminal_event(&self.peers, caller, record.uid, limit).await {
+                Ok(Some(event)) => {
+                    response.outcome = wait::completed(event, duplicate).map(Outcome::Completed);
+                }
+                Ok(None) => {}
+                Err(status) => tracing::warn!(uid = %record.uid, %status, "could not wait"),
+            }
+        }
+        Ok(response)
+    }
+
+    /// Stores a request and tells of it; says whether it was there before.
+    async fn create(
+        &self,
+        caller: &Caller,
+        submission: Submission,
+        now: Timestamp,
+        trace_parent: Option<String>,
+        redrive_of: Option<Uid>,
+    ) -> Result<(RequestRecord, bool), Status> {
+        let delay = Duration::from_millis(u64::try_from(submission.delay_ms).unwrap_or(0));
+        let new = NewRequest {
+            uid: Uid::new(now),
+            client_id: submission.client_id,
+            owner: owner(caller),
+            fingerprint: admission::fingerprint(&submission.action, &submission.payload),
+            action: submission.action,
+            payload: submission.payload,
+            metadata: submission.metadata,
+            priority: submission.priority,
+            create_time: now,
+            not_before: now.plus(delay),
+            deadline: submission.deadline,
+            redrive_of,
+            trace_parent,
+        };
+        match self.store.create_request(new).await.map_err(|error| store_status(&error))? {
+            CreateOutcome::Created(record, accepted) => {
+                self.metrics.submitted_async.inc();
+                // In this order: the log exists before anybody writes to it.
+                self.peers.announce(record.uid, *accepted, Some(request_to_proto(&record))).await;
+                let not_before = (!delay.is_zero()).then_some(record.not_before);
+                self.peers.wake(record.uid, &record.action, not_before).await;
+                Ok((*record, false))
+            }
+            CreateOutcome::Existing(record) => {
+                self.metrics.duplicates.inc();
+                Ok((*record, true))
+            }
+            CreateOutcome::Conflict(record) => Err(status(&RequestError::new(
+                ErrorCode::Conflict,
+                format!(
+                    "id {:?} was used for another action or payload, in request {}",
+                    record.request_id(),
+                    record.uid
+                ),
+            ))),
+        }
+    }
+
+    /// The request that `name` stands for, if the caller may do this with it.
+    pub(crate) async fn find(
+        &self,
+        caller: &Caller,
+        name: &str,
+        access: Access,
+    ) -> Result<RequestRecord, Status> {
+        let mut violations = Violations::default();
+        violations.check("request_id", validate::request_id(name));
+        refuse(&violations)?;
+        let found = find_by_name(&*self.store, &owner(caller), name).await;
+        let principal = &caller.principal;
+        match found.map_err(|error| store_status(&error))? {
+            Some(record) if principal.may_read(&record.owner.tenant, &record.owner.user) => {
+                let may_write = principal.may_write(&record.owner.tenant, &record.owner.user);
+                if access == Access::Write && !may_write {
+                    return Err(forbidden("requests:write"));
+                }
+                Ok(record)
+            }
+            _ => Err(not_found(name)),
+        }
+    }
+
+    /// A request with its payload and, when it has one, its result.
+    pub(crate) async fn with_payloads(&self, record: &RequestRecord) -> Result<Request, Status> {
+        let mut request = request_to_proto(record);
+        let payload = self.store.read_payload(record.uid).await;
+        request.payload = payload.map_err(|error| store_status(&error))?.map(|payload| Payload {
+            content_type: payload.content_type,
+            body: Some(Body::Data(payload.data)),
+        });
+        request.result = self.result(record).await?;
+        Ok(request)
+    }
+
+    /// The result of a request that succeeded; it stands in the last event of its log.
+    pub(crate) async fn result(&self, record: &RequestRecord) -> Result<Option<Payload>, Status> {
+        if record.state != streamer_core::RequestState::Succeeded {
+            return Ok(None);
+        }
+        let last = self.store.read_events(record.uid, record.last_seq - 1, 1, usize::MAX).await;
+        let last = last.map_err(|error| store_status(&error))?.events.pop();
+        Ok(last.and_then(|event| match event.kind {
+            Some(Kind::Succeeded(succeeded)) => succeeded.result,
+            _ => None,
+        }))
+    }
+
+    /// The caller's requests, or the whole tenant's where that is permitted.
+    pub(crate) async fn list(
+        &self,
+        caller: &Caller,
+        states: Vec<streamer_core::RequestState>,
+        action: Option<String>,
+        before: Option<Uid>,
+        limit: usize,
+    ) -> Result<RequestPage, Status> {
+        let everybody = caller.principal.may(streamer_auth::permissions::REQUESTS_READ);
+        let query = ListRequests {
+            tenant: caller.principal.tenant.clone(),
+            user: (!everybody).then(|| caller.principal.user.clone()),
+            states,
+            action,
+            before,
+            limit,
+        };
+        self.store.list_requests(query).await.map_err(|error| store_status(&error))
+    }
+
+    /// Asks that a request end.
+    pub(crate) async fn cancel(
+        &self,
+        caller: &Caller,
+        name: &str,
+        reason: String,
+    ) -> Result<RequestRecord, Status> {
+        let mut violations = Violations::default();
+        violations.check("reason", validate::at_most(reason.len(), limits::MAX_REASON_BYTES, "reason"));
+        refuse(&violations)?;
+        let record = self.find(caller, name, Access::Write).await?;
+        let cancelled = self.store.cancel(record.uid, reason, self.clock.now()).await;
+        match cancelled.map_err(|error| store_status(&error))? {
+            CancelOutcome::Cancelled(record, event) => {
+                self.peers.announce(record.uid, *event, None).await;
+                Ok(*record)
+            }
+            CancelOutcome::Requested(record) => {
+                let reason = record.cancel_reason.clone().unwrap_or_default();
+                self.peers.signal_cancel(record.uid, &reason).await;
+                Ok(*record)
+            }
+            CancelOutcome::Ended(record) => Ok(*record),
+            CancelOutcome::NotFound => Err(not_found(name)),
+        }
+    }
+
+    /// Runs an ended request again, as a new one.
+    pub(crate) async fn redrive(
+        &self,
+        caller: &Caller,
+        name: &str,
+        id: String,
+    ) -> Result<RequestRecord, Status> {
+        use streamer_core::RequestState as State;
+        let mut violations = Violations::default();
+        if !id.is_empty() {
+            violations.check("id", validate::request_id(&id));
+        }
+        refuse(&violations)?;
+        let old = self.find(caller, name, Access::Write).await?;
+        if !matches!(old.state, State::Failed | State::Cancelled) {
+            return Err(failed_precondition(format!(
+                "only a FAILED or CANCELLED request is redriven, this one is {}",
+                old.state
+            )));
+        }
+        if let Some(known) = self.catalog.get(&old.action) {
+            permitted(caller, &known)?;
+        }
+        let payload = self.store.read_payload(old.uid).await.map_err(|error| store_status(&error))?;
+        let submission = Submission {
+            client_id: (!id.is_empty()).then_some(id),
+            action: old.action.clone(),
+            payload: payload.ok_or_else(|| not_found(name))?,
+            metadata: old.metadata.clone(),
+            wait_ms: 0,
+            priority: old.priority,
+            delay_ms: 0,
+            deadline: None,
+        };
+        let trace_parent = old.trace_parent.clone();
+        let now = self.clock.now();
+        let (record, _) = self.create(caller, submission, now, trace_parent, Some(old.uid)).await?;
+        Ok(record)
+    }
+
+    /// Forgets an ended request.
+    pub(crate) async fn delete(&self, caller: &Caller, name: &str) -> Result<(), Status> {
+        let record = self.find(caller, name, Access::Write).await?;
+        match self.store.delete_request(record.uid).await.map_err(|error| store_status(&error))? {
+            DeleteOutcome::Deleted => Ok(()),
+            DeleteOutcome::NotEnded => Err(failed_precondition(format!(
+                "only an ended request is deleted, this one is {}; cancel it first",
+                record.state
+            ))),
+        }
+    }
+}
+
+fn owner(caller: &Caller) -> Owner {
+    Owner { tenant: caller.principal.tenant.clone(), user: caller.principal.user.clone() }
+}
+
+fn permitted(caller: &Caller, known: &Known) -> Result<(), Status> {
+    let permission = &known.action.permission;
+    if permission.is_empty() || caller.principal.may(permission) {
+        Ok(())
+    } else {
+        Err(forbidden(permission))
+    }
+}
+
+fn forbidden(permission: &str) -> Status {
+    let message = format!("permission {permission} is needed");
+    status(&RequestError::new(ErrorCode::Forbidden, message))
+}
+
+fn failed_precondition(message: String) -> Status {
+    // CONFLICT in the words of the protocols, FAILED_PRECONDITION in those of gRPC.
+    let conflict = status(&RequestError::new(ErrorCode::Conflict, message));
+    Status::with_details_and_metadata(
+        tonic::Code::FailedPrecondition,
+        conflict.message(),
+        bytes::Bytes::copy_from_slice(conflict.details()),
+        conflict.metadata().clone(),
+    )
+}
+
+pub(crate) fn refuse(violations: &Violations) -> Result<(), Status> {
+    if violations.is_empty() { Ok(()) } else { Err(validation_status(violations)) }
+}

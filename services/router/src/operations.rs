@@ -1,0 +1,180 @@
+//! `google.longrunning.Operations`: the same requests, for clients that know AIP-151.
+
+use std::{sync::Arc, time::Duration};
+
+use prost::Message;
+use prost_types::Any;
+use streamer_core::{RequestState, Violations, limits};
+use streamer_proto::{
+    common::v1::PayloadEncoding,
+    longrunning::{
+        CancelOperationRequest, DeleteOperationRequest, GetOperationRequest, ListOperationsRequest,
+        ListOperationsResponse, Operation, WaitOperationRequest, operation,
+        operations_server::Operations,
+    },
+    router::v1::{OperationMetadata, OperationResponse},
+    rpc,
+};
+use streamer_rpc::{encode_payload, error_from_proto, request_to_proto, status, validation_status};
+use streamer_store::RequestRecord;
+use tonic::{Request, Response, Status};
+
+use crate::{
+    front::{Access, Front, refuse},
+    router_service::{caller, read_page_size, read_page_token},
+    wait,
+};
+
+const COLLECTION: &str = "operations";
+
+/// Serves everybody.
+pub struct OperationsApi {
+    front: Arc<Front>,
+}
+
+impl OperationsApi {
+    pub(crate) fn new(front: Arc<Front>) -> Self {
+        Self { front }
+    }
+
+    async fn operation(&self, record: &RequestRecord) -> Result<Operation, Status> {
+        let request = request_to_proto(record);
+        let result = match (record.state, &request.error) {
+            (RequestState::Succeeded, _) => {
+                let mut result = self.front.result(record).await?;
+                if let Some(result) = &mut result {
+                    encode_payload(result, PayloadEncoding::JsonValue);
+                }
+                let response = OperationResponse { result, output: request.output.clone() };
+                Some(operation::Result::Response(any(
+                    "streamer.router.v1.OperationResponse",
+                    &response,
+                )))
+            }
+            (RequestState::Failed | RequestState::Cancelled, Some(error)) => {
+                let status = status(&error_from_proto(error));
+                Some(operation::Result::Error(rpc::Status {
+                    code: status.code().into(),
+                    message: status.message().to_owned(),
+                    details: Vec::new(),
+                }))
+            }
+            _ => None,
+        };
+        let metadata = OperationMetadata { request: Some(request) };
+        Ok(Operation {
+            name: format!("{COLLECTION}/{}", record.uid),
+            metadata: Some(any("streamer.router.v1.OperationMetadata", &metadata)),
+            done: record.state.is_terminal(),
+            result,
+        })
+    }
+}
+
+#[tonic::async_trait]
+impl Operations for OperationsApi {
+    async fn list_operations(
+        &self,
+        request: Request<ListOperationsRequest>,
+    ) -> Result<Response<ListOperationsResponse>, Status> {
+        let caller = caller(&request)?;
+        let request = request.into_inner();
+        let mut violations = Violations::default();
+        if !matches!(request.name.as_str(), "" | COLLECTION) {
+            violations.push("name", "must be empty or \"operations\"");
+        }
+        let in_filter = |state: &RequestState| match request.filter.as_str() {
+            "done=true" => state.is_terminal(),
+            "done=false" => !state.is_terminal(),
+            _ => true,
+        };
+        if !matches!(request.filter.as_str(), "" | "done=true" | "done=false") {
+            violations.push("filter", "must be empty, \"done=true\" or \"done=false\"");
+        }
+        let states = RequestState::ALL.into_iter().filter(in_filter).collect();
+        let before = read_page_token(&request.page_token, &mut violations);
+        let limit = read_page_size(request.page_size, &mut violations);
+        refuse(&violations)?;
+        let page = self.front.list(&caller, states, None, before, limit).await?;
+        let mut operations = Vec::with_capacity(page.requests.len());
+        for record in &page.requests {
+            operations.push(self.operation(record).await?);
+        }
+        let next_page_token = page.next.map(|uid| uid.to_string()).unwrap_or_default();
+        Ok(Response::new(ListOperationsResponse { operations, next_page_token }))
+    }
+
+    async fn get_operation(
+        &self,
+        request: Request<GetOperationRequest>,
+    ) -> Result<Response<Operation>, Status> {
+        let caller = caller(&request)?;
+        let name = request_name(&request.get_ref().name)?;
+        let record = self.front.find(&caller, name, Access::Read).await?;
+        Ok(Response::new(self.operation(&record).await?))
+    }
+
+    async fn delete_operation(
+        &self,
+        request: Request<DeleteOperationRequest>,
+    ) -> Result<Response<()>, Status> {
+        let caller = caller(&request)?;
+        self.front.delete(&caller, request_name(&request.get_ref().name)?).await?;
+        Ok(Response::new(()))
+    }
+
+    async fn cancel_operation(
+        &self,
+        request: Request<CancelOperationRequest>,
+    ) -> Result<Response<()>, Status> {
+        let caller = caller(&request)?;
+        let name = request_name(&request.get_ref().name)?;
+        self.front.cancel(&caller, name, String::new()).await?;
+        Ok(Response::new(()))
+    }
+
+    async fn wait_operation(
+        &self,
+        request: Request<WaitOperationRequest>,
+    ) -> Result<Response<Operation>, Status> {
+        let caller = caller(&request)?;
+        let request = request.into_inner();
+        let name = request_name(&request.name)?;
+        let record = self.front.find(&caller, name, Access::Read).await?;
+        let limit = wait_limit(request.timeout.as_ref())?;
+        if !record.state.is_terminal() {
+            let front = &self.front;
+            wait::for_terminal_event(&front.peers, &caller, record.uid, limit).await?;
+        }
+        let uid = record.uid.to_string();
+        let record = self.front.find(&caller, &uid, Access::Read).await?;
+        Ok(Response::new(self.operation(&record).await?))
+    }
+}
+
+fn wait_limit(timeout: Option<&prost_types::Duration>) -> Result<Duration, Status> {
+    let longest = Duration::from_millis(limits::MAX_WAIT_MS.unsigned_abs());
+    let Some(timeout) = timeout else { return Ok(longest) };
+    match Duration::try_from(*timeout) {
+        Ok(timeout) => Ok(timeout.min(longest)),
+        Err(_) => {
+            let mut violations = Violations::default();
+            violations.push("timeout", "must not be negative");
+            Err(validation_status(&violations))
+        }
+    }
+}
+
+/// The request that an operation's name stands for.
+fn request_name(name: &str) -> Result<&str, Status> {
+    let request = name.strip_prefix(COLLECTION).and_then(|rest| rest.strip_prefix('/'));
+    request.ok_or_else(|| {
+        let mut violations = Violations::default();
+        violations.push("name", "must be \"operations/\" and a request's uid or id");
+        validation_status(&violations)
+    })
+}
+
+fn any(type_name: &str, message: &impl Message) -> Any {
+    Any { type_url: format!("type.googleapis.com/{type_name}"), value: message.encode_to_vec() }
+}

@@ -1,0 +1,99 @@
+//! The services that the router talks to.
+
+use http::HeaderValue;
+use streamer_core::{Timestamp, Uid};
+use streamer_proto::{
+    common::v1::{Event, Payload, Request},
+    internal::v1::{
+        AnnounceRequest, ExecuteRequest, SignalCancelRequest, WakeRequest,
+        event_log_service_client::EventLogServiceClient,
+        execution_service_client::ExecutionServiceClient,
+    },
+    progress::v1::progress_service_client::ProgressServiceClient,
+    timestamp,
+};
+use streamer_rpc::Channel;
+use tonic::Status;
+
+pub(crate) struct Peers {
+    processor: ExecutionServiceClient<Channel>,
+    event_log: EventLogServiceClient<Channel>,
+    progress: ProgressServiceClient<Channel>,
+}
+
+impl Peers {
+    pub(crate) fn new(
+        processor: Channel,
+        event_log: Channel,
+        progress: Channel,
+        max_message_bytes: usize,
+    ) -> Self {
+        Self {
+            processor: ExecutionServiceClient::new(processor)
+                .max_decoding_message_size(max_message_bytes)
+                .max_encoding_message_size(max_message_bytes),
+            event_log: EventLogServiceClient::new(event_log),
+            progress: ProgressServiceClient::new(progress)
+                .max_decoding_message_size(max_message_bytes.saturating_mul(2)),
+        }
+    }
+
+    pub(crate) fn processor(&self) -> ExecutionServiceClient<Channel> {
+        self.processor.clone()
+    }
+
+    pub(crate) fn progress(&self) -> ProgressServiceClient<Channel> {
+        self.progress.clone()
+    }
+
+    /// Runs a sync action, in the caller's name.
+    pub(crate) async fn execute(
+        &self,
+        authorization: HeaderValue,
+        request: ExecuteRequest,
+    ) -> Result<Option<Payload>, Status> {
+        let request = with_authorization(request, authorization);
+        Ok(self.processor().execute(request).await?.into_inner().result)
+    }
+
+    /// Tells the progress service of a durable event; a hint.
+    pub(crate) async fn announce(&self, uid: Uid, event: Event, created: Option<Request>) {
+        let uid_bytes = uid.to_bytes().to_vec().into();
+        let request = AnnounceRequest { uid: uid_bytes, events: vec![event], created };
+        if let Err(status) = self.event_log.clone().announce(request).await {
+            tracing::warn!(%uid, %status, "could not announce an event");
+        }
+    }
+
+    /// Tells the processor that a request waits; a hint.
+    pub(crate) async fn wake(&self, uid: Uid, action: &str, not_before: Option<Timestamp>) {
+        let request = WakeRequest {
+            uid: uid.to_bytes().to_vec().into(),
+            action: action.to_owned(),
+            not_before: not_before.map(|at| timestamp(at.as_millis())),
+        };
+        if let Err(status) = self.processor().wake(request).await {
+            tracing::warn!(%uid, %status, "could not wake the processor; its poll will find it");
+        }
+    }
+
+    /// Tells the processor that cancellation was asked for; a hint.
+    pub(crate) async fn signal_cancel(&self, uid: Uid, reason: &str) {
+        let uid_bytes = uid.to_bytes().to_vec().into();
+        let request = SignalCancelRequest { uid: uid_bytes, reason: reason.to_owned() };
+        if let Err(status) = self.processor().signal_cancel(request).await {
+            tracing::warn!(%uid, %status, "could not signal a cancellation; the lease renewal will");
+        }
+    }
+}
+
+/// A call in the name of whoever holds this token.
+pub(crate) fn with_authorization<T>(
+    message: T,
+    authorization: HeaderValue,
+) -> tonic::Request<T> {
+    let mut headers = http::HeaderMap::with_capacity(1);
+    headers.insert(http::header::AUTHORIZATION, authorization);
+    let metadata = tonic::metadata::MetadataMap::from_headers(headers);
+    tonic::Request::from_parts(metadata, tonic::Extensions::default(), message)
+}

@@ -1,0 +1,192 @@
+//! `streamer.router.v1.RouterService`.
+
+use std::sync::Arc;
+
+use futures_util::{StreamExt, stream, stream::BoxStream};
+use streamer_auth::Caller;
+use streamer_core::{Uid, Violations, validate};
+use streamer_proto::{
+    progress::v1::{WatchRequest, WatchResponse},
+    router::v1::{
+        CancelRequest, CancelResponse, GetRequest, GetResponse, ListActionsRequest,
+        ListActionsResponse, ListRequest, ListResponse, RedriveRequest, RedriveResponse,
+        SubmitAndWatchRequest, SubmitAndWatchResponse, SubmitRequest, SubmitResponse,
+        router_service_server::RouterService, submit_response::Outcome,
+    },
+};
+use streamer_rpc::{encode_payload, request_to_proto, state_from_proto, validation_status};
+use tonic::{Request, Response, Status};
+
+use crate::{
+    front::{Access, Front, refuse},
+    peers::with_authorization,
+};
+
+pub(crate) const MAX_PAGE: i32 = 500;
+pub(crate) const DEFAULT_PAGE: usize = 50;
+
+/// Serves everybody.
+pub struct RouterApi {
+    front: Arc<Front>,
+}
+
+impl RouterApi {
+    pub(crate) fn new(front: Arc<Front>) -> Self {
+        Self { front }
+    }
+}
+
+#[tonic::async_trait]
+impl RouterService for RouterApi {
+    type SubmitAndWatchStream = BoxStream<'static, Result<SubmitAndWatchResponse, Status>>;
+
+    async fn submit(
+        &self,
+        request: Request<SubmitRequest>,
+    ) -> Result<Response<SubmitResponse>, Status> {
+        let caller = caller(&request)?;
+        let trace_parent = trace_parent(&request);
+        let response = self.front.submit(&caller, request.into_inner(), trace_parent).await?;
+        Ok(Response::new(response))
+    }
+
+    async fn submit_and_watch(
+        &self,
+        request: Request<SubmitAndWatchRequest>,
+    ) -> Result<Response<Self::SubmitAndWatchStream>, Status> {
+        let caller = caller(&request)?;
+        let trace_parent = trace_parent(&request);
+        let Some(mut submit) = request.into_inner().request else {
+            let mut violations = Violations::default();
+            violations.push("request", "is required");
+            return Err(validation_status(&violations));
+        };
+        submit.wait = None;
+        let payload_encoding = submit.payload_encoding;
+        let submitted = self.front.submit(&caller, submit, trace_parent).await?;
+        let uid = submitted.uid.clone();
+        let is_async = matches!(submitted.outcome, Some(Outcome::Acknowledgment(_)));
+        let first = SubmitAndWatchResponse { submitted: Some(submitted), events: Vec::new() };
+        let first = stream::once(async { Ok(first) });
+        if !is_async {
+            return Ok(Response::new(first.boxed()));
+        }
+        let watch = WatchRequest { request_id: uid, after_seq: Some(0), payload_encoding };
+        let watch = with_authorization(watch, caller.authorization);
+        let events = self.front.peers.progress().watch(watch).await?.into_inner();
+        let events = events.filter_map(|response| async { events_of(response) });
+        Ok(Response::new(first.chain(events).boxed()))
+    }
+
+    async fn get(&self, request: Request<GetRequest>) -> Result<Response<GetResponse>, Status> {
+        let caller = caller(&request)?;
+        let request = request.into_inner();
+        let encoding = request.payload_encoding();
+        let record = self.front.find(&caller, &request.request_id, Access::Read).await?;
+        let mut request = self.front.with_payloads(&record).await?;
+        let payloads = [&mut request.payload, &mut request.result, &mut request.metadata];
+        for payload in payloads.into_iter().flatten() {
+            encode_payload(payload, encoding);
+        }
+        Ok(Response::new(GetResponse { request: Some(request) }))
+    }
+
+    async fn list(&self, request: Request<ListRequest>) -> Result<Response<ListResponse>, Status> {
+        let caller = caller(&request)?;
+        let request = request.into_inner();
+        let mut violations = Violations::default();
+        let mut states = Vec::new();
+        for state in request.states {
+            match state_from_proto(state) {
+                Some(state) => states.push(state),
+                None => violations.push("states", format!("{state} is no state")),
+            }
+        }
+        let action = (!request.action.is_empty()).then_some(request.action);
+        if let Some(action) = &action {
+            violations.check("action", validate::action_name(action));
+        }
+        let before = read_page_token(&request.page_token, &mut violations);
+        let limit = read_page_size(request.page_size, &mut violations);
+        refuse(&violations)?;
+        let page = self.front.list(&caller, states, action, before, limit).await?;
+        Ok(Response::new(ListResponse {
+            requests: page.requests.iter().map(request_to_proto).collect(),
+            next_page_token: page.next.map(|uid| uid.to_string()).unwrap_or_default(),
+        }))
+    }
+
+    async fn cancel(
+        &self,
+        request: Request<CancelRequest>,
+    ) -> Result<Response<CancelResponse>, Status> {
+        let caller = caller(&request)?;
+        let CancelRequest { request_id, reason } = request.into_inner();
+        let record = self.front.cancel(&caller, &request_id, reason).await?;
+        Ok(Response::new(CancelResponse { request: Some(request_to_proto(&record)) }))
+    }
+
+    async fn redrive(
+        &self,
+        request: Request<RedriveRequest>,
+    ) -> Result<Response<RedriveResponse>, Status> {
+        let caller = caller(&request)?;
+        let RedriveRequest { request_id, id } = request.into_inner();
+        let record = self.front.redrive(&caller, &request_id, id).await?;
+        Ok(Response::new(RedriveResponse { request: Some(request_to_proto(&record)) }))
+    }
+
+    async fn list_actions(
+        &self,
+        request: Request<ListActionsRequest>,
+    ) -> Result<Response<ListActionsResponse>, Status> {
+        caller(&request)?;
+        Ok(Response::new(ListActionsResponse { actions: self.front.catalog.list() }))
+    }
+}
+
+/// Who calls; the authentication in front of the service has put it there.
+pub(crate) fn caller<T>(request: &Request<T>) -> Result<Caller, Status> {
+    let caller = request.extensions().get::<Caller>().cloned();
+    caller.ok_or_else(|| Status::internal("the service is wired without authentication"))
+}
+
+pub(crate) fn read_page_token(token: &str, violations: &mut Violations) -> Option<Uid> {
+    if token.is_empty() {
+        return None;
+    }
+    let uid = token.parse().ok();
+    if uid.is_none() {
+        violations.push("page_token", "must be a next_page_token of an earlier answer");
+    }
+    uid
+}
+
+pub(crate) fn read_page_size(size: i32, violations: &mut Violations) -> usize {
+    let range = validate::in_range(size.into(), 0, MAX_PAGE.into(), "");
+    violations.check("page_size", range);
+    match usize::try_from(size) {
+        Ok(size) if size > 0 => size,
+        _ => DEFAULT_PAGE,
+    }
+}
+
+/// The W3C trace context of the caller.
+fn trace_parent<T>(request: &Request<T>) -> Option<String> {
+    const LENGTH: usize = 55;
+    let value = request.metadata().get("traceparent")?.to_str().ok()?;
+    (value.len() == LENGTH).then(|| value.to_owned())
+}
+
+/// The snapshot that a watch begins with is of no use to somebody who gets the whole log.
+fn events_of(
+    response: Result<WatchResponse, Status>,
+) -> Option<Result<SubmitAndWatchResponse, Status>> {
+    match response {
+        Ok(WatchResponse { events, .. }) if events.is_empty() => None,
+        Ok(WatchResponse { events, .. }) => {
+            Some(Ok(SubmitAndWatchResponse { submitted: None, events }))
+        }
+        Err(status) => Some(Err(status)),
+    }
+}

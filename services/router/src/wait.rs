@@ -1,0 +1,73 @@
+//! Waiting for the outcome of an async request.
+
+use std::time::Duration;
+
+use streamer_auth::Caller;
+use streamer_core::Uid;
+use streamer_proto::{
+    common::v1::{Event, RequestState, event::Kind},
+    progress::v1::WatchRequest,
+    router::v1::Completed,
+};
+use streamer_rpc::is_terminal;
+use tokio::time::timeout;
+use tonic::Status;
+
+use crate::peers::{Peers, with_authorization};
+
+/// The terminal event of a request, if it comes in time.
+pub(crate) async fn for_terminal_event(
+    peers: &Peers,
+    caller: &Caller,
+    uid: Uid,
+    limit: Duration,
+) -> Result<Option<Event>, Status> {
+    match timeout(limit, terminal_event(peers, caller, uid)).await {
+        Ok(event) => event.map(Some),
+        Err(_) => Ok(None),
+    }
+}
+
+async fn terminal_event(peers: &Peers, caller: &Caller, uid: Uid) -> Result<Event, Status> {
+    let watch = WatchRequest { request_id: uid.to_string(), ..WatchRequest::default() };
+    let watch = with_authorization(watch, caller.authorization.clone());
+    let mut stream = peers.progress().watch(watch).await?.into_inner();
+    while let Some(response) = stream.message().await? {
+        if let Some(last) = response.events.into_iter().last()
+            && is_terminal(&last)
+        {
+            return Ok(last);
+        }
+    }
+    Err(Status::unavailable("the watch ended without an outcome"))
+}
+
+/// What a terminal event says; `None` for any other event.
+pub(crate) fn completed(event: Event, duplicate: bool) -> Option<Completed> {
+    let mut completed = Completed { seq: event.seq, duplicate, ..Completed::default() };
+    match event.kind? {
+        Kind::Succeeded(succeeded) => {
+            completed.set_state(RequestState::Succeeded);
+            completed.result = succeeded.result;
+            completed.output = succeeded.output;
+        }
+        Kind::Failed(failed) => {
+            completed.set_state(RequestState::Failed);
+            completed.error = failed.error;
+            completed.output = failed.output;
+        }
+        Kind::Cancelled(cancelled) => {
+            use streamer_core::{ErrorCode, RequestError};
+            let error = RequestError::new(ErrorCode::Cancelled, cancelled.reason);
+            completed.set_state(RequestState::Cancelled);
+            completed.error = Some(streamer_rpc::error_to_proto(&error));
+            completed.output = cancelled.output;
+        }
+        Kind::Accepted(_)
+        | Kind::Started(_)
+        | Kind::Progress(_)
+        | Kind::Output(_)
+        | Kind::Retrying(_) => return None,
+    }
+    Some(completed)
+}
