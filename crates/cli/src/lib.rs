@@ -1,1 +1,45 @@
-//! The commands of the streamer binary that talk to a server
+//! The command line of the `streamer` binary: its grammar, and the commands that talk to a server.
+//!
+//! `up` and `demo`, which are a server, are the binary's own; everything else is [`run`].
+
+mod arguments;
+pub mod bench;
+mod connect;
+mod exit;
+mod follow;
+mod manage;
+mod server_process;
+mod token;
+
+use std::process::ExitCode;
+
+use clap::CommandFactory;
+
+pub use arguments::{Cli, Command, ConfigArguments, ConfigSources, DemoArguments, UpArguments};
+pub use exit::Exit;
+pub use follow::{Screen, follow};
+pub use server_process::READY;
+
+/// Runs a command that talks to a server.
+pub async fn run(command: Command) -> ExitCode {
+    let outcome = match command {
+        Command::Submit(arguments) => follow::submit(arguments).await,
+        Command::Watch(arguments) => follow::watch(arguments).await,
+        Command::Get(arguments) => manage::get(arguments).await,
+        Command::List(arguments) => manage::list(arguments).await,
+        Command::Cancel(arguments) => manage::cancel(arguments).await,
+        Command::Redrive(arguments) => manage::redrive(arguments).await,
+        Command::Actions(arguments) => manage::actions(arguments).await,
+        Command::Connections(arguments) => manage::connections(arguments).await,
+        Command::Token(arguments) => token::print(&arguments),
+        Command::Bench(arguments) => bench::run(arguments).await,
+        Command::Completions { shell } => {
+            clap_complete::generate(shell, &mut Cli::command(), "streamer", &mut std::io::stdout());
+            Ok(Exit::Done)
+        }
+        Command::Up(_) | Command::Demo(_) | Command::Config(_) => {
+            Err(anyhow::anyhow!("this command is the binary's own"))
+        }
+    };
+    exit::report(outcome)
+}

@@ -1,1 +1,116 @@
-//! Configuration of every Streamer process, read once from file, environment and flags
+//! Configuration of every Streamer process.
+//!
+//! Read once, at the edge, in this order, later ones winning: defaults, `streamer.toml`,
+//! environment (`STREAMER_<SECTION>_<OPTION>`), flags. All bad values are reported together. The
+//! committed `streamer.toml` holds every option with its default and is the documentation; a test
+//! holds it to this code.
+
+mod options;
+mod setting;
+
+use std::{
+    fmt, fs, io,
+    path::{Path, PathBuf},
+};
+
+pub use options::{Auth, Config, Execution, Gateway, Limits, Log, Server};
+
+/// Where options come from, apart from the defaults.
+#[derive(Clone, Debug, Default)]
+pub struct Sources {
+    /// The configuration file; `None` for `streamer.toml` in the working folder, if it is there.
+    pub file: Option<PathBuf>,
+    /// The environment.
+    pub environment: Vec<(String, String)>,
+    /// From flags: `section.option` and value.
+    pub flags: Vec<(String, String)>,
+}
+
+/// Everything that is wrong with a configuration.
+#[derive(Debug, thiserror::Error)]
+pub struct ConfigError {
+    problems: Vec<String>,
+}
+
+impl fmt::Display for ConfigError {
+    fn fmt(&self, formatter: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(formatter, "the configuration has {} error(s):", self.problems.len())?;
+        self.problems.iter().try_for_each(|problem| write!(formatter, "\n  {problem}"))
+    }
+}
+
+const DEFAULT_FILE: &str = "streamer.toml";
+const PREFIX: &str = "STREAMER_";
+/// Environment variables of the command line that are no options of the configuration.
+const OTHER_VARIABLES: [&str; 4] =
+    ["STREAMER_SERVER", "STREAMER_TOKEN", "STREAMER_CONFIG", "STREAMER_DATA"];
+
+impl Config {
+    /// Reads the configuration.
+    ///
+    /// # Errors
+    /// Everything that is wrong, at once.
+    pub fn load(sources: &Sources) -> Result<Self, ConfigError> {
+        let mut config = Self::default();
+        let mut problems = Vec::new();
+        read_file(&mut config, sources.file.as_deref(), &mut problems);
+        for (name, value) in &sources.environment {
+            read_variable(&mut config, name, value, &mut problems);
+        }
+        for (name, value) in &sources.flags {
+            let Some((section, option)) = name.split_once('.') else {
+                problems.push(format!("--set {name}: must be section.option=value"));
+                continue;
+            };
+            if let Err(problem) = config.set_text(section, option, value) {
+                problems.push(format!("--set {name}: {problem}"));
+            }
+        }
+        config.check_together(&mut problems);
+        if problems.is_empty() { Ok(config) } else { Err(ConfigError { problems }) }
+    }
+}
+
+fn read_file(config: &mut Config, file: Option<&Path>, problems: &mut Vec<String>) {
+    let path = file.unwrap_or(Path::new(DEFAULT_FILE));
+    let shown = path.display();
+    let text = match fs::read_to_string(path) {
+        Ok(text) => text,
+        Err(error) if file.is_none() && error.kind() == io::ErrorKind::NotFound => return,
+        Err(error) => return problems.push(format!("{shown}: {error}")),
+    };
+    let table: toml::Table = match text.parse() {
+        Ok(table) => table,
+        Err(error) => return problems.push(format!("{shown}: {error}")),
+    };
+    for (section, options) in table {
+        let toml::Value::Table(options) = options else {
+            problems.push(format!("{shown}: {section}: must be a section, [{section}]"));
+            continue;
+        };
+        for (option, value) in options {
+            if let Err(problem) = config.set_toml(&section, &option, &value) {
+                problems.push(format!("{shown}: {section}.{option}: {problem}"));
+            }
+        }
+    }
+}
+
+fn read_variable(config: &mut Config, name: &str, value: &str, problems: &mut Vec<String>) {
+    let Some(rest) = name.strip_prefix(PREFIX) else { return };
+    if OTHER_VARIABLES.contains(&name) {
+        return;
+    }
+    let rest = rest.to_lowercase();
+    let outcome = match rest.split_once('_') {
+        None if rest == "log" => config.set_text("log", "filter", value),
+        None => Err("there is no such option".to_owned()),
+        Some((section, option)) => config.set_text(section, option, value),
+    };
+    if let Err(problem) = outcome {
+        problems.push(format!("environment variable {name}: {problem}"));
+    }
+}
+
+#[cfg(test)]
+mod tests;

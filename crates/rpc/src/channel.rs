@@ -2,8 +2,8 @@
 
 use std::convert::Infallible;
 
-use http::{Request, Response};
-use tonic::{Status, body::Body};
+use http::{HeaderMap, HeaderValue, Request, Response, header::AUTHORIZATION};
+use tonic::{Extensions, Status, body::Body, metadata::MetadataMap};
 use tower::{Service, ServiceExt, util::BoxCloneSyncService};
 
 /// What a generated client talks through. Its error is what the client then answers with.
@@ -20,4 +20,12 @@ where
     S::Future: Send + 'static,
 {
     BoxCloneSyncService::new(server.map_err(|never| match never {}))
+}
+
+/// A call in the name of whoever holds this token.
+pub fn with_authorization<T>(message: T, authorization: HeaderValue) -> tonic::Request<T> {
+    let mut headers = HeaderMap::with_capacity(1);
+    headers.insert(AUTHORIZATION, authorization);
+    let metadata = MetadataMap::from_headers(headers);
+    tonic::Request::from_parts(metadata, Extensions::default(), message)
 }

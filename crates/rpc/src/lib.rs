@@ -6,7 +6,7 @@ mod convert;
 mod payload;
 mod status;
 
-pub use channel::{Channel, local};
+pub use channel::{Channel, local, with_authorization};
 pub use convert::{
     apply_event, error_from_proto, error_to_proto, is_terminal, request_to_proto, state_from_proto,
     state_to_proto,

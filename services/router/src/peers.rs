@@ -12,7 +12,7 @@ use streamer_proto::{
     progress::v1::progress_service_client::ProgressServiceClient,
     timestamp,
 };
-use streamer_rpc::Channel;
+use streamer_rpc::{Channel, with_authorization};
 use tonic::Status;
 
 pub(crate) struct Peers {
@@ -85,15 +85,4 @@ impl Peers {
             tracing::warn!(%uid, %status, "could not signal a cancellation; the lease renewal will");
         }
     }
-}
-
-/// A call in the name of whoever holds this token.
-pub(crate) fn with_authorization<T>(
-    message: T,
-    authorization: HeaderValue,
-) -> tonic::Request<T> {
-    let mut headers = http::HeaderMap::with_capacity(1);
-    headers.insert(http::header::AUTHORIZATION, authorization);
-    let metadata = tonic::metadata::MetadataMap::from_headers(headers);
-    tonic::Request::from_parts(metadata, tonic::Extensions::default(), message)
 }

@@ -14,12 +14,11 @@ use streamer_proto::{
         router_service_server::RouterService, submit_response::Outcome,
     },
 };
-use streamer_rpc::{encode_payload, request_to_proto, state_from_proto, validation_status};
+use streamer_rpc::{encode_payload, request_to_proto, state_from_proto, validation_status, with_authorization};
 use tonic::{Request, Response, Status};
 
 use crate::{
     front::{Access, Front, refuse},
-    peers::with_authorization,
 };
 
 pub(crate) const MAX_PAGE: i32 = 500;

@@ -9,11 +9,11 @@ use streamer_proto::{
     progress::v1::WatchRequest,
     router::v1::Completed,
 };
-use streamer_rpc::is_terminal;
+use streamer_rpc::{is_terminal, with_authorization};
 use tokio::time::timeout;
 use tonic::Status;
 
-use crate::peers::{Peers, with_authorization};
+use crate::peers::Peers;
 
 /// The terminal event of a request, if it comes in time.
 pub(crate) async fn for_terminal_event(

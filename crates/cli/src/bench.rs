@@ -1,0 +1,201 @@
+//! `streamer bench`: load on a server, and what came of it.
+//!
+//! Latency is measured from when a request was due, not from when the generator got round to
+//! sending it, so that a server that stalls is charged for everything that waited meanwhile (no
+//! coordinated omission). What is counted was checked: every log seen without a gap.
+
+mod fanout;
+mod idle;
+mod lifecycle;
+mod report;
+mod sync;
+
+use std::time::Duration;
+
+use clap::{Args, Subcommand};
+
+use crate::{Exit, server_process::ServerProcess, token::parse_duration};
+use report::Report;
+
+/// `streamer bench`
+#[derive(Args, Clone, Debug)]
+#[command(after_help = "Without --server a server is started for the measurement: this program, in a
+process of its own, with a new data folder, its rate and connection limits out of the way.
+
+Examples:
+  streamer bench sync --connections 256
+  streamer bench sync --connections 256 --rate 30000      open loop
+  streamer bench lifecycle --in-flight 256
+  streamer bench fanout --watchers 1000
+  streamer bench fanout --requests 1000 --watchers 1
+  streamer bench idle --connections 15000")]
+pub struct BenchArguments {
+    /// What to measure.
+    #[command(subcommand)]
+    pub what: Bench,
+}
+
+/// What to measure.
+#[derive(Clone, Debug, Subcommand)]
+pub enum Bench {
+    /// Sync requests (`echo`) over WebSocket.
+    Sync {
+        /// WebSockets.
+        #[arg(long, default_value_t = 256)]
+        connections: usize,
+        /// Requests a second in all, sent when due whatever the server does; 0 sends the next when
+        /// the last is answered.
+        #[arg(long, default_value_t = 0)]
+        rate: u64,
+        /// How long, after a second to warm up.
+        #[arg(long, default_value = "5s", value_parser = parse_duration)]
+        duration: Duration,
+        #[command(flatten)]
+        #[allow(missing_docs)]
+        common: BenchCommon,
+    },
+    /// Whole lives of async requests: submit, progress, result, each event durable.
+    Lifecycle {
+        /// Requests that are underway at once.
+        #[arg(long, default_value_t = 256)]
+        in_flight: usize,
+        /// WebSockets.
+        #[arg(long, default_value_t = 16)]
+        connections: usize,
+        /// Progress events of each.
+        #[arg(long, default_value_t = 10)]
+        steps: u32,
+        /// Submissions a second in all, sent when due whatever the server does; 0 sends the next
+        /// when one ends.
+        #[arg(long, default_value_t = 0)]
+        rate: u64,
+        /// How long, after a second to warm up.
+        #[arg(long, default_value = "5s", value_parser = parse_duration)]
+        duration: Duration,
+        #[command(flatten)]
+        #[allow(missing_docs)]
+        common: BenchCommon,
+    },
+    /// Events of running requests to those who watch.
+    Fanout {
+        /// Requests that run at once.
+        #[arg(long, default_value_t = 1)]
+        requests: usize,
+        /// Watchers of each, each with a WebSocket of its own.
+        #[arg(long, default_value_t = 1000)]
+        watchers: usize,
+        /// Progress events of each request.
+        #[arg(long, default_value_t = 2000)]
+        events: u32,
+        /// Milliseconds between two events of a request; 0 for as fast as they can be stored.
+        #[arg(long, default_value_t = 1)]
+        delay_ms: u32,
+        #[command(flatten)]
+        #[allow(missing_docs)]
+        common: BenchCommon,
+    },
+    /// Memory of connections that do nothing.
+    Idle {
+        /// WebSockets, each authenticated.
+        #[arg(long, default_value_t = 15_000)]
+        connections: usize,
+        #[command(flatten)]
+        #[allow(missing_docs)]
+        common: BenchCommon,
+    },
+}
+
+/// Where the load goes.
+#[derive(Args, Clone, Debug)]
+pub struct BenchCommon {
+    /// A running server; must be given with --token.
+    #[arg(long, requires = "token", value_name = "URL")]
+    pub server: Option<String>,
+    /// A token for it.
+    #[arg(long, requires = "server", hide_env_values = true, value_name = "TOKEN")]
+    pub token: Option<String>,
+    /// Set an option of the server that is started; may be repeated.
+    #[arg(long = "set", value_name = "SECTION.OPTION=VALUE")]
+    pub set: Vec<String>,
+    /// Print one JSON object.
+    #[arg(long)]
+    pub json: bool,
+}
+
+/// What the load goes to.
+pub(crate) struct Subject {
+    pub(crate) url: String,
+    pub(crate) token: String,
+    /// A server of our own, whose memory and processor time can be read.
+    pub(crate) own: Option<ServerProcess>,
+}
+
+impl Subject {
+    fn open(common: &BenchCommon) -> anyhow::Result<Self> {
+        if let (Some(url), Some(token)) = (&common.server, &common.token) {
+            return Ok(Self { url: url.clone(), token: token.clone(), own: None });
+        }
+        let mut settings: Vec<String> = [
+            "gateway.messages_per_second=0",
+            "gateway.max_connections_per_user=1000000",
+            "gateway.max_connections_per_address=1000000",
+        ]
+        .map(str::to_owned)
+        .to_vec();
+        settings.extend(common.set.iter().cloned());
+        let own = ServerProcess::start(&settings)?;
+        Ok(Self { url: own.url.clone(), token: own.token("bench")?, own: Some(own) })
+    }
+
+    /// Processor time of the server so far, if it is ours.
+    pub(crate) fn processor_ms(&self) -> u64 {
+        let own = self.own.as_ref().map(ServerProcess::processor_ms);
+        own.and_then(Result::ok).unwrap_or(0)
+    }
+}
+
+pub(crate) async fn run(arguments: BenchArguments) -> anyhow::Result<Exit> {
+    let (report, json) = match arguments.what {
+        Bench::Sync { connections, rate, duration, common } => {
+            let subject = Subject::open(&common)?;
+            (sync::run(&subject, connections, rate, duration).await?, common.json)
+        }
+        Bench::Lifecycle { in_flight, connections, steps, rate, duration, common } => {
+            let subject = Subject::open(&common)?;
+            let load = lifecycle::Load { in_flight, connections, steps, rate, duration };
+            (lifecycle::run(&subject, load).await?, common.json)
+        }
+        Bench::Fanout { requests, watchers, events, delay_ms, common } => {
+            let subject = Subject::open(&common)?;
+            let load = fanout::Load { requests, watchers, events, delay_ms };
+            (fanout::run(&subject, load).await?, common.json)
+        }
+        Bench::Idle { connections, common } => {
+            let subject = Subject::open(&common)?;
+            (idle::run(&subject, connections).await?, common.json)
+        }
+    };
+    report.print(json);
+    Ok(if report.faults() == 0 { Exit::Done } else { Exit::Failed })
+}
+
+/// How long the server is left to warm up before anything counts.
+const WARM_UP: Duration = Duration::from_secs(1);
+
+/// The number after `"seq":`; the generator must cost less than the server, so nothing else of a
+/// message is read.
+pub(crate) fn seq_of(message: &str) -> Option<i64> {
+    number_after(message, "\"seq\":")
+}
+
+pub(crate) fn number_after(message: &str, name: &str) -> Option<i64> {
+    let digits = &message[message.find(name)? + name.len()..];
+    let end = digits.find(|c: char| !c.is_ascii_digit()).unwrap_or(digits.len());
+    digits[..end].parse().ok()
+}
+
+/// The text of a member near the beginning of a message.
+pub(crate) fn text_after<'a>(message: &'a str, name: &str) -> Option<&'a str> {
+    let rest = &message[message.find(name)? + name.len()..];
+    rest.split('"').next()
+}

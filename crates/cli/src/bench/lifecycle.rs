@@ -1,0 +1,181 @@
+//! Whole lives of async requests.
+
+use std::{collections::HashMap, time::Duration};
+
+use hdrhistogram::Histogram;
+use streamer_client::{ClientError, Session};
+use tokio::time::{Instant, sleep_until, timeout_at};
+
+use super::{
+    Report, Subject, WARM_UP,
+    report::{histogram, record},
+    seq_of, text_after,
+};
+
+/// How long the last requests may take to end.
+const PATIENCE: Duration = Duration::from_secs(30);
+
+#[derive(Clone, Copy)]
+pub(super) struct Load {
+    pub(super) in_flight: usize,
+    pub(super) connections: usize,
+    pub(super) steps: u32,
+    pub(super) rate: u64,
+    pub(super) duration: Duration,
+}
+
+pub(super) async fn run(subject: &Subject, load: Load) -> anyhow::Result<Report> {
+    let connections = load.connections.clamp(1, load.in_flight.max(1));
+    let mut sessions = Vec::with_capacity(connections);
+    for _ in 0..connections {
+        let mut session = Session::connect(&subject.url, &subject.token).await?;
+        session.next_text().await?;
+        sessions.push(session);
+    }
+    let begin = Instant::now() + WARM_UP;
+    let end = begin + load.duration;
+    let mut tasks = Vec::with_capacity(connections);
+    for (position, session) in sessions.into_iter().enumerate() {
+        // The remainder goes to the first ones.
+        let window = load.in_flight / connections + usize::from(position < load.in_flight % connections);
+        let every = (load.rate > 0)
+            .then(|| Duration::from_secs_f64(connections as f64 / load.rate as f64));
+        let driver = Driver {
+            session,
+            name: format!("c{position}"),
+            window,
+            every,
+            steps: load.steps,
+            begin,
+            end,
+            running: HashMap::new(),
+            submitted: 0,
+            latencies: histogram(),
+            faults: 0,
+        };
+        tasks.push(tokio::spawn(driver.drive()));
+    }
+    sleep_until(begin).await;
+    let before = subject.processor_ms();
+    sleep_until(end).await;
+    let spent = subject.processor_ms().saturating_sub(before);
+    let mut latencies = histogram();
+    let mut faults = 0;
+    for task in tasks {
+        let (of_connection, wrong) = task.await??;
+        latencies.add(of_connection)?;
+        faults += wrong;
+    }
+    let mut report = Report::new("lifecycle");
+    report.figure("in flight", load.in_flight, "");
+    report.figure("durable events each", load.steps + 3, "");
+    report.rate("completed", latencies.len(), load.duration);
+    report.latencies(&latencies);
+    report.processor(spent, latencies.len());
+    report.fault_count(faults);
+    Ok(report)
+}
+
+struct Driver {
+    session: Session,
+    name: String,
+    window: usize,
+    every: Option<Duration>,
+    steps: u32,
+    begin: Instant,
+    end: Instant,
+    /// When each was due, and the last event that was seen.
+    running: HashMap<String, (Instant, i64)>,
+    submitted: u64,
+    latencies: Histogram<u64>,
+    faults: u64,
+}
+
+impl Driver {
+    async fn drive(mut self) -> Result<(Histogram<u64>, u64), ClientError> {
+        match self.every {
+            None => {
+                for _ in 0..self.window {
+                    self.submit(Instant::now()).await?;
+                }
+                self.session.flush().await?;
+            }
+            Some(every) => self.drive_open(every).await?,
+        }
+        let last = self.end + PATIENCE;
+        while !self.running.is_empty() {
+            let Ok(message) = timeout_at(last, self.session.next_text()).await else { break };
+            if self.take(&message?) && self.every.is_none() && Instant::now() < self.end {
+                self.submit(Instant::now()).await?;
+                self.session.flush().await?;
+            }
+        }
+        self.faults += self.running.len() as u64;
+        Ok((self.latencies, self.faults))
+    }
+
+    /// Submits when due, whatever is still underway.
+    async fn drive_open(&mut self, every: Duration) -> Result<(), ClientError> {
+        let mut due = Instant::now();
+        while due < self.end {
+            tokio::select! {
+                biased;
+                () = sleep_until(due) => {
+                    self.submit(due).await?;
+                    self.session.flush().await?;
+                    due += every;
+                }
+                message = self.session.next_text() => {
+                    let message = message?;
+                    self.take(&message);
+                }
+            }
+        }
+        Ok(())
+    }
+
+    async fn submit(&mut self, due: Instant) -> Result<(), ClientError> {
+        let id = format!("{}-{}", self.name, self.submitted);
+        self.submitted += 1;
+        let message = format!(
+            r#"{{"id":"{id}","action":"echo_async","payload":{{"steps":{}}}}}"#,
+            self.steps
+        );
+        self.running.insert(id, (due, 0));
+        self.session.feed(message).await
+    }
+
+    /// Says whether a request has ended.
+    fn take(&mut self, message: &str) -> bool {
+        let Some(id) = text_after(message, "\"request_id\":\"") else {
+            self.faults += 1;
+            return false;
+        };
+        let Some((due, last_seq)) = self.running.get_mut(id) else {
+            self.faults += 1;
+            return false;
+        };
+        if message.starts_with("{\"type\":\"acknowledgment\"") {
+            *last_seq = 1;
+            return false;
+        }
+        let seq = seq_of(message).unwrap_or(0);
+        if seq != *last_seq + 1 {
+            self.faults += 1;
+        }
+        *last_seq = seq;
+        if !message.starts_with("{\"type\":\"complete\"") {
+            return false;
+        }
+        if seq != i64::from(self.steps) + 3 {
+            self.faults += 1;
+        }
+        let now = Instant::now();
+        // Throughput counts what ended in the measured time, latency what was due in it.
+        if now >= self.begin && now < self.end {
+            record(&mut self.latencies, now - *due);
+        }
+        self.running.remove(id);
+        true
+    }
+}

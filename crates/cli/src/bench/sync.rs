@@ -1,0 +1,94 @@
+//! Sync requests over WebSocket.
+
+use std::time::Duration;
+
+use hdrhistogram::Histogram;
+use streamer_client::{ClientError, Session};
+use tokio::time::{Instant, sleep_until};
+
+use super::{
+    Report, Subject, WARM_UP,
+    report::{histogram, record},
+};
+
+const MESSAGE: &str = r#"{"action":"echo","payload":{"hello":"world","n":9223372036854775807}}"#;
+const ANSWER: &str = r#""data":{"echo":{"hello":"world","n":9223372036854775807}}"#;
+
+pub(super) async fn run(
+    subject: &Subject,
+    connections: usize,
+    rate: u64,
+    duration: Duration,
+) -> anyhow::Result<Report> {
+    let mut sessions = Vec::with_capacity(connections);
+    for _ in 0..connections {
+        let mut session = Session::connect(&subject.url, &subject.token).await?;
+        session.next_text().await?;
+        sessions.push(session);
+    }
+    // One connection's share of the rate.
+    let every = (rate > 0).then(|| {
+        Duration::from_secs_f64(f64::from(u32::try_from(connections).unwrap_or(u32::MAX)) / rate as f64)
+    });
+    let begin = Instant::now() + WARM_UP;
+    let end = begin + duration;
+    let tasks: Vec<_> = sessions
+        .into_iter()
+        .enumerate()
+        .map(|(position, session)| {
+            // Spread over one interval, so that they are not all due at once.
+            let offset = every.map(|every| every.mul_f64(position as f64 / connections as f64));
+            tokio::spawn(drive(session, begin, end, every.zip(offset)))
+        })
+        .collect();
+    sleep_until(begin).await;
+    let before = subject.processor_ms();
+    let mut latencies = histogram();
+    let mut faults = 0;
+    for task in tasks {
+        let (of_connection, wrong) = task.await??;
+        latencies.add(of_connection)?;
+        faults += wrong;
+    }
+    let spent = subject.processor_ms().saturating_sub(before);
+    let mut report = Report::new("sync");
+    report.figure("connections", connections, "");
+    report.rate("requests", latencies.len(), duration);
+    report.latencies(&latencies);
+    report.processor(spent, latencies.len());
+    report.fault_count(faults);
+    Ok(report)
+}
+
+async fn drive(
+    mut session: Session,
+    begin: Instant,
+    end: Instant,
+    schedule: Option<(Duration, Duration)>,
+) -> Result<(Histogram<u64>, u64), ClientError> {
+    let mut latencies = histogram();
+    let mut faults = 0;
+    let mut due = schedule.map(|(_, offset)| Instant::now() + offset);
+    loop {
+        let intended = match due {
+            Some(due) => {
+                sleep_until(due).await;
+                due
+            }
+            None => Instant::now(),
+        };
+        if intended >= end {
+            return Ok((latencies, faults));
+        }
+        session.send(MESSAGE).await?;
+        let answer = session.next_text().await?;
+        let now = Instant::now();
+        if !answer.contains(ANSWER) {
+            faults += 1;
+        }
+        if intended >= begin {
+            record(&mut latencies, now - intended);
+        }
+        due = due.zip(schedule).map(|(due, (every, _))| due + every);
+    }
+}

@@ -1,0 +1,46 @@
+//! Who a command is, and how it prints.
+
+use std::{io::IsTerminal, time::Duration};
+
+use streamer_auth::{DevKey, NewToken};
+use streamer_client::Api;
+use streamer_core::{Clock, SystemClock};
+
+use crate::arguments::Common;
+
+/// Tokens that commands make for themselves are valid for so long.
+const OWN_TOKEN: Duration = Duration::from_secs(24 * 3600);
+
+impl Common {
+    /// The token that was given, or one made with the development key of a server on this machine.
+    pub(crate) fn find_token(&self) -> String {
+        if let Some(token) = &self.token {
+            return token.clone();
+        }
+        if !self.is_local() {
+            return String::new();
+        }
+        let token = NewToken {
+            user: "dev".into(),
+            tenant: "dev".into(),
+            permissions: vec!["*".into()],
+            expires_in: OWN_TOKEN,
+        };
+        let signed = DevKey::load(&self.data).and_then(|key| key.sign(&token, SystemClock.now()));
+        signed.unwrap_or_default()
+    }
+
+    fn is_local(&self) -> bool {
+        let rest = self.server.split_once("://").map_or(self.server.as_str(), |(_, rest)| rest);
+        ["127.0.0.1", "localhost", "[::1]"].iter().any(|host| rest.starts_with(host))
+    }
+
+    pub(crate) fn api(&self) -> anyhow::Result<Api> {
+        Ok(Api::new(&self.server, &self.find_token())?)
+    }
+
+    /// Whether a program reads what is printed.
+    pub(crate) fn prints_json(&self) -> bool {
+        self.json || !std::io::stdout().is_terminal()
+    }
+}

@@ -1,0 +1,73 @@
+//! Exit codes that scripts can use.
+
+use std::process::ExitCode;
+
+use streamer_client::ClientError;
+use streamer_core::ErrorCode;
+
+/// How a command ended.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Exit {
+    /// 0: done.
+    Done,
+    /// 1: the request failed.
+    Failed,
+    /// 2: wrong usage.
+    Usage,
+    /// 3: the server cannot be reached.
+    Unreachable,
+    /// 4: not permitted.
+    NotPermitted,
+    /// 5: cancelled.
+    Cancelled,
+}
+
+impl Exit {
+    /// The process's exit code.
+    #[must_use]
+    pub fn code(self) -> ExitCode {
+        ExitCode::from(match self {
+            Self::Done => 0,
+            Self::Failed => 1,
+            Self::Usage => 2,
+            Self::Unreachable => 3,
+            Self::NotPermitted => 4,
+            Self::Cancelled => 5,
+        })
+    }
+
+    /// For a request that ended with this error.
+    pub(crate) fn of_error_code(code: Option<ErrorCode>) -> Self {
+        match code {
+            Some(ErrorCode::Unauthorized | ErrorCode::Forbidden) => Self::NotPermitted,
+            Some(ErrorCode::Cancelled) => Self::Cancelled,
+            Some(ErrorCode::ValidationError | ErrorCode::InvalidAction) => Self::Usage,
+            _ => Self::Failed,
+        }
+    }
+}
+
+/// Says on standard error what went wrong.
+pub(crate) fn report(outcome: anyhow::Result<Exit>) -> ExitCode {
+    match outcome {
+        Ok(exit) => exit.code(),
+        Err(error) => {
+            eprintln!("error: {error:#}");
+            exit_of(&error).code()
+        }
+    }
+}
+
+fn exit_of(error: &anyhow::Error) -> Exit {
+    match error.downcast_ref::<ClientError>() {
+        Some(ClientError::Unreachable { .. }) => Exit::Unreachable,
+        Some(ClientError::Closed { code: 4401 | 4403, .. }) => Exit::NotPermitted,
+        Some(ClientError::Closed { .. }) => Exit::Unreachable,
+        Some(ClientError::Refused(error)) if error.code == ErrorCode::Unavailable => {
+            Exit::Unreachable
+        }
+        Some(ClientError::Refused(error)) => Exit::of_error_code(Some(error.code)),
+        Some(ClientError::Url { .. }) => Exit::Usage,
+        Some(ClientError::Unexpected(_)) | None => Exit::Failed,
+    }
+}

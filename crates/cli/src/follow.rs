@@ -1,0 +1,207 @@
+//! `streamer submit` and `streamer watch`: a request, seen to its end.
+
+use std::{
+    fs,
+    io::{self, Read, Write},
+    time::Duration,
+};
+
+use anyhow::Context;
+use indicatif::{ProgressBar, ProgressStyle};
+use serde_json::{Value, json, value::RawValue};
+use streamer_client::{ClientError, Follower, Message, Target};
+use streamer_core::{Clock, ErrorCode, SystemClock, Uid};
+
+use crate::{
+    Exit,
+    arguments::{SubmitArguments, WatchArguments},
+};
+
+/// How a followed request is shown.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Screen {
+    /// Every message as it came, one a line.
+    Json,
+    /// Only the message that tells the outcome.
+    OutcomeAsJson,
+    /// A progress bar, then the result.
+    Terminal,
+}
+
+pub(crate) async fn submit(arguments: SubmitArguments) -> anyhow::Result<Exit> {
+    let common = &arguments.common;
+    let payload = read_payload(&arguments)?;
+    // An id of our own makes it safe to submit again when a connection dies.
+    let id = arguments.id.clone().unwrap_or_else(|| Uid::new(SystemClock.now()).to_string());
+    let message = json!({
+        "type": "request",
+        "id": id,
+        "action": arguments.action,
+        "priority": arguments.priority,
+        "delay_ms": arguments.delay_ms,
+    })
+    .to_string();
+    // The payload goes in as it is: reading and writing it could change its numbers.
+    let message = format!("{},\"payload\":{}}}", message.trim_end_matches('}'), payload.get());
+    let target = Target::Submit { id, message };
+    let mut follower = Follower::new(&common.server, common.find_token(), target);
+    if arguments.detach {
+        return print_first(&mut follower).await;
+    }
+    let screen = match (common.prints_json(), arguments.wait) {
+        (_, true) => Screen::OutcomeAsJson,
+        (true, false) => Screen::Json,
+        (false, false) => Screen::Terminal,
+    };
+    follow(&mut follower, screen).await
+}
+
+pub(crate) async fn watch(arguments: WatchArguments) -> anyhow::Result<Exit> {
+    let common = &arguments.common;
+    let target =
+        Target::Watch { request_id: arguments.id.clone(), after_seq: arguments.after_seq };
+    let mut follower = Follower::new(&common.server, common.find_token(), target);
+    let screen = if common.prints_json() { Screen::Json } else { Screen::Terminal };
+    follow(&mut follower, screen).await
+}
+
+/// Shows a request to its end. Ctrl-C ends only the showing.
+///
+/// # Errors
+/// When the server refuses or cannot be reached.
+pub async fn follow(follower: &mut Follower, screen: Screen) -> anyhow::Result<Exit> {
+    let mut shown = Shown::new(screen);
+    loop {
+        let message = tokio::select! {
+            message = follower.next() => message?,
+            interrupted = tokio::signal::ctrl_c() => {
+                interrupted.context("waiting for Ctrl-C")?;
+                shown.bar.finish_and_clear();
+                eprintln!(
+                    "Left; the request goes on. Come back with:\n  streamer watch {} --after-seq {}",
+                    follower.request_id(),
+                    follower.last_seq(),
+                );
+                return Ok(Exit::Done);
+            }
+        };
+        let Some(message) = message else {
+            return Err(ClientError::Unexpected("the log ended without an outcome".into()).into());
+        };
+        shown.show(&message)?;
+        if let Some(exit) = exit_of(&message)? {
+            return Ok(exit);
+        }
+    }
+}
+
+async fn print_first(follower: &mut Follower) -> anyhow::Result<Exit> {
+    match follower.next().await? {
+        Some(message) => {
+            println!("{}", message.text);
+            Ok(exit_of(&message)?.unwrap_or(Exit::Done))
+        }
+        None => Ok(Exit::Done),
+    }
+}
+
+/// The exit code, once there is an outcome.
+fn exit_of(message: &Message) -> anyhow::Result<Option<Exit>> {
+    Ok(match message.kind.as_str() {
+        "response" | "complete" => Some(Exit::Done),
+        "cancelled" => Some(Exit::Cancelled),
+        "error" => {
+            let value: Value = serde_json::from_str(&message.text)?;
+            let code = value["error"]["code"].as_str().and_then(ErrorCode::from_name);
+            Some(Exit::of_error_code(code))
+        }
+        _ => None,
+    })
+}
+
+fn read_payload(arguments: &SubmitArguments) -> anyhow::Result<Box<RawValue>> {
+    let text = if arguments.stdin.is_some() {
+        let mut text = String::new();
+        io::stdin().read_to_string(&mut text).context("reading the payload from standard input")?;
+        text
+    } else if let Some(file) = &arguments.payload_file {
+        fs::read_to_string(file).with_context(|| format!("reading {}", file.display()))?
+    } else {
+        arguments.payload.clone().unwrap_or_else(|| "{}".to_owned())
+    };
+    serde_json::from_str(text.trim()).map_err(|error| {
+        ClientError::Refused(streamer_core::RequestError::new(
+            ErrorCode::ValidationError,
+            format!("the payload is not JSON: {error}"),
+        ))
+        .into()
+    })
+}
+
+struct Shown {
+    screen: Screen,
+    bar: ProgressBar,
+}
+
+impl Shown {
+    fn new(screen: Screen) -> Self {
+        let bar = if screen == Screen::Terminal { ProgressBar::new(1000) } else { ProgressBar::hidden() };
+        if let Ok(style) = ProgressStyle::with_template("{bar:32} {percent:>3} %  {msg}") {
+            bar.set_style(style);
+        }
+        Self { screen, bar }
+    }
+
+    fn show(&mut self, message: &Message) -> anyhow::Result<()> {
+        match self.screen {
+            Screen::Json => print_line(&message.text),
+            Screen::OutcomeAsJson if exit_of(message)?.is_some() => print_line(&message.text),
+            Screen::OutcomeAsJson => Ok(()),
+            Screen::Terminal => self.draw(message),
+        }
+    }
+
+    fn draw(&mut self, message: &Message) -> anyhow::Result<()> {
+        let value: Value = serde_json::from_str(&message.text)?;
+        let text = |pointer: &str| value.pointer(pointer).and_then(Value::as_str).unwrap_or("");
+        match message.kind.as_str() {
+            "acknowledgment" => {
+                self.bar.println(format!("accepted as {} ({})", text("/request_id"), text("/uid")));
+                self.bar.enable_steady_tick(Duration::from_millis(100));
+            }
+            "progress" => {
+                let percentage = value["percentage"].as_f64().unwrap_or(0.0);
+                #[expect(clippy::cast_possible_truncation, clippy::cast_sign_loss, reason = "0 to 1000")]
+                self.bar.set_position((percentage * 10.0) as u64);
+                self.bar.set_message(text("/message").to_owned());
+            }
+            "retrying" => self.bar.println(format!(
+                "attempt {} failed: {}; again at {}",
+                value["attempt"],
+                text("/error/message"),
+                text("/retry_at"),
+            )),
+            "response" => self.end(&pretty(&value["data"])?),
+            "complete" => self.end(&pretty(&value["result"])?),
+            "cancelled" => self.end(&format!("cancelled: {}", text("/reason"))),
+            "error" => self.end(&format!("{}: {}", text("/error/code"), text("/error/message"))),
+            _ => {}
+        }
+        Ok(())
+    }
+
+    fn end(&self, last: &str) {
+        self.bar.finish_and_clear();
+        println!("{last}");
+    }
+}
+
+fn pretty(value: &Value) -> anyhow::Result<String> {
+    Ok(serde_json::to_string_pretty(value)?)
+}
+
+/// Each line at once, so that a reader at the other end of a pipe sees it.
+fn print_line(text: &str) -> anyhow::Result<()> {
+    let mut out = io::stdout().lock();
+    writeln!(out, "{text}").and_then(|()| out.flush()).context("writing to standard output")
+}

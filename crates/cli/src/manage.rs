@@ -1,0 +1,180 @@
+//! Commands about requests and connections that answer once.
+
+use serde_json::{Value, json};
+use streamer_client::{ClientError, Message, Session};
+use streamer_core::{ErrorCode, Timestamp};
+use streamer_proto::{
+    common::v1::{Payload, payload::Body},
+    connections::v1::{
+        BroadcastRequest, DisconnectRequest, ListRequest, SendRequest, send_request::Target,
+    },
+    millis,
+    router::v1::{ListActionsRequest, RedriveRequest},
+};
+
+use crate::{
+    Exit,
+    arguments::{
+        CancelArguments, Common, ConnectionsArguments, ConnectionsCommand, ListArguments,
+        OneArguments, RedriveArguments,
+    },
+};
+
+pub(crate) async fn get(arguments: OneArguments) -> anyhow::Result<Exit> {
+    let message = json!({ "type": "get", "request_id": arguments.id });
+    let answer = ask(&arguments.common, &message, "request").await?;
+    print_answer(&arguments.common, &answer)
+}
+
+pub(crate) async fn list(arguments: ListArguments) -> anyhow::Result<Exit> {
+    let states: Vec<&str> = arguments.states.iter().map(|state| state.as_str()).collect();
+    let message = json!({
+        "type": "list", "states": states, "limit": arguments.limit,
+        "page_token": arguments.page_token,
+    });
+    let answer = ask(&arguments.common, &message, "requests").await?;
+    let value: Value = serde_json::from_str(&answer.text)?;
+    let requests = value["requests"].as_array().cloned().unwrap_or_default();
+    if arguments.common.prints_json() {
+        requests.iter().for_each(|request| println!("{request}"));
+    } else {
+        println!("{:<26}  {:<9}  {:<20}  {:<24}  NAME", "UID", "STATE", "ACTION", "CREATED");
+        for request in &requests {
+            let text = |name: &str| request[name].as_str().unwrap_or("").to_owned();
+            let (uid, state, action) = (text("uid"), text("state"), text("action"));
+            let (created, name) = (text("create_time"), text("request_id"));
+            println!("{uid:<26}  {state:<9}  {action:<20}  {created:<24}  {name}");
+        }
+    }
+    if let Some(next) = value["next_page_token"].as_str().filter(|next| !next.is_empty()) {
+        eprintln!("There are more: --page-token {next}");
+    }
+    Ok(Exit::Done)
+}
+
+pub(crate) async fn cancel(arguments: CancelArguments) -> anyhow::Result<Exit> {
+    let message =
+        json!({ "type": "cancel", "request_id": arguments.id, "reason": arguments.reason });
+    let answer = ask(&arguments.common, &message, "acknowledgment").await?;
+    print_answer(&arguments.common, &answer)
+}
+
+pub(crate) async fn redrive(arguments: RedriveArguments) -> anyhow::Result<Exit> {
+    let api = arguments.common.api()?;
+    let call = api.call(RedriveRequest { request_id: arguments.id, id: arguments.new_id });
+    let response = api.router().redrive(call).await.map_err(|status| api.error(&status))?;
+    let request = response.into_inner().request.unwrap_or_default();
+    let told = json!({
+        "request_id": request.request_id, "uid": request.uid, "redrive_of": request.redrive_of,
+    });
+    println!("{told}");
+    Ok(Exit::Done)
+}
+
+pub(crate) async fn actions(common: Common) -> anyhow::Result<Exit> {
+    let api = common.api()?;
+    let call = api.call(ListActionsRequest {});
+    let response = api.router().list_actions(call).await.map_err(|status| api.error(&status))?;
+    for action in response.into_inner().actions {
+        if common.prints_json() {
+            let schema: Value = serde_json::from_str(&action.payload_schema).unwrap_or(Value::Null);
+            let told = json!({
+                "name": action.name, "description": action.description, "sync": action.sync,
+                "estimated_duration_ms": action.estimated_duration_ms,
+                "max_attempts": action.max_attempts, "permission": action.permission,
+                "payload_schema": schema,
+            });
+            println!("{told}");
+        } else {
+            let kind = if action.sync { "sync" } else { "async" };
+            println!("{:<20}  {kind:<5}  {}", action.name, action.description);
+        }
+    }
+    Ok(Exit::Done)
+}
+
+pub(crate) async fn connections(arguments: ConnectionsArguments) -> anyhow::Result<Exit> {
+    match arguments.command {
+        ConnectionsCommand::List { user, common } => list_connections(&common, user).await,
+        ConnectionsCommand::Send { topic, data, user, connection, common } => {
+            let target = user.map(Target::UserId).or(connection.map(Target::ConnectionId));
+            let api = common.api()?;
+            let call = api.call(SendRequest { target, topic, data: Some(payload(data)) });
+            let sent = api.connections().send(call).await.map_err(|status| api.error(&status))?;
+            println!("{}", json!({ "recipients": sent.into_inner().recipients }));
+            Ok(Exit::Done)
+        }
+        ConnectionsCommand::Broadcast { topic, data, common } => {
+            let api = common.api()?;
+            let call = api.call(BroadcastRequest { topic, data: Some(payload(data)) });
+            let sent =
+                api.connections().broadcast(call).await.map_err(|status| api.error(&status))?;
+            println!("{}", json!({ "recipients": sent.into_inner().recipients }));
+            Ok(Exit::Done)
+        }
+        ConnectionsCommand::Disconnect { connection, reason, common } => {
+            let api = common.api()?;
+            let call = api.call(DisconnectRequest { connection_id: connection, reason });
+            api.connections().disconnect(call).await.map_err(|status| api.error(&status))?;
+            Ok(Exit::Done)
+        }
+    }
+}
+
+async fn list_connections(common: &Common, user_id: String) -> anyhow::Result<Exit> {
+    let api = common.api()?;
+    let mut page_token = String::new();
+    loop {
+        let call = api.call(ListRequest { user_id: user_id.clone(), page_size: 1000, page_token });
+        let listed = api.connections().list(call).await.map_err(|status| api.error(&status))?;
+        let page = listed.into_inner();
+        for connection in page.connections {
+            let since = connection.connect_time.as_ref().map_or(0, millis);
+            let told = json!({
+                "connection_id": connection.connection_id, "user_id": connection.user_id,
+                "tenant_id": connection.tenant_id, "gateway": connection.gateway,
+                "remote_address": connection.remote_address, "user_agent": connection.user_agent,
+                "connect_time": Timestamp::from_millis(since).to_string(),
+            });
+            println!("{told}");
+        }
+        if page.next_page_token.is_empty() {
+            return Ok(Exit::Done);
+        }
+        page_token = page.next_page_token;
+    }
+}
+
+fn payload(json: String) -> Payload {
+    Payload { content_type: String::new(), body: Some(Body::Data(json.into())) }
+}
+
+/// One question over a WebSocket, and its answer.
+async fn ask(common: &Common, message: &Value, expected: &str) -> anyhow::Result<Message> {
+    let mut session = Session::connect(&common.server, &common.find_token()).await?;
+    session.send(message.to_string()).await?;
+    loop {
+        let answer = session.next().await?;
+        if answer.kind == expected {
+            session.close().await?;
+            return Ok(answer);
+        }
+        if answer.kind == "error" {
+            let value: Value = serde_json::from_str(&answer.text)?;
+            let text = |pointer: &str| value.pointer(pointer).and_then(Value::as_str).unwrap_or("");
+            let code = ErrorCode::from_name(text("/error/code")).unwrap_or(ErrorCode::InternalError);
+            let error = streamer_core::RequestError::new(code, text("/error/message"));
+            return Err(ClientError::Refused(error).into());
+        }
+    }
+}
+
+fn print_answer(common: &Common, answer: &Message) -> anyhow::Result<Exit> {
+    if common.prints_json() {
+        println!("{}", answer.text);
+    } else {
+        let value: Value = serde_json::from_str(&answer.text)?;
+        println!("{}", serde_json::to_string_pretty(&value)?);
+    }
+    Ok(Exit::Done)
+}

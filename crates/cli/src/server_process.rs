@@ -1,0 +1,86 @@
+//! A server of one's own, in a process of its own, for measuring.
+
+use std::{
+    env, fs,
+    process::{Child, Command, Stdio},
+    io::{BufRead, BufReader},
+};
+
+use anyhow::{Context, bail};
+use streamer_auth::{DevKey, NewToken};
+use streamer_core::{Clock, SystemClock};
+use tempfile::TempDir;
+
+/// What `streamer up` prints before its address.
+pub const READY: &str = "Streamer is ready: ";
+
+pub(crate) struct ServerProcess {
+    child: Child,
+    data: TempDir,
+    pub(crate) url: String,
+}
+
+impl ServerProcess {
+    /// Starts this very program as a server on a free port, with a new data folder.
+    pub(crate) fn start(settings: &[String]) -> anyhow::Result<Self> {
+        let data = TempDir::with_prefix("streamer-bench-").context("making a data folder")?;
+        let mut command = Command::new(env::current_exe().context("finding this program")?);
+        command.args(["up", "--listen", "127.0.0.1:0", "--data"]).arg(data.path());
+        for setting in settings {
+            command.args(["--set", setting]);
+        }
+        let mut child = command
+            .stdin(Stdio::null())
+            .stdout(Stdio::piped())
+            .spawn()
+            .context("starting a server")?;
+        let Some(stdout) = child.stdout.take() else { bail!("the server has no standard output") };
+        let mut first = String::new();
+        BufReader::new(stdout).read_line(&mut first).context("waiting for the server")?;
+        let Some(url) = first.trim().strip_prefix(READY) else {
+            bail!("the server did not start: {first}");
+        };
+        let url = url.split_whitespace().next().unwrap_or_default().to_owned();
+        Ok(Self { child, data, url })
+    }
+
+    pub(crate) fn token(&self, user: &str) -> anyhow::Result<String> {
+        let token = NewToken {
+            user: user.to_owned(),
+            tenant: "bench".into(),
+            permissions: vec!["*".into()],
+            expires_in: std::time::Duration::from_secs(24 * 3600),
+        };
+        Ok(DevKey::load(self.data.path())?.sign(&token, SystemClock.now())?)
+    }
+
+    /// Resident memory, in bytes.
+    pub(crate) fn resident_bytes(&self) -> anyhow::Result<u64> {
+        let status = fs::read_to_string(format!("/proc/{}/status", self.child.id()))
+            .context("reading the server's memory")?;
+        let line = status.lines().find_map(|line| line.strip_prefix("VmRSS:"));
+        let kilobytes = line.and_then(|rest| rest.split_whitespace().next());
+        let kilobytes: u64 = kilobytes.context("finding VmRSS")?.parse()?;
+        Ok(kilobytes * 1024)
+    }
+
+    /// Processor time used so far, in milliseconds.
+    pub(crate) fn processor_ms(&self) -> anyhow::Result<u64> {
+        /// Clock ticks a second in /proc: fixed at 100 for every Linux that runs here.
+        const MS_PER_TICK: u64 = 10;
+        let stat = fs::read_to_string(format!("/proc/{}/stat", self.child.id()))?;
+        let after_name = stat.rsplit_once(')').map_or("", |(_, rest)| rest);
+        let fields: Vec<&str> = after_name.split_whitespace().collect();
+        let ticks = |at: usize| fields.get(at).and_then(|text| text.parse().ok()).unwrap_or(0_u64);
+        Ok((ticks(11) + ticks(12)) * MS_PER_TICK)
+    }
+}
+
+impl Drop for ServerProcess {
+    fn drop(&mut self) {
+        // It may have ended by itself.
+        if self.child.kill().is_ok() {
+            drop(self.child.wait());
+        }
+    }
+}

@@ -1,0 +1,53 @@
+//! What can go wrong for a client.
+
+use streamer_core::RequestError;
+
+/// Why a call failed.
+#[derive(Debug, thiserror::Error)]
+pub enum ClientError {
+    /// The server cannot be reached, or the connection was lost.
+    #[error("cannot reach {server}: {reason}")]
+    Unreachable {
+        /// The server's URL.
+        server: String,
+        /// What the network said.
+        reason: String,
+    },
+    /// The server closed the WebSocket.
+    #[error("the server closed the connection: {code} {reason}")]
+    Closed {
+        /// Close code.
+        code: u16,
+        /// As the server said.
+        reason: String,
+    },
+    /// The server refused.
+    #[error("{0}")]
+    Refused(RequestError),
+    /// The server's URL cannot be used.
+    #[error("server URL {url:?} {rule}")]
+    Url {
+        /// As given.
+        url: String,
+        /// What it must be.
+        rule: &'static str,
+    },
+    /// The server sent what this client does not understand.
+    #[error("the server sent something unexpected: {0}")]
+    Unexpected(String),
+}
+
+impl ClientError {
+    /// Whether a new connection may help. DESIGN §8: after 4400, 4401 and 4403 it will not.
+    #[must_use]
+    pub fn is_transient(&self) -> bool {
+        match self {
+            Self::Unreachable { .. } => true,
+            Self::Closed { code, .. } => {
+                !matches!(code, 1002 | 1003 | 1007 | 1008 | 1009 | 4400 | 4401 | 4403)
+            }
+            Self::Refused(error) => error.retryable,
+            Self::Url { .. } | Self::Unexpected(_) => false,
+        }
+    }
+}

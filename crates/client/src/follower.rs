@@ -1,0 +1,155 @@
+//! Sees one request to its end, over as many connections as it takes.
+
+use std::time::Duration;
+
+use serde_json::json;
+use streamer_core::retry;
+use tokio::time::sleep;
+
+use crate::{ClientError, Message, Session};
+
+const FIRST_BACKOFF: Duration = Duration::from_millis(200);
+const MAX_BACKOFF: Duration = Duration::from_secs(10);
+/// Connections in a row that brought nothing, after which it gives up.
+const MAX_FAILURES: u32 = 8;
+
+/// What to follow.
+#[derive(Clone, Debug)]
+pub enum Target {
+    /// A request to be submitted: a whole `request` message with an `id`, which makes sending it
+    /// again safe.
+    Submit {
+        /// Its `id`.
+        id: String,
+        /// The message.
+        message: String,
+    },
+    /// A request that is there, from after this `seq` on.
+    Watch {
+        /// Its `request_id` or `uid`.
+        request_id: String,
+        /// The last `seq` that was seen; 0 for all.
+        after_seq: i64,
+    },
+}
+
+/// Follows one request.
+pub struct Follower {
+    server: String,
+    token: String,
+    target: Target,
+    session: Option<Session>,
+    last_seq: i64,
+    failures: u32,
+    ended: bool,
+}
+
+impl Follower {
+    /// Will follow `target`; connects when first asked.
+    pub fn new(server: impl Into<String>, token: impl Into<String>, target: Target) -> Self {
+        let last_seq = match &target {
+            Target::Submit { .. } => 0,
+            Target::Watch { after_seq, .. } => *after_seq,
+        };
+        Self {
+            server: server.into(),
+            token: token.into(),
+            target,
+            session: None,
+            last_seq,
+            failures: 0,
+            ended: false,
+        }
+    }
+
+    /// The name to come back with.
+    #[must_use]
+    pub fn request_id(&self) -> &str {
+        match &self.target {
+            Target::Submit { id, .. } => id,
+            Target::Watch { request_id, .. } => request_id,
+        }
+    }
+
+    /// The last `seq` that was handed out.
+    #[must_use]
+    pub fn last_seq(&self) -> i64 {
+        self.last_seq
+    }
+
+    /// The next message about the request, each event once; `None` after the last.
+    ///
+    /// # Errors
+    /// When the server refuses, or cannot be reached for long.
+    pub async fn next(&mut self) -> Result<Option<Message>, ClientError> {
+        while !self.ended {
+            match self.try_next().await {
+                Ok(message) => {
+                    self.failures = 0;
+                    if let Some(message) = message {
+                        return Ok(Some(message));
+                    }
+                }
+                Err(error) if error.is_transient() && self.failures < MAX_FAILURES => {
+                    self.session = None;
+                    self.back_off().await;
+                }
+                Err(error) => return Err(error),
+            }
+        }
+        Ok(None)
+    }
+
+    async fn back_off(&mut self) {
+        let bound = FIRST_BACKOFF.saturating_mul(1 << self.failures.min(16)).min(MAX_BACKOFF);
+        self.failures += 1;
+        sleep(bound.mul_f64(retry::random_fraction())).await;
+    }
+
+    async fn try_next(&mut self) -> Result<Option<Message>, ClientError> {
+        let session = match &mut self.session {
+            Some(session) => session,
+            None => {
+                let opening = self.opening();
+                let mut session = Session::connect(&self.server, &self.token).await?;
+                session.send(opening).await?;
+                self.session.insert(session)
+            }
+        };
+        let message = session.next().await?;
+        Ok(self.take(message))
+    }
+
+    /// What to say on a new connection.
+    fn opening(&self) -> String {
+        match &self.target {
+            // Until the first event is seen, the submission may not have arrived.
+            Target::Submit { message, .. } if self.last_seq == 0 => message.clone(),
+            _ => json!({
+                "type": "subscribe", "request_id": self.request_id(), "after_seq": self.last_seq,
+            })
+            .to_string(),
+        }
+    }
+
+    /// Passes over what is of no concern or was seen before.
+    fn take(&mut self, message: Message) -> Option<Message> {
+        match message.kind.as_str() {
+            "connected" | "draining" | "auth_expiring" | "pong" | "message" => return None,
+            "acknowledgment" if self.last_seq == 0 => self.last_seq = 1,
+            "acknowledgment" => return None,
+            _ => {}
+        }
+        if let Some(seq) = message.seq {
+            if seq <= self.last_seq {
+                return None;
+            }
+            self.last_seq = seq;
+        }
+        self.ended = matches!(
+            message.kind.as_str(),
+            "response" | "complete" | "cancelled" | "error"
+        );
+        Some(message)
+    }
+}

@@ -1,0 +1,178 @@
+//! One WebSocket.
+
+use futures_util::{SinkExt, StreamExt};
+use http::{HeaderValue, Uri, header::AUTHORIZATION};
+use serde::Deserialize;
+use tokio::net::TcpStream;
+use tokio_tungstenite::{
+    WebSocketStream, client_async_with_config,
+    tungstenite::{
+        self,
+        client::IntoClientRequest,
+        protocol::{CloseFrame, WebSocketConfig},
+    },
+};
+
+use crate::ClientError;
+
+/// Largest message that a client takes.
+const MAX_MESSAGE_BYTES: usize = 256 * 1024 * 1024;
+
+/// What every client looks at first in a message of the server.
+#[derive(Clone, Debug, Default, Deserialize)]
+pub struct Message {
+    /// What it is.
+    #[serde(rename = "type")]
+    pub kind: String,
+    /// Which request it is about.
+    #[serde(default)]
+    pub request_id: Option<String>,
+    /// The server's id of that request.
+    #[serde(default)]
+    pub uid: Option<String>,
+    /// Its place in the log.
+    #[serde(default)]
+    pub seq: Option<i64>,
+    /// The message as it came.
+    #[serde(skip)]
+    pub text: String,
+}
+
+/// An open WebSocket that speaks `streamer.v1.json`.
+pub struct Session {
+    socket: WebSocketStream<TcpStream>,
+    server: String,
+}
+
+impl Session {
+    /// Opens a WebSocket at an `http://` URL. The first message is `connected`.
+    ///
+    /// # Errors
+    /// When the server cannot be reached or does not speak the protocol.
+    pub async fn connect(server: &str, token: &str) -> Result<Self, ClientError> {
+        Self::connect_with_buffers(server, token, 16 * 1024).await
+    }
+
+    /// As [`Self::connect`], with a read buffer of this size: small for very many connections.
+    ///
+    /// # Errors
+    /// As [`Self::connect`].
+    pub async fn connect_with_buffers(
+        server: &str,
+        token: &str,
+        read_buffer: usize,
+    ) -> Result<Self, ClientError> {
+        let bad_url = |rule| ClientError::Url { url: server.to_owned(), rule };
+        let unreachable =
+            |reason: String| ClientError::Unreachable { server: server.to_owned(), reason };
+        let uri: Uri = server.parse().map_err(|_| bad_url("is not a URL"))?;
+        if uri.scheme_str() != Some("http") {
+            return Err(bad_url("must begin with http://"));
+        }
+        let host = uri.host().ok_or_else(|| bad_url("must name a host"))?;
+        let port = uri.port_u16().unwrap_or(80);
+        let address = (host.trim_matches(['[', ']']), port);
+        let stream =
+            TcpStream::connect(address).await.map_err(|error| unreachable(error.to_string()))?;
+        stream.set_nodelay(true).map_err(|error| unreachable(error.to_string()))?;
+        let mut request = format!("ws://{host}:{port}/ws")
+            .into_client_request()
+            .map_err(|error| unreachable(error.to_string()))?;
+        let headers = request.headers_mut();
+        let protocol = HeaderValue::from_static("streamer.v1.json");
+        headers.insert(http::header::SEC_WEBSOCKET_PROTOCOL, protocol);
+        if !token.is_empty() {
+            let bearer = HeaderValue::try_from(format!("Bearer {token}"))
+                .map_err(|_| ClientError::Unexpected("the token is malformed".into()))?;
+            headers.insert(AUTHORIZATION, bearer);
+        }
+        let config = WebSocketConfig::default()
+            .read_buffer_size(read_buffer)
+            .write_buffer_size(4 * 1024)
+            .max_message_size(Some(MAX_MESSAGE_BYTES))
+            .max_frame_size(Some(MAX_MESSAGE_BYTES));
+        let opened = client_async_with_config(request, stream, Some(config)).await;
+        let (socket, _) = opened.map_err(|error| unreachable(error.to_string()))?;
+        Ok(Self { socket, server: server.to_owned() })
+    }
+
+    /// Sends a message.
+    ///
+    /// # Errors
+    /// When the connection is lost.
+    pub async fn send(&mut self, text: impl Into<String>) -> Result<(), ClientError> {
+        let text: String = text.into();
+        let sent = self.socket.send(tungstenite::Message::text(text)).await;
+        sent.map_err(|error| self.lost(&error))
+    }
+
+    /// Queues a message; [`Self::flush`] sends what is queued.
+    ///
+    /// # Errors
+    /// When the connection is lost.
+    pub async fn feed(&mut self, text: impl Into<String>) -> Result<(), ClientError> {
+        let text: String = text.into();
+        let fed = self.socket.feed(tungstenite::Message::text(text)).await;
+        fed.map_err(|error| self.lost(&error))
+    }
+
+    /// Sends what is queued.
+    ///
+    /// # Errors
+    /// When the connection is lost.
+    pub async fn flush(&mut self) -> Result<(), ClientError> {
+        let flushed = self.socket.flush().await;
+        flushed.map_err(|error| self.lost(&error))
+    }
+
+    /// The next message, as it came.
+    ///
+    /// # Errors
+    /// When the connection is lost, or the server closes it.
+    pub async fn next_text(&mut self) -> Result<tungstenite::Utf8Bytes, ClientError> {
+        loop {
+            match self.socket.next().await {
+                Some(Ok(tungstenite::Message::Text(text))) => return Ok(text),
+                Some(Ok(tungstenite::Message::Close(frame))) => return Err(closed(frame)),
+                Some(Ok(_)) => {}
+                Some(Err(error)) => return Err(self.lost(&error)),
+                None => return Err(closed(None)),
+            }
+        }
+    }
+
+    /// The next message.
+    ///
+    /// # Errors
+    /// When the connection is lost, the server closes it, or it sends no message of the protocol.
+    pub async fn next(&mut self) -> Result<Message, ClientError> {
+        let text = self.next_text().await?;
+        let mut message: Message = serde_json::from_str(&text)
+            .map_err(|error| ClientError::Unexpected(format!("{error} in {text}")))?;
+        message.text = text.as_str().to_owned();
+        Ok(message)
+    }
+
+    /// Closes the connection.
+    ///
+    /// # Errors
+    /// When it is lost already.
+    pub async fn close(mut self) -> Result<(), ClientError> {
+        let closing = self.socket.close(None).await;
+        closing.map_err(|error| self.lost(&error))
+    }
+
+    fn lost(&self, error: &tungstenite::Error) -> ClientError {
+        ClientError::Unreachable { server: self.server.clone(), reason: error.to_string() }
+    }
+}
+
+fn closed(frame: Option<CloseFrame>) -> ClientError {
+    match frame {
+        Some(frame) => {
+            ClientError::Closed { code: frame.code.into(), reason: frame.reason.to_string() }
+        }
+        // RFC 6455 section 7.1.5: no status was there.
+        None => ClientError::Closed { code: 1005, reason: String::new() },
+    }
+}

@@ -1,0 +1,239 @@
+//! Every option: its type, default, range and meaning.
+
+use std::{
+    net::{Ipv4Addr, SocketAddr},
+    path::PathBuf,
+};
+
+use crate::setting::Setting;
+
+/// Declares the sections and their options, in one place: struct, default, reading and the text of
+/// the committed file all come from here.
+macro_rules! options {
+    ($(
+        #[doc = $section_doc:literal]
+        $section:ident: $Section:ident {
+            $(
+                $(#[doc = $doc:literal])+
+                $option:ident: $Type:ty = $default:expr $(, in $low:literal..=$high:literal)?;
+            )*
+        }
+    )*) => {
+        $(
+            #[doc = $section_doc]
+            #[derive(Clone, Debug, PartialEq)]
+            pub struct $Section {
+                $($(#[doc = $doc])+ pub $option: $Type,)*
+            }
+
+            impl Default for $Section {
+                fn default() -> Self {
+                    Self { $($option: $default,)* }
+                }
+            }
+        )*
+
+        /// All options.
+        #[derive(Clone, Debug, Default, PartialEq)]
+        pub struct Config {
+            $(#[doc = $section_doc] pub $section: $Section,)*
+        }
+
+        impl Config {
+            pub(crate) fn set_toml(
+                &mut self,
+                section: &str,
+                option: &str,
+                value: &toml::Value,
+            ) -> Result<(), String> {
+                match (section, option) {
+                    $($((stringify!($section), stringify!($option)) => {
+                        let value = <$Type as Setting>::from_toml(value)?;
+                        $(check_range(value, $low, $high)?;)?
+                        self.$section.$option = value;
+                        Ok(())
+                    })*)*
+                    _ => Err("there is no such option".into()),
+                }
+            }
+
+            pub(crate) fn set_text(
+                &mut self,
+                section: &str,
+                option: &str,
+                text: &str,
+            ) -> Result<(), String> {
+                match (section, option) {
+                    $($((stringify!($section), stringify!($option)) => {
+                        let value = <$Type as Setting>::from_text(text)?;
+                        $(check_range(value, $low, $high)?;)?
+                        self.$section.$option = value;
+                        Ok(())
+                    })*)*
+                    _ => Err("there is no such option".into()),
+                }
+            }
+
+            /// This configuration as a file, with what every option means.
+            #[must_use]
+            pub fn to_toml(&self) -> String {
+                let mut text = String::from(FILE_HEAD);
+                $(
+                    text.push_str(&format!("\n#{}\n[{}]\n", $section_doc, stringify!($section)));
+                    $(
+                        $(text.push_str(&format!("#{}\n", $doc));)+
+                        $(text.push_str(&format!("# Range: {} to {}.\n", $low, $high));)?
+                        let value = Setting::to_toml(&self.$section.$option);
+                        text.push_str(&format!("{} = {value}\n", stringify!($option)));
+                    )*
+                )*
+                text
+            }
+        }
+    };
+}
+
+const FILE_HEAD: &str = "# Every option of Streamer with its default. Copy what you change; what is \
+absent keeps its default.\n# The environment overrides this file \
+(STREAMER_<SECTION>_<OPTION>, lists separated by commas), flags\n# override both (--set \
+section.option=value).\n";
+
+options! {
+    /// Where the server listens and keeps its data.
+    server: Server {
+        /// Address and port for everything: gRPC, WebSocket and HTTP. Beyond loopback only with keys
+        /// of your own (section auth), unless allow_dev_key_beyond_loopback says otherwise.
+        listen: SocketAddr = SocketAddr::from((Ipv4Addr::LOCALHOST, 8080));
+        /// Folder of the store and of the development key; made when it is not there.
+        data: PathBuf = PathBuf::from("./streamer-data");
+        /// How long stopping may take, in milliseconds: clients are sent away, running work ends.
+        drain_timeout_ms: u64 = 10_000, in 0..=600_000;
+        /// Largest number of concurrent streams of one HTTP/2 connection.
+        max_concurrent_streams: u64 = 1_024, in 1..=1_000_000;
+    }
+    /// Whose tokens are accepted. Without keys, those of the development key in the data folder.
+    auth: Auth {
+        /// Public keys as ALGORITHM:FILE, the file in PEM: RS256, ES256 or EdDSA. HS256:FILE names a
+        /// shared secret of at least 32 bytes.
+        keys: Vec<String> = Vec::new();
+        /// URL of a JSON Web Key Set; its RS256, ES256 and EdDSA keys are accepted and refreshed.
+        jwks_url: String = String::new();
+        /// Accepted values of claim iss. Needed with keys or jwks_url.
+        issuers: Vec<String> = Vec::new();
+        /// Accepted values of claim aud. Needed with keys or jwks_url.
+        audiences: Vec<String> = Vec::new();
+        /// How far clocks may differ when exp and nbf are checked, in milliseconds.
+        leeway_ms: u64 = 5_000, in 0..=300_000;
+        /// Accept the development key on an address that others can reach. Anybody who can read the
+        /// data folder can then be anybody.
+        allow_dev_key_beyond_loopback: bool = false;
+    }
+    /// Sizes that bound what comes in and what handlers give back.
+    limits: Limits {
+        /// Largest payload of a request and largest result, in bytes.
+        max_payload_bytes: u64 = 4_194_304, in 1_024..=67_108_864;
+        /// Largest chunk of output, in bytes.
+        max_output_chunk_bytes: u64 = 1_048_576, in 1_024..=16_777_216;
+    }
+    /// WebSocket connections.
+    gateway: Gateway {
+        /// Origins whose pages may connect, like https://app.example.com; empty means pages served
+        /// from this machine only, * means all.
+        allowed_origins: Vec<String> = Vec::new();
+        /// Connections in all.
+        max_connections: u64 = 50_000, in 1..=10_000_000;
+        /// Connections of one user.
+        max_connections_per_user: u64 = 2_000, in 1..=10_000_000;
+        /// Connections from one address.
+        max_connections_per_address: u64 = 10_000, in 1..=10_000_000;
+        /// Subscriptions of one connection.
+        max_subscriptions: u64 = 10_000, in 1..=1_000_000;
+        /// Unanswered calls of one connection; beyond that it is not read from until some are.
+        max_in_flight: u64 = 1_024, in 1..=100_000;
+        /// Messages a second from one connection, 0 for no limit; more are refused with RATE_LIMITED.
+        messages_per_second: u64 = 10_000, in 0..=1_000_000;
+        /// Messages at once beyond that rate.
+        message_burst: u64 = 20_000, in 1..=1_000_000;
+        /// A quiet client is pinged so often, in milliseconds, and dropped after twice that.
+        heartbeat_ms: u64 = 25_000, in 1_000..=600_000;
+        /// A socket that takes nothing for so long though something waits is closed with 4408, in
+        /// milliseconds.
+        slow_consumer_timeout_ms: u64 = 30_000, in 1_000..=600_000;
+        /// How long a handshake may take, in milliseconds.
+        handshake_timeout_ms: u64 = 10_000, in 100..=60_000;
+        /// Clients are told to come back within this after a drain, in milliseconds.
+        reconnect_after_ms: u64 = 5_000, in 0..=600_000;
+    }
+    /// Running actions.
+    execution: Execution {
+        /// Actions estimated faster than this are sync: answered at once and not stored, in
+        /// milliseconds. It also bounds a sync action that sets no limit of its own.
+        sync_threshold_ms: u64 = 5_000, in 0..=600_000;
+        /// Async attempts that run at once.
+        max_concurrent_attempts: u64 = 1_024, in 1..=1_000_000;
+        /// Sync actions that run at once.
+        max_concurrent_sync: u64 = 4_096, in 1..=1_000_000;
+        /// How long a processor that fell silent keeps its attempts, in milliseconds.
+        lease_ms: u64 = 10_000, in 300..=3_600_000;
+        /// How often the store is asked for work that no hint told of, in milliseconds.
+        poll_interval_ms: u64 = 1_000, in 10..=600_000;
+        /// How long a handler may go on after cancellation was asked for, in milliseconds.
+        cancel_grace_ms: u64 = 10_000, in 0..=3_600_000;
+    }
+    /// Logs, on standard error.
+    log: Log {
+        /// A level (error, warn, info, debug, trace) or directives like info,streamer_gateway=debug.
+        /// STREAMER_LOG sets it too.
+        filter: String = String::from("warn");
+        /// text for people, json for machines.
+        format: String = String::from("text");
+    }
+}
+
+fn check_range(value: u64, low: u64, high: u64) -> Result<(), String> {
+    if (low..=high).contains(&value) {
+        Ok(())
+    } else {
+        Err(format!("must be {low} to {high}, is {value}"))
+    }
+}
+
+impl Auth {
+    /// Whether the development key is what tokens are signed with.
+    #[must_use]
+    pub fn uses_dev_key(&self) -> bool {
+        self.keys.is_empty() && self.jwks_url.is_empty()
+    }
+}
+
+impl Config {
+    /// Rules that tie options together.
+    pub(crate) fn check_together(&self, problems: &mut Vec<String>) {
+        let auth = &self.auth;
+        if auth.uses_dev_key() {
+            let loopback = self.server.listen.ip().is_loopback();
+            if !loopback && !auth.allow_dev_key_beyond_loopback {
+                problems.push(format!(
+                    "server.listen: {} can be reached by others, and the development key is for \
+                     this machine; set auth.keys or auth.jwks_url (or, knowingly, \
+                     auth.allow_dev_key_beyond_loopback)",
+                    self.server.listen
+                ));
+            }
+        } else {
+            for (name, list) in [("issuers", &auth.issuers), ("audiences", &auth.audiences)] {
+                if list.is_empty() {
+                    problems.push(format!("auth.{name}: is required with auth.keys or auth.jwks_url"));
+                }
+            }
+        }
+        for key in &auth.keys {
+            if !key.contains(':') {
+                problems.push(format!("auth.keys: {key:?} must be ALGORITHM:FILE"));
+            }
+        }
+        if !matches!(self.log.format.as_str(), "text" | "json") {
+            problems.push(format!("log.format: must be text or json, is {:?}", self.log.format));
+        }
+    }
+}

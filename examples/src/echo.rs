@@ -1,0 +1,58 @@
+//! `echo`: answers with what it was given. The smallest handler there is.
+
+use serde::Serialize;
+use serde_json::value::RawValue;
+use streamer_handler::{ActionSpec, Context, Handler, HandlerError, async_trait};
+
+/// Answers with the payload, untouched.
+#[derive(Clone, Copy, Debug, Default)]
+pub struct Echo;
+
+/// The answer of [`Echo`].
+#[derive(Debug, Serialize)]
+pub struct EchoAnswer {
+    /// The payload. Kept as the text it came as: parsing and writing it again could change
+    /// numbers, the order of keys or white space.
+    pub echo: Box<RawValue>,
+}
+
+#[async_trait]
+impl Handler for Echo {
+    type Input = Box<RawValue>;
+    type Output = EchoAnswer;
+
+    fn spec(&self) -> ActionSpec {
+        ActionSpec::sync("echo").describe("Answers with the payload, untouched")
+    }
+
+    async fn handle(
+        &self,
+        _context: &Context,
+        payload: Box<RawValue>,
+    ) -> Result<EchoAnswer, HandlerError> {
+        Ok(EchoAnswer { echo: payload })
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use streamer_handler::DynHandler;
+
+    use super::*;
+
+    #[tokio::test]
+    async fn the_payload_comes_back_byte_for_byte() {
+        for payload in [
+            "9223372036854775807",
+            "-0.10e+05",
+            "null",
+            r#"{ "b":1,  "a" : [1.0, 1e2, "\u00e9é"], "b":2 }"#,
+            "123456789012345678901234567890.123456789",
+        ] {
+            let (context, _) = Context::for_test("echo");
+            let answer = Echo.run(&context, payload.into()).await.unwrap();
+            let expected = format!(r#"{{"echo":{payload}}}"#);
+            assert_eq!(String::from_utf8(answer.to_vec()).unwrap(), expected);
+        }
+    }
+}

@@ -1,0 +1,187 @@
+//! `streamer.connections.v1.ConnectionsService`.
+
+use std::sync::Arc;
+
+use streamer_auth::{Principal, Caller, permissions};
+use streamer_core::{ErrorCode, RequestError, Timestamp, Uid, Violations, limits, validate};
+use streamer_proto::{
+    common::v1::Payload,
+    connections::v1::{
+        BroadcastRequest, BroadcastResponse, Connection, DisconnectRequest, DisconnectResponse,
+        ListRequest, ListResponse, SendRequest, SendResponse,
+        connections_service_server::ConnectionsService, send_request::Target,
+    },
+    timestamp,
+};
+use streamer_rpc::{JSON, payload_bytes, status, store_status, validation_status};
+use streamer_store::{ConnectionRecord, Store};
+use tonic::{Request, Response, Status};
+
+use crate::{
+    handle::close_code,
+    messages,
+    server::Gateway,
+};
+
+const MAX_PAGE: i32 = 1000;
+const DEFAULT_PAGE: usize = 100;
+/// What a close frame has room for beside its code.
+const MAX_REASON_BYTES: usize = 123;
+
+/// Serves those who speak to connected users.
+pub struct ConnectionsApi {
+    gateway: Arc<Gateway>,
+    store: Arc<dyn Store>,
+}
+
+impl ConnectionsApi {
+    pub(crate) fn new(gateway: Arc<Gateway>, store: Arc<dyn Store>) -> Self {
+        Self { gateway, store }
+    }
+
+    fn now(&self) -> Timestamp {
+        self.gateway.clock.now()
+    }
+}
+
+#[tonic::async_trait]
+impl ConnectionsService for ConnectionsApi {
+    async fn list(&self, request: Request<ListRequest>) -> Result<Response<ListResponse>, Status> {
+        let principal = permitted(&request, permissions::CONNECTIONS_READ)?;
+        let request = request.into_inner();
+        let mut violations = Violations::default();
+        let range = validate::in_range(request.page_size.into(), 0, MAX_PAGE.into(), "");
+        violations.check("page_size", range);
+        let after = request.page_token.parse().ok();
+        if after.is_none() && !request.page_token.is_empty() {
+            violations.push("page_token", "must be a next_page_token of an earlier answer");
+        }
+        refuse(&violations)?;
+        let limit = match usize::try_from(request.page_size) {
+            Ok(size) if size > 0 => size,
+            _ => DEFAULT_PAGE,
+        };
+        let user = (!request.user_id.is_empty()).then_some(request.user_id);
+        let tenant = principal.tenant.clone();
+        let page = self.store.list_connections(tenant, user, after, limit, self.now()).await;
+        let page = page.map_err(|error| store_status(&error))?;
+        Ok(Response::new(ListResponse {
+            connections: page.connections.into_iter().map(to_proto).collect(),
+            next_page_token: page.next.map(|id| id.to_string()).unwrap_or_default(),
+        }))
+    }
+
+    async fn send(&self, request: Request<SendRequest>) -> Result<Response<SendResponse>, Status> {
+        let principal = permitted(&request, permissions::CONNECTIONS_SEND)?;
+        let SendRequest { target, topic, data } = request.into_inner();
+        let mut violations = Violations::default();
+        check_message(&topic, data.as_ref(), &mut violations);
+        let Some(target) = target else {
+            violations.push("target", "is required: connection_id or user_id");
+            return Err(validation_status(&violations));
+        };
+        refuse(&violations)?;
+        let frame = messages::push(&topic, data.as_ref(), self.now());
+        let (recipients, whom) = match target {
+            Target::UserId(user) => {
+                let pushed = self.gateway.registry.push(&principal.tenant, Some(&user), &frame);
+                (pushed, format!("user {user:?}"))
+            }
+            Target::ConnectionId(id) => {
+                let handle = id.parse().ok().and_then(|id: Uid| self.gateway.registry.get(id));
+                let handle = handle.filter(|held| held.principal().tenant == principal.tenant);
+                if let Some(handle) = &handle {
+                    handle.push(frame);
+                }
+                (usize::from(handle.is_some()), format!("connection {id:?}"))
+            }
+        };
+        if recipients == 0 {
+            return Err(nobody(&whom));
+        }
+        let recipients = i32::try_from(recipients).unwrap_or(i32::MAX);
+        Ok(Response::new(SendResponse { recipients }))
+    }
+
+    async fn broadcast(
+        &self,
+        request: Request<BroadcastRequest>,
+    ) -> Result<Response<BroadcastResponse>, Status> {
+        let principal = permitted(&request, permissions::CONNECTIONS_SEND)?;
+        let BroadcastRequest { topic, data } = request.into_inner();
+        let mut violations = Violations::default();
+        check_message(&topic, data.as_ref(), &mut violations);
+        refuse(&violations)?;
+        let frame = messages::push(&topic, data.as_ref(), self.now());
+        let recipients = self.gateway.registry.push(&principal.tenant, None, &frame);
+        let recipients = i32::try_from(recipients).unwrap_or(i32::MAX);
+        Ok(Response::new(BroadcastResponse { recipients }))
+    }
+
+    async fn disconnect(
+        &self,
+        request: Request<DisconnectRequest>,
+    ) -> Result<Response<DisconnectResponse>, Status> {
+        let principal = permitted(&request, permissions::CONNECTIONS_DISCONNECT)?;
+        let DisconnectRequest { connection_id, reason } = request.into_inner();
+        let mut violations = Violations::default();
+        violations.check("reason", validate::at_most(reason.len(), MAX_REASON_BYTES, "reason"));
+        refuse(&violations)?;
+        let handle = connection_id.parse().ok().and_then(|id| self.gateway.registry.get(id));
+        match handle.filter(|handle| handle.principal().tenant == principal.tenant) {
+            Some(handle) => {
+                handle.close(close_code::POLICY, &reason);
+                Ok(Response::new(DisconnectResponse {}))
+            }
+            None => Err(nobody(&format!("connection {connection_id:?}"))),
+        }
+    }
+}
+
+fn permitted<T>(request: &Request<T>, permission: &str) -> Result<Arc<Principal>, Status> {
+    let caller = request.extensions().get::<Caller>();
+    let caller =
+        caller.ok_or_else(|| Status::internal("the service is wired without authentication"))?;
+    if caller.principal.may(permission) {
+        return Ok(caller.principal.clone());
+    }
+    let message = format!("permission {permission} is needed");
+    Err(status(&RequestError::new(ErrorCode::Forbidden, message)))
+}
+
+fn check_message(topic: &str, data: Option<&Payload>, violations: &mut Violations) {
+    if topic.is_empty() {
+        violations.push("topic", "is required");
+    }
+    violations.check("topic", validate::at_most(topic.len(), limits::MAX_TOPIC_BYTES, "topic"));
+    let Some(data) = data else { return };
+    let bytes = payload_bytes(Some(data));
+    violations.check("data", validate::at_most(bytes.len(), limits::MAX_PUSH_BYTES, "data"));
+    if !(data.content_type.is_empty() || data.content_type == JSON) {
+        violations.push("data.content_type", "must be application/json");
+    }
+    if let Err(error) = serde_json::from_slice::<&serde_json::value::RawValue>(&bytes) {
+        violations.push("data", format!("is not JSON: {error}"));
+    }
+}
+
+fn refuse(violations: &Violations) -> Result<(), Status> {
+    if violations.is_empty() { Ok(()) } else { Err(validation_status(violations)) }
+}
+
+fn nobody(whom: &str) -> Status {
+    let shown: String = whom.chars().take(160).collect();
+    status(&RequestError::new(ErrorCode::NotFound, format!("{shown} is not connected")))
+}
+
+fn to_proto(record: ConnectionRecord) -> Connection {
+    Connection {
+        connection_id: record.id.to_string(),
+        tenant_id: record.owner.tenant,
+        user_id: record.owner.user,
+        gateway: record.gateway,
+        remote_address: record.remote_address,
+        user_agent: record.user_agent,
+        connect_time: Some(timestamp(record.connect_time.as_millis())),
+    }
+}

@@ -1,0 +1,318 @@
+//! What a client asks for: each message becomes a call, each call a reply.
+
+use std::borrow::Cow;
+
+use bytes::Bytes;
+use futures_util::FutureExt;
+use http::HeaderValue;
+use serde_json::value::RawValue;
+use streamer_core::{ErrorCode, RequestError, Timestamp, Uid};
+use streamer_proto::{
+    common::v1::{Event, Request},
+    router::v1::{
+        CancelRequest, Completed, GetRequest, ListRequest, SubmitRequest, SubmitResponse,
+        submit_response::Outcome,
+    },
+};
+use streamer_rpc::{
+    error_from_proto, json_payload, request_error, state_from_proto, state_to_proto,
+    with_authorization,
+};
+use tonic::Status;
+
+use super::{Call, Session, delivery::Subscription};
+use crate::{
+    handle::{Credentials, close_code},
+    hub::Opened,
+    messages::{self, Names},
+    protocol::{ClientMessage, RequestMessage},
+    topic::Link,
+    ws::outbox::Outbox,
+};
+
+/// What became of a call.
+pub(crate) enum Reply {
+    /// To be sent as it is.
+    Frame(Bytes),
+    /// A request was submitted; its events are wanted from now on.
+    Submitted { response: SubmitResponse, latest: bool },
+    /// A request was opened for a subscription.
+    Opened { opened: Box<Opened>, latest: bool },
+    /// A page of a log was read.
+    CaughtUp(Uid, Result<Vec<Event>, Status>),
+    /// A fresh token was verified.
+    Authenticated(Credentials),
+    /// A call failed.
+    Failed { request_id: Option<String>, error: RequestError },
+}
+
+impl Session {
+    /// Begins to do what a message asks for; `None` when it is done already.
+    pub(crate) fn begin(&mut self, message: ClientMessage<'_>, now: Timestamp) -> Option<Call> {
+        Some(match message {
+            ClientMessage::Request(request) => self.submit(&request),
+            ClientMessage::Subscribe { request_id, after_seq, latest } => {
+                self.subscribe(request_id.into_owned(), after_seq, latest)
+            }
+            ClientMessage::Unsubscribe { request_id } => self.end_subscription(&request_id),
+            ClientMessage::Cancel { request_id, reason } => {
+                self.cancel(request_id.into_owned(), reason.into_owned())
+            }
+            ClientMessage::Get { request_id } => self.get(request_id.into_owned()),
+            ClientMessage::List { states, limit, page_token } => {
+                let states = states.into_iter().map(|state| state_to_proto(state).into()).collect();
+                self.list(states, limit, page_token.into_owned())
+            }
+            ClientMessage::Auth { token } => self.authenticate(token),
+            ClientMessage::Ping => {
+                let pong = messages::pong(now);
+                Box::pin(std::future::ready(Reply::Frame(pong)))
+            }
+        })
+    }
+
+    fn submit(&self, message: &RequestMessage<'_>) -> Call {
+        let limit = self.gateway.options.max_subscriptions;
+        if self.subscriptions.len() >= limit {
+            return too_many_subscriptions(Some(message.id.to_string()), limit);
+        }
+        let payload = |raw: &RawValue| json_payload(Bytes::copy_from_slice(raw.get().as_bytes()));
+        let millis = |millis: i64| (millis > 0).then(|| duration(millis));
+        let request = SubmitRequest {
+            id: message.id.to_string(),
+            action: message.action.to_string(),
+            payload: message.payload.map(payload),
+            metadata: message.metadata.map(payload),
+            wait: millis(message.wait_ms),
+            priority: message.priority,
+            delay: millis(message.delay_ms),
+            ..SubmitRequest::default()
+        };
+        let latest = message.latest;
+        let request_id = (!request.id.is_empty()).then(|| request.id.clone());
+        let mut router = self.gateway.peers.router();
+        let request = with_authorization(request, self.handle.authorization());
+        Box::pin(async move {
+            match router.submit(request).await {
+                Ok(response) => Reply::Submitted { response: response.into_inner(), latest },
+                Err(status) => Reply::Failed { request_id, error: request_error(&status) },
+            }
+        })
+    }
+
+    fn subscribe(&self, name: String, after_seq: Option<i64>, latest: bool) -> Call {
+        let limit = self.gateway.options.max_subscriptions;
+        if self.subscriptions.len() >= limit {
+            return too_many_subscriptions(Some(name), limit);
+        }
+        let hub = self.gateway.hub.clone();
+        let authorization = self.handle.authorization();
+        Box::pin(async move {
+            match hub.open(name.clone(), after_seq, authorization).await {
+                Ok(opened) => Reply::Opened { opened: Box::new(opened), latest },
+                Err(status) => failed(name, &status),
+            }
+        })
+    }
+
+    fn end_subscription(&mut self, name: &str) -> Call {
+        let named = |subscription: &Subscription| {
+            let names = &subscription.topic.names;
+            names.uid == name || names.request_id == name
+        };
+        let found = self.subscriptions.iter().find(|(_, subscription)| named(subscription));
+        if let Some(uid) = found.map(|(uid, _)| *uid) {
+            self.unsubscribe(uid);
+        }
+        let frame = messages::unsubscribed(name, self.gateway.clock.now());
+        Box::pin(std::future::ready(Reply::Frame(frame)))
+    }
+
+    fn cancel(&self, request_id: String, reason: String) -> Call {
+        let mut router = self.gateway.peers.router();
+        let clock = self.gateway.clock.clone();
+        let name = request_id.clone();
+        let call = self.authorized(CancelRequest { request_id, reason });
+        Box::pin(async move {
+            match router.cancel(call).await {
+                Ok(response) => {
+                    let request = response.into_inner().request.unwrap_or_default();
+                    let (status, message) = if request.cancel_requested {
+                        ("cancelling".to_owned(), "cancellation was asked for")
+                    } else {
+                        (state_name(&request), "the request has ended")
+                    };
+                    let names = names(&request);
+                    let last_seq = request.last_seq;
+                    Reply::Frame(messages::acknowledgment(
+                        &names, &status, message, false, last_seq, clock.now(),
+                    ))
+                }
+                Err(status) => failed(name, &status),
+            }
+        })
+    }
+
+    fn get(&self, request_id: String) -> Call {
+        let mut router = self.gateway.peers.router();
+        let clock = self.gateway.clock.clone();
+        let name = request_id.clone();
+        let call = self.authorized(GetRequest { request_id, ..GetRequest::default() });
+        Box::pin(async move {
+            match router.get(call).await {
+                Ok(response) => {
+                    let request = response.into_inner().request.unwrap_or_default();
+                    Reply::Frame(messages::request(&request, clock.now()))
+                }
+                Err(status) => failed(name, &status),
+            }
+        })
+    }
+
+    fn list(&self, states: Vec<i32>, page_size: i32, page_token: String) -> Call {
+        let mut router = self.gateway.peers.router();
+        let clock = self.gateway.clock.clone();
+        let list = ListRequest { states, page_size, page_token, ..ListRequest::default() };
+        let call = self.authorized(list);
+        Box::pin(async move {
+            match router.list(call).await {
+                Ok(response) => {
+                    let page = response.into_inner();
+                    let next = page.next_page_token;
+                    Reply::Frame(messages::requests(&page.requests, &next, clock.now()))
+                }
+                Err(status) => Reply::Failed { request_id: None, error: request_error(&status) },
+            }
+        })
+    }
+
+    fn authenticate(&self, token: Cow<'_, str>) -> Call {
+        let authenticator = self.gateway.authenticator.clone();
+        let token = token.into_owned();
+        let call = async move {
+            let authorization = HeaderValue::try_from(format!("Bearer {token}"));
+            match (authenticator.authenticate(&token).await, authorization) {
+                (Ok(principal), Ok(mut authorization)) => {
+                    authorization.set_sensitive(true);
+                    Reply::Authenticated(Credentials { principal, authorization })
+                }
+                (Err(error), _) => Reply::Failed {
+                    request_id: None,
+                    error: RequestError::new(error.code(), error.to_string()),
+                },
+                (Ok(_), Err(_)) => Reply::Failed {
+                    request_id: None,
+                    error: RequestError::new(ErrorCode::Unauthorized, "the token is malformed"),
+                },
+            }
+        };
+        call.boxed()
+    }
+
+    fn authorized<T>(&self, message: T) -> tonic::Request<T> {
+        with_authorization(message, self.handle.authorization())
+    }
+
+    /// Sends what a call has brought. Returns code and reason when the connection has to close.
+    pub(crate) fn conclude(&mut self, reply: Reply, out: &mut Outbox) -> Option<(u16, String)> {
+        let now = self.gateway.clock.now();
+        match reply {
+            Reply::Frame(frame) => out.push(frame),
+            Reply::Failed { request_id, error } => {
+                out.push(messages::error(request_id.as_deref(), &error, now));
+            }
+            Reply::CaughtUp(uid, page) => self.caught_up(uid, page, out),
+            Reply::Submitted { response, latest } => self.submitted(response, latest, out),
+            Reply::Opened { opened, latest } => self.opened(*opened, latest, out),
+            Reply::Authenticated(credentials) => {
+                let (old, new) = (self.handle.principal(), &credentials.principal);
+                if (&old.tenant, &old.user) != (&new.tenant, &new.user) {
+                    let reason = "the fresh token is another user's".to_owned();
+                    return Some((close_code::FORBIDDEN, reason));
+                }
+                out.push(messages::authenticated(new.expires_at, now));
+                self.handle.set_credentials(credentials);
+            }
+        }
+        None
+    }
+
+    fn submitted(&mut self, response: SubmitResponse, latest: bool, out: &mut Outbox) {
+        let now = self.gateway.clock.now();
+        let names = Names { request_id: response.request_id, uid: response.uid };
+        let acknowledgment = match response.outcome {
+            Some(Outcome::Acknowledgment(acknowledgment)) => acknowledgment,
+            Some(Outcome::Completed(completed)) => {
+                out.push(completed_frame(&names, &completed, now));
+                return;
+            }
+            None => return,
+        };
+        let state = state_from_proto(acknowledgment.state);
+        let status = state.map_or("unknown", streamer_core::RequestState::as_str).to_lowercase();
+        let message = if acknowledgment.duplicate {
+            "this id was submitted before; nothing new was started"
+        } else {
+            "accepted; it will run"
+        };
+        let last_seq = acknowledgment.last_seq;
+        let duplicate = acknowledgment.duplicate;
+        out.push(messages::acknowledgment(&names, &status, message, duplicate, last_seq, now));
+        let Ok(uid) = names.uid.parse::<Uid>() else { return };
+        if self.subscriptions.contains_key(&uid) {
+            return;
+        }
+        // The acknowledgement stands for the first event; everything after it follows, also for
+        // somebody who submits again because the acknowledgement was lost.
+        let cursor = 1;
+        let link = Link::new(uid, self.handle.clone());
+        let topic = self.gateway.hub.join_submitted(uid, names, cursor, link.clone());
+        self.subscriptions.insert(uid, Subscription::new(topic, link, cursor, latest));
+        self.ready.push(uid);
+    }
+
+    fn opened(&mut self, opened: Opened, latest: bool, out: &mut Outbox) {
+        let uid = opened.uid;
+        out.push(messages::subscribed(&opened.snapshot, self.gateway.clock.now()));
+        // Subscribing again moves the cursor.
+        self.unsubscribe(uid);
+        let link = Link::new(uid, self.handle.clone());
+        let (topic, cursor) = self.gateway.hub.join(opened, link.clone());
+        self.subscriptions.insert(uid, Subscription::new(topic, link, cursor, latest));
+        self.ready.push(uid);
+    }
+}
+
+fn completed_frame(names: &Names, completed: &Completed, now: Timestamp) -> Bytes {
+    match &completed.error {
+        None => messages::response(names, completed.result.as_ref(), now),
+        Some(error) => messages::error(Some(&names.request_id), &error_from_proto(error), now),
+    }
+}
+
+fn too_many_subscriptions(request_id: Option<String>, limit: usize) -> Call {
+    let message = format!("more than {limit} subscriptions (gateway.max_subscriptions)");
+    let error = RequestError::new(ErrorCode::RateLimited, message);
+    let request_id = request_id.filter(|id| !id.is_empty());
+    Box::pin(std::future::ready(Reply::Failed { request_id, error }))
+}
+
+fn failed(name: String, status: &Status) -> Reply {
+    Reply::Failed { request_id: Some(name), error: request_error(status) }
+}
+
+fn names(request: &Request) -> Names {
+    Names { request_id: request.request_id.clone(), uid: request.uid.clone() }
+}
+
+fn state_name(request: &Request) -> String {
+    let state = state_from_proto(request.state);
+    state.map_or("unknown", streamer_core::RequestState::as_str).to_lowercase()
+}
+
+fn duration(millis: i64) -> prost_types::Duration {
+    prost_types::Duration {
+        seconds: millis / 1000,
+        nanos: i32::try_from(millis % 1000).unwrap_or(0) * 1_000_000,
+    }
+}

@@ -1,0 +1,235 @@
+//! Local fan-out: one upstream watch for each request, however many connections want it.
+
+use std::{collections::HashMap, sync::Arc, time::Duration};
+
+use http::HeaderValue;
+use parking_lot::Mutex;
+use streamer_core::{Uid, retry};
+use streamer_proto::{
+    common::v1::{Event, Request},
+    progress::v1::{ListEventsRequest, WatchRequest, WatchResponse},
+};
+use streamer_rpc::with_authorization;
+use tokio::{sync::Notify, time::sleep};
+use tokio_util::sync::CancellationToken;
+use tonic::{Code, Status, Streaming};
+
+use crate::{
+    messages::Names,
+    metrics::GatewayMetrics,
+    peers::Peers,
+    topic::{Link, Topic},
+};
+
+/// Events that a connection that is behind reads from the log at a time.
+const CATCH_UP_PAGE: i32 = 500;
+/// Longest wait before a lost upstream is opened again, drawn with full jitter.
+const MAX_BACKOFF: Duration = Duration::from_secs(1);
+/// Those who asked for the latest get progress of a request at most so often: 10 times a second.
+pub(crate) const LATEST_INTERVAL: Duration = Duration::from_millis(100);
+
+pub(crate) struct Hub {
+    topics: Mutex<HashMap<Uid, Arc<Topic>>>,
+    peers: Arc<Peers>,
+    metrics: GatewayMetrics,
+    /// Who holds back progress until the interval is over.
+    deferred: Mutex<Vec<Arc<Link>>>,
+    deferring: Notify,
+}
+
+/// The beginning of a subscription.
+pub(crate) struct Opened {
+    pub(crate) uid: Uid,
+    pub(crate) snapshot: Request,
+    events: Vec<Event>,
+    stream: Streaming<WatchResponse>,
+    /// The subscription begins after this.
+    cursor: i64,
+    /// The stream begins after this.
+    stream_after: i64,
+}
+
+impl Hub {
+    pub(crate) fn new(peers: Arc<Peers>, metrics: GatewayMetrics) -> Self {
+        Self {
+            topics: Mutex::default(),
+            peers,
+            metrics,
+            deferred: Mutex::default(),
+            deferring: Notify::new(),
+        }
+    }
+
+    /// Asks the progress service for a request, by either of its names, in the name of whoever
+    /// holds this token.
+    pub(crate) async fn open(
+        &self,
+        name: String,
+        after_seq: Option<i64>,
+        authorization: HeaderValue,
+    ) -> Result<Opened, Status> {
+        let mut stream = self.watch(name, after_seq, authorization).await?;
+        let first = stream.message().await?;
+        let malformed = || Status::internal("the progress service sent no snapshot");
+        let WatchResponse { snapshot, events } = first.ok_or_else(malformed)?;
+        let snapshot = snapshot.ok_or_else(malformed)?;
+        let uid = snapshot.uid.parse().map_err(|_| malformed())?;
+        let from = events.first().map_or(snapshot.last_seq, |event| event.seq - 1);
+        let after = after_seq.unwrap_or(from);
+        Ok(Opened { uid, events, stream, cursor: after, stream_after: after, snapshot })
+    }
+
+    async fn watch(
+        &self,
+        request_id: String,
+        after_seq: Option<i64>,
+        authorization: HeaderValue,
+    ) -> Result<Streaming<WatchResponse>, Status> {
+        let watch = WatchRequest { request_id, after_seq, ..WatchRequest::default() };
+        let watch = with_authorization(watch, authorization);
+        Ok(self.peers.progress().watch(watch).await?.into_inner())
+    }
+
+    /// Joins a request that was opened: its stream becomes the upstream if there is none yet.
+    /// Returns the topic and the `seq` after which the subscription begins.
+    pub(crate) fn join(self: &Arc<Self>, opened: Opened, link: Arc<Link>) -> (Arc<Topic>, i64) {
+        let Opened { uid, snapshot, events, stream, cursor, stream_after } = opened;
+        let mut topics = self.topics.lock();
+        if let Some(topic) = topics.get(&uid) {
+            topic.subscribe(link);
+            return (topic.clone(), cursor);
+        }
+        let last_seq = snapshot.last_seq;
+        let names = Names { request_id: snapshot.request_id, uid: snapshot.uid };
+        // A client may ask for what comes after an event that is not there yet. The topic serves
+        // others too, so it must not begin beyond what there is.
+        let (begin, stream) = if stream_after <= last_seq {
+            (stream_after, Some(stream))
+        } else {
+            (last_seq, None)
+        };
+        let topic = Arc::new(Topic::new(uid, names, begin));
+        topic.subscribe(link);
+        topic.publish(&events);
+        topics.insert(uid, topic.clone());
+        self.follow(&topic, stream);
+        (topic, cursor)
+    }
+
+    /// Joins a request that this gateway has just submitted, whose log is known up to `last_seq`.
+    pub(crate) fn join_submitted(
+        self: &Arc<Self>,
+        uid: Uid,
+        names: Names,
+        last_seq: i64,
+        link: Arc<Link>,
+    ) -> Arc<Topic> {
+        let mut topics = self.topics.lock();
+        if let Some(topic) = topics.get(&uid) {
+            topic.subscribe(link);
+            return topic.clone();
+        }
+        let topic = Arc::new(Topic::new(uid, names, last_seq));
+        topic.subscribe(link);
+        topics.insert(uid, topic.clone());
+        self.follow(&topic, None);
+        topic
+    }
+
+    /// Ends a connection's interest; the last one ends the upstream.
+    pub(crate) fn leave(&self, topic: &Topic, connection: Uid) {
+        let mut topics = self.topics.lock();
+        if topic.unsubscribe(connection) {
+            topics.remove(&topic.uid);
+        }
+    }
+
+    /// A page of the log, for a connection that is behind what is in memory.
+    pub(crate) async fn catch_up(
+        &self,
+        uid: Uid,
+        after_seq: i64,
+        authorization: HeaderValue,
+    ) -> Result<Vec<Event>, Status> {
+        self.metrics.catch_ups.inc();
+        let list = ListEventsRequest {
+            request_id: uid.to_string(),
+            after_seq,
+            page_size: CATCH_UP_PAGE,
+            ..ListEventsRequest::default()
+        };
+        let list = with_authorization(list, authorization);
+        Ok(self.peers.progress().list_events(list).await?.into_inner().events)
+    }
+
+    /// Will tell this connection again when the interval is over.
+    pub(crate) fn defer(&self, link: Arc<Link>) {
+        self.deferred.lock().push(link);
+        self.deferring.notify_one();
+    }
+
+    /// Tells deferred connections, until `shutdown`: one timer for all of them.
+    pub(crate) async fn run(&self, shutdown: CancellationToken) {
+        loop {
+            tokio::select! {
+                () = shutdown.cancelled() => return,
+                () = self.deferring.notified() => {}
+            }
+            sleep(LATEST_INTERVAL).await;
+            let deferred = std::mem::take(&mut *self.deferred.lock());
+            deferred.iter().for_each(|link| link.tell());
+        }
+    }
+
+    fn follow(self: &Arc<Self>, topic: &Arc<Topic>, stream: Option<Streaming<WatchResponse>>) {
+        let (hub, followed) = (self.clone(), topic.clone());
+        let upstream = tokio::spawn(async move { hub.follow_to_the_end(&followed, stream).await });
+        topic.set_upstream(upstream.abort_handle());
+    }
+
+    /// Brings events from upstream into the topic until the terminal one; a lost stream is opened
+    /// again after the last event that came.
+    async fn follow_to_the_end(
+        &self,
+        topic: &Topic,
+        mut stream: Option<Streaming<WatchResponse>>,
+    ) {
+        loop {
+            let outcome = match stream.take() {
+                Some(stream) => self.drain(topic, stream).await,
+                None => self.reopen(topic).await.map(|opened| stream = opened),
+            };
+            match outcome {
+                Ok(()) if stream.is_some() => continue,
+                // The stream ended after the terminal event, or nobody is left.
+                Ok(()) => return,
+                Err(status) if matches!(status.code(), Code::NotFound | Code::PermissionDenied) => {
+                    topic.end();
+                    return;
+                }
+                Err(status) => {
+                    tracing::warn!(uid = %topic.uid, %status, "lost an upstream watch");
+                }
+            }
+            sleep(MAX_BACKOFF.mul_f64(retry::random_fraction())).await;
+        }
+    }
+
+    async fn reopen(&self, topic: &Topic) -> Result<Option<Streaming<WatchResponse>>, Status> {
+        let Some(authorization) = topic.any_authorization() else { return Ok(None) };
+        let after_seq = Some(topic.last_seq());
+        self.watch(topic.uid.to_string(), after_seq, authorization).await.map(Some)
+    }
+
+    async fn drain(
+        &self,
+        topic: &Topic,
+        mut stream: Streaming<WatchResponse>,
+    ) -> Result<(), Status> {
+        while let Some(response) = stream.message().await? {
+            self.metrics.upstream_events.inc_by(response.events.len() as u64);
+            topic.publish(&response.events);
+        }
+        Ok(())
+    }
+}

@@ -1,0 +1,211 @@
+//! Lets WebSockets in.
+
+use std::{net::IpAddr, sync::Arc};
+
+use axum::{
+    body::Body,
+    extract::{Request, State},
+    response::{IntoResponse, Response},
+};
+use bytes::Bytes;
+use http::{HeaderValue, StatusCode, header};
+use hyper::upgrade::OnUpgrade;
+use hyper_util::rt::TokioIo;
+use streamer_auth::Authenticator;
+use streamer_core::{Clock, Timestamp, Uid};
+use tokio::{io::AsyncWriteExt, net::TcpStream, time::timeout};
+
+use crate::{
+    GatewayOptions, PeerAddress,
+    connection::Connection,
+    handle::{ConnectionHandle, Credentials, close_code},
+    hub::Hub,
+    metrics::GatewayMetrics,
+    peers::Peers,
+    registry::{Refused, Registry},
+    ws::{
+        frame,
+        handshake::{self, Handshake, JSON_PROTOCOL},
+    },
+};
+
+/// What every connection works with.
+pub(crate) struct Gateway {
+    pub(crate) options: Arc<GatewayOptions>,
+    pub(crate) clock: Arc<dyn Clock>,
+    pub(crate) authenticator: Arc<Authenticator>,
+    pub(crate) peers: Arc<Peers>,
+    pub(crate) hub: Arc<Hub>,
+    pub(crate) registry: Arc<Registry>,
+    pub(crate) metrics: GatewayMetrics,
+}
+
+/// A reason to close right after the handshake. Browsers see close codes, but not HTTP statuses.
+struct Refusal {
+    code: u16,
+    reason: String,
+}
+
+/// `GET /ws`
+pub(crate) async fn open(State(gateway): State<Arc<Gateway>>, mut request: Request) -> Response {
+    let handshake = match handshake::read(request.method(), request.uri(), request.headers()) {
+        Ok(handshake) => handshake,
+        Err((status, reason)) => return refuse_http(status, reason),
+    };
+    let Some(upgrade) = request.extensions_mut().remove::<OnUpgrade>() else {
+        return refuse_http(StatusCode::UPGRADE_REQUIRED, "this connection cannot be upgraded");
+    };
+    let address = request.extensions().get::<PeerAddress>().map(|peer| peer.0.ip());
+    let response = switch_protocols(&handshake);
+    tokio::spawn(Box::pin(serve(gateway, handshake, address, upgrade)));
+    response
+}
+
+fn switch_protocols(handshake: &Handshake) -> Response {
+    let mut response = StatusCode::SWITCHING_PROTOCOLS.into_response();
+    let headers = response.headers_mut();
+    headers.insert(header::UPGRADE, HeaderValue::from_static("websocket"));
+    headers.insert(header::CONNECTION, HeaderValue::from_static("Upgrade"));
+    if let Ok(accept) = HeaderValue::from_str(&handshake.accept) {
+        headers.insert(header::SEC_WEBSOCKET_ACCEPT, accept);
+    }
+    if let Some(protocol) = handshake.protocol {
+        headers.insert(header::SEC_WEBSOCKET_PROTOCOL, HeaderValue::from_static(protocol));
+    }
+    response
+}
+
+fn refuse_http(status: StatusCode, reason: &'static str) -> Response {
+    let mut response = Response::new(Body::from(format!("{reason}\n")));
+    *response.status_mut() = status;
+    if status == StatusCode::UPGRADE_REQUIRED {
+        response.headers_mut().insert(header::UPGRADE, HeaderValue::from_static("websocket"));
+    }
+    response
+}
+
+async fn serve(
+    gateway: Arc<Gateway>,
+    handshake: Handshake,
+    address: Option<IpAddr>,
+    upgrade: OnUpgrade,
+) {
+    let Ok(upgraded) = upgrade.await else { return };
+    let Ok(parts) = hyper_util::server::conn::auto::upgrade::downcast::<TokioIo<TcpStream>>(upgraded)
+    else {
+        tracing::error!("a WebSocket came over something that is not a TCP connection");
+        return;
+    };
+    let (socket, early) = (parts.io.into_inner(), parts.read_buf);
+    match admit(&gateway, handshake, address).await {
+        Ok(handle) => run(gateway, handle, socket, early).await,
+        Err(refusal) => {
+            gateway.metrics.refused.inc();
+            turn_away(&gateway, socket, &refusal).await;
+        }
+    }
+}
+
+async fn run(
+    gateway: Arc<Gateway>,
+    handle: Arc<ConnectionHandle>,
+    socket: TcpStream,
+    early: Bytes,
+) {
+    let mut connection = Box::new(Connection::new(socket, early, gateway, handle));
+    connection.greet();
+    connection.await;
+}
+
+/// Checks who is there, and the limits.
+async fn admit(
+    gateway: &Arc<Gateway>,
+    handshake: Handshake,
+    address: Option<IpAddr>,
+) -> Result<Arc<ConnectionHandle>, Refusal> {
+    let refusal = |code, reason: String| Refusal { code, reason };
+    if handshake.unknown_protocol {
+        let reason = format!("the subprotocol spoken here is {JSON_PROTOCOL}");
+        return Err(refusal(close_code::BAD_PROTOCOL, reason));
+    }
+    if let Some(origin) = &handshake.origin
+        && !gateway.options.allows_origin(origin)
+    {
+        let reason = format!("origin {origin} is not allowed (gateway.allowed_origins)");
+        return Err(refusal(close_code::FORBIDDEN, reason));
+    }
+    let token = handshake.token.unwrap_or_default();
+    if token.is_empty() {
+        let reason = "a token is required: header Authorization, subprotocol bearer.<token> or \
+                      query parameter token";
+        return Err(refusal(close_code::UNAUTHENTICATED, reason.into()));
+    }
+    let principal = gateway
+        .authenticator
+        .authenticate(&token)
+        .await
+        .map_err(|error| refusal(close_code::UNAUTHENTICATED, error.to_string()))?;
+    let mut authorization = HeaderValue::try_from(format!("Bearer {token}"))
+        .map_err(|_| refusal(close_code::UNAUTHENTICATED, "the token is malformed".into()))?;
+    authorization.set_sensitive(true);
+    let now = gateway.clock.now();
+    let handle = Arc::new(ConnectionHandle::new(
+        Uid::new(now),
+        address,
+        handshake.user_agent,
+        now,
+        Credentials { principal, authorization },
+    ));
+    match gateway.registry.add(&handle) {
+        Ok(()) => Ok(handle),
+        Err(Refused::User(limit)) => Err(refusal(
+            close_code::TOO_MANY,
+            format!("more than {limit} connections of one user (gateway.max_connections_per_user)"),
+        )),
+        Err(Refused::Address(limit)) => Err(refusal(
+            close_code::TOO_MANY,
+            format!("more than {limit} connections from one address"),
+        )),
+        Err(Refused::Total(limit)) => Err(refusal(
+            close_code::TOO_MANY,
+            format!("more than {limit} connections (gateway.max_connections)"),
+        )),
+        Err(Refused::Draining) => {
+            Err(refusal(close_code::GOING_AWAY, "the gateway is stopping".into()))
+        }
+    }
+}
+
+/// Says why and closes, without keeping anything of the client.
+async fn turn_away(gateway: &Gateway, mut socket: TcpStream, refusal: &Refusal) {
+    let frame = frame::close(refusal.code, &refusal.reason);
+    let farewell = async {
+        socket.write_all(&frame).await?;
+        socket.shutdown().await?;
+        // Until the client has closed too: closing first could tear the frame from its hands.
+        let mut rest = [0; 256];
+        while tokio::io::AsyncReadExt::read(&mut socket, &mut rest).await? > 0 {}
+        std::io::Result::Ok(())
+    };
+    if timeout(gateway.options.handshake_timeout, farewell).await.is_err() {
+        tracing::debug!("a client that was turned away did not close in time");
+    }
+}
+
+impl GatewayOptions {
+    /// Whether a page of this origin may connect. Without a list, only pages served from this
+    /// machine may.
+    fn allows_origin(&self, origin: &str) -> bool {
+        if self.allowed_origins.is_empty() {
+            let host = origin.split_once("://").map_or(origin, |(_, rest)| rest);
+            let name = host.rsplit_once(':').map_or(host, |(name, _)| name);
+            return matches!(name, "localhost" | "127.0.0.1" | "[::1]") || host == "[::1]";
+        }
+        self.allowed_origins.iter().any(|allowed| allowed == "*" || allowed == origin)
+    }
+}
+
+/// This moment's name for a gateway.
+pub(crate) fn gateway_name(now: Timestamp) -> String {
+    format!("gateway-{}", Uid::new(now))
+}

@@ -1,0 +1,290 @@
+//! One watched request at this gateway: its latest events as frames, and who wants them.
+
+use std::{
+    collections::{HashMap, VecDeque},
+    sync::{
+        Arc,
+        atomic::{AtomicBool, Ordering},
+    },
+};
+
+use bytes::{Bytes, BytesMut};
+use http::HeaderValue;
+use parking_lot::Mutex;
+use streamer_core::Uid;
+use streamer_proto::common::v1::{Event, event::Kind};
+use streamer_rpc::is_terminal;
+use tokio::task::AbortHandle;
+
+use crate::{
+    handle::ConnectionHandle,
+    messages::{self, Names},
+};
+
+/// Bytes of frames kept at most, unless a single segment is larger; who is further behind reads
+/// from the log.
+const MAX_BYTES: usize = 256 * 1024;
+
+/// Events that came together, as frames one after the other: encoded once, sent to any number of
+/// sockets.
+pub(crate) struct Segment {
+    first_seq: i64,
+    frames: Bytes,
+    index: Vec<FrameAt>,
+}
+
+struct FrameAt {
+    end: usize,
+    /// Progress: only the newest counts for those who asked for the latest.
+    droppable: bool,
+}
+
+impl Segment {
+    /// From contiguous events, at least one.
+    pub(crate) fn encode(events: &[Event], names: &Names) -> Self {
+        let mut frames = Vec::with_capacity(events.len());
+        let mut index = Vec::with_capacity(events.len());
+        let mut end = 0;
+        for event in events {
+            let frame = messages::event(event, names);
+            end += frame.len();
+            let droppable = matches!(event.kind, Some(Kind::Progress(_)));
+            index.push(FrameAt { end, droppable });
+            frames.push(frame);
+        }
+        let frames = match <[Bytes; 1]>::try_from(frames) {
+            Ok([only]) => only,
+            Err(several) => {
+                let mut joined = BytesMut::with_capacity(end);
+                several.iter().for_each(|frame| joined.extend_from_slice(frame));
+                joined.freeze()
+            }
+        };
+        let first_seq = events.first().map_or(0, |event| event.seq);
+        Self { first_seq, frames, index }
+    }
+
+    pub(crate) fn last_seq(&self) -> i64 {
+        self.first_seq + i64::try_from(self.index.len()).unwrap_or(0) - 1
+    }
+
+    /// All frames after `cursor`.
+    pub(crate) fn after(&self, cursor: i64) -> Bytes {
+        match usize::try_from(cursor - self.first_seq) {
+            Err(_) => self.frames.clone(),
+            Ok(position) => self.frames.slice(self.index[position].end..),
+        }
+    }
+
+    /// The frames after `cursor` one by one, each with whether it may be dropped.
+    pub(crate) fn each_after(&self, cursor: i64) -> impl Iterator<Item = (Bytes, bool)> {
+        let skip = usize::try_from(cursor + 1 - self.first_seq).unwrap_or(0);
+        (skip..self.index.len()).map(|position| {
+            let begin = position.checked_sub(1).map_or(0, |before| self.index[before].end);
+            let frame = &self.index[position];
+            (self.frames.slice(begin..frame.end), frame.droppable)
+        })
+    }
+}
+
+/// What a subscriber finds.
+pub(crate) enum Next {
+    /// This comes next.
+    Segment(Arc<Segment>),
+    /// What comes next is not here (any more): read it from the log.
+    InLog,
+    /// Nothing newer yet.
+    UpToDate,
+    /// Nothing will follow.
+    Ended,
+}
+
+/// Ties a connection to a topic.
+pub(crate) struct Link {
+    pub(crate) uid: Uid,
+    pub(crate) handle: Arc<ConnectionHandle>,
+    /// The connection has been told and has not looked yet.
+    told: AtomicBool,
+}
+
+impl Link {
+    pub(crate) fn new(uid: Uid, handle: Arc<ConnectionHandle>) -> Arc<Self> {
+        Arc::new(Self { uid, handle, told: AtomicBool::new(false) })
+    }
+
+    /// Tells the connection that there is something for it.
+    pub(crate) fn tell(&self) {
+        if !self.told.swap(true, Ordering::AcqRel) {
+            self.handle.ready(self.uid);
+        }
+    }
+
+    /// The connection is about to look.
+    pub(crate) fn looked(&self) {
+        self.told.store(false, Ordering::Release);
+    }
+}
+
+pub(crate) struct Topic {
+    pub(crate) uid: Uid,
+    pub(crate) names: Names,
+    state: Mutex<State>,
+}
+
+struct State {
+    segments: VecDeque<Arc<Segment>>,
+    bytes: usize,
+    last_seq: i64,
+    ended: bool,
+    subscribers: HashMap<Uid, Arc<Link>>,
+    upstream: Option<AbortHandle>,
+}
+
+impl Topic {
+    /// A topic that will hold what comes after `last_seq`.
+    pub(crate) fn new(uid: Uid, names: Names, last_seq: i64) -> Self {
+        let state = State {
+            segments: VecDeque::new(),
+            bytes: 0,
+            last_seq,
+            ended: false,
+            subscribers: HashMap::new(),
+            upstream: None,
+        };
+        Self { uid, names, state: Mutex::new(state) }
+    }
+
+    pub(crate) fn last_seq(&self) -> i64 {
+        self.state.lock().last_seq
+    }
+
+    pub(crate) fn set_upstream(&self, upstream: AbortHandle) {
+        self.state.lock().upstream = Some(upstream);
+    }
+
+    /// Takes in contiguous events that follow what is here, and tells everybody.
+    pub(crate) fn publish(&self, events: &[Event]) {
+        let Some(last) = events.last() else { return };
+        let segment = Arc::new(Segment::encode(events, &self.names));
+        let mut state = self.state.lock();
+        if segment.first_seq != state.last_seq + 1 {
+            // What lies between is in the log.
+            state.segments.clear();
+            state.bytes = 0;
+        }
+        state.last_seq = last.seq;
+        state.ended |= is_terminal(last);
+        state.bytes += segment.frames.len();
+        state.segments.push_back(segment);
+        while state.bytes > MAX_BYTES && state.segments.len() > 1 {
+            if let Some(dropped) = state.segments.pop_front() {
+                state.bytes -= dropped.frames.len();
+            }
+        }
+        state.subscribers.values().for_each(|link| link.tell());
+    }
+
+    /// Nothing more can be had: the request is gone, or nobody may see it any more.
+    pub(crate) fn end(&self) {
+        let mut state = self.state.lock();
+        state.ended = true;
+        state.subscribers.values().for_each(|link| link.tell());
+    }
+
+    /// What comes after `cursor`.
+    pub(crate) fn next(&self, cursor: i64) -> Next {
+        let state = self.state.lock();
+        if cursor >= state.last_seq {
+            return if state.ended { Next::Ended } else { Next::UpToDate };
+        }
+        let found = state.segments.partition_point(|segment| segment.last_seq() <= cursor);
+        match state.segments.get(found) {
+            Some(segment) if segment.first_seq <= cursor + 1 => Next::Segment(segment.clone()),
+            _ => Next::InLog,
+        }
+    }
+
+    pub(crate) fn subscribe(&self, link: Arc<Link>) {
+        self.state.lock().subscribers.insert(link.handle.id, link);
+    }
+
+    /// Says whether nobody is left.
+    pub(crate) fn unsubscribe(&self, connection: Uid) -> bool {
+        let mut state = self.state.lock();
+        state.subscribers.remove(&connection);
+        let nobody = state.subscribers.is_empty();
+        if nobody && let Some(upstream) = state.upstream.take() {
+            upstream.abort();
+        }
+        nobody
+    }
+
+    /// The token of somebody who is subscribed now.
+    pub(crate) fn any_authorization(&self) -> Option<HeaderValue> {
+        self.state.lock().subscribers.values().next().map(|link| link.handle.authorization())
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use streamer_core::Timestamp;
+    use streamer_proto::common::v1::{Output, Progress, Succeeded};
+
+    use super::*;
+
+    fn event(seq: i64, kind: Kind) -> Event {
+        Event { seq, attempt: 1, time: None, kind: Some(kind) }
+    }
+
+    fn topic() -> Topic {
+        let uid = Uid::new(Timestamp::default());
+        Topic::new(uid, Names { request_id: "r".into(), uid: uid.to_string() }, 1)
+    }
+
+    fn progress(seq: i64) -> Event {
+        event(seq, Kind::Progress(Progress::default()))
+    }
+
+    #[test]
+    fn a_segment_is_cut_at_the_cursor() {
+        let names = Names { request_id: "r".into(), uid: "u".into() };
+        let events = [progress(2), event(3, Kind::Output(Output::default())), progress(4)];
+        let segment = Segment::encode(&events, &names);
+        let each: Vec<_> = segment.each_after(1).collect();
+        assert_eq!(each.iter().map(|(_, droppable)| *droppable).collect::<Vec<_>>(), [true, false, true]);
+        let joined = |from: usize| each[from..].iter().flat_map(|(f, _)| f.to_vec()).collect::<Vec<_>>();
+        assert_eq!(segment.after(1), joined(0));
+        assert_eq!(segment.after(2), joined(1));
+        assert_eq!(segment.after(4), joined(3));
+        assert_eq!(segment.each_after(3).next().unwrap().0, each[2].0);
+        assert_eq!(segment.last_seq(), 4);
+    }
+
+    #[test]
+    fn a_cursor_moves_through_segments_to_the_end() {
+        let topic = topic();
+        topic.publish(&[progress(2), progress(3)]);
+        topic.publish(&[progress(4)]);
+        assert!(matches!(topic.next(0), Next::InLog));
+        for (cursor, last) in [(1, 3), (2, 3), (3, 4)] {
+            let Next::Segment(segment) = topic.next(cursor) else { panic!("nothing after {cursor}") };
+            assert_eq!(segment.last_seq(), last);
+        }
+        assert!(matches!(topic.next(4), Next::UpToDate));
+        topic.publish(&[event(5, Kind::Succeeded(Succeeded::default()))]);
+        assert!(matches!(topic.next(4), Next::Segment(_)));
+        assert!(matches!(topic.next(5), Next::Ended));
+    }
+
+    #[test]
+    fn who_is_far_behind_is_sent_to_the_log() {
+        let topic = topic();
+        let large = "x".repeat(MAX_BYTES / 2);
+        for seq in 2..6 {
+            let progress = Progress { message: large.clone(), ..Progress::default() };
+            topic.publish(&[event(seq, Kind::Progress(progress))]);
+        }
+        assert!(matches!(topic.next(1), Next::InLog));
+        assert!(matches!(topic.next(4), Next::Segment(_)));
+    }
+}

@@ -1,0 +1,245 @@
+//! Frames received: RFC 6455 section 5, as a pure function over bytes.
+
+/// A frame header and a mask.
+const MAX_HEADER: usize = 14;
+const MAX_CONTROL: usize = 125;
+
+/// What a client sent, in the buffer that it was read into.
+#[derive(Debug, PartialEq, Eq)]
+pub(crate) enum Message<'a> {
+    /// A whole text message.
+    Text(&'a str),
+    /// A whole binary message; its content does not matter.
+    Binary,
+    /// A ping, with its payload.
+    Ping(&'a [u8]),
+    /// A pong.
+    Pong,
+    /// The client closes, with this code if it gave one.
+    Close(Option<u16>),
+}
+
+/// The client broke the protocol; the connection cannot go on.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub(crate) struct Violation {
+    /// Close code.
+    pub(crate) code: u16,
+    /// For people.
+    pub(crate) reason: String,
+}
+
+impl Violation {
+    fn protocol(reason: &str) -> Self {
+        Self { code: 1002, reason: reason.to_owned() }
+    }
+
+    fn not_utf8() -> Self {
+        Self { code: 1007, reason: "a text message must be UTF-8".into() }
+    }
+}
+
+/// Takes frames out of a byte stream. Holds bytes only while a frame or a fragmented message is
+/// incomplete.
+pub(crate) struct Decoder {
+    max_message_bytes: usize,
+    /// The beginning of a frame that has not come whole.
+    partial: Vec<u8>,
+    /// The fragments of a message so far, and whether it is text.
+    fragments: Option<(Vec<u8>, bool)>,
+}
+
+struct Header {
+    fin: bool,
+    opcode: u8,
+    mask: [u8; 4],
+    size: usize,
+    length: usize,
+}
+
+impl Decoder {
+    pub(crate) fn new(max_message_bytes: usize) -> Self {
+        Self { max_message_bytes, partial: Vec::new(), fragments: None }
+    }
+
+    /// Takes in what was read, and hands every message that is whole to `on_message`, until that
+    /// says to stop. `input` is unmasked in place.
+    pub(crate) fn feed(
+        &mut self,
+        input: &mut [u8],
+        mut on_message: impl FnMut(Message<'_>) -> bool,
+    ) -> Result<(), Violation> {
+        if self.partial.is_empty() {
+            let (used, whole) = self.decode(input, &mut on_message)?;
+            if used < input.len() {
+                // The size of what is coming is known mostly: grow once.
+                self.partial.reserve(whole.max(input.len() - used));
+                self.partial.extend_from_slice(&input[used..]);
+            }
+            return Ok(());
+        }
+        let mut held = std::mem::take(&mut self.partial);
+        held.extend_from_slice(input);
+        let (used, whole) = self.decode(&mut held, &mut on_message)?;
+        if used < held.len() {
+            held.drain(..used);
+            held.reserve(whole.saturating_sub(held.len()));
+            self.partial = held;
+        }
+        Ok(())
+    }
+
+    /// Returns how many bytes were whole frames, and the size of the frame that follows them, if
+    /// it is known.
+    fn decode(
+        &mut self,
+        buffer: &mut [u8],
+        on_message: &mut impl FnMut(Message<'_>) -> bool,
+    ) -> Result<(usize, usize), Violation> {
+        let mut used = 0;
+        while let Some(header) = self.header(&buffer[used..])? {
+            let begin = used + header.size;
+            let Some(payload) = buffer.get_mut(begin..begin + header.length) else {
+                return Ok((used, header.size + header.length));
+            };
+            unmask(payload, header.mask);
+            used = begin + header.length;
+            if !self.frame(&header, payload, on_message)? {
+                return Ok((buffer.len(), 0));
+            }
+        }
+        Ok((used, 0))
+    }
+
+    fn header(&self, bytes: &[u8]) -> Result<Option<Header>, Violation> {
+        let [first, second, ..] = *bytes else { return Ok(None) };
+        if first & 0x70 != 0 {
+            return Err(Violation::protocol("reserved bits must be 0: no extension is in use"));
+        }
+        if second & 0x80 == 0 {
+            return Err(Violation::protocol("frames from a client must be masked"));
+        }
+        let (length, at) = match second & 0x7f {
+            126 => match bytes.get(2..4).and_then(|b| b.try_into().ok()) {
+                Some(length) => (u64::from(u16::from_be_bytes(length)), 4),
+                None => return Ok(None),
+            },
+            127 => match bytes.get(2..10).and_then(|b| b.try_into().ok()) {
+                Some(length) => (u64::from_be_bytes(length), 10),
+                None => return Ok(None),
+            },
+            short => (u64::from(short), 2),
+        };
+        let (fin, opcode) = (first & 0x80 != 0, first & 0x0f);
+        self.check(fin, opcode, length)?;
+        let Some(mask) = bytes.get(at..at + 4).and_then(|b| b.try_into().ok()) else {
+            return Ok(None);
+        };
+        debug_assert!(at + 4 <= MAX_HEADER);
+        // Checked against the limit, so it fits.
+        let length = usize::try_from(length).unwrap_or(usize::MAX);
+        Ok(Some(Header { fin, opcode, mask, size: at + 4, length }))
+    }
+
+    /// What can be refused before the payload has come.
+    fn check(&self, fin: bool, opcode: u8, length: u64) -> Result<(), Violation> {
+        match opcode {
+            0x8..=0xA if !fin => {
+                return Err(Violation::protocol("control frames must not be fragmented"));
+            }
+            0x8..=0xA if length > MAX_CONTROL as u64 => {
+                return Err(Violation::protocol("control frames hold at most 125 bytes"));
+            }
+            0x8..=0xA => return Ok(()),
+            0x0 if self.fragments.is_none() => {
+                return Err(Violation::protocol("a continuation must follow a first fragment"));
+            }
+            0x1 | 0x2 if self.fragments.is_some() => {
+                return Err(Violation::protocol("a fragmented message must be continued"));
+            }
+            0x0..=0x2 => {}
+            _ => return Err(Violation::protocol("the opcode is not defined")),
+        }
+        let before = self.fragments.as_ref().map_or(0, |(fragments, _)| fragments.len() as u64);
+        let total = before.saturating_add(length);
+        if total > self.max_message_bytes as u64 {
+            return Err(Violation {
+                code: 1009,
+                reason: format!(
+                    "a message must be at most {} bytes (max_message_bytes), this is {total}",
+                    self.max_message_bytes
+                ),
+            });
+        }
+        Ok(())
+    }
+
+    fn frame(
+        &mut self,
+        header: &Header,
+        payload: &[u8],
+        on_message: &mut impl FnMut(Message<'_>) -> bool,
+    ) -> Result<bool, Violation> {
+        match (header.opcode, header.fin) {
+            (0x1, true) => Ok(on_message(Message::Text(utf8(payload)?))),
+            (0x2, true) => Ok(on_message(Message::Binary)),
+            (opcode @ (0x1 | 0x2), false) => {
+                self.fragments = Some((payload.to_vec(), opcode == 0x1));
+                Ok(true)
+            }
+            (0x0, fin) => {
+                if let Some((fragments, _)) = &mut self.fragments {
+                    fragments.extend_from_slice(payload);
+                }
+                match self.fragments.take_if(|_| fin) {
+                    Some((whole, true)) => Ok(on_message(Message::Text(utf8(&whole)?))),
+                    Some((_, false)) => Ok(on_message(Message::Binary)),
+                    None => Ok(true),
+                }
+            }
+            (0x8, _) => {
+                on_message(Message::Close(close_code(payload)?));
+                Ok(false)
+            }
+            (0x9, _) => Ok(on_message(Message::Ping(payload))),
+            _ => Ok(on_message(Message::Pong)),
+        }
+    }
+}
+
+fn utf8(payload: &[u8]) -> Result<&str, Violation> {
+    std::str::from_utf8(payload).map_err(|_| Violation::not_utf8())
+}
+
+fn close_code(payload: &[u8]) -> Result<Option<u16>, Violation> {
+    let (code, reason) = match *payload {
+        [] => return Ok(None),
+        [high, low, ref reason @ ..] => (u16::from_be_bytes([high, low]), reason),
+        [_] => return Err(Violation::protocol("a close frame holds a code of two bytes")),
+    };
+    // RFC 6455 section 7.4 and the IANA registry of close codes.
+    let valid = matches!(code, 1000..=1003 | 1007..=1014 | 3000..=4999);
+    if !valid {
+        return Err(Violation::protocol("the close code is not one that may be sent"));
+    }
+    utf8(reason)?;
+    Ok(Some(code))
+}
+
+/// Eight bytes at a time, which the compiler turns into wide instructions.
+fn unmask(payload: &mut [u8], mask: [u8; 4]) {
+    let wide = u64::from_ne_bytes([
+        mask[0], mask[1], mask[2], mask[3], mask[0], mask[1], mask[2], mask[3],
+    ]);
+    let mut words = payload.chunks_exact_mut(8);
+    for word in &mut words {
+        let mut bytes = [0; 8];
+        bytes.copy_from_slice(word);
+        word.copy_from_slice(&(u64::from_ne_bytes(bytes) ^ wide).to_ne_bytes());
+    }
+    for (byte, mask) in words.into_remainder().iter_mut().zip(mask.iter().cycle()) {
+        *byte ^= mask;
+    }
+}
+
+#[cfg(test)]
+mod tests;

@@ -1,0 +1,127 @@
+use super::*;
+
+const MASK: [u8; 4] = [0x37, 0xfa, 0x21, 0x3d];
+
+fn frame(first: u8, payload: &[u8]) -> Vec<u8> {
+    let mut bytes = vec![first];
+    match payload.len() {
+        length @ 0..=125 => bytes.push(0x80 | u8::try_from(length).unwrap()),
+        length @ 126..=65_535 => {
+            bytes.push(0x80 | 126);
+            bytes.extend(u16::try_from(length).unwrap().to_be_bytes());
+        }
+        length => {
+            bytes.push(0x80 | 127);
+            bytes.extend((length as u64).to_be_bytes());
+        }
+    }
+    bytes.extend(MASK);
+    let mut masked = payload.to_vec();
+    unmask(&mut masked, MASK);
+    bytes.extend(masked);
+    bytes
+}
+
+fn told(message: &Message<'_>) -> String {
+    match message {
+        Message::Text(text) if text.len() > 20 => format!("text of {}", text.len()),
+        other => format!("{other:?}"),
+    }
+}
+
+/// Feeds `bytes` in pieces of `size`.
+fn decode(bytes: &[u8], size: usize) -> (Vec<String>, Option<Violation>) {
+    let mut decoder = Decoder::new(100_000);
+    let mut messages = Vec::new();
+    for piece in bytes.chunks(size) {
+        let fed = decoder.feed(&mut piece.to_vec(), |message| {
+            messages.push(told(&message));
+            true
+        });
+        if let Err(violation) = fed {
+            return (messages, Some(violation));
+        }
+    }
+    assert!(decoder.fragments.is_some() || decoder.partial.is_empty());
+    (messages, None)
+}
+
+fn violation(bytes: &[u8]) -> (u16, String) {
+    let violation = decode(bytes, bytes.len()).1.expect("a violation");
+    (violation.code, violation.reason)
+}
+
+#[test]
+fn messages_come_out_however_the_bytes_are_cut() {
+    let mut bytes = frame(0x81, b"Hello");
+    bytes.extend(frame(0x01, "f\u{e9}".as_bytes()));
+    bytes.extend(frame(0x89, b"p"));
+    bytes.extend(frame(0x80, b"!"));
+    bytes.extend(frame(0x82, &[0xff; 300]));
+    bytes.extend(frame(0x81, &vec![b'x'; 70_000]));
+    bytes.extend(frame(0x8a, b""));
+    bytes.extend(frame(0x88, &[0x03, 0xe8]));
+    let expected = ["Text(\"Hello\")", "Ping([112])", "Text(\"f\u{e9}!\")", "Binary",
+        "text of 70000", "Pong", "Close(Some(1000))"];
+    for size in [1, 2, 3, 7, 64, 1000, bytes.len()] {
+        let (messages, violation) = decode(&bytes, size);
+        assert_eq!((messages, violation), (expected.map(String::from).to_vec(), None), "{size}");
+    }
+}
+
+#[test]
+fn a_character_may_be_cut_between_fragments() {
+    let mut bytes = frame(0x01, &[0xc3]);
+    bytes.extend(frame(0x80, &[0xa9]));
+    assert_eq!(decode(&bytes, bytes.len()).0, ["Text(\"\u{e9}\")"]);
+}
+
+#[test]
+fn broken_frames_are_told_apart() {
+    assert_eq!(violation(&[0x81, 0x01, b'x']).0, 1002);
+    assert_eq!(violation(&frame(0xc1, b"x")).0, 1002);
+    assert_eq!(violation(&frame(0x83, b"x")).0, 1002);
+    assert_eq!(violation(&frame(0x09, b"x")).0, 1002);
+    assert_eq!(violation(&frame(0x89, &[0; 126])).0, 1002);
+    assert_eq!(violation(&frame(0x80, b"x")).0, 1002);
+    assert_eq!(violation(&[frame(0x01, b"x"), frame(0x81, b"x")].concat()).0, 1002);
+    assert_eq!(violation(&frame(0x88, &[1])).0, 1002);
+    assert_eq!(violation(&frame(0x88, &1005_u16.to_be_bytes())).0, 1002);
+    assert_eq!(violation(&frame(0x81, &[0xff])).0, 1007);
+}
+
+#[test]
+fn a_message_over_the_limit_is_refused_before_it_has_come() {
+    let mut header = vec![0x81, 0x80 | 127];
+    header.extend(u64::MAX.to_be_bytes());
+    let (code, reason) = violation(&header);
+    assert_eq!(code, 1009);
+    assert!(reason.contains("100000"), "{reason}");
+    let fragments = [frame(0x01, &[b'x'; 60_000]), frame(0x00, &[b'x'; 60_000])].concat();
+    assert_eq!(violation(&fragments).0, 1009);
+}
+
+#[test]
+fn whatever_comes_is_answered_or_refused() {
+    // A small generator with a fixed seed (Numerical Recipes' LCG): the same frames every time.
+    let mut state = 1_u32;
+    let mut random = || {
+        state = state.wrapping_mul(1_664_525).wrapping_add(1_013_904_223);
+        (state >> 24) as u8
+    };
+    for _ in 0..20_000 {
+        let mut bytes: Vec<u8> = (0..random() % 40).map(|_| random()).collect();
+        if random() % 2 == 0 {
+            let payload = bytes.clone();
+            bytes = frame(random(), &payload);
+        }
+        let size = usize::from(random() % 40) + 1;
+        let mut decoder = Decoder::new(1000);
+        for piece in bytes.chunks(size) {
+            if decoder.feed(&mut piece.to_vec(), |_| true).is_err() {
+                break;
+            }
+        }
+        assert!(decoder.partial.len() <= 1000 + MAX_HEADER);
+    }
+}

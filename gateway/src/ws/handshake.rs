@@ -1,0 +1,174 @@
+//! The opening handshake: RFC 6455 section 4.2, and where the token comes from.
+
+use std::borrow::Cow;
+
+use base64::{Engine, engine::general_purpose::STANDARD};
+use http::{HeaderMap, HeaderName, Method, StatusCode, Uri, header};
+use percent_encoding::percent_decode_str;
+use sha1::{Digest, Sha1};
+
+/// The subprotocol spoken here, and the default.
+pub(crate) const JSON_PROTOCOL: &str = "streamer.v1.json";
+const BEARER_PROTOCOL: &str = "bearer.";
+/// RFC 6455 section 1.3.
+const MAGIC: &str = "258EAFA5-E914-47DA-95CA-C5AB0DC85B11";
+
+/// A request to open a WebSocket.
+#[derive(Debug, PartialEq, Eq)]
+pub(crate) struct Handshake {
+    /// Value of `Sec-WebSocket-Accept`.
+    pub(crate) accept: String,
+    /// Subprotocol to answer with; `None` when the client asked for none of ours.
+    pub(crate) protocol: Option<&'static str>,
+    /// The client asked for subprotocols, and for none of ours.
+    pub(crate) unknown_protocol: bool,
+    /// The token, wherever it stood.
+    pub(crate) token: Option<String>,
+    /// Value of `Origin`.
+    pub(crate) origin: Option<String>,
+    /// Value of `User-Agent`.
+    pub(crate) user_agent: String,
+}
+
+/// Reads a request.
+///
+/// # Errors
+/// The HTTP status and reason to answer with when it asks for no WebSocket.
+pub(crate) fn read(
+    method: &Method,
+    uri: &Uri,
+    headers: &HeaderMap,
+) -> Result<Handshake, (StatusCode, &'static str)> {
+    let bad = |reason| Err((StatusCode::BAD_REQUEST, reason));
+    if method != Method::GET {
+        return Err((StatusCode::METHOD_NOT_ALLOWED, "a WebSocket is opened with GET"));
+    }
+    if !has_token(headers, &header::UPGRADE, "websocket")
+        || !has_token(headers, &header::CONNECTION, "upgrade")
+    {
+        return Err((
+            StatusCode::UPGRADE_REQUIRED,
+            "this is a WebSocket: send `Connection: Upgrade` and `Upgrade: websocket`",
+        ));
+    }
+    if text(headers, &header::SEC_WEBSOCKET_VERSION) != Some("13") {
+        return Err((StatusCode::UPGRADE_REQUIRED, "Sec-WebSocket-Version must be 13"));
+    }
+    let Some(key) = text(headers, &header::SEC_WEBSOCKET_KEY) else {
+        return bad("Sec-WebSocket-Key is required");
+    };
+    if !STANDARD.decode(key).is_ok_and(|nonce| nonce.len() == 16) {
+        return bad("Sec-WebSocket-Key must be 16 bytes in base64");
+    }
+    let protocols: Vec<&str> = tokens(headers, &header::SEC_WEBSOCKET_PROTOCOL).collect();
+    let ours = protocols.contains(&JSON_PROTOCOL);
+    let asks = protocols.iter().any(|protocol| !protocol.starts_with(BEARER_PROTOCOL));
+    Ok(Handshake {
+        accept: STANDARD.encode(Sha1::new().chain_update(key).chain_update(MAGIC).finalize()),
+        protocol: ours.then_some(JSON_PROTOCOL),
+        unknown_protocol: asks && !ours,
+        token: find_token(uri, headers, &protocols),
+        origin: text(headers, &header::ORIGIN).map(str::to_owned),
+        user_agent: text(headers, &header::USER_AGENT).unwrap_or_default().chars().take(256).collect(),
+    })
+}
+
+/// From `Authorization`, else from subprotocol `bearer.<token>`, else from query parameter `token`
+/// or `Authorization`.
+fn find_token(uri: &Uri, headers: &HeaderMap, protocols: &[&str]) -> Option<String> {
+    if let Some(value) = text(headers, &header::AUTHORIZATION) {
+        return Some(without_scheme(value).to_owned());
+    }
+    if let Some(token) = protocols.iter().find_map(|name| name.strip_prefix(BEARER_PROTOCOL)) {
+        return Some(token.to_owned());
+    }
+    let parameters = uri.query()?.split('&').filter_map(|pair| pair.split_once('='));
+    parameters
+        .filter(|(name, _)| *name == "token" || name.eq_ignore_ascii_case("authorization"))
+        .map(|(_, value)| decode_parameter(value))
+        .find(|value| !value.is_empty())
+        .map(|value| without_scheme(&value).to_owned())
+}
+
+fn decode_parameter(value: &str) -> Cow<'_, str> {
+    // In a query, `+` stands for a space; a token has neither.
+    let spaced = value.replace('+', " ");
+    Cow::Owned(percent_decode_str(&spaced).decode_utf8_lossy().into_owned())
+}
+
+fn without_scheme(value: &str) -> &str {
+    match value.split_once(' ') {
+        Some((scheme, token)) if scheme.eq_ignore_ascii_case("bearer") => token.trim(),
+        _ => value.trim(),
+    }
+}
+
+fn text<'a>(headers: &'a HeaderMap, name: &HeaderName) -> Option<&'a str> {
+    headers.get(name)?.to_str().ok()
+}
+
+fn tokens<'a>(headers: &'a HeaderMap, name: &HeaderName) -> impl Iterator<Item = &'a str> {
+    let values = headers.get_all(name).into_iter().filter_map(|value| value.to_str().ok());
+    values.flat_map(|value| value.split(',')).map(str::trim).filter(|token| !token.is_empty())
+}
+
+fn has_token(headers: &HeaderMap, name: &HeaderName, wanted: &str) -> bool {
+    tokens(headers, name).any(|token| token.eq_ignore_ascii_case(wanted))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn headers(extra: &[(&'static str, &str)]) -> HeaderMap {
+        let usual = [
+            ("connection", "keep-alive, Upgrade"),
+            ("upgrade", "WebSocket"),
+            ("sec-websocket-version", "13"),
+            ("sec-websocket-key", "dGhlIHNhbXBsZSBub25jZQ=="),
+        ];
+        let all = usual.iter().chain(extra);
+        all.map(|(name, value)| (HeaderName::from_static(name), value.parse().unwrap())).collect()
+    }
+
+    fn handshake(uri: &str, extra: &[(&'static str, &str)]) -> Handshake {
+        read(&Method::GET, &uri.parse().unwrap(), &headers(extra)).unwrap()
+    }
+
+    #[test]
+    fn the_key_is_answered_as_in_the_rfc() {
+        // RFC 6455 section 1.3.
+        assert_eq!(handshake("/ws", &[]).accept, "s3pPLMBiTxaQ9kYGzzhZRbK+xOo=");
+    }
+
+    #[test]
+    fn the_token_is_found_wherever_it_stands() {
+        let token = |uri, extra: &[_]| handshake(uri, extra).token;
+        assert_eq!(token("/ws", &[("authorization", "Bearer a.b.c")]).as_deref(), Some("a.b.c"));
+        let protocols = [("sec-websocket-protocol", "streamer.v1.json, bearer.a.b.c")];
+        assert_eq!(token("/ws", &protocols).as_deref(), Some("a.b.c"));
+        assert_eq!(token("/ws?x=1&token=a.b.c", &[]).as_deref(), Some("a.b.c"));
+        assert_eq!(token("/ws?Authorization=Bearer%20a.b.c", &[]).as_deref(), Some("a.b.c"));
+        assert_eq!(token("/ws?Authorization=Bearer+a.b.c", &[]).as_deref(), Some("a.b.c"));
+        assert_eq!(token("/ws?token=", &[]), None);
+    }
+
+    #[test]
+    fn only_our_subprotocol_is_answered() {
+        let asked = |value| handshake("/ws", &[("sec-websocket-protocol", value)]);
+        assert_eq!(asked("streamer.v1.json").protocol, Some(JSON_PROTOCOL));
+        assert!(!asked("bearer.x").unknown_protocol);
+        assert!(asked("graphql-ws").unknown_protocol);
+    }
+
+    #[test]
+    fn other_requests_are_refused() {
+        let refused = |method, headers: &HeaderMap| {
+            read(&method, &"/ws".parse().unwrap(), headers).unwrap_err().0
+        };
+        assert_eq!(refused(Method::POST, &headers(&[])), StatusCode::METHOD_NOT_ALLOWED);
+        assert_eq!(refused(Method::GET, &HeaderMap::new()), StatusCode::UPGRADE_REQUIRED);
+        let short = headers(&[("sec-websocket-key", "c2hvcnQ=")]);
+        assert_eq!(refused(Method::GET, &short), StatusCode::BAD_REQUEST);
+    }
+}

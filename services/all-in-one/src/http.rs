@@ -1,0 +1,149 @@
+//! The one HTTP surface: gRPC, WebSocket, health and metrics.
+
+use std::{sync::Arc, time::Duration};
+
+use axum::{
+    Router,
+    extract::State,
+    http::{StatusCode, header},
+    response::IntoResponse,
+    routing::get,
+};
+use streamer_proto::PUBLIC_DESCRIPTOR_SET;
+use streamer_store::Store;
+use tokio::{
+    sync::Mutex,
+    time::{Instant, MissedTickBehavior, interval, timeout},
+};
+use tokio_util::sync::CancellationToken;
+use tonic::service::Routes;
+use tonic_health::{ServingStatus, server::HealthReporter};
+
+use crate::{StartError, wiring::Services};
+
+/// How often health is looked at when nobody asks.
+const HEALTH_INTERVAL: Duration = Duration::from_secs(5);
+/// An answer younger than this is given again.
+const HEALTH_CACHE: Duration = Duration::from_secs(1);
+const HEALTH_TIMEOUT: Duration = Duration::from_secs(5);
+/// Prometheus' content type of OpenMetrics text.
+const OPEN_METRICS: &str = "application/openmetrics-text; version=1.0.0; charset=utf-8";
+/// The services whose health is told; the empty name stands for the server.
+const SERVICES: [&str; 5] = [
+    "",
+    "streamer.router.v1.RouterService",
+    "streamer.progress.v1.ProgressService",
+    "streamer.connections.v1.ConnectionsService",
+    "google.longrunning.Operations",
+];
+
+/// Whether the server can do its job: durable writing is what everything stands on.
+pub(crate) struct Health {
+    store: Arc<dyn Store>,
+    reporter: HealthReporter,
+    latest: Mutex<Option<(Instant, Result<(), String>)>>,
+    stopping: CancellationToken,
+}
+
+impl Health {
+    pub(crate) fn new(store: Arc<dyn Store>) -> Self {
+        Self {
+            store,
+            reporter: HealthReporter::new(),
+            latest: Mutex::default(),
+            stopping: CancellationToken::new(),
+        }
+    }
+
+    /// Looks, unless that was done just now.
+    pub(crate) async fn refresh(&self) -> Result<(), String> {
+        if self.stopping.is_cancelled() {
+            return Err("the server is stopping".into());
+        }
+        let mut latest = self.latest.lock().await;
+        if let Some((at, outcome)) = &*latest
+            && at.elapsed() < HEALTH_CACHE
+        {
+            return outcome.clone();
+        }
+        let outcome = match timeout(HEALTH_TIMEOUT, self.store.check()).await {
+            Ok(checked) => checked.map_err(|error| error.to_string()),
+            Err(_) => Err("the store does not answer".to_owned()),
+        };
+        *latest = Some((Instant::now(), outcome.clone()));
+        let status =
+            if outcome.is_ok() { ServingStatus::Serving } else { ServingStatus::NotServing };
+        self.report(status).await;
+        outcome
+    }
+
+    /// From now on, nobody should come here.
+    pub(crate) async fn not_serving(&self) {
+        self.stopping.cancel();
+        self.report(ServingStatus::NotServing).await;
+    }
+
+    async fn report(&self, status: ServingStatus) {
+        for service in SERVICES {
+            self.reporter.set_service_status(service, status).await;
+        }
+    }
+
+    pub(crate) async fn watch(&self, shutdown: CancellationToken) {
+        let mut ticks = interval(HEALTH_INTERVAL);
+        ticks.set_missed_tick_behavior(MissedTickBehavior::Delay);
+        loop {
+            tokio::select! {
+                () = shutdown.cancelled() => return,
+                _ = ticks.tick() => {}
+            }
+            if let Err(reason) = self.refresh().await
+                && !self.stopping.is_cancelled()
+            {
+                tracing::error!(reason, "the server cannot do its job");
+            }
+        }
+    }
+}
+
+impl Services {
+    /// Everything that is served on the port.
+    pub(crate) fn http(self: &Arc<Self>) -> Result<Router, StartError> {
+        let reflection = |error: tonic_reflection::server::Error| {
+            StartError::Reflection(error.to_string())
+        };
+        let builder = || {
+            tonic_reflection::server::Builder::configure()
+                .register_encoded_file_descriptor_set(PUBLIC_DESCRIPTOR_SET)
+                .register_encoded_file_descriptor_set(tonic_health::pb::FILE_DESCRIPTOR_SET)
+        };
+        let health = tonic_health::pb::health_server::HealthServer::new(
+            tonic_health::server::HealthService::from_health_reporter(self.health.reporter.clone()),
+        );
+        let grpc = Routes::new(self.router.public.clone())
+            .add_service(self.router.operations.clone())
+            .add_service(self.progress.public.clone())
+            .add_service(self.gateway.connections.clone())
+            .add_service(health)
+            .add_service(builder().build_v1().map_err(reflection)?)
+            .add_service(builder().build_v1alpha().map_err(reflection)?)
+            .into_axum_router();
+        let plain = Router::new()
+            .route("/healthz", get(|| async { "ok\n" }))
+            .route("/readyz", get(ready))
+            .route("/metrics", get(metrics))
+            .with_state(self.clone());
+        Ok(grpc.merge(self.gateway.http.clone()).merge(plain))
+    }
+}
+
+async fn ready(State(services): State<Arc<Services>>) -> (StatusCode, String) {
+    match services.health.refresh().await {
+        Ok(()) => (StatusCode::OK, "ready\n".into()),
+        Err(reason) => (StatusCode::SERVICE_UNAVAILABLE, format!("{reason}\n")),
+    }
+}
+
+async fn metrics(State(services): State<Arc<Services>>) -> impl IntoResponse {
+    ([(header::CONTENT_TYPE, OPEN_METRICS)], services.metrics.encode())
+}

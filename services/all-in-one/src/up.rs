@@ -1,0 +1,113 @@
+//! `streamer up`: a server until it is told to stop.
+
+use std::{env, process::ExitCode, time::Duration};
+
+use streamer_all_in_one::AllInOne;
+use streamer_auth::NewToken;
+use streamer_cli::{ConfigArguments, ConfigSources, Exit, READY, UpArguments};
+use streamer_config::{Config, ConfigError, Sources};
+use streamer_telemetry::init_logs;
+use tokio::signal::unix::{SignalKind, signal};
+
+/// The printed token is valid for so long.
+const TOKEN_LIFE: Duration = Duration::from_secs(24 * 3600);
+
+pub(crate) async fn run(arguments: &UpArguments) -> ExitCode {
+    let config = match load(arguments) {
+        Ok(config) => config,
+        Err(error) => {
+            eprintln!("error: {error}");
+            return Exit::Usage.code();
+        }
+    };
+    let format = config.log.format.parse().unwrap_or_default();
+    if let Err(error) = init_logs(&config.log.filter, format) {
+        eprintln!("error: {error}");
+        return Exit::Usage.code();
+    }
+    let server = match AllInOne::start(&config, streamer_examples::all()).await {
+        Ok(server) => server,
+        Err(error) => {
+            eprintln!("error: {error}");
+            return Exit::Failed.code();
+        }
+    };
+    announce(&server, &config);
+    stop_signal().await;
+    eprintln!("Stopping; running work has {} s.", config.server.drain_timeout_ms / 1000);
+    server.stop().await;
+    Exit::Done.code()
+}
+
+pub(crate) fn show_config(arguments: &ConfigArguments) -> ExitCode {
+    let config = if arguments.default {
+        Ok(Config::default())
+    } else {
+        Config::load(&sources(&arguments.sources, Vec::new()))
+    };
+    match config {
+        Ok(config) => {
+            print!("{}", config.to_toml());
+            Exit::Done.code()
+        }
+        Err(error) => {
+            eprintln!("error: {error}");
+            Exit::Usage.code()
+        }
+    }
+}
+
+fn load(arguments: &UpArguments) -> Result<Config, ConfigError> {
+    let mut flags = Vec::new();
+    if let Some(listen) = arguments.listen {
+        flags.push(("server.listen".to_owned(), listen.to_string()));
+    }
+    if let Some(data) = &arguments.data {
+        flags.push(("server.data".to_owned(), data.display().to_string()));
+    }
+    Config::load(&sources(&arguments.config, flags))
+}
+
+fn sources(from: &ConfigSources, mut flags: Vec<(String, String)>) -> Sources {
+    flags.extend(from.set.iter().map(|setting| match setting.split_once('=') {
+        Some((name, value)) => (name.to_owned(), value.to_owned()),
+        None => (setting.clone(), String::new()),
+    }));
+    let environment = env::vars_os()
+        .filter_map(|(name, value)| Some((name.into_string().ok()?, value.into_string().ok()?)));
+    Sources { file: from.config.clone(), environment: environment.collect(), flags }
+}
+
+fn announce(server: &AllInOne, config: &Config) {
+    let address = server.address();
+    println!("{READY}http://{address} (gRPC, WebSocket at /ws, HTTP)");
+    let data = config.server.data.display();
+    println!("Data:  {data}");
+    let token = NewToken {
+        user: "dev".into(),
+        tenant: "dev".into(),
+        permissions: vec!["*".into()],
+        expires_in: TOKEN_LIFE,
+    };
+    if let Some(token) = server.dev_token(&token) {
+        println!("Token: {token}");
+        println!("       (user dev of tenant dev, everything permitted, for 24 hours)");
+    }
+    println!("Try:   streamer submit echo_async --payload '{{\"steps\":20,\"delay_ms\":100}}'");
+}
+
+async fn stop_signal() {
+    // Without handlers the signals end the process at once, which is also a way to stop.
+    let Ok(mut terminate) = signal(SignalKind::terminate()) else {
+        return std::future::pending().await;
+    };
+    tokio::select! {
+        _ = terminate.recv() => {}
+        interrupted = tokio::signal::ctrl_c() => {
+            if let Err(error) = interrupted {
+                tracing::error!(%error, "cannot wait for Ctrl-C");
+                terminate.recv().await;
+            }
+        }
+    }
+}

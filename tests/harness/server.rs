@@ -1,0 +1,160 @@
+//! The real binary, in a process of its own.
+
+use std::{
+    env,
+    io::{BufRead, BufReader},
+    path::PathBuf,
+    process::{Child, Command, Stdio},
+    time::Duration,
+};
+
+use streamer_auth::{DevKey, NewToken};
+use streamer_core::{Clock, SystemClock};
+use tempfile::TempDir;
+
+const READY: &str = "Streamer is ready: ";
+
+/// The `streamer` binary of this build.
+///
+/// # Panics
+/// When it has not been built.
+#[must_use]
+pub fn binary() -> PathBuf {
+    let test = env::current_exe().expect("a test knows where it is");
+    // target/debug/deps/suite-0123 → target/debug/streamer
+    let profile = test.parent().and_then(|deps| deps.parent()).expect("cargo's folders");
+    let binary = profile.join("streamer");
+    assert!(
+        binary.exists(),
+        "{} is not there: run `cargo build --workspace --bins` first (tests/run does)",
+        binary.display()
+    );
+    binary
+}
+
+/// A tool that tests/run installs, by the environment variable that names it.
+///
+/// # Panics
+/// When it is not named: nothing is skipped in silence.
+#[must_use]
+pub fn tool(variable: &str) -> PathBuf {
+    match env::var_os(variable) {
+        Some(path) => path.into(),
+        None => panic!("{variable} is not set: run the tests with tests/run"),
+    }
+}
+
+/// A running server with a data folder of its own.
+pub struct Server {
+    child: Child,
+    data: TempDir,
+    settings: Vec<String>,
+    /// `http://127.0.0.1:PORT`
+    pub url: String,
+}
+
+impl Server {
+    /// Starts a server on a free port, with these settings (`section.option=value`).
+    ///
+    /// # Panics
+    /// When it does not start.
+    #[must_use]
+    pub fn start(settings: &[&str]) -> Self {
+        let data = TempDir::with_prefix("streamer-test-").expect("a temporary folder");
+        let settings: Vec<String> = settings.iter().map(ToString::to_string).collect();
+        let (child, url) = spawn(&data, &settings, "127.0.0.1:0");
+        Self { child, data, settings, url }
+    }
+
+    /// Kills it with SIGKILL and starts it again on the same port and data.
+    pub fn kill_and_restart(&mut self) {
+        self.kill();
+        let address = self.url.trim_start_matches("http://").to_owned();
+        let (child, url) = spawn(&self.data, &self.settings, &address);
+        self.child = child;
+        self.url = url;
+    }
+
+    /// Kills it with SIGKILL.
+    ///
+    /// # Panics
+    /// When it cannot be killed.
+    pub fn kill(&mut self) {
+        self.child.kill().expect("the server can be killed");
+        self.child.wait().expect("the server can be waited for");
+    }
+
+    /// Sends it SIGTERM and waits for it to end; its exit code.
+    ///
+    /// # Panics
+    /// When it cannot be told.
+    pub fn stop(&mut self) -> Option<i32> {
+        let told = Command::new("kill").arg(self.child.id().to_string()).status();
+        assert!(told.expect("kill runs").success());
+        self.child.wait().expect("the server can be waited for").code()
+    }
+
+    /// Its data folder.
+    #[must_use]
+    pub fn data(&self) -> &std::path::Path {
+        self.data.path()
+    }
+
+    /// A token of its development key, valid for an hour.
+    #[must_use]
+    pub fn token(&self, tenant: &str, user: &str, permissions: &[&str]) -> String {
+        self.token_for(tenant, user, permissions, Duration::from_secs(3600))
+    }
+
+    /// A token of its development key.
+    ///
+    /// # Panics
+    /// When there is no key.
+    #[must_use]
+    pub fn token_for(
+        &self,
+        tenant: &str,
+        user: &str,
+        permissions: &[&str],
+        expires_in: Duration,
+    ) -> String {
+        let token = NewToken {
+            user: user.into(),
+            tenant: tenant.into(),
+            permissions: permissions.iter().map(ToString::to_string).collect(),
+            expires_in,
+        };
+        let key = DevKey::load(self.data.path()).expect("the server has made a key");
+        key.sign(&token, SystemClock.now()).expect("the key signs")
+    }
+}
+
+impl Drop for Server {
+    fn drop(&mut self) {
+        // It may have ended by itself.
+        if self.child.kill().is_ok() {
+            drop(self.child.wait());
+        }
+    }
+}
+
+fn spawn(data: &TempDir, settings: &[String], address: &str) -> (Child, String) {
+    let mut command = Command::new(binary());
+    command.args(["up", "--listen", address, "--data"]).arg(data.path());
+    for setting in settings {
+        command.args(["--set", setting]);
+    }
+    // Nothing of the tester's own configuration counts.
+    command.env_clear().current_dir(data.path());
+    let mut child = command
+        .stdin(Stdio::null())
+        .stdout(Stdio::piped())
+        .spawn()
+        .expect("the server can be started");
+    let stdout = child.stdout.take().expect("its output is piped");
+    let mut first = String::new();
+    BufReader::new(stdout).read_line(&mut first).expect("the server says that it is ready");
+    let url = first.trim().strip_prefix(READY).unwrap_or_else(|| panic!("it said {first:?}"));
+    let url = url.split_whitespace().next().expect("an address follows").to_owned();
+    (child, url)
+}

@@ -1,1 +1,0 @@
-//! Streamer's test suites

@@ -1,0 +1,491 @@
+//! The store's contract, written once over the trait, run on every engine.
+
+use std::sync::Arc;
+
+use bytes::Bytes;
+use streamer_core::{RequestState, Timestamp, Uid};
+use streamer_proto::common::v1::{
+    Event, Failed, Output, OutputSummary, Progress, Retrying, Succeeded, event::Kind,
+};
+use streamer_store::{
+    Append, Appended, CancelOutcome, Claim, ClaimOutcome, Claimed, ConnectionRecord,
+    CreateOutcome, DeleteOutcome, Engine, Lease, ListRequests, NewRequest, Owner, Store,
+    StoreError, StoredPayload, Writer, find_by_name, open,
+};
+use tempfile::TempDir;
+
+/// One engine under test; dropped with its data.
+struct Subject {
+    store: Arc<dyn Store>,
+    _data: TempDir,
+}
+
+fn engines() -> Vec<Subject> {
+    let data = TempDir::new().unwrap();
+    let store = open(&Engine::Embedded { data: data.path().into() }).unwrap();
+    vec![Subject { store, _data: data }]
+}
+
+fn at(millis: i64) -> Timestamp {
+    Timestamp::from_millis(millis)
+}
+
+fn owner() -> Owner {
+    Owner { tenant: "acme".into(), user: "ann".into() }
+}
+
+fn new_request(client_id: Option<&str>) -> NewRequest {
+    NewRequest {
+        uid: Uid::new(at(1000)),
+        client_id: client_id.map(str::to_owned),
+        owner: owner(),
+        action: "work".into(),
+        payload: StoredPayload {
+            content_type: "application/json".into(),
+            data: Bytes::from_static(b"{\"n\":9223372036854775807}"),
+        },
+        metadata: Some(Bytes::from_static(b"{}")),
+        priority: 0,
+        create_time: at(1000),
+        not_before: at(1000),
+        deadline: None,
+        redrive_of: None,
+        trace_parent: Some("00-a-b-01".into()),
+        fingerprint: [7; 32],
+    }
+}
+
+async fn create(store: &dyn Store, new: NewRequest) -> Uid {
+    let uid = new.uid;
+    let created = store.create_request(new).await.unwrap();
+    assert!(matches!(created, CreateOutcome::Created(..)), "{created:?}");
+    uid
+}
+
+async fn try_claim(store: &dyn Store, uid: Uid, now: i64) -> ClaimOutcome {
+    let claim = Claim { uid, holder: "p1".into(), now: at(now), lease_until: at(now + 1000) };
+    store.claim(claim).await.unwrap()
+}
+
+async fn claim(store: &dyn Store, uid: Uid, now: i64) -> Claimed {
+    match try_claim(store, uid, now).await {
+        ClaimOutcome::Claimed(claimed) => *claimed,
+        other => panic!("{other:?}"),
+    }
+}
+
+fn event(seq: i64, attempt: i32, kind: Kind) -> Event {
+    Event { seq, attempt, time: None, kind: Some(kind) }
+}
+
+fn progress(seq: i64, attempt: i32) -> Event {
+    let message = format!("at {seq}");
+    event(seq, attempt, Kind::Progress(Progress { message, ..Progress::default() }))
+}
+
+fn succeeded(seq: i64, attempt: i32) -> Event {
+    let output = Some(OutputSummary { chunks: 1, sha256: vec![1; 32].into() });
+    event(seq, attempt, Kind::Succeeded(Succeeded { result: None, output }))
+}
+
+fn retrying(seq: i64, attempt: i32) -> Event {
+    event(seq, attempt, Kind::Retrying(Retrying::default()))
+}
+
+fn append_as(uid: Uid, writer: Writer, events: Vec<Event>) -> Append {
+    Append { uid, writer, events, checkpoint: None, retry_at: None, now: at(5000) }
+}
+
+async fn append(store: &dyn Store, uid: Uid, attempt: u32, events: Vec<Event>) -> Appended {
+    store.append(append_as(uid, Writer::Attempt(attempt), events)).await.unwrap()
+}
+
+const APPLIED: Appended = Appended::Applied { cancel_reason: None };
+
+async fn seqs(store: &dyn Store, uid: Uid, after: i64) -> Vec<i64> {
+    let page = store.read_events(uid, after, 1000, usize::MAX).await.unwrap();
+    page.events.iter().map(|event| event.seq).collect()
+}
+
+#[tokio::test]
+async fn a_created_request_is_there_with_its_first_event() {
+    for Subject { store, .. } in engines() {
+        let uid = create(&*store, new_request(Some("req-1"))).await;
+        let record = store.get_request(uid).await.unwrap().unwrap();
+        assert_eq!(record.state, RequestState::Queued);
+        assert_eq!((record.attempt, record.last_seq), (0, 1));
+        assert_eq!(record.request_id(), "req-1");
+        assert_eq!(record.trace_parent.as_deref(), Some("00-a-b-01"));
+        let payload = store.read_payload(uid).await.unwrap().unwrap();
+        assert_eq!(&payload.data[..], b"{\"n\":9223372036854775807}");
+        assert_eq!(seqs(&*store, uid, 0).await, [1]);
+        assert_eq!(store.get_request(Uid::new(at(1))).await.unwrap(), None);
+    }
+}
+
+#[tokio::test]
+async fn the_same_id_is_the_same_request_or_a_conflict() {
+    for Subject { store, .. } in engines() {
+        let uid = create(&*store, new_request(Some("req-1"))).await;
+        let again = store.create_request(new_request(Some("req-1"))).await.unwrap();
+        assert!(matches!(again, CreateOutcome::Existing(record) if record.uid == uid));
+        let other = NewRequest { fingerprint: [8; 32], ..new_request(Some("req-1")) };
+        let conflict = store.create_request(other).await.unwrap();
+        assert!(matches!(conflict, CreateOutcome::Conflict(record) if record.uid == uid));
+        // Another user's id is another request, and so is a request without one.
+        let bob = Owner { tenant: "acme".into(), user: "bob".into() };
+        create(&*store, NewRequest { owner: bob.clone(), ..new_request(Some("req-1")) }).await;
+        create(&*store, new_request(None)).await;
+        let found = store.find_request(owner(), "req-1".into()).await.unwrap().unwrap();
+        assert_eq!(found.uid, uid);
+        assert_ne!(store.find_request(bob, "req-1".into()).await.unwrap().unwrap().uid, uid);
+    }
+}
+
+#[tokio::test]
+async fn concurrent_submissions_of_one_id_make_one_request() {
+    for Subject { store, .. } in engines() {
+        let tasks: Vec<_> = (0..50)
+            .map(|_| {
+                let store = store.clone();
+                tokio::spawn(async move { store.create_request(new_request(Some("one"))).await })
+            })
+            .collect();
+        let mut created = 0;
+        for task in tasks {
+            match task.await.unwrap().unwrap() {
+                CreateOutcome::Created(..) => created += 1,
+                CreateOutcome::Existing(_) => {}
+                CreateOutcome::Conflict(record) => panic!("{record:?}"),
+            }
+        }
+        assert_eq!(created, 1);
+    }
+}
+
+#[tokio::test]
+async fn either_name_finds_a_request() {
+    for Subject { store, .. } in engines() {
+        let uid = create(&*store, new_request(Some("req-1"))).await;
+        let by = |name: String| {
+            let store = store.clone();
+            async move { find_by_name(&*store, &owner(), &name).await.unwrap().map(|r| r.uid) }
+        };
+        assert_eq!(by("req-1".into()).await, Some(uid));
+        assert_eq!(by(uid.to_string()).await, Some(uid));
+        assert_eq!(by("req-2".into()).await, None);
+        // An id of one's own that looks like a uid is found as what it is.
+        let shaped = Uid::new(at(77)).to_string();
+        let other = create(&*store, new_request(Some(&shaped))).await;
+        assert_eq!(by(shaped).await, Some(other));
+    }
+}
+
+#[tokio::test]
+async fn one_claim_wins_and_its_attempt_is_the_fence() {
+    for Subject { store, .. } in engines() {
+        let uid = create(&*store, new_request(None)).await;
+        let claimed = claim(&*store, uid, 2000).await;
+        assert_eq!((claimed.record.attempt, claimed.record.last_seq), (1, 2));
+        assert_eq!(claimed.started.seq, 2);
+        assert!(matches!(try_claim(&*store, uid, 2000).await, ClaimOutcome::NotClaimable));
+        assert_eq!(append(&*store, uid, 1, vec![progress(3, 1), progress(4, 1)]).await, APPLIED);
+        let fenced =
+            Appended::Fenced { state: RequestState::Running, attempt: 1, last_seq: 4 };
+        assert_eq!(append(&*store, uid, 2, vec![progress(5, 2)]).await, fenced);
+        assert_eq!(append(&*store, uid, 1, vec![progress(6, 1)]).await, fenced, "a gap");
+        assert_eq!(append(&*store, uid, 1, vec![output(4, 1)]).await, fenced, "another event 4");
+        assert_eq!(seqs(&*store, uid, 0).await, [1, 2, 3, 4]);
+        let record = store.get_request(uid).await.unwrap().unwrap();
+        assert_eq!(record.progress.unwrap().message, "at 4");
+    }
+}
+
+fn output(seq: i64, attempt: i32) -> Event {
+    event(seq, attempt, Kind::Output(Output::default()))
+}
+
+#[tokio::test]
+async fn a_repeated_append_changes_nothing() {
+    for Subject { store, .. } in engines() {
+        let uid = create(&*store, new_request(None)).await;
+        claim(&*store, uid, 2000).await;
+        let events = vec![progress(3, 1), succeeded(4, 1)];
+        assert_eq!(append(&*store, uid, 1, events.clone()).await, APPLIED);
+        assert_eq!(append(&*store, uid, 1, events).await, APPLIED);
+        assert_eq!(seqs(&*store, uid, 0).await, [1, 2, 3, 4]);
+    }
+}
+
+#[tokio::test]
+async fn nothing_follows_a_terminal_event() {
+    for Subject { store, .. } in engines() {
+        let uid = create(&*store, new_request(None)).await;
+        claim(&*store, uid, 2000).await;
+        append(&*store, uid, 1, vec![succeeded(3, 1)]).await;
+        let record = store.get_request(uid).await.unwrap().unwrap();
+        assert_eq!(record.state, RequestState::Succeeded);
+        assert_eq!(record.finish_time, Some(at(5000)));
+        assert_eq!(record.output.unwrap().chunks, 1);
+        let fenced =
+            Appended::Fenced { state: RequestState::Succeeded, attempt: 1, last_seq: 3 };
+        assert_eq!(append(&*store, uid, 1, vec![progress(4, 1)]).await, fenced);
+        assert!(matches!(try_claim(&*store, uid, 9000).await, ClaimOutcome::NotClaimable));
+        let cancelled = store.cancel(uid, "late".into(), at(9000)).await.unwrap();
+        assert!(matches!(cancelled, CancelOutcome::Ended(_)));
+        assert_eq!(seqs(&*store, uid, 0).await, [1, 2, 3]);
+    }
+}
+
+#[tokio::test]
+async fn a_retry_waits_until_it_is_due_and_finds_the_checkpoint() {
+    for Subject { store, .. } in engines() {
+        let uid = create(&*store, new_request(None)).await;
+        claim(&*store, uid, 2000).await;
+        let checkpoint = Append {
+            checkpoint: Some(Bytes::from_static(b"half")),
+            ..append_as(uid, Writer::Attempt(1), Vec::new())
+        };
+        assert_eq!(store.append(checkpoint.clone()).await.unwrap(), APPLIED);
+        let retry = Append {
+            retry_at: Some(at(8000)),
+            ..append_as(uid, Writer::Attempt(1), vec![retrying(3, 1)])
+        };
+        assert_eq!(store.append(retry).await.unwrap(), APPLIED);
+        assert!(matches!(store.append(checkpoint).await.unwrap(), Appended::Fenced { .. }));
+        assert!(matches!(try_claim(&*store, uid, 7999).await, ClaimOutcome::NotClaimable));
+        assert_eq!(store.next_due(at(5000)).await.unwrap(), Some(at(8000)));
+        let again = claim(&*store, uid, 8000).await;
+        assert_eq!((again.record.attempt, again.record.attempt_seq), (2, 4));
+        assert_eq!(again.checkpoint.as_deref(), Some(&b"half"[..]));
+        // The first attempt is over, whatever it still wants to say.
+        assert!(matches!(
+            append(&*store, uid, 1, vec![progress(5, 1)]).await,
+            Appended::Fenced { attempt: 2, .. }
+        ));
+    }
+}
+
+#[tokio::test]
+async fn cancelling_ends_what_waits_and_marks_what_runs() {
+    for Subject { store, .. } in engines() {
+        let waiting = create(&*store, new_request(None)).await;
+        let cancelled = store.cancel(waiting, "enough".into(), at(3000)).await.unwrap();
+        let CancelOutcome::Cancelled(record, event) = cancelled else { panic!("{cancelled:?}") };
+        assert_eq!((record.state, event.seq), (RequestState::Cancelled, 2));
+        assert_eq!(seqs(&*store, waiting, 0).await, [1, 2]);
+        assert!(matches!(try_claim(&*store, waiting, 4000).await, ClaimOutcome::NotClaimable));
+
+        let running = create(&*store, new_request(None)).await;
+        claim(&*store, running, 2000).await;
+        for reason in ["first", "second"] {
+            let asked = store.cancel(running, reason.into(), at(3000)).await.unwrap();
+            let CancelOutcome::Requested(record) = asked else { panic!("{asked:?}") };
+            assert_eq!(record.cancel_reason.as_deref(), Some("first"));
+        }
+        let told = Appended::Applied { cancel_reason: Some("first".into()) };
+        assert_eq!(append(&*store, running, 1, vec![progress(3, 1)]).await, told);
+        let nobody = store.cancel(Uid::new(at(1)), String::new(), at(1)).await.unwrap();
+        assert!(matches!(nobody, CancelOutcome::NotFound));
+    }
+}
+
+#[tokio::test]
+async fn leases_are_renewed_by_their_holder_and_expire() {
+    for Subject { store, .. } in engines() {
+        let uid = create(&*store, new_request(None)).await;
+        claim(&*store, uid, 2000).await;
+        let lease = Lease { uid, attempt: 1 };
+        assert!(store.expired_leases(at(2999), 10).await.unwrap().is_empty());
+        let renew = |holder: &str, until| {
+            let (store, holder) = (store.clone(), holder.to_owned());
+            async move { store.renew_leases(holder, vec![lease], at(until)).await.unwrap()[0].held }
+        };
+        assert!(renew("p1", 4000).await);
+        assert!(!renew("p2", 9000).await, "not its own");
+        assert!(store.expired_leases(at(3999), 10).await.unwrap().is_empty());
+        assert_eq!(store.expired_leases(at(4000), 10).await.unwrap()[0].uid, uid);
+        let takeover = |now| Append {
+            now: at(now),
+            retry_at: Some(at(now)),
+            ..append_as(uid, Writer::ExpiredLease(1), vec![retrying(3, 1)])
+        };
+        assert!(matches!(store.append(takeover(3999)).await.unwrap(), Appended::Fenced { .. }));
+        assert_eq!(store.append(takeover(4000)).await.unwrap(), APPLIED);
+        assert!(!renew("p1", 9000).await, "taken over");
+        let late = append(&*store, uid, 1, vec![progress(4, 1)]).await;
+        assert!(matches!(late, Appended::Fenced { state: RequestState::Queued, .. }));
+    }
+}
+
+#[tokio::test]
+async fn what_is_due_comes_by_priority_then_age_and_only_for_the_actions_asked_for() {
+    for Subject { store, .. } in engines() {
+        let mut expected = Vec::new();
+        for (priority, not_before, action) in
+            [(0, 1002, "work"), (0, 1001, "work"), (9, 1003, "work"), (0, 9000, "work"), (9, 1000, "other")]
+        {
+            let new = NewRequest {
+                priority,
+                not_before: at(not_before),
+                action: action.into(),
+                ..new_request(None)
+            };
+            expected.push(create(&*store, new).await);
+        }
+        let due = store.due_requests(vec!["work".into()], at(2000), 10).await.unwrap();
+        let due: Vec<Uid> = due.into_iter().map(|request| request.uid).collect();
+        assert_eq!(due, [expected[2], expected[1], expected[0]]);
+        let both = vec!["work".into(), "other".into()];
+        let first = store.due_requests(both, at(2000), 1).await.unwrap();
+        assert_eq!(first[0].uid, expected[4]);
+        let stats = store.queue_stats(at(2000)).await.unwrap();
+        assert_eq!((stats.queued, stats.oldest_due), (5, Some(at(1000))));
+    }
+}
+
+#[tokio::test]
+async fn a_deadline_that_passed_is_told_and_the_request_can_be_failed_unrun() {
+    for Subject { store, .. } in engines() {
+        let new = NewRequest { deadline: Some(at(1500)), ..new_request(None) };
+        let uid = create(&*store, new).await;
+        let outcome = try_claim(&*store, uid, 1500).await;
+        assert!(matches!(outcome, ClaimOutcome::DeadlinePassed(_)), "{outcome:?}");
+        let failed = event(2, 0, Kind::Failed(Failed::default()));
+        let fail = append_as(uid, Writer::Queued(0), vec![failed]);
+        assert_eq!(store.append(fail).await.unwrap(), APPLIED);
+        let record = store.get_request(uid).await.unwrap().unwrap();
+        assert_eq!(record.state, RequestState::Failed);
+    }
+}
+
+#[tokio::test]
+async fn a_log_is_read_from_anywhere_within_bounds() {
+    for Subject { store, .. } in engines() {
+        let uid = create(&*store, new_request(None)).await;
+        claim(&*store, uid, 2000).await;
+        append(&*store, uid, 1, (3..=9).map(|seq| progress(seq, 1)).collect()).await;
+        append(&*store, uid, 1, vec![progress(10, 1)]).await;
+        assert_eq!(seqs(&*store, uid, 4).await, [5, 6, 7, 8, 9, 10]);
+        assert!(seqs(&*store, uid, 10).await.is_empty());
+        let page = store.read_events(uid, 2, 3, usize::MAX).await.unwrap();
+        assert_eq!((page.events.len(), page.more), (3, true));
+        let page = store.read_events(uid, 2, 100, 1).await.unwrap();
+        assert_eq!((page.events.len(), page.more), (1, true), "at least one");
+        let page = store.read_events(uid, 2, 8, usize::MAX).await.unwrap();
+        assert_eq!((page.events.len(), page.more), (8, false));
+    }
+}
+
+#[tokio::test]
+async fn lists_keep_to_tenant_user_state_and_page() {
+    for Subject { store, .. } in engines() {
+        let mut uids = Vec::new();
+        for millis in 0..5 {
+            let new = NewRequest { uid: Uid::new(at(millis)), ..new_request(None) };
+            uids.push(create(&*store, new).await);
+        }
+        let bob = Owner { tenant: "acme".into(), user: "bob".into() };
+        create(&*store, NewRequest { owner: bob, ..new_request(None) }).await;
+        let stranger = Owner { tenant: "other".into(), user: "ann".into() };
+        create(&*store, NewRequest { owner: stranger, ..new_request(None) }).await;
+        claim(&*store, uids[1], 2000).await;
+        let all = ListRequests {
+            tenant: "acme".into(),
+            user: Some("ann".into()),
+            states: Vec::new(),
+            action: None,
+            before: None,
+            limit: 2,
+        };
+        let first = store.list_requests(all.clone()).await.unwrap();
+        assert_eq!(first.requests.iter().map(|r| r.uid).collect::<Vec<_>>(), [uids[4], uids[3]]);
+        let rest = ListRequests { before: first.next, limit: 3, ..all.clone() };
+        let rest = store.list_requests(rest).await.unwrap();
+        assert_eq!((rest.requests.len(), rest.next), (3, None));
+        let running = ListRequests { states: vec![RequestState::Running], ..all.clone() };
+        assert_eq!(store.list_requests(running).await.unwrap().requests[0].uid, uids[1]);
+        let tenant = ListRequests { user: None, limit: 10, ..all };
+        assert_eq!(store.list_requests(tenant).await.unwrap().requests.len(), 6);
+    }
+}
+
+#[tokio::test]
+async fn only_what_has_ended_is_deleted() {
+    for Subject { store, .. } in engines() {
+        let uid = create(&*store, new_request(Some("gone"))).await;
+        assert_eq!(store.delete_request(uid).await.unwrap(), DeleteOutcome::NotEnded);
+        store.cancel(uid, String::new(), at(2000)).await.unwrap();
+        for _ in 0..2 {
+            assert_eq!(store.delete_request(uid).await.unwrap(), DeleteOutcome::Deleted);
+        }
+        assert_eq!(store.get_request(uid).await.unwrap(), None);
+        assert_eq!(store.read_payload(uid).await.unwrap(), None);
+        assert!(seqs(&*store, uid, 0).await.is_empty());
+        create(&*store, new_request(Some("gone"))).await;
+    }
+}
+
+#[tokio::test]
+async fn connections_are_seen_while_their_gateway_lives() {
+    for Subject { store, .. } in engines() {
+        let record = |millis, user: &str| ConnectionRecord {
+            id: Uid::new(at(millis)),
+            owner: Owner { tenant: "acme".into(), user: user.into() },
+            gateway: "g1".into(),
+            remote_address: "127.0.0.1".into(),
+            user_agent: "test".into(),
+            connect_time: at(millis),
+        };
+        let (ann, bob) = (record(1, "ann"), record(2, "bob"));
+        store.update_connections(vec![ann.clone(), bob.clone()], Vec::new()).await.unwrap();
+        let list = |user: Option<&str>, now| {
+            let (store, user) = (store.clone(), user.map(str::to_owned));
+            async move {
+                let page = store.list_connections("acme".into(), user, None, 10, at(now)).await;
+                page.unwrap().connections
+            }
+        };
+        assert!(list(None, 10).await.is_empty(), "its gateway is not known");
+        store.renew_gateway("g1".into(), at(100)).await.unwrap();
+        assert_eq!(list(None, 10).await, [ann.clone(), bob.clone()]);
+        assert_eq!(list(Some("bob"), 10).await, [bob]);
+        assert!(list(None, 100).await.is_empty(), "its gateway is gone");
+        store.update_connections(Vec::new(), vec![ann.id]).await.unwrap();
+        assert_eq!(list(None, 10).await.len(), 1);
+        store.check().await.unwrap();
+    }
+}
+
+#[tokio::test]
+async fn one_process_at_a_time_has_the_embedded_store() {
+    let data = TempDir::new().unwrap();
+    let engine = Engine::Embedded { data: data.path().into() };
+    let first = open(&engine).unwrap();
+    assert!(matches!(open(&engine), Err(StoreError::Locked { .. })));
+    drop(first);
+    open(&engine).unwrap();
+}
+
+#[tokio::test]
+async fn a_reopened_store_has_everything_and_holds_nobody_to_old_leases() {
+    let data = TempDir::new().unwrap();
+    let engine = Engine::Embedded { data: data.path().into() };
+    let store = open(&engine).unwrap();
+    let uid = create(&*store, new_request(Some("kept"))).await;
+    claim(&*store, uid, 2000).await;
+    append(&*store, uid, 1, vec![progress(3, 1)]).await;
+    drop(store);
+    let store = open(&engine).unwrap();
+    assert_eq!(seqs(&*store, uid, 0).await, [1, 2, 3]);
+    assert_eq!(store.expired_leases(at(0), 10).await.unwrap()[0].uid, uid);
+}
+
+#[tokio::test]
+async fn a_file_that_is_no_store_is_reported() {
+    let data = TempDir::new().unwrap();
+    std::fs::write(data.path().join("streamer.db"), vec![b'x'; 8192]).unwrap();
+    let opened = open(&Engine::Embedded { data: data.path().into() });
+    let Err(StoreError::Corrupt { reason, .. }) = opened else { panic!("it was opened") };
+    assert!(reason.contains("not a database"), "{reason}");
+}
