@@ -2,13 +2,15 @@
 
 use std::{env, error::Error, fs, path::PathBuf};
 
-const FILES: [&str; 6] = [
+const FILES: [&str; 7] = [
     "streamer/common/v1/common.proto",
     "streamer/router/v1/router.proto",
     "streamer/progress/v1/progress.proto",
     "streamer/connections/v1/connections.proto",
     "streamer/internal/v1/internal.proto",
     "google/longrunning/operations.proto",
+    // Errors carry these as details; reflection lets clients read them.
+    "google/rpc/error_details.proto",
 ];
 
 fn main() -> Result<(), Box<dyn Error>> {

@@ -34,7 +34,7 @@ pub const PENGUINS: &str = include_str!("../data/penguins.csv");
 /// Every handler of this crate.
 #[must_use]
 pub fn all() -> Handlers {
-    Handlers::new().add(Echo).add(Health).add(EchoAsync).add(ProcessData).add(GenerateReport)
+    Handlers::new().with(Echo).with(Health).with(EchoAsync).with(ProcessData).with(GenerateReport)
 }
 
 #[cfg(test)]

@@ -2,7 +2,7 @@
 
 use std::sync::Arc;
 
-use streamer_auth::{Principal, Caller, permissions};
+use streamer_auth::{Caller, Principal, permissions};
 use streamer_core::{ErrorCode, RequestError, Timestamp, Uid, Violations, limits, validate};
 use streamer_proto::{
     common::v1::Payload,
@@ -17,11 +17,7 @@ use streamer_rpc::{JSON, payload_bytes, status, store_status, validation_status}
 use streamer_store::{ConnectionRecord, Store};
 use tonic::{Request, Response, Status};
 
-use crate::{
-    handle::close_code,
-    messages,
-    server::Gateway,
-};
+use crate::{handle::close_code, messages, server::Gateway};
 
 const MAX_PAGE: i32 = 1000;
 const DEFAULT_PAGE: usize = 100;

@@ -26,8 +26,7 @@ use tokio::io::{AsyncRead, AsyncWrite, ReadBuf};
 
 use crate::{
     handle::{ConnectionHandle, close_code},
-    messages,
-    protocol,
+    messages, protocol,
     rate::RateLimiter,
     server::Gateway,
     ws::{
@@ -126,7 +125,8 @@ impl<S: AsyncRead + AsyncWrite + Unpin> Connection<S> {
                 connection_id: &handle.id.to_string(),
                 user_id: &principal.user,
                 tenant_id: &principal.tenant,
-                heartbeat_ms: i64::try_from(gateway.options.heartbeat.as_millis()).unwrap_or(i64::MAX),
+                heartbeat_ms: i64::try_from(gateway.options.heartbeat.as_millis())
+                    .unwrap_or(i64::MAX),
                 max_message_bytes: gateway.options.max_message_bytes,
                 expires_at: principal.expires_at,
             };
@@ -225,7 +225,7 @@ impl<S: AsyncRead + AsyncWrite + Unpin> Connection<S> {
             Message::Pong => {}
             Message::Binary => {
                 let rule = "binary frames are not part of streamer.v1.json: send text";
-                self.refuse(None, RequestError::new(ErrorCode::ValidationError, rule));
+                self.refuse(None, &RequestError::new(ErrorCode::ValidationError, rule));
             }
             Message::Text(text) => self.on_text(text, context),
         }
@@ -244,7 +244,7 @@ impl<S: AsyncRead + AsyncWrite + Unpin> Connection<S> {
                 format!("more than {limit} messages a second (gateway.messages_per_second)"),
             );
             error.details = Some(format!("{{\"retry_after_ms\":{}}}", wait.as_millis().max(1)));
-            self.refuse(None, error);
+            self.refuse(None, &error);
             return;
         }
         match protocol::parse(text) {
@@ -259,12 +259,12 @@ impl<S: AsyncRead + AsyncWrite + Unpin> Connection<S> {
                 let mut error =
                     RequestError::new(ErrorCode::ValidationError, refusal.violations.to_string());
                 error.details = Some(details);
-                self.refuse(refusal.request_id.as_deref(), error);
+                self.refuse(refusal.request_id.as_deref(), &error);
             }
         }
     }
 
-    fn refuse(&mut self, request_id: Option<&str>, error: RequestError) {
+    fn refuse(&mut self, request_id: Option<&str>, error: &RequestError) {
         self.session.gateway.metrics.invalid_messages.inc();
         self.session.refused_in_a_row += 1;
         if self.session.refused_in_a_row > MAX_REFUSED_IN_A_ROW {
@@ -277,7 +277,7 @@ impl<S: AsyncRead + AsyncWrite + Unpin> Connection<S> {
             return;
         }
         let now = self.session.gateway.clock.now();
-        self.send(messages::error(request_id, &error, now));
+        self.send(messages::error(request_id, error, now));
     }
 
     /// Starts a call. Most sync actions answer at once, and are then not queued at all.
@@ -303,9 +303,8 @@ impl<S: AsyncRead + AsyncWrite + Unpin> Connection<S> {
     /// One turn: `true` when there may be more to do, `false` when the connection is over.
     fn turn(&mut self, context: &mut Context<'_>) -> Poll<bool> {
         let Some(mut progressed) = self.look_at_inbox() else { return Poll::Ready(false) };
-        let may_read =
-            self.session.in_flight < self.session.gateway.options.max_in_flight
-                && self.out.bytes() < HIGH_WATER;
+        let may_read = self.session.in_flight < self.session.gateway.options.max_in_flight
+            && self.out.bytes() < HIGH_WATER;
         if may_read && self.phase != Phase::Closed {
             match self.read(context) {
                 Poll::Ready(Ok(())) => progressed = true,

@@ -103,11 +103,8 @@ impl Hub {
         let names = Names { request_id: snapshot.request_id, uid: snapshot.uid };
         // A client may ask for what comes after an event that is not there yet. The topic serves
         // others too, so it must not begin beyond what there is.
-        let (begin, stream) = if stream_after <= last_seq {
-            (stream_after, Some(stream))
-        } else {
-            (last_seq, None)
-        };
+        let (begin, stream) =
+            if stream_after <= last_seq { (stream_after, Some(stream)) } else { (last_seq, None) };
         let topic = Arc::new(Topic::new(uid, names, begin));
         topic.subscribe(link);
         topic.publish(&events);
@@ -189,11 +186,7 @@ impl Hub {
 
     /// Brings events from upstream into the topic until the terminal one; a lost stream is opened
     /// again after the last event that came.
-    async fn follow_to_the_end(
-        &self,
-        topic: &Topic,
-        mut stream: Option<Streaming<WatchResponse>>,
-    ) {
+    async fn follow_to_the_end(&self, topic: &Topic, mut stream: Option<Streaming<WatchResponse>>) {
         loop {
             let outcome = match stream.take() {
                 Some(stream) => self.drain(topic, stream).await,

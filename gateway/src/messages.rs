@@ -57,7 +57,8 @@ pub(crate) fn event(event: &Event, names: &Names) -> Bytes {
         }
         Some(Kind::Succeeded(succeeded)) => {
             let object = from_log("complete", size(succeeded.result.as_ref()) + 192);
-            let object = payload(object.boolean("success", true), "result", succeeded.result.as_ref());
+            let object =
+                payload(object.boolean("success", true), "result", succeeded.result.as_ref());
             summary(object, succeeded.output.as_ref()).finish()
         }
         Some(Kind::Failed(failed)) => {

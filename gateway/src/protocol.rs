@@ -305,10 +305,15 @@ mod tests {
         let told = told(
             r#"{"id":7,"action":"No","metadata":[],"wait_ms":-1,"priority":10,"delay_ms":"x","mode":"x"}"#,
         );
-        for field in ["id: must be a string", "action: must match", "metadata: must be a JSON",
-            "wait_ms: must be 0 to", "priority: must be 0 to 9", "delay_ms: must be a whole",
-            "mode: must be all or latest"]
-        {
+        for field in [
+            "id: must be a string",
+            "action: must match",
+            "metadata: must be a JSON",
+            "wait_ms: must be 0 to",
+            "priority: must be 0 to 9",
+            "delay_ms: must be a whole",
+            "mode: must be all or latest",
+        ] {
             assert!(told.contains(field), "{field} is missing in {told}");
         }
     }
@@ -330,7 +335,11 @@ mod tests {
 
     #[test]
     fn depth_is_no_obstacle() {
-        let deep = format!("{{\"action\":\"echo\",\"payload\":{}{}}}", "[".repeat(50_000), "]".repeat(50_000));
+        let deep = format!(
+            "{{\"action\":\"echo\",\"payload\":{}{}}}",
+            "[".repeat(50_000),
+            "]".repeat(50_000)
+        );
         assert!(matches!(parse(&deep), Ok(ClientMessage::Request(_))));
     }
 }

@@ -91,7 +91,8 @@ async fn serve(
     upgrade: OnUpgrade,
 ) {
     let Ok(upgraded) = upgrade.await else { return };
-    let Ok(parts) = hyper_util::server::conn::auto::upgrade::downcast::<TokioIo<TcpStream>>(upgraded)
+    let Ok(parts) =
+        hyper_util::server::conn::auto::upgrade::downcast::<TokioIo<TcpStream>>(upgraded)
     else {
         tracing::error!("a WebSocket came over something that is not a TCP connection");
         return;

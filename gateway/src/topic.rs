@@ -251,8 +251,12 @@ mod tests {
         let events = [progress(2), event(3, Kind::Output(Output::default())), progress(4)];
         let segment = Segment::encode(&events, &names);
         let each: Vec<_> = segment.each_after(1).collect();
-        assert_eq!(each.iter().map(|(_, droppable)| *droppable).collect::<Vec<_>>(), [true, false, true]);
-        let joined = |from: usize| each[from..].iter().flat_map(|(f, _)| f.to_vec()).collect::<Vec<_>>();
+        assert_eq!(
+            each.iter().map(|(_, droppable)| *droppable).collect::<Vec<_>>(),
+            [true, false, true]
+        );
+        let joined =
+            |from: usize| each[from..].iter().flat_map(|(f, _)| f.to_vec()).collect::<Vec<_>>();
         assert_eq!(segment.after(1), joined(0));
         assert_eq!(segment.after(2), joined(1));
         assert_eq!(segment.after(4), joined(3));
@@ -267,7 +271,9 @@ mod tests {
         topic.publish(&[progress(4)]);
         assert!(matches!(topic.next(0), Next::InLog));
         for (cursor, last) in [(1, 3), (2, 3), (3, 4)] {
-            let Next::Segment(segment) = topic.next(cursor) else { panic!("nothing after {cursor}") };
+            let Next::Segment(segment) = topic.next(cursor) else {
+                panic!("nothing after {cursor}")
+            };
             assert_eq!(segment.last_seq(), last);
         }
         assert!(matches!(topic.next(4), Next::UpToDate));

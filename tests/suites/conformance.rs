@@ -1,5 +1,7 @@
 //! The store's contract, written once over the trait, run on every engine.
 
+#![allow(clippy::unwrap_used, reason = "in tests, a panic is the report")]
+
 use std::sync::Arc;
 
 use bytes::Bytes;
@@ -8,9 +10,9 @@ use streamer_proto::common::v1::{
     Event, Failed, Output, OutputSummary, Progress, Retrying, Succeeded, event::Kind,
 };
 use streamer_store::{
-    Append, Appended, CancelOutcome, Claim, ClaimOutcome, Claimed, ConnectionRecord,
-    CreateOutcome, DeleteOutcome, Engine, Lease, ListRequests, NewRequest, Owner, Store,
-    StoreError, StoredPayload, Writer, find_by_name, open,
+    Append, Appended, CancelOutcome, Claim, ClaimOutcome, Claimed, ConnectionRecord, CreateOutcome,
+    DeleteOutcome, Engine, Lease, ListRequests, NewRequest, Owner, Store, StoreError,
+    StoredPayload, Writer, find_by_name, open,
 };
 use tempfile::TempDir;
 
@@ -190,8 +192,7 @@ async fn one_claim_wins_and_its_attempt_is_the_fence() {
         assert_eq!(claimed.started.seq, 2);
         assert!(matches!(try_claim(&*store, uid, 2000).await, ClaimOutcome::NotClaimable));
         assert_eq!(append(&*store, uid, 1, vec![progress(3, 1), progress(4, 1)]).await, APPLIED);
-        let fenced =
-            Appended::Fenced { state: RequestState::Running, attempt: 1, last_seq: 4 };
+        let fenced = Appended::Fenced { state: RequestState::Running, attempt: 1, last_seq: 4 };
         assert_eq!(append(&*store, uid, 2, vec![progress(5, 2)]).await, fenced);
         assert_eq!(append(&*store, uid, 1, vec![progress(6, 1)]).await, fenced, "a gap");
         assert_eq!(append(&*store, uid, 1, vec![output(4, 1)]).await, fenced, "another event 4");
@@ -227,8 +228,7 @@ async fn nothing_follows_a_terminal_event() {
         assert_eq!(record.state, RequestState::Succeeded);
         assert_eq!(record.finish_time, Some(at(5000)));
         assert_eq!(record.output.unwrap().chunks, 1);
-        let fenced =
-            Appended::Fenced { state: RequestState::Succeeded, attempt: 1, last_seq: 3 };
+        let fenced = Appended::Fenced { state: RequestState::Succeeded, attempt: 1, last_seq: 3 };
         assert_eq!(append(&*store, uid, 1, vec![progress(4, 1)]).await, fenced);
         assert!(matches!(try_claim(&*store, uid, 9000).await, ClaimOutcome::NotClaimable));
         let cancelled = store.cancel(uid, "late".into(), at(9000)).await.unwrap();
@@ -322,9 +322,13 @@ async fn leases_are_renewed_by_their_holder_and_expire() {
 async fn what_is_due_comes_by_priority_then_age_and_only_for_the_actions_asked_for() {
     for Subject { store, .. } in engines() {
         let mut expected = Vec::new();
-        for (priority, not_before, action) in
-            [(0, 1002, "work"), (0, 1001, "work"), (9, 1003, "work"), (0, 9000, "work"), (9, 1000, "other")]
-        {
+        for (priority, not_before, action) in [
+            (0, 1002, "work"),
+            (0, 1001, "work"),
+            (9, 1003, "work"),
+            (0, 9000, "work"),
+            (9, 1000, "other"),
+        ] {
             let new = NewRequest {
                 priority,
                 not_before: at(not_before),

@@ -108,15 +108,15 @@ impl DevKey {
             path: shown.clone(),
             reason: error.to_string(),
         })?;
-        let malformed =
-            |reason: String| DevKeyError::Malformed { path: shown.clone(), reason };
-        let signing = SigningKey::from_pkcs8_pem(&pem).map_err(|error| malformed(error.to_string()))?;
+        let malformed = |reason: String| DevKeyError::Malformed { path: shown.clone(), reason };
+        let signing =
+            SigningKey::from_pkcs8_pem(&pem).map_err(|error| malformed(error.to_string()))?;
         let public_pem = signing
             .verifying_key()
             .to_public_key_pem(LineEnding::LF)
             .map_err(|error| malformed(error.to_string()))?;
-        let private =
-            EncodingKey::from_ed_pem(pem.as_bytes()).map_err(|error| malformed(error.to_string()))?;
+        let private = EncodingKey::from_ed_pem(pem.as_bytes())
+            .map_err(|error| malformed(error.to_string()))?;
         Ok(Self { private, public_pem, path })
     }
 
@@ -126,7 +126,7 @@ impl DevKey {
     /// When it cannot be read back, which a key that was loaded rules out.
     pub fn verification_key(&self) -> Result<VerificationKey, KeyError> {
         let origin = self.path.display().to_string();
-        VerificationKey::from_bytes("EdDSA", self.public_pem.as_bytes(), origin)
+        VerificationKey::from_bytes("EdDSA", self.public_pem.as_bytes(), &origin)
     }
 
     /// Signs a token.

@@ -50,16 +50,16 @@ impl VerificationKey {
             path: shown.clone(),
             reason: error.to_string(),
         })?;
-        Self::from_bytes(algorithm, &bytes, shown)
+        Self::from_bytes(algorithm, &bytes, &shown)
     }
 
     /// As [`Self::from_file`], from bytes that came from `origin`.
     ///
     /// # Errors
     /// When they hold no such key.
-    pub fn from_bytes(algorithm: &str, bytes: &[u8], origin: String) -> Result<Self, KeyError> {
+    pub fn from_bytes(algorithm: &str, bytes: &[u8], origin: &str) -> Result<Self, KeyError> {
         let malformed = |reason: String| KeyError::Malformed {
-            path: origin.clone(),
+            path: origin.to_owned(),
             algorithm: algorithm.to_owned(),
             reason,
         };

@@ -66,7 +66,12 @@ pub enum Command {
 #[derive(Args, Clone, Debug)]
 pub struct Common {
     /// The server.
-    #[arg(long, env = "STREAMER_SERVER", default_value = "http://127.0.0.1:8080", value_name = "URL")]
+    #[arg(
+        long,
+        env = "STREAMER_SERVER",
+        default_value = "http://127.0.0.1:8080",
+        value_name = "URL"
+    )]
     pub server: String,
     /// Who asks. Without one, for a server on this machine, one is made with the development key
     /// in the data folder.

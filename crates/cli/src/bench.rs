@@ -19,7 +19,8 @@ use report::Report;
 
 /// `streamer bench`
 #[derive(Args, Clone, Debug)]
-#[command(after_help = "Without --server a server is started for the measurement: this program, in a
+#[command(
+    after_help = "Without --server a server is started for the measurement: this program, in a
 process of its own, with a new data folder, its rate and connection limits out of the way.
 
 Examples:
@@ -28,7 +29,8 @@ Examples:
   streamer bench lifecycle --in-flight 256
   streamer bench fanout --watchers 1000
   streamer bench fanout --requests 1000 --watchers 1
-  streamer bench idle --connections 15000")]
+  streamer bench idle --connections 15000"
+)]
 pub struct BenchArguments {
     /// What to measure.
     #[command(subcommand)]

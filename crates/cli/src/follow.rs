@@ -58,8 +58,7 @@ pub(crate) async fn submit(arguments: SubmitArguments) -> anyhow::Result<Exit> {
 
 pub(crate) async fn watch(arguments: WatchArguments) -> anyhow::Result<Exit> {
     let common = &arguments.common;
-    let target =
-        Target::Watch { request_id: arguments.id.clone(), after_seq: arguments.after_seq };
+    let target = Target::Watch { request_id: arguments.id.clone(), after_seq: arguments.after_seq };
     let mut follower = Follower::new(&common.server, common.find_token(), target);
     let screen = if common.prints_json() { Screen::Json } else { Screen::Terminal };
     follow(&mut follower, screen).await
@@ -85,9 +84,7 @@ pub async fn follow(follower: &mut Follower, screen: Screen) -> anyhow::Result<E
                 return Ok(Exit::Done);
             }
         };
-        let Some(message) = message else {
-            return Err(ClientError::Unexpected("the log ended without an outcome".into()).into());
-        };
+        let Some(message) = message else { return Ok(Exit::Done) };
         shown.show(&message)?;
         if let Some(exit) = exit_of(&message)? {
             return Ok(exit);
@@ -145,7 +142,8 @@ struct Shown {
 
 impl Shown {
     fn new(screen: Screen) -> Self {
-        let bar = if screen == Screen::Terminal { ProgressBar::new(1000) } else { ProgressBar::hidden() };
+        let bar =
+            if screen == Screen::Terminal { ProgressBar::new(1000) } else { ProgressBar::hidden() };
         if let Ok(style) = ProgressStyle::with_template("{bar:32} {percent:>3} %  {msg}") {
             bar.set_style(style);
         }
@@ -171,7 +169,11 @@ impl Shown {
             }
             "progress" => {
                 let percentage = value["percentage"].as_f64().unwrap_or(0.0);
-                #[expect(clippy::cast_possible_truncation, clippy::cast_sign_loss, reason = "0 to 1000")]
+                #[expect(
+                    clippy::cast_possible_truncation,
+                    clippy::cast_sign_loss,
+                    reason = "0 to 1000"
+                )]
                 self.bar.set_position((percentage * 10.0) as u64);
                 self.bar.set_message(text("/message").to_owned());
             }

@@ -162,7 +162,8 @@ async fn ask(common: &Common, message: &Value, expected: &str) -> anyhow::Result
         if answer.kind == "error" {
             let value: Value = serde_json::from_str(&answer.text)?;
             let text = |pointer: &str| value.pointer(pointer).and_then(Value::as_str).unwrap_or("");
-            let code = ErrorCode::from_name(text("/error/code")).unwrap_or(ErrorCode::InternalError);
+            let code =
+                ErrorCode::from_name(text("/error/code")).unwrap_or(ErrorCode::InternalError);
             let error = streamer_core::RequestError::new(code, text("/error/message"));
             return Err(ClientError::Refused(error).into());
         }

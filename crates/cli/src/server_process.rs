@@ -2,8 +2,8 @@
 
 use std::{
     env, fs,
-    process::{Child, Command, Stdio},
     io::{BufRead, BufReader},
+    process::{Child, Command, Stdio},
 };
 
 use anyhow::{Context, bail};

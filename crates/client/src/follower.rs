@@ -146,10 +146,12 @@ impl Follower {
             }
             self.last_seq = seq;
         }
-        self.ended = matches!(
-            message.kind.as_str(),
-            "response" | "complete" | "cancelled" | "error"
-        );
+        self.ended = match message.kind.as_str() {
+            "response" | "complete" | "cancelled" | "error" => true,
+            // Its end was seen before: nothing will follow.
+            "subscribed" => message.is_terminal() && message.last_seq <= Some(self.last_seq),
+            _ => false,
+        };
         Some(message)
     }
 }

@@ -3,6 +3,7 @@
 use futures_util::{SinkExt, StreamExt};
 use http::{HeaderValue, Uri, header::AUTHORIZATION};
 use serde::Deserialize;
+use streamer_core::RequestState;
 use tokio::net::TcpStream;
 use tokio_tungstenite::{
     WebSocketStream, client_async_with_config,
@@ -33,9 +34,24 @@ pub struct Message {
     /// Its place in the log.
     #[serde(default)]
     pub seq: Option<i64>,
+    /// In a snapshot: the latest place in the log.
+    #[serde(default)]
+    pub last_seq: Option<i64>,
+    /// In a snapshot: where the request stands.
+    #[serde(default)]
+    pub state: Option<String>,
     /// The message as it came.
     #[serde(skip)]
     pub text: String,
+}
+
+impl Message {
+    /// Whether it is a snapshot of a request that has ended.
+    #[must_use]
+    pub fn is_terminal(&self) -> bool {
+        let state = self.state.as_deref().and_then(|state| state.parse().ok());
+        state.is_some_and(RequestState::is_terminal)
+    }
 }
 
 /// An open WebSocket that speaks `streamer.v1.json`.

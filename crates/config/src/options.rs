@@ -223,7 +223,8 @@ impl Config {
         } else {
             for (name, list) in [("issuers", &auth.issuers), ("audiences", &auth.audiences)] {
                 if list.is_empty() {
-                    problems.push(format!("auth.{name}: is required with auth.keys or auth.jwks_url"));
+                    problems
+                        .push(format!("auth.{name}: is required with auth.keys or auth.jwks_url"));
                 }
             }
         }

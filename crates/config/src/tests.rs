@@ -50,7 +50,10 @@ fn all_bad_values_are_reported_together() {
 #[test]
 fn keys_need_issuer_and_audience() {
     let told = load(&[("STREAMER_AUTH_KEYS", "RS256:/k.pem")], &[]).unwrap_err().to_string();
-    assert!(told.contains("auth.issuers: is required") && told.contains("auth.audiences"), "{told}");
+    assert!(
+        told.contains("auth.issuers: is required") && told.contains("auth.audiences"),
+        "{told}"
+    );
 }
 
 #[test]

@@ -67,9 +67,10 @@ pub fn request_id(id: &str) -> Result<(), String> {
     let allowed = |c: char| c.is_ascii_alphanumeric() || "._:@/+=-".contains(c);
     match id.chars().find(|c| !allowed(*c)) {
         None => Ok(()),
-        Some(c) => {
-            Err(format!("must consist of letters, digits and ._:@/+=- only, has {}", c.escape_debug()))
-        }
+        Some(c) => Err(format!(
+            "must consist of letters, digits and ._:@/+=- only, has {}",
+            c.escape_debug()
+        )),
     }
 }
 
@@ -81,16 +82,11 @@ pub fn action_name(name: &str) -> Result<(), String> {
     if name.is_empty() {
         return Err("is required".into());
     }
-    let rest_allowed =
-        |c: char| c.is_ascii_lowercase() || c.is_ascii_digit() || "_.-".contains(c);
+    let rest_allowed = |c: char| c.is_ascii_lowercase() || c.is_ascii_digit() || "_.-".contains(c);
     let well_formed = name.chars().count() <= limits::MAX_ACTION_CHARS
         && name.starts_with(|c: char| c.is_ascii_lowercase())
         && name.chars().all(rest_allowed);
-    if well_formed {
-        Ok(())
-    } else {
-        Err("must match [a-z][a-z0-9_.-]{0,63}".into())
-    }
+    if well_formed { Ok(()) } else { Err("must match [a-z][a-z0-9_.-]{0,63}".into()) }
 }
 
 /// A number in a range.
@@ -126,7 +122,10 @@ mod tests {
         assert!(request_id("req-1:user@host/x+y=z.w_").is_ok());
         assert!(request_id(&"x".repeat(128)).is_ok());
         assert_eq!(request_id("").unwrap_err(), "must have 1 to 128 characters, has 0");
-        assert_eq!(request_id(&"x".repeat(129)).unwrap_err(), "must have 1 to 128 characters, has 129");
+        assert_eq!(
+            request_id(&"x".repeat(129)).unwrap_err(),
+            "must have 1 to 128 characters, has 129"
+        );
         assert!(request_id("a b").is_err());
         assert!(request_id("a\n").unwrap_err().ends_with("has \\n"));
     }

@@ -182,7 +182,9 @@ impl Context {
         bounded("progress.message", message.len(), limits::MAX_PROGRESS_MESSAGE_BYTES)?;
         let metadata_bytes = metadata.as_ref().map_or(0, Bytes::len);
         bounded("progress.metadata", metadata_bytes, limits::MAX_PROGRESS_METADATA_BYTES)?;
-        self.reports.push(Report::Progress { percentage: Some(percentage), message, metadata }).await
+        self.reports
+            .push(Report::Progress { percentage: Some(percentage), message, metadata })
+            .await
     }
 
     /// Puts out the next chunk of the result, as JSON.
@@ -264,9 +266,7 @@ impl Context {
         limit: usize,
     ) -> Result<Vec<RequestSummary>, HandlerError> {
         match &self.history {
-            Some(history) => {
-                history.requests(self.tenant(), self.user(), from, until, limit).await
-            }
+            Some(history) => history.requests(self.tenant(), self.user(), from, until, limit).await,
             None => Err(HandlerError::fatal("request history is not available here")),
         }
     }

@@ -69,7 +69,6 @@ impl fmt::Display for HandlerError {
     }
 }
 
-
 impl<E: Error> From<E> for HandlerError {
     fn from(error: E) -> Self {
         Self::retryable(error.to_string())

@@ -21,7 +21,7 @@ impl Handlers {
 
     /// Adds a handler; it takes the place of an earlier one for the same action.
     #[must_use]
-    pub fn add(mut self, handler: impl DynHandler) -> Self {
+    pub fn with(mut self, handler: impl DynHandler) -> Self {
         let spec = handler.spec();
         self.by_action.insert(spec.name.clone(), (spec, Arc::new(handler)));
         self

@@ -26,7 +26,7 @@
 //!     }
 //! }
 //!
-//! let handlers = Handlers::new().add(Double);
+//! let handlers = Handlers::new().with(Double);
 //! assert!(handlers.get("double").is_some());
 //! ```
 

@@ -75,7 +75,6 @@ impl ReportQueue {
         queue
     }
 
-
     /// Adds a report; waits while the queue is full.
     ///
     /// # Errors

@@ -45,9 +45,10 @@ pub fn error_to_proto(error: &RequestError) -> proto::Error {
 /// A failure from the schema.
 #[must_use]
 pub fn error_from_proto(error: &proto::Error) -> RequestError {
-    let details = error.details.as_ref().map(|details| {
-        String::from_utf8_lossy(&payload_bytes(Some(details))).into_owned()
-    });
+    let details = error
+        .details
+        .as_ref()
+        .map(|details| String::from_utf8_lossy(&payload_bytes(Some(details))).into_owned());
     RequestError {
         code: code_from_proto(error.code()),
         message: error.message.clone(),

@@ -12,7 +12,8 @@ pub use convert::{
     state_to_proto,
 };
 pub use payload::{
-    JSON, empty_object, encode_event, encode_payload, json_payload, payload_bytes, payload_into_parts,
+    JSON, empty_object, encode_event, encode_payload, json_payload, payload_bytes,
+    payload_into_parts,
 };
 pub use status::{
     not_found, request_error, status, store_status, validation_status, violations_details,

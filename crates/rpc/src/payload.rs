@@ -3,9 +3,7 @@
 use bytes::Bytes;
 use prost_types::{Struct, Value, value::Kind};
 use serde_json::{Map, Number};
-use streamer_proto::common::v1::{
-    Event, Payload, PayloadEncoding, event, payload::Body,
-};
+use streamer_proto::common::v1::{Event, Payload, PayloadEncoding, event, payload::Body};
 
 /// Content type of a payload that names none.
 pub const JSON: &str = "application/json";

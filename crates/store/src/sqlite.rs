@@ -272,6 +272,6 @@ impl Store for SqliteStore {
     }
 
     async fn check(&self) -> Result<(), StoreError> {
-        self.writer.run("checking the store", |db| schema::touch(db)).await
+        self.writer.run("checking the store", schema::touch).await
     }
 }

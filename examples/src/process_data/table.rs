@@ -23,6 +23,8 @@ pub(super) struct Table<'a> {
 impl<'a> Table<'a> {
     /// Finds the delimiter, unless it is given, and reads the header.
     pub(super) fn open(text: &'a str, delimiter: Option<&str>) -> Result<Self, HandlerError> {
+        // Some programs begin a file with a byte order mark, which is no part of the first name.
+        let text = text.trim_start_matches('\u{feff}');
         let delimiter = match delimiter {
             Some(given) => checked_delimiter(given)?,
             None => detected_delimiter(text),
@@ -61,12 +63,14 @@ impl<'a> Table<'a> {
 
     /// The rows below the header, from the first.
     pub(super) fn rows(&self) -> Rows<'a> {
-        Rows { reader: reader(self.text, self.delimiter), row: StringRecord::new(), number: 0 }
+        let reader = reader(self.text, self.delimiter);
+        Rows { text: self.text, reader, row: StringRecord::new(), number: 0 }
     }
 }
 
 /// Rows one after the other, in memory that is used again for each.
 pub(super) struct Rows<'a> {
+    text: &'a str,
     reader: Reader<&'a [u8]>,
     row: StringRecord,
     number: u64,
@@ -81,7 +85,7 @@ impl Rows<'_> {
                 Ok(Some(&self.row))
             }
             Ok(false) => Ok(None),
-            Err(error) => Err(invalid_row(self.number + 1, &error)),
+            Err(error) => Err(invalid_row(self.text, self.number + 1, &error)),
         }
     }
 
@@ -109,7 +113,7 @@ fn checked_delimiter(given: &str) -> Result<u8, HandlerError> {
 fn detected_delimiter(text: &str) -> u8 {
     let mut counts = [0; DELIMITERS.len()];
     let mut quoted = false;
-    for byte in text.trim_start_matches('\u{feff}').trim_start_matches(['\r', '\n']).bytes() {
+    for byte in text.trim_start_matches(['\r', '\n']).bytes() {
         match byte {
             b'"' => quoted = !quoted,
             _ if quoted => {}
@@ -144,17 +148,28 @@ fn unique_names(header: &StringRecord) -> Vec<String> {
     header.iter().enumerate().map(|(position, name)| unique(position, name)).collect()
 }
 
-fn invalid_row(number: u64, error: &csv::Error) -> HandlerError {
+/// The number of a row counts rows, its line counts line breaks: a row may hold some, and empty
+/// lines are no rows.
+fn invalid_row(text: &str, number: u64, error: &csv::Error) -> HandlerError {
     match error.kind() {
         ErrorKind::UnequalLengths { pos, expected_len, len } => {
-            let line = pos.as_ref().map_or(String::new(), |at| format!(" (line {})", at.line()));
+            let begin = pos.as_ref().map_or(0, |position| position.byte() as usize);
+            let line = line_at(text, begin);
             let noun = if *len == 1 { "field" } else { "fields" };
             invalid_csv(format!(
-                "row {number}{line} has {len} {noun}, the header has {expected_len}"
+                "row {number} (line {line}) has {len} {noun}, the header has {expected_len}"
             ))
         }
         _ => invalid_csv(format!("row {number} cannot be read: {error}")),
     }
+}
+
+/// The line of the row that begins here or, as the position given by csv is where the row before
+/// ended, after some line breaks.
+fn line_at(text: &str, begin: usize) -> usize {
+    let (before, after) = text.split_at_checked(begin).unwrap_or(("", text));
+    let breaks = &after[..after.len() - after.trim_start_matches(['\r', '\n']).len()];
+    1 + before.matches('\n').count() + breaks.matches('\n').count()
 }
 
 fn invalid_csv(rule: impl Into<String>) -> HandlerError {
@@ -186,7 +201,6 @@ mod tests {
             ("a\tb", b'\t'),
             ("a|b|c\r\n,,,,", b'|'),
             ("\"a,b,c,d\";e", b';'),
-            ("\u{feff}a;b", b';'),
             ("a;b,c", b','),
             ("alone", b','),
             ("\n\na;b", b';'),
@@ -210,6 +224,8 @@ mod tests {
             refusal(text, None),
             "VALIDATION_ERROR: payload.csv: row 3 (line 6) has 2 fields, the header has 3"
         );
+        let text = "\u{feff}a,b\r\n1,2\r\n\r\n\"1\r\n2\"\r\n";
+        assert!(refusal(text, None).contains("row 2 (line 4) has 1 field, the header has 2"));
         assert!(refusal("a,b\n1\n", None).contains("row 1 (line 2) has 1 field, the header has 2"));
         assert!(refusal("a,b\n1,2,3\n", None).contains("has 3 fields, the header has 2"));
     }

@@ -145,7 +145,12 @@ impl Session {
                     let names = names(&request);
                     let last_seq = request.last_seq;
                     Reply::Frame(messages::acknowledgment(
-                        &names, &status, message, false, last_seq, clock.now(),
+                        &names,
+                        &status,
+                        message,
+                        false,
+                        last_seq,
+                        clock.now(),
                     ))
                 }
                 Err(status) => failed(name, &status),

@@ -69,7 +69,11 @@ pub(crate) fn read(
         unknown_protocol: asks && !ours,
         token: find_token(uri, headers, &protocols),
         origin: text(headers, &header::ORIGIN).map(str::to_owned),
-        user_agent: text(headers, &header::USER_AGENT).unwrap_or_default().chars().take(256).collect(),
+        user_agent: text(headers, &header::USER_AGENT)
+            .unwrap_or_default()
+            .chars()
+            .take(256)
+            .collect(),
     })
 }
 

@@ -1,6 +1,13 @@
 //! `streamer demo`: the main job, from nothing to a report, in one command.
 
-use std::{fs, net::SocketAddr, path::Path, process::ExitCode, time::Duration};
+use std::{
+    fs,
+    io::{self, IsTerminal, Write},
+    net::SocketAddr,
+    path::Path,
+    process::ExitCode,
+    time::Duration,
+};
 
 use anyhow::{Context, bail};
 use serde_json::{Value, json};
@@ -36,7 +43,9 @@ async fn show(arguments: &DemoArguments) -> anyhow::Result<()> {
         expires_in: Duration::from_secs(3600),
     };
     let token = server.dev_token(&token).context("signing a token")?;
-    println!("A server is up at {url}: gateway, router, processor, progress and store in one process.");
+    println!(
+        "A server is up at {url}: gateway, router, processor, progress and store in one process."
+    );
     println!("Profiling {name} over a WebSocket:\n");
 
     let payload = json!({ "csv": csv, "name": name });
@@ -118,25 +127,43 @@ fn draw(percentage: f64, what: &str) {
     #[expect(clippy::cast_possible_truncation, clippy::cast_sign_loss, reason = "0 to WIDTH")]
     let full = (percentage / 100.0 * WIDTH as f64).round() as usize;
     let full = full.min(WIDTH);
-    println!("  {}{} {percentage:5.1} %  {what}", "█".repeat(full), "░".repeat(WIDTH - full));
+    let line =
+        format!("  {}{} {percentage:5.1} %  {what}", "█".repeat(full), "░".repeat(WIDTH - full));
+    if io::stdout().is_terminal() {
+        // In place: back to the beginning of the line, and clear it.
+        print!("\r\x1b[2K{line}");
+        if percentage >= 100.0 {
+            println!();
+        }
+        // A bar that is drawn late is no failure.
+        drop(io::stdout().flush());
+    } else {
+        println!("{line}");
+    }
 }
 
 fn print_profile(profile: &Value) {
-    println!("\n  {:<20} {:<8} {:>6} {:>8} {:>9}  SUMMARY", "COLUMN", "TYPE", "COUNT", "MISSING", "DISTINCT");
+    println!(
+        "\n  {:<20} {:<8} {:>6} {:>8} {:>9}  SUMMARY",
+        "COLUMN", "TYPE", "COUNT", "MISSING", "DISTINCT"
+    );
     let columns = profile["profile"].as_array().map(Vec::as_slice).unwrap_or_default();
     for column in columns {
         let text = |name: &str| column[name].as_str().unwrap_or("").to_owned();
         let (name, kind) = (text("name"), text("type"));
         println!(
             "  {name:<20} {kind:<8} {:>6} {:>8} {:>9}  {}",
-            column["count"], column["missing"], column["distinct"], summary(column),
+            column["count"].to_string(),
+            column["missing"].to_string(),
+            column["distinct"].to_string(),
+            summary(column),
         );
     }
 }
 
 fn summary(column: &Value) -> String {
     if let Some(mean) = column["mean"].as_f64() {
-        let deviation = column["deviation"].as_f64().unwrap_or(0.0);
+        let deviation = column["standard_deviation"].as_f64().unwrap_or(0.0);
         return format!("mean {mean:.2} ± {deviation:.2}, {} to {}", column["min"], column["max"]);
     }
     let top = column["top"].as_array().map(Vec::as_slice).unwrap_or_default();

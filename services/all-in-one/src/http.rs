@@ -109,9 +109,8 @@ impl Health {
 impl Services {
     /// Everything that is served on the port.
     pub(crate) fn http(self: &Arc<Self>) -> Result<Router, StartError> {
-        let reflection = |error: tonic_reflection::server::Error| {
-            StartError::Reflection(error.to_string())
-        };
+        let reflection =
+            |error: tonic_reflection::server::Error| StartError::Reflection(error.to_string());
         let builder = || {
             tonic_reflection::server::Builder::configure()
                 .register_encoded_file_descriptor_set(PUBLIC_DESCRIPTOR_SET)

@@ -30,6 +30,8 @@ pub enum StartError {
     DevKey(DevKeyError),
     /// The address cannot be listened on.
     Listen(SocketAddr, io::Error),
+    /// It cannot do its job, though everything could be opened.
+    Unhealthy(String),
     /// The schema for reflection cannot be read, which a build that passed its tests rules out.
     Reflection(String),
 }
@@ -43,6 +45,7 @@ impl std::fmt::Display for StartError {
             Self::Listen(address, error) => {
                 write!(formatter, "cannot listen on {address}: {error}")
             }
+            Self::Unhealthy(error) => write!(formatter, "{error}"),
             Self::Reflection(error) => write!(formatter, "cannot serve reflection: {error}"),
         }
     }
@@ -82,15 +85,16 @@ impl AllInOne {
         let listener = TcpListener::bind(config.server.listen)
             .await
             .map_err(|error| StartError::Listen(config.server.listen, error))?;
-        let address =
-            listener.local_addr().map_err(|error| StartError::Listen(config.server.listen, error))?;
+        let address = listener
+            .local_addr()
+            .map_err(|error| StartError::Listen(config.server.listen, error))?;
         let clock: Arc<dyn Clock> = Arc::new(SystemClock);
         let (services, dev_key) = Services::build(config, handlers, clock.clone())?;
         let services = Arc::new(services);
         let shutdown = Shutdown::default();
         let mut tasks = services.clone().spawn(&shutdown);
         services.router.ready().await;
-        services.health.refresh().await;
+        services.health.refresh().await.map_err(StartError::Unhealthy)?;
         let router = services.http()?;
         tasks.push(tokio::spawn(serve::serve(
             listener,

@@ -1,6 +1,11 @@
 //! `streamer up`: a server until it is told to stop.
 
-use std::{env, process::ExitCode, time::Duration};
+use std::{
+    env,
+    io::{self, Write},
+    process::ExitCode,
+    time::Duration,
+};
 
 use streamer_all_in_one::AllInOne;
 use streamer_auth::NewToken;
@@ -78,22 +83,29 @@ fn sources(from: &ConfigSources, mut flags: Vec<(String, String)>) -> Sources {
     Sources { file: from.config.clone(), environment: environment.collect(), flags }
 }
 
+/// In one write, so that a reader who leaves after the first line does not end the server.
 fn announce(server: &AllInOne, config: &Config) {
-    let address = server.address();
-    println!("{READY}http://{address} (gRPC, WebSocket at /ws, HTTP)");
-    let data = config.server.data.display();
-    println!("Data:  {data}");
     let token = NewToken {
         user: "dev".into(),
         tenant: "dev".into(),
         permissions: vec!["*".into()],
         expires_in: TOKEN_LIFE,
     };
-    if let Some(token) = server.dev_token(&token) {
-        println!("Token: {token}");
-        println!("       (user dev of tenant dev, everything permitted, for 24 hours)");
+    let token = server.dev_token(&token).map_or_else(String::new, |token| {
+        format!(
+            "Token: {token}\n       (user dev of tenant dev, everything permitted, for 24 hours)\n"
+        )
+    });
+    let text = format!(
+        "{READY}http://{} (gRPC, WebSocket at /ws, HTTP)\nData:  {}\n{token}\
+         Try:   streamer submit echo_async --payload '{{\"steps\":20,\"delay_ms\":100}}'\n",
+        server.address(),
+        config.server.data.display(),
+    );
+    let mut out = io::stdout().lock();
+    if let Err(error) = out.write_all(text.as_bytes()).and_then(|()| out.flush()) {
+        tracing::warn!(%error, "cannot say on standard output that the server is ready");
     }
-    println!("Try:   streamer submit echo_async --payload '{{\"steps\":20,\"delay_ms\":100}}'");
 }
 
 async fn stop_signal() {

@@ -129,11 +129,8 @@ fn authenticator(
         "" => None,
         url => Some(JwksSource::new(url).map_err(StartError::Key)?),
     };
-    let rules = TokenRules {
-        issuers: auth.issuers.clone(),
-        audiences: auth.audiences.clone(),
-        leeway,
-    };
+    let rules =
+        TokenRules { issuers: auth.issuers.clone(), audiences: auth.audiences.clone(), leeway };
     Ok((Arc::new(Authenticator::new(keys, jwks, rules, clock)), None))
 }
 

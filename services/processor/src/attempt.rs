@@ -117,9 +117,8 @@ pub(crate) async fn run(
     let payload = claimed.payload.data.clone();
     // A task of its own: a handler that computes without a pause does not hold up its reports, and
     // one that panics fails alone.
-    let work = AbortOnDropHandle::new(tokio::spawn(async move {
-        handler.run(&context, payload).await
-    }));
+    let work =
+        AbortOnDropHandle::new(tokio::spawn(async move { handler.run(&context, payload).await }));
     let attempt = Attempt {
         environment,
         uid: record.uid,

@@ -248,7 +248,9 @@ impl Dispatcher {
                 if let Some(running) = self.running.lock().get_mut(&uid) {
                     running.attempt = claimed.record.attempt;
                 }
-                self.metrics.wait_seconds.observe(now.since(claimed.record.not_before).as_secs_f64());
+                self.metrics
+                    .wait_seconds
+                    .observe(now.since(claimed.record.not_before).as_secs_f64());
                 let span = tracing::info_span!(
                     "attempt",
                     request_id = claimed.record.request_id(),
@@ -392,7 +394,9 @@ impl Dispatcher {
             let leases: Vec<Lease> = {
                 let running = self.running.lock();
                 let claimed = running.iter().filter(|(_, running)| running.attempt > 0);
-                claimed.map(|(uid, running)| Lease { uid: *uid, attempt: running.attempt }).collect()
+                claimed
+                    .map(|(uid, running)| Lease { uid: *uid, attempt: running.attempt })
+                    .collect()
             };
             if leases.is_empty() {
                 continue;

@@ -55,7 +55,10 @@ impl ExecutionApi {
             ));
         };
         let Ok(_slot) = self.sync_slots.try_acquire() else {
-            return Err(refusal(ErrorCode::RateLimited, "too many sync actions run at once".into()));
+            return Err(refusal(
+                ErrorCode::RateLimited,
+                "too many sync actions run at once".into(),
+            ));
         };
         let cancellation = CancellationToken::new();
         // A handler that runs on after its time, on another task, learns that nobody waits.

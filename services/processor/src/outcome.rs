@@ -4,9 +4,7 @@ use std::time::Duration;
 
 use streamer_core::{ErrorCode, OutputDigest, RequestError, RetryPolicy, Timestamp};
 use streamer_proto::{
-    common::v1::{
-        Cancelled, Event, Failed, OutputSummary, Retrying, Succeeded, event::Kind,
-    },
+    common::v1::{Cancelled, Event, Failed, OutputSummary, Retrying, Succeeded, event::Kind},
     timestamp,
 };
 use streamer_rpc::{error_to_proto, json_payload};

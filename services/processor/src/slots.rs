@@ -94,7 +94,7 @@ mod tests {
 
     #[test]
     fn both_limits_hold_and_slots_come_back() {
-        let slots = Arc::new(Slots::new(&Handlers::new().add(Limited), 2));
+        let slots = Arc::new(Slots::new(&Handlers::new().with(Limited), 2));
         let first = slots.take("limited").unwrap();
         assert!(slots.take("limited").is_none());
         assert!(!slots.has_room("limited") && slots.has_room("other"));

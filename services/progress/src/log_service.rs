@@ -50,7 +50,8 @@ impl EventLogService for LogService {
             check_contiguous(&request.events)?;
         }
         let attempt = u32::try_from(request.attempt).ok().filter(|attempt| *attempt > 0);
-        let attempt = attempt.ok_or_else(|| Status::invalid_argument("attempt must be positive"))?;
+        let attempt =
+            attempt.ok_or_else(|| Status::invalid_argument("attempt must be positive"))?;
         let appended = self
             .store
             .append(Append {

@@ -21,8 +21,10 @@ impl ProgressMetrics {
                 "streamer_progress_append_seconds",
                 "From a publish call to its events being durable",
             ),
-            fenced: metrics
-                .counter("streamer_progress_fenced", "Publish calls of attempts that are not current"),
+            fenced: metrics.counter(
+                "streamer_progress_fenced",
+                "Publish calls of attempts that are not current",
+            ),
             watchers: metrics.gauge("streamer_progress_watchers", "Open watch streams"),
             topics: metrics.gauge("streamer_progress_topics", "Requests with a tail in memory"),
             replayed: metrics.counter(

@@ -139,9 +139,8 @@ impl Topics {
                 Err(error) => Err(Some(error)),
             }
         });
-        let outcome = loading.await.map(|()| ());
-        match outcome {
-            Ok(()) => Ok(Some(subscription)),
+        match loading.await {
+            Ok(_) => Ok(Some(subscription)),
             Err(error) => {
                 self.by_uid.lock().remove(&uid);
                 error.map_or(Ok(None), Err)
@@ -220,7 +219,9 @@ impl Topics {
                 }
             }
             Ok(None) => {}
-            Err(error) => tracing::warn!(%error, uid = %topic.uid, "could not compare with the store"),
+            Err(error) => {
+                tracing::warn!(%error, uid = %topic.uid, "could not compare with the store");
+            }
         }
     }
 }

@@ -49,9 +49,8 @@ impl WatchService {
 
     async fn find(&self, principal: &Principal, name: &str) -> Result<Uid, Status> {
         let owner = Owner { tenant: principal.tenant.clone(), user: principal.user.clone() };
-        let record = find_by_name(&*self.store, &owner, name)
-            .await
-            .map_err(|error| store_status(&error))?;
+        let record =
+            find_by_name(&*self.store, &owner, name).await.map_err(|error| store_status(&error))?;
         match record {
             Some(record) if principal.may_read(&record.owner.tenant, &record.owner.user) => {
                 Ok(record.uid)

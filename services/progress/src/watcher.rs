@@ -94,10 +94,7 @@ impl Watcher {
             let ended = state.is_some_and(streamer_core::RequestState::is_terminal);
             self.cursor = snapshot.last_seq - i64::from(ended);
         }
-        let events = match self.read().await? {
-            Some(events) => events,
-            None => Vec::new(),
-        };
+        let events = self.read().await?.unwrap_or_default();
         Ok(WatchResponse { snapshot, ..self.message(events) })
     }
 

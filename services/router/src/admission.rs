@@ -40,10 +40,8 @@ pub(crate) fn read(
         validate::at_most(content_type.len(), content_type_limit, "content type"),
     );
     let payload_limit = server_limits.max_payload_bytes;
-    violations.check(
-        "payload",
-        validate::at_most(data.len(), payload_limit, "limits.max_payload_bytes"),
-    );
+    violations
+        .check("payload", validate::at_most(data.len(), payload_limit, "limits.max_payload_bytes"));
     if content_type == JSON {
         violations.check("payload", well_formed_json(&data).map(drop));
     }
@@ -129,9 +127,17 @@ mod tests {
             deadline: Some(prost_types::Timestamp { seconds: -5, nanos: 0 }),
             ..SubmitRequest::default()
         });
-        for field in ["id:", "action:", "payload: must be at most 10", "payload: is not JSON",
-            "metadata:", "priority:", "wait:", "delay:", "deadline:"]
-        {
+        for field in [
+            "id:",
+            "action:",
+            "payload: must be at most 10",
+            "payload: is not JSON",
+            "metadata:",
+            "priority:",
+            "wait:",
+            "delay:",
+            "deadline:",
+        ] {
             assert!(told.contains(field), "{field} is missing in {told}");
         }
     }

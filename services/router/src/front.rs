@@ -9,7 +9,9 @@ use streamer_core::{
 use streamer_proto::{
     common::v1::{Payload, Request, RequestState, event::Kind, payload::Body},
     internal::v1::ExecuteRequest,
-    router::v1::{Acknowledgment, Completed, SubmitRequest, SubmitResponse, submit_response::Outcome},
+    router::v1::{
+        Acknowledgment, Completed, SubmitRequest, SubmitResponse, submit_response::Outcome,
+    },
 };
 use streamer_rpc::{
     encode_payload, not_found, request_to_proto, state_to_proto, status, store_status,
@@ -280,7 +282,8 @@ impl Front {
         reason: String,
     ) -> Result<RequestRecord, Status> {
         let mut violations = Violations::default();
-        violations.check("reason", validate::at_most(reason.len(), limits::MAX_REASON_BYTES, "reason"));
+        violations
+            .check("reason", validate::at_most(reason.len(), limits::MAX_REASON_BYTES, "reason"));
         refuse(&violations)?;
         let record = self.find(caller, name, Access::Write).await?;
         let cancelled = self.store.cancel(record.uid, reason, self.clock.now()).await;
@@ -322,7 +325,8 @@ impl Front {
         if let Some(known) = self.catalog.get(&old.action) {
             permitted(caller, &known)?;
         }
-        let payload = self.store.read_payload(old.uid).await.map_err(|error| store_status(&error))?;
+        let payload =
+            self.store.read_payload(old.uid).await.map_err(|error| store_status(&error))?;
         let submission = Submission {
             client_id: (!id.is_empty()).then_some(id),
             action: old.action.clone(),

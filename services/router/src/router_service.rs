@@ -14,12 +14,12 @@ use streamer_proto::{
         router_service_server::RouterService, submit_response::Outcome,
     },
 };
-use streamer_rpc::{encode_payload, request_to_proto, state_from_proto, validation_status, with_authorization};
+use streamer_rpc::{
+    encode_payload, request_to_proto, state_from_proto, validation_status, with_authorization,
+};
 use tonic::{Request, Response, Status};
 
-use crate::{
-    front::{Access, Front, refuse},
-};
+use crate::front::{Access, Front, refuse};
 
 pub(crate) const MAX_PAGE: i32 = 500;
 pub(crate) const DEFAULT_PAGE: usize = 50;

@@ -30,8 +30,8 @@ pub(super) async fn run(subject: &Subject, load: Load) -> anyhow::Result<Report>
         session.next_text().await?;
         sessions.push(session);
     }
-    let head_start = HEAD_START
-        + HEAD_START_EACH * u32::try_from(total + load.requests * 4).unwrap_or(u32::MAX);
+    let head_start =
+        HEAD_START + HEAD_START_EACH * u32::try_from(total + load.requests * 4).unwrap_or(u32::MAX);
     submit_all(subject, load, head_start).await?;
     let before = subject.processor_ms();
     let mut tasks = Vec::with_capacity(total);

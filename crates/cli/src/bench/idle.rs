@@ -29,7 +29,11 @@ pub(super) async fn run(subject: &Subject, connections: usize) -> anyhow::Result
     report.figure("connections", connections, "");
     report.figure("resident before", before / 1024, "KiB");
     report.figure("resident after", after / 1024, "KiB");
-    report.figure("resident each", after.saturating_sub(before) / connections.max(1) as u64, "bytes");
+    report.figure(
+        "resident each",
+        after.saturating_sub(before) / connections.max(1) as u64,
+        "bytes",
+    );
     // They are there and answer.
     let mut faults = 0;
     for session in &mut sessions {

@@ -37,9 +37,10 @@ pub(super) async fn run(subject: &Subject, load: Load) -> anyhow::Result<Report>
     let mut tasks = Vec::with_capacity(connections);
     for (position, session) in sessions.into_iter().enumerate() {
         // The remainder goes to the first ones.
-        let window = load.in_flight / connections + usize::from(position < load.in_flight % connections);
-        let every = (load.rate > 0)
-            .then(|| Duration::from_secs_f64(connections as f64 / load.rate as f64));
+        let window =
+            load.in_flight / connections + usize::from(position < load.in_flight % connections);
+        let every =
+            (load.rate > 0).then(|| Duration::from_secs_f64(connections as f64 / load.rate as f64));
         let driver = Driver {
             session,
             name: format!("c{position}"),

@@ -27,7 +27,12 @@ impl Report {
         Self { name, figures: Vec::new(), faults: 0 }
     }
 
-    pub(crate) fn figure(&mut self, name: &'static str, value: impl Into<Value>, unit: &'static str) {
+    pub(crate) fn figure(
+        &mut self,
+        name: &'static str,
+        value: impl Into<Value>,
+        unit: &'static str,
+    ) {
         self.figures.push((name, value.into(), unit));
     }
 

@@ -28,7 +28,9 @@ pub(super) async fn run(
     }
     // One connection's share of the rate.
     let every = (rate > 0).then(|| {
-        Duration::from_secs_f64(f64::from(u32::try_from(connections).unwrap_or(u32::MAX)) / rate as f64)
+        Duration::from_secs_f64(
+            f64::from(u32::try_from(connections).unwrap_or(u32::MAX)) / rate as f64,
+        )
     });
     let begin = Instant::now() + WARM_UP;
     let end = begin + duration;

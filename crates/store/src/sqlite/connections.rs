@@ -11,8 +11,8 @@ pub(super) fn update(
     opened: &[ConnectionRecord],
     closed: &[Uid],
 ) -> rusqlite::Result<()> {
-    let mut insert =
-        db.prepare_cached("INSERT OR REPLACE INTO connections VALUES (?1, ?2, ?3, ?4, ?5, ?6, ?7)")?;
+    let mut insert = db
+        .prepare_cached("INSERT OR REPLACE INTO connections VALUES (?1, ?2, ?3, ?4, ?5, ?6, ?7)")?;
     for connection in opened {
         insert.execute(params![
             connection.id.to_bytes(),

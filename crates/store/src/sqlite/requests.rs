@@ -6,18 +6,14 @@ use bytes::Bytes;
 use prost::Message;
 use rusqlite::{Connection, OptionalExtension, params};
 use streamer_core::{OutputDigest, RequestState, Timestamp, Uid};
-use streamer_proto::common::v1::{
-    Accepted, Cancelled, Event, OutputSummary, Started, event::Kind,
-};
+use streamer_proto::common::v1::{Accepted, Cancelled, Event, OutputSummary, Started, event::Kind};
 
 use super::row;
 use crate::{
     Append, Appended, CancelOutcome, Claim, ClaimOutcome, Claimed, CreateOutcome, DeleteOutcome,
     Lease, NewRequest, Renewed, RequestRecord, StoredPayload, Writer,
 };
-pub(super) use read::{
-    due, events, expired, find, get, list, next_due, payload, queue_stats,
-};
+pub(super) use read::{due, events, expired, find, get, list, next_due, payload, queue_stats};
 
 pub(super) fn create(db: &Connection, new: &NewRequest) -> rusqlite::Result<CreateOutcome> {
     if let Some(existing) = existing(db, new)? {
@@ -28,7 +24,8 @@ pub(super) fn create(db: &Connection, new: &NewRequest) -> rusqlite::Result<Crea
             CreateOutcome::Conflict(Box::new(record))
         });
     }
-    let accepted = event(1, 0, new.create_time, Kind::Accepted(Accepted { action: new.action.clone() }));
+    let accepted =
+        event(1, 0, new.create_time, Kind::Accepted(Accepted { action: new.action.clone() }));
     db.prepare_cached(
         "INSERT INTO requests (uid, client_id, tenant, user, action, state, attempt, last_seq,
              attempt_seq, priority, create_time, not_before, deadline, metadata, redrive_of,
@@ -83,7 +80,10 @@ pub(super) fn create(db: &Connection, new: &NewRequest) -> rusqlite::Result<Crea
 }
 
 /// What this submission stands for already: by the caller's id, or by its own when it is repeated.
-fn existing(db: &Connection, new: &NewRequest) -> rusqlite::Result<Option<(RequestRecord, Vec<u8>)>> {
+fn existing(
+    db: &Connection,
+    new: &NewRequest,
+) -> rusqlite::Result<Option<(RequestRecord, Vec<u8>)>> {
     let with_fingerprint = |row: &rusqlite::Row<'_>| Ok((row::record(row)?, row.get(23)?));
     let columns = row::COLUMNS;
     if let Some(client_id) = &new.client_id {
@@ -291,8 +291,7 @@ pub(super) fn cancel(
         RequestState::Queued => {
             // Whatever earlier attempts put out is void, so nothing is left.
             let nothing = OutputDigest::default();
-            let output =
-                OutputSummary { chunks: 0, sha256: nothing.sha256().to_vec().into() };
+            let output = OutputSummary { chunks: 0, sha256: nothing.sha256().to_vec().into() };
             let cancelled = event(
                 record.last_seq + 1,
                 record.attempt,
@@ -336,8 +335,12 @@ pub(super) fn renew(
     )?;
     let mut renewed = Vec::with_capacity(leases.len());
     for lease in leases {
-        let changed =
-            update.execute(params![lease.uid.to_bytes(), lease.attempt, holder, until.as_millis()])?;
+        let changed = update.execute(params![
+            lease.uid.to_bytes(),
+            lease.attempt,
+            holder,
+            until.as_millis()
+        ])?;
         let cancel_reason = standing(db, lease.uid)?.and_then(|standing| standing.cancel_reason);
         renewed.push(Renewed { lease: *lease, held: changed == 1, cancel_reason });
     }

@@ -9,8 +9,7 @@ use streamer_proto::{common::v1::OutputSummary, internal::v1::EventBatch};
 use crate::{Owner, RequestRecord};
 
 /// The columns that [`record`] reads, in its order.
-pub(super) const COLUMNS: &str =
-    "uid, client_id, tenant, user, action, state, attempt, last_seq, attempt_seq, priority, \
+pub(super) const COLUMNS: &str = "uid, client_id, tenant, user, action, state, attempt, last_seq, attempt_seq, priority, \
      create_time, start_time, finish_time, not_before, deadline, progress, metadata, \
      cancel_reason, error, output_chunks, output_sha256, redrive_of, trace_parent";
 
@@ -77,7 +76,8 @@ pub(super) fn batch(row: &Row<'_>, column: usize) -> rusqlite::Result<EventBatch
 
 fn message<M: Message + Default>(row: &Row<'_>, column: usize) -> rusqlite::Result<Option<M>> {
     let Some(bytes) = row.get_ref(column)?.as_blob_or_null()? else { return Ok(None) };
-    let decoded = M::decode(bytes).map_err(|error| damaged(column, Type::Blob, error.to_string()))?;
+    let decoded =
+        M::decode(bytes).map_err(|error| damaged(column, Type::Blob, error.to_string()))?;
     Ok(Some(decoded))
 }
 

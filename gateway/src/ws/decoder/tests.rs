@@ -61,8 +61,15 @@ fn messages_come_out_however_the_bytes_are_cut() {
     bytes.extend(frame(0x81, &vec![b'x'; 70_000]));
     bytes.extend(frame(0x8a, b""));
     bytes.extend(frame(0x88, &[0x03, 0xe8]));
-    let expected = ["Text(\"Hello\")", "Ping([112])", "Text(\"f\u{e9}!\")", "Binary",
-        "text of 70000", "Pong", "Close(Some(1000))"];
+    let expected = [
+        "Text(\"Hello\")",
+        "Ping([112])",
+        "Text(\"f\u{e9}!\")",
+        "Binary",
+        "text of 70000",
+        "Pong",
+        "Close(Some(1000))",
+    ];
     for size in [1, 2, 3, 7, 64, 1000, bytes.len()] {
         let (messages, violation) = decode(&bytes, size);
         assert_eq!((messages, violation), (expected.map(String::from).to_vec(), None), "{size}");

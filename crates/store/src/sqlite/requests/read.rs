@@ -145,7 +145,9 @@ pub(in crate::sqlite) fn queue_stats(
         .prepare_cached("SELECT COUNT(*) FROM requests WHERE state = 0")?
         .query_row([], |row| row.get(0))?;
     let oldest_due: Option<i64> = db
-        .prepare_cached("SELECT MIN(not_before) FROM requests WHERE state = 0 AND not_before <= ?1")?
+        .prepare_cached(
+            "SELECT MIN(not_before) FROM requests WHERE state = 0 AND not_before <= ?1",
+        )?
         .query_row([now.as_millis()], |row| row.get(0))?;
     Ok(QueueStats {
         queued: u64::try_from(queued).unwrap_or(0),
