@@ -2,7 +2,7 @@
 
 use std::borrow::Cow;
 
-use serde::Deserialize;
+use serde::{Deserialize, Deserializer};
 use serde_json::value::RawValue;
 use streamer_core::{RequestState, Violations, limits, validate};
 
@@ -61,7 +61,7 @@ struct Fields<'a> {
     request_id: Option<&'a RawValue>,
     #[serde(borrow)]
     action: Option<&'a RawValue>,
-    #[serde(borrow)]
+    #[serde(borrow, default, deserialize_with = "present")]
     payload: Option<&'a RawValue>,
     #[serde(borrow)]
     metadata: Option<&'a RawValue>,
@@ -85,6 +85,11 @@ struct Fields<'a> {
     page_token: Option<&'a RawValue>,
     #[serde(borrow)]
     token: Option<&'a RawValue>,
+}
+
+/// A payload of `null` is a payload, other than none at all.
+fn present<'de, D: Deserializer<'de>>(deserializer: D) -> Result<Option<&'de RawValue>, D::Error> {
+    <&RawValue>::deserialize(deserializer).map(Some)
 }
 
 /// Reads a message.

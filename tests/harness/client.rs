@@ -86,6 +86,12 @@ impl Client {
         self.next().await
     }
 
+    /// Sends text as it is and returns the next message.
+    pub async fn ask_text(&mut self, text: impl Into<String>) -> Value {
+        self.send_text(text).await;
+        self.next().await
+    }
+
     /// Submits an async request and returns its acknowledgement.
     ///
     /// # Panics

@@ -1,1 +1,149 @@
-//! placeholder
+//! Who is let in: every way to bring a token, and every way in which one is refused.
+#![allow(clippy::unwrap_used, reason = "in tests, a panic is the report")]
+
+use std::{fs, time::Duration};
+
+use base64::{Engine, engine::general_purpose::URL_SAFE_NO_PAD};
+use ed25519_dalek::{
+    SigningKey,
+    pkcs8::{DecodePrivateKey, EncodePrivateKey, EncodePublicKey, spki::der::pem::LineEnding},
+};
+use jsonwebtoken::{Algorithm, EncodingKey, Header, encode};
+use serde_json::{Value, json};
+use streamer_client::ClientError;
+use streamer_core::{Clock, SystemClock};
+use streamer_tests::{Client, Server};
+
+async fn refusal(server: &Server, token: &str) -> (u16, String) {
+    match Client::try_connect(&server.url, token).await {
+        Err(ClientError::Closed { code, reason }) => (code, reason),
+        Err(other) => panic!("{other}"),
+        Ok(_) => panic!("it was let in"),
+    }
+}
+
+fn seconds_from_now(seconds: i64) -> i64 {
+    SystemClock.now().as_millis() / 1000 + seconds
+}
+
+/// Claims that the server accepts.
+fn good_claims() -> Value {
+    json!({
+        "iss": "streamer-dev", "aud": ["other", "streamer"], "sub": "ann", "tenant_id": "acme",
+        "permissions": [], "exp": seconds_from_now(600),
+    })
+}
+
+fn with(changes: Value) -> Value {
+    let mut claims = good_claims();
+    for (name, value) in changes.as_object().unwrap() {
+        if value.is_null() {
+            claims.as_object_mut().unwrap().remove(name);
+        } else {
+            claims[name] = value.clone();
+        }
+    }
+    claims
+}
+
+#[tokio::test]
+async fn each_broken_rule_of_a_token_is_named() {
+    let server = Server::start(&[]);
+    let pem = fs::read_to_string(server.data().join("dev-key.pem")).unwrap();
+    let key = EncodingKey::from_ed_pem(pem.as_bytes()).unwrap();
+    let sign = |claims: &Value| encode(&Header::new(Algorithm::EdDSA), claims, &key).unwrap();
+    Client::connect(&server.url, &sign(&good_claims())).await;
+
+    let cases = [
+        (json!({"exp": seconds_from_now(-60)}), "the token expired at"),
+        (json!({"nbf": seconds_from_now(600)}), "the token is not valid before"),
+        (json!({"iss": "somebody"}), "claim iss is not an accepted issuer"),
+        (json!({"iss": null}), "claim iss is required"),
+        (json!({"aud": "elsewhere"}), "claim aud does not name this service"),
+        (json!({"aud": null}), "claim aud is required"),
+        (json!({"exp": null}), "claim exp is required"),
+        (json!({"tenant_id": null}), "claim tenant_id is required"),
+        (json!({"tenant_id": ""}), "claim tenant_id must have 1 to 128"),
+        (json!({"sub": null}), "claim sub is required"),
+    ];
+    for (changes, expected) in cases {
+        let (code, reason) = refusal(&server, &sign(&with(changes))).await;
+        assert_eq!(code, 4401);
+        assert!(reason.contains(expected), "{expected} is missing in {reason}");
+    }
+
+    let (code, reason) = refusal(&server, "").await;
+    assert_eq!((code, reason.contains("a token is required")), (4401, true), "{reason}");
+    let (code, reason) = refusal(&server, "not.a.token").await;
+    assert_eq!((code, reason.contains("malformed")), (4401, true), "{reason}");
+}
+
+#[tokio::test]
+async fn the_algorithm_never_comes_from_the_token() {
+    let server = Server::start(&[]);
+    let pem = fs::read_to_string(server.data().join("dev-key.pem")).unwrap();
+    let public = SigningKey::from_pkcs8_pem(&pem).unwrap().verifying_key();
+    let public = public.to_public_key_pem(LineEnding::LF).unwrap();
+    let claims = good_claims();
+
+    let part = |value: &Value| URL_SAFE_NO_PAD.encode(value.to_string());
+    for name in ["none", "None", "nOnE"] {
+        let unsigned = format!("{}.{}.", part(&json!({"alg": name, "typ": "JWT"})), part(&claims));
+        assert_eq!(refusal(&server, &unsigned).await.0, 4401);
+    }
+    // Signed with the public key as a shared secret: the classic confusion of algorithms.
+    let confused = EncodingKey::from_secret(public.as_bytes());
+    let confused = encode(&Header::new(Algorithm::HS256), &claims, &confused).unwrap();
+    let (code, reason) = refusal(&server, &confused).await;
+    assert_eq!((code, reason.contains("algorithm")), (4401, true), "{reason}");
+
+    let mut seed = [0; 32];
+    getrandom::fill(&mut seed).unwrap();
+    let stranger = SigningKey::from_bytes(&seed).to_pkcs8_pem(LineEnding::LF).unwrap();
+    let stranger = EncodingKey::from_ed_pem(stranger.as_bytes()).unwrap();
+    let forged = encode(&Header::new(Algorithm::EdDSA), &claims, &stranger).unwrap();
+    let (code, reason) = refusal(&server, &forged).await;
+    assert_eq!((code, reason.contains("signature")), (4401, true), "{reason}");
+}
+
+#[tokio::test]
+async fn too_many_connections_of_one_user_are_told() {
+    let server = Server::start(&["gateway.max_connections_per_user=2"]);
+    let token = server.token("acme", "ann", &[]);
+    let first = Client::connect(&server.url, &token).await;
+    let _second = Client::connect(&server.url, &token).await;
+    let (code, reason) = refusal(&server, &token).await;
+    assert_eq!(
+        (code, reason.contains("gateway.max_connections_per_user")),
+        (4429, true),
+        "{reason}"
+    );
+    Client::connect(&server.url, &server.token("acme", "bob", &[])).await;
+    drop(first);
+}
+
+#[tokio::test]
+async fn a_fresh_token_prolongs_a_connection_and_only_its_own_users() {
+    let server = Server::start(&[]);
+    let short = server.token_for("acme", "ann", &[], Duration::from_secs(30));
+    let mut client = Client::connect(&server.url, &short).await;
+    let fresh = server.token("acme", "ann", &[]);
+    client.send(json!({"type": "auth", "token": fresh})).await;
+    loop {
+        match client.next().await["type"].as_str().unwrap() {
+            "auth_expiring" => {}
+            "authenticated" => break,
+            other => panic!("{other}"),
+        }
+    }
+    let refused = loop {
+        let answer = client.ask(json!({"type": "auth", "token": "x.y.z"})).await;
+        if answer["type"] != "auth_expiring" {
+            break answer;
+        }
+    };
+    assert_eq!(refused["error"]["code"], "UNAUTHORIZED");
+    client.send(json!({"type": "auth", "token": server.token("acme", "bob", &[])})).await;
+    let closed = client.try_next().await;
+    assert!(matches!(closed, Err(ClientError::Closed { code: 4403, .. })), "{closed:?}");
+}

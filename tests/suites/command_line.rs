@@ -1,1 +1,154 @@
-//! placeholder
+//! The `streamer` binary as scripts use it: output, exit codes, a wrong flag, no server.
+#![allow(clippy::unwrap_used, reason = "in tests, a panic is the report")]
+
+use std::{
+    fs,
+    process::{Command, Output},
+};
+
+use serde_json::Value;
+use streamer_tests::{Server, binary, tool};
+use tempfile::TempDir;
+
+fn streamer(server: &Server, arguments: &[&str]) -> Output {
+    Command::new(binary())
+        .args(arguments)
+        .env_clear()
+        .env("STREAMER_SERVER", &server.url)
+        .env("STREAMER_DATA", server.data())
+        .output()
+        .unwrap()
+}
+
+fn lines(output: &Output) -> Vec<Value> {
+    let text = String::from_utf8(output.stdout.clone()).unwrap();
+    text.lines().map(|line| serde_json::from_str(line).unwrap()).collect()
+}
+
+#[test]
+fn exit_codes_tell_scripts_what_happened() {
+    let server = Server::start(&[]);
+    let code = |arguments: &[&str]| streamer(&server, arguments).status.code().unwrap();
+    assert_eq!(code(&["submit", "echo", "--payload", "{\"a\":1}"]), 0);
+    let failing = r#"{"fail_attempts":0,"steps":1,"csv":7}"#;
+    assert_eq!(code(&["submit", "process_data", "--payload", failing]), 2);
+    assert_eq!(code(&["submit", "process_data", "--payload", r#"{"csv":"a,b\n1\n"}"#]), 2);
+    assert_eq!(code(&["submit", "echo", "--nonsense"]), 2);
+    assert_eq!(code(&["submit", "echo", "--payload", "{"]), 2);
+    assert_eq!(code(&["submit", "echo", "--token", "x.y.z"]), 4);
+    assert_eq!(code(&["submit", "echo", "--server", "http://127.0.0.1:1"]), 3);
+    assert_eq!(code(&["get", "nobody"]), 1);
+    assert_eq!(
+        code(&["submit", "echo_async", "--id", "d", "--detach", "--delay-ms", "3600000"]),
+        0
+    );
+    assert_eq!(code(&["cancel", "d", "--reason", "enough"]), 0);
+    assert_eq!(code(&["watch", "d"]), 5);
+}
+
+#[test]
+fn a_piped_submission_prints_every_message_as_a_line() {
+    let server = Server::start(&[]);
+    let output =
+        streamer(&server, &["submit", "echo_async", "--id", "x", "--payload", "{\"steps\":3}"]);
+    let messages = lines(&output);
+    let kinds: Vec<_> = messages.iter().map(|message| message["type"].as_str().unwrap()).collect();
+    assert_eq!(
+        kinds,
+        ["acknowledgment", "started", "progress", "progress", "progress", "complete"]
+    );
+    let watched = lines(&streamer(&server, &["watch", "x", "--after-seq", "4"]));
+    assert_eq!(watched[1..], messages[4..]);
+    let seen = lines(&streamer(&server, &["watch", "x", "--after-seq", "6"]));
+    assert_eq!(seen.len(), 1, "nothing follows what was seen: {seen:?}");
+    let only = lines(&streamer(&server, &["submit", "echo", "--wait", "--payload", "5"]));
+    assert_eq!((only.len(), &only[0]["data"]["echo"]), (1, &Value::from(5)));
+    let listed = lines(&streamer(&server, &["list"]));
+    assert_eq!(listed[0]["request_id"], "x");
+    let actions = lines(&streamer(&server, &["actions"]));
+    assert!(actions.iter().any(|action| action["name"] == "process_data"));
+}
+
+#[test]
+fn the_demo_profiles_a_file_and_writes_a_report() {
+    let folder = TempDir::new().unwrap();
+    fs::write(folder.path().join("my.csv"), "city,size\nUlm,<b>1\nBonn,2\n").unwrap();
+    for arguments in [&["demo"][..], &["demo", "my.csv"]] {
+        let demo =
+            Command::new(binary()).args(arguments).current_dir(folder.path()).env_clear().output();
+        let demo = demo.unwrap();
+        assert!(demo.status.success(), "{}", String::from_utf8_lossy(&demo.stderr));
+        let shown = String::from_utf8_lossy(&demo.stdout).into_owned();
+        assert!(shown.contains("100.0 %") && shown.contains("What next"), "{shown}");
+        let report = fs::read_to_string(folder.path().join("streamer-report.html")).unwrap();
+        assert!(report.starts_with("<!DOCTYPE html>"), "{report}");
+        let penguins = arguments.len() == 1;
+        assert_eq!(report.contains("<svg"), penguins, "numeric columns have histograms");
+        assert!(!report.contains("<b>1"), "what comes from the data is escaped");
+    }
+    let missing =
+        Command::new(binary()).args(["demo", "nope.csv"]).current_dir(folder.path()).output();
+    assert_eq!(missing.unwrap().status.code(), Some(1));
+}
+
+#[test]
+fn wrong_configuration_is_told_at_once_and_whole() {
+    let run = |arguments: &[&str]| {
+        Command::new(binary()).args(arguments).current_dir("/").env_clear().output().unwrap()
+    };
+    let output = run(&["up", "--set", "gateway.max_connections=0", "--set", "no.such=1"]);
+    assert_eq!(output.status.code(), Some(2));
+    let told = String::from_utf8_lossy(&output.stderr).into_owned();
+    assert!(
+        told.contains("gateway.max_connections: must be 1 to") && told.contains("no.such"),
+        "{told}"
+    );
+    let output = run(&["up", "--listen", "0.0.0.0:0"]);
+    let told = String::from_utf8_lossy(&output.stderr).into_owned();
+    assert!(told.contains("can be reached by others"), "{told}");
+    assert!(run(&["config", "--default"]).status.success());
+    assert!(run(&["completions", "bash"]).status.success());
+}
+
+/// Another implementation of the protocol, written from its description alone.
+#[test]
+fn a_python_client_works_from_the_protocol_alone() {
+    const SCRIPT: &str = r#"
+import asyncio, json, sys, websockets
+async def main(url, token):
+    async with websockets.connect(url + "/ws", subprotocols=["streamer.v1.json", "bearer." + token]) as ws:
+        assert ws.subprotocol == "streamer.v1.json"
+        assert json.loads(await ws.recv())["type"] == "connected"
+        await ws.send(json.dumps({"action": "echo_async", "payload": {"steps": 3}, "unknown": 1}))
+        kinds = []
+        while "complete" not in kinds:
+            kinds.append(json.loads(await ws.recv())["type"])
+        assert kinds == ["acknowledgment", "started", "progress", "progress", "progress", "complete"], kinds
+        await ws.send(b"\x00\x01")
+        assert "binary" in json.loads(await ws.recv())["error"]["message"]
+        await (await ws.ping())
+    async with websockets.connect(url + "/ws?token=" + token) as ws:
+        assert json.loads(await ws.recv())["type"] == "connected"
+    for origin, let_in in (("http://localhost:3000", True), ("https://evil.example", False)):
+        async with websockets.connect(url + "/ws?token=" + token, origin=origin) as ws:
+            try:
+                assert json.loads(await ws.recv())["type"] == "connected" and let_in
+            except websockets.ConnectionClosed as closed:
+                assert closed.rcvd.code == 4403 and not let_in
+    async with websockets.connect(url + "/ws", subprotocols=["soap"]) as ws:
+        try:
+            await ws.recv()
+            raise AssertionError("it was let in")
+        except websockets.ConnectionClosed as closed:
+            assert closed.rcvd.code == 4400
+asyncio.run(main(sys.argv[1], sys.argv[2]))
+"#;
+    let server = Server::start(&[]);
+    let output = Command::new(tool("STREAMER_TESTS_PYTHON"))
+        .args(["-c", SCRIPT])
+        .arg(server.url.replace("http://", "ws://"))
+        .arg(server.token("acme", "ann", &[]))
+        .output()
+        .unwrap();
+    assert!(output.status.success(), "{}", String::from_utf8_lossy(&output.stderr));
+}

@@ -1,1 +1,118 @@
-//! placeholder
+//! What was acknowledged survives `kill -9`.
+#![allow(clippy::unwrap_used, reason = "in tests, a panic is the report")]
+
+use std::{
+    collections::HashMap,
+    sync::{
+        Arc,
+        atomic::{AtomicUsize, Ordering},
+    },
+};
+
+use serde_json::{Value, json};
+use streamer_client::Session;
+use streamer_tests::{Client, Log, Server};
+use tokio::sync::Notify;
+
+/// What one submitter was told before the server died.
+#[derive(Default)]
+struct Told {
+    acknowledged: Vec<String>,
+    /// Complete logs, from the second event on.
+    ended: HashMap<String, Vec<Value>>,
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn every_acknowledged_request_is_there_after_a_kill() {
+    const ROUNDS: usize = 3;
+    let mut server = Server::start(&[]);
+    let token = server.token("acme", "ann", &[]);
+    for round in 0..ROUNDS {
+        let enough = Arc::new(Notify::new());
+        let ended = Arc::new(AtomicUsize::new(0));
+        let submitters: Vec<_> = (0..4)
+            .map(|number| {
+                let session = (server.url.clone(), token.clone());
+                let name = format!("r{round}-s{number}");
+                tokio::spawn(submit_until_killed(session, name, ended.clone(), enough.clone()))
+            })
+            .collect();
+        // In the middle of the load: some have ended, some run, some wait.
+        enough.notified().await;
+        server.kill_and_restart();
+        for submitter in submitters {
+            check(&server, &token, submitter.await.unwrap()).await;
+        }
+    }
+}
+
+async fn submit_until_killed(
+    (url, token): (String, String),
+    name: String,
+    ended: Arc<AtomicUsize>,
+    enough: Arc<Notify>,
+) -> Told {
+    const ENOUGH: usize = 200;
+    const WINDOW: usize = 32;
+    let mut session = Session::connect(&url, &token).await.unwrap();
+    let mut told = Told::default();
+    let mut logs: HashMap<String, Vec<Value>> = HashMap::new();
+    let mut submitted = 0;
+    loop {
+        while submitted < told.ended.len() + WINDOW {
+            let id = format!("{name}-{submitted}");
+            let message = json!({"id": id, "action": "echo_async", "payload": {"steps": 5}});
+            if session.send(message.to_string()).await.is_err() {
+                return told;
+            }
+            submitted += 1;
+        }
+        let Ok(message) = session.next().await else { return told };
+        let value: Value = serde_json::from_str(&message.text).unwrap();
+        let Some(id) = message.request_id else { continue };
+        if message.kind == "acknowledgment" {
+            told.acknowledged.push(id);
+            continue;
+        }
+        let log = logs.entry(id.clone()).or_default();
+        log.push(value);
+        if message.kind == "complete" {
+            told.ended.insert(id.clone(), logs.remove(&id).unwrap());
+            if ended.fetch_add(1, Ordering::SeqCst) + 1 == ENOUGH {
+                enough.notify_one();
+            }
+        }
+    }
+}
+
+/// Each acknowledged request ends exactly once, and what was seen of its log is unchanged.
+async fn check(server: &Server, token: &str, told: Told) {
+    assert!(!told.acknowledged.is_empty());
+    let mut client = Client::connect(&server.url, token).await;
+    for id in told.acknowledged {
+        let subscribe = json!({"type": "subscribe", "request_id": id, "after_seq": 0});
+        let answer = client.ask(subscribe).await;
+        assert_eq!(answer["type"], "subscribed", "{answer}");
+        let log = client.follow(Log::default()).await;
+        assert_eq!(log.last_type(), "complete");
+        if let Some(seen) = told.ended.get(&id) {
+            assert_eq!(log.events[1..], *seen);
+        }
+    }
+}
+
+#[tokio::test]
+async fn a_stopped_server_sends_clients_away_and_ends_well() {
+    let mut server = Server::start(&["server.drain_timeout_ms=5000"]);
+    let token = server.token("acme", "ann", &[]);
+    let mut client = Client::connect(&server.url, &token).await;
+    let stopping = tokio::task::spawn_blocking(move || server.stop());
+    assert_eq!(client.next().await["type"], "draining");
+    let closed = client.try_next().await;
+    assert!(
+        matches!(closed, Err(streamer_client::ClientError::Closed { code: 1001, .. })),
+        "{closed:?}"
+    );
+    drop(client);
+    assert_eq!(stopping.await.unwrap(), Some(0));
+}

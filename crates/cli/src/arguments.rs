@@ -266,6 +266,7 @@ pub enum ConnectionsCommand {
         /// What it is about.
         topic: String,
         /// The message, as JSON.
+        #[arg(id = "message")]
         data: String,
         /// To this user.
         #[arg(long, required_unless_present = "connection", conflicts_with = "connection")]
@@ -282,6 +283,7 @@ pub enum ConnectionsCommand {
         /// What it is about.
         topic: String,
         /// The message, as JSON.
+        #[arg(id = "message")]
         data: String,
         #[command(flatten)]
         #[allow(missing_docs)]

@@ -131,8 +131,11 @@ mod tests {
             ("sec-websocket-version", "13"),
             ("sec-websocket-key", "dGhlIHNhbXBsZSBub25jZQ=="),
         ];
-        let all = usual.iter().chain(extra);
-        all.map(|(name, value)| (HeaderName::from_static(name), value.parse().unwrap())).collect()
+        let mut headers = HeaderMap::new();
+        for (name, value) in usual.iter().chain(extra) {
+            headers.insert(HeaderName::from_static(name), value.parse().unwrap());
+        }
+        headers
     }
 
     fn handshake(uri: &str, extra: &[(&'static str, &str)]) -> Handshake {
