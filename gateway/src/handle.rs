@@ -12,7 +12,7 @@ use bytes::Bytes;
 use futures_util::task::AtomicWaker;
 use http::HeaderValue;
 use parking_lot::Mutex;
-use streamer_auth::Principal;
+use streamer_auth::{Caller, Principal};
 use streamer_core::{Timestamp, Uid};
 
 /// Pushed bytes that wait for a connection at most; beyond that its consumer is too slow.
@@ -29,20 +29,13 @@ pub(crate) mod close_code {
     pub(crate) const TOO_MANY: u16 = 4429;
 }
 
-/// Who is on a connection, and with what.
-#[derive(Clone)]
-pub(crate) struct Credentials {
-    pub(crate) principal: Arc<Principal>,
-    pub(crate) authorization: HeaderValue,
-}
-
 /// The shared part of a connection.
 pub(crate) struct ConnectionHandle {
     pub(crate) id: Uid,
     pub(crate) remote_address: Option<IpAddr>,
     pub(crate) user_agent: Box<str>,
     pub(crate) connect_time: Timestamp,
-    credentials: Mutex<Credentials>,
+    credentials: Mutex<Caller>,
     pub(crate) waker: AtomicWaker,
     inbox: Mutex<Inbox>,
     pub(crate) pulse: Pulse,
@@ -83,7 +76,7 @@ impl ConnectionHandle {
         remote_address: Option<IpAddr>,
         user_agent: String,
         connect_time: Timestamp,
-        credentials: Credentials,
+        credentials: Caller,
     ) -> Self {
         Self {
             id,
@@ -105,7 +98,7 @@ impl ConnectionHandle {
         self.credentials.lock().authorization.clone()
     }
 
-    pub(crate) fn set_credentials(&self, credentials: Credentials) {
+    pub(crate) fn set_credentials(&self, credentials: Caller) {
         *self.credentials.lock() = credentials;
         self.pulse.expiry_told.store(false, Ordering::Relaxed);
     }

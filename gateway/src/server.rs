@@ -18,7 +18,7 @@ use tokio::{io::AsyncWriteExt, net::TcpStream, time::timeout};
 use crate::{
     GatewayOptions, PeerAddress,
     connection::Connection,
-    handle::{ConnectionHandle, Credentials, close_code},
+    handle::{ConnectionHandle, close_code},
     hub::Hub,
     metrics::GatewayMetrics,
     peers::Peers,
@@ -97,25 +97,22 @@ async fn serve(
         tracing::error!("a WebSocket came over something that is not a TCP connection");
         return;
     };
-    let (socket, early) = (parts.io.into_inner(), parts.read_buf);
+    let socket = parts.io.into_inner();
+    // Copied, since even an empty slice of it would keep hyper's whole read buffer alive.
+    let early = Bytes::copy_from_slice(&parts.read_buf);
+    drop(parts.read_buf);
     match admit(&gateway, handshake, address).await {
-        Ok(handle) => run(gateway, handle, socket, early).await,
+        Ok(handle) => {
+            let mut connection = Connection::new(socket, early, gateway, handle);
+            connection.greet();
+            // A task of its own, which holds the connection and nothing of the handshake.
+            tokio::spawn(connection);
+        }
         Err(refusal) => {
             gateway.metrics.refused.inc();
             turn_away(&gateway, socket, &refusal).await;
         }
     }
-}
-
-async fn run(
-    gateway: Arc<Gateway>,
-    handle: Arc<ConnectionHandle>,
-    socket: TcpStream,
-    early: Bytes,
-) {
-    let mut connection = Box::new(Connection::new(socket, early, gateway, handle));
-    connection.greet();
-    connection.await;
 }
 
 /// Checks who is there, and the limits.
@@ -141,22 +138,14 @@ async fn admit(
                       query parameter token";
         return Err(refusal(close_code::UNAUTHENTICATED, reason.into()));
     }
-    let principal = gateway
+    let caller = gateway
         .authenticator
         .authenticate(&token)
         .await
         .map_err(|error| refusal(close_code::UNAUTHENTICATED, error.to_string()))?;
-    let mut authorization = HeaderValue::try_from(format!("Bearer {token}"))
-        .map_err(|_| refusal(close_code::UNAUTHENTICATED, "the token is malformed".into()))?;
-    authorization.set_sensitive(true);
     let now = gateway.clock.now();
-    let handle = Arc::new(ConnectionHandle::new(
-        Uid::new(now),
-        address,
-        handshake.user_agent,
-        now,
-        Credentials { principal, authorization },
-    ));
+    let handle =
+        Arc::new(ConnectionHandle::new(Uid::new(now), address, handshake.user_agent, now, caller));
     match gateway.registry.add(&handle) {
         Ok(()) => Ok(handle),
         Err(Refused::User(limit)) => Err(refusal(

@@ -34,7 +34,7 @@ fn good_claims() -> Value {
     })
 }
 
-fn with(changes: Value) -> Value {
+fn with(changes: &Value) -> Value {
     let mut claims = good_claims();
     for (name, value) in changes.as_object().unwrap() {
         if value.is_null() {
@@ -67,7 +67,7 @@ async fn each_broken_rule_of_a_token_is_named() {
         (json!({"sub": null}), "claim sub is required"),
     ];
     for (changes, expected) in cases {
-        let (code, reason) = refusal(&server, &sign(&with(changes))).await;
+        let (code, reason) = refusal(&server, &sign(&with(&changes))).await;
         assert_eq!(code, 4401);
         assert!(reason.contains(expected), "{expected} is missing in {reason}");
     }

@@ -2,12 +2,13 @@
 
 use std::{sync::Arc, time::Duration};
 
+use http::HeaderValue;
 use jsonwebtoken::{Validation, errors::ErrorKind};
 use quick_cache::sync::Cache;
 use serde::Deserialize;
 use streamer_core::{Clock, Timestamp};
 
-use crate::{JwksSource, Principal, VerificationKey};
+use crate::{Caller, JwksSource, Principal, VerificationKey};
 
 /// Verified tokens kept at most.
 const CACHED_TOKENS: usize = 16_384;
@@ -99,7 +100,15 @@ pub struct Authenticator {
 
 struct Verified {
     principal: Arc<Principal>,
+    /// One copy for everybody who carries this token.
+    authorization: HeaderValue,
     valid_from: Timestamp,
+}
+
+impl Verified {
+    fn caller(&self) -> Caller {
+        Caller { principal: self.principal.clone(), authorization: self.authorization.clone() }
+    }
 }
 
 impl Authenticator {
@@ -118,24 +127,24 @@ impl Authenticator {
     ///
     /// # Errors
     /// Why it is not accepted.
-    pub async fn authenticate(&self, token: &str) -> Result<Arc<Principal>, AuthError> {
+    pub async fn authenticate(&self, token: &str) -> Result<Caller, AuthError> {
         if let Some(known) = self.cached(token) {
             return known;
         }
         let claims = self.verify(token).await?;
-        let verified = Arc::new(self.check(claims)?);
-        let principal = verified.principal.clone();
+        let verified = Arc::new(self.check(claims, token)?);
         self.in_force(&verified)?;
+        let caller = verified.caller();
         self.verified.insert(token.to_owned(), verified);
-        Ok(principal)
+        Ok(caller)
     }
 
     /// As [`Self::authenticate`] for a token that was verified lately; `None` for others. The hot
     /// path: no signature, no await.
     #[must_use]
-    pub fn cached(&self, token: &str) -> Option<Result<Arc<Principal>, AuthError>> {
+    pub fn cached(&self, token: &str) -> Option<Result<Caller, AuthError>> {
         let verified = self.verified.get(token)?;
-        Some(self.in_force(&verified).map(|()| verified.principal.clone()))
+        Some(self.in_force(&verified).map(|()| verified.caller()))
     }
 
     async fn verify(&self, token: &str) -> Result<Claims, AuthError> {
@@ -178,7 +187,7 @@ impl Authenticator {
         Err(if right_algorithm { AuthError::Signature } else { AuthError::Algorithm })
     }
 
-    fn check(&self, claims: Claims) -> Result<Verified, AuthError> {
+    fn check(&self, claims: Claims, token: &str) -> Result<Verified, AuthError> {
         let broken = |claim, rule: &str| AuthError::Claim { claim, rule: rule.to_owned() };
         match &claims.iss {
             Some(issuer) if self.rules.issuers.contains(issuer) => {}
@@ -191,7 +200,11 @@ impl Authenticator {
             None => return Err(broken("aud", "is required")),
         }
         let expires_at = seconds(claims.exp.ok_or_else(|| broken("exp", "is required"))?);
+        let mut authorization = HeaderValue::try_from(format!("Bearer {token}"))
+            .map_err(|error| AuthError::Malformed(error.to_string()))?;
+        authorization.set_sensitive(true);
         Ok(Verified {
+            authorization,
             principal: Arc::new(Principal {
                 tenant: name("tenant_id", claims.tenant_id)?,
                 user: name("sub", claims.sub)?,

@@ -20,7 +20,7 @@ use crate::{AuthError, Authenticator, Principal};
 pub struct Caller {
     /// As the token says.
     pub principal: Arc<Principal>,
-    /// The token as it came, for the next hop.
+    /// The token, for the next hop.
     pub authorization: HeaderValue,
 }
 
@@ -76,8 +76,8 @@ where
             return refuse(&AuthError::Malformed("must be `Bearer <token>`".into()));
         };
         match self.authenticator.cached(token) {
-            Some(Ok(principal)) => {
-                request.extensions_mut().insert(Caller { principal, authorization });
+            Some(Ok(caller)) => {
+                request.extensions_mut().insert(caller);
                 AuthFuture::Inner(self.service.call(request))
             }
             Some(Err(error)) => refuse(&error),
@@ -87,8 +87,8 @@ where
                 AuthFuture::Verifying(Box::pin(async move {
                     let token = bearer(&authorization).unwrap_or_default();
                     match authenticator.authenticate(token).await {
-                        Ok(principal) => {
-                            request.extensions_mut().insert(Caller { principal, authorization });
+                        Ok(caller) => {
+                            request.extensions_mut().insert(caller);
                             service.call(request).await
                         }
                         Err(error) => Ok(status(&error).into_http()),
@@ -107,12 +107,10 @@ pub async fn caller_of(
     authenticator: &Authenticator,
     headers: &HeaderMap,
 ) -> Result<Caller, Status> {
-    let authorization =
-        headers.get(AUTHORIZATION).ok_or_else(|| status(&AuthError::Missing))?.clone();
-    let token = bearer(&authorization)
+    let authorization = headers.get(AUTHORIZATION).ok_or_else(|| status(&AuthError::Missing))?;
+    let token = bearer(authorization)
         .ok_or_else(|| status(&AuthError::Malformed("must be `Bearer <token>`".into())))?;
-    let principal = authenticator.authenticate(token).await.map_err(|error| status(&error))?;
-    Ok(Caller { principal, authorization })
+    authenticator.authenticate(token).await.map_err(|error| status(&error))
 }
 
 /// The token of an `authorization` header.

@@ -4,8 +4,8 @@ use std::borrow::Cow;
 
 use bytes::Bytes;
 use futures_util::FutureExt;
-use http::HeaderValue;
 use serde_json::value::RawValue;
+use streamer_auth::Caller;
 use streamer_core::{ErrorCode, RequestError, Timestamp, Uid};
 use streamer_proto::{
     common::v1::{Event, Request},
@@ -22,7 +22,7 @@ use tonic::Status;
 
 use super::{Call, Session, delivery::Subscription};
 use crate::{
-    handle::{Credentials, close_code},
+    handle::close_code,
     hub::Opened,
     messages::{self, Names},
     protocol::{ClientMessage, RequestMessage},
@@ -41,7 +41,7 @@ pub(crate) enum Reply {
     /// A page of a log was read.
     CaughtUp(Uid, Result<Vec<Event>, Status>),
     /// A fresh token was verified.
-    Authenticated(Credentials),
+    Authenticated(Caller),
     /// A call failed.
     Failed { request_id: Option<String>, error: RequestError },
 }
@@ -195,19 +195,11 @@ impl Session {
         let authenticator = self.gateway.authenticator.clone();
         let token = token.into_owned();
         let call = async move {
-            let authorization = HeaderValue::try_from(format!("Bearer {token}"));
-            match (authenticator.authenticate(&token).await, authorization) {
-                (Ok(principal), Ok(mut authorization)) => {
-                    authorization.set_sensitive(true);
-                    Reply::Authenticated(Credentials { principal, authorization })
-                }
-                (Err(error), _) => Reply::Failed {
+            match authenticator.authenticate(&token).await {
+                Ok(caller) => Reply::Authenticated(caller),
+                Err(error) => Reply::Failed {
                     request_id: None,
                     error: RequestError::new(error.code(), error.to_string()),
-                },
-                (Ok(_), Err(_)) => Reply::Failed {
-                    request_id: None,
-                    error: RequestError::new(ErrorCode::Unauthorized, "the token is malformed"),
                 },
             }
         };

@@ -182,7 +182,9 @@ impl Dispatcher {
                 self.backlog.store(true, Ordering::SeqCst);
                 return Ok(());
             }
-            let wanted = self.slots.free().clamp(1, PAGE);
+            // The index still shows what is being claimed; ask for as many more.
+            let claiming = self.claiming();
+            let wanted = self.slots.free().clamp(1, PAGE) + claiming;
             let due = match self.store.due_requests(actions, now, wanted).await {
                 Ok(due) => due,
                 Err(error) => {
@@ -211,11 +213,14 @@ impl Dispatcher {
             if started == 0 {
                 break;
             }
-            // The claims just started change what the index shows; look again once they have.
-            tokio::task::yield_now().await;
         }
         *self.next_due.lock() = self.store.next_due(self.now()).await?;
         Ok(())
+    }
+
+    /// How many requests are started whose claim is not durable yet.
+    fn claiming(&self) -> usize {
+        self.running.lock().values().filter(|running| running.attempt == 0).count()
     }
 
     /// Claims a request and runs the attempt, in a task of its own.
