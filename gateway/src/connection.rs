@@ -239,12 +239,12 @@ impl<S: AsyncRead + AsyncWrite + Unpin> Connection<S> {
         if let Err(wait) = self.session.rate.admit(now) {
             gateway.metrics.rate_limited.inc();
             let limit = gateway.options.messages_per_second;
-            let mut error = RequestError::new(
-                ErrorCode::RateLimited,
-                format!("more than {limit} messages a second (gateway.messages_per_second)"),
+            let error = RequestError::limited(
+                "gateway.messages_per_second",
+                &format!("more than {limit} messages a second"),
+                Some(wait),
             );
-            error.details = Some(format!("{{\"retry_after_ms\":{}}}", wait.as_millis().max(1)));
-            self.refuse(None, &error);
+            self.refuse(protocol::request_id(text).as_deref(), &error);
             return;
         }
         match protocol::parse(text) {

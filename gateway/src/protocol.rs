@@ -87,6 +87,13 @@ struct Fields<'a> {
     token: Option<&'a RawValue>,
 }
 
+impl Fields<'_> {
+    fn name(&self) -> Option<String> {
+        let name = self.request_id.or(self.id)?;
+        serde_json::from_str(name.get()).ok()
+    }
+}
+
 /// A payload of `null` is a payload, other than none at all.
 fn present<'de, D: Deserializer<'de>>(deserializer: D) -> Result<Option<&'de RawValue>, D::Error> {
     <&RawValue>::deserialize(deserializer).map(Some)
@@ -111,12 +118,13 @@ pub(crate) fn parse(text: &str) -> Result<ClientMessage<'_>, Refusal> {
     let message = reader.message(&fields);
     match message {
         Some(message) if reader.violations.is_empty() => Ok(message),
-        _ => {
-            let named = fields.request_id.or(fields.id);
-            let request_id = named.and_then(|name| serde_json::from_str(name.get()).ok());
-            Err(Refusal { request_id, violations: reader.violations })
-        }
+        _ => Err(Refusal { request_id: fields.name(), violations: reader.violations }),
     }
+}
+
+/// The request that a message is about, as far as it can be read.
+pub(crate) fn request_id(text: &str) -> Option<String> {
+    serde_json::from_str::<Fields<'_>>(text).ok()?.name()
 }
 
 fn refusal(request_id: Option<String>, field: &str, rule: String) -> Refusal {

@@ -154,7 +154,10 @@ async fn admit(
         )),
         Err(Refused::Address(limit)) => Err(refusal(
             close_code::TOO_MANY,
-            format!("more than {limit} connections from one address"),
+            format!(
+                "more than {limit} connections from one address \
+                 (gateway.max_connections_per_address)"
+            ),
         )),
         Err(Refused::Total(limit)) => Err(refusal(
             close_code::TOO_MANY,

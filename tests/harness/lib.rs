@@ -1,8 +1,12 @@
 //! What the suites share: a real server in a process of its own, and clients that check what they
 //! are told.
 
+mod browser;
 mod client;
 mod server;
+mod site;
 
+pub use browser::Browser;
 pub use client::{Client, Log};
 pub use server::{Server, binary, tool};
+pub use site::Site;

@@ -19,16 +19,22 @@ use tokio::{sync::Mutex, time::Instant};
 
 use crate::{KeyError, VerificationKey};
 
-/// A token with an unknown key id makes us look again, but not more often than this.
-const MIN_REFRESH: Duration = Duration::from_secs(10);
-/// Keys older than this are fetched anew on use, so that withdrawn ones go.
-const MAX_AGE: Duration = Duration::from_secs(600);
 const TIMEOUT: Duration = Duration::from_secs(5);
 const MAX_BYTES: usize = 1024 * 1024;
+
+/// When keys are fetched again.
+#[derive(Clone, Copy, Debug)]
+pub struct JwksRefresh {
+    /// Keys older than this are fetched anew on use, so that withdrawn ones go.
+    pub max_age: Duration,
+    /// A token with an unknown key id makes us look again, but not more often than this.
+    pub min_interval: Duration,
+}
 
 /// Fetches and keeps the keys of one JWKS URL.
 pub struct JwksSource {
     url: Uri,
+    refresh: JwksRefresh,
     client: Client<HttpsConnector<HttpConnector>, Empty<Bytes>>,
     keys: RwLock<Fetched>,
     fetching: Mutex<()>,
@@ -46,7 +52,7 @@ impl JwksSource {
     ///
     /// # Errors
     /// When it is no URL, or the machine has no root certificates.
-    pub fn new(url: &str) -> Result<Self, KeyError> {
+    pub fn new(url: &str, refresh: JwksRefresh) -> Result<Self, KeyError> {
         let malformed = |reason: String| KeyError::Malformed {
             path: url.to_owned(),
             algorithm: "JWKS".into(),
@@ -64,6 +70,7 @@ impl JwksSource {
             .build();
         Ok(Self {
             url: parsed,
+            refresh,
             client: Client::builder(TokioExecutor::new()).build(connector),
             keys: RwLock::default(),
             fetching: Mutex::default(),
@@ -108,8 +115,8 @@ impl JwksSource {
 
     fn fresh(&self, wanted: Option<&str>) -> Option<Arc<Vec<VerificationKey>>> {
         let held = self.keys.read().clone();
-        let tried_lately = held.tried_at.is_some_and(|at| at.elapsed() < MIN_REFRESH);
-        let young = held.got_at.is_some_and(|at| at.elapsed() < MAX_AGE);
+        let tried_lately = held.tried_at.is_some_and(|at| at.elapsed() < self.refresh.min_interval);
+        let young = held.got_at.is_some_and(|at| at.elapsed() < self.refresh.max_age);
         let known = match wanted {
             Some(id) => held.keys.iter().any(|key| key.id.as_deref() == Some(id)),
             None => true,

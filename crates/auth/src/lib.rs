@@ -14,7 +14,7 @@ mod principal;
 
 pub use authenticator::{AuthError, Authenticator, TokenRules};
 pub use dev_key::{DEV_AUDIENCE, DEV_ISSUER, DevKey, DevKeyError, NewToken};
-pub use jwks::JwksSource;
+pub use jwks::{JwksRefresh, JwksSource};
 pub use keys::{KeyError, VerificationKey};
 pub use layer::{AuthLayer, AuthService, Caller, caller_of};
 pub use principal::{Principal, permissions};

@@ -118,6 +118,12 @@ options! {
         keys: Vec<String> = Vec::new();
         /// URL of a JSON Web Key Set; its RS256, ES256 and EdDSA keys are accepted and refreshed.
         jwks_url: String = String::new();
+        /// How old fetched keys may be before they are fetched anew, so that withdrawn ones go, in
+        /// milliseconds.
+        jwks_max_age_ms: u64 = 600_000, in 1_000..=86_400_000;
+        /// A token with an unknown key id makes us fetch again, but not more often than this, in
+        /// milliseconds.
+        jwks_min_refresh_ms: u64 = 10_000, in 0..=3_600_000;
         /// Accepted values of claim iss. Needed with keys or jwks_url.
         issuers: Vec<String> = Vec::new();
         /// Accepted values of claim aud. Needed with keys or jwks_url.

@@ -1,6 +1,6 @@
 //! Why a request failed, in the words of the protocols.
 
-use std::fmt;
+use std::{fmt, time::Duration};
 
 /// The kind of failure. The same words in gRPC (`ErrorInfo.reason`), WebSocket and log.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
@@ -104,6 +104,19 @@ impl RequestError {
     /// A failure that is retryable when its kind is.
     pub fn new(code: ErrorCode, message: impl Into<String>) -> Self {
         Self { code, message: message.into(), retryable: code.is_retryable(), details: None }
+    }
+
+    /// Too much of what the option `limit` bounds; come again after `retry_after`, if that is
+    /// known.
+    #[must_use]
+    pub fn limited(limit: &str, message: &str, retry_after: Option<Duration>) -> Self {
+        let wait = retry_after.map_or_else(String::new, |wait| {
+            format!(",\"retry_after_ms\":{}", wait.as_millis().max(1))
+        });
+        Self {
+            details: Some(format!("{{\"limit\":\"{limit}\"{wait}}}")),
+            ..Self::new(ErrorCode::RateLimited, format!("{message} ({limit})"))
+        }
     }
 }
 

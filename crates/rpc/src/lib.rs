@@ -16,5 +16,6 @@ pub use payload::{
     payload_into_parts,
 };
 pub use status::{
-    not_found, request_error, status, store_status, validation_status, violations_details,
+    name_message_limit, not_found, request_error, status, store_status, validation_status,
+    violations_details,
 };

@@ -1,7 +1,8 @@
 //! Failures as gRPC statuses with `google.rpc` details, and back.
 
-use std::collections::HashMap;
+use std::{collections::HashMap, time::Duration};
 
+use serde::Deserialize;
 use streamer_core::{ErrorCode, RequestError, Violations};
 use streamer_store::StoreError;
 use tonic::{Code, Status};
@@ -21,8 +22,30 @@ pub fn status(error: &RequestError) -> Status {
     if let Some(details) = &error.details {
         metadata.insert(DETAILS.to_owned(), details.clone());
     }
-    let details = ErrorDetails::with_error_info(error.code.as_str(), DOMAIN, metadata);
+    let mut details = ErrorDetails::with_error_info(error.code.as_str(), DOMAIN, metadata);
+    let quota = Quota::of(error);
+    if let Some(limit) = quota.limit {
+        details.add_quota_failure_violation(limit, &error.message);
+    }
+    if let Some(wait) = quota.retry_after_ms {
+        details.set_retry_info(Some(Duration::from_millis(wait)));
+    }
     Status::with_error_details(grpc_code(error.code), error.message.clone(), details)
+}
+
+/// What [`RequestError::limited`] says in its details.
+#[derive(Default, Deserialize)]
+struct Quota {
+    limit: Option<String>,
+    retry_after_ms: Option<u64>,
+}
+
+impl Quota {
+    fn of(error: &RequestError) -> Self {
+        let details = error.details.as_deref().filter(|_| error.code == ErrorCode::RateLimited);
+        // A handler's own details may have any shape.
+        details.and_then(|details| serde_json::from_str(details).ok()).unwrap_or_default()
+    }
 }
 
 /// Every broken rule at once: `INVALID_ARGUMENT` with `BadRequest`.
@@ -88,6 +111,27 @@ pub fn request_error(status: &Status) -> RequestError {
     }
 }
 
+/// Tonic's own refusal of a message beyond `limit` bytes, which comes before any of our code, in
+/// our words; every other answer as it is.
+#[must_use]
+pub fn name_message_limit<B>(response: http::Response<B>, limit: usize) -> http::Response<B>
+where
+    B: Default,
+{
+    // We never answer OUT_OF_RANGE ourselves.
+    let refused = Status::from_header_map(response.headers())
+        .is_some_and(|status| status.code() == Code::OutOfRange);
+    if !refused {
+        return response;
+    }
+    let mut violations = Violations::default();
+    violations.push(
+        "message",
+        format!("must be at most {limit} bytes (limits.max_payload_bytes and some for the rest)"),
+    );
+    validation_status(&violations).into_http()
+}
+
 fn grpc_code(code: ErrorCode) -> Code {
     match code {
         ErrorCode::ValidationError => Code::InvalidArgument,
@@ -136,6 +180,15 @@ mod tests {
             };
             assert_eq!(request_error(&status(&error)), error);
         }
+    }
+
+    #[test]
+    fn limits_are_told_as_google_rpc_does() {
+        let wait = Duration::from_millis(1500);
+        let status = status(&RequestError::limited("a.b", "too many", Some(wait)));
+        assert_eq!(status.message(), "too many (a.b)");
+        assert_eq!(status.get_details_retry_info().unwrap().retry_delay, Some(wait));
+        assert_eq!(status.get_details_quota_failure().unwrap().violations[0].subject, "a.b");
     }
 
     #[test]

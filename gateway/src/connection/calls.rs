@@ -6,7 +6,7 @@ use bytes::Bytes;
 use futures_util::FutureExt;
 use serde_json::value::RawValue;
 use streamer_auth::Caller;
-use streamer_core::{ErrorCode, RequestError, Timestamp, Uid};
+use streamer_core::{RequestError, Timestamp, Uid};
 use streamer_proto::{
     common::v1::{Event, Request},
     router::v1::{
@@ -288,8 +288,8 @@ fn completed_frame(names: &Names, completed: &Completed, now: Timestamp) -> Byte
 }
 
 fn too_many_subscriptions(request_id: Option<String>, limit: usize) -> Call {
-    let message = format!("more than {limit} subscriptions (gateway.max_subscriptions)");
-    let error = RequestError::new(ErrorCode::RateLimited, message);
+    let message = format!("more than {limit} subscriptions of one connection");
+    let error = RequestError::limited("gateway.max_subscriptions", &message, None);
     let request_id = request_id.filter(|id| !id.is_empty());
     Box::pin(std::future::ready(Reply::Failed { request_id, error }))
 }

@@ -6,10 +6,11 @@ use axum::{
     Router,
     extract::State,
     http::{StatusCode, header},
-    response::IntoResponse,
+    response::{IntoResponse, Response},
     routing::get,
 };
 use streamer_proto::PUBLIC_DESCRIPTOR_SET;
+use streamer_rpc::name_message_limit;
 use streamer_store::Store;
 use tokio::{
     sync::Mutex,
@@ -18,6 +19,7 @@ use tokio::{
 use tokio_util::sync::CancellationToken;
 use tonic::service::Routes;
 use tonic_health::{ServingStatus, server::HealthReporter};
+use tower::util::MapResponseLayer;
 
 use crate::{StartError, wiring::Services};
 
@@ -109,6 +111,7 @@ impl Health {
 impl Services {
     /// Everything that is served on the port.
     pub(crate) fn http(self: &Arc<Self>) -> Result<Router, StartError> {
+        let limit = self.max_message_bytes;
         let reflection =
             |error: tonic_reflection::server::Error| StartError::Reflection(error.to_string());
         let builder = || {
@@ -126,7 +129,10 @@ impl Services {
             .add_service(health)
             .add_service(builder().build_v1().map_err(reflection)?)
             .add_service(builder().build_v1alpha().map_err(reflection)?)
-            .into_axum_router();
+            .into_axum_router()
+            .layer(MapResponseLayer::new(move |response: Response| {
+                name_message_limit(response, limit)
+            }));
         let plain = Router::new()
             .route("/healthz", get(|| async { "ok\n" }))
             .route("/readyz", get(ready))

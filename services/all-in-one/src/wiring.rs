@@ -3,8 +3,8 @@
 use std::{sync::Arc, time::Duration};
 
 use streamer_auth::{
-    AuthLayer, Authenticator, DEV_AUDIENCE, DEV_ISSUER, DevKey, JwksSource, TokenRules,
-    VerificationKey,
+    AuthLayer, Authenticator, DEV_AUDIENCE, DEV_ISSUER, DevKey, JwksRefresh, JwksSource,
+    TokenRules, VerificationKey,
 };
 use streamer_config::Config;
 use streamer_core::{Clock, Limits};
@@ -27,6 +27,7 @@ pub(crate) struct Services {
     pub(crate) gateway: GatewayServer,
     pub(crate) health: Health,
     pub(crate) metrics: Metrics,
+    pub(crate) max_message_bytes: usize,
 }
 
 impl Services {
@@ -78,7 +79,10 @@ impl Services {
             options: gateway_options(config),
         });
         let health = Health::new(store as Arc<dyn Store>);
-        Ok((Self { router, processor, progress, gateway, health, metrics }, dev_key))
+        let max_message_bytes = limits.max_message_bytes();
+        let services =
+            Self { router, processor, progress, gateway, health, metrics, max_message_bytes };
+        Ok((services, dev_key))
     }
 
     /// Starts what runs beside the calls.
@@ -127,7 +131,13 @@ fn authenticator(
     }
     let jwks = match auth.jwks_url.as_str() {
         "" => None,
-        url => Some(JwksSource::new(url).map_err(StartError::Key)?),
+        url => {
+            let refresh = JwksRefresh {
+                max_age: Duration::from_millis(auth.jwks_max_age_ms),
+                min_interval: Duration::from_millis(auth.jwks_min_refresh_ms),
+            };
+            Some(JwksSource::new(url, refresh).map_err(StartError::Key)?)
+        }
     };
     let rules =
         TokenRules { issuers: auth.issuers.clone(), audiences: auth.audiences.clone(), leeway };

@@ -1,6 +1,6 @@
 //! `streamer.internal.v1.ExecutionService`.
 
-use std::{panic::AssertUnwindSafe, sync::Arc};
+use std::{panic::AssertUnwindSafe, sync::Arc, time::Duration};
 
 use futures_util::{FutureExt, stream::BoxStream};
 use streamer_auth::{Authenticator, caller_of};
@@ -22,6 +22,9 @@ use tokio_util::sync::CancellationToken;
 use tonic::{Request, Response, Status};
 
 use crate::{ProcessorOptions, dispatcher::Dispatcher, metrics::ProcessorMetrics};
+
+/// When to come again while all sync slots are taken: sync actions are short.
+const SYNC_RETRY_AFTER: Duration = Duration::from_millis(100);
 
 /// Serves routers.
 pub struct ExecutionApi {
@@ -55,10 +58,11 @@ impl ExecutionApi {
             ));
         };
         let Ok(_slot) = self.sync_slots.try_acquire() else {
-            return Err(refusal(
-                ErrorCode::RateLimited,
-                "too many sync actions run at once".into(),
-            ));
+            return Err(status(&RequestError::limited(
+                "execution.max_concurrent_sync",
+                "too many sync actions run at once",
+                Some(SYNC_RETRY_AFTER),
+            )));
         };
         let cancellation = CancellationToken::new();
         // A handler that runs on after its time, on another task, learns that nobody waits.
@@ -153,9 +157,8 @@ impl ExecutionService for ExecutionApi {
     }
 }
 
-fn to_proto(spec: &ActionSpec, threshold: std::time::Duration) -> Action {
-    let millis =
-        |duration: std::time::Duration| i64::try_from(duration.as_millis()).unwrap_or(i64::MAX);
+fn to_proto(spec: &ActionSpec, threshold: Duration) -> Action {
+    let millis = |duration: Duration| i64::try_from(duration.as_millis()).unwrap_or(i64::MAX);
     Action {
         name: spec.name.clone(),
         description: spec.description.clone(),

@@ -1,0 +1,111 @@
+//! A small web site of the test's own: documents that may change, and a place to post reports to.
+
+use std::{
+    collections::HashMap,
+    sync::{Arc, Mutex},
+};
+
+use axum::{
+    Router,
+    body::Bytes,
+    extract::{Path, State},
+    http::{StatusCode, header},
+    response::{IntoResponse, Response},
+    routing::{get, post},
+};
+use tokio::{net::TcpListener, sync::mpsc};
+use tokio_util::task::AbortOnDropHandle;
+
+/// Serves while it lives.
+pub struct Site {
+    /// `http://127.0.0.1:PORT`
+    pub url: String,
+    documents: Arc<Mutex<HashMap<String, Document>>>,
+    reports: mpsc::Receiver<Bytes>,
+    _serving: AbortOnDropHandle<()>,
+}
+
+#[derive(Clone)]
+struct Document {
+    content_type: &'static str,
+    body: String,
+    served: u32,
+}
+
+#[derive(Clone)]
+struct Shared {
+    documents: Arc<Mutex<HashMap<String, Document>>>,
+    reports: mpsc::Sender<Bytes>,
+}
+
+impl Site {
+    /// Starts on a free port.
+    ///
+    /// # Panics
+    /// When there is none.
+    pub async fn start() -> Self {
+        let listener = TcpListener::bind("127.0.0.1:0").await.expect("a free port");
+        let address = listener.local_addr().expect("it is bound");
+        let (sender, reports) = mpsc::channel(64);
+        let documents = Arc::<Mutex<HashMap<_, _>>>::default();
+        let shared = Shared { documents: documents.clone(), reports: sender };
+        let router = Router::new()
+            .route("/{*path}", get(document))
+            .route("/report", post(report))
+            .with_state(shared);
+        let serving = tokio::spawn(async move {
+            axum::serve(listener, router).await.expect("the site serves");
+        });
+        Self {
+            url: format!("http://{address}"),
+            documents,
+            reports,
+            _serving: AbortOnDropHandle::new(serving),
+        }
+    }
+
+    /// Puts a document there, or another in its place.
+    ///
+    /// # Panics
+    /// When another thread panicked with the documents in hand.
+    pub fn put(&self, path: &str, content_type: &'static str, body: impl Into<String>) {
+        let document = Document { content_type, body: body.into(), served: 0 };
+        self.documents.lock().expect("unpoisoned").insert(path.to_owned(), document);
+    }
+
+    /// How often this document has been fetched since it was put there.
+    ///
+    /// # Panics
+    /// When another thread panicked with the documents in hand.
+    #[must_use]
+    pub fn served(&self, path: &str) -> u32 {
+        self.documents.lock().expect("unpoisoned").get(path).map_or(0, |document| document.served)
+    }
+
+    /// The next body that was posted to `/report`.
+    ///
+    /// # Panics
+    /// When the site has ended.
+    pub async fn report(&mut self) -> String {
+        let body = self.reports.recv().await.expect("the site serves");
+        String::from_utf8_lossy(&body).into_owned()
+    }
+}
+
+async fn document(State(shared): State<Shared>, Path(path): Path<String>) -> Response {
+    let mut documents = shared.documents.lock().expect("unpoisoned");
+    match documents.get_mut(&path) {
+        Some(document) => {
+            document.served += 1;
+            ([(header::CONTENT_TYPE, document.content_type)], document.body.clone()).into_response()
+        }
+        None => StatusCode::NOT_FOUND.into_response(),
+    }
+}
+
+async fn report(State(shared): State<Shared>, body: Bytes) -> StatusCode {
+    match shared.reports.send(body).await {
+        Ok(()) => StatusCode::NO_CONTENT,
+        Err(_) => StatusCode::GONE,
+    }
+}

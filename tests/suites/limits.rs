@@ -1,0 +1,173 @@
+//! What bounds a connection: rates, numbers, sizes and time.
+#![allow(clippy::unwrap_used, reason = "in tests, a panic is the report")]
+
+use serde_json::json;
+use streamer_client::{Api, ClientError};
+use streamer_proto::router::v1::SubmitRequest;
+use streamer_rpc::json_payload;
+use streamer_tests::{Client, Log, Server};
+use tokio::{
+    io::{AsyncReadExt, AsyncWriteExt},
+    net::{TcpSocket, TcpStream},
+};
+
+#[tokio::test]
+async fn too_many_messages_are_refused_one_by_one() {
+    let server = Server::start(&["gateway.messages_per_second=1", "gateway.message_burst=3"]);
+    let mut client = Client::connect(&server.url, &server.token("acme", "ann", &[])).await;
+    for _ in 0..3 {
+        let answer = client.ask(json!({"action": "echo", "payload": 1})).await;
+        assert_eq!(answer["type"], "response");
+    }
+    let refused = client.ask(json!({"id": "too-many", "action": "echo"})).await;
+    assert_eq!(
+        (&refused["error"]["code"], &refused["error"]["retryable"]),
+        (&json!("RATE_LIMITED"), &json!(true))
+    );
+    assert_eq!(refused["request_id"], "too-many");
+    assert!(refused["error"]["details"]["retry_after_ms"].as_i64().unwrap() > 0, "{refused}");
+    let message = refused["error"]["message"].as_str().unwrap();
+    assert!(message.contains("gateway.messages_per_second"), "{message}");
+}
+
+#[tokio::test]
+async fn connections_from_one_address_and_in_all_are_bounded() {
+    for (setting, name) in [
+        ("gateway.max_connections_per_address=2", "gateway.max_connections_per_address"),
+        ("gateway.max_connections=2", "gateway.max_connections"),
+    ] {
+        let server = Server::start(&[setting]);
+        let token = |user: &str| server.token("acme", user, &[]);
+        let mut first = Client::connect(&server.url, &token("a")).await;
+        let second = Client::connect(&server.url, &token("b")).await;
+        match Client::try_connect(&server.url, &token("c")).await {
+            Err(ClientError::Closed { code: 4429, reason }) => {
+                assert!(reason.contains(name), "{reason}");
+            }
+            Err(other) => panic!("{other}"),
+            Ok(_) => panic!("it was let in"),
+        }
+        assert_eq!(first.ask(json!({"type": "ping"})).await["type"], "pong");
+        // Who leaves makes room.
+        drop(second);
+        while Client::try_connect(&server.url, &token("c")).await.is_err() {}
+    }
+}
+
+#[tokio::test]
+async fn subscriptions_of_one_connection_are_bounded() {
+    let server = Server::start(&["gateway.max_subscriptions=2"]);
+    let mut client = Client::connect(&server.url, &server.token("acme", "ann", &[])).await;
+    for id in ["a", "b", "c"] {
+        let submit = json!({"id": id, "action": "echo_async", "delay_ms": 3_600_000});
+        let answer = client.ask(submit).await;
+        if id == "c" {
+            assert_eq!(answer["error"]["code"], "RATE_LIMITED", "{answer}");
+            let message = answer["error"]["message"].as_str().unwrap();
+            assert!(message.contains("gateway.max_subscriptions"), "{message}");
+        }
+    }
+    client.ask(json!({"type": "unsubscribe", "request_id": "a"})).await;
+    assert_eq!(
+        client.ask(json!({"type": "get", "request_id": "c"})).await["error"]["code"],
+        "NOT_FOUND"
+    );
+    client.submit("c", "echo_async", json!({"steps": 1})).await;
+}
+
+/// A WebSocket that does nothing by itself.
+async fn raw_connection(server: &Server) -> TcpStream {
+    let address = server.url.trim_start_matches("http://");
+    let socket = TcpSocket::new_v4().unwrap();
+    socket.set_recv_buffer_size(4096).unwrap();
+    let mut socket = socket.connect(address.parse().unwrap()).await.unwrap();
+    let token = server.token("acme", "ann", &[]);
+    let handshake = format!(
+        "GET /ws?token={token} HTTP/1.1\r\nHost: {address}\r\nUpgrade: websocket\r\n\
+         Connection: Upgrade\r\nSec-WebSocket-Version: 13\r\n\
+         Sec-WebSocket-Key: dGhlIHNhbXBsZSBub25jZQ==\r\n\r\n"
+    );
+    socket.write_all(handshake.as_bytes()).await.unwrap();
+    socket
+}
+
+#[tokio::test]
+async fn a_client_that_gives_no_sign_of_life_is_pinged_and_dropped() {
+    let server = Server::start(&["gateway.heartbeat_ms=1000"]);
+    let mut socket = raw_connection(&server).await;
+    let mut all = Vec::new();
+    // Until the server gives up.
+    socket.read_to_end(&mut all).await.ok();
+    assert!(String::from_utf8_lossy(&all).contains(r#""type":"connected""#));
+    assert!(all.windows(2).any(|pair| pair == [0x89, 0x00]), "an empty ping came before the end");
+}
+
+#[tokio::test]
+async fn a_handshake_that_does_not_end_is_dropped() {
+    let server = Server::start(&["gateway.handshake_timeout_ms=100"]);
+    let address = server.url.trim_start_matches("http://");
+    let mut socket = TcpStream::connect(address).await.unwrap();
+    socket.write_all(b"GET /ws HTTP/1.1\r\nHost: x\r\n").await.unwrap();
+    let mut all = Vec::new();
+    socket.read_to_end(&mut all).await.ok();
+    assert!(!String::from_utf8_lossy(&all).contains("101"), "{all:?}");
+}
+
+#[tokio::test]
+async fn a_consumer_that_takes_nothing_is_dropped_and_resumes() {
+    let server = Server::start(&["gateway.slow_consumer_timeout_ms=1000"]);
+    let token = server.token("acme", "ann", &[]);
+    let mut client = Client::connect(&server.url, &token).await;
+    // More than the sockets' buffers hold.
+    let payload = json!({"steps": 0, "output_chunks": 16, "chunk_bytes": 1_000_000});
+    client.submit("big", "echo_async", payload).await;
+    let mut slow = raw_connection(&server).await;
+    slow.write_all(&text_frame(r#"{"type":"subscribe","request_id":"big","after_seq":0}"#))
+        .await
+        .unwrap();
+    let log = client.follow(Log::after(1)).await;
+
+    // It reads nothing until the server has had enough, which its metrics tell.
+    while !metrics(&server).await.contains("streamer_gateway_slow_consumers_total 1") {
+        tokio::task::yield_now().await;
+    }
+    let mut all = Vec::new();
+    slow.read_to_end(&mut all).await.ok();
+    assert!(!String::from_utf8_lossy(&all).contains(r#""type":"complete""#));
+    // Nobody else has noticed, and whoever comes back has it all.
+    assert_eq!((log.count("output"), log.last_type()), (16, "complete"));
+    client.send(json!({"type": "subscribe", "request_id": "big", "after_seq": 1})).await;
+    assert_eq!(client.follow(Log::after(1)).await, log);
+}
+
+/// A masked text frame of at most 125 bytes; its mask is zero.
+fn text_frame(text: &str) -> Vec<u8> {
+    let length = u8::try_from(text.len()).unwrap();
+    [&[0x81, 0x80 | length, 0, 0, 0, 0], text.as_bytes()].concat()
+}
+
+async fn metrics(server: &Server) -> String {
+    let address = server.url.trim_start_matches("http://");
+    let mut socket = TcpStream::connect(address).await.unwrap();
+    let request = format!("GET /metrics HTTP/1.1\r\nHost: {address}\r\nConnection: close\r\n\r\n");
+    socket.write_all(request.as_bytes()).await.unwrap();
+    let mut all = String::new();
+    socket.read_to_string(&mut all).await.unwrap();
+    all
+}
+
+#[tokio::test]
+async fn a_grpc_message_beyond_the_limit_names_it() {
+    let server =
+        Server::start(&["limits.max_payload_bytes=2048", "limits.max_output_chunk_bytes=2048"]);
+    let api = Api::new(&server.url, &server.token("acme", "ann", &[])).unwrap();
+    for size in [3_000, 3_000_000] {
+        let submit = SubmitRequest {
+            action: "echo".into(),
+            payload: Some(json_payload(format!("\"{}\"", "x".repeat(size)))),
+            ..SubmitRequest::default()
+        };
+        let refused = api.router().submit(api.call(submit)).await.unwrap_err();
+        assert!(refused.message().contains("limits.max_payload_bytes"), "{size}: {refused}");
+    }
+}
