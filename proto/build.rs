@@ -2,10 +2,11 @@
 
 use std::{env, error::Error, fs, path::PathBuf};
 
-const FILES: [&str; 7] = [
+const FILES: [&str; 8] = [
     "streamer/common/v1/common.proto",
     "streamer/router/v1/router.proto",
     "streamer/progress/v1/progress.proto",
+    "streamer/processor/v1/worker.proto",
     "streamer/connections/v1/connections.proto",
     "streamer/internal/v1/internal.proto",
     "google/longrunning/operations.proto",

@@ -69,7 +69,7 @@ impl Reported {
                 Report::Output { content_type, data } => {
                     reported.output.push((content_type, String::from_utf8(data.to_vec()).unwrap()));
                 }
-                Report::Checkpoint(_) => {}
+                Report::Checkpoint(_) | Report::KeepAlive => {}
             }
         }
         reported

@@ -26,6 +26,14 @@ pub mod progress {
     }
 }
 
+/// `WorkerService`.
+pub mod processor {
+    /// `streamer.processor.v1`
+    pub mod v1 {
+        tonic::include_proto!("streamer.processor.v1");
+    }
+}
+
 /// `ConnectionsService`.
 pub mod connections {
     /// `streamer.connections.v1`

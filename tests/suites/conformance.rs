@@ -10,9 +10,9 @@ use streamer_proto::common::v1::{
     Event, Failed, Output, OutputSummary, Progress, Retrying, Succeeded, event::Kind,
 };
 use streamer_store::{
-    Append, Appended, CancelOutcome, Claim, ClaimOutcome, Claimed, ConnectionRecord, CreateOutcome,
-    DeleteOutcome, Engine, Lease, ListRequests, NewRequest, Owner, Store, StoreError,
-    StoredPayload, Writer, find_by_name, open,
+    Adopt, Append, Appended, CancelOutcome, Claim, ClaimOutcome, Claimed, ConnectionRecord,
+    CreateOutcome, DeleteOutcome, DuePage, DueQuery, Engine, Lease, ListRequests, NewRequest,
+    Owner, Store, StoreError, StoredPayload, Writer, find_by_name, open,
 };
 use tempfile::TempDir;
 
@@ -51,6 +51,7 @@ fn new_request(client_id: Option<&str>) -> NewRequest {
         create_time: at(1000),
         not_before: at(1000),
         deadline: None,
+        close_by: None,
         redrive_of: None,
         trace_parent: Some("00-a-b-01".into()),
         fingerprint: [7; 32],
@@ -65,7 +66,8 @@ async fn create(store: &dyn Store, new: NewRequest) -> Uid {
 }
 
 async fn try_claim(store: &dyn Store, uid: Uid, now: i64) -> ClaimOutcome {
-    let claim = Claim { uid, holder: "p1".into(), now: at(now), lease_until: at(now + 1000) };
+    let (holder, lease_until) = ("p1".into(), at(now + 1000));
+    let claim = Claim { uid, holder, worker: None, now: at(now), lease_until };
     store.claim(claim).await.unwrap()
 }
 
@@ -318,6 +320,118 @@ async fn leases_are_renewed_by_their_holder_and_expire() {
     }
 }
 
+async fn due(store: &dyn Store, actions: &[&str], per_tenant: usize) -> Vec<Uid> {
+    let query = DueQuery {
+        actions: actions.iter().map(ToString::to_string).collect(),
+        now: at(2000),
+        after_tenant: None,
+        tenants: 10,
+        per_tenant,
+    };
+    let page = store.due_requests(query).await.unwrap();
+    page.requests.into_iter().map(|request| request.uid).collect()
+}
+
+#[tokio::test]
+async fn the_queue_is_read_tenant_by_tenant_and_page_by_page() {
+    for Subject { store, .. } in engines() {
+        let mut by_tenant = Vec::new();
+        for tenant in ["a", "b", "c"] {
+            let owner = Owner { tenant: tenant.into(), user: "u".into() };
+            for age in 0..3 {
+                let owner = owner.clone();
+                let new = NewRequest { owner, not_before: at(1000 + age), ..new_request(None) };
+                by_tenant.push(create(&*store, new).await);
+            }
+        }
+        let query = |after_tenant: Option<String>, tenants| DueQuery {
+            actions: vec!["work".into()],
+            now: at(2000),
+            after_tenant,
+            tenants,
+            per_tenant: 2,
+        };
+        let uids = |page: &DuePage| page.requests.iter().map(|due| due.uid).collect::<Vec<_>>();
+        let first = store.due_requests(query(None, 2)).await.unwrap();
+        assert_eq!(uids(&first), [by_tenant[0], by_tenant[1], by_tenant[3], by_tenant[4]]);
+        assert_eq!(first.next_tenant.as_deref(), Some("b"));
+        let second = store.due_requests(query(first.next_tenant, 2)).await.unwrap();
+        assert_eq!(uids(&second), [by_tenant[6], by_tenant[7]]);
+        assert_eq!(second.next_tenant, None);
+
+        let last = store.get_request(by_tenant[8]).await.unwrap().unwrap();
+        let ahead = store.queue_ahead(last.clone(), at(2000), 100).await.unwrap();
+        assert_eq!((ahead.own, ahead.others), (2, 6));
+        let ahead = store.queue_ahead(last, at(2000), 4).await.unwrap();
+        assert_eq!((ahead.own, ahead.others), (2, 4), "counted up to the limit");
+    }
+}
+
+#[tokio::test]
+async fn an_attempt_is_adopted_with_its_worker_only() {
+    for Subject { store, .. } in engines() {
+        let uid = create(&*store, new_request(None)).await;
+        let claimed = Claim {
+            uid,
+            holder: "p1".into(),
+            worker: Some("w1".into()),
+            now: at(2000),
+            lease_until: at(3000),
+        };
+        let ClaimOutcome::Claimed(claimed) = store.claim(claimed).await.unwrap() else { panic!() };
+        let Some(Kind::Started(started)) = &claimed.started.kind else { panic!() };
+        assert_eq!(started.worker, "w1");
+        let adopt = |worker: &str, attempt| Adopt {
+            lease: Lease { uid, attempt },
+            holder: "p2".into(),
+            worker: worker.into(),
+            lease_until: at(9000),
+        };
+        for (worker, attempt) in [("w2", 1), ("w1", 2)] {
+            assert_eq!(store.adopt(adopt(worker, attempt)).await.unwrap(), None);
+        }
+        for _ in 0..2 {
+            let adopted = store.adopt(adopt("w1", 1)).await.unwrap().unwrap();
+            assert_eq!((adopted.attempt, adopted.last_seq), (1, 2));
+        }
+        let lease = vec![Lease { uid, attempt: 1 }];
+        let renewed = store.renew_leases("p1".into(), lease.clone(), at(9999)).await.unwrap();
+        assert!(!renewed[0].held, "the holder before has lost it");
+        assert!(store.renew_leases("p2".into(), lease, at(9999)).await.unwrap()[0].held);
+        assert_eq!(append(&*store, uid, 1, vec![succeeded(3, 1)]).await, APPLIED);
+        assert_eq!(store.adopt(adopt("w1", 1)).await.unwrap(), None, "it has ended");
+    }
+}
+
+#[tokio::test]
+async fn what_should_have_started_or_ended_is_found_also_between_attempts() {
+    for Subject { store, .. } in engines() {
+        let unstarted =
+            NewRequest { deadline: Some(at(1500)), close_by: Some(at(9000)), ..new_request(None) };
+        let unstarted = create(&*store, unstarted).await;
+        let retried =
+            NewRequest { deadline: Some(at(2500)), close_by: Some(at(4000)), ..new_request(None) };
+        let retried = create(&*store, retried).await;
+        create(&*store, new_request(None)).await;
+        claim(&*store, retried, 2000).await;
+        let overdue = async |now| {
+            let found = store.overdue_requests(at(now), 10).await.unwrap();
+            found.into_iter().map(|record| record.uid).collect::<Vec<_>>()
+        };
+        assert_eq!(overdue(1499).await, []);
+        assert_eq!(overdue(2600).await, [unstarted], "what runs is not overdue here");
+        let retry = Append {
+            retry_at: Some(at(2700)),
+            ..append_as(retried, Writer::Attempt(1), vec![retrying(3, 1)])
+        };
+        assert_eq!(store.append(retry).await.unwrap(), APPLIED);
+        assert_eq!(overdue(3999).await, [unstarted], "its deadline was for the first attempt");
+        assert_eq!(overdue(4000).await, [unstarted, retried]);
+        let outcome = try_claim(&*store, retried, 4000).await;
+        assert!(matches!(outcome, ClaimOutcome::Overdue(_)), "{outcome:?}");
+    }
+}
+
 #[tokio::test]
 async fn what_is_due_comes_by_priority_then_age_and_only_for_the_actions_asked_for() {
     for Subject { store, .. } in engines() {
@@ -337,12 +451,8 @@ async fn what_is_due_comes_by_priority_then_age_and_only_for_the_actions_asked_f
             };
             expected.push(create(&*store, new).await);
         }
-        let due = store.due_requests(vec!["work".into()], at(2000), 10).await.unwrap();
-        let due: Vec<Uid> = due.into_iter().map(|request| request.uid).collect();
-        assert_eq!(due, [expected[2], expected[1], expected[0]]);
-        let both = vec!["work".into(), "other".into()];
-        let first = store.due_requests(both, at(2000), 1).await.unwrap();
-        assert_eq!(first[0].uid, expected[4]);
+        assert_eq!(due(&*store, &["work"], 10).await, [expected[2], expected[1], expected[0]]);
+        assert_eq!(due(&*store, &["work", "other"], 1).await, [expected[4]]);
         let stats = store.queue_stats(at(2000)).await.unwrap();
         assert_eq!((stats.queued, stats.oldest_due), (5, Some(at(1000))));
     }
@@ -354,7 +464,7 @@ async fn a_deadline_that_passed_is_told_and_the_request_can_be_failed_unrun() {
         let new = NewRequest { deadline: Some(at(1500)), ..new_request(None) };
         let uid = create(&*store, new).await;
         let outcome = try_claim(&*store, uid, 1500).await;
-        assert!(matches!(outcome, ClaimOutcome::DeadlinePassed(_)), "{outcome:?}");
+        assert!(matches!(outcome, ClaimOutcome::Overdue(_)), "{outcome:?}");
         let failed = event(2, 0, Kind::Failed(Failed::default()));
         let fail = append_as(uid, Writer::Queued(0), vec![failed]);
         assert_eq!(store.append(fail).await.unwrap(), APPLIED);

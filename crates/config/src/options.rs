@@ -177,6 +177,9 @@ options! {
         sync_threshold_ms: u64 = 5_000, in 0..=600_000;
         /// Async attempts that run at once.
         max_concurrent_attempts: u64 = 1_024, in 1..=1_000_000;
+        /// Percent of those, and of the slots of all workers, that one tenant gets at most: the rest
+        /// is there for whoever comes while one tenant floods.
+        tenant_share_percent: u64 = 75, in 1..=100;
         /// Sync actions that run at once.
         max_concurrent_sync: u64 = 4_096, in 1..=1_000_000;
         /// How long a processor that fell silent keeps its attempts, in milliseconds.

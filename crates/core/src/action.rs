@@ -21,6 +21,14 @@ pub struct ActionSpec {
     /// Longest run of one attempt; `None` for no limit. A sync action without one is held to the
     /// processor's own limit.
     pub start_to_close: Option<Duration>,
+    /// Longest wait for the first attempt, from when the request is due; `None` for no limit.
+    pub schedule_to_start: Option<Duration>,
+    /// Longest time for all attempts and the waits between them, from when the request is due;
+    /// `None` for no limit.
+    pub schedule_to_close: Option<Duration>,
+    /// Longest silence of a running handler: without a report for so long, the attempt fails;
+    /// `None` for no limit.
+    pub heartbeat_timeout: Option<Duration>,
     /// What the caller must be permitted; `None` for nothing.
     pub permission: Option<String>,
     /// How many run at once on one processor; `None` for the processor's own limit.
@@ -38,6 +46,9 @@ impl ActionSpec {
             estimated_duration: Duration::from_secs(60),
             retry: RetryPolicy::default(),
             start_to_close: None,
+            schedule_to_start: None,
+            schedule_to_close: None,
+            heartbeat_timeout: None,
             permission: None,
             max_concurrency: None,
             payload_schema: None,
@@ -71,6 +82,27 @@ impl ActionSpec {
     #[must_use]
     pub fn start_to_close(mut self, limit: Duration) -> Self {
         self.start_to_close = Some(limit);
+        self
+    }
+
+    /// Sets the longest wait for the first attempt.
+    #[must_use]
+    pub fn schedule_to_start(mut self, limit: Duration) -> Self {
+        self.schedule_to_start = Some(limit);
+        self
+    }
+
+    /// Sets the longest time for all attempts together.
+    #[must_use]
+    pub fn schedule_to_close(mut self, limit: Duration) -> Self {
+        self.schedule_to_close = Some(limit);
+        self
+    }
+
+    /// Sets the longest silence of a running handler.
+    #[must_use]
+    pub fn heartbeat_timeout(mut self, limit: Duration) -> Self {
+        self.heartbeat_timeout = Some(limit);
         self
     }
 

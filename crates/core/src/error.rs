@@ -80,6 +80,32 @@ impl ErrorCode {
     }
 }
 
+/// Some of the kinds of failure.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct ErrorCodes(u16);
+
+impl ErrorCodes {
+    /// No kind.
+    pub const NONE: Self = Self(0);
+
+    /// These and one more.
+    #[must_use]
+    pub const fn with(self, code: ErrorCode) -> Self {
+        Self(self.0 | 1 << code as u16)
+    }
+
+    /// Whether it is one of them.
+    #[must_use]
+    pub const fn contains(self, code: ErrorCode) -> bool {
+        self.0 & (1 << code as u16) != 0
+    }
+
+    /// Each of them.
+    pub fn iter(self) -> impl Iterator<Item = ErrorCode> {
+        ErrorCode::ALL.into_iter().filter(move |code| self.contains(*code))
+    }
+}
+
 impl fmt::Display for ErrorCode {
     fn fmt(&self, formatter: &mut fmt::Formatter<'_>) -> fmt::Result {
         formatter.write_str(self.as_str())
@@ -123,6 +149,12 @@ impl RequestError {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn a_set_holds_what_was_put_in() {
+        let some = ErrorCodes::NONE.with(ErrorCode::Timeout).with(ErrorCode::InternalError);
+        assert_eq!(some.iter().collect::<Vec<_>>(), [ErrorCode::Timeout, ErrorCode::InternalError]);
+    }
 
     #[test]
     fn names_come_back() {

@@ -15,7 +15,7 @@ pub mod validate;
 
 pub use action::{ActionSpec, DEFAULT_SYNC_THRESHOLD};
 pub use clock::{Clock, ManualClock, SystemClock, Timestamp};
-pub use error::{ErrorCode, RequestError};
+pub use error::{ErrorCode, ErrorCodes, RequestError};
 pub use id::Uid;
 pub use limits::Limits;
 pub use output::OutputDigest;

@@ -2,6 +2,8 @@
 
 use std::time::Duration;
 
+use crate::ErrorCodes;
+
 /// How often and how soon a failed attempt is repeated.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct RetryPolicy {
@@ -11,6 +13,8 @@ pub struct RetryPolicy {
     pub initial_backoff: Duration,
     /// Upper bound of any wait.
     pub max_backoff: Duration,
+    /// Failures of these kinds are final, whatever the handler says.
+    pub final_errors: ErrorCodes,
 }
 
 impl Default for RetryPolicy {
@@ -19,6 +23,7 @@ impl Default for RetryPolicy {
             max_attempts: 3,
             initial_backoff: Duration::from_millis(500),
             max_backoff: Duration::from_secs(60),
+            final_errors: ErrorCodes::NONE,
         }
     }
 }
@@ -27,7 +32,12 @@ impl RetryPolicy {
     /// One attempt and no other.
     #[must_use]
     pub const fn none() -> Self {
-        Self { max_attempts: 1, initial_backoff: Duration::ZERO, max_backoff: Duration::ZERO }
+        Self {
+            max_attempts: 1,
+            initial_backoff: Duration::ZERO,
+            max_backoff: Duration::ZERO,
+            final_errors: ErrorCodes::NONE,
+        }
     }
 
     /// The wait after `failed_attempts` (from 1), or `None` when there is no attempt left. Full
@@ -61,6 +71,7 @@ mod tests {
             max_attempts: 5,
             initial_backoff: Duration::from_secs(1),
             max_backoff: Duration::from_secs(3),
+            ..RetryPolicy::default()
         };
         let waits: Vec<_> = (1..=5).map(|failed| policy.backoff(failed, 1.0)).collect();
         let seconds = |n| Some(Duration::from_secs(n));

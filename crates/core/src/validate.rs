@@ -89,6 +89,14 @@ pub fn action_name(name: &str) -> Result<(), String> {
     if well_formed { Ok(()) } else { Err("must match [a-z][a-z0-9_.-]{0,63}".into()) }
 }
 
+/// A worker's id: 1 to 128 characters of `[A-Za-z0-9._:/@-]`.
+///
+/// # Errors
+/// The rule, and how it is broken.
+pub fn worker_id(id: &str) -> Result<(), String> {
+    request_id(id)
+}
+
 /// A number in a range.
 ///
 /// # Errors

@@ -151,7 +151,7 @@ impl Context {
         percentage: f64,
         message: impl Into<String>,
     ) -> Result<(), HandlerError> {
-        self.report_progress(percentage, message.into(), None).await
+        self.report_progress(Some(percentage), message.into(), None).await
     }
 
     /// As [`Self::progress`], with anything more (as JSON, at most 64 KiB).
@@ -165,16 +165,23 @@ impl Context {
         metadata: &impl Serialize,
     ) -> Result<(), HandlerError> {
         let metadata = serde_json::to_vec(metadata)?;
-        self.report_progress(percentage, message.into(), Some(metadata.into())).await
+        self.report_progress(Some(percentage), message.into(), Some(metadata.into())).await
     }
 
-    async fn report_progress(
+    /// As [`Self::progress_with`], with the metadata as JSON text, and without a percentage when
+    /// there is no telling.
+    ///
+    /// # Errors
+    /// As [`Self::progress`].
+    pub async fn report_progress(
         &self,
-        percentage: f64,
+        percentage: Option<f64>,
         message: String,
         metadata: Option<Bytes>,
     ) -> Result<(), HandlerError> {
-        if !(0.0..=100.0).contains(&percentage) {
+        if let Some(percentage) = percentage
+            && !(0.0..=100.0).contains(&percentage)
+        {
             return Err(HandlerError::fatal(format!(
                 "progress.percentage must be 0 to 100, is {percentage}"
             )));
@@ -182,9 +189,16 @@ impl Context {
         bounded("progress.message", message.len(), limits::MAX_PROGRESS_MESSAGE_BYTES)?;
         let metadata_bytes = metadata.as_ref().map_or(0, Bytes::len);
         bounded("progress.metadata", metadata_bytes, limits::MAX_PROGRESS_METADATA_BYTES)?;
-        self.reports
-            .push(Report::Progress { percentage: Some(percentage), message, metadata })
-            .await
+        self.reports.push(Report::Progress { percentage, message, metadata }).await
+    }
+
+    /// Says that the handler lives, when it has nothing else to say: for actions that declare a
+    /// heartbeat timeout.
+    ///
+    /// # Errors
+    /// When the attempt is not this handler's any more.
+    pub async fn heartbeat(&self) -> Result<(), HandlerError> {
+        self.reports.push(Report::KeepAlive).await
     }
 
     /// Puts out the next chunk of the result, as JSON.
@@ -215,9 +229,32 @@ impl Context {
     /// # Errors
     /// When it is too large, or the attempt is not this handler's any more.
     pub async fn save_checkpoint(&self, checkpoint: &impl Serialize) -> Result<(), HandlerError> {
-        let data = serde_json::to_vec(checkpoint)?;
+        self.save_checkpoint_bytes(serde_json::to_vec(checkpoint)?).await
+    }
+
+    /// As [`Self::save_checkpoint`], with bytes of any kind.
+    ///
+    /// # Errors
+    /// As [`Self::save_checkpoint`].
+    pub async fn save_checkpoint_bytes(
+        &self,
+        checkpoint: impl Into<Bytes>,
+    ) -> Result<(), HandlerError> {
+        let data = checkpoint.into();
         bounded("checkpoint", data.len(), limits::MAX_CHECKPOINT_BYTES)?;
-        self.reports.push(Report::Checkpoint(data.into())).await
+        self.reports.push(Report::Checkpoint(data)).await
+    }
+
+    /// What an earlier attempt left, as it is.
+    #[must_use]
+    pub fn checkpoint_bytes(&self) -> Option<&Bytes> {
+        self.info.checkpoint.as_ref()
+    }
+
+    /// Which attempt of which request this is.
+    #[must_use]
+    pub fn info(&self) -> &AttemptInfo {
+        &self.info
     }
 
     /// What an earlier attempt left.

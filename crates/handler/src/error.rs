@@ -10,62 +10,79 @@ use streamer_core::{ErrorCode, RequestError, Violations};
 /// [`HandlerError::invalid`] say that repeating is of no use. (It is no `Error` itself, so that
 /// every `Error` can turn into it.)
 #[derive(Clone, Debug)]
-pub struct HandlerError(RequestError);
+pub struct HandlerError {
+    error: RequestError,
+    released: bool,
+}
 
 impl HandlerError {
     /// Another attempt may succeed.
     pub fn retryable(message: impl Into<String>) -> Self {
         let error = RequestError::new(ErrorCode::ProcessingFailed, message);
-        Self(RequestError { retryable: true, ..error })
+        Self::from_request_error(RequestError { retryable: true, ..error })
     }
 
     /// Another attempt would fail in the same way.
     pub fn fatal(message: impl Into<String>) -> Self {
-        Self(RequestError::new(ErrorCode::ProcessingFailed, message))
+        Self::from_request_error(RequestError::new(ErrorCode::ProcessingFailed, message))
     }
 
     /// The payload breaks a rule; no other attempt follows.
     pub fn invalid(field: impl Into<String>, rule: impl Into<String>) -> Self {
         let mut violations = Violations::default();
         violations.push(field, rule);
-        Self(RequestError::new(ErrorCode::ValidationError, violations.to_string()))
+        let message = violations.to_string();
+        Self::from_request_error(RequestError::new(ErrorCode::ValidationError, message))
     }
 
     /// The handler gave up because cancellation was asked for.
     #[must_use]
     pub fn cancelled() -> Self {
-        Self(RequestError::new(ErrorCode::Cancelled, "cancelled"))
+        Self::from_request_error(RequestError::new(ErrorCode::Cancelled, "cancelled"))
+    }
+
+    /// The handler gives the attempt back unfinished, as when its process stops: another attempt
+    /// follows at once, even if this was the last.
+    pub fn released(reason: impl Into<String>) -> Self {
+        let error = RequestError::new(ErrorCode::Unavailable, reason);
+        Self { error, released: true }
+    }
+
+    /// Whether the attempt was given back, see [`HandlerError::released`].
+    #[must_use]
+    pub fn is_released(&self) -> bool {
+        self.released
     }
 
     /// Adds a JSON value that tells more.
     #[must_use]
     pub fn with_details(mut self, details: &serde_json::Value) -> Self {
-        self.0.details = Some(details.to_string());
+        self.error.details = Some(details.to_string());
         self
     }
 
     /// With everything said: code, message and whether to retry.
     #[must_use]
     pub fn from_request_error(error: RequestError) -> Self {
-        Self(error)
+        Self { error, released: false }
     }
 
     /// As it is told to the caller.
     #[must_use]
     pub fn into_request_error(self) -> RequestError {
-        self.0
+        self.error
     }
 
     /// The kind of failure.
     #[must_use]
     pub fn code(&self) -> ErrorCode {
-        self.0.code
+        self.error.code
     }
 }
 
 impl fmt::Display for HandlerError {
     fn fmt(&self, formatter: &mut fmt::Formatter<'_>) -> fmt::Result {
-        fmt::Display::fmt(&self.0, formatter)
+        fmt::Display::fmt(&self.error, formatter)
     }
 }
 

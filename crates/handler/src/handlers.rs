@@ -9,7 +9,7 @@ use crate::DynHandler;
 /// Handlers by the name of their action.
 #[derive(Clone, Default)]
 pub struct Handlers {
-    by_action: BTreeMap<String, (ActionSpec, Arc<dyn DynHandler>)>,
+    by_action: BTreeMap<String, (Arc<ActionSpec>, Arc<dyn DynHandler>)>,
 }
 
 impl Handlers {
@@ -23,18 +23,18 @@ impl Handlers {
     #[must_use]
     pub fn with(mut self, handler: impl DynHandler) -> Self {
         let spec = handler.spec();
-        self.by_action.insert(spec.name.clone(), (spec, Arc::new(handler)));
+        self.by_action.insert(spec.name.clone(), (Arc::new(spec), Arc::new(handler)));
         self
     }
 
     /// The handler of this action.
     #[must_use]
-    pub fn get(&self, action: &str) -> Option<(&ActionSpec, &Arc<dyn DynHandler>)> {
+    pub fn get(&self, action: &str) -> Option<(&Arc<ActionSpec>, &Arc<dyn DynHandler>)> {
         self.by_action.get(action).map(|(spec, handler)| (spec, handler))
     }
 
     /// What the actions declare, by name.
-    pub fn specs(&self) -> impl Iterator<Item = &ActionSpec> {
+    pub fn specs(&self) -> impl Iterator<Item = &Arc<ActionSpec>> {
         self.by_action.values().map(|(spec, _)| spec)
     }
 }

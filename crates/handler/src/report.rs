@@ -4,7 +4,10 @@ use std::collections::VecDeque;
 
 use bytes::Bytes;
 use parking_lot::Mutex;
-use tokio::sync::Notify;
+use tokio::{
+    sync::{Notify, watch},
+    time::Instant,
+};
 
 use crate::HandlerError;
 
@@ -34,6 +37,8 @@ pub enum Report {
     },
     /// What the next attempt may begin from.
     Checkpoint(Bytes),
+    /// The handler lives and has nothing else to say.
+    KeepAlive,
 }
 
 impl Report {
@@ -46,7 +51,14 @@ impl Report {
                 }
                 Self::Output { content_type, data } => content_type.len() + data.len(),
                 Self::Checkpoint(data) => data.len(),
+                Self::KeepAlive => 0,
             }
+    }
+
+    /// Whether it becomes an event of the log.
+    #[must_use]
+    pub fn is_event(&self) -> bool {
+        matches!(self, Self::Progress { .. } | Self::Output { .. })
     }
 }
 
@@ -56,14 +68,28 @@ pub struct ReportQueue {
     state: Mutex<State>,
     filled: Notify,
     emptied: Notify,
+    durable: watch::Sender<i64>,
 }
 
-#[derive(Debug, Default)]
+#[derive(Debug)]
 struct State {
     reports: VecDeque<Report>,
     bytes: usize,
     closed: bool,
     discarding: bool,
+    last_push: Instant,
+}
+
+impl Default for State {
+    fn default() -> Self {
+        Self {
+            reports: VecDeque::new(),
+            bytes: 0,
+            closed: false,
+            discarding: false,
+            last_push: Instant::now(),
+        }
+    }
 }
 
 impl ReportQueue {
@@ -90,6 +116,7 @@ impl ReportQueue {
                 if state.closed {
                     return Err(HandlerError::cancelled());
                 }
+                state.last_push = Instant::now();
                 if state.discarding {
                     return Ok(());
                 }
@@ -128,6 +155,23 @@ impl ReportQueue {
         if self.state.lock().reports.is_empty() {
             filled.await;
         }
+    }
+
+    /// When something was last pushed, or the queue was made.
+    #[must_use]
+    pub fn last_push(&self) -> Instant {
+        self.state.lock().last_push
+    }
+
+    /// Notes how many reports of the attempt are durable events by now.
+    pub fn note_durable(&self, events: i64) {
+        self.durable.send_replace(events);
+    }
+
+    /// Follows how many reports of the attempt are durable events.
+    #[must_use]
+    pub fn durable(&self) -> watch::Receiver<i64> {
+        self.durable.subscribe()
     }
 
     /// Refuses everything from now on.

@@ -92,10 +92,12 @@ pub fn request_to_proto(record: &RequestRecord) -> proto::Request {
         error,
         output: record.output.clone(),
         redrive_of: record.redrive_of.map(|uid| uid.to_string()).unwrap_or_default(),
+        close_by: record.close_by.map(time),
+        queue_position: None,
     }
 }
 
-fn code_to_proto(code: ErrorCode) -> proto::ErrorCode {
+pub(crate) fn code_to_proto(code: ErrorCode) -> proto::ErrorCode {
     match code {
         ErrorCode::ValidationError => proto::ErrorCode::ValidationError,
         ErrorCode::InvalidAction => proto::ErrorCode::InvalidAction,
@@ -112,7 +114,7 @@ fn code_to_proto(code: ErrorCode) -> proto::ErrorCode {
     }
 }
 
-fn code_from_proto(code: proto::ErrorCode) -> ErrorCode {
+pub(crate) fn code_from_proto(code: proto::ErrorCode) -> ErrorCode {
     match code {
         proto::ErrorCode::ValidationError => ErrorCode::ValidationError,
         proto::ErrorCode::InvalidAction => ErrorCode::InvalidAction,

@@ -1,11 +1,13 @@
 //! What every gRPC server and client of Streamer shares: status mapping, payload conversion,
 //! channels. Used by all services; holds no state.
 
+mod action;
 mod channel;
 mod convert;
 mod payload;
 mod status;
 
+pub use action::{action_from_proto, action_to_proto};
 pub use channel::{Channel, local, with_authorization};
 pub use convert::{
     apply_event, error_from_proto, error_to_proto, is_terminal, request_to_proto, state_from_proto,

@@ -20,9 +20,10 @@ use std::{path::PathBuf, sync::Arc};
 pub use error::StoreError;
 pub use find::find_by_name;
 pub use model::{
-    Append, Appended, CancelOutcome, Claim, ClaimOutcome, Claimed, ConnectionPage,
-    ConnectionRecord, CreateOutcome, DeleteOutcome, DueRequest, EventPage, Lease, ListRequests,
-    NewRequest, Owner, QueueStats, Renewed, RequestPage, RequestRecord, StoredPayload, Writer,
+    Adopt, Append, Appended, CancelOutcome, Claim, ClaimOutcome, Claimed, ConnectionPage,
+    ConnectionRecord, CreateOutcome, DeleteOutcome, DuePage, DueQuery, DueRequest, EventPage,
+    Lease, ListRequests, NewRequest, Owner, QueueAhead, QueueStats, Renewed, RequestPage,
+    RequestRecord, StoredPayload, Writer,
 };
 pub use sqlite::SqliteStore;
 pub use store::Store;

@@ -45,6 +45,8 @@ pub struct NewRequest {
     pub not_before: Timestamp,
     /// It must have started by then.
     pub deadline: Option<Timestamp>,
+    /// It must have ended by then.
+    pub close_by: Option<Timestamp>,
     /// The request it repeats.
     pub redrive_of: Option<Uid>,
     /// W3C `traceparent` of the submission.
@@ -95,6 +97,8 @@ pub struct RequestRecord {
     pub not_before: Timestamp,
     /// It must have started by then.
     pub deadline: Option<Timestamp>,
+    /// It must have ended by then.
+    pub close_by: Option<Timestamp>,
     /// Latest progress of the latest attempt.
     pub progress: Option<Progress>,
     /// A JSON object kept with it.
@@ -117,6 +121,13 @@ impl RequestRecord {
     pub fn request_id(&self) -> String {
         self.client_id.clone().unwrap_or_else(|| self.uid.to_string())
     }
+
+    /// Whether it should have started, or ended, before now.
+    #[must_use]
+    pub fn is_overdue(&self, now: Timestamp) -> bool {
+        let passed = |limit: Option<Timestamp>| limit.is_some_and(|limit| limit <= now);
+        (self.attempt == 0 && passed(self.deadline)) || passed(self.close_by)
+    }
 }
 
 /// Asks for the right to run the next attempt.
@@ -126,6 +137,8 @@ pub struct Claim {
     pub uid: Uid,
     /// Who asks: one run of one processor.
     pub holder: String,
+    /// The worker that will run it, when the processor does not itself.
+    pub worker: Option<String>,
     /// Now.
     pub now: Timestamp,
     /// The right lasts until then, unless renewed.
@@ -137,10 +150,23 @@ pub struct Claim {
 pub enum ClaimOutcome {
     /// The attempt is the caller's.
     Claimed(Box<Claimed>),
-    /// Its deadline passed before it was started; it is still queued.
-    DeadlinePassed(Box<RequestRecord>),
+    /// It should have started, or ended, before now; it is still queued.
+    Overdue(Box<RequestRecord>),
     /// It is not there, not queued or not due.
     NotClaimable,
+}
+
+/// Asks to go on with an attempt that another processor had given to a worker.
+#[derive(Clone, Debug)]
+pub struct Adopt {
+    /// The attempt.
+    pub lease: Lease,
+    /// Who asks: one run of one processor.
+    pub holder: String,
+    /// The worker that runs it.
+    pub worker: String,
+    /// The right lasts until then, unless renewed.
+    pub lease_until: Timestamp,
 }
 
 /// An attempt to run.
@@ -227,6 +253,39 @@ pub enum DeleteOutcome {
     Deleted,
     /// It has not ended.
     NotEnded,
+}
+
+/// Asks for requests that may start, of several tenants.
+#[derive(Clone, Debug)]
+pub struct DueQuery {
+    /// For these actions.
+    pub actions: Vec<String>,
+    /// Due by then.
+    pub now: Timestamp,
+    /// Of tenants after this one, in the order of their names.
+    pub after_tenant: Option<String>,
+    /// Of so many tenants at most.
+    pub tenants: usize,
+    /// Of each tenant so many at most.
+    pub per_tenant: usize,
+}
+
+/// Requests that may start.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct DuePage {
+    /// Tenant by tenant, each in the order in which they should start.
+    pub requests: Vec<DueRequest>,
+    /// Where the next page begins: the last tenant that was looked at.
+    pub next_tenant: Option<String>,
+}
+
+/// How many due requests for the same action are before one.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct QueueAhead {
+    /// Of the same tenant.
+    pub own: u64,
+    /// Of the others.
+    pub others: u64,
 }
 
 /// A request that waits and may start.

@@ -5,6 +5,7 @@
 //! their own and see the last commit.
 
 mod connections;
+mod queue;
 mod requests;
 mod row;
 mod schema;
@@ -22,9 +23,10 @@ use rusqlite::Connection;
 use streamer_core::{Timestamp, Uid};
 
 use crate::{
-    Append, Appended, CancelOutcome, Claim, ClaimOutcome, ConnectionPage, ConnectionRecord,
-    CreateOutcome, DeleteOutcome, DueRequest, EventPage, Lease, ListRequests, NewRequest, Owner,
-    QueueStats, Renewed, RequestPage, RequestRecord, Store, StoreError, StoredPayload,
+    Adopt, Append, Appended, CancelOutcome, Claim, ClaimOutcome, ConnectionPage, ConnectionRecord,
+    CreateOutcome, DeleteOutcome, DuePage, DueQuery, EventPage, Lease, ListRequests, NewRequest,
+    Owner, QueueAhead, QueueStats, Renewed, RequestPage, RequestRecord, Store, StoreError,
+    StoredPayload,
 };
 use writer::WriterThread;
 
@@ -211,21 +213,37 @@ impl Store for SqliteStore {
         self.read("looking for expired leases", move |db| requests::expired(db, now, limit)).await
     }
 
-    async fn due_requests(
+    async fn adopt(&self, adopt: Adopt) -> Result<Option<RequestRecord>, StoreError> {
+        self.writer.run("adopting an attempt", move |db| requests::adopt(db, &adopt)).await
+    }
+
+    async fn overdue_requests(
         &self,
-        actions: Vec<String>,
         now: Timestamp,
         limit: usize,
-    ) -> Result<Vec<DueRequest>, StoreError> {
-        self.read("reading the queue", move |db| requests::due(db, &actions, now, limit)).await
+    ) -> Result<Vec<RequestRecord>, StoreError> {
+        self.read("looking for overdue requests", move |db| queue::overdue(db, now, limit)).await
+    }
+
+    async fn due_requests(&self, query: DueQuery) -> Result<DuePage, StoreError> {
+        self.read("reading the queue", move |db| queue::due(db, &query)).await
+    }
+
+    async fn queue_ahead(
+        &self,
+        record: RequestRecord,
+        now: Timestamp,
+        limit: usize,
+    ) -> Result<QueueAhead, StoreError> {
+        self.read("reading the queue", move |db| queue::ahead(db, &record, now, limit)).await
     }
 
     async fn next_due(&self, now: Timestamp) -> Result<Option<Timestamp>, StoreError> {
-        self.read("reading the queue", move |db| requests::next_due(db, now)).await
+        self.read("reading the queue", move |db| queue::next_due(db, now)).await
     }
 
     async fn queue_stats(&self, now: Timestamp) -> Result<QueueStats, StoreError> {
-        self.read("measuring the queue", move |db| requests::queue_stats(db, now)).await
+        self.read("measuring the queue", move |db| queue::stats(db, now)).await
     }
 
     async fn read_events(

@@ -4,9 +4,9 @@ use async_trait::async_trait;
 use streamer_core::{Timestamp, Uid};
 
 use crate::{
-    Append, Appended, CancelOutcome, Claim, ClaimOutcome, ConnectionPage, ConnectionRecord,
-    CreateOutcome, DeleteOutcome, DueRequest, EventPage, Lease, ListRequests, NewRequest, Owner,
-    QueueStats, Renewed, RequestPage, RequestRecord, StoreError, StoredPayload,
+    Adopt, Append, Appended, CancelOutcome, Claim, ClaimOutcome, ConnectionPage, ConnectionRecord,
+    CreateOutcome, DeleteOutcome, DuePage, DueQuery, EventPage, Lease, ListRequests, NewRequest,
+    Owner, QueueAhead, QueueStats, Renewed, RequestPage, RequestRecord, StoreError, StoredPayload,
 };
 
 /// Everything durable. Each method says its precondition and what a repeat does; each is durable
@@ -69,14 +69,32 @@ pub trait Store: Send + Sync + 'static {
         limit: usize,
     ) -> Result<Vec<RequestRecord>, StoreError>;
 
-    /// Reads queued requests for these actions that are due: highest priority first, then oldest
+    /// Goes on with a running attempt that its worker still has: the request must be running it,
+    /// given to that worker, whoever held the lease. The holder before is fenced by the log: what
+    /// it still appends collides. `None` when the attempt is not that worker's. A repeat is
+    /// harmless.
+    async fn adopt(&self, adopt: Adopt) -> Result<Option<RequestRecord>, StoreError>;
+
+    /// Reads queued requests that should have started, or ended, by `now`, the longest overdue
     /// first.
-    async fn due_requests(
+    async fn overdue_requests(
         &self,
-        actions: Vec<String>,
         now: Timestamp,
         limit: usize,
-    ) -> Result<Vec<DueRequest>, StoreError>;
+    ) -> Result<Vec<RequestRecord>, StoreError>;
+
+    /// Reads queued requests that are due, of several tenants: of each the highest priority first,
+    /// then the oldest. What tenants have queued beyond that costs nothing.
+    async fn due_requests(&self, query: DueQuery) -> Result<DuePage, StoreError>;
+
+    /// Counts the due requests for the same action that come before this one, each count up to
+    /// `limit`.
+    async fn queue_ahead(
+        &self,
+        record: RequestRecord,
+        now: Timestamp,
+        limit: usize,
+    ) -> Result<QueueAhead, StoreError>;
 
     /// Reads when the next queued request that is not due at `now` becomes due.
     async fn next_due(&self, now: Timestamp) -> Result<Option<Timestamp>, StoreError>;

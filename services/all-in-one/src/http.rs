@@ -31,10 +31,11 @@ const HEALTH_TIMEOUT: Duration = Duration::from_secs(5);
 /// Prometheus' content type of OpenMetrics text.
 const OPEN_METRICS: &str = "application/openmetrics-text; version=1.0.0; charset=utf-8";
 /// The services whose health is told; the empty name stands for the server.
-const SERVICES: [&str; 5] = [
+const SERVICES: [&str; 6] = [
     "",
     "streamer.router.v1.RouterService",
     "streamer.progress.v1.ProgressService",
+    "streamer.processor.v1.WorkerService",
     "streamer.connections.v1.ConnectionsService",
     "google.longrunning.Operations",
 ];
@@ -125,6 +126,7 @@ impl Services {
         let grpc = Routes::new(self.router.public.clone())
             .add_service(self.router.operations.clone())
             .add_service(self.progress.public.clone())
+            .add_service(self.processor.workers.clone())
             .add_service(self.gateway.connections.clone())
             .add_service(health)
             .add_service(builder().build_v1().map_err(reflection)?)

@@ -154,7 +154,8 @@ fn limits(config: &Config) -> Limits {
 fn processor_options(config: &Config) -> ProcessorOptions {
     let execution = &config.execution;
     ProcessorOptions {
-        max_concurrent_attempts: size(execution.max_concurrent_attempts),
+        max_concurrent_attempts: number(execution.max_concurrent_attempts),
+        tenant_share: number(execution.tenant_share_percent),
         max_concurrent_sync: size(execution.max_concurrent_sync),
         sync_timeout: Duration::from_millis(execution.sync_threshold_ms.max(1)),
         lease: Duration::from_millis(execution.lease_ms),
@@ -168,7 +169,6 @@ fn processor_options(config: &Config) -> ProcessorOptions {
 
 fn gateway_options(config: &Config) -> GatewayOptions {
     let gateway = &config.gateway;
-    let number = |value: u64| u32::try_from(value).unwrap_or(u32::MAX);
     GatewayOptions {
         allowed_origins: gateway.allowed_origins.clone(),
         max_connections: size(gateway.max_connections),
@@ -184,6 +184,10 @@ fn gateway_options(config: &Config) -> GatewayOptions {
         handshake_timeout: Duration::from_millis(gateway.handshake_timeout_ms),
         reconnect_after: Duration::from_millis(gateway.reconnect_after_ms),
     }
+}
+
+fn number(value: u64) -> u32 {
+    u32::try_from(value).unwrap_or(u32::MAX)
 }
 
 fn size(value: u64) -> usize {

@@ -9,13 +9,14 @@ use std::{
     time::Duration,
 };
 
+use bytes::Bytes;
 use futures_util::{
     FutureExt,
     future::{Fuse, FusedFuture, OptionFuture},
 };
 use parking_lot::Mutex;
 use streamer_core::{
-    Clock, ErrorCode, Limits, OutputDigest, RequestError, RetryPolicy, Timestamp, Uid, retry,
+    ActionSpec, Clock, ErrorCode, Limits, OutputDigest, RequestError, Timestamp, Uid, retry,
 };
 use streamer_handler::{
     AttemptInfo, Context, DynHandler, HandlerError, Report, ReportQueue, RequestHistory,
@@ -26,7 +27,7 @@ use streamer_proto::{
     timestamp,
 };
 use streamer_rpc::json_payload;
-use streamer_store::Claimed;
+use streamer_store::RequestRecord;
 use tokio::time::{Instant, sleep, sleep_until};
 use tokio_util::{sync::CancellationToken, task::AbortOnDropHandle};
 use tonic::{Code, Status};
@@ -46,9 +47,11 @@ pub(crate) struct AttemptHandle {
     /// Tells the handler that cancellation was asked for.
     pub(crate) cancellation: CancellationToken,
     cancel_reason: Mutex<Option<String>>,
-    /// The attempt is another's now.
+    /// The attempt is another's now, or left to another.
     lost: AtomicBool,
     lost_signal: CancellationToken,
+    release_reason: Mutex<Option<&'static str>>,
+    release_signal: CancellationToken,
 }
 
 impl AttemptHandle {
@@ -65,6 +68,22 @@ impl AttemptHandle {
         self.cancellation.cancel();
     }
 
+    /// Stops the handler where it is and hands the attempt back.
+    pub(crate) fn release(&self, reason: &'static str) {
+        *self.release_reason.lock() = Some(reason);
+        self.release_signal.cancel();
+    }
+
+    /// Why cancellation was asked for, when it was.
+    pub(crate) fn cancel_reason(&self) -> Option<String> {
+        self.cancel_reason.lock().clone()
+    }
+
+    async fn released(&self) -> &'static str {
+        self.release_signal.cancelled().await;
+        self.release_reason.lock().unwrap_or("it was handed back")
+    }
+
     fn is_lost(&self) -> bool {
         self.lost.load(Ordering::SeqCst)
     }
@@ -79,25 +98,35 @@ pub(crate) struct Environment {
     pub(crate) cancel_grace: Duration,
 }
 
+/// An attempt to run, or to go on with.
+pub(crate) struct Launch {
+    pub(crate) record: RequestRecord,
+    pub(crate) spec: Arc<ActionSpec>,
+    pub(crate) handler: Arc<dyn DynHandler>,
+    pub(crate) reports: Arc<ReportQueue>,
+    pub(crate) payload: Bytes,
+    pub(crate) checkpoint: Option<Bytes>,
+    /// The stored `started` event; absent when the attempt has been running elsewhere.
+    pub(crate) started: Option<Event>,
+    /// What it has put out so far.
+    pub(crate) output: OutputDigest,
+}
+
 /// How an attempt left the stage.
 pub(crate) enum Finished {
     /// With this last event; another attempt is due at the given time when it is `retrying`.
     Concluded(Kind, Option<Timestamp>),
-    /// It was taken over.
+    /// It was taken over, or left to whoever will.
     Lost,
 }
 
-/// Runs a claimed attempt to its end.
+/// Runs an attempt to its end.
 pub(crate) async fn run(
     environment: &Environment,
-    claimed: Claimed,
-    handler: Arc<dyn DynHandler>,
-    policy: RetryPolicy,
-    start_to_close: Option<Duration>,
+    launch: Launch,
     handle: Arc<AttemptHandle>,
 ) -> Finished {
-    let record = &claimed.record;
-    let reports = Arc::new(ReportQueue::default());
+    let Launch { record, spec, handler, reports, payload, checkpoint, started, output } = launch;
     let context = Context::new(
         AttemptInfo {
             uid: record.uid,
@@ -106,7 +135,7 @@ pub(crate) async fn run(
             user: record.owner.user.clone(),
             action: record.action.clone(),
             attempt: record.attempt,
-            checkpoint: claimed.checkpoint.clone(),
+            checkpoint,
             trace_parent: record.trace_parent.clone(),
         },
         reports.clone(),
@@ -114,27 +143,54 @@ pub(crate) async fn run(
         environment.limits,
         Some(environment.history.clone()),
     );
-    let payload = claimed.payload.data.clone();
     // A task of its own: a handler that computes without a pause does not hold up its reports, and
     // one that panics fails alone.
     let work =
         AbortOnDropHandle::new(tokio::spawn(async move { handler.run(&context, payload).await }));
+    let now = environment.clock.now();
     let attempt = Attempt {
         environment,
         uid: record.uid,
         number: record.attempt,
         attempt_seq: record.attempt_seq,
         next_seq: record.last_seq + 1,
-        digest: OutputDigest::default(),
+        digest: output,
         reports,
         handle,
-        policy,
-        deadline: start_to_close.map(|limit| Instant::now() + limit),
+        deadline: TimeLimit::nearest(&record, &spec, now),
+        close_by: record.close_by,
+        spec,
     };
-    attempt.drive(claimed.started, work).await
+    attempt.drive(started, work).await
 }
 
-type Work = AbortOnDropHandle<Result<bytes::Bytes, HandlerError>>;
+/// When an attempt must have ended, and why.
+struct TimeLimit {
+    at: Instant,
+    error: RequestError,
+}
+
+impl TimeLimit {
+    fn nearest(record: &RequestRecord, spec: &ActionSpec, now: Timestamp) -> Option<Self> {
+        let began = record.start_time.unwrap_or(now);
+        let timeout = |at: Timestamp, message: &str| Self {
+            at: Instant::now() + at.since(now),
+            error: RequestError::new(ErrorCode::Timeout, message),
+        };
+        let attempt = spec.start_to_close.map(|limit| {
+            timeout(began.plus(limit), "the attempt took longer than its start-to-close timeout")
+        });
+        let all = record.close_by.map(|at| {
+            let message = "the request took longer than its schedule-to-close timeout";
+            let mut limit = timeout(at, message);
+            limit.error.retryable = false;
+            limit
+        });
+        [attempt, all].into_iter().flatten().min_by_key(|limit| limit.at)
+    }
+}
+
+type Work = AbortOnDropHandle<Result<Bytes, HandlerError>>;
 type Sending = Fuse<Pin<Box<dyn Future<Output = Result<Option<String>, Status>> + Send>>>;
 
 struct Attempt<'a> {
@@ -146,26 +202,36 @@ struct Attempt<'a> {
     digest: OutputDigest,
     reports: Arc<ReportQueue>,
     handle: Arc<AttemptHandle>,
-    policy: RetryPolicy,
-    deadline: Option<Instant>,
+    spec: Arc<ActionSpec>,
+    deadline: Option<TimeLimit>,
+    close_by: Option<Timestamp>,
 }
 
 impl Attempt<'_> {
-    async fn drive(mut self, started: Event, mut work: Work) -> Finished {
-        let mut sending = self.announce(started);
+    async fn drive(mut self, started: Option<Event>, mut work: Work) -> Finished {
+        let mut sending = match started {
+            Some(started) => self.announce(started),
+            None => Fuse::terminated(),
+        };
         let mut working = true;
         let mut outcome = None;
         let mut last = None;
         let mut cut_off: Option<Instant> = None;
         loop {
-            let deadline = OptionFuture::from(self.deadline.map(sleep_until));
+            let deadline =
+                OptionFuture::from(self.deadline.as_ref().map(|limit| sleep_until(limit.at)));
+            let silence = OptionFuture::from(self.silent_at().map(sleep_until));
             let grace = OptionFuture::from(cut_off.map(sleep_until));
             tokio::select! {
                 biased;
                 () = self.handle.lost_signal.cancelled() => {}
                 sent = &mut sending, if !sending.is_terminated() => match sent {
-                    Ok(Some(reason)) => self.handle.cancel(&reason),
-                    Ok(None) => {}
+                    Ok(cancel_reason) => {
+                        self.reports.note_durable(self.next_seq - 1 - self.attempt_seq);
+                        if let Some(reason) = cancel_reason {
+                            self.handle.cancel(&reason);
+                        }
+                    }
                     Err(status) => {
                         tracing::info!(uid = %self.uid, attempt = self.number, %status, "lost an attempt");
                         self.handle.lose();
@@ -181,10 +247,23 @@ impl Attempt<'_> {
                 Some(()) = deadline, if working => {
                     working = false;
                     work.abort();
-                    outcome = Some(Outcome::Failed(RequestError::new(
-                        ErrorCode::Timeout,
-                        "the attempt took longer than its start-to-close timeout",
-                    )));
+                    outcome = self.deadline.take().map(|limit| Outcome::Failed(limit.error));
+                }
+                Some(()) = silence, if working => {
+                    // It may have reported since the timer was set.
+                    if self.silent_at().is_some_and(|at| at <= Instant::now()) {
+                        working = false;
+                        work.abort();
+                        outcome = Some(Outcome::Failed(RequestError::new(
+                            ErrorCode::Timeout,
+                            "the handler reported nothing for longer than its heartbeat timeout",
+                        )));
+                    }
+                }
+                reason = self.handle.released(), if working => {
+                    working = false;
+                    work.abort();
+                    outcome = Some(Outcome::Released(RequestError::new(ErrorCode::Unavailable, reason)));
                 }
                 () = self.handle.cancellation.cancelled(), if cut_off.is_none() => {
                     cut_off = Some(Instant::now() + self.environment.cancel_grace);
@@ -230,7 +309,7 @@ impl Attempt<'_> {
     }
 
     /// A result beyond the limit is a failure that no repetition cures.
-    fn check(&self, ended: Result<bytes::Bytes, HandlerError>) -> Outcome {
+    fn check(&self, ended: Result<Bytes, HandlerError>) -> Outcome {
         let limit = self.environment.limits.max_payload_bytes;
         match ended {
             Ok(result) if result.len() > limit => Outcome::Failed(RequestError::new(
@@ -241,8 +320,14 @@ impl Attempt<'_> {
                 ),
             )),
             Ok(result) => Outcome::Succeeded(result),
+            Err(error) if error.is_released() => Outcome::Released(error.into_request_error()),
             Err(error) => Outcome::Failed(error.into_request_error()),
         }
+    }
+
+    /// When the handler will have been silent for too long.
+    fn silent_at(&self) -> Option<Instant> {
+        self.spec.heartbeat_timeout.map(|limit| self.reports.last_push() + limit)
     }
 
     fn take_reports(&mut self) -> PublishRequest {
@@ -275,6 +360,7 @@ impl Attempt<'_> {
                     batch.checkpoint = Some(data);
                     continue;
                 }
+                Report::KeepAlive => continue,
             };
             batch.events.push(self.next_event(kind));
         }
@@ -289,8 +375,9 @@ impl Attempt<'_> {
             attempt: self.number,
             attempt_seq: self.attempt_seq,
             output: &self.digest,
-            cancel_reason: self.handle.cancel_reason.lock().clone(),
-            policy: self.policy,
+            cancel_reason: self.handle.cancel_reason(),
+            policy: self.spec.retry,
+            close_by: self.close_by,
             now: self.environment.clock.now(),
             random: retry::random_fraction(),
         };
@@ -316,7 +403,8 @@ impl Attempt<'_> {
             loop {
                 match log.publish(batch.clone()).await {
                     Ok(cancel_reason) => return Ok(cancel_reason),
-                    Err(status) if status.code() == Code::Aborted => return Err(status),
+                    // Another's, or such that no repetition helps: whoever takes it over ends it.
+                    Err(status) if is_final(&status) => return Err(status),
                     Err(status) => {
                         tracing::warn!(%uid, %status, ?wait, "could not publish, will try again");
                         sleep(wait.mul_f64(retry::random_fraction())).await;
@@ -326,6 +414,28 @@ impl Attempt<'_> {
             }
         };
         publishing.boxed().fuse()
+    }
+}
+
+fn is_final(status: &Status) -> bool {
+    match status.code() {
+        Code::Aborted
+        | Code::InvalidArgument
+        | Code::OutOfRange
+        | Code::FailedPrecondition
+        | Code::Unimplemented
+        | Code::DataLoss => true,
+        Code::Ok
+        | Code::Cancelled
+        | Code::Unknown
+        | Code::DeadlineExceeded
+        | Code::NotFound
+        | Code::AlreadyExists
+        | Code::PermissionDenied
+        | Code::ResourceExhausted
+        | Code::Internal
+        | Code::Unavailable
+        | Code::Unauthenticated => false,
     }
 }
 

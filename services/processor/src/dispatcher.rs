@@ -1,5 +1,8 @@
 //! Finds requests that may start, and starts them while there is room.
 
+mod adoption;
+mod leases;
+
 use std::{
     collections::HashMap,
     sync::{
@@ -10,31 +13,35 @@ use std::{
 };
 
 use parking_lot::Mutex;
-use streamer_core::{Clock, RetryPolicy, Timestamp, Uid};
-use streamer_handler::{Handlers, RequestHistory};
+use streamer_core::{ActionSpec, Clock, OutputDigest, Timestamp, Uid};
+use streamer_handler::{DynHandler, ReportQueue, RequestHistory};
 use streamer_proto::common::v1::event::Kind;
-use streamer_store::{
-    Append, Claim, ClaimOutcome, Claimed, Lease, RequestRecord, Store, StoreError, Writer,
-};
-use tokio::{
-    sync::Notify,
-    time::{Instant, MissedTickBehavior, interval, timeout},
-};
+use streamer_store::{Claim, ClaimOutcome, Claimed, DueQuery, Store, StoreError};
+use tokio::time::{Instant, MissedTickBehavior, interval, timeout};
 use tokio_util::{sync::CancellationToken, task::TaskTracker};
 use tracing::Instrument;
 
 use crate::{
     ProcessorOptions,
-    attempt::{self, AttemptHandle, Environment, Finished},
+    actions::{Actions, Runner},
+    attempt::{self, AttemptHandle, Environment, Finished, Launch},
+    fair,
     log_client::LogClient,
     metrics::ProcessorMetrics,
-    outcome,
+    remote::{Assignment, RemoteHandler},
+    signal::Signal,
     slots::{Slot, Slots},
-    takeover,
+    worker::RemoteTask,
 };
 
-/// Requests taken from the queue's index at a time.
-const PAGE: usize = 256;
+/// Requests of one tenant taken from the queue's index at a time.
+const PER_TENANT: usize = 256;
+/// Tenants whose queues are looked at at a time.
+const TENANTS: usize = 256;
+/// How long handing back what runs may take when the processor stops.
+const RELEASE_TIMEOUT: Duration = Duration::from_secs(2);
+/// How often the queue is measured.
+const MEASURE_INTERVAL: Duration = Duration::from_secs(5);
 
 /// What a dispatcher is made of.
 pub(crate) struct Parts {
@@ -42,7 +49,8 @@ pub(crate) struct Parts {
     pub(crate) store: Arc<dyn Store>,
     pub(crate) history: Arc<dyn RequestHistory>,
     pub(crate) clock: Arc<dyn Clock>,
-    pub(crate) handlers: Handlers,
+    pub(crate) actions: Arc<Actions>,
+    pub(crate) signal: Arc<Signal>,
     pub(crate) log: LogClient,
     pub(crate) metrics: ProcessorMetrics,
     pub(crate) options: ProcessorOptions,
@@ -52,35 +60,42 @@ pub(crate) struct Dispatcher {
     /// The holder's name in leases.
     name: String,
     store: Arc<dyn Store>,
-    handlers: Handlers,
+    actions: Arc<Actions>,
     environment: Environment,
     metrics: ProcessorMetrics,
     options: ProcessorOptions,
     slots: Arc<Slots>,
     running: Mutex<HashMap<Uid, Running>>,
-    /// There may be more in the queue than hints told of: hints wait their turn.
-    backlog: AtomicBool,
+    signal: Arc<Signal>,
     stopping: AtomicBool,
-    /// Looks at the queue again.
-    look: Notify,
     /// When the earliest known delayed request becomes due.
     next_due: Mutex<Option<Timestamp>>,
+    /// Where the next look at the queue begins, when there are more tenants than one look takes.
+    after_tenant: Mutex<Option<String>>,
     tasks: TaskTracker,
 }
 
 struct Running {
     attempt: u32,
     handle: Arc<AttemptHandle>,
+    remote: bool,
+}
+
+/// Room for one attempt.
+struct Place {
+    slot: Slot,
+    spec: Arc<ActionSpec>,
+    runner: Runner,
 }
 
 impl Dispatcher {
     pub(crate) fn new(parts: Parts) -> Self {
-        let Parts { name, store, history, clock, handlers, log, metrics, options } = parts;
-        let slots = Arc::new(Slots::new(&handlers, options.max_concurrent_attempts));
+        let Parts { name, store, history, clock, actions, signal, log, metrics, options } = parts;
+        let slots = Slots::new(options.max_concurrent_attempts, options.tenant_share);
         Self {
             name,
             store,
-            handlers,
+            actions,
             environment: Environment {
                 clock,
                 log,
@@ -90,39 +105,41 @@ impl Dispatcher {
             },
             metrics,
             options,
-            slots,
+            slots: Arc::new(slots),
             running: Mutex::default(),
-            // What an earlier process left is looked for first.
-            backlog: AtomicBool::new(true),
+            signal,
             stopping: AtomicBool::new(false),
-            look: Notify::new(),
             next_due: Mutex::default(),
+            after_tenant: Mutex::default(),
             tasks: TaskTracker::new(),
         }
     }
 
-    fn now(&self) -> Timestamp {
+    pub(crate) fn now(&self) -> Timestamp {
         self.environment.clock.now()
     }
 
     /// A hint that a request waits: starts it when nothing waits before it and there is room.
-    pub(crate) fn wake(self: &Arc<Self>, uid: Uid, action: &str, not_before: Option<Timestamp>) {
+    pub(crate) fn wake(
+        self: &Arc<Self>,
+        uid: Uid,
+        action: &str,
+        tenant: &str,
+        not_before: Option<Timestamp>,
+    ) {
         if let Some(not_before) = not_before
             && not_before > self.now()
         {
             self.note_due(not_before);
             return;
         }
-        if self.handlers.get(action).is_none() || self.stopping.load(Ordering::SeqCst) {
+        if self.stopping.load(Ordering::SeqCst) {
             return;
         }
-        if !self.backlog.load(Ordering::SeqCst)
-            && let Some(slot) = self.slots.take(action)
-        {
-            self.start(uid, slot);
-        } else {
-            self.backlog.store(true, Ordering::SeqCst);
-            self.look.notify_one();
+        let place = if self.signal.has_backlog() { None } else { self.place(action, tenant) };
+        match place {
+            Some(place) => self.start(uid, place),
+            None => self.signal.look_at_all(),
         }
     }
 
@@ -139,76 +156,81 @@ impl Dispatcher {
         let keeper = tokio::spawn(self.clone().keep_leases(keeping.clone()));
         let mut polls = interval(self.options.poll_interval);
         polls.set_missed_tick_behavior(MissedTickBehavior::Delay);
+        let mut measured: Option<Instant> = None;
         loop {
             let delay = self.until_next_due();
             tokio::select! {
                 () = shutdown.cancelled() => break,
-                () = self.look.notified() => {}
-                () = tokio::time::sleep(delay) => self.backlog.store(true, Ordering::SeqCst),
+                () = self.signal.wanted() => {}
+                () = tokio::time::sleep(delay) => self.signal.note_backlog(),
                 _ = polls.tick() => {
-                    self.backlog.store(true, Ordering::SeqCst);
+                    self.signal.note_backlog();
                     self.take_over_expired().await;
-                    self.measure_queue().await;
+                    self.fail_overdue().await;
+                    if measured.is_none_or(|at| at.elapsed() >= MEASURE_INTERVAL) {
+                        measured = Some(Instant::now());
+                        self.measure_queue().await;
+                    }
                 }
             }
             if let Err(error) = self.dispatch().await {
                 tracing::warn!(%error, "could not read the queue");
             }
         }
-        self.stopping.store(true, Ordering::SeqCst);
-        self.tasks.close();
-        if timeout(self.options.drain_timeout, self.tasks.wait()).await.is_err() {
-            let left = self.running.lock().len();
-            tracing::warn!(left, "stopping with attempts still running; their leases will run out");
-        }
+        self.stop().await;
         keeping.cancel();
         if let Err(error) = keeper.await {
             tracing::error!(%error, "the lease keeper failed");
         }
     }
 
+    /// Lets what runs here end, and hands back what does not in time. What workers run is left to
+    /// them: they connect elsewhere, or here again, and go on.
+    async fn stop(&self) {
+        self.stopping.store(true, Ordering::SeqCst);
+        self.tasks.close();
+        let deadline = self.now().plus(self.options.drain_timeout);
+        self.actions.workers.drain(deadline);
+        for running in self.running.lock().values().filter(|running| running.remote) {
+            running.handle.lose();
+        }
+        if timeout(self.options.drain_timeout, self.tasks.wait()).await.is_ok() {
+            return;
+        }
+        for running in self.running.lock().values() {
+            running.handle.release("the processor stops");
+        }
+        if timeout(RELEASE_TIMEOUT, self.tasks.wait()).await.is_err() {
+            let left = self.running.lock().len();
+            tracing::warn!(left, "stopping with attempts still running; their leases will run out");
+        }
+    }
+
     /// Starts what is due while there is room.
     async fn dispatch(self: &Arc<Self>) -> Result<(), StoreError> {
-        while self.backlog.swap(false, Ordering::SeqCst) {
-            let now = self.now();
-            let actions: Vec<String> = self
-                .handlers
-                .specs()
-                .filter(|spec| self.slots.has_room(&spec.name))
-                .map(|spec| spec.name.clone())
-                .collect();
-            if actions.is_empty() {
+        while self.signal.take_backlog() {
+            let (mut actions, mut full) = self.actions.with_room();
+            actions.retain(|spec| {
+                let room = self.slots.has_room(spec);
+                full |= !room;
+                room
+            });
+            if full {
                 // A slot that is given back looks again.
-                self.backlog.store(true, Ordering::SeqCst);
+                self.signal.note_backlog();
+            }
+            if actions.is_empty() {
                 return Ok(());
             }
-            // The index still shows what is being claimed; ask for as many more.
-            let claiming = self.claiming();
-            let wanted = self.slots.free().clamp(1, PAGE) + claiming;
-            let due = match self.store.due_requests(actions, now, wanted).await {
-                Ok(due) => due,
+            let (started, left) = match self.start_due(&actions).await {
+                Ok(outcome) => outcome,
                 Err(error) => {
-                    self.backlog.store(true, Ordering::SeqCst);
+                    self.signal.note_backlog();
                     return Err(error);
                 }
             };
-            let more = due.len() == wanted;
-            let mut left_out = false;
-            let mut started = 0;
-            for request in due {
-                if self.running.lock().contains_key(&request.uid) {
-                    continue;
-                }
-                match self.slots.take(&request.action) {
-                    Some(slot) => {
-                        self.start(request.uid, slot);
-                        started += 1;
-                    }
-                    None => left_out = true,
-                }
-            }
-            if more || left_out {
-                self.backlog.store(true, Ordering::SeqCst);
+            if left {
+                self.signal.note_backlog();
             }
             if started == 0 {
                 break;
@@ -218,33 +240,95 @@ impl Dispatcher {
         Ok(())
     }
 
+    /// Looks at the queue once; says how many were started, and whether more may be waiting.
+    async fn start_due(
+        self: &Arc<Self>,
+        actions: &[Arc<ActionSpec>],
+    ) -> Result<(usize, bool), StoreError> {
+        // The index still shows what is being claimed; ask for as many more.
+        let room = usize::try_from(self.slots.free()).unwrap_or(usize::MAX);
+        let per_tenant = room.clamp(1, PER_TENANT) + self.claiming();
+        let after_tenant = self.after_tenant.lock().take();
+        let from_the_first = after_tenant.is_none();
+        let query = DueQuery {
+            actions: actions.iter().map(|spec| spec.name.clone()).collect(),
+            now: self.now(),
+            after_tenant,
+            tenants: TENANTS,
+            per_tenant,
+        };
+        let page = self.store.due_requests(query).await?;
+        let mut left = page.next_tenant.is_some() || !from_the_first;
+        *self.after_tenant.lock() = page.next_tenant;
+        let found = page.requests.len();
+        let mut started = 0;
+        for request in fair::order(page.requests, &self.slots.by_tenant()) {
+            if self.running.lock().contains_key(&request.uid) {
+                continue;
+            }
+            match self.place(&request.action, &request.tenant) {
+                Some(place) => {
+                    self.start(request.uid, place);
+                    started += 1;
+                }
+                None => left = true,
+            }
+        }
+        Ok((started, left || found >= per_tenant))
+    }
+
+    /// Room for one attempt of this action for this tenant, if there is.
+    fn place(&self, action: &str, tenant: &str) -> Option<Place> {
+        let spec = self.actions.spec(action)?;
+        let slot = self.slots.take(&spec, tenant)?;
+        let runner = self.actions.runner(action, tenant)?;
+        Some(Place { slot, spec, runner })
+    }
+
     /// How many requests are started whose claim is not durable yet.
     fn claiming(&self) -> usize {
         self.running.lock().values().filter(|running| running.attempt == 0).count()
     }
 
     /// Claims a request and runs the attempt, in a task of its own.
-    fn start(self: &Arc<Self>, uid: Uid, slot: Slot) {
+    fn start(self: &Arc<Self>, uid: Uid, place: Place) {
         let handle = Arc::new(AttemptHandle::default());
-        {
-            let mut running = self.running.lock();
-            if running.contains_key(&uid) {
-                return;
-            }
-            running.insert(uid, Running { attempt: 0, handle: handle.clone() });
+        let remote = matches!(place.runner, Runner::Remote(_));
+        if !self.enter(uid, Running { attempt: 0, handle: handle.clone(), remote }) {
+            return;
         }
-        let dispatcher = self.clone();
+        let Place { slot, spec, runner } = place;
+        let started = Started { dispatcher: self.clone(), uid, slot: Some(slot) };
         self.tasks.spawn(async move {
-            let _started = Started { dispatcher: &dispatcher, uid, slot: Some(slot) };
-            dispatcher.claim_and_run(uid, handle).await;
+            started.dispatcher.claim_and_run(uid, spec, runner, handle).await;
         });
     }
 
-    async fn claim_and_run(&self, uid: Uid, handle: Arc<AttemptHandle>) {
+    /// Notes that an attempt of this request runs here, unless one does.
+    fn enter(&self, uid: Uid, running: Running) -> bool {
+        let mut all = self.running.lock();
+        if all.contains_key(&uid) {
+            return false;
+        }
+        all.insert(uid, running);
+        true
+    }
+
+    async fn claim_and_run(
+        &self,
+        uid: Uid,
+        spec: Arc<ActionSpec>,
+        runner: Runner,
+        handle: Arc<AttemptHandle>,
+    ) {
         let now = self.now();
         let claim = Claim {
             uid,
             holder: self.name.clone(),
+            worker: match &runner {
+                Runner::Local(_) => None,
+                Runner::Remote(seat) => Some(seat.worker.id.clone()),
+            },
             now,
             lease_until: now.plus(self.options.lease),
         };
@@ -256,44 +340,88 @@ impl Dispatcher {
                 self.metrics
                     .wait_seconds
                     .observe(now.since(claimed.record.not_before).as_secs_f64());
-                let span = tracing::info_span!(
-                    "attempt",
-                    request_id = claimed.record.request_id(),
-                    uid = %uid,
-                    tenant_id = claimed.record.owner.tenant,
-                    action = claimed.record.action,
-                    attempt = claimed.record.attempt,
-                );
-                self.run_attempt(*claimed, handle).instrument(span).await;
+                self.run_claimed(*claimed, spec, runner, handle).await;
             }
-            Ok(ClaimOutcome::DeadlinePassed(record)) => self.fail_unrun(&record).await,
+            Ok(ClaimOutcome::Overdue(record)) => self.fail_unrun(&record).await,
             Ok(ClaimOutcome::NotClaimable) => {}
             Err(error) => {
                 tracing::warn!(%error, %uid, "could not claim; it will be found again");
-                self.backlog.store(true, Ordering::SeqCst);
+                self.signal.note_backlog();
             }
         }
     }
 
-    async fn run_attempt(&self, claimed: Claimed, handle: Arc<AttemptHandle>) {
-        let Some((spec, handler)) = self.handlers.get(&claimed.record.action) else {
-            // Only actions with a handler are started.
-            return;
-        };
-        if let Some(reason) = &claimed.record.cancel_reason {
+    async fn run_claimed(
+        &self,
+        claimed: Claimed,
+        spec: Arc<ActionSpec>,
+        runner: Runner,
+        handle: Arc<AttemptHandle>,
+    ) {
+        let Claimed { record, payload, checkpoint, started } = claimed;
+        if let Some(reason) = &record.cancel_reason {
             handle.cancel(reason);
         }
+        let reports = Arc::new(ReportQueue::default());
+        let launch = |handler: Arc<dyn DynHandler>| Launch {
+            spec: spec.clone(),
+            handler,
+            reports: reports.clone(),
+            payload: payload.data,
+            checkpoint,
+            started: Some(started),
+            output: OutputDigest::default(),
+            record: record.clone(),
+        };
+        match runner {
+            Runner::Local(handler) => {
+                self.run_attempt(launch(handler), handle).await;
+            }
+            Runner::Remote(seat) => {
+                let task = RemoteTask::new(record.uid, record.attempt, 0, reports.clone());
+                let limit = spec.start_to_close.map(|limit| self.now().plus(limit));
+                let deadline = [limit, record.close_by].into_iter().flatten().min();
+                let assignment = Some(Assignment { deadline, sync: false });
+                let remote = Arc::new(RemoteHandler::new(
+                    seat.worker.clone(),
+                    spec.clone(),
+                    task,
+                    assignment,
+                    Some(handle.clone()),
+                    self.options.cancel_grace,
+                ));
+                let launch = launch(remote.clone());
+                self.run_remote(launch, &remote, handle).await;
+            }
+        }
+    }
+
+    async fn run_remote(&self, launch: Launch, remote: &RemoteHandler, handle: Arc<AttemptHandle>) {
+        if self.run_attempt(launch, handle).await {
+            remote.ended();
+        } else if self.stopping.load(Ordering::SeqCst) {
+            // It is the worker's still: it will bring it to whoever takes over.
+            remote.worker.unassign(&remote.task);
+        } else {
+            remote.revoked("the attempt is another's now");
+        }
+    }
+
+    /// Runs an attempt; whether its end is durable, and not another's.
+    async fn run_attempt(&self, launch: Launch, handle: Arc<AttemptHandle>) -> bool {
+        let record = &launch.record;
+        let span = tracing::info_span!(
+            "attempt",
+            request_id = record.request_id(),
+            uid = %record.uid,
+            tenant_id = record.owner.tenant,
+            action = record.action,
+            attempt = record.attempt,
+        );
         let began = Instant::now();
         self.metrics.running.inc();
-        let running = attempt::run(
-            &self.environment,
-            claimed,
-            handler.clone(),
-            spec.retry,
-            spec.start_to_close,
-            handle,
-        );
-        let finished = Box::pin(running).await;
+        let running = attempt::run(&self.environment, launch, handle);
+        let finished = Box::pin(running).instrument(span).await;
         self.metrics.running.dec();
         self.metrics.run_seconds.observe(began.elapsed().as_secs_f64());
         match finished {
@@ -302,9 +430,11 @@ impl Dispatcher {
                 if let Some(retry_at) = retry_at {
                     self.note_due(retry_at);
                 }
+                true
             }
             Finished::Lost => {
                 self.metrics.lost.inc();
+                false
             }
         }
     }
@@ -317,116 +447,6 @@ impl Dispatcher {
             Kind::Retrying(_) => self.metrics.retried.inc(),
             Kind::Accepted(_) | Kind::Started(_) | Kind::Progress(_) | Kind::Output(_) => return,
         };
-    }
-
-    /// Ends a request whose deadline passed while it waited.
-    async fn fail_unrun(&self, record: &RequestRecord) {
-        let now = self.now();
-        let kind = outcome::deadline_passed(record.deadline.unwrap_or(now));
-        self.conclude(record, Writer::Queued(record.attempt), kind, None).await;
-    }
-
-    /// Appends the last event of an attempt that nobody runs, and delivers it.
-    async fn conclude(
-        &self,
-        record: &RequestRecord,
-        writer: Writer,
-        kind: Kind,
-        retry_at: Option<Timestamp>,
-    ) {
-        let now = self.now();
-        let event = outcome::event(record.last_seq + 1, record.attempt, now, kind.clone());
-        let append = Append {
-            uid: record.uid,
-            writer,
-            events: vec![event.clone()],
-            checkpoint: None,
-            retry_at,
-            now,
-        };
-        match self.store.append(append).await {
-            Ok(streamer_store::Appended::Applied { .. }) => {
-                self.count(&kind);
-                self.environment.log.announce(record.uid, vec![event]).await;
-                if let Some(retry_at) = retry_at {
-                    self.note_due(retry_at);
-                }
-            }
-            // Somebody else was first.
-            Ok(_) => {}
-            Err(error) => {
-                tracing::warn!(%error, uid = %record.uid, "could not end an attempt; it will be found again");
-            }
-        }
-    }
-
-    /// Ends attempts whose holder is gone.
-    async fn take_over_expired(&self) {
-        let expired = match self.store.expired_leases(self.now(), PAGE).await {
-            Ok(expired) => expired,
-            Err(error) => {
-                tracing::warn!(%error, "could not look for expired leases");
-                return;
-            }
-        };
-        for record in expired {
-            let policy = self
-                .handlers
-                .get(&record.action)
-                .map_or_else(RetryPolicy::default, |(spec, _)| spec.retry);
-            match takeover::conclude(&*self.store, &record, policy, self.now()).await {
-                Ok(ending) => {
-                    self.metrics.lease_expiries.inc();
-                    let writer = Writer::ExpiredLease(record.attempt);
-                    self.conclude(&record, writer, ending.kind, ending.retry_at).await;
-                }
-                Err(error) => {
-                    tracing::warn!(%error, uid = %record.uid, "could not take over an attempt");
-                }
-            }
-        }
-    }
-
-    /// Prolongs the leases of everything that runs here, one timer for all.
-    async fn keep_leases(self: Arc<Self>, stop: CancellationToken) {
-        let mut ticks = interval(self.options.lease / 3);
-        ticks.set_missed_tick_behavior(MissedTickBehavior::Delay);
-        loop {
-            tokio::select! {
-                () = stop.cancelled() => return,
-                _ = ticks.tick() => {}
-            }
-            let leases: Vec<Lease> = {
-                let running = self.running.lock();
-                let claimed = running.iter().filter(|(_, running)| running.attempt > 0);
-                claimed
-                    .map(|(uid, running)| Lease { uid: *uid, attempt: running.attempt })
-                    .collect()
-            };
-            if leases.is_empty() {
-                continue;
-            }
-            let until = self.now().plus(self.options.lease);
-            match self.store.renew_leases(self.name.clone(), leases, until).await {
-                Ok(renewed) => renewed.into_iter().for_each(|renewed| self.note_renewal(&renewed)),
-                Err(error) => tracing::warn!(%error, "could not renew leases"),
-            }
-        }
-    }
-
-    fn note_renewal(&self, renewed: &streamer_store::Renewed) {
-        let running = self.running.lock();
-        let Some(running) = running.get(&renewed.lease.uid) else { return };
-        if running.attempt != renewed.lease.attempt {
-            return;
-        }
-        if let Some(reason) = &renewed.cancel_reason {
-            running.handle.cancel(reason);
-        }
-        // An attempt that has just ended has no lease either, and takes no notice of this.
-        if !renewed.held {
-            running.handle.lose();
-        }
     }
 
     async fn measure_queue(&self) {
@@ -444,7 +464,7 @@ impl Dispatcher {
         let mut next_due = self.next_due.lock();
         if next_due.is_none_or(|known| at < known) {
             *next_due = Some(at);
-            self.look.notify_one();
+            self.signal.wake();
         }
     }
 
@@ -456,18 +476,16 @@ impl Dispatcher {
 }
 
 /// A started request; gives its slot back and looks for the next one when it ends.
-struct Started<'a> {
-    dispatcher: &'a Dispatcher,
+struct Started {
+    dispatcher: Arc<Dispatcher>,
     uid: Uid,
     slot: Option<Slot>,
 }
 
-impl Drop for Started<'_> {
+impl Drop for Started {
     fn drop(&mut self) {
         self.dispatcher.running.lock().remove(&self.uid);
         drop(self.slot.take());
-        if self.dispatcher.backlog.load(Ordering::SeqCst) {
-            self.dispatcher.look.notify_one();
-        }
+        self.dispatcher.signal.room();
     }
 }

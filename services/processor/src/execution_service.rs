@@ -5,9 +5,8 @@ use std::{panic::AssertUnwindSafe, sync::Arc, time::Duration};
 use futures_util::{FutureExt, stream::BoxStream};
 use streamer_auth::{Authenticator, caller_of};
 use streamer_core::{ActionSpec, ErrorCode, RequestError, Timestamp, Uid};
-use streamer_handler::{AttemptInfo, Context, Handlers, ReportQueue};
+use streamer_handler::{AttemptInfo, Context, DynHandler, ReportQueue};
 use streamer_proto::{
-    common::v1::Action,
     internal::v1::{
         ExecuteRequest, ExecuteResponse, SignalCancelRequest, SignalCancelResponse, WakeRequest,
         WakeResponse, WatchActionsRequest, WatchActionsResponse,
@@ -17,11 +16,19 @@ use streamer_proto::{
 };
 use streamer_rpc::{json_payload, payload_into_parts, status};
 use tokio::{sync::Semaphore, time::timeout};
-use tokio_stream::StreamExt;
+use tokio_stream::{StreamExt, wrappers::WatchStream};
 use tokio_util::sync::CancellationToken;
 use tonic::{Request, Response, Status};
 
-use crate::{ProcessorOptions, dispatcher::Dispatcher, metrics::ProcessorMetrics};
+use crate::{
+    ProcessorOptions,
+    actions::{Actions, Runner},
+    dispatcher::Dispatcher,
+    metrics::ProcessorMetrics,
+    remote::{Assignment, RemoteHandler},
+    worker::RemoteTask,
+    workers::Seat,
+};
 
 /// When to come again while all sync slots are taken: sync actions are short.
 const SYNC_RETRY_AFTER: Duration = Duration::from_millis(100);
@@ -29,7 +36,7 @@ const SYNC_RETRY_AFTER: Duration = Duration::from_millis(100);
 /// Serves routers.
 pub struct ExecutionApi {
     dispatcher: Arc<Dispatcher>,
-    handlers: Handlers,
+    actions: Arc<Actions>,
     authenticator: Arc<Authenticator>,
     metrics: ProcessorMetrics,
     options: ProcessorOptions,
@@ -39,22 +46,22 @@ pub struct ExecutionApi {
 impl ExecutionApi {
     pub(crate) fn new(
         dispatcher: Arc<Dispatcher>,
-        handlers: Handlers,
+        actions: Arc<Actions>,
         authenticator: Arc<Authenticator>,
         metrics: ProcessorMetrics,
         options: ProcessorOptions,
     ) -> Self {
         let sync_slots = Semaphore::new(options.max_concurrent_sync);
-        Self { dispatcher, handlers, authenticator, metrics, options, sync_slots }
+        Self { dispatcher, actions, authenticator, metrics, options, sync_slots }
     }
 
     async fn execute_now(&self, request: Request<ExecuteRequest>) -> Result<bytes::Bytes, Status> {
         let caller = caller_of(&self.authenticator, request.metadata().as_ref()).await?;
         let request = request.into_inner();
-        let Some((spec, handler)) = self.handlers.get(&request.action) else {
+        let Some(spec) = self.actions.spec(&request.action) else {
             return Err(refusal(
-                ErrorCode::InvalidAction,
-                format!("there is no action {:?} here", request.action),
+                ErrorCode::Unavailable,
+                format!("nobody runs {:?} at present", request.action),
             ));
         };
         let Ok(_slot) = self.sync_slots.try_acquire() else {
@@ -86,8 +93,13 @@ impl ExecutionApi {
         );
         let (_, payload) = payload_into_parts(request.payload);
         let limit = spec.start_to_close.unwrap_or(self.options.sync_timeout);
+        let (handler, remote) = self.handler(&spec, &context, limit)?;
         let running = AssertUnwindSafe(handler.run(&context, payload)).catch_unwind();
-        let result = match timeout(limit, running).await {
+        let ended = timeout(limit, running).await;
+        if let (Ok(_), Some((remote, _))) = (&ended, &remote) {
+            remote.ended();
+        }
+        let result = match ended {
             Ok(Ok(Ok(result))) => result,
             Ok(Ok(Err(error))) => return Err(status(&error.into_request_error())),
             Ok(Err(_)) => {
@@ -108,6 +120,39 @@ impl ExecutionApi {
             return Err(refusal(ErrorCode::ProcessingFailed, message));
         }
         Ok(result)
+    }
+}
+
+impl ExecutionApi {
+    /// Whoever runs this call, with the worker's slot if it is one.
+    fn handler(
+        &self,
+        spec: &Arc<ActionSpec>,
+        context: &Context,
+        limit: Duration,
+    ) -> Result<(Arc<dyn DynHandler>, Option<(Arc<RemoteHandler>, Seat)>), Status> {
+        match self.actions.runner(&spec.name, context.tenant()) {
+            Some(Runner::Local(handler)) => Ok((handler, None)),
+            Some(Runner::Remote(seat)) => {
+                let reports = Arc::new(ReportQueue::discarding());
+                let task = RemoteTask::new(context.uid(), 1, 0, reports);
+                let deadline = Some(self.dispatcher.now().plus(limit));
+                let remote = Arc::new(RemoteHandler::new(
+                    seat.worker.clone(),
+                    spec.clone(),
+                    task,
+                    Some(Assignment { deadline, sync: true }),
+                    None,
+                    Duration::ZERO,
+                ));
+                Ok((remote.clone(), Some((remote, seat))))
+            }
+            None => Err(status(&RequestError::limited(
+                "worker slots",
+                "all workers are busy",
+                Some(SYNC_RETRY_AFTER),
+            ))),
+        }
     }
 }
 
@@ -132,7 +177,8 @@ impl ExecutionService for ExecutionApi {
     async fn wake(&self, request: Request<WakeRequest>) -> Result<Response<WakeResponse>, Status> {
         let request = request.into_inner();
         let not_before = request.not_before.map(|at| Timestamp::from_millis(millis(&at)));
-        self.dispatcher.wake(parse_uid(&request.uid)?, &request.action, not_before);
+        let uid = parse_uid(&request.uid)?;
+        self.dispatcher.wake(uid, &request.action, &request.tenant_id, not_before);
         Ok(Response::new(WakeResponse {}))
     }
 
@@ -149,28 +195,10 @@ impl ExecutionService for ExecutionApi {
         &self,
         _: Request<WatchActionsRequest>,
     ) -> Result<Response<Self::WatchActionsStream>, Status> {
-        let threshold = self.options.sync_threshold;
-        let actions = self.handlers.specs().map(|spec| to_proto(spec, threshold)).collect();
-        // In-process handlers never change; the stream stays open, which says that we live.
-        let first = tokio_stream::once(Ok(WatchActionsResponse { actions }));
-        Ok(Response::new(Box::pin(first.chain(tokio_stream::pending()))))
-    }
-}
-
-fn to_proto(spec: &ActionSpec, threshold: Duration) -> Action {
-    let millis = |duration: Duration| i64::try_from(duration.as_millis()).unwrap_or(i64::MAX);
-    Action {
-        name: spec.name.clone(),
-        description: spec.description.clone(),
-        sync: spec.is_sync(threshold),
-        estimated_duration_ms: millis(spec.estimated_duration),
-        max_attempts: i32::try_from(spec.retry.max_attempts).unwrap_or(i32::MAX),
-        start_to_close_ms: spec.start_to_close.map_or(0, millis),
-        permission: spec.permission.clone().unwrap_or_default(),
-        max_concurrency: i32::try_from(spec.max_concurrency.unwrap_or(0)).unwrap_or(i32::MAX),
-        payload_schema: spec.payload_schema.clone().unwrap_or_default(),
-        initial_backoff_ms: millis(spec.retry.initial_backoff),
-        max_backoff_ms: millis(spec.retry.max_backoff),
+        let actions = self.actions.clone();
+        let changes = WatchStream::new(self.actions.workers.changes());
+        let lists = changes.map(move |_| Ok(WatchActionsResponse { actions: actions.list() }));
+        Ok(Response::new(Box::pin(lists)))
     }
 }
 

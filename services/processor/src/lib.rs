@@ -6,37 +6,51 @@
 //! finds whatever hints did not reach. A lease that is not renewed in time is taken over by
 //! whoever finds it.
 
+mod actions;
 mod attempt;
 mod dispatcher;
 mod execution_service;
+mod fair;
 mod history;
 mod log_client;
 mod metrics;
 mod outcome;
+mod remote;
+mod signal;
 mod slots;
 mod takeover;
+mod worker;
+mod worker_service;
+mod workers;
 
 use std::{sync::Arc, time::Duration};
 
-use streamer_auth::Authenticator;
+use streamer_auth::{AuthLayer, AuthService, Authenticator};
 use streamer_core::{Clock, Limits, Timestamp, Uid};
 use streamer_handler::Handlers;
-use streamer_proto::internal::v1::execution_service_server::ExecutionServiceServer;
+use streamer_proto::{
+    internal::v1::execution_service_server::ExecutionServiceServer,
+    processor::v1::worker_service_server::WorkerServiceServer,
+};
 use streamer_rpc::Channel;
 use streamer_store::Store;
 use streamer_telemetry::Metrics;
-use tokio_util::sync::CancellationToken;
+use tokio::time::{MissedTickBehavior, interval};
+use tokio_util::{sync::CancellationToken, task::AbortOnDropHandle};
 
 use crate::{
-    dispatcher::Dispatcher, execution_service::ExecutionApi, history::StoredHistory,
-    log_client::LogClient, metrics::ProcessorMetrics,
+    actions::Actions, dispatcher::Dispatcher, execution_service::ExecutionApi,
+    history::StoredHistory, log_client::LogClient, metrics::ProcessorMetrics, signal::Signal,
+    worker_service::WorkerApi, workers::Workers,
 };
 
 /// What the operator sets.
 #[derive(Clone, Copy, Debug)]
 pub struct ProcessorOptions {
     /// Async attempts that run at once at most.
-    pub max_concurrent_attempts: usize,
+    pub max_concurrent_attempts: u32,
+    /// Percent of those, and of the slots of all workers, that one tenant gets at most.
+    pub tenant_share: u32,
     /// Sync actions that run at once at most.
     pub max_concurrent_sync: usize,
     /// Longest run of a sync action that sets no limit of its own.
@@ -61,7 +75,7 @@ pub struct Dependencies {
     pub store: Arc<dyn Store>,
     /// For timestamps.
     pub clock: Arc<dyn Clock>,
-    /// Verifies the tokens of those who ask for sync actions.
+    /// Verifies the tokens of those who ask for sync actions, and of workers.
     pub authenticator: Arc<Authenticator>,
     /// What it can run.
     pub handlers: Handlers,
@@ -77,7 +91,11 @@ pub struct Dependencies {
 pub struct Processor {
     /// For the router: `streamer.internal.v1`.
     pub internal: ExecutionServiceServer<ExecutionApi>,
+    /// For workers.
+    pub workers: AuthService<WorkerServiceServer<WorkerApi>>,
     dispatcher: Arc<Dispatcher>,
+    registry: Arc<Workers>,
+    sweep_interval: Duration,
 }
 
 impl Processor {
@@ -88,28 +106,59 @@ impl Processor {
             dependencies;
         let metrics = ProcessorMetrics::new(&metrics);
         let max_message_bytes = options.limits.max_message_bytes();
+        let name = name(clock.now());
+        let signal = Arc::new(Signal::default());
+        let registry = Arc::new(Workers::new(signal.clone(), options.lease, options.tenant_share));
+        let actions = Arc::new(Actions::new(handlers, registry.clone(), options.sync_threshold));
         let dispatcher = Arc::new(Dispatcher::new(dispatcher::Parts {
-            name: name(clock.now()),
+            name: name.clone(),
             history: Arc::new(StoredHistory::new(store.clone())),
             store,
-            clock,
-            handlers: handlers.clone(),
+            clock: clock.clone(),
+            actions: actions.clone(),
+            signal,
             log: LogClient::new(progress, max_message_bytes),
             metrics: metrics.clone(),
             options,
         }));
+        let workers = WorkerApi::new(
+            name,
+            dispatcher.clone(),
+            actions.clone(),
+            authenticator.clone(),
+            clock,
+            options,
+        );
+        let workers = WorkerServiceServer::new(workers)
+            .max_decoding_message_size(max_message_bytes)
+            .max_encoding_message_size(max_message_bytes);
         let service =
-            ExecutionApi::new(dispatcher.clone(), handlers, authenticator, metrics, options);
+            ExecutionApi::new(dispatcher.clone(), actions, authenticator.clone(), metrics, options);
         let internal = ExecutionServiceServer::new(service)
             .max_decoding_message_size(max_message_bytes)
             .max_encoding_message_size(max_message_bytes);
-        Self { internal, dispatcher }
+        Self {
+            internal,
+            workers: AuthLayer::new(authenticator).wrap(workers),
+            dispatcher,
+            registry,
+            sweep_interval: options.lease / 10,
+        }
     }
 
     /// Claims and runs requests until `shutdown`; then lets running ones end, for as long as the
     /// options say.
     pub async fn run(&self, shutdown: CancellationToken) {
+        let registry = self.registry.clone();
+        let mut ticks = interval(self.sweep_interval);
+        ticks.set_missed_tick_behavior(MissedTickBehavior::Delay);
+        let sweeping = AbortOnDropHandle::new(tokio::spawn(async move {
+            loop {
+                registry.sweep(ticks.tick().await);
+            }
+        }));
         self.dispatcher.run(shutdown).await;
+        drop(sweeping);
     }
 }
 

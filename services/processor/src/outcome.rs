@@ -8,6 +8,7 @@ use streamer_proto::{
     timestamp,
 };
 use streamer_rpc::{error_to_proto, json_payload};
+use streamer_store::RequestRecord;
 
 /// How an attempt ended.
 pub(crate) enum Outcome {
@@ -15,6 +16,8 @@ pub(crate) enum Outcome {
     Succeeded(bytes::Bytes),
     /// With this error.
     Failed(RequestError),
+    /// Not at all: it was handed back unfinished, for this reason.
+    Released(RequestError),
 }
 
 /// The last event of an attempt.
@@ -33,6 +36,8 @@ pub(crate) struct Ended<'a> {
     /// Why cancellation was asked for, when it was.
     pub(crate) cancel_reason: Option<String>,
     pub(crate) policy: RetryPolicy,
+    /// No attempt may start from then on.
+    pub(crate) close_by: Option<Timestamp>,
     pub(crate) now: Timestamp,
     /// 0.0 to 1.0.
     pub(crate) random: f64,
@@ -42,14 +47,15 @@ pub(crate) struct Ended<'a> {
 /// both.
 pub(crate) fn conclude(outcome: Outcome, ended: &Ended<'_>) -> Ending {
     let last = |kind| Ending { kind, retry_at: None };
-    let error = match outcome {
+    let (error, released) = match outcome {
         Outcome::Succeeded(result) => {
             return last(Kind::Succeeded(Succeeded {
                 result: Some(json_payload(result)),
                 output: Some(summary(ended.output)),
             }));
         }
-        Outcome::Failed(error) => error,
+        Outcome::Failed(error) => (error, false),
+        Outcome::Released(error) => (error, true),
     };
     if let Some(reason) = &ended.cancel_reason {
         return last(Kind::Cancelled(Cancelled {
@@ -57,8 +63,16 @@ pub(crate) fn conclude(outcome: Outcome, ended: &Ended<'_>) -> Ending {
             output: Some(summary(ended.output)),
         }));
     }
-    match ended.policy.backoff(ended.attempt, ended.random) {
-        Some(wait) if error.retryable => retry(&error, wait, ended),
+    let in_time = |wait: Duration| ended.close_by.is_none_or(|limit| ended.now.plus(wait) < limit);
+    let wait = if released {
+        Some(Duration::ZERO)
+    } else if error.retryable && !ended.policy.final_errors.contains(error.code) {
+        ended.policy.backoff(ended.attempt, ended.random)
+    } else {
+        None
+    };
+    match wait {
+        Some(wait) if in_time(wait) => retry(&error, wait, ended),
         _ => last(failed(&error, ended.attempt_seq)),
     }
 }
@@ -82,9 +96,16 @@ pub(crate) fn failed(error: &RequestError, rewind_to_seq: i64) -> Kind {
     })
 }
 
-/// The end of a request that was not started in time.
-pub(crate) fn deadline_passed(deadline: Timestamp) -> Kind {
-    let message = format!("it was not started by its deadline, {deadline}");
+/// The end of a request that waited too long, for its first attempt or for another.
+pub(crate) fn overdue(record: &RequestRecord, now: Timestamp) -> Kind {
+    let passed = |limit: Option<Timestamp>| limit.filter(|limit| *limit <= now);
+    let message = match (passed(record.close_by), passed(record.deadline)) {
+        (None, Some(deadline)) => format!("it was not started by its deadline, {deadline}"),
+        (close_by, _) => format!(
+            "it had not ended within its schedule-to-close timeout, at {}",
+            close_by.unwrap_or(now)
+        ),
+    };
     let error = RequestError { retryable: false, ..RequestError::new(ErrorCode::Timeout, message) };
     failed(&error, 0)
 }
@@ -105,6 +126,8 @@ pub(crate) fn event(seq: i64, attempt: u32, now: Timestamp, kind: Kind) -> Event
 
 #[cfg(test)]
 mod tests {
+    use streamer_core::ErrorCodes;
+
     use super::*;
 
     fn ended(attempt: u32, output: &OutputDigest) -> Ended<'_> {
@@ -113,7 +136,12 @@ mod tests {
             attempt_seq: 7,
             output,
             cancel_reason: None,
-            policy: RetryPolicy { max_attempts: 2, ..RetryPolicy::default() },
+            policy: RetryPolicy {
+                max_attempts: 2,
+                final_errors: ErrorCodes::NONE.with(ErrorCode::Timeout),
+                ..RetryPolicy::default()
+            },
+            close_by: None,
             now: Timestamp::from_millis(1000),
             random: 1.0,
         }
@@ -140,6 +168,23 @@ mod tests {
             assert_eq!(failed.output.unwrap().chunks, 0);
             assert_eq!(ending.retry_at, None);
         }
+    }
+
+    #[test]
+    fn what_the_policy_calls_final_and_what_comes_too_late_fails() {
+        let output = OutputDigest::default();
+        let timeout = Outcome::Failed(RequestError::new(ErrorCode::Timeout, "slow"));
+        assert!(matches!(conclude(timeout, &ended(1, &output)).kind, Kind::Failed(_)));
+        let close_by = Some(Timestamp::from_millis(1400));
+        let ending = conclude(failure(true), &Ended { close_by, ..ended(1, &output) });
+        assert!(matches!(ending.kind, Kind::Failed(_)), "the next attempt would begin at 1500");
+    }
+
+    #[test]
+    fn what_is_handed_back_starts_again_at_once_even_after_the_last_attempt() {
+        let released = Outcome::Released(RequestError::new(ErrorCode::Unavailable, "stopping"));
+        let ending = conclude(released, &ended(2, &OutputDigest::default()));
+        assert_eq!(ending.retry_at, Some(Timestamp::from_millis(1000)));
     }
 
     #[test]

@@ -1,107 +1,120 @@
-//! How many attempts may run at once: a pure count, of all and of each action.
+//! How many attempts may run at once: a pure count, of all, of each action and of each tenant.
 
 use std::{collections::HashMap, sync::Arc};
 
 use parking_lot::Mutex;
-use streamer_handler::Handlers;
+use streamer_core::ActionSpec;
 
 /// Counts running attempts.
 pub(crate) struct Slots {
-    limits: HashMap<String, u32>,
-    total_limit: usize,
+    total_limit: u32,
+    tenant_limit: u32,
     taken: Mutex<Taken>,
 }
 
 #[derive(Default)]
 struct Taken {
-    total: usize,
+    total: u32,
     by_action: HashMap<String, u32>,
+    by_tenant: HashMap<String, u32>,
 }
 
 /// The right to run one attempt, given back when dropped.
 pub(crate) struct Slot {
     slots: Arc<Slots>,
     action: String,
+    tenant: String,
 }
 
 impl Slots {
-    pub(crate) fn new(handlers: &Handlers, total_limit: usize) -> Self {
-        let limits = handlers
-            .specs()
-            .filter_map(|spec| Some((spec.name.clone(), spec.max_concurrency?)))
-            .collect();
-        Self { limits, total_limit, taken: Mutex::default() }
+    /// `total_limit` in all, and `tenant_share` percent of them for any one tenant: what is left
+    /// is there for whoever comes while one tenant floods.
+    pub(crate) fn new(total_limit: u32, tenant_share: u32) -> Self {
+        let tenant_limit = share(total_limit, tenant_share);
+        Self { total_limit, tenant_limit, taken: Mutex::default() }
     }
 
-    /// Takes a slot for this action, if one is free.
-    pub(crate) fn take(self: &Arc<Self>, action: &str) -> Option<Slot> {
+    /// Takes a slot for this action and tenant, if one is free.
+    pub(crate) fn take(self: &Arc<Self>, spec: &ActionSpec, tenant: &str) -> Option<Slot> {
         let mut taken = self.taken.lock();
-        if taken.total >= self.total_limit {
+        let of_tenant = taken.by_tenant.get(tenant).copied().unwrap_or(0);
+        if !self.room_in(&taken, spec) || of_tenant >= self.tenant_limit {
             return None;
         }
-        let of_action = taken.by_action.entry(action.to_owned()).or_insert(0);
-        if self.limits.get(action).is_some_and(|limit| *of_action >= *limit) {
-            return None;
-        }
-        *of_action += 1;
+        *taken.by_action.entry(spec.name.clone()).or_insert(0) += 1;
+        *taken.by_tenant.entry(tenant.to_owned()).or_insert(0) += 1;
         taken.total += 1;
-        Some(Slot { slots: self.clone(), action: action.to_owned() })
+        Some(Slot { slots: self.clone(), action: spec.name.clone(), tenant: tenant.to_owned() })
     }
 
     /// How many more may run in all.
-    pub(crate) fn free(&self) -> usize {
+    pub(crate) fn free(&self) -> u32 {
         self.total_limit.saturating_sub(self.taken.lock().total)
     }
 
     /// Whether one more of this action may run.
-    pub(crate) fn has_room(&self, action: &str) -> bool {
-        let taken = self.taken.lock();
-        let of_action = taken.by_action.get(action).copied().unwrap_or(0);
-        taken.total < self.total_limit
-            && self.limits.get(action).is_none_or(|limit| of_action < *limit)
+    pub(crate) fn has_room(&self, spec: &ActionSpec) -> bool {
+        self.room_in(&self.taken.lock(), spec)
     }
+
+    /// How many run for each tenant that has any.
+    pub(crate) fn by_tenant(&self) -> HashMap<String, u32> {
+        self.taken.lock().by_tenant.clone()
+    }
+
+    fn room_in(&self, taken: &Taken, spec: &ActionSpec) -> bool {
+        let of_action = taken.by_action.get(&spec.name).copied().unwrap_or(0);
+        taken.total < self.total_limit && spec.max_concurrency.is_none_or(|limit| of_action < limit)
+    }
+}
+
+/// This many percent of them, but at least one.
+pub(crate) fn share(of: u32, percent: u32) -> u32 {
+    let part = u64::from(of) * u64::from(percent.min(100)) / 100;
+    u32::try_from(part).unwrap_or(u32::MAX).max(1)
 }
 
 impl Drop for Slot {
     fn drop(&mut self) {
         let mut taken = self.slots.taken.lock();
         taken.total -= 1;
-        if let Some(of_action) = taken.by_action.get_mut(&self.action) {
-            *of_action -= 1;
+        give_back(&mut taken.by_action, &self.action);
+        give_back(&mut taken.by_tenant, &self.tenant);
+    }
+}
+
+fn give_back(counts: &mut HashMap<String, u32>, name: &str) {
+    if let Some(count) = counts.get_mut(name) {
+        *count -= 1;
+        if *count == 0 {
+            counts.remove(name);
         }
     }
 }
 
 #[cfg(test)]
 mod tests {
-    use streamer_handler::{ActionSpec, Context, Handler, HandlerError, async_trait};
-
     use super::*;
 
-    struct Limited;
-
-    #[async_trait]
-    impl Handler for Limited {
-        type Input = ();
-        type Output = ();
-        fn spec(&self) -> ActionSpec {
-            ActionSpec::new("limited").max_concurrency(1)
-        }
-        async fn handle(&self, _: &Context, (): ()) -> Result<(), HandlerError> {
-            Ok(())
-        }
+    #[test]
+    fn each_limit_holds_and_slots_come_back() {
+        let slots = Arc::new(Slots::new(4, 50));
+        let (limited, other) =
+            (ActionSpec::new("limited").max_concurrency(1), ActionSpec::new("b"));
+        let first = slots.take(&limited, "acme").unwrap();
+        assert!(slots.take(&limited, "other").is_none());
+        assert!(!slots.has_room(&limited) && slots.has_room(&other));
+        let second = slots.take(&other, "acme").unwrap();
+        assert!(slots.take(&other, "acme").is_none(), "half of four is two");
+        let _third = slots.take(&other, "other").unwrap();
+        assert_eq!((slots.free(), slots.by_tenant()["acme"]), (1, 2));
+        drop((first, second));
+        assert!(slots.take(&limited, "acme").is_some());
+        assert_eq!(slots.by_tenant().len(), 1);
     }
 
     #[test]
-    fn both_limits_hold_and_slots_come_back() {
-        let slots = Arc::new(Slots::new(&Handlers::new().with(Limited), 2));
-        let first = slots.take("limited").unwrap();
-        assert!(slots.take("limited").is_none());
-        assert!(!slots.has_room("limited") && slots.has_room("other"));
-        let _other = slots.take("other").unwrap();
-        assert!(slots.take("other").is_none());
-        assert_eq!(slots.free(), 0);
-        drop(first);
-        assert!(slots.take("limited").is_some());
+    fn one_tenant_alone_always_has_a_slot() {
+        assert_eq!((share(1, 75), share(8, 75), share(8, 100)), (1, 6, 8));
     }
 }

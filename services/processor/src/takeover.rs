@@ -34,6 +34,7 @@ pub(crate) async fn conclude(
         output: &output,
         cancel_reason: record.cancel_reason.clone(),
         policy,
+        close_by: record.close_by,
         now,
         random: retry::random_fraction(),
     };
@@ -41,7 +42,10 @@ pub(crate) async fn conclude(
 }
 
 /// The output of the latest attempt, as it stands in the log.
-async fn output_of(store: &dyn Store, record: &RequestRecord) -> Result<OutputDigest, StoreError> {
+pub(crate) async fn output_of(
+    store: &dyn Store,
+    record: &RequestRecord,
+) -> Result<OutputDigest, StoreError> {
     let mut digest = OutputDigest::default();
     let mut after_seq = record.attempt_seq;
     loop {

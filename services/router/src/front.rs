@@ -7,7 +7,7 @@ use streamer_core::{
     Clock, ErrorCode, Limits, RequestError, Timestamp, Uid, Violations, limits, validate,
 };
 use streamer_proto::{
-    common::v1::{Payload, Request, RequestState, event::Kind, payload::Body},
+    common::v1::{Action, Payload, Request, RequestState, event::Kind, payload::Body},
     internal::v1::ExecuteRequest,
     router::v1::{
         Acknowledgment, Completed, SubmitRequest, SubmitResponse, submit_response::Outcome,
@@ -165,6 +165,14 @@ impl Front {
         redrive_of: Option<Uid>,
     ) -> Result<(RequestRecord, bool), Status> {
         let delay = Duration::from_millis(u64::try_from(submission.delay_ms).unwrap_or(0));
+        let not_before = now.plus(delay);
+        let known = self.catalog.get(&submission.action);
+        let limit = |millis: fn(&Action) -> i64| {
+            let millis = known.as_ref().map_or(0, |known| millis(&known.action));
+            let millis = u64::try_from(millis).ok().filter(|millis| *millis > 0)?;
+            Some(not_before.plus(Duration::from_millis(millis)))
+        };
+        let start_by = limit(|action| action.schedule_to_start_ms);
         let new = NewRequest {
             uid: Uid::new(now),
             client_id: submission.client_id,
@@ -175,8 +183,9 @@ impl Front {
             metadata: submission.metadata,
             priority: submission.priority,
             create_time: now,
-            not_before: now.plus(delay),
-            deadline: submission.deadline,
+            not_before,
+            deadline: [submission.deadline, start_by].into_iter().flatten().min(),
+            close_by: limit(|action| action.schedule_to_close_ms),
             redrive_of,
             trace_parent,
         };
@@ -186,7 +195,7 @@ impl Front {
                 // In this order: the log exists before anybody writes to it.
                 self.peers.announce(record.uid, *accepted, Some(request_to_proto(&record))).await;
                 let not_before = (!delay.is_zero()).then_some(record.not_before);
-                self.peers.wake(record.uid, &record.action, not_before).await;
+                self.peers.wake(&record, not_before).await;
                 Ok((*record, false))
             }
             CreateOutcome::Existing(record) => {

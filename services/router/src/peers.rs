@@ -13,6 +13,7 @@ use streamer_proto::{
     timestamp,
 };
 use streamer_rpc::{Channel, with_authorization};
+use streamer_store::RequestRecord;
 use tonic::Status;
 
 pub(crate) struct Peers {
@@ -66,10 +67,12 @@ impl Peers {
     }
 
     /// Tells the processor that a request waits; a hint.
-    pub(crate) async fn wake(&self, uid: Uid, action: &str, not_before: Option<Timestamp>) {
+    pub(crate) async fn wake(&self, record: &RequestRecord, not_before: Option<Timestamp>) {
+        let uid = record.uid;
         let request = WakeRequest {
             uid: uid.to_bytes().to_vec().into(),
-            action: action.to_owned(),
+            action: record.action.clone(),
+            tenant_id: record.owner.tenant.clone(),
             not_before: not_before.map(|at| timestamp(at.as_millis())),
         };
         if let Err(status) = self.processor().wake(request).await {

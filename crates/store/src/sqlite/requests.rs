@@ -10,10 +10,10 @@ use streamer_proto::common::v1::{Accepted, Cancelled, Event, OutputSummary, Star
 
 use super::row;
 use crate::{
-    Append, Appended, CancelOutcome, Claim, ClaimOutcome, Claimed, CreateOutcome, DeleteOutcome,
-    Lease, NewRequest, Renewed, RequestRecord, StoredPayload, Writer,
+    Adopt, Append, Appended, CancelOutcome, Claim, ClaimOutcome, Claimed, CreateOutcome,
+    DeleteOutcome, Lease, NewRequest, Renewed, RequestRecord, StoredPayload, Writer,
 };
-pub(super) use read::{due, events, expired, find, get, list, next_due, payload, queue_stats};
+pub(super) use read::{count, events, expired, find, get, list, payload};
 
 pub(super) fn create(db: &Connection, new: &NewRequest) -> rusqlite::Result<CreateOutcome> {
     if let Some(existing) = existing(db, new)? {
@@ -28,9 +28,9 @@ pub(super) fn create(db: &Connection, new: &NewRequest) -> rusqlite::Result<Crea
         event(1, 0, new.create_time, Kind::Accepted(Accepted { action: new.action.clone() }));
     db.prepare_cached(
         "INSERT INTO requests (uid, client_id, tenant, user, action, state, attempt, last_seq,
-             attempt_seq, priority, create_time, not_before, deadline, metadata, redrive_of,
-             trace_parent, fingerprint)
-         VALUES (?1, ?2, ?3, ?4, ?5, 0, 0, 1, 0, ?6, ?7, ?8, ?9, ?10, ?11, ?12, ?13)",
+             attempt_seq, priority, create_time, not_before, deadline, close_by, expire_at,
+             metadata, redrive_of, trace_parent, fingerprint)
+         VALUES (?1, ?2, ?3, ?4, ?5, 0, 0, 1, 0, ?6, ?7, ?8, ?9, ?10, ?11, ?12, ?13, ?14, ?15)",
     )?
     .execute(params![
         new.uid.to_bytes(),
@@ -42,6 +42,8 @@ pub(super) fn create(db: &Connection, new: &NewRequest) -> rusqlite::Result<Crea
         new.create_time.as_millis(),
         new.not_before.as_millis(),
         new.deadline.map(Timestamp::as_millis),
+        new.close_by.map(Timestamp::as_millis),
+        [new.deadline, new.close_by].into_iter().flatten().min().map(Timestamp::as_millis),
         new.metadata.as_deref(),
         new.redrive_of.map(Uid::to_bytes),
         new.trace_parent,
@@ -68,6 +70,7 @@ pub(super) fn create(db: &Connection, new: &NewRequest) -> rusqlite::Result<Crea
         finish_time: None,
         not_before: new.not_before,
         deadline: new.deadline,
+        close_by: new.close_by,
         progress: None,
         metadata: new.metadata.clone(),
         cancel_reason: None,
@@ -84,7 +87,7 @@ fn existing(
     db: &Connection,
     new: &NewRequest,
 ) -> rusqlite::Result<Option<(RequestRecord, Vec<u8>)>> {
-    let with_fingerprint = |row: &rusqlite::Row<'_>| Ok((row::record(row)?, row.get(23)?));
+    let with_fingerprint = |row: &rusqlite::Row<'_>| Ok((row::record(row)?, row.get(24)?));
     let columns = row::COLUMNS;
     if let Some(client_id) = &new.client_id {
         db.prepare_cached(&format!(
@@ -105,8 +108,8 @@ pub(super) fn claim(db: &Connection, claim: &Claim) -> rusqlite::Result<ClaimOut
     if record.state != RequestState::Queued || record.not_before > claim.now {
         return Ok(ClaimOutcome::NotClaimable);
     }
-    if record.attempt == 0 && record.deadline.is_some_and(|deadline| deadline <= claim.now) {
-        return Ok(ClaimOutcome::DeadlinePassed(Box::new(record)));
+    if record.is_overdue(claim.now) {
+        return Ok(ClaimOutcome::Overdue(Box::new(record)));
     }
     let Some(payload) = payload(db, claim.uid)? else { return Ok(ClaimOutcome::NotClaimable) };
     record.state = RequestState::Running;
@@ -119,11 +122,11 @@ pub(super) fn claim(db: &Connection, claim: &Claim) -> rusqlite::Result<ClaimOut
         record.last_seq,
         record.attempt,
         claim.now,
-        Kind::Started(Started { worker: claim.holder.clone() }),
+        Kind::Started(Started { worker: claim.worker.as_ref().unwrap_or(&claim.holder).clone() }),
     );
     db.prepare_cached(
         "UPDATE requests SET state = 1, attempt = ?2, last_seq = ?3, attempt_seq = ?3,
-             start_time = ?4, lease_until = ?5, lease_holder = ?6, progress = NULL
+             start_time = ?4, lease_until = ?5, lease_holder = ?6, worker = ?7, progress = NULL
          WHERE uid = ?1",
     )?
     .execute(params![
@@ -133,6 +136,7 @@ pub(super) fn claim(db: &Connection, claim: &Claim) -> rusqlite::Result<ClaimOut
         claim.now.as_millis(),
         claim.lease_until.as_millis(),
         claim.holder,
+        claim.worker,
     ])?;
     insert_events(db, claim.uid, std::slice::from_ref(&started))?;
     let checkpoint = db
@@ -145,6 +149,22 @@ pub(super) fn claim(db: &Connection, claim: &Claim) -> rusqlite::Result<ClaimOut
         checkpoint: checkpoint.map(Bytes::from),
         started,
     })))
+}
+
+pub(super) fn adopt(db: &Connection, adopt: &Adopt) -> rusqlite::Result<Option<RequestRecord>> {
+    let changed = db
+        .prepare_cached(
+            "UPDATE requests SET lease_holder = ?4, lease_until = MAX(lease_until, ?5)
+             WHERE uid = ?1 AND state = 1 AND attempt = ?2 AND worker = ?3",
+        )?
+        .execute(params![
+            adopt.lease.uid.to_bytes(),
+            adopt.lease.attempt,
+            adopt.worker,
+            adopt.holder,
+            adopt.lease_until.as_millis()
+        ])?;
+    if changed == 1 { get(db, adopt.lease.uid) } else { Ok(None) }
 }
 
 /// The columns that decide whether an append is right.
@@ -225,7 +245,7 @@ fn advance(db: &Connection, append: &Append, last: &Event) -> rusqlite::Result<(
         db.prepare_cached(
             "UPDATE requests SET state = ?2, last_seq = ?3, finish_time = ?4, error = ?5,
                  output_chunks = ?6, output_sha256 = ?7, progress = COALESCE(?8, progress),
-                 lease_until = NULL, lease_holder = NULL
+                 lease_until = NULL, lease_holder = NULL, worker = NULL
              WHERE uid = ?1",
         )?
         .execute(params![
@@ -254,7 +274,7 @@ fn advance(db: &Connection, append: &Append, last: &Event) -> rusqlite::Result<(
             let retry_at = append.retry_at.unwrap_or(append.now);
             db.prepare_cached(
                 "UPDATE requests SET state = 0, last_seq = ?2, not_before = ?3, progress = NULL,
-                     lease_until = NULL, lease_holder = NULL
+                     lease_until = NULL, lease_holder = NULL, worker = NULL, expire_at = close_by
                  WHERE uid = ?1",
             )?
             .execute(params![uid, last.seq, retry_at.as_millis()])?

@@ -11,7 +11,7 @@ use crate::{Owner, RequestRecord};
 /// The columns that [`record`] reads, in its order.
 pub(super) const COLUMNS: &str = "uid, client_id, tenant, user, action, state, attempt, last_seq, attempt_seq, priority, \
      create_time, start_time, finish_time, not_before, deadline, progress, metadata, \
-     cancel_reason, error, output_chunks, output_sha256, redrive_of, trace_parent";
+     cancel_reason, error, output_chunks, output_sha256, redrive_of, trace_parent, close_by";
 
 pub(super) fn record(row: &Row<'_>) -> rusqlite::Result<RequestRecord> {
     let chunks: Option<i64> = row.get(19)?;
@@ -42,6 +42,7 @@ pub(super) fn record(row: &Row<'_>) -> rusqlite::Result<RequestRecord> {
             _ => Some(uid(row, 21)?),
         },
         trace_parent: row.get(22)?,
+        close_by: optional_time(row, 23)?,
     })
 }
 

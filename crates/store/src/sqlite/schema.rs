@@ -7,7 +7,7 @@ use rusqlite::{Connection, OpenFlags};
 use super::sqlite_error;
 use crate::StoreError;
 
-const VERSION: i64 = 1;
+const VERSION: i64 = 2;
 
 /// Payload, events and hot columns are apart, so that a change of state rewrites a small row
 /// however large the payload is. Times are milliseconds since the Unix epoch; `uid` is a
@@ -29,8 +29,11 @@ CREATE TABLE requests (
     finish_time INTEGER,
     not_before INTEGER NOT NULL,
     deadline INTEGER,
+    close_by INTEGER,
+    expire_at INTEGER,
     lease_until INTEGER,
     lease_holder TEXT,
+    worker TEXT,
     progress BLOB,
     metadata BLOB,
     cancel_reason TEXT,
@@ -45,7 +48,9 @@ CREATE UNIQUE INDEX requests_by_client_id ON requests (tenant, user, client_id)
     WHERE client_id IS NOT NULL;
 CREATE INDEX requests_by_owner ON requests (tenant, user, uid);
 CREATE INDEX requests_by_tenant ON requests (tenant, uid);
-CREATE INDEX requests_queued ON requests (action, priority, not_before, uid) WHERE state = 0;
+CREATE INDEX requests_queued ON requests (tenant, action, priority, not_before, uid)
+    WHERE state = 0;
+CREATE INDEX requests_expiring ON requests (expire_at) WHERE state = 0 AND expire_at IS NOT NULL;
 CREATE INDEX requests_waiting ON requests (not_before) WHERE state = 0;
 CREATE INDEX requests_leased ON requests (lease_until) WHERE state = 1;
 
@@ -87,6 +92,18 @@ CREATE TABLE health (only_row INTEGER PRIMARY KEY CHECK (only_row = 1), checks I
 INSERT INTO health VALUES (1, 0);
 ";
 
+/// What version 2 has beyond version 1.
+const FROM_1_TO_2: &str = "
+ALTER TABLE requests ADD COLUMN close_by INTEGER;
+ALTER TABLE requests ADD COLUMN expire_at INTEGER;
+ALTER TABLE requests ADD COLUMN worker TEXT;
+UPDATE requests SET expire_at = deadline WHERE state = 0 AND attempt = 0;
+DROP INDEX requests_queued;
+CREATE INDEX requests_queued ON requests (tenant, action, priority, not_before, uid)
+    WHERE state = 0;
+CREATE INDEX requests_expiring ON requests (expire_at) WHERE state = 0 AND expire_at IS NOT NULL;
+";
+
 pub(super) fn open_for_writing(path: &Path) -> rusqlite::Result<Connection> {
     let connection = Connection::open(path)?;
     connection.execute_batch(
@@ -114,20 +131,23 @@ pub(super) fn migrate(connection: &Connection) -> Result<(), StoreError> {
     let found: i64 = connection
         .pragma_query_value(None, "user_version", |row| row.get(0))
         .map_err(|error| sqlite_error(doing, &error))?;
-    match found {
-        0 => connection
-            .execute_batch(&format!("BEGIN; {TABLES} PRAGMA user_version = {VERSION}; COMMIT;"))
-            .map_err(|error| sqlite_error("creating the tables", &error)),
-        VERSION => Ok(()),
-        _ => Err(StoreError::TooNew { found, known: VERSION }),
-    }
+    let steps = match found {
+        0 => TABLES,
+        1 => FROM_1_TO_2,
+        VERSION => return Ok(()),
+        _ => return Err(StoreError::TooNew { found, known: VERSION }),
+    };
+    connection
+        .execute_batch(&format!("BEGIN; {steps} PRAGMA user_version = {VERSION}; COMMIT;"))
+        .map_err(|error| sqlite_error("bringing the tables up to date", &error))
 }
 
-/// One process at a time has this file, so nothing that the one before held is held any more.
+/// One process at a time has this file, so nothing that the one before held is held any more, but
+/// for what it had given to workers: those come back and go on, or lose their leases in time.
 pub(super) fn forget_previous_process(connection: &Connection) -> rusqlite::Result<()> {
     connection.execute_batch(
         "BEGIN;
-         UPDATE requests SET lease_until = 0 WHERE state = 1;
+         UPDATE requests SET lease_until = 0 WHERE state = 1 AND worker IS NULL;
          DELETE FROM connections;
          DELETE FROM gateways;
          COMMIT;",

@@ -2,13 +2,10 @@
 
 use prost::Message;
 use rusqlite::{Connection, OptionalExtension, params, params_from_iter, types::Value};
-use streamer_core::{Timestamp, Uid, limits};
+use streamer_core::{Timestamp, Uid};
 
 use super::super::row;
-use crate::{
-    DueRequest, EventPage, ListRequests, Owner, QueueStats, RequestPage, RequestRecord,
-    StoredPayload,
-};
+use crate::{EventPage, ListRequests, Owner, RequestPage, RequestRecord, StoredPayload};
 
 pub(in crate::sqlite) fn get(db: &Connection, uid: Uid) -> rusqlite::Result<Option<RequestRecord>> {
     db.prepare_cached(&format!("SELECT {} FROM requests WHERE uid = ?1", row::COLUMNS))?
@@ -87,74 +84,6 @@ pub(in crate::sqlite) fn expired(
     .collect()
 }
 
-pub(in crate::sqlite) fn due(
-    db: &Connection,
-    actions: &[String],
-    now: Timestamp,
-    limit: usize,
-) -> rusqlite::Result<Vec<DueRequest>> {
-    // One step into the index for each action and priority: what waits for other actions, or is
-    // not due, is never read.
-    let mut query = db.prepare_cached(
-        "SELECT uid, tenant, not_before FROM requests
-         WHERE state = 0 AND action = ?1 AND priority = ?2 AND not_before <= ?3
-         ORDER BY not_before, uid LIMIT ?4",
-    )?;
-    let mut due = Vec::new();
-    for priority in (0..=limits::MAX_PRIORITY).rev() {
-        let higher = due.len();
-        if higher >= limit {
-            break;
-        }
-        for action in actions {
-            let bounds = params![action, priority, now.as_millis(), count(limit - higher)];
-            let rows = query.query_map(bounds, |row| {
-                Ok(DueRequest {
-                    uid: row::uid(row, 0)?,
-                    action: action.clone(),
-                    tenant: row.get(1)?,
-                    priority,
-                    not_before: Timestamp::from_millis(row.get(2)?),
-                })
-            })?;
-            for row in rows {
-                due.push(row?);
-            }
-        }
-        due[higher..].sort_by_key(|request| (request.not_before, request.uid));
-    }
-    due.truncate(limit);
-    Ok(due)
-}
-
-pub(in crate::sqlite) fn next_due(
-    db: &Connection,
-    now: Timestamp,
-) -> rusqlite::Result<Option<Timestamp>> {
-    let next: Option<i64> = db
-        .prepare_cached("SELECT MIN(not_before) FROM requests WHERE state = 0 AND not_before > ?1")?
-        .query_row([now.as_millis()], |row| row.get(0))?;
-    Ok(next.map(Timestamp::from_millis))
-}
-
-pub(in crate::sqlite) fn queue_stats(
-    db: &Connection,
-    now: Timestamp,
-) -> rusqlite::Result<QueueStats> {
-    let queued: i64 = db
-        .prepare_cached("SELECT COUNT(*) FROM requests WHERE state = 0")?
-        .query_row([], |row| row.get(0))?;
-    let oldest_due: Option<i64> = db
-        .prepare_cached(
-            "SELECT MIN(not_before) FROM requests WHERE state = 0 AND not_before <= ?1",
-        )?
-        .query_row([now.as_millis()], |row| row.get(0))?;
-    Ok(QueueStats {
-        queued: u64::try_from(queued).unwrap_or(0),
-        oldest_due: oldest_due.map(Timestamp::from_millis),
-    })
-}
-
 pub(in crate::sqlite) fn events(
     db: &Connection,
     uid: Uid,
@@ -185,6 +114,6 @@ pub(in crate::sqlite) fn events(
 }
 
 /// A count as SQLite takes it.
-fn count(number: usize) -> i64 {
+pub(in crate::sqlite) fn count(number: usize) -> i64 {
     i64::try_from(number).unwrap_or(i64::MAX)
 }

@@ -1,0 +1,81 @@
+//! Going on with attempts that workers bring along: from another processor, or from before this one
+//! was started.
+
+use std::sync::Arc;
+
+use streamer_core::Uid;
+use streamer_handler::ReportQueue;
+use streamer_store::{Adopt, Lease, StoreError};
+
+use super::{Dispatcher, Running, Started};
+use crate::{
+    attempt::{AttemptHandle, Launch},
+    remote::RemoteHandler,
+    takeover,
+    worker::{RemoteTask, Worker},
+    workers::Seat,
+};
+
+impl Dispatcher {
+    /// Goes on with an attempt that this worker has; `None` when it is not the worker's any more.
+    /// Says how many of its reports are durable.
+    pub(crate) async fn adopt(
+        self: &Arc<Self>,
+        worker: &Arc<Worker>,
+        uid: Uid,
+        attempt: u32,
+    ) -> Result<Option<Arc<RemoteTask>>, StoreError> {
+        let Some(record) = self.store.get_request(uid).await? else { return Ok(None) };
+        if !worker.may_run(&record.action, &record.owner.tenant) {
+            return Ok(None);
+        }
+        let handle = Arc::new(AttemptHandle::default());
+        if !self.enter(uid, Running { attempt, handle: handle.clone(), remote: true }) {
+            return Ok(None);
+        }
+        let adopt = Adopt {
+            lease: Lease { uid, attempt },
+            holder: self.name.clone(),
+            worker: worker.id.clone(),
+            lease_until: self.now().plus(self.options.lease),
+        };
+        // Gives the entry back if it comes to nothing.
+        let entered = Started { dispatcher: self.clone(), uid, slot: None };
+        let Some(record) = self.store.adopt(adopt).await? else { return Ok(None) };
+        let Some(spec) = self.actions.spec(&record.action) else { return Ok(None) };
+        let output = takeover::output_of(&*self.store, &record).await?;
+        let reports = Arc::new(ReportQueue::default());
+        let durable = record.last_seq - record.attempt_seq;
+        let task = RemoteTask::new(uid, attempt, durable, reports.clone());
+        let seat = Seat::of_running(worker.clone(), record.owner.tenant.clone());
+        if let Some(reason) = &record.cancel_reason {
+            handle.cancel(reason);
+        }
+        let grace = self.options.cancel_grace;
+        let remote = Arc::new(RemoteHandler::new(
+            worker.clone(),
+            spec.clone(),
+            task,
+            None,
+            Some(handle.clone()),
+            grace,
+        ));
+        let adopted = remote.task.clone();
+        let launch = Launch {
+            spec,
+            handler: remote.clone(),
+            reports,
+            payload: bytes::Bytes::new(),
+            checkpoint: None,
+            started: None,
+            output,
+            record,
+        };
+        self.tasks.spawn(async move {
+            // Held until it ends.
+            let _seat = seat;
+            entered.dispatcher.run_remote(launch, &remote, handle).await;
+        });
+        Ok(Some(adopted))
+    }
+}

@@ -1,0 +1,399 @@
+//! One worker, as the processor knows it: its slots, its stream, and the attempts it runs.
+
+use std::{
+    collections::{BTreeMap, HashMap},
+    sync::{
+        Arc,
+        atomic::{AtomicI64, Ordering},
+    },
+    time::Duration,
+};
+
+use parking_lot::Mutex;
+use streamer_core::{ActionSpec, Uid};
+use streamer_handler::ReportQueue;
+use streamer_proto::processor::v1::{
+    Acknowledgment, Cancel, Revoke, WorkResponse, report, work_response::Message,
+};
+use tokio::{
+    sync::{mpsc, watch},
+    time::Instant,
+};
+use tokio_util::sync::CancellationToken;
+use tonic::Status;
+
+use crate::workers::Grants;
+
+/// Unacknowledged progress and output reports of one attempt at most.
+pub(crate) const MAX_UNACKNOWLEDGED: usize = 1024;
+/// Reports of one attempt that wait here: those, and some that are no events.
+const MAILBOX: usize = MAX_UNACKNOWLEDGED + 64;
+
+/// What goes down a worker's stream.
+pub(crate) type Outbox = mpsc::Sender<Result<WorkResponse, Status>>;
+
+pub(crate) struct Worker {
+    pub(crate) id: String,
+    state: Mutex<State>,
+}
+
+struct State {
+    actions: BTreeMap<String, Arc<ActionSpec>>,
+    declared_at: Instant,
+    grants: Grants,
+    slots: u32,
+    taken: HashMap<String, u32>,
+    stream: Option<Stream>,
+    streams: u64,
+    last_seen: Instant,
+    /// It was not heard of for a lease, and has not been since.
+    silent: bool,
+    tasks: HashMap<Uid, Arc<RemoteTask>>,
+}
+
+struct Stream {
+    number: u64,
+    outbox: Outbox,
+    replaced: CancellationToken,
+}
+
+/// A worker's end of one attempt.
+pub(crate) struct RemoteTask {
+    pub(crate) uid: Uid,
+    pub(crate) attempt: u32,
+    since: Instant,
+    mailbox: mpsc::Sender<report::Kind>,
+    /// Progress and output reports that have come.
+    received: AtomicI64,
+    /// The worker does not run it any more; why.
+    lost: CancellationToken,
+    lost_reason: Mutex<Option<String>>,
+    cancel: Mutex<Option<Cancel>>,
+    reports: Arc<ReportQueue>,
+}
+
+impl RemoteTask {
+    /// Of an attempt whose first `received` reports are durable.
+    pub(crate) fn new(
+        uid: Uid,
+        attempt: u32,
+        received: i64,
+        reports: Arc<ReportQueue>,
+    ) -> (Arc<Self>, mpsc::Receiver<report::Kind>) {
+        let (mailbox, receiver) = mpsc::channel(MAILBOX);
+        reports.note_durable(received);
+        let task = Self {
+            uid,
+            attempt,
+            since: Instant::now(),
+            mailbox,
+            received: AtomicI64::new(received),
+            lost: CancellationToken::new(),
+            lost_reason: Mutex::default(),
+            cancel: Mutex::default(),
+            reports,
+        };
+        (Arc::new(task), receiver)
+    }
+
+    /// Reports up to this one are durable.
+    pub(crate) fn acknowledgment(&self, ended: bool) -> Acknowledgment {
+        Acknowledgment {
+            uid: self.uid.to_string(),
+            attempt: i32::try_from(self.attempt).unwrap_or(i32::MAX),
+            number: *self.reports.durable().borrow(),
+            ended,
+        }
+    }
+
+    /// Follows how many reports are durable.
+    pub(crate) fn durable(&self) -> watch::Receiver<i64> {
+        self.reports.durable()
+    }
+
+    pub(crate) fn revoke(&self, reason: impl Into<String>) -> Revoke {
+        let attempt = i32::try_from(self.attempt).unwrap_or(i32::MAX);
+        Revoke { uid: self.uid.to_string(), attempt, reason: reason.into() }
+    }
+
+    /// Takes a report of the worker.
+    ///
+    /// # Errors
+    /// When it breaks the rules of the protocol.
+    pub(crate) fn deliver(&self, number: i64, kind: report::Kind) -> Result<(), Status> {
+        let received = self.received.load(Ordering::SeqCst);
+        if matches!(kind, report::Kind::Progress(_) | report::Kind::Output(_)) {
+            if number <= received && number > 0 {
+                return Ok(()); // sent again after a reconnect
+            }
+            if number != received + 1 {
+                return Err(Status::invalid_argument(format!(
+                    "report.number: must be {}, is {number}",
+                    received + 1
+                )));
+            }
+        } else if number != received {
+            let may_repeat = matches!(kind, report::Kind::Checkpoint(_) | report::Kind::KeepAlive(_));
+            if may_repeat && number < received {
+                return Ok(());
+            }
+            return Err(Status::invalid_argument(format!(
+                "report.number: {received} progress and output reports went before, not {number}"
+            )));
+        }
+        match self.mailbox.try_send(kind) {
+            Ok(()) => {
+                if number > received {
+                    self.received.store(number, Ordering::SeqCst);
+                }
+                Ok(())
+            }
+            // It has ended; the end is told on its own.
+            Err(mpsc::error::TrySendError::Closed(_)) => Ok(()),
+            Err(mpsc::error::TrySendError::Full(_)) => Err(Status::resource_exhausted(format!(
+                "more than {MAX_UNACKNOWLEDGED} unacknowledged reports (welcome.max_unacknowledged)"
+            ))),
+        }
+    }
+
+    /// The worker does not run it (any more).
+    pub(crate) fn lose(&self, reason: impl Into<String>) {
+        self.lost_reason.lock().get_or_insert_with(|| reason.into());
+        self.lost.cancel();
+    }
+
+    /// Returns why, once the worker does not run it any more.
+    pub(crate) async fn lost(&self) -> String {
+        self.lost.cancelled().await;
+        self.lost_reason.lock().clone().unwrap_or_default()
+    }
+
+    /// Notes that cancellation was asked for, so that heartbeats repeat it.
+    pub(crate) fn note_cancel(&self, reason: String, grace: Duration) -> Cancel {
+        let cancel = Cancel {
+            uid: self.uid.to_string(),
+            attempt: i32::try_from(self.attempt).unwrap_or(i32::MAX),
+            reason,
+            grace_ms: i64::try_from(grace.as_millis()).unwrap_or(i64::MAX),
+        };
+        *self.cancel.lock() = Some(cancel.clone());
+        cancel
+    }
+
+    pub(crate) fn cancel(&self) -> Option<Cancel> {
+        self.cancel.lock().clone()
+    }
+
+    /// Whether a heartbeat that does not name it means that the worker has lost it, and not only
+    /// that the task had not arrived.
+    pub(crate) fn should_be_named(&self, heartbeat: Duration) -> bool {
+        self.since.elapsed() > heartbeat
+    }
+}
+
+impl Worker {
+    pub(crate) fn new(id: String, actions: Vec<ActionSpec>, grants: Grants, slots: u32) -> Self {
+        let actions = actions.into_iter().map(|spec| (spec.name.clone(), Arc::new(spec)));
+        Self {
+            id,
+            state: Mutex::new(State {
+                actions: actions.collect(),
+                declared_at: Instant::now(),
+                grants,
+                slots,
+                taken: HashMap::new(),
+                stream: None,
+                streams: 0,
+                last_seen: Instant::now(),
+                silent: false,
+                tasks: HashMap::new(),
+            }),
+        }
+    }
+
+    /// It has connected again, with these declarations.
+    pub(crate) fn renew(&self, newer: Self) {
+        let newer = newer.state.into_inner();
+        let mut state = self.state.lock();
+        state.actions = newer.actions;
+        state.declared_at = newer.declared_at;
+        state.grants = newer.grants;
+        state.slots = newer.slots;
+    }
+
+    /// Gives it a stream; the one before, if any, ends. Returns its number, and what tells that
+    /// another took its place.
+    pub(crate) fn connect(&self, outbox: Outbox) -> (u64, CancellationToken) {
+        let replaced = CancellationToken::new();
+        let mut state = self.state.lock();
+        state.streams += 1;
+        let number = state.streams;
+        let stream = Stream { number, outbox, replaced: replaced.clone() };
+        if let Some(before) = state.stream.replace(stream) {
+            before.replaced.cancel();
+        }
+        state.last_seen = Instant::now();
+        state.silent = false;
+        (number, replaced)
+    }
+
+    /// Ends its stream with this status.
+    pub(crate) fn end_stream(&self, status: Status) {
+        if let Some(stream) = self.state.lock().stream.take() {
+            // A stream whose outbox is full ends without a word.
+            drop(stream.outbox.try_send(Err(status)));
+            stream.replaced.cancel();
+        }
+    }
+
+    /// This stream has ended.
+    pub(crate) fn disconnect(&self, number: u64) {
+        let mut state = self.state.lock();
+        if state.stream.as_ref().is_some_and(|stream| stream.number == number) {
+            state.stream = None;
+        }
+    }
+
+    /// A sign of life; whether it had fallen silent before.
+    pub(crate) fn seen(&self) -> bool {
+        let mut state = self.state.lock();
+        state.last_seen = Instant::now();
+        std::mem::take(&mut state.silent)
+    }
+
+    pub(crate) fn silent_for(&self, now: Instant) -> Duration {
+        now.saturating_duration_since(self.state.lock().last_seen)
+    }
+
+    /// Takes its attempts away; whether it was taken for alive before.
+    pub(crate) fn fall_silent(&self, lease: Duration) -> bool {
+        let (tasks, first) = {
+            let mut state = self.state.lock();
+            let first = !std::mem::replace(&mut state.silent, true);
+            (std::mem::take(&mut state.tasks), first)
+        };
+        for task in tasks.values() {
+            task.lose(format!(
+                "the lease ran out: worker {} was not heard of for {} ms",
+                self.id,
+                lease.as_millis()
+            ));
+        }
+        first
+    }
+
+    pub(crate) fn has_stream(&self) -> bool {
+        self.state.lock().stream.is_some()
+    }
+
+    /// Whether it can be given tasks.
+    pub(crate) fn is_present(&self) -> bool {
+        let state = self.state.lock();
+        state.stream.is_some() && !state.silent
+    }
+
+    pub(crate) fn actions(&self) -> Vec<Arc<ActionSpec>> {
+        self.state.lock().actions.values().cloned().collect()
+    }
+
+    pub(crate) fn action(&self, action: &str) -> Option<Arc<ActionSpec>> {
+        self.state.lock().actions.get(action).cloned()
+    }
+
+    pub(crate) fn offers(&self, action: &str) -> bool {
+        let state = self.state.lock();
+        state.stream.is_some() && !state.silent && state.actions.contains_key(action)
+    }
+
+    pub(crate) fn declared_at(&self) -> Instant {
+        self.state.lock().declared_at
+    }
+
+    pub(crate) fn may_run(&self, action: &str, tenant: &str) -> bool {
+        self.state.lock().grants.allow(action, tenant)
+    }
+
+    pub(crate) fn set_grants(&self, grants: Grants) {
+        self.state.lock().grants = grants;
+    }
+
+    pub(crate) fn slots(&self) -> u32 {
+        self.state.lock().slots
+    }
+
+    pub(crate) fn set_slots(&self, slots: u32) {
+        self.state.lock().slots = slots;
+    }
+
+    pub(crate) fn free(&self) -> u32 {
+        let state = self.state.lock();
+        state.slots.saturating_sub(state.taken.values().sum())
+    }
+
+    pub(crate) fn taken_by(&self, tenant: &str) -> u32 {
+        self.state.lock().taken.get(tenant).copied().unwrap_or(0)
+    }
+
+    /// Takes a slot, if one is free.
+    pub(crate) fn take(&self, tenant: &str) -> bool {
+        let mut state = self.state.lock();
+        let free = state.slots.saturating_sub(state.taken.values().sum()) > 0;
+        if free {
+            *state.taken.entry(tenant.to_owned()).or_insert(0) += 1;
+        }
+        free
+    }
+
+    /// Takes a slot whether one is free or not: for an attempt that runs in it already.
+    pub(crate) fn take_anyway(&self, tenant: &str) {
+        *self.state.lock().taken.entry(tenant.to_owned()).or_insert(0) += 1;
+    }
+
+    pub(crate) fn give_back(&self, tenant: &str) {
+        let mut state = self.state.lock();
+        if let Some(count) = state.taken.get_mut(tenant) {
+            *count -= 1;
+            if *count == 0 {
+                state.taken.remove(tenant);
+            }
+        }
+    }
+
+    /// From now on it runs this.
+    pub(crate) fn assign(&self, task: Arc<RemoteTask>) {
+        self.state.lock().tasks.insert(task.uid, task);
+    }
+
+    /// It does not run this any more.
+    pub(crate) fn unassign(&self, task: &RemoteTask) {
+        let mut state = self.state.lock();
+        if state.tasks.get(&task.uid).is_some_and(|known| known.attempt == task.attempt) {
+            state.tasks.remove(&task.uid);
+        }
+    }
+
+    pub(crate) fn task(&self, uid: Uid, attempt: u32) -> Option<Arc<RemoteTask>> {
+        let state = self.state.lock();
+        state.tasks.get(&uid).filter(|task| task.attempt == attempt).cloned()
+    }
+
+    pub(crate) fn tasks(&self) -> Vec<Arc<RemoteTask>> {
+        self.state.lock().tasks.values().cloned().collect()
+    }
+
+    /// Sends it a message; whether there is a stream that takes it. A stream that takes nothing
+    /// for so long that its outbox is full is ended: the worker connects again and resumes.
+    pub(crate) fn send(&self, message: Message) -> bool {
+        let mut state = self.state.lock();
+        let Some(stream) = &state.stream else { return false };
+        match stream.outbox.try_send(Ok(WorkResponse { message: Some(message) })) {
+            Ok(()) => true,
+            Err(_) => {
+                if let Some(stream) = state.stream.take() {
+                    stream.replaced.cancel();
+                }
+                false
+            }
+        }
+    }
+}

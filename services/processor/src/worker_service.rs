@@ -1,0 +1,386 @@
+//! `streamer.processor.v1.WorkerService`: the conversation with workers.
+
+use std::{sync::Arc, time::Duration};
+
+use futures_util::stream::BoxStream;
+use streamer_auth::{Authenticator, Caller};
+use streamer_core::{
+    ActionSpec, Clock, ErrorCode, Limits, RequestError, Uid, Violations, limits, validate,
+};
+use streamer_proto::{
+    common::v1::Action,
+    processor::v1::{
+        Acknowledgment, Attempt, Capacity, Heartbeat, HeartbeatReply, Hello, Report, Revoke,
+        TokenStatus, Welcome, WorkRequest, WorkResponse, report, work_request,
+        work_response::Message, worker_service_server::WorkerService,
+    },
+    timestamp,
+};
+use streamer_rpc::{action_from_proto, payload_bytes, status, store_status, validation_status};
+use tokio::{
+    sync::mpsc,
+    time::{Instant, sleep_until, timeout},
+};
+use tokio_stream::wrappers::ReceiverStream;
+use tokio_util::sync::CancellationToken;
+use tonic::{Request, Response, Status, Streaming};
+
+use crate::{
+    ProcessorOptions,
+    actions::Actions,
+    dispatcher::Dispatcher,
+    worker::{MAX_UNACKNOWLEDGED, Worker},
+    workers::Grants,
+};
+
+/// Messages that wait for a worker at most.
+const OUTBOX: usize = 4096;
+/// How long the first message may take.
+const HELLO_TIMEOUT: Duration = Duration::from_secs(10);
+/// Slots of one worker at most.
+const MAX_SLOTS: i64 = 10_000;
+/// Actions of one worker at most.
+const MAX_ACTIONS: usize = 1000;
+/// Longest text with which a worker describes itself, in bytes.
+const MAX_TEXT_BYTES: usize = 128;
+
+/// Serves workers.
+pub struct WorkerApi {
+    shared: Arc<Shared>,
+}
+
+struct Shared {
+    name: String,
+    dispatcher: Arc<Dispatcher>,
+    actions: Arc<Actions>,
+    authenticator: Arc<Authenticator>,
+    clock: Arc<dyn Clock>,
+    options: ProcessorOptions,
+}
+
+impl WorkerApi {
+    pub(crate) fn new(
+        name: String,
+        dispatcher: Arc<Dispatcher>,
+        actions: Arc<Actions>,
+        authenticator: Arc<Authenticator>,
+        clock: Arc<dyn Clock>,
+        options: ProcessorOptions,
+    ) -> Self {
+        let shared = Shared { name, dispatcher, actions, authenticator, clock, options };
+        Self { shared: Arc::new(shared) }
+    }
+}
+
+#[tonic::async_trait]
+impl WorkerService for WorkerApi {
+    type WorkStream = BoxStream<'static, Result<WorkResponse, Status>>;
+
+    async fn work(
+        &self,
+        request: Request<Streaming<WorkRequest>>,
+    ) -> Result<Response<Self::WorkStream>, Status> {
+        let Some(caller) = request.extensions().get::<Caller>().cloned() else {
+            return Err(refusal(ErrorCode::Unauthorized, "a token is required".into()));
+        };
+        let mut inbound = request.into_inner();
+        let first = timeout(HELLO_TIMEOUT, inbound.message())
+            .await
+            .map_err(|_| Status::deadline_exceeded("hello did not come in time"))??;
+        let Some(work_request::Message::Hello(hello)) = first.and_then(|first| first.message)
+        else {
+            return Err(broken("message", "the first one must be hello"));
+        };
+        let worker = self.shared.admit(&hello, &caller)?;
+        let resumed = self.shared.resume(&worker, &hello.attempts).await?;
+        let (outbox, outgoing) = mpsc::channel(OUTBOX);
+        for message in self.shared.greeting(resumed, &caller) {
+            // There is room for these.
+            drop(outbox.try_send(Ok(WorkResponse { message: Some(message) })));
+        }
+        let (stream, replaced) = worker.connect(outbox.clone());
+        self.shared.actions.workers.changed();
+        tracing::info!(worker = worker.id, hello.sdk, hello.version, "a worker came");
+        let mut conversation =
+            Conversation { shared: self.shared.clone(), worker, caller, inbound };
+        tokio::spawn(async move {
+            let ending = conversation.run(&replaced).await;
+            conversation.worker.disconnect(stream);
+            conversation.shared.actions.workers.changed();
+            tracing::info!(worker = conversation.worker.id, ?ending, "a worker's stream ended");
+            if let Err(status) = ending {
+                // The worker may be gone already.
+                drop(outbox.try_send(Err(status)));
+            }
+        });
+        Ok(Response::new(Box::pin(ReceiverStream::new(outgoing))))
+    }
+}
+
+impl Shared {
+    /// The worker that this introduces, if it may come in.
+    fn admit(&self, hello: &Hello, caller: &Caller) -> Result<Arc<Worker>, Status> {
+        let mut violations = Violations::default();
+        violations.check("hello.worker_id", validate::worker_id(&hello.worker_id));
+        for (name, text) in [("version", &hello.version), ("sdk", &hello.sdk)] {
+            let outcome = validate::at_most(text.len(), MAX_TEXT_BYTES, name);
+            violations.check(&format!("hello.{name}"), outcome);
+        }
+        let slots = i64::from(hello.slots);
+        violations.check("hello.slots", validate::in_range(slots, 1, MAX_SLOTS, ""));
+        let specs = self.declared(&hello.actions, &mut violations);
+        if !violations.is_empty() {
+            return Err(validation_status(&violations));
+        }
+        let grants = Grants::of(&caller.principal);
+        for spec in &specs {
+            if !grants.names(&spec.name) {
+                return Err(refusal(
+                    ErrorCode::Forbidden,
+                    format!("permission worker:{} is needed", spec.name),
+                ));
+            }
+        }
+        let slots = u32::try_from(hello.slots).unwrap_or(1);
+        let worker = Worker::new(hello.worker_id.clone(), specs, grants, slots);
+        Ok(self.actions.workers.enter(worker))
+    }
+
+    fn declared(&self, actions: &[Action], violations: &mut Violations) -> Vec<ActionSpec> {
+        if actions.is_empty() || actions.len() > MAX_ACTIONS {
+            let rule = format!("must have 1 to {MAX_ACTIONS} entries, has {}", actions.len());
+            violations.push("hello.actions", rule);
+        }
+        let mut specs: Vec<ActionSpec> = Vec::new();
+        for (index, action) in actions.iter().take(MAX_ACTIONS).enumerate() {
+            let field = format!("hello.actions[{index}]");
+            let spec = action_from_proto(action, &field, violations);
+            if self.actions.is_local(&spec.name) {
+                let rule = format!("{:?} is run by the processor itself", spec.name);
+                violations.push(format!("{field}.name"), rule);
+            }
+            if specs.iter().any(|earlier| earlier.name == spec.name) {
+                violations.push(format!("{field}.name"), "is declared twice");
+            }
+            specs.push(spec);
+        }
+        specs
+    }
+
+    /// Goes on with the attempts that the worker says it has, and gives up those it does not name.
+    async fn resume(
+        &self,
+        worker: &Arc<Worker>,
+        attempts: &[Attempt],
+    ) -> Result<Vec<Acknowledgment>, Status> {
+        let named = |uid: Uid, number: u32| {
+            attempts.iter().any(|one| one.uid == uid.to_string() && one.attempt as u32 == number)
+        };
+        for task in worker.tasks() {
+            if !named(task.uid, task.attempt) {
+                task.lose(format!("worker {} came back without the attempt", worker.id));
+            }
+        }
+        let mut resumed = Vec::new();
+        for attempt in attempts {
+            let (uid, number) = identity(&attempt.uid, attempt.attempt)?;
+            let task = match worker.task(uid, number) {
+                Some(task) => Some(task),
+                None => self
+                    .dispatcher
+                    .adopt(worker, uid, number)
+                    .await
+                    .map_err(|error| store_status(&error))?,
+            };
+            resumed.extend(task.map(|task| task.acknowledgment(false)));
+        }
+        Ok(resumed)
+    }
+
+    fn greeting(&self, resumed: Vec<Acknowledgment>, caller: &Caller) -> [Message; 2] {
+        let Limits { max_payload_bytes, max_output_chunk_bytes } = self.options.limits;
+        let number = |size: usize| i64::try_from(size).unwrap_or(i64::MAX);
+        let millis =
+            |duration: Duration| i64::try_from(duration.as_millis()).unwrap_or(i64::MAX).max(1);
+        let welcome = Welcome {
+            processor: self.name.clone(),
+            heartbeat_ms: millis(self.heartbeat()),
+            lease_ms: millis(self.options.lease),
+            max_payload_bytes: number(max_payload_bytes),
+            max_output_chunk_bytes: number(max_output_chunk_bytes),
+            max_unacknowledged: i32::try_from(MAX_UNACKNOWLEDGED).unwrap_or(i32::MAX),
+            resumed,
+        };
+        [Message::Welcome(welcome), token_status(caller)]
+    }
+
+    fn heartbeat(&self) -> Duration {
+        self.options.lease / 3
+    }
+}
+
+/// One stream of one worker.
+struct Conversation {
+    shared: Arc<Shared>,
+    worker: Arc<Worker>,
+    caller: Caller,
+    inbound: Streaming<WorkRequest>,
+}
+
+impl Conversation {
+    /// Goes on until the worker ends it, or breaks a rule, or another stream takes its place.
+    async fn run(&mut self, replaced: &CancellationToken) -> Result<(), Status> {
+        loop {
+            let left = self.caller.principal.expires_at.since(self.shared.clock.now());
+            tokio::select! {
+                () = replaced.cancelled() => {
+                    return Err(refusal(ErrorCode::Conflict, "another stream took its place".into()));
+                }
+                () = sleep_until(Instant::now() + left) => {
+                    return Err(refusal(ErrorCode::Unauthorized, "the token has expired".into()));
+                }
+                message = self.inbound.message() => match message? {
+                    Some(message) => self.hear(message).await?,
+                    None => return Ok(()),
+                }
+            }
+        }
+    }
+
+    async fn hear(&mut self, request: WorkRequest) -> Result<(), Status> {
+        if self.worker.seen() {
+            tracing::info!(worker = self.worker.id, "a silent worker is heard of again");
+            self.shared.actions.workers.changed();
+        }
+        match request.message {
+            Some(work_request::Message::Report(report)) => self.report(report),
+            Some(work_request::Message::Heartbeat(heartbeat)) => self.heartbeat(&heartbeat),
+            Some(work_request::Message::Capacity(capacity)) => self.capacity(&capacity),
+            Some(work_request::Message::RefreshToken(refresh)) => {
+                self.refresh_token(&refresh.token).await
+            }
+            Some(work_request::Message::Hello(_)) => Err(broken("hello", "comes once, first")),
+            None => Err(broken("message", "is required, or of a kind that is not known here")),
+        }
+    }
+
+    fn report(&self, report: Report) -> Result<(), Status> {
+        let (uid, attempt) = identity(&report.uid, report.attempt)?;
+        let Some(kind) = report.kind else {
+            return Err(broken("report.kind", "is required"));
+        };
+        self.check_sizes(&kind)?;
+        match self.worker.task(uid, attempt) {
+            Some(task) => task.deliver(report.number, kind),
+            None => {
+                self.worker.send(Message::Revoke(not_yours(report.uid, report.attempt)));
+                Ok(())
+            }
+        }
+    }
+
+    fn check_sizes(&self, kind: &report::Kind) -> Result<(), Status> {
+        let limits = self.shared.options.limits;
+        let bytes = |payload| payload_bytes(Some(payload)).len();
+        let (field, size, limit) = match kind {
+            report::Kind::Output(output) => {
+                ("output", bytes(output), limits.max_output_chunk_bytes)
+            }
+            report::Kind::Checkpoint(data) => {
+                ("checkpoint", data.len(), limits::MAX_CHECKPOINT_BYTES)
+            }
+            report::Kind::Release(release) => {
+                ("release.reason", release.reason.len(), limits::MAX_REASON_BYTES)
+            }
+            report::Kind::Progress(progress) => {
+                ("progress.message", progress.message.len(), limits::MAX_PROGRESS_MESSAGE_BYTES)
+            }
+            // A result that is too large fails its request, not its worker.
+            report::Kind::Result(_) | report::Kind::Error(_) | report::Kind::KeepAlive(_) => {
+                return Ok(());
+            }
+        };
+        if size <= limit {
+            return Ok(());
+        }
+        Err(broken(
+            &format!("report.{field}"),
+            &format!("must be at most {limit} bytes, is {size}"),
+        ))
+    }
+
+    fn heartbeat(&self, heartbeat: &Heartbeat) -> Result<(), Status> {
+        let mut reply = HeartbeatReply::default();
+        let mut named = Vec::with_capacity(heartbeat.attempts.len());
+        for attempt in &heartbeat.attempts {
+            let (uid, number) = identity(&attempt.uid, attempt.attempt)?;
+            named.push((uid, number));
+            match self.worker.task(uid, number) {
+                Some(task) => reply.cancelled.extend(task.cancel()),
+                None => reply.revoked.push(not_yours(attempt.uid.clone(), attempt.attempt)),
+            }
+        }
+        for task in self.worker.tasks() {
+            if !named.contains(&(task.uid, task.attempt))
+                && task.should_be_named(self.shared.heartbeat() * 2)
+            {
+                task.lose(format!("worker {} does not run the attempt any more", self.worker.id));
+            }
+        }
+        self.worker.send(Message::HeartbeatReply(reply));
+        Ok(())
+    }
+
+    fn capacity(&self, capacity: &Capacity) -> Result<(), Status> {
+        let slots = i64::from(capacity.slots);
+        if let Err(rule) = validate::in_range(slots, 0, MAX_SLOTS, "") {
+            return Err(broken("capacity.slots", &rule));
+        }
+        self.worker.set_slots(u32::try_from(capacity.slots).unwrap_or(0));
+        self.shared.actions.workers.changed();
+        Ok(())
+    }
+
+    async fn refresh_token(&mut self, token: &str) -> Result<(), Status> {
+        let fresh = self.shared.authenticator.authenticate(token).await;
+        let fresh = fresh.map_err(|error| refusal(ErrorCode::Unauthorized, error.to_string()))?;
+        let same = |of: &Caller| (of.principal.tenant.clone(), of.principal.user.clone());
+        if same(&fresh) != same(&self.caller) {
+            let rule = "must be for the same tenant and user";
+            return Err(broken("refresh_token.token", rule));
+        }
+        self.worker.set_grants(Grants::of(&fresh.principal));
+        self.caller = fresh;
+        self.worker.send(token_status(&self.caller));
+        Ok(())
+    }
+}
+
+fn token_status(caller: &Caller) -> Message {
+    let expire_time = Some(timestamp(caller.principal.expires_at.as_millis()));
+    Message::TokenStatus(TokenStatus { expire_time })
+}
+
+fn not_yours(uid: String, attempt: i32) -> Revoke {
+    let reason = "the attempt is not this worker's: its lease ran out, it has ended, or it was \
+                  never given here";
+    Revoke { uid, attempt, reason: reason.into() }
+}
+
+fn identity(uid: &str, attempt: i32) -> Result<(Uid, u32), Status> {
+    let uid = uid.parse().map_err(|_| broken("uid", "must be a ULID of 26 characters"))?;
+    match u32::try_from(attempt) {
+        Ok(attempt) if attempt > 0 => Ok((uid, attempt)),
+        _ => Err(broken("attempt", &format!("must be at least 1, is {attempt}"))),
+    }
+}
+
+fn broken(field: &str, rule: &str) -> Status {
+    let mut violations = Violations::default();
+    violations.push(field, rule);
+    validation_status(&violations)
+}
+
+fn refusal(code: ErrorCode, message: String) -> Status {
+    status(&RequestError::new(code, message))
+}
