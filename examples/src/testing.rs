@@ -29,6 +29,7 @@ impl TestContext {
             attempt: self.attempt.max(1),
             checkpoint: None,
             trace_parent: None,
+            deadline: None,
         };
         let cancellation = CancellationToken::new();
         if self.cancelled {

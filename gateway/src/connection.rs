@@ -30,7 +30,7 @@ use crate::{
     rate::RateLimiter,
     server::Gateway,
     ws::{
-        decoder::{Decoder, Message, Violation},
+        decoder::{Decoder, Flow, Message, Violation},
         frame,
         outbox::Outbox,
     },
@@ -42,6 +42,10 @@ use delivery::Subscription;
 const READ_BUFFER: usize = 64 * 1024;
 /// Bytes that wait to be written beyond which a connection takes no more on.
 const HIGH_WATER: usize = 64 * 1024;
+/// Bytes of messages whose calls are unanswered, beyond which a connection takes no more on.
+const MAX_UNANSWERED_BYTES: usize = 16 * 1024 * 1024;
+/// Unanswered calls whose answers may be large at most.
+const MAX_LARGE_CALLS: usize = 8;
 /// Refused messages in a row after which a client is taken for broken.
 const MAX_REFUSED_IN_A_ROW: u32 = 20_000;
 /// Turns of the loop before other tasks get theirs.
@@ -53,13 +57,53 @@ thread_local! {
 
 type Call = Pin<Box<dyn Future<Output = Reply> + Send>>;
 
+/// A call that is underway, and what it weighs.
+struct InFlight {
+    call: Call,
+    cost: Cost,
+}
+
+impl Future for InFlight {
+    type Output = (Reply, Cost);
+
+    fn poll(mut self: Pin<&mut Self>, context: &mut Context<'_>) -> Poll<(Reply, Cost)> {
+        let cost = self.cost;
+        self.call.as_mut().poll(context).map(|reply| (reply, cost))
+    }
+}
+
+/// What a call holds while it is underway.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+struct Cost {
+    calls: usize,
+    bytes: usize,
+    /// Its answer may be large.
+    large: usize,
+}
+
+impl Cost {
+    fn add(&mut self, other: Self) {
+        self.calls += other.calls;
+        self.bytes += other.bytes;
+        self.large += other.large;
+    }
+
+    fn take_off(&mut self, other: Self) {
+        self.calls -= other.calls;
+        self.bytes -= other.bytes;
+        self.large -= other.large;
+    }
+}
+
 pub(crate) struct Connection<S> {
     socket: S,
     /// What was read before the socket was handed over.
     early: Bytes,
     decoder: Decoder,
     out: Outbox,
-    calls: FuturesUnordered<Call>,
+    calls: FuturesUnordered<InFlight>,
+    /// Of all calls that have not been answered.
+    unanswered: Cost,
     session: Session,
     phase: Phase,
 }
@@ -81,8 +125,11 @@ pub(crate) struct Session {
     pub(crate) subscriptions: HashMap<Uid, Subscription>,
     /// Requests with something to send, in turn.
     pub(crate) ready: Vec<Uid>,
-    /// Calls that have not been answered.
-    pub(crate) in_flight: usize,
+    /// Calls that will become subscriptions, by the name that was given; `true` when it is not
+    /// wanted any more.
+    pub(crate) opening: Vec<(String, bool)>,
+    /// Reads of logs that are underway.
+    pub(crate) catching_up: usize,
     rate: RateLimiter,
     refused_in_a_row: u32,
 }
@@ -103,12 +150,14 @@ impl<S: AsyncRead + AsyncWrite + Unpin> Connection<S> {
             decoder,
             out: Outbox::default(),
             calls: FuturesUnordered::new(),
+            unanswered: Cost::default(),
             session: Session {
                 gateway,
                 handle,
                 subscriptions: HashMap::new(),
                 ready: Vec::new(),
-                in_flight: 0,
+                opening: Vec::new(),
+                catching_up: 0,
                 rate,
                 refused_in_a_row: 0,
             },
@@ -173,6 +222,10 @@ impl<S: AsyncRead + AsyncWrite + Unpin> Connection<S> {
 
     /// Reads once and deals with what came.
     fn read(&mut self, context: &mut Context<'_>) -> Poll<std::io::Result<()>> {
+        if self.decoder.is_paused() {
+            self.take_in(&mut [], context);
+            return Poll::Ready(Ok(()));
+        }
         if !self.early.is_empty() {
             let mut early = std::mem::take(&mut self.early).to_vec();
             self.take_in(&mut early, context);
@@ -210,17 +263,16 @@ impl<S: AsyncRead + AsyncWrite + Unpin> Connection<S> {
         }
     }
 
-    /// Says whether to go on with what came in.
-    fn on_message(&mut self, message: &Message<'_>, context: &mut Context<'_>) -> bool {
+    fn on_message(&mut self, message: &Message<'_>, context: &mut Context<'_>) -> Flow {
         match message {
             Message::Close(code) => {
                 if self.phase == Phase::Open {
                     self.send(frame::close(code.unwrap_or(1000), ""));
                 }
                 self.phase = Phase::Closed;
-                return false;
+                return Flow::Stop;
             }
-            _ if self.phase != Phase::Open => return true,
+            _ if self.phase != Phase::Open => return Flow::Next,
             Message::Ping(payload) => self.send(frame::pong(payload)),
             Message::Pong => {}
             Message::Binary => {
@@ -229,7 +281,22 @@ impl<S: AsyncRead + AsyncWrite + Unpin> Connection<S> {
             }
             Message::Text(text) => self.on_text(text, context),
         }
-        self.phase == Phase::Open
+        match self.phase {
+            Phase::Open if self.has_room() => Flow::Next,
+            Phase::Open => Flow::Pause,
+            // Its own close frame may be among what is left.
+            Phase::Closing => Flow::Next,
+            Phase::Closed => Flow::Stop,
+        }
+    }
+
+    /// Whether it can take on more.
+    fn has_room(&self) -> bool {
+        let Cost { calls, bytes, large } = self.unanswered;
+        calls < self.session.gateway.options.max_in_flight
+            && bytes < MAX_UNANSWERED_BYTES
+            && large < MAX_LARGE_CALLS
+            && self.out.bytes() < HIGH_WATER
     }
 
     fn on_text(&mut self, text: &str, context: &mut Context<'_>) {
@@ -250,9 +317,9 @@ impl<S: AsyncRead + AsyncWrite + Unpin> Connection<S> {
         match protocol::parse(text) {
             Ok(message) => {
                 self.session.refused_in_a_row = 0;
-                if let Some(call) = self.session.begin(message, now) {
-                    self.start(call, context);
-                }
+                let large = usize::from(message.has_large_answer());
+                let call = self.session.begin(message, now);
+                self.start(call, Cost { calls: 1, bytes: text.len(), large }, context);
             }
             Err(refusal) => {
                 let details = streamer_rpc::violations_details(&refusal.violations);
@@ -281,16 +348,20 @@ impl<S: AsyncRead + AsyncWrite + Unpin> Connection<S> {
     }
 
     /// Starts a call. Most sync actions answer at once, and are then not queued at all.
-    fn start(&mut self, mut call: Call, context: &mut Context<'_>) {
-        self.session.in_flight += 1;
+    fn start(&mut self, mut call: Call, cost: Cost, context: &mut Context<'_>) {
         match call.as_mut().poll(context) {
             Poll::Ready(reply) => self.finish(reply),
-            Poll::Pending => self.calls.push(call),
+            Poll::Pending => {
+                self.unanswered.add(cost);
+                self.calls.push(InFlight { call, cost });
+            }
         }
     }
 
     fn finish(&mut self, reply: Reply) {
-        self.session.in_flight -= 1;
+        if self.phase != Phase::Open {
+            return; // nothing may follow a close frame
+        }
         let before = self.out.bytes();
         let close = self.session.conclude(reply, &mut self.out);
         let queued = self.out.bytes().saturating_sub(before);
@@ -303,8 +374,8 @@ impl<S: AsyncRead + AsyncWrite + Unpin> Connection<S> {
     /// One turn: `true` when there may be more to do, `false` when the connection is over.
     fn turn(&mut self, context: &mut Context<'_>) -> Poll<bool> {
         let Some(mut progressed) = self.look_at_inbox() else { return Poll::Ready(false) };
-        let may_read = self.session.in_flight < self.session.gateway.options.max_in_flight
-            && self.out.bytes() < HIGH_WATER;
+        let may_read = self.phase != Phase::Open || self.has_room();
+        self.session.handle.pulse.reading.store(may_read, Ordering::Relaxed);
         if may_read && self.phase != Phase::Closed {
             match self.read(context) {
                 Poll::Ready(Ok(())) => progressed = true,
@@ -312,12 +383,16 @@ impl<S: AsyncRead + AsyncWrite + Unpin> Connection<S> {
                 Poll::Pending => {}
             }
         }
-        while let Poll::Ready(Some(reply)) = self.calls.poll_next_unpin(context) {
+        // An answer that cannot be sent yet is better not made.
+        while self.out.bytes() < HIGH_WATER
+            && let Poll::Ready(Some((reply, cost))) = self.calls.poll_next_unpin(context)
+        {
+            self.unanswered.take_off(cost);
             self.finish(reply);
             progressed = true;
         }
         if self.phase == Phase::Open {
-            self.deliver();
+            progressed |= self.deliver();
         }
         match self.write(context) {
             Ok(moved) => progressed |= moved,
@@ -329,15 +404,19 @@ impl<S: AsyncRead + AsyncWrite + Unpin> Connection<S> {
         if progressed { Poll::Ready(true) } else { Poll::Pending }
     }
 
-    fn deliver(&mut self) {
+    /// Says whether there are new calls, which have to be polled.
+    fn deliver(&mut self) -> bool {
         let before = self.out.bytes();
         let calls = self.session.deliver(&mut self.out, HIGH_WATER);
         let queued = self.out.bytes().saturating_sub(before);
         self.session.gateway.metrics.bytes_out.inc_by(queued as u64);
+        let any = !calls.is_empty();
         for call in calls {
-            self.session.in_flight += 1;
-            self.calls.push(call);
+            let cost = Cost { calls: 1, ..Cost::default() };
+            self.unanswered.add(cost);
+            self.calls.push(InFlight { call, cost });
         }
+        any
     }
 
     /// Writes what waits. Says whether there is now room for more.
@@ -358,7 +437,7 @@ impl<S: AsyncRead + AsyncWrite + Unpin> Connection<S> {
             }
             Poll::Pending => {}
         }
-        Ok(moved && (!self.session.ready.is_empty() || self.out.is_empty()))
+        Ok(moved && self.out.bytes() < HIGH_WATER)
     }
 }
 

@@ -25,6 +25,7 @@ pub(crate) mod close_code {
     pub(crate) const BAD_PROTOCOL: u16 = 4400;
     pub(crate) const UNAUTHENTICATED: u16 = 4401;
     pub(crate) const FORBIDDEN: u16 = 4403;
+    pub(crate) const TRY_AGAIN_LATER: u16 = 1013;
     pub(crate) const TOO_SLOW: u16 = 4408;
     pub(crate) const TOO_MANY: u16 = 4429;
 }
@@ -50,6 +51,8 @@ pub(crate) struct Pulse {
     pub(crate) pinged: AtomicU32,
     /// Since when the socket has taken nothing though something waits; 0 when it is not so.
     pub(crate) blocked_since: AtomicU32,
+    /// It reads what comes; otherwise a silence is not the client's.
+    pub(crate) reading: AtomicBool,
     /// Since when the connection is being closed; 0 when it is not.
     pub(crate) closing_since: AtomicU32,
     /// The end of the token was announced.

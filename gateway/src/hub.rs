@@ -4,12 +4,12 @@ use std::{collections::HashMap, sync::Arc, time::Duration};
 
 use http::HeaderValue;
 use parking_lot::Mutex;
-use streamer_core::{Uid, retry};
+use streamer_core::{RequestState, Uid, retry};
 use streamer_proto::{
     common::v1::{Event, Request},
     progress::v1::{ListEventsRequest, WatchRequest, WatchResponse},
 };
-use streamer_rpc::with_authorization;
+use streamer_rpc::{state_from_proto, with_authorization};
 use tokio::{sync::Notify, time::sleep};
 use tokio_util::sync::CancellationToken;
 use tonic::{Code, Status, Streaming};
@@ -109,7 +109,11 @@ impl Hub {
         topic.subscribe(link);
         topic.publish(&events);
         topics.insert(uid, topic.clone());
-        self.follow(&topic, stream);
+        if has_ended(snapshot.state) && topic.last_seq() >= last_seq {
+            topic.end();
+        } else {
+            self.follow(&topic, stream);
+        }
         (topic, cursor)
     }
 
@@ -185,33 +189,38 @@ impl Hub {
     }
 
     /// Brings events from upstream into the topic until the terminal one; a lost stream is opened
-    /// again after the last event that came.
+    /// again after the last event that came, in the name of whoever is subscribed then.
     async fn follow_to_the_end(&self, topic: &Topic, mut stream: Option<Streaming<WatchResponse>>) {
-        loop {
+        while !topic.has_ended() {
             let outcome = match stream.take() {
                 Some(stream) => self.drain(topic, stream).await,
-                None => self.reopen(topic).await.map(|opened| stream = opened),
+                None => {
+                    let Some(link) = topic.any_subscriber() else { return };
+                    match self.reopen(topic, &link).await {
+                        Ok(opened) => {
+                            stream = Some(opened);
+                            continue;
+                        }
+                        Err(status) if concerns_caller(&status) => {
+                            topic.refuse(&link, status);
+                            continue;
+                        }
+                        Err(status) => Err(status),
+                    }
+                }
             };
-            match outcome {
-                Ok(()) if stream.is_some() => continue,
-                // The stream ended after the terminal event, or nobody is left.
-                Ok(()) => return,
-                Err(status) if matches!(status.code(), Code::NotFound | Code::PermissionDenied) => {
-                    topic.end();
-                    return;
-                }
-                Err(status) => {
-                    tracing::warn!(uid = %topic.uid, %status, "lost an upstream watch");
-                }
+            if let Err(status) = outcome {
+                tracing::warn!(uid = %topic.uid, %status, "lost an upstream watch");
             }
-            sleep(MAX_BACKOFF.mul_f64(retry::random_fraction())).await;
+            if !topic.has_ended() {
+                sleep(MAX_BACKOFF.mul_f64(retry::random_fraction())).await;
+            }
         }
     }
 
-    async fn reopen(&self, topic: &Topic) -> Result<Option<Streaming<WatchResponse>>, Status> {
-        let Some(authorization) = topic.any_authorization() else { return Ok(None) };
+    async fn reopen(&self, topic: &Topic, link: &Link) -> Result<Streaming<WatchResponse>, Status> {
         let after_seq = Some(topic.last_seq());
-        self.watch(topic.uid.to_string(), after_seq, authorization).await.map(Some)
+        self.watch(topic.uid.to_string(), after_seq, link.handle.authorization()).await
     }
 
     async fn drain(
@@ -222,7 +231,22 @@ impl Hub {
         while let Some(response) = stream.message().await? {
             self.metrics.upstream_events.inc_by(response.events.len() as u64);
             topic.publish(&response.events);
+            let ended = |snapshot: &Request| {
+                has_ended(snapshot.state) && snapshot.last_seq <= topic.last_seq()
+            };
+            if response.snapshot.as_ref().is_some_and(ended) {
+                topic.end();
+            }
         }
         Ok(())
     }
+}
+
+fn has_ended(state: i32) -> bool {
+    state_from_proto(state).is_some_and(RequestState::is_terminal)
+}
+
+/// Whether somebody else might be answered.
+fn concerns_caller(status: &Status) -> bool {
+    matches!(status.code(), Code::NotFound | Code::PermissionDenied | Code::Unauthenticated)
 }

@@ -5,9 +5,11 @@ use bytes::Bytes;
 use streamer_core::{RequestError, Timestamp, output::hex};
 use streamer_proto::{
     common::v1::{
-        Error, Event, OutputSummary, Payload, Progress, Request, event::Kind, payload::Body,
+        Error, Event, OutputSummary, Payload, Progress, QueuePosition, Request, RequestState,
+        event::Kind, payload::Body,
     },
     millis,
+    router::v1::Completed,
 };
 use streamer_rpc::{JSON, error_from_proto, state_from_proto};
 
@@ -97,27 +99,55 @@ pub(crate) fn connected(connected: &Connected<'_>, now: Timestamp) -> Bytes {
         .finish()
 }
 
-/// The request is durable.
-pub(crate) fn acknowledgment(
-    names: &Names,
-    status: &str,
-    message: &str,
-    duplicate: bool,
-    last_seq: i64,
-    now: Timestamp,
-) -> Bytes {
-    about("acknowledgment", names, now, 192)
-        .text("status", status)
-        .text("message", message)
-        .boolean("duplicate", duplicate)
-        .number("last_seq", last_seq)
-        .finish()
+/// What is said of a request that is durable.
+pub(crate) struct Acknowledged<'a> {
+    pub(crate) status: &'a str,
+    pub(crate) message: &'a str,
+    pub(crate) duplicate: bool,
+    pub(crate) last_seq: i64,
+    pub(crate) queue_position: Option<&'a QueuePosition>,
 }
 
-/// The result of a sync action, or of an async one that ended in time.
-pub(crate) fn response(names: &Names, data: Option<&Payload>, now: Timestamp) -> Bytes {
-    let object = about("response", names, now, size(data) + 64).boolean("success", true);
-    payload(object, "data", data).finish()
+/// The request is durable.
+pub(crate) fn acknowledgment(names: &Names, said: &Acknowledged<'_>, now: Timestamp) -> Bytes {
+    let object = about("acknowledgment", names, now, 288)
+        .text("status", said.status)
+        .text("message", said.message)
+        .boolean("duplicate", said.duplicate)
+        .number("last_seq", said.last_seq);
+    place(object, said.queue_position).finish()
+}
+
+fn place(object: Object, position: Option<&QueuePosition>) -> Object {
+    let Some(position) = position else { return object };
+    object.object("queue_position", |object| {
+        let object = object.number("earliest", position.earliest).number("latest", position.latest);
+        match &position.estimated_start_time {
+            Some(start) => object
+                .text("estimated_start_time", &Timestamp::from_millis(millis(start)).to_string()),
+            None => object,
+        }
+    })
+}
+
+/// The outcome of a sync action, or of an async one that ended in time.
+pub(crate) fn completed(names: &Names, completed: &Completed, now: Timestamp) -> Bytes {
+    let cancelled = completed.state() == RequestState::Cancelled;
+    let object = match &completed.error {
+        None => {
+            let data = completed.result.as_ref();
+            let object = about("response", names, now, size(data) + 256).boolean("success", true);
+            payload(object, "data", data)
+        }
+        Some(error) if cancelled => {
+            about("cancelled", names, now, 256).text("reason", &error.message)
+        }
+        Some(error) => about("error", names, now, error.message.len() + 512)
+            .object("error", |object| logged_error(object, Some(error))),
+    };
+    // A sync action has no log.
+    let object = if completed.seq > 0 { object.number("seq", completed.seq) } else { object };
+    summary(object, completed.output.as_ref()).finish()
 }
 
 /// Where a subscription begins.
@@ -208,6 +238,8 @@ fn describe(object: Object, request: &Request) -> Object {
     object = time(object, "finish_time", request.finish_time.as_ref());
     object = time(object, "not_before", request.not_before.as_ref());
     object = time(object, "deadline", request.deadline.as_ref());
+    object = time(object, "close_by", request.close_by.as_ref());
+    object = place(object, request.queue_position.as_ref());
     object = object.text_unless_empty("redrive_of", &request.redrive_of);
     if let Some(progress) = &request.progress {
         object = object.object("progress", |object| members(object, progress));

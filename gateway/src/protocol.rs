@@ -27,6 +27,13 @@ pub(crate) enum ClientMessage<'a> {
     Ping,
 }
 
+impl ClientMessage<'_> {
+    /// Whether it asks for payloads, or for many requests at once.
+    pub(crate) fn has_large_answer(&self) -> bool {
+        matches!(self, Self::Get { .. } | Self::List { .. })
+    }
+}
+
 /// Asks for an action.
 #[derive(Debug)]
 pub(crate) struct RequestMessage<'a> {

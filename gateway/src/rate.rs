@@ -26,7 +26,9 @@ impl RateLimiter {
         let now = now.as_millis().saturating_mul(1000);
         let spacing = i64::from(1_000_000 / self.per_second.min(1_000_000));
         let tolerance = spacing.saturating_mul(i64::from(self.burst) - 1);
-        let begin = self.busy_until.max(now);
+        // A wall clock that was set back must not lock anybody out.
+        let busy_until = self.busy_until.min(now.saturating_add(tolerance + spacing));
+        let begin = busy_until.max(now);
         let too_early = begin - now - tolerance;
         if too_early > 0 {
             return Err(Duration::from_micros(too_early.unsigned_abs()));

@@ -139,6 +139,7 @@ impl Registry {
         let spread = u32::try_from(handle.id.spread() % u64::from(heartbeat)).unwrap_or(0);
         let now = self.seconds();
         handle.pulse.seen.store(now, Ordering::Relaxed);
+        handle.pulse.reading.store(true, Ordering::Relaxed);
         handle.pulse.pinged.store(now.saturating_sub(spread), Ordering::Relaxed);
         self.metrics.connections.inc();
         self.metrics.opened.inc();
@@ -217,6 +218,9 @@ impl Registry {
             return;
         }
         let heartbeat = u32::try_from(self.options.heartbeat.as_secs()).unwrap_or(25).max(1);
+        if !pulse.reading.load(Ordering::Relaxed) {
+            pulse.seen.store(now, Ordering::Relaxed);
+        }
         let quiet = since(pulse.seen.load(Ordering::Relaxed));
         if quiet > heartbeat.saturating_mul(2) + 1 {
             handle.abort();
@@ -288,7 +292,12 @@ impl Registry {
                 if let Err(error) = self.store.update_connections(opened, closed).await {
                     tracing::warn!(%error, "could not note connections, will try again");
                     self.put_back(kept);
-                    sleep(NOTE_RETRY).await;
+                    // Looked at again after the pause, and so is everything else meanwhile.
+                    self.noted.notify_one();
+                    tokio::select! {
+                        () = shutdown.cancelled() => return,
+                        () = sleep(NOTE_RETRY) => break,
+                    }
                 }
             }
         }

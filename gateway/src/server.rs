@@ -12,7 +12,7 @@ use http::{HeaderValue, StatusCode, header};
 use hyper::upgrade::OnUpgrade;
 use hyper_util::rt::TokioIo;
 use streamer_auth::Authenticator;
-use streamer_core::{Clock, Timestamp, Uid};
+use streamer_core::{Clock, ErrorCode, Timestamp, Uid};
 use tokio::{io::AsyncWriteExt, net::TcpStream, time::timeout};
 
 use crate::{
@@ -79,7 +79,9 @@ fn refuse_http(status: StatusCode, reason: &'static str) -> Response {
     let mut response = Response::new(Body::from(format!("{reason}\n")));
     *response.status_mut() = status;
     if status == StatusCode::UPGRADE_REQUIRED {
-        response.headers_mut().insert(header::UPGRADE, HeaderValue::from_static("websocket"));
+        let headers = response.headers_mut();
+        headers.insert(header::UPGRADE, HeaderValue::from_static("websocket"));
+        headers.insert(header::SEC_WEBSOCKET_VERSION, HeaderValue::from_static("13"));
     }
     response
 }
@@ -138,11 +140,13 @@ async fn admit(
                       query parameter token";
         return Err(refusal(close_code::UNAUTHENTICATED, reason.into()));
     }
-    let caller = gateway
-        .authenticator
-        .authenticate(&token)
-        .await
-        .map_err(|error| refusal(close_code::UNAUTHENTICATED, error.to_string()))?;
+    let caller = gateway.authenticator.authenticate(&token).await.map_err(|error| {
+        // Without the keys nobody can tell whether the token is good: the client should come back.
+        let unavailable = error.code() == ErrorCode::Unavailable;
+        let code =
+            if unavailable { close_code::TRY_AGAIN_LATER } else { close_code::UNAUTHENTICATED };
+        refusal(code, error.to_string())
+    })?;
     let now = gateway.clock.now();
     let handle =
         Arc::new(ConnectionHandle::new(Uid::new(now), address, handshake.user_agent, now, caller));

@@ -9,12 +9,12 @@ use std::{
 };
 
 use bytes::{Bytes, BytesMut};
-use http::HeaderValue;
 use parking_lot::Mutex;
 use streamer_core::Uid;
 use streamer_proto::common::v1::{Event, event::Kind};
 use streamer_rpc::is_terminal;
 use tokio::task::AbortHandle;
+use tonic::Status;
 
 use crate::{
     handle::ConnectionHandle,
@@ -105,11 +105,13 @@ pub(crate) struct Link {
     pub(crate) handle: Arc<ConnectionHandle>,
     /// The connection has been told and has not looked yet.
     told: AtomicBool,
+    /// Why the events are not for this connection any more.
+    refusal: Mutex<Option<Status>>,
 }
 
 impl Link {
     pub(crate) fn new(uid: Uid, handle: Arc<ConnectionHandle>) -> Arc<Self> {
-        Arc::new(Self { uid, handle, told: AtomicBool::new(false) })
+        Arc::new(Self { uid, handle, told: AtomicBool::new(false), refusal: Mutex::default() })
     }
 
     /// Tells the connection that there is something for it.
@@ -117,6 +119,10 @@ impl Link {
         if !self.told.swap(true, Ordering::AcqRel) {
             self.handle.ready(self.uid);
         }
+    }
+
+    pub(crate) fn take_refusal(&self) -> Option<Status> {
+        self.refusal.lock().take()
     }
 
     /// The connection is about to look.
@@ -158,6 +164,10 @@ impl Topic {
         self.state.lock().last_seq
     }
 
+    pub(crate) fn has_ended(&self) -> bool {
+        self.state.lock().ended
+    }
+
     pub(crate) fn set_upstream(&self, upstream: AbortHandle) {
         self.state.lock().upstream = Some(upstream);
     }
@@ -184,7 +194,7 @@ impl Topic {
         state.subscribers.values().for_each(|link| link.tell());
     }
 
-    /// Nothing more can be had: the request is gone, or nobody may see it any more.
+    /// Nothing will follow what is here.
     pub(crate) fn end(&self) {
         let mut state = self.state.lock();
         state.ended = true;
@@ -219,9 +229,22 @@ impl Topic {
         nobody
     }
 
-    /// The token of somebody who is subscribed now.
-    pub(crate) fn any_authorization(&self) -> Option<HeaderValue> {
-        self.state.lock().subscribers.values().next().map(|link| link.handle.authorization())
+    /// Somebody who is subscribed now, in whose name the upstream can be opened.
+    pub(crate) fn any_subscriber(&self) -> Option<Arc<Link>> {
+        self.state.lock().subscribers.values().next().cloned()
+    }
+
+    /// This subscriber may not have the events.
+    pub(crate) fn refuse(&self, link: &Arc<Link>, refusal: Status) {
+        {
+            let mut state = self.state.lock();
+            let id = link.handle.id;
+            if state.subscribers.get(&id).is_some_and(|known| Arc::ptr_eq(known, link)) {
+                state.subscribers.remove(&id);
+            }
+        }
+        *link.refusal.lock() = Some(refusal);
+        link.tell();
     }
 }
 

@@ -5,8 +5,10 @@ mod browser;
 mod client;
 mod server;
 mod site;
+mod worker;
 
 pub use browser::Browser;
 pub use client::{Client, Log};
 pub use server::{Server, binary, tool};
 pub use site::Site;
+pub use worker::{ScriptedWorker, WorkerProcess, declare, hello, offered};

@@ -69,6 +69,11 @@ impl Server {
     /// Kills it with SIGKILL and starts it again on the same port and data.
     pub fn kill_and_restart(&mut self) {
         self.kill();
+        self.restart();
+    }
+
+    /// Starts it again, after it has ended, on the same port and data.
+    pub fn restart(&mut self) {
         let address = self.url.trim_start_matches("http://").to_owned();
         let (child, url) = spawn(&self.data, &self.settings, &address);
         self.child = child;

@@ -7,6 +7,7 @@ use jsonwebtoken::{Validation, errors::ErrorKind};
 use quick_cache::sync::Cache;
 use serde::Deserialize;
 use streamer_core::{Clock, Timestamp};
+use tokio::time::Instant;
 
 use crate::{Caller, JwksSource, Principal, VerificationKey};
 
@@ -103,6 +104,8 @@ struct Verified {
     /// One copy for everybody who carries this token.
     authorization: HeaderValue,
     valid_from: Timestamp,
+    /// Tokens are verified anew when the keys may have changed.
+    verified_at: Instant,
 }
 
 impl Verified {
@@ -144,6 +147,10 @@ impl Authenticator {
     #[must_use]
     pub fn cached(&self, token: &str) -> Option<Result<Caller, AuthError>> {
         let verified = self.verified.get(token)?;
+        let max_age = self.jwks.as_ref().map(JwksSource::max_age);
+        if max_age.is_some_and(|max_age| verified.verified_at.elapsed() >= max_age) {
+            return None;
+        }
         Some(self.in_force(&verified).map(|()| verified.caller()))
     }
 
@@ -151,40 +158,24 @@ impl Authenticator {
         if token.len() > MAX_TOKEN_BYTES {
             return Err(AuthError::Malformed(format!("it is over {MAX_TOKEN_BYTES} bytes")));
         }
-        // The header is not trusted: it only picks among keys, each of which has its algorithm.
         let header = jsonwebtoken::decode_header(token).map_err(|error| match error.kind() {
             // `none` and everything else that jsonwebtoken does not know.
             ErrorKind::Json(_) | ErrorKind::InvalidAlgorithmName => AuthError::Algorithm,
             _ => AuthError::Malformed(error.to_string()),
         })?;
-        let from_url = match &self.jwks {
-            Some(jwks) => {
-                jwks.keys(header.kid.as_deref()).await.map_err(AuthError::KeysUnavailable)?
-            }
-            None => Arc::default(),
+        // The configured ones first: they do not depend on anybody being there.
+        let refusal = match verify_with(&self.keys, &header, token) {
+            Err(AuthError::Algorithm | AuthError::Signature) if self.jwks.is_some() => None,
+            outcome => Some(outcome),
         };
-        let mut right_algorithm = false;
-        for key in self.keys.iter().chain(from_url.iter()) {
-            let other_id =
-                key.id.is_some() && header.kid.is_some() && key.id.as_ref() != header.kid.as_ref();
-            if key.algorithm != header.alg || other_id {
-                continue;
+        match (refusal, &self.jwks) {
+            (Some(outcome), _) => outcome,
+            (None, Some(jwks)) => {
+                let keys = jwks.keys(header.kid.as_deref()).await;
+                verify_with(&keys.map_err(AuthError::KeysUnavailable)?, &header, token)
             }
-            right_algorithm = true;
-            let mut validation = Validation::new(key.algorithm);
-            // Claims are checked below, by our clock and with errors that name the claim.
-            validation.required_spec_claims.clear();
-            validation.validate_exp = false;
-            validation.validate_aud = false;
-            match jsonwebtoken::decode::<Claims>(token, &key.key, &validation) {
-                Ok(decoded) => return Ok(decoded.claims),
-                Err(error) => match error.kind() {
-                    ErrorKind::InvalidSignature => {}
-                    _ => return Err(AuthError::Malformed(error.to_string())),
-                },
-            }
+            (None, None) => Err(AuthError::Algorithm),
         }
-        Err(if right_algorithm { AuthError::Signature } else { AuthError::Algorithm })
     }
 
     fn check(&self, claims: Claims, token: &str) -> Result<Verified, AuthError> {
@@ -212,6 +203,7 @@ impl Authenticator {
                 expires_at,
             }),
             valid_from: claims.nbf.map_or(Timestamp::from_millis(i64::MIN), seconds),
+            verified_at: Instant::now(),
         })
     }
 
@@ -226,6 +218,37 @@ impl Authenticator {
         }
         Ok(())
     }
+}
+
+/// Tries the keys that fit the header, which is not trusted: it only picks among keys, each of which
+/// has its algorithm.
+fn verify_with(
+    keys: &[VerificationKey],
+    header: &jsonwebtoken::Header,
+    token: &str,
+) -> Result<Claims, AuthError> {
+    let mut right_algorithm = false;
+    for key in keys {
+        let other_id =
+            key.id.is_some() && header.kid.is_some() && key.id.as_ref() != header.kid.as_ref();
+        if key.algorithm != header.alg || other_id {
+            continue;
+        }
+        right_algorithm = true;
+        let mut validation = Validation::new(key.algorithm);
+        // Claims are checked below, by our clock and with errors that name the claim.
+        validation.required_spec_claims.clear();
+        validation.validate_exp = false;
+        validation.validate_aud = false;
+        match jsonwebtoken::decode::<Claims>(token, &key.key, &validation) {
+            Ok(decoded) => return Ok(decoded.claims),
+            Err(error) => match error.kind() {
+                ErrorKind::InvalidSignature => {}
+                _ => return Err(AuthError::Malformed(error.to_string())),
+            },
+        }
+    }
+    Err(if right_algorithm { AuthError::Signature } else { AuthError::Algorithm })
 }
 
 fn name(claim: &'static str, value: Option<String>) -> Result<String, AuthError> {

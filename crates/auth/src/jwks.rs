@@ -12,7 +12,7 @@ use hyper_util::{
 };
 use jsonwebtoken::{
     Algorithm, DecodingKey,
-    jwk::{JwkSet, KeyAlgorithm},
+    jwk::{JwkSet, KeyAlgorithm, PublicKeyUse},
 };
 use parking_lot::RwLock;
 use tokio::{sync::Mutex, time::Instant};
@@ -44,14 +44,17 @@ pub struct JwksSource {
 struct Fetched {
     keys: Arc<Vec<VerificationKey>>,
     tried_at: Option<Instant>,
+    /// Why the last try failed.
+    failure: Option<String>,
     got_at: Option<Instant>,
 }
 
 impl JwksSource {
-    /// Will fetch from this `https:` (or, for tests and sidecars, `http:`) URL when first needed.
+    /// Will fetch from this `https:` URL when first needed; `http:` is for this machine only (a
+    /// sidecar, a test).
     ///
     /// # Errors
-    /// When it is no URL, or the machine has no root certificates.
+    /// When it is no such URL, or the machine has no root certificates.
     pub fn new(url: &str, refresh: JwksRefresh) -> Result<Self, KeyError> {
         let malformed = |reason: String| KeyError::Malformed {
             path: url.to_owned(),
@@ -59,8 +62,16 @@ impl JwksSource {
             reason,
         };
         let parsed: Uri = url.parse().map_err(|error| malformed(format!("{error}")))?;
-        if parsed.host().is_none() || !matches!(parsed.scheme_str(), Some("http" | "https")) {
-            return Err(malformed("must be an https:// URL".into()));
+        let is_local =
+            parsed.host().is_some_and(|host| matches!(host, "localhost" | "127.0.0.1" | "[::1]"));
+        match parsed.scheme_str() {
+            Some("https") if parsed.host().is_some() => {}
+            Some("http") if is_local => {}
+            _ => {
+                return Err(malformed(
+                    "must be an https:// URL, or http:// on this machine".into(),
+                ));
+            }
         }
         let connector = HttpsConnectorBuilder::new()
             .with_native_roots()
@@ -92,6 +103,9 @@ impl JwksSource {
         if let Some(keys) = self.fresh(wanted) {
             return Ok(keys);
         }
+        if let Some(reason) = self.failed_lately() {
+            return Err(reason);
+        }
         let fetched = tokio::time::timeout(TIMEOUT, self.fetch())
             .await
             .unwrap_or_else(|_| Err(format!("no answer within {} s", TIMEOUT.as_secs())));
@@ -102,6 +116,7 @@ impl JwksSource {
             Ok(keys) => {
                 held.keys = Arc::new(keys);
                 held.got_at = Some(now);
+                held.failure = None;
                 Ok(held.keys.clone())
             }
             // Old keys serve on while the issuer is out of reach.
@@ -109,8 +124,23 @@ impl JwksSource {
                 tracing::warn!(url = %self.url, reason, "could not refresh the signing keys");
                 Ok(held.keys.clone())
             }
-            Err(reason) => Err(reason),
+            Err(reason) => {
+                held.failure = Some(reason.clone());
+                Err(reason)
+            }
         }
+    }
+
+    /// How long keys count as current.
+    pub(crate) fn max_age(&self) -> Duration {
+        self.refresh.max_age
+    }
+
+    /// Why there are no keys at all, when that was found out just now.
+    fn failed_lately(&self) -> Option<String> {
+        let held = self.keys.read();
+        let lately = held.tried_at.is_some_and(|at| at.elapsed() < self.refresh.min_interval);
+        held.failure.clone().filter(|_| lately)
     }
 
     fn fresh(&self, wanted: Option<&str>) -> Option<Arc<Vec<VerificationKey>>> {
@@ -160,6 +190,9 @@ fn verification_key(jwk: &jsonwebtoken::jwk::Jwk) -> Option<VerificationKey> {
         }
         _ => return None,
     };
+    if jwk.common.public_key_use.as_ref().is_some_and(|of| *of != PublicKeyUse::Signature) {
+        return None;
+    }
     let key = DecodingKey::from_jwk(jwk).ok()?;
     Some(VerificationKey { id: jwk.common.key_id.clone(), algorithm, key })
 }

@@ -19,7 +19,7 @@ use crate::bench::BenchArguments;
   streamer watch 01JD… --after-seq 17            come back to a request
 
 Exit codes: 0 done, 1 the request failed, 2 wrong usage, 3 the server cannot be reached,
-4 not permitted, 5 cancelled.")]
+4 not permitted, 5 cancelled, 130 left by Ctrl-C (a request goes on).")]
 pub struct Cli {
     /// What to do.
     #[command(subcommand)]
@@ -45,6 +45,8 @@ pub enum Command {
     Cancel(CancelArguments),
     /// Run a failed or cancelled request again, as a new one.
     Redrive(RedriveArguments),
+    /// Run the built-in handlers in this process, for a server elsewhere.
+    Worker(WorkerArguments),
     /// List what can be asked for.
     Actions(Common),
     /// See the live WebSocket connections, speak to them, end them.
@@ -95,7 +97,7 @@ pub struct UpArguments {
     #[arg(long, value_name = "ADDRESS")]
     pub listen: Option<SocketAddr>,
     /// Folder of the store and of the development key [default: ./streamer-data].
-    #[arg(long, value_name = "DIR")]
+    #[arg(long, env = "STREAMER_DATA", value_name = "DIR")]
     pub data: Option<PathBuf>,
     #[command(flatten)]
     #[allow(missing_docs)]
@@ -132,6 +134,28 @@ pub struct DemoArguments {
     /// Where the report goes.
     #[arg(long, default_value = "streamer-report.html", value_name = "FILE")]
     pub report: PathBuf,
+}
+
+/// `streamer worker`
+#[derive(Args, Clone, Debug)]
+#[command(after_help = "The server must leave the actions to workers:
+  streamer up --set execution.local_actions=echo,health
+  streamer worker --actions process_data,generate_report
+
+SIGTERM lets running attempts end within the drain timeout and hands the rest back.")]
+pub struct WorkerArguments {
+    /// Which of them, separated by commas [default: all].
+    #[arg(long, value_name = "ACTIONS", value_delimiter = ',')]
+    pub actions: Vec<String>,
+    /// Attempts that run at once.
+    #[arg(long, default_value_t = 8, value_parser = clap::value_parser!(u32).range(1..=10_000))]
+    pub slots: u32,
+    /// How long running attempts may go on when it stops: a number and s, m, h or d.
+    #[arg(long, default_value = "30s", value_parser = crate::token::parse_duration)]
+    pub drain_timeout: std::time::Duration,
+    #[command(flatten)]
+    #[allow(missing_docs)]
+    pub common: Common,
 }
 
 /// `streamer submit`
@@ -230,12 +254,34 @@ pub struct CancelArguments {
 
 /// `streamer redrive`
 #[derive(Args, Clone, Debug)]
+#[command(after_help = "Examples:
+  streamer redrive nightly-1
+  streamer redrive --all --action generate_report --since 24h --dry-run
+  streamer redrive --all --state FAILED --state CANCELLED
+
+With --all, what was redriven by it before is not redriven again.")]
 pub struct RedriveArguments {
     /// Id or uid of the request that ended.
-    pub id: String,
+    #[arg(required_unless_present = "all", conflicts_with = "all")]
+    pub id: Option<String>,
     /// Your own name for the new one.
-    #[arg(long, default_value = "")]
+    #[arg(long, default_value = "", conflicts_with = "all")]
     pub new_id: String,
+    /// All that failed, as far as the other options say.
+    #[arg(long)]
+    pub all: bool,
+    /// With --all: FAILED, CANCELLED; may be repeated [default: FAILED].
+    #[arg(long = "state", value_name = "STATE", requires = "all")]
+    pub states: Vec<streamer_core::RequestState>,
+    /// With --all: only this action.
+    #[arg(long, default_value = "", requires = "all")]
+    pub action: String,
+    /// With --all: only what was accepted within so long: a number and s, m, h or d.
+    #[arg(long, requires = "all", value_parser = crate::token::parse_duration)]
+    pub since: Option<std::time::Duration>,
+    /// With --all: only print what would be redriven.
+    #[arg(long, requires = "all")]
+    pub dry_run: bool,
     #[command(flatten)]
     #[allow(missing_docs)]
     pub common: Common,

@@ -9,6 +9,7 @@ mod idle;
 mod lifecycle;
 mod report;
 mod sync;
+mod worker_process;
 
 use std::time::Duration;
 
@@ -27,6 +28,7 @@ Examples:
   streamer bench sync --connections 256
   streamer bench sync --connections 256 --rate 30000      open loop
   streamer bench lifecycle --in-flight 256
+  streamer bench lifecycle --workers 2
   streamer bench fanout --watchers 1000
   streamer bench fanout --requests 1000 --watchers 1
   streamer bench idle --connections 15000"
@@ -74,6 +76,13 @@ pub enum Bench {
         /// How long, after a second to warm up.
         #[arg(long, default_value = "5s", value_parser = parse_duration)]
         duration: Duration,
+        /// Run the handlers in so many worker processes; 0 runs them in the server.
+        #[arg(long, default_value_t = 0)]
+        workers: usize,
+        /// What to start as a worker of echo_async, with STREAMER_SERVER, STREAMER_TOKEN and
+        /// STREAMER_SLOTS set [default: this program's own `worker`].
+        #[arg(long, value_name = "COMMAND", requires = "workers")]
+        worker_command: Option<String>,
         #[command(flatten)]
         #[allow(missing_docs)]
         common: BenchCommon,
@@ -134,6 +143,11 @@ pub(crate) struct Subject {
 
 impl Subject {
     fn open(common: &BenchCommon) -> anyhow::Result<Self> {
+        Self::open_with(common, &[])
+    }
+
+    fn open_with(common: &BenchCommon, settings: &[String]) -> anyhow::Result<Self> {
+        let wanted = settings;
         if let (Some(url), Some(token)) = (&common.server, &common.token) {
             return Ok(Self { url: url.clone(), token: token.clone(), own: None });
         }
@@ -144,7 +158,7 @@ impl Subject {
         ]
         .map(str::to_owned)
         .to_vec();
-        settings.extend(common.set.iter().cloned());
+        settings.extend(wanted.iter().chain(&common.set).cloned());
         let own = ServerProcess::start(&settings)?;
         Ok(Self { url: own.url.clone(), token: own.token("bench")?, own: Some(own) })
     }
@@ -162,8 +176,22 @@ pub(crate) async fn run(arguments: BenchArguments) -> anyhow::Result<Exit> {
             let subject = Subject::open(&common)?;
             (sync::run(&subject, connections, rate, duration).await?, common.json)
         }
-        Bench::Lifecycle { in_flight, connections, steps, rate, duration, common } => {
-            let subject = Subject::open(&common)?;
+        Bench::Lifecycle {
+            in_flight,
+            connections,
+            steps,
+            rate,
+            duration,
+            workers,
+            worker_command,
+            common,
+        } => {
+            let local = if workers > 0 { "echo,health" } else { "*" };
+            let subject =
+                Subject::open_with(&common, &[format!("execution.local_actions={local}")])?;
+            let slots = in_flight.div_ceil(workers.max(1)) + 1;
+            let _workers =
+                worker_process::start(&subject, workers, slots, worker_command.as_deref()).await?;
             let load = lifecycle::Load { in_flight, connections, steps, rate, duration };
             (lifecycle::run(&subject, load).await?, common.json)
         }

@@ -1,6 +1,9 @@
 //! Who a command is, and how it prints.
 
-use std::{io::IsTerminal, time::Duration};
+use std::{
+    io::{IsTerminal, Write},
+    time::Duration,
+};
 
 use streamer_auth::{DevKey, NewToken};
 use streamer_client::Api;
@@ -13,7 +16,8 @@ const OWN_TOKEN: Duration = Duration::from_secs(24 * 3600);
 
 impl Common {
     /// The token that was given, or one made with the development key of a server on this machine.
-    pub(crate) fn find_token(&self) -> String {
+    #[must_use]
+    pub fn find_token(&self) -> String {
         if let Some(token) = &self.token {
             return token.clone();
         }
@@ -31,8 +35,10 @@ impl Common {
     }
 
     fn is_local(&self) -> bool {
-        let rest = self.server.split_once("://").map_or(self.server.as_str(), |(_, rest)| rest);
-        ["127.0.0.1", "localhost", "[::1]"].iter().any(|host| rest.starts_with(host))
+        // The whole host: a token must not go to `localhost.example.com`.
+        let uri = self.server.parse::<http::Uri>().ok();
+        let host = uri.as_ref().and_then(http::Uri::host);
+        host.is_some_and(|host| matches!(host, "127.0.0.1" | "localhost" | "[::1]"))
     }
 
     pub(crate) fn api(&self) -> anyhow::Result<Api> {
@@ -43,4 +49,11 @@ impl Common {
     pub(crate) fn prints_json(&self) -> bool {
         self.json || !std::io::stdout().is_terminal()
     }
+}
+
+/// Prints a line at once, so that a reader at the other end of a pipe sees it.
+pub(crate) fn print_line(line: impl std::fmt::Display) -> anyhow::Result<()> {
+    let mut out = std::io::stdout().lock();
+    writeln!(out, "{line}")?;
+    Ok(out.flush()?)
 }

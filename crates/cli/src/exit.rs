@@ -20,6 +20,8 @@ pub enum Exit {
     NotPermitted,
     /// 5: cancelled.
     Cancelled,
+    /// 130: interrupted by Ctrl-C, as shells have it; a request goes on.
+    Interrupted,
 }
 
 impl Exit {
@@ -33,6 +35,7 @@ impl Exit {
             Self::Unreachable => 3,
             Self::NotPermitted => 4,
             Self::Cancelled => 5,
+            Self::Interrupted => 130,
         })
     }
 
@@ -51,6 +54,8 @@ impl Exit {
 pub(crate) fn report(outcome: anyhow::Result<Exit>) -> ExitCode {
     match outcome {
         Ok(exit) => exit.code(),
+        // Whoever read what was printed has enough.
+        Err(error) if is_broken_pipe(&error) => Exit::Done.code(),
         Err(error) => {
             eprintln!("error: {error:#}");
             exit_of(&error).code()
@@ -58,10 +63,24 @@ pub(crate) fn report(outcome: anyhow::Result<Exit>) -> ExitCode {
     }
 }
 
+/// Wrong usage that only shows when a command runs.
+#[derive(Debug, thiserror::Error)]
+#[error("{0}")]
+pub(crate) struct UsageError(pub(crate) String);
+
+fn is_broken_pipe(error: &anyhow::Error) -> bool {
+    let error = error.downcast_ref::<std::io::Error>();
+    error.is_some_and(|error| error.kind() == std::io::ErrorKind::BrokenPipe)
+}
+
 fn exit_of(error: &anyhow::Error) -> Exit {
+    if error.is::<UsageError>() {
+        return Exit::Usage;
+    }
     match error.downcast_ref::<ClientError>() {
         Some(ClientError::Unreachable { .. }) => Exit::Unreachable,
         Some(ClientError::Closed { code: 4401 | 4403, .. }) => Exit::NotPermitted,
+        Some(ClientError::Closed { code: 1009 | 4400, .. } | ClientError::Token) => Exit::Usage,
         Some(ClientError::Closed { .. }) => Exit::Unreachable,
         Some(ClientError::Refused(error)) if error.code == ErrorCode::Unavailable => {
             Exit::Unreachable

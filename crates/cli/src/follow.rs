@@ -2,19 +2,21 @@
 
 use std::{
     fs,
-    io::{self, Read, Write},
+    io::{self, Read},
     time::Duration,
 };
 
 use anyhow::Context;
 use indicatif::{ProgressBar, ProgressStyle};
 use serde_json::{Value, json, value::RawValue};
-use streamer_client::{ClientError, Follower, Message, Target};
-use streamer_core::{Clock, ErrorCode, SystemClock, Uid};
+use streamer_client::{Follower, Message, Target};
+use streamer_core::{Clock, SystemClock, Uid};
 
 use crate::{
     Exit,
     arguments::{SubmitArguments, WatchArguments},
+    connect::print_line,
+    exit::UsageError,
 };
 
 /// How a followed request is shown.
@@ -76,17 +78,21 @@ pub async fn follow(follower: &mut Follower, screen: Screen) -> anyhow::Result<E
             interrupted = tokio::signal::ctrl_c() => {
                 interrupted.context("waiting for Ctrl-C")?;
                 shown.bar.finish_and_clear();
-                eprintln!(
-                    "Left; the request goes on. Come back with:\n  streamer watch {} --after-seq {}",
-                    follower.request_id(),
-                    follower.last_seq(),
-                );
-                return Ok(Exit::Done);
+                let (id, seq) = (follower.request_id(), follower.last_seq());
+                if follower.is_accepted() {
+                    eprintln!(
+                        "Left; the request goes on. Come back with:\n  \
+                         streamer watch {id} --after-seq {seq}"
+                    );
+                } else {
+                    eprintln!("Left before the server had answered.");
+                }
+                return Ok(Exit::Interrupted);
             }
         };
         let Some(message) = message else { return Ok(Exit::Done) };
         shown.show(&message)?;
-        if let Some(exit) = exit_of(&message)? {
+        if let Some(exit) = exit_of(&message, follower.has_ended()) {
             return Ok(exit);
         }
     }
@@ -95,25 +101,28 @@ pub async fn follow(follower: &mut Follower, screen: Screen) -> anyhow::Result<E
 async fn print_first(follower: &mut Follower) -> anyhow::Result<Exit> {
     match follower.next().await? {
         Some(message) => {
-            println!("{}", message.text);
-            Ok(exit_of(&message)?.unwrap_or(Exit::Done))
+            print_line(&message.text)?;
+            Ok(exit_of(&message, follower.has_ended()).unwrap_or(Exit::Done))
         }
         None => Ok(Exit::Done),
     }
 }
 
-/// The exit code, once there is an outcome.
-fn exit_of(message: &Message) -> anyhow::Result<Option<Exit>> {
-    Ok(match message.kind.as_str() {
+/// The exit code, once there is an outcome; `is_last` when nothing follows the message.
+fn exit_of(message: &Message, is_last: bool) -> Option<Exit> {
+    match message.kind.as_str() {
         "response" | "complete" => Some(Exit::Done),
         "cancelled" => Some(Exit::Cancelled),
-        "error" => {
-            let value: Value = serde_json::from_str(&message.text)?;
-            let code = value["error"]["code"].as_str().and_then(ErrorCode::from_name);
-            Some(Exit::of_error_code(code))
-        }
+        "error" => Some(Exit::of_error_code(Some(message.error().code))),
+        // A request whose end was seen before.
+        "subscribed" if is_last => match message.state.as_deref() {
+            Some("SUCCEEDED") => Some(Exit::Done),
+            Some("CANCELLED") => Some(Exit::Cancelled),
+            Some("FAILED") => Some(Exit::Failed),
+            _ => None,
+        },
         _ => None,
-    })
+    }
 }
 
 fn read_payload(arguments: &SubmitArguments) -> anyhow::Result<Box<RawValue>> {
@@ -122,17 +131,13 @@ fn read_payload(arguments: &SubmitArguments) -> anyhow::Result<Box<RawValue>> {
         io::stdin().read_to_string(&mut text).context("reading the payload from standard input")?;
         text
     } else if let Some(file) = &arguments.payload_file {
-        fs::read_to_string(file).with_context(|| format!("reading {}", file.display()))?
+        fs::read_to_string(file)
+            .map_err(|error| UsageError(format!("reading {}: {error}", file.display())))?
     } else {
         arguments.payload.clone().unwrap_or_else(|| "{}".to_owned())
     };
-    serde_json::from_str(text.trim()).map_err(|error| {
-        ClientError::Refused(streamer_core::RequestError::new(
-            ErrorCode::ValidationError,
-            format!("the payload is not JSON: {error}"),
-        ))
-        .into()
-    })
+    let parsed = serde_json::from_str(text.trim());
+    parsed.map_err(|error| UsageError(format!("the payload is not JSON: {error}")).into())
 }
 
 struct Shown {
@@ -153,7 +158,7 @@ impl Shown {
     fn show(&mut self, message: &Message) -> anyhow::Result<()> {
         match self.screen {
             Screen::Json => print_line(&message.text),
-            Screen::OutcomeAsJson if exit_of(message)?.is_some() => print_line(&message.text),
+            Screen::OutcomeAsJson if exit_of(message, false).is_some() => print_line(&message.text),
             Screen::OutcomeAsJson => Ok(()),
             Screen::Terminal => self.draw(message),
         }
@@ -183,27 +188,21 @@ impl Shown {
                 text("/error/message"),
                 text("/retry_at"),
             )),
-            "response" => self.end(&pretty(&value["data"])?),
-            "complete" => self.end(&pretty(&value["result"])?),
-            "cancelled" => self.end(&format!("cancelled: {}", text("/reason"))),
-            "error" => self.end(&format!("{}: {}", text("/error/code"), text("/error/message"))),
+            "response" => self.end(&pretty(&value["data"])?)?,
+            "complete" => self.end(&pretty(&value["result"])?)?,
+            "cancelled" => self.end(&format!("cancelled: {}", text("/reason")))?,
+            "error" => self.end(&format!("{}: {}", text("/error/code"), text("/error/message")))?,
             _ => {}
         }
         Ok(())
     }
 
-    fn end(&self, last: &str) {
+    fn end(&self, last: &str) -> anyhow::Result<()> {
         self.bar.finish_and_clear();
-        println!("{last}");
+        print_line(last)
     }
 }
 
 fn pretty(value: &Value) -> anyhow::Result<String> {
     Ok(serde_json::to_string_pretty(value)?)
-}
-
-/// Each line at once, so that a reader at the other end of a pipe sees it.
-fn print_line(text: &str) -> anyhow::Result<()> {
-    let mut out = io::stdout().lock();
-    writeln!(out, "{text}").and_then(|()| out.flush()).context("writing to standard output")
 }

@@ -1,6 +1,6 @@
 //! The command line of the `streamer` binary: its grammar, and the commands that talk to a server.
 //!
-//! `up` and `demo`, which are a server, are the binary's own; everything else is [`run`].
+//! `up`, `demo` and `worker`, which run handlers, are the binary's own; everything else is [`run`].
 
 mod arguments;
 pub mod bench;
@@ -15,7 +15,9 @@ use std::process::ExitCode;
 
 use clap::CommandFactory;
 
-pub use arguments::{Cli, Command, ConfigArguments, ConfigSources, DemoArguments, UpArguments};
+pub use arguments::{
+    Cli, Command, ConfigArguments, ConfigSources, DemoArguments, UpArguments, WorkerArguments,
+};
 pub use exit::Exit;
 pub use follow::{Screen, follow};
 pub use server_process::READY;
@@ -37,7 +39,7 @@ pub async fn run(command: Command) -> ExitCode {
             clap_complete::generate(shell, &mut Cli::command(), "streamer", &mut std::io::stdout());
             Ok(Exit::Done)
         }
-        Command::Up(_) | Command::Demo(_) | Command::Config(_) => {
+        Command::Up(_) | Command::Demo(_) | Command::Worker(_) | Command::Config(_) => {
             Err(anyhow::anyhow!("this command is the binary's own"))
         }
     };

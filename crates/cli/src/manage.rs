@@ -1,16 +1,18 @@
 //! Commands about requests and connections that answer once.
 
 use serde_json::{Value, json};
-use streamer_client::{ClientError, Message, Session};
-use streamer_core::{ErrorCode, Timestamp};
+use streamer_client::{Api, ClientError, Message, Session};
+use streamer_core::{Clock, SystemClock, Timestamp};
 use streamer_proto::{
     common::v1::{Payload, payload::Body},
     connections::v1::{
         BroadcastRequest, DisconnectRequest, ListRequest, SendRequest, send_request::Target,
     },
     millis,
-    router::v1::{ListActionsRequest, RedriveRequest},
+    router::v1::{ListActionsRequest, RedriveManyRequest, RedriveRequest},
+    timestamp,
 };
+use streamer_rpc::state_to_proto;
 
 use crate::{
     Exit,
@@ -18,6 +20,7 @@ use crate::{
         CancelArguments, Common, ConnectionsArguments, ConnectionsCommand, ListArguments,
         OneArguments, RedriveArguments,
     },
+    connect::print_line,
 };
 
 pub(crate) async fn get(arguments: OneArguments) -> anyhow::Result<Exit> {
@@ -36,14 +39,19 @@ pub(crate) async fn list(arguments: ListArguments) -> anyhow::Result<Exit> {
     let value: Value = serde_json::from_str(&answer.text)?;
     let requests = value["requests"].as_array().cloned().unwrap_or_default();
     if arguments.common.prints_json() {
-        requests.iter().for_each(|request| println!("{request}"));
+        for request in &requests {
+            print_line(request)?;
+        }
     } else {
-        println!("{:<26}  {:<9}  {:<20}  {:<24}  NAME", "UID", "STATE", "ACTION", "CREATED");
+        print_line(format_args!(
+            "{:<26}  {:<9}  {:<20}  {:<24}  NAME",
+            "UID", "STATE", "ACTION", "CREATED"
+        ))?;
         for request in &requests {
             let text = |name: &str| request[name].as_str().unwrap_or("").to_owned();
             let (uid, state, action) = (text("uid"), text("state"), text("action"));
             let (created, name) = (text("create_time"), text("request_id"));
-            println!("{uid:<26}  {state:<9}  {action:<20}  {created:<24}  {name}");
+            print_line(format_args!("{uid:<26}  {state:<9}  {action:<20}  {created:<24}  {name}"))?;
         }
     }
     if let Some(next) = value["next_page_token"].as_str().filter(|next| !next.is_empty()) {
@@ -61,14 +69,49 @@ pub(crate) async fn cancel(arguments: CancelArguments) -> anyhow::Result<Exit> {
 
 pub(crate) async fn redrive(arguments: RedriveArguments) -> anyhow::Result<Exit> {
     let api = arguments.common.api()?;
-    let call = api.call(RedriveRequest { request_id: arguments.id, id: arguments.new_id });
+    let Some(request_id) = arguments.id.clone() else {
+        return redrive_all(&api, &arguments).await;
+    };
+    let call = api.call(RedriveRequest { request_id, id: arguments.new_id });
     let response = api.router().redrive(call).await.map_err(|status| api.error(&status))?;
     let request = response.into_inner().request.unwrap_or_default();
     let told = json!({
         "request_id": request.request_id, "uid": request.uid, "redrive_of": request.redrive_of,
     });
-    println!("{told}");
+    print_line(told)?;
     Ok(Exit::Done)
+}
+
+async fn redrive_all(api: &Api, arguments: &RedriveArguments) -> anyhow::Result<Exit> {
+    let from = arguments.since.map(|since| SystemClock.now().minus(since).as_millis());
+    let mut request = RedriveManyRequest {
+        states: arguments.states.iter().map(|state| state_to_proto(*state).into()).collect(),
+        action: arguments.action.clone(),
+        create_time_from: from.map(timestamp),
+        dry_run: arguments.dry_run,
+        ..RedriveManyRequest::default()
+    };
+    let mut count = 0;
+    loop {
+        let call = api.call(request.clone());
+        let answer = api.router().redrive_many(call).await.map_err(|status| api.error(&status))?;
+        let page = answer.into_inner();
+        for redriven in page.redriven {
+            count += 1;
+            let mut told = json!({ "redrive_of": redriven.uid });
+            if let Some(request) = redriven.request {
+                told["request_id"] = request.request_id.into();
+                told["uid"] = request.uid.into();
+            }
+            print_line(told)?;
+        }
+        if page.next_page_token.is_empty() {
+            let done = if arguments.dry_run { "would be redriven" } else { "redriven" };
+            eprintln!("{count} {done}");
+            return Ok(Exit::Done);
+        }
+        request.page_token = page.next_page_token;
+    }
 }
 
 pub(crate) async fn actions(common: Common) -> anyhow::Result<Exit> {
@@ -82,12 +125,21 @@ pub(crate) async fn actions(common: Common) -> anyhow::Result<Exit> {
                 "name": action.name, "description": action.description, "sync": action.sync,
                 "estimated_duration_ms": action.estimated_duration_ms,
                 "max_attempts": action.max_attempts, "permission": action.permission,
+                "workers": action.workers, "available": action.available,
                 "payload_schema": schema,
             });
-            println!("{told}");
+            print_line(told)?;
         } else {
             let kind = if action.sync { "sync" } else { "async" };
-            println!("{:<20}  {kind:<5}  {}", action.name, action.description);
+            let who = match (action.available, action.workers) {
+                (false, _) => "nobody now".to_owned(),
+                (true, 0) => "server".to_owned(),
+                (true, workers) => format!("{workers} worker(s)"),
+            };
+            print_line(format_args!(
+                "{:<20}  {kind:<5}  {who:<12}  {}",
+                action.name, action.description
+            ))?;
         }
     }
     Ok(Exit::Done)
@@ -101,7 +153,7 @@ pub(crate) async fn connections(arguments: ConnectionsArguments) -> anyhow::Resu
             let api = common.api()?;
             let call = api.call(SendRequest { target, topic, data: Some(payload(data)) });
             let sent = api.connections().send(call).await.map_err(|status| api.error(&status))?;
-            println!("{}", json!({ "recipients": sent.into_inner().recipients }));
+            print_line(json!({ "recipients": sent.into_inner().recipients }))?;
             Ok(Exit::Done)
         }
         ConnectionsCommand::Broadcast { topic, data, common } => {
@@ -109,7 +161,7 @@ pub(crate) async fn connections(arguments: ConnectionsArguments) -> anyhow::Resu
             let call = api.call(BroadcastRequest { topic, data: Some(payload(data)) });
             let sent =
                 api.connections().broadcast(call).await.map_err(|status| api.error(&status))?;
-            println!("{}", json!({ "recipients": sent.into_inner().recipients }));
+            print_line(json!({ "recipients": sent.into_inner().recipients }))?;
             Ok(Exit::Done)
         }
         ConnectionsCommand::Disconnect { connection, reason, common } => {
@@ -136,7 +188,7 @@ async fn list_connections(common: &Common, user_id: String) -> anyhow::Result<Ex
                 "remote_address": connection.remote_address, "user_agent": connection.user_agent,
                 "connect_time": Timestamp::from_millis(since).to_string(),
             });
-            println!("{told}");
+            print_line(told)?;
         }
         if page.next_page_token.is_empty() {
             return Ok(Exit::Done);
@@ -160,22 +212,17 @@ async fn ask(common: &Common, message: &Value, expected: &str) -> anyhow::Result
             return Ok(answer);
         }
         if answer.kind == "error" {
-            let value: Value = serde_json::from_str(&answer.text)?;
-            let text = |pointer: &str| value.pointer(pointer).and_then(Value::as_str).unwrap_or("");
-            let code =
-                ErrorCode::from_name(text("/error/code")).unwrap_or(ErrorCode::InternalError);
-            let error = streamer_core::RequestError::new(code, text("/error/message"));
-            return Err(ClientError::Refused(error).into());
+            return Err(ClientError::Refused(answer.error()).into());
         }
     }
 }
 
 fn print_answer(common: &Common, answer: &Message) -> anyhow::Result<Exit> {
     if common.prints_json() {
-        println!("{}", answer.text);
+        print_line(&answer.text)?;
     } else {
         let value: Value = serde_json::from_str(&answer.text)?;
-        println!("{}", serde_json::to_string_pretty(&value)?);
+        print_line(serde_json::to_string_pretty(&value)?)?;
     }
     Ok(Exit::Done)
 }

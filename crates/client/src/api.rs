@@ -7,7 +7,7 @@ use streamer_proto::{
 };
 use streamer_rpc::{request_error, with_authorization};
 use tonic::{
-    Code, Request, Status,
+    Request, Status,
     transport::{Channel, Endpoint},
 };
 
@@ -37,7 +37,7 @@ impl Api {
         let authorization = (!token.is_empty())
             .then(|| HeaderValue::try_from(format!("Bearer {token}")))
             .transpose()
-            .map_err(|_| ClientError::Unexpected("the token is malformed".into()))?;
+            .map_err(|_| ClientError::Token)?;
         Ok(Self { channel: endpoint.connect_lazy(), server: server.to_owned(), authorization })
     }
 
@@ -64,8 +64,8 @@ impl Api {
     /// What a failed call means.
     #[must_use]
     pub fn error(&self, status: &Status) -> ClientError {
-        let from_network = std::error::Error::source(status).is_some();
-        if status.code() == Code::Unavailable && from_network {
+        // A status that a server sent has no source.
+        if std::error::Error::source(status).is_some() {
             return ClientError::Unreachable {
                 server: self.server.clone(),
                 reason: status.message().to_owned(),

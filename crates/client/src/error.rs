@@ -32,6 +32,9 @@ pub enum ClientError {
         /// What it must be.
         rule: &'static str,
     },
+    /// The token cannot be sent.
+    #[error("the token is malformed: it must be the visible ASCII characters of a JWT")]
+    Token,
     /// The server sent what this client does not understand.
     #[error("the server sent something unexpected: {0}")]
     Unexpected(String),
@@ -47,7 +50,7 @@ impl ClientError {
                 !matches!(code, 1002 | 1003 | 1007 | 1008 | 1009 | 4400 | 4401 | 4403)
             }
             Self::Refused(error) => error.retryable,
-            Self::Url { .. } | Self::Unexpected(_) => false,
+            Self::Url { .. } | Self::Token | Self::Unexpected(_) => false,
         }
     }
 }

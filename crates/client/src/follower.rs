@@ -3,7 +3,7 @@
 use std::time::Duration;
 
 use serde_json::json;
-use streamer_core::retry;
+use streamer_core::retry::Backoff;
 use tokio::time::sleep;
 
 use crate::{ClientError, Message, Session};
@@ -40,7 +40,7 @@ pub struct Follower {
     target: Target,
     session: Option<Session>,
     last_seq: i64,
-    failures: u32,
+    backoff: Backoff,
     ended: bool,
 }
 
@@ -57,7 +57,7 @@ impl Follower {
             target,
             session: None,
             last_seq,
-            failures: 0,
+            backoff: Backoff::new(FIRST_BACKOFF, MAX_BACKOFF),
             ended: false,
         }
     }
@@ -69,6 +69,12 @@ impl Follower {
             Target::Submit { id, .. } => id,
             Target::Watch { request_id, .. } => request_id,
         }
+    }
+
+    /// Whether nothing will follow what was handed out.
+    #[must_use]
+    pub fn has_ended(&self) -> bool {
+        self.ended
     }
 
     /// The last `seq` that was handed out.
@@ -84,26 +90,19 @@ impl Follower {
     pub async fn next(&mut self) -> Result<Option<Message>, ClientError> {
         while !self.ended {
             match self.try_next().await {
-                Ok(message) => {
-                    self.failures = 0;
-                    if let Some(message) = message {
-                        return Ok(Some(message));
-                    }
+                Ok(Some(message)) => {
+                    self.backoff.reset();
+                    return Ok(Some(message));
                 }
-                Err(error) if error.is_transient() && self.failures < MAX_FAILURES => {
+                Ok(None) => {}
+                Err(error) if error.is_transient() && self.backoff.failures() < MAX_FAILURES => {
                     self.session = None;
-                    self.back_off().await;
+                    sleep(self.backoff.wait()).await;
                 }
                 Err(error) => return Err(error),
             }
         }
         Ok(None)
-    }
-
-    async fn back_off(&mut self) {
-        let bound = FIRST_BACKOFF.saturating_mul(1 << self.failures.min(16)).min(MAX_BACKOFF);
-        self.failures += 1;
-        sleep(bound.mul_f64(retry::random_fraction())).await;
     }
 
     async fn try_next(&mut self) -> Result<Option<Message>, ClientError> {
@@ -117,7 +116,17 @@ impl Follower {
             }
         };
         let message = session.next().await?;
+        if message.kind == "error" && message.seq.is_none() {
+            // Not the request's end: this call was refused, and may be made again if that helps.
+            return Err(ClientError::Refused(message.error()));
+        }
         Ok(self.take(message))
+    }
+
+    /// Whether the server is known to have the request.
+    #[must_use]
+    pub fn is_accepted(&self) -> bool {
+        self.last_seq > 0 || matches!(self.target, Target::Watch { .. })
     }
 
     /// What to say on a new connection.

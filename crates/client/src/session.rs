@@ -1,10 +1,13 @@
 //! One WebSocket.
 
+use std::time::Duration;
+
 use futures_util::{SinkExt, StreamExt};
 use http::{HeaderValue, Uri, header::AUTHORIZATION};
 use serde::Deserialize;
-use streamer_core::RequestState;
-use tokio::net::TcpStream;
+use serde_json::value::RawValue;
+use streamer_core::{ErrorCode, RequestError, RequestState};
+use tokio::{net::TcpStream, time::timeout};
 use tokio_tungstenite::{
     WebSocketStream, client_async_with_config,
     tungstenite::{
@@ -16,6 +19,12 @@ use tokio_tungstenite::{
 
 use crate::ClientError;
 
+/// How long each step of opening a WebSocket may take.
+const OPEN_TIMEOUT: Duration = Duration::from_secs(10);
+/// How long the first message may take.
+const FIRST_PATIENCE: Duration = Duration::from_secs(30);
+/// Given to a ping on its way.
+const GRACE: Duration = Duration::from_secs(5);
 /// Largest message that a client takes.
 const MAX_MESSAGE_BYTES: usize = 256 * 1024 * 1024;
 
@@ -46,6 +55,33 @@ pub struct Message {
 }
 
 impl Message {
+    /// What an `error` message says.
+    #[must_use]
+    pub fn error(&self) -> RequestError {
+        #[derive(Default, Deserialize)]
+        struct Said {
+            #[serde(default)]
+            error: Told,
+        }
+        #[derive(Default, Deserialize)]
+        struct Told {
+            #[serde(default)]
+            code: String,
+            #[serde(default)]
+            message: String,
+            #[serde(default)]
+            retryable: bool,
+            details: Option<Box<RawValue>>,
+        }
+        let Said { error } = serde_json::from_str(&self.text).unwrap_or_default();
+        RequestError {
+            code: ErrorCode::from_name(&error.code).unwrap_or(ErrorCode::InternalError),
+            message: error.message,
+            retryable: error.retryable,
+            details: error.details.map(|details| details.get().to_owned()),
+        }
+    }
+
     /// Whether it is a snapshot of a request that has ended.
     #[must_use]
     pub fn is_terminal(&self) -> bool {
@@ -58,6 +94,8 @@ impl Message {
 pub struct Session {
     socket: WebSocketStream<TcpStream>,
     server: String,
+    /// A server that says nothing for so long, not even a ping, is gone.
+    patience: Duration,
 }
 
 impl Session {
@@ -88,8 +126,11 @@ impl Session {
         let host = uri.host().ok_or_else(|| bad_url("must name a host"))?;
         let port = uri.port_u16().unwrap_or(80);
         let address = (host.trim_matches(['[', ']']), port);
-        let stream =
-            TcpStream::connect(address).await.map_err(|error| unreachable(error.to_string()))?;
+        let in_time = || unreachable(format!("no answer within {} s", OPEN_TIMEOUT.as_secs()));
+        let stream = timeout(OPEN_TIMEOUT, TcpStream::connect(address))
+            .await
+            .map_err(|_| in_time())?
+            .map_err(|error| unreachable(error.to_string()))?;
         stream.set_nodelay(true).map_err(|error| unreachable(error.to_string()))?;
         let mut request = format!("ws://{host}:{port}/ws")
             .into_client_request()
@@ -98,8 +139,8 @@ impl Session {
         let protocol = HeaderValue::from_static("streamer.v1.json");
         headers.insert(http::header::SEC_WEBSOCKET_PROTOCOL, protocol);
         if !token.is_empty() {
-            let bearer = HeaderValue::try_from(format!("Bearer {token}"))
-                .map_err(|_| ClientError::Unexpected("the token is malformed".into()))?;
+            let bearer =
+                HeaderValue::try_from(format!("Bearer {token}")).map_err(|_| ClientError::Token)?;
             headers.insert(AUTHORIZATION, bearer);
         }
         let config = WebSocketConfig::default()
@@ -107,9 +148,10 @@ impl Session {
             .write_buffer_size(4 * 1024)
             .max_message_size(Some(MAX_MESSAGE_BYTES))
             .max_frame_size(Some(MAX_MESSAGE_BYTES));
-        let opened = client_async_with_config(request, stream, Some(config)).await;
+        let opening = client_async_with_config(request, stream, Some(config));
+        let opened = timeout(OPEN_TIMEOUT, opening).await.map_err(|_| in_time())?;
         let (socket, _) = opened.map_err(|error| unreachable(error.to_string()))?;
-        Ok(Self { socket, server: server.to_owned() })
+        Ok(Self { socket, server: server.to_owned(), patience: FIRST_PATIENCE })
     }
 
     /// Sends a message.
@@ -147,13 +189,34 @@ impl Session {
     /// When the connection is lost, or the server closes it.
     pub async fn next_text(&mut self) -> Result<tungstenite::Utf8Bytes, ClientError> {
         loop {
-            match self.socket.next().await {
-                Some(Ok(tungstenite::Message::Text(text))) => return Ok(text),
+            let Ok(message) = timeout(self.patience, self.socket.next()).await else {
+                let reason = format!("silent for {} s", self.patience.as_secs());
+                return Err(ClientError::Unreachable { server: self.server.clone(), reason });
+            };
+            match message {
+                Some(Ok(tungstenite::Message::Text(text))) => {
+                    self.learn_heartbeat(&text);
+                    return Ok(text);
+                }
                 Some(Ok(tungstenite::Message::Close(frame))) => return Err(closed(frame)),
                 Some(Ok(_)) => {}
                 Some(Err(error)) => return Err(self.lost(&error)),
                 None => return Err(closed(None)),
             }
+        }
+    }
+
+    /// `connected` says how often the server pings who is silent.
+    fn learn_heartbeat(&mut self, text: &str) {
+        #[derive(Deserialize)]
+        struct Connected {
+            heartbeat_ms: u64,
+        }
+        if self.patience == FIRST_PATIENCE
+            && text.starts_with("{\"type\":\"connected\"")
+            && let Ok(Connected { heartbeat_ms }) = serde_json::from_str(text)
+        {
+            self.patience = Duration::from_millis(heartbeat_ms) * 2 + GRACE;
         }
     }
 

@@ -102,6 +102,10 @@ fn read_variable(config: &mut Config, name: &str, value: &str, problems: &mut Ve
         return;
     }
     let rest = rest.to_lowercase();
+    // Kubernetes sets these in every pod beside a service that is named `streamer`.
+    if rest == "port" || rest.starts_with("port_") || rest.starts_with("service_") {
+        return;
+    }
     let outcome = match rest.split_once('_') {
         None if rest == "log" => config.set_text("log", "filter", value),
         None => Err("there is no such option".to_owned()),

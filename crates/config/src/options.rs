@@ -182,6 +182,9 @@ options! {
         tenant_share_percent: u64 = 75, in 1..=100;
         /// Sync actions that run at once.
         max_concurrent_sync: u64 = 4_096, in 1..=1_000_000;
+        /// Those of the built-in handlers that this server runs itself, by action; * for all. The
+        /// others can be run by workers.
+        local_actions: Vec<String> = vec!["*".into()];
         /// How long a processor that fell silent keeps its attempts, in milliseconds.
         lease_ms: u64 = 10_000, in 300..=3_600_000;
         /// How often the store is asked for work that no hint told of, in milliseconds.

@@ -26,6 +26,14 @@ pub const MAX_CHECKPOINT_BYTES: usize = 256 * 1024;
 pub const MAX_PUSH_BYTES: usize = 128 * 1024;
 /// Largest topic of a pushed message, in bytes.
 pub const MAX_TOPIC_BYTES: usize = 128;
+/// Reports that wait between a handler and the log at most, in bytes; a larger one waits alone.
+pub const MAX_WAITING_REPORT_BYTES: usize = 4 * 1024 * 1024;
+/// Reports that wait between a handler and the log at most.
+pub const MAX_WAITING_REPORTS: usize = 1024;
+/// Largest message of an error, in bytes; more is cut off.
+pub const MAX_ERROR_MESSAGE_BYTES: usize = 4096;
+/// Largest details of an error, in bytes; larger ones are left out.
+pub const MAX_ERROR_DETAILS_BYTES: usize = 64 * 1024;
 /// What a message needs beside its payload, in bytes.
 pub const ENVELOPE_BYTES: usize = 64 * 1024;
 
@@ -39,6 +47,22 @@ pub struct Limits {
 }
 
 impl Limits {
+    /// Largest batch of events that an attempt publishes, in bytes: what waited, what came while
+    /// the handler ended, its checkpoint and its result.
+    #[must_use]
+    pub const fn max_batch_bytes(&self) -> usize {
+        /// An event with all its numbers, beside what is counted as its report.
+        const EVENT_BYTES: usize = 512;
+        let reports = MAX_WAITING_REPORT_BYTES
+            .saturating_add(self.max_output_chunk_bytes)
+            .saturating_add(MAX_WAITING_REPORTS * EVENT_BYTES);
+        reports
+            .saturating_mul(2)
+            .saturating_add(self.max_payload_bytes)
+            .saturating_add(MAX_CHECKPOINT_BYTES)
+            .saturating_add(MAX_ERROR_DETAILS_BYTES + ENVELOPE_BYTES)
+    }
+
     /// Largest message that carries a payload, in bytes.
     #[must_use]
     pub const fn max_message_bytes(&self) -> usize {

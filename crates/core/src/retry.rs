@@ -54,6 +54,42 @@ impl RetryPolicy {
     }
 }
 
+/// Waits between attempts at something outside: a bound that doubles from the first to the longest,
+/// and a wait that is evenly drawn from nothing to it.
+#[derive(Clone, Copy, Debug)]
+pub struct Backoff {
+    first: Duration,
+    longest: Duration,
+    failures: u32,
+}
+
+impl Backoff {
+    /// Nothing has failed yet.
+    #[must_use]
+    pub const fn new(first: Duration, longest: Duration) -> Self {
+        Self { first, longest, failures: 0 }
+    }
+
+    /// How often it failed in a row.
+    #[must_use]
+    pub const fn failures(&self) -> u32 {
+        self.failures
+    }
+
+    /// It failed once more: how long to wait.
+    #[must_use]
+    pub fn wait(&mut self) -> Duration {
+        let bound = self.first.saturating_mul(1 << self.failures.min(31)).min(self.longest);
+        self.failures = self.failures.saturating_add(1);
+        bound.mul_f64(random_fraction())
+    }
+
+    /// It went well.
+    pub const fn reset(&mut self) {
+        self.failures = 0;
+    }
+}
+
 /// A random number from 0.0 to 1.0, for jitter.
 #[must_use]
 pub fn random_fraction() -> f64 {
@@ -77,6 +113,16 @@ mod tests {
         let seconds = |n| Some(Duration::from_secs(n));
         assert_eq!(waits, [seconds(1), seconds(2), seconds(3), seconds(3), None]);
         assert_eq!(policy.backoff(3, 0.0), Some(Duration::ZERO));
+    }
+
+    #[test]
+    fn the_bound_of_a_wait_doubles_up_to_the_longest() {
+        let mut backoff = Backoff::new(Duration::from_millis(100), Duration::from_secs(1));
+        for bound in [100, 200, 400, 800, 1000, 1000] {
+            assert!(backoff.wait() <= Duration::from_millis(bound));
+        }
+        backoff.reset();
+        assert!(backoff.wait() <= Duration::from_millis(100));
     }
 
     #[test]

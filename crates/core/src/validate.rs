@@ -13,14 +13,35 @@ pub struct Violation {
     pub description: String,
 }
 
+/// Violations kept at most; the others are counted.
+const MAX_KEPT: usize = 100;
+/// Their text at most, in bytes: statuses travel in headers, of which many clients take 8 KiB.
+const MAX_TEXT_BYTES: usize = 3 * 1024;
+/// Largest description, in bytes.
+const MAX_DESCRIPTION_BYTES: usize = 512;
+
 /// Every rule that an input breaks, gathered before anything is refused.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
-pub struct Violations(Vec<Violation>);
+pub struct Violations {
+    kept: Vec<Violation>,
+    text_bytes: usize,
+    others: usize,
+}
 
 impl Violations {
     /// Notes a broken rule.
     pub fn push(&mut self, field: impl Into<String>, description: impl Into<String>) {
-        self.0.push(Violation { field: field.into(), description: description.into() });
+        let violation = Violation {
+            field: cut(field.into(), MAX_DESCRIPTION_BYTES),
+            description: cut(description.into(), MAX_DESCRIPTION_BYTES),
+        };
+        let bytes = violation.field.len() + violation.description.len();
+        if self.kept.len() >= MAX_KEPT || self.text_bytes + bytes > MAX_TEXT_BYTES {
+            self.others += 1;
+            return;
+        }
+        self.text_bytes += bytes;
+        self.kept.push(violation);
     }
 
     /// Notes what a check found.
@@ -33,23 +54,38 @@ impl Violations {
     /// Whether every rule is kept.
     #[must_use]
     pub fn is_empty(&self) -> bool {
-        self.0.is_empty()
+        self.kept.is_empty()
     }
 
-    /// The broken rules, in the order they were found.
+    /// The broken rules, in the order they were found; of very many, the first.
     pub fn iter(&self) -> impl Iterator<Item = &Violation> {
-        self.0.iter()
+        self.kept.iter()
     }
 }
 
 impl fmt::Display for Violations {
     fn fmt(&self, formatter: &mut fmt::Formatter<'_>) -> fmt::Result {
-        for (position, violation) in self.0.iter().enumerate() {
+        for (position, violation) in self.kept.iter().enumerate() {
             let separator = if position == 0 { "" } else { "; " };
             write!(formatter, "{separator}{}: {}", violation.field, violation.description)?;
         }
+        if self.others > 0 {
+            write!(formatter, "; and {} more", self.others)?;
+        }
         Ok(())
     }
+}
+
+/// The text, or its beginning when it is longer than this.
+#[must_use]
+pub fn cut(mut text: String, max_bytes: usize) -> String {
+    const ELLIPSIS: &str = "…";
+    if text.len() > max_bytes {
+        let end = text.floor_char_boundary(max_bytes.saturating_sub(ELLIPSIS.len()));
+        text.truncate(end);
+        text.push_str(ELLIPSIS);
+    }
+    text
 }
 
 /// A request's id: 1 to 128 characters of `[A-Za-z0-9._:@/+=-]`.
@@ -89,7 +125,7 @@ pub fn action_name(name: &str) -> Result<(), String> {
     if well_formed { Ok(()) } else { Err("must match [a-z][a-z0-9_.-]{0,63}".into()) }
 }
 
-/// A worker's id: 1 to 128 characters of `[A-Za-z0-9._:/@-]`.
+/// A worker's id: as a request's.
 ///
 /// # Errors
 /// The rule, and how it is broken.
@@ -146,6 +182,17 @@ mod tests {
         for bad in ["", "A", "9a", "a b", "é", &"a".repeat(65)] {
             assert!(action_name(bad).is_err(), "{bad}");
         }
+    }
+
+    #[test]
+    fn of_very_many_violations_the_first_are_told() {
+        let mut violations = Violations::default();
+        (0..1_000_000).for_each(|_| violations.push("states", "9 is no state"));
+        assert_eq!(violations.iter().count(), 100);
+        assert!(violations.to_string().ends_with("; and 999900 more"));
+        violations = Violations::default();
+        (0..100).for_each(|_| violations.push("payload", "é".repeat(100_000)));
+        assert!(violations.to_string().len() < 4096);
     }
 
     #[test]

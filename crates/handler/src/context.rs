@@ -29,6 +29,8 @@ pub struct AttemptInfo {
     pub checkpoint: Option<Bytes>,
     /// W3C `traceparent` of the submission.
     pub trace_parent: Option<String>,
+    /// The attempt is cut off when it has not ended by then.
+    pub deadline: Option<Timestamp>,
 }
 
 /// One request of the tenant, for handlers that report on them.
@@ -100,6 +102,7 @@ impl Context {
             attempt: 1,
             checkpoint: None,
             trace_parent: None,
+            deadline: None,
         };
         let token = CancellationToken::new();
         (Self::new(info, reports.clone(), token, Limits::default(), None), reports)
@@ -135,6 +138,12 @@ impl Context {
         self.info.attempt
     }
 
+    /// The attempt is cut off when it has not ended by then; `None` when it may take for ever.
+    #[must_use]
+    pub fn deadline(&self) -> Option<Timestamp> {
+        self.info.deadline
+    }
+
     /// W3C `traceparent` of the submission, to go on with.
     #[must_use]
     pub fn trace_parent(&self) -> Option<&str> {
@@ -151,7 +160,7 @@ impl Context {
         percentage: f64,
         message: impl Into<String>,
     ) -> Result<(), HandlerError> {
-        self.report_progress(Some(percentage), message.into(), None).await
+        self.push_progress(Some(percentage), message.into(), None).await
     }
 
     /// As [`Self::progress`], with anything more (as JSON, at most 64 KiB).
@@ -165,15 +174,27 @@ impl Context {
         metadata: &impl Serialize,
     ) -> Result<(), HandlerError> {
         let metadata = serde_json::to_vec(metadata)?;
-        self.report_progress(Some(percentage), message.into(), Some(metadata.into())).await
+        self.push_progress(Some(percentage), message.into(), Some(metadata.into())).await
     }
 
     /// As [`Self::progress_with`], with the metadata as JSON text, and without a percentage when
     /// there is no telling.
     ///
     /// # Errors
-    /// As [`Self::progress`].
+    /// As [`Self::progress`], and when the metadata is not JSON.
     pub async fn report_progress(
+        &self,
+        percentage: Option<f64>,
+        message: String,
+        metadata: Option<Bytes>,
+    ) -> Result<(), HandlerError> {
+        if let Some(metadata) = &metadata {
+            well_formed_json("progress.metadata", metadata)?;
+        }
+        self.push_progress(percentage, message, metadata).await
+    }
+
+    async fn push_progress(
         &self,
         percentage: Option<f64>,
         message: String,
@@ -207,19 +228,27 @@ impl Context {
     /// When it is larger than `limits.max_output_chunk_bytes`, or the attempt is not this
     /// handler's any more.
     pub async fn output(&self, chunk: &impl Serialize) -> Result<(), HandlerError> {
-        self.output_bytes("application/json", serde_json::to_vec(chunk)?).await
+        self.push_output("application/json", serde_json::to_vec(chunk)?.into()).await
     }
 
-    /// Puts out the next chunk of the result, as bytes of this media type.
+    /// Puts out the next chunk of the result, as bytes of this media type (at most 255 bytes).
     ///
     /// # Errors
-    /// As [`Self::output`].
+    /// As [`Self::output`], and when it is said to be JSON and is not.
     pub async fn output_bytes(
         &self,
         content_type: &str,
         chunk: impl Into<Bytes>,
     ) -> Result<(), HandlerError> {
         let data = chunk.into();
+        bounded("output.content_type", content_type.len(), limits::MAX_CONTENT_TYPE_BYTES)?;
+        if content_type == "application/json" {
+            well_formed_json("output", &data)?;
+        }
+        self.push_output(content_type, data).await
+    }
+
+    async fn push_output(&self, content_type: &str, data: Bytes) -> Result<(), HandlerError> {
         bounded("output chunk", data.len(), self.limits.max_output_chunk_bytes)?;
         self.reports.push(Report::Output { content_type: content_type.to_owned(), data }).await
     }
@@ -306,6 +335,14 @@ impl Context {
             Some(history) => history.requests(self.tenant(), self.user(), from, until, limit).await,
             None => Err(HandlerError::fatal("request history is not available here")),
         }
+    }
+}
+
+/// Looks only whether it is JSON, however deep it nests; builds nothing.
+fn well_formed_json(what: &str, data: &[u8]) -> Result<(), HandlerError> {
+    match serde_json::from_slice::<&serde_json::value::RawValue>(data) {
+        Ok(_) => Ok(()),
+        Err(error) => Err(HandlerError::fatal(format!("{what} is not JSON: {error}"))),
     }
 }
 

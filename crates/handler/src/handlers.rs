@@ -33,6 +33,19 @@ impl Handlers {
         self.by_action.get(action).map(|(spec, handler)| (spec, handler))
     }
 
+    /// Whether there are none.
+    #[must_use]
+    pub fn is_empty(&self) -> bool {
+        self.by_action.is_empty()
+    }
+
+    /// Only the handlers of these actions.
+    #[must_use]
+    pub fn only(mut self, actions: &[impl AsRef<str>]) -> Self {
+        self.by_action.retain(|name, _| actions.iter().any(|wanted| wanted.as_ref() == name));
+        self
+    }
+
     /// What the actions declare, by name.
     pub fn specs(&self) -> impl Iterator<Item = &Arc<ActionSpec>> {
         self.by_action.values().map(|(spec, _)| spec)

@@ -4,17 +4,13 @@ use std::collections::VecDeque;
 
 use bytes::Bytes;
 use parking_lot::Mutex;
+use streamer_core::limits::{MAX_WAITING_REPORT_BYTES, MAX_WAITING_REPORTS};
 use tokio::{
     sync::{Notify, watch},
     time::Instant,
 };
 
 use crate::HandlerError;
-
-/// Reports that wait at most; a handler that is faster than the log waits.
-const MAX_REPORTS: usize = 1024;
-/// Bytes of reports that wait at most.
-const MAX_BYTES: usize = 4 * 1024 * 1024;
 
 /// One thing that an attempt reports.
 #[derive(Clone, Debug, PartialEq)]
@@ -63,9 +59,11 @@ impl Report {
 }
 
 /// Reports between a handler and the log: in order, bounded, taken in batches.
-#[derive(Debug, Default)]
+#[derive(Default)]
 pub struct ReportQueue {
     state: Mutex<State>,
+    /// Called when something was pushed.
+    hook: Option<Box<dyn Fn() + Send + Sync>>,
     filled: Notify,
     emptied: Notify,
     durable: watch::Sender<i64>,
@@ -101,6 +99,12 @@ impl ReportQueue {
         queue
     }
 
+    /// Calls `hook` whenever something was pushed: for who looks after many queues at once.
+    #[must_use]
+    pub fn with_hook(hook: impl Fn() + Send + Sync + 'static) -> Self {
+        Self { hook: Some(Box::new(hook)), ..Self::default() }
+    }
+
     /// Adds a report; waits while the queue is full.
     ///
     /// # Errors
@@ -120,8 +124,9 @@ impl ReportQueue {
                 if state.discarding {
                     return Ok(());
                 }
-                let room = state.reports.len() < MAX_REPORTS
-                    && (state.bytes + bytes <= MAX_BYTES || state.reports.is_empty());
+                let room = state.reports.len() < MAX_WAITING_REPORTS
+                    && (state.bytes + bytes <= MAX_WAITING_REPORT_BYTES
+                        || state.reports.is_empty());
                 if room && let Some(report) = report.take() {
                     state.reports.push_back(report);
                     state.bytes += bytes;
@@ -129,6 +134,9 @@ impl ReportQueue {
             }
             if report.is_none() {
                 self.filled.notify_one();
+                if let Some(hook) = &self.hook {
+                    hook();
+                }
                 return Ok(());
             }
             emptied.await;
@@ -147,6 +155,19 @@ impl ReportQueue {
             self.emptied.notify_waiters();
         }
         taken
+    }
+
+    /// Takes the next report, if one waits.
+    #[must_use]
+    pub fn pop(&self) -> Option<Report> {
+        let report = {
+            let mut state = self.state.lock();
+            let report = state.reports.pop_front()?;
+            state.bytes -= report.bytes();
+            report
+        };
+        self.emptied.notify_waiters();
+        Some(report)
     }
 
     /// Returns once there may be something to take.

@@ -42,6 +42,7 @@ pub fn action_to_proto(spec: &ActionSpec, threshold: Duration) -> Action {
             .map(|code| code_to_proto(code).into())
             .collect(),
         workers: 0,
+        available: false,
     }
 }
 
@@ -141,7 +142,7 @@ mod tests {
     fn broken_rules_name_their_fields() {
         let action = Action { name: "No".into(), heartbeat_timeout_ms: -1, ..Action::default() };
         let mut violations = Violations::default();
-        action_from_proto(&action, "actions[2]", &mut violations);
+        drop(action_from_proto(&action, "actions[2]", &mut violations));
         let told = violations.to_string();
         assert!(
             told.contains("actions[2].name:") && told.contains("actions[2].heartbeat_timeout_ms:"),

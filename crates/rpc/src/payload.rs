@@ -44,15 +44,36 @@ pub fn payload_bytes(payload: Option<&Payload>) -> Bytes {
     }
 }
 
+/// Larger bodies stay bytes: as typed values they would outgrow what a message may be.
+const MAX_TYPED_BYTES: usize = 256 * 1024;
+/// Deeper bodies stay bytes: protobuf libraries give up at 100 messages inside each other, and a
+/// level of JSON is up to three.
+const MAX_TYPED_DEPTH: usize = 24;
+
 /// Turns a payload into what the caller asked for.
 pub fn encode_payload(payload: &mut Payload, encoding: PayloadEncoding) {
-    if encoding != PayloadEncoding::JsonValue {
+    let is_json = payload.content_type.is_empty() || payload.content_type == JSON;
+    if encoding != PayloadEncoding::JsonValue || !is_json {
         return;
     }
     if let Some(Body::Data(data)) = &payload.body
+        && data.len() <= MAX_TYPED_BYTES
         && let Ok(value) = serde_json::from_slice::<serde_json::Value>(data)
+        && is_shallow(&value, MAX_TYPED_DEPTH)
     {
         payload.body = Some(Body::Json(from_json(value)));
+    }
+}
+
+fn is_shallow(value: &serde_json::Value, levels: usize) -> bool {
+    match value {
+        serde_json::Value::Array(values) => {
+            levels > 0 && values.iter().all(|value| is_shallow(value, levels - 1))
+        }
+        serde_json::Value::Object(members) => {
+            levels > 0 && members.values().all(|value| is_shallow(value, levels - 1))
+        }
+        _ => true,
     }
 }
 

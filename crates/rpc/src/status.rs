@@ -3,11 +3,14 @@
 use std::{collections::HashMap, time::Duration};
 
 use serde::Deserialize;
-use streamer_core::{ErrorCode, RequestError, Violations};
+use streamer_core::{ErrorCode, RequestError, Violations, validate::cut};
 use streamer_store::StoreError;
 use tonic::{Code, Status};
 use tonic_types::{ErrorDetails, FieldViolation, StatusExt};
 
+/// Statuses travel in headers, of which many clients take 8 KiB in all.
+const MAX_MESSAGE_BYTES: usize = 2048;
+const MAX_DETAILS_BYTES: usize = 2048;
 /// `ErrorInfo.domain` of everything that Streamer refuses.
 const DOMAIN: &str = "streamer";
 /// Key of `ErrorInfo.metadata` under which further details travel.
@@ -19,7 +22,7 @@ const RETRYABLE: &str = "retryable";
 #[must_use]
 pub fn status(error: &RequestError) -> Status {
     let mut metadata = HashMap::from([(RETRYABLE.to_owned(), error.retryable.to_string())]);
-    if let Some(details) = &error.details {
+    if let Some(details) = error.details.as_ref().filter(|text| text.len() <= MAX_DETAILS_BYTES) {
         metadata.insert(DETAILS.to_owned(), details.clone());
     }
     let mut details = ErrorDetails::with_error_info(error.code.as_str(), DOMAIN, metadata);
@@ -30,7 +33,8 @@ pub fn status(error: &RequestError) -> Status {
     if let Some(wait) = quota.retry_after_ms {
         details.set_retry_info(Some(Duration::from_millis(wait)));
     }
-    Status::with_error_details(grpc_code(error.code), error.message.clone(), details)
+    let message = cut(error.message.clone(), MAX_MESSAGE_BYTES);
+    Status::with_error_details(grpc_code(error.code), message, details)
 }
 
 /// What [`RequestError::limited`] says in its details.
@@ -56,10 +60,7 @@ pub fn validation_status(violations: &Violations) -> Status {
         .map(|violation| FieldViolation::new(&violation.field, &violation.description))
         .collect();
     let mut details = ErrorDetails::with_bad_request(fields);
-    let metadata = HashMap::from([
-        (RETRYABLE.to_owned(), "false".to_owned()),
-        (DETAILS.to_owned(), violations_details(violations)),
-    ]);
+    let metadata = HashMap::from([(RETRYABLE.to_owned(), "false".to_owned())]);
     details.set_error_info(ErrorCode::ValidationError.as_str(), DOMAIN, metadata);
     Status::with_error_details(Code::InvalidArgument, violations.to_string(), details)
 }
@@ -67,10 +68,13 @@ pub fn validation_status(violations: &Violations) -> Status {
 /// The broken rules as the JSON object that `Error.details` holds.
 #[must_use]
 pub fn violations_details(violations: &Violations) -> String {
-    let list: Vec<_> = violations
-        .iter()
-        .map(|violation| {
-            serde_json::json!({ "field": violation.field, "description": violation.description })
+    fields_details(violations.iter().map(|one| (one.field.as_str(), one.description.as_str())))
+}
+
+fn fields_details<'a>(fields: impl Iterator<Item = (&'a str, &'a str)>) -> String {
+    let list: Vec<_> = fields
+        .map(|(field, description)| {
+            serde_json::json!({ "field": field, "description": description })
         })
         .collect();
     serde_json::json!({ "violations": list }).to_string()
@@ -83,16 +87,20 @@ pub fn not_found(name: &str) -> Status {
     status(&RequestError::new(ErrorCode::NotFound, format!("there is no request {shown:?}")))
 }
 
-/// A failure of the store.
+/// A failure of the store. It is told here, where the engine's words end: they are for operators.
 #[must_use]
 pub fn store_status(error: &StoreError) -> Status {
-    let code = match error {
-        StoreError::Unavailable { .. } => ErrorCode::Unavailable,
+    let (code, message) = match error {
+        StoreError::Unavailable { .. } => {
+            tracing::warn!(%error, "a call failed");
+            (ErrorCode::Unavailable, "the store is unavailable; try again")
+        }
         StoreError::Corrupt { .. } | StoreError::Locked { .. } | StoreError::TooNew { .. } => {
-            ErrorCode::InternalError
+            tracing::error!(%error, "a call failed");
+            (ErrorCode::InternalError, "the store is damaged; its operator has to look")
         }
     };
-    status(&RequestError::new(code, error.to_string()))
+    status(&RequestError::new(code, message))
 }
 
 /// What a status says, in the words of the protocols: Streamer's own code where it carries one,
@@ -107,7 +115,11 @@ pub fn request_error(status: &Status) -> RequestError {
         code,
         message: status.message().to_owned(),
         retryable: metadata.get(RETRYABLE).map_or(code.is_retryable(), |value| value == "true"),
-        details: metadata.get(DETAILS).cloned(),
+        details: metadata.get(DETAILS).cloned().or_else(|| {
+            let rules = status.get_details_bad_request()?.field_violations;
+            let fields = rules.iter().map(|one| (one.field.as_str(), one.description.as_str()));
+            Some(fields_details(fields))
+        }),
     }
 }
 

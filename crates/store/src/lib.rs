@@ -21,9 +21,9 @@ pub use error::StoreError;
 pub use find::find_by_name;
 pub use model::{
     Adopt, Append, Appended, CancelOutcome, Claim, ClaimOutcome, Claimed, ConnectionPage,
-    ConnectionRecord, CreateOutcome, DeleteOutcome, DuePage, DueQuery, DueRequest, EventPage,
-    Lease, ListRequests, NewRequest, Owner, QueueAhead, QueueStats, Renewed, RequestPage,
-    RequestRecord, StoredPayload, Writer,
+    ConnectionRecord, CreateOutcome, DeclaredAction, DeleteOutcome, DuePage, DueQuery, DueRequest,
+    EventPage, Lease, ListRequests, NewRequest, Owner, QueueAhead, QueueStats, Renewed,
+    RequestPage, RequestRecord, StoredPayload, Writer,
 };
 pub use sqlite::SqliteStore;
 pub use store::Store;

@@ -2,7 +2,7 @@
 
 use bytes::Bytes;
 use streamer_core::{RequestState, Timestamp, Uid};
-use streamer_proto::common::v1::{Error, Event, OutputSummary, Progress};
+use streamer_proto::common::v1::{Action, Error, Event, OutputSummary, Progress};
 
 /// The scope of an idempotency key, and who may see a request.
 #[derive(Clone, Debug, PartialEq, Eq, Hash)]
@@ -268,6 +268,15 @@ pub struct DueQuery {
     pub tenants: usize,
     /// Of each tenant so many at most.
     pub per_tenant: usize,
+}
+
+/// A declaration of an action.
+#[derive(Clone, Debug, PartialEq)]
+pub struct DeclaredAction {
+    /// For this tenant; `None` for all.
+    pub tenant: Option<String>,
+    /// What it declares.
+    pub action: Action,
 }
 
 /// Requests that may start.

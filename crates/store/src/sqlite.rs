@@ -4,6 +4,8 @@
 //! answers them all after the one fsync of its commit: group commit. Reads have connections of
 //! their own and see the last commit.
 
+mod actions;
+mod checksum;
 mod connections;
 mod queue;
 mod requests;
@@ -24,9 +26,9 @@ use streamer_core::{Timestamp, Uid};
 
 use crate::{
     Adopt, Append, Appended, CancelOutcome, Claim, ClaimOutcome, ConnectionPage, ConnectionRecord,
-    CreateOutcome, DeleteOutcome, DuePage, DueQuery, EventPage, Lease, ListRequests, NewRequest,
-    Owner, QueueAhead, QueueStats, Renewed, RequestPage, RequestRecord, Store, StoreError,
-    StoredPayload,
+    CreateOutcome, DeclaredAction, DeleteOutcome, DuePage, DueQuery, EventPage, Lease,
+    ListRequests, NewRequest, Owner, QueueAhead, QueueStats, Renewed, RequestPage, RequestRecord,
+    Store, StoreError, StoredPayload,
 };
 use writer::WriterThread;
 
@@ -67,6 +69,7 @@ impl SqliteStore {
         let path = data.join("streamer.db");
         let connection =
             schema::open_for_writing(&path).map_err(|error| sqlite_error("opening", &error))?;
+        schema::check_size(&connection, &path)?;
         schema::migrate(&connection)?;
         schema::forget_previous_process(&connection)
             .map_err(|error| sqlite_error("opening", &error))?;
@@ -287,6 +290,18 @@ impl Store for SqliteStore {
             connections::list(db, &tenant, user.as_deref(), after, limit, now)
         })
         .await
+    }
+
+    async fn save_actions(
+        &self,
+        actions: Vec<DeclaredAction>,
+        now: Timestamp,
+    ) -> Result<(), StoreError> {
+        self.writer.run("saving actions", move |db| actions::save(db, &actions, now)).await
+    }
+
+    async fn list_actions(&self, since: Timestamp) -> Result<Vec<DeclaredAction>, StoreError> {
+        self.read("reading actions", move |db| actions::list(db, since)).await
     }
 
     async fn check(&self) -> Result<(), StoreError> {

@@ -5,8 +5,9 @@ use streamer_core::{Timestamp, Uid};
 
 use crate::{
     Adopt, Append, Appended, CancelOutcome, Claim, ClaimOutcome, ConnectionPage, ConnectionRecord,
-    CreateOutcome, DeleteOutcome, DuePage, DueQuery, EventPage, Lease, ListRequests, NewRequest,
-    Owner, QueueAhead, QueueStats, Renewed, RequestPage, RequestRecord, StoreError, StoredPayload,
+    CreateOutcome, DeclaredAction, DeleteOutcome, DuePage, DueQuery, EventPage, Lease,
+    ListRequests, NewRequest, Owner, QueueAhead, QueueStats, Renewed, RequestPage, RequestRecord,
+    StoreError, StoredPayload,
 };
 
 /// Everything durable. Each method says its precondition and what a repeat does; each is durable
@@ -131,6 +132,17 @@ pub trait Store: Send + Sync + 'static {
         limit: usize,
         now: Timestamp,
     ) -> Result<ConnectionPage, StoreError>;
+
+    /// Keeps declarations of actions for the time when nobody offers them, in place of earlier ones
+    /// of the same names for the same tenants. A repeat is harmless.
+    async fn save_actions(
+        &self,
+        actions: Vec<DeclaredAction>,
+        now: Timestamp,
+    ) -> Result<(), StoreError>;
+
+    /// Reads the declarations that were saved at or after `since`.
+    async fn list_actions(&self, since: Timestamp) -> Result<Vec<DeclaredAction>, StoreError>;
 
     /// Proves that it can write durably.
     async fn check(&self) -> Result<(), StoreError>;

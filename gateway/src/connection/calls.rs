@@ -1,6 +1,6 @@
 //! What a client asks for: each message becomes a call, each call a reply.
 
-use std::borrow::Cow;
+use std::{borrow::Cow, sync::Arc};
 
 use bytes::Bytes;
 use futures_util::FutureExt;
@@ -10,13 +10,12 @@ use streamer_core::{RequestError, Timestamp, Uid};
 use streamer_proto::{
     common::v1::{Event, Request},
     router::v1::{
-        CancelRequest, Completed, GetRequest, ListRequest, SubmitRequest, SubmitResponse,
+        CancelRequest, GetRequest, ListRequest, SubmitRequest, SubmitResponse,
         submit_response::Outcome,
     },
 };
 use streamer_rpc::{
-    error_from_proto, json_payload, request_error, state_from_proto, state_to_proto,
-    with_authorization,
+    json_payload, request_error, state_from_proto, state_to_proto, with_authorization,
 };
 use tonic::Status;
 
@@ -35,11 +34,11 @@ pub(crate) enum Reply {
     /// To be sent as it is.
     Frame(Bytes),
     /// A request was submitted; its events are wanted from now on.
-    Submitted { response: SubmitResponse, latest: bool },
+    Submitted { outcome: Result<Box<SubmitResponse>, Status>, name: String, latest: bool },
     /// A request was opened for a subscription.
-    Opened { opened: Box<Opened>, latest: bool },
+    Opened { outcome: Result<Box<Opened>, Status>, name: String, latest: bool },
     /// A page of a log was read.
-    CaughtUp(Uid, Result<Vec<Event>, Status>),
+    CaughtUp(Arc<Link>, Result<Vec<Event>, Status>),
     /// A fresh token was verified.
     Authenticated(Caller),
     /// A call failed.
@@ -47,9 +46,9 @@ pub(crate) enum Reply {
 }
 
 impl Session {
-    /// Begins to do what a message asks for; `None` when it is done already.
-    pub(crate) fn begin(&mut self, message: ClientMessage<'_>, now: Timestamp) -> Option<Call> {
-        Some(match message {
+    /// Begins to do what a message asks for.
+    pub(crate) fn begin(&mut self, message: ClientMessage<'_>, now: Timestamp) -> Call {
+        match message {
             ClientMessage::Request(request) => self.submit(&request),
             ClientMessage::Subscribe { request_id, after_seq, latest } => {
                 self.subscribe(request_id.into_owned(), after_seq, latest)
@@ -68,13 +67,28 @@ impl Session {
                 let pong = messages::pong(now);
                 Box::pin(std::future::ready(Reply::Frame(pong)))
             }
-        })
+        }
     }
 
-    fn submit(&self, message: &RequestMessage<'_>) -> Call {
+    /// Notes that a subscription is on its way, if one more is allowed.
+    fn may_open(&mut self, name: &str) -> Result<(), Call> {
         let limit = self.gateway.options.max_subscriptions;
-        if self.subscriptions.len() >= limit {
-            return too_many_subscriptions(Some(message.id.to_string()), limit);
+        if self.subscriptions.len() + self.opening.len() >= limit {
+            return Err(too_many_subscriptions(Some(name.to_owned()), limit));
+        }
+        self.opening.push((name.to_owned(), false));
+        Ok(())
+    }
+
+    /// The subscription is here; says whether it is still wanted.
+    fn has_opened(&mut self, name: &str) -> bool {
+        let position = self.opening.iter().position(|(opening, _)| opening == name);
+        position.is_none_or(|position| !self.opening.swap_remove(position).1)
+    }
+
+    fn submit(&mut self, message: &RequestMessage<'_>) -> Call {
+        if let Err(refusal) = self.may_open(&message.id) {
+            return refusal;
         }
         let payload = |raw: &RawValue| json_payload(Bytes::copy_from_slice(raw.get().as_bytes()));
         let millis = |millis: i64| (millis > 0).then(|| duration(millis));
@@ -89,29 +103,25 @@ impl Session {
             ..SubmitRequest::default()
         };
         let latest = message.latest;
-        let request_id = (!request.id.is_empty()).then(|| request.id.clone());
+        let name = request.id.clone();
         let mut router = self.gateway.peers.router();
         let request = with_authorization(request, self.handle.authorization());
         Box::pin(async move {
-            match router.submit(request).await {
-                Ok(response) => Reply::Submitted { response: response.into_inner(), latest },
-                Err(status) => Reply::Failed { request_id, error: request_error(&status) },
-            }
+            let outcome =
+                router.submit(request).await.map(|response| Box::new(response.into_inner()));
+            Reply::Submitted { outcome, name, latest }
         })
     }
 
-    fn subscribe(&self, name: String, after_seq: Option<i64>, latest: bool) -> Call {
-        let limit = self.gateway.options.max_subscriptions;
-        if self.subscriptions.len() >= limit {
-            return too_many_subscriptions(Some(name), limit);
+    fn subscribe(&mut self, name: String, after_seq: Option<i64>, latest: bool) -> Call {
+        if let Err(refusal) = self.may_open(&name) {
+            return refusal;
         }
         let hub = self.gateway.hub.clone();
         let authorization = self.handle.authorization();
         Box::pin(async move {
-            match hub.open(name.clone(), after_seq, authorization).await {
-                Ok(opened) => Reply::Opened { opened: Box::new(opened), latest },
-                Err(status) => failed(name, &status),
-            }
+            let outcome = hub.open(name.clone(), after_seq, authorization).await.map(Box::new);
+            Reply::Opened { outcome, name, latest }
         })
     }
 
@@ -123,6 +133,9 @@ impl Session {
         let found = self.subscriptions.iter().find(|(_, subscription)| named(subscription));
         if let Some(uid) = found.map(|(uid, _)| *uid) {
             self.unsubscribe(uid);
+        }
+        for (opening, unwanted) in &mut self.opening {
+            *unwanted |= opening == name;
         }
         let frame = messages::unsubscribed(name, self.gateway.clock.now());
         Box::pin(std::future::ready(Reply::Frame(frame)))
@@ -143,15 +156,14 @@ impl Session {
                         (state_name(&request), "the request has ended")
                     };
                     let names = names(&request);
-                    let last_seq = request.last_seq;
-                    Reply::Frame(messages::acknowledgment(
-                        &names,
-                        &status,
+                    let said = messages::Acknowledged {
+                        status: &status,
                         message,
-                        false,
-                        last_seq,
-                        clock.now(),
-                    ))
+                        duplicate: false,
+                        last_seq: request.last_seq,
+                        queue_position: None,
+                    };
+                    Reply::Frame(messages::acknowledgment(&names, &said, clock.now()))
                 }
                 Err(status) => failed(name, &status),
             }
@@ -218,9 +230,27 @@ impl Session {
             Reply::Failed { request_id, error } => {
                 out.push(messages::error(request_id.as_deref(), &error, now));
             }
-            Reply::CaughtUp(uid, page) => self.caught_up(uid, page, out),
-            Reply::Submitted { response, latest } => self.submitted(response, latest, out),
-            Reply::Opened { opened, latest } => self.opened(*opened, latest, out),
+            Reply::CaughtUp(link, page) => self.caught_up(&link, page, out),
+            Reply::Submitted { outcome, name, latest } => {
+                let wanted = self.has_opened(&name);
+                match outcome {
+                    Ok(response) => self.submitted(*response, wanted, latest, out),
+                    Err(status) => {
+                        let name = (!name.is_empty()).then_some(name.as_str());
+                        out.push(messages::error(name, &request_error(&status), now));
+                    }
+                }
+            }
+            Reply::Opened { outcome, name, latest } => {
+                let wanted = self.has_opened(&name);
+                match outcome {
+                    Ok(opened) if wanted => self.opened(*opened, latest, out),
+                    Ok(_) => {}
+                    Err(status) => {
+                        out.push(messages::error(Some(&name), &request_error(&status), now));
+                    }
+                }
+            }
             Reply::Authenticated(credentials) => {
                 let (old, new) = (self.handle.principal(), &credentials.principal);
                 if (&old.tenant, &old.user) != (&new.tenant, &new.user) {
@@ -234,13 +264,19 @@ impl Session {
         None
     }
 
-    fn submitted(&mut self, response: SubmitResponse, latest: bool, out: &mut Outbox) {
+    fn submitted(
+        &mut self,
+        response: SubmitResponse,
+        wanted: bool,
+        latest: bool,
+        out: &mut Outbox,
+    ) {
         let now = self.gateway.clock.now();
         let names = Names { request_id: response.request_id, uid: response.uid };
         let acknowledgment = match response.outcome {
             Some(Outcome::Acknowledgment(acknowledgment)) => acknowledgment,
             Some(Outcome::Completed(completed)) => {
-                out.push(completed_frame(&names, &completed, now));
+                out.push(messages::completed(&names, &completed, now));
                 return;
             }
             None => return,
@@ -252,11 +288,16 @@ impl Session {
         } else {
             "accepted; it will run"
         };
-        let last_seq = acknowledgment.last_seq;
-        let duplicate = acknowledgment.duplicate;
-        out.push(messages::acknowledgment(&names, &status, message, duplicate, last_seq, now));
+        let said = messages::Acknowledged {
+            status: &status,
+            message,
+            duplicate: acknowledgment.duplicate,
+            last_seq: acknowledgment.last_seq,
+            queue_position: acknowledgment.queue_position.as_ref(),
+        };
+        out.push(messages::acknowledgment(&names, &said, now));
         let Ok(uid) = names.uid.parse::<Uid>() else { return };
-        if self.subscriptions.contains_key(&uid) {
+        if !wanted || self.subscriptions.contains_key(&uid) {
             return;
         }
         // The acknowledgement stands for the first event; everything after it follows, also for
@@ -277,13 +318,6 @@ impl Session {
         let (topic, cursor) = self.gateway.hub.join(opened, link.clone());
         self.subscriptions.insert(uid, Subscription::new(topic, link, cursor, latest));
         self.ready.push(uid);
-    }
-}
-
-fn completed_frame(names: &Names, completed: &Completed, now: Timestamp) -> Bytes {
-    match &completed.error {
-        None => messages::response(names, completed.result.as_ref(), now),
-        Some(error) => messages::error(Some(&names.request_id), &error_from_proto(error), now),
     }
 }
 

@@ -17,6 +17,9 @@ use crate::{
     ws::outbox::Outbox,
 };
 
+/// Reads of logs that one connection has underway at most.
+const MAX_CATCHING_UP: usize = 4;
+
 /// One connection's interest in one request.
 pub(crate) struct Subscription {
     pub(crate) topic: Arc<Topic>,
@@ -50,9 +53,11 @@ impl Subscription {
                     if droppable {
                         latest.held = Some(frame);
                     } else {
-                        // What is held is older than this; progress that is still to come
-                        // replaces it, and after the end nobody needs it.
-                        latest.held = None;
+                        // What is held comes before this one, and may be the newest for long.
+                        if let Some(held) = latest.held.take() {
+                            latest.sent_at = Some(Instant::now());
+                            out.push(held);
+                        }
                         out.push(frame);
                     }
                 }
@@ -108,6 +113,10 @@ impl Session {
     ) -> bool {
         let Some(subscription) = self.subscriptions.get_mut(&uid) else { return false };
         subscription.link.looked();
+        if let Some(refusal) = subscription.link.take_refusal() {
+            self.drop_subscription(uid, &request_error(&refusal), out);
+            return false;
+        }
         if subscription.catching_up {
             return false;
         }
@@ -124,12 +133,16 @@ impl Session {
                     self.unsubscribe(uid);
                     return false;
                 }
+                Next::InLog if self.catching_up >= MAX_CATCHING_UP => return true,
                 Next::InLog => {
+                    self.catching_up += 1;
                     subscription.catching_up = true;
                     let (hub, cursor) = (self.gateway.hub.clone(), subscription.cursor);
                     let authorization = self.handle.authorization();
+                    let link = subscription.link.clone();
                     reads.push(Box::pin(async move {
-                        Reply::CaughtUp(uid, hub.catch_up(uid, cursor, authorization).await)
+                        let page = hub.catch_up(uid, cursor, authorization).await;
+                        Reply::CaughtUp(link, page)
                     }));
                     return false;
                 }
@@ -140,14 +153,19 @@ impl Session {
         }
     }
 
-    /// Takes in a page of the log.
+    /// Takes in a page of the log, if the subscription that it was read for is still there.
     pub(crate) fn caught_up(
         &mut self,
-        uid: Uid,
+        link: &Arc<Link>,
         page: Result<Vec<Event>, Status>,
         out: &mut Outbox,
     ) {
+        self.catching_up -= 1;
+        let uid = link.uid;
         let Some(subscription) = self.subscriptions.get_mut(&uid) else { return };
+        if !Arc::ptr_eq(&subscription.link, link) {
+            return;
+        }
         subscription.catching_up = false;
         let events = match page {
             Ok(events) => events,

@@ -19,6 +19,17 @@ pub(crate) enum Message<'a> {
     Close(Option<u16>),
 }
 
+/// Whether to go on with what came in.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Flow {
+    /// With the next message.
+    Next,
+    /// Not now: what is left is kept, for when [`Decoder::feed`] is called again.
+    Pause,
+    /// Never: what is left is thrown away.
+    Stop,
+}
+
 /// The client broke the protocol; the connection cannot go on.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub(crate) struct Violation {
@@ -44,6 +55,8 @@ pub(crate) struct Decoder {
     max_message_bytes: usize,
     /// The beginning of a frame that has not come whole.
     partial: Vec<u8>,
+    /// `partial` may hold whole frames.
+    paused: bool,
     /// The fragments of a message so far, and whether it is text.
     fragments: Option<(Vec<u8>, bool)>,
 }
@@ -58,16 +71,22 @@ struct Header {
 
 impl Decoder {
     pub(crate) fn new(max_message_bytes: usize) -> Self {
-        Self { max_message_bytes, partial: Vec::new(), fragments: None }
+        Self { max_message_bytes, partial: Vec::new(), paused: false, fragments: None }
+    }
+
+    /// Whether there is something to go on with without reading more.
+    pub(crate) fn is_paused(&self) -> bool {
+        self.paused
     }
 
     /// Takes in what was read, and hands every message that is whole to `on_message`, until that
-    /// says to stop. `input` is unmasked in place.
+    /// says otherwise. `input` is unmasked in place.
     pub(crate) fn feed(
         &mut self,
         input: &mut [u8],
-        mut on_message: impl FnMut(Message<'_>) -> bool,
+        mut on_message: impl FnMut(Message<'_>) -> Flow,
     ) -> Result<(), Violation> {
+        self.paused = false;
         if self.partial.is_empty() {
             let (used, whole) = self.decode(input, &mut on_message)?;
             if used < input.len() {
@@ -93,7 +112,7 @@ impl Decoder {
     fn decode(
         &mut self,
         buffer: &mut [u8],
-        on_message: &mut impl FnMut(Message<'_>) -> bool,
+        on_message: &mut impl FnMut(Message<'_>) -> Flow,
     ) -> Result<(usize, usize), Violation> {
         let mut used = 0;
         while let Some(header) = self.header(&buffer[used..])? {
@@ -103,8 +122,13 @@ impl Decoder {
             };
             unmask(payload, header.mask);
             used = begin + header.length;
-            if !self.frame(&header, payload, on_message)? {
-                return Ok((buffer.len(), 0));
+            match self.frame(&header, payload, on_message)? {
+                Flow::Next => {}
+                Flow::Pause => {
+                    self.paused = used < buffer.len();
+                    return Ok((used, 0));
+                }
+                Flow::Stop => return Ok((buffer.len(), 0)),
             }
         }
         Ok((used, 0))
@@ -177,14 +201,14 @@ impl Decoder {
         &mut self,
         header: &Header,
         payload: &[u8],
-        on_message: &mut impl FnMut(Message<'_>) -> bool,
-    ) -> Result<bool, Violation> {
+        on_message: &mut impl FnMut(Message<'_>) -> Flow,
+    ) -> Result<Flow, Violation> {
         match (header.opcode, header.fin) {
             (0x1, true) => Ok(on_message(Message::Text(utf8(payload)?))),
             (0x2, true) => Ok(on_message(Message::Binary)),
             (opcode @ (0x1 | 0x2), false) => {
                 self.fragments = Some((payload.to_vec(), opcode == 0x1));
-                Ok(true)
+                Ok(Flow::Next)
             }
             (0x0, fin) => {
                 if let Some((fragments, _)) = &mut self.fragments {
@@ -193,12 +217,12 @@ impl Decoder {
                 match self.fragments.take_if(|_| fin) {
                     Some((whole, true)) => Ok(on_message(Message::Text(utf8(&whole)?))),
                     Some((_, false)) => Ok(on_message(Message::Binary)),
-                    None => Ok(true),
+                    None => Ok(Flow::Next),
                 }
             }
             (0x8, _) => {
                 on_message(Message::Close(close_code(payload)?));
-                Ok(false)
+                Ok(Flow::Stop)
             }
             (0x9, _) => Ok(on_message(Message::Ping(payload))),
             _ => Ok(on_message(Message::Pong)),

@@ -68,7 +68,10 @@ pub(crate) fn read(
         protocol: ours.then_some(JSON_PROTOCOL),
         unknown_protocol: asks && !ours,
         token: find_token(uri, headers, &protocols),
-        origin: text(headers, &header::ORIGIN).map(str::to_owned),
+        // One that cannot be read is one that is not allowed.
+        origin: headers
+            .get(header::ORIGIN)
+            .map(|origin| String::from_utf8_lossy(origin.as_bytes()).into_owned()),
         user_agent: text(headers, &header::USER_AGENT)
             .unwrap_or_default()
             .chars()
@@ -80,8 +83,9 @@ pub(crate) fn read(
 /// From `Authorization`, else from subprotocol `bearer.<token>`, else from query parameter `token`
 /// or `Authorization`.
 fn find_token(uri: &Uri, headers: &HeaderMap, protocols: &[&str]) -> Option<String> {
-    if let Some(value) = text(headers, &header::AUTHORIZATION) {
-        return Some(without_scheme(value).to_owned());
+    // Browsers add a `Basic` one by themselves where a proxy asks for it.
+    if let Some(token) = text(headers, &header::AUTHORIZATION).and_then(bearer) {
+        return Some(token.to_owned());
     }
     if let Some(token) = protocols.iter().find_map(|name| name.strip_prefix(BEARER_PROTOCOL)) {
         return Some(token.to_owned());
@@ -101,10 +105,12 @@ fn decode_parameter(value: &str) -> Cow<'_, str> {
 }
 
 fn without_scheme(value: &str) -> &str {
-    match value.split_once(' ') {
-        Some((scheme, token)) if scheme.eq_ignore_ascii_case("bearer") => token.trim(),
-        _ => value.trim(),
-    }
+    bearer(value).unwrap_or_else(|| value.trim())
+}
+
+fn bearer(value: &str) -> Option<&str> {
+    let (scheme, token) = value.split_once(' ')?;
+    scheme.eq_ignore_ascii_case("bearer").then(|| token.trim())
 }
 
 fn text<'a>(headers: &'a HeaderMap, name: &HeaderName) -> Option<&'a str> {
@@ -152,8 +158,10 @@ mod tests {
     fn the_token_is_found_wherever_it_stands() {
         let token = |uri, extra: &[_]| handshake(uri, extra).token;
         assert_eq!(token("/ws", &[("authorization", "Bearer a.b.c")]).as_deref(), Some("a.b.c"));
-        let protocols = [("sec-websocket-protocol", "streamer.v1.json, bearer.a.b.c")];
-        assert_eq!(token("/ws", &protocols).as_deref(), Some("a.b.c"));
+        let protocols = ("sec-websocket-protocol", "streamer.v1.json, bearer.a.b.c");
+        assert_eq!(token("/ws", &[protocols]).as_deref(), Some("a.b.c"));
+        let basic = ("authorization", "Basic dXNlcjpwYXNz");
+        assert_eq!(token("/ws", &[protocols, basic]).as_deref(), Some("a.b.c"));
         assert_eq!(token("/ws?x=1&token=a.b.c", &[]).as_deref(), Some("a.b.c"));
         assert_eq!(token("/ws?Authorization=Bearer%20a.b.c", &[]).as_deref(), Some("a.b.c"));
         assert_eq!(token("/ws?Authorization=Bearer+a.b.c", &[]).as_deref(), Some("a.b.c"));

@@ -73,6 +73,9 @@ impl Health {
             Ok(checked) => checked.map_err(|error| error.to_string()),
             Err(_) => Err("the store does not answer".to_owned()),
         };
+        if self.stopping.is_cancelled() {
+            return Err("the server is stopping".into());
+        }
         *latest = Some((Instant::now(), outcome.clone()));
         let status =
             if outcome.is_ok() { ServingStatus::Serving } else { ServingStatus::NotServing };

@@ -2,6 +2,7 @@
 
 mod demo;
 mod up;
+mod worker;
 
 use std::process::ExitCode;
 
@@ -26,6 +27,7 @@ fn main() -> ExitCode {
         match command {
             Command::Up(arguments) => up::run(&arguments).await,
             Command::Demo(arguments) => demo::run(&arguments).await,
+            Command::Worker(arguments) => worker::run(arguments).await,
             Command::Config(arguments) => up::show_config(&arguments),
             other => streamer_cli::run(other).await,
         }

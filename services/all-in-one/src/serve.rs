@@ -1,6 +1,6 @@
 //! Accepts TCP connections and speaks HTTP/1 and HTTP/2 on them.
 
-use std::{convert::Infallible, io, net::SocketAddr, time::Duration};
+use std::{convert::Infallible, io, net::SocketAddr, sync::Arc, time::Duration};
 
 use axum::{Router, body::Body, extract::Request, response::Response};
 use hyper::body::Incoming;
@@ -9,10 +9,12 @@ use hyper_util::{
     server::{conn::auto::Builder, graceful::GracefulShutdown},
     service::TowerToHyperService,
 };
+use parking_lot::Mutex;
 use streamer_config::Config;
 use streamer_gateway::PeerAddress;
 use tokio::{
     net::{TcpListener, TcpStream},
+    sync::{OwnedSemaphorePermit, Semaphore},
     time::sleep,
 };
 use tower::{Service, ServiceExt};
@@ -21,6 +23,9 @@ use crate::Shutdown;
 
 /// After an accept that failed for want of something (file descriptors mostly).
 const ACCEPT_PAUSE: Duration = Duration::from_millis(50);
+/// Connections that have not asked for anything yet at most; others wait to be accepted. What is
+/// not known to be a client must not use up the file descriptors of those who are.
+const MAX_SILENT: usize = 4096;
 const KEEP_ALIVE: Duration = Duration::from_secs(20);
 const HTTP2_WINDOW: u32 = 1024 * 1024;
 
@@ -48,13 +53,22 @@ pub(crate) async fn serve(
 ) {
     let builder = builder(options);
     let graceful = GracefulShutdown::new();
+    let silent = Arc::new(Semaphore::new(MAX_SILENT));
     loop {
+        let next = async {
+            let place = silent.clone().acquire_owned().await.map_err(io::Error::other)?;
+            Ok((place, listener.accept().await?))
+        };
         let accepted = tokio::select! {
             () = shutdown.accepting.cancelled() => break,
-            accepted = listener.accept() => accepted,
+            accepted = next => accepted,
         };
         match accepted {
-            Ok((stream, peer)) => accept(&builder, &graceful, router.clone(), stream, peer),
+            Ok((place, (stream, peer))) => {
+                let first = FirstRequest::new(place);
+                let service = WithPeer { router: router.clone(), peer, first };
+                accept(&builder, &graceful, service, stream, options.header_timeout);
+            }
             Err(error) if is_of_one_connection(&error) => {}
             Err(error) => {
                 tracing::error!(%error, "cannot accept connections");
@@ -86,22 +100,54 @@ fn builder(options: Options) -> Builder<TokioExecutor> {
 fn accept(
     builder: &Builder<TokioExecutor>,
     graceful: &GracefulShutdown,
-    router: Router,
+    service: WithPeer,
     stream: TcpStream,
-    peer: SocketAddr,
+    patience: Duration,
 ) {
     if let Err(error) = stream.set_nodelay(true) {
         tracing::debug!(%error, "a connection was gone before it was served");
         return;
     }
-    let service = TowerToHyperService::new(WithPeer { router, peer });
+    let (peer, first) = (service.peer, service.first.clone());
+    let service = TowerToHyperService::new(service);
     let connection = builder.serve_connection_with_upgrades(TokioIo::new(stream), service);
     let connection = graceful.watch(connection.into_owned());
     tokio::spawn(async move {
-        if let Err(error) = connection.await {
+        tokio::pin!(connection);
+        let ended = tokio::select! {
+            ended = &mut connection => ended,
+            () = first.has_not_come_in(patience) => {
+                tracing::debug!(%peer, "a connection asked for nothing");
+                return;
+            }
+        };
+        if let Err(error) = ended {
             tracing::debug!(%error, %peer, "a connection ended badly");
         }
     });
+}
+
+/// Whether a connection has asked for something.
+#[derive(Clone)]
+struct FirstRequest(Arc<Mutex<Option<OwnedSemaphorePermit>>>);
+
+impl FirstRequest {
+    fn new(place: OwnedSemaphorePermit) -> Self {
+        Self(Arc::new(Mutex::new(Some(place))))
+    }
+
+    /// It has come: the connection's place among the silent ones is another's.
+    fn has_come(&self) {
+        drop(self.0.lock().take());
+    }
+
+    /// Returns after so long if it has not come by then, else never.
+    async fn has_not_come_in(&self, patience: Duration) {
+        sleep(patience).await;
+        if self.0.lock().is_none() {
+            std::future::pending::<()>().await;
+        }
+    }
 }
 
 /// Tells requests where they come from.
@@ -109,6 +155,7 @@ fn accept(
 struct WithPeer {
     router: Router,
     peer: SocketAddr,
+    first: FirstRequest,
 }
 
 impl Service<Request<Incoming>> for WithPeer {
@@ -124,6 +171,7 @@ impl Service<Request<Incoming>> for WithPeer {
     }
 
     fn call(&mut self, request: Request<Incoming>) -> Self::Future {
+        self.first.has_come();
         let mut request = request.map(Body::new);
         request.extensions_mut().insert(PeerAddress(self.peer));
         self.router.clone().oneshot(request)

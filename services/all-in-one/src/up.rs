@@ -11,6 +11,7 @@ use streamer_all_in_one::AllInOne;
 use streamer_auth::NewToken;
 use streamer_cli::{ConfigArguments, ConfigSources, Exit, READY, UpArguments};
 use streamer_config::{Config, ConfigError, Sources};
+use streamer_handler::Handlers;
 use streamer_telemetry::init_logs;
 use tokio::signal::unix::{SignalKind, signal};
 
@@ -30,7 +31,14 @@ pub(crate) async fn run(arguments: &UpArguments) -> ExitCode {
         eprintln!("error: {error}");
         return Exit::Usage.code();
     }
-    let server = match AllInOne::start(&config, streamer_examples::all()).await {
+    let handlers = match some_of(streamer_examples::all(), &config.execution.local_actions) {
+        Ok(handlers) => handlers,
+        Err(error) => {
+            eprintln!("error: execution.local_actions: {error}");
+            return Exit::Usage.code();
+        }
+    };
+    let server = match AllInOne::start(&config, handlers).await {
         Ok(server) => server,
         Err(error) => {
             eprintln!("error: {error}");
@@ -42,6 +50,20 @@ pub(crate) async fn run(arguments: &UpArguments) -> ExitCode {
     eprintln!("Stopping; running work has {} s.", config.server.drain_timeout_ms / 1000);
     server.stop().await;
     Exit::Done.code()
+}
+
+/// The handlers of these actions; all of them when none or `*` is named.
+pub(crate) fn some_of(all: Handlers, actions: &[String]) -> Result<Handlers, String> {
+    if actions.is_empty() || actions.iter().any(|action| action == "*") {
+        return Ok(all);
+    }
+    let names: Vec<_> = all.specs().map(|spec| spec.name.clone()).collect();
+    match actions.iter().find(|action| !names.contains(action)) {
+        None => Ok(all.only(actions)),
+        Some(unknown) => {
+            Err(format!("there is no built-in handler {unknown:?}; there are {}", names.join(", ")))
+        }
+    }
 }
 
 pub(crate) fn show_config(arguments: &ConfigArguments) -> ExitCode {

@@ -48,7 +48,7 @@ impl Services {
             clock: clock.clone(),
             auth: auth.clone(),
             metrics: metrics.clone(),
-            max_message_bytes: limits.max_message_bytes(),
+            limits,
         });
         let processor = Processor::build(streamer_processor::Dependencies {
             store: store.clone(),

@@ -1,18 +1,47 @@
-//! What can be run here: handlers in this process, and whatever workers offer.
+//! What can be asked for: handlers in this process, what workers offer, and what they offered before
+//! they left.
 
-use std::{collections::BTreeMap, sync::Arc, time::Duration};
+use std::{
+    collections::{BTreeMap, HashSet},
+    sync::Arc,
+    time::Duration,
+};
 
-use streamer_core::ActionSpec;
+use parking_lot::Mutex;
+use streamer_core::{ActionSpec, Clock, Violations};
 use streamer_handler::{DynHandler, Handlers};
-use streamer_proto::common::v1::Action;
-use streamer_rpc::action_to_proto;
+use streamer_proto::{common::v1::Action, internal::v1::OfferedAction};
+use streamer_rpc::{action_from_proto, action_to_proto};
+use streamer_store::{DeclaredAction, Store, StoreError};
+use tokio::sync::watch;
 
-use crate::workers::{Seat, Workers};
+use crate::workers::{Key, Seat, Workers};
+
+/// An action that nobody has offered for so long is forgotten.
+const MEMORY: Duration = Duration::from_secs(30 * 24 * 3600);
 
 pub(crate) struct Actions {
     local: Handlers,
     pub(crate) workers: Arc<Workers>,
     sync_threshold: Duration,
+    remembered: Mutex<Remembered>,
+    loaded: watch::Sender<bool>,
+}
+
+/// What workers have declared, kept in the store.
+#[derive(Default)]
+struct Remembered {
+    specs: BTreeMap<Key, Arc<ActionSpec>>,
+    /// Those that were saved by this process.
+    saved: HashSet<Key>,
+}
+
+/// What is declared of an action, for a tenant that asks for it.
+#[derive(Clone)]
+pub(crate) struct Declared {
+    /// Names the declaration.
+    pub(crate) key: Key,
+    pub(crate) spec: Arc<ActionSpec>,
 }
 
 /// Who runs an attempt.
@@ -25,13 +54,81 @@ pub(crate) enum Runner {
 
 impl Actions {
     pub(crate) fn new(local: Handlers, workers: Arc<Workers>, sync_threshold: Duration) -> Self {
-        Self { local, workers, sync_threshold }
+        let loaded = watch::Sender::new(false);
+        Self { local, workers, sync_threshold, remembered: Mutex::default(), loaded }
     }
 
-    /// What is declared of this action, while somebody can run it.
-    pub(crate) fn spec(&self, action: &str) -> Option<Arc<ActionSpec>> {
-        let local = self.local.get(action).map(|(spec, _)| spec.clone());
-        local.or_else(|| self.workers.spec(action))
+    /// Reads what was declared before this process was started.
+    pub(crate) async fn load(
+        &self,
+        store: &dyn Store,
+        clock: &dyn Clock,
+    ) -> Result<(), StoreError> {
+        let declared = store.list_actions(clock.now().minus(MEMORY)).await?;
+        {
+            let mut remembered = self.remembered.lock();
+            for DeclaredAction { tenant, action } in declared {
+                // It was checked when it was declared.
+                let spec = action_from_proto(&action, "action", &mut Violations::default());
+                let key = Key { action: action.name, tenant };
+                remembered.specs.entry(key).or_insert_with(|| Arc::new(spec));
+            }
+        }
+        self.loaded.send_replace(true);
+        Ok(())
+    }
+
+    /// Returns once [`Self::load`] has succeeded.
+    pub(crate) async fn loaded(&self) {
+        // The sender lives as long as `self`.
+        drop(self.loaded.subscribe().wait_for(|loaded| *loaded).await);
+    }
+
+    /// Keeps what a worker declares, durably, unless it is kept already.
+    pub(crate) async fn remember(
+        &self,
+        declared: Vec<(Key, Arc<ActionSpec>)>,
+        store: &dyn Store,
+        clock: &dyn Clock,
+    ) -> Result<(), StoreError> {
+        let news: Vec<_> = {
+            let remembered = self.remembered.lock();
+            let is_kept = |(key, spec): &(Key, Arc<ActionSpec>)| {
+                remembered.saved.contains(key) && remembered.specs.get(key) == Some(spec)
+            };
+            declared.into_iter().filter(|one| !is_kept(one)).collect()
+        };
+        if news.is_empty() {
+            return Ok(());
+        }
+        let actions = news.iter().map(|(key, spec)| DeclaredAction {
+            tenant: key.tenant.clone(),
+            action: action_to_proto(spec, self.sync_threshold),
+        });
+        store.save_actions(actions.collect(), clock.now()).await?;
+        let mut remembered = self.remembered.lock();
+        for (key, spec) in news {
+            remembered.saved.insert(key.clone());
+            remembered.specs.insert(key, spec);
+        }
+        Ok(())
+    }
+
+    /// What is declared of this action for this tenant, by whoever offers it now or did so before.
+    pub(crate) fn find(&self, action: &str, tenant: &str) -> Option<Declared> {
+        if let Some((spec, _)) = self.local.get(action) {
+            let key = Key { action: action.to_owned(), tenant: None };
+            return Some(Declared { key, spec: spec.clone() });
+        }
+        if let Some((key, spec)) = self.workers.spec(action, tenant) {
+            return Some(Declared { key, spec });
+        }
+        let remembered = self.remembered.lock();
+        [Some(tenant.to_owned()), None].into_iter().find_map(|tenant| {
+            let key = Key { action: action.to_owned(), tenant };
+            let spec = remembered.specs.get(&key)?.clone();
+            Some(Declared { key, spec })
+        })
     }
 
     /// Whether a handler in this process runs it.
@@ -47,31 +144,40 @@ impl Actions {
         }
     }
 
-    /// Declarations of everything that somebody has room for, and whether something is offered
-    /// that nobody has room for at present.
-    pub(crate) fn with_room(&self) -> (Vec<Arc<ActionSpec>>, bool) {
-        let mut open: Vec<_> = self.local.specs().cloned().collect();
-        let mut full = false;
-        for (name, (spec, _)) in self.workers.actions() {
-            if self.workers.has_room(&name) {
-                open.push(spec);
-            } else {
-                full = true;
-            }
-        }
-        (open, full)
+    /// How many of this action of this tenant can run at once, when at most `limit` may; none when
+    /// nobody offers it.
+    pub(crate) fn slots(&self, action: &str, tenant: &str, limit: u32) -> u32 {
+        let Some(Declared { spec, .. }) = self.find(action, tenant) else { return 0 };
+        let limit = spec.max_concurrency.map_or(limit, |of_action| of_action.min(limit));
+        if self.is_local(action) { limit } else { limit.min(self.workers.slots(action, tenant)) }
+    }
+
+    /// What handlers in this process run.
+    pub(crate) fn local(&self) -> impl Iterator<Item = &Arc<ActionSpec>> {
+        self.local.specs()
     }
 
     /// For the router.
-    pub(crate) fn list(&self) -> Vec<Action> {
-        let mut all = BTreeMap::new();
-        for (name, (spec, workers)) in self.workers.actions() {
+    pub(crate) fn list(&self) -> Vec<OfferedAction> {
+        let declare = |spec: &ActionSpec| action_to_proto(spec, self.sync_threshold);
+        let mut all: BTreeMap<Key, Action> = {
+            let remembered = self.remembered.lock();
+            remembered.specs.iter().map(|(key, spec)| (key.clone(), declare(spec))).collect()
+        };
+        for (key, (spec, workers)) in self.workers.declared() {
             let workers = i32::try_from(workers).unwrap_or(i32::MAX);
-            all.insert(name, Action { workers, ..action_to_proto(&spec, self.sync_threshold) });
+            all.insert(key, Action { workers, available: true, ..declare(&spec) });
         }
-        for spec in self.local.specs() {
-            all.insert(spec.name.clone(), action_to_proto(spec, self.sync_threshold));
+        // A handler of ours hides what workers once declared under its name.
+        all.retain(|key, _| !self.is_local(&key.action));
+        for spec in self.local() {
+            let key = Key { action: spec.name.clone(), tenant: None };
+            all.insert(key, Action { available: true, ..declare(spec) });
         }
-        all.into_values().collect()
+        let offer = |(key, action): (Key, _)| OfferedAction {
+            action: Some(action),
+            tenant_id: key.tenant.unwrap_or_default(),
+        };
+        all.into_iter().map(offer).collect()
     }
 }

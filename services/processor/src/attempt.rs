@@ -127,6 +127,8 @@ pub(crate) async fn run(
     handle: Arc<AttemptHandle>,
 ) -> Finished {
     let Launch { record, spec, handler, reports, payload, checkpoint, started, output } = launch;
+    let now = environment.clock.now();
+    let (began, limit) = (record.start_time.unwrap_or(now), spec.start_to_close);
     let context = Context::new(
         AttemptInfo {
             uid: record.uid,
@@ -137,6 +139,10 @@ pub(crate) async fn run(
             attempt: record.attempt,
             checkpoint,
             trace_parent: record.trace_parent.clone(),
+            deadline: [limit.map(|limit| began.plus(limit)), record.close_by]
+                .into_iter()
+                .flatten()
+                .min(),
         },
         reports.clone(),
         handle.cancellation.clone(),
@@ -147,7 +153,6 @@ pub(crate) async fn run(
     // one that panics fails alone.
     let work =
         AbortOnDropHandle::new(tokio::spawn(async move { handler.run(&context, payload).await }));
-    let now = environment.clock.now();
     let attempt = Attempt {
         environment,
         uid: record.uid,

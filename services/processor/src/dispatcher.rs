@@ -23,15 +23,16 @@ use tracing::Instrument;
 
 use crate::{
     ProcessorOptions,
-    actions::{Actions, Runner},
+    actions::{Actions, Declared, Runner},
     attempt::{self, AttemptHandle, Environment, Finished, Launch},
+    durations::Durations,
     fair,
     log_client::LogClient,
     metrics::ProcessorMetrics,
     remote::{Assignment, RemoteHandler},
     signal::Signal,
     slots::{Slot, Slots},
-    worker::RemoteTask,
+    worker::{RemoteTask, Worker},
 };
 
 /// Requests of one tenant taken from the queue's index at a time.
@@ -72,7 +73,18 @@ pub(crate) struct Dispatcher {
     next_due: Mutex<Option<Timestamp>>,
     /// Where the next look at the queue begins, when there are more tenants than one look takes.
     after_tenant: Mutex<Option<String>>,
+    durations: Durations,
     tasks: TaskTracker,
+}
+
+/// How long a request will wait, as far as can be told here.
+pub(crate) struct Outlook {
+    /// It does not wait.
+    pub(crate) started: bool,
+    /// How many for its action can run at once.
+    pub(crate) slots: u32,
+    /// How long they took lately.
+    pub(crate) usual_run: Option<Duration>,
 }
 
 struct Running {
@@ -84,7 +96,7 @@ struct Running {
 /// Room for one attempt.
 struct Place {
     slot: Slot,
-    spec: Arc<ActionSpec>,
+    declared: Declared,
     runner: Runner,
 }
 
@@ -111,12 +123,30 @@ impl Dispatcher {
             stopping: AtomicBool::new(false),
             next_due: Mutex::default(),
             after_tenant: Mutex::default(),
+            durations: Durations::default(),
             tasks: TaskTracker::new(),
         }
     }
 
     pub(crate) fn now(&self) -> Timestamp {
         self.environment.clock.now()
+    }
+
+    /// Learns what was declared before this process was started.
+    pub(crate) async fn load_actions(&self, shutdown: &CancellationToken) {
+        while let Err(error) = self.actions.load(&*self.store, &*self.environment.clock).await {
+            tracing::warn!(%error, "could not read the declared actions, will try again");
+            tokio::select! {
+                () = shutdown.cancelled() => return,
+                () = tokio::time::sleep(self.options.poll_interval) => {}
+            }
+        }
+    }
+
+    /// Keeps what a worker declares, for the time when nobody offers it.
+    pub(crate) async fn remember_actions(&self, worker: &Worker) -> Result<(), StoreError> {
+        let declared = worker.declared();
+        self.actions.remember(declared, &*self.store, &*self.environment.clock).await
     }
 
     /// A hint that a request waits: starts it when nothing waits before it and there is room.
@@ -126,20 +156,39 @@ impl Dispatcher {
         action: &str,
         tenant: &str,
         not_before: Option<Timestamp>,
-    ) {
-        if let Some(not_before) = not_before
-            && not_before > self.now()
-        {
-            self.note_due(not_before);
-            return;
+    ) -> Outlook {
+        let started = match not_before {
+            Some(not_before) if not_before > self.now() => {
+                self.note_due(not_before);
+                false
+            }
+            _ => self.start_or_queue(uid, action, tenant),
+        };
+        Outlook {
+            started,
+            slots: self.actions.slots(action, tenant, self.options.max_concurrent_attempts),
+            usual_run: self.durations.usual(action),
+        }
+    }
+
+    /// Whether it was started, or runs already.
+    fn start_or_queue(self: &Arc<Self>, uid: Uid, action: &str, tenant: &str) -> bool {
+        if self.running.lock().contains_key(&uid) {
+            return true;
         }
         if self.stopping.load(Ordering::SeqCst) {
-            return;
+            return false;
         }
         let place = if self.signal.has_backlog() { None } else { self.place(action, tenant) };
         match place {
-            Some(place) => self.start(uid, place),
-            None => self.signal.look_at_all(),
+            Some(place) => {
+                self.start(uid, place);
+                true
+            }
+            None => {
+                self.signal.look_at_all();
+                false
+            }
         }
     }
 
@@ -209,12 +258,7 @@ impl Dispatcher {
     /// Starts what is due while there is room.
     async fn dispatch(self: &Arc<Self>) -> Result<(), StoreError> {
         while self.signal.take_backlog() {
-            let (mut actions, mut full) = self.actions.with_room();
-            actions.retain(|spec| {
-                let room = self.slots.has_room(spec);
-                full |= !room;
-                room
-            });
+            let (actions, full) = self.with_room();
             if full {
                 // A slot that is given back looks again.
                 self.signal.note_backlog();
@@ -240,18 +284,37 @@ impl Dispatcher {
         Ok(())
     }
 
+    /// The names of everything that one more may run of, and whether something is offered that
+    /// nobody has room for at present.
+    fn with_room(&self) -> (Vec<String>, bool) {
+        let mut full = false;
+        let mut open = Vec::new();
+        let mut note = |name: &str, room: bool| {
+            if room {
+                open.push(name.to_owned());
+            }
+            full |= !room;
+        };
+        for spec in self.actions.local() {
+            let declared = self.actions.find(&spec.name, "");
+            note(&spec.name, declared.is_some_and(|declared| self.slots.has_room(&declared)));
+        }
+        let any = self.slots.free() > 0;
+        for (name, free) in self.actions.workers.names() {
+            note(&name, free && any);
+        }
+        (open, full)
+    }
+
     /// Looks at the queue once; says how many were started, and whether more may be waiting.
-    async fn start_due(
-        self: &Arc<Self>,
-        actions: &[Arc<ActionSpec>],
-    ) -> Result<(usize, bool), StoreError> {
+    async fn start_due(self: &Arc<Self>, actions: &[String]) -> Result<(usize, bool), StoreError> {
         // The index still shows what is being claimed; ask for as many more.
         let room = usize::try_from(self.slots.free()).unwrap_or(usize::MAX);
         let per_tenant = room.clamp(1, PER_TENANT) + self.claiming();
         let after_tenant = self.after_tenant.lock().take();
         let from_the_first = after_tenant.is_none();
         let query = DueQuery {
-            actions: actions.iter().map(|spec| spec.name.clone()).collect(),
+            actions: actions.to_vec(),
             now: self.now(),
             after_tenant,
             tenants: TENANTS,
@@ -279,10 +342,10 @@ impl Dispatcher {
 
     /// Room for one attempt of this action for this tenant, if there is.
     fn place(&self, action: &str, tenant: &str) -> Option<Place> {
-        let spec = self.actions.spec(action)?;
-        let slot = self.slots.take(&spec, tenant)?;
+        let declared = self.actions.find(action, tenant)?;
+        let slot = self.slots.take(&declared, tenant)?;
         let runner = self.actions.runner(action, tenant)?;
-        Some(Place { slot, spec, runner })
+        Some(Place { slot, declared, runner })
     }
 
     /// How many requests are started whose claim is not durable yet.
@@ -297,7 +360,8 @@ impl Dispatcher {
         if !self.enter(uid, Running { attempt: 0, handle: handle.clone(), remote }) {
             return;
         }
-        let Place { slot, spec, runner } = place;
+        let Place { slot, declared, runner } = place;
+        let spec = declared.spec;
         let started = Started { dispatcher: self.clone(), uid, slot: Some(slot) };
         self.tasks.spawn(async move {
             started.dispatcher.claim_and_run(uid, spec, runner, handle).await;
@@ -379,9 +443,7 @@ impl Dispatcher {
             }
             Runner::Remote(seat) => {
                 let task = RemoteTask::new(record.uid, record.attempt, 0, reports.clone());
-                let limit = spec.start_to_close.map(|limit| self.now().plus(limit));
-                let deadline = [limit, record.close_by].into_iter().flatten().min();
-                let assignment = Some(Assignment { deadline, sync: false });
+                let assignment = Some(Assignment { sync: false });
                 let remote = Arc::new(RemoteHandler::new(
                     seat.worker.clone(),
                     spec.clone(),
@@ -419,6 +481,7 @@ impl Dispatcher {
             attempt = record.attempt,
         );
         let began = Instant::now();
+        let action = record.action.clone();
         self.metrics.running.inc();
         let running = attempt::run(&self.environment, launch, handle);
         let finished = Box::pin(running).instrument(span).await;
@@ -426,6 +489,7 @@ impl Dispatcher {
         self.metrics.run_seconds.observe(began.elapsed().as_secs_f64());
         match finished {
             Finished::Concluded(kind, retry_at) => {
+                self.durations.note(&action, began.elapsed());
                 self.count(&kind);
                 if let Some(retry_at) = retry_at {
                     self.note_due(retry_at);

@@ -33,6 +33,9 @@ use crate::{
 /// When to come again while all sync slots are taken: sync actions are short.
 const SYNC_RETRY_AFTER: Duration = Duration::from_millis(100);
 
+/// A call that a worker runs, in this slot of its.
+type InWorker = (Arc<RemoteHandler>, Seat);
+
 /// Serves routers.
 pub struct ExecutionApi {
     dispatcher: Arc<Dispatcher>,
@@ -58,7 +61,8 @@ impl ExecutionApi {
     async fn execute_now(&self, request: Request<ExecuteRequest>) -> Result<bytes::Bytes, Status> {
         let caller = caller_of(&self.authenticator, request.metadata().as_ref()).await?;
         let request = request.into_inner();
-        let Some(spec) = self.actions.spec(&request.action) else {
+        let declared = self.actions.find(&request.action, &caller.principal.tenant);
+        let Some(spec) = declared.map(|declared| declared.spec) else {
             return Err(refusal(
                 ErrorCode::Unavailable,
                 format!("nobody runs {:?} at present", request.action),
@@ -71,6 +75,7 @@ impl ExecutionApi {
                 Some(SYNC_RETRY_AFTER),
             )));
         };
+        let limit = spec.start_to_close.unwrap_or(self.options.sync_timeout);
         let cancellation = CancellationToken::new();
         // A handler that runs on after its time, on another task, learns that nobody waits.
         let _cancelled_on_drop = cancellation.clone().drop_guard();
@@ -84,6 +89,7 @@ impl ExecutionApi {
                 attempt: 1,
                 checkpoint: None,
                 trace_parent: None,
+                deadline: Some(self.dispatcher.now().plus(limit)),
             },
             // A sync action has no log: what it reports beside its result goes nowhere.
             Arc::new(ReportQueue::discarding()),
@@ -92,8 +98,7 @@ impl ExecutionApi {
             None,
         );
         let (_, payload) = payload_into_parts(request.payload);
-        let limit = spec.start_to_close.unwrap_or(self.options.sync_timeout);
-        let (handler, remote) = self.handler(&spec, &context, limit)?;
+        let (handler, remote) = self.handler(&spec, &context)?;
         let running = AssertUnwindSafe(handler.run(&context, payload)).catch_unwind();
         let ended = timeout(limit, running).await;
         if let (Ok(_), Some((remote, _))) = (&ended, &remote) {
@@ -129,23 +134,24 @@ impl ExecutionApi {
         &self,
         spec: &Arc<ActionSpec>,
         context: &Context,
-        limit: Duration,
-    ) -> Result<(Arc<dyn DynHandler>, Option<(Arc<RemoteHandler>, Seat)>), Status> {
+    ) -> Result<(Arc<dyn DynHandler>, Option<InWorker>), Status> {
         match self.actions.runner(&spec.name, context.tenant()) {
             Some(Runner::Local(handler)) => Ok((handler, None)),
             Some(Runner::Remote(seat)) => {
-                let reports = Arc::new(ReportQueue::discarding());
-                let task = RemoteTask::new(context.uid(), 1, 0, reports);
-                let deadline = Some(self.dispatcher.now().plus(limit));
+                let task = RemoteTask::sync(context.uid());
                 let remote = Arc::new(RemoteHandler::new(
                     seat.worker.clone(),
                     spec.clone(),
                     task,
-                    Some(Assignment { deadline, sync: true }),
+                    Some(Assignment { sync: true }),
                     None,
                     Duration::ZERO,
                 ));
                 Ok((remote.clone(), Some((remote, seat))))
+            }
+            None if self.actions.slots(&spec.name, context.tenant(), u32::MAX) == 0 => {
+                let message = format!("no worker offers {:?} at present", spec.name);
+                Err(refusal(ErrorCode::Unavailable, message))
             }
             None => Err(status(&RequestError::limited(
                 "worker slots",
@@ -178,8 +184,14 @@ impl ExecutionService for ExecutionApi {
         let request = request.into_inner();
         let not_before = request.not_before.map(|at| Timestamp::from_millis(millis(&at)));
         let uid = parse_uid(&request.uid)?;
-        self.dispatcher.wake(uid, &request.action, &request.tenant_id, not_before);
-        Ok(Response::new(WakeResponse {}))
+        let outlook = self.dispatcher.wake(uid, &request.action, &request.tenant_id, not_before);
+        Ok(Response::new(WakeResponse {
+            started: outlook.started,
+            slots: i32::try_from(outlook.slots).unwrap_or(i32::MAX),
+            usual_run_ms: outlook
+                .usual_run
+                .map(|usual| i64::try_from(usual.as_millis()).unwrap_or(i64::MAX)),
+        }))
     }
 
     async fn signal_cancel(
@@ -195,6 +207,8 @@ impl ExecutionService for ExecutionApi {
         &self,
         _: Request<WatchActionsRequest>,
     ) -> Result<Response<Self::WatchActionsStream>, Status> {
+        // An incomplete list would have requests refused for actions that are known.
+        self.actions.loaded().await;
         let actions = self.actions.clone();
         let changes = WatchStream::new(self.actions.workers.changes());
         let lists = changes.map(move |_| Ok(WatchActionsResponse { actions: actions.list() }));

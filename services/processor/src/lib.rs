@@ -9,10 +9,12 @@
 mod actions;
 mod attempt;
 mod dispatcher;
+mod durations;
 mod execution_service;
 mod fair;
 mod history;
 mod log_client;
+mod mailbox;
 mod metrics;
 mod outcome;
 mod remote;
@@ -117,7 +119,7 @@ impl Processor {
             clock: clock.clone(),
             actions: actions.clone(),
             signal,
-            log: LogClient::new(progress, max_message_bytes),
+            log: LogClient::new(progress, options.limits.max_batch_bytes()),
             metrics: metrics.clone(),
             options,
         }));
@@ -146,7 +148,7 @@ impl Processor {
         }
     }
 
-    /// Claims and runs requests until `shutdown`; then lets running ones end, for as long as the
+    /// Learns which actions were declared before, then claims and runs requests until `shutdown`; then lets running ones end, for as long as the
     /// options say.
     pub async fn run(&self, shutdown: CancellationToken) {
         let registry = self.registry.clone();
@@ -157,6 +159,7 @@ impl Processor {
                 registry.sweep(ticks.tick().await);
             }
         }));
+        self.dispatcher.load_actions(&shutdown).await;
         self.dispatcher.run(shutdown).await;
         drop(sweeping);
     }

@@ -16,9 +16,9 @@ pub(crate) struct LogClient {
 }
 
 impl LogClient {
-    pub(crate) fn new(progress: Channel, max_message_bytes: usize) -> Self {
-        let client = EventLogServiceClient::new(progress)
-            .max_encoding_message_size(max_message_bytes.saturating_mul(4));
+    pub(crate) fn new(progress: Channel, max_batch_bytes: usize) -> Self {
+        let client =
+            EventLogServiceClient::new(progress).max_encoding_message_size(max_batch_bytes);
         Self { client }
     }
 

@@ -2,7 +2,9 @@
 
 use std::time::Duration;
 
-use streamer_core::{ErrorCode, OutputDigest, RequestError, RetryPolicy, Timestamp};
+use streamer_core::{
+    ErrorCode, OutputDigest, RequestError, RetryPolicy, Timestamp, limits, validate,
+};
 use streamer_proto::{
     common::v1::{Cancelled, Event, Failed, OutputSummary, Retrying, Succeeded, event::Kind},
     timestamp,
@@ -54,8 +56,8 @@ pub(crate) fn conclude(outcome: Outcome, ended: &Ended<'_>) -> Ending {
                 output: Some(summary(ended.output)),
             }));
         }
-        Outcome::Failed(error) => (error, false),
-        Outcome::Released(error) => (error, true),
+        Outcome::Failed(error) => (bounded(error), false),
+        Outcome::Released(error) => (bounded(error), true),
     };
     if let Some(reason) = &ended.cancel_reason {
         return last(Kind::Cancelled(Cancelled {
@@ -74,6 +76,15 @@ pub(crate) fn conclude(outcome: Outcome, ended: &Ended<'_>) -> Ending {
     match wait {
         Some(wait) if in_time(wait) => retry(&error, wait, ended),
         _ => last(failed(&error, ended.attempt_seq)),
+    }
+}
+
+/// An error whose every part is small enough to be kept and shown.
+fn bounded(error: RequestError) -> RequestError {
+    RequestError {
+        message: validate::cut(error.message, limits::MAX_ERROR_MESSAGE_BYTES),
+        details: error.details.filter(|text| text.len() <= limits::MAX_ERROR_DETAILS_BYTES),
+        ..error
     }
 }
 

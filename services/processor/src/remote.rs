@@ -5,15 +5,14 @@ use std::{sync::Arc, time::Duration};
 
 use async_trait::async_trait;
 use bytes::Bytes;
-use parking_lot::Mutex;
-use streamer_core::{ActionSpec, Timestamp};
+use serde_json::value::RawValue;
+use streamer_core::ActionSpec;
 use streamer_handler::{Context, DynHandler, HandlerError};
 use streamer_proto::{
     processor::v1::{Task, report, work_response::Message},
     timestamp,
 };
 use streamer_rpc::{JSON, error_from_proto, json_payload, payload_bytes};
-use tokio::sync::mpsc;
 
 use crate::{
     attempt::AttemptHandle,
@@ -25,7 +24,6 @@ pub(crate) struct RemoteHandler {
     pub(crate) worker: Arc<Worker>,
     pub(crate) task: Arc<RemoteTask>,
     pub(crate) spec: Arc<ActionSpec>,
-    reports: Mutex<Option<mpsc::Receiver<report::Kind>>>,
     /// What the worker has to be told first; nothing when it runs the attempt already.
     assignment: Option<Assignment>,
     /// Knows why cancellation was asked for; sync actions have none.
@@ -35,7 +33,6 @@ pub(crate) struct RemoteHandler {
 
 /// What a task says beyond what its context knows.
 pub(crate) struct Assignment {
-    pub(crate) deadline: Option<Timestamp>,
     pub(crate) sync: bool,
 }
 
@@ -43,14 +40,14 @@ impl RemoteHandler {
     pub(crate) fn new(
         worker: Arc<Worker>,
         spec: Arc<ActionSpec>,
-        (task, reports): (Arc<RemoteTask>, mpsc::Receiver<report::Kind>),
+        task: RemoteTask,
         assignment: Option<Assignment>,
         handle: Option<Arc<AttemptHandle>>,
         cancel_grace: Duration,
     ) -> Self {
+        let task = Arc::new(task);
         worker.assign(task.clone());
-        let reports = Mutex::new(Some(reports));
-        Self { worker, task, spec, reports, assignment, handle, cancel_grace }
+        Self { worker, task, spec, assignment, handle, cancel_grace }
     }
 
     fn assign(&self, context: &Context, payload: Bytes, assignment: &Assignment) -> bool {
@@ -65,19 +62,15 @@ impl RemoteHandler {
             payload: Some(json_payload(payload)),
             checkpoint: info.checkpoint.clone(),
             trace_parent: info.trace_parent.clone().unwrap_or_default(),
-            deadline: assignment.deadline.map(|at| timestamp(at.as_millis())),
+            deadline: info.deadline.map(|at| timestamp(at.as_millis())),
             sync: assignment.sync,
         }))
     }
 
     /// Passes reports on until the last one.
-    async fn relay(
-        &self,
-        context: &Context,
-        mut reports: mpsc::Receiver<report::Kind>,
-    ) -> Result<Bytes, HandlerError> {
-        while let Some(kind) = reports.recv().await {
-            match kind {
+    async fn relay(&self, context: &Context) -> Result<Bytes, HandlerError> {
+        loop {
+            match self.task.mailbox.next().await {
                 report::Kind::Progress(progress) => {
                     let metadata = progress.metadata.as_ref();
                     let metadata = metadata.map(|metadata| payload_bytes(Some(metadata)));
@@ -99,17 +92,25 @@ impl RemoteHandler {
                             result.content_type
                         )));
                     }
-                    return Ok(payload_bytes(Some(&result)));
+                    let result = payload_bytes(Some(&result));
+                    return match serde_json::from_slice::<&RawValue>(&result) {
+                        Ok(_) => Ok(result),
+                        Err(error) => {
+                            Err(HandlerError::fatal(format!("result: is not JSON: {error}")))
+                        }
+                    };
                 }
                 report::Kind::Error(error) => {
-                    return Err(HandlerError::from_request_error(error_from_proto(&error)));
+                    let mut error = error_from_proto(&error);
+                    // They go into messages as they are.
+                    error.details.take_if(|text| serde_json::from_str::<&RawValue>(text).is_err());
+                    return Err(HandlerError::from_request_error(error));
                 }
                 report::Kind::Release(release) => {
                     return Err(HandlerError::released(release.reason));
                 }
             }
         }
-        Err(HandlerError::retryable("the worker gave the attempt up"))
     }
 
     /// Tells the worker which reports are durable, as they become so.
@@ -149,9 +150,6 @@ impl DynHandler for RemoteHandler {
     }
 
     async fn run(&self, context: &Context, payload: Bytes) -> Result<Bytes, HandlerError> {
-        let Some(reports) = self.reports.lock().take() else {
-            return Err(HandlerError::fatal("an attempt is given to a worker once"));
-        };
         if let Some(assignment) = &self.assignment
             && !self.assign(context, payload, assignment)
         {
@@ -160,7 +158,7 @@ impl DynHandler for RemoteHandler {
         let durable = self.task.durable();
         tokio::select! {
             biased;
-            ended = self.relay(context, reports) => ended,
+            ended = self.relay(context) => ended,
             reason = self.task.lost() => Err(HandlerError::retryable(reason)),
             () = self.acknowledge(durable) => Err(HandlerError::retryable("the attempt has ended")),
             () = self.pass_on_cancellation(context) => Err(HandlerError::cancelled()),
@@ -171,6 +169,7 @@ impl DynHandler for RemoteHandler {
 /// An attempt that goes away without an end (cut off, or given to another) is told so.
 impl Drop for RemoteHandler {
     fn drop(&mut self) {
+        self.task.mailbox.close();
         if self.worker.task(self.task.uid, self.task.attempt).is_some() {
             self.revoked("the attempt was given up here");
         }

@@ -1,9 +1,10 @@
 //! How many attempts may run at once: a pure count, of all, of each action and of each tenant.
 
-use std::{collections::HashMap, sync::Arc};
+use std::{borrow::Borrow, collections::HashMap, hash::Hash, sync::Arc};
 
 use parking_lot::Mutex;
-use streamer_core::ActionSpec;
+
+use crate::{actions::Declared, workers::Key};
 
 /// Counts running attempts.
 pub(crate) struct Slots {
@@ -15,14 +16,14 @@ pub(crate) struct Slots {
 #[derive(Default)]
 struct Taken {
     total: u32,
-    by_action: HashMap<String, u32>,
+    by_action: HashMap<Key, u32>,
     by_tenant: HashMap<String, u32>,
 }
 
 /// The right to run one attempt, given back when dropped.
 pub(crate) struct Slot {
     slots: Arc<Slots>,
-    action: String,
+    action: Key,
     tenant: String,
 }
 
@@ -35,16 +36,16 @@ impl Slots {
     }
 
     /// Takes a slot for this action and tenant, if one is free.
-    pub(crate) fn take(self: &Arc<Self>, spec: &ActionSpec, tenant: &str) -> Option<Slot> {
+    pub(crate) fn take(self: &Arc<Self>, declared: &Declared, tenant: &str) -> Option<Slot> {
         let mut taken = self.taken.lock();
         let of_tenant = taken.by_tenant.get(tenant).copied().unwrap_or(0);
-        if !self.room_in(&taken, spec) || of_tenant >= self.tenant_limit {
+        if !self.room_in(&taken, declared) || of_tenant >= self.tenant_limit {
             return None;
         }
-        *taken.by_action.entry(spec.name.clone()).or_insert(0) += 1;
+        *taken.by_action.entry(declared.key.clone()).or_insert(0) += 1;
         *taken.by_tenant.entry(tenant.to_owned()).or_insert(0) += 1;
         taken.total += 1;
-        Some(Slot { slots: self.clone(), action: spec.name.clone(), tenant: tenant.to_owned() })
+        Some(Slot { slots: self.clone(), action: declared.key.clone(), tenant: tenant.to_owned() })
     }
 
     /// How many more may run in all.
@@ -53,8 +54,8 @@ impl Slots {
     }
 
     /// Whether one more of this action may run.
-    pub(crate) fn has_room(&self, spec: &ActionSpec) -> bool {
-        self.room_in(&self.taken.lock(), spec)
+    pub(crate) fn has_room(&self, declared: &Declared) -> bool {
+        self.room_in(&self.taken.lock(), declared)
     }
 
     /// How many run for each tenant that has any.
@@ -62,9 +63,10 @@ impl Slots {
         self.taken.lock().by_tenant.clone()
     }
 
-    fn room_in(&self, taken: &Taken, spec: &ActionSpec) -> bool {
-        let of_action = taken.by_action.get(&spec.name).copied().unwrap_or(0);
-        taken.total < self.total_limit && spec.max_concurrency.is_none_or(|limit| of_action < limit)
+    fn room_in(&self, taken: &Taken, declared: &Declared) -> bool {
+        let of_action = taken.by_action.get(&declared.key).copied().unwrap_or(0);
+        let limit = declared.spec.max_concurrency;
+        taken.total < self.total_limit && limit.is_none_or(|limit| of_action < limit)
     }
 }
 
@@ -79,11 +81,15 @@ impl Drop for Slot {
         let mut taken = self.slots.taken.lock();
         taken.total -= 1;
         give_back(&mut taken.by_action, &self.action);
-        give_back(&mut taken.by_tenant, &self.tenant);
+        give_back(&mut taken.by_tenant, self.tenant.as_str());
     }
 }
 
-fn give_back(counts: &mut HashMap<String, u32>, name: &str) {
+fn give_back<K, Q>(counts: &mut HashMap<K, u32>, name: &Q)
+where
+    K: Hash + Eq + Borrow<Q>,
+    Q: Hash + Eq + ?Sized,
+{
     if let Some(count) = counts.get_mut(name) {
         *count -= 1;
         if *count == 0 {
@@ -94,13 +100,20 @@ fn give_back(counts: &mut HashMap<String, u32>, name: &str) {
 
 #[cfg(test)]
 mod tests {
+    use streamer_core::ActionSpec;
+
     use super::*;
+
+    fn declared(spec: ActionSpec) -> Declared {
+        let key = Key { action: spec.name.clone(), tenant: None };
+        Declared { key, spec: Arc::new(spec) }
+    }
 
     #[test]
     fn each_limit_holds_and_slots_come_back() {
         let slots = Arc::new(Slots::new(4, 50));
-        let (limited, other) =
-            (ActionSpec::new("limited").max_concurrency(1), ActionSpec::new("b"));
+        let limited = declared(ActionSpec::new("limited").max_concurrency(1));
+        let other = declared(ActionSpec::new("b"));
         let first = slots.take(&limited, "acme").unwrap();
         assert!(slots.take(&limited, "other").is_none());
         assert!(!slots.has_room(&limited) && slots.has_room(&other));

@@ -22,12 +22,10 @@ use tokio::{
 use tokio_util::sync::CancellationToken;
 use tonic::Status;
 
-use crate::workers::Grants;
-
-/// Unacknowledged progress and output reports of one attempt at most.
-pub(crate) const MAX_UNACKNOWLEDGED: usize = 1024;
-/// Reports of one attempt that wait here: those, and some that are no events.
-const MAILBOX: usize = MAX_UNACKNOWLEDGED + 64;
+use crate::{
+    mailbox::{Full, MAX_BYTES, MAX_REPORTS, Mailbox},
+    workers::{Grants, Key},
+};
 
 /// What goes down a worker's stream.
 pub(crate) type Outbox = mpsc::Sender<Result<WorkResponse, Status>>;
@@ -57,12 +55,23 @@ struct Stream {
     replaced: CancellationToken,
 }
 
+impl State {
+    /// Whoever asked for them waits for the answer of the stream that they went to.
+    fn lose_sync_tasks(&self, worker: &str) {
+        for task in self.tasks.values().filter(|task| task.sync) {
+            task.lose(format!("the stream of worker {worker} ended"));
+        }
+    }
+}
+
 /// A worker's end of one attempt.
 pub(crate) struct RemoteTask {
     pub(crate) uid: Uid,
     pub(crate) attempt: u32,
+    /// A sync task ends with its worker's stream.
+    sync: bool,
     since: Instant,
-    mailbox: mpsc::Sender<report::Kind>,
+    pub(crate) mailbox: Mailbox,
     /// Progress and output reports that have come.
     received: AtomicI64,
     /// The worker does not run it any more; why.
@@ -74,26 +83,25 @@ pub(crate) struct RemoteTask {
 
 impl RemoteTask {
     /// Of an attempt whose first `received` reports are durable.
-    pub(crate) fn new(
-        uid: Uid,
-        attempt: u32,
-        received: i64,
-        reports: Arc<ReportQueue>,
-    ) -> (Arc<Self>, mpsc::Receiver<report::Kind>) {
-        let (mailbox, receiver) = mpsc::channel(MAILBOX);
+    pub(crate) fn new(uid: Uid, attempt: u32, received: i64, reports: Arc<ReportQueue>) -> Self {
         reports.note_durable(received);
-        let task = Self {
+        Self {
             uid,
             attempt,
+            sync: false,
             since: Instant::now(),
-            mailbox,
+            mailbox: Mailbox::default(),
             received: AtomicI64::new(received),
             lost: CancellationToken::new(),
             lost_reason: Mutex::default(),
             cancel: Mutex::default(),
             reports,
-        };
-        (Arc::new(task), receiver)
+        }
+    }
+
+    /// Of a sync action.
+    pub(crate) fn sync(uid: Uid) -> Self {
+        Self { sync: true, ..Self::new(uid, 1, 0, Arc::new(ReportQueue::discarding())) }
     }
 
     /// Reports up to this one are durable.
@@ -133,7 +141,8 @@ impl RemoteTask {
                 )));
             }
         } else if number != received {
-            let may_repeat = matches!(kind, report::Kind::Checkpoint(_) | report::Kind::KeepAlive(_));
+            let may_repeat =
+                matches!(kind, report::Kind::Checkpoint(_) | report::Kind::KeepAlive(_));
             if may_repeat && number < received {
                 return Ok(());
             }
@@ -141,19 +150,16 @@ impl RemoteTask {
                 "report.number: {received} progress and output reports went before, not {number}"
             )));
         }
-        match self.mailbox.try_send(kind) {
-            Ok(()) => {
-                if number > received {
-                    self.received.store(number, Ordering::SeqCst);
-                }
-                Ok(())
-            }
-            // It has ended; the end is told on its own.
-            Err(mpsc::error::TrySendError::Closed(_)) => Ok(()),
-            Err(mpsc::error::TrySendError::Full(_)) => Err(Status::resource_exhausted(format!(
-                "more than {MAX_UNACKNOWLEDGED} unacknowledged reports (welcome.max_unacknowledged)"
-            ))),
+        self.mailbox.push(kind).map_err(|Full| {
+            Status::resource_exhausted(format!(
+                "more than {MAX_REPORTS} reports or {MAX_BYTES} bytes of them are not acknowledged \
+                 (welcome.max_unacknowledged, welcome.max_unacknowledged_bytes)"
+            ))
+        })?;
+        if number > received {
+            self.received.store(number, Ordering::SeqCst);
         }
+        Ok(())
     }
 
     /// The worker does not run it (any more).
@@ -231,6 +237,7 @@ impl Worker {
         let stream = Stream { number, outbox, replaced: replaced.clone() };
         if let Some(before) = state.stream.replace(stream) {
             before.replaced.cancel();
+            state.lose_sync_tasks(&self.id);
         }
         state.last_seen = Instant::now();
         state.silent = false;
@@ -249,8 +256,9 @@ impl Worker {
     /// This stream has ended.
     pub(crate) fn disconnect(&self, number: u64) {
         let mut state = self.state.lock();
-        if state.stream.as_ref().is_some_and(|stream| stream.number == number) {
+        if state.stream.as_ref().is_none_or(|stream| stream.number == number) {
             state.stream = None;
+            state.lose_sync_tasks(&self.id);
         }
     }
 
@@ -300,9 +308,35 @@ impl Worker {
         self.state.lock().actions.get(action).cloned()
     }
 
-    pub(crate) fn offers(&self, action: &str) -> bool {
+    /// Whether it can be given tasks of this action and tenant.
+    pub(crate) fn offers(&self, action: &str, tenant: &str) -> bool {
         let state = self.state.lock();
-        state.stream.is_some() && !state.silent && state.actions.contains_key(action)
+        state.stream.is_some()
+            && !state.silent
+            && state.actions.contains_key(action)
+            && state.grants.allow(action, tenant)
+    }
+
+    /// Its declarations, for each tenant that they are for.
+    pub(crate) fn declared(&self) -> Vec<(Key, Arc<ActionSpec>)> {
+        let state = self.state.lock();
+        let mut declared = Vec::new();
+        for (action, spec) in &state.actions {
+            let key = |tenant| Key { action: action.clone(), tenant };
+            match state.grants.tenants(action) {
+                None => declared.push((key(None), spec.clone())),
+                Some(tenants) => declared.extend(
+                    tenants.into_iter().map(|tenant| (key(Some(tenant.to_owned())), spec.clone())),
+                ),
+            }
+        }
+        declared
+    }
+
+    /// Which of its declarations holds for this tenant.
+    pub(crate) fn key(&self, action: &str, tenant: &str) -> Key {
+        let for_all = self.state.lock().grants.tenants(action).is_none();
+        Key { action: action.to_owned(), tenant: (!for_all).then(|| tenant.to_owned()) }
     }
 
     pub(crate) fn declared_at(&self) -> Instant {

@@ -26,10 +26,7 @@ use tokio_util::sync::CancellationToken;
 use tonic::{Request, Response, Status, Streaming};
 
 use crate::{
-    ProcessorOptions,
-    actions::Actions,
-    dispatcher::Dispatcher,
-    worker::{MAX_UNACKNOWLEDGED, Worker},
+    ProcessorOptions, actions::Actions, dispatcher::Dispatcher, mailbox, worker::Worker,
     workers::Grants,
 };
 
@@ -41,6 +38,8 @@ const HELLO_TIMEOUT: Duration = Duration::from_secs(10);
 const MAX_SLOTS: i64 = 10_000;
 /// Actions of one worker at most.
 const MAX_ACTIONS: usize = 1000;
+/// Those, each for every tenant that the token names, at most.
+const MAX_DECLARED: usize = 10_000;
 /// Longest text with which a worker describes itself, in bytes.
 const MAX_TEXT_BYTES: usize = 128;
 
@@ -91,7 +90,10 @@ impl WorkerService for WorkerApi {
         else {
             return Err(broken("message", "the first one must be hello"));
         };
-        let worker = self.shared.admit(&hello, &caller)?;
+        let worker = self.shared.introduce(&hello, &caller)?;
+        let kept = self.shared.dispatcher.remember_actions(&worker).await;
+        kept.map_err(|error| store_status(&error))?;
+        let worker = self.shared.actions.workers.enter(worker);
         let resumed = self.shared.resume(&worker, &hello.attempts).await?;
         let (outbox, outgoing) = mpsc::channel(OUTBOX);
         for message in self.shared.greeting(resumed, &caller) {
@@ -119,7 +121,7 @@ impl WorkerService for WorkerApi {
 
 impl Shared {
     /// The worker that this introduces, if it may come in.
-    fn admit(&self, hello: &Hello, caller: &Caller) -> Result<Arc<Worker>, Status> {
+    fn introduce(&self, hello: &Hello, caller: &Caller) -> Result<Worker, Status> {
         let mut violations = Violations::default();
         violations.check("hello.worker_id", validate::worker_id(&hello.worker_id));
         for (name, text) in [("version", &hello.version), ("sdk", &hello.sdk)] {
@@ -143,7 +145,15 @@ impl Shared {
         }
         let slots = u32::try_from(hello.slots).unwrap_or(1);
         let worker = Worker::new(hello.worker_id.clone(), specs, grants, slots);
-        Ok(self.actions.workers.enter(worker))
+        let declared = worker.declared().len();
+        if declared > MAX_DECLARED {
+            let rule = format!(
+                "must be at most {MAX_DECLARED} counting each for every tenant that the token is \
+                 for, are {declared}"
+            );
+            return Err(broken("hello.actions", &rule));
+        }
+        Ok(worker)
     }
 
     fn declared(&self, actions: &[Action], violations: &mut Violations) -> Vec<ActionSpec> {
@@ -155,6 +165,11 @@ impl Shared {
         for (index, action) in actions.iter().take(MAX_ACTIONS).enumerate() {
             let field = format!("hello.actions[{index}]");
             let spec = action_from_proto(action, &field, violations);
+            if let Some(schema) = &spec.payload_schema
+                && let Err(rule) = check_schema(schema)
+            {
+                violations.push(format!("{field}.payload_schema"), rule);
+            }
             if self.actions.is_local(&spec.name) {
                 let rule = format!("{:?} is run by the processor itself", spec.name);
                 violations.push(format!("{field}.name"), rule);
@@ -208,7 +223,8 @@ impl Shared {
             lease_ms: millis(self.options.lease),
             max_payload_bytes: number(max_payload_bytes),
             max_output_chunk_bytes: number(max_output_chunk_bytes),
-            max_unacknowledged: i32::try_from(MAX_UNACKNOWLEDGED).unwrap_or(i32::MAX),
+            max_unacknowledged: i32::try_from(mailbox::MAX_REPORTS).unwrap_or(i32::MAX),
+            max_unacknowledged_bytes: number(mailbox::MAX_BYTES),
             resumed,
         };
         [Message::Welcome(welcome), token_status(caller)]
@@ -353,6 +369,15 @@ impl Conversation {
         self.caller = fresh;
         self.worker.send(token_status(&self.caller));
         Ok(())
+    }
+}
+
+fn check_schema(schema: &str) -> Result<(), String> {
+    let schema: serde_json::Value =
+        serde_json::from_str(schema).map_err(|error| format!("is not JSON: {error}"))?;
+    match jsonschema::validator_for(&schema) {
+        Ok(_) => Ok(()),
+        Err(error) => Err(format!("is not a JSON Schema: {error}")),
     }
 }
 

@@ -1,7 +1,7 @@
 //! The workers that are connected, what they can run, and which of them gets a task.
 
 use std::{
-    collections::{BTreeMap, HashMap},
+    collections::{BTreeMap, BTreeSet, HashMap},
     sync::Arc,
     time::Duration,
 };
@@ -17,6 +17,15 @@ use tokio::{sync::watch, time::Instant};
 use tonic::Status;
 
 use crate::{signal::Signal, slots::share, worker::Worker};
+
+/// Names a declaration: an action, for one tenant or for all. Declarations of different tenants
+/// never meet.
+#[derive(Clone, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
+pub(crate) struct Key {
+    pub(crate) action: String,
+    /// `None` for all.
+    pub(crate) tenant: Option<String>,
+}
 
 /// Every worker that holds a stream, or held one lately.
 pub(crate) struct Workers {
@@ -86,39 +95,52 @@ impl Workers {
         self.changes.subscribe()
     }
 
-    /// What workers declare, and how many offer it now.
-    pub(crate) fn actions(&self) -> BTreeMap<String, (Arc<ActionSpec>, u32)> {
+    /// What workers declare, tenant by tenant, and how many offer it now.
+    pub(crate) fn declared(&self) -> BTreeMap<Key, (Arc<ActionSpec>, u32)> {
         let mut present: Vec<_> = self.all();
         present.retain(|worker| worker.is_present());
         // The latest declaration counts.
         present.sort_by_key(|worker| worker.declared_at());
         let mut actions = BTreeMap::new();
-        for spec in present.iter().flat_map(|worker| worker.actions()) {
-            let entry = actions.entry(spec.name.clone()).or_insert_with(|| (spec.clone(), 0));
+        for (key, spec) in present.iter().flat_map(|worker| worker.declared()) {
+            let entry = actions.entry(key).or_insert_with(|| (spec.clone(), 0));
             *entry = (spec, entry.1 + 1);
         }
         actions
     }
 
-    /// What the workers that are there declare this action to be.
-    pub(crate) fn spec(&self, action: &str) -> Option<Arc<ActionSpec>> {
+    /// The names of what is offered, each with whether somebody has a free slot for it.
+    pub(crate) fn names(&self) -> BTreeMap<String, bool> {
         let by_id = self.by_id.lock();
-        by_id.values().filter(|worker| worker.is_present()).find_map(|worker| worker.action(action))
+        let mut names = BTreeMap::new();
+        for worker in by_id.values().filter(|worker| worker.is_present()) {
+            let free = worker.free() > 0;
+            for spec in worker.actions() {
+                *names.entry(spec.name.clone()).or_insert(false) |= free;
+            }
+        }
+        names
     }
 
-    /// Whether somebody has a free slot for this action.
-    pub(crate) fn has_room(&self, action: &str) -> bool {
+    /// What the workers that are there declare this action of this tenant to be.
+    pub(crate) fn spec(&self, action: &str, tenant: &str) -> Option<(Key, Arc<ActionSpec>)> {
         let by_id = self.by_id.lock();
-        by_id.values().any(|worker| worker.offers(action) && worker.free() > 0)
+        let able = by_id.values().filter(|worker| worker.offers(action, tenant));
+        let latest = able.max_by_key(|worker| worker.declared_at())?;
+        Some((latest.key(action, tenant), latest.action(action)?))
+    }
+
+    /// How many of this action of this tenant can run at once.
+    pub(crate) fn slots(&self, action: &str, tenant: &str) -> u32 {
+        let by_id = self.by_id.lock();
+        let able = by_id.values().filter(|worker| worker.offers(action, tenant));
+        able.fold(0, |slots, worker| slots.saturating_add(worker.slots()))
     }
 
     /// Takes a slot of the worker that has the most of them free.
     pub(crate) fn seat(&self, action: &str, tenant: &str) -> Option<Seat> {
         let by_id = self.by_id.lock();
-        let able = || {
-            let able = by_id.values().filter(|worker| worker.offers(action));
-            able.filter(|worker| worker.may_run(action, tenant))
-        };
+        let able = || by_id.values().filter(|worker| worker.offers(action, tenant));
         let (slots, taken) = able().fold((0_u32, 0), |(slots, taken), worker| {
             (slots.saturating_add(worker.slots()), taken + worker.taken_by(tenant))
         });
@@ -193,6 +215,13 @@ impl Grants {
     /// Whether it may run this action, for whomever.
     pub(crate) fn names(&self, action: &str) -> bool {
         self.by_action.contains_key(action) || self.by_action.contains_key("*")
+    }
+
+    /// For which tenants it may run this action; `None` for all of them.
+    pub(crate) fn tenants(&self, action: &str) -> Option<BTreeSet<&str>> {
+        let granted = [action, "*"].into_iter().filter_map(|name| self.by_action.get(name));
+        let granted: BTreeSet<&str> = granted.flatten().map(String::as_str).collect();
+        (!granted.contains("*")).then_some(granted)
     }
 
     /// Whether it may run this action for this tenant.

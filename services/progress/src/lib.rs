@@ -14,7 +14,7 @@ mod watcher;
 use std::sync::Arc;
 
 use streamer_auth::{AuthLayer, AuthService};
-use streamer_core::Clock;
+use streamer_core::{Clock, Limits};
 use streamer_proto::{
     internal::v1::event_log_service_server::EventLogServiceServer,
     progress::v1::progress_service_server::ProgressServiceServer,
@@ -37,8 +37,8 @@ pub struct Dependencies {
     pub auth: AuthLayer,
     /// Where metrics go.
     pub metrics: Metrics,
-    /// Largest gRPC message, in bytes.
-    pub max_message_bytes: usize,
+    /// Sizes that bound payloads, results and chunks.
+    pub limits: Limits,
 }
 
 /// The progress service, ready to be served.
@@ -54,14 +54,15 @@ impl Progress {
     /// Wires the service.
     #[must_use]
     pub fn build(dependencies: Dependencies) -> Self {
-        let Dependencies { store, clock, auth, metrics, max_message_bytes } = dependencies;
+        let Dependencies { store, clock, auth, metrics, limits } = dependencies;
         let metrics = ProgressMetrics::new(&metrics);
         let topics = Arc::new(Topics::new(store.clone(), metrics.clone()));
         let watch = WatchService::new(topics.clone(), store.clone());
-        let public = ProgressServiceServer::new(watch).max_decoding_message_size(max_message_bytes);
+        let public =
+            ProgressServiceServer::new(watch).max_decoding_message_size(limits.max_message_bytes());
         let log = LogService::new(topics.clone(), store, clock, metrics);
-        let internal = EventLogServiceServer::new(log)
-            .max_decoding_message_size(max_message_bytes.saturating_mul(4));
+        let internal =
+            EventLogServiceServer::new(log).max_decoding_message_size(limits.max_batch_bytes());
         Self { public: auth.wrap(public), internal, topics }
     }
 

@@ -6,7 +6,7 @@ use std::{
     collections::HashMap,
     sync::{
         Arc,
-        atomic::{AtomicU32, Ordering},
+        atomic::{AtomicU32, AtomicUsize, Ordering},
     },
     time::Duration,
 };
@@ -102,13 +102,15 @@ impl Subscription {
 /// All requests in memory.
 pub(crate) struct Topics {
     by_uid: Mutex<HashMap<Uid, Arc<Topic>>>,
+    /// How many topics there may be before unwatched ones are looked for.
+    prune_at: AtomicUsize,
     store: Arc<dyn Store>,
     metrics: ProgressMetrics,
 }
 
 impl Topics {
     pub(crate) fn new(store: Arc<dyn Store>, metrics: ProgressMetrics) -> Self {
-        Self { by_uid: Mutex::default(), store, metrics }
+        Self { by_uid: Mutex::default(), prune_at: AtomicUsize::new(MAX_TOPICS), store, metrics }
     }
 
     pub(crate) fn metrics(&self) -> &ProgressMetrics {
@@ -141,10 +143,8 @@ impl Topics {
         });
         match loading.await {
             Ok(_) => Ok(Some(subscription)),
-            Err(error) => {
-                self.by_uid.lock().remove(&uid);
-                error.map_or(Ok(None), Err)
-            }
+            // The entry stays for others who may hold it; unwatched ones are swept.
+            Err(error) => error.map_or(Ok(None), Err),
         }
     }
 
@@ -169,8 +169,11 @@ impl Topics {
 
     fn subscribe(&self, uid: Uid) -> Subscription {
         let mut by_uid = self.by_uid.lock();
-        if by_uid.len() >= MAX_TOPICS && !by_uid.contains_key(&uid) {
+        if by_uid.len() >= self.prune_at.load(Ordering::Relaxed) && !by_uid.contains_key(&uid) {
             by_uid.retain(|_, topic| topic.is_watched());
+            // Where most are watched, looking each time would find nothing at a high price.
+            let prune_at = (by_uid.len() + by_uid.len() / 8).max(MAX_TOPICS);
+            self.prune_at.store(prune_at, Ordering::Relaxed);
         }
         Subscription::new(by_uid.entry(uid).or_insert_with(|| Arc::new(Topic::new(uid))))
     }

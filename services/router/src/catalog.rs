@@ -20,12 +20,15 @@ const MAX_VIOLATIONS: usize = 50;
 /// An action and what checks its payloads.
 pub(crate) struct Known {
     pub(crate) action: Action,
-    schema: Option<Validator>,
+    schema: Option<Arc<Validator>>,
 }
+
+/// Actions by name, and by the tenant that they are declared for; the empty one is every tenant.
+type ByName = BTreeMap<String, BTreeMap<String, Arc<Known>>>;
 
 /// The latest list; kept while no processor can be reached, so that work is still accepted.
 pub(crate) struct Catalog {
-    by_name: RwLock<Arc<BTreeMap<String, Arc<Known>>>>,
+    by_name: RwLock<Arc<ByName>>,
     loaded: watch::Sender<bool>,
 }
 
@@ -36,12 +39,16 @@ impl Default for Catalog {
 }
 
 impl Catalog {
-    pub(crate) fn get(&self, action: &str) -> Option<Arc<Known>> {
-        self.by_name.read().get(action).cloned()
+    /// The action, as it is declared for this tenant.
+    pub(crate) fn get(&self, action: &str, tenant: &str) -> Option<Arc<Known>> {
+        of_tenant(self.by_name.read().get(action)?, tenant)
     }
 
-    pub(crate) fn list(&self) -> Vec<Action> {
-        self.by_name.read().values().map(|known| known.action.clone()).collect()
+    /// What this tenant can ask for.
+    pub(crate) fn list(&self, tenant: &str) -> Vec<Action> {
+        let by_name = self.by_name.read().clone();
+        let known = by_name.values().filter_map(|by_tenant| of_tenant(by_tenant, tenant));
+        known.map(|known| known.action.clone()).collect()
     }
 
     /// Returns once a list has come.
@@ -58,18 +65,27 @@ impl Catalog {
                     tracing::warn!(%status, "lost the list of actions, will ask again");
                 }
             }
-            sleep(MAX_BACKOFF.mul_f64(retry::random_fraction())).await;
+            tokio::select! {
+                () = shutdown.cancelled() => return,
+                () = sleep(MAX_BACKOFF.mul_f64(retry::random_fraction())) => {}
+            }
         }
     }
 
     async fn follow_once(&self, peers: &Peers) -> Result<(), Status> {
         let mut lists = peers.processor().watch_actions(WatchActionsRequest {}).await?.into_inner();
         while let Some(list) = lists.message().await? {
-            let known = list.actions.into_iter().map(|action| {
-                let schema = compile(&action);
-                (action.name.clone(), Arc::new(Known { action, schema }))
-            });
-            *self.by_name.write() = Arc::new(known.collect());
+            let before = self.by_name.read().clone();
+            let mut by_name = ByName::new();
+            for offered in list.actions {
+                let Some(action) = offered.action else { continue };
+                let tenant = offered.tenant_id;
+                let known = before.get(&action.name).and_then(|by_tenant| by_tenant.get(&tenant));
+                let name = action.name.clone();
+                let known = Arc::new(Known::new(action, known.map(|known| &**known)));
+                by_name.entry(name).or_default().insert(tenant, known);
+            }
+            *self.by_name.write() = Arc::new(by_name);
             self.loaded.send_replace(true);
         }
         Err(Status::unavailable("the processor ended the stream"))
@@ -90,7 +106,21 @@ fn compile(action: &Action) -> Option<Validator> {
     }
 }
 
+fn of_tenant(by_tenant: &BTreeMap<String, Arc<Known>>, tenant: &str) -> Option<Arc<Known>> {
+    by_tenant.get(tenant).or_else(|| by_tenant.get("")).cloned()
+}
+
 impl Known {
+    /// Compiles the schema, unless it is the one of `before`.
+    fn new(action: Action, before: Option<&Self>) -> Self {
+        let same = before.filter(|known| known.action.payload_schema == action.payload_schema);
+        let schema = match same {
+            Some(known) => known.schema.clone(),
+            None => compile(&action).map(Arc::new),
+        };
+        Self { action, schema }
+    }
+
     /// Checks a JSON payload against the action's schema; every violation is told.
     pub(crate) fn check_payload(&self, payload: &[u8], violations: &mut Violations) {
         let Some(schema) = &self.schema else { return };
@@ -98,7 +128,8 @@ impl Known {
             Ok(value) => {
                 for error in schema.iter_errors(&value).take(MAX_VIOLATIONS) {
                     let path = error.instance_path().to_string().replace('/', ".");
-                    violations.push(format!("payload{path}"), error.to_string());
+                    // The value itself is left out: it may be large, and is the caller's own.
+                    violations.push(format!("payload{path}"), error.masked().to_string());
                 }
             }
             Err(error) => violations.push("payload", format!("is not JSON: {error}")),

@@ -7,8 +7,10 @@ use streamer_core::{
     Clock, ErrorCode, Limits, RequestError, Timestamp, Uid, Violations, limits, validate,
 };
 use streamer_proto::{
-    common::v1::{Action, Payload, Request, RequestState, event::Kind, payload::Body},
-    internal::v1::ExecuteRequest,
+    common::v1::{
+        Action, Payload, QueuePosition, Request, RequestState, event::Kind, payload::Body,
+    },
+    internal::v1::{ExecuteRequest, WakeResponse},
     router::v1::{
         Acknowledgment, Completed, SubmitRequest, SubmitResponse, submit_response::Outcome,
     },
@@ -29,7 +31,7 @@ use crate::{
     catalog::{Catalog, Known},
     metrics::RouterMetrics,
     peers::Peers,
-    wait,
+    queue, wait,
 };
 
 pub(crate) struct Front {
@@ -39,6 +41,15 @@ pub(crate) struct Front {
     pub(crate) catalog: Catalog,
     pub(crate) metrics: RouterMetrics,
     pub(crate) limits: Limits,
+}
+
+/// A request that is stored.
+pub(crate) struct Created {
+    pub(crate) record: RequestRecord,
+    /// It was there before.
+    pub(crate) duplicate: bool,
+    /// How it looks in the queue; unknown when the processor was not asked or did not answer.
+    pub(crate) outlook: Option<WakeResponse>,
 }
 
 /// What a caller wants to do with a request.
@@ -57,10 +68,7 @@ impl Front {
         trace_parent: Option<String>,
     ) -> Result<SubmitResponse, Status> {
         let encoding = request.payload_encoding();
-        let outcome = self.admit(caller, request, trace_parent).await;
-        let mut response = outcome.inspect_err(|_| {
-            self.metrics.refused.inc();
-        })?;
+        let mut response = self.admit(caller, request, trace_parent).await?;
         if let Some(Outcome::Completed(completed)) = &mut response.outcome
             && let Some(result) = &mut completed.result
         {
@@ -78,22 +86,20 @@ impl Front {
         let now = self.clock.now();
         let mut violations = Violations::default();
         let submission = admission::read(request, &self.limits, now, &mut violations);
-        let known = self.catalog.get(&submission.action);
+        let known = self.catalog.get(&submission.action, &caller.principal.tenant);
         if let (Some(known), true) = (&known, violations.is_empty()) {
             permitted(caller, known)?;
             known.check_payload(&submission.payload.data, &mut violations);
         }
-        refuse(&violations)?;
-        let Some(known) = known else {
-            return Err(status(&RequestError::new(
-                ErrorCode::InvalidAction,
-                format!("there is no action {:?}", submission.action),
-            )));
+        let refused = |_: &Status| {
+            self.metrics.refused.inc();
         };
+        refuse(&violations).inspect_err(refused)?;
+        let known = known.ok_or_else(|| no_such_action(&submission.action)).inspect_err(refused)?;
         if known.action.sync {
             self.run_now(caller, submission, now).await
         } else {
-            self.store_and_wake(caller, submission, now, trace_parent, None).await
+            self.store_and_wake(caller, submission, now, trace_parent).await
         }
     }
 
@@ -125,13 +131,13 @@ impl Front {
         submission: Submission,
         now: Timestamp,
         trace_parent: Option<String>,
-        redrive_of: Option<Uid>,
     ) -> Result<SubmitResponse, Status> {
         let began = Instant::now();
         let wait_ms = submission.wait_ms;
-        let (record, duplicate) =
-            self.create(caller, submission, now, trace_parent, redrive_of).await?;
+        let created = self.create(owner(caller), submission, now, trace_parent, None).await?;
         self.metrics.submit_seconds.observe(began.elapsed().as_secs_f64());
+        let queue_position = self.position(&created, now).await;
+        let Created { record, duplicate, .. } = created;
         let mut response = SubmitResponse {
             request_id: record.request_id(),
             uid: record.uid.to_string(),
@@ -139,6 +145,7 @@ impl Front {
                 state: state_to_proto(record.state).into(),
                 duplicate,
                 last_seq: record.last_seq,
+                queue_position,
             })),
         };
         if wait_ms > 0 {
@@ -155,18 +162,30 @@ impl Front {
         Ok(response)
     }
 
-    /// Stores a request and tells of it; says whether it was there before.
-    async fn create(
+    /// Where it stands in the queue. The acknowledgement does not depend on it.
+    async fn position(&self, created: &Created, now: Timestamp) -> Option<QueuePosition> {
+        let outlook = created.outlook.as_ref();
+        match queue::position(&*self.store, &created.record, outlook, now).await {
+            Ok(position) => position,
+            Err(error) => {
+                tracing::warn!(%error, uid = %created.record.uid, "could not tell the queue position");
+                None
+            }
+        }
+    }
+
+    /// Stores a request and tells of it.
+    pub(crate) async fn create(
         &self,
-        caller: &Caller,
+        owner: Owner,
         submission: Submission,
         now: Timestamp,
         trace_parent: Option<String>,
         redrive_of: Option<Uid>,
-    ) -> Result<(RequestRecord, bool), Status> {
+    ) -> Result<Created, Status> {
         let delay = Duration::from_millis(u64::try_from(submission.delay_ms).unwrap_or(0));
         let not_before = now.plus(delay);
-        let known = self.catalog.get(&submission.action);
+        let known = self.catalog.get(&submission.action, &owner.tenant);
         let limit = |millis: fn(&Action) -> i64| {
             let millis = known.as_ref().map_or(0, |known| millis(&known.action));
             let millis = u64::try_from(millis).ok().filter(|millis| *millis > 0)?;
@@ -176,7 +195,7 @@ impl Front {
         let new = NewRequest {
             uid: Uid::new(now),
             client_id: submission.client_id,
-            owner: owner(caller),
+            owner,
             fingerprint: admission::fingerprint(&submission.action, &submission.payload),
             action: submission.action,
             payload: submission.payload,
@@ -195,12 +214,12 @@ impl Front {
                 // In this order: the log exists before anybody writes to it.
                 self.peers.announce(record.uid, *accepted, Some(request_to_proto(&record))).await;
                 let not_before = (!delay.is_zero()).then_some(record.not_before);
-                self.peers.wake(&record, not_before).await;
-                Ok((*record, false))
+                let outlook = self.peers.wake(&record, not_before).await;
+                Ok(Created { record: *record, duplicate: false, outlook })
             }
             CreateOutcome::Existing(record) => {
                 self.metrics.duplicates.inc();
-                Ok((*record, true))
+                Ok(Created { record: *record, duplicate: true, outlook: None })
             }
             CreateOutcome::Conflict(record) => Err(status(&RequestError::new(
                 ErrorCode::Conflict,
@@ -246,7 +265,22 @@ impl Front {
             body: Some(Body::Data(payload.data)),
         });
         request.result = self.result(record).await?;
+        request.queue_position = self.position_of_known(record).await?;
         Ok(request)
+    }
+
+    async fn position_of_known(
+        &self,
+        record: &RequestRecord,
+    ) -> Result<Option<QueuePosition>, Status> {
+        let now = self.clock.now();
+        if record.state != streamer_core::RequestState::Queued || record.not_before > now {
+            return Ok(None);
+        }
+        // Asking how it looks is a hint more, which does no harm.
+        let outlook = self.peers.wake(record, None).await;
+        let position = queue::position(&*self.store, record, outlook.as_ref(), now).await;
+        position.map_err(|error| store_status(&error))
     }
 
     /// The result of a request that succeeded; it stands in the last event of its log.
@@ -311,47 +345,6 @@ impl Front {
         }
     }
 
-    /// Runs an ended request again, as a new one.
-    pub(crate) async fn redrive(
-        &self,
-        caller: &Caller,
-        name: &str,
-        id: String,
-    ) -> Result<RequestRecord, Status> {
-        use streamer_core::RequestState as State;
-        let mut violations = Violations::default();
-        if !id.is_empty() {
-            violations.check("id", validate::request_id(&id));
-        }
-        refuse(&violations)?;
-        let old = self.find(caller, name, Access::Write).await?;
-        if !matches!(old.state, State::Failed | State::Cancelled) {
-            return Err(failed_precondition(format!(
-                "only a FAILED or CANCELLED request is redriven, this one is {}",
-                old.state
-            )));
-        }
-        if let Some(known) = self.catalog.get(&old.action) {
-            permitted(caller, &known)?;
-        }
-        let payload =
-            self.store.read_payload(old.uid).await.map_err(|error| store_status(&error))?;
-        let submission = Submission {
-            client_id: (!id.is_empty()).then_some(id),
-            action: old.action.clone(),
-            payload: payload.ok_or_else(|| not_found(name))?,
-            metadata: old.metadata.clone(),
-            wait_ms: 0,
-            priority: old.priority,
-            delay_ms: 0,
-            deadline: None,
-        };
-        let trace_parent = old.trace_parent.clone();
-        let now = self.clock.now();
-        let (record, _) = self.create(caller, submission, now, trace_parent, Some(old.uid)).await?;
-        Ok(record)
-    }
-
     /// Forgets an ended request.
     pub(crate) async fn delete(&self, caller: &Caller, name: &str) -> Result<(), Status> {
         let record = self.find(caller, name, Access::Write).await?;
@@ -365,11 +358,11 @@ impl Front {
     }
 }
 
-fn owner(caller: &Caller) -> Owner {
+pub(crate) fn owner(caller: &Caller) -> Owner {
     Owner { tenant: caller.principal.tenant.clone(), user: caller.principal.user.clone() }
 }
 
-fn permitted(caller: &Caller, known: &Known) -> Result<(), Status> {
+pub(crate) fn permitted(caller: &Caller, known: &Known) -> Result<(), Status> {
     let permission = &known.action.permission;
     if permission.is_empty() || caller.principal.may(permission) {
         Ok(())
@@ -378,12 +371,17 @@ fn permitted(caller: &Caller, known: &Known) -> Result<(), Status> {
     }
 }
 
+pub(crate) fn no_such_action(action: &str) -> Status {
+    let message = format!("there is no action {action:?}");
+    status(&RequestError::new(ErrorCode::InvalidAction, message))
+}
+
 fn forbidden(permission: &str) -> Status {
     let message = format!("permission {permission} is needed");
     status(&RequestError::new(ErrorCode::Forbidden, message))
 }
 
-fn failed_precondition(message: String) -> Status {
+pub(crate) fn failed_precondition(message: String) -> Status {
     // CONFLICT in the words of the protocols, FAILED_PRECONDITION in those of gRPC.
     let conflict = status(&RequestError::new(ErrorCode::Conflict, message));
     Status::with_details_and_metadata(

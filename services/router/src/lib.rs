@@ -10,6 +10,8 @@ mod front;
 mod metrics;
 mod operations;
 mod peers;
+mod queue;
+mod redrive;
 mod router_service;
 mod wait;
 

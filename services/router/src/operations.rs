@@ -21,7 +21,7 @@ use tonic::{Request, Response, Status};
 
 use crate::{
     front::{Access, Front, refuse},
-    router_service::{caller, read_page_size, read_page_token},
+    router_service::{PageBytes, caller, next_page_token, read_page_size, read_page_token},
     wait,
 };
 
@@ -53,10 +53,11 @@ impl OperationsApi {
             }
             (RequestState::Failed | RequestState::Cancelled, Some(error)) => {
                 let status = status(&error_from_proto(error));
+                let details = rpc::Status::decode(status.details()).unwrap_or_default().details;
                 Some(operation::Result::Error(rpc::Status {
                     code: status.code().into(),
                     message: status.message().to_owned(),
-                    details: Vec::new(),
+                    details,
                 }))
             }
             _ => None,
@@ -96,11 +97,16 @@ impl Operations for OperationsApi {
         let limit = read_page_size(request.page_size, &mut violations);
         refuse(&violations)?;
         let page = self.front.list(&caller, states, None, before, limit).await?;
+        let mut answer = PageBytes::default();
         let mut operations = Vec::with_capacity(page.requests.len());
         for record in &page.requests {
-            operations.push(self.operation(record).await?);
+            let operation = self.operation(record).await?;
+            if !answer.has_room(&operation) {
+                break;
+            }
+            operations.push(operation);
         }
-        let next_page_token = page.next.map(|uid| uid.to_string()).unwrap_or_default();
+        let next_page_token = next_page_token(&page, operations.len());
         Ok(Response::new(ListOperationsResponse { operations, next_page_token }))
     }
 

@@ -5,7 +5,7 @@ use streamer_core::{Timestamp, Uid};
 use streamer_proto::{
     common::v1::{Event, Payload, Request},
     internal::v1::{
-        AnnounceRequest, ExecuteRequest, SignalCancelRequest, WakeRequest,
+        AnnounceRequest, ExecuteRequest, SignalCancelRequest, WakeRequest, WakeResponse,
         event_log_service_client::EventLogServiceClient,
         execution_service_client::ExecutionServiceClient,
     },
@@ -66,8 +66,12 @@ impl Peers {
         }
     }
 
-    /// Tells the processor that a request waits; a hint.
-    pub(crate) async fn wake(&self, record: &RequestRecord, not_before: Option<Timestamp>) {
+    /// Tells the processor that a request waits, which is a hint, and hears how it looks there.
+    pub(crate) async fn wake(
+        &self,
+        record: &RequestRecord,
+        not_before: Option<Timestamp>,
+    ) -> Option<WakeResponse> {
         let uid = record.uid;
         let request = WakeRequest {
             uid: uid.to_bytes().to_vec().into(),
@@ -75,8 +79,12 @@ impl Peers {
             tenant_id: record.owner.tenant.clone(),
             not_before: not_before.map(|at| timestamp(at.as_millis())),
         };
-        if let Err(status) = self.processor().wake(request).await {
-            tracing::warn!(%uid, %status, "could not wake the processor; its poll will find it");
+        match self.processor().wake(request).await {
+            Ok(response) => Some(response.into_inner()),
+            Err(status) => {
+                tracing::warn!(%uid, %status, "could not wake the processor; its poll will find it");
+                None
+            }
         }
     }
 

@@ -9,20 +9,24 @@ use streamer_proto::{
     progress::v1::{WatchRequest, WatchResponse},
     router::v1::{
         CancelRequest, CancelResponse, GetRequest, GetResponse, ListActionsRequest,
-        ListActionsResponse, ListRequest, ListResponse, RedriveRequest, RedriveResponse,
-        SubmitAndWatchRequest, SubmitAndWatchResponse, SubmitRequest, SubmitResponse,
-        router_service_server::RouterService, submit_response::Outcome,
+        ListActionsResponse, ListRequest, ListResponse, RedriveManyRequest, RedriveManyResponse,
+        RedriveRequest, RedriveResponse, SubmitAndWatchRequest, SubmitAndWatchResponse,
+        SubmitRequest, SubmitResponse, router_service_server::RouterService,
+        submit_response::Outcome,
     },
 };
 use streamer_rpc::{
     encode_payload, request_to_proto, state_from_proto, validation_status, with_authorization,
 };
+use streamer_store::RequestPage;
 use tonic::{Request, Response, Status};
 
 use crate::front::{Access, Front, refuse};
 
 pub(crate) const MAX_PAGE: i32 = 500;
 pub(crate) const DEFAULT_PAGE: usize = 50;
+/// A page ends here, unless its first entry is larger.
+const MAX_PAGE_BYTES: usize = 1024 * 1024;
 
 /// Serves everybody.
 pub struct RouterApi {
@@ -66,14 +70,18 @@ impl RouterService for RouterApi {
         let uid = submitted.uid.clone();
         let is_async = matches!(submitted.outcome, Some(Outcome::Acknowledgment(_)));
         let first = SubmitAndWatchResponse { submitted: Some(submitted), events: Vec::new() };
-        let first = stream::once(async { Ok(first) });
+        let first = stream::once(std::future::ready(Ok(first)));
         if !is_async {
             return Ok(Response::new(first.boxed()));
         }
         let watch = WatchRequest { request_id: uid, after_seq: Some(0), payload_encoding };
         let watch = with_authorization(watch, caller.authorization);
-        let events = self.front.peers.progress().watch(watch).await?.into_inner();
-        let events = events.filter_map(|response| async { events_of(response) });
+        // It is stored and will run: whatever becomes of the watch, the caller must learn that.
+        let events = match self.front.peers.progress().watch(watch).await {
+            Ok(events) => events.into_inner().boxed(),
+            Err(status) => stream::once(std::future::ready(Err(status))).boxed(),
+        };
+        let events = events.filter_map(|response| std::future::ready(events_of(response)));
         Ok(Response::new(first.chain(events).boxed()))
     }
 
@@ -97,6 +105,7 @@ impl RouterService for RouterApi {
         let mut states = Vec::new();
         for state in request.states {
             match state_from_proto(state) {
+                Some(state) if states.contains(&state) => {}
                 Some(state) => states.push(state),
                 None => violations.push("states", format!("{state} is no state")),
             }
@@ -109,10 +118,17 @@ impl RouterService for RouterApi {
         let limit = read_page_size(request.page_size, &mut violations);
         refuse(&violations)?;
         let page = self.front.list(&caller, states, action, before, limit).await?;
-        Ok(Response::new(ListResponse {
-            requests: page.requests.iter().map(request_to_proto).collect(),
-            next_page_token: page.next.map(|uid| uid.to_string()).unwrap_or_default(),
-        }))
+        let mut answer = PageBytes::default();
+        let mut requests = Vec::with_capacity(page.requests.len());
+        for record in &page.requests {
+            let request = request_to_proto(record);
+            if !answer.has_room(&request) {
+                break;
+            }
+            requests.push(request);
+        }
+        let next_page_token = next_page_token(&page, requests.len());
+        Ok(Response::new(ListResponse { requests, next_page_token }))
     }
 
     async fn cancel(
@@ -135,13 +151,45 @@ impl RouterService for RouterApi {
         Ok(Response::new(RedriveResponse { request: Some(request_to_proto(&record)) }))
     }
 
+    async fn redrive_many(
+        &self,
+        request: Request<RedriveManyRequest>,
+    ) -> Result<Response<RedriveManyResponse>, Status> {
+        let caller = caller(&request)?;
+        Ok(Response::new(self.front.redrive_many(&caller, request.into_inner()).await?))
+    }
+
     async fn list_actions(
         &self,
         request: Request<ListActionsRequest>,
     ) -> Result<Response<ListActionsResponse>, Status> {
-        caller(&request)?;
-        Ok(Response::new(ListActionsResponse { actions: self.front.catalog.list() }))
+        let tenant = &caller(&request)?.principal.tenant;
+        Ok(Response::new(ListActionsResponse { actions: self.front.catalog.list(tenant) }))
     }
+}
+
+/// What a page holds so far, in bytes.
+#[derive(Default)]
+pub(crate) struct PageBytes(usize);
+
+impl PageBytes {
+    /// Whether one more entry may go in; the first always may.
+    pub(crate) fn has_room(&mut self, entry: &impl prost::Message) -> bool {
+        let bytes = self.0.saturating_add(entry.encoded_len());
+        let room = self.0 == 0 || bytes <= MAX_PAGE_BYTES;
+        self.0 = bytes;
+        room
+    }
+}
+
+/// Where the page after this one begins, of which so many entries were sent.
+pub(crate) fn next_page_token(page: &RequestPage, sent: usize) -> String {
+    let next = if sent < page.requests.len() {
+        sent.checked_sub(1).map(|last| page.requests[last].uid)
+    } else {
+        page.next
+    };
+    next.map(|uid| uid.to_string()).unwrap_or_default()
 }
 
 /// Who calls; the authentication in front of the service has put it there.

@@ -52,6 +52,7 @@ pub(super) async fn run(subject: &Subject, load: Load) -> anyhow::Result<Report>
             running: HashMap::new(),
             submitted: 0,
             latencies: histogram(),
+            completed: 0,
             faults: 0,
         };
         tasks.push(tokio::spawn(driver.drive()));
@@ -61,18 +62,19 @@ pub(super) async fn run(subject: &Subject, load: Load) -> anyhow::Result<Report>
     sleep_until(end).await;
     let spent = subject.processor_ms().saturating_sub(before);
     let mut latencies = histogram();
-    let mut faults = 0;
+    let (mut completed, mut faults) = (0, 0);
     for task in tasks {
-        let (of_connection, wrong) = task.await??;
-        latencies.add(of_connection)?;
-        faults += wrong;
+        let driven: Driver = task.await??;
+        latencies.add(driven.latencies)?;
+        completed += driven.completed;
+        faults += driven.faults;
     }
     let mut report = Report::new("lifecycle");
     report.figure("in flight", load.in_flight, "");
     report.figure("durable events each", load.steps + 3, "");
-    report.rate("completed", latencies.len(), load.duration);
+    report.rate("completed", completed, load.duration);
     report.latencies(&latencies);
-    report.processor(spent, latencies.len());
+    report.processor(spent, completed);
     report.fault_count(faults);
     Ok(report)
 }
@@ -89,11 +91,12 @@ struct Driver {
     running: HashMap<String, (Instant, i64)>,
     submitted: u64,
     latencies: Histogram<u64>,
+    completed: u64,
     faults: u64,
 }
 
 impl Driver {
-    async fn drive(mut self) -> Result<(Histogram<u64>, u64), ClientError> {
+    async fn drive(mut self) -> Result<Self, ClientError> {
         match self.every {
             None => {
                 for _ in 0..self.window {
@@ -112,7 +115,7 @@ impl Driver {
             }
         }
         self.faults += self.running.len() as u64;
-        Ok((self.latencies, self.faults))
+        Ok(self)
     }
 
     /// Submits when due, whatever is still underway.
@@ -172,8 +175,10 @@ impl Driver {
             self.faults += 1;
         }
         let now = Instant::now();
-        // Throughput counts what ended in the measured time, latency what was due in it.
-        if now >= self.begin && now < self.end {
+        // Throughput counts what ended in the measured time, latency what was due in it: also
+        // what ended later.
+        self.completed += u64::from(now >= self.begin && now < self.end);
+        if *due >= self.begin && *due < self.end {
             record(&mut self.latencies, now - *due);
         }
         self.running.remove(id);

@@ -8,7 +8,7 @@ use rusqlite::{Connection, OptionalExtension, params};
 use streamer_core::{OutputDigest, RequestState, Timestamp, Uid};
 use streamer_proto::common::v1::{Accepted, Cancelled, Event, OutputSummary, Started, event::Kind};
 
-use super::row;
+use super::{checksum, row};
 use crate::{
     Adopt, Append, Appended, CancelOutcome, Claim, ClaimOutcome, Claimed, CreateOutcome,
     DeleteOutcome, Lease, NewRequest, Renewed, RequestRecord, StoredPayload, Writer,
@@ -24,37 +24,6 @@ pub(super) fn create(db: &Connection, new: &NewRequest) -> rusqlite::Result<Crea
             CreateOutcome::Conflict(Box::new(record))
         });
     }
-    let accepted =
-        event(1, 0, new.create_time, Kind::Accepted(Accepted { action: new.action.clone() }));
-    db.prepare_cached(
-        "INSERT INTO requests (uid, client_id, tenant, user, action, state, attempt, last_seq,
-             attempt_seq, priority, create_time, not_before, deadline, close_by, expire_at,
-             metadata, redrive_of, trace_parent, fingerprint)
-         VALUES (?1, ?2, ?3, ?4, ?5, 0, 0, 1, 0, ?6, ?7, ?8, ?9, ?10, ?11, ?12, ?13, ?14, ?15)",
-    )?
-    .execute(params![
-        new.uid.to_bytes(),
-        new.client_id,
-        new.owner.tenant,
-        new.owner.user,
-        new.action,
-        new.priority,
-        new.create_time.as_millis(),
-        new.not_before.as_millis(),
-        new.deadline.map(Timestamp::as_millis),
-        new.close_by.map(Timestamp::as_millis),
-        [new.deadline, new.close_by].into_iter().flatten().min().map(Timestamp::as_millis),
-        new.metadata.as_deref(),
-        new.redrive_of.map(Uid::to_bytes),
-        new.trace_parent,
-        new.fingerprint,
-    ])?;
-    db.prepare_cached("INSERT INTO payloads VALUES (?1, ?2, ?3)")?.execute(params![
-        new.uid.to_bytes(),
-        new.payload.content_type,
-        &new.payload.data[..],
-    ])?;
-    insert_events(db, new.uid, std::slice::from_ref(&accepted))?;
     let record = RequestRecord {
         uid: new.uid,
         client_id: new.client_id.clone(),
@@ -79,6 +48,40 @@ pub(super) fn create(db: &Connection, new: &NewRequest) -> rusqlite::Result<Crea
         redrive_of: new.redrive_of,
         trace_parent: new.trace_parent.clone(),
     };
+    let accepted =
+        event(1, 0, new.create_time, Kind::Accepted(Accepted { action: new.action.clone() }));
+    db.prepare_cached(
+        "INSERT INTO requests (uid, client_id, tenant, user, action, state, attempt, last_seq,
+             attempt_seq, priority, create_time, not_before, deadline, close_by, expire_at,
+             metadata, redrive_of, trace_parent, fingerprint, crc)
+         VALUES (?1, ?2, ?3, ?4, ?5, 0, 0, 1, 0, ?6, ?7, ?8, ?9, ?10, ?11, ?12, ?13, ?14, ?15,
+             ?16)",
+    )?
+    .execute(params![
+        new.uid.to_bytes(),
+        new.client_id,
+        new.owner.tenant,
+        new.owner.user,
+        new.action,
+        new.priority,
+        new.create_time.as_millis(),
+        new.not_before.as_millis(),
+        new.deadline.map(Timestamp::as_millis),
+        new.close_by.map(Timestamp::as_millis),
+        [new.deadline, new.close_by].into_iter().flatten().min().map(Timestamp::as_millis),
+        new.metadata.as_deref(),
+        new.redrive_of.map(Uid::to_bytes),
+        new.trace_parent,
+        new.fingerprint,
+        checksum::of_request(&record),
+    ])?;
+    db.prepare_cached("INSERT INTO payloads VALUES (?1, ?2, ?3, ?4)")?.execute(params![
+        new.uid.to_bytes(),
+        new.payload.content_type,
+        &new.payload.data[..],
+        checksum::of_value(new.uid, 0, &new.payload.data),
+    ])?;
+    insert_events(db, new.uid, std::slice::from_ref(&accepted))?;
     Ok(CreateOutcome::Created(Box::new(record), Box::new(accepted)))
 }
 
@@ -87,7 +90,7 @@ fn existing(
     db: &Connection,
     new: &NewRequest,
 ) -> rusqlite::Result<Option<(RequestRecord, Vec<u8>)>> {
-    let with_fingerprint = |row: &rusqlite::Row<'_>| Ok((row::record(row)?, row.get(24)?));
+    let with_fingerprint = |row: &rusqlite::Row<'_>| Ok((row::record(row)?, row.get(25)?));
     let columns = row::COLUMNS;
     if let Some(client_id) = &new.client_id {
         db.prepare_cached(&format!(
@@ -140,8 +143,12 @@ pub(super) fn claim(db: &Connection, claim: &Claim) -> rusqlite::Result<ClaimOut
     ])?;
     insert_events(db, claim.uid, std::slice::from_ref(&started))?;
     let checkpoint = db
-        .prepare_cached("SELECT data FROM checkpoints WHERE uid = ?1")?
-        .query_row([claim.uid.to_bytes()], |row| row.get::<_, Vec<u8>>(0))
+        .prepare_cached("SELECT data, crc FROM checkpoints WHERE uid = ?1")?
+        .query_row([claim.uid.to_bytes()], |row| {
+            let data = row.get::<_, Vec<u8>>(0)?;
+            row::verify(row, 1, || checksum::of_value(claim.uid, 0, &data))?;
+            Ok(data)
+        })
         .optional()?;
     Ok(ClaimOutcome::Claimed(Box::new(Claimed {
         record,
@@ -225,8 +232,13 @@ pub(super) fn append(db: &Connection, append: &Append) -> rusqlite::Result<Appen
     }
     insert_events(db, append.uid, &append.events)?;
     if let Some(checkpoint) = &append.checkpoint {
-        db.prepare_cached("INSERT OR REPLACE INTO checkpoints VALUES (?1, ?2)")?
-            .execute(params![append.uid.to_bytes(), &checkpoint[..]])?;
+        db.prepare_cached("INSERT OR REPLACE INTO checkpoints VALUES (?1, ?2, ?3)")?.execute(
+            params![
+                append.uid.to_bytes(),
+                &checkpoint[..],
+                checksum::of_value(append.uid, 0, checkpoint)
+            ],
+        )?;
     }
     if let Some(last) = append.events.last() {
         advance(db, append, last)?;
@@ -400,8 +412,9 @@ fn insert_events(db: &Connection, uid: Uid, events: &[Event]) -> rusqlite::Resul
     for event in events {
         prost::encoding::message::encode(1, event, &mut batch);
     }
-    db.prepare_cached("INSERT INTO events VALUES (?1, ?2, ?3)")?
-        .execute(params![uid.to_bytes(), last.seq, batch])
+    let crc = checksum::of_value(uid, last.seq, &batch);
+    db.prepare_cached("INSERT INTO events VALUES (?1, ?2, ?3, ?4)")?
+        .execute(params![uid.to_bytes(), last.seq, batch, crc])
         .map(drop)
 }
 
@@ -413,6 +426,8 @@ fn is_stored(db: &Connection, uid: Uid, events: &[Event]) -> rusqlite::Result<bo
 }
 
 /// What a payload row holds.
-fn stored_payload(row: &rusqlite::Row<'_>) -> rusqlite::Result<StoredPayload> {
-    Ok(StoredPayload { content_type: row.get(0)?, data: row.get::<_, Vec<u8>>(1)?.into() })
+fn stored_payload(row: &rusqlite::Row<'_>, uid: Uid) -> rusqlite::Result<StoredPayload> {
+    let data = row.get::<_, Vec<u8>>(1)?;
+    row::verify(row, 2, || checksum::of_value(uid, 0, &data))?;
+    Ok(StoredPayload { content_type: row.get(0)?, data: data.into() })
 }

@@ -6,17 +6,18 @@ use rusqlite::{Row, types::Type};
 use streamer_core::{RequestState, Timestamp, Uid};
 use streamer_proto::{common::v1::OutputSummary, internal::v1::EventBatch};
 
+use super::checksum;
 use crate::{Owner, RequestRecord};
 
 /// The columns that [`record`] reads, in its order.
 pub(super) const COLUMNS: &str = "uid, client_id, tenant, user, action, state, attempt, last_seq, attempt_seq, priority, \
      create_time, start_time, finish_time, not_before, deadline, progress, metadata, \
-     cancel_reason, error, output_chunks, output_sha256, redrive_of, trace_parent, close_by";
+     cancel_reason, error, output_chunks, output_sha256, redrive_of, trace_parent, close_by, crc";
 
 pub(super) fn record(row: &Row<'_>) -> rusqlite::Result<RequestRecord> {
     let chunks: Option<i64> = row.get(19)?;
     let sha256: Option<Vec<u8>> = row.get(20)?;
-    Ok(RequestRecord {
+    let record = RequestRecord {
         uid: uid(row, 0)?,
         client_id: row.get(1)?,
         owner: Owner { tenant: row.get(2)?, user: row.get(3)? },
@@ -43,7 +44,23 @@ pub(super) fn record(row: &Row<'_>) -> rusqlite::Result<RequestRecord> {
         },
         trace_parent: row.get(22)?,
         close_by: optional_time(row, 23)?,
-    })
+    };
+    verify(row, 24, || checksum::of_request(&record))?;
+    Ok(record)
+}
+
+/// Compares with the checksum that the row holds, if it holds one.
+pub(super) fn verify(
+    row: &Row<'_>,
+    column: usize,
+    checksum: impl FnOnce() -> u32,
+) -> rusqlite::Result<()> {
+    match row.get::<_, Option<u32>>(column)? {
+        Some(expected) if expected != checksum() => {
+            Err(damaged(column, Type::Blob, "its checksum is another".into()))
+        }
+        _ => Ok(()),
+    }
 }
 
 pub(super) fn state_number(state: RequestState) -> i64 {
@@ -70,12 +87,20 @@ pub(super) fn uid(row: &Row<'_>, column: usize) -> rusqlite::Result<Uid> {
         .ok_or_else(|| damaged(column, Type::Blob, format!("{} bytes are no id", bytes.len())))
 }
 
-pub(super) fn batch(row: &Row<'_>, column: usize) -> rusqlite::Result<EventBatch> {
-    let bytes = Bytes::copy_from_slice(row.get_ref(column)?.as_blob()?);
+/// From columns `batch`, `last_seq` and `crc`.
+pub(super) fn batch(row: &Row<'_>, uid: Uid) -> rusqlite::Result<EventBatch> {
+    let column = 0;
+    let bytes = row.get_ref(column)?.as_blob()?;
+    let last_seq = row.get(1)?;
+    verify(row, 2, || checksum::of_value(uid, last_seq, bytes))?;
+    let bytes = Bytes::copy_from_slice(bytes);
     EventBatch::decode(bytes).map_err(|error| damaged(column, Type::Blob, error.to_string()))
 }
 
-fn message<M: Message + Default>(row: &Row<'_>, column: usize) -> rusqlite::Result<Option<M>> {
+pub(super) fn message<M: Message + Default>(
+    row: &Row<'_>,
+    column: usize,
+) -> rusqlite::Result<Option<M>> {
     let Some(bytes) = row.get_ref(column)?.as_blob_or_null()? else { return Ok(None) };
     let decoded =
         M::decode(bytes).map_err(|error| damaged(column, Type::Blob, error.to_string()))?;

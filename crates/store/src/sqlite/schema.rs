@@ -11,7 +11,8 @@ const VERSION: i64 = 2;
 
 /// Payload, events and hot columns are apart, so that a change of state rewrites a small row
 /// however large the payload is. Times are milliseconds since the Unix epoch; `uid` is a
-/// big-endian ULID, so that rows are written in order; `state` as in `row.rs`.
+/// big-endian ULID, so that rows are written in order; `state` as in `row.rs`; `crc` as in
+/// `checksum.rs`, absent in rows that version 1 wrote; in `actions`, no tenant is every tenant.
 const TABLES: &str = "
 CREATE TABLE requests (
     uid BLOB PRIMARY KEY,
@@ -42,7 +43,8 @@ CREATE TABLE requests (
     output_sha256 BLOB,
     redrive_of BLOB,
     trace_parent TEXT,
-    fingerprint BLOB NOT NULL
+    fingerprint BLOB NOT NULL,
+    crc INTEGER
 ) WITHOUT ROWID;
 CREATE UNIQUE INDEX requests_by_client_id ON requests (tenant, user, client_id)
     WHERE client_id IS NOT NULL;
@@ -57,18 +59,21 @@ CREATE INDEX requests_leased ON requests (lease_until) WHERE state = 1;
 CREATE TABLE payloads (
     uid BLOB PRIMARY KEY,
     content_type TEXT NOT NULL,
-    data BLOB NOT NULL
+    data BLOB NOT NULL,
+    crc INTEGER
 ) WITHOUT ROWID;
 
 CREATE TABLE checkpoints (
     uid BLOB PRIMARY KEY,
-    data BLOB NOT NULL
+    data BLOB NOT NULL,
+    crc INTEGER
 ) WITHOUT ROWID;
 
 CREATE TABLE events (
     uid BLOB NOT NULL,
     last_seq INTEGER NOT NULL,
     batch BLOB NOT NULL,
+    crc INTEGER,
     PRIMARY KEY (uid, last_seq)
 ) WITHOUT ROWID;
 
@@ -88,6 +93,14 @@ CREATE TABLE gateways (
     alive_until INTEGER NOT NULL
 ) WITHOUT ROWID;
 
+CREATE TABLE actions (
+    tenant TEXT NOT NULL,
+    name TEXT NOT NULL,
+    declare_time INTEGER NOT NULL,
+    declaration BLOB NOT NULL,
+    PRIMARY KEY (tenant, name)
+) WITHOUT ROWID;
+
 CREATE TABLE health (only_row INTEGER PRIMARY KEY CHECK (only_row = 1), checks INTEGER NOT NULL);
 INSERT INTO health VALUES (1, 0);
 ";
@@ -102,6 +115,17 @@ DROP INDEX requests_queued;
 CREATE INDEX requests_queued ON requests (tenant, action, priority, not_before, uid)
     WHERE state = 0;
 CREATE INDEX requests_expiring ON requests (expire_at) WHERE state = 0 AND expire_at IS NOT NULL;
+ALTER TABLE requests ADD COLUMN crc INTEGER;
+ALTER TABLE payloads ADD COLUMN crc INTEGER;
+ALTER TABLE checkpoints ADD COLUMN crc INTEGER;
+ALTER TABLE events ADD COLUMN crc INTEGER;
+CREATE TABLE actions (
+    tenant TEXT NOT NULL,
+    name TEXT NOT NULL,
+    declare_time INTEGER NOT NULL,
+    declaration BLOB NOT NULL,
+    PRIMARY KEY (tenant, name)
+) WITHOUT ROWID;
 ";
 
 pub(super) fn open_for_writing(path: &Path) -> rusqlite::Result<Connection> {
@@ -123,6 +147,25 @@ pub(super) fn open_for_reading(path: &Path) -> rusqlite::Result<Connection> {
     connection.execute_batch("PRAGMA cache_size = -4096; PRAGMA busy_timeout = 5000;")?;
     connection.set_prepared_statement_cache_capacity(32);
     Ok(connection)
+}
+
+/// Folds what the process before left in the write-ahead log into the file, and sees whether the
+/// file is whole.
+pub(super) fn check_size(connection: &Connection, path: &Path) -> Result<(), StoreError> {
+    let doing = "looking at the size of the file";
+    let fold = |error: &rusqlite::Error| sqlite_error("folding the write-ahead log", error);
+    connection.execute_batch("PRAGMA wal_checkpoint(TRUNCATE)").map_err(|e| fold(&e))?;
+    let number = |name: &str| -> Result<u64, StoreError> {
+        let number = connection.pragma_query_value(None, name, |row| row.get::<_, i64>(0));
+        number.map(|number| u64::try_from(number).unwrap_or(0)).map_err(|e| sqlite_error(doing, &e))
+    };
+    let expected = number("page_count")? * number("page_size")?;
+    let found = path.metadata().map_or(0, |metadata| metadata.len());
+    if found < expected {
+        let reason = format!("{} has {found} bytes instead of {expected}", path.display());
+        return Err(StoreError::Corrupt { doing, reason });
+    }
+    Ok(())
 }
 
 /// Brings the file to this program's version.

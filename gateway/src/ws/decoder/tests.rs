@@ -36,7 +36,7 @@ fn decode(bytes: &[u8], size: usize) -> (Vec<String>, Option<Violation>) {
     for piece in bytes.chunks(size) {
         let fed = decoder.feed(&mut piece.to_vec(), |message| {
             messages.push(told(&message));
-            true
+            Flow::Next
         });
         if let Err(violation) = fed {
             return (messages, Some(violation));
@@ -125,10 +125,33 @@ fn whatever_comes_is_answered_or_refused() {
         let size = usize::from(random() % 40) + 1;
         let mut decoder = Decoder::new(1000);
         for piece in bytes.chunks(size) {
-            if decoder.feed(&mut piece.to_vec(), |_| true).is_err() {
+            if decoder.feed(&mut piece.to_vec(), |_| Flow::Next).is_err() {
                 break;
             }
         }
         assert!(decoder.partial.len() <= 1000 + MAX_HEADER);
     }
+}
+
+#[test]
+fn what_is_left_at_a_pause_comes_out_later() {
+    let bytes: Vec<u8> = (0..5).flat_map(|n| frame(0x81, format!("{n}").as_bytes())).collect();
+    let (head, tail) = bytes.split_at(bytes.len() - 3);
+    let mut decoder = Decoder::new(100);
+    let mut messages = Vec::new();
+    let mut pieces = vec![head.to_vec(), tail.to_vec()].into_iter();
+    loop {
+        let mut input =
+            if decoder.is_paused() { Vec::new() } else { pieces.next().unwrap_or_default() };
+        if input.is_empty() && !decoder.is_paused() {
+            break;
+        }
+        decoder
+            .feed(&mut input, |message| {
+                messages.push(told(&message));
+                Flow::Pause
+            })
+            .unwrap();
+    }
+    assert_eq!(messages, (0..5).map(|n| format!("Text(\"{n}\")")).collect::<Vec<_>>());
 }

@@ -42,7 +42,8 @@ impl Dispatcher {
         // Gives the entry back if it comes to nothing.
         let entered = Started { dispatcher: self.clone(), uid, slot: None };
         let Some(record) = self.store.adopt(adopt).await? else { return Ok(None) };
-        let Some(spec) = self.actions.spec(&record.action) else { return Ok(None) };
+        let declared = self.actions.find(&record.action, &record.owner.tenant);
+        let Some(spec) = declared.map(|declared| declared.spec) else { return Ok(None) };
         let output = takeover::output_of(&*self.store, &record).await?;
         let reports = Arc::new(ReportQueue::default());
         let durable = record.last_seq - record.attempt_seq;

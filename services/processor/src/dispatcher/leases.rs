@@ -77,8 +77,8 @@ impl Dispatcher {
             }
         };
         for record in expired {
-            let spec = self.actions.spec(&record.action);
-            let policy = spec.map_or_else(RetryPolicy::default, |spec| spec.retry);
+            let declared = self.actions.find(&record.action, &record.owner.tenant);
+            let policy = declared.map_or_else(RetryPolicy::default, |declared| declared.spec.retry);
             match takeover::conclude(&*self.store, &record, policy, self.now()).await {
                 Ok(ending) => {
                     self.metrics.lease_expiries.inc();

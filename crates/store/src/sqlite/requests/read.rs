@@ -30,8 +30,8 @@ pub(in crate::sqlite) fn payload(
     db: &Connection,
     uid: Uid,
 ) -> rusqlite::Result<Option<StoredPayload>> {
-    db.prepare_cached("SELECT content_type, data FROM payloads WHERE uid = ?1")?
-        .query_row([uid.to_bytes()], super::stored_payload)
+    db.prepare_cached("SELECT content_type, data, crc FROM payloads WHERE uid = ?1")?
+        .query_row([uid.to_bytes()], |row| super::stored_payload(row, uid))
         .optional()
 }
 
@@ -92,13 +92,13 @@ pub(in crate::sqlite) fn events(
     max_bytes: usize,
 ) -> rusqlite::Result<EventPage> {
     let mut query = db.prepare_cached(
-        "SELECT batch FROM events WHERE uid = ?1 AND last_seq > ?2 ORDER BY last_seq",
+        "SELECT batch, last_seq, crc FROM events WHERE uid = ?1 AND last_seq > ?2 ORDER BY last_seq",
     )?;
     let mut rows = query.query(params![uid.to_bytes(), after_seq])?;
     let mut page = EventPage { events: Vec::new(), more: false };
     let mut bytes = 0;
     while let Some(row) = rows.next()? {
-        for event in row::batch(row, 0)?.events {
+        for event in row::batch(row, uid)?.events {
             if event.seq <= after_seq {
                 continue;
             }

@@ -1,0 +1,69 @@
+"""Streamer for Python: run actions (`Worker`), ask for them (`Client`).
+
+`streamer.websocket` is the client for the outside, over one WebSocket; `streamer.testing` runs
+handlers without a server; `streamer.events` are the events of a request's log.
+"""
+
+from streamer import events
+from streamer.action import Action
+from streamer.client import Client
+from streamer.context import Context
+from streamer.errors import (
+    BrokenLog,
+    Cancelled,
+    ErrorCode,
+    Failure,
+    FatalError,
+    HandlerError,
+    InvalidPayload,
+    LimitExceeded,
+    RequestCancelled,
+    RequestFailed,
+    ServiceError,
+    StreamerError,
+    Violation,
+    WorkerRefused,
+)
+from streamer.model import (
+    Completed,
+    OutputSummary,
+    Page,
+    ProgressInfo,
+    Request,
+    RequestState,
+    Submitted,
+)
+from streamer.output import OutputCollector
+from streamer.payload import RawJson
+from streamer.worker import Worker
+
+__all__ = [
+    "Action",
+    "BrokenLog",
+    "Cancelled",
+    "Client",
+    "Completed",
+    "Context",
+    "ErrorCode",
+    "Failure",
+    "FatalError",
+    "HandlerError",
+    "InvalidPayload",
+    "LimitExceeded",
+    "OutputCollector",
+    "OutputSummary",
+    "Page",
+    "ProgressInfo",
+    "RawJson",
+    "Request",
+    "RequestCancelled",
+    "RequestFailed",
+    "RequestState",
+    "ServiceError",
+    "StreamerError",
+    "Submitted",
+    "Violation",
+    "Worker",
+    "WorkerRefused",
+    "events",
+]

@@ -1,0 +1,156 @@
+"""The gRPC channel: where the server is, which calls there are, and what its errors mean."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from urllib.parse import urlsplit
+
+import grpc
+import grpc.aio
+from google.protobuf.any_pb2 import Any as Any_
+from google.protobuf.message import DecodeError
+from google.rpc import error_details_pb2, status_pb2
+
+from streamer._proto import progress_pb2, router_pb2, worker_pb2
+from streamer.errors import ErrorCode, ServiceError, Violation
+
+_OPTIONS: list[tuple[str, int]] = [
+    # The server bounds its messages; ours are bounded before they are sent.
+    ("grpc.max_receive_message_length", -1),
+    ("grpc.max_send_message_length", -1),
+    # A lost connection is looked for again soon: our own waits have jitter.
+    ("grpc.initial_reconnect_backoff_ms", 100),
+    ("grpc.min_reconnect_backoff_ms", 100),
+    ("grpc.max_reconnect_backoff_ms", 1000),
+    # Channels do not share connections, nor their troubles.
+    ("grpc.use_local_subchannel_pool", 1),
+]
+
+_CODES = {
+    grpc.StatusCode.INVALID_ARGUMENT: ErrorCode.VALIDATION_ERROR,
+    grpc.StatusCode.UNAUTHENTICATED: ErrorCode.UNAUTHORIZED,
+    grpc.StatusCode.PERMISSION_DENIED: ErrorCode.FORBIDDEN,
+    grpc.StatusCode.NOT_FOUND: ErrorCode.NOT_FOUND,
+    grpc.StatusCode.ALREADY_EXISTS: ErrorCode.CONFLICT,
+    grpc.StatusCode.FAILED_PRECONDITION: ErrorCode.CONFLICT,
+    grpc.StatusCode.RESOURCE_EXHAUSTED: ErrorCode.RATE_LIMITED,
+    grpc.StatusCode.DEADLINE_EXCEEDED: ErrorCode.TIMEOUT,
+    grpc.StatusCode.CANCELLED: ErrorCode.CANCELLED,
+    grpc.StatusCode.UNAVAILABLE: ErrorCode.UNAVAILABLE,
+}
+
+
+@dataclass(frozen=True)
+class Address:
+    """Where a server is."""
+
+    target: str
+    secure: bool
+
+
+def parse_server(server: str) -> Address:
+    """Reads `http://host:port`, `https://host:port` or `host:port` (which is the former). Raises
+    ValueError."""
+    url = urlsplit(server if "://" in server else f"http://{server}")
+    if url.scheme not in ("http", "https") or not url.hostname or url.path not in ("", "/"):
+        raise ValueError(f"server: must look like http://host:port, is {server!r}")
+    host = f"[{url.hostname}]" if ":" in url.hostname else url.hostname
+    secure = url.scheme == "https"
+    return Address(f"{host}:{url.port or (443 if secure else 80)}", secure)
+
+
+def open_channel(address: Address) -> grpc.aio.Channel:
+    """A channel; it connects when it is first used."""
+    if address.secure:
+        credentials = grpc.ssl_channel_credentials()
+        return grpc.aio.secure_channel(address.target, credentials, _OPTIONS)
+    return grpc.aio.insecure_channel(address.target, _OPTIONS)
+
+
+class Calls:
+    """The calls of a channel that clients make."""
+
+    def __init__(self, channel: grpc.aio.Channel) -> None:
+        router = "/streamer.router.v1.RouterService/"
+        self.submit = channel.unary_unary(
+            f"{router}Submit",
+            router_pb2.SubmitRequest.SerializeToString,
+            router_pb2.SubmitResponse.FromString,
+        )
+        self.get = channel.unary_unary(
+            f"{router}Get",
+            router_pb2.GetRequest.SerializeToString,
+            router_pb2.GetResponse.FromString,
+        )
+        self.list = channel.unary_unary(
+            f"{router}List",
+            router_pb2.ListRequest.SerializeToString,
+            router_pb2.ListResponse.FromString,
+        )
+        self.cancel = channel.unary_unary(
+            f"{router}Cancel",
+            router_pb2.CancelRequest.SerializeToString,
+            router_pb2.CancelResponse.FromString,
+        )
+        self.redrive = channel.unary_unary(
+            f"{router}Redrive",
+            router_pb2.RedriveRequest.SerializeToString,
+            router_pb2.RedriveResponse.FromString,
+        )
+        self.list_actions = channel.unary_unary(
+            f"{router}ListActions",
+            router_pb2.ListActionsRequest.SerializeToString,
+            router_pb2.ListActionsResponse.FromString,
+        )
+        self.watch = channel.unary_stream(
+            "/streamer.progress.v1.ProgressService/Watch",
+            progress_pb2.WatchRequest.SerializeToString,
+            progress_pb2.WatchResponse.FromString,
+        )
+
+
+WorkCall = grpc.aio.StreamStreamCall[worker_pb2.WorkRequest, worker_pb2.WorkResponse]
+
+
+def open_work(channel: grpc.aio.Channel, metadata: tuple[tuple[str, str], ...]) -> WorkCall:
+    """Opens a worker's stream."""
+    work = channel.stream_stream(
+        "/streamer.processor.v1.WorkerService/Work",
+        _serialize,
+        worker_pb2.WorkResponse.FromString,
+    )
+    return work(metadata=metadata)
+
+
+def _serialize(request: worker_pb2.WorkRequest) -> bytes:
+    return request.SerializeToString()
+
+
+def service_error(error: grpc.aio.AioRpcError) -> ServiceError:
+    """What a failed call says, with the `google.rpc` details of its status."""
+    code = _CODES.get(error.code(), ErrorCode.INTERNAL_ERROR)
+    violations: list[Violation] = []
+    retry_after: float | None = None
+    for packed in _details(error):
+        info = error_details_pb2.ErrorInfo()
+        bad = error_details_pb2.BadRequest()
+        retry = error_details_pb2.RetryInfo()
+        if packed.Unpack(info):
+            if info.domain == "streamer" and info.reason in ErrorCode.__members__:
+                code = ErrorCode(info.reason)
+        elif packed.Unpack(bad):
+            violations.extend(Violation(one.field, one.description) for one in bad.field_violations)
+        elif packed.Unpack(retry):
+            retry_after = retry.retry_delay.ToTimedelta().total_seconds()
+    message = error.details() or error.code().name
+    return ServiceError(code, message, violations=tuple(violations), retry_after=retry_after)
+
+
+def _details(error: grpc.aio.AioRpcError) -> list[Any_]:
+    for key, value in error.trailing_metadata() or ():
+        if key == "grpc-status-details-bin" and isinstance(value, bytes):
+            try:
+                return list(status_pb2.Status.FromString(value).details)
+            except DecodeError:
+                break
+    return []

@@ -1,0 +1,93 @@
+"""Watches a request over as many streams as it takes."""
+
+from __future__ import annotations
+
+from collections.abc import AsyncGenerator, AsyncIterator
+
+import grpc
+import grpc.aio
+
+from streamer import events
+from streamer._channel import Calls, service_error
+from streamer._proto import common_pb2, progress_pb2
+from streamer._retry import Patience, is_lost
+from streamer._tokens import TokenSource
+from streamer.errors import ErrorCode, ServiceError
+from streamer.events import Event
+from streamer.model import Completed
+from streamer.output import LogVerifier, contiguous
+
+
+async def watch(
+    calls: Calls, tokens: TokenSource, patience: Patience, request_id: str, after_seq: int
+) -> AsyncIterator[Event]:
+    """See `Client.watch`."""
+    verifier = LogVerifier() if after_seq == 0 else None
+    last_seq = after_seq
+    while True:
+        stream = _stream(calls, tokens, patience, request_id, last_seq)
+        try:
+            async for response in stream:
+                for message in response.events:
+                    event = events.from_proto(message)
+                    contiguous(last_seq, event.seq)
+                    if verifier is not None:
+                        verifier.apply(event)
+                    last_seq = event.seq
+                    yield event
+                    if isinstance(event, events.Terminal):
+                        return
+                if _has_ended(response.snapshot, last_seq):
+                    return
+        finally:
+            await stream.aclose()
+
+
+async def wait(calls: Calls, tokens: TokenSource, patience: Patience, request_id: str) -> Completed:
+    """See `Client.wait`."""
+    uid = ""
+    while True:
+        stream = _stream(calls, tokens, patience, request_id, None)
+        try:
+            async for response in stream:
+                if response.HasField("snapshot"):
+                    request_id, uid = response.snapshot.request_id, response.snapshot.uid
+                for message in response.events:
+                    event = events.from_proto(message)
+                    if isinstance(event, events.Terminal):
+                        return events.completed(event, request_id, uid)
+        finally:
+            await stream.aclose()
+
+
+async def _stream(
+    calls: Calls, tokens: TokenSource, patience: Patience, request_id: str, after_seq: int | None
+) -> AsyncGenerator[progress_pb2.WatchResponse, None]:
+    """One stream: ends when it is lost, after a wait; raises when repeating does not help."""
+    request = progress_pb2.WatchRequest(request_id=request_id, after_seq=after_seq)
+    call = calls.watch(request, metadata=await tokens.metadata())
+    heard = False
+    try:
+        async for response in call:
+            heard = True
+            patience.worked()
+            yield response
+    except grpc.aio.AioRpcError as error:
+        # A stream may outlive its token.
+        expired = error.code() is grpc.StatusCode.UNAUTHENTICATED and heard and tokens.renewable
+        if not ((is_lost(error) or expired) and await patience.wait()):
+            raise service_error(error) from error
+    else:
+        if not await patience.wait():
+            raise ServiceError(ErrorCode.UNAVAILABLE, "the server ends every watch before its end")
+    finally:
+        call.cancel()
+
+
+def _has_ended(snapshot: common_pb2.Request, last_seq: int) -> bool:
+    ended = snapshot.state in (
+        common_pb2.REQUEST_STATE_SUCCEEDED,
+        common_pb2.REQUEST_STATE_FAILED,
+        common_pb2.REQUEST_STATE_CANCELLED,
+    )
+    return ended and snapshot.last_seq <= last_seq

@@ -1,0 +1,227 @@
+"""All requests that are followed over one connection, and what its messages mean for them."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import logging
+from collections import deque
+from collections.abc import Coroutine
+from typing import Any
+
+from streamer._retry import Patience
+from streamer._tokens import TokenSource
+from streamer._websocket import frames
+from streamer._websocket.follow import Follow, Phase
+from streamer._websocket.frames import Frame
+from streamer.errors import ErrorCode, LimitExceeded, ServiceError
+
+# Refusals after which the same message may be taken.
+_PASSING = (ErrorCode.RATE_LIMITED, ErrorCode.UNAVAILABLE)
+
+_logger = logging.getLogger("streamer.websocket")
+
+
+class Session:
+    """What the client wants of the server, and what is to be said for it."""
+
+    def __init__(self, tokens: TokenSource, retry_for: float | None) -> None:
+        self.outbox: deque[str] = deque()
+        """What waits to be written to the connection."""
+        self.changed = asyncio.Event()
+        """Something waits to be written, or a connection is wanted."""
+        self.reconnect_after = 0.0
+        """The server stops: come back within so many seconds."""
+        self._tokens = tokens
+        self._retry_for = retry_for
+        self._follows: dict[str, Follow] = {}
+        # Cancellations that are not answered yet.
+        self._cancels: dict[str, tuple[str, asyncio.Future[None]]] = {}
+        self._connected = False
+        self._max_message_bytes: int | None = None
+        self._over: Exception | None = None
+        self._helpers: set[asyncio.Task[None]] = set()
+
+    @property
+    def wants_connection(self) -> bool:
+        """Whether there is anything to be had from the server."""
+        return bool(self._follows or self._cancels)
+
+    # What the client asks for.
+
+    def follow(self, request_id: str, submission: str | None, after_seq: int) -> Follow:
+        """Begins to follow a request. Raises when the connection has ended for good, and ValueError
+        when the request is followed already."""
+        if self._over is not None:
+            raise self._over
+        if request_id in self._follows:
+            raise ValueError(f"request {request_id} is followed by this client already")
+        follow = Follow(request_id, submission, after_seq, Patience(self._retry_for))
+        self._follows[request_id] = follow
+        self._open(follow)
+        return follow
+
+    def unfollow(self, follow: Follow) -> None:
+        """Ends to follow a request, which goes on."""
+        if self._follows.get(follow.request_id) is follow:
+            del self._follows[follow.request_id]
+            if follow.phase is not Phase.ENDED:
+                self._unsubscribe(follow)
+
+    def caught_up(self, follow: Follow) -> None:
+        """The reader of a paused request has taken everything: events are wanted again."""
+        follow.phase = Phase.OPENING
+        self._open(follow)
+
+    async def cancel(self, request_id: str, reason: str) -> None:
+        """Asks that a request end, and waits until the server has heard it."""
+        if self._over is not None:
+            raise self._over
+        if request_id not in self._cancels:
+            message = {"type": "cancel", "request_id": request_id, "reason": reason}
+            answered = asyncio.get_running_loop().create_future()
+            answered.add_done_callback(lambda _: self._cancels.pop(request_id))
+            self._cancels[request_id] = (json.dumps(message), answered)
+            self._say_cancel(request_id)
+        await asyncio.shield(self._cancels[request_id][1])
+
+    # What becomes of the connection.
+
+    def lost(self) -> None:
+        """The connection is lost: what was said may not have arrived."""
+        self._connected = False
+        self.outbox.clear()
+        for follow in self._follows.values():
+            follow.reopen()
+
+    def give_up(self, error: Exception) -> None:
+        """The server stays away: whoever waits for it is told."""
+        for follow in list(self._follows.values()):
+            follow.fail(error)
+        self._follows.clear()
+        for _, answered in list(self._cancels.values()):
+            if not answered.done():
+                answered.set_exception(error)
+
+    def end(self, error: Exception) -> None:
+        """The server does not want us, or the client was closed: nothing is possible any more."""
+        self._over = error
+        self.give_up(error)
+        for helper in self._helpers:
+            helper.cancel()
+
+    # What the server says.
+
+    def hear(self, text: str) -> None:
+        """Takes in one message. Raises ValueError when it is none."""
+        frame = frames.parse(text)
+        kind = frame.type
+        if kind == "connected":
+            self._on_connected(frame)
+        elif kind == "auth_expiring":
+            self._help(self._refresh_token())
+        elif kind == "draining":
+            self.reconnect_after = int(frame.get("reconnect_after_ms", 0)) / 1000
+        elif kind in ("acknowledgment", "subscribed", "response") or "seq" in frame.members:
+            follow = self._followed(frame)
+            if follow is not None:
+                self._tell(follow, frame)
+            elif kind == "acknowledgment":
+                self._on_cancelling(str(frame.get("request_id")), str(frame.get("uid")))
+        elif kind == "error":
+            self._on_refusal(frame)
+
+    def _on_connected(self, frame: Frame) -> None:
+        self._connected = True
+        self._max_message_bytes = frame.get("max_message_bytes")
+        for follow in list(self._follows.values()):
+            if follow.phase is Phase.OPENING:
+                self._open(follow)
+        for request_id in self._cancels:
+            self._say_cancel(request_id)
+
+    def _followed(self, frame: Frame) -> Follow | None:
+        by_name = self._follows.get(str(frame.get("request_id")))
+        return by_name or self._follows.get(str(frame.get("uid")))
+
+    def _tell(self, follow: Follow, frame: Frame) -> None:
+        kind = frame.type
+        if "seq" in frame.members:
+            if not follow.on_event(frame):
+                self._unsubscribe(follow)
+        elif kind == "acknowledgment" and not follow.is_submitting:
+            self._on_cancelling(follow.request_id)
+        elif kind == "acknowledgment":
+            follow.on_acknowledgment()
+            self._say_cancel(follow.request_id)
+        elif kind == "subscribed":
+            follow.on_subscribed(frame)
+            self._say_cancel(follow.request_id)
+        else:
+            follow.on_response(frame)
+
+    def _on_cancelling(self, *names: str) -> None:
+        for name in names:
+            answered = self._cancels[name][1] if name in self._cancels else None
+            if answered is not None and not answered.done():
+                answered.set_result(None)
+
+    def _on_refusal(self, frame: Frame) -> None:
+        refusal = frames.refusal(frame)
+        follow = self._followed(frame)
+        _, answered = self._cancels.get(str(frame.get("request_id")), (None, None))
+        # While a request is being opened, its cancellation has not been sent.
+        opening = follow is not None and follow.phase is Phase.OPENING
+        if answered is not None and not opening:
+            if not answered.done():
+                answered.set_exception(refusal)
+        elif follow is None:
+            _logger.warning("a message was refused: %s", refusal)
+        elif refusal.code in _PASSING:
+            follow.reopen()
+            self._help(self._open_later(follow, refusal))
+        else:
+            follow.fail(refusal)
+
+    async def _open_later(self, follow: Follow, refusal: ServiceError) -> None:
+        if not await follow.patience.wait():
+            follow.fail(refusal)
+        elif follow.phase is Phase.OPENING:
+            self._open(follow)
+
+    async def _refresh_token(self) -> None:
+        if self._tokens.renewable:
+            self._say(json.dumps({"type": "auth", "token": await self._tokens.get()}))
+
+    # What is said to the server: nothing before it has said hello.
+
+    def _open(self, follow: Follow) -> None:
+        text = follow.opening()
+        limit, size = self._max_message_bytes, len(text.encode())
+        if self._connected and limit is not None and size > limit:
+            follow.fail(LimitExceeded("message", size, limit, "connected.max_message_bytes"))
+        else:
+            self._say(text)
+
+    def _say_cancel(self, request_id: str) -> None:
+        follow = self._follows.get(request_id)
+        if request_id in self._cancels and (follow is None or follow.phase is not Phase.OPENING):
+            self._say(self._cancels[request_id][0])
+
+    def _unsubscribe(self, follow: Follow) -> None:
+        self._say(json.dumps({"type": "unsubscribe", "request_id": follow.request_id}))
+
+    def _say(self, text: str) -> None:
+        if self._connected:
+            self.outbox.append(text)
+        self.changed.set()
+
+    def _help(self, work: Coroutine[Any, Any, None]) -> None:
+        helper = asyncio.ensure_future(work)
+        self._helpers.add(helper)
+        helper.add_done_callback(self._helped)
+
+    def _helped(self, helper: asyncio.Task[None]) -> None:
+        self._helpers.discard(helper)
+        if not helper.cancelled() and helper.exception() is not None:
+            _logger.warning("getting a fresh token failed", exc_info=helper.exception())

@@ -1,0 +1,97 @@
+"""One stream after another, for as long as the worker lives [5]."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections.abc import Callable
+
+import grpc
+import grpc.aio
+
+from streamer._backoff import Backoff
+from streamer._channel import open_channel, open_work, parse_server
+from streamer._proto import worker_pb2
+from streamer._tokens import TokenSource
+from streamer._worker.conversation import Conversation, StreamLost
+from streamer._worker.core import Core
+from streamer.errors import WorkerRefused
+
+# Before `welcome`, these mean that repeating does not help.
+_FINAL = {
+    grpc.StatusCode.UNAUTHENTICATED,
+    grpc.StatusCode.PERMISSION_DENIED,
+    grpc.StatusCode.INVALID_ARGUMENT,
+}
+
+_logger = logging.getLogger("streamer.worker")
+
+
+class Link:
+    """Keeps the core connected."""
+
+    def __init__(
+        self, server: str, tokens: TokenSource, core: Core, hello: Callable[[], worker_pb2.Hello]
+    ) -> None:
+        self._server = server
+        self._address = parse_server(server)
+        self._tokens = tokens
+        self._core = core
+        self._hello = hello
+
+    async def run(self) -> None:
+        """Connects, again and again, until the core is closed. Raises `WorkerRefused`."""
+        backoff = Backoff()
+        while not self._core.closed.is_set():
+            if await self._one_stream():
+                backoff.reset()
+            if not self._core.closed.is_set():
+                await self._pause(backoff.next())
+
+    async def _one_stream(self) -> bool:
+        """Speaks over one stream until it ends; whether the server had let us in."""
+        try:
+            metadata = await self._tokens.metadata()
+        except Exception:
+            _logger.warning("getting a token failed", exc_info=True)
+            return False
+        # A channel of its own: nothing of a broken connection is left over.
+        async with open_channel(self._address) as channel:
+            call = open_work(channel, metadata)
+            conversation = Conversation(call, self._core, self._tokens)
+            try:
+                await conversation.run(self._hello())
+            except StreamLost as error:
+                _logger.warning("the stream to %s is given up: %s", self._server, error)
+            except grpc.aio.AioRpcError as error:
+                self._judge(error, conversation.welcomed)
+            except asyncio.InvalidStateError:
+                # Written to a stream that had ended: its status tells why.
+                await self._judge_call(call, conversation.welcomed)
+            finally:
+                call.cancel()
+                self._core.lost()
+        return conversation.welcomed
+
+    async def _judge_call(self, call: grpc.aio.Call, welcomed: bool) -> None:
+        self._judge_status(await call.code(), await call.details(), welcomed)
+
+    def _judge(self, error: grpc.aio.AioRpcError, welcomed: bool) -> None:
+        self._judge_status(error.code(), error.details(), welcomed)
+
+    def _judge_status(self, code: grpc.StatusCode, details: str | None, welcomed: bool) -> None:
+        told = f"{code.name}: {details}"
+        if code in _FINAL and not welcomed:
+            raise WorkerRefused(f"{self._server} does not take this worker: {told}")
+        if code is grpc.StatusCode.ALREADY_EXISTS:
+            raise WorkerRefused(f"another program uses this worker's id: {told}")
+        if code is grpc.StatusCode.INVALID_ARGUMENT:
+            _logger.error("the stream to %s broke a rule: %s", self._server, told)
+        elif not self._core.closed.is_set():
+            _logger.warning("the stream to %s ended: %s", self._server, told)
+
+    async def _pause(self, seconds: float) -> None:
+        try:
+            await asyncio.wait_for(self._core.closed.wait(), seconds)
+        except asyncio.TimeoutError:
+            pass

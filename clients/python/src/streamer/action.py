@@ -1,0 +1,137 @@
+"""What an action declares about itself."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+from datetime import timedelta
+from typing import Any, TypeAlias
+
+from streamer import payload
+from streamer._proto import common_pb2
+from streamer.errors import ErrorCode
+
+Seconds: TypeAlias = "float | timedelta"
+"""A length of time: a number of seconds, or a timedelta."""
+
+
+@dataclass(frozen=True)
+class Action:
+    """The declaration of an action. Times are in seconds; None is the server's default: 3 attempts,
+    backoff from 1 s to 1 min, and no limit for everything else."""
+
+    name: str
+    """`[a-z][a-z0-9_.-]{0,63}`"""
+    description: str = ""
+    sync: bool = False
+    """Answered at once and not stored, rather than queued and logged."""
+    estimated_duration: Seconds | None = None
+    """How long it usually takes. Under the server's threshold (5 s) an action is sync."""
+    max_attempts: int | None = None
+    start_to_close: Seconds | None = None
+    """Longest run of one attempt."""
+    heartbeat_timeout: Seconds | None = None
+    """Longest silence of a running handler; then the attempt fails."""
+    schedule_to_start: Seconds | None = None
+    """Longest wait for the first attempt, from when the request is due."""
+    schedule_to_close: Seconds | None = None
+    """Longest time for all attempts and the waits between them, from when the request is due."""
+    initial_backoff: Seconds | None = None
+    """Bound of the wait before the second attempt; doubled each time, with full jitter."""
+    max_backoff: Seconds | None = None
+    final_errors: tuple[ErrorCode, ...] = ()
+    """Failures of these kinds are final: no other attempt follows."""
+    permission: str = ""
+    """Permission that a caller needs; empty means none."""
+    max_concurrency: int | None = None
+    """How many run at once on one processor."""
+    payload_schema: str = ""
+    """JSON Schema (2020-12) of the payload, as JSON text; empty when any payload will do."""
+    workers: int = 0
+    """How many workers offer it now. Told by the server; ignored in a declaration."""
+
+    def to_proto(self) -> common_pb2.Action:
+        """As it is declared to the server."""
+        return common_pb2.Action(
+            name=self.name,
+            description=self.description,
+            sync=self.sync,
+            estimated_duration_ms=_millis(self.estimated_duration),
+            max_attempts=self.max_attempts or 0,
+            start_to_close_ms=_millis(self.start_to_close),
+            heartbeat_timeout_ms=_millis(self.heartbeat_timeout),
+            schedule_to_start_ms=_millis(self.schedule_to_start),
+            schedule_to_close_ms=_millis(self.schedule_to_close),
+            initial_backoff_ms=_millis(self.initial_backoff),
+            max_backoff_ms=_millis(self.max_backoff),
+            final_errors=[code_to_proto(code) for code in self.final_errors],
+            permission=self.permission,
+            max_concurrency=self.max_concurrency or 0,
+            payload_schema=self.payload_schema,
+        )
+
+    @classmethod
+    def from_proto(cls, action: common_pb2.Action) -> Action:
+        """As the server tells it."""
+        return cls(
+            name=action.name,
+            description=action.description,
+            sync=action.sync,
+            estimated_duration=_seconds(action.estimated_duration_ms),
+            max_attempts=action.max_attempts or None,
+            start_to_close=_seconds(action.start_to_close_ms),
+            heartbeat_timeout=_seconds(action.heartbeat_timeout_ms),
+            schedule_to_start=_seconds(action.schedule_to_start_ms),
+            schedule_to_close=_seconds(action.schedule_to_close_ms),
+            initial_backoff=_seconds(action.initial_backoff_ms),
+            max_backoff=_seconds(action.max_backoff_ms),
+            final_errors=tuple(code_from_proto(code) for code in action.final_errors),
+            permission=action.permission,
+            max_concurrency=action.max_concurrency or None,
+            payload_schema=action.payload_schema,
+            workers=action.workers,
+        )
+
+
+def schema_text(schema: Any) -> str:
+    """A JSON Schema as text: given as text already, or as what `json.dumps` takes."""
+    if schema is None or isinstance(schema, str):
+        return schema or ""
+    return payload.encode_json(schema).decode()
+
+
+def codes(names: Iterable[ErrorCode | str]) -> tuple[ErrorCode, ...]:
+    """Error codes by name. Raises ValueError for a name that there is not."""
+    return tuple(ErrorCode(name) for name in names)
+
+
+def code_to_proto(code: ErrorCode) -> str:
+    """An error code by its name in the schema."""
+    return f"ERROR_CODE_{code.value}"
+
+
+def code_from_proto(number: int) -> ErrorCode:
+    """The error code of a number; one of a newer server is told as INTERNAL_ERROR."""
+    try:
+        name = common_pb2.ErrorCode.Name(number)
+        return ErrorCode(name.removeprefix("ERROR_CODE_"))
+    except ValueError:
+        return ErrorCode.INTERNAL_ERROR
+
+
+def seconds(time: Seconds) -> float:
+    """A length of time in seconds."""
+    return time.total_seconds() if isinstance(time, timedelta) else time
+
+
+def _millis(time: Seconds | None) -> int:
+    if time is None:
+        return 0
+    millis = round(seconds(time) * 1000)
+    if millis <= 0:
+        raise ValueError(f"a time limit must be at least a millisecond, is {time}")
+    return millis
+
+
+def _seconds(millis: int) -> float | None:
+    return millis / 1000 if millis else None

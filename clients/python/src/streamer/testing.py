@@ -1,0 +1,167 @@
+"""Runs a handler without a server, and tells what it reported.
+
+run = await run_handler(handler, {"rows": 3})
+assert run.result == {"sum": 6}
+assert run.progress[-1].percentage == 100
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from datetime import datetime
+from typing import Any
+
+from streamer import _handlers, model, payload
+from streamer._handlers import Handler
+from streamer._limits import Limits
+from streamer._proto import common_pb2
+from streamer.context import Context
+from streamer.errors import ErrorCode, HandlerError
+from streamer.model import ProgressInfo
+
+__all__ = ["HandlerRun", "Limits", "run_handler"]
+
+
+@dataclass
+class HandlerRun:
+    """What a handler reported, in order, and how it ended."""
+
+    progress: list[ProgressInfo] = field(default_factory=list)
+    output: list[Any] = field(default_factory=list)
+    """The chunks: str, bytes, or parsed JSON."""
+    checkpoints: list[Any] = field(default_factory=list)
+    """Every checkpoint: parsed JSON, or bytes that are not JSON."""
+    heartbeats: int = 0
+    """How often it said only that it lives."""
+    result: Any = None
+    error: HandlerError | None = None
+    """Why it failed; an exception of another kind is its `__cause__`."""
+
+    @property
+    def checkpoint(self) -> Any:
+        """The last checkpoint; None when there was none."""
+        return self.checkpoints[-1] if self.checkpoints else None
+
+    @property
+    def cancelled(self) -> bool:
+        """Whether it ended because it was cancelled."""
+        return self.error is not None and self.error.code is ErrorCode.CANCELLED
+
+
+async def run_handler(
+    handler: Handler,
+    content: Any = None,
+    *,
+    checkpoint: Any = None,
+    attempt: int = 1,
+    cancel_when: Callable[[HandlerRun], bool] | None = None,
+    cancel_grace: float = 5.0,
+    action: str = "test",
+    request_id: str = "test-request",
+    tenant_id: str = "test-tenant",
+    user_id: str = "test-user",
+    deadline: datetime | None = None,
+    limits: Limits | None = None,
+) -> HandlerRun:
+    """Runs one attempt of `handler` with the payload `content` (None means `{}`), as what a server
+    would hand out: `checkpoint` is what an earlier attempt left (bytes, or anything JSON can write).
+
+    `cancel_when` is asked before the handler starts and after each of its reports; once it says True,
+    the request is cancelled: `context.cancelled` is set, and a handler that has not ended
+    `cancel_grace` seconds later is interrupted. Never raises what the handler raised: see `error`.
+    """
+    reporter = _Recorder(limits or Limits(), cancel_when, cancel_grace)
+    context = Context(
+        uid="00000000000000000000000000",
+        request_id=request_id,
+        tenant_id=tenant_id,
+        user_id=user_id,
+        action=action,
+        attempt=attempt,
+        payload_bytes=payload.encode_json({} if content is None else content),
+        content_type=payload.JSON,
+        checkpoint_bytes=_checkpoint(checkpoint),
+        deadline=deadline,
+        trace_parent="",
+        reporter=reporter,
+    )
+    return await reporter.observe(handler, context)
+
+
+class _Recorder:
+    """The `Reporter` that keeps what is reported."""
+
+    def __init__(
+        self,
+        limits: Limits,
+        cancel_when: Callable[[HandlerRun], bool] | None,
+        cancel_grace: float,
+    ) -> None:
+        self.limits = limits
+        self._cancel_when = cancel_when
+        self._cancel_grace = cancel_grace
+        self._run = HandlerRun()
+        self._context: Context | None = None
+        self._running: asyncio.Task[_handlers.Ending] | None = None
+
+    async def observe(self, handler: Handler, context: Context) -> HandlerRun:
+        """Runs the handler to its end."""
+        self._context = context
+        self._running = asyncio.ensure_future(_handlers.run(handler, context))
+        try:
+            self._look()
+            ending = await asyncio.shield(self._running)
+            self._run.error = ending.error
+            self._run.result = payload.decode_json(ending.result) if ending.result else None
+        except asyncio.CancelledError:
+            if not self._running.done():
+                # Whoever runs the test was cancelled, not the handler.
+                self._running.cancel()
+                raise
+            told = context.cancelled.is_set()
+            self._run.error = _handlers.cut_short() if told else _handlers.interrupted()
+        return self._run
+
+    async def progress(self, progress: common_pb2.Progress) -> None:
+        """Keeps it."""
+        self._run.progress.append(model.progress(progress))
+        await self._reported()
+
+    async def output(self, chunk: common_pb2.Payload) -> None:
+        """Keeps it."""
+        self._run.output.append(payload.value(chunk))
+        await self._reported()
+
+    async def checkpoint(self, data: bytes) -> None:
+        """Keeps it."""
+        try:
+            self._run.checkpoints.append(payload.decode_json(data))
+        except ValueError:
+            self._run.checkpoints.append(data)
+        await self._reported()
+
+    async def keep_alive(self) -> None:
+        """Counts it."""
+        self._run.heartbeats += 1
+        await self._reported()
+
+    async def _reported(self) -> None:
+        self._look()
+        await asyncio.sleep(0)
+
+    def _look(self) -> None:
+        context, running = self._context, self._running
+        if self._cancel_when is None or context is None or running is None:
+            return
+        if not context.cancelled.is_set() and self._cancel_when(self._run):
+            context.cancel_reason = "the test cancelled it"
+            context.cancelled.set()
+            asyncio.get_running_loop().call_later(self._cancel_grace, running.cancel)
+
+
+def _checkpoint(value: Any) -> bytes | None:
+    if value is None or isinstance(value, bytes):
+        return value
+    return payload.encode_json(value)

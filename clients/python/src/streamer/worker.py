@@ -1,0 +1,195 @@
+"""The worker kit: declare actions, run them for a server.
+
+A worker speaks docs/worker-protocol.md. Its attempts outlive its connection: when a stream breaks, the
+handlers run on, another stream is opened, and what is not durable is sent again, without duplicates.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import re
+import secrets
+import signal
+import socket
+from collections.abc import Callable, Iterable
+from functools import partial
+from importlib.metadata import PackageNotFoundError, version
+from inspect import iscoroutinefunction
+from typing import Any, TypeVar
+
+from streamer._handlers import Handler
+from streamer._proto import worker_pb2
+from streamer._tokens import Token, TokenSource
+from streamer._worker.core import Core
+from streamer._worker.link import Link
+from streamer.action import Action, Seconds, codes, schema_text
+from streamer.errors import ErrorCode
+
+DEFAULT_GRACE = 20.0
+"""How long handlers may run on when a worker is stopped, in seconds."""
+_ACKNOWLEDGE_SECONDS = 10.0
+_MAX_SLOTS = 10_000
+
+_Function = TypeVar("_Function", bound=Handler)
+
+
+class Worker:
+    """Runs actions for a server, until it is stopped. One object is one run: it cannot be restarted.
+
+    `server` is `http://host:port` or `https://host:port`. `token` is a JWT with permission
+    `worker:<action>` for every action, or an async callable that returns a fresh one: it is asked for
+    each stream, and before the stream's token expires. `slots` is how many tasks run at once, 1 to
+    10,000. `worker_id` names this run; by default the host name and 80 random bits. `version` is the
+    build of the program, for people.
+    """
+
+    def __init__(
+        self,
+        server: str,
+        token: Token,
+        *,
+        slots: int = 10,
+        worker_id: str | None = None,
+        version: str = "",
+    ) -> None:
+        if not 1 <= slots <= _MAX_SLOTS:
+            raise ValueError(f"slots: must be 1 to {_MAX_SLOTS}, is {slots}")
+        self.worker_id = worker_id or _random_id()
+        self._slots = slots
+        self._version = version
+        self._actions: dict[str, Action] = {}
+        self._handlers: dict[str, Handler] = {}
+        self._core = Core(self._handlers)
+        self._link = Link(server, TokenSource(token), self._core, self._hello)
+        self._serving = False
+
+    @property
+    def connected(self) -> asyncio.Event:
+        """Set while the server listens to this worker; to be looked at and waited for only."""
+        return self._core.connected
+
+    def action(
+        self,
+        name: str,
+        *,
+        description: str = "",
+        sync: bool = False,
+        estimated_duration: Seconds | None = None,
+        max_attempts: int | None = None,
+        start_to_close: Seconds | None = None,
+        heartbeat_timeout: Seconds | None = None,
+        schedule_to_start: Seconds | None = None,
+        schedule_to_close: Seconds | None = None,
+        initial_backoff: Seconds | None = None,
+        max_backoff: Seconds | None = None,
+        final_errors: Iterable[ErrorCode | str] = (),
+        permission: str = "",
+        max_concurrency: int | None = None,
+        payload_schema: Any = None,
+    ) -> Callable[[_Function], _Function]:
+        """Declares an action; decorates the `async def handler(context, payload)` that runs it.
+
+        `payload` is the parsed JSON, and what is returned is written as JSON (or is `RawJson`).
+        A handler fails by raising `HandlerError`, `FatalError` or `InvalidPayload`; any other
+        exception is a failure that another attempt may not have. See `Action` for what the arguments
+        mean; `payload_schema` is a JSON Schema, as text or as a dict.
+        """
+        declared = Action(
+            name=name,
+            description=description,
+            sync=sync,
+            estimated_duration=estimated_duration,
+            max_attempts=max_attempts,
+            start_to_close=start_to_close,
+            heartbeat_timeout=heartbeat_timeout,
+            schedule_to_start=schedule_to_start,
+            schedule_to_close=schedule_to_close,
+            initial_backoff=initial_backoff,
+            max_backoff=max_backoff,
+            final_errors=codes(final_errors),
+            permission=permission,
+            max_concurrency=max_concurrency,
+            payload_schema=schema_text(payload_schema),
+        )
+        return partial(self._declare, declared)
+
+    def _declare(self, action: Action, handler: _Function) -> _Function:
+        if re.fullmatch(r"[a-z][a-z0-9_.-]{0,63}", action.name) is None:
+            raise ValueError(f"name: must match [a-z][a-z0-9_.-]{{0,63}}, is {action.name!r}")
+        if action.name in self._actions:
+            raise ValueError(f"name: {action.name!r} is declared already")
+        is_async: bool = iscoroutinefunction(handler)
+        if not is_async:
+            raise TypeError(f"the handler of {action.name!r} must be an async function")
+        action.to_proto()  # raises for what cannot be declared
+        self._actions[action.name] = action
+        self._handlers[action.name] = handler
+        return handler
+
+    def run(self, grace: float = DEFAULT_GRACE) -> None:
+        """Serves until SIGTERM or SIGINT, then stops as `stop(grace)` does; a second signal ends the
+        grace. For programs that do nothing else. Raises `WorkerRefused`."""
+        asyncio.run(self._run(grace))
+
+    async def serve(self) -> None:
+        """Serves until `stop` is called, over as many streams as it takes. Raises `WorkerRefused` when
+        the server does not take this worker, and repeating would not help."""
+        if self._serving:
+            raise RuntimeError("a worker serves once")
+        if not self._actions:
+            raise RuntimeError("a worker needs at least one action")
+        self._serving = True
+        try:
+            await self._link.run()
+        finally:
+            self._core.close()
+
+    async def stop(self, grace: float = DEFAULT_GRACE) -> None:
+        """Takes no more tasks, lets handlers run on for `grace` seconds, interrupts and releases the
+        rest (another attempt follows at once, with the last checkpoint), waits until that is durable,
+        and ends the stream."""
+        self._core.stop_taking()
+        await self._core.handlers_done(grace)
+        await self._core.hand_back()
+        await self._core.all_ended(_ACKNOWLEDGE_SECONDS)
+        self._core.close()
+
+    async def _run(self, grace: float) -> None:
+        serving = asyncio.ensure_future(self.serve())
+        stops: list[asyncio.Task[None]] = []
+
+        def on_signal() -> None:
+            stops.append(asyncio.ensure_future(self.stop(0 if stops else grace)))
+
+        loop = asyncio.get_running_loop()
+        for number in (signal.SIGTERM, signal.SIGINT):
+            loop.add_signal_handler(number, on_signal)
+        try:
+            await serving
+        finally:
+            for number in (signal.SIGTERM, signal.SIGINT):
+                loop.remove_signal_handler(number)
+            await asyncio.gather(*stops)
+
+    def _hello(self) -> worker_pb2.Hello:
+        # A stream cannot begin with 0 slots; what is sent before `capacity` is handed back.
+        return worker_pb2.Hello(
+            worker_id=self.worker_id,
+            version=self._version,
+            sdk=_sdk(),
+            slots=1 if self._core.stopping else self._slots,
+            actions=[action.to_proto() for action in self._actions.values()],
+            attempts=self._core.resumable(),
+        )
+
+
+def _random_id() -> str:
+    host = re.sub(r"[^A-Za-z0-9._-]", "-", socket.gethostname())[:64]
+    return f"{host}-{secrets.token_hex(10)}"
+
+
+def _sdk() -> str:
+    try:
+        return f"streamer-client (Python) {version('streamer-client')}"
+    except PackageNotFoundError:
+        return "streamer-client (Python)"

@@ -1,0 +1,42 @@
+"""Servers and clients for the tests."""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator, Callable, Iterator
+from pathlib import Path
+
+import pytest
+from harness import Server
+
+from streamer import Client, Worker
+
+
+@pytest.fixture(scope="session")
+def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
+    """The server that most tests share."""
+    server = Server(tmp_path_factory.mktemp("server"), execution__cancel_grace_ms=300)
+    server.start()
+    yield server
+    server.stop()
+
+
+@pytest.fixture
+def own_server(tmp_path: Path) -> Iterator[Server]:
+    """A server for a test that ends it."""
+    server = Server(tmp_path / "data")
+    server.start()
+    yield server
+    server.stop()
+
+
+@pytest.fixture
+async def client(server: Server) -> AsyncIterator[Client]:
+    """A client of the shared server."""
+    async with Client(server.url, server.token()) as client:
+        yield client
+
+
+@pytest.fixture
+def new_worker(server: Server) -> Callable[[], Worker]:
+    """Makes workers for the shared server."""
+    return lambda: Worker(server.url, server.token("worker:*"))

@@ -1,0 +1,135 @@
+"""The gRPC client against a real server."""
+
+from __future__ import annotations
+
+import asyncio
+from typing import Any
+
+import pytest
+from harness import Proxy, Server, serving, soon
+
+from streamer import (
+    Client,
+    Context,
+    ErrorCode,
+    RequestCancelled,
+    RequestState,
+    ServiceError,
+    Worker,
+    events,
+)
+
+
+async def test_the_same_id_is_the_same_request(client: Client) -> None:
+    payload = {"steps": 1, "result": {"n": 2**63 - 1}}
+    first = await client.submit("echo_async", payload, id="same")
+    ended = await soon(client.wait("same"))
+    second = await client.submit("echo_async", payload, id="same")
+    assert (first.duplicate, second.duplicate, second.uid) == (False, True, first.uid)
+    assert first.request_id == "same"
+    assert await client.run("echo_async", payload, id="same") == ended.result
+    with pytest.raises(ServiceError) as raised:
+        await client.submit("echo_async", {"steps": 2}, id="same")
+    assert raised.value.code is ErrorCode.CONFLICT
+
+
+async def test_a_submission_may_wait_for_the_end(client: Client) -> None:
+    submitted = await client.submit("echo_async", {"steps": 1, "result": 7}, wait=30)
+    assert submitted.completed is not None
+    assert submitted.completed.unwrap() == 7
+    assert submitted.completed.seq == submitted.last_seq
+    assert submitted.state is RequestState.SUCCEEDED
+
+
+async def test_a_watch_goes_on_where_it_was_cut(server: Server) -> None:
+    async with Proxy(server.port) as proxy, Client(proxy.url, server.token()) as client:
+        task = {"steps": 30, "delay_ms": 5, "output_chunks": 30}
+        submitted = await client.submit("echo_async", task)
+        seqs = []
+        async for event in client.watch(submitted.uid):
+            seqs.append(event.seq)
+            if len(seqs) in (3, 20, 40):
+                proxy.cut()
+        assert proxy.connections >= 2
+    assert seqs == list(range(1, len(seqs) + 1))
+    assert isinstance(event, events.Succeeded)
+    assert event.output.chunks == 30
+
+
+async def test_waiting_outlasts_a_cut(server: Server) -> None:
+    worker = Worker(server.url, server.token("worker:*"))
+    go_on = asyncio.Event()
+
+    @worker.action("waited-for")
+    async def waited_for(context: Context, payload: Any) -> str:
+        await go_on.wait()
+        return "done"
+
+    async with (
+        Proxy(server.port) as proxy,
+        serving(worker, server),
+        Client(proxy.url, server.token()) as client,
+    ):
+        submitted = await client.submit("waited-for")
+        waiting = asyncio.ensure_future(client.wait(submitted.uid))
+        # The submission's connection serves the watch as well.
+        async for _ in client.watch(submitted.uid):
+            break
+        proxy.cut()
+        go_on.set()
+        ended = await soon(waiting)
+    assert (ended.result, ended.request_id) == ("done", submitted.uid)
+
+
+async def test_a_watch_begins_after_a_seq(client: Client) -> None:
+    submitted = await client.submit("echo_async", {"steps": 3}, wait=30)
+    seqs = [event.seq async for event in client.watch(submitted.uid, after_seq=3)]
+    assert seqs == list(range(4, submitted.last_seq + 1))
+    assert [event async for event in client.watch(submitted.uid, submitted.last_seq)] == []
+    with pytest.raises(ServiceError) as raised:
+        async for _ in client.watch("no-such-request"):
+            pass
+    assert raised.value.code is ErrorCode.NOT_FOUND
+
+
+async def test_retries_are_told(client: Client) -> None:
+    retries: list[events.Retrying] = []
+    task = {"steps": 2, "output_chunks": 2, "fail_attempts": 1}
+    await client.run("echo_async", task, on_retry=retries.append)
+    assert [retry.attempt for retry in retries] == [1]
+
+
+async def test_requests_are_told_listed_cancelled_and_redriven(client: Client) -> None:
+    metadata = {"why": "a test", "n": 2**63 - 1}
+    submitted = await client.submit("echo_async", {"steps": 1}, delay=3600, metadata=metadata)
+    request = await client.get(submitted.uid)
+    assert (request.payload, request.metadata) == ({"steps": 1}, metadata)
+    assert (request.state, request.action) == (RequestState.QUEUED, "echo_async")
+    page = await client.list(states=["QUEUED"], action="echo_async", page_size=500)
+    assert submitted.uid in [one.uid for one in page.requests]
+    cancelled = await client.cancel(submitted.uid, "not wanted")
+    assert cancelled.state is RequestState.CANCELLED
+    with pytest.raises(RequestCancelled, match="not wanted"):
+        (await client.wait(submitted.uid)).unwrap()
+    redriven = await client.redrive(submitted.uid, id="redriven")
+    assert (redriven.redrive_of, redriven.request_id) == (submitted.uid, "redriven")
+    assert (await soon(client.wait("redriven"))).state is RequestState.SUCCEEDED
+
+
+async def test_actions_are_told(client: Client) -> None:
+    actions = {action.name: action for action in await client.actions()}
+    assert actions["echo"].sync
+    assert not actions["echo_async"].sync
+
+
+async def test_every_broken_rule_is_told(client: Client) -> None:
+    with pytest.raises(ServiceError) as raised:
+        await client.submit("echo_async", priority=77, id="not an id")
+    assert {violation.field for violation in raised.value.violations} == {"id", "priority"}
+
+
+async def test_a_server_that_is_away_is_told() -> None:
+    async with Proxy(1) as nobody, Client(nobody.url, "token", retry_for=0.2) as client:
+        with pytest.raises(ServiceError) as raised:
+            await soon(client.actions())
+    assert raised.value.code is ErrorCode.UNAVAILABLE

@@ -1,0 +1,188 @@
+"""The parts that need no server."""
+
+from __future__ import annotations
+
+import hashlib
+from datetime import datetime, timezone
+
+import pytest
+
+from streamer import BrokenLog, ErrorCode, Failure, OutputCollector, RawJson, Worker, events
+from streamer._backoff import Backoff
+from streamer._limits import Limits
+from streamer._proto import common_pb2, worker_pb2
+from streamer._websocket import rawjson
+from streamer._worker.reports import ReportLog
+from streamer.model import OutputSummary
+from streamer.output import LogVerifier
+
+NOW = datetime(2026, 1, 1, tzinfo=timezone.utc)
+
+
+def progress(message: str) -> common_pb2.Progress:
+    return common_pb2.Progress(message=message)
+
+
+def drain(log: ReportLog) -> list[tuple[str | None, int]]:
+    """What is sent next, as kind and number."""
+    sent: list[tuple[str | None, int]] = []
+    while (report := log.next_unsent()) is not None:
+        sent.append((report.WhichOneof("kind"), report.number))
+    return sent
+
+
+def test_reports_are_numbered_and_sent_in_order() -> None:
+    log = ReportLog("U", 1)
+    log.add_checkpoint(b"0")
+    log.add_progress(progress("a"))
+    log.add_output(common_pb2.Payload(data=b"b"))
+    log.add_checkpoint(b"2")
+    log.add_keep_alive()
+    log.add_progress(progress("c"))
+    log.finish(result=b"{}")
+    # The first checkpoint had not been sent when the second took its place.
+    assert drain(log) == [
+        ("progress", 1),
+        ("output", 2),
+        ("checkpoint", 2),
+        ("progress", 3),
+        ("result", 3),
+    ]
+
+
+def test_what_is_not_durable_is_sent_again() -> None:
+    log = ReportLog("U", 1)
+    for message in "abcd":
+        log.add_progress(progress(message))
+    log.add_checkpoint(b"4")
+    log.finish(error=common_pb2.Error(message="no"))
+    drain(log)
+    log.acknowledge(1)
+    log.resume(2)
+    assert drain(log) == [("progress", 3), ("progress", 4), ("checkpoint", 4), ("error", 4)]
+    # A checkpoint that stands at exactly that number is sent again too.
+    log.resume(4)
+    assert drain(log) == [("checkpoint", 4), ("error", 4)]
+
+
+def test_a_checkpoint_before_what_is_durable_is_forgotten() -> None:
+    log = ReportLog("U", 1)
+    log.add_progress(progress("a"))
+    log.add_checkpoint(b"1")
+    log.add_progress(progress("b"))
+    drain(log)
+    log.resume(2)
+    assert drain(log) == []
+
+
+def test_unacknowledged_reports_are_bounded_in_number_and_bytes() -> None:
+    limits = Limits(max_unacknowledged=2, max_unacknowledged_bytes=10)
+    log = ReportLog("U", 1)
+    log.add_output(common_pb2.Payload(data=b"123456789"))
+    assert log.has_room(limits)
+    log.add_output(common_pb2.Payload(data=b"1"))
+    assert not log.has_room(limits)
+    log.acknowledge(1)
+    assert log.has_room(limits)
+    log.add_progress(progress("more than ten bytes"))
+    log.acknowledge(2)
+    assert not log.has_room(limits)
+
+
+def test_bounds_of_a_server_that_does_not_tell_them_are_the_usual_ones() -> None:
+    assert Limits.of(worker_pb2.Welcome(max_unacknowledged=5)) == Limits(max_unacknowledged=5)
+    assert Limits().max_unacknowledged_bytes == 8 * 1024 * 1024
+
+
+def output(seq: int, attempt: int, data: bytes) -> events.Output:
+    return events.Output(seq, attempt, NOW, data, "text/plain", 0)
+
+
+def retrying(seq: int, attempt: int, rewind: int) -> events.Retrying:
+    failure = Failure(ErrorCode.PROCESSING_FAILED, "no", True)
+    return events.Retrying(seq, attempt, NOW, NOW, rewind, failure)
+
+
+def succeeded(seq: int, chunks: int, data: bytes) -> events.Succeeded:
+    summary = OutputSummary(chunks, hashlib.sha256(data).digest())
+    return events.Succeeded(seq, 2, NOW, None, summary)
+
+
+def log_with_a_retry(last: events.Event) -> list[events.Event]:
+    return [
+        events.Started(1, 1, NOW, "w"),
+        output(2, 1, b"a"),
+        output(3, 1, b"b"),
+        retrying(4, 1, 1),
+        output(5, 2, b"c"),
+        last,
+    ]
+
+
+def test_the_output_is_proven_after_every_rewind() -> None:
+    verifier, collector = LogVerifier(), OutputCollector()
+    for event in log_with_a_retry(succeeded(6, 1, b"c")):
+        verifier.apply(event)
+        collector.apply(event)
+    assert collector.data == b"c"
+
+
+@pytest.mark.parametrize(
+    "last", [succeeded(6, 1, b"x"), succeeded(6, 2, b"c"), succeeded(7, 1, b"c")]
+)
+def test_a_log_that_is_not_whole_is_told(last: events.Event) -> None:
+    verifier = LogVerifier()
+    with pytest.raises(BrokenLog):
+        for event in log_with_a_retry(last):
+            verifier.apply(event)
+
+
+def test_members_keep_their_text() -> None:
+    text = ' { "a" : 1.50 , "b":{ "c": [1, 2] },"d":"\\u00e9}", "e":null } '
+    found = rawjson.members(text)
+    texts = {name: member.text for name, member in found.items()}
+    assert texts == {"a": "1.50", "b": '{ "c": [1, 2] }', "d": '"\\u00e9}"', "e": "null"}
+    assert (found["d"].value, found["e"].value) == ("é}", None)
+    assert rawjson.members("{ }") == {}
+    for broken in ("", "[]", "{", '{"a"}', '{"a":1', '{"a":1,}', "{1:2}"):
+        with pytest.raises(ValueError):
+            rawjson.members(broken)
+
+
+def test_raw_json_must_be_json() -> None:
+    assert RawJson(b" [1] ").data == b" [1] "
+    for broken in (b"", b"{", b"NaN"):
+        with pytest.raises(ValueError):
+            RawJson(broken)
+
+
+def test_waits_are_drawn_up_to_a_bound_that_doubles() -> None:
+    backoff = Backoff(0.1, 10.0)
+    for bound in (0.1, 0.2, 0.4, 0.8, 1.6, 3.2, 6.4, 10.0, 10.0):
+        assert 0 <= backoff.next() <= bound
+    backoff.reset()
+    assert backoff.next() <= 0.1
+
+
+def test_what_cannot_be_declared_is_told() -> None:
+    worker = Worker("http://127.0.0.1:1", "token")
+
+    async def handler(context: object, payload: object) -> None:
+        pass
+
+    def plain(context: object, payload: object) -> None:
+        pass
+
+    worker.action("once")(handler)
+    for name in ("once", "Upper", ""):
+        with pytest.raises(ValueError):
+            worker.action(name)(handler)
+    with pytest.raises(ValueError):
+        worker.action("timed", start_to_close=0)(handler)
+    with pytest.raises(ValueError):
+        worker.action("final", final_errors=["NO_SUCH_CODE"])
+    with pytest.raises(TypeError):
+        worker.action("plain")(plain)  # type: ignore[type-var]
+    for server, slots in (("http://127.0.0.1:1", 0), ("ftp://127.0.0.1:1", 1), ("", 1)):
+        with pytest.raises(ValueError):
+            Worker(server, "token", slots=slots)

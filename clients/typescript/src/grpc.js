@@ -1,0 +1,178 @@
+/**
+ * What the gRPC client and the worker share: channels, the token of a call, and errors as the
+ * server means them.
+ */
+
+import { Metadata, credentials, status } from '@grpc/grpc-js';
+
+import { StreamerError } from './errors.js';
+import { decode } from './schema.js';
+
+/** @typedef {string | (() => string | Promise<string>)} TokenSource */
+
+/**
+ * @typedef {object} Endpoint
+ * @property {string} server `http://host:port`, or `https://host:port` for TLS.
+ * @property {import('@grpc/grpc-js').ChannelCredentials} [credentials] In place of the system's
+ *   certificate authorities.
+ */
+
+/** The words for gRPC statuses that come without a reason. */
+const CODES = /** @type {Record<number, string>} */ ({
+  [status.CANCELLED]: 'CANCELLED',
+  [status.INVALID_ARGUMENT]: 'VALIDATION_ERROR',
+  [status.OUT_OF_RANGE]: 'VALIDATION_ERROR',
+  [status.DEADLINE_EXCEEDED]: 'TIMEOUT',
+  [status.NOT_FOUND]: 'NOT_FOUND',
+  [status.ALREADY_EXISTS]: 'CONFLICT',
+  [status.FAILED_PRECONDITION]: 'CONFLICT',
+  [status.PERMISSION_DENIED]: 'FORBIDDEN',
+  [status.UNAUTHENTICATED]: 'UNAUTHORIZED',
+  [status.RESOURCE_EXHAUSTED]: 'RATE_LIMITED',
+  [status.UNAVAILABLE]: 'UNAVAILABLE',
+});
+
+/** Repeating a call that ended so does not help. */
+const FINAL = new Set([
+  status.INVALID_ARGUMENT,
+  status.OUT_OF_RANGE,
+  status.NOT_FOUND,
+  status.ALREADY_EXISTS,
+  status.FAILED_PRECONDITION,
+  status.PERMISSION_DENIED,
+  status.UNAUTHENTICATED,
+  status.UNIMPLEMENTED,
+  status.DATA_LOSS,
+]);
+
+/** A gRPC call failed. */
+export class CallError extends StreamerError {
+  /**
+   * @param {string} message
+   * @param {import('./errors.js').ErrorInit & {status?: number}} init
+   */
+  constructor(message, init) {
+    super(message, init);
+    /** The gRPC status code. */
+    this.status = init.status ?? status.UNKNOWN;
+  }
+
+  /** Whether the call may succeed when it is simply made again. */
+  get transient() {
+    return !FINAL.has(this.status);
+  }
+}
+
+/**
+ * @param {string} server
+ * @returns {{address: string, secure: boolean}}
+ * @throws {TypeError} When it is no `http://` or `https://` URL.
+ */
+export function parseServer(server) {
+  const url = URL.canParse(server) ? new URL(server) : null;
+  if (url?.protocol !== 'http:' && url?.protocol !== 'https:') {
+    throw new TypeError(`server must be http://host:port or https://host:port, is ${server}`);
+  }
+  const secure = url.protocol === 'https:';
+  return { address: `${url.hostname}:${url.port || (secure ? '443' : '80')}`, secure };
+}
+
+/**
+ * Opens a channel.
+ * @template T
+ * @param {new (address: string, credentials: any, options: object) => T} Service
+ * @param {Endpoint} endpoint
+ * @param {object} [options] More options of the channel.
+ * @returns {T}
+ */
+export function connect(Service, endpoint, options = {}) {
+  const { address, secure } = parseServer(endpoint.server);
+  const usual = secure ? credentials.createSsl() : credentials.createInsecure();
+  return new Service(address, endpoint.credentials ?? usual, {
+    'grpc.max_receive_message_length': -1,
+    'grpc.max_send_message_length': -1,
+    'grpc.initial_reconnect_backoff_ms': 100,
+    'grpc.max_reconnect_backoff_ms': 5000,
+    'grpc.keepalive_time_ms': 30_000,
+    'grpc.keepalive_timeout_ms': 10_000,
+    ...options,
+  });
+}
+
+/**
+ * @param {TokenSource} source
+ * @returns {Promise<string>} The token to use now.
+ */
+export async function freshToken(source) {
+  const token = typeof source === 'function' ? await source() : source;
+  if (typeof token !== 'string' || token === '') {
+    throw new StreamerError('token must be a string, or a function that returns one', {
+      code: 'UNAUTHORIZED',
+    });
+  }
+  return token.trim();
+}
+
+/**
+ * @param {TokenSource} source
+ * @returns {Promise<Metadata>} What a call carries.
+ */
+export async function authorization(source) {
+  const metadata = new Metadata();
+  metadata.set('authorization', `Bearer ${await freshToken(source)}`);
+  return metadata;
+}
+
+/**
+ * The error of a call as the server means it: code and details from `google.rpc.ErrorInfo`.
+ * @param {any} error What grpc-js throws.
+ * @returns {CallError}
+ */
+export function callError(error) {
+  if (error instanceof CallError) return error;
+  const details = readDetails(error);
+  const info = details['google.rpc.ErrorInfo'];
+  const delay = details['google.rpc.RetryInfo']?.retryDelay;
+  const violations = details['google.rpc.BadRequest']?.fieldViolations;
+  const number = typeof error?.code === 'number' ? error.code : status.UNKNOWN;
+  const more = info?.metadata?.details ? parse(info.metadata.details) : null;
+  return new CallError(error?.details || error?.message || String(error), {
+    code: info?.reason || CODES[number] || 'INTERNAL_ERROR',
+    retryable: info?.metadata?.retryable ? info.metadata.retryable === 'true' : !FINAL.has(number),
+    details: more ?? (violations?.length ? { violations } : null),
+    retryAfterMs: delay ? Number(delay.seconds) * 1000 + delay.nanos / 1e6 : undefined,
+    status: number,
+    cause: error,
+  });
+}
+
+/** @param {string} text */
+function parse(text) {
+  try {
+    return JSON.parse(text);
+  } catch {
+    return null;
+  }
+}
+
+/**
+ * @param {any} error
+ * @returns {Record<string, any>} The details that we know, by their type.
+ */
+function readDetails(error) {
+  const found = /** @type {Record<string, any>} */ ({});
+  const [bytes] = error?.metadata?.get?.('grpc-status-details-bin') ?? [];
+  if (!(bytes instanceof Uint8Array)) return found;
+  try {
+    for (const any of decode('google.rpc.Status', bytes).details) {
+      // The loader's own `Any` keeps the name of the field as it is in the schema.
+      const type = any.type_url.split('/').pop();
+      if (/^google\.rpc\.(ErrorInfo|RetryInfo|BadRequest)$/.test(type)) {
+        found[type] = decode(type, any.value);
+      }
+    }
+  } catch {
+    // The status says enough.
+  }
+  return found;
+}

@@ -1,0 +1,131 @@
+/** Runs a handler without a server, to test it: what it reports is written down. */
+
+import { toJson, toPayload, Payload } from './payload.js';
+import { Context } from './worker-context.js';
+import { Cancelled, handlerError } from './worker-errors.js';
+
+/**
+ * @typedef {object} RunOptions
+ * @property {unknown} [checkpoint] What an earlier attempt saved: bytes as they are, anything else
+ *   as JSON.
+ * @property {number} [attempt] From 1; default 1.
+ * @property {AbortSignal} [signal] Aborting it cancels the run.
+ * @property {string} [action]
+ * @property {string} [uid]
+ * @property {string} [requestId]
+ * @property {string} [tenantId]
+ * @property {string} [userId]
+ * @property {Date} [deadline]
+ * @property {string} [traceParent]
+ * @property {number} [maxOutputChunkBytes] Largest chunk of output; default 1 MiB.
+ */
+
+/** What a handler reported, in the order in which it did. */
+export class Recording {
+  /** @type {any} What it returned; `undefined` when it threw. */
+  result = undefined;
+  /** @type {string} The result as JSON text; empty when it threw. */
+  resultText = '';
+  /** @type {import('./worker-errors.js').HandlerError | null} How a worker would report it. */
+  error = null;
+  /** @type {{percentage: number | null, message: string, metadata: any}[]} */
+  progress = [];
+  /** @type {Payload[]} The output, chunk by chunk. */
+  output = [];
+  /** @type {any[]} What was saved: JSON parsed, else bytes. */
+  checkpoints = [];
+  /** How often the handler said that it lives. */
+  heartbeats = 0;
+
+  /** @returns {any} The checkpoint that another attempt would get; `null` when there is none. */
+  get checkpoint() {
+    return this.checkpoints.at(-1) ?? null;
+  }
+
+  /** @returns {string} The output as one text. */
+  get outputText() {
+    return this.output.map((chunk) => chunk.text).join('');
+  }
+}
+
+/**
+ * Runs a handler once.
+ * @param {import('./worker-actions.js').Handler} handler
+ * @param {unknown} [payload] A JSON value; a `RawJson`; or bytes. Default `{}`.
+ * @param {RunOptions} [options]
+ * @returns {Promise<Recording>} Also when the handler throws: see its `error`.
+ */
+export async function runHandler(handler, payload = {}, options = {}) {
+  const recording = new Recording();
+  const { checkpoint, signal } = options;
+  const cancellation = new AbortController();
+  const cancel = () => cancellation.abort(new Cancelled('the test cancelled it'));
+  if (signal?.aborted) cancel();
+  signal?.addEventListener('abort', cancel, { once: true });
+  const context = new Context(
+    {
+      uid: options.uid ?? '00000000000000000000000000',
+      requestId: options.requestId ?? 'test',
+      tenantId: options.tenantId ?? 'test',
+      userId: options.userId ?? 'test',
+      action: options.action ?? 'test',
+      attempt: options.attempt ?? 1,
+      checkpoint: checkpoint === undefined ? null : bytesOf(checkpoint),
+      deadline: options.deadline ?? null,
+      traceParent: options.traceParent ?? '',
+      payload: toPayload(payload, 'payload'),
+    },
+    sink(recording, cancellation.signal, options.maxOutputChunkBytes ?? 1024 * 1024),
+  );
+  try {
+    recording.resultText = toJson(await handler(context, context.payload), 'result');
+    recording.result = JSON.parse(recording.resultText);
+  } catch (thrown) {
+    recording.error = handlerError(thrown, cancellation.signal.aborted);
+  } finally {
+    signal?.removeEventListener('abort', cancel);
+  }
+  return recording;
+}
+
+/**
+ * @param {Recording} recording
+ * @param {AbortSignal} signal
+ * @param {number} maxOutputChunkBytes
+ * @returns {import('./worker-context.js').Sink}
+ */
+function sink(recording, signal, maxOutputChunkBytes) {
+  return {
+    signal,
+    limits: { maxOutputChunkBytes },
+    async report(kind, body) {
+      if (kind === 'output') {
+        recording.output.push(new Payload(body.contentType, body.data));
+      } else {
+        const { percentage = null, message, metadata } = body;
+        const value = metadata && JSON.parse(metadata.data.toString());
+        recording.progress.push({ percentage, message, metadata: value });
+      }
+    },
+    async checkpoint(bytes) {
+      recording.checkpoints.push(valueOf(bytes));
+    },
+    async keepAlive() {
+      recording.heartbeats += 1;
+    },
+  };
+}
+
+/** @param {unknown} value */
+function bytesOf(value) {
+  return value instanceof Uint8Array ? value : Buffer.from(toJson(value, 'checkpoint'));
+}
+
+/** @param {Uint8Array} bytes */
+function valueOf(bytes) {
+  try {
+    return new Payload('', bytes).value;
+  } catch {
+    return bytes;
+  }
+}

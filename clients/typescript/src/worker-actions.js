@@ -1,0 +1,77 @@
+/** How a worker declares what it can run. The server checks the rest of the rules. */
+
+/**
+ * Runs one attempt of an action.
+ * @callback Handler
+ * @param {import('./worker-context.js').Context} context
+ * @param {any} payload JSON parsed; `context.payloadText` and `context.payloadBytes` are exact.
+ * @returns {unknown} The result, or a promise of it: anything that can be written as JSON.
+ */
+
+/**
+ * What an action declares about itself. Times are milliseconds.
+ * @typedef {object} ActionOptions
+ * @property {string} [description] What it does, for people.
+ * @property {boolean} [sync] Answered at once, without log, retry and resume. Default `false`.
+ * @property {number} [estimatedDurationMs] How long it usually takes; default 60,000, or 10 when
+ *   `sync`. Below the server's threshold (5,000 by default) an action is sync.
+ * @property {number} [maxAttempts] Default 3.
+ * @property {number} [startToCloseMs] Longest run of one attempt; default no limit.
+ * @property {number} [heartbeatTimeoutMs] Longest silence of a running handler; default no limit.
+ * @property {number} [scheduleToStartMs] Longest wait for the first attempt; default no limit.
+ * @property {number} [scheduleToCloseMs] Longest time for all attempts together; default no limit.
+ * @property {number} [initialBackoffMs] Bound of the first wait between attempts, doubled each
+ *   time; the server's default when left out.
+ * @property {number} [maxBackoffMs] Largest bound of such a wait.
+ * @property {string[]} [finalErrors] Error codes after which no other attempt follows.
+ * @property {string} [permission] What the caller must be permitted; default nothing.
+ * @property {number} [maxConcurrency] How many run at once on one processor; default no limit.
+ * @property {object | string} [payloadSchema] JSON Schema (2020-12) that payloads must match.
+ */
+
+const NUMBERS = /** @type {const} */ ([
+  'estimatedDurationMs',
+  'maxAttempts',
+  'startToCloseMs',
+  'heartbeatTimeoutMs',
+  'scheduleToStartMs',
+  'scheduleToCloseMs',
+  'initialBackoffMs',
+  'maxBackoffMs',
+  'maxConcurrency',
+]);
+
+/** From this server's default threshold on, an action is async. */
+const SYNC_THRESHOLD_MS = 5000;
+
+/**
+ * @param {string} name
+ * @param {ActionOptions} options
+ * @returns {object} The declaration as the protocol has it.
+ * @throws {TypeError} When the name or a number breaks a rule.
+ */
+export function declaration(name, options) {
+  if (!/^[a-z][a-z0-9_.-]{0,63}$/.test(name)) {
+    throw new TypeError(`action must match [a-z][a-z0-9_.-]{0,63}, is ${JSON.stringify(name)}`);
+  }
+  const declared = /** @type {Record<string, unknown>} */ ({ name });
+  for (const field of NUMBERS) {
+    const value = options[field];
+    if (value === undefined) continue;
+    if (!Number.isSafeInteger(value) || value < 0) {
+      throw new TypeError(`${name}: ${field} must be a whole number from 0, is ${value}`);
+    }
+    declared[field] = value;
+  }
+  const { sync = false, estimatedDurationMs, payloadSchema = '', finalErrors = [] } = options;
+  if (sync && estimatedDurationMs !== undefined && estimatedDurationMs >= SYNC_THRESHOLD_MS) {
+    throw new TypeError(`${name}: a sync action must take less than ${SYNC_THRESHOLD_MS} ms`);
+  }
+  declared.sync = sync;
+  declared.description = options.description ?? '';
+  declared.permission = options.permission ?? '';
+  declared.finalErrors = finalErrors.map((code) => `ERROR_CODE_${code}`);
+  declared.payloadSchema =
+    typeof payloadSchema === 'string' ? payloadSchema : JSON.stringify(payloadSchema);
+  return declared;
+}

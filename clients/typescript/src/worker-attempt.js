@@ -1,0 +1,194 @@
+/** One attempt in a worker: its handler, and what it has reported. */
+
+import { checkSize } from './errors.js';
+import { JSON_TYPE, toJson } from './payload.js';
+import { Context } from './worker-context.js';
+import { Cancelled, errorReport, handlerError } from './worker-errors.js';
+import { ReportQueue } from './worker-reports.js';
+
+/**
+ * What the server said in `welcome`; sizes are bytes, times milliseconds.
+ * @typedef {object} Limits
+ * @property {number} heartbeatMs
+ * @property {number} leaseMs
+ * @property {number} maxPayloadBytes
+ * @property {number} maxOutputChunkBytes
+ * @property {number} maxUnacknowledged
+ * @property {number} maxUnacknowledgedBytes
+ */
+
+/**
+ * @typedef {object} Waiting Something that a handler wants to report, in its turn.
+ * @property {'counted' | 'other' | 'last'} kind What is counted needs room.
+ * @property {() => void} add
+ * @property {() => void} resolve
+ * @property {(reason: unknown) => void} reject
+ */
+
+/** From the task to the acknowledgment of its end; where its context's reports go. */
+export class Attempt {
+  #controller = new AbortController();
+  /** @type {Waiting[]} */
+  #waiting = [];
+  #reports = new ReportQueue();
+  /** Nothing more is sent, and the handler should be gone. */
+  #stopped = false;
+  #cancelled = false;
+  #changed;
+
+  /**
+   * @param {import('./worker-context.js').AttemptInfo & {sync: boolean}} info
+   * @param {Limits} limits Those of the stream in use.
+   * @param {(attempt: Attempt) => void} changed Told when there may be something to send.
+   */
+  constructor(info, limits, changed) {
+    this.info = info;
+    this.limits = limits;
+    this.#changed = changed;
+  }
+
+  get signal() {
+    return this.#controller.signal;
+  }
+
+  /** What names it in the protocol. */
+  get name() {
+    return { uid: this.info.uid, attempt: this.info.attempt };
+  }
+
+  /**
+   * Runs the handler to its end and reports it.
+   * @param {import('./worker-actions.js').Handler} handler
+   */
+  async run(handler) {
+    const context = new Context(this.info, this);
+    try {
+      const result = await handler(context, context.payload);
+      const data = Buffer.from(toJson(result, 'result'));
+      checkSize('result', data.length, this.limits.maxPayloadBytes);
+      this.#end('result', { contentType: JSON_TYPE, data });
+    } catch (thrown) {
+      this.fail(handlerError(thrown, this.#cancelled));
+    }
+  }
+
+  /** @param {import('./worker-errors.js').HandlerError} error Why it failed. */
+  fail(error) {
+    this.#end('error', errorReport(error));
+  }
+
+  /**
+   * Hands it back unfinished, unless its end is on the way already.
+   * @param {string} reason
+   */
+  release(reason) {
+    if (this.#reports.ended || this.#stopped) return;
+    this.#reject(new Cancelled(reason));
+    this.#reports.addLast('release', { reason });
+    this.#changed(this);
+    this.#controller.abort(new Cancelled(reason));
+  }
+
+  /**
+   * Cancellation was asked for: the handler is told.
+   * @param {string} reason
+   */
+  cancel(reason) {
+    this.#cancelled = true;
+    this.#controller.abort(new Cancelled(reason));
+  }
+
+  /**
+   * It is not this worker's any more: the handler is told, and nothing more is sent.
+   * @param {string} reason
+   */
+  stop(reason) {
+    this.#stopped = true;
+    this.#controller.abort(new Cancelled(reason));
+    this.#reject(this.signal.reason);
+  }
+
+  /** @returns {import('./worker-reports.js').Report | null} What to send now. */
+  next() {
+    return this.#stopped ? null : this.#reports.next(this.limits);
+  }
+
+  /** @param {number} number Reports up to this one are durable. */
+  acknowledge(number) {
+    this.#reports.acknowledge(number);
+    this.#admit();
+  }
+
+  /**
+   * Goes on over a new stream.
+   * @param {number} number Reports up to this one are durable.
+   * @param {Limits} limits
+   */
+  resume(number, limits) {
+    this.limits = limits;
+    this.#reports.restart(number);
+    this.#admit();
+    this.#changed(this);
+  }
+
+  /**
+   * @param {'progress' | 'output'} kind
+   * @param {any} body
+   * @param {number} bytes
+   */
+  report(kind, body, bytes) {
+    return this.#enqueue('counted', () => this.#reports.addCounted(kind, body, bytes));
+  }
+
+  /** @param {Uint8Array} bytes */
+  checkpoint(bytes) {
+    return this.#enqueue('other', () => this.#reports.addCheckpoint(bytes));
+  }
+
+  keepAlive() {
+    return this.#enqueue('other', () => this.#reports.addKeepAlive());
+  }
+
+  /**
+   * @param {'result' | 'error'} kind
+   * @param {any} body
+   */
+  #end(kind, body) {
+    // What the handler did not wait for still goes first. After release or stop nothing is said.
+    this.#enqueue('last', () => this.#reports.addLast(kind, body)).catch(() => {});
+  }
+
+  /**
+   * @param {Waiting['kind']} kind
+   * @param {() => void} add
+   * @returns {Promise<void>} Resolves once it was added.
+   */
+  #enqueue(kind, add) {
+    return new Promise((resolve, reject) => {
+      if (this.#stopped) return reject(this.signal.reason);
+      this.#waiting.push({ kind, add, resolve, reject });
+      this.#admit();
+    });
+  }
+
+  /** Takes in what waits, in order, as far as there is room. */
+  #admit() {
+    let first = this.#waiting[0];
+    for (; first && !this.#reports.ended; first = this.#waiting[0]) {
+      if (first.kind === 'counted' && !this.#reports.hasRoom(this.limits)) break;
+      this.#waiting.shift();
+      // A sync action is answered by its end alone.
+      if (!this.info.sync || first.kind === 'last') first.add();
+      first.resolve();
+    }
+    if (this.#reports.ended) this.#reject(new Cancelled('the attempt has ended'));
+    this.#changed(this);
+  }
+
+  /** @param {unknown} reason */
+  #reject(reason) {
+    const waiting = this.#waiting;
+    this.#waiting = [];
+    for (const { reject } of waiting) reject(reason);
+  }
+}

@@ -1,0 +1,298 @@
+/**
+ * A worker: runs actions for a Streamer server, by docs/worker-protocol.md. It stays connected
+ * whatever happens to its connection, and its attempts go on meanwhile.
+ */
+
+import { randomBytes } from 'node:crypto';
+import { hostname } from 'node:os';
+
+import { Backoff, sleep } from './backoff.js';
+import { parseServer } from './grpc.js';
+import { declaration } from './worker-actions.js';
+import { Attempt } from './worker-attempt.js';
+import { Cancelled, FatalError, HandlerError } from './worker-errors.js';
+import { WorkStream, isFinal, nameOf } from './worker-stream.js';
+
+const SDK = 'streamer-client/0.1.0 (JavaScript)';
+/** How long the server may take to acknowledge what was released, in milliseconds. */
+const LAST_WORDS_MS = 10_000;
+
+/** @typedef {import('./worker-actions.js').ActionOptions} ActionOptions */
+/** @typedef {import('./worker-actions.js').Handler} Handler */
+/** @typedef {(level: 'info' | 'warn' | 'error', message: string) => void} Log */
+
+/**
+ * @typedef {object} WorkerOptions
+ * @property {string} server `http://host:port`, or `https://host:port` for TLS.
+ * @property {import('./grpc.js').TokenSource} token A JWT with permission `worker:<action>` for
+ *   every action, or what returns one. A function is asked for each connection, and again before
+ *   the token expires.
+ * @property {number} [slots] How many tasks run at once, 1 to 10,000; default 10.
+ * @property {string} [workerId] Names one run of the program: unique and hard to guess, 1 to 128
+ *   of `[A-Za-z0-9._:/@-]`. Random by default.
+ * @property {string} [version] The program's build, for people; at most 128 bytes.
+ * @property {Log} [log] What happens to the connection; written to standard error by default.
+ * @property {import('@grpc/grpc-js').ChannelCredentials} [credentials] For TLS, in place of the
+ *   system's certificate authorities.
+ */
+
+/** Runs actions. */
+export class Worker {
+  /** @type {Map<string, {declared: object, handler: Handler}>} */
+  #actions = new Map();
+  /** @type {Map<string, Attempt>} What runs, or has not been acknowledged to its end. */
+  #attempts = new Map();
+  /** @type {WorkStream | null} */
+  #stream = null;
+  /** @type {Promise<void> | null} */
+  #serving = null;
+  #stopping = false;
+  /** Nothing is waited for any more. */
+  #abandon = new AbortController();
+  /** @type {Set<ReturnType<typeof setTimeout>>} */
+  #timers = new Set();
+
+  /** @param {WorkerOptions} options */
+  constructor(options) {
+    parseServer(options.server);
+    if (typeof options.token !== 'string' && typeof options.token !== 'function') {
+      throw new TypeError('token must be a string, or a function that returns one');
+    }
+    /** Names this run of the program. */
+    this.workerId = options.workerId ?? `${hostname()}-${randomBytes(10).toString('hex')}`;
+    /** How many tasks run at once. */
+    this.slots = options.slots ?? 10;
+    if (!Number.isInteger(this.slots) || this.slots < 1 || this.slots > 10_000) {
+      throw new TypeError(`slots must be 1 to 10000, is ${this.slots}`);
+    }
+    this.options = options;
+  }
+
+  /**
+   * Declares an action. Before {@link run} or {@link serve}.
+   * @overload
+   * @param {string} name `[a-z][a-z0-9_.-]{0,63}`
+   * @param {ActionOptions} options
+   * @param {Handler} handler
+   * @returns {this}
+   */
+  /**
+   * @overload
+   * @param {string} name
+   * @param {Handler} handler
+   * @returns {this}
+   */
+  /**
+   * @param {string} name
+   * @param {ActionOptions | Handler} options
+   * @param {Handler} [handler]
+   * @returns {this}
+   */
+  action(name, options, handler) {
+    if (typeof options === 'function') return this.action(name, {}, options);
+    if (typeof handler !== 'function') throw new TypeError(`${name}: the handler is missing`);
+    if (this.#actions.has(name)) throw new TypeError(`${name} is declared twice`);
+    this.#actions.set(name, { declared: declaration(name, options), handler });
+    return this;
+  }
+
+  /**
+   * Serves until SIGTERM or SIGINT, then stops in order: takes no more tasks, lets what runs end
+   * for a while, and releases the rest. A second signal releases at once.
+   * @param {object} [options]
+   * @param {number} [options.graceMs] How long what runs may take to end, in milliseconds; default
+   *   30,000.
+   * @returns {Promise<void>} Rejects when the server refuses the worker for good.
+   */
+  async run({ graceMs = 30_000 } = {}) {
+    let signals = 0;
+    const onSignal = () => {
+      signals += 1;
+      this.stop(signals === 1 ? graceMs : 0).catch(() => {});
+    };
+    process.on('SIGTERM', onSignal).on('SIGINT', onSignal);
+    try {
+      await this.serve();
+    } finally {
+      process.off('SIGTERM', onSignal).off('SIGINT', onSignal);
+    }
+  }
+
+  /**
+   * Serves until {@link stop}.
+   * @returns {Promise<void>} Rejects with a `CallError` when the server refuses the worker for
+   *   good: its token, its permissions or its declarations.
+   */
+  async serve() {
+    if (this.#actions.size === 0) throw new TypeError('a worker needs an action');
+    this.#serving ??= this.#serve();
+    await this.#serving;
+  }
+
+  /**
+   * Stops in order.
+   * @param {number} [graceMs] How long what runs may take to end, in milliseconds; then it is
+   *   released, and another worker goes on from its checkpoints. Default 30,000. May be called
+   *   again to shorten it.
+   * @returns {Promise<void>} Resolves once everything is acknowledged and the stream is closed.
+   */
+  async stop(graceMs = 30_000) {
+    if (!this.#stopping) this.#log('info', `stopping; ${this.#attempts.size} attempts run`);
+    this.#stopping = true;
+    this.#stream?.capacity(0);
+    this.#finishIfDone();
+    this.#after(graceMs, () => this.#releaseAll());
+    this.#after(graceMs + LAST_WORDS_MS, () => this.#giveUp());
+    await this.#serving;
+  }
+
+  async #serve() {
+    const backoff = new Backoff();
+    try {
+      while (!this.#done) {
+        this.#stream = new WorkStream(this.#host());
+        const ending = await this.#stream.run();
+        this.#stream = null;
+        this.#loseSyncAttempts();
+        if (isFinal(ending)) throw ending.error;
+        if (this.#done) break;
+        this.#explain(ending);
+        if (ending.welcomed && !isOurFault(ending)) backoff.reset();
+        await sleep(backoff.next(), this.#abandon.signal).catch(() => {});
+      }
+    } finally {
+      for (const timer of this.#timers) clearTimeout(timer);
+      for (const attempt of this.#attempts.values()) attempt.stop('the worker has stopped');
+      this.#attempts.clear();
+    }
+  }
+
+  get #done() {
+    return this.#stopping && (this.#attempts.size === 0 || this.#abandon.signal.aborted);
+  }
+
+  /** @returns {import('./worker-stream.js').Host} */
+  #host() {
+    const { server, credentials, token } = this.options;
+    return {
+      endpoint: { server, credentials },
+      token,
+      hello: () => this.#hello(),
+      attempts: () => [...this.#attempts.values()],
+      welcomed: (limits, resumed) => this.#onWelcomed(limits, resumed),
+      task: (info, limits) => this.#onTask(info, limits),
+      find: (name) => this.#attempts.get(nameOf(name)),
+      drop: (attempt, reason) => this.#drop(attempt, reason),
+      draining: () => this.#log('info', 'the server stops; what runs here runs on'),
+      log: (level, message) => this.#log(level, message),
+    };
+  }
+
+  #hello() {
+    const { version = '' } = this.options;
+    const actions = [...this.#actions.values()].map(({ declared }) => declared);
+    const attempts = [...this.#attempts.values()].map(({ name }) => name);
+    return { workerId: this.workerId, version, sdk: SDK, slots: this.slots, actions, attempts };
+  }
+
+  /**
+   * @param {import('./worker-attempt.js').Limits} limits
+   * @param {Map<string, number>} resumed
+   */
+  #onWelcomed(limits, resumed) {
+    // Slots are declared as 1 at least; while stopping none is free.
+    if (this.#stopping) this.#stream?.capacity(0);
+    for (const [name, attempt] of this.#attempts) {
+      const number = resumed.get(name);
+      if (number === undefined) this.#drop(attempt, 'the server gave the attempt to another');
+      else attempt.resume(number, limits);
+    }
+    this.#finishIfDone();
+  }
+
+  /**
+   * @param {import('./worker-context.js').AttemptInfo & {sync: boolean}} info
+   * @param {import('./worker-attempt.js').Limits} limits
+   */
+  #onTask(info, limits) {
+    const attempt = new Attempt(info, limits, (changed) => this.#stream?.ready(changed));
+    this.#attempts.set(nameOf(info), attempt);
+    const action = this.#actions.get(info.action);
+    if (this.#stopping) this.#handBack(attempt);
+    else if (action) attempt.run(action.handler);
+    else attempt.fail(new FatalError(`no ${info.action} here`, { code: 'INVALID_ACTION' }));
+  }
+
+  /**
+   * @param {Attempt} attempt
+   * @param {string} reason
+   */
+  #drop(attempt, reason) {
+    this.#attempts.delete(nameOf(attempt.name));
+    attempt.stop(reason);
+    this.#finishIfDone();
+  }
+
+  /** Whoever asked for them does not wait any more. */
+  #loseSyncAttempts() {
+    for (const attempt of [...this.#attempts.values()]) {
+      if (attempt.info.sync) this.#drop(attempt, 'the stream was lost');
+    }
+  }
+
+  #releaseAll() {
+    for (const attempt of this.#attempts.values()) this.#handBack(attempt);
+  }
+
+  /** @param {Attempt} attempt */
+  #handBack(attempt) {
+    const reason = 'the worker stops';
+    if (!attempt.info.sync) return attempt.release(reason);
+    // There is no other attempt of a sync action; its caller may ask again.
+    attempt.cancel(reason);
+    attempt.fail(new HandlerError(reason, { code: 'UNAVAILABLE' }));
+  }
+
+  #finishIfDone() {
+    if (!this.#stopping || this.#attempts.size > 0) return;
+    this.#stream?.finish();
+    this.#after(LAST_WORDS_MS, () => this.#giveUp());
+    if (!this.#stream) this.#abandon.abort();
+  }
+
+  #giveUp() {
+    this.#abandon.abort(new Cancelled('the worker has stopped'));
+    this.#stream?.cancel();
+  }
+
+  /** @param {import('./worker-stream.js').Ending} ending */
+  #explain({ welcomed, error }) {
+    const why = error ? `${error.code}: ${error.message}` : 'the server closed it';
+    this.#log('warn', `${welcomed ? 'the stream ended' : 'not connected'}: ${why}`);
+  }
+
+  /**
+   * @param {'info' | 'warn' | 'error'} level
+   * @param {string} message
+   */
+  #log(level, message) {
+    if (this.options.log) this.options.log(level, message);
+    else process.stderr.write(`${level}: worker ${this.workerId}: ${message}\n`);
+  }
+
+  /**
+   * @param {number} ms
+   * @param {() => void} action
+   */
+  #after(ms, action) {
+    this.#timers.add(setTimeout(action, ms));
+  }
+}
+
+/**
+ * Coming back at once would only repeat it: a broken rule, or another program under this name.
+ * @param {import('./worker-stream.js').Ending} ending
+ */
+function isOurFault({ error }) {
+  return error?.code === 'VALIDATION_ERROR' || error?.code === 'CONFLICT';
+}

@@ -1,0 +1,191 @@
+/** What dies in between: streams, the server, the worker. */
+
+import assert from 'node:assert/strict';
+import { spawn } from 'node:child_process';
+import { once } from 'node:events';
+import { after, before, test } from 'node:test';
+import { createInterface } from 'node:readline';
+import { fileURLToPath } from 'node:url';
+
+import { Client, OutputBuffer } from '../src/index.js';
+import { offered, quietWorker, wholeLog } from './support/kit.js';
+import { Proxy } from './support/proxy.js';
+import { Server } from './support/server.js';
+import { Once, within } from './support/wait.js';
+
+/** @type {Server} */
+let server;
+/** @type {Client} */
+let client;
+
+before(async () => {
+  // Long enough that a server that starts again is in time.
+  server = await Server.start('execution.lease_ms=10000');
+  client = new Client({ server: server.url, token: server.token('') });
+});
+after(async () => {
+  client.close();
+  await server.stop();
+});
+
+/**
+ * A worker whose action waits for a gate between two parts of its output.
+ * @param {string} url
+ * @param {string} action
+ * @param {import('../src/grpc.js').TokenSource} [token]
+ */
+async function gatedWorker(url, action, token = server.token('worker:*', 'worker')) {
+  const gate = new Once('the gate');
+  const halfway = new Once('half of the output');
+  /** @type {string[]} */
+  const logged = [];
+  const log = (/** @type {string} */ level, /** @type {string} */ text) =>
+    void logged.push(`${level}: ${text}`);
+  const worker = quietWorker(url, token, { log });
+  worker.action(action, async (context) => {
+    for (let number = 0; number < 20; number += 1) await context.output(`${number};`);
+    halfway.resolve(context.attempt);
+    await gate.promise;
+    for (let number = 20; number < 40; number += 1) await context.output(`${number};`);
+    await context.saveCheckpoint({ number: 40 });
+    return { attempt: context.attempt };
+  });
+  const serving = worker.serve();
+  await offered(client, action);
+  const stop = async () => {
+    await worker.stop(0);
+    await serving;
+  };
+  return { worker, gate, halfway, logged, stop };
+}
+
+const forty = Array.from({ length: 40 }, (_, number) => `${number};`).join('');
+
+/**
+ * @param {string} requestId
+ * @param {number} attempts
+ */
+async function isWholeAndOnce(requestId, attempts) {
+  const log = await wholeLog(client, requestId);
+  const output = new OutputBuffer();
+  for (const event of log) output.apply(event);
+  assert.equal(output.text, forty);
+  assert.equal(log.filter((event) => event.type === 'started').length, attempts);
+  assert.equal(log.filter((event) => event.type === 'output').length, 40);
+}
+
+test("a worker's stream is cut: the attempt goes on, and nothing is reported twice", async () => {
+  const proxy = await Proxy.start(server.port);
+  const { gate, halfway, stop } = await gatedWorker(`http://${proxy.address}`, 'cut');
+  const run = client.run('cut', {}, { id: 'cut-1' });
+  await halfway.wait();
+  proxy.block();
+  gate.resolve();
+  // What is reported now has no stream to go over.
+  await new Promise((resolve) => setImmediate(resolve));
+  proxy.unblock();
+  assert.deepEqual(await within(run, 'the result'), { attempt: 1 });
+  await isWholeAndOnce('cut-1', 1);
+  await stop();
+  await proxy.stop();
+});
+
+test("a caller's stream is cut: it resumes and sees every event once", async () => {
+  const proxy = await Proxy.start(server.port);
+  const { gate, halfway, stop } = await gatedWorker(server.url, 'watched');
+  const token = server.token('');
+  const caller = new Client({ server: `http://${proxy.address}`, token });
+  const output = new OutputBuffer();
+  const half = new Once('half of the output at the caller');
+  let chunks = 0;
+  const onOutput = () => void ((chunks += 1) === 20 && half.resolve(null));
+  const run = caller.run('watched', {}, { output, onOutput });
+  await halfway.wait();
+  await half.wait();
+  proxy.cut();
+  gate.resolve();
+  assert.deepEqual(await within(run, 'the result'), { attempt: 1 });
+  assert.equal(output.text, forty);
+  assert.equal(chunks, 40);
+  caller.close();
+  await stop();
+  await proxy.stop();
+});
+
+test('the server is killed and started again: the attempt goes on', async () => {
+  const { gate, halfway, stop } = await gatedWorker(server.url, 'killed');
+  const run = client.run('killed', {}, { id: 'killed-1' });
+  await halfway.wait();
+  await server.kill('SIGKILL');
+  gate.resolve();
+  await server.start();
+  assert.deepEqual(await within(run, 'the result'), { attempt: 1 });
+  await isWholeAndOnce('killed-1', 1);
+  await stop();
+});
+
+test('the server stops in order: the worker finds it again when it is back', async () => {
+  const { gate, halfway, stop } = await gatedWorker(server.url, 'drained');
+  const { requestId } = await client.submit('drained', {}, { id: 'drained-1' });
+  await halfway.wait();
+  await server.kill('SIGTERM');
+  await server.start();
+  gate.resolve();
+  assert.deepEqual(await within(client.wait(requestId), 'the result'), { attempt: 1 });
+  await isWholeAndOnce('drained-1', 1);
+  await stop();
+});
+
+test('a token is renewed on the same stream before it expires', async () => {
+  let tokens = 0;
+  const renewed = new Once('a second token');
+  const token = () => {
+    tokens += 1;
+    if (tokens === 2) renewed.resolve(null);
+    return server.token('worker:*', 'worker', tokens === 1 ? '3s' : '1h');
+  };
+  const { gate, logged, stop } = await gatedWorker(server.url, 'renewed', token);
+  await renewed.wait();
+  gate.resolve();
+  assert.deepEqual(await client.run('renewed'), { attempt: 1 });
+  assert.deepEqual(logged.filter((line) => line.startsWith('warn')), []);
+  await stop();
+});
+
+test('a worker that is not permitted is told so', async () => {
+  const worker = quietWorker(server.url, server.token('worker:other', 'worker'));
+  worker.action('forbidden', () => null);
+  await assert.rejects(worker.serve(), { name: 'CallError', code: 'FORBIDDEN' });
+});
+
+/** @param {string[]} lines */
+function workerProcess(lines) {
+  const program = fileURLToPath(new URL('support/worker-process.js', import.meta.url));
+  const args = [program, server.url, server.token('worker:*', 'worker')];
+  const child = spawn(process.execPath, args, { stdio: ['ignore', 'pipe', 'ignore'] });
+  const seen = new Once('step 3');
+  createInterface({ input: child.stdout }).on('line', (line) => {
+    lines.push(line);
+    if (line === 'at 3') seen.resolve(null);
+  });
+  return { child, seen };
+}
+
+test('SIGTERM: a worker hands back what runs, and another goes on from its checkpoint', async () => {
+  /** @type {string[]} */
+  const lines = [];
+  const first = workerProcess(lines);
+  await offered(client, 'steps');
+  const run = client.run('steps', { steps: 6, hold: 3 }, { id: 'steps-1' });
+  await first.seen.wait();
+  const exit = once(first.child, 'exit');
+  first.child.kill('SIGTERM');
+  assert.deepEqual(await within(exit, 'the worker to end'), [0, null]);
+  assert.equal(lines.at(-1), 'stopped');
+  const second = workerProcess([]);
+  assert.deepEqual(await within(run, 'the result'), { begin: 3, attempt: 2 });
+  const log = await wholeLog(client, 'steps-1');
+  const [handedBack] = log.filter((event) => event.type === 'retrying');
+  assert.equal(handedBack.error.message, 'the worker stops');
+  second.child.kill('SIGKILL');
+});

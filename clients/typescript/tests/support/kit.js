@@ -1,0 +1,61 @@
+/** A server with a worker and a client, as most tests need them. */
+
+import { Client, Worker } from '../../src/index.js';
+import { Server } from './server.js';
+import { within } from './wait.js';
+
+/**
+ * @param {string} url
+ * @param {import('../../src/grpc.js').TokenSource} token
+ * @param {Partial<import('../../src/worker.js').WorkerOptions>} [options]
+ */
+export function quietWorker(url, token, options = {}) {
+  return new Worker({ server: url, token, log: () => {}, ...options });
+}
+
+/**
+ * Resolves once workers offer an action.
+ * @param {Client} client
+ * @param {string} name
+ */
+export async function offered(client, name) {
+  const seen = async () => {
+    for (;;) {
+      const actions = await client.actions();
+      if (actions.some((action) => action.name === name && action.workers > 0)) return;
+    }
+  };
+  await within(seen(), `action ${name}`);
+}
+
+/**
+ * @param {(worker: Worker) => void} declare Declares the actions.
+ * @param {string[]} settings Of the server.
+ */
+export async function startKit(declare, ...settings) {
+  const server = await Server.start(...settings);
+  const worker = quietWorker(server.url, server.token('worker:*', 'worker'));
+  declare(worker);
+  worker.action('here', () => null);
+  const serving = worker.serve();
+  const client = new Client({ server: server.url, token: server.token('') });
+  await offered(client, 'here');
+  const stop = async () => {
+    await worker.stop(0);
+    await serving;
+    client.close();
+    await server.stop();
+  };
+  return { server, worker, client, stop };
+}
+
+/**
+ * @param {import('../../src/client.js').Client} client
+ * @param {string} requestId
+ * @returns {Promise<import('../../src/events.js').Event[]>} Its whole log, proved.
+ */
+export async function wholeLog(client, requestId) {
+  const events = [];
+  for await (const event of client.watch(requestId)) events.push(event);
+  return events;
+}

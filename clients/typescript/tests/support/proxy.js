@@ -1,0 +1,71 @@
+/** A TCP proxy that can cut its connections, or let nobody through for a while. */
+
+import { once } from 'node:events';
+import { connect, createServer } from 'node:net';
+
+export class Proxy {
+  /** @type {Set<import('node:net').Socket>} */
+  #sockets = new Set();
+  #blocked = false;
+  #server;
+  /** How many connections came. */
+  connections = 0;
+
+  /** @param {number} port Of the server on this machine. */
+  constructor(port) {
+    this.#server = createServer((client) => {
+      this.connections += 1;
+      if (this.#blocked) return client.destroy();
+      const upstream = connect(port, '127.0.0.1');
+      this.#join(client, upstream);
+      this.#join(upstream, client);
+    });
+  }
+
+  /** @param {number} port */
+  static async start(port) {
+    const proxy = new Proxy(port);
+    proxy.#server.listen(0, '127.0.0.1');
+    await once(proxy.#server, 'listening');
+    return proxy;
+  }
+
+  get address() {
+    const { port } = /** @type {import('node:net').AddressInfo} */ (this.#server.address());
+    return `127.0.0.1:${port}`;
+  }
+
+  /**
+   * @param {import('node:net').Socket} from
+   * @param {import('node:net').Socket} to
+   */
+  #join(from, to) {
+    this.#sockets.add(from);
+    from.on('data', (bytes) => to.write(bytes));
+    from.on('error', () => {});
+    from.on('close', () => {
+      this.#sockets.delete(from);
+      to.destroy();
+    });
+  }
+
+  /** Ends every connection, without a word. */
+  cut() {
+    for (const socket of this.#sockets) socket.destroy();
+  }
+
+  /** Ends every connection, and those that come, until {@link unblock}. */
+  block() {
+    this.#blocked = true;
+    this.cut();
+  }
+
+  unblock() {
+    this.#blocked = false;
+  }
+
+  async stop() {
+    this.block();
+    this.#server.close();
+  }
+}

@@ -1,0 +1,199 @@
+/** What can be tested without a server. */
+
+import assert from 'node:assert/strict';
+import { createHash, randomBytes } from 'node:crypto';
+import { test } from 'node:test';
+
+import { FatalError, InvalidPayload, LimitError, OutputBuffer, Payload, RawJson, Worker }
+  from '../src/index.js';
+import { Backoff } from '../src/backoff.js';
+import { LogReader } from '../src/log-reader.js';
+import { Sha256, hex } from '../src/sha256.js';
+import { runHandler } from '../src/testing.js';
+import { rawElements, rawMembers } from '../src/websocket-json.js';
+import { ReportQueue } from '../src/worker-reports.js';
+
+const names = { requestId: 'r', uid: 'u', attempt: 1, time: new Date(0) };
+const sha256 = (/** @type {string} */ text) => createHash('sha256').update(text).digest('hex');
+
+/** @param {number} seq @param {string} text @returns {import('../src/events.js').Event} */
+function output(seq, text, attempt = 1) {
+  const chunk = new Payload('text/plain', Buffer.from(text));
+  return { ...names, attempt, seq, type: 'output', chunk, chunkIndex: 0 };
+}
+
+/** @param {number} seq @param {number} rewindToSeq @returns {any} */
+function retrying(seq, rewindToSeq) {
+  return { ...names, seq, type: 'retrying', rewindToSeq };
+}
+
+/** @param {number} seq @param {number} chunks @param {string} text @returns {any} */
+function succeeded(seq, chunks, text) {
+  return { ...names, seq, type: 'succeeded', summary: { chunks, sha256: sha256(text) } };
+}
+
+test('the hash is that of node:crypto, however the bytes are cut, and can be gone back to', () => {
+  for (let size = 0; size < 260; size += 1) {
+    const bytes = randomBytes(size);
+    const cut = Math.floor(size / 3);
+    const hash = new Sha256().update(bytes.subarray(0, cut));
+    const before = hash.copy();
+    hash.update(bytes.subarray(cut));
+    assert.equal(hex(hash.digest()), createHash('sha256').update(bytes).digest('hex'));
+    before.update(bytes.subarray(cut));
+    assert.deepEqual(before.digest(), hash.digest());
+  }
+});
+
+test('members are found as they stand in the text', () => {
+  const text = ' {"a" : 9223372036854775807 ,"b\\"":{"x":[1,{"y":"},]\\\\"}]}\n,"c":"é\\u0041,}","d":[]}';
+  const members = rawMembers(text);
+  assert.deepEqual([...members.keys()], Object.keys(JSON.parse(text)));
+  assert.equal(members.get('a'), ' 9223372036854775807 ');
+  assert.equal(members.get('b"'), '{"x":[1,{"y":"},]\\\\"}]}\n');
+  assert.equal(members.get('c'), '"é\\u0041,}"');
+  assert.deepEqual([...rawMembers('{}'), ...rawMembers('[1]'), ...rawMembers('"{"')], []);
+  assert.equal(rawMembers('{"a":1,"a":2}').get('a'), '2');
+  assert.deepEqual(rawElements('[{"a":[1,2]}, "],[" ,3]'), ['{"a":[1,2]}', ' "],[" ', '3']);
+  assert.deepEqual(rawElements(' [ ] '), []);
+});
+
+test('a log is read once, and proves itself after every rewind', () => {
+  const reader = new LogReader();
+  const buffer = new OutputBuffer();
+  const events = [
+    output(1, 'void', 1),
+    output(2, 'too', 1),
+    retrying(3, 0),
+    output(4, 'again', 2),
+    retrying(5, 3),
+    output(6, 'a', 3),
+    output(7, 'b', 3),
+    succeeded(8, 2, 'ab'),
+  ];
+  for (const event of events) {
+    assert.equal(reader.accept(event), true);
+    assert.equal(reader.accept(event), false, 'a repeat changes nothing');
+    buffer.apply(event);
+  }
+  assert.equal(reader.ended, true);
+  assert.equal(buffer.text, 'ab');
+});
+
+test('a log that misses an event, or has other output, is refused', () => {
+  const missing = new LogReader();
+  missing.accept(output(1, 'a'));
+  assert.throws(() => missing.accept(output(3, 'c')), { code: 'INTEGRITY' });
+  const other = new LogReader();
+  other.accept(output(1, 'x'));
+  assert.throws(() => other.accept(succeeded(2, 1, 'a')), /SHA-256/);
+  const fewer = new LogReader({ gaps: true });
+  fewer.accept(output(2, 'b'));
+  assert.throws(() => fewer.accept(succeeded(3, 2, 'ab')), /2 valid chunks, 1/);
+  const half = new LogReader({ afterSeq: 1 });
+  assert.equal(half.accept(succeeded(2, 1, 'a')), true, 'the beginning was not read');
+});
+
+test('reports are bounded, numbered, and sent again from where the server is', () => {
+  const window = { maxUnacknowledged: 3, maxUnacknowledgedBytes: 100 };
+  const queue = new ReportQueue();
+  const sent = () => {
+    const all = [];
+    for (let next = queue.next(window); next; next = queue.next(window)) all.push(next);
+    return all.map(({ kind, number, body }) => `${kind} ${number} ${body}`);
+  };
+  queue.addCounted('progress', 'p1', 1);
+  queue.addCheckpoint(Buffer.from('c1'));
+  queue.addCounted('output', 'o2', 1);
+  queue.addCheckpoint(Buffer.from('c2'));
+  queue.addKeepAlive();
+  assert.deepEqual(sent(), ['progress 1 p1', 'output 2 o2', 'checkpoint 2 c2']);
+  queue.addKeepAlive();
+  assert.deepEqual(sent(), ['keepAlive 2 [object Object]']);
+  queue.addCounted('output', 'o3', 98);
+  assert.equal(queue.hasRoom(window), false);
+  queue.addLast('result', 'r');
+  assert.deepEqual(sent(), ['output 3 o3', 'result 3 r']);
+  queue.restart(2);
+  assert.deepEqual(sent(), ['checkpoint 2 c2', 'output 3 o3', 'result 3 r']);
+  queue.acknowledge(3);
+  assert.equal(queue.hasRoom(window), true);
+  queue.restart(3);
+  assert.deepEqual(sent(), ['result 3 r'], 'a later report proves the checkpoint');
+});
+
+test('a smaller window is kept to when reports are sent again', () => {
+  const queue = new ReportQueue();
+  for (let number = 1; number <= 4; number += 1) queue.addCounted('output', number, 1);
+  const window = { maxUnacknowledged: 2, maxUnacknowledgedBytes: 100 };
+  const next = () => queue.next(window)?.number;
+  assert.deepEqual([next(), next(), next()], [1, 2, undefined]);
+  queue.acknowledge(1);
+  assert.deepEqual([next(), next()], [3, undefined]);
+});
+
+test('waits are drawn below a bound that doubles', () => {
+  const backoff = new Backoff({ random: () => 1 });
+  const waits = Array.from({ length: 9 }, () => backoff.next());
+  assert.deepEqual(waits, [100, 200, 400, 800, 1600, 3200, 6400, 10_000, 10_000]);
+  backoff.reset();
+  assert.equal(backoff.next(), 100);
+});
+
+test('a handler runs without a server, and what it reports is written down', async () => {
+  const recording = await runHandler(
+    async (context, payload) => {
+      await context.progress({ percentage: 50, message: 'half', metadata: { rows: 1 } });
+      await context.output('text');
+      await context.output({ row: 1 });
+      await context.saveCheckpoint({ at: payload.at + 1 });
+      await context.heartbeat();
+      return new RawJson(context.payloadText);
+    },
+    new RawJson('{"at":1,"n":9223372036854775807}'),
+    { checkpoint: { at: 1 }, attempt: 2 },
+  );
+  assert.equal(recording.error, null);
+  assert.equal(recording.resultText, '{"at":1,"n":9223372036854775807}');
+  assert.deepEqual(recording.progress, [
+    { percentage: 50, message: 'half', metadata: { rows: 1 } },
+  ]);
+  assert.equal(recording.outputText, 'text{"row":1}');
+  assert.deepEqual([recording.checkpoint, recording.heartbeats], [{ at: 2 }, 1]);
+});
+
+test('failures are written down as a worker would report them', async () => {
+  const failed = async (/** @type {any} */ handler, /** @type {any} */ options = {}) =>
+    (await runHandler(handler, {}, options)).error;
+  const invalid = await failed(() => {
+    throw new InvalidPayload('rows[3]', 'must be positive, is -1');
+  });
+  assert.deepEqual([invalid?.code, invalid?.retryable], ['VALIDATION_ERROR', false]);
+  assert.deepEqual(invalid?.violations, [
+    { field: 'rows[3]', description: 'must be positive, is -1' },
+  ]);
+  const plain = await failed(() => Promise.reject(new RangeError('no')));
+  assert.deepEqual([plain?.code, plain?.retryable], ['PROCESSING_FAILED', true]);
+  const large = await failed(
+    (/** @type {import('../src/index.js').Context} */ context) => context.output('123456'),
+    { maxOutputChunkBytes: 5 },
+  );
+  assert.ok(large instanceof FatalError);
+  assert.equal(large?.message, 'output must be at most 5 bytes, is 6');
+  const signal = AbortSignal.abort();
+  const cancelled = await failed(
+    (/** @type {import('../src/index.js').Context} */ context) => context.sleep(60_000),
+    { signal },
+  );
+  assert.equal(cancelled?.code, 'CANCELLED');
+});
+
+test('what is declared wrongly is refused at once', () => {
+  const worker = new Worker({ server: 'http://127.0.0.1:1', token: 'x' });
+  assert.throws(() => worker.action('No', () => null), /must match/);
+  assert.throws(() => worker.action('a', { maxAttempts: -1 }, () => null), /maxAttempts/);
+  assert.throws(() => new Worker({ server: 'localhost:1', token: 'x' }), /http:\/\//);
+  assert.throws(() => new Worker({ server: 'http://x', token: 'x', slots: 0 }), /slots/);
+  assert.throws(() => new RawJson('{'), SyntaxError);
+  assert.equal(new LimitError('output', 6, 5).limit, 5);
+});

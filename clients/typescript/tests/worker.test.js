@@ -1,0 +1,185 @@
+/** Handlers in a worker, and what their callers see over gRPC. */
+
+import assert from 'node:assert/strict';
+import { after, before, test } from 'node:test';
+
+import { Client, HandlerError, InvalidPayload, OutputBuffer, RawJson } from '../src/index.js';
+import { startKit, wholeLog } from './support/kit.js';
+import { Once } from './support/wait.js';
+
+/** @type {Awaited<ReturnType<typeof startKit>>} */
+let kit;
+/** @type {Record<string, Once>} */
+const seen = {};
+const retried = { maxAttempts: 3, initialBackoffMs: 1, maxBackoffMs: 1 };
+
+/** @param {import('../src/index.js').Worker} worker */
+function declare(worker) {
+  worker.action('add', { sync: true }, (context, { a, b }) => ({ sum: a + b }));
+  worker.action('digits', (context) => new RawJson(context.payloadText));
+  worker.action('report', async (context, { name }) => {
+    await context.progress(10);
+    await context.output(`Dear ${name},\n`);
+    await context.output({ rows: 2 });
+    await context.output(new Uint8Array([0, 255]));
+    await context.progress({ percentage: 90, message: 'nearly', metadata: { pages: 1 } });
+    return { name, attempt: context.attempt, tenant: context.tenantId, user: context.userId };
+  });
+  worker.action('second_try', retried, async (context) => {
+    const begun = context.checkpoint;
+    await context.output(`attempt ${context.attempt}`);
+    await context.saveCheckpoint({ done: context.attempt });
+    await context.output(', after the checkpoint');
+    if (context.attempt < 3) throw new HandlerError('not yet', { details: { at: 1 } });
+    return { begun };
+  });
+  worker.action('endless', async (context) => {
+    await context.output('first');
+    seen.running.resolve(context.requestId);
+    await context.sleep(2 ** 31).catch((error) => seen.cancelled.resolve(error));
+    await context.output('last words');
+    context.signal.throwIfAborted();
+  });
+  worker.action('picky', retried, () => {
+    throw new InvalidPayload('rows', 'must not be empty');
+  });
+  worker.action('broken', { maxAttempts: 1 }, () => {
+    throw new TypeError('a bug');
+  });
+  worker.action('too_much', retried, (context, { output }) =>
+    output ? context.output('x'.repeat(output)) : 'x'.repeat(5 * 1024 * 1024),
+  );
+  worker.action('flood', async (context, { count, bytes }) => {
+    for (let index = 0; index < count; index += 1) {
+      await context.output(String.fromCharCode(97 + (index % 26)).repeat(bytes));
+      if (index % 100 === 0) await context.saveCheckpoint({ index });
+    }
+    return count;
+  });
+}
+
+before(async () => {
+  kit = await startKit(declare);
+});
+after(() => kit.stop());
+
+test('a sync action is answered at once', async () => {
+  assert.deepEqual(await kit.client.run('add', { a: 2, b: 3 }), { sum: 5 });
+});
+
+test('progress, output and result are seen by the caller', async () => {
+  /** @type {any[]} */
+  const calls = [];
+  const result = await kit.client.run('report', { name: 'Ada' }, {
+    onProgress: (progress) => calls.push(progress),
+    onOutput: (chunk) => calls.push(chunk),
+  });
+  assert.deepEqual(result, { name: 'Ada', attempt: 1, tenant: 'dev', user: 'js' });
+  assert.deepEqual(calls, [
+    { percentage: 10, message: '', metadata: null },
+    'Dear Ada,\n',
+    { rows: 2 },
+    Buffer.from([0, 255]),
+    { percentage: 90, message: 'nearly', metadata: { pages: 1 } },
+  ]);
+});
+
+test('no number loses digits on its way', async () => {
+  const text = '{"largest":9223372036854775807,"pi":3.14159265358979323846}';
+  assert.equal(await kit.client.run('digits', new RawJson(text), { raw: true }), text);
+  const { requests } = await kit.client.list({ action: 'digits' });
+  const found = await kit.client.get(requests[0].uid);
+  assert.equal(found.payload?.text, text);
+  assert.equal(found.result?.text, text);
+});
+
+test('an attempt that fails is retried from its checkpoint, and its output is void', async () => {
+  /** @type {number[]} */
+  const rewinds = [];
+  const output = new OutputBuffer();
+  const onRetrying = (/** @type {number} */ seq) => rewinds.push(seq);
+  const result = await kit.client.run('second_try', {}, { id: 'retry-1', output, onRetrying });
+  assert.deepEqual(result, { begun: { done: 2 } });
+  assert.equal(output.text, 'attempt 3, after the checkpoint');
+  const log = await wholeLog(kit.client, 'retry-1');
+  const failures = log.filter((event) => event.type === 'retrying');
+  assert.deepEqual(failures.map((event) => event.rewindToSeq), rewinds);
+  assert.deepEqual(failures.map((event) => event.error.details), [{ at: 1 }, { at: 1 }]);
+});
+
+test('cancellation reaches the handler, and its output is kept', async () => {
+  seen.running = new Once('the handler to run');
+  seen.cancelled = new Once('the handler to be cancelled');
+  const controller = new AbortController();
+  const output = new OutputBuffer();
+  const run = kit.client.run('endless', {}, { id: 'c-1', signal: controller.signal, output });
+  const ended = assert.rejects(run, { name: 'RequestCancelled', message: 'no use any more' });
+  assert.equal(await seen.running.wait(), 'c-1');
+  controller.abort(new Error('no use any more'));
+  assert.equal((await seen.cancelled.wait()).name, 'Cancelled');
+  await ended;
+  assert.equal(output.text, 'firstlast words');
+  assert.equal((await kit.client.get('c-1')).state, 'CANCELLED');
+});
+
+test('a handler says whether retrying makes sense', async () => {
+  await assert.rejects(kit.client.run('picky'), (/** @type {any} */ error) => {
+    assert.equal(error.name, 'RequestFailed');
+    assert.equal(error.code, 'VALIDATION_ERROR');
+    assert.deepEqual(error.violations, [{ field: 'rows', description: 'must not be empty' }]);
+    return true;
+  });
+  await assert.rejects(kit.client.run('broken'), {
+    code: 'PROCESSING_FAILED',
+    message: 'TypeError: a bug',
+    retryable: true,
+  });
+});
+
+test('what is too large fails the request at once, naming field and limit', async () => {
+  const refused = (/** @type {number} */ output) => kit.client.run('too_much', { output });
+  await assert.rejects(refused(2 * 1024 * 1024), {
+    message: 'output must be at most 1048576 bytes, is 2097152',
+    retryable: false,
+  });
+  await assert.rejects(refused(0), { message: /^result must be at most 4194304 bytes/ });
+});
+
+test('a handler that reports faster than the disk takes it waits, and nothing is lost', async () => {
+  const output = new OutputBuffer();
+  assert.equal(await kit.client.run('flood', { count: 3000, bytes: 200 }, { output }), 3000);
+  assert.equal(output.payloads.length, 3000);
+  const large = new OutputBuffer();
+  assert.equal(await kit.client.run('flood', { count: 30, bytes: 1 << 20 }, { output: large }), 30);
+  assert.equal(large.payloads.length, 30);
+});
+
+test('the same id is the same request, and another payload under it is a conflict', async () => {
+  const submit = (/** @type {string} */ name) =>
+    kit.client.submit('report', { name }, { id: 'once', waitMs: 10_000, metadata: { from: 'js' } });
+  const [first, second] = await Promise.all([submit('Ada'), submit('Ada')]);
+  assert.equal(first.uid, second.uid);
+  assert.notEqual(first.duplicate, second.duplicate);
+  assert.deepEqual(await kit.client.wait('once'), first.result?.value);
+  assert.deepEqual((await kit.client.get('once')).metadata?.value, { from: 'js' });
+  await assert.rejects(submit('Eve'), { name: 'CallError', code: 'CONFLICT' });
+});
+
+test('failed requests can be redriven', async () => {
+  await assert.rejects(kit.client.run('broken', {}, { id: 'b-1' }), { requestId: 'b-1' });
+  const again = await kit.client.redrive('b-1', { id: 'b-2' });
+  assert.equal(again.redriveOf, (await kit.client.get('b-1')).uid);
+  await assert.rejects(kit.client.wait('b-2'), { code: 'PROCESSING_FAILED' });
+});
+
+test('refusals say why', async () => {
+  await assert.rejects(kit.client.submit('no_such'), { code: 'INVALID_ACTION', retryable: false });
+  await assert.rejects(kit.client.get('no-such'), { code: 'NOT_FOUND' });
+  await assert.rejects(kit.client.submit('report', {}, { priority: 10 }), (
+    /** @type {any} */ error,
+  ) => error.code === 'VALIDATION_ERROR' && error.violations[0].field === 'priority');
+  const { url } = kit.server;
+  const stranger = new Client({ server: url, token: 'nonsense' });
+  await assert.rejects(stranger.list(), { code: 'UNAUTHORIZED' });
+  stranger.close();
+});

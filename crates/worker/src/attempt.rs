@@ -1,0 +1,200 @@
+//! One attempt in this worker: its handler, in a task of its own, and what it has to say.
+
+use std::{panic::AssertUnwindSafe, sync::Arc};
+
+use bytes::Bytes;
+use futures_util::FutureExt;
+use parking_lot::Mutex;
+use streamer_core::{ErrorCode, Limits, RequestError, Timestamp, Uid};
+use streamer_handler::{
+    AttemptInfo, Context, DynHandler, HandlerError, Report as HandlerReport, ReportQueue,
+};
+use streamer_proto::{
+    millis,
+    processor::v1::{self as proto, Release, Report, report::Kind},
+};
+use streamer_rpc::{error_to_proto, json_payload, payload_into_parts};
+use tokio_util::{sync::CancellationToken, task::AbortOnDropHandle};
+
+use crate::{
+    outgoing::{Outgoing, Window},
+    ready::{Flag, Ready},
+};
+
+/// Request and attempt number: the fencing token.
+pub(crate) type Key = (Uid, u32);
+
+/// What the handler returned, once it has.
+type Returned = Arc<Mutex<Option<Result<Bytes, HandlerError>>>>;
+
+pub(crate) struct Attempt {
+    key: Key,
+    pub(crate) sync: bool,
+    reports: Arc<ReportQueue>,
+    outgoing: Outgoing,
+    cancellation: CancellationToken,
+    returned: Returned,
+    flag: Arc<Flag>,
+    max_payload_bytes: usize,
+    handler: Option<AbortOnDropHandle<()>>,
+}
+
+impl Attempt {
+    /// Starts the handler.
+    pub(crate) fn start(
+        key: Key,
+        task: proto::Task,
+        handler: Arc<dyn DynHandler>,
+        limits: Limits,
+        ready: &Arc<Ready>,
+    ) -> Self {
+        let flag = Arc::new(Flag::default());
+        let note = {
+            let (ready, flag) = (ready.clone(), flag.clone());
+            move || ready.note(key, &flag)
+        };
+        let reports = if task.sync {
+            ReportQueue::discarding()
+        } else {
+            ReportQueue::with_hook(note.clone())
+        };
+        let reports = Arc::new(reports);
+        let cancellation = CancellationToken::new();
+        let (info, payload, sync) = read(key, task);
+        let context = Context::new(info, reports.clone(), cancellation.clone(), limits, None);
+        let returned = Returned::default();
+        let place = returned.clone();
+        let running = tokio::spawn(async move {
+            let run = AssertUnwindSafe(handler.run(&context, payload)).catch_unwind();
+            *place.lock() = Some(run.await.unwrap_or_else(|_| Err(panicked())));
+            note();
+        });
+        Self {
+            key,
+            sync,
+            reports,
+            outgoing: Outgoing::default(),
+            cancellation,
+            returned,
+            flag,
+            max_payload_bytes: limits.max_payload_bytes,
+            handler: Some(AbortOnDropHandle::new(running)),
+        }
+    }
+
+    /// Whether the handler has not returned yet.
+    pub(crate) fn is_running(&self) -> bool {
+        !self.outgoing.has_ended()
+    }
+
+    /// Tells the handler that cancellation was asked for.
+    pub(crate) fn cancel(&self) {
+        self.cancellation.cancel();
+    }
+
+    /// Stops the handler and hands the attempt back.
+    pub(crate) fn release(&mut self, reason: &str) {
+        if self.is_running() {
+            self.handler = None;
+            self.reports.close();
+            // What it reported is void, but for what the next attempt begins from.
+            let left = std::iter::from_fn(|| self.reports.pop());
+            if let Some(checkpoint) =
+                left.filter(|r| matches!(r, HandlerReport::Checkpoint(_))).last()
+            {
+                self.outgoing.push(checkpoint);
+            }
+            self.outgoing.end(Kind::Release(Release { reason: reason.to_owned() }));
+        }
+    }
+
+    pub(crate) fn acknowledge(&mut self, number: i64) {
+        self.outgoing.acknowledge(number);
+    }
+
+    pub(crate) fn resume(&mut self, number: i64) {
+        self.outgoing.resume(number);
+    }
+
+    /// Takes from the handler what there is room for; returns what is to be sent now.
+    pub(crate) fn collect(&mut self, window: Window) -> Vec<Report> {
+        self.flag.clear();
+        // Looked at first: what was reported before the handler returned is in the queue by then.
+        let has_returned = self.returned.lock().is_some();
+        let mut drained = false;
+        while self.outgoing.has_room(window) {
+            match self.reports.pop() {
+                Some(report) => self.outgoing.push(report),
+                None => {
+                    drained = true;
+                    break;
+                }
+            }
+        }
+        if has_returned
+            && drained
+            && let Some(returned) = self.returned.lock().take()
+        {
+            self.outgoing.end(self.ending(returned));
+        }
+        let (uid, attempt) = self.key;
+        let report = |(number, kind)| Report {
+            uid: uid.to_string(),
+            attempt: i32::try_from(attempt).unwrap_or(i32::MAX),
+            number,
+            kind: Some(kind),
+        };
+        std::iter::from_fn(|| self.outgoing.next()).map(report).collect()
+    }
+
+    fn ending(&self, returned: Result<Bytes, HandlerError>) -> Kind {
+        let error = match returned {
+            Ok(result) if result.len() <= self.max_payload_bytes => {
+                return Kind::Result(json_payload(result));
+            }
+            Ok(result) => RequestError::new(
+                ErrorCode::ProcessingFailed,
+                format!(
+                    "the result must be at most {} bytes (welcome.max_payload_bytes), is {}",
+                    self.max_payload_bytes,
+                    result.len()
+                ),
+            ),
+            Err(error) if error.is_released() => {
+                let reason = error.into_request_error().message;
+                return Kind::Release(Release { reason });
+            }
+            Err(error) => error.into_request_error(),
+        };
+        Kind::Error(error_to_proto(&error))
+    }
+}
+
+impl Drop for Attempt {
+    /// Nothing that the handler still reports counts.
+    fn drop(&mut self) {
+        self.cancellation.cancel();
+        self.reports.close();
+    }
+}
+
+fn read((uid, attempt): Key, task: proto::Task) -> (AttemptInfo, Bytes, bool) {
+    let (_, payload) = payload_into_parts(task.payload);
+    let info = AttemptInfo {
+        uid,
+        request_id: task.request_id,
+        tenant: task.tenant_id,
+        user: task.user_id,
+        action: task.action,
+        attempt,
+        checkpoint: task.checkpoint,
+        trace_parent: (!task.trace_parent.is_empty()).then_some(task.trace_parent),
+        deadline: task.deadline.as_ref().map(|at| Timestamp::from_millis(millis(at))),
+    };
+    (info, payload, task.sync)
+}
+
+fn panicked() -> HandlerError {
+    tracing::error!("a handler panicked");
+    HandlerError::retryable("the handler panicked")
+}

@@ -1,0 +1,392 @@
+//! One stream, from `hello` to its end.
+
+use std::time::Duration;
+
+use futures_util::future::{BoxFuture, OptionFuture};
+use http::HeaderValue;
+use streamer_core::{Clock, Limits, SystemClock, Timestamp, Uid};
+use streamer_handler::Handlers;
+use streamer_proto::{
+    common::v1::Action,
+    millis,
+    processor::v1::{
+        Capacity, Heartbeat, Hello, RefreshToken, Report, TokenStatus, Welcome, WorkRequest,
+        WorkResponse, report, work_request, work_response,
+        worker_service_client::WorkerServiceClient,
+    },
+};
+use streamer_rpc::{action_to_proto, error_to_proto, with_authorization};
+use tokio::{
+    sync::mpsc,
+    time::{Instant, Interval, MissedTickBehavior, interval, sleep_until, timeout},
+};
+use tokio_stream::wrappers::ReceiverStream;
+use tokio_util::sync::CancellationToken;
+use tonic::{Status, Streaming, transport::Channel};
+
+use crate::{TokenError, TokenSource, WorkerError, attempts::Attempts, outgoing::Window};
+
+/// Messages that wait to be sent at most; then reading waits too.
+const OUTBOX: usize = 1024;
+/// How long the server may take to say `welcome`.
+const WELCOME_TIMEOUT: Duration = Duration::from_secs(30);
+/// A fresh token is asked for so long before the one in use ends, or at half of what is left.
+const REFRESH_BEFORE: Duration = Duration::from_secs(60);
+/// How long acknowledgments may take after everything was handed back.
+const RELEASE_TIMEOUT: Duration = Duration::from_secs(5);
+
+/// What a worker says of itself on each of its streams.
+pub(crate) struct Identity {
+    worker_id: String,
+    version: String,
+    slots: u32,
+    actions: Vec<Action>,
+}
+
+impl Identity {
+    /// A new one for each run: its attempts are bound to it.
+    pub(crate) fn new(slots: u32, version: String, handlers: &Handlers) -> Self {
+        let host = std::env::var("HOSTNAME").unwrap_or_else(|_| "worker".into());
+        let host: String = host.chars().filter(char::is_ascii_alphanumeric).take(64).collect();
+        let actions = handlers.specs().map(|spec| {
+            // What takes less than this on the server is sync there, whatever is said here.
+            action_to_proto(spec, streamer_core::action::DEFAULT_SYNC_THRESHOLD)
+        });
+        let random = Uid::new(SystemClock.now());
+        Self { worker_id: format!("{host}-{random}"), version, slots, actions: actions.collect() }
+    }
+
+    fn hello(&self, attempts: &Attempts) -> Hello {
+        Hello {
+            worker_id: self.worker_id.clone(),
+            version: self.version.clone(),
+            sdk: concat!("rust/", env!("CARGO_PKG_VERSION")).to_owned(),
+            slots: i32::try_from(self.slots).unwrap_or(i32::MAX),
+            actions: self.actions.clone(),
+            attempts: attempts.named(),
+        }
+    }
+}
+
+/// How a stream ended.
+pub(crate) enum Ended {
+    /// The worker has nothing left to do.
+    Drained,
+    /// Before the server had said `welcome`.
+    Before(Status),
+    /// After that.
+    After(Status),
+}
+
+pub(crate) struct Session<'a> {
+    pub(crate) identity: &'a Identity,
+    pub(crate) token: &'a dyn TokenSource,
+    pub(crate) attempts: &'a mut Attempts,
+    pub(crate) shutdown: &'a CancellationToken,
+    pub(crate) drain_timeout: Duration,
+}
+
+impl Session<'_> {
+    pub(crate) async fn run(
+        self,
+        mut client: WorkerServiceClient<Channel>,
+    ) -> Result<Ended, WorkerError> {
+        let token = self.token.token().await?;
+        let authorization = HeaderValue::try_from(format!("Bearer {token}"))
+            .map_err(|_| TokenError("it is not visible ASCII".into()))?;
+        let (outbound, messages) = mpsc::channel(OUTBOX);
+        let hello = work_request::Message::Hello(self.identity.hello(self.attempts));
+        let hello = WorkRequest { message: Some(hello) };
+        if outbound.send(hello).await.is_err() {
+            return Ok(Ended::Before(Status::unavailable("the stream was not opened")));
+        }
+        let call = with_authorization(ReceiverStream::new(messages), authorization);
+        let opening = async {
+            let mut inbound = client.work(call).await?.into_inner();
+            match inbound.message().await?.and_then(|first| first.message) {
+                Some(work_response::Message::Welcome(welcome)) => Ok((inbound, welcome)),
+                _ => Err(Status::internal("the server did not begin with welcome")),
+            }
+        };
+        let late = Err(Status::deadline_exceeded("the server did not say welcome in time"));
+        let (inbound, welcome) = match timeout(WELCOME_TIMEOUT, opening).await.unwrap_or(late) {
+            Ok(opened) => opened,
+            Err(status) => return Ok(Ended::Before(status)),
+        };
+        tracing::info!(processor = welcome.processor, "connected");
+        self.attempts.resume(&welcome.resumed);
+        let heartbeat = duration(welcome.heartbeat_ms).max(Duration::from_millis(1));
+        let mut heartbeats = interval(heartbeat);
+        heartbeats.set_missed_tick_behavior(MissedTickBehavior::Delay);
+        let conversation = Conversation {
+            outbound: Some(outbound),
+            inbound,
+            terms: Terms::of(&welcome),
+            heartbeats,
+            heard_at: Instant::now(),
+            refresh_at: None,
+            refreshing: None,
+            token,
+            drain: Drain::Not,
+            session: self,
+        };
+        Ok(match conversation.run().await {
+            Ok(()) => Ended::Drained,
+            Err(status) => Ended::After(status),
+        })
+    }
+}
+
+/// What `welcome` says.
+#[derive(Clone, Copy)]
+struct Terms {
+    limits: Limits,
+    window: Window,
+    lease: Duration,
+}
+
+impl Terms {
+    fn of(welcome: &Welcome) -> Self {
+        let size = |value: i64| usize::try_from(value).unwrap_or(usize::MAX);
+        Self {
+            limits: Limits {
+                max_payload_bytes: size(welcome.max_payload_bytes),
+                max_output_chunk_bytes: size(welcome.max_output_chunk_bytes),
+            },
+            window: Window {
+                reports: size(welcome.max_unacknowledged.into()),
+                bytes: size(welcome.max_unacknowledged_bytes),
+            },
+            lease: duration(welcome.lease_ms),
+        }
+    }
+}
+
+/// How far the worker is with stopping.
+#[derive(Clone, Copy)]
+enum Drain {
+    Not,
+    /// No more tasks; what runs may end until then.
+    Ending(Instant),
+    /// Everything was handed back; acknowledgments may come until then.
+    Released(Instant),
+}
+
+struct Conversation<'a> {
+    session: Session<'a>,
+    outbound: Option<mpsc::Sender<WorkRequest>>,
+    inbound: Streaming<WorkResponse>,
+    terms: Terms,
+    heartbeats: Interval,
+    /// When the server last said something.
+    heard_at: Instant,
+    refresh_at: Option<Instant>,
+    refreshing: Option<BoxFuture<'a, Result<String, TokenError>>>,
+    token: String,
+    drain: Drain,
+}
+
+impl Conversation<'_> {
+    /// Goes on until the worker is drained, or the stream is lost.
+    async fn run(mut self) -> Result<(), Status> {
+        let left = self.session.attempts.collect_all(self.terms.window);
+        self.report(left).await?;
+        loop {
+            if self.is_drained() {
+                return self.leave().await;
+            }
+            let ready = self.session.attempts.ready.clone();
+            let step = {
+                let refresh = OptionFuture::from(self.refresh_at.map(sleep_until));
+                let refreshed = OptionFuture::from(self.refreshing.as_mut());
+                let drain_step = OptionFuture::from(self.drain.until().map(sleep_until));
+                tokio::select! {
+                    message = self.inbound.message() => Step::Heard(message?.map(Box::new)),
+                    keys = ready.take() => Step::Ready(keys),
+                    _ = self.heartbeats.tick() => Step::Heartbeat,
+                    Some(()) = refresh => Step::Refresh,
+                    Some(token) = refreshed => Step::Refreshed(token),
+                    Some(()) = drain_step => Step::DrainOn,
+                    () = self.session.shutdown.cancelled(), if matches!(self.drain, Drain::Not) => {
+                        Step::BeginDrain
+                    }
+                }
+            };
+            self.take(step).await?;
+        }
+    }
+
+    async fn take(&mut self, step: Step) -> Result<(), Status> {
+        match step {
+            Step::Heard(None) => Err(Status::unavailable("the server ended the stream")),
+            Step::Heard(Some(response)) => {
+                self.heard_at = Instant::now();
+                self.hear(*response).await
+            }
+            Step::Ready(keys) => {
+                for key in keys {
+                    let reports = self.session.attempts.collect(key, self.terms.window);
+                    self.report(reports).await?;
+                }
+                Ok(())
+            }
+            Step::Heartbeat if self.heard_at.elapsed() > self.terms.lease => {
+                Err(Status::unavailable("the server was not heard of for a lease"))
+            }
+            Step::Heartbeat => {
+                let attempts = self.session.attempts.named();
+                self.send(work_request::Message::Heartbeat(Heartbeat { attempts })).await
+            }
+            Step::Refresh => {
+                self.refresh_at = None;
+                self.refreshing = Some(self.session.token.token());
+                Ok(())
+            }
+            Step::Refreshed(token) => self.refreshed(token).await,
+            Step::BeginDrain => {
+                self.drain = Drain::Ending(Instant::now() + self.session.drain_timeout);
+                self.send(work_request::Message::Capacity(Capacity { slots: 0 })).await
+            }
+            Step::DrainOn => match self.drain {
+                Drain::Released(_) => Err(Status::deadline_exceeded("not acknowledged in time")),
+                Drain::Not | Drain::Ending(_) => {
+                    self.drain = Drain::Released(Instant::now() + RELEASE_TIMEOUT);
+                    self.session.attempts.release_all("the worker stops");
+                    let reports = self.session.attempts.collect_all(self.terms.window);
+                    self.report(reports).await
+                }
+            },
+        }
+    }
+
+    async fn hear(&mut self, response: WorkResponse) -> Result<(), Status> {
+        use work_response::Message;
+        let attempts = &mut *self.session.attempts;
+        match response.message {
+            Some(Message::Task(task)) => self.start(task).await,
+            Some(Message::Acknowledgment(said)) => {
+                let reports = attempts.acknowledge(&said, self.terms.window);
+                self.report(reports).await
+            }
+            Some(Message::Cancel(cancel)) => {
+                attempts.cancel(&cancel.uid, cancel.attempt);
+                Ok(())
+            }
+            Some(Message::Revoke(revoke)) => {
+                if attempts.drop_one(&revoke.uid, revoke.attempt) {
+                    tracing::warn!(
+                        uid = revoke.uid,
+                        attempt = revoke.attempt,
+                        reason = revoke.reason,
+                        "an attempt was taken away"
+                    );
+                }
+                Ok(())
+            }
+            Some(Message::HeartbeatReply(reply)) => {
+                for cancel in &reply.cancelled {
+                    attempts.cancel(&cancel.uid, cancel.attempt);
+                }
+                for revoke in &reply.revoked {
+                    attempts.drop_one(&revoke.uid, revoke.attempt);
+                }
+                Ok(())
+            }
+            Some(Message::TokenStatus(status)) => {
+                self.refresh_at = refresh_at(&status);
+                Ok(())
+            }
+            Some(Message::Drain(_)) => {
+                tracing::info!("the server stops; what runs goes on");
+                Ok(())
+            }
+            Some(Message::Welcome(_)) | None => Ok(()),
+        }
+    }
+
+    async fn start(&mut self, task: streamer_proto::processor::v1::Task) -> Result<(), Status> {
+        let (uid, attempt, action) = (task.uid.clone(), task.attempt, task.action.clone());
+        if self.session.attempts.start(task, self.terms.limits) {
+            return Ok(());
+        }
+        let message = format!("this worker has no handler for {action:?}");
+        let error = streamer_handler::HandlerError::retryable(message).into_request_error();
+        let kind = Some(report::Kind::Error(error_to_proto(&error)));
+        self.report(vec![Report { uid, attempt, number: 0, kind }]).await
+    }
+
+    async fn refreshed(&mut self, token: Result<String, TokenError>) -> Result<(), Status> {
+        self.refreshing = None;
+        match token {
+            // It cannot be renewed; the server ends the stream when it is over.
+            Ok(token) if token == self.token => Ok(()),
+            Ok(token) => {
+                self.token.clone_from(&token);
+                self.send(work_request::Message::RefreshToken(RefreshToken { token })).await
+            }
+            Err(error) => {
+                tracing::warn!(%error, "could not renew the token, will try again");
+                self.refresh_at = Some(Instant::now() + REFRESH_BEFORE / 10);
+                Ok(())
+            }
+        }
+    }
+
+    fn is_drained(&self) -> bool {
+        !matches!(self.drain, Drain::Not) && self.session.attempts.is_empty()
+    }
+
+    /// Closes our side, and waits until the server has taken in everything.
+    async fn leave(mut self) -> Result<(), Status> {
+        self.outbound = None;
+        let rest = async { while let Ok(Some(_)) = self.inbound.message().await {} };
+        // The acknowledgments are here: nothing depends on the rest.
+        if timeout(RELEASE_TIMEOUT, rest).await.is_err() {
+            tracing::debug!("the server did not end the stream");
+        }
+        Ok(())
+    }
+
+    async fn report(&self, reports: Vec<Report>) -> Result<(), Status> {
+        for report in reports {
+            self.send(work_request::Message::Report(report)).await?;
+        }
+        Ok(())
+    }
+
+    async fn send(&self, message: work_request::Message) -> Result<(), Status> {
+        let gone = || Status::unavailable("the stream is closed");
+        let outbound = self.outbound.as_ref().ok_or_else(gone)?;
+        outbound.send(WorkRequest { message: Some(message) }).await.map_err(|_| gone())
+    }
+}
+
+/// What happened.
+enum Step {
+    Heard(Option<Box<WorkResponse>>),
+    Ready(Vec<crate::attempt::Key>),
+    Heartbeat,
+    Refresh,
+    Refreshed(Result<String, TokenError>),
+    BeginDrain,
+    DrainOn,
+}
+
+impl Drain {
+    fn until(self) -> Option<Instant> {
+        match self {
+            Self::Not => None,
+            Self::Ending(at) | Self::Released(at) => Some(at),
+        }
+    }
+}
+
+fn refresh_at(status: &TokenStatus) -> Option<Instant> {
+    let ends = Timestamp::from_millis(millis(status.expire_time.as_ref()?));
+    let left = ends.since(SystemClock.now());
+    Some(Instant::now() + left.saturating_sub(REFRESH_BEFORE).max(left / 2))
+}
+
+fn duration(millis: i64) -> Duration {
+    Duration::from_millis(u64::try_from(millis).unwrap_or(0))
+}

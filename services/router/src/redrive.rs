@@ -1,0 +1,154 @@
+//! Running ended requests again, each as a new one: a log that has ended stays as it is.
+
+use streamer_auth::{Caller, permissions};
+use streamer_core::{ErrorCode, RequestError, RequestState, Timestamp, Uid, Violations, validate};
+use streamer_proto::{
+    common::v1::Request,
+    millis,
+    router::v1::{RedriveManyRequest, RedriveManyResponse, Redriven},
+};
+use streamer_rpc::{not_found, request_to_proto, state_from_proto, status, store_status};
+use streamer_store::{ListRequests, RequestRecord};
+use tonic::Status;
+
+use crate::{
+    admission::Submission,
+    front::{Access, Created, Front, failed_precondition, no_such_action, permitted, refuse},
+    router_service::{read_page_size, read_page_token},
+};
+
+impl Front {
+    /// Runs an ended request again.
+    pub(crate) async fn redrive(
+        &self,
+        caller: &Caller,
+        name: &str,
+        id: String,
+    ) -> Result<RequestRecord, Status> {
+        let mut violations = Violations::default();
+        if !id.is_empty() {
+            violations.check("id", validate::request_id(&id));
+        }
+        refuse(&violations)?;
+        let old = self.find(caller, name, Access::Write).await?;
+        if !is_redrivable(old.state) {
+            return Err(failed_precondition(format!(
+                "only a FAILED or CANCELLED request is redriven, this one is {}",
+                old.state
+            )));
+        }
+        let created = self.repeat(caller, &old, (!id.is_empty()).then_some(id)).await?;
+        if created.record.redrive_of != Some(old.uid) {
+            let (name, uid) = (created.record.request_id(), created.record.uid);
+            let message = format!("id {name:?} was used before, by request {uid}");
+            return Err(status(&RequestError::new(ErrorCode::Conflict, message)));
+        }
+        Ok(created.record)
+    }
+
+    /// Runs a page of ended requests again.
+    pub(crate) async fn redrive_many(
+        &self,
+        caller: &Caller,
+        request: RedriveManyRequest,
+    ) -> Result<RedriveManyResponse, Status> {
+        let (query, from) = read(caller, &request)?;
+        let page = self.store.list_requests(query).await.map_err(|error| store_status(&error))?;
+        // Newest first: what is older than the bound ends the listing.
+        let reached = |record: &RequestRecord| from.is_some_and(|from| record.create_time < from);
+        let next = page.next.filter(|_| !page.requests.last().is_some_and(reached));
+        let mut redriven = Vec::new();
+        for old in page.requests.iter().filter(|record| !reached(record)) {
+            let request = if request.dry_run {
+                None
+            } else {
+                match self.repeat_once(caller, old).await? {
+                    Some(request) => Some(request),
+                    None => continue,
+                }
+            };
+            redriven.push(Redriven { uid: old.uid.to_string(), request });
+        }
+        let next_page_token = next.map(|uid| uid.to_string()).unwrap_or_default();
+        Ok(RedriveManyResponse { redriven, next_page_token })
+    }
+
+    /// The new request; `None` when this has been done before.
+    async fn repeat_once(
+        &self,
+        caller: &Caller,
+        old: &RequestRecord,
+    ) -> Result<Option<Request>, Status> {
+        let created = self.repeat(caller, old, Some(format!("redrive:{}", old.uid))).await?;
+        Ok((!created.duplicate).then(|| request_to_proto(&created.record)))
+    }
+
+    async fn repeat(
+        &self,
+        caller: &Caller,
+        old: &RequestRecord,
+        client_id: Option<String>,
+    ) -> Result<Created, Status> {
+        let known = self
+            .catalog
+            .get(&old.action, &old.owner.tenant)
+            .ok_or_else(|| no_such_action(&old.action))?;
+        permitted(caller, &known)?;
+        let payload =
+            self.store.read_payload(old.uid).await.map_err(|error| store_status(&error))?;
+        let submission = Submission {
+            client_id,
+            action: old.action.clone(),
+            payload: payload.ok_or_else(|| not_found(&old.request_id()))?,
+            metadata: old.metadata.clone(),
+            wait_ms: 0,
+            priority: old.priority,
+            delay_ms: 0,
+            deadline: None,
+        };
+        let (owner, trace_parent) = (old.owner.clone(), old.trace_parent.clone());
+        self.create(owner, submission, self.clock.now(), trace_parent, Some(old.uid)).await
+    }
+}
+
+fn is_redrivable(state: RequestState) -> bool {
+    matches!(state, RequestState::Failed | RequestState::Cancelled)
+}
+
+/// The requests that are meant, and the moment before which they do not count.
+fn read(
+    caller: &Caller,
+    request: &RedriveManyRequest,
+) -> Result<(ListRequests, Option<Timestamp>), Status> {
+    let mut violations = Violations::default();
+    let mut states = Vec::new();
+    for number in &request.states {
+        match state_from_proto(*number).filter(|state| is_redrivable(*state)) {
+            Some(state) => states.push(state),
+            None => violations.push("states", "must be FAILED or CANCELLED"),
+        }
+    }
+    if states.is_empty() {
+        states.push(RequestState::Failed);
+    }
+    let action = (!request.action.is_empty()).then(|| request.action.clone());
+    if let Some(action) = &action {
+        violations.check("action", validate::action_name(action));
+    }
+    let limit = read_page_size(request.page_size, &mut violations);
+    let before = read_page_token(&request.page_token, &mut violations);
+    let time = |time: &prost_types::Timestamp| Timestamp::from_millis(millis(time));
+    let until = request.create_time_until.as_ref().map(time).map(Uid::first_of);
+    refuse(&violations)?;
+    let principal = &caller.principal;
+    let everybody = principal.may(permissions::REQUESTS_WRITE);
+    let query = ListRequests {
+        tenant: principal.tenant.clone(),
+        user: (!everybody).then(|| principal.user.clone()),
+        states,
+        action,
+        before: [before, until].into_iter().flatten().min(),
+        limit,
+    };
+    Ok((query, request.create_time_from.as_ref().map(time)))
+}

@@ -1,0 +1,222 @@
+//! Workers: the real one in a process of its own, and one that does just what a test says.
+
+use std::{
+    io::{BufRead, BufReader},
+    process::{Child, ChildStderr, Command, Stdio},
+};
+
+use streamer_client::Api;
+use streamer_proto::{
+    common::v1::Action,
+    processor::v1::{
+        Acknowledgment, Hello, Report, Task, Welcome, WorkRequest, WorkResponse, report::Kind,
+        work_request, work_response::Message, worker_service_client::WorkerServiceClient,
+    },
+    router::v1::ListActionsRequest,
+};
+use tokio::sync::mpsc;
+use tokio_stream::wrappers::ReceiverStream;
+use tonic::{Status, Streaming, transport::Endpoint};
+
+use crate::{Server, binary};
+
+/// `streamer worker`.
+pub struct WorkerProcess {
+    child: Child,
+    log: BufReader<ChildStderr>,
+}
+
+impl WorkerProcess {
+    /// Starts a worker of these actions; returns once it has connected.
+    ///
+    /// # Panics
+    /// When it does not.
+    #[must_use]
+    pub fn start(server: &Server, token: &str, actions: &str, arguments: &[&str]) -> Self {
+        let mut child = Command::new(binary())
+            .args(["worker", "--actions", actions, "--server", &server.url, "--token", token])
+            .args(arguments)
+            .env_clear()
+            .env("STREAMER_LOG", "info")
+            .stdin(Stdio::null())
+            .stdout(Stdio::null())
+            .stderr(Stdio::piped())
+            .spawn()
+            .expect("the worker can be started");
+        let log = BufReader::new(child.stderr.take().expect("its log is piped"));
+        let mut worker = Self { child, log };
+        worker.wait_for("connected");
+        worker
+    }
+
+    /// Reads its log up to a line that contains this.
+    ///
+    /// # Panics
+    /// When the log ends before.
+    pub fn wait_for(&mut self, text: &str) {
+        let mut read = String::new();
+        loop {
+            let begin = read.len();
+            let count = self.log.read_line(&mut read).expect("its log can be read");
+            assert!(count > 0, "its log ended without {text:?}:\n{read}");
+            if read[begin..].contains(text) {
+                return;
+            }
+        }
+    }
+
+    /// Sends it a signal, by name.
+    ///
+    /// # Panics
+    /// When it cannot be told.
+    pub fn signal(&self, name: &str) {
+        let told = Command::new("kill").args(["-s", name, &self.child.id().to_string()]).status();
+        assert!(told.expect("kill runs").success());
+    }
+
+    /// Sends it SIGTERM and waits for it to end; its exit code.
+    ///
+    /// # Panics
+    /// When it cannot be told.
+    pub fn stop(&mut self) -> Option<i32> {
+        self.signal("TERM");
+        self.child.wait().expect("the worker can be waited for").code()
+    }
+}
+
+impl Drop for WorkerProcess {
+    fn drop(&mut self) {
+        // It may have ended by itself.
+        if self.child.kill().is_ok() {
+            drop(self.child.wait());
+        }
+    }
+}
+
+/// Returns once so many workers offer this action, as this caller is told.
+///
+/// # Panics
+/// When the server cannot be asked.
+pub async fn offered(server: &Server, token: &str, action: &str, workers: i32) {
+    let api = Api::new(&server.url, token).expect("a URL");
+    loop {
+        let listed = api.router().list_actions(api.call(ListActionsRequest {})).await;
+        let actions = listed.expect("the actions are listed").into_inner().actions;
+        let found = actions.iter().find(|known| known.name == action);
+        if found.map_or(0, |known| known.workers) == workers {
+            return;
+        }
+        tokio::task::yield_now().await;
+    }
+}
+
+/// A worker that follows a script.
+pub struct ScriptedWorker {
+    outbound: mpsc::Sender<WorkRequest>,
+    inbound: Streaming<WorkResponse>,
+    /// The server's first message.
+    pub welcome: Welcome,
+}
+
+/// What a scripted worker says first.
+#[must_use]
+pub fn hello(id: &str, slots: i32, actions: Vec<Action>) -> Hello {
+    Hello { worker_id: id.into(), slots, actions, ..Hello::default() }
+}
+
+/// A declaration with the defaults.
+#[must_use]
+pub fn declare(name: &str) -> Action {
+    Action { name: name.into(), ..Action::default() }
+}
+
+impl ScriptedWorker {
+    /// Opens a stream with this first message.
+    ///
+    /// # Errors
+    /// When the server does not let it in.
+    ///
+    /// # Panics
+    /// When the server does not begin with `welcome`.
+    pub async fn open(
+        server: &Server,
+        token: &str,
+        first: work_request::Message,
+    ) -> Result<Self, Status> {
+        let endpoint = Endpoint::from_shared(server.url.clone()).expect("a URL");
+        let channel = endpoint.connect().await.map_err(|e| Status::unavailable(e.to_string()))?;
+        let (outbound, messages) = mpsc::channel(64);
+        outbound.send(WorkRequest { message: Some(first) }).await.expect("there is room");
+        let api = Api::new(&server.url, token).expect("a URL");
+        let call = api.call(ReceiverStream::new(messages));
+        let mut inbound = WorkerServiceClient::new(channel).work(call).await?.into_inner();
+        let first = inbound.message().await?.and_then(|first| first.message);
+        let Some(Message::Welcome(welcome)) = first else { panic!("no welcome: {first:?}") };
+        Ok(Self { outbound, inbound, welcome })
+    }
+
+    /// Comes with this `hello`, which must be right.
+    ///
+    /// # Panics
+    /// When the server does not let it in.
+    pub async fn come(server: &Server, token: &str, hello: Hello) -> Self {
+        let first = work_request::Message::Hello(hello);
+        Self::open(server, token, first).await.expect("the worker is let in")
+    }
+
+    /// Says something.
+    ///
+    /// # Panics
+    /// When the stream is closed.
+    pub async fn say(&self, message: work_request::Message) {
+        let request = WorkRequest { message: Some(message) };
+        self.outbound.send(request).await.expect("the stream is open");
+    }
+
+    /// Reports on a task.
+    pub async fn report(&self, task: &Task, number: i64, kind: Kind) {
+        let Task { uid, attempt, .. } = task.clone();
+        let report = Report { uid, attempt, number, kind: Some(kind) };
+        self.say(work_request::Message::Report(report)).await;
+    }
+
+    /// The next message, but for those about its token.
+    ///
+    /// # Errors
+    /// When the server ends the stream.
+    pub async fn next(&mut self) -> Result<Message, Status> {
+        loop {
+            let response = self.inbound.message().await?;
+            let ended = || Status::unavailable("the stream has ended");
+            match response.ok_or_else(ended)?.message {
+                Some(Message::TokenStatus(_)) | None => {}
+                Some(message) => return Ok(message),
+            }
+        }
+    }
+
+    /// The next task; other messages are passed over.
+    ///
+    /// # Panics
+    /// When the server ends the stream.
+    pub async fn task(&mut self) -> Task {
+        loop {
+            if let Message::Task(task) = self.next().await.expect("the stream is open") {
+                return task;
+            }
+        }
+    }
+
+    /// The acknowledgment that a task has ended; other messages are passed over.
+    ///
+    /// # Panics
+    /// When the server ends the stream.
+    pub async fn ended(&mut self, task: &Task) -> Acknowledgment {
+        loop {
+            match self.next().await.expect("the stream is open") {
+                Message::Acknowledgment(said) if said.ended && said.uid == task.uid => return said,
+                _ => {}
+            }
+        }
+    }
+}

@@ -1,0 +1,244 @@
+//! When requests start, in which order, how long they may take, and how failed ones run again.
+#![allow(clippy::unwrap_used, reason = "in tests, a panic is the report")]
+
+use serde_json::{Value, json};
+use streamer_client::Api;
+use streamer_proto::{
+    common::v1::{Action, Error, ErrorCode, RequestState},
+    processor::v1::{Task, report::Kind},
+    router::v1::{GetRequest, RedriveManyRequest, RedriveManyResponse},
+};
+use streamer_rpc::json_payload;
+use streamer_tests::{Client, Log, ScriptedWorker, Server, declare, hello, offered};
+
+struct Scene {
+    server: Server,
+    worker: ScriptedWorker,
+    client: Client,
+}
+
+impl Scene {
+    /// A server with one worker of one action, and a client.
+    async fn new(settings: &[&str], slots: i32, action: Action) -> Self {
+        let server = Server::start(settings);
+        let token = server.token("acme", "worker", &["worker:*@*"]);
+        let name = action.name.clone();
+        let worker = ScriptedWorker::come(&server, &token, hello("w", slots, vec![action])).await;
+        offered(&server, &token, &name, 1).await;
+        let client = Client::connect(&server.url, &server.token("acme", "ann", &[])).await;
+        Self { server, worker, client }
+    }
+
+    async fn succeed(&mut self, task: &Task) {
+        self.worker.report(task, 0, Kind::Result(json_payload("1"))).await;
+        self.worker.ended(task).await;
+    }
+
+    async fn fail(&mut self, task: &Task, code: ErrorCode, retryable: bool) {
+        let message = "no".into();
+        let error = Error { code: code.into(), message, retryable, details: None };
+        self.worker.report(task, 0, Kind::Error(error)).await;
+        self.worker.ended(task).await;
+    }
+
+    /// The error that the request ends with.
+    async fn error(&mut self) -> Value {
+        let client = &mut self.client;
+        let mut log = Log::after(1);
+        while !log.ended() {
+            log.push(client.next().await);
+        }
+        log.events.last().unwrap()["error"].clone()
+    }
+}
+
+#[tokio::test]
+async fn each_of_the_time_limits_ends_a_request() {
+    type Limit = fn(&mut Action);
+    let limits: [(Limit, bool, &str); 3] = [
+        (|action| action.schedule_to_start_ms = 150, false, "not started by its deadline"),
+        (|action| action.start_to_close_ms = 150, true, "start-to-close timeout"),
+        (|action| action.schedule_to_close_ms = 300, true, "schedule-to-close timeout"),
+    ];
+    for (limit, starts, expected) in limits {
+        let mut action = Action { max_attempts: 1, ..declare("work") };
+        limit(&mut action);
+        let settings = ["execution.poll_interval_ms=50", "execution.tenant_share_percent=100"];
+        let mut scene = Scene::new(&settings, 1, action).await;
+        // The only slot is taken.
+        let blocking = scene.server.token("acme", "bob", &[]);
+        let mut blocker = Client::connect(&scene.server.url, &blocking).await;
+        if !starts {
+            blocker.submit("b", "work", json!({})).await;
+            scene.worker.task().await;
+        }
+        scene.client.submit("r", "work", json!({})).await;
+        if starts {
+            scene.worker.task().await;
+        }
+        let error = scene.error().await;
+        assert_eq!(error["code"], "TIMEOUT", "{error}");
+        assert!(error["message"].as_str().unwrap().contains(expected), "{error}");
+    }
+}
+
+#[tokio::test]
+async fn the_time_for_all_attempts_ends_a_request_between_two_of_them() {
+    let action = Action {
+        schedule_to_close_ms: 400,
+        initial_backoff_ms: 60_000,
+        max_backoff_ms: 60_000,
+        ..declare("work")
+    };
+    let mut scene = Scene::new(&["execution.poll_interval_ms=50"], 1, action).await;
+    scene.client.submit("r", "work", json!({})).await;
+    let task = scene.worker.task().await;
+    assert!(task.deadline.is_some());
+    scene.fail(&task, ErrorCode::ProcessingFailed, true).await;
+    let error = scene.error().await;
+    // Whether the wait would reach beyond the limit is drawn by lot; both ways it ends here.
+    assert!(matches!(error["code"].as_str(), Some("TIMEOUT" | "PROCESSING_FAILED")), "{error}");
+}
+
+#[tokio::test]
+async fn what_the_action_calls_final_is_not_tried_again() {
+    let final_errors = vec![ErrorCode::Unavailable.into()];
+    let action = Action { final_errors, max_attempts: 5, ..declare("work") };
+    let mut scene = Scene::new(&[], 1, action).await;
+    scene.client.submit("r", "work", json!({})).await;
+    let task = scene.worker.task().await;
+    scene.fail(&task, ErrorCode::Unavailable, true).await;
+    assert_eq!(scene.error().await["code"], "UNAVAILABLE");
+}
+
+#[tokio::test]
+async fn higher_priority_starts_first_and_tenants_take_turns() {
+    let settings = ["execution.tenant_share_percent=100"];
+    let mut scene = Scene::new(&settings, 1, declare("work")).await;
+    scene.client.submit("first", "work", json!({})).await;
+    let first = scene.worker.task().await;
+    let other = scene.server.token("other", "oli", &[]);
+    let mut other = Client::connect(&scene.server.url, &other).await;
+    for id in ["a1", "a2", "a3"] {
+        scene.client.send(json!({"id": id, "action": "work"})).await;
+        scene.client.next().await;
+    }
+    other.submit("o1", "work", json!({})).await;
+    scene.client.send(json!({"id": "urgent", "action": "work", "priority": 9})).await;
+    scene.client.next().await;
+    let mut order = Vec::new();
+    let mut task = first;
+    for _ in 0..5 {
+        scene.succeed(&task).await;
+        task = scene.worker.task().await;
+        order.push(task.request_id.clone());
+    }
+    assert_eq!(order[0], "urgent");
+    let place = |id: &str| order.iter().position(|known| known == id).unwrap();
+    assert!(place("o1") <= 2, "the other tenant does not wait behind a queue: {order:?}");
+    assert!(place("a1") < place("a2") && place("a2") < place("a3"), "{order:?}");
+}
+
+#[tokio::test]
+async fn a_flooding_tenant_leaves_slots_to_the_others() {
+    let settings = ["execution.tenant_share_percent=75"];
+    let mut scene = Scene::new(&settings, 4, declare("work")).await;
+    for number in 0..20 {
+        scene.client.send(json!({"id": format!("f{number}"), "action": "work"})).await;
+    }
+    for _ in 0..3 {
+        assert_eq!(scene.worker.task().await.tenant_id, "acme");
+    }
+    let other = scene.server.token("other", "oli", &[]);
+    let mut other = Client::connect(&scene.server.url, &other).await;
+    other.submit("o", "work", json!({})).await;
+    let fourth = scene.worker.task().await;
+    assert_eq!(fourth.tenant_id, "other", "three of four slots are one tenant's share");
+}
+
+#[tokio::test]
+async fn a_queued_request_knows_its_place() {
+    let settings = ["execution.tenant_share_percent=100"];
+    let mut scene = Scene::new(&settings, 1, declare("work")).await;
+    let said = scene.client.submit("first", "work", json!({})).await;
+    assert_eq!(said["queue_position"]["latest"], 1, "{said}");
+    let first = scene.worker.task().await;
+    scene.client.send(json!({"id": "a", "action": "work"})).await;
+    let mut said = scene.client.next().await;
+    while said["type"] != "acknowledgment" {
+        said = scene.client.next().await;
+    }
+    assert_eq!(
+        (&said["queue_position"]["earliest"], &said["queue_position"]["latest"]),
+        (&json!(1), &json!(1))
+    );
+    let other = scene.server.token("other", "oli", &[]);
+    let mut other = Client::connect(&scene.server.url, &other).await;
+    let said = other.submit("o", "work", json!({})).await;
+    assert_eq!(
+        (&said["queue_position"]["earliest"], &said["queue_position"]["latest"]),
+        (&json!(1), &json!(2))
+    );
+    assert_eq!(said["queue_position"]["estimated_start_time"], Value::Null, "nothing was measured");
+    scene.succeed(&first).await;
+    scene.worker.task().await;
+    let api = Api::new(&scene.server.url, &scene.server.token("acme", "ann", &[])).unwrap();
+    let mut api_other =
+        Api::new(&scene.server.url, &scene.server.token("other", "oli", &[])).unwrap();
+    for (api, id) in [(&api, "a"), (&mut api_other, "o")] {
+        let call = api.call(GetRequest { request_id: id.into(), ..GetRequest::default() });
+        let request = api.router().get(call).await.unwrap().into_inner().request.unwrap();
+        let queued = request.state() == RequestState::Queued;
+        let place = request.queue_position;
+        assert_eq!(place.is_some(), queued, "{id}");
+        assert!(place.is_none_or(|place| place.estimated_start_time.is_some()), "{place:?}");
+    }
+}
+
+async fn redrive(api: &Api, request: RedriveManyRequest) -> RedriveManyResponse {
+    api.router().redrive_many(api.call(request)).await.unwrap().into_inner()
+}
+
+#[tokio::test]
+async fn failed_requests_run_again_by_filter_and_only_once() {
+    let action = Action { max_attempts: 1, ..declare("work") };
+    let mut scene = Scene::new(&[], 1, action).await;
+    for id in ["a", "b", "c"] {
+        scene.client.submit(id, "work", json!({"id": id})).await;
+        let task = scene.worker.task().await;
+        scene.fail(&task, ErrorCode::ProcessingFailed, true).await;
+        let mut log = Log::after(1);
+        while !log.ended() {
+            log.push(scene.client.next().await);
+        }
+    }
+    let api = Api::new(&scene.server.url, &scene.server.token("acme", "ann", &[])).unwrap();
+    let wanted = RedriveManyRequest { action: "work".into(), page_size: 2, ..Default::default() };
+    let tried = redrive(&api, RedriveManyRequest { dry_run: true, ..wanted.clone() }).await;
+    assert_eq!(tried.redriven.len(), 2);
+    assert!(tried.redriven.iter().all(|redriven| redriven.request.is_none()));
+    let mut names = Vec::new();
+    let mut request = wanted.clone();
+    loop {
+        let page = redrive(&api, request.clone()).await;
+        names.extend(page.redriven.into_iter().map(|r| r.request.unwrap().redrive_of));
+        if page.next_page_token.is_empty() {
+            break;
+        }
+        request.page_token = page.next_page_token;
+    }
+    assert_eq!(names.len(), 3);
+    let again = redrive(&api, wanted).await;
+    assert!(again.redriven.is_empty(), "{again:?}");
+    let mut payloads = Vec::new();
+    for _ in 0..3 {
+        let task = scene.worker.task().await;
+        payloads.push(streamer_rpc::payload_bytes(task.payload.as_ref()));
+        scene.succeed(&task).await;
+    }
+    payloads.sort();
+    assert_eq!(payloads, ["{\"id\":\"a\"}", "{\"id\":\"b\"}", "{\"id\":\"c\"}"]);
+    let other = Api::new(&scene.server.url, &scene.server.token("acme", "bob", &[])).unwrap();
+    let theirs = redrive(&other, RedriveManyRequest::default()).await;
+    assert!(theirs.redriven.is_empty(), "another user's are not his to redrive");
+}

@@ -1,0 +1,495 @@
+//! Workers: what they run, what becomes of it when they or the server stop, and what they may not do.
+#![allow(clippy::unwrap_used, reason = "in tests, a panic is the report")]
+
+use serde_json::{Value, json};
+use streamer_proto::{
+    common::v1::{Action, Error, ErrorCode, Progress},
+    processor::v1::{
+        Attempt, Capacity, Hello, KeepAlive, Release, report::Kind, work_request,
+        work_response::Message,
+    },
+};
+use streamer_rpc::json_payload;
+use streamer_tests::{Client, Log, ScriptedWorker, Server, WorkerProcess, declare, hello, offered};
+use tonic::Code;
+
+/// A server that leaves `echo_async` to workers.
+fn server(settings: &[&str]) -> Server {
+    let settings = [&["execution.local_actions=echo"], settings].concat();
+    Server::start(&settings)
+}
+
+fn worker_token(server: &Server) -> String {
+    server.token("acme", "worker", &["worker:*"])
+}
+
+async fn client(server: &Server) -> Client {
+    Client::connect(&server.url, &server.token("acme", "ann", &[])).await
+}
+
+fn progress(message: &str) -> Kind {
+    Kind::Progress(Progress { message: message.into(), ..Progress::default() })
+}
+
+fn result(json: &'static str) -> Kind {
+    Kind::Result(json_payload(json))
+}
+
+fn kinds(log: &Log) -> Vec<&str> {
+    log.events.iter().map(|event| event["type"].as_str().unwrap()).collect()
+}
+
+#[tokio::test]
+async fn a_worker_runs_what_it_offers() {
+    let server = server(&[]);
+    let token = worker_token(&server);
+    let _worker = WorkerProcess::start(&server, &token, "echo_async", &[]);
+    offered(&server, &token, "echo_async", 1).await;
+    let mut client = client(&server).await;
+    let payload = json!({"steps": 4, "output_chunks": 2, "result": {"n": 1}});
+    client.submit("r", "echo_async", payload).await;
+    let log = client.follow(Log::after(1)).await;
+    assert_eq!((log.count("progress"), log.count("output")), (4, 2));
+    let started = log.events[0]["worker"].as_str().unwrap();
+    assert!(!started.starts_with("processor"), "{started}");
+    let end = log.events.last().unwrap();
+    assert_eq!((&end["result"], &end["output"]["chunks"]), (&json!({"n": 1}), &json!(2)));
+}
+
+#[tokio::test]
+async fn a_suspended_worker_loses_its_lease_and_what_it_says_later_is_refused() {
+    let server = server(&["execution.lease_ms=600", "execution.poll_interval_ms=50"]);
+    let token = worker_token(&server);
+    let mut sleeper = WorkerProcess::start(&server, &token, "echo_async", &["--slots", "1"]);
+    offered(&server, &token, "echo_async", 1).await;
+    let mut client = client(&server).await;
+    client.submit("r", "echo_async", json!({"steps": 30, "delay_ms": 20, "result": 1})).await;
+    let mut log = Log::after(1);
+    while log.count("progress") < 3 {
+        log.push(client.next().await);
+    }
+    sleeper.signal("STOP");
+    let _other = WorkerProcess::start(&server, &token, "echo_async", &["--slots", "1"]);
+    while log.count("started") < 2 {
+        log.push(client.next().await);
+    }
+    sleeper.signal("CONT");
+    sleeper.wait_for("an attempt was taken away");
+    let log = client.follow(log).await;
+    assert_eq!((log.count("retrying"), log.count("started")), (1, 2));
+    assert_eq!(log.last_type(), "complete");
+    let retrying = log.events.iter().position(|event| event["type"] == "retrying").unwrap();
+    let message = log.events[retrying]["error"]["message"].as_str().unwrap();
+    assert!(message.contains("was not heard of"), "{message}");
+    assert!(log.events[..=retrying].iter().all(|event| event["attempt"] == 1));
+    assert!(log.events[retrying + 1..].iter().all(|event| event["attempt"] == 2));
+    assert_eq!(log.events[retrying + 1..].iter().filter(|e| e["type"] == "progress").count(), 30);
+}
+
+#[tokio::test]
+async fn the_server_is_killed_and_the_attempt_goes_on() {
+    let mut server = server(&[]);
+    let token = worker_token(&server);
+    let _worker = WorkerProcess::start(&server, &token, "echo_async", &[]);
+    offered(&server, &token, "echo_async", 1).await;
+    let mut before = client(&server).await;
+    let payload = json!({"steps": 60, "delay_ms": 20, "output_chunks": 60, "result": 1});
+    before.submit("r", "echo_async", payload).await;
+    let mut log = Log::after(1);
+    while log.count("progress") < 3 {
+        log.push(before.next().await);
+    }
+    server.kill_and_restart();
+    let mut after = client(&server).await;
+    let seen = log.last_seq();
+    after.send(json!({"type": "subscribe", "request_id": "r", "after_seq": seen})).await;
+    let log = after.follow(log).await;
+    assert_eq!((log.count("started"), log.count("retrying")), (1, 0), "{:?}", kinds(&log));
+    assert_eq!((log.count("progress"), log.count("output")), (60, 60));
+    assert_eq!(log.last_type(), "complete");
+}
+
+#[tokio::test]
+async fn a_worker_that_is_told_to_stop_hands_its_work_back() {
+    let server = server(&[]);
+    let token = worker_token(&server);
+    let mut first = WorkerProcess::start(&server, &token, "echo_async", &["--drain-timeout", "1s"]);
+    offered(&server, &token, "echo_async", 1).await;
+    let mut client = client(&server).await;
+    client.submit("long", "echo_async", json!({"steps": 600, "delay_ms": 100})).await;
+    let mut log = Log::after(1);
+    while log.count("progress") < 1 {
+        log.push(client.next().await);
+    }
+    assert_eq!(first.stop(), Some(0));
+    while log.last_type() != "retrying" {
+        log.push(client.next().await);
+    }
+    let retrying = log.events.last().unwrap();
+    assert_eq!(retrying["error"]["message"], "the worker stops");
+    let _second = WorkerProcess::start(&server, &token, "echo_async", &[]);
+    while log.last_type() != "started" {
+        log.push(client.next().await);
+    }
+    assert_eq!(log.events.last().unwrap()["attempt"], 2);
+}
+
+#[tokio::test]
+async fn cancellation_reaches_the_handler() {
+    let server = server(&[]);
+    let token = worker_token(&server);
+    let _worker = WorkerProcess::start(&server, &token, "echo_async", &[]);
+    offered(&server, &token, "echo_async", 1).await;
+    let mut client = client(&server).await;
+    let payload = json!({"steps": 100, "delay_ms": 3_600_000});
+    client.submit("r", "echo_async", payload).await;
+    let mut log = Log::after(1);
+    while log.last_type() != "started" {
+        log.push(client.next().await);
+    }
+    client.send(json!({"type": "cancel", "request_id": "r", "reason": "enough"})).await;
+    let log = client.follow(log).await;
+    assert_eq!(log.events.last().unwrap()["reason"], "enough");
+}
+
+#[tokio::test]
+async fn a_handler_that_does_not_heed_cancellation_is_cut_off() {
+    let server = server(&["execution.cancel_grace_ms=100"]);
+    let token = worker_token(&server);
+    let mut worker =
+        ScriptedWorker::come(&server, &token, hello("w", 1, vec![declare("deaf")])).await;
+    offered(&server, &token, "deaf", 1).await;
+    let mut client = client(&server).await;
+    client.submit("r", "deaf", json!({})).await;
+    let task = worker.task().await;
+    client.send(json!({"type": "cancel", "request_id": "r", "reason": "enough"})).await;
+    let Ok(Message::Cancel(cancel)) = worker.next().await else { panic!("no cancel") };
+    assert_eq!((cancel.reason.as_str(), cancel.grace_ms), ("enough", 100));
+    worker.ended(&task).await;
+    let log = client.follow(Log::after(1)).await;
+    assert_eq!(log.last_type(), "cancelled");
+    worker.report(&task, 0, result("1")).await;
+    let Ok(Message::Revoke(revoke)) = worker.next().await else { panic!("no revoke") };
+    assert!(revoke.reason.contains("has ended"), "{}", revoke.reason);
+}
+
+#[tokio::test]
+async fn what_is_sent_again_after_a_broken_stream_is_stored_once() {
+    let server = server(&[]);
+    let token = worker_token(&server);
+    let first = hello("w", 1, vec![declare("work")]);
+    let mut worker = ScriptedWorker::come(&server, &token, first.clone()).await;
+    offered(&server, &token, "work", 1).await;
+    let mut client = client(&server).await;
+    client.submit("r", "work", json!({})).await;
+    let task = worker.task().await;
+    worker.report(&task, 1, progress("one")).await;
+    worker.report(&task, 2, progress("two")).await;
+    loop {
+        match worker.next().await.unwrap() {
+            Message::Acknowledgment(said) if said.number == 2 => break,
+            _ => {}
+        }
+    }
+    drop(worker);
+    let attempts = vec![Attempt { uid: task.uid.clone(), attempt: task.attempt }];
+    let mut worker = ScriptedWorker::come(&server, &token, Hello { attempts, ..first }).await;
+    assert_eq!(worker.welcome.resumed.len(), 1);
+    assert_eq!((&worker.welcome.resumed[0].uid, worker.welcome.resumed[0].number), (&task.uid, 2));
+    for (number, message) in [(1, "one"), (2, "two"), (3, "three")] {
+        worker.report(&task, number, progress(message)).await;
+    }
+    worker.report(&task, 3, result("1")).await;
+    assert_eq!(worker.ended(&task).await.number, 3);
+    let log = client.follow(Log::after(1)).await;
+    assert_eq!(kinds(&log), ["started", "progress", "progress", "progress", "complete"]);
+}
+
+#[tokio::test]
+async fn an_attempt_that_the_worker_comes_back_without_is_given_to_another() {
+    let server = server(&[]);
+    let token = worker_token(&server);
+    let first = hello("w", 1, vec![declare("work")]);
+    let mut worker = ScriptedWorker::come(&server, &token, first.clone()).await;
+    offered(&server, &token, "work", 1).await;
+    let mut client = client(&server).await;
+    client.submit("r", "work", json!({})).await;
+    worker.task().await;
+    drop(worker);
+    let mut worker = ScriptedWorker::come(&server, &token, first).await;
+    let task = worker.task().await;
+    assert_eq!(task.attempt, 2);
+}
+
+#[tokio::test]
+async fn tasks_go_only_into_free_slots() {
+    let server = server(&["execution.tenant_share_percent=100"]);
+    let token = worker_token(&server);
+    let mut worker =
+        ScriptedWorker::come(&server, &token, hello("w", 2, vec![declare("work")])).await;
+    offered(&server, &token, "work", 1).await;
+    let mut client = client(&server).await;
+    for id in ["a", "b", "c"] {
+        client.send(json!({"id": id, "action": "work"})).await;
+    }
+    let first = worker.task().await;
+    let second = worker.task().await;
+    worker.report(&first, 1, progress("x")).await;
+    // The next message is the acknowledgment, not a third task.
+    let Ok(Message::Acknowledgment(_)) = worker.next().await else { panic!("more than two tasks") };
+    worker.report(&first, 1, result("1")).await;
+    worker.ended(&first).await;
+    let third = worker.task().await;
+    assert_eq!([&*first.request_id, &*second.request_id, &*third.request_id], ["a", "b", "c"]);
+    worker.say(work_request::Message::Capacity(Capacity { slots: 0 })).await;
+    for task in [&second, &third] {
+        worker.report(task, 0, result("1")).await;
+        worker.ended(task).await;
+    }
+}
+
+#[tokio::test]
+async fn the_next_attempt_begins_from_the_checkpoint_and_an_attempt_that_is_handed_back_costs_none()
+{
+    let server = server(&[]);
+    let token = worker_token(&server);
+    let action = Action { max_attempts: 2, initial_backoff_ms: 1, ..declare("work") };
+    let mut worker = ScriptedWorker::come(&server, &token, hello("w", 1, vec![action])).await;
+    offered(&server, &token, "work", 1).await;
+    let mut client = client(&server).await;
+    client.submit("r", "work", json!({})).await;
+    let task = worker.task().await;
+    assert_eq!(task.checkpoint, None);
+    worker.report(&task, 0, Kind::Checkpoint("half".into())).await;
+    let error = Error {
+        code: ErrorCode::ProcessingFailed.into(),
+        message: "a bad day".into(),
+        retryable: true,
+        details: None,
+    };
+    worker.report(&task, 0, Kind::Error(error)).await;
+    let task = worker.task().await;
+    assert_eq!((task.attempt, task.checkpoint.as_deref()), (2, Some(b"half".as_slice())));
+    let release = Kind::Release(Release { reason: "moving".into() });
+    worker.report(&task, 0, release).await;
+    let task = worker.task().await;
+    assert_eq!((task.attempt, task.checkpoint.as_deref()), (3, Some(b"half".as_slice())));
+    worker.report(&task, 0, result("{\"n\":9223372036854775807}")).await;
+    let log = client.follow(Log::after(1)).await;
+    assert_eq!(log.count("retrying"), 2);
+    assert_eq!(log.events.last().unwrap()["result"]["n"], 9_223_372_036_854_775_807_i64);
+}
+
+#[tokio::test]
+async fn a_silent_handler_times_out_though_its_worker_lives() {
+    let server = server(&[]);
+    let token = worker_token(&server);
+    let action = Action { heartbeat_timeout_ms: 300, max_attempts: 1, ..declare("work") };
+    let mut worker = ScriptedWorker::come(&server, &token, hello("w", 1, vec![action])).await;
+    offered(&server, &token, "work", 1).await;
+    let mut client = client(&server).await;
+    client.submit("r", "work", json!({})).await;
+    let task = worker.task().await;
+    worker.report(&task, 0, Kind::KeepAlive(KeepAlive {})).await;
+    worker.ended(&task).await;
+    let log = client.follow(Log::after(1)).await;
+    let error = &log.events.last().unwrap()["error"];
+    assert_eq!(error["code"], "TIMEOUT");
+    assert!(error["message"].as_str().unwrap().contains("heartbeat timeout"), "{error}");
+}
+
+#[tokio::test]
+async fn a_sync_action_runs_in_a_worker_and_fails_with_its_stream() {
+    let server = server(&[]);
+    let token = worker_token(&server);
+    let action = Action { sync: true, ..declare("quick") };
+    let mut worker = ScriptedWorker::come(&server, &token, hello("w", 4, vec![action])).await;
+    offered(&server, &token, "quick", 1).await;
+    let mut client = client(&server).await;
+    client.send(json!({"id": "r", "action": "quick", "payload": [1]})).await;
+    let task = worker.task().await;
+    assert!(task.sync);
+    worker.report(&task, 0, result("\"done\"")).await;
+    let answer = client.next().await;
+    assert_eq!((&answer["type"], &answer["data"]), (&json!("response"), &json!("done")));
+    worker.ended(&task).await;
+    client.send(json!({"id": "s", "action": "quick"})).await;
+    worker.task().await;
+    drop(worker);
+    let answer = client.next().await;
+    assert_eq!((&answer["type"], &answer["request_id"]), (&json!("error"), &json!("s")));
+    offered(&server, &token, "quick", 0).await;
+    let answer = client.ask(json!({"id": "t", "action": "quick"})).await;
+    assert_eq!(answer["error"]["code"], "UNAVAILABLE", "{answer}");
+}
+
+#[tokio::test]
+async fn work_is_accepted_and_waits_while_its_workers_are_away() {
+    let mut server = server(&[]);
+    let token = worker_token(&server);
+    let first = hello("w", 1, vec![Action { permission: "work:run".into(), ..declare("work") }]);
+    drop(ScriptedWorker::come(&server, &token, first.clone()).await);
+    offered(&server, &token, "work", 0).await;
+    server.kill_and_restart();
+    let mut forbidden = client(&server).await;
+    let answer = forbidden.ask(json!({"id": "x", "action": "work"})).await;
+    assert_eq!(answer["error"]["code"], "FORBIDDEN", "the declaration is remembered: {answer}");
+    let permitted = server.token("acme", "ann", &["work:run"]);
+    let mut client = Client::connect(&server.url, &permitted).await;
+    let said = client.submit("r", "work", json!({})).await;
+    assert_eq!(said["status"], "queued");
+    assert_eq!(said["queue_position"]["earliest"], 1);
+    let mut worker = ScriptedWorker::come(&server, &token, first).await;
+    let task = worker.task().await;
+    worker.report(&task, 0, result("1")).await;
+    assert_eq!(client.follow(Log::after(1)).await.last_type(), "complete");
+}
+
+#[tokio::test]
+async fn one_tenants_workers_are_nothing_to_another_tenant() {
+    let server = server(&[]);
+    let theirs = server.token("other", "worker", &["worker:*"]);
+    let declared = |permission: &str| Action { permission: permission.into(), ..declare("work") };
+    let ours = worker_token(&server);
+    let mut our_worker =
+        ScriptedWorker::come(&server, &ours, hello("ours", 1, vec![declared("work:run")])).await;
+    let _their_worker =
+        ScriptedWorker::come(&server, &theirs, hello("theirs", 8, vec![declared("")])).await;
+    offered(&server, &theirs, "work", 1).await;
+    offered(&server, &ours, "work", 1).await;
+    let mut client = client(&server).await;
+    let answer = client.ask(json!({"id": "x", "action": "work"})).await;
+    assert_eq!(answer["error"]["code"], "FORBIDDEN", "by our own declaration: {answer}");
+    let permitted = server.token("acme", "ann", &["work:run"]);
+    let mut client = Client::connect(&server.url, &permitted).await;
+    client.submit("r", "work", json!({})).await;
+    assert_eq!(our_worker.task().await.tenant_id, "acme");
+    let third = server.token("third", "cat", &[]);
+    let mut client = Client::connect(&server.url, &third).await;
+    let answer = client.ask(json!({"id": "x", "action": "work"})).await;
+    assert_eq!(answer["error"]["code"], "INVALID_ACTION", "{answer}");
+}
+
+#[tokio::test]
+async fn a_token_opens_the_stream_for_what_it_names_only() {
+    let server = server(&[]);
+    for (permissions, code) in [
+        (vec![], Code::PermissionDenied),
+        (vec!["worker:other"], Code::PermissionDenied),
+        (vec!["requests:read"], Code::PermissionDenied),
+    ] {
+        let token = server.token("acme", "worker", &permissions);
+        let first = work_request::Message::Hello(hello("w", 1, vec![declare("work")]));
+        let refused = ScriptedWorker::open(&server, &token, first).await.err().unwrap();
+        assert_eq!(refused.code(), code, "{permissions:?}");
+        assert!(refused.message().contains("worker:work"), "{}", refused.message());
+    }
+    let first = work_request::Message::Hello(hello("w", 1, vec![declare("work")]));
+    let refused = ScriptedWorker::open(&server, "", first).await.err().unwrap();
+    assert_eq!(refused.code(), Code::Unauthenticated);
+}
+
+#[tokio::test]
+async fn a_broken_rule_of_the_first_message_is_named() {
+    let server = server(&[]);
+    let token = worker_token(&server);
+    let good = hello("w", 1, vec![declare("work")]);
+    let with = |change: fn(&mut Hello)| {
+        let mut hello = good.clone();
+        change(&mut hello);
+        work_request::Message::Hello(hello)
+    };
+    for (first, field) in [
+        (work_request::Message::Capacity(Capacity { slots: 1 }), "message"),
+        (with(|hello| hello.worker_id = "a b".into()), "hello.worker_id"),
+        (with(|hello| hello.slots = 0), "hello.slots"),
+        (with(|hello| hello.slots = 10_001), "hello.slots"),
+        (with(|hello| hello.actions.clear()), "hello.actions"),
+        (with(|hello| hello.actions.push(declare("work"))), "hello.actions[1].name"),
+        (with(|hello| hello.actions[0].name = "Work".into()), "hello.actions[0].name"),
+        (with(|hello| hello.actions[0].name = "echo".into()), "hello.actions[0].name"),
+        (
+            with(|hello| hello.actions[0].payload_schema = "{\"type\":7}".into()),
+            "hello.actions[0].payload_schema",
+        ),
+        (with(|hello| hello.actions[0].max_attempts = -1), "hello.actions[0].max_attempts"),
+        (with(|hello| hello.version = "x".repeat(129)), "hello.version"),
+    ] {
+        let refused = ScriptedWorker::open(&server, &token, first).await.err().unwrap();
+        assert_eq!(refused.code(), Code::InvalidArgument, "{field}: {}", refused.message());
+        assert!(refused.message().starts_with(&format!("{field}:")), "{}", refused.message());
+    }
+}
+
+#[tokio::test]
+async fn a_broken_rule_of_a_report_ends_the_stream_and_not_the_attempt() {
+    let server = server(&["limits.max_output_chunk_bytes=1024"]);
+    let token = worker_token(&server);
+    let first = hello("w", 1, vec![declare("work")]);
+    let mut worker = ScriptedWorker::come(&server, &token, first.clone()).await;
+    offered(&server, &token, "work", 1).await;
+    let mut client = client(&server).await;
+    client.submit("r", "work", json!({})).await;
+    let task = worker.task().await;
+    let attempts = vec![Attempt { uid: task.uid.clone(), attempt: task.attempt }];
+    let large = streamer_proto::common::v1::Payload {
+        content_type: "text/plain".into(),
+        body: Some(streamer_proto::common::v1::payload::Body::Data("x".repeat(1025).into())),
+    };
+    for (number, kind, field) in [
+        (2, progress("gap"), "report.number"),
+        (1, result("1"), "report.number"),
+        (1, Kind::Output(large), "report.output"),
+    ] {
+        worker.report(&task, number, kind).await;
+        let ended = loop {
+            if let Err(status) = worker.next().await {
+                break status;
+            }
+        };
+        assert_eq!(ended.code(), Code::InvalidArgument, "{}", ended.message());
+        assert!(ended.message().starts_with(field), "{}", ended.message());
+        let again = Hello { attempts: attempts.clone(), ..first.clone() };
+        worker = ScriptedWorker::come(&server, &token, again).await;
+        assert_eq!(worker.welcome.resumed.len(), 1, "the attempt goes on");
+    }
+    worker.report(&task, 0, result("not JSON")).await;
+    worker.ended(&task).await;
+    let log = client.follow(Log::after(1)).await;
+    let error = &log.events.last().unwrap()["error"];
+    assert!(error["message"].as_str().unwrap().starts_with("result: is not JSON"), "{error}");
+}
+
+#[tokio::test]
+async fn a_newer_stream_of_the_same_worker_takes_the_place_of_the_one_before() {
+    let server = server(&[]);
+    let token = worker_token(&server);
+    let first = hello("w", 1, vec![declare("work")]);
+    let mut old = ScriptedWorker::come(&server, &token, first.clone()).await;
+    let _new = ScriptedWorker::come(&server, &token, first).await;
+    let ended = old.next().await.err().unwrap();
+    assert_eq!(ended.code(), Code::AlreadyExists, "{ended:?}");
+}
+
+#[tokio::test]
+async fn a_worker_takes_over_where_it_stands_when_the_server_drains() {
+    let mut server = server(&[]);
+    let token = worker_token(&server);
+    let _worker = WorkerProcess::start(&server, &token, "echo_async", &[]);
+    offered(&server, &token, "echo_async", 1).await;
+    let mut before = client(&server).await;
+    before.submit("r", "echo_async", json!({"steps": 60, "delay_ms": 20})).await;
+    let mut log = Log::after(1);
+    while log.count("progress") < 3 {
+        log.push(before.next().await);
+    }
+    assert_eq!(server.stop(), Some(0));
+    server.restart();
+    let mut after = client(&server).await;
+    let seen = log.last_seq();
+    after.send(json!({"type": "subscribe", "request_id": "r", "after_seq": seen})).await;
+    let log = after.follow(log).await;
+    assert_eq!((log.count("started"), log.count("progress")), (1, 60), "{:?}", kinds(&log));
+    let value: &Value = log.events.last().unwrap();
+    assert_eq!(value["type"], "complete");
+}
