@@ -7,12 +7,12 @@ use std::sync::Arc;
 use bytes::Bytes;
 use streamer_core::{RequestState, Timestamp, Uid};
 use streamer_proto::common::v1::{
-    Event, Failed, Output, OutputSummary, Progress, Retrying, Succeeded, event::Kind,
+    Action, Event, Failed, Output, OutputSummary, Progress, Retrying, Succeeded, event::Kind,
 };
 use streamer_store::{
     Adopt, Append, Appended, CancelOutcome, Claim, ClaimOutcome, Claimed, ConnectionRecord,
-    CreateOutcome, DeleteOutcome, DuePage, DueQuery, Engine, Lease, ListRequests, NewRequest,
-    Owner, Store, StoreError, StoredPayload, Writer, find_by_name, open,
+    CreateOutcome, DeclaredAction, DeleteOutcome, DuePage, DueQuery, Engine, Lease, ListRequests,
+    NewRequest, Owner, Store, StoreError, StoredPayload, Writer, find_by_name, open,
 };
 use tempfile::TempDir;
 
@@ -336,11 +336,12 @@ async fn due(store: &dyn Store, actions: &[&str], per_tenant: usize) -> Vec<Uid>
 async fn the_queue_is_read_tenant_by_tenant_and_page_by_page() {
     for Subject { store, .. } in engines() {
         let mut by_tenant = Vec::new();
-        for tenant in ["a", "b", "c"] {
+        for (offset, tenant) in [(0, "a"), (1, "b"), (2, "c")] {
             let owner = Owner { tenant: tenant.into(), user: "u".into() };
             for age in 0..3 {
                 let owner = owner.clone();
-                let new = NewRequest { owner, not_before: at(1000 + age), ..new_request(None) };
+                let not_before = at(1000 + age * 10 + offset);
+                let new = NewRequest { owner, not_before, ..new_request(None) };
                 by_tenant.push(create(&*store, new).await);
             }
         }
@@ -364,6 +365,29 @@ async fn the_queue_is_read_tenant_by_tenant_and_page_by_page() {
         assert_eq!((ahead.own, ahead.others), (2, 6));
         let ahead = store.queue_ahead(last, at(2000), 4).await.unwrap();
         assert_eq!((ahead.own, ahead.others), (2, 4), "counted up to the limit");
+    }
+}
+
+#[tokio::test]
+async fn declarations_are_kept_tenant_by_tenant() {
+    for Subject { store, .. } in engines() {
+        let declared = |tenant: Option<&str>, description: &str| DeclaredAction {
+            tenant: tenant.map(str::to_owned),
+            action: Action {
+                name: "work".into(),
+                description: description.into(),
+                ..Action::default()
+            },
+        };
+        let first = vec![declared(None, "for all"), declared(Some("acme"), "for acme")];
+        for _ in 0..2 {
+            store.save_actions(first.clone(), at(1000)).await.unwrap();
+        }
+        assert_eq!(store.list_actions(at(1000)).await.unwrap(), first);
+        store.save_actions(vec![declared(Some("acme"), "newer")], at(2000)).await.unwrap();
+        let since = store.list_actions(at(1001)).await.unwrap();
+        assert_eq!(since, [declared(Some("acme"), "newer")]);
+        assert_eq!(store.list_actions(at(0)).await.unwrap().len(), 2);
     }
 }
 

@@ -41,6 +41,18 @@ impl Scene {
         self.worker.ended(task).await;
     }
 
+    /// Submits, and waits for the acknowledgement among whatever else comes.
+    async fn submit(&mut self, request: Value) -> Value {
+        let id = request["id"].clone();
+        self.client.send(request).await;
+        loop {
+            let said = self.client.next().await;
+            if said["type"] == "acknowledgment" && said["request_id"] == id {
+                return said;
+            }
+        }
+    }
+
     /// The error that the request ends with.
     async fn error(&mut self) -> Value {
         let client = &mut self.client;
@@ -120,12 +132,10 @@ async fn higher_priority_starts_first_and_tenants_take_turns() {
     let other = scene.server.token("other", "oli", &[]);
     let mut other = Client::connect(&scene.server.url, &other).await;
     for id in ["a1", "a2", "a3"] {
-        scene.client.send(json!({"id": id, "action": "work"})).await;
-        scene.client.next().await;
+        scene.submit(json!({"id": id, "action": "work"})).await;
     }
     other.submit("o1", "work", json!({})).await;
-    scene.client.send(json!({"id": "urgent", "action": "work", "priority": 9})).await;
-    scene.client.next().await;
+    scene.submit(json!({"id": "urgent", "action": "work", "priority": 9})).await;
     let mut order = Vec::new();
     let mut task = first;
     for _ in 0..5 {
@@ -163,11 +173,7 @@ async fn a_queued_request_knows_its_place() {
     let said = scene.client.submit("first", "work", json!({})).await;
     assert_eq!(said["queue_position"]["latest"], 1, "{said}");
     let first = scene.worker.task().await;
-    scene.client.send(json!({"id": "a", "action": "work"})).await;
-    let mut said = scene.client.next().await;
-    while said["type"] != "acknowledgment" {
-        said = scene.client.next().await;
-    }
+    let said = scene.submit(json!({"id": "a", "action": "work"})).await;
     assert_eq!(
         (&said["queue_position"]["earliest"], &said["queue_position"]["latest"]),
         (&json!(1), &json!(1))

@@ -402,7 +402,7 @@ async fn a_broken_rule_of_the_first_message_is_named() {
     for (first, field) in [
         (work_request::Message::Capacity(Capacity { slots: 1 }), "message"),
         (with(|hello| hello.worker_id = "a b".into()), "hello.worker_id"),
-        (with(|hello| hello.slots = 0), "hello.slots"),
+        (with(|hello| hello.slots = -1), "hello.slots"),
         (with(|hello| hello.slots = 10_001), "hello.slots"),
         (with(|hello| hello.actions.clear()), "hello.actions"),
         (with(|hello| hello.actions.push(declare("work"))), "hello.actions[1].name"),

@@ -21,12 +21,19 @@ def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
 
 
 @pytest.fixture
-def own_server(tmp_path: Path) -> Iterator[Server]:
-    """A server for a test that ends it."""
-    server = Server(tmp_path / "data")
-    server.start()
-    yield server
-    server.stop()
+def new_server(tmp_path: Path) -> Iterator[Callable[..., Server]]:
+    """Starts servers for a test that ends them, or needs other options."""
+    servers: list[Server] = []
+
+    def start(**options: object) -> Server:
+        server = Server(tmp_path / f"server-{len(servers)}", **options)
+        servers.append(server)
+        server.start()
+        return server
+
+    yield start
+    for server in servers:
+        server.stop()
 
 
 @pytest.fixture

@@ -116,6 +116,24 @@ async def test_requests_are_told_listed_cancelled_and_redriven(client: Client) -
     assert (await soon(client.wait("redriven"))).state is RequestState.SUCCEEDED
 
 
+async def test_the_place_in_the_queue_is_told(server: Server, client: Client) -> None:
+    worker = Worker(server.url, server.token("worker:*"), slots=1)
+    go_on = asyncio.Event()
+
+    @worker.action("queued")
+    async def queued(context: Context, payload: Any) -> None:
+        await go_on.wait()
+
+    async with serving(worker, server):
+        uids = [(await client.submit("queued")).uid for _ in range(3)]
+        position = (await client.get(uids[2])).queue_position
+        assert position is not None
+        assert position.latest >= position.earliest >= 1
+        go_on.set()
+        for uid in uids:
+            assert (await soon(client.wait(uid))).state is RequestState.SUCCEEDED
+
+
 async def test_actions_are_told(client: Client) -> None:
     actions = {action.name: action for action in await client.actions()}
     assert actions["echo"].sync

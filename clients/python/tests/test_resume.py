@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +12,7 @@ from harness import PATIENCE, Proxy, Server, serving, soon, until
 
 from streamer import Client, Context, Worker, events
 
+NewServer = Callable[..., Server]
 SCRIPT = Path(__file__).with_name("waiting_worker.py")
 
 
@@ -134,10 +136,11 @@ async def test_a_handler_waits_while_too_much_is_not_acknowledged(
     assert numbers(output) == list(range(3000))
 
 
-async def test_an_attempt_outlives_a_server_that_is_killed(own_server: Server) -> None:
+async def test_an_attempt_outlives_a_server_that_is_killed(new_server: NewServer) -> None:
+    server = new_server()
     go_on = asyncio.Event()
     attempts: list[int] = []
-    worker = Worker(own_server.url, own_server.token("worker:*"))
+    worker = Worker(server.url, server.token("worker:*"))
 
     @worker.action("outlives")
     async def outlives(context: Context, payload: Any) -> str:
@@ -158,22 +161,21 @@ async def test_an_attempt_outlives_a_server_that_is_killed(own_server: Server) -
             seen.set()
 
     async with (
-        Client(own_server.url, own_server.token()) as client,
-        serving(worker, own_server),
+        Client(server.url, server.token()) as client,
+        serving(worker, server),
     ):
         running = asyncio.ensure_future(client.run("outlives", on_output=on_output))
         await soon(seen.wait())
-        own_server.kill()
+        server.kill()
         go_on.set()
-        own_server.start()
+        server.start()
         assert await soon(running) == "done"
     assert numbers(output) == list(range(20))
     assert attempts == [1]
 
 
-async def test_a_stream_on_which_nothing_comes_back_is_given_up(tmp_path: Path) -> None:
-    server = Server(tmp_path / "data", execution__lease_ms=900)
-    server.start()
+async def test_a_stream_on_which_nothing_comes_back_is_given_up(new_server: NewServer) -> None:
+    server = new_server(execution__lease_ms=900)
     began, go_on = asyncio.Event(), asyncio.Event()
     async with Proxy(server.port) as proxy:
         worker = Worker(proxy.url, server.token("worker:*"))
@@ -197,7 +199,6 @@ async def test_a_stream_on_which_nothing_comes_back_is_given_up(tmp_path: Path) 
             proxy.release()
             go_on.set()
             assert await soon(running) == 1
-    server.stop()
 
 
 async def test_a_fresh_token_is_sent_on_the_same_stream(server: Server, client: Client) -> None:

@@ -1,4 +1,5 @@
-"""A worker as a program of its own, for a test that sends it SIGTERM: its handler never ends by itself.
+"""A worker as a program of its own, for a test that sends it SIGTERM: its handler never ends by
+itself.
 
 Prints `connected`, then `running` once its handler runs.
 """
@@ -10,8 +11,6 @@ import sys
 from typing import Any
 
 from streamer import Context, Worker
-
-worker = Worker(sys.argv[1], sys.argv[2])
 
 
 async def say_connected() -> str:

@@ -59,21 +59,20 @@ export class Calls {
    * @param {Kind} kind
    * @param {string} name
    * @param {() => string} frame
-   * @returns {Promise<Message>} The answer; rejects with the server's error.
+   * @param {(message: Message) => void} resolve Gets the answer, before any message after it.
+   * @param {(error: unknown) => void} reject Gets the server's error.
    */
-  make(kind, name, frame) {
-    return new Promise((resolve, reject) => {
-      const refusals = new Backoff({ initialMs: 200 });
-      const call = { kind, name, frame, sent: false, times: 0, refusals, resolve, reject };
-      const line = this.#lines.get(name);
-      if (line) {
-        line.push(call);
-        return;
-      }
-      this.#lines.set(name, [call]);
-      this.#due.add(call);
-      this.flush();
-    });
+  make(kind, name, frame, resolve, reject) {
+    const refusals = new Backoff({ initialMs: 200 });
+    const call = { kind, name, frame, sent: false, times: 0, refusals, resolve, reject };
+    const line = this.#lines.get(name);
+    if (line) {
+      line.push(call);
+      return;
+    }
+    this.#lines.set(name, [call]);
+    this.#due.add(call);
+    this.flush();
   }
 
   /**

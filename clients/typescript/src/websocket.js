@@ -100,8 +100,10 @@ export class StreamerSocket {
     const id = options.id ?? randomId();
     const frame = requestFrame(id, action, payload, options);
     const follower = this.#follow(id, 0, options);
-    const submitted = this.#calls.make('submit', id, () => frame);
-    submitted.then(
+    this.#calls.make(
+      'submit',
+      id,
+      () => frame,
       (answer) => this.#onSubmitted(follower, answer, options),
       (error) => this.#settle(follower, () => follower.fail(refusal(error, id))),
     );
@@ -131,7 +133,7 @@ export class StreamerSocket {
       this.#settle(follower, () => follower.fail(signal?.reason));
       if ([...this.#followers].some((other) => other.is({ uid: follower.uid || requestId }))) return;
       const frame = message('unsubscribe', { request_id: requestId });
-      this.#calls.make('unsubscribe', requestId, () => frame).catch(() => {});
+      this.#call('unsubscribe', requestId, frame).catch(() => {});
     });
     return follower.promise;
   }
@@ -182,10 +184,13 @@ export class StreamerSocket {
    * @param {import('./websocket-calls.js').Kind} kind
    * @param {string} name
    * @param {string} frame
+   * @returns {Promise<Message>}
    */
-  #call(kind, name, frame) {
-    if (this.#closed) return Promise.reject(this.#closed);
-    return this.#calls.make(kind, name, () => frame);
+  async #call(kind, name, frame) {
+    if (this.#closed) throw this.#closed;
+    return new Promise((resolve, reject) => {
+      this.#calls.make(kind, name, () => frame, resolve, reject);
+    });
   }
 
   /**
@@ -220,10 +225,10 @@ export class StreamerSocket {
       const { lastSeq } = follower.reader;
       return message('subscribe', { request_id: name, after_seq: lastSeq ?? undefined, mode });
     };
-    this.#calls.make('subscribe', name, frame).then(
-      ({ body }) => follower.begin(body),
-      (error) => this.#settle(follower, () => follower.fail(error)),
-    );
+    const begin = (/** @type {Message} */ { body }) => follower.begin(body);
+    const fail = (/** @type {unknown} */ error) =>
+      this.#settle(follower, () => follower.fail(error));
+    this.#calls.make('subscribe', name, frame, begin, fail);
   }
 
   /**
@@ -306,7 +311,7 @@ export class StreamerSocket {
     if (typeof this.#options.token !== 'function') return;
     try {
       const token = await this.#options.token();
-      await this.#calls.make('auth', '', () => message('auth', { token }));
+      await this.#call('auth', '', message('auth', { token }));
     } catch {
       // As said above.
     }

@@ -140,21 +140,22 @@ export class Context {
    * @throws {import('./worker-errors.js').Cancelled} When the attempt is not the handler's any
    *   more. So do the methods below.
    */
-  async progress(report) {
-    const { percentage, message = '', metadata } =
-      typeof report === 'number' ? { percentage: report } : report;
-    if (percentage !== undefined && !(percentage >= 0 && percentage <= 100)) {
-      throw new RangeError(`progress.percentage must be 0 to 100, is ${percentage}`);
-    }
-    const messageBytes = Buffer.byteLength(message);
-    checkSize('progress.message', messageBytes, MAX_PROGRESS_MESSAGE_BYTES);
-    const data =
-      metadata === undefined ? null : Buffer.from(toJson(metadata, 'progress.metadata'));
-    const metadataBytes = data?.length ?? 0;
-    checkSize('progress.metadata', metadataBytes, MAX_PROGRESS_METADATA_BYTES);
-    const body = { percentage, message, metadata: data && { contentType: JSON_TYPE, data } };
-    await this.#sink.report('progress', body, messageBytes + metadataBytes);
-    await takeTurns();
+  progress(report) {
+    return this.#say(() => {
+      const { percentage, message = '', metadata } =
+        typeof report === 'number' ? { percentage: report } : report;
+      if (percentage !== undefined && !(percentage >= 0 && percentage <= 100)) {
+        throw new RangeError(`progress.percentage must be 0 to 100, is ${percentage}`);
+      }
+      const messageBytes = Buffer.byteLength(message);
+      checkSize('progress.message', messageBytes, MAX_PROGRESS_MESSAGE_BYTES);
+      const data =
+        metadata === undefined ? null : Buffer.from(toJson(metadata, 'progress.metadata'));
+      const metadataBytes = data?.length ?? 0;
+      checkSize('progress.metadata', metadataBytes, MAX_PROGRESS_METADATA_BYTES);
+      const body = { percentage, message, metadata: data && { contentType: JSON_TYPE, data } };
+      return this.#sink.report('progress', body, messageBytes + metadataBytes);
+    });
   }
 
   /**
@@ -165,12 +166,13 @@ export class Context {
    * @returns {Promise<void>}
    * @throws {import('./errors.js').LimitError} When it is too large.
    */
-  async output(chunk) {
-    const { contentType, bytes } = toChunk(chunk);
-    checkSize('output', bytes.length, this.#sink.limits.maxOutputChunkBytes);
-    checkSize('output.content_type', Buffer.byteLength(contentType), MAX_CONTENT_TYPE_BYTES);
-    await this.#sink.report('output', { contentType, data: bytes }, bytes.length);
-    await takeTurns();
+  output(chunk) {
+    return this.#say(() => {
+      const { contentType, bytes } = toChunk(chunk);
+      checkSize('output', bytes.length, this.#sink.limits.maxOutputChunkBytes);
+      checkSize('output.content_type', Buffer.byteLength(contentType), MAX_CONTENT_TYPE_BYTES);
+      return this.#sink.report('output', { contentType, data: bytes }, bytes.length);
+    });
   }
 
   /**
@@ -180,11 +182,12 @@ export class Context {
    * @returns {Promise<void>}
    * @throws {import('./errors.js').LimitError} When it is too large.
    */
-  async saveCheckpoint(value) {
-    const bytes = value instanceof Uint8Array ? value : Buffer.from(toJson(value, 'checkpoint'));
-    checkSize('checkpoint', bytes.length, MAX_CHECKPOINT_BYTES);
-    await this.#sink.checkpoint(bytes);
-    await takeTurns();
+  saveCheckpoint(value) {
+    return this.#say(() => {
+      const bytes = value instanceof Uint8Array ? value : Buffer.from(toJson(value, 'checkpoint'));
+      checkSize('checkpoint', bytes.length, MAX_CHECKPOINT_BYTES);
+      return this.#sink.checkpoint(bytes);
+    });
   }
 
   /**
@@ -192,9 +195,8 @@ export class Context {
    * `heartbeatTimeoutMs`. Everything else that it reports says so too.
    * @returns {Promise<void>}
    */
-  async heartbeat() {
-    await this.#sink.keepAlive();
-    await takeTurns();
+  heartbeat() {
+    return this.#say(() => this.#sink.keepAlive());
   }
 
   /**
@@ -203,6 +205,29 @@ export class Context {
    * @returns {Promise<void>} Rejects with a `Cancelled` as soon as the handler should end.
    */
   sleep(ms) {
-    return sleep(ms, this.signal);
+    return quiet(sleep(ms, this.signal));
   }
+
+  /**
+   * Reports, and then lets others run.
+   * @param {() => Promise<void>} report Throws when what is reported breaks a rule.
+   * @returns {Promise<void>}
+   */
+  #say(report) {
+    try {
+      return quiet(report().then(takeTurns));
+    } catch (error) {
+      return Promise.reject(error);
+    }
+  }
+}
+
+/**
+ * A report that its handler does not wait for must not end the process when the attempt is lost.
+ * @param {Promise<void>} promise Rejects only when the handler should end.
+ * @returns {Promise<void>}
+ */
+function quiet(promise) {
+  promise.catch(() => {});
+  return promise;
 }

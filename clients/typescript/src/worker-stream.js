@@ -52,6 +52,8 @@ export class WorkStream {
   /** @type {any} */
   #call = null;
   #welcomed = false;
+  /** Every attempt knows from where it goes on: reports may be sent. */
+  #open = false;
   #over = false;
   #cancelled = false;
   /** @type {Set<Attempt>} Those with something to send, in turn. */
@@ -102,9 +104,11 @@ export class WorkStream {
     if (this.#welcomed) this.#write({ capacity: { slots } });
   }
 
-  /** Closes this side, in order. */
+  /** Closes this side, in order; before `welcome` there is no order to keep. */
   finish() {
-    if (!this.#over) this.#call?.end();
+    if (this.#over) return;
+    if (this.#welcomed) this.#call.end();
+    else this.cancel();
   }
 
   /** Ends it now. */
@@ -188,6 +192,8 @@ export class WorkStream {
     for (const known of welcome.resumed) resumed.set(nameOf(known), Number(known.number));
     this.host.log('info', `connected to ${welcome.processor}`);
     this.host.welcomed(this.#limits, resumed);
+    this.#open = true;
+    this.#flush();
     this.#heartbeat();
   }
 
@@ -258,7 +264,7 @@ export class WorkStream {
 
   /** Sends what the attempts have to say, one report of each in turn. */
   #flush() {
-    while (this.#welcomed && !this.#over && this.#writable && this.#ready.size > 0) {
+    while (this.#open && !this.#over && this.#writable && this.#ready.size > 0) {
       const [attempt] = this.#ready;
       this.#ready.delete(attempt);
       const report = attempt.next();

@@ -47,6 +47,7 @@ export class Worker {
   /** @type {Promise<void> | null} */
   #serving = null;
   #stopping = false;
+  #stopped = false;
   /** Nothing is waited for any more. */
   #abandon = new AbortController();
   /** @type {Set<ReturnType<typeof setTimeout>>} */
@@ -134,15 +135,21 @@ export class Worker {
    * @param {number} [graceMs] How long what runs may take to end, in milliseconds; then it is
    *   released, and another worker goes on from its checkpoints. Default 30,000. May be called
    *   again to shorten it.
-   * @returns {Promise<void>} Resolves once everything is acknowledged and the stream is closed.
+   * @param {number} [releaseMs] How long the server may take after that to acknowledge it, in
+   *   milliseconds; default 10,000.
+   * @returns {Promise<void>} Resolves once everything is acknowledged and the stream is closed, or
+   *   the time is up.
    */
-  async stop(graceMs = 30_000) {
-    if (!this.#stopping) this.#log('info', `stopping; ${this.#attempts.size} attempts run`);
+  async stop(graceMs = 30_000, releaseMs = LAST_WORDS_MS) {
+    if (!this.#stopping && !this.#stopped) {
+      this.#log('info', `stopping; ${this.#attempts.size} attempts run`);
+    }
     this.#stopping = true;
+    if (!this.#serving || this.#stopped) return;
     this.#stream?.capacity(0);
     this.#finishIfDone();
     this.#after(graceMs, () => this.#releaseAll());
-    this.#after(graceMs + LAST_WORDS_MS, () => this.#giveUp());
+    this.#after(graceMs + releaseMs, () => this.#giveUp());
     await this.#serving;
   }
 
@@ -161,6 +168,7 @@ export class Worker {
         await sleep(backoff.next(), this.#abandon.signal).catch(() => {});
       }
     } finally {
+      this.#stopped = true;
       for (const timer of this.#timers) clearTimeout(timer);
       for (const attempt of this.#attempts.values()) attempt.stop('the worker has stopped');
       this.#attempts.clear();

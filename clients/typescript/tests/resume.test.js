@@ -8,10 +8,11 @@ import { createInterface } from 'node:readline';
 import { fileURLToPath } from 'node:url';
 
 import { Client, OutputBuffer } from '../src/index.js';
-import { offered, quietWorker, wholeLog } from './support/kit.js';
+import { offered, wholeLog } from './support/kit.js';
 import { Proxy } from './support/proxy.js';
 import { Server } from './support/server.js';
 import { Once, within } from './support/wait.js';
+import { quietWorker } from './support/worker.js';
 
 /** @type {Server} */
 let server;
@@ -29,12 +30,13 @@ after(async () => {
 });
 
 /**
- * A worker whose action waits for a gate between two parts of its output.
+ * A worker whose action waits for a gate between two parts of its output; stopped after the test.
+ * @param {import('node:test').TestContext} t
  * @param {string} url
  * @param {string} action
  * @param {import('../src/grpc.js').TokenSource} [token]
  */
-async function gatedWorker(url, action, token = server.token('worker:*', 'worker')) {
+async function gatedWorker(t, url, action, token = server.token('worker:*', 'worker')) {
   const gate = new Once('the gate');
   const halfway = new Once('half of the output');
   /** @type {string[]} */
@@ -50,13 +52,17 @@ async function gatedWorker(url, action, token = server.token('worker:*', 'worker
     await context.saveCheckpoint({ number: 40 });
     return { attempt: context.attempt };
   });
-  const serving = worker.serve();
+  worker.serve().catch(() => {});
+  t.after(() => worker.stop(0));
   await offered(client, action);
-  const stop = async () => {
-    await worker.stop(0);
-    await serving;
-  };
-  return { worker, gate, halfway, logged, stop };
+  return { gate, halfway, logged };
+}
+
+/** @param {import('node:test').TestContext} t */
+async function startProxy(t) {
+  const proxy = await Proxy.start(server.port);
+  t.after(() => proxy.stop());
+  return proxy;
 }
 
 const forty = Array.from({ length: 40 }, (_, number) => `${number};`).join('');
@@ -74,9 +80,9 @@ async function isWholeAndOnce(requestId, attempts) {
   assert.equal(log.filter((event) => event.type === 'output').length, 40);
 }
 
-test("a worker's stream is cut: the attempt goes on, and nothing is reported twice", async () => {
-  const proxy = await Proxy.start(server.port);
-  const { gate, halfway, stop } = await gatedWorker(`http://${proxy.address}`, 'cut');
+test("a worker's stream is cut: the attempt goes on, and nothing is reported twice", async (t) => {
+  const proxy = await startProxy(t);
+  const { gate, halfway } = await gatedWorker(t, `http://${proxy.address}`, 'cut');
   const run = client.run('cut', {}, { id: 'cut-1' });
   await halfway.wait();
   proxy.block();
@@ -86,19 +92,18 @@ test("a worker's stream is cut: the attempt goes on, and nothing is reported twi
   proxy.unblock();
   assert.deepEqual(await within(run, 'the result'), { attempt: 1 });
   await isWholeAndOnce('cut-1', 1);
-  await stop();
-  await proxy.stop();
 });
 
-test("a caller's stream is cut: it resumes and sees every event once", async () => {
-  const proxy = await Proxy.start(server.port);
-  const { gate, halfway, stop } = await gatedWorker(server.url, 'watched');
+test("a caller's stream is cut: it resumes and sees every event once", async (t) => {
+  const proxy = await startProxy(t);
+  const { gate, halfway } = await gatedWorker(t, server.url, 'watched');
   const token = server.token('');
   const caller = new Client({ server: `http://${proxy.address}`, token });
+  t.after(() => caller.close());
   const output = new OutputBuffer();
   const half = new Once('half of the output at the caller');
   let chunks = 0;
-  const onOutput = () => void ((chunks += 1) === 20 && half.resolve(null));
+  const onOutput = () => void ((chunks += 1) === 20 && half.resolve());
   const run = caller.run('watched', {}, { output, onOutput });
   await halfway.wait();
   await half.wait();
@@ -107,13 +112,41 @@ test("a caller's stream is cut: it resumes and sees every event once", async () 
   assert.deepEqual(await within(run, 'the result'), { attempt: 1 });
   assert.equal(output.text, forty);
   assert.equal(chunks, 40);
-  caller.close();
-  await stop();
-  await proxy.stop();
 });
 
-test('the server is killed and started again: the attempt goes on', async () => {
-  const { gate, halfway, stop } = await gatedWorker(server.url, 'killed');
+test('many attempts and their callers get through many cuts', async (t) => {
+  const [workers, callers] = [await startProxy(t), await startProxy(t)];
+  const worker = quietWorker(`http://${workers.address}`, server.token('worker:*', 'worker'));
+  worker.action('through', async (context) => {
+    for (let number = 0; number < 40; number += 1) {
+      await context.output(`${number};`);
+      if (number % 10 === 0) await context.saveCheckpoint({ number });
+    }
+    return context.attempt;
+  });
+  worker.serve().catch(() => {});
+  t.after(() => worker.stop(0));
+  await offered(client, 'through');
+  const caller = new Client({ server: `http://${callers.address}`, token: server.token('') });
+  t.after(() => caller.close());
+  let seen = 0;
+  const onOutput = () => {
+    seen += 1;
+    if (seen % 50 === 0) workers.cut();
+    if (seen % 70 === 0) callers.cut();
+  };
+  const runs = Array.from({ length: 10 }, async () => {
+    const output = new OutputBuffer();
+    assert.equal(await caller.run("through", {}, { output, onOutput, onRetrying: (_, e) => console.log("RETRY", e.error.message, e.error.code, e.seq) }), 1);
+    assert.equal(output.text, forty);
+  });
+  await within(Promise.all(runs), 'all results');
+  assert.equal(seen, 400);
+  assert.ok(workers.connections > 1 && callers.connections > 1);
+});
+
+test('the server is killed and started again: the attempt goes on', async (t) => {
+  const { gate, halfway } = await gatedWorker(t, server.url, 'killed');
   const run = client.run('killed', {}, { id: 'killed-1' });
   await halfway.wait();
   await server.kill('SIGKILL');
@@ -121,11 +154,10 @@ test('the server is killed and started again: the attempt goes on', async () => 
   await server.start();
   assert.deepEqual(await within(run, 'the result'), { attempt: 1 });
   await isWholeAndOnce('killed-1', 1);
-  await stop();
 });
 
-test('the server stops in order: the worker finds it again when it is back', async () => {
-  const { gate, halfway, stop } = await gatedWorker(server.url, 'drained');
+test('the server stops in order: the worker finds it again when it is back', async (t) => {
+  const { gate, halfway } = await gatedWorker(t, server.url, 'drained');
   const { requestId } = await client.submit('drained', {}, { id: 'drained-1' });
   await halfway.wait();
   await server.kill('SIGTERM');
@@ -133,23 +165,21 @@ test('the server stops in order: the worker finds it again when it is back', asy
   gate.resolve();
   assert.deepEqual(await within(client.wait(requestId), 'the result'), { attempt: 1 });
   await isWholeAndOnce('drained-1', 1);
-  await stop();
 });
 
-test('a token is renewed on the same stream before it expires', async () => {
+test('a token is renewed on the same stream before it expires', async (t) => {
   let tokens = 0;
   const renewed = new Once('a second token');
   const token = () => {
     tokens += 1;
-    if (tokens === 2) renewed.resolve(null);
+    if (tokens === 2) renewed.resolve();
     return server.token('worker:*', 'worker', tokens === 1 ? '3s' : '1h');
   };
-  const { gate, logged, stop } = await gatedWorker(server.url, 'renewed', token);
+  const { gate, logged } = await gatedWorker(t, server.url, 'renewed', token);
   await renewed.wait();
   gate.resolve();
   assert.deepEqual(await client.run('renewed'), { attempt: 1 });
   assert.deepEqual(logged.filter((line) => line.startsWith('warn')), []);
-  await stop();
 });
 
 test('a worker that is not permitted is told so', async () => {
@@ -158,23 +188,27 @@ test('a worker that is not permitted is told so', async () => {
   await assert.rejects(worker.serve(), { name: 'CallError', code: 'FORBIDDEN' });
 });
 
-/** @param {string[]} lines */
-function workerProcess(lines) {
+/**
+ * @param {import('node:test').TestContext} t
+ * @param {string[]} lines What it prints.
+ */
+function workerProcess(t, lines) {
   const program = fileURLToPath(new URL('support/worker-process.js', import.meta.url));
   const args = [program, server.url, server.token('worker:*', 'worker')];
   const child = spawn(process.execPath, args, { stdio: ['ignore', 'pipe', 'ignore'] });
+  t.after(() => child.kill('SIGKILL'));
   const seen = new Once('step 3');
   createInterface({ input: child.stdout }).on('line', (line) => {
     lines.push(line);
-    if (line === 'at 3') seen.resolve(null);
+    if (line === 'at 3') seen.resolve();
   });
   return { child, seen };
 }
 
-test('SIGTERM: a worker hands back what runs, and another goes on from its checkpoint', async () => {
+test('SIGTERM: a worker hands back what runs, and another goes on from its checkpoint', async (t) => {
   /** @type {string[]} */
   const lines = [];
-  const first = workerProcess(lines);
+  const first = workerProcess(t, lines);
   await offered(client, 'steps');
   const run = client.run('steps', { steps: 6, hold: 3 }, { id: 'steps-1' });
   await first.seen.wait();
@@ -182,10 +216,9 @@ test('SIGTERM: a worker hands back what runs, and another goes on from its check
   first.child.kill('SIGTERM');
   assert.deepEqual(await within(exit, 'the worker to end'), [0, null]);
   assert.equal(lines.at(-1), 'stopped');
-  const second = workerProcess([]);
+  workerProcess(t, []);
   assert.deepEqual(await within(run, 'the result'), { begin: 3, attempt: 2 });
   const log = await wholeLog(client, 'steps-1');
   const [handedBack] = log.filter((event) => event.type === 'retrying');
   assert.equal(handedBack.error.message, 'the worker stops');
-  second.child.kill('SIGKILL');
 });

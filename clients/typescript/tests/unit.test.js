@@ -197,3 +197,15 @@ test('what is declared wrongly is refused at once', () => {
   assert.throws(() => new RawJson('{'), SyntaxError);
   assert.equal(new LimitError('output', 6, 5).limit, 5);
 });
+
+test('a report that breaks a rule is refused, also when nobody waits for it', async () => {
+  const { error, output } = await runHandler(async (context) => {
+    await assert.rejects(context.progress(101), RangeError);
+    await assert.rejects(context.output(5n), /cannot be written as JSON/);
+    await assert.rejects(context.saveCheckpoint('x'.repeat(300_000)), { field: 'checkpoint' });
+    await assert.rejects(context.progress({ message: 'x'.repeat(5000) }), { limit: 4096 });
+    context.output('not waited for');
+  });
+  assert.equal(error, null);
+  assert.equal(output.length, 1);
+});

@@ -15,7 +15,7 @@ const retried = { maxAttempts: 3, initialBackoffMs: 1, maxBackoffMs: 1 };
 
 /** @param {import('../src/index.js').Worker} worker */
 function declare(worker) {
-  worker.action('add', { sync: true }, (context, { a, b }) => ({ sum: a + b }));
+  worker.action('add', { sync: true }, (_, { a, b }) => ({ sum: a + b }));
   worker.action('digits', (context) => new RawJson(context.payloadText));
   worker.action('report', async (context, { name }) => {
     await context.progress(10);

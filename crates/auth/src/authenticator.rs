@@ -126,6 +126,12 @@ impl Authenticator {
         Self { keys: Arc::new(keys), jwks, rules, clock, verified: Cache::new(CACHED_TOKENS) }
     }
 
+    /// When this caller's token is not accepted any more.
+    #[must_use]
+    pub fn accepted_until(&self, caller: &Caller) -> Timestamp {
+        caller.principal.expires_at.plus(self.rules.leeway)
+    }
+
     /// Who holds this token.
     ///
     /// # Errors

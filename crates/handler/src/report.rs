@@ -186,7 +186,7 @@ impl ReportQueue {
 
     /// Notes how many reports of the attempt are durable events by now.
     pub fn note_durable(&self, events: i64) {
-        self.durable.send_replace(events);
+        self.durable.send_if_modified(|known| std::mem::replace(known, events) != events);
     }
 
     /// Follows how many reports of the attempt are durable events.

@@ -4,7 +4,7 @@ use std::{collections::HashMap, sync::Arc};
 
 use streamer_core::Limits;
 use streamer_handler::Handlers;
-use streamer_proto::processor::v1::{self as proto, Acknowledgment, Report};
+use streamer_proto::processor::v1::{self as proto, Acknowledgment, Report, Revoke};
 
 use crate::{
     attempt::{Attempt, Key},
@@ -54,9 +54,12 @@ impl Attempts {
         }
     }
 
-    /// Stops an attempt that is not this worker's any more; says whether there was one.
-    pub(crate) fn drop_one(&mut self, uid: &str, attempt: i32) -> bool {
-        key(uid, attempt).and_then(|key| self.by_key.remove(&key)).is_some()
+    /// Stops an attempt that is not this worker's any more.
+    pub(crate) fn revoke(&mut self, revoke: &Revoke) {
+        let Revoke { uid, attempt, reason } = revoke;
+        if key(uid, *attempt).and_then(|key| self.by_key.remove(&key)).is_some() {
+            tracing::warn!(uid, attempt, reason, "an attempt was taken away");
+        }
     }
 
     /// What is durable is forgotten, which may make room for more: returns what is to be sent.
@@ -83,7 +86,8 @@ impl Attempts {
                 true
             }
             None => {
-                tracing::info!(uid = %key.0, attempt = key.1, "an attempt is another's now");
+                let reason = "the server does not go on with it here";
+                tracing::warn!(uid = %key.0, attempt = key.1, reason, "an attempt was taken away");
                 false
             }
         });

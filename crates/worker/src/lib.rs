@@ -37,7 +37,7 @@ use tokio::{
 };
 use tokio_util::sync::CancellationToken;
 use tonic::{
-    Status,
+    Code, Status,
     transport::{Channel, Endpoint},
 };
 
@@ -172,6 +172,14 @@ impl Worker {
                     return Err(WorkerError::Refused(request_error(&status)));
                 }
                 Ended::Before(status) => status,
+                // Two of one name would only push each other out.
+                Ended::After(status) if status.code() == Code::AlreadyExists => {
+                    return Err(WorkerError::Refused(request_error(&status)));
+                }
+                Ended::After(status) if status.code() == Code::InvalidArgument => {
+                    tracing::error!(status = %status.message(), "this worker broke the protocol");
+                    status
+                }
                 Ended::After(status) => {
                     backoff.reset();
                     status

@@ -124,6 +124,7 @@ impl Session<'_> {
             terms: Terms::of(&welcome),
             heartbeats,
             heard_at: Instant::now(),
+            doubted: false,
             refresh_at: None,
             refreshing: None,
             token,
@@ -180,6 +181,8 @@ struct Conversation<'a> {
     heartbeats: Interval,
     /// When the server last said something.
     heard_at: Instant,
+    /// At the last heartbeat, it had not said anything for a lease.
+    doubted: bool,
     refresh_at: Option<Instant>,
     refreshing: Option<BoxFuture<'a, Result<String, TokenError>>>,
     token: String,
@@ -230,10 +233,12 @@ impl Conversation<'_> {
                 }
                 Ok(())
             }
-            Step::Heartbeat if self.heard_at.elapsed() > self.terms.lease => {
-                Err(Status::unavailable("the server was not heard of for a lease"))
-            }
             Step::Heartbeat => {
+                // It may be this process that stood still: what has come meanwhile is read first.
+                let silent = self.heard_at.elapsed() > self.terms.lease;
+                if std::mem::replace(&mut self.doubted, silent) && silent {
+                    return Err(Status::unavailable("the server was not heard of for a lease"));
+                }
                 let attempts = self.session.attempts.named();
                 self.send(work_request::Message::Heartbeat(Heartbeat { attempts })).await
             }
@@ -273,23 +278,14 @@ impl Conversation<'_> {
                 Ok(())
             }
             Some(Message::Revoke(revoke)) => {
-                if attempts.drop_one(&revoke.uid, revoke.attempt) {
-                    tracing::warn!(
-                        uid = revoke.uid,
-                        attempt = revoke.attempt,
-                        reason = revoke.reason,
-                        "an attempt was taken away"
-                    );
-                }
+                attempts.revoke(&revoke);
                 Ok(())
             }
             Some(Message::HeartbeatReply(reply)) => {
                 for cancel in &reply.cancelled {
                     attempts.cancel(&cancel.uid, cancel.attempt);
                 }
-                for revoke in &reply.revoked {
-                    attempts.drop_one(&revoke.uid, revoke.attempt);
-                }
+                reply.revoked.iter().for_each(|revoke| attempts.revoke(revoke));
                 Ok(())
             }
             Some(Message::TokenStatus(status)) => {

@@ -232,7 +232,9 @@ impl Attempt<'_> {
                 () = self.handle.lost_signal.cancelled() => {}
                 sent = &mut sending, if !sending.is_terminated() => match sent {
                     Ok(cancel_reason) => {
-                        self.reports.note_durable(self.next_seq - 1 - self.attempt_seq);
+                        // The last event of an attempt is no report of its handler.
+                        let ending = i64::from(last.is_some());
+                        self.reports.note_durable(self.next_seq - 1 - self.attempt_seq - ending);
                         if let Some(reason) = cancel_reason {
                             self.handle.cancel(&reason);
                         }

@@ -6,7 +6,7 @@ use std::{sync::Arc, time::Duration};
 use async_trait::async_trait;
 use bytes::Bytes;
 use serde_json::value::RawValue;
-use streamer_core::ActionSpec;
+use streamer_core::{ActionSpec, ErrorCode, RequestError};
 use streamer_handler::{Context, DynHandler, HandlerError};
 use streamer_proto::{
     processor::v1::{Task, report, work_response::Message},
@@ -132,6 +132,10 @@ impl RemoteHandler {
 
     /// The attempt has ended, and its end is durable.
     pub(crate) fn ended(&self) {
+        if let Some(reason) = self.task.lost_reason() {
+            self.revoked(&reason);
+            return;
+        }
         self.worker.unassign(&self.task);
         self.worker.send(Message::Acknowledgment(self.task.acknowledgment(true)));
     }
@@ -159,7 +163,10 @@ impl DynHandler for RemoteHandler {
         tokio::select! {
             biased;
             ended = self.relay(context) => ended,
-            reason = self.task.lost() => Err(HandlerError::retryable(reason)),
+            reason = self.task.lost() => Err(HandlerError::from_request_error(RequestError::new(
+                ErrorCode::Unavailable,
+                reason,
+            ))),
             () = self.acknowledge(durable) => Err(HandlerError::retryable("the attempt has ended")),
             () = self.pass_on_cancellation(context) => Err(HandlerError::cancelled()),
         }

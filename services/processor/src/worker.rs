@@ -168,6 +168,11 @@ impl RemoteTask {
         self.lost.cancel();
     }
 
+    /// Why the worker does not run it any more, if so.
+    pub(crate) fn lost_reason(&self) -> Option<String> {
+        self.lost_reason.lock().clone()
+    }
+
     /// Returns why, once the worker does not run it any more.
     pub(crate) async fn lost(&self) -> String {
         self.lost.cancelled().await;

@@ -1,6 +1,6 @@
 //! `streamer.processor.v1.WorkerService`: the conversation with workers.
 
-use std::{sync::Arc, time::Duration};
+use std::{collections::HashSet, sync::Arc, time::Duration};
 
 use futures_util::stream::BoxStream;
 use streamer_auth::{Authenticator, Caller};
@@ -129,7 +129,7 @@ impl Shared {
             violations.check(&format!("hello.{name}"), outcome);
         }
         let slots = i64::from(hello.slots);
-        violations.check("hello.slots", validate::in_range(slots, 1, MAX_SLOTS, ""));
+        violations.check("hello.slots", validate::in_range(slots, 0, MAX_SLOTS, ""));
         let specs = self.declared(&hello.actions, &mut violations);
         if !violations.is_empty() {
             return Err(validation_status(&violations));
@@ -143,7 +143,7 @@ impl Shared {
                 ));
             }
         }
-        let slots = u32::try_from(hello.slots).unwrap_or(1);
+        let slots = u32::try_from(hello.slots).unwrap_or(0);
         let worker = Worker::new(hello.worker_id.clone(), specs, grants, slots);
         let declared = worker.declared().len();
         if declared > MAX_DECLARED {
@@ -247,7 +247,8 @@ impl Conversation {
     /// Goes on until the worker ends it, or breaks a rule, or another stream takes its place.
     async fn run(&mut self, replaced: &CancellationToken) -> Result<(), Status> {
         loop {
-            let left = self.caller.principal.expires_at.since(self.shared.clock.now());
+            let accepted_until = self.shared.authenticator.accepted_until(&self.caller);
+            let left = accepted_until.since(self.shared.clock.now());
             tokio::select! {
                 () = replaced.cancelled() => {
                     return Err(refusal(ErrorCode::Conflict, "another stream took its place".into()));
@@ -327,10 +328,10 @@ impl Conversation {
 
     fn heartbeat(&self, heartbeat: &Heartbeat) -> Result<(), Status> {
         let mut reply = HeartbeatReply::default();
-        let mut named = Vec::with_capacity(heartbeat.attempts.len());
+        let mut named = HashSet::with_capacity(heartbeat.attempts.len());
         for attempt in &heartbeat.attempts {
             let (uid, number) = identity(&attempt.uid, attempt.attempt)?;
-            named.push((uid, number));
+            named.insert((uid, number));
             match self.worker.task(uid, number) {
                 Some(task) => reply.cancelled.extend(task.cancel()),
                 None => reply.revoked.push(not_yours(attempt.uid.clone(), attempt.attempt)),

@@ -28,8 +28,8 @@ class Ending:
 
 
 async def run(handler: Handler, context: Context) -> Ending:
-    """Runs a handler. Raises `asyncio.CancelledError` when it was interrupted by that, else nothing:
-    an exception that is no `HandlerError` becomes a retryable PROCESSING_FAILED."""
+    """Runs a handler. Raises `asyncio.CancelledError` when it was interrupted by that, else
+    nothing: an exception that is no `HandlerError` becomes a retryable PROCESSING_FAILED."""
     try:
         result = await handler(context, _parse(context))
         return Ending(result=_encode(result, context))
@@ -45,7 +45,8 @@ async def run(handler: Handler, context: Context) -> Ending:
 
 
 def interrupted() -> HandlerError:
-    """Why an attempt failed whose handler raised `asyncio.CancelledError` though nobody asked it to."""
+    """Why an attempt failed whose handler raised `asyncio.CancelledError` though nobody asked it
+    to."""
     return HandlerError("the handler ended with asyncio.CancelledError")
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncGenerator, AsyncIterator
+from collections.abc import AsyncGenerator
 
 import grpc
 import grpc.aio
@@ -20,7 +20,7 @@ from streamer.output import LogVerifier, contiguous
 
 async def watch(
     calls: Calls, tokens: TokenSource, patience: Patience, request_id: str, after_seq: int
-) -> AsyncIterator[Event]:
+) -> AsyncGenerator[Event, None]:
     """See `Client.watch`."""
     verifier = LogVerifier() if after_seq == 0 else None
     last_seq = after_seq

@@ -48,7 +48,10 @@ class Action:
     payload_schema: str = ""
     """JSON Schema (2020-12) of the payload, as JSON text; empty when any payload will do."""
     workers: int = 0
-    """How many workers offer it now. Told by the server; ignored in a declaration."""
+    """How many workers offer it now; 0 when the processor runs it itself, or nobody does. Told by
+    the server; ignored in a declaration."""
+    available: bool = True
+    """Whether somebody offers it now. Told by the server; ignored in a declaration."""
 
     def to_proto(self) -> common_pb2.Action:
         """As it is declared to the server."""
@@ -90,6 +93,7 @@ class Action:
             max_concurrency=action.max_concurrency or None,
             payload_schema=action.payload_schema,
             workers=action.workers,
+            available=action.available,
         )
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import uuid
-from collections.abc import AsyncIterator, Iterable
+from collections.abc import AsyncGenerator, Iterable
 from datetime import datetime, timedelta
 from types import TracebackType
 from typing import Any, TypeAlias, final
@@ -67,8 +67,8 @@ class Client:
         deadline: datetime | None = None,
         metadata: dict[str, Any] | None = None,
     ) -> Submitted:
-        """Asks for an action. A sync one is answered with its end; an async one is durable on return,
-        and has its end too when it comes within `wait` (up to 300 s).
+        """Asks for an action. A sync one is answered with its end; an async one is durable on
+        return, and has its end too when it comes within `wait` (up to 300 s).
 
         `payload` is anything JSON can write, or `RawJson`; None means `{}`. `id` is the idempotency
         and correlation key: the same `id` gives the same request, which makes the call safe to
@@ -133,7 +133,7 @@ class Client:
                 return ended.unwrap()
         raise AssertionError("a watch ends with a terminal event")
 
-    def watch(self, request_id: str, after_seq: int = 0) -> AsyncIterator[Event]:
+    def watch(self, request_id: str, after_seq: int = 0) -> AsyncGenerator[Event, None]:
         """The events of a request after `after_seq`, past and to come, up to its terminal one.
 
         A lost stream is opened again where it broke, with full jitter. `seq` is checked to be
@@ -167,8 +167,8 @@ class Client:
         page_size: int = 0,
         page_token: str = "",
     ) -> Page:
-        """A page of the caller's requests (with permission `requests:read`, of the tenant's), newest
-        first, without payloads and results. `page_size` is 1 to 500; 0 means 50."""
+        """A page of the caller's requests (with permission `requests:read`, of the tenant's),
+        newest first, without payloads and results. `page_size` is 1 to 500; 0 means 50."""
         request = router_pb2.ListRequest(
             states=[model.state_to_proto(RequestState(state)) for state in states],
             action=action,
@@ -184,8 +184,8 @@ class Client:
         return Page([model.request(one) for one in response.requests], response.next_page_token)
 
     async def cancel(self, request_id: str, reason: str = "") -> Request:
-        """Asks that a request end. A queued one is cancelled at once; a running one when its handler
-        notices: look at the state. Cancelling what has ended changes nothing."""
+        """Asks that a request end. A queued one is cancelled at once; a running one when its
+        handler notices: look at the state. Cancelling what has ended changes nothing."""
         request = router_pb2.CancelRequest(request_id=request_id, reason=reason)
         response = await unary(
             lambda token: self._calls.cancel(request, metadata=token),

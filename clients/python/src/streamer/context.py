@@ -31,7 +31,7 @@ class Reporter(Protocol):
         """Takes in a sign of life."""
 
 
-@dataclass
+@dataclass(eq=False)
 class Context:
     """One attempt, as its handler sees it.
 
@@ -77,8 +77,8 @@ class Context:
     async def progress(
         self, percentage: float | None = None, message: str = "", metadata: Any = None
     ) -> None:
-        """Says how far it is: 0 to 100 or None, a message for people of up to 4,096 bytes, and up to
-        64 KiB of anything JSON can write."""
+        """Says how far it is: 0 to 100 or None, a message for people of up to 4,096 bytes, and up
+        to 64 KiB of anything JSON can write."""
         if percentage is not None and not 0 <= percentage <= 100:
             raise ValueError(f"percentage: must be 0 to 100, is {percentage}")
         size = len(message.encode())
@@ -92,8 +92,9 @@ class Context:
         await self.reporter.progress(progress)
 
     async def output(self, chunk: Any) -> None:
-        """Puts out the next chunk: str as `text/plain`, bytes as `application/octet-stream`, anything
-        else as JSON. Raises `LimitExceeded` beyond the server's `max_output_chunk_bytes`."""
+        """Puts out the next chunk: str as `text/plain`, bytes as `application/octet-stream`,
+        anything else as JSON. Raises `LimitExceeded` beyond the server's
+        `max_output_chunk_bytes`."""
         content_type, data = payload.encode_chunk(chunk)
         limit = self.reporter.limits.max_output_chunk_bytes
         check("output", len(data), limit, "limits.max_output_chunk_bytes")

@@ -172,8 +172,8 @@ class BrokenLog(StreamerError):
 
 
 def sync_failure(error: ServiceError, request_id: str) -> StreamerError:
-    """What a refusal means to somebody who waits for a result: a sync action, which has no log, that
-    failed is told so."""
+    """What a refusal means to somebody who waits for a result: a sync action, which has no log,
+    that failed is told so."""
     if error.code in (ErrorCode.PROCESSING_FAILED, ErrorCode.TIMEOUT):
         return RequestFailed(request_id, Failure(error.code, error.message))
     return error

@@ -78,6 +78,18 @@ class Completed:
 
 
 @dataclass(frozen=True)
+class QueuePosition:
+    """How much waits before a queued request: a range, since tenants take turns."""
+
+    earliest: int
+    """From 1, if no other tenant's work comes first."""
+    latest: int
+    """From 1, if all other tenants' work comes first."""
+    estimated_start_time: datetime | None
+    """From how long such requests took lately; None when that cannot be told."""
+
+
+@dataclass(frozen=True)
 class Submitted:
     """The answer to a submission: the request is durable, or has ended already."""
 
@@ -91,6 +103,8 @@ class Submitted:
     """The `seq` of its latest event; 0 for a sync action."""
     completed: Completed | None
     """Its end: of a sync action, or of an async one within `wait`."""
+    queue_position: QueuePosition | None = None
+    """Where it stands in the queue; None unless it is queued and due."""
 
 
 @dataclass(frozen=True)
@@ -119,6 +133,8 @@ class Request:
     cancel_requested: bool
     output: OutputSummary | None
     redrive_of: str
+    queue_position: QueuePosition | None
+    """Only when it is queued and due, and not in lists."""
 
 
 @dataclass(frozen=True)
@@ -171,6 +187,13 @@ def output_summary(summary: common_pb2.OutputSummary) -> OutputSummary:
     return OutputSummary(summary.chunks, summary.sha256)
 
 
+def queue_position(position: common_pb2.QueuePosition) -> QueuePosition:
+    """Where a request stands in the queue."""
+    told = position.HasField("estimated_start_time")
+    start = moment(position.estimated_start_time) if told else None
+    return QueuePosition(position.earliest, position.latest, start)
+
+
 def submitted(response: router_pb2.SubmitResponse) -> Submitted:
     """The answer to a submission."""
     request_id, uid = response.request_id, response.uid
@@ -178,7 +201,10 @@ def submitted(response: router_pb2.SubmitResponse) -> Submitted:
         acknowledged = response.acknowledgment
         stands = state(acknowledged.state)
         last_seq = acknowledged.last_seq
-        return Submitted(request_id, uid, acknowledged.duplicate, stands, last_seq, None)
+        queued = acknowledged.HasField("queue_position")
+        position = queue_position(acknowledged.queue_position) if queued else None
+        duplicate = acknowledged.duplicate
+        return Submitted(request_id, uid, duplicate, stands, last_seq, None, position)
     ended = response.completed
     completed = Completed(
         request_id,
@@ -225,4 +251,7 @@ def request(one: common_pb2.Request) -> Request:
         cancel_requested=one.cancel_requested,
         output=output_summary(one.output) if one.HasField("output") else None,
         redrive_of=one.redrive_of,
+        queue_position=queue_position(one.queue_position)
+        if one.HasField("queue_position")
+        else None,
     )

@@ -66,10 +66,11 @@ async def run_handler(
     limits: Limits | None = None,
 ) -> HandlerRun:
     """Runs one attempt of `handler` with the payload `content` (None means `{}`), as what a server
-    would hand out: `checkpoint` is what an earlier attempt left (bytes, or anything JSON can write).
+    would hand out: `checkpoint` is what an earlier attempt left (bytes, or anything JSON can
+    write).
 
-    `cancel_when` is asked before the handler starts and after each of its reports; once it says True,
-    the request is cancelled: `context.cancelled` is set, and a handler that has not ended
+    `cancel_when` is asked before the handler starts and after each of its reports; once it says
+    True, the request is cancelled: `context.cancelled` is set, and a handler that has not ended
     `cancel_grace` seconds later is interrupted. Never raises what the handler raised: see `error`.
     """
     reporter = _Recorder(limits or Limits(), cancel_when, cancel_grace)

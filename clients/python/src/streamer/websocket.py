@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import asyncio
 import uuid
-from collections.abc import AsyncIterator
+from collections.abc import AsyncGenerator
 from types import TracebackType
 from typing import Any, final
 from urllib.parse import urlsplit
@@ -27,14 +27,15 @@ __all__ = ["WebSocketClient"]
 
 @final
 class WebSocketClient:
-    """A client of one gateway; use it as an async context manager, for any number of requests at once.
+    """A client of one gateway; use it as an async context manager, for any number of requests at
+    once.
 
-    `url` is `ws://host:port/ws` or `wss://…`; `token` a JWT, or an async callable that returns a fresh
-    one: it is asked for each connection, and when the token in use is about to expire. The connection
-    is made when it is first needed and, when it is lost, made again with full jitter: what was not
-    acknowledged is sent again, and events are resumed where they broke off. Methods raise
-    `ServiceError` when the server refuses, closes with 4400, 4401 or 4403 (which is final), or cannot
-    be reached for `retry_for` seconds (None: ever).
+    `url` is `ws://host:port/ws` or `wss://…`; `token` a JWT, or an async callable that returns a
+    fresh one: it is asked for each connection, and when the token in use is about to expire. The
+    connection is made when it is first needed and, when it is lost, made again with full jitter:
+    what was not acknowledged is sent again, and events are resumed where they broke off. Methods
+    raise `ServiceError` when the server refuses, closes with 4400, 4401 or 4403 (which is final),
+    or cannot be reached for `retry_for` seconds (None: ever).
     """
 
     def __init__(self, url: str, token: Token, *, retry_for: float | None = 60.0) -> None:
@@ -59,7 +60,8 @@ class WebSocketClient:
         await self.close()
 
     async def close(self) -> None:
-        """Closes the connection. Requests on the server go on; calls that wait raise `ServiceError`."""
+        """Closes the connection. Requests on the server go on; calls that wait raise
+        `ServiceError`."""
         self._session.end(ServiceError(ErrorCode.CANCELLED, "the client was closed"))
         if self._link is not None:
             self._link.cancel()
@@ -101,12 +103,12 @@ class WebSocketClient:
         finally:
             self._session.unfollow(follow)
 
-    async def watch(self, request_id: str, after_seq: int = 0) -> AsyncIterator[Event]:
+    async def watch(self, request_id: str, after_seq: int = 0) -> AsyncGenerator[Event, None]:
         """The events of a request after `after_seq`, past and to come, up to its terminal one.
 
-        `seq` is checked to be contiguous and, when all events are read (`after_seq` 0), the output is
-        checked against the proof in the terminal event: raises `BrokenLog` otherwise. A reader that
-        is slow holds up nobody else. Ending it cancels nothing.
+        `seq` is checked to be contiguous and, when all events are read (`after_seq` 0), the output
+        is checked against the proof in the terminal event: raises `BrokenLog` otherwise. A reader
+        that is slow holds up nobody else. Ending it cancels nothing.
         """
         follow = self._follow(request_id, None, after_seq)
         try:
@@ -124,8 +126,8 @@ class WebSocketClient:
             self._session.unfollow(follow)
 
     async def cancel(self, request_id: str, reason: str = "") -> None:
-        """Asks that a request end; returns once the server has heard it. A running one ends when its
-        handler notices: its terminal event tells. Cancelling what has ended changes nothing."""
+        """Asks that a request end; returns once the server has heard it. A running one ends when
+        its handler notices: its terminal event tells. Cancelling what has ended changes nothing."""
         self._connect()
         await self._session.cancel(request_id, reason)
 

@@ -1,7 +1,8 @@
 """The worker kit: declare actions, run them for a server.
 
-A worker speaks docs/worker-protocol.md. Its attempts outlive its connection: when a stream breaks, the
-handlers run on, another stream is opened, and what is not durable is sent again, without duplicates.
+A worker speaks docs/worker-protocol.md. Its attempts outlive its connection: when a stream breaks,
+the handlers run on, another stream is opened, and what is not durable is sent again, without
+duplicates.
 """
 
 from __future__ import annotations
@@ -34,13 +35,14 @@ _Function = TypeVar("_Function", bound=Handler)
 
 
 class Worker:
-    """Runs actions for a server, until it is stopped. One object is one run: it cannot be restarted.
+    """Runs actions for a server, until it is stopped. One object is one run: it cannot be
+    restarted.
 
     `server` is `http://host:port` or `https://host:port`. `token` is a JWT with permission
-    `worker:<action>` for every action, or an async callable that returns a fresh one: it is asked for
-    each stream, and before the stream's token expires. `slots` is how many tasks run at once, 1 to
-    10,000. `worker_id` names this run; by default the host name and 80 random bits. `version` is the
-    build of the program, for people.
+    `worker:<action>` for every action, or an async callable that returns a fresh one: it is asked
+    for each stream, and before the stream's token expires. `slots` is how many tasks run at once, 1
+    to 10,000. `worker_id` names this run; by default the host name and 80 random bits. `version` is
+    the build of the program, for people.
     """
 
     def __init__(
@@ -89,10 +91,10 @@ class Worker:
     ) -> Callable[[_Function], _Function]:
         """Declares an action; decorates the `async def handler(context, payload)` that runs it.
 
-        `payload` is the parsed JSON, and what is returned is written as JSON (or is `RawJson`).
-        A handler fails by raising `HandlerError`, `FatalError` or `InvalidPayload`; any other
-        exception is a failure that another attempt may not have. See `Action` for what the arguments
-        mean; `payload_schema` is a JSON Schema, as text or as a dict.
+        `payload` is the parsed JSON, and what is returned is written as JSON (or is `RawJson`). A
+        handler fails by raising `HandlerError`, `FatalError` or `InvalidPayload`; any other
+        exception is a failure that another attempt may not have. See `Action` for what the
+        arguments mean; `payload_schema` is a JSON Schema, as text or as a dict.
         """
         declared = Action(
             name=name,
@@ -127,13 +129,13 @@ class Worker:
         return handler
 
     def run(self, grace: float = DEFAULT_GRACE) -> None:
-        """Serves until SIGTERM or SIGINT, then stops as `stop(grace)` does; a second signal ends the
-        grace. For programs that do nothing else. Raises `WorkerRefused`."""
+        """Serves until SIGTERM or SIGINT, then stops as `stop(grace)` does; a second signal ends
+        the grace. For programs that do nothing else. Raises `WorkerRefused`."""
         asyncio.run(self._run(grace))
 
     async def serve(self) -> None:
-        """Serves until `stop` is called, over as many streams as it takes. Raises `WorkerRefused` when
-        the server does not take this worker, and repeating would not help."""
+        """Serves until `stop` is called, over as many streams as it takes. Raises `WorkerRefused`
+        when the server does not take this worker, and repeating would not help."""
         if self._serving:
             raise RuntimeError("a worker serves once")
         if not self._actions:
@@ -145,9 +147,9 @@ class Worker:
             self._core.close()
 
     async def stop(self, grace: float = DEFAULT_GRACE) -> None:
-        """Takes no more tasks, lets handlers run on for `grace` seconds, interrupts and releases the
-        rest (another attempt follows at once, with the last checkpoint), waits until that is durable,
-        and ends the stream."""
+        """Takes no more tasks, lets handlers run on for `grace` seconds, interrupts and releases
+        the rest (another attempt follows at once, with the last checkpoint), waits until that is
+        durable, and ends the stream."""
         self._core.stop_taking()
         await self._core.handlers_done(grace)
         await self._core.hand_back()

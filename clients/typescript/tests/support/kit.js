@@ -1,17 +1,9 @@
 /** A server with a worker and a client, as most tests need them. */
 
-import { Client, Worker } from '../../src/index.js';
+import { Client } from '../../src/index.js';
 import { Server } from './server.js';
 import { within } from './wait.js';
-
-/**
- * @param {string} url
- * @param {import('../../src/grpc.js').TokenSource} token
- * @param {Partial<import('../../src/worker.js').WorkerOptions>} [options]
- */
-export function quietWorker(url, token, options = {}) {
-  return new Worker({ server: url, token, log: () => {}, ...options });
-}
+import { quietWorker } from './worker.js';
 
 /**
  * Resolves once workers offer an action.
@@ -29,12 +21,12 @@ export async function offered(client, name) {
 }
 
 /**
- * @param {(worker: Worker) => void} declare Declares the actions.
+ * @param {(worker: import('../../src/index.js').Worker) => void} declare Declares the actions.
  * @param {string[]} settings Of the server.
  */
 export async function startKit(declare, ...settings) {
   const server = await Server.start(...settings);
-  const worker = quietWorker(server.url, server.token('worker:*', 'worker'));
+  const worker = quietWorker(server.url, server.token('worker:*', 'worker'), { slots: 100 });
   declare(worker);
   worker.action('here', () => null);
   const serving = worker.serve();

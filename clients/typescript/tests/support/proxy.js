@@ -7,6 +7,7 @@ export class Proxy {
   /** @type {Set<import('node:net').Socket>} */
   #sockets = new Set();
   #blocked = false;
+  #muted = false;
   #server;
   /** How many connections came. */
   connections = 0;
@@ -17,8 +18,8 @@ export class Proxy {
       this.connections += 1;
       if (this.#blocked) return client.destroy();
       const upstream = connect(port, '127.0.0.1');
-      this.#join(client, upstream);
-      this.#join(upstream, client);
+      this.#join(client, upstream, () => true);
+      this.#join(upstream, client, () => !this.#muted);
     });
   }
 
@@ -38,10 +39,11 @@ export class Proxy {
   /**
    * @param {import('node:net').Socket} from
    * @param {import('node:net').Socket} to
+   * @param {() => boolean} passes Whether what comes is passed on.
    */
-  #join(from, to) {
+  #join(from, to, passes) {
     this.#sockets.add(from);
-    from.on('data', (bytes) => to.write(bytes));
+    from.on('data', (bytes) => passes() && to.write(bytes));
     from.on('error', () => {});
     from.on('close', () => {
       this.#sockets.delete(from);
@@ -51,7 +53,13 @@ export class Proxy {
 
   /** Ends every connection, without a word. */
   cut() {
+    this.#muted = false;
     for (const socket of this.#sockets) socket.destroy();
+  }
+
+  /** Swallows what the server says, until the next {@link cut}. */
+  mute() {
+    this.#muted = true;
   }
 
   /** Ends every connection, and those that come, until {@link unblock}. */

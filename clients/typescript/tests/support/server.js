@@ -21,7 +21,7 @@ const env = Object.fromEntries(
 );
 
 /** Short times, so that what is lost is found soon. */
-const SETTINGS = ['execution.lease_ms=1500', 'log.filter=warn'];
+const SETTINGS = ['execution.lease_ms=1500', 'execution.poll_interval_ms=50', 'log.filter=warn'];
 
 export class Server {
   /** @type {import('node:child_process').ChildProcess | null} */

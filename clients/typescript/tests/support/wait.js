@@ -23,7 +23,7 @@ export async function within(promise, what) {
 
 /** Something that will be known once. */
 export class Once {
-  /** @type {(value: any) => void} */
+  /** @type {(value?: any) => void} */
   resolve = () => {};
 
   /** @param {string} what */

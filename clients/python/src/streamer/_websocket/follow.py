@@ -69,8 +69,8 @@ class Follow:
         return self._submission is not None
 
     def opening(self) -> str:
-        """What to say on a new connection: until the request is acknowledged it is submitted (again,
-        under the same id), then its events are asked for from where they broke off."""
+        """What to say on a new connection: until the request is acknowledged it is submitted
+        (again, under the same id), then its events are asked for from where they broke off."""
         if self._submission is not None:
             return self._submission
         subscribe = {

@@ -38,7 +38,8 @@ def parse(text: str) -> Frame:
 
 
 def event(frame: Frame) -> Event:
-    """An event of a request's log. Raises ValueError or KeyError when a field is missing or wrong."""
+    """An event of a request's log. Raises ValueError or KeyError when a field is missing or
+    wrong."""
     seq, attempt = int(frame.get("seq")), int(frame.get("attempt", 0))
     time, kind = _moment(frame.get("timestamp")), frame.type
     if kind == "accepted":

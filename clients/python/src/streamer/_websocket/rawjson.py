@@ -1,5 +1,5 @@
-"""Reads a JSON object and keeps, for each member, the text that it stands as: a digest is over those
-bytes, and writing a value anew would not give the same ones."""
+"""Reads a JSON object and keeps, for each member, the text that it stands as: a digest is over
+those bytes, and writing a value anew would not give the same ones."""
 
 from __future__ import annotations
 

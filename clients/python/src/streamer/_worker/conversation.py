@@ -1,5 +1,5 @@
-"""One stream: hello, welcome, then reading, writing, heartbeats and fresh tokens side by side, until
-it ends. The numbers in brackets are rules of docs/worker-protocol.md."""
+"""One stream: hello, welcome, then reading, writing, heartbeats and fresh tokens side by side,
+until it ends. The numbers in brackets are rules of docs/worker-protocol.md."""
 
 from __future__ import annotations
 
@@ -46,8 +46,8 @@ class Conversation:
         self._capacity_told = False
 
     async def run(self, hello: worker_pb2.Hello) -> None:
-        """Speaks until the stream ends well, by us. Raises `grpc.aio.AioRpcError` or `StreamLost` when
-        it ends otherwise."""
+        """Speaks until the stream ends well, by us. Raises `grpc.aio.AioRpcError` or `StreamLost`
+        when it ends otherwise."""
         named = list(hello.attempts)
         await self._call.write(worker_pb2.WorkRequest(hello=hello))
         welcome = await self._first()
@@ -147,7 +147,10 @@ class Conversation:
             oldest = self._unanswered[0] if self._unanswered else self._beat_due
             # After a pause of this program, answers may be there that it had no time to read.
             paused = now - before > 2 * interval
-            if oldest is not None and now - oldest > lease and not paused:
+            if paused:
+                blocked = now - before - interval
+                _logger.warning("no heartbeat for %.1f s: a handler blocked the loop", blocked)
+            elif oldest is not None and now - oldest > lease:
                 raise StreamLost(f"no heartbeat was answered for {lease} s")
             if self._beat_due is None:
                 self._beat_due = now

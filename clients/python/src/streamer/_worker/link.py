@@ -81,7 +81,9 @@ class Link:
 
     def _judge_status(self, code: grpc.StatusCode, details: str | None, welcomed: bool) -> None:
         told = f"{code.name}: {details}"
-        if code in _FINAL and not welcomed:
+        # What was let in with a token that cannot be renewed is not let in again.
+        expired = code is grpc.StatusCode.UNAUTHENTICATED and not self._tokens.renewable
+        if (code in _FINAL and not welcomed) or expired:
             raise WorkerRefused(f"{self._server} does not take this worker: {told}")
         if code is grpc.StatusCode.ALREADY_EXISTS:
             raise WorkerRefused(f"another program uses this worker's id: {told}")

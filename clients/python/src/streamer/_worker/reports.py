@@ -1,5 +1,5 @@
-"""The reports of one attempt: numbered, kept until durable, sent in order, sent again after a stream
-was lost. No I/O. The numbers in brackets are rules of docs/worker-protocol.md."""
+"""The reports of one attempt: numbered, kept until durable, sent in order, sent again after a
+stream was lost. No I/O. The numbers in brackets are rules of docs/worker-protocol.md."""
 
 from __future__ import annotations
 

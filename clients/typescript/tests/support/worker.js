@@ -1,0 +1,12 @@
+/** Workers that say nothing of their connections. */
+
+import { Worker } from '../../src/index.js';
+
+/**
+ * @param {string} url
+ * @param {import('../../src/grpc.js').TokenSource} token
+ * @param {Partial<import('../../src/worker.js').WorkerOptions>} [options]
+ */
+export function quietWorker(url, token, options = {}) {
+  return new Worker({ server: url, token, log: () => {}, ...options });
+}

@@ -1,0 +1,211 @@
+/** The WebSocket client against the real server, through cuts. */
+
+import assert from 'node:assert/strict';
+import { after, before, test } from 'node:test';
+import WebSocket from 'ws';
+
+import { HandlerError } from '../src/index.js';
+import { OutputBuffer, RawJson, StreamerSocket } from '../src/websocket.js';
+import { startKit } from './support/kit.js';
+import { Proxy } from './support/proxy.js';
+import { Once, within } from './support/wait.js';
+
+/** @type {Awaited<ReturnType<typeof startKit>>} */
+let kit;
+/** @type {Record<string, Once>} */
+const seen = {};
+
+/** @param {import('../src/index.js').Worker} worker */
+function declare(worker) {
+  worker.action('add', { sync: true }, (_, { a, b }) => ({ sum: a + b }));
+  worker.action('chunks', async (context) => {
+    await context.progress({ percentage: 50, message: 'half', metadata: { of: 'it' } });
+    await context.output('Grüße, "Ada"\n');
+    await context.output(new RawJson(' { "n" : 9223372036854775807 }\n'));
+    await context.output(new Uint8Array([0, 128, 255]));
+    return new RawJson(context.payloadText);
+  });
+  worker.action('second_try', { initialBackoffMs: 1 }, async (context) => {
+    await context.output(`attempt ${context.attempt}`);
+    if (context.attempt === 1) throw new HandlerError('not yet');
+    await context.output({ done: true });
+  });
+  worker.action('gated', async (context) => {
+    for (let number = 0; number < 20; number += 1) await context.output(`${number};`);
+    seen.halfway.resolve(context.requestId);
+    await seen.gate.promise;
+    for (let number = 20; number < 40; number += 1) await context.output(`${number};`);
+    return context.attempt;
+  });
+  worker.action('endless', async (context) => {
+    await context.output('kept');
+    seen.running.resolve();
+    await context.sleep(2 ** 31);
+  });
+  worker.action('counted', () => {
+    seen.runs.resolve();
+    return 1;
+  });
+}
+
+before(async () => {
+  kit = await startKit(declare);
+});
+after(() => kit.stop());
+
+/**
+ * @param {import('node:test').TestContext} t
+ * @param {string} [url]
+ * @param {Partial<import('../src/websocket.js').SocketOptions>} [options]
+ */
+function open(t, url = kit.server.websocketUrl, options = {}) {
+  const socket = new StreamerSocket({ url, token: kit.server.token(''), WebSocket, ...options });
+  t.after(() => socket.close());
+  return socket;
+}
+
+/** @param {import('node:test').TestContext} t */
+async function openThroughProxy(t) {
+  const proxy = await Proxy.start(kit.server.port);
+  t.after(() => proxy.stop());
+  return { proxy, socket: open(t, `ws://${proxy.address}/ws`) };
+}
+
+test('a sync action is answered, and what is refused says why', async (t) => {
+  const socket = open(t);
+  assert.deepEqual(await socket.request('add', { a: 2, b: 3 }), { sum: 5 });
+  await assert.rejects(socket.request('no_such'), { name: 'RequestFailed', code: 'INVALID_ACTION' });
+  await assert.rejects(socket.get('no-such'), { code: 'NOT_FOUND' });
+  await assert.rejects(socket.request('add', {}, { priority: 10 }), (
+    /** @type {any} */ error,
+  ) => error.violations[0].field === 'priority');
+  const large = socket.request('add', { text: 'x'.repeat(8 << 20) });
+  await assert.rejects(large, { name: 'LimitError', field: 'message' });
+  assert.equal(socket.identity?.userId, 'js');
+});
+
+test('progress, chunks of every kind and the result come as they were made', async (t) => {
+  const socket = open(t);
+  const output = new OutputBuffer();
+  /** @type {any[]} */
+  const progress = [];
+  const payload = new RawJson('{"n":9223372036854775807}');
+  const onProgress = (/** @type {any} */ one) => progress.push(one);
+  const result = await socket.request('chunks', payload, { raw: true, output, onProgress });
+  assert.equal(result, payload.text);
+  assert.deepEqual(progress, [{ percentage: 50, message: 'half', metadata: { of: 'it' } }]);
+  assert.deepEqual(output.values.slice(0, 1), ['Grüße, "Ada"\n']);
+  assert.equal(output.payloads[1].text, ' { "n" : 9223372036854775807 }\n');
+  assert.deepEqual(output.values[2], new Uint8Array([0, 128, 255]));
+});
+
+test('many requests share one connection', async (t) => {
+  const socket = open(t);
+  const numbers = Array.from({ length: 300 }, (_, number) => number);
+  const sums = await Promise.all(numbers.map((a) => socket.request('add', { a, b: 1 })));
+  assert.deepEqual(sums.map(({ sum }) => sum), numbers.map((a) => a + 1));
+});
+
+test('after a retry the output of the failed attempt is void', async (t) => {
+  const socket = open(t);
+  const output = new OutputBuffer();
+  /** @type {number[]} */
+  const rewinds = [];
+  const onRetrying = (/** @type {number} */ seq) => void rewinds.push(seq);
+  await socket.request('second_try', {}, { output, onRetrying });
+  assert.equal(output.text, 'attempt 2{"done":true}');
+  assert.equal(rewinds.length, 1);
+});
+
+test('the connection is cut: the request is resumed, and every event comes once', async (t) => {
+  const { proxy, socket } = await openThroughProxy(t);
+  seen.halfway = new Once('half of the output');
+  seen.gate = new Once('the gate');
+  const half = new Once('half of the output at the caller');
+  const output = new OutputBuffer();
+  let chunks = 0;
+  const onOutput = () => void ((chunks += 1) === 20 && half.resolve());
+  const request = socket.request('gated', {}, { id: 'cut-1', output, onOutput });
+  await half.wait();
+  proxy.block();
+  seen.gate.resolve();
+  await within(kit.client.wait('cut-1'), 'the request to end');
+  proxy.unblock();
+  assert.equal(await within(request, 'the result'), 1);
+  assert.equal(output.text, Array.from({ length: 40 }, (_, number) => `${number};`).join(''));
+  assert.equal(chunks, 40);
+  assert.ok(proxy.connections > 1);
+});
+
+test('a submission whose acknowledgment was lost is sent again, and runs once', async (t) => {
+  const { proxy, socket } = await openThroughProxy(t);
+  await socket.list();
+  seen.runs = new Once('the handler to run');
+  proxy.mute();
+  const accepted = new Once('the acknowledgment');
+  const request = socket.request('counted', {}, { id: 'twice', onAccepted: accepted.resolve });
+  await seen.runs.wait();
+  proxy.cut();
+  assert.equal(await within(request, 'the result'), 1);
+  assert.equal((await accepted.wait()).duplicate, true);
+  assert.equal((await kit.client.get('twice')).attempt, 1);
+});
+
+test('aborting asks for cancellation', async (t) => {
+  const socket = open(t);
+  seen.running = new Once('the handler to run');
+  const controller = new AbortController();
+  const output = new OutputBuffer();
+  const request = socket.request('endless', {}, { signal: controller.signal, output });
+  const ended = assert.rejects(request, { name: 'RequestCancelled', message: 'enough' });
+  await seen.running.wait();
+  controller.abort(new Error('enough'));
+  await ended;
+  assert.equal(output.text, 'kept');
+  const early = socket.request('endless', {}, { signal: AbortSignal.abort(), id: 'early' });
+  await assert.rejects(early, { name: 'RequestCancelled' });
+});
+
+test('others can follow a request, from the start or from where they left', async (t) => {
+  const [first, second] = [open(t), open(t)];
+  seen.halfway = new Once('half of the output');
+  seen.gate = new Once('the gate');
+  const request = first.request('gated', {}, { id: 'shared' });
+  await seen.halfway.wait();
+  const output = new OutputBuffer();
+  /** @type {number[]} */
+  const seqs = [];
+  const watchers = [
+    second.watch('shared', { output }),
+    second.watch('shared', { afterSeq: 12, onEvent: ({ seq }) => void seqs.push(seq) }),
+    first.watch('shared', { mode: 'latest' }),
+    first.request('gated', {}, { id: 'shared' }),
+  ];
+  const leaving = new AbortController();
+  const left = second.watch('shared', { signal: leaving.signal, afterSeq: null });
+  const gone = assert.rejects(left, { name: 'AbortError' });
+  assert.equal((await second.get('shared')).state, 'RUNNING');
+  leaving.abort();
+  await gone;
+  seen.gate.resolve();
+  assert.deepEqual(await within(Promise.all([request, ...watchers]), 'all'), [1, 1, 1, 1, 1]);
+  assert.equal(output.payloads.length, 40);
+  assert.deepEqual(seqs, seqs.map((_, index) => 13 + index));
+  const { requests } = await second.list({ states: ['SUCCEEDED'], limit: 1 });
+  assert.equal(requests[0].requestId, 'shared');
+  assert.equal(await second.cancel('shared'), 'succeeded');
+});
+
+test('a refused token is final, unless there is a fresh one', async (t) => {
+  const closed = new Once('the refusal');
+  const onStateChange = (/** @type {any} */ change) => {
+    if (change.state === 'closed') closed.resolve(change.error);
+  };
+  const refused = open(t, undefined, { token: 'nonsense', onStateChange });
+  await assert.rejects(refused.request('add'), { name: 'ConnectionClosed', code: 'UNAUTHORIZED' });
+  assert.equal((await closed.wait()).closeCode, 4401);
+  await assert.rejects(refused.list(), { closeCode: 4401 });
+  const tokens = ['nonsense', kit.server.token('')];
+  const renewed = open(t, undefined, { token: async () => String(tokens.shift()) });
+  assert.deepEqual(await renewed.request('add', { a: 1, b: 1 }), { sum: 2 });
+});

@@ -1,0 +1,225 @@
+/**
+ * A worker in JavaScript: action `analyze_log` reads a web server's access log (Common or
+ * Combined Log Format) and answers who asked for what, when, and how it went.
+ *
+ * Each section of the report is an output chunk as soon as it is ready. A checkpoint keeps the
+ * sections that are done, so that another attempt does not count them again; it sends them again,
+ * since the output of an attempt that failed is void.
+ */
+
+import { realpathSync } from 'node:fs';
+import { fileURLToPath } from 'node:url';
+import { parseArgs } from 'node:util';
+
+import { InvalidPayload, Worker } from '../../clients/typescript/src/index.js';
+
+const HELP = `A worker that analyses web server access logs.
+
+Usage: STREAMER_TOKEN=$(streamer token --permissions 'worker:*') node analyze_log.js [OPTIONS]
+       node analyze_log.js --sample 1000 | streamer submit analyze_log -
+
+Options:
+      --server <URL>    The server [env: STREAMER_SERVER] [default: http://127.0.0.1:8080]
+      --slots <N>       How many logs at once [default: 4]
+      --sample <LINES>  Print a payload with a made-up log, and nothing else
+  -h, --help            Print help
+
+Payload: {"log": <text of the log>, "top": <entries of each list, 1 to 100, default 10>}
+`;
+
+/** Lines between two progress reports. */
+const STEP = 2000;
+const MONTHS = 'Jan Feb Mar Apr May Jun Jul Aug Sep Oct Nov Dec'.split(' ');
+// host ident user [day/month/year:hour:minute:second zone] "request" status bytes, and whatever
+// a format adds after that.
+const LINE =
+  /^(\S+) \S+ \S.* \[(\d\d)\/(\w{3})\/(\d{4}):(\d\d):\d\d:\d\d [+-]\d{4}\] "((?:[^"\\]|\\.)*)" (\d{3}) (\d+|-)(?: |$)/;
+
+/**
+ * @typedef {object} Entry One request that the server answered.
+ * @property {string} client
+ * @property {string} hour As the log has it: `2024-05-31T14`, in the server's own time zone.
+ * @property {string} path Without the query.
+ * @property {number} status
+ * @property {number} bytes
+ */
+
+/**
+ * @param {string} line
+ * @returns {Entry | null} `null` when it is no line of an access log.
+ */
+export function parseLine(line) {
+  const found = LINE.exec(line);
+  if (!found) return null;
+  const [, client, day, monthName, year, clock, request, status, bytes] = found;
+  const month = MONTHS.indexOf(monthName) + 1;
+  if (month === 0) return null;
+  const [, target = request] = request.split(' ');
+  return {
+    client,
+    hour: `${year}-${String(month).padStart(2, '0')}-${day}T${clock}`,
+    path: target.split('?')[0],
+    status: Number(status),
+    bytes: bytes === '-' ? 0 : Number(bytes),
+  };
+}
+
+/** Counts by key. */
+class Tally {
+  /** @type {Map<string, number>} */
+  counts = new Map();
+
+  /** @param {string} key */
+  add(key) {
+    this.counts.set(key, (this.counts.get(key) ?? 0) + 1);
+  }
+
+  sorted() {
+    return Object.fromEntries([...this.counts].sort(([a], [b]) => (a < b ? -1 : 1)));
+  }
+
+  /** @param {number} limit */
+  top(limit) {
+    const all = [...this.counts].sort(([a, m], [b, n]) => n - m || (a < b ? -1 : 1));
+    return all.slice(0, limit).map(([name, requests]) => ({ name, requests }));
+  }
+}
+
+/** @typedef {{add(entry: Entry | null): void, done(): object}} Section Counts, then tells. */
+
+/** @type {Record<string, (top: number) => Section>} In the order in which they are made. */
+const SECTIONS = {
+  traffic() {
+    const statuses = new Tally();
+    let [requests, bytes, errors, bad] = [0, 0, 0, 0];
+    return {
+      add(entry) {
+        if (!entry) {
+          bad += 1;
+          return;
+        }
+        requests += 1;
+        bytes += entry.bytes;
+        if (entry.status >= 400) errors += 1;
+        statuses.add(String(entry.status));
+      },
+      done: () => ({
+        requests,
+        bytes,
+        bad_lines: bad,
+        error_rate: requests === 0 ? 0 : Math.round((errors / requests) * 10_000) / 10_000,
+        statuses: statuses.sorted(),
+      }),
+    };
+  },
+  hours() {
+    const hours = new Tally();
+    return { add: (entry) => entry && hours.add(entry.hour), done: () => hours.sorted() };
+  },
+  top_paths(top) {
+    const paths = new Tally();
+    return { add: (entry) => entry && paths.add(entry.path), done: () => paths.top(top) };
+  },
+  top_clients(top) {
+    const clients = new Tally();
+    return { add: (entry) => entry && clients.add(entry.client), done: () => clients.top(top) };
+  },
+};
+
+/**
+ * The handler.
+ * @param {import('../../clients/typescript/src/index.js').Context} context
+ * @param {any} payload
+ * @returns {Promise<object>} Every section, by its name.
+ */
+export async function analyzeLog(context, payload) {
+  const { log, top = 10 } = payload ?? {};
+  if (typeof log !== 'string' || log.trim() === '') {
+    throw new InvalidPayload('log', 'must be the text of an access log');
+  }
+  if (!Number.isInteger(top) || top < 1 || top > 100) {
+    throw new InvalidPayload('top', `must be a whole number from 1 to 100, is ${top}`);
+  }
+  const lines = log.split('\n').filter((line) => line.trim() !== '');
+  const names = Object.keys(SECTIONS);
+  /** @type {Record<string, object>} */
+  const report = context.checkpoint ?? {};
+  for (const [index, name] of names.entries()) {
+    if (!report[name]) {
+      const done = index / names.length;
+      report[name] = await count(context, lines, SECTIONS[name](top), (part) => ({
+        percentage: 100 * (done + part / names.length),
+        message: `${name}: ${Math.round(part * lines.length)} of ${lines.length} lines`,
+      }));
+      await context.saveCheckpoint(report);
+    }
+    await context.output({ section: name, data: report[name] });
+  }
+  return { lines: lines.length, ...report };
+}
+
+/**
+ * @param {import('../../clients/typescript/src/index.js').Context} context
+ * @param {string[]} lines
+ * @param {Section} section
+ * @param {(part: number) => {percentage: number, message: string}} progress Of 0 to 1 of it.
+ */
+async function count(context, lines, section, progress) {
+  for (let begin = 0; begin < lines.length; begin += STEP) {
+    context.signal.throwIfAborted();
+    for (const line of lines.slice(begin, begin + STEP)) section.add(parseLine(line));
+    await context.progress(progress(Math.min(begin + STEP, lines.length) / lines.length));
+  }
+  return section.done();
+}
+
+/** @param {number} count @returns {string} So many lines of a log, the same ones every time. */
+export function sampleLog(count) {
+  const paths = ['/', '/about', '/search?q=late+trains', '/img/logo.svg', '/api/orders', '/admin'];
+  const statuses = [200, 200, 200, 304, 200, 404, 200, 500];
+  const lines = [];
+  for (let number = 0; number < count; number += 1) {
+    const second = (number * 37) % 86_400;
+    const clock = [second / 3600, (second / 60) % 60, second % 60]
+      .map((part) => String(Math.floor(part)).padStart(2, '0'))
+      .join(':');
+    const client = `192.0.2.${(number * number) % 23}`;
+    const path = paths[(number * 7 + (number >> 3)) % paths.length];
+    const status = statuses[(number * 3) % statuses.length];
+    lines.push(`${client} - - [31/May/2024:${clock} +0200] "GET ${path} HTTP/1.1" ${status} ` +
+      `${status === 304 ? '-' : 200 + ((number * 911) % 5000)} "-" "curl/8.5.0"`);
+  }
+  if (count > 10) lines[10] = 'this line is no access log';
+  return lines.join('\n');
+}
+
+async function main() {
+  const { values } = parseArgs({
+    options: {
+      server: { type: 'string', default: process.env.STREAMER_SERVER ?? 'http://127.0.0.1:8080' },
+      slots: { type: 'string', default: '4' },
+      sample: { type: 'string' },
+      help: { type: 'boolean', short: 'h' },
+    },
+  });
+  if (values.help) {
+    process.stdout.write(HELP);
+    return;
+  }
+  if (values.sample !== undefined) {
+    process.stdout.write(`${JSON.stringify({ log: sampleLog(Number(values.sample)) })}\n`);
+    return;
+  }
+  const token = process.env.STREAMER_TOKEN;
+  if (!token) throw new TypeError('set STREAMER_TOKEN, as --help shows');
+  const worker = new Worker({ server: String(values.server), token, slots: Number(values.slots) });
+  const description = 'Analyses a web server access log: statuses, hours, paths, clients';
+  await worker.action('analyze_log', { description, maxAttempts: 3 }, analyzeLog).run();
+}
+
+if (process.argv[1] && realpathSync(process.argv[1]) === fileURLToPath(import.meta.url)) {
+  main().catch((error) => {
+    process.stderr.write(`error: ${error.message}\n`);
+    process.exitCode = error instanceof TypeError ? 2 : 1;
+  });
+}

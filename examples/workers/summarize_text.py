@@ -1,0 +1,287 @@
+#!/usr/bin/env python3
+"""A worker in Python: action `summarize_text`, an extractive summary of an English text.
+
+It ranks the sentences by the frequencies of their terms, picks the best without saying the same
+twice (SumBasic), and gives them in their order, with key terms and readability figures. It reports
+progress by sentences, leaves checkpoints, streams each sentence of the summary as output, and stops
+when it is cancelled. Nothing but the standard library does the work; the worker kit is in
+`clients/python`:
+
+    pip install ./clients/python
+    export STREAMER_TOKEN=$(streamer token --permissions 'worker:*')
+    python examples/workers/summarize_text.py
+    streamer submit summarize_text --payload '{"text":"…","sentences":3}'
+"""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import heapq
+import logging
+import math
+import os
+import re
+import sys
+from collections import Counter
+from functools import partial
+from typing import Any, NamedTuple
+
+from streamer import Context, InvalidPayload, Worker, WorkerRefused
+
+DESCRIPTION = "Summarises a text: its best sentences, key terms and readability"
+SCHEMA = {
+    "type": "object",
+    "required": ["text"],
+    "properties": {
+        "text": {"type": "string", "minLength": 1, "description": "What to summarise; English"},
+        "sentences": {"type": "integer", "minimum": 1, "maximum": 50, "default": 3},
+        "key_terms": {"type": "integer", "minimum": 0, "maximum": 50, "default": 8},
+        "pause_ms": {
+            "type": "integer",
+            "minimum": 0,
+            "maximum": 10000,
+            "default": 0,
+            "description": "Wait so long at each sentence, to be looked at while it works",
+        },
+    },
+}
+# Progress is reported this often at most, and a checkpoint left each time.
+REPORTS = 100
+# The best sentences that are kept to pick from, which bounds the checkpoint.
+CANDIDATES = 500
+WORDS_A_MINUTE = 238
+
+WORD = re.compile(r"[^\W\d_]+(?:['’][^\W\d_]+)*")
+# A sentence ends at . ! or ? (and a closing quote or bracket) before what begins like another one,
+# and at an empty line.
+SENTENCE_END = re.compile(r"(?<=[.!?])[\"'”’)\]]*\s+(?=[\"'“‘(\[]*[A-Z0-9])|\n\s*\n")
+ABBREVIATION = re.compile(
+    r"(?:\b(?:Mr|Mrs|Ms|Dr|Prof|St|Jr|Sr|vs|etc|e\.g|i\.e|cf|No|Fig|approx)|\b[A-Z])\.$"
+)
+VOWELS = re.compile(r"[aeiouyáéíóúäëïöü]+")
+
+# Words that do not say what a text is about.
+STOP_WORDS_TEXT = """
+    a about above after again against all also although always am among an and any are as at be
+    became because become been before being below between both but by can cannot could did do does
+    doing done down during each either else ever every few for from further get got had has have
+    having he her here hers herself him himself his how however i if in indeed into is it its itself
+    just least less like made make many may me might more most much must my myself neither never no
+    nor not now of off often on once one only or other others our ours ourselves out over own
+    perhaps quite rather s same shall she should since so some still such t than that the their
+    theirs them themselves then there these they this those though through thus to too two under
+    until up upon us very was we well were what when where whether which while who whom whose why
+    will with within without would yet you your yours yourself yourselves
+"""
+STOP_WORDS = frozenset(STOP_WORDS_TEXT.split())
+
+
+class Candidate(NamedTuple):
+    """A sentence that may become part of the summary."""
+
+    score: float
+    position: int
+
+
+async def summarize_text(context: Context, payload: dict[str, Any]) -> dict[str, Any]:
+    """The handler: text in, summary out."""
+    text, wanted = payload.get("text"), int(payload.get("sentences", 3))
+    if not isinstance(text, str) or not text.strip():
+        raise InvalidPayload("payload.text", "must be a text that is not empty")
+    # In a thread, since it takes a second for a text of megabytes, and the worker has to go on.
+    sentences = await asyncio.to_thread(split_sentences, text)
+    frequencies = await asyncio.to_thread(count_terms, sentences)
+    pause = payload.get("pause_ms", 0) / 1000
+    candidates = await rank(context, sentences, frequencies, pause)
+    chosen = sorted(await asyncio.to_thread(pick, candidates, sentences, frequencies, wanted))
+    for position, index in enumerate(chosen):
+        await context.output(sentences[index] + "\n")
+        done = f"sentence {position + 1} of {len(chosen)} of the summary"
+        await context.progress(round(95 + 5 * (position + 1) / len(chosen), 1), done)
+    key_terms = frequencies.most_common(int(payload.get("key_terms", 8)))
+    return {
+        "summary": " ".join(sentences[index] for index in chosen),
+        "sentences": [{"index": index, "text": sentences[index]} for index in chosen],
+        "key_terms": [{"term": term, "count": count} for term, count in key_terms],
+        "readability": await asyncio.to_thread(readability, text, sentences),
+    }
+
+
+async def rank(
+    context: Context, sentences: list[str], frequencies: Counter[str], pause: float
+) -> list[Candidate]:
+    """The best sentences by the mean frequency of their terms, those near the beginning a little
+    before others. An attempt that follows another goes on from where that one left off."""
+    left = context.checkpoint or {"next": 0, "best": []}
+    best = [Candidate(score, index) for score, index in left["best"]]
+    heapq.heapify(best)
+    every = math.ceil(len(sentences) / REPORTS)
+    for index in range(left["next"], len(sentences)):
+        if pause:
+            await context.sleep(pause)
+        scored = Candidate(score(sentences[index], index, frequencies), index)
+        if len(best) < CANDIDATES:
+            heapq.heappush(best, scored)
+        else:
+            heapq.heappushpop(best, scored)
+        done = index + 1
+        if done % every == 0 or done == len(sentences):
+            context.raise_if_cancelled()
+            shown = f"sentence {done} of {len(sentences)} ranked"
+            far = round(95 * done / len(sentences), 1)
+            await context.progress(far, shown, {"sentences": done})
+            await context.save_checkpoint({"next": done, "best": best})
+    return best
+
+
+def score(sentence: str, position: int, frequencies: Counter[str]) -> float:
+    """How much a sentence says of what the text is about."""
+    total = frequencies.total() or 1
+    said = mean([frequencies[term] / total for term in terms(sentence)])
+    return round(said * (1 + 0.3 / (1 + position)), 8)
+
+
+def mean(weights: list[float]) -> float:
+    """The mean weight of a sentence's terms; a few terms alone do not make much of a sentence."""
+    return sum(weights) / (len(weights) + 5)
+
+
+def pick(
+    candidates: list[Candidate], sentences: list[str], frequencies: Counter[str], wanted: int
+) -> list[int]:
+    """The sentences of the summary: after each pick its terms weigh less, so that the next one says
+    something else."""
+    total = frequencies.total() or 1
+    weights = {term: count / total for term, count in frequencies.items()}
+    rest = set(candidates)
+    chosen: list[int] = []
+
+    def value(candidate: Candidate) -> tuple[float, int]:
+        fresh = mean([weights[term] for term in terms(sentences[candidate.position])])
+        return (fresh * candidate.score, -candidate.position)
+
+    while rest and len(chosen) < wanted:
+        best = max(rest, key=value)
+        rest.remove(best)
+        chosen.append(best.position)
+        for term in set(terms(sentences[best.position])):
+            weights[term] **= 2
+    return chosen
+
+
+def split_sentences(text: str) -> list[str]:
+    """The sentences of a text, each on one line."""
+    sentences: list[str] = []
+    begin = 0
+    for end in SENTENCE_END.finditer(text):
+        sentence = text[begin : end.start()]
+        if ABBREVIATION.search(sentence) and "\n\n" not in end.group():
+            continue
+        sentences.append(text[begin : end.end()])
+        begin = end.end()
+    sentences.append(text[begin:])
+    joined = (" ".join(sentence.split()) for sentence in sentences)
+    return [sentence for sentence in joined if WORD.search(sentence)] or [" ".join(text.split())]
+
+
+def count_terms(sentences: list[str]) -> Counter[str]:
+    """How often each term occurs."""
+    return Counter(term for sentence in sentences for term in terms(sentence))
+
+
+def terms(sentence: str) -> list[str]:
+    """The words of a sentence that say what it is about."""
+    words = (word.lower().replace("’", "'") for word in WORD.findall(sentence))
+    stems = (word.removesuffix("'s") for word in words)
+    return [stem for stem in stems if len(stem) > 2 and stem not in STOP_WORDS]
+
+
+def readability(text: str, sentences: list[str]) -> dict[str, Any]:
+    """Sizes, reading time, and the two measures of Flesch (Kincaid et al., 1975)."""
+    words = WORD.findall(text)
+    if not words:
+        return {"sentences": len(sentences), "words": 0, "characters": len(text)}
+    syllables = sum(syllable_count(word) for word in words)
+    length, density = len(words) / len(sentences), syllables / len(words)
+    return {
+        "sentences": len(sentences),
+        "words": len(words),
+        "characters": len(text),
+        "words_per_sentence": round(length, 1),
+        "syllables_per_word": round(density, 2),
+        "flesch_reading_ease": round(206.835 - 1.015 * length - 84.6 * density, 1),
+        "flesch_kincaid_grade": round(0.39 * length + 11.8 * density - 15.59, 1),
+        "reading_minutes": round(len(words) / WORDS_A_MINUTE, 1),
+    }
+
+
+def syllable_count(word: str) -> int:
+    """Syllables of an English word: its groups of vowels, without a silent e."""
+    lower = word.lower()
+    count = len(VOWELS.findall(lower))
+    if lower.endswith("e") and not lower.endswith(("le", "ee")) and count > 1:
+        count -= 1
+    return max(count, 1)
+
+
+def read_arguments() -> argparse.Namespace:
+    """What is asked for on the command line."""
+    summary, _, usage = (__doc__ or "").partition("\n\n")
+    parser = argparse.ArgumentParser(
+        description=summary, epilog=usage, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    server = os.environ.get("STREAMER_SERVER", "http://127.0.0.1:8080")
+    parser.add_argument("--server", default=server, metavar="URL", help="default: %(default)s")
+    parser.add_argument("--slots", type=int, default=4, help="texts at once; default: %(default)s")
+    parser.add_argument(
+        "--grace",
+        type=float,
+        default=20.0,
+        metavar="SECONDS",
+        help="how long running work may go on when it is stopped; default: %(default)s",
+    )
+    parser.add_argument(
+        "--token-command",
+        metavar="COMMAND",
+        help="prints a fresh token whenever one is needed; without it, STREAMER_TOKEN serves",
+    )
+    arguments = parser.parse_args()
+    if not arguments.token_command and not os.environ.get("STREAMER_TOKEN"):
+        parser.error("set STREAMER_TOKEN, or give --token-command")
+    return arguments
+
+
+async def printed_by(command: str) -> str:
+    """What a shell command prints."""
+    shell = await asyncio.create_subprocess_shell(command, stdout=asyncio.subprocess.PIPE)
+    printed, _ = await shell.communicate()
+    return printed.decode().strip()
+
+
+def main() -> int:
+    """Serves until SIGTERM or Ctrl-C."""
+    arguments = read_arguments()
+    logging.basicConfig(level=logging.INFO, format="%(levelname)s %(message)s")
+    command = arguments.token_command
+    token = partial(printed_by, command) if command else os.environ["STREAMER_TOKEN"]
+    worker = Worker(arguments.server, token, slots=arguments.slots)
+    declare = worker.action(
+        "summarize_text",
+        description=DESCRIPTION,
+        estimated_duration=30,
+        heartbeat_timeout=60,
+        payload_schema=SCHEMA,
+    )
+    declare(summarize_text)
+    print(f"Worker {worker.worker_id} runs summarize_text for {arguments.server}", flush=True)
+    try:
+        worker.run(grace=arguments.grace)
+    except WorkerRefused as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,160 @@
+//! Claiming a request and running the attempt, here or in a worker.
+
+use std::sync::{Arc, atomic::Ordering};
+
+use streamer_core::{ActionSpec, OutputDigest, Uid};
+use streamer_handler::{DynHandler, ReportQueue};
+use streamer_proto::common::v1::event::Kind;
+use streamer_store::{Claim, ClaimOutcome, Claimed};
+use tokio::time::Instant;
+use tracing::Instrument;
+
+use super::Dispatcher;
+use crate::{
+    actions::Runner,
+    attempt::{self, AttemptHandle, Finished, Launch},
+    remote::{Assignment, RemoteHandler},
+    worker::RemoteTask,
+};
+
+impl Dispatcher {
+    pub(super) async fn claim_and_run(
+        &self,
+        uid: Uid,
+        spec: Arc<ActionSpec>,
+        runner: Runner,
+        handle: Arc<AttemptHandle>,
+    ) {
+        let now = self.now();
+        let claim = Claim {
+            uid,
+            holder: self.name.clone(),
+            worker: match &runner {
+                Runner::Local(_) => None,
+                Runner::Remote(seat) => Some(seat.worker.id.clone()),
+            },
+            now,
+            lease_until: now.plus(self.options.lease),
+        };
+        match self.store.claim(claim).await {
+            Ok(ClaimOutcome::Claimed(claimed)) => {
+                if let Some(running) = self.running.lock().get_mut(&uid) {
+                    running.attempt = claimed.record.attempt;
+                }
+                self.metrics
+                    .wait_seconds
+                    .observe(now.since(claimed.record.not_before).as_secs_f64());
+                self.run_claimed(*claimed, spec, runner, handle).await;
+            }
+            Ok(ClaimOutcome::Overdue(record)) => self.fail_unrun(&record).await,
+            Ok(ClaimOutcome::NotClaimable) => {}
+            Err(error) => {
+                tracing::warn!(%error, %uid, "could not claim; it will be found again");
+                self.signal.note_backlog();
+            }
+        }
+    }
+
+    async fn run_claimed(
+        &self,
+        claimed: Claimed,
+        spec: Arc<ActionSpec>,
+        runner: Runner,
+        handle: Arc<AttemptHandle>,
+    ) {
+        let Claimed { record, payload, checkpoint, started } = claimed;
+        if let Some(reason) = &record.cancel_reason {
+            handle.cancel(reason);
+        }
+        let reports = Arc::new(ReportQueue::default());
+        let launch = |handler: Arc<dyn DynHandler>| Launch {
+            spec: spec.clone(),
+            handler,
+            reports: reports.clone(),
+            payload: payload.data,
+            checkpoint,
+            started: Some(started),
+            output: OutputDigest::default(),
+            record: record.clone(),
+        };
+        match runner {
+            Runner::Local(handler) => {
+                self.run_attempt(launch(handler), handle).await;
+            }
+            Runner::Remote(seat) => {
+                let task = RemoteTask::new(record.uid, record.attempt, 0, reports.clone());
+                let assignment = Some(Assignment { sync: false });
+                let remote = Arc::new(RemoteHandler::new(
+                    seat.worker.clone(),
+                    spec.clone(),
+                    task,
+                    assignment,
+                    Some(handle.clone()),
+                    self.options.cancel_grace,
+                ));
+                let launch = launch(remote.clone());
+                self.run_remote(launch, &remote, handle).await;
+            }
+        }
+    }
+
+    pub(super) async fn run_remote(
+        &self,
+        launch: Launch,
+        remote: &RemoteHandler,
+        handle: Arc<AttemptHandle>,
+    ) {
+        if self.run_attempt(launch, handle).await {
+            remote.ended();
+        } else if self.stopping.load(Ordering::SeqCst) {
+            // It is the worker's still: it will bring it to whoever takes over.
+            remote.worker.unassign(&remote.task);
+        } else {
+            remote.revoked("the attempt is another's now");
+        }
+    }
+
+    /// Runs an attempt; whether its end is durable, and not another's.
+    async fn run_attempt(&self, launch: Launch, handle: Arc<AttemptHandle>) -> bool {
+        let record = &launch.record;
+        let span = tracing::info_span!(
+            "attempt",
+            request_id = record.request_id(),
+            uid = %record.uid,
+            tenant_id = record.owner.tenant,
+            action = record.action,
+            attempt = record.attempt,
+        );
+        let began = Instant::now();
+        let action = record.action.clone();
+        self.metrics.running.inc();
+        let running = attempt::run(&self.environment, launch, handle);
+        let finished = Box::pin(running).instrument(span).await;
+        self.metrics.running.dec();
+        self.metrics.run_seconds.observe(began.elapsed().as_secs_f64());
+        match finished {
+            Finished::Concluded(kind, retry_at) => {
+                self.durations.note(&action, began.elapsed());
+                self.count(&kind);
+                if let Some(retry_at) = retry_at {
+                    self.note_due(retry_at);
+                }
+                true
+            }
+            Finished::Lost => {
+                self.metrics.lost.inc();
+                false
+            }
+        }
+    }
+
+    pub(super) fn count(&self, kind: &Kind) {
+        match kind {
+            Kind::Succeeded(_) => self.metrics.succeeded.inc(),
+            Kind::Failed(_) => self.metrics.failed.inc(),
+            Kind::Cancelled(_) => self.metrics.cancelled.inc(),
+            Kind::Retrying(_) => self.metrics.retried.inc(),
+            Kind::Accepted(_) | Kind::Started(_) | Kind::Progress(_) | Kind::Output(_) => return,
+        };
+    }
+}
