@@ -26,6 +26,7 @@ impl TestContext {
             tenant: "test".into(),
             user: "test".into(),
             action: "test".into(),
+            content_type: "application/json".into(),
             attempt: self.attempt.max(1),
             checkpoint: None,
             trace_parent: None,

@@ -32,8 +32,9 @@ const STEP = 2000;
 const MONTHS = 'Jan Feb Mar Apr May Jun Jul Aug Sep Oct Nov Dec'.split(' ');
 // host ident user [day/month/year:hour:minute:second zone] "request" status bytes, and whatever
 // a format adds after that.
-const LINE =
-  /^(\S+) \S+ \S.* \[(\d\d)\/(\w{3})\/(\d{4}):(\d\d):\d\d:\d\d [+-]\d{4}\] "((?:[^"\\]|\\.)*)" (\d{3}) (\d+|-)(?: |$)/;
+const TIME = String.raw`(\d\d)/(\w{3})/(\d{4}):(\d\d):\d\d:\d\d [+-]\d{4}`;
+const QUOTED = String.raw`"((?:[^"\\]|\\.)*)"`;
+const LINE = new RegExp(String.raw`^(\S+) \S+ \S.* \[${TIME}\] ${QUOTED} (\d{3}) (\d+|-)(?: |$)`);
 
 /**
  * @typedef {object} Entry One request that the server answered.
@@ -186,8 +187,10 @@ export function sampleLog(count) {
     const client = `192.0.2.${(number * number) % 23}`;
     const path = paths[(number * 7 + (number >> 3)) % paths.length];
     const status = statuses[(number * 3) % statuses.length];
-    lines.push(`${client} - - [31/May/2024:${clock} +0200] "GET ${path} HTTP/1.1" ${status} ` +
-      `${status === 304 ? '-' : 200 + ((number * 911) % 5000)} "-" "curl/8.5.0"`);
+    lines.push(
+      `${client} - - [31/May/2024:${clock} +0200] "GET ${path} HTTP/1.1" ${status} ` +
+        `${status === 304 ? '-' : 200 + ((number * 911) % 5000)} "-" "curl/8.5.0"`,
+    );
   }
   if (count > 10) lines[10] = 'this line is no access log';
   return lines.join('\n');

@@ -3,12 +3,14 @@
 
 mod browser;
 mod client;
+mod random;
 mod server;
 mod site;
 mod worker;
 
 pub use browser::Browser;
 pub use client::{Client, Log};
-pub use server::{Server, binary, tool};
+pub use random::Random;
+pub use server::{Server, binary, checker, refusal_to_start, tool};
 pub use site::Site;
 pub use worker::{ScriptedWorker, WorkerProcess, declare, hello, offered};

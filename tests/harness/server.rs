@@ -3,8 +3,10 @@
 use std::{
     env,
     io::{BufRead, BufReader},
-    path::PathBuf,
-    process::{Child, Command, Stdio},
+    path::{Path, PathBuf},
+    process::{self, Child, Command, Stdio},
+    sync::Once,
+    thread,
     time::Duration,
 };
 
@@ -20,10 +22,23 @@ const READY: &str = "Streamer is ready: ";
 /// When it has not been built.
 #[must_use]
 pub fn binary() -> PathBuf {
+    built("streamer")
+}
+
+/// The `check-history` binary of this build.
+///
+/// # Panics
+/// When it has not been built.
+#[must_use]
+pub fn checker() -> PathBuf {
+    built("check-history")
+}
+
+fn built(name: &str) -> PathBuf {
     let test = env::current_exe().expect("a test knows where it is");
     // target/debug/deps/suite-0123 → target/debug/streamer
     let profile = test.parent().and_then(|deps| deps.parent()).expect("cargo's folders");
-    let binary = profile.join("streamer");
+    let binary = profile.join(name);
     assert!(
         binary.exists(),
         "{} is not there: run `cargo build --workspace --bins` first (tests/run does)",
@@ -60,7 +75,17 @@ impl Server {
     /// When it does not start.
     #[must_use]
     pub fn start(settings: &[&str]) -> Self {
+        watch_for_hangs();
         let data = TempDir::with_prefix("streamer-test-").expect("a temporary folder");
+        Self::start_in(data, settings)
+    }
+
+    /// Starts a server on a free port, with the data that is in this folder.
+    ///
+    /// # Panics
+    /// When it does not start.
+    #[must_use]
+    pub fn start_in(data: TempDir, settings: &[&str]) -> Self {
         let settings: Vec<String> = settings.iter().map(ToString::to_string).collect();
         let (child, url) = spawn(&data, &settings, "127.0.0.1:0");
         Self { child, data, settings, url }
@@ -101,7 +126,7 @@ impl Server {
 
     /// Its data folder.
     #[must_use]
-    pub fn data(&self) -> &std::path::Path {
+    pub fn data(&self) -> &Path {
         self.data.path()
     }
 
@@ -141,6 +166,37 @@ impl Drop for Server {
             drop(self.child.wait());
         }
     }
+}
+
+/// What a server says that must not start with the data in this folder.
+///
+/// # Panics
+/// When it starts all the same.
+#[must_use]
+pub fn refusal_to_start(data: &Path) -> String {
+    let output = Command::new(binary())
+        .args(["up", "--listen", "127.0.0.1:0", "--data"])
+        .arg(data)
+        .env_clear()
+        .current_dir(data)
+        .stdin(Stdio::null())
+        .output()
+        .expect("the server can be started");
+    assert_eq!(output.status.code(), Some(1), "it ends by itself");
+    String::from_utf8_lossy(&output.stderr).into_owned()
+}
+
+/// A suite that waits for what never comes ends, and says so, instead of holding up everything.
+fn watch_for_hangs() {
+    const PATIENCE: Duration = Duration::from_secs(300);
+    static ONCE: Once = Once::new();
+    ONCE.call_once(|| {
+        thread::spawn(|| {
+            thread::sleep(PATIENCE);
+            eprintln!("a test of this suite has not ended after {} s", PATIENCE.as_secs());
+            process::exit(101);
+        });
+    });
 }
 
 fn spawn(data: &TempDir, settings: &[String], address: &str) -> (Child, String) {

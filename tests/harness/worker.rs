@@ -23,7 +23,7 @@ use crate::{Server, binary};
 /// `streamer worker`.
 pub struct WorkerProcess {
     child: Child,
-    log: BufReader<ChildStderr>,
+    log: Option<BufReader<ChildStderr>>,
 }
 
 impl WorkerProcess {
@@ -33,20 +33,25 @@ impl WorkerProcess {
     /// When it does not.
     #[must_use]
     pub fn start(server: &Server, token: &str, actions: &str, arguments: &[&str]) -> Self {
-        let mut child = Command::new(binary())
-            .args(["worker", "--actions", actions, "--server", &server.url, "--token", token])
-            .args(arguments)
-            .env_clear()
-            .env("STREAMER_LOG", "info")
-            .stdin(Stdio::null())
-            .stdout(Stdio::null())
+        let mut child = command(server, token, actions, arguments)
             .stderr(Stdio::piped())
             .spawn()
             .expect("the worker can be started");
         let log = BufReader::new(child.stderr.take().expect("its log is piped"));
-        let mut worker = Self { child, log };
+        let mut worker = Self { child, log: Some(log) };
         worker.wait_for("connected");
         worker
+    }
+
+    /// Starts a worker of these actions, which will connect when it can.
+    ///
+    /// # Panics
+    /// When it cannot be started.
+    #[must_use]
+    pub fn spawn(server: &Server, token: &str, actions: &str, arguments: &[&str]) -> Self {
+        let mut command = command(server, token, actions, arguments);
+        let child = command.stderr(Stdio::null()).spawn().expect("the worker can be started");
+        Self { child, log: None }
     }
 
     /// Reads its log up to a line that contains this.
@@ -57,7 +62,8 @@ impl WorkerProcess {
         let mut read = String::new();
         loop {
             let begin = read.len();
-            let count = self.log.read_line(&mut read).expect("its log can be read");
+            let log = self.log.as_mut().expect("its log is piped");
+            let count = log.read_line(&mut read).expect("its log can be read");
             assert!(count > 0, "its log ended without {text:?}:\n{read}");
             if read[begin..].contains(text) {
                 return;
@@ -82,6 +88,18 @@ impl WorkerProcess {
         self.signal("TERM");
         self.child.wait().expect("the worker can be waited for").code()
     }
+}
+
+fn command(server: &Server, token: &str, actions: &str, arguments: &[&str]) -> Command {
+    let mut command = Command::new(binary());
+    command
+        .args(["worker", "--actions", actions, "--server", &server.url, "--token", token])
+        .args(arguments)
+        .env_clear()
+        .env("STREAMER_LOG", "info")
+        .stdin(Stdio::null())
+        .stdout(Stdio::null());
+    command
 }
 
 impl Drop for WorkerProcess {

@@ -20,10 +20,14 @@ struct Scene {
 impl Scene {
     /// A server with one worker of one action, and a client.
     async fn new(settings: &[&str], slots: i32, action: Action) -> Self {
+        Self::with(settings, slots, vec![action]).await
+    }
+
+    async fn with(settings: &[&str], slots: i32, actions: Vec<Action>) -> Self {
         let server = Server::start(settings);
         let token = server.token("acme", "worker", &["worker:*@*"]);
-        let name = action.name.clone();
-        let worker = ScriptedWorker::come(&server, &token, hello("w", slots, vec![action])).await;
+        let name = actions[0].name.clone();
+        let worker = ScriptedWorker::come(&server, &token, hello("w", slots, actions)).await;
         offered(&server, &token, &name, 1).await;
         let client = Client::connect(&server.url, &server.token("acme", "ann", &[])).await;
         Self { server, worker, client }
@@ -68,26 +72,23 @@ impl Scene {
 async fn each_of_the_time_limits_ends_a_request() {
     type Limit = fn(&mut Action);
     let limits: [(Limit, bool, &str); 3] = [
-        (|action| action.schedule_to_start_ms = 150, false, "not started by its deadline"),
-        (|action| action.start_to_close_ms = 150, true, "start-to-close timeout"),
-        (|action| action.schedule_to_close_ms = 300, true, "schedule-to-close timeout"),
+        (|action| action.schedule_to_start_ms = 150, true, "not started by its deadline"),
+        (|action| action.start_to_close_ms = 150, false, "start-to-close timeout"),
+        (|action| action.schedule_to_close_ms = 300, false, "schedule-to-close timeout"),
     ];
-    for (limit, starts, expected) in limits {
+    for (limit, blocked, expected) in limits {
         let mut action = Action { max_attempts: 1, ..declare("work") };
         limit(&mut action);
         let settings = ["execution.poll_interval_ms=50", "execution.tenant_share_percent=100"];
-        let mut scene = Scene::new(&settings, 1, action).await;
-        // The only slot is taken.
-        let blocking = scene.server.token("acme", "bob", &[]);
-        let mut blocker = Client::connect(&scene.server.url, &blocking).await;
-        if !starts {
-            blocker.submit("b", "work", json!({})).await;
+        let mut scene = Scene::with(&settings, 1, vec![action, declare("block")]).await;
+        if blocked {
+            // The only slot is taken.
+            scene.submit(json!({"id": "b", "action": "block"})).await;
             scene.worker.task().await;
         }
+        let bob = scene.server.token("acme", "bob", &[]);
+        scene.client = Client::connect(&scene.server.url, &bob).await;
         scene.client.submit("r", "work", json!({})).await;
-        if starts {
-            scene.worker.task().await;
-        }
         let error = scene.error().await;
         assert_eq!(error["code"], "TIMEOUT", "{error}");
         assert!(error["message"].as_str().unwrap().contains(expected), "{error}");
@@ -97,7 +98,7 @@ async fn each_of_the_time_limits_ends_a_request() {
 #[tokio::test]
 async fn the_time_for_all_attempts_ends_a_request_between_two_of_them() {
     let action = Action {
-        schedule_to_close_ms: 400,
+        schedule_to_close_ms: 3_000,
         initial_backoff_ms: 60_000,
         max_backoff_ms: 60_000,
         ..declare("work")

@@ -10,11 +10,11 @@ import { fileURLToPath } from 'node:url';
 
 const here = (/** @type {string} */ path) => fileURLToPath(new URL(`../${path}`, import.meta.url));
 
-for (const made of ['proto', 'types', 'LICENSE']) rmSync(here(made), { recursive: true, force: true });
+for (const made of ['proto', 'types', 'LICENSE'])
+  rmSync(here(made), { recursive: true, force: true });
 
 if (!process.argv.includes('--clean')) {
-  const filter = (/** @type {string} */ path) =>
-    !/\.rs$|\.toml$|[\\/](src|internal)$/.test(path);
+  const filter = (/** @type {string} */ path) => !/\.rs$|\.toml$|[\\/](src|internal)$/.test(path);
   cpSync(here('../../proto'), here('proto'), { recursive: true, filter });
   cpSync(here('../../LICENSE'), here('LICENSE'));
   const tsc = createRequire(import.meta.url).resolve('typescript/bin/tsc');

@@ -31,8 +31,7 @@ import { Payload, toPayload } from './payload.js';
  * @property {StreamerError | null} error Why, when it failed or was cancelled.
  * @property {import('./events.js').OutputSummary | null} output Proof of its output, once ended.
  * @property {string} redriveOf `uid` of the request that it repeats; empty when it repeats none.
- * @property {{earliest: number, latest: number, estimatedStartTime: Date | null} | null}
- *   queuePosition Where it stands, from 1, while it waits.
+ * @property {import('./events.js').QueuePosition | null} queuePosition While it waits and is due.
  */
 
 /**
@@ -53,7 +52,8 @@ import { Payload, toPayload } from './payload.js';
  * @property {string} permission Empty when none is needed.
  * @property {number} maxConcurrency
  * @property {any} payloadSchema JSON Schema; `null` when any payload will do.
- * @property {number} workers How many workers offer it; 0 when the server runs it itself.
+ * @property {number} workers How many workers offer it; 0 when the server itself does, or nobody.
+ * @property {boolean} available Whether somebody offers it now.
  */
 
 /** @param {any} timestamp @returns {Date} */
@@ -153,12 +153,13 @@ export function requestFrom(request) {
     error: request.error ? errorFrom(request.error) : null,
     output: request.output ? summaryFrom(request.output) : null,
     redriveOf: request.redriveOf,
-    queuePosition: request.queuePosition ? positionFrom(request.queuePosition) : null,
+    queuePosition: positionFrom(request.queuePosition),
   };
 }
 
-/** @param {any} position */
-function positionFrom(position) {
+/** @param {any} position @returns {import('./events.js').QueuePosition | null} */
+export function positionFrom(position) {
+  if (!position) return null;
   return {
     earliest: Number(position.earliest),
     latest: Number(position.latest),
@@ -173,7 +174,8 @@ export function stateFrom(state) {
 
 /** @param {any} action @returns {Action} */
 export function actionFrom(action) {
-  const { name, description, sync, maxAttempts, permission, maxConcurrency, workers } = action;
+  const { name, description, sync, maxAttempts, permission, maxConcurrency, workers, available } =
+    action;
   const times = /** @type {const} */ ([
     'estimatedDurationMs',
     'startToCloseMs',
@@ -190,8 +192,19 @@ export function actionFrom(action) {
     String(code).replace('ERROR_CODE_', ''),
   );
   const payloadSchema = action.payloadSchema ? JSON.parse(action.payloadSchema) : null;
-  return { name, description, sync, maxAttempts, permission, maxConcurrency, workers, finalErrors,
-    payloadSchema, ...millis };
+  return {
+    name,
+    description,
+    sync,
+    maxAttempts,
+    permission,
+    maxConcurrency,
+    workers,
+    available,
+    finalErrors,
+    payloadSchema,
+    ...millis,
+  };
 }
 
 /**

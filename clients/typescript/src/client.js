@@ -5,8 +5,17 @@
 
 import { createHash, randomUUID } from 'node:crypto';
 
-import { actionFrom, duration, errorFrom, payloadFrom, payloadTo, requestFrom, stateFrom, timestamp }
-  from './client-messages.js';
+import {
+  actionFrom,
+  duration,
+  errorFrom,
+  payloadFrom,
+  payloadTo,
+  positionFrom,
+  requestFrom,
+  stateFrom,
+  timestamp,
+} from './client-messages.js';
 import { watchEvents } from './client-watch.js';
 import { Backoff, sleep } from './backoff.js';
 import { isTerminal, requestFailed, resultOf, tell } from './events.js';
@@ -45,6 +54,7 @@ import { ProgressService, RouterService } from './schema.js';
  * @property {RequestState} state Where the request stands.
  * @property {boolean} duplicate This `id` was submitted before; nothing new was started.
  * @property {number} lastSeq `seq` of its latest event; 0 for a sync action, which has no log.
+ * @property {import('./events.js').QueuePosition | null} queuePosition While it waits and is due.
  * @property {import('./payload.js').Payload | null} result When it has succeeded already.
  * @property {import('./errors.js').StreamerError | null} error Why, when it has ended otherwise.
  */
@@ -108,8 +118,17 @@ export class Client {
     const { state, duplicate, lastSeq, seq } = acknowledgment ?? completed;
     const result = completed?.result ? payloadFrom(completed.result) : null;
     const error = completed?.error ? errorFrom(completed.error) : null;
-    const last = Number(lastSeq ?? seq);
-    return { requestId, uid, state: stateFrom(state), duplicate, lastSeq: last, result, error };
+    const queuePosition = positionFrom(acknowledgment?.queuePosition);
+    return {
+      requestId,
+      uid,
+      state: stateFrom(state),
+      duplicate,
+      lastSeq: Number(lastSeq ?? seq),
+      queuePosition,
+      result,
+      error,
+    };
   }
 
   /**
@@ -305,14 +324,16 @@ function read(result, raw) {
 function unary(service, method, message, metadata, deadline, signal) {
   return new Promise((resolve, reject) => {
     const aborted = () => call.cancel();
-    const call = service[method](message, metadata, { deadline }, (
-      /** @type {Error | null} */ error,
-      /** @type {any} */ answer,
-    ) => {
-      signal?.removeEventListener('abort', aborted);
-      if (error) reject(error);
-      else resolve(answer);
-    });
+    const call = service[method](
+      message,
+      metadata,
+      { deadline },
+      (/** @type {Error | null} */ error, /** @type {any} */ answer) => {
+        signal?.removeEventListener('abort', aborted);
+        if (error) reject(error);
+        else resolve(answer);
+      },
+    );
     signal?.addEventListener('abort', aborted, { once: true });
   });
 }

@@ -14,6 +14,14 @@ import { Payload } from './payload.js';
  */
 
 /**
+ * Where a request stands in the queue: a range, since tenants take turns.
+ * @typedef {object} QueuePosition
+ * @property {number} earliest From 1, if no other tenant's work comes first.
+ * @property {number} latest From 1, if all other tenants' work comes first.
+ * @property {Date | null} estimatedStartTime `null` when nothing can be said.
+ */
+
+/**
  * @typedef {object} Progress
  * @property {number | null} percentage 0 to 100; `null` when the handler cannot tell.
  * @property {string} message What is being done, for people.
@@ -39,12 +47,18 @@ import { Payload } from './payload.js';
  * @typedef {EventHead & {type: 'retrying', retryAt: Date, rewindToSeq: number,
  *   error: StreamerError}} RetryingEvent
  */
-/** @typedef {EventHead & {type: 'succeeded', result: Payload, summary: OutputSummary}} SucceededEvent */
+/**
+ * @typedef {EventHead & {type: 'succeeded', result: Payload, summary: OutputSummary}}
+ *   SucceededEvent
+ */
 /**
  * @typedef {EventHead & {type: 'failed', error: StreamerError, rewindToSeq: number,
  *   summary: OutputSummary}} FailedEvent
  */
-/** @typedef {EventHead & {type: 'cancelled', reason: string, summary: OutputSummary}} CancelledEvent */
+/**
+ * @typedef {EventHead & {type: 'cancelled', reason: string, summary: OutputSummary}}
+ *   CancelledEvent
+ */
 /** @typedef {EventHead & {type: 'unknown'}} UnknownEvent Of a kind that a newer server writes. */
 /** @typedef {SucceededEvent | FailedEvent | CancelledEvent} TerminalEvent */
 /**

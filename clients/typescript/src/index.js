@@ -11,5 +11,11 @@ export { Client } from './client.js';
 export { CallError } from './grpc.js';
 export { OutputBuffer } from './events.js';
 export { Payload, RawJson } from './payload.js';
-export { ConnectionClosed, IntegrityError, LimitError, RequestCancelled, RequestFailed,
-  StreamerError } from './errors.js';
+export {
+  ConnectionClosed,
+  IntegrityError,
+  LimitError,
+  RequestCancelled,
+  RequestFailed,
+  StreamerError,
+} from './errors.js';

@@ -155,11 +155,14 @@ export class Calls {
       this.#settle(call, () => call.reject(error));
       return;
     }
-    setTimeout(() => {
-      if (this.#lines.get(call.name)?.[0] !== call || call.sent) return;
-      this.#due.add(call);
-      this.flush();
-    }, (error.retryAfterMs ?? 0) + call.refusals.next());
+    setTimeout(
+      () => {
+        if (this.#lines.get(call.name)?.[0] !== call || call.sent) return;
+        this.#due.add(call);
+        this.flush();
+      },
+      (error.retryAfterMs ?? 0) + call.refusals.next(),
+    );
   }
 
   /**

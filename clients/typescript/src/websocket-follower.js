@@ -3,8 +3,13 @@
  * its end. No dependencies; runs in browsers.
  */
 
-import { ConnectionClosed, IntegrityError, LimitError, RequestFailed, StreamerError }
-  from './errors.js';
+import {
+  ConnectionClosed,
+  IntegrityError,
+  LimitError,
+  RequestFailed,
+  StreamerError,
+} from './errors.js';
 import { isTerminal, requestFailed, resultOf, tell } from './events.js';
 import { LogReader } from './log-reader.js';
 
@@ -55,6 +60,14 @@ export class Follower {
    */
   is({ request_id: requestId, uid }) {
     return requestId === this.name || uid === this.name || (uid !== undefined && uid === this.uid);
+  }
+
+  /**
+   * @param {Follower} other
+   * @returns {boolean} Whether both follow the same request, as far as is known.
+   */
+  follows(other) {
+    return this.is({ request_id: other.name, uid: other.uid || other.name });
   }
 
   /**
@@ -121,7 +134,9 @@ export class Follower {
  * @returns {unknown} What whoever follows the request is told.
  */
 export function refusal(error, requestId) {
-  const ours = error instanceof RequestFailed || error instanceof LimitError ||
+  const ours =
+    error instanceof RequestFailed ||
+    error instanceof LimitError ||
     error instanceof ConnectionClosed;
   return error instanceof StreamerError && !ours
     ? requestFailed(error, { requestId, uid: '' })

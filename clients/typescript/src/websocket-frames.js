@@ -3,6 +3,28 @@
 import { toJson } from './payload.js';
 
 /**
+ * @typedef {object} Accepted
+ * @property {string} requestId
+ * @property {string} uid The server's id.
+ * @property {boolean} duplicate This `id` was submitted before; nothing new was started.
+ * @property {import('./events.js').QueuePosition | null} queuePosition While it waits and is due.
+ */
+
+/**
+ * @typedef {object} RequestOptions
+ * @property {string} [id] Idempotency and correlation key: 1 to 128 of `[A-Za-z0-9._:@/+=-]`.
+ *   Random by default.
+ * @property {number} [priority] 0 (default) to 9; higher runs first.
+ * @property {number} [delayMs] Do not start earlier than this from now: 0 to 30 days, in ms.
+ * @property {object | import('./payload.js').RawJson} [metadata] Kept with the request; at
+ *   most 16 KiB of JSON.
+ * @property {AbortSignal} [signal] Aborting asks for cancellation; the promise then settles with
+ *   what became of the request.
+ * @property {(accepted: Accepted) => void} [onAccepted] It is durable and will run. Not called
+ *   for a sync action.
+ */
+
+/**
  * @param {string} type
  * @param {object} members
  * @returns {string}
@@ -15,7 +37,7 @@ export function message(type, members) {
  * @param {string} id
  * @param {string} action
  * @param {unknown} payload
- * @param {import('./websocket.js').RequestOptions & {mode?: string}} options
+ * @param {RequestOptions & {mode?: string}} options
  * @returns {string} Payload and metadata as the JSON text they are.
  */
 export function requestFrame(id, action, payload, { metadata, priority, delayMs, mode }) {

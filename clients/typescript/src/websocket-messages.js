@@ -31,6 +31,8 @@ import { rawElements, rawMembers } from './websocket-json.js';
  * @property {Date | null} finishTime
  * @property {Date | null} notBefore
  * @property {Date | null} deadline
+ * @property {Date | null} closeBy It fails when it has not ended by then.
+ * @property {import('./events.js').QueuePosition | null} queuePosition While it waits and is due.
  * @property {string} redriveOf
  * @property {import('./events.js').Progress | null} progress
  * @property {Payload | null} metadata What the caller attached.
@@ -87,6 +89,16 @@ function progressFrom({ percentage = null, message = '', metadata = null }) {
  */
 function summaryFrom(output) {
   return { chunks: output?.chunks ?? 0, sha256: output?.sha256 ?? '' };
+}
+
+/**
+ * @param {any} position
+ * @returns {import('./events.js').QueuePosition | null}
+ */
+export function positionFrom(position) {
+  if (!position) return null;
+  const { earliest, latest, estimated_start_time: start } = position;
+  return { earliest, latest, estimatedStartTime: start ? new Date(start) : null };
 }
 
 /**
@@ -156,6 +168,8 @@ export function requestFrom({ body, text }) {
     finishTime: date(body.finish_time),
     notBefore: date(body.not_before),
     deadline: date(body.deadline),
+    closeBy: date(body.close_by),
+    queuePosition: positionFrom(body.queue_position),
     redriveOf: body.redrive_of ?? '',
     progress: body.progress ? progressFrom(body.progress) : null,
     metadata: json('metadata'),
@@ -166,7 +180,6 @@ export function requestFrom({ body, text }) {
   };
 }
 
-
 /**
  * A page of requests.
  * @param {Message} message
@@ -174,6 +187,8 @@ export function requestFrom({ body, text }) {
  */
 export function pageFrom({ body, text }) {
   const texts = rawElements(rawMembers(text).get('requests') ?? '[]');
-  const requests = texts.map((one, index) => requestFrom({ body: body.requests[index], text: one }));
+  const requests = texts.map((one, index) =>
+    requestFrom({ body: body.requests[index], text: one }),
+  );
   return { requests, nextPageToken: body.next_page_token ?? '' };
 }

@@ -5,20 +5,44 @@
  */
 
 import { OutputBuffer } from './events.js';
-import { ConnectionClosed, IntegrityError, LimitError, RequestCancelled, RequestFailed,
-  StreamerError } from './errors.js';
+import {
+  ConnectionClosed,
+  IntegrityError,
+  LimitError,
+  RequestCancelled,
+  RequestFailed,
+  StreamerError,
+} from './errors.js';
 import { Payload, RawJson, utf8 } from './payload.js';
 import { Calls } from './websocket-calls.js';
 import { Follower, abortReason, onAbort, refusal } from './websocket-follower.js';
 import { message, randomId, requestFrame } from './websocket-frames.js';
 import { Link } from './websocket-link.js';
-import { errorFrom, eventFrom, pageFrom, payloadFrom, requestFrom } from './websocket-messages.js';
+import {
+  errorFrom,
+  eventFrom,
+  pageFrom,
+  payloadFrom,
+  positionFrom,
+  requestFrom,
+} from './websocket-messages.js';
 
-export { ConnectionClosed, IntegrityError, LimitError, OutputBuffer, Payload, RawJson,
-  RequestCancelled, RequestFailed, StreamerError };
+export {
+  ConnectionClosed,
+  IntegrityError,
+  LimitError,
+  OutputBuffer,
+  Payload,
+  RawJson,
+  RequestCancelled,
+  RequestFailed,
+  StreamerError,
+};
 
 /** @typedef {import('./websocket-messages.js').RequestInfo} RequestInfo */
 /** @typedef {import('./websocket-messages.js').Message} Message */
+/** @typedef {import('./websocket-frames.js').RequestOptions} RequestOptions */
+/** @typedef {import('./websocket-frames.js').Accepted} Accepted */
 /** @typedef {import('./websocket-follower.js').FollowOptions} FollowOptions */
 /** @typedef {import('./events.js').Observer} Observer */
 
@@ -31,19 +55,6 @@ export { ConnectionClosed, IntegrityError, LimitError, OutputBuffer, Payload, Ra
  * @property {(change: import('./websocket-link.js').StateChange) => void} [onStateChange]
  * @property {(message: {topic: string, data: any, payload: Payload}) => void} [onMessage] A service
  *   pushed something through the Connections API.
- */
-
-/**
- * @typedef {object} RequestOptions
- * @property {string} [id] Idempotency and correlation key: 1 to 128 of `[A-Za-z0-9._:@/+=-]`.
- *   Random by default.
- * @property {number} [priority] 0 (default) to 9; higher runs first.
- * @property {number} [delayMs] Do not start earlier than this from now: 0 to 30 days, in ms.
- * @property {object | RawJson} [metadata] Kept with the request; at most 16 KiB of JSON.
- * @property {AbortSignal} [signal] Aborting asks for cancellation; the promise then settles with
- *   what became of the request.
- * @property {(names: {requestId: string, uid: string, duplicate: boolean}) => void} [onAccepted] It
- *   is durable and will run. Not called for a sync action.
  */
 
 /** One client of one server. */
@@ -131,7 +142,7 @@ export class StreamerSocket {
     this.#subscribe(follower);
     onAbort(signal, follower, () => {
       this.#settle(follower, () => follower.fail(signal?.reason));
-      if ([...this.#followers].some((other) => other.is({ uid: follower.uid || requestId }))) return;
+      if ([...this.#followers].some((other) => other.follows(follower))) return;
       const frame = message('unsubscribe', { request_id: requestId });
       this.#call('unsubscribe', requestId, frame).catch(() => {});
     });
@@ -220,10 +231,12 @@ export class StreamerSocket {
     follower.subscribing = true;
     const name = follower.uid || follower.name;
     const frame = () => {
-      const same = [...this.#followers].filter((other) => other.is({ uid: name }));
+      // The connection has one place in each log: that of whoever is furthest behind.
+      const same = [...this.#followers].filter((other) => other.follows(follower));
       const mode = same.every((other) => other.latest) ? 'latest' : 'all';
-      const { lastSeq } = follower.reader;
-      return message('subscribe', { request_id: name, after_seq: lastSeq ?? undefined, mode });
+      const places = same.flatMap(({ reader }) => reader.lastSeq ?? []);
+      const afterSeq = places.length > 0 ? Math.min(...places) : undefined;
+      return message('subscribe', { request_id: name, after_seq: afterSeq, mode });
     };
     const begin = (/** @type {Message} */ { body }) => follower.begin(body);
     const fail = (/** @type {unknown} */ error) =>
@@ -248,14 +261,14 @@ export class StreamerSocket {
     follower.reader.skipTo(1);
     const { request_id: requestId, uid, duplicate = false } = body;
     try {
-      options.onAccepted?.({ requestId, uid, duplicate });
+      const queuePosition = positionFrom(body.queue_position);
+      options.onAccepted?.({ requestId, uid, duplicate, queuePosition });
     } catch (error) {
       this.#settle(follower, () => follower.fail(error));
       return;
     }
-    // Who follows it already has its events: they are sent once, unless asked for again.
-    const others = [...this.#followers].filter((other) => other !== follower);
-    if (others.some((other) => other.is({ uid }))) this.#subscribe(follower);
+    // Its events are sent to a connection once, and others here may have had them already.
+    if (duplicate) this.#subscribe(follower);
   }
 
   /** @param {any} greeting */
@@ -282,7 +295,9 @@ export class StreamerSocket {
 
   /** @param {Message} received An event of a log. */
   #onEvent(received) {
-    const followers = [...this.#followers].filter((follower) => follower.is(received.body));
+    const followers = [...this.#followers].filter(
+      (follower) => follower.subscribed && follower.is(received.body),
+    );
     if (followers.length === 0) return;
     const event = eventFrom(received);
     for (const follower of followers) {

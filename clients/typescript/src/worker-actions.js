@@ -1,5 +1,7 @@
 /** How a worker declares what it can run. The server checks the rest of the rules. */
 
+import { checkSize } from './errors.js';
+
 /**
  * Runs one attempt of an action.
  * @callback Handler
@@ -41,6 +43,11 @@ const NUMBERS = /** @type {const} */ ([
   'maxConcurrency',
 ]);
 
+/** Longest description, in bytes. */
+const MAX_DESCRIPTION_BYTES = 4096;
+/** Largest JSON Schema, in bytes. */
+const MAX_SCHEMA_BYTES = 256 * 1024;
+
 /** From this server's default threshold on, an action is async. */
 const SYNC_THRESHOLD_MS = 5000;
 
@@ -49,6 +56,7 @@ const SYNC_THRESHOLD_MS = 5000;
  * @param {ActionOptions} options
  * @returns {object} The declaration as the protocol has it.
  * @throws {TypeError} When the name or a number breaks a rule.
+ * @throws {import('./errors.js').LimitError} When description or schema are too large.
  */
 export function declaration(name, options) {
   if (!/^[a-z][a-z0-9_.-]{0,63}$/.test(name)) {
@@ -67,11 +75,10 @@ export function declaration(name, options) {
   if (sync && estimatedDurationMs !== undefined && estimatedDurationMs >= SYNC_THRESHOLD_MS) {
     throw new TypeError(`${name}: a sync action must take less than ${SYNC_THRESHOLD_MS} ms`);
   }
-  declared.sync = sync;
-  declared.description = options.description ?? '';
-  declared.permission = options.permission ?? '';
-  declared.finalErrors = finalErrors.map((code) => `ERROR_CODE_${code}`);
-  declared.payloadSchema =
-    typeof payloadSchema === 'string' ? payloadSchema : JSON.stringify(payloadSchema);
-  return declared;
+  const schema = typeof payloadSchema === 'string' ? payloadSchema : JSON.stringify(payloadSchema);
+  const { description = '', permission = '' } = options;
+  checkSize(`${name}: description`, Buffer.byteLength(description), MAX_DESCRIPTION_BYTES);
+  checkSize(`${name}: payloadSchema`, Buffer.byteLength(schema), MAX_SCHEMA_BYTES);
+  const codes = finalErrors.map((code) => `ERROR_CODE_${code}`);
+  return { ...declared, sync, description, permission, finalErrors: codes, payloadSchema: schema };
 }

@@ -6,6 +6,9 @@ import { Context } from './worker-context.js';
 import { Cancelled, errorReport, handlerError } from './worker-errors.js';
 import { ReportQueue } from './worker-reports.js';
 
+/** A handler that says that it lives is believed for so long, in milliseconds. */
+const MAX_KEEP_ALIVE_MS = 1000;
+
 /**
  * What the server said in `welcome`; sizes are bytes, times milliseconds.
  * @typedef {object} Limits
@@ -35,13 +38,19 @@ export class Attempt {
   #stopped = false;
   #cancelled = false;
   #changed;
+  #keepAliveMs;
+  #keepAliveAt = -Infinity;
+  /** @type {ReturnType<typeof setTimeout> | undefined} */
+  #keepAliveTimer;
 
   /**
    * @param {import('./worker-context.js').AttemptInfo & {sync: boolean}} info
    * @param {Limits} limits Those of the stream in use.
+   * @param {number} heartbeatTimeoutMs Longest silence that its action allows; 0 for no limit.
    * @param {(attempt: Attempt) => void} changed Told when there may be something to send.
    */
-  constructor(info, limits, changed) {
+  constructor(info, limits, heartbeatTimeoutMs, changed) {
+    this.#keepAliveMs = Math.min(heartbeatTimeoutMs / 4 || Infinity, MAX_KEEP_ALIVE_MS);
     this.info = info;
     this.limits = limits;
     this.#changed = changed;
@@ -145,8 +154,22 @@ export class Attempt {
     return this.#enqueue('other', () => this.#reports.addCheckpoint(bytes));
   }
 
-  keepAlive() {
-    return this.#enqueue('other', () => this.#reports.addKeepAlive());
+  /** Of many calls in a short time the last one is passed on when the time is over. */
+  async keepAlive() {
+    if (this.#stopped) throw this.signal.reason;
+    const wait = this.#keepAliveAt + this.#keepAliveMs - performance.now();
+    if (wait > 0) {
+      this.#keepAliveTimer ??= setTimeout(() => this.#passKeepAlive(), wait).unref();
+    } else {
+      this.#passKeepAlive();
+    }
+  }
+
+  #passKeepAlive() {
+    clearTimeout(this.#keepAliveTimer);
+    this.#keepAliveTimer = undefined;
+    this.#keepAliveAt = performance.now();
+    this.#enqueue('other', () => this.#reports.addKeepAlive()).catch(() => {});
   }
 
   /**

@@ -81,7 +81,7 @@ export class Context {
     this.attempt = info.attempt;
     /** The exact bytes of the checkpoint that an earlier attempt left; `null` when none did. */
     this.checkpointBytes = info.checkpoint;
-    /** The attempt fails with `TIMEOUT` when it has not ended by then; `null` when it may run on. */
+    /** The attempt fails with `TIMEOUT` when it has not ended by then; `null`: it may run on. */
     this.deadline = info.deadline;
     /** W3C `traceparent` of the submission, to go on with; empty when there is none. */
     this.traceParent = info.traceParent;
@@ -142,8 +142,11 @@ export class Context {
    */
   progress(report) {
     return this.#say(() => {
-      const { percentage, message = '', metadata } =
-        typeof report === 'number' ? { percentage: report } : report;
+      const {
+        percentage,
+        message = '',
+        metadata,
+      } = typeof report === 'number' ? { percentage: report } : report;
       if (percentage !== undefined && !(percentage >= 0 && percentage <= 100)) {
         throw new RangeError(`progress.percentage must be 0 to 100, is ${percentage}`);
       }

@@ -115,5 +115,8 @@ function cut(text) {
   const bytes = Buffer.from(text);
   if (bytes.length <= MAX_MESSAGE_BYTES) return text;
   // A character that is cut in two at the end is dropped.
-  return bytes.subarray(0, MAX_MESSAGE_BYTES).toString().replace(/\uFFFD$/, '');
+  return bytes
+    .subarray(0, MAX_MESSAGE_BYTES)
+    .toString()
+    .replace(/\uFFFD$/, '');
 }

@@ -109,7 +109,7 @@ export class ReportQueue {
    */
   acknowledge(number) {
     this.acknowledged = Math.max(this.acknowledged, Math.min(number, this.number));
-    for (let index = 0; index < this.#reports.length; ) {
+    for (let index = 0; index < this.#reports.length;) {
       const report = this.#reports[index];
       const durable = report.counted
         ? report.number <= this.acknowledged

@@ -204,8 +204,22 @@ export class WorkStream {
     const payload = payloadFrom(task.payload);
     const checkpoint = task.checkpoint ?? null;
     const deadline = dateOrNull(task.deadline);
-    this.host.task({ uid, requestId, tenantId, userId, action, attempt, traceParent, sync, payload,
-      checkpoint, deadline }, this.#limits);
+    this.host.task(
+      {
+        uid,
+        requestId,
+        tenantId,
+        userId,
+        action,
+        attempt,
+        traceParent,
+        sync,
+        payload,
+        checkpoint,
+        deadline,
+      },
+      this.#limits,
+    );
   }
 
   /** @param {any} acknowledgment */
@@ -288,10 +302,13 @@ export class WorkStream {
    * @param {() => void} action
    */
   #after(ms, action) {
-    const timer = setTimeout(() => {
-      this.#timers.delete(timer);
-      if (!this.#over) action();
-    }, Math.min(ms, MAX_TIMER_MS));
+    const timer = setTimeout(
+      () => {
+        this.#timers.delete(timer);
+        if (!this.#over) action();
+      },
+      Math.min(ms, MAX_TIMER_MS),
+    );
     this.#timers.add(timer);
     return timer;
   }
@@ -307,11 +324,24 @@ export function nameOf({ uid, attempt }) {
 
 /** Endings before `welcome` after which repeating does not help. */
 const FINAL = new Set([status.UNAUTHENTICATED, status.PERMISSION_DENIED, status.INVALID_ARGUMENT]);
+/** Endings that say that the worker broke a rule, and would break it again. */
+const OUR_FAULT = new Set([status.INVALID_ARGUMENT, status.RESOURCE_EXHAUSTED]);
 
 /**
  * @param {Ending} ending
  * @returns {boolean} Whether the worker should not come back.
  */
 export function isFinal({ welcomed, error }) {
-  return !welcomed && error !== null && FINAL.has(error.status);
+  if (!error) return false;
+  // Another program has taken the name of this one.
+  if (error.status === status.ALREADY_EXISTS) return true;
+  return !welcomed && FINAL.has(error.status);
+}
+
+/**
+ * @param {Ending} ending
+ * @returns {boolean} Whether the next waits begin anew.
+ */
+export function wentWell({ welcomed, error }) {
+  return welcomed && !(error && OUR_FAULT.has(error.status));
 }

@@ -4,6 +4,7 @@
  */
 
 import { randomBytes } from 'node:crypto';
+import { createRequire } from 'node:module';
 import { hostname } from 'node:os';
 
 import { Backoff, sleep } from './backoff.js';
@@ -11,9 +12,10 @@ import { parseServer } from './grpc.js';
 import { declaration } from './worker-actions.js';
 import { Attempt } from './worker-attempt.js';
 import { Cancelled, FatalError, HandlerError } from './worker-errors.js';
-import { WorkStream, isFinal, nameOf } from './worker-stream.js';
+import { WorkStream, isFinal, nameOf, wentWell } from './worker-stream.js';
 
-const SDK = 'streamer-client/0.1.0 (JavaScript)';
+const { version } = createRequire(import.meta.url)('../package.json');
+const SDK = `streamer-client/${version} (JavaScript)`;
 /** How long the server may take to acknowledge what was released, in milliseconds. */
 const LAST_WORDS_MS = 10_000;
 
@@ -29,7 +31,7 @@ const LAST_WORDS_MS = 10_000;
  *   the token expires.
  * @property {number} [slots] How many tasks run at once, 1 to 10,000; default 10.
  * @property {string} [workerId] Names one run of the program: unique and hard to guess, 1 to 128
- *   of `[A-Za-z0-9._:/@-]`. Random by default.
+ *   of `[A-Za-z0-9._:@/+=-]`. Random by default.
  * @property {string} [version] The program's build, for people; at most 128 bytes.
  * @property {Log} [log] What happens to the connection; written to standard error by default.
  * @property {import('@grpc/grpc-js').ChannelCredentials} [credentials] For TLS, in place of the
@@ -38,7 +40,7 @@ const LAST_WORDS_MS = 10_000;
 
 /** Runs actions. */
 export class Worker {
-  /** @type {Map<string, {declared: object, handler: Handler}>} */
+  /** @type {Map<string, {declared: object, handler: Handler, heartbeatTimeoutMs?: number}>} */
   #actions = new Map();
   /** @type {Map<string, Attempt>} What runs, or has not been acknowledged to its end. */
   #attempts = new Map();
@@ -93,7 +95,8 @@ export class Worker {
     if (typeof options === 'function') return this.action(name, {}, options);
     if (typeof handler !== 'function') throw new TypeError(`${name}: the handler is missing`);
     if (this.#actions.has(name)) throw new TypeError(`${name} is declared twice`);
-    this.#actions.set(name, { declared: declaration(name, options), handler });
+    const { heartbeatTimeoutMs } = options;
+    this.#actions.set(name, { declared: declaration(name, options), handler, heartbeatTimeoutMs });
     return this;
   }
 
@@ -164,7 +167,7 @@ export class Worker {
         if (isFinal(ending)) throw ending.error;
         if (this.#done) break;
         this.#explain(ending);
-        if (ending.welcomed && !isOurFault(ending)) backoff.reset();
+        if (wentWell(ending)) backoff.reset();
         await sleep(backoff.next(), this.#abandon.signal).catch(() => {});
       }
     } finally {
@@ -197,10 +200,17 @@ export class Worker {
   }
 
   #hello() {
-    const { version = '' } = this.options;
     const actions = [...this.#actions.values()].map(({ declared }) => declared);
     const attempts = [...this.#attempts.values()].map(({ name }) => name);
-    return { workerId: this.workerId, version, sdk: SDK, slots: this.slots, actions, attempts };
+    const slots = this.#stopping ? 0 : this.slots;
+    return {
+      workerId: this.workerId,
+      version: this.options.version ?? '',
+      sdk: SDK,
+      slots,
+      actions,
+      attempts,
+    };
   }
 
   /**
@@ -208,8 +218,6 @@ export class Worker {
    * @param {Map<string, number>} resumed
    */
   #onWelcomed(limits, resumed) {
-    // Slots are declared as 1 at least; while stopping none is free.
-    if (this.#stopping) this.#stream?.capacity(0);
     for (const [name, attempt] of this.#attempts) {
       const number = resumed.get(name);
       if (number === undefined) this.#drop(attempt, 'the server gave the attempt to another');
@@ -223,9 +231,11 @@ export class Worker {
    * @param {import('./worker-attempt.js').Limits} limits
    */
   #onTask(info, limits) {
-    const attempt = new Attempt(info, limits, (changed) => this.#stream?.ready(changed));
-    this.#attempts.set(nameOf(info), attempt);
     const action = this.#actions.get(info.action);
+    const heartbeatTimeoutMs = action?.heartbeatTimeoutMs ?? 0;
+    const changed = (/** @type {Attempt} */ one) => this.#stream?.ready(one);
+    const attempt = new Attempt(info, limits, heartbeatTimeoutMs, changed);
+    this.#attempts.set(nameOf(info), attempt);
     if (this.#stopping) this.#handBack(attempt);
     else if (action) attempt.run(action.handler);
     else attempt.fail(new FatalError(`no ${info.action} here`, { code: 'INVALID_ACTION' }));
@@ -295,12 +305,4 @@ export class Worker {
   #after(ms, action) {
     this.#timers.add(setTimeout(action, ms));
   }
-}
-
-/**
- * Coming back at once would only repeat it: a broken rule, or another program under this name.
- * @param {import('./worker-stream.js').Ending} ending
- */
-function isOurFault({ error }) {
-  return error?.code === 'VALIDATION_ERROR' || error?.code === 'CONFLICT';
 }

@@ -8,7 +8,13 @@ import { runHandler } from '../src/testing.js';
 
 test('lines of both formats are read, and others are not', () => {
   const common = '203.0.113.9 - frank [10/Oct/2000:13:55:36 -0700] "GET /a?b=c HTTP/1.0" 200 2326';
-  const entry = { client: '203.0.113.9', hour: '2000-10-10T13', path: '/a', status: 200, bytes: 2326 };
+  const entry = {
+    client: '203.0.113.9',
+    hour: '2000-10-10T13',
+    path: '/a',
+    status: 200,
+    bytes: 2326,
+  };
   assert.deepEqual(parseLine(common), entry);
   assert.deepEqual(parseLine(`${common} "http://x/" "M \\"8\\""`), entry);
   assert.equal(parseLine(common.replace('2326', '-'))?.bytes, 0);
@@ -31,7 +37,10 @@ test('every section is an output chunk, and all of them the result', async () =>
   const sections = Object.fromEntries(output.map(({ value }) => [value.section, value.data]));
   assert.deepEqual({ lines: 5000, ...sections }, result);
   const percentages = progress.map(({ percentage }) => percentage ?? -1);
-  assert.deepEqual(percentages, [...percentages].sort((a, b) => a - b));
+  assert.deepEqual(
+    percentages,
+    [...percentages].sort((a, b) => a - b),
+  );
   assert.equal(percentages.at(-1), 100);
 });
 

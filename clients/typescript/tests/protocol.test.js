@@ -270,6 +270,32 @@ test('a refusal before welcome ends the worker, other endings do not', async (t)
   await assert.rejects(serving, { code: 'VALIDATION_ERROR', message: 'hello.slots: must be 1' });
 });
 
+test('another program with the same name ends the worker', async (t) => {
+  const { serving, stream } = await start(t, () => null);
+  stream.welcome();
+  await stream.hear('heartbeat');
+  stream.fail(status.ALREADY_EXISTS, 'another stream took its place');
+  await assert.rejects(serving, { code: 'CONFLICT' });
+});
+
+test('a worker that has to come back while it stops declares no slots', async (t) => {
+  const running = new Once('the handler');
+  const { processor, worker, serving, stream } = await start(t, async (context) => {
+    running.resolve();
+    await context.sleep(2 ** 31);
+  });
+  stream.welcome();
+  stream.task();
+  await running.wait();
+  worker.stop(60_000);
+  await stream.hear('capacity');
+  stream.fail(status.UNAVAILABLE, 'gone');
+  const second = await processor.stream();
+  assert.equal((await second.hear('hello')).slots, 0);
+  second.welcome();
+  await serving;
+});
+
 test('a token is renewed in time, on the same stream', async (t) => {
   let tokens = 0;
   const { stream } = await start(t, () => null, { token: () => `token ${(tokens += 1)}` });

@@ -4,8 +4,15 @@ import assert from 'node:assert/strict';
 import { createHash, randomBytes } from 'node:crypto';
 import { test } from 'node:test';
 
-import { FatalError, InvalidPayload, LimitError, OutputBuffer, Payload, RawJson, Worker }
-  from '../src/index.js';
+import {
+  FatalError,
+  InvalidPayload,
+  LimitError,
+  OutputBuffer,
+  Payload,
+  RawJson,
+  Worker,
+} from '../src/index.js';
 import { Backoff } from '../src/backoff.js';
 import { LogReader } from '../src/log-reader.js';
 import { Sha256, hex } from '../src/sha256.js';
@@ -46,7 +53,8 @@ test('the hash is that of node:crypto, however the bytes are cut, and can be gon
 });
 
 test('members are found as they stand in the text', () => {
-  const text = ' {"a" : 9223372036854775807 ,"b\\"":{"x":[1,{"y":"},]\\\\"}]}\n,"c":"é\\u0041,}","d":[]}';
+  const text =
+    ' {"a" : 9223372036854775807 ,"b\\"":{"x":[1,{"y":"},]\\\\"}]}\n,"c":"é\\u0041,}","d":[]}';
   const members = rawMembers(text);
   assert.deepEqual([...members.keys()], Object.keys(JSON.parse(text)));
   assert.equal(members.get('a'), ' 9223372036854775807 ');

@@ -30,8 +30,12 @@ async function fake(t, hear, options = {}) {
   });
   await once(server, 'listening');
   const { port } = /** @type {import('node:net').AddressInfo} */ (server.address());
-  const socket = new StreamerSocket({ url: `ws://127.0.0.1:${port}/ws`, token: 't', WebSocket,
-    ...options });
+  const socket = new StreamerSocket({
+    url: `ws://127.0.0.1:${port}/ws`,
+    token: 't',
+    WebSocket,
+    ...options,
+  });
   t.after(() => {
     socket.close();
     for (const client of server.clients) client.terminate();
@@ -68,13 +72,34 @@ test('an event that is missing is asked for once', async (t) => {
     asked.push(message.after_seq);
     say({ ...names, type: 'subscribed', last_seq: 3, state: 'SUCCEEDED' });
     if (asked.length === 1) say({ ...names, type: 'progress', seq: 1 });
-    if (asked.length === 2) say({ ...names, type: 'output', seq: 2, data: 'b', content_type: 'text/x' });
+    if (asked.length === 2)
+      say({ ...names, type: 'output', seq: 2, data: 'b', content_type: 'text/x' });
     say({ ...names, type: 'complete', seq: 3, result: 'c', output: proof('b') });
   });
   assert.equal(await socket.watch('r'), 'c');
   assert.deepEqual(asked, [0, 1]);
   asked.length = 2;
   await assert.rejects(socket.watch('U'), { name: 'IntegrityError', message: /twice/ });
+});
+
+test('two who follow one request share its place: that of whoever is behind', async (t) => {
+  /** @type {number[]} */
+  const asked = [];
+  const { socket } = await fake(t, (message, say) => {
+    asked.push(message.after_seq);
+    say({ ...names, type: 'subscribed', last_seq: 6, state: 'RUNNING' });
+    if (asked.length < 2) return;
+    const seqs = [1, 2, 3, 4, 5, 6];
+    for (const seq of seqs.slice(message.after_seq)) say({ ...names, type: 'progress', seq });
+    say({ ...names, type: 'complete', seq: 7, result: 1, output: proof('', 0) });
+  });
+  /** @type {number[]} */
+  const seen = [];
+  const onEvent = (/** @type {any} */ { seq }) => void seen.push(seq);
+  const both = [socket.watch('r', { onEvent }), socket.watch('r', { afterSeq: 5, onEvent })];
+  assert.deepEqual(await Promise.all(both), [1, 1]);
+  assert.deepEqual(asked, [0, 0]);
+  assert.deepEqual(seen, [1, 2, 3, 4, 5, 6, 6, 7, 7]);
 });
 
 test('a draining server is left, and the request resumed where it was', async (t) => {

@@ -74,11 +74,15 @@ async function openThroughProxy(t) {
 test('a sync action is answered, and what is refused says why', async (t) => {
   const socket = open(t);
   assert.deepEqual(await socket.request('add', { a: 2, b: 3 }), { sum: 5 });
-  await assert.rejects(socket.request('no_such'), { name: 'RequestFailed', code: 'INVALID_ACTION' });
+  await assert.rejects(socket.request('no_such'), {
+    name: 'RequestFailed',
+    code: 'INVALID_ACTION',
+  });
   await assert.rejects(socket.get('no-such'), { code: 'NOT_FOUND' });
-  await assert.rejects(socket.request('add', {}, { priority: 10 }), (
-    /** @type {any} */ error,
-  ) => error.violations[0].field === 'priority');
+  await assert.rejects(
+    socket.request('add', {}, { priority: 10 }),
+    (/** @type {any} */ error) => error.violations[0].field === 'priority',
+  );
   const large = socket.request('add', { text: 'x'.repeat(8 << 20) });
   await assert.rejects(large, { name: 'LimitError', field: 'message' });
   assert.equal(socket.identity?.userId, 'js');
@@ -103,7 +107,10 @@ test('many requests share one connection', async (t) => {
   const socket = open(t);
   const numbers = Array.from({ length: 300 }, (_, number) => number);
   const sums = await Promise.all(numbers.map((a) => socket.request('add', { a, b: 1 })));
-  assert.deepEqual(sums.map(({ sum }) => sum), numbers.map((a) => a + 1));
+  assert.deepEqual(
+    sums.map(({ sum }) => sum),
+    numbers.map((a) => a + 1),
+  );
 });
 
 test('after a retry the output of the failed attempt is void', async (t) => {
@@ -190,7 +197,10 @@ test('others can follow a request, from the start or from where they left', asyn
   seen.gate.resolve();
   assert.deepEqual(await within(Promise.all([request, ...watchers]), 'all'), [1, 1, 1, 1, 1]);
   assert.equal(output.payloads.length, 40);
-  assert.deepEqual(seqs, seqs.map((_, index) => 13 + index));
+  assert.deepEqual(
+    seqs,
+    seqs.map((_, index) => 13 + index),
+  );
   const { requests } = await second.list({ states: ['SUCCEEDED'], limit: 1 });
   assert.equal(requests[0].requestId, 'shared');
   assert.equal(await second.cancel('shared'), 'succeeded');

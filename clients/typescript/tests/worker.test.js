@@ -70,10 +70,14 @@ test('a sync action is answered at once', async () => {
 test('progress, output and result are seen by the caller', async () => {
   /** @type {any[]} */
   const calls = [];
-  const result = await kit.client.run('report', { name: 'Ada' }, {
-    onProgress: (progress) => calls.push(progress),
-    onOutput: (chunk) => calls.push(chunk),
-  });
+  const result = await kit.client.run(
+    'report',
+    { name: 'Ada' },
+    {
+      onProgress: (progress) => calls.push(progress),
+      onOutput: (chunk) => calls.push(chunk),
+    },
+  );
   assert.deepEqual(result, { name: 'Ada', attempt: 1, tenant: 'dev', user: 'js' });
   assert.deepEqual(calls, [
     { percentage: 10, message: '', metadata: null },
@@ -103,8 +107,14 @@ test('an attempt that fails is retried from its checkpoint, and its output is vo
   assert.equal(output.text, 'attempt 3, after the checkpoint');
   const log = await wholeLog(kit.client, 'retry-1');
   const failures = log.filter((event) => event.type === 'retrying');
-  assert.deepEqual(failures.map((event) => event.rewindToSeq), rewinds);
-  assert.deepEqual(failures.map((event) => event.error.details), [{ at: 1 }, { at: 1 }]);
+  assert.deepEqual(
+    failures.map((event) => event.rewindToSeq),
+    rewinds,
+  );
+  assert.deepEqual(
+    failures.map((event) => event.error.details),
+    [{ at: 1 }, { at: 1 }],
+  );
 });
 
 test('cancellation reaches the handler, and its output is kept', async () => {
@@ -145,7 +155,7 @@ test('what is too large fails the request at once, naming field and limit', asyn
   await assert.rejects(refused(0), { message: /^result must be at most 4194304 bytes/ });
 });
 
-test('a handler that reports faster than the disk takes it waits, and nothing is lost', async () => {
+test('a handler that reports faster than the disk takes it waits, nothing is lost', async () => {
   const output = new OutputBuffer();
   assert.equal(await kit.client.run('flood', { count: 3000, bytes: 200 }, { output }), 3000);
   assert.equal(output.payloads.length, 3000);
@@ -175,9 +185,11 @@ test('failed requests can be redriven', async () => {
 test('refusals say why', async () => {
   await assert.rejects(kit.client.submit('no_such'), { code: 'INVALID_ACTION', retryable: false });
   await assert.rejects(kit.client.get('no-such'), { code: 'NOT_FOUND' });
-  await assert.rejects(kit.client.submit('report', {}, { priority: 10 }), (
-    /** @type {any} */ error,
-  ) => error.code === 'VALIDATION_ERROR' && error.violations[0].field === 'priority');
+  await assert.rejects(
+    kit.client.submit('report', {}, { priority: 10 }),
+    (/** @type {any} */ error) =>
+      error.code === 'VALIDATION_ERROR' && error.violations[0].field === 'priority',
+  );
   const { url } = kit.server;
   const stranger = new Client({ server: url, token: 'nonsense' });
   await assert.rejects(stranger.list(), { code: 'UNAUTHORIZED' });

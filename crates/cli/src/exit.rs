@@ -87,6 +87,6 @@ fn exit_of(error: &anyhow::Error) -> Exit {
         }
         Some(ClientError::Refused(error)) => Exit::of_error_code(Some(error.code)),
         Some(ClientError::Url { .. }) => Exit::Usage,
-        Some(ClientError::Unexpected(_)) | None => Exit::Failed,
+        Some(ClientError::Unexpected(_) | ClientError::Output(_)) | None => Exit::Failed,
     }
 }

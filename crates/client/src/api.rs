@@ -3,6 +3,7 @@
 use http::HeaderValue;
 use streamer_proto::{
     connections::v1::connections_service_client::ConnectionsServiceClient,
+    progress::v1::progress_service_client::ProgressServiceClient,
     router::v1::router_service_client::RouterServiceClient,
 };
 use streamer_rpc::{request_error, with_authorization};
@@ -45,6 +46,13 @@ impl Api {
     #[must_use]
     pub fn router(&self) -> RouterServiceClient<Channel> {
         RouterServiceClient::new(self.channel.clone()).max_decoding_message_size(MAX_MESSAGE_BYTES)
+    }
+
+    /// The event logs.
+    #[must_use]
+    pub fn progress(&self) -> ProgressServiceClient<Channel> {
+        ProgressServiceClient::new(self.channel.clone())
+            .max_decoding_message_size(MAX_MESSAGE_BYTES)
     }
 
     /// The live connections.

@@ -2,6 +2,8 @@
 
 use streamer_core::RequestError;
 
+use crate::OutputMismatch;
+
 /// Why a call failed.
 #[derive(Debug, thiserror::Error)]
 pub enum ClientError {
@@ -35,6 +37,9 @@ pub enum ClientError {
     /// The token cannot be sent.
     #[error("the token is malformed: it must be the visible ASCII characters of a JWT")]
     Token,
+    /// What was read is not what was written.
+    #[error(transparent)]
+    Output(#[from] OutputMismatch),
     /// The server sent what this client does not understand.
     #[error("the server sent something unexpected: {0}")]
     Unexpected(String),
@@ -50,7 +55,7 @@ impl ClientError {
                 !matches!(code, 1002 | 1003 | 1007 | 1008 | 1009 | 4400 | 4401 | 4403)
             }
             Self::Refused(error) => error.retryable,
-            Self::Url { .. } | Self::Token | Self::Unexpected(_) => false,
+            Self::Url { .. } | Self::Token | Self::Output(_) | Self::Unexpected(_) => false,
         }
     }
 }

@@ -6,7 +6,7 @@ use serde_json::json;
 use streamer_core::retry::Backoff;
 use tokio::time::sleep;
 
-use crate::{ClientError, Message, Session};
+use crate::{ClientError, Message, OutputCheck, Session};
 
 const FIRST_BACKOFF: Duration = Duration::from_millis(200);
 const MAX_BACKOFF: Duration = Duration::from_secs(10);
@@ -42,6 +42,8 @@ pub struct Follower {
     last_seq: i64,
     backoff: Backoff,
     ended: bool,
+    /// Only who reads from the beginning can tell.
+    check: Option<OutputCheck>,
 }
 
 impl Follower {
@@ -59,6 +61,7 @@ impl Follower {
             last_seq,
             backoff: Backoff::new(FIRST_BACKOFF, MAX_BACKOFF),
             ended: false,
+            check: (last_seq == 0).then(OutputCheck::default),
         }
     }
 
@@ -120,7 +123,11 @@ impl Follower {
             // Not the request's end: this call was refused, and may be made again if that helps.
             return Err(ClientError::Refused(message.error()));
         }
-        Ok(self.take(message))
+        let message = self.take(message);
+        if let (Some(check), Some(message)) = (&mut self.check, &message) {
+            message.check_output(check)?;
+        }
+        Ok(message)
     }
 
     /// Whether the server is known to have the request.

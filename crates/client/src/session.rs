@@ -2,6 +2,7 @@
 
 use std::time::Duration;
 
+use base64::{Engine, engine::general_purpose::STANDARD};
 use futures_util::{SinkExt, StreamExt};
 use http::{HeaderValue, Uri, header::AUTHORIZATION};
 use serde::Deserialize;
@@ -17,7 +18,7 @@ use tokio_tungstenite::{
     },
 };
 
-use crate::ClientError;
+use crate::{ClientError, OutputCheck};
 
 /// How long each step of opening a WebSocket may take.
 const OPEN_TIMEOUT: Duration = Duration::from_secs(10);
@@ -82,11 +83,73 @@ impl Message {
         }
     }
 
+    /// Notes what this message of a log says of the request's output.
+    pub(crate) fn check_output(&self, check: &mut OutputCheck) -> Result<(), ClientError> {
+        let unreadable = |error| ClientError::Unexpected(format!("{error} in {}", self.text));
+        let said = || serde_json::from_str::<OutputMembers<'_>>(&self.text).map_err(unreadable);
+        match (self.kind.as_str(), self.seq) {
+            ("started", Some(seq)) => check.started(seq),
+            ("output", _) => check.chunk(&said()?.chunk()?),
+            ("retrying", _) => check.rewind(said()?.rewind_to_seq),
+            ("complete" | "error" | "cancelled", Some(_)) => {
+                let said = said()?;
+                if self.kind == "error" {
+                    check.rewind(said.rewind_to_seq);
+                }
+                if let Some(output) = said.output {
+                    check.verify(output.chunks, output.sha256)?;
+                }
+            }
+            _ => {}
+        }
+        Ok(())
+    }
+
     /// Whether it is a snapshot of a request that has ended.
     #[must_use]
     pub fn is_terminal(&self) -> bool {
         let state = self.state.as_deref().and_then(|state| state.parse().ok());
         state.is_some_and(RequestState::is_terminal)
+    }
+}
+
+/// What the messages of a log say of the output.
+#[derive(Deserialize)]
+struct OutputMembers<'a> {
+    /// As it stands there: JSON is hashed as the bytes that it is.
+    #[serde(borrow)]
+    data: Option<&'a RawValue>,
+    #[serde(default)]
+    content_type: Option<String>,
+    #[serde(default)]
+    encoding: Option<String>,
+    #[serde(default)]
+    rewind_to_seq: i64,
+    #[serde(borrow)]
+    output: Option<Proof<'a>>,
+}
+
+#[derive(Deserialize)]
+struct Proof<'a> {
+    chunks: i64,
+    sha256: &'a str,
+}
+
+impl OutputMembers<'_> {
+    /// The bytes of the chunk.
+    fn chunk(&self) -> Result<Vec<u8>, ClientError> {
+        let data = self.data.map_or("", RawValue::get);
+        if self.content_type.is_none() {
+            return Ok(data.as_bytes().to_vec());
+        }
+        let malformed = |error: &dyn std::fmt::Display| {
+            ClientError::Unexpected(format!("an output chunk: {error}"))
+        };
+        let text: String = serde_json::from_str(data).map_err(|error| malformed(&error))?;
+        match self.encoding.as_deref() {
+            Some("base64") => STANDARD.decode(text).map_err(|error| malformed(&error)),
+            _ => Ok(text.into_bytes()),
+        }
     }
 }
 

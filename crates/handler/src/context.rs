@@ -23,6 +23,8 @@ pub struct AttemptInfo {
     pub user: String,
     /// What was asked for.
     pub action: String,
+    /// IANA media type of the payload.
+    pub content_type: String,
     /// From 1.
     pub attempt: u32,
     /// What an earlier attempt left.
@@ -99,6 +101,7 @@ impl Context {
             tenant: "test".into(),
             user: "test".into(),
             action: action.into(),
+            content_type: "application/json".into(),
             attempt: 1,
             checkpoint: None,
             trace_parent: None,
@@ -130,6 +133,12 @@ impl Context {
     #[must_use]
     pub fn user(&self) -> &str {
         &self.info.user
+    }
+
+    /// IANA media type of the payload.
+    #[must_use]
+    pub fn content_type(&self) -> &str {
+        &self.info.content_type
     }
 
     /// Which attempt this is, from 1.

@@ -179,13 +179,14 @@ impl Drop for Attempt {
 }
 
 fn read((uid, attempt): Key, task: proto::Task) -> (AttemptInfo, Bytes, bool) {
-    let (_, payload) = payload_into_parts(task.payload);
+    let (content_type, payload) = payload_into_parts(task.payload);
     let info = AttemptInfo {
         uid,
         request_id: task.request_id,
         tenant: task.tenant_id,
         user: task.user_id,
         action: task.action,
+        content_type,
         attempt,
         checkpoint: task.checkpoint,
         trace_parent: (!task.trace_parent.is_empty()).then_some(task.trace_parent),

@@ -297,6 +297,10 @@ impl Session {
         };
         out.push(messages::acknowledgment(&names, &said, now));
         let Ok(uid) = names.uid.parse::<Uid>() else { return };
+        // One that has brought everything makes room for the replay.
+        if self.subscriptions.get(&uid).is_some_and(Subscription::is_over) {
+            self.unsubscribe(uid);
+        }
         if !wanted || self.subscriptions.contains_key(&uid) {
             return;
         }

@@ -44,6 +44,11 @@ impl Subscription {
         Self { topic, link, cursor, latest, catching_up: false }
     }
 
+    /// Whether the terminal event has been sent.
+    pub(crate) fn is_over(&self) -> bool {
+        !self.catching_up && matches!(self.topic.next(self.cursor), Next::Ended)
+    }
+
     /// Takes a segment that follows the cursor.
     fn take(&mut self, segment: &Segment, out: &mut Outbox) {
         match &mut self.latest {

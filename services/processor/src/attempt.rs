@@ -27,7 +27,7 @@ use streamer_proto::{
     timestamp,
 };
 use streamer_rpc::json_payload;
-use streamer_store::RequestRecord;
+use streamer_store::{RequestRecord, StoredPayload};
 use tokio::time::{Instant, sleep, sleep_until};
 use tokio_util::{sync::CancellationToken, task::AbortOnDropHandle};
 use tonic::{Code, Status};
@@ -104,7 +104,7 @@ pub(crate) struct Launch {
     pub(crate) spec: Arc<ActionSpec>,
     pub(crate) handler: Arc<dyn DynHandler>,
     pub(crate) reports: Arc<ReportQueue>,
-    pub(crate) payload: Bytes,
+    pub(crate) payload: StoredPayload,
     pub(crate) checkpoint: Option<Bytes>,
     /// The stored `started` event; absent when the attempt has been running elsewhere.
     pub(crate) started: Option<Event>,
@@ -136,6 +136,7 @@ pub(crate) async fn run(
             tenant: record.owner.tenant.clone(),
             user: record.owner.user.clone(),
             action: record.action.clone(),
+            content_type: payload.content_type,
             attempt: record.attempt,
             checkpoint,
             trace_parent: record.trace_parent.clone(),
@@ -152,7 +153,9 @@ pub(crate) async fn run(
     // A task of its own: a handler that computes without a pause does not hold up its reports, and
     // one that panics fails alone.
     let work =
-        AbortOnDropHandle::new(tokio::spawn(async move { handler.run(&context, payload).await }));
+        AbortOnDropHandle::new(tokio::spawn(
+            async move { handler.run(&context, payload.data).await },
+        ));
     let attempt = Attempt {
         environment,
         uid: record.uid,

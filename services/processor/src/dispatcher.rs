@@ -258,6 +258,7 @@ impl Dispatcher {
 
     /// Starts what is due while there is room.
     async fn dispatch(self: &Arc<Self>) -> Result<(), StoreError> {
+        let mut looked_at = self.now();
         while self.signal.take_backlog() {
             let (actions, full) = self.with_room();
             if full {
@@ -267,6 +268,7 @@ impl Dispatcher {
             if actions.is_empty() {
                 return Ok(());
             }
+            looked_at = self.now();
             let (started, left) = match self.start_due(&actions).await {
                 Ok(outcome) => outcome,
                 Err(error) => {
@@ -281,7 +283,8 @@ impl Dispatcher {
                 break;
             }
         }
-        *self.next_due.lock() = self.store.next_due(self.now()).await?;
+        // What has become due since then was not seen.
+        *self.next_due.lock() = self.store.next_due(looked_at).await?;
         Ok(())
     }
 

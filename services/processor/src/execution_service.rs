@@ -79,6 +79,7 @@ impl ExecutionApi {
         let cancellation = CancellationToken::new();
         // A handler that runs on after its time, on another task, learns that nobody waits.
         let _cancelled_on_drop = cancellation.clone().drop_guard();
+        let (content_type, payload) = payload_into_parts(request.payload);
         let context = Context::new(
             AttemptInfo {
                 uid: request.uid.parse().unwrap_or_else(|_| Uid::new(Timestamp::default())),
@@ -86,6 +87,7 @@ impl ExecutionApi {
                 tenant: caller.principal.tenant.clone(),
                 user: caller.principal.user.clone(),
                 action: request.action,
+                content_type,
                 attempt: 1,
                 checkpoint: None,
                 trace_parent: None,
@@ -97,7 +99,6 @@ impl ExecutionApi {
             self.options.limits,
             None,
         );
-        let (_, payload) = payload_into_parts(request.payload);
         let (handler, remote) = self.handler(&spec, &context)?;
         let running = AssertUnwindSafe(handler.run(&context, payload)).catch_unwind();
         let ended = timeout(limit, running).await;

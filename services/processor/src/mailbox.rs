@@ -10,8 +10,10 @@ use tokio::sync::Notify;
 
 /// Progress and output reports that wait at most.
 pub(crate) const MAX_REPORTS: usize = 1024;
-/// Bytes that wait at which no more are taken.
+/// Bytes of those at which no more are taken.
 pub(crate) const MAX_BYTES: usize = 8 * 1024 * 1024;
+/// Bytes of checkpoints between them at which no more are taken.
+const MAX_CHECKPOINT_BYTES: usize = 64 * 1024 * 1024;
 
 #[derive(Default)]
 pub(crate) struct Mailbox {
@@ -25,7 +27,20 @@ struct State {
     /// How many of them become events.
     events: usize,
     bytes: usize,
+    checkpoint_bytes: usize,
     closed: bool,
+}
+
+impl State {
+    /// Adds or takes off what a report counts for.
+    fn count(&mut self, kind: &Kind, change: fn(usize, usize) -> usize) {
+        match kind {
+            Kind::Checkpoint(data) => {
+                self.checkpoint_bytes = change(self.checkpoint_bytes, data.len());
+            }
+            _ => self.bytes = change(self.bytes, bytes(kind)),
+        }
+    }
 }
 
 /// There is no room: the worker does not keep to its bounds.
@@ -50,15 +65,18 @@ impl Mailbox {
                 // The last one counts.
                 Kind::Checkpoint(_) => {
                     if let Some(Kind::Checkpoint(before)) = state.reports.back() {
-                        state.bytes -= before.len();
+                        state.checkpoint_bytes -= before.len();
                         state.reports.pop_back();
+                    }
+                    if state.checkpoint_bytes >= MAX_CHECKPOINT_BYTES {
+                        return Err(Full);
                     }
                 }
                 // Whatever waits says that the handler lives.
                 Kind::KeepAlive(_) if !state.reports.is_empty() => return Ok(()),
                 Kind::KeepAlive(_) | Kind::Result(_) | Kind::Error(_) | Kind::Release(_) => {}
             }
-            state.bytes += bytes(&kind);
+            state.count(&kind, usize::wrapping_add);
             state.reports.push_back(kind);
         }
         self.filled.notify_one();
@@ -71,7 +89,7 @@ impl Mailbox {
             {
                 let mut state = self.state.lock();
                 if let Some(kind) = state.reports.pop_front() {
-                    state.bytes -= bytes(&kind);
+                    state.count(&kind, usize::wrapping_sub);
                     if matches!(kind, Kind::Progress(_) | Kind::Output(_)) {
                         state.events -= 1;
                     }
@@ -97,8 +115,11 @@ fn bytes(kind: &Kind) -> usize {
             progress.message.len() + metadata.map_or(0, |data| payload_bytes(Some(data)).len())
         }
         Kind::Output(output) => payload_bytes(Some(output)).len(),
-        Kind::Checkpoint(data) => data.len(),
-        Kind::Result(_) | Kind::Error(_) | Kind::Release(_) | Kind::KeepAlive(_) => 0,
+        Kind::Checkpoint(_)
+        | Kind::Result(_)
+        | Kind::Error(_)
+        | Kind::Release(_)
+        | Kind::KeepAlive(_) => 0,
     }
 }
 
@@ -123,7 +144,8 @@ mod tests {
         for expected in [checkpoint("b"), progress("p"), checkpoint("c")] {
             assert_eq!(mailbox.next().await, expected);
         }
-        assert_eq!(mailbox.state.lock().bytes, 0);
+        let state = mailbox.state.lock();
+        assert_eq!((state.bytes, state.checkpoint_bytes, state.events), (0, 0, 0));
     }
 
     #[test]

@@ -9,10 +9,11 @@ use serde_json::value::RawValue;
 use streamer_core::{ActionSpec, ErrorCode, RequestError};
 use streamer_handler::{Context, DynHandler, HandlerError};
 use streamer_proto::{
+    common::v1::{Payload, payload::Body},
     processor::v1::{Task, report, work_response::Message},
     timestamp,
 };
-use streamer_rpc::{JSON, error_from_proto, json_payload, payload_bytes};
+use streamer_rpc::{JSON, error_from_proto, payload_bytes};
 
 use crate::{
     attempt::AttemptHandle,
@@ -59,7 +60,10 @@ impl RemoteHandler {
             tenant_id: info.tenant.clone(),
             user_id: info.user.clone(),
             action: info.action.clone(),
-            payload: Some(json_payload(payload)),
+            payload: Some(Payload {
+                content_type: info.content_type.clone(),
+                body: Some(Body::Data(payload)),
+            }),
             checkpoint: info.checkpoint.clone(),
             trace_parent: info.trace_parent.clone().unwrap_or_default(),
             deadline: info.deadline.map(|at| timestamp(at.as_millis())),
@@ -163,10 +167,12 @@ impl DynHandler for RemoteHandler {
         tokio::select! {
             biased;
             ended = self.relay(context) => ended,
-            reason = self.task.lost() => Err(HandlerError::from_request_error(RequestError::new(
-                ErrorCode::Unavailable,
-                reason,
-            ))),
+            reason = self.task.lost() => Err(if self.task.may_have_begun() {
+                let error = RequestError::new(ErrorCode::Unavailable, reason);
+                HandlerError::from_request_error(error)
+            } else {
+                HandlerError::released(reason)
+            }),
             () = self.acknowledge(durable) => Err(HandlerError::retryable("the attempt has ended")),
             () = self.pass_on_cancellation(context) => Err(HandlerError::cancelled()),
         }

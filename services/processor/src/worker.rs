@@ -4,7 +4,7 @@ use std::{
     collections::{BTreeMap, HashMap},
     sync::{
         Arc,
-        atomic::{AtomicI64, Ordering},
+        atomic::{AtomicBool, AtomicI64, Ordering},
     },
     time::Duration,
 };
@@ -77,6 +77,7 @@ pub(crate) struct RemoteTask {
     /// The worker does not run it any more; why.
     lost: CancellationToken,
     lost_reason: Mutex<Option<String>>,
+    never_arrived: AtomicBool,
     cancel: Mutex<Option<Cancel>>,
     reports: Arc<ReportQueue>,
 }
@@ -94,6 +95,7 @@ impl RemoteTask {
             received: AtomicI64::new(received),
             lost: CancellationToken::new(),
             lost_reason: Mutex::default(),
+            never_arrived: AtomicBool::new(false),
             cancel: Mutex::default(),
             reports,
         }
@@ -166,6 +168,19 @@ impl RemoteTask {
     pub(crate) fn lose(&self, reason: impl Into<String>) {
         self.lost_reason.lock().get_or_insert_with(|| reason.into());
         self.lost.cancel();
+    }
+
+    /// The worker, which lives, does not know the task: its stream may have died with it. When it has
+    /// said nothing of it, the attempt costs none.
+    pub(crate) fn forgotten(&self, reason: impl Into<String>) {
+        if self.received.load(Ordering::SeqCst) == 0 {
+            self.never_arrived.store(true, Ordering::SeqCst);
+        }
+        self.lose(reason);
+    }
+
+    pub(crate) fn may_have_begun(&self) -> bool {
+        !self.never_arrived.load(Ordering::SeqCst)
     }
 
     /// Why the worker does not run it any more, if so.

@@ -193,7 +193,7 @@ impl Shared {
         };
         for task in worker.tasks() {
             if !named(task.uid, task.attempt) {
-                task.lose(format!("worker {} came back without the attempt", worker.id));
+                task.forgotten(format!("worker {} came back without the attempt", worker.id));
             }
         }
         let mut resumed = Vec::new();

@@ -3,9 +3,10 @@
 
 use std::sync::Arc;
 
+use bytes::Bytes;
 use streamer_core::Uid;
 use streamer_handler::ReportQueue;
-use streamer_store::{Adopt, Lease, StoreError};
+use streamer_store::{Adopt, Lease, StoreError, StoredPayload};
 
 use super::{Dispatcher, Running, Started};
 use crate::{
@@ -66,7 +67,8 @@ impl Dispatcher {
             spec,
             handler: remote.clone(),
             reports,
-            payload: bytes::Bytes::new(),
+            // The worker has it.
+            payload: StoredPayload { content_type: String::new(), data: Bytes::new() },
             checkpoint: None,
             started: None,
             output,

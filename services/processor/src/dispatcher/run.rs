@@ -71,7 +71,7 @@ impl Dispatcher {
             spec: spec.clone(),
             handler,
             reports: reports.clone(),
-            payload: payload.data,
+            payload,
             checkpoint,
             started: Some(started),
             output: OutputDigest::default(),

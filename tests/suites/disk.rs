@@ -1,0 +1,204 @@
+//! The store file as a crash would leave it, and as a failing disk would.
+//!
+//! SQLite's write-ahead log (<https://www.sqlite.org/fileformat2.html#the_write_ahead_log>): a header
+//! of 32 bytes, then frames of 24 bytes and a page. What follows the last fsync may be there, in part
+//! or not at all; a page of the main file may be half written only while the log still has it whole.
+#![allow(clippy::unwrap_used, reason = "in tests, a panic is the report")]
+
+use std::{
+    collections::BTreeSet,
+    fs::{self, OpenOptions},
+    io::{Read, Seek, SeekFrom, Write},
+    path::Path,
+};
+
+use serde_json::json;
+use streamer_tests::{Client, Random, Server, refusal_to_start};
+use tempfile::TempDir;
+
+const PAGE: usize = 4096;
+const WAL_HEADER: usize = 32;
+const FRAME: usize = 24 + PAGE;
+/// Nothing runs, so that nothing is written but what is asked for.
+const QUIET: [&str; 1] = ["execution.poll_interval_ms=60000"];
+
+/// Submits requests that stay in the queue; each is acknowledged.
+async fn submit(server: &Server, names: impl Iterator<Item = String>) -> Vec<String> {
+    let mut client = Client::connect(&server.url, &server.token("acme", "ann", &[])).await;
+    let mut acknowledged = Vec::new();
+    for name in names {
+        let payload = json!({"steps": 1, "result": name});
+        let message = json!({
+            "id": name, "action": "echo_async", "payload": payload, "delay_ms": 3_600_000,
+        });
+        let said = client.ask(message).await;
+        assert_eq!(said["type"], "acknowledgment", "{said}");
+        acknowledged.push(name);
+    }
+    acknowledged
+}
+
+/// Every one of them is there, as it was sent.
+async fn check(server: &Server, acknowledged: &[String]) {
+    let mut client = Client::connect(&server.url, &server.token("acme", "ann", &[])).await;
+    for name in acknowledged {
+        let request = client.ask(json!({"type": "get", "request_id": name})).await;
+        assert_eq!(request["payload"]["result"], **name, "{request}");
+        assert_eq!((&request["state"], &request["last_seq"]), (&json!("QUEUED"), &json!(1)));
+    }
+}
+
+fn copy(from: &Path) -> TempDir {
+    let to = TempDir::with_prefix("streamer-torn-").unwrap();
+    for entry in fs::read_dir(from).unwrap() {
+        let entry = entry.unwrap();
+        // The shared-memory index is rebuilt from the log after a crash.
+        if !entry.file_name().to_string_lossy().ends_with("-shm") {
+            fs::copy(entry.path(), to.path().join(entry.file_name())).unwrap();
+        }
+    }
+    to
+}
+
+fn size(path: &Path) -> usize {
+    usize::try_from(path.metadata().unwrap().len()).unwrap()
+}
+
+fn overwrite(path: &Path, at: usize, bytes: &[u8]) {
+    let mut file = OpenOptions::new().write(true).open(path).unwrap();
+    file.seek(SeekFrom::Start(at as u64)).unwrap();
+    file.write_all(bytes).unwrap();
+}
+
+#[tokio::test]
+async fn a_log_that_is_torn_after_the_last_acknowledgement_loses_nothing_before() {
+    let mut server = Server::start(&QUIET);
+    let acknowledged = submit(&server, (0..20).map(|n| format!("kept-{n}"))).await;
+    let log = server.data().join("streamer.db-wal");
+    let synced = size(&log);
+    submit(&server, (0..10).map(|n| format!("later-{n}"))).await;
+    server.kill();
+    let end = size(&log);
+    assert!(end > synced + 2 * FRAME, "there is something to tear: {synced} {end}");
+    let mut random = Random::new(7);
+    for round in 0..24 {
+        let torn = copy(server.data());
+        let log = torn.path().join("streamer.db-wal");
+        let at = synced + random.below(end - synced);
+        match round % 3 {
+            // Cut off, as when the file had not grown yet.
+            0 => OpenOptions::new().write(true).open(&log).unwrap().set_len(at as u64).unwrap(),
+            // Never written, though the file had grown.
+            1 => overwrite(&log, at, &vec![0; end - at]),
+            // Written in part.
+            _ => {
+                let noise: Vec<u8> = (0..512).map(|_| random.below(256) as u8).collect();
+                overwrite(&log, at, &noise[..512.min(end - at)]);
+            }
+        }
+        let restarted = Server::start_in(torn, &QUIET);
+        check(&restarted, &acknowledged).await;
+    }
+}
+
+#[tokio::test]
+async fn pages_that_a_checkpoint_half_wrote_are_taken_from_the_log() {
+    let mut server = Server::start(&QUIET);
+    let mut acknowledged = submit(&server, (0..30).map(|n| format!("early-{n}"))).await;
+    // Opening the store folds the log into the file: from now on both have pages.
+    server.kill_and_restart();
+    acknowledged.extend(submit(&server, (0..30).map(|n| format!("kept-{n}"))).await);
+    server.kill();
+    let mut log = Vec::new();
+    let path = server.data().join("streamer.db-wal");
+    fs::File::open(path).unwrap().read_to_end(&mut log).unwrap();
+    let frames = log[WAL_HEADER..].chunks_exact(FRAME);
+    let pages: BTreeSet<usize> = frames
+        .map(|frame| u32::from_be_bytes(frame[..4].try_into().unwrap()) as usize)
+        .filter(|page| page * PAGE <= size(&server.data().join("streamer.db")))
+        .collect();
+    assert!(pages.len() > 3, "{pages:?}");
+    let mut random = Random::new(11);
+    for _ in 0..8 {
+        let torn = copy(server.data());
+        for page in &pages {
+            if random.below(2) == 0 {
+                let at = (page - 1) * PAGE + random.below(PAGE);
+                let noise = vec![0xa5; page * PAGE - at];
+                // The first bytes of the file say what it is, and SQLite never changes them.
+                overwrite(
+                    &torn.path().join("streamer.db"),
+                    at.max(100),
+                    &noise[..noise.len().min(page * PAGE - at.max(100))],
+                );
+            }
+        }
+        let restarted = Server::start_in(torn, &QUIET);
+        check(&restarted, &acknowledged).await;
+    }
+}
+
+/// A store that was closed well, with one request in it that has this marker in its payload.
+async fn closed_with(marker: &str) -> TempDir {
+    let mut server = Server::start(&QUIET);
+    submit(&server, std::iter::once(marker.to_owned())).await;
+    submit(&server, (0..200).map(|n| format!("other-{n}"))).await;
+    assert_eq!(server.stop(), Some(0));
+    copy(server.data())
+}
+
+/// Where it stands in the file; in the request's own row, where its action stands, since SQLite
+/// takes the id from the index that led it there.
+fn places(data: &TempDir, marker: &str) -> Vec<usize> {
+    const ACTION: &[u8] = b"echo_async";
+    let file = fs::read(data.path().join("streamer.db")).unwrap();
+    let windows = file.windows(marker.len()).enumerate();
+    let places = windows.filter(|(_, window)| *window == marker.as_bytes());
+    places
+        .map(|(at, _)| {
+            let after = at + marker.len();
+            let rest = &file[after..file.len().min(after + 32)];
+            rest.windows(ACTION.len()).position(|w| w == ACTION).map_or(at, |at| after + at)
+        })
+        .collect()
+}
+
+#[tokio::test]
+async fn a_value_that_has_changed_on_disk_is_reported_and_not_served() {
+    const MARKER: &str = "a-marker-that-stands-nowhere-else";
+    let data = closed_with(MARKER).await;
+    let places = places(&data, MARKER);
+    assert!(places.len() >= 3, "the id in row and index, the payload: {places:?}");
+    let mut reported = 0;
+    for at in places {
+        let damaged = copy(data.path());
+        overwrite(&damaged.path().join("streamer.db"), at, b"A");
+        let server = Server::start_in(damaged, &QUIET);
+        let token = server.token("acme", "ann", &["requests:read"]);
+        let mut client = Client::connect(&server.url, &token).await;
+        let answer = client.ask(json!({"type": "get", "request_id": MARKER})).await;
+        // A damaged index entry does not lead there any more; whatever is served is intact.
+        match answer["type"].as_str().unwrap() {
+            "error" if answer["error"]["code"] == "INTERNAL_ERROR" => reported += 1,
+            "error" => assert_eq!(answer["error"]["code"], "NOT_FOUND", "{answer}"),
+            _ => assert_eq!(answer["payload"]["result"], MARKER, "{answer}"),
+        }
+    }
+    assert!(reported >= 2, "row and payload are checked: {reported}");
+}
+
+#[tokio::test]
+async fn a_file_that_is_no_store_any_more_is_refused() {
+    let data = closed_with("x").await;
+    let file = data.path().join("streamer.db");
+    let half = size(&file) / 2 / PAGE * PAGE;
+    let cut = copy(data.path());
+    let path = cut.path().join("streamer.db");
+    OpenOptions::new().write(true).open(path).unwrap().set_len(half as u64).unwrap();
+    let said = refusal_to_start(cut.path());
+    assert!(said.contains("damaged"), "{said}");
+    let foreign = copy(data.path());
+    overwrite(&foreign.path().join("streamer.db"), 0, &[b'x'; 4096]);
+    let said = refusal_to_start(foreign.path());
+    assert!(said.contains("damaged"), "{said}");
+}
