@@ -4,10 +4,13 @@
 //! sending it, so that a server that stalls is charged for everything that waited meanwhile (no
 //! coordinated omission). What is counted was checked: every log seen without a gap.
 
+mod cancel;
+mod fairness;
 mod fanout;
 mod idle;
 mod lifecycle;
 mod report;
+mod store;
 mod sync;
 mod worker_process;
 
@@ -31,6 +34,9 @@ Examples:
   streamer bench lifecycle --workers 2
   streamer bench fanout --watchers 1000
   streamer bench fanout --requests 1000 --watchers 1
+  streamer bench cancel --workers 1
+  streamer bench fairness
+  streamer bench store --finished 1000 --queued 20000
   streamer bench idle --connections 15000"
 )]
 pub struct BenchArguments {
@@ -101,6 +107,51 @@ pub enum Bench {
         /// Milliseconds between two events of a request; 0 for as fast as they can be stored.
         #[arg(long, default_value_t = 1)]
         delay_ms: u32,
+        #[command(flatten)]
+        #[allow(missing_docs)]
+        common: BenchCommon,
+    },
+    /// From asking for cancellation to the end of a running request.
+    Cancel {
+        /// Requests, one after the other.
+        #[arg(long, default_value_t = 200)]
+        count: usize,
+        /// Run the handlers in so many worker processes; 0 runs them in the server.
+        #[arg(long, default_value_t = 0)]
+        workers: usize,
+        /// As of `bench lifecycle`.
+        #[arg(long, value_name = "COMMAND", requires = "workers")]
+        worker_command: Option<String>,
+        #[command(flatten)]
+        #[allow(missing_docs)]
+        common: BenchCommon,
+    },
+    /// How long tenants wait for a start while another one floods the queue, and while it does not.
+    Fairness {
+        /// Tenants, one of which floods.
+        #[arg(long, default_value_t = 10)]
+        tenants: usize,
+        /// Requests of the one that floods.
+        #[arg(long, default_value_t = 100_000)]
+        flood: usize,
+        /// Requests a second of each of the others.
+        #[arg(long, default_value_t = 20)]
+        rate: u64,
+        /// How long each of the two measurements is.
+        #[arg(long, default_value = "8s", value_parser = parse_duration)]
+        duration: Duration,
+        #[command(flatten)]
+        #[allow(missing_docs)]
+        common: BenchCommon,
+    },
+    /// Start-up and claims over a store that holds much.
+    Store {
+        /// Requests that have ended.
+        #[arg(long, default_value_t = 1_000_000)]
+        finished: usize,
+        /// Requests that wait and are due.
+        #[arg(long, default_value_t = 100_000)]
+        queued: usize,
         #[command(flatten)]
         #[allow(missing_docs)]
         common: BenchCommon,
@@ -186,9 +237,7 @@ pub(crate) async fn run(arguments: BenchArguments) -> anyhow::Result<Exit> {
             worker_command,
             common,
         } => {
-            let local = if workers > 0 { "echo,health" } else { "*" };
-            let subject =
-                Subject::open_with(&common, &[format!("execution.local_actions={local}")])?;
+            let subject = Subject::open_with(&common, &[local_actions(workers)])?;
             let slots = in_flight.div_ceil(workers.max(1)) + 1;
             let _workers =
                 worker_process::start(&subject, workers, slots, worker_command.as_deref()).await?;
@@ -200,6 +249,21 @@ pub(crate) async fn run(arguments: BenchArguments) -> anyhow::Result<Exit> {
             let load = fanout::Load { requests, watchers, events, delay_ms };
             (fanout::run(&subject, load).await?, common.json)
         }
+        Bench::Cancel { count, workers, worker_command, common } => {
+            let subject = Subject::open_with(&common, &[local_actions(workers)])?;
+            let _workers =
+                worker_process::start(&subject, workers, 8, worker_command.as_deref()).await?;
+            (cancel::run(&subject, count).await?, common.json)
+        }
+        Bench::Fairness { tenants, flood, rate, duration, common } => {
+            let few = "execution.max_concurrent_attempts=64".to_owned();
+            let subject = Subject::open_with(&common, &[few])?;
+            let load = fairness::Load { tenants, flood, rate, duration };
+            (fairness::run(&subject, load).await?, common.json)
+        }
+        Bench::Store { finished, queued, common } => {
+            (store::run(finished, queued, &common.set).await?, common.json)
+        }
         Bench::Idle { connections, common } => {
             let subject = Subject::open(&common)?;
             (idle::run(&subject, connections).await?, common.json)
@@ -207,6 +271,12 @@ pub(crate) async fn run(arguments: BenchArguments) -> anyhow::Result<Exit> {
     };
     report.print(json);
     Ok(if report.faults() == 0 { Exit::Done } else { Exit::Failed })
+}
+
+/// What the server leaves to so many workers.
+fn local_actions(workers: usize) -> String {
+    let local = if workers > 0 { "echo,health" } else { "*" };
+    format!("execution.local_actions={local}")
 }
 
 /// How long the server is left to warm up before anything counts.

@@ -24,6 +24,11 @@ impl ServerProcess {
     /// Starts this very program as a server on a free port, with a new data folder.
     pub(crate) fn start(settings: &[String]) -> anyhow::Result<Self> {
         let data = TempDir::with_prefix("streamer-bench-").context("making a data folder")?;
+        Self::start_in(data, settings)
+    }
+
+    /// As [`Self::start`], with the data that is in this folder.
+    pub(crate) fn start_in(data: TempDir, settings: &[String]) -> anyhow::Result<Self> {
         let mut command = Command::new(env::current_exe().context("finding this program")?);
         command.args(["up", "--listen", "127.0.0.1:0", "--data"]).arg(data.path());
         for setting in settings {
@@ -44,10 +49,22 @@ impl ServerProcess {
         Ok(Self { child, data, url })
     }
 
-    pub(crate) fn token(&self, user: &str) -> anyhow::Result<String> {
+    /// Stops it and hands its data out.
+    pub(crate) fn stop(self) -> anyhow::Result<TempDir> {
+        let told = Command::new("kill").arg(self.child.id().to_string()).status()?;
+        if !told.success() {
+            bail!("the server cannot be told to stop");
+        }
+        let mut this = self;
+        this.child.wait().context("waiting for the server to stop")?;
+        let empty = TempDir::with_prefix("streamer-bench-").context("making a data folder")?;
+        Ok(std::mem::replace(&mut this.data, empty))
+    }
+
+    pub(crate) fn token(&self, tenant: &str) -> anyhow::Result<String> {
         let token = NewToken {
-            user: user.to_owned(),
-            tenant: "bench".into(),
+            user: "bench".into(),
+            tenant: tenant.to_owned(),
             permissions: vec!["*".into()],
             expires_in: std::time::Duration::from_secs(24 * 3600),
         };

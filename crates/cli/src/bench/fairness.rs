@@ -1,0 +1,152 @@
+//! How long tenants wait for a start, alone and beside one that floods.
+
+use std::{collections::HashMap, sync::Arc, time::Duration};
+
+use anyhow::Context;
+use hdrhistogram::Histogram;
+use streamer_client::{Api, Session, json};
+use streamer_proto::router::v1::SubmitRequest;
+use tokio::{
+    sync::Semaphore,
+    task::JoinSet,
+    time::{Instant, sleep_until},
+};
+
+use super::{
+    Report, Subject,
+    report::{histogram, record},
+    text_after,
+};
+
+/// Calls of the flood that are underway at once.
+const FLOOD_CALLS: usize = 128;
+/// The others are measured once so much of the flood is in the queue.
+const FLOODED: usize = 10_000;
+const PATIENCE: Duration = Duration::from_secs(60);
+
+#[derive(Clone, Copy)]
+pub(super) struct Load {
+    pub(super) tenants: usize,
+    pub(super) flood: usize,
+    pub(super) rate: u64,
+    pub(super) duration: Duration,
+}
+
+pub(super) async fn run(subject: &Subject, load: Load) -> anyhow::Result<Report> {
+    let own = subject.own.as_ref().context("it needs a server of its own")?;
+    let tokens: Vec<String> = (1..load.tenants)
+        .map(|number| own.token(&format!("tenant-{number}")))
+        .collect::<anyhow::Result<_>>()?;
+    let alone = measure(subject, &tokens, load, "alone").await?;
+    let api = Arc::new(Api::new(&subject.url, &own.token("flooder")?)?);
+    let flooded = Arc::new(Semaphore::new(0));
+    let flooding = tokio::spawn(flood(api, load.flood, flooded.clone()));
+    let enough = u32::try_from(FLOODED.min(load.flood)).unwrap_or(u32::MAX);
+    drop(flooded.acquire_many(enough).await?);
+    let beside = measure(subject, &tokens, load, "beside").await?;
+    let accepted = flooding.await??;
+    let (before, after) = (alone.value_at_quantile(0.5), beside.value_at_quantile(0.5));
+    let mut report = Report::new("fairness");
+    report.figure("tenants", load.tenants, "");
+    report.figure("flood", accepted, "");
+    report.figure("waits measured alone", alone.len(), "");
+    report.figure("median wait alone", before, "µs");
+    report.figure("p99 wait alone", alone.value_at_quantile(0.99), "µs");
+    report.figure("waits measured beside", beside.len(), "");
+    report.figure("median wait beside", after, "µs");
+    report.figure("p99 wait beside", beside.value_at_quantile(0.99), "µs");
+    #[expect(clippy::cast_precision_loss, reason = "far below 2^52")]
+    let ratio = after as f64 / before.max(1) as f64;
+    report.figure("ratio of medians", (ratio * 100.0).round() / 100.0, "");
+    report.fault_count(0);
+    Ok(report)
+}
+
+/// Submits everything as fast as the server takes it.
+async fn flood(api: Arc<Api>, count: usize, flooded: Arc<Semaphore>) -> anyhow::Result<usize> {
+    let mut calls = JoinSet::new();
+    let mut accepted = 0;
+    for _ in 0..count {
+        if calls.len() >= FLOOD_CALLS
+            && let Some(call) = calls.join_next().await
+        {
+            accepted += usize::from(call?);
+            flooded.add_permits(1);
+        }
+        let api = api.clone();
+        calls.spawn(async move {
+            let request = SubmitRequest {
+                action: "echo_async".into(),
+                payload: Some(json(r#"{"steps":1,"delay_ms":20}"#)),
+                ..SubmitRequest::default()
+            };
+            api.submit(request).await.is_ok()
+        });
+    }
+    while let Some(call) = calls.join_next().await {
+        accepted += usize::from(call?);
+    }
+    Ok(accepted)
+}
+
+/// The waits of all the others, from when each was due to be submitted to its start.
+async fn measure(
+    subject: &Subject,
+    tokens: &[String],
+    load: Load,
+    name: &str,
+) -> anyhow::Result<Histogram<u64>> {
+    let every = Duration::from_secs_f64(1.0 / load.rate.max(1) as f64);
+    let end = Instant::now() + load.duration;
+    let mut drivers = JoinSet::new();
+    for (position, token) in tokens.iter().enumerate() {
+        let mut session = Session::connect(&subject.url, token).await?;
+        session.next_text().await?;
+        // Spread over one interval.
+        let begin = Instant::now() + every.mul_f64(position as f64 / tokens.len() as f64);
+        drivers.spawn(drive(session, name.to_owned(), begin, end, every));
+    }
+    let mut waits = histogram();
+    while let Some(driven) = drivers.join_next().await {
+        waits.add(driven??)?;
+    }
+    Ok(waits)
+}
+
+async fn drive(
+    mut session: Session,
+    name: String,
+    begin: Instant,
+    end: Instant,
+    every: Duration,
+) -> anyhow::Result<Histogram<u64>> {
+    let mut waits = histogram();
+    let mut due_at = begin;
+    let mut waiting: HashMap<String, Instant> = HashMap::new();
+    let mut count = 0;
+    while due_at < end || (!waiting.is_empty() && Instant::now() < end + PATIENCE) {
+        tokio::select! {
+            () = sleep_until(due_at), if due_at < end => {
+                let id = format!("{name}-{count}");
+                count += 1;
+                session
+                    .send(format!(
+                        r#"{{"id":"{id}","action":"echo_async","payload":{{"steps":1,"delay_ms":20}}}}"#
+                    ))
+                    .await?;
+                waiting.insert(id, due_at);
+                due_at += every;
+            }
+            message = session.next_text() => {
+                let message = message?;
+                if message.starts_with("{\"type\":\"started\"")
+                    && let Some(id) = text_after(&message, "\"request_id\":\"")
+                    && let Some(since) = waiting.remove(id)
+                {
+                    record(&mut waits, since.elapsed());
+                }
+            }
+        }
+    }
+    Ok(waits)
+}

@@ -1,0 +1,40 @@
+/**
+ * A worker in JavaScript of the built-in action `echo_async`, for tests and load generators: so
+ * many progress reports and output chunks, so far apart, so many attempts that fail, and that
+ * result.
+ *
+ *     streamer up --set execution.local_actions=echo
+ *     export STREAMER_TOKEN=$(streamer token --permissions 'worker:*')
+ *     node examples/workers/echo_async.js
+ *
+ * It reads STREAMER_SERVER, STREAMER_TOKEN and STREAMER_SLOTS.
+ */
+
+import { HandlerError, Worker } from '../../clients/typescript/src/index.js';
+
+/**
+ * Does as many steps as asked, failing as often as asked.
+ * @param {import('../../clients/typescript/src/index.js').Context} context
+ * @param {any} payload
+ */
+async function echoAsync(context, payload) {
+  const { steps = 10, delay_ms: delay = 0, output_chunks: chunks = 0, result = null } = payload;
+  const text = 'x'.repeat(payload.chunk_bytes ?? 64);
+  const fails = context.attempt <= (payload.fail_attempts ?? 0);
+  const last = fails ? Math.floor(steps / 2) : steps;
+  let putOut = 0;
+  for (let step = 1; step <= last; step += 1) {
+    if (delay > 0) await context.sleep(delay);
+    await context.progress({ percentage: (100 * step) / steps, message: `step ${step} of ${steps}` });
+    for (; putOut < Math.floor((chunks * step) / steps); putOut += 1) await context.output([text]);
+  }
+  if (fails) throw new HandlerError(`attempt ${context.attempt} fails as asked`, { retryable: true });
+  return result;
+}
+
+const server = process.env.STREAMER_SERVER ?? 'http://127.0.0.1:8080';
+const token = process.env.STREAMER_TOKEN ?? '';
+const slots = Number(process.env.STREAMER_SLOTS ?? 8);
+await new Worker({ server, token, slots })
+  .action('echo_async', { maxAttempts: 10, initialBackoffMs: 100 }, echoAsync)
+  .run();

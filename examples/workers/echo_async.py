@@ -1,0 +1,50 @@
+#!/usr/bin/env python3
+"""A worker in Python of the built-in action `echo_async`, for tests and load generators: so many
+progress reports and output chunks, so far apart, so many attempts that fail, and that result.
+
+    streamer up --set execution.local_actions=echo
+    export STREAMER_TOKEN=$(streamer token --permissions 'worker:*')
+    python examples/workers/echo_async.py
+
+It reads STREAMER_SERVER, STREAMER_TOKEN and STREAMER_SLOTS.
+"""
+
+from __future__ import annotations
+
+import os
+from typing import Any
+
+from streamer import Context, HandlerError, Worker
+
+
+async def echo_async(context: Context, payload: dict[str, Any]) -> Any:
+    """Does as many steps as asked, failing as often as asked."""
+    steps = payload.get("steps", 10)
+    delay = payload.get("delay_ms", 0) / 1000
+    chunks = payload.get("output_chunks", 0)
+    text = "x" * payload.get("chunk_bytes", 64)
+    fails = context.attempt <= payload.get("fail_attempts", 0)
+    put_out = 0
+    for step in range(1, steps // 2 + 1 if fails else steps + 1):
+        if delay:
+            await context.sleep(delay)
+        await context.progress(100 * step / steps, f"step {step} of {steps}")
+        while put_out < chunks * step // steps:
+            put_out += 1
+            await context.output([text])
+    if fails:
+        raise HandlerError(f"attempt {context.attempt} fails as asked", retryable=True)
+    return payload.get("result")
+
+
+def main() -> None:
+    """Serves until SIGTERM or Ctrl-C."""
+    server = os.environ.get("STREAMER_SERVER", "http://127.0.0.1:8080")
+    slots = int(os.environ.get("STREAMER_SLOTS", "8"))
+    worker = Worker(server, os.environ["STREAMER_TOKEN"], slots=slots)
+    worker.action("echo_async", max_attempts=10, initial_backoff=0.1)(echo_async)
+    worker.run()
+
+
+if __name__ == "__main__":
+    main()
