@@ -2,7 +2,7 @@
 
 #![allow(clippy::unwrap_used, reason = "in tests, a panic is the report")]
 
-use std::sync::Arc;
+use std::{collections::HashMap, sync::Arc};
 
 use bytes::Bytes;
 use streamer_core::{RequestState, Timestamp, Uid};
@@ -327,6 +327,7 @@ async fn due(store: &dyn Store, actions: &[&str], per_tenant: usize) -> Vec<Uid>
         after_tenant: None,
         tenants: 10,
         per_tenant,
+        limits: HashMap::new(),
     };
     let page = store.due_requests(query).await.unwrap();
     page.requests.into_iter().map(|request| request.uid).collect()
@@ -351,6 +352,7 @@ async fn the_queue_is_read_tenant_by_tenant_and_page_by_page() {
             after_tenant,
             tenants,
             per_tenant: 2,
+            limits: HashMap::new(),
         };
         let uids = |page: &DuePage| page.requests.iter().map(|due| due.uid).collect::<Vec<_>>();
         let first = store.due_requests(query(None, 2)).await.unwrap();
@@ -359,6 +361,11 @@ async fn the_queue_is_read_tenant_by_tenant_and_page_by_page() {
         let second = store.due_requests(query(first.next_tenant, 2)).await.unwrap();
         assert_eq!(uids(&second), [by_tenant[6], by_tenant[7]]);
         assert_eq!(second.next_tenant, None);
+
+        let limits = HashMap::from([("a".to_owned(), 0), ("b".to_owned(), 1)]);
+        let limited = DueQuery { limits, ..query(None, 10) };
+        let limited = store.due_requests(limited).await.unwrap();
+        assert_eq!(uids(&limited), [by_tenant[3], by_tenant[6], by_tenant[7]]);
 
         let last = store.get_request(by_tenant[8]).await.unwrap().unwrap();
         let ahead = store.queue_ahead(last.clone(), at(2000), 100).await.unwrap();

@@ -1,5 +1,7 @@
 //! What goes into the store and comes out of it.
 
+use std::collections::HashMap;
+
 use bytes::Bytes;
 use streamer_core::{RequestState, Timestamp, Uid};
 use streamer_proto::common::v1::{Action, Error, Event, OutputSummary, Progress};
@@ -268,6 +270,8 @@ pub struct DueQuery {
     pub tenants: usize,
     /// Of each tenant so many at most.
     pub per_tenant: usize,
+    /// Of these tenants so many instead; a tenant with none is passed over.
+    pub limits: HashMap<String, usize>,
 }
 
 /// A declaration of an action.

@@ -5,7 +5,7 @@ mod leases;
 mod run;
 
 use std::{
-    collections::HashMap,
+    collections::{HashMap, HashSet},
     sync::{
         Arc,
         atomic::{AtomicBool, Ordering},
@@ -30,6 +30,7 @@ use crate::{
     metrics::ProcessorMetrics,
     signal::Signal,
     slots::{Slot, Slots},
+    waiting::Waiting,
     worker::Worker,
 };
 
@@ -73,6 +74,7 @@ pub(crate) struct Dispatcher {
     after_tenant: Mutex<Option<String>>,
     durations: Durations,
     turns: Turns,
+    waiting: Waiting,
     tasks: TaskTracker,
 }
 
@@ -87,7 +89,9 @@ pub(crate) struct Outlook {
 }
 
 struct Running {
+    /// 0 until its claim is durable.
     attempt: u32,
+    tenant: String,
     handle: Arc<AttemptHandle>,
     remote: bool,
 }
@@ -124,6 +128,7 @@ impl Dispatcher {
             after_tenant: Mutex::default(),
             durations: Durations::default(),
             turns: Turns::default(),
+            waiting: Waiting::default(),
             tasks: TaskTracker::new(),
         }
     }
@@ -179,14 +184,17 @@ impl Dispatcher {
         if self.stopping.load(Ordering::SeqCst) {
             return false;
         }
-        let place = if self.signal.has_backlog() { None } else { self.place(action, tenant) };
+        // Nobody overtakes what waits of the same tenant; others' work waits for slots of its own.
+        let behind = self.signal.has_backlog() && self.waiting.may_have(tenant);
+        let place = if behind { None } else { self.place(action, tenant) };
         match place {
             Some(place) => {
                 self.turns.took(tenant);
-                self.start(uid, place);
+                self.start(uid, tenant, place);
                 true
             }
             None => {
+                self.waiting.note(tenant);
                 self.signal.look_at_all();
                 false
             }
@@ -312,9 +320,9 @@ impl Dispatcher {
 
     /// Looks at the queue once; says how many were started, and whether more may be waiting.
     async fn start_due(self: &Arc<Self>, actions: &[String]) -> Result<(usize, bool), StoreError> {
-        // The index still shows what is being claimed; ask for as many more.
+        let limits = self.limits();
         let room = usize::try_from(self.slots.free()).unwrap_or(usize::MAX);
-        let per_tenant = room.clamp(1, PER_TENANT) + self.claiming();
+        let per_tenant = room.clamp(1, PER_TENANT);
         let after_tenant = self.after_tenant.lock().take();
         let from_the_first = after_tenant.is_none();
         let query = DueQuery {
@@ -323,11 +331,20 @@ impl Dispatcher {
             after_tenant,
             tenants: TENANTS,
             per_tenant,
+            limits: limits.clone(),
         };
         let page = self.store.due_requests(query).await?;
-        let mut left = page.next_tenant.is_some() || !from_the_first;
+        let whole = page.next_tenant.is_none() && from_the_first;
         *self.after_tenant.lock() = page.next_tenant;
-        let found = page.requests.len();
+        // Whoever has no room, or more due than was asked for, has something left.
+        let mut counts: HashMap<String, usize> = HashMap::new();
+        for request in &page.requests {
+            *counts.entry(request.tenant.clone()).or_insert(0) += 1;
+        }
+        let limit = |tenant: &str| limits.get(tenant).map_or(per_tenant, |limit| *limit);
+        let more = counts.iter().filter(|(tenant, count)| **count >= limit(tenant));
+        let mut left: HashSet<String> = more.map(|(tenant, _)| tenant.clone()).collect();
+        left.extend(limits.iter().filter(|(_, limit)| **limit == 0).map(|(name, _)| name.clone()));
         let mut started = 0;
         for request in self.turns.order(page.requests, &self.slots.by_tenant()) {
             if self.running.lock().contains_key(&request.uid) {
@@ -336,13 +353,35 @@ impl Dispatcher {
             match self.place(&request.action, &request.tenant) {
                 Some(place) => {
                     self.turns.took(&request.tenant);
-                    self.start(request.uid, place);
+                    self.start(request.uid, &request.tenant, place);
                     started += 1;
                 }
-                None => left = true,
+                None => {
+                    left.insert(request.tenant);
+                }
             }
         }
-        Ok((started, left || found >= per_tenant))
+        let any_left = !whole || !left.is_empty();
+        if whole {
+            self.waiting.were_left(left);
+        } else {
+            self.waiting.forget();
+        }
+        Ok((started, any_left))
+    }
+
+    /// How many are wanted of each tenant that has something running. The index still shows what is
+    /// being claimed, so that as many more are asked for.
+    fn limits(&self) -> HashMap<String, usize> {
+        let mut limits = self.slots.tenant_room();
+        let running = self.running.lock();
+        for claiming in running.values().filter(|running| running.attempt == 0) {
+            if let Some(limit) = limits.get_mut(&claiming.tenant).filter(|limit| **limit > 0) {
+                *limit += 1;
+            }
+        }
+        limits.values_mut().for_each(|limit| *limit = (*limit).min(PER_TENANT));
+        limits
     }
 
     /// Room for one attempt of this action for this tenant, if there is.
@@ -353,16 +392,14 @@ impl Dispatcher {
         Some(Place { slot, declared, runner })
     }
 
-    /// How many requests are started whose claim is not durable yet.
-    fn claiming(&self) -> usize {
-        self.running.lock().values().filter(|running| running.attempt == 0).count()
-    }
-
     /// Claims a request and runs the attempt, in a task of its own.
-    fn start(self: &Arc<Self>, uid: Uid, place: Place) {
+    fn start(self: &Arc<Self>, uid: Uid, tenant: &str, place: Place) {
         let handle = Arc::new(AttemptHandle::default());
         let remote = matches!(place.runner, Runner::Remote(_));
-        if !self.enter(uid, Running { attempt: 0, handle: handle.clone(), remote }) {
+        if !self.enter(
+            uid,
+            Running { attempt: 0, tenant: tenant.to_owned(), handle: handle.clone(), remote },
+        ) {
             return;
         }
         let Place { slot, declared, runner } = place;

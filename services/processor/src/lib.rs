@@ -21,6 +21,7 @@ mod remote;
 mod signal;
 mod slots;
 mod takeover;
+mod waiting;
 mod worker;
 mod worker_service;
 mod workers;

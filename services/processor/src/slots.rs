@@ -58,6 +58,15 @@ impl Slots {
         self.room_in(&self.taken.lock(), declared)
     }
 
+    /// How many more may run of each tenant that has any.
+    pub(crate) fn tenant_room(&self) -> HashMap<String, usize> {
+        let taken = self.taken.lock();
+        let room = |count: &u32| {
+            usize::try_from(self.tenant_limit.saturating_sub(*count)).unwrap_or(usize::MAX)
+        };
+        taken.by_tenant.iter().map(|(tenant, count)| (tenant.clone(), room(count))).collect()
+    }
+
     /// How many run for each tenant that has any.
     pub(crate) fn by_tenant(&self) -> HashMap<String, u32> {
         self.taken.lock().by_tenant.clone()

@@ -1,4 +1,5 @@
-//! How long tenants wait for a start, alone and beside one that floods.
+//! How long tenants wait for a start: alone, while another one submits as fast as it can, and beside
+//! the queue that this leaves.
 
 use std::{collections::HashMap, sync::Arc, time::Duration};
 
@@ -43,8 +44,9 @@ pub(super) async fn run(subject: &Subject, load: Load) -> anyhow::Result<Report>
     let flooding = tokio::spawn(flood(api, load.flood, flooded.clone()));
     let enough = u32::try_from(FLOODED.min(load.flood)).unwrap_or(u32::MAX);
     drop(flooded.acquire_many(enough).await?);
-    let beside = measure(subject, &tokens, load, "beside").await?;
+    let during = measure(subject, &tokens, load, "during").await?;
     let accepted = flooding.await??;
+    let beside = measure(subject, &tokens, load, "beside").await?;
     let (before, after) = (alone.value_at_quantile(0.5), beside.value_at_quantile(0.5));
     let mut report = Report::new("fairness");
     report.figure("tenants", load.tenants, "");
@@ -52,6 +54,8 @@ pub(super) async fn run(subject: &Subject, load: Load) -> anyhow::Result<Report>
     report.figure("waits measured alone", alone.len(), "");
     report.figure("median wait alone", before, "µs");
     report.figure("p99 wait alone", alone.value_at_quantile(0.99), "µs");
+    report.figure("median wait while it submits", during.value_at_quantile(0.5), "µs");
+    report.figure("p99 wait while it submits", during.value_at_quantile(0.99), "µs");
     report.figure("waits measured beside", beside.len(), "");
     report.figure("median wait beside", after, "µs");
     report.figure("p99 wait beside", beside.value_at_quantile(0.99), "µs");

@@ -21,12 +21,15 @@ pub(super) fn due(db: &Connection, query: &DueQuery) -> rusqlite::Result<DuePage
             return Ok(page);
         };
         let first = page.requests.len();
-        for action in &query.actions {
-            due_of(db, query, &tenant, action, &mut page.requests)?;
+        let limit = query.limits.get(&tenant).map_or(query.per_tenant, |limit| *limit);
+        if limit > 0 {
+            for action in &query.actions {
+                due_of(db, (&tenant, action), query.now, limit, &mut page.requests)?;
+            }
         }
         let of_tenant = &mut page.requests[first..];
         of_tenant.sort_by_key(|request| (-request.priority, request.not_before, request.uid));
-        page.requests.truncate(first + query.per_tenant);
+        page.requests.truncate(first + limit);
         page.next_tenant = Some(tenant.clone());
         after = Some(tenant);
     }
@@ -46,9 +49,9 @@ fn next_tenant(db: &Connection, after: Option<&str>) -> rusqlite::Result<Option<
 /// One step into the index for each priority that is there: what is not due is never read.
 fn due_of(
     db: &Connection,
-    query: &DueQuery,
-    tenant: &str,
-    action: &str,
+    (tenant, action): (&str, &str),
+    now: Timestamp,
+    limit: usize,
     due: &mut Vec<DueRequest>,
 ) -> rusqlite::Result<()> {
     let mut highest = db.prepare_cached(
@@ -60,13 +63,13 @@ fn due_of(
          WHERE state = 0 AND tenant = ?1 AND action = ?2 AND priority = ?3 AND not_before <= ?4
          ORDER BY not_before, uid LIMIT ?5",
     )?;
-    let mut wanted = query.per_tenant;
+    let mut wanted = limit;
     let mut below = i32::MAX;
     while wanted > 0 {
         let found: Option<i32> =
             highest.query_row(params![tenant, action, below], |row| row.get(0))?;
         let Some(priority) = found else { break };
-        let bounds = params![tenant, action, priority, query.now.as_millis(), count(wanted)];
+        let bounds = params![tenant, action, priority, now.as_millis(), count(wanted)];
         let rows = requests.query_map(bounds, |row| {
             Ok(DueRequest {
                 uid: row::uid(row, 0)?,

@@ -31,7 +31,15 @@ impl Dispatcher {
             return Ok(None);
         }
         let handle = Arc::new(AttemptHandle::default());
-        if !self.enter(uid, Running { attempt, handle: handle.clone(), remote: true }) {
+        if !self.enter(
+            uid,
+            Running {
+                attempt,
+                tenant: record.owner.tenant.clone(),
+                handle: handle.clone(),
+                remote: true,
+            },
+        ) {
             return Ok(None);
         }
         let adopt = Adopt {
