@@ -21,19 +21,26 @@ async function echoAsync(context, payload) {
   const { steps = 10, delay_ms: delay = 0, output_chunks: chunks = 0, result = null } = payload;
   const text = 'x'.repeat(payload.chunk_bytes ?? 64);
   const fails = context.attempt <= (payload.fail_attempts ?? 0);
-  const last = fails ? Math.floor(steps / 2) : steps;
+  const part = fails ? 0.5 : 1;
   let putOut = 0;
-  for (let step = 1; step <= last; step += 1) {
+  for (let step = 1; step <= Math.floor(steps * part); step += 1) {
+    context.signal.throwIfAborted();
     if (delay > 0) await context.sleep(delay);
     await context.progress({ percentage: (100 * step) / steps, message: `step ${step} of ${steps}` });
     for (; putOut < Math.floor((chunks * step) / steps); putOut += 1) await context.output([text]);
+  }
+  // Without steps to spread them among, the chunks are all still to come.
+  for (; putOut < Math.floor(chunks * part); putOut += 1) {
+    context.signal.throwIfAborted();
+    await context.output([text]);
   }
   if (fails) throw new HandlerError(`attempt ${context.attempt} fails as asked`, { retryable: true });
   return result;
 }
 
 const server = process.env.STREAMER_SERVER ?? 'http://127.0.0.1:8080';
-const token = process.env.STREAMER_TOKEN ?? '';
+const token = process.env.STREAMER_TOKEN;
+if (!token) throw new TypeError('set STREAMER_TOKEN');
 const slots = Number(process.env.STREAMER_SLOTS ?? 8);
 await new Worker({ server, token, slots })
   .action('echo_async', { maxAttempts: 10, initialBackoffMs: 100 }, echoAsync)

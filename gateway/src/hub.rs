@@ -140,9 +140,20 @@ impl Hub {
     /// Ends a connection's interest; the last one ends the upstream.
     pub(crate) fn leave(&self, topic: &Topic, connection: Uid) {
         let mut topics = self.topics.lock();
-        if topic.unsubscribe(connection) {
+        if topic.unsubscribe(connection) && is_at(&topics, topic) {
             topics.remove(&topic.uid);
         }
+    }
+
+    /// Forgets a topic that nobody wants; says whether nobody does.
+    fn forget_unwanted(&self, topic: &Topic) -> bool {
+        let mut topics = self.topics.lock();
+        // Who comes from now on makes a new one.
+        let unwanted = topic.any_subscriber().is_none();
+        if unwanted && is_at(&topics, topic) {
+            topics.remove(&topic.uid);
+        }
+        unwanted
     }
 
     /// A page of the log, for a connection that is behind what is in memory.
@@ -195,7 +206,12 @@ impl Hub {
             let outcome = match stream.take() {
                 Some(stream) => self.drain(topic, stream).await,
                 None => {
-                    let Some(link) = topic.any_subscriber() else { return };
+                    let Some(link) = topic.any_subscriber() else {
+                        if self.forget_unwanted(topic) {
+                            return;
+                        }
+                        continue;
+                    };
                     match self.reopen(topic, &link).await {
                         Ok(opened) => {
                             stream = Some(opened);
@@ -240,6 +256,10 @@ impl Hub {
         }
         Ok(())
     }
+}
+
+fn is_at(topics: &HashMap<Uid, Arc<Topic>>, topic: &Topic) -> bool {
+    topics.get(&topic.uid).is_some_and(|known| std::ptr::eq(Arc::as_ptr(known), topic))
 }
 
 fn has_ended(state: i32) -> bool {

@@ -4,7 +4,9 @@
 //! Records:
 //!
 //! - `{"record":"acknowledged","id":…,"uid":…}`: a submitter was told that its request is stored.
-//! - `{"record":"seen","watcher":…,"event":{…}}`: a watcher was sent this message of a log.
+//! - `{"record":"opened","watcher":…,"id":…,"after_seq":…}`: a watcher asked for what comes after this.
+//! - `{"record":"seen","watcher":…,"event":{…}}`: it was sent this message of the log.
+//! - `{"record":"refused","watcher":…,"why":{…}}`: it was told that there is no such request, or action.
 //! - `{"record":"log","uid":…,"events":[…]}`: the log as it stands at the end, from its first event.
 //!
 //! Exit codes: 0 nothing is broken, 1 something is, 2 the file cannot be read.

@@ -42,7 +42,8 @@ pub(crate) fn check(history: &[Value]) -> Verdict {
     let mut found = Found::default();
     let mut uid_of = BTreeMap::new();
     let mut logs: HashMap<&str, &[Value]> = HashMap::new();
-    let mut views: BTreeMap<(&str, &str), Vec<&Value>> = BTreeMap::new();
+    // What a watcher asked for and got, opening by opening.
+    let mut views: BTreeMap<&str, Vec<View<'_>>> = BTreeMap::new();
     for record in history {
         match text(record, "record") {
             "acknowledged" => {
@@ -50,9 +51,27 @@ pub(crate) fn check(history: &[Value]) -> Verdict {
                 let known = *uid_of.entry(id).or_insert(uid);
                 found.expect(known == uid, || format!("id {id} stands for {known} and for {uid}"));
             }
+            "opened" => {
+                let view = View {
+                    id: text(record, "id"),
+                    after: number(record, "after_seq"),
+                    events: vec![],
+                };
+                views.entry(text(record, "watcher")).or_default().push(view);
+            }
             "seen" => {
-                let event = &record["event"];
-                views.entry((text(record, "watcher"), text(event, "uid"))).or_default().push(event);
+                let watcher = text(record, "watcher");
+                match views.get_mut(watcher).and_then(|views| views.last_mut()) {
+                    Some(view) => view.events.push(&record["event"]),
+                    None => found.faults.push(format!("{watcher} saw what it had not asked for")),
+                }
+            }
+            "refused" => {
+                found.faults.push(format!(
+                    "{} was refused: {}",
+                    text(record, "watcher"),
+                    record["why"]
+                ));
             }
             "log" => {
                 let events = record["events"].as_array().map_or(&[][..], Vec::as_slice);
@@ -67,11 +86,19 @@ pub(crate) fn check(history: &[Value]) -> Verdict {
             None => found.faults.push(format!("{id} was acknowledged and has no log")),
         }
     }
-    for ((watcher, uid), view) in &views {
-        match logs.get(uid) {
-            Some(log) => check_view(watcher, view, log, &mut found),
-            None => found.faults.push(format!("{watcher} saw {uid}, which has no log")),
+    for (watcher, views) in &views {
+        for view in views {
+            match uid_of.get(view.id).and_then(|uid| logs.get(uid)) {
+                Some(log) => check_view(watcher, view, log, &mut found),
+                None => {
+                    found.faults.push(format!("{watcher} watched {}, which is not there", view.id));
+                }
+            }
         }
+        let whole = views.last().and_then(|view| view.events.last());
+        found.expect(whole.is_some_and(|event| is_terminal(event)), || {
+            format!("{watcher}: did not see the end")
+        });
     }
     let events: usize = logs.values().map(|log| log.len()).sum();
     let retried = logs.values().filter(|log| log.iter().any(|e| text(e, "type") == "retrying"));
@@ -111,7 +138,10 @@ fn check_attempts(id: &str, log: &[Value], found: &mut Found) {
         let (seq, kind) = (number(event, "seq"), text(event, "type"));
         let of = number(event, "attempt");
         match kind {
-            "accepted" => found.expect(seq == 1, || format!("{id}: accepted again at seq {seq}")),
+            _ if (seq == 1) != (kind == "accepted") => {
+                found.faults.push(format!("{id}: seq {seq} is {kind}"));
+            }
+            "accepted" => {}
             "started" => {
                 found.expect(!running && of == attempt + 1, || {
                     format!("{id}: seq {seq} starts attempt {of} after attempt {attempt}")
@@ -194,21 +224,25 @@ fn check_outcome(id: &str, log: &[Value], found: &mut Found) {
     }
 }
 
-/// What a watcher saw is the log, from where it began, without gap or repeat.
-fn check_view(watcher: &str, view: &[&Value], log: &[Value], found: &mut Found) {
-    let mut last: Option<i64> = None;
-    for event in view {
+/// One opening of a watch.
+struct View<'a> {
+    id: &'a str,
+    after: i64,
+    events: Vec<&'a Value>,
+}
+
+/// What a watcher was sent is the log, from just after where it asked, without gap or repeat.
+fn check_view(watcher: &str, view: &View<'_>, log: &[Value], found: &mut Found) {
+    let mut last = view.after;
+    for event in &view.events {
         let seq = number(event, "seq");
-        let follows = last.is_none_or(|last| seq == last + 1);
-        found.expect(follows, || format!("{watcher}: saw seq {seq} after {last:?}"));
-        last = Some(seq);
+        found.expect(seq == last + 1, || format!("{watcher}: was sent seq {seq} after {last}"));
+        last = seq;
         let stored = usize::try_from(seq - 1).ok().and_then(|position| log.get(position));
         found.expect(stored == Some(*event), || {
-            format!("{watcher}: saw {event}, the log has {stored:?}")
+            format!("{watcher}: was sent {event}, the log has {stored:?}")
         });
     }
-    let whole = view.last().is_some_and(|event| is_terminal(event));
-    found.expect(whole, || format!("{watcher}: did not see the end"));
 }
 
 #[cfg(test)]

@@ -189,11 +189,14 @@ pub fn refusal_to_start(data: &Path) -> String {
 /// A suite that waits for what never comes ends, and says so, instead of holding up everything.
 fn watch_for_hangs() {
     const PATIENCE: Duration = Duration::from_secs(300);
+    // The crash suite can be told to go on for long.
+    let kills = env::var("STREAMER_TESTS_KILLS").ok().and_then(|text| text.parse().ok());
+    let patience = PATIENCE + Duration::from_secs(kills.unwrap_or(0));
     static ONCE: Once = Once::new();
     ONCE.call_once(|| {
-        thread::spawn(|| {
-            thread::sleep(PATIENCE);
-            eprintln!("a test of this suite has not ended after {} s", PATIENCE.as_secs());
+        thread::spawn(move || {
+            thread::sleep(patience);
+            eprintln!("a test of this suite has not ended after {} s", patience.as_secs());
             process::exit(101);
         });
     });

@@ -2,7 +2,10 @@
 
 #![allow(clippy::unwrap_used, reason = "in tests, a panic is the report")]
 
-use std::{collections::HashMap, sync::Arc};
+use std::{
+    collections::{HashMap, HashSet},
+    sync::Arc,
+};
 
 use bytes::Bytes;
 use streamer_core::{RequestState, Timestamp, Uid};
@@ -328,6 +331,7 @@ async fn due(store: &dyn Store, actions: &[&str], per_tenant: usize) -> Vec<Uid>
         tenants: 10,
         per_tenant,
         limits: HashMap::new(),
+        blocked: HashSet::new(),
     };
     let page = store.due_requests(query).await.unwrap();
     page.requests.into_iter().map(|request| request.uid).collect()
@@ -353,6 +357,7 @@ async fn the_queue_is_read_tenant_by_tenant_and_page_by_page() {
             tenants,
             per_tenant: 2,
             limits: HashMap::new(),
+            blocked: HashSet::new(),
         };
         let uids = |page: &DuePage| page.requests.iter().map(|due| due.uid).collect::<Vec<_>>();
         let first = store.due_requests(query(None, 2)).await.unwrap();
@@ -366,6 +371,10 @@ async fn the_queue_is_read_tenant_by_tenant_and_page_by_page() {
         let limited = DueQuery { limits, ..query(None, 10) };
         let limited = store.due_requests(limited).await.unwrap();
         assert_eq!(uids(&limited), [by_tenant[3], by_tenant[6], by_tenant[7]]);
+
+        let blocked = HashSet::from([("b".to_owned(), "work".to_owned())]);
+        let unblocked = store.due_requests(DueQuery { blocked, ..query(None, 2) }).await.unwrap();
+        assert_eq!(uids(&unblocked), [by_tenant[0], by_tenant[1]]);
 
         let last = store.get_request(by_tenant[8]).await.unwrap().unwrap();
         let ahead = store.queue_ahead(last.clone(), at(2000), 100).await.unwrap();

@@ -16,7 +16,7 @@ use std::{
 };
 
 use serde_json::{Value, json};
-use streamer_client::{Follower, Message, Target};
+use streamer_client::{Follower, Session, Target};
 use streamer_tests::{Random, Server, WorkerProcess, checker, offered};
 use tokio::{sync::Notify, task::JoinSet};
 
@@ -38,6 +38,11 @@ impl History {
         self.records.lock().unwrap().push(record);
         self.seen.fetch_add(1, Ordering::SeqCst);
         self.heard.notify_waiters();
+    }
+
+    fn is_acknowledged(&self, id: &str) -> bool {
+        let records = self.records.lock().unwrap();
+        records.iter().any(|record| record["record"] == "acknowledged" && record["id"] == *id)
     }
 
     /// Returns once clients have seen so many messages more.
@@ -137,15 +142,22 @@ async fn submit_on(
         });
         let message =
             json!({"type": "request", "id": id, "action": "echo_async", "payload": payload});
-        let target = Target::Submit { id: id.clone(), message: message.to_string() };
-        let submitter = follow(&url, &token, target, format!("{id}/submitter"), &history);
+        let view = |watcher: &str| View {
+            url: url.clone(),
+            token: token.clone(),
+            id: id.clone(),
+            watcher: format!("{id}/{watcher}"),
+            last_seq: None,
+            acknowledged: false,
+        };
+        let submitter = follow(view("submitter"), Some(message), &history);
         // Every third is watched by somebody else too, who comes when he likes.
         if random.below(3) == 0 {
+            let late = random.below(10);
             let after_seq = 1 + i64::try_from(random.below(4)).unwrap();
-            let target = Target::Watch { request_id: id.clone(), after_seq };
             let watcher = async {
-                history.more(random.below(10)).await;
-                follow(&url, &token, target, format!("{id}/watcher"), &history).await;
+                history.more(late).await;
+                follow(View { last_seq: Some(after_seq), ..view("watcher") }, None, &history).await;
             };
             tokio::join!(submitter, watcher);
         } else {
@@ -154,40 +166,82 @@ async fn submit_on(
     }
 }
 
-/// Sees a request to its end and records what is seen.
-async fn follow(url: &str, token: &str, target: Target, watcher: String, history: &History) {
-    let mut target = target;
-    loop {
-        let mut follower = Follower::new(url, token, target.clone());
-        let failed = loop {
-            match follower.next().await {
-                Ok(Some(message)) => record(&message, &watcher, history),
-                Ok(None) => return,
-                Err(error) => break error,
-            }
-        };
-        // The server is killed again and again: patience may end in the middle. A watcher may also
-        // come before the request is there.
-        let seen = follower.last_seq();
-        let may_go_on = failed.is_transient() || failed.to_string().starts_with("NOT_FOUND");
-        assert!(may_go_on, "{watcher}: {failed}");
-        if seen > 0 {
-            let request_id = follower.request_id().to_owned();
-            target = Target::Watch { request_id, after_seq: seen };
-        }
+/// Somebody who wants to see a request to its end.
+struct View {
+    url: String,
+    token: String,
+    id: String,
+    watcher: String,
+    /// What was seen last, or what is asked for first.
+    last_seq: Option<i64>,
+    acknowledged: bool,
+}
+
+/// Connects again and again until the end was seen. Records what it asked for and every event that
+/// it was sent, also those that nobody asked for: the checker knows what should have come.
+async fn follow(mut view: View, submission: Option<Value>, history: &History) {
+    while !follow_once(&mut view, submission.as_ref(), history).await {
         tokio::task::yield_now().await;
     }
 }
 
-fn record(message: &Message, watcher: &str, history: &History) {
-    let value: Value = serde_json::from_str(&message.text).unwrap();
-    if message.kind == "acknowledgment" {
-        let record = json!({
-            "record": "acknowledged", "id": value["request_id"], "uid": value["uid"],
-        });
-        history.record(record);
-    } else if message.seq.is_some() {
-        history.record(json!({"record": "seen", "watcher": watcher, "event": value}));
+/// Says whether the end was seen; not so when the connection was lost.
+async fn follow_once(view: &mut View, submission: Option<&Value>, history: &History) -> bool {
+    let Ok(mut session) = Session::connect(&view.url, &view.token).await else { return false };
+    let opening = match (view.last_seq, submission) {
+        (None, Some(submission)) => submission.clone(),
+        (last_seq, _) => json!({
+            "type": "subscribe", "request_id": view.id, "after_seq": last_seq,
+        }),
+    };
+    // As of before it is asked for.
+    let acknowledged = view.acknowledged || history.is_acknowledged(&view.id);
+    if session.send(opening.to_string()).await.is_err() {
+        return false;
+    }
+    let opened = |after_seq: i64| {
+        json!({
+            "record": "opened", "watcher": view.watcher, "id": view.id, "after_seq": after_seq,
+        })
+    };
+    if let Some(last_seq) = view.last_seq {
+        history.record(opened(last_seq));
+    }
+    loop {
+        let Ok(message) = session.next().await else { return false };
+        let value: Value = serde_json::from_str(&message.text).unwrap();
+        match (message.kind.as_str(), message.seq) {
+            // It stands for the first event; those after it follow.
+            ("acknowledgment", _) => {
+                let (id, uid) = (&value["request_id"], &value["uid"]);
+                history.record(opened(1));
+                history.record(json!({"record": "acknowledged", "id": id, "uid": uid}));
+                (view.last_seq, view.acknowledged) = (Some(1), true);
+            }
+            (kind, Some(seq)) => {
+                let record = json!({"record": "seen", "watcher": view.watcher, "event": value});
+                history.record(record);
+                view.last_seq = Some(seq);
+                if matches!(kind, "complete" | "error" | "cancelled") {
+                    return true;
+                }
+            }
+            ("error", None) => {
+                let code = value["error"]["code"].as_str().unwrap().to_owned();
+                if code == "NOT_FOUND" && !acknowledged {
+                    return false;
+                }
+                if matches!(code.as_str(), "NOT_FOUND" | "INVALID_ACTION") {
+                    let record =
+                        json!({"record": "refused", "watcher": view.watcher, "why": value});
+                    history.record(record);
+                    return true;
+                }
+                return false;
+            }
+            // A snapshot, or of the connection.
+            _ => {}
+        }
     }
 }
 

@@ -5,7 +5,7 @@ use serde_json::{Value, json};
 use streamer_client::Api;
 use streamer_proto::{
     common::v1::{Action, Error, ErrorCode, RequestState},
-    processor::v1::{Task, report::Kind},
+    processor::v1::{Capacity, Task, report::Kind, work_request},
     router::v1::{GetRequest, RedriveManyRequest, RedriveManyResponse},
 };
 use streamer_rpc::json_payload;
@@ -97,20 +97,19 @@ async fn each_of_the_time_limits_ends_a_request() {
 
 #[tokio::test]
 async fn the_time_for_all_attempts_ends_a_request_between_two_of_them() {
-    let action = Action {
-        schedule_to_close_ms: 3_000,
-        initial_backoff_ms: 60_000,
-        max_backoff_ms: 60_000,
-        ..declare("work")
-    };
+    let action = Action { schedule_to_close_ms: 2_000, initial_backoff_ms: 1, ..declare("work") };
     let mut scene = Scene::new(&["execution.poll_interval_ms=50"], 1, action).await;
     scene.client.submit("r", "work", json!({})).await;
     let task = scene.worker.task().await;
     assert!(task.deadline.is_some());
+    // The next attempt is due at once and finds no slot.
+    let none = work_request::Message::Capacity(Capacity { slots: 0 });
+    scene.worker.say(none).await;
     scene.fail(&task, ErrorCode::ProcessingFailed, true).await;
     let error = scene.error().await;
-    // Whether the wait would reach beyond the limit is drawn by lot; both ways it ends here.
-    assert!(matches!(error["code"].as_str(), Some("TIMEOUT" | "PROCESSING_FAILED")), "{error}");
+    assert_eq!(error["code"], "TIMEOUT", "{error}");
+    let message = error["message"].as_str().unwrap();
+    assert!(message.contains("schedule-to-close"), "{error}");
 }
 
 #[tokio::test]

@@ -56,6 +56,13 @@ import { Payload, toPayload } from './payload.js';
  * @property {boolean} available Whether somebody offers it now.
  */
 
+/**
+ * One of many requests that were redriven.
+ * @typedef {object} Redriven
+ * @property {string} uid Of the ended request.
+ * @property {Request | null} request The new one; `null` in a dry run.
+ */
+
 /** @param {any} timestamp @returns {Date} */
 function date(timestamp) {
   return new Date(Number(timestamp?.seconds ?? 0) * 1000 + (timestamp?.nanos ?? 0) / 1e6);
@@ -155,6 +162,11 @@ export function requestFrom(request) {
     redriveOf: request.redriveOf,
     queuePosition: positionFrom(request.queuePosition),
   };
+}
+
+/** @param {any} redriven @returns {Redriven} */
+export function redrivenFrom({ uid, request }) {
+  return { uid, request: request ? requestFrom(request) : null };
 }
 
 /** @param {any} position @returns {import('./events.js').QueuePosition | null} */

@@ -1,7 +1,7 @@
 /** Watches a request over as many streams as it takes. */
 
 import { Backoff, sleep } from './backoff.js';
-import { eventFrom } from './client-messages.js';
+import { eventFrom, stateFrom } from './client-messages.js';
 import { callError } from './grpc.js';
 
 /**
@@ -26,7 +26,7 @@ export async function* watchEvents(open, reader, requestId, signal) {
           const event = eventFrom(message, names);
           if (reader.accept(event)) yield event;
         }
-        if (reader.ended) return;
+        if (reader.ended || isPast(response.snapshot, reader)) return;
       }
     } catch (thrown) {
       signal?.throwIfAborted();
@@ -34,6 +34,17 @@ export async function* watchEvents(open, reader, requestId, signal) {
     }
     await sleep(backoff.next(), signal);
   }
+}
+
+/**
+ * @param {any} snapshot The request when the stream began; only of its first message.
+ * @param {import('./log-reader.js').LogReader} reader
+ * @returns {boolean} Whether the caller began after the terminal event: nothing comes.
+ */
+function isPast(snapshot, reader) {
+  if (!snapshot || reader.lastSeq === null || Number(snapshot.lastSeq) > reader.lastSeq)
+    return false;
+  return !['QUEUED', 'RUNNING'].includes(stateFrom(snapshot.state));
 }
 
 /**

@@ -12,6 +12,7 @@ import {
   payloadFrom,
   payloadTo,
   positionFrom,
+  redrivenFrom,
   requestFrom,
   stateFrom,
   timestamp,
@@ -133,7 +134,7 @@ export class Client {
 
   /**
    * Submits and follows to the end. Aborting `signal` asks for cancellation; the promise then
-   * settles with what became of the request.
+   * settles with what became of the request. `waitMs` has no meaning here.
    * @param {string} action
    * @param {unknown} [payload] As of {@link submit}.
    * @param {SubmitOptions & CallOptions & ResultOptions & import('./events.js').Observer}
@@ -146,9 +147,13 @@ export class Client {
   async run(action, payload = {}, options = {}) {
     const { signal, raw = false } = options;
     signal?.throwIfAborted();
-    const submission = await this.submit(action, payload, { ...options, signal: undefined });
-    if (submission.error) throw requestFailed(submission.error, submission);
-    if (submission.result) return read(submission.result, raw);
+    const once = { ...options, waitMs: 0, signal: undefined };
+    const submission = await this.submit(action, payload, once);
+    if (submission.lastSeq === 0) {
+      // A sync action has no log.
+      if (submission.error) throw requestFailed(submission.error, submission);
+      if (submission.result) return read(submission.result, raw);
+    }
     const giveUp = new AbortController();
     const cancel = () => {
       const reason = signal?.reason instanceof Error ? signal.reason.message : 'aborted';
@@ -252,6 +257,41 @@ export class Client {
   async redrive(requestId, options = {}) {
     const message = { requestId, id: options.id ?? randomUUID() };
     return requestFrom((await this.#call(this.#router, 'redrive', message, options)).request);
+  }
+
+  /**
+   * Runs many failed or cancelled requests again, newest first, a page at a time: the caller's own,
+   * with permission `requests:write` the tenant's. Leaving the loop leaves the rest as it is. Safe
+   * to repeat: what was redriven so before is not redriven again.
+   * @param {object} [options]
+   * @param {('FAILED' | 'CANCELLED')[]} [options.states] Default `FAILED` only.
+   * @param {string} [options.action] Only this one; default all.
+   * @param {Date | number} [options.since] Only requests accepted at or after this; a number is
+   *   milliseconds since 1970.
+   * @param {Date | number} [options.until] Only requests accepted before this.
+   * @param {boolean} [options.dryRun] Only says what would be redriven; default `false`.
+   * @param {number} [options.pageSize] 1 to 500; default 50.
+   * @param {AbortSignal} [options.signal]
+   * @param {number} [options.timeoutMs] Of each page.
+   * @returns {AsyncGenerator<import('./client-messages.js').Redriven[], void, void>} Pages; one may
+   *   be empty though more follow.
+   */
+  async *redriveAll(options = {}) {
+    const { states = [], action = '', since, until, dryRun = false, pageSize = 0 } = options;
+    const message = {
+      states: states.map((state) => `REQUEST_STATE_${state}`),
+      action,
+      createTimeFrom: since === undefined ? undefined : timestamp(since),
+      createTimeUntil: until === undefined ? undefined : timestamp(until),
+      dryRun,
+      pageSize,
+      pageToken: '',
+    };
+    do {
+      const page = await this.#call(this.#router, 'redriveMany', message, options);
+      yield page.redriven.map(redrivenFrom);
+      message.pageToken = page.nextPageToken;
+    } while (message.pageToken !== '');
   }
 
   /**

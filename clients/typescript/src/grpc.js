@@ -102,15 +102,20 @@ export function connect(Service, endpoint, options = {}) {
 /**
  * @param {TokenSource} source
  * @returns {Promise<string>} The token to use now.
+ * @throws {CallError} `UNAUTHENTICATED` when it cannot be one. The message does not contain it,
+ *   as that of grpc-js would.
  */
 export async function freshToken(source) {
-  const token = typeof source === 'function' ? await source() : source;
-  if (typeof token !== 'string' || token === '') {
-    throw new StreamerError('token must be a string, or a function that returns one', {
+  const given = typeof source === 'function' ? await source() : source;
+  const token = typeof given === 'string' ? given.trim() : '';
+  if (!/^[\x21-\x7e]+$/.test(token)) {
+    const rule = 'a string, or a function that returns one, of visible ASCII characters';
+    throw new CallError(`token must be ${rule}`, {
       code: 'UNAUTHORIZED',
+      status: status.UNAUTHENTICATED,
     });
   }
-  return token.trim();
+  return token;
 }
 
 /**

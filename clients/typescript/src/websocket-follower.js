@@ -73,14 +73,17 @@ export class Follower {
   /**
    * The server says where the subscription begins.
    * @param {{uid: string, last_seq: number, state: string}} snapshot
+   * @param {number} [afterSeq] What was asked for.
+   * @returns {boolean} Whether the terminal event still has to be asked for: the request has ended,
+   *   and its log up to there was said to be known.
    */
-  begin({ uid, last_seq: lastSeq, state }) {
+  begin({ uid, last_seq: lastSeq, state }, afterSeq) {
     this.subscribing = false;
     this.subscribed = true;
     this.uid = uid;
-    // Of an ended request the terminal event still comes.
     const running = state === 'QUEUED' || state === 'RUNNING';
     if (running && this.reader.lastSeq === null) this.reader.skipTo(lastSeq);
+    return !running && afterSeq !== undefined && afterSeq >= lastSeq;
   }
 
   /**
@@ -91,8 +94,8 @@ export class Follower {
   take(event) {
     try {
       if (this.reader.misses(event)) return this.#miss(event);
-      if (!this.reader.accept(event)) return false;
-      tell(this.options, event);
+      // A terminal event that its caller claims to know is the outcome all the same.
+      if (this.reader.accept(event)) tell(this.options, event);
       if (isTerminal(event)) this.succeed(resultOf(event));
     } catch (error) {
       this.fail(error);

@@ -13,6 +13,9 @@ const GOOD_MS = 5000;
 /** More time for a server that says that there are too many connections, in milliseconds. */
 const TOO_MANY_MS = 1000;
 
+/** What a subprotocol may be made of, and so a token. */
+const TOKEN = /^[\w!#$%&'*+.^`|~-]+$/;
+
 const BAD_PROTOCOL = 4400;
 const UNAUTHENTICATED = 4401;
 const FORBIDDEN = 4403;
@@ -79,10 +82,16 @@ export class Link {
       return;
     }
     if (this.#closed) return;
+    const bearer = typeof current === 'string' ? current.trim() : '';
+    if (!TOKEN.test(bearer)) {
+      // A browser's own message would contain it.
+      this.#end(new ConnectionClosed('token must be a JWT, or a function that returns one', UNAUTHENTICATED));
+      return;
+    }
     try {
-      this.#attach(new WebSocket(url, ['streamer.v1.json', `bearer.${current.trim()}`]));
+      this.#attach(new WebSocket(url, ['streamer.v1.json', `bearer.${bearer}`]));
     } catch (error) {
-      // The URL or the token is none.
+      // The URL is none.
       this.#end(new ConnectionClosed(String(error)));
     }
   }

@@ -225,20 +225,27 @@ export class StreamerSocket {
     this.#followers.delete(follower);
   }
 
-  /** @param {Follower} follower Wants the events after those it has. */
-  #subscribe(follower) {
+  /**
+   * @param {Follower} follower Wants the events after those it has.
+   * @param {boolean} [outcome] The terminal event is all that is left.
+   */
+  #subscribe(follower, outcome = false) {
     if (follower.subscribing || follower.settled) return;
     follower.subscribing = true;
     const name = follower.uid || follower.name;
+    /** @type {number | undefined} */
+    let afterSeq;
     const frame = () => {
       // The connection has one place in each log: that of whoever is furthest behind.
       const same = [...this.#followers].filter((other) => other.follows(follower));
       const mode = same.every((other) => other.latest) ? 'latest' : 'all';
       const places = same.flatMap(({ reader }) => reader.lastSeq ?? []);
-      const afterSeq = places.length > 0 ? Math.min(...places) : undefined;
+      afterSeq = places.length > 0 && !outcome ? Math.min(...places) : undefined;
       return message('subscribe', { request_id: name, after_seq: afterSeq, mode });
     };
-    const begin = (/** @type {Message} */ { body }) => follower.begin(body);
+    const begin = (/** @type {Message} */ { body }) => {
+      if (follower.begin(/** @type {any} */ (body), afterSeq)) this.#subscribe(follower, true);
+    };
     const fail = (/** @type {unknown} */ error) =>
       this.#settle(follower, () => follower.fail(error));
     this.#calls.make('subscribe', name, frame, begin, fail);

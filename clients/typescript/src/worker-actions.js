@@ -76,7 +76,8 @@ export function declaration(name, options) {
     throw new TypeError(`${name}: a sync action must take less than ${SYNC_THRESHOLD_MS} ms`);
   }
   const schema = typeof payloadSchema === 'string' ? payloadSchema : JSON.stringify(payloadSchema);
-  const { description = '', permission = '' } = options;
+  const description = (options.description ?? '').toWellFormed();
+  const { permission = '' } = options;
   checkSize(`${name}: description`, Buffer.byteLength(description), MAX_DESCRIPTION_BYTES);
   checkSize(`${name}: payloadSchema`, Buffer.byteLength(schema), MAX_SCHEMA_BYTES);
   const codes = finalErrors.map((code) => `ERROR_CODE_${code}`);

@@ -156,7 +156,12 @@ export class Context {
         metadata === undefined ? null : Buffer.from(toJson(metadata, 'progress.metadata'));
       const metadataBytes = data?.length ?? 0;
       checkSize('progress.metadata', metadataBytes, MAX_PROGRESS_METADATA_BYTES);
-      const body = { percentage, message, metadata: data && { contentType: JSON_TYPE, data } };
+      const body = {
+        percentage,
+        // A lone surrogate has no UTF-8.
+        message: message.toWellFormed(),
+        metadata: data && { contentType: JSON_TYPE, data },
+      };
       return this.#sink.report('progress', body, messageBytes + metadataBytes);
     });
   }
@@ -174,7 +179,8 @@ export class Context {
       const { contentType, bytes } = toChunk(chunk);
       checkSize('output', bytes.length, this.#sink.limits.maxOutputChunkBytes);
       checkSize('output.content_type', Buffer.byteLength(contentType), MAX_CONTENT_TYPE_BYTES);
-      return this.#sink.report('output', { contentType, data: bytes }, bytes.length);
+      const body = { contentType: contentType.toWellFormed(), data: bytes };
+      return this.#sink.report('output', body, bytes.length);
     });
   }
 

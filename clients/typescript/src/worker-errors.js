@@ -1,6 +1,7 @@
 /** What a handler throws to say how its attempt ended. */
 
 import { LimitError, StreamerError } from './errors.js';
+import { JSON_TYPE, toJson } from './payload.js';
 
 /** What a handler may give as `code`. */
 const CODES = new Set([
@@ -20,6 +21,8 @@ const CODES = new Set([
 
 /** Longest message of an error, in bytes; the rest is cut off. */
 const MAX_MESSAGE_BYTES = 4096;
+/** Largest details of an error, in bytes; larger ones are left out. */
+const MAX_DETAILS_BYTES = 64 * 1024;
 
 /** The attempt failed. Without more, another attempt may do better. */
 export class HandlerError extends StreamerError {
@@ -28,7 +31,8 @@ export class HandlerError extends StreamerError {
    * @param {object} [options]
    * @param {boolean} [options.retryable] Whether another attempt may do better; default `true`.
    * @param {string} [options.code] One of the error codes; default `PROCESSING_FAILED`.
-   * @param {object | null} [options.details] A JSON object with more.
+   * @param {object | null} [options.details] A JSON object with more; left out when it is over
+   *   64 KiB or cannot be written as JSON.
    * @param {unknown} [options.cause] What brought it about; it stays in this process.
    */
   constructor(message, { retryable = true, code = 'PROCESSING_FAILED', details, cause } = {}) {
@@ -101,19 +105,36 @@ function message(thrown) {
  * @param {HandlerError} error
  */
 export function errorReport(error) {
-  const details = error.details ? Buffer.from(JSON.stringify(error.details)) : null;
+  const details = detailsOf(error);
   return {
     code: `ERROR_CODE_${error.code}`,
-    message: cut(error.message || error.name),
+    message: cut(String(error.message || error.name)),
     retryable: error.retryable,
-    details: details && { contentType: 'application/json', data: details },
+    details: details && { contentType: JSON_TYPE, data: details },
   };
 }
 
-/** @param {string} text */
+/**
+ * @param {HandlerError} error
+ * @returns {Buffer | null}
+ */
+function detailsOf({ details }) {
+  if (!details) return null;
+  try {
+    const bytes = Buffer.from(toJson(details));
+    return bytes.length <= MAX_DETAILS_BYTES ? bytes : null;
+  } catch {
+    return null;
+  }
+}
+
+/**
+ * @param {string} text
+ * @returns {string} Well-formed: a lone surrogate has no UTF-8.
+ */
 function cut(text) {
   const bytes = Buffer.from(text);
-  if (bytes.length <= MAX_MESSAGE_BYTES) return text;
+  if (bytes.length <= MAX_MESSAGE_BYTES) return text.toWellFormed();
   // A character that is cut in two at the end is dropped.
   return bytes
     .subarray(0, MAX_MESSAGE_BYTES)

@@ -41,6 +41,7 @@ const MAX_TIMER_MS = 2 ** 31 - 1;
 /**
  * @typedef {object} Ending
  * @property {boolean} welcomed Whether the server had let the worker in.
+ * @property {boolean} answered Whether it had answered a heartbeat.
  * @property {import('./grpc.js').CallError | null} error Why it ended; `null` when it was closed
  *   in order.
  */
@@ -52,10 +53,11 @@ export class WorkStream {
   /** @type {any} */
   #call = null;
   #welcomed = false;
+  #answered = false;
   /** Every attempt knows from where it goes on: reports may be sent. */
   #open = false;
   #over = false;
-  #cancelled = false;
+  #cancellation = new AbortController();
   /** @type {Set<Attempt>} Those with something to send, in turn. */
   #ready = new Set();
   #writable = true;
@@ -78,7 +80,9 @@ export class WorkStream {
     /** @type {import('./grpc.js').CallError | null} */
     let error = null;
     try {
-      const metadata = await authorization(this.host.token);
+      // Whoever makes the token may take for ever.
+      const { signal } = this.#cancellation;
+      const metadata = await unlessAborted(authorization(this.host.token), signal);
       // A channel of its own: when to try again is decided here, not by the channel.
       this.#service = connect(WorkerService, this.host.endpoint, {
         'grpc.use_local_subchannel_pool': 1,
@@ -90,7 +94,7 @@ export class WorkStream {
     this.#over = true;
     for (const timer of this.#timers) clearTimeout(timer);
     this.#service?.close();
-    return { welcomed: this.#welcomed, error };
+    return { welcomed: this.#welcomed, answered: this.#answered, error };
   }
 
   /** @param {Attempt} attempt It may have something to send. */
@@ -113,7 +117,7 @@ export class WorkStream {
 
   /** Ends it now. */
   cancel() {
-    this.#cancelled = true;
+    this.#cancellation.abort();
     this.#call?.cancel();
   }
 
@@ -135,7 +139,7 @@ export class WorkStream {
       this.#after(WELCOME_TIMEOUT_MS, () => {
         if (!this.#welcomed) call.cancel();
       });
-      if (this.#cancelled) call.cancel();
+      if (this.#cancellation.signal.aborted) call.cancel();
       else this.#write({ hello: this.host.hello() });
     });
   }
@@ -239,6 +243,7 @@ export class WorkStream {
   /** @param {any} reply */
   #onHeartbeatReply(reply) {
     this.#unanswered = 0;
+    this.#answered = true;
     for (const cancel of reply.cancelled) this.host.find(cancel)?.cancel(cancel.reason);
     for (const revoke of reply.revoked) this.#onRevoke(revoke);
     if (reply.draining) this.host.draining();
@@ -324,8 +329,13 @@ export function nameOf({ uid, attempt }) {
 
 /** Endings before `welcome` after which repeating does not help. */
 const FINAL = new Set([status.UNAUTHENTICATED, status.PERMISSION_DENIED, status.INVALID_ARGUMENT]);
-/** Endings that say that the worker broke a rule, and would break it again. */
-const OUR_FAULT = new Set([status.INVALID_ARGUMENT, status.RESOURCE_EXHAUSTED]);
+/** Endings that may say that the worker broke a rule, and would break it again. */
+const OUR_FAULT = new Set([
+  status.INVALID_ARGUMENT,
+  status.INTERNAL,
+  status.OUT_OF_RANGE,
+  status.RESOURCE_EXHAUSTED,
+]);
 
 /**
  * @param {Ending} ending
@@ -340,8 +350,24 @@ export function isFinal({ welcomed, error }) {
 
 /**
  * @param {Ending} ending
- * @returns {boolean} Whether the next waits begin anew.
+ * @returns {boolean} Whether the next waits begin anew. What is sent again after `welcome` may be
+ *   what ended the stream; a heartbeat is answered after the reports before it were taken in.
  */
-export function wentWell({ welcomed, error }) {
-  return welcomed && !(error && OUR_FAULT.has(error.status));
+export function wentWell({ answered, error }) {
+  return answered && !(error && OUR_FAULT.has(error.status));
+}
+
+/**
+ * @template T
+ * @param {Promise<T>} promise
+ * @param {AbortSignal} signal
+ * @returns {Promise<T>} Rejects with the signal's reason when it aborts before.
+ */
+function unlessAborted(promise, signal) {
+  return new Promise((resolve, reject) => {
+    const aborted = () => reject(signal.reason);
+    if (signal.aborted) aborted();
+    signal.addEventListener('abort', aborted, { once: true });
+    promise.then(resolve, reject);
+  });
 }

@@ -205,7 +205,7 @@ export class Worker {
     const slots = this.#stopping ? 0 : this.slots;
     return {
       workerId: this.workerId,
-      version: this.options.version ?? '',
+      version: (this.options.version ?? '').toWellFormed(),
       sdk: SDK,
       slots,
       actions,
@@ -237,8 +237,18 @@ export class Worker {
     const attempt = new Attempt(info, limits, heartbeatTimeoutMs, changed);
     this.#attempts.set(nameOf(info), attempt);
     if (this.#stopping) this.#handBack(attempt);
-    else if (action) attempt.run(action.handler);
+    else if (action) this.#run(attempt, action.handler);
     else attempt.fail(new FatalError(`no ${info.action} here`, { code: 'INVALID_ACTION' }));
+  }
+
+  /**
+   * @param {Attempt} attempt
+   * @param {Handler} handler
+   */
+  #run(attempt, handler) {
+    attempt.run(handler).catch(() => {
+      attempt.fail(new HandlerError('the handler threw what cannot be told'));
+    });
   }
 
   /**

@@ -99,6 +99,9 @@ async fn redrive_all(api: &Api, arguments: &RedriveArguments) -> anyhow::Result<
         for redriven in page.redriven {
             count += 1;
             let mut told = json!({ "redrive_of": redriven.uid });
+            if let Some(error) = redriven.error {
+                told["error"] = error.message.into();
+            }
             if let Some(request) = redriven.request {
                 told["request_id"] = request.request_id.into();
                 told["uid"] = request.uid.into();

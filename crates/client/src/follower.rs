@@ -123,6 +123,13 @@ impl Follower {
             // Not the request's end: this call was refused, and may be made again if that helps.
             return Err(ClientError::Refused(message.error()));
         }
+        if let Some(seq) = message.seq
+            && message.kind != "response"
+            && seq > self.last_seq.max(1) + 1
+        {
+            let last_seq = self.last_seq;
+            return Err(ClientError::Unexpected(format!("event {seq} follows event {last_seq}")));
+        }
         let message = self.take(message);
         if let (Some(check), Some(message)) = (&mut self.check, &message) {
             message.check_output(check)?;

@@ -37,6 +37,10 @@ pub const MAX_ERROR_DETAILS_BYTES: usize = 64 * 1024;
 /// What a message needs beside its payload, in bytes.
 pub const ENVELOPE_BYTES: usize = 64 * 1024;
 
+/// What a message of a worker needs beside its payload, in bytes: a checkpoint, or the schemas of
+/// what it declares.
+pub const WORKER_ENVELOPE_BYTES: usize = 1024 * 1024;
+
 /// The limits that an operator sets.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Limits {
@@ -47,6 +51,13 @@ pub struct Limits {
 }
 
 impl Limits {
+    /// Largest message between a worker and a processor, in bytes: a payload or a chunk, and
+    /// whatever else a message may hold.
+    #[must_use]
+    pub const fn max_worker_message_bytes(&self) -> usize {
+        self.max_message_bytes().saturating_add(WORKER_ENVELOPE_BYTES)
+    }
+
     /// Largest batch of events that an attempt publishes, in bytes: what waited, what came while
     /// the handler ended, its checkpoint and its result.
     #[must_use]

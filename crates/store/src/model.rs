@@ -1,6 +1,6 @@
 //! What goes into the store and comes out of it.
 
-use std::collections::HashMap;
+use std::collections::{HashMap, HashSet};
 
 use bytes::Bytes;
 use streamer_core::{RequestState, Timestamp, Uid};
@@ -272,6 +272,8 @@ pub struct DueQuery {
     pub per_tenant: usize,
     /// Of these tenants so many instead; a tenant with none is passed over.
     pub limits: HashMap<String, usize>,
+    /// These actions of these tenants are passed over.
+    pub blocked: HashSet<(String, String)>,
 }
 
 /// A declaration of an action.

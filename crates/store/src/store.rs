@@ -71,8 +71,9 @@ pub trait Store: Send + Sync + 'static {
     ) -> Result<Vec<RequestRecord>, StoreError>;
 
     /// Goes on with a running attempt that its worker still has: the request must be running it,
-    /// given to that worker, whoever held the lease. The holder before is fenced by the log: what
-    /// it still appends collides. `None` when the attempt is not that worker's. A repeat is
+    /// given to that worker, whoever held the lease. The holder before is fenced by the log: the
+    /// events that it still appends collide; its checkpoints alone do not, so it must stop first where
+    /// several processors share the store. `None` when the attempt is not that worker's. A repeat is
     /// harmless.
     async fn adopt(&self, adopt: Adopt) -> Result<Option<RequestRecord>, StoreError>;
 

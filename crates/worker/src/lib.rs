@@ -154,7 +154,7 @@ impl Worker {
         let identity = Identity::new(self.slots, self.version, &self.handlers);
         let mut attempts = Attempts::new(self.handlers);
         let mut backoff = Backoff::new(FIRST_BACKOFF, MAX_BACKOFF);
-        let mut give_up_at: Option<Instant> = None;
+        let mut drain_at: Option<Instant> = None;
         loop {
             let client = WorkerServiceClient::new(channel.clone())
                 .max_decoding_message_size(MAX_MESSAGE_BYTES)
@@ -164,6 +164,7 @@ impl Worker {
                 token: self.token.as_ref(),
                 attempts: &mut attempts,
                 shutdown: &shutdown,
+                drain_at: &mut drain_at,
                 drain_timeout: self.drain_timeout,
             };
             let lost = match session.run(client).await? {
@@ -190,7 +191,7 @@ impl Worker {
             tracing::warn!(status = %lost.message(), ?wait, "lost the stream to the server");
             if shutdown.is_cancelled() {
                 // Somebody else takes over what cannot be handed back.
-                let at = *give_up_at.get_or_insert_with(|| Instant::now() + self.drain_timeout);
+                let at = *drain_at.get_or_insert_with(|| Instant::now() + self.drain_timeout);
                 if attempts.is_empty() || timeout_at(at, sleep(wait)).await.is_err() {
                     return Ok(());
                 }

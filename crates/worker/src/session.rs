@@ -56,12 +56,13 @@ impl Identity {
         Self { worker_id: format!("{host}-{random}"), version, slots, actions: actions.collect() }
     }
 
-    fn hello(&self, attempts: &Attempts) -> Hello {
+    fn hello(&self, attempts: &Attempts, stopping: bool) -> Hello {
+        let slots = if stopping { 0 } else { self.slots };
         Hello {
             worker_id: self.worker_id.clone(),
             version: self.version.clone(),
             sdk: concat!("rust/", env!("CARGO_PKG_VERSION")).to_owned(),
-            slots: i32::try_from(self.slots).unwrap_or(i32::MAX),
+            slots: i32::try_from(slots).unwrap_or(i32::MAX),
             actions: self.actions.clone(),
             attempts: attempts.named(),
         }
@@ -83,6 +84,8 @@ pub(crate) struct Session<'a> {
     pub(crate) token: &'a dyn TokenSource,
     pub(crate) attempts: &'a mut Attempts,
     pub(crate) shutdown: &'a CancellationToken,
+    /// When what still runs is handed back, once the worker stops; the same on every stream.
+    pub(crate) drain_at: &'a mut Option<Instant>,
     pub(crate) drain_timeout: Duration,
 }
 
@@ -95,7 +98,9 @@ impl Session<'_> {
         let authorization = HeaderValue::try_from(format!("Bearer {token}"))
             .map_err(|_| TokenError("it is not visible ASCII".into()))?;
         let (outbound, messages) = mpsc::channel(OUTBOX);
-        let hello = work_request::Message::Hello(self.identity.hello(self.attempts));
+        let hello = work_request::Message::Hello(
+            self.identity.hello(self.attempts, self.shutdown.is_cancelled()),
+        );
         let hello = WorkRequest { message: Some(hello) };
         if outbound.send(hello).await.is_err() {
             return Ok(Ended::Before(Status::unavailable("the stream was not opened")));
@@ -109,7 +114,17 @@ impl Session<'_> {
             }
         };
         let late = Err(Status::deadline_exceeded("the server did not say welcome in time"));
-        let (inbound, welcome) = match timeout(WELCOME_TIMEOUT, opening).await.unwrap_or(late) {
+        let nothing_left = async {
+            self.shutdown.cancelled().await;
+            if !self.attempts.is_empty() {
+                std::future::pending::<()>().await;
+            }
+        };
+        let opened = tokio::select! {
+            opened = timeout(WELCOME_TIMEOUT, opening) => opened.unwrap_or(late),
+            () = nothing_left => return Ok(Ended::Drained),
+        };
+        let (inbound, welcome) = match opened {
             Ok(opened) => opened,
             Err(status) => return Ok(Ended::Before(status)),
         };
@@ -249,7 +264,9 @@ impl Conversation<'_> {
             }
             Step::Refreshed(token) => self.refreshed(token).await,
             Step::BeginDrain => {
-                self.drain = Drain::Ending(Instant::now() + self.session.drain_timeout);
+                let timeout = self.session.drain_timeout;
+                let at = *self.session.drain_at.get_or_insert_with(|| Instant::now() + timeout);
+                self.drain = Drain::Ending(at);
                 self.send(work_request::Message::Capacity(Capacity { slots: 0 })).await
             }
             Step::DrainOn => match self.drain {

@@ -2,13 +2,13 @@
 //! they left.
 
 use std::{
-    collections::{BTreeMap, HashSet},
+    collections::{BTreeMap, HashMap, HashSet},
     sync::Arc,
     time::Duration,
 };
 
 use parking_lot::Mutex;
-use streamer_core::{ActionSpec, Clock, Violations};
+use streamer_core::{ActionSpec, Clock, Timestamp, Violations};
 use streamer_handler::{DynHandler, Handlers};
 use streamer_proto::{common::v1::Action, internal::v1::OfferedAction};
 use streamer_rpc::{action_from_proto, action_to_proto};
@@ -17,6 +17,12 @@ use tokio::sync::watch;
 
 use crate::workers::{Key, Seat, Workers};
 
+/// Declarations that are kept for one tenant, or for all tenants together, at most.
+const MAX_KEPT: usize = 1000;
+/// Bytes of their schemas and descriptions at most.
+const MAX_KEPT_BYTES: usize = 1024 * 1024;
+/// Declarations are saved again when they were saved so long ago.
+const SAVE_AGAIN: Duration = Duration::from_secs(24 * 3600);
 /// An action that nobody has offered for so long is forgotten.
 const MEMORY: Duration = Duration::from_secs(30 * 24 * 3600);
 
@@ -32,8 +38,45 @@ pub(crate) struct Actions {
 #[derive(Default)]
 struct Remembered {
     specs: BTreeMap<Key, Arc<ActionSpec>>,
-    /// Those that were saved by this process.
-    saved: HashSet<Key>,
+    /// When those that this process saved were saved.
+    saved: HashMap<Key, Timestamp>,
+}
+
+/// Why a declaration is not taken.
+#[derive(Debug, thiserror::Error)]
+pub(crate) enum RememberError {
+    /// It cannot be kept now.
+    #[error(transparent)]
+    Store(#[from] StoreError),
+    /// The tenant has too much.
+    #[error(
+        "more than {MAX_KEPT} actions, or {MAX_KEPT_BYTES} bytes of schemas and descriptions, are \
+         declared for {0}"
+    )]
+    TooMuch(String),
+}
+
+impl Remembered {
+    /// Whether all of this can be kept too.
+    fn check_room(&self, news: &[(Key, Arc<ActionSpec>)]) -> Result<(), RememberError> {
+        let bytes = |spec: &ActionSpec| {
+            spec.description.len() + spec.payload_schema.as_ref().map_or(0, String::len)
+        };
+        let tenants: HashSet<&Option<String>> = news.iter().map(|(key, _)| &key.tenant).collect();
+        for tenant in tenants {
+            let mut all: BTreeMap<&str, usize> = BTreeMap::new();
+            let kept = self.specs.iter().chain(news.iter().map(|(key, spec)| (key, spec)));
+            for (key, spec) in kept.filter(|(key, _)| key.tenant == *tenant) {
+                all.insert(&key.action, bytes(spec));
+            }
+            if all.len() > MAX_KEPT || all.values().sum::<usize>() > MAX_KEPT_BYTES {
+                let name =
+                    tenant.as_ref().map_or("all tenants".into(), |t| format!("tenant {t:?}"));
+                return Err(RememberError::TooMuch(name));
+            }
+        }
+        Ok(())
+    }
 }
 
 /// What is declared of an action, for a tenant that asks for it.
@@ -90,13 +133,18 @@ impl Actions {
         declared: Vec<(Key, Arc<ActionSpec>)>,
         store: &dyn Store,
         clock: &dyn Clock,
-    ) -> Result<(), StoreError> {
+    ) -> Result<(), RememberError> {
+        let now = clock.now();
         let news: Vec<_> = {
             let remembered = self.remembered.lock();
             let is_kept = |(key, spec): &(Key, Arc<ActionSpec>)| {
-                remembered.saved.contains(key) && remembered.specs.get(key) == Some(spec)
+                let saved = remembered.saved.get(key);
+                saved.is_some_and(|at| now.since(*at) < SAVE_AGAIN)
+                    && remembered.specs.get(key) == Some(spec)
             };
-            declared.into_iter().filter(|one| !is_kept(one)).collect()
+            let news: Vec<_> = declared.into_iter().filter(|one| !is_kept(one)).collect();
+            remembered.check_room(&news)?;
+            news
         };
         if news.is_empty() {
             return Ok(());
@@ -105,10 +153,10 @@ impl Actions {
             tenant: key.tenant.clone(),
             action: action_to_proto(spec, self.sync_threshold),
         });
-        store.save_actions(actions.collect(), clock.now()).await?;
+        store.save_actions(actions.collect(), now).await?;
         let mut remembered = self.remembered.lock();
         for (key, spec) in news {
-            remembered.saved.insert(key.clone());
+            remembered.saved.insert(key.clone(), now);
             remembered.specs.insert(key, spec);
         }
         Ok(())

@@ -114,8 +114,9 @@ pub(crate) struct Launch {
 
 /// How an attempt left the stage.
 pub(crate) enum Finished {
-    /// With this last event; another attempt is due at the given time when it is `retrying`.
-    Concluded(Kind, Option<Timestamp>),
+    /// With this last event; another attempt is due at the given time when it is `retrying`. And why
+    /// cancellation was asked for, when it was.
+    Concluded(Kind, Option<Timestamp>, Option<String>),
     /// It was taken over, or left to whoever will.
     Lost,
 }
@@ -167,6 +168,7 @@ pub(crate) async fn run(
         handle,
         deadline: TimeLimit::nearest(&record, &spec, now),
         close_by: record.close_by,
+        published_at: Instant::now(),
         spec,
     };
     attempt.drive(started, work).await
@@ -213,6 +215,7 @@ struct Attempt<'a> {
     spec: Arc<ActionSpec>,
     deadline: Option<TimeLimit>,
     close_by: Option<Timestamp>,
+    published_at: Instant,
 }
 
 impl Attempt<'_> {
@@ -228,13 +231,15 @@ impl Attempt<'_> {
         loop {
             let deadline =
                 OptionFuture::from(self.deadline.as_ref().map(|limit| sleep_until(limit.at)));
-            let silence = OptionFuture::from(self.silent_at().map(sleep_until));
+            let silent_at = self.silent_at(!sending.is_terminated());
+            let silence = OptionFuture::from(silent_at.map(sleep_until));
             let grace = OptionFuture::from(cut_off.map(sleep_until));
             tokio::select! {
                 biased;
                 () = self.handle.lost_signal.cancelled() => {}
                 sent = &mut sending, if !sending.is_terminated() => match sent {
                     Ok(cancel_reason) => {
+                        self.published_at = Instant::now();
                         // The last event of an attempt is no report of its handler.
                         let ending = i64::from(last.is_some());
                         self.reports.note_durable(self.next_seq - 1 - self.attempt_seq - ending);
@@ -261,7 +266,7 @@ impl Attempt<'_> {
                 }
                 Some(()) = silence, if working => {
                     // It may have reported since the timer was set.
-                    if self.silent_at().is_some_and(|at| at <= Instant::now()) {
+                    if self.silent_at(false).is_some_and(|at| at <= Instant::now()) {
                         working = false;
                         work.abort();
                         outcome = Some(Outcome::Failed(RequestError::new(
@@ -293,7 +298,7 @@ impl Attempt<'_> {
                 continue;
             }
             if let Some((kind, retry_at)) = last.take() {
-                return Finished::Concluded(kind, retry_at);
+                return Finished::Concluded(kind, retry_at, self.handle.cancel_reason());
             }
             let mut batch = self.take_reports();
             if let Some(outcome) = outcome.take() {
@@ -335,9 +340,11 @@ impl Attempt<'_> {
         }
     }
 
-    /// When the handler will have been silent for too long.
-    fn silent_at(&self) -> Option<Instant> {
-        self.spec.heartbeat_timeout.map(|limit| self.reports.last_push() + limit)
+    /// When the handler will have been silent for too long. While what it reported is on its way to
+    /// the log, it may be waiting for that.
+    fn silent_at(&self, sending: bool) -> Option<Instant> {
+        let limit = self.spec.heartbeat_timeout.filter(|_| !sending)?;
+        Some(self.reports.last_push().max(self.published_at) + limit)
     }
 
     fn take_reports(&mut self) -> PublishRequest {

@@ -22,7 +22,7 @@ use tokio_util::{sync::CancellationToken, task::TaskTracker};
 
 use crate::{
     ProcessorOptions,
-    actions::{Actions, Declared, Runner},
+    actions::{Actions, Declared, RememberError, Runner},
     attempt::{AttemptHandle, Environment},
     durations::Durations,
     fair::Turns,
@@ -149,7 +149,7 @@ impl Dispatcher {
     }
 
     /// Keeps what a worker declares, for the time when nobody offers it.
-    pub(crate) async fn remember_actions(&self, worker: &Worker) -> Result<(), StoreError> {
+    pub(crate) async fn remember_actions(&self, worker: &Worker) -> Result<(), RememberError> {
         let declared = worker.declared();
         self.actions.remember(declared, &*self.store, &*self.environment.clock).await
     }
@@ -249,9 +249,7 @@ impl Dispatcher {
         self.tasks.close();
         let deadline = self.now().plus(self.options.drain_timeout);
         self.actions.workers.drain(deadline);
-        for running in self.running.lock().values().filter(|running| running.remote) {
-            running.handle.lose();
-        }
+        self.leave_to_workers();
         if timeout(self.options.drain_timeout, self.tasks.wait()).await.is_ok() {
             return;
         }
@@ -264,20 +262,46 @@ impl Dispatcher {
         }
     }
 
+    /// What workers run is theirs to bring along; what they have not been given is handed back.
+    pub(crate) fn leave_to_workers(&self) {
+        for running in self.running.lock().values().filter(|running| running.remote) {
+            if running.attempt == 0 {
+                running.handle.release("the processor stops");
+            } else {
+                running.handle.lose();
+            }
+        }
+    }
+
+    pub(crate) fn is_stopping(&self) -> bool {
+        self.stopping.load(Ordering::SeqCst)
+    }
+
     /// Starts what is due while there is room.
     async fn dispatch(self: &Arc<Self>) -> Result<(), StoreError> {
         let mut looked_at = self.now();
+        // What is noted from here on is compared with what the store says at the end.
+        if self.next_due.lock().take().is_some_and(|due| due <= looked_at) {
+            self.signal.note_backlog();
+        }
+        // What could not be started does not hide what is queued behind it.
+        let mut blocked = HashSet::new();
         while self.signal.take_backlog() {
+            let freed = self.signal.freed();
             let (actions, full) = self.with_room();
             if full {
                 // A slot that is given back looks again.
                 self.signal.note_backlog();
             }
             if actions.is_empty() {
-                return Ok(());
+                if self.signal.freed() != freed {
+                    continue;
+                }
+                break;
             }
             looked_at = self.now();
-            let (started, left) = match self.start_due(&actions).await {
+            let known = blocked.len();
+            let (started, left) = match self.start_due(&actions, &mut blocked).await {
                 Ok(outcome) => outcome,
                 Err(error) => {
                     self.signal.note_backlog();
@@ -287,12 +311,18 @@ impl Dispatcher {
             if left {
                 self.signal.note_backlog();
             }
-            if started == 0 {
+            let may_find_more = blocked.len() > known && self.slots.free() > 0;
+            if started == 0 && !may_find_more && self.signal.freed() == freed {
                 break;
+            }
+            if self.signal.freed() != freed {
+                blocked.clear();
             }
         }
         // What has become due since then was not seen.
-        *self.next_due.lock() = self.store.next_due(looked_at).await?;
+        let due = self.store.next_due(looked_at).await?;
+        let mut noted = self.next_due.lock();
+        *noted = [*noted, due].into_iter().flatten().min();
         Ok(())
     }
 
@@ -319,7 +349,11 @@ impl Dispatcher {
     }
 
     /// Looks at the queue once; says how many were started, and whether more may be waiting.
-    async fn start_due(self: &Arc<Self>, actions: &[String]) -> Result<(usize, bool), StoreError> {
+    async fn start_due(
+        self: &Arc<Self>,
+        actions: &[String],
+        blocked: &mut HashSet<(String, String)>,
+    ) -> Result<(usize, bool), StoreError> {
         let limits = self.limits();
         let room = usize::try_from(self.slots.free()).unwrap_or(usize::MAX);
         let per_tenant = room.clamp(1, PER_TENANT);
@@ -332,6 +366,7 @@ impl Dispatcher {
             tenants: TENANTS,
             per_tenant,
             limits: limits.clone(),
+            blocked: blocked.clone(),
         };
         let page = self.store.due_requests(query).await?;
         let whole = page.next_tenant.is_none() && from_the_first;
@@ -344,6 +379,7 @@ impl Dispatcher {
         let limit = |tenant: &str| limits.get(tenant).map_or(per_tenant, |limit| *limit);
         let more = counts.iter().filter(|(tenant, count)| **count >= limit(tenant));
         let mut left: HashSet<String> = more.map(|(tenant, _)| tenant.clone()).collect();
+        left.extend(blocked.iter().map(|(tenant, _)| tenant.clone()));
         left.extend(limits.iter().filter(|(_, limit)| **limit == 0).map(|(name, _)| name.clone()));
         let mut started = 0;
         for request in self.turns.order(page.requests, &self.slots.by_tenant()) {
@@ -357,7 +393,8 @@ impl Dispatcher {
                     started += 1;
                 }
                 None => {
-                    left.insert(request.tenant);
+                    left.insert(request.tenant.clone());
+                    blocked.insert((request.tenant, request.action));
                 }
             }
         }

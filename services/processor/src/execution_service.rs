@@ -3,19 +3,20 @@
 use std::{panic::AssertUnwindSafe, sync::Arc, time::Duration};
 
 use futures_util::{FutureExt, stream::BoxStream};
+use prost::Message;
 use streamer_auth::{Authenticator, caller_of};
 use streamer_core::{ActionSpec, ErrorCode, RequestError, Timestamp, Uid};
 use streamer_handler::{AttemptInfo, Context, DynHandler, ReportQueue};
 use streamer_proto::{
     internal::v1::{
-        ExecuteRequest, ExecuteResponse, SignalCancelRequest, SignalCancelResponse, WakeRequest,
-        WakeResponse, WatchActionsRequest, WatchActionsResponse,
+        ExecuteRequest, ExecuteResponse, OfferedAction, SignalCancelRequest, SignalCancelResponse,
+        WakeRequest, WakeResponse, WatchActionsRequest, WatchActionsResponse,
         execution_service_server::ExecutionService,
     },
     millis,
 };
 use streamer_rpc::{json_payload, payload_into_parts, status};
-use tokio::{sync::Semaphore, time::timeout};
+use tokio::time::timeout;
 use tokio_stream::{StreamExt, wrappers::WatchStream};
 use tokio_util::sync::CancellationToken;
 use tonic::{Request, Response, Status};
@@ -26,10 +27,13 @@ use crate::{
     dispatcher::Dispatcher,
     metrics::ProcessorMetrics,
     remote::{Assignment, RemoteHandler},
+    slots::Slots,
     worker::RemoteTask,
     workers::Seat,
 };
 
+/// Bytes of one message of a list of actions, unless a single action is larger.
+const PIECE_BYTES: usize = 256 * 1024;
 /// When to come again while all sync slots are taken: sync actions are short.
 const SYNC_RETRY_AFTER: Duration = Duration::from_millis(100);
 
@@ -43,7 +47,7 @@ pub struct ExecutionApi {
     authenticator: Arc<Authenticator>,
     metrics: ProcessorMetrics,
     options: ProcessorOptions,
-    sync_slots: Semaphore,
+    sync_slots: Arc<Slots>,
 }
 
 impl ExecutionApi {
@@ -54,7 +58,8 @@ impl ExecutionApi {
         metrics: ProcessorMetrics,
         options: ProcessorOptions,
     ) -> Self {
-        let sync_slots = Semaphore::new(options.max_concurrent_sync);
+        let total = u32::try_from(options.max_concurrent_sync).unwrap_or(u32::MAX);
+        let sync_slots = Arc::new(Slots::new(total, options.tenant_share));
         Self { dispatcher, actions, authenticator, metrics, options, sync_slots }
     }
 
@@ -62,19 +67,20 @@ impl ExecutionApi {
         let caller = caller_of(&self.authenticator, request.metadata().as_ref()).await?;
         let request = request.into_inner();
         let declared = self.actions.find(&request.action, &caller.principal.tenant);
-        let Some(spec) = declared.map(|declared| declared.spec) else {
+        let Some(declared) = declared else {
             return Err(refusal(
                 ErrorCode::Unavailable,
                 format!("nobody runs {:?} at present", request.action),
             ));
         };
-        let Ok(_slot) = self.sync_slots.try_acquire() else {
+        let Some(_slot) = self.sync_slots.take(&declared, &caller.principal.tenant) else {
             return Err(status(&RequestError::limited(
-                "execution.max_concurrent_sync",
+                "execution.max_concurrent_sync, execution.tenant_share_percent, max_concurrency",
                 "too many sync actions run at once",
                 Some(SYNC_RETRY_AFTER),
             )));
         };
+        let spec = declared.spec;
         let limit = spec.start_to_close.unwrap_or(self.options.sync_timeout);
         let cancellation = CancellationToken::new();
         // A handler that runs on after its time, on another task, learns that nobody waits.
@@ -212,9 +218,28 @@ impl ExecutionService for ExecutionApi {
         self.actions.loaded().await;
         let actions = self.actions.clone();
         let changes = WatchStream::new(self.actions.workers.changes());
-        let lists = changes.map(move |_| Ok(WatchActionsResponse { actions: actions.list() }));
-        Ok(Response::new(Box::pin(lists)))
+        let lists = changes.map(move |_| tokio_stream::iter(pieces(actions.list())));
+        Ok(Response::new(Box::pin(futures_util::StreamExt::flatten(lists))))
     }
+}
+
+/// A list in messages of bounded size: declarations can be large, and many.
+fn pieces(actions: Vec<OfferedAction>) -> Vec<Result<WatchActionsResponse, Status>> {
+    let mut pieces = vec![WatchActionsResponse::default()];
+    let mut bytes = 0;
+    for action in actions {
+        bytes += action.encoded_len();
+        if bytes > PIECE_BYTES && pieces.last().is_some_and(|piece| !piece.actions.is_empty()) {
+            bytes = action.encoded_len();
+            pieces.push(WatchActionsResponse::default());
+        }
+        if let Some(piece) = pieces.last_mut() {
+            piece.actions.push(action);
+        }
+    }
+    let last = pieces.len() - 1;
+    pieces.iter_mut().take(last).for_each(|piece| piece.more = true);
+    pieces.into_iter().map(Ok).collect()
 }
 
 fn parse_uid(bytes: &[u8]) -> Result<Uid, Status> {

@@ -132,9 +132,10 @@ impl Processor {
             clock,
             options,
         );
+        let max_worker_message_bytes = options.limits.max_worker_message_bytes();
         let workers = WorkerServiceServer::new(workers)
-            .max_decoding_message_size(max_message_bytes)
-            .max_encoding_message_size(max_message_bytes);
+            .max_decoding_message_size(max_worker_message_bytes)
+            .max_encoding_message_size(max_worker_message_bytes);
         let service =
             ExecutionApi::new(dispatcher.clone(), actions, authenticator.clone(), metrics, options);
         let internal = ExecutionServiceServer::new(service)

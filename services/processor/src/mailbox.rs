@@ -28,6 +28,7 @@ struct State {
     events: usize,
     bytes: usize,
     checkpoint_bytes: usize,
+    /// The last report is in, or none is wanted any more.
     closed: bool,
 }
 
@@ -76,6 +77,7 @@ impl Mailbox {
                 Kind::KeepAlive(_) if !state.reports.is_empty() => return Ok(()),
                 Kind::KeepAlive(_) | Kind::Result(_) | Kind::Error(_) | Kind::Release(_) => {}
             }
+            state.closed = matches!(kind, Kind::Result(_) | Kind::Error(_) | Kind::Release(_));
             state.count(&kind, usize::wrapping_add);
             state.reports.push_back(kind);
         }

@@ -12,6 +12,9 @@ use streamer_proto::{
 use streamer_rpc::{error_to_proto, json_payload};
 use streamer_store::RequestRecord;
 
+/// An attempt up to this one that is handed back is followed at once by another.
+const FREE_RETURNS: u32 = 3;
+
 /// How an attempt ended.
 pub(crate) enum Outcome {
     /// With this JSON result.
@@ -67,7 +70,11 @@ pub(crate) fn conclude(outcome: Outcome, ended: &Ended<'_>) -> Ending {
     }
     let in_time = |wait: Duration| ended.close_by.is_none_or(|limit| ended.now.plus(wait) < limit);
     let wait = if released {
-        Some(Duration::ZERO)
+        // It costs no attempt, but one that comes back again and again must not go round and round.
+        let again = ended.attempt.saturating_sub(FREE_RETURNS);
+        let unbounded = RetryPolicy { max_attempts: u32::MAX, ..ended.policy };
+        let patience = |failed| unbounded.backoff(failed, ended.random);
+        if again == 0 { Some(Duration::ZERO) } else { patience(again) }
     } else if error.retryable && !ended.policy.final_errors.contains(error.code) {
         ended.policy.backoff(ended.attempt, ended.random)
     } else {

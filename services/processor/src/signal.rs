@@ -1,6 +1,6 @@
 //! Tells the dispatcher that there may be something to start.
 
-use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 
 use tokio::sync::Notify;
 
@@ -8,13 +8,15 @@ use tokio::sync::Notify;
 pub(crate) struct Signal {
     /// There may be more in the queue than hints told of: hints wait their turn.
     backlog: AtomicBool,
+    /// Counts slots that were given back.
+    freed: AtomicU64,
     look: Notify,
 }
 
 impl Default for Signal {
     fn default() -> Self {
         // What an earlier process left is looked for first.
-        Self { backlog: AtomicBool::new(true), look: Notify::new() }
+        Self { backlog: AtomicBool::new(true), freed: AtomicU64::new(0), look: Notify::new() }
     }
 }
 
@@ -32,9 +34,16 @@ impl Signal {
 
     /// Wakes the dispatcher if there is a backlog: a slot is free.
     pub(crate) fn room(&self) {
+        self.freed.fetch_add(1, Ordering::SeqCst);
         if self.has_backlog() {
             self.look.notify_one();
         }
+    }
+
+    /// Changes whenever a slot was given back: who notes a backlog after looking must look again
+    /// when it has.
+    pub(crate) fn freed(&self) -> u64 {
+        self.freed.load(Ordering::SeqCst)
     }
 
     /// Wakes the dispatcher.

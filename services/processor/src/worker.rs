@@ -4,7 +4,7 @@ use std::{
     collections::{BTreeMap, HashMap},
     sync::{
         Arc,
-        atomic::{AtomicBool, AtomicI64, Ordering},
+        atomic::{AtomicBool, Ordering},
     },
     time::Duration,
 };
@@ -52,7 +52,28 @@ struct State {
 struct Stream {
     number: u64,
     outbox: Outbox,
-    replaced: CancellationToken,
+    end: Arc<StreamEnd>,
+}
+
+/// Tells a conversation that its stream is over, and with which status.
+#[derive(Default)]
+pub(crate) struct StreamEnd {
+    over: CancellationToken,
+    status: Mutex<Option<Status>>,
+}
+
+impl StreamEnd {
+    fn end(&self, status: Status) {
+        self.status.lock().get_or_insert(status);
+        self.over.cancel();
+    }
+
+    /// Returns with the status once it is over.
+    pub(crate) async fn ended(&self) -> Status {
+        self.over.cancelled().await;
+        let status = self.status.lock().clone();
+        status.unwrap_or_else(|| Status::unavailable("the stream is over"))
+    }
 }
 
 impl State {
@@ -73,7 +94,7 @@ pub(crate) struct RemoteTask {
     since: Instant,
     pub(crate) mailbox: Mailbox,
     /// Progress and output reports that have come.
-    received: AtomicI64,
+    received: Mutex<i64>,
     /// The worker does not run it any more; why.
     lost: CancellationToken,
     lost_reason: Mutex<Option<String>>,
@@ -92,7 +113,7 @@ impl RemoteTask {
             sync: false,
             since: Instant::now(),
             mailbox: Mailbox::default(),
-            received: AtomicI64::new(received),
+            received: Mutex::new(received),
             lost: CancellationToken::new(),
             lost_reason: Mutex::default(),
             never_arrived: AtomicBool::new(false),
@@ -131,7 +152,9 @@ impl RemoteTask {
     /// # Errors
     /// When it breaks the rules of the protocol.
     pub(crate) fn deliver(&self, number: i64, kind: report::Kind) -> Result<(), Status> {
-        let received = self.received.load(Ordering::SeqCst);
+        // Held to the end: reports of an old stream may still be on their way.
+        let mut last = self.received.lock();
+        let received = *last;
         if matches!(kind, report::Kind::Progress(_) | report::Kind::Output(_)) {
             if number <= received && number > 0 {
                 return Ok(()); // sent again after a reconnect
@@ -158,9 +181,7 @@ impl RemoteTask {
                  (welcome.max_unacknowledged, welcome.max_unacknowledged_bytes)"
             ))
         })?;
-        if number > received {
-            self.received.store(number, Ordering::SeqCst);
-        }
+        *last = received.max(number);
         Ok(())
     }
 
@@ -173,7 +194,7 @@ impl RemoteTask {
     /// The worker, which lives, does not know the task: its stream may have died with it. When it has
     /// said nothing of it, the attempt costs none.
     pub(crate) fn forgotten(&self, reason: impl Into<String>) {
-        if self.received.load(Ordering::SeqCst) == 0 {
+        if *self.received.lock() == 0 {
             self.never_arrived.store(true, Ordering::SeqCst);
         }
         self.lose(reason);
@@ -241,35 +262,39 @@ impl Worker {
     pub(crate) fn renew(&self, newer: Self) {
         let newer = newer.state.into_inner();
         let mut state = self.state.lock();
+        state.last_seen = newer.last_seen;
+        state.silent = false;
         state.actions = newer.actions;
         state.declared_at = newer.declared_at;
         state.grants = newer.grants;
         state.slots = newer.slots;
     }
 
-    /// Gives it a stream; the one before, if any, ends. Returns its number, and what tells that
-    /// another took its place.
-    pub(crate) fn connect(&self, outbox: Outbox) -> (u64, CancellationToken) {
-        let replaced = CancellationToken::new();
+    /// Takes its stream away, so that it gets no tasks: another one is about to take its place.
+    pub(crate) fn detach(&self) {
+        let reason = "another stream of the same worker took its place";
+        self.end_stream(Status::already_exists(reason));
+    }
+
+    /// Gives it a stream. Returns its number, and what tells when it is over.
+    pub(crate) fn connect(&self, outbox: Outbox) -> (u64, Arc<StreamEnd>) {
+        self.detach();
+        let end = Arc::new(StreamEnd::default());
         let mut state = self.state.lock();
         state.streams += 1;
         let number = state.streams;
-        let stream = Stream { number, outbox, replaced: replaced.clone() };
-        if let Some(before) = state.stream.replace(stream) {
-            before.replaced.cancel();
-            state.lose_sync_tasks(&self.id);
-        }
+        state.stream = Some(Stream { number, outbox, end: end.clone() });
         state.last_seen = Instant::now();
         state.silent = false;
-        (number, replaced)
+        (number, end)
     }
 
-    /// Ends its stream with this status.
+    /// Ends its stream with this status, if it has one.
     pub(crate) fn end_stream(&self, status: Status) {
-        if let Some(stream) = self.state.lock().stream.take() {
-            // A stream whose outbox is full ends without a word.
-            drop(stream.outbox.try_send(Err(status)));
-            stream.replaced.cancel();
+        let mut state = self.state.lock();
+        if let Some(stream) = state.stream.take() {
+            stream.end.end(status);
+            state.lose_sync_tasks(&self.id);
         }
     }
 
@@ -444,7 +469,8 @@ impl Worker {
             Ok(()) => true,
             Err(_) => {
                 if let Some(stream) = state.stream.take() {
-                    stream.replaced.cancel();
+                    stream.end.end(Status::unavailable("the worker does not read"));
+                    state.lose_sync_tasks(&self.id);
                 }
                 false
             }

@@ -2,7 +2,10 @@
 
 use std::{collections::HashSet, sync::Arc, time::Duration};
 
-use futures_util::stream::BoxStream;
+use futures_util::{
+    StreamExt, TryStreamExt,
+    stream::{self, BoxStream},
+};
 use streamer_auth::{Authenticator, Caller};
 use streamer_core::{
     ActionSpec, Clock, ErrorCode, Limits, RequestError, Uid, Violations, limits, validate,
@@ -17,16 +20,20 @@ use streamer_proto::{
     timestamp,
 };
 use streamer_rpc::{action_from_proto, payload_bytes, status, store_status, validation_status};
+use streamer_store::StoreError;
 use tokio::{
     sync::mpsc,
     time::{Instant, sleep_until, timeout},
 };
 use tokio_stream::wrappers::ReceiverStream;
-use tokio_util::sync::CancellationToken;
 use tonic::{Request, Response, Status, Streaming};
 
 use crate::{
-    ProcessorOptions, actions::Actions, dispatcher::Dispatcher, mailbox, worker::Worker,
+    ProcessorOptions,
+    actions::{Actions, RememberError},
+    dispatcher::Dispatcher,
+    mailbox,
+    worker::{StreamEnd, Worker},
     workers::Grants,
 };
 
@@ -38,6 +45,10 @@ const HELLO_TIMEOUT: Duration = Duration::from_secs(10);
 const MAX_SLOTS: i64 = 10_000;
 /// Actions of one worker at most.
 const MAX_ACTIONS: usize = 1000;
+/// Attempts that a worker brings along at most: as many as it has slots, running or ended.
+const MAX_ATTEMPTS: usize = 20_000;
+/// Attempts that are adopted at once.
+const ADOPTIONS: usize = 64;
 /// Those, each for every tenant that the token names, at most.
 const MAX_DECLARED: usize = 10_000;
 /// Longest text with which a worker describes itself, in bytes.
@@ -92,21 +103,31 @@ impl WorkerService for WorkerApi {
         };
         let worker = self.shared.introduce(&hello, &caller)?;
         let kept = self.shared.dispatcher.remember_actions(&worker).await;
-        kept.map_err(|error| store_status(&error))?;
+        kept.map_err(|error| remember_status(&error))?;
+        self.shared.check_open()?;
         let worker = self.shared.actions.workers.enter(worker);
+        // From here on it gets no tasks, so that none is missed below.
+        worker.detach();
         let resumed = self.shared.resume(&worker, &hello.attempts).await?;
+        if let Err(stopping) = self.shared.check_open() {
+            self.shared.dispatcher.leave_to_workers();
+            return Err(stopping);
+        }
         let (outbox, outgoing) = mpsc::channel(OUTBOX);
         for message in self.shared.greeting(resumed, &caller) {
             // There is room for these.
             drop(outbox.try_send(Ok(WorkResponse { message: Some(message) })));
         }
-        let (stream, replaced) = worker.connect(outbox.clone());
-        self.shared.actions.workers.changed();
+        let (stream, end) = self.shared.actions.workers.connect(&worker, outbox.clone());
+        for task in worker.tasks() {
+            // What became durable in between was acknowledged to nobody.
+            worker.send(Message::Acknowledgment(task.acknowledgment(false)));
+        }
         tracing::info!(worker = worker.id, hello.sdk, hello.version, "a worker came");
         let mut conversation =
             Conversation { shared: self.shared.clone(), worker, caller, inbound };
         tokio::spawn(async move {
-            let ending = conversation.run(&replaced).await;
+            let ending = conversation.run(&end).await;
             conversation.worker.disconnect(stream);
             conversation.shared.actions.workers.changed();
             tracing::info!(worker = conversation.worker.id, ?ending, "a worker's stream ended");
@@ -188,28 +209,38 @@ impl Shared {
         worker: &Arc<Worker>,
         attempts: &[Attempt],
     ) -> Result<Vec<Acknowledgment>, Status> {
-        let named = |uid: Uid, number: u32| {
-            attempts.iter().any(|one| one.uid == uid.to_string() && one.attempt as u32 == number)
-        };
+        if attempts.len() > MAX_ATTEMPTS {
+            let rule = format!("must have at most {MAX_ATTEMPTS} entries, has {}", attempts.len());
+            return Err(broken("hello.attempts", &rule));
+        }
+        let named: HashSet<(Uid, u32)> = attempts
+            .iter()
+            .map(|attempt| identity(&attempt.uid, attempt.attempt))
+            .collect::<Result<_, _>>()?;
         for task in worker.tasks() {
-            if !named(task.uid, task.attempt) {
+            if !named.contains(&(task.uid, task.attempt)) {
                 task.forgotten(format!("worker {} came back without the attempt", worker.id));
             }
         }
-        let mut resumed = Vec::new();
-        for attempt in attempts {
-            let (uid, number) = identity(&attempt.uid, attempt.attempt)?;
-            let task = match worker.task(uid, number) {
-                Some(task) => Some(task),
-                None => self
-                    .dispatcher
-                    .adopt(worker, uid, number)
-                    .await
-                    .map_err(|error| store_status(&error))?,
-            };
-            resumed.extend(task.map(|task| task.acknowledgment(false)));
+        let resuming = named.into_iter().map(|(uid, number)| async move {
+            worker.seen();
+            match worker.task(uid, number) {
+                Some(task) => Ok(Some(task)),
+                None => self.dispatcher.adopt(worker, uid, number).await,
+            }
+        });
+        let resumed = stream::iter(resuming).buffer_unordered(ADOPTIONS);
+        let tasks: Vec<_> =
+            resumed.try_collect().await.map_err(|error: StoreError| store_status(&error))?;
+        Ok(tasks.into_iter().flatten().map(|task| task.acknowledgment(false)).collect())
+    }
+
+    /// Whether workers may still come.
+    fn check_open(&self) -> Result<(), Status> {
+        if self.dispatcher.is_stopping() {
+            return Err(refusal(ErrorCode::Unavailable, "the processor stops".into()));
         }
-        Ok(resumed)
+        Ok(())
     }
 
     fn greeting(&self, resumed: Vec<Acknowledgment>, caller: &Caller) -> [Message; 2] {
@@ -245,14 +276,13 @@ struct Conversation {
 
 impl Conversation {
     /// Goes on until the worker ends it, or breaks a rule, or another stream takes its place.
-    async fn run(&mut self, replaced: &CancellationToken) -> Result<(), Status> {
+    async fn run(&mut self, end: &StreamEnd) -> Result<(), Status> {
         loop {
             let accepted_until = self.shared.authenticator.accepted_until(&self.caller);
             let left = accepted_until.since(self.shared.clock.now());
             tokio::select! {
-                () = replaced.cancelled() => {
-                    return Err(refusal(ErrorCode::Conflict, "another stream took its place".into()));
-                }
+                biased;
+                status = end.ended() => return Err(status),
                 () = sleep_until(Instant::now() + left) => {
                     return Err(refusal(ErrorCode::Unauthorized, "the token has expired".into()));
                 }
@@ -341,7 +371,8 @@ impl Conversation {
             if !named.contains(&(task.uid, task.attempt))
                 && task.should_be_named(self.shared.heartbeat() * 2)
             {
-                task.lose(format!("worker {} does not run the attempt any more", self.worker.id));
+                let reason = format!("worker {} does not run the attempt any more", self.worker.id);
+                task.forgotten(reason);
             }
         }
         self.worker.send(Message::HeartbeatReply(reply));
@@ -367,9 +398,17 @@ impl Conversation {
             return Err(broken("refresh_token.token", rule));
         }
         self.worker.set_grants(Grants::of(&fresh.principal));
+        self.shared.actions.workers.changed();
         self.caller = fresh;
         self.worker.send(token_status(&self.caller));
         Ok(())
+    }
+}
+
+fn remember_status(error: &RememberError) -> Status {
+    match error {
+        RememberError::Store(error) => store_status(error),
+        RememberError::TooMuch(_) => refusal(ErrorCode::RateLimited, error.to_string()),
     }
 }
 

@@ -16,7 +16,11 @@ use streamer_proto::{
 use tokio::{sync::watch, time::Instant};
 use tonic::Status;
 
-use crate::{signal::Signal, slots::share, worker::Worker};
+use crate::{
+    signal::Signal,
+    slots::share,
+    worker::{Outbox, StreamEnd, Worker},
+};
 
 /// Names a declaration: an action, for one tenant or for all. Declarations of different tenants
 /// never meet.
@@ -43,19 +47,13 @@ pub(crate) struct Workers {
 pub(crate) struct Seat {
     pub(crate) worker: Arc<Worker>,
     tenant: String,
-}
-
-impl Seat {
-    /// Of an attempt that runs in the worker already.
-    pub(crate) fn of_running(worker: Arc<Worker>, tenant: String) -> Self {
-        worker.take_anyway(&tenant);
-        Self { worker, tenant }
-    }
+    signal: Arc<Signal>,
 }
 
 impl Drop for Seat {
     fn drop(&mut self) {
         self.worker.give_back(&self.tenant);
+        self.signal.room();
     }
 }
 
@@ -83,6 +81,18 @@ impl Workers {
         };
         self.changed();
         worker
+    }
+
+    /// Gives the worker a stream: from now on it can be given tasks.
+    pub(crate) fn connect(&self, worker: &Arc<Worker>, outbox: Outbox) -> (u64, Arc<StreamEnd>) {
+        let connected = {
+            let mut by_id = self.by_id.lock();
+            // It was taken out if coming back took it longer than a lease.
+            by_id.insert(worker.id.clone(), worker.clone());
+            worker.connect(outbox)
+        };
+        self.changed();
+        connected
     }
 
     /// What is offered, or how much of it, has changed.
@@ -148,7 +158,17 @@ impl Workers {
             return None;
         }
         let worker = able().max_by_key(|worker| worker.free())?;
-        worker.take(tenant).then(|| Seat { worker: worker.clone(), tenant: tenant.to_owned() })
+        worker.take(tenant).then(|| self.seat_of(worker.clone(), tenant))
+    }
+
+    /// A slot of this worker for an attempt that runs in it already.
+    pub(crate) fn seat_of_running(&self, worker: Arc<Worker>, tenant: &str) -> Seat {
+        worker.take_anyway(tenant);
+        self.seat_of(worker, tenant)
+    }
+
+    fn seat_of(&self, worker: Arc<Worker>, tenant: &str) -> Seat {
+        Seat { worker, tenant: tenant.to_owned(), signal: self.signal.clone() }
     }
 
     /// Takes their attempts from workers that have fallen silent, and forgets those that left.
@@ -163,8 +183,10 @@ impl Workers {
                 tracing::warn!(worker = worker.id, "a worker was not heard of for too long");
                 changed = true;
             }
-            if !worker.has_stream() {
-                self.by_id.lock().remove(&worker.id);
+            // It may be coming back at this moment.
+            let mut by_id = self.by_id.lock();
+            if !worker.has_stream() && worker.silent_for(now) >= self.lease {
+                by_id.remove(&worker.id);
                 changed = true;
             }
         }

@@ -74,10 +74,15 @@ impl Catalog {
 
     async fn follow_once(&self, peers: &Peers) -> Result<(), Status> {
         let mut lists = peers.processor().watch_actions(WatchActionsRequest {}).await?.into_inner();
+        let mut actions = Vec::new();
         while let Some(list) = lists.message().await? {
+            actions.extend(list.actions);
+            if list.more {
+                continue;
+            }
             let before = self.by_name.read().clone();
             let mut by_name = ByName::new();
-            for offered in list.actions {
+            for offered in actions.drain(..) {
                 let Some(action) = offered.action else { continue };
                 let tenant = offered.tenant_id;
                 let known = before.get(&action.name).and_then(|by_tenant| by_tenant.get(&tenant));

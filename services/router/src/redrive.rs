@@ -7,9 +7,12 @@ use streamer_proto::{
     millis,
     router::v1::{RedriveManyRequest, RedriveManyResponse, Redriven},
 };
-use streamer_rpc::{not_found, request_to_proto, state_from_proto, status, store_status};
+use streamer_rpc::{
+    error_to_proto, not_found, request_error, request_to_proto, state_from_proto, status,
+    store_status,
+};
 use streamer_store::{ListRequests, RequestRecord};
-use tonic::Status;
+use tonic::{Code, Status};
 
 use crate::{
     admission::Submission,
@@ -59,15 +62,21 @@ impl Front {
         let next = page.next.filter(|_| !page.requests.last().is_some_and(reached));
         let mut redriven = Vec::new();
         for old in page.requests.iter().filter(|record| !reached(record)) {
-            let request = if request.dry_run {
-                None
-            } else {
-                match self.repeat_once(caller, old).await? {
-                    Some(request) => Some(request),
-                    None => continue,
+            let uid = old.uid.to_string();
+            if request.dry_run {
+                redriven.push(Redriven { uid, ..Redriven::default() });
+                continue;
+            }
+            match self.repeat_once(caller, old).await {
+                Ok(None) => {}
+                Ok(request) => redriven.push(Redriven { uid, request, error: None }),
+                // The store may be back for the next page; whatever else it is, it is this one's.
+                Err(status) if status.code() == Code::Unavailable => return Err(status),
+                Err(status) => {
+                    let error = Some(error_to_proto(&request_error(&status)));
+                    redriven.push(Redriven { uid, request: None, error });
                 }
-            };
-            redriven.push(Redriven { uid: old.uid.to_string(), request });
+            }
         }
         let next_page_token = next.map(|uid| uid.to_string()).unwrap_or_default();
         Ok(RedriveManyResponse { redriven, next_page_token })

@@ -35,7 +35,10 @@ fn good() -> Vec<Value> {
             json!({"result": {"id": "r"}, "output": {"chunks": 2, "sha256": sha256}}),
         ),
     ];
-    let mut history = vec![json!({"record": "acknowledged", "id": "r", "uid": "U"})];
+    let mut history = vec![
+        json!({"record": "acknowledged", "id": "r", "uid": "U"}),
+        json!({"record": "opened", "watcher": "w", "id": "r", "after_seq": 1}),
+    ];
     history
         .extend(log.iter().skip(1).map(|e| json!({"record": "seen", "watcher": "w", "event": e})));
     history.push(json!({"record": "log", "uid": "U", "events": log}));
@@ -63,15 +66,26 @@ fn what_is_lost_is_noticed() {
     assert!(faults(|history| drop(history.pop())).contains("acknowledged and has no log"));
     assert!(faults(|history| drop(log(history).remove(5))).contains("has seq 7"));
     assert!(faults(|history| drop(log(history).pop())).contains("0 terminal events"));
-    assert!(faults(|history| drop(history.remove(3))).contains("saw seq 5 after Some(3)"));
-    assert!(faults(|history| drop(history.remove(8))).contains("did not see the end"));
+    assert!(faults(|history| drop(history.remove(4))).contains("was sent seq 5 after 3"));
+    assert!(faults(|history| drop(history.remove(9))).contains("did not see the end"));
+}
+
+#[test]
+fn what_is_missing_at_the_beginning_or_sent_twice_is_noticed() {
+    assert!(faults(|history| drop(history.remove(2))).contains("was sent seq 3 after 1"));
+    let twice = faults(|history| history.insert(4, history[3].clone()));
+    assert!(twice.contains("was sent seq 3 after 3"), "{twice}");
+    let refused = json!({"record": "refused", "watcher": "w", "why": "NOT_FOUND"});
+    assert!(faults(|history| history.insert(2, refused)).contains("was refused"));
+    let first = faults(|history| log(history)[0]["type"] = "progress".into());
+    assert!(first.contains("seq 1 is progress"), "{first}");
 }
 
 #[test]
 fn what_is_doubled_or_reordered_is_noticed() {
     let again = json!({"record": "acknowledged", "id": "r", "uid": "V"});
     assert!(faults(|history| history.insert(1, again)).contains("stands for U and for V"));
-    assert!(faults(|history| history.swap(2, 3)).contains("after Some"));
+    assert!(faults(|history| history.swap(3, 4)).contains("was sent seq 4 after 2"));
     let doubled = faults(|history| {
         let end = log(history)[8].clone();
         log(history).push(end);
@@ -81,7 +95,7 @@ fn what_is_doubled_or_reordered_is_noticed() {
 
 #[test]
 fn what_is_taken_back_or_changed_is_noticed() {
-    let changed = faults(|history| history[5]["event"]["percentage"] = 7.into());
+    let changed = faults(|history| history[6]["event"]["percentage"] = 7.into());
     assert!(changed.contains("the log has"), "{changed}");
 }
 

@@ -20,8 +20,14 @@ _OPTIONS: list[tuple[str, int]] = [
     ("grpc.max_send_message_length", -1),
     # A lost connection is looked for again soon: our own waits have jitter.
     ("grpc.initial_reconnect_backoff_ms", 100),
-    ("grpc.min_reconnect_backoff_ms", 100),
+    # Despite its name, this is how long gRPC waits at least for a connection to be made: a server
+    # that is further away than that is never reached.
+    ("grpc.min_reconnect_backoff_ms", 10_000),
     ("grpc.max_reconnect_backoff_ms", 1000),
+    # A link that has gone silent is noticed, also while nothing is said.
+    ("grpc.keepalive_time_ms", 30_000),
+    ("grpc.keepalive_timeout_ms", 10_000),
+    ("grpc.http2.max_pings_without_data", 0),
     # Channels do not share connections, nor their troubles.
     ("grpc.use_local_subchannel_pool", 1),
 ]
@@ -71,6 +77,8 @@ class Calls:
     """The calls of a channel that clients make."""
 
     def __init__(self, channel: grpc.aio.Channel) -> None:
+        self.closed = False
+        """Whether the client was closed."""
         router = "/streamer.router.v1.RouterService/"
         self.submit = channel.unary_unary(
             f"{router}Submit",
@@ -142,8 +150,17 @@ def service_error(error: grpc.aio.AioRpcError) -> ServiceError:
             violations.extend(Violation(one.field, one.description) for one in bad.field_violations)
         elif packed.Unpack(retry):
             retry_after = retry.retry_delay.ToTimedelta().total_seconds()
+    if code is ErrorCode.TIMEOUT and away(error):
+        code = ErrorCode.UNAVAILABLE
     message = error.details() or error.code().name
     return ServiceError(code, message, violations=tuple(violations), retry_after=retry_after)
+
+
+def away(error: grpc.aio.AioRpcError) -> bool:
+    """Whether the server could not be reached, or did not answer in time. (That a sync action took
+    too long is told with the same status, but by the server, with details.)"""
+    late = error.code() is grpc.StatusCode.DEADLINE_EXCEEDED and not _details(error)
+    return late or error.code() is grpc.StatusCode.UNAVAILABLE
 
 
 def _details(error: grpc.aio.AioRpcError) -> list[Any_]:

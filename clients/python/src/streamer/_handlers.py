@@ -39,7 +39,7 @@ async def run(handler: Handler, context: Context) -> Ending:
         raise
     except Exception as error:
         _logger.warning("handler of %s failed on %s", context.action, context.uid, exc_info=True)
-        wrapped = HandlerError(f"{type(error).__name__}: {error}")
+        wrapped = HandlerError(_told(error))
         wrapped.__cause__ = error
         return Ending(error=wrapped)
 
@@ -54,6 +54,15 @@ def cut_short() -> HandlerError:
     """Why an attempt failed whose handler was interrupted because the request was cancelled."""
     message = "the handler was interrupted: the request was cancelled"
     return FatalError(message, code=ErrorCode.CANCELLED)
+
+
+def _told(error: Exception) -> str:
+    name = type(error).__name__
+    try:
+        return f"{name}: {error}"
+    except Exception:
+        # It is the handler's own code that says what its errors are.
+        return name
 
 
 def _parse(context: Context) -> Any:

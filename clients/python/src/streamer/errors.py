@@ -54,11 +54,12 @@ class HandlerError(StreamerError):
         message: str,
         *,
         retryable: bool = True,
-        code: ErrorCode = ErrorCode.PROCESSING_FAILED,
+        code: ErrorCode | str = ErrorCode.PROCESSING_FAILED,
         details: Any = None,
     ) -> None:
+        """`code` may be given by its name; raises ValueError when there is none of that name."""
         super().__init__(message)
-        self.failure = Failure(code, message, retryable, details)
+        self.failure = Failure(ErrorCode(code), str(message), bool(retryable), details)
 
     @property
     def code(self) -> ErrorCode:
@@ -78,7 +79,7 @@ class FatalError(HandlerError):
         self,
         message: str,
         *,
-        code: ErrorCode = ErrorCode.PROCESSING_FAILED,
+        code: ErrorCode | str = ErrorCode.PROCESSING_FAILED,
         details: Any = None,
     ) -> None:
         super().__init__(message, retryable=False, code=code, details=details)

@@ -174,12 +174,11 @@ class Worker:
             await asyncio.gather(*stops)
 
     def _hello(self) -> worker_pb2.Hello:
-        # A stream cannot begin with 0 slots; what is sent before `capacity` is handed back.
         return worker_pb2.Hello(
             worker_id=self.worker_id,
             version=self._version,
             sdk=_sdk(),
-            slots=1 if self._core.stopping else self._slots,
+            slots=0 if self._core.stopping else self._slots,
             actions=[action.to_proto() for action in self._actions.values()],
             attempts=self._core.resumable(),
         )

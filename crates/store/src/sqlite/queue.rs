@@ -23,7 +23,11 @@ pub(super) fn due(db: &Connection, query: &DueQuery) -> rusqlite::Result<DuePage
         let first = page.requests.len();
         let limit = query.limits.get(&tenant).map_or(query.per_tenant, |limit| *limit);
         if limit > 0 {
-            for action in &query.actions {
+            let open = |action: &&String| {
+                let pair = (tenant.clone(), (*action).clone());
+                query.blocked.is_empty() || !query.blocked.contains(&pair)
+            };
+            for action in query.actions.iter().filter(open) {
                 due_of(db, (&tenant, action), query.now, limit, &mut page.requests)?;
             }
         }

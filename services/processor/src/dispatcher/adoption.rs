@@ -14,7 +14,6 @@ use crate::{
     remote::RemoteHandler,
     takeover,
     worker::{RemoteTask, Worker},
-    workers::Seat,
 };
 
 impl Dispatcher {
@@ -26,6 +25,9 @@ impl Dispatcher {
         uid: Uid,
         attempt: u32,
     ) -> Result<Option<Arc<RemoteTask>>, StoreError> {
+        if self.is_stopping() {
+            return Ok(None);
+        }
         let Some(record) = self.store.get_request(uid).await? else { return Ok(None) };
         if !worker.may_run(&record.action, &record.owner.tenant) {
             return Ok(None);
@@ -34,7 +36,7 @@ impl Dispatcher {
         if !self.enter(
             uid,
             Running {
-                attempt,
+                attempt: 0,
                 tenant: record.owner.tenant.clone(),
                 handle: handle.clone(),
                 remote: true,
@@ -51,13 +53,17 @@ impl Dispatcher {
         // Gives the entry back if it comes to nothing.
         let entered = Started { dispatcher: self.clone(), uid, slot: None };
         let Some(record) = self.store.adopt(adopt).await? else { return Ok(None) };
+        // The lease is ours only now: before, renewing it would have failed.
+        if let Some(running) = self.running.lock().get_mut(&uid) {
+            running.attempt = attempt;
+        }
         let declared = self.actions.find(&record.action, &record.owner.tenant);
         let Some(spec) = declared.map(|declared| declared.spec) else { return Ok(None) };
         let output = takeover::output_of(&*self.store, &record).await?;
         let reports = Arc::new(ReportQueue::default());
         let durable = record.last_seq - record.attempt_seq;
         let task = RemoteTask::new(uid, attempt, durable, reports.clone());
-        let seat = Seat::of_running(worker.clone(), record.owner.tenant.clone());
+        let seat = self.actions.workers.seat_of_running(worker.clone(), &record.owner.tenant);
         if let Some(reason) = &record.cancel_reason {
             handle.cancel(reason);
         }

@@ -5,7 +5,7 @@ use std::sync::{Arc, atomic::Ordering};
 use streamer_core::{ActionSpec, OutputDigest, Uid};
 use streamer_handler::{DynHandler, ReportQueue};
 use streamer_proto::common::v1::event::Kind;
-use streamer_store::{Claim, ClaimOutcome, Claimed};
+use streamer_store::{CancelOutcome, Claim, ClaimOutcome, Claimed};
 use tokio::time::Instant;
 use tracing::Instrument;
 
@@ -126,24 +126,42 @@ impl Dispatcher {
             attempt = record.attempt,
         );
         let began = Instant::now();
-        let action = record.action.clone();
+        let (uid, action) = (record.uid, record.action.clone());
         self.metrics.running.inc();
         let running = attempt::run(&self.environment, launch, handle);
         let finished = Box::pin(running).instrument(span).await;
         self.metrics.running.dec();
         self.metrics.run_seconds.observe(began.elapsed().as_secs_f64());
         match finished {
-            Finished::Concluded(kind, retry_at) => {
+            Finished::Concluded(kind, retry_at, cancel_reason) => {
                 self.durations.note(&action, began.elapsed());
                 self.count(&kind);
-                if let Some(retry_at) = retry_at {
-                    self.note_due(retry_at);
+                match (retry_at, cancel_reason) {
+                    // Asked for when the attempt had already decided how it ends.
+                    (Some(_), Some(reason)) => self.cancel_queued(uid, reason).await,
+                    (Some(retry_at), None) => self.note_due(retry_at),
+                    (None, _) => {}
                 }
                 true
             }
             Finished::Lost => {
                 self.metrics.lost.inc();
                 false
+            }
+        }
+    }
+
+    /// Ends a request that waits for another attempt, though cancellation was asked for.
+    async fn cancel_queued(&self, uid: Uid, reason: String) {
+        match self.store.cancel(uid, reason, self.now()).await {
+            Ok(CancelOutcome::Cancelled(record, event)) => {
+                self.metrics.cancelled.inc();
+                self.environment.log.announce(record.uid, vec![*event]).await;
+            }
+            // It runs again, and its attempt will be told.
+            Ok(_) => {}
+            Err(error) => {
+                tracing::warn!(%error, %uid, "could not cancel; the next attempt will be told");
             }
         }
     }

@@ -8,7 +8,13 @@ from collections.abc import Callable
 
 from streamer import _handlers, model, payload
 from streamer._handlers import Handler
-from streamer._limits import MAX_ERROR_MESSAGE_BYTES, MAX_REASON_BYTES, Limits, shorten
+from streamer._limits import (
+    MAX_ERROR_DETAILS_BYTES,
+    MAX_ERROR_MESSAGE_BYTES,
+    MAX_REASON_BYTES,
+    Limits,
+    shorten,
+)
 from streamer._proto import common_pb2, worker_pb2
 from streamer._worker.reports import ReportLog
 from streamer.action import code_to_proto
@@ -59,6 +65,8 @@ class Attempt:
         """Reports up to this one are durable."""
         self.log.acknowledge(number)
         self._room.set()
+        # There may be more than a server that came back with smaller limits takes at once.
+        self._changed(self)
 
     def resume(self, number: int, limits: Limits) -> None:
         """A new stream goes on after this report."""
@@ -66,6 +74,10 @@ class Attempt:
         self.log.resume(number)
         self._room.set()
         self._changed(self)
+
+    def next_report(self) -> worker_pb2.Report | None:
+        """The next report to send."""
+        return self.log.next_unsent(self.limits)
 
     def cancel(self, reason: str, grace: float) -> None:
         """Somebody cancelled the request: the handler is told, and interrupted after the grace, in
@@ -148,7 +160,13 @@ class Attempt:
             told = self.context.cancelled.is_set()
             error = _handlers.cut_short() if told else _handlers.interrupted()
             ending = _handlers.Ending(error=error)
-        self._finish_with(ending)
+        try:
+            self._finish_with(ending)
+        except Exception:
+            # An attempt without an end would hang for ever.
+            _logger.exception("the end of %s on %s/%s", self.context.action, *self.key)
+            unknown = HandlerError("the error could not be reported")
+            self._finish_with(_handlers.Ending(error=unknown))
 
     def _finish_with(self, ending: _handlers.Ending | None) -> None:
         if self._interruption is not None:
@@ -206,9 +224,22 @@ def _error(error: HandlerError) -> common_pb2.Error:
         message=shorten(failure.message, MAX_ERROR_MESSAGE_BYTES),
         retryable=failure.retryable,
     )
-    if failure.details is not None:
-        try:
-            told.details.CopyFrom(payload.to_proto(payload.encode_json(failure.details)))
-        except (TypeError, ValueError):
-            _logger.warning("details of an error cannot be written as JSON", exc_info=True)
+    details = _details(failure.details)
+    if details is not None:
+        told.details.CopyFrom(payload.to_proto(details))
     return told
+
+
+def _details(details: object) -> bytes | None:
+    """Details of an error as JSON; those that cannot be told are left out [26]."""
+    if details is None:
+        return None
+    try:
+        data = payload.encode_json(details)
+    except Exception:
+        _logger.warning("details of an error cannot be written as JSON", exc_info=True)
+        return None
+    if len(data) > MAX_ERROR_DETAILS_BYTES:
+        _logger.warning("details of an error are left out: %d bytes are too many", len(data))
+        return None
+    return data

@@ -34,6 +34,8 @@ class Conversation:
     def __init__(self, call: WorkCall, core: Core, tokens: TokenSource) -> None:
         self.welcomed = False
         """Whether the server has let us in."""
+        self.answered = False
+        """Whether the server has answered a heartbeat: the stream has lasted."""
         self._call = call
         self._core = core
         self._tokens = tokens
@@ -101,6 +103,7 @@ class Conversation:
             _logger.info("the server stops")
 
     def _on_reply(self, reply: worker_pb2.HeartbeatReply) -> None:
+        self.answered = True
         if self._unanswered:
             self._unanswered.popleft()
         for cancel in reply.cancelled:

@@ -55,7 +55,7 @@ class Core:
         while self._ready:
             key, _ = self._ready.popitem(last=False)
             attempt = self._attempts.get(key)
-            report = attempt.log.next_unsent() if attempt is not None else None
+            report = attempt.next_report() if attempt is not None else None
             if report is not None:
                 self._ready[key] = None
                 return report

@@ -12,7 +12,7 @@ import grpc.aio
 from streamer._backoff import Backoff
 from streamer._channel import open_channel, open_work, parse_server
 from streamer._proto import worker_pb2
-from streamer._tokens import TokenSource
+from streamer._tokens import BadToken, TokenSource
 from streamer._worker.conversation import Conversation, StreamLost
 from streamer._worker.core import Core
 from streamer.errors import WorkerRefused
@@ -22,6 +22,13 @@ _FINAL = {
     grpc.StatusCode.UNAUTHENTICATED,
     grpc.StatusCode.PERMISSION_DENIED,
     grpc.StatusCode.INVALID_ARGUMENT,
+}
+# What ended a stream with one of these was probably said by us, and will be said again [5].
+_OURS = {
+    grpc.StatusCode.INVALID_ARGUMENT,
+    grpc.StatusCode.INTERNAL,
+    grpc.StatusCode.OUT_OF_RANGE,
+    grpc.StatusCode.RESOURCE_EXHAUSTED,
 }
 
 _logger = logging.getLogger("streamer.worker")
@@ -49,37 +56,50 @@ class Link:
                 await self._pause(backoff.next())
 
     async def _one_stream(self) -> bool:
-        """Speaks over one stream until it ends; whether the server had let us in."""
-        try:
-            metadata = await self._tokens.metadata()
-        except Exception:
-            _logger.warning("getting a token failed", exc_info=True)
+        """Speaks over one stream until it ends; whether it lasted: what ended it will not end the
+        next one just as soon."""
+        metadata = await self._metadata()
+        if metadata is None:
             return False
         # A channel of its own: nothing of a broken connection is left over.
         async with open_channel(self._address) as channel:
             call = open_work(channel, metadata)
             conversation = Conversation(call, self._core, self._tokens)
+            repeats = True
             try:
                 await conversation.run(self._hello())
             except StreamLost as error:
                 _logger.warning("the stream to %s is given up: %s", self._server, error)
             except grpc.aio.AioRpcError as error:
-                self._judge(error, conversation.welcomed)
+                repeats = self._judge(error.code(), error.details(), conversation.welcomed)
             except asyncio.InvalidStateError:
                 # Written to a stream that had ended: its status tells why.
-                await self._judge_call(call, conversation.welcomed)
+                status = await call.code(), await call.details()
+                repeats = self._judge(*status, conversation.welcomed)
             finally:
                 call.cancel()
                 self._core.lost()
-        return conversation.welcomed
+        return conversation.answered and repeats
 
-    async def _judge_call(self, call: grpc.aio.Call, welcomed: bool) -> None:
-        self._judge_status(await call.code(), await call.details(), welcomed)
+    async def _metadata(self) -> tuple[tuple[str, str], ...] | None:
+        """With a token; None when there is none to be had, or the worker is to end meanwhile."""
+        getting = asyncio.ensure_future(self._tokens.metadata())
+        closed = asyncio.ensure_future(self._core.closed.wait())
+        try:
+            await asyncio.wait({getting, closed}, return_when=asyncio.FIRST_COMPLETED)
+            return getting.result() if getting.done() else None
+        except BadToken as error:
+            raise WorkerRefused(str(error)) from error
+        except Exception:
+            _logger.warning("getting a token failed", exc_info=True)
+            return None
+        finally:
+            getting.cancel()
+            closed.cancel()
 
-    def _judge(self, error: grpc.aio.AioRpcError, welcomed: bool) -> None:
-        self._judge_status(error.code(), error.details(), welcomed)
-
-    def _judge_status(self, code: grpc.StatusCode, details: str | None, welcomed: bool) -> None:
+    def _judge(self, code: grpc.StatusCode, details: str | None, welcomed: bool) -> bool:
+        """Looks at how a stream ended; whether coming back soon may go better. Raises
+        `WorkerRefused` when coming back is of no use."""
         told = f"{code.name}: {details}"
         # What was let in with a token that cannot be renewed is not let in again.
         expired = code is grpc.StatusCode.UNAUTHENTICATED and not self._tokens.renewable
@@ -91,6 +111,7 @@ class Link:
             _logger.error("the stream to %s broke a rule: %s", self._server, told)
         elif not self._core.closed.is_set():
             _logger.warning("the stream to %s ended: %s", self._server, told)
+        return code not in _OURS
 
     async def _pause(self, seconds: float) -> None:
         try:

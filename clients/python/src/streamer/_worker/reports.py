@@ -16,6 +16,8 @@ class ReportLog:
         # Progress and output reports that are not acknowledged, by number, with their bytes.
         self._numbered: dict[int, tuple[worker_pb2.Report, int]] = {}
         self._bytes = 0
+        # Of those, the bytes of the ones that were sent on the stream of now.
+        self._sent_bytes = 0
         # Numbers of the last report made, the last one that is durable, and the last one sent on
         # the stream of now.
         self._made = 0
@@ -67,14 +69,18 @@ class ReportLog:
         payload = None if result is None else common_pb2.Payload(data=result)
         self._final = self._report(self._made, result=payload, error=error, release=release)
 
-    def next_unsent(self) -> worker_pb2.Report | None:
-        """The next report to send on the stream of now, in order [11]."""
+    def next_unsent(self, limits: Limits | None = None) -> worker_pb2.Report | None:
+        """The next report to send on the stream of now, in order [11]; no more of them than the
+        server takes before it acknowledges some [12]."""
         checkpoint = None if self._checkpoint_sent else self._checkpoint
         if checkpoint is not None and checkpoint.number <= self._sent:
             self._checkpoint_sent = True
             return checkpoint
         if self._sent < self._made:
+            if limits is not None and not self._has_window(limits):
+                return None
             self._sent += 1
+            self._sent_bytes += self._numbered[self._sent][1]
             return self._numbered[self._sent][0]
         if self._keep_alive and not self.finished:
             self._keep_alive = False
@@ -87,7 +93,10 @@ class ReportLog:
     def acknowledge(self, number: int) -> None:
         """Reports up to `number` are durable; so are checkpoints that stand before it."""
         for durable in range(self._durable + 1, min(number, self._made) + 1):
-            self._bytes -= self._numbered.pop(durable)[1]
+            size = self._numbered.pop(durable)[1]
+            self._bytes -= size
+            if durable <= self._sent:
+                self._sent_bytes -= size
             self._durable = durable
         self._sent = max(self._sent, self._durable)
         if self._checkpoint is not None and self._checkpoint.number < self._durable:
@@ -97,8 +106,13 @@ class ReportLog:
         """A new stream goes on after `number`: what was made after it is sent (again) [18]."""
         self.acknowledge(number)
         self._sent = self._durable
+        self._sent_bytes = 0
         self._checkpoint_sent = False
         self._final_sent = False
+
+    def _has_window(self, limits: Limits) -> bool:
+        few = self._sent - self._durable < limits.max_unacknowledged
+        return few and self._sent_bytes < limits.max_unacknowledged_bytes
 
     def _add(self, report: worker_pb2.Report, size: int) -> None:
         self._made += 1
