@@ -248,3 +248,46 @@ async fn failed_requests_run_again_by_filter_and_only_once() {
     let theirs = redrive(&other, RedriveManyRequest::default()).await;
     assert!(theirs.redriven.is_empty(), "another user's are not his to redrive");
 }
+
+#[tokio::test]
+async fn what_has_no_room_does_not_hold_up_what_is_queued_behind_it() {
+    let one = Action { max_concurrency: 1, ..declare("one") };
+    let settings = ["execution.tenant_share_percent=100"];
+    let mut scene = Scene::with(&settings, 10, vec![one, declare("other")]).await;
+    for number in 0..300 {
+        scene.client.send(json!({"id": format!("one-{number}"), "action": "one"})).await;
+    }
+    let first = scene.worker.task().await;
+    assert_eq!(first.action, "one");
+    scene.submit(json!({"id": "other", "action": "other"})).await;
+    let second = scene.worker.task().await;
+    assert_eq!(second.action, "other", "299 of the first action wait for its only place");
+    scene.succeed(&first).await;
+    assert_eq!(scene.worker.task().await.action, "one");
+}
+
+#[tokio::test]
+async fn a_place_that_a_sync_action_gives_back_is_taken_at_once() {
+    // No poll helps.
+    let settings = ["execution.poll_interval_ms=60000", "execution.tenant_share_percent=100"];
+    let quick = Action { sync: true, ..declare("quick") };
+    let mut scene = Scene::with(&settings, 1, vec![declare("work"), quick]).await;
+    scene.client.send(json!({"id": "q", "action": "quick"})).await;
+    let quick = scene.worker.task().await;
+    scene.submit(json!({"id": "w", "action": "work"})).await;
+    scene.succeed(&quick).await;
+    assert_eq!(scene.worker.task().await.action, "work");
+}
+
+#[tokio::test]
+async fn one_more_sync_call_than_may_run_is_refused_with_its_limit() {
+    let quick = Action { sync: true, max_concurrency: 1, ..declare("quick") };
+    let settings = ["execution.tenant_share_percent=100"];
+    let mut scene = Scene::with(&settings, 4, vec![quick]).await;
+    scene.client.send(json!({"id": "a", "action": "quick"})).await;
+    let first = scene.worker.task().await;
+    let refused = scene.client.ask(json!({"id": "b", "action": "quick"})).await;
+    assert_eq!(refused["error"]["code"], "RATE_LIMITED", "{refused}");
+    assert!(refused["error"]["message"].as_str().unwrap().contains("max_concurrency"), "{refused}");
+    scene.succeed(&first).await;
+}

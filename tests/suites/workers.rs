@@ -496,3 +496,50 @@ async fn a_worker_takes_over_where_it_stands_when_the_server_drains() {
     let value: &Value = log.events.last().unwrap();
     assert_eq!(value["type"], "complete");
 }
+
+#[tokio::test]
+async fn large_declarations_of_one_tenant_are_bounded_and_harm_nobody() {
+    let mut server =
+        server(&["limits.max_payload_bytes=1024", "limits.max_output_chunk_bytes=1024"]);
+    let token = worker_token(&server);
+    let _ours =
+        ScriptedWorker::come(&server, &token, hello("ours", 1, vec![declare("work")])).await;
+    let theirs = server.token("other", "worker", &["worker:*"]);
+    let schema = format!("{{\"description\":\"{}\"}}", "x".repeat(200 * 1024));
+    let large = |name: String| Action { payload_schema: schema.clone(), ..declare(&name) };
+    let mut refused = None;
+    for number in 0..8 {
+        let actions = vec![large(format!("large-{number}"))];
+        let first = work_request::Message::Hello(hello(&format!("w{number}"), 1, actions));
+        if let Err(status) = ScriptedWorker::open(&server, &theirs, first).await {
+            refused = Some(status);
+            break;
+        }
+    }
+    let refused = refused.expect("1 MiB is the limit");
+    assert_eq!(refused.code(), Code::ResourceExhausted);
+    assert!(refused.message().contains("\"other\""), "{}", refused.message());
+    // The list is larger than any payload may be, and known all the same, also after a restart.
+    offered(&server, &theirs, "large-0", 0).await;
+    offered(&server, &token, "work", 1).await;
+    server.kill_and_restart();
+    let mut client = client(&server).await;
+    client.submit("r", "work", json!({})).await;
+}
+
+#[tokio::test]
+async fn a_task_holds_the_largest_payload_and_the_largest_checkpoint_together() {
+    let server = server(&["limits.max_payload_bytes=65536"]);
+    let token = worker_token(&server);
+    let action = Action { initial_backoff_ms: 1, max_attempts: 2, ..declare("work") };
+    let mut worker = ScriptedWorker::come(&server, &token, hello("w", 1, vec![action])).await;
+    offered(&server, &token, "work", 1).await;
+    let mut client = client(&server).await;
+    client.submit("r", "work", json!({"text": "x".repeat(65_000)})).await;
+    let task = worker.task().await;
+    worker.report(&task, 0, Kind::Checkpoint(vec![b'c'; 256 * 1024].into())).await;
+    let error = Error { retryable: true, code: ErrorCode::Timeout.into(), ..Error::default() };
+    worker.report(&task, 0, Kind::Error(error)).await;
+    let task = worker.task().await;
+    assert_eq!((task.attempt, task.checkpoint.map(|data| data.len())), (2, Some(256 * 1024)));
+}

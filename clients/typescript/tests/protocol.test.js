@@ -4,8 +4,10 @@ import assert from 'node:assert/strict';
 import { test } from 'node:test';
 import { status } from '@grpc/grpc-js';
 
+import { Client, FatalError, Payload } from '../src/index.js';
+import { WorkStream, wentWell } from '../src/worker-stream.js';
 import { FakeProcessor, UID } from './support/fake-processor.js';
-import { Once } from './support/wait.js';
+import { Once, within } from './support/wait.js';
 import { quietWorker } from './support/worker.js';
 
 const name = { uid: UID, attempt: 1 };
@@ -298,11 +300,11 @@ test('a worker that has to come back while it stops declares no slots', async (t
 
 test('a token is renewed in time, on the same stream', async (t) => {
   let tokens = 0;
-  const { stream } = await start(t, () => null, { token: () => `token ${(tokens += 1)}` });
+  const { stream } = await start(t, () => null, { token: () => `token-${(tokens += 1)}` });
   stream.welcome();
   const seconds = Math.floor(Date.now() / 1000) + 1;
   stream.say({ tokenStatus: { expireTime: { seconds } } });
-  assert.deepEqual(await stream.hear('refreshToken'), { token: 'token 2' });
+  assert.deepEqual(await stream.hear('refreshToken'), { token: 'token-2' });
 });
 
 test('a handler that waits for nothing does not bring the worker down', async (t) => {
@@ -322,4 +324,118 @@ test('a handler that waits for nothing does not bring the worker down', async (t
   assert.deepEqual(await stream.reports(2), ['output 3', 'output 4']);
   stream.say({ acknowledgment: { uid: UID, attempt: 2, number: 4 } });
   assert.deepEqual(await stream.reports(3), ['output 5', 'checkpoint 5', 'result 5']);
+});
+
+test('what cannot be told of an error is left out, and the worker lives on', async (t) => {
+  const circular = /** @type {any} */ ({});
+  circular.self = circular;
+  const thrown = [
+    new FatalError('whole', { details: { n: 5 } }),
+    new FatalError('big integer', { details: { n: 5n } }),
+    new FatalError('circular', { details: circular }),
+    new FatalError('large', { details: { text: 'x'.repeat(70_000) } }),
+    Object.create(null),
+  ];
+  const { stream } = await start(t, (context) => {
+    throw thrown[context.attempt - 1];
+  });
+  stream.welcome();
+  const heard = [];
+  for (let attempt = 1; attempt <= thrown.length; attempt += 1) {
+    stream.task({ attempt });
+    const { error } = await stream.hear('report');
+    heard.push([error.message, error.details?.data.toString() ?? null]);
+  }
+  assert.deepEqual(heard, [
+    ['whole', '{"n":5}'],
+    ['big integer', null],
+    ['circular', null],
+    ['large', null],
+    ['the handler threw what cannot be told', null],
+  ]);
+});
+
+test('text that has no UTF-8 is made well-formed', async (t) => {
+  const { stream } = await start(t, async (context) => {
+    await context.progress({ message: 'half \ud83d' });
+    await context.output(new Payload('text/\ud83d', Buffer.from('x')));
+    throw new Error('half \ud83d');
+  });
+  stream.welcome();
+  stream.task();
+  assert.equal((await stream.hear('report')).progress.message, 'half \ufffd');
+  assert.equal((await stream.hear('report')).output.contentType, 'text/\ufffd');
+  assert.equal((await stream.hear('report')).error.message, 'half \ufffd');
+});
+
+test('waits begin anew after a stream on which a heartbeat was answered', async (t) => {
+  const processor = await FakeProcessor.start(t);
+  /** @param {(stream: import('./support/fake-processor.js').FakeStream) => unknown} speak */
+  const wentWellAfter = async (speak) => {
+    const nothing = () => {};
+    const stream = new WorkStream({
+      endpoint: { server: processor.url },
+      token: 'token',
+      hello: () => ({}),
+      attempts: () => [],
+      welcomed: nothing,
+      task: nothing,
+      find: () => undefined,
+      drop: nothing,
+      draining: nothing,
+      log: nothing,
+    });
+    const ending = stream.run();
+    const seen = await processor.stream();
+    await speak(seen);
+    return wentWell(await ending);
+  };
+  /** @param {number} code @param {boolean} answered */
+  const after = (code, answered) =>
+    wentWellAfter(async (stream) => {
+      await stream.hear('hello');
+      stream.welcome();
+      await stream.hear('heartbeat');
+      if (answered) stream.say({ heartbeatReply: {} });
+      stream.fail(code, 'gone');
+    });
+  assert.equal(await after(status.UNAVAILABLE, true), true);
+  assert.equal(await after(status.UNAVAILABLE, false), false);
+  const { INTERNAL, INVALID_ARGUMENT, OUT_OF_RANGE, RESOURCE_EXHAUSTED } = status;
+  for (const code of [INTERNAL, INVALID_ARGUMENT, OUT_OF_RANGE, RESOURCE_EXHAUSTED]) {
+    assert.equal(await after(code, true), false);
+  }
+});
+
+test('a token that cannot be one is refused for good, and not repeated', async () => {
+  for (const token of ['secret\nsecond', 'sécret', ' ', '', () => 'secret\u0000']) {
+    /** @param {any} error */
+    const refused = (error) => {
+      assert.deepEqual([error.code, error.status], ['UNAUTHORIZED', status.UNAUTHENTICATED]);
+      assert.doesNotMatch(`${error.stack} ${error.cause}`, /s.cret/);
+      return true;
+    };
+    /** @type {string[]} */
+    const logged = [];
+    const log = (/** @type {string} */ _, /** @type {string} */ text) => void logged.push(text);
+    const worker = quietWorker('http://127.0.0.1:1', token, { log });
+    await assert.rejects(within(worker.action('act', () => null).serve(), 'refusal'), refused);
+    assert.deepEqual(logged, []);
+    const client = new Client({ server: 'http://127.0.0.1:1', token });
+    await assert.rejects(client.list(), refused);
+    await assert.rejects(client.watch('r').next(), refused);
+    client.close();
+  }
+});
+
+test('a worker stops though its token never comes', async () => {
+  const asked = new Once('the token to be asked for');
+  const worker = quietWorker('http://127.0.0.1:1', () => {
+    asked.resolve();
+    return new Promise(() => {});
+  });
+  const serving = worker.action('act', () => null).serve();
+  await asked.wait();
+  await within(worker.stop(0, 500), 'the worker to stop');
+  await serving;
 });

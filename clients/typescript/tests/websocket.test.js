@@ -219,3 +219,35 @@ test('a refused token is final, unless there is a fresh one', async (t) => {
   const renewed = open(t, undefined, { token: async () => String(tokens.shift()) });
   assert.deepEqual(await renewed.request('add', { a: 1, b: 1 }), { sum: 2 });
 });
+
+test('an ended request has its outcome, wherever its followers stand', async (t) => {
+  const socket = open(t);
+  const payload = { n: 1 };
+  assert.deepEqual(await socket.request('chunks', payload, { id: 'ended' }), payload);
+  const { lastSeq } = await kit.client.get('ended');
+  const fresh = open(t);
+  /** @type {number[]} */
+  const seqs = [];
+  const onEvent = (/** @type {any} */ { seq }) => void seqs.push(seq);
+  const last = fresh.watch('ended', { afterSeq: lastSeq, onEvent });
+  assert.deepEqual(await within(last, 'the outcome'), payload);
+  assert.deepEqual(seqs, []);
+  const output = new OutputBuffer();
+  const places = [lastSeq, null, lastSeq - 1, lastSeq + 5, 0, null];
+  const all = places.map((afterSeq) =>
+    fresh.watch('ended', { afterSeq, ...(afterSeq === 0 ? { output } : {}) }),
+  );
+  assert.deepEqual(await within(Promise.all(all), 'all outcomes'), places.map(() => payload));
+  assert.equal(output.payloads.length, 3);
+});
+
+test('a token that cannot be one is refused for good, and not repeated', async (t) => {
+  for (const token of ['secret\nsecond', 'sécret', '', () => 'secret;']) {
+    const refused = open(t, undefined, { token }).list();
+    await assert.rejects(refused, (/** @type {any} */ error) => {
+      assert.deepEqual([error.name, error.code], ['ConnectionClosed', 'UNAUTHORIZED']);
+      assert.doesNotMatch(error.stack, /s.cret/);
+      return true;
+    });
+  }
+});

@@ -5,7 +5,7 @@ import { after, before, test } from 'node:test';
 
 import { Client, HandlerError, InvalidPayload, OutputBuffer, RawJson } from '../src/index.js';
 import { startKit, wholeLog } from './support/kit.js';
-import { Once } from './support/wait.js';
+import { Once, within } from './support/wait.js';
 
 /** @type {Awaited<ReturnType<typeof startKit>>} */
 let kit;
@@ -194,4 +194,51 @@ test('refusals say why', async () => {
   const stranger = new Client({ server: url, token: 'nonsense' });
   await assert.rejects(stranger.list(), { code: 'UNAUTHORIZED' });
   stranger.close();
+});
+
+test('an ended request that was read to its end has nothing more to watch', async () => {
+  await kit.client.run('report', { name: 'Ada' }, { id: 'read' });
+  const { lastSeq } = await kit.client.get('read');
+  for (const afterSeq of [lastSeq, lastSeq + 1]) {
+    const watch = kit.client.watch('read', { afterSeq });
+    assert.deepEqual(await within(watch.next(), 'the end'), { done: true, value: undefined });
+  }
+  const last = await kit.client.watch('read', { afterSeq: lastSeq - 1 }).next();
+  assert.equal(last.value?.type, 'succeeded');
+  assert.equal((await kit.client.watch('read', { afterSeq: null }).next()).value?.seq, lastSeq);
+});
+
+test('a run tells its observer everything, also when the request has ended already', async () => {
+  for (let times = 0; times < 2; times += 1) {
+    const output = new OutputBuffer();
+    const options = { id: 'told', waitMs: 10_000, output };
+    const result = await kit.client.run('report', { name: 'Ada' }, options);
+    assert.equal(result.name, 'Ada');
+    assert.equal(output.payloads.length, 3);
+  }
+});
+
+test('many failed requests can be redriven at once, page by page', async () => {
+  const ids = ['m-1', 'm-2', 'm-3'];
+  for (const id of ids) await assert.rejects(kit.client.run('broken', {}, { id }));
+  const failed = await Promise.all(ids.map((id) => kit.client.get(id)));
+  const since = failed[0].createTime ?? 0;
+  const states = /** @type {['FAILED']} */ (['FAILED']);
+  const options = { states, action: 'broken', since, pageSize: 2 };
+  /** @param {object} more */
+  const all = async (more) => {
+    const pages = [];
+    for await (const page of kit.client.redriveAll({ ...options, ...more })) pages.push(page);
+    assert.ok(pages.every((page) => page.length <= 2));
+    return pages.flat();
+  };
+  const uids = failed.map(({ uid }) => uid).reverse();
+  const dry = await all({ dryRun: true });
+  assert.deepEqual(dry, uids.map((uid) => ({ uid, request: null })));
+  assert.deepEqual(await all({ until: since }), []);
+  const redriven = await all({});
+  assert.deepEqual(redriven.map(({ request }) => request?.redriveOf), uids);
+  for (const { request } of redriven) {
+    await assert.rejects(kit.client.wait(request?.uid ?? ''), { code: 'PROCESSING_FAILED' });
+  }
 });

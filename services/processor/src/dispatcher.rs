@@ -383,8 +383,16 @@ impl Dispatcher {
         left.extend(limits.iter().filter(|(_, limit)| **limit == 0).map(|(name, _)| name.clone()));
         let mut started = 0;
         for request in self.turns.order(page.requests, &self.slots.by_tenant()) {
-            if self.running.lock().contains_key(&request.uid) {
-                continue;
+            let attempt = self.running.lock().get(&request.uid).map(|running| running.attempt);
+            match attempt {
+                None => {}
+                // The index does not show yet that it is claimed.
+                Some(0) => continue,
+                // An attempt has ended and is about to leave; then the next one may start.
+                Some(_) => {
+                    left.insert(request.tenant);
+                    continue;
+                }
             }
             match self.place(&request.action, &request.tenant) {
                 Some(place) => {

@@ -140,7 +140,7 @@ impl Processor {
             ExecutionApi::new(dispatcher.clone(), actions, authenticator.clone(), metrics, options);
         let internal = ExecutionServiceServer::new(service)
             .max_decoding_message_size(max_message_bytes)
-            .max_encoding_message_size(max_message_bytes);
+            .max_encoding_message_size(max_worker_message_bytes);
         Self {
             internal,
             workers: AuthLayer::new(authenticator).wrap(workers),

@@ -53,6 +53,10 @@ pub struct Dependencies {
     pub limits: Limits,
 }
 
+/// The largest list of actions, in bytes: 1 MiB of schemas of the tenant, as much for all tenants,
+/// and what else is declared.
+const ACTIONS_BYTES: usize = 3 * 1024 * 1024;
+
 /// The router, ready to be served.
 pub struct Router {
     /// For everybody: `streamer.router.v1`.
@@ -71,7 +75,7 @@ impl Router {
             dependencies.processor,
             dependencies.event_log,
             dependencies.progress,
-            max_message_bytes,
+            &dependencies.limits,
         );
         let front = Arc::new(Front {
             store: dependencies.store,
@@ -83,7 +87,9 @@ impl Router {
         });
         let public = RouterServiceServer::new(RouterApi::new(front.clone()))
             .max_decoding_message_size(max_message_bytes)
-            .max_encoding_message_size(max_message_bytes.saturating_mul(2));
+            .max_encoding_message_size(
+                max_message_bytes.saturating_mul(2).saturating_add(ACTIONS_BYTES),
+            );
         let operations = OperationsServer::new(OperationsApi::new(front.clone()))
             .max_encoding_message_size(max_message_bytes.saturating_mul(2));
         let auth = dependencies.auth;

@@ -1,7 +1,7 @@
 //! The services that the router talks to.
 
 use http::HeaderValue;
-use streamer_core::{Timestamp, Uid};
+use streamer_core::{Limits, Timestamp, Uid};
 use streamer_proto::{
     common::v1::{Event, Payload, Request},
     internal::v1::{
@@ -27,11 +27,13 @@ impl Peers {
         processor: Channel,
         event_log: Channel,
         progress: Channel,
-        max_message_bytes: usize,
+        limits: &Limits,
     ) -> Self {
+        let max_message_bytes = limits.max_message_bytes();
         Self {
             processor: ExecutionServiceClient::new(processor)
-                .max_decoding_message_size(max_message_bytes)
+                // A declared action may be larger than a payload.
+                .max_decoding_message_size(limits.max_worker_message_bytes())
                 .max_encoding_message_size(max_message_bytes),
             event_log: EventLogServiceClient::new(event_log),
             progress: ProgressServiceClient::new(progress)

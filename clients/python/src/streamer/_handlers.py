@@ -62,6 +62,7 @@ def _told(error: Exception) -> str:
         return f"{name}: {error}"
     except Exception:
         # It is the handler's own code that says what its errors are.
+        _logger.warning("a %s cannot say what it is", name, exc_info=True)
         return name
 
 

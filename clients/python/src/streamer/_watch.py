@@ -10,7 +10,7 @@ import grpc.aio
 from streamer import events
 from streamer._channel import Calls, service_error
 from streamer._proto import common_pb2, progress_pb2
-from streamer._retry import Patience, is_lost
+from streamer._retry import Patience, closing, is_lost, metadata_of
 from streamer._tokens import TokenSource
 from streamer.errors import ErrorCode, ServiceError
 from streamer.events import Event
@@ -65,10 +65,16 @@ async def _stream(
 ) -> AsyncGenerator[progress_pb2.WatchResponse, None]:
     """One stream: ends when it is lost, after a wait; raises when repeating does not help."""
     request = progress_pb2.WatchRequest(request_id=request_id, after_seq=after_seq)
-    call = calls.watch(request, metadata=await tokens.metadata())
+    metadata = await metadata_of(tokens)
+    with closing(calls):
+        call = calls.watch(request, metadata=metadata)
     heard = False
     try:
-        async for response in call:
+        while True:
+            with closing(calls):
+                response = await call.read()
+            if not isinstance(response, progress_pb2.WatchResponse):
+                break
             heard = True
             patience.worked()
             yield response

@@ -6,15 +6,16 @@ import uuid
 from collections.abc import AsyncGenerator, Iterable
 from datetime import datetime, timedelta
 from types import TracebackType
-from typing import Any, TypeAlias, final
+from typing import Any, TypeAlias, TypeVar, final
 
 from google.protobuf.duration_pb2 import Duration
+from grpc.aio import UnaryUnaryMultiCallable
 
 from streamer import _watch, events, model, payload
 from streamer._callbacks import Callbacks, OnOutput, OnProgress, OnRetry
 from streamer._channel import Calls, open_channel, parse_server
 from streamer._proto import router_pb2
-from streamer._retry import Patience, unary
+from streamer._retry import UNARY_SECONDS, Patience, unary
 from streamer._tokens import Token, TokenSource
 from streamer.action import Action, Seconds, seconds
 from streamer.errors import ServiceError, sync_failure
@@ -22,6 +23,12 @@ from streamer.events import Event
 from streamer.model import Completed, Page, Request, RequestState, Submitted
 
 Actions: TypeAlias = list[Action]
+
+_Question = TypeVar("_Question")
+_Answer = TypeVar("_Answer")
+
+# How long a sync action may take before its call is given up.
+_SUBMIT_SECONDS = 600.0
 
 
 @final
@@ -52,7 +59,9 @@ class Client:
         await self.close()
 
     async def close(self) -> None:
-        """Ends the calls that are under way. Requests on the server go on."""
+        """Ends the calls that are under way, which raise `ServiceError`. Requests on the server go
+        on."""
+        self._calls.closed = True
         await self._channel.close()
 
     async def submit(
@@ -80,12 +89,10 @@ class Client:
         _fill(request, payload, metadata, wait, delay)
         if deadline is not None:
             request.deadline.CopyFrom(model.timestamp(deadline))
-        patience = Patience(self._retry_for)
-        response = await unary(
-            lambda token: self._calls.submit(request, metadata=token),
-            self._tokens,
-            patience,
-            repeat=id is not None,
+        # A sync action is answered when it has ended.
+        timeout = _SUBMIT_SECONDS + (0 if wait is None else seconds(wait))
+        response = await self._unary(
+            self._calls.submit, request, repeat=id is not None, timeout=timeout
         )
         return model.submitted(response)
 
@@ -151,12 +158,7 @@ class Client:
     async def get(self, request_id: str) -> Request:
         """One request, with its payload and result."""
         request = router_pb2.GetRequest(request_id=request_id)
-        response = await unary(
-            lambda token: self._calls.get(request, metadata=token),
-            self._tokens,
-            Patience(self._retry_for),
-            repeat=True,
-        )
+        response = await self._unary(self._calls.get, request, repeat=True)
         return model.request(response.request)
 
     async def list(
@@ -175,46 +177,41 @@ class Client:
             page_size=page_size,
             page_token=page_token,
         )
-        response = await unary(
-            lambda token: self._calls.list(request, metadata=token),
-            self._tokens,
-            Patience(self._retry_for),
-            repeat=True,
-        )
+        response = await self._unary(self._calls.list, request, repeat=True)
         return Page([model.request(one) for one in response.requests], response.next_page_token)
 
     async def cancel(self, request_id: str, reason: str = "") -> Request:
         """Asks that a request end. A queued one is cancelled at once; a running one when its
         handler notices: look at the state. Cancelling what has ended changes nothing."""
         request = router_pb2.CancelRequest(request_id=request_id, reason=reason)
-        response = await unary(
-            lambda token: self._calls.cancel(request, metadata=token),
-            self._tokens,
-            Patience(self._retry_for),
-            repeat=True,
-        )
+        response = await self._unary(self._calls.cancel, request, repeat=True)
         return model.request(response.request)
 
     async def redrive(self, request_id: str, *, id: str | None = None) -> Request:
         """Runs a failed or cancelled request again, as a new request, under the new `id`."""
         request = router_pb2.RedriveRequest(request_id=request_id, id=id or "")
-        response = await unary(
-            lambda token: self._calls.redrive(request, metadata=token),
-            self._tokens,
-            Patience(self._retry_for),
-            repeat=id is not None,
-        )
+        response = await self._unary(self._calls.redrive, request, repeat=id is not None)
         return model.request(response.request)
 
     async def actions(self) -> Actions:
         """What can be asked for, by name."""
-        response = await unary(
-            lambda token: self._calls.list_actions(router_pb2.ListActionsRequest(), metadata=token),
-            self._tokens,
-            Patience(self._retry_for),
-            repeat=True,
+        response = await self._unary(
+            self._calls.list_actions, router_pb2.ListActionsRequest(), repeat=True
         )
         return [Action.from_proto(action) for action in response.actions]
+
+    async def _unary(
+        self,
+        call: UnaryUnaryMultiCallable[_Question, _Answer],
+        question: _Question,
+        *,
+        repeat: bool,
+        timeout: float = UNARY_SECONDS,
+    ) -> _Answer:
+        patience = Patience(self._retry_for)
+        return await unary(
+            self._calls, call, question, self._tokens, patience, repeat=repeat, timeout=timeout
+        )
 
 
 def _fill(

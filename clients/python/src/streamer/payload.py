@@ -33,7 +33,10 @@ def encode_json(value: Any) -> bytes:
 
 def decode_json(data: bytes | str) -> Any:
     """The value of JSON; integers of any size stay exact. Raises ValueError if it is not JSON."""
-    return json.loads(data, parse_constant=_refuse_constant)
+    try:
+        return json.loads(data, parse_constant=_refuse_constant)
+    except RecursionError:
+        raise ValueError("it is nested too deeply to be read") from None
 
 
 def encode_chunk(chunk: Any) -> tuple[str, bytes]:
