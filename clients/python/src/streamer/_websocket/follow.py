@@ -16,7 +16,6 @@ from enum import Enum, auto
 from streamer._retry import Patience
 from streamer._websocket import frames
 from streamer._websocket.frames import Frame
-from streamer.errors import BrokenLog
 from streamer.events import Event, Terminal
 from streamer.model import RequestState
 from streamer.output import LogVerifier, contiguous
@@ -57,7 +56,11 @@ class Follow:
         self.request_id = request_id
         self.phase = Phase.OPENING
         self.patience = patience
+        self.was_sent = False
+        """Whether its opening message was sent on any connection."""
         self._submission = submission
+        # After which seq missing events were asked for again.
+        self._asked_after: int | None = None
         self._last_seq = after_seq
         self._verifier = LogVerifier() if after_seq == 0 else None
         self._waiting: deque[Event | Response | Exception] = deque()
@@ -109,19 +112,24 @@ class Follow:
         self.phase = Phase.ENDED
 
     def on_event(self, frame: Frame) -> bool:
-        """An event of its log. Whether more are wanted."""
+        """An event of its log. Whether more are wanted. Raises `BrokenLog`, and what `frames.event`
+        raises.
+
+        Missing events are asked for again once (it is OPENING then): who asked for the same request
+        under its other name has moved the server on.
+        """
         if self.phase is not Phase.LIVE:
             return True  # if it is of any interest, it will be sent again
-        try:
-            event = frames.event(frame)
-            if event.seq <= self._last_seq:
-                return True
-            contiguous(self._last_seq, event.seq)
-            if self._verifier is not None:
-                self._verifier.apply(event)
-        except (BrokenLog, KeyError, TypeError, ValueError) as error:
-            self.fail(error)
-            return False
+        event = frames.event(frame)
+        if event.seq <= self._last_seq:
+            return True
+        if event.seq > self._last_seq + 1 and self._asked_after != self._last_seq:
+            self._asked_after = self._last_seq
+            self.phase = Phase.OPENING
+            return True
+        contiguous(self._last_seq, event.seq)
+        if self._verifier is not None:
+            self._verifier.apply(event)
         self._last_seq = event.seq
         self._put(event)
         if isinstance(event, Terminal):

@@ -14,10 +14,20 @@ from streamer._tokens import TokenSource
 from streamer._websocket import frames
 from streamer._websocket.follow import Follow, Phase
 from streamer._websocket.frames import Frame
-from streamer.errors import ErrorCode, LimitExceeded, ServiceError
+from streamer.errors import (
+    BrokenLog,
+    ErrorCode,
+    LimitExceeded,
+    RequestCancelled,
+    ServiceError,
+    StreamerError,
+)
 
 # Refusals after which the same message may be taken.
 _PASSING = (ErrorCode.RATE_LIMITED, ErrorCode.UNAVAILABLE)
+
+# Messages about requests that are no events.
+_ABOUT_REQUESTS = ("acknowledgment", "subscribed", "response", "cancelled")
 
 _logger = logging.getLogger("streamer.websocket")
 
@@ -34,7 +44,11 @@ class Session:
         """The server stops: come back within so many seconds."""
         self._tokens = tokens
         self._retry_for = retry_for
+        # In the order in which they began.
         self._follows: dict[str, Follow] = {}
+        # Submissions that were sent, and are followed by nobody any more, until they are answered:
+        # what is said of their requests must not overtake them.
+        self._left: dict[str, Follow] = {}
         # Cancellations that are not answered yet.
         self._cancels: dict[str, tuple[str, asyncio.Future[None]]] = {}
         self._connected = False
@@ -45,7 +59,12 @@ class Session:
     @property
     def wants_connection(self) -> bool:
         """Whether there is anything to be had from the server."""
-        return bool(self._follows or self._cancels)
+        return bool(self._follows or self._left or self._cancels)
+
+    @property
+    def connected(self) -> bool:
+        """Whether the server has said hello on the connection of now."""
+        return self._connected
 
     # What the client asks for.
 
@@ -63,10 +82,18 @@ class Session:
 
     def unfollow(self, follow: Follow) -> None:
         """Ends to follow a request, which goes on."""
-        if self._follows.get(follow.request_id) is follow:
-            del self._follows[follow.request_id]
-            if follow.phase is not Phase.ENDED:
-                self._unsubscribe(follow)
+        name = follow.request_id
+        if self._follows.get(name) is not follow:
+            return
+        del self._follows[name]
+        if follow.phase is Phase.ENDED:
+            return
+        if follow.is_submitting and follow.was_sent:
+            self._left[name] = follow
+            return
+        self._unsubscribe(follow)
+        if follow.phase is Phase.OPENING:
+            self._say_cancel(name)
 
     def caught_up(self, follow: Follow) -> None:
         """The reader of a paused request has taken everything: events are wanted again."""
@@ -99,6 +126,7 @@ class Session:
         for follow in list(self._follows.values()):
             follow.fail(error)
         self._follows.clear()
+        self._left.clear()
         for _, answered in list(self._cancels.values()):
             if not answered.done():
                 answered.set_exception(error)
@@ -113,7 +141,8 @@ class Session:
     # What the server says.
 
     def hear(self, text: str) -> None:
-        """Takes in one message. Raises ValueError when it is none."""
+        """Takes in one message. Raises ValueError when it is none. What cannot be read of a request
+        is that request's trouble alone."""
         frame = frames.parse(text)
         kind = frame.type
         if kind == "connected":
@@ -122,43 +151,103 @@ class Session:
             self._help(self._refresh_token())
         elif kind == "draining":
             self.reconnect_after = int(frame.get("reconnect_after_ms", 0)) / 1000
-        elif kind in ("acknowledgment", "subscribed", "response") or "seq" in frame.members:
+        elif kind == "error" and "seq" not in frame.members:
+            self._on_refusal(frame)
+        elif kind in _ABOUT_REQUESTS or "seq" in frame.members:
             follow = self._followed(frame)
             if follow is not None:
-                self._tell(follow, frame)
+                self._try_to_tell(follow, frame)
             elif kind == "acknowledgment":
-                self._on_cancelling(str(frame.get("request_id")), str(frame.get("uid")))
-        elif kind == "error":
-            self._on_refusal(frame)
+                self._on_cancelling(*_names(frame))
 
     def _on_connected(self, frame: Frame) -> None:
         self._connected = True
         self._max_message_bytes = frame.get("max_message_bytes")
-        for follow in list(self._follows.values()):
+        for follow in [*self._left.values(), *self._follows.values()]:
             if follow.phase is Phase.OPENING:
                 self._open(follow)
         for request_id in self._cancels:
             self._say_cancel(request_id)
 
     def _followed(self, frame: Frame) -> Follow | None:
-        by_name = self._follows.get(str(frame.get("request_id")))
-        return by_name or self._follows.get(str(frame.get("uid")))
+        """Whose message this is. A request that is followed under both of its names is the
+        first one's: the other is told so once the server has answered it."""
+        request_id, uid = _names(frame)
+        if request_id in self._left:
+            return self._left[request_id]
+        by_name, by_uid = self._follows.get(request_id), self._follows.get(uid)
+        if by_name is None or by_uid is None or by_name is by_uid:
+            return by_name or by_uid
+        first, second = sorted((by_name, by_uid), key=list(self._follows.values()).index)
+        if frame.type == "subscribed":
+            told = f"request {second.request_id} is followed by this client already"
+            self._fail(second, ValueError(f"{told}, as {first.request_id}"), heard=True)
+            del self._follows[second.request_id]
+            if first.phase is Phase.PAUSED:
+                self._unsubscribe(first)
+        return first
+
+    def _try_to_tell(self, follow: Follow, frame: Frame) -> None:
+        try:
+            self._tell(follow, frame)
+        except StreamerError as error:
+            self._fail(follow, error)
+            self._unsubscribe(follow)
+        except Exception as error:
+            _logger.warning("what came of %s cannot be read", follow.request_id, exc_info=True)
+            self._fail(follow, BrokenLog(f"what came cannot be read: {error}"))
+            self._unsubscribe(follow)
 
     def _tell(self, follow: Follow, frame: Frame) -> None:
         kind = frame.type
         if "seq" in frame.members:
+            was_live = follow.phase is Phase.LIVE
             if not follow.on_event(frame):
                 self._unsubscribe(follow)
+            elif was_live and follow.phase is Phase.OPENING:
+                self._open(follow)
         elif kind == "acknowledgment" and not follow.is_submitting:
-            self._on_cancelling(follow.request_id)
+            self._on_cancelling(follow.request_id, *_names(frame))
         elif kind == "acknowledgment":
             follow.on_acknowledgment()
+            self._forget(follow)
             self._say_cancel(follow.request_id)
         elif kind == "subscribed":
             follow.on_subscribed(frame)
             self._say_cancel(follow.request_id)
         else:
-            follow.on_response(frame)
+            # A sync action has ended: there is nothing left to be cancelled.
+            self._on_cancelling(follow.request_id)
+            if kind == "cancelled":
+                reason = str(frame.get("reason", ""))
+                follow.fail(RequestCancelled(follow.request_id, reason))
+            else:
+                follow.on_response(frame)
+            self._forget(follow)
+
+    def _fail(self, follow: Follow, error: Exception, *, heard: bool = False) -> None:
+        """It cannot go on. Unless the server has `heard` of the request, its cancellation, which
+        waited for that, cannot either."""
+        waits = follow.phase is Phase.OPENING
+        follow.fail(error)
+        self._forget(follow)
+        if waits and heard:
+            self._say_cancel(follow.request_id)
+        elif waits:
+            _, answered = self._cancels.get(follow.request_id, (None, None))
+            if answered is not None and not answered.done():
+                answered.set_exception(error)
+
+    def _forget(self, follow: Follow) -> None:
+        """The submission is answered: if nobody follows it any more, that was all, and whoever asks
+        for the same request has his turn."""
+        name = follow.request_id
+        if self._left.get(name) is follow:
+            del self._left[name]
+            if follow.phase is not Phase.ENDED:
+                self._unsubscribe(follow)
+            if name in self._follows:
+                self._open(self._follows[name])
 
     def _on_cancelling(self, *names: str) -> None:
         for name in names:
@@ -167,7 +256,7 @@ class Session:
                 answered.set_result(None)
 
     def _on_refusal(self, frame: Frame) -> None:
-        refusal = frames.refusal(frame)
+        refusal = _refusal(frame)
         follow = self._followed(frame)
         _, answered = self._cancels.get(str(frame.get("request_id")), (None, None))
         # While a request is being opened, its cancellation has not been sent.
@@ -181,13 +270,17 @@ class Session:
             follow.reopen()
             self._help(self._open_later(follow, refusal))
         else:
-            follow.fail(refusal)
+            self._fail(follow, refusal)
 
     async def _open_later(self, follow: Follow, refusal: ServiceError) -> None:
         if not await follow.patience.wait():
-            follow.fail(refusal)
-        elif follow.phase is Phase.OPENING:
+            self._fail(follow, refusal)
+        elif follow.phase is Phase.OPENING and self._is_wanted(follow):
             self._open(follow)
+
+    def _is_wanted(self, follow: Follow) -> bool:
+        name = follow.request_id
+        return follow in (self._left.get(name), self._follows.get(name))
 
     async def _refresh_token(self) -> None:
         if self._tokens.renewable:
@@ -196,15 +289,19 @@ class Session:
     # What is said to the server: nothing before it has said hello.
 
     def _open(self, follow: Follow) -> None:
+        if self._left.get(follow.request_id, follow) is not follow:
+            return  # another submission of the same request is to be answered first
         text = follow.opening()
         limit, size = self._max_message_bytes, len(text.encode())
         if self._connected and limit is not None and size > limit:
-            follow.fail(LimitExceeded("message", size, limit, "connected.max_message_bytes"))
-        else:
-            self._say(text)
+            error = LimitExceeded("message", size, limit, "connected.max_message_bytes")
+            self._fail(follow, error)
+            return
+        self._say(text)
+        follow.was_sent = follow.was_sent or self._connected
 
     def _say_cancel(self, request_id: str) -> None:
-        follow = self._follows.get(request_id)
+        follow = self._left.get(request_id) or self._follows.get(request_id)
         if request_id in self._cancels and (follow is None or follow.phase is not Phase.OPENING):
             self._say(self._cancels[request_id][0])
 
@@ -225,3 +322,15 @@ class Session:
         self._helpers.discard(helper)
         if not helper.cancelled() and helper.exception() is not None:
             _logger.warning("getting a fresh token failed", exc_info=helper.exception())
+
+
+def _names(frame: Frame) -> tuple[str, str]:
+    """How the request of a message is named: by its caller, and by the server."""
+    return str(frame.get("request_id")), str(frame.get("uid"))
+
+
+def _refusal(frame: Frame) -> ServiceError:
+    try:
+        return frames.refusal(frame)
+    except (AttributeError, TypeError, ValueError) as error:
+        return ServiceError(ErrorCode.INTERNAL_ERROR, f"a refusal cannot be read: {error}")
