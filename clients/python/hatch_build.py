@@ -1,7 +1,8 @@
 """Build hook: writes `streamer/_proto` from the protobuf schema, so that no generated code is
 kept in the repository.
 
-In the repository the schema is in `../../proto`; a source distribution carries a copy in `proto`.
+In the repository the schema is in `../../proto` and the licence in `../../LICENSE`; a source
+distribution carries copies in `proto` and `LICENSE`.
 """
 
 import re
@@ -31,12 +32,23 @@ class SchemaHook(BuildHookInterface):  # type: ignore[type-arg]
         if self.target_name == "sdist":
             for name in SCHEMA:
                 build_data["force_include"][str(schema / name)] = f"proto/{name}"
+            add_license(root, "LICENSE", build_data)
         elif version == "editable":
             generate(schema, root / "src" / "streamer" / "_proto")
         else:
             self.scratch = tempfile.TemporaryDirectory()
             generate(schema, Path(self.scratch.name))
             build_data["force_include"][self.scratch.name] = "streamer/_proto"
+            info = f"{self.build_config.builder.project_id}.dist-info"
+            add_license(root, f"{info}/licenses/LICENSE", build_data)
+
+
+def add_license(root: Path, target: str, build_data: dict[str, Any]) -> None:
+    """Adds the licence of the repository; one that a source distribution carries is found by
+    hatchling itself."""
+    if not (root / "LICENSE").is_file():
+        source = (root / ".." / ".." / "LICENSE").resolve()
+        build_data["force_include"][str(source)] = target
 
 
 def generate(schema: Path, target: Path) -> None:

@@ -253,9 +253,11 @@ def read_arguments() -> argparse.Namespace:
 
 
 async def printed_by(command: str) -> str:
-    """What a shell command prints."""
+    """What a shell command prints. Raises RuntimeError when it fails."""
     shell = await asyncio.create_subprocess_shell(command, stdout=asyncio.subprocess.PIPE)
     printed, _ = await shell.communicate()
+    if shell.returncode != 0:
+        raise RuntimeError(f"the token command ended with status {shell.returncode}")
     return printed.decode().strip()
 
 

@@ -280,6 +280,21 @@ async fn a_place_that_a_sync_action_gives_back_is_taken_at_once() {
 }
 
 #[tokio::test]
+async fn a_retry_that_is_due_at_once_does_not_wait_for_the_poll() {
+    let action =
+        Action { initial_backoff_ms: 1, max_backoff_ms: 3, max_attempts: 50, ..declare("work") };
+    let mut scene = Scene::new(&["execution.poll_interval_ms=60000"], 1, action).await;
+    scene.client.submit("r", "work", json!({})).await;
+    for attempt in 1..=20 {
+        let task = scene.worker.task().await;
+        assert_eq!(task.attempt, attempt);
+        scene.fail(&task, ErrorCode::ProcessingFailed, true).await;
+    }
+    let task = scene.worker.task().await;
+    scene.succeed(&task).await;
+}
+
+#[tokio::test]
 async fn one_more_sync_call_than_may_run_is_refused_with_its_limit() {
     let quick = Action { sync: true, max_concurrency: 1, ..declare("quick") };
     let settings = ["execution.tenant_share_percent=100"];

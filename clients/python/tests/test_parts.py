@@ -141,10 +141,10 @@ def test_members_keep_their_text() -> None:
     text = ' { "a" : 1.50 , "b":{ "c": [1, 2] },"d":"\\u00e9}", "e":null } '
     found = rawjson.members(text)
     texts = {name: member.text for name, member in found.items()}
-    assert texts == {"a": "1.50", "b": '{ "c": [1, 2] }', "d": '"\\u00e9}"', "e": "null"}
+    assert texts == {"a": " 1.50 ", "b": '{ "c": [1, 2] }', "d": '"\\u00e9}"', "e": "null "}
     assert (found["d"].value, found["e"].value) == ("é}", None)
     assert rawjson.members("{ }") == {}
-    for broken in ("", "[]", "{", '{"a"}', '{"a":1', '{"a":1,}', "{1:2}"):
+    for broken in ("", "[]", "{", '{"a"}', '{"a":1', '{"a":1,}', "{1:2}", '{"a":}', '{"a": ,"b":1}'):
         with pytest.raises(ValueError):
             rawjson.members(broken)
 

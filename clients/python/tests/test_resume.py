@@ -72,7 +72,11 @@ async def test_a_stream_may_break_again_and_again(server: Server, client: Client
             for number in range(50):
                 await context.output(number)
                 if number % 10 == 5:
+                    before = proxy.connections
                     proxy.cut()
+                    # The worker has not noticed yet.
+                    while proxy.connections == before:
+                        await asyncio.sleep(0.01)
                     await worker.connected.wait()
             proxy.cut()
             return context.attempt
@@ -80,6 +84,7 @@ async def test_a_stream_may_break_again_and_again(server: Server, client: Client
         output: list[events.Output] = []
         async with serving(worker, server):
             assert await soon(client.run("again", on_output=output.append)) == 1
+        assert proxy.connections >= 7
     assert numbers(output) == list(range(50))
 
 

@@ -10,29 +10,32 @@ from streamer.testing import run_handler
 
 
 async def count(context: Context, payload: dict[str, Any]) -> dict[str, Any]:
-    begin = context.checkpoint["next"] if context.checkpoint else 0
-    for number in range(begin, payload["to"]):
+    done = context.checkpoint["done"] if context.checkpoint else []
+    for chunk in done:
+        await context.output(chunk)
+    for number in range(len(done), payload["to"]):
         context.raise_if_cancelled()
         await context.progress(100 * number / payload["to"], f"at {number}")
-        await context.output({"number": number})
-        await context.save_checkpoint({"next": number + 1})
+        done.append({"number": number})
+        await context.output(done[-1])
+        await context.save_checkpoint({"done": done})
     await context.heartbeat()
     return {"attempt": context.attempt}
 
 
 async def test_what_a_handler_reports_is_told() -> None:
-    run = await run_handler(count, {"to": 3}, checkpoint={"next": 1}, attempt=2)
+    run = await run_handler(count, {"to": 3}, checkpoint={"done": [{"number": 0}]}, attempt=2)
     assert run.result == {"attempt": 2}
     assert run.error is None
-    assert run.output == [{"number": 1}, {"number": 2}]
+    assert run.output == [{"number": 0}, {"number": 1}, {"number": 2}]
     assert [one.message for one in run.progress] == ["at 1", "at 2"]
-    assert (run.checkpoint, len(run.checkpoints), run.heartbeats) == ({"next": 3}, 2, 1)
+    assert (run.checkpoint, len(run.checkpoints), run.heartbeats) == ({"done": run.output}, 2, 1)
 
 
 async def test_a_handler_can_be_cancelled_midway() -> None:
     run = await run_handler(count, {"to": 10}, cancel_when=lambda run: len(run.output) == 4)
     assert run.cancelled
-    assert run.checkpoint == {"next": 4}
+    assert run.checkpoint == {"done": run.output}
 
 
 async def test_a_sleeping_handler_is_woken_by_cancellation() -> None:

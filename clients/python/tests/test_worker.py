@@ -103,10 +103,14 @@ async def test_output_of_a_failed_attempt_is_void_and_its_checkpoint_is_kept(
 
     @worker.action("twice", **QUICK)
     async def twice(context: Context, payload: Any) -> Any:
-        begin = context.checkpoint["next"] if context.checkpoint else 0
+        done = context.checkpoint["done"] if context.checkpoint else []
+        begin = len(done)
+        for number in done:
+            await context.output({"attempt": context.attempt, "number": number})
         for number in range(begin, begin + 3):
             await context.output({"attempt": context.attempt, "number": number})
-            await context.save_checkpoint({"next": number + 1})
+            done.append(number)
+            await context.save_checkpoint({"done": done})
         if context.attempt == 1:
             raise OSError("the disk is full")
         return begin
@@ -120,7 +124,7 @@ async def test_output_of_a_failed_attempt_is_void_and_its_checkpoint_is_kept(
             if isinstance(event, events.Retrying):
                 retries.append(event)
         ended = await client.wait(submitted.uid)
-    assert collector.values == [{"attempt": 2, "number": number} for number in (3, 4, 5)]
+    assert collector.values == [{"attempt": 2, "number": number} for number in range(6)]
     assert ended.result == 3
     [retry] = retries
     assert retry.failure.message == "OSError: the disk is full"

@@ -17,7 +17,7 @@ use std::{
 use parking_lot::Mutex;
 use streamer_core::{Clock, Timestamp, Uid};
 use streamer_handler::RequestHistory;
-use streamer_store::{Store, StoreError};
+use streamer_store::Store;
 use tokio::time::{Instant, MissedTickBehavior, interval, timeout};
 use tokio_util::{sync::CancellationToken, task::TaskTracker};
 
