@@ -88,7 +88,7 @@ async fn a_suspended_worker_loses_its_lease_and_what_it_says_later_is_refused() 
 
 #[tokio::test]
 async fn the_server_is_killed_and_the_attempt_goes_on() {
-    let mut server = server(&[]);
+    let mut server = server(&["execution.lease_ms=120000"]);
     let token = worker_token(&server);
     let _worker = WorkerProcess::start(&server, &token, "echo_async", &[]);
     offered(&server, &token, "echo_async", 1).await;
@@ -476,7 +476,8 @@ async fn a_newer_stream_of_the_same_worker_takes_the_place_of_the_one_before() {
 
 #[tokio::test]
 async fn a_worker_takes_over_where_it_stands_when_the_server_drains() {
-    let mut server = server(&[]);
+    // However long the worker waits before it comes back.
+    let mut server = server(&["execution.lease_ms=120000"]);
     let token = worker_token(&server);
     let _worker = WorkerProcess::start(&server, &token, "echo_async", &[]);
     offered(&server, &token, "echo_async", 1).await;
@@ -486,6 +487,7 @@ async fn a_worker_takes_over_where_it_stands_when_the_server_drains() {
     while log.count("progress") < 3 {
         log.push(before.next().await);
     }
+    drop(before);
     assert_eq!(server.stop(), Some(0));
     server.restart();
     let mut after = client(&server).await;
