@@ -6,7 +6,7 @@ import asyncio
 from typing import Any
 
 import pytest
-from harness import Proxy, Server, serving, soon
+from harness import Proxy, Server, serving, soon, until
 
 from streamer import (
     Client,
@@ -16,6 +16,7 @@ from streamer import (
     RequestState,
     ServiceError,
     Worker,
+    _channel,
     events,
 )
 
@@ -79,6 +80,27 @@ async def test_waiting_outlasts_a_cut(server: Server) -> None:
         go_on.set()
         ended = await soon(waiting)
     assert (ended.result, ended.request_id) == ("done", submitted.uid)
+
+
+async def test_a_link_that_has_gone_silent_is_noticed(
+    server: Server, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    names = ("keepalive_time_ms", "keepalive_timeout_ms", "http2.ping_timeout_ms")
+    assert {f"grpc.{name}" for name in names} <= set(dict(_channel._OPTIONS))
+    options = {**dict(_channel._OPTIONS), **{f"grpc.{name}": 300 for name in names}}
+    monkeypatch.setattr(_channel, "_OPTIONS", list(options.items()))
+    async with Proxy(server.port) as proxy, Client(proxy.url, server.token()) as client:
+        submitted = await client.submit("echo_async", {"steps": 1}, delay=1)
+        waiting = asyncio.ensure_future(client.wait(submitted.uid))
+        await asyncio.sleep(0.1)
+        proxy.hold()
+
+        async def came_again() -> bool:
+            return proxy.connections > 1
+
+        await until(came_again)
+        proxy.release()
+        assert (await soon(waiting)).state is RequestState.SUCCEEDED
 
 
 async def test_a_watch_begins_after_a_seq(client: Client) -> None:

@@ -9,6 +9,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import pytest
 from harness import Server, soon, until
 
 from streamer import Client, InvalidPayload, events
@@ -53,6 +54,12 @@ async def test_it_summarises_and_goes_on_from_a_checkpoint() -> None:
     assert len(rest.progress) == len(whole.progress) - 4
 
     assert isinstance((await run_handler(handler, {"text": " "})).error, InvalidPayload)
+
+
+async def test_a_token_command_that_fails_brings_no_token() -> None:
+    assert await load().printed_by("echo token") == "token"
+    with pytest.raises(RuntimeError, match="status 3"):
+        await load().printed_by("echo token; exit 3")
 
 
 async def test_it_serves_until_it_is_told_to_stop(server: Server, client: Client) -> None:

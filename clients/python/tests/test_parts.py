@@ -23,10 +23,10 @@ def progress(message: str) -> common_pb2.Progress:
     return common_pb2.Progress(message=message)
 
 
-def drain(log: ReportLog) -> list[tuple[str | None, int]]:
+def drain(log: ReportLog, limits: Limits | None = None) -> list[tuple[str | None, int]]:
     """What is sent next, as kind and number."""
     sent: list[tuple[str | None, int]] = []
-    while (report := log.next_unsent()) is not None:
+    while (report := log.next_unsent(limits)) is not None:
         sent.append((report.WhichOneof("kind"), report.number))
     return sent
 
@@ -89,6 +89,24 @@ def test_unacknowledged_reports_are_bounded_in_number_and_bytes() -> None:
     assert not log.has_room(limits)
 
 
+def test_no_more_is_sent_than_a_server_with_smaller_limits_takes() -> None:
+    log = ReportLog("U", 1)
+    for message in ("a", "b", "c", "d", "much longer", "e"):
+        log.add_progress(progress(message))
+    log.finish(result=b"{}")
+    drain(log)
+    # It was started again, with other limits.
+    log.resume(1)
+    limits = Limits(max_unacknowledged=2, max_unacknowledged_bytes=10)
+    assert drain(log, limits) == [("progress", 2), ("progress", 3)]
+    log.acknowledge(2)
+    assert drain(log, limits) == [("progress", 4)]
+    log.acknowledge(4)
+    assert drain(log, limits) == [("progress", 5)]
+    log.acknowledge(5)
+    assert drain(log, limits) == [("progress", 6), ("result", 6)]
+
+
 def test_bounds_of_a_server_that_does_not_tell_them_are_the_usual_ones() -> None:
     assert Limits.of(worker_pb2.Welcome(max_unacknowledged=5)) == Limits(max_unacknowledged=5)
     assert Limits().max_unacknowledged_bytes == 8 * 1024 * 1024
@@ -144,7 +162,17 @@ def test_members_keep_their_text() -> None:
     assert texts == {"a": " 1.50 ", "b": '{ "c": [1, 2] }', "d": '"\\u00e9}"', "e": "null "}
     assert (found["d"].value, found["e"].value) == ("é}", None)
     assert rawjson.members("{ }") == {}
-    for broken in ("", "[]", "{", '{"a"}', '{"a":1', '{"a":1,}', "{1:2}", '{"a":}', '{"a": ,"b":1}'):
+    for broken in (
+        "",
+        "[]",
+        "{",
+        '{"a"}',
+        '{"a":1',
+        '{"a":1,}',
+        "{1:2}",
+        '{"a":}',
+        '{"a": ,"b":1}',
+    ):
         with pytest.raises(ValueError):
             rawjson.members(broken)
 

@@ -38,6 +38,7 @@ async def test_results_progress_and_output_come(server: Server, websocket: WebSo
         await context.output("line é\n")
         await context.output(b"\x00\xff")
         await context.output(RawJson(b'{ "a" : 1.50, "n": 9223372036854775807,"e":"\\u00e9" }'))
+        await context.output(RawJson(b' {"a": 1}\n'))
         return payload
 
     progress: list[events.Progress] = []
@@ -51,6 +52,34 @@ async def test_results_progress_and_output_come(server: Server, websocket: WebSo
     assert [(one.percentage, one.metadata) for one in progress] == [(50, {"a": 1})]
     assert [one.value for one in output[:2]] == ["line é\n", b"\x00\xff"]
     assert output[2].data == b'{ "a" : 1.50, "n": 9223372036854775807,"e":"\\u00e9" }'
+
+
+async def test_a_request_is_cancelled_by_who_does_not_wait_for_it(
+    client: Client, websocket: WebSocketClient
+) -> None:
+    await websocket.request("echo", {})
+    task = {"steps": 1000, "delay_ms": 1000}
+    request = asyncio.create_task(websocket.request("echo_async", task, id="left"))
+    await asyncio.sleep(0)
+    request.cancel()
+    await soon(websocket.cancel("left", "enough"))
+    assert (await soon(client.wait("left"))).state == "CANCELLED"
+
+
+async def test_a_request_is_watched_under_one_of_its_names(
+    client: Client, websocket: WebSocketClient
+) -> None:
+    submitted = await client.submit("echo_async", {"steps": 20, "delay_ms": 20}, id="two-names")
+
+    async def watch(name: str, after_seq: int) -> list[int]:
+        return [event.seq async for event in websocket.watch(name, after_seq)]
+
+    first = asyncio.create_task(watch("two-names", 0))
+    await asyncio.sleep(0)
+    with pytest.raises(ValueError, match="followed"):
+        await soon(watch(submitted.uid, 3))
+    seqs = await soon(first)
+    assert seqs == list(range(1, len(seqs) + 1))
 
 
 async def test_sync_actions_and_refusals_are_answered(websocket: WebSocketClient) -> None:

@@ -15,6 +15,7 @@ from streamer import (
     Context,
     ErrorCode,
     FatalError,
+    HandlerError,
     InvalidPayload,
     LimitExceeded,
     OutputCollector,
@@ -154,6 +155,59 @@ async def test_final_errors_are_not_retried(
     failure = raised.value.failure
     assert (failure.code, failure.retryable, request.attempt) == (code, False, 1)
     assert failure.details
+
+
+class Unspeakable(Exception):
+    def __str__(self) -> str:
+        raise LookupError("no words")
+
+
+class Unreportable(HandlerError):
+    def __init__(self) -> None:
+        pass  # and so has no failure
+
+
+@pytest.mark.parametrize(
+    ("name", "raises", "code", "message", "details"),
+    [
+        ("code", lambda: FatalError("x", code="NOT_FOUND"), "NOT_FOUND", "x", None),
+        ("text", lambda: FatalError(OSError("x")), "PROCESSING_FAILED", "x", None),  # type: ignore[arg-type]
+        ("mute", Unspeakable, "PROCESSING_FAILED", "Unspeakable", None),
+        ("none", Unreportable, "PROCESSING_FAILED", "the error could not be reported", None),
+        ("long", lambda: FatalError("x", details={"d": "x" * 6_000_000}), None, "x", None),
+        ("full", lambda: FatalError("x", details="x" * 65_535), None, "x", None),
+        ("odd", lambda: FatalError("x", details={"d": object()}), None, "x", None),
+        (
+            "kept",
+            lambda: FatalError("x", details={"d": "x" * 60_000}),
+            None,
+            "x",
+            {"d": "x" * 60_000},
+        ),
+    ],
+)
+async def test_an_attempt_ends_whatever_its_handler_raises(
+    server: Server,
+    client: Client,
+    new_worker: NewWorker,
+    name: str,
+    raises: Callable[[], Exception],
+    code: str | None,
+    message: str,
+    details: Any,
+) -> None:
+    worker = new_worker()
+
+    @worker.action(f"raises-{name}", max_attempts=1)
+    async def fails(context: Context, payload: Any) -> None:
+        raise raises()
+
+    async with serving(worker, server):
+        with pytest.raises(RequestFailed) as raised:
+            await soon(client.run(f"raises-{name}"))
+    failure = raised.value.failure
+    assert (failure.code, failure.message) == (code or "PROCESSING_FAILED", message)
+    assert failure.details == details
 
 
 async def test_cancelling_reaches_the_handler(

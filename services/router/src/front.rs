@@ -31,7 +31,8 @@ use crate::{
     catalog::{Catalog, Known},
     metrics::RouterMetrics,
     peers::Peers,
-    queue, wait,
+    queue::{self, MAX_AHEAD, MAX_AHEAD_OF_NEW},
+    wait,
 };
 
 pub(crate) struct Front {
@@ -165,7 +166,7 @@ impl Front {
     /// Where it stands in the queue. The acknowledgement does not depend on it.
     async fn position(&self, created: &Created, now: Timestamp) -> Option<QueuePosition> {
         let outlook = created.outlook.as_ref();
-        match queue::position(&*self.store, &created.record, outlook, now).await {
+        match queue::position(&*self.store, &created.record, outlook, now, MAX_AHEAD_OF_NEW).await {
             Ok(position) => position,
             Err(error) => {
                 tracing::warn!(%error, uid = %created.record.uid, "could not tell the queue position");
@@ -279,7 +280,8 @@ impl Front {
         }
         // Asking how it looks is a hint more, which does no harm.
         let outlook = self.peers.wake(record, None).await;
-        let position = queue::position(&*self.store, record, outlook.as_ref(), now).await;
+        let position =
+            queue::position(&*self.store, record, outlook.as_ref(), now, MAX_AHEAD).await;
         position.map_err(|error| store_status(&error))
     }
 

@@ -6,8 +6,10 @@ use streamer_core::{RequestState, Timestamp};
 use streamer_proto::{common::v1::QueuePosition, internal::v1::WakeResponse, timestamp};
 use streamer_store::{QueueAhead, RequestRecord, Store, StoreError};
 
-/// Counted of the tenant's own requests, and of all others, at most.
-const MAX_AHEAD: usize = 1000;
+/// Counted of the tenant's own requests, and of all others, at most, when somebody asks.
+pub(crate) const MAX_AHEAD: usize = 1000;
+/// As many when a request is acknowledged: every submission pays for it.
+pub(crate) const MAX_AHEAD_OF_NEW: usize = 100;
 
 /// The place of a request in the queue; `None` unless it is queued and due.
 pub(crate) async fn position(
@@ -15,20 +17,27 @@ pub(crate) async fn position(
     record: &RequestRecord,
     outlook: Option<&WakeResponse>,
     now: Timestamp,
+    max_ahead: usize,
 ) -> Result<Option<QueuePosition>, StoreError> {
     if record.state != RequestState::Queued || record.not_before > now {
         return Ok(None);
     }
     let ahead = match outlook {
         Some(outlook) if outlook.started => QueueAhead::default(),
-        _ => store.queue_ahead(record.clone(), now, MAX_AHEAD).await?,
+        _ => store.queue_ahead(record.clone(), now, max_ahead).await?,
     };
-    Ok(Some(describe(ahead, outlook, now)))
+    Ok(Some(describe(ahead, outlook, now, max_ahead)))
 }
 
-fn describe(ahead: QueueAhead, outlook: Option<&WakeResponse>, now: Timestamp) -> QueuePosition {
+fn describe(
+    ahead: QueueAhead,
+    outlook: Option<&WakeResponse>,
+    now: Timestamp,
+    max_ahead: usize,
+) -> QueuePosition {
     let number = |count: u64| i64::try_from(count).unwrap_or(i64::MAX).saturating_add(1);
-    let start = outlook.and_then(|outlook| wait(ahead, outlook)).map(|wait| now.plus(wait));
+    let start =
+        outlook.and_then(|outlook| wait(ahead, outlook, max_ahead)).map(|wait| now.plus(wait));
     QueuePosition {
         earliest: number(ahead.own),
         latest: number(ahead.own + ahead.others),
@@ -37,11 +46,11 @@ fn describe(ahead: QueueAhead, outlook: Option<&WakeResponse>, now: Timestamp) -
 }
 
 /// Half of the others' requests come first, and every slot takes its share.
-fn wait(ahead: QueueAhead, outlook: &WakeResponse) -> Option<Duration> {
+fn wait(ahead: QueueAhead, outlook: &WakeResponse, max_ahead: usize) -> Option<Duration> {
     if outlook.started {
         return Some(Duration::ZERO);
     }
-    let counted = u64::try_from(MAX_AHEAD).unwrap_or(u64::MAX);
+    let counted = u64::try_from(max_ahead).unwrap_or(u64::MAX);
     let slots = u32::try_from(outlook.slots).ok().filter(|slots| *slots > 0)?;
     if ahead.own >= counted || ahead.others >= counted {
         return None;
@@ -63,11 +72,15 @@ mod tests {
     #[test]
     fn the_place_is_a_range_and_the_start_follows_from_slots_and_durations() {
         let now = Timestamp::from_millis(10_000);
-        let place =
-            describe(QueueAhead { own: 3, others: 10 }, Some(&outlook(false, 4, Some(1000))), now);
+        let place = describe(
+            QueueAhead { own: 3, others: 10 },
+            Some(&outlook(false, 4, Some(1000))),
+            now,
+            MAX_AHEAD,
+        );
         assert_eq!((place.earliest, place.latest), (4, 14));
         assert_eq!(place.estimated_start_time, Some(timestamp(12_500)));
-        let first = describe(QueueAhead::default(), Some(&outlook(true, 4, None)), now);
+        let first = describe(QueueAhead::default(), Some(&outlook(true, 4, None)), now, MAX_AHEAD);
         assert_eq!((first.earliest, first.latest), (1, 1));
         assert_eq!(first.estimated_start_time, Some(timestamp(10_000)));
     }
@@ -80,7 +93,7 @@ mod tests {
             (some, outlook(false, 0, Some(5))),
             (QueueAhead { own: 1000, others: 0 }, outlook(false, 4, Some(5))),
         ] {
-            assert_eq!(wait(ahead, &outlook), None, "{ahead:?} {outlook:?}");
+            assert_eq!(wait(ahead, &outlook, MAX_AHEAD), None, "{ahead:?} {outlook:?}");
         }
     }
 }

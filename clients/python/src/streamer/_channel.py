@@ -27,6 +27,8 @@ _OPTIONS: list[tuple[str, int]] = [
     # A link that has gone silent is noticed, also while nothing is said.
     ("grpc.keepalive_time_ms", 30_000),
     ("grpc.keepalive_timeout_ms", 10_000),
+    # For pings that measure the link, while which are under way there are no others.
+    ("grpc.http2.ping_timeout_ms", 10_000),
     ("grpc.http2.max_pings_without_data", 0),
     # Channels do not share connections, nor their troubles.
     ("grpc.use_local_subchannel_pool", 1),

@@ -1,0 +1,250 @@
+"""Connections of workers and gRPC clients to servers that behave badly; no Streamer server."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator, Awaitable, Callable
+from contextlib import asynccontextmanager
+from typing import Any
+
+import grpc
+import grpc.aio
+import pytest
+from harness import soon
+
+from streamer import Client, ErrorCode, ServiceError, Worker, WorkerRefused, _channel, _retry
+from streamer._backoff import Backoff
+from streamer._proto import router_pb2, worker_pb2
+from streamer._worker import link as worker_link
+
+Messages = AsyncIterator[worker_pb2.WorkRequest]
+Serve = Callable[[Messages, Any], AsyncIterator[worker_pb2.WorkResponse]]
+
+
+@asynccontextmanager
+async def serving_streams(work: Serve) -> AsyncIterator[str]:
+    """A server of workers that does as `work` says; its address."""
+    server = grpc.aio.server()
+    handler = grpc.stream_stream_rpc_method_handler(
+        work, worker_pb2.WorkRequest.FromString, worker_pb2.WorkResponse.SerializeToString
+    )
+    name = "streamer.processor.v1.WorkerService"
+    server.add_generic_rpc_handlers(
+        (grpc.method_handlers_generic_handler(name, {"Work": handler}),)
+    )
+    port = server.add_insecure_port("127.0.0.1:0")
+    await server.start()
+    try:
+        yield f"http://127.0.0.1:{port}"
+    finally:
+        await server.stop(0)
+
+
+def worker_of(url: str, token: Any = "token") -> Worker:
+    worker = Worker(url, token)
+
+    @worker.action("idle")
+    async def idle(context: object, payload: object) -> None:
+        pass
+
+    return worker
+
+
+def welcome() -> worker_pb2.WorkResponse:
+    told = worker_pb2.Welcome(heartbeat_ms=20, lease_ms=60_000)
+    return worker_pb2.WorkResponse(welcome=told)
+
+
+@pytest.mark.parametrize(
+    ("answers", "status", "resets"),
+    [
+        (False, grpc.StatusCode.UNAVAILABLE, False),
+        (True, grpc.StatusCode.UNAVAILABLE, True),
+        (True, grpc.StatusCode.INVALID_ARGUMENT, False),
+        (True, grpc.StatusCode.RESOURCE_EXHAUSTED, False),
+    ],
+)
+async def test_waits_begin_anew_only_after_a_stream_that_worked(
+    monkeypatch: pytest.MonkeyPatch, answers: bool, status: grpc.StatusCode, resets: bool
+) -> None:
+    streams, reset = 0, asyncio.Event()
+    monkeypatch.setattr(Backoff, "next", lambda self: 0.0)
+    monkeypatch.setattr(Backoff, "reset", lambda self: reset.set())
+    thrice = asyncio.Event()
+
+    async def work(messages: Messages, context: Any) -> AsyncIterator[worker_pb2.WorkResponse]:
+        nonlocal streams
+        streams += 1
+        if streams == 3:
+            thrice.set()
+        await anext(messages)
+        yield welcome()
+        if answers:
+            await anext(messages)
+            yield worker_pb2.WorkResponse(heartbeat_reply=worker_pb2.HeartbeatReply())
+        await context.abort(status, "no")
+
+    async with serving_streams(work) as url:
+        worker = worker_of(url)
+        running = asyncio.create_task(worker.serve())
+        await soon(thrice.wait())
+        assert reset.is_set() is resets
+        await soon(worker.stop(0))
+        await soon(running)
+
+
+async def test_a_token_that_never_comes_does_not_keep_a_worker_from_stopping() -> None:
+    asked = asyncio.Event()
+
+    async def never() -> str:
+        asked.set()
+        await asyncio.Event().wait()
+        return ""
+
+    worker = worker_of("http://127.0.0.1:1", never)
+    running = asyncio.create_task(worker.serve())
+    await soon(asked.wait())
+    await soon(worker.stop(0))
+    await soon(running)
+
+
+@pytest.mark.parametrize("token", ["", " \n", "sécret", "sec ret", "sec\x00ret"])
+async def test_what_cannot_be_a_token_is_refused_without_being_told(token: str) -> None:
+    async def given() -> str:
+        return token
+
+    with pytest.raises(ValueError, match="token") as plain:
+        Client("http://127.0.0.1:1", token)
+    with pytest.raises(WorkerRefused, match="token") as refused:
+        await soon(worker_of("http://127.0.0.1:1", given).serve())
+    async with Client("http://127.0.0.1:1", given) as client:
+        with pytest.raises(ServiceError, match="token") as failed:
+            await soon(client.get("x"))
+        assert failed.value.code is ErrorCode.UNAUTHORIZED
+    for raised in (plain, refused, failed):
+        assert token.strip() == "" or token not in str(raised.value)
+
+
+async def test_white_space_around_a_token_is_not_part_of_it() -> None:
+    seen: list[Any] = []
+
+    async def work(messages: Messages, context: Any) -> AsyncIterator[worker_pb2.WorkResponse]:
+        seen.append(dict(context.invocation_metadata())["authorization"])
+        await context.abort(grpc.StatusCode.PERMISSION_DENIED, "no")
+        yield worker_pb2.WorkResponse()
+
+    async def given() -> str:
+        return "given\n"
+
+    async with serving_streams(work) as url:
+        for token in (" plain\n", given):
+            with pytest.raises(WorkerRefused):
+                await soon(worker_of(url, token).serve())
+    assert seen == ["Bearer plain", "Bearer given"]
+
+
+async def test_a_worker_that_comes_back_to_stop_wants_no_tasks() -> None:
+    worker = worker_of("http://127.0.0.1:1")
+    assert worker._hello().slots == 10
+    worker._core.stop_taking()
+    assert worker._hello().slots == 0
+
+
+@asynccontextmanager
+async def silence() -> AsyncIterator[str]:
+    """A server that takes connections and says nothing; its address."""
+
+    writers: list[asyncio.StreamWriter] = []
+
+    def listen(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        writers.append(writer)
+
+    listener = await asyncio.start_server(listen, "127.0.0.1", 0)
+    try:
+        yield f"http://127.0.0.1:{listener.sockets[0].getsockname()[1]}"
+    finally:
+        listener.close()
+        for writer in writers:
+            writer.transport.abort()
+
+
+async def first_of(client: Client) -> object:
+    return await anext(client.watch("x"))
+
+
+CALLS: list[Callable[[Client], Awaitable[object]]] = [
+    lambda client: client.get("x"),
+    lambda client: client.wait("x"),
+    lambda client: client.run("echo"),
+    first_of,
+]
+
+
+@pytest.mark.parametrize("call", CALLS)
+async def test_calls_of_a_client_that_is_closed_are_told(
+    call: Callable[[Client], Awaitable[object]],
+) -> None:
+    async with silence() as url:
+        client = Client(url, "token")
+        calling = asyncio.ensure_future(call(client))
+        await asyncio.sleep(0.05)
+        await client.close()
+        for waiting in (calling, call(client)):
+            with pytest.raises(ServiceError, match="the client was closed") as raised:
+                await soon(waiting)
+            assert raised.value.code is ErrorCode.CANCELLED
+
+
+async def test_a_call_that_is_cancelled_by_its_caller_is_cancelled() -> None:
+    async with silence() as url, Client(url, "token") as client:
+        calling = asyncio.create_task(client.get("x"))
+        await asyncio.sleep(0.05)
+        calling.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await calling
+
+
+async def test_a_call_that_is_not_answered_in_time_is_made_again(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    came = 0
+    server = grpc.aio.server()
+
+    async def get(request: object, context: Any) -> router_pb2.GetResponse:
+        nonlocal came
+        came += 1
+        await asyncio.sleep(0 if came == 2 else 60)
+        return router_pb2.GetResponse()
+
+    handler = grpc.unary_unary_rpc_method_handler(
+        get, router_pb2.GetRequest.FromString, router_pb2.GetResponse.SerializeToString
+    )
+    name = "streamer.router.v1.RouterService"
+    server.add_generic_rpc_handlers((grpc.method_handlers_generic_handler(name, {"Get": handler}),))
+    port = server.add_insecure_port("127.0.0.1:0")
+    await server.start()
+    channel = _channel.open_channel(_channel.parse_server(f"127.0.0.1:{port}"))
+    calls = _channel.Calls(channel)
+    tokens = worker_of("http://127.0.0.1:1")._link._tokens
+
+    async def call(patience: _retry.Patience) -> object:
+        request = router_pb2.GetRequest()
+        return await _retry.unary(
+            calls, calls.get, request, tokens, patience, repeat=True, timeout=0.2
+        )
+
+    await soon(call(_retry.Patience(None)))
+    assert came == 2
+    with pytest.raises(ServiceError) as raised:
+        await soon(call(_retry.Patience(0)))
+    assert raised.value.code is ErrorCode.UNAVAILABLE
+    await channel.close()
+    await server.stop(0)
+
+
+def test_connections_are_given_time_and_looked_after() -> None:
+    options = dict(_channel._OPTIONS)
+    # It is the least time that a connection may take to be made.
+    assert options["grpc.min_reconnect_backoff_ms"] >= 10_000
+    assert options["grpc.keepalive_time_ms"] == 30_000
+    assert worker_link._OURS >= {grpc.StatusCode.INTERNAL, grpc.StatusCode.OUT_OF_RANGE}
