@@ -3,7 +3,7 @@
 mod tail;
 
 use std::{
-    collections::HashMap,
+    collections::{HashMap, HashSet},
     sync::{
         Arc,
         atomic::{AtomicU32, AtomicUsize, Ordering},
@@ -29,6 +29,8 @@ pub(crate) use tail::{Read, Tail};
 const MAX_TOTAL_BYTES: usize = 64 * 1024 * 1024;
 /// Topics beyond which unwatched ones go at once.
 const MAX_TOPICS: usize = 32_768;
+/// Requests noted as missed in one round at most.
+const MAX_MISSED: usize = 65_536;
 const MAINTENANCE: Duration = Duration::from_secs(5);
 /// Rounds of maintenance that an unwatched topic without news survives.
 const UNWATCHED_ROUNDS: u32 = 2;
@@ -99,9 +101,36 @@ impl Subscription {
     }
 }
 
+/// Those of this round of maintenance and of the one before: a call that is under way takes less.
+#[derive(Default)]
+struct Missed {
+    now: HashSet<Uid>,
+    before: HashSet<Uid>,
+}
+
+impl Missed {
+    fn note(&mut self, uid: Uid) {
+        if self.now.len() >= MAX_MISSED {
+            self.turn();
+        }
+        self.now.insert(uid);
+    }
+
+    fn has(&self, uid: Uid) -> bool {
+        self.now.contains(&uid) || self.before.contains(&uid)
+    }
+
+    fn turn(&mut self) {
+        self.before = std::mem::take(&mut self.now);
+    }
+}
+
 /// All requests in memory.
 pub(crate) struct Topics {
     by_uid: Mutex<HashMap<Uid, Arc<Topic>>>,
+    /// Requests of which events came lately while they were not in memory. Changed only while
+    /// `by_uid` is locked.
+    missed: Mutex<Missed>,
     /// How many topics there may be before unwatched ones are looked for.
     prune_at: AtomicUsize,
     store: Arc<dyn Store>,
@@ -110,7 +139,13 @@ pub(crate) struct Topics {
 
 impl Topics {
     pub(crate) fn new(store: Arc<dyn Store>, metrics: ProgressMetrics) -> Self {
-        Self { by_uid: Mutex::default(), prune_at: AtomicUsize::new(MAX_TOPICS), store, metrics }
+        Self {
+            by_uid: Mutex::default(),
+            missed: Mutex::default(),
+            prune_at: AtomicUsize::new(MAX_TOPICS),
+            store,
+            metrics,
+        }
     }
 
     pub(crate) fn metrics(&self) -> &ProgressMetrics {
@@ -148,9 +183,16 @@ impl Topics {
         }
     }
 
-    /// A request begins: its first event is durable.
+    /// A request begins: its first event is durable. It may have been found in the queue, and run,
+    /// before this is told: then what is told here is old, and watchers read the store.
     pub(crate) fn create(&self, uid: Uid, created: Request, events: &[Event]) {
-        let topic = self.subscribe(uid).topic;
+        let topic = {
+            let mut by_uid = self.by_uid.lock();
+            if self.missed.lock().has(uid) {
+                return;
+            }
+            self.subscribe_in(&mut by_uid, uid).topic
+        };
         topic.change(|tail| {
             tail.push(events);
             tail.load(created);
@@ -161,14 +203,24 @@ impl Topics {
 
     /// Delivers durable events to whoever watches; when nobody does, the store has them.
     pub(crate) fn push(&self, uid: Uid, events: &[Event]) {
-        let topic = self.by_uid.lock().get(&uid).cloned();
+        let topic = {
+            let by_uid = self.by_uid.lock();
+            let topic = by_uid.get(&uid).cloned();
+            if topic.is_none() {
+                self.missed.lock().note(uid);
+            }
+            topic
+        };
         if let Some(topic) = topic {
             topic.change(|tail| tail.push(events));
         }
     }
 
     fn subscribe(&self, uid: Uid) -> Subscription {
-        let mut by_uid = self.by_uid.lock();
+        self.subscribe_in(&mut self.by_uid.lock(), uid)
+    }
+
+    fn subscribe_in(&self, by_uid: &mut HashMap<Uid, Arc<Topic>>, uid: Uid) -> Subscription {
         if by_uid.len() >= self.prune_at.load(Ordering::Relaxed) && !by_uid.contains_key(&uid) {
             by_uid.retain(|_, topic| topic.is_watched());
             // Where most are watched, looking each time would find nothing at a high price.
@@ -197,6 +249,7 @@ impl Topics {
     /// Drops what is not needed; returns what should be compared with the store.
     fn sweep(&self) -> Vec<Arc<Topic>> {
         let mut by_uid = self.by_uid.lock();
+        self.missed.lock().turn();
         let bytes: usize = by_uid.values().map(|topic| topic.tail.lock().bytes()).sum();
         let unwatched_rounds = if bytes > MAX_TOTAL_BYTES { 0 } else { UNWATCHED_ROUNDS };
         let mut compare = Vec::new();
