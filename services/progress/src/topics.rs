@@ -281,3 +281,35 @@ impl Topics {
         }
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use streamer_core::Timestamp;
+    use streamer_proto::common::v1::{Accepted, Started, event::Kind};
+    use streamer_store::{Engine, open};
+    use streamer_telemetry::Metrics;
+
+    use super::*;
+
+    fn event(seq: i64, kind: Kind) -> Event {
+        Event { seq, attempt: 0, time: None, kind: Some(kind) }
+    }
+
+    #[tokio::test]
+    async fn a_late_announcement_of_a_request_that_runs_already_is_not_believed() {
+        let data = tempfile::tempdir().unwrap();
+        let store = open(&Engine::Embedded { data: data.path().to_owned() }).unwrap();
+        let topics = Topics::new(store, ProgressMetrics::new(&Metrics::new()));
+        let accepted = event(1, Kind::Accepted(Accepted::default()));
+        let created =
+            |uid: Uid| Request { uid: uid.to_string(), last_seq: 1, ..Request::default() };
+        let (early, late) = (Uid::new(Timestamp::default()), Uid::new(Timestamp::default()));
+
+        topics.create(early, created(early), std::slice::from_ref(&accepted));
+        assert!(topics.loaded(early).is_some());
+
+        topics.push(late, &[event(2, Kind::Started(Started::default()))]);
+        topics.create(late, created(late), std::slice::from_ref(&accepted));
+        assert!(topics.loaded(late).is_none(), "watchers read the store, which knows more");
+    }
+}
