@@ -8,7 +8,7 @@ use streamer_proto::{
     progress::v1::{WatchRequest, WatchResponse},
     router::v1::{CancelRequest, Completed, GetRequest, SubmitRequest, SubmitResponse},
 };
-use streamer_rpc::{is_terminal, payload_bytes};
+use streamer_rpc::{completed, is_terminal, payload_bytes};
 use tokio::time::sleep;
 use tonic::Streaming;
 
@@ -192,33 +192,6 @@ fn verify(check: &mut OutputCheck, event: &Event) -> Result<(), ClientError> {
         Some(Kind::Accepted(_) | Kind::Progress(_)) | None => {}
     }
     Ok(())
-}
-
-/// What a terminal event says.
-fn completed(event: Event) -> Option<Completed> {
-    let mut completed = Completed { seq: event.seq, ..Completed::default() };
-    match event.kind? {
-        Kind::Succeeded(succeeded) => {
-            completed.set_state(RequestState::Succeeded);
-            completed.result = succeeded.result;
-            completed.output = succeeded.output;
-        }
-        Kind::Failed(failed) => {
-            completed.set_state(RequestState::Failed);
-            completed.error = failed.error;
-            completed.output = failed.output;
-        }
-        Kind::Cancelled(cancelled) => {
-            completed.set_state(RequestState::Cancelled);
-            completed.output = cancelled.output;
-        }
-        Kind::Accepted(_)
-        | Kind::Started(_)
-        | Kind::Progress(_)
-        | Kind::Output(_)
-        | Kind::Retrying(_) => return None,
-    }
-    Some(completed)
 }
 
 /// A JSON payload.

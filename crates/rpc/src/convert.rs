@@ -1,7 +1,7 @@
 //! Records of the store as messages of the schema.
 
 use streamer_core::{ErrorCode, RequestError, RequestState, Timestamp};
-use streamer_proto::{common::v1 as proto, timestamp};
+use streamer_proto::{common::v1 as proto, router::v1::Completed, timestamp};
 use streamer_store::RequestRecord;
 
 use crate::payload::{json_payload, payload_bytes};
@@ -95,6 +95,37 @@ pub fn request_to_proto(record: &RequestRecord) -> proto::Request {
         close_by: record.close_by.map(time),
         queue_position: None,
     }
+}
+
+/// What a terminal event says; `None` for any other event.
+#[must_use]
+pub fn completed(event: proto::Event) -> Option<Completed> {
+    use proto::event::Kind;
+    let mut completed = Completed { seq: event.seq, ..Completed::default() };
+    match event.kind? {
+        Kind::Succeeded(succeeded) => {
+            completed.set_state(proto::RequestState::Succeeded);
+            completed.result = succeeded.result;
+            completed.output = succeeded.output;
+        }
+        Kind::Failed(failed) => {
+            completed.set_state(proto::RequestState::Failed);
+            completed.error = failed.error;
+            completed.output = failed.output;
+        }
+        Kind::Cancelled(cancelled) => {
+            let error = RequestError::new(ErrorCode::Cancelled, cancelled.reason);
+            completed.set_state(proto::RequestState::Cancelled);
+            completed.error = Some(error_to_proto(&error));
+            completed.output = cancelled.output;
+        }
+        Kind::Accepted(_)
+        | Kind::Started(_)
+        | Kind::Progress(_)
+        | Kind::Output(_)
+        | Kind::Retrying(_) => return None,
+    }
+    Some(completed)
 }
 
 pub(crate) fn code_to_proto(code: ErrorCode) -> proto::ErrorCode {

@@ -10,8 +10,8 @@ mod status;
 pub use action::{action_from_proto, action_to_proto};
 pub use channel::{Channel, local, with_authorization};
 pub use convert::{
-    apply_event, error_from_proto, error_to_proto, is_terminal, request_to_proto, state_from_proto,
-    state_to_proto,
+    apply_event, completed, error_from_proto, error_to_proto, is_terminal, request_to_proto,
+    state_from_proto, state_to_proto,
 };
 pub use payload::{
     JSON, empty_object, encode_event, encode_payload, json_payload, payload_bytes,

@@ -174,14 +174,19 @@ impl Worker {
                 }
                 Ended::Before(status) => status,
                 // Two of one name would only push each other out.
-                Ended::After(status) if status.code() == Code::AlreadyExists => {
+                Ended::After(status) | Ended::AfterGood(status)
+                    if status.code() == Code::AlreadyExists =>
+                {
                     return Err(WorkerError::Refused(request_error(&status)));
                 }
-                Ended::After(status) if status.code() == Code::InvalidArgument => {
+                Ended::After(status) | Ended::AfterGood(status)
+                    if status.code() == Code::InvalidArgument =>
+                {
                     tracing::error!(status = %status.message(), "this worker broke the protocol");
                     status
                 }
-                Ended::After(status) => {
+                Ended::After(status) => status,
+                Ended::AfterGood(status) => {
                     backoff.reset();
                     status
                 }

@@ -77,6 +77,8 @@ pub(crate) enum Ended {
     Before(Status),
     /// After that.
     After(Status),
+    /// After the server had answered a heartbeat too: the stream was a good one.
+    AfterGood(Status),
 }
 
 pub(crate) struct Session<'a> {
@@ -140,16 +142,14 @@ impl Session<'_> {
             heartbeats,
             heard_at: Instant::now(),
             doubted: false,
+            answered: false,
             refresh_at: None,
             refreshing: None,
             token,
             drain: Drain::Not,
             session: self,
         };
-        Ok(match conversation.run().await {
-            Ok(()) => Ended::Drained,
-            Err(status) => Ended::After(status),
-        })
+        Ok(conversation.run().await)
     }
 }
 
@@ -198,6 +198,8 @@ struct Conversation<'a> {
     heard_at: Instant,
     /// At the last heartbeat, it had not said anything for a lease.
     doubted: bool,
+    /// The server has answered a heartbeat.
+    answered: bool,
     refresh_at: Option<Instant>,
     refreshing: Option<BoxFuture<'a, Result<String, TokenError>>>,
     token: String,
@@ -206,7 +208,15 @@ struct Conversation<'a> {
 
 impl Conversation<'_> {
     /// Goes on until the worker is drained, or the stream is lost.
-    async fn run(mut self) -> Result<(), Status> {
+    async fn run(mut self) -> Ended {
+        match self.converse().await {
+            Ok(()) => Ended::Drained,
+            Err(status) if self.answered => Ended::AfterGood(status),
+            Err(status) => Ended::After(status),
+        }
+    }
+
+    async fn converse(&mut self) -> Result<(), Status> {
         let left = self.session.attempts.collect_all(self.terms.window);
         self.report(left).await?;
         loop {
@@ -299,6 +309,7 @@ impl Conversation<'_> {
                 Ok(())
             }
             Some(Message::HeartbeatReply(reply)) => {
+                self.answered = true;
                 for cancel in &reply.cancelled {
                     attempts.cancel(&cancel.uid, cancel.attempt);
                 }
@@ -350,7 +361,7 @@ impl Conversation<'_> {
     }
 
     /// Closes our side, and waits until the server has taken in everything.
-    async fn leave(mut self) -> Result<(), Status> {
+    async fn leave(&mut self) -> Result<(), Status> {
         self.outbound = None;
         let rest = async { while let Ok(Some(_)) = self.inbound.message().await {} };
         // The acknowledgments are here: nothing depends on the rest.

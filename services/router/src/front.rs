@@ -16,7 +16,7 @@ use streamer_proto::{
     },
 };
 use streamer_rpc::{
-    encode_payload, not_found, request_to_proto, state_to_proto, status, store_status,
+    completed, encode_payload, not_found, request_to_proto, state_to_proto, status, store_status,
     validation_status,
 };
 use streamer_store::{
@@ -154,7 +154,9 @@ impl Front {
             // It is stored and will run; when waiting fails, the acknowledgement still stands.
             match wait::for_terminal_event(&self.peers, caller, record.uid, limit).await {
                 Ok(Some(event)) => {
-                    response.outcome = wait::completed(event, duplicate).map(Outcome::Completed);
+                    let completed =
+                        completed(event).map(|completed| Completed { duplicate, ..completed });
+                    response.outcome = completed.map(Outcome::Completed);
                 }
                 Ok(None) => {}
                 Err(status) => tracing::warn!(uid = %record.uid, %status, "could not wait"),

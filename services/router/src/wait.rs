@@ -4,11 +4,7 @@ use std::time::Duration;
 
 use streamer_auth::Caller;
 use streamer_core::Uid;
-use streamer_proto::{
-    common::v1::{Event, RequestState, event::Kind},
-    progress::v1::WatchRequest,
-    router::v1::Completed,
-};
+use streamer_proto::{common::v1::Event, progress::v1::WatchRequest};
 use streamer_rpc::{is_terminal, with_authorization};
 use tokio::time::timeout;
 use tonic::Status;
@@ -40,34 +36,4 @@ async fn terminal_event(peers: &Peers, caller: &Caller, uid: Uid) -> Result<Even
         }
     }
     Err(Status::unavailable("the watch ended without an outcome"))
-}
-
-/// What a terminal event says; `None` for any other event.
-pub(crate) fn completed(event: Event, duplicate: bool) -> Option<Completed> {
-    let mut completed = Completed { seq: event.seq, duplicate, ..Completed::default() };
-    match event.kind? {
-        Kind::Succeeded(succeeded) => {
-            completed.set_state(RequestState::Succeeded);
-            completed.result = succeeded.result;
-            completed.output = succeeded.output;
-        }
-        Kind::Failed(failed) => {
-            completed.set_state(RequestState::Failed);
-            completed.error = failed.error;
-            completed.output = failed.output;
-        }
-        Kind::Cancelled(cancelled) => {
-            use streamer_core::{ErrorCode, RequestError};
-            let error = RequestError::new(ErrorCode::Cancelled, cancelled.reason);
-            completed.set_state(RequestState::Cancelled);
-            completed.error = Some(streamer_rpc::error_to_proto(&error));
-            completed.output = cancelled.output;
-        }
-        Kind::Accepted(_)
-        | Kind::Started(_)
-        | Kind::Progress(_)
-        | Kind::Output(_)
-        | Kind::Retrying(_) => return None,
-    }
-    Some(completed)
 }
