@@ -3,6 +3,7 @@
 
 mod browser;
 mod client;
+pub mod dynamodb;
 mod random;
 mod server;
 mod site;

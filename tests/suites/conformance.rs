@@ -12,11 +12,14 @@ use streamer_core::{RequestState, Timestamp, Uid};
 use streamer_proto::common::v1::{
     Action, Event, Failed, Output, OutputSummary, Progress, Retrying, Succeeded, event::Kind,
 };
+use streamer_dynamodb::{DynamoOptions, DynamoStore, tables};
 use streamer_store::{
     Adopt, Append, Appended, CancelOutcome, Claim, ClaimOutcome, Claimed, ConnectionRecord,
     CreateOutcome, DeclaredAction, DeleteOutcome, DuePage, DueQuery, Engine, Lease, ListRequests,
     NewRequest, Owner, Store, StoreError, StoredPayload, Writer, find_by_name, open,
 };
+use streamer_telemetry::Metrics;
+use streamer_tests::dynamodb::{Implementation, endpoint};
 use tempfile::TempDir;
 
 /// One engine under test; dropped with its data.
@@ -25,10 +28,33 @@ struct Subject {
     _data: TempDir,
 }
 
-fn engines() -> Vec<Subject> {
+/// All of them, each empty.
+async fn engines() -> impl Iterator<Item = Subject> {
     let data = TempDir::new().unwrap();
     let store = open(&Engine::Embedded { data: data.path().into() }).unwrap();
-    vec![Subject { store, _data: data }]
+    let embedded = ("embedded", Subject { store, _data: data });
+    let local = ("DynamoDB Local", dynamodb(Implementation::DynamoDbLocal).await);
+    let other = ("dynoxide", dynamodb(Implementation::Dynoxide).await);
+    [embedded, local, other].into_iter().map(|(name, subject)| {
+        // Shown when the test fails.
+        println!("engine: {name}");
+        subject
+    })
+}
+
+/// Tables of its own on this server.
+async fn dynamodb(implementation: Implementation) -> Subject {
+    let data = TempDir::new().unwrap();
+    let options = DynamoOptions {
+        endpoint: Some(endpoint(implementation).to_owned()),
+        table_prefix: format!("t-{}-", Uid::new(at(1))),
+        objects: Some(format!("file://{}", data.path().display())),
+        ..DynamoOptions::default()
+    };
+    let (created, differences) = tables::create(&options).await.unwrap();
+    assert_eq!((created.len(), differences), (tables::TABLES.len(), Vec::new()));
+    let store = DynamoStore::open(&options, &Metrics::new()).await.unwrap();
+    Subject { store: Arc::new(store), _data: data }
 }
 
 fn at(millis: i64) -> Timestamp {
@@ -116,7 +142,7 @@ async fn seqs(store: &dyn Store, uid: Uid, after: i64) -> Vec<i64> {
 
 #[tokio::test]
 async fn a_created_request_is_there_with_its_first_event() {
-    for Subject { store, .. } in engines() {
+    for Subject { store, .. } in engines().await {
         let uid = create(&*store, new_request(Some("req-1"))).await;
         let record = store.get_request(uid).await.unwrap().unwrap();
         assert_eq!(record.state, RequestState::Queued);
@@ -132,7 +158,7 @@ async fn a_created_request_is_there_with_its_first_event() {
 
 #[tokio::test]
 async fn the_same_id_is_the_same_request_or_a_conflict() {
-    for Subject { store, .. } in engines() {
+    for Subject { store, .. } in engines().await {
         let uid = create(&*store, new_request(Some("req-1"))).await;
         let again = store.create_request(new_request(Some("req-1"))).await.unwrap();
         assert!(matches!(again, CreateOutcome::Existing(record) if record.uid == uid));
@@ -151,7 +177,7 @@ async fn the_same_id_is_the_same_request_or_a_conflict() {
 
 #[tokio::test]
 async fn concurrent_submissions_of_one_id_make_one_request() {
-    for Subject { store, .. } in engines() {
+    for Subject { store, .. } in engines().await {
         let tasks: Vec<_> = (0..50)
             .map(|_| {
                 let store = store.clone();
@@ -172,7 +198,7 @@ async fn concurrent_submissions_of_one_id_make_one_request() {
 
 #[tokio::test]
 async fn either_name_finds_a_request() {
-    for Subject { store, .. } in engines() {
+    for Subject { store, .. } in engines().await {
         let uid = create(&*store, new_request(Some("req-1"))).await;
         let by = |name: String| {
             let store = store.clone();
@@ -190,7 +216,7 @@ async fn either_name_finds_a_request() {
 
 #[tokio::test]
 async fn one_claim_wins_and_its_attempt_is_the_fence() {
-    for Subject { store, .. } in engines() {
+    for Subject { store, .. } in engines().await {
         let uid = create(&*store, new_request(None)).await;
         let claimed = claim(&*store, uid, 2000).await;
         assert_eq!((claimed.record.attempt, claimed.record.last_seq), (1, 2));
@@ -213,7 +239,7 @@ fn output(seq: i64, attempt: i32) -> Event {
 
 #[tokio::test]
 async fn a_repeated_append_changes_nothing() {
-    for Subject { store, .. } in engines() {
+    for Subject { store, .. } in engines().await {
         let uid = create(&*store, new_request(None)).await;
         claim(&*store, uid, 2000).await;
         let events = vec![progress(3, 1), succeeded(4, 1)];
@@ -225,7 +251,7 @@ async fn a_repeated_append_changes_nothing() {
 
 #[tokio::test]
 async fn nothing_follows_a_terminal_event() {
-    for Subject { store, .. } in engines() {
+    for Subject { store, .. } in engines().await {
         let uid = create(&*store, new_request(None)).await;
         claim(&*store, uid, 2000).await;
         append(&*store, uid, 1, vec![succeeded(3, 1)]).await;
@@ -244,7 +270,7 @@ async fn nothing_follows_a_terminal_event() {
 
 #[tokio::test]
 async fn a_retry_waits_until_it_is_due_and_finds_the_checkpoint() {
-    for Subject { store, .. } in engines() {
+    for Subject { store, .. } in engines().await {
         let uid = create(&*store, new_request(None)).await;
         claim(&*store, uid, 2000).await;
         let checkpoint = Append {
@@ -273,7 +299,7 @@ async fn a_retry_waits_until_it_is_due_and_finds_the_checkpoint() {
 
 #[tokio::test]
 async fn cancelling_ends_what_waits_and_marks_what_runs() {
-    for Subject { store, .. } in engines() {
+    for Subject { store, .. } in engines().await {
         let waiting = create(&*store, new_request(None)).await;
         let cancelled = store.cancel(waiting, "enough".into(), at(3000)).await.unwrap();
         let CancelOutcome::Cancelled(record, event) = cancelled else { panic!("{cancelled:?}") };
@@ -297,14 +323,14 @@ async fn cancelling_ends_what_waits_and_marks_what_runs() {
 
 #[tokio::test]
 async fn leases_are_renewed_by_their_holder_and_expire() {
-    for Subject { store, .. } in engines() {
+    for Subject { store, .. } in engines().await {
         let uid = create(&*store, new_request(None)).await;
         claim(&*store, uid, 2000).await;
         let lease = Lease { uid, attempt: 1 };
         assert!(store.expired_leases(at(2999), 10).await.unwrap().is_empty());
         let renew = |holder: &str, until| {
             let (store, holder) = (store.clone(), holder.to_owned());
-            async move { store.renew_leases(holder, vec![lease], at(until)).await.unwrap()[0].held }
+            async move { store.renew_leases(holder, vec![lease], at(until), at(2500)).await.unwrap()[0].held }
         };
         assert!(renew("p1", 4000).await);
         assert!(!renew("p2", 9000).await, "not its own");
@@ -339,7 +365,7 @@ async fn due(store: &dyn Store, actions: &[&str], per_tenant: usize) -> Vec<Uid>
 
 #[tokio::test]
 async fn the_queue_is_read_tenant_by_tenant_and_page_by_page() {
-    for Subject { store, .. } in engines() {
+    for Subject { store, .. } in engines().await {
         let mut by_tenant = Vec::new();
         for (offset, tenant) in [(0, "a"), (1, "b"), (2, "c")] {
             let owner = Owner { tenant: tenant.into(), user: "u".into() };
@@ -386,7 +412,7 @@ async fn the_queue_is_read_tenant_by_tenant_and_page_by_page() {
 
 #[tokio::test]
 async fn declarations_are_kept_tenant_by_tenant() {
-    for Subject { store, .. } in engines() {
+    for Subject { store, .. } in engines().await {
         let declared = |tenant: Option<&str>, description: &str| DeclaredAction {
             tenant: tenant.map(str::to_owned),
             action: Action {
@@ -409,7 +435,7 @@ async fn declarations_are_kept_tenant_by_tenant() {
 
 #[tokio::test]
 async fn an_attempt_is_adopted_with_its_worker_only() {
-    for Subject { store, .. } in engines() {
+    for Subject { store, .. } in engines().await {
         let uid = create(&*store, new_request(None)).await;
         let claimed = Claim {
             uid,
@@ -425,6 +451,7 @@ async fn an_attempt_is_adopted_with_its_worker_only() {
             lease: Lease { uid, attempt },
             holder: "p2".into(),
             worker: worker.into(),
+            now: at(2500),
             lease_until: at(9000),
         };
         for (worker, attempt) in [("w2", 1), ("w1", 2)] {
@@ -435,9 +462,9 @@ async fn an_attempt_is_adopted_with_its_worker_only() {
             assert_eq!((adopted.attempt, adopted.last_seq), (1, 2));
         }
         let lease = vec![Lease { uid, attempt: 1 }];
-        let renewed = store.renew_leases("p1".into(), lease.clone(), at(9999)).await.unwrap();
+        let renewed = store.renew_leases("p1".into(), lease.clone(), at(9999), at(2500)).await.unwrap();
         assert!(!renewed[0].held, "the holder before has lost it");
-        assert!(store.renew_leases("p2".into(), lease, at(9999)).await.unwrap()[0].held);
+        assert!(store.renew_leases("p2".into(), lease, at(9999), at(2500)).await.unwrap()[0].held);
         assert_eq!(append(&*store, uid, 1, vec![succeeded(3, 1)]).await, APPLIED);
         assert_eq!(store.adopt(adopt("w1", 1)).await.unwrap(), None, "it has ended");
     }
@@ -445,7 +472,7 @@ async fn an_attempt_is_adopted_with_its_worker_only() {
 
 #[tokio::test]
 async fn what_should_have_started_or_ended_is_found_also_between_attempts() {
-    for Subject { store, .. } in engines() {
+    for Subject { store, .. } in engines().await {
         let unstarted =
             NewRequest { deadline: Some(at(1500)), close_by: Some(at(9000)), ..new_request(None) };
         let unstarted = create(&*store, unstarted).await;
@@ -474,7 +501,7 @@ async fn what_should_have_started_or_ended_is_found_also_between_attempts() {
 
 #[tokio::test]
 async fn what_is_due_comes_by_priority_then_age_and_only_for_the_actions_asked_for() {
-    for Subject { store, .. } in engines() {
+    for Subject { store, .. } in engines().await {
         let mut expected = Vec::new();
         for (priority, not_before, action) in [
             (0, 1002, "work"),
@@ -500,7 +527,7 @@ async fn what_is_due_comes_by_priority_then_age_and_only_for_the_actions_asked_f
 
 #[tokio::test]
 async fn a_deadline_that_passed_is_told_and_the_request_can_be_failed_unrun() {
-    for Subject { store, .. } in engines() {
+    for Subject { store, .. } in engines().await {
         let new = NewRequest { deadline: Some(at(1500)), ..new_request(None) };
         let uid = create(&*store, new).await;
         let outcome = try_claim(&*store, uid, 1500).await;
@@ -515,7 +542,7 @@ async fn a_deadline_that_passed_is_told_and_the_request_can_be_failed_unrun() {
 
 #[tokio::test]
 async fn a_log_is_read_from_anywhere_within_bounds() {
-    for Subject { store, .. } in engines() {
+    for Subject { store, .. } in engines().await {
         let uid = create(&*store, new_request(None)).await;
         claim(&*store, uid, 2000).await;
         append(&*store, uid, 1, (3..=9).map(|seq| progress(seq, 1)).collect()).await;
@@ -533,7 +560,7 @@ async fn a_log_is_read_from_anywhere_within_bounds() {
 
 #[tokio::test]
 async fn lists_keep_to_tenant_user_state_and_page() {
-    for Subject { store, .. } in engines() {
+    for Subject { store, .. } in engines().await {
         let mut uids = Vec::new();
         for millis in 0..5 {
             let new = NewRequest { uid: Uid::new(at(millis)), ..new_request(None) };
@@ -566,7 +593,7 @@ async fn lists_keep_to_tenant_user_state_and_page() {
 
 #[tokio::test]
 async fn only_what_has_ended_is_deleted() {
-    for Subject { store, .. } in engines() {
+    for Subject { store, .. } in engines().await {
         let uid = create(&*store, new_request(Some("gone"))).await;
         assert_eq!(store.delete_request(uid).await.unwrap(), DeleteOutcome::NotEnded);
         store.cancel(uid, String::new(), at(2000)).await.unwrap();
@@ -582,7 +609,7 @@ async fn only_what_has_ended_is_deleted() {
 
 #[tokio::test]
 async fn connections_are_seen_while_their_gateway_lives() {
-    for Subject { store, .. } in engines() {
+    for Subject { store, .. } in engines().await {
         let record = |millis, user: &str| ConnectionRecord {
             id: Uid::new(at(millis)),
             owner: Owner { tenant: "acme".into(), user: user.into() },

@@ -15,6 +15,8 @@ const MAX_DETAILS_BYTES: usize = 2048;
 const DOMAIN: &str = "streamer";
 /// Key of `ErrorInfo.metadata` under which further details travel.
 const DETAILS: &str = "details";
+/// When the store could not do something, its callers should wait for so long.
+const STORE_PAUSE: Duration = Duration::from_secs(1);
 /// Key of `ErrorInfo.metadata` that says whether to try again.
 const RETRYABLE: &str = "retryable";
 
@@ -37,7 +39,7 @@ pub fn status(error: &RequestError) -> Status {
     Status::with_error_details(grpc_code(error.code), message, details)
 }
 
-/// What [`RequestError::limited`] says in its details.
+/// What the details of an error say about coming again.
 #[derive(Default, Deserialize)]
 struct Quota {
     limit: Option<String>,
@@ -46,7 +48,8 @@ struct Quota {
 
 impl Quota {
     fn of(error: &RequestError) -> Self {
-        let details = error.details.as_deref().filter(|_| error.code == ErrorCode::RateLimited);
+        let temporary = matches!(error.code, ErrorCode::RateLimited | ErrorCode::Unavailable);
+        let details = error.details.as_deref().filter(|_| temporary);
         // A handler's own details may have any shape.
         details.and_then(|details| serde_json::from_str(details).ok()).unwrap_or_default()
     }
@@ -93,7 +96,19 @@ pub fn store_status(error: &StoreError) -> Status {
     let (code, message) = match error {
         StoreError::Unavailable { .. } => {
             tracing::warn!(%error, "a call failed");
-            (ErrorCode::Unavailable, "the store is unavailable; try again")
+            let message = "the store is unavailable; try again";
+            let mut error = RequestError::new(ErrorCode::Unavailable, message);
+            error.details = Some(format!("{{\"retry_after_ms\":{}}}", STORE_PAUSE.as_millis()));
+            return status(&error);
+        }
+        StoreError::Overloaded { .. } => {
+            tracing::warn!(%error, "a call failed");
+            let message = "the store has too much to do; try again";
+            return status(&RequestError::limited("store", message, Some(STORE_PAUSE)));
+        }
+        StoreError::Refused { .. } => {
+            tracing::error!(%error, "a call failed");
+            (ErrorCode::ValidationError, "the store does not take this")
         }
         StoreError::Corrupt { .. } | StoreError::Locked { .. } | StoreError::TooNew { .. } => {
             tracing::error!(%error, "a call failed");

@@ -12,6 +12,22 @@ pub enum StoreError {
         /// What the engine said.
         reason: String,
     },
+    /// It has too much to do; the same call may succeed a little later.
+    #[error("the store is overloaded while {doing}: {reason}")]
+    Overloaded {
+        /// What was being done.
+        doing: &'static str,
+        /// What the engine said.
+        reason: String,
+    },
+    /// It does not take what it is given, however often.
+    #[error("the store refuses, while {doing}: {reason}")]
+    Refused {
+        /// What was being done.
+        doing: &'static str,
+        /// What the engine said.
+        reason: String,
+    },
     /// What is stored is damaged.
     #[error("the store is damaged, seen while {doing}: {reason}")]
     Corrupt {
@@ -41,8 +57,9 @@ impl StoreError {
     #[must_use]
     pub fn is_retryable(&self) -> bool {
         match self {
-            Self::Unavailable { .. } => true,
-            Self::Corrupt { .. } | Self::Locked { .. } | Self::TooNew { .. } => false,
+            Self::Unavailable { .. } | Self::Overloaded { .. } => true,
+            Self::Refused { .. }
+            | Self::Corrupt { .. } | Self::Locked { .. } | Self::TooNew { .. } => false,
         }
     }
 }

@@ -167,6 +167,8 @@ pub struct Adopt {
     pub holder: String,
     /// The worker that runs it.
     pub worker: String,
+    /// Now.
+    pub now: Timestamp,
     /// The right lasts until then, unless renewed.
     pub lease_until: Timestamp,
 }

@@ -202,6 +202,7 @@ impl Store for SqliteStore {
         holder: String,
         leases: Vec<Lease>,
         until: Timestamp,
+        _now: Timestamp,
     ) -> Result<Vec<Renewed>, StoreError> {
         self.writer
             .run("renewing leases", move |db| requests::renew(db, &holder, &leases, until))

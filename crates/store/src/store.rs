@@ -16,7 +16,8 @@ use crate::{
 #[async_trait]
 pub trait Store: Send + Sync + 'static {
     /// Stores a request with its `accepted` event. With a `client_id` that the owner has used, it
-    /// changes nothing and says what that stands for. A repeat is `Existing`.
+    /// changes nothing and says what that stands for. A repeat is `Existing`, or `Created` where it
+    /// cannot be told from the first call.
     async fn create_request(&self, new: NewRequest) -> Result<CreateOutcome, StoreError>;
 
     /// Reads a request.
@@ -55,12 +56,14 @@ pub trait Store: Send + Sync + 'static {
         now: Timestamp,
     ) -> Result<CancelOutcome, StoreError>;
 
-    /// Prolongs leases that `holder` still holds. A repeat is harmless.
+    /// Prolongs leases that `holder` still holds; what else is under its name ends. A repeat is
+    /// harmless.
     async fn renew_leases(
         &self,
         holder: String,
         leases: Vec<Lease>,
         until: Timestamp,
+        now: Timestamp,
     ) -> Result<Vec<Renewed>, StoreError>;
 
     /// Reads running requests whose lease ended by `now`, longest expired first.

@@ -44,11 +44,13 @@ impl Dispatcher {
         ) {
             return Ok(None);
         }
+        let now = self.now();
         let adopt = Adopt {
             lease: Lease { uid, attempt },
             holder: self.name.clone(),
             worker: worker.id.clone(),
-            lease_until: self.now().plus(self.options.lease),
+            now,
+            lease_until: now.plus(self.options.lease),
         };
         // Gives the entry back if it comes to nothing.
         let entered = Started { dispatcher: self.clone(), uid, slot: None };

@@ -111,8 +111,9 @@ impl Dispatcher {
             if leases.is_empty() {
                 continue;
             }
-            let until = self.now().plus(self.options.lease);
-            match self.store.renew_leases(self.name.clone(), leases, until).await {
+            let now = self.now();
+            let until = now.plus(self.options.lease);
+            match self.store.renew_leases(self.name.clone(), leases, until, now).await {
                 Ok(renewed) => renewed.into_iter().for_each(|renewed| self.note_renewal(&renewed)),
                 Err(error) => tracing::warn!(%error, "could not renew leases"),
             }

@@ -1,0 +1,177 @@
+//! The client of the SDK: where it connects, how long it waits, how often it repeats.
+
+use std::{env, sync::Arc, time::Duration};
+
+use aws_config::{
+    BehaviorVersion, Region, SdkConfig, retry::RetryConfig, timeout::TimeoutConfig,
+};
+use aws_sdk_dynamodb::{
+    Client,
+    config::Credentials,
+    types::ConsumedCapacity,
+};
+use aws_smithy_http_client::{
+    Builder,
+    tls::{Provider, rustls_provider::CryptoMode},
+};
+use prometheus_client::metrics::{counter::Counter, histogram::Histogram};
+use streamer_core::retry;
+use streamer_store::StoreError;
+use streamer_telemetry::Metrics;
+use tokio::time::{Instant, sleep};
+
+use crate::{DynamoOptions, objects::Objects};
+
+/// DynamoDB answers in milliseconds; what takes longer is better asked again.
+const ATTEMPT_TIMEOUT: Duration = Duration::from_secs(3);
+const CONNECT_TIMEOUT: Duration = Duration::from_secs(2);
+/// With all repetitions.
+const CALL_TIMEOUT: Duration = Duration::from_secs(10);
+/// Calls of one operation at most, by the SDK, which also keeps a budget of repetitions for all.
+const MAX_ATTEMPTS: u32 = 6;
+const FIRST_BACKOFF: Duration = Duration::from_millis(25);
+const MAX_BACKOFF: Duration = Duration::from_secs(1);
+/// How long a transaction that met another, or was throttled, is repeated.
+const TRANSACTION_PATIENCE: Duration = Duration::from_secs(5);
+
+/// Names of the tables.
+#[derive(Debug)]
+pub(crate) struct TableNames {
+    pub(crate) requests: String,
+    pub(crate) parts: String,
+    pub(crate) names: String,
+    pub(crate) connections: String,
+    pub(crate) fleet: String,
+}
+
+impl TableNames {
+    pub(crate) fn new(prefix: &str) -> Self {
+        let name = |table: &str| format!("{prefix}{table}");
+        Self {
+            requests: name("requests"),
+            parts: name("parts"),
+            names: name("names"),
+            connections: name("connections"),
+            fleet: name("fleet"),
+        }
+    }
+}
+
+/// What every part of the engine works with.
+#[derive(Clone)]
+pub(crate) struct Dynamo {
+    pub(crate) client: Client,
+    pub(crate) tables: Arc<TableNames>,
+    pub(crate) objects: Option<Arc<Objects>>,
+    pub(crate) queue_shards: u32,
+    pub(crate) retention: Option<Duration>,
+    pub(crate) metrics: DynamoMetrics,
+}
+
+#[derive(Clone)]
+pub(crate) struct DynamoMetrics {
+    /// In thousandths of a unit.
+    read: Counter,
+    write: Counter,
+    pub(crate) throttled: Counter,
+    pub(crate) append_seconds: Histogram,
+}
+
+impl DynamoMetrics {
+    pub(crate) fn new(metrics: &Metrics) -> Self {
+        Self {
+            read: metrics.counter(
+                "streamer_dynamodb_read_milliunits",
+                "Consumed read units, in thousandths",
+            ),
+            write: metrics.counter(
+                "streamer_dynamodb_write_milliunits",
+                "Consumed write units, in thousandths",
+            ),
+            throttled: metrics.counter(
+                "streamer_dynamodb_throttled",
+                "Calls that were still throttled after all repetitions",
+            ),
+            append_seconds: metrics
+                .latency("streamer_dynamodb_append_seconds", "Time of an append in the store"),
+        }
+    }
+
+    pub(crate) fn note_read<'a>(&self, consumed: impl IntoIterator<Item = &'a ConsumedCapacity>) {
+        self.read.inc_by(milliunits(consumed));
+    }
+
+    pub(crate) fn note_write<'a>(&self, consumed: impl IntoIterator<Item = &'a ConsumedCapacity>) {
+        self.write.inc_by(milliunits(consumed));
+    }
+}
+
+fn milliunits<'a>(consumed: impl IntoIterator<Item = &'a ConsumedCapacity>) -> u64 {
+    let units: f64 = consumed.into_iter().filter_map(ConsumedCapacity::capacity_units).sum();
+    // `as` saturates; a call consumes far less.
+    #[expect(clippy::cast_possible_truncation, clippy::cast_sign_loss, reason = "saturates")]
+    let milliunits = (units * 1000.0).round() as u64;
+    milliunits
+}
+
+/// The SDK's configuration. Credentials come from the standard chain; a local endpoint takes any.
+pub(crate) async fn sdk_config(options: &DynamoOptions) -> SdkConfig {
+    let http = Builder::new().tls_provider(Provider::Rustls(CryptoMode::Ring)).build_https();
+    let retries = RetryConfig::standard()
+        .with_max_attempts(MAX_ATTEMPTS)
+        .with_initial_backoff(FIRST_BACKOFF)
+        .with_max_backoff(MAX_BACKOFF);
+    let timeouts = TimeoutConfig::builder()
+        .connect_timeout(CONNECT_TIMEOUT)
+        .operation_attempt_timeout(ATTEMPT_TIMEOUT)
+        .operation_timeout(CALL_TIMEOUT)
+        .build();
+    let mut loader = aws_config::defaults(BehaviorVersion::latest())
+        .http_client(http)
+        .retry_config(retries)
+        .timeout_config(timeouts);
+    if let Some(region) = &options.region {
+        loader = loader.region(Region::new(region.clone()));
+    }
+    if let Some(endpoint) = &options.endpoint {
+        loader = loader.endpoint_url(endpoint);
+        if is_local(endpoint) && env::var_os("AWS_ACCESS_KEY_ID").is_none() {
+            loader = loader
+                .credentials_provider(Credentials::new("local", "local", None, None, "streamer"));
+            if options.region.is_none() {
+                loader = loader.region(Region::new("us-east-1"));
+            }
+        }
+    }
+    loader.load().await
+}
+
+fn is_local(endpoint: &str) -> bool {
+    ["http://127.0.0.1:", "http://localhost:", "http://[::1]:"]
+        .iter()
+        .any(|local| endpoint.starts_with(local))
+}
+
+/// Waits between repetitions, with full jitter, for as long as patience lasts.
+pub(crate) struct Patience {
+    until: Instant,
+    wait: Duration,
+}
+
+impl Default for Patience {
+    fn default() -> Self {
+        Self { until: Instant::now() + TRANSACTION_PATIENCE, wait: FIRST_BACKOFF }
+    }
+}
+
+impl Patience {
+    /// Waits; fails with `error` when patience is at its end, or when repeating does not help.
+    pub(crate) async fn wait(&mut self, error: StoreError) -> Result<(), StoreError> {
+        if !error.is_retryable() || Instant::now() + self.wait > self.until {
+            return Err(error);
+        }
+        sleep(self.wait.mul_f64(retry::random_fraction())).await;
+        self.wait = (self.wait * 2).min(MAX_BACKOFF);
+        Ok(())
+    }
+}

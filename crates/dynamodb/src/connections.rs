@@ -1,0 +1,234 @@
+//! Live connections and the gateways that hold them.
+
+use std::time::Duration;
+
+use aws_sdk_dynamodb::types::{
+    DeleteRequest, PutRequest, ReturnConsumedCapacity, WriteRequest,
+};
+use futures_util::future::try_join_all;
+use serde::{Deserialize, Serialize};
+use streamer_core::{Timestamp, Uid};
+use streamer_store::{ConnectionPage, ConnectionRecord, Owner, StoreError};
+
+use crate::{
+    client::{Dynamo, Patience},
+    error::{damaged, store_error},
+    expression::{Attributes, Expression, key, text},
+    item::{decode, encode_item},
+    queue::{numbers, text_of},
+};
+
+const KIND: &str = "gateway";
+/// Writes of one call at most, as DynamoDB has it.
+const BATCH: usize = 25;
+/// Connections of a gateway that has been dead for so long are removed by others.
+const FORGET_AFTER: Duration = Duration::from_secs(600);
+/// Connections of dead gateways that are removed at once at most.
+const MAX_FORGOTTEN: usize = 500;
+
+#[derive(Serialize, Deserialize)]
+struct ConnectionItem {
+    id: String,
+    tenant: String,
+    user: String,
+    gateway: String,
+    remote_address: String,
+    user_agent: String,
+    connect_time: i64,
+    tenant_shard: String,
+}
+
+impl ConnectionItem {
+    fn into_record(self) -> Result<ConnectionRecord, StoreError> {
+        Ok(ConnectionRecord {
+            id: self.id.parse().map_err(|error| damaged("reading a connection", error))?,
+            owner: Owner { tenant: self.tenant, user: self.user },
+            gateway: self.gateway,
+            remote_address: self.remote_address,
+            user_agent: self.user_agent,
+            connect_time: Timestamp::from_millis(self.connect_time),
+        })
+    }
+}
+
+impl Dynamo {
+    pub(crate) async fn update_connections(
+        &self,
+        opened: Vec<ConnectionRecord>,
+        closed: Vec<Uid>,
+    ) -> Result<(), StoreError> {
+        let doing = "noting connections";
+        let mut writes = Vec::with_capacity(opened.len() + closed.len());
+        for connection in opened {
+            if closed.contains(&connection.id) {
+                continue;
+            }
+            let id = connection.id.to_string();
+            let item = ConnectionItem {
+                tenant_shard: format!("{}\t{}", connection.owner.tenant, self.shard_of(&id)),
+                id,
+                tenant: connection.owner.tenant,
+                user: connection.owner.user,
+                gateway: connection.gateway,
+                remote_address: connection.remote_address,
+                user_agent: connection.user_agent,
+                connect_time: connection.connect_time.as_millis(),
+            };
+            let put = PutRequest::builder().set_item(Some(encode_item(&item)?)).build();
+            let put = put.map_err(|error| damaged(doing, error))?;
+            writes.push(WriteRequest::builder().put_request(put).build());
+        }
+        for id in closed {
+            writes.push(delete_connection(&id.to_string())?);
+        }
+        self.write_connections(writes).await
+    }
+
+    async fn write_connections(&self, writes: Vec<WriteRequest>) -> Result<(), StoreError> {
+        let doing = "noting connections";
+        for batch in writes.chunks(BATCH) {
+            let mut left = batch.to_vec();
+            let mut patience = Patience::default();
+            while !left.is_empty() {
+                let written = self
+                    .client
+                    .batch_write_item()
+                    .request_items(&self.tables.connections, left)
+                    .return_consumed_capacity(ReturnConsumedCapacity::Total)
+                    .send()
+                    .await
+                    .map_err(|error| store_error(doing, error))?;
+                self.metrics.note_write(written.consumed_capacity());
+                left = written
+                    .unprocessed_items
+                    .and_then(|mut all| all.remove(&self.tables.connections))
+                    .unwrap_or_default();
+                if !left.is_empty() {
+                    let reason = "some items were not processed".into();
+                    patience.wait(StoreError::Overloaded { doing, reason }).await?;
+                }
+            }
+        }
+        Ok(())
+    }
+
+    pub(crate) async fn renew_gateway(
+        &self,
+        gateway: &str,
+        until: Timestamp,
+    ) -> Result<(), StoreError> {
+        self.keep_alive(KIND, gateway, until).await?;
+        self.forget_dead_gateways(until).await
+    }
+
+    /// What gateways that died have left.
+    async fn forget_dead_gateways(&self, now: Timestamp) -> Result<(), StoreError> {
+        let long_ago = now.minus(FORGET_AFTER).as_millis();
+        let gateways = numbers(&self.fleet(KIND).await?, "name", "alive_until");
+        for (gateway, until) in gateways.into_iter().filter(|(_, until)| *until < long_ago) {
+            let left = self.connections_of(&gateway).await?;
+            if left.is_empty() {
+                self.forget_member(KIND, &gateway, until).await?;
+                continue;
+            }
+            let deletes: Result<Vec<_>, _> = left.iter().map(|id| delete_connection(id)).collect();
+            self.write_connections(deletes?).await?;
+        }
+        Ok(())
+    }
+
+    async fn connections_of(&self, gateway: &str) -> Result<Vec<String>, StoreError> {
+        let condition = Expression::default().when("gateway", "=", text(gateway));
+        let rows = self.query_connections("gateway", condition, MAX_FORGOTTEN).await?;
+        rows.iter().map(|row| text_of(row, "id").map(str::to_owned)).collect()
+    }
+
+    pub(crate) async fn list_connections(
+        &self,
+        tenant: &str,
+        user: Option<&str>,
+        after: Option<Uid>,
+        limit: usize,
+        now: Timestamp,
+    ) -> Result<ConnectionPage, StoreError> {
+        let gateways = numbers(&self.fleet(KIND).await?, "name", "alive_until");
+        let mut after = after;
+        let mut connections: Vec<ConnectionRecord> = Vec::new();
+        let wanted = limit.saturating_add(1);
+        loop {
+            let page = try_join_all(self.shards().map(|shard| {
+                let mut condition = Expression::default().when(
+                    "tenant_shard",
+                    "=",
+                    text(format!("{tenant}\t{shard}")),
+                );
+                if let Some(after) = after {
+                    condition = condition.when("id", ">", text(after.to_string()));
+                }
+                self.query_connections("tenant", condition, wanted)
+            }))
+            .await?;
+            let mut found = Vec::new();
+            for item in page.into_iter().flatten() {
+                found.push(
+                    decode::<ConnectionItem>("reading a connection", item)?.into_record()?,
+                );
+            }
+            found.sort_by_key(|connection| connection.id);
+            let whole = found.len() < wanted;
+            found.truncate(wanted);
+            after = found.last().map(|connection| connection.id).or(after);
+            connections.extend(found.into_iter().filter(|connection| {
+                let lives = |until: &i64| *until > now.as_millis();
+                gateways.get(&connection.gateway).is_some_and(lives)
+                    && user.is_none_or(|user| connection.owner.user == user)
+            }));
+            if connections.len() > limit {
+                connections.truncate(limit);
+                let next = connections.last().map(|connection| connection.id);
+                return Ok(ConnectionPage { connections, next });
+            }
+            if whole {
+                return Ok(ConnectionPage { connections, next: None });
+            }
+        }
+    }
+
+    async fn query_connections(
+        &self,
+        index: &str,
+        condition: Expression,
+        limit: usize,
+    ) -> Result<Vec<Attributes>, StoreError> {
+        let mut items = Vec::new();
+        let mut start = None;
+        loop {
+            let page = self
+                .client
+                .query()
+                .table_name(&self.tables.connections)
+                .index_name(index)
+                .set_key_condition_expression(condition.condition())
+                .set_expression_attribute_names(condition.names())
+                .set_expression_attribute_values(condition.values())
+                .limit(i32::try_from((limit - items.len()).min(1000)).unwrap_or(1000))
+                .set_exclusive_start_key(start)
+                .return_consumed_capacity(ReturnConsumedCapacity::Total)
+                .send()
+                .await
+                .map_err(|error| store_error("reading connections", error))?;
+            self.metrics.note_read(page.consumed_capacity());
+            items.extend(page.items.unwrap_or_default());
+            start = page.last_evaluated_key;
+            if items.len() >= limit || start.is_none() {
+                return Ok(items);
+            }
+        }
+    }
+}
+
+fn delete_connection(id: &str) -> Result<WriteRequest, StoreError> {
+    let delete = DeleteRequest::builder().set_key(Some(key([("id", id)]))).build();
+    let delete = delete.map_err(|error| damaged("noting connections", error))?;
+    Ok(WriteRequest::builder().delete_request(delete).build())
+}

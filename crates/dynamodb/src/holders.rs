@@ -1,0 +1,270 @@
+//! Leases. A processor renews one item, whatever it runs; a request belongs to it until the later of
+//! its own lease and its holder's life. What a living holder does not know of any more is given up
+//! for it.
+
+use std::{
+    collections::{HashMap, HashSet},
+    time::Duration,
+};
+
+use aws_sdk_dynamodb::{error::ProvideErrorMetadata, types::ReturnConsumedCapacity};
+use parking_lot::Mutex;
+use streamer_core::Timestamp;
+use streamer_store::{Lease, Renewed, RequestRecord, StoreError};
+
+use crate::{
+    client::Dynamo,
+    error::store_error,
+    expression::{Attributes, Expression, key, number, text},
+    item::{RequestItem, RequestState, encode},
+    queue::{number_of, numbers, text_of},
+    requests::{Updated, by_uid},
+};
+
+const KIND: &str = "holder";
+/// Holds what its holder has forgotten; never alive.
+const NOBODY: &str = "nobody";
+/// A holder is registered anew after so long, since one that is long dead is forgotten.
+const REGISTER_AGAIN: Duration = Duration::from_secs(600);
+const FORGET_AFTER: Duration = Duration::from_secs(3600);
+
+/// Which holders of this process are known to the store, and since when.
+#[derive(Default)]
+pub(crate) struct Holders {
+    registered: Mutex<HashMap<String, Timestamp>>,
+}
+
+impl Holders {
+    /// Sees that the holder is there before anything is put under its name.
+    pub(crate) async fn register(
+        &self,
+        dynamo: &Dynamo,
+        holder: &str,
+        until: Timestamp,
+        now: Timestamp,
+    ) -> Result<(), StoreError> {
+        let known = self.registered.lock().get(holder).copied();
+        if known.is_some_and(|at| now.since(at) < REGISTER_AGAIN) {
+            return Ok(());
+        }
+        dynamo.prolong(holder, until).await?;
+        self.registered.lock().insert(holder.to_owned(), now);
+        Ok(())
+    }
+}
+
+impl Dynamo {
+    /// Lets a holder live until then, if it does not live longer.
+    async fn prolong(&self, holder: &str, until: Timestamp) -> Result<(), StoreError> {
+        self.keep_alive(KIND, holder, until).await
+    }
+
+    /// Says in the fleet table that somebody lives until then, if not longer.
+    pub(crate) async fn keep_alive(
+        &self,
+        kind: &str,
+        name: &str,
+        until: Timestamp,
+    ) -> Result<(), StoreError> {
+        let update = Expression::default()
+            .set("alive_until", number(until.as_millis()))
+            .when_or_missing("alive_until", "<", number(until.as_millis()));
+        let done = self
+            .client
+            .update_item()
+            .table_name(&self.tables.fleet)
+            .set_key(Some(key([("kind", kind), ("name", name)])))
+            .set_update_expression(update.update())
+            .set_condition_expression(update.condition())
+            .set_expression_attribute_names(update.names())
+            .set_expression_attribute_values(update.values())
+            .return_consumed_capacity(ReturnConsumedCapacity::Total)
+            .send()
+            .await;
+        match done {
+            Ok(done) => self.metrics.note_write(done.consumed_capacity()),
+            Err(error) if error.code() == Some("ConditionalCheckFailedException") => {}
+            Err(error) => return Err(store_error("saying that it lives", error)),
+        }
+        Ok(())
+    }
+
+    /// All of one kind in the fleet table.
+    pub(crate) async fn fleet(&self, kind: &str) -> Result<Vec<Attributes>, StoreError> {
+        let mut items = Vec::new();
+        let mut start = None;
+        loop {
+            let page = self
+                .client
+                .query()
+                .table_name(&self.tables.fleet)
+                .key_condition_expression("kind = :k")
+                .expression_attribute_values(":k", text(kind))
+                .consistent_read(true)
+                .set_exclusive_start_key(start)
+                .return_consumed_capacity(ReturnConsumedCapacity::Total)
+                .send()
+                .await
+                .map_err(|error| store_error("reading the fleet", error))?;
+            self.metrics.note_read(page.consumed_capacity());
+            items.extend(page.items.unwrap_or_default());
+            start = page.last_evaluated_key;
+            if start.is_none() {
+                return Ok(items);
+            }
+        }
+    }
+
+    /// Removes somebody from the fleet table, if it has not come back to life.
+    pub(crate) async fn forget_member(
+        &self,
+        kind: &str,
+        name: &str,
+        alive_until: i64,
+    ) -> Result<(), StoreError> {
+        let unchanged = Expression::default().when("alive_until", "=", number(alive_until));
+        let deleted = self
+            .client
+            .delete_item()
+            .table_name(&self.tables.fleet)
+            .set_key(Some(key([("kind", kind), ("name", name)])))
+            .set_condition_expression(unchanged.condition())
+            .set_expression_attribute_names(unchanged.names())
+            .set_expression_attribute_values(unchanged.values())
+            .send()
+            .await;
+        match deleted {
+            Ok(_) => Ok(()),
+            Err(error) if error.code() == Some("ConditionalCheckFailedException") => Ok(()),
+            Err(error) => Err(store_error("forgetting a member of the fleet", error)),
+        }
+    }
+
+    /// When the right to run this request's attempt ends.
+    pub(crate) async fn lease_end(&self, item: &RequestItem) -> Result<i64, StoreError> {
+        let own = item.lease_until.unwrap_or(0);
+        let Some(holder) = &item.lease_holder else { return Ok(own) };
+        let found = self
+            .client
+            .get_item()
+            .table_name(&self.tables.fleet)
+            .set_key(Some(key([("kind", KIND), ("name", holder)])))
+            .consistent_read(true)
+            .return_consumed_capacity(ReturnConsumedCapacity::Total)
+            .send()
+            .await
+            .map_err(|error| store_error("reading a lease", error))?;
+        self.metrics.note_read(found.consumed_capacity());
+        let alive = match &found.item {
+            Some(item) => number_of(item, "alive_until")?,
+            None => 0,
+        };
+        Ok(own.max(alive))
+    }
+
+    pub(crate) async fn renew(
+        &self,
+        holder: &str,
+        leases: &[Lease],
+        until: Timestamp,
+        now: Timestamp,
+    ) -> Result<Vec<Renewed>, StoreError> {
+        self.prolong(holder, until).await?;
+        let uids = leases.iter().map(|lease| lease.uid.to_string()).collect();
+        let items = by_uid(self.get_many(uids).await?);
+        self.give_up(holder, &items, until, now).await?;
+        let renewed = leases.iter().map(|lease| {
+            let item = items.get(&lease.uid.to_string());
+            let held = item.is_some_and(|item| {
+                item.state == RequestState::Running
+                    && item.attempt == lease.attempt
+                    && item.lease_holder.as_deref() == Some(holder)
+            });
+            let cancel_reason = item.and_then(|item| item.cancel_reason.clone());
+            Renewed { lease: *lease, held, cancel_reason }
+        });
+        Ok(renewed.collect())
+    }
+
+    /// Gives up what is under this holder's name but not among what it renews: a claim whose answer
+    /// it never got, or an attempt that it has left to its worker. It keeps one more lease.
+    async fn give_up(
+        &self,
+        holder: &str,
+        renewed: &HashMap<String, RequestItem>,
+        until: Timestamp,
+        now: Timestamp,
+    ) -> Result<(), StoreError> {
+        let held = self.held_by(holder, usize::MAX).await?;
+        let forgotten: Vec<_> = held.into_iter().filter(|uid| !renewed.contains_key(uid)).collect();
+        for item in self.get_many(forgotten).await? {
+            // A claim that is under way is not known to be its own yet.
+            let stale = item.lease_until.unwrap_or(0) <= now.as_millis();
+            if item.state != RequestState::Running
+                || item.lease_holder.as_deref() != Some(holder)
+                || !stale
+            {
+                continue;
+            }
+            let update = Expression::default()
+                .set("lease_holder", text(NOBODY))
+                .set("lease_until", number(until.as_millis()))
+                .when("state", "=", encode(&RequestState::Running)?)
+                .when("attempt", "=", number(item.attempt))
+                .when("lease_holder", "=", text(holder));
+            match self.update_request("giving up a lease", &item.uid, update).await? {
+                Updated::Done(_) => tracing::info!(uid = item.uid, holder, "gave up a lease"),
+                Updated::Refused(_) => {}
+            }
+        }
+        Ok(())
+    }
+
+    async fn held_by(&self, holder: &str, limit: usize) -> Result<Vec<String>, StoreError> {
+        let condition = Expression::default().when("lease_holder", "=", text(holder));
+        let rows = self.query_index("running", condition, limit).await?;
+        rows.iter().map(|row| text_of(row, "uid").map(str::to_owned)).collect()
+    }
+
+    pub(crate) async fn expired(
+        &self,
+        now: Timestamp,
+        limit: usize,
+    ) -> Result<Vec<RequestRecord>, StoreError> {
+        let fleet = self.fleet(KIND).await?;
+        let alive = numbers(&fleet, "name", "alive_until");
+        let mut dead: Vec<_> =
+            alive.iter().filter(|(_, until)| **until <= now.as_millis()).collect();
+        dead.sort_by_key(|(name, until)| (**until, *name));
+        let nobody = (NOBODY.to_owned(), 0);
+        let all = dead.into_iter().chain([(&nobody.0, &nobody.1)]);
+        let mut found = Vec::new();
+        let mut seen = HashSet::new();
+        for (holder, until) in all {
+            let uids = self.held_by(holder, limit.saturating_mul(2)).await?;
+            if uids.is_empty() {
+                let long_dead = now.as_millis().saturating_sub(*until)
+                    > i64::try_from(FORGET_AFTER.as_millis()).unwrap_or(i64::MAX);
+                if long_dead && holder != NOBODY {
+                    self.forget_member(KIND, holder, *until).await?;
+                }
+                continue;
+            }
+            for item in self.get_many(uids).await? {
+                let own = item.lease_until.unwrap_or(0);
+                let ended = own <= now.as_millis()
+                    && item.state == RequestState::Running
+                    && item.lease_holder.as_deref() == Some(holder.as_str());
+                if ended && seen.insert(item.uid.clone()) {
+                    found.push((own.max(*until), item));
+                }
+            }
+            if found.len() >= limit {
+                break;
+            }
+        }
+        found.sort_by(|one, other| (one.0, &one.1.uid).cmp(&(other.0, &other.1.uid)));
+        found.truncate(limit);
+        found.iter().map(|(_, item)| item.to_record()).collect()
+    }
+}

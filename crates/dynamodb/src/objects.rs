@@ -1,0 +1,148 @@
+//! Large values, in an object store.
+
+use std::{fs, sync::Arc};
+
+use bytes::Bytes;
+use futures_util::{TryStreamExt, future::try_join_all};
+use object_store::{
+    ObjectStore, ObjectStoreExt, PutPayload, aws::AmazonS3Builder, local::LocalFileSystem,
+    path::Path, prefix::PrefixStore,
+};
+use sha2::{Digest, Sha256};
+use streamer_store::StoreError;
+
+use crate::{
+    OpenError,
+    error::damaged,
+    item::{Blob, StoredObject, StoredValue},
+};
+
+/// Values larger than this are objects: an item of this size costs as much to write as several
+/// objects.
+pub(crate) const OFFLOAD_BYTES: usize = 64 * 1024;
+/// Without an object store, values must fit into an item beside everything else.
+pub(crate) const MAX_INLINE_BYTES: usize = 320 * 1024;
+/// Objects that are written or read at once.
+const CONCURRENCY: usize = 8;
+
+pub(crate) struct Objects {
+    store: Arc<dyn ObjectStore>,
+}
+
+impl Objects {
+    pub(crate) fn open(url: &str) -> Result<Self, OpenError> {
+        let bad = |reason: String| OpenError::Objects(format!("{url}: {reason}"));
+        let store: Arc<dyn ObjectStore> = if let Some(folder) = url.strip_prefix("file://") {
+            if !folder.starts_with('/') {
+                return Err(bad("must be file:///absolute/folder".into()));
+            }
+            fs::create_dir_all(folder).map_err(|error| bad(error.to_string()))?;
+            let local = LocalFileSystem::new_with_prefix(folder)
+                .map_err(|error| bad(error.to_string()))?;
+            Arc::new(local.with_fsync(true))
+        } else if let Some(rest) = url.strip_prefix("s3://") {
+            let (bucket, prefix) = rest.split_once('/').unwrap_or((rest, ""));
+            let s3 = AmazonS3Builder::from_env()
+                .with_bucket_name(bucket)
+                .build()
+                .map_err(|error| bad(error.to_string()))?;
+            match prefix.trim_matches('/') {
+                "" => Arc::new(s3),
+                prefix => Arc::new(PrefixStore::new(s3, prefix)),
+            }
+        } else {
+            return Err(bad("must begin with s3:// or file:///".into()));
+        };
+        Ok(Self { store })
+    }
+
+    /// Moves what is large out of these values. Written before the item that refers to it, under a
+    /// name made of its content, so that a repeat writes the same.
+    pub(crate) async fn offload(
+        &self,
+        uid: &str,
+        values: Vec<&mut StoredValue>,
+    ) -> Result<(), StoreError> {
+        let mut values = values.into_iter();
+        loop {
+            let mut together = Vec::with_capacity(CONCURRENCY);
+            for value in values.by_ref().take(CONCURRENCY) {
+                together.push(self.offload_one(uid, value));
+            }
+            if together.is_empty() {
+                return Ok(());
+            }
+            try_join_all(together).await?;
+        }
+    }
+
+    async fn offload_one(&self, uid: &str, value: &mut StoredValue) -> Result<(), StoreError> {
+        let Some(Blob(data)) = value.data.take_if(|data| data.0.len() > OFFLOAD_BYTES) else {
+            return Ok(());
+        };
+        let name: String = Sha256::digest(&data)[..16].iter().map(|b| format!("{b:02x}")).collect();
+        let path = format!("{uid}/{name}");
+        let bytes = data.len() as u64;
+        self.store
+            .put(&Path::from(path.as_str()), PutPayload::from_bytes(data))
+            .await
+            .map_err(|error| unavailable("storing a large value", &error))?;
+        value.object = Some(StoredObject { path, bytes });
+        Ok(())
+    }
+
+    /// Brings back what was moved out of these values.
+    pub(crate) async fn restore(&self, values: Vec<&mut StoredValue>) -> Result<(), StoreError> {
+        let mut values = values.into_iter();
+        loop {
+            let mut together = Vec::with_capacity(CONCURRENCY);
+            for value in values.by_ref().take(CONCURRENCY) {
+                together.push(self.restore_one(value));
+            }
+            if together.is_empty() {
+                return Ok(());
+            }
+            try_join_all(together).await?;
+        }
+    }
+
+    async fn restore_one(&self, value: &mut StoredValue) -> Result<(), StoreError> {
+        let Some(object) = &value.object else { return Ok(()) };
+        let doing = "reading a large value";
+        let read = async { self.store.get(&Path::from(object.path.as_str())).await?.bytes().await };
+        let data: Bytes = match read.await {
+            Ok(data) => data,
+            Err(object_store::Error::NotFound { .. }) => {
+                return Err(damaged(doing, format!("object {} is not there", object.path)));
+            }
+            Err(error) => return Err(unavailable(doing, &error)),
+        };
+        if data.len() as u64 != object.bytes {
+            let reason = format!(
+                "object {} has {} bytes instead of {}",
+                object.path,
+                data.len(),
+                object.bytes
+            );
+            return Err(damaged(doing, reason));
+        }
+        value.data = Some(Blob(data));
+        value.object = None;
+        Ok(())
+    }
+
+    /// Removes every object of a request.
+    pub(crate) async fn delete_all(&self, uid: &str) -> Result<(), StoreError> {
+        let failed = |error| unavailable("deleting large values", &error);
+        let prefix = Path::from(uid);
+        let mut objects = self.store.list(Some(&prefix));
+        while let Some(object) = objects.try_next().await.map_err(failed)? {
+            self.store.delete(&object.location).await.map_err(failed)?;
+        }
+        Ok(())
+    }
+}
+
+fn unavailable(doing: &'static str, error: &object_store::Error) -> StoreError {
+    StoreError::Unavailable { doing, reason: format!("the object store: {error}") }
+}

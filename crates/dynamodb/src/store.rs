@@ -1,0 +1,240 @@
+//! The engine behind the trait.
+
+use std::sync::Arc;
+
+use async_trait::async_trait;
+use aws_sdk_dynamodb::Client;
+use streamer_core::{Timestamp, Uid};
+use streamer_store::{
+    Adopt, Append, Appended, CancelOutcome, Claim, ClaimOutcome, ConnectionPage, ConnectionRecord,
+    CreateOutcome, DeclaredAction, DeleteOutcome, DuePage, DueQuery, EventPage, Lease,
+    ListRequests, NewRequest, Owner, QueueAhead, QueueStats, Renewed, RequestPage, RequestRecord,
+    Store, StoreError, StoredPayload,
+};
+use streamer_telemetry::Metrics;
+use tokio::time::Instant;
+
+use crate::{
+    DynamoOptions, OpenError,
+    client::{Dynamo, DynamoMetrics, TableNames, sdk_config},
+    error::store_error,
+    expression::{Expression, key},
+    holders::Holders,
+    objects::{MAX_INLINE_BYTES, Objects},
+};
+
+/// The store over DynamoDB.
+pub struct DynamoStore {
+    dynamo: Dynamo,
+    holders: Holders,
+}
+
+impl DynamoStore {
+    /// Opens the store. The tables must be there (`streamer tables create`); that is found out with
+    /// the first call, or by [`Store::check`].
+    ///
+    /// # Errors
+    /// When the object store cannot be used.
+    pub async fn open(options: &DynamoOptions, metrics: &Metrics) -> Result<Self, OpenError> {
+        let objects = match &options.objects {
+            Some(url) => Some(Arc::new(Objects::open(url)?)),
+            None => None,
+        };
+        let dynamo = Dynamo {
+            client: Client::new(&sdk_config(options).await),
+            tables: Arc::new(TableNames::new(&options.table_prefix)),
+            objects,
+            queue_shards: options.queue_shards.clamp(1, 64),
+            retention: options.retention,
+            metrics: DynamoMetrics::new(metrics),
+        };
+        Ok(Self { dynamo, holders: Holders::default() })
+    }
+
+    /// The largest payload, result or chunk that it takes, in bytes; `None` with an object store.
+    #[must_use]
+    pub fn max_value_bytes(&self) -> Option<usize> {
+        self.dynamo.objects.is_none().then_some(MAX_INLINE_BYTES)
+    }
+
+    /// Says when calls are refused for being too many, which an operator has to know.
+    fn noted<T>(&self, outcome: Result<T, StoreError>) -> Result<T, StoreError> {
+        if let Err(StoreError::Overloaded { .. }) = &outcome {
+            self.dynamo.metrics.throttled.inc();
+        }
+        outcome
+    }
+}
+
+#[async_trait]
+impl Store for DynamoStore {
+    async fn create_request(&self, new: NewRequest) -> Result<CreateOutcome, StoreError> {
+        self.noted(self.dynamo.create(&new).await)
+    }
+
+    async fn get_request(&self, uid: Uid) -> Result<Option<RequestRecord>, StoreError> {
+        let item = self.noted(self.dynamo.get(&uid.to_string()).await)?;
+        item.map(|item| item.to_record()).transpose()
+    }
+
+    async fn find_request(
+        &self,
+        owner: Owner,
+        client_id: String,
+    ) -> Result<Option<RequestRecord>, StoreError> {
+        self.noted(self.dynamo.find(&owner, &client_id).await)
+    }
+
+    async fn list_requests(&self, query: ListRequests) -> Result<RequestPage, StoreError> {
+        self.noted(self.dynamo.list(&query).await)
+    }
+
+    async fn read_payload(&self, uid: Uid) -> Result<Option<StoredPayload>, StoreError> {
+        self.noted(self.dynamo.read_payload(uid).await)
+    }
+
+    async fn delete_request(&self, uid: Uid) -> Result<DeleteOutcome, StoreError> {
+        self.noted(self.dynamo.delete(uid).await)
+    }
+
+    async fn claim(&self, claim: Claim) -> Result<ClaimOutcome, StoreError> {
+        let registered =
+            self.holders.register(&self.dynamo, &claim.holder, claim.lease_until, claim.now).await;
+        self.noted(registered)?;
+        self.noted(self.dynamo.claim(&claim).await)
+    }
+
+    async fn append(&self, append: Append) -> Result<Appended, StoreError> {
+        let began = Instant::now();
+        let appended = self.noted(self.dynamo.append(&append).await);
+        self.dynamo.metrics.append_seconds.observe(began.elapsed().as_secs_f64());
+        appended
+    }
+
+    async fn cancel(
+        &self,
+        uid: Uid,
+        reason: String,
+        now: Timestamp,
+    ) -> Result<CancelOutcome, StoreError> {
+        self.noted(self.dynamo.cancel(uid, &reason, now).await)
+    }
+
+    async fn renew_leases(
+        &self,
+        holder: String,
+        leases: Vec<Lease>,
+        until: Timestamp,
+        now: Timestamp,
+    ) -> Result<Vec<Renewed>, StoreError> {
+        self.noted(self.dynamo.renew(&holder, &leases, until, now).await)
+    }
+
+    async fn expired_leases(
+        &self,
+        now: Timestamp,
+        limit: usize,
+    ) -> Result<Vec<RequestRecord>, StoreError> {
+        self.noted(self.dynamo.expired(now, limit).await)
+    }
+
+    async fn adopt(&self, adopt: Adopt) -> Result<Option<RequestRecord>, StoreError> {
+        let registered = self
+            .holders
+            .register(&self.dynamo, &adopt.holder, adopt.lease_until, adopt.now)
+            .await;
+        self.noted(registered)?;
+        self.noted(self.dynamo.adopt(&adopt).await)
+    }
+
+    async fn overdue_requests(
+        &self,
+        now: Timestamp,
+        limit: usize,
+    ) -> Result<Vec<RequestRecord>, StoreError> {
+        self.noted(self.dynamo.overdue(now, limit).await)
+    }
+
+    async fn due_requests(&self, query: DueQuery) -> Result<DuePage, StoreError> {
+        self.noted(self.dynamo.due(&query).await)
+    }
+
+    async fn queue_ahead(
+        &self,
+        record: RequestRecord,
+        now: Timestamp,
+        limit: usize,
+    ) -> Result<QueueAhead, StoreError> {
+        self.noted(self.dynamo.ahead(&record, now, limit).await)
+    }
+
+    async fn next_due(&self, now: Timestamp) -> Result<Option<Timestamp>, StoreError> {
+        self.noted(self.dynamo.next_due(now).await)
+    }
+
+    async fn queue_stats(&self, now: Timestamp) -> Result<QueueStats, StoreError> {
+        self.noted(self.dynamo.stats(now).await)
+    }
+
+    async fn read_events(
+        &self,
+        uid: Uid,
+        after_seq: i64,
+        max_events: usize,
+        max_bytes: usize,
+    ) -> Result<EventPage, StoreError> {
+        self.noted(self.dynamo.read_events(uid, after_seq, max_events, max_bytes).await)
+    }
+
+    async fn update_connections(
+        &self,
+        opened: Vec<ConnectionRecord>,
+        closed: Vec<Uid>,
+    ) -> Result<(), StoreError> {
+        self.noted(self.dynamo.update_connections(opened, closed).await)
+    }
+
+    async fn renew_gateway(&self, gateway: String, until: Timestamp) -> Result<(), StoreError> {
+        self.noted(self.dynamo.renew_gateway(&gateway, until).await)
+    }
+
+    async fn list_connections(
+        &self,
+        tenant: String,
+        user: Option<String>,
+        after: Option<Uid>,
+        limit: usize,
+        now: Timestamp,
+    ) -> Result<ConnectionPage, StoreError> {
+        let listed = self.dynamo.list_connections(&tenant, user.as_deref(), after, limit, now);
+        self.noted(listed.await)
+    }
+
+    async fn save_actions(
+        &self,
+        actions: Vec<DeclaredAction>,
+        now: Timestamp,
+    ) -> Result<(), StoreError> {
+        self.noted(self.dynamo.save_actions(&actions, now).await)
+    }
+
+    async fn list_actions(&self, since: Timestamp) -> Result<Vec<DeclaredAction>, StoreError> {
+        self.noted(self.dynamo.list_actions(since).await)
+    }
+
+    async fn check(&self) -> Result<(), StoreError> {
+        let count = Expression::default().add("checks", 1);
+        let checked = self
+            .dynamo
+            .client
+            .update_item()
+            .table_name(&self.dynamo.tables.fleet)
+            .set_key(Some(key([("kind", "health"), ("name", "check")])))
+            .set_update_expression(count.update())
+            .set_expression_attribute_names(count.names())
+            .set_expression_attribute_values(count.values())
+            .send()
+            .await;
+        checked.map(drop).map_err(|error| store_error("checking the store", error))
+    }
+}
