@@ -17,7 +17,13 @@ use streamer_rpc::{JSON, payload_bytes, status, store_status, validation_status}
 use streamer_store::{ConnectionRecord, Store};
 use tonic::{Request, Response, Status};
 
-use crate::{handle::close_code, messages, server::Gateway};
+use crate::{
+    OtherGateways,
+    elsewhere::{Elsewhere, Question, is_passed_on, reached},
+    handle::close_code,
+    messages,
+    server::Gateway,
+};
 
 const MAX_PAGE: i32 = 1000;
 const DEFAULT_PAGE: usize = 100;
@@ -28,11 +34,21 @@ const MAX_REASON_BYTES: usize = 123;
 pub struct ConnectionsApi {
     gateway: Arc<Gateway>,
     store: Arc<dyn Store>,
+    others: Option<OtherGateways>,
 }
 
 impl ConnectionsApi {
-    pub(crate) fn new(gateway: Arc<Gateway>, store: Arc<dyn Store>) -> Self {
-        Self { gateway, store }
+    pub(crate) fn new(
+        gateway: Arc<Gateway>,
+        store: Arc<dyn Store>,
+        others: Option<OtherGateways>,
+    ) -> Self {
+        Self { gateway, store, others }
+    }
+
+    /// The other gateways, unless one of them is who calls.
+    fn others<T>(&self, request: &Request<T>) -> Option<OtherGateways> {
+        self.others.clone().filter(|_| !is_passed_on(request))
     }
 
     fn now(&self) -> Timestamp {
@@ -68,7 +84,10 @@ impl ConnectionsService for ConnectionsApi {
     }
 
     async fn send(&self, request: Request<SendRequest>) -> Result<Response<SendResponse>, Status> {
-        let principal = permitted(&request, permissions::CONNECTIONS_SEND)?;
+        let caller = permitted_caller(&request, permissions::CONNECTIONS_SEND)?;
+        let (principal, others) = (caller.principal.clone(), self.others(&request));
+        let is_one = matches!(request.get_ref().target, Some(Target::ConnectionId(_)));
+        let question = Question::Send(request.get_ref().clone());
         let SendRequest { target, topic, data } = request.into_inner();
         let mut violations = Violations::default();
         check_message(&topic, data.as_ref(), &mut violations);
@@ -92,24 +111,31 @@ impl ConnectionsService for ConnectionsApi {
                 (usize::from(handle.is_some()), format!("connection {id:?}"))
             }
         };
-        if recipients == 0 {
-            return Err(nobody(&whom));
-        }
-        let recipients = i32::try_from(recipients).unwrap_or(i32::MAX);
-        Ok(Response::new(SendResponse { recipients }))
+        let elsewhere = match &others {
+            Some(others) if !(is_one && recipients > 0) => others.ask(&caller, question).await,
+            _ => Elsewhere::default(),
+        };
+        let all = recipients + elsewhere.recipients;
+        let answer = SendResponse { recipients: i32::try_from(all).unwrap_or(i32::MAX) };
+        reached(&elsewhere, || nobody(&whom), answer, all)
     }
 
     async fn broadcast(
         &self,
         request: Request<BroadcastRequest>,
     ) -> Result<Response<BroadcastResponse>, Status> {
-        let principal = permitted(&request, permissions::CONNECTIONS_SEND)?;
+        let caller = permitted_caller(&request, permissions::CONNECTIONS_SEND)?;
+        let (principal, others) = (caller.principal.clone(), self.others(&request));
+        let question = Question::Broadcast(request.get_ref().clone());
         let BroadcastRequest { topic, data } = request.into_inner();
         let mut violations = Violations::default();
         check_message(&topic, data.as_ref(), &mut violations);
         refuse(&violations)?;
         let frame = messages::push(&topic, data.as_ref(), self.now());
-        let recipients = self.gateway.registry.push(&principal.tenant, None, &frame);
+        let mut recipients = self.gateway.registry.push(&principal.tenant, None, &frame);
+        if let Some(others) = others {
+            recipients += others.ask(&caller, question).await.recipients;
+        }
         let recipients = i32::try_from(recipients).unwrap_or(i32::MAX);
         Ok(Response::new(BroadcastResponse { recipients }))
     }
@@ -118,7 +144,9 @@ impl ConnectionsService for ConnectionsApi {
         &self,
         request: Request<DisconnectRequest>,
     ) -> Result<Response<DisconnectResponse>, Status> {
-        let principal = permitted(&request, permissions::CONNECTIONS_DISCONNECT)?;
+        let caller = permitted_caller(&request, permissions::CONNECTIONS_DISCONNECT)?;
+        let (principal, others) = (caller.principal.clone(), self.others(&request));
+        let question = Question::Disconnect(request.get_ref().clone());
         let DisconnectRequest { connection_id, reason } = request.into_inner();
         let mut violations = Violations::default();
         violations.check("reason", validate::at_most(reason.len(), MAX_REASON_BYTES, "reason"));
@@ -129,17 +157,28 @@ impl ConnectionsService for ConnectionsApi {
                 handle.close(close_code::POLICY, &reason);
                 Ok(Response::new(DisconnectResponse {}))
             }
-            None => Err(nobody(&format!("connection {connection_id:?}"))),
+            None => {
+                let elsewhere = match others {
+                    Some(others) => others.ask(&caller, question).await,
+                    None => Elsewhere::default(),
+                };
+                let nobody = || nobody(&format!("connection {connection_id:?}"));
+                reached(&elsewhere, nobody, DisconnectResponse {}, elsewhere.recipients)
+            }
         }
     }
 }
 
 fn permitted<T>(request: &Request<T>, permission: &str) -> Result<Arc<Principal>, Status> {
+    permitted_caller(request, permission).map(|caller| caller.principal)
+}
+
+fn permitted_caller<T>(request: &Request<T>, permission: &str) -> Result<Caller, Status> {
     let caller = request.extensions().get::<Caller>();
     let caller =
         caller.ok_or_else(|| Status::internal("the service is wired without authentication"))?;
     if caller.principal.may(permission) {
-        return Ok(caller.principal.clone());
+        return Ok(caller.clone());
     }
     let message = format!("permission {permission} is needed");
     Err(status(&RequestError::new(ErrorCode::Forbidden, message)))

@@ -9,7 +9,7 @@ use streamer_proto::{
     common::v1::{Event, Request},
     progress::v1::{ListEventsRequest, WatchRequest, WatchResponse},
 };
-use streamer_rpc::{state_from_proto, with_authorization};
+use streamer_rpc::{RouteKey, state_from_proto, with_authorization};
 use tokio::{sync::Notify, time::sleep};
 use tokio_util::sync::CancellationToken;
 use tonic::{Code, Status, Streaming};
@@ -85,8 +85,12 @@ impl Hub {
         after_seq: Option<i64>,
         authorization: HeaderValue,
     ) -> Result<Streaming<WatchResponse>, Status> {
+        let key = request_id.parse().ok();
         let watch = WatchRequest { request_id, after_seq, ..WatchRequest::default() };
-        let watch = with_authorization(watch, authorization);
+        let mut watch = with_authorization(watch, authorization);
+        if let Some(uid) = key {
+            watch.extensions_mut().insert(RouteKey(uid));
+        }
         Ok(self.peers.progress().watch(watch).await?.into_inner())
     }
 

@@ -8,6 +8,7 @@
 
 mod api;
 mod connection;
+mod elsewhere;
 mod handle;
 mod hub;
 mod json;
@@ -27,7 +28,7 @@ use axum::routing::any;
 use streamer_auth::{AuthLayer, AuthService, Authenticator};
 use streamer_core::Clock;
 use streamer_proto::connections::v1::connections_service_server::ConnectionsServiceServer;
-use streamer_rpc::Channel;
+use streamer_rpc::{Channel, Members};
 use streamer_store::Store;
 use streamer_telemetry::Metrics;
 use tokio::time::timeout;
@@ -81,10 +82,21 @@ pub struct Dependencies {
     pub router: Channel,
     /// To the progress service.
     pub progress: Channel,
+    /// All gateways, where there are others.
+    pub others: Option<OtherGateways>,
     /// Where metrics go.
     pub metrics: Metrics,
     /// What the operator sets.
     pub options: GatewayOptions,
+}
+
+/// The gateways beside this one.
+#[derive(Clone)]
+pub struct OtherGateways {
+    /// The name of this one among the members.
+    pub own: String,
+    /// All of them.
+    pub members: Members,
 }
 
 /// Address of the peer, put into the extensions of every HTTP request by whoever accepts.
@@ -104,8 +116,16 @@ impl GatewayServer {
     /// Wires the service.
     #[must_use]
     pub fn build(dependencies: Dependencies) -> Self {
-        let Dependencies { store, clock, authenticator, router, progress, metrics, options } =
-            dependencies;
+        let Dependencies {
+            store,
+            clock,
+            authenticator,
+            router,
+            progress,
+            others,
+            metrics,
+            options,
+        } = dependencies;
         let options = Arc::new(options);
         let metrics = GatewayMetrics::new(&metrics);
         let peers = Arc::new(Peers::new(router, progress, options.max_message_bytes));
@@ -125,7 +145,8 @@ impl GatewayServer {
             registry,
             metrics,
         });
-        let api = ConnectionsServiceServer::new(ConnectionsApi::new(gateway.clone(), store));
+        let api =
+            ConnectionsServiceServer::new(ConnectionsApi::new(gateway.clone(), store, others));
         let http = axum::Router::new().route("/ws", any(server::open)).with_state(gateway.clone());
         Self { http, connections: AuthLayer::new(authenticator).wrap(api), gateway }
     }

@@ -31,6 +31,18 @@ pub struct Cli {
 pub enum Command {
     /// Start a server: every service in this process, on one port.
     Up(UpArguments),
+    /// Start a gateway alone: WebSocket, and every public call passed on to whose it is.
+    Gateway(UpArguments),
+    /// Start a router alone: admits requests, tells about them.
+    Router(UpArguments),
+    /// Start a processor alone: runs requests, gives them to workers.
+    Processor(UpArguments),
+    /// Start a progress service alone: keeps and streams the logs.
+    Progress(UpArguments),
+    /// Make, check or print the tables of engine dynamodb.
+    Tables(TablesArguments),
+    /// Say whether a server can do its job; exit code 0 when it can.
+    Health(HealthArguments),
     /// Show it all: start a server, profile a CSV file through a WebSocket, write a report.
     Demo(DemoArguments),
     /// Submit a request and follow it to its end.
@@ -113,6 +125,41 @@ pub struct ConfigSources {
     /// Set an option; may be repeated.
     #[arg(long = "set", value_name = "SECTION.OPTION=VALUE")]
     pub set: Vec<String>,
+}
+
+/// `streamer tables`
+#[derive(Args, Clone, Debug)]
+pub struct TablesArguments {
+    /// What to do.
+    #[command(subcommand)]
+    pub command: TablesCommand,
+}
+
+/// What to do with the tables.
+#[derive(Clone, Debug, Subcommand)]
+pub enum TablesCommand {
+    /// Make those that are not there; what is there is compared, and never changed.
+    Create(ConfigSources),
+    /// Compare them with what they should be.
+    Check(ConfigSources),
+    /// Print them as a CloudFormation template.
+    Cloudformation(ConfigSources),
+}
+
+/// `streamer health`
+#[derive(Args, Clone, Debug)]
+pub struct HealthArguments {
+    /// The server.
+    #[arg(
+        long,
+        env = "STREAMER_SERVER",
+        default_value = "http://127.0.0.1:8080",
+        value_name = "URL"
+    )]
+    pub server: String,
+    /// The service to ask about, like streamer.router.v1.RouterService; empty means the server.
+    #[arg(long, default_value = "", value_name = "NAME")]
+    pub service: String,
 }
 
 /// `streamer config`

@@ -1,6 +1,7 @@
 //! The command line of the `streamer` binary: its grammar, and the commands that talk to a server.
 //!
-//! `up`, `demo` and `worker`, which run handlers, are the binary's own; everything else is [`run`].
+//! What runs services or handlers, or looks at the store, is the binary's own; everything else is
+//! [`run`].
 
 mod arguments;
 pub mod bench;
@@ -16,7 +17,8 @@ use std::process::ExitCode;
 use clap::CommandFactory;
 
 pub use arguments::{
-    Cli, Command, ConfigArguments, ConfigSources, DemoArguments, UpArguments, WorkerArguments,
+    Cli, Command, ConfigArguments, ConfigSources, DemoArguments, HealthArguments, TablesArguments,
+    TablesCommand, UpArguments, WorkerArguments,
 };
 pub use exit::Exit;
 pub use follow::{Screen, follow};
@@ -39,9 +41,16 @@ pub async fn run(command: Command) -> ExitCode {
             clap_complete::generate(shell, &mut Cli::command(), "streamer", &mut std::io::stdout());
             Ok(Exit::Done)
         }
-        Command::Up(_) | Command::Demo(_) | Command::Worker(_) | Command::Config(_) => {
-            Err(anyhow::anyhow!("this command is the binary's own"))
-        }
+        Command::Up(_)
+        | Command::Gateway(_)
+        | Command::Router(_)
+        | Command::Processor(_)
+        | Command::Progress(_)
+        | Command::Tables(_)
+        | Command::Health(_)
+        | Command::Demo(_)
+        | Command::Worker(_)
+        | Command::Config(_) => Err(anyhow::anyhow!("this command is the binary's own")),
     };
     exit::report(outcome)
 }

@@ -13,7 +13,7 @@ use std::{
     path::{Path, PathBuf},
 };
 
-pub use options::{Auth, Config, Execution, Gateway, Limits, Log, Server};
+pub use options::{Auth, Config, Dynamodb, Execution, Gateway, Limits, Log, Peers, Server, Store};
 
 /// Where options come from, apart from the defaults.
 #[derive(Clone, Debug, Default)]
@@ -102,8 +102,13 @@ fn read_variable(config: &mut Config, name: &str, value: &str, problems: &mut Ve
         return;
     }
     let rest = rest.to_lowercase();
-    // Kubernetes sets these in every pod beside a service that is named `streamer`.
-    if rest == "port" || rest.starts_with("port_") || rest.starts_with("service_") {
+    // Kubernetes sets these in every pod beside services that are named `streamer…`.
+    let of_kubernetes = rest == "port"
+        || rest.starts_with("port_")
+        || rest.starts_with("service_")
+        || rest.ends_with("_port")
+        || ["_port_", "_service_host", "_service_port"].iter().any(|part| rest.contains(part));
+    if of_kubernetes {
         return;
     }
     let outcome = match rest.split_once('_') {

@@ -111,6 +111,47 @@ options! {
         /// Largest number of concurrent streams of one HTTP/2 connection.
         max_concurrent_streams: u64 = 1_024, in 1..=1_000_000;
     }
+    /// Where requests and their logs are kept.
+    store: Store {
+        /// embedded: one file in the data folder, for one process. dynamodb: section dynamodb, for any
+        /// number of processes.
+        engine: String = String::from("embedded");
+    }
+    /// The tables of engine dynamodb; `streamer tables create` makes them.
+    dynamodb: Dynamodb {
+        /// URL of the service, like http://127.0.0.1:8000; empty means AWS itself. Credentials come
+        /// from where AWS programs look for them; an endpoint on this machine takes any.
+        endpoint: String = String::new();
+        /// AWS region; empty means what the environment says.
+        region: String = String::new();
+        /// What the names of all tables begin with.
+        table_prefix: String = String::from("streamer-");
+        /// Over how many shards the queue is spread: each takes about 500 requests a second. The same
+        /// in every process; with fewer than before, what stands in the others is not found.
+        queue_shards: u64 = 4, in 1..=64;
+        /// How long requests are kept after they ended, in hours; 0 means for ever.
+        retention_hours: u64 = 0, in 0..=87_600;
+        /// URL of an object store for values beyond 64 KiB: s3://bucket/prefix, or file:///folder for
+        /// one machine. Empty means none; then no payload, result or chunk may be larger than 320 KiB.
+        objects: String = String::new();
+    }
+    /// Where the other services are, when they are processes of their own.
+    peers: Peers {
+        /// Gateways, each http://HOST:PORT; a name with several addresses stands for all of them.
+        gateway: Vec<String> = Vec::new();
+        /// Routers.
+        router: Vec<String> = Vec::new();
+        /// Processors.
+        processor: Vec<String> = Vec::new();
+        /// Progress services.
+        progress: Vec<String> = Vec::new();
+        /// ADDRESS:PORT under which the others reach this process; empty means where it listens.
+        advertise: String = String::new();
+        /// File with a secret of at least 32 bytes that all services share. Needed beyond loopback.
+        secret_file: String = String::new();
+        /// How often names are resolved anew, in milliseconds.
+        resolve_interval_ms: u64 = 5_000, in 100..=600_000;
+    }
     /// Whose tokens are accepted. Without keys, those of the development key in the data folder.
     auth: Auth {
         /// Public keys as ALGORITHM:FILE, the file in PEM: RS256, ES256 or EdDSA. HS256:FILE names a
@@ -219,6 +260,28 @@ impl Auth {
 }
 
 impl Config {
+    fn check_peers(&self, problems: &mut Vec<String>) {
+        let peers = &self.peers;
+        for (service, entries) in [
+            ("gateway", &peers.gateway),
+            ("router", &peers.router),
+            ("processor", &peers.processor),
+            ("progress", &peers.progress),
+        ] {
+            for entry in entries {
+                let address = entry.strip_prefix("http://").unwrap_or_default();
+                let port = address.rsplit_once(':').map(|(_, port)| port.parse::<u16>().is_ok());
+                if port != Some(true) {
+                    problems.push(format!("peers.{service}: {entry:?} must be http://HOST:PORT"));
+                }
+            }
+        }
+        if !peers.advertise.is_empty() && peers.advertise.parse::<SocketAddr>().is_err() {
+            let advertise = &peers.advertise;
+            problems.push(format!("peers.advertise: {advertise:?} must be ADDRESS:PORT"));
+        }
+    }
+
     /// Rules that tie options together.
     pub(crate) fn check_together(&self, problems: &mut Vec<String>) {
         let auth = &self.auth;
@@ -245,6 +308,11 @@ impl Config {
                 problems.push(format!("auth.keys: {key:?} must be ALGORITHM:FILE"));
             }
         }
+        if !matches!(self.store.engine.as_str(), "embedded" | "dynamodb") {
+            let engine = &self.store.engine;
+            problems.push(format!("store.engine: must be embedded or dynamodb, is {engine:?}"));
+        }
+        self.check_peers(problems);
         if !matches!(self.log.format.as_str(), "text" | "json") {
             problems.push(format!("log.format: must be text or json, is {:?}", self.log.format));
         }

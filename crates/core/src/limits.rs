@@ -48,7 +48,12 @@ pub struct Limits {
     pub max_payload_bytes: usize,
     /// Largest chunk of output, in bytes.
     pub max_output_chunk_bytes: usize,
+    /// What sets the first of these, for those who go beyond it.
+    pub payload_rule: &'static str,
 }
+
+/// The option that sets the largest payload.
+pub const PAYLOAD_OPTION: &str = "limits.max_payload_bytes";
 
 impl Limits {
     /// Largest message between a worker and a processor, in bytes: a payload or a chunk, and
@@ -88,6 +93,10 @@ impl Limits {
 
 impl Default for Limits {
     fn default() -> Self {
-        Self { max_payload_bytes: 4 * 1024 * 1024, max_output_chunk_bytes: 1024 * 1024 }
+        Self {
+            max_payload_bytes: 4 * 1024 * 1024,
+            max_output_chunk_bytes: 1024 * 1024,
+            payload_rule: PAYLOAD_OPTION,
+        }
     }
 }

@@ -1,6 +1,9 @@
 //! Declarations of actions, for when nobody offers them.
 
-use aws_sdk_dynamodb::{primitives::Blob, types::{AttributeValue, ReturnConsumedCapacity}};
+use aws_sdk_dynamodb::{
+    primitives::Blob,
+    types::{AttributeValue, ReturnConsumedCapacity},
+};
 use prost::Message;
 use streamer_core::Timestamp;
 use streamer_proto::common::v1::Action;

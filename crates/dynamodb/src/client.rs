@@ -2,14 +2,8 @@
 
 use std::{env, sync::Arc, time::Duration};
 
-use aws_config::{
-    BehaviorVersion, Region, SdkConfig, retry::RetryConfig, timeout::TimeoutConfig,
-};
-use aws_sdk_dynamodb::{
-    Client,
-    config::Credentials,
-    types::ConsumedCapacity,
-};
+use aws_config::{BehaviorVersion, Region, SdkConfig, retry::RetryConfig, timeout::TimeoutConfig};
+use aws_sdk_dynamodb::{Client, config::Credentials, types::ConsumedCapacity};
 use aws_smithy_http_client::{
     Builder,
     tls::{Provider, rustls_provider::CryptoMode},

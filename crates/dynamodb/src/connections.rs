@@ -2,9 +2,7 @@
 
 use std::time::Duration;
 
-use aws_sdk_dynamodb::types::{
-    DeleteRequest, PutRequest, ReturnConsumedCapacity, WriteRequest,
-};
+use aws_sdk_dynamodb::types::{DeleteRequest, PutRequest, ReturnConsumedCapacity, WriteRequest};
 use futures_util::future::try_join_all;
 use serde::{Deserialize, Serialize};
 use streamer_core::{Timestamp, Uid};
@@ -170,9 +168,7 @@ impl Dynamo {
             .await?;
             let mut found = Vec::new();
             for item in page.into_iter().flatten() {
-                found.push(
-                    decode::<ConnectionItem>("reading a connection", item)?.into_record()?,
-                );
+                found.push(decode::<ConnectionItem>("reading a connection", item)?.into_record()?);
             }
             found.sort_by_key(|connection| connection.id);
             let whole = found.len() < wanted;

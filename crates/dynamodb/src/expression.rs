@@ -89,7 +89,8 @@ impl Expression {
         value: AttributeValue,
     ) -> Self {
         let (name, value) = (self.name(attribute), self.value(value));
-        self.conditions.push(format!("(attribute_not_exists({name}) OR {name} {operator} {value})"));
+        self.conditions
+            .push(format!("(attribute_not_exists({name}) OR {name} {operator} {value})"));
         self
     }
 

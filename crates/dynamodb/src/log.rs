@@ -13,8 +13,8 @@ use crate::{
     error::{cancelled, damaged, store_error},
     expression::{Expression, key, number, text},
     item::{
-        Blob, Kept, RequestItem, RequestState, StoredEvent, StoredKind, StoredValue,
-        encode, latest_progress, size,
+        Blob, Kept, RequestItem, RequestState, StoredEvent, StoredKind, StoredValue, encode,
+        latest_progress, size,
     },
     requests::{Updated, only_busy, reasons},
 };
@@ -55,7 +55,8 @@ pub(crate) enum Tried {
 impl Dynamo {
     pub(crate) async fn append(&self, append: &Append) -> Result<Appended, StoreError> {
         let uid = append.uid.to_string();
-        let mut events = append.events.iter().map(StoredEvent::new).collect::<Result<Vec<_>, _>>()?;
+        let mut events =
+            append.events.iter().map(StoredEvent::new).collect::<Result<Vec<_>, _>>()?;
         let mut checkpoint =
             append.checkpoint.clone().map(|data| StoredValue::of("", Some(Blob(data))));
         if let Some(objects) = &self.objects {
@@ -192,21 +193,21 @@ impl Dynamo {
             expression = expression.when("events_bytes", "<=", number(most));
         }
         let large_checkpoint = change.checkpoint.as_ref().is_some_and(is_large);
-        let outcome = if room && !large_checkpoint && !matches!(change.writer, Writer::ExpiredLease(_))
-        {
-            if !change.events.is_empty() {
-                expression = expression
-                    .extend("events", encode(&change.events)?)
-                    .add("events_bytes", added);
-            }
-            self.try_update(uid, self.moves(expression, change, known)?).await?
-        } else {
-            let Some(item) = known else {
-                // The request has to be known to be changed in a transaction.
-                return Ok(Tried::Refused(self.get(uid).await?.map(Box::new)));
+        let outcome =
+            if room && !large_checkpoint && !matches!(change.writer, Writer::ExpiredLease(_)) {
+                if !change.events.is_empty() {
+                    expression = expression
+                        .extend("events", encode(&change.events)?)
+                        .add("events_bytes", added);
+                }
+                self.try_update(uid, self.moves(expression, change, known)?).await?
+            } else {
+                let Some(item) = known else {
+                    // The request has to be known to be changed in a transaction.
+                    return Ok(Tried::Refused(self.get(uid).await?.map(Box::new)));
+                };
+                self.try_transaction(uid, item, room, expression, change).await?
             };
-            self.try_transaction(uid, item, room, expression, change).await?
-        };
         if let (Tried::Applied { .. }, Some(retention)) = (&outcome, self.retention)
             && change.events.last().is_some_and(is_terminal)
         {
@@ -223,9 +224,11 @@ impl Dynamo {
             }
             Writer::Queued(attempt) => (RequestState::Queued, attempt),
         };
-        let mut expression = Expression::default()
-            .when("state", "=", encode(&state)?)
-            .when("attempt", "=", number(attempt));
+        let mut expression = Expression::default().when("state", "=", encode(&state)?).when(
+            "attempt",
+            "=",
+            number(attempt),
+        );
         if let Some(first) = change.events.first() {
             expression = expression.when("last_seq", "=", number(first.seq - 1));
         }

@@ -37,8 +37,8 @@ impl Objects {
                 return Err(bad("must be file:///absolute/folder".into()));
             }
             fs::create_dir_all(folder).map_err(|error| bad(error.to_string()))?;
-            let local = LocalFileSystem::new_with_prefix(folder)
-                .map_err(|error| bad(error.to_string()))?;
+            let local =
+                LocalFileSystem::new_with_prefix(folder).map_err(|error| bad(error.to_string()))?;
             Arc::new(local.with_fsync(true))
         } else if let Some(rest) = url.strip_prefix("s3://") {
             let (bucket, prefix) = rest.split_once('/').unwrap_or((rest, ""));

@@ -169,10 +169,7 @@ fn after_tenant(tenant: &str) -> String {
 }
 
 /// The first tenant at or after this key, in any shard.
-async fn next_tenant(
-    cursors: &mut [Cursor<'_>],
-    from: &str,
-) -> Result<Option<String>, StoreError> {
+async fn next_tenant(cursors: &mut [Cursor<'_>], from: &str) -> Result<Option<String>, StoreError> {
     let firsts = try_join_all(cursors.iter_mut().map(|cursor| cursor.seek(from))).await?;
     Ok(firsts.into_iter().flatten().map(|row| row.tenant.clone()).min())
 }
@@ -202,12 +199,8 @@ impl Dynamo {
     }
 
     fn cursors(&self) -> Vec<Cursor<'_>> {
-        let cursor = |shard| Cursor {
-            dynamo: self,
-            shard,
-            rows: VecDeque::new(),
-            exhausted: false,
-        };
+        let cursor =
+            |shard| Cursor { dynamo: self, shard, rows: VecDeque::new(), exhausted: false };
         self.shards().map(cursor).collect()
     }
 

@@ -21,7 +21,9 @@ use crate::{
     client::{Dynamo, Patience},
     error::{cancelled, damaged, is_conflict, is_throttled, store_error},
     expression::{Attributes, Expression, key, number, text},
-    item::{Blob, Kept, RequestItem, RequestState, StoredEvent, StoredValue, encode, encode_item, size},
+    item::{
+        Blob, Kept, RequestItem, RequestState, StoredEvent, StoredValue, encode, encode_item, size,
+    },
     log::{Change, Tried},
     queue,
 };
@@ -51,12 +53,8 @@ impl Dynamo {
         }
         let uid = new.uid.to_string();
         let payload = self.keep_payload(&uid, &new.payload).await?;
-        let accepted = event(
-            1,
-            0,
-            new.create_time,
-            Kind::Accepted(Accepted { action: new.action.clone() }),
-        );
+        let accepted =
+            event(1, 0, new.create_time, Kind::Accepted(Accepted { action: new.action.clone() }));
         let stored = StoredEvent::new(&accepted)?;
         let mut item = RequestItem::new(new, payload, stored);
         item.events_bytes = self.bytes_of(&item.events)?;
@@ -231,10 +229,7 @@ impl Dynamo {
     }
 
     /// Reads many, in no order; what is not there is left out.
-    pub(crate) async fn get_many(
-        &self,
-        uids: Vec<String>,
-    ) -> Result<Vec<RequestItem>, StoreError> {
+    pub(crate) async fn get_many(&self, uids: Vec<String>) -> Result<Vec<RequestItem>, StoreError> {
         let mut items = Vec::with_capacity(uids.len());
         for some in uids.chunks(BATCH * BATCHES) {
             let mut together = Vec::with_capacity(BATCHES);
@@ -471,10 +466,7 @@ impl Dynamo {
         .transpose()
     }
 
-    pub(crate) async fn read_payload(
-        &self,
-        uid: Uid,
-    ) -> Result<Option<StoredPayload>, StoreError> {
+    pub(crate) async fn read_payload(&self, uid: Uid) -> Result<Option<StoredPayload>, StoreError> {
         let uid = uid.to_string();
         match self.get(&uid).await? {
             Some(item) => self.kept(&uid, &item.payload).await,
@@ -679,8 +671,8 @@ impl Dynamo {
             for (table, key) in &deletes {
                 let delete = Delete::builder().table_name(*table).set_key(Some(key.clone()));
                 let delete = delete.build().map_err(|error| damaged(doing, error))?;
-                transaction = transaction
-                    .transact_items(TransactWriteItem::builder().delete(delete).build());
+                transaction =
+                    transaction.transact_items(TransactWriteItem::builder().delete(delete).build());
             }
             match transaction.send().await {
                 Ok(_) => break,
@@ -790,7 +782,8 @@ pub(crate) fn reasons<R>(
 
 /// Whether all that stood in the way of a transaction passes by itself.
 pub(crate) fn only_busy(reasons: &[aws_sdk_dynamodb::types::CancellationReason]) -> bool {
-    let mut codes = reasons.iter().filter_map(|reason| reason.code()).filter(|code| *code != "None");
+    let mut codes =
+        reasons.iter().filter_map(|reason| reason.code()).filter(|code| *code != "None");
     codes.all(|code| is_conflict(code) || is_throttled(code))
 }
 

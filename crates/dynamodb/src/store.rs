@@ -139,10 +139,8 @@ impl Store for DynamoStore {
     }
 
     async fn adopt(&self, adopt: Adopt) -> Result<Option<RequestRecord>, StoreError> {
-        let registered = self
-            .holders
-            .register(&self.dynamo, &adopt.holder, adopt.lease_until, adopt.now)
-            .await;
+        let registered =
+            self.holders.register(&self.dynamo, &adopt.holder, adopt.lease_until, adopt.now).await;
         self.noted(registered)?;
         self.noted(self.dynamo.adopt(&adopt).await)
     }

@@ -22,6 +22,14 @@ where
     BoxCloneSyncService::new(server.map_err(|never| match never {}))
 }
 
+/// Header of a submission between services: the `uid` that the request shall have, so that repeating
+/// the call does no harm. Nobody else's is believed.
+pub const REQUEST_UID: &str = "streamer-request-uid";
+/// Header of every call between services: the token that they share.
+pub const SERVICE_TOKEN: &str = "streamer-service-token";
+/// Header of a call that another instance of the same service passes on: it goes no further.
+pub const FORWARDED: &str = "streamer-forwarded";
+
 /// A call in the name of whoever holds this token.
 pub fn with_authorization<T>(message: T, authorization: HeaderValue) -> tonic::Request<T> {
     let mut headers = HeaderMap::with_capacity(1);

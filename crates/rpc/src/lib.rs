@@ -4,15 +4,17 @@
 mod action;
 mod channel;
 mod convert;
+mod members;
 mod payload;
 mod status;
 
 pub use action::{action_from_proto, action_to_proto};
-pub use channel::{Channel, local, with_authorization};
+pub use channel::{Channel, FORWARDED, REQUEST_UID, SERVICE_TOKEN, local, with_authorization};
 pub use convert::{
     apply_event, completed, error_from_proto, error_to_proto, is_terminal, request_to_proto,
     state_from_proto, state_to_proto,
 };
+pub use members::{Member, Members, RouteKey, is_unreachable, with_route};
 pub use payload::{
     JSON, empty_object, encode_event, encode_payload, json_payload, payload_bytes,
     payload_into_parts,

@@ -59,7 +59,9 @@ impl StoreError {
         match self {
             Self::Unavailable { .. } | Self::Overloaded { .. } => true,
             Self::Refused { .. }
-            | Self::Corrupt { .. } | Self::Locked { .. } | Self::TooNew { .. } => false,
+            | Self::Corrupt { .. }
+            | Self::Locked { .. }
+            | Self::TooNew { .. } => false,
         }
     }
 }

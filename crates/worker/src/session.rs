@@ -166,6 +166,7 @@ impl Terms {
         let size = |value: i64| usize::try_from(value).unwrap_or(usize::MAX);
         Self {
             limits: Limits {
+                payload_rule: streamer_core::limits::PAYLOAD_OPTION,
                 max_payload_bytes: size(welcome.max_payload_bytes),
                 max_output_chunk_bytes: size(welcome.max_output_chunk_bytes),
             },

@@ -15,7 +15,7 @@ use streamer_proto::{
     },
 };
 use streamer_rpc::{
-    json_payload, request_error, state_from_proto, state_to_proto, with_authorization,
+    REQUEST_UID, json_payload, request_error, state_from_proto, state_to_proto, with_authorization,
 };
 use tonic::Status;
 
@@ -105,7 +105,12 @@ impl Session {
         let latest = message.latest;
         let name = request.id.clone();
         let mut router = self.gateway.peers.router();
-        let request = with_authorization(request, self.handle.authorization());
+        let mut request = with_authorization(request, self.handle.authorization());
+        // A repeat by the channel is then the same request.
+        let uid = Uid::new(self.gateway.clock.now()).to_string();
+        if let Ok(uid) = uid.parse() {
+            request.metadata_mut().insert(REQUEST_UID, uid);
+        }
         Box::pin(async move {
             let outcome =
                 router.submit(request).await.map(|response| Box::new(response.into_inner()));

@@ -11,7 +11,7 @@ use std::{
 
 use anyhow::{Context, bail};
 use serde_json::{Value, json};
-use streamer_all_in_one::AllInOne;
+use streamer_all_in_one::{AllInOne, Role};
 use streamer_auth::NewToken;
 use streamer_cli::{DemoArguments, Exit};
 use streamer_client::{Follower, Message, Target};
@@ -34,7 +34,7 @@ async fn show(arguments: &DemoArguments) -> anyhow::Result<()> {
     let mut config = Config::default();
     config.server.listen = SocketAddr::from(([127, 0, 0, 1], 0));
     config.server.data = data.path().to_owned();
-    let server = AllInOne::start(&config, streamer_examples::all()).await?;
+    let server = AllInOne::start(&config, streamer_examples::all(), Role::All).await?;
     let url = format!("http://{}", server.address());
     let token = NewToken {
         user: "demo".into(),

@@ -21,7 +21,11 @@ use tonic::service::Routes;
 use tonic_health::{ServingStatus, server::HealthReporter};
 use tower::util::MapResponseLayer;
 
-use crate::{StartError, wiring::Services};
+use crate::{
+    Role, StartError,
+    edge::{self, Trusted},
+    wiring::Services,
+};
 
 /// How often health is looked at when nobody asks.
 const HEALTH_INTERVAL: Duration = Duration::from_secs(5);
@@ -40,18 +44,23 @@ const SERVICES: [&str; 6] = [
     "google.longrunning.Operations",
 ];
 
+/// Something beside the store without which the job cannot be done, and why it is not there.
+pub(crate) type Need = Box<dyn Fn() -> Result<(), String> + Send + Sync>;
+
 /// Whether the server can do its job: durable writing is what everything stands on.
 pub(crate) struct Health {
     store: Arc<dyn Store>,
+    needs: Vec<Need>,
     reporter: HealthReporter,
     latest: Mutex<Option<(Instant, Result<(), String>)>>,
     stopping: CancellationToken,
 }
 
 impl Health {
-    pub(crate) fn new(store: Arc<dyn Store>) -> Self {
+    pub(crate) fn new(store: Arc<dyn Store>, needs: Vec<Need>) -> Self {
         Self {
             store,
+            needs,
             reporter: HealthReporter::new(),
             latest: Mutex::default(),
             stopping: CancellationToken::new(),
@@ -73,6 +82,7 @@ impl Health {
             Ok(checked) => checked.map_err(|error| error.to_string()),
             Err(_) => Err("the store does not answer".to_owned()),
         };
+        let outcome = outcome.and_then(|()| self.needs.iter().try_for_each(|need| need()));
         if self.stopping.is_cancelled() {
             return Err("the server is stopping".into());
         }
@@ -126,24 +136,52 @@ impl Services {
         let health = tonic_health::pb::health_server::HealthServer::new(
             tonic_health::server::HealthService::from_health_reporter(self.health.reporter.clone()),
         );
-        let grpc = Routes::new(self.router.public.clone())
-            .add_service(self.router.operations.clone())
-            .add_service(self.progress.public.clone())
-            .add_service(self.processor.workers.clone())
-            .add_service(self.gateway.connections.clone())
-            .add_service(health)
+        let mut public = Routes::new(health)
             .add_service(builder().build_v1().map_err(reflection)?)
-            .add_service(builder().build_v1alpha().map_err(reflection)?)
-            .into_axum_router()
-            .layer(MapResponseLayer::new(move |response: Response| {
-                name_message_limit(response, limit)
-            }));
+            .add_service(builder().build_v1alpha().map_err(reflection)?);
+        let mut internal = Routes::default();
+        if let Some(router) = &self.router {
+            public = public.add_service(router.public.clone());
+            public = public.add_service(router.operations.clone());
+        }
+        if let Some(progress) = &self.progress {
+            public = public.add_service(progress.public.clone());
+            internal = internal.add_service(progress.internal.clone());
+        }
+        if let Some(processor) = &self.processor {
+            public = public.add_service(processor.workers.clone());
+            internal = internal.add_service(processor.internal.clone());
+        }
+        if let Some(gateway) = &self.gateway {
+            public = public.add_service(gateway.connections.clone());
+        }
+        let mut grpc = public.into_axum_router();
+        if let Some(gateway) = &self.gateway {
+            grpc = grpc.merge(gateway.http.clone());
+        }
+        if let Some(pass_on) = &self.pass_on {
+            grpc = grpc.merge(pass_on.clone().routes());
+        }
+        if self.role != Role::All {
+            // Its fallback is the same as the other one's.
+            let internal = internal.into_axum_router().reset_fallback();
+            grpc = grpc.merge(edge::services_only(internal, self.token.clone()));
+        }
+        let grpc = grpc.layer(MapResponseLayer::new(move |response: Response| {
+            name_message_limit(response, limit)
+        }));
+        // In one process nobody else may speak as a service.
+        let trusted = match self.role {
+            Role::All => Trusted::Nobody,
+            _ => Trusted::Services(self.token.clone()),
+        };
+        let grpc = edge::trust_only(grpc, trusted);
         let plain = Router::new()
             .route("/healthz", get(|| async { "ok\n" }))
             .route("/readyz", get(ready))
             .route("/metrics", get(metrics))
             .with_state(self.clone());
-        Ok(grpc.merge(self.gateway.http.clone()).merge(plain))
+        Ok(grpc.merge(plain))
     }
 }
 

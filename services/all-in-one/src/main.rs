@@ -1,12 +1,15 @@
 //! The `streamer` binary: configuration, build, run, drain, exit code.
 
 mod demo;
+mod health;
+mod tables;
 mod up;
 mod worker;
 
 use std::process::ExitCode;
 
 use clap::Parser;
+use streamer_all_in_one::Role;
 use streamer_cli::{Cli, Command, Exit};
 
 /// Returns memory to the system promptly and keeps small objects small: at 10,000 connections the
@@ -25,7 +28,13 @@ fn main() -> ExitCode {
     };
     runtime.block_on(async {
         match command {
-            Command::Up(arguments) => up::run(&arguments).await,
+            Command::Up(arguments) => up::run(&arguments, Role::All).await,
+            Command::Gateway(arguments) => up::run(&arguments, Role::Gateway).await,
+            Command::Router(arguments) => up::run(&arguments, Role::Router).await,
+            Command::Processor(arguments) => up::run(&arguments, Role::Processor).await,
+            Command::Progress(arguments) => up::run(&arguments, Role::Progress).await,
+            Command::Health(arguments) => health::run(&arguments).await,
+            Command::Tables(arguments) => tables::run(&arguments).await,
             Command::Demo(arguments) => demo::run(&arguments).await,
             Command::Worker(arguments) => worker::run(arguments).await,
             Command::Config(arguments) => up::show_config(&arguments),

@@ -7,7 +7,7 @@ use std::{
     time::Duration,
 };
 
-use streamer_all_in_one::AllInOne;
+use streamer_all_in_one::{AllInOne, Role};
 use streamer_auth::NewToken;
 use streamer_cli::{ConfigArguments, ConfigSources, Exit, READY, UpArguments};
 use streamer_config::{Config, ConfigError, Sources};
@@ -18,7 +18,7 @@ use tokio::signal::unix::{SignalKind, signal};
 /// The printed token is valid for so long.
 const TOKEN_LIFE: Duration = Duration::from_secs(24 * 3600);
 
-pub(crate) async fn run(arguments: &UpArguments) -> ExitCode {
+pub(crate) async fn run(arguments: &UpArguments, role: Role) -> ExitCode {
     let config = match load(arguments) {
         Ok(config) => config,
         Err(error) => {
@@ -38,14 +38,14 @@ pub(crate) async fn run(arguments: &UpArguments) -> ExitCode {
             return Exit::Usage.code();
         }
     };
-    let server = match AllInOne::start(&config, handlers).await {
+    let server = match AllInOne::start(&config, handlers, role).await {
         Ok(server) => server,
         Err(error) => {
             eprintln!("error: {error}");
             return Exit::Failed.code();
         }
     };
-    announce(&server, &config);
+    announce(&server, &config, role);
     stop_signal().await;
     eprintln!("Stopping; running work has {} s.", config.server.drain_timeout_ms / 1000);
     server.stop().await;
@@ -95,7 +95,7 @@ fn load(arguments: &UpArguments) -> Result<Config, ConfigError> {
     Config::load(&sources(&arguments.config, flags))
 }
 
-fn sources(from: &ConfigSources, mut flags: Vec<(String, String)>) -> Sources {
+pub(crate) fn sources(from: &ConfigSources, mut flags: Vec<(String, String)>) -> Sources {
     flags.extend(from.set.iter().map(|setting| match setting.split_once('=') {
         Some((name, value)) => (name.to_owned(), value.to_owned()),
         None => (setting.clone(), String::new()),
@@ -106,7 +106,10 @@ fn sources(from: &ConfigSources, mut flags: Vec<(String, String)>) -> Sources {
 }
 
 /// In one write, so that a reader who leaves after the first line does not end the server.
-fn announce(server: &AllInOne, config: &Config) {
+fn announce(server: &AllInOne, config: &Config, role: Role) {
+    if role != Role::All {
+        return say(&format!("{READY}http://{} ({role:?})\n", server.address()));
+    }
     let token = NewToken {
         user: "dev".into(),
         tenant: "dev".into(),
@@ -124,6 +127,10 @@ fn announce(server: &AllInOne, config: &Config) {
         server.address(),
         config.server.data.display(),
     );
+    say(&text);
+}
+
+fn say(text: &str) {
     let mut out = io::stdout().lock();
     if let Err(error) = out.write_all(text.as_bytes()).and_then(|()| out.flush()) {
         tracing::warn!(%error, "cannot say on standard output that the server is ready");

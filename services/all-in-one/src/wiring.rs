@@ -7,102 +7,276 @@ use streamer_auth::{
     TokenRules, VerificationKey,
 };
 use streamer_config::Config;
-use streamer_core::{Clock, Limits};
-use streamer_gateway::{GatewayOptions, GatewayServer};
+use streamer_core::{Clock, Limits, limits::PAYLOAD_OPTION};
+use streamer_dynamodb::{DynamoOptions, DynamoStore};
+use streamer_gateway::{GatewayOptions, GatewayServer, OtherGateways};
 use streamer_handler::Handlers;
 use streamer_processor::{Processor, ProcessorOptions};
-use streamer_progress::Progress;
+use streamer_progress::{Progress, Ring};
 use streamer_router::Router;
-use streamer_rpc::local;
+use streamer_rpc::{Member, Members, local};
 use streamer_store::{Engine, Store};
 use streamer_telemetry::Metrics;
 use tokio::task::JoinHandle;
 
-use crate::{Shutdown, StartError, http::Health};
+use crate::{
+    Role, Shutdown, StartError,
+    edge::PassOn,
+    http::{Health, Need},
+    peers::{PeerList, ServiceToken},
+};
 
+/// What of Streamer is in this process.
 pub(crate) struct Services {
-    pub(crate) router: Router,
-    pub(crate) processor: Processor,
-    pub(crate) progress: Progress,
-    pub(crate) gateway: GatewayServer,
+    pub(crate) router: Option<Router>,
+    pub(crate) processor: Option<Processor>,
+    pub(crate) progress: Option<Progress>,
+    pub(crate) gateway: Option<GatewayServer>,
+    /// Public services that are elsewhere.
+    pub(crate) pass_on: Option<PassOn>,
+    pub(crate) token: Option<ServiceToken>,
+    pub(crate) role: Role,
     pub(crate) health: Health,
     pub(crate) metrics: Metrics,
     pub(crate) max_message_bytes: usize,
 }
 
+/// What is needed to build services, and which of them.
+pub(crate) struct Plan<'a> {
+    pub(crate) config: &'a Config,
+    pub(crate) role: Role,
+    pub(crate) handlers: Handlers,
+    pub(crate) clock: Arc<dyn Clock>,
+    /// Where the others reach this process.
+    pub(crate) own_address: String,
+}
+
+/// The services that are elsewhere.
+struct Elsewhere {
+    lists: Vec<PeerList>,
+    gateway: Members,
+    router: Members,
+    processor: Members,
+    progress: Members,
+}
+
+impl Elsewhere {
+    fn new(config: &Config, token: Option<&ServiceToken>) -> Self {
+        let peers = &config.peers;
+        let interval = Duration::from_millis(peers.resolve_interval_ms);
+        let list =
+            |service, entries: &[String]| PeerList::new(service, entries, token.cloned(), interval);
+        let lists = vec![
+            list("gateway", &peers.gateway),
+            list("router", &peers.router),
+            list("processor", &peers.processor),
+            list("progress service", &peers.progress),
+        ];
+        Self {
+            gateway: lists[0].members(),
+            router: lists[1].members(),
+            processor: lists[2].members(),
+            progress: lists[3].members(),
+            lists,
+        }
+    }
+}
+
 impl Services {
-    pub(crate) fn build(
-        config: &Config,
-        handlers: Handlers,
-        clock: Arc<dyn Clock>,
+    pub(crate) async fn build(
+        plan: Plan<'_>,
+        shutdown: &Shutdown,
     ) -> Result<(Self, Option<DevKey>), StartError> {
-        let engine = Engine::Embedded { data: config.server.data.clone() };
-        let store = streamer_store::open(&engine).map_err(StartError::Store)?;
+        let Plan { config, role, handlers, clock, own_address } = plan;
+        let metrics = Metrics::new();
+        let (store, largest) = open_store(config, &metrics).await?;
         let (authenticator, dev_key) = authenticator(config, clock.clone())?;
         let auth = AuthLayer::new(authenticator.clone());
-        let metrics = Metrics::new();
-        let limits = limits(config);
+        let limits = limits(config, largest);
+        let token = ServiceToken::read(&config.peers.secret_file).map_err(StartError::Secret)?;
+        let alone = role == Role::All;
+        let elsewhere = (!alone).then(|| Elsewhere::new(config, token.as_ref()));
 
-        let progress = Progress::build(streamer_progress::Dependencies {
-            store: store.clone(),
-            clock: clock.clone(),
-            auth: auth.clone(),
-            metrics: metrics.clone(),
-            limits,
+        let progress = role.has(Role::Progress).then(|| {
+            Progress::build(streamer_progress::Dependencies {
+                store: store.clone(),
+                clock: clock.clone(),
+                auth: auth.clone(),
+                metrics: metrics.clone(),
+                limits,
+                ring: elsewhere
+                    .as_ref()
+                    .map(|all| Ring { own: own_address.clone(), members: all.progress.clone() }),
+            })
         });
-        let processor = Processor::build(streamer_processor::Dependencies {
-            store: store.clone(),
-            clock: clock.clone(),
-            authenticator: authenticator.clone(),
-            handlers,
-            progress: local(progress.internal.clone()),
-            metrics: metrics.clone(),
-            options: processor_options(config),
+        let (event_log, watches) = match (&progress, &elsewhere) {
+            (_, Some(all)) => (all.progress.channel(), all.progress.channel()),
+            (Some(here), None) => (local(here.internal.clone()), local(here.public.clone())),
+            (None, None) => return Err(StartError::Peers("progress")),
+        };
+        let processor = role.has(Role::Processor).then(|| {
+            Processor::build(streamer_processor::Dependencies {
+                store: store.clone(),
+                clock: clock.clone(),
+                authenticator: authenticator.clone(),
+                handlers,
+                progress: event_log.clone(),
+                metrics: metrics.clone(),
+                options: processor_options(config, limits, !alone),
+            })
         });
-        let router = Router::build(streamer_router::Dependencies {
-            store: store.clone(),
-            clock: clock.clone(),
-            auth,
-            processor: local(processor.internal.clone()),
-            event_log: local(progress.internal.clone()),
-            progress: local(progress.public.clone()),
-            metrics: metrics.clone(),
-            limits,
+        let processors = match (&processor, &elsewhere) {
+            (_, Some(all)) => all.processor.clone(),
+            (Some(here), None) => Members::one("processor", local(here.internal.clone())),
+            (None, None) => return Err(StartError::Peers("processor")),
+        };
+        let router = role.has(Role::Router).then(|| {
+            Router::build(streamer_router::Dependencies {
+                store: store.clone(),
+                clock: clock.clone(),
+                auth,
+                processors: processors.clone(),
+                event_log,
+                progress: watches.clone(),
+                metrics: metrics.clone(),
+                limits,
+            })
         });
-        let gateway = GatewayServer::build(streamer_gateway::Dependencies {
-            store: store.clone(),
+        let routes = match (&router, &elsewhere) {
+            (_, Some(all)) => all.router.channel(),
+            (Some(here), None) => local(here.public.clone()),
+            (None, None) => return Err(StartError::Peers("router")),
+        };
+        let gateway = role.has(Role::Gateway).then(|| {
+            GatewayServer::build(streamer_gateway::Dependencies {
+                store: store.clone(),
+                clock: clock.clone(),
+                authenticator,
+                router: routes.clone(),
+                progress: watches.clone(),
+                others: elsewhere.as_ref().map(|all| OtherGateways {
+                    own: own_address.clone(),
+                    members: all.gateway.clone(),
+                }),
+                metrics: metrics.clone(),
+                options: gateway_options(config, limits),
+            })
+        });
+        let pass_on = (role == Role::Gateway).then(|| PassOn {
+            router: routes,
+            progress: watches,
+            processor: processors.streaming_channel(),
             clock,
-            authenticator,
-            router: local(router.public.clone()),
-            progress: local(progress.public.clone()),
-            metrics: metrics.clone(),
-            options: gateway_options(config),
         });
-        let health = Health::new(store as Arc<dyn Store>);
-        let max_message_bytes = limits.max_message_bytes();
-        let services =
-            Self { router, processor, progress, gateway, health, metrics, max_message_bytes };
+        let mut needs: Vec<Need> = Vec::new();
+        if let Some(all) = &elsewhere {
+            let needed: &[&Members] = match role {
+                Role::Gateway => &[&all.router, &all.progress],
+                Role::Router | Role::Processor => &[&all.progress],
+                Role::Progress | Role::All => &[],
+            };
+            needs.extend(needed.iter().map(|members| someone_of((*members).clone())));
+        }
+        if let Some(router) = &router {
+            let is_ready = router.readiness();
+            needs.push(Box::new(move || {
+                if is_ready() { Ok(()) } else { Err("no action is known yet".into()) }
+            }));
+        }
+        for list in elsewhere.into_iter().flat_map(|all| all.lists) {
+            tokio::spawn(list.follow(shutdown.serving.clone()));
+        }
+        let services = Self {
+            router,
+            processor,
+            progress,
+            gateway,
+            pass_on,
+            token,
+            role,
+            health: Health::new(store, needs),
+            metrics,
+            max_message_bytes: limits.max_message_bytes(),
+        };
         Ok((services, dev_key))
     }
 
     /// Starts what runs beside the calls.
     pub(crate) fn spawn(self: Arc<Self>, shutdown: &Shutdown) -> Vec<JoinHandle<()>> {
-        let (working, serving) = (&shutdown.working, &shutdown.serving);
-        let services = self.clone();
-        let stop = working.clone();
-        let processor = tokio::spawn(async move { services.processor.run(stop).await });
-        let services = self.clone();
-        let stop = serving.clone();
-        let router = tokio::spawn(async move { services.router.run(stop).await });
-        let services = self.clone();
-        let stop = serving.clone();
-        let progress = tokio::spawn(async move { services.progress.run(stop).await });
-        let services = self.clone();
-        let stop = serving.clone();
-        let gateway = tokio::spawn(async move { services.gateway.run(stop).await });
-        let stop = serving.clone();
-        let health = tokio::spawn(async move { self.health.watch(stop).await });
-        vec![processor, router, progress, gateway, health]
+        let mut tasks = Vec::new();
+        let (services, stop) = (self.clone(), shutdown.working.clone());
+        tasks.push(tokio::spawn(async move {
+            if let Some(processor) = &services.processor {
+                processor.run(stop).await;
+            }
+        }));
+        let (services, stop) = (self.clone(), shutdown.serving.clone());
+        tasks.push(tokio::spawn(async move {
+            if let Some(router) = &services.router {
+                router.run(stop).await;
+            }
+        }));
+        let (services, stop) = (self.clone(), shutdown.serving.clone());
+        tasks.push(tokio::spawn(async move {
+            if let Some(progress) = &services.progress {
+                progress.run(stop).await;
+            }
+        }));
+        let (services, stop) = (self.clone(), shutdown.serving.clone());
+        tasks.push(tokio::spawn(async move {
+            if let Some(gateway) = &services.gateway {
+                gateway.run(stop).await;
+            }
+        }));
+        let stop = shutdown.serving.clone();
+        tasks.push(tokio::spawn(async move { self.health.watch(stop).await }));
+        tasks
+    }
+}
+
+/// At least one instance of a service must be known and seem to be up.
+fn someone_of(members: Members) -> Need {
+    Box::new(move || {
+        let all = members.all();
+        let service = members.service();
+        if all.is_empty() {
+            return Err(format!("no {service} is known"));
+        }
+        if all.iter().any(Member::seems_up) {
+            return Ok(());
+        }
+        Err(format!("no {service} can be reached"))
+    })
+}
+
+/// Opens the store; says the largest value it takes, when there is such a limit.
+async fn open_store(
+    config: &Config,
+    metrics: &Metrics,
+) -> Result<(Arc<dyn Store>, Option<usize>), StartError> {
+    if config.store.engine == "dynamodb" {
+        let options = dynamo_options(config);
+        let store = DynamoStore::open(&options, metrics).await.map_err(StartError::Open)?;
+        let largest = store.max_value_bytes();
+        return Ok((Arc::new(store), largest));
+    }
+    let engine = Engine::Embedded { data: config.server.data.clone() };
+    Ok((streamer_store::open(&engine).map_err(StartError::Store)?, None))
+}
+
+/// Section `dynamodb`.
+#[must_use]
+pub fn dynamo_options(config: &Config) -> DynamoOptions {
+    let dynamodb = &config.dynamodb;
+    let given = |text: &String| (!text.is_empty()).then(|| text.clone());
+    let hours = dynamodb.retention_hours;
+    DynamoOptions {
+        endpoint: given(&dynamodb.endpoint),
+        region: given(&dynamodb.region),
+        table_prefix: dynamodb.table_prefix.clone(),
+        queue_shards: number(dynamodb.queue_shards),
+        retention: (hours > 0).then(|| Duration::from_secs(hours * 3600)),
+        objects: given(&dynamodb.objects),
     }
 }
 
@@ -144,14 +318,21 @@ fn authenticator(
     Ok((Arc::new(Authenticator::new(keys, jwks, rules, clock)), None))
 }
 
-fn limits(config: &Config) -> Limits {
+/// The option that lets the engine take larger values.
+const OBJECTS_OPTION: &str = "store.engine dynamodb without dynamodb.objects";
+
+fn limits(config: &Config, largest: Option<usize>) -> Limits {
+    let max_payload_bytes = size(config.limits.max_payload_bytes);
+    let max_output_chunk_bytes = size(config.limits.max_output_chunk_bytes);
+    let largest = largest.unwrap_or(usize::MAX);
     Limits {
-        max_payload_bytes: size(config.limits.max_payload_bytes),
-        max_output_chunk_bytes: size(config.limits.max_output_chunk_bytes),
+        max_payload_bytes: max_payload_bytes.min(largest),
+        max_output_chunk_bytes: max_output_chunk_bytes.min(largest),
+        payload_rule: if max_payload_bytes <= largest { PAYLOAD_OPTION } else { OBJECTS_OPTION },
     }
 }
 
-fn processor_options(config: &Config) -> ProcessorOptions {
+fn processor_options(config: &Config, limits: Limits, shared: bool) -> ProcessorOptions {
     let execution = &config.execution;
     ProcessorOptions {
         max_concurrent_attempts: number(execution.max_concurrent_attempts),
@@ -162,12 +343,13 @@ fn processor_options(config: &Config) -> ProcessorOptions {
         cancel_grace: Duration::from_millis(execution.cancel_grace_ms),
         poll_interval: Duration::from_millis(execution.poll_interval_ms),
         drain_timeout: Duration::from_millis(config.server.drain_timeout_ms),
-        limits: limits(config),
+        limits,
         sync_threshold: Duration::from_millis(execution.sync_threshold_ms),
+        shared,
     }
 }
 
-fn gateway_options(config: &Config) -> GatewayOptions {
+fn gateway_options(config: &Config, limits: Limits) -> GatewayOptions {
     let gateway = &config.gateway;
     GatewayOptions {
         allowed_origins: gateway.allowed_origins.clone(),
@@ -178,7 +360,7 @@ fn gateway_options(config: &Config) -> GatewayOptions {
         max_in_flight: size(gateway.max_in_flight),
         messages_per_second: number(gateway.messages_per_second),
         message_burst: number(gateway.message_burst),
-        max_message_bytes: limits(config).max_message_bytes(),
+        max_message_bytes: limits.max_message_bytes(),
         heartbeat: Duration::from_millis(gateway.heartbeat_ms),
         slow_consumer_timeout: Duration::from_millis(gateway.slow_consumer_timeout_ms),
         handshake_timeout: Duration::from_millis(gateway.handshake_timeout_ms),

@@ -325,14 +325,12 @@ impl Attempt<'_> {
 
     /// A result beyond the limit is a failure that no repetition cures.
     fn check(&self, ended: Result<Bytes, HandlerError>) -> Outcome {
-        let limit = self.environment.limits.max_payload_bytes;
+        let (limit, rule) =
+            (self.environment.limits.max_payload_bytes, self.environment.limits.payload_rule);
         match ended {
             Ok(result) if result.len() > limit => Outcome::Failed(RequestError::new(
                 ErrorCode::ProcessingFailed,
-                format!(
-                    "the result must be at most {limit} bytes (limits.max_payload_bytes), is {}",
-                    result.len()
-                ),
+                format!("the result must be at most {limit} bytes ({rule}), is {}", result.len()),
             )),
             Ok(result) => Outcome::Succeeded(result),
             Err(error) if error.is_released() => Outcome::Released(error.into_request_error()),

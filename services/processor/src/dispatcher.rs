@@ -33,6 +33,7 @@ use crate::{
     slots::{Slot, Slots},
     waiting::Waiting,
     worker::Worker,
+    workers::Key,
 };
 
 /// How long handing back what runs may take when the processor stops.
@@ -143,6 +144,20 @@ impl Dispatcher {
                 () = tokio::time::sleep(self.options.poll_interval) => {}
             }
         }
+        if self.options.shared
+            && let Err(error) = self.remember_local().await
+        {
+            tracing::warn!(%error, "could not save what this processor can run");
+        }
+    }
+
+    async fn remember_local(&self) -> Result<(), RememberError> {
+        let local = self.actions.local().map(|spec| {
+            let key = Key { action: spec.name.clone(), tenant: None };
+            (key, spec.clone())
+        });
+        let local = local.collect();
+        self.actions.remember(local, &*self.store, &*self.environment.clock).await
     }
 
     /// Keeps what a worker declares, for the time when nobody offers it.

@@ -124,11 +124,10 @@ impl ExecutionApi {
             }
         };
         let largest = self.options.limits.max_payload_bytes;
+        let rule = self.options.limits.payload_rule;
         if result.len() > largest {
-            let message = format!(
-                "the result must be at most {largest} bytes (limits.max_payload_bytes), is {}",
-                result.len()
-            );
+            let message =
+                format!("the result must be at most {largest} bytes ({rule}), is {}", result.len());
             return Err(refusal(ErrorCode::ProcessingFailed, message));
         }
         Ok(result)

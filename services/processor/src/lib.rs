@@ -70,6 +70,9 @@ pub struct ProcessorOptions {
     pub limits: Limits,
     /// Actions faster than this are sync.
     pub sync_threshold: Duration,
+    /// Whether others work on the same store: they are told what this one can run, for the time
+    /// when it is gone.
+    pub shared: bool,
 }
 
 /// What the processor needs.
@@ -150,8 +153,8 @@ impl Processor {
         }
     }
 
-    /// Learns which actions were declared before, then claims and runs requests until `shutdown`; then lets running ones end, for as long as the
-    /// options say.
+    /// Learns which actions were declared before, then claims and runs requests until `shutdown`;
+    /// then lets running ones end, for as long as the options say.
     pub async fn run(&self, shutdown: CancellationToken) {
         let registry = self.registry.clone();
         let mut ticks = interval(self.sweep_interval);

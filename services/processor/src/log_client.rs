@@ -7,7 +7,7 @@ use streamer_proto::{
         AnnounceRequest, PublishRequest, event_log_service_client::EventLogServiceClient,
     },
 };
-use streamer_rpc::Channel;
+use streamer_rpc::{Channel, with_route};
 use tonic::Status;
 
 #[derive(Clone)]
@@ -24,7 +24,10 @@ impl LogClient {
 
     /// Appends events; says why cancellation was asked for, when it was.
     pub(crate) async fn publish(&self, request: PublishRequest) -> Result<Option<String>, Status> {
-        let response = self.client.clone().publish(request).await?;
+        let response = match Uid::from_slice(&request.uid) {
+            Some(uid) => self.client.clone().publish(with_route(request, uid)).await?,
+            None => return Err(Status::invalid_argument("uid must be 16 bytes")),
+        };
         Ok(response.into_inner().cancel_reason)
     }
 
@@ -32,7 +35,7 @@ impl LogClient {
     pub(crate) async fn announce(&self, uid: Uid, events: Vec<Event>) {
         let uid_bytes = uid.to_bytes().to_vec().into();
         let request = AnnounceRequest { uid: uid_bytes, events, created: None };
-        if let Err(status) = self.client.clone().announce(request).await {
+        if let Err(status) = self.client.clone().announce(with_route(request, uid)).await {
             tracing::warn!(%uid, %status, "could not announce events");
         }
     }

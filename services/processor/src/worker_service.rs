@@ -244,7 +244,7 @@ impl Shared {
     }
 
     fn greeting(&self, resumed: Vec<Acknowledgment>, caller: &Caller) -> [Message; 2] {
-        let Limits { max_payload_bytes, max_output_chunk_bytes } = self.options.limits;
+        let Limits { max_payload_bytes, max_output_chunk_bytes, .. } = self.options.limits;
         let number = |size: usize| i64::try_from(size).unwrap_or(i64::MAX);
         let millis =
             |duration: Duration| i64::try_from(duration.as_millis()).unwrap_or(i64::MAX).max(1);

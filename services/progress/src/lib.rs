@@ -14,11 +14,12 @@ mod watcher;
 use std::sync::Arc;
 
 use streamer_auth::{AuthLayer, AuthService};
-use streamer_core::{Clock, Limits};
+use streamer_core::{Clock, Limits, Uid};
 use streamer_proto::{
     internal::v1::event_log_service_server::EventLogServiceServer,
     progress::v1::progress_service_server::ProgressServiceServer,
 };
+use streamer_rpc::{Member, Members};
 use streamer_store::Store;
 use streamer_telemetry::Metrics;
 use tokio_util::sync::CancellationToken;
@@ -39,6 +40,25 @@ pub struct Dependencies {
     pub metrics: Metrics,
     /// Sizes that bound payloads, results and chunks.
     pub limits: Limits,
+    /// Where this instance stands among others; `None` when it is the only one.
+    pub ring: Option<Ring>,
+}
+
+/// All instances of this service. Each request belongs to one of them, where its events are
+/// published first. That only makes things fast: what an instance is not told, it finds in the store.
+#[derive(Clone)]
+pub struct Ring {
+    /// The name of this one among the members.
+    pub own: String,
+    /// All of them.
+    pub members: Members,
+}
+
+impl Ring {
+    /// To the instance that a request belongs to; `None` when that is this one.
+    fn owner(&self, uid: Uid) -> Option<Member> {
+        self.members.owner(uid).filter(|member| *member.name != *self.own)
+    }
 }
 
 /// The progress service, ready to be served.
@@ -54,10 +74,10 @@ impl Progress {
     /// Wires the service.
     #[must_use]
     pub fn build(dependencies: Dependencies) -> Self {
-        let Dependencies { store, clock, auth, metrics, limits } = dependencies;
+        let Dependencies { store, clock, auth, metrics, limits, ring } = dependencies;
         let metrics = ProgressMetrics::new(&metrics);
-        let topics = Arc::new(Topics::new(store.clone(), metrics.clone()));
-        let watch = WatchService::new(topics.clone(), store.clone());
+        let topics = Arc::new(Topics::new(store.clone(), metrics.clone(), ring.clone()));
+        let watch = WatchService::new(topics.clone(), store.clone(), ring, limits);
         let public =
             ProgressServiceServer::new(watch).max_decoding_message_size(limits.max_message_bytes());
         let log = LogService::new(topics.clone(), store, clock, metrics);

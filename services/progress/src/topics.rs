@@ -22,7 +22,7 @@ use tokio::{
 };
 use tokio_util::sync::CancellationToken;
 
-use crate::metrics::ProgressMetrics;
+use crate::{Ring, metrics::ProgressMetrics};
 pub(crate) use tail::{Read, Tail};
 
 /// Bytes of all tails together, beyond which unwatched ones go at once.
@@ -32,6 +32,10 @@ const MAX_TOPICS: usize = 32_768;
 /// Requests noted as missed in one round at most.
 const MAX_MISSED: usize = 65_536;
 const MAINTENANCE: Duration = Duration::from_secs(5);
+/// The same where there are several instances: others may have appended what this one should tell.
+const RING_MAINTENANCE: Duration = Duration::from_secs(1);
+const RING_UNWATCHED_ROUNDS: u32 = 10;
+const RING_COMPARE_ROUNDS: u32 = 15;
 /// Rounds of maintenance that an unwatched topic without news survives.
 const UNWATCHED_ROUNDS: u32 = 2;
 /// Rounds without news after which a watched topic is compared with the store.
@@ -135,11 +139,13 @@ pub(crate) struct Topics {
     prune_at: AtomicUsize,
     store: Arc<dyn Store>,
     metrics: ProgressMetrics,
+    ring: Option<Ring>,
 }
 
 impl Topics {
-    pub(crate) fn new(store: Arc<dyn Store>, metrics: ProgressMetrics) -> Self {
+    pub(crate) fn new(store: Arc<dyn Store>, metrics: ProgressMetrics, ring: Option<Ring>) -> Self {
         Self {
+            ring,
             by_uid: Mutex::default(),
             missed: Mutex::default(),
             prune_at: AtomicUsize::new(MAX_TOPICS),
@@ -177,7 +183,13 @@ impl Topics {
             }
         });
         match loading.await {
-            Ok(_) => Ok(Some(subscription)),
+            Ok(_) => {
+                if subscription.topic.snapshot().is_none() {
+                    // Events came that did not follow those here.
+                    self.compare(&subscription.topic).await?;
+                }
+                Ok(Some(subscription))
+            }
             // The entry stays for others who may hold it; unwatched ones are swept.
             Err(error) => error.map_or(Ok(None), Err),
         }
@@ -233,7 +245,8 @@ impl Topics {
     /// Drops tails that nobody needs and compares quiet watched ones with the store, in case a
     /// hint was lost.
     pub(crate) async fn maintain(&self, shutdown: CancellationToken) {
-        let mut ticks = interval(MAINTENANCE);
+        let every = if self.ring.is_some() { RING_MAINTENANCE } else { MAINTENANCE };
+        let mut ticks = interval(every);
         ticks.set_missed_tick_behavior(MissedTickBehavior::Delay);
         loop {
             tokio::select! {
@@ -241,7 +254,9 @@ impl Topics {
                 _ = ticks.tick() => {}
             }
             for topic in self.sweep() {
-                self.compare(&topic).await;
+                if let Err(error) = self.compare(&topic).await {
+                    tracing::warn!(%error, uid = %topic.uid, "could not compare with the store");
+                }
             }
         }
     }
@@ -251,14 +266,18 @@ impl Topics {
         let mut by_uid = self.by_uid.lock();
         self.missed.lock().turn();
         let bytes: usize = by_uid.values().map(|topic| topic.tail.lock().bytes()).sum();
-        let unwatched_rounds = if bytes > MAX_TOTAL_BYTES { 0 } else { UNWATCHED_ROUNDS };
+        let unwatched_rounds = match &self.ring {
+            _ if bytes > MAX_TOTAL_BYTES => 0,
+            Some(_) => RING_UNWATCHED_ROUNDS,
+            None => UNWATCHED_ROUNDS,
+        };
         let mut compare = Vec::new();
         by_uid.retain(|_, topic| {
             let quiet = topic.quiet_rounds.fetch_add(1, Ordering::Relaxed);
             if !topic.is_watched() {
                 return quiet < unwatched_rounds;
             }
-            if quiet > 0 && quiet.is_multiple_of(COMPARE_ROUNDS) && !topic.tail.lock().ended() {
+            if self.is_to_compare(topic.uid, quiet) && !topic.tail.lock().ended() {
                 compare.push(topic.clone());
             }
             true
@@ -267,18 +286,27 @@ impl Topics {
         compare
     }
 
-    async fn compare(&self, topic: &Topic) {
-        match self.store.get_request(topic.uid).await {
-            Ok(Some(record)) => {
-                if record.last_seq > topic.tail.lock().last_seq() {
-                    topic.change(|tail| tail.load(request_to_proto(&record)));
-                }
-            }
-            Ok(None) => {}
-            Err(error) => {
-                tracing::warn!(%error, uid = %topic.uid, "could not compare with the store");
+    /// Whether a topic without news for so many rounds is compared with the store. One that belongs
+    /// to another instance, which could not be reached, hears of news in no other way.
+    fn is_to_compare(&self, uid: Uid, quiet: u32) -> bool {
+        match &self.ring {
+            None => quiet > 0 && quiet.is_multiple_of(COMPARE_ROUNDS),
+            Some(ring) if ring.owner(uid).is_some() => quiet > 0,
+            Some(_) => quiet.is_power_of_two() || quiet % RING_COMPARE_ROUNDS == 1,
+        }
+    }
+
+    async fn compare(&self, topic: &Topic) -> Result<(), StoreError> {
+        if let Some(record) = self.store.get_request(topic.uid).await? {
+            let outdated = {
+                let tail = topic.tail.lock();
+                record.last_seq > tail.last_seq() || tail.snapshot().is_none()
+            };
+            if outdated {
+                topic.change(|tail| tail.load(request_to_proto(&record)));
             }
         }
+        Ok(())
     }
 }
 
@@ -299,7 +327,7 @@ mod tests {
     async fn a_late_announcement_of_a_request_that_runs_already_is_not_believed() {
         let data = tempfile::tempdir().unwrap();
         let store = open(&Engine::Embedded { data: data.path().to_owned() }).unwrap();
-        let topics = Topics::new(store, ProgressMetrics::new(&Metrics::new()));
+        let topics = Topics::new(store, ProgressMetrics::new(&Metrics::new()), None);
         let accepted = event(1, Kind::Accepted(Accepted::default()));
         let created =
             |uid: Uid| Request { uid: uid.to_string(), last_seq: 1, ..Request::default() };

@@ -1,23 +1,29 @@
 //! `streamer.progress.v1.ProgressService`.
 
-use std::sync::Arc;
+use std::{sync::Arc, time::Duration};
 
 use futures_util::stream::BoxStream;
 use streamer_auth::{Caller, Principal};
-use streamer_core::{Uid, Violations, validate};
+use streamer_core::{Limits, Uid, Violations, validate};
 use streamer_proto::progress::v1::{
     ListEventsRequest, ListEventsResponse, WatchRequest, WatchResponse,
-    progress_service_server::ProgressService,
+    progress_service_client::ProgressServiceClient, progress_service_server::ProgressService,
 };
-use streamer_rpc::{encode_event, not_found, store_status, validation_status};
+use streamer_rpc::{
+    FORWARDED, Member, encode_event, not_found, store_status, validation_status, with_authorization,
+};
 use streamer_store::{Owner, Store, find_by_name};
-use tonic::{Request, Response, Status};
+use tokio::time::timeout;
+use tonic::{Code, Request, Response, Status, metadata::MetadataValue};
 
 use crate::{
+    Ring,
     topics::{Subscription, Topics},
     watcher::Watcher,
 };
 
+/// How long another instance may take to begin a stream, before it is served here.
+const PASS_ON_TIMEOUT: Duration = Duration::from_secs(3);
 const MAX_PAGE: i32 = 1000;
 const DEFAULT_PAGE: usize = 100;
 const MAX_PAGE_BYTES: usize = 1024 * 1024;
@@ -26,11 +32,58 @@ const MAX_PAGE_BYTES: usize = 1024 * 1024;
 pub struct WatchService {
     topics: Arc<Topics>,
     store: Arc<dyn Store>,
+    ring: Option<Ring>,
+    limits: Limits,
 }
 
 impl WatchService {
-    pub(crate) fn new(topics: Arc<Topics>, store: Arc<dyn Store>) -> Self {
-        Self { topics, store }
+    pub(crate) fn new(
+        topics: Arc<Topics>,
+        store: Arc<dyn Store>,
+        ring: Option<Ring>,
+        limits: Limits,
+    ) -> Self {
+        Self { topics, store, ring, limits }
+    }
+
+    /// Passes a watch on to the instance that the request belongs to, where its events come first;
+    /// `None` when that is this one, or cannot be reached.
+    async fn pass_on(
+        &self,
+        caller: &Caller,
+        request: &WatchRequest,
+    ) -> Result<Option<BoxStream<'static, Result<WatchResponse, Status>>>, Status> {
+        let Some(ring) = &self.ring else { return Ok(None) };
+        let uid = match request.request_id.parse::<Uid>() {
+            Ok(uid) if self.topics.loaded(uid).is_none() => {
+                // It may be somebody's own id that looks like a uid.
+                match self.find(&caller.principal, &request.request_id).await {
+                    Ok(found) => found,
+                    Err(status) if status.code() == Code::NotFound => uid,
+                    Err(status) => return Err(status),
+                }
+            }
+            Ok(uid) => uid,
+            Err(_) => self.find(&caller.principal, &request.request_id).await?,
+        };
+        let Some(owner) = ring.owner(uid).filter(Member::seems_up) else { return Ok(None) };
+        let watch = WatchRequest { request_id: uid.to_string(), ..request.clone() };
+        let mut watch = with_authorization(watch, caller.authorization.clone());
+        watch.metadata_mut().insert(FORWARDED, MetadataValue::from_static("1"));
+        let mut client = ProgressServiceClient::new(owner.channel.clone())
+            .max_decoding_message_size(self.limits.max_message_bytes().saturating_mul(2));
+        match timeout(PASS_ON_TIMEOUT, client.watch(watch)).await {
+            Ok(Ok(response)) => Ok(Some(Box::pin(response.into_inner()))),
+            Ok(Err(status)) if status.code() == Code::Unavailable => {
+                owner.note(false);
+                Ok(None)
+            }
+            Ok(Err(status)) => Err(status),
+            Err(_) => {
+                owner.note(false);
+                Ok(None)
+            }
+        }
     }
 
     /// Subscribes to the request that `name` stands for, if the caller may read it.
@@ -69,12 +122,16 @@ impl ProgressService for WatchService {
         request: Request<WatchRequest>,
     ) -> Result<Response<Self::WatchStream>, Status> {
         let caller = caller(&request)?;
+        let forwarded = request.metadata().contains_key(FORWARDED);
         let request = request.into_inner();
         let mut violations = check_name(&request.request_id);
         if let Some(after_seq) = request.after_seq {
             violations.check("after_seq", validate::in_range(after_seq, 0, i64::MAX, ""));
         }
         refuse(&violations)?;
+        if !forwarded && let Some(stream) = self.pass_on(&caller, &request).await? {
+            return Ok(Response::new(stream));
+        }
         let subscription = self.subscribe(&caller.principal, &request.request_id).await?;
         let watcher = Watcher::new(
             subscription,

@@ -3,7 +3,7 @@
 use bytes::Bytes;
 use serde_json::value::RawValue;
 use sha2::{Digest, Sha256};
-use streamer_core::{Limits, Timestamp, Violations, limits, validate};
+use streamer_core::{Limits, Timestamp, Uid, Violations, limits, validate};
 use streamer_proto::{millis, router::v1::SubmitRequest};
 use streamer_rpc::{JSON, payload_into_parts};
 use streamer_store::StoredPayload;
@@ -18,6 +18,8 @@ pub(crate) struct Submission {
     pub(crate) priority: i32,
     pub(crate) delay_ms: i64,
     pub(crate) deadline: Option<Timestamp>,
+    /// The id that it shall have, when another service has given it one.
+    pub(crate) uid: Option<Uid>,
 }
 
 /// Reads a submission, noting every rule that it breaks.
@@ -41,7 +43,7 @@ pub(crate) fn read(
     );
     let payload_limit = server_limits.max_payload_bytes;
     violations
-        .check("payload", validate::at_most(data.len(), payload_limit, "limits.max_payload_bytes"));
+        .check("payload", validate::at_most(data.len(), payload_limit, server_limits.payload_rule));
     if content_type == JSON {
         violations.check("payload", well_formed_json(&data).map(drop));
     }
@@ -69,6 +71,7 @@ pub(crate) fn read(
         priority: request.priority,
         delay_ms,
         deadline,
+        uid: None,
     }
 }
 

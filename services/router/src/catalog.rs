@@ -1,13 +1,22 @@
 //! The actions that can be asked for, as the processors tell.
 
-use std::{collections::BTreeMap, sync::Arc, time::Duration};
+use std::{
+    collections::{BTreeMap, HashMap},
+    sync::Arc,
+    time::Duration,
+};
 
 use jsonschema::Validator;
-use parking_lot::RwLock;
-use streamer_core::{Violations, retry};
-use streamer_proto::{common::v1::Action, internal::v1::WatchActionsRequest};
-use tokio::{sync::watch, time::sleep};
-use tokio_util::sync::CancellationToken;
+use parking_lot::{Mutex, RwLock};
+use streamer_core::{Timestamp, Violations, retry};
+use streamer_proto::{
+    common::v1::Action,
+    internal::v1::{OfferedAction, WatchActionsRequest},
+};
+use streamer_rpc::Member;
+use streamer_store::{DeclaredAction, Store};
+use tokio::{sync::watch, task::JoinHandle, time::sleep};
+use tokio_util::{sync::CancellationToken, task::AbortOnDropHandle};
 use tonic::Status;
 
 use crate::peers::Peers;
@@ -21,20 +30,31 @@ const MAX_VIOLATIONS: usize = 50;
 pub(crate) struct Known {
     pub(crate) action: Action,
     schema: Option<Arc<Validator>>,
+    /// The processors that can run it now, by name.
+    pub(crate) offered_by: Vec<Arc<str>>,
 }
 
 /// Actions by name, and by the tenant that they are declared for; the empty one is every tenant.
 type ByName = BTreeMap<String, BTreeMap<String, Arc<Known>>>;
 
-/// The latest list; kept while no processor can be reached, so that work is still accepted.
+/// Under this name stands what was declared by processors that are not known (any more).
+const STORED: &str = "";
+
+/// The latest lists; kept while no processor can be reached, so that work is still accepted.
 pub(crate) struct Catalog {
+    /// By the name of the processor that sent it. Changed together with `by_name`.
+    lists: Mutex<HashMap<Arc<str>, Vec<OfferedAction>>>,
     by_name: RwLock<Arc<ByName>>,
     loaded: watch::Sender<bool>,
 }
 
 impl Default for Catalog {
     fn default() -> Self {
-        Self { by_name: RwLock::default(), loaded: watch::Sender::new(false) }
+        Self {
+            lists: Mutex::default(),
+            by_name: RwLock::default(),
+            loaded: watch::Sender::new(false),
+        }
     }
 }
 
@@ -57,43 +77,123 @@ impl Catalog {
         drop(self.loaded.subscribe().wait_for(|loaded| *loaded).await);
     }
 
-    pub(crate) async fn follow(&self, peers: &Peers, shutdown: CancellationToken) {
+    /// Whether a list has come.
+    pub(crate) fn is_loaded(&self) -> bool {
+        *self.loaded.borrow()
+    }
+
+    /// Follows the list of every processor, until `shutdown`.
+    pub(crate) async fn follow(
+        self: &Arc<Self>,
+        peers: &Arc<Peers>,
+        store: &dyn Store,
+        since: Timestamp,
+        shutdown: CancellationToken,
+    ) {
+        let mut members = peers.processors.clone();
+        let mut following: HashMap<Arc<str>, AbortOnDropHandle<()>> = HashMap::new();
+        self.learn_stored(store, since).await;
         loop {
-            tokio::select! {
-                () = shutdown.cancelled() => return,
-                Err(status) = self.follow_once(peers) => {
-                    tracing::warn!(%status, "lost the list of actions, will ask again");
-                }
+            let all = members.all();
+            following.retain(|name, _| all.iter().any(|member| member.name == *name));
+            self.forget_others(&all);
+            for member in all.iter() {
+                following.entry(member.name.clone()).or_insert_with(|| {
+                    AbortOnDropHandle::new(self.follow_member(peers.clone(), member.clone()))
+                });
             }
             tokio::select! {
                 () = shutdown.cancelled() => return,
-                () = sleep(MAX_BACKOFF.mul_f64(retry::random_fraction())) => {}
+                () = members.changed() => {}
             }
         }
     }
 
-    async fn follow_once(&self, peers: &Peers) -> Result<(), Status> {
-        let mut lists = peers.processor().watch_actions(WatchActionsRequest {}).await?.into_inner();
+    /// What was declared while this router was not there: enough to accept work before any
+    /// processor is found.
+    async fn learn_stored(&self, store: &dyn Store, since: Timestamp) {
+        match store.list_actions(since).await {
+            Ok(declared) if declared.is_empty() => {}
+            Ok(declared) => {
+                let offered = declared.into_iter().map(|DeclaredAction { tenant, action }| {
+                    let tenant_id = tenant.unwrap_or_default();
+                    OfferedAction { action: Some(action), tenant_id }
+                });
+                self.note(STORED.into(), offered.collect());
+            }
+            Err(error) => tracing::warn!(%error, "could not read the declared actions"),
+        }
+    }
+
+    fn follow_member(self: &Arc<Self>, peers: Arc<Peers>, member: Member) -> JoinHandle<()> {
+        let catalog = self.clone();
+        tokio::spawn(async move {
+            loop {
+                if let Err(status) = catalog.follow_once(&peers, &member).await {
+                    let name = &*member.name;
+                    tracing::warn!(%status, name, "lost a list of actions, will ask again");
+                }
+                sleep(MAX_BACKOFF.mul_f64(retry::random_fraction())).await;
+            }
+        })
+    }
+
+    async fn follow_once(&self, peers: &Peers, member: &Member) -> Result<(), Status> {
+        let mut client = peers.processor(member);
+        let mut lists = client.watch_actions(WatchActionsRequest {}).await?.into_inner();
         let mut actions = Vec::new();
         while let Some(list) = lists.message().await? {
             actions.extend(list.actions);
-            if list.more {
-                continue;
+            if !list.more {
+                self.note(member.name.clone(), std::mem::take(&mut actions));
             }
-            let before = self.by_name.read().clone();
-            let mut by_name = ByName::new();
-            for offered in actions.drain(..) {
-                let Some(action) = offered.action else { continue };
-                let tenant = offered.tenant_id;
-                let known = before.get(&action.name).and_then(|by_tenant| by_tenant.get(&tenant));
-                let name = action.name.clone();
-                let known = Arc::new(Known::new(action, known.map(|known| &**known)));
-                by_name.entry(name).or_default().insert(tenant, known);
-            }
-            *self.by_name.write() = Arc::new(by_name);
-            self.loaded.send_replace(true);
         }
         Err(Status::unavailable("the processor ended the stream"))
+    }
+
+    /// Forgets the lists of processors that have gone, but for the last one.
+    fn forget_others(&self, all: &[Member]) {
+        let mut lists = self.lists.lock();
+        let known = |name: &Arc<str>| all.iter().any(|member| member.name == *name);
+        if lists.keys().any(known) {
+            lists.retain(|name, _| known(name) || &**name == STORED);
+            self.merge(&lists);
+        }
+    }
+
+    fn note(&self, from: Arc<str>, list: Vec<OfferedAction>) {
+        let mut lists = self.lists.lock();
+        lists.insert(from, list);
+        self.merge(&lists);
+        self.loaded.send_replace(true);
+    }
+
+    /// Makes one list of all: what is offered now goes before what was declared once.
+    fn merge(&self, lists: &HashMap<Arc<str>, Vec<OfferedAction>>) {
+        let before = self.by_name.read().clone();
+        let mut by_name = BTreeMap::<String, BTreeMap<String, Known>>::new();
+        for (from, list) in lists {
+            for offered in list {
+                let Some(action) = &offered.action else { continue };
+                let by_tenant = by_name.entry(action.name.clone()).or_default();
+                let known = before.get(&action.name).and_then(|all| all.get(&offered.tenant_id));
+                let mut news = Known::new(action.clone(), known.map(|known| &**known));
+                if action.available {
+                    news.offered_by.push(from.clone());
+                }
+                match by_tenant.get_mut(&offered.tenant_id) {
+                    None => {
+                        by_tenant.insert(offered.tenant_id.clone(), news);
+                    }
+                    Some(known) => known.join(news),
+                }
+            }
+        }
+        let shared = by_name.into_iter().map(|(name, by_tenant)| {
+            let by_tenant = by_tenant.into_iter().map(|(tenant, known)| (tenant, Arc::new(known)));
+            (name, by_tenant.collect())
+        });
+        *self.by_name.write() = Arc::new(shared.collect());
     }
 }
 
@@ -123,7 +223,18 @@ impl Known {
             Some(known) => known.schema.clone(),
             None => compile(&action).map(Arc::new),
         };
-        Self { action, schema }
+        Self { action, schema, offered_by: Vec::new() }
+    }
+
+    /// Takes in what another processor says of the same action.
+    fn join(&mut self, mut other: Self) {
+        if !self.action.available && other.action.available {
+            std::mem::swap(self, &mut other);
+        }
+        if other.action.available {
+            self.action.workers = self.action.workers.saturating_add(other.action.workers);
+            self.offered_by.append(&mut other.offered_by);
+        }
     }
 
     /// Checks a JSON payload against the action's schema; every violation is told.

@@ -38,8 +38,8 @@ use crate::{
 pub(crate) struct Front {
     pub(crate) store: Arc<dyn Store>,
     pub(crate) clock: Arc<dyn Clock>,
-    pub(crate) peers: Peers,
-    pub(crate) catalog: Catalog,
+    pub(crate) peers: Arc<Peers>,
+    pub(crate) catalog: Arc<Catalog>,
     pub(crate) metrics: RouterMetrics,
     pub(crate) limits: Limits,
 }
@@ -67,9 +67,10 @@ impl Front {
         caller: &Caller,
         request: SubmitRequest,
         trace_parent: Option<String>,
+        uid: Option<Uid>,
     ) -> Result<SubmitResponse, Status> {
         let encoding = request.payload_encoding();
-        let mut response = self.admit(caller, request, trace_parent).await?;
+        let mut response = self.admit(caller, request, trace_parent, uid).await?;
         if let Some(Outcome::Completed(completed)) = &mut response.outcome
             && let Some(result) = &mut completed.result
         {
@@ -83,10 +84,12 @@ impl Front {
         caller: &Caller,
         request: SubmitRequest,
         trace_parent: Option<String>,
+        uid: Option<Uid>,
     ) -> Result<SubmitResponse, Status> {
         let now = self.clock.now();
         let mut violations = Violations::default();
-        let submission = admission::read(request, &self.limits, now, &mut violations);
+        let mut submission = admission::read(request, &self.limits, now, &mut violations);
+        submission.uid = uid;
         let known = self.catalog.get(&submission.action, &caller.principal.tenant);
         if let (Some(known), true) = (&known, violations.is_empty()) {
             permitted(caller, known)?;
@@ -98,7 +101,7 @@ impl Front {
         refuse(&violations).inspect_err(refused)?;
         let known = known.ok_or_else(|| no_such_action(&submission.action)).inspect_err(refused)?;
         if known.action.sync {
-            self.run_now(caller, submission, now).await
+            self.run_now(caller, submission, now, &known.offered_by).await
         } else {
             self.store_and_wake(caller, submission, now, trace_parent).await
         }
@@ -109,6 +112,7 @@ impl Front {
         caller: &Caller,
         submission: Submission,
         now: Timestamp,
+        processors: &[Arc<str>],
     ) -> Result<SubmitResponse, Status> {
         self.metrics.submitted_sync.inc();
         let uid = Uid::new(now).to_string();
@@ -120,7 +124,7 @@ impl Front {
             uid: uid.clone(),
             request_id: request_id.clone(),
         };
-        let result = self.peers.execute(caller.authorization.clone(), execute).await?;
+        let result = self.peers.execute(caller.authorization.clone(), execute, processors).await?;
         let state = RequestState::Succeeded.into();
         let completed = Completed { state, result, ..Completed::default() };
         Ok(SubmitResponse { request_id, uid, outcome: Some(Outcome::Completed(completed)) })
@@ -195,10 +199,11 @@ impl Front {
             Some(not_before.plus(Duration::from_millis(millis)))
         };
         let start_by = limit(|action| action.schedule_to_start_ms);
+        let uid = submission.uid.unwrap_or_else(|| Uid::new(now));
         let new = NewRequest {
-            uid: Uid::new(now),
+            uid,
             client_id: submission.client_id,
-            owner,
+            owner: owner.clone(),
             fingerprint: admission::fingerprint(&submission.action, &submission.payload),
             action: submission.action,
             payload: submission.payload,
@@ -212,12 +217,18 @@ impl Front {
             trace_parent,
         };
         match self.store.create_request(new).await.map_err(|error| store_status(&error))? {
+            // Its first answer was lost between services, and the call repeated.
+            CreateOutcome::Existing(record) if record.uid == uid && record.owner == owner => {
+                let outlook = self.peers.wake(&record, None, &[]).await;
+                Ok(Created { record: *record, duplicate: false, outlook })
+            }
             CreateOutcome::Created(record, accepted) => {
                 self.metrics.submitted_async.inc();
                 // In this order: the log exists before anybody writes to it.
                 self.peers.announce(record.uid, *accepted, Some(request_to_proto(&record))).await;
                 let not_before = (!delay.is_zero()).then_some(record.not_before);
-                let outlook = self.peers.wake(&record, not_before).await;
+                let offered_by = known.as_ref().map_or(&[][..], |known| &known.offered_by);
+                let outlook = self.peers.wake(&record, not_before, offered_by).await;
                 Ok(Created { record: *record, duplicate: false, outlook })
             }
             CreateOutcome::Existing(record) => {
@@ -281,7 +292,9 @@ impl Front {
             return Ok(None);
         }
         // Asking how it looks is a hint more, which does no harm.
-        let outlook = self.peers.wake(record, None).await;
+        let known = self.catalog.get(&record.action, &record.owner.tenant);
+        let offered_by = known.as_ref().map_or(&[][..], |known| &known.offered_by);
+        let outlook = self.peers.wake(record, None, offered_by).await;
         let position =
             queue::position(&*self.store, record, outlook.as_ref(), now, MAX_AHEAD).await;
         position.map_err(|error| store_status(&error))

@@ -15,7 +15,7 @@ mod redrive;
 mod router_service;
 mod wait;
 
-use std::sync::Arc;
+use std::{sync::Arc, time::Duration};
 
 use streamer_auth::{AuthLayer, AuthService};
 use streamer_core::{Clock, Limits};
@@ -23,7 +23,7 @@ use streamer_proto::{
     longrunning::operations_server::OperationsServer,
     router::v1::router_service_server::RouterServiceServer,
 };
-use streamer_rpc::Channel;
+use streamer_rpc::{Channel, Members};
 use streamer_store::Store;
 use streamer_telemetry::Metrics;
 use tokio_util::sync::CancellationToken;
@@ -41,8 +41,8 @@ pub struct Dependencies {
     pub clock: Arc<dyn Clock>,
     /// In front of the public services.
     pub auth: AuthLayer,
-    /// To the processor's internal service.
-    pub processor: Channel,
+    /// The processors' internal services.
+    pub processors: Members,
     /// To the progress service's internal service.
     pub event_log: Channel,
     /// To the progress service's public service.
@@ -56,6 +56,9 @@ pub struct Dependencies {
 /// The largest list of actions, in bytes: 1 MiB of schemas of the tenant, as much for all tenants,
 /// and what else is declared.
 const ACTIONS_BYTES: usize = 3 * 1024 * 1024;
+
+/// What nobody has offered for so long is not known any more, as the processors have it.
+const ACTION_MEMORY: Duration = Duration::from_secs(30 * 24 * 3600);
 
 /// The router, ready to be served.
 pub struct Router {
@@ -71,17 +74,17 @@ impl Router {
     #[must_use]
     pub fn build(dependencies: Dependencies) -> Self {
         let max_message_bytes = dependencies.limits.max_message_bytes();
-        let peers = Peers::new(
-            dependencies.processor,
+        let peers = Arc::new(Peers::new(
+            dependencies.processors,
             dependencies.event_log,
             dependencies.progress,
-            &dependencies.limits,
-        );
+            dependencies.limits,
+        ));
         let front = Arc::new(Front {
             store: dependencies.store,
             clock: dependencies.clock,
             peers,
-            catalog: Catalog::default(),
+            catalog: Arc::new(Catalog::default()),
             metrics: RouterMetrics::new(&dependencies.metrics),
             limits: dependencies.limits,
         });
@@ -98,7 +101,15 @@ impl Router {
 
     /// Learns which actions there are, and follows their changes until `shutdown`.
     pub async fn run(&self, shutdown: CancellationToken) {
-        self.front.catalog.follow(&self.front.peers, shutdown).await;
+        let Front { catalog, peers, store, clock, .. } = &*self.front;
+        let since = clock.now().minus(ACTION_MEMORY);
+        catalog.follow(peers, &**store, since, shutdown).await;
+    }
+
+    /// Tells whether the actions are known.
+    pub fn readiness(&self) -> impl Fn() -> bool + Send + Sync + 'static {
+        let catalog = self.front.catalog.clone();
+        move || catalog.is_loaded()
     }
 
     /// Returns once the actions are known.

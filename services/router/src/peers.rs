@@ -1,5 +1,14 @@
 //! The services that the router talks to.
 
+use std::{
+    sync::{
+        Arc,
+        atomic::{AtomicUsize, Ordering},
+    },
+    time::Duration,
+};
+
+use futures_util::future::join_all;
 use http::HeaderValue;
 use streamer_core::{Limits, Timestamp, Uid};
 use streamer_proto::{
@@ -12,67 +21,109 @@ use streamer_proto::{
     progress::v1::progress_service_client::ProgressServiceClient,
     timestamp,
 };
-use streamer_rpc::{Channel, with_authorization};
+use streamer_rpc::{Channel, Member, Members, is_unreachable, with_authorization, with_route};
 use streamer_store::RequestRecord;
+use tokio::time::timeout;
 use tonic::Status;
 
+/// What a hint tells is found without it too, after a while.
+const HINT_TIMEOUT: Duration = Duration::from_secs(2);
+
+/// Processors that a request is offered to at most.
+const MAX_OFFERS: usize = 3;
+
 pub(crate) struct Peers {
-    processor: ExecutionServiceClient<Channel>,
+    pub(crate) processors: Members,
     event_log: EventLogServiceClient<Channel>,
     progress: ProgressServiceClient<Channel>,
+    limits: Limits,
+    turn: AtomicUsize,
 }
 
 impl Peers {
     pub(crate) fn new(
-        processor: Channel,
+        processors: Members,
         event_log: Channel,
         progress: Channel,
-        limits: &Limits,
+        limits: Limits,
     ) -> Self {
-        let max_message_bytes = limits.max_message_bytes();
         Self {
-            processor: ExecutionServiceClient::new(processor)
-                // A declared action may be larger than a payload.
-                .max_decoding_message_size(limits.max_worker_message_bytes())
-                .max_encoding_message_size(max_message_bytes),
+            processors,
             event_log: EventLogServiceClient::new(event_log),
             progress: ProgressServiceClient::new(progress)
-                .max_decoding_message_size(max_message_bytes.saturating_mul(2)),
+                .max_decoding_message_size(limits.max_message_bytes().saturating_mul(2)),
+            limits,
+            turn: AtomicUsize::new(0),
         }
     }
 
-    pub(crate) fn processor(&self) -> ExecutionServiceClient<Channel> {
-        self.processor.clone()
+    pub(crate) fn processor(&self, member: &Member) -> ExecutionServiceClient<Channel> {
+        ExecutionServiceClient::new(member.channel.clone())
+            // A declared action may be larger than a payload.
+            .max_decoding_message_size(self.limits.max_worker_message_bytes())
+            .max_encoding_message_size(self.limits.max_message_bytes())
+    }
+
+    /// The processors of these names, or all when there are none, in the order in which they should
+    /// be asked.
+    fn candidates(&self, names: &[Arc<str>]) -> Vec<Member> {
+        let all = self.processors.all();
+        let named = all.iter().filter(|member| names.contains(&member.name));
+        let mut found: Vec<_> = named.cloned().collect();
+        if found.is_empty() {
+            found = all.to_vec();
+        }
+        if found.len() > 1 {
+            let turn = self.turn.fetch_add(1, Ordering::Relaxed) % found.len();
+            found.rotate_left(turn);
+            found.sort_by_key(|member| !member.seems_up());
+        }
+        found
     }
 
     pub(crate) fn progress(&self) -> ProgressServiceClient<Channel> {
         self.progress.clone()
     }
 
-    /// Runs a sync action, in the caller's name.
+    /// Runs a sync action, in the caller's name, at one of these processors.
     pub(crate) async fn execute(
         &self,
         authorization: HeaderValue,
         request: ExecuteRequest,
+        processors: &[Arc<str>],
     ) -> Result<Option<Payload>, Status> {
-        let request = with_authorization(request, authorization);
-        Ok(self.processor().execute(request).await?.into_inner().result)
+        let mut last = None;
+        for member in self.candidates(processors) {
+            let request = with_authorization(request.clone(), authorization.clone());
+            match self.processor(&member).execute(request).await {
+                Ok(response) => return Ok(response.into_inner().result),
+                Err(status) if is_unreachable(&status) => {
+                    member.note(false);
+                    last = Some(status);
+                }
+                Err(status) => return Err(status),
+            }
+        }
+        Err(last.unwrap_or_else(|| Status::unavailable("no processor is known")))
     }
 
     /// Tells the progress service of a durable event; a hint.
     pub(crate) async fn announce(&self, uid: Uid, event: Event, created: Option<Request>) {
         let uid_bytes = uid.to_bytes().to_vec().into();
         let request = AnnounceRequest { uid: uid_bytes, events: vec![event], created };
+        let request = with_route(request, uid);
         if let Err(status) = self.event_log.clone().announce(request).await {
             tracing::warn!(%uid, %status, "could not announce an event");
         }
     }
 
-    /// Tells the processor that a request waits, which is a hint, and hears how it looks there.
+    /// Tells one of these processors that a request waits, which is a hint, and hears how it looks
+    /// there.
     pub(crate) async fn wake(
         &self,
         record: &RequestRecord,
         not_before: Option<Timestamp>,
+        processors: &[Arc<str>],
     ) -> Option<WakeResponse> {
         let uid = record.uid;
         let request = WakeRequest {
@@ -81,21 +132,54 @@ impl Peers {
             tenant_id: record.owner.tenant.clone(),
             not_before: not_before.map(|at| timestamp(at.as_millis())),
         };
-        match self.processor().wake(request).await {
-            Ok(response) => Some(response.into_inner()),
-            Err(status) => {
-                tracing::warn!(%uid, %status, "could not wake the processor; its poll will find it");
-                None
+        let mut outlook: Option<WakeResponse> = None;
+        for member in self.candidates(processors).into_iter().take(MAX_OFFERS) {
+            match timeout(HINT_TIMEOUT, self.processor(&member).wake(request.clone())).await {
+                Ok(Ok(response)) => {
+                    let response = response.into_inner();
+                    let done = response.started || not_before.is_some();
+                    outlook = Some(joined(outlook, response));
+                    if done {
+                        break;
+                    }
+                }
+                Ok(Err(status)) => {
+                    tracing::warn!(%uid, %status, "could not wake a processor; its poll will find it");
+                    member.note(false);
+                }
+                Err(_) => {
+                    tracing::warn!(%uid, "a processor does not answer; another's poll will find it");
+                    member.note(false);
+                }
             }
         }
+        outlook
     }
 
-    /// Tells the processor that cancellation was asked for; a hint.
+    /// Tells the processors that cancellation was asked for; a hint.
     pub(crate) async fn signal_cancel(&self, uid: Uid, reason: &str) {
         let uid_bytes = uid.to_bytes().to_vec().into();
         let request = SignalCancelRequest { uid: uid_bytes, reason: reason.to_owned() };
-        if let Err(status) = self.processor().signal_cancel(request).await {
-            tracing::warn!(%uid, %status, "could not signal a cancellation; the lease renewal will");
-        }
+        let all = self.processors.all();
+        join_all(all.iter().map(|member| {
+            let (mut client, request) = (self.processor(member), request.clone());
+            async move {
+                let outcome = timeout(HINT_TIMEOUT, client.signal_cancel(request)).await;
+                if !matches!(outcome, Ok(Ok(_))) {
+                    tracing::warn!(%uid, "could not signal a cancellation; the lease renewal will");
+                }
+            }
+        }))
+        .await;
+    }
+}
+
+/// How it looks at several processors.
+fn joined(before: Option<WakeResponse>, news: WakeResponse) -> WakeResponse {
+    let Some(before) = before else { return news };
+    WakeResponse {
+        started: before.started || news.started,
+        slots: before.slots.saturating_add(news.slots),
+        usual_run_ms: news.usual_run_ms.or(before.usual_run_ms),
     }
 }

@@ -114,6 +114,7 @@ impl Front {
             priority: old.priority,
             delay_ms: 0,
             deadline: None,
+            uid: None,
         };
         let (owner, trace_parent) = (old.owner.clone(), old.trace_parent.clone());
         self.create(owner, submission, self.clock.now(), trace_parent, Some(old.uid)).await

@@ -16,7 +16,8 @@ use streamer_proto::{
     },
 };
 use streamer_rpc::{
-    encode_payload, request_to_proto, state_from_proto, validation_status, with_authorization,
+    REQUEST_UID, RouteKey, encode_payload, request_to_proto, state_from_proto, validation_status,
+    with_authorization,
 };
 use streamer_store::RequestPage;
 use tonic::{Request, Response, Status};
@@ -48,8 +49,8 @@ impl RouterService for RouterApi {
         request: Request<SubmitRequest>,
     ) -> Result<Response<SubmitResponse>, Status> {
         let caller = caller(&request)?;
-        let trace_parent = trace_parent(&request);
-        let response = self.front.submit(&caller, request.into_inner(), trace_parent).await?;
+        let (trace_parent, uid) = (trace_parent(&request), given_uid(&request));
+        let response = self.front.submit(&caller, request.into_inner(), trace_parent, uid).await?;
         Ok(Response::new(response))
     }
 
@@ -58,7 +59,7 @@ impl RouterService for RouterApi {
         request: Request<SubmitAndWatchRequest>,
     ) -> Result<Response<Self::SubmitAndWatchStream>, Status> {
         let caller = caller(&request)?;
-        let trace_parent = trace_parent(&request);
+        let (trace_parent, uid) = (trace_parent(&request), given_uid(&request));
         let Some(mut submit) = request.into_inner().request else {
             let mut violations = Violations::default();
             violations.push("request", "is required");
@@ -66,8 +67,9 @@ impl RouterService for RouterApi {
         };
         submit.wait = None;
         let payload_encoding = submit.payload_encoding;
-        let submitted = self.front.submit(&caller, submit, trace_parent).await?;
+        let submitted = self.front.submit(&caller, submit, trace_parent, uid).await?;
         let uid = submitted.uid.clone();
+        let stored_uid = uid.parse().ok();
         let is_async = matches!(submitted.outcome, Some(Outcome::Acknowledgment(_)));
         let first = SubmitAndWatchResponse { submitted: Some(submitted), events: Vec::new() };
         let first = stream::once(std::future::ready(Ok(first)));
@@ -75,7 +77,10 @@ impl RouterService for RouterApi {
             return Ok(Response::new(first.boxed()));
         }
         let watch = WatchRequest { request_id: uid, after_seq: Some(0), payload_encoding };
-        let watch = with_authorization(watch, caller.authorization);
+        let mut watch = with_authorization(watch, caller.authorization);
+        if let Some(uid) = stored_uid {
+            watch.extensions_mut().insert(RouteKey(uid));
+        }
         // It is stored and will run: whatever becomes of the watch, the caller must learn that.
         let events = match self.front.peers.progress().watch(watch).await {
             Ok(events) => events.into_inner().boxed(),
@@ -219,6 +224,11 @@ pub(crate) fn read_page_size(size: i32, violations: &mut Violations) -> usize {
 }
 
 /// The W3C trace context of the caller.
+/// The `uid` that another service has given to the request. The server's edge lets nobody else's in.
+fn given_uid<T>(request: &Request<T>) -> Option<Uid> {
+    request.metadata().get(REQUEST_UID)?.to_str().ok()?.parse().ok()
+}
+
 fn trace_parent<T>(request: &Request<T>) -> Option<String> {
     const LENGTH: usize = 55;
     let value = request.metadata().get("traceparent")?.to_str().ok()?;

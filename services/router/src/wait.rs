@@ -5,7 +5,7 @@ use std::time::Duration;
 use streamer_auth::Caller;
 use streamer_core::Uid;
 use streamer_proto::{common::v1::Event, progress::v1::WatchRequest};
-use streamer_rpc::{is_terminal, with_authorization};
+use streamer_rpc::{RouteKey, is_terminal, with_authorization};
 use tokio::time::timeout;
 use tonic::Status;
 
@@ -26,7 +26,8 @@ pub(crate) async fn for_terminal_event(
 
 async fn terminal_event(peers: &Peers, caller: &Caller, uid: Uid) -> Result<Event, Status> {
     let watch = WatchRequest { request_id: uid.to_string(), ..WatchRequest::default() };
-    let watch = with_authorization(watch, caller.authorization.clone());
+    let mut watch = with_authorization(watch, caller.authorization.clone());
+    watch.extensions_mut().insert(RouteKey(uid));
     let mut stream = peers.progress().watch(watch).await?.into_inner();
     while let Some(response) = stream.message().await? {
         if let Some(last) = response.events.into_iter().last()

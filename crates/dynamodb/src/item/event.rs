@@ -113,10 +113,8 @@ pub(crate) struct StoredEvent {
 
 impl StoredEvent {
     pub(crate) fn new(event: &Event) -> Result<Self, StoreError> {
-        let refused = |reason: &str| StoreError::Refused {
-            doing: "storing an event",
-            reason: reason.into(),
-        };
+        let refused =
+            |reason: &str| StoreError::Refused { doing: "storing an event", reason: reason.into() };
         let Some(kind) = &event.kind else { return Err(refused("the event has no kind")) };
         Ok(Self {
             seq: event.seq,
@@ -138,9 +136,8 @@ impl StoredEvent {
     /// Its values that may be large.
     pub(crate) fn value_mut(&mut self) -> Option<&mut StoredValue> {
         match &mut self.kind {
-            StoredKind::Output { data: value, .. } | StoredKind::Succeeded { result: value, .. } => {
-                value.as_mut()
-            }
+            StoredKind::Output { data: value, .. }
+            | StoredKind::Succeeded { result: value, .. } => value.as_mut(),
             _ => None,
         }
     }

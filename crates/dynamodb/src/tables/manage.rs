@@ -51,9 +51,7 @@ impl std::fmt::Display for Difference {
 ///
 /// # Errors
 /// When DynamoDB cannot be asked or refuses.
-pub async fn create(
-    options: &DynamoOptions,
-) -> Result<(Vec<String>, Vec<Difference>), OpenError> {
+pub async fn create(options: &DynamoOptions) -> Result<(Vec<String>, Vec<Difference>), OpenError> {
     let client = Client::new(&sdk_config(options).await);
     let mut created = Vec::new();
     let mut differences = Vec::new();
@@ -119,8 +117,8 @@ async fn create_table(client: &Client, table: &Table, name: &str) -> Result<(), 
     for (attribute, kind) in table.key_attributes() {
         let definition =
             AttributeDefinition::builder().attribute_name(attribute).attribute_type(kind).build();
-        create = create
-            .attribute_definitions(definition.map_err(|e| OpenError::Tables(e.to_string()))?);
+        create =
+            create.attribute_definitions(definition.map_err(|e| OpenError::Tables(e.to_string()))?);
     }
     create = create.set_key_schema(Some(key_schema(table.key)?));
     for index in table.indexes {
@@ -140,16 +138,15 @@ async fn create_table(client: &Client, table: &Table, name: &str) -> Result<(), 
             .set_key_schema(Some(key_schema(&[partition, sort])?))
             .projection(projection.build())
             .build();
-        create = create
-            .global_secondary_indexes(index.map_err(|e| OpenError::Tables(e.to_string()))?);
+        create =
+            create.global_secondary_indexes(index.map_err(|e| OpenError::Tables(e.to_string()))?);
     }
     if table.stream {
         let stream = StreamSpecification::builder()
             .stream_enabled(true)
             .stream_view_type(StreamViewType::NewImage)
             .build();
-        create = create
-            .stream_specification(stream.map_err(|e| OpenError::Tables(e.to_string()))?);
+        create = create.stream_specification(stream.map_err(|e| OpenError::Tables(e.to_string()))?);
     }
     match create.send().await {
         Ok(_) => Ok(()),

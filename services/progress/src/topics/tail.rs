@@ -79,6 +79,8 @@ impl Tail {
             }
             if event.seq != self.last_seq + 1 {
                 self.clear();
+                // What was missed may have changed more than this event tells.
+                self.snapshot = None;
             }
             if let Some(snapshot) = &mut self.snapshot {
                 apply_event(snapshot, event);

@@ -1,0 +1,410 @@
+//! Every instance of a service, and calls that find one that answers.
+//!
+//! In one process there is one member and a call is a function call. Between processes a call goes
+//! to the member that the request's key ranks first (rendezvous hash), or else to each in turn;
+//! when it cannot be reached, and a repeat is safe, to the next one, within a budget.
+
+use std::{
+    convert::Infallible,
+    sync::{
+        Arc,
+        atomic::{AtomicU64, AtomicUsize, Ordering},
+    },
+    task::{Context, Poll},
+    time::Duration,
+};
+
+use bytes::Bytes;
+use futures_util::future::BoxFuture;
+use http::{Extensions, HeaderMap, Request, Response, Uri, Version};
+use http_body_util::{BodyExt, Full};
+use streamer_core::Uid;
+use tokio::{
+    sync::watch,
+    time::{Instant, timeout},
+};
+use tonic::{Code, ConnectError, Status, body::Body};
+use tower::{
+    Service, ServiceExt,
+    retry::budget::{Budget, TpsBudget},
+    util::BoxCloneSyncService,
+};
+
+use crate::Channel;
+
+/// Members that one call is tried at, at most.
+const MAX_TRIES: usize = 3;
+/// A member that could not be reached is tried last for so long.
+const DOWN: Duration = Duration::from_millis(1500);
+/// A call between services that is no stream must be answered within this.
+const INTERNAL_TIMEOUT: Duration = Duration::from_secs(5);
+/// Repeats may be so much of all calls, and in any case ten a second.
+const RETRY_SHARE: f32 = 0.2;
+
+/// Which request a call is about: the same key goes to the same member, as long as it is there.
+#[derive(Clone, Copy, Debug)]
+pub struct RouteKey(pub Uid);
+
+/// One instance of a service.
+#[derive(Clone)]
+pub struct Member {
+    /// How it is told from the others: its address.
+    pub name: Arc<str>,
+    /// To it.
+    pub channel: Channel,
+    health: Arc<Health>,
+}
+
+#[derive(Default)]
+struct Health {
+    /// Milliseconds since the process began; 0 when it could be reached last time.
+    down_until: AtomicU64,
+}
+
+impl Member {
+    /// A member that this channel leads to.
+    #[must_use]
+    pub fn new(name: &str, channel: Channel) -> Self {
+        Self { name: name.into(), channel, health: Arc::default() }
+    }
+
+    /// Whether it could be reached last time, or that was some time ago.
+    #[must_use]
+    pub fn seems_up(&self) -> bool {
+        self.health.down_until.load(Ordering::Relaxed) <= now_ms()
+    }
+
+    /// Remembers whether it could be reached.
+    pub fn note(&self, reached: bool) {
+        let until = if reached { 0 } else { now_ms() + DOWN.as_millis() as u64 };
+        self.health.down_until.store(until, Ordering::Relaxed);
+    }
+
+    /// Its weight for a key: the same in every process.
+    fn weight(&self, key: Uid) -> u64 {
+        let mut hash = 0xcbf2_9ce4_8422_2325_u64;
+        for byte in self.name.bytes() {
+            hash = (hash ^ u64::from(byte)).wrapping_mul(0x0100_0000_01b3);
+        }
+        // Finalizer of SplitMix64: spreads every bit over all.
+        let mut mixed = hash ^ key.spread();
+        mixed = (mixed ^ (mixed >> 30)).wrapping_mul(0xbf58_476d_1ce4_e5b9);
+        mixed = (mixed ^ (mixed >> 27)).wrapping_mul(0x94d0_49bb_1331_11eb);
+        mixed ^ (mixed >> 31)
+    }
+}
+
+fn now_ms() -> u64 {
+    static BEGAN: std::sync::OnceLock<Instant> = std::sync::OnceLock::new();
+    let began = BEGAN.get_or_init(Instant::now);
+    // From 1, since 0 means never.
+    u64::try_from(began.elapsed().as_millis()).unwrap_or(u64::MAX).saturating_add(1)
+}
+
+/// All instances of a service that are known at present.
+#[derive(Clone)]
+pub struct Members {
+    list: watch::Receiver<Arc<[Member]>>,
+    /// The only one, in this process.
+    local: Option<Channel>,
+    service: &'static str,
+}
+
+impl Members {
+    /// The one in this process.
+    #[must_use]
+    pub fn one(service: &'static str, channel: Channel) -> Self {
+        let list: Arc<[Member]> = Arc::new([Member::new("local", channel.clone())]);
+        Self { list: watch::channel(list).1, local: Some(channel), service }
+    }
+
+    /// Those of a list that changes.
+    #[must_use]
+    pub fn of(service: &'static str, list: watch::Receiver<Arc<[Member]>>) -> Self {
+        Self { list, local: None, service }
+    }
+
+    /// What they are.
+    #[must_use]
+    pub fn service(&self) -> &'static str {
+        self.service
+    }
+
+    /// Those that are known now.
+    #[must_use]
+    pub fn all(&self) -> Arc<[Member]> {
+        self.list.borrow().clone()
+    }
+
+    /// Waits until others are known; for ever when that cannot be.
+    pub async fn changed(&mut self) {
+        if self.list.changed().await.is_err() {
+            std::future::pending().await
+        }
+    }
+
+    /// The one that the key ranks first, whether it can be reached or not.
+    #[must_use]
+    pub fn owner(&self, key: Uid) -> Option<Member> {
+        self.all().iter().max_by_key(|member| member.weight(key)).cloned()
+    }
+
+    /// Calls with one message each, which can be repeated elsewhere.
+    #[must_use]
+    pub fn channel(&self) -> Channel {
+        self.balanced(true)
+    }
+
+    /// Calls with streams of messages, which go to one member only.
+    #[must_use]
+    pub fn streaming_channel(&self) -> Channel {
+        self.balanced(false)
+    }
+
+    fn balanced(&self, buffered: bool) -> Channel {
+        if let Some(local) = &self.local {
+            return local.clone();
+        }
+        BoxCloneSyncService::new(Balanced {
+            members: self.clone(),
+            turn: Arc::default(),
+            budget: Arc::new(TpsBudget::new(Duration::from_secs(10), 10, RETRY_SHARE)),
+            buffered,
+        })
+    }
+
+    /// In the order in which they should be tried.
+    fn in_order(&self, key: Option<RouteKey>, turn: &AtomicUsize) -> Vec<Member> {
+        let mut members = self.all().to_vec();
+        match key {
+            Some(RouteKey(key)) => {
+                members.sort_by_key(|member| std::cmp::Reverse(member.weight(key)));
+            }
+            None if !members.is_empty() => {
+                let turn = turn.fetch_add(1, Ordering::Relaxed) % members.len();
+                members.rotate_left(turn);
+            }
+            None => {}
+        }
+        // Those that seem down come last, in the same order.
+        members.sort_by_key(|member| !member.seems_up());
+        members
+    }
+}
+
+#[derive(Clone)]
+struct Balanced {
+    members: Members,
+    turn: Arc<AtomicUsize>,
+    budget: Arc<TpsBudget>,
+    buffered: bool,
+}
+
+impl Service<Request<Body>> for Balanced {
+    type Response = Response<Body>;
+    type Error = Status;
+    type Future = BoxFuture<'static, Result<Response<Body>, Status>>;
+
+    fn poll_ready(&mut self, _: &mut Context<'_>) -> Poll<Result<(), Status>> {
+        Poll::Ready(Ok(()))
+    }
+
+    fn call(&mut self, request: Request<Body>) -> Self::Future {
+        let balanced = self.clone();
+        Box::pin(async move {
+            if balanced.buffered {
+                balanced.call_buffered(request).await
+            } else {
+                balanced.call_streaming(request).await
+            }
+        })
+    }
+}
+
+impl Balanced {
+    fn order(&self, extensions: &Extensions) -> Result<Vec<Member>, Status> {
+        let key = extensions.get::<RouteKey>().copied();
+        let members = self.members.in_order(key, &self.turn);
+        if members.is_empty() {
+            return Err(Status::unavailable(format!("no {} is known", self.members.service)));
+        }
+        Ok(members)
+    }
+
+    async fn call_streaming(&self, request: Request<Body>) -> Result<Response<Body>, Status> {
+        let members = self.order(request.extensions())?;
+        let Some(member) = members.into_iter().next() else {
+            return Err(Status::unavailable("nobody is there"));
+        };
+        let outcome = member.channel.clone().oneshot(request).await;
+        member.note(!outcome.as_ref().is_err_and(is_unreachable));
+        outcome
+    }
+
+    async fn call_buffered(&self, request: Request<Body>) -> Result<Response<Body>, Status> {
+        let members = self.order(request.extensions())?;
+        let (parts, body) = request.into_parts();
+        let message = Message {
+            uri: parts.uri,
+            headers: parts.headers,
+            extensions: parts.extensions,
+            body: body.collect().await?.to_bytes(),
+        };
+        let policy = Policy::of(message.uri.path());
+        self.budget.deposit();
+        let mut last = None;
+        for (position, member) in members.iter().take(MAX_TRIES).enumerate() {
+            if position > 0 && !self.budget.withdraw() {
+                break;
+            }
+            let call = member.channel.clone().oneshot(message.request());
+            let outcome = match policy.timeout {
+                Some(limit) => timeout(limit, call)
+                    .await
+                    .unwrap_or_else(|_| Err(Status::deadline_exceeded("it took too long"))),
+                None => call.await,
+            };
+            match outcome {
+                Ok(response) => {
+                    member.note(true);
+                    if policy.repeatable && is_unavailable(response.headers()) {
+                        last = Some(Ok(response));
+                        continue;
+                    }
+                    return Ok(response);
+                }
+                Err(status) => {
+                    let not_sent = is_unreachable(&status);
+                    member.note(false);
+                    if !not_sent && !policy.repeatable {
+                        return Err(status);
+                    }
+                    last = Some(Err(status));
+                }
+            }
+        }
+        last.unwrap_or_else(|| Err(Status::unavailable("nobody is there")))
+    }
+}
+
+/// A request that can be sent again.
+struct Message {
+    uri: Uri,
+    headers: HeaderMap,
+    extensions: Extensions,
+    body: Bytes,
+}
+
+impl Message {
+    fn request(&self) -> Request<Body> {
+        let body = Full::new(self.body.clone()).map_err(|never: Infallible| match never {});
+        let mut request = Request::new(Body::new(body));
+        *request.method_mut() = http::Method::POST;
+        *request.version_mut() = Version::HTTP_2;
+        *request.uri_mut() = self.uri.clone();
+        *request.headers_mut() = self.headers.clone();
+        *request.extensions_mut() = self.extensions.clone();
+        request
+    }
+}
+
+/// What may be done with a call by its name.
+struct Policy {
+    /// A repeat does no harm, even when the first one arrived.
+    repeatable: bool,
+    timeout: Option<Duration>,
+}
+
+impl Policy {
+    fn of(path: &str) -> Self {
+        let method = path.rsplit('/').next().unwrap_or_default();
+        // These do something anew each time. A submission says which request it is.
+        let once = ["Execute", "Redrive", "RedriveMany", "Send", "Broadcast"];
+        let stream = ["Execute", "WatchActions"];
+        let internal = path.starts_with("/streamer.internal.");
+        Self {
+            repeatable: !once.contains(&method),
+            timeout: (internal && !stream.contains(&method)).then_some(INTERNAL_TIMEOUT),
+        }
+    }
+}
+
+/// Whether a call has not reached anybody.
+#[must_use]
+pub fn is_unreachable(status: &Status) -> bool {
+    let mut source = std::error::Error::source(status);
+    while let Some(error) = source {
+        if error.is::<ConnectError>() {
+            return true;
+        }
+        source = error.source();
+    }
+    false
+}
+
+/// An answer that says nothing but that somebody else should be asked.
+fn is_unavailable(headers: &HeaderMap) -> bool {
+    let unavailable = i32::from(Code::Unavailable).to_string();
+    headers.get("grpc-status").is_some_and(|status| status.as_bytes() == unavailable.as_bytes())
+}
+
+/// A call about this request.
+pub fn with_route<T>(message: T, uid: Uid) -> tonic::Request<T> {
+    let mut request = tonic::Request::new(message);
+    request.extensions_mut().insert(RouteKey(uid));
+    request
+}
+
+#[cfg(test)]
+mod tests {
+    use std::collections::HashMap;
+
+    use streamer_core::Timestamp;
+
+    use super::*;
+
+    fn members(names: &[&str]) -> Members {
+        let channel = || {
+            BoxCloneSyncService::new(tower::service_fn(|_: Request<Body>| async {
+                Err(Status::unimplemented("in tests"))
+            }))
+        };
+        let list: Vec<_> = names.iter().map(|name| Member::new(name, channel())).collect();
+        Members::of("test", watch::channel(list.into()).1)
+    }
+
+    #[test]
+    fn keys_are_spread_evenly_and_stay_when_others_leave() {
+        let three = members(&["10.0.0.1:80", "10.0.0.2:80", "10.0.0.3:80"]);
+        let two = members(&["10.0.0.1:80", "10.0.0.3:80"]);
+        let mut counts: HashMap<Arc<str>, u32> = HashMap::new();
+        for _ in 0..3000 {
+            let key = Uid::new(Timestamp::default());
+            let owner = three.owner(key).unwrap().name;
+            if &*owner != "10.0.0.2:80" {
+                assert_eq!(two.owner(key).unwrap().name, owner);
+            }
+            *counts.entry(owner).or_default() += 1;
+        }
+        assert!(counts.values().all(|count| (900..1100).contains(count)), "{counts:?}");
+    }
+
+    #[test]
+    fn who_could_not_be_reached_comes_last() {
+        let three = members(&["a", "b", "c"]);
+        let key = RouteKey(Uid::new(Timestamp::default()));
+        let turn = AtomicUsize::new(0);
+        let names = |members: Vec<Member>| members.into_iter().map(|m| m.name).collect::<Vec<_>>();
+        let before = names(three.in_order(Some(key), &turn));
+        three.all().iter().find(|member| member.name == before[0]).unwrap().note(false);
+        let after = names(three.in_order(Some(key), &turn));
+        assert_eq!(after, [before[1].clone(), before[2].clone(), before[0].clone()]);
+    }
+
+    #[tokio::test]
+    async fn nobody_is_there() {
+        let nobody = members(&[]);
+        let status = nobody.channel().oneshot(Request::new(Body::empty())).await.unwrap_err();
+        assert_eq!(status.message(), "no test is known");
+    }
+}

@@ -1,0 +1,108 @@
+//! What comes in from other services, and what a gateway passes on to them.
+
+use std::sync::Arc;
+
+use axum::{
+    Router,
+    body::Body,
+    extract::{Request, State},
+    middleware::{self, Next},
+    response::{IntoResponse, Response},
+    routing::any,
+};
+use streamer_core::{Clock, Uid};
+use streamer_rpc::{Channel, FORWARDED, REQUEST_UID, SERVICE_TOKEN};
+use tonic::Status;
+use tower::ServiceExt;
+
+use crate::peers::ServiceToken;
+
+/// Whose word counts as a service's.
+#[derive(Clone)]
+pub(crate) enum Trusted {
+    /// Nobody's: there are no other services.
+    Nobody,
+    /// That of whoever has the token; everybody's when there is none.
+    Services(Option<ServiceToken>),
+}
+
+/// Takes out of a call what only other services may say, unless one of them says it.
+pub(crate) fn trust_only(router: Router, trusted: Trusted) -> Router {
+    router.layer(middleware::from_fn_with_state(Arc::new(trusted), strip))
+}
+
+async fn strip(State(trusted): State<Arc<Trusted>>, mut request: Request, next: Next) -> Response {
+    let is_trusted = match &*trusted {
+        Trusted::Nobody => false,
+        Trusted::Services(token) => is_service(token.as_ref(), &request),
+    };
+    if !is_trusted {
+        request.headers_mut().remove(REQUEST_UID);
+        request.headers_mut().remove(FORWARDED);
+    }
+    request.headers_mut().remove(SERVICE_TOKEN);
+    next.run(request).await
+}
+
+/// Lets only other services in.
+pub(crate) fn services_only(router: Router, token: Option<ServiceToken>) -> Router {
+    router.layer(middleware::from_fn_with_state(Arc::new(token), guard))
+}
+
+async fn guard(
+    State(token): State<Arc<Option<ServiceToken>>>,
+    request: Request,
+    next: Next,
+) -> Response {
+    if is_service(Option::as_ref(&token), &request) {
+        return next.run(request).await;
+    }
+    let status = Status::unauthenticated("only services may call this: peers.secret_file");
+    status.into_http::<Body>()
+}
+
+/// Without a secret every caller is trusted: the configuration allows that on loopback only.
+fn is_service(token: Option<&ServiceToken>, request: &Request) -> bool {
+    let given = request.headers().get(SERVICE_TOKEN);
+    match token {
+        Some(token) => given.is_some_and(|given| token.is(given.as_bytes())),
+        None => true,
+    }
+}
+
+/// The public services of others, for those who know only this process.
+#[derive(Clone)]
+pub(crate) struct PassOn {
+    pub(crate) router: Channel,
+    pub(crate) progress: Channel,
+    /// Workers speak in streams.
+    pub(crate) processor: Channel,
+    pub(crate) clock: Arc<dyn Clock>,
+}
+
+impl PassOn {
+    pub(crate) fn routes(self) -> Router {
+        let route = |path: &str, channel: &Channel| {
+            let state = (channel.clone(), self.clock.clone());
+            Router::new().route(&format!("/{path}/{{*method}}"), any(pass_on)).with_state(state)
+        };
+        route("streamer.router.v1.RouterService", &self.router)
+            .merge(route("google.longrunning.Operations", &self.router))
+            .merge(route("streamer.progress.v1.ProgressService", &self.progress))
+            .merge(route("streamer.processor.v1.WorkerService", &self.processor))
+    }
+}
+
+async fn pass_on(
+    State((channel, clock)): State<(Channel, Arc<dyn Clock>)>,
+    mut request: Request,
+) -> Response {
+    // A submission that is repeated on the way is then the same request.
+    if let Ok(uid) = Uid::new(clock.now()).to_string().parse() {
+        request.headers_mut().insert(REQUEST_UID, uid);
+    }
+    match channel.oneshot(request.map(tonic::body::Body::new)).await {
+        Ok(response) => response.map(Body::new),
+        Err(status) => status.into_http::<tonic::body::Body>().map(Body::new).into_response(),
+    }
+}

@@ -1,0 +1,39 @@
+//! `streamer health`: for probes where there is no shell.
+
+use std::{process::ExitCode, time::Duration};
+
+use streamer_cli::{Exit, HealthArguments};
+use tokio::time::timeout;
+use tonic::transport::Endpoint;
+use tonic_health::pb::{
+    HealthCheckRequest, health_check_response::ServingStatus, health_client::HealthClient,
+};
+
+const PATIENCE: Duration = Duration::from_secs(5);
+
+pub(crate) async fn run(arguments: &HealthArguments) -> ExitCode {
+    match timeout(PATIENCE, ask(arguments)).await {
+        Ok(Ok(ServingStatus::Serving)) => {
+            println!("serving");
+            Exit::Done.code()
+        }
+        Ok(Ok(status)) => {
+            println!("{}", status.as_str_name().to_lowercase().replace('_', " "));
+            Exit::Failed.code()
+        }
+        Ok(Err(error)) => {
+            eprintln!("error: {}: {error}", arguments.server);
+            Exit::Unreachable.code()
+        }
+        Err(_) => {
+            eprintln!("error: {} does not answer", arguments.server);
+            Exit::Unreachable.code()
+        }
+    }
+}
+
+async fn ask(arguments: &HealthArguments) -> Result<ServingStatus, Box<dyn std::error::Error>> {
+    let channel = Endpoint::from_shared(arguments.server.clone())?.connect().await?;
+    let request = HealthCheckRequest { service: arguments.service.clone() };
+    Ok(HealthClient::new(channel).check(request).await?.into_inner().status())
+}

@@ -1,0 +1,173 @@
+//! The other services, as processes of their own: found by name, reached over HTTP/2.
+
+use std::{
+    collections::{BTreeMap, HashMap},
+    fs, io,
+    net::SocketAddr,
+    path::Path,
+    sync::Arc,
+    time::Duration,
+};
+
+use http::{HeaderName, HeaderValue, Request};
+use streamer_rpc::{Channel, Member, Members, SERVICE_TOKEN};
+use tokio::{
+    net::lookup_host,
+    sync::watch,
+    time::{MissedTickBehavior, interval},
+};
+use tokio_util::sync::CancellationToken;
+use tonic::{Status, body::Body, transport::Endpoint};
+use tower::{Service, ServiceExt, util::BoxCloneSyncService};
+
+const CONNECT_TIMEOUT: Duration = Duration::from_secs(1);
+/// A peer that says nothing for so long is asked, and given up after the same again.
+const KEEP_ALIVE: Duration = Duration::from_secs(2);
+const HTTP2_WINDOW: u32 = 4 * 1024 * 1024;
+const MIN_SECRET_BYTES: usize = 32;
+
+/// The secret that services share.
+#[derive(Clone)]
+pub(crate) struct ServiceToken(HeaderValue);
+
+impl ServiceToken {
+    /// From a file; `None` when no file is named.
+    pub(crate) fn read(file: &str) -> Result<Option<Self>, String> {
+        if file.is_empty() {
+            return Ok(None);
+        }
+        let text = fs::read_to_string(Path::new(file)).map_err(|e| format!("{file}: {e}"))?;
+        let secret = text.trim();
+        if secret.len() < MIN_SECRET_BYTES {
+            return Err(format!("{file}: must hold at least {MIN_SECRET_BYTES} bytes"));
+        }
+        let mut value = HeaderValue::from_str(secret)
+            .map_err(|_| format!("{file}: must hold visible ASCII characters only"))?;
+        value.set_sensitive(true);
+        Ok(Some(Self(value)))
+    }
+
+    /// Whether this is it. Takes the same time for every other one of its length.
+    pub(crate) fn is(&self, given: &[u8]) -> bool {
+        let own = self.0.as_bytes();
+        let differences = own.iter().zip(given).fold(0, |all, (a, b)| all | (a ^ b));
+        own.len() == given.len() && differences == 0
+    }
+}
+
+/// Follows the addresses of one service's instances.
+pub(crate) struct PeerList {
+    service: &'static str,
+    /// HOST:PORT of each entry.
+    entries: Vec<String>,
+    token: Option<ServiceToken>,
+    resolve_interval: Duration,
+    list: watch::Sender<Arc<[Member]>>,
+}
+
+impl PeerList {
+    pub(crate) fn new(
+        service: &'static str,
+        entries: &[String],
+        token: Option<ServiceToken>,
+        resolve_interval: Duration,
+    ) -> Self {
+        let entries = entries.iter().map(|entry| entry.trim_start_matches("http://").to_owned());
+        let list = watch::Sender::new(Arc::from([]));
+        Self { service, entries: entries.collect(), token, resolve_interval, list }
+    }
+
+    pub(crate) fn members(&self) -> Members {
+        Members::of(self.service, self.list.subscribe())
+    }
+
+    /// Resolves the names again and again, until `shutdown`.
+    pub(crate) async fn follow(self, shutdown: CancellationToken) {
+        let mut known: HashMap<String, Vec<SocketAddr>> = HashMap::new();
+        let mut ticks = interval(self.resolve_interval);
+        ticks.set_missed_tick_behavior(MissedTickBehavior::Delay);
+        loop {
+            tokio::select! {
+                () = shutdown.cancelled() => return,
+                _ = ticks.tick() => {}
+            }
+            for entry in &self.entries {
+                match resolve(entry).await {
+                    Ok(addresses) => {
+                        known.insert(entry.clone(), addresses);
+                    }
+                    // What was known stays: names come back, and who has gone is found to be down.
+                    Err(error) => {
+                        let service = self.service;
+                        tracing::warn!(%error, service, entry, "cannot resolve a peer's name");
+                    }
+                }
+            }
+            self.publish(known.values().flatten().copied());
+        }
+    }
+
+    /// Keeps the channels of members that stay.
+    fn publish(&self, addresses: impl Iterator<Item = SocketAddr>) {
+        let before = self.list.borrow().clone();
+        let names: BTreeMap<String, SocketAddr> =
+            addresses.map(|address| (address.to_string(), address)).collect();
+        let unchanged = before.len() == names.len()
+            && before.iter().all(|member| names.contains_key(&*member.name));
+        if unchanged {
+            return;
+        }
+        let mut members = Vec::with_capacity(names.len());
+        for (name, address) in names {
+            match before.iter().find(|member| *member.name == *name) {
+                Some(member) => members.push(member.clone()),
+                None => match connect(address, self.token.clone()) {
+                    Ok(channel) => members.push(Member::new(&name, channel)),
+                    Err(error) => tracing::error!(%error, name, "cannot use a peer's address"),
+                },
+            }
+        }
+        let service = self.service;
+        let names: Vec<_> = members.iter().map(|member| &*member.name).collect();
+        tracing::info!(service, ?names, "the peers are others now");
+        self.list.send_replace(members.into());
+    }
+}
+
+async fn resolve(entry: &str) -> io::Result<Vec<SocketAddr>> {
+    Ok(lookup_host(entry).await?.collect())
+}
+
+/// A channel that connects when it is first used, and again whenever that is needed.
+fn connect(
+    address: SocketAddr,
+    token: Option<ServiceToken>,
+) -> Result<Channel, tonic::transport::Error> {
+    let channel = Endpoint::from_shared(format!("http://{address}"))?
+        .connect_timeout(CONNECT_TIMEOUT)
+        .tcp_nodelay(true)
+        .http2_keep_alive_interval(KEEP_ALIVE)
+        .keep_alive_timeout(KEEP_ALIVE)
+        .keep_alive_while_idle(true)
+        .initial_stream_window_size(HTTP2_WINDOW)
+        .initial_connection_window_size(HTTP2_WINDOW)
+        .connect_lazy();
+    let name = HeaderName::from_static(SERVICE_TOKEN);
+    let service = tower::service_fn(move |mut request: Request<Body>| {
+        if let Some(ServiceToken(token)) = &token {
+            request.headers_mut().insert(name.clone(), token.clone());
+        }
+        let mut channel = channel.clone();
+        async move {
+            let channel = channel.ready().await.map_err(unavailable)?;
+            channel.call(request).await.map_err(unavailable)
+        }
+    });
+    Ok(BoxCloneSyncService::new(service))
+}
+
+fn unavailable(error: tonic::transport::Error) -> Status {
+    let mut status = Status::unavailable(format!("a peer cannot be reached: {error}"));
+    status.set_source(Arc::new(error));
+    status
+}

@@ -1,0 +1,78 @@
+//! `streamer tables`: the tables of engine dynamodb.
+
+use std::process::ExitCode;
+
+use streamer_all_in_one::dynamo_options;
+use streamer_cli::{Exit, TablesArguments, TablesCommand};
+use streamer_config::Config;
+use streamer_dynamodb::{
+    DynamoOptions,
+    tables::{self, Difference},
+};
+
+use crate::up::sources;
+
+pub(crate) async fn run(arguments: &TablesArguments) -> ExitCode {
+    let (TablesCommand::Create(from)
+    | TablesCommand::Check(from)
+    | TablesCommand::Cloudformation(from)) = &arguments.command;
+    let config = match Config::load(&sources(from, Vec::new())) {
+        Ok(config) => config,
+        Err(error) => {
+            eprintln!("error: {error}");
+            return Exit::Usage.code();
+        }
+    };
+    let options = dynamo_options(&config);
+    match &arguments.command {
+        TablesCommand::Create(_) => create(&options).await,
+        TablesCommand::Check(_) => check(&options).await,
+        TablesCommand::Cloudformation(_) => {
+            print!("{}", tables::cloudformation(&options.table_prefix));
+            Exit::Done.code()
+        }
+    }
+}
+
+async fn create(options: &DynamoOptions) -> ExitCode {
+    match tables::create(options).await {
+        Ok((created, differences)) => {
+            for name in &created {
+                println!("created {name}");
+            }
+            if created.is_empty() && differences.is_empty() {
+                println!("all tables are there already; nothing was changed");
+            }
+            report(&differences)
+        }
+        Err(error) => failed(&error),
+    }
+}
+
+async fn check(options: &DynamoOptions) -> ExitCode {
+    match tables::check(options).await {
+        Ok(differences) => {
+            if differences.is_empty() {
+                println!("all tables are as they should be");
+            }
+            report(&differences)
+        }
+        Err(error) => failed(&error),
+    }
+}
+
+fn report(differences: &[Difference]) -> ExitCode {
+    if differences.is_empty() {
+        return Exit::Done.code();
+    }
+    eprintln!("these tables are not as they should be, and were not changed:");
+    for difference in differences {
+        eprintln!("  {difference}");
+    }
+    Exit::Failed.code()
+}
+
+fn failed(error: &impl std::fmt::Display) -> ExitCode {
+    eprintln!("error: {error}");
+    Exit::Unreachable.code()
+}
