@@ -3,7 +3,10 @@
 
 mod browser;
 mod client;
+mod cluster;
 pub mod dynamodb;
+mod load;
+mod proxy;
 mod random;
 mod server;
 mod site;
@@ -11,7 +14,10 @@ mod worker;
 
 pub use browser::Browser;
 pub use client::{Client, Log};
+pub use cluster::{Cluster, Service};
+pub use load::Load;
+pub use proxy::Proxy;
 pub use random::Random;
-pub use server::{Server, binary, checker, refusal_to_start, tool};
+pub use server::{Server, binary, checker, dynamodb_settings, refusal_to_start, tables, tool};
 pub use site::Site;
-pub use worker::{ScriptedWorker, WorkerProcess, declare, hello, offered};
+pub use worker::{ScriptedWorker, WorkerProcess, declare, hello, offered, offered_at};

@@ -4,15 +4,17 @@ use std::{
     env,
     io::{BufRead, BufReader},
     path::{Path, PathBuf},
-    process::{self, Child, Command, Stdio},
+    process::{self, Child, Command, Output, Stdio},
     sync::Once,
     thread,
     time::Duration,
 };
 
 use streamer_auth::{DevKey, NewToken};
-use streamer_core::{Clock, SystemClock};
+use streamer_core::{Clock, SystemClock, Uid};
 use tempfile::TempDir;
+
+use crate::dynamodb::{Implementation, endpoint};
 
 const READY: &str = "Streamer is ready: ";
 
@@ -86,8 +88,10 @@ impl Server {
     /// When it does not start.
     #[must_use]
     pub fn start_in(data: TempDir, settings: &[&str]) -> Self {
-        let settings: Vec<String> = settings.iter().map(ToString::to_string).collect();
-        let (child, url) = spawn(&data, &settings, "127.0.0.1:0");
+        let mut all = engine_settings(&data);
+        all.extend(settings.iter().map(ToString::to_string));
+        let (child, url) = spawn(&data, &all, "127.0.0.1:0");
+        let settings = all;
         Self { child, data, settings, url }
     }
 
@@ -168,6 +172,49 @@ impl Drop for Server {
     }
 }
 
+/// Which engine the suites run on: `embedded` unless `STREAMER_TESTS_ENGINE` names another. The
+/// others get tables of their own.
+fn engine_settings(data: &TempDir) -> Vec<String> {
+    let implementation = match env::var("STREAMER_TESTS_ENGINE").as_deref() {
+        Err(_) | Ok("embedded") => return Vec::new(),
+        Ok("dynamodb-local") => Implementation::DynamoDbLocal,
+        Ok("dynoxide") => Implementation::Dynoxide,
+        Ok(other) => panic!("STREAMER_TESTS_ENGINE: there is no engine {other}"),
+    };
+    dynamodb_settings(endpoint(implementation), data.path())
+}
+
+/// Settings for tables of their own on this server, made already; large values go to this folder.
+///
+/// # Panics
+/// When the tables cannot be made.
+#[must_use]
+pub fn dynamodb_settings(endpoint: &str, data: &Path) -> Vec<String> {
+    let settings = vec![
+        "store.engine=dynamodb".to_owned(),
+        format!("dynamodb.endpoint={endpoint}"),
+        format!("dynamodb.table_prefix=t-{}-", Uid::new(SystemClock.now())),
+        format!("dynamodb.objects=file://{}/objects", data.display()),
+    ];
+    let output = tables("create", &settings, data);
+    assert!(output.status.success(), "{output:?}");
+    settings
+}
+
+/// Runs `streamer tables`.
+///
+/// # Panics
+/// When it cannot be run.
+#[must_use]
+pub fn tables(command: &str, settings: &[String], folder: &Path) -> Output {
+    let mut tables = Command::new(binary());
+    tables.args(["tables", command]);
+    for setting in settings {
+        tables.args(["--set", setting]);
+    }
+    tables.env_clear().current_dir(folder).stdin(Stdio::null()).output().expect("it can be run")
+}
+
 /// What a server says that must not start with the data in this folder.
 ///
 /// # Panics
@@ -187,7 +234,7 @@ pub fn refusal_to_start(data: &Path) -> String {
 }
 
 /// A suite that waits for what never comes ends, and says so, instead of holding up everything.
-fn watch_for_hangs() {
+pub(crate) fn watch_for_hangs() {
     const PATIENCE: Duration = Duration::from_secs(300);
     // The crash suite can be told to go on for long.
     let kills = env::var("STREAMER_TESTS_KILLS").ok().and_then(|text| text.parse().ok());
@@ -203,13 +250,23 @@ fn watch_for_hangs() {
 }
 
 fn spawn(data: &TempDir, settings: &[String], address: &str) -> (Child, String) {
+    spawn_service("up", data.path(), settings, address)
+}
+
+/// Starts a service; returns once it says that it is ready.
+pub(crate) fn spawn_service(
+    service: &str,
+    data: &Path,
+    settings: &[String],
+    address: &str,
+) -> (Child, String) {
     let mut command = Command::new(binary());
-    command.args(["up", "--listen", address, "--data"]).arg(data.path());
+    command.args([service, "--listen", address, "--data"]).arg(data);
     for setting in settings {
         command.args(["--set", setting]);
     }
     // Nothing of the tester's own configuration counts.
-    command.env_clear().current_dir(data.path());
+    command.env_clear().current_dir(data);
     let mut child = command
         .stdin(Stdio::null())
         .stdout(Stdio::piped())

@@ -128,6 +128,22 @@ pub async fn offered(server: &Server, token: &str, action: &str, workers: i32) {
     }
 }
 
+/// Returns once the router behind this gateway knows that this action is offered.
+///
+/// # Panics
+/// When it cannot be asked.
+pub async fn offered_at(url: &str, token: &str, action: &str) {
+    let api = Api::new(url, token).expect("a URL");
+    loop {
+        let listed = api.router().list_actions(api.call(ListActionsRequest {})).await;
+        let actions = listed.expect("the actions are listed").into_inner().actions;
+        if actions.iter().any(|known| known.name == action && known.available) {
+            return;
+        }
+        tokio::task::yield_now().await;
+    }
+}
+
 /// A worker that follows a script.
 pub struct ScriptedWorker {
     outbound: mpsc::Sender<WorkRequest>,

@@ -9,10 +9,10 @@ use std::{
 
 use bytes::Bytes;
 use streamer_core::{RequestState, Timestamp, Uid};
+use streamer_dynamodb::{DynamoOptions, DynamoStore, tables};
 use streamer_proto::common::v1::{
     Action, Event, Failed, Output, OutputSummary, Progress, Retrying, Succeeded, event::Kind,
 };
-use streamer_dynamodb::{DynamoOptions, DynamoStore, tables};
 use streamer_store::{
     Adopt, Append, Appended, CancelOutcome, Claim, ClaimOutcome, Claimed, ConnectionRecord,
     CreateOutcome, DeclaredAction, DeleteOutcome, DuePage, DueQuery, Engine, Lease, ListRequests,
@@ -330,7 +330,9 @@ async fn leases_are_renewed_by_their_holder_and_expire() {
         assert!(store.expired_leases(at(2999), 10).await.unwrap().is_empty());
         let renew = |holder: &str, until| {
             let (store, holder) = (store.clone(), holder.to_owned());
-            async move { store.renew_leases(holder, vec![lease], at(until), at(2500)).await.unwrap()[0].held }
+            async move {
+                store.renew_leases(holder, vec![lease], at(until), at(2500)).await.unwrap()[0].held
+            }
         };
         assert!(renew("p1", 4000).await);
         assert!(!renew("p2", 9000).await, "not its own");
@@ -462,7 +464,8 @@ async fn an_attempt_is_adopted_with_its_worker_only() {
             assert_eq!((adopted.attempt, adopted.last_seq), (1, 2));
         }
         let lease = vec![Lease { uid, attempt: 1 }];
-        let renewed = store.renew_leases("p1".into(), lease.clone(), at(9999), at(2500)).await.unwrap();
+        let renewed =
+            store.renew_leases("p1".into(), lease.clone(), at(9999), at(2500)).await.unwrap();
         assert!(!renewed[0].held, "the holder before has lost it");
         assert!(store.renew_leases("p2".into(), lease, at(9999), at(2500)).await.unwrap()[0].held);
         assert_eq!(append(&*store, uid, 1, vec![succeeded(3, 1)]).await, APPLIED);

@@ -5,58 +5,9 @@
 //! says its seed and leaves its history.
 #![allow(clippy::unwrap_used, reason = "in tests, a panic is the report")]
 
-use std::{
-    env, fs,
-    io::Write,
-    process::Command,
-    sync::{
-        Arc, Mutex,
-        atomic::{AtomicBool, AtomicUsize, Ordering},
-    },
-};
+use std::env;
 
-use serde_json::{Value, json};
-use streamer_client::{Follower, Session, Target};
-use streamer_tests::{Random, Server, WorkerProcess, checker, offered};
-use tokio::{sync::Notify, task::JoinSet};
-
-/// Requests that are underway at once.
-const IN_FLIGHT: usize = 12;
-
-/// What is recorded, and what the killer waits for.
-#[derive(Default)]
-struct History {
-    records: Mutex<Vec<Value>>,
-    /// Messages that clients have seen.
-    seen: AtomicUsize,
-    heard: Notify,
-    stop: AtomicBool,
-}
-
-impl History {
-    fn record(&self, record: Value) {
-        self.records.lock().unwrap().push(record);
-        self.seen.fetch_add(1, Ordering::SeqCst);
-        self.heard.notify_waiters();
-    }
-
-    fn is_acknowledged(&self, id: &str) -> bool {
-        let records = self.records.lock().unwrap();
-        records.iter().any(|record| record["record"] == "acknowledged" && record["id"] == *id)
-    }
-
-    /// Returns once clients have seen so many messages more.
-    async fn more(&self, count: usize) {
-        let enough = self.seen.load(Ordering::SeqCst) + count;
-        loop {
-            let heard = self.heard.notified();
-            if self.seen.load(Ordering::SeqCst) >= enough {
-                return;
-            }
-            heard.await;
-        }
-    }
-}
+use streamer_tests::{Load, Random, Server, WorkerProcess, offered};
 
 #[tokio::test(flavor = "multi_thread")]
 async fn no_promise_is_broken_by_kills_of_the_server() {
@@ -84,22 +35,16 @@ fn number(variable: &str, default: usize) -> usize {
 }
 
 async fn run(name: &str, mut server: Server, workers: usize, kills: usize) {
-    let seed = number("STREAMER_TESTS_SEED", 20_261_125);
-    let mut random = Random::new(seed as u64);
+    let seed = number("STREAMER_TESTS_SEED", 20_261_125) as u64;
+    let mut random = Random::new(seed);
     let token = server.token("acme", "ann", &["worker:*"]);
     let mut workers: Vec<_> = (0..workers).map(|_| worker(&server, &token)).collect();
     let all = i32::try_from(workers.len()).unwrap();
     offered(&server, &token, "echo_async", all).await;
-    let history = Arc::new(History::default());
-    let mut clients = JoinSet::new();
-    for position in 0..IN_FLIGHT {
-        let (url, token, history) = (server.url.clone(), token.clone(), history.clone());
-        let random = Random::new(seed as u64 + 1 + position as u64);
-        clients.spawn(submit_on(url, token, format!("c{position}"), random, history));
-    }
+    let load = Load::start(std::slice::from_ref(&server.url), &token, seed, false);
     let mut killed = 0;
     while killed < kills {
-        history.more(random.below(60)).await;
+        load.more(random.below(60)).await;
         let victim = random.below(workers.len() * 2 + 1);
         if victim < workers.len() {
             workers[victim] = worker(&server, &token);
@@ -108,174 +53,11 @@ async fn run(name: &str, mut server: Server, workers: usize, kills: usize) {
         }
         killed += 1;
     }
-    history.stop.store(true, Ordering::SeqCst);
-    while let Some(ended) = clients.join_next().await {
-        ended.unwrap();
-    }
-    record_logs(&server.url, &token, &history).await;
     println!("{name}: {killed} kills, seed {seed}");
-    judge(name, seed, &history);
+    load.judge(name).await;
 }
 
 /// A new worker; the one that it takes the place of is killed when dropped.
 fn worker(server: &Server, token: &str) -> WorkerProcess {
     WorkerProcess::spawn(server, token, "echo_async", &["--slots", "8"])
-}
-
-/// Submits one request after the other and follows each to its end, whatever dies.
-async fn submit_on(
-    url: String,
-    token: String,
-    name: String,
-    mut random: Random,
-    history: Arc<History>,
-) {
-    for count in 0.. {
-        if history.stop.load(Ordering::SeqCst) {
-            return;
-        }
-        let id = format!("{name}-{count}");
-        let payload = json!({
-            "steps": random.below(20), "delay_ms": random.below(8),
-            "output_chunks": random.below(10), "chunk_bytes": 1 + random.below(40),
-            "fail_attempts": random.below(8) / 7, "result": {"id": id},
-        });
-        let message =
-            json!({"type": "request", "id": id, "action": "echo_async", "payload": payload});
-        let view = |watcher: &str| View {
-            url: url.clone(),
-            token: token.clone(),
-            id: id.clone(),
-            watcher: format!("{id}/{watcher}"),
-            last_seq: None,
-            acknowledged: false,
-        };
-        let submitter = follow(view("submitter"), Some(message), &history);
-        // Every third is watched by somebody else too, who comes when he likes.
-        if random.below(3) == 0 {
-            let late = random.below(10);
-            let after_seq = 1 + i64::try_from(random.below(4)).unwrap();
-            let watcher = async {
-                history.more(late).await;
-                follow(View { last_seq: Some(after_seq), ..view("watcher") }, None, &history).await;
-            };
-            tokio::join!(submitter, watcher);
-        } else {
-            submitter.await;
-        }
-    }
-}
-
-/// Somebody who wants to see a request to its end.
-struct View {
-    url: String,
-    token: String,
-    id: String,
-    watcher: String,
-    /// What was seen last, or what is asked for first.
-    last_seq: Option<i64>,
-    acknowledged: bool,
-}
-
-/// Connects again and again until the end was seen. Records what it asked for and every event that
-/// it was sent, also those that nobody asked for: the checker knows what should have come.
-async fn follow(mut view: View, submission: Option<Value>, history: &History) {
-    while !follow_once(&mut view, submission.as_ref(), history).await {
-        tokio::task::yield_now().await;
-    }
-}
-
-/// Says whether the end was seen; not so when the connection was lost.
-async fn follow_once(view: &mut View, submission: Option<&Value>, history: &History) -> bool {
-    let Ok(mut session) = Session::connect(&view.url, &view.token).await else { return false };
-    let opening = match (view.last_seq, submission) {
-        (None, Some(submission)) => submission.clone(),
-        (last_seq, _) => json!({
-            "type": "subscribe", "request_id": view.id, "after_seq": last_seq,
-        }),
-    };
-    // As of before it is asked for.
-    let acknowledged = view.acknowledged || history.is_acknowledged(&view.id);
-    if session.send(opening.to_string()).await.is_err() {
-        return false;
-    }
-    let opened = |after_seq: i64| {
-        json!({
-            "record": "opened", "watcher": view.watcher, "id": view.id, "after_seq": after_seq,
-        })
-    };
-    if let Some(last_seq) = view.last_seq {
-        history.record(opened(last_seq));
-    }
-    loop {
-        let Ok(message) = session.next().await else { return false };
-        let value: Value = serde_json::from_str(&message.text).unwrap();
-        match (message.kind.as_str(), message.seq) {
-            // It stands for the first event; those after it follow.
-            ("acknowledgment", _) => {
-                let (id, uid) = (&value["request_id"], &value["uid"]);
-                history.record(opened(1));
-                history.record(json!({"record": "acknowledged", "id": id, "uid": uid}));
-                (view.last_seq, view.acknowledged) = (Some(1), true);
-            }
-            (kind, Some(seq)) => {
-                let record = json!({"record": "seen", "watcher": view.watcher, "event": value});
-                history.record(record);
-                view.last_seq = Some(seq);
-                if matches!(kind, "complete" | "error" | "cancelled") {
-                    return true;
-                }
-            }
-            ("error", None) => {
-                let code = value["error"]["code"].as_str().unwrap().to_owned();
-                if code == "NOT_FOUND" && !acknowledged {
-                    return false;
-                }
-                if matches!(code.as_str(), "NOT_FOUND" | "INVALID_ACTION") {
-                    let record =
-                        json!({"record": "refused", "watcher": view.watcher, "why": value});
-                    history.record(record);
-                    return true;
-                }
-                return false;
-            }
-            // A snapshot, or of the connection.
-            _ => {}
-        }
-    }
-}
-
-/// Reads every log from its beginning.
-async fn record_logs(url: &str, token: &str, history: &History) {
-    let mut uids: Vec<String> = {
-        let records = history.records.lock().unwrap();
-        let acknowledged = records.iter().filter(|record| record["record"] == "acknowledged");
-        acknowledged.map(|record| record["uid"].as_str().unwrap().to_owned()).collect()
-    };
-    uids.sort_unstable();
-    uids.dedup();
-    for uid in uids {
-        let target = Target::Watch { request_id: uid.clone(), after_seq: 0 };
-        let mut follower = Follower::new(url, token, target);
-        let mut events = Vec::new();
-        while let Some(message) = follower.next().await.unwrap() {
-            if message.seq.is_some() {
-                events.push(serde_json::from_str::<Value>(&message.text).unwrap());
-            }
-        }
-        history.record(json!({"record": "log", "uid": uid, "events": events}));
-    }
-}
-
-fn judge(name: &str, seed: usize, history: &History) {
-    let path = env::temp_dir().join(format!("streamer-history-{name}-{seed}.jsonl"));
-    let mut file = fs::File::create(&path).unwrap();
-    for record in history.records.lock().unwrap().iter() {
-        writeln!(file, "{record}").unwrap();
-    }
-    let judged = Command::new(checker()).arg(&path).output().unwrap();
-    let told = String::from_utf8_lossy(&judged.stdout);
-    println!("{told}");
-    assert!(judged.status.success(), "seed {seed}, history in {}:\n{told}", path.display());
-    fs::remove_file(&path).unwrap();
 }

@@ -78,11 +78,8 @@ impl Health {
         {
             return outcome.clone();
         }
-        let outcome = match timeout(HEALTH_TIMEOUT, self.store.check()).await {
-            Ok(checked) => checked.map_err(|error| error.to_string()),
-            Err(_) => Err("the store does not answer".to_owned()),
-        };
-        let outcome = outcome.and_then(|()| self.needs.iter().try_for_each(|need| need()));
+        let outcome =
+            self.check_store().await.and_then(|()| self.needs.iter().try_for_each(|need| need()));
         if self.stopping.is_cancelled() {
             return Err("the server is stopping".into());
         }
@@ -91,6 +88,14 @@ impl Health {
             if outcome.is_ok() { ServingStatus::Serving } else { ServingStatus::NotServing };
         self.report(status).await;
         outcome
+    }
+
+    /// Whether the store can be written; without it there is no point in starting.
+    pub(crate) async fn check_store(&self) -> Result<(), String> {
+        match timeout(HEALTH_TIMEOUT, self.store.check()).await {
+            Ok(checked) => checked.map_err(|error| error.to_string()),
+            Err(_) => Err("the store does not answer".to_owned()),
+        }
     }
 
     /// From now on, nobody should come here.

@@ -146,7 +146,8 @@ impl AllInOne {
         if let (Role::All, Some(router)) = (role, &services.router) {
             router.ready().await;
         }
-        services.health.refresh().await.map_err(StartError::Unhealthy)?;
+        // The others need not be there yet.
+        services.health.check_store().await.map_err(StartError::Unhealthy)?;
         let router = services.http()?;
         tasks.push(tokio::spawn(serve::serve(
             listener,

@@ -1,0 +1,71 @@
+//! A TCP proxy that can be cut: then nothing gets through in either direction, and nobody is told.
+
+use std::net::SocketAddr;
+
+use tokio::{
+    io::{AsyncReadExt, AsyncWriteExt},
+    net::{
+        TcpListener, TcpStream,
+        tcp::{OwnedReadHalf, OwnedWriteHalf},
+    },
+    sync::watch,
+};
+
+/// A running proxy.
+pub struct Proxy {
+    /// Where it listens.
+    pub address: SocketAddr,
+    open: watch::Sender<bool>,
+}
+
+impl Proxy {
+    /// Starts one in front of `target`, which need not be there yet.
+    ///
+    /// # Panics
+    /// When there is no port for it.
+    pub async fn start(target: SocketAddr) -> Self {
+        let listener = TcpListener::bind("127.0.0.1:0").await.expect("a port is free");
+        let address = listener.local_addr().expect("it listens");
+        let (open, is_open) = watch::channel(true);
+        tokio::spawn(async move {
+            while let Ok((near, _)) = listener.accept().await {
+                let is_open = is_open.clone();
+                tokio::spawn(async move {
+                    // Like a host that does not answer: the connection waits.
+                    let mut wait = is_open.clone();
+                    if wait.wait_for(|open| *open).await.is_err() {
+                        return;
+                    }
+                    let Ok(far) = TcpStream::connect(target).await else { return };
+                    let ((near_in, near_out), (far_in, far_out)) =
+                        (near.into_split(), far.into_split());
+                    tokio::spawn(carry(near_in, far_out, is_open.clone()));
+                    carry(far_in, near_out, is_open).await;
+                });
+            }
+        });
+        Self { address, open }
+    }
+
+    /// Lets nothing through from now on.
+    pub fn cut(&self) {
+        self.open.send_replace(false);
+    }
+
+    /// Lets everything through again, also what was held back.
+    pub fn mend(&self) {
+        self.open.send_replace(true);
+    }
+}
+
+async fn carry(mut from: OwnedReadHalf, mut to: OwnedWriteHalf, mut open: watch::Receiver<bool>) {
+    let mut bytes = vec![0; 16 * 1024];
+    while let Ok(count) = from.read(&mut bytes).await {
+        if open.wait_for(|open| *open).await.is_err() {
+            return;
+        }
+        if count == 0 || to.write_all(&bytes[..count]).await.is_err() {
+            return;
+        }
+    }
+}
