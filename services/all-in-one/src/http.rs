@@ -14,7 +14,7 @@ use streamer_rpc::name_message_limit;
 use streamer_store::Store;
 use tokio::{
     sync::Mutex,
-    time::{Instant, MissedTickBehavior, interval, timeout},
+    time::{Instant, sleep, timeout},
 };
 use tokio_util::sync::CancellationToken;
 use tonic::service::Routes;
@@ -29,8 +29,8 @@ use crate::{
 
 /// How often health is looked at when nobody asks.
 const HEALTH_INTERVAL: Duration = Duration::from_secs(5);
-/// An answer younger than this is given again.
-const HEALTH_CACHE: Duration = Duration::from_secs(1);
+/// An answer younger than this is given again; while it is a bad one, it is looked at so often.
+const HEALTH_CACHE: Duration = Duration::from_millis(500);
 const HEALTH_TIMEOUT: Duration = Duration::from_secs(5);
 /// Prometheus' content type of OpenMetrics text.
 const OPEN_METRICS: &str = "application/openmetrics-text; version=1.0.0; charset=utf-8";
@@ -111,17 +111,20 @@ impl Health {
     }
 
     pub(crate) async fn watch(&self, shutdown: CancellationToken) {
-        let mut ticks = interval(HEALTH_INTERVAL);
-        ticks.set_missed_tick_behavior(MissedTickBehavior::Delay);
+        let mut told = None;
         loop {
+            let outcome = self.refresh().await;
+            let pause = if outcome.is_ok() { HEALTH_INTERVAL } else { HEALTH_CACHE };
+            if told.as_ref() != Some(&outcome) && !self.stopping.is_cancelled() {
+                match &outcome {
+                    Ok(()) => tracing::info!("the server can do its job"),
+                    Err(reason) => tracing::error!(reason, "the server cannot do its job"),
+                }
+            }
+            told = Some(outcome);
             tokio::select! {
                 () = shutdown.cancelled() => return,
-                _ = ticks.tick() => {}
-            }
-            if let Err(reason) = self.refresh().await
-                && !self.stopping.is_cancelled()
-            {
-                tracing::error!(reason, "the server cannot do its job");
+                () = sleep(pause) => {}
             }
         }
     }
