@@ -536,7 +536,7 @@ impl Dynamo {
     }
 
     /// So many events after this one, as they are stored.
-    async fn stored(
+    pub(crate) async fn stored(
         &self,
         item: &RequestItem,
         after: i64,

@@ -74,10 +74,13 @@ impl Dynamo {
                 // one like it.
                 Ok(Some(existing)) if existing.uid == uid => {
                     let record = Box::new(existing.to_record()?);
-                    return Ok(if existing.last_seq == 1 {
-                        CreateOutcome::Created(record, Box::new(accepted))
-                    } else {
-                        CreateOutcome::Existing(record)
+                    // What is stored counts, not what this call would have stored.
+                    let first = existing.events.first().filter(|_| existing.last_seq == 1);
+                    return Ok(match first {
+                        Some(first) => {
+                            CreateOutcome::Created(record, Box::new(first.clone().into_event()))
+                        }
+                        None => CreateOutcome::Existing(record),
                     });
                 }
                 Ok(Some(existing)) => {
@@ -153,11 +156,11 @@ impl Dynamo {
             }
             Err(error) => {
                 let Some(reasons) = reasons(&error) else { return Err(store_error(doing, error)) };
-                if !reasons.iter().any(|r| r.code() == Some("ConditionalCheckFailed")) {
-                    return Err(cancelled(doing, reasons));
-                }
+                let busy = only_busy(reasons);
+                // Also when it met another: that may have been one of the same name.
                 match self.named(&new.owner, client_id).await? {
                     Some(existing) => Ok(Some(existing)),
+                    None if busy => Err(cancelled(doing, reasons)),
                     // The name is left of a request that is gone.
                     None => {
                         self.free_name(&new.owner, client_id).await?;
@@ -506,7 +509,7 @@ impl Dynamo {
             .when("last_seq", "=", number(item.last_seq));
         let claimed = match self.update_request(doing, &uid, update).await? {
             Updated::Done(item) => item,
-            // This very call, whose first answer was lost on the way.
+            // Claimed by this holder, in this call or an earlier one whose answer was lost.
             Updated::Refused(Some(found))
                 if found.state == RequestState::Running
                     && found.attempt == attempt
@@ -522,6 +525,9 @@ impl Dynamo {
             Some(kept) => self.kept(&uid, kept).await?.map(|checkpoint| checkpoint.data),
             None => None,
         };
+        // What is stored counts, not what this call would have stored.
+        let stored = self.stored(&claimed, seq - 1, 1).await?.into_iter().next();
+        let started = stored.map_or(started, StoredEvent::into_event);
         let record = claimed.to_record()?;
         Ok(ClaimOutcome::Claimed(Box::new(Claimed { record, payload, checkpoint, started })))
     }
@@ -592,7 +598,7 @@ impl Dynamo {
         let mut patience = Patience::default();
         loop {
             let Some(item) = found else { return Ok(CancelOutcome::NotFound) };
-            let mut record = item.to_record()?;
+            let record = item.to_record()?;
             found = match record.state {
                 State::Succeeded | State::Failed | State::Cancelled => {
                     return Ok(CancelOutcome::Ended(Box::new(record)));
@@ -633,14 +639,22 @@ impl Dynamo {
                     };
                     match self.change(&name, Some(&item), &change).await? {
                         Tried::Applied { .. } => {
-                            record.state = State::Cancelled;
-                            record.last_seq = event.seq;
-                            record.finish_time = Some(now);
-                            record.cancel_reason = Some(reason.to_owned());
-                            record.output = Some(output);
-                            return Ok(CancelOutcome::Cancelled(Box::new(record), Box::new(event)));
+                            let record =
+                                Box::new(cancelled_record(record, &event, now, reason, output));
+                            return Ok(CancelOutcome::Cancelled(record, Box::new(event)));
                         }
-                        Tried::Refused(found) => found.map(|found| *found),
+                        Tried::Refused(found) => {
+                            let found = found.map(|found| *found);
+                            let done =
+                                |found: &RequestItem| found.events.last() == change.events.last();
+                            if found.as_ref().is_some_and(done) {
+                                // This very call, whose first answer was lost on the way.
+                                let record =
+                                    Box::new(cancelled_record(record, &event, now, reason, output));
+                                return Ok(CancelOutcome::Cancelled(record, Box::new(event)));
+                            }
+                            found
+                        }
                     }
                 }
             };
@@ -731,6 +745,24 @@ impl Dynamo {
             bytes += size(&encode(event)?) + 1;
         }
         Ok(i64::try_from(bytes).unwrap_or(i64::MAX))
+    }
+}
+
+/// As it is once it was cancelled while it waited.
+fn cancelled_record(
+    record: RequestRecord,
+    event: &Event,
+    now: Timestamp,
+    reason: &str,
+    output: OutputSummary,
+) -> RequestRecord {
+    RequestRecord {
+        state: State::Cancelled,
+        last_seq: event.seq,
+        finish_time: Some(now),
+        cancel_reason: Some(reason.to_owned()),
+        output: Some(output),
+        ..record
     }
 }
 

@@ -1,29 +1,39 @@
 //! `streamer.progress.v1.ProgressService`.
 
-use std::{sync::Arc, time::Duration};
+use std::{
+    collections::HashMap,
+    sync::{Arc, Weak},
+    time::Duration,
+};
 
 use futures_util::stream::BoxStream;
+use parking_lot::Mutex;
 use streamer_auth::{Caller, Principal};
 use streamer_core::{Limits, Uid, Violations, validate};
-use streamer_proto::progress::v1::{
-    ListEventsRequest, ListEventsResponse, WatchRequest, WatchResponse,
-    progress_service_client::ProgressServiceClient, progress_service_server::ProgressService,
+use streamer_proto::{
+    common::v1::Event,
+    progress::v1::{
+        ListEventsRequest, ListEventsResponse, WatchRequest, WatchResponse,
+        progress_service_client::ProgressServiceClient, progress_service_server::ProgressService,
+    },
 };
 use streamer_rpc::{
     FORWARDED, Member, encode_event, not_found, store_status, validation_status, with_authorization,
 };
-use streamer_store::{Owner, Store, find_by_name};
-use tokio::time::timeout;
+use streamer_store::{Owner, RequestRecord, Store, StoreError, find_by_name};
+use tokio::{sync::OnceCell, time::timeout};
 use tonic::{Code, Request, Response, Status, metadata::MetadataValue};
 
 use crate::{
     Ring,
-    topics::{Subscription, Topics},
+    topics::{Read, Subscription, Topics},
     watcher::Watcher,
 };
 
 /// How long another instance may take to begin a stream, before it is served here.
 const PASS_ON_TIMEOUT: Duration = Duration::from_secs(3);
+/// Names looked up at once, beyond which entries that nobody needs are looked for.
+const MAX_FINDING: usize = 1024;
 const MAX_PAGE: i32 = 1000;
 const DEFAULT_PAGE: usize = 100;
 const MAX_PAGE_BYTES: usize = 1024 * 1024;
@@ -34,6 +44,17 @@ pub struct WatchService {
     store: Arc<dyn Store>,
     ring: Option<Ring>,
     limits: Limits,
+    finding: Finding,
+}
+
+/// Names that are being looked up: who asks for the same one at the same time shares the answer.
+type Finding = Mutex<HashMap<(Owner, String), Weak<OnceCell<Option<Found>>>>>;
+
+/// What a name stands for.
+#[derive(Clone)]
+struct Found {
+    uid: Uid,
+    owner: Owner,
 }
 
 impl WatchService {
@@ -43,7 +64,7 @@ impl WatchService {
         ring: Option<Ring>,
         limits: Limits,
     ) -> Self {
-        Self { topics, store, ring, limits }
+        Self { topics, store, ring, limits, finding: Mutex::default() }
     }
 
     /// Passes a watch on to the instance that the request belongs to, where its events come first;
@@ -102,13 +123,65 @@ impl WatchService {
 
     async fn find(&self, principal: &Principal, name: &str) -> Result<Uid, Status> {
         let owner = Owner { tenant: principal.tenant.clone(), user: principal.user.clone() };
-        let record =
-            find_by_name(&*self.store, &owner, name).await.map_err(|error| store_status(&error))?;
-        match record {
-            Some(record) if principal.may_read(&record.owner.tenant, &record.owner.user) => {
-                Ok(record.uid)
+        let key = (owner, name.to_owned());
+        let (asking, joined) = {
+            let mut finding = self.finding.lock();
+            match finding.get(&key).and_then(Weak::upgrade) {
+                Some(asking) => (asking, true),
+                None => {
+                    // Of those who gave up, the entries stay.
+                    if finding.len() >= MAX_FINDING {
+                        finding.retain(|_, asking| asking.strong_count() > 0);
+                    }
+                    let asking = Arc::new(OnceCell::new());
+                    finding.insert(key.clone(), Arc::downgrade(&asking));
+                    (asking, false)
+                }
+            }
+        };
+        let look_up = || async {
+            let record = find_by_name(&*self.store, &key.0, name).await?;
+            let found = |record: RequestRecord| Found { uid: record.uid, owner: record.owner };
+            Ok::<_, StoreError>(record.map(found))
+        };
+        let mut found = asking.get_or_try_init(look_up).await.cloned();
+        if joined && matches!(found, Ok(None)) {
+            // The others may have looked before it was there.
+            found = look_up().await;
+        }
+        {
+            // The last one of those who ask together takes the entry away.
+            let mut finding = self.finding.lock();
+            if Arc::strong_count(&asking) == 1
+                && finding.get(&key).is_some_and(|known| known.ptr_eq(&Arc::downgrade(&asking)))
+            {
+                finding.remove(&key);
+            }
+        }
+        match found.map_err(|error| store_status(&error))? {
+            Some(found) if principal.may_read(&found.owner.tenant, &found.owner.user) => {
+                Ok(found.uid)
             }
             _ => Err(not_found(name)),
+        }
+    }
+
+    /// A page of a log that is in memory, if its reader may read it.
+    fn in_memory(
+        &self,
+        principal: &Principal,
+        request: &ListEventsRequest,
+        wanted: usize,
+    ) -> Option<Vec<Event>> {
+        let uid = request.request_id.parse().ok()?;
+        let topic = self.topics.loaded(uid)?.topic;
+        let snapshot = topic.snapshot()?;
+        if !principal.may_read(&snapshot.tenant_id, &snapshot.user_id) {
+            return None;
+        }
+        match topic.read(request.after_seq, wanted, MAX_PAGE_BYTES) {
+            Read::Events(events) => Some(events),
+            Read::InStore | Read::UpToDate | Read::Ended => None,
         }
     }
 }
@@ -154,18 +227,20 @@ impl ProgressService for WatchService {
         violations.check("page_size", validate::in_range(page_size, 0, i64::from(MAX_PAGE), ""));
         violations.check("after_seq", validate::in_range(request.after_seq, 0, i64::MAX, ""));
         refuse(&violations)?;
-        let uid = self.find(&caller.principal, &request.request_id).await?;
         let wanted = match request.page_size {
             0 => DEFAULT_PAGE,
             size => usize::try_from(size).unwrap_or(DEFAULT_PAGE),
         };
-        let page = self
-            .store
-            .read_events(uid, request.after_seq, wanted, MAX_PAGE_BYTES)
-            .await
-            .map_err(|error| store_status(&error))?;
         let encoding = request.payload_encoding();
-        let mut events = page.events;
+        let mut events = match self.in_memory(&caller.principal, &request, wanted) {
+            Some(events) => events,
+            None => {
+                let uid = self.find(&caller.principal, &request.request_id).await?;
+                let page =
+                    self.store.read_events(uid, request.after_seq, wanted, MAX_PAGE_BYTES).await;
+                page.map_err(|error| store_status(&error))?.events
+            }
+        };
         for event in &mut events {
             encode_event(event, encoding);
         }
