@@ -118,6 +118,9 @@ impl Health {
             if told.as_ref() != Some(&outcome) && !self.stopping.is_cancelled() {
                 match &outcome {
                     Ok(()) => tracing::info!("the server can do its job"),
+                    Err(reason) if told.is_none() => {
+                        tracing::info!(reason, "the server cannot do its job yet");
+                    }
                     Err(reason) => tracing::error!(reason, "the server cannot do its job"),
                 }
             }
