@@ -10,6 +10,7 @@ mod proxy;
 mod random;
 mod server;
 mod site;
+mod throttle;
 mod worker;
 
 pub use browser::Browser;
@@ -20,4 +21,5 @@ pub use proxy::Proxy;
 pub use random::Random;
 pub use server::{Server, binary, checker, dynamodb_settings, refusal_to_start, tables, tool};
 pub use site::Site;
+pub use throttle::{Throttle, Throttling};
 pub use worker::{ScriptedWorker, WorkerProcess, declare, hello, offered, offered_at};

@@ -131,6 +131,8 @@ options! {
         queue_shards: u64 = 4, in 1..=64;
         /// How long requests are kept after they ended, in hours; 0 means for ever.
         retention_hours: u64 = 0, in 0..=87_600;
+        /// Whether the stream of the requests table wakes processors, beside hints and polls.
+        stream: bool = true;
         /// URL of an object store for values beyond 64 KiB: s3://bucket/prefix, or file:///folder for
         /// one machine. Empty means none; then no payload, result or chunk may be larger than 320 KiB.
         objects: String = String::new();
@@ -228,8 +230,14 @@ options! {
         local_actions: Vec<String> = vec!["*".into()];
         /// How long a processor that fell silent keeps its attempts, in milliseconds.
         lease_ms: u64 = 10_000, in 300..=3_600_000;
-        /// How often the store is asked for work that no hint told of, in milliseconds.
+        /// Whether routers tell processors of new requests.
+        hints: bool = true;
+        /// How often the store is asked for work that nobody told of, and for attempts whose
+        /// processors are gone, in milliseconds.
         poll_interval_ms: u64 = 1_000, in 10..=600_000;
+        /// Whether it is asked for such work at all: without, it has to be told of by hints or the
+        /// stream.
+        poll_queue: bool = true;
         /// How long a handler may go on after cancellation was asked for, in milliseconds.
         cancel_grace_ms: u64 = 10_000, in 0..=3_600_000;
     }

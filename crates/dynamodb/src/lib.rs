@@ -21,6 +21,7 @@ mod options;
 mod queue;
 mod requests;
 mod store;
+mod stream;
 pub mod tables;
 
 pub use error::OpenError;

@@ -15,6 +15,8 @@ pub struct DynamoOptions {
     pub queue_shards: u32,
     /// How long requests are kept after they ended; `None` for ever.
     pub retention: Option<Duration>,
+    /// Whether the stream of the requests table wakes processors.
+    pub stream: bool,
     /// URL of an object store for large values: `s3://bucket/prefix` or `file:///folder`.
     pub objects: Option<String>,
 }
@@ -27,6 +29,7 @@ impl Default for DynamoOptions {
             table_prefix: "streamer-".into(),
             queue_shards: 4,
             retention: None,
+            stream: true,
             objects: None,
         }
     }

@@ -8,8 +8,8 @@ use streamer_core::{Timestamp, Uid};
 use streamer_store::{
     Adopt, Append, Appended, CancelOutcome, Claim, ClaimOutcome, ConnectionPage, ConnectionRecord,
     CreateOutcome, DeclaredAction, DeleteOutcome, DuePage, DueQuery, EventPage, Lease,
-    ListRequests, NewRequest, Owner, QueueAhead, QueueStats, Renewed, RequestPage, RequestRecord,
-    Store, StoreError, StoredPayload,
+    ListRequests, NewRequest, Owner, QueueAhead, QueueStats, QueueTrigger, Renewed, RequestPage,
+    RequestRecord, Store, StoreError, StoredPayload,
 };
 use streamer_telemetry::Metrics;
 use tokio::time::Instant;
@@ -21,12 +21,14 @@ use crate::{
     expression::{Expression, key},
     holders::Holders,
     objects::{MAX_INLINE_BYTES, Objects},
+    stream::StreamTrigger,
 };
 
 /// The store over DynamoDB.
 pub struct DynamoStore {
     dynamo: Dynamo,
     holders: Holders,
+    trigger: Option<Arc<StreamTrigger>>,
 }
 
 impl DynamoStore {
@@ -40,15 +42,20 @@ impl DynamoStore {
             Some(url) => Some(Arc::new(Objects::open(url)?)),
             None => None,
         };
+        let config = sdk_config(options).await;
         let dynamo = Dynamo {
-            client: Client::new(&sdk_config(options).await),
+            client: Client::new(&config),
             tables: Arc::new(TableNames::new(&options.table_prefix)),
             objects,
             queue_shards: options.queue_shards.clamp(1, 64),
             retention: options.retention,
             metrics: DynamoMetrics::new(metrics),
         };
-        Ok(Self { dynamo, holders: Holders::default() })
+        let trigger = options.stream.then(|| {
+            let client = aws_sdk_dynamodbstreams::Client::new(&config);
+            Arc::new(StreamTrigger::new(dynamo.clone(), client))
+        });
+        Ok(Self { dynamo, holders: Holders::default(), trigger })
     }
 
     /// The largest payload, result or chunk that it takes, in bytes; `None` with an object store.
@@ -218,6 +225,10 @@ impl Store for DynamoStore {
 
     async fn list_actions(&self, since: Timestamp) -> Result<Vec<DeclaredAction>, StoreError> {
         self.noted(self.dynamo.list_actions(since).await)
+    }
+
+    fn queue_trigger(&self) -> Option<Arc<dyn QueueTrigger>> {
+        self.trigger.clone().map(|trigger| trigger as Arc<dyn QueueTrigger>)
     }
 
     async fn check(&self) -> Result<(), StoreError> {

@@ -14,6 +14,7 @@ mod find;
 mod model;
 mod sqlite;
 mod store;
+mod trigger;
 
 use std::{path::PathBuf, sync::Arc};
 
@@ -27,6 +28,7 @@ pub use model::{
 };
 pub use sqlite::SqliteStore;
 pub use store::Store;
+pub use trigger::{QueueTrigger, Told, WaitingRequest};
 
 /// Which engine, and what it needs.
 #[derive(Clone, Debug)]

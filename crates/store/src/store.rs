@@ -1,13 +1,15 @@
 //! The contract that every engine keeps.
 
+use std::sync::Arc;
+
 use async_trait::async_trait;
 use streamer_core::{Timestamp, Uid};
 
 use crate::{
     Adopt, Append, Appended, CancelOutcome, Claim, ClaimOutcome, ConnectionPage, ConnectionRecord,
     CreateOutcome, DeclaredAction, DeleteOutcome, DuePage, DueQuery, EventPage, Lease,
-    ListRequests, NewRequest, Owner, QueueAhead, QueueStats, Renewed, RequestPage, RequestRecord,
-    StoreError, StoredPayload,
+    ListRequests, NewRequest, Owner, QueueAhead, QueueStats, QueueTrigger, Renewed, RequestPage,
+    RequestRecord, StoreError, StoredPayload,
 };
 
 /// Everything durable. Each method says its precondition and what a repeat does; each is durable
@@ -147,6 +149,11 @@ pub trait Store: Send + Sync + 'static {
 
     /// Reads the declarations that were saved at or after `since`.
     async fn list_actions(&self, since: Timestamp) -> Result<Vec<DeclaredAction>, StoreError>;
+
+    /// Who tells of requests that wait, where the engine has such a thing.
+    fn queue_trigger(&self) -> Option<Arc<dyn QueueTrigger>> {
+        None
+    }
 
     /// Proves that it can write durably.
     async fn check(&self) -> Result<(), StoreError>;

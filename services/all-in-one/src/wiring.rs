@@ -140,6 +140,7 @@ impl Services {
                 progress: watches.clone(),
                 metrics: metrics.clone(),
                 limits,
+                hints: config.execution.hints,
             })
         });
         let routes = match (&router, &elsewhere) {
@@ -276,6 +277,7 @@ pub fn dynamo_options(config: &Config) -> DynamoOptions {
         table_prefix: dynamodb.table_prefix.clone(),
         queue_shards: number(dynamodb.queue_shards),
         retention: (hours > 0).then(|| Duration::from_secs(hours * 3600)),
+        stream: dynamodb.stream,
         objects: given(&dynamodb.objects),
     }
 }
@@ -346,6 +348,7 @@ fn processor_options(config: &Config, limits: Limits, shared: bool) -> Processor
         limits,
         sync_threshold: Duration::from_millis(execution.sync_threshold_ms),
         shared,
+        poll_queue: execution.poll_queue,
     }
 }
 

@@ -17,9 +17,12 @@ use std::{
 use parking_lot::Mutex;
 use streamer_core::{Clock, Timestamp, Uid};
 use streamer_handler::RequestHistory;
-use streamer_store::Store;
+use streamer_store::{Store, WaitingRequest};
 use tokio::time::{Instant, MissedTickBehavior, interval, timeout};
-use tokio_util::{sync::CancellationToken, task::TaskTracker};
+use tokio_util::{
+    sync::CancellationToken,
+    task::{AbortOnDropHandle, TaskTracker},
+};
 
 use crate::{
     ProcessorOptions,
@@ -222,6 +225,7 @@ impl Dispatcher {
 
     /// Dispatches until `shutdown`, then lets what runs end, within the drain timeout.
     pub(crate) async fn run(self: &Arc<Self>, shutdown: CancellationToken) {
+        let telling = self.follow_trigger(shutdown.clone());
         let keeping = CancellationToken::new();
         let keeper = tokio::spawn(self.clone().keep_leases(keeping.clone()));
         let mut polls = interval(self.options.poll_interval);
@@ -234,7 +238,9 @@ impl Dispatcher {
                 () = self.signal.wanted() => {}
                 () = tokio::time::sleep(delay) => self.signal.note_backlog(),
                 _ = polls.tick() => {
-                    self.signal.note_backlog();
+                    if self.options.poll_queue {
+                        self.signal.note_backlog();
+                    }
                     self.take_over_expired().await;
                     self.fail_overdue().await;
                     if measured.is_none_or(|at| at.elapsed() >= MEASURE_INTERVAL) {
@@ -247,11 +253,28 @@ impl Dispatcher {
                 tracing::warn!(%error, "could not read the queue");
             }
         }
+        drop(telling);
         self.stop().await;
         keeping.cancel();
         if let Err(error) = keeper.await {
             tracing::error!(%error, "the lease keeper failed");
         }
+    }
+
+    /// Listens to whoever else tells of requests that wait.
+    fn follow_trigger(
+        self: &Arc<Self>,
+        shutdown: CancellationToken,
+    ) -> Option<AbortOnDropHandle<()>> {
+        let trigger = self.store.queue_trigger()?;
+        let dispatcher = self.clone();
+        let told = Arc::new(move |waiting: WaitingRequest| {
+            let WaitingRequest { uid, action, tenant, not_before } = waiting;
+            dispatcher.wake(uid, &action, &tenant, Some(not_before));
+        });
+        let (name, clock) = (self.name.clone(), self.environment.clock.clone());
+        let following = trigger.follow(name, clock, told, shutdown);
+        Some(AbortOnDropHandle::new(tokio::spawn(following)))
     }
 
     /// Lets what runs here end, and hands back what does not in time. What workers run is left to

@@ -70,6 +70,8 @@ pub struct ProcessorOptions {
     pub limits: Limits,
     /// Actions faster than this are sync.
     pub sync_threshold: Duration,
+    /// Whether the queue is looked at again and again, also when nobody told of anything.
+    pub poll_queue: bool,
     /// Whether others work on the same store: they are told what this one can run, for the time
     /// when it is gone.
     pub shared: bool,

@@ -51,6 +51,8 @@ pub struct Dependencies {
     pub metrics: Metrics,
     /// Sizes that bound payloads and results.
     pub limits: Limits,
+    /// Whether processors are told of new requests.
+    pub hints: bool,
 }
 
 /// The largest list of actions, in bytes: 1 MiB of schemas of the tenant, as much for all tenants,
@@ -79,6 +81,7 @@ impl Router {
             dependencies.event_log,
             dependencies.progress,
             dependencies.limits,
+            dependencies.hints,
         ));
         let front = Arc::new(Front {
             store: dependencies.store,

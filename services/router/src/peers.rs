@@ -37,6 +37,7 @@ pub(crate) struct Peers {
     event_log: EventLogServiceClient<Channel>,
     progress: ProgressServiceClient<Channel>,
     limits: Limits,
+    hints: bool,
     turn: AtomicUsize,
 }
 
@@ -46,6 +47,7 @@ impl Peers {
         event_log: Channel,
         progress: Channel,
         limits: Limits,
+        hints: bool,
     ) -> Self {
         Self {
             processors,
@@ -53,6 +55,7 @@ impl Peers {
             progress: ProgressServiceClient::new(progress)
                 .max_decoding_message_size(limits.max_message_bytes().saturating_mul(2)),
             limits,
+            hints,
             turn: AtomicUsize::new(0),
         }
     }
@@ -125,6 +128,9 @@ impl Peers {
         not_before: Option<Timestamp>,
         processors: &[Arc<str>],
     ) -> Option<WakeResponse> {
+        if !self.hints {
+            return None;
+        }
         let uid = record.uid;
         let request = WakeRequest {
             uid: uid.to_bytes().to_vec().into(),

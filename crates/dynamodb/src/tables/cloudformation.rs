@@ -46,18 +46,16 @@ pub fn cloudformation(default_prefix: &str) -> String {
                 "Default": "",
                 "Description": "SNS topic that is told of alarms; empty for none",
             },
-            "MaxReadUnitsPerSecond": {
+            "MaxUnitsPerSecond": {
                 "Type": "Number",
-                "Default": -1,
-                "Description": "Bound of what each table and index may cost; -1 for none",
-            },
-            "MaxWriteUnitsPerSecond": {
-                "Type": "Number",
-                "Default": -1,
-                "Description": "Bound of what each table and index may cost; -1 for none",
+                "Default": 0,
+                "MinValue": 0,
+                "Description": "Bound of the read and of the write units of each table and index, so \
+                    that a mistake cannot cost without end; 0 for none",
             },
         },
         "Conditions": {
+            "IsBounded": { "Fn::Not": [{ "Fn::Equals": [{ "Ref": "MaxUnitsPerSecond" }, 0] }] },
             "HasAlarmTopic": { "Fn::Not": [{ "Fn::Equals": [{ "Ref": "AlarmTopicArn" }, ""] }] },
         },
         "Resources": resources,
@@ -76,10 +74,9 @@ fn full_name(table: &Table) -> Value {
 }
 
 fn throughput() -> Value {
-    json!({
-        "MaxReadRequestUnits": { "Ref": "MaxReadUnitsPerSecond" },
-        "MaxWriteRequestUnits": { "Ref": "MaxWriteUnitsPerSecond" },
-    })
+    let most = json!({ "Ref": "MaxUnitsPerSecond" });
+    let bounds = json!({ "MaxReadRequestUnits": most, "MaxWriteRequestUnits": most });
+    json!({ "Fn::If": ["IsBounded", bounds, { "Ref": "AWS::NoValue" }] })
 }
 
 fn key_schema(names: &[&str]) -> Value {

@@ -6,9 +6,9 @@ use aws_sdk_dynamodb::{
     Client,
     error::{DisplayErrorContext, ProvideErrorMetadata, SdkError},
     types::{
-        AttributeDefinition, BillingMode, GlobalSecondaryIndex, KeySchemaElement, KeyType,
-        PointInTimeRecoverySpecification, ProjectionType, StreamSpecification, StreamViewType,
-        TableDescription, TableStatus, TimeToLiveSpecification, TimeToLiveStatus,
+        AttributeDefinition, BillingMode, GlobalSecondaryIndex, IndexStatus, KeySchemaElement,
+        KeyType, PointInTimeRecoverySpecification, ProjectionType, StreamSpecification,
+        StreamViewType, TableDescription, TableStatus, TimeToLiveSpecification, TimeToLiveStatus,
     },
 };
 use tokio::time::{Instant, sleep};
@@ -242,6 +242,7 @@ async fn compare(
     let found_indexes: BTreeMap<_, _> = found
         .global_secondary_indexes()
         .iter()
+        .filter(|index| index.index_status() != Some(&IndexStatus::Deleting))
         .filter_map(|index| Some((index.index_name()?, index)))
         .collect();
     let types: BTreeMap<_, _> = found

@@ -1,0 +1,272 @@
+//! What only engine dynamodb has: tables, throttling, large values, triggers.
+#![allow(clippy::unwrap_used, reason = "in tests, a panic is the report")]
+
+use std::{
+    io::Write,
+    process::{Command, Output, Stdio},
+};
+
+use serde_json::{Value, json};
+use streamer_tests::{
+    Client, Load, Log, Server, Throttle, Throttling, binary,
+    dynamodb::{Implementation, endpoint},
+    dynamodb_settings, tables, tool,
+};
+use tempfile::TempDir;
+
+fn local() -> &'static str {
+    endpoint(Implementation::DynamoDbLocal)
+}
+
+fn folder() -> TempDir {
+    TempDir::with_prefix("streamer-test-").unwrap()
+}
+
+/// A server over tables of its own.
+fn server(endpoint: &str, settings: &[&str]) -> Server {
+    let data = folder();
+    let mut all = dynamodb_settings(endpoint, data.path());
+    all.extend(settings.iter().map(ToString::to_string));
+    let all: Vec<&str> = all.iter().map(String::as_str).collect();
+    Server::start_in(data, &all)
+}
+
+fn lines(output: &[u8]) -> Vec<String> {
+    String::from_utf8_lossy(output).lines().map(str::to_owned).collect()
+}
+
+/// Runs Python with boto3 clients for this endpoint.
+fn python(script: &str, endpoint: &str, arguments: &[&str]) -> Output {
+    let head = "import boto3, json, sys\n\
+        def client(name):\n    return boto3.client(name, endpoint_url=sys.argv[1], \
+        region_name='us-east-1', aws_access_key_id='local', aws_secret_access_key='local')\n";
+    let output = Command::new(tool("STREAMER_TESTS_PYTHON"))
+        .args(["-c", &format!("{head}{script}"), endpoint])
+        .args(arguments)
+        .stdin(Stdio::null())
+        .output()
+        .unwrap();
+    assert!(output.status.success(), "{}", String::from_utf8_lossy(&output.stderr));
+    output
+}
+
+#[test]
+fn tables_are_made_once_and_differences_are_told_and_left() {
+    let data = folder();
+    let settings = dynamodb_settings(local(), data.path());
+    let again = tables("create", &settings, data.path());
+    assert!(again.status.success(), "{again:?}");
+    assert_eq!(lines(&again.stdout), ["all tables are there already; nothing was changed"]);
+    let checked = tables("check", &settings, data.path());
+    assert_eq!(lines(&checked.stdout), ["all tables are as they should be"]);
+
+    // As if an older version had made it: without an index, and with another time to live.
+    let prefix = settings.iter().find_map(|s| s.strip_prefix("dynamodb.table_prefix=")).unwrap();
+    let script = "c = client('dynamodb'); p = sys.argv[2]\n\
+        c.delete_table(TableName=p + 'names')\n\
+        c.create_table(TableName=p + 'names', BillingMode='PAY_PER_REQUEST', \
+        AttributeDefinitions=[{'AttributeName': 'id', 'AttributeType': 'S'}], \
+        KeySchema=[{'AttributeName': 'id', 'KeyType': 'HASH'}])\n\
+        c.update_table(TableName=p + 'requests', \
+        GlobalSecondaryIndexUpdates=[{'Delete': {'IndexName': 'expiring'}}])\n";
+    python(script, local(), &[prefix]);
+    for command in ["create", "check"] {
+        let told = tables(command, &settings, data.path());
+        assert_eq!(told.status.code(), Some(1), "{told:?}");
+        let expected = [
+            "these tables are not as they should be, and were not changed:".to_owned(),
+            format!("  {prefix}requests: index expiring is not there"),
+            format!("  {prefix}names: its key is id, should be name"),
+            format!("  {prefix}names: its time to live is not attribute remove_after"),
+        ];
+        assert_eq!(lines(&told.stderr), expected);
+    }
+    let nowhere = tables("check", &["dynamodb.endpoint=http://127.0.0.1:9".into()], data.path());
+    assert_eq!(nowhere.status.code(), Some(3), "{nowhere:?}");
+}
+
+/// An AWS for tests, which has CloudFormation too.
+struct Moto {
+    child: std::process::Child,
+    endpoint: String,
+}
+
+impl Moto {
+    fn start() -> Self {
+        let port = std::net::TcpListener::bind("127.0.0.1:0").unwrap().local_addr().unwrap().port();
+        let child = Command::new(tool("STREAMER_TESTS_PYTHON"))
+            .args(["-m", "moto.server", "-H", "127.0.0.1", "-p", &port.to_string()])
+            .stdin(Stdio::null())
+            .stdout(Stdio::null())
+            .stderr(Stdio::null())
+            .spawn()
+            .unwrap();
+        while std::net::TcpStream::connect(("127.0.0.1", port)).is_err() {
+            std::thread::yield_now();
+        }
+        Self { child, endpoint: format!("http://127.0.0.1:{port}") }
+    }
+}
+
+impl Drop for Moto {
+    fn drop(&mut self) {
+        self.child.kill().unwrap();
+        self.child.wait().unwrap();
+    }
+}
+
+#[tokio::test]
+async fn the_cloudformation_template_is_right_and_its_tables_work() {
+    let data = folder();
+    let printed = tables("cloudformation", &["dynamodb.table_prefix=cf-".into()], data.path());
+    assert!(printed.status.success(), "{printed:?}");
+    let template = data.path().join("tables.json");
+    std::fs::File::create(&template).unwrap().write_all(&printed.stdout).unwrap();
+    let lint = tool("STREAMER_TESTS_PYTHON").with_file_name("cfn-lint");
+    let linted = Command::new(lint).arg(&template).output().unwrap();
+    assert!(linted.status.success(), "{}", String::from_utf8_lossy(&linted.stdout));
+
+    let moto = Moto::start();
+    let script = "c = client('cloudformation'); t = open(sys.argv[2]).read()\n\
+        c.create_stack(StackName='streamer', TemplateBody=t)\n\
+        s = c.describe_stacks(StackName='streamer')['Stacks'][0]\n\
+        assert s['StackStatus'] == 'CREATE_COMPLETE', s\n\
+        assert len(client('cloudwatch').describe_alarms()['MetricAlarms']) == 6\n";
+    python(script, &moto.endpoint, &[template.to_str().unwrap()]);
+    let endpoint = format!("dynamodb.endpoint={}", moto.endpoint);
+    let settings = [endpoint.as_str(), "dynamodb.table_prefix=cf-", "dynamodb.stream=false"];
+    let owned: Vec<String> = settings.iter().map(ToString::to_string).collect();
+    let checked = tables("check", &owned, data.path());
+    assert!(checked.status.success(), "{}", String::from_utf8_lossy(&checked.stderr));
+
+    let mut all = vec!["store.engine=dynamodb"];
+    all.extend(settings);
+    let server = Server::start_in(folder(), &all);
+    let mut client = Client::connect(&server.url, &server.token("acme", "ann", &[])).await;
+    client.submit("one", "echo_async", json!({"steps": 5, "output_chunks": 3})).await;
+    let log = client.follow(Log::after(1)).await;
+    assert_eq!((log.last_type(), log.count("output")), ("complete", 3));
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn throttling_makes_it_slower_and_loses_nothing() {
+    let throttle = Throttle::start(local()).await;
+    let server = server(&throttle.endpoint, &["execution.poll_interval_ms=100"]);
+    let token = server.token("acme", "ann", &[]);
+    let load = Load::start(std::slice::from_ref(&server.url), &token, 4, false);
+    load.more(100).await;
+    throttle.set(Throttling::EveryThird);
+    load.more(400).await;
+    assert!(throttle.refused() > 100, "{}", throttle.refused());
+    throttle.set(Throttling::Nothing);
+    load.judge("throttled").await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn what_cannot_be_taken_is_refused_with_a_time_to_come_again() {
+    let throttle = Throttle::start(local()).await;
+    let server = server(&throttle.endpoint, &[]);
+    let mut client = Client::connect(&server.url, &server.token("acme", "ann", &[])).await;
+    throttle.set(Throttling::Everything);
+    let message = json!({"id": "one", "action": "echo_async", "payload": {"steps": 1}});
+    let refused = client.ask(message.clone()).await;
+    let error = &refused["error"];
+    assert_eq!((&error["code"], &error["retryable"]), (&json!("RATE_LIMITED"), &json!(true)));
+    assert_eq!(error["details"]["retry_after_ms"], 1000, "{refused}");
+    throttle.set(Throttling::Nothing);
+    let accepted = client.ask(message).await;
+    assert_eq!(accepted["type"], "acknowledgment", "{accepted}");
+    assert_eq!(client.follow(Log::after(1)).await.last_type(), "complete");
+}
+
+fn large(bytes: usize) -> Value {
+    json!({"steps": 1, "result": "x".repeat(bytes)})
+}
+
+#[tokio::test]
+async fn large_values_go_through_the_object_store() {
+    let server = server(local(), &["limits.max_payload_bytes=16777216"]);
+    let mut client = Client::connect(&server.url, &server.token("acme", "ann", &[])).await;
+    for (id, bytes) in [("two", 2_000_000), ("ten", 10_000_000)] {
+        client.submit(id, "echo_async", large(bytes)).await;
+        let log = client.follow(Log::after(1)).await;
+        let result = log.events.last().unwrap()["result"].as_str().unwrap();
+        assert_eq!(result.len(), bytes);
+    }
+    let mut objects = 0;
+    for folder in std::fs::read_dir(server.data().join("objects")).unwrap() {
+        objects += std::fs::read_dir(folder.unwrap().path()).unwrap().count();
+    }
+    assert_eq!(objects, 4, "each payload and each result");
+}
+
+#[tokio::test]
+async fn without_an_object_store_large_values_are_refused_by_name() {
+    let server = server(local(), &["dynamodb.objects="]);
+    let mut client = Client::connect(&server.url, &server.token("acme", "ann", &[])).await;
+    let message = json!({"id": "big", "action": "echo_async", "payload": large(340_000)});
+    let refused = client.ask(message).await;
+    let text = refused["error"]["message"].as_str().unwrap();
+    let rule = "must be at most 327680 bytes (store.engine dynamodb without dynamodb.objects)";
+    assert!(text.contains(rule), "{refused}");
+    // What fits does so without one.
+    client.submit("fits", "echo_async", large(300_000)).await;
+    let log = client.follow(Log::after(1)).await;
+    let result = log.events.last().unwrap()["result"].as_str().unwrap();
+    assert_eq!(result.len(), 300_000);
+}
+
+#[tokio::test]
+async fn hints_stream_and_poll_each_suffice() {
+    let switches = |hints: bool, stream: bool, poll: bool| {
+        [
+            format!("execution.hints={hints}"),
+            format!("dynamodb.stream={stream}"),
+            format!("execution.poll_queue={poll}"),
+        ]
+    };
+    for implementation in [Implementation::DynamoDbLocal, Implementation::Dynoxide] {
+        let of = |on: [bool; 3]| switches(on[0], on[1], on[2]);
+        for on in [[true, false, false], [false, true, false], [false, false, true]] {
+            let settings = of(on);
+            let settings: Vec<&str> = settings.iter().map(String::as_str).collect();
+            let server = server(endpoint(implementation), &settings);
+            let token = server.token("acme", "ann", &[]);
+            let mut client = Client::connect(&server.url, &token).await;
+            for id in ["one", "two"] {
+                client.submit(id, "echo_async", json!({"steps": 2})).await;
+                let log = client.follow(Log::after(1)).await;
+                assert_eq!(log.last_type(), "complete", "hints, stream, poll: {on:?}");
+            }
+        }
+    }
+}
+
+#[test]
+fn a_service_alone_says_what_it_needs() {
+    let data = folder();
+    let told = |service: &str, settings: &[&str]| {
+        let mut command = Command::new(binary());
+        command.args([service, "--listen", "127.0.0.1:0", "--data"]).arg(data.path());
+        for setting in settings {
+            command.args(["--set", setting]);
+        }
+        let output = command.env_clear().current_dir(data.path()).output().unwrap();
+        assert_eq!(output.status.code(), Some(1), "{output:?}");
+        lines(&output.stderr).join("\n")
+    };
+    let engine = "store.engine=dynamodb";
+    assert!(told("router", &[]).contains("store.engine: must be dynamodb"));
+    assert!(told("gateway", &[engine]).contains("peers.router: is required"));
+    assert!(told("processor", &[engine]).contains("peers.progress: is required"));
+    let all = "auth.allow_dev_key_beyond_loopback=true";
+    let open = ["server.listen=0.0.0.0:0", engine, all, "peers.progress=http://127.0.0.1:1"];
+    let mut command = Command::new(binary());
+    command.args(["processor", "--data"]).arg(data.path());
+    for setting in open {
+        command.args(["--set", setting]);
+    }
+    let output = command.env_clear().current_dir(data.path()).output().unwrap();
+    let text = lines(&output.stderr).join("\n");
+    assert!(text.contains("peers.secret_file: is required"), "{text}");
+}
