@@ -131,7 +131,7 @@ async fn the_cloudformation_template_is_right_and_its_tables_work() {
         c.create_stack(StackName='streamer', TemplateBody=t)\n\
         s = c.describe_stacks(StackName='streamer')['Stacks'][0]\n\
         assert s['StackStatus'] == 'CREATE_COMPLETE', s\n\
-        assert len(client('cloudwatch').describe_alarms()['MetricAlarms']) == 6\n";
+        assert len(c.describe_stack_resources(StackName='streamer')['StackResources']) == 11\n";
     python(script, &moto.endpoint, &[template.to_str().unwrap()]);
     let endpoint = format!("dynamodb.endpoint={}", moto.endpoint);
     let settings = [endpoint.as_str(), "dynamodb.table_prefix=cf-", "dynamodb.stream=false"];
