@@ -134,7 +134,12 @@ impl ConnectionsService for ConnectionsApi {
         let frame = messages::push(&topic, data.as_ref(), self.now());
         let mut recipients = self.gateway.registry.push(&principal.tenant, None, &frame);
         if let Some(others) = others {
-            recipients += others.ask(&caller, question).await.recipients;
+            let elsewhere = others.ask(&caller, question).await;
+            recipients += elsewhere.recipients;
+            if recipients == 0 && elsewhere.unreachable > 0 {
+                let reason = "a gateway cannot be reached, and nobody is connected to the others";
+                return Err(Status::unavailable(reason));
+            }
         }
         let recipients = i32::try_from(recipients).unwrap_or(i32::MAX);
         Ok(Response::new(BroadcastResponse { recipients }))

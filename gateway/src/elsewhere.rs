@@ -60,7 +60,12 @@ impl OtherGateways {
     /// Asks all of them at once.
     pub(crate) async fn ask(&self, caller: &Caller, question: Question) -> Elsewhere {
         let mut asked = Vec::new();
+        let mut elsewhere = Elsewhere::default();
         for member in self.members.all().iter().filter(|member| *member.name != *self.own) {
+            if !member.seems_up() {
+                elsewhere.unreachable += 1;
+                continue;
+            }
             let asking = question.clone().ask(member.channel.clone(), caller.authorization.clone());
             let gateway = member.name.clone();
             asked.push(async move {
@@ -72,7 +77,6 @@ impl OtherGateways {
                 answer
             });
         }
-        let mut elsewhere = Elsewhere::default();
         for answer in join_all(asked).await {
             match answer {
                 Ok(recipients) => elsewhere.recipients += recipients,

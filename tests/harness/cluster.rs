@@ -1,6 +1,7 @@
 //! Every service twice, each in a process of its own, over one DynamoDB.
 
 use std::{
+    fs,
     net::{SocketAddr, TcpListener},
     process::Child,
     time::Duration,
@@ -76,6 +77,9 @@ impl Cluster {
         DevKey::load_or_create(data.path()).expect("a key can be made");
         let mut common = dynamodb_settings(endpoint, data.path());
         common.extend(settings.iter().map(ToString::to_string));
+        let secret = data.path().join("service-token");
+        fs::write(&secret, "0123456789abcdef0123456789abcdef\n").expect("a file can be written");
+        common.push(format!("peers.secret_file={}", secret.display()));
         let addresses: Vec<(Service, SocketAddr)> = Service::ALL
             .into_iter()
             .flat_map(|service| (0..COPIES).map(move |_| (service, free_address())))
@@ -143,7 +147,18 @@ impl Cluster {
         until_healthy(&format!("http://{address}")).await;
     }
 
-    /// Cuts a progress service off from all others, but not from the store.
+    /// The URL of a process.
+    ///
+    /// # Panics
+    /// When there is no such process.
+    #[must_use]
+    pub fn url(&self, service: Service, number: usize) -> String {
+        let mut members = self.members.iter().filter(|member| member.service == service);
+        let member = members.nth(number).expect("there is such a process");
+        format!("http://{}", member.address)
+    }
+
+    /// Lets nobody reach a progress service any more; it still reaches the store.
     pub fn cut_off(&self, number: usize) {
         self.proxies[number].cut();
     }

@@ -33,7 +33,7 @@ impl WorkerProcess {
     /// When it does not.
     #[must_use]
     pub fn start(server: &Server, token: &str, actions: &str, arguments: &[&str]) -> Self {
-        let mut child = command(server, token, actions, arguments)
+        let mut child = command(&server.url, token, actions, arguments)
             .stderr(Stdio::piped())
             .spawn()
             .expect("the worker can be started");
@@ -49,7 +49,16 @@ impl WorkerProcess {
     /// When it cannot be started.
     #[must_use]
     pub fn spawn(server: &Server, token: &str, actions: &str, arguments: &[&str]) -> Self {
-        let mut command = command(server, token, actions, arguments);
+        Self::spawn_at(&server.url, token, actions, arguments)
+    }
+
+    /// Starts a worker for whoever has this URL.
+    ///
+    /// # Panics
+    /// When it cannot be started.
+    #[must_use]
+    pub fn spawn_at(url: &str, token: &str, actions: &str, arguments: &[&str]) -> Self {
+        let mut command = command(url, token, actions, arguments);
         let child = command.stderr(Stdio::null()).spawn().expect("the worker can be started");
         Self { child, log: None }
     }
@@ -90,10 +99,10 @@ impl WorkerProcess {
     }
 }
 
-fn command(server: &Server, token: &str, actions: &str, arguments: &[&str]) -> Command {
+fn command(url: &str, token: &str, actions: &str, arguments: &[&str]) -> Command {
     let mut command = Command::new(binary());
     command
-        .args(["worker", "--actions", actions, "--server", &server.url, "--token", token])
+        .args(["worker", "--actions", actions, "--server", url, "--token", token])
         .args(arguments)
         .env_clear()
         .env("STREAMER_LOG", "info")

@@ -2,11 +2,23 @@
 //! different opinions, under load. What clients were told is judged by `check-history`.
 #![allow(clippy::unwrap_used, reason = "in tests, a panic is the report")]
 
+use serde_json::json;
+use streamer_client::Api;
+use streamer_proto::{
+    connections::v1::{BroadcastRequest, ListRequest, SendRequest, send_request::Target},
+    internal::v1::{PublishRequest, event_log_service_client::EventLogServiceClient},
+};
+use streamer_rpc::json_payload;
 use streamer_tests::{
-    Cluster, Load, Proxy, Service,
+    Client, Cluster, Load, Log, Proxy, Service, WorkerProcess,
     dynamodb::{Implementation, endpoint},
     offered_at,
 };
+use tokio::sync::{Mutex, MutexGuard};
+use tonic::{Code, metadata::MetadataValue, transport::Endpoint};
+
+/// Two cores are enough for one cluster.
+static ONE_AT_A_TIME: Mutex<()> = Mutex::const_new(());
 
 const SETTINGS: [&str; 4] = [
     "execution.lease_ms=1000",
@@ -15,18 +27,21 @@ const SETTINGS: [&str; 4] = [
     "peers.resolve_interval_ms=500",
 ];
 
-async fn cluster(views: impl Fn(Service, usize, &[Proxy]) -> Vec<String>) -> Cluster {
+async fn cluster(
+    views: impl Fn(Service, usize, &[Proxy]) -> Vec<String>,
+) -> (Cluster, MutexGuard<'static, ()>) {
+    let alone = ONE_AT_A_TIME.lock().await;
     let cluster = Cluster::start(endpoint(Implementation::DynamoDbLocal), &SETTINGS, views).await;
     let token = cluster.token("acme", "ann", &["worker:*"]);
     for url in &cluster.urls {
         offered_at(url, &token, "echo_async").await;
     }
-    cluster
+    (cluster, alone)
 }
 
 #[tokio::test(flavor = "multi_thread")]
 async fn clients_resume_when_one_of_each_service_is_killed_in_turn() {
-    let mut cluster = cluster(|_, _, _| Vec::new()).await;
+    let (mut cluster, _alone) = cluster(|_, _, _| Vec::new()).await;
     let token = cluster.token("acme", "ann", &[]);
     let load = Load::start(&cluster.urls, &token, 1, true);
     for number in 0..2 {
@@ -43,13 +58,14 @@ async fn clients_resume_when_one_of_each_service_is_killed_in_turn() {
 
 #[tokio::test(flavor = "multi_thread")]
 async fn clients_resume_when_a_progress_service_is_cut_off() {
-    let cluster = cluster(|_, _, _| Vec::new()).await;
+    let (cluster, _alone) = cluster(|_, _, _| Vec::new()).await;
     let token = cluster.token("acme", "ann", &[]);
     let load = Load::start(&cluster.urls, &token, 2, true);
     for number in 0..2 {
         load.more(200).await;
         cluster.cut_off(number);
-        load.more(300).await;
+        // More than can be under way when it is cut off.
+        load.more(1000).await;
         cluster.join(number);
     }
     load.more(200).await;
@@ -60,7 +76,7 @@ async fn clients_resume_when_a_progress_service_is_cut_off() {
 async fn one_log_also_when_members_are_of_different_opinions() {
     // Each process knows only one progress service, and not the same one; each of those thinks that
     // it is alone.
-    let cluster = cluster(|service, number, proxies| {
+    let (cluster, _alone) = cluster(|service, number, proxies| {
         let known = match service {
             Service::Gateway | Service::Progress => number,
             Service::Processor | Service::Router => 1 - number,
@@ -72,4 +88,103 @@ async fn one_log_also_when_members_are_of_different_opinions() {
     let load = Load::start(&cluster.urls, &token, 3, true);
     load.more(800).await;
     load.judge("cluster-opinions").await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn services_speak_to_users_on_whichever_gateway_they_are() {
+    let (mut cluster, _alone) = cluster(|_, _, _| Vec::new()).await;
+    let token = cluster.token("acme", "ann", &["*"]);
+    let mut clients = Vec::new();
+    for url in &cluster.urls {
+        clients.push(Client::connect(url, &token).await);
+    }
+    let api = Api::new(&cluster.urls[0], &token).unwrap();
+    let data = Some(json_payload("{\"n\":1}"));
+    let send = |target: Target| SendRequest {
+        target: Some(target),
+        topic: "news".into(),
+        data: data.clone(),
+    };
+    let id = clients[1].connected["connection_id"].as_str().unwrap().to_owned();
+    let to_one = api.connections().send(api.call(send(Target::ConnectionId(id)))).await;
+    assert_eq!(to_one.unwrap().into_inner().recipients, 1);
+    assert_eq!(clients[1].next().await["data"], json!({"n": 1}));
+    let to_user = api.connections().send(api.call(send(Target::UserId("ann".into())))).await;
+    assert_eq!(to_user.unwrap().into_inner().recipients, 2);
+    let broadcast = BroadcastRequest { topic: "all".into(), data: data.clone() };
+    let to_all = api.connections().broadcast(api.call(broadcast)).await;
+    assert_eq!(to_all.unwrap().into_inner().recipients, 2);
+    for client in &mut clients {
+        for topic in ["news", "all"] {
+            assert_eq!(client.next().await["topic"], topic);
+        }
+    }
+    let nobody = send(Target::UserId("bob".into()));
+    let status = api.connections().send(api.call(nobody)).await.unwrap_err();
+    assert_eq!(status.code(), Code::NotFound);
+    let listed = api.connections().list(api.call(ListRequest::default())).await;
+    let gateways: Vec<_> =
+        listed.unwrap().into_inner().connections.into_iter().map(|one| one.gateway).collect();
+    assert_eq!(gateways.len(), 2);
+    assert_ne!(gateways[0], gateways[1]);
+
+    // Somebody whose gateway dies goes on at the other.
+    let running = json!({"steps": 50, "delay_ms": 20});
+    clients[0].submit("long", "echo_async", running).await;
+    let mut log = Log::after(1);
+    log.push(clients[0].next().await);
+    cluster.kill(Service::Gateway, 0);
+    let mut elsewhere = Client::connect(&cluster.urls[1], &token).await;
+    let subscribe = json!({"type": "subscribe", "request_id": "long", "after_seq": log.last_seq()});
+    assert_eq!(elsewhere.ask(subscribe).await["type"], "subscribed");
+    assert_eq!(elsewhere.follow(log).await.last_seq(), 53);
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn workers_and_sync_calls_go_through_a_gateway_and_only_services_speak_as_such() {
+    let (mut cluster, _alone) = cluster(|service, _, _| match service {
+        Service::Processor => vec!["execution.local_actions=echo,echo_async".into()],
+        _ => Vec::new(),
+    })
+    .await;
+    let token = cluster.token("acme", "ann", &["*"]);
+    let _worker =
+        WorkerProcess::spawn_at(&cluster.urls[0], &token, "generate_report", &["--slots", "2"]);
+    offered_at(&cluster.urls[1], &token, "generate_report").await;
+    cluster.kill(Service::Processor, 0);
+    let mut client = Client::connect(&cluster.urls[1], &token).await;
+    for number in 0..20 {
+        let echo = json!({"id": format!("e{number}"), "action": "echo", "payload": {"n": number}});
+        let answer = client.ask(echo).await;
+        assert_eq!(answer["data"]["echo"], json!({"n": number}), "{answer}");
+    }
+
+    let progress = cluster.url(Service::Progress, 0);
+    let channel = Endpoint::from_shared(progress).unwrap().connect_lazy();
+    let publish = |secret: Option<&'static str>| {
+        let mut request = tonic::Request::new(PublishRequest::default());
+        if let Some(secret) = secret {
+            let secret = MetadataValue::from_static(secret);
+            request.metadata_mut().insert("streamer-service-token", secret);
+        }
+        let mut client = EventLogServiceClient::new(channel.clone());
+        async move { client.publish(request).await.unwrap_err().code() }
+    };
+    assert_eq!(publish(None).await, Code::Unauthenticated);
+    let wrong = Some("0123456789abcdef0123456789abcdeX");
+    assert_eq!(publish(wrong).await, Code::Unauthenticated);
+    let right = Some("0123456789abcdef0123456789abcdef");
+    assert_eq!(publish(right).await, Code::InvalidArgument);
+
+    // Nobody else chooses the id of a request.
+    let api = Api::new(&cluster.url(Service::Router, 0), &token).unwrap();
+    let chosen = "01ARZ3NDEKTSV4RRFFQ69G5FAV";
+    let submit = streamer_proto::router::v1::SubmitRequest {
+        action: "echo_async".into(),
+        ..Default::default()
+    };
+    let mut call = api.call(submit);
+    call.metadata_mut().insert("streamer-request-uid", MetadataValue::from_static(chosen));
+    let answer = api.router().submit(call).await.unwrap().into_inner();
+    assert_ne!(answer.uid, chosen);
 }

@@ -11,7 +11,8 @@ use bytes::Bytes;
 use streamer_core::{RequestState, Timestamp, Uid};
 use streamer_dynamodb::{DynamoOptions, DynamoStore, tables};
 use streamer_proto::common::v1::{
-    Action, Event, Failed, Output, OutputSummary, Progress, Retrying, Succeeded, event::Kind,
+    Action, Event, Failed, Output, OutputSummary, Payload, Progress, Retrying, Succeeded,
+    event::Kind, payload::Body,
 };
 use streamer_store::{
     Adopt, Append, Appended, CancelOutcome, Claim, ClaimOutcome, Claimed, ConnectionRecord,
@@ -558,6 +559,173 @@ async fn a_log_is_read_from_anywhere_within_bounds() {
         assert_eq!((page.events.len(), page.more), (1, true), "at least one");
         let page = store.read_events(uid, 2, 8, usize::MAX).await.unwrap();
         assert_eq!((page.events.len(), page.more), (8, false));
+    }
+}
+
+/// A chunk of output of so many bytes.
+fn chunk(seq: i64, attempt: i32, bytes: usize) -> Event {
+    let data = Payload {
+        content_type: "text/plain".into(),
+        body: Some(Body::Data(vec![b'x'; bytes].into())),
+    };
+    event(seq, attempt, Kind::Output(Output { data: Some(data), chunk_index: seq }))
+}
+
+#[tokio::test]
+async fn a_long_log_is_read_whole_whatever_its_events_and_batches() {
+    for Subject { store, .. } in engines().await {
+        let uid = create(&*store, new_request(None)).await;
+        claim(&*store, uid, 2000).await;
+        let mut expected = Vec::new();
+        let mut seq = 3;
+        // Small and large batches, and some events that do not fit anywhere beside others.
+        for round in 0..60 {
+            let sizes: &[usize] = match round % 6 {
+                0 => &[10],
+                1 => &[700, 700, 700, 700],
+                2 => &[3000],
+                3 => &[100, 100_000],
+                4 => &[150_000, 10, 250_000],
+                _ => &[1, 2, 3, 4, 5, 6, 7, 8],
+            };
+            let events: Vec<_> =
+                sizes.iter().zip(seq..).map(|(bytes, seq)| chunk(seq, 1, *bytes)).collect();
+            seq += i64::try_from(events.len()).unwrap();
+            for _ in 0..2 {
+                assert_eq!(append(&*store, uid, 1, events.clone()).await, APPLIED);
+            }
+            expected.extend(events);
+        }
+        let mut after = 2;
+        let mut read = Vec::new();
+        loop {
+            let page = store.read_events(uid, after, 50, 1_000_000).await.unwrap();
+            after += i64::try_from(page.events.len()).unwrap();
+            read.extend(page.events);
+            if !page.more {
+                break;
+            }
+        }
+        assert!(read == expected, "all events, as they were appended");
+        let last = store.read_events(uid, seq - 2, 10, 1000).await.unwrap();
+        assert!(last.events[..] == expected[expected.len() - 1..]);
+        assert!(store.read_events(uid, i64::MAX, 10, 1000).await.unwrap().events.is_empty());
+        // More than fits into one transaction of any engine.
+        let large: Vec<_> = (seq..seq + 30).map(|seq| chunk(seq, 1, 60_000)).collect();
+        for _ in 0..2 {
+            assert_eq!(append(&*store, uid, 1, large.clone()).await, APPLIED);
+        }
+        let page = store.read_events(uid, seq - 1, 100, usize::MAX).await.unwrap();
+        assert!(page.events == large);
+    }
+}
+
+#[tokio::test]
+async fn checkpoints_and_events_of_any_size_come_together() {
+    for Subject { store, .. } in engines().await {
+        let uid = create(&*store, new_request(None)).await;
+        claim(&*store, uid, 2000).await;
+        let mut seq = 3;
+        for (checkpoint, sizes) in [
+            (10, vec![10]),
+            (1000, vec![3000]),
+            (200_000, vec![10]),
+            (1000, vec![100_000, 3000]),
+            (100_000, vec![200_000, 200_000, 10]),
+            (1000, vec![]),
+            (20, vec![1500]),
+        ] {
+            let events: Vec<_> =
+                sizes.iter().zip(seq..).map(|(bytes, seq)| chunk(seq, 1, *bytes)).collect();
+            seq += i64::try_from(events.len()).unwrap();
+            let append = Append {
+                checkpoint: Some(vec![7; checkpoint].into()),
+                ..append_as(uid, Writer::Attempt(1), events)
+            };
+            assert_eq!(store.append(append).await.unwrap(), APPLIED);
+        }
+        let retry = Append {
+            retry_at: Some(at(6000)),
+            ..append_as(uid, Writer::Attempt(1), vec![retrying(seq, 1)])
+        };
+        assert_eq!(store.append(retry).await.unwrap(), APPLIED);
+        let again = claim(&*store, uid, 6000).await;
+        assert_eq!(again.checkpoint.unwrap().len(), 20);
+        let cancel = store.cancel(uid, "enough".into(), at(6500)).await.unwrap();
+        assert!(matches!(cancel, CancelOutcome::Requested(_)));
+        let told = Appended::Applied { cancel_reason: Some("enough".into()) };
+        let next = again.record.last_seq + 1;
+        let large = vec![chunk(next, 2, 5000), chunk(next + 1, 2, 5000)];
+        assert_eq!(append(&*store, uid, 2, large).await, told);
+        let ended = vec![succeeded(next + 2, 2)];
+        assert_eq!(append(&*store, uid, 2, ended).await, told);
+        assert_eq!(store.delete_request(uid).await.unwrap(), DeleteOutcome::Deleted);
+        assert!(seqs(&*store, uid, 0).await.is_empty());
+    }
+}
+
+#[tokio::test]
+async fn odd_values_come_back_as_they_were() {
+    for Subject { store, .. } in engines().await {
+        let new = NewRequest {
+            payload: StoredPayload {
+                content_type: String::new(),
+                data: Bytes::from_static(&[0, 159, 146, 150]),
+            },
+            ..new_request(Some("odd"))
+        };
+        let payload = new.payload.clone();
+        let uid = create(&*store, new).await;
+        assert_eq!(store.read_payload(uid).await.unwrap(), Some(payload.clone()));
+        assert_eq!(claim(&*store, uid, 2000).await.payload, payload);
+        let percentages = [0.0, 1e-300, 0.1 + 0.2, 100.0];
+        let events: Vec<_> = (3..)
+            .zip(percentages)
+            .map(|(seq, percentage)| {
+                let progress = Progress {
+                    percentage: Some(percentage),
+                    message: String::new(),
+                    metadata: Some(Payload {
+                        content_type: "text/plain".into(),
+                        body: Some(Body::Data(Bytes::new())),
+                    }),
+                };
+                event(seq, 1, Kind::Progress(progress))
+            })
+            .collect();
+        assert_eq!(append(&*store, uid, 1, events.clone()).await, APPLIED);
+        let page = store.read_events(uid, 2, 10, 10_000).await.unwrap();
+        assert_eq!(page.events, events);
+        // Progress is of the attempt, however much output followed it.
+        for seq in 7..12 {
+            append(&*store, uid, 1, vec![chunk(seq, 1, 900)]).await;
+        }
+        let record = store.get_request(uid).await.unwrap().unwrap();
+        assert_eq!(record.progress.unwrap().percentage, Some(100.0));
+    }
+}
+
+#[tokio::test]
+async fn a_claim_that_its_holder_does_not_know_of_is_given_up() {
+    for Subject { store, .. } in engines().await {
+        let (known, unknown) =
+            (create(&*store, new_request(None)).await, create(&*store, new_request(None)).await);
+        claim(&*store, known, 2000).await;
+        claim(&*store, unknown, 2000).await;
+        let lease = vec![Lease { uid: known, attempt: 1 }];
+        for now in [2300, 2600, 2900, 3200, 3500] {
+            let renewed =
+                store.renew_leases("p1".into(), lease.clone(), at(now + 1000), at(now)).await;
+            assert!(renewed.unwrap()[0].held);
+        }
+        let expired: Vec<_> = store
+            .expired_leases(at(4400), 10)
+            .await
+            .unwrap()
+            .into_iter()
+            .map(|record| record.uid)
+            .collect();
+        assert_eq!(expired, [unknown]);
     }
 }
 

@@ -138,6 +138,28 @@ impl Expression {
     }
 }
 
+/// Conditions on what is not part of a key, which share the placeholders of those that are.
+#[derive(Default)]
+pub(crate) struct Filter(Vec<String>);
+
+impl Filter {
+    /// Adds one, with its placeholders in `expression`.
+    pub(crate) fn add(
+        &mut self,
+        mut expression: Expression,
+        attribute: &str,
+        value: AttributeValue,
+    ) -> Expression {
+        let (name, value) = (expression.name(attribute), expression.value(value));
+        self.0.push(format!("{name} = {value}"));
+        expression
+    }
+
+    pub(crate) fn expression(&self) -> Option<String> {
+        (!self.0.is_empty()).then(|| self.0.join(" AND "))
+    }
+}
+
 /// A key of one or two text attributes.
 pub(crate) fn key<const N: usize>(attributes: [(&str, &str); N]) -> Attributes {
     attributes.into_iter().map(|(name, value)| (name.to_owned(), text(value))).collect()

@@ -211,6 +211,7 @@ impl Dynamo {
                 .set("lease_until", number(until.as_millis()))
                 .when("state", "=", encode(&RequestState::Running)?)
                 .when("attempt", "=", number(item.attempt))
+                .when_or_missing("lease_until", "<=", number(now.as_millis()))
                 .when("lease_holder", "=", text(holder));
             match self.update_request("giving up a lease", &item.uid, update).await? {
                 Updated::Done(_) => tracing::info!(uid = item.uid, holder, "gave up a lease"),

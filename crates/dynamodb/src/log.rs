@@ -1,5 +1,8 @@
 //! The log of a request: appending to it, with the change of state, and reading it.
 
+use std::time::Duration;
+
+use aws_sdk_dynamodb::error::ProvideErrorMetadata;
 use aws_sdk_dynamodb::types::{
     AttributeValue, ConditionCheck, Put, ReturnConsumedCapacity,
     ReturnValuesOnConditionCheckFailure, TransactWriteItem, Update,
@@ -24,11 +27,16 @@ use crate::{
 const MAX_EVENTS_BYTES: i64 = 2048;
 /// Events of one part: an item holds 400 KB.
 const PART_BYTES: usize = 350 * 1024;
-/// Events of one transaction: it holds 4 MB.
-const TRANSACTION_BYTES: usize = 3 * 1024 * 1024;
+/// Events of one transaction, which could hold 4 MB: all of it goes to one partition, which takes
+/// 1,000 units a second and some more for a while.
+const TRANSACTION_BYTES: usize = 1024 * 1024;
 /// Checkpoints up to this stay in the request's item.
 const INLINE_CHECKPOINT_BYTES: usize = 512;
+/// What belongs to a request goes after it: DynamoDB removes items within days, in no order.
+const PARTS_LATER: Duration = Duration::from_secs(7 * 24 * 3600);
 const CHECKPOINT: &str = "checkpoint";
+/// Looks at a log that changes while it is read, before it is called damaged.
+const MAX_TRIES: u32 = 5;
 /// Parts of one page at most.
 const PAGE_PARTS: i32 = 16;
 
@@ -200,6 +208,9 @@ impl Dynamo {
                         .extend("events", encode(&change.events)?)
                         .add("events_bytes", added);
                 }
+                if refers_to_object(change) {
+                    expression = expression.set("has_parts", AttributeValue::Bool(true));
+                }
                 self.try_update(uid, self.moves(expression, change, known)?).await?
             } else {
                 let Some(item) = known else {
@@ -211,7 +222,7 @@ impl Dynamo {
         if let (Tried::Applied { .. }, Some(retention)) = (&outcome, self.retention)
             && change.events.last().is_some_and(is_terminal)
         {
-            self.forget_later(uid, known, change.now.plus(retention));
+            self.forget_later(uid, known, change.now.plus(retention).plus(PARTS_LATER));
         }
         Ok(outcome)
     }
@@ -245,11 +256,6 @@ impl Dynamo {
         if let Some(value) = change.checkpoint.as_ref().filter(|value| !is_large(value)) {
             let kept = Kept { value: value.clone(), part: None };
             expression = expression.set("checkpoint", encode(&kept)?);
-        }
-        if change.checkpoint.as_ref().is_some_and(|value| value.object.is_some())
-            || change.events.iter().any(has_object)
-        {
-            expression = expression.set("has_parts", AttributeValue::Bool(true));
         }
         if let Some(reason) = change.cancel_reason {
             expression = expression.set("cancel_reason", text(reason));
@@ -358,8 +364,7 @@ impl Dynamo {
             );
             expression = expression
                 .set("events", AttributeValue::L(Vec::new()))
-                .set("events_bytes", number(0))
-                .set("has_parts", AttributeValue::Bool(true));
+                .set("events_bytes", number(0));
             if !retries {
                 let progress = progress.as_ref().map(encode).transpose()?;
                 expression = expression.set_or_remove("progress", progress);
@@ -372,7 +377,6 @@ impl Dynamo {
             let value = StoredValue { data: None, ..value.clone() };
             let kept = Kept { value, part: Some(CHECKPOINT.into()) };
             expression = expression.set("checkpoint", encode(&kept)?);
-            expression = expression.set("has_parts", AttributeValue::Bool(true));
         }
         let mut checks = None;
         if matches!(change.writer, Writer::ExpiredLease(_)) {
@@ -387,6 +391,9 @@ impl Dynamo {
                 );
                 (holder, ended)
             });
+        }
+        if !writes.is_empty() || refers_to_object(change) {
+            expression = expression.set("has_parts", AttributeValue::Bool(true));
         }
         let expression = self.moves(expression, change, Some(item))?;
         let mut patience = Patience::default();
@@ -457,33 +464,23 @@ impl Dynamo {
     ) -> Result<EventPage, StoreError> {
         let mut page = EventPage { events: Vec::new(), more: false };
         let uid = uid.to_string();
-        // First the item, then the parts: events only ever move from the one to the others.
-        let Some(item) = self.get(&uid).await? else { return Ok(page) };
         let mut bytes = 0;
         let mut after = after_seq;
-        let mut start = None;
+        let mut tries = 0;
+        // First the item, then the parts: events only ever move from the one to the others.
+        let Some(mut item) = self.get(&uid).await? else { return Ok(page) };
         loop {
-            let (events, next) = if item.events.first().is_some_and(|first| first.seq <= after + 1)
-                || after >= item.last_seq
-            {
-                (item.events.clone(), None)
-            } else {
-                let (mut events, next) = self.read_parts(&uid, after, start.take()).await?;
-                if next.is_none() {
-                    events.extend(item.events.iter().cloned());
-                }
-                (events, next)
-            };
+            let (events, more) = self.events_after(&item, after).await?;
             let mut wanted = Vec::new();
-            let mut full = false;
+            let (mut full, mut gap) = (false, after < item.last_seq && events.is_empty() && !more);
             for mut event in events {
-                if event.seq <= after {
+                if event.seq <= after || event.seq > item.last_seq {
                     continue;
                 }
-                if page.events.len() + wanted.len() >= max_events
-                    || (bytes >= max_bytes && !(page.events.is_empty() && wanted.is_empty()))
-                {
-                    full = true;
+                gap = event.seq != after + 1;
+                full = page.events.len() + wanted.len() >= max_events
+                    || (bytes >= max_bytes && !(page.events.is_empty() && wanted.is_empty()));
+                if gap || full {
                     break;
                 }
                 after = event.seq;
@@ -493,12 +490,40 @@ impl Dynamo {
             let values = wanted.iter_mut().filter_map(StoredEvent::value_mut).collect();
             self.restore(values).await?;
             page.events.extend(wanted.into_iter().map(StoredEvent::into_event));
-            if full || next.is_none() {
+            if full || (!gap && after >= item.last_seq) {
                 page.more = full;
                 return Ok(page);
             }
-            start = next;
+            if gap {
+                // Parts that were written while they were read: the item tells what there is now.
+                tries += 1;
+                item = match self.get(&uid).await? {
+                    Some(_) if tries > MAX_TRIES => {
+                        let reason = format!("request {uid} has no event {}", after + 1);
+                        return Err(damaged("reading events", reason));
+                    }
+                    Some(item) => item,
+                    None => return Ok(page),
+                };
+            }
         }
+    }
+
+    /// Events after this one, as far as one call reads, and whether parts hold more.
+    async fn events_after(
+        &self,
+        item: &RequestItem,
+        after: i64,
+    ) -> Result<(Vec<StoredEvent>, bool), StoreError> {
+        let here = item.events.first().is_some_and(|first| first.seq <= after.saturating_add(1));
+        if here || after >= item.last_seq {
+            return Ok((item.events.clone(), false));
+        }
+        let (mut events, next) = self.read_parts(&item.uid, after, None).await?;
+        if next.is_none() {
+            events.extend(item.events.iter().cloned());
+        }
+        Ok((events, next.is_some()))
     }
 
     /// Some parts with events after `after`, in order, and where to go on.
@@ -515,7 +540,7 @@ impl Dynamo {
             .table_name(&self.tables.parts)
             .key_condition_expression("uid = :u AND part BETWEEN :f AND :t")
             .expression_attribute_values(":u", text(uid))
-            .expression_attribute_values(":f", text(part_name(after + 1)))
+            .expression_attribute_values(":f", text(part_name(after.saturating_add(1))))
             .expression_attribute_values(":t", text(part_name(i64::MAX)))
             .consistent_read(true)
             .limit(PAGE_PARTS)
@@ -620,7 +645,8 @@ impl Dynamo {
             let update = Expression::default()
                 .set(crate::tables::TIME_TO_LIVE, number(at.as_millis() / 1000))
                 .when_there(there);
-            self.client
+            let set = self
+                .client
                 .update_item()
                 .table_name(table)
                 .set_key(Some(key))
@@ -629,8 +655,13 @@ impl Dynamo {
                 .set_expression_attribute_names(update.names())
                 .set_expression_attribute_values(update.values())
                 .send()
-                .await
-                .map_err(|error| store_error("forgetting a request", error))?;
+                .await;
+            match set {
+                Ok(_) => {}
+                // It is gone already.
+                Err(error) if error.code() == Some("ConditionalCheckFailedException") => {}
+                Err(error) => return Err(store_error("forgetting a request", error)),
+            }
         }
         Ok(())
     }
@@ -638,6 +669,12 @@ impl Dynamo {
 
 fn is_large(value: &StoredValue) -> bool {
     value.data.as_ref().is_some_and(|data| data.0.len() > INLINE_CHECKPOINT_BYTES)
+}
+
+/// Whether some of its values are in the object store.
+fn refers_to_object(change: &Change<'_>) -> bool {
+    change.checkpoint.as_ref().is_some_and(|value| value.object.is_some())
+        || change.events.iter().any(has_object)
 }
 
 fn has_object(event: &StoredEvent) -> bool {

@@ -1,12 +1,12 @@
 //! Large values, in an object store.
 
-use std::{fs, sync::Arc};
+use std::{fs, sync::Arc, time::Duration};
 
 use bytes::Bytes;
 use futures_util::{TryStreamExt, future::try_join_all};
 use object_store::{
-    ObjectStore, ObjectStoreExt, PutPayload, aws::AmazonS3Builder, local::LocalFileSystem,
-    path::Path, prefix::PrefixStore,
+    ClientOptions, ObjectStore, ObjectStoreExt, PutPayload, RetryConfig, aws::AmazonS3Builder,
+    local::LocalFileSystem, path::Path, prefix::PrefixStore,
 };
 use sha2::{Digest, Sha256};
 use streamer_store::StoreError;
@@ -22,6 +22,9 @@ use crate::{
 pub(crate) const OFFLOAD_BYTES: usize = 64 * 1024;
 /// Without an object store, values must fit into an item beside everything else.
 pub(crate) const MAX_INLINE_BYTES: usize = 320 * 1024;
+/// A call must end before the lease of whoever waits for it does.
+const OBJECT_TIMEOUT: Duration = Duration::from_secs(5);
+const OBJECT_PATIENCE: Duration = Duration::from_secs(10);
 /// Objects that are written or read at once.
 const CONCURRENCY: usize = 8;
 
@@ -30,7 +33,7 @@ pub(crate) struct Objects {
 }
 
 impl Objects {
-    pub(crate) fn open(url: &str) -> Result<Self, OpenError> {
+    pub(crate) fn open(url: &str, region: Option<&str>) -> Result<Self, OpenError> {
         let bad = |reason: String| OpenError::Objects(format!("{url}: {reason}"));
         let store: Arc<dyn ObjectStore> = if let Some(folder) = url.strip_prefix("file://") {
             if !folder.starts_with('/') {
@@ -42,10 +45,17 @@ impl Objects {
             Arc::new(local.with_fsync(true))
         } else if let Some(rest) = url.strip_prefix("s3://") {
             let (bucket, prefix) = rest.split_once('/').unwrap_or((rest, ""));
-            let s3 = AmazonS3Builder::from_env()
+            let mut s3 = AmazonS3Builder::from_env()
                 .with_bucket_name(bucket)
-                .build()
-                .map_err(|error| bad(error.to_string()))?;
+                .with_client_options(ClientOptions::new().with_timeout(OBJECT_TIMEOUT))
+                .with_retry(RetryConfig {
+                    retry_timeout: OBJECT_PATIENCE,
+                    ..RetryConfig::default()
+                });
+            if let Some(region) = region {
+                s3 = s3.with_region(region);
+            }
+            let s3 = s3.build().map_err(|error| bad(error.to_string()))?;
             match prefix.trim_matches('/') {
                 "" => Arc::new(s3),
                 prefix => Arc::new(PrefixStore::new(s3, prefix)),

@@ -23,14 +23,15 @@ const SEPARATOR: char = '\t';
 /// Comes right after everything that begins with a field and the separator.
 const AFTER_SEPARATOR: char = '\n';
 const HIGHEST_PRIORITY: i32 = 9;
-/// Rows of the index read at once.
-const PAGE: i32 = 256;
+/// Rows of the index read at once: somewhat more than are asked for, within these bounds.
+const MIN_PAGE: usize = 32;
+const MAX_PAGE: usize = 256;
 /// Requests counted at most: a longer queue is only said to be as long as this.
-const MAX_COUNTED: u64 = 10_000;
+const MAX_COUNTED: u64 = 5_000;
 /// Groups of tenant, action and priority that are looked into for the oldest request at most.
-const MAX_GROUPS: usize = 1000;
+const MAX_GROUPS: usize = 100;
 /// Tenants whose queues are counted at most.
-const MAX_TENANTS: usize = 256;
+const MAX_TENANTS: usize = 16;
 
 /// What a rank says.
 #[derive(Clone, Debug)]
@@ -82,6 +83,7 @@ impl Row {
 struct Cursor<'a> {
     dynamo: &'a Dynamo,
     shard: String,
+    page: usize,
     rows: VecDeque<Row>,
     /// Nothing comes after the rows that are here.
     exhausted: bool,
@@ -115,7 +117,7 @@ impl Cursor<'_> {
             .set_key_condition_expression(condition.condition())
             .set_expression_attribute_names(condition.names())
             .set_expression_attribute_values(condition.values())
-            .limit(PAGE)
+            .limit(i32::try_from(self.page).unwrap_or(i32::MAX))
             .return_consumed_capacity(ReturnConsumedCapacity::Total)
             .send()
             .await
@@ -198,15 +200,17 @@ impl Dynamo {
         (0..self.queue_shards.max(1)).map(|shard| shard.to_string())
     }
 
-    fn cursors(&self) -> Vec<Cursor<'_>> {
+    /// Cursors for reading about so many rows.
+    fn cursors(&self, wanted: usize) -> Vec<Cursor<'_>> {
+        let page = wanted.saturating_add(8).clamp(MIN_PAGE, MAX_PAGE);
         let cursor =
-            |shard| Cursor { dynamo: self, shard, rows: VecDeque::new(), exhausted: false };
+            |shard| Cursor { dynamo: self, shard, page, rows: VecDeque::new(), exhausted: false };
         self.shards().map(cursor).collect()
     }
 
     pub(crate) async fn due(&self, query: &DueQuery) -> Result<DuePage, StoreError> {
         let mut page = DuePage::default();
-        let mut cursors = self.cursors();
+        let mut cursors = self.cursors(query.per_tenant);
         let mut actions = query.actions.clone();
         actions.sort();
         let mut from = query.after_tenant.as_deref().map_or(String::new(), after_tenant);
@@ -248,7 +252,7 @@ impl Dynamo {
         limit: usize,
     ) -> Result<QueueAhead, StoreError> {
         let mut ahead = QueueAhead::default();
-        let mut cursors = self.cursors();
+        let mut cursors = self.cursors(limit);
         let mut from = String::new();
         for _ in 0..MAX_TENANTS {
             let Some(tenant) = next_tenant(&mut cursors, &from).await? else { break };
@@ -361,7 +365,7 @@ impl Dynamo {
         if queued == 0 {
             return Ok(QueueStats::default());
         }
-        let mut cursors = self.cursors();
+        let mut cursors = self.cursors(1);
         let oldest =
             try_join_all(cursors.iter_mut().map(|cursor| oldest_due(cursor, now.as_millis())));
         let oldest = oldest.await?.into_iter().flatten().min();

@@ -2,8 +2,10 @@
 
 use std::collections::HashMap;
 
+use aws_sdk_dynamodb::error::ProvideErrorMetadata;
+use aws_sdk_dynamodb::operation::update_item::UpdateItemError;
 use aws_sdk_dynamodb::types::{
-    AttributeValue, Delete, KeysAndAttributes, Put, ReturnConsumedCapacity,
+    AttributeValue, Delete, KeysAndAttributes, Put, ReturnConsumedCapacity, ReturnValue,
     ReturnValuesOnConditionCheckFailure, TransactWriteItem,
 };
 use futures_util::future::try_join_all;
@@ -20,9 +22,10 @@ use streamer_store::{
 use crate::{
     client::{Dynamo, Patience},
     error::{cancelled, damaged, is_conflict, is_throttled, store_error},
-    expression::{Attributes, Expression, key, number, text},
+    expression::{Expression, Filter, key, number, text},
     item::{
-        Blob, Kept, RequestItem, RequestState, StoredEvent, StoredValue, encode, encode_item, size,
+        Blob, Kept, RequestItem, RequestState, StoredEvent, StoredValue, decode, encode,
+        encode_item, size,
     },
     log::{Change, Tried},
     queue,
@@ -30,8 +33,12 @@ use crate::{
 
 /// Payloads up to this stay in the request's item; every write of the item pays for them.
 const INLINE_PAYLOAD_BYTES: usize = 512;
-/// Requests that one page of a list is looked for in at most: with rare states a page may be short.
-const MAX_LISTED: usize = 2000;
+/// Times that one page of a list is looked for more at most.
+const MAX_ROUNDS: usize = 10;
+/// Pages of the index that are looked at each time in each shard, and rows of a page where some are
+/// filtered out.
+const MAX_PAGES: usize = 4;
+const FILTERED_PAGE: usize = 1000;
 /// Items that one call reads at most, as DynamoDB has it.
 const BATCH: usize = 100;
 /// Calls of that kind at once.
@@ -158,12 +165,18 @@ impl Dynamo {
                 let Some(reasons) = reasons(&error) else { return Err(store_error(doing, error)) };
                 let busy = only_busy(reasons);
                 // Also when it met another: that may have been one of the same name.
-                match self.named(&new.owner, client_id).await? {
+                let Some(target) = self.name_target(&new.owner, client_id).await? else {
+                    return Err(if busy {
+                        cancelled(doing, reasons)
+                    } else {
+                        StoreError::Unavailable { doing, reason: "its id was in use".into() }
+                    });
+                };
+                match self.get(&target).await? {
                     Some(existing) => Ok(Some(existing)),
-                    None if busy => Err(cancelled(doing, reasons)),
                     // The name is left of a request that is gone.
                     None => {
-                        self.free_name(&new.owner, client_id).await?;
+                        self.free_name(&new.owner, client_id, &target).await?;
                         Err(StoreError::Unavailable { doing, reason: "its id was in use".into() })
                     }
                 }
@@ -177,6 +190,18 @@ impl Dynamo {
         owner: &Owner,
         client_id: &str,
     ) -> Result<Option<RequestItem>, StoreError> {
+        match self.name_target(owner, client_id).await? {
+            Some(uid) => self.get(&uid).await,
+            None => Ok(None),
+        }
+    }
+
+    /// What a name stands for, whether that is still there or not.
+    async fn name_target(
+        &self,
+        owner: &Owner,
+        client_id: &str,
+    ) -> Result<Option<String>, StoreError> {
         let doing = "finding a request";
         let found = self
             .client
@@ -190,21 +215,34 @@ impl Dynamo {
             .map_err(|error| store_error(doing, error))?;
         self.metrics.note_read(found.consumed_capacity());
         match found.item.as_ref().and_then(|item| item.get("uid")) {
-            Some(AttributeValue::S(uid)) => self.get(uid).await,
+            Some(AttributeValue::S(uid)) => Ok(Some(uid.clone())),
             _ => Ok(None),
         }
     }
 
-    /// Frees a name whose request is gone.
-    async fn free_name(&self, owner: &Owner, client_id: &str) -> Result<(), StoreError> {
-        self.client
+    /// Frees a name whose request is gone, unless it stands for another by now.
+    async fn free_name(
+        &self,
+        owner: &Owner,
+        client_id: &str,
+        target: &str,
+    ) -> Result<(), StoreError> {
+        let same = Expression::default().when("uid", "=", text(target));
+        let freed = self
+            .client
             .delete_item()
             .table_name(&self.tables.names)
             .set_key(Some(key([("name", name_of(owner, client_id).as_str())])))
+            .set_condition_expression(same.condition())
+            .set_expression_attribute_names(same.names())
+            .set_expression_attribute_values(same.values())
             .send()
-            .await
-            .map(drop)
-            .map_err(|error| store_error("freeing an id", error))
+            .await;
+        match freed {
+            Ok(_) => Ok(()),
+            Err(error) if error.code() == Some("ConditionalCheckFailedException") => Ok(()),
+            Err(error) => Err(store_error("freeing an id", error)),
+        }
     }
 
     pub(crate) async fn find(
@@ -228,11 +266,15 @@ impl Dynamo {
             .await
             .map_err(|error| store_error(doing, error))?;
         self.metrics.note_read(found.consumed_capacity());
-        found.item.map(|item| crate::item::decode(doing, item)).transpose()
+        found.item.map(|item| decode(doing, item)).transpose()
     }
 
     /// Reads many, in no order; what is not there is left out.
     pub(crate) async fn get_many(&self, uids: Vec<String>) -> Result<Vec<RequestItem>, StoreError> {
+        // The same key twice is refused.
+        let mut uids = uids;
+        uids.sort_unstable();
+        uids.dedup();
         let mut items = Vec::with_capacity(uids.len());
         for some in uids.chunks(BATCH * BATCHES) {
             let mut together = Vec::with_capacity(BATCHES);
@@ -266,7 +308,7 @@ impl Dynamo {
             self.metrics.note_read(found.consumed_capacity());
             let here = found.responses.as_mut().and_then(|all| all.remove(&self.tables.requests));
             for item in here.unwrap_or_default() {
-                items.push(crate::item::decode(doing, item)?);
+                items.push(decode(doing, item)?);
             }
             let left = found.unprocessed_keys.and_then(|mut all| all.remove(&self.tables.requests));
             match left {
@@ -282,14 +324,10 @@ impl Dynamo {
     pub(crate) async fn list(&self, query: &ListRequests) -> Result<RequestPage, StoreError> {
         let mut found = Vec::new();
         let mut before = query.before;
-        let mut looked_at = 0;
         let wanted = query.limit.saturating_add(1);
-        loop {
+        for _ in 0..MAX_ROUNDS {
             let page_size = if query.states.is_empty() { wanted } else { BATCH * 2 };
-            let uids = self.listed(query, before, page_size).await?;
-            let last = uids.last().copied();
-            let whole = uids.len() < page_size;
-            looked_at += uids.len();
+            let (uids, next) = self.listed(query, before, page_size).await?;
             let names = uids.iter().map(ToString::to_string).collect();
             let mut items = self.get_many(names).await?;
             items.sort_by(|one, other| other.uid.cmp(&one.uid));
@@ -303,41 +341,48 @@ impl Dynamo {
                 let next = found.last().map(|record| record.uid);
                 return Ok(RequestPage { requests: found, next });
             }
-            if whole {
-                return Ok(RequestPage { requests: found, next: None });
+            before = next;
+            if next.is_none() {
+                break;
             }
-            if looked_at >= MAX_LISTED {
-                return Ok(RequestPage { requests: found, next: last });
-            }
-            before = last;
         }
+        // A page may be short, or empty, where what is asked for is rare.
+        Ok(RequestPage { requests: found, next: before })
     }
 
-    /// Ids of a tenant's requests, newest first, merged from all shards.
+    /// Ids of a tenant's requests, newest first, merged from all shards; and the id before which to
+    /// go on, if there may be more.
     async fn listed(
         &self,
         query: &ListRequests,
         before: Option<Uid>,
         limit: usize,
-    ) -> Result<Vec<Uid>, StoreError> {
-        let shards = (0..self.queue_shards).map(|shard| {
+    ) -> Result<(Vec<Uid>, Option<Uid>), StoreError> {
+        let shards = self.shards().map(|shard| {
             let partition = format!("{}\t{shard}", query.tenant);
             self.listed_in(query, partition, before, limit)
         });
-        let found: Vec<Vec<Uid>> = try_join_all(shards).await?;
-        let mut uids: Vec<_> = found.into_iter().flatten().collect();
+        let found = try_join_all(shards).await?;
+        // What is older than where the first shard stopped is not known of all of them.
+        let mut next = found.iter().filter_map(|(_, stopped)| *stopped).max();
+        let mut uids: Vec<_> = found.into_iter().flat_map(|(uids, _)| uids).collect();
+        uids.retain(|uid| next.is_none_or(|next| *uid >= next));
         uids.sort_by(|one, other| other.cmp(one));
-        uids.truncate(limit);
-        Ok(uids)
+        if uids.len() > limit {
+            uids.truncate(limit);
+            next = uids.last().copied();
+        }
+        Ok((uids, next))
     }
 
+    /// Those of one shard, and the id at which it stopped before the end.
     async fn listed_in(
         &self,
         query: &ListRequests,
         partition: String,
         before: Option<Uid>,
         limit: usize,
-    ) -> Result<Vec<Uid>, StoreError> {
+    ) -> Result<(Vec<Uid>, Option<Uid>), StoreError> {
         let doing = "listing requests";
         let mut condition = Expression::default().when("tenant_shard", "=", text(partition));
         if let Some(before) = before {
@@ -345,30 +390,29 @@ impl Dynamo {
         }
         // One set of placeholders serves both expressions.
         let keys = condition.condition();
-        let mut filters = Vec::new();
-        for (attribute, value) in [("user", &query.user), ("action", &query.action)] {
+        let filters = [("user", &query.user), ("action", &query.action)];
+        let is_filtered = filters.iter().any(|(_, value)| value.is_some());
+        let mut filter = Filter::default();
+        for (attribute, value) in filters {
             if let Some(value) = value {
-                let before = condition.condition().map_or(0, |all| all.len());
-                condition = condition.when(attribute, "=", text(value.as_str()));
-                let all = condition.condition().unwrap_or_default();
-                filters.push(all[before..].trim_start_matches(" AND ").to_owned());
+                condition = filter.add(condition, attribute, text(value.as_str()));
             }
         }
-        let filter = (!filters.is_empty()).then(|| filters.join(" AND "));
+        let page_size = if is_filtered { FILTERED_PAGE } else { limit.clamp(1, FILTERED_PAGE) };
         let mut uids = Vec::new();
         let mut start = None;
-        loop {
+        for _ in 0..MAX_PAGES {
             let page = self
                 .client
                 .query()
                 .table_name(&self.tables.requests)
                 .index_name("tenant")
                 .set_key_condition_expression(keys.clone())
-                .set_filter_expression(filter.clone())
+                .set_filter_expression(filter.expression())
                 .set_expression_attribute_names(condition.names())
                 .set_expression_attribute_values(condition.values())
                 .scan_index_forward(false)
-                .limit(i32::try_from(limit.clamp(1, 1000)).unwrap_or(1000))
+                .limit(i32::try_from(page_size).unwrap_or(1000))
                 .set_exclusive_start_key(start)
                 .return_consumed_capacity(ReturnConsumedCapacity::Total)
                 .send()
@@ -378,12 +422,18 @@ impl Dynamo {
             for item in page.items() {
                 uids.push(queue::uid_of(item)?);
             }
-            start = page.last_evaluated_key;
-            if uids.len() >= limit || start.is_none() {
+            if uids.len() >= limit {
                 uids.truncate(limit);
-                return Ok(uids);
+                let last = uids.last().copied();
+                return Ok((uids, last));
+            }
+            start = page.last_evaluated_key;
+            if start.is_none() {
+                return Ok((uids, None));
             }
         }
+        let stopped = start.as_ref().map(queue::uid_of).transpose()?;
+        Ok((uids, stopped))
     }
 
     /// Keeps a payload where it belongs by its size.
@@ -488,6 +538,13 @@ impl Dynamo {
         if record.is_overdue(claim.now) {
             return Ok(ClaimOutcome::Overdue(Box::new(record)));
         }
+        // Before the change: they cannot change while it waits, and after it nothing may fail.
+        let payload = self.kept(&uid, &item.payload).await?;
+        let payload = payload.ok_or_else(|| damaged(doing, "its payload is not there"))?;
+        let checkpoint = match &item.checkpoint {
+            Some(kept) => self.kept(&uid, kept).await?.map(|checkpoint| checkpoint.data),
+            None => None,
+        };
         let (attempt, seq) = (item.attempt + 1, item.last_seq + 1);
         let worker = claim.worker.as_ref().unwrap_or(&claim.holder).clone();
         let started = event(seq, attempt, claim.now, Kind::Started(Started { worker }));
@@ -513,17 +570,12 @@ impl Dynamo {
             Updated::Refused(Some(found))
                 if found.state == RequestState::Running
                     && found.attempt == attempt
-                    && found.lease_holder.as_deref() == Some(claim.holder.as_str()) =>
+                    && found.lease_holder.as_deref() == Some(claim.holder.as_str())
+                    && found.worker == claim.worker =>
             {
                 found
             }
             Updated::Refused(_) => return Ok(ClaimOutcome::NotClaimable),
-        };
-        let payload = self.kept(&uid, &claimed.payload).await?;
-        let payload = payload.ok_or_else(|| damaged(doing, "its payload is not there"))?;
-        let checkpoint = match &claimed.checkpoint {
-            Some(kept) => self.kept(&uid, kept).await?.map(|checkpoint| checkpoint.data),
-            None => None,
         };
         // What is stored counts, not what this call would have stored.
         let stored = self.stored(&claimed, seq - 1, 1).await?.into_iter().next();
@@ -539,35 +591,45 @@ impl Dynamo {
         uid: &str,
         expression: Expression,
     ) -> Result<Updated, StoreError> {
-        let update = self
-            .client
-            .update_item()
-            .table_name(&self.tables.requests)
-            .set_key(Some(key([("uid", uid)])))
-            .set_update_expression(expression.update())
-            .set_condition_expression(expression.condition())
-            .set_expression_attribute_names(expression.names())
-            .set_expression_attribute_values(expression.values())
-            .return_values(aws_sdk_dynamodb::types::ReturnValue::AllNew)
-            .return_values_on_condition_check_failure(ReturnValuesOnConditionCheckFailure::AllOld)
-            .return_consumed_capacity(ReturnConsumedCapacity::Total);
-        match update.send().await {
-            Ok(mut done) => {
-                self.metrics.note_write(done.consumed_capacity());
-                let item = done.attributes.take().unwrap_or_default();
-                Ok(Updated::Done(crate::item::decode(doing, item)?))
-            }
-            Err(error) => match condition_failed(error) {
-                Ok(item) => {
+        let mut patience = Patience::default();
+        loop {
+            let update = self
+                .client
+                .update_item()
+                .table_name(&self.tables.requests)
+                .set_key(Some(key([("uid", uid)])))
+                .set_update_expression(expression.update())
+                .set_condition_expression(expression.condition())
+                .set_expression_attribute_names(expression.names())
+                .set_expression_attribute_values(expression.values())
+                .return_values(ReturnValue::AllNew)
+                .return_values_on_condition_check_failure(
+                    ReturnValuesOnConditionCheckFailure::AllOld,
+                )
+                .return_consumed_capacity(ReturnConsumedCapacity::Total);
+            let error = match update.send().await {
+                Ok(mut done) => {
+                    self.metrics.note_write(done.consumed_capacity());
+                    let item = done.attributes.take().unwrap_or_default();
+                    return Ok(Updated::Done(decode(doing, item)?));
+                }
+                Err(error) => error,
+            };
+            match error.as_service_error() {
+                Some(UpdateItemError::ConditionalCheckFailedException(failed)) => {
                     // Not every implementation tells what is there.
-                    let found = match item {
-                        Some(item) => Some(crate::item::decode(doing, item)?),
+                    let found = match failed.item.clone() {
+                        Some(item) => Some(decode(doing, item)?),
                         None => self.get(uid).await?,
                     };
-                    Ok(Updated::Refused(found))
+                    return Ok(Updated::Refused(found));
                 }
-                Err(error) => Err(store_error(doing, *error)),
-            },
+                // It met a transaction; the conditions make a repeat safe.
+                _ if error.code().is_some_and(is_conflict) => {
+                    patience.wait(store_error(doing, error)).await?;
+                }
+                _ => return Err(store_error(doing, error)),
+            }
         }
     }
 
@@ -679,12 +741,19 @@ impl Dynamo {
             let id = name_of(&item.owner(), client_id);
             deletes.push((&self.tables.names, key([("name", id.as_str())])));
         }
+        let own = Expression::default().when_or_missing("uid", "=", text(name.as_str()));
         let mut patience = Patience::default();
         loop {
             let mut transaction = self.client.transact_write_items();
             for (table, key) in &deletes {
-                let delete = Delete::builder().table_name(*table).set_key(Some(key.clone()));
-                let delete = delete.build().map_err(|error| damaged(doing, error))?;
+                let delete = Delete::builder()
+                    .table_name(*table)
+                    .set_key(Some(key.clone()))
+                    .set_condition_expression(own.condition())
+                    .set_expression_attribute_names(own.names())
+                    .set_expression_attribute_values(own.values())
+                    .build()
+                    .map_err(|error| damaged(doing, error))?;
                 transaction =
                     transaction.transact_items(TransactWriteItem::builder().delete(delete).build());
             }
@@ -692,6 +761,12 @@ impl Dynamo {
                 Ok(_) => break,
                 Err(error) => {
                     let error = match reasons(&error) {
+                        Some(reasons) if only_busy(reasons) => cancelled(doing, reasons),
+                        // Its name stands for another request by now.
+                        Some(_) if deletes.len() > 1 => {
+                            deletes.truncate(1);
+                            continue;
+                        }
                         Some(reasons) => cancelled(doing, reasons),
                         None => store_error(doing, error),
                     };
@@ -772,28 +847,6 @@ pub(crate) enum Updated {
     Done(RequestItem),
     /// A condition did not hold: it is like this, if it is there.
     Refused(Option<RequestItem>),
-}
-
-/// The item that is there, when a condition of an update did not hold.
-fn condition_failed<R>(
-    error: aws_sdk_dynamodb::error::SdkError<
-        aws_sdk_dynamodb::operation::update_item::UpdateItemError,
-        R,
-    >,
-) -> Result<
-    Option<Attributes>,
-    Box<
-        aws_sdk_dynamodb::error::SdkError<
-            aws_sdk_dynamodb::operation::update_item::UpdateItemError,
-            R,
-        >,
-    >,
-> {
-    use aws_sdk_dynamodb::operation::update_item::UpdateItemError as Error;
-    match error.as_service_error() {
-        Some(Error::ConditionalCheckFailedException(failed)) => Ok(failed.item.clone()),
-        _ => Err(Box::new(error)),
-    }
 }
 
 /// Why a transaction was cancelled, when it was.

@@ -39,7 +39,7 @@ impl DynamoStore {
     /// When the object store cannot be used.
     pub async fn open(options: &DynamoOptions, metrics: &Metrics) -> Result<Self, OpenError> {
         let objects = match &options.objects {
-            Some(url) => Some(Arc::new(Objects::open(url)?)),
+            Some(url) => Some(Arc::new(Objects::open(url, options.region.as_deref())?)),
             None => None,
         };
         let config = sdk_config(options).await;

@@ -25,6 +25,8 @@ where
 /// Header of a submission between services: the `uid` that the request shall have, so that repeating
 /// the call does no harm. Nobody else's is believed.
 pub const REQUEST_UID: &str = "streamer-request-uid";
+/// Header of a call that may have been made before, with an unknown outcome.
+pub const REPEATED: &str = "streamer-repeated";
 /// Header of every call between services: the token that they share.
 pub const SERVICE_TOKEN: &str = "streamer-service-token";
 /// Header of a call that another instance of the same service passes on: it goes no further.

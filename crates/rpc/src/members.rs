@@ -8,7 +8,7 @@ use std::{
     convert::Infallible,
     sync::{
         Arc,
-        atomic::{AtomicU64, AtomicUsize, Ordering},
+        atomic::{AtomicBool, AtomicUsize, Ordering},
     },
     task::{Context, Poll},
     time::Duration,
@@ -16,13 +16,10 @@ use std::{
 
 use bytes::Bytes;
 use futures_util::future::BoxFuture;
-use http::{Extensions, HeaderMap, Request, Response, Uri, Version};
-use http_body_util::{BodyExt, Full};
+use http::{Extensions, HeaderMap, HeaderValue, Request, Response, Uri, Version};
+use http_body_util::{BodyExt, Full, LengthLimitError, Limited};
 use streamer_core::Uid;
-use tokio::{
-    sync::watch,
-    time::{Instant, timeout},
-};
+use tokio::{sync::watch, time::timeout};
 use tonic::{Code, ConnectError, Status, body::Body};
 use tower::{
     Service, ServiceExt,
@@ -30,14 +27,16 @@ use tower::{
     util::BoxCloneSyncService,
 };
 
-use crate::Channel;
+use crate::{Channel, REPEATED};
 
 /// Members that one call is tried at, at most.
 const MAX_TRIES: usize = 3;
-/// A member that could not be reached is tried last for so long.
-const DOWN: Duration = Duration::from_millis(1500);
 /// A call between services that is no stream must be answered within this.
 const INTERNAL_TIMEOUT: Duration = Duration::from_secs(5);
+/// So must a public one that reads or writes one thing.
+const SHORT_TIMEOUT: Duration = Duration::from_secs(10);
+/// Largest message that is kept for a repeat; a larger one is refused by whoever it is for.
+const MAX_KEPT_BYTES: usize = 80 * 1024 * 1024;
 /// Repeats may be so much of all calls, and in any case ten a second.
 const RETRY_SHARE: f32 = 0.2;
 
@@ -52,32 +51,25 @@ pub struct Member {
     pub name: Arc<str>,
     /// To it.
     pub channel: Channel,
-    health: Arc<Health>,
-}
-
-#[derive(Default)]
-struct Health {
-    /// Milliseconds since the process began; 0 when it could be reached last time.
-    down_until: AtomicU64,
+    down: Arc<AtomicBool>,
 }
 
 impl Member {
     /// A member that this channel leads to.
     #[must_use]
     pub fn new(name: &str, channel: Channel) -> Self {
-        Self { name: name.into(), channel, health: Arc::default() }
+        Self { name: name.into(), channel, down: Arc::default() }
     }
 
-    /// Whether it could be reached last time, or that was some time ago.
+    /// Whether it could be reached last time. Whoever keeps the list asks again those that could not.
     #[must_use]
     pub fn seems_up(&self) -> bool {
-        self.health.down_until.load(Ordering::Relaxed) <= now_ms()
+        !self.down.load(Ordering::Relaxed)
     }
 
     /// Remembers whether it could be reached.
     pub fn note(&self, reached: bool) {
-        let until = if reached { 0 } else { now_ms() + DOWN.as_millis() as u64 };
-        self.health.down_until.store(until, Ordering::Relaxed);
+        self.down.store(!reached, Ordering::Relaxed);
     }
 
     /// Its weight for a key: the same in every process.
@@ -92,13 +84,6 @@ impl Member {
         mixed = (mixed ^ (mixed >> 27)).wrapping_mul(0x94d0_49bb_1331_11eb);
         mixed ^ (mixed >> 31)
     }
-}
-
-fn now_ms() -> u64 {
-    static BEGAN: std::sync::OnceLock<Instant> = std::sync::OnceLock::new();
-    let began = BEGAN.get_or_init(Instant::now);
-    // From 1, since 0 means never.
-    u64::try_from(began.elapsed().as_millis()).unwrap_or(u64::MAX).saturating_add(1)
 }
 
 /// All instances of a service that are known at present.
@@ -122,6 +107,12 @@ impl Members {
     #[must_use]
     pub fn of(service: &'static str, list: watch::Receiver<Arc<[Member]>>) -> Self {
         Self { list, local: None, service }
+    }
+
+    /// Whether it is the one in this process.
+    #[must_use]
+    pub fn is_local(&self) -> bool {
+        self.local.is_some()
     }
 
     /// What they are.
@@ -237,7 +228,7 @@ impl Balanced {
             return Err(Status::unavailable("nobody is there"));
         };
         let outcome = member.channel.clone().oneshot(request).await;
-        member.note(!outcome.as_ref().is_err_and(is_unreachable));
+        member.note(outcome.is_ok());
         outcome
     }
 
@@ -248,7 +239,7 @@ impl Balanced {
             uri: parts.uri,
             headers: parts.headers,
             extensions: parts.extensions,
-            body: body.collect().await?.to_bytes(),
+            body: keep(body).await?,
         };
         let policy = Policy::of(message.uri.path());
         self.budget.deposit();
@@ -257,7 +248,7 @@ impl Balanced {
             if position > 0 && !self.budget.withdraw() {
                 break;
             }
-            let call = member.channel.clone().oneshot(message.request());
+            let call = member.channel.clone().oneshot(message.request(position > 0));
             let outcome = match policy.timeout {
                 Some(limit) => timeout(limit, call)
                     .await
@@ -267,7 +258,7 @@ impl Balanced {
             match outcome {
                 Ok(response) => {
                     member.note(true);
-                    if policy.repeatable && is_unavailable(response.headers()) {
+                    if policy.ask_another && is_unavailable(response.headers()) {
                         last = Some(Ok(response));
                         continue;
                     }
@@ -287,6 +278,17 @@ impl Balanced {
     }
 }
 
+/// The whole message.
+async fn keep(body: Body) -> Result<Bytes, Status> {
+    match Limited::new(body, MAX_KEPT_BYTES).collect().await {
+        Ok(message) => Ok(message.to_bytes()),
+        Err(error) if error.is::<LengthLimitError>() => {
+            Err(Status::out_of_range(format!("a message must be at most {MAX_KEPT_BYTES} bytes")))
+        }
+        Err(error) => Err(Status::from_error(error)),
+    }
+}
+
 /// A request that can be sent again.
 struct Message {
     uri: Uri,
@@ -296,7 +298,7 @@ struct Message {
 }
 
 impl Message {
-    fn request(&self) -> Request<Body> {
+    fn request(&self, repeat: bool) -> Request<Body> {
         let body = Full::new(self.body.clone()).map_err(|never: Infallible| match never {});
         let mut request = Request::new(Body::new(body));
         *request.method_mut() = http::Method::POST;
@@ -304,27 +306,41 @@ impl Message {
         *request.uri_mut() = self.uri.clone();
         *request.headers_mut() = self.headers.clone();
         *request.extensions_mut() = self.extensions.clone();
+        if repeat {
+            request.headers_mut().insert(REPEATED, HeaderValue::from_static("1"));
+        }
         request
     }
 }
 
 /// What may be done with a call by its name.
 struct Policy {
-    /// A repeat does no harm, even when the first one arrived.
+    /// A repeat does no harm, even when the first one arrived and nobody knows what became of it.
     repeatable: bool,
+    /// Another member may be asked when one has answered that it cannot.
+    ask_another: bool,
     timeout: Option<Duration>,
 }
 
 impl Policy {
     fn of(path: &str) -> Self {
         let method = path.rsplit('/').next().unwrap_or_default();
-        // These do something anew each time. A submission says which request it is.
+        // These do something anew each time.
         let once = ["Execute", "Redrive", "RedriveMany", "Send", "Broadcast"];
-        let stream = ["Execute", "WatchActions"];
-        let internal = path.starts_with("/streamer.internal.");
+        // A submission says which request it is; but what it asks for may have been run and not
+        // been stored.
+        let submissions = ["Submit", "SubmitAndWatch"];
+        let short = ["Get", "List", "ListEvents", "ListActions", "Cancel", "GetOperation"];
+        let internal = ["Publish", "Announce", "Wake", "SignalCancel"];
+        let is_one_of = |names: &[&str]| names.contains(&method);
         Self {
-            repeatable: !once.contains(&method),
-            timeout: (internal && !stream.contains(&method)).then_some(INTERNAL_TIMEOUT),
+            repeatable: !is_one_of(&once),
+            ask_another: !is_one_of(&once) && !is_one_of(&submissions),
+            timeout: if is_one_of(&internal) {
+                Some(INTERNAL_TIMEOUT)
+            } else {
+                is_one_of(&short).then_some(SHORT_TIMEOUT)
+            },
         }
     }
 }

@@ -10,8 +10,9 @@ use axum::{
     response::{IntoResponse, Response},
     routing::any,
 };
+use streamer_auth::{Authenticator, caller_of};
 use streamer_core::{Clock, Uid};
-use streamer_rpc::{Channel, FORWARDED, REQUEST_UID, SERVICE_TOKEN};
+use streamer_rpc::{Channel, FORWARDED, REPEATED, REQUEST_UID, SERVICE_TOKEN};
 use tonic::Status;
 use tower::ServiceExt;
 
@@ -36,25 +37,28 @@ async fn strip(State(trusted): State<Arc<Trusted>>, mut request: Request, next: 
         Trusted::Nobody => false,
         Trusted::Services(token) => is_service(token.as_ref(), &request),
     };
-    if !is_trusted {
-        request.headers_mut().remove(REQUEST_UID);
-        request.headers_mut().remove(FORWARDED);
+    if is_trusted {
+        request.extensions_mut().insert(FromService);
+    } else {
+        for header in [REQUEST_UID, REPEATED, FORWARDED] {
+            request.headers_mut().remove(header);
+        }
     }
     request.headers_mut().remove(SERVICE_TOKEN);
     next.run(request).await
 }
 
-/// Lets only other services in.
-pub(crate) fn services_only(router: Router, token: Option<ServiceToken>) -> Router {
-    router.layer(middleware::from_fn_with_state(Arc::new(token), guard))
+/// The call has been found to come from a service.
+#[derive(Clone, Copy)]
+struct FromService;
+
+/// Lets only other services in, as [`trust_only`] in front of it finds out.
+pub(crate) fn services_only(router: Router) -> Router {
+    router.layer(middleware::from_fn(guard))
 }
 
-async fn guard(
-    State(token): State<Arc<Option<ServiceToken>>>,
-    request: Request,
-    next: Next,
-) -> Response {
-    if is_service(Option::as_ref(&token), &request) {
+async fn guard(request: Request, next: Next) -> Response {
+    if request.extensions().get::<FromService>().is_some() {
         return next.run(request).await;
     }
     let status = Status::unauthenticated("only services may call this: peers.secret_file");
@@ -78,31 +82,42 @@ pub(crate) struct PassOn {
     /// Workers speak in streams.
     pub(crate) processor: Channel,
     pub(crate) clock: Arc<dyn Clock>,
+    pub(crate) authenticator: Arc<Authenticator>,
 }
 
 impl PassOn {
     pub(crate) fn routes(self) -> Router {
-        let route = |path: &str, channel: &Channel| {
-            let state = (channel.clone(), self.clock.clone());
-            Router::new().route(&format!("/{path}/{{*method}}"), any(pass_on)).with_state(state)
-        };
-        route("streamer.router.v1.RouterService", &self.router)
-            .merge(route("google.longrunning.Operations", &self.router))
-            .merge(route("streamer.progress.v1.ProgressService", &self.progress))
-            .merge(route("streamer.processor.v1.WorkerService", &self.processor))
+        let passed_on = [
+            ("streamer.router.v1.RouterService", self.router.clone()),
+            ("google.longrunning.Operations", self.router.clone()),
+            ("streamer.progress.v1.ProgressService", self.progress.clone()),
+            ("streamer.processor.v1.WorkerService", self.processor.clone()),
+        ];
+        let all = Arc::new(self);
+        passed_on.into_iter().fold(Router::new(), |routes, (service, channel)| {
+            let state = (channel, all.clone());
+            let route = any(pass_on).with_state(state);
+            routes.route(&format!("/{service}/{{*method}}"), route)
+        })
     }
 }
 
 async fn pass_on(
-    State((channel, clock)): State<(Channel, Arc<dyn Clock>)>,
+    State((channel, all)): State<(Channel, Arc<PassOn>)>,
     mut request: Request,
 ) -> Response {
+    let refused =
+        |status: Status| status.into_http::<tonic::body::Body>().map(Body::new).into_response();
+    // Nothing is taken in from who may not call.
+    if let Err(status) = caller_of(&all.authenticator, request.headers()).await {
+        return refused(status);
+    }
     // A submission that is repeated on the way is then the same request.
-    if let Ok(uid) = Uid::new(clock.now()).to_string().parse() {
+    if let Ok(uid) = Uid::new(all.clock.now()).to_string().parse() {
         request.headers_mut().insert(REQUEST_UID, uid);
     }
     match channel.oneshot(request.map(tonic::body::Body::new)).await {
         Ok(response) => response.map(Body::new),
-        Err(status) => status.into_http::<tonic::body::Body>().map(Body::new).into_response(),
+        Err(status) => refused(status),
     }
 }

@@ -34,14 +34,14 @@ const HEALTH_CACHE: Duration = Duration::from_millis(500);
 const HEALTH_TIMEOUT: Duration = Duration::from_secs(5);
 /// Prometheus' content type of OpenMetrics text.
 const OPEN_METRICS: &str = "application/openmetrics-text; version=1.0.0; charset=utf-8";
-/// The services whose health is told; the empty name stands for the server.
-const SERVICES: [&str; 6] = [
-    "",
-    "streamer.router.v1.RouterService",
-    "streamer.progress.v1.ProgressService",
-    "streamer.processor.v1.WorkerService",
-    "streamer.connections.v1.ConnectionsService",
-    "google.longrunning.Operations",
+/// The services whose health is told where they are; the empty name stands for the server.
+const SERVICES: [(&str, Option<Role>); 6] = [
+    ("", None),
+    ("streamer.router.v1.RouterService", Some(Role::Router)),
+    ("streamer.progress.v1.ProgressService", Some(Role::Progress)),
+    ("streamer.processor.v1.WorkerService", Some(Role::Processor)),
+    ("streamer.connections.v1.ConnectionsService", Some(Role::Gateway)),
+    ("google.longrunning.Operations", Some(Role::Router)),
 ];
 
 /// Something beside the store without which the job cannot be done, and why it is not there.
@@ -50,6 +50,7 @@ pub(crate) type Need = Box<dyn Fn() -> Result<(), String> + Send + Sync>;
 /// Whether the server can do its job: durable writing is what everything stands on.
 pub(crate) struct Health {
     store: Arc<dyn Store>,
+    role: Role,
     needs: Vec<Need>,
     reporter: HealthReporter,
     latest: Mutex<Option<(Instant, Result<(), String>)>>,
@@ -57,9 +58,10 @@ pub(crate) struct Health {
 }
 
 impl Health {
-    pub(crate) fn new(store: Arc<dyn Store>, needs: Vec<Need>) -> Self {
+    pub(crate) fn new(store: Arc<dyn Store>, role: Role, needs: Vec<Need>) -> Self {
         Self {
             store,
+            role,
             needs,
             reporter: HealthReporter::new(),
             latest: Mutex::default(),
@@ -105,7 +107,8 @@ impl Health {
     }
 
     async fn report(&self, status: ServingStatus) {
-        for service in SERVICES {
+        let here = |of: &Option<Role>| of.is_none_or(|of| self.role.has(of));
+        for (service, _) in SERVICES.iter().filter(|(_, of)| here(of)) {
             self.reporter.set_service_status(service, status).await;
         }
     }
@@ -176,7 +179,7 @@ impl Services {
         if self.role != Role::All {
             // Its fallback is the same as the other one's.
             let internal = internal.into_axum_router().reset_fallback();
-            grpc = grpc.merge(edge::services_only(internal, self.token.clone()));
+            grpc = grpc.merge(edge::services_only(internal));
         }
         let grpc = grpc.layer(MapResponseLayer::new(move |response: Response| {
             name_message_limit(response, limit)

@@ -1,4 +1,4 @@
-//! Every service in one process, on one port: wiring only.
+//! Every service in one process, or one of them: wiring only.
 //!
 //! The services are built by the same constructors that separate processes use and meet as
 //! generated clients over in-process channels; nothing here knows how any of them works.
@@ -17,7 +17,11 @@ use streamer_core::{Clock, SystemClock};
 use streamer_dynamodb::OpenError;
 use streamer_handler::Handlers;
 use streamer_store::StoreError;
-use tokio::{net::TcpListener, task::JoinHandle};
+use tokio::{
+    net::{TcpListener, UdpSocket},
+    task::JoinHandle,
+    time::timeout,
+};
 use tokio_util::sync::CancellationToken;
 
 use crate::wiring::{Plan, Services};
@@ -101,6 +105,8 @@ pub struct AllInOne {
     services: Arc<Services>,
     drain_timeout: Duration,
     shutdown: Shutdown,
+    /// Ends when the last connection has.
+    serving: JoinHandle<()>,
     tasks: Vec<JoinHandle<()>>,
 }
 
@@ -136,27 +142,27 @@ impl AllInOne {
         let clock: Arc<dyn Clock> = Arc::new(SystemClock);
         let shutdown = Shutdown::default();
         let own_address = match config.peers.advertise.as_str() {
-            "" => address.to_string(),
-            advertised => advertised.to_owned(),
+            "" => reached_at(address, config).await.to_string(),
+            // As the addresses of peers are written.
+            advertised => match advertised.parse::<SocketAddr>() {
+                Ok(advertised) => advertised.to_string(),
+                Err(_) => advertised.to_owned(),
+            },
         };
         let plan = Plan { config, role, handlers, clock: clock.clone(), own_address };
         let (services, dev_key) = Services::build(plan, &shutdown).await?;
         let services = Arc::new(services);
-        let mut tasks = services.clone().spawn(&shutdown);
+        let tasks = services.clone().spawn(&shutdown);
         if let (Role::All, Some(router)) = (role, &services.router) {
             router.ready().await;
         }
         // The others need not be there yet.
         services.health.check_store().await.map_err(StartError::Unhealthy)?;
         let router = services.http()?;
-        tasks.push(tokio::spawn(serve::serve(
-            listener,
-            router,
-            serve::Options::from(config),
-            shutdown.clone(),
-        )));
+        let options = serve::Options::new(config, role);
+        let serving = tokio::spawn(serve::serve(listener, router, options, shutdown.clone()));
         let drain_timeout = Duration::from_millis(config.server.drain_timeout_ms);
-        Ok(Self { address, dev_key, clock, services, drain_timeout, shutdown, tasks })
+        Ok(Self { address, dev_key, clock, services, drain_timeout, shutdown, serving, tasks })
     }
 
     /// Where it listens.
@@ -173,20 +179,51 @@ impl AllInOne {
     }
 
     /// Sends clients away, lets running work end within the drain timeout, and closes the store.
-    pub async fn stop(self) {
+    pub async fn stop(mut self) {
         self.shutdown.accepting.cancel();
         self.services.health.not_serving().await;
         self.shutdown.working.cancel();
         if let Some(gateway) = &self.services.gateway {
             gateway.drain(self.drain_timeout).await;
         }
+        if let Some(progress) = &self.services.progress {
+            progress.drain();
+        }
+        // Calls that are under way end by themselves, or are cut off in the end.
+        let cut_off = timeout(self.drain_timeout, &mut self.serving).await.is_err();
         self.shutdown.serving.cancel();
+        if cut_off {
+            tracing::warn!("some calls did not end in time");
+            self.tasks.push(self.serving);
+        }
         for task in self.tasks {
             if let Err(error) = task.await {
                 tracing::error!(%error, "a part of the server failed while stopping");
             }
         }
     }
+}
+
+/// Where others reach what listens on `address`. When that is every address, it is the one from
+/// which this host reaches the outside; a datagram socket knows without sending anything.
+async fn reached_at(address: SocketAddr, config: &Config) -> SocketAddr {
+    if !address.ip().is_unspecified() {
+        return address;
+    }
+    // The store is there before any peer is. The last one is an address of no machine, for the
+    // default route.
+    let endpoint = config.dynamodb.endpoint.trim_start_matches("http://");
+    let peers = config.peers.progress.iter().map(|peer| peer.trim_start_matches("http://"));
+    for other in [endpoint].into_iter().chain(peers).chain(["192.0.2.1:9"]) {
+        let Ok(socket) = UdpSocket::bind((address.ip(), 0)).await else { continue };
+        if socket.connect(other).await.is_ok()
+            && let Ok(local) = socket.local_addr()
+            && !local.ip().is_loopback()
+        {
+            return SocketAddr::new(local.ip(), address.port());
+        }
+    }
+    address
 }
 
 /// What a service that is a process of its own needs.

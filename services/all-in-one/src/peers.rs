@@ -9,21 +9,36 @@ use std::{
     time::Duration,
 };
 
+use futures_util::future::join_all;
 use http::{HeaderName, HeaderValue, Request};
 use streamer_rpc::{Channel, Member, Members, SERVICE_TOKEN};
+
 use tokio::{
     net::lookup_host,
     sync::watch,
-    time::{MissedTickBehavior, interval},
+    time::{MissedTickBehavior, interval, timeout},
 };
-use tokio_util::sync::CancellationToken;
+use tokio_util::{sync::CancellationToken, task::AbortOnDropHandle};
 use tonic::{Status, body::Body, transport::Endpoint};
+use tonic_health::pb::{
+    HealthCheckRequest, HealthCheckResponse, health_check_response::ServingStatus,
+    health_client::HealthClient,
+};
 use tower::{Service, ServiceExt, util::BoxCloneSyncService};
 
+use crate::serve::MAX_HTTP2_WINDOW;
+
 const CONNECT_TIMEOUT: Duration = Duration::from_secs(1);
-/// A peer that says nothing for so long is asked, and given up after the same again.
+/// A peer that says nothing for so long is asked, and given up when it does not answer.
 const KEEP_ALIVE: Duration = Duration::from_secs(2);
-const HTTP2_WINDOW: u32 = 4 * 1024 * 1024;
+const KEEP_ALIVE_TIMEOUT: Duration = Duration::from_secs(6);
+/// Peers are asked whether they can do their job so often.
+const PROBE_INTERVAL: Duration = Duration::from_secs(1);
+const PROBE_TIMEOUT: Duration = Duration::from_secs(2);
+/// Of one stream. All of them together may hold as much as there is: one that is not read must not
+/// hold up the others.
+const HTTP2_WINDOW: u32 = 512 * 1024;
+const RESOLVE_TIMEOUT: Duration = Duration::from_secs(3);
 const MIN_SECRET_BYTES: usize = 32;
 
 /// The secret that services share.
@@ -83,6 +98,12 @@ impl PeerList {
 
     /// Resolves the names again and again, until `shutdown`.
     pub(crate) async fn follow(self, shutdown: CancellationToken) {
+        let probing = AbortOnDropHandle::new(tokio::spawn(probe_all(self.list.subscribe())));
+        self.resolve_all(shutdown).await;
+        drop(probing);
+    }
+
+    async fn resolve_all(self, shutdown: CancellationToken) {
         let mut known: HashMap<String, Vec<SocketAddr>> = HashMap::new();
         let mut ticks = interval(self.resolve_interval);
         ticks.set_missed_tick_behavior(MissedTickBehavior::Delay);
@@ -135,7 +156,31 @@ impl PeerList {
 }
 
 async fn resolve(entry: &str) -> io::Result<Vec<SocketAddr>> {
-    Ok(lookup_host(entry).await?.collect())
+    match timeout(RESOLVE_TIMEOUT, lookup_host(entry)).await {
+        Ok(found) => Ok(found?.collect()),
+        Err(_) => Err(io::ErrorKind::TimedOut.into()),
+    }
+}
+
+/// Asks every peer whether it can do its job, again and again: so a peer that is silent or down is
+/// known before calls are lost on it, and is called again once it answers.
+async fn probe_all(list: watch::Receiver<Arc<[Member]>>) {
+    let mut ticks = interval(PROBE_INTERVAL);
+    ticks.set_missed_tick_behavior(MissedTickBehavior::Delay);
+    loop {
+        ticks.tick().await;
+        let members = list.borrow().clone();
+        join_all(members.iter().map(probe)).await;
+    }
+}
+
+async fn probe(member: &Member) {
+    let mut client = HealthClient::new(member.channel.clone());
+    let asked = timeout(PROBE_TIMEOUT, client.check(HealthCheckRequest::default())).await;
+    let serves = |answer: tonic::Response<HealthCheckResponse>| {
+        answer.into_inner().status() == ServingStatus::Serving
+    };
+    member.note(asked.is_ok_and(|answer| answer.is_ok_and(serves)));
 }
 
 /// A channel that connects when it is first used, and again whenever that is needed.
@@ -147,10 +192,10 @@ fn connect(
         .connect_timeout(CONNECT_TIMEOUT)
         .tcp_nodelay(true)
         .http2_keep_alive_interval(KEEP_ALIVE)
-        .keep_alive_timeout(KEEP_ALIVE)
+        .keep_alive_timeout(KEEP_ALIVE_TIMEOUT)
         .keep_alive_while_idle(true)
         .initial_stream_window_size(HTTP2_WINDOW)
-        .initial_connection_window_size(HTTP2_WINDOW)
+        .initial_connection_window_size(MAX_HTTP2_WINDOW)
         .connect_lazy();
     let name = HeaderName::from_static(SERVICE_TOKEN);
     let service = tower::service_fn(move |mut request: Request<Body>| {

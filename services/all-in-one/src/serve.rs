@@ -19,7 +19,7 @@ use tokio::{
 };
 use tower::{Service, ServiceExt};
 
-use crate::Shutdown;
+use crate::{Role, Shutdown};
 
 /// After an accept that failed for want of something (file descriptors mostly).
 const ACCEPT_PAUSE: Duration = Duration::from_millis(50);
@@ -28,16 +28,29 @@ const ACCEPT_PAUSE: Duration = Duration::from_millis(50);
 const MAX_SILENT: usize = 4096;
 const KEEP_ALIVE: Duration = Duration::from_secs(20);
 const HTTP2_WINDOW: u32 = 1024 * 1024;
+/// As RFC 9113 has it.
+pub(crate) const MAX_HTTP2_WINDOW: u32 = (1 << 31) - 1;
 
 #[derive(Clone, Copy)]
 pub(crate) struct Options {
     header_timeout: Duration,
     max_concurrent_streams: u32,
+    connection_window: u32,
 }
 
-impl From<&Config> for Options {
-    fn from(config: &Config) -> Self {
+impl Options {
+    pub(crate) fn new(config: &Config, role: Role) -> Self {
+        // Behind a gateway every watch is a stream of a few connections, and one that is not read
+        // must not hold up the others.
+        if !matches!(role, Role::All | Role::Gateway) {
+            return Self {
+                header_timeout: Duration::from_millis(config.gateway.handshake_timeout_ms),
+                max_concurrent_streams: u32::MAX,
+                connection_window: MAX_HTTP2_WINDOW,
+            };
+        }
         Self {
+            connection_window: HTTP2_WINDOW,
             header_timeout: Duration::from_millis(config.gateway.handshake_timeout_ms),
             max_concurrent_streams: u32::try_from(config.server.max_concurrent_streams)
                 .unwrap_or(u32::MAX),
@@ -92,7 +105,7 @@ fn builder(options: Options) -> Builder<TokioExecutor> {
         .keep_alive_interval(KEEP_ALIVE)
         .keep_alive_timeout(KEEP_ALIVE)
         .initial_stream_window_size(HTTP2_WINDOW)
-        .initial_connection_window_size(HTTP2_WINDOW)
+        .initial_connection_window_size(options.connection_window)
         .max_concurrent_streams(options.max_concurrent_streams);
     builder
 }

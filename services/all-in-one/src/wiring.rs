@@ -152,7 +152,7 @@ impl Services {
             GatewayServer::build(streamer_gateway::Dependencies {
                 store: store.clone(),
                 clock: clock.clone(),
-                authenticator,
+                authenticator: authenticator.clone(),
                 router: routes.clone(),
                 progress: watches.clone(),
                 others: elsewhere.as_ref().map(|all| OtherGateways {
@@ -168,6 +168,7 @@ impl Services {
             progress: watches,
             processor: processors.streaming_channel(),
             clock,
+            authenticator,
         });
         let mut needs: Vec<Need> = Vec::new();
         if let Some(all) = &elsewhere {
@@ -195,7 +196,7 @@ impl Services {
             pass_on,
             token,
             role,
-            health: Health::new(store, needs),
+            health: Health::new(store, role, needs),
             metrics,
             max_message_bytes: limits.max_message_bytes(),
         };

@@ -86,6 +86,11 @@ impl Progress {
         Self { public: auth.wrap(public), internal, topics }
     }
 
+    /// Ends every watch: whoever watches goes on elsewhere.
+    pub fn drain(&self) {
+        self.topics.draining.cancel();
+    }
+
     /// Keeps the tails small and looks after watchers whose hints were lost, until `shutdown`.
     pub async fn run(&self, shutdown: CancellationToken) {
         self.topics.maintain(shutdown).await;

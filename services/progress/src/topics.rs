@@ -11,6 +11,7 @@ use std::{
     time::Duration,
 };
 
+use futures_util::future::join_all;
 use parking_lot::Mutex;
 use streamer_core::Uid;
 use streamer_proto::common::v1::{Event, Request};
@@ -36,6 +37,8 @@ const MAINTENANCE: Duration = Duration::from_secs(5);
 const RING_MAINTENANCE: Duration = Duration::from_secs(1);
 const RING_UNWATCHED_ROUNDS: u32 = 10;
 const RING_COMPARE_ROUNDS: u32 = 15;
+/// Topics that are compared with the store at the same time.
+const COMPARED_AT_ONCE: usize = 32;
 /// Rounds of maintenance that an unwatched topic without news survives.
 const UNWATCHED_ROUNDS: u32 = 2;
 /// Rounds without news after which a watched topic is compared with the store.
@@ -140,12 +143,15 @@ pub(crate) struct Topics {
     store: Arc<dyn Store>,
     metrics: ProgressMetrics,
     ring: Option<Ring>,
+    /// Watches end.
+    pub(crate) draining: CancellationToken,
 }
 
 impl Topics {
     pub(crate) fn new(store: Arc<dyn Store>, metrics: ProgressMetrics, ring: Option<Ring>) -> Self {
         Self {
             ring,
+            draining: CancellationToken::new(),
             by_uid: Mutex::default(),
             missed: Mutex::default(),
             prune_at: AtomicUsize::new(MAX_TOPICS),
@@ -253,10 +259,13 @@ impl Topics {
                 () = shutdown.cancelled() => return,
                 _ = ticks.tick() => {}
             }
-            for topic in self.sweep() {
-                if let Err(error) = self.compare(&topic).await {
-                    tracing::warn!(%error, uid = %topic.uid, "could not compare with the store");
-                }
+            for some in self.sweep().chunks(COMPARED_AT_ONCE) {
+                let compared = some.iter().map(|topic| async move {
+                    if let Err(error) = self.compare(topic).await {
+                        tracing::warn!(%error, uid = %topic.uid, "could not compare with the store");
+                    }
+                });
+                join_all(compared).await;
             }
         }
     }
@@ -296,7 +305,7 @@ impl Topics {
         }
     }
 
-    async fn compare(&self, topic: &Topic) -> Result<(), StoreError> {
+    pub(crate) async fn compare(&self, topic: &Topic) -> Result<(), StoreError> {
         if let Some(record) = self.store.get_request(topic.uid).await? {
             let outdated = {
                 let tail = topic.tail.lock();

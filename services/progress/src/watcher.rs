@@ -88,6 +88,11 @@ impl Watcher {
 
     /// The snapshot, with the events that are there already.
     async fn first_message(&mut self) -> Result<WatchResponse, Status> {
+        if self.subscription.topic.snapshot().is_none() {
+            // Events came in the meantime that did not follow those in memory.
+            let compared = self.topics.compare(&self.subscription.topic).await;
+            compared.map_err(|error| store_status(&error))?;
+        }
         let snapshot = self.subscription.topic.snapshot();
         if let (Some(snapshot), -1) = (&snapshot, self.cursor) {
             let state = streamer_rpc::state_from_proto(snapshot.state);
@@ -115,8 +120,12 @@ impl Watcher {
             if let Some(events) = self.read().await? {
                 return Ok(events);
             }
-            if self.subscription.news.changed().await.is_err() {
-                return Err(Status::unavailable("the progress service is stopping"));
+            let stopping = || Status::unavailable("the progress service is stopping");
+            tokio::select! {
+                changed = self.subscription.news.changed() => {
+                    changed.map_err(|_| stopping())?;
+                }
+                () = self.topics.draining.cancelled() => return Err(stopping()),
             }
         }
     }

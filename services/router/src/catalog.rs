@@ -15,7 +15,11 @@ use streamer_proto::{
 };
 use streamer_rpc::Member;
 use streamer_store::{DeclaredAction, Store};
-use tokio::{sync::watch, task::JoinHandle, time::sleep};
+use tokio::{
+    sync::watch,
+    task::JoinHandle,
+    time::{Instant, sleep},
+};
 use tokio_util::{sync::CancellationToken, task::AbortOnDropHandle};
 use tonic::Status;
 
@@ -23,6 +27,10 @@ use crate::peers::Peers;
 
 /// Longest wait before asking again, drawn with full jitter.
 const MAX_BACKOFF: Duration = Duration::from_secs(2);
+/// Times that a processor cannot be asked before what it offers counts as gone.
+const LOST: u32 = 3;
+/// A processor that cannot be asked is spoken of so often.
+const SAY_AGAIN: Duration = Duration::from_secs(60);
 /// Violations of a schema that are told at most.
 const MAX_VIOLATIONS: usize = 50;
 
@@ -38,12 +46,12 @@ pub(crate) struct Known {
 type ByName = BTreeMap<String, BTreeMap<String, Arc<Known>>>;
 
 /// Under this name stands what was declared by processors that are not known (any more).
-const STORED: &str = "";
+const STORED: &str = "~stored";
 
 /// The latest lists; kept while no processor can be reached, so that work is still accepted.
 pub(crate) struct Catalog {
     /// By the name of the processor that sent it. Changed together with `by_name`.
-    lists: Mutex<HashMap<Arc<str>, Vec<OfferedAction>>>,
+    lists: Mutex<BTreeMap<Arc<str>, Vec<OfferedAction>>>,
     by_name: RwLock<Arc<ByName>>,
     loaded: watch::Sender<bool>,
 }
@@ -92,7 +100,9 @@ impl Catalog {
     ) {
         let mut members = peers.processors.clone();
         let mut following: HashMap<Arc<str>, AbortOnDropHandle<()>> = HashMap::new();
-        self.learn_stored(store, since).await;
+        if !members.is_local() {
+            self.learn_stored(store, since).await;
+        }
         loop {
             let all = members.all();
             following.retain(|name, _| all.iter().any(|member| member.name == *name));
@@ -128,10 +138,20 @@ impl Catalog {
     fn follow_member(self: &Arc<Self>, peers: Arc<Peers>, member: Member) -> JoinHandle<()> {
         let catalog = self.clone();
         tokio::spawn(async move {
+            let (mut losses, mut said) = (0, None);
             loop {
                 if let Err(status) = catalog.follow_once(&peers, &member).await {
                     let name = &*member.name;
-                    tracing::warn!(%status, name, "lost a list of actions, will ask again");
+                    if said.is_none_or(|at: Instant| at.elapsed() > SAY_AGAIN) {
+                        tracing::warn!(%status, name, "cannot follow a list of actions");
+                        said = Some(Instant::now());
+                    }
+                    losses += 1;
+                    if losses == LOST {
+                        catalog.note_lost(name);
+                    }
+                } else {
+                    losses = 0;
                 }
                 sleep(MAX_BACKOFF.mul_f64(retry::random_fraction())).await;
             }
@@ -142,13 +162,22 @@ impl Catalog {
         let mut client = peers.processor(member);
         let mut lists = client.watch_actions(WatchActionsRequest {}).await?.into_inner();
         let mut actions = Vec::new();
-        while let Some(list) = lists.message().await? {
-            actions.extend(list.actions);
-            if !list.more {
-                self.note(member.name.clone(), std::mem::take(&mut actions));
+        let mut has_come = false;
+        loop {
+            match lists.message().await {
+                Ok(Some(list)) => {
+                    actions.extend(list.actions);
+                    if !list.more {
+                        has_come = true;
+                        self.note(member.name.clone(), std::mem::take(&mut actions));
+                    }
+                }
+                // It was there; whether it still is will be seen.
+                Ok(None) | Err(_) if has_come => return Ok(()),
+                Ok(None) => return Err(Status::unavailable("the processor ended the stream")),
+                Err(status) => return Err(status),
             }
         }
-        Err(Status::unavailable("the processor ended the stream"))
     }
 
     /// Forgets the lists of processors that have gone, but for the last one.
@@ -161,6 +190,18 @@ impl Catalog {
         }
     }
 
+    /// A processor cannot be asked any more: what it offered is declared, and not offered.
+    fn note_lost(&self, from: &str) {
+        let mut lists = self.lists.lock();
+        if let Some(list) = lists.get_mut(from) {
+            for action in list.iter_mut().filter_map(|offered| offered.action.as_mut()) {
+                action.available = false;
+                action.workers = 0;
+            }
+            self.merge(&lists);
+        }
+    }
+
     fn note(&self, from: Arc<str>, list: Vec<OfferedAction>) {
         let mut lists = self.lists.lock();
         lists.insert(from, list);
@@ -168,8 +209,9 @@ impl Catalog {
         self.loaded.send_replace(true);
     }
 
-    /// Makes one list of all: what is offered now goes before what was declared once.
-    fn merge(&self, lists: &HashMap<Arc<str>, Vec<OfferedAction>>) {
+    /// Makes one list of all: what is offered now goes before what was declared once, and then the
+    /// processors go by their names.
+    fn merge(&self, lists: &BTreeMap<Arc<str>, Vec<OfferedAction>>) {
         let before = self.by_name.read().clone();
         let mut by_name = BTreeMap::<String, BTreeMap<String, Known>>::new();
         for (from, list) in lists {

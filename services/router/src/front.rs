@@ -35,6 +35,14 @@ use crate::{
     wait,
 };
 
+/// The id that another service has given to a submission.
+#[derive(Clone, Copy)]
+pub(crate) struct GivenUid {
+    pub(crate) uid: Uid,
+    /// The call may have been made before.
+    pub(crate) repeated: bool,
+}
+
 pub(crate) struct Front {
     pub(crate) store: Arc<dyn Store>,
     pub(crate) clock: Arc<dyn Clock>,
@@ -67,7 +75,7 @@ impl Front {
         caller: &Caller,
         request: SubmitRequest,
         trace_parent: Option<String>,
-        uid: Option<Uid>,
+        uid: Option<GivenUid>,
     ) -> Result<SubmitResponse, Status> {
         let encoding = request.payload_encoding();
         let mut response = self.admit(caller, request, trace_parent, uid).await?;
@@ -84,12 +92,19 @@ impl Front {
         caller: &Caller,
         request: SubmitRequest,
         trace_parent: Option<String>,
-        uid: Option<Uid>,
+        uid: Option<GivenUid>,
     ) -> Result<SubmitResponse, Status> {
         let now = self.clock.now();
         let mut violations = Violations::default();
         let mut submission = admission::read(request, &self.limits, now, &mut violations);
-        submission.uid = uid;
+        submission.uid = uid.map(|given| given.uid);
+        // What was acknowledged is not judged anew, by another clock and another list of actions.
+        if let Some(given) = uid.filter(|given| given.repeated)
+            && let Some(record) = self.stored(caller, given.uid).await?
+        {
+            let created = self.created_before(record).await;
+            return self.acknowledge(caller, created, submission.wait_ms, now).await;
+        }
         let known = self.catalog.get(&submission.action, &caller.principal.tenant);
         if let (Some(known), true) = (&known, violations.is_empty()) {
             permitted(caller, known)?;
@@ -141,6 +156,30 @@ impl Front {
         let wait_ms = submission.wait_ms;
         let created = self.create(owner(caller), submission, now, trace_parent, None).await?;
         self.metrics.submit_seconds.observe(began.elapsed().as_secs_f64());
+        self.acknowledge(caller, created, wait_ms, now).await
+    }
+
+    /// A request that is stored already, if it is the caller's.
+    async fn stored(&self, caller: &Caller, uid: Uid) -> Result<Option<RequestRecord>, Status> {
+        let record = self.store.get_request(uid).await.map_err(|error| store_status(&error))?;
+        Ok(record.filter(|record| record.owner == owner(caller)))
+    }
+
+    /// One that an earlier call has stored, whose answer did not arrive.
+    async fn created_before(&self, record: RequestRecord) -> Created {
+        let known = self.catalog.get(&record.action, &record.owner.tenant);
+        let offered_by = known.as_ref().map_or(&[][..], |known| &known.offered_by);
+        let outlook = self.peers.wake(&record, Some(record.not_before), offered_by).await;
+        Created { record, duplicate: false, outlook }
+    }
+
+    async fn acknowledge(
+        &self,
+        caller: &Caller,
+        created: Created,
+        wait_ms: i64,
+        now: Timestamp,
+    ) -> Result<SubmitResponse, Status> {
         let queue_position = self.position(&created, now).await;
         let Created { record, duplicate, .. } = created;
         let mut response = SubmitResponse {
@@ -217,10 +256,15 @@ impl Front {
             trace_parent,
         };
         match self.store.create_request(new).await.map_err(|error| store_status(&error))? {
+            CreateOutcome::Created(record, _) | CreateOutcome::Existing(record)
+                if record.owner != owner =>
+            {
+                tracing::error!(%uid, "two requests were given one id");
+                Err(status(&RequestError::new(ErrorCode::InternalError, "the id is in use")))
+            }
             // Its first answer was lost between services, and the call repeated.
-            CreateOutcome::Existing(record) if record.uid == uid && record.owner == owner => {
-                let outlook = self.peers.wake(&record, None, &[]).await;
-                Ok(Created { record: *record, duplicate: false, outlook })
+            CreateOutcome::Existing(record) if record.uid == uid => {
+                Ok(self.created_before(*record).await)
             }
             CreateOutcome::Created(record, accepted) => {
                 self.metrics.submitted_async.inc();

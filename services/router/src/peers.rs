@@ -115,8 +115,10 @@ impl Peers {
         let uid_bytes = uid.to_bytes().to_vec().into();
         let request = AnnounceRequest { uid: uid_bytes, events: vec![event], created };
         let request = with_route(request, uid);
-        if let Err(status) = self.event_log.clone().announce(request).await {
-            tracing::warn!(%uid, %status, "could not announce an event");
+        match timeout(HINT_TIMEOUT, self.event_log.clone().announce(request)).await {
+            Ok(Ok(_)) => {}
+            Ok(Err(status)) => tracing::warn!(%uid, %status, "could not announce an event"),
+            Err(_) => tracing::warn!(%uid, "could not announce an event in time"),
         }
     }
 

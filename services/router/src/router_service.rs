@@ -16,13 +16,13 @@ use streamer_proto::{
     },
 };
 use streamer_rpc::{
-    REQUEST_UID, RouteKey, encode_payload, request_to_proto, state_from_proto, validation_status,
-    with_authorization,
+    REPEATED, REQUEST_UID, RouteKey, encode_payload, request_to_proto, state_from_proto,
+    validation_status, with_authorization,
 };
 use streamer_store::RequestPage;
 use tonic::{Request, Response, Status};
 
-use crate::front::{Access, Front, refuse};
+use crate::front::{Access, Front, GivenUid, refuse};
 
 pub(crate) const MAX_PAGE: i32 = 500;
 pub(crate) const DEFAULT_PAGE: usize = 50;
@@ -224,11 +224,6 @@ pub(crate) fn read_page_size(size: i32, violations: &mut Violations) -> usize {
 }
 
 /// The W3C trace context of the caller.
-/// The `uid` that another service has given to the request. The server's edge lets nobody else's in.
-fn given_uid<T>(request: &Request<T>) -> Option<Uid> {
-    request.metadata().get(REQUEST_UID)?.to_str().ok()?.parse().ok()
-}
-
 fn trace_parent<T>(request: &Request<T>) -> Option<String> {
     const LENGTH: usize = 55;
     let value = request.metadata().get("traceparent")?.to_str().ok()?;
@@ -246,4 +241,10 @@ fn events_of(
         }
         Err(status) => Some(Err(status)),
     }
+}
+
+/// The `uid` that another service has given to the request. The server's edge lets nobody else's in.
+fn given_uid<T>(request: &Request<T>) -> Option<GivenUid> {
+    let uid = request.metadata().get(REQUEST_UID)?.to_str().ok()?.parse().ok()?;
+    Some(GivenUid { uid, repeated: request.metadata().contains_key(REPEATED) })
 }

@@ -34,8 +34,9 @@ pub(crate) struct StoredObject {
 
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 pub(crate) struct StoredProgress {
+    /// As text: DynamoDB's numbers have other limits.
     #[serde(skip_serializing_if = "Option::is_none", default)]
-    percentage: Option<f64>,
+    percentage: Option<String>,
     #[serde(skip_serializing_if = "String::is_empty", default)]
     message: String,
     #[serde(skip_serializing_if = "Option::is_none", default)]
@@ -245,7 +246,7 @@ impl StoredValue {
 impl StoredProgress {
     fn new(progress: &Progress) -> Option<Self> {
         Some(Self {
-            percentage: progress.percentage,
+            percentage: progress.percentage.map(|percentage| percentage.to_string()),
             message: progress.message.clone(),
             metadata: optional(progress.metadata.as_ref(), StoredValue::new)?,
         })
@@ -253,7 +254,7 @@ impl StoredProgress {
 
     pub(crate) fn into_progress(self) -> Progress {
         Progress {
-            percentage: self.percentage,
+            percentage: self.percentage.and_then(|percentage| percentage.parse().ok()),
             message: self.message,
             metadata: self.metadata.map(StoredValue::into_payload),
         }

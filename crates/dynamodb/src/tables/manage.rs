@@ -58,6 +58,10 @@ pub async fn create(options: &DynamoOptions) -> Result<(Vec<String>, Vec<Differe
     for table in &TABLES {
         let name = format!("{}{}", options.table_prefix, table.name);
         match describe(&client, &name).await? {
+            // Somebody else creates it at this moment.
+            Some(found) if found.table_status() == Some(&TableStatus::Creating) => {
+                await_active(&client, &name).await?;
+            }
             Some(found) => differences.extend(compare(&client, table, &name, &found).await?),
             None => {
                 create_table(&client, table, &name).await?;

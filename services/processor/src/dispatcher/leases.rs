@@ -77,7 +77,16 @@ impl Dispatcher {
             }
         };
         for record in expired {
-            let declared = self.actions.find(&record.action, &record.owner.tenant);
+            let mut declared = self.actions.find(&record.action, &record.owner.tenant);
+            if declared.is_none() && self.options.shared {
+                // It may have been declared to another processor since.
+                if let Err(error) = self.actions.load(&*self.store, &*self.environment.clock).await
+                {
+                    tracing::warn!(%error, "could not read the declared actions");
+                    return;
+                }
+                declared = self.actions.find(&record.action, &record.owner.tenant);
+            }
             let policy = declared.map_or_else(RetryPolicy::default, |declared| declared.spec.retry);
             match takeover::conclude(&*self.store, &record, policy, self.now()).await {
                 Ok(ending) => {

@@ -57,6 +57,11 @@ impl Tail {
     /// Takes in what the store says about the request. It may be older than the events here.
     pub(crate) fn load(&mut self, mut request: Request) {
         use streamer_core::RequestState;
+        let next = self.events.front().map_or(self.last_seq + 1, |first| first.seq);
+        if request.last_seq + 1 < next {
+            // It is older than what came before the events here.
+            return;
+        }
         if request.last_seq > self.last_seq {
             // The store is ahead: what lies between is read from there.
             self.clear();
