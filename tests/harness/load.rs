@@ -1,6 +1,8 @@
 //! Clients that submit requests and follow them to their end, whatever dies; what they were told is
 //! recorded and judged by `check-history`, a program of its own.
 
+#![allow(clippy::unwrap_used, reason = "in tests, a panic is the report")]
+
 use std::{
     env, fs,
     io::Write,

@@ -131,7 +131,14 @@ async fn the_cloudformation_template_is_right_and_its_tables_work() {
         c.create_stack(StackName='streamer', TemplateBody=t)\n\
         s = c.describe_stacks(StackName='streamer')['Stacks'][0]\n\
         assert s['StackStatus'] == 'CREATE_COMPLETE', s\n\
-        assert len(c.describe_stack_resources(StackName='streamer')['StackResources']) == 11\n";
+        assert len(c.describe_stack_resources(StackName='streamer')['StackResources']) == 11\n\
+        # This CloudFormation passes over the time to live, which the template has.\n\
+        d = client('dynamodb'); spec = {'Enabled': True, 'AttributeName': 'remove_after'}\n\
+        for r in json.loads(t)['Resources'].values():\n    \
+        if r['Type'] != 'AWS::DynamoDB::Table': continue\n    \
+        assert r['Properties']['TimeToLiveSpecification'] == spec\n    \
+        name = r['Properties']['TableName']['Fn::Sub'].replace('${TablePrefix}', 'cf-')\n    \
+        d.update_time_to_live(TableName=name, TimeToLiveSpecification=spec)\n";
     python(script, &moto.endpoint, &[template.to_str().unwrap()]);
     let endpoint = format!("dynamodb.endpoint={}", moto.endpoint);
     let settings = [endpoint.as_str(), "dynamodb.table_prefix=cf-", "dynamodb.stream=false"];

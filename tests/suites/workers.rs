@@ -230,7 +230,10 @@ async fn tasks_go_only_into_free_slots() {
     offered(&server, &token, "work", 1).await;
     let mut client = client(&server).await;
     for id in ["a", "b", "c"] {
-        client.send(json!({"id": id, "action": "work"})).await;
+        let mut answer = client.ask(json!({"id": id, "action": "work"})).await;
+        while answer["type"] != "acknowledgment" {
+            answer = client.next().await;
+        }
     }
     let first = worker.task().await;
     let second = worker.task().await;

@@ -83,6 +83,7 @@ fn of_code(doing: &'static str, code: &str, reason: String) -> StoreError {
 }
 
 /// What is stored cannot be read.
-pub(crate) fn damaged(doing: &'static str, reason: impl ToString) -> StoreError {
-    StoreError::Corrupt { doing, reason: reason.to_string() }
+pub(crate) fn damaged(doing: &'static str, reason: impl std::fmt::Display) -> StoreError {
+    let reason = reason.to_string();
+    StoreError::Corrupt { doing, reason }
 }

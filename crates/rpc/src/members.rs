@@ -130,7 +130,7 @@ impl Members {
     /// Waits until others are known; for ever when that cannot be.
     pub async fn changed(&mut self) {
         if self.list.changed().await.is_err() {
-            std::future::pending().await
+            std::future::pending::<()>().await;
         }
     }
 

@@ -133,7 +133,7 @@ fn table_resource(table: &Table) -> Value {
     })
 }
 
-fn alarm(description: String, metric: &str, dimensions: Value, threshold: u32) -> Value {
+fn alarm(description: &str, metric: &str, dimensions: &Value, threshold: u32) -> Value {
     let mut properties = json!({
         "AlarmDescription": description,
         "Namespace": "AWS/DynamoDB",
@@ -153,24 +153,24 @@ fn alarm(description: String, metric: &str, dimensions: Value, threshold: u32) -
             ]
         },
     });
-    properties["Dimensions"] = dimensions;
+    properties["Dimensions"] = dimensions.clone();
     json!({ "Type": "AWS::CloudWatch::Alarm", "Properties": properties })
 }
 
 fn throttle_alarm(table: &Table, id: &str) -> Value {
     alarm(
-        format!("Writes to the {} table are throttled: work is slower, none is lost", table.name),
+        &format!("Writes to the {} table are throttled: work is slower, none is lost", table.name),
         "WriteThrottleEvents",
-        json!([{ "Name": "TableName", "Value": { "Ref": id } }]),
+        &json!([{ "Name": "TableName", "Value": { "Ref": id } }]),
         10,
     )
 }
 
 fn system_error_alarm() -> Value {
     alarm(
-        "DynamoDB fails to append events".into(),
+        "DynamoDB fails to append events",
         "SystemErrors",
-        json!([
+        &json!([
             { "Name": "TableName", "Value": { "Ref": "RequestsTable" } },
             { "Name": "Operation", "Value": "UpdateItem" },
         ]),

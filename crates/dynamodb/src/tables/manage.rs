@@ -5,6 +5,7 @@ use std::{collections::BTreeMap, time::Duration};
 use aws_sdk_dynamodb::{
     Client,
     error::{DisplayErrorContext, ProvideErrorMetadata, SdkError},
+    operation::create_table::CreateTableError,
     types::{
         AttributeDefinition, BillingMode, GlobalSecondaryIndex, IndexStatus, KeySchemaElement,
         KeyType, PointInTimeRecoverySpecification, ProjectionType, StreamSpecification,
@@ -156,7 +157,9 @@ async fn create_table(client: &Client, table: &Table, name: &str) -> Result<(), 
         Ok(_) => Ok(()),
         // Somebody else creates it at this moment.
         Err(error)
-            if error.as_service_error().is_some_and(|e| e.is_resource_in_use_exception()) =>
+            if error
+                .as_service_error()
+                .is_some_and(CreateTableError::is_resource_in_use_exception) =>
         {
             Ok(())
         }

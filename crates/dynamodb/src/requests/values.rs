@@ -1,0 +1,137 @@
+//! Payloads and checkpoints: in the item, in parts, in the object store.
+
+use super::*;
+
+impl Dynamo {
+    /// Keeps a payload where it belongs by its size.
+    pub(crate) async fn keep_payload(
+        &self,
+        uid: &str,
+        payload: &StoredPayload,
+    ) -> Result<Kept, StoreError> {
+        let value = StoredValue::of(&payload.content_type, Some(Blob(payload.data.clone())));
+        self.keep(uid, PAYLOAD, value, INLINE_PAYLOAD_BYTES).await
+    }
+
+    pub(crate) async fn keep(
+        &self,
+        uid: &str,
+        part: &str,
+        mut value: StoredValue,
+        inline: usize,
+    ) -> Result<Kept, StoreError> {
+        let bytes = value.data.as_ref().map_or(0, |data| data.0.len());
+        if bytes <= inline {
+            return Ok(Kept { value, part: None });
+        }
+        if let Some(objects) = &self.objects {
+            objects.offload(uid, vec![&mut value]).await?;
+        }
+        let Some(data) = value.data.take() else { return Ok(Kept { value, part: None }) };
+        let mut item = key([("uid", uid), ("part", part)]);
+        item.insert("data".into(), encode(&data)?);
+        let put = self
+            .client
+            .put_item()
+            .table_name(&self.tables.parts)
+            .set_item(Some(item))
+            .return_consumed_capacity(ReturnConsumedCapacity::Total)
+            .send()
+            .await
+            .map_err(|error| store_error("storing a payload", error))?;
+        self.metrics.note_write(put.consumed_capacity());
+        Ok(Kept { value, part: Some(part.to_owned()) })
+    }
+
+    /// Of a submission that was not the first of its id. What cannot be removed is only in the way.
+    pub(crate) async fn drop_payload(&self, uid: &str, kept: &Kept) {
+        let outcome = match (&kept.part, &self.objects, &kept.value.object) {
+            (Some(part), _, _) => self.delete_part(uid, part).await,
+            (None, Some(objects), Some(_)) => objects.delete_all(uid).await,
+            _ => Ok(()),
+        };
+        if let Err(error) = outcome {
+            tracing::warn!(%error, uid, "could not remove a payload that is not needed");
+        }
+    }
+
+    /// The value, from wherever it is.
+    pub(crate) async fn kept(
+        &self,
+        uid: &str,
+        kept: &Kept,
+    ) -> Result<Option<StoredPayload>, StoreError> {
+        let mut value = kept.value.clone();
+        if let Some(part) = &kept.part {
+            value.data = self.read_part(uid, part).await?;
+        }
+        self.restore(vec![&mut value]).await?;
+        let content_type = value.content_type();
+        Ok(value.data.map(|data| StoredPayload { content_type, data: data.0 }))
+    }
+
+    pub(crate) async fn read_part(
+        &self,
+        uid: &str,
+        part: &str,
+    ) -> Result<Option<Blob>, StoreError> {
+        let doing = "reading a payload";
+        let mut found = self
+            .client
+            .get_item()
+            .table_name(&self.tables.parts)
+            .set_key(Some(key([("uid", uid), ("part", part)])))
+            .consistent_read(true)
+            .return_consumed_capacity(ReturnConsumedCapacity::Total)
+            .send()
+            .await
+            .map_err(|error| store_error(doing, error))?;
+        self.metrics.note_read(found.consumed_capacity());
+        let data = found.item.as_mut().and_then(|item| item.remove("data"));
+        data.map(|data| {
+            serde_dynamo::from_attribute_value(data).map_err(|error| damaged(doing, error))
+        })
+        .transpose()
+    }
+
+    pub(crate) async fn read_payload(&self, uid: Uid) -> Result<Option<StoredPayload>, StoreError> {
+        let uid = uid.to_string();
+        match self.get(&uid).await? {
+            Some(item) => self.kept(&uid, &item.payload).await,
+            None => Ok(None),
+        }
+    }
+
+    pub(crate) async fn delete_parts(&self, uid: &str) -> Result<(), StoreError> {
+        for part in self.part_names(uid).await? {
+            self.delete_part(uid, &part).await?;
+        }
+        match &self.objects {
+            Some(objects) => objects.delete_all(uid).await,
+            None => Ok(()),
+        }
+    }
+
+    pub(crate) async fn delete_part(&self, uid: &str, part: &str) -> Result<(), StoreError> {
+        self.client
+            .delete_item()
+            .table_name(&self.tables.parts)
+            .set_key(Some(key([("uid", uid), ("part", part)])))
+            .send()
+            .await
+            .map(drop)
+            .map_err(|error| store_error("deleting a part", error))
+    }
+
+    pub(crate) async fn restore(&self, values: Vec<&mut StoredValue>) -> Result<(), StoreError> {
+        let values: Vec<_> = values.into_iter().filter(|value| value.object.is_some()).collect();
+        match &self.objects {
+            _ if values.is_empty() => Ok(()),
+            Some(objects) => objects.restore(values).await,
+            None => Err(StoreError::Unavailable {
+                doing: "reading a large value",
+                reason: "it is in an object store, and dynamodb.objects is not set".into(),
+            }),
+        }
+    }
+}
