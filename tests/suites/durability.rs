@@ -25,7 +25,7 @@ struct Told {
 #[tokio::test(flavor = "multi_thread")]
 async fn every_acknowledged_request_is_there_after_a_kill() {
     const ROUNDS: usize = 3;
-    let mut server = Server::start(&[]);
+    let mut server = Server::start(&["execution.lease_ms=1000"]);
     let token = server.token("acme", "ann", &[]);
     for round in 0..ROUNDS {
         let enough = Arc::new(Notify::new());
