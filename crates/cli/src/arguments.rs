@@ -32,12 +32,24 @@ pub enum Command {
     /// Start a server: every service in this process, on one port.
     Up(UpArguments),
     /// Start a gateway alone: WebSocket, and every public call passed on to whose it is.
+    ///
+    /// Needs store.engine=dynamodb, peers.router and peers.progress; peers.processor for workers that
+    /// connect here, peers.gateway to reach connections of other gateways, and peers.secret_file
+    /// beyond loopback.
     Gateway(UpArguments),
     /// Start a router alone: admits requests, tells about them.
+    ///
+    /// Needs store.engine=dynamodb, peers.processor and peers.progress, and peers.secret_file beyond
+    /// loopback.
     Router(UpArguments),
     /// Start a processor alone: runs requests, gives them to workers.
+    ///
+    /// Needs store.engine=dynamodb and peers.progress, and peers.secret_file beyond loopback.
     Processor(UpArguments),
     /// Start a progress service alone: keeps and streams the logs.
+    ///
+    /// Needs store.engine=dynamodb and peers.progress (all of them, itself included), and
+    /// peers.secret_file beyond loopback.
     Progress(UpArguments),
     /// Make, check or print the tables of engine dynamodb.
     Tables(TablesArguments),

@@ -13,8 +13,8 @@ use streamer_core::Timestamp;
 use streamer_store::{Lease, Renewed, RequestRecord, StoreError};
 
 use crate::{
-    client::Dynamo,
-    error::store_error,
+    client::{Dynamo, Patience},
+    error::{is_conflict, store_error},
     expression::{Attributes, Expression, key, number, text},
     item::{RequestItem, RequestState, encode},
     queue::{number_of, numbers, text_of},
@@ -69,24 +69,35 @@ impl Dynamo {
         let update = Expression::default()
             .set("alive_until", number(until.as_millis()))
             .when_or_missing("alive_until", "<", number(until.as_millis()));
-        let done = self
-            .client
-            .update_item()
-            .table_name(&self.tables.fleet)
-            .set_key(Some(key([("kind", kind), ("name", name)])))
-            .set_update_expression(update.update())
-            .set_condition_expression(update.condition())
-            .set_expression_attribute_names(update.names())
-            .set_expression_attribute_values(update.values())
-            .return_consumed_capacity(ReturnConsumedCapacity::Total)
-            .send()
-            .await;
-        match done {
-            Ok(done) => self.metrics.note_write(done.consumed_capacity()),
-            Err(error) if error.code() == Some("ConditionalCheckFailedException") => {}
-            Err(error) => return Err(store_error("saying that it lives", error)),
+        let mut patience = Patience::default();
+        loop {
+            let done = self
+                .client
+                .update_item()
+                .table_name(&self.tables.fleet)
+                .set_key(Some(key([("kind", kind), ("name", name)])))
+                .set_update_expression(update.update())
+                .set_condition_expression(update.condition())
+                .set_expression_attribute_names(update.names())
+                .set_expression_attribute_values(update.values())
+                .return_consumed_capacity(ReturnConsumedCapacity::Total)
+                .send()
+                .await;
+            match done {
+                Ok(done) => {
+                    self.metrics.note_write(done.consumed_capacity());
+                    return Ok(());
+                }
+                Err(error) if error.code() == Some("ConditionalCheckFailedException") => {
+                    return Ok(());
+                }
+                // It met a transaction that looks whether it still lives.
+                Err(error) if error.code().is_some_and(is_conflict) => {
+                    patience.wait(store_error("saying that it lives", error)).await?;
+                }
+                Err(error) => return Err(store_error("saying that it lives", error)),
+            }
         }
-        Ok(())
     }
 
     /// All of one kind in the fleet table.

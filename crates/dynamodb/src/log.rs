@@ -154,6 +154,13 @@ impl Dynamo {
             && last.seq <= item.last_seq
             && self.stored(item, first.seq - 1, change.events.len()).await? == change.events
         {
+            if let Some(retention) = self.retention
+                && is_terminal(last)
+            {
+                // Whoever did it may not have come to this.
+                let at = change.now.plus(retention).plus(PARTS_LATER);
+                self.forget_later(&item.uid, Some(item), at);
+            }
             return Ok(Some(Appended::Applied { cancel_reason: item.cancel_reason.clone() }));
         }
         let now = change.now.as_millis();

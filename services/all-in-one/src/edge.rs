@@ -14,7 +14,7 @@ use streamer_auth::{Authenticator, caller_of};
 use streamer_core::{Clock, Uid};
 use streamer_rpc::{Channel, FORWARDED, REPEATED, REQUEST_UID, SERVICE_TOKEN};
 use tonic::Status;
-use tower::ServiceExt;
+use tower::{ServiceExt, util::MapRequestLayer};
 
 use crate::peers::ServiceToken;
 
@@ -29,11 +29,11 @@ pub(crate) enum Trusted {
 
 /// Takes out of a call what only other services may say, unless one of them says it.
 pub(crate) fn trust_only(router: Router, trusted: Trusted) -> Router {
-    router.layer(middleware::from_fn_with_state(Arc::new(trusted), strip))
+    router.layer(MapRequestLayer::new(move |request| strip(&trusted, request)))
 }
 
-async fn strip(State(trusted): State<Arc<Trusted>>, mut request: Request, next: Next) -> Response {
-    let is_trusted = match &*trusted {
+fn strip(trusted: &Trusted, mut request: Request) -> Request {
+    let is_trusted = match trusted {
         Trusted::Nobody => false,
         Trusted::Services(token) => is_service(token.as_ref(), &request),
     };
@@ -45,7 +45,7 @@ async fn strip(State(trusted): State<Arc<Trusted>>, mut request: Request, next: 
         }
     }
     request.headers_mut().remove(SERVICE_TOKEN);
-    next.run(request).await
+    request
 }
 
 /// The call has been found to come from a service.
