@@ -128,6 +128,12 @@ impl Server {
         self.child.wait().expect("the server can be waited for").code()
     }
 
+    /// What it was started with.
+    #[must_use]
+    pub fn settings(&self) -> &[String] {
+        &self.settings
+    }
+
     /// Its data folder.
     #[must_use]
     pub fn data(&self) -> &Path {

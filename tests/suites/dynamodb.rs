@@ -224,6 +224,28 @@ async fn without_an_object_store_large_values_are_refused_by_name() {
 }
 
 #[tokio::test]
+async fn what_has_ended_goes_after_a_while_with_all_that_belongs_to_it() {
+    let server = server(local(), &["dynamodb.retention_hours=24"]);
+    let mut client = Client::connect(&server.url, &server.token("acme", "ann", &[])).await;
+    let payload = json!({"steps": 40, "output_chunks": 20, "chunk_bytes": 400, "delay_ms": 1});
+    client.submit("kept", "echo_async", payload).await;
+    client.follow(Log::after(1)).await;
+    let settings = server.settings();
+    let prefix = settings.iter().find_map(|s| s.strip_prefix("dynamodb.table_prefix=")).unwrap();
+    // The parts follow beside what clients wait for; the request itself has it at once.
+    let script = "c = client('dynamodb'); p = sys.argv[2]\n\
+        rows = lambda t: c.scan(TableName=p + t)['Items']\n\
+        request = rows('requests')[0]\n\
+        ended = int(request['finish_time']['N']) // 1000\n\
+        assert int(request['remove_after']['N']) - ended == 24 * 3600, request\n\
+        while any('remove_after' not in r for r in rows('parts') + rows('names')): pass\n\
+        assert len(rows('parts')) > 1 and len(rows('names')) == 1\n\
+        for r in rows('parts') + rows('names'):\n    \
+        assert int(r['remove_after']['N']) - ended == 8 * 24 * 3600, r\n";
+    python(script, local(), &[prefix]);
+}
+
+#[tokio::test]
 async fn hints_stream_and_poll_each_suffice() {
     let switches = |hints: bool, stream: bool, poll: bool| {
         [

@@ -8,6 +8,7 @@ use object_store::{
     ClientOptions, ObjectStore, ObjectStoreExt, PutPayload, RetryConfig, aws::AmazonS3Builder,
     local::LocalFileSystem, path::Path, prefix::PrefixStore,
 };
+use rustls::crypto::{CryptoProvider, ring};
 use sha2::{Digest, Sha256};
 use streamer_store::StoreError;
 
@@ -44,6 +45,7 @@ impl Objects {
                 LocalFileSystem::new_with_prefix(folder).map_err(|error| bad(error.to_string()))?;
             Arc::new(local.with_fsync(true))
         } else if let Some(rest) = url.strip_prefix("s3://") {
+            use_ring();
             let (bucket, prefix) = rest.split_once('/').unwrap_or((rest, ""));
             let mut s3 = AmazonS3Builder::from_env()
                 .with_bucket_name(bucket)
@@ -150,6 +152,15 @@ impl Objects {
             self.store.delete(&object.location).await.map_err(failed)?;
         }
         Ok(())
+    }
+}
+
+/// The HTTPS client takes the process's provider of cryptography, which has to be named once.
+fn use_ring() {
+    if CryptoProvider::get_default().is_none()
+        && ring::default_provider().install_default().is_err()
+    {
+        tracing::debug!("another provider of cryptography was installed at the same time");
     }
 }
 
