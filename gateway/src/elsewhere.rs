@@ -17,6 +17,8 @@ use crate::OtherGateways;
 
 /// A gateway that does not answer within this is passed over.
 const PATIENCE: Duration = Duration::from_secs(3);
+/// As much for one that could not be reached last time.
+const SHORT_PATIENCE: Duration = Duration::from_millis(500);
 
 /// What the other gateways made of a call.
 #[derive(Default)]
@@ -62,14 +64,12 @@ impl OtherGateways {
         let mut asked = Vec::new();
         let mut elsewhere = Elsewhere::default();
         for member in self.members.all().iter().filter(|member| *member.name != *self.own) {
-            if !member.seems_up() {
-                elsewhere.unreachable += 1;
-                continue;
-            }
+            // It may hold connections all the same; others should not wait long for that.
+            let patience = if member.seems_up() { PATIENCE } else { SHORT_PATIENCE };
             let asking = question.clone().ask(member.channel.clone(), caller.authorization.clone());
             let gateway = member.name.clone();
             asked.push(async move {
-                let answer = timeout(PATIENCE, asking).await;
+                let answer = timeout(patience, asking).await;
                 let answer = answer.unwrap_or_else(|_| Err(Status::unavailable("no answer")));
                 if let Err(status) = &answer {
                     tracing::warn!(%gateway, %status, "could not reach another gateway");
