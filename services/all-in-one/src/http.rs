@@ -92,6 +92,12 @@ impl Health {
         outcome
     }
 
+    /// Looks, whatever was seen just now.
+    pub(crate) async fn look(&self) -> Result<(), String> {
+        *self.latest.lock().await = None;
+        self.refresh().await
+    }
+
     /// Whether the store can be written; without it there is no point in starting.
     pub(crate) async fn check_store(&self) -> Result<(), String> {
         match timeout(HEALTH_TIMEOUT, self.store.check()).await {

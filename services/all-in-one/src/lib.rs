@@ -156,8 +156,12 @@ impl AllInOne {
         if let (Role::All, Some(router)) = (role, &services.router) {
             router.ready().await;
         }
-        // The others need not be there yet.
-        services.health.check_store().await.map_err(StartError::Unhealthy)?;
+        let healthy = match role {
+            Role::All => services.health.look().await,
+            // The others need not be there yet.
+            _ => services.health.check_store().await,
+        };
+        healthy.map_err(StartError::Unhealthy)?;
         let router = services.http()?;
         let options = serve::Options::new(config, role);
         let serving = tokio::spawn(serve::serve(listener, router, options, shutdown.clone()));
