@@ -86,7 +86,7 @@ async fn one_log_also_when_members_are_of_different_opinions() {
     .await;
     let token = cluster.token("acme", "ann", &[]);
     let load = Load::start(&cluster.urls, &token, 3, true);
-    load.more(800).await;
+    load.more(400).await;
     load.judge("cluster-opinions").await;
 }
 
