@@ -252,7 +252,8 @@ async fn failed_requests_run_again_by_filter_and_only_once() {
 #[tokio::test]
 async fn what_has_no_room_does_not_hold_up_what_is_queued_behind_it() {
     let one = Action { max_concurrency: 1, ..declare("one") };
-    let settings = ["execution.tenant_share_percent=100"];
+    // The worker says nothing while the requests are stored, which takes some engines long.
+    let settings = ["execution.tenant_share_percent=100", "execution.lease_ms=120000"];
     let mut scene = Scene::with(&settings, 10, vec![one, declare("other")]).await;
     for number in 0..300 {
         scene.client.send(json!({"id": format!("one-{number}"), "action": "one"})).await;
