@@ -10,10 +10,10 @@ use streamer_proto::common::v1::Action;
 use streamer_store::{DeclaredAction, StoreError};
 
 use crate::{
+    calls::{number_of, text_of},
     client::Dynamo,
     error::{damaged, store_error},
     expression::{key, number, text},
-    queue::number_of,
 };
 
 const KIND: &str = "action";
@@ -60,7 +60,7 @@ impl Dynamo {
             };
             let action =
                 Action::decode(declaration.as_ref()).map_err(|error| damaged(doing, error))?;
-            let tenant = crate::queue::text_of(&item, "tenant")?;
+            let tenant = text_of(&item, "tenant")?;
             let tenant = Some(tenant.to_owned()).filter(|tenant| !tenant.is_empty());
             actions.push(DeclaredAction { tenant, action });
         }

@@ -9,11 +9,11 @@ use streamer_core::{Timestamp, Uid};
 use streamer_store::{ConnectionPage, ConnectionRecord, Owner, StoreError};
 
 use crate::{
+    calls::{numbers, text_of},
     client::{Dynamo, Patience},
     error::{damaged, store_error},
-    expression::{Attributes, Expression, key, text},
+    expression::{Expression, key, text},
     item::{decode, encode_item},
-    queue::{numbers, text_of},
 };
 
 const KIND: &str = "gateway";
@@ -137,7 +137,8 @@ impl Dynamo {
 
     async fn connections_of(&self, gateway: &str) -> Result<Vec<String>, StoreError> {
         let condition = Expression::default().when("gateway", "=", text(gateway));
-        let rows = self.query_connections("gateway", condition, MAX_FORGOTTEN).await?;
+        let rows =
+            self.query_index(&self.tables.connections, "gateway", condition, MAX_FORGOTTEN).await?;
         rows.iter().map(|row| text_of(row, "id").map(str::to_owned)).collect()
     }
 
@@ -163,7 +164,7 @@ impl Dynamo {
                 if let Some(after) = after {
                     condition = condition.when("id", ">", text(after.to_string()));
                 }
-                self.query_connections("tenant", condition, wanted)
+                self.query_index(&self.tables.connections, "tenant", condition, wanted)
             }))
             .await?;
             let mut found = Vec::new();
@@ -186,38 +187,6 @@ impl Dynamo {
             }
             if whole {
                 return Ok(ConnectionPage { connections, next: None });
-            }
-        }
-    }
-
-    async fn query_connections(
-        &self,
-        index: &str,
-        condition: Expression,
-        limit: usize,
-    ) -> Result<Vec<Attributes>, StoreError> {
-        let mut items = Vec::new();
-        let mut start = None;
-        loop {
-            let page = self
-                .client
-                .query()
-                .table_name(&self.tables.connections)
-                .index_name(index)
-                .set_key_condition_expression(condition.condition())
-                .set_expression_attribute_names(condition.names())
-                .set_expression_attribute_values(condition.values())
-                .limit(i32::try_from((limit - items.len()).min(1000)).unwrap_or(1000))
-                .set_exclusive_start_key(start)
-                .return_consumed_capacity(ReturnConsumedCapacity::Total)
-                .send()
-                .await
-                .map_err(|error| store_error("reading connections", error))?;
-            self.metrics.note_read(page.consumed_capacity());
-            items.extend(page.items.unwrap_or_default());
-            start = page.last_evaluated_key;
-            if items.len() >= limit || start.is_none() {
-                return Ok(items);
             }
         }
     }

@@ -13,15 +13,16 @@ use streamer_core::Timestamp;
 use streamer_store::{Lease, Renewed, RequestRecord, StoreError};
 
 use crate::{
-    client::{Dynamo, Patience},
-    error::{is_conflict, store_error},
+    calls::{number_of, numbers, text_of},
+    client::Dynamo,
+    error::store_error,
     expression::{Attributes, Expression, key, number, text},
     item::{RequestItem, RequestState, encode},
-    queue::{number_of, numbers, text_of},
     requests::{Updated, by_uid},
 };
 
-const KIND: &str = "holder";
+/// What holders are in the fleet table.
+pub(crate) const HOLDER: &str = "holder";
 /// Holds what its holder has forgotten; never alive.
 const NOBODY: &str = "nobody";
 /// A holder is registered anew after so long, since one that is long dead is forgotten.
@@ -47,18 +48,13 @@ impl Holders {
         if known.is_some_and(|at| now.since(at) < REGISTER_AGAIN) {
             return Ok(());
         }
-        dynamo.prolong(holder, until).await?;
+        dynamo.keep_alive(HOLDER, holder, until).await?;
         self.registered.lock().insert(holder.to_owned(), now);
         Ok(())
     }
 }
 
 impl Dynamo {
-    /// Lets a holder live until then, if it does not live longer.
-    async fn prolong(&self, holder: &str, until: Timestamp) -> Result<(), StoreError> {
-        self.keep_alive(KIND, holder, until).await
-    }
-
     /// Says in the fleet table that somebody lives until then, if not longer.
     pub(crate) async fn keep_alive(
         &self,
@@ -69,35 +65,8 @@ impl Dynamo {
         let update = Expression::default()
             .set("alive_until", number(until.as_millis()))
             .when_or_missing("alive_until", "<", number(until.as_millis()));
-        let mut patience = Patience::default();
-        loop {
-            let done = self
-                .client
-                .update_item()
-                .table_name(&self.tables.fleet)
-                .set_key(Some(key([("kind", kind), ("name", name)])))
-                .set_update_expression(update.update())
-                .set_condition_expression(update.condition())
-                .set_expression_attribute_names(update.names())
-                .set_expression_attribute_values(update.values())
-                .return_consumed_capacity(ReturnConsumedCapacity::Total)
-                .send()
-                .await;
-            match done {
-                Ok(done) => {
-                    self.metrics.note_write(done.consumed_capacity());
-                    return Ok(());
-                }
-                Err(error) if error.code() == Some("ConditionalCheckFailedException") => {
-                    return Ok(());
-                }
-                // It met a transaction that looks whether it still lives.
-                Err(error) if error.code().is_some_and(is_conflict) => {
-                    patience.wait(store_error("saying that it lives", error)).await?;
-                }
-                Err(error) => return Err(store_error("saying that it lives", error)),
-            }
-        }
+        let (doing, key) = ("saying that it lives", key([("kind", kind), ("name", name)]));
+        self.update_item(doing, &self.tables.fleet, key, &update).await.map(drop)
     }
 
     /// All of one kind in the fleet table.
@@ -155,18 +124,9 @@ impl Dynamo {
     pub(crate) async fn lease_end(&self, item: &RequestItem) -> Result<i64, StoreError> {
         let own = item.lease_until.unwrap_or(0);
         let Some(holder) = &item.lease_holder else { return Ok(own) };
-        let found = self
-            .client
-            .get_item()
-            .table_name(&self.tables.fleet)
-            .set_key(Some(key([("kind", KIND), ("name", holder)])))
-            .consistent_read(true)
-            .return_consumed_capacity(ReturnConsumedCapacity::Total)
-            .send()
-            .await
-            .map_err(|error| store_error("reading a lease", error))?;
-        self.metrics.note_read(found.consumed_capacity());
-        let alive = match &found.item {
+        let key = key([("kind", HOLDER), ("name", holder)]);
+        let found = self.get_item("reading a lease", &self.tables.fleet, key).await?;
+        let alive = match &found {
             Some(item) => number_of(item, "alive_until")?,
             None => 0,
         };
@@ -180,7 +140,7 @@ impl Dynamo {
         until: Timestamp,
         now: Timestamp,
     ) -> Result<Vec<Renewed>, StoreError> {
-        self.prolong(holder, until).await?;
+        self.keep_alive(HOLDER, holder, until).await?;
         let uids = leases.iter().map(|lease| lease.uid.to_string()).collect();
         let items = by_uid(self.get_many(uids).await?);
         self.give_up(holder, &items, until, now).await?;
@@ -234,7 +194,7 @@ impl Dynamo {
 
     async fn held_by(&self, holder: &str, limit: usize) -> Result<Vec<String>, StoreError> {
         let condition = Expression::default().when("lease_holder", "=", text(holder));
-        let rows = self.query_index("running", condition, limit).await?;
+        let rows = self.query_index(&self.tables.requests, "running", condition, limit).await?;
         rows.iter().map(|row| text_of(row, "uid").map(str::to_owned)).collect()
     }
 
@@ -243,7 +203,7 @@ impl Dynamo {
         now: Timestamp,
         limit: usize,
     ) -> Result<Vec<RequestRecord>, StoreError> {
-        let fleet = self.fleet(KIND).await?;
+        let fleet = self.fleet(HOLDER).await?;
         let alive = numbers(&fleet, "name", "alive_until");
         let mut dead: Vec<_> =
             alive.iter().filter(|(_, until)| **until <= now.as_millis()).collect();
@@ -258,7 +218,7 @@ impl Dynamo {
                 let long_dead = now.as_millis().saturating_sub(*until)
                     > i64::try_from(FORGET_AFTER.as_millis()).unwrap_or(i64::MAX);
                 if long_dead && holder != NOBODY {
-                    self.forget_member(KIND, holder, *until).await?;
+                    self.forget_member(HOLDER, holder, *until).await?;
                 }
                 continue;
             }

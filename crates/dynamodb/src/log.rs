@@ -6,7 +6,6 @@ mod transaction;
 
 use std::time::Duration;
 
-use aws_sdk_dynamodb::error::ProvideErrorMetadata;
 use aws_sdk_dynamodb::types::{
     AttributeValue, ConditionCheck, Put, ReturnConsumedCapacity,
     ReturnValuesOnConditionCheckFailure, TransactWriteItem, Update,
@@ -18,12 +17,14 @@ use streamer_store::{Append, Appended, EventPage, StoreError, Writer};
 use crate::{
     client::{Dynamo, Patience},
     error::{cancelled, damaged, store_error},
-    expression::{Expression, key, number, text},
+    expression::{Attributes, Expression, key, number, text},
+    holders::HOLDER,
     item::{
         Blob, Kept, RequestItem, RequestState, StoredEvent, StoredKind, StoredValue, encode,
         latest_progress, size,
     },
-    requests::{Updated, only_busy, reasons},
+    requests::{Updated, WAITING, bytes_of, name_of, only_busy, reasons},
+    tables::TIME_TO_LIVE,
 };
 
 /// Events stay in the request's item up to so many bytes: every write pays for the whole item, and
@@ -33,7 +34,7 @@ const MAX_EVENTS_BYTES: i64 = 2048;
 const PART_BYTES: usize = 350 * 1024;
 /// Events of one transaction, which could hold 4 MB: all of it goes to one partition, which takes
 /// 1,000 units a second and some more for a while.
-const TRANSACTION_BYTES: usize = 1024 * 1024;
+const TRANSACTION_BYTES: i64 = 1024 * 1024;
 /// Checkpoints up to this stay in the request's item.
 const INLINE_CHECKPOINT_BYTES: usize = 512;
 /// What belongs to a request goes after it: DynamoDB removes items within days, in no order.
@@ -49,11 +50,50 @@ const PAGE_PARTS: i32 = 16;
 pub(crate) struct Change<'a> {
     pub(crate) writer: Writer,
     pub(crate) events: Vec<StoredEvent>,
+    /// What the events add to the item.
+    pub(crate) bytes: i64,
     pub(crate) checkpoint: Option<StoredValue>,
     pub(crate) retry_at: Option<Timestamp>,
     pub(crate) now: Timestamp,
     /// Set with it.
     pub(crate) cancel_reason: Option<&'a str>,
+}
+
+impl Change<'_> {
+    /// One that appends events, and nothing else.
+    pub(crate) fn new(
+        writer: Writer,
+        events: Vec<StoredEvent>,
+        now: Timestamp,
+    ) -> Result<Self, StoreError> {
+        let bytes = bytes_of(&events)?;
+        let (checkpoint, retry_at, cancel_reason) = (None, None, None);
+        Ok(Self { writer, events, bytes, checkpoint, retry_at, now, cancel_reason })
+    }
+
+    /// Whether another attempt follows.
+    fn retries(&self) -> bool {
+        let last = self.events.last().map(|event| &event.kind);
+        matches!(last, Some(StoredKind::Retrying { .. }))
+    }
+
+    /// Takes the first events out of a change that is too large; `None` when it is not.
+    fn split(&mut self) -> Result<Option<Self>, StoreError> {
+        if self.bytes <= TRANSACTION_BYTES {
+            return Ok(None);
+        }
+        let mut bytes = 0;
+        for position in 0..self.events.len() {
+            bytes += bytes_of(&self.events[position..=position])?;
+            if bytes > TRANSACTION_BYTES && position > 0 {
+                let rest = self.events.split_off(position);
+                let events = std::mem::replace(&mut self.events, rest);
+                self.bytes = bytes_of(&self.events)?;
+                return Self::new(self.writer, events, self.now).map(Some);
+            }
+        }
+        Ok(None)
+    }
 }
 
 /// What became of it.
@@ -77,15 +117,12 @@ impl Dynamo {
             objects.offload(&uid, values).await?;
         }
         let mut change = Change {
-            writer: append.writer,
-            events,
             checkpoint,
             retry_at: append.retry_at,
-            now: append.now,
-            cancel_reason: None,
+            ..Change::new(append.writer, events, append.now)?
         };
         // What is too large for one transaction goes in several: each is a log that could have been.
-        while let Some(first) = self.split(&mut change)? {
+        while let Some(first) = change.split()? {
             match self.append_change(&uid, &first).await? {
                 Appended::Applied { .. } => {}
                 other => return Ok(other),
@@ -94,22 +131,8 @@ impl Dynamo {
         self.append_change(&uid, &change).await
     }
 
-    /// Takes the first events out of a change that is too large; `None` when it is not.
-    fn split<'a>(&self, change: &mut Change<'a>) -> Result<Option<Change<'a>>, StoreError> {
-        let mut bytes = 0;
-        for position in 0..change.events.len() {
-            bytes += size(&encode(&change.events[position])?);
-            if bytes > TRANSACTION_BYTES && position > 0 {
-                let rest = change.events.split_off(position);
-                let events = std::mem::replace(&mut change.events, rest);
-                return Ok(Some(Change { events, checkpoint: None, retry_at: None, ..*change }));
-            }
-        }
-        Ok(None)
-    }
-
     async fn append_change(&self, uid: &str, change: &Change<'_>) -> Result<Appended, StoreError> {
-        let small = self.bytes_of(&change.events)? <= MAX_EVENTS_BYTES / 2;
+        let small = change.bytes <= MAX_EVENTS_BYTES / 2;
         // Usually nobody else has written since, and reading first would be for nothing.
         let mut known = match change.writer {
             Writer::Attempt(_) if small => None,
@@ -196,17 +219,13 @@ impl Dynamo {
         known: Option<&RequestItem>,
         change: &Change<'_>,
     ) -> Result<Tried, StoreError> {
-        let retries = matches!(
-            change.events.last().map(|event| &event.kind),
-            Some(StoredKind::Retrying { .. })
-        );
-        if retries && known.is_none() {
+        if change.retries() && known.is_none() {
             // Its place in the queue depends on what the request is.
             return Ok(Tried::Refused(self.get(uid).await?.map(Box::new)));
         }
-        let added = self.bytes_of(&change.events)?;
+        let added = change.bytes;
         let room = known.is_none_or(|item| item.events_bytes + added <= MAX_EVENTS_BYTES);
-        let mut expression = self.conditions(change)?;
+        let mut expression = conditions(change)?;
         if known.is_none() {
             let most = (MAX_EVENTS_BYTES - added).max(0);
             expression = expression.when("events_bytes", "<=", number(most));
@@ -238,25 +257,6 @@ impl Dynamo {
         Ok(outcome)
     }
 
-    /// What must hold for a change.
-    fn conditions(&self, change: &Change<'_>) -> Result<Expression, StoreError> {
-        let (state, attempt) = match change.writer {
-            Writer::Attempt(attempt) | Writer::ExpiredLease(attempt) => {
-                (RequestState::Running, attempt)
-            }
-            Writer::Queued(attempt) => (RequestState::Queued, attempt),
-        };
-        let mut expression = Expression::default().when("state", "=", encode(&state)?).when(
-            "attempt",
-            "=",
-            number(attempt),
-        );
-        if let Some(first) = change.events.first() {
-            expression = expression.when("last_seq", "=", number(first.seq - 1));
-        }
-        Ok(expression)
-    }
-
     /// Moves the request to where its last event says it is.
     fn moves(
         &self,
@@ -279,18 +279,11 @@ impl Dynamo {
                 .set("finish_time", number(change.now.as_millis()))
                 .remove(&["lease_until", "lease_holder", "worker"]);
             if matches!(change.writer, Writer::Queued(_)) {
-                expression = expression.remove(&[
-                    "queue_shard",
-                    "queue_rank",
-                    "delay_shard",
-                    "delay_until",
-                    "expiry_shard",
-                    "expire_at",
-                ]);
+                expression = expression.remove(&WAITING);
             }
             if let Some(retention) = self.retention {
                 let seconds = change.now.plus(retention).as_millis() / 1000;
-                expression = expression.set(crate::tables::TIME_TO_LIVE, number(seconds));
+                expression = expression.set(TIME_TO_LIVE, number(seconds));
             }
             Ok(expression)
         };
@@ -342,6 +335,25 @@ impl Dynamo {
             Updated::Refused(found) => Tried::Refused(found.map(Box::new)),
         })
     }
+}
+
+/// What must hold for a change.
+fn conditions(change: &Change<'_>) -> Result<Expression, StoreError> {
+    let (state, attempt) = match change.writer {
+        Writer::Attempt(attempt) | Writer::ExpiredLease(attempt) => {
+            (RequestState::Running, attempt)
+        }
+        Writer::Queued(attempt) => (RequestState::Queued, attempt),
+    };
+    let mut expression = Expression::default().when("state", "=", encode(&state)?).when(
+        "attempt",
+        "=",
+        number(attempt),
+    );
+    if let Some(first) = change.events.first() {
+        expression = expression.when("last_seq", "=", number(first.seq - 1));
+    }
+    Ok(expression)
 }
 
 fn is_large(value: &StoredValue) -> bool {

@@ -1,9 +1,9 @@
 //! What waits. The index is spread over shards; in each, requests stand in the order tenant, action,
 //! priority, due time, and reading skips what is not asked for.
 
-use std::collections::{HashMap, VecDeque};
+use std::collections::VecDeque;
 
-use aws_sdk_dynamodb::types::{AttributeValue, ReturnConsumedCapacity, Select};
+use aws_sdk_dynamodb::types::{ReturnConsumedCapacity, Select};
 use futures_util::future::try_join_all;
 use streamer_core::{Timestamp, Uid};
 use streamer_store::{
@@ -11,9 +11,10 @@ use streamer_store::{
 };
 
 use crate::{
+    calls::{number_of, text_of},
     client::Dynamo,
     error::{damaged, store_error},
-    expression::{Attributes, Expression, number, text},
+    expression::{Expression, number, text},
     item::RequestItem,
     requests::by_uid,
 };
@@ -287,42 +288,8 @@ impl Dynamo {
             ">",
             number(now.as_millis()),
         );
-        let items = self.query_index("delayed", condition, 1).await?;
+        let items = self.query_index(&self.tables.requests, "delayed", condition, 1).await?;
         items.first().map(|item| number_of(item, "delay_until")).transpose()
-    }
-
-    /// Some rows of an index, first ones first.
-    pub(crate) async fn query_index(
-        &self,
-        index: &str,
-        condition: Expression,
-        limit: usize,
-    ) -> Result<Vec<Attributes>, StoreError> {
-        let mut items = Vec::new();
-        let mut start = None;
-        loop {
-            let left = i32::try_from((limit - items.len()).min(1000)).unwrap_or(1000);
-            let page = self
-                .client
-                .query()
-                .table_name(&self.tables.requests)
-                .index_name(index)
-                .set_key_condition_expression(condition.condition())
-                .set_expression_attribute_names(condition.names())
-                .set_expression_attribute_values(condition.values())
-                .limit(left)
-                .set_exclusive_start_key(start)
-                .return_consumed_capacity(ReturnConsumedCapacity::Total)
-                .send()
-                .await
-                .map_err(|error| store_error("reading an index", error))?;
-            self.metrics.note_read(page.consumed_capacity());
-            items.extend(page.items.unwrap_or_default());
-            start = page.last_evaluated_key;
-            if items.len() >= limit || start.is_none() {
-                return Ok(items);
-            }
-        }
     }
 
     pub(crate) async fn overdue(
@@ -336,7 +303,7 @@ impl Dynamo {
                 "<=",
                 number(now.as_millis()),
             );
-            self.query_index("expiring", condition, limit)
+            self.query_index(&self.tables.requests, "expiring", condition, limit)
         }))
         .await?;
         let mut rows = Vec::new();
@@ -440,33 +407,4 @@ async fn oldest_due(cursor: &mut Cursor<'_>, now: i64) -> Result<Option<i64>, St
         from = group(&row.tenant, &row.action, row.priority - 1);
     }
     Ok(oldest)
-}
-
-pub(crate) fn text_of<'a>(item: &'a Attributes, name: &str) -> Result<&'a str, StoreError> {
-    match item.get(name) {
-        Some(AttributeValue::S(value)) => Ok(value),
-        _ => Err(damaged("reading an item", format!("attribute {name} is no text"))),
-    }
-}
-
-pub(crate) fn number_of(item: &Attributes, name: &str) -> Result<i64, StoreError> {
-    let number = match item.get(name) {
-        Some(AttributeValue::N(value)) => value.parse().ok(),
-        _ => None,
-    };
-    number.ok_or_else(|| damaged("reading an item", format!("attribute {name} is no number")))
-}
-
-pub(crate) fn uid_of(item: &Attributes) -> Result<Uid, StoreError> {
-    text_of(item, "uid")?.parse().map_err(|error| damaged("reading an item", error))
-}
-
-/// Values of items by name, where both are there.
-pub(crate) fn numbers(items: &[Attributes], name: &str, value: &str) -> HashMap<String, i64> {
-    items
-        .iter()
-        .filter_map(|item| {
-            Some((text_of(item, name).ok()?.to_owned(), number_of(item, value).ok()?))
-        })
-        .collect()
 }

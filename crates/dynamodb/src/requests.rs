@@ -25,6 +25,7 @@ use streamer_store::{
 };
 
 use crate::{
+    calls::uid_of,
     client::{Dynamo, Patience},
     error::{cancelled, damaged, is_conflict, is_throttled, store_error},
     expression::{Expression, Filter, key, number, text},
@@ -33,7 +34,6 @@ use crate::{
         encode_item, size,
     },
     log::{Change, Tried},
-    queue,
 };
 
 pub(crate) use names::name_of;
@@ -55,7 +55,7 @@ const BATCHES: usize = 4;
 /// Key of the part with the payload.
 const PAYLOAD: &str = "payload";
 /// What a request leaves in the indexes of those that wait.
-const WAITING: [&str; 6] =
+pub(crate) const WAITING: [&str; 6] =
     ["queue_shard", "queue_rank", "delay_shard", "delay_until", "expiry_shard", "expire_at"];
 
 impl Dynamo {
@@ -72,7 +72,7 @@ impl Dynamo {
             event(1, 0, new.create_time, Kind::Accepted(Accepted { action: new.action.clone() }));
         let stored = StoredEvent::new(&accepted)?;
         let mut item = RequestItem::new(new, payload, stored);
-        item.events_bytes = self.bytes_of(&item.events)?;
+        item.events_bytes = bytes_of(&item.events)?;
         self.enter_queue(&mut item, new.create_time);
         let mut patience = Patience::default();
         loop {
@@ -240,15 +240,15 @@ impl Dynamo {
             }
         }
     }
+}
 
-    /// What these events add to the item.
-    pub(crate) fn bytes_of(&self, events: &[StoredEvent]) -> Result<i64, StoreError> {
-        let mut bytes = 0;
-        for event in events {
-            bytes += size(&encode(event)?) + 1;
-        }
-        Ok(i64::try_from(bytes).unwrap_or(i64::MAX))
+/// What these events add to the item.
+pub(crate) fn bytes_of(events: &[StoredEvent]) -> Result<i64, StoreError> {
+    let mut bytes = 0;
+    for event in events {
+        bytes += size(&encode(event)?) + 1;
     }
+    Ok(i64::try_from(bytes).unwrap_or(i64::MAX))
 }
 
 /// What became of an update.

@@ -9,7 +9,7 @@ use std::{
 };
 
 use async_trait::async_trait;
-use aws_sdk_dynamodb::{error::ProvideErrorMetadata, types::ReturnConsumedCapacity};
+use aws_sdk_dynamodb::error::ProvideErrorMetadata;
 use aws_sdk_dynamodbstreams::{
     Client,
     types::{AttributeValue, Record, Shard, ShardIteratorType},
@@ -20,10 +20,10 @@ use tokio::{task::JoinHandle, time::sleep};
 use tokio_util::{sync::CancellationToken, task::AbortOnDropHandle};
 
 use crate::{
+    calls::{number_of, numbers, text_of},
     client::Dynamo,
     error::{damaged, store_error},
     expression::{Attributes, Expression, key, number, text},
-    queue::{number_of, numbers, text_of},
 };
 
 const SHARD: &str = "shard";
@@ -160,27 +160,8 @@ impl StreamTrigger {
 
     /// Whether the conditions held.
     async fn note(&self, shard: &str, update: Expression) -> Result<bool, StoreError> {
-        let done = self
-            .dynamo
-            .client
-            .update_item()
-            .table_name(&self.dynamo.tables.fleet)
-            .set_key(Some(key([("kind", SHARD), ("name", shard)])))
-            .set_update_expression(update.update())
-            .set_condition_expression(update.condition())
-            .set_expression_attribute_names(update.names())
-            .set_expression_attribute_values(update.values())
-            .return_consumed_capacity(ReturnConsumedCapacity::Total)
-            .send()
-            .await;
-        match done {
-            Ok(done) => {
-                self.dynamo.metrics.note_write(done.consumed_capacity());
-                Ok(true)
-            }
-            Err(error) if error.code() == Some("ConditionalCheckFailedException") => Ok(false),
-            Err(error) => Err(store_error("leasing a shard", error)),
-        }
+        let (table, key) = (&self.dynamo.tables.fleet, key([("kind", SHARD), ("name", shard)]));
+        self.dynamo.update_item("leasing a shard", table, key, &update).await
     }
 
     /// After this record, or from the first one that there still is.

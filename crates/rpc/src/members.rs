@@ -35,7 +35,7 @@ const MAX_TRIES: usize = 3;
 const INTERNAL_TIMEOUT: Duration = Duration::from_secs(5);
 /// So must a public one that reads or writes one thing.
 const SHORT_TIMEOUT: Duration = Duration::from_secs(10);
-/// Largest message that is kept for a repeat; a larger one is refused by whoever it is for.
+/// Largest message: beyond what any service takes, whatever its limits.
 const MAX_KEPT_BYTES: usize = 80 * 1024 * 1024;
 /// Repeats may be so much of all calls, and in any case ten a second.
 const RETRY_SHARE: f32 = 0.2;

@@ -12,7 +12,7 @@ use std::{
 use futures_util::future::join_all;
 use http::{HeaderName, HeaderValue, Request};
 use streamer_rpc::{Channel, Member, Members, SERVICE_TOKEN};
-
+use subtle::ConstantTimeEq;
 use tokio::{
     net::lookup_host,
     sync::watch,
@@ -64,9 +64,7 @@ impl ServiceToken {
 
     /// Whether this is it. Takes the same time for every other one of its length.
     pub(crate) fn is(&self, given: &[u8]) -> bool {
-        let own = self.0.as_bytes();
-        let differences = own.iter().zip(given).fold(0, |all, (a, b)| all | (a ^ b));
-        own.len() == given.len() && differences == 0
+        self.0.as_bytes().ct_eq(given).into()
     }
 }
 

@@ -1,4 +1,5 @@
-//! `streamer up`: a server until it is told to stop.
+//! `streamer up`, `gateway`, `router`, `processor` and `progress`: servers until they are told to
+//! stop.
 
 use std::{
     env,

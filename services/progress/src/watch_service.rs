@@ -75,20 +75,17 @@ impl WatchService {
         request: &WatchRequest,
     ) -> Result<Option<BoxStream<'static, Result<WatchResponse, Status>>>, Status> {
         let Some(ring) = &self.ring else { return Ok(None) };
+        // An own id that looks like a uid may lead to another instance, which serves it too.
+        let mut watch = request.clone();
         let uid = match request.request_id.parse::<Uid>() {
-            Ok(uid) if self.topics.loaded(uid).is_none() => {
-                // It may be somebody's own id that looks like a uid.
-                match self.find(&caller.principal, &request.request_id).await {
-                    Ok(found) => found,
-                    Err(status) if status.code() == Code::NotFound => uid,
-                    Err(status) => return Err(status),
-                }
-            }
             Ok(uid) => uid,
-            Err(_) => self.find(&caller.principal, &request.request_id).await?,
+            Err(_) => {
+                let uid = self.find(&caller.principal, &request.request_id).await?;
+                watch.request_id = uid.to_string();
+                uid
+            }
         };
         let Some(owner) = ring.owner(uid).filter(Member::seems_up) else { return Ok(None) };
-        let watch = WatchRequest { request_id: uid.to_string(), ..request.clone() };
         let mut watch = with_authorization(watch, caller.authorization.clone());
         watch.metadata_mut().insert(FORWARDED, MetadataValue::from_static("1"));
         let mut client = ProgressServiceClient::new(owner.channel.clone())

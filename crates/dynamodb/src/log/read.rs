@@ -35,6 +35,7 @@ impl Dynamo {
                 bytes = bytes.saturating_add(bytes_in(&mut event));
                 wanted.push(event);
             }
+            let nothing = wanted.is_empty();
             let values = wanted.iter_mut().filter_map(StoredEvent::value_mut).collect();
             self.restore(values).await?;
             page.events.extend(wanted.into_iter().map(StoredEvent::into_event));
@@ -42,7 +43,8 @@ impl Dynamo {
                 page.more = full;
                 return Ok(page);
             }
-            if gap {
+            // Nothing may have come but what is newer than the item.
+            if gap || nothing {
                 // Parts that were written while they were read: the item tells what there is now.
                 tries += 1;
                 item = match self.get(&uid).await? {
@@ -79,8 +81,8 @@ impl Dynamo {
         &self,
         uid: &str,
         after: i64,
-        start: Option<crate::expression::Attributes>,
-    ) -> Result<(Vec<StoredEvent>, Option<crate::expression::Attributes>), StoreError> {
+        start: Option<Attributes>,
+    ) -> Result<(Vec<StoredEvent>, Option<Attributes>), StoreError> {
         let doing = "reading events";
         let page = self
             .client

@@ -21,7 +21,7 @@ impl Dynamo {
         let Some(item) = self.get(uid).await? else { return Ok(()) };
         let mut keys = Vec::new();
         if let Some(client_id) = &item.client_id {
-            let name = crate::requests::name_of(&item.owner(), client_id);
+            let name = name_of(&item.owner(), client_id);
             keys.push((&self.tables.names, key([("name", name.as_str())]), "name"));
         }
         if item.has_parts == Some(true) {
@@ -31,25 +31,10 @@ impl Dynamo {
         }
         for (table, key, there) in keys {
             let update = Expression::default()
-                .set(crate::tables::TIME_TO_LIVE, number(at.as_millis() / 1000))
+                .set(TIME_TO_LIVE, number(at.as_millis() / 1000))
                 .when_there(there);
-            let set = self
-                .client
-                .update_item()
-                .table_name(table)
-                .set_key(Some(key))
-                .set_update_expression(update.update())
-                .set_condition_expression(update.condition())
-                .set_expression_attribute_names(update.names())
-                .set_expression_attribute_values(update.values())
-                .send()
-                .await;
-            match set {
-                Ok(_) => {}
-                // It is gone already.
-                Err(error) if error.code() == Some("ConditionalCheckFailedException") => {}
-                Err(error) => return Err(store_error("forgetting a request", error)),
-            }
+            // It may be gone already.
+            self.update_item("forgetting a request", table, key, &update).await?;
         }
         Ok(())
     }

@@ -23,20 +23,16 @@ impl Dynamo {
             if !change.events.is_empty() {
                 expression = expression
                     .extend("events", encode(&change.events)?)
-                    .add("events_bytes", self.bytes_of(&change.events)?);
+                    .add("events_bytes", change.bytes);
             }
         } else {
             let moved = item.events.iter().chain(&change.events);
             writes.extend(parts(uid, moved.clone())?);
             let progress = latest_progress(&change.events, item.latest_progress().as_ref());
-            let retries = matches!(
-                change.events.last().map(|event| &event.kind),
-                Some(StoredKind::Retrying { .. })
-            );
             expression = expression
                 .set("events", AttributeValue::L(Vec::new()))
                 .set("events_bytes", number(0));
-            if !retries {
+            if !change.retries() {
                 let progress = progress.as_ref().map(encode).transpose()?;
                 expression = expression.set_or_remove("progress", progress);
             }
@@ -99,7 +95,7 @@ impl Dynamo {
             if let Some((holder, ended)) = &checks {
                 let check = ConditionCheck::builder()
                     .table_name(&self.tables.fleet)
-                    .set_key(Some(key([("kind", "holder"), ("name", *holder)])))
+                    .set_key(Some(key([("kind", HOLDER), ("name", *holder)])))
                     .set_condition_expression(ended.condition())
                     .set_expression_attribute_names(ended.names())
                     .set_expression_attribute_values(ended.values())
@@ -131,7 +127,7 @@ impl Dynamo {
 fn parts<'a>(
     uid: &str,
     events: impl Iterator<Item = &'a StoredEvent>,
-) -> Result<Vec<(crate::expression::Attributes, bool)>, StoreError> {
+) -> Result<Vec<(Attributes, bool)>, StoreError> {
     let mut parts = Vec::new();
     let mut list = Vec::new();
     let (mut bytes, mut last_seq) = (0, 0);

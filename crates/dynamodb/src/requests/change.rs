@@ -35,7 +35,7 @@ impl Dynamo {
             .set("lease_holder", text(claim.holder.as_str()))
             .set_or_remove("worker", claim.worker.as_deref().map(text))
             .extend("events", encode(&events)?)
-            .add("events_bytes", self.bytes_of(&events)?)
+            .add("events_bytes", bytes_of(&events)?)
             .remove(&WAITING)
             .remove(&["progress"])
             .when("state", "=", encode(&RequestState::Queued)?)
@@ -119,12 +119,12 @@ impl Dynamo {
                     });
                     let event = event(item.last_seq + 1, item.attempt, now, kind);
                     let change = Change {
-                        writer: Writer::Queued(item.attempt),
-                        events: vec![StoredEvent::new(&event)?],
-                        checkpoint: None,
-                        retry_at: None,
-                        now,
                         cancel_reason: Some(reason),
+                        ..Change::new(
+                            Writer::Queued(item.attempt),
+                            vec![StoredEvent::new(&event)?],
+                            now,
+                        )?
                     };
                     match self.change(&name, Some(&item), &change).await? {
                         Tried::Applied { .. } => {

@@ -21,19 +21,9 @@ impl Dynamo {
         owner: &Owner,
         client_id: &str,
     ) -> Result<Option<String>, StoreError> {
-        let doing = "finding a request";
-        let found = self
-            .client
-            .get_item()
-            .table_name(&self.tables.names)
-            .set_key(Some(key([("name", name_of(owner, client_id).as_str())])))
-            .consistent_read(true)
-            .return_consumed_capacity(ReturnConsumedCapacity::Total)
-            .send()
-            .await
-            .map_err(|error| store_error(doing, error))?;
-        self.metrics.note_read(found.consumed_capacity());
-        match found.item.as_ref().and_then(|item| item.get("uid")) {
+        let key = key([("name", name_of(owner, client_id).as_str())]);
+        let found = self.get_item("finding a request", &self.tables.names, key).await?;
+        match found.as_ref().and_then(|item| item.get("uid")) {
             Some(AttributeValue::S(uid)) => Ok(Some(uid.clone())),
             _ => Ok(None),
         }

@@ -13,18 +13,8 @@ impl Dynamo {
 
     pub(crate) async fn get(&self, uid: &str) -> Result<Option<RequestItem>, StoreError> {
         let doing = "reading a request";
-        let found = self
-            .client
-            .get_item()
-            .table_name(&self.tables.requests)
-            .set_key(Some(key([("uid", uid)])))
-            .consistent_read(true)
-            .return_consumed_capacity(ReturnConsumedCapacity::Total)
-            .send()
-            .await
-            .map_err(|error| store_error(doing, error))?;
-        self.metrics.note_read(found.consumed_capacity());
-        found.item.map(|item| decode(doing, item)).transpose()
+        let found = self.get_item(doing, &self.tables.requests, key([("uid", uid)])).await?;
+        found.map(|item| decode(doing, item)).transpose()
     }
 
     /// Reads many, in no order; what is not there is left out.
@@ -178,7 +168,7 @@ impl Dynamo {
                 .map_err(|error| store_error(doing, error))?;
             self.metrics.note_read(page.consumed_capacity());
             for item in page.items() {
-                uids.push(queue::uid_of(item)?);
+                uids.push(uid_of(item)?);
             }
             if uids.len() >= limit {
                 uids.truncate(limit);
@@ -190,7 +180,7 @@ impl Dynamo {
                 return Ok((uids, None));
             }
         }
-        let stopped = start.as_ref().map(queue::uid_of).transpose()?;
+        let stopped = start.as_ref().map(uid_of).transpose()?;
         Ok((uids, stopped))
     }
 }

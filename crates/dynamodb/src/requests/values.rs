@@ -9,38 +9,32 @@ impl Dynamo {
         uid: &str,
         payload: &StoredPayload,
     ) -> Result<Kept, StoreError> {
-        let value = StoredValue::of(&payload.content_type, Some(Blob(payload.data.clone())));
-        self.keep(uid, PAYLOAD, value, INLINE_PAYLOAD_BYTES).await
-    }
-
-    pub(crate) async fn keep(
-        &self,
-        uid: &str,
-        part: &str,
-        mut value: StoredValue,
-        inline: usize,
-    ) -> Result<Kept, StoreError> {
-        let bytes = value.data.as_ref().map_or(0, |data| data.0.len());
-        if bytes <= inline {
+        let mut value = StoredValue::of(&payload.content_type, Some(Blob(payload.data.clone())));
+        if payload.data.len() <= INLINE_PAYLOAD_BYTES {
             return Ok(Kept { value, part: None });
         }
         if let Some(objects) = &self.objects {
             objects.offload(uid, vec![&mut value]).await?;
         }
         let Some(data) = value.data.take() else { return Ok(Kept { value, part: None }) };
-        let mut item = key([("uid", uid), ("part", part)]);
+        let mut item = key([("uid", uid), ("part", PAYLOAD)]);
         item.insert("data".into(), encode(&data)?);
+        // What is there already is of an earlier call like this one, and is never replaced.
         let put = self
             .client
             .put_item()
             .table_name(&self.tables.parts)
             .set_item(Some(item))
+            .condition_expression("attribute_not_exists(uid)")
             .return_consumed_capacity(ReturnConsumedCapacity::Total)
             .send()
-            .await
-            .map_err(|error| store_error("storing a payload", error))?;
-        self.metrics.note_write(put.consumed_capacity());
-        Ok(Kept { value, part: Some(part.to_owned()) })
+            .await;
+        match put {
+            Ok(put) => self.metrics.note_write(put.consumed_capacity()),
+            Err(error) if error.code() == Some("ConditionalCheckFailedException") => {}
+            Err(error) => return Err(store_error("storing a payload", error)),
+        }
+        Ok(Kept { value, part: Some(PAYLOAD.to_owned()) })
     }
 
     /// Of a submission that was not the first of its id. What cannot be removed is only in the way.
@@ -76,18 +70,9 @@ impl Dynamo {
         part: &str,
     ) -> Result<Option<Blob>, StoreError> {
         let doing = "reading a payload";
-        let mut found = self
-            .client
-            .get_item()
-            .table_name(&self.tables.parts)
-            .set_key(Some(key([("uid", uid), ("part", part)])))
-            .consistent_read(true)
-            .return_consumed_capacity(ReturnConsumedCapacity::Total)
-            .send()
-            .await
-            .map_err(|error| store_error(doing, error))?;
-        self.metrics.note_read(found.consumed_capacity());
-        let data = found.item.as_mut().and_then(|item| item.remove("data"));
+        let key = key([("uid", uid), ("part", part)]);
+        let mut found = self.get_item(doing, &self.tables.parts, key).await?;
+        let data = found.as_mut().and_then(|item| item.remove("data"));
         data.map(|data| {
             serde_dynamo::from_attribute_value(data).map_err(|error| damaged(doing, error))
         })
