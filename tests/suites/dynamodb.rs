@@ -163,8 +163,10 @@ async fn throttling_makes_it_slower_and_loses_nothing() {
     let load = Load::start(std::slice::from_ref(&server.url), &token, 4, false);
     load.more(100).await;
     throttle.set(Throttling::EveryThird);
-    load.more(400).await;
-    assert!(throttle.refused() > 100, "{}", throttle.refused());
+    // How many calls a message takes depends on how many of them go together.
+    while throttle.refused() <= 100 {
+        load.more(100).await;
+    }
     throttle.set(Throttling::Nothing);
     load.judge("throttled").await;
 }
