@@ -13,7 +13,7 @@ use tempfile::TempDir;
 
 use crate::{
     Proxy,
-    server::{dynamodb_settings, spawn_service, watch_for_hangs},
+    server::{dynamodb_settings, spawn_service, terminate, watch_for_hangs},
 };
 
 const COPIES: usize = 2;
@@ -107,7 +107,7 @@ impl Cluster {
             }
             settings.extend(views(*service, number, &proxies));
             let (child, _) =
-                spawn_service(service.name(), data.path(), &settings, &address.to_string());
+                spawn_service(service.name(), data.path(), &settings, &[], &address.to_string());
             members.push(Running { service: *service, address: *address, settings, child });
         }
         let urls = of(Service::Gateway).map(|address| format!("http://{address}")).collect();
@@ -134,7 +134,15 @@ impl Cluster {
         member.child.wait().expect("it can be waited for");
     }
 
-    /// Starts a process that was killed again, where it was; returns once it can do its job.
+    /// Sends SIGTERM to a process and waits for it to end; its exit code.
+    ///
+    /// # Panics
+    /// When there is no such process.
+    pub fn stop(&mut self, service: Service, number: usize) -> Option<i32> {
+        terminate(&mut self.member(service, number).child)
+    }
+
+    /// Starts a process that has ended again, where it was; returns once it can do its job.
     ///
     /// # Panics
     /// When it does not start.
@@ -142,7 +150,7 @@ impl Cluster {
         let data = self.data.path().to_owned();
         let member = self.member(service, number);
         let address = member.address.to_string();
-        let (child, _) = spawn_service(service.name(), &data, &member.settings, &address);
+        let (child, _) = spawn_service(service.name(), &data, &member.settings, &[], &address);
         member.child = child;
         until_healthy(&format!("http://{address}")).await;
     }

@@ -66,6 +66,7 @@ pub struct Server {
     child: Child,
     data: TempDir,
     settings: Vec<String>,
+    environment: Vec<(String, String)>,
     /// `http://127.0.0.1:PORT`
     pub url: String,
 }
@@ -88,11 +89,22 @@ impl Server {
     /// When it does not start.
     #[must_use]
     pub fn start_in(data: TempDir, settings: &[&str]) -> Self {
+        Self::start_with(data, settings, &[])
+    }
+
+    /// The same with these environment variables and no others.
+    ///
+    /// # Panics
+    /// When it does not start.
+    #[must_use]
+    pub fn start_with(data: TempDir, settings: &[&str], environment: &[(&str, &str)]) -> Self {
+        watch_for_hangs();
         let mut all = engine_settings(&data);
         all.extend(settings.iter().map(ToString::to_string));
-        let (child, url) = spawn(&data, &all, "127.0.0.1:0");
-        let settings = all;
-        Self { child, data, settings, url }
+        let owned = |(name, value): &(&str, &str)| ((*name).to_owned(), (*value).to_owned());
+        let environment: Vec<_> = environment.iter().map(owned).collect();
+        let (child, url) = spawn(&data, &all, &environment, "127.0.0.1:0");
+        Self { child, data, settings: all, environment, url }
     }
 
     /// Kills it with SIGKILL and starts it again on the same port and data.
@@ -104,7 +116,7 @@ impl Server {
     /// Starts it again, after it has ended, on the same port and data.
     pub fn restart(&mut self) {
         let address = self.url.trim_start_matches("http://").to_owned();
-        let (child, url) = spawn(&self.data, &self.settings, &address);
+        let (child, url) = spawn(&self.data, &self.settings, &self.environment, &address);
         self.child = child;
         self.url = url;
     }
@@ -123,9 +135,7 @@ impl Server {
     /// # Panics
     /// When it cannot be told.
     pub fn stop(&mut self) -> Option<i32> {
-        let told = Command::new("kill").arg(self.child.id().to_string()).status();
-        assert!(told.expect("kill runs").success());
-        self.child.wait().expect("the server can be waited for").code()
+        terminate(&mut self.child)
     }
 
     /// What it was started with.
@@ -178,6 +188,13 @@ impl Drop for Server {
     }
 }
 
+/// Sends SIGTERM to a process and waits for it to end; its exit code.
+pub(crate) fn terminate(child: &mut Child) -> Option<i32> {
+    let told = Command::new("kill").arg(child.id().to_string()).status();
+    assert!(told.expect("kill runs").success());
+    child.wait().expect("the server can be waited for").code()
+}
+
 /// Which engine the suites run on: `embedded` unless `STREAMER_TESTS_ENGINE` names another. The
 /// others get tables of their own.
 fn engine_settings(data: &TempDir) -> Vec<String> {
@@ -207,6 +224,9 @@ pub fn dynamodb_settings(endpoint: &str, data: &Path) -> Vec<String> {
     settings
 }
 
+/// Where the tester's own machine stands must not count.
+const NO_METADATA: (&str, &str) = ("AWS_EC2_METADATA_DISABLED", "true");
+
 /// Runs `streamer tables`.
 ///
 /// # Panics
@@ -218,7 +238,13 @@ pub fn tables(command: &str, settings: &[String], folder: &Path) -> Output {
     for setting in settings {
         tables.args(["--set", setting]);
     }
-    tables.env_clear().current_dir(folder).stdin(Stdio::null()).output().expect("it can be run")
+    tables
+        .env_clear()
+        .envs([NO_METADATA])
+        .current_dir(folder)
+        .stdin(Stdio::null())
+        .output()
+        .expect("it can be run")
 }
 
 /// What a server says that must not start with the data in this folder.
@@ -255,8 +281,13 @@ pub(crate) fn watch_for_hangs() {
     });
 }
 
-fn spawn(data: &TempDir, settings: &[String], address: &str) -> (Child, String) {
-    spawn_service("up", data.path(), settings, address)
+fn spawn(
+    data: &TempDir,
+    settings: &[String],
+    environment: &[(String, String)],
+    address: &str,
+) -> (Child, String) {
+    spawn_service("up", data.path(), settings, environment, address)
 }
 
 /// Starts a service; returns once it says that it is ready.
@@ -264,6 +295,7 @@ pub(crate) fn spawn_service(
     service: &str,
     data: &Path,
     settings: &[String],
+    environment: &[(String, String)],
     address: &str,
 ) -> (Child, String) {
     let mut command = Command::new(binary());
@@ -272,7 +304,7 @@ pub(crate) fn spawn_service(
         command.args(["--set", setting]);
     }
     // Nothing of the tester's own configuration counts.
-    command.env_clear().current_dir(data);
+    command.env_clear().envs(environment.iter().cloned()).current_dir(data);
     let mut child = command
         .stdin(Stdio::null())
         .stdout(Stdio::piped())

@@ -5,18 +5,9 @@ use std::sync::{
     atomic::{AtomicU8, AtomicU64, Ordering},
 };
 
-use axum::{
-    Router,
-    body::Body,
-    extract::{Request, State},
-    http::{StatusCode, header},
-    response::{IntoResponse, Response},
-};
-use hyper_util::{
-    client::legacy::{Client, connect::HttpConnector},
-    rt::TokioExecutor,
-};
-use tokio::net::TcpListener;
+use axum::{extract::Request, response::Response};
+
+use crate::front::{self, Answer, Upstream, exception};
 
 /// Which calls are refused.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -37,8 +28,7 @@ pub struct Throttle {
 }
 
 struct Inner {
-    target: String,
-    client: Client<HttpConnector, Body>,
+    upstream: Upstream,
     throttling: AtomicU8,
     calls: AtomicU64,
     refused: AtomicU64,
@@ -46,33 +36,14 @@ struct Inner {
 
 impl Throttle {
     /// Starts one in front of this endpoint.
-    ///
-    /// # Panics
-    /// When there is no port for it.
     pub async fn start(target: &str) -> Self {
-        let listener = TcpListener::bind("127.0.0.1:0").await.expect("a port is free");
-        let address = listener.local_addr().expect("it listens");
         let state = Arc::new(Inner {
-            target: target.trim_end_matches('/').to_owned(),
-            client: Client::builder(TokioExecutor::new()).build_http(),
+            upstream: Upstream::new(target),
             throttling: AtomicU8::new(Throttling::Nothing as u8),
             calls: AtomicU64::new(0),
             refused: AtomicU64::new(0),
         });
-        let router = Router::new().fallback(answer).with_state(state.clone());
-        let service = hyper_util::service::TowerToHyperService::new(router);
-        tokio::spawn(async move {
-            let server = hyper_util::server::conn::auto::Builder::new(TokioExecutor::new());
-            while let Ok((stream, _)) = listener.accept().await {
-                let (server, service) = (server.clone(), service.clone());
-                tokio::spawn(async move {
-                    let stream = hyper_util::rt::TokioIo::new(stream);
-                    // A client that goes away is no fault of ours.
-                    drop(server.serve_connection(stream, service).await);
-                });
-            }
-        });
-        Self { endpoint: format!("http://{address}"), state }
+        Self { endpoint: front::start(state.clone()).await, state }
     }
 
     /// From now on these calls are refused.
@@ -87,24 +58,18 @@ impl Throttle {
     }
 }
 
-async fn answer(State(state): State<Arc<Inner>>, request: Request) -> Response {
-    let number = state.calls.fetch_add(1, Ordering::SeqCst);
-    let refuse = match state.throttling.load(Ordering::SeqCst) {
-        1 => number.is_multiple_of(3),
-        2 => true,
-        _ => false,
-    };
-    if refuse {
-        state.refused.fetch_add(1, Ordering::SeqCst);
-        let body = r#"{"__type":"com.amazonaws.dynamodb.v20120810#ProvisionedThroughputExceededException","message":"throttled by the test"}"#;
-        let kind = [(header::CONTENT_TYPE, "application/x-amz-json-1.0")];
-        return (StatusCode::BAD_REQUEST, kind, body).into_response();
-    }
-    let (mut parts, body) = request.into_parts();
-    let target = format!("{}{}", state.target, parts.uri.path());
-    parts.uri = target.parse().expect("an address");
-    match state.client.request(Request::from_parts(parts, body)).await {
-        Ok(response) => response.map(Body::new),
-        Err(_) => StatusCode::BAD_GATEWAY.into_response(),
+impl Answer for Inner {
+    async fn answer(&self, request: Request) -> Response {
+        let number = self.calls.fetch_add(1, Ordering::SeqCst);
+        let refuse = match self.throttling.load(Ordering::SeqCst) {
+            1 => number.is_multiple_of(3),
+            2 => true,
+            _ => false,
+        };
+        if refuse {
+            self.refused.fetch_add(1, Ordering::SeqCst);
+            return exception("ProvisionedThroughputExceededException");
+        }
+        self.upstream.forward(request).await
     }
 }

@@ -7,6 +7,7 @@ use streamer_client::Api;
 use streamer_proto::{
     connections::v1::{BroadcastRequest, ListRequest, SendRequest, send_request::Target},
     internal::v1::{PublishRequest, event_log_service_client::EventLogServiceClient},
+    progress::v1::{WatchRequest, WatchResponse},
 };
 use streamer_rpc::json_payload;
 use streamer_tests::{
@@ -15,7 +16,8 @@ use streamer_tests::{
     offered_at,
 };
 use tokio::sync::{Mutex, MutexGuard};
-use tonic::{Code, metadata::MetadataValue, transport::Endpoint};
+use tokio_util::sync::CancellationToken;
+use tonic::{Code, Streaming, metadata::MetadataValue, transport::Endpoint};
 
 /// Two cores are enough for one cluster.
 static ONE_AT_A_TIME: Mutex<()> = Mutex::const_new(());
@@ -54,6 +56,94 @@ async fn clients_resume_when_one_of_each_service_is_killed_in_turn() {
     }
     load.more(200).await;
     load.judge("cluster-kills").await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn clients_resume_when_one_of_each_service_is_stopped_in_turn() {
+    let (mut cluster, _alone) = cluster(|_, _, _| Vec::new()).await;
+    let token = cluster.token("acme", "ann", &[]);
+    let load = Load::start(&cluster.urls, &token, 4, true);
+    // Sync calls notice nothing either.
+    let mut client = Client::connect(&cluster.urls[1], &token).await;
+    let done = CancellationToken::new();
+    let calls = tokio::spawn({
+        let done = done.clone();
+        async move {
+            while !done.is_cancelled() {
+                let answer = client.ask(json!({"action": "echo", "payload": 1})).await;
+                assert_eq!(answer["data"]["echo"], 1, "{answer}");
+            }
+        }
+    });
+    for service in Service::ALL {
+        load.more(200).await;
+        assert_eq!(cluster.stop(service, 0), Some(0), "{service:?}");
+        load.more(100).await;
+        cluster.restart(service, 0).await;
+    }
+    load.more(200).await;
+    done.cancel();
+    calls.await.unwrap();
+    load.judge("cluster-stops").await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn many_watches_go_to_one_peer_and_those_who_do_not_read_hold_up_nobody() {
+    // More than a server would let one client have.
+    const WATCHES: usize = 1_100;
+    const OF_ONE_CLIENT: usize = 100;
+    // Everybody knows one progress service only.
+    let (cluster, _alone) =
+        cluster(|_, _, proxies| vec![format!("peers.progress=http://{}", proxies[0].address)])
+            .await;
+    let token = cluster.token("acme", "ann", &[]);
+    let url = &cluster.urls[0];
+    let mut client = Client::connect(url, &token).await;
+    let later = json!({"id": "later", "action": "echo_async", "delay_ms": 3_600_000});
+    let later = client.ask(later).await["uid"].as_str().unwrap().to_owned();
+    let chunks = json!({"steps": 1, "output_chunks": 32, "chunk_bytes": 60_000});
+    client.submit("large", "echo_async", chunks).await;
+    let log = client.follow(Log::after(1)).await;
+
+    let mut idle = Vec::new();
+    for _ in 0..WATCHES / OF_ONE_CLIENT {
+        let api = Api::new(url, &token).unwrap();
+        for _ in 0..OF_ONE_CLIENT {
+            let mut watch = watch(&api, &later).await;
+            assert_eq!(watch.message().await.unwrap().unwrap().events[0].seq, 1);
+            idle.push(watch);
+        }
+    }
+    let mut silent = Vec::new();
+    for _ in 0..16 {
+        silent.push(watch(&Api::new(url, &token).unwrap(), "large").await);
+    }
+
+    client.submit("small", "echo_async", json!({"steps": 3})).await;
+    assert_eq!(client.follow(Log::after(1)).await.last_type(), "complete");
+    let small = watch(&Api::new(url, &token).unwrap(), "small").await;
+    assert_eq!(last_seq(small).await, 6);
+    // And those who begin to read then get all of it.
+    assert_eq!(last_seq(silent.remove(0)).await, log.last_seq());
+}
+
+/// Watches a log from its beginning.
+async fn watch(api: &Api, request_id: &str) -> Streaming<WatchResponse> {
+    let request_id = request_id.to_owned();
+    let watch = WatchRequest { request_id, after_seq: Some(0), ..WatchRequest::default() };
+    api.progress().watch(api.call(watch)).await.unwrap().into_inner()
+}
+
+/// Follows a log to its end.
+async fn last_seq(mut watch: Streaming<WatchResponse>) -> i64 {
+    let mut last_seq = 0;
+    while let Some(answer) = watch.message().await.unwrap() {
+        for event in answer.events {
+            assert_eq!(event.seq, last_seq + 1);
+            last_seq = event.seq;
+        }
+    }
+    last_seq
 }
 
 #[tokio::test(flavor = "multi_thread")]

@@ -8,7 +8,7 @@ use std::{
 
 use serde_json::{Value, json};
 use streamer_tests::{
-    Client, Load, Log, Server, Throttle, Throttling, binary,
+    Client, Load, Log, Resharding, Server, Throttle, Throttling, binary,
     dynamodb::{Implementation, endpoint},
     dynamodb_settings, tables, tool,
 };
@@ -83,6 +83,12 @@ fn tables_are_made_once_and_differences_are_told_and_left() {
     }
     let nowhere = tables("check", &["dynamodb.endpoint=http://127.0.0.1:9".into()], data.path());
     assert_eq!(nowhere.status.code(), Some(3), "{nowhere:?}");
+    let no_region =
+        tables("check", &["dynamodb.endpoint=http://dynamodb.invalid:8000".into()], data.path());
+    assert_eq!(no_region.status.code(), Some(2), "{no_region:?}");
+    let rule = "error: dynamodb.region: is required, since neither AWS_REGION nor the AWS \
+                configuration names one";
+    assert_eq!(lines(&no_region.stderr).last().map(String::as_str), Some(rule));
 }
 
 /// An AWS for tests, which has CloudFormation too.
@@ -210,6 +216,35 @@ async fn large_values_go_through_the_object_store() {
 }
 
 #[tokio::test]
+async fn objects_can_be_in_s3() {
+    let moto = Moto::start();
+    let script = "client('s3').create_bucket(Bucket='large')\n";
+    python(script, &moto.endpoint, &[]);
+    let data = folder();
+    let mut settings = dynamodb_settings(local(), data.path());
+    let objects = ["dynamodb.objects=s3://large/streamer", "limits.max_payload_bytes=16777216"];
+    settings.extend(objects.map(str::to_owned));
+    let settings: Vec<&str> = settings.iter().map(String::as_str).collect();
+    let environment = [
+        ("AWS_ACCESS_KEY_ID", "local"),
+        ("AWS_SECRET_ACCESS_KEY", "local"),
+        ("AWS_ENDPOINT_URL", &moto.endpoint),
+        ("AWS_ALLOW_HTTP", "true"),
+    ];
+    let mut server = Server::start_with(data, &settings, &environment);
+    let mut client = Client::connect(&server.url, &server.token("acme", "ann", &[])).await;
+    client.submit("ten", "echo_async", large(10_000_000)).await;
+    client.follow(Log::after(1)).await;
+    server.kill_and_restart();
+    let mut client = Client::connect(&server.url, &server.token("acme", "ann", &[])).await;
+    let got = client.ask(json!({"type": "get", "request_id": "ten"})).await;
+    assert_eq!(got["result"].as_str().unwrap().len(), 10_000_000);
+    let script = "o = client('s3').list_objects_v2(Bucket='large')['Contents']\n\
+        assert len(o) == 2 and all(x['Key'].startswith('streamer/') for x in o), o\n";
+    python(script, &moto.endpoint, &[]);
+}
+
+#[tokio::test]
 async fn without_an_object_store_large_values_are_refused_by_name() {
     let server = server(local(), &["dynamodb.objects="]);
     let mut client = Client::connect(&server.url, &server.token("acme", "ann", &[])).await;
@@ -271,6 +306,53 @@ async fn hints_stream_and_poll_each_suffice() {
             }
         }
     }
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn the_stream_goes_on_when_shards_are_split_and_records_removed() {
+    let streams = Resharding::start(local()).await;
+    let settings = ["execution.hints=false", "execution.poll_queue=false"];
+    let first = server(&streams.endpoint, &settings);
+    let mut client = Client::connect(&first.url, &first.token("acme", "ann", &[])).await;
+    let mut count = 0;
+    run_one(&mut client, &mut count).await;
+    streams.split();
+    while !streams.all_read() {
+        run_one(&mut client, &mut count).await;
+    }
+    streams.expire();
+    while !streams.is_done() {
+        run_one(&mut client, &mut count).await;
+    }
+    streams.trim();
+    while !streams.is_done() {
+        run_one(&mut client, &mut count).await;
+    }
+    for _ in 0..4 {
+        run_one(&mut client, &mut count).await;
+    }
+
+    // Another that comes gets its share of the shards.
+    let shared: Vec<&str> = first.settings().iter().map(String::as_str).collect();
+    let _second = Server::start_in(folder(), &shared);
+    let prefix = shared.iter().find_map(|s| s.strip_prefix("dynamodb.table_prefix=")).unwrap();
+    let script = "c = client('dynamodb')\n\
+        def holders():\n    \
+        k = {'TableName': sys.argv[2] + 'fleet', 'KeyConditionExpression': 'kind = :k', \
+        'ExpressionAttributeValues': {':k': {'S': 'shard'}}}\n    \
+        return {r['holder']['S'] for r in c.query(**k)['Items'] if 'ended' not in r}\n\
+        while len(holders()) < 2: pass\n";
+    python(script, local(), &[prefix]);
+    for _ in 0..4 {
+        run_one(&mut client, &mut count).await;
+    }
+}
+
+/// Submits another request and sees it through.
+async fn run_one(client: &mut Client, count: &mut usize) {
+    *count += 1;
+    client.submit(&format!("n{count}"), "echo_async", json!({"steps": 1})).await;
+    assert_eq!(client.follow(Log::after(1)).await.last_type(), "complete");
 }
 
 #[test]

@@ -122,7 +122,8 @@ options! {
         /// URL of the service, like http://127.0.0.1:8000; empty means AWS itself. Credentials come
         /// from where AWS programs look for them; an endpoint on this machine takes any.
         endpoint: String = String::new();
-        /// AWS region; empty means what the environment says.
+        /// AWS region; empty means what AWS_REGION or the AWS configuration says, and with an endpoint on
+        /// this machine any.
         region: String = String::new();
         /// What the names of all tables begin with.
         table_prefix: String = String::from("streamer-");

@@ -14,7 +14,7 @@ use streamer_store::StoreError;
 use streamer_telemetry::Metrics;
 use tokio::time::{Instant, sleep};
 
-use crate::{DynamoOptions, objects::Objects};
+use crate::{DynamoOptions, OpenError, crowd::Crowd, objects::Objects};
 
 /// DynamoDB answers in milliseconds; what takes longer is better asked again.
 const ATTEMPT_TIMEOUT: Duration = Duration::from_secs(3);
@@ -27,6 +27,9 @@ const FIRST_BACKOFF: Duration = Duration::from_millis(25);
 const MAX_BACKOFF: Duration = Duration::from_secs(1);
 /// How long a transaction that met another, or was throttled, is repeated.
 const TRANSACTION_PATIENCE: Duration = Duration::from_secs(5);
+
+/// What is on this machine is in no region, but calls have to name one.
+const LOCAL_REGION: Region = Region::from_static("us-east-1");
 
 /// Names of the tables.
 #[derive(Debug)]
@@ -59,6 +62,7 @@ pub(crate) struct Dynamo {
     pub(crate) objects: Option<Arc<Objects>>,
     pub(crate) queue_shards: u32,
     pub(crate) retention: Option<Duration>,
+    pub(crate) crowd: Arc<Crowd>,
     pub(crate) metrics: DynamoMetrics,
 }
 
@@ -109,7 +113,7 @@ fn milliunits<'a>(consumed: impl IntoIterator<Item = &'a ConsumedCapacity>) -> u
 }
 
 /// The SDK's configuration. Credentials come from the standard chain; a local endpoint takes any.
-pub(crate) async fn sdk_config(options: &DynamoOptions) -> SdkConfig {
+pub(crate) async fn sdk_config(options: &DynamoOptions) -> Result<SdkConfig, OpenError> {
     let http = Builder::new().tls_provider(Provider::Rustls(CryptoMode::Ring)).build_https();
     let retries = RetryConfig::standard()
         .with_max_attempts(MAX_ATTEMPTS)
@@ -124,20 +128,26 @@ pub(crate) async fn sdk_config(options: &DynamoOptions) -> SdkConfig {
         .http_client(http)
         .retry_config(retries)
         .timeout_config(timeouts);
-    if let Some(region) = &options.region {
-        loader = loader.region(Region::new(region.clone()));
-    }
     if let Some(endpoint) = &options.endpoint {
         loader = loader.endpoint_url(endpoint);
-        if is_local(endpoint) && env::var_os("AWS_ACCESS_KEY_ID").is_none() {
-            loader = loader
-                .credentials_provider(Credentials::new("local", "local", None, None, "streamer"));
-            if options.region.is_none() {
-                loader = loader.region(Region::new("us-east-1"));
-            }
-        }
     }
-    loader.load().await
+    let is_local = options.endpoint.as_deref().is_some_and(is_local);
+    if is_local && env::var_os("AWS_ACCESS_KEY_ID").is_none() {
+        let any = Credentials::new("local", "local", None, None, "streamer");
+        loader = loader.credentials_provider(any);
+    }
+    let is_named =
+        ["AWS_REGION", "AWS_DEFAULT_REGION"].iter().any(|name| env::var_os(name).is_some());
+    match &options.region {
+        Some(region) => loader = loader.region(Region::new(region.clone())),
+        None if is_local && !is_named => loader = loader.region(LOCAL_REGION),
+        None => {}
+    }
+    let config = loader.load().await;
+    if config.region().is_none() {
+        return Err(OpenError::Region);
+    }
+    Ok(config)
 }
 
 fn is_local(endpoint: &str) -> bool {

@@ -9,6 +9,11 @@ use streamer_store::StoreError;
 /// Why the store cannot be opened.
 #[derive(Debug, thiserror::Error)]
 pub enum OpenError {
+    /// Nothing says where the tables are.
+    #[error(
+        "dynamodb.region: is required, since neither AWS_REGION nor the AWS configuration names one"
+    )]
+    Region,
     /// The object store's URL cannot be used.
     #[error("dynamodb.objects: {0}")]
     Objects(String),

@@ -207,6 +207,7 @@ impl Dynamo {
         let alive = numbers(&fleet, "name", "alive_until");
         let mut dead: Vec<_> =
             alive.iter().filter(|(_, until)| **until <= now.as_millis()).collect();
+        self.crowd.note(alive.len() - dead.len());
         dead.sort_by_key(|(name, until)| (**until, *name));
         let nobody = (NOBODY.to_owned(), 0);
         let all = dead.into_iter().chain([(&nobody.0, &nobody.1)]);

@@ -12,6 +12,7 @@ mod actions;
 mod calls;
 mod client;
 mod connections;
+mod crowd;
 mod error;
 mod expression;
 mod holders;

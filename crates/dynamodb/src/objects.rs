@@ -5,8 +5,11 @@ use std::{fs, sync::Arc, time::Duration};
 use bytes::Bytes;
 use futures_util::{TryStreamExt, future::try_join_all};
 use object_store::{
-    ClientOptions, ObjectStore, ObjectStoreExt, PutPayload, RetryConfig, aws::AmazonS3Builder,
-    local::LocalFileSystem, path::Path, prefix::PrefixStore,
+    ClientConfigKey, ObjectStore, ObjectStoreExt, PutPayload, RetryConfig,
+    aws::{AmazonS3Builder, AmazonS3ConfigKey},
+    local::LocalFileSystem,
+    path::Path,
+    prefix::PrefixStore,
 };
 use rustls::crypto::{CryptoProvider, ring};
 use sha2::{Digest, Sha256};
@@ -24,7 +27,7 @@ pub(crate) const OFFLOAD_BYTES: usize = 64 * 1024;
 /// Without an object store, values must fit into an item beside everything else.
 pub(crate) const MAX_INLINE_BYTES: usize = 320 * 1024;
 /// A call must end before the lease of whoever waits for it does.
-const OBJECT_TIMEOUT: Duration = Duration::from_secs(5);
+const OBJECT_TIMEOUT: &str = "5s";
 const OBJECT_PATIENCE: Duration = Duration::from_secs(10);
 /// Objects that are written or read at once.
 const CONCURRENCY: usize = 8;
@@ -49,7 +52,8 @@ impl Objects {
             let (bucket, prefix) = rest.split_once('/').unwrap_or((rest, ""));
             let mut s3 = AmazonS3Builder::from_env()
                 .with_bucket_name(bucket)
-                .with_client_options(ClientOptions::new().with_timeout(OBJECT_TIMEOUT))
+                // Not client options of our own, which would replace those of the environment.
+                .with_config(AmazonS3ConfigKey::Client(ClientConfigKey::Timeout), OBJECT_TIMEOUT)
                 .with_retry(RetryConfig {
                     retry_timeout: OBJECT_PATIENCE,
                     ..RetryConfig::default()

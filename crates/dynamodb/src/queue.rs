@@ -222,6 +222,7 @@ impl Dynamo {
             };
             let limit = query.limits.get(&tenant).map_or(query.per_tenant, |limit| *limit);
             let first = page.requests.len();
+            let choice = self.crowd.choice(limit);
             if limit > 0 {
                 for action in &actions {
                     if query.blocked.contains(&(tenant.clone(), action.clone())) {
@@ -230,7 +231,7 @@ impl Dynamo {
                     let found = try_join_all(cursors.iter_mut().map(async |cursor| {
                         let mut due = Vec::new();
                         let of = (tenant.as_str(), action.as_str());
-                        cursor.take_due(of, query.now.as_millis(), limit, &mut due).await?;
+                        cursor.take_due(of, query.now.as_millis(), choice, &mut due).await?;
                         Ok::<_, StoreError>(due)
                     }))
                     .await?;
@@ -238,7 +239,10 @@ impl Dynamo {
                 }
             }
             let of_tenant = &mut page.requests[first..];
-            of_tenant.sort_by_key(|request| (-request.priority, request.not_before, request.uid));
+            of_tenant.sort_by_cached_key(|request| {
+                let turn = request.not_before.as_millis() + self.crowd.reluctance_ms(request.uid);
+                (-request.priority, turn, request.uid)
+            });
             page.requests.truncate(first + limit);
             from = after_tenant(&tenant);
             page.next_tenant = Some(tenant);

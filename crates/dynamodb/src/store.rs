@@ -36,19 +36,20 @@ impl DynamoStore {
     /// the first call, or by [`Store::check`].
     ///
     /// # Errors
-    /// When the object store cannot be used.
+    /// When the object store cannot be used, or nothing says in which region the tables are.
     pub async fn open(options: &DynamoOptions, metrics: &Metrics) -> Result<Self, OpenError> {
         let objects = match &options.objects {
             Some(url) => Some(Arc::new(Objects::open(url, options.region.as_deref())?)),
             None => None,
         };
-        let config = sdk_config(options).await;
+        let config = sdk_config(options).await?;
         let dynamo = Dynamo {
             client: Client::new(&config),
             tables: Arc::new(TableNames::new(&options.table_prefix)),
             objects,
             queue_shards: options.queue_shards.clamp(1, 64),
             retention: options.retention,
+            crowd: Arc::default(),
             metrics: DynamoMetrics::new(metrics),
         };
         let trigger = options.stream.then(|| {

@@ -16,7 +16,7 @@ use aws_sdk_dynamodbstreams::{
 };
 use streamer_core::{Clock, Timestamp, Uid};
 use streamer_store::{QueueTrigger, StoreError, Told, WaitingRequest};
-use tokio::{task::JoinHandle, time::sleep};
+use tokio::{sync::Notify, task::JoinHandle, time::sleep};
 use tokio_util::{sync::CancellationToken, task::AbortOnDropHandle};
 
 use crate::{
@@ -135,6 +135,14 @@ impl StreamTrigger {
         self.note(shard, update).await
     }
 
+    /// Lets others take a shard, if it is still this reader's.
+    async fn release(&self, shard: &str, holder: &str) -> Result<(), StoreError> {
+        let update =
+            Expression::default().set("alive_until", number(0)).when("holder", "=", text(holder));
+        self.note(shard, update).await?;
+        Ok(())
+    }
+
     /// Notes how far a shard has been told, if it is still this reader's.
     async fn progress(
         &self,
@@ -224,6 +232,13 @@ impl StreamTrigger {
             .collect();
         reading.retain(|_, task| !task.is_finished());
         let share = open.len().div_ceil(alive);
+        // Others have come, and get what is too much.
+        while reading.len() > share
+            && let Some(id) = reading.keys().next().cloned()
+        {
+            drop(reading.remove(&id));
+            self.release(&id, &reader.name).await?;
+        }
         for shard in open {
             let Some(id) = shard.shard_id() else { continue };
             let note = notes.get(id);
@@ -271,6 +286,7 @@ impl StreamTrigger {
             let Some(current) = iterator.take() else {
                 let now = reader.clock.now();
                 self.progress(shard, &reader.name, position.as_deref(), true, now).await?;
+                reader.shard_ended.notify_one();
                 return Ok(());
             };
             let found = self.client.get_records().shard_iterator(current).send().await;
@@ -285,6 +301,7 @@ impl StreamTrigger {
                         Some("ExpiredIteratorException" | "TrimmedDataAccessException")
                     ) =>
                 {
+                    sleep(PAUSE).await;
                     iterator = self.iterator(arn, shard, position.as_deref()).await?;
                     continue;
                 }
@@ -319,6 +336,8 @@ struct Reader {
     name: String,
     clock: Arc<dyn Clock>,
     told: Told,
+    /// Those that come after it can be read.
+    shard_ended: Arc<Notify>,
 }
 
 #[async_trait]
@@ -330,7 +349,7 @@ impl QueueTrigger for StreamTrigger {
         told: Told,
         shutdown: CancellationToken,
     ) {
-        let reader = Reader { name, clock, told };
+        let reader = Reader { name, clock, told, shard_ended: Arc::default() };
         let mut reading = HashMap::new();
         loop {
             if let Err(error) = self.share_out(&reader, &mut reading).await {
@@ -338,6 +357,7 @@ impl QueueTrigger for StreamTrigger {
             }
             tokio::select! {
                 () = shutdown.cancelled() => return,
+                () = reader.shard_ended.notified() => {}
                 () = sleep(SHARE_OUT) => {}
             }
         }

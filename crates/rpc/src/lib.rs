@@ -16,7 +16,7 @@ pub use convert::{
     apply_event, completed, error_from_proto, error_to_proto, is_terminal, request_to_proto,
     state_from_proto, state_to_proto,
 };
-pub use members::{Member, Members, RouteKey, is_unreachable, with_route};
+pub use members::{Member, Members, RouteKey, is_unsent, with_route};
 pub use payload::{
     JSON, empty_object, encode_event, encode_payload, json_payload, payload_bytes,
     payload_into_parts,

@@ -265,9 +265,9 @@ impl Balanced {
                     return Ok(response);
                 }
                 Err(status) => {
-                    let not_sent = is_unreachable(&status);
+                    let unsent = is_unsent(&status);
                     member.note(false);
-                    if !not_sent && !policy.repeatable {
+                    if !unsent && !policy.repeatable {
                         return Err(status);
                     }
                     last = Some(Err(status));
@@ -345,17 +345,28 @@ impl Policy {
     }
 }
 
-/// Whether a call has not reached anybody.
+/// Whether nobody has begun to do what a call asks for: it was not sent, or the peer was about to go
+/// and has not taken it in. Then it can be made anew, whatever it does (what gRPC calls a
+/// transparent retry).
 #[must_use]
-pub fn is_unreachable(status: &Status) -> bool {
+pub fn is_unsent(status: &Status) -> bool {
     let mut source = std::error::Error::source(status);
     while let Some(error) = source {
-        if error.is::<ConnectError>() {
+        let unsent = error.is::<ConnectError>()
+            || error.downcast_ref::<hyper::Error>().is_some_and(hyper::Error::is_canceled)
+            || error.downcast_ref::<h2::Error>().is_some_and(is_refused);
+        if unsent {
             return true;
         }
         source = error.source();
     }
     false
+}
+
+/// RFC 9113, 8.7: streams that were refused, or that GOAWAY leaves out, have not been processed.
+fn is_refused(error: &h2::Error) -> bool {
+    let leaves_out = error.is_go_away() && error.reason() == Some(h2::Reason::NO_ERROR);
+    error.is_remote() && (leaves_out || error.reason() == Some(h2::Reason::REFUSED_STREAM))
 }
 
 /// An answer that says nothing but that somebody else should be asked.

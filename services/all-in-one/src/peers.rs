@@ -209,8 +209,9 @@ fn connect(
     Ok(BoxCloneSyncService::new(service))
 }
 
+/// Who is told need not know where services are; logs show the source.
 fn unavailable(error: tonic::transport::Error) -> Status {
-    let mut status = Status::unavailable(format!("a peer cannot be reached: {error}"));
+    let mut status = Status::unavailable("a service cannot be reached; try again");
     status.set_source(Arc::new(error));
     status
 }

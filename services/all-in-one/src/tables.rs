@@ -6,7 +6,7 @@ use streamer_all_in_one::dynamo_options;
 use streamer_cli::{Exit, TablesArguments, TablesCommand};
 use streamer_config::Config;
 use streamer_dynamodb::{
-    DynamoOptions,
+    DynamoOptions, OpenError,
     tables::{self, Difference},
 };
 
@@ -72,7 +72,10 @@ fn report(differences: &[Difference]) -> ExitCode {
     Exit::Failed.code()
 }
 
-fn failed(error: &impl std::fmt::Display) -> ExitCode {
+fn failed(error: &OpenError) -> ExitCode {
     eprintln!("error: {error}");
-    Exit::Unreachable.code()
+    match error {
+        OpenError::Region | OpenError::Objects(_) => Exit::Usage.code(),
+        OpenError::Tables(_) => Exit::Unreachable.code(),
+    }
 }

@@ -5,14 +5,7 @@ mod leases;
 mod queue;
 mod run;
 
-use std::{
-    collections::HashMap,
-    sync::{
-        Arc,
-        atomic::{AtomicBool, Ordering},
-    },
-    time::Duration,
-};
+use std::{collections::HashMap, sync::Arc, time::Duration};
 
 use parking_lot::Mutex;
 use streamer_core::{Clock, Timestamp, Uid};
@@ -20,7 +13,7 @@ use streamer_handler::RequestHistory;
 use streamer_store::{Store, WaitingRequest};
 use tokio::time::{Instant, MissedTickBehavior, interval, timeout};
 use tokio_util::{
-    sync::CancellationToken,
+    sync::{CancellationToken, WaitForCancellationFutureOwned},
     task::{AbortOnDropHandle, TaskTracker},
 };
 
@@ -68,7 +61,7 @@ pub(crate) struct Dispatcher {
     slots: Arc<Slots>,
     running: Mutex<HashMap<Uid, Running>>,
     signal: Arc<Signal>,
-    stopping: AtomicBool,
+    stopping: CancellationToken,
     /// When the earliest known delayed request becomes due.
     next_due: Mutex<Option<Timestamp>>,
     /// Where the next look at the queue begins, when there are more tenants than one look takes.
@@ -124,7 +117,7 @@ impl Dispatcher {
             slots: Arc::new(slots),
             running: Mutex::default(),
             signal,
-            stopping: AtomicBool::new(false),
+            stopping: CancellationToken::new(),
             next_due: Mutex::default(),
             after_tenant: Mutex::default(),
             durations: Durations::default(),
@@ -196,7 +189,7 @@ impl Dispatcher {
         if self.running.lock().contains_key(&uid) {
             return true;
         }
-        if self.stopping.load(Ordering::SeqCst) {
+        if self.is_stopping() {
             return false;
         }
         // Nobody overtakes what waits of the same tenant; others' work waits for slots of its own.
@@ -280,7 +273,7 @@ impl Dispatcher {
     /// Lets what runs here end, and hands back what does not in time. What workers run is left to
     /// them: they connect elsewhere, or here again, and go on.
     async fn stop(&self) {
-        self.stopping.store(true, Ordering::SeqCst);
+        self.stopping.cancel();
         self.tasks.close();
         let deadline = self.now().plus(self.options.drain_timeout);
         self.actions.workers.drain(deadline);
@@ -309,7 +302,12 @@ impl Dispatcher {
     }
 
     pub(crate) fn is_stopping(&self) -> bool {
-        self.stopping.load(Ordering::SeqCst)
+        self.stopping.is_cancelled()
+    }
+
+    /// Once the processor takes on nothing more.
+    pub(crate) fn stopped(&self) -> WaitForCancellationFutureOwned {
+        self.stopping.clone().cancelled_owned()
     }
 
     /// Room for one attempt of this action for this tenant, if there is.

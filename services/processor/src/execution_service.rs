@@ -2,7 +2,7 @@
 
 use std::{panic::AssertUnwindSafe, sync::Arc, time::Duration};
 
-use futures_util::{FutureExt, stream::BoxStream};
+use futures_util::{FutureExt, StreamExt, stream::BoxStream};
 use prost::Message;
 use streamer_auth::{Authenticator, caller_of};
 use streamer_core::{ActionSpec, ErrorCode, RequestError, Timestamp, Uid};
@@ -17,7 +17,7 @@ use streamer_proto::{
 };
 use streamer_rpc::{json_payload, payload_into_parts, status};
 use tokio::time::timeout;
-use tokio_stream::{StreamExt, wrappers::WatchStream};
+use tokio_stream::wrappers::WatchStream;
 use tokio_util::sync::CancellationToken;
 use tonic::{Request, Response, Status};
 
@@ -217,8 +217,11 @@ impl ExecutionService for ExecutionApi {
         self.actions.loaded().await;
         let actions = self.actions.clone();
         let changes = WatchStream::new(self.actions.workers.changes());
-        let lists = changes.map(move |_| tokio_stream::iter(pieces(actions.list())));
-        Ok(Response::new(Box::pin(futures_util::StreamExt::flatten(lists))))
+        // Routers that follow must not hold up the processor when it stops.
+        let lists = changes
+            .flat_map(move |_| tokio_stream::iter(pieces(actions.list())))
+            .take_until(self.dispatcher.stopped());
+        Ok(Response::new(Box::pin(lists)))
     }
 }
 

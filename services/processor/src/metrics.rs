@@ -11,6 +11,7 @@ pub(crate) struct ProcessorMetrics {
     pub(crate) cancelled: Counter,
     pub(crate) retried: Counter,
     pub(crate) lost: Counter,
+    pub(crate) claims_missed: Counter,
     pub(crate) lease_expiries: Counter,
     pub(crate) run_seconds: Histogram,
     pub(crate) wait_seconds: Histogram,
@@ -30,6 +31,10 @@ impl ProcessorMetrics {
             cancelled: counter("streamer_processor_cancelled", "Requests that were cancelled here"),
             retried: counter("streamer_processor_retried", "Attempts that are followed by another"),
             lost: counter("streamer_processor_lost", "Attempts that were taken over by others"),
+            claims_missed: counter(
+                "streamer_processor_claims_missed",
+                "Claims that came too late: others had the request already",
+            ),
             lease_expiries: counter(
                 "streamer_processor_lease_expiries",
                 "Attempts of others whose lease ran out, found here",

@@ -21,7 +21,7 @@ use streamer_proto::{
     progress::v1::progress_service_client::ProgressServiceClient,
     timestamp,
 };
-use streamer_rpc::{Channel, Member, Members, is_unreachable, with_authorization, with_route};
+use streamer_rpc::{Channel, Member, Members, is_unsent, with_authorization, with_route};
 use streamer_store::RequestRecord;
 use tokio::time::timeout;
 use tonic::Status;
@@ -100,7 +100,7 @@ impl Peers {
             let request = with_authorization(request.clone(), authorization.clone());
             match self.processor(&member).execute(request).await {
                 Ok(response) => return Ok(response.into_inner().result),
-                Err(status) if is_unreachable(&status) => {
+                Err(status) if is_unsent(&status) => {
                     member.note(false);
                     last = Some(status);
                 }

@@ -53,7 +53,7 @@ impl std::fmt::Display for Difference {
 /// # Errors
 /// When DynamoDB cannot be asked or refuses.
 pub async fn create(options: &DynamoOptions) -> Result<(Vec<String>, Vec<Difference>), OpenError> {
-    let client = Client::new(&sdk_config(options).await);
+    let client = Client::new(&sdk_config(options).await?);
     let mut created = Vec::new();
     let mut differences = Vec::new();
     for table in &TABLES {
@@ -82,7 +82,7 @@ pub async fn create(options: &DynamoOptions) -> Result<(Vec<String>, Vec<Differe
 /// # Errors
 /// When DynamoDB cannot be asked.
 pub async fn check(options: &DynamoOptions) -> Result<Vec<Difference>, OpenError> {
-    let client = Client::new(&sdk_config(options).await);
+    let client = Client::new(&sdk_config(options).await?);
     let mut differences = Vec::new();
     for table in &TABLES {
         let name = format!("{}{}", options.table_prefix, table.name);

@@ -1,6 +1,6 @@
 //! Claiming a request and running the attempt, here or in a worker.
 
-use std::sync::{Arc, atomic::Ordering};
+use std::sync::Arc;
 
 use streamer_core::{ActionSpec, OutputDigest, Uid};
 use streamer_handler::{DynHandler, ReportQueue};
@@ -47,7 +47,9 @@ impl Dispatcher {
                 self.run_claimed(*claimed, spec, runner, handle).await;
             }
             Ok(ClaimOutcome::Overdue(record)) => self.fail_unrun(&record).await,
-            Ok(ClaimOutcome::NotClaimable) => {}
+            Ok(ClaimOutcome::NotClaimable) => {
+                self.metrics.claims_missed.inc();
+            }
             Err(error) => {
                 tracing::warn!(%error, %uid, "could not claim; it will be found again");
                 self.signal.note_backlog();
@@ -106,7 +108,7 @@ impl Dispatcher {
     ) {
         if self.run_attempt(launch, handle).await {
             remote.ended();
-        } else if self.stopping.load(Ordering::SeqCst) {
+        } else if self.is_stopping() {
             // It is the worker's still: it will bring it to whoever takes over.
             remote.worker.unassign(&remote.task);
         } else {
