@@ -318,14 +318,9 @@ impl Registry {
     fn put_back(&self, (opened, closed): (Vec<ConnectionRecord>, Vec<Uid>)) {
         self.note(|notes| {
             for record in opened {
-                // Closed meanwhile: neither has to be noted.
-                match notes.closed.iter().position(|id| *id == record.id) {
-                    Some(position) => {
-                        notes.closed.swap_remove(position);
-                    }
-                    None => {
-                        notes.opened.insert(record.id, record);
-                    }
+                // Closed meanwhile: it may have been written all the same, and has to be removed.
+                if !notes.closed.contains(&record.id) {
+                    notes.opened.insert(record.id, record);
                 }
             }
             notes.closed.extend(closed);

@@ -74,12 +74,8 @@ impl Cluster {
     ) -> Self {
         watch_for_hangs();
         let data = TempDir::with_prefix("streamer-test-").expect("a temporary folder");
-        DevKey::load_or_create(data.path()).expect("a key can be made");
         let mut common = dynamodb_settings(endpoint, data.path());
         common.extend(settings.iter().map(ToString::to_string));
-        let secret = data.path().join("service-token");
-        fs::write(&secret, "0123456789abcdef0123456789abcdef\n").expect("a file can be written");
-        common.push(format!("peers.secret_file={}", secret.display()));
         let addresses: Vec<(Service, SocketAddr)> = Service::ALL
             .into_iter()
             .flat_map(|service| (0..COPIES).map(move |_| (service, free_address())))
@@ -174,6 +170,15 @@ impl Cluster {
     /// Joins it again.
     pub fn join(&self, number: usize) {
         self.proxies[number].mend();
+    }
+
+    /// What services show each other.
+    ///
+    /// # Panics
+    /// When it cannot be read.
+    #[must_use]
+    pub fn service_token(&self) -> String {
+        fs::read_to_string(self.data.path().join("service-token")).expect("a service has made it")
     }
 
     /// A token of the development key, valid for an hour.

@@ -251,10 +251,10 @@ async fn workers_and_sync_calls_go_through_a_gateway_and_only_services_speak_as_
 
     let progress = cluster.url(Service::Progress, 0);
     let channel = Endpoint::from_shared(progress).unwrap().connect_lazy();
-    let publish = |secret: Option<&'static str>| {
+    let publish = |secret: Option<&str>| {
         let mut request = tonic::Request::new(PublishRequest::default());
         if let Some(secret) = secret {
-            let secret = MetadataValue::from_static(secret);
+            let secret = secret.parse().unwrap();
             request.metadata_mut().insert("streamer-service-token", secret);
         }
         let mut client = EventLogServiceClient::new(channel.clone());
@@ -263,8 +263,8 @@ async fn workers_and_sync_calls_go_through_a_gateway_and_only_services_speak_as_
     assert_eq!(publish(None).await, Code::Unauthenticated);
     let wrong = Some("0123456789abcdef0123456789abcdeX");
     assert_eq!(publish(wrong).await, Code::Unauthenticated);
-    let right = Some("0123456789abcdef0123456789abcdef");
-    assert_eq!(publish(right).await, Code::InvalidArgument);
+    let right = cluster.service_token();
+    assert_eq!(publish(Some(&right)).await, Code::InvalidArgument);
 
     // Nobody else chooses the id of a request.
     let api = Api::new(&cluster.url(Service::Router, 0), &token).unwrap();

@@ -138,13 +138,15 @@ async fn the_cloudformation_template_is_right_and_its_tables_work() {
         s = c.describe_stacks(StackName='streamer')['Stacks'][0]\n\
         assert s['StackStatus'] == 'CREATE_COMPLETE', s\n\
         assert len(c.describe_stack_resources(StackName='streamer')['StackResources']) == 11\n\
-        # This CloudFormation passes over the time to live, which the template has.\n\
-        d = client('dynamodb'); spec = {'Enabled': True, 'AttributeName': 'remove_after'}\n\
+        # This CloudFormation passes over these, which the template has.\n\
+        d = client('dynamodb'); pitr = {'PointInTimeRecoveryEnabled': True}; spec = {'Enabled': True, 'AttributeName': 'remove_after'}\n\
         for r in json.loads(t)['Resources'].values():\n    \
         if r['Type'] != 'AWS::DynamoDB::Table': continue\n    \
         assert r['Properties']['TimeToLiveSpecification'] == spec\n    \
         name = r['Properties']['TableName']['Fn::Sub'].replace('${TablePrefix}', 'cf-')\n    \
-        d.update_time_to_live(TableName=name, TimeToLiveSpecification=spec)\n";
+        d.update_time_to_live(TableName=name, TimeToLiveSpecification=spec)\n    \
+        assert r['Properties']['PointInTimeRecoverySpecification'] == pitr\n    \
+        d.update_continuous_backups(TableName=name, PointInTimeRecoverySpecification=pitr)\n";
     python(script, &moto.endpoint, &[template.to_str().unwrap()]);
     let endpoint = format!("dynamodb.endpoint={}", moto.endpoint);
     let settings = [endpoint.as_str(), "dynamodb.table_prefix=cf-", "dynamodb.stream=false"];
@@ -213,6 +215,26 @@ async fn large_values_go_through_the_object_store() {
         objects += std::fs::read_dir(folder.unwrap().path()).unwrap().count();
     }
     assert_eq!(objects, 4, "each payload and each result");
+}
+
+#[tokio::test]
+async fn a_payload_that_is_gone_holds_up_nobody_else() {
+    let server = server(local(), &["execution.max_concurrent_attempts=1"]);
+    let mut client = Client::connect(&server.url, &server.token("acme", "ann", &[])).await;
+    let submit = |id: &str, payload: Value| json!({"id": id, "action": "echo_async", "payload": payload, "delay_ms": 500});
+    let gone = client.ask(submit("gone", large(100_000))).await;
+    assert_eq!(gone["type"], "acknowledgment", "{gone}");
+    std::fs::remove_dir_all(server.data().join("objects")).unwrap();
+    let fine = client.ask(submit("fine", json!({"steps": 1}))).await;
+    assert_eq!(fine["type"], "acknowledgment", "{fine}");
+    let mut log = Log::after(1);
+    while !log.ended() {
+        let message = client.next().await;
+        assert_eq!(message["request_id"], "fine", "{message}");
+        log.push(message);
+    }
+    let waiting = client.ask(json!({"type": "list", "states": ["QUEUED"]})).await;
+    assert_eq!(waiting["requests"][0]["request_id"], "gone", "{waiting}");
 }
 
 #[tokio::test]
@@ -365,7 +387,7 @@ fn a_service_alone_says_what_it_needs() {
             command.args(["--set", setting]);
         }
         let output = command.env_clear().current_dir(data.path()).output().unwrap();
-        assert_eq!(output.status.code(), Some(1), "{output:?}");
+        assert_eq!(output.status.code(), Some(2), "{output:?}");
         lines(&output.stderr).join("\n")
     };
     let engine = "store.engine=dynamodb";

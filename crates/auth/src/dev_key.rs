@@ -1,8 +1,7 @@
 //! The development key: made at first start, so that a laptop needs no issuer.
 
 use std::{
-    fs::{self, OpenOptions},
-    io::{self, Write},
+    fs,
     path::{Path, PathBuf},
     time::Duration,
 };
@@ -15,7 +14,7 @@ use jsonwebtoken::{Algorithm, EncodingKey, Header};
 use serde::Serialize;
 use streamer_core::Timestamp;
 
-use crate::{KeyError, VerificationKey};
+use crate::{KeyError, VerificationKey, create_private_file};
 
 /// Claim `iss` of development tokens.
 pub const DEV_ISSUER: &str = "streamer-dev";
@@ -160,21 +159,5 @@ fn create(data: &Path) -> Result<(), DevKeyError> {
     let pem = SigningKey::from_bytes(&seed)
         .to_pkcs8_pem(LineEnding::LF)
         .map_err(|error| failed(error.to_string()))?;
-    write_private(&path, pem.as_bytes()).map_err(|error| failed(error.to_string()))
-}
-
-/// Whole or not at all, and for nobody else's eyes.
-fn write_private(path: &Path, bytes: &[u8]) -> io::Result<()> {
-    let folder = path.parent().unwrap_or(Path::new("."));
-    fs::create_dir_all(folder)?;
-    let draft = path.with_extension("pem.new");
-    let mut options = OpenOptions::new();
-    options.write(true).create(true).truncate(true);
-    #[cfg(unix)]
-    std::os::unix::fs::OpenOptionsExt::mode(&mut options, 0o600);
-    let mut file = options.open(&draft)?;
-    file.write_all(bytes)?;
-    file.sync_all()?;
-    fs::rename(&draft, path)?;
-    fs::File::open(folder)?.sync_all()
+    create_private_file(&path, pem.as_bytes()).map_err(|error| failed(error.to_string()))
 }

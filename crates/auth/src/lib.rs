@@ -11,6 +11,7 @@ mod jwks;
 mod keys;
 mod layer;
 mod principal;
+mod private_file;
 
 pub use authenticator::{AuthError, Authenticator, TokenRules};
 pub use dev_key::{DEV_AUDIENCE, DEV_ISSUER, DevKey, DevKeyError, NewToken};
@@ -18,3 +19,4 @@ pub use jwks::{JwksRefresh, JwksSource};
 pub use keys::{KeyError, VerificationKey};
 pub use layer::{AuthLayer, AuthService, Caller, caller_of};
 pub use principal::{Principal, permissions};
+pub use private_file::create_private_file;

@@ -103,10 +103,10 @@ fn read_variable(config: &mut Config, name: &str, value: &str, problems: &mut Ve
     }
     let rest = rest.to_lowercase();
     // Kubernetes sets these in every pod beside services that are named `streamer…`.
-    let of_kubernetes = rest == "port"
+    let is_address = ["tcp://", "udp://", "sctp://"].iter().any(|kind| value.starts_with(kind));
+    let of_kubernetes = ((rest == "port" || rest.ends_with("_port")) && is_address)
         || rest.starts_with("port_")
         || rest.starts_with("service_")
-        || rest.ends_with("_port")
         || ["_port_", "_service_host", "_service_port"].iter().any(|part| rest.contains(part));
     if of_kubernetes {
         return;

@@ -150,7 +150,9 @@ options! {
         progress: Vec<String> = Vec::new();
         /// ADDRESS:PORT under which the others reach this process; empty means where it listens.
         advertise: String = String::new();
-        /// File with a secret of at least 32 bytes that all services share. Needed beyond loopback.
+        /// File with a secret of at least 32 bytes that all services share. More lines hold other
+        /// secrets that are accepted while it is being changed. Needed beyond loopback; on loopback,
+        /// empty means service-token in the data folder, which is made when it is not there.
         secret_file: String = String::new();
         /// How often names are resolved anew, in milliseconds.
         resolve_interval_ms: u64 = 5_000, in 100..=600_000;
@@ -160,7 +162,7 @@ options! {
         /// Public keys as ALGORITHM:FILE, the file in PEM: RS256, ES256 or EdDSA. HS256:FILE names a
         /// shared secret of at least 32 bytes.
         keys: Vec<String> = Vec::new();
-        /// URL of a JSON Web Key Set; its RS256, ES256 and EdDSA keys are accepted and refreshed.
+        /// https:// URL of a JSON Web Key Set (http:// on this machine only); its RS256, ES256 and EdDSA keys are accepted and refreshed.
         jwks_url: String = String::new();
         /// How old fetched keys may be before they are fetched anew, so that withdrawn ones go, in
         /// milliseconds.
@@ -226,8 +228,8 @@ options! {
         tenant_share_percent: u64 = 75, in 1..=100;
         /// Sync actions that run at once.
         max_concurrent_sync: u64 = 4_096, in 1..=1_000_000;
-        /// Those of the built-in handlers that this server runs itself, by action; * for all. The
-        /// others can be run by workers.
+        /// Those of the built-in handlers that this server runs itself, by action; * for all,
+        /// empty for none. The others can be run by workers.
         local_actions: Vec<String> = vec!["*".into()];
         /// How long a processor that fell silent keeps its attempts, in milliseconds.
         lease_ms: u64 = 10_000, in 300..=3_600_000;
@@ -236,8 +238,8 @@ options! {
         /// How often the store is asked for work that nobody told of, and for attempts whose
         /// processors are gone, in milliseconds.
         poll_interval_ms: u64 = 1_000, in 10..=600_000;
-        /// Whether it is asked for such work at all: without, it has to be told of by hints or the
-        /// stream.
+        /// Whether it is asked for such work at each of them: without, every 30 s, and otherwise it is
+        /// told of by hints or the stream.
         poll_queue: bool = true;
         /// How long a handler may go on after cancellation was asked for, in milliseconds.
         cancel_grace_ms: u64 = 10_000, in 0..=3_600_000;
@@ -292,6 +294,23 @@ impl Config {
     }
 
     /// Rules that tie options together.
+    fn check_dynamodb(&self, problems: &mut Vec<String>) {
+        let endpoint = &self.dynamodb.endpoint;
+        let has_scheme = ["http://", "https://"].iter().any(|scheme| endpoint.starts_with(scheme));
+        if !endpoint.is_empty() && !has_scheme {
+            problems.push(format!(
+                "dynamodb.endpoint: must begin with http:// or https://, is {endpoint:?}"
+            ));
+        }
+        let prefix = &self.dynamodb.table_prefix;
+        let is_part = |c: char| c.is_ascii_alphanumeric() || "_.-".contains(c);
+        if prefix.len() > 200 || !prefix.chars().all(is_part) {
+            problems.push(format!(
+                "dynamodb.table_prefix: must be at most 200 letters, digits, _, . and -, is {prefix:?}"
+            ));
+        }
+    }
+
     pub(crate) fn check_together(&self, problems: &mut Vec<String>) {
         let auth = &self.auth;
         if auth.uses_dev_key() {
@@ -321,6 +340,7 @@ impl Config {
             let engine = &self.store.engine;
             problems.push(format!("store.engine: must be embedded or dynamodb, is {engine:?}"));
         }
+        self.check_dynamodb(problems);
         self.check_peers(problems);
         if !matches!(self.log.format.as_str(), "text" | "json") {
             problems.push(format!("log.format: must be text or json, is {:?}", self.log.format));

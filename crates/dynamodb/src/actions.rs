@@ -39,7 +39,7 @@ impl Dynamo {
                 .return_consumed_capacity(ReturnConsumedCapacity::Total)
                 .send()
                 .await
-                .map_err(|error| store_error("saving actions", error))?;
+                .map_err(|error| store_error("saving actions", &error))?;
             self.metrics.note_write(put.consumed_capacity());
         }
         Ok(())

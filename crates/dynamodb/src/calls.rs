@@ -35,7 +35,7 @@ impl Dynamo {
             .return_consumed_capacity(ReturnConsumedCapacity::Total)
             .send()
             .await
-            .map_err(|error| store_error(doing, error))?;
+            .map_err(|error| store_error(doing, &error))?;
         self.metrics.note_read(found.consumed_capacity());
         Ok(found.item)
     }
@@ -73,9 +73,9 @@ impl Dynamo {
                 Some("ConditionalCheckFailedException") => return Ok(false),
                 // It met a transaction.
                 Some(code) if is_conflict(code) => {
-                    patience.wait(store_error(doing, error)).await?;
+                    patience.wait(store_error(doing, &error)).await?;
                 }
-                _ => return Err(store_error(doing, error)),
+                _ => return Err(store_error(doing, &error)),
             }
         }
     }
@@ -105,7 +105,7 @@ impl Dynamo {
                 .return_consumed_capacity(ReturnConsumedCapacity::Total)
                 .send()
                 .await
-                .map_err(|error| store_error("reading an index", error))?;
+                .map_err(|error| store_error("reading an index", &error))?;
             self.metrics.note_read(page.consumed_capacity());
             items.extend(page.items.unwrap_or_default());
             start = page.last_evaluated_key;

@@ -95,7 +95,7 @@ impl Dynamo {
                     .return_consumed_capacity(ReturnConsumedCapacity::Total)
                     .send()
                     .await
-                    .map_err(|error| store_error(doing, error))?;
+                    .map_err(|error| store_error(doing, &error))?;
                 self.metrics.note_write(written.consumed_capacity());
                 left = written
                     .unprocessed_items

@@ -1,7 +1,7 @@
 //! What the errors of the SDK mean to the store.
 
 use aws_sdk_dynamodb::{
-    error::{DisplayErrorContext, ProvideErrorMetadata, SdkError},
+    error::{ProvideErrorMetadata, SdkError},
     types::CancellationReason,
 };
 use streamer_store::StoreError;
@@ -44,7 +44,7 @@ pub(crate) fn is_conflict(code: &str) -> bool {
 }
 
 /// A failed call, after the SDK has repeated it as often as it may.
-pub(crate) fn store_error<E, R>(doing: &'static str, error: SdkError<E, R>) -> StoreError
+pub(crate) fn store_error<E, R>(doing: &'static str, error: &SdkError<E, R>) -> StoreError
 where
     E: ProvideErrorMetadata + std::error::Error + Send + Sync + 'static,
     R: std::fmt::Debug + Send + Sync + 'static,
@@ -52,9 +52,23 @@ where
     let code = error.code().unwrap_or_default().to_owned();
     let reason = match error.message() {
         Some(message) => format!("{code}: {message}"),
-        None => DisplayErrorContext(error).to_string(),
+        None => chain(error),
     };
     of_code(doing, &code, reason)
+}
+
+/// What happened, down to its cause.
+pub(crate) fn chain(error: &dyn std::error::Error) -> String {
+    let mut reasons = vec![error.to_string()];
+    let mut source = error.source();
+    while let Some(reason) = source {
+        let text = reason.to_string();
+        if reasons.last() != Some(&text) {
+            reasons.push(text);
+        }
+        source = reason.source();
+    }
+    reasons.join(": ")
 }
 
 /// A transaction that did not happen, for the reason that counts.

@@ -25,14 +25,18 @@ use crate::{
 pub(crate) const HOLDER: &str = "holder";
 /// Holds what its holder has forgotten; never alive.
 const NOBODY: &str = "nobody";
-/// A holder is registered anew after so long, since one that is long dead is forgotten.
-const REGISTER_AGAIN: Duration = Duration::from_secs(600);
 const FORGET_AFTER: Duration = Duration::from_secs(3600);
+/// A dead holder that had nothing is looked at again after so long, in case clocks differ: who is
+/// alive by its own clock need not say so before it claims.
+const LOOK_AGAIN: Duration = Duration::from_secs(30);
 
-/// Which holders of this process are known to the store, and since when.
+/// What this process knows of holders.
 #[derive(Default)]
 pub(crate) struct Holders {
-    registered: Mutex<HashMap<String, Timestamp>>,
+    /// Its own: until when the store says that they live.
+    alive_until: Mutex<HashMap<String, Timestamp>>,
+    /// Dead ones that had nothing: until when they lived, and when that was seen.
+    empty: Mutex<HashMap<String, (i64, Timestamp)>>,
 }
 
 impl Holders {
@@ -44,13 +48,33 @@ impl Holders {
         until: Timestamp,
         now: Timestamp,
     ) -> Result<(), StoreError> {
-        let known = self.registered.lock().get(holder).copied();
-        if known.is_some_and(|at| now.since(at) < REGISTER_AGAIN) {
+        let known = self.alive_until.lock().get(holder).copied();
+        if known.is_some_and(|alive_until| alive_until > now) {
             return Ok(());
         }
         dynamo.keep_alive(HOLDER, holder, until).await?;
-        self.registered.lock().insert(holder.to_owned(), now);
+        self.note_alive(holder, until);
         Ok(())
+    }
+
+    /// The store says that a holder lives until then.
+    pub(crate) fn note_alive(&self, holder: &str, until: Timestamp) {
+        self.alive_until.lock().insert(holder.to_owned(), until);
+    }
+
+    fn note_empty(&self, holder: &str, alive_until: i64, now: Timestamp) {
+        self.empty.lock().insert(holder.to_owned(), (alive_until, now));
+    }
+
+    /// Whether a dead holder had nothing lately, and has not been alive since.
+    fn is_empty(&self, holder: &str, alive_until: i64, now: Timestamp) -> bool {
+        self.empty.lock().get(holder).is_some_and(|(until, seen)| {
+            *until == alive_until && now >= *seen && now.since(*seen) < LOOK_AGAIN
+        })
+    }
+
+    fn keep_only(&self, known: &HashMap<String, i64>) {
+        self.empty.lock().retain(|holder, _| known.contains_key(holder));
     }
 }
 
@@ -85,7 +109,7 @@ impl Dynamo {
                 .return_consumed_capacity(ReturnConsumedCapacity::Total)
                 .send()
                 .await
-                .map_err(|error| store_error("reading the fleet", error))?;
+                .map_err(|error| store_error("reading the fleet", &error))?;
             self.metrics.note_read(page.consumed_capacity());
             items.extend(page.items.unwrap_or_default());
             start = page.last_evaluated_key;
@@ -116,7 +140,7 @@ impl Dynamo {
         match deleted {
             Ok(_) => Ok(()),
             Err(error) if error.code() == Some("ConditionalCheckFailedException") => Ok(()),
-            Err(error) => Err(store_error("forgetting a member of the fleet", error)),
+            Err(error) => Err(store_error("forgetting a member of the fleet", &error)),
         }
     }
 
@@ -200,6 +224,7 @@ impl Dynamo {
 
     pub(crate) async fn expired(
         &self,
+        holders: &Holders,
         now: Timestamp,
         limit: usize,
     ) -> Result<Vec<RequestRecord>, StoreError> {
@@ -208,6 +233,8 @@ impl Dynamo {
         let mut dead: Vec<_> =
             alive.iter().filter(|(_, until)| **until <= now.as_millis()).collect();
         self.crowd.note(alive.len() - dead.len());
+        holders.keep_only(&alive);
+        dead.retain(|(holder, until)| !holders.is_empty(holder, **until, now));
         dead.sort_by_key(|(name, until)| (**until, *name));
         let nobody = (NOBODY.to_owned(), 0);
         let all = dead.into_iter().chain([(&nobody.0, &nobody.1)]);
@@ -216,6 +243,9 @@ impl Dynamo {
         for (holder, until) in all {
             let uids = self.held_by(holder, limit.saturating_mul(2)).await?;
             if uids.is_empty() {
+                if holder != NOBODY {
+                    holders.note_empty(holder, *until, now);
+                }
                 let long_dead = now.as_millis().saturating_sub(*until)
                     > i64::try_from(FORGET_AFTER.as_millis()).unwrap_or(i64::MAX);
                 if long_dead && holder != NOBODY {

@@ -109,11 +109,11 @@ impl Dynamo {
         let uid = append.uid.to_string();
         let mut events =
             append.events.iter().map(StoredEvent::new).collect::<Result<Vec<_>, _>>()?;
-        let mut checkpoint =
+        // Never an object: each one replaces the one before, which an object would outlive.
+        let checkpoint =
             append.checkpoint.clone().map(|data| StoredValue::of("", Some(Blob(data))));
         if let Some(objects) = &self.objects {
-            let mut values: Vec<_> = events.iter_mut().filter_map(StoredEvent::value_mut).collect();
-            values.extend(checkpoint.as_mut());
+            let values = events.iter_mut().filter_map(StoredEvent::value_mut).collect();
             objects.offload(&uid, values).await?;
         }
         let mut change = Change {
@@ -231,28 +231,30 @@ impl Dynamo {
             expression = expression.when("events_bytes", "<=", number(most));
         }
         let large_checkpoint = change.checkpoint.as_ref().is_some_and(is_large);
-        let outcome =
-            if room && !large_checkpoint && !matches!(change.writer, Writer::ExpiredLease(_)) {
-                if !change.events.is_empty() {
-                    expression = expression
-                        .extend("events", encode(&change.events)?)
-                        .add("events_bytes", added);
-                }
-                if refers_to_object(change) {
-                    expression = expression.set("has_parts", AttributeValue::Bool(true));
-                }
-                self.try_update(uid, self.moves(expression, change, known)?).await?
-            } else {
-                let Some(item) = known else {
-                    // The request has to be known to be changed in a transaction.
-                    return Ok(Tried::Refused(self.get(uid).await?.map(Box::new)));
-                };
-                self.try_transaction(uid, item, room, expression, change).await?
+        let update_suffices =
+            room && !large_checkpoint && !matches!(change.writer, Writer::ExpiredLease(_));
+        let outcome = if update_suffices {
+            if !change.events.is_empty() {
+                expression =
+                    expression.extend("events", encode(&change.events)?).add("events_bytes", added);
+            }
+            if refers_to_object(change) {
+                expression = expression.set("has_parts", AttributeValue::Bool(true));
+            }
+            self.try_update(uid, self.moves(expression, change, known)?).await?
+        } else {
+            let Some(item) = known else {
+                // The request has to be known to be changed in a transaction.
+                return Ok(Tried::Refused(self.get(uid).await?.map(Box::new)));
             };
+            self.try_transaction(uid, item, room, expression, change).await?
+        };
         if let (Tried::Applied { .. }, Some(retention)) = (&outcome, self.retention)
             && change.events.last().is_some_and(is_terminal)
         {
-            self.forget_later(uid, known, change.now.plus(retention).plus(PARTS_LATER));
+            // A transaction may have made parts that were not there before.
+            let before = known.filter(|_| update_suffices);
+            self.forget_later(uid, before, change.now.plus(retention).plus(PARTS_LATER));
         }
         Ok(outcome)
     }

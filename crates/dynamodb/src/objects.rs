@@ -3,7 +3,10 @@
 use std::{fs, sync::Arc, time::Duration};
 
 use bytes::Bytes;
-use futures_util::{TryStreamExt, future::try_join_all};
+use futures_util::{
+    StreamExt, TryStreamExt,
+    future::{ready, try_join_all},
+};
 use object_store::{
     ClientConfigKey, ObjectStore, ObjectStoreExt, PutPayload, RetryConfig,
     aws::{AmazonS3Builder, AmazonS3ConfigKey},
@@ -151,11 +154,9 @@ impl Objects {
     pub(crate) async fn delete_all(&self, uid: &str) -> Result<(), StoreError> {
         let failed = |error| unavailable("deleting large values", &error);
         let prefix = Path::from(uid);
-        let mut objects = self.store.list(Some(&prefix));
-        while let Some(object) = objects.try_next().await.map_err(failed)? {
-            self.store.delete(&object.location).await.map_err(failed)?;
-        }
-        Ok(())
+        let objects = self.store.list(Some(&prefix)).map_ok(|object| object.location).boxed();
+        let deleted = self.store.delete_stream(objects);
+        deleted.try_for_each(|_| ready(Ok(()))).await.map_err(failed)
     }
 }
 

@@ -122,7 +122,7 @@ impl Cursor<'_> {
             .return_consumed_capacity(ReturnConsumedCapacity::Total)
             .send()
             .await
-            .map_err(|error| store_error(doing, error))?;
+            .map_err(|error| store_error(doing, &error))?;
         self.dynamo.metrics.note_read(page.consumed_capacity());
         self.exhausted = page.last_evaluated_key.is_none();
         for item in page.items() {
@@ -361,7 +361,7 @@ impl Dynamo {
                 .return_consumed_capacity(ReturnConsumedCapacity::Total)
                 .send()
                 .await
-                .map_err(|error| store_error("counting the queue", error))?;
+                .map_err(|error| store_error("counting the queue", &error))?;
             self.metrics.note_read(page.consumed_capacity());
             counted += u64::try_from(page.count).unwrap_or(0);
             start = page.last_evaluated_key;

@@ -80,14 +80,25 @@ impl Dynamo {
                 None => self.put_request(doing, &item).await,
                 Some(client_id) => self.put_named_request(doing, &item, new, client_id).await,
             };
-            match outcome {
-                Ok(None) => {
+            let found = match outcome {
+                Ok(found) => found,
+                Err(error) => match patience.wait(error).await {
+                    Ok(()) => continue,
+                    // An earlier try may have been carried out, and its answer lost.
+                    Err(error) => match self.get(&uid).await {
+                        Ok(Some(found)) => Some(found),
+                        Ok(None) | Err(_) => return Err(error),
+                    },
+                },
+            };
+            match found {
+                None => {
                     let record = Box::new(item.to_record()?);
                     return Ok(CreateOutcome::Created(record, Box::new(accepted)));
                 }
                 // Written by this very call, whose answer was lost on the way, or by an earlier
                 // one like it.
-                Ok(Some(existing)) if existing.uid == uid => {
+                Some(existing) if existing.uid == uid => {
                     let record = Box::new(existing.to_record()?);
                     // What is stored counts, not what this call would have stored.
                     let first = existing.events.first().filter(|_| existing.last_seq == 1);
@@ -98,11 +109,10 @@ impl Dynamo {
                         None => CreateOutcome::Existing(record),
                     });
                 }
-                Ok(Some(existing)) => {
+                Some(existing) => {
                     self.drop_payload(&uid, &item.payload).await;
                     return compared(&existing, new);
                 }
-                Err(error) => patience.wait(error).await?,
             }
         }
     }
@@ -130,7 +140,7 @@ impl Dynamo {
                 Some(service) if service.is_conditional_check_failed_exception() => {
                     self.get(&item.uid).await
                 }
-                _ => Err(store_error(doing, error)),
+                _ => Err(store_error(doing, &error)),
             },
         }
     }
@@ -170,7 +180,7 @@ impl Dynamo {
                 Ok(None)
             }
             Err(error) => {
-                let Some(reasons) = reasons(&error) else { return Err(store_error(doing, error)) };
+                let Some(reasons) = reasons(&error) else { return Err(store_error(doing, &error)) };
                 let busy = only_busy(reasons);
                 // Also when it met another: that may have been one of the same name.
                 let Some(target) = self.name_target(&new.owner, client_id).await? else {
@@ -234,9 +244,9 @@ impl Dynamo {
                 }
                 // It met a transaction; the conditions make a repeat safe.
                 _ if error.code().is_some_and(is_conflict) => {
-                    patience.wait(store_error(doing, error)).await?;
+                    patience.wait(store_error(doing, &error)).await?;
                 }
-                _ => return Err(store_error(doing, error)),
+                _ => return Err(store_error(doing, &error)),
             }
         }
     }

@@ -38,11 +38,14 @@ impl DynamoStore {
     /// # Errors
     /// When the object store cannot be used, or nothing says in which region the tables are.
     pub async fn open(options: &DynamoOptions, metrics: &Metrics) -> Result<Self, OpenError> {
+        let config = sdk_config(options).await?;
         let objects = match &options.objects {
-            Some(url) => Some(Arc::new(Objects::open(url, options.region.as_deref())?)),
+            Some(url) => {
+                let region = config.region().map(AsRef::as_ref);
+                Some(Arc::new(Objects::open(url, region)?))
+            }
             None => None,
         };
-        let config = sdk_config(options).await?;
         let dynamo = Dynamo {
             client: Client::new(&config),
             tables: Arc::new(TableNames::new(&options.table_prefix)),
@@ -135,7 +138,9 @@ impl Store for DynamoStore {
         until: Timestamp,
         now: Timestamp,
     ) -> Result<Vec<Renewed>, StoreError> {
-        self.noted(self.dynamo.renew(&holder, &leases, until, now).await)
+        let renewed = self.noted(self.dynamo.renew(&holder, &leases, until, now).await)?;
+        self.holders.note_alive(&holder, until);
+        Ok(renewed)
     }
 
     async fn expired_leases(
@@ -143,7 +148,7 @@ impl Store for DynamoStore {
         now: Timestamp,
         limit: usize,
     ) -> Result<Vec<RequestRecord>, StoreError> {
-        self.noted(self.dynamo.expired(now, limit).await)
+        self.noted(self.dynamo.expired(&self.holders, now, limit).await)
     }
 
     async fn adopt(&self, adopt: Adopt) -> Result<Option<RequestRecord>, StoreError> {
@@ -245,6 +250,6 @@ impl Store for DynamoStore {
             .set_expression_attribute_values(count.values())
             .send()
             .await;
-        checked.map(drop).map_err(|error| store_error("checking the store", error))
+        checked.map(drop).map_err(|error| store_error("checking the store", &error))
     }
 }

@@ -34,6 +34,11 @@ const LEASE: Duration = Duration::from_secs(10);
 const SHARE_OUT: Duration = Duration::from_secs(3);
 /// A shard may be read five times a second, by all readers together.
 const PAUSE: Duration = Duration::from_millis(400);
+/// Records that one call answers at most.
+const PAGE: usize = 1000;
+/// Shards are listed anew when one has ended, and after so long: all processors together may do so ten
+/// times a second.
+const LIST_AGAIN: Duration = Duration::from_secs(30);
 /// DynamoDB keeps records for a day; so are the notes of shards that have ended.
 const REMEMBER: Duration = Duration::from_secs(2 * 24 * 3600);
 
@@ -41,6 +46,12 @@ const REMEMBER: Duration = Duration::from_secs(2 * 24 * 3600);
 pub(crate) struct StreamTrigger {
     dynamo: Dynamo,
     client: Client,
+}
+
+/// The shards of the stream.
+struct Listed {
+    arn: String,
+    shards: Vec<Shard>,
 }
 
 /// What is noted of a shard.
@@ -79,7 +90,7 @@ impl StreamTrigger {
             .table_name(&self.dynamo.tables.requests)
             .send()
             .await
-            .map_err(|error| store_error(doing, error))?;
+            .map_err(|error| store_error(doing, &error))?;
         let arn = table.table.and_then(|table| table.latest_stream_arn);
         arn.ok_or_else(|| damaged(doing, "the requests table has no stream"))
     }
@@ -95,7 +106,7 @@ impl StreamTrigger {
                 .set_exclusive_start_shard_id(start)
                 .send()
                 .await
-                .map_err(|error| store_error("reading the stream's shards", error))?;
+                .map_err(|error| store_error("reading the stream's shards", &error))?;
             let Some(description) = found.stream_description else { return Ok(shards) };
             shards.extend(description.shards.unwrap_or_default());
             start = description.last_evaluated_shard_id;
@@ -103,6 +114,24 @@ impl StreamTrigger {
                 return Ok(shards);
             }
         }
+    }
+
+    /// The shards as they were lately.
+    async fn listed<'a>(
+        &self,
+        listed: &'a mut Option<(Timestamp, Listed)>,
+        now: Timestamp,
+    ) -> Result<&'a Listed, StoreError> {
+        let fresh = listed.take().filter(|(at, _)| now.since(*at) < LIST_AGAIN);
+        let fresh = match fresh {
+            Some(fresh) => fresh,
+            None => {
+                let arn = self.stream_arn().await?;
+                let shards = self.shards(&arn).await?;
+                (now, Listed { arn, shards })
+            }
+        };
+        Ok(&listed.insert(fresh).1)
     }
 
     async fn notes(&self) -> Result<BTreeMap<String, Note>, StoreError> {
@@ -197,7 +226,7 @@ impl StreamTrigger {
             Err(error) if error.code() == Some("TrimmedDataAccessException") => ask(None).await,
             found => found,
         };
-        let found = found.map_err(|error| store_error("reading the stream", error))?;
+        let found = found.map_err(|error| store_error("reading the stream", &error))?;
         Ok(found.shard_iterator)
     }
 
@@ -206,6 +235,7 @@ impl StreamTrigger {
         self: &Arc<Self>,
         reader: &Reader,
         reading: &mut HashMap<String, AbortOnDropHandle<()>>,
+        listed: &mut Option<(Timestamp, Listed)>,
     ) -> Result<(), StoreError> {
         let now = reader.clock.now();
         self.dynamo.keep_alive(READER, &reader.name, now.plus(LEASE)).await?;
@@ -216,10 +246,9 @@ impl StreamTrigger {
                 self.dynamo.forget_member(READER, name, *until).await?;
             }
         }
-        let arn = self.stream_arn().await?;
-        let shards = self.shards(&arn).await?;
+        let Listed { arn, shards } = self.listed(listed, now).await?;
         let notes = self.notes().await?;
-        let listed: BTreeSet<&str> = shards.iter().filter_map(Shard::shard_id).collect();
+        let known: BTreeSet<&str> = shards.iter().filter_map(Shard::shard_id).collect();
         let has_ended = |id: &str| notes.get(id).is_some_and(|note| note.ended);
         // A shard comes after the one that it was split from.
         let open: Vec<&Shard> = shards
@@ -227,7 +256,7 @@ impl StreamTrigger {
             .filter(|shard| !shard.shard_id().is_none_or(has_ended))
             .filter(|shard| {
                 let parent = shard.parent_shard_id();
-                parent.is_none_or(|parent| !listed.contains(parent) || has_ended(parent))
+                parent.is_none_or(|parent| !known.contains(parent) || has_ended(parent))
             })
             .collect();
         reading.retain(|_, task| !task.is_finished());
@@ -305,12 +334,12 @@ impl StreamTrigger {
                     iterator = self.iterator(arn, shard, position.as_deref()).await?;
                     continue;
                 }
-                Err(error) => return Err(store_error("reading the stream", error)),
+                Err(error) => return Err(store_error("reading the stream", &error)),
             };
             if let Some(last) = records.last().and_then(|record| record.dynamodb.as_ref()) {
                 position = last.sequence_number.clone();
             }
-            let empty = records.is_empty();
+            let whole_page = records.len() >= PAGE;
             for waiting in waiting(&records) {
                 (reader.told)(waiting);
             }
@@ -322,7 +351,7 @@ impl StreamTrigger {
                     return Ok(());
                 }
             }
-            if empty {
+            if !whole_page {
                 // There is no call that waits for records.
                 sleep(PAUSE).await;
             }
@@ -351,13 +380,14 @@ impl QueueTrigger for StreamTrigger {
     ) {
         let reader = Reader { name, clock, told, shard_ended: Arc::default() };
         let mut reading = HashMap::new();
+        let mut listed = None;
         loop {
-            if let Err(error) = self.share_out(&reader, &mut reading).await {
+            if let Err(error) = self.share_out(&reader, &mut reading, &mut listed).await {
                 tracing::warn!(%error, "cannot share out the shards of the stream");
             }
             tokio::select! {
                 () = shutdown.cancelled() => return,
-                () = reader.shard_ended.notified() => {}
+                () = reader.shard_ended.notified() => listed = None,
                 () = sleep(SHARE_OUT) => {}
             }
         }

@@ -29,6 +29,8 @@ pub const REQUEST_UID: &str = "streamer-request-uid";
 pub const REPEATED: &str = "streamer-repeated";
 /// Header of every call between services: the token that they share.
 pub const SERVICE_TOKEN: &str = "streamer-service-token";
+/// Metadata of a refusal between services: nothing was begun, and another instance may have room.
+pub const NOT_TAKEN: &str = "streamer-not-taken";
 /// Header of a call that another instance of the same service passes on: it goes no further.
 pub const FORWARDED: &str = "streamer-forwarded";
 

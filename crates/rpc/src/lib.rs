@@ -10,7 +10,7 @@ mod status;
 
 pub use action::{action_from_proto, action_to_proto};
 pub use channel::{
-    Channel, FORWARDED, REPEATED, REQUEST_UID, SERVICE_TOKEN, local, with_authorization,
+    Channel, FORWARDED, NOT_TAKEN, REPEATED, REQUEST_UID, SERVICE_TOKEN, local, with_authorization,
 };
 pub use convert::{
     apply_event, completed, error_from_proto, error_to_proto, is_terminal, request_to_proto,

@@ -35,8 +35,10 @@ const MAX_TRIES: usize = 3;
 const INTERNAL_TIMEOUT: Duration = Duration::from_secs(5);
 /// So must a public one that reads or writes one thing.
 const SHORT_TIMEOUT: Duration = Duration::from_secs(10);
-/// Largest message: beyond what any service takes, whatever its limits.
-const MAX_KEPT_BYTES: usize = 80 * 1024 * 1024;
+/// A message must have come whole within this.
+const MESSAGE_TIMEOUT: Duration = Duration::from_secs(30);
+/// gRPC's five bytes in front of a message.
+const FRAME_BYTES: usize = 5;
 /// Repeats may be so much of all calls, and in any case ten a second.
 const RETRY_SHARE: f32 = 0.2;
 
@@ -140,19 +142,19 @@ impl Members {
         self.all().iter().max_by_key(|member| member.weight(key)).cloned()
     }
 
-    /// Calls with one message each, which can be repeated elsewhere.
+    /// Calls with one message each, of at most so many bytes, which can be repeated elsewhere.
     #[must_use]
-    pub fn channel(&self) -> Channel {
-        self.balanced(true)
+    pub fn channel(&self, max_bytes: usize) -> Channel {
+        self.balanced(Some(max_bytes))
     }
 
     /// Calls with streams of messages, which go to one member only.
     #[must_use]
     pub fn streaming_channel(&self) -> Channel {
-        self.balanced(false)
+        self.balanced(None)
     }
 
-    fn balanced(&self, buffered: bool) -> Channel {
+    fn balanced(&self, buffered: Option<usize>) -> Channel {
         if let Some(local) = &self.local {
             return local.clone();
         }
@@ -188,7 +190,8 @@ struct Balanced {
     members: Members,
     turn: Arc<AtomicUsize>,
     budget: Arc<TpsBudget>,
-    buffered: bool,
+    /// The largest message, of calls with one.
+    buffered: Option<usize>,
 }
 
 impl Service<Request<Body>> for Balanced {
@@ -203,10 +206,9 @@ impl Service<Request<Body>> for Balanced {
     fn call(&mut self, request: Request<Body>) -> Self::Future {
         let balanced = self.clone();
         Box::pin(async move {
-            if balanced.buffered {
-                balanced.call_buffered(request).await
-            } else {
-                balanced.call_streaming(request).await
+            match balanced.buffered {
+                Some(max_bytes) => balanced.call_buffered(request, max_bytes).await,
+                None => balanced.call_streaming(request).await,
             }
         })
     }
@@ -232,14 +234,18 @@ impl Balanced {
         outcome
     }
 
-    async fn call_buffered(&self, request: Request<Body>) -> Result<Response<Body>, Status> {
+    async fn call_buffered(
+        &self,
+        request: Request<Body>,
+        max_bytes: usize,
+    ) -> Result<Response<Body>, Status> {
         let members = self.order(request.extensions())?;
         let (parts, body) = request.into_parts();
         let message = Message {
             uri: parts.uri,
             headers: parts.headers,
             extensions: parts.extensions,
-            body: keep(body).await?,
+            body: keep(body, max_bytes).await?,
         };
         let policy = Policy::of(message.uri.path());
         self.budget.deposit();
@@ -279,13 +285,15 @@ impl Balanced {
 }
 
 /// The whole message.
-async fn keep(body: Body) -> Result<Bytes, Status> {
-    match Limited::new(body, MAX_KEPT_BYTES).collect().await {
-        Ok(message) => Ok(message.to_bytes()),
-        Err(error) if error.is::<LengthLimitError>() => {
-            Err(Status::out_of_range(format!("a message must be at most {MAX_KEPT_BYTES} bytes")))
+async fn keep(body: Body, max_bytes: usize) -> Result<Bytes, Status> {
+    let whole = Limited::new(body, max_bytes.saturating_add(FRAME_BYTES)).collect();
+    match timeout(MESSAGE_TIMEOUT, whole).await {
+        Ok(Ok(message)) => Ok(message.to_bytes()),
+        Ok(Err(error)) if error.is::<LengthLimitError>() => {
+            Err(Status::out_of_range(format!("a message must be at most {max_bytes} bytes")))
         }
-        Err(error) => Err(Status::from_error(error)),
+        Ok(Err(error)) => Err(Status::from_error(error)),
+        Err(_) => Err(Status::deadline_exceeded("the message did not come in time")),
     }
 }
 
@@ -431,7 +439,7 @@ mod tests {
     #[tokio::test]
     async fn nobody_is_there() {
         let nobody = members(&[]);
-        let status = nobody.channel().oneshot(Request::new(Body::empty())).await.unwrap_err();
+        let status = nobody.channel(1000).oneshot(Request::new(Body::empty())).await.unwrap_err();
         assert_eq!(status.message(), "no test is known");
     }
 }

@@ -174,7 +174,7 @@ impl Session {
         subscription.catching_up = false;
         let events = match page {
             Ok(events) => events,
-            Err(status) if status.code() == Code::Unavailable => {
+            Err(status) if passes(status.code()) => {
                 // The sweep of deferred connections brings us back here.
                 tracing::warn!(%uid, %status, "could not read a log, will try again");
                 self.gateway.hub.defer(subscription.link.clone());
@@ -218,4 +218,18 @@ impl Session {
             None => false,
         }
     }
+}
+
+/// Whether the same call may succeed a little later.
+fn passes(code: Code) -> bool {
+    matches!(
+        code,
+        Code::Unavailable
+            | Code::ResourceExhausted
+            | Code::DeadlineExceeded
+            | Code::Cancelled
+            | Code::Aborted
+            // What a connection that breaks off in the middle of an answer comes out as.
+            | Code::Unknown
+    )
 }

@@ -1,6 +1,6 @@
 //! What comes in from other services, and what a gateway passes on to them.
 
-use std::sync::Arc;
+use std::{sync::Arc, time::Duration};
 
 use axum::{
     Router,
@@ -10,42 +10,50 @@ use axum::{
     response::{IntoResponse, Response},
     routing::any,
 };
+use http::HeaderValue;
 use streamer_auth::{Authenticator, caller_of};
 use streamer_core::{Clock, Uid};
 use streamer_rpc::{Channel, FORWARDED, REPEATED, REQUEST_UID, SERVICE_TOKEN};
+use tokio::time::timeout;
 use tonic::Status;
-use tower::{ServiceExt, util::MapRequestLayer};
+use tower::ServiceExt;
 
 use crate::peers::ServiceToken;
+
+const GRPC_TIMEOUT: &str = "grpc-timeout";
 
 /// Whose word counts as a service's.
 #[derive(Clone)]
 pub(crate) enum Trusted {
     /// Nobody's: there are no other services.
     Nobody,
-    /// That of whoever has the token; everybody's when there is none.
-    Services(Option<ServiceToken>),
+    /// That of whoever has the token.
+    Services(ServiceToken),
 }
 
-/// Takes out of a call what only other services may say, unless one of them says it.
+/// Takes out of a call what only other services may say, unless one of them says it. Who wrongly
+/// says that it is a service is refused: taken for somebody else, it would be misunderstood.
 pub(crate) fn trust_only(router: Router, trusted: Trusted) -> Router {
-    router.layer(MapRequestLayer::new(move |request| strip(&trusted, request)))
+    router.layer(middleware::from_fn_with_state(trusted, admit))
 }
 
-fn strip(trusted: &Trusted, mut request: Request) -> Request {
-    let is_trusted = match trusted {
-        Trusted::Nobody => false,
-        Trusted::Services(token) => is_service(token.as_ref(), &request),
-    };
-    if is_trusted {
-        request.extensions_mut().insert(FromService);
-    } else {
-        for header in [REQUEST_UID, REPEATED, FORWARDED] {
-            request.headers_mut().remove(header);
+async fn admit(State(trusted): State<Trusted>, mut request: Request, next: Next) -> Response {
+    let given = request.headers_mut().remove(SERVICE_TOKEN);
+    match (&trusted, given) {
+        (Trusted::Services(token), Some(given)) if token.is(given.as_bytes()) => {
+            request.extensions_mut().insert(FromService);
+        }
+        (Trusted::Services(_), Some(_)) => {
+            let text = "the service token is another one here (peers.secret_file)";
+            return Status::unauthenticated(text).into_http::<Body>();
+        }
+        (Trusted::Nobody, _) | (Trusted::Services(_), None) => {
+            for header in [REQUEST_UID, REPEATED, FORWARDED] {
+                request.headers_mut().remove(header);
+            }
         }
     }
-    request.headers_mut().remove(SERVICE_TOKEN);
-    request
+    next.run(request).await
 }
 
 /// The call has been found to come from a service.
@@ -61,17 +69,10 @@ async fn guard(request: Request, next: Next) -> Response {
     if request.extensions().get::<FromService>().is_some() {
         return next.run(request).await;
     }
-    let status = Status::unauthenticated("only services may call this: peers.secret_file");
+    let status = Status::unauthenticated(
+        "only services may call this, which have the secret of peers.secret_file",
+    );
     status.into_http::<Body>()
-}
-
-/// Without a secret every caller is trusted: the configuration allows that on loopback only.
-fn is_service(token: Option<&ServiceToken>, request: &Request) -> bool {
-    let given = request.headers().get(SERVICE_TOKEN);
-    match token {
-        Some(token) => given.is_some_and(|given| token.is(given.as_bytes())),
-        None => true,
-    }
 }
 
 /// The public services of others, for those who know only this process.
@@ -116,8 +117,54 @@ async fn pass_on(
     if let Ok(uid) = Uid::new(all.clock.now()).to_string().parse() {
         request.headers_mut().insert(REQUEST_UID, uid);
     }
-    match channel.oneshot(request.map(tonic::body::Body::new)).await {
+    // Kept here, since what is waited for elsewhere is not at fault when a caller's time is up.
+    let patience = request.headers_mut().remove(GRPC_TIMEOUT);
+    let patience = patience.as_ref().and_then(grpc_timeout);
+    let call = channel.oneshot(request.map(tonic::body::Body::new));
+    let answer = match patience {
+        Some(patience) => timeout(patience, call)
+            .await
+            .unwrap_or_else(|_| Err(Status::deadline_exceeded("the call's time is up"))),
+        None => call.await,
+    };
+    match answer {
         Ok(response) => response.map(Body::new),
         Err(status) => refused(status),
+    }
+}
+
+/// What the header says: up to eight digits and a unit, by gRPC's protocol over HTTP/2.
+fn grpc_timeout(value: &HeaderValue) -> Option<Duration> {
+    let text = value.to_str().ok()?;
+    let (digits, unit) = text.split_at_checked(text.len().checked_sub(1)?)?;
+    if digits.len() > 8 {
+        return None;
+    }
+    let count: u32 = digits.parse().ok()?;
+    let unit = match unit {
+        "H" => Duration::from_secs(3600),
+        "M" => Duration::from_secs(60),
+        "S" => Duration::from_secs(1),
+        "m" => Duration::from_millis(1),
+        "u" => Duration::from_micros(1),
+        "n" => Duration::from_nanos(1),
+        _ => return None,
+    };
+    Some(unit * count)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn timeouts_are_read() {
+        let read = |text: &'static str| grpc_timeout(&HeaderValue::from_static(text));
+        assert_eq!(read("5S"), Some(Duration::from_secs(5)));
+        assert_eq!(read("99999999H"), Some(Duration::from_secs(99_999_999 * 3600)));
+        assert_eq!(read("10m"), Some(Duration::from_millis(10)));
+        for wrong in ["", "S", "5", "5x", "-5S", "123456789S"] {
+            assert_eq!(read(wrong), None, "{wrong}");
+        }
     }
 }

@@ -22,7 +22,13 @@ pub(crate) async fn run(arguments: &HealthArguments) -> ExitCode {
             Exit::Failed.code()
         }
         Ok(Err(error)) => {
-            eprintln!("error: {}: {error}", arguments.server);
+            let mut reasons = vec![error.to_string()];
+            let mut source = error.source();
+            while let Some(reason) = source {
+                reasons.push(reason.to_string());
+                source = reason.source();
+            }
+            eprintln!("error: {}: {}", arguments.server, reasons.join(": "));
             Exit::Unreachable.code()
         }
         Err(_) => {

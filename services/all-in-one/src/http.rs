@@ -101,7 +101,11 @@ impl Health {
     /// Whether the store can be written; without it there is no point in starting.
     pub(crate) async fn check_store(&self) -> Result<(), String> {
         match timeout(HEALTH_TIMEOUT, self.store.check()).await {
-            Ok(checked) => checked.map_err(|error| error.to_string()),
+            // Anybody may ask, so that the reason is for the log alone.
+            Ok(checked) => checked.map_err(|error| {
+                tracing::debug!(%error, "the store could not be written");
+                "the store cannot be written".to_owned()
+            }),
             Err(_) => Err("the store does not answer".to_owned()),
         }
     }
@@ -191,9 +195,9 @@ impl Services {
             name_message_limit(response, limit)
         }));
         // In one process nobody else may speak as a service.
-        let trusted = match self.role {
-            Role::All => Trusted::Nobody,
-            _ => Trusted::Services(self.token.clone()),
+        let trusted = match &self.token {
+            None => Trusted::Nobody,
+            Some(token) => Trusted::Services(token.clone()),
         };
         let grpc = edge::trust_only(grpc, trusted);
         let plain = Router::new()

@@ -84,13 +84,29 @@ impl std::fmt::Display for StartError {
             Self::Engine => formatter
                 .write_str("store.engine: must be dynamodb for services in processes of their own"),
             Self::Peers(service) => write!(formatter, "peers.{service}: is required"),
-            Self::Key(error) => write!(formatter, "{error}"),
+            Self::Key(error) => write!(formatter, "auth.keys, auth.jwks_url: {error}"),
             Self::DevKey(error) => write!(formatter, "{error}"),
             Self::Listen(address, error) => {
                 write!(formatter, "cannot listen on {address}: {error}")
             }
             Self::Unhealthy(error) => write!(formatter, "{error}"),
             Self::Reflection(error) => write!(formatter, "cannot serve reflection: {error}"),
+        }
+    }
+}
+
+impl StartError {
+    /// Whether it is the configuration that is wrong.
+    #[must_use]
+    pub fn is_usage(&self) -> bool {
+        match self {
+            Self::Open(error) => !matches!(error, OpenError::Tables(_)),
+            Self::Secret(_) | Self::Engine | Self::Peers(_) | Self::Key(_) => true,
+            Self::Store(_)
+            | Self::DevKey(_)
+            | Self::Listen(..)
+            | Self::Unhealthy(_)
+            | Self::Reflection(_) => false,
         }
     }
 }
@@ -119,6 +135,8 @@ pub(crate) struct Shutdown {
     pub(crate) working: CancellationToken,
     /// End everything that is left.
     pub(crate) serving: CancellationToken,
+    /// Nothing is left that calls others.
+    pub(crate) ended: CancellationToken,
 }
 
 impl AllInOne {
@@ -205,6 +223,7 @@ impl AllInOne {
                 tracing::error!(%error, "a part of the server failed while stopping");
             }
         }
+        self.shutdown.ended.cancel();
     }
 }
 
@@ -214,11 +233,11 @@ async fn reached_at(address: SocketAddr, config: &Config) -> SocketAddr {
     if !address.ip().is_unspecified() {
         return address;
     }
-    // The store is there before any peer is. The last one is an address of no machine, for the
-    // default route.
+    // Peers first: it is them who come here. The last one is an address of no machine, for the default
+    // route.
     let endpoint = config.dynamodb.endpoint.trim_start_matches("http://");
     let peers = config.peers.progress.iter().map(|peer| peer.trim_start_matches("http://"));
-    for other in [endpoint].into_iter().chain(peers).chain(["192.0.2.1:9"]) {
+    for other in peers.chain([endpoint, "192.0.2.1:9"]) {
         let Ok(socket) = UdpSocket::bind((address.ip(), 0)).await else { continue };
         if socket.connect(other).await.is_ok()
             && let Ok(local) = socket.local_addr()

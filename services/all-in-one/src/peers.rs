@@ -11,18 +11,18 @@ use std::{
 
 use futures_util::future::join_all;
 use http::{HeaderName, HeaderValue, Request};
+use streamer_auth::create_private_file;
 use streamer_rpc::{Channel, Member, Members, SERVICE_TOKEN};
-use subtle::ConstantTimeEq;
+use subtle::{Choice, ConstantTimeEq};
 use tokio::{
     net::lookup_host,
     sync::watch,
     time::{MissedTickBehavior, interval, timeout},
 };
 use tokio_util::{sync::CancellationToken, task::AbortOnDropHandle};
-use tonic::{Status, body::Body, transport::Endpoint};
+use tonic::{Code, Status, body::Body, transport::Endpoint};
 use tonic_health::pb::{
-    HealthCheckRequest, HealthCheckResponse, health_check_response::ServingStatus,
-    health_client::HealthClient,
+    HealthCheckRequest, health_check_response::ServingStatus, health_client::HealthClient,
 };
 use tower::{Service, ServiceExt, util::BoxCloneSyncService};
 
@@ -40,31 +40,61 @@ const PROBE_TIMEOUT: Duration = Duration::from_secs(2);
 const HTTP2_WINDOW: u32 = 512 * 1024;
 const RESOLVE_TIMEOUT: Duration = Duration::from_secs(3);
 const MIN_SECRET_BYTES: usize = 32;
+/// In the data folder, beside the development key.
+const SECRET_FILE: &str = "service-token";
 
 /// The secret that services share.
 #[derive(Clone)]
-pub(crate) struct ServiceToken(HeaderValue);
+pub(crate) struct ServiceToken {
+    /// What this process shows to others.
+    own: HeaderValue,
+    /// What it takes from others: its own and, while the secret is being changed, others.
+    accepted: Arc<[HeaderValue]>,
+}
 
 impl ServiceToken {
-    /// From a file; `None` when no file is named.
-    pub(crate) fn read(file: &str) -> Result<Option<Self>, String> {
-        if file.is_empty() {
-            return Ok(None);
+    /// From the file that is named; without one from the data folder, where it is made when it is
+    /// not there.
+    pub(crate) fn load(file: &str, data: &Path) -> Result<Self, String> {
+        if !file.is_empty() {
+            return Self::read(Path::new(file));
         }
-        let text = fs::read_to_string(Path::new(file)).map_err(|e| format!("{file}: {e}"))?;
-        let secret = text.trim();
-        if secret.len() < MIN_SECRET_BYTES {
-            return Err(format!("{file}: must hold at least {MIN_SECRET_BYTES} bytes"));
+        let path = data.join(SECRET_FILE);
+        let failed = |reason: String| format!("{}: {reason}", path.display());
+        if !path.exists() {
+            let mut secret = [0; MIN_SECRET_BYTES];
+            getrandom::fill(&mut secret).map_err(|error| failed(error.to_string()))?;
+            let text: String = secret.iter().map(|byte| format!("{byte:02x}")).collect();
+            create_private_file(&path, text.as_bytes())
+                .map_err(|error| failed(error.to_string()))?;
         }
-        let mut value = HeaderValue::from_str(secret)
-            .map_err(|_| format!("{file}: must hold visible ASCII characters only"))?;
-        value.set_sensitive(true);
-        Ok(Some(Self(value)))
+        Self::read(&path)
     }
 
-    /// Whether this is it. Takes the same time for every other one of its length.
+    fn read(file: &Path) -> Result<Self, String> {
+        let failed = |reason: String| format!("{}: {reason}", file.display());
+        let text = fs::read_to_string(file).map_err(|error| failed(error.to_string()))?;
+        let mut accepted = Vec::new();
+        for secret in text.lines().map(str::trim).filter(|line| !line.is_empty()) {
+            if secret.len() < MIN_SECRET_BYTES {
+                return Err(failed(format!(
+                    "a secret must have at least {MIN_SECRET_BYTES} bytes"
+                )));
+            }
+            let value = HeaderValue::from_str(secret);
+            let mut value =
+                value.map_err(|_| failed("must hold visible ASCII characters only".to_owned()))?;
+            value.set_sensitive(true);
+            accepted.push(value);
+        }
+        let own = accepted.first().cloned().ok_or_else(|| failed("holds no secret".to_owned()))?;
+        Ok(Self { own, accepted: accepted.into() })
+    }
+
+    /// Whether this is one. Takes the same time for every other one of its length.
     pub(crate) fn is(&self, given: &[u8]) -> bool {
-        self.0.as_bytes().ct_eq(given).into()
+        let matches = |secret: &HeaderValue| secret.as_bytes().ct_eq(given);
+        self.accepted.iter().map(matches).fold(Choice::from(0), |any, one| any | one).into()
     }
 }
 
@@ -73,7 +103,7 @@ pub(crate) struct PeerList {
     service: &'static str,
     /// HOST:PORT of each entry.
     entries: Vec<String>,
-    token: Option<ServiceToken>,
+    token: ServiceToken,
     resolve_interval: Duration,
     list: watch::Sender<Arc<[Member]>>,
 }
@@ -82,7 +112,7 @@ impl PeerList {
     pub(crate) fn new(
         service: &'static str,
         entries: &[String],
-        token: Option<ServiceToken>,
+        token: ServiceToken,
         resolve_interval: Duration,
     ) -> Self {
         let entries = entries.iter().map(|entry| entry.trim_start_matches("http://").to_owned());
@@ -175,17 +205,22 @@ async fn probe_all(list: watch::Receiver<Arc<[Member]>>) {
 async fn probe(member: &Member) {
     let mut client = HealthClient::new(member.channel.clone());
     let asked = timeout(PROBE_TIMEOUT, client.check(HealthCheckRequest::default())).await;
-    let serves = |answer: tonic::Response<HealthCheckResponse>| {
-        answer.into_inner().status() == ServingStatus::Serving
+    let reached = match asked {
+        Ok(Ok(answer)) => answer.into_inner().status() == ServingStatus::Serving,
+        Ok(Err(status)) => {
+            if status.code() == Code::Unauthenticated && member.seems_up() {
+                let name = &*member.name;
+                tracing::error!(%status, name, "a peer has another secret (peers.secret_file)");
+            }
+            false
+        }
+        Err(_) => false,
     };
-    member.note(asked.is_ok_and(|answer| answer.is_ok_and(serves)));
+    member.note(reached);
 }
 
 /// A channel that connects when it is first used, and again whenever that is needed.
-fn connect(
-    address: SocketAddr,
-    token: Option<ServiceToken>,
-) -> Result<Channel, tonic::transport::Error> {
+fn connect(address: SocketAddr, token: ServiceToken) -> Result<Channel, tonic::transport::Error> {
     let channel = Endpoint::from_shared(format!("http://{address}"))?
         .connect_timeout(CONNECT_TIMEOUT)
         .tcp_nodelay(true)
@@ -197,9 +232,7 @@ fn connect(
         .connect_lazy();
     let name = HeaderName::from_static(SERVICE_TOKEN);
     let service = tower::service_fn(move |mut request: Request<Body>| {
-        if let Some(ServiceToken(token)) = &token {
-            request.headers_mut().insert(name.clone(), token.clone());
-        }
+        request.headers_mut().insert(name.clone(), token.own.clone());
         let mut channel = channel.clone();
         async move {
             let channel = channel.ready().await.map_err(unavailable)?;
@@ -214,4 +247,29 @@ fn unavailable(error: tonic::transport::Error) -> Status {
     let mut status = Status::unavailable("a service cannot be reached; try again");
     status.set_source(Arc::new(error));
     status
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn secrets_can_be_changed_one_after_the_other() {
+        let data = tempfile::tempdir().unwrap();
+        let file = data.path().join("secrets");
+        let (new, old) = ("n".repeat(32), "o".repeat(40));
+        fs::write(&file, format!("{new}\n\n{old}\n")).unwrap();
+        let token = ServiceToken::load(file.to_str().unwrap(), data.path()).unwrap();
+        assert_eq!(token.own, new);
+        assert!(token.is(new.as_bytes()) && token.is(old.as_bytes()));
+        assert!(!token.is("x".repeat(32).as_bytes()) && !token.is(b""));
+        for (text, rule) in [("short\n", "at least 32 bytes"), ("\n", "holds no secret")] {
+            fs::write(&file, text).unwrap();
+            let error = ServiceToken::load(file.to_str().unwrap(), data.path()).err().unwrap();
+            assert!(error.contains(rule), "{error}");
+        }
+        // Who comes first makes one for all.
+        let made = ServiceToken::load("", data.path()).unwrap();
+        assert!(ServiceToken::load("", data.path()).unwrap().is(made.own.as_bytes()));
+    }
 }

@@ -43,7 +43,7 @@ pub(crate) async fn run(arguments: &UpArguments, role: Role) -> ExitCode {
         Ok(server) => server,
         Err(error) => {
             eprintln!("error: {error}");
-            return Exit::Failed.code();
+            return if error.is_usage() { Exit::Usage.code() } else { Exit::Failed.code() };
         }
     };
     announce(&server, &config, role);
@@ -53,9 +53,9 @@ pub(crate) async fn run(arguments: &UpArguments, role: Role) -> ExitCode {
     Exit::Done.code()
 }
 
-/// The handlers of these actions; all of them when none or `*` is named.
+/// The handlers of these actions; all of them when `*` is named.
 pub(crate) fn some_of(all: Handlers, actions: &[String]) -> Result<Handlers, String> {
-    if actions.is_empty() || actions.iter().any(|action| action == "*") {
+    if actions.iter().any(|action| action == "*") {
         return Ok(all);
     }
     let names: Vec<_> = all.specs().map(|spec| spec.name.clone()).collect();

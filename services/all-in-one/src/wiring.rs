@@ -34,6 +34,7 @@ pub(crate) struct Services {
     pub(crate) gateway: Option<GatewayServer>,
     /// Public services that are elsewhere.
     pub(crate) pass_on: Option<PassOn>,
+    /// Of those that are processes of their own.
     pub(crate) token: Option<ServiceToken>,
     pub(crate) role: Role,
     pub(crate) health: Health,
@@ -61,16 +62,20 @@ struct Elsewhere {
 }
 
 impl Elsewhere {
-    fn new(config: &Config, token: Option<&ServiceToken>) -> Self {
+    fn new(config: &Config, role: Role, token: &ServiceToken) -> Self {
         let peers = &config.peers;
         let interval = Duration::from_millis(peers.resolve_interval_ms);
-        let list =
-            |service, entries: &[String]| PeerList::new(service, entries, token.cloned(), interval);
+        // Nobody is asked how it is whom nobody here calls.
+        let list = |service, entries: &[String], called_by: &[Role]| {
+            let entries = if called_by.contains(&role) { entries } else { &[] };
+            PeerList::new(service, entries, token.clone(), interval)
+        };
+        let all = [Role::Gateway, Role::Router, Role::Processor, Role::Progress];
         let lists = vec![
-            list("gateway", &peers.gateway),
-            list("router", &peers.router),
-            list("processor", &peers.processor),
-            list("progress service", &peers.progress),
+            list("gateway", &peers.gateway, &all[..1]),
+            list("router", &peers.router, &all[..1]),
+            list("processor", &peers.processor, &all[..2]),
+            list("progress service", &peers.progress, &all),
         ];
         Self {
             gateway: lists[0].members(),
@@ -93,9 +98,10 @@ impl Services {
         let (authenticator, dev_key) = authenticator(config, clock.clone())?;
         let auth = AuthLayer::new(authenticator.clone());
         let limits = limits(config, largest);
-        let token = ServiceToken::read(&config.peers.secret_file).map_err(StartError::Secret)?;
         let alone = role == Role::All;
-        let elsewhere = (!alone).then(|| Elsewhere::new(config, token.as_ref()));
+        let load = || ServiceToken::load(&config.peers.secret_file, &config.server.data);
+        let token = (!alone).then(load).transpose().map_err(StartError::Secret)?;
+        let elsewhere = token.as_ref().map(|token| Elsewhere::new(config, role, token));
 
         let progress = role.has(Role::Progress).then(|| {
             Progress::build(streamer_progress::Dependencies {
@@ -110,7 +116,10 @@ impl Services {
             })
         });
         let (event_log, watches) = match (&progress, &elsewhere) {
-            (_, Some(all)) => (all.progress.channel(), all.progress.channel()),
+            (_, Some(all)) => (
+                all.progress.channel(limits.max_batch_bytes()),
+                all.progress.channel(limits.max_message_bytes()),
+            ),
             (Some(here), None) => (local(here.internal.clone()), local(here.public.clone())),
             (None, None) => return Err(StartError::Peers("progress")),
         };
@@ -144,7 +153,7 @@ impl Services {
             })
         });
         let routes = match (&router, &elsewhere) {
-            (_, Some(all)) => all.router.channel(),
+            (_, Some(all)) => all.router.channel(limits.max_message_bytes()),
             (Some(here), None) => local(here.public.clone()),
             (None, None) => return Err(StartError::Peers("router")),
         };
@@ -186,7 +195,7 @@ impl Services {
             }));
         }
         for list in elsewhere.into_iter().flat_map(|all| all.lists) {
-            tokio::spawn(list.follow(shutdown.serving.clone()));
+            tokio::spawn(list.follow(shutdown.ended.clone()));
         }
         let services = Self {
             router,

@@ -17,7 +17,11 @@ pub(crate) async fn run(arguments: WorkerArguments) -> ExitCode {
         return Exit::Usage.code();
     }
     let all = streamer_examples::all();
-    let handlers = match super::up::some_of(all, &arguments.actions) {
+    let actions = match &arguments.actions[..] {
+        [] => vec!["*".to_owned()],
+        some => some.to_vec(),
+    };
+    let handlers = match super::up::some_of(all, &actions) {
         Ok(handlers) => handlers,
         Err(error) => {
             eprintln!("error: --actions: {error}");

@@ -25,6 +25,7 @@ use crate::{
     fair::Turns,
     log_client::LogClient,
     metrics::ProcessorMetrics,
+    set_aside::SetAside,
     signal::Signal,
     slots::{Slot, Slots},
     waiting::Waiting,
@@ -34,6 +35,9 @@ use crate::{
 
 /// How long handing back what runs may take when the processor stops.
 const RELEASE_TIMEOUT: Duration = Duration::from_secs(2);
+/// How often the queue is looked at without `poll_queue`: a hint that came before the index showed
+/// its request, or to a processor that cannot run it, is lost.
+const SLOW_POLL: Duration = Duration::from_secs(30);
 /// How often the queue is measured.
 const MEASURE_INTERVAL: Duration = Duration::from_secs(5);
 
@@ -69,6 +73,7 @@ pub(crate) struct Dispatcher {
     durations: Durations,
     turns: Turns,
     waiting: Waiting,
+    set_aside: SetAside,
     tasks: TaskTracker,
 }
 
@@ -123,6 +128,7 @@ impl Dispatcher {
             durations: Durations::default(),
             turns: Turns::default(),
             waiting: Waiting::default(),
+            set_aside: SetAside::default(),
             tasks: TaskTracker::new(),
         }
     }
@@ -218,12 +224,20 @@ impl Dispatcher {
 
     /// Dispatches until `shutdown`, then lets what runs end, within the drain timeout.
     pub(crate) async fn run(self: &Arc<Self>, shutdown: CancellationToken) {
+        // At once, whatever is being done when it comes.
+        let stopping = self.stopping.clone();
+        let told = shutdown.clone();
+        let _stops = AbortOnDropHandle::new(tokio::spawn(async move {
+            told.cancelled().await;
+            stopping.cancel();
+        }));
         let telling = self.follow_trigger(shutdown.clone());
         let keeping = CancellationToken::new();
         let keeper = tokio::spawn(self.clone().keep_leases(keeping.clone()));
         let mut polls = interval(self.options.poll_interval);
         polls.set_missed_tick_behavior(MissedTickBehavior::Delay);
         let mut measured: Option<Instant> = None;
+        let mut looked_at = Some(Instant::now());
         loop {
             let delay = self.until_next_due();
             tokio::select! {
@@ -231,7 +245,9 @@ impl Dispatcher {
                 () = self.signal.wanted() => {}
                 () = tokio::time::sleep(delay) => self.signal.note_backlog(),
                 _ = polls.tick() => {
-                    if self.options.poll_queue {
+                    let slow = looked_at.is_none_or(|at| at.elapsed() >= SLOW_POLL);
+                    if self.options.poll_queue || slow {
+                        looked_at = Some(Instant::now());
                         self.signal.note_backlog();
                     }
                     self.take_over_expired().await;

@@ -15,11 +15,11 @@ use streamer_proto::{
     },
     millis,
 };
-use streamer_rpc::{json_payload, payload_into_parts, status};
+use streamer_rpc::{NOT_TAKEN, json_payload, payload_into_parts, status};
 use tokio::time::timeout;
 use tokio_stream::wrappers::WatchStream;
 use tokio_util::sync::CancellationToken;
-use tonic::{Request, Response, Status};
+use tonic::{Request, Response, Status, metadata::MetadataValue};
 
 use crate::{
     ProcessorOptions,
@@ -68,17 +68,15 @@ impl ExecutionApi {
         let request = request.into_inner();
         let declared = self.actions.find(&request.action, &caller.principal.tenant);
         let Some(declared) = declared else {
-            return Err(refusal(
-                ErrorCode::Unavailable,
-                format!("nobody runs {:?} at present", request.action),
-            ));
+            let message = format!("nobody runs {:?} at present", request.action);
+            return Err(not_taken(refusal(ErrorCode::Unavailable, message)));
         };
         let Some(_slot) = self.sync_slots.take(&declared, &caller.principal.tenant) else {
-            return Err(status(&RequestError::limited(
+            return Err(not_taken(status(&RequestError::limited(
                 "execution.max_concurrent_sync, execution.tenant_share_percent, max_concurrency",
                 "too many sync actions run at once",
                 Some(SYNC_RETRY_AFTER),
-            )));
+            ))));
         };
         let spec = declared.spec;
         let limit = spec.start_to_close.unwrap_or(self.options.sync_timeout);
@@ -157,13 +155,13 @@ impl ExecutionApi {
             }
             None if self.actions.slots(&spec.name, context.tenant(), u32::MAX) == 0 => {
                 let message = format!("no worker offers {:?} at present", spec.name);
-                Err(refusal(ErrorCode::Unavailable, message))
+                Err(not_taken(refusal(ErrorCode::Unavailable, message)))
             }
-            None => Err(status(&RequestError::limited(
+            None => Err(not_taken(status(&RequestError::limited(
                 "worker slots",
                 "all workers are busy",
                 Some(SYNC_RETRY_AFTER),
-            ))),
+            )))),
         }
     }
 }
@@ -247,6 +245,12 @@ fn pieces(actions: Vec<OfferedAction>) -> Vec<Result<WatchActionsResponse, Statu
 fn parse_uid(bytes: &[u8]) -> Result<Uid, Status> {
     Uid::from_slice(bytes)
         .ok_or_else(|| refusal(ErrorCode::ValidationError, "uid must be 16 bytes".into()))
+}
+
+/// Marks a refusal before anything was begun.
+fn not_taken(mut status: Status) -> Status {
+    status.metadata_mut().insert(NOT_TAKEN, MetadataValue::from_static("1"));
+    status
 }
 
 fn refusal(code: ErrorCode, message: String) -> Status {

@@ -18,6 +18,7 @@ mod mailbox;
 mod metrics;
 mod outcome;
 mod remote;
+mod set_aside;
 mod signal;
 mod slots;
 mod takeover;

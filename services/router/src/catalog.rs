@@ -106,7 +106,7 @@ impl Catalog {
         loop {
             let all = members.all();
             following.retain(|name, _| all.iter().any(|member| member.name == *name));
-            self.forget_others(&all);
+            self.retire_others(&all);
             for member in all.iter() {
                 following.entry(member.name.clone()).or_insert_with(|| {
                     AbortOnDropHandle::new(self.follow_member(peers.clone(), member.clone()))
@@ -180,24 +180,29 @@ impl Catalog {
         }
     }
 
-    /// Forgets the lists of processors that have gone, but for the last one.
-    fn forget_others(&self, all: &[Member]) {
+    /// What processors that have gone have told stays declared, and is not offered.
+    fn retire_others(&self, all: &[Member]) {
         let mut lists = self.lists.lock();
-        let known = |name: &Arc<str>| all.iter().any(|member| member.name == *name);
-        if lists.keys().any(known) {
-            lists.retain(|name, _| known(name) || &**name == STORED);
-            self.merge(&lists);
+        let known = |name: &str| name == STORED || all.iter().any(|member| *member.name == *name);
+        let gone: Vec<_> = lists.keys().filter(|name| !known(name)).cloned().collect();
+        if gone.is_empty() {
+            return;
         }
+        for name in gone {
+            let mut list = lists.remove(&name).unwrap_or_default();
+            withdraw(&mut list);
+            let stored = lists.entry(STORED.into()).or_default();
+            stored.retain(|old| !list.iter().any(|new| are_of_one_action(old, new)));
+            stored.append(&mut list);
+        }
+        self.merge(&lists);
     }
 
     /// A processor cannot be asked any more: what it offered is declared, and not offered.
     fn note_lost(&self, from: &str) {
         let mut lists = self.lists.lock();
         if let Some(list) = lists.get_mut(from) {
-            for action in list.iter_mut().filter_map(|offered| offered.action.as_mut()) {
-                action.available = false;
-                action.workers = 0;
-            }
+            withdraw(list);
             self.merge(&lists);
         }
     }
@@ -237,6 +242,19 @@ impl Catalog {
         });
         *self.by_name.write() = Arc::new(shared.collect());
     }
+}
+
+/// Nobody runs these now.
+fn withdraw(list: &mut [OfferedAction]) {
+    for action in list.iter_mut().filter_map(|offered| offered.action.as_mut()) {
+        action.available = false;
+        action.workers = 0;
+    }
+}
+
+fn are_of_one_action(one: &OfferedAction, other: &OfferedAction) -> bool {
+    let name = |of: &OfferedAction| of.action.as_ref().map(|action| action.name.clone());
+    one.tenant_id == other.tenant_id && name(one) == name(other)
 }
 
 fn compile(action: &Action) -> Option<Validator> {

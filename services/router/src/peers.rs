@@ -21,7 +21,9 @@ use streamer_proto::{
     progress::v1::progress_service_client::ProgressServiceClient,
     timestamp,
 };
-use streamer_rpc::{Channel, Member, Members, is_unsent, with_authorization, with_route};
+use streamer_rpc::{
+    Channel, Member, Members, NOT_TAKEN, is_unsent, with_authorization, with_route,
+};
 use streamer_store::RequestRecord;
 use tokio::time::timeout;
 use tonic::Status;
@@ -71,6 +73,9 @@ impl Peers {
     /// be asked.
     fn candidates(&self, names: &[Arc<str>]) -> Vec<Member> {
         let all = self.processors.all();
+        if all.len() == 1 {
+            return all.to_vec();
+        }
         let named = all.iter().filter(|member| names.contains(&member.name));
         let mut found: Vec<_> = named.cloned().collect();
         if found.is_empty() {
@@ -79,7 +84,10 @@ impl Peers {
         if found.len() > 1 {
             let turn = self.turn.fetch_add(1, Ordering::Relaxed) % found.len();
             found.rotate_left(turn);
-            found.sort_by_key(|member| !member.seems_up());
+            // Whoever is down is not waited for, unless all seem to be.
+            if found.iter().any(Member::seems_up) {
+                found.retain(Member::seems_up);
+            }
         }
         found
     }
@@ -96,12 +104,21 @@ impl Peers {
         processors: &[Arc<str>],
     ) -> Result<Option<Payload>, Status> {
         let mut last = None;
-        for member in self.candidates(processors) {
-            let request = with_authorization(request.clone(), authorization.clone());
-            match self.processor(&member).execute(request).await {
+        let mut members = self.candidates(processors).into_iter().peekable();
+        let mut request = Some(request);
+        while let Some(member) = members.next() {
+            // A copy is only needed where there is another one to ask.
+            let message = if members.peek().is_some() { request.clone() } else { request.take() };
+            let Some(message) = message else { break };
+            let call = with_authorization(message, authorization.clone());
+            match self.processor(&member).execute(call).await {
                 Ok(response) => return Ok(response.into_inner().result),
                 Err(status) if is_unsent(&status) => {
                     member.note(false);
+                    last = Some(status);
+                }
+                Err(mut status) if status.metadata().contains_key(NOT_TAKEN) => {
+                    status.metadata_mut().remove(NOT_TAKEN);
                     last = Some(status);
                 }
                 Err(status) => return Err(status),
@@ -168,8 +185,8 @@ impl Peers {
     pub(crate) async fn signal_cancel(&self, uid: Uid, reason: &str) {
         let uid_bytes = uid.to_bytes().to_vec().into();
         let request = SignalCancelRequest { uid: uid_bytes, reason: reason.to_owned() };
-        let all = self.processors.all();
-        join_all(all.iter().map(|member| {
+        let members = self.candidates(&[]);
+        join_all(members.iter().map(|member| {
             let (mut client, request) = (self.processor(member), request.clone());
             async move {
                 let outcome = timeout(HINT_TIMEOUT, client.signal_cancel(request)).await;

@@ -98,7 +98,7 @@ impl Dynamo {
             .return_consumed_capacity(ReturnConsumedCapacity::Total)
             .send()
             .await
-            .map_err(|error| store_error(doing, error))?;
+            .map_err(|error| store_error(doing, &error))?;
         self.metrics.note_read(page.consumed_capacity());
         let mut events = Vec::new();
         for mut item in page.items.unwrap_or_default() {
@@ -152,7 +152,7 @@ impl Dynamo {
                 .set_exclusive_start_key(start)
                 .send()
                 .await
-                .map_err(|error| store_error(doing, error))?;
+                .map_err(|error| store_error(doing, &error))?;
             for item in page.items() {
                 if let Some(AttributeValue::S(name)) = item.get("part") {
                     names.push(name.clone());

@@ -22,17 +22,18 @@ impl Dynamo {
         let mut keys = Vec::new();
         if let Some(client_id) = &item.client_id {
             let name = name_of(&item.owner(), client_id);
-            keys.push((&self.tables.names, key([("name", name.as_str())]), "name"));
+            // It may stand for another request by now.
+            let own = Expression::default().when("uid", "=", text(uid));
+            keys.push((&self.tables.names, key([("name", name.as_str())]), own));
         }
         if item.has_parts == Some(true) {
             for part in self.part_names(uid).await? {
-                keys.push((&self.tables.parts, key([("uid", uid), ("part", &part)]), "uid"));
+                let there = Expression::default().when_there("uid");
+                keys.push((&self.tables.parts, key([("uid", uid), ("part", &part)]), there));
             }
         }
-        for (table, key, there) in keys {
-            let update = Expression::default()
-                .set(TIME_TO_LIVE, number(at.as_millis() / 1000))
-                .when_there(there);
+        for (table, key, condition) in keys {
+            let update = condition.set(TIME_TO_LIVE, number(at.as_millis() / 1000));
             // It may be gone already.
             self.update_item("forgetting a request", table, key, &update).await?;
         }

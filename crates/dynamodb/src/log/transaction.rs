@@ -116,7 +116,7 @@ impl Dynamo {
             let error = match reasons(&error) {
                 Some(reasons) if only_busy(reasons) => cancelled(doing, reasons),
                 Some(_) => return Ok(Tried::Refused(self.get(uid).await?.map(Box::new))),
-                None => store_error(doing, error),
+                None => store_error(doing, &error),
             };
             patience.wait(error).await?;
         }

@@ -163,6 +163,8 @@ impl Dynamo {
         if !item.core_state().is_terminal() {
             return Ok(DeleteOutcome::NotEnded);
         }
+        // First, so that a deletion that breaks off can be repeated.
+        self.delete_parts(&name).await?;
         let mut deletes = vec![(&self.tables.requests, key([("uid", name.as_str())]))];
         if let Some(client_id) = &item.client_id {
             let id = name_of(&item.owner(), client_id);
@@ -195,14 +197,11 @@ impl Dynamo {
                             continue;
                         }
                         Some(reasons) => cancelled(doing, reasons),
-                        None => store_error(doing, error),
+                        None => store_error(doing, &error),
                     };
                     patience.wait(error).await?;
                 }
             }
-        }
-        if item.has_parts == Some(true) {
-            self.delete_parts(&name).await?;
         }
         Ok(DeleteOutcome::Deleted)
     }

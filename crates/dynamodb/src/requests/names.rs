@@ -50,7 +50,7 @@ impl Dynamo {
         match freed {
             Ok(_) => Ok(()),
             Err(error) if error.code() == Some("ConditionalCheckFailedException") => Ok(()),
-            Err(error) => Err(store_error("freeing an id", error)),
+            Err(error) => Err(store_error("freeing an id", &error)),
         }
     }
 }

@@ -52,7 +52,7 @@ impl Dynamo {
                 .return_consumed_capacity(ReturnConsumedCapacity::Total)
                 .send()
                 .await
-                .map_err(|error| store_error(doing, error))?;
+                .map_err(|error| store_error(doing, &error))?;
             self.metrics.note_read(found.consumed_capacity());
             let here = found.responses.as_mut().and_then(|all| all.remove(&self.tables.requests));
             for item in here.unwrap_or_default() {
@@ -165,7 +165,7 @@ impl Dynamo {
                 .return_consumed_capacity(ReturnConsumedCapacity::Total)
                 .send()
                 .await
-                .map_err(|error| store_error(doing, error))?;
+                .map_err(|error| store_error(doing, &error))?;
             self.metrics.note_read(page.consumed_capacity());
             for item in page.items() {
                 uids.push(uid_of(item)?);

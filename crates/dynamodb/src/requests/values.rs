@@ -1,6 +1,11 @@
 //! Payloads and checkpoints: in the item, in parts, in the object store.
 
+use futures_util::{TryStreamExt, stream};
+
 use super::*;
+
+/// Parts that are deleted at a time.
+const DELETED_AT_ONCE: usize = 16;
 
 impl Dynamo {
     /// Keeps a payload where it belongs by its size.
@@ -32,7 +37,7 @@ impl Dynamo {
         match put {
             Ok(put) => self.metrics.note_write(put.consumed_capacity()),
             Err(error) if error.code() == Some("ConditionalCheckFailedException") => {}
-            Err(error) => return Err(store_error("storing a payload", error)),
+            Err(error) => return Err(store_error("storing a payload", &error)),
         }
         Ok(Kept { value, part: Some(PAYLOAD.to_owned()) })
     }
@@ -88,9 +93,12 @@ impl Dynamo {
     }
 
     pub(crate) async fn delete_parts(&self, uid: &str) -> Result<(), StoreError> {
-        for part in self.part_names(uid).await? {
-            self.delete_part(uid, &part).await?;
-        }
+        let parts = self.part_names(uid).await?.into_iter().map(Ok);
+        stream::iter(parts)
+            .try_for_each_concurrent(DELETED_AT_ONCE, async |part: String| {
+                self.delete_part(uid, &part).await
+            })
+            .await?;
         match &self.objects {
             Some(objects) => objects.delete_all(uid).await,
             None => Ok(()),
@@ -105,7 +113,7 @@ impl Dynamo {
             .send()
             .await
             .map(drop)
-            .map_err(|error| store_error("deleting a part", error))
+            .map_err(|error| store_error("deleting a part", &error))
     }
 
     pub(crate) async fn restore(&self, values: Vec<&mut StoredValue>) -> Result<(), StoreError> {

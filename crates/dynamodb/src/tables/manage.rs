@@ -4,19 +4,26 @@ use std::{collections::BTreeMap, time::Duration};
 
 use aws_sdk_dynamodb::{
     Client,
-    error::{DisplayErrorContext, ProvideErrorMetadata, SdkError},
+    error::{ProvideErrorMetadata, SdkError},
     operation::create_table::CreateTableError,
     types::{
         AttributeDefinition, BillingMode, GlobalSecondaryIndex, IndexStatus, KeySchemaElement,
-        KeyType, PointInTimeRecoverySpecification, ProjectionType, StreamSpecification,
-        StreamViewType, TableDescription, TableStatus, TimeToLiveSpecification, TimeToLiveStatus,
+        KeyType, PointInTimeRecoverySpecification, PointInTimeRecoveryStatus, ProjectionType,
+        StreamSpecification, StreamViewType, TableDescription, TableStatus,
+        TimeToLiveSpecification, TimeToLiveStatus,
     },
 };
 use tokio::time::{Instant, sleep};
 
 use super::{Projection, TABLES, TIME_TO_LIVE, Table};
-use crate::{DynamoOptions, client::sdk_config, error::OpenError};
+use crate::{
+    DynamoOptions,
+    client::sdk_config,
+    error::{OpenError, chain},
+};
 
+/// Code of what an implementation for tests does not have.
+const NO_SUCH_OPERATION: &str = "UnknownOperationException";
 /// A new table takes seconds.
 const PATIENCE: Duration = Duration::from_secs(300);
 const LOOK_AGAIN: Duration = Duration::from_millis(300);
@@ -70,10 +77,16 @@ pub async fn create(options: &DynamoOptions) -> Result<(Vec<String>, Vec<Differe
             }
         }
     }
+    // What fails for one table is done for the others all the same.
+    let mut outcome = Ok(());
     for name in &created {
-        await_active(&client, name).await?;
-        finish_table(&client, name).await?;
+        let finished = match await_active(&client, name).await {
+            Ok(()) => finish_table(&client, name).await,
+            Err(error) => Err(error),
+        };
+        outcome = outcome.and(finished);
     }
+    outcome?;
     Ok((created, differences))
 }
 
@@ -94,14 +107,14 @@ pub async fn check(options: &DynamoOptions) -> Result<Vec<Difference>, OpenError
     Ok(differences)
 }
 
-fn failed<E, R>(doing: &str, name: &str, error: SdkError<E, R>) -> OpenError
+fn failed<E, R>(doing: &str, name: &str, error: &SdkError<E, R>) -> OpenError
 where
     E: ProvideErrorMetadata + std::error::Error + Send + Sync + 'static,
     R: std::fmt::Debug + Send + Sync + 'static,
 {
     let reason = match (error.code(), error.message()) {
         (Some(code), Some(message)) => format!("{code}: {message}"),
-        _ => DisplayErrorContext(error).to_string(),
+        _ => chain(error),
     };
     OpenError::Tables(format!("cannot {doing} table {name}: {reason}"))
 }
@@ -111,7 +124,7 @@ async fn describe(client: &Client, name: &str) -> Result<Option<TableDescription
         Ok(found) => Ok(found.table),
         Err(error) => match error.as_service_error() {
             Some(service) if service.is_resource_not_found_exception() => Ok(None),
-            _ => Err(failed("describe", name, error)),
+            _ => Err(failed("describe", name, &error)),
         },
     }
 }
@@ -163,7 +176,7 @@ async fn create_table(client: &Client, table: &Table, name: &str) -> Result<(), 
         {
             Ok(())
         }
-        Err(error) => Err(failed("create", name, error)),
+        Err(error) => Err(failed("create", name, &error)),
     }
 }
 
@@ -203,7 +216,7 @@ async fn finish_table(client: &Client, name: &str) -> Result<(), OpenError> {
     if let Err(error) = set.send().await {
         // It may be set already, by whoever created the table at the same time.
         if !has_time_to_live(client, name).await? {
-            return Err(failed("set the time to live of", name, error));
+            return Err(failed("set the time to live of", name, &error));
         }
     }
     let spec = PointInTimeRecoverySpecification::builder().point_in_time_recovery_enabled(true);
@@ -212,18 +225,43 @@ async fn finish_table(client: &Client, name: &str) -> Result<(), OpenError> {
         .update_continuous_backups()
         .table_name(name)
         .point_in_time_recovery_specification(spec);
-    if let Err(error) = set.send().await {
-        if error.code() != Some("UnknownOperationException") {
-            return Err(failed("set point-in-time recovery of", name, error));
+    let until = Instant::now() + PATIENCE;
+    loop {
+        match set.clone().send().await {
+            Ok(_) => return Ok(()),
+            Err(error) if error.code() == Some(NO_SUCH_OPERATION) => {
+                tracing::warn!(table = name, "this DynamoDB has no point-in-time recovery");
+                return Ok(());
+            }
+            // A new table's backups are about to be enabled.
+            Err(error)
+                if error.code() == Some("ContinuousBackupsUnavailableException")
+                    && Instant::now() < until =>
+            {
+                sleep(LOOK_AGAIN).await;
+            }
+            Err(error) => return Err(failed("set point-in-time recovery of", name, &error)),
         }
-        tracing::warn!(table = name, "this DynamoDB has no point-in-time recovery");
     }
-    Ok(())
+}
+
+/// `None` when this implementation does not know of it.
+async fn has_recovery(client: &Client, name: &str) -> Result<Option<bool>, OpenError> {
+    let found = match client.describe_continuous_backups().table_name(name).send().await {
+        Ok(found) => found,
+        Err(error) if error.code() == Some(NO_SUCH_OPERATION) => return Ok(None),
+        Err(error) => return Err(failed("describe the backups of", name, &error)),
+    };
+    let status = found
+        .continuous_backups_description
+        .and_then(|backups| backups.point_in_time_recovery_description)
+        .and_then(|recovery| recovery.point_in_time_recovery_status);
+    Ok(Some(status == Some(PointInTimeRecoveryStatus::Enabled)))
 }
 
 async fn has_time_to_live(client: &Client, name: &str) -> Result<bool, OpenError> {
     let found = client.describe_time_to_live().table_name(name).send().await;
-    let found = found.map_err(|error| failed("describe the time to live of", name, error))?;
+    let found = found.map_err(|error| failed("describe the time to live of", name, &error))?;
     let Some(found) = found.time_to_live_description else { return Ok(false) };
     let enabled = matches!(
         found.time_to_live_status,
@@ -308,6 +346,12 @@ async fn compare(
         differences.push(Difference::Other {
             table: name.to_owned(),
             what: format!("its time to live is not attribute {TIME_TO_LIVE}"),
+        });
+    }
+    if has_recovery(client, name).await? == Some(false) {
+        differences.push(Difference::Other {
+            table: name.to_owned(),
+            what: "it has no point-in-time recovery".to_owned(),
         });
     }
     Ok(differences)

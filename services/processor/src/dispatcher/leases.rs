@@ -77,6 +77,9 @@ impl Dispatcher {
             }
         };
         for record in expired {
+            if self.is_stopping() {
+                return;
+            }
             let mut declared = self.actions.find(&record.action, &record.owner.tenant);
             if declared.is_none() && self.options.shared {
                 // It may have been declared to another processor since.

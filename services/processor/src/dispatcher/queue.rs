@@ -92,9 +92,12 @@ impl Dispatcher {
         actions: &[String],
         blocked: &mut HashSet<(String, String)>,
     ) -> Result<(usize, bool), StoreError> {
-        let limits = self.limits();
+        // What is set aside comes with the rest, and takes nobody's place.
+        let set_aside = self.set_aside.count(self.now());
+        let mut limits = self.limits();
+        limits.values_mut().filter(|limit| **limit > 0).for_each(|limit| *limit += set_aside);
         let room = usize::try_from(self.slots.free()).unwrap_or(usize::MAX);
-        let per_tenant = room.clamp(1, PER_TENANT);
+        let per_tenant = room.clamp(1, PER_TENANT) + set_aside;
         let after_tenant = self.after_tenant.lock().take();
         let from_the_first = after_tenant.is_none();
         let query = DueQuery {
@@ -121,6 +124,10 @@ impl Dispatcher {
         left.extend(limits.iter().filter(|(_, limit)| **limit == 0).map(|(name, _)| name.clone()));
         let mut started = 0;
         for request in self.turns.order(page.requests, &self.slots.by_tenant()) {
+            if set_aside > 0 && self.set_aside.contains(request.uid) {
+                left.insert(request.tenant);
+                continue;
+            }
             let attempt = self.running.lock().get(&request.uid).map(|running| running.attempt);
             match attempt {
                 None => {}

@@ -5,7 +5,7 @@ use std::sync::Arc;
 use streamer_core::{ActionSpec, OutputDigest, Uid};
 use streamer_handler::{DynHandler, ReportQueue};
 use streamer_proto::common::v1::event::Kind;
-use streamer_store::{CancelOutcome, Claim, ClaimOutcome, Claimed};
+use streamer_store::{CancelOutcome, Claim, ClaimOutcome, Claimed, StoreError};
 use tokio::time::Instant;
 use tracing::Instrument;
 
@@ -51,7 +51,12 @@ impl Dispatcher {
                 self.metrics.claims_missed.inc();
             }
             Err(error) => {
-                tracing::warn!(%error, %uid, "could not claim; it will be found again");
+                if matches!(error, StoreError::Corrupt { .. }) {
+                    tracing::error!(%error, %uid, "cannot run a request; it waits until it can be read");
+                    self.set_aside.note(uid, now);
+                } else {
+                    tracing::warn!(%error, %uid, "could not claim; it will be found again");
+                }
                 self.signal.note_backlog();
             }
         }
