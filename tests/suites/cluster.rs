@@ -75,9 +75,24 @@ async fn clients_resume_when_one_of_each_service_is_stopped_in_turn() {
             }
         }
     });
+    let mut client = Client::connect(&cluster.urls[1], &token).await;
+    let later = json!({"id": "later", "action": "echo_async", "delay_ms": 3_600_000});
+    let later = client.ask(later).await["uid"].as_str().unwrap().to_owned();
     for service in Service::ALL {
         load.more(200).await;
+        // Whoever watches there is sent away, and holds up nobody.
+        let mut watching = None;
+        if matches!(service, Service::Progress | Service::Gateway) {
+            let api = Api::new(&cluster.url(service, 0), &token).unwrap();
+            let mut watch = watch(&api, &later).await;
+            assert_eq!(watch.message().await.unwrap().unwrap().events[0].seq, 1);
+            watching = Some(watch);
+        }
         assert_eq!(cluster.stop(service, 0), Some(0), "{service:?}");
+        if let Some(mut watch) = watching {
+            let status = watch.message().await.unwrap_err();
+            assert_eq!(status.code(), Code::Unavailable, "{service:?}: {status}");
+        }
         load.more(100).await;
         cluster.restart(service, 0).await;
     }

@@ -4,17 +4,21 @@ use std::{sync::Arc, time::Duration};
 
 use axum::{
     Router,
-    body::Body,
+    body::{Body, HttpBody},
     extract::{Request, State},
     middleware::{self, Next},
     response::{IntoResponse, Response},
     routing::any,
 };
-use http::HeaderValue;
+use futures_util::{StreamExt, stream};
+use http::{HeaderMap, HeaderValue, header::CONTENT_TYPE};
+use http_body_util::{BodyStream, StreamBody};
+use hyper::body::Frame;
 use streamer_auth::{Authenticator, caller_of};
 use streamer_core::{Clock, Uid};
 use streamer_rpc::{Channel, FORWARDED, REPEATED, REQUEST_UID, SERVICE_TOKEN};
 use tokio::time::timeout;
+use tokio_util::sync::CancellationToken;
 use tonic::Status;
 use tower::ServiceExt;
 
@@ -101,6 +105,34 @@ impl PassOn {
             routes.route(&format!("/{service}/{{*method}}"), route)
         })
     }
+}
+
+/// Ends what is still being answered once this process stops: whoever watches goes on elsewhere, at
+/// once and knowing why.
+pub(crate) fn end_when(stopping: CancellationToken, response: Response) -> Response {
+    let kind = response.headers().get(CONTENT_TYPE).map(HeaderValue::as_bytes);
+    if kind.is_none_or(|kind| !kind.starts_with(b"application/grpc"))
+        || response.body().is_end_stream()
+    {
+        return response;
+    }
+    response.map(|body| {
+        let frames = BodyStream::new(body);
+        let answer = stream::unfold(Some((frames, stopping)), |state| async {
+            let (mut frames, stopping) = state?;
+            tokio::select! {
+                biased;
+                frame = frames.next() => Some((frame?, Some((frames, stopping)))),
+                () = stopping.cancelled() => {
+                    let status = Status::unavailable("the server is stopping");
+                    let mut trailers = HeaderMap::new();
+                    let end = status.add_header(&mut trailers).map_err(axum::Error::new);
+                    Some((end.map(|()| Frame::trailers(trailers)), None))
+                }
+            }
+        });
+        Body::new(StreamBody::new(answer))
+    })
 }
 
 async fn pass_on(

@@ -200,6 +200,16 @@ impl Services {
             Some(token) => Trusted::Services(token.clone()),
         };
         let grpc = edge::trust_only(grpc, trusted);
+        // In one process, and with workers, those who answer know when to end.
+        let grpc = match self.role {
+            Role::All | Role::Processor => grpc,
+            Role::Gateway | Role::Router | Role::Progress => {
+                let stopping = self.health.stopping.clone();
+                grpc.layer(MapResponseLayer::new(move |response| {
+                    edge::end_when(stopping.clone(), response)
+                }))
+            }
+        };
         let plain = Router::new()
             .route("/healthz", get(|| async { "ok\n" }))
             .route("/readyz", get(ready))
