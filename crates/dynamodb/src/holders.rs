@@ -165,11 +165,26 @@ impl Dynamo {
         now: Timestamp,
     ) -> Result<Vec<Renewed>, StoreError> {
         self.keep_alive(HOLDER, holder, until).await?;
-        let uids = leases.iter().map(|lease| lease.uid.to_string()).collect();
-        let items = by_uid(self.get_many(uids).await?);
-        self.give_up(holder, &items, until, now).await?;
+        // Rows of the index cost a hundredth of the items. What they say of a lease is a little old,
+        // and that does no harm; what they do not show may be too new for them.
+        let rows = self.rows_of(holder, usize::MAX).await?;
+        let mut reasons = HashMap::with_capacity(rows.len());
+        for row in &rows {
+            let key = (text_of(row, "uid")?, number_of(row, "attempt")?);
+            reasons.insert(key, text_of(row, "cancel_reason").ok().map(str::to_owned));
+        }
+        let names: HashMap<String, i64> =
+            leases.iter().map(|lease| (lease.uid.to_string(), i64::from(lease.attempt))).collect();
+        let is_shown =
+            |(uid, attempt): (&String, &i64)| reasons.contains_key(&(uid.as_str(), *attempt));
+        let unseen = names.iter().filter(|name| !is_shown(*name)).map(|(uid, _)| uid.clone());
+        let items = by_uid(self.get_many(unseen.collect()).await?);
         let renewed = leases.iter().map(|lease| {
-            let item = items.get(&lease.uid.to_string());
+            let uid = lease.uid.to_string();
+            if let Some(reason) = reasons.get(&(uid.as_str(), i64::from(lease.attempt))) {
+                return Renewed { lease: *lease, held: true, cancel_reason: reason.clone() };
+            }
+            let item = items.get(&uid);
             let held = item.is_some_and(|item| {
                 item.state == RequestState::Running
                     && item.attempt == lease.attempt
@@ -178,7 +193,11 @@ impl Dynamo {
             let cancel_reason = item.and_then(|item| item.cancel_reason.clone());
             Renewed { lease: *lease, held, cancel_reason }
         });
-        Ok(renewed.collect())
+        let renewed = renewed.collect();
+        let shown = reasons.keys().map(|(uid, _)| (*uid).to_owned());
+        let forgotten = shown.filter(|uid| !names.contains_key(uid)).collect();
+        self.give_up(holder, forgotten, until, now).await?;
+        Ok(renewed)
     }
 
     /// Gives up what is under this holder's name but not among what it renews: a claim whose answer
@@ -186,12 +205,10 @@ impl Dynamo {
     async fn give_up(
         &self,
         holder: &str,
-        renewed: &HashMap<String, RequestItem>,
+        forgotten: Vec<String>,
         until: Timestamp,
         now: Timestamp,
     ) -> Result<(), StoreError> {
-        let held = self.held_by(holder, usize::MAX).await?;
-        let forgotten: Vec<_> = held.into_iter().filter(|uid| !renewed.contains_key(uid)).collect();
         for item in self.get_many(forgotten).await? {
             // A claim that is under way is not known to be its own yet.
             let stale = item.lease_until.unwrap_or(0) <= now.as_millis();
@@ -216,9 +233,14 @@ impl Dynamo {
         Ok(())
     }
 
-    async fn held_by(&self, holder: &str, limit: usize) -> Result<Vec<String>, StoreError> {
+    /// What runs under this name, as the index shows it.
+    async fn rows_of(&self, holder: &str, limit: usize) -> Result<Vec<Attributes>, StoreError> {
         let condition = Expression::default().when("lease_holder", "=", text(holder));
-        let rows = self.query_index(&self.tables.requests, "running", condition, limit).await?;
+        self.query_index(&self.tables.requests, "running", condition, limit).await
+    }
+
+    async fn held_by(&self, holder: &str, limit: usize) -> Result<Vec<String>, StoreError> {
+        let rows = self.rows_of(holder, limit).await?;
         rows.iter().map(|row| text_of(row, "uid").map(str::to_owned)).collect()
     }
 

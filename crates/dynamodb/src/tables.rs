@@ -74,7 +74,11 @@ pub const TABLES: [Table; 5] = [
         key: &["uid"],
         indexes: &[
             index("queue", ("queue_shard", "queue_rank", KeyType::Text), Projection::KeysOnly),
-            index("running", ("lease_holder", "uid", KeyType::Text), Projection::KeysOnly),
+            index(
+                "running",
+                ("lease_holder", "uid", KeyType::Text),
+                Projection::Include(&["attempt", "cancel_reason"]),
+            ),
             index("delayed", ("delay_shard", "delay_until", KeyType::Number), Projection::KeysOnly),
             index("expiring", ("expiry_shard", "expire_at", KeyType::Number), Projection::KeysOnly),
             index(
