@@ -13,7 +13,7 @@ use tempfile::TempDir;
 
 use crate::{
     Proxy,
-    server::{dynamodb_settings, spawn_service, terminate, watch_for_hangs},
+    server::{dynamodb_settings, ended, spawn_service, terminate, watch_for_hangs},
 };
 
 const COPIES: usize = 2;
@@ -135,7 +135,9 @@ impl Cluster {
     /// # Panics
     /// When there is no such process.
     pub fn stop(&mut self, service: Service, number: usize) -> Option<i32> {
-        terminate(&mut self.member(service, number).child)
+        let child = &mut self.member(service, number).child;
+        terminate(child);
+        ended(child)
     }
 
     /// Starts a process that has ended again, where it was; returns once it can do its job.

@@ -130,12 +130,26 @@ impl Server {
         self.child.wait().expect("the server can be waited for");
     }
 
-    /// Sends it SIGTERM and waits for it to end; its exit code.
+    /// Sends it SIGTERM.
     ///
     /// # Panics
     /// When it cannot be told.
+    pub fn terminate(&self) {
+        terminate(&self.child);
+    }
+
+    /// Waits for it to end; its exit code.
+    ///
+    /// # Panics
+    /// When it cannot be waited for.
+    pub fn ended(&mut self) -> Option<i32> {
+        ended(&mut self.child)
+    }
+
+    /// Sends it SIGTERM and waits for it to end; its exit code.
     pub fn stop(&mut self) -> Option<i32> {
-        terminate(&mut self.child)
+        self.terminate();
+        self.ended()
     }
 
     /// What it was started with.
@@ -188,10 +202,14 @@ impl Drop for Server {
     }
 }
 
-/// Sends SIGTERM to a process and waits for it to end; its exit code.
-pub(crate) fn terminate(child: &mut Child) -> Option<i32> {
+/// Sends SIGTERM to a process.
+pub(crate) fn terminate(child: &Child) {
     let told = Command::new("kill").arg(child.id().to_string()).status();
     assert!(told.expect("kill runs").success());
+}
+
+/// Waits for a process to end; its exit code.
+pub(crate) fn ended(child: &mut Child) -> Option<i32> {
     child.wait().expect("the server can be waited for").code()
 }
 

@@ -244,12 +244,19 @@ async fn objects_can_be_in_s3() {
     python(script, &moto.endpoint, &[]);
     let data = folder();
     let mut settings = dynamodb_settings(local(), data.path());
-    let objects = ["dynamodb.objects=s3://large/streamer", "limits.max_payload_bytes=16777216"];
+    // Not taken for this machine, so that credentials and region are looked for: in a profile.
+    let far = format!("dynamodb.endpoint={}", local().replace("127.0.0.1", "127.0.0.2"));
+    let objects =
+        ["dynamodb.objects=s3://large/streamer", "limits.max_payload_bytes=16777216", &far];
     settings.extend(objects.map(str::to_owned));
     let settings: Vec<&str> = settings.iter().map(String::as_str).collect();
+    let profile = data.path().join("profile");
+    let text = "[default]\nregion = us-east-1\naws_access_key_id = local\n\
+        aws_secret_access_key = local\n";
+    std::fs::write(&profile, text).unwrap();
+    let profile = profile.to_str().unwrap().to_owned();
     let environment = [
-        ("AWS_ACCESS_KEY_ID", "local"),
-        ("AWS_SECRET_ACCESS_KEY", "local"),
+        ("AWS_CONFIG_FILE", profile.as_str()),
         ("AWS_ENDPOINT_URL", &moto.endpoint),
         ("AWS_ALLOW_HTTP", "true"),
     ];

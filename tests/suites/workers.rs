@@ -2,15 +2,18 @@
 #![allow(clippy::unwrap_used, reason = "in tests, a panic is the report")]
 
 use serde_json::{Value, json};
+use streamer_client::Api;
 use streamer_proto::{
     common::v1::{Action, Error, ErrorCode, Progress},
     processor::v1::{
         Attempt, Capacity, Hello, KeepAlive, Release, report::Kind, work_request,
         work_response::Message,
     },
+    router::v1::{SubmitRequest, submit_response::Outcome},
 };
 use streamer_rpc::json_payload;
 use streamer_tests::{Client, Log, ScriptedWorker, Server, WorkerProcess, declare, hello, offered};
+use tokio::net::TcpStream;
 use tonic::Code;
 
 /// A server that leaves `echo_async` to workers.
@@ -171,6 +174,32 @@ async fn a_handler_that_does_not_heed_cancellation_is_cut_off() {
     worker.report(&task, 0, result("1")).await;
     let Ok(Message::Revoke(revoke)) = worker.next().await else { panic!("no revoke") };
     assert!(revoke.reason.contains("has ended"), "{}", revoke.reason);
+}
+
+#[tokio::test]
+async fn a_server_that_stops_waits_for_calls_that_workers_answer() {
+    let mut server = server(&[]);
+    let token = worker_token(&server);
+    let quick = Action { estimated_duration_ms: 1, ..declare("quick") };
+    let mut worker = ScriptedWorker::come(&server, &token, hello("w", 1, vec![quick])).await;
+    offered(&server, &token, "quick", 1).await;
+    let api = Api::new(&server.url, &server.token("acme", "ann", &[])).unwrap();
+    let calling = tokio::spawn(async move {
+        let submit = SubmitRequest { action: "quick".into(), ..SubmitRequest::default() };
+        api.router().submit(api.call(submit)).await
+    });
+    let task = worker.task().await;
+    server.terminate();
+    // It has begun to stop once nobody new is let in.
+    let address = server.url.trim_start_matches("http://").to_owned();
+    while TcpStream::connect(&address).await.is_ok() {
+        tokio::task::yield_now().await;
+    }
+    worker.report(&task, 0, result("1")).await;
+    let answer = calling.await.unwrap().unwrap().into_inner();
+    let Some(Outcome::Completed(completed)) = answer.outcome else { panic!("{answer:?}") };
+    assert_eq!(completed.result, Some(json_payload("1")));
+    assert_eq!(server.ended(), Some(0));
 }
 
 #[tokio::test]

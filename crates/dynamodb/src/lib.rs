@@ -12,6 +12,7 @@ mod actions;
 mod calls;
 mod client;
 mod connections;
+mod credentials;
 mod crowd;
 mod error;
 mod expression;

@@ -2,6 +2,7 @@
 
 use std::{fs, sync::Arc, time::Duration};
 
+use aws_config::SdkConfig;
 use bytes::Bytes;
 use futures_util::{
     StreamExt, TryStreamExt,
@@ -20,6 +21,7 @@ use streamer_store::StoreError;
 
 use crate::{
     OpenError,
+    credentials::SdkCredentials,
     error::damaged,
     item::{Blob, StoredObject, StoredValue},
 };
@@ -40,7 +42,8 @@ pub(crate) struct Objects {
 }
 
 impl Objects {
-    pub(crate) fn open(url: &str, region: Option<&str>) -> Result<Self, OpenError> {
+    /// Opens the store at this URL, with the SDK's region and credentials.
+    pub(crate) fn open(url: &str, config: &SdkConfig) -> Result<Self, OpenError> {
         let bad = |reason: String| OpenError::Objects(format!("{url}: {reason}"));
         let store: Arc<dyn ObjectStore> = if let Some(folder) = url.strip_prefix("file://") {
             if !folder.starts_with('/') {
@@ -61,8 +64,11 @@ impl Objects {
                     retry_timeout: OBJECT_PATIENCE,
                     ..RetryConfig::default()
                 });
-            if let Some(region) = region {
-                s3 = s3.with_region(region);
+            if let Some(region) = config.region() {
+                s3 = s3.with_region(region.as_ref());
+            }
+            if let Some(provider) = config.credentials_provider() {
+                s3 = s3.with_credentials(Arc::new(SdkCredentials::new(provider)));
             }
             let s3 = s3.build().map_err(|error| bad(error.to_string()))?;
             match prefix.trim_matches('/') {

@@ -40,10 +40,7 @@ impl DynamoStore {
     pub async fn open(options: &DynamoOptions, metrics: &Metrics) -> Result<Self, OpenError> {
         let config = sdk_config(options).await?;
         let objects = match &options.objects {
-            Some(url) => {
-                let region = config.region().map(AsRef::as_ref);
-                Some(Arc::new(Objects::open(url, region)?))
-            }
+            Some(url) => Some(Arc::new(Objects::open(url, &config)?)),
             None => None,
         };
         let dynamo = Dynamo {

@@ -11,10 +11,10 @@ use parking_lot::Mutex;
 use streamer_core::{Clock, Timestamp, Uid};
 use streamer_handler::RequestHistory;
 use streamer_store::{Store, WaitingRequest};
-use tokio::time::{Instant, MissedTickBehavior, interval, timeout};
+use tokio::time::{Instant, MissedTickBehavior, interval, timeout, timeout_at};
 use tokio_util::{
     sync::{CancellationToken, WaitForCancellationFutureOwned},
-    task::{AbortOnDropHandle, TaskTracker},
+    task::{AbortOnDropHandle, TaskTracker, task_tracker::TaskTrackerToken},
 };
 
 use crate::{
@@ -75,6 +75,8 @@ pub(crate) struct Dispatcher {
     waiting: Waiting,
     set_aside: SetAside,
     tasks: TaskTracker,
+    /// Sync calls.
+    calls: TaskTracker,
 }
 
 /// How long a request will wait, as far as can be told here.
@@ -130,6 +132,7 @@ impl Dispatcher {
             waiting: Waiting::default(),
             set_aside: SetAside::default(),
             tasks: TaskTracker::new(),
+            calls: TaskTracker::new(),
         }
     }
 
@@ -292,9 +295,15 @@ impl Dispatcher {
         self.stopping.cancel();
         self.tasks.close();
         let deadline = self.now().plus(self.options.drain_timeout);
+        let until = Instant::now() + self.options.drain_timeout;
+        // What workers answer at once ends with their streams, so those come after.
+        self.calls.close();
+        if timeout_at(until, self.calls.wait()).await.is_err() {
+            tracing::warn!("stopping with sync calls that were not answered in time");
+        }
         self.actions.workers.drain(deadline);
         self.leave_to_workers();
-        if timeout(self.options.drain_timeout, self.tasks.wait()).await.is_ok() {
+        if timeout_at(until, self.tasks.wait()).await.is_ok() {
             return;
         }
         for running in self.running.lock().values() {
@@ -319,6 +328,12 @@ impl Dispatcher {
 
     pub(crate) fn is_stopping(&self) -> bool {
         self.stopping.is_cancelled()
+    }
+
+    /// What holds up the end of workers' streams while a sync call lasts; `None` once they end.
+    pub(crate) fn call(&self) -> Option<TaskTrackerToken> {
+        let call = self.calls.token();
+        (!self.is_stopping()).then_some(call)
     }
 
     /// Once the processor takes on nothing more.

@@ -103,7 +103,12 @@ impl ExecutionApi {
             self.options.limits,
             None,
         );
+        let call = self.dispatcher.call();
         let (handler, remote) = self.handler(&spec, &context)?;
+        if call.is_none() && remote.is_some() {
+            let message = "the processor stops".to_owned();
+            return Err(not_taken(refusal(ErrorCode::Unavailable, message)));
+        }
         let running = AssertUnwindSafe(handler.run(&context, payload)).catch_unwind();
         let ended = timeout(limit, running).await;
         if let (Ok(_), Some((remote, _))) = (&ended, &remote) {
