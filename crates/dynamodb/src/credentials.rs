@@ -25,7 +25,8 @@ pub(crate) struct SdkCredentials {
 #[derive(Clone, Debug)]
 struct Latest {
     credential: Arc<AwsCredential>,
-    good_until: Timestamp,
+    fresh_until: Timestamp,
+    expires_at: Option<Timestamp>,
 }
 
 impl SdkCredentials {
@@ -41,15 +42,25 @@ impl CredentialProvider for SdkCredentials {
     async fn get_credential(&self) -> object_store::Result<Arc<AwsCredential>> {
         let now = SystemClock.now();
         let latest = self.latest.lock().clone();
-        if let Some(latest) = latest.filter(|latest| latest.good_until > now) {
-            return Ok(latest.credential);
-        }
-        let found = self.provider.provide_credentials().await.map_err(|error| {
-            object_store::Error::Generic { store: "S3", source: Box::new(error) }
-        })?;
+        let found = match latest {
+            Some(latest) if latest.fresh_until > now => return Ok(latest.credential),
+            latest => match (self.provider.provide_credentials().await, latest) {
+                (Ok(found), _) => found,
+                (Err(error), Some(latest)) if latest.expires_at.is_none_or(|at| at > now) => {
+                    tracing::warn!(%error, "cannot renew the credentials for the object store yet");
+                    return Ok(latest.credential);
+                }
+                (Err(error), _) => {
+                    let source = Box::new(error);
+                    return Err(object_store::Error::Generic { store: "S3", source });
+                }
+            },
+        };
         let expiry = found.expiry().and_then(|expiry| expiry.duration_since(UNIX_EPOCH).ok());
-        let good_until = match expiry {
-            Some(expiry) => Timestamp::default().plus(expiry).minus(RENEW_BEFORE),
+        let expires_at = expiry.map(|expiry| Timestamp::default().plus(expiry));
+        let fresh_until = match expires_at {
+            // Of those that live for minutes, half of their life.
+            Some(at) => at.minus(RENEW_BEFORE).max(now.plus(at.since(now) / 2)),
             None => now.plus(RENEW_AFTER),
         };
         let credential = Arc::new(AwsCredential {
@@ -57,7 +68,8 @@ impl CredentialProvider for SdkCredentials {
             secret_key: found.secret_access_key().to_owned(),
             token: found.session_token().map(str::to_owned),
         });
-        *self.latest.lock() = Some(Latest { credential: credential.clone(), good_until });
+        *self.latest.lock() =
+            Some(Latest { credential: credential.clone(), fresh_until, expires_at });
         Ok(credential)
     }
 }

@@ -283,6 +283,11 @@ impl StreamTrigger {
             let task = self.read(reader.clone(), arn.clone(), id.to_owned(), position);
             reading.insert(id.to_owned(), AbortOnDropHandle::new(task));
         }
+        // What comes after a shard that has ended is not in the list yet.
+        let goes_on = |id: &str| shards.iter().any(|shard| shard.parent_shard_id() == Some(id));
+        if known.iter().any(|id| has_ended(id) && !goes_on(id)) {
+            *listed = None;
+        }
         Ok(())
     }
 

@@ -11,7 +11,7 @@ use axum::{
     routing::any,
 };
 use futures_util::{StreamExt, stream};
-use http::{HeaderMap, HeaderValue, header::CONTENT_TYPE};
+use http::{HeaderMap, HeaderValue};
 use http_body_util::{BodyStream, StreamBody};
 use hyper::body::Frame;
 use streamer_auth::{Authenticator, caller_of};
@@ -25,6 +25,8 @@ use tower::ServiceExt;
 use crate::peers::ServiceToken;
 
 const GRPC_TIMEOUT: &str = "grpc-timeout";
+/// Methods that answer for as long as a request runs.
+const WATCHES: [&str; 2] = ["/Watch", "/SubmitAndWatch"];
 
 /// Whose word counts as a service's.
 #[derive(Clone)]
@@ -107,13 +109,17 @@ impl PassOn {
     }
 }
 
-/// Ends what is still being answered once this process stops: whoever watches goes on elsewhere, at
-/// once and knowing why.
-pub(crate) fn end_when(stopping: CancellationToken, response: Response) -> Response {
-    let kind = response.headers().get(CONTENT_TYPE).map(HeaderValue::as_bytes);
-    if kind.is_none_or(|kind| !kind.starts_with(b"application/grpc"))
-        || response.body().is_end_stream()
-    {
+/// Ends watches once this process stops: whoever watches goes on elsewhere, at once and knowing why.
+/// Other calls end by themselves.
+pub(crate) async fn end_watches(
+    State(stopping): State<CancellationToken>,
+    request: Request,
+    next: Next,
+) -> Response {
+    let is_watch = WATCHES.iter().any(|method| request.uri().path().ends_with(method));
+    let response = next.run(request).await;
+    // What was refused has no body.
+    if !is_watch || response.body().is_end_stream() {
         return response;
     }
     response.map(|body| {

@@ -6,6 +6,7 @@ use axum::{
     Router,
     extract::State,
     http::{StatusCode, header},
+    middleware,
     response::{IntoResponse, Response},
     routing::get,
 };
@@ -200,14 +201,12 @@ impl Services {
             Some(token) => Trusted::Services(token.clone()),
         };
         let grpc = edge::trust_only(grpc, trusted);
-        // In one process, and with workers, those who answer know when to end.
+        // In one process those who answer know when to end.
         let grpc = match self.role {
             Role::All | Role::Processor => grpc,
             Role::Gateway | Role::Router | Role::Progress => {
                 let stopping = self.health.stopping.clone();
-                grpc.layer(MapResponseLayer::new(move |response| {
-                    edge::end_when(stopping.clone(), response)
-                }))
+                grpc.layer(middleware::from_fn_with_state(stopping, edge::end_watches))
             }
         };
         let plain = Router::new()

@@ -75,7 +75,7 @@ pub(crate) struct Dispatcher {
     waiting: Waiting,
     set_aside: SetAside,
     tasks: TaskTracker,
-    /// Sync calls.
+    /// Sync calls that workers answer.
     calls: TaskTracker,
 }
 
@@ -296,12 +296,13 @@ impl Dispatcher {
         self.tasks.close();
         let deadline = self.now().plus(self.options.drain_timeout);
         let until = Instant::now() + self.options.drain_timeout;
-        // What workers answer at once ends with their streams, so those come after.
+        // Sync calls end with the streams of the workers that answer them, so those come last.
+        self.actions.workers.drain(deadline, |worker| !worker.answers_calls());
         self.calls.close();
         if timeout_at(until, self.calls.wait()).await.is_err() {
-            tracing::warn!("stopping with sync calls that were not answered in time");
+            tracing::warn!("stopping with calls that workers have not answered in time");
         }
-        self.actions.workers.drain(deadline);
+        self.actions.workers.drain(deadline, |_| true);
         self.leave_to_workers();
         if timeout_at(until, self.tasks.wait()).await.is_ok() {
             return;
@@ -316,7 +317,7 @@ impl Dispatcher {
     }
 
     /// What workers run is theirs to bring along; what they have not been given is handed back.
-    pub(crate) fn leave_to_workers(&self) {
+    fn leave_to_workers(&self) {
         for running in self.running.lock().values().filter(|running| running.remote) {
             if running.attempt == 0 {
                 running.handle.release("the processor stops");
@@ -326,11 +327,20 @@ impl Dispatcher {
         }
     }
 
+    /// What this worker has brought along it may bring elsewhere.
+    pub(crate) fn leave_to(&self, worker: &Worker) {
+        let tasks = worker.tasks();
+        let running = self.running.lock();
+        for running in tasks.iter().filter_map(|task| running.get(&task.uid)) {
+            running.handle.lose();
+        }
+    }
+
     pub(crate) fn is_stopping(&self) -> bool {
         self.stopping.is_cancelled()
     }
 
-    /// What holds up the end of workers' streams while a sync call lasts; `None` once they end.
+    /// What holds up the end of workers' streams while one of them answers a call; `None` once they end.
     pub(crate) fn call(&self) -> Option<TaskTrackerToken> {
         let call = self.calls.token();
         (!self.is_stopping()).then_some(call)

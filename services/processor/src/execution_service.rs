@@ -105,10 +105,15 @@ impl ExecutionApi {
         );
         let call = self.dispatcher.call();
         let (handler, remote) = self.handler(&spec, &context)?;
-        if call.is_none() && remote.is_some() {
-            let message = "the processor stops".to_owned();
-            return Err(not_taken(refusal(ErrorCode::Unavailable, message)));
-        }
+        // Only those that workers answer depend on anything but their own connection.
+        let _call = match (&remote, call) {
+            (None, _) => None,
+            (Some(_), Some(call)) => Some(call),
+            (Some(_), None) => {
+                let message = "the processor stops".to_owned();
+                return Err(not_taken(refusal(ErrorCode::Unavailable, message)));
+            }
+        };
         let running = AssertUnwindSafe(handler.run(&context, payload)).catch_unwind();
         let ended = timeout(limit, running).await;
         if let (Ok(_), Some((remote, _))) = (&ended, &remote) {

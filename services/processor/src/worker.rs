@@ -456,6 +456,11 @@ impl Worker {
         state.tasks.get(&uid).filter(|task| task.attempt == attempt).cloned()
     }
 
+    /// Whether somebody waits for it to answer.
+    pub(crate) fn answers_calls(&self) -> bool {
+        self.state.lock().tasks.values().any(|task| task.sync)
+    }
+
     pub(crate) fn tasks(&self) -> Vec<Arc<RemoteTask>> {
         self.state.lock().tasks.values().cloned().collect()
     }

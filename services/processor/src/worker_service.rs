@@ -110,7 +110,7 @@ impl WorkerService for WorkerApi {
         worker.detach();
         let resumed = self.shared.resume(&worker, &hello.attempts).await?;
         if let Err(stopping) = self.shared.check_open() {
-            self.shared.dispatcher.leave_to_workers();
+            self.shared.dispatcher.leave_to(&worker);
             return Err(stopping);
         }
         let (outbox, outgoing) = mpsc::channel(OUTBOX);

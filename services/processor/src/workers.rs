@@ -195,9 +195,9 @@ impl Workers {
         }
     }
 
-    /// The processor stops: workers go elsewhere, and take along what they run.
-    pub(crate) fn drain(&self, deadline: Timestamp) {
-        for worker in self.all() {
+    /// The processor stops: these workers go elsewhere, and take along what they run.
+    pub(crate) fn drain(&self, deadline: Timestamp, now: impl Fn(&Worker) -> bool) {
+        for worker in self.all().into_iter().filter(|worker| now(worker)) {
             let deadline = Some(timestamp(deadline.as_millis()));
             worker.send(Message::Drain(Drain { deadline }));
             worker.end_stream(Status::unavailable("the processor stops"));

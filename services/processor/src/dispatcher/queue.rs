@@ -24,7 +24,7 @@ impl Dispatcher {
         }
         // What could not be started does not hide what is queued behind it.
         let mut blocked = HashSet::new();
-        while self.signal.take_backlog() {
+        while !self.is_stopping() && self.signal.take_backlog() {
             let freed = self.signal.freed();
             let (actions, full) = self.with_room();
             if full {
