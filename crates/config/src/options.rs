@@ -119,8 +119,8 @@ options! {
     }
     /// The tables of engine dynamodb; `streamer tables create` makes them.
     dynamodb: Dynamodb {
-        /// URL of the service, like http://127.0.0.1:8000; empty means AWS itself. Credentials come
-        /// from where AWS programs look for them; an endpoint on this machine takes any.
+        /// URL of the service, like http://127.0.0.1:8000; empty means AWS itself. Where
+        /// credentials come from: docs/dynamodb.md; an endpoint on this machine takes any.
         endpoint: String = String::new();
         /// AWS region; empty means what AWS_REGION or the AWS configuration says, and with an endpoint on
         /// this machine any.
@@ -162,7 +162,8 @@ options! {
         /// Public keys as ALGORITHM:FILE, the file in PEM: RS256, ES256 or EdDSA. HS256:FILE names a
         /// shared secret of at least 32 bytes.
         keys: Vec<String> = Vec::new();
-        /// https:// URL of a JSON Web Key Set (http:// on this machine only); its RS256, ES256 and EdDSA keys are accepted and refreshed.
+        /// https:// URL of a JSON Web Key Set (http:// on this machine only); its RS256, ES256 and EdDSA
+        /// keys are accepted and refreshed.
         jwks_url: String = String::new();
         /// How old fetched keys may be before they are fetched anew, so that withdrawn ones go, in
         /// milliseconds.
@@ -293,7 +294,6 @@ impl Config {
         }
     }
 
-    /// Rules that tie options together.
     fn check_dynamodb(&self, problems: &mut Vec<String>) {
         let endpoint = &self.dynamodb.endpoint;
         let has_scheme = ["http://", "https://"].iter().any(|scheme| endpoint.starts_with(scheme));
@@ -311,6 +311,7 @@ impl Config {
         }
     }
 
+    /// Rules of more than one option, and of what a value looks like.
     pub(crate) fn check_together(&self, problems: &mut Vec<String>) {
         let auth = &self.auth;
         if auth.uses_dev_key() {

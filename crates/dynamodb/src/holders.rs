@@ -167,8 +167,8 @@ impl Dynamo {
         now: Timestamp,
     ) -> Result<Vec<Renewed>, StoreError> {
         self.keep_alive(HOLDER, holder, until).await?;
-        // Rows of the index cost a hundredth of the items. What they say of a lease is a little old,
-        // and that does no harm; what they do not show may be too new for them.
+        // Some sixty rows of the index cost as much as one item. What they say of a lease is a little
+        // old, and that does no harm; what they do not show may be too new for them.
         let rows = self.rows_of(holder, usize::MAX).await?;
         let mut reasons = HashMap::with_capacity(rows.len());
         for row in &rows {
