@@ -22,6 +22,17 @@ pub enum OpenError {
     Tables(String),
 }
 
+impl OpenError {
+    /// Whether it is the configuration that is wrong.
+    #[must_use]
+    pub fn is_usage(&self) -> bool {
+        match self {
+            Self::Region | Self::Objects(_) => true,
+            Self::Tables(_) => false,
+        }
+    }
+}
+
 /// Codes that mean "more than is provisioned or allowed": the same call may succeed a little later.
 const THROTTLED: [&str; 6] = [
     "ProvisionedThroughputExceededException",

@@ -22,13 +22,7 @@ pub(crate) async fn run(arguments: &HealthArguments) -> ExitCode {
             Exit::Failed.code()
         }
         Ok(Err(error)) => {
-            let mut reasons = vec![error.to_string()];
-            let mut source = error.source();
-            while let Some(reason) = source {
-                reasons.push(reason.to_string());
-                source = reason.source();
-            }
-            eprintln!("error: {}: {}", arguments.server, reasons.join(": "));
+            eprintln!("error: {}: {error:#}", arguments.server);
             Exit::Unreachable.code()
         }
         Err(_) => {
@@ -38,7 +32,7 @@ pub(crate) async fn run(arguments: &HealthArguments) -> ExitCode {
     }
 }
 
-async fn ask(arguments: &HealthArguments) -> Result<ServingStatus, Box<dyn std::error::Error>> {
+async fn ask(arguments: &HealthArguments) -> anyhow::Result<ServingStatus> {
     let channel = Endpoint::from_shared(arguments.server.clone())?.connect().await?;
     let request = HealthCheckRequest { service: arguments.service.clone() };
     Ok(HealthClient::new(channel).check(request).await?.into_inner().status())

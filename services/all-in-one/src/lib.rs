@@ -100,7 +100,7 @@ impl StartError {
     #[must_use]
     pub fn is_usage(&self) -> bool {
         match self {
-            Self::Open(error) => !matches!(error, OpenError::Tables(_)),
+            Self::Open(error) => error.is_usage(),
             Self::Secret(_) | Self::Engine | Self::Peers(_) | Self::Key(_) => true,
             Self::Store(_)
             | Self::DevKey(_)

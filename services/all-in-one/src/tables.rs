@@ -74,8 +74,5 @@ fn report(differences: &[Difference]) -> ExitCode {
 
 fn failed(error: &OpenError) -> ExitCode {
     eprintln!("error: {error}");
-    match error {
-        OpenError::Region | OpenError::Objects(_) => Exit::Usage.code(),
-        OpenError::Tables(_) => Exit::Unreachable.code(),
-    }
+    if error.is_usage() { Exit::Usage.code() } else { Exit::Unreachable.code() }
 }

@@ -70,12 +70,11 @@ impl Elsewhere {
             let entries = if called_by.contains(&role) { entries } else { &[] };
             PeerList::new(service, entries, token.clone(), interval)
         };
-        let all = [Role::Gateway, Role::Router, Role::Processor, Role::Progress];
         let lists = vec![
-            list("gateway", &peers.gateway, &all[..1]),
-            list("router", &peers.router, &all[..1]),
-            list("processor", &peers.processor, &all[..2]),
-            list("progress service", &peers.progress, &all),
+            list("gateway", &peers.gateway, &[Role::Gateway]),
+            list("router", &peers.router, &[Role::Gateway]),
+            list("processor", &peers.processor, &[Role::Gateway, Role::Router]),
+            list("progress service", &peers.progress, &[role]),
         ];
         Self {
             gateway: lists[0].members(),

@@ -155,11 +155,7 @@ impl Dynamo {
     pub(crate) async fn delete(&self, uid: Uid) -> Result<DeleteOutcome, StoreError> {
         let doing = "deleting a request";
         let name = uid.to_string();
-        let Some(item) = self.get(&name).await? else {
-            // A deletion that broke off may have left parts.
-            self.delete_parts(&name).await?;
-            return Ok(DeleteOutcome::Deleted);
-        };
+        let Some(item) = self.get(&name).await? else { return Ok(DeleteOutcome::Deleted) };
         if !item.core_state().is_terminal() {
             return Ok(DeleteOutcome::NotEnded);
         }
