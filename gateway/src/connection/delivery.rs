@@ -174,7 +174,7 @@ impl Session {
         subscription.catching_up = false;
         let events = match page {
             Ok(events) => events,
-            Err(status) if passes(status.code()) => {
+            Err(status) if is_transient(status.code()) => {
                 // The sweep of deferred connections brings us back here.
                 tracing::warn!(%uid, %status, "could not read a log, will try again");
                 self.gateway.hub.defer(subscription.link.clone());
@@ -221,7 +221,7 @@ impl Session {
 }
 
 /// Whether the same call may succeed a little later.
-fn passes(code: Code) -> bool {
+fn is_transient(code: Code) -> bool {
     matches!(
         code,
         Code::Unavailable

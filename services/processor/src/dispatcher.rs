@@ -240,7 +240,7 @@ impl Dispatcher {
         let mut polls = interval(self.options.poll_interval);
         polls.set_missed_tick_behavior(MissedTickBehavior::Delay);
         let mut measured: Option<Instant> = None;
-        let mut looked_at = Some(Instant::now());
+        let mut looked_at = Instant::now();
         loop {
             let delay = self.until_next_due();
             tokio::select! {
@@ -248,9 +248,8 @@ impl Dispatcher {
                 () = self.signal.wanted() => {}
                 () = tokio::time::sleep(delay) => self.signal.note_backlog(),
                 _ = polls.tick() => {
-                    let slow = looked_at.is_none_or(|at| at.elapsed() >= SLOW_POLL);
-                    if self.options.poll_queue || slow {
-                        looked_at = Some(Instant::now());
+                    if self.options.poll_queue || looked_at.elapsed() >= SLOW_POLL {
+                        looked_at = Instant::now();
                         self.signal.note_backlog();
                     }
                     self.take_over_expired().await;

@@ -103,16 +103,13 @@ impl ExecutionApi {
             self.options.limits,
             None,
         );
-        let call = self.dispatcher.call();
         let (handler, remote) = self.handler(&spec, &context)?;
         // Only those that workers answer depend on anything but their own connection.
-        let _call = match (&remote, call) {
-            (None, _) => None,
-            (Some(_), Some(call)) => Some(call),
-            (Some(_), None) => {
-                let message = "the processor stops".to_owned();
-                return Err(not_taken(refusal(ErrorCode::Unavailable, message)));
-            }
+        let _call = match &remote {
+            None => None,
+            Some(_) => Some(self.dispatcher.call().ok_or_else(|| {
+                not_taken(refusal(ErrorCode::Unavailable, "the processor stops".into()))
+            })?),
         };
         let running = AssertUnwindSafe(handler.run(&context, payload)).catch_unwind();
         let ended = timeout(limit, running).await;

@@ -253,8 +253,8 @@ fn withdraw(list: &mut [OfferedAction]) {
 }
 
 fn are_of_one_action(one: &OfferedAction, other: &OfferedAction) -> bool {
-    let name = |of: &OfferedAction| of.action.as_ref().map(|action| action.name.clone());
-    one.tenant_id == other.tenant_id && name(one) == name(other)
+    let names = [one, other].map(|offered| offered.action.as_ref().map(|action| &action.name));
+    one.tenant_id == other.tenant_id && names[0] == names[1]
 }
 
 fn compile(action: &Action) -> Option<Validator> {
