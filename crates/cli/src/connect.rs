@@ -2,6 +2,7 @@
 
 use std::{
     io::{IsTerminal, Write},
+    net::IpAddr,
     time::Duration,
 };
 
@@ -38,7 +39,10 @@ impl Common {
         // The whole host: a token must not go to `localhost.example.com`.
         let uri = self.server.parse::<http::Uri>().ok();
         let host = uri.as_ref().and_then(http::Uri::host);
-        host.is_some_and(|host| matches!(host, "127.0.0.1" | "localhost" | "[::1]"))
+        host.is_some_and(|host| {
+            let address = host.trim_start_matches('[').trim_end_matches(']').parse::<IpAddr>();
+            host == "localhost" || address.is_ok_and(|address| address.is_loopback())
+        })
     }
 
     pub(crate) fn api(&self) -> anyhow::Result<Api> {
