@@ -1,14 +1,15 @@
 //! A real browser, without a window.
 
-use std::process::{Child, Command, Stdio};
+use std::process::Stdio;
 
 use tempfile::TempDir;
 
-use crate::tool;
+use crate::{Process, tool};
 
 /// Chromium with one page, until dropped.
 pub struct Browser {
-    child: Child,
+    _process: Process,
+    // Removed after the process has ended, which drops first.
     _profile: TempDir,
 }
 
@@ -20,7 +21,8 @@ impl Browser {
     #[must_use]
     pub fn open(url: &str) -> Self {
         let profile = TempDir::with_prefix("streamer-browser-").expect("a temporary folder");
-        let child = Command::new(tool("STREAMER_TESTS_CHROMIUM"))
+        let mut command = Process::command(tool("STREAMER_TESTS_CHROMIUM"));
+        command
             .args(["--headless", "--no-sandbox", "--disable-gpu", "--disable-quic"])
             .args(["--no-first-run", "--disable-background-networking", "--disable-sync"])
             .args(["--disable-component-update", "--disable-dev-shm-usage"])
@@ -30,18 +32,7 @@ impl Browser {
             .arg(url)
             .stdin(Stdio::null())
             .stdout(Stdio::null())
-            .stderr(Stdio::null())
-            .spawn()
-            .expect("the browser can be started");
-        Self { child, _profile: profile }
-    }
-}
-
-impl Drop for Browser {
-    fn drop(&mut self) {
-        // Its helpers end with it.
-        if self.child.kill().is_ok() {
-            drop(self.child.wait());
-        }
+            .stderr(Stdio::null());
+        Self { _process: Process::spawn(&mut command), _profile: profile }
     }
 }

@@ -1,19 +1,14 @@
 //! Every service twice, each in a process of its own, over one DynamoDB.
 
-use std::{
-    fs,
-    net::{SocketAddr, TcpListener},
-    process::Child,
-    time::Duration,
-};
+use std::{fs, net::SocketAddr, time::Duration};
 
 use streamer_auth::{DevKey, NewToken};
 use streamer_core::{Clock, SystemClock};
 use tempfile::TempDir;
 
 use crate::{
-    Proxy,
-    server::{dynamodb_settings, ended, spawn_service, terminate, watch_for_hangs},
+    LoopbackAddress, Process, Proxy,
+    server::{dynamodb_settings, spawn_service},
 };
 
 const COPIES: usize = 2;
@@ -45,11 +40,13 @@ impl Service {
     }
 }
 
-/// A running cluster. Progress services stand behind proxies, which can cut them off.
+/// A running cluster on a loopback address of its own. Progress services stand behind proxies, which
+/// can cut them off.
 pub struct Cluster {
-    data: TempDir,
     members: Vec<Running>,
+    data: TempDir,
     proxies: Vec<Proxy>,
+    _claim: LoopbackAddress,
     /// URLs of the gateways.
     pub urls: Vec<String>,
 }
@@ -58,7 +55,7 @@ struct Running {
     service: Service,
     address: SocketAddr,
     settings: Vec<String>,
-    child: Child,
+    process: Process,
 }
 
 impl Cluster {
@@ -72,20 +69,21 @@ impl Cluster {
         settings: &[&str],
         views: impl Fn(Service, usize, &[Proxy]) -> Vec<String>,
     ) -> Self {
-        watch_for_hangs();
+        let claim = LoopbackAddress::claim();
         let data = TempDir::with_prefix("streamer-test-").expect("a temporary folder");
         let mut common = dynamodb_settings(endpoint, data.path());
         common.extend(settings.iter().map(ToString::to_string));
         let addresses: Vec<(Service, SocketAddr)> = Service::ALL
             .into_iter()
-            .flat_map(|service| (0..COPIES).map(move |_| (service, free_address())))
+            .flat_map(|service| [service; COPIES])
+            .map(|service| (service, claim.next()))
             .collect();
         let of = |wanted: Service| {
             addresses.iter().filter(move |(service, _)| *service == wanted).map(|(_, at)| *at)
         };
         let mut proxies = Vec::new();
         for address in of(Service::Progress) {
-            proxies.push(Proxy::start(address).await);
+            proxies.push(Proxy::start(claim.next(), address).await);
         }
         for service in Service::ALL {
             let reached: Vec<SocketAddr> = match service {
@@ -102,12 +100,11 @@ impl Cluster {
                 settings.push(format!("peers.advertise={}", proxies[number].address));
             }
             settings.extend(views(*service, number, &proxies));
-            let (child, _) =
-                spawn_service(service.name(), data.path(), &settings, &[], &address.to_string());
-            members.push(Running { service: *service, address: *address, settings, child });
+            let process = spawn_service(service.name(), data.path(), &settings, &[], *address);
+            members.push(Running { service: *service, address: *address, settings, process });
         }
         let urls = of(Service::Gateway).map(|address| format!("http://{address}")).collect();
-        let cluster = Self { data, members, proxies, urls };
+        let cluster = Self { members, data, proxies, _claim: claim, urls };
         cluster.until_ready().await;
         cluster
     }
@@ -125,19 +122,15 @@ impl Cluster {
     /// # Panics
     /// When there is no such process.
     pub fn kill(&mut self, service: Service, number: usize) {
-        let member = self.member(service, number);
-        member.child.kill().expect("it can be killed");
-        member.child.wait().expect("it can be waited for");
+        self.member(service, number).process.kill();
     }
 
-    /// Sends SIGTERM to a process and waits for it to end; its exit code.
+    /// Sends SIGTERM to a process and waits for it to end; returns its exit code.
     ///
     /// # Panics
     /// When there is no such process.
     pub fn stop(&mut self, service: Service, number: usize) -> Option<i32> {
-        let child = &mut self.member(service, number).child;
-        terminate(child);
-        ended(child)
+        self.member(service, number).process.stop()
     }
 
     /// Starts a process that has ended again, where it was; returns once it can do its job.
@@ -147,9 +140,8 @@ impl Cluster {
     pub async fn restart(&mut self, service: Service, number: usize) {
         let data = self.data.path().to_owned();
         let member = self.member(service, number);
-        let address = member.address.to_string();
-        let (child, _) = spawn_service(service.name(), &data, &member.settings, &[], &address);
-        member.child = child;
+        let address = member.address;
+        member.process = spawn_service(service.name(), &data, &member.settings, &[], address);
         until_healthy(&format!("http://{address}")).await;
     }
 
@@ -207,12 +199,7 @@ impl Cluster {
 
 impl Drop for Cluster {
     fn drop(&mut self) {
-        for member in &mut self.members {
-            // It may have ended by itself.
-            if member.child.kill().is_ok() {
-                drop(member.child.wait());
-            }
-        }
+        Process::end_all(self.members.iter_mut().map(|member| &mut member.process));
     }
 }
 
@@ -220,11 +207,6 @@ impl Drop for Cluster {
 fn peers(service: &str, addresses: &[SocketAddr]) -> String {
     let urls: Vec<_> = addresses.iter().map(|address| format!("http://{address}")).collect();
     format!("peers.{service}={}", urls.join(","))
-}
-
-fn free_address() -> SocketAddr {
-    let listener = TcpListener::bind("127.0.0.1:0").expect("a port is free");
-    listener.local_addr().expect("it has an address")
 }
 
 /// Asks until the answer is that it can do its job.

@@ -6,28 +6,21 @@
 use std::{
     env,
     io::{self, Read, Write},
-    net::{Ipv4Addr, TcpListener, TcpStream},
+    net::{Ipv4Addr, TcpStream},
     path::Path,
-    process::{self, Child, Command, Stdio},
-    sync::{
-        OnceLock,
-        atomic::{AtomicU32, Ordering},
-    },
-    thread,
+    process::{Command, Stdio},
+    sync::OnceLock,
     time::{Duration, Instant},
 };
 
 use tempfile::TempDir;
 
-use crate::tool;
+use crate::{Process, loopback::WildcardPort, tool};
 
-/// Starting the Java machine takes 4 s on an idle machine of two cores.
-const PATIENCE: Duration = Duration::from_secs(90);
-
-/// Becomes the server, and leaves a guard behind that kills it when the test lets go of the other
-/// end of the guard's input: so also when the test is killed.
-const GUARDED: &str =
-    r#"exec 3<&0 </dev/null; { read _ <&3; kill -9 $$ 2>/dev/null; } & exec "$@" 3<&-"#;
+/// Starting the Java virtual machine takes 4 s on an idle machine of two cores.
+const START_TIMEOUT: Duration = Duration::from_secs(90);
+/// How many ports are tried: a process that is not a test may bind one before the server does.
+const PORT_ATTEMPTS: usize = 5;
 
 /// Dynoxide looks whether there are a signature and a date, not what they say.
 const LIST_TABLES: &str = "POST / HTTP/1.1\r\n\
@@ -80,20 +73,24 @@ pub fn start(implementation: Implementation) -> Server {
 /// A running server, until dropped.
 pub struct Server {
     implementation: Implementation,
-    port: u16,
+    port: WildcardPort,
     endpoint: String,
-    child: Child,
+    process: Process,
     data: Option<TempDir>,
 }
 
 impl Server {
     fn launch(implementation: Implementation, data: Option<TempDir>) -> Self {
-        let port = free_port();
-        let child = spawn(implementation, port, data.as_ref().map(TempDir::path));
-        let endpoint = format!("http://127.0.0.1:{port}");
-        let mut server = Self { implementation, port, endpoint, child, data };
-        server.wait_until_ready();
-        server
+        for _ in 0..PORT_ATTEMPTS {
+            let port = WildcardPort::claim();
+            let folder = data.as_ref().map(TempDir::path);
+            let process = start_process(implementation, port.number, folder);
+            if let Some(process) = process {
+                let endpoint = format!("http://127.0.0.1:{}", port.number);
+                return Self { implementation, port, endpoint, process, data };
+            }
+        }
+        panic!("{implementation:?} ended on {PORT_ATTEMPTS} ports; its standard error says why");
     }
 
     /// `http://127.0.0.1:PORT`
@@ -103,12 +100,8 @@ impl Server {
     }
 
     /// Kills it with SIGKILL.
-    ///
-    /// # Panics
-    /// When it cannot be killed.
     pub fn kill(&mut self) {
-        self.child.kill().expect("the server can be killed");
-        self.child.wait().expect("the server can be waited for");
+        self.process.kill();
     }
 
     /// Starts it again, after it has been killed, on the same port and data.
@@ -117,42 +110,41 @@ impl Server {
     /// When it does not start.
     pub fn restart(&mut self) {
         let data = self.data.as_ref().map(TempDir::path);
-        self.child = spawn(self.implementation, self.port, data);
-        self.wait_until_ready();
-    }
-
-    fn wait_until_ready(&mut self) {
-        let started = Instant::now();
-        while !lists_tables(self.port).unwrap_or(false) {
-            let ended = self.child.try_wait().expect("the server can be asked for");
-            assert!(ended.is_none(), "{:?} has ended: {ended:?}", self.implementation);
-            assert!(
-                started.elapsed() < PATIENCE,
-                "{:?} does not answer on port {} after {PATIENCE:?}",
-                self.implementation,
-                self.port
-            );
-            thread::sleep(Duration::from_millis(10));
-        }
+        let process = start_process(self.implementation, self.port.number, data);
+        self.process = process.expect("the server starts again");
     }
 }
 
-impl Drop for Server {
-    fn drop(&mut self) {
-        // It may have been killed.
-        if self.child.kill().is_ok() {
-            drop(self.child.wait());
+/// Starts a server; returns it once it answers, or `None` when it ends before.
+fn start_process(
+    implementation: Implementation,
+    port: u16,
+    data: Option<&Path>,
+) -> Option<Process> {
+    const POLL_INTERVAL: Duration = Duration::from_millis(10);
+    let mut process = Process::spawn(&mut command(implementation, port, data));
+    let started = Instant::now();
+    loop {
+        let answers = lists_tables(port).unwrap_or(false);
+        // Also when it answers: a different server may have taken the port.
+        if process.wait_timeout(POLL_INTERVAL).is_some() {
+            return None;
         }
+        if answers {
+            return Some(process);
+        }
+        assert!(
+            started.elapsed() < START_TIMEOUT,
+            "{implementation:?} does not answer on port {port} within {START_TIMEOUT:?}"
+        );
     }
 }
 
-fn spawn(implementation: Implementation, port: u16, data: Option<&Path>) -> Child {
-    let mut command = Command::new("sh");
-    command.args(["-c", GUARDED, "guarded"]);
-    match implementation {
+fn command(implementation: Implementation, port: u16, data: Option<&Path>) -> Command {
+    let mut command = match implementation {
         Implementation::DynamoDbLocal => {
+            let mut command = Process::command("java");
             command.current_dir(tool("STREAMER_TESTS_DYNAMODB_LOCAL")).args([
-                "java",
                 // Else it warns, each time, of a library that it can do without.
                 "-Djava.util.logging.config.file=/dev/null",
                 "-Djava.library.path=DynamoDBLocal_lib",
@@ -167,22 +159,22 @@ fn spawn(implementation: Implementation, port: u16, data: Option<&Path>) -> Chil
                 None => command.arg("-inMemory"),
             };
             command.arg("-port").arg(port.to_string());
+            command
         }
         Implementation::Dynoxide => {
-            command.arg(tool("STREAMER_TESTS_DYNOXIDE")).args(["--log", "quiet"]);
+            let mut command = Process::command(tool("STREAMER_TESTS_DYNOXIDE"));
+            command.args(["--log", "quiet"]);
             if let Some(folder) = data {
                 command.arg("--db-path").arg(folder.join("dynoxide.db"));
             }
             command.arg("--port").arg(port.to_string());
+            command
         }
-    }
-    // Nothing of the tester's own configuration counts.
+    };
+    // The configuration of the user who runs the tests has no effect.
     command.env_clear().env("PATH", env::var_os("PATH").unwrap_or_default());
+    command.stdin(Stdio::null()).stdout(Stdio::null());
     command
-        .stdin(Stdio::piped())
-        .stdout(Stdio::null())
-        .spawn()
-        .expect("a DynamoDB server can be started")
 }
 
 fn lists_tables(port: u16) -> io::Result<bool> {
@@ -192,18 +184,4 @@ fn lists_tables(port: u16) -> io::Result<bool> {
     let mut answer = String::new();
     stream.read_to_string(&mut answer)?;
     Ok(answer.starts_with("HTTP/1.1 200") && answer.contains("TableNames"))
-}
-
-/// DynamoDB Local has to be told a port, and takes seconds until it listens there. So this is one
-/// that systems do not give away by themselves, and that other test processes do not try first.
-fn free_port() -> u16 {
-    const FIRST: u32 = 20_000;
-    const COUNT: u32 = 12_000;
-    static NEXT: AtomicU32 = AtomicU32::new(0);
-    let mine = process::id().wrapping_mul(16);
-    (0..COUNT)
-        .map(|_| mine.wrapping_add(NEXT.fetch_add(1, Ordering::Relaxed)) % COUNT + FIRST)
-        .filter_map(|port| u16::try_from(port).ok())
-        .find(|port| TcpListener::bind((Ipv4Addr::UNSPECIFIED, *port)).is_ok())
-        .expect("a port is free")
 }

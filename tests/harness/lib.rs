@@ -1,5 +1,5 @@
 //! What the suites share: a real server in a process of its own, and clients that check what they
-//! are told.
+//! receive.
 
 mod browser;
 mod client;
@@ -7,6 +7,8 @@ mod cluster;
 pub mod dynamodb;
 mod front;
 mod load;
+mod loopback;
+mod process;
 mod proxy;
 mod random;
 mod resharding;
@@ -19,6 +21,8 @@ pub use browser::Browser;
 pub use client::{Client, Log};
 pub use cluster::{Cluster, Service};
 pub use load::Load;
+pub use loopback::LoopbackAddress;
+pub use process::{Process, Signal};
 pub use proxy::Proxy;
 pub use random::Random;
 pub use resharding::Resharding;

@@ -6,7 +6,6 @@
 use std::{
     env, fs,
     io::Write,
-    process::Command,
     sync::{
         Arc, Mutex,
         atomic::{AtomicBool, AtomicUsize, Ordering},
@@ -17,7 +16,7 @@ use serde_json::{Value, json};
 use streamer_client::{Follower, Session, Target};
 use tokio::{sync::Notify, task::JoinSet};
 
-use crate::{Random, checker};
+use crate::{Process, Random, checker};
 
 /// Requests that are underway at once.
 const IN_FLIGHT: usize = 12;
@@ -261,7 +260,7 @@ fn judge(name: &str, seed: u64, history: &History) {
     for record in history.records.lock().unwrap().iter() {
         writeln!(file, "{record}").unwrap();
     }
-    let judged = Command::new(checker()).arg(&path).output().unwrap();
+    let judged = Process::output(Process::command(checker()).arg(&path));
     let told = String::from_utf8_lossy(&judged.stdout);
     println!("{told}");
     assert!(judged.status.success(), "seed {seed}, history in {}:\n{told}", path.display());

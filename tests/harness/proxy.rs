@@ -1,4 +1,4 @@
-//! A TCP proxy that can be cut: then nothing gets through in either direction, and nobody is told.
+//! A TCP proxy that can be cut: then nothing gets through in either direction, and no end is notified.
 
 use std::net::SocketAddr;
 
@@ -19,13 +19,12 @@ pub struct Proxy {
 }
 
 impl Proxy {
-    /// Starts one in front of `target`, which need not be there yet.
+    /// Starts one on `address` in front of `target`, which may start later.
     ///
     /// # Panics
-    /// When there is no port for it.
-    pub async fn start(target: SocketAddr) -> Self {
-        let listener = TcpListener::bind("127.0.0.1:0").await.expect("a port is free");
-        let address = listener.local_addr().expect("it listens");
+    /// When the address is in use.
+    pub async fn start(address: SocketAddr, target: SocketAddr) -> Self {
+        let listener = TcpListener::bind(address).await.expect("the address is free");
         let (open, is_open) = watch::channel(true);
         tokio::spawn(async move {
             while let Ok((near, _)) = listener.accept().await {

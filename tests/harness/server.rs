@@ -3,10 +3,9 @@
 use std::{
     env,
     io::{BufRead, BufReader},
+    net::SocketAddr,
     path::{Path, PathBuf},
-    process::{self, Child, Command, Output, Stdio},
-    sync::Once,
-    thread,
+    process::{Output, Stdio},
     time::Duration,
 };
 
@@ -14,7 +13,10 @@ use streamer_auth::{DevKey, NewToken};
 use streamer_core::{Clock, SystemClock, Uid};
 use tempfile::TempDir;
 
-use crate::dynamodb::{Implementation, endpoint};
+use crate::{
+    LoopbackAddress, Process, Signal,
+    dynamodb::{Implementation, endpoint},
+};
 
 const READY: &str = "Streamer is ready: ";
 
@@ -61,29 +63,30 @@ pub fn tool(variable: &str) -> PathBuf {
     }
 }
 
-/// A running server with a data folder of its own.
+/// A running server with a data folder and a loopback address of its own.
 pub struct Server {
-    child: Child,
+    process: Process,
     data: TempDir,
     settings: Vec<String>,
     environment: Vec<(String, String)>,
-    /// `http://127.0.0.1:PORT`
+    address: SocketAddr,
+    _claim: LoopbackAddress,
+    /// `http://127.X.Y.Z:PORT`
     pub url: String,
 }
 
 impl Server {
-    /// Starts a server on a free port, with these settings (`section.option=value`).
+    /// Starts a server with these settings (`section.option=value`).
     ///
     /// # Panics
     /// When it does not start.
     #[must_use]
     pub fn start(settings: &[&str]) -> Self {
-        watch_for_hangs();
         let data = TempDir::with_prefix("streamer-test-").expect("a temporary folder");
         Self::start_in(data, settings)
     }
 
-    /// Starts a server on a free port, with the data that is in this folder.
+    /// Starts a server with the data in this folder.
     ///
     /// # Panics
     /// When it does not start.
@@ -92,64 +95,53 @@ impl Server {
         Self::start_with(data, settings, &[])
     }
 
-    /// The same with these environment variables and no others.
+    /// Starts a server with the data in this folder, these environment variables and no others.
     ///
     /// # Panics
     /// When it does not start.
     #[must_use]
     pub fn start_with(data: TempDir, settings: &[&str], environment: &[(&str, &str)]) -> Self {
-        watch_for_hangs();
         let mut all = engine_settings(&data);
         all.extend(settings.iter().map(ToString::to_string));
         let owned = |(name, value): &(&str, &str)| ((*name).to_owned(), (*value).to_owned());
         let environment: Vec<_> = environment.iter().map(owned).collect();
-        let (child, url) = spawn(&data, &all, &environment, "127.0.0.1:0");
-        Self { child, data, settings: all, environment, url }
+        let claim = LoopbackAddress::claim();
+        let address = claim.next();
+        let process = spawn_service("up", data.path(), &all, &environment, address);
+        let url = format!("http://{address}");
+        Self { process, data, settings: all, environment, address, _claim: claim, url }
     }
 
-    /// Kills it with SIGKILL and starts it again on the same port and data.
+    /// Kills it with SIGKILL and starts it again on the same address and data.
     pub fn kill_and_restart(&mut self) {
         self.kill();
         self.restart();
     }
 
-    /// Starts it again, after it has ended, on the same port and data.
+    /// Starts it again, after it has ended, on the same address and data.
     pub fn restart(&mut self) {
-        let address = self.url.trim_start_matches("http://").to_owned();
-        let (child, url) = spawn(&self.data, &self.settings, &self.environment, &address);
-        self.child = child;
-        self.url = url;
+        let (data, environment) = (self.data.path(), &self.environment);
+        self.process = spawn_service("up", data, &self.settings, environment, self.address);
     }
 
     /// Kills it with SIGKILL.
-    ///
-    /// # Panics
-    /// When it cannot be killed.
     pub fn kill(&mut self) {
-        self.child.kill().expect("the server can be killed");
-        self.child.wait().expect("the server can be waited for");
+        self.process.kill();
     }
 
     /// Sends it SIGTERM.
-    ///
-    /// # Panics
-    /// When it cannot be told.
     pub fn terminate(&self) {
-        terminate(&self.child);
+        self.process.signal(Signal::TERM);
     }
 
-    /// Waits for it to end; its exit code.
-    ///
-    /// # Panics
-    /// When it cannot be waited for.
+    /// Waits for it to end; returns its exit code.
     pub fn ended(&mut self) -> Option<i32> {
-        ended(&mut self.child)
+        self.process.wait().code()
     }
 
-    /// Sends it SIGTERM and waits for it to end; its exit code.
+    /// Sends it SIGTERM and waits for it to end; returns its exit code.
     pub fn stop(&mut self) -> Option<i32> {
-        self.terminate();
-        self.ended()
+        self.process.stop()
     }
 
     /// What it was started with.
@@ -195,22 +187,8 @@ impl Server {
 
 impl Drop for Server {
     fn drop(&mut self) {
-        // It may have ended by itself.
-        if self.child.kill().is_ok() {
-            drop(self.child.wait());
-        }
+        Process::end_all([&mut self.process]);
     }
-}
-
-/// Sends SIGTERM to a process.
-pub(crate) fn terminate(child: &Child) {
-    let told = Command::new("kill").arg(child.id().to_string()).status();
-    assert!(told.expect("kill runs").success());
-}
-
-/// Waits for a process to end; its exit code.
-pub(crate) fn ended(child: &mut Child) -> Option<i32> {
-    child.wait().expect("the server can be waited for").code()
 }
 
 /// Which engine the suites run on: `embedded` unless `STREAMER_TESTS_ENGINE` names another. The
@@ -251,18 +229,12 @@ const NO_METADATA: (&str, &str) = ("AWS_EC2_METADATA_DISABLED", "true");
 /// When it cannot be run.
 #[must_use]
 pub fn tables(command: &str, settings: &[String], folder: &Path) -> Output {
-    let mut tables = Command::new(binary());
+    let mut tables = Process::command(binary());
     tables.args(["tables", command]);
     for setting in settings {
         tables.args(["--set", setting]);
     }
-    tables
-        .env_clear()
-        .envs([NO_METADATA])
-        .current_dir(folder)
-        .stdin(Stdio::null())
-        .output()
-        .expect("it can be run")
+    Process::output(tables.env_clear().envs([NO_METADATA]).current_dir(folder))
 }
 
 /// What a server says that must not start with the data in this folder.
@@ -271,67 +243,33 @@ pub fn tables(command: &str, settings: &[String], folder: &Path) -> Output {
 /// When it starts all the same.
 #[must_use]
 pub fn refusal_to_start(data: &Path) -> String {
-    let output = Command::new(binary())
-        .args(["up", "--listen", "127.0.0.1:0", "--data"])
-        .arg(data)
-        .env_clear()
-        .current_dir(data)
-        .stdin(Stdio::null())
-        .output()
-        .expect("the server can be started");
+    let mut command = Process::command(binary());
+    command.args(["up", "--listen", "127.0.0.1:0", "--data"]).arg(data);
+    let output = Process::output(command.env_clear().current_dir(data));
     assert_eq!(output.status.code(), Some(1), "it ends by itself");
     String::from_utf8_lossy(&output.stderr).into_owned()
 }
 
-/// A suite that waits for what never comes ends, and says so, instead of holding up everything.
-pub(crate) fn watch_for_hangs() {
-    const PATIENCE: Duration = Duration::from_secs(300);
-    // The crash suite can be told to go on for long.
-    let kills = env::var("STREAMER_TESTS_KILLS").ok().and_then(|text| text.parse().ok());
-    let patience = PATIENCE + Duration::from_secs(kills.unwrap_or(0));
-    static ONCE: Once = Once::new();
-    ONCE.call_once(|| {
-        thread::spawn(move || {
-            thread::sleep(patience);
-            eprintln!("a test of this suite has not ended after {} s", patience.as_secs());
-            process::exit(101);
-        });
-    });
-}
-
-fn spawn(
-    data: &TempDir,
-    settings: &[String],
-    environment: &[(String, String)],
-    address: &str,
-) -> (Child, String) {
-    spawn_service("up", data.path(), settings, environment, address)
-}
-
-/// Starts a service; returns once it says that it is ready.
+/// Starts a service on this address; returns once it reports that it is ready.
 pub(crate) fn spawn_service(
     service: &str,
     data: &Path,
     settings: &[String],
     environment: &[(String, String)],
-    address: &str,
-) -> (Child, String) {
-    let mut command = Command::new(binary());
-    command.args([service, "--listen", address, "--data"]).arg(data);
+    address: SocketAddr,
+) -> Process {
+    let mut command = Process::command(binary());
+    command.args([service, "--listen", &address.to_string(), "--data"]).arg(data);
     for setting in settings {
         command.args(["--set", setting]);
     }
-    // Nothing of the tester's own configuration counts.
+    // The configuration of the user who runs the tests has no effect.
     command.env_clear().envs(environment.iter().cloned()).current_dir(data);
-    let mut child = command
-        .stdin(Stdio::null())
-        .stdout(Stdio::piped())
-        .spawn()
-        .expect("the server can be started");
-    let stdout = child.stdout.take().expect("its output is piped");
+    let mut process = Process::spawn(command.stdin(Stdio::null()).stdout(Stdio::piped()));
     let mut first = String::new();
-    BufReader::new(stdout).read_line(&mut first).expect("the server says that it is ready");
-    let url = first.trim().strip_prefix(READY).unwrap_or_else(|| panic!("it said {first:?}"));
-    let url = url.split_whitespace().next().expect("an address follows").to_owned();
-    (child, url)
+    let count = BufReader::new(process.stdout()).read_line(&mut first);
+    count.expect("the output of the server can be read");
+    let ready = format!("{READY}http://{address} ");
+    assert!(first.starts_with(&ready), "the server printed {first:?}");
+    process
 }

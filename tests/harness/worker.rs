@@ -2,7 +2,7 @@
 
 use std::{
     io::{BufRead, BufReader},
-    process::{Child, ChildStderr, Command, Stdio},
+    process::{ChildStderr, Command, Stdio},
 };
 
 use streamer_client::Api;
@@ -18,11 +18,11 @@ use tokio::sync::mpsc;
 use tokio_stream::wrappers::ReceiverStream;
 use tonic::{Status, Streaming, transport::Endpoint};
 
-use crate::{Server, binary};
+use crate::{Process, Server, Signal, binary};
 
 /// `streamer worker`.
 pub struct WorkerProcess {
-    child: Child,
+    process: Process,
     log: Option<BufReader<ChildStderr>>,
 }
 
@@ -33,34 +33,25 @@ impl WorkerProcess {
     /// When it does not.
     #[must_use]
     pub fn start(server: &Server, token: &str, actions: &str, arguments: &[&str]) -> Self {
-        let mut child = command(&server.url, token, actions, arguments)
-            .stderr(Stdio::piped())
-            .spawn()
-            .expect("the worker can be started");
-        let log = BufReader::new(child.stderr.take().expect("its log is piped"));
-        let mut worker = Self { child, log: Some(log) };
+        let mut command = command(&server.url, token, actions, arguments);
+        let mut process = Process::spawn(command.stderr(Stdio::piped()));
+        let log = BufReader::new(process.stderr());
+        let mut worker = Self { process, log: Some(log) };
         worker.wait_for("connected");
         worker
     }
 
-    /// Starts a worker of these actions, which will connect when it can.
-    ///
-    /// # Panics
-    /// When it cannot be started.
+    /// Starts a worker of these actions, which connects when it can.
     #[must_use]
     pub fn spawn(server: &Server, token: &str, actions: &str, arguments: &[&str]) -> Self {
         Self::spawn_at(&server.url, token, actions, arguments)
     }
 
-    /// Starts a worker for whoever has this URL.
-    ///
-    /// # Panics
-    /// When it cannot be started.
+    /// Starts a worker of the server with this URL, which connects when it can.
     #[must_use]
     pub fn spawn_at(url: &str, token: &str, actions: &str, arguments: &[&str]) -> Self {
         let mut command = command(url, token, actions, arguments);
-        let child = command.stderr(Stdio::null()).spawn().expect("the worker can be started");
-        Self { child, log: None }
+        Self { process: Process::spawn(command.stderr(Stdio::null())), log: None }
     }
 
     /// Reads its log up to a line that contains this.
@@ -80,27 +71,24 @@ impl WorkerProcess {
         }
     }
 
-    /// Sends it a signal, by name.
-    ///
-    /// # Panics
-    /// When it cannot be told.
-    pub fn signal(&self, name: &str) {
-        let told = Command::new("kill").args(["-s", name, &self.child.id().to_string()]).status();
-        assert!(told.expect("kill runs").success());
+    /// Sends it a signal.
+    pub fn signal(&self, signal: Signal) {
+        self.process.signal(signal);
     }
 
-    /// Sends it SIGTERM and waits for it to end; its exit code.
-    ///
-    /// # Panics
-    /// When it cannot be told.
+    /// Kills it with SIGKILL.
+    pub fn kill(&mut self) {
+        self.process.kill();
+    }
+
+    /// Sends it SIGTERM and waits for it to end; returns its exit code.
     pub fn stop(&mut self) -> Option<i32> {
-        self.signal("TERM");
-        self.child.wait().expect("the worker can be waited for").code()
+        self.process.stop()
     }
 }
 
 fn command(url: &str, token: &str, actions: &str, arguments: &[&str]) -> Command {
-    let mut command = Command::new(binary());
+    let mut command = Process::command(binary());
     command
         .args(["worker", "--actions", actions, "--server", url, "--token", token])
         .args(arguments)
@@ -113,10 +101,7 @@ fn command(url: &str, token: &str, actions: &str, arguments: &[&str]) -> Command
 
 impl Drop for WorkerProcess {
     fn drop(&mut self) {
-        // It may have ended by itself.
-        if self.child.kill().is_ok() {
-            drop(self.child.wait());
-        }
+        Process::end_all([&mut self.process]);
     }
 }
 

@@ -1,23 +1,17 @@
 //! The `streamer` binary as scripts use it: output, exit codes, a wrong flag, no server.
 #![allow(clippy::unwrap_used, reason = "in tests, a panic is the report")]
 
-use std::{
-    fs,
-    process::{Command, Output},
-};
+use std::{fs, process::Output};
 
 use serde_json::Value;
-use streamer_tests::{Server, binary, tool};
+use streamer_tests::{Process, Server, binary, tool};
 use tempfile::TempDir;
 
 fn streamer(server: &Server, arguments: &[&str]) -> Output {
-    Command::new(binary())
-        .args(arguments)
-        .env_clear()
-        .env("STREAMER_SERVER", &server.url)
-        .env("STREAMER_DATA", server.data())
-        .output()
-        .unwrap()
+    let mut command = Process::command(binary());
+    command.args(arguments).env_clear();
+    command.env("STREAMER_SERVER", &server.url).env("STREAMER_DATA", server.data());
+    Process::output(&mut command)
 }
 
 fn lines(output: &Output) -> Vec<Value> {
@@ -74,9 +68,8 @@ fn the_demo_profiles_a_file_and_writes_a_report() {
     let folder = TempDir::new().unwrap();
     fs::write(folder.path().join("my.csv"), "city,size\nUlm,<b>1\nBonn,2\n").unwrap();
     for arguments in [&["demo"][..], &["demo", "my.csv"]] {
-        let demo =
-            Command::new(binary()).args(arguments).current_dir(folder.path()).env_clear().output();
-        let demo = demo.unwrap();
+        let mut demo = Process::command(binary());
+        let demo = Process::output(demo.args(arguments).current_dir(folder.path()).env_clear());
         assert!(demo.status.success(), "{}", String::from_utf8_lossy(&demo.stderr));
         let shown = String::from_utf8_lossy(&demo.stdout).into_owned();
         assert!(shown.contains("100.0 %") && shown.contains("What next"), "{shown}");
@@ -86,15 +79,15 @@ fn the_demo_profiles_a_file_and_writes_a_report() {
         assert_eq!(report.contains("<svg"), penguins, "numeric columns have histograms");
         assert!(!report.contains("<b>1"), "what comes from the data is escaped");
     }
-    let missing =
-        Command::new(binary()).args(["demo", "nope.csv"]).current_dir(folder.path()).output();
-    assert_eq!(missing.unwrap().status.code(), Some(1));
+    let mut missing = Process::command(binary());
+    let missing = Process::output(missing.args(["demo", "nope.csv"]).current_dir(folder.path()));
+    assert_eq!(missing.status.code(), Some(1));
 }
 
 #[test]
 fn wrong_configuration_is_told_at_once_and_whole() {
     let run = |arguments: &[&str]| {
-        Command::new(binary()).args(arguments).current_dir("/").env_clear().output().unwrap()
+        Process::output(Process::command(binary()).args(arguments).current_dir("/").env_clear())
     };
     let output = run(&["up", "--set", "gateway.max_connections=0", "--set", "no.such=1"]);
     assert_eq!(output.status.code(), Some(2));
@@ -144,11 +137,9 @@ async def main(url, token):
 asyncio.run(main(sys.argv[1], sys.argv[2]))
 "#;
     let server = Server::start(&[]);
-    let output = Command::new(tool("STREAMER_TESTS_PYTHON"))
-        .args(["-c", SCRIPT])
-        .arg(server.url.replace("http://", "ws://"))
-        .arg(server.token("acme", "ann", &[]))
-        .output()
-        .unwrap();
+    let mut command = Process::command(tool("STREAMER_TESTS_PYTHON"));
+    command.args(["-c", SCRIPT]);
+    command.arg(server.url.replace("http://", "ws://")).arg(server.token("acme", "ann", &[]));
+    let output = Process::output(&mut command);
     assert!(output.status.success(), "{}", String::from_utf8_lossy(&output.stderr));
 }

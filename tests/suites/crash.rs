@@ -47,6 +47,7 @@ async fn run(name: &str, mut server: Server, workers: usize, kills: usize) {
         load.more(random.below(60)).await;
         let victim = random.below(workers.len() * 2 + 1);
         if victim < workers.len() {
+            workers[victim].kill();
             workers[victim] = worker(&server, &token);
         } else {
             server.kill_and_restart();
@@ -57,7 +58,6 @@ async fn run(name: &str, mut server: Server, workers: usize, kills: usize) {
     load.judge(name).await;
 }
 
-/// A new worker; the one that it takes the place of is killed when dropped.
 fn worker(server: &Server, token: &str) -> WorkerProcess {
     WorkerProcess::spawn(server, token, "echo_async", &["--slots", "8"])
 }

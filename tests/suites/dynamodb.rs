@@ -2,13 +2,14 @@
 #![allow(clippy::unwrap_used, reason = "in tests, a panic is the report")]
 
 use std::{
-    io::Write,
-    process::{Command, Output, Stdio},
+    io::{self, BufRead, BufReader, Write},
+    process::{Output, Stdio},
+    thread,
 };
 
 use serde_json::{Value, json};
 use streamer_tests::{
-    Client, Load, Log, Resharding, Server, Throttle, Throttling, binary,
+    Client, Load, Log, Process, Resharding, Server, Throttle, Throttling, binary,
     dynamodb::{Implementation, endpoint},
     dynamodb_settings, tables, tool,
 };
@@ -40,12 +41,9 @@ fn python(script: &str, endpoint: &str, arguments: &[&str]) -> Output {
     let head = "import boto3, json, sys\n\
         def client(name):\n    return boto3.client(name, endpoint_url=sys.argv[1], \
         region_name='us-east-1', aws_access_key_id='local', aws_secret_access_key='local')\n";
-    let output = Command::new(tool("STREAMER_TESTS_PYTHON"))
-        .args(["-c", &format!("{head}{script}"), endpoint])
-        .args(arguments)
-        .stdin(Stdio::null())
-        .output()
-        .unwrap();
+    let mut command = Process::command(tool("STREAMER_TESTS_PYTHON"));
+    command.args(["-c", &format!("{head}{script}"), endpoint]).args(arguments);
+    let output = Process::output(&mut command);
     assert!(output.status.success(), "{}", String::from_utf8_lossy(&output.stderr));
     output
 }
@@ -93,31 +91,28 @@ fn tables_are_made_once_and_differences_are_told_and_left() {
 
 /// An AWS for tests, which has CloudFormation too.
 struct Moto {
-    child: std::process::Child,
+    _process: Process,
     endpoint: String,
 }
 
 impl Moto {
     fn start() -> Self {
-        let port = std::net::TcpListener::bind("127.0.0.1:0").unwrap().local_addr().unwrap().port();
-        let child = Command::new(tool("STREAMER_TESTS_PYTHON"))
-            .args(["-m", "moto.server", "-H", "127.0.0.1", "-p", &port.to_string()])
-            .stdin(Stdio::null())
-            .stdout(Stdio::null())
-            .stderr(Stdio::null())
-            .spawn()
-            .unwrap();
-        while std::net::TcpStream::connect(("127.0.0.1", port)).is_err() {
-            std::thread::yield_now();
-        }
-        Self { child, endpoint: format!("http://127.0.0.1:{port}") }
-    }
-}
-
-impl Drop for Moto {
-    fn drop(&mut self) {
-        self.child.kill().unwrap();
-        self.child.wait().unwrap();
+        let mut command = Process::command(tool("STREAMER_TESTS_PYTHON"));
+        command.args(["-m", "moto.server", "-H", "127.0.0.1", "-p", "0"]);
+        command.stdin(Stdio::null()).stdout(Stdio::null()).stderr(Stdio::piped());
+        let mut process = Process::spawn(&mut command);
+        let mut log = BufReader::new(process.stderr());
+        let mut read = String::new();
+        let endpoint = loop {
+            let begin = read.len();
+            assert!(log.read_line(&mut read).unwrap() > 0, "moto ended: {read}");
+            if let Some((_, url)) = read[begin..].split_once(" * Running on ") {
+                break url.trim().to_owned();
+            }
+        };
+        // It logs every call, and would wait when the pipe is full.
+        thread::spawn(move || io::copy(&mut log, &mut io::sink()));
+        Self { _process: process, endpoint }
     }
 }
 
@@ -129,7 +124,7 @@ async fn the_cloudformation_template_is_right_and_its_tables_work() {
     let template = data.path().join("tables.json");
     std::fs::File::create(&template).unwrap().write_all(&printed.stdout).unwrap();
     let lint = tool("STREAMER_TESTS_PYTHON").with_file_name("cfn-lint");
-    let linted = Command::new(lint).arg(&template).output().unwrap();
+    let linted = Process::output(Process::command(lint).arg(&template));
     assert!(linted.status.success(), "{}", String::from_utf8_lossy(&linted.stdout));
 
     let moto = Moto::start();
@@ -388,12 +383,12 @@ async fn run_one(client: &mut Client, count: &mut usize) {
 fn a_service_alone_says_what_it_needs() {
     let data = folder();
     let told = |service: &str, settings: &[&str]| {
-        let mut command = Command::new(binary());
+        let mut command = Process::command(binary());
         command.args([service, "--listen", "127.0.0.1:0", "--data"]).arg(data.path());
         for setting in settings {
             command.args(["--set", setting]);
         }
-        let output = command.env_clear().current_dir(data.path()).output().unwrap();
+        let output = Process::output(command.env_clear().current_dir(data.path()));
         assert_eq!(output.status.code(), Some(2), "{output:?}");
         lines(&output.stderr).join("\n")
     };
@@ -403,12 +398,12 @@ fn a_service_alone_says_what_it_needs() {
     assert!(told("processor", &[engine]).contains("peers.progress: is required"));
     let all = "auth.allow_dev_key_beyond_loopback=true";
     let open = ["server.listen=0.0.0.0:0", engine, all, "peers.progress=http://127.0.0.1:1"];
-    let mut command = Command::new(binary());
+    let mut command = Process::command(binary());
     command.args(["processor", "--data"]).arg(data.path());
     for setting in open {
         command.args(["--set", setting]);
     }
-    let output = command.env_clear().current_dir(data.path()).output().unwrap();
+    let output = Process::output(command.env_clear().current_dir(data.path()));
     let text = lines(&output.stderr).join("\n");
     assert!(text.contains("peers.secret_file: is required"), "{text}");
 }

@@ -1,10 +1,8 @@
 //! gRPC as people use it: real grpcurl, against a real server.
 #![allow(clippy::unwrap_used, reason = "in tests, a panic is the report")]
 
-use std::process::Command;
-
 use serde_json::{Value, json};
-use streamer_tests::{Server, tool};
+use streamer_tests::{Process, Server, tool};
 
 struct Grpcurl<'a> {
     server: &'a Server,
@@ -13,7 +11,7 @@ struct Grpcurl<'a> {
 
 impl Grpcurl<'_> {
     fn run(&self, data: Option<&Value>, arguments: &[&str]) -> Result<String, String> {
-        let mut command = Command::new(tool("STREAMER_TESTS_GRPCURL"));
+        let mut command = Process::command(tool("STREAMER_TESTS_GRPCURL"));
         command.arg("-plaintext");
         if let Some(token) = &self.token {
             command.arg("-H").arg(format!("authorization: Bearer {token}"));
@@ -22,7 +20,7 @@ impl Grpcurl<'_> {
             command.arg("-d").arg(data.to_string());
         }
         command.arg(self.server.url.trim_start_matches("http://")).args(arguments);
-        let output = command.output().unwrap();
+        let output = Process::output(&mut command);
         let text = |bytes: &[u8]| String::from_utf8_lossy(bytes).into_owned();
         if output.status.success() { Ok(text(&output.stdout)) } else { Err(text(&output.stderr)) }
     }

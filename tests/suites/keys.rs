@@ -1,7 +1,7 @@
 //! Keys of the operator's own: PEM files, a shared secret, and a JWKS URL whose keys change.
 #![allow(clippy::unwrap_used, reason = "in tests, a panic is the report")]
 
-use std::{fs, path::PathBuf, process::Command};
+use std::{fs, path::PathBuf};
 
 use jsonwebtoken::{
     Algorithm, EncodingKey, Header, encode,
@@ -10,7 +10,7 @@ use jsonwebtoken::{
 use serde_json::{Value, json};
 use streamer_client::ClientError;
 use streamer_core::{Clock, SystemClock};
-use streamer_tests::{Client, Server, Site};
+use streamer_tests::{Client, Process, Server, Site};
 use tempfile::TempDir;
 
 /// Makes keys with OpenSSL, as an operator would.
@@ -54,7 +54,7 @@ impl KeyFolder {
 }
 
 fn openssl(arguments: &[&str]) {
-    let output = Command::new("openssl").args(arguments).output().unwrap();
+    let output = Process::output(Process::command("openssl").args(arguments));
     assert!(output.status.success(), "{}", String::from_utf8_lossy(&output.stderr));
 }
 

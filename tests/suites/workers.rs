@@ -12,7 +12,9 @@ use streamer_proto::{
     router::v1::{SubmitRequest, submit_response::Outcome},
 };
 use streamer_rpc::json_payload;
-use streamer_tests::{Client, Log, ScriptedWorker, Server, WorkerProcess, declare, hello, offered};
+use streamer_tests::{
+    Client, Log, ScriptedWorker, Server, Signal, WorkerProcess, declare, hello, offered,
+};
 use tokio::net::TcpStream;
 use tonic::Code;
 
@@ -71,12 +73,12 @@ async fn a_suspended_worker_loses_its_lease_and_what_it_says_later_is_refused() 
     while log.count("progress") < 3 {
         log.push(client.next().await);
     }
-    sleeper.signal("STOP");
+    sleeper.signal(Signal::STOP);
     let _other = WorkerProcess::start(&server, &token, "echo_async", &["--slots", "1"]);
     while log.count("started") < 2 {
         log.push(client.next().await);
     }
-    sleeper.signal("CONT");
+    sleeper.signal(Signal::CONT);
     sleeper.wait_for("an attempt was taken away");
     let log = client.follow(log).await;
     assert_eq!((log.count("retrying"), log.count("started")), (1, 2));

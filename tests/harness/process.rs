@@ -1,0 +1,238 @@
+//! Child processes that end with the test that starts them, however the test ends.
+//!
+//! Each child leads a process group of its own. Dropping its [`Process`] kills the group, so a panic
+//! does too. When the test process itself is killed, the kernel kills the child (`PR_SET_PDEATHSIG`,
+//! which `setpriv` of util-linux sets). The kernel does so when the *thread* that started the child
+//! ends; therefore one thread, which lives as long as the test process, starts all children.
+
+use std::{
+    env,
+    ffi::OsStr,
+    io::{self, Read},
+    os::unix::process::CommandExt,
+    process::{self, Child, ChildStderr, ChildStdout, Command, ExitStatus, Output, Stdio},
+    sync::{
+        OnceLock,
+        mpsc::{Sender, SyncSender, channel, sync_channel},
+    },
+    thread,
+    time::Duration,
+};
+
+use rustix::{
+    event::{PollFd, PollFlags, Timespec, poll},
+    io::retry_on_intr,
+    process::{
+        Pid, PidfdFlags, WaitId, WaitIdOptions, kill_process, kill_process_group, pidfd_open,
+        waitid,
+    },
+};
+
+pub use rustix::process::Signal;
+
+/// Where the instrumented binaries of a coverage build write their profiles.
+const PROFILE: &str = "LLVM_PROFILE_FILE";
+
+/// How long a process may take to end after SIGTERM before it is killed. A server drains for at most
+/// 10 s by default.
+const STOP_TIMEOUT: Duration = Duration::from_secs(15);
+
+/// A running child process and its process group.
+pub struct Process {
+    child: Child,
+    /// Set once the child has been reaped; its id may then belong to a different process.
+    status: Option<ExitStatus>,
+}
+
+impl Process {
+    /// Returns a command for [`Process::spawn`] and [`Process::output`].
+    #[must_use]
+    pub fn command(program: impl AsRef<OsStr>) -> Command {
+        let mut command = Command::new("setpriv");
+        command.args(["--pdeathsig", "KILL", "--"]).arg(program).process_group(0);
+        command
+    }
+
+    /// Starts a command that [`Process::command`] returned.
+    ///
+    /// # Panics
+    /// When `setpriv` cannot be started. When the program itself cannot be started, the child
+    /// reports the reason on its standard error and exits with 127.
+    #[must_use]
+    pub fn spawn(command: &mut Command) -> Self {
+        if let Some(file) = env::var_os(PROFILE) {
+            command.env(PROFILE, file);
+        }
+        let command = std::mem::replace(command, Command::new("true"));
+        let (reply, spawned) = sync_channel(1);
+        spawner().send(Spawn { command, reply }).expect("the spawner lives as long as the process");
+        let child = spawned.recv().expect("the spawner answers each command");
+        Self { child: child.expect("setpriv (util-linux) can be started"), status: None }
+    }
+
+    /// Runs a command that [`Process::command`] returned to its end, without input, and returns its
+    /// output.
+    ///
+    /// # Panics
+    /// When it cannot be started or its output cannot be read.
+    #[must_use]
+    pub fn output(command: &mut Command) -> Output {
+        command.stdin(Stdio::null()).stdout(Stdio::piped()).stderr(Stdio::piped());
+        let mut process = Self::spawn(command);
+        let (mut out, mut err) = (process.stdout(), process.stderr());
+        let (stdout, stderr) = thread::scope(|scope| {
+            let stderr = scope.spawn(|| read_all(&mut err));
+            (read_all(&mut out), stderr.join().expect("the output can be read"))
+        });
+        Output { status: process.wait(), stdout, stderr }
+    }
+
+    /// Returns its standard output, once.
+    ///
+    /// # Panics
+    /// When the standard output is not a pipe or was returned before.
+    #[must_use]
+    pub fn stdout(&mut self) -> ChildStdout {
+        self.child.stdout.take().expect("the standard output is a pipe")
+    }
+
+    /// Returns its standard error, once.
+    ///
+    /// # Panics
+    /// When the standard error is not a pipe or was returned before.
+    #[must_use]
+    pub fn stderr(&mut self) -> ChildStderr {
+        self.child.stderr.take().expect("the standard error is a pipe")
+    }
+
+    /// Sends a signal to the process, not to the rest of its group.
+    ///
+    /// # Panics
+    /// When the process has been waited for.
+    pub fn signal(&self, signal: Signal) {
+        assert!(self.status.is_none(), "the process has ended");
+        kill_process(self.pid(), signal).expect("a child that was not reaped takes signals");
+    }
+
+    /// Waits for the process to end, and kills what is left of its group.
+    ///
+    /// # Panics
+    /// When the process cannot be waited for.
+    pub fn wait(&mut self) -> ExitStatus {
+        // A process that reads its input to the end would never end otherwise.
+        drop(self.child.stdin.take());
+        if self.status.is_none() {
+            let options = WaitIdOptions::EXITED | WaitIdOptions::NOWAIT;
+            retry_on_intr(|| waitid(WaitId::Pid(self.pid()), options)).expect("it is our child");
+        }
+        self.reap()
+    }
+
+    /// Waits for the process to end, but not longer than `timeout`.
+    ///
+    /// # Panics
+    /// When the process cannot be waited for.
+    pub fn wait_timeout(&mut self, timeout: Duration) -> Option<ExitStatus> {
+        if self.status.is_none() {
+            let pidfd = pidfd_open(self.pid(), PidfdFlags::empty()).expect("it is our child");
+            let mut ended = [PollFd::new(&pidfd, PollFlags::IN)];
+            let timeout = Timespec::try_from(timeout).expect("a short time");
+            if retry_on_intr(|| poll(&mut ended, Some(&timeout))).expect("a pidfd can be polled")
+                == 0
+            {
+                return None;
+            }
+        }
+        Some(self.reap())
+    }
+
+    /// Sends SIGTERM and waits for the process to end; returns its exit code.
+    pub fn stop(&mut self) -> Option<i32> {
+        self.signal(Signal::TERM);
+        self.wait().code()
+    }
+
+    /// Kills the whole group with SIGKILL, and returns once the process has ended.
+    pub fn kill(&mut self) {
+        self.reap();
+    }
+
+    /// Ends processes that are not needed any more. They are killed; in a coverage build, where a killed
+    /// process writes no profile, they are stopped with SIGTERM and killed when they do not end.
+    pub(crate) fn end_all<'a>(processes: impl IntoIterator<Item = &'a mut Self>) {
+        let running = processes.into_iter().filter(|process| process.status.is_none());
+        let mut running: Vec<&mut Self> = running.collect();
+        if env::var_os(PROFILE).is_some() && !thread::panicking() {
+            for process in &running {
+                process.signal(Signal::TERM);
+            }
+            for process in &mut running {
+                process.wait_timeout(STOP_TIMEOUT);
+            }
+        }
+        for process in running {
+            process.kill();
+        }
+    }
+
+    /// Kills the group, and reaps the process.
+    fn reap(&mut self) -> ExitStatus {
+        *self.status.get_or_insert_with(|| {
+            // Before the process is reaped: until then the id belongs to it and to its group.
+            kill_process_group(Pid::from_child(&self.child), Signal::KILL)
+                .expect("a group of our own can be killed");
+            self.child.wait().expect("it is our child")
+        })
+    }
+
+    fn pid(&self) -> Pid {
+        Pid::from_child(&self.child)
+    }
+}
+
+impl Drop for Process {
+    fn drop(&mut self) {
+        self.reap();
+    }
+}
+
+/// Request to the spawner.
+struct Spawn {
+    command: Command,
+    reply: SyncSender<io::Result<Child>>,
+}
+
+fn spawner() -> &'static Sender<Spawn> {
+    static SPAWNER: OnceLock<Sender<Spawn>> = OnceLock::new();
+    SPAWNER.get_or_init(|| {
+        exit_when_hung();
+        let (commands, received) = channel::<Spawn>();
+        let spawner = thread::Builder::new().name("spawner".into());
+        let spawned = spawner.spawn(move || {
+            for Spawn { mut command, reply } in received {
+                reply.send(command.spawn()).expect("the caller waits for the reply");
+            }
+        });
+        spawned.expect("a thread can be started");
+        commands
+    })
+}
+
+/// Ends a test process that waits for an event that never happens, with an error.
+fn exit_when_hung() {
+    const TIMEOUT: Duration = Duration::from_secs(300);
+    // The crash suite takes longer with more kills.
+    let kills = env::var("STREAMER_TESTS_KILLS").ok().and_then(|text| text.parse().ok());
+    let timeout = TIMEOUT + Duration::from_secs(kills.unwrap_or(0));
+    thread::spawn(move || {
+        thread::sleep(timeout);
+        eprintln!("the tests of this suite have not ended after {} s", timeout.as_secs());
+        process::exit(101);
+    });
+}
+
+fn read_all(from: &mut impl Read) -> Vec<u8> {
+    let mut all = Vec::new();
+    from.read_to_end(&mut all).expect("the output can be read");
+    all
+}
