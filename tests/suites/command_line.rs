@@ -1,7 +1,11 @@
 //! The `streamer` binary as scripts use it: output, exit codes, a wrong flag, no server.
 #![allow(clippy::unwrap_used, reason = "in tests, a panic is the report")]
 
-use std::{fs, process::Output};
+use std::{
+    fs::{self, File},
+    io::{BufRead, BufReader},
+    process::{Output, Stdio},
+};
 
 use serde_json::Value;
 use streamer_tests::{Process, Server, binary, tool};
@@ -82,6 +86,26 @@ fn the_demo_profiles_a_file_and_writes_a_report() {
     let mut missing = Process::command(binary());
     let missing = Process::output(missing.args(["demo", "nope.csv"]).current_dir(folder.path()));
     assert_eq!(missing.status.code(), Some(1));
+}
+
+#[test]
+fn logs_have_no_color_codes_unless_they_go_to_a_terminal() {
+    let folder = TempDir::new().unwrap();
+    let log = folder.path().join("log");
+    let mut command = Process::command(binary());
+    command.args(["up", "--listen", "127.0.0.1:0", "--set", "log.filter=debug", "--data"]);
+    command.arg(folder.path()).env_clear().stdout(Stdio::piped());
+    let mut server = Process::spawn(command.stderr(File::create(&log).unwrap()));
+    let mut ready = String::new();
+    BufReader::new(server.stdout()).read_line(&mut ready).unwrap();
+    let url = ready.split_whitespace().find(|word| word.starts_with("http://")).unwrap();
+    let mut call = Process::command(binary());
+    call.args(["actions", "--server", url, "--data"]).arg(folder.path()).env_clear();
+    assert!(Process::output(&mut call).status.success());
+    assert_eq!(server.stop(), Some(0));
+    let log = fs::read_to_string(log).unwrap();
+    assert!(log.contains(" DEBUG "), "{log}");
+    assert!(!log.contains('\x1b'), "{log}");
 }
 
 #[test]

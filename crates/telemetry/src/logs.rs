@@ -1,6 +1,10 @@
 //! Logs on standard error.
 
-use std::str::FromStr;
+use std::{
+    env,
+    io::{IsTerminal, stderr},
+    str::FromStr,
+};
 
 use tracing_subscriber::{EnvFilter, fmt};
 
@@ -63,10 +67,16 @@ pub fn init_logs(filter: &str, format: LogFormat) -> Result<(), TelemetryError> 
         filter: filter.to_owned(),
         reason: error.to_string(),
     })?;
-    let builder = fmt().with_env_filter(parsed).with_writer(std::io::stderr);
+    let builder = fmt().with_env_filter(parsed).with_writer(stderr).with_ansi(uses_colors());
     let outcome = match format {
         LogFormat::Text => builder.try_init(),
         LogFormat::Json => builder.json().flatten_event(true).try_init(),
     };
     outcome.map_err(|error| TelemetryError::Twice(error.to_string()))
+}
+
+/// Returns whether log lines are colored: on a terminal, unless `NO_COLOR` is set
+/// (<https://no-color.org>).
+fn uses_colors() -> bool {
+    stderr().is_terminal() && env::var_os("NO_COLOR").is_none_or(|value| value.is_empty())
 }
