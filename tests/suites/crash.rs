@@ -47,8 +47,9 @@ async fn run(name: &str, mut server: Server, workers: usize, kills: usize) {
         load.more(random.below(60)).await;
         let victim = random.below(workers.len() * 2 + 1);
         if victim < workers.len() {
+            let replacement = worker(&server, &token);
             workers[victim].kill();
-            workers[victim] = worker(&server, &token);
+            workers[victim] = replacement;
         } else {
             server.kill_and_restart();
         }

@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import errno
 import os
-import re
 import signal
+import socket
 import subprocess
 from collections.abc import AsyncIterator, Awaitable, Callable
 from pathlib import Path
 from typing import TypeVar, final
+from urllib.parse import urlsplit
 
 from streamer import Client, Worker
 
@@ -32,40 +34,61 @@ def environment() -> dict[str, str]:
     return {name: text for name, text in os.environ.items() if not name.startswith("STREAMER_")}
 
 
+# Held on an address for as long as it is claimed, as in tests/harness/loopback.rs.
+CLAIM_PORT = 10_000
+# Of a server: below the ports that the system hands out to connections.
+SERVER_PORT = 10_001
+
+# Before a command: the kernel ends the process when the test process ends, however that ends.
+ENDS_WITH_TESTS = ("setpriv", "--pdeathsig", "KILL", "--")
+
+
+def claim_loopback_address() -> tuple[str, socket.socket]:
+    """Returns a loopback address that no other test uses until the socket is closed."""
+    for attempt in range(100):
+        number = (os.getpid() * 64 + attempt) % (254 << 16)
+        host = f"127.{(number >> 16) + 1}.{number >> 8 & 255}.{number & 255}"
+        try:
+            return host, socket.create_server((host, CLAIM_PORT))
+        except OSError as error:
+            if error.errno != errno.EADDRINUSE:
+                raise
+    raise AssertionError(f"port {CLAIM_PORT} is in use on every address")
+
+
 class Server:
-    """A server process with a data folder of its own; it keeps its port over restarts."""
+    """A server process with a data folder and a loopback address of its own."""
 
     def __init__(self, data: Path, **options: object) -> None:
         self._data = data
         self._options = options
         self._process: subprocess.Popen[str] | None = None
-        self.port = 0
+        host, self._claim = claim_loopback_address()
+        self._address = f"{host}:{SERVER_PORT}"
 
     @property
     def url(self) -> str:
-        return f"http://127.0.0.1:{self.port}"
+        return f"http://{self._address}"
 
     @property
     def websocket_url(self) -> str:
-        return f"ws://127.0.0.1:{self.port}/ws"
+        return f"ws://{self._address}/ws"
 
     def start(self) -> None:
         """Starts it, and waits until it is ready."""
         sets = [f"--set={name.replace('__', '.')}={value}" for name, value in self._options.items()]
-        address = f"127.0.0.1:{self.port}"
-        command = [binary(), "up", "--listen", address, "--data", str(self._data), *sets]
+        arguments = ["up", "--listen", self._address, "--data", str(self._data), *sets]
+        command = [*ENDS_WITH_TESTS, binary(), *arguments]
         with self._data.with_suffix(".log").open("a") as log:
             self._process = subprocess.Popen(
                 command, stdout=subprocess.PIPE, stderr=log, text=True, env=environment()
             )
         assert self._process.stdout is not None
         for line in self._process.stdout:
-            ready = re.match(r"Streamer is ready: http://127\.0\.0\.1:(\d+)", line)
-            if ready:
-                self.port = int(ready[1])
+            if line.startswith(f"Streamer is ready: {self.url} "):
                 return
-        told = self._data.with_suffix(".log").read_text()
-        raise AssertionError(f"the server ended before it was ready: {told}")
+        logged = self._data.with_suffix(".log").read_text()
+        raise AssertionError(f"the server ended before it was ready: {logged}")
 
     def kill(self) -> None:
         """Ends it at once."""
@@ -74,6 +97,11 @@ class Server:
     def stop(self) -> None:
         """Asks it to end, and waits until it has."""
         self._end(signal.SIGTERM)
+
+    def close(self) -> None:
+        """Stops it for good, and releases its address."""
+        self.stop()
+        self._claim.close()
 
     def _end(self, how: signal.Signals) -> None:
         if self._process is not None:
@@ -93,10 +121,11 @@ class Server:
 
 @final
 class Proxy:
-    """Passes TCP connections on to a port, until they are cut. What the server says can be held."""
+    """Forwards TCP connections to a server until they are cut. What it sends can be held back."""
 
-    def __init__(self, port: int) -> None:
-        self._target = port
+    def __init__(self, url: str) -> None:
+        target = urlsplit(url)
+        self._target = (target.hostname, target.port)
         self._listener: asyncio.Server | None = None
         self._closed = False
         self._passing: set[asyncio.Task[None]] = set()
@@ -151,7 +180,7 @@ class Proxy:
 
     async def _serve(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         try:
-            far_reader, far_writer = await asyncio.open_connection("127.0.0.1", self._target)
+            far_reader, far_writer = await asyncio.open_connection(*self._target)
         except OSError:
             writer.transport.abort()
             return

@@ -43,7 +43,7 @@ async def test_a_submission_may_wait_for_the_end(client: Client) -> None:
 
 
 async def test_a_watch_goes_on_where_it_was_cut(server: Server) -> None:
-    async with Proxy(server.port) as proxy, Client(proxy.url, server.token()) as client:
+    async with Proxy(server.url) as proxy, Client(proxy.url, server.token()) as client:
         task = {"steps": 30, "delay_ms": 5, "output_chunks": 30}
         submitted = await client.submit("echo_async", task)
         seqs = []
@@ -67,7 +67,7 @@ async def test_waiting_outlasts_a_cut(server: Server) -> None:
         return "done"
 
     async with (
-        Proxy(server.port) as proxy,
+        Proxy(server.url) as proxy,
         serving(worker, server),
         Client(proxy.url, server.token()) as client,
     ):
@@ -89,7 +89,7 @@ async def test_a_link_that_has_gone_silent_is_noticed(
     assert {f"grpc.{name}" for name in names} <= set(dict(_channel._OPTIONS))
     options = {**dict(_channel._OPTIONS), **{f"grpc.{name}": 300 for name in names}}
     monkeypatch.setattr(_channel, "_OPTIONS", list(options.items()))
-    async with Proxy(server.port) as proxy, Client(proxy.url, server.token()) as client:
+    async with Proxy(server.url) as proxy, Client(proxy.url, server.token()) as client:
         submitted = await client.submit("echo_async", {"steps": 1}, delay=1)
         waiting = asyncio.ensure_future(client.wait(submitted.uid))
         await asyncio.sleep(0.1)
@@ -169,7 +169,10 @@ async def test_every_broken_rule_is_told(client: Client) -> None:
 
 
 async def test_a_server_that_is_away_is_told() -> None:
-    async with Proxy(1) as nobody, Client(nobody.url, "token", retry_for=0.2) as client:
+    async with (
+        Proxy("http://127.0.0.1:1") as nobody,
+        Client(nobody.url, "token", retry_for=0.2) as client,
+    ):
         with pytest.raises(ServiceError) as raised:
             await soon(client.actions())
     assert raised.value.code is ErrorCode.UNAVAILABLE

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from harness import Server, soon, until
+from harness import ENDS_WITH_TESTS, Server, soon, until
 
 from streamer import Client, InvalidPayload, events
 from streamer.testing import run_handler
@@ -65,7 +65,7 @@ async def test_a_token_command_that_fails_brings_no_token() -> None:
 async def test_it_serves_until_it_is_told_to_stop(server: Server, client: Client) -> None:
     environment = {**os.environ, "STREAMER_TOKEN": server.token("worker:*")}
     process = await asyncio.create_subprocess_exec(
-        sys.executable, str(EXAMPLE), "--server", server.url, env=environment
+        *ENDS_WITH_TESTS, sys.executable, str(EXAMPLE), "--server", server.url, env=environment
     )
 
     async def is_offered() -> bool:

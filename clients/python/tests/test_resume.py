@@ -8,7 +8,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from harness import PATIENCE, Proxy, Server, serving, soon, until
+from harness import ENDS_WITH_TESTS, PATIENCE, Proxy, Server, serving, soon, until
 
 from streamer import Client, Context, Worker, events
 
@@ -25,7 +25,7 @@ async def test_a_broken_stream_is_resumed_without_duplicates(
 ) -> None:
     go_on = asyncio.Event()
     attempts: list[int] = []
-    async with Proxy(server.port) as proxy:
+    async with Proxy(server.url) as proxy:
         worker = Worker(proxy.url, server.token("worker:*"))
 
         @worker.action("broken")
@@ -64,7 +64,7 @@ async def test_a_broken_stream_is_resumed_without_duplicates(
 
 
 async def test_a_stream_may_break_again_and_again(server: Server, client: Client) -> None:
-    async with Proxy(server.port) as proxy:
+    async with Proxy(server.url) as proxy:
         worker = Worker(proxy.url, server.token("worker:*"))
 
         @worker.action("again")
@@ -91,7 +91,7 @@ async def test_a_stream_may_break_again_and_again(server: Server, client: Client
 async def test_a_result_that_nobody_acknowledged_is_sent_again(
     server: Server, client: Client
 ) -> None:
-    async with Proxy(server.port) as proxy:
+    async with Proxy(server.url) as proxy:
         worker = Worker(proxy.url, server.token("worker:*"))
         returned = asyncio.Event()
 
@@ -112,7 +112,7 @@ async def test_a_handler_waits_while_too_much_is_not_acknowledged(
     server: Server, client: Client
 ) -> None:
     made = 0
-    async with Proxy(server.port) as proxy:
+    async with Proxy(server.url) as proxy:
         worker = Worker(proxy.url, server.token("worker:*"))
 
         @worker.action("floods")
@@ -182,7 +182,7 @@ async def test_an_attempt_outlives_a_server_that_is_killed(new_server: NewServer
 async def test_a_stream_on_which_nothing_comes_back_is_given_up(new_server: NewServer) -> None:
     server = new_server(execution__lease_ms=900)
     began, go_on = asyncio.Event(), asyncio.Event()
-    async with Proxy(server.port) as proxy:
+    async with Proxy(server.url) as proxy:
         worker = Worker(proxy.url, server.token("worker:*"))
 
         @worker.action("in-silence")
@@ -217,7 +217,7 @@ async def test_a_fresh_token_is_sent_on_the_same_stream(server: Server, client: 
             twice_renewed.set()
         return server.token("worker:*", expires="2s")
 
-    async with Proxy(server.port) as proxy:
+    async with Proxy(server.url) as proxy:
         worker = Worker(proxy.url, token)
 
         @worker.action("outlasts")
@@ -235,7 +235,12 @@ async def test_a_worker_that_is_stopped_hands_its_attempts_back(
 ) -> None:
     token = server.token("worker:*")
     process = await asyncio.create_subprocess_exec(
-        sys.executable, str(SCRIPT), server.url, token, stdout=asyncio.subprocess.PIPE
+        *ENDS_WITH_TESTS,
+        sys.executable,
+        str(SCRIPT),
+        server.url,
+        token,
+        stdout=asyncio.subprocess.PIPE,
     )
     assert process.stdout is not None
     assert await soon(process.stdout.readline()) == b"connected\n"

@@ -94,7 +94,7 @@ async def test_sync_actions_and_refusals_are_answered(websocket: WebSocketClient
 
 async def test_many_requests_share_a_connection(server: Server) -> None:
     async with (
-        Proxy(server.port) as proxy,
+        Proxy(server.url) as proxy,
         WebSocketClient(proxy.websocket_url, server.token()) as client,
     ):
         tasks = [{"steps": 5, "output_chunks": 5, "result": number} for number in range(50)]
@@ -105,7 +105,7 @@ async def test_many_requests_share_a_connection(server: Server) -> None:
 
 async def test_events_go_on_where_the_connection_was_cut(server: Server) -> None:
     async with (
-        Proxy(server.port) as proxy,
+        Proxy(server.url) as proxy,
         WebSocketClient(proxy.websocket_url, server.token()) as client,
     ):
         output: list[int] = []
@@ -125,7 +125,7 @@ async def test_a_submission_that_was_not_acknowledged_is_sent_again(
     server: Server, client: Client
 ) -> None:
     async with (
-        Proxy(server.port) as proxy,
+        Proxy(server.url) as proxy,
         WebSocketClient(proxy.websocket_url, server.token()) as websocket,
     ):
         await websocket.request("echo", {})
@@ -244,7 +244,7 @@ async def test_a_fresh_token_keeps_the_connection(server: Server) -> None:
         return server.token(expires="30s")
 
     async with (
-        Proxy(server.port) as proxy,
+        Proxy(server.url) as proxy,
         WebSocketClient(proxy.websocket_url, token) as client,
     ):
         await client.request("echo", {})

@@ -10,7 +10,7 @@ import { fileURLToPath } from 'node:url';
 import { Client, OutputBuffer } from '../src/index.js';
 import { offered, wholeLog } from './support/kit.js';
 import { Proxy } from './support/proxy.js';
-import { Server } from './support/server.js';
+import { ENDS_WITH_TESTS, Server } from './support/server.js';
 import { Once, within } from './support/wait.js';
 import { quietWorker } from './support/worker.js';
 
@@ -60,7 +60,7 @@ async function gatedWorker(t, url, action, token = server.token('worker:*', 'wor
 
 /** @param {import('node:test').TestContext} t */
 async function startProxy(t) {
-  const proxy = await Proxy.start(server.port);
+  const proxy = await Proxy.start(server.url);
   t.after(() => proxy.stop());
   return proxy;
 }
@@ -198,7 +198,8 @@ test('a worker that is not permitted is told so', async () => {
 function workerProcess(t, lines) {
   const program = fileURLToPath(new URL('support/worker-process.js', import.meta.url));
   const args = [program, server.url, server.token('worker:*', 'worker')];
-  const child = spawn(process.execPath, args, { stdio: ['ignore', 'pipe', 'ignore'] });
+  const [first, ...rest] = [...ENDS_WITH_TESTS, process.execPath, ...args];
+  const child = spawn(first, rest, { stdio: ['ignore', 'pipe', 'ignore'] });
   t.after(() => child.kill('SIGKILL'));
   const seen = new Once('step 3');
   createInterface({ input: child.stdout }).on('line', (line) => {

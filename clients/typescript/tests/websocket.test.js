@@ -66,7 +66,7 @@ function open(t, url = kit.server.websocketUrl, options = {}) {
 
 /** @param {import('node:test').TestContext} t */
 async function openThroughProxy(t) {
-  const proxy = await Proxy.start(kit.server.port);
+  const proxy = await Proxy.start(kit.server.url);
   t.after(() => proxy.stop());
   return { proxy, socket: open(t, `ws://${proxy.address}/ws`) };
 }

@@ -1,4 +1,4 @@
-/** A TCP proxy that can cut its connections, or let nobody through for a while. */
+/** A TCP proxy that can cut its connections, or refuse new ones for a while. */
 
 import { once } from 'node:events';
 import { connect, createServer } from 'node:net';
@@ -12,20 +12,21 @@ export class Proxy {
   /** How many connections came. */
   connections = 0;
 
-  /** @param {number} port Of the server on this machine. */
-  constructor(port) {
+  /** @param {string} url Of the server. */
+  constructor(url) {
+    const { hostname, port } = new URL(url);
     this.#server = createServer((client) => {
       this.connections += 1;
       if (this.#blocked) return client.destroy();
-      const upstream = connect(port, '127.0.0.1');
+      const upstream = connect(Number(port), hostname);
       this.#join(client, upstream, () => true);
       this.#join(upstream, client, () => !this.#muted);
     });
   }
 
-  /** @param {number} port */
-  static async start(port) {
-    const proxy = new Proxy(port);
+  /** @param {string} url Of the server. */
+  static async start(url) {
+    const proxy = new Proxy(url);
     proxy.#server.listen(0, '127.0.0.1');
     await once(proxy.#server, 'listening');
     return proxy;

@@ -1,11 +1,12 @@
 /**
- * A real server for the tests: the binary that `STREAMER_TESTS_BINARY` names, on a free port and
- * a data folder of its own. It can be killed and started again on the same.
+ * A real server for the tests: the binary that `STREAMER_TESTS_BINARY` names, with a loopback
+ * address and a data folder of its own. It can be killed and started again on the same.
  */
 
 import { execFileSync, spawn } from 'node:child_process';
 import { once } from 'node:events';
 import { mkdtempSync, rmSync } from 'node:fs';
+import { createServer } from 'node:net';
 import { tmpdir } from 'node:os';
 import { join } from 'node:path';
 import { createInterface } from 'node:readline';
@@ -23,50 +24,81 @@ const env = Object.fromEntries(
 /** Short times, so that what is lost is found soon. */
 const SETTINGS = ['execution.lease_ms=1500', 'execution.poll_interval_ms=50', 'log.filter=warn'];
 
+/** Held on an address for as long as it is claimed, as in tests/harness/loopback.rs. */
+const CLAIM_PORT = 10_000;
+/** Of a server: below the ports that the system hands out to connections. */
+const SERVER_PORT = 10_001;
+
+/** Before a command: the kernel ends the process when the test process ends, however that ends. */
+export const ENDS_WITH_TESTS = ['setpriv', '--pdeathsig', 'KILL', '--'];
+
+let candidates = process.pid * 64;
+
+/** Claims a loopback address that no other test uses until the claim is closed. */
+async function claimLoopbackAddress() {
+  for (let attempt = 0; attempt < 100; attempt += 1) {
+    const number = candidates % (254 << 16);
+    candidates += 1;
+    const host = `127.${(number >> 16) + 1}.${(number >> 8) & 255}.${number & 255}`;
+    const claim = createServer().unref();
+    try {
+      claim.listen(CLAIM_PORT, host);
+      await once(claim, 'listening');
+      return { host, claim };
+    } catch (error) {
+      if (/** @type {NodeJS.ErrnoException} */ (error).code !== 'EADDRINUSE') throw error;
+    }
+  }
+  throw new Error(`port ${CLAIM_PORT} is in use on every address`);
+}
+
 export class Server {
   /** @type {import('node:child_process').ChildProcess | null} */
   #process = null;
-  #listen = '127.0.0.1:0';
-  url = '';
+  #claim;
+  #address;
 
-  /** @param {string[]} settings */
-  constructor(settings) {
+  /**
+   * @param {string[]} settings
+   * @param {{ host: string, claim: import('node:net').Server }} address
+   */
+  constructor(settings, { host, claim }) {
+    this.#claim = claim;
+    this.#address = `${host}:${SERVER_PORT}`;
     this.data = mkdtempSync(join(tmpdir(), 'streamer-js-'));
     this.settings = settings;
   }
 
   /** @param {string[]} settings More of them. */
   static async start(...settings) {
-    const server = new Server([...SETTINGS, ...settings]);
+    const server = new Server([...SETTINGS, ...settings], await claimLoopbackAddress());
     await server.start();
     return server;
   }
 
   async start() {
     const settings = this.settings.flatMap((setting) => ['--set', setting]);
-    const args = ['up', '--listen', this.#listen, '--data', this.data, ...settings];
-    const child = spawn(binary, args, { env, stdio: ['ignore', 'pipe', 'inherit'] });
+    const args = ['up', '--listen', this.#address, '--data', this.data, ...settings];
+    const [program, ...rest] = [...ENDS_WITH_TESTS, binary, ...args];
+    const child = spawn(program, rest, { env, stdio: ['ignore', 'pipe', 'inherit'] });
     this.#process = child;
     const lines = createInterface({ input: /** @type {any} */ (child.stdout) });
     const ready = new Promise((resolve, reject) => {
       lines.on('line', (line) => {
-        const found = /^Streamer is ready: (http:\/\/(\S+))/.exec(line);
-        if (found) resolve(found);
+        if (line.startsWith(`Streamer is ready: ${this.url} `)) resolve(undefined);
       });
       child.on('error', reject);
       child.on('exit', (code) => reject(new Error(`the server ended with ${code}`)));
     });
-    const [, url, address] = await within(ready, 'the server to be ready');
-    this.url = url;
-    this.#listen = address;
+    await within(ready, 'the server to be ready');
+  }
+
+  get url() {
+    return `http://${this.#address}`;
   }
 
   get websocketUrl() {
     return `${this.url.replace('http', 'ws')}/ws`;
-  }
-
-  get port() {
-    return Number(new URL(this.url).port);
   }
 
   /**
@@ -91,6 +123,7 @@ export class Server {
 
   async stop() {
     await this.kill();
+    this.#claim.close();
     rmSync(this.data, { recursive: true, force: true });
   }
 }
