@@ -22,7 +22,7 @@ impl Common {
         if let Some(token) = &self.token {
             return token.clone();
         }
-        if !self.is_local() {
+        if !is_on_this_machine(&self.server) {
             return String::new();
         }
         let token = NewToken {
@@ -35,16 +35,6 @@ impl Common {
         signed.unwrap_or_default()
     }
 
-    fn is_local(&self) -> bool {
-        // The whole host: a token must not go to `localhost.example.com`.
-        let uri = self.server.parse::<http::Uri>().ok();
-        let host = uri.as_ref().and_then(http::Uri::host);
-        host.is_some_and(|host| {
-            let address = host.trim_start_matches('[').trim_end_matches(']').parse::<IpAddr>();
-            host == "localhost" || address.is_ok_and(|address| address.is_loopback())
-        })
-    }
-
     pub(crate) fn api(&self) -> anyhow::Result<Api> {
         Ok(Api::new(&self.server, &self.find_token())?)
     }
@@ -55,9 +45,34 @@ impl Common {
     }
 }
 
+/// Returns whether the host of a URL is a loopback address.
+fn is_on_this_machine(url: &str) -> bool {
+    // The whole host: a token must not go to `localhost.example.com`.
+    let uri = url.parse::<http::Uri>().ok();
+    let host = uri.as_ref().and_then(http::Uri::host).unwrap_or_default();
+    let address = host.trim_start_matches('[').trim_end_matches(']').parse::<IpAddr>();
+    host == "localhost" || address.is_ok_and(|address| address.is_loopback())
+}
+
 /// Prints a line at once, so that a reader at the other end of a pipe sees it.
 pub(crate) fn print_line(line: impl std::fmt::Display) -> anyhow::Result<()> {
     let mut out = std::io::stdout().lock();
     writeln!(out, "{line}")?;
     Ok(out.flush()?)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn only_loopback_hosts_are_on_this_machine() {
+        for host in ["localhost", "127.0.0.1", "127.19.28.3", "[::1]"] {
+            assert!(is_on_this_machine(&format!("http://{host}:8080")), "{host}");
+        }
+        for host in ["localhost.example.com", "127.0.0.1.example.com", "10.0.0.1", "[::2]"] {
+            assert!(!is_on_this_machine(&format!("http://{host}:8080")), "{host}");
+        }
+        assert!(!is_on_this_machine("no URL"));
+    }
 }
