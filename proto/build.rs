@@ -31,6 +31,10 @@ fn main() -> Result<(), Box<dyn Error>> {
     }
     fs::write(out.join("public_descriptor.bin"), prost::Message::encode_to_vec(&public))?;
 
-    tonic_prost_build::configure().bytes(".").build_transport(false).compile_fds(compiled)?;
+    tonic_prost_build::configure()
+        .bytes(".")
+        .build_transport(false)
+        .codec_path("crate::codec::SmallBufferCodec")
+        .compile_fds(compiled)?;
     Ok(())
 }

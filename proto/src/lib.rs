@@ -1,6 +1,8 @@
 //! Streamer's schema as Rust types, clients and servers, generated from the `.proto` files beside
-//! this crate. Used by every other crate; holds no behaviour.
+//! this crate, and the codec that they use. Used by every other crate.
 #![allow(missing_docs, unreachable_pub)]
+
+pub mod codec;
 
 /// Shapes shared by all packages.
 pub mod common {
