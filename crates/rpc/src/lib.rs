@@ -3,6 +3,7 @@
 
 mod action;
 mod channel;
+mod completion;
 mod convert;
 mod members;
 mod payload;
@@ -12,6 +13,7 @@ pub use action::{action_from_proto, action_to_proto};
 pub use channel::{
     Channel, FORWARDED, NOT_TAKEN, REPEATED, REQUEST_UID, SERVICE_TOKEN, local, with_authorization,
 };
+pub use completion::run_to_completion;
 pub use convert::{
     apply_event, completed, error_from_proto, error_to_proto, is_terminal, request_to_proto,
     state_from_proto, state_to_proto,

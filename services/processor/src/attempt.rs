@@ -50,6 +50,8 @@ pub(crate) struct AttemptHandle {
     /// The attempt is another's now, or left to another.
     lost: AtomicBool,
     lost_signal: CancellationToken,
+    /// The last event is on its way to the log: only the log's answer decides how the attempt ended.
+    ending: AtomicBool,
     release_reason: Mutex<Option<&'static str>>,
     release_signal: CancellationToken,
 }
@@ -59,6 +61,16 @@ impl AttemptHandle {
     pub(crate) fn cancel(&self, reason: &str) {
         self.cancel_reason.lock().get_or_insert_with(|| reason.to_owned());
         self.cancellation.cancel();
+    }
+
+    /// The store does not show this attempt as the holder of its lease. That is a loss, unless the
+    /// attempt is appending its last event, which ends the lease: then the lease may be missing because
+    /// the append is committed and its answer is still on the way. An append that comes too late is
+    /// refused by the store.
+    pub(crate) fn note_lease_missing(&self) {
+        if !self.ending.load(Ordering::SeqCst) {
+            self.lose();
+        }
     }
 
     /// The lease is gone: whatever this attempt would still write is refused.
@@ -304,6 +316,7 @@ impl Attempt<'_> {
             if let Some(outcome) = outcome.take() {
                 // Nothing that is reported from here on counts.
                 self.reports.close();
+                self.handle.ending.store(true, Ordering::SeqCst);
                 self.add_reports(&mut batch);
                 last = Some(self.add_ending(&mut batch, outcome));
             }
@@ -459,3 +472,6 @@ fn panicked(error: &tokio::task::JoinError) -> RequestError {
     let error = RequestError::new(ErrorCode::ProcessingFailed, "the handler panicked");
     RequestError { retryable: true, ..error }
 }
+
+#[cfg(test)]
+mod tests;

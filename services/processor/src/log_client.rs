@@ -7,7 +7,7 @@ use streamer_proto::{
         AnnounceRequest, PublishRequest, event_log_service_client::EventLogServiceClient,
     },
 };
-use streamer_rpc::{Channel, with_route};
+use streamer_rpc::{Channel, run_to_completion, with_route};
 use tonic::Status;
 
 #[derive(Clone)]
@@ -31,11 +31,15 @@ impl LogClient {
         Ok(response.into_inner().cancel_reason)
     }
 
-    /// Delivers events that are durable. A hint: when it fails, watchers find them in the store.
+    /// Delivers events that are durable, also when the caller stops waiting. A hint: when it fails,
+    /// watchers find the events in the store.
     pub(crate) async fn announce(&self, uid: Uid, events: Vec<Event>) {
         let uid_bytes = uid.to_bytes().to_vec().into();
         let request = AnnounceRequest { uid: uid_bytes, events, created: None };
-        if let Err(status) = self.client.clone().announce(with_route(request, uid)).await {
+        let mut client = self.client.clone();
+        let announced =
+            run_to_completion(async move { client.announce(with_route(request, uid)).await });
+        if let Err(status) = announced.await {
             tracing::warn!(%uid, %status, "could not announce events");
         }
     }

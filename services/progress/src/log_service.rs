@@ -11,7 +11,7 @@ use streamer_proto::{
     },
     millis,
 };
-use streamer_rpc::{status, store_status};
+use streamer_rpc::{run_to_completion, status, store_status};
 use streamer_store::{Append, Appended, Store, Writer};
 use tokio::time::Instant;
 use tonic::{Code, Request, Response, Status};
@@ -19,6 +19,7 @@ use tonic::{Code, Request, Response, Status};
 use crate::{metrics::ProgressMetrics, topics::Topics};
 
 /// Serves processors and routers.
+#[derive(Clone)]
 pub struct LogService {
     topics: Arc<Topics>,
     store: Arc<dyn Store>,
@@ -37,21 +38,16 @@ impl LogService {
     }
 }
 
-#[tonic::async_trait]
-impl EventLogService for LogService {
-    async fn publish(
+impl LogService {
+    /// Appends to the log and delivers to watchers. Must run to its end: events that are stored but not
+    /// pushed are found only by comparing the topic with the store.
+    async fn append(
         &self,
-        request: Request<PublishRequest>,
-    ) -> Result<Response<PublishResponse>, Status> {
+        uid: Uid,
+        attempt: u32,
+        request: PublishRequest,
+    ) -> Result<PublishResponse, Status> {
         let began = Instant::now();
-        let request = request.into_inner();
-        let uid = parse_uid(&request.uid)?;
-        if !request.events.is_empty() || request.checkpoint.is_none() {
-            check_contiguous(&request.events)?;
-        }
-        let attempt = u32::try_from(request.attempt).ok().filter(|attempt| *attempt > 0);
-        let attempt =
-            attempt.ok_or_else(|| Status::invalid_argument("attempt must be positive"))?;
         let appended = self
             .store
             .append(Append {
@@ -69,7 +65,7 @@ impl EventLogService for LogService {
                 self.metrics.events.inc_by(request.events.len() as u64);
                 self.metrics.append_seconds.observe(began.elapsed().as_secs_f64());
                 self.topics.push(uid, &request.events);
-                Ok(Response::new(PublishResponse { cancel_reason }))
+                Ok(PublishResponse { cancel_reason })
             }
             Appended::Fenced { state, attempt: current, last_seq } => {
                 self.metrics.fenced.inc();
@@ -83,9 +79,30 @@ impl EventLogService for LogService {
             }
             Appended::NotFound => {
                 self.metrics.fenced.inc();
-                Err(Status::new(Code::Aborted, "the request is not there any more"))
+                Err(Status::new(Code::Aborted, "request not found (deleted)"))
             }
         }
+    }
+}
+
+#[tonic::async_trait]
+impl EventLogService for LogService {
+    async fn publish(
+        &self,
+        request: Request<PublishRequest>,
+    ) -> Result<Response<PublishResponse>, Status> {
+        let request = request.into_inner();
+        let uid = parse_uid(&request.uid)?;
+        if !request.events.is_empty() || request.checkpoint.is_none() {
+            check_contiguous(&request.events)?;
+        }
+        let attempt = u32::try_from(request.attempt).ok().filter(|attempt| *attempt > 0);
+        let attempt =
+            attempt.ok_or_else(|| Status::invalid_argument("attempt must be positive"))?;
+        let service = self.clone();
+        let response =
+            run_to_completion(async move { service.append(uid, attempt, request).await });
+        Ok(Response::new(response.await?))
     }
 
     async fn announce(
@@ -119,3 +136,6 @@ fn check_contiguous(events: &[Event]) -> Result<(), Status> {
 fn invalid(rule: &str) -> Status {
     status(&RequestError::new(ErrorCode::ValidationError, rule))
 }
+
+#[cfg(test)]
+mod tests;

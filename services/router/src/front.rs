@@ -16,8 +16,8 @@ use streamer_proto::{
     },
 };
 use streamer_rpc::{
-    completed, encode_payload, not_found, request_to_proto, state_to_proto, status, store_status,
-    validation_status,
+    completed, encode_payload, not_found, request_to_proto, run_to_completion, state_to_proto,
+    status, store_status, validation_status,
 };
 use streamer_store::{
     CancelOutcome, CreateOutcome, DeleteOutcome, ListRequests, NewRequest, Owner, RequestPage,
@@ -71,7 +71,7 @@ pub(crate) enum Access {
 impl Front {
     /// Admits a submission and runs it now, or stores it.
     pub(crate) async fn submit(
-        &self,
+        self: &Arc<Self>,
         caller: &Caller,
         request: SubmitRequest,
         trace_parent: Option<String>,
@@ -88,7 +88,7 @@ impl Front {
     }
 
     async fn admit(
-        &self,
+        self: &Arc<Self>,
         caller: &Caller,
         request: SubmitRequest,
         trace_parent: Option<String>,
@@ -146,7 +146,7 @@ impl Front {
     }
 
     async fn store_and_wake(
-        &self,
+        self: &Arc<Self>,
         caller: &Caller,
         submission: Submission,
         now: Timestamp,
@@ -222,7 +222,7 @@ impl Front {
 
     /// Stores a request and tells of it.
     pub(crate) async fn create(
-        &self,
+        self: &Arc<Self>,
         owner: Owner,
         submission: Submission,
         now: Timestamp,
@@ -255,6 +255,18 @@ impl Front {
             redrive_of,
             trace_parent,
         };
+        // A request that is stored must be announced, also when its client has gone away.
+        let front = self.clone();
+        run_to_completion(async move { front.store_new(new, owner, known).await }).await
+    }
+
+    async fn store_new(
+        &self,
+        new: NewRequest,
+        owner: Owner,
+        known: Option<Arc<Known>>,
+    ) -> Result<Created, Status> {
+        let (uid, is_delayed) = (new.uid, new.not_before > new.create_time);
         match self.store.create_request(new).await.map_err(|error| store_status(&error))? {
             CreateOutcome::Created(record, _) | CreateOutcome::Existing(record)
                 if record.owner != owner =>
@@ -270,7 +282,7 @@ impl Front {
                 self.metrics.submitted_async.inc();
                 // In this order: the log exists before anybody writes to it.
                 self.peers.announce(record.uid, *accepted, Some(request_to_proto(&record))).await;
-                let not_before = (!delay.is_zero()).then_some(record.not_before);
+                let not_before = is_delayed.then_some(record.not_before);
                 let offered_by = known.as_ref().map_or(&[][..], |known| &known.offered_by);
                 let outlook = self.peers.wake(&record, not_before, offered_by).await;
                 Ok(Created { record: *record, duplicate: false, outlook })
@@ -380,7 +392,7 @@ impl Front {
 
     /// Asks that a request end.
     pub(crate) async fn cancel(
-        &self,
+        self: &Arc<Self>,
         caller: &Caller,
         name: &str,
         reason: String,
@@ -389,27 +401,48 @@ impl Front {
         violations
             .check("reason", validate::at_most(reason.len(), limits::MAX_REASON_BYTES, "reason"));
         refuse(&violations)?;
-        let record = self.find(caller, name, Access::Write).await?;
-        let cancelled = self.store.cancel(record.uid, reason, self.clock.now()).await;
+        let uid = self.find(caller, name, Access::Write).await?.uid;
+        // A cancellation that is stored must reach watchers and processors, also when the client has
+        // gone away.
+        let front = self.clone();
+        let cancelled = run_to_completion(async move { front.store_cancel(uid, reason).await });
+        cancelled.await?.ok_or_else(|| not_found(name))
+    }
+
+    /// The request as it is then; `None` when it does not exist.
+    async fn store_cancel(
+        &self,
+        uid: Uid,
+        reason: String,
+    ) -> Result<Option<RequestRecord>, Status> {
+        let cancelled = self.store.cancel(uid, reason, self.clock.now()).await;
         match cancelled.map_err(|error| store_status(&error))? {
             CancelOutcome::Cancelled(record, event) => {
-                self.peers.announce(record.uid, *event, None).await;
-                Ok(*record)
+                self.peers.announce(uid, *event, None).await;
+                Ok(Some(*record))
             }
             CancelOutcome::Requested(record) => {
                 let reason = record.cancel_reason.clone().unwrap_or_default();
-                self.peers.signal_cancel(record.uid, &reason).await;
-                Ok(*record)
+                self.peers.signal_cancel(uid, &reason).await;
+                Ok(Some(*record))
             }
-            CancelOutcome::Ended(record) => Ok(*record),
-            CancelOutcome::NotFound => Err(not_found(name)),
+            CancelOutcome::Ended(record) => Ok(Some(*record)),
+            CancelOutcome::NotFound => Ok(None),
         }
     }
 
     /// Forgets an ended request.
-    pub(crate) async fn delete(&self, caller: &Caller, name: &str) -> Result<(), Status> {
+    pub(crate) async fn delete(
+        self: &Arc<Self>,
+        caller: &Caller,
+        name: &str,
+    ) -> Result<(), Status> {
         let record = self.find(caller, name, Access::Write).await?;
-        match self.store.delete_request(record.uid).await.map_err(|error| store_status(&error))? {
+        let (store, uid) = (self.store.clone(), record.uid);
+        let deleted = run_to_completion(async move {
+            store.delete_request(uid).await.map_err(|error| store_status(&error))
+        });
+        match deleted.await? {
             DeleteOutcome::Deleted => Ok(()),
             DeleteOutcome::NotEnded => Err(failed_precondition(format!(
                 "only an ended request is deleted, this one is {}; cancel it first",
@@ -456,3 +489,6 @@ pub(crate) fn failed_precondition(message: String) -> Status {
 pub(crate) fn refuse(violations: &Violations) -> Result<(), Status> {
     if violations.is_empty() { Ok(()) } else { Err(validation_status(violations)) }
 }
+
+#[cfg(test)]
+mod tests;

@@ -1,5 +1,7 @@
 //! Running ended requests again, each as a new one: a log that has ended stays as it is.
 
+use std::sync::Arc;
+
 use streamer_auth::{Caller, permissions};
 use streamer_core::{ErrorCode, RequestError, RequestState, Timestamp, Uid, Violations, validate};
 use streamer_proto::{
@@ -23,7 +25,7 @@ use crate::{
 impl Front {
     /// Runs an ended request again.
     pub(crate) async fn redrive(
-        &self,
+        self: &Arc<Self>,
         caller: &Caller,
         name: &str,
         id: String,
@@ -51,7 +53,7 @@ impl Front {
 
     /// Runs a page of ended requests again.
     pub(crate) async fn redrive_many(
-        &self,
+        self: &Arc<Self>,
         caller: &Caller,
         request: RedriveManyRequest,
     ) -> Result<RedriveManyResponse, Status> {
@@ -84,7 +86,7 @@ impl Front {
 
     /// The new request; `None` when this has been done before.
     async fn repeat_once(
-        &self,
+        self: &Arc<Self>,
         caller: &Caller,
         old: &RequestRecord,
     ) -> Result<Option<Request>, Status> {
@@ -93,7 +95,7 @@ impl Front {
     }
 
     async fn repeat(
-        &self,
+        self: &Arc<Self>,
         caller: &Caller,
         old: &RequestRecord,
         client_id: Option<String>,

@@ -141,9 +141,8 @@ impl Dispatcher {
         if let Some(reason) = &renewed.cancel_reason {
             running.handle.cancel(reason);
         }
-        // An attempt that has just ended has no lease either, and takes no notice of this.
         if !renewed.held {
-            running.handle.lose();
+            running.handle.note_lease_missing();
         }
     }
 }

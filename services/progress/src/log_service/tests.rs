@@ -1,0 +1,66 @@
+//! Appends whose caller goes away.
+
+use futures_util::poll;
+use streamer_core::SystemClock;
+use streamer_proto::common::v1::{Succeeded, event::Kind};
+use streamer_store::{Claim, ClaimOutcome, Engine, NewRequest, Owner, StoredPayload, open};
+use streamer_telemetry::Metrics;
+use tempfile::TempDir;
+
+use super::*;
+use crate::topics::Read;
+
+async fn running_request(store: &dyn Store, uid: Uid, now: Timestamp) {
+    let new = NewRequest {
+        uid,
+        client_id: None,
+        owner: Owner { tenant: "acme".into(), user: "ann".into() },
+        fingerprint: [0; 32],
+        action: "a".into(),
+        payload: StoredPayload { content_type: String::new(), data: "1".into() },
+        metadata: None,
+        priority: 0,
+        create_time: now,
+        not_before: now,
+        deadline: None,
+        close_by: None,
+        redrive_of: None,
+        trace_parent: None,
+    };
+    store.create_request(new).await.unwrap();
+    let claim = Claim { uid, holder: "p".into(), worker: None, now, lease_until: now.plus(LEASE) };
+    assert!(matches!(store.claim(claim).await.unwrap(), ClaimOutcome::Claimed(_)));
+}
+
+const LEASE: std::time::Duration = std::time::Duration::from_secs(60);
+
+#[tokio::test]
+async fn an_append_whose_caller_goes_away_still_reaches_watchers() {
+    let data = TempDir::new().unwrap();
+    let store = open(&Engine::Embedded { data: data.path().to_owned() }).unwrap();
+    let metrics = ProgressMetrics::new(&Metrics::new());
+    let topics = Arc::new(Topics::new(store.clone(), metrics.clone(), None));
+    let clock = Arc::new(SystemClock);
+    let (uid, now) = (Uid::new(clock.now()), clock.now());
+    running_request(&*store, uid, now).await;
+    let mut watching = topics.load(uid).await.unwrap().unwrap();
+    watching.news.borrow_and_update();
+
+    let service = LogService::new(topics, store, clock, metrics);
+    let last =
+        Event { seq: 3, attempt: 1, time: None, kind: Some(Kind::Succeeded(Succeeded::default())) };
+    let batch = PublishRequest {
+        uid: uid.to_bytes().to_vec().into(),
+        attempt: 1,
+        events: vec![last],
+        ..PublishRequest::default()
+    };
+    {
+        // The append is with the store's writer when the call is dropped.
+        let mut call = Box::pin(service.publish(Request::new(batch)));
+        assert!(poll!(&mut call).is_pending());
+        tokio::task::yield_now().await;
+    }
+    watching.news.changed().await.unwrap();
+    assert!(matches!(watching.topic.read(2, 10, 1000), Read::Events(events) if events.len() == 1));
+}

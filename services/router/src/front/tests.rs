@@ -1,0 +1,130 @@
+//! Changes whose caller goes away.
+
+use futures_util::poll;
+use streamer_auth::Principal;
+use streamer_core::{RequestState, SystemClock};
+use streamer_proto::internal::v1::{
+    AnnounceRequest, AnnounceResponse, PublishRequest, PublishResponse,
+    event_log_service_server::{EventLogService, EventLogServiceServer},
+};
+use streamer_rpc::{Members, local};
+use streamer_store::{Engine, open};
+use streamer_telemetry::Metrics;
+use tempfile::TempDir;
+use tokio::sync::mpsc;
+use tonic::{Request, Response};
+
+use super::*;
+
+/// Hands announcements to the test.
+struct Announcements(mpsc::UnboundedSender<AnnounceRequest>);
+
+#[tonic::async_trait]
+impl EventLogService for Announcements {
+    async fn publish(
+        &self,
+        _: Request<PublishRequest>,
+    ) -> Result<Response<PublishResponse>, Status> {
+        Err(Status::unimplemented("a router publishes nothing"))
+    }
+
+    async fn announce(
+        &self,
+        request: Request<AnnounceRequest>,
+    ) -> Result<Response<AnnounceResponse>, Status> {
+        self.0.send(request.into_inner()).unwrap();
+        Ok(Response::new(AnnounceResponse {}))
+    }
+}
+
+struct Scene {
+    front: Arc<Front>,
+    announced: mpsc::UnboundedReceiver<AnnounceRequest>,
+    caller: Caller,
+    _data: TempDir,
+}
+
+fn scene() -> Scene {
+    let data = TempDir::new().unwrap();
+    let store = open(&Engine::Embedded { data: data.path().to_owned() }).unwrap();
+    let (sender, announced) = mpsc::unbounded_channel();
+    let log = local(EventLogServiceServer::new(Announcements(sender)));
+    let limits = Limits {
+        max_payload_bytes: 1024,
+        max_output_chunk_bytes: 1024,
+        payload_rule: limits::PAYLOAD_OPTION,
+    };
+    let processors = Members::one("processor", log.clone());
+    let front = Arc::new(Front {
+        store,
+        clock: Arc::new(SystemClock),
+        peers: Arc::new(Peers::new(processors, log.clone(), log, limits, false)),
+        catalog: Arc::default(),
+        metrics: RouterMetrics::new(&Metrics::new()),
+        limits,
+    });
+    let principal = Principal {
+        tenant: "acme".into(),
+        user: "ann".into(),
+        permissions: Vec::new(),
+        expires_at: Timestamp::default(),
+    };
+    let authorization = http::HeaderValue::from_static("Bearer t");
+    let caller = Caller { principal: Arc::new(principal), authorization };
+    Scene { front, announced, caller, _data: data }
+}
+
+fn submission() -> Submission {
+    Submission {
+        client_id: Some("one".into()),
+        action: "a".into(),
+        payload: StoredPayload { content_type: String::new(), data: "1".into() },
+        metadata: None,
+        wait_ms: 0,
+        priority: 0,
+        delay_ms: 0,
+        deadline: None,
+        uid: None,
+    }
+}
+
+impl Scene {
+    fn now(&self) -> Timestamp {
+        self.front.clock.now()
+    }
+}
+
+#[tokio::test]
+async fn a_submission_whose_caller_goes_away_is_announced_once_it_is_stored() {
+    let mut scene = scene();
+    {
+        let (owner, now) = (owner(&scene.caller), scene.now());
+        let mut call = Box::pin(scene.front.create(owner, submission(), now, None, None));
+        assert!(poll!(&mut call).is_pending());
+        tokio::task::yield_now().await;
+    }
+    let announced = scene.announced.recv().await.unwrap();
+    assert_eq!(announced.events[0].seq, 1);
+    assert_eq!(announced.created.unwrap().request_id, "one");
+}
+
+#[tokio::test]
+async fn a_cancellation_whose_caller_goes_away_is_announced_once_it_is_stored() {
+    let mut scene = scene();
+    let (owner, now) = (owner(&scene.caller), scene.now());
+    scene.front.create(owner, submission(), now, None, None).await.unwrap();
+    scene.announced.recv().await.unwrap();
+    {
+        let mut call = Box::pin(scene.front.cancel(&scene.caller, "one", "enough".into()));
+        // Until the request has been found and its cancellation is with the store.
+        let mut is_cancelled = false;
+        while !is_cancelled {
+            assert!(poll!(&mut call).is_pending());
+            tokio::task::yield_now().await;
+            let found = scene.front.find(&scene.caller, "one", Access::Read).await.unwrap();
+            is_cancelled = found.state == RequestState::Cancelled;
+        }
+    }
+    let announced = scene.announced.recv().await.unwrap();
+    assert!(matches!(announced.events[0].kind, Some(Kind::Cancelled(_))));
+}
