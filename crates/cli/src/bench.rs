@@ -107,6 +107,12 @@ pub enum Bench {
         /// Milliseconds between two events of a request; 0 for as fast as they can be stored.
         #[arg(long, default_value_t = 1)]
         delay_ms: u32,
+        /// Chunks of output of each request, spread evenly among its events.
+        #[arg(long, default_value_t = 0)]
+        output_chunks: u32,
+        /// Characters of each chunk.
+        #[arg(long, default_value_t = 64)]
+        chunk_bytes: u32,
         #[command(flatten)]
         #[allow(missing_docs)]
         common: BenchCommon,
@@ -214,6 +220,14 @@ impl Subject {
         Ok(Self { url: own.url.clone(), token: own.token("bench")?, own: Some(own) })
     }
 
+    /// Adds what the server itself counts as faults, if it is ours.
+    async fn check(&self, mut report: Report) -> anyhow::Result<Report> {
+        if let Some(own) = &self.own {
+            report.check_delivery(own).await?;
+        }
+        Ok(report)
+    }
+
     /// Processor time of the server so far, if it is ours.
     pub(crate) fn processor_ms(&self) -> u64 {
         let own = self.own.as_ref().map(ServerProcess::processor_ms);
@@ -225,7 +239,10 @@ pub(crate) async fn run(arguments: BenchArguments) -> anyhow::Result<Exit> {
     let (report, json) = match arguments.what {
         Bench::Sync { connections, rate, duration, common } => {
             let subject = Subject::open(&common)?;
-            (sync::run(&subject, connections, rate, duration).await?, common.json)
+            (
+                subject.check(sync::run(&subject, connections, rate, duration).await?).await?,
+                common.json,
+            )
         }
         Bench::Lifecycle {
             in_flight,
@@ -242,35 +259,45 @@ pub(crate) async fn run(arguments: BenchArguments) -> anyhow::Result<Exit> {
             let _workers =
                 worker_process::start(&subject, workers, slots, worker_command.as_deref()).await?;
             let load = lifecycle::Load { in_flight, connections, steps, rate, duration };
-            (lifecycle::run(&subject, load).await?, common.json)
+            (subject.check(lifecycle::run(&subject, load).await?).await?, common.json)
         }
-        Bench::Fanout { requests, watchers, events, delay_ms, common } => {
+        Bench::Fanout {
+            requests,
+            watchers,
+            events,
+            delay_ms,
+            output_chunks,
+            chunk_bytes,
+            common,
+        } => {
             let subject = Subject::open(&common)?;
-            let load = fanout::Load { requests, watchers, events, delay_ms };
-            (fanout::run(&subject, load).await?, common.json)
+            let load =
+                fanout::Load { requests, watchers, events, delay_ms, output_chunks, chunk_bytes };
+            (subject.check(fanout::run(&subject, load).await?).await?, common.json)
         }
         Bench::Cancel { count, workers, worker_command, common } => {
             let subject = Subject::open_with(&common, &[local_actions(workers)])?;
             let _workers =
                 worker_process::start(&subject, workers, 8, worker_command.as_deref()).await?;
-            (cancel::run(&subject, count).await?, common.json)
+            (subject.check(cancel::run(&subject, count).await?).await?, common.json)
         }
         Bench::Fairness { tenants, flood, rate, duration, common } => {
             let few = "execution.max_concurrent_attempts=64".to_owned();
             let subject = Subject::open_with(&common, &[few])?;
             let load = fairness::Load { tenants, flood, rate, duration };
-            (fairness::run(&subject, load).await?, common.json)
+            (subject.check(fairness::run(&subject, load).await?).await?, common.json)
         }
         Bench::Store { finished, queued, common } => {
             (store::run(finished, queued, &common.set).await?, common.json)
         }
         Bench::Idle { connections, common } => {
             let subject = Subject::open(&common)?;
-            (idle::run(&subject, connections).await?, common.json)
+            (subject.check(idle::run(&subject, connections).await?).await?, common.json)
         }
     };
+    let exit = if report.faults() == 0 { Exit::Done } else { Exit::Failed };
     report.print(json);
-    Ok(if report.faults() == 0 { Exit::Done } else { Exit::Failed })
+    Ok(exit)
 }
 
 /// What the server leaves to so many workers.

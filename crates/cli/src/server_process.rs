@@ -10,6 +10,10 @@ use anyhow::{Context, bail};
 use streamer_auth::{DevKey, NewToken};
 use streamer_core::{Clock, SystemClock};
 use tempfile::TempDir;
+use tokio::{
+    io::{AsyncReadExt, AsyncWriteExt},
+    net::TcpStream,
+};
 
 /// What `streamer up` prints before its address.
 pub const READY: &str = "Streamer is ready: ";
@@ -73,12 +77,34 @@ impl ServerProcess {
 
     /// Resident memory, in bytes.
     pub(crate) fn resident_bytes(&self) -> anyhow::Result<u64> {
+        self.status_bytes("VmRSS:")
+    }
+
+    /// Most resident memory so far, in bytes.
+    pub(crate) fn peak_resident_bytes(&self) -> anyhow::Result<u64> {
+        self.status_bytes("VmHWM:")
+    }
+
+    fn status_bytes(&self, field: &str) -> anyhow::Result<u64> {
         let status = fs::read_to_string(format!("/proc/{}/status", self.child.id()))
             .context("reading the server's memory")?;
-        let line = status.lines().find_map(|line| line.strip_prefix("VmRSS:"));
+        let line = status.lines().find_map(|line| line.strip_prefix(field));
         let kilobytes = line.and_then(|rest| rest.split_whitespace().next());
-        let kilobytes: u64 = kilobytes.context("finding VmRSS")?.parse()?;
+        let kilobytes: u64 = kilobytes.with_context(|| format!("finding {field}"))?.parse()?;
         Ok(kilobytes * 1024)
+    }
+
+    /// The value of a counter, by the name that /metrics gives it.
+    pub(crate) async fn counter(&self, name: &str) -> anyhow::Result<u64> {
+        let address = self.url.trim_start_matches("http://");
+        let mut stream = TcpStream::connect(address).await?;
+        let request =
+            format!("GET /metrics HTTP/1.1\r\nHost: {address}\r\nConnection: close\r\n\r\n");
+        stream.write_all(request.as_bytes()).await?;
+        let mut text = String::new();
+        stream.read_to_string(&mut text).await?;
+        let value = text.lines().find_map(|line| line.strip_prefix(name)?.strip_prefix(' '));
+        Ok(value.with_context(|| format!("finding {name}"))?.parse()?)
     }
 
     /// Processor time used so far, in milliseconds.

@@ -29,7 +29,6 @@ pub(super) async fn run(subject: &Subject, count: usize) -> anyhow::Result<Repor
     let mut report = Report::new("cancel");
     report.figure("requests", count, "");
     report.latencies(&latencies);
-    report.fault_count(0);
     Ok(report)
 }
 

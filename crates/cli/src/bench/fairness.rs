@@ -61,8 +61,10 @@ pub(super) async fn run(subject: &Subject, load: Load) -> anyhow::Result<Report>
     report.figure("p99 wait beside", beside.value_at_quantile(0.99), "µs");
     #[expect(clippy::cast_precision_loss, reason = "far below 2^52")]
     let ratio = after as f64 / before.max(1) as f64;
+    for waits in [&alone, &during, &beside] {
+        report.check_latencies(waits);
+    }
     report.figure("ratio of medians", (ratio * 100.0).round() / 100.0, "");
-    report.fault_count(0);
     Ok(report)
 }
 

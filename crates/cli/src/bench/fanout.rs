@@ -4,9 +4,10 @@ use std::time::Duration;
 
 use anyhow::bail;
 use streamer_client::{ClientError, Session};
-use tokio::time::{Instant, timeout};
+use tokio::time::{Instant, sleep, timeout};
 
-use super::{Report, Subject, seq_of};
+use super::{Report, Subject, report::MAX_LATENCY, seq_of};
+use crate::server_process::ServerProcess;
 
 /// Requests begin so long after they are submitted, and longer by as much for each watcher: all
 /// have subscribed by then.
@@ -20,7 +21,26 @@ pub(super) struct Load {
     pub(super) watchers: usize,
     pub(super) events: u32,
     pub(super) delay_ms: u32,
+    pub(super) output_chunks: u32,
+    pub(super) chunk_bytes: u32,
 }
+
+impl Load {
+    /// Progress and output, `started` and the terminal event.
+    fn events_of_each(self) -> u64 {
+        u64::from(self.events) + u64::from(self.output_chunks) + 2
+    }
+}
+
+/// Resident memory of a server of our own, in bytes.
+struct Memory {
+    before: u64,
+    peak: u64,
+    after: u64,
+}
+
+/// After the end, for as long as it takes the server to drop what was watched.
+const SETTLE: Duration = Duration::from_secs(12);
 
 pub(super) async fn run(subject: &Subject, load: Load) -> anyhow::Result<Report> {
     let total = load.requests * load.watchers;
@@ -32,29 +52,45 @@ pub(super) async fn run(subject: &Subject, load: Load) -> anyhow::Result<Report>
     }
     let head_start =
         HEAD_START + HEAD_START_EACH * u32::try_from(total + load.requests * 4).unwrap_or(u32::MAX);
+    let resident = subject.own.as_ref().map(ServerProcess::resident_bytes).transpose()?;
     submit_all(subject, load, head_start).await?;
     let before = subject.processor_ms();
     let mut tasks = Vec::with_capacity(total);
     for (position, session) in sessions.into_iter().enumerate() {
         let request = position % load.requests;
-        tasks.push(tokio::spawn(watch(session, format!("fanout-{request}"))));
+        let pause = Duration::from_millis(u64::from(load.delay_ms));
+        tasks.push(tokio::spawn(watch(session, format!("fanout-{request}"), pause)));
     }
     let mut seen = Seen::default();
     for task in tasks {
         seen.add(&task.await??);
     }
     let spent = subject.processor_ms().saturating_sub(before);
+    let memory = match (&subject.own, resident) {
+        (Some(own), Some(before)) => {
+            let peak = own.peak_resident_bytes()?;
+            sleep(SETTLE).await;
+            Some(Memory { before, peak, after: own.resident_bytes()? })
+        }
+        _ => None,
+    };
     let (Some(first), Some(last)) = (seen.first, seen.last) else { bail!("nothing was delivered") };
     let mut report = Report::new("fanout");
     report.figure("requests", load.requests, "");
     report.figure("watchers each", load.watchers, "");
-    let expected = (u64::from(load.events) + 2) * total as u64;
+    let expected = load.events_of_each() * total as u64;
     report.figure("deliveries", seen.events, "");
     report.rate("deliveries", seen.events, last - first);
-    let events = (u64::from(load.events) + 2) * load.requests as u64;
-    report.rate("durable events", events, last - first);
+    report.rate("durable events", load.events_of_each() * load.requests as u64, last - first);
     report.processor(spent, seen.events);
-    report.fault_count(seen.faults + expected.abs_diff(seen.events));
+    let silence = u64::try_from(seen.silence.as_micros()).unwrap_or(u64::MAX);
+    report.figure("longest silence", silence, "µs");
+    report.add_faults(seen.faults + expected.abs_diff(seen.events));
+    if let Some(memory) = memory {
+        report.figure("resident before", memory.before / 1024, "KiB");
+        report.figure("resident at the peak", memory.peak / 1024, "KiB");
+        report.figure("resident after", memory.after / 1024, "KiB");
+    }
     Ok(report)
 }
 
@@ -64,10 +100,12 @@ async fn submit_all(subject: &Subject, load: Load, head_start: Duration) -> anyh
     for request in 0..load.requests {
         session
             .feed(format!(
-                r#"{{"id":"fanout-{request}","action":"echo_async","delay_ms":{},"payload":{{"steps":{},"delay_ms":{}}}}}"#,
+                r#"{{"id":"fanout-{request}","action":"echo_async","delay_ms":{},"payload":{{"steps":{},"delay_ms":{},"output_chunks":{},"chunk_bytes":{}}}}}"#,
                 head_start.as_millis(),
                 load.events,
                 load.delay_ms,
+                load.output_chunks,
+                load.chunk_bytes,
             ))
             .await?;
     }
@@ -87,6 +125,8 @@ struct Seen {
     faults: u64,
     first: Option<Instant>,
     last: Option<Instant>,
+    /// The longest time from one event to the next.
+    silence: Duration,
 }
 
 impl Seen {
@@ -95,11 +135,17 @@ impl Seen {
         self.faults += other.faults;
         self.first = [self.first, other.first].into_iter().flatten().min();
         self.last = self.last.max(other.last);
+        self.silence = self.silence.max(other.silence);
     }
 }
 
-/// Watches one request from its second event on, which is when it starts.
-async fn watch(mut session: Session, request_id: String) -> Result<Seen, ClientError> {
+/// Watches one request from its second event on, which is when it starts. Its handler pauses for as
+/// long as `pause` between two events.
+async fn watch(
+    mut session: Session,
+    request_id: String,
+    pause: Duration,
+) -> Result<Seen, ClientError> {
     session
         .send(format!(r#"{{"type":"subscribe","request_id":"{request_id}","after_seq":1}}"#))
         .await?;
@@ -117,11 +163,14 @@ async fn watch(mut session: Session, request_id: String) -> Result<Seen, ClientE
         }
         expected = seq + 1;
         seen.events += 1;
-        if seen.first.is_none() {
-            seen.first = Some(Instant::now());
+        let now = Instant::now();
+        seen.first.get_or_insert(now);
+        if let Some(before) = seen.last.replace(now) {
+            let silence = now - before;
+            seen.silence = seen.silence.max(silence);
+            seen.faults += u64::from(silence > pause + MAX_LATENCY);
         }
         if message.starts_with("{\"type\":\"complete\"") {
-            seen.last = Some(Instant::now());
             return Ok(seen);
         }
     }

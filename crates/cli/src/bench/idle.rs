@@ -42,7 +42,7 @@ pub(super) async fn run(subject: &Subject, connections: usize) -> anyhow::Result
             faults += 1;
         }
     }
-    report.fault_count(faults);
+    report.add_faults(faults);
     Ok(report)
 }
 

@@ -8,7 +8,7 @@ use tokio::time::{Instant, sleep_until, timeout_at};
 
 use super::{
     Report, Subject, WARM_UP,
-    report::{histogram, record},
+    report::{SUCCEEDED, histogram, record},
     seq_of, text_after,
 };
 
@@ -62,11 +62,12 @@ pub(super) async fn run(subject: &Subject, load: Load) -> anyhow::Result<Report>
     sleep_until(end).await;
     let spent = subject.processor_ms().saturating_sub(before);
     let mut latencies = histogram();
-    let (mut completed, mut faults) = (0, 0);
+    let (mut completed, mut submitted, mut faults) = (0, 0, 0);
     for task in tasks {
         let driven: Driver = task.await??;
         latencies.add(driven.latencies)?;
         completed += driven.completed;
+        submitted += driven.submitted;
         faults += driven.faults;
     }
     let mut report = Report::new("lifecycle");
@@ -75,7 +76,13 @@ pub(super) async fn run(subject: &Subject, load: Load) -> anyhow::Result<Report>
     report.rate("completed", completed, load.duration);
     report.latencies(&latencies);
     report.processor(spent, completed);
-    report.fault_count(faults);
+    report.add_faults(faults);
+    if let Some(own) = &subject.own {
+        let succeeded = own.counter(SUCCEEDED).await?;
+        report.figure("submitted", submitted, "");
+        report.figure("succeeded by the server's count", succeeded, "");
+        report.add_faults(succeeded.abs_diff(submitted));
+    }
     Ok(report)
 }
 

@@ -5,6 +5,14 @@ use std::time::Duration;
 use hdrhistogram::Histogram;
 use serde_json::{Map, Value, json};
 
+use crate::server_process::ServerProcess;
+
+/// The counter of requests that succeeded.
+pub(crate) const SUCCEEDED: &str = "streamer_processor_succeeded_total";
+/// Whatever takes longer is a fault, however many others are fast: a stored event reaches its watchers
+/// within this.
+pub(crate) const MAX_LATENCY: Duration = Duration::from_secs(5);
+
 /// Latencies, in microseconds: up to a minute, to three digits.
 pub(crate) fn histogram() -> Histogram<u64> {
     Histogram::new_with_bounds(1, 60_000_000, 3).expect("the bounds are valid")
@@ -49,6 +57,27 @@ impl Report {
         {
             self.figure(name, histogram.value_at_quantile(quantile), "µs");
         }
+        self.check_latencies(histogram);
+    }
+
+    /// Counts what took longer than [`MAX_LATENCY`] as faults.
+    pub(crate) fn check_latencies(&mut self, histogram: &Histogram<u64>) {
+        let limit = u64::try_from(MAX_LATENCY.as_micros()).unwrap_or(u64::MAX);
+        self.faults += histogram.count_between(limit + 1, u64::MAX);
+    }
+
+    /// Counts what a server of our own found only by comparing with its store, which no healthy server
+    /// does, and requests that it lost.
+    pub(crate) async fn check_delivery(&mut self, server: &ServerProcess) -> anyhow::Result<()> {
+        for (name, counter) in [
+            ("events delivered late", "streamer_progress_missed_events_total"),
+            ("attempts lost", "streamer_processor_lost_total"),
+        ] {
+            let count = server.counter(counter).await?;
+            self.figure(name, count, "");
+            self.faults += count;
+        }
+        Ok(())
     }
 
     /// What the server spent on each of so many.
@@ -60,17 +89,17 @@ impl Report {
         }
     }
 
-    /// Lost, repeated or wrong messages; the measurement fails when there are any.
-    pub(crate) fn fault_count(&mut self, faults: u64) {
-        self.faults = faults;
-        self.figure("faults", faults, "");
+    /// Adds lost, repeated or wrong messages; the measurement fails when there are any.
+    pub(crate) fn add_faults(&mut self, faults: u64) {
+        self.faults += faults;
     }
 
     pub(crate) fn faults(&self) -> u64 {
         self.faults
     }
 
-    pub(crate) fn print(&self, as_json: bool) {
+    pub(crate) fn print(mut self, as_json: bool) {
+        self.figure("faults", self.faults, "");
         if as_json {
             let mut object = Map::new();
             object.insert("bench".into(), json!(self.name));

@@ -14,13 +14,11 @@ use streamer_store::{
 };
 use tempfile::TempDir;
 use tokio::{
-    io::{AsyncReadExt, AsyncWriteExt},
-    net::TcpStream,
     task::JoinSet,
     time::{Instant, sleep},
 };
 
-use super::Report;
+use super::{Report, report::SUCCEEDED};
 use crate::server_process::ServerProcess;
 
 /// Operations on the store that are underway at once while it is filled.
@@ -56,7 +54,7 @@ pub(super) async fn run(
     let before = server.processor_ms()?;
     let began = Instant::now();
     sleep(COUNTED).await;
-    let claimed = succeeded(&server.url).await?;
+    let claimed = server.counter(SUCCEEDED).await?;
     let (elapsed, spent) = (began.elapsed(), server.processor_ms()?.saturating_sub(before));
     if claimed >= queued as u64 {
         bail!("the {queued} queued requests were done within {elapsed:?}: queue more");
@@ -70,7 +68,7 @@ pub(super) async fn run(
     report.figure("start until ready", u64::try_from(median)?, "µs");
     report.rate("claimed and completed", claimed, elapsed);
     report.processor(spent, claimed);
-    report.fault_count(0);
+    report.check_delivery(&server).await?;
     Ok(report)
 }
 
@@ -152,20 +150,4 @@ fn new_request() -> NewRequest {
         trace_parent: None,
         fingerprint: [0; 32],
     }
-}
-
-/// How many requests the server has brought to a good end, by its metrics.
-async fn succeeded(url: &str) -> anyhow::Result<u64> {
-    let address = url.trim_start_matches("http://");
-    let mut stream = TcpStream::connect(address).await?;
-    let request = format!("GET /metrics HTTP/1.1\r\nHost: {address}\r\nConnection: close\r\n\r\n");
-    stream.write_all(request.as_bytes()).await?;
-    let mut text = String::new();
-    stream.read_to_string(&mut text).await?;
-    let line = text.lines().find(|line| {
-        line.starts_with("streamer_processor_requests_total") && line.contains("succeeded")
-            || line.starts_with("streamer_processor_succeeded_total")
-    });
-    let value = line.and_then(|line| line.rsplit(' ').next()).context("finding the counter")?;
-    Ok(value.parse()?)
 }

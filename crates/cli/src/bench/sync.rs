@@ -58,7 +58,7 @@ pub(super) async fn run(
     report.rate("requests", latencies.len(), duration);
     report.latencies(&latencies);
     report.processor(spent, latencies.len());
-    report.fault_count(faults);
+    report.add_faults(faults);
     Ok(report)
 }
 
