@@ -10,7 +10,10 @@ use streamer_proto::{
     progress::v1::{ListEventsRequest, WatchRequest, WatchResponse},
 };
 use streamer_rpc::{RouteKey, state_from_proto, with_authorization};
-use tokio::{sync::Notify, time::sleep};
+use tokio::{
+    sync::Notify,
+    time::{Instant, sleep},
+};
 use tokio_util::sync::CancellationToken;
 use tonic::{Code, Status, Streaming};
 
@@ -25,6 +28,8 @@ use crate::{
 const CATCH_UP_PAGE: i32 = 500;
 /// Longest wait before a lost upstream is opened again, drawn with full jitter.
 const MAX_BACKOFF: Duration = Duration::from_secs(1);
+/// Lost watches are logged as a warning at most once in this time.
+const LOST_LOG_INTERVAL: Duration = Duration::from_secs(10);
 /// Those who asked for the latest get progress of a request at most so often: 10 times a second.
 pub(crate) const LATEST_INTERVAL: Duration = Duration::from_millis(100);
 
@@ -35,6 +40,8 @@ pub(crate) struct Hub {
     /// Who holds back progress until the interval is over.
     deferred: Mutex<Vec<Arc<Link>>>,
     deferring: Notify,
+    /// When the loss of an upstream watch was last logged as a warning.
+    lost_logged_at: Mutex<Option<Instant>>,
 }
 
 /// The beginning of a subscription.
@@ -57,6 +64,7 @@ impl Hub {
             metrics,
             deferred: Mutex::default(),
             deferring: Notify::new(),
+            lost_logged_at: Mutex::default(),
         }
     }
 
@@ -230,11 +238,30 @@ impl Hub {
                 }
             };
             if let Err(status) = outcome {
-                tracing::warn!(uid = %topic.uid, %status, "lost an upstream watch");
+                self.note_lost(topic.uid, &status);
             }
             if !topic.has_ended() {
                 sleep(MAX_BACKOFF.mul_f64(retry::random_fraction())).await;
             }
+        }
+    }
+
+    /// One progress service that fails may take thousands of watches with it: one line stands for all.
+    fn note_lost(&self, uid: Uid, status: &Status) {
+        self.metrics.upstream_lost.inc();
+        let now = Instant::now();
+        let is_logged = {
+            let mut logged_at = self.lost_logged_at.lock();
+            let is_logged = logged_at.is_some_and(|at| now - at < LOST_LOG_INTERVAL);
+            if !is_logged {
+                *logged_at = Some(now);
+            }
+            is_logged
+        };
+        if is_logged {
+            tracing::debug!(%uid, %status, "lost an upstream watch, will reopen it");
+        } else {
+            tracing::warn!(%uid, %status, "lost upstream watches, will reopen them");
         }
     }
 

@@ -16,6 +16,7 @@ pub(crate) struct GatewayMetrics {
     pub(crate) slow_consumers: Counter,
     pub(crate) catch_ups: Counter,
     pub(crate) upstream_events: Counter,
+    pub(crate) upstream_lost: Counter,
 }
 
 impl GatewayMetrics {
@@ -36,6 +37,10 @@ impl GatewayMetrics {
                 "Pages of a log read for connections that were behind",
             ),
             upstream_events: counter("streamer_gateway_upstream_events", "Events from upstream"),
+            upstream_lost: counter(
+                "streamer_gateway_upstream_lost",
+                "Watches at progress services that broke off, or could not be opened",
+            ),
         }
     }
 }

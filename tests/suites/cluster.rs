@@ -2,6 +2,7 @@
 //! different opinions, under load. What clients were told is judged by `check-history`.
 #![allow(clippy::unwrap_used, reason = "in tests, a panic is the report")]
 
+use futures_util::future::join_all;
 use serde_json::json;
 use streamer_client::Api;
 use streamer_proto::{
@@ -175,6 +176,37 @@ async fn clients_resume_when_a_progress_service_is_cut_off() {
     }
     load.more(200).await;
     load.judge("cluster-cut").await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn watches_move_away_from_a_progress_service_that_lost_its_store() {
+    const WATCHED: usize = 60;
+    let dynamodb = endpoint(Implementation::DynamoDbLocal).trim_start_matches("http://");
+    let store = Proxy::start(dynamodb.parse().unwrap()).await;
+    let through_proxy = format!("dynamodb.endpoint=http://{}", store.address);
+    let (cluster, _alone) = cluster(|service, number, _| match (service, number) {
+        (Service::Progress, 0) => vec![through_proxy.clone()],
+        _ => Vec::new(),
+    })
+    .await;
+    let token = cluster.token("acme", "ann", &[]);
+    let watchers = (0..WATCHED).map(|number| {
+        let (url, token) = (&cluster.urls[number % cluster.urls.len()], &token);
+        async move {
+            let mut client = Client::connect(url, token).await;
+            let payload = json!({"steps": 40, "delay_ms": 250});
+            client.submit(&format!("w{number}"), "echo_async", payload).await;
+            let mut log = Log::after(1);
+            log.push(client.next().await);
+            (client, log)
+        }
+    });
+    let watchers = join_all(watchers).await;
+    store.cut();
+    // It stays cut off until every watcher has seen the end.
+    for (mut client, log) in watchers {
+        assert_eq!(client.follow(log).await.last_type(), "complete");
+    }
 }
 
 #[tokio::test(flavor = "multi_thread")]

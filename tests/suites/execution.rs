@@ -9,7 +9,7 @@ use streamer_proto::{
     router::v1::{GetRequest, RedriveManyRequest, RedriveManyResponse},
 };
 use streamer_rpc::json_payload;
-use streamer_tests::{Client, Log, ScriptedWorker, Server, declare, hello, offered};
+use streamer_tests::{Client, Log, ScriptedWorker, Server, declare, hello, metrics, offered};
 
 struct Scene {
     server: Server,
@@ -306,4 +306,31 @@ async fn one_more_sync_call_than_may_run_is_refused_with_its_limit() {
     assert_eq!(refused["error"]["code"], "RATE_LIMITED", "{refused}");
     assert!(refused["error"]["message"].as_str().unwrap().contains("max_concurrency"), "{refused}");
     scene.succeed(&first).await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn requests_that_end_while_leases_are_renewed_are_neither_lost_nor_late() {
+    const IN_FLIGHT: usize = 256;
+    const REQUESTS: usize = 2000;
+    // Renewed every 100 ms. Without polls no lease is taken for expired, however slow the machine is.
+    let server = Server::start(&["execution.lease_ms=300", "execution.poll_interval_ms=600000"]);
+    let mut client = Client::connect(&server.url, &server.token("acme", "ann", &[])).await;
+    let mut submitted = 0;
+    let mut completed = 0;
+    while completed < REQUESTS {
+        while submitted < REQUESTS && submitted - completed < IN_FLIGHT {
+            client.send(json!({"action": "echo_async", "payload": {"steps": 2}})).await;
+            submitted += 1;
+        }
+        completed += usize::from(client.next().await["type"] == "complete");
+    }
+    let metrics = metrics(&server.url).await;
+    for counted in [
+        format!("streamer_processor_succeeded_total {REQUESTS}"),
+        "streamer_processor_lost_total 0".to_owned(),
+        "streamer_processor_lease_expiries_total 0".to_owned(),
+        "streamer_progress_missed_events_total 0".to_owned(),
+    ] {
+        assert!(metrics.lines().any(|line| line == counted), "{counted}:\n{metrics}");
+    }
 }

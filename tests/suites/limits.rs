@@ -5,7 +5,7 @@ use serde_json::json;
 use streamer_client::{Api, ClientError};
 use streamer_proto::router::v1::SubmitRequest;
 use streamer_rpc::json_payload;
-use streamer_tests::{Client, Log, Server};
+use streamer_tests::{Client, Log, Server, metrics};
 use tokio::{
     io::{AsyncReadExt, AsyncWriteExt},
     net::{TcpSocket, TcpStream},
@@ -128,7 +128,7 @@ async fn a_consumer_that_takes_nothing_is_dropped_and_resumes() {
     let log = client.follow(Log::after(1)).await;
 
     // It reads nothing until the server has had enough, which its metrics tell.
-    while !metrics(&server).await.contains("streamer_gateway_slow_consumers_total 1") {
+    while !metrics(&server.url).await.contains("streamer_gateway_slow_consumers_total 1") {
         tokio::task::yield_now().await;
     }
     let mut all = Vec::new();
@@ -144,16 +144,6 @@ async fn a_consumer_that_takes_nothing_is_dropped_and_resumes() {
 fn text_frame(text: &str) -> Vec<u8> {
     let length = u8::try_from(text.len()).unwrap();
     [&[0x81, 0x80 | length, 0, 0, 0, 0], text.as_bytes()].concat()
-}
-
-async fn metrics(server: &Server) -> String {
-    let address = server.url.trim_start_matches("http://");
-    let mut socket = TcpStream::connect(address).await.unwrap();
-    let request = format!("GET /metrics HTTP/1.1\r\nHost: {address}\r\nConnection: close\r\n\r\n");
-    socket.write_all(request.as_bytes()).await.unwrap();
-    let mut all = String::new();
-    socket.read_to_string(&mut all).await.unwrap();
-    all
 }
 
 #[tokio::test]

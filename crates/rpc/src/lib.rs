@@ -3,8 +3,10 @@
 
 mod action;
 mod channel;
+mod compact;
 mod completion;
 mod convert;
+mod ended_body;
 mod members;
 mod payload;
 mod status;
@@ -13,11 +15,13 @@ pub use action::{action_from_proto, action_to_proto};
 pub use channel::{
     Channel, FORWARDED, NOT_TAKEN, REPEATED, REQUEST_UID, SERVICE_TOKEN, local, with_authorization,
 };
+pub use compact::{compact_bytes, compact_event, compact_request};
 pub use completion::run_to_completion;
 pub use convert::{
     apply_event, completed, error_from_proto, error_to_proto, is_terminal, request_to_proto,
     state_from_proto, state_to_proto,
 };
+pub use ended_body::end_when;
 pub use members::{Member, Members, RouteKey, is_unsent, with_route};
 pub use payload::{
     JSON, empty_object, encode_event, encode_payload, json_payload, payload_bytes,

@@ -27,7 +27,7 @@ use tower::{
     util::BoxCloneSyncService,
 };
 
-use crate::{Channel, REPEATED};
+use crate::{Channel, REPEATED, ended_body::end_when};
 
 /// Members that one call is tried at, at most.
 const MAX_TRIES: usize = 3;
@@ -54,13 +54,16 @@ pub struct Member {
     /// To it.
     pub channel: Channel,
     down: Arc<AtomicBool>,
+    /// What it answered when it was last probed.
+    healthy: Arc<watch::Sender<bool>>,
 }
 
 impl Member {
     /// A member that this channel leads to.
     #[must_use]
     pub fn new(name: &str, channel: Channel) -> Self {
-        Self { name: name.into(), channel, down: Arc::default() }
+        let healthy = Arc::new(watch::Sender::new(true));
+        Self { name: name.into(), channel, down: Arc::default(), healthy }
     }
 
     /// Whether it could be reached last time. Whoever keeps the list asks again those that could not.
@@ -72,6 +75,24 @@ impl Member {
     /// Remembers whether it could be reached.
     pub fn note(&self, reached: bool) {
         self.down.store(!reached, Ordering::Relaxed);
+    }
+
+    /// Remembers whether it reported, when it was probed, that it can do its job. If it did not, watches
+    /// that it serves end with UNAVAILABLE, so that they continue at another member.
+    pub fn note_probe(&self, healthy: bool) {
+        self.note(healthy);
+        self.healthy.send_if_modified(|known| std::mem::replace(known, healthy) != healthy);
+    }
+
+    /// Returns once a probe has failed.
+    fn fails(&self) -> impl Future<Output = ()> + Send + 'static {
+        let mut healthy = self.healthy.subscribe();
+        async move {
+            if healthy.wait_for(|healthy| !healthy).await.is_err() {
+                // No longer among the members, so that it is not probed; the connection itself tells.
+                std::future::pending::<()>().await;
+            }
+        }
     }
 
     /// Its weight for a key: the same in every process.
@@ -268,7 +289,12 @@ impl Balanced {
                         last = Some(Ok(response));
                         continue;
                     }
-                    return Ok(response);
+                    return Ok(if policy.is_watch {
+                        let message = "the instance that served this watch is down; watch again";
+                        response.map(|body| end_when(body, member.fails(), message))
+                    } else {
+                        response
+                    });
                 }
                 Err(status) => {
                     let unsent = is_unsent(&status);
@@ -327,6 +353,8 @@ struct Policy {
     repeatable: bool,
     /// Another member may be asked when one has answered that it cannot.
     ask_another: bool,
+    /// Its answer lasts for as long as a request runs.
+    is_watch: bool,
     timeout: Option<Duration>,
 }
 
@@ -344,6 +372,7 @@ impl Policy {
         Self {
             repeatable: !is_one_of(&once),
             ask_another: !is_one_of(&once) && !is_one_of(&submissions),
+            is_watch: is_one_of(&["Watch", "SubmitAndWatch"]),
             timeout: if is_one_of(&internal) {
                 Some(INTERNAL_TIMEOUT)
             } else {

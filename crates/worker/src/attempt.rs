@@ -13,7 +13,7 @@ use streamer_proto::{
     millis,
     processor::v1::{self as proto, Release, Report, report::Kind},
 };
-use streamer_rpc::{error_to_proto, json_payload, payload_into_parts};
+use streamer_rpc::{compact_bytes, error_to_proto, json_payload, payload_into_parts};
 use tokio_util::{sync::CancellationToken, task::AbortOnDropHandle};
 
 use crate::{
@@ -188,11 +188,12 @@ fn read((uid, attempt): Key, task: proto::Task) -> (AttemptInfo, Bytes, bool) {
         action: task.action,
         content_type,
         attempt,
-        checkpoint: task.checkpoint,
+        checkpoint: task.checkpoint.map(compact_bytes),
         trace_parent: (!task.trace_parent.is_empty()).then_some(task.trace_parent),
         deadline: task.deadline.as_ref().map(|at| Timestamp::from_millis(millis(at))),
     };
-    (info, payload, task.sync)
+    // They live as long as the attempt; the buffer that they came in does not have to.
+    (info, compact_bytes(payload), task.sync)
 }
 
 fn panicked() -> HandlerError {

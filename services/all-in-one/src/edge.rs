@@ -10,13 +10,10 @@ use axum::{
     response::{IntoResponse, Response},
     routing::any,
 };
-use futures_util::{StreamExt, stream};
-use http::{HeaderMap, HeaderValue};
-use http_body_util::{BodyStream, StreamBody};
-use hyper::body::Frame;
+use http::HeaderValue;
 use streamer_auth::{Authenticator, caller_of};
 use streamer_core::{Clock, Uid};
-use streamer_rpc::{Channel, FORWARDED, REPEATED, REQUEST_UID, SERVICE_TOKEN};
+use streamer_rpc::{Channel, FORWARDED, REPEATED, REQUEST_UID, SERVICE_TOKEN, end_when};
 use tokio::time::timeout;
 use tokio_util::sync::CancellationToken;
 use tonic::Status;
@@ -123,21 +120,8 @@ pub(crate) async fn end_watches(
         return response;
     }
     response.map(|body| {
-        let frames = BodyStream::new(body);
-        let answer = stream::unfold(Some((frames, stopping)), |state| async {
-            let (mut frames, stopping) = state?;
-            tokio::select! {
-                biased;
-                frame = frames.next() => Some((frame?, Some((frames, stopping)))),
-                () = stopping.cancelled() => {
-                    let status = Status::unavailable("the server is stopping");
-                    let mut trailers = HeaderMap::new();
-                    let end = status.add_header(&mut trailers).map_err(axum::Error::new);
-                    Some((end.map(|()| Frame::trailers(trailers)), None))
-                }
-            }
-        });
-        Body::new(StreamBody::new(answer))
+        let stopping = stopping.cancelled_owned();
+        Body::new(end_when(body, stopping, "the server is stopping"))
     })
 }
 

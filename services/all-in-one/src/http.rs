@@ -14,7 +14,7 @@ use streamer_proto::PUBLIC_DESCRIPTOR_SET;
 use streamer_rpc::name_message_limit;
 use streamer_store::Store;
 use tokio::{
-    sync::Mutex,
+    sync::{Mutex, watch},
     time::{Instant, sleep, timeout},
 };
 use tokio_util::sync::CancellationToken;
@@ -28,11 +28,15 @@ use crate::{
     wiring::Services,
 };
 
-/// How often health is looked at when nobody asks.
-const HEALTH_INTERVAL: Duration = Duration::from_secs(5);
-/// An answer younger than this is given again; while it is a bad one, it is looked at so often.
+/// How often health is checked without a request for it, and within which time the store must answer.
+const HEALTH_PACE: Pace =
+    Pace { interval: Duration::from_secs(5), timeout: Duration::from_secs(5) };
+/// The same for a progress service: its watches must move to another one within seconds of an event that
+/// it cannot read.
+const PROGRESS_HEALTH_PACE: Pace =
+    Pace { interval: Duration::from_secs(1), timeout: Duration::from_secs(2) };
+/// An answer younger than this is given again; while it is a bad one, health is checked this often.
 const HEALTH_CACHE: Duration = Duration::from_millis(500);
-const HEALTH_TIMEOUT: Duration = Duration::from_secs(5);
 /// Prometheus' content type of OpenMetrics text.
 const OPEN_METRICS: &str = "application/openmetrics-text; version=1.0.0; charset=utf-8";
 /// The services whose health is told where they are; the empty name stands for the server.
@@ -48,23 +52,45 @@ const SERVICES: [(&str, Option<Role>); 6] = [
 /// Something beside the store without which the job cannot be done, and why it is not there.
 pub(crate) type Need = Box<dyn Fn() -> Result<(), String> + Send + Sync>;
 
+struct Pace {
+    interval: Duration,
+    timeout: Duration,
+}
+
+impl Pace {
+    fn of(role: Role) -> &'static Self {
+        match role {
+            Role::Progress => &PROGRESS_HEALTH_PACE,
+            Role::All | Role::Gateway | Role::Router | Role::Processor => &HEALTH_PACE,
+        }
+    }
+}
+
 /// Whether the server can do its job: durable writing is what everything stands on.
 pub(crate) struct Health {
     store: Arc<dyn Store>,
     role: Role,
     needs: Vec<Need>,
     reporter: HealthReporter,
+    /// The latest outcome, for services in this process.
+    serving: watch::Sender<bool>,
     latest: Mutex<Option<(Instant, Result<(), String>)>>,
     stopping: CancellationToken,
 }
 
 impl Health {
-    pub(crate) fn new(store: Arc<dyn Store>, role: Role, needs: Vec<Need>) -> Self {
+    pub(crate) fn new(
+        store: Arc<dyn Store>,
+        role: Role,
+        needs: Vec<Need>,
+        serving: watch::Sender<bool>,
+    ) -> Self {
         Self {
             store,
             role,
             needs,
             reporter: HealthReporter::new(),
+            serving,
             latest: Mutex::default(),
             stopping: CancellationToken::new(),
         }
@@ -87,8 +113,9 @@ impl Health {
             return Err("the server is stopping".into());
         }
         *latest = Some((Instant::now(), outcome.clone()));
-        let status =
-            if outcome.is_ok() { ServingStatus::Serving } else { ServingStatus::NotServing };
+        let healthy = outcome.is_ok();
+        self.serving.send_if_modified(|known| std::mem::replace(known, healthy) != healthy);
+        let status = if healthy { ServingStatus::Serving } else { ServingStatus::NotServing };
         self.report(status).await;
         outcome
     }
@@ -101,7 +128,7 @@ impl Health {
 
     /// Whether the store can be written; without it there is no point in starting.
     pub(crate) async fn check_store(&self) -> Result<(), String> {
-        match timeout(HEALTH_TIMEOUT, self.store.check()).await {
+        match timeout(Pace::of(self.role).timeout, self.store.check()).await {
             // Anybody may ask, so that the reason is for the log alone.
             Ok(checked) => checked.map_err(|error| {
                 tracing::debug!(%error, "the store could not be written");
@@ -128,7 +155,8 @@ impl Health {
         let mut told = None;
         loop {
             let outcome = self.refresh().await;
-            let pause = if outcome.is_ok() { HEALTH_INTERVAL } else { HEALTH_CACHE };
+            let interval = Pace::of(self.role).interval;
+            let pause = if outcome.is_ok() { interval } else { HEALTH_CACHE };
             if told.as_ref() != Some(&outcome) && !self.stopping.is_cancelled() {
                 match &outcome {
                     Ok(()) => tracing::info!("the server can do its job"),

@@ -216,7 +216,7 @@ async fn probe(member: &Member) {
         }
         Err(_) => false,
     };
-    member.note(reached);
+    member.note_probe(reached);
 }
 
 /// A channel that connects when it is first used, and again whenever that is needed.

@@ -17,7 +17,7 @@ use streamer_router::Router;
 use streamer_rpc::{Member, Members, local};
 use streamer_store::{Engine, Store};
 use streamer_telemetry::Metrics;
-use tokio::task::JoinHandle;
+use tokio::{sync::watch, task::JoinHandle};
 
 use crate::{
     Role, Shutdown, StartError,
@@ -102,6 +102,7 @@ impl Services {
         let token = (!alone).then(load).transpose().map_err(StartError::Secret)?;
         let elsewhere = token.as_ref().map(|token| Elsewhere::new(config, role, token));
 
+        let (serving, is_serving) = watch::channel(true);
         let progress = role.has(Role::Progress).then(|| {
             Progress::build(streamer_progress::Dependencies {
                 store: store.clone(),
@@ -109,9 +110,11 @@ impl Services {
                 auth: auth.clone(),
                 metrics: metrics.clone(),
                 limits,
-                ring: elsewhere
-                    .as_ref()
-                    .map(|all| Ring { own: own_address.clone(), members: all.progress.clone() }),
+                ring: elsewhere.as_ref().map(|all| Ring {
+                    own: own_address.clone(),
+                    members: all.progress.clone(),
+                    serving: is_serving.clone(),
+                }),
             })
         });
         let (event_log, watches) = match (&progress, &elsewhere) {
@@ -204,7 +207,7 @@ impl Services {
             pass_on,
             token,
             role,
-            health: Health::new(store, role, needs),
+            health: Health::new(store, role, needs, serving),
             metrics,
             max_message_bytes: limits.max_message_bytes(),
         };

@@ -4,8 +4,11 @@
 use std::collections::VecDeque;
 
 use parking_lot::Mutex;
-use streamer_proto::processor::v1::report::Kind;
-use streamer_rpc::payload_bytes;
+use streamer_proto::{
+    common::v1::{Payload, Progress, payload::Body},
+    processor::v1::report::Kind,
+};
+use streamer_rpc::{compact_bytes, payload_bytes};
 use tokio::sync::Notify;
 
 /// Progress and output reports that wait at most.
@@ -51,6 +54,7 @@ pub(crate) struct Full;
 impl Mailbox {
     /// Adds a report. What is added after [`Self::close`] is dropped.
     pub(crate) fn push(&self, kind: Kind) -> Result<(), Full> {
+        let kind = compact(kind);
         {
             let mut state = self.state.lock();
             if state.closed {
@@ -109,6 +113,27 @@ impl Mailbox {
     }
 }
 
+/// A report that does not hold the buffer that it was received in.
+fn compact(kind: Kind) -> Kind {
+    let payload = |payload: Payload| {
+        let body = payload.body.map(|body| match body {
+            Body::Data(data) => Body::Data(compact_bytes(data)),
+            Body::Json(json) => Body::Json(json),
+        });
+        Payload { body, ..payload }
+    };
+    match kind {
+        Kind::Progress(progress) => {
+            let metadata = progress.metadata.map(payload);
+            Kind::Progress(Progress { metadata, ..progress })
+        }
+        Kind::Output(output) => Kind::Output(payload(output)),
+        Kind::Checkpoint(data) => Kind::Checkpoint(compact_bytes(data)),
+        Kind::Result(result) => Kind::Result(payload(result)),
+        Kind::Error(_) | Kind::Release(_) | Kind::KeepAlive(_) => kind,
+    }
+}
+
 /// What a report counts for, as docs/worker-protocol.md has it.
 fn bytes(kind: &Kind) -> usize {
     match kind {
@@ -127,7 +152,7 @@ fn bytes(kind: &Kind) -> usize {
 
 #[cfg(test)]
 mod tests {
-    use streamer_proto::{common::v1::Progress, processor::v1::KeepAlive};
+    use streamer_proto::processor::v1::KeepAlive;
 
     use super::*;
 

@@ -22,7 +22,9 @@ use streamer_proto::{
 use streamer_rpc::{Member, Members};
 use streamer_store::Store;
 use streamer_telemetry::Metrics;
+use tokio::sync::watch;
 use tokio_util::sync::CancellationToken;
+use tonic::Status;
 
 use crate::{
     log_service::LogService, metrics::ProgressMetrics, topics::Topics, watch_service::WatchService,
@@ -52,6 +54,9 @@ pub struct Ring {
     pub own: String,
     /// All of them.
     pub members: Members,
+    /// Whether this one can do its job. While it cannot, it serves no watches: what it does not learn
+    /// itself, another member does.
+    pub serving: watch::Receiver<bool>,
 }
 
 impl Ring {
@@ -59,6 +64,26 @@ impl Ring {
     fn owner(&self, uid: Uid) -> Option<Member> {
         self.members.owner(uid).filter(|member| *member.name != *self.own)
     }
+
+    /// UNAVAILABLE while this instance cannot do its job.
+    fn check_serving(&self) -> Result<(), Status> {
+        if *self.serving.borrow() { Ok(()) } else { Err(not_serving()) }
+    }
+
+    /// Returns once this instance cannot do its job.
+    async fn stops_serving(&self) {
+        let mut serving = self.serving.clone();
+        if serving.wait_for(|serving| !serving).await.is_err() {
+            // The server has ended, and with it all streams.
+            std::future::pending::<()>().await;
+        }
+    }
+}
+
+fn not_serving() -> Status {
+    Status::unavailable(
+        "this progress service cannot reach its store; another one serves the watch",
+    )
 }
 
 /// The progress service, ready to be served.

@@ -113,7 +113,7 @@ impl EventLogService for LogService {
         let uid = parse_uid(&request.uid)?;
         check_contiguous(&request.events)?;
         match request.created {
-            Some(created) => self.topics.create(uid, created, &request.events),
+            Some(created) => self.topics.create(uid, &created, &request.events),
             None => self.topics.push(uid, &request.events),
         }
         Ok(Response::new(AnnounceResponse {}))

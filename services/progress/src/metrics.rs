@@ -1,5 +1,7 @@
 //! The metrics of this service.
 
+use std::sync::atomic::AtomicU64;
+
 use prometheus_client::metrics::{counter::Counter, gauge::Gauge, histogram::Histogram};
 use streamer_telemetry::Metrics;
 
@@ -10,7 +12,10 @@ pub(crate) struct ProgressMetrics {
     pub(crate) fenced: Counter,
     pub(crate) watchers: Gauge,
     pub(crate) topics: Gauge,
+    pub(crate) tail_bytes: Gauge,
     pub(crate) replayed: Counter,
+    pub(crate) missed: Counter,
+    pub(crate) undelivered_seconds: Gauge<f64, AtomicU64>,
 }
 
 impl ProgressMetrics {
@@ -27,6 +32,21 @@ impl ProgressMetrics {
             ),
             watchers: metrics.gauge("streamer_progress_watchers", "Open watch streams"),
             topics: metrics.gauge("streamer_progress_topics", "Requests with a tail in memory"),
+            tail_bytes: metrics.gauge(
+                "streamer_progress_tail_bytes",
+                "Memory of the tails and snapshots of all requests",
+            ),
+            missed: metrics.counter(
+                "streamer_progress_missed_events",
+                "Events of watched requests that were found by comparing with the store, because \
+                 their announcement did not arrive",
+            ),
+            undelivered_seconds: metrics.register(
+                "streamer_progress_undelivered_age_seconds",
+                "Age of the newest event that a watcher, up to date before, does not have yet; the \
+                 largest of all watched requests",
+                Gauge::default(),
+            ),
             replayed: metrics.counter(
                 "streamer_progress_replayed_events",
                 "Events that watchers read from the store instead of memory",

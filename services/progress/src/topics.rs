@@ -1,5 +1,6 @@
 //! The requests whose latest events are in memory.
 
+mod delivery;
 mod tail;
 
 use std::{
@@ -19,24 +20,30 @@ use streamer_rpc::request_to_proto;
 use streamer_store::{Store, StoreError};
 use tokio::{
     sync::{OnceCell, watch},
-    time::{MissedTickBehavior, interval},
+    time::{Instant, MissedTickBehavior, interval},
 };
 use tokio_util::sync::CancellationToken;
+use tonic::Status;
 
 use crate::{Ring, metrics::ProgressMetrics};
+use delivery::Delivery;
+pub(crate) use delivery::Position;
 pub(crate) use tail::{Read, Tail};
 
-/// Bytes of all tails together, beyond which unwatched ones go at once.
+/// Bytes of all tails together, beyond which they are cut to half as many: unwatched ones are dropped,
+/// and watched ones keep an equal share.
 const MAX_TOTAL_BYTES: usize = 64 * 1024 * 1024;
 /// Topics beyond which unwatched ones go at once.
 const MAX_TOPICS: usize = 32_768;
 /// Requests noted as missed in one round at most.
 const MAX_MISSED: usize = 65_536;
 const MAINTENANCE: Duration = Duration::from_secs(5);
-/// The same where there are several instances: others may have appended what this one should tell.
+/// The same where services are processes of their own: one that dies between storing an event and
+/// announcing it leaves watchers here without it.
 const RING_MAINTENANCE: Duration = Duration::from_secs(1);
 const RING_UNWATCHED_ROUNDS: u32 = 10;
-const RING_COMPARE_ROUNDS: u32 = 15;
+/// Bounds the silence after such a death. Each comparison is one read of an item.
+const RING_COMPARE_ROUNDS: u32 = 4;
 /// Topics that are compared with the store at the same time.
 const COMPARED_AT_ONCE: usize = 32;
 /// Rounds of maintenance that an unwatched topic without news survives.
@@ -47,40 +54,74 @@ const COMPARE_ROUNDS: u32 = 3;
 /// One request in memory.
 pub(crate) struct Topic {
     pub(crate) uid: Uid,
-    tail: Mutex<Tail>,
+    state: Mutex<TopicState>,
     /// `last_seq`, for those who wait.
     news: watch::Sender<i64>,
     loaded: OnceCell<()>,
     /// Rounds of maintenance since there was news.
     quiet_rounds: AtomicU32,
+    /// Bytes of all tails together.
+    total_bytes: Arc<AtomicUsize>,
+}
+
+#[derive(Default)]
+struct TopicState {
+    tail: Tail,
+    delivery: Delivery,
 }
 
 impl Topic {
-    fn new(uid: Uid) -> Self {
+    fn new(uid: Uid, total_bytes: Arc<AtomicUsize>) -> Self {
         Self {
             uid,
-            tail: Mutex::default(),
+            state: Mutex::default(),
             news: watch::Sender::new(0),
             loaded: OnceCell::new(),
             quiet_rounds: AtomicU32::new(0),
+            total_bytes,
         }
     }
 
     /// The request as of the latest event here.
     pub(crate) fn snapshot(&self) -> Option<Request> {
-        self.tail.lock().snapshot().cloned()
+        self.state.lock().tail.snapshot().cloned()
     }
 
     /// What comes after `after_seq`.
     pub(crate) fn read(&self, after_seq: i64, max_events: usize, max_bytes: usize) -> Read {
-        self.tail.lock().read(after_seq, max_events, max_bytes)
+        self.state.lock().tail.read(after_seq, max_events, max_bytes)
+    }
+
+    /// What comes after `after_seq`, for a watcher that has everything up to there.
+    pub(crate) fn read_as(
+        &self,
+        position: &mut Position,
+        after_seq: i64,
+        max_events: usize,
+        max_bytes: usize,
+    ) -> Read {
+        let mut state = self.state.lock();
+        let read = state.tail.read(after_seq, max_events, max_bytes);
+        let delivered = match &read {
+            Read::Events(events) => events.last().map_or(after_seq, |last| last.seq),
+            Read::InStore | Read::UpToDate | Read::Ended => after_seq,
+        };
+        state.delivery.note_delivered(position, delivered);
+        read
+    }
+
+    /// A watcher stops reading.
+    pub(crate) fn leave(&self, position: Position) {
+        self.state.lock().delivery.leave(position);
     }
 
     fn change(&self, change: impl FnOnce(&mut Tail)) {
         let last_seq = {
-            let mut tail = self.tail.lock();
-            change(&mut tail);
-            tail.last_seq()
+            let mut state = self.state.lock();
+            self.counted(&mut state.tail, change);
+            let last_seq = state.tail.last_seq();
+            state.delivery.note_newest(last_seq, Instant::now());
+            last_seq
         };
         self.quiet_rounds.store(0, Ordering::Relaxed);
         self.news.send_if_modified(|known| {
@@ -90,8 +131,35 @@ impl Topic {
         });
     }
 
+    /// Keeps the total of all tails up to date.
+    fn counted(&self, tail: &mut Tail, change: impl FnOnce(&mut Tail)) {
+        let before = tail.bytes();
+        change(tail);
+        let after = tail.bytes();
+        if after >= before {
+            self.total_bytes.fetch_add(after - before, Ordering::Relaxed);
+        } else {
+            self.total_bytes.fetch_sub(before - after, Ordering::Relaxed);
+        }
+    }
+
+    fn shrink_to(&self, bytes: usize) {
+        self.counted(&mut self.state.lock().tail, |tail| tail.shrink_to(bytes));
+    }
+
+    fn has_ended(&self) -> bool {
+        self.state.lock().tail.ended()
+    }
+
     fn is_watched(&self) -> bool {
         self.news.receiver_count() > 0
+    }
+}
+
+impl Drop for Topic {
+    fn drop(&mut self) {
+        let bytes = self.state.get_mut().tail.bytes();
+        self.total_bytes.fetch_sub(bytes, Ordering::Relaxed);
     }
 }
 
@@ -140,6 +208,10 @@ pub(crate) struct Topics {
     missed: Mutex<Missed>,
     /// How many topics there may be before unwatched ones are looked for.
     prune_at: AtomicUsize,
+    /// Bytes of all tails together.
+    total_bytes: Arc<AtomicUsize>,
+    /// Held by the one who cuts them down.
+    shrinking: Mutex<()>,
     store: Arc<dyn Store>,
     metrics: ProgressMetrics,
     ring: Option<Ring>,
@@ -155,6 +227,8 @@ impl Topics {
             by_uid: Mutex::default(),
             missed: Mutex::default(),
             prune_at: AtomicUsize::new(MAX_TOPICS),
+            total_bytes: Arc::default(),
+            shrinking: Mutex::default(),
             store,
             metrics,
         }
@@ -162,6 +236,22 @@ impl Topics {
 
     pub(crate) fn metrics(&self) -> &ProgressMetrics {
         &self.metrics
+    }
+
+    /// Returns with the reason once watches here must end, so that they continue elsewhere.
+    pub(crate) async fn watches_end(&self) -> Status {
+        let stops_serving = async {
+            match &self.ring {
+                Some(ring) => ring.stops_serving().await,
+                None => std::future::pending().await,
+            }
+        };
+        tokio::select! {
+            () = self.draining.cancelled() => {
+                Status::unavailable("the progress service is stopping")
+            }
+            () = stops_serving => crate::not_serving(),
+        }
     }
 
     /// Subscribes to a request, if it is in memory and knows its request.
@@ -181,7 +271,7 @@ impl Topics {
         let loading = topic.loaded.get_or_try_init(|| async {
             match self.store.get_request(uid).await {
                 Ok(Some(record)) => {
-                    topic.change(|tail| tail.load(request_to_proto(&record)));
+                    topic.change(|tail| tail.load(&request_to_proto(&record)));
                     Ok(())
                 }
                 Ok(None) => Err(None),
@@ -203,7 +293,7 @@ impl Topics {
 
     /// A request begins: its first event is durable. It may have been found in the queue, and run,
     /// before this is told: then what is told here is old, and watchers read the store.
-    pub(crate) fn create(&self, uid: Uid, created: Request, events: &[Event]) {
+    pub(crate) fn create(&self, uid: Uid, created: &Request, events: &[Event]) {
         let topic = {
             let mut by_uid = self.by_uid.lock();
             if self.missed.lock().has(uid) {
@@ -215,8 +305,9 @@ impl Topics {
             tail.push(events);
             tail.load(created);
         });
-        // Fails only when somebody else has loaded it, which is as good.
+        // Fails only when another call has loaded it, which is as good.
         drop(topic.loaded.set(()));
+        self.shrink_if_full();
     }
 
     /// Delivers durable events to whoever watches; when nobody does, the store has them.
@@ -231,6 +322,22 @@ impl Topics {
         };
         if let Some(topic) = topic {
             topic.change(|tail| tail.push(events));
+            self.shrink_if_full();
+        }
+    }
+
+    /// Cuts tails down once all of them together hold too much. It costs a look at every topic, which
+    /// comes once for each half of the limit that was pushed.
+    fn shrink_if_full(&self) {
+        if self.total_bytes.load(Ordering::Relaxed) <= MAX_TOTAL_BYTES {
+            return;
+        }
+        let Some(_shrinking) = self.shrinking.try_lock() else { return };
+        let mut by_uid = self.by_uid.lock();
+        by_uid.retain(|_, topic| topic.is_watched());
+        if self.total_bytes.load(Ordering::Relaxed) > MAX_TOTAL_BYTES / 2 {
+            let share = MAX_TOTAL_BYTES / 2 / by_uid.len().max(1);
+            by_uid.values().for_each(|topic| topic.shrink_to(share));
         }
     }
 
@@ -245,10 +352,13 @@ impl Topics {
             let prune_at = (by_uid.len() + by_uid.len() / 8).max(MAX_TOPICS);
             self.prune_at.store(prune_at, Ordering::Relaxed);
         }
-        Subscription::new(by_uid.entry(uid).or_insert_with(|| Arc::new(Topic::new(uid))))
+        let topic = by_uid
+            .entry(uid)
+            .or_insert_with(|| Arc::new(Topic::new(uid, self.total_bytes.clone())));
+        Subscription::new(topic)
     }
 
-    /// Drops tails that nobody needs and compares quiet watched ones with the store, in case a
+    /// Drops tails that are not needed and compares quiet watched ones with the store, in case a
     /// hint was lost.
     pub(crate) async fn maintain(&self, shutdown: CancellationToken) {
         let every = if self.ring.is_some() { RING_MAINTENANCE } else { MAINTENANCE };
@@ -261,8 +371,18 @@ impl Topics {
             }
             for some in self.sweep().chunks(COMPARED_AT_ONCE) {
                 let compared = some.iter().map(|topic| async move {
-                    if let Err(error) = self.compare(topic).await {
-                        tracing::warn!(%error, uid = %topic.uid, "could not compare with the store");
+                    match self.compare(topic).await {
+                        Ok(missed) if missed > 0 && self.is_notified_of(topic.uid) => {
+                            self.metrics.missed.inc_by(missed);
+                            tracing::warn!(
+                                uid = %topic.uid, missed,
+                                "events were stored whose announcement did not arrive"
+                            );
+                        }
+                        Ok(_) => {}
+                        Err(error) => {
+                            tracing::warn!(%error, uid = %topic.uid, "could not compare with the store");
+                        }
                     }
                 });
                 join_all(compared).await;
@@ -274,55 +394,71 @@ impl Topics {
     fn sweep(&self) -> Vec<Arc<Topic>> {
         let mut by_uid = self.by_uid.lock();
         self.missed.lock().turn();
-        let bytes: usize = by_uid.values().map(|topic| topic.tail.lock().bytes()).sum();
-        let unwatched_rounds = match &self.ring {
-            _ if bytes > MAX_TOTAL_BYTES => 0,
-            Some(_) => RING_UNWATCHED_ROUNDS,
-            None => UNWATCHED_ROUNDS,
-        };
+        let unwatched_rounds =
+            if self.ring.is_some() { RING_UNWATCHED_ROUNDS } else { UNWATCHED_ROUNDS };
+        let now = Instant::now();
+        let mut undelivered = Duration::ZERO;
         let mut compare = Vec::new();
         by_uid.retain(|_, topic| {
             let quiet = topic.quiet_rounds.fetch_add(1, Ordering::Relaxed);
             if !topic.is_watched() {
                 return quiet < unwatched_rounds;
             }
-            if self.is_to_compare(topic.uid, quiet) && !topic.tail.lock().ended() {
+            undelivered = undelivered.max(topic.state.lock().delivery.undelivered_for(now));
+            if self.is_to_compare(topic.uid, quiet) && !topic.has_ended() {
                 compare.push(topic.clone());
             }
             true
         });
-        self.metrics.topics.set(i64::try_from(by_uid.len()).unwrap_or(i64::MAX));
+        self.metrics.topics.set(count(by_uid.len()));
+        self.metrics.tail_bytes.set(count(self.total_bytes.load(Ordering::Relaxed)));
+        self.metrics.undelivered_seconds.set(undelivered.as_secs_f64());
         compare
     }
 
-    /// Whether a topic without news for so many rounds is compared with the store. One that belongs
-    /// to another instance, which could not be reached, hears of news in no other way.
+    /// Whether a topic without news for so many rounds is compared with the store.
     fn is_to_compare(&self, uid: Uid, quiet: u32) -> bool {
         match &self.ring {
             None => quiet > 0 && quiet.is_multiple_of(COMPARE_ROUNDS),
-            Some(ring) if ring.owner(uid).is_some() => quiet > 0,
-            Some(_) => quiet.is_power_of_two() || quiet % RING_COMPARE_ROUNDS == 1,
+            Some(_) if !self.is_notified_of(uid) => quiet > 0,
+            Some(_) => {
+                quiet < RING_COMPARE_ROUNDS && quiet.is_power_of_two()
+                    || quiet > 0 && quiet.is_multiple_of(RING_COMPARE_ROUNDS)
+            }
         }
     }
 
-    pub(crate) async fn compare(&self, topic: &Topic) -> Result<(), StoreError> {
-        if let Some(record) = self.store.get_request(topic.uid).await? {
-            let outdated = {
-                let tail = topic.tail.lock();
-                record.last_seq > tail.last_seq() || tail.snapshot().is_none()
-            };
-            if outdated {
-                topic.change(|tail| tail.load(request_to_proto(&record)));
-            }
-        }
-        Ok(())
+    /// Whether events of this request are published here. A request that belongs to another instance is
+    /// served here only while that one cannot be reached, and its events are found by comparing.
+    fn is_notified_of(&self, uid: Uid) -> bool {
+        self.ring.as_ref().is_none_or(|ring| ring.owner(uid).is_none())
     }
+
+    /// Brings a topic up to date with the store; returns how many events it had missed.
+    pub(crate) async fn compare(&self, topic: &Topic) -> Result<u64, StoreError> {
+        let Some(record) = self.store.get_request(topic.uid).await? else { return Ok(0) };
+        let (missed, has_snapshot) = {
+            let state = topic.state.lock();
+            let missed = record.last_seq - state.tail.last_seq();
+            (u64::try_from(missed).unwrap_or(0), state.tail.snapshot().is_some())
+        };
+        if missed > 0 || !has_snapshot {
+            topic.change(|tail| tail.load(&request_to_proto(&record)));
+        }
+        Ok(missed)
+    }
+}
+
+fn count(number: usize) -> i64 {
+    i64::try_from(number).unwrap_or(i64::MAX)
 }
 
 #[cfg(test)]
 mod tests {
     use streamer_core::Timestamp;
-    use streamer_proto::common::v1::{Accepted, Started, event::Kind};
+    use streamer_proto::common::v1::{
+        Accepted, Output, Payload, Started, event::Kind, payload::Body,
+    };
     use streamer_store::{Engine, open};
     use streamer_telemetry::Metrics;
 
@@ -342,11 +478,53 @@ mod tests {
             |uid: Uid| Request { uid: uid.to_string(), last_seq: 1, ..Request::default() };
         let (early, late) = (Uid::new(Timestamp::default()), Uid::new(Timestamp::default()));
 
-        topics.create(early, created(early), std::slice::from_ref(&accepted));
+        topics.create(early, &created(early), std::slice::from_ref(&accepted));
         assert!(topics.loaded(early).is_some());
 
         topics.push(late, &[event(2, Kind::Started(Started::default()))]);
-        topics.create(late, created(late), std::slice::from_ref(&accepted));
+        topics.create(late, &created(late), std::slice::from_ref(&accepted));
         assert!(topics.loaded(late).is_none(), "watchers read the store, which knows more");
+    }
+
+    #[tokio::test]
+    async fn all_tails_together_stay_within_their_limit() {
+        const CHUNK: usize = 1024 * 1024;
+        let data = tempfile::tempdir().unwrap();
+        let store = open(&Engine::Embedded { data: data.path().to_owned() }).unwrap();
+        let topics = Topics::new(store, ProgressMetrics::new(&Metrics::new()), None);
+        let chunk = |seq| {
+            let data =
+                Payload { body: Some(Body::Data(vec![7; CHUNK].into())), ..Payload::default() };
+            event(seq, Kind::Output(Output { data: Some(data), chunk_index: 0 }))
+        };
+        let small = Uid::new(Timestamp::default());
+        let accepted = event(1, Kind::Accepted(Accepted::default()));
+        topics.create(small, &Request::default(), &[accepted]);
+        let kept = topics.loaded(small).unwrap();
+        let watched: Vec<_> = (0..100)
+            .map(|_| {
+                let uid = Uid::new(Timestamp::default());
+                topics.create(uid, &Request::default(), &[chunk(1)]);
+                topics.loaded(uid)
+            })
+            .collect();
+        let total = topics.total_bytes.load(Ordering::Relaxed);
+        assert!(total <= MAX_TOTAL_BYTES + CHUNK, "{total}");
+        let first = watched[0].as_ref().unwrap();
+        assert_eq!(first.topic.read(0, 10, CHUNK), Read::InStore, "its share is less than a chunk");
+        let read = topics.loaded(small).unwrap().topic.read(0, 10, CHUNK);
+        assert!(matches!(read, Read::Events(_)), "small tails keep what they have");
+
+        drop(watched);
+        let last = Uid::new(Timestamp::default());
+        topics.create(last, &Request::default(), &[chunk(1)]);
+        for seq in 2..100 {
+            topics.push(last, &[chunk(seq)]);
+        }
+        let total = topics.total_bytes.load(Ordering::Relaxed);
+        assert!(total <= MAX_TOTAL_BYTES + CHUNK, "{total}");
+        topics.by_uid.lock().clear();
+        drop(kept);
+        assert_eq!(topics.total_bytes.load(Ordering::Relaxed), 0);
     }
 }

@@ -199,6 +199,9 @@ impl ProgressService for WatchService {
             violations.check("after_seq", validate::in_range(after_seq, 0, i64::MAX, ""));
         }
         refuse(&violations)?;
+        if let Some(ring) = &self.ring {
+            ring.check_serving()?;
+        }
         if !forwarded && let Some(stream) = self.pass_on(&caller, &request).await? {
             return Ok(Response::new(stream));
         }

@@ -12,7 +12,7 @@ use streamer_rpc::{encode_event, is_terminal, store_status};
 use streamer_store::Store;
 use tonic::Status;
 
-use crate::topics::{Read, Subscription, Topics};
+use crate::topics::{Position, Read, Subscription, Topics};
 
 /// Events of one message at most.
 const MAX_EVENTS: usize = 512;
@@ -24,10 +24,17 @@ pub(crate) struct Watcher {
     topics: Arc<Topics>,
     store: Arc<dyn Store>,
     cursor: i64,
+    position: Position,
     encoding: PayloadEncoding,
     snapshot_sent: bool,
     ended: bool,
     _counted: Counted,
+}
+
+impl Drop for Watcher {
+    fn drop(&mut self) {
+        self.subscription.topic.leave(self.position);
+    }
 }
 
 /// Counts an open stream for as long as it lives.
@@ -56,6 +63,7 @@ impl Watcher {
             topics,
             store,
             cursor: after_seq.unwrap_or(-1),
+            position: Position::default(),
             encoding,
             snapshot_sent: false,
             ended: false,
@@ -120,12 +128,11 @@ impl Watcher {
             if let Some(events) = self.read().await? {
                 return Ok(events);
             }
-            let stopping = || Status::unavailable("the progress service is stopping");
             tokio::select! {
                 changed = self.subscription.news.changed() => {
-                    changed.map_err(|_| stopping())?;
+                    changed.map_err(|_| Status::unavailable("the progress service is stopping"))?;
                 }
-                () = self.topics.draining.cancelled() => return Err(stopping()),
+                status = self.topics.watches_end() => return Err(status),
             }
         }
     }
@@ -134,20 +141,21 @@ impl Watcher {
     async fn read(&mut self) -> Result<Option<Vec<Event>>, Status> {
         // Marked as seen before reading, so that what comes in between wakes us.
         self.subscription.news.borrow_and_update();
-        match self.subscription.topic.read(self.cursor, MAX_EVENTS, MAX_BYTES) {
+        let topic = &self.subscription.topic;
+        match topic.read_as(&mut self.position, self.cursor, MAX_EVENTS, MAX_BYTES) {
             Read::Events(events) => Ok(Some(events)),
             Read::UpToDate => Ok(None),
             Read::Ended => Ok(Some(Vec::new())),
             Read::InStore => {
                 let page = self
                     .store
-                    .read_events(self.subscription.topic.uid, self.cursor, MAX_EVENTS, MAX_BYTES)
+                    .read_events(topic.uid, self.cursor, MAX_EVENTS, MAX_BYTES)
                     .await
                     .map_err(|error| store_status(&error))?;
                 self.topics.metrics().replayed.inc_by(page.events.len() as u64);
                 if page.events.is_empty() {
                     // The request was deleted under the watcher.
-                    return Err(streamer_rpc::not_found(&self.subscription.topic.uid.to_string()));
+                    return Err(streamer_rpc::not_found(&topic.uid.to_string()));
                 }
                 Ok(Some(page.events))
             }

@@ -4,7 +4,7 @@ use std::collections::VecDeque;
 
 use prost::Message;
 use streamer_proto::common::v1::{Event, Request};
-use streamer_rpc::{apply_event, is_terminal};
+use streamer_rpc::{apply_event, compact_event, compact_request, is_terminal};
 
 /// Events kept at most.
 const MAX_EVENTS: usize = 1024;
@@ -46,16 +46,20 @@ impl Tail {
         self.last_seq
     }
 
+    /// What the events and the snapshot hold, in bytes.
     pub(crate) fn bytes(&self) -> usize {
         self.bytes
+            + self.snapshot.as_ref().map_or(0, |snapshot| {
+                size_of::<Request>() + snapshot.metadata.as_ref().map_or(0, Message::encoded_len)
+            })
     }
 
     pub(crate) fn ended(&self) -> bool {
         self.ended
     }
 
-    /// Takes in what the store says about the request. It may be older than the events here.
-    pub(crate) fn load(&mut self, mut request: Request) {
+    /// Replaces the snapshot by the request as it is stored. It may be older than the events here.
+    pub(crate) fn load(&mut self, request: &Request) {
         use streamer_core::RequestState;
         let next = self.events.front().map_or(self.last_seq + 1, |first| first.seq);
         if request.last_seq + 1 < next {
@@ -67,6 +71,7 @@ impl Tail {
             self.clear();
             self.last_seq = request.last_seq;
         }
+        let mut request = compact_request(request);
         for event in &self.events {
             apply_event(&mut request, event);
         }
@@ -87,18 +92,35 @@ impl Tail {
                 // What was missed may have changed more than this event tells.
                 self.snapshot = None;
             }
+            let event = compact_event(event);
             if let Some(snapshot) = &mut self.snapshot {
-                apply_event(snapshot, event);
+                apply_event(snapshot, &event);
             }
             self.last_seq = event.seq;
-            self.ended |= is_terminal(event);
-            self.bytes += event.encoded_len();
-            self.events.push_back(event.clone());
+            self.ended |= is_terminal(&event);
+            self.bytes += held_bytes(&event);
+            self.events.push_back(event);
         }
         while self.events.len() > 1 && (self.events.len() > MAX_EVENTS || self.bytes > MAX_BYTES) {
-            if let Some(dropped) = self.events.pop_front() {
-                self.bytes -= dropped.encoded_len();
-            }
+            self.drop_oldest();
+        }
+    }
+
+    /// Drops the oldest events until those that are left hold at most `bytes`. Readers find dropped
+    /// events in the store.
+    pub(crate) fn shrink_to(&mut self, bytes: usize) {
+        while self.bytes > bytes {
+            self.drop_oldest();
+        }
+    }
+
+    fn drop_oldest(&mut self) {
+        match self.events.pop_front() {
+            Some(dropped) => self.bytes -= held_bytes(&dropped),
+            None => self.bytes = 0,
+        }
+        if self.events.is_empty() {
+            self.events = VecDeque::new();
         }
     }
 
@@ -131,6 +153,11 @@ impl Tail {
     }
 }
 
+/// Memory of an event of one's own: its fields, and what they point to.
+fn held_bytes(event: &Event) -> usize {
+    size_of::<Event>() + event.encoded_len()
+}
+
 #[cfg(test)]
 mod tests {
     use streamer_proto::common::v1::{Progress, Succeeded, event::Kind};
@@ -150,7 +177,7 @@ mod tests {
 
     fn loaded(last_seq: i64) -> Tail {
         let mut tail = Tail::default();
-        tail.load(Request { last_seq, state: 2, ..Request::default() });
+        tail.load(&Request { last_seq, state: 2, ..Request::default() });
         tail
     }
 
@@ -186,13 +213,27 @@ mod tests {
     }
 
     #[test]
+    fn a_tail_that_is_shrunk_sends_readers_to_the_store() {
+        let mut tail = loaded(0);
+        tail.push(&[progress(1), progress(2), progress(3)]);
+        tail.shrink_to(held_bytes(&progress(3)));
+        assert_eq!(tail.read(1, 10, 1000), Read::InStore);
+        assert_eq!(seqs(&tail.read(2, 10, 1000)), [3]);
+        tail.shrink_to(0);
+        assert_eq!(tail.read(2, 10, 1000), Read::InStore);
+        assert_eq!(tail.read(3, 10, 1000), Read::UpToDate);
+        tail.push(&[progress(4)]);
+        assert_eq!(seqs(&tail.read(3, 10, 1000)), [4]);
+    }
+
+    #[test]
     fn events_that_came_before_the_store_was_read_are_kept() {
         let mut tail = Tail::default();
         tail.push(&[progress(4), progress(5)]);
-        tail.load(Request { last_seq: 4, state: 2, ..Request::default() });
+        tail.load(&Request { last_seq: 4, state: 2, ..Request::default() });
         assert_eq!(tail.snapshot().unwrap().last_seq, 5);
         assert_eq!(seqs(&tail.read(3, 10, 1000)), [4, 5]);
-        tail.load(Request { last_seq: 9, state: 2, ..Request::default() });
+        tail.load(&Request { last_seq: 9, state: 2, ..Request::default() });
         assert_eq!(tail.read(5, 10, 1000), Read::InStore);
         assert_eq!(tail.read(9, 10, 1000), Read::UpToDate);
     }

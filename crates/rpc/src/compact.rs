@@ -1,0 +1,97 @@
+//! Copies of messages that own their memory.
+
+use bytes::Bytes;
+use prost::Message;
+use streamer_proto::common::v1::{Event, Request, event::Kind};
+
+/// Below this, bytes are copied before they are kept: the buffer that they are a slice of may be
+/// many times larger. Above, the buffer holds little else.
+const COPIED_BYTES: usize = 64 * 1024;
+
+/// Copies an event. Where the original shares the buffer that it was received in, the copy has one of
+/// exactly its own size, so that keeping it keeps nothing else.
+#[must_use]
+pub fn compact_event(event: &Event) -> Event {
+    match &event.kind {
+        None | Some(Kind::Accepted(_) | Kind::Started(_) | Kind::Retrying(_)) => event.clone(),
+        Some(Kind::Progress(progress)) if progress.metadata.is_none() => event.clone(),
+        Some(
+            Kind::Progress(_)
+            | Kind::Output(_)
+            | Kind::Succeeded(_)
+            | Kind::Failed(_)
+            | Kind::Cancelled(_),
+        ) => reencoded(event),
+    }
+}
+
+/// Copies a request, as [`compact_event`] does an event.
+#[must_use]
+pub fn compact_request(request: &Request) -> Request {
+    reencoded(request)
+}
+
+fn reencoded<M: Message + Default + Clone>(message: &M) -> M {
+    let encoded = Bytes::from(message.encode_to_vec());
+    M::decode(encoded).unwrap_or_else(|_| message.clone())
+}
+
+/// Bytes that may be kept: small ones are copied out of the buffer that they were received in.
+#[must_use]
+pub fn compact_bytes(bytes: Bytes) -> Bytes {
+    if bytes.len() < COPIED_BYTES { Bytes::copy_from_slice(&bytes) } else { bytes }
+}
+
+#[cfg(test)]
+mod tests {
+    use streamer_proto::common::v1::{Output, OutputSummary, Payload, Succeeded, payload::Body};
+
+    use super::*;
+
+    /// An event as a call receives it: one of several messages in a large buffer.
+    fn received(event: &Event) -> (Event, Bytes) {
+        let mut buffer = event.encode_to_vec();
+        let length = buffer.len();
+        buffer.resize(64 * 1024, 0);
+        let buffer = Bytes::from(buffer);
+        (Event::decode(buffer.slice(..length)).unwrap(), buffer)
+    }
+
+    fn is_within(bytes: &Bytes, buffer: &Bytes) -> bool {
+        buffer.as_ptr_range().contains(&bytes.as_ptr())
+    }
+
+    #[test]
+    fn a_copy_of_an_event_shares_nothing_with_the_buffer_it_came_in() {
+        let data = Payload { body: Some(Body::Data("chunk".into())), ..Payload::default() };
+        let kind = Kind::Output(Output { data: Some(data), chunk_index: 3 });
+        let (event, buffer) = received(&Event { kind: Some(kind), ..Event::default() });
+        let copy = compact_event(&event);
+        assert_eq!(copy, event);
+        let data = |event: &Event| match &event.kind {
+            Some(Kind::Output(output)) => match &output.data.as_ref().unwrap().body {
+                Some(Body::Data(data)) => data.clone(),
+                other => panic!("{other:?}"),
+            },
+            other => panic!("{other:?}"),
+        };
+        assert!(is_within(&data(&event), &buffer), "the original is a slice");
+        assert!(!is_within(&data(&copy), &buffer));
+
+        let output = Some(OutputSummary { chunks: 1, sha256: vec![7; 32].into() });
+        let kind = Kind::Succeeded(Succeeded { result: None, output });
+        let (event, buffer) = received(&Event { kind: Some(kind), ..Event::default() });
+        let copy = compact_event(&event);
+        assert_eq!(copy, event);
+        let Some(Kind::Succeeded(succeeded)) = copy.kind else { panic!("{copy:?}") };
+        assert!(!is_within(&succeeded.output.unwrap().sha256, &buffer));
+    }
+
+    #[test]
+    fn small_bytes_are_copied_and_large_ones_shared() {
+        let large = Bytes::from(vec![1; COPIED_BYTES]);
+        assert_eq!(compact_bytes(large.clone()).as_ptr(), large.as_ptr());
+        let small = large.slice(..10);
+        assert_ne!(compact_bytes(small.clone()).as_ptr(), small.as_ptr());
+    }
+}

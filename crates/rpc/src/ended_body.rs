@@ -1,0 +1,68 @@
+//! Response bodies that end before the server that sends them does.
+
+use bytes::Bytes;
+use futures_util::{StreamExt, stream};
+use http::HeaderMap;
+use http_body_util::{BodyStream, StreamBody};
+use hyper::body::{Body as HttpBody, Frame};
+use tonic::{Status, body::Body};
+
+type BoxError = Box<dyn std::error::Error + Send + Sync>;
+
+/// Passes the frames of a response body on until `ended`, then ends it with status UNAVAILABLE and this
+/// message, in trailers as a server would: the client watches again, at once and knowing why.
+pub fn end_when<B>(
+    body: B,
+    ended: impl Future<Output = ()> + Send + 'static,
+    message: &'static str,
+) -> Body
+where
+    B: HttpBody<Data = Bytes> + Send + 'static,
+    B::Error: Into<BoxError>,
+{
+    let frames = Box::pin(BodyStream::new(body));
+    let state = Some((frames, Box::pin(ended)));
+    let answer = stream::unfold(state, move |state| async move {
+        let (mut frames, mut ended) = state?;
+        tokio::select! {
+            biased;
+            frame = frames.next() => {
+                let frame = frame?.map_err(Into::into);
+                Some((frame, Some((frames, ended))))
+            }
+            () = &mut ended => {
+                let mut trailers = HeaderMap::new();
+                let added = Status::unavailable(message).add_header(&mut trailers);
+                let frame = added.map(|()| Frame::trailers(trailers)).map_err(BoxError::from);
+                Some((frame, None))
+            }
+        }
+    });
+    Body::new(StreamBody::new(answer))
+}
+
+#[cfg(test)]
+mod tests {
+    use http_body_util::BodyExt;
+    use tokio::sync::{mpsc, oneshot};
+    use tokio_stream::wrappers::ReceiverStream;
+
+    use super::*;
+
+    #[tokio::test]
+    async fn a_silent_body_ends_with_unavailable() {
+        let (frames, received) = mpsc::channel::<Result<Frame<Bytes>, BoxError>>(1);
+        let (end, ended) = oneshot::channel::<()>();
+        let body = StreamBody::new(ReceiverStream::new(received));
+        let mut body = end_when(body, async { drop(ended.await) }, "the instance is down");
+        frames.send(Ok(Frame::data("first".into()))).await.unwrap();
+        let first = body.frame().await.unwrap().unwrap();
+        assert_eq!(first.into_data().unwrap(), "first");
+        end.send(()).unwrap();
+        let last = body.frame().await.unwrap().unwrap().into_trailers().unwrap();
+        let status = Status::from_header_map(&last).unwrap();
+        assert_eq!(status.code(), tonic::Code::Unavailable);
+        assert_eq!(status.message(), "the instance is down");
+        assert!(body.frame().await.is_none());
+    }
+}

@@ -1,0 +1,95 @@
+//! Which watchers of a topic have its newest event: a pure count.
+
+use std::time::Duration;
+
+use tokio::time::Instant;
+
+/// Watchers of one topic that have been up to date at least once.
+#[derive(Debug, Default)]
+pub(crate) struct Delivery {
+    newest_seq: i64,
+    newest_at: Option<Instant>,
+    /// Those that have the newest event.
+    up_to_date: usize,
+    /// Those that had all events at some time, and lack the newest.
+    behind: usize,
+}
+
+/// One watcher's part in a [`Delivery`]: the newest event at the time when the watcher had all of them;
+/// `None` while it replays the log for the first time.
+#[derive(Clone, Copy, Debug, Default)]
+pub(crate) struct Position(Option<i64>);
+
+impl Delivery {
+    /// The topic has events up to `seq`.
+    pub(crate) fn note_newest(&mut self, seq: i64, now: Instant) {
+        if seq > self.newest_seq {
+            self.newest_seq = seq;
+            self.newest_at = Some(now);
+            self.behind += std::mem::take(&mut self.up_to_date);
+        }
+    }
+
+    /// A watcher has every event up to `seq`.
+    pub(crate) fn note_delivered(&mut self, position: &mut Position, seq: i64) {
+        if seq < self.newest_seq || position.0 == Some(self.newest_seq) {
+            return;
+        }
+        if position.0.is_some() {
+            self.behind -= 1;
+        }
+        self.up_to_date += 1;
+        position.0 = Some(self.newest_seq);
+    }
+
+    /// A watcher leaves.
+    pub(crate) fn leave(&mut self, position: Position) {
+        match position.0 {
+            None => {}
+            Some(seq) if seq == self.newest_seq => self.up_to_date -= 1,
+            Some(_) => self.behind -= 1,
+        }
+    }
+
+    /// For how long the newest event has been waiting for a watcher; zero when all have it.
+    pub(crate) fn undelivered_for(&self, now: Instant) -> Duration {
+        match self.newest_at {
+            Some(at) if self.behind > 0 => now.saturating_duration_since(at),
+            _ => Duration::ZERO,
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_newest_event_waits_from_its_arrival_until_every_watcher_has_it() {
+        let start = Instant::now();
+        let at = |seconds| start + Duration::from_secs(seconds);
+        let mut delivery = Delivery::default();
+        let (mut one, mut other, mut replaying) = Default::default();
+        delivery.note_newest(1, start);
+        delivery.note_delivered(&mut one, 1);
+        delivery.note_delivered(&mut other, 1);
+        delivery.note_delivered(&mut replaying, 0);
+        assert_eq!(delivery.undelivered_for(at(9)), Duration::ZERO, "a replay is no delay");
+
+        delivery.note_newest(3, at(10));
+        assert_eq!(delivery.undelivered_for(at(12)), Duration::from_secs(2));
+        delivery.note_delivered(&mut one, 2);
+        delivery.note_delivered(&mut one, 3);
+        delivery.note_delivered(&mut one, 3);
+        assert_eq!(delivery.undelivered_for(at(13)), Duration::from_secs(3));
+        delivery.leave(other);
+        assert_eq!(delivery.undelivered_for(at(14)), Duration::ZERO);
+
+        delivery.note_delivered(&mut replaying, 3);
+        delivery.leave(one);
+        delivery.note_newest(4, at(20));
+        assert_eq!(delivery.undelivered_for(at(21)), Duration::from_secs(1));
+        delivery.leave(replaying);
+        assert_eq!((delivery.up_to_date, delivery.behind), (0, 0));
+    }
+}
