@@ -1,20 +1,37 @@
 //! What a server reports on `/metrics`.
 
-use tokio::{
-    io::{AsyncReadExt, AsyncWriteExt},
-    net::TcpStream,
+use std::{
+    io::{Read, Write},
+    net::{SocketAddr, TcpStream},
+    time::Duration,
 };
+
+/// A server that is stopped or blocked does not answer.
+const TIMEOUT: Duration = Duration::from_secs(5);
 
 /// All metrics of the server at this URL, in the OpenMetrics text format.
 ///
 /// # Panics
 /// When the server cannot be reached.
 pub async fn metrics(url: &str) -> String {
-    let address = url.trim_start_matches("http://");
-    let mut socket = TcpStream::connect(address).await.expect("the server listens");
+    let address = url.trim_start_matches("http://").parse().expect("the URL of a test server");
+    let read = tokio::task::spawn_blocking(move || read(address));
+    read.await.expect("reading does not panic").expect("the server answers")
+}
+
+/// The value of a counter; `None` when the server does not answer or has no such counter.
+pub(crate) fn counter(address: SocketAddr, name: &str) -> Option<u64> {
+    let metrics = read(address).ok()?;
+    let value = metrics.lines().find_map(|line| line.strip_prefix(name)?.strip_prefix(' '));
+    value?.parse().ok()
+}
+
+fn read(address: SocketAddr) -> std::io::Result<String> {
+    let mut socket = TcpStream::connect_timeout(&address, TIMEOUT)?;
+    socket.set_read_timeout(Some(TIMEOUT))?;
     let request = format!("GET /metrics HTTP/1.1\r\nHost: {address}\r\nConnection: close\r\n\r\n");
-    socket.write_all(request.as_bytes()).await.expect("the server reads");
+    socket.write_all(request.as_bytes())?;
     let mut answer = String::new();
-    socket.read_to_string(&mut answer).await.expect("the server answers");
-    answer
+    socket.read_to_string(&mut answer)?;
+    Ok(answer)
 }

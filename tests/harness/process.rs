@@ -8,6 +8,7 @@
 use std::{
     env,
     ffi::OsStr,
+    fs,
     io::{self, Read},
     os::unix::process::CommandExt,
     process::{self, Child, ChildStderr, ChildStdout, Command, ExitStatus, Output, Stdio},
@@ -103,6 +104,25 @@ impl Process {
     #[must_use]
     pub fn stderr(&mut self) -> ChildStderr {
         self.child.stderr.take().expect("the standard error is a pipe")
+    }
+
+    /// Most resident memory of the process so far, in bytes.
+    ///
+    /// # Panics
+    /// When the process has been waited for.
+    #[must_use]
+    pub fn peak_resident_bytes(&self) -> u64 {
+        assert!(self.status.is_none(), "the process has ended");
+        let status = fs::read_to_string(format!("/proc/{}/status", self.child.id()));
+        let status = status.expect("a child that was not reaped has a status");
+        let peak = status.lines().find_map(|line| line.strip_prefix("VmHWM:"));
+        let kilobytes = peak.and_then(|rest| rest.split_whitespace().next());
+        let kilobytes: u64 = kilobytes.expect("Linux reports it").parse().expect("a number");
+        kilobytes * 1024
+    }
+
+    pub(crate) fn is_running(&mut self) -> bool {
+        self.status.is_none() && self.wait_timeout(Duration::ZERO).is_none()
     }
 
     /// Sends a signal to the process, not to the rest of its group.

@@ -6,6 +6,7 @@ use std::{
     net::SocketAddr,
     path::{Path, PathBuf},
     process::{Output, Stdio},
+    thread,
     time::Duration,
 };
 
@@ -16,6 +17,7 @@ use tempfile::TempDir;
 use crate::{
     LoopbackAddress, Process, Signal,
     dynamodb::{Implementation, endpoint},
+    metrics::counter,
 };
 
 const READY: &str = "Streamer is ready: ";
@@ -144,6 +146,12 @@ impl Server {
         self.process.stop()
     }
 
+    /// Most resident memory of it so far, in bytes.
+    #[must_use]
+    pub fn peak_resident_bytes(&self) -> u64 {
+        self.process.peak_resident_bytes()
+    }
+
     /// What it was started with.
     #[must_use]
     pub fn settings(&self) -> &[String] {
@@ -186,8 +194,19 @@ impl Server {
 }
 
 impl Drop for Server {
+    /// Ends the server.
+    ///
+    /// # Panics
+    /// When it delivered events only because it compared watched requests with its store: in one process
+    /// every event that is stored is announced.
     fn drop(&mut self) {
+        let missed = if self.process.is_running() && !thread::panicking() {
+            counter(self.address, "streamer_progress_missed_events_total")
+        } else {
+            None
+        };
         Process::end_all([&mut self.process]);
+        assert_eq!(missed.unwrap_or(0), 0, "events were stored and not announced");
     }
 }
 

@@ -12,7 +12,7 @@ use streamer_proto::{
 };
 use streamer_rpc::json_payload;
 use streamer_tests::{
-    Client, Cluster, Load, Log, Proxy, Service, WorkerProcess,
+    Client, Cluster, Load, Log, LoopbackAddress, Proxy, Service, WorkerProcess,
     dynamodb::{Implementation, endpoint},
     offered_at,
 };
@@ -182,7 +182,8 @@ async fn clients_resume_when_a_progress_service_is_cut_off() {
 async fn watches_move_away_from_a_progress_service_that_lost_its_store() {
     const WATCHED: usize = 60;
     let dynamodb = endpoint(Implementation::DynamoDbLocal).trim_start_matches("http://");
-    let store = Proxy::start(dynamodb.parse().unwrap()).await;
+    let loopback = LoopbackAddress::claim();
+    let store = Proxy::start(loopback.next(), dynamodb.parse().unwrap()).await;
     let through_proxy = format!("dynamodb.endpoint=http://{}", store.address);
     let (cluster, _alone) = cluster(|service, number, _| match (service, number) {
         (Service::Progress, 0) => vec![through_proxy.clone()],

@@ -161,3 +161,25 @@ async fn a_grpc_message_beyond_the_limit_names_it() {
         assert!(refused.message().contains("limits.max_payload_bytes"), "{size}: {refused}");
     }
 }
+
+#[tokio::test]
+async fn small_chunks_of_running_requests_take_little_memory() {
+    const REQUESTS: usize = 200;
+    const CHUNKS: usize = 150;
+    let server = Server::start(&[]);
+    let mut client = Client::connect(&server.url, &server.token("acme", "ann", &[])).await;
+    let before = server.peak_resident_bytes();
+    for _ in 0..REQUESTS {
+        // Paced, so that each chunk comes in a message of its own.
+        let payload = json!({"steps": CHUNKS, "delay_ms": 10, "output_chunks": CHUNKS,
+            "chunk_bytes": 150});
+        client.send(json!({"action": "echo_async", "payload": payload})).await;
+    }
+    let mut completed = 0;
+    while completed < REQUESTS {
+        completed += usize::from(client.next().await["type"] == "complete");
+    }
+    let grown = server.peak_resident_bytes().saturating_sub(before);
+    // The events themselves are 20 MB. With the buffer that each came in they would be 240 MB more.
+    assert!(grown < 128 * 1024 * 1024, "{} MiB", grown / 1024 / 1024);
+}
