@@ -1,29 +1,30 @@
 //! Work that must not stop halfway because its caller stopped waiting.
 
-use std::future::Future;
-
 use tonic::Status;
 use tracing::Instrument;
 
-/// Runs `work` in a task of its own and waits for its result.
+/// Starts `work` in a task of its own; the future that is returned waits for its result.
 ///
 /// tonic drops the future of a call when the client goes away or its deadline passes. For a change
 /// with more than one step, such as storing an event and then notifying watchers, that would leave the
-/// first step without the second. Dropping the future that this function returns leaves `work` running
-/// to its end.
+/// first step without the second. Dropping the returned future leaves `work` running to its end.
 ///
 /// # Errors
 /// The error of `work`. INTERNAL if it panicked, UNAVAILABLE if the process is shutting down.
-pub async fn run_to_completion<T: Send + 'static>(
+pub fn run_to_completion<T: Send + 'static>(
     work: impl Future<Output = Result<T, Status>> + Send + 'static,
-) -> Result<T, Status> {
-    match tokio::spawn(work.in_current_span()).await {
-        Ok(result) => result,
-        Err(error) if error.is_panic() => {
-            tracing::error!(%error, "a call panicked");
-            Err(Status::internal("internal error"))
+) -> impl Future<Output = Result<T, Status>> + Send + 'static {
+    // Boxed, because tokio copies a task several times on its way to the heap.
+    let task = tokio::spawn(Box::pin(work).in_current_span());
+    async move {
+        match task.await {
+            Ok(result) => result,
+            Err(error) if error.is_panic() => {
+                tracing::error!(%error, "a call panicked");
+                Err(Status::internal("internal error"))
+            }
+            Err(_) => Err(Status::unavailable("the server is stopping")),
         }
-        Err(_) => Err(Status::unavailable("the server is stopping")),
     }
 }
 

@@ -371,9 +371,10 @@ impl Dispatcher {
         let Place { slot, declared, runner } = place;
         let spec = declared.spec;
         let started = Started { dispatcher: self.clone(), uid, slot: Some(slot) };
-        self.tasks.spawn(async move {
+        // Boxed, because tokio copies a task several times on its way to the heap.
+        self.tasks.spawn(Box::pin(async move {
             started.dispatcher.claim_and_run(uid, spec, runner, handle).await;
-        });
+        }));
     }
 
     /// Notes that an attempt of this request runs here, unless one does.

@@ -1,5 +1,8 @@
 //! How this service writes to the log: the progress service's internal calls.
 
+use std::sync::Arc;
+
+use prost::Message;
 use streamer_core::Uid;
 use streamer_proto::{
     common::v1::Event,
@@ -8,26 +11,43 @@ use streamer_proto::{
     },
 };
 use streamer_rpc::{Channel, run_to_completion, with_route};
+use tokio::sync::Semaphore;
 use tonic::Status;
+
+/// Bytes of large batches that are on their way at the same time. Each is held several times over: as
+/// reports, encoded for the call, decoded, and encoded for the store.
+const LARGE_BATCHES_BYTES: usize = 32 * 1024 * 1024;
+/// Batches up to this size do not wait for larger ones.
+const SMALL_BATCH_BYTES: usize = 64 * 1024;
 
 #[derive(Clone)]
 pub(crate) struct LogClient {
     client: EventLogServiceClient<Channel>,
+    /// A permit for each byte of a large batch that is on its way.
+    large: Arc<Semaphore>,
 }
 
 impl LogClient {
     pub(crate) fn new(progress: Channel, max_batch_bytes: usize) -> Self {
         let client =
             EventLogServiceClient::new(progress).max_encoding_message_size(max_batch_bytes);
-        Self { client }
+        Self { client, large: Arc::new(Semaphore::new(LARGE_BATCHES_BYTES)) }
     }
 
     /// Appends events; says why cancellation was asked for, when it was.
     pub(crate) async fn publish(&self, request: PublishRequest) -> Result<Option<String>, Status> {
-        let response = match Uid::from_slice(&request.uid) {
-            Some(uid) => self.client.clone().publish(with_route(request, uid)).await?,
-            None => return Err(Status::invalid_argument("uid must be 16 bytes")),
+        let Some(uid) = Uid::from_slice(&request.uid) else {
+            return Err(Status::invalid_argument("uid must be 16 bytes"));
         };
+        let _permits = match request.encoded_len() {
+            0..=SMALL_BATCH_BYTES => None,
+            large => {
+                let bytes = u32::try_from(large.min(LARGE_BATCHES_BYTES)).unwrap_or(u32::MAX);
+                let permits = self.large.acquire_many(bytes).await;
+                Some(permits.map_err(|_| Status::unavailable("the processor is stopping"))?)
+            }
+        };
+        let response = self.client.clone().publish(with_route(request, uid)).await?;
         Ok(response.into_inner().cancel_reason)
     }
 
