@@ -1,15 +1,19 @@
 //! Real DynamoDB servers: AWS's own DynamoDB Local, and dynoxide, which shares no code with it.
 //!
 //! tests/run installs both. They take any credentials, but DynamoDB Local wants an access key of
-//! letters and digits. What they write goes to the test's stderr, where little is expected.
+//! letters and digits. Their standard error is forwarded to that of the test.
 
 use std::{
     env,
-    io::{self, Read, Write},
+    io::{self, BufRead, BufReader, Read, Write},
     net::{Ipv4Addr, TcpStream},
     path::Path,
     process::{Command, Stdio},
-    sync::OnceLock,
+    sync::{
+        Arc, OnceLock,
+        atomic::{AtomicBool, Ordering},
+    },
+    thread,
     time::{Duration, Instant},
 };
 
@@ -90,7 +94,7 @@ impl Server {
                 return Self { implementation, port, endpoint, process, data };
             }
         }
-        panic!("{implementation:?} ended on {PORT_ATTEMPTS} ports; its standard error says why");
+        panic!("{implementation:?} does not start; the reason is on its standard error");
     }
 
     /// `http://127.0.0.1:PORT`
@@ -115,7 +119,7 @@ impl Server {
     }
 }
 
-/// Starts a server; returns it once it answers, or `None` when it ends before.
+/// Starts a server; returns it once it answers, or `None` when it ends before or the port is in use.
 fn start_process(
     implementation: Implementation,
     port: u16,
@@ -123,11 +127,13 @@ fn start_process(
 ) -> Option<Process> {
     const POLL_INTERVAL: Duration = Duration::from_millis(10);
     let mut process = Process::spawn(&mut command(implementation, port, data));
+    let port_in_use = forward_stderr(&mut process);
     let started = Instant::now();
     loop {
         let answers = lists_tables(port).unwrap_or(false);
-        // Also when it answers: a different server may have taken the port.
-        if process.wait_timeout(POLL_INTERVAL).is_some() {
+        // Also when there is an answer: it may come from a different server on the port.
+        let has_ended = process.wait_timeout(POLL_INTERVAL).is_some();
+        if has_ended || port_in_use.load(Ordering::Relaxed) {
             return None;
         }
         if answers {
@@ -138,6 +144,20 @@ fn start_process(
             "{implementation:?} does not answer on port {port} within {START_TIMEOUT:?}"
         );
     }
+}
+
+/// Forwards the standard error of a server to that of the test; sets the flag when the server reports
+/// that its port is in use. DynamoDB Local does not end then.
+fn forward_stderr(process: &mut Process) -> Arc<AtomicBool> {
+    let port_in_use = Arc::new(AtomicBool::new(false));
+    let (flag, lines) = (port_in_use.clone(), BufReader::new(process.stderr()).lines());
+    thread::spawn(move || {
+        for line in lines.map_while(Result::ok) {
+            eprintln!("{line}");
+            flag.fetch_or(line.contains("already in use"), Ordering::Relaxed);
+        }
+    });
+    port_in_use
 }
 
 fn command(implementation: Implementation, port: u16, data: Option<&Path>) -> Command {
@@ -173,7 +193,7 @@ fn command(implementation: Implementation, port: u16, data: Option<&Path>) -> Co
     };
     // The configuration of the user who runs the tests has no effect.
     command.env_clear().env("PATH", env::var_os("PATH").unwrap_or_default());
-    command.stdin(Stdio::null()).stdout(Stdio::null());
+    command.stdin(Stdio::null()).stdout(Stdio::null()).stderr(Stdio::piped());
     command
 }
 
@@ -184,4 +204,22 @@ fn lists_tables(port: u16) -> io::Result<bool> {
     let mut answer = String::new();
     stream.read_to_string(&mut answer)?;
     Ok(answer.starts_with("HTTP/1.1 200") && answer.contains("TableNames"))
+}
+
+#[cfg(test)]
+mod tests {
+    use std::net::TcpListener;
+
+    use super::*;
+
+    #[test]
+    fn a_port_in_use_does_not_keep_a_start_waiting() {
+        let listener = TcpListener::bind((Ipv4Addr::UNSPECIFIED, 0)).expect("a port is free");
+        let port = listener.local_addr().expect("it is bound").port();
+        thread::spawn(move || listener.incoming().for_each(drop));
+        for implementation in [Implementation::DynamoDbLocal, Implementation::Dynoxide] {
+            let started = start_process(implementation, port, None);
+            assert!(started.is_none(), "{implementation:?} uses a port that is in use");
+        }
+    }
 }
