@@ -1,0 +1,33 @@
+#!/usr/bin/env python3
+"""Prints line coverage per crate as a Markdown table, from the JSON summary of cargo-llvm-cov."""
+
+import json
+import sys
+from collections import defaultdict
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+
+
+def crate(file: Path) -> Path:
+    """Returns the folder of the crate that a source file belongs to."""
+    return next(folder for folder in file.parents if (folder / "Cargo.toml").exists())
+
+
+def main() -> None:
+    """Reads the file that the first argument names."""
+    files = json.loads(Path(sys.argv[1]).read_text())["data"][0]["files"]
+    covered: defaultdict[str, int] = defaultdict(int)
+    total: defaultdict[str, int] = defaultdict(int)
+    for file in files:
+        name = str(crate(Path(file["filename"])).relative_to(ROOT))
+        for key in (name, "all"):
+            covered[key] += file["summary"]["lines"]["covered"]
+            total[key] += file["summary"]["lines"]["count"]
+    print("| crate | lines | covered |")
+    print("|---|---:|---:|")
+    for name in [*sorted(total.keys() - {"all"}), "all"]:
+        print(f"| {name} | {total[name]:,} | {100 * covered[name] / total[name]:.1f} % |")
+
+
+main()
