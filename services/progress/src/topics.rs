@@ -2,12 +2,13 @@
 
 mod delivery;
 mod tail;
+mod topic;
 
 use std::{
     collections::{HashMap, HashSet},
     sync::{
         Arc,
-        atomic::{AtomicU32, AtomicUsize, Ordering},
+        atomic::{AtomicUsize, Ordering},
     },
     time::Duration,
 };
@@ -18,17 +19,14 @@ use streamer_core::Uid;
 use streamer_proto::common::v1::{Event, Request};
 use streamer_rpc::request_to_proto;
 use streamer_store::{Store, StoreError};
-use tokio::{
-    sync::{OnceCell, watch},
-    time::{Instant, MissedTickBehavior, interval},
-};
+use tokio::time::{Instant, MissedTickBehavior, interval};
 use tokio_util::sync::CancellationToken;
 use tonic::Status;
 
 use crate::{Ring, metrics::ProgressMetrics};
-use delivery::Delivery;
 pub(crate) use delivery::Position;
-pub(crate) use tail::{Read, Tail};
+pub(crate) use tail::Read;
+pub(crate) use topic::{Subscription, Topic};
 
 /// Bytes of all tails together, beyond which they are cut to half as many: unwatched ones are dropped,
 /// and watched ones keep an equal share.
@@ -50,131 +48,6 @@ const COMPARED_AT_ONCE: usize = 32;
 const UNWATCHED_ROUNDS: u32 = 2;
 /// Rounds without news after which a watched topic is compared with the store.
 const COMPARE_ROUNDS: u32 = 3;
-
-/// One request in memory.
-pub(crate) struct Topic {
-    pub(crate) uid: Uid,
-    state: Mutex<TopicState>,
-    /// `last_seq`, for those who wait.
-    news: watch::Sender<i64>,
-    loaded: OnceCell<()>,
-    /// Rounds of maintenance since there was news.
-    quiet_rounds: AtomicU32,
-    /// Bytes of all tails together.
-    total_bytes: Arc<AtomicUsize>,
-}
-
-#[derive(Default)]
-struct TopicState {
-    tail: Tail,
-    delivery: Delivery,
-}
-
-impl Topic {
-    fn new(uid: Uid, total_bytes: Arc<AtomicUsize>) -> Self {
-        Self {
-            uid,
-            state: Mutex::default(),
-            news: watch::Sender::new(0),
-            loaded: OnceCell::new(),
-            quiet_rounds: AtomicU32::new(0),
-            total_bytes,
-        }
-    }
-
-    /// The request as of the latest event here.
-    pub(crate) fn snapshot(&self) -> Option<Request> {
-        self.state.lock().tail.snapshot().cloned()
-    }
-
-    /// What comes after `after_seq`.
-    pub(crate) fn read(&self, after_seq: i64, max_events: usize, max_bytes: usize) -> Read {
-        self.state.lock().tail.read(after_seq, max_events, max_bytes)
-    }
-
-    /// What comes after `after_seq`, for a watcher that has everything up to there.
-    pub(crate) fn read_as(
-        &self,
-        position: &mut Position,
-        after_seq: i64,
-        max_events: usize,
-        max_bytes: usize,
-    ) -> Read {
-        let mut state = self.state.lock();
-        let read = state.tail.read(after_seq, max_events, max_bytes);
-        let delivered = match &read {
-            Read::Events(events) => events.last().map_or(after_seq, |last| last.seq),
-            Read::InStore | Read::UpToDate | Read::Ended => after_seq,
-        };
-        state.delivery.note_delivered(position, delivered);
-        read
-    }
-
-    /// A watcher stops reading.
-    pub(crate) fn leave(&self, position: Position) {
-        self.state.lock().delivery.leave(position);
-    }
-
-    fn change(&self, change: impl FnOnce(&mut Tail)) {
-        let last_seq = {
-            let mut state = self.state.lock();
-            self.counted(&mut state.tail, change);
-            let last_seq = state.tail.last_seq();
-            state.delivery.note_newest(last_seq, Instant::now());
-            last_seq
-        };
-        self.quiet_rounds.store(0, Ordering::Relaxed);
-        self.news.send_if_modified(|known| {
-            let newer = last_seq > *known;
-            *known = last_seq.max(*known);
-            newer
-        });
-    }
-
-    /// Keeps the total of all tails up to date.
-    fn counted(&self, tail: &mut Tail, change: impl FnOnce(&mut Tail)) {
-        let before = tail.bytes();
-        change(tail);
-        let after = tail.bytes();
-        if after >= before {
-            self.total_bytes.fetch_add(after - before, Ordering::Relaxed);
-        } else {
-            self.total_bytes.fetch_sub(before - after, Ordering::Relaxed);
-        }
-    }
-
-    fn shrink_to(&self, bytes: usize) {
-        self.counted(&mut self.state.lock().tail, |tail| tail.shrink_to(bytes));
-    }
-
-    fn has_ended(&self) -> bool {
-        self.state.lock().tail.ended()
-    }
-
-    fn is_watched(&self) -> bool {
-        self.news.receiver_count() > 0
-    }
-}
-
-impl Drop for Topic {
-    fn drop(&mut self) {
-        let bytes = self.state.get_mut().tail.bytes();
-        self.total_bytes.fetch_sub(bytes, Ordering::Relaxed);
-    }
-}
-
-/// A topic that stays in memory as long as this lives.
-pub(crate) struct Subscription {
-    pub(crate) topic: Arc<Topic>,
-    /// Changes with `last_seq`.
-    pub(crate) news: watch::Receiver<i64>,
-}
-
-impl Subscription {
-    fn new(topic: &Arc<Topic>) -> Self {
-        Self { topic: topic.clone(), news: topic.news.subscribe() }
-    }
-}
 
 /// Those of this round of maintenance and of the one before: a call that is under way takes less.
 #[derive(Default)]
@@ -259,7 +132,7 @@ impl Topics {
         // Under the lock, so that the topic cannot be dropped between being found and being kept.
         let by_uid = self.by_uid.lock();
         let topic = by_uid.get(&uid)?;
-        topic.loaded.initialized().then(|| Subscription::new(topic))
+        topic.is_loaded().then(|| Subscription::new(topic))
     }
 
     /// Subscribes to a request, bringing it into memory when it is not there.
@@ -268,7 +141,7 @@ impl Topics {
         // was published before is in the store.
         let subscription = self.subscribe(uid);
         let topic = subscription.topic.clone();
-        let loading = topic.loaded.get_or_try_init(|| async {
+        let loading = topic.load_once(async {
             match self.store.get_request(uid).await {
                 Ok(Some(record)) => {
                     topic.change(|tail| tail.load(&request_to_proto(&record)));
@@ -305,8 +178,7 @@ impl Topics {
             tail.push(events);
             tail.load(created);
         });
-        // Fails only when another call has loaded it, which is as good.
-        drop(topic.loaded.set(()));
+        topic.set_loaded();
         self.shrink_if_full();
     }
 
@@ -400,11 +272,11 @@ impl Topics {
         let mut undelivered = Duration::ZERO;
         let mut compare = Vec::new();
         by_uid.retain(|_, topic| {
-            let quiet = topic.quiet_rounds.fetch_add(1, Ordering::Relaxed);
+            let quiet = topic.next_round();
             if !topic.is_watched() {
                 return quiet < unwatched_rounds;
             }
-            undelivered = undelivered.max(topic.state.lock().delivery.undelivered_for(now));
+            undelivered = undelivered.max(topic.undelivered_for(now));
             if self.is_to_compare(topic.uid, quiet) && !topic.has_ended() {
                 compare.push(topic.clone());
             }
@@ -437,11 +309,8 @@ impl Topics {
     /// Brings a topic up to date with the store; returns how many events it had missed.
     pub(crate) async fn compare(&self, topic: &Topic) -> Result<u64, StoreError> {
         let Some(record) = self.store.get_request(topic.uid).await? else { return Ok(0) };
-        let (missed, has_snapshot) = {
-            let state = topic.state.lock();
-            let missed = record.last_seq - state.tail.last_seq();
-            (u64::try_from(missed).unwrap_or(0), state.tail.snapshot().is_some())
-        };
+        let (last_seq, has_snapshot) = topic.last_known();
+        let missed = u64::try_from(record.last_seq - last_seq).unwrap_or(0);
         if missed > 0 || !has_snapshot {
             topic.change(|tail| tail.load(&request_to_proto(&record)));
         }
@@ -454,77 +323,4 @@ fn count(number: usize) -> i64 {
 }
 
 #[cfg(test)]
-mod tests {
-    use streamer_core::Timestamp;
-    use streamer_proto::common::v1::{
-        Accepted, Output, Payload, Started, event::Kind, payload::Body,
-    };
-    use streamer_store::{Engine, open};
-    use streamer_telemetry::Metrics;
-
-    use super::*;
-
-    fn event(seq: i64, kind: Kind) -> Event {
-        Event { seq, attempt: 0, time: None, kind: Some(kind) }
-    }
-
-    #[tokio::test]
-    async fn a_late_announcement_of_a_request_that_runs_already_is_not_believed() {
-        let data = tempfile::tempdir().unwrap();
-        let store = open(&Engine::Embedded { data: data.path().to_owned() }).unwrap();
-        let topics = Topics::new(store, ProgressMetrics::new(&Metrics::new()), None);
-        let accepted = event(1, Kind::Accepted(Accepted::default()));
-        let created =
-            |uid: Uid| Request { uid: uid.to_string(), last_seq: 1, ..Request::default() };
-        let (early, late) = (Uid::new(Timestamp::default()), Uid::new(Timestamp::default()));
-
-        topics.create(early, &created(early), std::slice::from_ref(&accepted));
-        assert!(topics.loaded(early).is_some());
-
-        topics.push(late, &[event(2, Kind::Started(Started::default()))]);
-        topics.create(late, &created(late), std::slice::from_ref(&accepted));
-        assert!(topics.loaded(late).is_none(), "watchers read the store, which knows more");
-    }
-
-    #[tokio::test]
-    async fn all_tails_together_stay_within_their_limit() {
-        const CHUNK: usize = 1024 * 1024;
-        let data = tempfile::tempdir().unwrap();
-        let store = open(&Engine::Embedded { data: data.path().to_owned() }).unwrap();
-        let topics = Topics::new(store, ProgressMetrics::new(&Metrics::new()), None);
-        let chunk = |seq| {
-            let data =
-                Payload { body: Some(Body::Data(vec![7; CHUNK].into())), ..Payload::default() };
-            event(seq, Kind::Output(Output { data: Some(data), chunk_index: 0 }))
-        };
-        let small = Uid::new(Timestamp::default());
-        let accepted = event(1, Kind::Accepted(Accepted::default()));
-        topics.create(small, &Request::default(), &[accepted]);
-        let kept = topics.loaded(small).unwrap();
-        let watched: Vec<_> = (0..100)
-            .map(|_| {
-                let uid = Uid::new(Timestamp::default());
-                topics.create(uid, &Request::default(), &[chunk(1)]);
-                topics.loaded(uid)
-            })
-            .collect();
-        let total = topics.total_bytes.load(Ordering::Relaxed);
-        assert!(total <= MAX_TOTAL_BYTES + CHUNK, "{total}");
-        let first = watched[0].as_ref().unwrap();
-        assert_eq!(first.topic.read(0, 10, CHUNK), Read::InStore, "its share is less than a chunk");
-        let read = topics.loaded(small).unwrap().topic.read(0, 10, CHUNK);
-        assert!(matches!(read, Read::Events(_)), "small tails keep what they have");
-
-        drop(watched);
-        let last = Uid::new(Timestamp::default());
-        topics.create(last, &Request::default(), &[chunk(1)]);
-        for seq in 2..100 {
-            topics.push(last, &[chunk(seq)]);
-        }
-        let total = topics.total_bytes.load(Ordering::Relaxed);
-        assert!(total <= MAX_TOTAL_BYTES + CHUNK, "{total}");
-        topics.by_uid.lock().clear();
-        drop(kept);
-        assert_eq!(topics.total_bytes.load(Ordering::Relaxed), 0);
-    }
-}
+mod tests;
