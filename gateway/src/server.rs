@@ -12,7 +12,7 @@ use http::{HeaderValue, StatusCode, header};
 use hyper::upgrade::OnUpgrade;
 use hyper_util::rt::TokioIo;
 use streamer_auth::Authenticator;
-use streamer_core::{Clock, ErrorCode, Timestamp, Uid};
+use streamer_core::{Clock, ErrorCode, Timestamp, Uid, is_loopback_host};
 use tokio::{io::AsyncWriteExt, net::TcpStream, time::timeout};
 
 use crate::{
@@ -196,7 +196,7 @@ impl GatewayOptions {
         if self.allowed_origins.is_empty() {
             let host = origin.split_once("://").map_or(origin, |(_, rest)| rest);
             let name = host.rsplit_once(':').map_or(host, |(name, _)| name);
-            return matches!(name, "localhost" | "127.0.0.1" | "[::1]") || host == "[::1]";
+            return is_loopback_host(name) || is_loopback_host(host);
         }
         self.allowed_origins.iter().any(|allowed| allowed == "*" || allowed == origin)
     }

@@ -15,6 +15,7 @@ use jsonwebtoken::{
     jwk::{JwkSet, KeyAlgorithm, PublicKeyUse},
 };
 use parking_lot::RwLock;
+use streamer_core::is_loopback_host;
 use tokio::{sync::Mutex, time::Instant};
 
 use crate::{KeyError, VerificationKey};
@@ -62,8 +63,7 @@ impl JwksSource {
             reason,
         };
         let parsed: Uri = url.parse().map_err(|error| malformed(format!("{error}")))?;
-        let is_local =
-            parsed.host().is_some_and(|host| matches!(host, "localhost" | "127.0.0.1" | "[::1]"));
+        let is_local = parsed.host().is_some_and(is_loopback_host);
         match parsed.scheme_str() {
             Some("https") if parsed.host().is_some() => {}
             Some("http") if is_local => {}

@@ -2,13 +2,12 @@
 
 use std::{
     io::{IsTerminal, Write},
-    net::IpAddr,
     time::Duration,
 };
 
 use streamer_auth::{DevKey, NewToken};
 use streamer_client::Api;
-use streamer_core::{Clock, SystemClock};
+use streamer_core::{Clock, SystemClock, is_loopback_host};
 
 use crate::arguments::Common;
 
@@ -45,13 +44,10 @@ impl Common {
     }
 }
 
-/// Returns whether the host of a URL is a loopback address.
+/// Returns whether the host of a URL is this machine.
 fn is_on_this_machine(url: &str) -> bool {
-    // The whole host: a token must not go to `localhost.example.com`.
     let uri = url.parse::<http::Uri>().ok();
-    let host = uri.as_ref().and_then(http::Uri::host).unwrap_or_default();
-    let address = host.trim_start_matches('[').trim_end_matches(']').parse::<IpAddr>();
-    host == "localhost" || address.is_ok_and(|address| address.is_loopback())
+    uri.as_ref().and_then(http::Uri::host).is_some_and(is_loopback_host)
 }
 
 /// Prints a line at once, so that a reader at the other end of a pipe sees it.

@@ -6,6 +6,7 @@
 pub mod action;
 pub mod clock;
 pub mod error;
+pub mod host;
 pub mod id;
 pub mod limits;
 pub mod output;
@@ -16,6 +17,7 @@ pub mod validate;
 pub use action::{ActionSpec, DEFAULT_SYNC_THRESHOLD};
 pub use clock::{Clock, ManualClock, SystemClock, Timestamp};
 pub use error::{ErrorCode, ErrorCodes, RequestError};
+pub use host::is_loopback_host;
 pub use id::Uid;
 pub use limits::Limits;
 pub use output::OutputDigest;

@@ -9,7 +9,7 @@ use aws_smithy_http_client::{
     tls::{Provider, rustls_provider::CryptoMode},
 };
 use prometheus_client::metrics::{counter::Counter, histogram::Histogram};
-use streamer_core::retry;
+use streamer_core::{is_loopback_host, retry};
 use streamer_store::StoreError;
 use streamer_telemetry::Metrics;
 use tokio::time::{Instant, sleep};
@@ -151,9 +151,8 @@ pub(crate) async fn sdk_config(options: &DynamoOptions) -> Result<SdkConfig, Ope
 }
 
 fn is_local(endpoint: &str) -> bool {
-    ["http://127.0.0.1:", "http://localhost:", "http://[::1]:"]
-        .iter()
-        .any(|local| endpoint.starts_with(local))
+    let uri = endpoint.parse::<http::Uri>().ok();
+    uri.as_ref().and_then(http::Uri::host).is_some_and(is_loopback_host)
 }
 
 /// Waits between repetitions, with full jitter, for as long as patience lasts.
