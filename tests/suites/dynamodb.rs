@@ -336,7 +336,8 @@ async fn hints_stream_and_poll_each_suffice() {
 async fn the_stream_goes_on_when_shards_are_split_and_records_removed() {
     let streams = Resharding::start(local()).await;
     let settings = ["execution.hints=false", "execution.poll_queue=false"];
-    let first = server(&streams.endpoint, &settings);
+    let mut first = server(&streams.endpoint, &settings);
+    first.share_store();
     let mut client = Client::connect(&first.url, &first.token("acme", "ann", &[])).await;
     let mut count = 0;
     run_one(&mut client, &mut count).await;

@@ -152,7 +152,10 @@ pub(crate) async fn sdk_config(options: &DynamoOptions) -> Result<SdkConfig, Ope
 
 fn is_local(endpoint: &str) -> bool {
     let uri = endpoint.parse::<http::Uri>().ok();
-    uri.as_ref().and_then(http::Uri::host).is_some_and(is_loopback_host)
+    // HTTPS on this machine may be a tunnel to AWS.
+    uri.is_some_and(|uri| {
+        uri.scheme_str() == Some("http") && uri.host().is_some_and(is_loopback_host)
+    })
 }
 
 /// Waits between repetitions, with full jitter, for as long as patience lasts.

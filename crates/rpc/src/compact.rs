@@ -13,11 +13,12 @@ const COPIED_BYTES: usize = 64 * 1024;
 #[must_use]
 pub fn compact_event(event: &Event) -> Event {
     match &event.kind {
-        None | Some(Kind::Accepted(_) | Kind::Started(_) | Kind::Retrying(_)) => event.clone(),
+        None | Some(Kind::Accepted(_) | Kind::Started(_)) => event.clone(),
         Some(Kind::Progress(progress)) if progress.metadata.is_none() => event.clone(),
         Some(
             Kind::Progress(_)
             | Kind::Output(_)
+            | Kind::Retrying(_)
             | Kind::Succeeded(_)
             | Kind::Failed(_)
             | Kind::Cancelled(_),
@@ -44,7 +45,9 @@ pub fn compact_bytes(bytes: Bytes) -> Bytes {
 
 #[cfg(test)]
 mod tests {
-    use streamer_proto::common::v1::{Output, OutputSummary, Payload, Succeeded, payload::Body};
+    use streamer_proto::common::v1::{
+        Error, Output, OutputSummary, Payload, Retrying, Succeeded, payload::Body,
+    };
 
     use super::*;
 
@@ -77,6 +80,16 @@ mod tests {
         };
         assert!(is_within(&data(&event), &buffer), "the original is a slice");
         assert!(!is_within(&data(&copy), &buffer));
+
+        let details = Some(Payload { body: Some(Body::Data("{}".into())), ..Payload::default() });
+        let error = Some(Error { details, ..Error::default() });
+        let kind = Kind::Retrying(Retrying { error, ..Retrying::default() });
+        let (event, buffer) = received(&Event { kind: Some(kind), ..Event::default() });
+        let copy = compact_event(&event);
+        assert_eq!(copy, event);
+        let Some(Kind::Retrying(retrying)) = copy.kind else { panic!("{copy:?}") };
+        let details = crate::payload_bytes(retrying.error.unwrap().details.as_ref());
+        assert!(!is_within(&details, &buffer));
 
         let output = Some(OutputSummary { chunks: 1, sha256: vec![7; 32].into() });
         let kind = Kind::Succeeded(Succeeded { result: None, output });

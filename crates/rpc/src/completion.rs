@@ -7,7 +7,8 @@ use tracing::Instrument;
 ///
 /// tonic drops the future of a call when the client goes away or its deadline passes. For a change
 /// with more than one step, such as storing an event and then notifying watchers, that would leave the
-/// first step without the second. Dropping the returned future leaves `work` running to its end.
+/// first step without the second. Dropping the returned future leaves `work` running to its end, unless
+/// the process ends before.
 ///
 /// # Errors
 /// The error of `work`. INTERNAL if it panicked, UNAVAILABLE if the process is shutting down.

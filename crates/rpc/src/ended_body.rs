@@ -20,6 +20,10 @@ where
     B: HttpBody<Data = Bytes> + Send + 'static,
     B::Error: Into<BoxError>,
 {
+    // A refusal without a body: its status is in the headers, and the stream must end with those.
+    if body.is_end_stream() {
+        return Body::new(body);
+    }
     let frames = Box::pin(BodyStream::new(body));
     let state = Some((frames, Box::pin(ended)));
     let answer = stream::unfold(state, move |state| async move {
@@ -48,6 +52,14 @@ mod tests {
     use tokio_stream::wrappers::ReceiverStream;
 
     use super::*;
+
+    #[tokio::test]
+    async fn a_refusal_stays_without_a_body() {
+        let refusal = Status::not_found("no such request").into_http::<Body>();
+        let refusal = refusal.map(|body| end_when(body, std::future::pending(), "down"));
+        assert!(refusal.body().is_end_stream());
+        assert_eq!(refusal.headers()["grpc-status"], "5");
+    }
 
     #[tokio::test]
     async fn a_silent_body_ends_with_unavailable() {

@@ -54,7 +54,7 @@ pub struct Member {
     /// To it.
     pub channel: Channel,
     down: Arc<AtomicBool>,
-    /// What it answered when it was last probed.
+    /// Whether it may serve watches.
     healthy: Arc<watch::Sender<bool>>,
 }
 
@@ -77,19 +77,35 @@ impl Member {
         self.down.store(!reached, Ordering::Relaxed);
     }
 
-    /// Remembers whether it reported, when it was probed, that it can do its job. If it did not, watches
-    /// that it serves end with UNAVAILABLE, so that they continue at another member.
-    pub fn note_probe(&self, healthy: bool) {
-        self.note(healthy);
+    /// Sets whether it may serve watches. If not, those that it serves end with UNAVAILABLE, so that they
+    /// continue at another member.
+    pub fn set_healthy(&self, healthy: bool) {
         self.healthy.send_if_modified(|known| std::mem::replace(known, healthy) != healthy);
     }
 
-    /// Returns once a probe has failed.
+    /// To it, for watches: they end when it fails.
+    #[must_use]
+    pub fn watch_channel(&self) -> Channel {
+        let member = self.clone();
+        BoxCloneSyncService::new(tower::service_fn(move |request: Request<Body>| {
+            let member = member.clone();
+            async move {
+                let response = member.channel.clone().oneshot(request).await?;
+                Ok(response.map(|body| member.guarded(body)))
+            }
+        }))
+    }
+
+    fn guarded(&self, body: Body) -> Body {
+        end_when(body, self.fails(), "the instance that served this watch is down; watch again")
+    }
+
+    /// Returns once it may not serve watches.
     fn fails(&self) -> impl Future<Output = ()> + Send + 'static {
         let mut healthy = self.healthy.subscribe();
         async move {
             if healthy.wait_for(|healthy| !healthy).await.is_err() {
-                // No longer among the members, so that it is not probed; the connection itself tells.
+                // It left the list and is not probed; the end of its connection ends the watch.
                 std::future::pending::<()>().await;
             }
         }
@@ -284,14 +300,13 @@ impl Balanced {
             };
             match outcome {
                 Ok(response) => {
-                    member.note(true);
                     if policy.ask_another && is_unavailable(response.headers()) {
                         last = Some(Ok(response));
                         continue;
                     }
+                    member.note(true);
                     return Ok(if policy.is_watch {
-                        let message = "the instance that served this watch is down; watch again";
-                        response.map(|body| end_when(body, member.fails(), message))
+                        response.map(|body| member.guarded(body))
                     } else {
                         response
                     });
@@ -353,7 +368,8 @@ struct Policy {
     repeatable: bool,
     /// Another member may be asked when one has answered that it cannot.
     ask_another: bool,
-    /// Its answer lasts for as long as a request runs.
+    /// Its answer lasts for as long as a request runs, and can be asked for again at another member. A
+    /// submission cannot: its first message says what was stored.
     is_watch: bool,
     timeout: Option<Duration>,
 }
@@ -372,7 +388,7 @@ impl Policy {
         Self {
             repeatable: !is_one_of(&once),
             ask_another: !is_one_of(&once) && !is_one_of(&submissions),
-            is_watch: is_one_of(&["Watch", "SubmitAndWatch"]),
+            is_watch: method == "Watch",
             timeout: if is_one_of(&internal) {
                 Some(INTERNAL_TIMEOUT)
             } else {

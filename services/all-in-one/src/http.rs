@@ -30,11 +30,11 @@ use crate::{
 
 /// How often health is checked without a request for it, and within which time the store must answer.
 const HEALTH_PACE: Pace =
-    Pace { interval: Duration::from_secs(5), timeout: Duration::from_secs(5) };
-/// The same for a progress service: its watches must move to another one within seconds of an event that
-/// it cannot read.
+    Pace { interval: Duration::from_secs(5), timeout: Duration::from_secs(5), tries: 1 };
+/// The same for a progress service: its watches must move to a different instance within 5 s of an event
+/// that it cannot read. One slow answer of the store is not a reason to move them.
 const PROGRESS_HEALTH_PACE: Pace =
-    Pace { interval: Duration::from_secs(1), timeout: Duration::from_secs(2) };
+    Pace { interval: Duration::from_secs(1), timeout: Duration::from_millis(1500), tries: 2 };
 /// An answer younger than this is given again; while it is a bad one, health is checked this often.
 const HEALTH_CACHE: Duration = Duration::from_millis(500);
 /// Prometheus' content type of OpenMetrics text.
@@ -55,6 +55,8 @@ pub(crate) type Need = Box<dyn Fn() -> Result<(), String> + Send + Sync>;
 struct Pace {
     interval: Duration,
     timeout: Duration,
+    /// Failed checks in a row that count as one.
+    tries: u32,
 }
 
 impl Pace {
@@ -128,7 +130,18 @@ impl Health {
 
     /// Whether the store can be written; without it there is no point in starting.
     pub(crate) async fn check_store(&self) -> Result<(), String> {
-        match timeout(Pace::of(self.role).timeout, self.store.check()).await {
+        let pace = Pace::of(self.role);
+        let mut outcome = self.check_store_once(pace.timeout).await;
+        for _ in 1..pace.tries {
+            if outcome.is_err() {
+                outcome = self.check_store_once(pace.timeout).await;
+            }
+        }
+        outcome
+    }
+
+    async fn check_store_once(&self, limit: Duration) -> Result<(), String> {
+        match timeout(limit, self.store.check()).await {
             // Anybody may ask, so that the reason is for the log alone.
             Ok(checked) => checked.map_err(|error| {
                 tracing::debug!(%error, "the store could not be written");

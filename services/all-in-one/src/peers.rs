@@ -34,7 +34,9 @@ const KEEP_ALIVE: Duration = Duration::from_secs(2);
 const KEEP_ALIVE_TIMEOUT: Duration = Duration::from_secs(6);
 /// Peers are asked whether they can do their job so often.
 const PROBE_INTERVAL: Duration = Duration::from_secs(1);
-const PROBE_TIMEOUT: Duration = Duration::from_secs(2);
+const PROBE_TIMEOUT: Duration = Duration::from_millis(1500);
+/// Failed probes in a row after which watches at a peer end. Together with the times above, less than 5 s.
+const MAX_FAILED_PROBES: u32 = 2;
 /// Of one stream. All of them together may hold as much as there is: one that is not read must not
 /// hold up the others.
 const HTTP2_WINDOW: u32 = 512 * 1024;
@@ -190,33 +192,54 @@ async fn resolve(entry: &str) -> io::Result<Vec<SocketAddr>> {
     }
 }
 
-/// Asks every peer whether it can do its job, again and again: so a peer that is silent or down is
-/// known before calls are lost on it, and is called again once it answers.
+/// Probes every peer until dropped: a peer that is silent or down is known before calls are lost on it, and
+/// is called again once it answers.
 async fn probe_all(list: watch::Receiver<Arc<[Member]>>) {
     let mut ticks = interval(PROBE_INTERVAL);
     ticks.set_missed_tick_behavior(MissedTickBehavior::Delay);
+    let mut failures: HashMap<Arc<str>, u32> = HashMap::new();
     loop {
         ticks.tick().await;
         let members = list.borrow().clone();
-        join_all(members.iter().map(probe)).await;
+        let probes = join_all(members.iter().map(probe)).await;
+        failures.retain(|name, _| members.iter().any(|member| member.name == *name));
+        let any_healthy = probes.contains(&Probe::Serving);
+        for (member, probe) in members.iter().zip(probes) {
+            member.note(probe == Probe::Serving);
+            let failed = failures.entry(member.name.clone()).or_default();
+            *failed = match probe {
+                Probe::Serving => 0,
+                Probe::NotServing => MAX_FAILED_PROBES,
+                Probe::Failed => *failed + 1,
+            };
+            // Watches have nowhere to move to when every member fails, or this process itself.
+            member.set_healthy(*failed < MAX_FAILED_PROBES || !any_healthy);
+        }
     }
 }
 
-async fn probe(member: &Member) {
+#[derive(Clone, Copy, PartialEq, Eq)]
+enum Probe {
+    Serving,
+    NotServing,
+    Failed,
+}
+
+async fn probe(member: &Member) -> Probe {
     let mut client = HealthClient::new(member.channel.clone());
     let asked = timeout(PROBE_TIMEOUT, client.check(HealthCheckRequest::default())).await;
-    let reached = match asked {
-        Ok(Ok(answer)) => answer.into_inner().status() == ServingStatus::Serving,
+    match asked {
+        Ok(Ok(answer)) if answer.get_ref().status() == ServingStatus::Serving => Probe::Serving,
+        Ok(Ok(_)) => Probe::NotServing,
         Ok(Err(status)) => {
             if status.code() == Code::Unauthenticated && member.seems_up() {
                 let name = &*member.name;
                 tracing::error!(%status, name, "a peer has another secret (peers.secret_file)");
             }
-            false
+            Probe::Failed
         }
-        Err(_) => false,
-    };
-    member.note_probe(reached);
+        Err(_) => Probe::Failed,
+    }
 }
 
 /// A channel that connects when it is first used, and again whenever that is needed.

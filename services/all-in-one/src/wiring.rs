@@ -115,6 +115,7 @@ impl Services {
                     members: all.progress.clone(),
                     serving: is_serving.clone(),
                 }),
+                is_shared: config.store.engine == "dynamodb",
             })
         });
         let (event_log, watches) = match (&progress, &elsewhere) {

@@ -4,7 +4,7 @@ use std::{
     pin::Pin,
     sync::{
         Arc,
-        atomic::{AtomicBool, Ordering},
+        atomic::{AtomicBool, AtomicU32, Ordering},
     },
     time::Duration,
 };
@@ -40,6 +40,9 @@ use crate::{
 /// First wait after a publish call that failed; doubled up to [`MAX_PUBLISH_BACKOFF`].
 const PUBLISH_BACKOFF: Duration = Duration::from_millis(20);
 const MAX_PUBLISH_BACKOFF: Duration = Duration::from_secs(1);
+/// Renewals that may miss the lease of an attempt whose last event is on its way. There are three in the
+/// length of a lease.
+const MAX_MISSING: u32 = 3;
 
 /// How others reach a running attempt.
 #[derive(Default)]
@@ -52,6 +55,8 @@ pub(crate) struct AttemptHandle {
     lost_signal: CancellationToken,
     /// The last event is on its way to the log: only the log's answer decides how the attempt ended.
     ending: AtomicBool,
+    /// Renewals that did not find the lease.
+    missing: AtomicU32,
     release_reason: Mutex<Option<&'static str>>,
     release_signal: CancellationToken,
 }
@@ -66,9 +71,10 @@ impl AttemptHandle {
     /// The store does not show this attempt as the holder of its lease. That is a loss, unless the
     /// attempt is appending its last event, which ends the lease: then the lease may be missing because
     /// the append is committed and its answer is still on the way. An append that comes too late is
-    /// refused by the store.
+    /// refused by the store; one that is neither stored nor refused for a whole lease is given up.
     pub(crate) fn note_lease_missing(&self) {
-        if !self.ending.load(Ordering::SeqCst) {
+        let missing = self.missing.fetch_add(1, Ordering::SeqCst) + 1;
+        if !self.ending.load(Ordering::SeqCst) || missing > MAX_MISSING {
             self.lose();
         }
     }

@@ -5,7 +5,7 @@ use std::collections::VecDeque;
 
 use parking_lot::Mutex;
 use streamer_proto::{
-    common::v1::{Payload, Progress, payload::Body},
+    common::v1::{Error, Payload, Progress, payload::Body},
     processor::v1::report::Kind,
 };
 use streamer_rpc::{compact_bytes, payload_bytes};
@@ -130,7 +130,11 @@ fn compact(kind: Kind) -> Kind {
         Kind::Output(output) => Kind::Output(payload(output)),
         Kind::Checkpoint(data) => Kind::Checkpoint(compact_bytes(data)),
         Kind::Result(result) => Kind::Result(payload(result)),
-        Kind::Error(_) | Kind::Release(_) | Kind::KeepAlive(_) => kind,
+        Kind::Error(error) => {
+            let details = error.details.map(payload);
+            Kind::Error(Error { details, ..error })
+        }
+        Kind::Release(_) | Kind::KeepAlive(_) => kind,
     }
 }
 

@@ -20,6 +20,7 @@ use streamer_proto::{
     timestamp,
 };
 use streamer_rpc::{action_from_proto, payload_bytes, status, store_status, validation_status};
+use streamer_store::StoreError;
 use tokio::{
     sync::mpsc,
     time::{Instant, sleep_until, timeout},
@@ -225,11 +226,12 @@ impl Shared {
             worker.seen();
             match worker.task(uid, number) {
                 Some(task) => Ok(Some(task)),
-                None => self.dispatcher.adopt_to_completion(worker, uid, number).await,
+                None => self.dispatcher.adopt(worker, uid, number).await,
             }
         });
         let resumed = stream::iter(resuming).buffer_unordered(ADOPTIONS);
-        let tasks: Vec<_> = resumed.try_collect().await?;
+        let tasks: Vec<_> =
+            resumed.try_collect().await.map_err(|error: StoreError| store_status(&error))?;
         Ok(tasks.into_iter().flatten().map(|task| task.acknowledgment(false)).collect())
     }
 

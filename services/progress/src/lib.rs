@@ -44,6 +44,8 @@ pub struct Dependencies {
     pub limits: Limits,
     /// Where this instance stands among others; `None` when it is the only one.
     pub ring: Option<Ring>,
+    /// Whether other processes write to the store.
+    pub is_shared: bool,
 }
 
 /// All instances of this service. Each request belongs to one of them, where its events are
@@ -81,9 +83,7 @@ impl Ring {
 }
 
 fn not_serving() -> Status {
-    Status::unavailable(
-        "this progress service cannot reach its store; another one serves the watch",
-    )
+    Status::unavailable("this progress service cannot reach its store; watch again")
 }
 
 /// The progress service, ready to be served.
@@ -99,9 +99,9 @@ impl Progress {
     /// Wires the service.
     #[must_use]
     pub fn build(dependencies: Dependencies) -> Self {
-        let Dependencies { store, clock, auth, metrics, limits, ring } = dependencies;
+        let Dependencies { store, clock, auth, metrics, limits, ring, is_shared } = dependencies;
         let metrics = ProgressMetrics::new(&metrics);
-        let topics = Arc::new(Topics::new(store.clone(), metrics.clone(), ring.clone()));
+        let topics = Arc::new(Topics::new(store.clone(), metrics.clone(), ring.clone(), is_shared));
         let watch = WatchService::new(topics.clone(), store.clone(), ring, limits);
         let public =
             ProgressServiceServer::new(watch).max_decoding_message_size(limits.max_message_bytes());

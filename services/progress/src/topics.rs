@@ -13,13 +13,13 @@ use std::{
     time::Duration,
 };
 
-use futures_util::future::join_all;
+use futures_util::{StreamExt, stream};
 use parking_lot::Mutex;
 use streamer_core::Uid;
 use streamer_proto::common::v1::{Event, Request};
 use streamer_rpc::request_to_proto;
-use streamer_store::{Store, StoreError};
-use tokio::time::{Instant, MissedTickBehavior, interval};
+use streamer_store::{RequestRecord, Store, StoreError};
+use tokio::time::{Instant, MissedTickBehavior, interval, timeout};
 use tokio_util::sync::CancellationToken;
 use tonic::Status;
 
@@ -28,26 +28,34 @@ pub(crate) use delivery::Position;
 pub(crate) use tail::Read;
 pub(crate) use topic::{Subscription, Topic};
 
-/// Bytes of all tails together, beyond which they are cut to half as many: unwatched ones are dropped,
-/// and watched ones keep an equal share.
+/// Bytes of all events in memory, beyond which they are cut to half as many: unwatched topics are
+/// dropped, and watched ones keep an equal share.
 const MAX_TOTAL_BYTES: usize = 64 * 1024 * 1024;
 /// Topics beyond which unwatched ones go at once.
 const MAX_TOPICS: usize = 32_768;
 /// Requests noted as missed in one round at most.
 const MAX_MISSED: usize = 65_536;
-const MAINTENANCE: Duration = Duration::from_secs(5);
-/// The same where services are processes of their own: one that dies between storing an event and
-/// announcing it leaves watchers here without it.
-const RING_MAINTENANCE: Duration = Duration::from_secs(1);
-const RING_UNWATCHED_ROUNDS: u32 = 10;
-/// Bounds the silence after such a death. Each comparison is one read of an item.
-const RING_COMPARE_ROUNDS: u32 = 4;
+/// Where every event is stored by this process, which announces it.
+const ALONE: Pace = Pace { round: Duration::from_secs(5), unwatched_rounds: 2, compare_rounds: 3 };
+/// Where other processes write to the same store: one that dies between storing an event and announcing
+/// it, or does not know this one, leaves watchers here without the event. Each comparison is one read of
+/// an item.
+const SHARED: Pace =
+    Pace { round: Duration::from_secs(1), unwatched_rounds: 10, compare_rounds: 4 };
+/// How long an announcement may come after the event is stored before it counts as missed.
+const ANNOUNCEMENT_GRACE: Duration = Duration::from_millis(500);
 /// Topics that are compared with the store at the same time.
 const COMPARED_AT_ONCE: usize = 32;
-/// Rounds of maintenance that an unwatched topic without news survives.
-const UNWATCHED_ROUNDS: u32 = 2;
-/// Rounds without news after which a watched topic is compared with the store.
-const COMPARE_ROUNDS: u32 = 3;
+
+/// How often topics are looked after.
+struct Pace {
+    /// Time between two rounds of maintenance.
+    round: Duration,
+    /// Rounds that an unwatched topic without news survives.
+    unwatched_rounds: u32,
+    /// Rounds without news after which a watched topic is compared with the store, each time anew.
+    compare_rounds: u32,
+}
 
 /// Those of this round of maintenance and of the one before: a call that is under way takes less.
 #[derive(Default)]
@@ -81,20 +89,28 @@ pub(crate) struct Topics {
     missed: Mutex<Missed>,
     /// How many topics there may be before unwatched ones are looked for.
     prune_at: AtomicUsize,
-    /// Bytes of all tails together.
+    /// Bytes of the events of all tails.
     total_bytes: Arc<AtomicUsize>,
-    /// Held by the one who cuts them down.
+    /// Held while tails are cut down.
     shrinking: Mutex<()>,
     store: Arc<dyn Store>,
     metrics: ProgressMetrics,
     ring: Option<Ring>,
+    pace: &'static Pace,
     /// Watches end.
     pub(crate) draining: CancellationToken,
 }
 
 impl Topics {
-    pub(crate) fn new(store: Arc<dyn Store>, metrics: ProgressMetrics, ring: Option<Ring>) -> Self {
+    /// `is_shared` if other processes write to the store.
+    pub(crate) fn new(
+        store: Arc<dyn Store>,
+        metrics: ProgressMetrics,
+        ring: Option<Ring>,
+        is_shared: bool,
+    ) -> Self {
         Self {
+            pace: if is_shared { &SHARED } else { &ALONE },
             ring,
             draining: CancellationToken::new(),
             by_uid: Mutex::default(),
@@ -111,7 +127,7 @@ impl Topics {
         &self.metrics
     }
 
-    /// Returns with the reason once watches here must end, so that they continue elsewhere.
+    /// Returns with the reason once watches here must end, so that they continue at another instance.
     pub(crate) async fn watches_end(&self) -> Status {
         let stops_serving = async {
             match &self.ring {
@@ -233,48 +249,55 @@ impl Topics {
     /// Drops tails that are not needed and compares quiet watched ones with the store, in case a
     /// hint was lost.
     pub(crate) async fn maintain(&self, shutdown: CancellationToken) {
-        let every = if self.ring.is_some() { RING_MAINTENANCE } else { MAINTENANCE };
-        let mut ticks = interval(every);
+        let mut ticks = interval(self.pace.round);
         ticks.set_missed_tick_behavior(MissedTickBehavior::Delay);
         loop {
             tokio::select! {
                 () = shutdown.cancelled() => return,
                 _ = ticks.tick() => {}
             }
-            for some in self.sweep().chunks(COMPARED_AT_ONCE) {
-                let compared = some.iter().map(|topic| async move {
-                    match self.compare(topic).await {
-                        Ok(missed) if missed > 0 && self.is_notified_of(topic.uid) => {
-                            self.metrics.missed.inc_by(missed);
-                            tracing::warn!(
-                                uid = %topic.uid, missed,
-                                "events were stored whose announcement did not arrive"
-                            );
-                        }
-                        Ok(_) => {}
-                        Err(error) => {
-                            tracing::warn!(%error, uid = %topic.uid, "could not compare with the store");
-                        }
+            stream::iter(self.sweep())
+                .for_each_concurrent(COMPARED_AT_ONCE, |topic| async move {
+                    if let Err(error) = self.check(&topic).await {
+                        tracing::warn!(%error, uid = %topic.uid, "could not compare with the store");
                     }
-                });
-                join_all(compared).await;
+                })
+                .await;
+        }
+    }
+
+    /// Compares a topic with the store, and counts events whose announcement did not arrive.
+    async fn check(&self, topic: &Arc<Topic>) -> Result<(), StoreError> {
+        let Some(record) = self.store.get_request(topic.uid).await? else {
+            // Deleted: a watcher would wait for ever.
+            topic.end();
+            return Ok(());
+        };
+        if self.is_notified_of(topic.uid) && record.last_seq > topic.last_known().0 {
+            // The announcement may be on its way.
+            let mut news = Subscription::new(topic).news;
+            let announced = news.wait_for(|last_seq| *last_seq >= record.last_seq);
+            if timeout(ANNOUNCEMENT_GRACE, announced).await.is_err() {
+                let missed = record.last_seq - topic.last_known().0;
+                self.metrics.missed.inc_by(u64::try_from(missed).unwrap_or(0));
+                tracing::debug!(uid = %topic.uid, missed, "an announcement did not arrive");
             }
         }
+        Self::refresh(topic, &record);
+        Ok(())
     }
 
     /// Drops what is not needed; returns what should be compared with the store.
     fn sweep(&self) -> Vec<Arc<Topic>> {
         let mut by_uid = self.by_uid.lock();
         self.missed.lock().turn();
-        let unwatched_rounds =
-            if self.ring.is_some() { RING_UNWATCHED_ROUNDS } else { UNWATCHED_ROUNDS };
         let now = Instant::now();
         let mut undelivered = Duration::ZERO;
         let mut compare = Vec::new();
         by_uid.retain(|_, topic| {
             let quiet = topic.next_round();
             if !topic.is_watched() {
-                return quiet < unwatched_rounds;
+                return quiet < self.pace.unwatched_rounds;
             }
             undelivered = undelivered.max(topic.undelivered_for(now));
             if self.is_to_compare(topic.uid, quiet) && !topic.has_ended() {
@@ -290,14 +313,7 @@ impl Topics {
 
     /// Whether a topic without news for so many rounds is compared with the store.
     fn is_to_compare(&self, uid: Uid, quiet: u32) -> bool {
-        match &self.ring {
-            None => quiet > 0 && quiet.is_multiple_of(COMPARE_ROUNDS),
-            Some(_) if !self.is_notified_of(uid) => quiet > 0,
-            Some(_) => {
-                quiet < RING_COMPARE_ROUNDS && quiet.is_power_of_two()
-                    || quiet > 0 && quiet.is_multiple_of(RING_COMPARE_ROUNDS)
-            }
-        }
+        quiet > 0 && (quiet.is_multiple_of(self.pace.compare_rounds) || !self.is_notified_of(uid))
     }
 
     /// Whether events of this request are published here. A request that belongs to another instance is
@@ -306,15 +322,19 @@ impl Topics {
         self.ring.as_ref().is_none_or(|ring| ring.owner(uid).is_none())
     }
 
-    /// Brings a topic up to date with the store; returns how many events it had missed.
-    pub(crate) async fn compare(&self, topic: &Topic) -> Result<u64, StoreError> {
-        let Some(record) = self.store.get_request(topic.uid).await? else { return Ok(0) };
-        let (last_seq, has_snapshot) = topic.last_known();
-        let missed = u64::try_from(record.last_seq - last_seq).unwrap_or(0);
-        if missed > 0 || !has_snapshot {
-            topic.change(|tail| tail.load(&request_to_proto(&record)));
+    /// Brings a topic up to date with the store.
+    pub(crate) async fn compare(&self, topic: &Topic) -> Result<(), StoreError> {
+        if let Some(record) = self.store.get_request(topic.uid).await? {
+            Self::refresh(topic, &record);
         }
-        Ok(missed)
+        Ok(())
+    }
+
+    fn refresh(topic: &Topic, record: &RequestRecord) {
+        let (last_seq, has_snapshot) = topic.last_known();
+        if record.last_seq > last_seq || !has_snapshot {
+            topic.change(|tail| tail.load(&request_to_proto(record)));
+        }
     }
 }
 

@@ -88,7 +88,7 @@ impl WatchService {
         let Some(owner) = ring.owner(uid).filter(Member::seems_up) else { return Ok(None) };
         let mut watch = with_authorization(watch, caller.authorization.clone());
         watch.metadata_mut().insert(FORWARDED, MetadataValue::from_static("1"));
-        let mut client = ProgressServiceClient::new(owner.channel.clone())
+        let mut client = ProgressServiceClient::new(owner.watch_channel())
             .max_decoding_message_size(self.limits.max_message_bytes().saturating_mul(2));
         match timeout(PASS_ON_TIMEOUT, client.watch(watch)).await {
             Ok(Ok(response)) => Ok(Some(Box::pin(response.into_inner()))),

@@ -4,7 +4,7 @@ use std::{collections::HashMap, time::Duration};
 
 use hdrhistogram::Histogram;
 use streamer_client::{ClientError, Session};
-use tokio::time::{Instant, sleep_until, timeout_at};
+use tokio::time::{Instant, sleep, sleep_until, timeout_at};
 
 use super::{
     Report, Subject, WARM_UP,
@@ -12,6 +12,8 @@ use super::{
     seq_of, text_after,
 };
 
+/// After the last request has ended, for as long as its attempt may take to be counted.
+const SETTLE: Duration = Duration::from_millis(200);
 /// How long the last requests may take to end.
 const PATIENCE: Duration = Duration::from_secs(30);
 
@@ -78,6 +80,8 @@ pub(super) async fn run(subject: &Subject, load: Load) -> anyhow::Result<Report>
     report.processor(spent, completed);
     report.add_faults(faults);
     if let Some(own) = &subject.own {
+        // A client sees the last event a little before the attempt that appended it is counted.
+        sleep(SETTLE).await;
         let succeeded = own.counter(SUCCEEDED).await?;
         report.figure("submitted", submitted, "");
         report.figure("succeeded by the server's count", succeeded, "");

@@ -66,8 +66,8 @@ impl Report {
         self.faults += histogram.count_between(limit + 1, u64::MAX);
     }
 
-    /// Counts what a server of our own found only by comparing with its store, which no healthy server
-    /// does, and requests that it lost.
+    /// Counts what a server of our own found only by comparing with its store, and attempts that it lost:
+    /// neither happens in one healthy process.
     pub(crate) async fn check_delivery(&mut self, server: &ServerProcess) -> anyhow::Result<()> {
         for (name, counter) in [
             ("events delivered late", "streamer_progress_missed_events_total"),

@@ -168,6 +168,17 @@ async fn a_last_event_that_comes_too_late_is_refused_and_the_attempt_is_lost() {
 }
 
 #[tokio::test]
+async fn a_last_event_that_is_neither_stored_nor_refused_is_given_up_after_a_lease() {
+    let mut scene = start();
+    scene.may_end.cancel();
+    let (_, _unanswered) = scene.batches.recv().await.unwrap();
+    for _ in 0..=MAX_MISSING {
+        scene.handle.note_lease_missing();
+    }
+    assert!(matches!(scene.running.await.unwrap(), Finished::Lost));
+}
+
+#[tokio::test]
 async fn a_lease_that_is_missing_before_the_end_is_a_loss() {
     let scene = start();
     scene.handle.note_lease_missing();

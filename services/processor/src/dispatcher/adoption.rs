@@ -6,9 +6,7 @@ use std::sync::Arc;
 use bytes::Bytes;
 use streamer_core::Uid;
 use streamer_handler::ReportQueue;
-use streamer_rpc::{run_to_completion, store_status};
 use streamer_store::{Adopt, Lease, StoreError, StoredPayload};
-use tonic::Status;
 
 use super::{Dispatcher, Running, Started};
 use crate::{
@@ -19,23 +17,9 @@ use crate::{
 };
 
 impl Dispatcher {
-    /// Resumes an attempt that this worker has; `None` when it is no longer the worker's. An attempt
-    /// that is adopted in the store is run here, also when the worker's stream ends meanwhile.
-    pub(crate) async fn adopt_to_completion(
-        self: &Arc<Self>,
-        worker: &Arc<Worker>,
-        uid: Uid,
-        attempt: u32,
-    ) -> Result<Option<Arc<RemoteTask>>, Status> {
-        let (dispatcher, worker) = (self.clone(), worker.clone());
-        run_to_completion(async move {
-            let adopted = dispatcher.adopt(&worker, uid, attempt).await;
-            adopted.map_err(|error| store_status(&error))
-        })
-        .await
-    }
-
-    async fn adopt(
+    /// Goes on with an attempt that this worker has; `None` when it is not the worker's any more.
+    /// Says how many of its reports are durable.
+    pub(crate) async fn adopt(
         self: &Arc<Self>,
         worker: &Arc<Worker>,
         uid: Uid,

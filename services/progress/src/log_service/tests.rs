@@ -39,7 +39,7 @@ async fn an_append_whose_caller_goes_away_still_reaches_watchers() {
     let data = TempDir::new().unwrap();
     let store = open(&Engine::Embedded { data: data.path().to_owned() }).unwrap();
     let metrics = ProgressMetrics::new(&Metrics::new());
-    let topics = Arc::new(Topics::new(store.clone(), metrics.clone(), None));
+    let topics = Arc::new(Topics::new(store.clone(), metrics.clone(), None, false));
     let clock = Arc::new(SystemClock);
     let (uid, now) = (Uid::new(clock.now()), clock.now());
     running_request(&*store, uid, now).await;

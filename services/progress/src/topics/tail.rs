@@ -46,12 +46,9 @@ impl Tail {
         self.last_seq
     }
 
-    /// What the events and the snapshot hold, in bytes.
+    /// What the events hold, in bytes.
     pub(crate) fn bytes(&self) -> usize {
         self.bytes
-            + self.snapshot.as_ref().map_or(0, |snapshot| {
-                size_of::<Request>() + snapshot.metadata.as_ref().map_or(0, Message::encoded_len)
-            })
     }
 
     pub(crate) fn ended(&self) -> bool {
@@ -112,6 +109,7 @@ impl Tail {
         while self.bytes > bytes {
             self.drop_oldest();
         }
+        self.events.shrink_to_fit();
     }
 
     fn drop_oldest(&mut self) {
@@ -119,9 +117,11 @@ impl Tail {
             Some(dropped) => self.bytes -= held_bytes(&dropped),
             None => self.bytes = 0,
         }
-        if self.events.is_empty() {
-            self.events = VecDeque::new();
-        }
+    }
+
+    /// The request does not exist any more: nothing will follow.
+    pub(crate) fn end(&mut self) {
+        self.ended = true;
     }
 
     /// What comes after `after_seq`: at most `max_events`, ending once `max_bytes` are reached.
@@ -148,12 +148,12 @@ impl Tail {
     }
 
     fn clear(&mut self) {
-        self.events.clear();
+        self.events = VecDeque::new();
         self.bytes = 0;
     }
 }
 
-/// Memory of an event of one's own: its fields, and what they point to.
+/// Memory of an event that shares none: its fields, and what they point to.
 fn held_bytes(event: &Event) -> usize {
     size_of::<Event>() + event.encoded_len()
 }

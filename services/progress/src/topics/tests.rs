@@ -15,7 +15,7 @@ fn event(seq: i64, kind: Kind) -> Event {
 async fn a_late_announcement_of_a_request_that_runs_already_is_not_believed() {
     let data = tempfile::tempdir().unwrap();
     let store = open(&Engine::Embedded { data: data.path().to_owned() }).unwrap();
-    let topics = Topics::new(store, ProgressMetrics::new(&Metrics::new()), None);
+    let topics = Topics::new(store, ProgressMetrics::new(&Metrics::new()), None, false);
     let accepted = event(1, Kind::Accepted(Accepted::default()));
     let created = |uid: Uid| Request { uid: uid.to_string(), last_seq: 1, ..Request::default() };
     let (early, late) = (Uid::new(Timestamp::default()), Uid::new(Timestamp::default()));
@@ -33,7 +33,7 @@ async fn all_tails_together_stay_within_their_limit() {
     const CHUNK: usize = 1024 * 1024;
     let data = tempfile::tempdir().unwrap();
     let store = open(&Engine::Embedded { data: data.path().to_owned() }).unwrap();
-    let topics = Topics::new(store, ProgressMetrics::new(&Metrics::new()), None);
+    let topics = Topics::new(store, ProgressMetrics::new(&Metrics::new()), None, false);
     let chunk = |seq| {
         let data = Payload { body: Some(Body::Data(vec![7; CHUNK].into())), ..Payload::default() };
         event(seq, Kind::Output(Output { data: Some(data), chunk_index: 0 }))

@@ -1,4 +1,4 @@
-//! One request in memory, and those who wait for its news.
+//! One request in memory, and the notification of its watchers.
 
 use std::{
     sync::{
@@ -25,12 +25,12 @@ use super::{
 pub(crate) struct Topic {
     pub(crate) uid: Uid,
     state: Mutex<TopicState>,
-    /// `last_seq`, for those who wait.
+    /// `last_seq`; wakes watchers when it changes.
     news: watch::Sender<i64>,
     loaded: OnceCell<()>,
     /// Rounds of maintenance since there was news.
     quiet_rounds: AtomicU32,
-    /// Bytes of all tails together.
+    /// Bytes of the events of all tails.
     total_bytes: Arc<AtomicUsize>,
 }
 
@@ -101,6 +101,12 @@ impl Topic {
             *known = last_seq.max(*known);
             newer
         });
+    }
+
+    /// The request does not exist any more: ends its watches.
+    pub(super) fn end(&self) {
+        self.state.lock().tail.end();
+        self.news.send_modify(|_| {});
     }
 
     /// Keeps the total of all tails up to date.

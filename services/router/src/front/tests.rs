@@ -11,13 +11,16 @@ use streamer_rpc::{Members, local};
 use streamer_store::{Engine, open};
 use streamer_telemetry::Metrics;
 use tempfile::TempDir;
-use tokio::sync::mpsc;
+use tokio::sync::{Semaphore, mpsc};
 use tonic::{Request, Response};
 
 use super::*;
 
-/// Hands announcements to the test.
-struct Announcements(mpsc::UnboundedSender<AnnounceRequest>);
+/// Hands announcements to the test, once the test lets them pass.
+struct Announcements {
+    gate: Arc<Semaphore>,
+    announced: mpsc::UnboundedSender<AnnounceRequest>,
+}
 
 #[tonic::async_trait]
 impl EventLogService for Announcements {
@@ -32,13 +35,15 @@ impl EventLogService for Announcements {
         &self,
         request: Request<AnnounceRequest>,
     ) -> Result<Response<AnnounceResponse>, Status> {
-        self.0.send(request.into_inner()).unwrap();
+        self.gate.acquire().await.unwrap().forget();
+        self.announced.send(request.into_inner()).unwrap();
         Ok(Response::new(AnnounceResponse {}))
     }
 }
 
 struct Scene {
     front: Arc<Front>,
+    gate: Arc<Semaphore>,
     announced: mpsc::UnboundedReceiver<AnnounceRequest>,
     caller: Caller,
     _data: TempDir,
@@ -48,7 +53,9 @@ fn scene() -> Scene {
     let data = TempDir::new().unwrap();
     let store = open(&Engine::Embedded { data: data.path().to_owned() }).unwrap();
     let (sender, announced) = mpsc::unbounded_channel();
-    let log = local(EventLogServiceServer::new(Announcements(sender)));
+    let gate = Arc::new(Semaphore::new(0));
+    let announcements = Announcements { gate: gate.clone(), announced: sender };
+    let log = local(EventLogServiceServer::new(announcements));
     let limits = Limits {
         max_payload_bytes: 1024,
         max_output_chunk_bytes: 1024,
@@ -71,7 +78,7 @@ fn scene() -> Scene {
     };
     let authorization = http::HeaderValue::from_static("Bearer t");
     let caller = Caller { principal: Arc::new(principal), authorization };
-    Scene { front, announced, caller, _data: data }
+    Scene { front, gate, announced, caller, _data: data }
 }
 
 fn submission() -> Submission {
@@ -103,6 +110,7 @@ async fn a_submission_whose_caller_goes_away_is_announced_once_it_is_stored() {
         assert!(poll!(&mut call).is_pending());
         tokio::task::yield_now().await;
     }
+    scene.gate.add_permits(1);
     let announced = scene.announced.recv().await.unwrap();
     assert_eq!(announced.events[0].seq, 1);
     assert_eq!(announced.created.unwrap().request_id, "one");
@@ -112,11 +120,12 @@ async fn a_submission_whose_caller_goes_away_is_announced_once_it_is_stored() {
 async fn a_cancellation_whose_caller_goes_away_is_announced_once_it_is_stored() {
     let mut scene = scene();
     let (owner, now) = (owner(&scene.caller), scene.now());
+    scene.gate.add_permits(1);
     scene.front.create(owner, submission(), now, None, None).await.unwrap();
     scene.announced.recv().await.unwrap();
     {
         let mut call = Box::pin(scene.front.cancel(&scene.caller, "one", "enough".into()));
-        // Until the request has been found and its cancellation is with the store.
+        // Until the cancellation is stored; the gate holds its announcement.
         let mut is_cancelled = false;
         while !is_cancelled {
             assert!(poll!(&mut call).is_pending());
@@ -125,6 +134,7 @@ async fn a_cancellation_whose_caller_goes_away_is_announced_once_it_is_stored() 
             is_cancelled = found.state == RequestState::Cancelled;
         }
     }
+    scene.gate.add_permits(1);
     let announced = scene.announced.recv().await.unwrap();
     assert!(matches!(announced.events[0].kind, Some(Kind::Cancelled(_))));
 }
