@@ -177,7 +177,7 @@ impl Process {
         self.reap();
     }
 
-    /// Ends processes that are not needed any more. They are killed; in a coverage build, where a killed
+    /// Ends processes that are no longer needed. They are killed; in a coverage build, where a killed
     /// process writes no profile, they are stopped with SIGTERM and killed when they do not end.
     pub(crate) fn end_all<'a>(processes: impl IntoIterator<Item = &'a mut Self>) {
         let running = processes.into_iter().filter(|process| process.status.is_none());

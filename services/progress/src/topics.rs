@@ -47,7 +47,7 @@ const ANNOUNCEMENT_GRACE: Duration = Duration::from_millis(500);
 /// Topics that are compared with the store at the same time.
 const COMPARED_AT_ONCE: usize = 32;
 
-/// How often topics are looked after.
+/// How often topics are maintained.
 struct Pace {
     /// Time between two rounds of maintenance.
     round: Duration,

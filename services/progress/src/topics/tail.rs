@@ -119,7 +119,7 @@ impl Tail {
         }
     }
 
-    /// The request does not exist any more: nothing will follow.
+    /// The request was deleted: nothing will follow.
     pub(crate) fn end(&mut self) {
         self.ended = true;
     }

@@ -103,7 +103,7 @@ impl Topic {
         });
     }
 
-    /// The request does not exist any more: ends its watches.
+    /// The request was deleted: ends its watches.
     pub(super) fn end(&self) {
         self.state.lock().tail.end();
         self.news.send_modify(|_| {});
