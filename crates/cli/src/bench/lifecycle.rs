@@ -84,7 +84,7 @@ pub(super) async fn run(subject: &Subject, load: Load) -> anyhow::Result<Report>
         sleep(SETTLE).await;
         let succeeded = own.counter(SUCCEEDED).await?;
         report.figure("submitted", submitted, "");
-        report.figure("succeeded by the server's count", succeeded, "");
+        report.figure("succeeded on the server", succeeded, "");
         report.add_faults(succeeded.abs_diff(submitted));
     }
     Ok(report)
