@@ -222,11 +222,23 @@ impl Topics {
         }
         let Some(_shrinking) = self.shrinking.try_lock() else { return };
         let mut by_uid = self.by_uid.lock();
-        by_uid.retain(|_, topic| topic.is_watched());
+        self.drop_unwatched(&mut by_uid);
         if self.total_bytes.load(Ordering::Relaxed) > MAX_TOTAL_BYTES / 2 {
             let share = MAX_TOTAL_BYTES / 2 / by_uid.len().max(1);
             by_uid.values().for_each(|topic| topic.shrink_to(share));
         }
+    }
+
+    /// An announcement of such a request may still come, and is then older than what is stored.
+    fn drop_unwatched(&self, by_uid: &mut HashMap<Uid, Arc<Topic>>) {
+        let mut missed = self.missed.lock();
+        by_uid.retain(|uid, topic| {
+            let is_watched = topic.is_watched();
+            if !is_watched {
+                missed.note(*uid);
+            }
+            is_watched
+        });
     }
 
     fn subscribe(&self, uid: Uid) -> Subscription {
@@ -235,7 +247,7 @@ impl Topics {
 
     fn subscribe_in(&self, by_uid: &mut HashMap<Uid, Arc<Topic>>, uid: Uid) -> Subscription {
         if by_uid.len() >= self.prune_at.load(Ordering::Relaxed) && !by_uid.contains_key(&uid) {
-            by_uid.retain(|_, topic| topic.is_watched());
+            self.drop_unwatched(by_uid);
             // Where most are watched, looking each time would find nothing at a high price.
             let prune_at = (by_uid.len() + by_uid.len() / 8).max(MAX_TOPICS);
             self.prune_at.store(prune_at, Ordering::Relaxed);

@@ -16,8 +16,8 @@ use streamer_proto::{
     },
 };
 use streamer_rpc::{
-    completed, encode_payload, not_found, request_to_proto, run_to_completion, state_to_proto,
-    status, store_status, validation_status,
+    completed, encode_payload, not_found, request_to_proto, state_to_proto, status, store_status,
+    validation_status,
 };
 use streamer_store::{
     CancelOutcome, CreateOutcome, DeleteOutcome, ListRequests, NewRequest, Owner, RequestPage,
@@ -29,6 +29,7 @@ use tonic::Status;
 use crate::{
     admission::{self, Submission},
     catalog::{Catalog, Known},
+    change_limiter::ChangeLimiter,
     metrics::RouterMetrics,
     peers::Peers,
     queue::{self, MAX_AHEAD, MAX_AHEAD_OF_NEW},
@@ -50,6 +51,7 @@ pub(crate) struct Front {
     pub(crate) catalog: Arc<Catalog>,
     pub(crate) metrics: RouterMetrics,
     pub(crate) limits: Limits,
+    pub(crate) changes: ChangeLimiter,
 }
 
 /// A request that is stored.
@@ -257,7 +259,8 @@ impl Front {
         };
         // A request that is stored must be announced, also when its client has gone away.
         let front = self.clone();
-        run_to_completion(async move { front.store_new(new, owner, known).await }).await
+        let bytes = new.payload.data.len();
+        self.changes.run(bytes, async move { front.store_new(new, owner, known).await }).await
     }
 
     async fn store_new(
@@ -405,7 +408,7 @@ impl Front {
         // A cancellation that is stored must reach watchers and processors, also when the client has
         // gone away.
         let front = self.clone();
-        let cancelled = run_to_completion(async move { front.store_cancel(uid, reason).await });
+        let cancelled = self.changes.run(0, async move { front.store_cancel(uid, reason).await });
         cancelled.await?.ok_or_else(|| not_found(name))
     }
 
@@ -439,7 +442,7 @@ impl Front {
     ) -> Result<(), Status> {
         let record = self.find(caller, name, Access::Write).await?;
         let (store, uid) = (self.store.clone(), record.uid);
-        let deleted = run_to_completion(async move {
+        let deleted = self.changes.run(0, async move {
             store.delete_request(uid).await.map_err(|error| store_status(&error))
         });
         match deleted.await? {

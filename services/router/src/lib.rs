@@ -6,6 +6,7 @@
 
 mod admission;
 mod catalog;
+mod change_limiter;
 mod front;
 mod metrics;
 mod operations;
@@ -29,8 +30,8 @@ use streamer_telemetry::Metrics;
 use tokio_util::sync::CancellationToken;
 
 use crate::{
-    catalog::Catalog, front::Front, metrics::RouterMetrics, operations::OperationsApi,
-    peers::Peers, router_service::RouterApi,
+    catalog::Catalog, change_limiter::ChangeLimiter, front::Front, metrics::RouterMetrics,
+    operations::OperationsApi, peers::Peers, router_service::RouterApi,
 };
 
 /// What the router needs.
@@ -90,6 +91,7 @@ impl Router {
             catalog: Arc::new(Catalog::default()),
             metrics: RouterMetrics::new(&dependencies.metrics),
             limits: dependencies.limits,
+            changes: ChangeLimiter::default(),
         });
         let public = RouterServiceServer::new(RouterApi::new(front.clone()))
             .max_decoding_message_size(max_message_bytes)

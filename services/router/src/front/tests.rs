@@ -69,6 +69,7 @@ fn scene() -> Scene {
         catalog: Arc::default(),
         metrics: RouterMetrics::new(&Metrics::new()),
         limits,
+        changes: ChangeLimiter::default(),
     });
     let principal = Principal {
         tenant: "acme".into(),
