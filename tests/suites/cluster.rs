@@ -12,9 +12,9 @@ use streamer_proto::{
 };
 use streamer_rpc::json_payload;
 use streamer_tests::{
-    Client, Cluster, Load, Log, LoopbackAddress, Proxy, Service, WorkerProcess,
+    Client, Cluster, Load, Log, LoopbackAddress, Process, Proxy, Service, WorkerProcess,
     dynamodb::{Implementation, endpoint},
-    offered_at,
+    offered_at, tool,
 };
 use tokio::sync::{Mutex, MutexGuard};
 use tokio_util::sync::CancellationToken;
@@ -313,6 +313,18 @@ async fn workers_and_sync_calls_go_through_a_gateway_and_only_services_speak_as_
     assert_eq!(publish(wrong).await, Code::Unauthenticated);
     let right = cluster.service_token();
     assert_eq!(publish(Some(&right)).await, Code::InvalidArgument);
+
+    // A refusal of a watch arrives as such also at clients that are not built on tonic.
+    let authorization = format!("authorization: Bearer {token}");
+    let gateway = cluster.urls[1].trim_start_matches("http://").to_owned();
+    let refused = tokio::task::spawn_blocking(move || {
+        let mut grpcurl = Process::command(tool("STREAMER_TESTS_GRPCURL"));
+        grpcurl.args(["-plaintext", "-H", &authorization, "-d", r#"{"request_id":"unknown"}"#]);
+        Process::output(grpcurl.args([&gateway, "streamer.progress.v1.ProgressService/Watch"]))
+    });
+    let refused = refused.await.unwrap();
+    let text = String::from_utf8_lossy(&refused.stderr);
+    assert!(text.contains("Code: NotFound"), "{text}");
 
     // Nobody else chooses the id of a request.
     let api = Api::new(&cluster.url(Service::Router, 0), &token).unwrap();

@@ -170,8 +170,8 @@ async def test_every_broken_rule_is_told(client: Client) -> None:
 
 async def test_a_server_that_is_away_is_told() -> None:
     async with (
-        Proxy("http://127.0.0.1:1") as nobody,
-        Client(nobody.url, "token", retry_for=0.2) as client,
+        Proxy("http://127.0.0.1:1") as unreachable,
+        Client(unreachable.url, "token", retry_for=0.2) as client,
     ):
         with pytest.raises(ServiceError) as raised:
             await soon(client.actions())
