@@ -34,7 +34,7 @@ impl ProgressMetrics {
             topics: metrics.gauge("streamer_progress_topics", "Requests with a tail in memory"),
             tail_bytes: metrics.gauge(
                 "streamer_progress_tail_bytes",
-                "Memory of the tails and snapshots of all requests",
+                "Memory of the latest events of all requests",
             ),
             missed: metrics.counter(
                 "streamer_progress_missed_events",
