@@ -3,6 +3,7 @@
 use std::{
     io::{Read, Write},
     net::{SocketAddr, TcpStream},
+    str::FromStr,
     time::Duration,
 };
 
@@ -19,8 +20,8 @@ pub async fn metrics(url: &str) -> String {
     read.await.expect("reading does not panic").expect("the server answers")
 }
 
-/// The value of a counter; `None` when the server does not answer or has no such counter.
-pub(crate) fn counter(address: SocketAddr, name: &str) -> Option<u64> {
+/// The value of a counter or gauge; `None` when the server does not answer or has none of that name.
+pub(crate) fn value<T: FromStr>(address: SocketAddr, name: &str) -> Option<T> {
     let metrics = read(address).ok()?;
     let value = metrics.lines().find_map(|line| line.strip_prefix(name)?.strip_prefix(' '));
     value?.parse().ok()

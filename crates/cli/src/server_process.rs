@@ -4,6 +4,7 @@ use std::{
     env, fs,
     io::{BufRead, BufReader},
     process::{Child, Command, Stdio},
+    str::FromStr,
 };
 
 use anyhow::{Context, bail};
@@ -94,8 +95,11 @@ impl ServerProcess {
         Ok(kilobytes * 1024)
     }
 
-    /// The value of a counter, by the name that /metrics gives it.
-    pub(crate) async fn counter(&self, name: &str) -> anyhow::Result<u64> {
+    /// The value of a counter or gauge, by the name that /metrics gives it.
+    pub(crate) async fn metric<T>(&self, name: &str) -> anyhow::Result<T>
+    where
+        T: FromStr<Err: std::error::Error + Send + Sync + 'static>,
+    {
         let address = self.url.trim_start_matches("http://");
         let mut stream = TcpStream::connect(address).await?;
         let request =

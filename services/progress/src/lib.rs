@@ -7,6 +7,8 @@
 
 mod log_service;
 mod metrics;
+#[cfg(test)]
+mod testing;
 mod topics;
 mod watch_service;
 mod watcher;

@@ -15,6 +15,7 @@ pub(crate) struct ProgressMetrics {
     pub(crate) tail_bytes: Gauge,
     pub(crate) replayed: Counter,
     pub(crate) missed: Counter,
+    pub(crate) unannounced: Gauge,
     pub(crate) undelivered_seconds: Gauge<f64, AtomicU64>,
 }
 
@@ -38,8 +39,13 @@ impl ProgressMetrics {
             ),
             missed: metrics.counter(
                 "streamer_progress_missed_events",
-                "Events of watched requests that were found by comparing with the store, because \
-                 their announcement did not arrive",
+                "Events of watched requests that were found by comparing with the store, and whose \
+                 announcement did not arrive within 5 s of that",
+            ),
+            unannounced: metrics.gauge(
+                "streamer_progress_unannounced_events",
+                "Events of watched requests that were found by comparing with the store, and whose \
+                 announcement may still arrive",
             ),
             undelivered_seconds: metrics.register(
                 "streamer_progress_undelivered_age_seconds",

@@ -3,6 +3,7 @@
 mod delivery;
 mod tail;
 mod topic;
+mod unannounced;
 
 use std::{
     collections::{HashMap, HashSet},
@@ -18,8 +19,8 @@ use parking_lot::Mutex;
 use streamer_core::Uid;
 use streamer_proto::common::v1::{Event, Request};
 use streamer_rpc::request_to_proto;
-use streamer_store::{RequestRecord, Store, StoreError};
-use tokio::time::{Instant, MissedTickBehavior, interval, timeout};
+use streamer_store::{Store, StoreError};
+use tokio::time::{Instant, MissedTickBehavior, interval};
 use tokio_util::sync::CancellationToken;
 use tonic::Status;
 
@@ -42,8 +43,6 @@ const ALONE: Pace = Pace { round: Duration::from_secs(5), unwatched_rounds: 2, c
 /// an item.
 const SHARED: Pace =
     Pace { round: Duration::from_secs(1), unwatched_rounds: 10, compare_rounds: 4 };
-/// How long an announcement may come after the event is stored before it counts as missed.
-const ANNOUNCEMENT_GRACE: Duration = Duration::from_millis(500);
 /// Topics that are compared with the store at the same time.
 const COMPARED_AT_ONCE: usize = 32;
 
@@ -160,7 +159,7 @@ impl Topics {
         let loading = topic.load_once(async {
             match self.store.get_request(uid).await {
                 Ok(Some(record)) => {
-                    topic.change(|tail| tail.load(&request_to_proto(&record)));
+                    topic.load(&request_to_proto(&record));
                     Ok(())
                 }
                 Ok(None) => Err(None),
@@ -190,10 +189,8 @@ impl Topics {
             }
             self.subscribe_in(&mut by_uid, uid).topic
         };
-        topic.change(|tail| {
-            tail.push(events);
-            tail.load(created);
-        });
+        self.announced(&topic, events);
+        topic.load(created);
         topic.set_loaded();
         self.shrink_if_full();
     }
@@ -209,8 +206,15 @@ impl Topics {
             topic
         };
         if let Some(topic) = topic {
-            topic.change(|tail| tail.push(events));
+            self.announced(&topic, events);
             self.shrink_if_full();
+        }
+    }
+
+    fn announced(&self, topic: &Topic, events: &[Event]) {
+        let found_before = topic.push(events);
+        if found_before > 0 {
+            self.metrics.unannounced.dec_by(found_before);
         }
     }
 
@@ -233,11 +237,11 @@ impl Topics {
     fn drop_unwatched(&self, by_uid: &mut HashMap<Uid, Arc<Topic>>) {
         let mut missed = self.missed.lock();
         by_uid.retain(|uid, topic| {
-            let is_watched = topic.is_watched();
-            if !is_watched {
+            let is_needed = topic.is_needed();
+            if !is_needed {
                 missed.note(*uid);
             }
-            is_watched
+            is_needed
         });
     }
 
@@ -268,7 +272,7 @@ impl Topics {
                 () = shutdown.cancelled() => return,
                 _ = ticks.tick() => {}
             }
-            stream::iter(self.sweep())
+            stream::iter(self.sweep(Instant::now()))
                 .for_each_concurrent(COMPARED_AT_ONCE, |topic| async move {
                     if let Err(error) = self.check(&topic).await {
                         tracing::warn!(%error, uid = %topic.uid, "could not compare with the store");
@@ -278,38 +282,37 @@ impl Topics {
         }
     }
 
-    /// Compares a topic with the store, and counts events whose announcement did not arrive.
+    /// Compares a topic with the store.
     async fn check(&self, topic: &Arc<Topic>) -> Result<(), StoreError> {
         let Some(record) = self.store.get_request(topic.uid).await? else {
             // Deleted: a watcher would wait for ever.
             topic.end();
             return Ok(());
         };
-        if self.is_notified_of(topic.uid) && record.last_seq > topic.last_known().0 {
-            // The announcement may be on its way.
-            let mut news = Subscription::new(topic).news;
-            let announced = news.wait_for(|last_seq| *last_seq >= record.last_seq);
-            if timeout(ANNOUNCEMENT_GRACE, announced).await.is_err() {
-                let missed = record.last_seq - topic.last_known().0;
-                self.metrics.missed.inc_by(u64::try_from(missed).unwrap_or(0));
-                tracing::debug!(uid = %topic.uid, missed, "an announcement did not arrive");
-            }
+        if self.is_notified_of(topic.uid) {
+            self.metrics.unannounced.inc_by(topic.expect_announcement(&record));
+        } else {
+            topic.catch_up(&record);
         }
-        Self::refresh(topic, &record);
         Ok(())
     }
 
     /// Drops what is not needed; returns what should be compared with the store.
-    fn sweep(&self) -> Vec<Arc<Topic>> {
+    fn sweep(&self, now: Instant) -> Vec<Arc<Topic>> {
         let mut by_uid = self.by_uid.lock();
         self.missed.lock().turn();
-        let now = Instant::now();
         let mut undelivered = Duration::ZERO;
         let mut compare = Vec::new();
         by_uid.retain(|_, topic| {
             let quiet = topic.next_round();
+            let lost = topic.take_lost_announcements(now);
+            if lost > 0 {
+                tracing::warn!(uid = %topic.uid, lost, "stored events were not announced");
+                self.metrics.unannounced.dec_by(lost);
+                self.metrics.missed.inc_by(lost.unsigned_abs());
+            }
             if !topic.is_watched() {
-                return quiet < self.pace.unwatched_rounds;
+                return quiet < self.pace.unwatched_rounds || topic.is_needed();
             }
             undelivered = undelivered.max(topic.undelivered_for(now));
             if self.is_to_compare(topic.uid, quiet) && !topic.has_ended() {
@@ -337,16 +340,9 @@ impl Topics {
     /// Brings a topic up to date with the store.
     pub(crate) async fn compare(&self, topic: &Topic) -> Result<(), StoreError> {
         if let Some(record) = self.store.get_request(topic.uid).await? {
-            Self::refresh(topic, &record);
+            topic.catch_up(&record);
         }
         Ok(())
-    }
-
-    fn refresh(topic: &Topic, record: &RequestRecord) {
-        let (last_seq, has_snapshot) = topic.last_known();
-        if record.last_seq > last_seq || !has_snapshot {
-            topic.change(|tail| tail.load(&request_to_proto(record)));
-        }
     }
 }
 

@@ -82,7 +82,7 @@ pub(super) async fn run(subject: &Subject, load: Load) -> anyhow::Result<Report>
     if let Some(own) = &subject.own {
         // A client sees the last event a little before the attempt that appended it is counted.
         sleep(SETTLE).await;
-        let succeeded = own.counter(SUCCEEDED).await?;
+        let succeeded: u64 = own.metric(SUCCEEDED).await?;
         report.figure("submitted", submitted, "");
         report.figure("succeeded on the server", succeeded, "");
         report.add_faults(succeeded.abs_diff(submitted));

@@ -4,6 +4,7 @@ use std::time::Duration;
 
 use hdrhistogram::Histogram;
 use serde_json::{Map, Value, json};
+use tokio::time::sleep;
 
 use crate::server_process::ServerProcess;
 
@@ -69,11 +70,15 @@ impl Report {
     /// Counts what a server of our own found only by comparing with its store, and attempts that it lost:
     /// neither happens in one healthy process.
     pub(crate) async fn check_delivery(&mut self, server: &ServerProcess) -> anyhow::Result<()> {
+        // An announcement that is late may still come; until then the gauge counts it.
+        while server.metric::<i64>("streamer_progress_unannounced_events").await? > 0 {
+            sleep(Duration::from_millis(100)).await;
+        }
         for (name, counter) in [
             ("events delivered late", "streamer_progress_missed_events_total"),
             ("attempts lost", "streamer_processor_lost_total"),
         ] {
-            let count = server.counter(counter).await?;
+            let count: u64 = server.metric(counter).await?;
             self.figure(name, count, "");
             self.faults += count;
         }

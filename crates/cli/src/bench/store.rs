@@ -54,7 +54,7 @@ pub(super) async fn run(
     let before = server.processor_ms()?;
     let began = Instant::now();
     sleep(COUNTED).await;
-    let claimed = server.counter(SUCCEEDED).await?;
+    let claimed: u64 = server.metric(SUCCEEDED).await?;
     let (elapsed, spent) = (began.elapsed(), server.processor_ms()?.saturating_sub(before));
     if claimed >= queued as u64 {
         bail!("the {queued} queued requests were done within {elapsed:?}: queue more");

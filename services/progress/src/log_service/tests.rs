@@ -3,36 +3,12 @@
 use futures_util::poll;
 use streamer_core::SystemClock;
 use streamer_proto::common::v1::{Succeeded, event::Kind};
-use streamer_store::{Claim, ClaimOutcome, Engine, NewRequest, Owner, StoredPayload, open};
+use streamer_store::{Engine, open};
 use streamer_telemetry::Metrics;
 use tempfile::TempDir;
 
 use super::*;
-use crate::topics::Read;
-
-async fn running_request(store: &dyn Store, uid: Uid, now: Timestamp) {
-    let new = NewRequest {
-        uid,
-        client_id: None,
-        owner: Owner { tenant: "acme".into(), user: "ann".into() },
-        fingerprint: [0; 32],
-        action: "a".into(),
-        payload: StoredPayload { content_type: String::new(), data: "1".into() },
-        metadata: None,
-        priority: 0,
-        create_time: now,
-        not_before: now,
-        deadline: None,
-        close_by: None,
-        redrive_of: None,
-        trace_parent: None,
-    };
-    store.create_request(new).await.unwrap();
-    let claim = Claim { uid, holder: "p".into(), worker: None, now, lease_until: now.plus(LEASE) };
-    assert!(matches!(store.claim(claim).await.unwrap(), ClaimOutcome::Claimed(_)));
-}
-
-const LEASE: std::time::Duration = std::time::Duration::from_secs(60);
+use crate::{testing::running_request, topics::Read};
 
 #[tokio::test]
 async fn an_append_whose_caller_goes_away_still_reaches_watchers() {

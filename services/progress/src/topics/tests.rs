@@ -2,10 +2,11 @@
 
 use streamer_core::Timestamp;
 use streamer_proto::common::v1::{Accepted, Output, Payload, Started, event::Kind, payload::Body};
-use streamer_store::{Engine, open};
+use streamer_store::{Append, Appended, Engine, Writer, open};
 use streamer_telemetry::Metrics;
 
 use super::*;
+use crate::testing::running_request;
 
 fn event(seq: i64, kind: Kind) -> Event {
     Event { seq, attempt: 0, time: None, kind: Some(kind) }
@@ -67,4 +68,43 @@ async fn all_tails_together_stay_within_their_limit() {
     topics.by_uid.lock().clear();
     drop(kept);
     assert_eq!(topics.total_bytes.load(Ordering::Relaxed), 0);
+}
+
+#[tokio::test]
+async fn only_events_that_are_never_announced_count_as_missed() {
+    let data = tempfile::tempdir().unwrap();
+    let store = open(&Engine::Embedded { data: data.path().to_owned() }).unwrap();
+    let metrics = ProgressMetrics::new(&Metrics::new());
+    let topics = Topics::new(store.clone(), metrics.clone(), None, false);
+    let uid = Uid::new(Timestamp::default());
+    running_request(&*store, uid, Timestamp::default()).await;
+    let mut watching = topics.load(uid).await.unwrap().unwrap();
+    let append = async |seq| {
+        let chunk = Output { data: Some(Payload::default()), chunk_index: seq - 3 };
+        let events = vec![Event { attempt: 1, ..event(seq, Kind::Output(chunk)) }];
+        let appended = store.append(Append {
+            uid,
+            writer: Writer::Attempt(1),
+            events: events.clone(),
+            checkpoint: None,
+            retry_at: None,
+            now: Timestamp::default(),
+        });
+        assert!(matches!(appended.await.unwrap(), Appended::Applied { .. }));
+        events
+    };
+    let counts = || (metrics.unannounced.get(), metrics.missed.get());
+
+    let late = append(3).await;
+    topics.check(&watching.topic).await.unwrap();
+    assert_eq!(*watching.news.borrow_and_update(), 3, "watchers do not wait for the announcement");
+    assert_eq!(counts(), (1, 0));
+    topics.push(uid, &late);
+    assert_eq!(counts(), (0, 0));
+
+    append(4).await;
+    topics.check(&watching.topic).await.unwrap();
+    drop(watching);
+    topics.sweep(Instant::now() + Duration::from_secs(5));
+    assert_eq!(counts(), (0, 1), "also if its watchers have left");
 }

@@ -10,7 +10,9 @@ use std::{
 
 use parking_lot::Mutex;
 use streamer_core::Uid;
-use streamer_proto::common::v1::Request;
+use streamer_proto::common::v1::{Event, Request};
+use streamer_rpc::request_to_proto;
+use streamer_store::RequestRecord;
 use tokio::{
     sync::{OnceCell, watch},
     time::Instant,
@@ -19,6 +21,7 @@ use tokio::{
 use super::{
     delivery::{Delivery, Position},
     tail::{Read, Tail},
+    unannounced::Unannounced,
 };
 
 /// One request in memory.
@@ -38,6 +41,7 @@ pub(crate) struct Topic {
 struct TopicState {
     tail: Tail,
     delivery: Delivery,
+    unannounced: Unannounced,
 }
 
 impl Topic {
@@ -86,14 +90,60 @@ impl Topic {
         self.state.lock().delivery.leave(position);
     }
 
-    /// Changes the tail, and wakes watchers if it has newer events then.
-    pub(super) fn change(&self, change: impl FnOnce(&mut Tail)) {
-        let last_seq = {
+    /// Adds events that were announced. Returns how many of them had been found in the store before.
+    pub(super) fn push(&self, events: &[Event]) -> i64 {
+        self.change(|state| {
+            self.counted(&mut state.tail, |tail| tail.push(events));
+            match (events.first(), events.last()) {
+                (Some(first), Some(last)) => state.unannounced.note_announced(first.seq, last.seq),
+                _ => 0,
+            }
+        })
+    }
+
+    /// Takes over the request as it is stored.
+    pub(super) fn load(&self, request: &Request) {
+        self.change(|state| self.counted(&mut state.tail, |tail| tail.load(request)));
+    }
+
+    /// Takes over the request as it is stored, if that is newer. Returns how many events it is ahead.
+    pub(super) fn catch_up(&self, record: &RequestRecord) -> i64 {
+        self.change(|state| self.catch_up_in(state, record))
+    }
+
+    /// Takes over the request as it is stored, if that is newer, and expects the announcement of the
+    /// events that it is ahead. Returns how many those are.
+    pub(super) fn expect_announcement(&self, record: &RequestRecord) -> i64 {
+        self.change(|state| {
+            let known = state.tail.last_seq();
+            match self.catch_up_in(state, record) {
+                0 => 0,
+                _ => state.unannounced.note_found(known, record.last_seq, Instant::now()),
+            }
+        })
+    }
+
+    fn catch_up_in(&self, state: &mut TopicState, record: &RequestRecord) -> i64 {
+        let ahead = record.last_seq - state.tail.last_seq();
+        if ahead > 0 || state.tail.snapshot().is_none() {
+            self.counted(&mut state.tail, |tail| tail.load(&request_to_proto(record)));
+        }
+        ahead.max(0)
+    }
+
+    /// Returns how many events were found in the store and not announced in time.
+    pub(super) fn take_lost_announcements(&self, now: Instant) -> i64 {
+        self.state.lock().unannounced.take_lost(now)
+    }
+
+    /// Changes the topic, and wakes watchers if it has newer events then.
+    fn change<T>(&self, change: impl FnOnce(&mut TopicState) -> T) -> T {
+        let (result, last_seq) = {
             let mut state = self.state.lock();
-            self.counted(&mut state.tail, change);
+            let result = change(&mut state);
             let last_seq = state.tail.last_seq();
             state.delivery.note_newest(last_seq, Instant::now());
-            last_seq
+            (result, last_seq)
         };
         self.quiet_rounds.store(0, Ordering::Relaxed);
         self.news.send_if_modified(|known| {
@@ -101,6 +151,7 @@ impl Topic {
             *known = last_seq.max(*known);
             newer
         });
+        result
     }
 
     /// The request was deleted: ends its watches.
@@ -124,12 +175,6 @@ impl Topic {
     /// Drops the oldest events until the rest hold at most `bytes`.
     pub(super) fn shrink_to(&self, bytes: usize) {
         self.counted(&mut self.state.lock().tail, |tail| tail.shrink_to(bytes));
-    }
-
-    /// `seq` of the latest event known here, and whether the request is.
-    pub(super) fn last_known(&self) -> (i64, bool) {
-        let state = self.state.lock();
-        (state.tail.last_seq(), state.tail.snapshot().is_some())
     }
 
     /// For how long the newest event has been waiting for a watcher.
@@ -166,6 +211,11 @@ impl Topic {
 
     pub(super) fn is_watched(&self) -> bool {
         self.news.receiver_count() > 0
+    }
+
+    /// Whether it must stay in memory: it is watched, or an announcement is expected.
+    pub(super) fn is_needed(&self) -> bool {
+        self.is_watched() || self.state.lock().unannounced.is_pending()
     }
 }
 

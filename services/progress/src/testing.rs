@@ -1,0 +1,31 @@
+//! What the unit tests of several modules need.
+
+use std::time::Duration;
+
+use streamer_core::{Timestamp, Uid};
+use streamer_store::{Claim, ClaimOutcome, NewRequest, Owner, Store, StoredPayload};
+
+const LEASE: Duration = Duration::from_secs(60);
+
+/// Stores a request that runs its first attempt: its events are 1 and 2.
+pub(crate) async fn running_request(store: &dyn Store, uid: Uid, now: Timestamp) {
+    let new = NewRequest {
+        uid,
+        client_id: None,
+        owner: Owner { tenant: "acme".into(), user: "ann".into() },
+        fingerprint: [0; 32],
+        action: "a".into(),
+        payload: StoredPayload { content_type: String::new(), data: "1".into() },
+        metadata: None,
+        priority: 0,
+        create_time: now,
+        not_before: now,
+        deadline: None,
+        close_by: None,
+        redrive_of: None,
+        trace_parent: None,
+    };
+    store.create_request(new).await.unwrap();
+    let claim = Claim { uid, holder: "p".into(), worker: None, now, lease_until: now.plus(LEASE) };
+    assert!(matches!(store.claim(claim).await.unwrap(), ClaimOutcome::Claimed(_)));
+}
