@@ -34,9 +34,11 @@ pub use rustix::process::Signal;
 /// Where the instrumented binaries of a coverage build write their profiles.
 const PROFILE: &str = "LLVM_PROFILE_FILE";
 
-/// How long a process may take to end after SIGTERM before it is killed. A server drains for at most
-/// 10 s by default.
-const STOP_TIMEOUT: Duration = Duration::from_secs(15);
+/// How long a process may drain after SIGTERM before a second one stops it at once.
+const DRAIN_TIME: Duration = Duration::from_secs(1);
+
+/// How long a process may take to end after the second SIGTERM.
+const STOP_TIMEOUT: Duration = Duration::from_secs(30);
 
 /// A running child process and its process group.
 pub struct Process {
@@ -177,22 +179,30 @@ impl Process {
         self.reap();
     }
 
-    /// Ends processes that are no longer needed. They are killed; in a coverage build, where a killed
-    /// process writes no profile, they are stopped with SIGTERM and killed when they do not end.
+    /// Stops processes that are no longer needed with SIGTERM, and with a second one when they drain
+    /// for longer than a moment. While the test panics, they are killed.
+    ///
+    /// # Panics
+    /// When one of them does not end.
     pub(crate) fn end_all<'a>(processes: impl IntoIterator<Item = &'a mut Self>) {
-        let running = processes.into_iter().filter(|process| process.status.is_none());
-        let mut running: Vec<&mut Self> = running.collect();
-        if env::var_os(PROFILE).is_some() && !thread::panicking() {
+        let mut running: Vec<&mut Self> = processes.into_iter().collect();
+        if thread::panicking() {
+            running.into_iter().for_each(Self::kill);
+            return;
+        }
+        for timeout in [DRAIN_TIME, STOP_TIMEOUT] {
+            running.retain(|process| process.status.is_none());
             for process in &running {
                 process.signal(Signal::TERM);
+                // It may have been stopped by the test.
+                process.signal(Signal::CONT);
             }
             for process in &mut running {
-                process.wait_timeout(STOP_TIMEOUT);
+                process.wait_timeout(timeout);
             }
         }
-        for process in running {
-            process.kill();
-        }
+        running.retain(|process| process.status.is_none());
+        assert!(running.is_empty(), "a process does not end after SIGTERM");
     }
 
     /// Kills the group, and reaps the process.

@@ -116,3 +116,22 @@ async fn a_stopped_server_sends_clients_away_and_ends_well() {
     drop(client);
     assert_eq!(stopping.await.unwrap(), Some(0));
 }
+
+#[tokio::test]
+async fn a_second_signal_stops_a_server_that_drains() {
+    let mut server = Server::start(&["server.drain_timeout_ms=600000"]);
+    let token = server.token("acme", "ann", &[]);
+    let mut client = Client::connect(&server.url, &token).await;
+    client.submit("long", "echo_async", json!({"steps": 2, "delay_ms": 3_600_000})).await;
+    while client.next().await["type"] != "started" {}
+    server.terminate();
+    while client.next().await["type"] != "draining" {}
+    server.terminate();
+    assert_eq!(server.ended(), Some(0));
+    server.restart();
+    let mut client = Client::connect(&server.url, &token).await;
+    client.send(json!({"type": "cancel", "request_id": "long"})).await;
+    client.send(json!({"type": "subscribe", "request_id": "long", "after_seq": 2})).await;
+    let log = client.follow(Log::after(2)).await;
+    assert_eq!(log.last_type(), "cancelled", "the request is kept");
+}

@@ -140,6 +140,21 @@ async fn a_worker_that_is_told_to_stop_hands_its_work_back() {
 }
 
 #[tokio::test]
+async fn a_second_signal_stops_a_worker_that_drains() {
+    let server = server(&[]);
+    let token = worker_token(&server);
+    let mut worker =
+        WorkerProcess::start(&server, &token, "echo_async", &["--drain-timeout", "1h"]);
+    offered(&server, &token, "echo_async", 1).await;
+    let mut client = client(&server).await;
+    client.submit("long", "echo_async", json!({"steps": 2, "delay_ms": 3_600_000})).await;
+    while client.next().await["type"] != "started" {}
+    worker.signal(Signal::TERM);
+    worker.wait_for("draining");
+    assert_eq!(worker.stop(), Some(0));
+}
+
+#[tokio::test]
 async fn cancellation_reaches_the_handler() {
     let server = server(&[]);
     let token = worker_token(&server);

@@ -201,7 +201,8 @@ pub struct DemoArguments {
   streamer up --set execution.local_actions=echo,health
   streamer worker --actions process_data,generate_report
 
-SIGTERM lets running attempts end within the drain timeout and hands the rest back.")]
+SIGTERM lets running attempts end within the drain timeout and hands the rest back; a second SIGTERM
+stops the worker at once.")]
 pub struct WorkerArguments {
     /// Which of them, separated by commas [default: all].
     #[arg(long, value_name = "ACTIONS", value_delimiter = ',')]

@@ -23,6 +23,10 @@ impl Attempts {
         Self { handlers, by_key: HashMap::new(), ready: Arc::default() }
     }
 
+    pub(crate) fn len(&self) -> usize {
+        self.by_key.len()
+    }
+
     pub(crate) fn is_empty(&self) -> bool {
         self.by_key.is_empty()
     }

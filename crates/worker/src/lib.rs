@@ -122,7 +122,8 @@ impl Worker {
         self
     }
 
-    /// Runs until SIGTERM or SIGINT, then drains.
+    /// Runs until SIGTERM or SIGINT, then drains. A second signal ends the drain at once; attempts
+    /// that still run are retried when their leases expire.
     ///
     /// # Errors
     /// As [`Self::run`].
@@ -130,15 +131,22 @@ impl Worker {
         let mut terminate = signal(SignalKind::terminate()).map_err(WorkerError::Signal)?;
         let mut interrupt = signal(SignalKind::interrupt()).map_err(WorkerError::Signal)?;
         let shutdown = CancellationToken::new();
-        let told = shutdown.clone();
-        tokio::spawn(async move {
+        let mut stop_signal = async move || {
             tokio::select! {
                 _ = terminate.recv() => {}
                 _ = interrupt.recv() => {}
             }
-            told.cancel();
-        });
-        self.run(shutdown).await
+        };
+        let stop = shutdown.clone();
+        let signals = async move {
+            stop_signal().await;
+            stop.cancel();
+            stop_signal().await;
+        };
+        tokio::select! {
+            ended = self.run(shutdown) => ended,
+            () = signals => Ok(()),
+        }
     }
 
     /// Runs until `shutdown`, connecting again whenever the stream is lost; then lets running

@@ -275,6 +275,7 @@ impl Conversation<'_> {
             }
             Step::Refreshed(token) => self.refreshed(token).await,
             Step::BeginDrain => {
+                tracing::info!(running = self.session.attempts.len(), "draining");
                 let timeout = self.session.drain_timeout;
                 let at = *self.session.drain_at.get_or_insert_with(|| Instant::now() + timeout);
                 self.drain = Drain::Ending(at);

@@ -48,8 +48,15 @@ pub(crate) async fn run(arguments: &UpArguments, role: Role) -> ExitCode {
     };
     announce(&server, &config, role);
     stop_signal().await;
-    eprintln!("Stopping; running work has {} s.", config.server.drain_timeout_ms / 1000);
-    server.stop().await;
+    eprintln!(
+        "Stopping; running work has {} s. A second signal stops at once.",
+        config.server.drain_timeout_ms / 1000
+    );
+    tokio::select! {
+        () = server.stop() => {}
+        // Work that is cut off continues after a restart, or at other processors.
+        () = stop_signal() => {}
+    }
     Exit::Done.code()
 }
 
