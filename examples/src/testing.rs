@@ -30,6 +30,7 @@ impl TestContext {
             attempt: self.attempt.max(1),
             checkpoint: None,
             trace_parent: None,
+            trace_state: None,
             deadline: None,
         };
         let cancellation = CancellationToken::new();

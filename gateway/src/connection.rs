@@ -22,6 +22,7 @@ use std::{
 use bytes::Bytes;
 use futures_util::{StreamExt, stream::FuturesUnordered};
 use streamer_core::{ErrorCode, RequestError, Uid};
+use streamer_telemetry::TraceContext;
 use tokio::io::{AsyncRead, AsyncWrite, ReadBuf};
 
 use crate::{
@@ -132,6 +133,8 @@ pub(crate) struct Session {
     pub(crate) catching_up: usize,
     rate: RateLimiter,
     refused_in_a_row: u32,
+    /// From the handshake: where requests belong to that do not say so themselves.
+    trace: Option<Box<TraceContext>>,
 }
 
 impl<S: AsyncRead + AsyncWrite + Unpin> Connection<S> {
@@ -140,6 +143,7 @@ impl<S: AsyncRead + AsyncWrite + Unpin> Connection<S> {
         early: Bytes,
         gateway: Arc<Gateway>,
         handle: Arc<ConnectionHandle>,
+        trace: Option<TraceContext>,
     ) -> Self {
         let options = &gateway.options;
         let decoder = Decoder::new(options.max_message_bytes);
@@ -160,6 +164,7 @@ impl<S: AsyncRead + AsyncWrite + Unpin> Connection<S> {
                 catching_up: 0,
                 rate,
                 refused_in_a_row: 0,
+                trace: trace.map(Box::new),
             },
             phase: Phase::Open,
         }

@@ -30,7 +30,7 @@ use streamer_core::Clock;
 use streamer_proto::connections::v1::connections_service_server::ConnectionsServiceServer;
 use streamer_rpc::{Channel, Members};
 use streamer_store::Store;
-use streamer_telemetry::Metrics;
+use streamer_telemetry::{Metrics, Traces};
 use tokio::time::timeout;
 use tokio_util::sync::CancellationToken;
 
@@ -86,6 +86,8 @@ pub struct Dependencies {
     pub others: Option<OtherGateways>,
     /// Where metrics go.
     pub metrics: Metrics,
+    /// Where traces go, and which requests are traced.
+    pub traces: Traces,
     /// What the operator sets.
     pub options: GatewayOptions,
 }
@@ -124,6 +126,7 @@ impl GatewayServer {
             progress,
             others,
             metrics,
+            traces,
             options,
         } = dependencies;
         let options = Arc::new(options);
@@ -144,6 +147,7 @@ impl GatewayServer {
             peers,
             registry,
             metrics,
+            traces,
         });
         let api =
             ConnectionsServiceServer::new(ConnectionsApi::new(gateway.clone(), store, others));

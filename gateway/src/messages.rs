@@ -106,6 +106,7 @@ pub(crate) struct Acknowledged<'a> {
     pub(crate) duplicate: bool,
     pub(crate) last_seq: i64,
     pub(crate) queue_position: Option<&'a QueuePosition>,
+    pub(crate) trace_id: Option<String>,
 }
 
 /// The request is durable.
@@ -115,7 +116,11 @@ pub(crate) fn acknowledgment(names: &Names, said: &Acknowledged<'_>, now: Timest
         .text("message", said.message)
         .boolean("duplicate", said.duplicate)
         .number("last_seq", said.last_seq);
-    place(object, said.queue_position).finish()
+    let object = place(object, said.queue_position);
+    match &said.trace_id {
+        Some(id) => object.text("trace_id", id).finish(),
+        None => object.finish(),
+    }
 }
 
 fn place(object: Object, position: Option<&QueuePosition>) -> Object {

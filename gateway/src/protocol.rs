@@ -5,6 +5,7 @@ use std::borrow::Cow;
 use serde::{Deserialize, Deserializer};
 use serde_json::value::RawValue;
 use streamer_core::{RequestState, Violations, limits, validate};
+use streamer_telemetry::TraceContext;
 
 /// A message of a client. Unknown fields are ignored.
 #[derive(Debug)]
@@ -45,6 +46,8 @@ pub(crate) struct RequestMessage<'a> {
     pub(crate) priority: i32,
     pub(crate) delay_ms: i64,
     pub(crate) latest: bool,
+    /// W3C `traceparent` and `tracestate`; a client that cannot set headers has no other place.
+    pub(crate) trace: Option<TraceContext>,
 }
 
 /// A message that breaks the rules.
@@ -92,6 +95,10 @@ struct Fields<'a> {
     page_token: Option<&'a RawValue>,
     #[serde(borrow)]
     token: Option<&'a RawValue>,
+    #[serde(borrow)]
+    traceparent: Option<&'a RawValue>,
+    #[serde(borrow)]
+    tracestate: Option<&'a RawValue>,
 }
 
 impl Fields<'_> {
@@ -218,7 +225,15 @@ impl Reader {
                 .integer("delay_ms", fields.delay_ms, 0, limits::MAX_DELAY_MS, " ms")
                 .unwrap_or(0),
             latest: self.latest(fields.mode),
+            trace: self.trace(fields),
         }
+    }
+
+    /// What is not valid is ignored, as W3C rules, unless it is no text at all.
+    fn trace(&mut self, fields: &Fields<'_>) -> Option<TraceContext> {
+        let parent = self.text("traceparent", fields.traceparent)?;
+        let state = self.text("tracestate", fields.tracestate);
+        TraceContext::parse(&parent, state.as_deref())
     }
 
     fn request_id<'a>(&mut self, fields: &Fields<'a>) -> Cow<'a, str> {

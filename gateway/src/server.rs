@@ -13,6 +13,8 @@ use hyper::upgrade::OnUpgrade;
 use hyper_util::rt::TokioIo;
 use streamer_auth::Authenticator;
 use streamer_core::{Clock, ErrorCode, Timestamp, Uid, is_loopback_host};
+use streamer_rpc::trace_context;
+use streamer_telemetry::{TraceContext, Traces};
 use tokio::{io::AsyncWriteExt, net::TcpStream, time::timeout};
 
 use crate::{
@@ -38,6 +40,7 @@ pub(crate) struct Gateway {
     pub(crate) hub: Arc<Hub>,
     pub(crate) registry: Arc<Registry>,
     pub(crate) metrics: GatewayMetrics,
+    pub(crate) traces: Traces,
 }
 
 /// A reason to close right after the handshake. Browsers see close codes, but not HTTP statuses.
@@ -56,8 +59,9 @@ pub(crate) async fn open(State(gateway): State<Arc<Gateway>>, mut request: Reque
         return refuse_http(StatusCode::UPGRADE_REQUIRED, "this connection cannot be upgraded");
     };
     let address = request.extensions().get::<PeerAddress>().map(|peer| peer.0.ip());
+    let trace = trace_context(request.headers());
     let response = switch_protocols(&handshake);
-    tokio::spawn(Box::pin(serve(gateway, handshake, address, upgrade)));
+    tokio::spawn(Box::pin(serve(gateway, handshake, address, trace, upgrade)));
     response
 }
 
@@ -90,6 +94,7 @@ async fn serve(
     gateway: Arc<Gateway>,
     handshake: Handshake,
     address: Option<IpAddr>,
+    trace: Option<TraceContext>,
     upgrade: OnUpgrade,
 ) {
     let Ok(upgraded) = upgrade.await else { return };
@@ -105,7 +110,7 @@ async fn serve(
     drop(parts.read_buf);
     match admit(&gateway, handshake, address).await {
         Ok(handle) => {
-            let mut connection = Connection::new(socket, early, gateway, handle);
+            let mut connection = Connection::new(socket, early, gateway, handle, trace);
             connection.greet();
             // A task of its own, which holds the connection and nothing of the handshake.
             tokio::spawn(connection);

@@ -10,8 +10,11 @@ use std::{
 
 use bytes::{Bytes, BytesMut};
 use parking_lot::Mutex;
-use streamer_core::Uid;
-use streamer_proto::common::v1::{Event, event::Kind};
+use streamer_core::{Timestamp, Uid};
+use streamer_proto::{
+    common::v1::{Event, event::Kind},
+    millis,
+};
 use streamer_rpc::is_terminal;
 use tokio::task::AbortHandle;
 use tonic::Status;
@@ -31,6 +34,14 @@ pub(crate) struct Segment {
     first_seq: i64,
     frames: Bytes,
     index: Vec<FrameAt>,
+    /// The last event, if it ends the request.
+    pub(crate) outcome: Option<OutcomeAt>,
+}
+
+/// When a request ended.
+pub(crate) struct OutcomeAt {
+    pub(crate) attempt: u32,
+    pub(crate) time: Timestamp,
 }
 
 struct FrameAt {
@@ -61,7 +72,11 @@ impl Segment {
             }
         };
         let first_seq = events.first().map_or(0, |event| event.seq);
-        Self { first_seq, frames, index }
+        let outcome = events.last().filter(|last| is_terminal(last)).map(|last| OutcomeAt {
+            attempt: u32::try_from(last.attempt).unwrap_or(0),
+            time: Timestamp::from_millis(last.time.as_ref().map_or(0, millis)),
+        });
+        Self { first_seq, frames, index, outcome }
     }
 
     pub(crate) fn last_seq(&self) -> i64 {

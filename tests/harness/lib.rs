@@ -4,6 +4,7 @@
 mod browser;
 mod client;
 mod cluster;
+pub mod collector;
 pub mod dynamodb;
 mod front;
 mod load;

@@ -11,7 +11,9 @@ use std::{
     fs,
     io::{self, Read},
     os::unix::process::CommandExt,
-    process::{self, Child, ChildStderr, ChildStdout, Command, ExitStatus, Output, Stdio},
+    process::{
+        self, Child, ChildStderr, ChildStdin, ChildStdout, Command, ExitStatus, Output, Stdio,
+    },
     sync::{
         OnceLock,
         mpsc::{Sender, SyncSender, channel, sync_channel},
@@ -88,6 +90,15 @@ impl Process {
             (read_all(&mut out), stderr.join().expect("the output can be read"))
         });
         Output { status: process.wait(), stdout, stderr }
+    }
+
+    /// Returns its standard input, once.
+    ///
+    /// # Panics
+    /// When the standard input is not a pipe or was returned before.
+    #[must_use]
+    pub fn stdin(&mut self) -> ChildStdin {
+        self.child.stdin.take().expect("the standard input is a pipe")
     }
 
     /// Returns its standard output, once.

@@ -84,6 +84,7 @@ fn new_request(client_id: Option<&str>) -> NewRequest {
         close_by: None,
         redrive_of: None,
         trace_parent: Some("00-a-b-01".into()),
+        trace_state: Some("vendor=1".into()),
         fingerprint: [7; 32],
     }
 }
@@ -150,6 +151,7 @@ async fn a_created_request_is_there_with_its_first_event() {
         assert_eq!((record.attempt, record.last_seq), (0, 1));
         assert_eq!(record.request_id(), "req-1");
         assert_eq!(record.trace_parent.as_deref(), Some("00-a-b-01"));
+        assert_eq!(record.trace_state.as_deref(), Some("vendor=1"));
         let payload = store.read_payload(uid).await.unwrap().unwrap();
         assert_eq!(&payload.data[..], b"{\"n\":9223372036854775807}");
         assert_eq!(seqs(&*store, uid, 0).await, [1]);

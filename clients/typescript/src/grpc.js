@@ -7,6 +7,7 @@ import { Metadata, credentials, status } from '@grpc/grpc-js';
 
 import { StreamerError } from './errors.js';
 import { decode } from './schema.js';
+import { traceHeaders } from './tracing.js';
 
 /** @typedef {string | (() => string | Promise<string>)} TokenSource */
 
@@ -125,6 +126,7 @@ export async function freshToken(source) {
 export async function authorization(source) {
   const metadata = new Metadata();
   metadata.set('authorization', `Bearer ${await freshToken(source)}`);
+  for (const [name, value] of Object.entries(traceHeaders())) metadata.set(name, value);
   return metadata;
 }
 

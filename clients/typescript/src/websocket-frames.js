@@ -15,6 +15,8 @@ import { toJson } from './payload.js';
  * @property {string} [id] Idempotency and correlation key: 1 to 128 of `[A-Za-z0-9._:@/+=-]`.
  *   Random by default.
  * @property {number} [priority] 0 (default) to 9; higher runs first.
+ * @property {string} [traceparent] W3C trace context of the caller.
+ * @property {string} [tracestate] What goes with it.
  * @property {number} [delayMs] Do not start earlier than this from now: 0 to 30 days, in ms.
  * @property {object | import('./payload.js').RawJson} [metadata] Kept with the request; at
  *   most 16 KiB of JSON.
@@ -40,8 +42,10 @@ export function message(type, members) {
  * @param {RequestOptions & {mode?: string}} options
  * @returns {string} Payload and metadata as the JSON text they are.
  */
-export function requestFrame(id, action, payload, { metadata, priority, delayMs, mode }) {
-  const head = message('request', { id, action, priority, delay_ms: delayMs, mode });
+export function requestFrame(id, action, payload, options) {
+  const { metadata, priority, delayMs, mode, traceparent, tracestate } = options;
+  const trace = { traceparent, tracestate };
+  const head = message('request', { id, action, priority, delay_ms: delayMs, mode, ...trace });
   const rest = [`"payload":${toJson(payload, 'payload')}`];
   if (metadata !== undefined) rest.push(`"metadata":${toJson(metadata, 'metadata')}`);
   return `${head.slice(0, -1)},${rest.join(',')}}`;

@@ -2,6 +2,7 @@
 
 import { checkSize } from './errors.js';
 import { JSON_TYPE, toJson } from './payload.js';
+import { inHandlerSpan } from './tracing.js';
 import { Context } from './worker-context.js';
 import { Cancelled, errorReport, handlerError } from './worker-errors.js';
 import { ReportQueue } from './worker-reports.js';
@@ -72,7 +73,8 @@ export class Attempt {
   async run(handler) {
     const context = new Context(this.info, this);
     try {
-      const result = await handler(context, context.payload);
+      const run = async () => handler(context, context.payload);
+      const result = await inHandlerSpan(this.info, run);
       const data = Buffer.from(toJson(result, 'result'));
       checkSize('result', data.length, this.limits.maxPayloadBytes);
       this.#end('result', { contentType: JSON_TYPE, data });

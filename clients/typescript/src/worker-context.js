@@ -31,6 +31,7 @@ const TURN_MS = 10;
  * @property {Uint8Array | null} checkpoint
  * @property {Date | null} deadline
  * @property {string} traceParent
+ * @property {string} [traceState]
  * @property {Payload} payload
  */
 
@@ -83,8 +84,13 @@ export class Context {
     this.checkpointBytes = info.checkpoint;
     /** The attempt fails with `TIMEOUT` when it has not ended by then; `null`: it may run on. */
     this.deadline = info.deadline;
-    /** W3C `traceparent` of the submission, to go on with; empty when there is none. */
+    /**
+     * W3C `traceparent` to send with calls that the handler makes; empty when the request is not part
+     * of a trace. With `@opentelemetry/api` installed, this place is the active context, too.
+     */
     this.traceParent = info.traceParent;
+    /** W3C `tracestate` that goes with it. */
+    this.traceState = info.traceState ?? '';
     /**
      * Aborted when the handler should end: cancellation was asked for, or the attempt is not this
      * worker's any more. Its reason is a `Cancelled`.

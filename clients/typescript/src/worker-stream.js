@@ -204,7 +204,8 @@ export class WorkStream {
   /** @param {any} task */
   #onTask(task) {
     if (!this.#limits || this.host.find(task)) return;
-    const { uid, requestId, tenantId, userId, action, attempt, traceParent, sync } = task;
+    const { uid, requestId, tenantId, userId, action, attempt, traceParent, traceState, sync } =
+      task;
     const payload = payloadFrom(task.payload);
     const checkpoint = task.checkpoint ?? null;
     const deadline = dateOrNull(task.deadline);
@@ -217,6 +218,7 @@ export class WorkStream {
         action,
         attempt,
         traceParent,
+        traceState,
         sync,
         payload,
         checkpoint,

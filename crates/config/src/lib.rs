@@ -1,10 +1,11 @@
 //! Configuration of every Streamer process.
 //!
 //! Read once, at the edge, in this order, later ones winning: defaults, `streamer.toml`,
-//! environment (`STREAMER_<SECTION>_<OPTION>`), flags. All bad values are reported together. The
+//! environment (`OTEL_*` for section `trace`, then `STREAMER_<SECTION>_<OPTION>`), flags. All bad values are reported together. The
 //! committed `streamer.toml` holds every option with its default and is the documentation; a test
 //! holds it to this code.
 
+mod opentelemetry;
 mod options;
 mod setting;
 
@@ -13,7 +14,9 @@ use std::{
     path::{Path, PathBuf},
 };
 
-pub use options::{Auth, Config, Dynamodb, Execution, Gateway, Limits, Log, Peers, Server, Store};
+pub use options::{
+    Auth, Config, Dynamodb, Execution, Gateway, Limits, Log, Peers, Server, Store, Trace,
+};
 
 /// Where options come from, apart from the defaults.
 #[derive(Clone, Debug, Default)]
@@ -54,6 +57,7 @@ impl Config {
         let mut config = Self::default();
         let mut problems = Vec::new();
         read_file(&mut config, sources.file.as_deref(), &mut problems);
+        opentelemetry::read(&mut config, &sources.environment, &mut problems);
         for (name, value) in &sources.environment {
             read_variable(&mut config, name, value, &mut problems);
         }

@@ -1,6 +1,7 @@
 //! Every option: its type, default, range and meaning.
 
 use std::{
+    fmt::Display,
     net::{Ipv4Addr, SocketAddr},
     path::PathBuf,
 };
@@ -253,9 +254,21 @@ options! {
         /// text for people, json for machines.
         format: String = String::from("text");
     }
+    /// Traces, sent to an OpenTelemetry collector. See docs/tracing.md.
+    trace: Trace {
+        /// OTLP over gRPC, like http://127.0.0.1:4317; empty for no traces. OTEL_EXPORTER_OTLP_ENDPOINT
+        /// and OTEL_EXPORTER_OTLP_TRACES_ENDPOINT set it too, unless it is set here.
+        endpoint: String = String::new();
+        /// Part of the requests that are traced. OTEL_TRACES_SAMPLER (always_on, always_off or
+        /// traceidratio, also with parentbased_) and OTEL_TRACES_SAMPLER_ARG set it too.
+        sample_ratio: f64 = 1.0, in 0.0..=1.0;
+        /// Whether clients decide with the sampled flag of their traceparent; otherwise it is decided
+        /// here by sample_ratio.
+        trust_callers: bool = false;
+    }
 }
 
-fn check_range(value: u64, low: u64, high: u64) -> Result<(), String> {
+fn check_range<T: PartialOrd + Display + Copy>(value: T, low: T, high: T) -> Result<(), String> {
     if (low..=high).contains(&value) {
         Ok(())
     } else {
@@ -342,6 +355,13 @@ impl Config {
             problems.push(format!("store.engine: must be embedded or dynamodb, is {engine:?}"));
         }
         self.check_dynamodb(problems);
+        let endpoint = &self.trace.endpoint;
+        if !endpoint.is_empty() && !endpoint.starts_with("http://") {
+            problems.push(format!(
+                "trace.endpoint: must begin with http:// (a collector nearby can send on with TLS), is \
+                 {endpoint:?}"
+            ));
+        }
         self.check_peers(problems);
         if !matches!(self.log.format.as_str(), "text" | "json") {
             problems.push(format!("log.format: must be text or json, is {:?}", self.log.format));

@@ -27,6 +27,21 @@ impl Setting for u64 {
     }
 }
 
+impl Setting for f64 {
+    fn from_toml(value: &toml::Value) -> Result<Self, String> {
+        let whole = value.as_integer().and_then(|number| i32::try_from(number).ok());
+        value.as_float().or(whole.map(Self::from)).ok_or_else(|| "must be a number".into())
+    }
+
+    fn from_text(text: &str) -> Result<Self, String> {
+        text.parse().map_err(|_| "must be a number".into())
+    }
+
+    fn to_toml(&self) -> String {
+        toml::Value::Float(*self).to_string()
+    }
+}
+
 impl Setting for bool {
     fn from_toml(value: &toml::Value) -> Result<Self, String> {
         value.as_bool().ok_or_else(|| "must be true or false".into())

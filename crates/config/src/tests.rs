@@ -74,3 +74,31 @@ fn a_missing_file_is_an_error_only_when_it_was_named() {
     let named = Sources { file: Some("/nowhere/streamer.toml".into()), ..Sources::default() };
     assert!(Config::load(&named).unwrap_err().to_string().contains("/nowhere/streamer.toml"));
 }
+
+#[test]
+fn the_standard_variables_of_opentelemetry_stand_for_options() {
+    let environment = [
+        ("OTEL_EXPORTER_OTLP_ENDPOINT", "http://collector:4317"),
+        ("OTEL_TRACES_SAMPLER", "parentbased_traceidratio"),
+        ("OTEL_TRACES_SAMPLER_ARG", "0.25"),
+    ];
+    let trace = load(&environment, &[]).unwrap().trace;
+    let endpoint = "http://collector:4317".to_owned();
+    assert_eq!(trace, Trace { endpoint, sample_ratio: 0.25, trust_callers: false });
+    let ours = [("STREAMER_TRACE_ENDPOINT", "http://other:4317")];
+    let trace = load(&[&environment[..], &ours].concat(), &[]).unwrap().trace;
+    assert_eq!(trace.endpoint, "http://other:4317");
+    let off = [("OTEL_SDK_DISABLED", "true")];
+    assert_eq!(load(&[&environment[..], &off].concat(), &[]).unwrap().trace.endpoint, "");
+
+    let wrong = [
+        ("OTEL_TRACES_SAMPLER", "traceidratio"),
+        ("OTEL_TRACES_SAMPLER_ARG", "2"),
+        ("OTEL_EXPORTER_OTLP_ENDPOINT", "https://collector:4317"),
+    ];
+    let reported = load(&wrong, &[]).unwrap_err().to_string();
+    assert!(reported.contains("OTEL_TRACES_SAMPLER_ARG: must be 0 to 1, is 2"), "{reported}");
+    assert!(reported.contains("trace.endpoint: must begin with http://"), "{reported}");
+    let unknown = load(&[("OTEL_TRACES_SAMPLER", "jaeger_remote")], &[]).unwrap_err().to_string();
+    assert!(unknown.contains("OTEL_TRACES_SAMPLER: must be always_on"), "{unknown}");
+}

@@ -23,6 +23,7 @@ mod objects;
 mod options;
 mod queue;
 mod requests;
+mod spans;
 mod store;
 mod stream;
 pub mod tables;

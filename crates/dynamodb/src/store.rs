@@ -3,7 +3,7 @@
 use std::sync::Arc;
 
 use async_trait::async_trait;
-use aws_sdk_dynamodb::Client;
+use aws_sdk_dynamodb::{Client, config::Builder};
 use streamer_core::{Timestamp, Uid};
 use streamer_store::{
     Adopt, Append, Appended, CancelOutcome, Claim, ClaimOutcome, ConnectionPage, ConnectionRecord,
@@ -21,6 +21,7 @@ use crate::{
     expression::{Expression, key},
     holders::Holders,
     objects::{MAX_INLINE_BYTES, Objects},
+    spans::CallSpans,
     stream::StreamTrigger,
 };
 
@@ -44,7 +45,7 @@ impl DynamoStore {
             None => None,
         };
         let dynamo = Dynamo {
-            client: Client::new(&config),
+            client: Client::from_conf(Builder::from(&config).interceptor(CallSpans).build()),
             tables: Arc::new(TableNames::new(&options.table_prefix)),
             objects,
             queue_shards: options.queue_shards.clamp(1, 64),

@@ -29,8 +29,10 @@ pub struct AttemptInfo {
     pub attempt: u32,
     /// What an earlier attempt left.
     pub checkpoint: Option<Bytes>,
-    /// W3C `traceparent` of the submission.
+    /// W3C `traceparent` of this run, for what the handler calls.
     pub trace_parent: Option<String>,
+    /// W3C `tracestate` that goes with it.
+    pub trace_state: Option<String>,
     /// The attempt is cut off when it has not ended by then.
     pub deadline: Option<Timestamp>,
 }
@@ -105,6 +107,7 @@ impl Context {
             attempt: 1,
             checkpoint: None,
             trace_parent: None,
+            trace_state: None,
             deadline: None,
         };
         let token = CancellationToken::new();
@@ -153,10 +156,18 @@ impl Context {
         self.info.deadline
     }
 
-    /// W3C `traceparent` of the submission, to go on with.
+    /// W3C `traceparent` to send with calls that the handler makes, so that they are part of the
+    /// trace. `None` if the request came without one and is not traced here. While the handler runs,
+    /// the `tracing` span and the OpenTelemetry context of this place are current, too.
     #[must_use]
     pub fn trace_parent(&self) -> Option<&str> {
         self.info.trace_parent.as_deref()
+    }
+
+    /// W3C `tracestate` that goes with [`Self::trace_parent`].
+    #[must_use]
+    pub fn trace_state(&self) -> Option<&str> {
+        self.info.trace_state.as_deref()
     }
 
     /// Says how far the work is, 0 to 100, and what is being done (at most 4,096 bytes). Watchers

@@ -6,6 +6,8 @@ use http::{HeaderMap, HeaderValue, Request, Response, header::AUTHORIZATION};
 use tonic::{Extensions, Status, body::Body, metadata::MetadataMap};
 use tower::{Service, ServiceExt, util::BoxCloneSyncService};
 
+use crate::spans::{ClientSpans, Peer, ServerSpans};
+
 /// What a generated client talks through. Its error is what the client then answers with.
 pub type Channel = BoxCloneSyncService<Request<Body>, Response<Body>, Status>;
 
@@ -19,7 +21,21 @@ where
         + 'static,
     S::Future: Send + 'static,
 {
-    BoxCloneSyncService::new(server.map_err(|never| match never {}))
+    let server = ServerSpans(server.map_err(|never| match never {}));
+    BoxCloneSyncService::new(ClientSpans::new(server, Peer::Local))
+}
+
+/// A channel to a server in a different process.
+pub fn remote<S>(server: S) -> Channel
+where
+    S: Service<Request<Body>, Response = Response<Body>, Error = Status>
+        + Clone
+        + Send
+        + Sync
+        + 'static,
+    S::Future: Send + 'static,
+{
+    BoxCloneSyncService::new(ClientSpans::new(server, Peer::Remote))
 }
 
 /// Header of a submission between services: the `uid` that the request shall have, so that repeating

@@ -1,5 +1,6 @@
 //! Work that must not stop halfway because its caller stopped waiting.
 
+use streamer_telemetry::{InScope, Scope};
 use tonic::Status;
 use tracing::Instrument;
 
@@ -16,7 +17,7 @@ pub fn run_to_completion<T: Send + 'static>(
     work: impl Future<Output = Result<T, Status>> + Send + 'static,
 ) -> impl Future<Output = Result<T, Status>> + Send + 'static {
     // Boxed, because tokio copies a task several times on its way to the heap.
-    let task = tokio::spawn(Box::pin(work).in_current_span());
+    let task = tokio::spawn(Box::pin(work).in_current_span().in_scope(Scope::current()));
     async move {
         match task.await {
             Ok(result) => result,

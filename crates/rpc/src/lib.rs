@@ -9,11 +9,13 @@ mod convert;
 mod ended_body;
 mod members;
 mod payload;
+mod spans;
 mod status;
 
 pub use action::{action_from_proto, action_to_proto};
 pub use channel::{
-    Channel, FORWARDED, NOT_TAKEN, REPEATED, REQUEST_UID, SERVICE_TOKEN, local, with_authorization,
+    Channel, FORWARDED, NOT_TAKEN, REPEATED, REQUEST_UID, SERVICE_TOKEN, local, remote,
+    with_authorization,
 };
 pub use compact::{compact_bytes, compact_event, compact_request};
 pub use completion::run_to_completion;
@@ -27,6 +29,7 @@ pub use payload::{
     JSON, empty_object, encode_event, encode_payload, json_payload, payload_bytes,
     payload_into_parts,
 };
+pub use spans::{Untraced, enter, recorded, trace_context};
 pub use status::{
     name_message_limit, not_found, request_error, status, store_status, validation_status,
     violations_details,

@@ -53,6 +53,8 @@ pub struct NewRequest {
     pub redrive_of: Option<Uid>,
     /// W3C `traceparent` of the submission.
     pub trace_parent: Option<String>,
+    /// W3C `tracestate` of the submission.
+    pub trace_state: Option<String>,
     /// Hash of action and payload: what the same `client_id` must stand for.
     pub fingerprint: [u8; 32],
 }
@@ -115,6 +117,8 @@ pub struct RequestRecord {
     pub redrive_of: Option<Uid>,
     /// W3C `traceparent` of the submission.
     pub trace_parent: Option<String>,
+    /// W3C `tracestate` of the submission.
+    pub trace_state: Option<String>,
 }
 
 impl RequestRecord {

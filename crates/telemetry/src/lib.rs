@@ -1,7 +1,14 @@
-//! Logs and metrics: set up once by a binary, handed to the services.
+//! Logs, metrics and traces: set up once by a binary, handed to the services.
 
 mod logs;
 mod metrics;
+mod traces;
 
-pub use logs::{LogFormat, TelemetryError, init_logs};
+pub use logs::{LogFormat, TelemetryError, init};
 pub use metrics::Metrics;
+pub use traces::{
+    AttemptSpan, InScope, MAX_TRACE_STATE_BYTES, Scope, Scoped, TRACE_TARGET, TraceContext,
+    TraceOptions, Traces, Waited, is_sampled,
+};
+#[doc(hidden)]
+pub use tracing;

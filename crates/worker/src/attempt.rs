@@ -14,6 +14,7 @@ use streamer_proto::{
     processor::v1::{self as proto, Release, Report, report::Kind},
 };
 use streamer_rpc::{compact_bytes, error_to_proto, json_payload, payload_into_parts};
+use streamer_telemetry::{InScope, Scope, TraceContext, trace_span};
 use tokio_util::{sync::CancellationToken, task::AbortOnDropHandle};
 
 use crate::{
@@ -62,13 +63,16 @@ impl Attempt {
         let cancellation = CancellationToken::new();
         let (info, payload, sync) = read(key, task);
         let context = Context::new(info, reports.clone(), cancellation.clone(), limits, None);
+        let scope = scope(&context);
         let returned = Returned::default();
         let place = returned.clone();
-        let running = tokio::spawn(async move {
+        let running = async move {
             let run = AssertUnwindSafe(handler.run(&context, payload)).catch_unwind();
             *place.lock() = Some(run.await.unwrap_or_else(|_| Err(panicked())));
             note();
-        });
+        }
+        .in_scope(scope);
+        let running = tokio::spawn(running);
         Self {
             key,
             sync,
@@ -190,10 +194,29 @@ fn read((uid, attempt): Key, task: proto::Task) -> (AttemptInfo, Bytes, bool) {
         attempt,
         checkpoint: task.checkpoint.map(compact_bytes),
         trace_parent: (!task.trace_parent.is_empty()).then_some(task.trace_parent),
+        trace_state: (!task.trace_state.is_empty()).then_some(task.trace_state),
         deadline: task.deadline.as_ref().map(|at| Timestamp::from_millis(millis(at))),
     };
     // They live as long as the attempt; the buffer that they came in does not have to.
     (info, compact_bytes(payload), task.sync)
+}
+
+/// A span of the handler, if the attempt is traced; else its place in the trace.
+fn scope(context: &Context) -> Scope {
+    let parent = context.trace_parent();
+    match parent.and_then(|parent| TraceContext::parse(parent, context.trace_state())) {
+        Some(parent) => Scope::follow(&parent, || {
+            trace_span!(
+                "handler",
+                otel.kind = "consumer",
+                streamer.action = context.info().action,
+                streamer.attempt = context.attempt(),
+                streamer.request_id = context.request_id(),
+                streamer.tenant = context.tenant(),
+            )
+        }),
+        None => Scope::default(),
+    }
 }
 
 fn panicked() -> HandlerError {

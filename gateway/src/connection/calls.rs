@@ -17,7 +17,9 @@ use streamer_proto::{
 use streamer_rpc::{
     REQUEST_UID, json_payload, request_error, state_from_proto, state_to_proto, with_authorization,
 };
+use streamer_telemetry::{InScope, Scope, TraceContext, trace_span};
 use tonic::Status;
+use tracing::field::Empty;
 
 use super::{Call, Session, delivery::Subscription};
 use crate::{
@@ -34,7 +36,12 @@ pub(crate) enum Reply {
     /// To be sent as it is.
     Frame(Bytes),
     /// A request was submitted; its events are wanted from now on.
-    Submitted { outcome: Result<Box<SubmitResponse>, Status>, name: String, latest: bool },
+    Submitted {
+        outcome: Result<Box<SubmitResponse>, Status>,
+        name: String,
+        latest: bool,
+        trace: Option<Box<TraceContext>>,
+    },
     /// A request was opened for a subscription.
     Opened { outcome: Result<Box<Opened>, Status>, name: String, latest: bool },
     /// A page of a log was read.
@@ -111,10 +118,35 @@ impl Session {
         if let Ok(uid) = uid.parse() {
             request.metadata_mut().insert(REQUEST_UID, uid);
         }
-        Box::pin(async move {
-            let outcome =
-                router.submit(request).await.map(|response| Box::new(response.into_inner()));
-            Reply::Submitted { outcome, name, latest }
+        let scope = self.trace(message);
+        let trace = scope.trace_context().map(Box::new);
+        let span = scope.span();
+        let call = async move {
+            let outcome = router.submit(request).await;
+            if let Err(status) = &outcome {
+                span.record("otel.status_code", "ERROR");
+                span.record("error.type", request_error(status).code.as_str());
+            }
+            drop(span);
+            let outcome = outcome.map(|response| Box::new(response.into_inner()));
+            Reply::Submitted { outcome, name, latest, trace }
+        };
+        Box::pin(call.in_scope(scope))
+    }
+
+    /// Admits a request: decides whether it is traced.
+    fn trace(&self, message: &RequestMessage<'_>) -> Scope {
+        let caller = message.trace.as_ref().or(self.trace.as_deref());
+        self.gateway.traces.admit(caller.cloned(), false, || {
+            trace_span!(
+                "websocket.request",
+                otel.kind = "server",
+                otel.status_code = Empty,
+                streamer.action = &*message.action,
+                streamer.request_id = &*message.id,
+                streamer.tenant = self.handle.principal().tenant,
+                error.type = Empty,
+            )
         })
     }
 
@@ -167,6 +199,7 @@ impl Session {
                         duplicate: false,
                         last_seq: request.last_seq,
                         queue_position: None,
+                        trace_id: None,
                     };
                     Reply::Frame(messages::acknowledgment(&names, &said, clock.now()))
                 }
@@ -236,10 +269,10 @@ impl Session {
                 out.push(messages::error(request_id.as_deref(), &error, now));
             }
             Reply::CaughtUp(link, page) => self.caught_up(&link, page, out),
-            Reply::Submitted { outcome, name, latest } => {
+            Reply::Submitted { outcome, name, latest, trace } => {
                 let wanted = self.has_opened(&name);
                 match outcome {
-                    Ok(response) => self.submitted(*response, wanted, latest, out),
+                    Ok(response) => self.submitted(*response, wanted, latest, trace, out),
                     Err(status) => {
                         let name = (!name.is_empty()).then_some(name.as_str());
                         out.push(messages::error(name, &request_error(&status), now));
@@ -274,6 +307,7 @@ impl Session {
         response: SubmitResponse,
         wanted: bool,
         latest: bool,
+        trace: Option<Box<TraceContext>>,
         out: &mut Outbox,
     ) {
         let now = self.gateway.clock.now();
@@ -299,6 +333,7 @@ impl Session {
             duplicate: acknowledgment.duplicate,
             last_seq: acknowledgment.last_seq,
             queue_position: acknowledgment.queue_position.as_ref(),
+            trace_id: trace.as_ref().map(|trace| trace.trace_id()),
         };
         out.push(messages::acknowledgment(&names, &said, now));
         let Ok(uid) = names.uid.parse::<Uid>() else { return };
@@ -314,7 +349,8 @@ impl Session {
         let cursor = 1;
         let link = Link::new(uid, self.handle.clone());
         let topic = self.gateway.hub.join_submitted(uid, names, cursor, link.clone());
-        self.subscriptions.insert(uid, Subscription::new(topic, link, cursor, latest));
+        let subscription = Subscription::new(topic, link, cursor, latest).traced(trace);
+        self.subscriptions.insert(uid, subscription);
         self.ready.push(uid);
     }
 

@@ -1,11 +1,15 @@
 //! Events on their way to one connection: a cursor for each subscription.
 
-use std::sync::Arc;
+use std::{
+    sync::Arc,
+    time::{Duration, SystemTime, UNIX_EPOCH},
+};
 
 use bytes::Bytes;
-use streamer_core::{ErrorCode, RequestError, Uid};
+use streamer_core::{ErrorCode, RequestError, Timestamp, Uid};
 use streamer_proto::common::v1::Event;
 use streamer_rpc::{is_terminal, request_error};
+use streamer_telemetry::TraceContext;
 use tokio::time::Instant;
 use tonic::{Code, Status};
 
@@ -13,6 +17,7 @@ use super::{Call, Session, calls::Reply};
 use crate::{
     hub::LATEST_INTERVAL,
     messages,
+    server::Gateway,
     topic::{Link, Next, Segment, Topic},
     ws::outbox::Outbox,
 };
@@ -29,6 +34,8 @@ pub(crate) struct Subscription {
     latest: Option<Latest>,
     /// A page of the log is being read.
     catching_up: bool,
+    /// The submission, if it is traced: then so is the delivery of the outcome.
+    trace: Option<Box<TraceContext>>,
 }
 
 /// For those who want only the newest progress, not too often.
@@ -41,7 +48,12 @@ struct Latest {
 impl Subscription {
     pub(crate) fn new(topic: Arc<Topic>, link: Arc<Link>, cursor: i64, latest: bool) -> Self {
         let latest = latest.then(Latest::default);
-        Self { topic, link, cursor, latest, catching_up: false }
+        Self { topic, link, cursor, latest, catching_up: false, trace: None }
+    }
+
+    /// Is of whoever made this submission.
+    pub(crate) fn traced(self, trace: Option<Box<TraceContext>>) -> Self {
+        Self { trace: trace.filter(|trace| trace.is_sampled()), ..self }
     }
 
     /// Whether the terminal event has been sent.
@@ -69,6 +81,15 @@ impl Subscription {
             }
         }
         self.cursor = segment.last_seq();
+    }
+
+    /// Records the time from when the outcome was stored until now, when it is queued for the socket.
+    fn record_delivery(&mut self, segment: &Segment, gateway: &Gateway) {
+        let Some(outcome) = &segment.outcome else { return };
+        let Some(trace) = self.trace.take() else { return };
+        let uid = self.topic.uid.to_bytes();
+        let (stored, now) = (system_time(outcome.time), system_time(gateway.clock.now()));
+        gateway.traces.delivery(uid, outcome.attempt, &trace, (stored, now));
     }
 
     /// Sends held progress when its time has come; says whether it has to wait.
@@ -127,7 +148,10 @@ impl Session {
         }
         loop {
             match subscription.topic.next(subscription.cursor) {
-                Next::Segment(segment) => subscription.take(&segment, out),
+                Next::Segment(segment) => {
+                    subscription.take(&segment, out);
+                    subscription.record_delivery(&segment, &self.gateway);
+                }
                 Next::UpToDate => {
                     if subscription.release(out) {
                         self.gateway.hub.defer(subscription.link.clone());
@@ -193,6 +217,7 @@ impl Session {
         let ended = is_terminal(last);
         let segment = Segment::encode(&events, &subscription.topic.names);
         subscription.take(&segment, out);
+        subscription.record_delivery(&segment, &self.gateway);
         if ended {
             self.unsubscribe(uid);
         } else {
@@ -218,6 +243,10 @@ impl Session {
             None => false,
         }
     }
+}
+
+fn system_time(at: Timestamp) -> SystemTime {
+    UNIX_EPOCH + Duration::from_millis(u64::try_from(at.as_millis()).unwrap_or(0))
 }
 
 /// Whether the same call may succeed a little later.

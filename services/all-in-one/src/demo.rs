@@ -16,6 +16,7 @@ use streamer_auth::NewToken;
 use streamer_cli::{DemoArguments, Exit};
 use streamer_client::{Follower, Message, Target};
 use streamer_config::Config;
+use streamer_telemetry::Traces;
 use tempfile::TempDir;
 
 pub(crate) async fn run(arguments: &DemoArguments) -> ExitCode {
@@ -34,7 +35,8 @@ async fn show(arguments: &DemoArguments) -> anyhow::Result<()> {
     let mut config = Config::default();
     config.server.listen = SocketAddr::from(([127, 0, 0, 1], 0));
     config.server.data = data.path().to_owned();
-    let server = AllInOne::start(&config, streamer_examples::all(), Role::All).await?;
+    let server =
+        AllInOne::start(&config, streamer_examples::all(), Role::All, Traces::default()).await?;
     let url = format!("http://{}", server.address());
     let token = NewToken {
         user: "demo".into(),

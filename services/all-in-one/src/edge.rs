@@ -10,10 +10,13 @@ use axum::{
     response::{IntoResponse, Response},
     routing::any,
 };
-use http::HeaderValue;
+use http::{HeaderValue, header};
 use streamer_auth::{Authenticator, caller_of};
 use streamer_core::{Clock, Uid};
-use streamer_rpc::{Channel, FORWARDED, REPEATED, REQUEST_UID, SERVICE_TOKEN, end_when};
+use streamer_rpc::{
+    Channel, FORWARDED, REPEATED, REQUEST_UID, SERVICE_TOKEN, end_when, enter, recorded,
+};
+use streamer_telemetry::{InScope, Traces};
 use tokio::time::timeout;
 use tokio_util::sync::CancellationToken;
 use tonic::Status;
@@ -22,6 +25,10 @@ use tower::ServiceExt;
 use crate::peers::ServiceToken;
 
 const GRPC_TIMEOUT: &str = "grpc-timeout";
+/// Services whose calls are no part of anything that a caller traces, or last as long as a worker.
+const NOT_TRACED: [&str; 3] = ["/grpc.health.", "/grpc.reflection.", "/streamer.processor.v1."];
+/// Called by services only.
+const INTERNAL: &str = "/streamer.internal.";
 /// Methods that answer for as long as a request runs.
 const WATCHES: [&str; 2] = ["/Watch", "/SubmitAndWatch"];
 
@@ -62,6 +69,35 @@ async fn admit(State(trusted): State<Trusted>, mut request: Request, next: Next)
 /// The call has been found to come from a service.
 #[derive(Clone, Copy)]
 struct FromService;
+
+/// Opens the traces of gRPC calls that come in, as [`trust_only`] in front of it finds out whose they
+/// are.
+pub(crate) fn trace_calls(router: Router, traces: Traces) -> Router {
+    router.layer(middleware::from_fn_with_state(traces, trace_call))
+}
+
+async fn trace_call(State(traces): State<Traces>, request: Request, next: Next) -> Response {
+    let is_grpc = request
+        .headers()
+        .get(header::CONTENT_TYPE)
+        .is_some_and(|content_type| content_type.as_bytes().starts_with(b"application/grpc"));
+    let path = request.uri().path();
+    if !is_grpc || NOT_TRACED.iter().any(|prefix| path.starts_with(prefix)) {
+        return next.run(request).await;
+    }
+    let is_internal = path.starts_with(INTERNAL);
+    let is_service = request.extensions().get::<FromService>().is_some();
+    let scope = enter(&traces, &request, is_service, is_internal || is_service);
+    let span = scope.span();
+    if span.is_disabled() {
+        return next.run(request).in_scope(scope).await;
+    }
+    let answer = async move { Ok::<_, std::convert::Infallible>(next.run(request).await) };
+    match recorded(answer, span).in_scope(scope).await {
+        Ok(response) => response,
+        Err(never) => match never {},
+    }
+}
 
 /// Lets only other services in, as [`trust_only`] in front of it finds out.
 pub(crate) fn services_only(router: Router) -> Router {

@@ -236,6 +236,7 @@ impl Services {
         let grpc = grpc.layer(MapResponseLayer::new(move |response: Response| {
             name_message_limit(response, limit)
         }));
+        let grpc = edge::trace_calls(grpc, self.traces.clone());
         // In one process nobody else may speak as a service.
         let trusted = match &self.token {
             None => Trusted::Nobody,

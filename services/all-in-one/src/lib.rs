@@ -17,6 +17,7 @@ use streamer_core::{Clock, SystemClock};
 use streamer_dynamodb::OpenError;
 use streamer_handler::Handlers;
 use streamer_store::StoreError;
+use streamer_telemetry::Traces;
 use tokio::{
     net::{TcpListener, UdpSocket},
     task::JoinHandle,
@@ -148,6 +149,7 @@ impl AllInOne {
         config: &Config,
         handlers: Handlers,
         role: Role,
+        traces: Traces,
     ) -> Result<Self, StartError> {
         check_role(config, role)?;
         // The port first: the commonest obstacle, and nothing is touched when it is taken.
@@ -167,7 +169,7 @@ impl AllInOne {
                 Err(_) => advertised.to_owned(),
             },
         };
-        let plan = Plan { config, role, handlers, clock: clock.clone(), own_address };
+        let plan = Plan { config, role, handlers, clock: clock.clone(), own_address, traces };
         let (services, dev_key) = Services::build(plan, &shutdown).await?;
         let services = Arc::new(services);
         let tasks = services.clone().spawn(&shutdown);

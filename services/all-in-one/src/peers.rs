@@ -12,7 +12,7 @@ use std::{
 use futures_util::future::join_all;
 use http::{HeaderName, HeaderValue, Request};
 use streamer_auth::create_private_file;
-use streamer_rpc::{Channel, Member, Members, SERVICE_TOKEN};
+use streamer_rpc::{Channel, Member, Members, SERVICE_TOKEN, remote};
 use subtle::{Choice, ConstantTimeEq};
 use tokio::{
     net::lookup_host,
@@ -24,7 +24,7 @@ use tonic::{Code, Status, body::Body, transport::Endpoint};
 use tonic_health::pb::{
     HealthCheckRequest, health_check_response::ServingStatus, health_client::HealthClient,
 };
-use tower::{Service, ServiceExt, util::BoxCloneSyncService};
+use tower::{Service, ServiceExt};
 
 use crate::serve::MAX_HTTP2_WINDOW;
 
@@ -262,7 +262,7 @@ fn connect(address: SocketAddr, token: ServiceToken) -> Result<Channel, tonic::t
             channel.call(request).await.map_err(unavailable)
         }
     });
-    Ok(BoxCloneSyncService::new(service))
+    Ok(remote(service))
 }
 
 /// Who is told need not know where services are; logs show the source.

@@ -13,7 +13,7 @@ use streamer_auth::NewToken;
 use streamer_cli::{ConfigArguments, ConfigSources, Exit, READY, UpArguments};
 use streamer_config::{Config, ConfigError, Sources};
 use streamer_handler::Handlers;
-use streamer_telemetry::init_logs;
+use streamer_telemetry::{TraceOptions, init};
 use tokio::signal::unix::{SignalKind, signal};
 
 /// The printed token is valid for so long.
@@ -28,10 +28,13 @@ pub(crate) async fn run(arguments: &UpArguments, role: Role) -> ExitCode {
         }
     };
     let format = config.log.format.parse().unwrap_or_default();
-    if let Err(error) = init_logs(&config.log.filter, format) {
-        eprintln!("error: {error}");
-        return Exit::Usage.code();
-    }
+    let traces = match init(&config.log.filter, format, &trace_options(&config, role)) {
+        Ok(traces) => traces,
+        Err(error) => {
+            eprintln!("error: {error}");
+            return Exit::Usage.code();
+        }
+    };
     let handlers = match some_of(streamer_examples::all(), &config.execution.local_actions) {
         Ok(handlers) => handlers,
         Err(error) => {
@@ -39,7 +42,7 @@ pub(crate) async fn run(arguments: &UpArguments, role: Role) -> ExitCode {
             return Exit::Usage.code();
         }
     };
-    let server = match AllInOne::start(&config, handlers, role).await {
+    let server = match AllInOne::start(&config, handlers, role, traces.clone()).await {
         Ok(server) => server,
         Err(error) => {
             eprintln!("error: {error}");
@@ -52,12 +55,33 @@ pub(crate) async fn run(arguments: &UpArguments, role: Role) -> ExitCode {
         "Stopping; running work has {} s. A second signal stops at once.",
         config.server.drain_timeout_ms / 1000
     );
+    let stop = async {
+        server.stop().await;
+        traces.flush(Duration::from_millis(config.server.drain_timeout_ms)).await;
+    };
     tokio::select! {
-        () = server.stop() => {}
+        () = stop => {}
         // Work that is cut off continues after a restart, or at other processors.
         () = stop_signal() => {}
     }
     Exit::Done.code()
+}
+
+fn trace_options(config: &Config, role: Role) -> TraceOptions {
+    let trace = &config.trace;
+    TraceOptions {
+        endpoint: (!trace.endpoint.is_empty()).then(|| trace.endpoint.clone()),
+        sample_ratio: trace.sample_ratio,
+        trust_callers: trace.trust_callers,
+        service: match role {
+            Role::All => "streamer",
+            Role::Gateway => "streamer-gateway",
+            Role::Router => "streamer-router",
+            Role::Processor => "streamer-processor",
+            Role::Progress => "streamer-progress",
+        },
+        version: env!("CARGO_PKG_VERSION"),
+    }
 }
 
 /// The handlers of these actions; all of them when `*` is named.

@@ -16,7 +16,7 @@ use streamer_progress::{Progress, Ring};
 use streamer_router::Router;
 use streamer_rpc::{Member, Members, local};
 use streamer_store::{Engine, Store};
-use streamer_telemetry::Metrics;
+use streamer_telemetry::{Metrics, Traces};
 use tokio::{sync::watch, task::JoinHandle};
 
 use crate::{
@@ -39,6 +39,7 @@ pub(crate) struct Services {
     pub(crate) role: Role,
     pub(crate) health: Health,
     pub(crate) metrics: Metrics,
+    pub(crate) traces: Traces,
     pub(crate) max_message_bytes: usize,
 }
 
@@ -50,6 +51,7 @@ pub(crate) struct Plan<'a> {
     pub(crate) clock: Arc<dyn Clock>,
     /// Where the others reach this process.
     pub(crate) own_address: String,
+    pub(crate) traces: Traces,
 }
 
 /// The services that are elsewhere.
@@ -91,8 +93,9 @@ impl Services {
         plan: Plan<'_>,
         shutdown: &Shutdown,
     ) -> Result<(Self, Option<DevKey>), StartError> {
-        let Plan { config, role, handlers, clock, own_address } = plan;
+        let Plan { config, role, handlers, clock, own_address, traces } = plan;
         let metrics = Metrics::new();
+        traces.register(&metrics);
         let (store, largest) = open_store(config, &metrics).await?;
         let (authenticator, dev_key) = authenticator(config, clock.clone())?;
         let auth = AuthLayer::new(authenticator.clone());
@@ -134,6 +137,7 @@ impl Services {
                 handlers,
                 progress: event_log.clone(),
                 metrics: metrics.clone(),
+                traces: traces.clone(),
                 options: processor_options(config, limits, !alone),
             })
         });
@@ -172,6 +176,7 @@ impl Services {
                     members: all.gateway.clone(),
                 }),
                 metrics: metrics.clone(),
+                traces: traces.clone(),
                 options: gateway_options(config, limits),
             })
         });
@@ -210,6 +215,7 @@ impl Services {
             role,
             health: Health::new(store, role, needs, serving),
             metrics,
+            traces,
             max_message_bytes: limits.max_message_bytes(),
         };
         Ok((services, dev_key))

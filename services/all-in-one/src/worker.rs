@@ -1,21 +1,27 @@
 //! `streamer worker`: the example handlers in a process of their own.
 
-use std::process::ExitCode;
+use std::{process::ExitCode, time::Duration};
 
 use streamer_cli::{Exit, WorkerArguments};
+use streamer_config::{Config, Sources};
 use streamer_core::ErrorCode;
-use streamer_telemetry::{LogFormat, init_logs};
+use streamer_telemetry::{LogFormat, TraceOptions, Traces, init};
 use streamer_worker::{Worker, WorkerError};
 
 /// What a worker logs unless `STREAMER_LOG` says otherwise.
 const LOG_FILTER: &str = "info";
+/// How long the last spans may take to be exported.
+const FLUSH_TIMEOUT: Duration = Duration::from_secs(5);
 
 pub(crate) async fn run(arguments: WorkerArguments) -> ExitCode {
     let filter = std::env::var("STREAMER_LOG").unwrap_or_else(|_| LOG_FILTER.into());
-    if let Err(error) = init_logs(&filter, LogFormat::default()) {
-        eprintln!("error: {error}");
-        return Exit::Usage.code();
-    }
+    let traces = match traces(&filter) {
+        Ok(traces) => traces,
+        Err(error) => {
+            eprintln!("error: {error}");
+            return Exit::Usage.code();
+        }
+    };
     let all = streamer_examples::all();
     let actions = match &arguments.actions[..] {
         [] => vec!["*".to_owned()],
@@ -33,13 +39,30 @@ pub(crate) async fn run(arguments: WorkerArguments) -> ExitCode {
         .slots(arguments.slots)
         .drain_timeout(arguments.drain_timeout)
         .version(env!("CARGO_PKG_VERSION"));
-    match worker.run_until_terminated().await {
+    let ended = worker.run_until_terminated().await;
+    traces.flush(FLUSH_TIMEOUT).await;
+    match ended {
         Ok(()) => Exit::Done.code(),
         Err(error) => {
             eprintln!("error: {error}");
             exit_of(&error).code()
         }
     }
+}
+
+/// A worker is configured by OpenTelemetry's variables. It decides nothing: a request is traced if its
+/// submission is.
+fn traces(filter: &str) -> anyhow::Result<Traces> {
+    let environment = std::env::vars().filter(|(name, _)| name.starts_with("OTEL_")).collect();
+    let sources = Sources { file: Some("/dev/null".into()), environment, flags: Vec::new() };
+    let trace = Config::load(&sources)?.trace;
+    let options = TraceOptions {
+        endpoint: (!trace.endpoint.is_empty()).then_some(trace.endpoint),
+        service: "streamer-worker",
+        version: env!("CARGO_PKG_VERSION"),
+        ..TraceOptions::default()
+    };
+    Ok(init(filter, LogFormat::default(), &options)?)
 }
 
 fn exit_of(error: &WorkerError) -> Exit {

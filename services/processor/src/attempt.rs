@@ -26,8 +26,9 @@ use streamer_proto::{
     internal::v1::PublishRequest,
     timestamp,
 };
-use streamer_rpc::json_payload;
+use streamer_rpc::{error_from_proto, json_payload};
 use streamer_store::{RequestRecord, StoredPayload};
+use streamer_telemetry::{InScope, Scope, TraceContext, trace_span};
 use tokio::time::{Instant, sleep, sleep_until};
 use tokio_util::{sync::CancellationToken, task::AbortOnDropHandle};
 use tonic::{Code, Status};
@@ -128,6 +129,8 @@ pub(crate) struct Launch {
     pub(crate) started: Option<Event>,
     /// What it has put out so far.
     pub(crate) output: OutputDigest,
+    /// Runs in a worker.
+    pub(crate) is_remote: bool,
 }
 
 /// How an attempt left the stage.
@@ -139,13 +142,45 @@ pub(crate) enum Finished {
     Lost,
 }
 
+impl Finished {
+    /// Its outcome, for traces.
+    pub(crate) fn outcome(&self) -> &'static str {
+        match self {
+            Self::Lost => "lost",
+            Self::Concluded(kind, ..) => match kind {
+                Kind::Succeeded(_) => "succeeded",
+                Kind::Failed(_) => "failed",
+                Kind::Cancelled(_) => "cancelled",
+                Kind::Retrying(_) => "retrying",
+                Kind::Accepted(_) | Kind::Started(_) | Kind::Progress(_) | Kind::Output(_) => {
+                    "unknown"
+                }
+            },
+        }
+    }
+
+    /// Code of the error that it ended with.
+    pub(crate) fn error(&self) -> Option<&'static str> {
+        let error = match self {
+            Self::Lost => return Some(ErrorCode::Unavailable.as_str()),
+            Self::Concluded(Kind::Failed(failed), ..) => failed.error.as_ref(),
+            Self::Concluded(Kind::Retrying(retrying), ..) => retrying.error.as_ref(),
+            Self::Concluded(..) => return None,
+        };
+        error.map(|error| error_from_proto(error).code.as_str())
+    }
+}
+
 /// Runs an attempt to its end.
 pub(crate) async fn run(
     environment: &Environment,
     launch: Launch,
     handle: Arc<AttemptHandle>,
 ) -> Finished {
-    let Launch { record, spec, handler, reports, payload, checkpoint, started, output } = launch;
+    let Launch { record, spec, handler, reports, payload, checkpoint, started, output, is_remote } =
+        launch;
+    let scope = handler_scope(is_remote);
+    let trace = scope.trace_context();
     let now = environment.clock.now();
     let (began, limit) = (record.start_time.unwrap_or(now), spec.start_to_close);
     let context = Context::new(
@@ -158,7 +193,8 @@ pub(crate) async fn run(
             content_type: payload.content_type,
             attempt: record.attempt,
             checkpoint,
-            trace_parent: record.trace_parent.clone(),
+            trace_parent: trace.as_ref().map(TraceContext::trace_parent),
+            trace_state: trace.as_ref().and_then(TraceContext::trace_state),
             deadline: [limit.map(|limit| began.plus(limit)), record.close_by]
                 .into_iter()
                 .flatten()
@@ -171,10 +207,8 @@ pub(crate) async fn run(
     );
     // A task of its own: a handler that computes without a pause does not hold up its reports, and
     // one that panics fails alone.
-    let work =
-        AbortOnDropHandle::new(tokio::spawn(
-            async move { handler.run(&context, payload.data).await },
-        ));
+    let work = async move { handler.run(&context, payload.data).await }.in_scope(scope);
+    let work = AbortOnDropHandle::new(tokio::spawn(work));
     let attempt = Attempt {
         environment,
         uid: record.uid,
@@ -190,6 +224,15 @@ pub(crate) async fn run(
         spec,
     };
     attempt.drive(started, work).await
+}
+
+/// What a handler runs in, here or in a worker.
+pub(crate) fn handler_scope(is_remote: bool) -> Scope {
+    Scope::of(if is_remote {
+        trace_span!("worker.task", otel.kind = "client")
+    } else {
+        trace_span!("handler")
+    })
 }
 
 /// When an attempt must have ended, and why.

@@ -11,6 +11,7 @@ use parking_lot::Mutex;
 use streamer_core::{Clock, Timestamp, Uid};
 use streamer_handler::RequestHistory;
 use streamer_store::{Store, WaitingRequest};
+use streamer_telemetry::Traces;
 use tokio::time::{Instant, MissedTickBehavior, interval, timeout, timeout_at};
 use tokio_util::{
     sync::{CancellationToken, WaitForCancellationFutureOwned},
@@ -51,6 +52,7 @@ pub(crate) struct Parts {
     pub(crate) signal: Arc<Signal>,
     pub(crate) log: LogClient,
     pub(crate) metrics: ProcessorMetrics,
+    pub(crate) traces: Traces,
     pub(crate) options: ProcessorOptions,
 }
 
@@ -61,6 +63,7 @@ pub(crate) struct Dispatcher {
     actions: Arc<Actions>,
     environment: Environment,
     metrics: ProcessorMetrics,
+    traces: Traces,
     options: ProcessorOptions,
     slots: Arc<Slots>,
     running: Mutex<HashMap<Uid, Running>>,
@@ -106,7 +109,8 @@ struct Place {
 
 impl Dispatcher {
     pub(crate) fn new(parts: Parts) -> Self {
-        let Parts { name, store, history, clock, actions, signal, log, metrics, options } = parts;
+        let Parts { name, store, history, clock, actions, signal, log, metrics, traces, options } =
+            parts;
         let slots = Slots::new(options.max_concurrent_attempts, options.tenant_share);
         Self {
             name,
@@ -120,6 +124,7 @@ impl Dispatcher {
                 cancel_grace: options.cancel_grace,
             },
             metrics,
+            traces,
             options,
             slots: Arc::new(slots),
             running: Mutex::default(),

@@ -16,6 +16,7 @@ use streamer_proto::{
     millis,
 };
 use streamer_rpc::{NOT_TAKEN, json_payload, payload_into_parts, status};
+use streamer_telemetry::{InScope, TraceContext};
 use tokio::time::timeout;
 use tokio_stream::wrappers::WatchStream;
 use tokio_util::sync::CancellationToken;
@@ -24,6 +25,7 @@ use tonic::{Request, Response, Status, metadata::MetadataValue};
 use crate::{
     ProcessorOptions,
     actions::{Actions, Runner},
+    attempt::handler_scope,
     dispatcher::Dispatcher,
     metrics::ProcessorMetrics,
     remote::{Assignment, RemoteHandler},
@@ -84,6 +86,8 @@ impl ExecutionApi {
         // A handler that runs on after its time, on another task, learns that nobody waits.
         let _cancelled_on_drop = cancellation.clone().drop_guard();
         let (content_type, payload) = payload_into_parts(request.payload);
+        let scope = handler_scope(!self.actions.is_local(&request.action));
+        let trace = scope.trace_context();
         let context = Context::new(
             AttemptInfo {
                 uid: request.uid.parse().unwrap_or_else(|_| Uid::new(Timestamp::default())),
@@ -94,7 +98,8 @@ impl ExecutionApi {
                 content_type,
                 attempt: 1,
                 checkpoint: None,
-                trace_parent: None,
+                trace_parent: trace.as_ref().map(TraceContext::trace_parent),
+                trace_state: trace.as_ref().and_then(TraceContext::trace_state),
                 deadline: Some(self.dispatcher.now().plus(limit)),
             },
             // A sync action has no log: what it reports beside its result goes nowhere.
@@ -112,6 +117,7 @@ impl ExecutionApi {
             })?),
         };
         let running = AssertUnwindSafe(handler.run(&context, payload)).catch_unwind();
+        let running = running.in_scope(scope);
         let ended = timeout(limit, running).await;
         if let (Ok(_), Some((remote, _))) = (&ended, &remote) {
             remote.ended();

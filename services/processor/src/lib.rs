@@ -38,7 +38,7 @@ use streamer_proto::{
 };
 use streamer_rpc::Channel;
 use streamer_store::Store;
-use streamer_telemetry::Metrics;
+use streamer_telemetry::{Metrics, Traces};
 use tokio::time::{MissedTickBehavior, interval};
 use tokio_util::{sync::CancellationToken, task::AbortOnDropHandle};
 
@@ -92,6 +92,8 @@ pub struct Dependencies {
     pub progress: Channel,
     /// Where metrics go.
     pub metrics: Metrics,
+    /// Where traces go.
+    pub traces: Traces,
     /// What the operator sets.
     pub options: ProcessorOptions,
 }
@@ -111,8 +113,16 @@ impl Processor {
     /// Wires the service.
     #[must_use]
     pub fn build(dependencies: Dependencies) -> Self {
-        let Dependencies { store, clock, authenticator, handlers, progress, metrics, options } =
-            dependencies;
+        let Dependencies {
+            store,
+            clock,
+            authenticator,
+            handlers,
+            progress,
+            metrics,
+            traces,
+            options,
+        } = dependencies;
         let metrics = ProcessorMetrics::new(&metrics);
         let max_message_bytes = options.limits.max_message_bytes();
         let name = name(clock.now());
@@ -128,6 +138,7 @@ impl Processor {
             signal,
             log: LogClient::new(progress, options.limits.max_batch_bytes()),
             metrics: metrics.clone(),
+            traces,
             options,
         }));
         let workers = WorkerApi::new(

@@ -5,12 +5,12 @@ use std::sync::Arc;
 use prost::Message;
 use streamer_core::Uid;
 use streamer_proto::{
-    common::v1::Event,
+    common::v1::{Event, event::Kind},
     internal::v1::{
         AnnounceRequest, PublishRequest, event_log_service_client::EventLogServiceClient,
     },
 };
-use streamer_rpc::{Channel, run_to_completion, with_route};
+use streamer_rpc::{Channel, Untraced, is_terminal, run_to_completion, with_route};
 use tokio::sync::Semaphore;
 use tonic::Status;
 
@@ -47,7 +47,13 @@ impl LogClient {
                 Some(permits.map_err(|_| Status::unavailable("the processor is stopping"))?)
             }
         };
-        let response = self.client.clone().publish(with_route(request, uid)).await?;
+        // Those that come once per event are not part of a trace.
+        let is_last = request.events.last().is_some_and(ends_attempt);
+        let mut call = with_route(request, uid);
+        if !is_last {
+            call.extensions_mut().insert(Untraced);
+        }
+        let response = self.client.clone().publish(call).await?;
         Ok(response.into_inner().cancel_reason)
     }
 
@@ -63,4 +69,9 @@ impl LogClient {
             tracing::warn!(%uid, %status, "could not announce events");
         }
     }
+}
+
+/// Whether nothing of the same attempt follows.
+fn ends_attempt(event: &Event) -> bool {
+    is_terminal(event) || matches!(event.kind, Some(Kind::Retrying(_)))
 }

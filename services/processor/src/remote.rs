@@ -66,6 +66,7 @@ impl RemoteHandler {
             }),
             checkpoint: info.checkpoint.clone(),
             trace_parent: info.trace_parent.clone().unwrap_or_default(),
+            trace_state: info.trace_state.clone().unwrap_or_default(),
             deadline: info.deadline.map(|at| timestamp(at.as_millis())),
             sync: assignment.sync,
         }))

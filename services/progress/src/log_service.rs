@@ -13,8 +13,10 @@ use streamer_proto::{
 };
 use streamer_rpc::{run_to_completion, status, store_status};
 use streamer_store::{Append, Appended, Store, Writer};
+use streamer_telemetry::trace_span;
 use tokio::time::Instant;
 use tonic::{Code, Request, Response, Status};
+use tracing::Instrument;
 
 use crate::{metrics::ProgressMetrics, topics::Topics};
 
@@ -58,6 +60,7 @@ impl LogService {
                 retry_at: request.retry_at.map(|at| Timestamp::from_millis(millis(&at))),
                 now: self.clock.now(),
             })
+            .instrument(trace_span!("store.append"))
             .await
             .map_err(|error| store_status(&error))?;
         match appended {

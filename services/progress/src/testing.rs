@@ -24,6 +24,7 @@ pub(crate) async fn running_request(store: &dyn Store, uid: Uid, now: Timestamp)
         close_by: None,
         redrive_of: None,
         trace_parent: None,
+        trace_state: None,
     };
     store.create_request(new).await.unwrap();
     let claim = Claim { uid, holder: "p".into(), worker: None, now, lease_until: now.plus(LEASE) };

@@ -23,8 +23,10 @@ use streamer_store::{
     CancelOutcome, CreateOutcome, DeleteOutcome, ListRequests, NewRequest, Owner, RequestPage,
     RequestRecord, Store, StoredPayload, find_by_name,
 };
+use streamer_telemetry::{TraceContext, trace_span};
 use tokio::time::Instant;
 use tonic::Status;
+use tracing::Instrument;
 
 use crate::{
     admission::{self, Submission},
@@ -76,11 +78,10 @@ impl Front {
         self: &Arc<Self>,
         caller: &Caller,
         request: SubmitRequest,
-        trace_parent: Option<String>,
         uid: Option<GivenUid>,
     ) -> Result<SubmitResponse, Status> {
         let encoding = request.payload_encoding();
-        let mut response = self.admit(caller, request, trace_parent, uid).await?;
+        let mut response = self.admit(caller, request, uid).await?;
         if let Some(Outcome::Completed(completed)) = &mut response.outcome
             && let Some(result) = &mut completed.result
         {
@@ -93,7 +94,6 @@ impl Front {
         self: &Arc<Self>,
         caller: &Caller,
         request: SubmitRequest,
-        trace_parent: Option<String>,
         uid: Option<GivenUid>,
     ) -> Result<SubmitResponse, Status> {
         let now = self.clock.now();
@@ -120,7 +120,7 @@ impl Front {
         if known.action.sync {
             self.run_now(caller, submission, now, &known.offered_by).await
         } else {
-            self.store_and_wake(caller, submission, now, trace_parent).await
+            self.store_and_wake(caller, submission, now).await
         }
     }
 
@@ -152,11 +152,10 @@ impl Front {
         caller: &Caller,
         submission: Submission,
         now: Timestamp,
-        trace_parent: Option<String>,
     ) -> Result<SubmitResponse, Status> {
         let began = Instant::now();
         let wait_ms = submission.wait_ms;
-        let created = self.create(owner(caller), submission, now, trace_parent, None).await?;
+        let created = self.create(owner(caller), submission, now, None).await?;
         self.metrics.submit_seconds.observe(began.elapsed().as_secs_f64());
         self.acknowledge(caller, created, wait_ms, now).await
     }
@@ -228,7 +227,6 @@ impl Front {
         owner: Owner,
         submission: Submission,
         now: Timestamp,
-        trace_parent: Option<String>,
         redrive_of: Option<Uid>,
     ) -> Result<Created, Status> {
         let delay = Duration::from_millis(u64::try_from(submission.delay_ms).unwrap_or(0));
@@ -239,6 +237,7 @@ impl Front {
             let millis = u64::try_from(millis).ok().filter(|millis| *millis > 0)?;
             Some(not_before.plus(Duration::from_millis(millis)))
         };
+        let trace = TraceContext::current();
         let start_by = limit(|action| action.schedule_to_start_ms);
         let uid = submission.uid.unwrap_or_else(|| Uid::new(now));
         let new = NewRequest {
@@ -255,7 +254,8 @@ impl Front {
             deadline: [submission.deadline, start_by].into_iter().flatten().min(),
             close_by: limit(|action| action.schedule_to_close_ms),
             redrive_of,
-            trace_parent,
+            trace_parent: trace.as_ref().map(TraceContext::trace_parent),
+            trace_state: trace.as_ref().and_then(TraceContext::trace_state),
         };
         // A request that is stored must be announced, also when its client has gone away.
         let front = self.clone();
@@ -270,7 +270,9 @@ impl Front {
         known: Option<Arc<Known>>,
     ) -> Result<Created, Status> {
         let (uid, is_delayed) = (new.uid, new.not_before > new.create_time);
-        match self.store.create_request(new).await.map_err(|error| store_status(&error))? {
+        let created =
+            self.store.create_request(new).instrument(trace_span!("store.create_request"));
+        match created.await.map_err(|error| store_status(&error))? {
             CreateOutcome::Created(record, _) | CreateOutcome::Existing(record)
                 if record.owner != owner =>
             {

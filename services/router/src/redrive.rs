@@ -118,8 +118,7 @@ impl Front {
             deadline: None,
             uid: None,
         };
-        let (owner, trace_parent) = (old.owner.clone(), old.trace_parent.clone());
-        self.create(owner, submission, self.clock.now(), trace_parent, Some(old.uid)).await
+        self.create(old.owner.clone(), submission, self.clock.now(), Some(old.uid)).await
     }
 }
 

@@ -49,8 +49,8 @@ impl RouterService for RouterApi {
         request: Request<SubmitRequest>,
     ) -> Result<Response<SubmitResponse>, Status> {
         let caller = caller(&request)?;
-        let (trace_parent, uid) = (trace_parent(&request), given_uid(&request));
-        let response = self.front.submit(&caller, request.into_inner(), trace_parent, uid).await?;
+        let uid = given_uid(&request);
+        let response = self.front.submit(&caller, request.into_inner(), uid).await?;
         Ok(Response::new(response))
     }
 
@@ -59,7 +59,7 @@ impl RouterService for RouterApi {
         request: Request<SubmitAndWatchRequest>,
     ) -> Result<Response<Self::SubmitAndWatchStream>, Status> {
         let caller = caller(&request)?;
-        let (trace_parent, uid) = (trace_parent(&request), given_uid(&request));
+        let uid = given_uid(&request);
         let Some(mut submit) = request.into_inner().request else {
             let mut violations = Violations::default();
             violations.push("request", "is required");
@@ -67,7 +67,7 @@ impl RouterService for RouterApi {
         };
         submit.wait = None;
         let payload_encoding = submit.payload_encoding;
-        let submitted = self.front.submit(&caller, submit, trace_parent, uid).await?;
+        let submitted = self.front.submit(&caller, submit, uid).await?;
         let uid = submitted.uid.clone();
         let stored_uid = uid.parse().ok();
         let is_async = matches!(submitted.outcome, Some(Outcome::Acknowledgment(_)));
@@ -221,13 +221,6 @@ pub(crate) fn read_page_size(size: i32, violations: &mut Violations) -> usize {
         Ok(size) if size > 0 => size,
         _ => DEFAULT_PAGE,
     }
-}
-
-/// The W3C trace context of the caller.
-fn trace_parent<T>(request: &Request<T>) -> Option<String> {
-    const LENGTH: usize = 55;
-    let value = request.metadata().get("traceparent")?.to_str().ok()?;
-    (value.len() == LENGTH).then(|| value.to_owned())
 }
 
 /// The snapshot that a watch begins with is of no use to somebody who gets the whole log.

@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Awaitable, Callable
 from typing import TypeAlias
 
+from streamer import _tracing
+
 Token: TypeAlias = "str | Callable[[], Awaitable[str]]"
 """A JWT, or an async callable that returns a fresh one each time."""
 
@@ -33,7 +35,7 @@ class TokenSource:
 
     async def metadata(self) -> tuple[tuple[str, str], ...]:
         """The metadata of a gRPC call."""
-        return (("authorization", f"Bearer {await self.get()}"),)
+        return (("authorization", f"Bearer {await self.get()}"), *_tracing.headers().items())
 
 
 def _checked(token: object) -> str:

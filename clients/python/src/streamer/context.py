@@ -58,8 +58,11 @@ class Context:
     deadline: datetime | None
     """The attempt is cut off then; None when it may take for ever."""
     trace_parent: str
-    """W3C `traceparent` of the submission; empty when there is none."""
+    """W3C `traceparent` to send with calls that the handler makes; empty when the request is not part
+    of a trace. With `opentelemetry-api` installed, this place is the current context, too."""
     reporter: Reporter = field(repr=False)
+    trace_state: str = ""
+    """W3C `tracestate` that goes with `trace_parent`."""
     cancelled: asyncio.Event = field(default_factory=asyncio.Event, repr=False)
     """Set once somebody has cancelled the request: end soon, by raising `Cancelled`. A handler that
     does not is interrupted by `asyncio.CancelledError` after the server's grace."""

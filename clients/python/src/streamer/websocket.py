@@ -12,7 +12,7 @@ from types import TracebackType
 from typing import Any, final
 from urllib.parse import urlsplit
 
-from streamer import events, payload
+from streamer import _tracing, events, payload
 from streamer._callbacks import Callbacks, OnOutput, OnProgress, OnRetry
 from streamer._tokens import Token, TokenSource
 from streamer._websocket.follow import Follow, Response
@@ -169,5 +169,6 @@ def _submission(
         told["priority"] = priority
     if delay is not None:
         told["delay_ms"] = round(seconds(delay) * 1000)
+    told |= _tracing.headers()
     texts = (f'"{name}":{payload.encode_json(one).decode()}' for name, one in told.items())
     return "{" + ",".join(texts) + "}"

@@ -148,6 +148,7 @@ fn new_request() -> NewRequest {
         close_by: None,
         redrive_of: None,
         trace_parent: None,
+        trace_state: None,
         fingerprint: [0; 32],
     }
 }

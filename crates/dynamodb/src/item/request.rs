@@ -81,6 +81,8 @@ pub(crate) struct RequestItem {
     pub(crate) redrive_of: Option<String>,
     #[serde(skip_serializing_if = "Option::is_none", default)]
     pub(crate) trace_parent: Option<String>,
+    #[serde(skip_serializing_if = "Option::is_none", default)]
+    pub(crate) trace_state: Option<String>,
     /// SHA-256 of action and payload.
     pub(crate) fingerprint: Blob,
     pub(crate) payload: Kept,
@@ -143,6 +145,7 @@ impl RequestItem {
             cancel_reason: None,
             redrive_of: new.redrive_of.map(|uid| uid.to_string()),
             trace_parent: new.trace_parent.clone(),
+            trace_state: new.trace_state.clone(),
             fingerprint: Blob(bytes::Bytes::copy_from_slice(&new.fingerprint)),
             has_parts: (payload.part.is_some() || payload.value.object.is_some()).then_some(true),
             payload,
@@ -205,6 +208,7 @@ impl RequestItem {
             output: self.output.clone().map(StoredOutput::into_summary),
             redrive_of: redrive_of.map_err(|error| damaged("reading a request", error))?,
             trace_parent: self.trace_parent.clone(),
+            trace_state: self.trace_state.clone(),
         })
     }
 }

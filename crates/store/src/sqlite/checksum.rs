@@ -39,5 +39,9 @@ pub(super) fn of_request(record: &RequestRecord) -> u32 {
                 .map(<[u8; 8]>::as_slice),
         );
     }
+    // Rows that version 2 wrote have none.
+    if let Some(state) = &record.trace_state {
+        part(Some(state.as_bytes()));
+    }
     hasher.finalize()
 }

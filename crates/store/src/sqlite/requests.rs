@@ -47,15 +47,16 @@ pub(super) fn create(db: &Connection, new: &NewRequest) -> rusqlite::Result<Crea
         output: None,
         redrive_of: new.redrive_of,
         trace_parent: new.trace_parent.clone(),
+        trace_state: new.trace_state.clone(),
     };
     let accepted =
         event(1, 0, new.create_time, Kind::Accepted(Accepted { action: new.action.clone() }));
     db.prepare_cached(
         "INSERT INTO requests (uid, client_id, tenant, user, action, state, attempt, last_seq,
              attempt_seq, priority, create_time, not_before, deadline, close_by, expire_at,
-             metadata, redrive_of, trace_parent, fingerprint, crc)
+             metadata, redrive_of, trace_parent, trace_state, fingerprint, crc)
          VALUES (?1, ?2, ?3, ?4, ?5, 0, 0, 1, 0, ?6, ?7, ?8, ?9, ?10, ?11, ?12, ?13, ?14, ?15,
-             ?16)",
+             ?16, ?17)",
     )?
     .execute(params![
         new.uid.to_bytes(),
@@ -72,6 +73,7 @@ pub(super) fn create(db: &Connection, new: &NewRequest) -> rusqlite::Result<Crea
         new.metadata.as_deref(),
         new.redrive_of.map(Uid::to_bytes),
         new.trace_parent,
+        new.trace_state,
         new.fingerprint,
         checksum::of_request(&record),
     ])?;

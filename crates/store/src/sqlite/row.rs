@@ -12,7 +12,8 @@ use crate::{Owner, RequestRecord};
 /// The columns that [`record`] reads, in its order.
 pub(super) const COLUMNS: &str = "uid, client_id, tenant, user, action, state, attempt, last_seq, attempt_seq, priority, \
      create_time, start_time, finish_time, not_before, deadline, progress, metadata, \
-     cancel_reason, error, output_chunks, output_sha256, redrive_of, trace_parent, close_by, crc";
+     cancel_reason, error, output_chunks, output_sha256, redrive_of, trace_parent, close_by, \
+     trace_state, crc";
 
 pub(super) fn record(row: &Row<'_>) -> rusqlite::Result<RequestRecord> {
     let chunks: Option<i64> = row.get(19)?;
@@ -44,8 +45,9 @@ pub(super) fn record(row: &Row<'_>) -> rusqlite::Result<RequestRecord> {
         },
         trace_parent: row.get(22)?,
         close_by: optional_time(row, 23)?,
+        trace_state: row.get(24)?,
     };
-    verify(row, 24, || checksum::of_request(&record))?;
+    verify(row, 25, || checksum::of_request(&record))?;
     Ok(record)
 }
 

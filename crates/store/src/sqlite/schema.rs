@@ -7,7 +7,7 @@ use rusqlite::{Connection, OpenFlags};
 use super::sqlite_error;
 use crate::StoreError;
 
-const VERSION: i64 = 2;
+const VERSION: i64 = 3;
 
 /// Payload, events and hot columns are apart, so that a change of state rewrites a small row
 /// however large the payload is. Times are milliseconds since the Unix epoch; `uid` is a
@@ -43,6 +43,7 @@ CREATE TABLE requests (
     output_sha256 BLOB,
     redrive_of BLOB,
     trace_parent TEXT,
+    trace_state TEXT,
     fingerprint BLOB NOT NULL,
     crc INTEGER
 ) WITHOUT ROWID;
@@ -128,6 +129,9 @@ CREATE TABLE actions (
 ) WITHOUT ROWID;
 ";
 
+/// What version 3 has beyond version 2.
+const FROM_2_TO_3: &str = "ALTER TABLE requests ADD COLUMN trace_state TEXT;";
+
 pub(super) fn open_for_writing(path: &Path) -> rusqlite::Result<Connection> {
     let connection = Connection::open(path)?;
     connection.execute_batch(
@@ -175,8 +179,9 @@ pub(super) fn migrate(connection: &Connection) -> Result<(), StoreError> {
         .pragma_query_value(None, "user_version", |row| row.get(0))
         .map_err(|error| sqlite_error(doing, &error))?;
     let steps = match found {
-        0 => TABLES,
-        1 => FROM_1_TO_2,
+        0 => TABLES.to_owned(),
+        1 => format!("{FROM_1_TO_2} {FROM_2_TO_3}"),
+        2 => FROM_2_TO_3.to_owned(),
         VERSION => return Ok(()),
         _ => return Err(StoreError::TooNew { found, known: VERSION }),
     };

@@ -105,6 +105,7 @@ fn start() -> Scene {
         checkpoint: None,
         started: None,
         output: OutputDigest::default(),
+        is_remote: false,
     };
     let handle = Arc::new(AttemptHandle::default());
     let running = tokio::spawn({
@@ -138,6 +139,7 @@ fn record() -> RequestRecord {
         output: None,
         redrive_of: None,
         trace_parent: None,
+        trace_state: None,
     }
 }
 

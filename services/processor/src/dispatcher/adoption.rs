@@ -89,11 +89,12 @@ impl Dispatcher {
             started: None,
             output,
             record,
+            is_remote: true,
         };
         self.tasks.spawn(async move {
             // Held until it ends.
             let _seat = seat;
-            entered.dispatcher.run_remote(launch, &remote, handle).await;
+            entered.dispatcher.run_remote(launch, &remote, handle, None).await;
         });
         Ok(Some(adopted))
     }

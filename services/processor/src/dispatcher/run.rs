@@ -1,11 +1,15 @@
 //! Claiming a request and running the attempt, here or in a worker.
 
-use std::sync::Arc;
+use std::{
+    sync::Arc,
+    time::{Duration, SystemTime, UNIX_EPOCH},
+};
 
-use streamer_core::{ActionSpec, OutputDigest, Uid};
+use streamer_core::{ActionSpec, OutputDigest, Timestamp, Uid};
 use streamer_handler::{DynHandler, ReportQueue};
 use streamer_proto::common::v1::event::Kind;
-use streamer_store::{CancelOutcome, Claim, ClaimOutcome, Claimed, StoreError};
+use streamer_store::{CancelOutcome, Claim, ClaimOutcome, Claimed, RequestRecord, StoreError};
+use streamer_telemetry::{AttemptSpan, InScope, Scope, TraceContext, Waited};
 use tokio::time::Instant;
 use tracing::Instrument;
 
@@ -16,6 +20,13 @@ use crate::{
     remote::{Assignment, RemoteHandler},
     worker::RemoteTask,
 };
+
+/// When an attempt was claimed.
+#[derive(Clone, Copy)]
+pub(super) struct Claiming {
+    began: Timestamp,
+    took: Duration,
+}
 
 impl Dispatcher {
     pub(super) async fn claim_and_run(
@@ -36,6 +47,7 @@ impl Dispatcher {
             now,
             lease_until: now.plus(self.options.lease),
         };
+        let began = Instant::now();
         match self.store.claim(claim).await {
             Ok(ClaimOutcome::Claimed(claimed)) => {
                 if let Some(running) = self.running.lock().get_mut(&uid) {
@@ -44,7 +56,8 @@ impl Dispatcher {
                 self.metrics
                     .wait_seconds
                     .observe(now.since(claimed.record.not_before).as_secs_f64());
-                self.run_claimed(*claimed, spec, runner, handle).await;
+                let claiming = Claiming { began: now, took: began.elapsed() };
+                self.run_claimed(*claimed, spec, runner, handle, claiming).await;
             }
             Ok(ClaimOutcome::Overdue(record)) => self.fail_unrun(&record).await,
             Ok(ClaimOutcome::NotClaimable) => {
@@ -68,12 +81,14 @@ impl Dispatcher {
         spec: Arc<ActionSpec>,
         runner: Runner,
         handle: Arc<AttemptHandle>,
+        claiming: Claiming,
     ) {
         let Claimed { record, payload, checkpoint, started } = claimed;
         if let Some(reason) = &record.cancel_reason {
             handle.cancel(reason);
         }
         let reports = Arc::new(ReportQueue::default());
+        let is_remote = matches!(runner, Runner::Remote(_));
         let launch = |handler: Arc<dyn DynHandler>| Launch {
             spec: spec.clone(),
             handler,
@@ -83,10 +98,11 @@ impl Dispatcher {
             started: Some(started),
             output: OutputDigest::default(),
             record: record.clone(),
+            is_remote,
         };
         match runner {
             Runner::Local(handler) => {
-                self.run_attempt(launch(handler), handle).await;
+                self.run_attempt(launch(handler), handle, Some(claiming)).await;
             }
             Runner::Remote(seat) => {
                 let task = RemoteTask::new(record.uid, record.attempt, 0, reports.clone());
@@ -100,7 +116,7 @@ impl Dispatcher {
                     self.options.cancel_grace,
                 ));
                 let launch = launch(remote.clone());
-                self.run_remote(launch, &remote, handle).await;
+                self.run_remote(launch, &remote, handle, Some(claiming)).await;
             }
         }
     }
@@ -110,8 +126,9 @@ impl Dispatcher {
         launch: Launch,
         remote: &RemoteHandler,
         handle: Arc<AttemptHandle>,
+        claiming: Option<Claiming>,
     ) {
-        if self.run_attempt(launch, handle).await {
+        if self.run_attempt(launch, handle, claiming).await {
             remote.ended();
         } else if self.is_stopping() {
             // It is the worker's still: it will bring it to whoever takes over.
@@ -122,8 +139,14 @@ impl Dispatcher {
     }
 
     /// Runs an attempt; whether its end is durable, and not another's.
-    async fn run_attempt(&self, launch: Launch, handle: Arc<AttemptHandle>) -> bool {
+    async fn run_attempt(
+        &self,
+        launch: Launch,
+        handle: Arc<AttemptHandle>,
+        claiming: Option<Claiming>,
+    ) -> bool {
         let record = &launch.record;
+        let scope = self.trace(record, claiming);
         let span = tracing::info_span!(
             "attempt",
             request_id = record.request_id(),
@@ -136,7 +159,8 @@ impl Dispatcher {
         let (uid, action) = (record.uid, record.action.clone());
         self.metrics.running.inc();
         let running = attempt::run(&self.environment, launch, handle);
-        let finished = Box::pin(running).instrument(span).await;
+        let finished = Box::pin(running).instrument(span).in_scope(scope.clone()).await;
+        scope.end_attempt(finished.outcome(), finished.error());
         self.metrics.running.dec();
         self.metrics.run_seconds.observe(began.elapsed().as_secs_f64());
         match finished {
@@ -156,6 +180,26 @@ impl Dispatcher {
                 false
             }
         }
+    }
+
+    /// The trace of an attempt: one of its own if the submission is sampled.
+    fn trace(&self, record: &RequestRecord, claiming: Option<Claiming>) -> Scope {
+        let Some(parent) = &record.trace_parent else { return Scope::default() };
+        let submission = TraceContext::parse(parent, record.trace_state.as_deref());
+        let Some(submission) = submission else { return Scope::default() };
+        self.traces.attempt(&AttemptSpan {
+            uid: record.uid.to_bytes(),
+            attempt: record.attempt,
+            submission: &submission,
+            waited: claiming.map(|claiming| Waited {
+                since: system_time(record.not_before),
+                until: system_time(claiming.began),
+                claim: claiming.took,
+            }),
+            action: &record.action,
+            tenant: &record.owner.tenant,
+            request_id: &record.request_id(),
+        })
     }
 
     /// Ends a request that waits for another attempt, though cancellation was asked for.
@@ -182,4 +226,8 @@ impl Dispatcher {
             Kind::Accepted(_) | Kind::Started(_) | Kind::Progress(_) | Kind::Output(_) => return,
         };
     }
+}
+
+fn system_time(at: Timestamp) -> SystemTime {
+    UNIX_EPOCH + Duration::from_millis(u64::try_from(at.as_millis()).unwrap_or(0))
 }

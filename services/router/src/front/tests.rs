@@ -107,7 +107,7 @@ async fn a_submission_whose_caller_goes_away_is_announced_once_it_is_stored() {
     let mut scene = scene();
     {
         let (owner, now) = (owner(&scene.caller), scene.now());
-        let mut call = Box::pin(scene.front.create(owner, submission(), now, None, None));
+        let mut call = Box::pin(scene.front.create(owner, submission(), now, None));
         assert!(poll!(&mut call).is_pending());
         tokio::task::yield_now().await;
     }
@@ -122,7 +122,7 @@ async fn a_cancellation_whose_caller_goes_away_is_announced_once_it_is_stored() 
     let mut scene = scene();
     let (owner, now) = (owner(&scene.caller), scene.now());
     scene.gate.add_permits(1);
-    scene.front.create(owner, submission(), now, None, None).await.unwrap();
+    scene.front.create(owner, submission(), now, None).await.unwrap();
     scene.announced.recv().await.unwrap();
     {
         let mut call = Box::pin(scene.front.cancel(&scene.caller, "one", "enough".into()));

@@ -6,7 +6,7 @@ import asyncio
 import logging
 from collections.abc import Callable
 
-from streamer import _handlers, model, payload
+from streamer import _handlers, _tracing, model, payload
 from streamer._handlers import Handler
 from streamer._limits import (
     MAX_ERROR_DETAILS_BYTES,
@@ -155,7 +155,10 @@ class Attempt:
 
     async def _run(self) -> None:
         try:
-            ending = await _handlers.run(self._handler, self.context)
+            with _tracing.handler_span(self.context) as failed:
+                ending = await _handlers.run(self._handler, self.context)
+                if ending.error is not None:
+                    failed()
         except asyncio.CancelledError:
             told = self.context.cancelled.is_set()
             error = _handlers.cut_short() if told else _handlers.interrupted()
@@ -213,6 +216,7 @@ def _context(task: worker_pb2.Task, attempt: Attempt) -> Context:
         checkpoint_bytes=task.checkpoint if task.HasField("checkpoint") else None,
         deadline=model.moment(task.deadline) if task.HasField("deadline") else None,
         trace_parent=task.trace_parent,
+        trace_state=task.trace_state,
         reporter=attempt,
     )
 

@@ -1,0 +1,57 @@
+"""OpenTelemetry, where the application has it installed (`pip install streamer-client[tracing]`).
+
+The kit uses the API alone: spans go where the application's SDK sends them. Without an SDK, the
+context is passed on all the same.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from streamer.context import Context
+
+try:
+    from opentelemetry import trace
+    from opentelemetry.trace.propagation.tracecontext import TraceContextTextMapPropagator
+except ImportError:
+    _installed = False
+else:
+    _installed = True
+
+
+def headers() -> dict[str, str]:
+    """The current trace as W3C `traceparent` and `tracestate`; empty outside one."""
+    carrier: dict[str, str] = {}
+    if _installed:
+        TraceContextTextMapPropagator().inject(carrier)
+    return carrier
+
+
+@contextmanager
+def handler_span(context: Context) -> Iterator[Callable[[], None]]:
+    """Around the run of a handler: a span below the server's, as the attempt is sampled. What is
+    yielded marks it as failed."""
+    if not (_installed and context.trace_parent):
+        yield lambda: None
+        return
+    carrier = {"traceparent": context.trace_parent, "tracestate": context.trace_state}
+    parent = TraceContextTextMapPropagator().extract(carrier)
+    tracer = trace.get_tracer("streamer")
+    # Messages of exceptions may hold parts of the payload.
+    with tracer.start_as_current_span(
+        "handler",
+        context=parent,
+        kind=trace.SpanKind.CONSUMER,
+        attributes={
+            "streamer.action": context.action,
+            "streamer.attempt": context.attempt,
+            "streamer.request_id": context.request_id,
+            "streamer.tenant": context.tenant_id,
+        },
+        record_exception=False,
+        set_status_on_exception=False,
+    ) as span:
+        yield lambda: span.set_status(trace.StatusCode.ERROR)

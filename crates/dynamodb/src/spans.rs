@@ -1,0 +1,115 @@
+//! Spans of the SDK's calls, with how often each was repeated and whether it was throttled.
+
+use std::sync::{
+    Arc,
+    atomic::{AtomicU32, Ordering},
+};
+
+use aws_sdk_dynamodb::config::{ConfigBag, Intercept, RuntimeComponents};
+use aws_smithy_runtime_api::{
+    box_error::BoxError,
+    client::{
+        interceptors::context::{
+            BeforeSerializationInterceptorContextRef, FinalizerInterceptorContextRef,
+        },
+        orchestrator::Metadata,
+    },
+};
+use aws_smithy_types::config_bag::{Storable, StoreReplace};
+use streamer_telemetry::trace_span;
+use tracing::{Span, field::Empty};
+
+/// Part of the names of DynamoDB's errors of calls that exceed a limit.
+const THROTTLING: [&[u8]; 3] =
+    [b"Throttling", b"ProvisionedThroughputExceeded", b"RequestLimitExceeded"];
+
+/// Opens a span for each call in a sampled trace.
+#[derive(Debug)]
+pub(crate) struct CallSpans;
+
+/// The span of a call that is under way.
+#[derive(Clone, Debug)]
+struct CallSpan {
+    span: Span,
+    attempts: Arc<AtomicU32>,
+}
+
+impl Storable for CallSpan {
+    type Storer = StoreReplace<Self>;
+}
+
+impl Intercept for CallSpans {
+    fn name(&self) -> &'static str {
+        "CallSpans"
+    }
+
+    fn read_before_execution(
+        &self,
+        _: &BeforeSerializationInterceptorContextRef<'_>,
+        config: &mut ConfigBag,
+    ) -> Result<(), BoxError> {
+        if !streamer_telemetry::is_sampled() {
+            return Ok(());
+        }
+        let span = trace_span!(
+            "dynamodb",
+            otel.name = Empty,
+            otel.kind = "client",
+            otel.status_code = Empty,
+            db.system.name = "aws.dynamodb",
+            db.operation.name = Empty,
+            http.request.resend_count = Empty,
+            streamer.throttled = Empty,
+        );
+        config.interceptor_state().store_put(CallSpan { span, attempts: Arc::default() });
+        Ok(())
+    }
+
+    fn read_after_attempt(
+        &self,
+        context: &FinalizerInterceptorContextRef<'_>,
+        _: &RuntimeComponents,
+        config: &mut ConfigBag,
+    ) -> Result<(), BoxError> {
+        let Some(call) = config.load::<CallSpan>() else { return Ok(()) };
+        call.attempts.fetch_add(1, Ordering::Relaxed);
+        let refusal = context.response().filter(|response| response.status().as_u16() >= 400);
+        let is_throttled =
+            refusal.and_then(|response| response.body().bytes()).is_some_and(|body| {
+                THROTTLING.iter().any(|name| body.windows(name.len()).any(|part| part == *name))
+            });
+        if is_throttled {
+            call.span.record("streamer.throttled", true);
+        }
+        Ok(())
+    }
+
+    fn read_after_execution(
+        &self,
+        context: &FinalizerInterceptorContextRef<'_>,
+        _: &RuntimeComponents,
+        config: &mut ConfigBag,
+    ) -> Result<(), BoxError> {
+        let Some(call) = config.load::<CallSpan>() else { return Ok(()) };
+        // It is not known before.
+        let operation = config.load::<Metadata>().map_or("", Metadata::name);
+        call.span.record("otel.name", format!("DynamoDB.{operation}"));
+        call.span.record("db.operation.name", operation);
+        let repeats = call.attempts.load(Ordering::Relaxed).saturating_sub(1);
+        if repeats > 0 {
+            call.span.record("http.request.resend_count", repeats);
+        }
+        // A condition that does not hold is an answer.
+        let is_answer = context.response().is_some_and(|response| {
+            response.status().is_success()
+                || response.body().bytes().is_some_and(|body| {
+                    let name = b"ConditionalCheckFailed";
+                    body.windows(name.len()).any(|part| part == name)
+                })
+        });
+        if !is_answer {
+            call.span.record("otel.status_code", "ERROR");
+        }
+        Ok(())
+    }
+}

@@ -1,0 +1,220 @@
+//! Spans of calls, and the context that a call carries: one layer for clients, one for servers.
+//!
+//! Both do nothing for a call outside a sampled trace, but that a context is passed on. A call that is
+//! marked [`Untraced`] is outside: those that come once per event.
+
+use std::{
+    pin::Pin,
+    task::{Context, Poll},
+};
+
+use futures_util::future::Either;
+use http::{HeaderMap, HeaderValue, Request, Response};
+use streamer_telemetry::{InScope, Scope, TraceContext, Traces, is_sampled, trace_span};
+use tonic::{Code, Status};
+use tower::Service;
+use tracing::Span;
+
+/// W3C headers.
+const TRACE_PARENT: &str = "traceparent";
+const TRACE_STATE: &str = "tracestate";
+
+/// Extension of a request that has no span and carries no context.
+#[derive(Clone, Copy, Debug)]
+pub struct Untraced;
+
+/// The context that a call brings, if it is valid.
+#[must_use]
+pub fn trace_context(headers: &HeaderMap) -> Option<TraceContext> {
+    let text = |name: &str| headers.get(name).and_then(|value| value.to_str().ok());
+    TraceContext::parse(text(TRACE_PARENT)?, text(TRACE_STATE))
+}
+
+/// Where calls go to.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Peer {
+    /// In this process, where the context follows the future.
+    Local,
+    /// In a different process, which the context reaches by headers.
+    Remote,
+}
+
+/// Client side of a channel.
+#[derive(Clone)]
+pub(crate) struct ClientSpans<S> {
+    inner: S,
+    peer: Peer,
+}
+
+impl<S> ClientSpans<S> {
+    pub(crate) fn new(inner: S, peer: Peer) -> Self {
+        Self { inner, peer }
+    }
+}
+
+/// Server side, for calls within a process. Calls that enter it use [`enter`].
+#[derive(Clone)]
+pub(crate) struct ServerSpans<S>(pub(crate) S);
+
+/// The future of an untraced call as it is, or that of a traced one.
+type Traced<F, T, E> = Either<F, Pin<Box<dyn Future<Output = Result<T, E>> + Send>>>;
+
+impl<S, B, C, E> Service<Request<B>> for ClientSpans<S>
+where
+    S: Service<Request<B>, Response = Response<C>, Error = E>,
+    S::Future: Send + 'static,
+    C: 'static,
+    E: 'static,
+{
+    type Response = Response<C>;
+    type Error = E;
+    type Future = Traced<S::Future, Response<C>, E>;
+
+    fn poll_ready(&mut self, task: &mut Context<'_>) -> Poll<Result<(), E>> {
+        self.inner.poll_ready(task)
+    }
+
+    fn call(&mut self, mut request: Request<B>) -> Self::Future {
+        if request.extensions().get::<Untraced>().is_some() {
+            if TraceContext::current().is_none() {
+                return Either::Left(self.inner.call(request));
+            }
+            let scope = Scope::outside();
+            let call = scope.run(|| self.inner.call(request));
+            return Either::Right(Box::pin(call.in_scope(scope)));
+        }
+        if !is_sampled() {
+            if self.peer == Peer::Remote
+                && let Some(context) = TraceContext::current()
+            {
+                put(&context, request.headers_mut());
+            }
+            return Either::Left(self.inner.call(request));
+        }
+        let method = method(&request);
+        let scope = Scope::of(trace_span!(
+            "rpc.client",
+            otel.name = method,
+            otel.kind = "client",
+            otel.status_code = tracing::field::Empty,
+            rpc.system.name = "grpc",
+            rpc.method = method,
+            rpc.response.status_code = tracing::field::Empty,
+            error.type = tracing::field::Empty,
+        ));
+        if self.peer == Peer::Remote
+            && let Some(context) = scope.trace_context()
+        {
+            put(&context, request.headers_mut());
+        }
+        let span = scope.span();
+        let call = span.in_scope(|| self.inner.call(request));
+        Either::Right(Box::pin(recorded(call, span).in_scope(scope)))
+    }
+}
+
+impl<S, B, C, E> Service<Request<B>> for ServerSpans<S>
+where
+    S: Service<Request<B>, Response = Response<C>, Error = E>,
+    S::Future: Send + 'static,
+    C: 'static,
+    E: 'static,
+{
+    type Response = Response<C>;
+    type Error = E;
+    type Future = Traced<S::Future, Response<C>, E>;
+
+    fn poll_ready(&mut self, task: &mut Context<'_>) -> Poll<Result<(), E>> {
+        self.0.poll_ready(task)
+    }
+
+    fn call(&mut self, request: Request<B>) -> Self::Future {
+        if !is_sampled() {
+            return Either::Left(self.0.call(request));
+        }
+        let scope = Scope::of(server_span(method(&request)));
+        let span = scope.span();
+        let call = span.in_scope(|| self.0.call(request));
+        Either::Right(Box::pin(recorded(call, span).in_scope(scope)))
+    }
+}
+
+/// Admits a call that enters this process. Services have decided whether it is traced; for others it is
+/// decided here, unless the call is `internal`, which takes part only in what others have begun.
+#[must_use]
+pub fn enter<B>(traces: &Traces, request: &Request<B>, is_service: bool, internal: bool) -> Scope {
+    let caller = trace_context(request.headers());
+    if caller.is_none() && internal {
+        return Scope::default();
+    }
+    traces.admit(caller, is_service, || server_span(method(request)))
+}
+
+/// Waits for the answer, and records its status in the span.
+pub async fn recorded<F, C, E>(call: F, span: Span) -> Result<Response<C>, E>
+where
+    F: Future<Output = Result<Response<C>, E>>,
+{
+    let answer = call.await;
+    let code = match &answer {
+        Ok(response) => Status::from_header_map(response.headers()).map_or(Code::Ok, |s| s.code()),
+        Err(_) => Code::Unavailable,
+    };
+    let name = code_name(code);
+    span.record("rpc.response.status_code", name);
+    if code != Code::Ok {
+        span.record("error.type", name);
+        span.record("otel.status_code", "ERROR");
+    }
+    answer
+}
+
+fn server_span(method: &str) -> Span {
+    trace_span!(
+        "rpc.server",
+        otel.name = method,
+        otel.kind = "server",
+        otel.status_code = tracing::field::Empty,
+        rpc.system.name = "grpc",
+        rpc.method = method,
+        rpc.response.status_code = tracing::field::Empty,
+        error.type = tracing::field::Empty,
+    )
+}
+
+fn method<B>(request: &Request<B>) -> &str {
+    request.uri().path().trim_start_matches('/')
+}
+
+fn put(context: &TraceContext, headers: &mut HeaderMap) {
+    if let Ok(value) = HeaderValue::try_from(context.trace_parent()) {
+        headers.insert(TRACE_PARENT, value);
+    }
+    match context.trace_state().map(HeaderValue::try_from) {
+        Some(Ok(value)) => drop(headers.insert(TRACE_STATE, value)),
+        Some(Err(_)) | None => drop(headers.remove(TRACE_STATE)),
+    }
+}
+
+/// As the gRPC documentation writes it.
+fn code_name(code: Code) -> &'static str {
+    match code {
+        Code::Ok => "OK",
+        Code::Cancelled => "CANCELLED",
+        Code::Unknown => "UNKNOWN",
+        Code::InvalidArgument => "INVALID_ARGUMENT",
+        Code::DeadlineExceeded => "DEADLINE_EXCEEDED",
+        Code::NotFound => "NOT_FOUND",
+        Code::AlreadyExists => "ALREADY_EXISTS",
+        Code::PermissionDenied => "PERMISSION_DENIED",
+        Code::ResourceExhausted => "RESOURCE_EXHAUSTED",
+        Code::FailedPrecondition => "FAILED_PRECONDITION",
+        Code::Aborted => "ABORTED",
+        Code::OutOfRange => "OUT_OF_RANGE",
+        Code::Unimplemented => "UNIMPLEMENTED",
+        Code::Internal => "INTERNAL",
+        Code::Unavailable => "UNAVAILABLE",
+        Code::DataLoss => "DATA_LOSS",
+        Code::Unauthenticated => "UNAUTHENTICATED",
+    }
+}

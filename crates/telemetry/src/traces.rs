@@ -1,0 +1,485 @@
+//! Traces: the context of a request, and how work runs in it.
+//!
+//! A request whose trace is sampled has spans; all others have only a context, whose trace id their log
+//! lines carry. Services open spans with [`trace_span!`](crate::trace_span), which does nothing where no
+//! sampled context is current. A context follows a future with [`InScope::in_scope`], and crosses
+//! processes as W3C `traceparent` and `tracestate` (<https://www.w3.org/TR/trace-context/>).
+
+mod pipeline;
+
+use std::{
+    pin::Pin,
+    task::{Poll, ready},
+    time::{Duration, SystemTime},
+};
+
+use opentelemetry::{
+    Context, KeyValue,
+    propagation::{Extractor, TextMapPropagator},
+    trace::{Link, SpanContext, SpanKind, Status, TraceContextExt, TraceFlags, TraceState, Tracer},
+};
+use opentelemetry_sdk::{
+    propagation::TraceContextPropagator,
+    trace::{IdGenerator, RandomIdGenerator},
+};
+use pin_project_lite::pin_project;
+use tracing::Span;
+use tracing_opentelemetry::OpenTelemetrySpanExt;
+
+use crate::Metrics;
+use pipeline::Pipeline;
+pub(crate) use pipeline::start;
+
+/// Target of all spans that are exported; logs show none of them.
+pub const TRACE_TARGET: &str = "streamer::trace";
+
+/// A `tracestate` beyond this is ignored. W3C asks for at least 512 characters to be propagated.
+pub const MAX_TRACE_STATE_BYTES: usize = 512;
+/// Later versions of `traceparent` may be longer than the 55 characters of version 00.
+const MAX_TRACE_PARENT_BYTES: usize = 256;
+
+/// Where spans are sent, and which.
+#[derive(Clone, Debug, Default, PartialEq)]
+pub struct TraceOptions {
+    /// OTLP over gRPC, an `http://` URL; without one there are no spans.
+    pub endpoint: Option<String>,
+    /// Part of the requests that are traced, 0 to 1, unless the caller's decision is trusted.
+    pub sample_ratio: f64,
+    /// Callers decide whether their requests are traced.
+    pub trust_callers: bool,
+    /// `service.name`, unless `OTEL_SERVICE_NAME` is set.
+    pub service: &'static str,
+    /// `service.version`.
+    pub version: &'static str,
+}
+
+/// Opens a span below the current one, as `tracing::info_span!` does: a name, and fields. Without a
+/// sampled trace it is `Span::none()`, and the fields are not evaluated.
+#[macro_export]
+macro_rules! trace_span {
+    ($name:literal $($fields:tt)*) => {
+        if $crate::is_sampled() {
+            $crate::tracing::info_span!(target: $crate::TRACE_TARGET, $name $($fields)*)
+        } else {
+            $crate::tracing::Span::none()
+        }
+    };
+}
+
+/// Whether a sampled trace is current.
+#[must_use]
+pub fn is_sampled() -> bool {
+    Context::map_current(|context| {
+        context.has_active_span() && context.span().span_context().is_sampled()
+    })
+}
+
+/// The place of a piece of work in a trace.
+#[derive(Clone, Debug, PartialEq)]
+pub struct TraceContext(SpanContext);
+
+struct Headers<'a>(&'a str, Option<&'a str>);
+
+impl Extractor for Headers<'_> {
+    fn get(&self, key: &str) -> Option<&str> {
+        match key {
+            "traceparent" => Some(self.0),
+            "tracestate" => self.1,
+            _ => None,
+        }
+    }
+
+    fn keys(&self) -> Vec<&str> {
+        vec!["traceparent", "tracestate"]
+    }
+}
+
+impl TraceContext {
+    /// Reads the W3C headers. An invalid `traceparent` is none; an invalid or long `tracestate` is
+    /// ignored, as W3C rules.
+    #[must_use]
+    pub fn parse(trace_parent: &str, trace_state: Option<&str>) -> Option<Self> {
+        if trace_parent.len() > MAX_TRACE_PARENT_BYTES {
+            return None;
+        }
+        let trace_state = trace_state.filter(|state| state.len() <= MAX_TRACE_STATE_BYTES);
+        let headers = Headers(trace_parent, trace_state);
+        let context = TraceContextPropagator::new().extract_with_context(&Context::new(), &headers);
+        Self::of(&context)
+    }
+
+    /// The context of the work that runs now.
+    #[must_use]
+    pub fn current() -> Option<Self> {
+        Context::map_current(Self::of)
+    }
+
+    fn of(context: &Context) -> Option<Self> {
+        if !context.has_active_span() {
+            return None;
+        }
+        let span = context.span().span_context().clone();
+        span.is_valid().then_some(Self(span))
+    }
+
+    /// W3C `traceparent`, 55 characters.
+    #[must_use]
+    pub fn trace_parent(&self) -> String {
+        let sampled = if self.is_sampled() { "01" } else { "00" };
+        format!("00-{}-{}-{sampled}", self.0.trace_id(), self.0.span_id())
+    }
+
+    /// W3C `tracestate`, at most [`MAX_TRACE_STATE_BYTES`].
+    #[must_use]
+    pub fn trace_state(&self) -> Option<String> {
+        let state = self.0.trace_state().header();
+        (!state.is_empty()).then_some(state)
+    }
+
+    /// 32 hexadecimal digits.
+    #[must_use]
+    pub fn trace_id(&self) -> String {
+        self.0.trace_id().to_string()
+    }
+
+    /// 16 hexadecimal digits, if this process records a span here.
+    pub(crate) fn local_span_id(&self) -> Option<String> {
+        let is_local = self.0.is_sampled() && !self.0.is_remote();
+        is_local.then(|| self.0.span_id().to_string())
+    }
+
+    /// Whether spans are recorded.
+    #[must_use]
+    pub fn is_sampled(&self) -> bool {
+        self.0.is_sampled()
+    }
+
+    /// The same place, with this decision.
+    fn with_sampled(&self, sampled: bool) -> Self {
+        let flags = if sampled { TraceFlags::SAMPLED } else { TraceFlags::default() };
+        let state = self.0.trace_state().clone();
+        Self(SpanContext::new(self.0.trace_id(), self.0.span_id(), flags, true, state))
+    }
+
+    fn context(&self) -> Context {
+        Context::new().with_remote_span_context(self.0.clone())
+    }
+}
+
+/// What a future runs in: a span, a context without one, or neither.
+#[derive(Clone, Debug, Default)]
+pub struct Scope(Inner);
+
+#[derive(Clone, Debug, Default)]
+enum Inner {
+    #[default]
+    None,
+    Context(Context),
+    Span(Span),
+}
+
+impl Scope {
+    /// What runs now, for work that goes on in a task of its own.
+    #[must_use]
+    pub fn current() -> Self {
+        if Context::map_current(Context::has_active_span) {
+            Self(Inner::Context(Context::current()))
+        } else {
+            Self::default()
+        }
+    }
+
+    /// A span; where it is disabled, what runs now.
+    #[must_use]
+    pub fn of(span: Span) -> Self {
+        if span.is_disabled() { Self::current() } else { Self(Inner::Span(span)) }
+    }
+
+    /// No trace, whatever runs now.
+    #[must_use]
+    pub fn outside() -> Self {
+        Self(Inner::Context(Context::new()))
+    }
+
+    /// A place in the trace of a different process, without a span here.
+    #[must_use]
+    pub fn within(context: &TraceContext) -> Self {
+        Self(Inner::Context(context.context()))
+    }
+
+    /// Work that a different process asked for: a span if it is sampled.
+    #[must_use]
+    pub fn follow(caller: &TraceContext, span: impl FnOnce() -> Span) -> Self {
+        if caller.is_sampled()
+            && let Some(scope) = Self::child_of(caller.context(), span)
+        {
+            return scope;
+        }
+        Self::within(caller)
+    }
+
+    fn child_of(parent: Context, span: impl FnOnce() -> Span) -> Option<Self> {
+        // A span that is not sampled is not opened: the macro asks for the current context.
+        let guard = parent.attach();
+        let span = span();
+        drop(guard);
+        (!span.is_disabled()).then_some(Self(Inner::Span(span)))
+    }
+
+    /// Its place in the trace.
+    #[must_use]
+    pub fn trace_context(&self) -> Option<TraceContext> {
+        match &self.0 {
+            Inner::None => None,
+            Inner::Context(context) => TraceContext::of(context),
+            Inner::Span(span) => TraceContext::of(&span.context()),
+        }
+    }
+
+    /// Its span, disabled where there is none.
+    #[must_use]
+    pub fn span(&self) -> Span {
+        match &self.0 {
+            Inner::Span(span) => span.clone(),
+            Inner::None | Inner::Context(_) => Span::none(),
+        }
+    }
+
+    /// Runs work that does not wait.
+    pub fn run<T>(&self, work: impl FnOnce() -> T) -> T {
+        match &self.0 {
+            Inner::None => work(),
+            Inner::Context(context) => {
+                let _guard = context.clone().attach();
+                work()
+            }
+            Inner::Span(span) => span.in_scope(work),
+        }
+    }
+}
+
+/// Runs futures in a [`Scope`].
+pub trait InScope: Future + Sized {
+    /// Runs this future in `scope`.
+    fn in_scope(self, scope: Scope) -> Scoped<Self> {
+        Scoped { future: self, scope }
+    }
+}
+
+impl<F: Future> InScope for F {}
+
+pin_project! {
+    /// A future in its scope.
+    #[must_use = "futures do nothing unless polled"]
+    pub struct Scoped<F> {
+        #[pin]
+        future: F,
+        scope: Scope,
+    }
+}
+
+impl<F: Future> Future for Scoped<F> {
+    type Output = F::Output;
+
+    fn poll(self: Pin<&mut Self>, task: &mut std::task::Context<'_>) -> Poll<F::Output> {
+        let this = self.project();
+        let output = ready!(this.scope.run(|| this.future.poll(task)));
+        // The span ends with its work, not when whoever holds the future drops it.
+        *this.scope = Scope::default();
+        Poll::Ready(output)
+    }
+}
+
+/// Decides which requests are traced, and exports their spans. Cheap to clone; the default traces
+/// nothing.
+#[derive(Clone, Default)]
+pub struct Traces {
+    pipeline: Option<Pipeline>,
+    sample_ratio: f64,
+    trust_callers: bool,
+}
+
+/// An attempt of a request, for [`Traces::attempt`].
+#[derive(Clone, Copy, Debug)]
+pub struct AttemptSpan<'a> {
+    /// Id of the request.
+    pub uid: [u8; 16],
+    /// Number of the attempt, from 1.
+    pub attempt: u32,
+    /// The submission.
+    pub submission: &'a TraceContext,
+    /// How it waited. `None` when a different process began the attempt.
+    pub waited: Option<Waited>,
+    /// What is done.
+    pub action: &'a str,
+    /// Tenant of the request.
+    pub tenant: &'a str,
+    /// Id that the client gave to the request.
+    pub request_id: &'a str,
+}
+
+/// How an attempt waited until it ran.
+#[derive(Clone, Copy, Debug)]
+pub struct Waited {
+    /// It was due.
+    pub since: SystemTime,
+    /// Its claim began.
+    pub until: SystemTime,
+    /// How long the claim took.
+    pub claim: Duration,
+}
+
+impl Traces {
+    /// Makes its counters visible.
+    pub fn register(&self, metrics: &Metrics) {
+        if let Some(pipeline) = &self.pipeline {
+            pipeline.register(metrics);
+        }
+    }
+
+    /// Admits a request to the system: decides, once for all its hops and attempts, whether it is traced.
+    /// `caller` is where it comes from, if it says so; `is_service` if that is a service, which has
+    /// decided.
+    #[must_use]
+    pub fn admit(
+        &self,
+        caller: Option<TraceContext>,
+        is_service: bool,
+        span: impl FnOnce() -> Span,
+    ) -> Scope {
+        if self.pipeline.is_none() {
+            return caller.as_ref().map(Scope::within).unwrap_or_default();
+        }
+        let ids = RandomIdGenerator::default();
+        let sampled = match &caller {
+            Some(caller) if is_service || self.trust_callers => caller.is_sampled(),
+            _ => is_within(self.sample_ratio, u64::from_be_bytes(ids.new_span_id().to_bytes())),
+        };
+        // Nobody has this span: it only carries the decision to the macro.
+        let root = || {
+            let flags = if sampled { TraceFlags::SAMPLED } else { TraceFlags::default() };
+            let (trace, span) = (ids.new_trace_id(), ids.new_span_id());
+            TraceContext(SpanContext::new(trace, span, flags, true, TraceState::NONE))
+        };
+        match caller {
+            Some(caller) => Scope::follow(&caller.with_sampled(sampled), span),
+            None if sampled => {
+                let scope = Scope::child_of(root().context(), || {
+                    let span = span();
+                    // Fails only where the span is disabled.
+                    drop(span.set_parent(Context::new()));
+                    span
+                });
+                scope.unwrap_or_default()
+            }
+            None => Scope::within(&root()),
+        }
+    }
+
+    /// Opens the trace of an attempt, if its submission is sampled. Its ids follow from the request and
+    /// the number of the attempt, so that later attempts and gateways can refer to it.
+    #[must_use]
+    pub fn attempt(&self, attempt: &AttemptSpan<'_>) -> Scope {
+        let Some(pipeline) = self.pipeline.as_ref().filter(|_| attempt.submission.is_sampled())
+        else {
+            return Scope::within(attempt.submission);
+        };
+        let (number, uid) = (attempt.attempt, attempt.uid);
+        let mut links = vec![Link::with_context(attempt.submission.0.clone())];
+        if number > 1 {
+            links.push(Link::with_context(attempt_context(uid, number - 1).0));
+        }
+        let root = attempt_context(uid, number);
+        let mut builder = pipeline
+            .tracer()
+            .span_builder("attempt")
+            .with_kind(SpanKind::Consumer)
+            .with_attributes([
+                KeyValue::new("streamer.action", attempt.action.to_owned()),
+                KeyValue::new("streamer.attempt", i64::from(number)),
+                KeyValue::new("streamer.request_id", attempt.request_id.to_owned()),
+                KeyValue::new("streamer.tenant", attempt.tenant.to_owned()),
+            ]);
+        let context = match attempt.waited {
+            Some(Waited { since, until, claim }) => {
+                let since = since.min(until);
+                builder = builder.with_links(links).with_start_time(since);
+                let span = pipeline.build_as(&root.0, builder);
+                let context = Context::new().with_span(span);
+                self.record("queue.wait", &context, (since, until));
+                self.record("store.claim", &context, (until, until + claim));
+                context
+            }
+            None => {
+                links.push(Link::with_context(root.0.clone()));
+                builder = builder.with_links(links);
+                let span = pipeline.tracer().build_with_context(builder, &root.context());
+                Context::new().with_span(span)
+            }
+        };
+        Scope(Inner::Context(context))
+    }
+
+    /// Records a span of a sampled request that has ended: the delivery of an event to a client, from
+    /// when it was stored. Its parent is the attempt that the event belongs to.
+    pub fn delivery(
+        &self,
+        uid: [u8; 16],
+        attempt: u32,
+        submission: &TraceContext,
+        time: (SystemTime, SystemTime),
+    ) {
+        if !submission.is_sampled() {
+            return;
+        }
+        let parent = if attempt == 0 { submission.clone() } else { attempt_context(uid, attempt) };
+        self.record("delivery", &parent.context(), time);
+    }
+
+    fn record(&self, name: &'static str, parent: &Context, (start, end): (SystemTime, SystemTime)) {
+        use opentelemetry::trace::Span as _;
+        let Some(pipeline) = &self.pipeline else { return };
+        let builder = pipeline.tracer().span_builder(name).with_start_time(start);
+        let mut span = pipeline.tracer().build_with_context(builder, parent);
+        span.end_with_timestamp(end.max(start));
+    }
+
+    /// Exports what is waiting, within this time.
+    pub async fn flush(&self, timeout: Duration) {
+        if let Some(pipeline) = &self.pipeline {
+            pipeline.flush(timeout).await;
+        }
+    }
+}
+
+impl Scope {
+    /// Ends the span of an attempt: with an error, or well.
+    pub fn end_attempt(&self, outcome: &'static str, error: Option<&'static str>) {
+        let Inner::Context(context) = &self.0 else { return };
+        let span = context.span();
+        if span.is_recording() {
+            span.set_attribute(KeyValue::new("streamer.outcome", outcome));
+            if let Some(error) = error {
+                span.set_attribute(KeyValue::new("error.type", error));
+                span.set_status(Status::error(""));
+            }
+            span.end();
+        }
+    }
+}
+
+/// Where an attempt is in its own trace.
+fn attempt_context(uid: [u8; 16], attempt: u32) -> TraceContext {
+    let (trace, span) = pipeline::attempt_ids(uid, attempt);
+    TraceContext(SpanContext::new(trace, span, TraceFlags::SAMPLED, true, TraceState::NONE))
+}
+
+/// Whether a random number is in this part of all numbers.
+fn is_within(ratio: f64, random: u64) -> bool {
+    #[expect(clippy::cast_precision_loss, reason = "the last bits do not matter")]
+    let part = random as f64 / u64::MAX as f64;
+    part < ratio || ratio >= 1.0
+}
+
+#[cfg(test)]
+mod tests;

@@ -1,0 +1,68 @@
+//! Contexts without a collector.
+
+use super::*;
+
+const PARENT: &str = "00-0af7651916cd43dd8448eb211c80319c-b7ad6b7169203331-01";
+
+#[test]
+fn a_context_is_read_and_written_as_w3c_rules() {
+    let context = TraceContext::parse(PARENT, Some("vendor=1,other=2")).unwrap();
+    assert!(context.is_sampled());
+    assert_eq!(context.trace_parent(), PARENT);
+    assert_eq!(context.trace_state().as_deref(), Some("vendor=1,other=2"));
+    assert_eq!(context.trace_id(), "0af7651916cd43dd8448eb211c80319c");
+
+    let later = format!("01{}-and-more", &PARENT[2..]);
+    assert_eq!(TraceContext::parse(&later, None).unwrap().trace_parent(), PARENT);
+    let unsampled = PARENT.replace("-01", "-00");
+    assert_eq!(TraceContext::parse(&unsampled, None).unwrap().trace_parent(), unsampled);
+    let long = format!("vendor={}", "x".repeat(MAX_TRACE_STATE_BYTES));
+    assert_eq!(TraceContext::parse(PARENT, Some(&long)).unwrap().trace_state(), None);
+    for invalid in [
+        "",
+        "00",
+        &PARENT[..54],
+        &PARENT.to_uppercase(),
+        &PARENT.replace("0af7651916cd43dd8448eb211c80319c", &"0".repeat(32)),
+        &PARENT.replace("b7ad6b7169203331", &"0".repeat(16)),
+        &format!("01{}-{}", &PARENT[2..], "x".repeat(MAX_TRACE_PARENT_BYTES)),
+    ] {
+        assert_eq!(TraceContext::parse(invalid, None), None, "{invalid}");
+    }
+}
+
+#[test]
+fn without_an_endpoint_a_callers_context_is_passed_on_as_it_is() {
+    let traces = Traces::default();
+    let caller = TraceContext::parse(PARENT, None);
+    let scope = traces.admit(caller.clone(), false, || trace_span!("never"));
+    assert_eq!(scope.trace_context(), caller);
+    assert!(scope.span().is_disabled());
+    let none = traces.admit(None, true, || unreachable!("no span without a context"));
+    assert_eq!(none.trace_context(), None);
+}
+
+#[test]
+fn a_future_runs_in_its_scope_and_nothing_else_does() {
+    let caller = TraceContext::parse(PARENT, None).unwrap();
+    let seen = async { TraceContext::current() }.in_scope(Scope::within(&caller));
+    let mut seen = Box::pin(seen);
+    let mut task = std::task::Context::from_waker(std::task::Waker::noop());
+    assert_eq!(seen.as_mut().poll(&mut task), Poll::Ready(Some(caller)));
+    assert_eq!(TraceContext::current(), None);
+}
+
+#[test]
+fn the_ratio_is_a_part_of_all_numbers() {
+    assert!(!is_within(0.0, 0) && is_within(1.0, u64::MAX));
+    assert!(is_within(0.5, u64::MAX / 2 - 10_000) && !is_within(0.5, u64::MAX / 2 + 10_000));
+}
+
+#[test]
+fn each_attempt_has_ids_of_its_own_that_anyone_can_derive() {
+    let first = attempt_context([7; 16], 1);
+    assert_eq!(first, attempt_context([7; 16], 1));
+    assert_ne!(first.trace_id(), attempt_context([7; 16], 2).trace_id());
+    assert_ne!(first.trace_id(), attempt_context([8; 16], 1).trace_id());
+    assert!(first.is_sampled());
+}

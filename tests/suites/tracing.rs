@@ -1,0 +1,333 @@
+//! Traces, as a collector gets them from real processes.
+#![allow(clippy::unwrap_used, reason = "in tests, a panic is the report")]
+
+use std::{collections::BTreeSet, io::Write, path::Path, process::Stdio};
+
+use serde_json::{Value, json};
+use streamer_tests::{
+    Client, Cluster, Log, Process, Server,
+    collector::{Answer, Collector, Span, dangling, tree},
+    dynamodb::{Implementation, endpoint},
+    metrics, offered_at, tool,
+};
+
+const PARENT: &str = "00-0af7651916cd43dd8448eb211c80319c-b7ad6b7169203331-01";
+const TRACE_ID: &str = "0af7651916cd43dd8448eb211c80319c";
+/// Appears in payloads, metadata, results and errors only.
+const SECRET: &str = "tell-no-collector";
+
+/// Submits a request whose first attempt fails; returns once it has succeeded.
+async fn submit(client: &mut Client, id: &str) -> Value {
+    let payload = json!({
+        "steps": 4, "fail_attempts": 1, "output_chunks": 2, "delay_ms": 1, "result": SECRET,
+    });
+    let request = json!({
+        "id": id, "action": "echo_async", "payload": payload, "metadata": {"note": SECRET},
+    });
+    let acknowledgment = client.ask(request).await;
+    assert_eq!(acknowledgment["type"], "acknowledgment", "{acknowledgment}");
+    let log = client.follow(Log::after(1)).await;
+    assert_eq!((log.count("retrying"), log.last_type()), (1, "complete"));
+    acknowledgment
+}
+
+/// The spans with this name, in order of their start.
+fn named<'a>(spans: &'a [Span], name: &str) -> Vec<&'a Span> {
+    let mut found: Vec<_> = spans.iter().filter(|span| span.name == name).collect();
+    found.sort_by_key(|span| span.start);
+    found
+}
+
+fn has(spans: &[Span], name: &str, count: usize) -> bool {
+    named(spans, name).len() >= count
+}
+
+/// Checks the picture of one request of [`submit`]: the submission, then each attempt with a trace of its
+/// own, linked to the submission and to the attempt before.
+fn check_picture(spans: &[Span]) {
+    assert_eq!(dangling(spans, &[]), Vec::<String>::new(), "{}", tree(spans));
+    let submission = named(spans, "websocket.request")[0];
+    assert_eq!(submission.parent_id, "");
+    let created = named(spans, "store.create_request")[0];
+    assert_eq!(created.trace_id, submission.trace_id);
+    let attempts = named(spans, "attempt");
+    let [first, second] = attempts[..] else { panic!("{}", tree(spans)) };
+    assert_eq!((&*first.attributes["streamer.attempt"], first.failed), ("1", true));
+    assert_eq!((&*second.attributes["streamer.attempt"], second.failed), ("2", false));
+    assert_eq!(first.attributes["streamer.outcome"], "retrying");
+    assert_eq!(second.attributes["streamer.outcome"], "succeeded");
+    assert!(first.links.iter().all(|(trace, _)| *trace == submission.trace_id));
+    assert_eq!(second.links.len(), 2);
+    assert_eq!(second.links[0].0, submission.trace_id);
+    assert_eq!(second.links[1], first.place());
+    let traces: BTreeSet<_> =
+        [submission, first, second].map(|span| span.trace_id.clone()).into_iter().collect();
+    assert_eq!(traces.len(), 3);
+    for (wait, attempt) in named(spans, "queue.wait").into_iter().zip([first, second]) {
+        assert_eq!((&wait.trace_id, &wait.parent_id), (&attempt.trace_id, &attempt.span_id));
+        assert_eq!(wait.start, attempt.start, "an attempt begins when it is due");
+    }
+    let delivery = named(spans, "delivery")[0];
+    assert_eq!((&delivery.trace_id, &delivery.parent_id), (&second.trace_id, &second.span_id));
+}
+
+/// Nothing that clients send or handlers return leaves the process.
+fn check_secrets(collector: &mut Collector, token: &str) {
+    for message in collector.exported() {
+        for secret in [SECRET, token, "Bearer", "as asked"] {
+            let found = message.windows(secret.len()).any(|part| part == secret.as_bytes());
+            assert!(!found, "{secret} was exported");
+        }
+    }
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_request_that_fails_once_is_one_picture() {
+    let mut collector = Collector::start(Answer::Takes).await;
+    let server = Server::start(&[&collector.setting()]);
+    let token = server.token("acme", "ann", &[]);
+    let mut client = Client::connect(&server.url, &token).await;
+    let acknowledgment = submit(&mut client, "r").await;
+    let spans = collector.spans_when(|spans| has(spans, "delivery", 1)).await;
+    check_picture(&spans);
+    let submission = named(&spans, "websocket.request")[0];
+    assert_eq!(acknowledgment["trace_id"], *submission.trace_id);
+    assert_eq!(submission.attributes["streamer.tenant"], "acme");
+    check_secrets(&mut collector, &token);
+    check_independently(&mut collector, spans.len());
+}
+
+/// OpenTelemetry's own decoder reads the same spans.
+fn check_independently(collector: &mut Collector, count: usize) {
+    let mut command = Process::command(tool("STREAMER_TESTS_PYTHON"));
+    command.arg(script("decode.py")).stdin(Stdio::piped()).stdout(Stdio::piped());
+    let mut decoder = Process::spawn(&mut command);
+    let mut input = decoder.stdin();
+    for message in collector.exported() {
+        let line: String = message.iter().map(|byte| format!("{byte:02x}")).collect();
+        writeln!(input, "{line}").unwrap();
+    }
+    drop(input);
+    let names = std::io::read_to_string(decoder.stdout()).unwrap();
+    assert!(decoder.wait().success());
+    assert!(names.lines().count() >= count, "{names}");
+    assert!(names.lines().any(|name| name == "websocket.request"), "{names}");
+}
+
+fn script(name: &str) -> std::path::PathBuf {
+    Path::new(env!("CARGO_MANIFEST_DIR")).join("suites/tracing").join(name)
+}
+
+/// A worker of examples/workers in this language, with OpenTelemetry's SDK.
+fn worker(language: &str, url: &str, token: &str, collector: &Collector) -> Process {
+    let examples = Path::new(env!("CARGO_MANIFEST_DIR")).join("../examples/workers");
+    let mut command = match language {
+        "python" => {
+            let mut command = Process::command(tool("STREAMER_TESTS_PYTHON"));
+            command.arg(script("worker.py")).arg(examples.join("echo_async.py"));
+            command
+        }
+        _ => {
+            let mut command = Process::command(tool("STREAMER_TESTS_NODE"));
+            command.arg("--import").arg(script("worker.mjs"));
+            command.arg(examples.join("echo_async.js"));
+            command.env("STREAMER_TESTS_MODULES", tool("STREAMER_TESTS_MODULES"));
+            command
+        }
+    };
+    command
+        .env("STREAMER_SERVER", url)
+        .env("STREAMER_TOKEN", token)
+        .env("OTEL_EXPORTER_OTLP_ENDPOINT", collector.url())
+        .env("OTEL_SERVICE_NAME", language);
+    Process::spawn(&mut command)
+}
+
+/// The handlers of this language are below the attempts that they run.
+fn check_handlers(spans: &[Span], language: &str) {
+    let handlers: Vec<_> =
+        named(spans, "handler").into_iter().filter(|span| span.service == language).collect();
+    let attempts = named(spans, "attempt");
+    assert_eq!(handlers.len(), 2, "{}", tree(spans));
+    for (handler, attempt) in handlers.into_iter().zip(attempts) {
+        assert_eq!(handler.trace_id, attempt.trace_id);
+        assert_eq!(handler.failed, attempt.failed);
+        assert_eq!(handler.attributes["streamer.attempt"], attempt.attributes["streamer.attempt"]);
+    }
+}
+
+async fn check_worker(language: &str) {
+    let mut collector = Collector::start(Answer::Takes).await;
+    let server = Server::start(&[&collector.setting(), "execution.local_actions=echo"]);
+    let token = server.token("acme", "ann", &["worker:*"]);
+    let _worker = worker(language, &server.url, &token, &collector);
+    offered_at(&server.url, &token, "echo_async").await;
+    let mut client = Client::connect(&server.url, &token).await;
+    submit(&mut client, "r").await;
+    let spans =
+        collector.spans_when(|spans| has(spans, "delivery", 1) && has(spans, "handler", 2)).await;
+    check_picture(&spans);
+    check_handlers(&spans, language);
+    check_secrets(&mut collector, &token);
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_worker_in_python_is_part_of_the_picture() {
+    check_worker("python").await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_worker_in_javascript_is_part_of_the_picture() {
+    check_worker("javascript").await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn services_apart_and_their_workers_are_one_picture() {
+    let mut collector = Collector::start(Answer::Takes).await;
+    let settings = ["execution.local_actions=echo", &collector.setting()];
+    let dynamodb = endpoint(Implementation::DynamoDbLocal);
+    let cluster = Cluster::start(dynamodb, &settings, |_, _, _| Vec::new()).await;
+    let token = cluster.token("acme", "ann", &["worker:*"]);
+    let url = &cluster.urls[0];
+    for language in ["python", "javascript"] {
+        let mut worker = worker(language, url, &token, &collector);
+        for url in &cluster.urls {
+            offered_at(url, &token, "echo_async").await;
+        }
+        let mut client = Client::connect(url, &token).await;
+        submit(&mut client, language).await;
+        let of_request = |spans: &[Span]| -> Vec<Span> {
+            let submissions = named(spans, "websocket.request");
+            let mut traces: BTreeSet<String> = submissions
+                .into_iter()
+                .filter(|span| span.attributes["streamer.request_id"] == language)
+                .map(|span| span.trace_id.clone())
+                .collect();
+            let linked = |span: &&Span| span.links.iter().any(|(trace, _)| traces.contains(trace));
+            let attempts: Vec<_> =
+                spans.iter().filter(linked).map(|span| span.trace_id.clone()).collect();
+            traces.extend(attempts);
+            spans.iter().filter(|span| traces.contains(&span.trace_id)).cloned().collect()
+        };
+        let spans = collector
+            .spans_when(|spans| {
+                let spans = of_request(spans);
+                has(&spans, "delivery", 1)
+                    && has(&spans, "handler", 2)
+                    && has(&spans, "attempt", 2)
+                    && has(&spans, "store.append", 2)
+                    && dangling(&spans, &[]).is_empty()
+            })
+            .await;
+        let spans = of_request(&spans);
+        check_picture(&spans);
+        check_handlers(&spans, language);
+        let services: BTreeSet<_> = spans.iter().map(|span| &*span.service).collect();
+        for service in ["gateway", "router", "processor", "progress"] {
+            let name = format!("streamer-{service}");
+            assert!(services.contains(&*name), "{name}:\n{}", tree(&spans));
+        }
+        assert!(has(&spans, "DynamoDB.TransactWriteItems", 1), "{}", tree(&spans));
+        worker.stop();
+    }
+    check_secrets(&mut collector, &token);
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_trace_that_a_client_began_goes_on() {
+    let mut collector = Collector::start(Answer::Takes).await;
+    let server = Server::start(&[&collector.setting()]);
+    let mut client = Client::connect(&server.url, &server.token("acme", "ann", &[])).await;
+    let request = json!({"action": "echo_async", "traceparent": PARENT, "tracestate": "vendor=1"});
+    let acknowledgment = client.ask(request).await;
+    assert_eq!(acknowledgment["trace_id"], TRACE_ID);
+    client.follow(Log::after(1)).await;
+    let spans = collector.spans_when(|spans| has(spans, "delivery", 1)).await;
+    let submission = named(&spans, "websocket.request")[0];
+    assert_eq!(submission.place().0, TRACE_ID);
+    assert_eq!(submission.parent_id, "b7ad6b7169203331");
+    let caller = (TRACE_ID.to_owned(), "b7ad6b7169203331".to_owned());
+    assert_eq!(dangling(&spans, &[caller]), Vec::<String>::new());
+}
+
+/// The trace id of the acknowledgment of a request with this `traceparent`.
+async fn trace_of(client: &mut Client, trace_parent: Value) -> Value {
+    let request = json!({"action": "echo_async", "traceparent": trace_parent});
+    let acknowledgment = client.ask(request).await;
+    assert_eq!(acknowledgment["type"], "acknowledgment", "{acknowledgment}");
+    client.follow(Log::after(1)).await;
+    acknowledgment["trace_id"].clone()
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_client_decides_on_sampling_only_where_it_is_trusted() {
+    let mut collector = Collector::start(Answer::Takes).await;
+    let setting = collector.setting();
+    for trusted in [false, true] {
+        let trust = format!("trace.trust_callers={trusted}");
+        let mut server = Server::start(&[&setting, "trace.sample_ratio=0", &trust]);
+        let mut client = Client::connect(&server.url, &server.token("acme", "ann", &[])).await;
+        assert_eq!(trace_of(&mut client, PARENT.into()).await, TRACE_ID);
+        let own = trace_of(&mut client, Value::Null).await;
+        assert_eq!(own.as_str().unwrap().len(), 32, "an id for logs");
+        drop(client);
+        assert_eq!(server.stop(), Some(0));
+        let traces: BTreeSet<_> = collector.spans().into_iter().map(|span| span.trace_id).collect();
+        assert_eq!(traces.contains(TRACE_ID), trusted);
+        assert!(!traces.contains(own.as_str().unwrap()));
+    }
+    // Without a collector, a context is passed on and nothing is made up.
+    let server = Server::start(&[]);
+    let mut client = Client::connect(&server.url, &server.token("acme", "ann", &[])).await;
+    assert_eq!(trace_of(&mut client, PARENT.into()).await, TRACE_ID);
+    assert_eq!(trace_of(&mut client, "nonsense".into()).await, Value::Null);
+    let refused = client.ask(json!({"action": "echo_async", "traceparent": 5})).await;
+    assert_eq!(refused["error"]["details"]["violations"][0]["field"], "traceparent", "{refused}");
+}
+
+/// Value of a counter.
+async fn count(server: &Server, name: &str) -> u64 {
+    let metrics = metrics(&server.url).await;
+    let line = metrics.lines().find_map(|line| line.strip_prefix(name)?.strip_prefix(' '));
+    line.unwrap().parse().unwrap()
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_collector_that_does_not_take_spans_costs_requests_nothing() {
+    const CALLS: usize = 7_000;
+    let refusing = Collector::start(Answer::Refuses).await;
+    let hanging = Collector::start(Answer::Hangs).await;
+    // Nothing listens on the discard port.
+    let absent = "trace.endpoint=http://127.0.0.1:9".to_owned();
+    for (setting, calls, counter) in [
+        (refusing.setting(), 10, "streamer_trace_spans_failed_total"),
+        (absent, 10, "streamer_trace_spans_failed_total"),
+        // More spans than may wait.
+        (hanging.setting(), CALLS, "streamer_trace_spans_dropped_total"),
+    ] {
+        let mut server = Server::start(&[&setting, "server.drain_timeout_ms=1000"]);
+        let mut client = Client::connect(&server.url, &server.token("acme", "ann", &[])).await;
+        for _ in 0..calls {
+            client.send(json!({"action": "echo", "payload": 1})).await;
+        }
+        for _ in 0..calls {
+            assert_eq!(client.next().await["type"], "response");
+        }
+        while count(&server, counter).await == 0 {
+            assert_eq!(client.ask(json!({"action": "echo"})).await["type"], "response");
+        }
+        drop(client);
+        assert_eq!(server.stop(), Some(0), "it does not wait for the collector");
+    }
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn spans_of_the_last_request_arrive_when_the_server_stops() {
+    let mut collector = Collector::start(Answer::Takes).await;
+    let mut server = Server::start(&[&collector.setting()]);
+    let mut client = Client::connect(&server.url, &server.token("acme", "ann", &[])).await;
+    submit(&mut client, "last").await;
+    drop(client);
+    assert_eq!(server.stop(), Some(0));
+    check_picture(&collector.spans());
+}

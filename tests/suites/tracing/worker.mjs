@@ -1,0 +1,17 @@
+// Loaded before a worker of examples/workers: OpenTelemetry's SDK, which sends spans to the collector
+// that OTEL_EXPORTER_OTLP_ENDPOINT names. Its packages are in the folder STREAMER_TESTS_MODULES.
+
+import { createRequire } from 'node:module';
+
+const load = createRequire(`${process.env.STREAMER_TESTS_MODULES}/`);
+const { context, trace } = load('@opentelemetry/api');
+const { AsyncLocalStorageContextManager } = load('@opentelemetry/context-async-hooks');
+const { OTLPTraceExporter } = load('@opentelemetry/exporter-trace-otlp-grpc');
+const { resourceFromAttributes } = load('@opentelemetry/resources');
+const { SimpleSpanProcessor, TracerProvider } = load('@opentelemetry/sdk-trace');
+
+const exporter = new OTLPTraceExporter();
+const resource = resourceFromAttributes({ 'service.name': process.env.OTEL_SERVICE_NAME });
+const spanProcessors = [new SimpleSpanProcessor({ exporter })];
+trace.setGlobalTracerProvider(new TracerProvider({ resource, spanProcessors }));
+context.setGlobalContextManager(new AsyncLocalStorageContextManager().enable());
