@@ -45,6 +45,29 @@ fn exit_codes_tell_scripts_what_happened() {
 }
 
 #[test]
+fn a_submission_can_begin_a_trace_or_go_on_with_one() {
+    let server = Server::start(&[]);
+    let submit = |parent: Option<&str>| {
+        let mut command = Process::command(binary());
+        command.args(["submit", "echo_async", "--trace", "--detach"]).env_clear();
+        command.env("STREAMER_SERVER", &server.url).env("STREAMER_DATA", server.data());
+        Process::output(command.envs(parent.map(|parent| ("TRACEPARENT", parent))))
+    };
+    let (begun, other) = (submit(None), submit(None));
+    let printed = String::from_utf8(begun.stderr.clone()).unwrap();
+    let id = printed.trim().strip_prefix("trace ").unwrap().to_owned();
+    assert_eq!(lines(&begun)[0]["trace_id"], *id);
+    assert_ne!(begun.stderr, other.stderr);
+    let parent = "00-0af7651916cd43dd8448eb211c80319c-b7ad6b7169203331-01";
+    let continued = submit(Some(parent));
+    assert_eq!(continued.stderr, b"trace 0af7651916cd43dd8448eb211c80319c\n");
+    let refused = submit(Some("nonsense"));
+    assert_eq!(refused.status.code(), Some(2));
+    let reason = String::from_utf8(refused.stderr).unwrap();
+    assert!(reason.contains("TRACEPARENT must be a W3C traceparent"), "{reason}");
+}
+
+#[test]
 fn a_piped_submission_prints_every_message_as_a_line() {
     let server = Server::start(&[]);
     let output =

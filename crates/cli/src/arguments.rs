@@ -254,6 +254,10 @@ pub struct SubmitArguments {
     /// Do not start earlier than so many milliseconds from now.
     #[arg(long, default_value_t = 0, value_name = "MS")]
     pub delay_ms: u64,
+    /// Begin a trace, or continue that of the environment variable TRACEPARENT, and print its id on
+    /// standard error. The server decides whether it records spans (trace.trust_callers).
+    #[arg(long)]
+    pub trace: bool,
     #[command(flatten)]
     #[allow(missing_docs)]
     pub common: Common,

@@ -1,7 +1,7 @@
 //! `streamer submit` and `streamer watch`: a request, seen to its end.
 
 use std::{
-    fs,
+    env, fs,
     io::{self, Read},
     time::Duration,
 };
@@ -11,6 +11,7 @@ use indicatif::{ProgressBar, ProgressStyle};
 use serde_json::{Value, json, value::RawValue};
 use streamer_client::{Follower, Message, Target};
 use streamer_core::{Clock, SystemClock, Uid};
+use streamer_telemetry::TraceContext;
 
 use crate::{
     Exit,
@@ -35,14 +36,19 @@ pub(crate) async fn submit(arguments: SubmitArguments) -> anyhow::Result<Exit> {
     let payload = read_payload(&arguments)?;
     // An id of our own makes it safe to submit again when a connection dies.
     let id = arguments.id.clone().unwrap_or_else(|| Uid::new(SystemClock.now()).to_string());
-    let message = json!({
+    let mut message = json!({
         "type": "request",
         "id": id,
         "action": arguments.action,
         "priority": arguments.priority,
         "delay_ms": arguments.delay_ms,
-    })
-    .to_string();
+    });
+    if arguments.trace {
+        let trace = trace(env::var("TRACEPARENT").ok().as_deref())?;
+        eprintln!("trace {}", trace.trace_id());
+        message["traceparent"] = trace.trace_parent().into();
+    }
+    let message = message.to_string();
     // The payload goes in as it is: reading and writing it could change its numbers.
     let message = format!("{},\"payload\":{}}}", message.trim_end_matches('}'), payload.get());
     let target = Target::Submit { id, message };
@@ -123,6 +129,21 @@ fn exit_of(message: &Message, is_last: bool) -> Option<Exit> {
         },
         _ => None,
     }
+}
+
+/// A trace that goes on from `parent`, or a new one.
+fn trace(parent: Option<&str>) -> anyhow::Result<TraceContext> {
+    let new = || {
+        let hex = |bytes: &[u8]| bytes.iter().map(|byte| format!("{byte:02x}")).collect::<String>();
+        let [trace, span] = [(); 2].map(|()| Uid::new(SystemClock.now()).to_bytes());
+        // The first half of an id is mostly the time.
+        format!("00-{}-{}-01", hex(&trace), hex(&span[8..]))
+    };
+    let text = parent.map_or_else(new, str::to_owned);
+    TraceContext::parse(&text, None).ok_or_else(|| {
+        let rule = "TRACEPARENT must be a W3C traceparent, like 00-<32 digits>-<16 digits>-01";
+        UsageError(format!("{rule}, is {text:?}")).into()
+    })
 }
 
 fn read_payload(arguments: &SubmitArguments) -> anyhow::Result<Box<RawValue>> {

@@ -6,7 +6,7 @@
 
 use crate::Config;
 
-/// Reads them, if the configuration file says nothing else.
+/// Reads them. They override the configuration file, as the environment does.
 pub(crate) fn read(
     config: &mut Config,
     environment: &[(String, String)],
@@ -22,7 +22,9 @@ pub(crate) fn read(
     let trace = &mut config.trace;
     let endpoint = variable("OTEL_EXPORTER_OTLP_TRACES_ENDPOINT")
         .or_else(|| variable("OTEL_EXPORTER_OTLP_ENDPOINT"));
-    if let Some(endpoint) = endpoint.filter(|_| trace.endpoint.is_empty() && !is_off) {
+    if is_off {
+        trace.endpoint = String::new();
+    } else if let Some(endpoint) = endpoint {
         trace.endpoint = endpoint.to_owned();
     }
     let Some(sampler) = variable("OTEL_TRACES_SAMPLER") else { return };

@@ -257,7 +257,7 @@ options! {
     /// Traces, sent to an OpenTelemetry collector. See docs/tracing.md.
     trace: Trace {
         /// OTLP over gRPC, like http://127.0.0.1:4317; empty for no traces. OTEL_EXPORTER_OTLP_ENDPOINT
-        /// and OTEL_EXPORTER_OTLP_TRACES_ENDPOINT set it too, unless it is set here.
+        /// and OTEL_EXPORTER_OTLP_TRACES_ENDPOINT set it too.
         endpoint: String = String::new();
         /// Part of the requests that are traced. OTEL_TRACES_SAMPLER (always_on, always_off or
         /// traceidratio, also with parentbased_) and OTEL_TRACES_SAMPLER_ARG set it too.
