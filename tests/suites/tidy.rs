@@ -1,7 +1,7 @@
 //! The rules of the house that a program can check.
 #![allow(clippy::unwrap_used, reason = "in tests, a panic is the report")]
 
-use std::path::PathBuf;
+use std::{collections::BTreeSet, path::PathBuf};
 
 use serde_json::Value;
 use streamer_tests::Process;
@@ -64,4 +64,47 @@ fn tests_start_processes_through_the_harness() {
         let exempt = file.ends_with("harness/process.rs") || file.ends_with("suites/tidy.rs");
         assert!(exempt || !text.contains("Command::new("), "{file} does not use Process::command");
     }
+}
+
+/// Returns what stands in backquotes in the first column of the tables below this heading.
+fn documented(text: &str, heading: &str) -> BTreeSet<String> {
+    let part = text.split_once(heading).unwrap().1.split("\n## ").next().unwrap();
+    let rows = part.lines().filter_map(|line| line.strip_prefix("| `"));
+    rows.map(|row| row.split('`').next().unwrap().to_owned()).collect()
+}
+
+/// Returns the words after each occurrence of `before`, as far as `is_part` goes.
+fn words_after(text: &str, before: &str, is_part: impl Fn(char) -> bool) -> Vec<String> {
+    let rest = text.split(before).skip(1);
+    rest.map(|rest| rest.trim_start().trim_start_matches('"'))
+        .map(|rest| rest.split(|c| !is_part(c)).next().unwrap().to_owned())
+        .collect()
+}
+
+#[test]
+fn spans_and_their_attributes_are_documented() {
+    let (mut spans, mut attributes) = (BTreeSet::new(), BTreeSet::new());
+    let is_part = |c: char| c.is_ascii_lowercase() || c == '.' || c == '_';
+    for file in [sources("crates/*.rs"), sources("gateway/*.rs"), sources("services/*.rs")].concat()
+    {
+        let text = std::fs::read_to_string(root().join(&file)).unwrap();
+        if file.ends_with("tests.rs")
+            || !text.contains("trace_span!(") && !text.contains("KeyValue")
+        {
+            continue;
+        }
+        for opening in ["trace_span!(", ".span_builder(", "self.record("] {
+            spans.extend(words_after(&text, opening, is_part));
+        }
+        for prefix in ["streamer.", "rpc.", "db.", "http.request.", "error.type"] {
+            let names = words_after(&text, &format!(" {prefix}"), is_part);
+            let recorded = words_after(&text, &format!("\"{prefix}"), is_part);
+            let names = names.into_iter().chain(recorded).map(|name| format!("{prefix}{name}"));
+            attributes.extend(names.filter(|name| !spans.contains(name) && !name.ends_with('.')));
+        }
+    }
+    spans.retain(|name| !name.is_empty() && name != "name");
+    let text = std::fs::read_to_string(root().join("docs/tracing.md")).unwrap();
+    assert_eq!(documented(&text, "## Spans"), spans);
+    assert_eq!(documented(&text, "## Attributes"), attributes);
 }

@@ -23,6 +23,7 @@ use opentelemetry_sdk::{
     trace::{IdGenerator, RandomIdGenerator},
 };
 use pin_project_lite::pin_project;
+use streamer_core::Uid;
 use tracing::Span;
 use tracing_opentelemetry::OpenTelemetrySpanExt;
 
@@ -302,8 +303,8 @@ pub struct Traces {
 /// An attempt of a request, for [`Traces::attempt`].
 #[derive(Clone, Copy, Debug)]
 pub struct AttemptSpan<'a> {
-    /// Id of the request.
-    pub uid: [u8; 16],
+    /// The request.
+    pub uid: Uid,
     /// Number of the attempt, from 1.
     pub attempt: u32,
     /// The submission.
@@ -384,7 +385,7 @@ impl Traces {
         else {
             return Scope::within(attempt.submission);
         };
-        let (number, uid) = (attempt.attempt, attempt.uid);
+        let (number, uid) = (attempt.attempt, attempt.uid.to_bytes());
         let mut links = vec![Link::with_context(attempt.submission.0.clone())];
         if number > 1 {
             links.push(Link::with_context(attempt_context(uid, number - 1).0));
@@ -399,6 +400,7 @@ impl Traces {
                 KeyValue::new("streamer.attempt", i64::from(number)),
                 KeyValue::new("streamer.request_id", attempt.request_id.to_owned()),
                 KeyValue::new("streamer.tenant", attempt.tenant.to_owned()),
+                KeyValue::new("streamer.uid", attempt.uid.to_string()),
             ]);
         let context = match attempt.waited {
             Some(Waited { since, until, claim }) => {
@@ -424,7 +426,7 @@ impl Traces {
     /// when it was stored. Its parent is the attempt that the event belongs to.
     pub fn delivery(
         &self,
-        uid: [u8; 16],
+        uid: Uid,
         attempt: u32,
         submission: &TraceContext,
         time: (SystemTime, SystemTime),
@@ -432,7 +434,10 @@ impl Traces {
         if !submission.is_sampled() {
             return;
         }
-        let parent = if attempt == 0 { submission.clone() } else { attempt_context(uid, attempt) };
+        let parent = match attempt {
+            0 => submission.clone(),
+            attempt => attempt_context(uid.to_bytes(), attempt),
+        };
         self.record("delivery", &parent.context(), time);
     }
 

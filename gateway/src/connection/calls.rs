@@ -123,9 +123,14 @@ impl Session {
         let span = scope.span();
         let call = async move {
             let outcome = router.submit(request).await;
-            if let Err(status) = &outcome {
-                span.record("otel.status_code", "ERROR");
-                span.record("error.type", request_error(status).code.as_str());
+            match &outcome {
+                Ok(response) => {
+                    span.record("streamer.uid", &response.get_ref().uid);
+                }
+                Err(status) => {
+                    span.record("otel.status_code", "ERROR");
+                    span.record("error.type", request_error(status).code.as_str());
+                }
             }
             drop(span);
             let outcome = outcome.map(|response| Box::new(response.into_inner()));
@@ -145,6 +150,7 @@ impl Session {
                 streamer.action = &*message.action,
                 streamer.request_id = &*message.id,
                 streamer.tenant = self.handle.principal().tenant,
+                streamer.uid = Empty,
                 error.type = Empty,
             )
         })

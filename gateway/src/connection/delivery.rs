@@ -87,9 +87,8 @@ impl Subscription {
     fn record_delivery(&mut self, segment: &Segment, gateway: &Gateway) {
         let Some(outcome) = &segment.outcome else { return };
         let Some(trace) = self.trace.take() else { return };
-        let uid = self.topic.uid.to_bytes();
         let (stored, now) = (system_time(outcome.time), system_time(gateway.clock.now()));
-        gateway.traces.delivery(uid, outcome.attempt, &trace, (stored, now));
+        gateway.traces.delivery(self.topic.uid, outcome.attempt, &trace, (stored, now));
     }
 
     /// Sends held progress when its time has come; says whether it has to wait.

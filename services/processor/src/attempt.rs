@@ -1,20 +1,14 @@
 //! One attempt: runs the handler and brings what it reports into the log, in order, in batches.
 
-use std::{
-    pin::Pin,
-    sync::{
-        Arc,
-        atomic::{AtomicBool, AtomicU32, Ordering},
-    },
-    time::Duration,
-};
+mod handle;
+
+use std::{pin::Pin, sync::Arc, time::Duration};
 
 use bytes::Bytes;
 use futures_util::{
     FutureExt,
     future::{Fuse, FusedFuture, OptionFuture},
 };
-use parking_lot::Mutex;
 use streamer_core::{
     ActionSpec, Clock, ErrorCode, Limits, OutputDigest, RequestError, Timestamp, Uid, retry,
 };
@@ -30,7 +24,7 @@ use streamer_rpc::{error_from_proto, json_payload};
 use streamer_store::{RequestRecord, StoredPayload};
 use streamer_telemetry::{InScope, Scope, TraceContext, trace_span};
 use tokio::time::{Instant, sleep, sleep_until};
-use tokio_util::{sync::CancellationToken, task::AbortOnDropHandle};
+use tokio_util::task::AbortOnDropHandle;
 use tonic::{Code, Status};
 
 use crate::{
@@ -38,75 +32,11 @@ use crate::{
     outcome::{Ended, Outcome, conclude, event},
 };
 
+pub(crate) use handle::AttemptHandle;
+
 /// First wait after a publish call that failed; doubled up to [`MAX_PUBLISH_BACKOFF`].
 const PUBLISH_BACKOFF: Duration = Duration::from_millis(20);
 const MAX_PUBLISH_BACKOFF: Duration = Duration::from_secs(1);
-/// Renewals that may miss the lease of an attempt whose last event is on its way. There are three in the
-/// length of a lease.
-const MAX_MISSING: u32 = 3;
-
-/// How others reach a running attempt.
-#[derive(Default)]
-pub(crate) struct AttemptHandle {
-    /// Tells the handler that cancellation was asked for.
-    pub(crate) cancellation: CancellationToken,
-    cancel_reason: Mutex<Option<String>>,
-    /// The attempt is another's now, or left to another.
-    lost: AtomicBool,
-    lost_signal: CancellationToken,
-    /// The last event is on its way to the log: only the log's answer decides how the attempt ended.
-    ending: AtomicBool,
-    /// Renewals that did not find the lease.
-    missing: AtomicU32,
-    release_reason: Mutex<Option<&'static str>>,
-    release_signal: CancellationToken,
-}
-
-impl AttemptHandle {
-    /// Cancellation was asked for; the first reason stays.
-    pub(crate) fn cancel(&self, reason: &str) {
-        self.cancel_reason.lock().get_or_insert_with(|| reason.to_owned());
-        self.cancellation.cancel();
-    }
-
-    /// The store does not show this attempt as the holder of its lease. That is a loss, unless the
-    /// attempt is appending its last event, which ends the lease: then the lease may be missing because
-    /// the append is committed and its answer is still on the way. An append that comes too late is
-    /// refused by the store; one that is neither stored nor refused for a whole lease is given up.
-    pub(crate) fn note_lease_missing(&self) {
-        let missing = self.missing.fetch_add(1, Ordering::SeqCst) + 1;
-        if !self.ending.load(Ordering::SeqCst) || missing > MAX_MISSING {
-            self.lose();
-        }
-    }
-
-    /// The lease is gone: whatever this attempt would still write is refused.
-    pub(crate) fn lose(&self) {
-        self.lost.store(true, Ordering::SeqCst);
-        self.lost_signal.cancel();
-        self.cancellation.cancel();
-    }
-
-    /// Stops the handler where it is and hands the attempt back.
-    pub(crate) fn release(&self, reason: &'static str) {
-        *self.release_reason.lock() = Some(reason);
-        self.release_signal.cancel();
-    }
-
-    /// Why cancellation was asked for, when it was.
-    pub(crate) fn cancel_reason(&self) -> Option<String> {
-        self.cancel_reason.lock().clone()
-    }
-
-    async fn released(&self) -> &'static str {
-        self.release_signal.cancelled().await;
-        self.release_reason.lock().unwrap_or("it was handed back")
-    }
-
-    fn is_lost(&self) -> bool {
-        self.lost.load(Ordering::SeqCst)
-    }
-}
 
 /// What an attempt runs with.
 pub(crate) struct Environment {
@@ -297,7 +227,7 @@ impl Attempt<'_> {
             let grace = OptionFuture::from(cut_off.map(sleep_until));
             tokio::select! {
                 biased;
-                () = self.handle.lost_signal.cancelled() => {}
+                () = self.handle.is_taken_over() => {}
                 sent = &mut sending, if !sending.is_terminated() => match sent {
                     Ok(cancel_reason) => {
                         self.published_at = Instant::now();
@@ -365,7 +295,7 @@ impl Attempt<'_> {
             if let Some(outcome) = outcome.take() {
                 // Nothing that is reported from here on counts.
                 self.reports.close();
-                self.handle.ending.store(true, Ordering::SeqCst);
+                self.handle.note_ending();
                 self.add_reports(&mut batch);
                 last = Some(self.add_ending(&mut batch, outcome));
             }

@@ -17,6 +17,8 @@ use tokio::{
 };
 use tonic::{Request, Response};
 
+use tokio_util::sync::CancellationToken;
+
 use super::*;
 
 type Answer = Result<PublishResponse, Status>;
@@ -174,7 +176,7 @@ async fn a_last_event_that_is_neither_stored_nor_refused_is_given_up_after_a_lea
     let mut scene = start();
     scene.may_end.cancel();
     let (_, _unanswered) = scene.batches.recv().await.unwrap();
-    for _ in 0..=MAX_MISSING {
+    for _ in 0..=handle::MAX_MISSING {
         scene.handle.note_lease_missing();
     }
     assert!(matches!(scene.running.await.unwrap(), Finished::Lost));

@@ -188,7 +188,7 @@ impl Dispatcher {
         let submission = TraceContext::parse(parent, record.trace_state.as_deref());
         let Some(submission) = submission else { return Scope::default() };
         self.traces.attempt(&AttemptSpan {
-            uid: record.uid.to_bytes(),
+            uid: record.uid,
             attempt: record.attempt,
             submission: &submission,
             waited: claiming.map(|claiming| Waited {
