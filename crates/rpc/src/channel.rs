@@ -6,7 +6,7 @@ use http::{HeaderMap, HeaderValue, Request, Response, header::AUTHORIZATION};
 use tonic::{Extensions, Status, body::Body, metadata::MetadataMap};
 use tower::{Service, ServiceExt, util::BoxCloneSyncService};
 
-use crate::spans::{ClientSpans, Peer, ServerSpans};
+use crate::spans::{ClientSpans, ServerSpans};
 
 /// What a generated client talks through. Its error is what the client then answers with.
 pub type Channel = BoxCloneSyncService<Request<Body>, Response<Body>, Status>;
@@ -21,8 +21,7 @@ where
         + 'static,
     S::Future: Send + 'static,
 {
-    let server = ServerSpans(server.map_err(|never| match never {}));
-    BoxCloneSyncService::new(ClientSpans::new(server, Peer::Local))
+    BoxCloneSyncService::new(ServerSpans(server.map_err(|never| match never {})))
 }
 
 /// A channel to a server in a different process.
@@ -35,7 +34,7 @@ where
         + 'static,
     S::Future: Send + 'static,
 {
-    BoxCloneSyncService::new(ClientSpans::new(server, Peer::Remote))
+    BoxCloneSyncService::new(ClientSpans(server))
 }
 
 /// Header of a submission between services: the `uid` that the request shall have, so that repeating

@@ -1,7 +1,7 @@
 //! Spans of calls, and the context that a call carries: one layer for clients, one for servers.
 //!
-//! Both do nothing for a call outside a sampled trace, but that a context is passed on. A call that is
-//! marked [`Untraced`] is outside: those that come once per event.
+//! A call outside a sampled trace has no span; its context is passed on. A call that is marked
+//! [`Untraced`] is outside: those that come once per event.
 
 use std::{
     pin::Pin,
@@ -30,29 +30,12 @@ pub fn trace_context(headers: &HeaderMap) -> Option<TraceContext> {
     TraceContext::parse(text(TRACE_PARENT)?, text(TRACE_STATE))
 }
 
-/// Where calls go to.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(crate) enum Peer {
-    /// In this process, where the context follows the future.
-    Local,
-    /// In a different process, which the context reaches by headers.
-    Remote,
-}
-
-/// Client side of a channel.
+/// Client side of a channel to a different process.
 #[derive(Clone)]
-pub(crate) struct ClientSpans<S> {
-    inner: S,
-    peer: Peer,
-}
+pub(crate) struct ClientSpans<S>(pub(crate) S);
 
-impl<S> ClientSpans<S> {
-    pub(crate) fn new(inner: S, peer: Peer) -> Self {
-        Self { inner, peer }
-    }
-}
-
-/// Server side, for calls within a process. Calls that enter it use [`enter`].
+/// Server side of a channel within a process, where the context follows the future: there, a span of the
+/// client would say the same again. Calls that enter the process use [`enter`].
 #[derive(Clone)]
 pub(crate) struct ServerSpans<S>(pub(crate) S);
 
@@ -71,28 +54,18 @@ where
     type Future = Traced<S::Future, Response<C>, E>;
 
     fn poll_ready(&mut self, task: &mut Context<'_>) -> Poll<Result<(), E>> {
-        self.inner.poll_ready(task)
+        self.0.poll_ready(task)
     }
 
     fn call(&mut self, mut request: Request<B>) -> Self::Future {
-        if request.extensions().get::<Untraced>().is_some() {
-            if TraceContext::current().is_none() {
-                return Either::Left(self.inner.call(request));
-            }
-            let scope = Scope::outside();
-            let call = scope.run(|| self.inner.call(request));
-            return Either::Right(Box::pin(call.in_scope(scope)));
-        }
-        if !is_sampled() {
-            if self.peer == Peer::Remote
-                && let Some(context) = TraceContext::current()
-            {
-                put(&context, request.headers_mut());
-            }
-            return Either::Left(self.inner.call(request));
+        let Some(context) = TraceContext::current() else {
+            return Either::Left(self.0.call(request));
+        };
+        if is_untraced(&request) {
+            return Either::Left(self.0.call(request));
         }
         let method = method(&request);
-        let scope = Scope::of(trace_span!(
+        let scope = Scope::inline(trace_span!(
             "rpc.client",
             otel.name = method,
             otel.kind = "client",
@@ -102,13 +75,12 @@ where
             rpc.response.status_code = tracing::field::Empty,
             error.type = tracing::field::Empty,
         ));
-        if self.peer == Peer::Remote
-            && let Some(context) = scope.trace_context()
-        {
-            put(&context, request.headers_mut());
-        }
+        put(&scope.trace_context().unwrap_or(context), request.headers_mut());
         let span = scope.span();
-        let call = span.in_scope(|| self.inner.call(request));
+        if span.is_disabled() {
+            return Either::Left(self.0.call(request));
+        }
+        let call = span.in_scope(|| self.0.call(request));
         Either::Right(Box::pin(recorded(call, span).in_scope(scope)))
     }
 }
@@ -131,6 +103,11 @@ where
     fn call(&mut self, request: Request<B>) -> Self::Future {
         if !is_sampled() {
             return Either::Left(self.0.call(request));
+        }
+        if is_untraced(&request) {
+            let scope = Scope::outside();
+            let call = scope.run(|| self.0.call(request));
+            return Either::Right(Box::pin(call.in_scope(scope)));
         }
         let scope = Scope::of(server_span(method(&request)));
         let span = scope.span();
@@ -180,6 +157,10 @@ fn server_span(method: &str) -> Span {
         rpc.response.status_code = tracing::field::Empty,
         error.type = tracing::field::Empty,
     )
+}
+
+fn is_untraced<B>(request: &Request<B>) -> bool {
+    request.extensions().get::<Untraced>().is_some()
 }
 
 fn method<B>(request: &Request<B>) -> &str {

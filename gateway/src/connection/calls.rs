@@ -119,7 +119,6 @@ impl Session {
             request.metadata_mut().insert(REQUEST_UID, uid);
         }
         let scope = self.trace(message);
-        let trace = scope.trace_context().map(Box::new);
         let span = scope.span();
         let call = async move {
             let outcome = router.submit(request).await;
@@ -134,6 +133,10 @@ impl Session {
             }
             drop(span);
             let outcome = outcome.map(|response| Box::new(response.into_inner()));
+            let is_stored = outcome
+                .as_ref()
+                .is_ok_and(|response| matches!(response.outcome, Some(Outcome::Acknowledgment(_))));
+            let trace = if is_stored { TraceContext::current().map(Box::new) } else { None };
             Reply::Submitted { outcome, name, latest, trace }
         };
         Box::pin(call.in_scope(scope))

@@ -26,6 +26,7 @@ use streamer_telemetry::{InScope, Scope, TraceContext, trace_span};
 use tokio::time::{Instant, sleep, sleep_until};
 use tokio_util::task::AbortOnDropHandle;
 use tonic::{Code, Status};
+use tracing::Span;
 
 use crate::{
     log_client::LogClient,
@@ -109,7 +110,7 @@ pub(crate) async fn run(
 ) -> Finished {
     let Launch { record, spec, handler, reports, payload, checkpoint, started, output, is_remote } =
         launch;
-    let scope = handler_scope(is_remote);
+    let scope = Scope::of(handler_span(is_remote));
     let trace = scope.trace_context();
     let now = environment.clock.now();
     let (began, limit) = (record.start_time.unwrap_or(now), spec.start_to_close);
@@ -157,12 +158,12 @@ pub(crate) async fn run(
 }
 
 /// What a handler runs in, here or in a worker.
-pub(crate) fn handler_scope(is_remote: bool) -> Scope {
-    Scope::of(if is_remote {
+pub(crate) fn handler_span(is_remote: bool) -> Span {
+    if is_remote {
         trace_span!("worker.task", otel.kind = "client")
     } else {
         trace_span!("handler")
-    })
+    }
 }
 
 /// When an attempt must have ended, and why.

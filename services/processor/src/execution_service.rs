@@ -16,7 +16,7 @@ use streamer_proto::{
     millis,
 };
 use streamer_rpc::{NOT_TAKEN, json_payload, payload_into_parts, status};
-use streamer_telemetry::{InScope, TraceContext};
+use streamer_telemetry::{InScope, Scope, TraceContext};
 use tokio::time::timeout;
 use tokio_stream::wrappers::WatchStream;
 use tokio_util::sync::CancellationToken;
@@ -25,7 +25,7 @@ use tonic::{Request, Response, Status, metadata::MetadataValue};
 use crate::{
     ProcessorOptions,
     actions::{Actions, Runner},
-    attempt::handler_scope,
+    attempt::handler_span,
     dispatcher::Dispatcher,
     metrics::ProcessorMetrics,
     remote::{Assignment, RemoteHandler},
@@ -86,8 +86,8 @@ impl ExecutionApi {
         // A handler that runs on after its time, on another task, learns that nobody waits.
         let _cancelled_on_drop = cancellation.clone().drop_guard();
         let (content_type, payload) = payload_into_parts(request.payload);
-        let scope = handler_scope(!self.actions.is_local(&request.action));
-        let trace = scope.trace_context();
+        let scope = Scope::inline(handler_span(!self.actions.is_local(&request.action)));
+        let trace = scope.trace_context().or_else(TraceContext::current);
         let context = Context::new(
             AttemptInfo {
                 uid: request.uid.parse().unwrap_or_else(|_| Uid::new(Timestamp::default())),

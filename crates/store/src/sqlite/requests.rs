@@ -92,7 +92,8 @@ fn existing(
     db: &Connection,
     new: &NewRequest,
 ) -> rusqlite::Result<Option<(RequestRecord, Vec<u8>)>> {
-    let with_fingerprint = |row: &rusqlite::Row<'_>| Ok((row::record(row)?, row.get(25)?));
+    let with_fingerprint =
+        |row: &rusqlite::Row<'_>| Ok((row::record(row)?, row.get("fingerprint")?));
     let columns = row::COLUMNS;
     if let Some(client_id) = &new.client_id {
         db.prepare_cached(&format!(
