@@ -11,6 +11,7 @@ use streamer_proto::{
     },
 };
 use streamer_rpc::{Channel, Untraced, is_terminal, run_to_completion, with_route};
+use streamer_telemetry::is_sampled;
 use tokio::sync::Semaphore;
 use tonic::Status;
 
@@ -48,9 +49,9 @@ impl LogClient {
             }
         };
         // Those that come once per event are not part of a trace.
-        let is_last = request.events.last().is_some_and(ends_attempt);
+        let is_untraced = is_sampled() && !request.events.last().is_some_and(ends_attempt);
         let mut call = with_route(request, uid);
-        if !is_last {
+        if is_untraced {
             call.extensions_mut().insert(Untraced);
         }
         let response = self.client.clone().publish(call).await?;

@@ -206,3 +206,29 @@ pub(super) fn forget_previous_process(connection: &Connection) -> rusqlite::Resu
 pub(super) fn touch(db: &Connection) -> rusqlite::Result<()> {
     db.prepare_cached("UPDATE health SET checks = checks + 1")?.execute([]).map(drop)
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_file_of_version_2_is_brought_up_to_date() {
+        let db = Connection::open_in_memory().unwrap();
+        let column = "    trace_state TEXT,\n";
+        assert!(TABLES.contains(column));
+        db.execute_batch(&TABLES.replace(column, "")).unwrap();
+        db.execute_batch(
+            "PRAGMA user_version = 2;
+             INSERT INTO requests (uid, tenant, user, action, state, attempt, last_seq, attempt_seq,
+                 priority, create_time, not_before, fingerprint)
+             VALUES (x'00', 't', 'u', 'a', 0, 0, 1, 0, 0, 1, 1, x'00');",
+        )
+        .unwrap();
+        migrate(&db).unwrap();
+        let version: i64 = db.pragma_query_value(None, "user_version", |row| row.get(0)).unwrap();
+        assert_eq!(version, VERSION);
+        let state = db.query_row("SELECT trace_state FROM requests", [], |row| row.get(0));
+        assert_eq!(state, Ok(None::<String>));
+        migrate(&db).unwrap();
+    }
+}
