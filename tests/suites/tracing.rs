@@ -294,7 +294,7 @@ async fn count(server: &Server, name: &str) -> u64 {
 
 #[tokio::test(flavor = "multi_thread")]
 async fn a_collector_that_does_not_take_spans_costs_requests_nothing() {
-    const CALLS: usize = 7_000;
+    const CALLS: usize = 9_000;
     let refusing = Collector::start(Answer::Refuses).await;
     let hanging = Collector::start(Answer::Hangs).await;
     // Nothing listens on the discard port.

@@ -27,6 +27,15 @@ pub(crate) fn read(
     } else if let Some(endpoint) = endpoint {
         trace.endpoint = endpoint.to_owned();
     }
+    let protocol = variable("OTEL_EXPORTER_OTLP_TRACES_PROTOCOL")
+        .or_else(|| variable("OTEL_EXPORTER_OTLP_PROTOCOL"));
+    if let Some(protocol) = protocol.filter(|protocol| *protocol != "grpc")
+        && !trace.endpoint.is_empty()
+    {
+        problems.push(format!(
+            "environment variable OTEL_EXPORTER_OTLP_PROTOCOL: must be grpc, is {protocol:?}"
+        ));
+    }
     let Some(sampler) = variable("OTEL_TRACES_SAMPLER") else { return };
     // Whether the parent decides is trace.trust_callers.
     match sampler.strip_prefix("parentbased_").unwrap_or(sampler) {

@@ -95,10 +95,12 @@ fn the_standard_variables_of_opentelemetry_stand_for_options() {
         ("OTEL_TRACES_SAMPLER", "traceidratio"),
         ("OTEL_TRACES_SAMPLER_ARG", "2"),
         ("OTEL_EXPORTER_OTLP_ENDPOINT", "https://collector:4317"),
+        ("OTEL_EXPORTER_OTLP_PROTOCOL", "http/protobuf"),
     ];
     let reported = load(&wrong, &[]).unwrap_err().to_string();
     assert!(reported.contains("OTEL_TRACES_SAMPLER_ARG: must be 0 to 1, is 2"), "{reported}");
     assert!(reported.contains("trace.endpoint: must begin with http://"), "{reported}");
+    assert!(reported.contains("OTEL_EXPORTER_OTLP_PROTOCOL: must be grpc"), "{reported}");
     let unknown = load(&[("OTEL_TRACES_SAMPLER", "jaeger_remote")], &[]).unwrap_err().to_string();
     assert!(unknown.contains("OTEL_TRACES_SAMPLER: must be always_on"), "{unknown}");
 }

@@ -6,11 +6,11 @@ use std::{
     str::FromStr,
 };
 
-use tracing::{Event, Subscriber};
+use tracing::{Event, Level, Subscriber};
 use tracing_opentelemetry::OpenTelemetryLayer;
 use tracing_subscriber::{
     EnvFilter, Layer,
-    filter::{FilterExt, Targets, filter_fn},
+    filter::{ParseError, Targets},
     fmt::{FmtContext, FormatEvent, FormatFields, format::Writer, layer},
     layer::SubscriberExt,
     registry,
@@ -88,10 +88,12 @@ pub fn init(
     format: LogFormat,
     traces: &TraceOptions,
 ) -> Result<Traces, TelemetryError> {
-    let parsed = EnvFilter::try_new(filter).map_err(|error| TelemetryError::Filter {
+    let malformed = |error: ParseError| TelemetryError::Filter {
         filter: filter.to_owned(),
         reason: error.to_string(),
-    })?;
+    };
+    let no_spans = format!("{TRACE_TARGET}=off").parse().map_err(malformed)?;
+    let parsed = EnvFilter::try_new(filter).map_err(malformed)?.add_directive(no_spans);
     let logs = layer().with_writer(stderr).with_ansi(uses_colors());
     let logs = match format {
         LogFormat::Text => logs.map_event_format(|inner| WithTrace { inner, format }).boxed(),
@@ -101,17 +103,20 @@ pub fn init(
             .map_event_format(|inner| WithTrace { inner, format })
             .boxed(),
     };
-    let logs = logs.with_filter(parsed.and(filter_fn(|span| span.target() != TRACE_TARGET)));
     let (traces, tracer) = start(traces)?;
-    let spans = tracer.map(|tracer| {
-        OpenTelemetryLayer::new(tracer)
-            .with_location(false)
-            .with_threads(false)
-            .with_tracked_inactivity(false)
-            .with_target(false)
-            .with_filter(Targets::new().with_target(TRACE_TARGET, tracing::Level::INFO))
-    });
-    let outcome = registry().with(spans).with(logs).try_init();
+    let outcome = match tracer {
+        // A filter for all layers costs less than one for each.
+        None => registry().with(parsed).with(logs).try_init(),
+        Some(tracer) => {
+            let spans = OpenTelemetryLayer::new(tracer)
+                .with_location(false)
+                .with_threads(false)
+                .with_tracked_inactivity(false)
+                .with_target(false)
+                .with_filter(Targets::new().with_target(TRACE_TARGET, Level::INFO));
+            registry().with(spans).with(logs.with_filter(parsed)).try_init()
+        }
+    };
     outcome.map_err(|error| TelemetryError::Twice(error.to_string()))?;
     Ok(traces)
 }
