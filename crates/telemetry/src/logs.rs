@@ -94,19 +94,10 @@ pub fn init(
     };
     let no_spans = format!("{TRACE_TARGET}=off").parse().map_err(malformed)?;
     let parsed = EnvFilter::try_new(filter).map_err(malformed)?.add_directive(no_spans);
-    let logs = layer().with_writer(stderr).with_ansi(uses_colors());
-    let logs = match format {
-        LogFormat::Text => logs.map_event_format(|inner| WithTrace { inner, format }).boxed(),
-        LogFormat::Json => logs
-            .json()
-            .flatten_event(true)
-            .map_event_format(|inner| WithTrace { inner, format })
-            .boxed(),
-    };
     let (traces, tracer) = start(traces)?;
     let outcome = match tracer {
         // A filter for all layers costs less than one for each.
-        None => registry().with(parsed).with(logs).try_init(),
+        None => registry().with(parsed).with(log_lines(format)).try_init(),
         Some(tracer) => {
             let spans = OpenTelemetryLayer::new(tracer)
                 .with_location(false)
@@ -114,11 +105,27 @@ pub fn init(
                 .with_tracked_inactivity(false)
                 .with_target(false)
                 .with_filter(Targets::new().with_target(TRACE_TARGET, Level::INFO));
-            registry().with(spans).with(logs.with_filter(parsed)).try_init()
+            registry().with(spans).with(log_lines(format).with_filter(parsed)).try_init()
         }
     };
     outcome.map_err(|error| TelemetryError::Twice(error.to_string()))?;
     Ok(traces)
+}
+
+/// Writes events to standard error.
+fn log_lines<S>(format: LogFormat) -> Box<dyn Layer<S> + Send + Sync>
+where
+    S: Subscriber + for<'a> LookupSpan<'a>,
+{
+    let lines = layer().with_writer(stderr).with_ansi(uses_colors());
+    match format {
+        LogFormat::Text => lines.map_event_format(|inner| WithTrace { inner, format }).boxed(),
+        LogFormat::Json => lines
+            .json()
+            .flatten_event(true)
+            .map_event_format(|inner| WithTrace { inner, format })
+            .boxed(),
+    }
 }
 
 /// Returns whether log lines are colored: on a terminal, unless `NO_COLOR` is set
