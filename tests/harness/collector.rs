@@ -2,7 +2,7 @@
 
 use std::{
     collections::{BTreeMap, BTreeSet},
-    net::SocketAddr,
+    net::{SocketAddr, TcpListener},
     sync::Arc,
 };
 
@@ -15,9 +15,11 @@ use opentelemetry_proto::tonic::{
     trace::v1::Span as ProtoSpan,
 };
 use prost::Message;
-use tokio::{net::TcpListener, sync::watch};
+use tokio::{
+    runtime::{self, Runtime},
+    sync::watch,
+};
 use tokio_stream::wrappers::TcpListenerStream;
-use tokio_util::task::AbortOnDropHandle;
 use tonic::{Request, Response, Status};
 
 /// How it answers.
@@ -68,7 +70,15 @@ impl Span {
 pub struct Collector {
     address: SocketAddr,
     received: watch::Receiver<Vec<ExportTraceServiceRequest>>,
-    _serving: AbortOnDropHandle<()>,
+    runtime: Option<Runtime>,
+}
+
+impl Drop for Collector {
+    fn drop(&mut self) {
+        if let Some(runtime) = self.runtime.take() {
+            runtime.shutdown_background();
+        }
+    }
 }
 
 struct Service {
@@ -97,16 +107,38 @@ impl Collector {
     ///
     /// # Panics
     /// When there is no port.
-    pub async fn start(answer: Answer) -> Self {
-        let listener = TcpListener::bind("127.0.0.1:0").await.expect("there is a port");
+    #[must_use]
+    pub fn start(answer: Answer) -> Self {
+        Self::start_at(SocketAddr::from(([127, 0, 0, 1], 0)), answer)
+    }
+
+    /// Starts one at this address.
+    ///
+    /// # Panics
+    /// When the address cannot be used.
+    #[must_use]
+    pub fn start_at(address: SocketAddr, answer: Answer) -> Self {
+        let listener = TcpListener::bind(address).expect("the address can be used");
+        listener.set_nonblocking(true).expect("a socket can be non-blocking");
         let address = listener.local_addr().expect("it has an address");
         let (sender, received) = watch::channel(Vec::new());
         let service = TraceServiceServer::new(Service { answer, received: Arc::new(sender) });
-        let server = tonic::transport::Server::builder().add_service(service);
-        let serving = tokio::spawn(async move {
-            server.serve_with_incoming(TcpListenerStream::new(listener)).await.expect("it serves");
+        // Its connections end with its runtime.
+        let runtime = runtime::Builder::new_multi_thread().worker_threads(1).enable_all().build();
+        let runtime = runtime.expect("a thread can be started");
+        runtime.spawn(async move {
+            let listener = tokio::net::TcpListener::from_std(listener).expect("it is non-blocking");
+            let server = tonic::transport::Server::builder().add_service(service);
+            let connections = TcpListenerStream::new(listener);
+            server.serve_with_incoming(connections).await.expect("it serves");
         });
-        Self { address, received, _serving: AbortOnDropHandle::new(serving) }
+        Self { address, received, runtime: Some(runtime) }
+    }
+
+    /// Ends it and its connections; returns its address.
+    #[must_use]
+    pub fn kill(self) -> SocketAddr {
+        self.address
     }
 
     /// What `trace.endpoint` is set to.

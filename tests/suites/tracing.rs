@@ -4,11 +4,14 @@
 use std::{collections::BTreeSet, io::Write, path::Path, process::Stdio};
 
 use serde_json::{Value, json};
+use streamer_proto::processor::v1::report::Kind;
+use streamer_rpc::json_payload;
 use streamer_tests::{
-    Client, Cluster, Log, Process, Server,
+    Client, Cluster, Log, Process, ScriptedWorker, Server,
     collector::{Answer, Collector, Span, dangling, tree},
+    declare,
     dynamodb::{Implementation, endpoint},
-    metrics, offered_at, tool,
+    hello, metrics, offered_at, tool,
 };
 
 const PARENT: &str = "00-0af7651916cd43dd8448eb211c80319c-b7ad6b7169203331-01";
@@ -63,9 +66,12 @@ fn check_picture(spans: &[Span]) {
     let traces: BTreeSet<_> =
         [submission, first, second].map(|span| span.trace_id.clone()).into_iter().collect();
     assert_eq!(traces.len(), 3);
-    for (wait, attempt) in named(spans, "queue.wait").into_iter().zip([first, second]) {
+    let claims = named(spans, "store.claim");
+    let waits = named(spans, "queue.wait").into_iter().zip(claims);
+    for ((wait, claim), attempt) in waits.zip([first, second]) {
         assert_eq!((&wait.trace_id, &wait.parent_id), (&attempt.trace_id, &attempt.span_id));
         assert_eq!(wait.start, attempt.start, "an attempt begins when it is due");
+        assert_eq!(wait.end, claim.start, "it waits until it is claimed");
     }
     let delivery = named(spans, "delivery")[0];
     assert_eq!((&delivery.trace_id, &delivery.parent_id), (&second.trace_id, &second.span_id));
@@ -83,7 +89,7 @@ fn check_secrets(collector: &mut Collector, token: &str) {
 
 #[tokio::test(flavor = "multi_thread")]
 async fn a_request_that_fails_once_is_one_picture() {
-    let mut collector = Collector::start(Answer::Takes).await;
+    let mut collector = Collector::start(Answer::Takes);
     let server = Server::start(&[&collector.setting()]);
     let token = server.token("acme", "ann", &[]);
     let mut client = Client::connect(&server.url, &token).await;
@@ -93,6 +99,10 @@ async fn a_request_that_fails_once_is_one_picture() {
     let submission = named(&spans, "websocket.request")[0];
     assert_eq!(acknowledgment["trace_id"], *submission.trace_id);
     assert_eq!(submission.attributes["streamer.tenant"], "acme");
+    let handlers = named(&spans, "handler");
+    assert_eq!([handlers[0].failed, handlers[1].failed], [true, false]);
+    let again = client.ask(json!({"id": "r", "action": "echo_async"})).await;
+    assert_eq!(again["error"]["code"], "CONFLICT", "{again}");
     check_secrets(&mut collector, &token);
     check_independently(&mut collector, spans.len());
 }
@@ -110,8 +120,14 @@ fn check_independently(collector: &mut Collector, count: usize) {
     drop(input);
     let names = std::io::read_to_string(decoder.stdout()).unwrap();
     assert!(decoder.wait().success());
-    assert!(names.lines().count() >= count, "{names}");
-    assert!(names.lines().any(|name| name == "websocket.request"), "{names}");
+    let theirs: BTreeSet<_> = names.lines().map(str::to_owned).collect();
+    let ours = collector.spans().into_iter().map(|span| {
+        let parent = if span.parent_id.is_empty() { "-".to_owned() } else { span.parent_id };
+        format!("{} {} {parent} {}", span.trace_id, span.span_id, span.name)
+    });
+    // More may have come since.
+    let ours: BTreeSet<_> = ours.collect();
+    assert!(theirs.len() >= count && theirs.is_subset(&ours), "{theirs:?}\n{ours:?}");
 }
 
 fn script(name: &str) -> std::path::PathBuf {
@@ -157,7 +173,7 @@ fn check_handlers(spans: &[Span], language: &str) {
 }
 
 async fn check_worker(language: &str) {
-    let mut collector = Collector::start(Answer::Takes).await;
+    let mut collector = Collector::start(Answer::Takes);
     let server = Server::start(&[&collector.setting(), "execution.local_actions=echo"]);
     let token = server.token("acme", "ann", &["worker:*"]);
     let _worker = worker(language, &server.url, &token, &collector);
@@ -183,7 +199,7 @@ async fn a_worker_in_javascript_is_part_of_the_picture() {
 
 #[tokio::test(flavor = "multi_thread")]
 async fn services_apart_and_their_workers_are_one_picture() {
-    let mut collector = Collector::start(Answer::Takes).await;
+    let mut collector = Collector::start(Answer::Takes);
     let settings = ["execution.local_actions=echo", &collector.setting()];
     let dynamodb = endpoint(Implementation::DynamoDbLocal);
     let cluster = Cluster::start(dynamodb, &settings, |_, _, _| Vec::new()).await;
@@ -235,7 +251,7 @@ async fn services_apart_and_their_workers_are_one_picture() {
 
 #[tokio::test(flavor = "multi_thread")]
 async fn a_trace_that_a_client_began_goes_on() {
-    let mut collector = Collector::start(Answer::Takes).await;
+    let mut collector = Collector::start(Answer::Takes);
     let server = Server::start(&[&collector.setting()]);
     let mut client = Client::connect(&server.url, &server.token("acme", "ann", &[])).await;
     let request = json!({"action": "echo_async", "traceparent": PARENT, "tracestate": "vendor=1"});
@@ -261,7 +277,7 @@ async fn trace_of(client: &mut Client, trace_parent: Value) -> Value {
 
 #[tokio::test(flavor = "multi_thread")]
 async fn a_client_decides_on_sampling_only_where_it_is_trusted() {
-    let mut collector = Collector::start(Answer::Takes).await;
+    let mut collector = Collector::start(Answer::Takes);
     let setting = collector.setting();
     for trusted in [false, true] {
         let trust = format!("trace.trust_callers={trusted}");
@@ -295,8 +311,8 @@ async fn count(server: &Server, name: &str) -> u64 {
 #[tokio::test(flavor = "multi_thread")]
 async fn a_collector_that_does_not_take_spans_costs_requests_nothing() {
     const CALLS: usize = 9_000;
-    let refusing = Collector::start(Answer::Refuses).await;
-    let hanging = Collector::start(Answer::Hangs).await;
+    let refusing = Collector::start(Answer::Refuses);
+    let hanging = Collector::start(Answer::Hangs);
     // Nothing listens on the discard port.
     let absent = "trace.endpoint=http://127.0.0.1:9".to_owned();
     for (setting, calls, counter) in [
@@ -323,11 +339,80 @@ async fn a_collector_that_does_not_take_spans_costs_requests_nothing() {
 
 #[tokio::test(flavor = "multi_thread")]
 async fn spans_of_the_last_request_arrive_when_the_server_stops() {
-    let mut collector = Collector::start(Answer::Takes).await;
+    let mut collector = Collector::start(Answer::Takes);
     let mut server = Server::start(&[&collector.setting()]);
     let mut client = Client::connect(&server.url, &server.token("acme", "ann", &[])).await;
     submit(&mut client, "last").await;
     drop(client);
     assert_eq!(server.stop(), Some(0));
     check_picture(&collector.spans());
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_collector_that_is_killed_and_comes_back_gets_spans_again() {
+    let mut collector = Collector::start(Answer::Takes);
+    let server = Server::start(&[&collector.setting()]);
+    let mut client = Client::connect(&server.url, &server.token("acme", "ann", &[])).await;
+    submit(&mut client, "before").await;
+    collector.spans_when(|spans| has(spans, "delivery", 1)).await;
+    let address = collector.kill();
+    while count(&server, "streamer_trace_spans_failed_total").await == 0 {
+        assert_eq!(client.ask(json!({"action": "echo"})).await["type"], "response");
+    }
+    let mut collector = Collector::start_at(address, Answer::Takes);
+    collector.spans_when(|spans| !spans.is_empty()).await;
+    submit(&mut client, "after").await;
+    let spans = collector.spans_when(|spans| has(spans, "delivery", 1)).await;
+    let after: Vec<_> = named(&spans, "attempt");
+    assert_eq!(after.last().unwrap().attributes["streamer.request_id"], "after");
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_worker_gets_the_place_of_its_attempt_and_the_clients_state() {
+    let mut collector = Collector::start(Answer::Takes);
+    let server = Server::start(&[&collector.setting()]);
+    let token = server.token("acme", "ann", &["worker:*"]);
+    let first = hello("w", 1, vec![declare("work")]);
+    let mut worker = ScriptedWorker::come(&server, &token, first).await;
+    let mut client = Client::connect(&server.url, &token).await;
+    let request = json!({
+        "id": "r", "action": "work", "traceparent": PARENT, "tracestate": "vendor=1",
+    });
+    let first = client.ask(request.clone()).await;
+    assert_eq!(first["trace_id"], TRACE_ID);
+    let task = worker.task().await;
+    assert_eq!(task.trace_state, "vendor=1");
+    assert_ne!(&task.trace_parent[3..35], TRACE_ID, "an attempt is a trace of its own");
+    client.send(request).await;
+    let again = loop {
+        let message = client.next().await;
+        if message["type"] == "acknowledgment" {
+            break message;
+        }
+    };
+    assert_eq!((&again["duplicate"], &again["trace_id"]), (&json!(true), &Value::Null));
+    worker.report(&task, 0, Kind::Result(json_payload("1"))).await;
+    let spans = collector.spans_when(|spans| has(spans, "attempt", 1)).await;
+    let seen = named(&spans, "worker.task")[0];
+    assert_eq!(task.trace_parent, format!("00-{}-{}-01", seen.trace_id, seen.span_id));
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_grpc_call_goes_on_with_the_trace_of_its_metadata() {
+    let mut collector = Collector::start(Answer::Takes);
+    let server = Server::start(&[&collector.setting()]);
+    let authorization = format!("authorization: Bearer {}", server.token("acme", "ann", &[]));
+    let call = |method: &str| {
+        let mut command = Process::command(tool("STREAMER_TESTS_GRPCURL"));
+        command.args(["-plaintext", "-H", &authorization, "-H", &format!("traceparent: {PARENT}")]);
+        command.args(["-d", r#"{"action": "echo"}"#, server.url.trim_start_matches("http://")]);
+        Process::output(command.arg(method))
+    };
+    let output = call("streamer.router.v1.RouterService/Submit");
+    assert!(output.status.success(), "{output:?}");
+    let spans = collector.spans_when(|spans| has(spans, "handler", 1)).await;
+    let submit = named(&spans, "streamer.router.v1.RouterService/Submit")[0];
+    assert_eq!((&*submit.trace_id, &*submit.parent_id), (TRACE_ID, "b7ad6b7169203331"));
+    assert_eq!(submit.attributes["rpc.response.status_code"], "OK");
+    assert!(spans.iter().all(|span| !span.name.contains("reflection")), "{}", tree(&spans));
 }

@@ -2,7 +2,7 @@
 
 use std::sync::{
     Arc,
-    atomic::{AtomicU32, Ordering},
+    atomic::{AtomicBool, AtomicU32, Ordering},
 };
 
 use aws_sdk_dynamodb::config::{ConfigBag, Intercept, RuntimeComponents};
@@ -29,9 +29,22 @@ pub(crate) struct CallSpans;
 
 /// The span of a call that is under way.
 #[derive(Clone, Debug)]
-struct CallSpan {
+struct CallSpan(Arc<Call>);
+
+#[derive(Debug)]
+struct Call {
     span: Span,
-    attempts: Arc<AtomicU32>,
+    attempts: AtomicU32,
+    is_answered: AtomicBool,
+}
+
+impl Drop for Call {
+    /// A call that takes too long is dropped.
+    fn drop(&mut self) {
+        if !*self.is_answered.get_mut() {
+            self.span.record("otel.status_code", "ERROR");
+        }
+    }
 }
 
 impl Storable for CallSpan {
@@ -61,7 +74,22 @@ impl Intercept for CallSpans {
             http.request.resend_count = Empty,
             streamer.throttled = Empty,
         );
-        config.interceptor_state().store_put(CallSpan { span, attempts: Arc::default() });
+        let is_answered = AtomicBool::new(false);
+        let call = Call { span, attempts: AtomicU32::new(0), is_answered };
+        config.interceptor_state().store_put(CallSpan(Arc::new(call)));
+        Ok(())
+    }
+
+    fn read_before_serialization(
+        &self,
+        _: &BeforeSerializationInterceptorContextRef<'_>,
+        _: &RuntimeComponents,
+        config: &mut ConfigBag,
+    ) -> Result<(), BoxError> {
+        let Some(CallSpan(call)) = config.load::<CallSpan>() else { return Ok(()) };
+        let operation = config.load::<Metadata>().map_or("", Metadata::name);
+        call.span.record("otel.name", format!("DynamoDB.{operation}"));
+        call.span.record("db.operation.name", operation);
         Ok(())
     }
 
@@ -71,7 +99,7 @@ impl Intercept for CallSpans {
         _: &RuntimeComponents,
         config: &mut ConfigBag,
     ) -> Result<(), BoxError> {
-        let Some(call) = config.load::<CallSpan>() else { return Ok(()) };
+        let Some(CallSpan(call)) = config.load::<CallSpan>() else { return Ok(()) };
         call.attempts.fetch_add(1, Ordering::Relaxed);
         let refusal = context.response().filter(|response| response.status().as_u16() >= 400);
         let is_throttled =
@@ -90,11 +118,7 @@ impl Intercept for CallSpans {
         _: &RuntimeComponents,
         config: &mut ConfigBag,
     ) -> Result<(), BoxError> {
-        let Some(call) = config.load::<CallSpan>() else { return Ok(()) };
-        // It is not known before.
-        let operation = config.load::<Metadata>().map_or("", Metadata::name);
-        call.span.record("otel.name", format!("DynamoDB.{operation}"));
-        call.span.record("db.operation.name", operation);
+        let Some(CallSpan(call)) = config.load::<CallSpan>() else { return Ok(()) };
         let repeats = call.attempts.load(Ordering::Relaxed).saturating_sub(1);
         if repeats > 0 {
             call.span.record("http.request.resend_count", repeats);
@@ -107,9 +131,7 @@ impl Intercept for CallSpans {
                     body.windows(name.len()).any(|part| part == name)
                 })
         });
-        if !is_answer {
-            call.span.record("otel.status_code", "ERROR");
-        }
+        call.is_answered.store(is_answer, Ordering::Relaxed);
         Ok(())
     }
 }

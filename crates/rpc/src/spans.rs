@@ -81,7 +81,7 @@ where
             return Either::Left(self.0.call(request));
         }
         let call = span.in_scope(|| self.0.call(request));
-        Either::Right(Box::pin(recorded(call, span).in_scope(scope)))
+        Either::Right(Box::pin(recorded(call, span, |code| code != Code::Ok).in_scope(scope)))
     }
 }
 
@@ -112,38 +112,63 @@ where
         let scope = Scope::of(server_span(method(&request)));
         let span = scope.span();
         let call = span.in_scope(|| self.0.call(request));
-        Either::Right(Box::pin(recorded(call, span).in_scope(scope)))
+        Either::Right(Box::pin(recorded(call, span, is_server_error).in_scope(scope)))
     }
 }
 
-/// Admits a call that enters this process. Services have decided whether it is traced; for others it is
-/// decided here, unless the call is `internal`, which takes part only in what others have begun.
+/// Admits a call that enters this process. A service has decided whether it is traced; for others it is
+/// decided here.
 #[must_use]
-pub fn enter<B>(traces: &Traces, request: &Request<B>, is_service: bool, internal: bool) -> Scope {
+pub fn enter<B>(traces: &Traces, request: &Request<B>, is_service: bool) -> Scope {
     let caller = trace_context(request.headers());
-    if caller.is_none() && internal {
+    if caller.is_none() && is_service {
         return Scope::default();
     }
     traces.admit(caller, is_service, || server_span(method(request)))
 }
 
-/// Waits for the answer, and records its status in the span.
-pub async fn recorded<F, C, E>(call: F, span: Span) -> Result<Response<C>, E>
+/// Waits for the answer, and records its status in the span. `is_error` says for which codes the span
+/// failed.
+pub async fn recorded<F, C, E>(
+    call: F,
+    span: Span,
+    is_error: impl Fn(Code) -> bool,
+) -> Result<Response<C>, E>
 where
     F: Future<Output = Result<Response<C>, E>>,
 {
     let answer = call.await;
     let code = match &answer {
-        Ok(response) => Status::from_header_map(response.headers()).map_or(Code::Ok, |s| s.code()),
+        Ok(response) => match Status::from_header_map(response.headers()) {
+            Some(status) => status.code(),
+            None if response.status().is_success() => Code::Ok,
+            None => Code::Unknown,
+        },
         Err(_) => Code::Unavailable,
     };
     let name = code_name(code);
     span.record("rpc.response.status_code", name);
     if code != Code::Ok {
         span.record("error.type", name);
+    }
+    if is_error(code) {
         span.record("otel.status_code", "ERROR");
     }
     answer
+}
+
+/// Whether a server is at fault, by OpenTelemetry's conventions for gRPC.
+#[must_use]
+pub fn is_server_error(code: Code) -> bool {
+    matches!(
+        code,
+        Code::Unknown
+            | Code::DeadlineExceeded
+            | Code::Unimplemented
+            | Code::Internal
+            | Code::Unavailable
+            | Code::DataLoss
+    )
 }
 
 fn server_span(method: &str) -> Span {

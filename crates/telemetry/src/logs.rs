@@ -119,7 +119,12 @@ where
 {
     let lines = layer().with_writer(stderr).with_ansi(uses_colors());
     match format {
-        LogFormat::Text => lines.map_event_format(|inner| WithTrace { inner, format }).boxed(),
+        LogFormat::Text => lines
+            .map_event_format(|inner| {
+                let inner = inner.with_ansi(uses_colors());
+                WithTrace { inner, format }
+            })
+            .boxed(),
         LogFormat::Json => lines
             .json()
             .flatten_event(true)

@@ -172,6 +172,11 @@ impl TraceContext {
         Self(SpanContext::new(self.0.trace_id(), self.0.span_id(), flags, true, state))
     }
 
+    fn with_state(&self, state: &TraceState) -> Self {
+        let (trace, span) = (self.0.trace_id(), self.0.span_id());
+        Self(SpanContext::new(trace, span, self.0.trace_flags(), true, state.clone()))
+    }
+
     fn context(&self) -> Context {
         Context::new().with_remote_span_context(self.0.clone())
     }
@@ -365,6 +370,10 @@ impl Traces {
         span: impl FnOnce() -> Span,
     ) -> Scope {
         if self.pipeline.is_none() {
+            // What follows, here or in other processes, must not take a stranger's word.
+            let is_trusted = is_service || self.trust_callers;
+            let caller =
+                caller.map(|caller| caller.with_sampled(is_trusted && caller.is_sampled()));
             return caller.as_ref().map(Scope::within).unwrap_or_default();
         }
         let ids = RandomIdGenerator::default();
@@ -406,7 +415,8 @@ impl Traces {
         if number > 1 {
             links.push(Link::with_context(attempt_context(uid, number - 1).0));
         }
-        let root = attempt_context(uid, number);
+        let state = attempt.submission.0.trace_state();
+        let root = attempt_context(uid, number).with_state(state);
         let mut builder = pipeline
             .tracer()
             .span_builder("attempt")

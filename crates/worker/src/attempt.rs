@@ -16,6 +16,7 @@ use streamer_proto::{
 use streamer_rpc::{compact_bytes, error_to_proto, json_payload, payload_into_parts};
 use streamer_telemetry::{InScope, Scope, TraceContext, trace_span};
 use tokio_util::{sync::CancellationToken, task::AbortOnDropHandle};
+use tracing::field::Empty;
 
 use crate::{
     outgoing::{Outgoing, Window},
@@ -64,11 +65,16 @@ impl Attempt {
         let (info, payload, sync) = read(key, task);
         let context = Context::new(info, reports.clone(), cancellation.clone(), limits, None);
         let scope = scope(&context);
+        let span = scope.span();
         let returned = Returned::default();
         let place = returned.clone();
         let running = async move {
             let run = AssertUnwindSafe(handler.run(&context, payload)).catch_unwind();
-            *place.lock() = Some(run.await.unwrap_or_else(|_| Err(panicked())));
+            let ended = run.await.unwrap_or_else(|_| Err(panicked()));
+            if ended.is_err() {
+                span.record("otel.status_code", "ERROR");
+            }
+            *place.lock() = Some(ended);
             note();
         }
         .in_scope(scope);
@@ -209,6 +215,7 @@ fn scope(context: &Context) -> Scope {
             trace_span!(
                 "handler",
                 otel.kind = "consumer",
+                otel.status_code = Empty,
                 streamer.action = context.info().action,
                 streamer.attempt = context.attempt(),
                 streamer.request_id = context.request_id(),

@@ -15,7 +15,8 @@ use streamer_proto::{
     },
 };
 use streamer_rpc::{
-    REQUEST_UID, json_payload, request_error, state_from_proto, state_to_proto, with_authorization,
+    REQUEST_UID, is_server_error, json_payload, request_error, state_from_proto, state_to_proto,
+    with_authorization,
 };
 use streamer_telemetry::{InScope, Scope, TraceContext, trace_span};
 use tonic::Status;
@@ -127,8 +128,10 @@ impl Session {
                     span.record("streamer.uid", &response.get_ref().uid);
                 }
                 Err(status) => {
-                    span.record("otel.status_code", "ERROR");
                     span.record("error.type", request_error(status).code.as_str());
+                    if is_server_error(status.code()) {
+                        span.record("otel.status_code", "ERROR");
+                    }
                 }
             }
             drop(span);
@@ -329,6 +332,8 @@ impl Session {
             }
             None => return,
         };
+        // A request that was submitted before belongs to the trace of that time.
+        let trace = trace.filter(|_| !acknowledgment.duplicate);
         let state = state_from_proto(acknowledgment.state);
         let status = state.map_or("unknown", streamer_core::RequestState::as_str).to_lowercase();
         let message = if acknowledgment.duplicate {

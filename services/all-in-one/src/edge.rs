@@ -1,6 +1,6 @@
 //! What comes in from other services, and what a gateway passes on to them.
 
-use std::{sync::Arc, time::Duration};
+use std::{collections::HashSet, sync::Arc, time::Duration};
 
 use axum::{
     Router,
@@ -11,10 +11,14 @@ use axum::{
     routing::any,
 };
 use http::{HeaderValue, header};
+use prost::Message;
+use prost_types::FileDescriptorSet;
 use streamer_auth::{Authenticator, caller_of};
 use streamer_core::{Clock, Uid};
+use streamer_proto::PUBLIC_DESCRIPTOR_SET;
 use streamer_rpc::{
-    Channel, FORWARDED, REPEATED, REQUEST_UID, SERVICE_TOKEN, end_when, enter, recorded,
+    Channel, FORWARDED, REPEATED, REQUEST_UID, SERVICE_TOKEN, end_when, enter, is_server_error,
+    recorded,
 };
 use streamer_telemetry::{InScope, Traces};
 use tokio::time::timeout;
@@ -25,10 +29,8 @@ use tower::ServiceExt;
 use crate::peers::ServiceToken;
 
 const GRPC_TIMEOUT: &str = "grpc-timeout";
-/// Services whose calls are no part of anything that a caller traces, or last as long as a worker.
-const NOT_TRACED: [&str; 3] = ["/grpc.health.", "/grpc.reflection.", "/streamer.processor.v1."];
-/// Called by services only.
-const INTERNAL: &str = "/streamer.internal.";
+/// Calls that last as long as a worker.
+const WORKER_STREAMS: &str = "/streamer.processor.v1.";
 /// Methods that answer for as long as a request runs.
 const WATCHES: [&str; 2] = ["/Watch", "/SubmitAndWatch"];
 
@@ -73,27 +75,48 @@ struct FromService;
 /// Opens the traces of gRPC calls that come in, as [`trust_only`] in front of it finds out whose they
 /// are.
 pub(crate) fn trace_calls(router: Router, traces: Traces) -> Router {
-    router.layer(middleware::from_fn_with_state(traces, trace_call))
+    let tracing = Arc::new(Tracing { traces, methods: public_methods() });
+    router.layer(middleware::from_fn_with_state(tracing, trace_call))
 }
 
-async fn trace_call(State(traces): State<Traces>, request: Request, next: Next) -> Response {
+/// Which calls are traced, and where to.
+struct Tracing {
+    traces: Traces,
+    /// Paths of the public methods: no caller can make up names of spans.
+    methods: HashSet<String>,
+}
+
+fn public_methods() -> HashSet<String> {
+    // A test of the schema reads it, too.
+    let files = FileDescriptorSet::decode(PUBLIC_DESCRIPTOR_SET).unwrap_or_default().file;
+    let mut methods = HashSet::new();
+    for file in &files {
+        for service in &file.service {
+            let name = format!("/{}.{}", file.package(), service.name());
+            methods.extend(service.method.iter().map(|method| format!("{name}/{}", method.name())));
+        }
+    }
+    methods
+}
+
+async fn trace_call(State(tracing): State<Arc<Tracing>>, request: Request, next: Next) -> Response {
     let is_grpc = request
         .headers()
         .get(header::CONTENT_TYPE)
         .is_some_and(|content_type| content_type.as_bytes().starts_with(b"application/grpc"));
     let path = request.uri().path();
-    if !is_grpc || NOT_TRACED.iter().any(|prefix| path.starts_with(prefix)) {
+    let is_service = request.extensions().get::<FromService>().is_some();
+    let is_known = is_service || tracing.methods.contains(path);
+    if !is_grpc || !is_known || path.starts_with(WORKER_STREAMS) {
         return next.run(request).await;
     }
-    let is_internal = path.starts_with(INTERNAL);
-    let is_service = request.extensions().get::<FromService>().is_some();
-    let scope = enter(&traces, &request, is_service, is_internal || is_service);
+    let scope = enter(&tracing.traces, &request, is_service);
     let span = scope.span();
     if span.is_disabled() {
         return next.run(request).in_scope(scope).await;
     }
     let answer = async move { Ok::<_, std::convert::Infallible>(next.run(request).await) };
-    match recorded(answer, span).in_scope(scope).await {
+    match recorded(answer, span, is_server_error).in_scope(scope).await {
         Ok(response) => response,
         Err(never) => match never {},
     }

@@ -14,8 +14,13 @@ use streamer_cli::{ConfigArguments, ConfigSources, Exit, READY, UpArguments};
 use streamer_config::{Config, ConfigError, Sources};
 use streamer_handler::Handlers;
 use streamer_telemetry::{TraceOptions, init};
-use tokio::signal::unix::{SignalKind, signal};
+use tokio::{
+    signal::unix::{SignalKind, signal},
+    time::Instant,
+};
 
+/// The last spans have this long to be exported, whatever else took the time to stop.
+const MIN_FLUSH: Duration = Duration::from_secs(1);
 /// The printed token is valid for so long.
 const TOKEN_LIFE: Duration = Duration::from_secs(24 * 3600);
 
@@ -55,9 +60,11 @@ pub(crate) async fn run(arguments: &UpArguments, role: Role) -> ExitCode {
         "Stopping; running work has {} s. A second signal stops at once.",
         config.server.drain_timeout_ms / 1000
     );
+    let deadline = Instant::now() + Duration::from_millis(config.server.drain_timeout_ms);
     let stop = async {
         server.stop().await;
-        traces.flush(Duration::from_millis(config.server.drain_timeout_ms)).await;
+        let left = deadline.saturating_duration_since(Instant::now());
+        traces.flush(left.max(MIN_FLUSH)).await;
     };
     tokio::select! {
         () = stop => {}

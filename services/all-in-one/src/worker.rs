@@ -11,7 +11,7 @@ use streamer_worker::{Worker, WorkerError};
 /// What a worker logs unless `STREAMER_LOG` says otherwise.
 const LOG_FILTER: &str = "info";
 /// How long the last spans may take to be exported.
-const FLUSH_TIMEOUT: Duration = Duration::from_secs(5);
+const FLUSH_TIMEOUT: Duration = Duration::from_secs(1);
 
 pub(crate) async fn run(arguments: WorkerArguments) -> ExitCode {
     let filter = std::env::var("STREAMER_LOG").unwrap_or_else(|_| LOG_FILTER.into());

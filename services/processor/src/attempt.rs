@@ -26,7 +26,7 @@ use streamer_telemetry::{InScope, Scope, TraceContext, trace_span};
 use tokio::time::{Instant, sleep, sleep_until};
 use tokio_util::task::AbortOnDropHandle;
 use tonic::{Code, Status};
-use tracing::Span;
+use tracing::{Span, field::Empty};
 
 use crate::{
     log_client::LogClient,
@@ -138,7 +138,13 @@ pub(crate) async fn run(
     );
     // A task of its own: a handler that computes without a pause does not hold up its reports, and
     // one that panics fails alone.
-    let work = async move { handler.run(&context, payload.data).await }.in_scope(scope);
+    let span = scope.span();
+    let work = async move {
+        let ended = handler.run(&context, payload.data).await;
+        note_failure(&span, &ended);
+        ended
+    };
+    let work = work.in_scope(scope);
     let work = AbortOnDropHandle::new(tokio::spawn(work));
     let attempt = Attempt {
         environment,
@@ -157,12 +163,19 @@ pub(crate) async fn run(
     attempt.drive(started, work).await
 }
 
+/// Marks the span of a handler that failed.
+pub(crate) fn note_failure<T>(span: &Span, ended: &Result<T, HandlerError>) {
+    if ended.is_err() {
+        span.record("otel.status_code", "ERROR");
+    }
+}
+
 /// What a handler runs in, here or in a worker.
 pub(crate) fn handler_span(is_remote: bool) -> Span {
     if is_remote {
-        trace_span!("worker.task", otel.kind = "client")
+        trace_span!("worker.task", otel.kind = "client", otel.status_code = Empty)
     } else {
-        trace_span!("handler")
+        trace_span!("handler", otel.status_code = Empty)
     }
 }
 

@@ -25,7 +25,7 @@ use tonic::{Request, Response, Status, metadata::MetadataValue};
 use crate::{
     ProcessorOptions,
     actions::{Actions, Runner},
-    attempt::handler_span,
+    attempt::{handler_span, note_failure},
     dispatcher::Dispatcher,
     metrics::ProcessorMetrics,
     remote::{Assignment, RemoteHandler},
@@ -117,11 +117,16 @@ impl ExecutionApi {
             })?),
         };
         let running = AssertUnwindSafe(handler.run(&context, payload)).catch_unwind();
+        let span = scope.span();
         let running = running.in_scope(scope);
         let ended = timeout(limit, running).await;
         if let (Ok(_), Some((remote, _))) = (&ended, &remote) {
             remote.ended();
         }
+        if let Ok(Ok(ended)) = &ended {
+            note_failure(&span, ended);
+        }
+        drop(span);
         let result = match ended {
             Ok(Ok(Ok(result))) => result,
             Ok(Ok(Err(error))) => return Err(status(&error.into_request_error())),

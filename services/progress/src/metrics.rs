@@ -40,7 +40,7 @@ impl ProgressMetrics {
             missed: metrics.counter(
                 "streamer_progress_missed_events",
                 "Events of watched requests that were found by comparing with the store, and whose \
-                 announcement did not arrive within 5 s of that",
+                 announcement did not arrive within 5 s of the first that was found",
             ),
             unannounced: metrics.gauge(
                 "streamer_progress_unannounced_events",

@@ -1,5 +1,5 @@
 """Decodes OTLP messages, one a line in hexadecimal digits on standard input, with OpenTelemetry's own
-protocol buffers; prints the name of each span."""
+protocol buffers; prints trace, span, parent and name of each span."""
 
 import sys
 
@@ -12,4 +12,5 @@ for line in sys.stdin:
             for span in scope.spans:
                 assert len(span.trace_id) == 16 and len(span.span_id) == 8, span
                 assert 0 < span.start_time_unix_nano <= span.end_time_unix_nano, span
-                print(span.name)
+                ids = (span.trace_id, span.span_id, span.parent_span_id)
+                print(*(part.hex() or "-" for part in ids), span.name)

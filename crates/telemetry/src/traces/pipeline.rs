@@ -6,12 +6,12 @@ use std::{cell::Cell, thread, time::Duration};
 
 use opentelemetry::{
     Context, KeyValue,
-    trace::{SpanBuilder, SpanContext, SpanId, TraceId, Tracer, TracerProvider},
+    trace::{SpanBuilder, SpanContext, SpanId, TraceContextExt, TraceId, Tracer, TracerProvider},
 };
 use opentelemetry_otlp::{SpanExporter, WithExportConfig};
 use opentelemetry_sdk::{
     Resource,
-    error::OTelSdkResult,
+    error::{OTelSdkError, OTelSdkResult},
     trace::{
         IdGenerator, RandomIdGenerator, Sampler, SdkTracer, SdkTracerProvider, Span, SpanData,
         SpanExporter as _, SpanProcessor,
@@ -32,6 +32,8 @@ use crate::{Metrics, TelemetryError};
 const MAX_WAITING: usize = 32_768;
 /// Spans in one call to the collector, as in the OpenTelemetry specification (`OTEL_BSP_MAX_EXPORT_BATCH_SIZE`).
 const BATCH: usize = 512;
+/// How long an export may take, connecting included.
+const EXPORT_TIMEOUT: Duration = Duration::from_secs(10);
 /// How long the first span of a batch waits for others.
 const LINGER: Duration = Duration::from_secs(1);
 
@@ -55,10 +57,14 @@ impl Pipeline {
         &self.tracer
     }
 
-    /// Starts a root span with these ids.
+    /// Starts a root span with these ids and this `tracestate`.
     pub(super) fn build_as(&self, ids: &SpanContext, builder: SpanBuilder) -> Span {
         NEXT_IDS.set(Some((ids.trace_id(), ids.span_id())));
-        let span = self.tracer.build_with_context(builder, &Context::new());
+        // The ids of a parent that is not valid do not count, but its state does.
+        let (flags, state) = (ids.trace_flags(), ids.trace_state().clone());
+        let parent = SpanContext::new(TraceId::INVALID, SpanId::INVALID, flags, true, state);
+        let parent = Context::new().with_remote_span_context(parent);
+        let span = self.tracer.build_with_context(builder, &parent);
         NEXT_IDS.set(None);
         span
     }
@@ -224,7 +230,9 @@ impl Exporter {
         if count == 0 {
             return;
         }
-        match self.exporter.export(std::mem::replace(batch, Vec::with_capacity(BATCH))).await {
+        let spans = std::mem::replace(batch, Vec::with_capacity(BATCH));
+        let exported = timeout(EXPORT_TIMEOUT, self.exporter.export(spans)).await;
+        match exported.unwrap_or(Err(OTelSdkError::Timeout(EXPORT_TIMEOUT))) {
             Ok(()) => {
                 self.counters.exported.inc_by(count);
                 if std::mem::take(&mut self.is_failing) {

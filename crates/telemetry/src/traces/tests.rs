@@ -32,11 +32,15 @@ fn a_context_is_read_and_written_as_w3c_rules() {
 }
 
 #[test]
-fn without_an_endpoint_a_callers_context_is_passed_on_as_it_is() {
+fn without_an_endpoint_a_callers_context_is_passed_on() {
     let traces = Traces::default();
     let caller = TraceContext::parse(PARENT, None);
-    let scope = traces.admit(caller.clone(), false, || trace_span!("never"));
+    let scope = traces.admit(caller.clone(), true, || trace_span!("never"));
     assert_eq!(scope.trace_context(), caller);
+    let stranger = traces.admit(caller.clone(), false, || trace_span!("never"));
+    let stranger = stranger.trace_context().unwrap();
+    assert_eq!(stranger.trace_id(), caller.unwrap().trace_id());
+    assert!(!stranger.is_sampled(), "other processes do not take its word either");
     assert!(scope.span().is_disabled());
     let none = traces.admit(None, true, || unreachable!("no span without a context"));
     assert_eq!(none.trace_context(), None);

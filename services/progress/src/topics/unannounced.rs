@@ -38,6 +38,10 @@ impl Unannounced {
         let announced = last.min(self.last_seq) - first.max(self.after_seq + 1) + 1;
         let confirmed = announced.clamp(0, self.pending);
         self.pending -= confirmed;
+        if first <= self.after_seq + 1 {
+            // A repeat confirms nothing more.
+            self.after_seq = self.after_seq.max(last.min(self.last_seq));
+        }
         confirmed
     }
 
@@ -68,6 +72,7 @@ mod tests {
         assert_eq!(unannounced.note_found(3, 6, now), 3);
         assert_eq!(unannounced.note_announced(1, 3), 0);
         assert_eq!(unannounced.note_announced(2, 5), 2);
+        assert_eq!(unannounced.note_announced(2, 5), 0, "a repeat");
         assert!(unannounced.is_pending());
         assert_eq!(unannounced.note_announced(6, 9), 1);
         assert!(!unannounced.is_pending());
