@@ -137,7 +137,8 @@ impl TraceContext {
         write_hex(&mut text[3..35], &self.0.trace_id().to_bytes());
         write_hex(&mut text[36..52], &self.0.span_id().to_bytes());
         text[54] += u8::from(self.is_sampled());
-        String::from_utf8_lossy(&text).into_owned()
+        // It is ASCII.
+        std::str::from_utf8(&text).unwrap_or_default().to_owned()
     }
 
     /// W3C `tracestate`, at most [`MAX_TRACE_STATE_BYTES`].
@@ -505,11 +506,22 @@ fn attempt_context(uid: [u8; 16], attempt: u32) -> TraceContext {
     TraceContext(SpanContext::new(trace, span, TraceFlags::SAMPLED, true, TraceState::NONE))
 }
 
-fn write_hex(text: &mut [u8], bytes: &[u8]) {
+/// Each byte as two hexadecimal digits.
+const HEX: [[u8; 2]; 256] = {
     const DIGITS: &[u8; 16] = b"0123456789abcdef";
-    for (pair, byte) in text.chunks_exact_mut(2).zip(bytes) {
-        pair[0] = DIGITS[usize::from(byte >> 4)];
-        pair[1] = DIGITS[usize::from(byte & 15)];
+    let mut pairs = [[0; 2]; 256];
+    let mut byte = 0;
+    while byte < 256 {
+        pairs[byte] = [DIGITS[byte >> 4], DIGITS[byte & 15]];
+        byte += 1;
+    }
+    pairs
+};
+
+fn write_hex(text: &mut [u8], bytes: &[u8]) {
+    let (pairs, _) = text.as_chunks_mut::<2>();
+    for (pair, byte) in pairs.iter_mut().zip(bytes) {
+        *pair = HEX[usize::from(*byte)];
     }
 }
 
