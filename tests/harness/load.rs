@@ -218,6 +218,12 @@ async fn follow_once(view: &mut View, submission: Option<&Value>, history: &Hist
                 if code == "NOT_FOUND" && !acknowledged {
                     return false;
                 }
+                // While the other progress service is killed and a busy machine keeps this one from its
+                // store, no one can serve a watch; clients come again.
+                let message = value["error"]["message"].as_str().unwrap_or_default();
+                if code == "UNAVAILABLE" && message.contains("cannot reach its store") {
+                    return false;
+                }
                 if matches!(code.as_str(), "NOT_FOUND" | "INVALID_ACTION") || history.strict {
                     let record =
                         json!({"record": "refused", "watcher": view.watcher, "why": value});

@@ -1,7 +1,7 @@
 /**
  * OpenTelemetry, where the application has `@opentelemetry/api` installed. The kit uses the API
- * alone: spans go where the application's SDK sends them. Without an SDK, the context is passed on
- * all the same.
+ * alone: spans go where the application's SDK sends them, and the context is active if the
+ * application has registered a context manager, as SDKs do.
  */
 
 /** @type {typeof import('@opentelemetry/api') | null} */

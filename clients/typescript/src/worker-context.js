@@ -86,7 +86,8 @@ export class Context {
     this.deadline = info.deadline;
     /**
      * W3C `traceparent` to send with calls that the handler makes; empty when the request is not part
-     * of a trace. With `@opentelemetry/api` installed, this place is the active context, too.
+     * of a trace. With `@opentelemetry/api` and a context manager, this place is the active context,
+     * too.
      */
     this.traceParent = info.traceParent;
     /** W3C `tracestate` that goes with it. */
