@@ -5,6 +5,7 @@
 //! sampled context is current. A context follows a future with [`InScope::in_scope`], and crosses
 //! processes as W3C `traceparent` and `tracestate` (<https://www.w3.org/TR/trace-context/>).
 
+mod context;
 mod pipeline;
 
 use std::{
@@ -15,31 +16,21 @@ use std::{
 
 use opentelemetry::{
     Context, KeyValue,
-    propagation::{Extractor, TextMapPropagator},
     trace::{Link, SpanContext, SpanKind, Status, TraceContextExt, TraceFlags, TraceState, Tracer},
 };
-use opentelemetry_sdk::{
-    propagation::TraceContextPropagator,
-    trace::{IdGenerator, RandomIdGenerator},
-};
+use opentelemetry_sdk::trace::{IdGenerator, RandomIdGenerator};
 use pin_project_lite::pin_project;
 use streamer_core::Uid;
 use tracing::Span;
 use tracing_opentelemetry::OpenTelemetrySpanExt;
 
 use crate::Metrics;
+pub use context::{MAX_TRACE_STATE_BYTES, TraceContext};
 use pipeline::Pipeline;
 pub(crate) use pipeline::start;
 
 /// Target of all spans that are exported; logs show none of them.
 pub const TRACE_TARGET: &str = "streamer::trace";
-
-/// A `tracestate` beyond this is ignored. W3C asks for at least 512 characters to be propagated.
-pub const MAX_TRACE_STATE_BYTES: usize = 512;
-/// Length of a `traceparent` of version 00.
-const TRACE_PARENT_BYTES: usize = 55;
-/// Later versions of `traceparent` may be longer.
-const MAX_TRACE_PARENT_BYTES: usize = 256;
 
 /// Where spans are sent, and which.
 #[derive(Clone, Debug, Default, PartialEq)]
@@ -75,112 +66,6 @@ pub fn is_sampled() -> bool {
     Context::map_current(|context| {
         context.has_active_span() && context.span().span_context().is_sampled()
     })
-}
-
-/// The place of a piece of work in a trace.
-#[derive(Clone, Debug, PartialEq)]
-pub struct TraceContext(SpanContext);
-
-struct Headers<'a>(&'a str, Option<&'a str>);
-
-impl Extractor for Headers<'_> {
-    fn get(&self, key: &str) -> Option<&str> {
-        match key {
-            "traceparent" => Some(self.0),
-            "tracestate" => self.1,
-            _ => None,
-        }
-    }
-
-    fn keys(&self) -> Vec<&str> {
-        vec!["traceparent", "tracestate"]
-    }
-}
-
-impl TraceContext {
-    /// Reads the W3C headers. An invalid `traceparent` is none; an invalid or long `tracestate` is
-    /// ignored, as W3C rules.
-    #[must_use]
-    pub fn parse(trace_parent: &str, trace_state: Option<&str>) -> Option<Self> {
-        // The propagator takes shorter fields, too.
-        let is_of_version_00 = trace_parent.starts_with("00-");
-        if trace_parent.len() > MAX_TRACE_PARENT_BYTES
-            || (is_of_version_00 && trace_parent.len() != TRACE_PARENT_BYTES)
-        {
-            return None;
-        }
-        let trace_state = trace_state.filter(|state| state.len() <= MAX_TRACE_STATE_BYTES);
-        let headers = Headers(trace_parent, trace_state);
-        let context = TraceContextPropagator::new().extract_with_context(&Context::new(), &headers);
-        Self::of(&context)
-    }
-
-    /// The context of the work that runs now.
-    #[must_use]
-    pub fn current() -> Option<Self> {
-        Context::map_current(Self::of)
-    }
-
-    fn of(context: &Context) -> Option<Self> {
-        if !context.has_active_span() {
-            return None;
-        }
-        let span = context.span().span_context().clone();
-        span.is_valid().then_some(Self(span))
-    }
-
-    /// W3C `traceparent`, 55 characters.
-    #[must_use]
-    pub fn trace_parent(&self) -> String {
-        // Formatting it takes ten times as long, which counts for each request.
-        let mut text = *b"00-00000000000000000000000000000000-0000000000000000-00";
-        write_hex(&mut text[3..35], &self.0.trace_id().to_bytes());
-        write_hex(&mut text[36..52], &self.0.span_id().to_bytes());
-        text[54] += u8::from(self.is_sampled());
-        // It is ASCII.
-        std::str::from_utf8(&text).unwrap_or_default().to_owned()
-    }
-
-    /// W3C `tracestate`, at most [`MAX_TRACE_STATE_BYTES`].
-    #[must_use]
-    pub fn trace_state(&self) -> Option<String> {
-        let state = self.0.trace_state().header();
-        (!state.is_empty()).then_some(state)
-    }
-
-    /// 32 hexadecimal digits.
-    #[must_use]
-    pub fn trace_id(&self) -> String {
-        self.0.trace_id().to_string()
-    }
-
-    /// 16 hexadecimal digits, if this process records a span here.
-    pub(crate) fn local_span_id(&self) -> Option<String> {
-        let is_local = self.0.is_sampled() && !self.0.is_remote();
-        is_local.then(|| self.0.span_id().to_string())
-    }
-
-    /// Whether spans are recorded.
-    #[must_use]
-    pub fn is_sampled(&self) -> bool {
-        self.0.is_sampled()
-    }
-
-    /// The same place, with this decision.
-    fn with_sampled(&self, sampled: bool) -> Self {
-        let flags = if sampled { TraceFlags::SAMPLED } else { TraceFlags::default() };
-        let state = self.0.trace_state().clone();
-        Self(SpanContext::new(self.0.trace_id(), self.0.span_id(), flags, true, state))
-    }
-
-    fn with_state(&self, state: &TraceState) -> Self {
-        let (trace, span) = (self.0.trace_id(), self.0.span_id());
-        Self(SpanContext::new(trace, span, self.0.trace_flags(), true, state.clone()))
-    }
-
-    fn context(&self) -> Context {
-        Context::new().with_remote_span_context(self.0.clone())
-    }
 }
 
 /// What a future runs in: a span, a context without one, or neither.
@@ -504,25 +389,6 @@ impl Scope {
 fn attempt_context(uid: [u8; 16], attempt: u32) -> TraceContext {
     let (trace, span) = pipeline::attempt_ids(uid, attempt);
     TraceContext(SpanContext::new(trace, span, TraceFlags::SAMPLED, true, TraceState::NONE))
-}
-
-/// Each byte as two hexadecimal digits.
-const HEX: [[u8; 2]; 256] = {
-    const DIGITS: &[u8; 16] = b"0123456789abcdef";
-    let mut pairs = [[0; 2]; 256];
-    let mut byte = 0;
-    while byte < 256 {
-        pairs[byte] = [DIGITS[byte >> 4], DIGITS[byte & 15]];
-        byte += 1;
-    }
-    pairs
-};
-
-fn write_hex(text: &mut [u8], bytes: &[u8]) {
-    let (pairs, _) = text.as_chunks_mut::<2>();
-    for (pair, byte) in pairs.iter_mut().zip(bytes) {
-        *pair = HEX[usize::from(*byte)];
-    }
 }
 
 /// Whether a random number is in this part of all numbers.

@@ -1,6 +1,6 @@
 //! Contexts without a collector.
 
-use super::*;
+use super::{context::MAX_TRACE_PARENT_BYTES, *};
 
 const PARENT: &str = "00-0af7651916cd43dd8448eb211c80319c-b7ad6b7169203331-01";
 
