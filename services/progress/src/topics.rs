@@ -302,14 +302,14 @@ impl Topics {
         let mut by_uid = self.by_uid.lock();
         self.missed.lock().turn();
         let mut undelivered = Duration::ZERO;
+        let mut all_lost = 0;
         let mut compare = Vec::new();
         by_uid.retain(|_, topic| {
             let quiet = topic.next_round();
             let lost = topic.take_lost_announcements(now);
             if lost > 0 {
-                tracing::warn!(uid = %topic.uid, lost, "stored events were not announced");
-                self.metrics.unannounced.dec_by(lost);
-                self.metrics.missed.inc_by(lost.unsigned_abs());
+                tracing::debug!(uid = %topic.uid, lost, "events were not announced");
+                all_lost += lost;
             }
             if !topic.is_watched() {
                 return quiet < self.pace.unwatched_rounds || topic.is_needed();
@@ -320,6 +320,14 @@ impl Topics {
             }
             true
         });
+        if all_lost > 0 {
+            tracing::warn!(
+                events = all_lost,
+                "stored events of watched requests were not announced"
+            );
+            self.metrics.unannounced.dec_by(all_lost);
+            self.metrics.missed.inc_by(all_lost.unsigned_abs());
+        }
         self.metrics.topics.set(count(by_uid.len()));
         self.metrics.tail_bytes.set(count(self.total_bytes.load(Ordering::Relaxed)));
         self.metrics.undelivered_seconds.set(undelivered.as_secs_f64());

@@ -108,3 +108,23 @@ async fn only_events_that_are_never_announced_count_as_missed() {
     topics.sweep(Instant::now() + Duration::from_secs(5));
     assert_eq!(counts(), (0, 1), "also if its watchers have left");
 }
+
+#[tokio::test]
+async fn a_comparison_without_news_does_not_put_off_the_next_one() {
+    let data = tempfile::tempdir().unwrap();
+    let store = open(&Engine::Embedded { data: data.path().to_owned() }).unwrap();
+    let metrics = ProgressMetrics::new(&Metrics::new());
+    let topics = Topics::new(store.clone(), metrics, None, true);
+    let uid = Uid::new(Timestamp::default());
+    running_request(&*store, uid, Timestamp::default()).await;
+    let watching = topics.load(uid).await.unwrap().unwrap();
+    let mut compared = Vec::new();
+    for round in 0..9 {
+        for topic in topics.sweep(Instant::now()) {
+            topics.check(&topic).await.unwrap();
+            compared.push(round);
+        }
+    }
+    assert_eq!(compared, [4, 8], "every 4 rounds of 1 s");
+    drop(watching);
+}

@@ -145,12 +145,14 @@ impl Topic {
             state.delivery.note_newest(last_seq, Instant::now());
             (result, last_seq)
         };
-        self.quiet_rounds.store(0, Ordering::Relaxed);
-        self.news.send_if_modified(|known| {
-            let newer = last_seq > *known;
+        let is_newer = self.news.send_if_modified(|known| {
+            let is_newer = last_seq > *known;
             *known = last_seq.max(*known);
-            newer
+            is_newer
         });
+        if is_newer {
+            self.quiet_rounds.store(0, Ordering::Relaxed);
+        }
         result
     }
 
