@@ -1,9 +1,9 @@
 //! Configuration of every Streamer process.
 //!
 //! Read once, at the edge, in this order, later ones winning: defaults, `streamer.toml`,
-//! environment (`OTEL_*` for section `trace`, then `STREAMER_<SECTION>_<OPTION>`), flags. All bad values are reported together. The
-//! committed `streamer.toml` holds every option with its default and is the documentation; a test
-//! holds it to this code.
+//! environment (`OTEL_*` for section `trace`, then `STREAMER_<SECTION>_<OPTION>`), flags. All bad
+//! values are reported together. The committed `streamer.toml` holds every option with its default and
+//! is the documentation; a test holds it to this code.
 
 mod opentelemetry;
 mod options;
@@ -72,6 +72,20 @@ impl Config {
         }
         config.check_together(&mut problems);
         if problems.is_empty() { Ok(config) } else { Err(ConfigError { problems }) }
+    }
+}
+
+impl Trace {
+    /// Reads the standard variables of OpenTelemetry, for a process without a configuration file.
+    ///
+    /// # Errors
+    /// Everything that is wrong, at once.
+    pub fn from_environment(environment: &[(String, String)]) -> Result<Self, ConfigError> {
+        let mut config = Config::default();
+        let mut problems = Vec::new();
+        opentelemetry::read(&mut config, environment, &mut problems);
+        config.trace.check(&mut problems);
+        if problems.is_empty() { Ok(config.trace) } else { Err(ConfigError { problems }) }
     }
 }
 

@@ -284,6 +284,18 @@ impl Auth {
     }
 }
 
+impl Trace {
+    pub(crate) fn check(&self, problems: &mut Vec<String>) {
+        let endpoint = &self.endpoint;
+        if !endpoint.is_empty() && !endpoint.starts_with("http://") {
+            problems.push(format!(
+                "trace.endpoint: must begin with http:// (a collector nearby can send on with TLS), is \
+                 {endpoint:?}"
+            ));
+        }
+    }
+}
+
 impl Config {
     fn check_peers(&self, problems: &mut Vec<String>) {
         let peers = &self.peers;
@@ -355,13 +367,7 @@ impl Config {
             problems.push(format!("store.engine: must be embedded or dynamodb, is {engine:?}"));
         }
         self.check_dynamodb(problems);
-        let endpoint = &self.trace.endpoint;
-        if !endpoint.is_empty() && !endpoint.starts_with("http://") {
-            problems.push(format!(
-                "trace.endpoint: must begin with http:// (a collector nearby can send on with TLS), is \
-                 {endpoint:?}"
-            ));
-        }
+        self.trace.check(problems);
         self.check_peers(problems);
         if !matches!(self.log.format.as_str(), "text" | "json") {
             problems.push(format!("log.format: must be text or json, is {:?}", self.log.format));

@@ -15,7 +15,7 @@ use streamer_config::{Config, ConfigError, Sources};
 use streamer_handler::Handlers;
 use streamer_telemetry::{TraceOptions, init};
 use tokio::{
-    signal::unix::{SignalKind, signal},
+    signal::unix::{Signal, SignalKind, signal},
     time::Instant,
 };
 
@@ -54,8 +54,15 @@ pub(crate) async fn run(arguments: &UpArguments, role: Role) -> ExitCode {
             return if error.is_usage() { Exit::Usage.code() } else { Exit::Failed.code() };
         }
     };
+    let mut signals = match StopSignals::listen() {
+        Ok(signals) => signals,
+        Err(error) => {
+            eprintln!("error: cannot listen for signals: {error}");
+            return Exit::Failed.code();
+        }
+    };
     announce(&server, &config, role);
-    stop_signal().await;
+    signals.next().await;
     eprintln!(
         "Stopping; running work has {} s. A second signal stops at once.",
         config.server.drain_timeout_ms / 1000
@@ -69,7 +76,7 @@ pub(crate) async fn run(arguments: &UpArguments, role: Role) -> ExitCode {
     tokio::select! {
         () = stop => {}
         // Work that is cut off continues after a restart, or at other processors.
-        () = stop_signal() => {}
+        () = signals.next() => {}
     }
     Exit::Done.code()
 }
@@ -139,9 +146,14 @@ pub(crate) fn sources(from: &ConfigSources, mut flags: Vec<(String, String)>) ->
         Some((name, value)) => (name.to_owned(), value.to_owned()),
         None => (setting.clone(), String::new()),
     }));
-    let environment = env::vars_os()
-        .filter_map(|(name, value)| Some((name.into_string().ok()?, value.into_string().ok()?)));
-    Sources { file: from.config.clone(), environment: environment.collect(), flags }
+    Sources { file: from.config.clone(), environment: environment(), flags }
+}
+
+/// The environment, without what is not text.
+pub(crate) fn environment() -> Vec<(String, String)> {
+    env::vars_os()
+        .filter_map(|(name, value)| Some((name.into_string().ok()?, value.into_string().ok()?)))
+        .collect()
 }
 
 /// In one write, so that a reader who leaves after the first line does not end the server.
@@ -176,18 +188,25 @@ fn say(text: &str) {
     }
 }
 
-async fn stop_signal() {
-    // Without handlers the signals end the process at once, which is also a way to stop.
-    let Ok(mut terminate) = signal(SignalKind::terminate()) else {
-        return std::future::pending().await;
-    };
-    tokio::select! {
-        _ = terminate.recv() => {}
-        interrupted = tokio::signal::ctrl_c() => {
-            if let Err(error) = interrupted {
-                tracing::error!(%error, "cannot wait for Ctrl-C");
-                terminate.recv().await;
-            }
+/// SIGTERM and Ctrl-C. It listens all the time, so that no second signal is missed.
+struct StopSignals {
+    terminate: Signal,
+    interrupt: Signal,
+}
+
+impl StopSignals {
+    fn listen() -> io::Result<Self> {
+        Ok(Self {
+            terminate: signal(SignalKind::terminate())?,
+            interrupt: signal(SignalKind::interrupt())?,
+        })
+    }
+
+    /// Returns once there is one more.
+    async fn next(&mut self) {
+        tokio::select! {
+            _ = self.terminate.recv() => {}
+            _ = self.interrupt.recv() => {}
         }
     }
 }

@@ -3,7 +3,7 @@
 use std::{process::ExitCode, time::Duration};
 
 use streamer_cli::{Exit, WorkerArguments};
-use streamer_config::{Config, Sources};
+use streamer_config::Trace;
 use streamer_core::ErrorCode;
 use streamer_telemetry::{LogFormat, TraceOptions, Traces, init};
 use streamer_worker::{Worker, WorkerError};
@@ -53,9 +53,7 @@ pub(crate) async fn run(arguments: WorkerArguments) -> ExitCode {
 /// A worker is configured by OpenTelemetry's variables. It decides nothing: a request is traced if its
 /// submission is.
 fn traces(filter: &str) -> anyhow::Result<Traces> {
-    let environment = std::env::vars().filter(|(name, _)| name.starts_with("OTEL_")).collect();
-    let sources = Sources { file: Some("/dev/null".into()), environment, flags: Vec::new() };
-    let trace = Config::load(&sources)?.trace;
+    let trace = Trace::from_environment(&super::up::environment())?;
     let options = TraceOptions {
         endpoint: (!trace.endpoint.is_empty()).then_some(trace.endpoint),
         service: "streamer-worker",
