@@ -45,7 +45,7 @@ fn exit_codes_tell_scripts_what_happened() {
 }
 
 #[test]
-fn a_submission_can_begin_a_trace_or_go_on_with_one() {
+fn a_submission_can_begin_or_continue_a_trace() {
     let server = Server::start(&[]);
     let submit = |parent: Option<&str>| {
         let mut command = Process::command(binary());

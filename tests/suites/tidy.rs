@@ -93,7 +93,7 @@ fn spans_and_their_attributes_are_documented() {
         {
             continue;
         }
-        for opening in ["trace_span!(", ".span_builder(", "self.record("] {
+        for opening in ["trace_span!(", "rpc_span!(", ".span_builder(", "self.record("] {
             spans.extend(words_after(&text, opening, is_part));
         }
         for prefix in ["streamer.", "rpc.", "db.", "http.request.", "error.type"] {

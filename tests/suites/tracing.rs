@@ -250,7 +250,7 @@ async fn services_apart_and_their_workers_are_one_picture() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn a_trace_that_a_client_began_goes_on() {
+async fn a_trace_that_a_client_began_is_continued() {
     let mut collector = Collector::start(Answer::Takes);
     let server = Server::start(&[&collector.setting()]);
     let mut client = Client::connect(&server.url, &server.token("acme", "ann", &[])).await;
@@ -398,7 +398,7 @@ async fn a_worker_gets_the_place_of_its_attempt_and_the_clients_state() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn a_grpc_call_goes_on_with_the_trace_of_its_metadata() {
+async fn a_grpc_call_continues_the_trace_of_its_metadata() {
     let mut collector = Collector::start(Answer::Takes);
     let server = Server::start(&[&collector.setting()]);
     let authorization = format!("authorization: Bearer {}", server.token("acme", "ann", &[]));

@@ -131,7 +131,7 @@ fn exit_of(message: &Message, is_last: bool) -> Option<Exit> {
     }
 }
 
-/// A trace that goes on from `parent`, or a new one.
+/// Continues the trace of `parent`, or begins a new one.
 fn trace(parent: Option<&str>) -> anyhow::Result<TraceContext> {
     let new = || {
         let hex = |bytes: &[u8]| bytes.iter().map(|byte| format!("{byte:02x}")).collect::<String>();

@@ -10,6 +10,13 @@ use std::{
 #[derive(Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash, Default)]
 pub struct Timestamp(i64);
 
+impl From<Timestamp> for SystemTime {
+    /// The Unix epoch for what lies before it.
+    fn from(at: Timestamp) -> Self {
+        UNIX_EPOCH + Duration::from_millis(u64::try_from(at.0).unwrap_or(0))
+    }
+}
+
 impl Timestamp {
     /// From milliseconds since the Unix epoch.
     #[must_use]

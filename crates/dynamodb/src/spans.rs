@@ -61,9 +61,6 @@ impl Intercept for CallSpans {
         _: &BeforeSerializationInterceptorContextRef<'_>,
         config: &mut ConfigBag,
     ) -> Result<(), BoxError> {
-        if !streamer_telemetry::is_sampled() {
-            return Ok(());
-        }
         let span = trace_span!(
             "dynamodb",
             otel.name = Empty,
@@ -74,6 +71,9 @@ impl Intercept for CallSpans {
             http.request.resend_count = Empty,
             streamer.throttled = Empty,
         );
+        if span.is_disabled() {
+            return Ok(());
+        }
         let is_answered = AtomicBool::new(false);
         let call = Call { span, attempts: AtomicU32::new(0), is_answered };
         config.interceptor_state().store_put(CallSpan(Arc::new(call)));

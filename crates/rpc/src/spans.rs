@@ -23,6 +23,22 @@ const TRACE_STATE: &str = "tracestate";
 #[derive(Clone, Copy, Debug)]
 pub struct Untraced;
 
+/// Span of a call: name in the code, kind, and method.
+macro_rules! rpc_span {
+    ($name:literal, $kind:literal, $method:expr) => {
+        trace_span!(
+            $name,
+            otel.name = $method,
+            otel.kind = $kind,
+            otel.status_code = tracing::field::Empty,
+            rpc.system.name = "grpc",
+            rpc.method = $method,
+            rpc.response.status_code = tracing::field::Empty,
+            error.type = tracing::field::Empty,
+        )
+    };
+}
+
 /// The context that a call brings, if it is valid.
 #[must_use]
 pub fn trace_context(headers: &HeaderMap) -> Option<TraceContext> {
@@ -65,16 +81,7 @@ where
             return Either::Left(self.0.call(request));
         }
         let method = method(&request);
-        let scope = Scope::inline(trace_span!(
-            "rpc.client",
-            otel.name = method,
-            otel.kind = "client",
-            otel.status_code = tracing::field::Empty,
-            rpc.system.name = "grpc",
-            rpc.method = method,
-            rpc.response.status_code = tracing::field::Empty,
-            error.type = tracing::field::Empty,
-        ));
+        let scope = Scope::inline(rpc_span!("rpc.client", "client", method));
         put(&scope.trace_context().unwrap_or(context), request.headers_mut());
         let span = scope.span();
         if span.is_disabled() {
@@ -172,16 +179,7 @@ pub fn is_server_error(code: Code) -> bool {
 }
 
 fn server_span(method: &str) -> Span {
-    trace_span!(
-        "rpc.server",
-        otel.name = method,
-        otel.kind = "server",
-        otel.status_code = tracing::field::Empty,
-        rpc.system.name = "grpc",
-        rpc.method = method,
-        rpc.response.status_code = tracing::field::Empty,
-        error.type = tracing::field::Empty,
-    )
+    rpc_span!("rpc.server", "server", method)
 }
 
 fn is_untraced<B>(request: &Request<B>) -> bool {

@@ -81,7 +81,7 @@ enum Inner {
 }
 
 impl Scope {
-    /// What runs now, for work that goes on in a task of its own.
+    /// What runs now, for work that continues in a task of its own.
     #[must_use]
     pub fn current() -> Self {
         if Context::map_current(Context::has_active_span) {
@@ -91,7 +91,7 @@ impl Scope {
         }
     }
 
-    /// A span; where it is disabled, nothing: for work that goes on in the same task.
+    /// A span; where it is disabled, nothing: for work in the same task.
     #[must_use]
     pub fn inline(span: Span) -> Self {
         if span.is_disabled() { Self::default() } else { Self(Inner::Span(span)) }
@@ -192,7 +192,7 @@ impl<F: Future> Future for Scoped<F> {
     fn poll(self: Pin<&mut Self>, task: &mut std::task::Context<'_>) -> Poll<F::Output> {
         let this = self.project();
         let output = ready!(this.scope.run(|| this.future.poll(task)));
-        // The span ends with its work, not when whoever holds the future drops it.
+        // The span ends with its work, not when the future is dropped.
         *this.scope = Scope::default();
         Poll::Ready(output)
     }
@@ -267,7 +267,7 @@ impl Traces {
             Some(caller) if is_service || self.trust_callers => caller.is_sampled(),
             _ => is_within(self.sample_ratio, u64::from_be_bytes(ids.new_span_id().to_bytes())),
         };
-        // Nobody has this span: it only carries the decision to the macro.
+        // No span has this id: the context carries the decision to the macro.
         let root = || {
             let flags = if sampled { TraceFlags::SAMPLED } else { TraceFlags::default() };
             let (trace, span) = (ids.new_trace_id(), ids.new_span_id());

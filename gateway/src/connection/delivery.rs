@@ -1,12 +1,9 @@
 //! Events on their way to one connection: a cursor for each subscription.
 
-use std::{
-    sync::Arc,
-    time::{Duration, SystemTime, UNIX_EPOCH},
-};
+use std::sync::Arc;
 
 use bytes::Bytes;
-use streamer_core::{ErrorCode, RequestError, Timestamp, Uid};
+use streamer_core::{ErrorCode, RequestError, Uid};
 use streamer_proto::common::v1::Event;
 use streamer_rpc::{is_terminal, request_error};
 use streamer_telemetry::TraceContext;
@@ -51,7 +48,7 @@ impl Subscription {
         Self { topic, link, cursor, latest, catching_up: false, trace: None }
     }
 
-    /// Is of whoever made this submission.
+    /// The subscription of the connection that made this submission.
     pub(crate) fn traced(self, trace: Option<Box<TraceContext>>) -> Self {
         Self { trace: trace.filter(|trace| trace.is_sampled()), ..self }
     }
@@ -87,7 +84,7 @@ impl Subscription {
     fn record_delivery(&mut self, segment: &Segment, gateway: &Gateway) {
         let Some(outcome) = &segment.outcome else { return };
         let Some(trace) = self.trace.take() else { return };
-        let (stored, now) = (system_time(outcome.time), system_time(gateway.clock.now()));
+        let (stored, now) = (outcome.time.into(), gateway.clock.now().into());
         gateway.traces.delivery(self.topic.uid, outcome.attempt, &trace, (stored, now));
     }
 
@@ -242,10 +239,6 @@ impl Session {
             None => false,
         }
     }
-}
-
-fn system_time(at: Timestamp) -> SystemTime {
-    UNIX_EPOCH + Duration::from_millis(u64::try_from(at.as_millis()).unwrap_or(0))
 }
 
 /// Whether the same call may succeed a little later.

@@ -87,7 +87,7 @@ struct Tracing {
 }
 
 fn public_methods() -> HashSet<String> {
-    // A test of the schema reads it, too.
+    // Reflection reads the same bytes, and without it the server does not start.
     let files = FileDescriptorSet::decode(PUBLIC_DESCRIPTOR_SET).unwrap_or_default().file;
     let mut methods = HashSet::new();
     for file in &files {

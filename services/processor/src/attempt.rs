@@ -241,7 +241,7 @@ impl Attempt<'_> {
             let grace = OptionFuture::from(cut_off.map(sleep_until));
             tokio::select! {
                 biased;
-                () = self.handle.is_taken_over() => {}
+                () = self.handle.until_lost() => {}
                 sent = &mut sending, if !sending.is_terminated() => match sent {
                     Ok(cancel_reason) => {
                         self.published_at = Instant::now();

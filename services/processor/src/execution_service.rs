@@ -16,7 +16,7 @@ use streamer_proto::{
     millis,
 };
 use streamer_rpc::{NOT_TAKEN, json_payload, payload_into_parts, status};
-use streamer_telemetry::{InScope, Scope, TraceContext};
+use streamer_telemetry::{InScope, Scope, TraceContext, is_sampled};
 use tokio::time::timeout;
 use tokio_stream::wrappers::WatchStream;
 use tokio_util::sync::CancellationToken;
@@ -86,7 +86,11 @@ impl ExecutionApi {
         // A handler that runs on after its time, on another task, learns that nobody waits.
         let _cancelled_on_drop = cancellation.clone().drop_guard();
         let (content_type, payload) = payload_into_parts(request.payload);
-        let scope = Scope::inline(handler_span(!self.actions.is_local(&request.action)));
+        let scope = if is_sampled() {
+            Scope::inline(handler_span(!self.actions.is_local(&request.action)))
+        } else {
+            Scope::default()
+        };
         let trace = scope.trace_context().or_else(TraceContext::current);
         let context = Context::new(
             AttemptInfo {

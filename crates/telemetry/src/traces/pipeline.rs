@@ -30,7 +30,8 @@ use crate::{Metrics, TelemetryError};
 
 /// Spans that wait to be exported; beyond it, spans are dropped. About 500 bytes each.
 const MAX_WAITING: usize = 32_768;
-/// Spans in one call to the collector, as in the OpenTelemetry specification (`OTEL_BSP_MAX_EXPORT_BATCH_SIZE`).
+/// Spans in one call to the collector: the default of `OTEL_BSP_MAX_EXPORT_BATCH_SIZE` in the
+/// OpenTelemetry specification.
 const BATCH: usize = 512;
 /// How long an export may take, connecting included.
 const EXPORT_TIMEOUT: Duration = Duration::from_secs(10);
@@ -219,7 +220,7 @@ impl Exporter {
                 if done.send(()).is_err() {
                     tracing::debug!("spans were exported after the time to wait for it");
                 }
-            } else if batch.is_empty() && self.ended.is_closed() && self.ended.is_empty() {
+            } else if self.ended.is_closed() && self.ended.is_empty() {
                 return;
             }
         }

@@ -69,7 +69,7 @@ impl AttemptHandle {
     }
 
     /// Returns once the lease is gone.
-    pub(super) async fn is_taken_over(&self) {
+    pub(super) async fn until_lost(&self) {
         self.lost_signal.cancelled().await;
     }
 

@@ -1,9 +1,6 @@
 //! Claiming a request and running the attempt, here or in a worker.
 
-use std::{
-    sync::Arc,
-    time::{Duration, SystemTime, UNIX_EPOCH},
-};
+use std::{sync::Arc, time::Duration};
 
 use streamer_core::{ActionSpec, OutputDigest, Timestamp, Uid};
 use streamer_handler::{DynHandler, ReportQueue};
@@ -192,8 +189,8 @@ impl Dispatcher {
             attempt: record.attempt,
             submission: &submission,
             waited: claiming.map(|claiming| Waited {
-                since: system_time(record.not_before),
-                until: system_time(claiming.began),
+                since: record.not_before.into(),
+                until: claiming.began.into(),
                 claim: claiming.took,
             }),
             action: &record.action,
@@ -226,8 +223,4 @@ impl Dispatcher {
             Kind::Accepted(_) | Kind::Started(_) | Kind::Progress(_) | Kind::Output(_) => return,
         };
     }
-}
-
-fn system_time(at: Timestamp) -> SystemTime {
-    UNIX_EPOCH + Duration::from_millis(u64::try_from(at.as_millis()).unwrap_or(0))
 }
