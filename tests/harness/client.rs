@@ -3,6 +3,8 @@
 use serde_json::{Value, json};
 use streamer_client::{ClientError, Session};
 
+use crate::patience::in_time;
+
 /// The `connected` message, and then whatever the test asks for.
 pub struct Client {
     session: Session,
@@ -28,7 +30,7 @@ impl Client {
     /// When the first message is not `connected`.
     pub async fn try_connect(url: &str, token: &str) -> Result<Self, ClientError> {
         let mut session = Session::connect(url, token).await?;
-        let first = session.next().await?;
+        let first = in_time("the first message", session.next()).await?;
         let connected: Value = serde_json::from_str(&first.text).expect("messages are JSON");
         assert_eq!(connected["type"], "connected", "{connected}");
         Ok(Self { session, connected })
@@ -63,7 +65,8 @@ impl Client {
     /// # Panics
     /// When the connection ends.
     pub async fn next_text(&mut self) -> String {
-        self.session.next_text().await.expect("the connection is open").as_str().to_owned()
+        let text = in_time("the next message", self.session.next_text()).await;
+        text.expect("the connection is open").as_str().to_owned()
     }
 
     /// The next message, or how the connection ended.
@@ -74,7 +77,7 @@ impl Client {
     /// # Panics
     /// When a message is not JSON, or has no type and timestamp.
     pub async fn try_next(&mut self) -> Result<Value, ClientError> {
-        let text = self.session.next_text().await?;
+        let text = in_time("the next message", self.session.next_text()).await?;
         let value: Value = serde_json::from_str(&text).expect("messages are JSON");
         assert!(value["type"].is_string() && value["timestamp"].is_string(), "{value}");
         Ok(value)

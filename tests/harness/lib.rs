@@ -10,6 +10,7 @@ mod front;
 mod load;
 mod loopback;
 mod metrics;
+mod patience;
 mod process;
 mod proxy;
 mod random;

@@ -18,7 +18,7 @@ use tokio::sync::mpsc;
 use tokio_stream::wrappers::ReceiverStream;
 use tonic::{Status, Streaming, transport::Endpoint};
 
-use crate::{Process, Server, Signal, binary};
+use crate::{Process, Server, Signal, binary, patience::in_time};
 
 /// `streamer worker`.
 pub struct WorkerProcess {
@@ -214,7 +214,7 @@ impl ScriptedWorker {
     /// When the server ends the stream.
     pub async fn next(&mut self) -> Result<Message, Status> {
         loop {
-            let response = self.inbound.message().await?;
+            let response = in_time("a message to the worker", self.inbound.message()).await?;
             let ended = || Status::unavailable("the stream has ended");
             match response.ok_or_else(ended)?.message {
                 Some(Message::TokenStatus(_)) | None => {}
@@ -238,11 +238,12 @@ impl ScriptedWorker {
     /// The acknowledgment that a task has ended; other messages are passed over.
     ///
     /// # Panics
-    /// When the server ends the stream.
+    /// When the server ends the stream, or takes the task away.
     pub async fn ended(&mut self, task: &Task) -> Acknowledgment {
         loop {
             match self.next().await.expect("the stream is open") {
                 Message::Acknowledgment(said) if said.ended && said.uid == task.uid => return said,
+                Message::Revoke(said) if said.uid == task.uid => panic!("it was lost: {said:?}"),
                 _ => {}
             }
         }

@@ -131,6 +131,8 @@ options! {
         /// Over how many shards the queue is spread: each takes about 500 requests a second. The same
         /// in every process; with fewer than before, what stands in the others is not found.
         queue_shards: u64 = 4, in 1..=64;
+        /// How many calls a process makes at once; others wait for their turn, up to 10 s.
+        max_concurrent_calls: u64 = 128, in 1..=10_000;
         /// How long requests are kept after they ended, in hours; 0 means for ever.
         retention_hours: u64 = 0, in 0..=87_600;
         /// Whether the stream of the requests table wakes processors, beside hints and polls.

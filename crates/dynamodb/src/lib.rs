@@ -9,6 +9,7 @@
 //! the access patterns and their costs are in `docs/dynamodb.md`.
 
 mod actions;
+mod admission;
 mod calls;
 mod client;
 mod connections;

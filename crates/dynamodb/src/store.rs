@@ -12,10 +12,11 @@ use streamer_store::{
     RequestRecord, Store, StoreError, StoredPayload,
 };
 use streamer_telemetry::Metrics;
-use tokio::time::Instant;
+use tokio::{sync::SemaphorePermit, time::Instant};
 
 use crate::{
     DynamoOptions, OpenError,
+    admission::Admission,
     client::{Dynamo, DynamoMetrics, TableNames, sdk_config},
     error::store_error,
     expression::{Expression, key},
@@ -29,6 +30,7 @@ use crate::{
 pub struct DynamoStore {
     dynamo: Dynamo,
     holders: Holders,
+    admission: Admission,
     trigger: Option<Arc<StreamTrigger>>,
 }
 
@@ -57,13 +59,23 @@ impl DynamoStore {
             let client = aws_sdk_dynamodbstreams::Client::new(&config);
             Arc::new(StreamTrigger::new(dynamo.clone(), client))
         });
-        Ok(Self { dynamo, holders: Holders::default(), trigger })
+        let waiting = metrics.gauge(
+            "streamer_dynamodb_waiting_calls",
+            "Calls that wait because dynamodb.max_concurrent_calls are under way",
+        );
+        let admission = Admission::new(options.max_concurrent_calls, waiting);
+        Ok(Self { dynamo, holders: Holders::default(), admission, trigger })
     }
 
     /// The largest payload, result or chunk that it takes, in bytes; `None` with an object store.
     #[must_use]
     pub fn max_value_bytes(&self) -> Option<usize> {
         self.dynamo.objects.is_none().then_some(MAX_INLINE_BYTES)
+    }
+
+    /// Returns once an operation may begin.
+    async fn turn(&self) -> Result<SemaphorePermit<'_>, StoreError> {
+        self.noted(self.admission.admit().await)
     }
 
     /// Says when calls are refused for being too many, which an operator has to know.
@@ -78,10 +90,12 @@ impl DynamoStore {
 #[async_trait]
 impl Store for DynamoStore {
     async fn create_request(&self, new: NewRequest) -> Result<CreateOutcome, StoreError> {
+        let _turn = self.turn().await?;
         self.noted(self.dynamo.create(&new).await)
     }
 
     async fn get_request(&self, uid: Uid) -> Result<Option<RequestRecord>, StoreError> {
+        let _turn = self.turn().await?;
         let item = self.noted(self.dynamo.get(&uid.to_string()).await)?;
         item.map(|item| item.to_record()).transpose()
     }
@@ -91,18 +105,22 @@ impl Store for DynamoStore {
         owner: Owner,
         client_id: String,
     ) -> Result<Option<RequestRecord>, StoreError> {
+        let _turn = self.turn().await?;
         self.noted(self.dynamo.find(&owner, &client_id).await)
     }
 
     async fn list_requests(&self, query: ListRequests) -> Result<RequestPage, StoreError> {
+        let _turn = self.turn().await?;
         self.noted(self.dynamo.list(&query).await)
     }
 
     async fn read_payload(&self, uid: Uid) -> Result<Option<StoredPayload>, StoreError> {
+        let _turn = self.turn().await?;
         self.noted(self.dynamo.read_payload(uid).await)
     }
 
     async fn delete_request(&self, uid: Uid) -> Result<DeleteOutcome, StoreError> {
+        let _turn = self.turn().await?;
         self.noted(self.dynamo.delete(uid).await)
     }
 
@@ -110,10 +128,12 @@ impl Store for DynamoStore {
         let registered =
             self.holders.register(&self.dynamo, &claim.holder, claim.lease_until, claim.now).await;
         self.noted(registered)?;
+        let _turn = self.turn().await?;
         self.noted(self.dynamo.claim(&claim).await)
     }
 
     async fn append(&self, append: Append) -> Result<Appended, StoreError> {
+        let _turn = self.turn().await?;
         let began = Instant::now();
         let appended = self.noted(self.dynamo.append(&append).await);
         self.dynamo.metrics.append_seconds.observe(began.elapsed().as_secs_f64());
@@ -126,6 +146,7 @@ impl Store for DynamoStore {
         reason: String,
         now: Timestamp,
     ) -> Result<CancelOutcome, StoreError> {
+        let _turn = self.turn().await?;
         self.noted(self.dynamo.cancel(uid, &reason, now).await)
     }
 
@@ -136,6 +157,7 @@ impl Store for DynamoStore {
         until: Timestamp,
         now: Timestamp,
     ) -> Result<Vec<Renewed>, StoreError> {
+        // Not behind calls that may wait: without it everything that runs here is lost.
         let renewed = self.noted(self.dynamo.renew(&holder, &leases, until, now).await)?;
         self.holders.note_alive(&holder, until);
         Ok(renewed)
@@ -146,6 +168,7 @@ impl Store for DynamoStore {
         now: Timestamp,
         limit: usize,
     ) -> Result<Vec<RequestRecord>, StoreError> {
+        let _turn = self.turn().await?;
         self.noted(self.dynamo.expired(&self.holders, now, limit).await)
     }
 
@@ -153,6 +176,7 @@ impl Store for DynamoStore {
         let registered =
             self.holders.register(&self.dynamo, &adopt.holder, adopt.lease_until, adopt.now).await;
         self.noted(registered)?;
+        let _turn = self.turn().await?;
         self.noted(self.dynamo.adopt(&adopt).await)
     }
 
@@ -161,10 +185,12 @@ impl Store for DynamoStore {
         now: Timestamp,
         limit: usize,
     ) -> Result<Vec<RequestRecord>, StoreError> {
+        let _turn = self.turn().await?;
         self.noted(self.dynamo.overdue(now, limit).await)
     }
 
     async fn due_requests(&self, query: DueQuery) -> Result<DuePage, StoreError> {
+        let _turn = self.turn().await?;
         self.noted(self.dynamo.due(&query).await)
     }
 
@@ -174,14 +200,17 @@ impl Store for DynamoStore {
         now: Timestamp,
         limit: usize,
     ) -> Result<QueueAhead, StoreError> {
+        let _turn = self.turn().await?;
         self.noted(self.dynamo.ahead(&record, now, limit).await)
     }
 
     async fn next_due(&self, now: Timestamp) -> Result<Option<Timestamp>, StoreError> {
+        let _turn = self.turn().await?;
         self.noted(self.dynamo.next_due(now).await)
     }
 
     async fn queue_stats(&self, now: Timestamp) -> Result<QueueStats, StoreError> {
+        let _turn = self.turn().await?;
         self.noted(self.dynamo.stats(now).await)
     }
 
@@ -192,6 +221,7 @@ impl Store for DynamoStore {
         max_events: usize,
         max_bytes: usize,
     ) -> Result<EventPage, StoreError> {
+        let _turn = self.turn().await?;
         self.noted(self.dynamo.read_events(uid, after_seq, max_events, max_bytes).await)
     }
 
@@ -200,6 +230,7 @@ impl Store for DynamoStore {
         opened: Vec<ConnectionRecord>,
         closed: Vec<Uid>,
     ) -> Result<(), StoreError> {
+        let _turn = self.turn().await?;
         self.noted(self.dynamo.update_connections(opened, closed).await)
     }
 
@@ -216,6 +247,7 @@ impl Store for DynamoStore {
         now: Timestamp,
     ) -> Result<ConnectionPage, StoreError> {
         let listed = self.dynamo.list_connections(&tenant, user.as_deref(), after, limit, now);
+        let _turn = self.turn().await?;
         self.noted(listed.await)
     }
 
@@ -224,10 +256,12 @@ impl Store for DynamoStore {
         actions: Vec<DeclaredAction>,
         now: Timestamp,
     ) -> Result<(), StoreError> {
+        let _turn = self.turn().await?;
         self.noted(self.dynamo.save_actions(&actions, now).await)
     }
 
     async fn list_actions(&self, since: Timestamp) -> Result<Vec<DeclaredAction>, StoreError> {
+        let _turn = self.turn().await?;
         self.noted(self.dynamo.list_actions(since).await)
     }
 
