@@ -1,6 +1,6 @@
 //! Every service twice, each in a process of its own, over one DynamoDB.
 
-use std::{fs, net::SocketAddr, time::Duration};
+use std::{fs, net::SocketAddr, process::Stdio, time::Duration};
 
 use streamer_auth::{DevKey, NewToken};
 use streamer_core::{Clock, SystemClock};
@@ -100,7 +100,14 @@ impl Cluster {
                 settings.push(format!("peers.advertise={}", proxies[number].address));
             }
             settings.extend(views(*service, number, &proxies));
-            let process = spawn_service(service.name(), data.path(), &settings, &[], *address);
+            let process = spawn_service(
+                service.name(),
+                data.path(),
+                &settings,
+                &[],
+                *address,
+                Stdio::inherit(),
+            );
             members.push(Running { service: *service, address: *address, settings, process });
         }
         let urls = of(Service::Gateway).map(|address| format!("http://{address}")).collect();
@@ -141,7 +148,8 @@ impl Cluster {
         let data = self.data.path().to_owned();
         let member = self.member(service, number);
         let address = member.address;
-        member.process = spawn_service(service.name(), &data, &member.settings, &[], address);
+        member.process =
+            spawn_service(service.name(), &data, &member.settings, &[], address, Stdio::inherit());
         until_healthy(&format!("http://{address}")).await;
     }
 

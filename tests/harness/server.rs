@@ -5,7 +5,7 @@ use std::{
     io::{BufRead, BufReader},
     net::SocketAddr,
     path::{Path, PathBuf},
-    process::{Output, Stdio},
+    process::{ChildStderr, Output, Stdio},
     thread,
     time::Duration,
 };
@@ -105,13 +105,34 @@ impl Server {
     /// When it does not start.
     #[must_use]
     pub fn start_with(data: TempDir, settings: &[&str], environment: &[(&str, &str)]) -> Self {
+        Self::launch(data, settings, environment, Stdio::inherit())
+    }
+
+    /// Starts a server with these settings, whose log the test reads.
+    ///
+    /// # Panics
+    /// When it does not start.
+    #[must_use]
+    pub fn start_logged(settings: &[&str]) -> (Self, BufReader<ChildStderr>) {
+        let data = TempDir::with_prefix("streamer-test-").expect("a temporary folder");
+        let mut server = Self::launch(data, settings, &[], Stdio::piped());
+        let log = BufReader::new(server.process.stderr());
+        (server, log)
+    }
+
+    fn launch(
+        data: TempDir,
+        settings: &[&str],
+        environment: &[(&str, &str)],
+        stderr: Stdio,
+    ) -> Self {
         let mut all = engine_settings(&data);
         all.extend(settings.iter().map(ToString::to_string));
         let owned = |(name, value): &(&str, &str)| ((*name).to_owned(), (*value).to_owned());
         let environment: Vec<_> = environment.iter().map(owned).collect();
         let claim = LoopbackAddress::claim();
         let address = claim.next();
-        let process = spawn_service("up", data.path(), &all, &environment, address);
+        let process = spawn_service("up", data.path(), &all, &environment, address, stderr);
         let url = format!("http://{address}");
         Self {
             process,
@@ -134,7 +155,8 @@ impl Server {
     /// Starts it again, after it has ended, on the same address and data.
     pub fn restart(&mut self) {
         let (data, environment) = (self.data.path(), &self.environment);
-        self.process = spawn_service("up", data, &self.settings, environment, self.address);
+        let stderr = Stdio::inherit();
+        self.process = spawn_service("up", data, &self.settings, environment, self.address, stderr);
     }
 
     /// Kills it with SIGKILL.
@@ -302,6 +324,7 @@ pub(crate) fn spawn_service(
     settings: &[String],
     environment: &[(String, String)],
     address: SocketAddr,
+    stderr: Stdio,
 ) -> Process {
     let mut command = Process::command(binary());
     command.args([service, "--listen", &address.to_string(), "--data"]).arg(data);
@@ -310,7 +333,8 @@ pub(crate) fn spawn_service(
     }
     // The configuration of the user who runs the tests has no effect.
     command.env_clear().envs(environment.iter().cloned()).current_dir(data);
-    let mut process = Process::spawn(command.stdin(Stdio::null()).stdout(Stdio::piped()));
+    command.stdin(Stdio::null()).stdout(Stdio::piped()).stderr(stderr);
+    let mut process = Process::spawn(&mut command);
     let mut first = String::new();
     let count = BufReader::new(process.stdout()).read_line(&mut first);
     count.expect("the output of the server can be read");

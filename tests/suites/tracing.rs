@@ -1,18 +1,25 @@
 //! Traces, as a collector gets them from real processes.
 #![allow(clippy::unwrap_used, reason = "in tests, a panic is the report")]
 
-use std::{collections::BTreeSet, io::Write, path::Path, process::Stdio};
+use std::{
+    collections::BTreeSet,
+    io::{BufRead, Write},
+    path::Path,
+    process::Stdio,
+};
 
 use serde_json::{Value, json};
-use streamer_proto::processor::v1::report::Kind;
+use streamer_client::Api;
+use streamer_proto::{processor::v1::report::Kind, router::v1::GetRequest};
 use streamer_rpc::json_payload;
 use streamer_tests::{
     Client, Cluster, Log, Process, ScriptedWorker, Server,
     collector::{Answer, Collector, Span, dangling, tree},
     declare,
-    dynamodb::{Implementation, endpoint},
-    hello, metrics, offered_at, tool,
+    dynamodb::{self, Implementation, endpoint},
+    dynamodb_settings, hello, metrics, offered_at, tool,
 };
+use tonic::Code;
 
 const PARENT: &str = "00-0af7651916cd43dd8448eb211c80319c-b7ad6b7169203331-01";
 const TRACE_ID: &str = "0af7651916cd43dd8448eb211c80319c";
@@ -264,6 +271,52 @@ async fn a_trace_that_a_client_began_is_continued() {
     assert_eq!(submission.parent_id, "b7ad6b7169203331");
     let caller = (TRACE_ID.to_owned(), "b7ad6b7169203331".to_owned());
     assert_eq!(dangling(&spans, &[caller]), Vec::<String>::new());
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_trace_that_the_handshake_names_is_continued() {
+    let mut collector = Collector::start(Answer::Takes);
+    let server = Server::start(&[&collector.setting()]);
+    let mut command = Process::command(tool("STREAMER_TESTS_PYTHON"));
+    let url = format!("{}/ws", server.url.replace("http://", "ws://"));
+    command.arg(script("handshake.py")).arg(url);
+    let output = Process::output(command.args([&server.token("acme", "ann", &[]), PARENT]));
+    assert_eq!(String::from_utf8_lossy(&output.stdout).trim(), TRACE_ID, "{output:?}");
+    let spans = collector.spans_when(|spans| has(spans, "websocket.request", 1)).await;
+    let submission = named(&spans, "websocket.request")[0];
+    assert_eq!(submission.place().0, TRACE_ID);
+    assert_eq!(submission.parent_id, "b7ad6b7169203331");
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_log_line_names_its_trace_and_span() {
+    for format in ["text", "json"] {
+        let mut collector = Collector::start(Answer::Takes);
+        let mut engine = dynamodb::start(Implementation::Dynoxide);
+        let objects = tempfile::TempDir::with_prefix("streamer-test-").unwrap();
+        let mut settings = dynamodb_settings(engine.endpoint(), objects.path());
+        settings.extend([collector.setting(), format!("log.format={format}")]);
+        let settings: Vec<_> = settings.iter().map(String::as_str).collect();
+        let (server, log) = Server::start_logged(&settings);
+        engine.kill();
+        let api = Api::new(&server.url, &server.token("acme", "ann", &[])).unwrap();
+        let mut call = api.call(GetRequest { request_id: "r".into(), ..GetRequest::default() });
+        call.metadata_mut().insert("traceparent", PARENT.parse().unwrap());
+        let refused = api.router().get(call).await.unwrap_err();
+        assert_eq!(refused.code(), Code::Unavailable, "{refused}");
+        let mut lines = log.lines().map(Result::unwrap);
+        let line = lines.find(|line| line.contains("a call failed")).unwrap();
+        let spans = collector
+            .spans_when(|spans| spans.iter().any(|span| span.name.ends_with("RouterService/Get")))
+            .await;
+        let ids = spans.iter().map(|span| match format {
+            "text" => format!("trace_id={TRACE_ID} span_id={}", span.span_id),
+            _ => format!(r#""trace_id":"{TRACE_ID}","span_id":"{}""#, span.span_id),
+        });
+        assert!(ids.into_iter().any(|ids| line.contains(&ids)), "{line}\n{}", tree(&spans));
+        // While its log can be written.
+        drop(server);
+    }
 }
 
 /// The trace id of the acknowledgment of a request with this `traceparent`.
