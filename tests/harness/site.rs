@@ -10,7 +10,7 @@ use axum::{
     body::Bytes,
     extract::{Path, State},
     http::{StatusCode, header},
-    response::{IntoResponse, Response},
+    response::{IntoResponse, Redirect, Response},
     routing::{get, post},
 };
 use tokio::{net::TcpListener, sync::mpsc};
@@ -27,9 +27,16 @@ pub struct Site {
 
 #[derive(Clone)]
 struct Document {
-    content_type: &'static str,
-    body: String,
+    answer: Answer,
     served: u32,
+}
+
+#[derive(Clone)]
+enum Answer {
+    Body(&'static str, String),
+    Redirect(String),
+    /// None at all.
+    Hang,
 }
 
 #[derive(Clone)]
@@ -69,7 +76,21 @@ impl Site {
     /// # Panics
     /// When another thread panicked with the documents in hand.
     pub fn put(&self, path: &str, content_type: &'static str, body: impl Into<String>) {
-        let document = Document { content_type, body: body.into(), served: 0 };
+        self.answer(path, Answer::Body(content_type, body.into()));
+    }
+
+    /// Sends whoever asks for this document to another one of the site.
+    pub fn redirect(&self, path: &str, to: &str) {
+        self.answer(path, Answer::Redirect(format!("{}/{to}", self.url)));
+    }
+
+    /// Does not answer who asks for this document.
+    pub fn hang(&self, path: &str) {
+        self.answer(path, Answer::Hang);
+    }
+
+    fn answer(&self, path: &str, answer: Answer) {
+        let document = Document { answer, served: 0 };
         self.documents.lock().expect("unpoisoned").insert(path.to_owned(), document);
     }
 
@@ -93,12 +114,19 @@ impl Site {
 }
 
 async fn document(State(shared): State<Shared>, Path(path): Path<String>) -> Response {
-    let mut documents = shared.documents.lock().expect("unpoisoned");
-    match documents.get_mut(&path) {
-        Some(document) => {
+    let answer = {
+        let mut documents = shared.documents.lock().expect("unpoisoned");
+        documents.get_mut(&path).map(|document| {
             document.served += 1;
-            ([(header::CONTENT_TYPE, document.content_type)], document.body.clone()).into_response()
+            document.answer.clone()
+        })
+    };
+    match answer {
+        Some(Answer::Body(content_type, body)) => {
+            ([(header::CONTENT_TYPE, content_type)], body).into_response()
         }
+        Some(Answer::Redirect(to)) => Redirect::temporary(&to).into_response(),
+        Some(Answer::Hang) => std::future::pending().await,
         None => StatusCode::NOT_FOUND.into_response(),
     }
 }

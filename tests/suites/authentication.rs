@@ -64,7 +64,11 @@ async fn each_broken_rule_of_a_token_is_named() {
         (json!({"exp": null}), "claim exp is required"),
         (json!({"tenant_id": null}), "claim tenant_id is required"),
         (json!({"tenant_id": ""}), "claim tenant_id must have 1 to 128"),
+        (json!({"tenant_id": "*"}), "claim tenant_id must not be `*`"),
         (json!({"sub": null}), "claim sub is required"),
+        (json!({"iat": seconds_from_now(600)}), "claim iat is in the future"),
+        (json!({"exp": "soon"}), "claim exp must be a number"),
+        (json!({"permissions": 5}), "claim permissions must be an array"),
     ];
     for (changes, expected) in cases {
         let (code, reason) = refusal(&server, &sign(&with(&changes))).await;
@@ -72,10 +76,36 @@ async fn each_broken_rule_of_a_token_is_named() {
         assert!(reason.contains(expected), "{expected} is missing in {reason}");
     }
 
+    let header = Header { crit: Some(vec!["b64".into()]), ..Header::new(Algorithm::EdDSA) };
+    let critical = encode(&header, &good_claims(), &key).unwrap();
+    let (code, reason) = refusal(&server, &critical).await;
+    assert_eq!((code, reason.contains("header crit")), (4401, true), "{reason}");
+    let text = good_claims().to_string();
+    let twice = text.replacen('{', r#"{"sub":"bob","#, 1);
+    let part = |text: &str| URL_SAFE_NO_PAD.encode(text);
+    let unsigned = format!("{}.{}", part(r#"{"alg":"EdDSA"}"#), part(&twice));
+    let signature =
+        jsonwebtoken::crypto::sign(unsigned.as_bytes(), &key, Algorithm::EdDSA).unwrap();
+    let (code, reason) = refusal(&server, &format!("{unsigned}.{signature}")).await;
+    assert_eq!((code, reason.contains("stands in it twice")), (4401, true), "{reason}");
+
     let (code, reason) = refusal(&server, "").await;
     assert_eq!((code, reason.contains("a token is required")), (4401, true), "{reason}");
     let (code, reason) = refusal(&server, "not.a.token").await;
     assert_eq!((code, reason.contains("malformed")), (4401, true), "{reason}");
+}
+
+#[tokio::test]
+async fn tenants_and_the_size_of_tokens_are_bounded_by_options() {
+    let server = Server::start(&["auth.tenants=acme,globex", "auth.max_token_bytes=600"]);
+    for tenant in ["acme", "globex"] {
+        Client::connect(&server.url, &server.token(tenant, "ann", &[])).await;
+    }
+    let (code, reason) = refusal(&server, &server.token("initech", "ann", &[])).await;
+    assert_eq!((code, reason.contains("not a tenant that may call")), (4401, true), "{reason}");
+    let long = "x".repeat(600);
+    let (code, reason) = refusal(&server, &server.token("acme", "ann", &[&long])).await;
+    assert_eq!((code, reason.contains("over 600 bytes")), (4401, true), "{reason}");
 }
 
 #[tokio::test]

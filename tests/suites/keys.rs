@@ -74,12 +74,19 @@ fn start(settings: &[&str]) -> Server {
     Server::start(&[settings, &common].concat())
 }
 
-async fn refusal(server: &Server, token: &str) -> String {
+/// The code and the reason with which this token is not let in; `None` when it is.
+async fn outcome(server: &Server, token: &str) -> Option<(u16, String)> {
     match Client::try_connect(&server.url, token).await {
-        Err(ClientError::Closed { code: 4401, reason }) => reason,
+        Err(ClientError::Closed { code, reason }) => Some((code, reason)),
         Err(other) => panic!("{other}"),
-        Ok(_) => panic!("it was let in"),
+        Ok(_) => None,
     }
+}
+
+async fn refusal(server: &Server, token: &str) -> String {
+    let (code, reason) = outcome(server, token).await.expect("it is not let in");
+    assert_eq!(code, 4401, "{reason}");
+    reason
 }
 
 #[tokio::test]
@@ -147,9 +154,106 @@ async fn a_key_set_is_fetched_once_and_again_for_a_new_key() {
         published(&[one, ("second", Algorithm::RS256, &second.private)]),
     );
     Client::connect(&server.url, &rotated).await;
-    // The issuer is out of reach: what is known serves on.
+    // The issuer is out of reach: what is known serves on, and what is not known may be good.
     site.put("jwks.json", "text/plain", "out of order");
     Client::connect(&server.url, &sign(Algorithm::RS256, Some("second"), &second.private)).await;
-    refusal(&server, &sign(Algorithm::RS256, Some("third"), &second.private)).await;
+    let third = sign(Algorithm::RS256, Some("third"), &second.private);
+    assert_eq!(outcome(&server, &third).await.unwrap().0, 1013);
     Client::connect(&server.url, &sign(Algorithm::ES256, Some("first"), &first.private)).await;
+}
+
+/// A site that publishes one key, and a server that looks there whenever it needs to.
+struct Issuer {
+    site: Site,
+    keys: KeyFolder,
+    server: Server,
+    token: String,
+}
+
+impl Issuer {
+    async fn start(settings: &[&str]) -> Self {
+        let (site, keys) = (Site::start().await, KeyFolder::new());
+        let key = keys.make("first", Algorithm::EdDSA);
+        let set = published(&[("first", Algorithm::EdDSA, &key.private)]);
+        site.put("jwks.json", "application/json", set);
+        let url = format!("auth.jwks_url={}/jwks.json", site.url);
+        let common = [&*url, "auth.jwks_min_refresh_ms=0", "auth.jwks_max_age_ms=1000"];
+        let server = start(&[&common, settings].concat());
+        let token = sign(Algorithm::EdDSA, Some("first"), &key.private);
+        Client::connect(&server.url, &token).await;
+        Self { site, keys, server, token }
+    }
+
+    /// The code with which the token that was good is refused, once it is.
+    async fn refused(&self) -> u16 {
+        loop {
+            if let Some((code, _)) = outcome(&self.server, &self.token).await {
+                return code;
+            }
+        }
+    }
+}
+
+#[tokio::test]
+async fn a_key_that_is_withdrawn_takes_its_tokens_along() {
+    let issuer = Issuer::start(&[]).await;
+    let second = issuer.keys.make("second", Algorithm::ES256);
+    let rest = published(&[("second", Algorithm::ES256, &second.private)]);
+    // The last one, too: a set that is well-formed counts.
+    for set in [rest, json!({"keys": []}).to_string()] {
+        issuer.site.put("jwks.json", "application/json", set);
+        assert_eq!(issuer.refused().await, 4401);
+    }
+    assert_eq!(issuer.refused().await, 4401);
+}
+
+#[tokio::test]
+async fn keys_that_cannot_be_fetched_count_on_for_a_bounded_time() {
+    let tries: [fn(&Site); 5] = [
+        |site| site.put("jwks.json", "text/plain", "out of order"),
+        |site| site.put("jwks.json", "application/json", "{}"),
+        |site| site.put("jwks.json", "application/json", r#"{"keys": {}}"#),
+        |site| site.redirect("jwks.json", "elsewhere.json"),
+        |site| site.hang("jwks.json"),
+    ];
+    let issuer = Issuer::start(&[]).await;
+    issuer.site.put("elsewhere.json", "application/json", r#"{"keys": []}"#);
+    for change in tries {
+        change(&issuer.site);
+        while issuer.site.served("jwks.json") == 0 {
+            Client::connect(&issuer.server.url, &issuer.token).await;
+        }
+    }
+    assert_eq!(issuer.site.served("elsewhere.json"), 0, "it follows no redirect");
+    let brief = Issuer::start(&["auth.jwks_max_outage_ms=0"]).await;
+    brief.site.put("jwks.json", "text/plain", "out of order");
+    assert_eq!(brief.refused().await, 1013, "the token may be good");
+}
+
+#[tokio::test]
+async fn a_malformed_key_of_a_set_spoils_no_other() {
+    let issuer = Issuer::start(&[]).await;
+    let second = issuer.keys.make("second", Algorithm::ES256);
+    let good = published(&[("second", Algorithm::ES256, &second.private)]);
+    let mut set: Value = serde_json::from_str(&good).unwrap();
+    let keys = set["keys"].as_array_mut().unwrap();
+    for bad in [
+        json!({"kty": "OKP", "crv": "Ed25519", "x": "AA", "kid": "short"}),
+        json!({"kty": "OKP", "crv": "Ed25519", "x": "", "kid": "empty"}),
+        json!({"kty": "EC", "crv": "P-256", "x": "AA", "y": "AA", "kid": "point"}),
+        json!({"kty": "RSA", "n": "AA", "e": "AQAB", "kid": "small"}),
+        json!({"kty": "OKP", "crv": "Ed25519", "x": "AA", "kid": 5}),
+        json!("key"),
+    ] {
+        keys.insert(0, bad);
+    }
+    issuer.site.put("jwks.json", "application/json", set.to_string());
+    let token = |id| sign(Algorithm::ES256, Some(id), &second.private);
+    while outcome(&issuer.server, &token("second")).await.is_some() {}
+    for id in ["short", "empty", "point", "small"] {
+        let forged =
+            sign(Algorithm::EdDSA, Some(id), &issuer.keys.make(id, Algorithm::EdDSA).private);
+        assert_eq!(outcome(&issuer.server, &forged).await.unwrap().0, 4401);
+        assert_eq!(outcome(&issuer.server, &token(id)).await.unwrap().0, 4401);
+    }
 }

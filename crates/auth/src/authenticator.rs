@@ -1,21 +1,19 @@
 //! Verifies tokens.
 
-use std::{sync::Arc, time::Duration};
+use std::{borrow::Cow, sync::Arc};
 
 use http::HeaderValue;
 use jsonwebtoken::{Validation, errors::ErrorKind};
 use quick_cache::sync::Cache;
-use serde::Deserialize;
 use streamer_core::{Clock, Timestamp};
-use tokio::time::Instant;
 
-use crate::{Caller, JwksSource, Principal, VerificationKey};
+use crate::{
+    Caller, JwksSource, Principal, VerificationKey,
+    claims::{Accepted, Claims, TokenRules},
+};
 
 /// Verified tokens kept at most.
 const CACHED_TOKENS: usize = 16_384;
-/// Larger tokens are refused unread.
-const MAX_TOKEN_BYTES: usize = 8 * 1024;
-const MAX_NAME_CHARS: usize = 128;
 
 /// Why a caller is not let in.
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
@@ -42,52 +40,13 @@ pub enum AuthError {
     #[error("claim {claim} {rule}")]
     Claim {
         /// Which.
-        claim: &'static str,
+        claim: Cow<'static, str>,
         /// The rule that it breaks.
         rule: String,
     },
     /// The keys cannot be had at the moment.
     #[error("the signing keys cannot be fetched now: {0}")]
     KeysUnavailable(String),
-}
-
-/// What a token must say.
-#[derive(Clone, Debug)]
-pub struct TokenRules {
-    /// Claim `iss` must be one of these.
-    pub issuers: Vec<String>,
-    /// Claim `aud` must name one of these.
-    pub audiences: Vec<String>,
-    /// How far clocks may differ.
-    pub leeway: Duration,
-}
-
-#[derive(Deserialize)]
-struct Claims {
-    iss: Option<String>,
-    aud: Option<OneOrMany>,
-    sub: Option<String>,
-    tenant_id: Option<String>,
-    #[serde(default)]
-    permissions: Vec<String>,
-    exp: Option<f64>,
-    nbf: Option<f64>,
-}
-
-#[derive(Deserialize)]
-#[serde(untagged)]
-enum OneOrMany {
-    One(String),
-    Many(Vec<String>),
-}
-
-impl OneOrMany {
-    fn has_any(&self, wanted: &[String]) -> bool {
-        match self {
-            Self::One(one) => wanted.contains(one),
-            Self::Many(many) => many.iter().any(|one| wanted.contains(one)),
-        }
-    }
 }
 
 /// Verifies tokens against the configured keys.
@@ -104,8 +63,15 @@ struct Verified {
     /// One copy for everybody who carries this token.
     authorization: HeaderValue,
     valid_from: Timestamp,
-    /// Tokens are verified anew when the keys may have changed.
-    verified_at: Instant,
+    /// [`KeySet::digest`](crate::jwks::KeySet) of the set whose key signed it; `None` for a configured
+    /// key. With other keys it is verified anew.
+    key_set: Option<u64>,
+}
+
+/// The claims of a token with a good signature.
+struct Verification {
+    claims: Claims,
+    key_set: Option<u64>,
 }
 
 impl Verified {
@@ -140,8 +106,15 @@ impl Authenticator {
         if let Some(known) = self.cached(token) {
             return known;
         }
-        let claims = self.verify(token).await?;
-        let verified = Arc::new(self.check(claims, token)?);
+        if let Some(jwks) = &self.jwks {
+            // The keys at hand may only have been old.
+            drop(jwks.current().await);
+            if let Some(known) = self.cached(token) {
+                return known;
+            }
+        }
+        let verification = self.verify(token).await?;
+        let verified = Arc::new(self.check(verification, token)?);
         self.in_force(&verified)?;
         let caller = verified.caller();
         self.verified.insert(token.to_owned(), verified);
@@ -153,64 +126,56 @@ impl Authenticator {
     #[must_use]
     pub fn cached(&self, token: &str) -> Option<Result<Caller, AuthError>> {
         let verified = self.verified.get(token)?;
-        let max_age = self.jwks.as_ref().map(JwksSource::max_age);
-        if max_age.is_some_and(|max_age| verified.verified_at.elapsed() >= max_age) {
+        if let (Some(key_set), Some(jwks)) = (verified.key_set, &self.jwks)
+            && jwks.digest() != Some(key_set)
+        {
             return None;
         }
         Some(self.in_force(&verified).map(|()| verified.caller()))
     }
 
-    async fn verify(&self, token: &str) -> Result<Claims, AuthError> {
-        if token.len() > MAX_TOKEN_BYTES {
-            return Err(AuthError::Malformed(format!("it is over {MAX_TOKEN_BYTES} bytes")));
+    async fn verify(&self, token: &str) -> Result<Verification, AuthError> {
+        let max = self.rules.max_token_bytes;
+        if token.len() > max {
+            return Err(AuthError::Malformed(format!("it is over {max} bytes")));
         }
         let header = jsonwebtoken::decode_header(token).map_err(|error| match error.kind() {
             // `none` and everything else that jsonwebtoken does not know.
             ErrorKind::Json(_) | ErrorKind::InvalidAlgorithmName => AuthError::Algorithm,
             _ => AuthError::Malformed(error.to_string()),
         })?;
-        // The configured ones first: they do not depend on anybody being there.
-        let refusal = match verify_with(&self.keys, &header, token) {
-            Err(AuthError::Algorithm | AuthError::Signature) if self.jwks.is_some() => None,
-            outcome => Some(outcome),
-        };
-        match (refusal, &self.jwks) {
-            (Some(outcome), _) => outcome,
-            (None, Some(jwks)) => {
-                let keys = jwks.keys(header.kid.as_deref()).await;
-                verify_with(&keys.map_err(AuthError::KeysUnavailable)?, &header, token)
-            }
-            (None, None) => Err(AuthError::Algorithm),
+        if header.crit.is_some() {
+            // RFC 7515 section 4.1.11: whoever does not understand an extension must refuse.
+            let reason = "header crit names extensions, none of which is supported";
+            return Err(AuthError::Malformed(reason.into()));
         }
+        // The configured ones first: they do not depend on anybody being there.
+        match verify_with(&self.keys, &header, token) {
+            Ok(claims) => return Ok(Verification { claims, key_set: None }),
+            Err(AuthError::Algorithm | AuthError::Signature) if self.jwks.is_some() => {}
+            Err(refusal) => return Err(refusal),
+        }
+        let Some(jwks) = &self.jwks else { return Err(AuthError::Algorithm) };
+        let mut set = jwks.current().await.map_err(AuthError::KeysUnavailable)?;
+        let mut outcome = verify_with(&set.keys, &header, token);
+        if let (Err(AuthError::Algorithm | AuthError::Signature), Some(id)) =
+            (&outcome, &header.kid)
+            && !set.has(id)
+            && let Some(newer) = jwks.newer(id).await.map_err(AuthError::KeysUnavailable)?
+        {
+            set = newer;
+            outcome = verify_with(&set.keys, &header, token);
+        }
+        outcome.map(|claims| Verification { claims, key_set: Some(set.digest) })
     }
 
-    fn check(&self, claims: Claims, token: &str) -> Result<Verified, AuthError> {
-        let broken = |claim, rule: &str| AuthError::Claim { claim, rule: rule.to_owned() };
-        match &claims.iss {
-            Some(issuer) if self.rules.issuers.contains(issuer) => {}
-            Some(_) => return Err(broken("iss", "is not an accepted issuer")),
-            None => return Err(broken("iss", "is required")),
-        }
-        match &claims.aud {
-            Some(audience) if audience.has_any(&self.rules.audiences) => {}
-            Some(_) => return Err(broken("aud", "does not name this service")),
-            None => return Err(broken("aud", "is required")),
-        }
-        let expires_at = seconds(claims.exp.ok_or_else(|| broken("exp", "is required"))?);
+    fn check(&self, verification: Verification, token: &str) -> Result<Verified, AuthError> {
+        let Verification { claims, key_set } = verification;
+        let Accepted { principal, valid_from } = claims.check(&self.rules, self.clock.now())?;
         let mut authorization = HeaderValue::try_from(format!("Bearer {token}"))
             .map_err(|error| AuthError::Malformed(error.to_string()))?;
         authorization.set_sensitive(true);
-        Ok(Verified {
-            authorization,
-            principal: Arc::new(Principal {
-                tenant: name("tenant_id", claims.tenant_id)?,
-                user: name("sub", claims.sub)?,
-                permissions: claims.permissions,
-                expires_at,
-            }),
-            valid_from: claims.nbf.map_or(Timestamp::from_millis(i64::MIN), seconds),
-            verified_at: Instant::now(),
-        })
+        Ok(Verified { authorization, principal: Arc::new(principal), valid_from, key_set })
     }
 
     fn in_force(&self, verified: &Verified) -> Result<(), AuthError> {
@@ -255,24 +220,4 @@ fn verify_with(
         }
     }
     Err(if right_algorithm { AuthError::Signature } else { AuthError::Algorithm })
-}
-
-fn name(claim: &'static str, value: Option<String>) -> Result<String, AuthError> {
-    let broken = |rule: String| AuthError::Claim { claim, rule };
-    let value = value.ok_or_else(|| broken("is required".into()))?;
-    let length = value.chars().count();
-    if length == 0 || length > MAX_NAME_CHARS {
-        return Err(broken(format!("must have 1 to {MAX_NAME_CHARS} characters, has {length}")));
-    }
-    if value.chars().any(char::is_control) {
-        return Err(broken("must not have control characters".into()));
-    }
-    Ok(value)
-}
-
-/// NumericDate of RFC 7519: seconds since the Unix epoch, possibly with a fraction.
-fn seconds(numeric_date: f64) -> Timestamp {
-    // `as` saturates, which is what a date beyond the calendar shall do.
-    #[expect(clippy::cast_possible_truncation, reason = "saturates")]
-    Timestamp::from_millis((numeric_date * 1000.0) as i64)
 }

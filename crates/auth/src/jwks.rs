@@ -1,6 +1,10 @@
-//! Keys from a JWKS URL, with rotation.
+//! Keys from a JWKS URL, with rotation and withdrawal.
 
-use std::{sync::Arc, time::Duration};
+use std::{
+    hash::{BuildHasher, RandomState},
+    sync::Arc,
+    time::Duration,
+};
 
 use bytes::Bytes;
 use http::Uri;
@@ -10,26 +14,32 @@ use hyper_util::{
     client::legacy::{Client, connect::HttpConnector},
     rt::TokioExecutor,
 };
-use jsonwebtoken::{
-    Algorithm, DecodingKey,
-    jwk::{JwkSet, KeyAlgorithm, PublicKeyUse},
-};
 use parking_lot::RwLock;
+use quick_cache::sync::Cache;
+use serde_json::Value;
 use streamer_core::is_loopback_host;
 use tokio::{sync::Mutex, time::Instant};
 
-use crate::{KeyError, VerificationKey};
+use crate::{KeyError, VerificationKey, jwk::verification_key};
 
 const TIMEOUT: Duration = Duration::from_secs(5);
 const MAX_BYTES: usize = 1024 * 1024;
+/// Keys of one set at most: each token may be tried with several.
+const MAX_KEYS: usize = 256;
+/// Unknown key ids that are remembered at most.
+const MAX_UNKNOWN: usize = 1024;
+/// After so many intervals an unknown key id counts as one that comes first: its key may be published.
+const UNKNOWN_FOR: u32 = 6;
 
 /// When keys are fetched again.
 #[derive(Clone, Copy, Debug)]
 pub struct JwksRefresh {
     /// Keys older than this are fetched anew on use, so that withdrawn ones go.
     pub max_age: Duration,
-    /// A token with an unknown key id makes us look again, but not more often than this.
+    /// They are not fetched more often than this, also when a token names an unknown key id.
     pub min_interval: Duration,
+    /// How long keys count beyond their age while no others can be fetched.
+    pub max_outage: Duration,
 }
 
 /// Fetches and keeps the keys of one JWKS URL.
@@ -37,17 +47,45 @@ pub struct JwksSource {
     url: Uri,
     refresh: JwksRefresh,
     client: Client<HttpsConnector<HttpConnector>, Empty<Bytes>>,
-    keys: RwLock<Fetched>,
+    held: RwLock<Held>,
     fetching: Mutex<()>,
+    /// When a token came first that names a key which the set did not have, by the hash of the key id.
+    unknown: Cache<u64, Instant>,
+    hasher: RandomState,
 }
 
 #[derive(Clone, Default)]
-struct Fetched {
-    keys: Arc<Vec<VerificationKey>>,
+struct Held {
+    set: Arc<KeySet>,
+    /// When the set was asked for that is held.
+    fetched_at: Option<Instant>,
     tried_at: Option<Instant>,
     /// Why the last try failed.
     failure: Option<String>,
-    got_at: Option<Instant>,
+}
+
+/// The keys that were published at one time.
+#[derive(Default)]
+pub(crate) struct KeySet {
+    pub(crate) keys: Vec<VerificationKey>,
+    /// Sets with the same keys have the same.
+    pub(crate) digest: u64,
+}
+
+impl KeySet {
+    pub(crate) fn has(&self, id: &str) -> bool {
+        self.keys.iter().any(|key| key.id.as_deref() == Some(id))
+    }
+}
+
+/// What to do for somebody who needs keys.
+enum Usable {
+    /// These are current, or the best there is.
+    Set(Arc<KeySet>),
+    /// There are none, and it was tried just now.
+    None(String),
+    /// They have to be fetched.
+    Stale,
 }
 
 impl JwksSource {
@@ -83,81 +121,132 @@ impl JwksSource {
             url: parsed,
             refresh,
             client: Client::builder(TokioExecutor::new()).build(connector),
-            keys: RwLock::default(),
+            held: RwLock::default(),
             fetching: Mutex::default(),
+            unknown: Cache::new(MAX_UNKNOWN),
+            hasher: RandomState::new(),
         })
     }
 
-    /// The keys as of now; fetched when `wanted` is not among them, or when they are old.
+    /// The keys as of now, fetched when those at hand are old.
     ///
     /// # Errors
-    /// When they are needed and cannot be had.
-    pub(crate) async fn keys(
-        &self,
-        wanted: Option<&str>,
-    ) -> Result<Arc<Vec<VerificationKey>>, String> {
-        if let Some(keys) = self.fresh(wanted) {
-            return Ok(keys);
+    /// When there are none, or only such as are too old.
+    pub(crate) async fn current(&self) -> Result<Arc<KeySet>, String> {
+        match self.usable() {
+            Usable::Set(set) => return Ok(set),
+            Usable::None(reason) => return Err(reason),
+            Usable::Stale => {}
         }
         let _one_at_a_time = self.fetching.lock().await;
-        if let Some(keys) = self.fresh(wanted) {
-            return Ok(keys);
+        match self.usable() {
+            Usable::Set(set) => Ok(set),
+            Usable::None(reason) => Err(reason),
+            Usable::Stale => self.fetch_into_place().await,
         }
-        if let Some(reason) = self.failed_lately() {
-            return Err(reason);
+    }
+
+    /// The digest of the keys at hand, if they can be used without a fetch.
+    pub(crate) fn digest(&self) -> Option<u64> {
+        match self.usable() {
+            Usable::Set(set) => Some(set.digest),
+            Usable::None(_) | Usable::Stale => None,
         }
+    }
+
+    /// A set that was asked for after a token with this unknown key id came first; `None` if the one at
+    /// hand is such a set, and so its issuer does not have the key.
+    ///
+    /// # Errors
+    /// When none can be had now: the key may be a new one, and the token good.
+    pub(crate) async fn newer(&self, id: &str) -> Result<Option<Arc<KeySet>>, String> {
+        let key = self.hasher.hash_one(id);
+        let came_at = match self.unknown.get(&key) {
+            Some(came_at) if came_at.elapsed() < self.refresh.min_interval * UNKNOWN_FOR => came_at,
+            _ => {
+                let now = Instant::now();
+                self.unknown.insert(key, now);
+                now
+            }
+        };
+        if self.is_fetched_after(came_at) {
+            return Ok(None);
+        }
+        let _one_at_a_time = self.fetching.lock().await;
+        if self.is_fetched_after(came_at) {
+            return Ok(Some(self.held.read().set.clone()));
+        }
+        if self.tried_lately(&self.held.read()) {
+            return Err("the key of the token is not known yet; try again".into());
+        }
+        let set = self.fetch_into_place().await?;
+        if self.is_fetched_after(came_at) {
+            Ok(Some(set))
+        } else {
+            Err("the key of the token is not known, and the keys cannot be fetched".into())
+        }
+    }
+
+    fn usable(&self) -> Usable {
+        let held = self.held.read();
+        let age = held.fetched_at.map(|at| at.elapsed());
+        if age.is_some_and(|age| age < self.refresh.max_age) {
+            return Usable::Set(held.set.clone());
+        }
+        if !self.tried_lately(&held) {
+            return Usable::Stale;
+        }
+        self.best(&held)
+    }
+
+    /// What there is while no keys can be fetched.
+    fn best(&self, held: &Held) -> Usable {
+        let limit = self.refresh.max_age.saturating_add(self.refresh.max_outage);
+        if held.fetched_at.is_some_and(|at| at.elapsed() < limit) {
+            return Usable::Set(held.set.clone());
+        }
+        Usable::None(held.failure.clone().unwrap_or_else(|| "there are no keys yet".into()))
+    }
+
+    fn tried_lately(&self, held: &Held) -> bool {
+        held.tried_at.is_some_and(|at| at.elapsed() < self.refresh.min_interval)
+    }
+
+    fn is_fetched_after(&self, time: Instant) -> bool {
+        self.held.read().fetched_at.is_some_and(|at| at > time)
+    }
+
+    /// Fetches the keys; those at hand stay when that fails.
+    async fn fetch_into_place(&self) -> Result<Arc<KeySet>, String> {
+        let began = Instant::now();
         let fetched = tokio::time::timeout(TIMEOUT, self.fetch())
             .await
             .unwrap_or_else(|_| Err(format!("no answer within {} s", TIMEOUT.as_secs())));
-        let now = Instant::now();
-        let mut held = self.keys.write();
-        held.tried_at = Some(now);
+        let mut held = self.held.write();
+        held.tried_at = Some(Instant::now());
         match fetched {
-            Ok(keys) => {
-                held.keys = Arc::new(keys);
-                held.got_at = Some(now);
+            Ok(set) => {
+                held.set = Arc::new(set);
+                held.fetched_at = Some(began);
                 held.failure = None;
-                Ok(held.keys.clone())
-            }
-            // Old keys serve on while the issuer is out of reach.
-            Err(reason) if held.got_at.is_some() => {
-                tracing::warn!(url = %self.url, reason, "could not refresh the signing keys");
-                Ok(held.keys.clone())
+                Ok(held.set.clone())
             }
             Err(reason) => {
-                held.failure = Some(reason.clone());
-                Err(reason)
+                tracing::warn!(url = %self.url, reason, "could not fetch the signing keys");
+                held.failure = Some(reason);
+                match self.best(&held) {
+                    Usable::Set(set) => Ok(set),
+                    Usable::None(reason) => Err(reason),
+                    Usable::Stale => Err("there are no keys yet".into()),
+                }
             }
         }
     }
 
-    /// How long keys count as current.
-    pub(crate) fn max_age(&self) -> Duration {
-        self.refresh.max_age
-    }
-
-    /// Why there are no keys at all, when that was found out just now.
-    fn failed_lately(&self) -> Option<String> {
-        let held = self.keys.read();
-        let lately = held.tried_at.is_some_and(|at| at.elapsed() < self.refresh.min_interval);
-        held.failure.clone().filter(|_| lately)
-    }
-
-    fn fresh(&self, wanted: Option<&str>) -> Option<Arc<Vec<VerificationKey>>> {
-        let held = self.keys.read().clone();
-        let tried_lately = held.tried_at.is_some_and(|at| at.elapsed() < self.refresh.min_interval);
-        let young = held.got_at.is_some_and(|at| at.elapsed() < self.refresh.max_age);
-        let known = match wanted {
-            Some(id) => held.keys.iter().any(|key| key.id.as_deref() == Some(id)),
-            None => true,
-        };
-        let usable = held.got_at.is_some() && ((young && known) || tried_lately);
-        usable.then_some(held.keys)
-    }
-
-    async fn fetch(&self) -> Result<Vec<VerificationKey>, String> {
+    async fn fetch(&self) -> Result<KeySet, String> {
         let response =
             self.client.get(self.url.clone()).await.map_err(|error| error.to_string())?;
+        // Redirects among them: the operator configured this URL and no other.
         if !response.status().is_success() {
             return Err(format!("status {}", response.status()));
         }
@@ -166,33 +255,27 @@ impl JwksSource {
             .await
             .map_err(|error| error.to_string())?
             .to_bytes();
-        let set: JwkSet = serde_json::from_slice(&body).map_err(|error| error.to_string())?;
-        let keys: Vec<_> = set.keys.iter().filter_map(verification_key).collect();
+        let set: Value = serde_json::from_slice(&body).map_err(|error| error.to_string())?;
+        let Some(Value::Array(jwks)) = set.get("keys") else {
+            return Err("it is no JSON Web Key Set: keys is not an array".into());
+        };
+        if jwks.len() > MAX_KEYS {
+            return Err(format!("it has {} keys, more than {MAX_KEYS}", jwks.len()));
+        }
+        let mut keys = Vec::with_capacity(jwks.len());
+        for jwk in jwks {
+            match verification_key(jwk) {
+                Ok(key) => keys.push(key),
+                Err(reason) => {
+                    let id = jwk.get("kid").map(ToString::to_string).unwrap_or_default();
+                    tracing::debug!(url = %self.url, id, reason, "a key of the set is not used");
+                }
+            }
+        }
         if keys.is_empty() {
-            return Err("it holds no RS256, ES256 or EdDSA key".into());
+            // What was published counts, also when it is nothing.
+            tracing::warn!(url = %self.url, "the key set has no RS256, ES256 or EdDSA key");
         }
-        Ok(keys)
+        Ok(KeySet { keys, digest: self.hasher.hash_one(&body) })
     }
-}
-
-/// Symmetric keys and algorithms beyond ours are passed over.
-fn verification_key(jwk: &jsonwebtoken::jwk::Jwk) -> Option<VerificationKey> {
-    use jsonwebtoken::jwk::{AlgorithmParameters, EllipticCurve};
-    let algorithm = match (jwk.common.key_algorithm, &jwk.algorithm) {
-        (Some(KeyAlgorithm::RS256) | None, AlgorithmParameters::RSA(_)) => Algorithm::RS256,
-        (Some(KeyAlgorithm::ES256) | None, AlgorithmParameters::EllipticCurve(parameters))
-            if parameters.curve == EllipticCurve::P256 =>
-        {
-            Algorithm::ES256
-        }
-        (Some(KeyAlgorithm::EdDSA) | None, AlgorithmParameters::OctetKeyPair(_)) => {
-            Algorithm::EdDSA
-        }
-        _ => return None,
-    };
-    if jwk.common.public_key_use.as_ref().is_some_and(|of| *of != PublicKeyUse::Signature) {
-        return None;
-    }
-    let key = DecodingKey::from_jwk(jwk).ok()?;
-    Some(VerificationKey { id: jwk.common.key_id.clone(), algorithm, key })
 }

@@ -69,6 +69,10 @@ impl VerificationKey {
             "EdDSA" => (Algorithm::EdDSA, DecodingKey::from_ed_pem(bytes)),
             "HS256" => {
                 let secret = bytes.trim_ascii_end();
+                if secret.trim_ascii_start().starts_with(b"-----BEGIN") {
+                    // With a public key as the secret, everybody could sign.
+                    return Err(malformed("it holds a PEM key; name the key's algorithm".into()));
+                }
                 if secret.len() < 32 {
                     // RFC 7518 section 3.2: a key of the size of the hash or larger.
                     return Err(malformed("the secret must have at least 32 bytes".into()));
@@ -79,5 +83,17 @@ impl VerificationKey {
         };
         let key = key.map_err(|error| malformed(error.to_string()))?;
         Ok(Self { id: None, algorithm: parsed, key })
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_public_key_is_no_shared_secret() {
+        let pem = "\n-----BEGIN PUBLIC KEY-----\nMCowBQYDK2VwAyEA\n-----END PUBLIC KEY-----\n";
+        let refused = VerificationKey::from_bytes("HS256", pem.as_bytes(), "file").err().unwrap();
+        assert!(refused.to_string().contains("PEM"), "{refused}");
     }
 }

@@ -6,14 +6,17 @@
 //! cached, bounded, until the token expires. No token is ever logged.
 
 mod authenticator;
+mod claims;
 mod dev_key;
+mod jwk;
 mod jwks;
 mod keys;
 mod layer;
 mod principal;
 mod private_file;
 
-pub use authenticator::{AuthError, Authenticator, TokenRules};
+pub use authenticator::{AuthError, Authenticator};
+pub use claims::TokenRules;
 pub use dev_key::{DEV_AUDIENCE, DEV_ISSUER, DevKey, DevKeyError, NewToken};
 pub use jwks::{JwksRefresh, JwksSource};
 pub use keys::{KeyError, VerificationKey};

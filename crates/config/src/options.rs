@@ -174,11 +174,23 @@ options! {
         /// A token with an unknown key id makes us fetch again, but not more often than this, in
         /// milliseconds.
         jwks_min_refresh_ms: u64 = 10_000, in 0..=3_600_000;
+        /// How long fetched keys count beyond jwks_max_age_ms while jwks_url cannot be fetched, in
+        /// milliseconds.
+        jwks_max_outage_ms: u64 = 3_600_000, in 0..=604_800_000;
         /// Accepted values of claim iss. Needed with keys or jwks_url.
         issuers: Vec<String> = Vec::new();
         /// Accepted values of claim aud. Needed with keys or jwks_url.
         audiences: Vec<String> = Vec::new();
-        /// How far clocks may differ when exp and nbf are checked, in milliseconds.
+        /// Tenants that may call; empty means all.
+        tenants: Vec<String> = Vec::new();
+        /// Which claim names the tenant; a.b is claim b in claim a, unless there is a claim a.b.
+        tenant_claim: String = String::from("tenant_id");
+        /// Which claim lists the permissions, as an array, or as one text with spaces between them
+        /// (scope).
+        permissions_claim: String = String::from("permissions");
+        /// Largest token, in bytes.
+        max_token_bytes: u64 = 8_192, in 512..=12_288;
+        /// How far clocks may differ when exp, nbf and iat are checked, in milliseconds.
         leeway_ms: u64 = 5_000, in 0..=300_000;
         /// Accept the development key on an address that others can reach. Anybody who can read the
         /// data folder can then be anybody.

@@ -314,7 +314,10 @@ fn authenticator(
         let rules = TokenRules {
             issuers: vec![DEV_ISSUER.to_owned()],
             audiences: vec![DEV_AUDIENCE.to_owned()],
+            tenants: auth.tenants.clone(),
             leeway,
+            max_token_bytes: size(auth.max_token_bytes),
+            ..TokenRules::default()
         };
         let authenticator = Authenticator::new(vec![key], None, rules, clock);
         return Ok((Arc::new(authenticator), Some(dev_key)));
@@ -331,12 +334,20 @@ fn authenticator(
             let refresh = JwksRefresh {
                 max_age: Duration::from_millis(auth.jwks_max_age_ms),
                 min_interval: Duration::from_millis(auth.jwks_min_refresh_ms),
+                max_outage: Duration::from_millis(auth.jwks_max_outage_ms),
             };
             Some(JwksSource::new(url, refresh).map_err(StartError::Key)?)
         }
     };
-    let rules =
-        TokenRules { issuers: auth.issuers.clone(), audiences: auth.audiences.clone(), leeway };
+    let rules = TokenRules {
+        issuers: auth.issuers.clone(),
+        audiences: auth.audiences.clone(),
+        tenants: auth.tenants.clone(),
+        tenant_claim: auth.tenant_claim.clone(),
+        permissions_claim: auth.permissions_claim.clone(),
+        leeway,
+        max_token_bytes: size(auth.max_token_bytes),
+    };
     Ok((Arc::new(Authenticator::new(keys, jwks, rules, clock)), None))
 }
 

@@ -1,0 +1,289 @@
+//! What a token says, checked rule by rule.
+
+use std::{borrow::Cow, fmt, time::Duration};
+
+use serde::{
+    Deserialize, Deserializer,
+    de::{Error, MapAccess, Visitor},
+};
+use serde_json::{Map, Value};
+use streamer_core::Timestamp;
+
+use crate::{AuthError, Principal};
+
+const MAX_NAME_CHARS: usize = 128;
+/// What permissions say for every tenant (`worker:report@*`); no tenant can be called so.
+const EVERY_TENANT: &str = "*";
+
+/// What a token must say.
+#[derive(Clone, Debug)]
+pub struct TokenRules {
+    /// Claim `iss` must be one of these.
+    pub issuers: Vec<String>,
+    /// Claim `aud` must name one of these.
+    pub audiences: Vec<String>,
+    /// Tenants that may call; empty for all.
+    pub tenants: Vec<String>,
+    /// Which claim names the tenant.
+    pub tenant_claim: String,
+    /// Which claim lists the permissions: an array of texts, or one text with spaces between them.
+    pub permissions_claim: String,
+    /// How far clocks may differ.
+    pub leeway: Duration,
+    /// Larger tokens are refused unread.
+    pub max_token_bytes: usize,
+}
+
+impl Default for TokenRules {
+    /// Accepts no issuer.
+    fn default() -> Self {
+        Self {
+            issuers: Vec::new(),
+            audiences: Vec::new(),
+            tenants: Vec::new(),
+            tenant_claim: "tenant_id".into(),
+            permissions_claim: "permissions".into(),
+            leeway: Duration::ZERO,
+            max_token_bytes: 8192,
+        }
+    }
+}
+
+/// What a token says. A claim that stands in it twice is refused: two readers could take different ones.
+pub(crate) struct Claims(Map<String, Value>);
+
+/// What follows from accepted claims.
+#[derive(Debug)]
+pub(crate) struct Accepted {
+    pub(crate) principal: Principal,
+    pub(crate) valid_from: Timestamp,
+}
+
+impl<'de> Deserialize<'de> for Claims {
+    fn deserialize<D: Deserializer<'de>>(deserializer: D) -> Result<Self, D::Error> {
+        struct Unique;
+
+        impl<'de> Visitor<'de> for Unique {
+            type Value = Claims;
+
+            fn expecting(&self, formatter: &mut fmt::Formatter<'_>) -> fmt::Result {
+                formatter.write_str("a JSON object of claims")
+            }
+
+            fn visit_map<A: MapAccess<'de>>(self, mut map: A) -> Result<Claims, A::Error> {
+                let mut claims = Map::new();
+                while let Some((name, value)) = map.next_entry::<String, Value>()? {
+                    if claims.contains_key(&name) {
+                        return Err(A::Error::custom(format!("claim {name:?} stands in it twice")));
+                    }
+                    claims.insert(name, value);
+                }
+                Ok(Claims(claims))
+            }
+        }
+
+        deserializer.deserialize_map(Unique)
+    }
+}
+
+fn broken(claim: impl Into<Cow<'static, str>>, rule: impl Into<String>) -> AuthError {
+    AuthError::Claim { claim: claim.into(), rule: rule.into() }
+}
+
+impl Claims {
+    /// Checks everything but the times at which they count.
+    pub(crate) fn check(&self, rules: &TokenRules, now: Timestamp) -> Result<Accepted, AuthError> {
+        let issuer = self.text("iss")?.ok_or_else(|| broken("iss", "is required"))?;
+        if !rules.issuers.iter().any(|accepted| accepted == issuer) {
+            return Err(broken("iss", "is not an accepted issuer"));
+        }
+        self.check_audience(&rules.audiences)?;
+        let expires_at = self.date("exp")?.ok_or_else(|| broken("exp", "is required"))?;
+        if self.date("iat")?.is_some_and(|issued_at| issued_at > now.plus(rules.leeway)) {
+            return Err(broken("iat", "is in the future"));
+        }
+        let tenant = self.name(&rules.tenant_claim)?;
+        if tenant == EVERY_TENANT {
+            let rule = "must not be `*`, which stands for every tenant in permissions";
+            return Err(broken(rules.tenant_claim.clone(), rule));
+        }
+        if !rules.tenants.is_empty() && !rules.tenants.contains(&tenant) {
+            return Err(broken(rules.tenant_claim.clone(), "is not a tenant that may call"));
+        }
+        Ok(Accepted {
+            principal: Principal {
+                tenant,
+                user: self.name("sub")?,
+                permissions: self.permissions(&rules.permissions_claim)?,
+                expires_at,
+            },
+            valid_from: self.date("nbf")?.unwrap_or(Timestamp::from_millis(i64::MIN)),
+        })
+    }
+
+    /// A claim, by its whole name; else the names between dots lead to it through objects.
+    fn get(&self, name: &str) -> Option<&Value> {
+        if let Some(value) = self.0.get(name) {
+            return Some(value);
+        }
+        let mut parts = name.split('.');
+        let first = self.0.get(parts.next()?)?;
+        parts.try_fold(first, |value, part| value.get(part))
+    }
+
+    fn text(&self, name: &str) -> Result<Option<&str>, AuthError> {
+        match self.get(name) {
+            None => Ok(None),
+            Some(Value::String(text)) => Ok(Some(text)),
+            Some(_) => Err(broken(name.to_owned(), "must be a text")),
+        }
+    }
+
+    /// NumericDate of RFC 7519: seconds since the Unix epoch, possibly with a fraction.
+    fn date(&self, name: &'static str) -> Result<Option<Timestamp>, AuthError> {
+        match self.0.get(name) {
+            None => Ok(None),
+            Some(Value::Number(seconds)) => Ok(seconds.as_f64().map(|seconds| {
+                // `as` saturates, which is what a date beyond the calendar shall do.
+                #[expect(clippy::cast_possible_truncation, reason = "saturates")]
+                let millis = (seconds * 1000.0) as i64;
+                Timestamp::from_millis(millis)
+            })),
+            Some(_) => Err(broken(name, "must be a number of seconds")),
+        }
+    }
+
+    fn check_audience(&self, accepted: &[String]) -> Result<(), AuthError> {
+        let is_accepted = |value: &Value| accepted.iter().any(|one| value.as_str() == Some(one));
+        let names_us = match self.0.get("aud") {
+            None => return Err(broken("aud", "is required")),
+            Some(Value::Array(many)) if many.iter().all(Value::is_string) => {
+                many.iter().any(is_accepted)
+            }
+            Some(one @ Value::String(_)) => is_accepted(one),
+            Some(_) => return Err(broken("aud", "must be a text, or an array of texts")),
+        };
+        if names_us { Ok(()) } else { Err(broken("aud", "does not name this service")) }
+    }
+
+    fn name(&self, claim: &str) -> Result<String, AuthError> {
+        let broken = |rule: String| broken(claim.to_owned(), rule);
+        let value = self.text(claim)?.ok_or_else(|| broken("is required".into()))?;
+        let length = value.chars().count();
+        if length == 0 || length > MAX_NAME_CHARS {
+            return Err(broken(format!(
+                "must have 1 to {MAX_NAME_CHARS} characters, has {length}"
+            )));
+        }
+        if value.chars().any(char::is_control) {
+            return Err(broken("must not have control characters".into()));
+        }
+        Ok(value.to_owned())
+    }
+
+    fn permissions(&self, claim: &str) -> Result<Vec<String>, AuthError> {
+        let list = match self.get(claim) {
+            None => return Ok(Vec::new()),
+            Some(Value::String(text)) => {
+                let names = text.split(' ').filter(|name| !name.is_empty());
+                return Ok(names.map(str::to_owned).collect());
+            }
+            Some(Value::Array(list)) => list,
+            Some(_) => return Err(broken(claim.to_owned(), PERMISSIONS_RULE)),
+        };
+        let name = |value: &Value| value.as_str().map(str::to_owned);
+        let names: Option<Vec<_>> = list.iter().map(name).collect();
+        names.ok_or_else(|| broken(claim.to_owned(), PERMISSIONS_RULE))
+    }
+}
+
+const PERMISSIONS_RULE: &str = "must be an array of texts, or a text with spaces between them";
+
+#[cfg(test)]
+mod tests {
+    use serde_json::json;
+
+    use super::*;
+
+    fn rules() -> TokenRules {
+        let (issuers, audiences) = (vec!["i".into()], vec!["a".into()]);
+        TokenRules { issuers, audiences, ..TokenRules::default() }
+    }
+
+    fn check(rules: &TokenRules, change: impl FnOnce(&mut Value)) -> Result<Accepted, AuthError> {
+        let mut claims = json!({"iss": "i", "aud": "a", "sub": "ann", "exp": 99});
+        claims["tenant_id"] = "acme".into();
+        change(&mut claims);
+        let claims: Claims = serde_json::from_value(claims).unwrap();
+        claims.check(rules, Timestamp::from_millis(10_000))
+    }
+
+    fn permissions(rules: &TokenRules, change: impl FnOnce(&mut Value)) -> Vec<String> {
+        check(rules, change).unwrap().principal.permissions
+    }
+
+    #[test]
+    fn the_claims_of_other_issuers_can_be_named() {
+        let named = |tenant: &str, permissions: &str| TokenRules {
+            tenant_claim: tenant.into(),
+            permissions_claim: permissions.into(),
+            ..rules()
+        };
+        let with_url = named("https://example.com/tenant", "scope");
+        let accepted = check(&with_url, |claims| {
+            claims["https://example.com/tenant"] = "globex".into();
+            claims["scope"] = "requests:read  worker:*".into();
+        });
+        let principal = accepted.unwrap().principal;
+        assert_eq!(principal.tenant, "globex");
+        assert_eq!(principal.permissions, ["requests:read", "worker:*"]);
+        let nested = named("organization.id", "realm_access.roles");
+        let accepted = check(&nested, |claims| {
+            claims["organization"] = json!({"id": "initech"});
+            claims["realm_access"] = json!({"roles": ["requests:write"]});
+        });
+        let principal = accepted.unwrap().principal;
+        assert_eq!((&*principal.tenant, &*principal.permissions[0]), ("initech", "requests:write"));
+        let missing = check(&nested, |_| {}).unwrap_err();
+        assert_eq!(missing.to_string(), "claim organization.id is required");
+    }
+
+    #[test]
+    fn permissions_are_what_the_claim_says_and_nothing_else() {
+        assert!(permissions(&rules(), |_| {}).is_empty());
+        let scope = permissions(&rules(), |claims| claims["scope"] = "*".into());
+        assert!(scope.is_empty(), "the claim is not the configured one");
+        for wrong in [json!(5), json!([1]), json!(null), json!({"a": "b"}), json!([["x"]])] {
+            let refused = check(&rules(), |claims| claims["permissions"] = wrong.clone());
+            assert!(matches!(refused, Err(AuthError::Claim { .. })), "{wrong}: {refused:?}");
+        }
+    }
+
+    #[test]
+    fn tenants_can_be_listed_and_none_is_a_wildcard() {
+        let listed = TokenRules { tenants: vec!["acme".into(), "*".into()], ..rules() };
+        assert!(check(&listed, |_| {}).is_ok());
+        for (rules, tenant) in [(&listed, "globex"), (&listed, "*"), (&rules(), "*")] {
+            let refused = check(rules, |claims| claims["tenant_id"] = tenant.into());
+            assert!(matches!(refused, Err(AuthError::Claim { .. })), "{tenant}: {refused:?}");
+        }
+    }
+
+    #[test]
+    fn a_token_is_not_from_the_future() {
+        assert!(check(&rules(), |claims| claims["iat"] = 10.into()).is_ok());
+        let refused = check(&rules(), |claims| claims["iat"] = json!(10.5)).unwrap_err();
+        assert_eq!(refused.to_string(), "claim iat is in the future");
+        let tolerant = TokenRules { leeway: Duration::from_secs(1), ..rules() };
+        assert!(check(&tolerant, |claims| claims["iat"] = json!(10.5)).is_ok());
+        assert!(check(&rules(), |claims| claims["iat"] = "10".into()).is_err());
+    }
+
+    #[test]
+    fn no_claim_stands_in_a_token_twice() {
+        let twice = r#"{"sub": "ann", "sub": "bob"}"#;
+        let refused = serde_json::from_str::<Claims>(twice).err().unwrap();
+        assert!(refused.to_string().contains("\"sub\" stands in it twice"), "{refused}");
+        assert!(serde_json::from_str::<Claims>("[]").is_err());
+    }
+}
