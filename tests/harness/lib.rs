@@ -33,4 +33,4 @@ pub use resharding::Resharding;
 pub use server::{Server, binary, checker, dynamodb_settings, refusal_to_start, tables, tool};
 pub use site::Site;
 pub use throttle::{Throttle, Throttling};
-pub use worker::{ScriptedWorker, WorkerProcess, declare, hello, offered, offered_at};
+pub use worker::{ScriptedWorker, WorkerProcess, declare, hello, hello_again, offered, offered_at};

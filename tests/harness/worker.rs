@@ -9,8 +9,9 @@ use streamer_client::Api;
 use streamer_proto::{
     common::v1::Action,
     processor::v1::{
-        Acknowledgment, Hello, Report, Task, Welcome, WorkRequest, WorkResponse, report::Kind,
-        work_request, work_response::Message, worker_service_client::WorkerServiceClient,
+        Acknowledgment, Attempt, Hello, Report, Task, Welcome, WorkRequest, WorkResponse,
+        report::Kind, work_request, work_response::Message,
+        worker_service_client::WorkerServiceClient,
     },
     router::v1::ListActionsRequest,
 };
@@ -156,6 +157,17 @@ pub fn hello(id: &str, slots: i32, actions: Vec<Action>) -> Hello {
 #[must_use]
 pub fn declare(name: &str) -> Action {
     Action { name: name.into(), ..Action::default() }
+}
+
+/// What a worker that said `first` says on a later stream, to go on with these tasks.
+#[must_use]
+pub fn hello_again(first: &Hello, welcome: &Welcome, tasks: &[&Task]) -> Hello {
+    let attempt = |task: &&Task| Attempt { uid: task.uid.clone(), attempt: task.attempt };
+    Hello {
+        attempts: tasks.iter().map(attempt).collect(),
+        session_secret: welcome.session_secret.clone(),
+        ..first.clone()
+    }
 }
 
 impl ScriptedWorker {

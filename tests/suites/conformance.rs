@@ -15,9 +15,10 @@ use streamer_proto::common::v1::{
     event::Kind, payload::Body,
 };
 use streamer_store::{
-    Adopt, Append, Appended, CancelOutcome, Claim, ClaimOutcome, Claimed, ConnectionRecord,
-    CreateOutcome, DeclaredAction, DeleteOutcome, DuePage, DueQuery, Engine, Lease, ListRequests,
-    NewRequest, Owner, Store, StoreError, StoredPayload, Writer, find_by_name, open,
+    Adopt, Append, Appended, AssignedWorker, CancelOutcome, Claim, ClaimOutcome, Claimed,
+    ConnectionRecord, CreateOutcome, DeclaredAction, DeleteOutcome, DuePage, DueQuery, Engine,
+    Lease, ListRequests, NewRequest, Owner, Store, StoreError, StoredPayload, Writer, find_by_name,
+    open,
 };
 use streamer_telemetry::Metrics;
 use streamer_tests::dynamodb::{Implementation, endpoint};
@@ -445,17 +446,17 @@ async fn an_attempt_is_adopted_with_its_worker_only() {
         let claimed = Claim {
             uid,
             holder: "p1".into(),
-            worker: Some("w1".into()),
+            worker: Some(AssignedWorker { identity: "w1".into(), display_name: "shown".into() }),
             now: at(2000),
             lease_until: at(3000),
         };
         let ClaimOutcome::Claimed(claimed) = store.claim(claimed).await.unwrap() else { panic!() };
         let Some(Kind::Started(started)) = &claimed.started.kind else { panic!() };
-        assert_eq!(started.worker, "w1");
+        assert_eq!(started.worker, "shown");
         let adopt = |worker: &str, attempt| Adopt {
             lease: Lease { uid, attempt },
             holder: "p2".into(),
-            worker: worker.into(),
+            worker_identity: worker.into(),
             now: at(2500),
             lease_until: at(9000),
         };

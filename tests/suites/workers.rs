@@ -6,14 +6,14 @@ use streamer_client::Api;
 use streamer_proto::{
     common::v1::{Action, Error, ErrorCode, Progress},
     processor::v1::{
-        Attempt, Capacity, Hello, KeepAlive, Release, report::Kind, work_request,
-        work_response::Message,
+        Capacity, Hello, KeepAlive, Release, report::Kind, work_request, work_response::Message,
     },
     router::v1::{SubmitRequest, submit_response::Outcome},
 };
 use streamer_rpc::json_payload;
 use streamer_tests::{
-    Client, Log, ScriptedWorker, Server, Signal, WorkerProcess, declare, hello, offered,
+    Client, Log, ScriptedWorker, Server, Signal, WorkerProcess, declare, hello, hello_again,
+    offered,
 };
 use tokio::net::TcpStream;
 use tonic::Code;
@@ -237,9 +237,9 @@ async fn what_is_sent_again_after_a_broken_stream_is_stored_once() {
             _ => {}
         }
     }
+    let again = hello_again(&first, &worker.welcome, &[&task]);
     drop(worker);
-    let attempts = vec![Attempt { uid: task.uid.clone(), attempt: task.attempt }];
-    let mut worker = ScriptedWorker::come(&server, &token, Hello { attempts, ..first }).await;
+    let mut worker = ScriptedWorker::come(&server, &token, again).await;
     assert_eq!(worker.welcome.resumed.len(), 1);
     assert_eq!((&worker.welcome.resumed[0].uid, worker.welcome.resumed[0].number), (&task.uid, 2));
     for (number, message) in [(1, "one"), (2, "two"), (3, "three")] {
@@ -483,7 +483,6 @@ async fn a_broken_rule_of_a_report_ends_the_stream_and_not_the_attempt() {
     let mut client = client(&server).await;
     client.submit("r", "work", json!({})).await;
     let task = worker.task().await;
-    let attempts = vec![Attempt { uid: task.uid.clone(), attempt: task.attempt }];
     let large = streamer_proto::common::v1::Payload {
         content_type: "text/plain".into(),
         body: Some(streamer_proto::common::v1::payload::Body::Data("x".repeat(1025).into())),
@@ -501,7 +500,7 @@ async fn a_broken_rule_of_a_report_ends_the_stream_and_not_the_attempt() {
         };
         assert_eq!(ended.code(), Code::InvalidArgument, "{}", ended.message());
         assert!(ended.message().starts_with(field), "{}", ended.message());
-        let again = Hello { attempts: attempts.clone(), ..first.clone() };
+        let again = hello_again(&first, &worker.welcome, &[&task]);
         worker = ScriptedWorker::come(&server, &token, again).await;
         assert_eq!(worker.welcome.resumed.len(), 1, "the attempt goes on");
     }

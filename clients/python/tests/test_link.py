@@ -50,8 +50,8 @@ def worker_of(url: str, token: Any = "token") -> Worker:
     return worker
 
 
-def welcome() -> worker_pb2.WorkResponse:
-    told = worker_pb2.Welcome(heartbeat_ms=20, lease_ms=60_000)
+def welcome(secret: bytes = b"") -> worker_pb2.WorkResponse:
+    told = worker_pb2.Welcome(heartbeat_ms=20, lease_ms=60_000, session_secret=secret)
     return worker_pb2.WorkResponse(welcome=told)
 
 
@@ -91,6 +91,32 @@ async def test_waits_begin_anew_only_after_a_stream_that_worked(
         assert reset.is_set() is resets
         await soon(worker.stop(0))
         await soon(running)
+
+
+async def test_later_streams_repeat_the_secret_of_the_first(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(Backoff, "next", lambda self: 0.0)
+    hellos: list[worker_pb2.Hello] = []
+    thrice = asyncio.Event()
+
+    async def work(messages: Messages, context: Any) -> AsyncIterator[worker_pb2.WorkResponse]:
+        hellos.append((await anext(messages)).hello)
+        if len(hellos) == 3:
+            thrice.set()
+        yield welcome(b"secret")
+        await context.abort(grpc.StatusCode.UNAVAILABLE, "no")
+
+    async with serving_streams(work) as url:
+        worker = worker_of(url)
+        running = asyncio.create_task(worker.serve())
+        await soon(thrice.wait())
+        await soon(worker.stop(0))
+        await soon(running)
+    assert [hello.session_secret for hello in hellos[:3]] == [b"", b"secret", b"secret"]
+    assert {hello.worker_id for hello in hellos} == {worker.worker_id}
+    assert hellos[0].display_name
+    assert hellos[0].display_name != worker.worker_id
 
 
 async def test_a_token_that_never_comes_does_not_keep_a_worker_from_stopping() -> None:

@@ -29,7 +29,7 @@ const MAX_TIMER_MS = 2 ** 31 - 1;
  * @property {import('./grpc.js').TokenSource} token
  * @property {() => object} hello The message; its `attempts` are those of `attempts()`.
  * @property {() => Attempt[]} attempts What runs, or has not been acknowledged to its end.
- * @property {(limits: Limits, resumed: Map<string, number>) => void} welcomed
+ * @property {(limits: Limits, resumed: Map<string, number>, secret: Uint8Array) => void} welcomed
  * @property {(info: import('./worker-context.js').AttemptInfo & {sync: boolean}, limits: Limits)
  *   => void} task
  * @property {(name: {uid: string, attempt: number}) => Attempt | undefined} find
@@ -195,7 +195,7 @@ export class WorkStream {
     const resumed = new Map();
     for (const known of welcome.resumed) resumed.set(nameOf(known), Number(known.number));
     this.host.log('info', `connected to ${welcome.processor}`);
-    this.host.welcomed(this.#limits, resumed);
+    this.host.welcomed(this.#limits, resumed, welcome.sessionSecret);
     this.#open = true;
     this.#flush();
     this.#heartbeat();

@@ -30,8 +30,10 @@ const LAST_WORDS_MS = 10_000;
  *   every action, or what returns one. A function is asked for each connection, and again before
  *   the token expires.
  * @property {number} [slots] How many tasks run at once, 1 to 10,000; default 10.
- * @property {string} [workerId] Names one run of the program: unique and hard to guess, 1 to 128
- *   of `[A-Za-z0-9._:@/+=-]`. Random by default.
+ * @property {string} [workerId] Names one run of the program in the logs of the server: unique,
+ *   1 to 128 of `[A-Za-z0-9._:@/+=-]`. The host name and random digits by default.
+ * @property {string} [displayName] Shown to the owners of the requests that run here, who may be of
+ *   other tenants; at most 128 bytes. The host name by default.
  * @property {string} [version] The program's build, for people; at most 128 bytes.
  * @property {Log} [log] What happens to the connection; written to standard error by default.
  * @property {import('@grpc/grpc-js').ChannelCredentials} [credentials] For TLS, in place of the
@@ -48,6 +50,12 @@ export class Worker {
   #stream = null;
   /** @type {Promise<void> | null} */
   #serving = null;
+  /**
+   * Proves on later streams that they are this worker's; empty before the first `welcome`.
+   *
+   * @type {Uint8Array}
+   */
+  #sessionSecret = new Uint8Array();
   #stopping = false;
   #stopped = false;
   /** Nothing is waited for any more. */
@@ -190,7 +198,10 @@ export class Worker {
       token,
       hello: () => this.#hello(),
       attempts: () => [...this.#attempts.values()],
-      welcomed: (limits, resumed) => this.#onWelcomed(limits, resumed),
+      welcomed: (limits, resumed, sessionSecret) => {
+        this.#sessionSecret = sessionSecret;
+        this.#onWelcomed(limits, resumed);
+      },
       task: (info, limits) => this.#onTask(info, limits),
       find: (name) => this.#attempts.get(nameOf(name)),
       drop: (attempt, reason) => this.#drop(attempt, reason),
@@ -210,6 +221,8 @@ export class Worker {
       slots,
       actions,
       attempts,
+      sessionSecret: this.#sessionSecret,
+      displayName: (this.options.displayName ?? hostname()).toWellFormed(),
     };
   }
 

@@ -39,11 +39,15 @@ test('hello says who the worker is, and every stream says the same', async (t) =
   const [action] = hello.actions;
   assert.deepEqual([action.name, action.maxAttempts], ['act', 5]);
   assert.deepEqual(action.finalErrors, ['ERROR_CODE_TIMEOUT']);
-  stream.welcome();
+  assert.equal(hello.sessionSecret.length, 0);
+  assert.ok(hello.displayName && hello.displayName !== hello.workerId);
+  const sessionSecret = Buffer.from('secret');
+  stream.welcome({ sessionSecret });
   await stream.hear('heartbeat');
   stream.fail(status.UNAVAILABLE, 'gone');
   const second = await processor.stream();
-  assert.equal((await second.hear('hello')).workerId, hello.workerId);
+  const again = await second.hear('hello');
+  assert.deepEqual([again.workerId, again.sessionSecret], [hello.workerId, sessionSecret]);
 });
 
 test('what is not known is passed over', async (t) => {

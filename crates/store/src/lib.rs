@@ -21,10 +21,10 @@ use std::{path::PathBuf, sync::Arc};
 pub use error::StoreError;
 pub use find::find_by_name;
 pub use model::{
-    Adopt, Append, Appended, CancelOutcome, Claim, ClaimOutcome, Claimed, ConnectionPage,
-    ConnectionRecord, CreateOutcome, DeclaredAction, DeleteOutcome, DuePage, DueQuery, DueRequest,
-    EventPage, Lease, ListRequests, NewRequest, Owner, QueueAhead, QueueStats, Renewed,
-    RequestPage, RequestRecord, StoredPayload, Writer,
+    Adopt, Append, Appended, AssignedWorker, CancelOutcome, Claim, ClaimOutcome, Claimed,
+    ConnectionPage, ConnectionRecord, CreateOutcome, DeclaredAction, DeleteOutcome, DuePage,
+    DueQuery, DueRequest, EventPage, Lease, ListRequests, NewRequest, Owner, QueueAhead,
+    QueueStats, Renewed, RequestPage, RequestRecord, StoredPayload, Writer,
 };
 pub use sqlite::SqliteStore;
 pub use store::Store;

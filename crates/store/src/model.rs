@@ -144,11 +144,34 @@ pub struct Claim {
     /// Who asks: one run of one processor.
     pub holder: String,
     /// The worker that will run it, when the processor does not itself.
-    pub worker: Option<String>,
+    pub worker: Option<AssignedWorker>,
     /// Now.
     pub now: Timestamp,
     /// The right lasts until then, unless renewed.
     pub lease_until: Timestamp,
+}
+
+/// A worker that gets an attempt.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct AssignedWorker {
+    /// Stored with the lease: who wants to go on with the attempt must prove to be this one.
+    pub identity: String,
+    /// What event `started` shows to the owner of the request, who may be of a different tenant.
+    pub display_name: String,
+}
+
+impl Claim {
+    /// What event `started` shows.
+    #[must_use]
+    pub fn shown_worker(&self) -> &str {
+        self.worker.as_ref().map_or(&self.holder, |worker| &worker.display_name)
+    }
+
+    /// What the lease stores of the worker.
+    #[must_use]
+    pub fn worker_identity(&self) -> Option<&str> {
+        self.worker.as_ref().map(|worker| &*worker.identity)
+    }
 }
 
 /// What became of a claim.
@@ -169,8 +192,8 @@ pub struct Adopt {
     pub lease: Lease,
     /// Who asks: one run of one processor.
     pub holder: String,
-    /// The worker that runs it.
-    pub worker: String,
+    /// [`AssignedWorker::identity`] of the worker that runs it.
+    pub worker_identity: String,
     /// Now.
     pub now: Timestamp,
     /// The right lasts until then, unless renewed.

@@ -159,7 +159,7 @@ impl Worker {
             return Err(WorkerError::NoHandlers);
         }
         let channel = self.channel()?;
-        let identity = Identity::new(self.slots, self.version, &self.handlers);
+        let mut identity = Identity::new(self.slots, self.version, &self.handlers);
         let mut attempts = Attempts::new(self.handlers);
         let mut backoff = Backoff::new(FIRST_BACKOFF, MAX_BACKOFF);
         let mut drain_at: Option<Instant> = None;
@@ -168,7 +168,7 @@ impl Worker {
                 .max_decoding_message_size(MAX_MESSAGE_BYTES)
                 .max_encoding_message_size(MAX_MESSAGE_BYTES);
             let session = Session {
-                identity: &identity,
+                identity: &mut identity,
                 token: self.token.as_ref(),
                 attempts: &mut attempts,
                 shutdown: &shutdown,

@@ -2,6 +2,7 @@
 
 use std::time::Duration;
 
+use bytes::Bytes;
 use futures_util::future::{BoxFuture, OptionFuture};
 use http::HeaderValue;
 use streamer_core::{Clock, Limits, SystemClock, Timestamp, Uid};
@@ -38,13 +39,16 @@ const RELEASE_TIMEOUT: Duration = Duration::from_secs(5);
 /// What a worker says of itself on each of its streams.
 pub(crate) struct Identity {
     worker_id: String,
+    /// What its attempts are bound to; empty before the first `welcome`.
+    secret: Bytes,
+    display_name: String,
     version: String,
     slots: u32,
     actions: Vec<Action>,
 }
 
 impl Identity {
-    /// A new one for each run: its attempts are bound to it.
+    /// A new one for each run.
     pub(crate) fn new(slots: u32, version: String, handlers: &Handlers) -> Self {
         let host = std::env::var("HOSTNAME").unwrap_or_else(|_| "worker".into());
         let host: String = host.chars().filter(char::is_ascii_alphanumeric).take(64).collect();
@@ -53,7 +57,14 @@ impl Identity {
             action_to_proto(spec, streamer_core::action::DEFAULT_SYNC_THRESHOLD)
         });
         let random = Uid::new(SystemClock.now());
-        Self { worker_id: format!("{host}-{random}"), version, slots, actions: actions.collect() }
+        Self {
+            worker_id: format!("{host}-{random}"),
+            secret: Bytes::new(),
+            display_name: host,
+            version,
+            slots,
+            actions: actions.collect(),
+        }
     }
 
     fn hello(&self, attempts: &Attempts, stopping: bool) -> Hello {
@@ -65,6 +76,8 @@ impl Identity {
             slots: i32::try_from(slots).unwrap_or(i32::MAX),
             actions: self.actions.clone(),
             attempts: attempts.named(),
+            session_secret: self.secret.clone(),
+            display_name: self.display_name.clone(),
         }
     }
 }
@@ -82,7 +95,7 @@ pub(crate) enum Ended {
 }
 
 pub(crate) struct Session<'a> {
-    pub(crate) identity: &'a Identity,
+    pub(crate) identity: &'a mut Identity,
     pub(crate) token: &'a dyn TokenSource,
     pub(crate) attempts: &'a mut Attempts,
     pub(crate) shutdown: &'a CancellationToken,
@@ -131,6 +144,7 @@ impl Session<'_> {
             Err(status) => return Ok(Ended::Before(status)),
         };
         tracing::info!(processor = welcome.processor, "connected");
+        self.identity.secret = welcome.session_secret.clone();
         self.attempts.resume(&welcome.resumed);
         let heartbeat = duration(welcome.heartbeat_ms).max(Duration::from_millis(1));
         let mut heartbeats = interval(heartbeat);

@@ -29,8 +29,8 @@ use crate::{
     dispatcher::Dispatcher,
     metrics::ProcessorMetrics,
     remote::{Assignment, RemoteHandler},
+    remote_task::RemoteTask,
     slots::Slots,
-    worker::RemoteTask,
     workers::Seat,
 };
 
@@ -164,7 +164,7 @@ impl ExecutionApi {
         match self.actions.runner(&spec.name, context.tenant()) {
             Some(Runner::Local(handler)) => Ok((handler, None)),
             Some(Runner::Remote(seat)) => {
-                let task = RemoteTask::sync(context.uid());
+                let task = RemoteTask::sync(context.uid(), &spec.name, context.tenant());
                 let remote = Arc::new(RemoteHandler::new(
                     seat.worker.clone(),
                     spec.clone(),

@@ -15,10 +15,7 @@ use streamer_proto::{
 };
 use streamer_rpc::{JSON, error_from_proto, payload_bytes};
 
-use crate::{
-    attempt::AttemptHandle,
-    worker::{RemoteTask, Worker},
-};
+use crate::{attempt::AttemptHandle, remote_task::RemoteTask, worker::Worker};
 
 /// One attempt in the hands of a worker.
 pub(crate) struct RemoteHandler {

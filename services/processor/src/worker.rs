@@ -2,36 +2,31 @@
 
 use std::{
     collections::{BTreeMap, HashMap},
-    sync::{
-        Arc,
-        atomic::{AtomicBool, Ordering},
-    },
+    mem,
+    sync::Arc,
     time::Duration,
 };
 
 use parking_lot::Mutex;
 use streamer_core::{ActionSpec, Uid};
-use streamer_handler::ReportQueue;
-use streamer_proto::processor::v1::{
-    Acknowledgment, Cancel, Revoke, WorkResponse, report, work_response::Message,
-};
-use tokio::{
-    sync::{mpsc, watch},
-    time::Instant,
-};
+use streamer_proto::processor::v1::{WorkResponse, work_response::Message};
+use streamer_store::{AssignedWorker, Owner};
+use tokio::{sync::mpsc, time::Instant};
 use tokio_util::sync::CancellationToken;
 use tonic::Status;
 
-use crate::{
-    mailbox::{Full, MAX_BYTES, MAX_REPORTS, Mailbox},
-    workers::{Grants, Key},
-};
+use crate::{grants::Grants, remote_task::RemoteTask, workers::Key};
 
 /// What goes down a worker's stream.
 pub(crate) type Outbox = mpsc::Sender<Result<WorkResponse, Status>>;
 
 pub(crate) struct Worker {
+    /// The name that it gives itself, for logs.
     pub(crate) id: String,
+    /// Whose token opened its streams.
+    pub(crate) principal: Owner,
+    /// What tells it from others, and what the owners of its requests see.
+    pub(crate) assigned: AssignedWorker,
     state: Mutex<State>,
 }
 
@@ -78,171 +73,39 @@ impl StreamEnd {
 
 impl State {
     /// Whoever asked for them waits for the answer of the stream that they went to.
-    fn lose_sync_tasks(&self, worker: &str) {
+    fn lose_sync_tasks(&self) {
         for task in self.tasks.values().filter(|task| task.sync) {
-            task.lose(format!("the stream of worker {worker} ended"));
-        }
-    }
-}
-
-/// A worker's end of one attempt.
-pub(crate) struct RemoteTask {
-    pub(crate) uid: Uid,
-    pub(crate) attempt: u32,
-    /// A sync task ends with its worker's stream.
-    sync: bool,
-    since: Instant,
-    pub(crate) mailbox: Mailbox,
-    /// Progress and output reports that have come.
-    received: Mutex<i64>,
-    /// The worker does not run it any more; why.
-    lost: CancellationToken,
-    lost_reason: Mutex<Option<String>>,
-    never_arrived: AtomicBool,
-    cancel: Mutex<Option<Cancel>>,
-    reports: Arc<ReportQueue>,
-}
-
-impl RemoteTask {
-    /// Of an attempt whose first `received` reports are durable.
-    pub(crate) fn new(uid: Uid, attempt: u32, received: i64, reports: Arc<ReportQueue>) -> Self {
-        reports.note_durable(received);
-        Self {
-            uid,
-            attempt,
-            sync: false,
-            since: Instant::now(),
-            mailbox: Mailbox::default(),
-            received: Mutex::new(received),
-            lost: CancellationToken::new(),
-            lost_reason: Mutex::default(),
-            never_arrived: AtomicBool::new(false),
-            cancel: Mutex::default(),
-            reports,
+            task.lose("the stream of the worker ended");
         }
     }
 
-    /// Of a sync action.
-    pub(crate) fn sync(uid: Uid) -> Self {
-        Self { sync: true, ..Self::new(uid, 1, 0, Arc::new(ReportQueue::discarding())) }
-    }
-
-    /// Reports up to this one are durable.
-    pub(crate) fn acknowledgment(&self, ended: bool) -> Acknowledgment {
-        Acknowledgment {
-            uid: self.uid.to_string(),
-            attempt: i32::try_from(self.attempt).unwrap_or(i32::MAX),
-            number: *self.reports.durable().borrow(),
-            ended,
-        }
-    }
-
-    /// Follows how many reports are durable.
-    pub(crate) fn durable(&self) -> watch::Receiver<i64> {
-        self.reports.durable()
-    }
-
-    pub(crate) fn revoke(&self, reason: impl Into<String>) -> Revoke {
-        let attempt = i32::try_from(self.attempt).unwrap_or(i32::MAX);
-        Revoke { uid: self.uid.to_string(), attempt, reason: reason.into() }
-    }
-
-    /// Takes a report of the worker.
-    ///
-    /// # Errors
-    /// When it breaks the rules of the protocol.
-    pub(crate) fn deliver(&self, number: i64, kind: report::Kind) -> Result<(), Status> {
-        // Held to the end: reports of an old stream may still be on their way.
-        let mut last = self.received.lock();
-        let received = *last;
-        if matches!(kind, report::Kind::Progress(_) | report::Kind::Output(_)) {
-            if number <= received && number > 0 {
-                return Ok(()); // sent again after a reconnect
+    /// Takes away the tasks that its token does not allow any more.
+    fn lose_forbidden_tasks(&mut self) {
+        let grants = &self.grants;
+        self.tasks.retain(|_, task| {
+            let is_allowed = grants.allow(&task.action, &task.tenant);
+            if !is_allowed {
+                task.lose("the worker's token does not allow the action for this tenant any more");
             }
-            if number != received + 1 {
-                return Err(Status::invalid_argument(format!(
-                    "report.number: must be {}, is {number}",
-                    received + 1
-                )));
-            }
-        } else if number != received {
-            let may_repeat =
-                matches!(kind, report::Kind::Checkpoint(_) | report::Kind::KeepAlive(_));
-            if may_repeat && number < received {
-                return Ok(());
-            }
-            return Err(Status::invalid_argument(format!(
-                "report.number: {received} progress and output reports went before, not {number}"
-            )));
-        }
-        self.mailbox.push(kind).map_err(|Full| {
-            Status::resource_exhausted(format!(
-                "more than {MAX_REPORTS} reports or {MAX_BYTES} bytes of them are not acknowledged \
-                 (welcome.max_unacknowledged, welcome.max_unacknowledged_bytes)"
-            ))
-        })?;
-        *last = received.max(number);
-        Ok(())
-    }
-
-    /// The worker does not run it (any more).
-    pub(crate) fn lose(&self, reason: impl Into<String>) {
-        self.lost_reason.lock().get_or_insert_with(|| reason.into());
-        self.lost.cancel();
-    }
-
-    /// The worker, which lives, does not know the task: its stream may have died with it. When it has
-    /// said nothing of it, the attempt costs none.
-    pub(crate) fn forgotten(&self, reason: impl Into<String>) {
-        if *self.received.lock() == 0 {
-            self.never_arrived.store(true, Ordering::SeqCst);
-        }
-        self.lose(reason);
-    }
-
-    pub(crate) fn may_have_begun(&self) -> bool {
-        !self.never_arrived.load(Ordering::SeqCst)
-    }
-
-    /// Why the worker does not run it any more, if so.
-    pub(crate) fn lost_reason(&self) -> Option<String> {
-        self.lost_reason.lock().clone()
-    }
-
-    /// Returns why, once the worker does not run it any more.
-    pub(crate) async fn lost(&self) -> String {
-        self.lost.cancelled().await;
-        self.lost_reason.lock().clone().unwrap_or_default()
-    }
-
-    /// Notes that cancellation was asked for, so that heartbeats repeat it.
-    pub(crate) fn note_cancel(&self, reason: String, grace: Duration) -> Cancel {
-        let cancel = Cancel {
-            uid: self.uid.to_string(),
-            attempt: i32::try_from(self.attempt).unwrap_or(i32::MAX),
-            reason,
-            grace_ms: i64::try_from(grace.as_millis()).unwrap_or(i64::MAX),
-        };
-        *self.cancel.lock() = Some(cancel.clone());
-        cancel
-    }
-
-    pub(crate) fn cancel(&self) -> Option<Cancel> {
-        self.cancel.lock().clone()
-    }
-
-    /// Whether a heartbeat that does not name it means that the worker has lost it, and not only
-    /// that the task had not arrived.
-    pub(crate) fn should_be_named(&self, heartbeat: Duration) -> bool {
-        self.since.elapsed() > heartbeat
+            is_allowed
+        });
     }
 }
 
 impl Worker {
-    pub(crate) fn new(id: String, actions: Vec<ActionSpec>, grants: Grants, slots: u32) -> Self {
+    pub(crate) fn new(
+        id: String,
+        principal: Owner,
+        assigned: AssignedWorker,
+        actions: Vec<ActionSpec>,
+        grants: Grants,
+        slots: u32,
+    ) -> Self {
         let actions = actions.into_iter().map(|spec| (spec.name.clone(), Arc::new(spec)));
         Self {
             id,
+            principal,
+            assigned,
             state: Mutex::new(State {
                 actions: actions.collect(),
                 declared_at: Instant::now(),
@@ -268,6 +131,7 @@ impl Worker {
         state.declared_at = newer.declared_at;
         state.grants = newer.grants;
         state.slots = newer.slots;
+        state.lose_forbidden_tasks();
     }
 
     /// Takes its stream away, so that it gets no tasks: another one is about to take its place.
@@ -294,7 +158,7 @@ impl Worker {
         let mut state = self.state.lock();
         if let Some(stream) = state.stream.take() {
             stream.end.end(status);
-            state.lose_sync_tasks(&self.id);
+            state.lose_sync_tasks();
         }
     }
 
@@ -303,7 +167,7 @@ impl Worker {
         let mut state = self.state.lock();
         if state.stream.as_ref().is_none_or(|stream| stream.number == number) {
             state.stream = None;
-            state.lose_sync_tasks(&self.id);
+            state.lose_sync_tasks();
         }
     }
 
@@ -311,24 +175,34 @@ impl Worker {
     pub(crate) fn seen(&self) -> bool {
         let mut state = self.state.lock();
         state.last_seen = Instant::now();
-        std::mem::take(&mut state.silent)
+        mem::take(&mut state.silent)
     }
 
     pub(crate) fn silent_for(&self, now: Instant) -> Duration {
         now.saturating_duration_since(self.state.lock().last_seen)
     }
 
+    /// Another program of the same principal has its name now: ends its stream, and takes its attempts
+    /// away.
+    pub(crate) fn supersede(&self) {
+        self.detach();
+        let tasks = mem::take(&mut self.state.lock().tasks);
+        for task in tasks.values() {
+            task.forgotten("another worker of the same name took its place");
+        }
+    }
+
     /// Takes its attempts away; whether it was taken for alive before.
     pub(crate) fn fall_silent(&self, lease: Duration) -> bool {
         let (tasks, first) = {
             let mut state = self.state.lock();
-            let first = !std::mem::replace(&mut state.silent, true);
-            (std::mem::take(&mut state.tasks), first)
+            let first = !mem::replace(&mut state.silent, true);
+            (mem::take(&mut state.tasks), first)
         };
         for task in tasks.values() {
             task.lose(format!(
                 "the lease ran out: worker {} was not heard of for {} ms",
-                self.id,
+                self.assigned.display_name,
                 lease.as_millis()
             ));
         }
@@ -393,7 +267,9 @@ impl Worker {
     }
 
     pub(crate) fn set_grants(&self, grants: Grants) {
-        self.state.lock().grants = grants;
+        let mut state = self.state.lock();
+        state.grants = grants;
+        state.lose_forbidden_tasks();
     }
 
     pub(crate) fn slots(&self) -> u32 {
@@ -453,7 +329,10 @@ impl Worker {
 
     pub(crate) fn task(&self, uid: Uid, attempt: u32) -> Option<Arc<RemoteTask>> {
         let state = self.state.lock();
-        state.tasks.get(&uid).filter(|task| task.attempt == attempt).cloned()
+        let is_this = |task: &&Arc<RemoteTask>| {
+            task.attempt == attempt && state.grants.allow(&task.action, &task.tenant)
+        };
+        state.tasks.get(&uid).filter(is_this).cloned()
     }
 
     /// Whether somebody waits for it to answer.
@@ -475,7 +354,7 @@ impl Worker {
             Err(_) => {
                 if let Some(stream) = state.stream.take() {
                     stream.end.end(Status::unavailable("the worker does not read"));
-                    state.lose_sync_tasks(&self.id);
+                    state.lose_sync_tasks();
                 }
                 false
             }

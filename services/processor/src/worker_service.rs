@@ -6,7 +6,7 @@ use futures_util::{
     StreamExt, TryStreamExt,
     stream::{self, BoxStream},
 };
-use streamer_auth::{Authenticator, Caller};
+use streamer_auth::{Authenticator, Caller, Principal};
 use streamer_core::{
     ActionSpec, Clock, ErrorCode, Limits, RequestError, Uid, Violations, limits, validate,
 };
@@ -20,7 +20,7 @@ use streamer_proto::{
     timestamp,
 };
 use streamer_rpc::{action_from_proto, payload_bytes, status, store_status, validation_status};
-use streamer_store::StoreError;
+use streamer_store::{AssignedWorker, Owner, StoreError};
 use tokio::{
     sync::mpsc,
     time::{Instant, sleep_until, timeout},
@@ -32,9 +32,10 @@ use crate::{
     ProcessorOptions,
     actions::{Actions, RememberError},
     dispatcher::Dispatcher,
+    grants::Grants,
     mailbox,
+    session_secret::{SECRET_BYTES, SessionSecret},
     worker::{StreamEnd, Worker},
-    workers::Grants,
 };
 
 /// Messages that wait for a worker at most.
@@ -53,6 +54,8 @@ const ADOPTIONS: usize = 64;
 const MAX_DECLARED: usize = 10_000;
 /// Longest text with which a worker describes itself, in bytes.
 const MAX_TEXT_BYTES: usize = 128;
+/// Shown in place of a worker that gives itself no name to be shown.
+const UNNAMED: &str = "worker";
 
 /// Serves workers.
 pub struct WorkerApi {
@@ -101,10 +104,14 @@ impl WorkerService for WorkerApi {
         else {
             return Err(broken("message", "the first one must be hello"));
         };
-        let worker = self.shared.introduce(&hello, &caller)?;
+        let secret = secret_of(&hello)?;
+        let worker = self.shared.introduce(&hello, &secret, &caller)?;
         let kept = self.shared.dispatcher.remember_actions(&worker).await;
         kept.map_err(|error| remember_status(&error))?;
         self.shared.check_open()?;
+        if hello.session_secret.is_empty() {
+            self.shared.actions.workers.supersede(&worker);
+        }
         let worker = self.shared.actions.workers.enter(worker);
         // From here on it gets no tasks, so that none is missed below.
         worker.detach();
@@ -114,7 +121,7 @@ impl WorkerService for WorkerApi {
             return Err(stopping);
         }
         let (outbox, outgoing) = mpsc::channel(OUTBOX);
-        for message in self.shared.greeting(resumed, &caller) {
+        for message in self.shared.greeting(&secret, resumed, &caller) {
             // There is room for these.
             drop(outbox.try_send(Ok(WorkResponse { message: Some(message) })));
         }
@@ -142,10 +149,20 @@ impl WorkerService for WorkerApi {
 
 impl Shared {
     /// The worker that this introduces, if it may come in.
-    fn introduce(&self, hello: &Hello, caller: &Caller) -> Result<Worker, Status> {
+    fn introduce(
+        &self,
+        hello: &Hello,
+        secret: &SessionSecret,
+        caller: &Caller,
+    ) -> Result<Worker, Status> {
         let mut violations = Violations::default();
         violations.check("hello.worker_id", validate::worker_id(&hello.worker_id));
-        for (name, text) in [("version", &hello.version), ("sdk", &hello.sdk)] {
+        let texts = [
+            ("version", &hello.version),
+            ("sdk", &hello.sdk),
+            ("display_name", &hello.display_name),
+        ];
+        for (name, text) in texts {
             let outcome = validate::at_most(text.len(), MAX_TEXT_BYTES, name);
             violations.check(&format!("hello.{name}"), outcome);
         }
@@ -165,7 +182,17 @@ impl Shared {
             }
         }
         let slots = u32::try_from(hello.slots).unwrap_or(0);
-        let worker = Worker::new(hello.worker_id.clone(), specs, grants, slots);
+        let Principal { tenant, user, .. } = &*caller.principal;
+        let principal = Owner { tenant: tenant.clone(), user: user.clone() };
+        let assigned = AssignedWorker {
+            identity: secret.identity(&principal),
+            display_name: match hello.display_name.as_str() {
+                "" => UNNAMED.to_owned(),
+                name => name.to_owned(),
+            },
+        };
+        let worker =
+            Worker::new(hello.worker_id.clone(), principal, assigned, specs, grants, slots);
         let declared = worker.declared().len();
         if declared > MAX_DECLARED {
             let rule = format!(
@@ -219,7 +246,7 @@ impl Shared {
             .collect::<Result<_, _>>()?;
         for task in worker.tasks() {
             if !named.contains(&(task.uid, task.attempt)) {
-                task.forgotten(format!("worker {} came back without the attempt", worker.id));
+                task.forgotten("the worker came back without the attempt");
             }
         }
         let resuming = named.into_iter().map(|(uid, number)| async move {
@@ -243,7 +270,12 @@ impl Shared {
         Ok(())
     }
 
-    fn greeting(&self, resumed: Vec<Acknowledgment>, caller: &Caller) -> [Message; 2] {
+    fn greeting(
+        &self,
+        secret: &SessionSecret,
+        resumed: Vec<Acknowledgment>,
+        caller: &Caller,
+    ) -> [Message; 2] {
         let Limits { max_payload_bytes, max_output_chunk_bytes, .. } = self.options.limits;
         let number = |size: usize| i64::try_from(size).unwrap_or(i64::MAX);
         let millis =
@@ -257,6 +289,7 @@ impl Shared {
             max_unacknowledged: i32::try_from(mailbox::MAX_REPORTS).unwrap_or(i32::MAX),
             max_unacknowledged_bytes: number(mailbox::MAX_BYTES),
             resumed,
+            session_secret: secret.to_bytes(),
         };
         [Message::Welcome(welcome), token_status(caller)]
     }
@@ -371,8 +404,7 @@ impl Conversation {
             if !named.contains(&(task.uid, task.attempt))
                 && task.should_be_named(self.shared.heartbeat() * 2)
             {
-                let reason = format!("worker {} does not run the attempt any more", self.worker.id);
-                task.forgotten(reason);
+                task.forgotten("the worker does not run the attempt any more");
             }
         }
         self.worker.send(Message::HeartbeatReply(reply));
@@ -410,6 +442,20 @@ fn remember_status(error: &RememberError) -> Status {
         RememberError::Store(error) => store_status(error),
         RememberError::TooMuch(_) => refusal(ErrorCode::RateLimited, error.to_string()),
     }
+}
+
+/// The secret that it repeats, or a new one on its first stream.
+fn secret_of(hello: &Hello) -> Result<SessionSecret, Status> {
+    if hello.session_secret.is_empty() {
+        return SessionSecret::generate().map_err(|error| {
+            tracing::error!(%error, "no random bytes for a worker's secret");
+            refusal(ErrorCode::InternalError, "the processor has no random bytes".into())
+        });
+    }
+    SessionSecret::repeated(&hello.session_secret).ok_or_else(|| {
+        let length = hello.session_secret.len();
+        broken("hello.session_secret", &format!("must have {SECRET_BYTES} bytes, has {length}"))
+    })
 }
 
 fn check_schema(schema: &str) -> Result<(), String> {

@@ -1,13 +1,12 @@
 //! The workers that are connected, what they can run, and which of them gets a task.
 
 use std::{
-    collections::{BTreeMap, BTreeSet, HashMap},
+    collections::{BTreeMap, HashMap},
     sync::Arc,
     time::Duration,
 };
 
 use parking_lot::Mutex;
-use streamer_auth::Principal;
 use streamer_core::{ActionSpec, Timestamp};
 use streamer_proto::{
     processor::v1::{Drain, work_response::Message},
@@ -33,7 +32,7 @@ pub(crate) struct Key {
 
 /// Every worker that holds a stream, or held one lately.
 pub(crate) struct Workers {
-    by_id: Mutex<BTreeMap<String, Arc<Worker>>>,
+    by_identity: Mutex<HashMap<String, Arc<Worker>>>,
     /// Counts changes of what is offered.
     changes: watch::Sender<u64>,
     signal: Arc<Signal>,
@@ -60,21 +59,21 @@ impl Drop for Seat {
 impl Workers {
     pub(crate) fn new(signal: Arc<Signal>, lease: Duration, tenant_share: u32) -> Self {
         let changes = watch::Sender::new(0);
-        Self { by_id: Mutex::default(), changes, signal, lease, tenant_share }
+        Self { by_identity: Mutex::default(), changes, signal, lease, tenant_share }
     }
 
-    /// The worker of this name, made anew unless it is known; its declarations are the latest.
+    /// The worker of this identity, made anew unless it is known; its declarations are the latest.
     pub(crate) fn enter(&self, worker: Worker) -> Arc<Worker> {
         let worker = {
-            let mut by_id = self.by_id.lock();
-            match by_id.get(&worker.id) {
+            let mut by_identity = self.by_identity.lock();
+            match by_identity.get(&worker.assigned.identity) {
                 Some(known) => {
                     known.renew(worker);
                     known.clone()
                 }
                 None => {
                     let worker = Arc::new(worker);
-                    by_id.insert(worker.id.clone(), worker.clone());
+                    by_identity.insert(worker.assigned.identity.clone(), worker.clone());
                     worker
                 }
             }
@@ -83,12 +82,25 @@ impl Workers {
         worker
     }
 
+    /// Takes the place of a worker of the same principal and name: one whose first `welcome` got lost,
+    /// or a program that was started again under its old name.
+    pub(crate) fn supersede(&self, newer: &Worker) {
+        let older: Vec<_> = {
+            let mut by_identity = self.by_identity.lock();
+            let same = |older: &Worker| older.id == newer.id && older.principal == newer.principal;
+            by_identity.extract_if(|_, older| same(older)).map(|(_, older)| older).collect()
+        };
+        for older in older {
+            older.supersede();
+        }
+    }
+
     /// Gives the worker a stream: from now on it can be given tasks.
     pub(crate) fn connect(&self, worker: &Arc<Worker>, outbox: Outbox) -> (u64, Arc<StreamEnd>) {
         let connected = {
-            let mut by_id = self.by_id.lock();
+            let mut by_identity = self.by_identity.lock();
             // It was taken out if coming back took it longer than a lease.
-            by_id.insert(worker.id.clone(), worker.clone());
+            by_identity.insert(worker.assigned.identity.clone(), worker.clone());
             worker.connect(outbox)
         };
         self.changed();
@@ -121,9 +133,9 @@ impl Workers {
 
     /// The names of what is offered, each with whether somebody has a free slot for it.
     pub(crate) fn names(&self) -> BTreeMap<String, bool> {
-        let by_id = self.by_id.lock();
+        let by_identity = self.by_identity.lock();
         let mut names = BTreeMap::new();
-        for worker in by_id.values().filter(|worker| worker.is_present()) {
+        for worker in by_identity.values().filter(|worker| worker.is_present()) {
             let free = worker.free() > 0;
             for spec in worker.actions() {
                 *names.entry(spec.name.clone()).or_insert(false) |= free;
@@ -134,23 +146,23 @@ impl Workers {
 
     /// What the workers that are there declare this action of this tenant to be.
     pub(crate) fn spec(&self, action: &str, tenant: &str) -> Option<(Key, Arc<ActionSpec>)> {
-        let by_id = self.by_id.lock();
-        let able = by_id.values().filter(|worker| worker.offers(action, tenant));
+        let by_identity = self.by_identity.lock();
+        let able = by_identity.values().filter(|worker| worker.offers(action, tenant));
         let latest = able.max_by_key(|worker| worker.declared_at())?;
         Some((latest.key(action, tenant), latest.action(action)?))
     }
 
     /// How many of this action of this tenant can run at once.
     pub(crate) fn slots(&self, action: &str, tenant: &str) -> u32 {
-        let by_id = self.by_id.lock();
-        let able = by_id.values().filter(|worker| worker.offers(action, tenant));
+        let by_identity = self.by_identity.lock();
+        let able = by_identity.values().filter(|worker| worker.offers(action, tenant));
         able.fold(0, |slots, worker| slots.saturating_add(worker.slots()))
     }
 
     /// Takes a slot of the worker that has the most of them free.
     pub(crate) fn seat(&self, action: &str, tenant: &str) -> Option<Seat> {
-        let by_id = self.by_id.lock();
-        let able = || by_id.values().filter(|worker| worker.offers(action, tenant));
+        let by_identity = self.by_identity.lock();
+        let able = || by_identity.values().filter(|worker| worker.offers(action, tenant));
         let (slots, taken) = able().fold((0_u32, 0), |(slots, taken), worker| {
             (slots.saturating_add(worker.slots()), taken + worker.taken_by(tenant))
         });
@@ -174,8 +186,12 @@ impl Workers {
     /// Takes their attempts from workers that have fallen silent, and forgets those that left.
     pub(crate) fn sweep(&self, now: Instant) {
         let silent: Vec<_> = {
-            let by_id = self.by_id.lock();
-            by_id.values().filter(|worker| worker.silent_for(now) >= self.lease).cloned().collect()
+            let by_identity = self.by_identity.lock();
+            by_identity
+                .values()
+                .filter(|worker| worker.silent_for(now) >= self.lease)
+                .cloned()
+                .collect()
         };
         let mut changed = false;
         for worker in silent {
@@ -184,9 +200,9 @@ impl Workers {
                 changed = true;
             }
             // It may be coming back at this moment.
-            let mut by_id = self.by_id.lock();
+            let mut by_identity = self.by_identity.lock();
             if !worker.has_stream() && worker.silent_for(now) >= self.lease {
-                by_id.remove(&worker.id);
+                by_identity.remove(&worker.assigned.identity);
                 changed = true;
             }
         }
@@ -205,85 +221,6 @@ impl Workers {
     }
 
     pub(crate) fn all(&self) -> Vec<Arc<Worker>> {
-        self.by_id.lock().values().cloned().collect()
-    }
-}
-
-/// Which actions of which tenants a token allows: permissions `worker:<action>` (of the token's own
-/// tenant), `worker:<action>@<tenant>` and `worker:<action>@*`; `*` stands for every action.
-#[derive(Clone, Debug, Default, PartialEq, Eq)]
-pub(crate) struct Grants {
-    /// Tenants by action; `*` for all.
-    by_action: HashMap<String, Vec<String>>,
-}
-
-impl Grants {
-    pub(crate) fn of(principal: &Principal) -> Self {
-        let mut by_action: HashMap<String, Vec<String>> = HashMap::new();
-        for permission in &principal.permissions {
-            // `*` is everything, in the token's own tenant.
-            let grant = if permission == "*" {
-                "*"
-            } else {
-                let Some(grant) = permission.strip_prefix("worker:") else { continue };
-                grant
-            };
-            let (action, tenant) = grant.split_once('@').unwrap_or((grant, &principal.tenant));
-            by_action.entry(action.to_owned()).or_default().push(tenant.to_owned());
-        }
-        Self { by_action }
-    }
-
-    /// Whether it may run this action, for whomever.
-    pub(crate) fn names(&self, action: &str) -> bool {
-        self.by_action.contains_key(action) || self.by_action.contains_key("*")
-    }
-
-    /// For which tenants it may run this action; `None` for all of them.
-    pub(crate) fn tenants(&self, action: &str) -> Option<BTreeSet<&str>> {
-        let granted = [action, "*"].into_iter().filter_map(|name| self.by_action.get(name));
-        let granted: BTreeSet<&str> = granted.flatten().map(String::as_str).collect();
-        (!granted.contains("*")).then_some(granted)
-    }
-
-    /// Whether it may run this action for this tenant.
-    pub(crate) fn allow(&self, action: &str, tenant: &str) -> bool {
-        [action, "*"]
-            .into_iter()
-            .filter_map(|name| self.by_action.get(name))
-            .flatten()
-            .any(|granted| granted == "*" || granted == tenant)
-    }
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    fn grants(permissions: &[&str]) -> Grants {
-        Grants::of(&Principal {
-            tenant: "acme".into(),
-            user: "worker".into(),
-            permissions: permissions.iter().map(ToString::to_string).collect(),
-            expires_at: Timestamp::default(),
-        })
-    }
-
-    #[test]
-    fn a_token_allows_named_actions_of_named_tenants_only() {
-        let some = grants(&["worker:report", "worker:resize@other", "requests:read"]);
-        assert!(some.allow("report", "acme") && !some.allow("report", "other"));
-        assert!(some.allow("resize", "other") && !some.allow("resize", "acme"));
-        assert!(!some.names("echo") && !some.allow("echo", "acme"));
-    }
-
-    #[test]
-    fn stars_stand_for_all() {
-        assert!(grants(&["worker:*"]).allow("any", "acme"));
-        assert!(!grants(&["worker:*"]).allow("any", "other"));
-        assert!(grants(&["worker:*@*"]).allow("any", "other"));
-        assert!(grants(&["worker:report@*"]).allow("report", "other"));
-        assert!(grants(&["*"]).allow("any", "acme") && !grants(&["*"]).allow("any", "other"));
-        assert!(!grants(&[]).names("any"));
+        self.by_identity.lock().values().cloned().collect()
     }
 }

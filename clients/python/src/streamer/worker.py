@@ -41,8 +41,9 @@ class Worker:
     `server` is `http://host:port` or `https://host:port`. `token` is a JWT with permission
     `worker:<action>` for every action, or an async callable that returns a fresh one: it is asked
     for each stream, and before the stream's token expires. `slots` is how many tasks run at once, 1
-    to 10,000. `worker_id` names this run; by default the host name and 80 random bits. `version` is
-    the build of the program, for people.
+    to 10,000. `worker_id` names this run in the logs of the server; by default the host name and 80
+    random bits. `display_name` is shown to the owners of the requests that run here, who may be of
+    other tenants; by default the host name. `version` is the build of the program, for people.
     """
 
     def __init__(
@@ -52,11 +53,13 @@ class Worker:
         *,
         slots: int = 10,
         worker_id: str | None = None,
+        display_name: str | None = None,
         version: str = "",
     ) -> None:
         if not 1 <= slots <= _MAX_SLOTS:
             raise ValueError(f"slots: must be 1 to {_MAX_SLOTS}, is {slots}")
         self.worker_id = worker_id or _random_id()
+        self._display_name = _host() if display_name is None else display_name
         self._slots = slots
         self._version = version
         self._actions: dict[str, Action] = {}
@@ -181,12 +184,17 @@ class Worker:
             slots=0 if self._core.stopping else self._slots,
             actions=[action.to_proto() for action in self._actions.values()],
             attempts=self._core.resumable(),
+            session_secret=self._core.session_secret,
+            display_name=self._display_name,
         )
 
 
+def _host() -> str:
+    return re.sub(r"[^A-Za-z0-9._-]", "-", socket.gethostname())[:64]
+
+
 def _random_id() -> str:
-    host = re.sub(r"[^A-Za-z0-9._-]", "-", socket.gethostname())[:64]
-    return f"{host}-{secrets.token_hex(10)}"
+    return f"{_host()}-{secrets.token_hex(10)}"
 
 
 def _sdk() -> str:

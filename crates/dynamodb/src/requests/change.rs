@@ -22,7 +22,7 @@ impl Dynamo {
             None => None,
         };
         let (attempt, seq) = (item.attempt + 1, item.last_seq + 1);
-        let worker = claim.worker.as_ref().unwrap_or(&claim.holder).clone();
+        let worker = claim.shown_worker().to_owned();
         let started = event(seq, attempt, claim.now, Kind::Started(Started { worker }));
         let events = [StoredEvent::new(&started)?];
         let update = Expression::default()
@@ -33,7 +33,7 @@ impl Dynamo {
             .set("start_time", number(claim.now.as_millis()))
             .set("lease_until", number(claim.lease_until.as_millis()))
             .set("lease_holder", text(claim.holder.as_str()))
-            .set_or_remove("worker", claim.worker.as_deref().map(text))
+            .set_or_remove("worker", claim.worker_identity().map(text))
             .extend("events", encode(&events)?)
             .add("events_bytes", bytes_of(&events)?)
             .remove(&WAITING)
@@ -47,7 +47,7 @@ impl Dynamo {
                 if found.state == RequestState::Running
                     && found.attempt == attempt
                     && found.lease_holder.as_deref() == Some(claim.holder.as_str())
-                    && found.worker == claim.worker =>
+                    && found.worker.as_deref() == claim.worker_identity() =>
             {
                 found
             }
@@ -68,7 +68,7 @@ impl Dynamo {
             .set("lease_until", number(until))
             .when("state", "=", encode(&RequestState::Running)?)
             .when("attempt", "=", number(adopt.lease.attempt))
-            .when("worker", "=", text(adopt.worker.as_str()));
+            .when("worker", "=", text(adopt.worker_identity.as_str()));
         match self.update_request("adopting an attempt", &uid, update).await? {
             Updated::Done(item) => item.to_record().map(Some),
             Updated::Refused(_) => Ok(None),

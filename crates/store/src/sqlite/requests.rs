@@ -128,7 +128,7 @@ pub(super) fn claim(db: &Connection, claim: &Claim) -> rusqlite::Result<ClaimOut
         record.last_seq,
         record.attempt,
         claim.now,
-        Kind::Started(Started { worker: claim.worker.as_ref().unwrap_or(&claim.holder).clone() }),
+        Kind::Started(Started { worker: claim.shown_worker().to_owned() }),
     );
     db.prepare_cached(
         "UPDATE requests SET state = 1, attempt = ?2, last_seq = ?3, attempt_seq = ?3,
@@ -142,7 +142,7 @@ pub(super) fn claim(db: &Connection, claim: &Claim) -> rusqlite::Result<ClaimOut
         claim.now.as_millis(),
         claim.lease_until.as_millis(),
         claim.holder,
-        claim.worker,
+        claim.worker_identity(),
     ])?;
     insert_events(db, claim.uid, std::slice::from_ref(&started))?;
     let checkpoint = db
@@ -170,7 +170,7 @@ pub(super) fn adopt(db: &Connection, adopt: &Adopt) -> rusqlite::Result<Option<R
         .execute(params![
             adopt.lease.uid.to_bytes(),
             adopt.lease.attempt,
-            adopt.worker,
+            adopt.worker_identity,
             adopt.holder,
             adopt.lease_until.as_millis()
         ])?;

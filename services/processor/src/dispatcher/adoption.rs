@@ -12,8 +12,9 @@ use super::{Dispatcher, Running, Started};
 use crate::{
     attempt::{AttemptHandle, Launch},
     remote::RemoteHandler,
+    remote_task::RemoteTask,
     takeover,
-    worker::{RemoteTask, Worker},
+    worker::Worker,
 };
 
 impl Dispatcher {
@@ -48,7 +49,7 @@ impl Dispatcher {
         let adopt = Adopt {
             lease: Lease { uid, attempt },
             holder: self.name.clone(),
-            worker: worker.id.clone(),
+            worker_identity: worker.assigned.identity.clone(),
             now,
             lease_until: now.plus(self.options.lease),
         };
@@ -64,7 +65,7 @@ impl Dispatcher {
         let output = takeover::output_of(&*self.store, &record).await?;
         let reports = Arc::new(ReportQueue::default());
         let durable = record.last_seq - record.attempt_seq;
-        let task = RemoteTask::new(uid, attempt, durable, reports.clone());
+        let task = RemoteTask::new(&record, durable, reports.clone());
         let seat = self.actions.workers.seat_of_running(worker.clone(), &record.owner.tenant);
         if let Some(reason) = &record.cancel_reason {
             handle.cancel(reason);

@@ -15,7 +15,7 @@ use crate::{
     actions::Runner,
     attempt::{self, AttemptHandle, Finished, Launch},
     remote::{Assignment, RemoteHandler},
-    worker::RemoteTask,
+    remote_task::RemoteTask,
 };
 
 /// When an attempt was claimed.
@@ -39,7 +39,7 @@ impl Dispatcher {
             holder: self.name.clone(),
             worker: match &runner {
                 Runner::Local(_) => None,
-                Runner::Remote(seat) => Some(seat.worker.id.clone()),
+                Runner::Remote(seat) => Some(seat.worker.assigned.clone()),
             },
             now,
             lease_until: now.plus(self.options.lease),
@@ -102,7 +102,7 @@ impl Dispatcher {
                 self.run_attempt(launch(handler), handle, Some(claiming)).await;
             }
             Runner::Remote(seat) => {
-                let task = RemoteTask::new(record.uid, record.attempt, 0, reports.clone());
+                let task = RemoteTask::new(&record, 0, reports.clone());
                 let assignment = Some(Assignment { sync: false });
                 let remote = Arc::new(RemoteHandler::new(
                     seat.worker.clone(),

@@ -26,6 +26,8 @@ class Core:
         """There is something to send, or the worker begins or ends to stop."""
         self.connected = asyncio.Event()
         """The server has let us in, and the stream is open."""
+        self.session_secret = b""
+        """Proves on later streams that they are this worker's; empty before the first `welcome`."""
         self.stopping = False
         """No more tasks are wanted."""
         self.closed = asyncio.Event()
@@ -67,6 +69,7 @@ class Core:
         """A stream begins: of the attempts that `hello` named, some go on here, the others are not
         ours any more."""
         self.connected.set()
+        self.session_secret = welcome.session_secret
         self._limits = Limits.of(welcome)
         resumed = {(one.uid, one.attempt): one.number for one in welcome.resumed}
         for key in [(one.uid, one.attempt) for one in named]:
