@@ -280,7 +280,7 @@ pub fn dynamodb_settings(endpoint: &str, data: &Path) -> Vec<String> {
         format!("dynamodb.table_prefix=t-{}-", Uid::new(SystemClock.now())),
         format!("dynamodb.objects=file://{}/objects", data.display()),
         // These engines answer no sooner when more is asked of them at once.
-        "dynamodb.max_concurrent_calls=32".to_owned(),
+        "dynamodb.max_concurrent_operations=32".to_owned(),
     ];
     let output = tables("create", &settings, data);
     assert!(output.status.success(), "{output:?}");

@@ -199,7 +199,8 @@ export class Worker {
       hello: () => this.#hello(),
       attempts: () => [...this.#attempts.values()],
       welcomed: (limits, resumed, sessionSecret) => {
-        this.#sessionSecret = sessionSecret;
+        // An older server sends none.
+        if (sessionSecret.length > 0) this.#sessionSecret = sessionSecret;
         this.#onWelcomed(limits, resumed);
       },
       task: (info, limits) => this.#onTask(info, limits),

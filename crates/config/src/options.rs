@@ -131,8 +131,9 @@ options! {
         /// Over how many shards the queue is spread: each takes about 500 requests a second. The same
         /// in every process; with fewer than before, what stands in the others is not found.
         queue_shards: u64 = 4, in 1..=64;
-        /// How many calls a process makes at once; others wait for their turn, up to 10 s.
-        max_concurrent_calls: u64 = 128, in 1..=10_000;
+        /// How many operations of the store a process has under way at once, half of them for callers;
+        /// others wait for their turn, up to 10 s.
+        max_concurrent_operations: u64 = 128, in 1..=10_000;
         /// How long requests are kept after they ended, in hours; 0 means for ever.
         retention_hours: u64 = 0, in 0..=87_600;
         /// Whether the stream of the requests table wakes processors, beside hints and polls.
@@ -375,6 +376,12 @@ impl Config {
             if !key.contains(':') {
                 problems.push(format!("auth.keys: {key:?} must be ALGORITHM:FILE"));
             }
+        }
+        if auth.jwks_min_refresh_ms > auth.jwks_max_age_ms {
+            problems.push(format!(
+                "auth.jwks_min_refresh_ms: must be at most auth.jwks_max_age_ms, is {} of {}",
+                auth.jwks_min_refresh_ms, auth.jwks_max_age_ms
+            ));
         }
         if !matches!(self.store.engine.as_str(), "embedded" | "dynamodb") {
             let engine = &self.store.engine;

@@ -13,8 +13,8 @@ pub struct DynamoOptions {
     pub table_prefix: String,
     /// Over how many shards the queue is spread, 1 to 64: each takes about 500 requests a second.
     pub queue_shards: u32,
-    /// How many calls are made at once; others wait for their turn.
-    pub max_concurrent_calls: usize,
+    /// How many operations of the store are under way at once; others wait for their turn.
+    pub max_concurrent_operations: usize,
     /// How long requests are kept after they ended; `None` for ever.
     pub retention: Option<Duration>,
     /// Whether the stream of the requests table wakes processors.
@@ -30,7 +30,7 @@ impl Default for DynamoOptions {
             region: None,
             table_prefix: "streamer-".into(),
             queue_shards: 4,
-            max_concurrent_calls: 128,
+            max_concurrent_operations: 128,
             retention: None,
             stream: true,
             objects: None,

@@ -12,11 +12,11 @@ use streamer_store::{
     RequestRecord, Store, StoreError, StoredPayload,
 };
 use streamer_telemetry::Metrics;
-use tokio::{sync::SemaphorePermit, time::Instant};
+use tokio::time::Instant;
 
 use crate::{
     DynamoOptions, OpenError,
-    admission::Admission,
+    admission::{Admission, Purpose, Turn},
     client::{Dynamo, DynamoMetrics, TableNames, sdk_config},
     error::store_error,
     expression::{Expression, key},
@@ -60,10 +60,10 @@ impl DynamoStore {
             Arc::new(StreamTrigger::new(dynamo.clone(), client))
         });
         let waiting = metrics.gauge(
-            "streamer_dynamodb_waiting_calls",
-            "Calls that wait because dynamodb.max_concurrent_calls are under way",
+            "streamer_dynamodb_waiting_operations",
+            "Operations that wait because dynamodb.max_concurrent_operations are under way",
         );
-        let admission = Admission::new(options.max_concurrent_calls, waiting);
+        let admission = Admission::new(options.max_concurrent_operations, waiting);
         Ok(Self { dynamo, holders: Holders::default(), admission, trigger })
     }
 
@@ -74,8 +74,8 @@ impl DynamoStore {
     }
 
     /// Returns once an operation may begin.
-    async fn turn(&self) -> Result<SemaphorePermit<'_>, StoreError> {
-        self.noted(self.admission.admit().await)
+    async fn turn(&self, purpose: Purpose) -> Result<Turn<'_>, StoreError> {
+        self.noted(self.admission.admit(purpose).await)
     }
 
     /// Says when calls are refused for being too many, which an operator has to know.
@@ -90,12 +90,12 @@ impl DynamoStore {
 #[async_trait]
 impl Store for DynamoStore {
     async fn create_request(&self, new: NewRequest) -> Result<CreateOutcome, StoreError> {
-        let _turn = self.turn().await?;
+        let _turn = self.turn(Purpose::Caller).await?;
         self.noted(self.dynamo.create(&new).await)
     }
 
     async fn get_request(&self, uid: Uid) -> Result<Option<RequestRecord>, StoreError> {
-        let _turn = self.turn().await?;
+        let _turn = self.turn(Purpose::Caller).await?;
         let item = self.noted(self.dynamo.get(&uid.to_string()).await)?;
         item.map(|item| item.to_record()).transpose()
     }
@@ -105,35 +105,39 @@ impl Store for DynamoStore {
         owner: Owner,
         client_id: String,
     ) -> Result<Option<RequestRecord>, StoreError> {
-        let _turn = self.turn().await?;
+        let _turn = self.turn(Purpose::Caller).await?;
         self.noted(self.dynamo.find(&owner, &client_id).await)
     }
 
     async fn list_requests(&self, query: ListRequests) -> Result<RequestPage, StoreError> {
-        let _turn = self.turn().await?;
+        let _turn = self.turn(Purpose::Caller).await?;
         self.noted(self.dynamo.list(&query).await)
     }
 
     async fn read_payload(&self, uid: Uid) -> Result<Option<StoredPayload>, StoreError> {
-        let _turn = self.turn().await?;
+        let _turn = self.turn(Purpose::Caller).await?;
         self.noted(self.dynamo.read_payload(uid).await)
     }
 
     async fn delete_request(&self, uid: Uid) -> Result<DeleteOutcome, StoreError> {
-        let _turn = self.turn().await?;
+        let _turn = self.turn(Purpose::Caller).await?;
         self.noted(self.dynamo.delete(uid).await)
     }
 
-    async fn claim(&self, claim: Claim) -> Result<ClaimOutcome, StoreError> {
+    async fn claim(&self, mut claim: Claim) -> Result<ClaimOutcome, StoreError> {
+        let began = Instant::now();
+        let _turn = self.turn(Purpose::Execution).await?;
+        // The attempt begins after the wait, and so does its lease.
+        claim.now = claim.now.plus(began.elapsed());
+        claim.lease_until = claim.lease_until.plus(began.elapsed());
         let registered =
             self.holders.register(&self.dynamo, &claim.holder, claim.lease_until, claim.now).await;
         self.noted(registered)?;
-        let _turn = self.turn().await?;
         self.noted(self.dynamo.claim(&claim).await)
     }
 
     async fn append(&self, append: Append) -> Result<Appended, StoreError> {
-        let _turn = self.turn().await?;
+        let _turn = self.turn(Purpose::Execution).await?;
         let began = Instant::now();
         let appended = self.noted(self.dynamo.append(&append).await);
         self.dynamo.metrics.append_seconds.observe(began.elapsed().as_secs_f64());
@@ -146,7 +150,7 @@ impl Store for DynamoStore {
         reason: String,
         now: Timestamp,
     ) -> Result<CancelOutcome, StoreError> {
-        let _turn = self.turn().await?;
+        let _turn = self.turn(Purpose::Caller).await?;
         self.noted(self.dynamo.cancel(uid, &reason, now).await)
     }
 
@@ -168,15 +172,18 @@ impl Store for DynamoStore {
         now: Timestamp,
         limit: usize,
     ) -> Result<Vec<RequestRecord>, StoreError> {
-        let _turn = self.turn().await?;
+        let _turn = self.turn(Purpose::Execution).await?;
         self.noted(self.dynamo.expired(&self.holders, now, limit).await)
     }
 
-    async fn adopt(&self, adopt: Adopt) -> Result<Option<RequestRecord>, StoreError> {
+    async fn adopt(&self, mut adopt: Adopt) -> Result<Option<RequestRecord>, StoreError> {
+        let began = Instant::now();
+        let _turn = self.turn(Purpose::Execution).await?;
+        adopt.now = adopt.now.plus(began.elapsed());
+        adopt.lease_until = adopt.lease_until.plus(began.elapsed());
         let registered =
             self.holders.register(&self.dynamo, &adopt.holder, adopt.lease_until, adopt.now).await;
         self.noted(registered)?;
-        let _turn = self.turn().await?;
         self.noted(self.dynamo.adopt(&adopt).await)
     }
 
@@ -185,12 +192,12 @@ impl Store for DynamoStore {
         now: Timestamp,
         limit: usize,
     ) -> Result<Vec<RequestRecord>, StoreError> {
-        let _turn = self.turn().await?;
+        let _turn = self.turn(Purpose::Execution).await?;
         self.noted(self.dynamo.overdue(now, limit).await)
     }
 
     async fn due_requests(&self, query: DueQuery) -> Result<DuePage, StoreError> {
-        let _turn = self.turn().await?;
+        let _turn = self.turn(Purpose::Execution).await?;
         self.noted(self.dynamo.due(&query).await)
     }
 
@@ -200,17 +207,17 @@ impl Store for DynamoStore {
         now: Timestamp,
         limit: usize,
     ) -> Result<QueueAhead, StoreError> {
-        let _turn = self.turn().await?;
+        let _turn = self.turn(Purpose::Caller).await?;
         self.noted(self.dynamo.ahead(&record, now, limit).await)
     }
 
     async fn next_due(&self, now: Timestamp) -> Result<Option<Timestamp>, StoreError> {
-        let _turn = self.turn().await?;
+        let _turn = self.turn(Purpose::Execution).await?;
         self.noted(self.dynamo.next_due(now).await)
     }
 
     async fn queue_stats(&self, now: Timestamp) -> Result<QueueStats, StoreError> {
-        let _turn = self.turn().await?;
+        let _turn = self.turn(Purpose::Execution).await?;
         self.noted(self.dynamo.stats(now).await)
     }
 
@@ -221,7 +228,7 @@ impl Store for DynamoStore {
         max_events: usize,
         max_bytes: usize,
     ) -> Result<EventPage, StoreError> {
-        let _turn = self.turn().await?;
+        let _turn = self.turn(Purpose::Caller).await?;
         self.noted(self.dynamo.read_events(uid, after_seq, max_events, max_bytes).await)
     }
 
@@ -230,7 +237,7 @@ impl Store for DynamoStore {
         opened: Vec<ConnectionRecord>,
         closed: Vec<Uid>,
     ) -> Result<(), StoreError> {
-        let _turn = self.turn().await?;
+        let _turn = self.turn(Purpose::Caller).await?;
         self.noted(self.dynamo.update_connections(opened, closed).await)
     }
 
@@ -247,7 +254,7 @@ impl Store for DynamoStore {
         now: Timestamp,
     ) -> Result<ConnectionPage, StoreError> {
         let listed = self.dynamo.list_connections(&tenant, user.as_deref(), after, limit, now);
-        let _turn = self.turn().await?;
+        let _turn = self.turn(Purpose::Caller).await?;
         self.noted(listed.await)
     }
 
@@ -256,12 +263,12 @@ impl Store for DynamoStore {
         actions: Vec<DeclaredAction>,
         now: Timestamp,
     ) -> Result<(), StoreError> {
-        let _turn = self.turn().await?;
+        let _turn = self.turn(Purpose::Caller).await?;
         self.noted(self.dynamo.save_actions(&actions, now).await)
     }
 
     async fn list_actions(&self, since: Timestamp) -> Result<Vec<DeclaredAction>, StoreError> {
-        let _turn = self.turn().await?;
+        let _turn = self.turn(Purpose::Caller).await?;
         self.noted(self.dynamo.list_actions(since).await)
     }
 

@@ -144,7 +144,10 @@ impl Session<'_> {
             Err(status) => return Ok(Ended::Before(status)),
         };
         tracing::info!(processor = welcome.processor, "connected");
-        self.identity.secret = welcome.session_secret.clone();
+        // An older server sends none.
+        if !welcome.session_secret.is_empty() {
+            self.identity.secret = welcome.session_secret.clone();
+        }
         self.attempts.resume(&welcome.resumed);
         let heartbeat = duration(welcome.heartbeat_ms).max(Duration::from_millis(1));
         let mut heartbeats = interval(heartbeat);

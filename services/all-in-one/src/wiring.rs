@@ -295,7 +295,7 @@ pub fn dynamo_options(config: &Config) -> DynamoOptions {
         region: given(&dynamodb.region),
         table_prefix: dynamodb.table_prefix.clone(),
         queue_shards: number(dynamodb.queue_shards),
-        max_concurrent_calls: size(dynamodb.max_concurrent_calls),
+        max_concurrent_operations: size(dynamodb.max_concurrent_operations),
         retention: (hours > 0).then(|| Duration::from_secs(hours * 3600)),
         stream: dynamodb.stream,
         objects: given(&dynamodb.objects),

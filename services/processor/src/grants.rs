@@ -52,7 +52,7 @@ impl Grants {
             };
             match tenant {
                 Some("*") => tenants.all = true,
-                // It would stand for nobody.
+                // There is no such tenant.
                 Some("") => {}
                 Some(tenant) => drop(tenants.named.insert(tenant.to_owned())),
                 None => drop(tenants.named.insert(principal.tenant.clone())),
@@ -65,7 +65,7 @@ impl Grants {
         self.by_action.get(action).into_iter().chain([&self.every_action])
     }
 
-    /// Whether it may run this action, for whomever.
+    /// Whether it may run this action for any tenant.
     pub(crate) fn names(&self, action: &str) -> bool {
         self.of_action(action).any(|tenants| !tenants.is_empty())
     }

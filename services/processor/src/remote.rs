@@ -156,6 +156,10 @@ impl DynHandler for RemoteHandler {
     }
 
     async fn run(&self, context: &Context, payload: Bytes) -> Result<Bytes, HandlerError> {
+        if let Some(reason) = self.task.lost_reason() {
+            // Before it was sent.
+            return Err(HandlerError::released(reason));
+        }
         if let Some(assignment) = &self.assignment
             && !self.assign(context, payload, assignment)
         {

@@ -8,7 +8,7 @@ use streamer_store::Owner;
 /// As long as the hash that is stored.
 pub(crate) const SECRET_BYTES: usize = 32;
 
-/// What the server tells a worker once, and the worker repeats on each later stream. It is never stored
+/// Sent to a worker once; the worker repeats it on each later stream. It is never stored
 /// and never logged.
 pub(crate) struct SessionSecret([u8; SECRET_BYTES]);
 

@@ -25,7 +25,7 @@ pub(crate) struct Worker {
     pub(crate) id: String,
     /// Whose token opened its streams.
     pub(crate) principal: Owner,
-    /// What tells it from others, and what the owners of its requests see.
+    /// Its identity, and what the owners of its requests see.
     pub(crate) assigned: AssignedWorker,
     state: Mutex<State>,
 }
@@ -50,7 +50,7 @@ struct Stream {
     end: Arc<StreamEnd>,
 }
 
-/// Tells a conversation that its stream is over, and with which status.
+/// Signals to a conversation that its stream is over, and with which status.
 #[derive(Default)]
 pub(crate) struct StreamEnd {
     over: CancellationToken,
@@ -61,6 +61,10 @@ impl StreamEnd {
     fn end(&self, status: Status) {
         self.status.lock().get_or_insert(status);
         self.over.cancel();
+    }
+
+    pub(crate) fn is_over(&self) -> bool {
+        self.over.is_cancelled()
     }
 
     /// Returns with the status once it is over.
@@ -182,13 +186,14 @@ impl Worker {
         now.saturating_duration_since(self.state.lock().last_seen)
     }
 
-    /// Another program of the same principal has its name now: ends its stream, and takes its attempts
+    /// Another program of the same principal has its id now: ends its stream, and takes its attempts
     /// away.
     pub(crate) fn supersede(&self) {
         self.detach();
         let tasks = mem::take(&mut self.state.lock().tasks);
         for task in tasks.values() {
-            task.forgotten("another worker of the same name took its place");
+            // It may have begun.
+            task.lose("another worker of the same id took its place");
         }
     }
 
@@ -314,9 +319,11 @@ impl Worker {
         }
     }
 
-    /// From now on it runs this.
+    /// From now on it runs this, unless its token has come not to allow it.
     pub(crate) fn assign(&self, task: Arc<RemoteTask>) {
-        self.state.lock().tasks.insert(task.uid, task);
+        let mut state = self.state.lock();
+        state.tasks.insert(task.uid, task);
+        state.lose_forbidden_tasks();
     }
 
     /// It does not run this any more.

@@ -320,14 +320,14 @@ impl Conversation {
                     return Err(refusal(ErrorCode::Unauthorized, "the token has expired".into()));
                 }
                 message = self.inbound.message() => match message? {
-                    Some(message) => self.hear(message).await?,
+                    Some(message) => self.hear(message, end).await?,
                     None => return Ok(()),
                 }
             }
         }
     }
 
-    async fn hear(&mut self, request: WorkRequest) -> Result<(), Status> {
+    async fn hear(&mut self, request: WorkRequest, end: &StreamEnd) -> Result<(), Status> {
         if self.worker.seen() {
             tracing::info!(worker = self.worker.id, "a silent worker is heard of again");
             self.shared.actions.workers.changed();
@@ -337,7 +337,7 @@ impl Conversation {
             Some(work_request::Message::Heartbeat(heartbeat)) => self.heartbeat(&heartbeat),
             Some(work_request::Message::Capacity(capacity)) => self.capacity(&capacity),
             Some(work_request::Message::RefreshToken(refresh)) => {
-                self.refresh_token(&refresh.token).await
+                self.refresh_token(&refresh.token, end).await
             }
             Some(work_request::Message::Hello(_)) => Err(broken("hello", "comes once, first")),
             None => Err(broken("message", "is required, or of a kind that is not known here")),
@@ -421,13 +421,17 @@ impl Conversation {
         Ok(())
     }
 
-    async fn refresh_token(&mut self, token: &str) -> Result<(), Status> {
+    async fn refresh_token(&mut self, token: &str, end: &StreamEnd) -> Result<(), Status> {
         let fresh = self.shared.authenticator.authenticate(token).await;
         let fresh = fresh.map_err(|error| refusal(ErrorCode::Unauthorized, error.to_string()))?;
         let same = |of: &Caller| (of.principal.tenant.clone(), of.principal.user.clone());
         if same(&fresh) != same(&self.caller) {
             let rule = "must be for the same tenant and user";
             return Err(broken("refresh_token.token", rule));
+        }
+        if end.is_over() {
+            // A newer stream has a token of its own.
+            return Ok(());
         }
         self.worker.set_grants(Grants::of(&fresh.principal));
         self.shared.actions.workers.changed();

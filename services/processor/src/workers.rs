@@ -85,12 +85,11 @@ impl Workers {
     /// Takes the place of a worker of the same principal and name: one whose first `welcome` got lost,
     /// or a program that was started again under its old name.
     pub(crate) fn supersede(&self, newer: &Worker) {
-        let older: Vec<_> = {
-            let mut by_identity = self.by_identity.lock();
-            let same = |older: &Worker| older.id == newer.id && older.principal == newer.principal;
-            by_identity.extract_if(|_, older| same(older)).map(|(_, older)| older).collect()
-        };
-        for older in older {
+        let same = |older: &Worker| older.id == newer.id && older.principal == newer.principal;
+        // A `hello` that was held up does not take the place of one that came after it.
+        let is_older = |older: &Worker| older.declared_at() < newer.declared_at();
+        for older in self.all().into_iter().filter(|older| same(older) && is_older(older)) {
+            // It stays here until it is swept: an attempt may be on its way to it.
             older.supersede();
         }
     }
@@ -176,6 +175,9 @@ impl Workers {
     /// A slot of this worker for an attempt that runs in it already.
     pub(crate) fn seat_of_running(&self, worker: Arc<Worker>, tenant: &str) -> Seat {
         worker.take_anyway(tenant);
+        // It may have been swept while it was coming back; then no sweep would find the attempt.
+        let identity = worker.assigned.identity.clone();
+        self.by_identity.lock().entry(identity).or_insert_with(|| worker.clone());
         self.seat_of(worker, tenant)
     }
 

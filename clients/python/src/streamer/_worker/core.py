@@ -69,7 +69,8 @@ class Core:
         """A stream begins: of the attempts that `hello` named, some go on here, the others are not
         ours any more."""
         self.connected.set()
-        self.session_secret = welcome.session_secret
+        # An older server sends none.
+        self.session_secret = welcome.session_secret or self.session_secret
         self._limits = Limits.of(welcome)
         resumed = {(one.uid, one.attempt): one.number for one in welcome.resumed}
         for key in [(one.uid, one.attempt) for one in named]:
