@@ -237,8 +237,11 @@ impl Hub {
                     }
                 }
             };
-            if let Err(status) = outcome {
-                self.note_lost(topic.uid, &status);
+            match outcome {
+                // The token of the caller in whose name it was opened has expired; others may have one.
+                Err(status) if status.code() == Code::Unauthenticated => continue,
+                Err(status) => self.note_lost(topic.uid, &status),
+                Ok(()) => {}
             }
             if !topic.has_ended() {
                 sleep(MAX_BACKOFF.mul_f64(retry::random_fraction())).await;

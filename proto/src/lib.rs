@@ -2,6 +2,8 @@
 //! this crate, and the codec that they use. Used by every other crate.
 #![allow(missing_docs, unreachable_pub)]
 
+use prost::Message;
+
 pub mod codec;
 
 /// Shapes shared by all packages.
@@ -65,6 +67,35 @@ pub mod rpc {
 /// The public schema as an encoded `FileDescriptorSet`, for reflection.
 pub const PUBLIC_DESCRIPTOR_SET: &[u8] =
     include_bytes!(concat!(env!("OUT_DIR"), "/public_descriptor.bin"));
+
+/// A method of the public schema.
+#[derive(Clone, Debug)]
+pub struct Method {
+    /// `/package.Service/Method`
+    pub path: String,
+    /// It takes a stream.
+    pub client_streaming: bool,
+    /// It answers with a stream.
+    pub server_streaming: bool,
+}
+
+/// Every method of the public schema.
+#[must_use]
+pub fn public_methods() -> Vec<Method> {
+    // Reflection reads the same bytes, and without it the server does not start.
+    let files = prost_types::FileDescriptorSet::decode(PUBLIC_DESCRIPTOR_SET);
+    let mut methods = Vec::new();
+    for file in &files.unwrap_or_default().file {
+        for service in &file.service {
+            methods.extend(service.method.iter().map(|method| Method {
+                path: format!("/{}.{}/{}", file.package(), service.name(), method.name()),
+                client_streaming: method.client_streaming(),
+                server_streaming: method.server_streaming(),
+            }));
+        }
+    }
+    methods
+}
 
 /// Milliseconds since the Unix epoch as protobuf writes them.
 #[must_use]

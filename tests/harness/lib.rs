@@ -26,6 +26,7 @@ pub use cluster::{Cluster, Service};
 pub use load::Load;
 pub use loopback::LoopbackAddress;
 pub use metrics::metrics;
+pub use patience::in_time;
 pub use process::{Process, Signal};
 pub use proxy::Proxy;
 pub use random::Random;

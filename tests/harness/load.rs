@@ -249,7 +249,7 @@ async fn record_logs(url: &str, token: &str, history: &History) {
     uids.dedup();
     for uid in uids {
         let target = Target::Watch { request_id: uid.clone(), after_seq: 0 };
-        let mut follower = Follower::new(url, token, target);
+        let mut follower = Follower::new(url, token.to_owned(), target);
         let mut events = Vec::new();
         while let Some(message) = follower.next().await.unwrap() {
             if message.seq.is_some() {

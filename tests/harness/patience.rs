@@ -12,7 +12,7 @@ const PATIENCE: Duration = Duration::from_secs(240);
 ///
 /// # Panics
 /// When it does not come.
-pub(crate) async fn in_time<T>(what: &str, coming: impl Future<Output = T>) -> T {
+pub async fn in_time<T>(what: &str, coming: impl Future<Output = T>) -> T {
     match timeout(PATIENCE, coming).await {
         Ok(come) => come,
         Err(_) => panic!("{what} did not come within {} s", PATIENCE.as_secs()),

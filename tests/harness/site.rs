@@ -79,12 +79,12 @@ impl Site {
         self.answer(path, Answer::Body(content_type, body.into()));
     }
 
-    /// Sends whoever asks for this document to another one of the site.
+    /// Redirects requests for this document to a different one of the site.
     pub fn redirect(&self, path: &str, to: &str) {
         self.answer(path, Answer::Redirect(format!("{}/{to}", self.url)));
     }
 
-    /// Does not answer who asks for this document.
+    /// Leaves requests for this document without an answer.
     pub fn hang(&self, path: &str) {
         self.answer(path, Answer::Hang);
     }

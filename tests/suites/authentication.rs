@@ -87,7 +87,7 @@ async fn each_broken_rule_of_a_token_is_named() {
     let signature =
         jsonwebtoken::crypto::sign(unsigned.as_bytes(), &key, Algorithm::EdDSA).unwrap();
     let (code, reason) = refusal(&server, &format!("{unsigned}.{signature}")).await;
-    assert_eq!((code, reason.contains("stands in it twice")), (4401, true), "{reason}");
+    assert_eq!((code, reason.contains("occurs twice")), (4401, true), "{reason}");
 
     let (code, reason) = refusal(&server, "").await;
     assert_eq!((code, reason.contains("a token is required")), (4401, true), "{reason}");

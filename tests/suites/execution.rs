@@ -9,7 +9,9 @@ use streamer_proto::{
     router::v1::{GetRequest, RedriveManyRequest, RedriveManyResponse},
 };
 use streamer_rpc::json_payload;
-use streamer_tests::{Client, Log, ScriptedWorker, Server, declare, hello, metrics, offered};
+use streamer_tests::{
+    Client, Log, ScriptedWorker, Server, declare, hello, in_time, metrics, offered,
+};
 
 struct Scene {
     server: Server,
@@ -149,13 +151,16 @@ async fn higher_priority_starts_first_and_tenants_take_turns() {
     scene.submit(json!({"id": "urgent", "action": "work", "priority": 9})).await;
     // Indexes of DynamoDB show it late: until then, the queue is in another order.
     let api = Api::new(&scene.server.url, &scene.server.token("acme", "ann", &[])).unwrap();
-    loop {
-        let call = api.call(GetRequest { request_id: "a1".into(), ..GetRequest::default() });
-        let request = api.router().get(call).await.unwrap().into_inner().request.unwrap();
-        if request.queue_position.is_some_and(|place| place.earliest >= 2) {
-            break;
+    let shown = async {
+        loop {
+            let call = api.call(GetRequest { request_id: "a1".into(), ..GetRequest::default() });
+            let request = api.router().get(call).await.unwrap().into_inner().request.unwrap();
+            if request.queue_position.is_some_and(|place| place.earliest >= 2) {
+                return;
+            }
         }
-    }
+    };
+    in_time("the queue position behind the urgent request", shown).await;
     let mut order = Vec::new();
     let mut task = first;
     for _ in 0..5 {

@@ -1,17 +1,33 @@
 //! Whose a stream, an attempt and a token are, and that nobody else can use them.
 #![allow(clippy::unwrap_used, reason = "in tests, a panic is the report")]
 
-use serde_json::{Value, json};
-use streamer_proto::processor::v1::{
-    Hello, RefreshToken, Task, report::Kind, work_request, work_response::Message,
+use std::{
+    sync::{
+        Arc,
+        atomic::{AtomicUsize, Ordering},
+    },
+    time::Duration,
+};
+
+use serde_json::json;
+use streamer_client::{Api, Follower, Target, TokenError, TokenSource};
+use streamer_proto::{
+    processor::v1::{
+        Hello, RefreshToken, Task, report::Kind, work_request, work_response::Message,
+    },
+    progress::v1::WatchRequest,
+    router::v1::{SubmitAndWatchRequest, SubmitRequest},
 };
 use streamer_rpc::json_payload;
 use streamer_tests::{Client, Log, ScriptedWorker, Server, declare, hello, hello_again, offered};
-use tonic::Code;
+use tonic::{Code, Streaming};
 
 fn result(json: &'static str) -> Kind {
     Kind::Result(json_payload(json))
 }
+
+/// Short enough to wait for.
+const BRIEF: Duration = Duration::from_secs(2);
 
 /// A worker of the provider, which runs action `work` of tenant `acme`, with a request in it.
 struct Scene {
@@ -26,7 +42,7 @@ struct Scene {
 impl Scene {
     async fn new() -> Self {
         // Nobody is taken for silent while another worker tries.
-        let server = Server::start(&["execution.lease_ms=120000"]);
+        let server = Server::start(&["execution.lease_ms=120000", "auth.leeway_ms=0"]);
         let token = server.token("provider", "worker", &["worker:work@acme"]);
         let first = Hello { display_name: "shown".into(), ..hello("w", 4, vec![declare("work")]) };
         let mut worker = ScriptedWorker::come(&server, &token, first.clone()).await;
@@ -153,6 +169,100 @@ async fn a_stream_that_comes_back_with_a_token_that_allows_less_has_no_attempts(
     let less = scene.server.token("provider", "worker", &["worker:work"]);
     let again = hello_again(&scene.first, &scene.worker.welcome, &[&scene.task]);
     intrude(&scene.server, &less, again, &scene.task).await;
-    let log: Value = scene.client.next().await;
-    assert_eq!(log["type"], "started");
+    let types =
+        [scene.client.next().await, scene.client.next().await].map(|event| event["type"].clone());
+    assert_eq!(types, ["started", "retrying"]);
+}
+
+/// How a stream ends that brings messages until then.
+async fn end_of<T>(mut stream: Streaming<T>) -> Code {
+    loop {
+        match stream.message().await {
+            Ok(Some(_)) => {}
+            Ok(None) => panic!("the request has not ended"),
+            Err(status) => return status.code(),
+        }
+    }
+}
+
+#[tokio::test]
+async fn a_stream_ends_with_its_token() {
+    let scene = Scene::new().await;
+    let brief = scene.server.token_for("acme", "ann", &[], BRIEF);
+    let api = Api::new(&scene.server.url, &brief).unwrap();
+    let watch = WatchRequest { request_id: "r".into(), ..WatchRequest::default() };
+    let watch = api.progress().watch(api.call(watch)).await.unwrap().into_inner();
+    let submit = SubmitRequest { action: "work".into(), ..SubmitRequest::default() };
+    let submit = SubmitAndWatchRequest { request: Some(submit) };
+    let submitted = api.router().submit_and_watch(api.call(submit)).await.unwrap().into_inner();
+    let mut socket = Client::connect(&scene.server.url, &brief).await;
+    socket.send(json!({"type": "subscribe", "request_id": "r"})).await;
+    assert_eq!(end_of(watch).await, Code::Unauthenticated);
+    assert_eq!(end_of(submitted).await, Code::Unauthenticated);
+    let closed = loop {
+        if let Err(error) = socket.try_next().await {
+            break error;
+        }
+    };
+    assert!(closed.is_unauthenticated(), "{closed}");
+    scene.succeeds().await;
+}
+
+/// Gives tokens that last for a moment.
+struct BriefTokens {
+    server: Arc<Server>,
+    given: Arc<AtomicUsize>,
+}
+
+#[async_trait::async_trait]
+impl TokenSource for BriefTokens {
+    async fn token(&self) -> Result<String, TokenError> {
+        let number = self.given.fetch_add(1, Ordering::SeqCst);
+        // Made in the same second for the same caller, two would be the same.
+        let permission = format!("token:{number}");
+        Ok(self.server.token_for("acme", "ann", &[&permission], BRIEF))
+    }
+}
+
+#[tokio::test]
+async fn watches_go_on_with_fresh_tokens() {
+    let Scene { server, mut worker, client, task, .. } = Scene::new().await;
+    drop(client);
+    let server = Arc::new(server);
+    let counts: [Arc<AtomicUsize>; 2] = Default::default();
+    let tokens =
+        |given: &Arc<AtomicUsize>| BriefTokens { server: server.clone(), given: given.clone() };
+    let api = Api::with_tokens(&server.url, Arc::new(tokens(&counts[0]))).await.unwrap();
+    let mut watch = api.watch("r", 0);
+    let target = Target::Watch { request_id: "r".into(), after_seq: 0 };
+    let mut follower = Follower::new(&server.url, tokens(&counts[1]), target);
+    let report = async {
+        // Both have had several tokens.
+        while counts.iter().any(|given| given.load(Ordering::SeqCst) < 3) {
+            tokio::task::yield_now().await;
+        }
+        worker.report(&task, 0, result("1")).await;
+        worker.ended(&task).await;
+    };
+    let over_grpc = async {
+        let mut count = 0;
+        while watch.next().await.unwrap().is_some() {
+            count += 1;
+        }
+        count
+    };
+    let over_websocket = async {
+        let mut types = Vec::new();
+        while let Some(message) = follower.next().await.unwrap() {
+            types.push(message.kind);
+        }
+        types
+    };
+    let ((), count, types) = tokio::join!(report, over_grpc, over_websocket);
+    assert_eq!(count, 3);
+    assert_eq!(types.last().unwrap(), "complete");
+    // A token that lasts no longer is not asked for again and again.
+    let brief = server.token_for("acme", "ann", &[], BRIEF);
+    let mut forever = Api::new(&server.url, &brief).unwrap().watch("absent", 0);
+    assert!(forever.next().await.is_err());
 }

@@ -10,7 +10,7 @@ use jsonwebtoken::{
 use serde_json::{Value, json};
 use streamer_client::ClientError;
 use streamer_core::{Clock, SystemClock};
-use streamer_tests::{Client, Process, Server, Site};
+use streamer_tests::{Client, Process, Server, Site, in_time};
 use tempfile::TempDir;
 
 /// Makes keys with OpenSSL, as an operator would.
@@ -186,11 +186,14 @@ impl Issuer {
 
     /// The code with which the token that was good is refused, once it is.
     async fn refused(&self) -> u16 {
-        loop {
-            if let Some((code, _)) = outcome(&self.server, &self.token).await {
-                return code;
+        let refused = async {
+            loop {
+                if let Some((code, _)) = outcome(&self.server, &self.token).await {
+                    return code;
+                }
             }
-        }
+        };
+        in_time("the refusal", refused).await
     }
 }
 
@@ -249,11 +252,32 @@ async fn a_malformed_key_of_a_set_spoils_no_other() {
     }
     issuer.site.put("jwks.json", "application/json", set.to_string());
     let token = |id| sign(Algorithm::ES256, Some(id), &second.private);
-    while outcome(&issuer.server, &token("second")).await.is_some() {}
+    let accepted = async { while outcome(&issuer.server, &token("second")).await.is_some() {} };
+    in_time("the new key", accepted).await;
     for id in ["short", "empty", "point", "small"] {
         let forged =
             sign(Algorithm::EdDSA, Some(id), &issuer.keys.make(id, Algorithm::EdDSA).private);
         assert_eq!(outcome(&issuer.server, &forged).await.unwrap().0, 4401);
         assert_eq!(outcome(&issuer.server, &token(id)).await.unwrap().0, 4401);
     }
+}
+
+#[tokio::test]
+async fn a_token_of_an_unknown_key_may_be_good_until_the_keys_are_fetched_again() {
+    let issuer =
+        Issuer::start(&["auth.jwks_max_age_ms=3000", "auth.jwks_min_refresh_ms=3000"]).await;
+    let second = issuer.keys.make("second", Algorithm::ES256);
+    let unknown = sign(Algorithm::ES256, Some("second"), &second.private);
+    let (code, reason) = outcome(&issuer.server, &unknown).await.unwrap();
+    assert_eq!((code, reason.contains("auth.jwks_min_refresh_ms")), (1013, true), "{reason}");
+    assert_eq!(issuer.site.served("jwks.json"), 1, "it is too early to fetch them");
+    let refused = async {
+        loop {
+            if let Some((4401, _)) = outcome(&issuer.server, &unknown).await {
+                return;
+            }
+        }
+    };
+    in_time("the answer of the issuer", refused).await;
+    assert_eq!(issuer.site.served("jwks.json"), 2);
 }

@@ -1,6 +1,6 @@
 //! Verifies tokens.
 
-use std::{borrow::Cow, sync::Arc};
+use std::{borrow::Cow, sync::Arc, time::Duration};
 
 use http::HeaderValue;
 use jsonwebtoken::{Validation, errors::ErrorKind};
@@ -44,15 +44,15 @@ pub enum AuthError {
         /// The rule that it breaks.
         rule: String,
     },
-    /// The keys cannot be had at the moment.
-    #[error("the signing keys cannot be fetched now: {0}")]
+    /// The keys, or the one that signed it, cannot be had at the moment.
+    #[error("the token cannot be verified now: {0}")]
     KeysUnavailable(String),
 }
 
 /// Verifies tokens against the configured keys.
 pub struct Authenticator {
     keys: Arc<Vec<VerificationKey>>,
-    jwks: Option<JwksSource>,
+    jwks: Option<Arc<JwksSource>>,
     rules: TokenRules,
     clock: Arc<dyn Clock>,
     verified: Cache<String, Arc<Verified>>,
@@ -89,6 +89,7 @@ impl Authenticator {
         rules: TokenRules,
         clock: Arc<dyn Clock>,
     ) -> Self {
+        let jwks = jwks.map(Arc::new);
         Self { keys: Arc::new(keys), jwks, rules, clock, verified: Cache::new(CACHED_TOKENS) }
     }
 
@@ -96,6 +97,12 @@ impl Authenticator {
     #[must_use]
     pub fn accepted_until(&self, caller: &Caller) -> Timestamp {
         caller.principal.expires_at.plus(self.rules.leeway)
+    }
+
+    /// For how long this caller's token is still accepted.
+    #[must_use]
+    pub fn time_left(&self, caller: &Caller) -> Duration {
+        self.accepted_until(caller).since(self.clock.now())
     }
 
     /// Who holds this token.
@@ -106,8 +113,10 @@ impl Authenticator {
         if let Some(known) = self.cached(token) {
             return known;
         }
-        if let Some(jwks) = &self.jwks {
-            // The keys at hand may only have been old.
+        if let Some(jwks) = &self.jwks
+            && self.verified.get(token).is_some_and(|verified| verified.key_set.is_some())
+        {
+            // The keys at hand may only be old. Without any, `verify` says why.
             drop(jwks.current().await);
             if let Some(known) = self.cached(token) {
                 return known;
@@ -145,7 +154,7 @@ impl Authenticator {
             _ => AuthError::Malformed(error.to_string()),
         })?;
         if header.crit.is_some() {
-            // RFC 7515 section 4.1.11: whoever does not understand an extension must refuse.
+            // RFC 7515 section 4.1.11: a token with an extension that is not understood is invalid.
             let reason = "header crit names extensions, none of which is supported";
             return Err(AuthError::Malformed(reason.into()));
         }

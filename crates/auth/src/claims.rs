@@ -49,7 +49,7 @@ impl Default for TokenRules {
     }
 }
 
-/// What a token says. A claim that stands in it twice is refused: two readers could take different ones.
+/// What a token says. A claim that occurs twice is refused: two readers could take different ones.
 pub(crate) struct Claims(Map<String, Value>);
 
 /// What follows from accepted claims.
@@ -74,7 +74,7 @@ impl<'de> Deserialize<'de> for Claims {
                 let mut claims = Map::new();
                 while let Some((name, value)) = map.next_entry::<String, Value>()? {
                     if claims.contains_key(&name) {
-                        return Err(A::Error::custom(format!("claim {name:?} stands in it twice")));
+                        return Err(A::Error::custom(format!("claim {name:?} occurs twice")));
                     }
                     claims.insert(name, value);
                 }
@@ -283,7 +283,7 @@ mod tests {
     fn no_claim_stands_in_a_token_twice() {
         let twice = r#"{"sub": "ann", "sub": "bob"}"#;
         let refused = serde_json::from_str::<Claims>(twice).err().unwrap();
-        assert!(refused.to_string().contains("\"sub\" stands in it twice"), "{refused}");
+        assert!(refused.to_string().contains("\"sub\" occurs twice"), "{refused}");
         assert!(serde_json::from_str::<Claims>("[]").is_err());
     }
 }

@@ -18,7 +18,11 @@ use parking_lot::RwLock;
 use quick_cache::sync::Cache;
 use serde_json::Value;
 use streamer_core::is_loopback_host;
-use tokio::{sync::Mutex, time::Instant};
+use tokio::{
+    sync::{Mutex, OwnedMutexGuard},
+    task::JoinHandle,
+    time::Instant,
+};
 
 use crate::{KeyError, VerificationKey, jwk::verification_key};
 
@@ -28,8 +32,6 @@ const MAX_BYTES: usize = 1024 * 1024;
 const MAX_KEYS: usize = 256;
 /// Unknown key ids that are remembered at most.
 const MAX_UNKNOWN: usize = 1024;
-/// After so many intervals an unknown key id counts as one that comes first: its key may be published.
-const UNKNOWN_FOR: u32 = 6;
 
 /// When keys are fetched again.
 #[derive(Clone, Copy, Debug)]
@@ -48,7 +50,8 @@ pub struct JwksSource {
     refresh: JwksRefresh,
     client: Client<HttpsConnector<HttpConnector>, Empty<Bytes>>,
     held: RwLock<Held>,
-    fetching: Mutex<()>,
+    /// Held by the one fetch that is under way.
+    fetching: Arc<Mutex<()>>,
     /// When a token came first that names a key which the set did not have, by the hash of the key id.
     unknown: Cache<u64, Instant>,
     hasher: RandomState,
@@ -78,7 +81,7 @@ impl KeySet {
     }
 }
 
-/// What to do for somebody who needs keys.
+/// What to do where keys are needed.
 enum Usable {
     /// These are current, or the best there is.
     Set(Arc<KeySet>),
@@ -86,6 +89,8 @@ enum Usable {
     None(String),
     /// They have to be fetched.
     Stale,
+    /// They have to be fetched, but the last try failed, and these count on meanwhile.
+    Outage(Arc<KeySet>),
 }
 
 impl JwksSource {
@@ -122,7 +127,7 @@ impl JwksSource {
             refresh,
             client: Client::builder(TokioExecutor::new()).build(connector),
             held: RwLock::default(),
-            fetching: Mutex::default(),
+            fetching: Arc::default(),
             unknown: Cache::new(MAX_UNKNOWN),
             hasher: RandomState::new(),
         })
@@ -132,24 +137,32 @@ impl JwksSource {
     ///
     /// # Errors
     /// When there are none, or only such as are too old.
-    pub(crate) async fn current(&self) -> Result<Arc<KeySet>, String> {
+    pub(crate) async fn current(self: &Arc<Self>) -> Result<Arc<KeySet>, String> {
         match self.usable() {
             Usable::Set(set) => return Ok(set),
             Usable::None(reason) => return Err(reason),
+            Usable::Outage(set) => {
+                self.fetch_in_background();
+                return Ok(set);
+            }
             Usable::Stale => {}
         }
-        let _one_at_a_time = self.fetching.lock().await;
+        let guard = self.fetching.clone().lock_owned().await;
         match self.usable() {
-            Usable::Set(set) => Ok(set),
+            Usable::Set(set) | Usable::Outage(set) => Ok(set),
             Usable::None(reason) => Err(reason),
-            Usable::Stale => self.fetch_into_place().await,
+            Usable::Stale => self.fetched(guard).await,
         }
     }
 
     /// The digest of the keys at hand, if they can be used without a fetch.
-    pub(crate) fn digest(&self) -> Option<u64> {
+    pub(crate) fn digest(self: &Arc<Self>) -> Option<u64> {
         match self.usable() {
             Usable::Set(set) => Some(set.digest),
+            Usable::Outage(set) => {
+                self.fetch_in_background();
+                Some(set.digest)
+            }
             Usable::None(_) | Usable::Stale => None,
         }
     }
@@ -159,32 +172,43 @@ impl JwksSource {
     ///
     /// # Errors
     /// When none can be had now: the key may be a new one, and the token good.
-    pub(crate) async fn newer(&self, id: &str) -> Result<Option<Arc<KeySet>>, String> {
+    pub(crate) async fn newer(self: &Arc<Self>, id: &str) -> Result<Option<Arc<KeySet>>, String> {
         let key = self.hasher.hash_one(id);
-        let came_at = match self.unknown.get(&key) {
-            Some(came_at) if came_at.elapsed() < self.refresh.min_interval * UNKNOWN_FOR => came_at,
-            _ => {
-                let now = Instant::now();
-                self.unknown.insert(key, now);
-                now
-            }
-        };
-        if self.is_fetched_after(came_at) {
+        let came_at = self.unknown.get(&key).unwrap_or_else(|| {
+            let now = Instant::now();
+            self.unknown.insert(key, now);
+            now
+        });
+        if self.is_answered(came_at)? {
             return Ok(None);
         }
-        let _one_at_a_time = self.fetching.lock().await;
-        if self.is_fetched_after(came_at) {
+        let guard = self.fetching.clone().lock_owned().await;
+        // Fetched while this call waited.
+        if self.is_answered(came_at)? {
             return Ok(Some(self.held.read().set.clone()));
         }
-        if self.tried_lately(&self.held.read()) {
-            return Err("the key of the token is not known yet; try again".into());
-        }
-        let set = self.fetch_into_place().await?;
+        let set = self.fetched(guard).await?;
         if self.is_fetched_after(came_at) {
             Ok(Some(set))
         } else {
-            Err("the key of the token is not known, and the keys cannot be fetched".into())
+            Err("its key is not known, and the keys cannot be fetched".into())
         }
+    }
+
+    /// Whether the set at hand says that there is no key for a token that came then. `false` if a newer one
+    /// may be fetched.
+    fn is_answered(&self, came_at: Instant) -> Result<bool, String> {
+        if !self.tried_lately(&self.held.read()) {
+            return Ok(false);
+        }
+        if self.is_fetched_after(came_at) {
+            return Ok(true);
+        }
+        // Short enough for the reason of a WebSocket's end.
+        Err(format!(
+            "its key is not known yet (auth.jwks_min_refresh_ms is {})",
+            self.refresh.min_interval.as_millis()
+        ))
     }
 
     fn usable(&self) -> Usable {
@@ -193,10 +217,12 @@ impl JwksSource {
         if age.is_some_and(|age| age < self.refresh.max_age) {
             return Usable::Set(held.set.clone());
         }
-        if !self.tried_lately(&held) {
-            return Usable::Stale;
+        let best = self.best(&held);
+        match best {
+            best if self.tried_lately(&held) => best,
+            Usable::Set(set) if held.failure.is_some() => Usable::Outage(set),
+            _ => Usable::Stale,
         }
-        self.best(&held)
     }
 
     /// What there is while no keys can be fetched.
@@ -214,6 +240,32 @@ impl JwksSource {
 
     fn is_fetched_after(&self, time: Instant) -> bool {
         self.held.read().fetched_at.is_some_and(|at| at > time)
+    }
+
+    /// While the last fetch failed: callers would wait for a server that does not answer.
+    fn fetch_in_background(self: &Arc<Self>) {
+        // If one is under way already, it will do.
+        if let Ok(guard) = self.fetching.clone().try_lock_owned() {
+            drop(self.start_fetch(guard));
+        }
+    }
+
+    async fn fetched(self: &Arc<Self>, guard: OwnedMutexGuard<()>) -> Result<Arc<KeySet>, String> {
+        let fetched = self.start_fetch(guard).await;
+        fetched.unwrap_or_else(|error| Err(format!("the fetch was broken off: {error}")))
+    }
+
+    /// In a task of its own: callers that leave would break it off, and the next one would begin anew.
+    fn start_fetch(
+        self: &Arc<Self>,
+        guard: OwnedMutexGuard<()>,
+    ) -> JoinHandle<Result<Arc<KeySet>, String>> {
+        let source = self.clone();
+        tokio::spawn(async move {
+            let fetched = source.fetch_into_place().await;
+            drop(guard);
+            fetched
+        })
     }
 
     /// Fetches the keys; those at hand stay when that fails.
@@ -237,7 +289,7 @@ impl JwksSource {
                 match self.best(&held) {
                     Usable::Set(set) => Ok(set),
                     Usable::None(reason) => Err(reason),
-                    Usable::Stale => Err("there are no keys yet".into()),
+                    Usable::Stale | Usable::Outage(_) => Err("there are no keys yet".into()),
                 }
             }
         }
@@ -262,10 +314,13 @@ impl JwksSource {
         if jwks.len() > MAX_KEYS {
             return Err(format!("it has {} keys, more than {MAX_KEYS}", jwks.len()));
         }
-        let mut keys = Vec::with_capacity(jwks.len());
+        let (mut keys, mut texts) = (Vec::with_capacity(jwks.len()), Vec::new());
         for jwk in jwks {
             match verification_key(jwk) {
-                Ok(key) => keys.push(key),
+                Ok(key) => {
+                    keys.push(key);
+                    texts.push(jwk.to_string());
+                }
                 Err(reason) => {
                     let id = jwk.get("kid").map(ToString::to_string).unwrap_or_default();
                     tracing::debug!(url = %self.url, id, reason, "a key of the set is not used");
@@ -276,6 +331,7 @@ impl JwksSource {
             // What was published counts, also when it is nothing.
             tracing::warn!(url = %self.url, "the key set has no RS256, ES256 or EdDSA key");
         }
-        Ok(KeySet { keys, digest: self.hasher.hash_one(&body) })
+        texts.sort_unstable();
+        Ok(KeySet { keys, digest: self.hasher.hash_one(&texts) })
     }
 }

@@ -1,19 +1,32 @@
 //! Authentication in front of a gRPC service.
 
 use std::{
+    collections::HashSet,
     convert::Infallible,
     future::Future,
     pin::Pin,
-    sync::Arc,
+    sync::{Arc, LazyLock},
     task::{Context, Poll},
+    time::Duration,
 };
 
 use http::{HeaderMap, HeaderValue, Request, Response, header::AUTHORIZATION};
 use streamer_core::{ErrorCode, RequestError};
+use streamer_proto::public_methods;
+use streamer_rpc::end_when;
+use tokio::time::sleep;
 use tonic::{Status, body::Body, server::NamedService};
 use tower_service::Service;
 
 use crate::{AuthError, Authenticator, Principal};
+
+/// Paths of the methods whose answers end with the caller's token: all that answer with a stream, but
+/// for those that take one as well, which renew the token themselves.
+static STREAMING: LazyLock<HashSet<String>> = LazyLock::new(|| {
+    let methods = public_methods().into_iter();
+    let streaming = methods.filter(|method| method.server_streaming && !method.client_streaming);
+    streaming.map(|method| method.path).collect()
+});
 
 /// Who makes this call; in the extensions of every request that passed [`AuthService`].
 #[derive(Clone)]
@@ -75,10 +88,12 @@ where
         let Some(token) = bearer(&authorization) else {
             return refuse(&AuthError::Malformed("must be `Bearer <token>`".into()));
         };
+        let is_stream = STREAMING.contains(request.uri().path());
         match self.authenticator.cached(token) {
             Some(Ok(caller)) => {
+                let left = is_stream.then(|| self.authenticator.time_left(&caller));
                 request.extensions_mut().insert(caller);
-                AuthFuture::Inner(self.service.call(request))
+                AuthFuture::Inner(self.service.call(request), left)
             }
             Some(Err(error)) => refuse(&error),
             None => {
@@ -88,8 +103,9 @@ where
                     let token = bearer(&authorization).unwrap_or_default();
                     match authenticator.authenticate(token).await {
                         Ok(caller) => {
+                            let left = is_stream.then(|| authenticator.time_left(&caller));
                             request.extensions_mut().insert(caller);
-                            service.call(request).await
+                            service.call(request).await.map(|response| limited(response, left))
                         }
                         Err(error) => Ok(status(&error).into_http()),
                     }
@@ -119,6 +135,17 @@ fn bearer(authorization: &HeaderValue) -> Option<&str> {
     scheme.eq_ignore_ascii_case("bearer").then_some(token.trim())
 }
 
+/// Ends a stream with `UNAUTHENTICATED` after this time.
+fn limited(response: Response<Body>, left: Option<Duration>) -> Response<Body> {
+    let Some(left) = left else { return response };
+    let expired = async move {
+        sleep(left).await;
+        let error = RequestError::new(ErrorCode::Unauthorized, "the token has expired");
+        streamer_rpc::status(&error)
+    };
+    response.map(|body| end_when(body, expired))
+}
+
 fn refuse<F>(error: &AuthError) -> AuthFuture<F> {
     AuthFuture::Refused(Some(status(error).into_http()))
 }
@@ -146,8 +173,8 @@ impl AuthError {
 
 /// The answer of [`AuthService`].
 pub enum AuthFuture<F> {
-    /// The token was known: straight on to the service.
-    Inner(F),
+    /// The token was known: straight on to the service. A stream ends after this time.
+    Inner(F, Option<Duration>),
     /// The token has to be verified first.
     Verifying(Pin<Box<dyn Future<Output = Result<Response<Body>, Infallible>> + Send>>),
     /// Not let in.
@@ -162,7 +189,10 @@ where
 
     fn poll(self: Pin<&mut Self>, context: &mut Context<'_>) -> Poll<Self::Output> {
         match self.get_mut() {
-            Self::Inner(future) => Pin::new(future).poll(context),
+            Self::Inner(future, left) => {
+                let left = *left;
+                Pin::new(future).poll(context).map_ok(|response| limited(response, left))
+            }
             Self::Verifying(future) => future.as_mut().poll(context),
             Self::Refused(response) => {
                 Poll::Ready(Ok(response.take().expect("a future is not polled after its end")))

@@ -103,6 +103,9 @@ pub struct Common {
     /// in the data folder.
     #[arg(long, env = "STREAMER_TOKEN", hide_env_values = true, value_name = "TOKEN")]
     pub token: Option<String>,
+    /// File with the token, read again for each connection and when the token expires.
+    #[arg(long, env = "STREAMER_TOKEN_FILE", value_name = "FILE", conflicts_with = "token")]
+    pub token_file: Option<PathBuf>,
     /// The server's data folder, for the development key.
     #[arg(long, env = "STREAMER_DATA", default_value = "./streamer-data", value_name = "DIR")]
     pub data: PathBuf,

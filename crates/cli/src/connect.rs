@@ -1,12 +1,16 @@
 //! Who a command is, and how it prints.
 
 use std::{
+    fs,
     io::{IsTerminal, Write},
+    path::{Path, PathBuf},
+    sync::Arc,
     time::Duration,
 };
 
+use async_trait::async_trait;
 use streamer_auth::{DevKey, NewToken};
-use streamer_client::Api;
+use streamer_client::{Api, TokenError, TokenSource};
 use streamer_core::{Clock, SystemClock, is_loopback_host};
 
 use crate::arguments::Common;
@@ -14,34 +18,65 @@ use crate::arguments::Common;
 /// Tokens that commands make for themselves are valid for so long.
 const OWN_TOKEN: Duration = Duration::from_secs(24 * 3600);
 
+/// Tokens of a command.
+#[derive(Clone, Debug)]
+pub enum Tokens {
+    /// As it was given; none if it is empty.
+    Given(String),
+    /// What stands in this file when it is asked for.
+    File(PathBuf),
+    /// Made with the development key in this data folder, if there is one.
+    Own(PathBuf),
+}
+
+#[async_trait]
+impl TokenSource for Tokens {
+    async fn token(&self) -> Result<String, TokenError> {
+        match self {
+            Self::Given(token) => Ok(token.clone()),
+            Self::File(path) => {
+                let text = fs::read_to_string(path);
+                let text =
+                    text.map_err(|error| TokenError(format!("{}: {error}", path.display())))?;
+                Ok(text.trim().to_owned())
+            }
+            Self::Own(data) => Ok(own_token(data)),
+        }
+    }
+}
+
 impl Common {
-    /// The token that was given, or one made with the development key of a server on this machine.
+    /// Where the tokens come from: as it was given, or the development key of a server on this machine.
     #[must_use]
-    pub fn find_token(&self) -> String {
-        if let Some(token) = &self.token {
-            return token.clone();
+    pub fn tokens(&self) -> Tokens {
+        match (&self.token, &self.token_file) {
+            (Some(token), _) => Tokens::Given(token.clone()),
+            (None, Some(path)) => Tokens::File(path.clone()),
+            (None, None) if is_on_this_machine(&self.server) => Tokens::Own(self.data.clone()),
+            (None, None) => Tokens::Given(String::new()),
         }
-        if !is_on_this_machine(&self.server) {
-            return String::new();
-        }
-        let token = NewToken {
-            user: "dev".into(),
-            tenant: "dev".into(),
-            permissions: vec!["*".into()],
-            expires_in: OWN_TOKEN,
-        };
-        let signed = DevKey::load(&self.data).and_then(|key| key.sign(&token, SystemClock.now()));
-        signed.unwrap_or_default()
     }
 
-    pub(crate) fn api(&self) -> anyhow::Result<Api> {
-        Ok(Api::new(&self.server, &self.find_token())?)
+    pub(crate) async fn api(&self) -> anyhow::Result<Api> {
+        Ok(Api::with_tokens(&self.server, Arc::new(self.tokens())).await?)
     }
 
     /// Whether a program reads what is printed.
     pub(crate) fn prints_json(&self) -> bool {
         self.json || !std::io::stdout().is_terminal()
     }
+}
+
+fn own_token(data: &Path) -> String {
+    let token = NewToken {
+        user: "dev".into(),
+        tenant: "dev".into(),
+        permissions: vec!["*".into()],
+        expires_in: OWN_TOKEN,
+    };
+    // Without a key the server says that a token is required.
+    let signed = DevKey::load(data).and_then(|key| key.sign(&token, SystemClock.now()));
+    signed.unwrap_or_default()
 }
 
 /// Returns whether the host of a URL is this machine.

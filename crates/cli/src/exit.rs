@@ -86,7 +86,7 @@ fn exit_of(error: &anyhow::Error) -> Exit {
             Exit::Unreachable
         }
         Some(ClientError::Refused(error)) => Exit::of_error_code(Some(error.code)),
-        Some(ClientError::Url { .. }) => Exit::Usage,
+        Some(ClientError::Url { .. } | ClientError::NoToken(_)) => Exit::Usage,
         Some(ClientError::Unexpected(_) | ClientError::Output(_)) | None => Exit::Failed,
     }
 }

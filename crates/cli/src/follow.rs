@@ -52,7 +52,7 @@ pub(crate) async fn submit(arguments: SubmitArguments) -> anyhow::Result<Exit> {
     // The payload goes in as it is: reading and writing it could change its numbers.
     let message = format!("{},\"payload\":{}}}", message.trim_end_matches('}'), payload.get());
     let target = Target::Submit { id, message };
-    let mut follower = Follower::new(&common.server, common.find_token(), target);
+    let mut follower = Follower::new(&common.server, common.tokens(), target);
     if arguments.detach {
         return print_first(&mut follower).await;
     }
@@ -67,7 +67,7 @@ pub(crate) async fn submit(arguments: SubmitArguments) -> anyhow::Result<Exit> {
 pub(crate) async fn watch(arguments: WatchArguments) -> anyhow::Result<Exit> {
     let common = &arguments.common;
     let target = Target::Watch { request_id: arguments.id.clone(), after_seq: arguments.after_seq };
-    let mut follower = Follower::new(&common.server, common.find_token(), target);
+    let mut follower = Follower::new(&common.server, common.tokens(), target);
     let screen = if common.prints_json() { Screen::Json } else { Screen::Terminal };
     follow(&mut follower, screen).await
 }

@@ -1,7 +1,7 @@
 //! Commands about requests and connections that answer once.
 
 use serde_json::{Value, json};
-use streamer_client::{Api, ClientError, Message, Session};
+use streamer_client::{Api, ClientError, Message, Session, TokenSource};
 use streamer_core::{Clock, SystemClock, Timestamp};
 use streamer_proto::{
     common::v1::{Payload, payload::Body},
@@ -68,7 +68,7 @@ pub(crate) async fn cancel(arguments: CancelArguments) -> anyhow::Result<Exit> {
 }
 
 pub(crate) async fn redrive(arguments: RedriveArguments) -> anyhow::Result<Exit> {
-    let api = arguments.common.api()?;
+    let api = arguments.common.api().await?;
     let Some(request_id) = arguments.id.clone() else {
         return redrive_all(&api, &arguments).await;
     };
@@ -118,7 +118,7 @@ async fn redrive_all(api: &Api, arguments: &RedriveArguments) -> anyhow::Result<
 }
 
 pub(crate) async fn actions(common: Common) -> anyhow::Result<Exit> {
-    let api = common.api()?;
+    let api = common.api().await?;
     let call = api.call(ListActionsRequest {});
     let response = api.router().list_actions(call).await.map_err(|status| api.error(&status))?;
     for action in response.into_inner().actions {
@@ -153,14 +153,14 @@ pub(crate) async fn connections(arguments: ConnectionsArguments) -> anyhow::Resu
         ConnectionsCommand::List { user, common } => list_connections(&common, user).await,
         ConnectionsCommand::Send { topic, data, user, connection, common } => {
             let target = user.map(Target::UserId).or(connection.map(Target::ConnectionId));
-            let api = common.api()?;
+            let api = common.api().await?;
             let call = api.call(SendRequest { target, topic, data: Some(payload(data)) });
             let sent = api.connections().send(call).await.map_err(|status| api.error(&status))?;
             print_line(json!({ "recipients": sent.into_inner().recipients }))?;
             Ok(Exit::Done)
         }
         ConnectionsCommand::Broadcast { topic, data, common } => {
-            let api = common.api()?;
+            let api = common.api().await?;
             let call = api.call(BroadcastRequest { topic, data: Some(payload(data)) });
             let sent =
                 api.connections().broadcast(call).await.map_err(|status| api.error(&status))?;
@@ -168,7 +168,7 @@ pub(crate) async fn connections(arguments: ConnectionsArguments) -> anyhow::Resu
             Ok(Exit::Done)
         }
         ConnectionsCommand::Disconnect { connection, reason, common } => {
-            let api = common.api()?;
+            let api = common.api().await?;
             let call = api.call(DisconnectRequest { connection_id: connection, reason });
             api.connections().disconnect(call).await.map_err(|status| api.error(&status))?;
             Ok(Exit::Done)
@@ -177,7 +177,7 @@ pub(crate) async fn connections(arguments: ConnectionsArguments) -> anyhow::Resu
 }
 
 async fn list_connections(common: &Common, user_id: String) -> anyhow::Result<Exit> {
-    let api = common.api()?;
+    let api = common.api().await?;
     let mut page_token = String::new();
     loop {
         let call = api.call(ListRequest { user_id: user_id.clone(), page_size: 1000, page_token });
@@ -206,7 +206,8 @@ fn payload(json: String) -> Payload {
 
 /// One question over a WebSocket, and its answer.
 async fn ask(common: &Common, message: &Value, expected: &str) -> anyhow::Result<Message> {
-    let mut session = Session::connect(&common.server, &common.find_token()).await?;
+    let token = common.tokens().token().await.map_err(ClientError::from)?;
+    let mut session = Session::connect(&common.server, &token).await?;
     session.send(message.to_string()).await?;
     loop {
         let answer = session.next().await?;

@@ -1,6 +1,8 @@
 //! What can go wrong for a client.
 
-use streamer_core::RequestError;
+use streamer_core::{ErrorCode, RequestError};
+
+use streamer_rpc::TokenError;
 
 use crate::OutputMismatch;
 
@@ -37,6 +39,9 @@ pub enum ClientError {
     /// The token cannot be sent.
     #[error("the token is malformed: it must be the visible ASCII characters of a JWT")]
     Token,
+    /// There is no token.
+    #[error(transparent)]
+    NoToken(#[from] TokenError),
     /// What was read is not what was written.
     #[error(transparent)]
     Output(#[from] OutputMismatch),
@@ -55,7 +60,21 @@ impl ClientError {
                 !matches!(code, 1002 | 1003 | 1007 | 1008 | 1009 | 4400 | 4401 | 4403)
             }
             Self::Refused(error) => error.retryable,
-            Self::Url { .. } | Self::Token | Self::Output(_) | Self::Unexpected(_) => false,
+            Self::Url { .. }
+            | Self::Token
+            | Self::NoToken(_)
+            | Self::Output(_)
+            | Self::Unexpected(_) => false,
+        }
+    }
+
+    /// Whether the token is not accepted: a fresh one may help.
+    #[must_use]
+    pub fn is_unauthenticated(&self) -> bool {
+        match self {
+            Self::Closed { code, .. } => *code == 4401,
+            Self::Refused(error) => error.code == ErrorCode::Unauthorized,
+            _ => false,
         }
     }
 }

@@ -1,9 +1,10 @@
 //! Sees one request to its end, over as many connections as it takes.
 
-use std::time::Duration;
+use std::{sync::Arc, time::Duration};
 
 use serde_json::json;
 use streamer_core::retry::Backoff;
+use streamer_rpc::TokenSource;
 use tokio::time::sleep;
 
 use crate::{ClientError, Message, OutputCheck, Session};
@@ -36,6 +37,8 @@ pub enum Target {
 /// Follows one request.
 pub struct Follower {
     server: String,
+    tokens: Arc<dyn TokenSource>,
+    /// With which it connected last.
     token: String,
     target: Target,
     session: Option<Session>,
@@ -47,15 +50,16 @@ pub struct Follower {
 }
 
 impl Follower {
-    /// Will follow `target`; connects when first asked.
-    pub fn new(server: impl Into<String>, token: impl Into<String>, target: Target) -> Self {
+    /// Will follow `target`; connects when first asked. A token is asked for at each connection.
+    pub fn new(server: impl Into<String>, tokens: impl TokenSource, target: Target) -> Self {
         let last_seq = match &target {
             Target::Submit { .. } => 0,
             Target::Watch { after_seq, .. } => *after_seq,
         };
         Self {
             server: server.into(),
-            token: token.into(),
+            tokens: Arc::new(tokens),
+            token: String::new(),
             target,
             session: None,
             last_seq,
@@ -102,6 +106,12 @@ impl Follower {
                     self.session = None;
                     sleep(self.backoff.wait()).await;
                 }
+                // The connection may have lasted longer than its token.
+                Err(error) if error.is_unauthenticated() && self.session.take().is_some() => {
+                    if self.tokens.token().await? == self.token {
+                        return Err(error);
+                    }
+                }
                 Err(error) => return Err(error),
             }
         }
@@ -113,6 +123,7 @@ impl Follower {
             Some(session) => session,
             None => {
                 let opening = self.opening();
+                self.token = self.tokens.token().await?;
                 let mut session = Session::connect(&self.server, &self.token).await?;
                 session.send(opening).await?;
                 self.session.insert(session)

@@ -126,6 +126,12 @@ impl Watch {
                     self.stream = None;
                     sleep(self.backoff.wait()).await;
                 }
+                // A watch may last longer than its token. One that was refused at once stays so.
+                Err(error) if error.is_unauthenticated() && self.stream.take().is_some() => {
+                    if !self.api.renew_token().await? {
+                        return Err(error);
+                    }
+                }
                 Err(error) => return Err(error),
             }
         }

@@ -9,13 +9,9 @@ use tonic::{Status, body::Body};
 
 type BoxError = Box<dyn std::error::Error + Send + Sync>;
 
-/// Passes the frames of a response body on until `ended`, then ends it with status UNAVAILABLE and this
-/// message, in trailers as a server would: the client watches again, at once and knowing why.
-pub fn end_when<B>(
-    body: B,
-    ended: impl Future<Output = ()> + Send + 'static,
-    message: &'static str,
-) -> Body
+/// Passes the frames of a response body on until `ended`, then ends it with that status, in trailers as
+/// a server would: the client learns why, and can watch again. Also a body that always has a frame ends.
+pub fn end_when<B>(body: B, ended: impl Future<Output = Status> + Send + 'static) -> Body
 where
     B: HttpBody<Data = Bytes> + Send + 'static,
     B::Error: Into<BoxError>,
@@ -30,15 +26,15 @@ where
         let (mut frames, mut ended) = state?;
         tokio::select! {
             biased;
+            status = &mut ended => {
+                let mut trailers = HeaderMap::new();
+                let added = status.add_header(&mut trailers);
+                let frame = added.map(|()| Frame::trailers(trailers)).map_err(BoxError::from);
+                Some((frame, None))
+            }
             frame = frames.next() => {
                 let frame = frame?.map_err(Into::into);
                 Some((frame, Some((frames, ended))))
-            }
-            () = &mut ended => {
-                let mut trailers = HeaderMap::new();
-                let added = Status::unavailable(message).add_header(&mut trailers);
-                let frame = added.map(|()| Frame::trailers(trailers)).map_err(BoxError::from);
-                Some((frame, None))
             }
         }
     });
@@ -56,21 +52,34 @@ mod tests {
     #[tokio::test]
     async fn a_refusal_stays_without_a_body() {
         let refusal = Status::not_found("no such request").into_http::<Body>();
-        let refusal = refusal.map(|body| end_when(body, std::future::pending(), "down"));
+        let refusal = refusal.map(|body| end_when(body, std::future::pending()));
         assert!(refusal.body().is_end_stream());
         assert_eq!(refusal.headers()["grpc-status"], "5");
     }
 
     #[tokio::test]
-    async fn a_silent_body_ends_with_unavailable() {
+    async fn a_body_that_always_has_a_frame_ends() {
+        let frames = std::iter::repeat_with(|| Ok::<_, BoxError>(Frame::data("x".into())));
+        let busy = StreamBody::new(tokio_stream::iter(frames));
+        let (end, ended) = oneshot::channel::<Status>();
+        let mut body = end_when(busy, async { ended.await.unwrap() });
+        assert!(body.frame().await.unwrap().unwrap().is_data());
+        end.send(Status::unauthenticated("expired")).unwrap();
+        let last = body.frame().await.unwrap().unwrap().into_trailers().unwrap();
+        assert_eq!(last["grpc-status"], "16");
+        assert!(body.frame().await.is_none());
+    }
+
+    #[tokio::test]
+    async fn a_silent_body_ends_with_the_status() {
         let (frames, received) = mpsc::channel::<Result<Frame<Bytes>, BoxError>>(1);
-        let (end, ended) = oneshot::channel::<()>();
+        let (end, ended) = oneshot::channel::<Status>();
         let body = StreamBody::new(ReceiverStream::new(received));
-        let mut body = end_when(body, async { drop(ended.await) }, "the instance is down");
+        let mut body = end_when(body, async { ended.await.unwrap() });
         frames.send(Ok(Frame::data("first".into()))).await.unwrap();
         let first = body.frame().await.unwrap().unwrap();
         assert_eq!(first.into_data().unwrap(), "first");
-        end.send(()).unwrap();
+        end.send(Status::unavailable("the instance is down")).unwrap();
         let last = body.frame().await.unwrap().unwrap().into_trailers().unwrap();
         let status = Status::from_header_map(&last).unwrap();
         assert_eq!(status.code(), tonic::Code::Unavailable);

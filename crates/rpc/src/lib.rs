@@ -11,6 +11,7 @@ mod members;
 mod payload;
 mod spans;
 mod status;
+mod token;
 
 pub use action::{action_from_proto, action_to_proto};
 pub use channel::{
@@ -34,3 +35,4 @@ pub use status::{
     name_message_limit, not_found, request_error, status, store_status, validation_status,
     violations_details,
 };
+pub use token::{TokenError, TokenSource};

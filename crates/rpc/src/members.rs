@@ -97,7 +97,11 @@ impl Member {
     }
 
     fn guarded(&self, body: Body) -> Body {
-        end_when(body, self.fails(), "the instance that served this watch is down; watch again")
+        let fails = self.fails();
+        end_when(body, async move {
+            fails.await;
+            Status::unavailable("the instance that served this watch is down; watch again")
+        })
     }
 
     /// Returns once it may not serve watches.

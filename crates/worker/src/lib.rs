@@ -21,7 +21,6 @@ mod attempts;
 mod outgoing;
 mod ready;
 mod session;
-mod token;
 
 use std::{sync::Arc, time::Duration};
 
@@ -41,7 +40,7 @@ use tonic::{
     transport::{Channel, Endpoint},
 };
 
-pub use token::{TokenError, TokenSource};
+pub use streamer_rpc::{TokenError, TokenSource};
 
 use crate::{
     attempts::Attempts,

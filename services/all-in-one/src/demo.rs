@@ -95,7 +95,7 @@ async fn follow(url: &str, token: &str, action: &str, payload: &Value) -> anyhow
     let id = format!("demo-{action}");
     let message =
         json!({ "type": "request", "id": id, "action": action, "payload": payload }).to_string();
-    let mut follower = Follower::new(url, token, Target::Submit { id, message });
+    let mut follower = Follower::new(url, token.to_owned(), Target::Submit { id, message });
     let mut outcome = Outcome { result: Value::Null, text: String::new(), events: 0 };
     while let Some(message) = follower.next().await? {
         outcome.events += 1;

@@ -11,11 +11,9 @@ use axum::{
     routing::any,
 };
 use http::{HeaderValue, header};
-use prost::Message;
-use prost_types::FileDescriptorSet;
 use streamer_auth::{Authenticator, caller_of};
 use streamer_core::{Clock, Uid};
-use streamer_proto::PUBLIC_DESCRIPTOR_SET;
+use streamer_proto::public_methods;
 use streamer_rpc::{
     Channel, FORWARDED, REPEATED, REQUEST_UID, SERVICE_TOKEN, end_when, enter, is_server_error,
     recorded,
@@ -75,7 +73,8 @@ struct FromService;
 /// Opens the traces of gRPC calls that come in, as [`trust_only`] in front of it finds out whose they
 /// are.
 pub(crate) fn trace_calls(router: Router, traces: Traces) -> Router {
-    let tracing = Arc::new(Tracing { traces, methods: public_methods() });
+    let methods = public_methods().into_iter().map(|method| method.path);
+    let tracing = Arc::new(Tracing { traces, methods: methods.collect() });
     router.layer(middleware::from_fn_with_state(tracing, trace_call))
 }
 
@@ -84,19 +83,6 @@ struct Tracing {
     traces: Traces,
     /// Paths of the public methods: no caller can make up names of spans.
     methods: HashSet<String>,
-}
-
-fn public_methods() -> HashSet<String> {
-    // Reflection reads the same bytes, and without it the server does not start.
-    let files = FileDescriptorSet::decode(PUBLIC_DESCRIPTOR_SET).unwrap_or_default().file;
-    let mut methods = HashSet::new();
-    for file in &files {
-        for service in &file.service {
-            let name = format!("/{}.{}", file.package(), service.name());
-            methods.extend(service.method.iter().map(|method| format!("{name}/{}", method.name())));
-        }
-    }
-    methods
 }
 
 async fn trace_call(State(tracing): State<Arc<Tracing>>, request: Request, next: Next) -> Response {
@@ -179,8 +165,11 @@ pub(crate) async fn end_watches(
         return response;
     }
     response.map(|body| {
-        let stopping = stopping.cancelled_owned();
-        Body::new(end_when(body, stopping, "the server is stopping"))
+        let stopped = async move {
+            stopping.cancelled().await;
+            Status::unavailable("the server is stopping")
+        };
+        Body::new(end_when(body, stopped))
     })
 }
 

@@ -35,7 +35,7 @@ pub(crate) async fn run(arguments: WorkerArguments) -> ExitCode {
         }
     };
     let common = arguments.common;
-    let worker = Worker::new(common.server.clone(), common.find_token(), handlers)
+    let worker = Worker::new(common.server.clone(), common.tokens(), handlers)
         .slots(arguments.slots)
         .drain_timeout(arguments.drain_timeout)
         .version(env!("CARGO_PKG_VERSION"));

@@ -1,4 +1,4 @@
-//! Where a worker's tokens come from.
+//! Where the tokens of clients and workers come from.
 
 use async_trait::async_trait;
 
@@ -14,10 +14,11 @@ pub struct TokenError(
 /// is renewed.
 #[async_trait]
 pub trait TokenSource: Send + Sync + 'static {
-    /// A token that is valid now. Asked for at each connection and a while before one expires.
+    /// A token that is valid now. Asked for at each connection, and again when, or a while before, the one
+    /// in use expires.
     ///
     /// # Errors
-    /// When there is none; at a connection this ends the worker.
+    /// When there is none; at a connection this ends the client or worker.
     async fn token(&self) -> Result<String, TokenError>;
 }
 
