@@ -13,6 +13,7 @@ mod durations;
 mod execution_service;
 mod fair;
 mod grants;
+mod hello;
 mod history;
 mod log_client;
 mod mailbox;

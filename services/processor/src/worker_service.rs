@@ -6,21 +6,18 @@ use futures_util::{
     StreamExt, TryStreamExt,
     stream::{self, BoxStream},
 };
-use streamer_auth::{Authenticator, Caller, Principal};
-use streamer_core::{
-    ActionSpec, Clock, ErrorCode, Limits, RequestError, Uid, Violations, limits, validate,
-};
+use streamer_auth::{Authenticator, Caller};
+use streamer_core::{Clock, ErrorCode, Limits, RequestError, Uid, Violations, limits, validate};
 use streamer_proto::{
-    common::v1::Action,
     processor::v1::{
-        Acknowledgment, Attempt, Capacity, Heartbeat, HeartbeatReply, Hello, Report, Revoke,
-        TokenStatus, Welcome, WorkRequest, WorkResponse, report, work_request,
-        work_response::Message, worker_service_server::WorkerService,
+        Acknowledgment, Attempt, Capacity, Heartbeat, HeartbeatReply, Report, Revoke, TokenStatus,
+        Welcome, WorkRequest, WorkResponse, report, work_request, work_response::Message,
+        worker_service_server::WorkerService,
     },
     timestamp,
 };
-use streamer_rpc::{action_from_proto, payload_bytes, status, store_status, validation_status};
-use streamer_store::{AssignedWorker, Owner, StoreError};
+use streamer_rpc::{payload_bytes, status, store_status, validation_status};
+use streamer_store::StoreError;
 use tokio::{
     sync::mpsc,
     time::{Instant, sleep_until, timeout},
@@ -33,8 +30,8 @@ use crate::{
     actions::{Actions, RememberError},
     dispatcher::Dispatcher,
     grants::Grants,
-    mailbox,
-    session_secret::{SECRET_BYTES, SessionSecret},
+    hello, mailbox,
+    session_secret::SessionSecret,
     worker::{StreamEnd, Worker},
 };
 
@@ -43,19 +40,11 @@ const OUTBOX: usize = 4096;
 /// How long the first message may take.
 const HELLO_TIMEOUT: Duration = Duration::from_secs(10);
 /// Slots of one worker at most.
-const MAX_SLOTS: i64 = 10_000;
-/// Actions of one worker at most.
-const MAX_ACTIONS: usize = 1000;
+pub(crate) const MAX_SLOTS: i64 = 10_000;
 /// Attempts that a worker brings along at most: as many as it has slots, running or ended.
 const MAX_ATTEMPTS: usize = 20_000;
 /// Attempts that are adopted at once.
 const ADOPTIONS: usize = 64;
-/// Those, each for every tenant that the token names, at most.
-const MAX_DECLARED: usize = 10_000;
-/// Longest text with which a worker describes itself, in bytes.
-const MAX_TEXT_BYTES: usize = 128;
-/// Shown in place of a worker that gives itself no name to be shown.
-const UNNAMED: &str = "worker";
 
 /// Serves workers.
 pub struct WorkerApi {
@@ -104,8 +93,8 @@ impl WorkerService for WorkerApi {
         else {
             return Err(broken("message", "the first one must be hello"));
         };
-        let secret = secret_of(&hello)?;
-        let worker = self.shared.introduce(&hello, &secret, &caller)?;
+        let secret = hello::secret_of(&hello)?;
+        let worker = hello::introduce(&hello, &secret, &caller, &self.shared.actions)?;
         let kept = self.shared.dispatcher.remember_actions(&worker).await;
         kept.map_err(|error| remember_status(&error))?;
         self.shared.check_open()?;
@@ -148,88 +137,6 @@ impl WorkerService for WorkerApi {
 }
 
 impl Shared {
-    /// The worker that this introduces, if it may come in.
-    fn introduce(
-        &self,
-        hello: &Hello,
-        secret: &SessionSecret,
-        caller: &Caller,
-    ) -> Result<Worker, Status> {
-        let mut violations = Violations::default();
-        violations.check("hello.worker_id", validate::worker_id(&hello.worker_id));
-        let texts = [
-            ("version", &hello.version),
-            ("sdk", &hello.sdk),
-            ("display_name", &hello.display_name),
-        ];
-        for (name, text) in texts {
-            let outcome = validate::at_most(text.len(), MAX_TEXT_BYTES, name);
-            violations.check(&format!("hello.{name}"), outcome);
-        }
-        let slots = i64::from(hello.slots);
-        violations.check("hello.slots", validate::in_range(slots, 0, MAX_SLOTS, ""));
-        let specs = self.declared(&hello.actions, &mut violations);
-        if !violations.is_empty() {
-            return Err(validation_status(&violations));
-        }
-        let grants = Grants::of(&caller.principal);
-        for spec in &specs {
-            if !grants.names(&spec.name) {
-                return Err(refusal(
-                    ErrorCode::Forbidden,
-                    format!("permission worker:{} is needed", spec.name),
-                ));
-            }
-        }
-        let slots = u32::try_from(hello.slots).unwrap_or(0);
-        let Principal { tenant, user, .. } = &*caller.principal;
-        let principal = Owner { tenant: tenant.clone(), user: user.clone() };
-        let assigned = AssignedWorker {
-            identity: secret.identity(&principal),
-            display_name: match hello.display_name.as_str() {
-                "" => UNNAMED.to_owned(),
-                name => name.to_owned(),
-            },
-        };
-        let worker =
-            Worker::new(hello.worker_id.clone(), principal, assigned, specs, grants, slots);
-        let declared = worker.declared().len();
-        if declared > MAX_DECLARED {
-            let rule = format!(
-                "must be at most {MAX_DECLARED} counting each for every tenant that the token is \
-                 for, are {declared}"
-            );
-            return Err(broken("hello.actions", &rule));
-        }
-        Ok(worker)
-    }
-
-    fn declared(&self, actions: &[Action], violations: &mut Violations) -> Vec<ActionSpec> {
-        if actions.is_empty() || actions.len() > MAX_ACTIONS {
-            let rule = format!("must have 1 to {MAX_ACTIONS} entries, has {}", actions.len());
-            violations.push("hello.actions", rule);
-        }
-        let mut specs: Vec<ActionSpec> = Vec::new();
-        for (index, action) in actions.iter().take(MAX_ACTIONS).enumerate() {
-            let field = format!("hello.actions[{index}]");
-            let spec = action_from_proto(action, &field, violations);
-            if let Some(schema) = &spec.payload_schema
-                && let Err(rule) = check_schema(schema)
-            {
-                violations.push(format!("{field}.payload_schema"), rule);
-            }
-            if self.actions.is_local(&spec.name) {
-                let rule = format!("{:?} is run by the processor itself", spec.name);
-                violations.push(format!("{field}.name"), rule);
-            }
-            if specs.iter().any(|earlier| earlier.name == spec.name) {
-                violations.push(format!("{field}.name"), "is declared twice");
-            }
-            specs.push(spec);
-        }
-        specs
-    }
-
     /// Goes on with the attempts that the worker says it has, and gives up those it does not name.
     async fn resume(
         &self,
@@ -448,29 +355,6 @@ fn remember_status(error: &RememberError) -> Status {
     }
 }
 
-/// The secret that it repeats, or a new one on its first stream.
-fn secret_of(hello: &Hello) -> Result<SessionSecret, Status> {
-    if hello.session_secret.is_empty() {
-        return SessionSecret::generate().map_err(|error| {
-            tracing::error!(%error, "no random bytes for a worker's secret");
-            refusal(ErrorCode::InternalError, "the processor has no random bytes".into())
-        });
-    }
-    SessionSecret::repeated(&hello.session_secret).ok_or_else(|| {
-        let length = hello.session_secret.len();
-        broken("hello.session_secret", &format!("must have {SECRET_BYTES} bytes, has {length}"))
-    })
-}
-
-fn check_schema(schema: &str) -> Result<(), String> {
-    let schema: serde_json::Value =
-        serde_json::from_str(schema).map_err(|error| format!("is not JSON: {error}"))?;
-    match jsonschema::validator_for(&schema) {
-        Ok(_) => Ok(()),
-        Err(error) => Err(format!("is not a JSON Schema: {error}")),
-    }
-}
-
 fn token_status(caller: &Caller) -> Message {
     let expire_time = Some(timestamp(caller.principal.expires_at.as_millis()));
     Message::TokenStatus(TokenStatus { expire_time })
@@ -490,12 +374,12 @@ fn identity(uid: &str, attempt: i32) -> Result<(Uid, u32), Status> {
     }
 }
 
-fn broken(field: &str, rule: &str) -> Status {
+pub(crate) fn broken(field: &str, rule: &str) -> Status {
     let mut violations = Violations::default();
     violations.push(field, rule);
     validation_status(&violations)
 }
 
-fn refusal(code: ErrorCode, message: String) -> Status {
+pub(crate) fn refusal(code: ErrorCode, message: String) -> Status {
     status(&RequestError::new(code, message))
 }
