@@ -7,13 +7,14 @@
 
 use std::{
     collections::BTreeSet,
-    fs::{self, OpenOptions},
+    fs::{self, OpenOptions, Permissions},
     io::{Read, Seek, SeekFrom, Write},
+    os::unix::fs::PermissionsExt,
     path::Path,
 };
 
 use serde_json::json;
-use streamer_tests::{Client, Random, Server, refusal_to_start};
+use streamer_tests::{Client, Process, Random, Server, binary, in_time, refusal_to_start};
 use tempfile::TempDir;
 
 const PAGE: usize = 4096;
@@ -201,4 +202,60 @@ async fn a_file_that_is_no_store_any_more_is_refused() {
     overwrite(&foreign.path().join("streamer.db"), 0, &[b'x'; 4096]);
     let said = refusal_to_start(foreign.path());
     assert!(said.contains("damaged"), "{said}");
+}
+
+#[tokio::test]
+async fn nothing_is_acknowledged_into_files_that_are_gone() {
+    type Loss = fn(&Path);
+    let losses: [Loss; 4] = [
+        |data| fs::remove_file(data.join("streamer.db")).unwrap(),
+        |data| fs::remove_file(data.join("streamer.db-wal")).unwrap(),
+        |data| fs::rename(data, data.with_extension("moved")).unwrap(),
+        |data| {
+            let copied = data.join("copied.db");
+            fs::copy(data.join("streamer.db"), &copied).unwrap();
+            fs::rename(copied, data.join("streamer.db")).unwrap();
+        },
+    ];
+    for lose in losses {
+        let server = Server::start(&QUIET);
+        let moved = server.data().with_extension("moved");
+        let mut client = Client::connect(&server.url, &server.token("acme", "ann", &[])).await;
+        let request = json!({"action": "echo_async", "delay_ms": 3_600_000});
+        assert_eq!(client.ask(request.clone()).await["type"], "acknowledgment");
+        lose(server.data());
+        let refused = client.ask(request).await;
+        assert_eq!(refused["error"]["code"], "UNAVAILABLE", "{refused}");
+        let not_ready = async {
+            while health(&server.url) {
+                tokio::task::yield_now().await;
+            }
+        };
+        in_time("that it is not ready", not_ready).await;
+        drop(server);
+        if moved.exists() {
+            fs::remove_dir_all(moved).unwrap();
+        }
+    }
+}
+
+/// Whether the server says that it can do its job.
+fn health(url: &str) -> bool {
+    let mut command = Process::command(binary());
+    Process::output(command.args(["health", "--server", url]).env_clear()).status.success()
+}
+
+#[tokio::test]
+async fn files_of_the_store_are_for_their_owner_only() {
+    let data = TempDir::with_prefix("streamer-test-").unwrap();
+    // As an earlier version made it.
+    let database = data.path().join("streamer.db");
+    fs::write(&database, "").unwrap();
+    fs::set_permissions(&database, Permissions::from_mode(0o644)).unwrap();
+    let server = Server::start_in(data, &QUIET);
+    let mode = |path: &Path| fs::metadata(path).unwrap().permissions().mode() & 0o777;
+    for entry in fs::read_dir(server.data()).unwrap() {
+        let path = entry.unwrap().path();
+        assert_eq!(mode(&path), 0o600, "{}", path.display());
+    }
 }

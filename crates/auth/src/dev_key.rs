@@ -14,7 +14,7 @@ use jsonwebtoken::{Algorithm, EncodingKey, Header};
 use serde::Serialize;
 use streamer_core::Timestamp;
 
-use crate::{KeyError, VerificationKey, create_private_file};
+use crate::{KeyError, VerificationKey, create_private_file, warn_if_others_can_read};
 
 /// Claim `iss` of development tokens.
 pub const DEV_ISSUER: &str = "streamer-dev";
@@ -86,6 +86,7 @@ impl DevKey {
     /// # Errors
     /// When the file can be neither read nor written, or holds something else.
     pub fn load_or_create(data: &Path) -> Result<Self, DevKeyError> {
+        warn_if_others_can_read(&data.join(FILE));
         match Self::load(data) {
             Err(DevKeyError::File { .. }) if !data.join(FILE).exists() => {
                 create(data)?;

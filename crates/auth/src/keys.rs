@@ -4,6 +4,8 @@ use std::{fs, path::Path};
 
 use jsonwebtoken::{Algorithm, DecodingKey};
 
+use crate::warn_if_others_can_read;
+
 /// Why a key cannot be used.
 #[derive(Debug, thiserror::Error)]
 pub enum KeyError {
@@ -46,6 +48,9 @@ impl VerificationKey {
     /// When the file cannot be read or holds no such key.
     pub fn from_file(algorithm: &str, path: &Path) -> Result<Self, KeyError> {
         let shown = path.display().to_string();
+        if algorithm == "HS256" {
+            warn_if_others_can_read(path);
+        }
         let bytes = fs::read(path).map_err(|error| KeyError::Unreadable {
             path: shown.clone(),
             reason: error.to_string(),

@@ -1,7 +1,7 @@
 //! Files with secrets in the data folder.
 
 use std::{
-    fs::{self, OpenOptions},
+    fs::{self, DirBuilder, OpenOptions},
     io::{self, Write},
     path::Path,
     process,
@@ -16,7 +16,10 @@ use std::{
 pub fn create_private_file(path: &Path, bytes: &[u8]) -> io::Result<()> {
     static DRAFTS: AtomicU32 = AtomicU32::new(0);
     let folder = path.parent().unwrap_or(Path::new("."));
-    fs::create_dir_all(folder)?;
+    let mut builder = DirBuilder::new();
+    #[cfg(unix)]
+    std::os::unix::fs::DirBuilderExt::mode(&mut builder, 0o700);
+    builder.recursive(true).create(folder)?;
     let number = DRAFTS.fetch_add(1, Ordering::Relaxed);
     let draft = path.with_extension(format!("{}-{number}.new", process::id()));
     let written = write(&draft, bytes).and_then(|()| match fs::hard_link(&draft, path) {
@@ -26,6 +29,25 @@ pub fn create_private_file(path: &Path, bytes: &[u8]) -> io::Result<()> {
     let removed = fs::remove_file(&draft);
     written.and(removed)?;
     fs::File::open(folder)?.sync_all()
+}
+
+/// Warns of a file with a secret that others than its owner can read.
+pub fn warn_if_others_can_read(path: &Path) {
+    #[cfg(unix)]
+    {
+        use std::os::unix::fs::PermissionsExt;
+        // Reading it, which comes next, says why it cannot be looked at.
+        let Ok(metadata) = fs::metadata(path) else { return };
+        let mode = metadata.permissions().mode() & 0o777;
+        if mode & 0o077 != 0 {
+            let mode = format!("{mode:03o}");
+            tracing::warn!(
+                path = %path.display(),
+                mode,
+                "others can read a file with a secret; its mode should be 600"
+            );
+        }
+    }
 }
 
 fn write(path: &Path, bytes: &[u8]) -> io::Result<()> {

@@ -7,6 +7,7 @@
 mod actions;
 mod checksum;
 mod connections;
+mod files;
 mod queue;
 mod requests;
 mod row;
@@ -14,7 +15,7 @@ mod schema;
 mod writer;
 
 use std::{
-    fs::{self, File, TryLockError},
+    fs::{File, TryLockError},
     io,
     path::Path,
 };
@@ -30,6 +31,7 @@ use crate::{
     ListRequests, NewRequest, Owner, QueueAhead, QueueStats, Renewed, RequestPage, RequestRecord,
     Store, StoreError, StoredPayload,
 };
+use files::Files;
 use writer::WriterThread;
 
 /// Readers beyond this wait for one to be free.
@@ -56,8 +58,8 @@ impl SqliteStore {
     /// As [`crate::open`].
     pub fn open(data: &Path) -> Result<Self, StoreError> {
         let doing = "opening the data folder";
-        let lock = make_folder(data)
-            .and_then(|()| File::create(data.join("lock")))
+        let lock = files::make_folder(data)
+            .and_then(|()| files::open_private(&data.join("lock")))
             .map_err(|error| io_error(doing, data, &error))?;
         match lock.try_lock() {
             Ok(()) => {}
@@ -67,19 +69,21 @@ impl SqliteStore {
             Err(TryLockError::Error(error)) => return Err(io_error(doing, data, &error)),
         }
         let path = data.join("streamer.db");
+        files::open_private(&path).map_err(|error| io_error(doing, &path, &error))?;
         let connection =
             schema::open_for_writing(&path).map_err(|error| sqlite_error("opening", &error))?;
         schema::check_size(&connection, &path)?;
         schema::migrate(&connection)?;
         schema::forget_previous_process(&connection)
             .map_err(|error| sqlite_error("opening", &error))?;
+        let files = Files::of(&path).map_err(|error| io_error(doing, &path, &error))?;
         let readers = Readers {
             idle: Mutex::new(Vec::new()),
             permits: tokio::sync::Semaphore::new(MAX_READERS),
             path,
         };
         Ok(Self {
-            writer: WriterThread::start(connection)?,
+            writer: WriterThread::start(connection, files)?,
             readers: std::sync::Arc::new(readers),
             _lock: lock,
         })
@@ -110,19 +114,6 @@ impl SqliteStore {
             Err(_) => Err(unavailable("the reader was stopped")),
         }
     }
-}
-
-fn make_folder(data: &Path) -> io::Result<()> {
-    if data.is_dir() {
-        return Ok(());
-    }
-    fs::create_dir_all(data)?;
-    // The folder's own entry must survive a crash too.
-    let parent = match data.parent() {
-        Some(parent) if !parent.as_os_str().is_empty() => parent,
-        _ => Path::new("."),
-    };
-    File::open(parent)?.sync_all()
 }
 
 fn io_error(doing: &'static str, path: &Path, error: &io::Error) -> StoreError {

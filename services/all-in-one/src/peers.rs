@@ -11,7 +11,7 @@ use std::{
 
 use futures_util::future::join_all;
 use http::{HeaderName, HeaderValue, Request};
-use streamer_auth::create_private_file;
+use streamer_auth::{create_private_file, warn_if_others_can_read};
 use streamer_rpc::{Channel, Member, Members, SERVICE_TOKEN, remote};
 use subtle::{Choice, ConstantTimeEq};
 use tokio::{
@@ -75,6 +75,7 @@ impl ServiceToken {
 
     fn read(file: &Path) -> Result<Self, String> {
         let failed = |reason: String| format!("{}: {reason}", file.display());
+        warn_if_others_can_read(file);
         let text = fs::read_to_string(file).map_err(|error| failed(error.to_string()))?;
         let mut accepted = Vec::new();
         for secret in text.lines().map(str::trim).filter(|line| !line.is_empty()) {

@@ -5,7 +5,7 @@ use std::thread::{self, JoinHandle};
 use rusqlite::Connection;
 use tokio::sync::{mpsc, oneshot};
 
-use super::sqlite_error;
+use super::{files::Files, sqlite_error};
 use crate::StoreError;
 
 /// Operations beyond this wait before they are queued.
@@ -64,11 +64,11 @@ pub(super) struct WriterThread {
 }
 
 impl WriterThread {
-    pub(super) fn start(connection: Connection) -> Result<Self, StoreError> {
+    pub(super) fn start(connection: Connection, files: Files) -> Result<Self, StoreError> {
         let (queue, operations) = mpsc::channel(QUEUE);
         let thread = thread::Builder::new()
             .name("store-writer".into())
-            .spawn(move || write_until_closed(&connection, operations))
+            .spawn(move || write_until_closed(&connection, &files, operations))
             .map_err(|error| StoreError::Unavailable {
                 doing: "starting the writer",
                 reason: error.to_string(),
@@ -104,12 +104,16 @@ impl Drop for WriterThread {
     }
 }
 
-fn write_until_closed(db: &Connection, mut operations: mpsc::Receiver<Box<dyn Operation>>) {
+fn write_until_closed(
+    db: &Connection,
+    files: &Files,
+    mut operations: mpsc::Receiver<Box<dyn Operation>>,
+) {
     let mut group = Vec::with_capacity(GROUP);
     while operations.blocking_recv_many(&mut group, GROUP) > 0 {
         match commit(db, &mut group) {
-            Ok(()) => group.drain(..).for_each(|operation| operation.answer(Ok(()))),
-            Err(_) => group.drain(..).for_each(|operation| commit_alone(db, operation)),
+            Ok(()) => answer(files, &mut group),
+            Err(_) => group.drain(..).for_each(|operation| commit_alone(db, files, operation)),
         }
     }
     if let Err(error) = db.execute_batch("PRAGMA wal_checkpoint(TRUNCATE)") {
@@ -130,10 +134,24 @@ fn commit(db: &Connection, group: &mut [Box<dyn Operation>]) -> rusqlite::Result
 
 /// After a failed group: each operation gets a transaction of its own, so that one that cannot be
 /// applied fails alone.
-fn commit_alone(db: &Connection, operation: Box<dyn Operation>) {
-    let mut group = [operation];
-    let outcome = commit(db, &mut group);
-    let [operation] = group;
-    let doing = operation.doing();
-    operation.answer(outcome.map_err(|error| sqlite_error(doing, &error)));
+fn commit_alone(db: &Connection, files: &Files, operation: Box<dyn Operation>) {
+    let mut group = vec![operation];
+    match commit(db, &mut group) {
+        Ok(()) => answer(files, &mut group),
+        Err(error) => group.drain(..).for_each(|operation| {
+            let doing = operation.doing();
+            operation.answer(Err(sqlite_error(doing, &error)));
+        }),
+    }
+}
+
+/// Answers what was committed, unless that is to files which the next process will not find. A look at
+/// them costs microseconds, and a commit milliseconds.
+fn answer(files: &Files, group: &mut Vec<Box<dyn Operation>>) {
+    let lost = files.check().err();
+    for operation in group.drain(..) {
+        let doing = operation.doing();
+        let unavailable = |reason| StoreError::Unavailable { doing, reason };
+        operation.answer(lost.clone().map(unavailable).map_or(Ok(()), Err));
+    }
 }
