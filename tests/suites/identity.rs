@@ -12,14 +12,17 @@ use std::{
 use serde_json::json;
 use streamer_client::{Api, Follower, Target, TokenError, TokenSource};
 use streamer_proto::{
+    common::v1::Action,
     processor::v1::{
-        Hello, RefreshToken, Task, report::Kind, work_request, work_response::Message,
+        Capacity, Hello, RefreshToken, Task, report::Kind, work_request, work_response::Message,
     },
     progress::v1::WatchRequest,
     router::v1::{SubmitAndWatchRequest, SubmitRequest},
 };
 use streamer_rpc::json_payload;
-use streamer_tests::{Client, Log, ScriptedWorker, Server, declare, hello, hello_again, offered};
+use streamer_tests::{
+    Client, Log, ScriptedWorker, Server, declare, hello, hello_again, in_time, offered,
+};
 use tonic::{Code, Streaming};
 
 fn result(json: &'static str) -> Kind {
@@ -265,4 +268,38 @@ async fn watches_go_on_with_fresh_tokens() {
     let brief = server.token_for("acme", "ann", &[], BRIEF);
     let mut forever = Api::new(&server.url, &brief).unwrap().watch("absent", 0);
     assert!(forever.next().await.is_err());
+}
+
+#[tokio::test]
+async fn what_a_tenants_own_declaration_admits_goes_to_its_own_workers_only() {
+    let server = Server::start(&["execution.lease_ms=120000"]);
+    let render = Action { permission: "render:run".into(), ..declare("render") };
+    let provider = server.token("provider", "worker", &["worker:render@*"]);
+    let mut provider = ScriptedWorker::come(&server, &provider, hello("p", 4, vec![render])).await;
+    let user = server.token("evil", "joe", &[]);
+    offered(&server, &user, "render", 1).await;
+    let mut joe = Client::connect(&server.url, &user).await;
+    let refused = joe.ask(json!({"action": "render"})).await;
+    assert_eq!(refused["error"]["code"], "FORBIDDEN", "{refused}");
+    // Without a permission, and without a slot.
+    let own = hello("e", 0, vec![declare("render")]);
+    let token = server.token("evil", "worker", &["worker:render"]);
+    let mut own = ScriptedWorker::come(&server, &token, own).await;
+    let accepted = async {
+        loop {
+            let answer = joe.ask(json!({"id": "theirs", "action": "render"})).await;
+            if answer["type"] == "acknowledgment" {
+                return;
+            }
+        }
+    };
+    in_time("the acknowledgment", accepted).await;
+    let permitted = server.token("acme", "ann", &["render:run"]);
+    let mut ann = Client::connect(&server.url, &permitted).await;
+    ann.submit("ours", "render", json!({})).await;
+    let task = provider.task().await;
+    assert_eq!((&*task.tenant_id, &*task.request_id), ("acme", "ours"));
+    own.say(work_request::Message::Capacity(Capacity { slots: 1 })).await;
+    let task = own.task().await;
+    assert_eq!((&*task.tenant_id, &*task.request_id), ("evil", "theirs"));
 }

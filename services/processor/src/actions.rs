@@ -31,6 +31,8 @@ pub(crate) struct Actions {
     pub(crate) workers: Arc<Workers>,
     sync_threshold: Duration,
     remembered: Mutex<Remembered>,
+    /// Held while declarations are saved: of several at once, each counts what the others bring.
+    saving: tokio::sync::Mutex<()>,
     loaded: watch::Sender<bool>,
 }
 
@@ -98,7 +100,8 @@ pub(crate) enum Runner {
 impl Actions {
     pub(crate) fn new(local: Handlers, workers: Arc<Workers>, sync_threshold: Duration) -> Self {
         let loaded = watch::Sender::new(false);
-        Self { local, workers, sync_threshold, remembered: Mutex::default(), loaded }
+        let saving = tokio::sync::Mutex::default();
+        Self { local, workers, sync_threshold, remembered: Mutex::default(), saving, loaded }
     }
 
     /// Reads what was declared before this process was started.
@@ -135,6 +138,7 @@ impl Actions {
         clock: &dyn Clock,
     ) -> Result<(), RememberError> {
         let now = clock.now();
+        let _saving = self.saving.lock().await;
         let news: Vec<_> = {
             let remembered = self.remembered.lock();
             let is_kept = |(key, spec): &(Key, Arc<ActionSpec>)| {
@@ -168,13 +172,12 @@ impl Actions {
             let key = Key { action: action.to_owned(), tenant: None };
             return Some(Declared { key, spec: spec.clone() });
         }
-        if let Some((key, spec)) = self.workers.spec(action, tenant) {
-            return Some(Declared { key, spec });
-        }
-        let remembered = self.remembered.lock();
+        // A tenant's own declaration comes before one for all, as in the router's catalog, whether its
+        // workers are there or not.
         [Some(tenant.to_owned()), None].into_iter().find_map(|tenant| {
             let key = Key { action: action.to_owned(), tenant };
-            let spec = remembered.specs.get(&key)?.clone();
+            let present = self.workers.spec(&key);
+            let spec = present.or_else(|| self.remembered.lock().specs.get(&key).cloned())?;
             Some(Declared { key, spec })
         })
     }
@@ -188,16 +191,19 @@ impl Actions {
     pub(crate) fn runner(&self, action: &str, tenant: &str) -> Option<Runner> {
         match self.local.get(action) {
             Some((_, handler)) => Some(Runner::Local(handler.clone())),
-            None => self.workers.seat(action, tenant).map(Runner::Remote),
+            None => {
+                let declared = self.find(action, tenant)?;
+                self.workers.seat(&declared.key, tenant).map(Runner::Remote)
+            }
         }
     }
 
     /// How many of this action of this tenant can run at once, when at most `limit` may; none when
     /// nobody offers it.
     pub(crate) fn slots(&self, action: &str, tenant: &str, limit: u32) -> u32 {
-        let Some(Declared { spec, .. }) = self.find(action, tenant) else { return 0 };
+        let Some(Declared { key, spec }) = self.find(action, tenant) else { return 0 };
         let limit = spec.max_concurrency.map_or(limit, |of_action| of_action.min(limit));
-        if self.is_local(action) { limit } else { limit.min(self.workers.slots(action, tenant)) }
+        if self.is_local(action) { limit } else { limit.min(self.workers.slots(&key)) }
     }
 
     /// What handlers in this process run.

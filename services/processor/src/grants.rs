@@ -70,9 +70,14 @@ impl Grants {
         self.of_action(action).any(|tenants| !tenants.is_empty())
     }
 
+    /// Whether it may run this action for every tenant.
+    pub(crate) fn is_for_all(&self, action: &str) -> bool {
+        self.of_action(action).any(|tenants| tenants.all)
+    }
+
     /// For which tenants it may run this action; `None` for all of them.
     pub(crate) fn tenants(&self, action: &str) -> Option<BTreeSet<&str>> {
-        if self.of_action(action).any(|tenants| tenants.all) {
+        if self.is_for_all(action) {
             return None;
         }
         let named = self.of_action(action).flat_map(|tenants| &tenants.named);

@@ -232,13 +232,18 @@ impl Worker {
         self.state.lock().actions.get(action).cloned()
     }
 
-    /// Whether it can be given tasks of this action and tenant.
-    pub(crate) fn offers(&self, action: &str, tenant: &str) -> bool {
+    /// Whether it can be given tasks that were admitted by a declaration under this key.
+    pub(crate) fn declares(&self, key: &Key) -> bool {
         let state = self.state.lock();
         state.stream.is_some()
             && !state.silent
-            && state.actions.contains_key(action)
-            && state.grants.allow(action, tenant)
+            && state.actions.contains_key(&key.action)
+            && match &key.tenant {
+                None => state.grants.is_for_all(&key.action),
+                Some(tenant) => {
+                    !state.grants.is_for_all(&key.action) && state.grants.allow(&key.action, tenant)
+                }
+            }
     }
 
     /// Its declarations, for each tenant that they are for.
@@ -255,12 +260,6 @@ impl Worker {
             }
         }
         declared
-    }
-
-    /// Which of its declarations holds for this tenant.
-    pub(crate) fn key(&self, action: &str, tenant: &str) -> Key {
-        let for_all = self.state.lock().grants.tenants(action).is_none();
-        Key { action: action.to_owned(), tenant: (!for_all).then(|| tenant.to_owned()) }
     }
 
     pub(crate) fn declared_at(&self) -> Instant {

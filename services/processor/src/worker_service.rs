@@ -43,6 +43,8 @@ const HELLO_TIMEOUT: Duration = Duration::from_secs(10);
 pub(crate) const MAX_SLOTS: i64 = 10_000;
 /// Attempts that a worker brings along at most: as many as it has slots, running or ended.
 const MAX_ATTEMPTS: usize = 20_000;
+/// Revocations in one reply at most: replies wait in memory for a worker that does not read.
+const MAX_REVOKED: usize = 64;
 /// Attempts that are adopted at once.
 const ADOPTIONS: usize = 64;
 
@@ -297,13 +299,22 @@ impl Conversation {
     }
 
     fn heartbeat(&self, heartbeat: &Heartbeat) -> Result<(), Status> {
+        if heartbeat.attempts.len() > MAX_ATTEMPTS {
+            let count = heartbeat.attempts.len();
+            let rule = format!("must have at most {MAX_ATTEMPTS} entries, has {count}");
+            return Err(broken("heartbeat.attempts", &rule));
+        }
         let mut reply = HeartbeatReply::default();
         let mut named = HashSet::with_capacity(heartbeat.attempts.len());
         for attempt in &heartbeat.attempts {
             let (uid, number) = identity(&attempt.uid, attempt.attempt)?;
-            named.insert((uid, number));
+            if !named.insert((uid, number)) {
+                continue;
+            }
             match self.worker.task(uid, number) {
                 Some(task) => reply.cancelled.extend(task.cancel()),
+                // The next heartbeat names the others again.
+                None if reply.revoked.len() >= MAX_REVOKED => {}
                 None => reply.revoked.push(not_yours(attempt.uid.clone(), attempt.attempt)),
             }
         }
@@ -330,7 +341,7 @@ impl Conversation {
 
     async fn refresh_token(&mut self, token: &str, end: &StreamEnd) -> Result<(), Status> {
         let fresh = self.shared.authenticator.authenticate(token).await;
-        let fresh = fresh.map_err(|error| refusal(ErrorCode::Unauthorized, error.to_string()))?;
+        let fresh = fresh.map_err(|error| refusal(error.code(), error.to_string()))?;
         let same = |of: &Caller| (of.principal.tenant.clone(), of.principal.user.clone());
         if same(&fresh) != same(&self.caller) {
             let rule = "must be for the same tenant and user";

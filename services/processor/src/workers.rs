@@ -143,25 +143,26 @@ impl Workers {
         names
     }
 
-    /// What the workers that are there declare this action of this tenant to be.
-    pub(crate) fn spec(&self, action: &str, tenant: &str) -> Option<(Key, Arc<ActionSpec>)> {
+    /// What the workers that are there declare under this key.
+    pub(crate) fn spec(&self, key: &Key) -> Option<Arc<ActionSpec>> {
         let by_identity = self.by_identity.lock();
-        let able = by_identity.values().filter(|worker| worker.offers(action, tenant));
-        let latest = able.max_by_key(|worker| worker.declared_at())?;
-        Some((latest.key(action, tenant), latest.action(action)?))
+        let able = by_identity.values().filter(|worker| worker.declares(key));
+        able.max_by_key(|worker| worker.declared_at())?.action(&key.action)
     }
 
-    /// How many of this action of this tenant can run at once.
-    pub(crate) fn slots(&self, action: &str, tenant: &str) -> u32 {
+    /// How many of what is declared under this key can run at once.
+    pub(crate) fn slots(&self, key: &Key) -> u32 {
         let by_identity = self.by_identity.lock();
-        let able = by_identity.values().filter(|worker| worker.offers(action, tenant));
+        let able = by_identity.values().filter(|worker| worker.declares(key));
         able.fold(0, |slots, worker| slots.saturating_add(worker.slots()))
     }
 
-    /// Takes a slot of the worker that has the most of them free.
-    pub(crate) fn seat(&self, action: &str, tenant: &str) -> Option<Seat> {
+    /// Takes a slot for this tenant, of the worker that has the most of them free. Only workers that
+    /// declare the action under this key get what was admitted by that declaration: others may ask for
+    /// permissions and payloads of their own.
+    pub(crate) fn seat(&self, key: &Key, tenant: &str) -> Option<Seat> {
         let by_identity = self.by_identity.lock();
-        let able = || by_identity.values().filter(|worker| worker.offers(action, tenant));
+        let able = || by_identity.values().filter(|worker| worker.declares(key));
         let (slots, taken) = able().fold((0_u32, 0), |(slots, taken), worker| {
             (slots.saturating_add(worker.slots()), taken + worker.taken_by(tenant))
         });

@@ -161,9 +161,12 @@ impl Operations for OperationsApi {
 fn wait_limit(timeout: Option<&prost_types::Duration>) -> Result<Duration, Status> {
     let longest = Duration::from_millis(limits::MAX_WAIT_MS.unsigned_abs());
     let Some(timeout) = timeout else { return Ok(longest) };
-    match Duration::try_from(*timeout) {
-        Ok(timeout) => Ok(timeout.min(longest)),
-        Err(_) => {
+    // Before the conversion, which overflows for the smallest number of seconds.
+    let is_negative = timeout.seconds < 0 || timeout.nanos < 0;
+    let timeout = (!is_negative).then(|| Duration::try_from(*timeout).ok()).flatten();
+    match timeout {
+        Some(timeout) => Ok(timeout.min(longest)),
+        None => {
             let mut violations = Violations::default();
             violations.push("timeout", "must not be negative");
             Err(validation_status(&violations))
@@ -183,4 +186,21 @@ fn request_name(name: &str) -> Result<&str, Status> {
 
 fn any(type_name: &str, message: &impl Message) -> Any {
     Any { type_url: format!("type.googleapis.com/{type_name}"), value: message.encode_to_vec() }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_wait_is_not_negative_and_has_an_end() {
+        let wait =
+            |seconds, nanos| wait_limit(Some(&prost_types::Duration { seconds, nanos })).ok();
+        assert_eq!(wait(1, 5), Some(Duration::new(1, 5)));
+        let longest = Duration::from_millis(limits::MAX_WAIT_MS.unsigned_abs());
+        assert_eq!((wait(i64::MAX, 0), wait_limit(None).ok()), (Some(longest), Some(longest)));
+        for (seconds, nanos) in [(-1, 0), (0, -1), (i64::MIN, 0), (i64::MIN, i32::MIN)] {
+            assert_eq!(wait(seconds, nanos), None, "{seconds} {nanos}");
+        }
+    }
 }
