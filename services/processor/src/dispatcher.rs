@@ -206,8 +206,9 @@ impl Dispatcher {
         if self.is_stopping() {
             return false;
         }
-        // Nobody overtakes what waits of the same tenant; others' work waits for slots of its own.
-        let behind = self.signal.has_backlog() && self.waiting.may_have(tenant);
+        // Nothing overtakes what waits of the same tenant, also while the queue is being read and a slot
+        // is free; work of others waits for slots of its own.
+        let behind = self.waiting.may_have(tenant);
         let place = if behind { None } else { self.place(action, tenant) };
         match place {
             Some(place) => {

@@ -39,7 +39,7 @@ impl Dispatcher {
             }
             looked_at = self.now();
             let known = blocked.len();
-            let (started, left) = match self.start_due(&actions, &mut blocked).await {
+            let (started, left) = match self.start_due(&actions, full, &mut blocked).await {
                 Ok(outcome) => outcome,
                 Err(error) => {
                     self.signal.note_backlog();
@@ -86,10 +86,12 @@ impl Dispatcher {
         (open, full)
     }
 
-    /// Looks at the queue once; says how many were started, and whether more may be waiting.
+    /// Looks at the queue once, for these actions, which are not all if others are `full`; says how many
+    /// were started, and whether more may be waiting.
     async fn start_due(
         self: &Arc<Self>,
         actions: &[String],
+        full: bool,
         blocked: &mut HashSet<(String, String)>,
     ) -> Result<(usize, bool), StoreError> {
         // What is set aside comes with the rest, and takes nobody's place.
@@ -109,6 +111,7 @@ impl Dispatcher {
             limits: limits.clone(),
             blocked: blocked.clone(),
         };
+        self.waiting.look();
         let page = self.store.due_requests(query).await?;
         let whole = page.next_tenant.is_none() && from_the_first;
         *self.after_tenant.lock() = page.next_tenant;
@@ -152,7 +155,9 @@ impl Dispatcher {
             }
         }
         let any_left = !whole || !left.is_empty();
-        if whole {
+        if whole && full {
+            self.waiting.were_left_too(left);
+        } else if whole {
             self.waiting.were_left(left);
         } else {
             self.waiting.forget();
