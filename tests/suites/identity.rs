@@ -1,4 +1,4 @@
-//! Whose a stream, an attempt and a token are, and that nobody else can use them.
+//! Streams, attempts and tokens are bound to their owner, and no other caller can use them.
 #![allow(clippy::unwrap_used, reason = "in tests, a panic is the report")]
 
 use std::{
@@ -44,7 +44,7 @@ struct Scene {
 
 impl Scene {
     async fn new() -> Self {
-        // Nobody is taken for silent while another worker tries.
+        // No worker is considered silent while another one tries.
         let server = Server::start(&["execution.lease_ms=120000", "auth.leeway_ms=0"]);
         let token = server.token("provider", "worker", &["worker:work@acme"]);
         let first = Hello { display_name: "shown".into(), ..hello("w", 4, vec![declare("work")]) };
@@ -78,7 +78,7 @@ async fn intrude(server: &Server, token: &str, again: Hello, task: &Task) {
 }
 
 #[tokio::test]
-async fn nobody_else_goes_on_with_a_workers_attempt() {
+async fn no_other_caller_can_resume_a_workers_attempt() {
     let scene = Scene::new().await;
     let (server, welcome, task) = (&scene.server, &scene.worker.welcome, &scene.task);
     assert_eq!(welcome.session_secret.len(), 32);

@@ -51,8 +51,8 @@ def worker_of(url: str, token: Any = "token") -> Worker:
 
 
 def welcome(secret: bytes = b"") -> worker_pb2.WorkResponse:
-    told = worker_pb2.Welcome(heartbeat_ms=20, lease_ms=60_000, session_secret=secret)
-    return worker_pb2.WorkResponse(welcome=told)
+    message = worker_pb2.Welcome(heartbeat_ms=20, lease_ms=60_000, session_secret=secret)
+    return worker_pb2.WorkResponse(welcome=message)
 
 
 @pytest.mark.parametrize(

@@ -145,7 +145,7 @@ mod tests {
                 assert_eq!(grants.allow("report", tenant), is_allowed, "{named:?} {tenant:?}");
             }
         }
-        let nobody = grants(&["worker:report@"]);
-        assert!(!nobody.names("report") && !nobody.allow("report", ""));
+        let no_tenant = grants(&["worker:report@"]);
+        assert!(!no_tenant.names("report") && !no_tenant.allow("report", ""));
     }
 }

@@ -15,7 +15,7 @@ const PRIVATE_FILE: u32 = 0o600;
 #[cfg(unix)]
 const PRIVATE_FOLDER: u32 = 0o700;
 
-/// Makes the data folder, unless it is there.
+/// Makes the data folder if it does not exist.
 pub(super) fn make_folder(data: &Path) -> io::Result<()> {
     if data.is_dir() {
         return Ok(());
