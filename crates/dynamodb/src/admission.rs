@@ -15,7 +15,7 @@ use tokio::{
 
 /// How long an operation waits for its turn before it is refused.
 const MAX_WAIT: Duration = Duration::from_secs(10);
-/// For each operation that may be under way, so many may wait; more are refused at once.
+/// For each operation that may be under way, this many may wait; more are refused at once.
 const WAITING_FOR_EACH: usize = 64;
 
 /// For whom an operation is.
@@ -53,7 +53,7 @@ impl Drop for Waiting<'_> {
 }
 
 impl Admission {
-    /// For so many operations at once, half of them for callers; `gauge` counts those that wait.
+    /// Allows this many operations at once, half of them for callers; `gauge` counts those that wait.
     pub(crate) fn new(concurrent: usize, gauge: Gauge) -> Self {
         Self {
             all: Semaphore::new(concurrent),

@@ -128,8 +128,9 @@ impl Store for DynamoStore {
         let began = Instant::now();
         let _turn = self.turn(Purpose::Execution).await?;
         // The attempt begins after the wait, and so does its lease.
-        claim.now = claim.now.plus(began.elapsed());
-        claim.lease_until = claim.lease_until.plus(began.elapsed());
+        let waited = began.elapsed();
+        claim.now = claim.now.plus(waited);
+        claim.lease_until = claim.lease_until.plus(waited);
         let registered =
             self.holders.register(&self.dynamo, &claim.holder, claim.lease_until, claim.now).await;
         self.noted(registered)?;
@@ -179,8 +180,9 @@ impl Store for DynamoStore {
     async fn adopt(&self, mut adopt: Adopt) -> Result<Option<RequestRecord>, StoreError> {
         let began = Instant::now();
         let _turn = self.turn(Purpose::Execution).await?;
-        adopt.now = adopt.now.plus(began.elapsed());
-        adopt.lease_until = adopt.lease_until.plus(began.elapsed());
+        let waited = began.elapsed();
+        adopt.now = adopt.now.plus(waited);
+        adopt.lease_until = adopt.lease_until.plus(waited);
         let registered =
             self.holders.register(&self.dynamo, &adopt.holder, adopt.lease_until, adopt.now).await;
         self.noted(registered)?;

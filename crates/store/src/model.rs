@@ -154,7 +154,7 @@ pub struct Claim {
 /// A worker that gets an attempt.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct AssignedWorker {
-    /// Stored with the lease: who wants to go on with the attempt must prove to be this one.
+    /// Stored with the lease: only a worker that proves this identity can resume the attempt.
     pub identity: String,
     /// What event `started` shows to the owner of the request, who may be of a different tenant.
     pub display_name: String,

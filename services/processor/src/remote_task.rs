@@ -33,7 +33,7 @@ pub(crate) struct RemoteTask {
     pub(crate) mailbox: Mailbox,
     /// Progress and output reports that have come.
     received: Mutex<i64>,
-    /// The worker does not run it any more; why.
+    /// The worker no longer runs it; why.
     lost: CancellationToken,
     lost_reason: Mutex<Option<String>>,
     never_arrived: AtomicBool,
@@ -138,7 +138,7 @@ impl RemoteTask {
         Ok(())
     }
 
-    /// The worker does not run it (any more).
+    /// The worker does not run it, or no longer.
     pub(crate) fn lose(&self, reason: impl Into<String>) {
         self.lost_reason.lock().get_or_insert_with(|| reason.into());
         self.lost.cancel();
@@ -157,12 +157,12 @@ impl RemoteTask {
         !self.never_arrived.load(Ordering::SeqCst)
     }
 
-    /// Why the worker does not run it any more, if so.
+    /// Why the worker no longer runs it, if so.
     pub(crate) fn lost_reason(&self) -> Option<String> {
         self.lost_reason.lock().clone()
     }
 
-    /// Returns why, once the worker does not run it any more.
+    /// Returns why, once the worker no longer runs it.
     pub(crate) async fn lost(&self) -> String {
         self.lost.cancelled().await;
         self.lost_reason.lock().clone().unwrap_or_default()

@@ -83,13 +83,13 @@ impl State {
         }
     }
 
-    /// Takes away the tasks that its token does not allow any more.
+    /// Takes away the tasks that its token no longer allows.
     fn lose_forbidden_tasks(&mut self) {
         let grants = &self.grants;
         self.tasks.retain(|_, task| {
             let is_allowed = grants.allow(&task.action, &task.tenant);
             if !is_allowed {
-                task.lose("the worker's token does not allow the action for this tenant any more");
+                task.lose("the worker's token no longer allows the action for this tenant");
             }
             is_allowed
         });

@@ -322,7 +322,7 @@ impl Conversation {
             if !named.contains(&(task.uid, task.attempt))
                 && task.should_be_named(self.shared.heartbeat() * 2)
             {
-                task.forgotten("the worker does not run the attempt any more");
+                task.forgotten("the worker no longer runs the attempt");
             }
         }
         self.worker.send(Message::HeartbeatReply(reply));

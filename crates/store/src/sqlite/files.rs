@@ -33,8 +33,8 @@ pub(super) fn make_folder(data: &Path) -> io::Result<()> {
     File::open(parent)?.sync_all()
 }
 
-/// Opens a file that only its owner can read, made if it is not there. One of an earlier version, which
-/// others can read, is closed to them.
+/// Opens a file that only its owner can read, and creates it if it does not exist. Removes the
+/// permissions of others from a file of an earlier version.
 pub(super) fn open_private(path: &Path) -> io::Result<File> {
     let mut options = OpenOptions::new();
     options.write(true).create(true).truncate(false);
@@ -42,8 +42,11 @@ pub(super) fn open_private(path: &Path) -> io::Result<File> {
     options.mode(PRIVATE_FILE);
     let file = options.open(path)?;
     #[cfg(unix)]
-    if file.metadata()?.permissions().mode() & 0o077 != 0 {
-        file.set_permissions(fs::Permissions::from_mode(PRIVATE_FILE))?;
+    if file.metadata()?.permissions().mode() & 0o077 != 0
+        && let Err(error) = file.set_permissions(fs::Permissions::from_mode(PRIVATE_FILE))
+    {
+        // Only the owner of a file can change its mode; the store works all the same.
+        tracing::warn!(path = %path.display(), %error, "others can read a file of the store");
     }
     Ok(file)
 }
@@ -93,7 +96,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn a_folder_is_made_for_its_owner_and_one_that_is_there_stays() {
+    fn a_folder_is_made_for_its_owner_and_an_existing_one_stays() {
         let base = std::env::temp_dir().join(format!("streamer-folder-{}", std::process::id()));
         let (old, made) = (base.join("old"), base.join("a/b"));
         fs::create_dir_all(&old).unwrap();
