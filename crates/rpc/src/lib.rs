@@ -13,7 +13,7 @@ mod spans;
 mod status;
 mod token;
 
-pub use action::{action_from_proto, action_to_proto};
+pub use action::{MAX_SCHEMA_BYTES, action_from_proto, action_to_proto};
 pub use channel::{
     Channel, FORWARDED, NOT_TAKEN, REPEATED, REQUEST_UID, SERVICE_TOKEN, local, remote,
     with_authorization,

@@ -21,6 +21,7 @@ mod metrics;
 mod outcome;
 mod remote;
 mod remote_task;
+mod schema_checks;
 mod session_secret;
 mod set_aside;
 mod signal;

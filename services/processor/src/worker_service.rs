@@ -31,6 +31,7 @@ use crate::{
     dispatcher::Dispatcher,
     grants::Grants,
     hello, mailbox,
+    schema_checks::SchemaChecks,
     session_secret::SessionSecret,
     worker::{StreamEnd, Worker},
 };
@@ -60,6 +61,7 @@ struct Shared {
     authenticator: Arc<Authenticator>,
     clock: Arc<dyn Clock>,
     options: ProcessorOptions,
+    schema_checks: SchemaChecks,
 }
 
 impl WorkerApi {
@@ -71,7 +73,9 @@ impl WorkerApi {
         clock: Arc<dyn Clock>,
         options: ProcessorOptions,
     ) -> Self {
-        let shared = Shared { name, dispatcher, actions, authenticator, clock, options };
+        let schema_checks = SchemaChecks::default();
+        let shared =
+            Shared { name, dispatcher, actions, authenticator, clock, options, schema_checks };
         Self { shared: Arc::new(shared) }
     }
 }
@@ -96,7 +100,9 @@ impl WorkerService for WorkerApi {
             return Err(broken("message", "the first one must be hello"));
         };
         let secret = hello::secret_of(&hello)?;
-        let worker = hello::introduce(&hello, &secret, &caller, &self.shared.actions)?;
+        let tenant = &caller.principal.tenant;
+        let schemas = self.shared.schema_checks.check(tenant, &hello.actions).await?;
+        let worker = hello::introduce(&hello, &secret, &caller, &self.shared.actions, &schemas)?;
         let kept = self.shared.dispatcher.remember_actions(&worker).await;
         kept.map_err(|error| remember_status(&error))?;
         self.shared.check_open()?;

@@ -6,14 +6,15 @@ use std::{
     time::Duration,
 };
 
-use jsonschema::Validator;
+use bytes::Bytes;
 use parking_lot::{Mutex, RwLock};
-use streamer_core::{Timestamp, Violations, retry};
+use streamer_core::{ErrorCode, RequestError, Timestamp, Violations, retry};
 use streamer_proto::{
     common::v1::Action,
     internal::v1::{OfferedAction, WatchActionsRequest},
 };
-use streamer_rpc::Member;
+use streamer_rpc::{Member, status};
+use streamer_schema::{Busy, PayloadSchema, Pool, on_own_thread};
 use streamer_store::{DeclaredAction, Store};
 use tokio::{
     sync::watch,
@@ -23,7 +24,7 @@ use tokio::{
 use tokio_util::{sync::CancellationToken, task::AbortOnDropHandle};
 use tonic::Status;
 
-use crate::peers::Peers;
+use crate::{peers::Peers, refusal::failed_precondition};
 
 /// Longest wait before asking again, drawn with full jitter.
 const MAX_BACKOFF: Duration = Duration::from_secs(2);
@@ -31,15 +32,32 @@ const MAX_BACKOFF: Duration = Duration::from_secs(2);
 const LOST: u32 = 3;
 /// A processor that cannot be asked is spoken of so often.
 const SAY_AGAIN: Duration = Duration::from_secs(60);
-/// Violations of a schema that are told at most.
-const MAX_VIOLATIONS: usize = 50;
+/// When too many payloads of a tenant are being validated, it should wait for this long.
+const BUSY_PAUSE: Duration = Duration::from_secs(1);
 
 /// An action and what checks its payloads.
 pub(crate) struct Known {
     pub(crate) action: Action,
-    schema: Option<Arc<Validator>>,
+    schema: Schema,
     /// The processors that can run it now, by name.
     pub(crate) offered_by: Vec<Arc<str>>,
+}
+
+/// What an action asks of its payloads.
+#[derive(Clone)]
+enum Schema {
+    /// Nothing.
+    Any,
+    Compiled(Arc<PayloadSchema>),
+    /// It has a schema that is refused, as ones that earlier versions stored may be.
+    Refused(Arc<str>),
+}
+
+/// An action as a processor offers it.
+struct Offered {
+    tenant_id: String,
+    action: Action,
+    schema: Schema,
 }
 
 /// Actions by name, and by the tenant that they are declared for; the empty one is every tenant.
@@ -51,9 +69,10 @@ const STORED: &str = "~stored";
 /// The latest lists; kept while no processor can be reached, so that work is still accepted.
 pub(crate) struct Catalog {
     /// By the name of the processor that sent it. Changed together with `by_name`.
-    lists: Mutex<BTreeMap<Arc<str>, Vec<OfferedAction>>>,
+    lists: Mutex<BTreeMap<Arc<str>, Vec<Offered>>>,
     by_name: RwLock<Arc<ByName>>,
     loaded: watch::Sender<bool>,
+    validations: Pool,
 }
 
 impl Default for Catalog {
@@ -62,6 +81,7 @@ impl Default for Catalog {
             lists: Mutex::default(),
             by_name: RwLock::default(),
             loaded: watch::Sender::new(false),
+            validations: Pool::default(),
         }
     }
 }
@@ -129,7 +149,7 @@ impl Catalog {
                     let tenant_id = tenant.unwrap_or_default();
                     OfferedAction { action: Some(action), tenant_id }
                 });
-                self.note(STORED.into(), offered.collect());
+                self.note(STORED.into(), offered.collect()).await;
             }
             Err(error) => tracing::warn!(%error, "could not read the declared actions"),
         }
@@ -169,7 +189,7 @@ impl Catalog {
                     actions.extend(list.actions);
                     if !list.more {
                         has_come = true;
-                        self.note(member.name.clone(), std::mem::take(&mut actions));
+                        self.note(member.name.clone(), std::mem::take(&mut actions)).await;
                     }
                 }
                 // It was there; whether it still is will be seen.
@@ -207,30 +227,73 @@ impl Catalog {
         }
     }
 
-    fn note(&self, from: Arc<str>, list: Vec<OfferedAction>) {
+    async fn note(&self, from: Arc<str>, list: Vec<OfferedAction>) {
+        let list = self.compile(list).await;
         let mut lists = self.lists.lock();
         lists.insert(from, list);
         self.merge(&lists);
         self.loaded.send_replace(true);
     }
 
+    /// Compiles the schemas of these actions, each text once.
+    async fn compile(&self, list: Vec<OfferedAction>) -> Vec<Offered> {
+        let mut compiled: HashMap<String, Schema> = HashMap::from([(String::new(), Schema::Any)]);
+        for offered in self.lists.lock().values().flatten() {
+            let text = &offered.action.payload_schema;
+            if !compiled.contains_key(text) {
+                compiled.insert(text.clone(), offered.schema.clone());
+            }
+        }
+        let mut offered = Vec::with_capacity(list.len());
+        for OfferedAction { action, tenant_id } in list {
+            let Some(action) = action else { continue };
+            let schema = match compiled.get(&action.payload_schema) {
+                Some(schema) => schema.clone(),
+                None => compile(&action).await,
+            };
+            compiled.insert(action.payload_schema.clone(), schema.clone());
+            offered.push(Offered { tenant_id, action, schema });
+        }
+        offered
+    }
+
+    /// Checks a JSON payload against the schema of an action; notes how it does not match.
+    pub(crate) async fn check_payload(
+        &self,
+        known: &Known,
+        tenant: &str,
+        payload: &Bytes,
+        violations: &mut Violations,
+    ) -> Result<(), Status> {
+        let schema = match &known.schema {
+            Schema::Any => return Ok(()),
+            Schema::Compiled(schema) => schema,
+            Schema::Refused(rule) => {
+                let name = &known.action.name;
+                return Err(failed_precondition(format!(
+                    "the payload schema of action {name:?} cannot be used, declare a new one: {rule}"
+                )));
+            }
+        };
+        let mismatches = schema.check(payload, &self.validations, tenant).await;
+        for mismatch in mismatches.map_err(|busy| busy_status(&busy))? {
+            violations.push(format!("payload{}", mismatch.path.replace('/', ".")), mismatch.rule);
+        }
+        Ok(())
+    }
+
     /// Makes one list of all: what is offered now goes before what was declared once, and then the
     /// processors go by their names.
-    fn merge(&self, lists: &BTreeMap<Arc<str>, Vec<OfferedAction>>) {
-        let before = self.by_name.read().clone();
+    fn merge(&self, lists: &BTreeMap<Arc<str>, Vec<Offered>>) {
         let mut by_name = BTreeMap::<String, BTreeMap<String, Known>>::new();
         for (from, list) in lists {
-            for offered in list {
-                let Some(action) = &offered.action else { continue };
+            for Offered { tenant_id, action, schema } in list {
                 let by_tenant = by_name.entry(action.name.clone()).or_default();
-                let known = before.get(&action.name).and_then(|all| all.get(&offered.tenant_id));
-                let mut news = Known::new(action.clone(), known.map(|known| &**known));
-                if action.available {
-                    news.offered_by.push(from.clone());
-                }
-                match by_tenant.get_mut(&offered.tenant_id) {
+                let offered_by = if action.available { vec![from.clone()] } else { Vec::new() };
+                let news = Known { action: action.clone(), schema: schema.clone(), offered_by };
+                match by_tenant.get_mut(tenant_id) {
                     None => {
-                        by_tenant.insert(offered.tenant_id.clone(), news);
+                        by_tenant.insert(tenant_id.clone(), news);
                     }
                     Some(known) => known.join(news),
                 }
@@ -244,31 +307,39 @@ impl Catalog {
     }
 }
 
-/// Nobody runs these now.
-fn withdraw(list: &mut [OfferedAction]) {
-    for action in list.iter_mut().filter_map(|offered| offered.action.as_mut()) {
+/// No processor runs these now.
+fn withdraw(list: &mut [Offered]) {
+    for Offered { action, .. } in list {
         action.available = false;
         action.workers = 0;
     }
 }
 
-fn are_of_one_action(one: &OfferedAction, other: &OfferedAction) -> bool {
-    let names = [one, other].map(|offered| offered.action.as_ref().map(|action| &action.name));
-    one.tenant_id == other.tenant_id && names[0] == names[1]
+fn are_of_one_action(one: &Offered, other: &Offered) -> bool {
+    one.tenant_id == other.tenant_id && one.action.name == other.action.name
 }
 
-fn compile(action: &Action) -> Option<Validator> {
-    if action.payload_schema.is_empty() {
-        return None;
-    }
-    let parsed = serde_json::from_str(&action.payload_schema).map_err(|error| error.to_string());
-    match parsed.and_then(|schema| jsonschema::validator_for(&schema).map_err(|e| e.to_string())) {
-        Ok(validator) => Some(validator),
-        Err(error) => {
-            tracing::error!(action = action.name, error, "its payload schema cannot be used");
-            None
+/// Compiles the schema of an action. One that cannot be used is kept as such: its payloads must not
+/// pass unchecked.
+async fn compile(action: &Action) -> Schema {
+    let text = action.payload_schema.clone();
+    let refused = match on_own_thread(move || PayloadSchema::compile(&text)).await {
+        Ok(Ok(schema)) => return Schema::Compiled(Arc::new(schema)),
+        Ok(Err(error)) => error.to_string(),
+        Err(broken) => broken.to_string(),
+    };
+    tracing::error!(action = action.name, error = refused, "a payload schema cannot be used");
+    Schema::Refused(refused.into())
+}
+
+fn busy_status(busy: &Busy) -> Status {
+    let message = busy.to_string();
+    status(&match busy {
+        Busy::Tenant => {
+            RequestError::limited("validations of a tenant", &message, Some(BUSY_PAUSE))
         }
-    }
+        Busy::Broken => RequestError::new(ErrorCode::InternalError, message),
+    })
 }
 
 fn of_tenant(by_tenant: &BTreeMap<String, Arc<Known>>, tenant: &str) -> Option<Arc<Known>> {
@@ -276,16 +347,6 @@ fn of_tenant(by_tenant: &BTreeMap<String, Arc<Known>>, tenant: &str) -> Option<A
 }
 
 impl Known {
-    /// Compiles the schema, unless it is the one of `before`.
-    fn new(action: Action, before: Option<&Self>) -> Self {
-        let same = before.filter(|known| known.action.payload_schema == action.payload_schema);
-        let schema = match same {
-            Some(known) => known.schema.clone(),
-            None => compile(&action).map(Arc::new),
-        };
-        Self { action, schema, offered_by: Vec::new() }
-    }
-
     /// Takes in what another processor says of the same action.
     fn join(&mut self, mut other: Self) {
         if !self.action.available && other.action.available {
@@ -294,21 +355,6 @@ impl Known {
         if other.action.available {
             self.action.workers = self.action.workers.saturating_add(other.action.workers);
             self.offered_by.append(&mut other.offered_by);
-        }
-    }
-
-    /// Checks a JSON payload against the action's schema; every violation is told.
-    pub(crate) fn check_payload(&self, payload: &[u8], violations: &mut Violations) {
-        let Some(schema) = &self.schema else { return };
-        match serde_json::from_slice::<serde_json::Value>(payload) {
-            Ok(value) => {
-                for error in schema.iter_errors(&value).take(MAX_VIOLATIONS) {
-                    let path = error.instance_path().to_string().replace('/', ".");
-                    // The value itself is left out: it may be large, and is the caller's own.
-                    violations.push(format!("payload{path}"), error.masked().to_string());
-                }
-            }
-            Err(error) => violations.push("payload", format!("is not JSON: {error}")),
         }
     }
 }

@@ -2,7 +2,7 @@
 
 use std::{sync::Arc, time::Duration};
 
-use streamer_auth::Caller;
+use streamer_auth::{Caller, Principal};
 use streamer_core::{
     Clock, ErrorCode, Limits, RequestError, Timestamp, Uid, Violations, limits, validate,
 };
@@ -17,7 +17,6 @@ use streamer_proto::{
 };
 use streamer_rpc::{
     completed, encode_payload, not_found, request_to_proto, state_to_proto, status, store_status,
-    validation_status,
 };
 use streamer_store::{
     CancelOutcome, CreateOutcome, DeleteOutcome, ListRequests, NewRequest, Owner, RequestPage,
@@ -35,6 +34,7 @@ use crate::{
     metrics::RouterMetrics,
     peers::Peers,
     queue::{self, MAX_AHEAD, MAX_AHEAD_OF_NEW},
+    refusal::{failed_precondition, forbidden, no_such_action, permitted, refuse},
     wait,
 };
 
@@ -110,7 +110,9 @@ impl Front {
         let known = self.catalog.get(&submission.action, &caller.principal.tenant);
         if let (Some(known), true) = (&known, violations.is_empty()) {
             permitted(caller, known)?;
-            known.check_payload(&submission.payload.data, &mut violations);
+            let Principal { tenant, .. } = &*caller.principal;
+            let payload = &submission.payload.data;
+            self.catalog.check_payload(known, tenant, payload, &mut violations).await?;
         }
         let refused = |_: &Status| {
             self.metrics.refused.inc();
@@ -459,40 +461,6 @@ impl Front {
 
 pub(crate) fn owner(caller: &Caller) -> Owner {
     Owner { tenant: caller.principal.tenant.clone(), user: caller.principal.user.clone() }
-}
-
-pub(crate) fn permitted(caller: &Caller, known: &Known) -> Result<(), Status> {
-    let permission = &known.action.permission;
-    if permission.is_empty() || caller.principal.may(permission) {
-        Ok(())
-    } else {
-        Err(forbidden(permission))
-    }
-}
-
-pub(crate) fn no_such_action(action: &str) -> Status {
-    let message = format!("there is no action {action:?}");
-    status(&RequestError::new(ErrorCode::InvalidAction, message))
-}
-
-fn forbidden(permission: &str) -> Status {
-    let message = format!("permission {permission} is needed");
-    status(&RequestError::new(ErrorCode::Forbidden, message))
-}
-
-pub(crate) fn failed_precondition(message: String) -> Status {
-    // CONFLICT in the words of the protocols, FAILED_PRECONDITION in those of gRPC.
-    let conflict = status(&RequestError::new(ErrorCode::Conflict, message));
-    Status::with_details_and_metadata(
-        tonic::Code::FailedPrecondition,
-        conflict.message(),
-        bytes::Bytes::copy_from_slice(conflict.details()),
-        conflict.metadata().clone(),
-    )
-}
-
-pub(crate) fn refuse(violations: &Violations) -> Result<(), Status> {
-    if violations.is_empty() { Ok(()) } else { Err(validation_status(violations)) }
 }
 
 #[cfg(test)]

@@ -13,6 +13,7 @@ mod operations;
 mod peers;
 mod queue;
 mod redrive;
+mod refusal;
 mod router_service;
 mod wait;
 

@@ -20,7 +20,8 @@ use streamer_store::RequestRecord;
 use tonic::{Request, Response, Status};
 
 use crate::{
-    front::{Access, Front, refuse},
+    front::{Access, Front},
+    refusal::refuse,
     router_service::{PageBytes, caller, next_page_token, read_page_size, read_page_token},
     wait,
 };

@@ -18,7 +18,8 @@ use tonic::{Code, Status};
 
 use crate::{
     admission::Submission,
-    front::{Access, Created, Front, failed_precondition, no_such_action, permitted, refuse},
+    front::{Access, Created, Front},
+    refusal::{failed_precondition, no_such_action, permitted, refuse},
     router_service::{read_page_size, read_page_token},
 };
 

@@ -22,7 +22,10 @@ use streamer_rpc::{
 use streamer_store::RequestPage;
 use tonic::{Request, Response, Status};
 
-use crate::front::{Access, Front, GivenUid, refuse};
+use crate::{
+    front::{Access, Front, GivenUid},
+    refusal::refuse,
+};
 
 pub(crate) const MAX_PAGE: i32 = 500;
 pub(crate) const DEFAULT_PAGE: usize = 50;

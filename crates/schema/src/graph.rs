@@ -1,0 +1,385 @@
+//! A schema as a graph: its subschemas, and which of them each applies to which part of a value.
+
+use std::collections::HashMap;
+
+use serde_json::{Map, Value};
+
+use crate::{SchemaError, pattern::Patterns};
+
+/// Subschemas of one schema at most; each takes some hundred bytes once compiled.
+const MAX_SUBSCHEMAS: usize = 10_000;
+/// Steps for each byte of a string whose content is decoded and parsed.
+const CONTENT_BYTE_COST: u64 = 16;
+/// Drafts whose keywords are known here.
+const DRAFTS: [&str; 5] = [
+    "https://json-schema.org/draft/2020-12/schema",
+    "https://json-schema.org/draft/2019-09/schema",
+    "http://json-schema.org/draft-07/schema",
+    "http://json-schema.org/draft-06/schema",
+    "http://json-schema.org/draft-04/schema",
+];
+
+/// Which part of a value an edge leads to.
+#[derive(Clone, Copy, PartialEq, Eq, Hash, Debug)]
+pub(crate) enum Part {
+    /// The value itself.
+    Same,
+    /// The value itself, to choose between two other subschemas.
+    Condition,
+    /// The property of this name; names are numbered.
+    Property(u32),
+    /// Any property, or any name of one.
+    AnyProperty,
+    /// Any property that the same subschema does not name.
+    OtherProperties,
+    /// The item at this index.
+    Item(u32),
+    /// Any item.
+    AnyItem,
+    /// Any item at an index for which the same subschema has no subschema of its own.
+    OtherItems,
+}
+
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct Edge {
+    pub(crate) to: usize,
+    pub(crate) part: Part,
+    /// It is also followed to find out which properties or items were evaluated.
+    pub(crate) marks: bool,
+}
+
+/// A subschema. Costs are in steps; see [`crate::cost`].
+#[derive(Default, Debug)]
+pub(crate) struct Node {
+    /// JSON Pointer of the subschema.
+    pub(crate) location: String,
+    /// For each value that it is applied to.
+    pub(crate) steps: u64,
+    /// For each byte of a string, in sixteenths.
+    pub(crate) byte_cost: u64,
+    /// For each property of an object.
+    pub(crate) property_steps: u64,
+    /// For each byte of a property's name, in sixteenths.
+    pub(crate) name_byte_cost: u64,
+    /// Reads everything below the value (`uniqueItems`).
+    pub(crate) reads_all: bool,
+    /// Has `unevaluatedProperties` or `unevaluatedItems`.
+    pub(crate) unevaluated: bool,
+    pub(crate) edges: Vec<Edge>,
+}
+
+/// The subschemas of a schema; the first is the schema itself.
+pub(crate) struct Graph {
+    pub(crate) nodes: Vec<Node>,
+}
+
+impl Graph {
+    /// Reads a schema and refuses what cannot be bounded.
+    pub(crate) fn read(schema: &Value) -> Result<Self, SchemaError> {
+        if let Some(draft) = schema.get("$schema") {
+            let known = draft.as_str().is_some_and(|d| DRAFTS.contains(&d.trim_end_matches('#')));
+            if !known {
+                return Err(SchemaError::UnknownDraft(draft.to_string()));
+            }
+        }
+        let mut reader = Reader {
+            root: schema,
+            is_draft_4: schema["$schema"].as_str().is_some_and(|draft| draft.contains("draft-04")),
+            nodes: Vec::new(),
+            by_address: HashMap::new(),
+            names: HashMap::new(),
+            unread: Vec::new(),
+            patterns: Patterns::default(),
+        };
+        reader.node(schema, String::new())?;
+        while let Some((index, value)) = reader.unread.pop() {
+            if let Value::Object(keywords) = value {
+                reader.read_keywords(index, keywords)?;
+            }
+        }
+        Ok(Self { nodes: reader.nodes })
+    }
+}
+
+struct Reader<'a> {
+    root: &'a Value,
+    is_draft_4: bool,
+    nodes: Vec<Node>,
+    /// Nodes by the address of the subschema, which stays where it is while it is read.
+    by_address: HashMap<*const Value, usize>,
+    names: HashMap<&'a str, u32>,
+    unread: Vec<(usize, &'a Value)>,
+    patterns: Patterns,
+}
+
+impl<'a> Reader<'a> {
+    fn node(&mut self, value: &'a Value, location: String) -> Result<usize, SchemaError> {
+        if let Some(index) = self.by_address.get(&std::ptr::from_ref(value)) {
+            return Ok(*index);
+        }
+        let index = self.nodes.len();
+        if index >= MAX_SUBSCHEMAS {
+            return Err(SchemaError::TooManySubschemas { max: MAX_SUBSCHEMAS });
+        }
+        self.by_address.insert(value, index);
+        self.nodes.push(Node { location, steps: 1, ..Node::default() });
+        self.unread.push((index, value));
+        Ok(index)
+    }
+
+    fn read_keywords(
+        &mut self,
+        index: usize,
+        keywords: &'a Map<String, Value>,
+    ) -> Result<(), SchemaError> {
+        let location = self.nodes[index].location.clone();
+        if index != 0 {
+            // Draft 4 has `id` for `$id`; elsewhere it is no keyword.
+            let id = if self.is_draft_4 { "id" } else { "$id" };
+            for keyword in [id, "$schema"] {
+                if keywords.get(keyword).is_some_and(Value::is_string) {
+                    return Err(SchemaError::unsupported(&location, keyword));
+                }
+            }
+        }
+        for (keyword, value) in keywords {
+            let at = Position { index, location: &location, keyword };
+            self.read_keyword(&at, value, keywords)?;
+        }
+        let node = &mut self.nodes[index];
+        node.steps += keywords.len() as u64;
+        Ok(())
+    }
+
+    fn read_keyword(
+        &mut self,
+        at: &Position<'_>,
+        value: &'a Value,
+        keywords: &'a Map<String, Value>,
+    ) -> Result<(), SchemaError> {
+        let node = at.index;
+        match at.keyword {
+            "allOf" | "anyOf" | "oneOf" => self.list(at, value, |_| Part::Same)?,
+            "not" | "then" | "else" => self.one(at, value, Part::Same)?,
+            "if" => self.one(at, value, Part::Condition)?,
+            "$ref" => {
+                let (target, location) = self.resolve(at, value)?;
+                self.edge(at, target, location, Part::Same)?;
+            }
+            "$dynamicRef" | "$recursiveRef" => {
+                return Err(SchemaError::unsupported(at.location, at.keyword));
+            }
+            "dependentSchemas" | "dependencies" => {
+                for (name, entry) in members(value) {
+                    if entry.is_array() {
+                        self.nodes[node].steps += literal(entry);
+                    } else {
+                        self.edge(at, entry, at.below(name), Part::Same)?;
+                    }
+                }
+            }
+            "properties" => {
+                for (name, entry) in members(value) {
+                    let next = u32::try_from(self.names.len()).unwrap_or(u32::MAX);
+                    let number = *self.names.entry(name).or_insert(next);
+                    self.edge(at, entry, at.below(name), Part::Property(number))?;
+                    self.nodes[node].steps += 1;
+                }
+            }
+            "patternProperties" => {
+                for (pattern, entry) in members(value) {
+                    let cost = self.patterns.byte_cost(pattern, at.location)?;
+                    self.nodes[node].property_steps += 1;
+                    self.nodes[node].name_byte_cost += cost;
+                    self.edge(at, entry, at.below(pattern), Part::AnyProperty)?;
+                }
+            }
+            "propertyNames" => self.one(at, value, Part::AnyProperty)?,
+            "additionalProperties" => self.one(at, value, Part::OtherProperties)?,
+            "unevaluatedProperties" => {
+                self.nodes[node].unevaluated = true;
+                self.one(at, value, Part::OtherProperties)?;
+            }
+            "items" if value.is_array() => self.list(at, value, Part::Item)?,
+            "prefixItems" => self.list(at, value, Part::Item)?,
+            "items" if !keywords.contains_key("prefixItems") => {
+                self.one(at, value, Part::AnyItem)?;
+            }
+            "items" | "additionalItems" => self.one(at, value, Part::OtherItems)?,
+            "contains" => self.one(at, value, Part::AnyItem)?,
+            "unevaluatedItems" => {
+                self.nodes[node].unevaluated = true;
+                self.one(at, value, Part::OtherItems)?;
+            }
+            // They are not applied unless something refers to them, but are compiled.
+            "$defs" | "definitions" => {
+                for (name, entry) in members(value) {
+                    self.node(entry, at.below(name))?;
+                }
+            }
+            "uniqueItems" => self.nodes[node].reads_all |= *value != Value::Bool(false),
+            "pattern" => {
+                if let Value::String(pattern) = value {
+                    let cost = self.patterns.byte_cost(pattern, at.location)?;
+                    self.nodes[node].byte_cost += cost;
+                }
+            }
+            "minLength" | "maxLength" => self.nodes[node].byte_cost += 1,
+            "contentEncoding" | "contentMediaType" => {
+                self.nodes[node].byte_cost += CONTENT_BYTE_COST;
+            }
+            "enum" | "const" | "required" | "dependentRequired" => {
+                self.nodes[node].steps += literal(value);
+            }
+            _ => {}
+        }
+        Ok(())
+    }
+
+    fn one(&mut self, at: &Position<'_>, value: &'a Value, part: Part) -> Result<(), SchemaError> {
+        self.edge(at, value, format!("{}/{}", at.location, at.keyword), part)
+    }
+
+    fn list(
+        &mut self,
+        at: &Position<'_>,
+        value: &'a Value,
+        part: impl Fn(u32) -> Part,
+    ) -> Result<(), SchemaError> {
+        for (position, entry) in value.as_array().into_iter().flatten().enumerate() {
+            let number = u32::try_from(position).unwrap_or(u32::MAX);
+            self.edge(at, entry, at.below(&position.to_string()), part(number))?;
+        }
+        Ok(())
+    }
+
+    fn edge(
+        &mut self,
+        at: &Position<'_>,
+        value: &'a Value,
+        location: String,
+        part: Part,
+    ) -> Result<(), SchemaError> {
+        let to = self.node(value, location)?;
+        let marks = matches!(at.keyword, "contains" | "unevaluatedItems" | "unevaluatedProperties");
+        self.nodes[at.index].edges.push(Edge { to, part, marks });
+        Ok(())
+    }
+
+    /// The subschema that a reference names. Only this document is looked at.
+    fn resolve(
+        &self,
+        at: &Position<'_>,
+        reference: &Value,
+    ) -> Result<(&'a Value, String), SchemaError> {
+        let wrong = || SchemaError::Reference {
+            location: at.location.to_owned(),
+            reference: reference.to_string(),
+        };
+        let fragment = reference.as_str().and_then(|text| text.strip_prefix('#'));
+        let fragment = fragment.ok_or_else(wrong)?;
+        let pointer = percent_encoding::percent_decode_str(fragment).decode_utf8();
+        let pointer = pointer.map_err(|_| wrong())?;
+        // Another document within this one would change what references below it mean.
+        for (end, _) in pointer.match_indices('/').skip(1) {
+            let passed = self.root.pointer(&pointer[..end]).ok_or_else(wrong)?;
+            if ["$id", "id"].iter().any(|id| passed.get(id).is_some_and(Value::is_string)) {
+                return Err(SchemaError::unsupported(&pointer[..end], "$id"));
+            }
+        }
+        let target = self.root.pointer(&pointer).ok_or_else(wrong)?;
+        Ok((target, pointer.into_owned()))
+    }
+}
+
+/// Where a keyword stands.
+struct Position<'a> {
+    index: usize,
+    location: &'a str,
+    keyword: &'a str,
+}
+
+impl Position<'_> {
+    /// Pointer to an entry of the keyword's value.
+    fn below(&self, entry: &str) -> String {
+        let entry = entry.replace('~', "~0").replace('/', "~1");
+        format!("{}/{}/{entry}", self.location, self.keyword)
+    }
+}
+
+fn members(value: &Value) -> impl Iterator<Item = (&String, &Value)> {
+    value.as_object().into_iter().flatten()
+}
+
+/// Steps to compare a value with a literal, or to look up its names: one for each value in it, and
+/// one for each 16 bytes of text.
+fn literal(value: &Value) -> u64 {
+    match value {
+        Value::Array(items) => 1 + items.iter().map(literal).sum::<u64>(),
+        Value::Object(members) => {
+            1 + members.iter().map(|(name, value)| text_steps(name) + literal(value)).sum::<u64>()
+        }
+        Value::String(text) => 1 + text_steps(text),
+        Value::Null | Value::Bool(_) | Value::Number(_) => 1,
+    }
+}
+
+fn text_steps(text: &str) -> u64 {
+    text.len() as u64 / 16
+}
+
+impl Graph {
+    /// The nodes in an order in which every node comes before those that it applies to the same
+    /// value.
+    pub(crate) fn in_order(&self) -> Result<Vec<usize>, SchemaError> {
+        #[derive(Clone, Copy, PartialEq)]
+        enum Mark {
+            New,
+            Open,
+            Done,
+        }
+        let mut marks = vec![Mark::New; self.nodes.len()];
+        let mut order = Vec::with_capacity(self.nodes.len());
+        for start in 0..self.nodes.len() {
+            // Each entry is a node, and how many of its edges were followed.
+            let mut path = vec![(start, 0)];
+            while let Some((node, followed)) = path.pop() {
+                if followed == 0 {
+                    if marks[node] == Mark::Done {
+                        continue;
+                    }
+                    marks[node] = Mark::Open;
+                }
+                let Some(edge) = self.nodes[node].edges.get(followed) else {
+                    marks[node] = Mark::Done;
+                    order.push(node);
+                    continue;
+                };
+                path.push((node, followed + 1));
+                if edge.is_in_place() && marks[edge.to] != Mark::Done {
+                    if marks[edge.to] == Mark::Open {
+                        let location = self.nodes[edge.to].location.clone();
+                        return Err(SchemaError::EndlessReference { location });
+                    }
+                    path.push((edge.to, 0));
+                }
+            }
+        }
+        order.reverse();
+        Ok(order)
+    }
+}
+
+impl Part {
+    /// Whether it is the item at one index, or the property of one name.
+    pub(crate) fn is_named(self, is_item: bool) -> bool {
+        matches!((self, is_item), (Self::Item(_), true) | (Self::Property(_), false))
+    }
+}
+
+impl Edge {
+    /// Whether it leads to the same value.
+    pub(crate) fn is_in_place(&self) -> bool {
+        matches!(self.part, Part::Same | Part::Condition)
+    }
+}
