@@ -11,11 +11,12 @@ import { realpathSync } from 'node:fs';
 import { fileURLToPath } from 'node:url';
 import { parseArgs } from 'node:util';
 
-import { InvalidPayload, Worker } from '../../clients/typescript/src/index.js';
+import { InvalidPayload, Worker, tokenFile } from '../../clients/typescript/src/index.js';
 
 const HELP = `A worker that analyses web server access logs.
 
-Usage: STREAMER_TOKEN=$(streamer token --permissions 'worker:*') node analyze_log.js [OPTIONS]
+Usage: streamer token --permissions 'worker:*' > worker.token
+       STREAMER_TOKEN_FILE=worker.token node analyze_log.js [OPTIONS]
        node analyze_log.js --sample 1000 | streamer submit analyze_log -
 
 Options:
@@ -23,6 +24,8 @@ Options:
       --slots <N>       How many logs at once [default: 4]
       --sample <LINES>  Print a payload with a made-up log, and nothing else
   -h, --help            Print help
+
+The file is read whenever a token is needed. STREAMER_TOKEN holds one that serves until it expires.
 
 Payload: {"log": <text of the log>, "top": <entries of each list, 1 to 100, default 10>}
 `;
@@ -213,8 +216,9 @@ async function main() {
     process.stdout.write(`${JSON.stringify({ log: sampleLog(Number(values.sample)) })}\n`);
     return;
   }
-  const token = process.env.STREAMER_TOKEN;
-  if (!token) throw new TypeError('set STREAMER_TOKEN, as --help shows');
+  const file = process.env.STREAMER_TOKEN_FILE;
+  const token = file ? tokenFile(file) : process.env.STREAMER_TOKEN;
+  if (!token) throw new TypeError('set STREAMER_TOKEN_FILE or STREAMER_TOKEN, as --help shows');
   const worker = new Worker({ server: String(values.server), token, slots: Number(values.slots) });
   const description = 'Analyses a web server access log: statuses, hours, paths, clients';
   await worker.action('analyze_log', { description, maxAttempts: 3 }, analyzeLog).run();

@@ -7,10 +7,10 @@
  *     export STREAMER_TOKEN=$(streamer token --permissions 'worker:*')
  *     node examples/workers/echo_async.js
  *
- * It reads STREAMER_SERVER, STREAMER_TOKEN and STREAMER_SLOTS.
+ * It reads STREAMER_SERVER, STREAMER_TOKEN or STREAMER_TOKEN_FILE, and STREAMER_SLOTS.
  */
 
-import { HandlerError, Worker } from '../../clients/typescript/src/index.js';
+import { HandlerError, Worker, tokenFile } from '../../clients/typescript/src/index.js';
 
 /**
  * Does as many steps as asked, failing as often as asked.
@@ -39,8 +39,9 @@ async function echoAsync(context, payload) {
 }
 
 const server = process.env.STREAMER_SERVER ?? 'http://127.0.0.1:8080';
-const token = process.env.STREAMER_TOKEN;
-if (!token) throw new TypeError('set STREAMER_TOKEN');
+const file = process.env.STREAMER_TOKEN_FILE;
+const token = file ? tokenFile(file) : process.env.STREAMER_TOKEN;
+if (!token) throw new TypeError('set STREAMER_TOKEN_FILE or STREAMER_TOKEN');
 const slots = Number(process.env.STREAMER_SLOTS ?? 8);
 await new Worker({ server, token, slots })
   .action('echo_async', { maxAttempts: 10, initialBackoffMs: 100 }, echoAsync)

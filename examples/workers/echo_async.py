@@ -6,7 +6,7 @@ progress reports and output chunks, so far apart, so many attempts that fail, an
     export STREAMER_TOKEN=$(streamer token --permissions 'worker:*')
     python examples/workers/echo_async.py
 
-It reads STREAMER_SERVER, STREAMER_TOKEN and STREAMER_SLOTS.
+It reads STREAMER_SERVER, STREAMER_TOKEN or STREAMER_TOKEN_FILE, and STREAMER_SLOTS.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from __future__ import annotations
 import os
 from typing import Any
 
-from streamer import Context, HandlerError, Worker
+from streamer import Context, HandlerError, Worker, token_file
 
 
 async def echo_async(context: Context, payload: dict[str, Any]) -> Any:
@@ -41,7 +41,9 @@ def main() -> None:
     """Serves until SIGTERM or Ctrl-C."""
     server = os.environ.get("STREAMER_SERVER", "http://127.0.0.1:8080")
     slots = int(os.environ.get("STREAMER_SLOTS", "8"))
-    worker = Worker(server, os.environ["STREAMER_TOKEN"], slots=slots)
+    file = os.environ.get("STREAMER_TOKEN_FILE")
+    token = token_file(file) if file else os.environ["STREAMER_TOKEN"]
+    worker = Worker(server, token, slots=slots)
     worker.action("echo_async", max_attempts=10, initial_backoff=0.1)(echo_async)
     worker.run()
 

@@ -8,7 +8,8 @@ when it is cancelled. Nothing but the standard library does the work; the worker
 `clients/python`:
 
     pip install ./clients/python
-    export STREAMER_TOKEN=$(streamer token --permissions 'worker:*')
+    streamer token --permissions 'worker:*' > worker.token
+    export STREAMER_TOKEN_FILE=worker.token
     python examples/workers/summarize_text.py
     streamer submit summarize_text --payload '{"text":"…","sentences":3}'
 """
@@ -27,7 +28,7 @@ from collections import Counter
 from functools import partial
 from typing import Any, NamedTuple
 
-from streamer import Context, InvalidPayload, Worker, WorkerRefused
+from streamer import Context, InvalidPayload, Token, Worker, WorkerRefused, token_file
 
 DESCRIPTION = "Summarises a text: its best sentences, key terms and readability"
 SCHEMA = {
@@ -244,11 +245,13 @@ def read_arguments() -> argparse.Namespace:
     parser.add_argument(
         "--token-command",
         metavar="COMMAND",
-        help="prints a fresh token whenever one is needed; without it, STREAMER_TOKEN serves",
+        help="prints a fresh token whenever one is needed; without it, the file that"
+        " STREAMER_TOKEN_FILE names is read for each, or STREAMER_TOKEN serves until it expires",
     )
     arguments = parser.parse_args()
-    if not arguments.token_command and not os.environ.get("STREAMER_TOKEN"):
-        parser.error("set STREAMER_TOKEN, or give --token-command")
+    named = os.environ.get("STREAMER_TOKEN_FILE") or os.environ.get("STREAMER_TOKEN")
+    if not arguments.token_command and not named:
+        parser.error("set STREAMER_TOKEN_FILE or STREAMER_TOKEN, or give --token-command")
     return arguments
 
 
@@ -261,13 +264,19 @@ async def printed_by(command: str) -> str:
     return printed.decode().strip()
 
 
+def token_from(arguments: argparse.Namespace) -> Token:
+    """What gives fresh tokens, or the one token that there is."""
+    if arguments.token_command:
+        return partial(printed_by, arguments.token_command)
+    file = os.environ.get("STREAMER_TOKEN_FILE")
+    return token_file(file) if file else os.environ["STREAMER_TOKEN"]
+
+
 def main() -> int:
     """Serves until SIGTERM or Ctrl-C."""
     arguments = read_arguments()
     logging.basicConfig(level=logging.INFO, format="%(levelname)s %(message)s")
-    command = arguments.token_command
-    token = partial(printed_by, command) if command else os.environ["STREAMER_TOKEN"]
-    worker = Worker(arguments.server, token, slots=arguments.slots)
+    worker = Worker(arguments.server, token_from(arguments), slots=arguments.slots)
     declare = worker.action(
         "summarize_text",
         description=DESCRIPTION,

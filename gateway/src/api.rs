@@ -2,7 +2,7 @@
 
 use std::sync::Arc;
 
-use streamer_auth::{Caller, Principal, permissions};
+use streamer_auth::{Caller, Principal, Subject, permissions};
 use streamer_core::{ErrorCode, RequestError, Timestamp, Uid, Violations, limits, validate};
 use streamer_proto::{
     common::v1::Payload,
@@ -91,6 +91,10 @@ impl ConnectionsService for ConnectionsApi {
         let SendRequest { target, topic, data } = request.into_inner();
         let mut violations = Violations::default();
         check_message(&topic, data.as_ref(), &mut violations);
+        caller.note_subject(|| match &target {
+            Some(Target::UserId(name) | Target::ConnectionId(name)) => Subject::named(name),
+            None => Subject::default(),
+        });
         let Some(target) = target else {
             violations.push("target", "is required: connection_id or user_id");
             return Err(validation_status(&violations));
@@ -154,6 +158,7 @@ impl ConnectionsService for ConnectionsApi {
         let question = Question::Disconnect(request.get_ref().clone());
         let DisconnectRequest { connection_id, reason } = request.into_inner();
         let mut violations = Violations::default();
+        caller.note_subject(|| Subject::named(&connection_id));
         violations.check("reason", validate::at_most(reason.len(), MAX_REASON_BYTES, "reason"));
         refuse(&violations)?;
         let handle = connection_id.parse().ok().and_then(|id| self.gateway.registry.get(id));

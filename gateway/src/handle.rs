@@ -14,6 +14,8 @@ use http::HeaderValue;
 use parking_lot::Mutex;
 use streamer_auth::{Caller, Principal};
 use streamer_core::{Timestamp, Uid};
+use streamer_rpc::{CLIENT_ADDRESS, with_authorization};
+use tonic::metadata::{Ascii, MetadataValue};
 
 /// Pushed bytes that wait for a connection at most; beyond that its consumer is too slow.
 const MAX_PUSHED_BYTES: usize = 1024 * 1024;
@@ -34,6 +36,8 @@ pub(crate) mod close_code {
 pub(crate) struct ConnectionHandle {
     pub(crate) id: Uid,
     pub(crate) remote_address: Option<IpAddr>,
+    /// The same, for the services that are called for it.
+    address_value: Option<MetadataValue<Ascii>>,
     pub(crate) user_agent: Box<str>,
     pub(crate) connect_time: Timestamp,
     credentials: Mutex<Caller>,
@@ -84,6 +88,7 @@ impl ConnectionHandle {
         Self {
             id,
             remote_address,
+            address_value: remote_address.and_then(|address| address.to_string().parse().ok()),
             user_agent: user_agent.into(),
             connect_time,
             credentials: Mutex::new(credentials),
@@ -99,6 +104,15 @@ impl ConnectionHandle {
 
     pub(crate) fn authorization(&self) -> HeaderValue {
         self.credentials.lock().authorization.clone()
+    }
+
+    /// A call in the name of the user.
+    pub(crate) fn call<T>(&self, message: T) -> tonic::Request<T> {
+        let mut request = with_authorization(message, self.authorization());
+        if let Some(address) = &self.address_value {
+            request.metadata_mut().insert(CLIENT_ADDRESS, address.clone());
+        }
+        request
     }
 
     pub(crate) fn set_credentials(&self, credentials: Caller) {

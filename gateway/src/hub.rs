@@ -26,6 +26,8 @@ use crate::{
 
 /// Events that a connection that is behind reads from the log at a time.
 const CATCH_UP_PAGE: i32 = 500;
+/// Instances that are asked for a request, one after the other, before a subscription fails.
+const OPEN_TRIES: u32 = 4;
 /// Longest wait before a lost upstream is opened again, drawn with full jitter.
 const MAX_BACKOFF: Duration = Duration::from_secs(1);
 /// Lost watches are logged as a warning at most once in this time.
@@ -76,8 +78,19 @@ impl Hub {
         after_seq: Option<i64>,
         authorization: HeaderValue,
     ) -> Result<Opened, Status> {
-        let mut stream = self.watch(name, after_seq, authorization).await?;
-        let first = stream.message().await?;
+        let mut tries = 1;
+        let (stream, first) = loop {
+            let mut stream = self.watch(name.clone(), after_seq, authorization.clone()).await?;
+            match stream.message().await {
+                Ok(first) => break (stream, first),
+                // The instance was lost before it had said anything; others may answer.
+                Err(status) if is_lost(&status) && tries < OPEN_TRIES => {
+                    tries += 1;
+                    self.metrics.upstream_lost.inc();
+                }
+                Err(status) => return Err(status),
+            }
+        };
         let malformed = || Status::internal("the progress service sent no snapshot");
         let WatchResponse { snapshot, events } = first.ok_or_else(malformed)?;
         let snapshot = snapshot.ok_or_else(malformed)?;
@@ -298,6 +311,12 @@ fn is_at(topics: &HashMap<Uid, Arc<Topic>>, topic: &Topic) -> bool {
 
 fn has_ended(state: i32) -> bool {
     state_from_proto(state).is_some_and(RequestState::is_terminal)
+}
+
+/// Whether the instance that was asked is gone: it ends watches with UNAVAILABLE, and a connection that
+/// breaks ends them with UNKNOWN.
+fn is_lost(status: &Status) -> bool {
+    matches!(status.code(), Code::Unavailable | Code::Unknown)
 }
 
 /// Whether somebody else might be answered.

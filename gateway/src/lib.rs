@@ -22,7 +22,7 @@ mod server;
 mod topic;
 mod ws;
 
-use std::{net::SocketAddr, sync::Arc, time::Duration};
+use std::{sync::Arc, time::Duration};
 
 use axum::routing::any;
 use streamer_auth::{AuthLayer, AuthService, Authenticator};
@@ -78,6 +78,8 @@ pub struct Dependencies {
     pub clock: Arc<dyn Clock>,
     /// Verifies tokens.
     pub authenticator: Arc<Authenticator>,
+    /// The same, in front of gRPC services, with the audit log.
+    pub auth: AuthLayer,
     /// To the router.
     pub router: Channel,
     /// To the progress service.
@@ -101,10 +103,6 @@ pub struct OtherGateways {
     pub members: Members,
 }
 
-/// Address of the peer, put into the extensions of every HTTP request by whoever accepts.
-#[derive(Clone, Copy, Debug)]
-pub struct PeerAddress(pub SocketAddr);
-
 /// The gateway, ready to be served.
 pub struct GatewayServer {
     /// `GET /ws`. Must be served over plain TCP by hyper-util's auto server, with upgrades.
@@ -122,6 +120,7 @@ impl GatewayServer {
             store,
             clock,
             authenticator,
+            auth,
             router,
             progress,
             others,
@@ -142,7 +141,8 @@ impl GatewayServer {
         let gateway = Arc::new(Gateway {
             options,
             clock,
-            authenticator: authenticator.clone(),
+            authenticator,
+            audit: auth.audit().clone(),
             hub: Arc::new(Hub::new(peers.clone(), metrics.clone())),
             peers,
             registry,
@@ -152,7 +152,7 @@ impl GatewayServer {
         let api =
             ConnectionsServiceServer::new(ConnectionsApi::new(gateway.clone(), store, others));
         let http = axum::Router::new().route("/ws", any(server::open)).with_state(gateway.clone());
-        Self { http, connections: AuthLayer::new(authenticator).wrap(api), gateway }
+        Self { http, connections: auth.wrap(api), gateway }
     }
 
     /// Looks after connections until `shutdown`.

@@ -11,14 +11,14 @@ use bytes::Bytes;
 use http::{HeaderValue, StatusCode, header};
 use hyper::upgrade::OnUpgrade;
 use hyper_util::rt::TokioIo;
-use streamer_auth::Authenticator;
+use streamer_auth::{Audit, Authenticator};
 use streamer_core::{Clock, ErrorCode, Timestamp, Uid, is_loopback_host};
-use streamer_rpc::trace_context;
+use streamer_rpc::{PeerAddress, trace_context};
 use streamer_telemetry::{TraceContext, Traces};
 use tokio::{io::AsyncWriteExt, net::TcpStream, time::timeout};
 
 use crate::{
-    GatewayOptions, PeerAddress,
+    GatewayOptions,
     connection::Connection,
     handle::{ConnectionHandle, close_code},
     hub::Hub,
@@ -40,6 +40,7 @@ pub(crate) struct Gateway {
     pub(crate) hub: Arc<Hub>,
     pub(crate) registry: Arc<Registry>,
     pub(crate) metrics: GatewayMetrics,
+    pub(crate) audit: Audit,
     pub(crate) traces: Traces,
 }
 
@@ -117,6 +118,9 @@ async fn serve(
         }
         Err(refusal) => {
             gateway.metrics.refused.inc();
+            if matches!(refusal.code, close_code::UNAUTHENTICATED | close_code::FORBIDDEN) {
+                gateway.audit.refused_connection(&refusal.reason, address);
+            }
             turn_away(&gateway, socket, &refusal).await;
         }
     }

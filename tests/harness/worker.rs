@@ -82,6 +82,11 @@ impl WorkerProcess {
         self.process.kill();
     }
 
+    /// Waits for it to end by itself; returns its exit code.
+    pub fn wait(&mut self) -> Option<i32> {
+        self.process.wait().code()
+    }
+
     /// Sends it SIGTERM and waits for it to end; returns its exit code.
     pub fn stop(&mut self) -> Option<i32> {
         self.process.stop()

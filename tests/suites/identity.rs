@@ -21,7 +21,8 @@ use streamer_proto::{
 };
 use streamer_rpc::json_payload;
 use streamer_tests::{
-    Client, Log, ScriptedWorker, Server, declare, hello, hello_again, in_time, offered,
+    Client, Log, ScriptedWorker, Server, WorkerProcess, declare, hello, hello_again, in_time,
+    offered,
 };
 use tonic::{Code, Streaming};
 
@@ -302,4 +303,24 @@ async fn what_a_tenants_own_declaration_admits_goes_to_its_own_workers_only() {
     own.say(work_request::Message::Capacity(Capacity { slots: 1 })).await;
     let task = own.task().await;
     assert_eq!((&*task.tenant_id, &*task.request_id), ("evil", "theirs"));
+}
+
+#[tokio::test]
+async fn a_worker_whose_token_cannot_be_renewed_hands_back_what_runs_and_says_so() {
+    let server = Server::start(&["execution.local_actions=echo", "execution.lease_ms=120000"]);
+    let short = server.token_for("acme", "worker", &["worker:*"], Duration::from_secs(3));
+    let mut worker = WorkerProcess::start(&server, &short, "echo_async", &[]);
+    let user = server.token("acme", "ann", &[]);
+    offered(&server, &user, "echo_async", 1).await;
+    let mut client = Client::connect(&server.url, &user).await;
+    client.submit("r", "echo_async", json!({"steps": 1, "delay_ms": 600_000})).await;
+    worker.wait_for("error: the token has expired and cannot be renewed");
+    assert_eq!(worker.wait(), Some(4));
+    // Without waiting for the lease, which is longer than the patience of this test.
+    let lasting = server.token("acme", "worker", &["worker:*"]);
+    let _other = WorkerProcess::start(&server, &lasting, "echo_async", &[]);
+    let mut log = Log::after(1);
+    while log.count("started") < 2 {
+        log.push(client.next().await);
+    }
 }

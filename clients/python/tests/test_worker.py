@@ -361,6 +361,35 @@ async def test_a_worker_that_may_not_is_told_why(server: Server) -> None:
             await soon(worker.serve())
 
 
+async def test_what_runs_is_handed_back_before_a_plain_token_expires(
+    server: Server, client: Client
+) -> None:
+    started = asyncio.Event()
+
+    async def brief(context: Context, payload: Any) -> int:
+        if context.attempt == 1:
+            started.set()
+            await asyncio.Event().wait()
+        return context.attempt
+
+    # Declares the action for longer than the first one lives.
+    earlier = Worker(server.url, server.token("worker:*"))
+    earlier.action("brief")(brief)
+    async with serving(earlier, server):
+        pass
+    short = Worker(server.url, server.token("worker:*", expires="3s"))
+    short.action("brief")(brief)
+    first = asyncio.ensure_future(short.serve())
+    running = asyncio.ensure_future(client.run("brief"))
+    await soon(started.wait())
+    with pytest.raises(WorkerRefused, match="cannot be renewed"):
+        await soon(first)
+    lasting = Worker(server.url, server.token("worker:*"))
+    lasting.action("brief")(brief)
+    async with serving(lasting, server):
+        assert await soon(running) == 2
+
+
 async def test_a_client_that_may_not_is_told_why(server: Server) -> None:
     async with Client(server.url, "nonsense") as client:
         with pytest.raises(ServiceError) as raised:

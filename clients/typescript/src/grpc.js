@@ -3,6 +3,8 @@
  * server means them.
  */
 
+import { readFile } from 'node:fs/promises';
+
 import { Metadata, credentials, status } from '@grpc/grpc-js';
 
 import { StreamerError } from './errors.js';
@@ -98,6 +100,16 @@ export function connect(Service, endpoint, options = {}) {
     'grpc.keepalive_timeout_ms': 10_000,
     ...options,
   });
+}
+
+/**
+ * The token in a file, read again each time one is needed: for what is kept fresh by others, such as
+ * a sidecar or a mounted secret.
+ * @param {string | URL} path
+ * @returns {() => Promise<string>}
+ */
+export function tokenFile(path) {
+  return () => readFile(path, 'utf8');
 }
 
 /**

@@ -8,7 +8,7 @@ export { Worker } from './worker.js';
 export { Context } from './worker-context.js';
 export { Cancelled, FatalError, HandlerError, InvalidPayload } from './worker-errors.js';
 export { Client } from './client.js';
-export { CallError } from './grpc.js';
+export { CallError, tokenFile } from './grpc.js';
 export { OutputBuffer } from './events.js';
 export { Payload, RawJson } from './payload.js';
 export {

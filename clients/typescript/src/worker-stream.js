@@ -15,6 +15,8 @@ const WELCOME_TIMEOUT_MS = 20_000;
 const DEFAULT_UNACKNOWLEDGED_BYTES = 8 * 1024 * 1024;
 /** A token is renewed when a fifth of its time is left, but not earlier than this, in ms. */
 const MAX_TOKEN_LEAD_MS = 60_000;
+/** What runs is handed back so long before a token expires that cannot be renewed, in ms. */
+export const HAND_BACK_MS = 5000;
 /** Between failed renewals of a token, in milliseconds. */
 const TOKEN_RETRY_MS = 1000;
 const MAX_TIMER_MS = 2 ** 31 - 1;
@@ -35,6 +37,7 @@ const MAX_TIMER_MS = 2 ** 31 - 1;
  * @property {(name: {uid: string, attempt: number}) => Attempt | undefined} find
  * @property {(attempt: Attempt, reason: string) => void} drop It is over, or another's.
  * @property {() => void} draining The server stops.
+ * @property {() => void} tokenEnds The token, which cannot be renewed, is about to expire.
  * @property {import('./worker.js').Log} log
  */
 
@@ -269,8 +272,21 @@ export class WorkStream {
   /** @param {Date | null} expireTime When the token of the stream expires. */
   #renewToken(expireTime) {
     if (this.#renewal) clearTimeout(this.#renewal);
-    if (!expireTime || typeof this.host.token !== 'function') return;
+    if (!expireTime) return;
     const left = expireTime.getTime() - Date.now();
+    if (typeof this.host.token !== 'function') {
+      this.host.log(
+        'warn',
+        `the token expires in ${Math.round(left / 1000)} s and cannot be renewed: before that, what` +
+          ' runs is handed back and the worker ends; give a function that returns fresh tokens',
+      );
+      const wait = Math.max(left - HAND_BACK_MS, left / 2);
+      this.#renewal = this.#after(wait, () => {
+        if (wait <= MAX_TIMER_MS) this.host.tokenEnds();
+        else this.#renewToken(expireTime);
+      });
+      return;
+    }
     const wait = left - Math.min(left / 5, MAX_TOKEN_LEAD_MS);
     this.#renewal = this.#after(Math.max(wait, TOKEN_RETRY_MS), async () => {
       try {

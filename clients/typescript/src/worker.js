@@ -7,12 +7,14 @@ import { randomBytes } from 'node:crypto';
 import { createRequire } from 'node:module';
 import { hostname } from 'node:os';
 
+import { status } from '@grpc/grpc-js';
+
 import { Backoff, sleep } from './backoff.js';
-import { parseServer } from './grpc.js';
+import { CallError, parseServer } from './grpc.js';
 import { declaration } from './worker-actions.js';
 import { Attempt } from './worker-attempt.js';
 import { Cancelled, FatalError, HandlerError } from './worker-errors.js';
-import { WorkStream, isFinal, nameOf, wentWell } from './worker-stream.js';
+import { HAND_BACK_MS, WorkStream, isFinal, nameOf, wentWell } from './worker-stream.js';
 
 const { version } = createRequire(import.meta.url)('../package.json');
 const SDK = `streamer-client/${version} (JavaScript)`;
@@ -28,7 +30,7 @@ const LAST_WORDS_MS = 10_000;
  * @property {string} server `http://host:port`, or `https://host:port` for TLS.
  * @property {import('./grpc.js').TokenSource} token A JWT with permission `worker:<action>` for
  *   every action, or what returns one. A function is asked for each connection, and again before
- *   the token expires.
+ *   the token expires. Before a string expires, what runs is handed back and `serve` rejects.
  * @property {number} [slots] How many tasks run at once, 1 to 10,000; default 10.
  * @property {string} [workerId] Names one run of the program in the logs of the server: unique,
  *   1 to 128 of `[A-Za-z0-9._:@/+=-]`. The host name and random digits by default.
@@ -58,6 +60,8 @@ export class Worker {
   #sessionSecret = new Uint8Array();
   #stopping = false;
   #stopped = false;
+  /** @type {CallError | null} */
+  #tokenExpired = null;
   /** Nothing is waited for any more. */
   #abandon = new AbortController();
   /** @type {Set<ReturnType<typeof setTimeout>>} */
@@ -172,6 +176,7 @@ export class Worker {
         const ending = await this.#stream.run();
         this.#stream = null;
         this.#loseSyncAttempts();
+        if (this.#tokenExpired) throw this.#tokenExpired;
         if (isFinal(ending)) throw ending.error;
         if (this.#done) break;
         this.#explain(ending);
@@ -207,8 +212,19 @@ export class Worker {
       find: (name) => this.#attempts.get(nameOf(name)),
       drop: (attempt, reason) => this.#drop(attempt, reason),
       draining: () => this.#log('info', 'the server stops; what runs here runs on'),
+      tokenEnds: () => this.#onTokenEnds(),
       log: (level, message) => this.#log(level, message),
     };
+  }
+
+  /** The token cannot be renewed: hands back what runs, in time for that to be acknowledged. */
+  #onTokenEnds() {
+    this.#tokenExpired = new CallError(
+      'the token has expired and cannot be renewed; give a function that returns fresh tokens',
+      { code: 'UNAUTHORIZED', status: status.UNAUTHENTICATED },
+    );
+    // Its end is the end of `serve`, which says why.
+    this.stop(0, HAND_BACK_MS).catch(() => {});
   }
 
   #hello() {

@@ -311,6 +311,23 @@ test('a token is renewed in time, on the same stream', async (t) => {
   assert.deepEqual(await stream.hear('refreshToken'), { token: 'token-2' });
 });
 
+test('what runs is handed back before a token expires that cannot be renewed', async (t) => {
+  const running = new Once('the handler');
+  const { stream, serving } = await start(t, async (context) => {
+    running.resolve();
+    await context.sleep(2 ** 31);
+  });
+  stream.welcome();
+  stream.task();
+  await running.wait();
+  const seconds = Math.floor(Date.now() / 1000) + 1;
+  stream.say({ tokenStatus: { expireTime: { seconds } } });
+  assert.deepEqual(await stream.hear('capacity'), { slots: 0 });
+  assert.deepEqual(await stream.reports(1), ['release 0']);
+  stream.say({ acknowledgment: { ...name, ended: true } });
+  await assert.rejects(serving, { code: 'UNAUTHORIZED', message: /cannot be renewed/ });
+});
+
 test('a handler that waits for nothing does not bring the worker down', async (t) => {
   const { stream } = await start(t, async (context) => {
     for (let number = 0; number < 5; number += 1) context.output('x');
@@ -387,6 +404,7 @@ test('waits begin anew after a stream on which a heartbeat was answered', async 
       find: () => undefined,
       drop: nothing,
       draining: nothing,
+      tokenEnds: nothing,
       log: nothing,
     });
     const ending = stream.run();

@@ -1,15 +1,12 @@
 //! What a token says, checked rule by rule.
 
-use std::{borrow::Cow, fmt, time::Duration};
+use std::{borrow::Cow, time::Duration};
 
-use serde::{
-    Deserialize, Deserializer,
-    de::{Error, MapAccess, Visitor},
-};
+use serde::{Deserialize, Deserializer, de::Error};
 use serde_json::{Map, Value};
 use streamer_core::Timestamp;
 
-use crate::{AuthError, Principal};
+use crate::{AuthError, Principal, unique_json::UniqueJson};
 
 const MAX_NAME_CHARS: usize = 128;
 /// What permissions say for every tenant (`worker:report@*`); no tenant can be called so.
@@ -61,28 +58,10 @@ pub(crate) struct Accepted {
 
 impl<'de> Deserialize<'de> for Claims {
     fn deserialize<D: Deserializer<'de>>(deserializer: D) -> Result<Self, D::Error> {
-        struct Unique;
-
-        impl<'de> Visitor<'de> for Unique {
-            type Value = Claims;
-
-            fn expecting(&self, formatter: &mut fmt::Formatter<'_>) -> fmt::Result {
-                formatter.write_str("a JSON object of claims")
-            }
-
-            fn visit_map<A: MapAccess<'de>>(self, mut map: A) -> Result<Claims, A::Error> {
-                let mut claims = Map::new();
-                while let Some((name, value)) = map.next_entry::<String, Value>()? {
-                    if claims.contains_key(&name) {
-                        return Err(A::Error::custom(format!("claim {name:?} occurs twice")));
-                    }
-                    claims.insert(name, value);
-                }
-                Ok(Claims(claims))
-            }
+        match UniqueJson::deserialize(deserializer)?.0 {
+            Value::Object(claims) => Ok(Self(claims)),
+            _ => Err(D::Error::custom("must be a JSON object of claims")),
         }
-
-        deserializer.deserialize_map(Unique)
     }
 }
 

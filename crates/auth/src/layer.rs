@@ -1,32 +1,68 @@
 //! Authentication in front of a gRPC service.
 
 use std::{
-    collections::HashSet,
+    collections::HashMap,
     convert::Infallible,
     future::Future,
+    net::IpAddr,
     pin::Pin,
     sync::{Arc, LazyLock},
     task::{Context, Poll},
     time::Duration,
 };
 
-use http::{HeaderMap, HeaderValue, Request, Response, header::AUTHORIZATION};
-use streamer_core::{ErrorCode, RequestError};
+use http::{
+    Extensions, HeaderMap, HeaderValue, Request, Response, Uri, header::AUTHORIZATION,
+    request::Parts,
+};
+use parking_lot::Mutex;
+use streamer_core::{ErrorCode, RequestError, validate::cut};
 use streamer_proto::public_methods;
-use streamer_rpc::end_when;
+use streamer_rpc::{CLIENT_ADDRESS, FORWARDED, PeerAddress, end_when};
 use tokio::time::sleep;
-use tonic::{Status, body::Body, server::NamedService};
+use tonic::{Code, Status, body::Body, server::NamedService};
 use tower_service::Service;
 
-use crate::{AuthError, Authenticator, Principal};
+use crate::{Audit, AuthError, Authenticator, Principal, Subject, audit::Record, permissions};
 
-/// Paths of the methods whose answers end with the caller's token: all that answer with a stream, but
-/// for those that take one as well, which renew the token themselves.
-static STREAMING: LazyLock<HashSet<String>> = LazyLock::new(|| {
+/// Longest path of a method in the audit log, in bytes.
+const MAX_PATH_BYTES: usize = 256;
+
+/// What matters here of each public method, by its path.
+static METHODS: LazyLock<HashMap<String, Rules>> = LazyLock::new(|| {
     let methods = public_methods().into_iter();
-    let streaming = methods.filter(|method| method.server_streaming && !method.client_streaming);
-    streaming.map(|method| method.path).collect()
+    let rules = methods.map(|method| {
+        let is_recorded = !UNRECORDED.iter().any(|known| method.path.ends_with(known));
+        let ends_with_token = method.server_streaming && !method.client_streaming;
+        (method.path, Rules { ends_with_token, is_recorded })
+    });
+    rules.collect()
 });
+
+/// Methods of which only refusals are recorded: they read, or submit the caller's own work.
+const UNRECORDED: [&str; 12] = [
+    "RouterService/Submit",
+    "RouterService/SubmitAndWatch",
+    "RouterService/Get",
+    "RouterService/List",
+    "RouterService/ListActions",
+    "ProgressService/Watch",
+    "ProgressService/ListEvents",
+    "ConnectionsService/List",
+    "WorkerService/Work",
+    "Operations/ListOperations",
+    "Operations/GetOperation",
+    "Operations/WaitOperation",
+];
+
+#[derive(Clone, Copy, Default)]
+struct Rules {
+    /// Its answer ends with the caller's token: all that answer with a stream, but for those that take
+    /// one as well, which renew the token themselves.
+    ends_with_token: bool,
+    /// Each call is recorded in the audit log.
+    is_recorded: bool,
+}
 
 /// Who makes this call; in the extensions of every request that passed [`AuthService`].
 #[derive(Clone)]
@@ -35,24 +71,76 @@ pub struct Caller {
     pub principal: Arc<Principal>,
     /// The token, for the next hop.
     pub authorization: HeaderValue,
+    /// What the call is about, if it is recorded.
+    subject: Option<Arc<Mutex<Option<Subject>>>>,
+}
+
+impl Caller {
+    /// The holder of this token.
+    #[must_use]
+    pub fn new(principal: Arc<Principal>, authorization: HeaderValue) -> Self {
+        Self { principal, authorization, subject: None }
+    }
+
+    /// Says what the call is about, for the audit log.
+    pub fn note_subject(&self, subject: impl FnOnce() -> Subject) {
+        if let Some(noted) = &self.subject {
+            *noted.lock() = Some(subject());
+        }
+    }
 }
 
 /// Wraps services in [`AuthService`].
 #[derive(Clone)]
 pub struct AuthLayer {
     authenticator: Arc<Authenticator>,
+    audit: Audit,
 }
 
 impl AuthLayer {
-    /// With this authenticator.
+    /// With this authenticator and audit log.
     #[must_use]
-    pub fn new(authenticator: Arc<Authenticator>) -> Self {
-        Self { authenticator }
+    pub fn new(authenticator: Arc<Authenticator>, audit: Audit) -> Self {
+        Self { authenticator, audit }
+    }
+
+    /// The audit log.
+    #[must_use]
+    pub fn audit(&self) -> &Audit {
+        &self.audit
+    }
+
+    /// Lets an operator through who makes this HTTP request.
+    ///
+    /// # Errors
+    /// `UNAUTHENTICATED`, `PERMISSION_DENIED`, or `UNAVAILABLE` while the keys cannot be had.
+    pub async fn check_operator(&self, request: Parts) -> Result<(), Status> {
+        let mut entry = Entry::of(&request.uri, &request.headers, &request.extensions, &self.audit);
+        let outcome = caller_of(&self.authenticator, &request.headers).await.and_then(|caller| {
+            let is_operator = caller.principal.may(permissions::OPERATOR);
+            entry.principal = Some(caller.principal);
+            if is_operator {
+                return Ok(());
+            }
+            let message = format!("permission {} is needed", permissions::OPERATOR);
+            Err(streamer_rpc::status(&RequestError::new(ErrorCode::Forbidden, message)))
+        });
+        if let Err(refusal) = &outcome
+            && matches!(refusal.code(), Code::Unauthenticated | Code::PermissionDenied)
+        {
+            let outcome = code_name(refusal.code());
+            self.audit.refused(entry.record(outcome, Some(refusal.message())));
+        }
+        outcome
     }
 
     /// Puts authentication in front of `service`.
     pub fn wrap<S>(&self, service: S) -> AuthService<S> {
-        AuthService { authenticator: self.authenticator.clone(), service }
+        AuthService {
+            authenticator: self.authenticator.clone(),
+            audit: self.audit.clone(),
+            service,
+        }
     }
 }
 
@@ -60,6 +148,7 @@ impl AuthLayer {
 #[derive(Clone)]
 pub struct AuthService<S> {
     authenticator: Arc<Authenticator>,
+    audit: Audit,
     service: S,
 }
 
@@ -81,38 +170,72 @@ where
         self.service.poll_ready(context)
     }
 
-    fn call(&mut self, mut request: Request<B>) -> Self::Future {
+    fn call(&mut self, request: Request<B>) -> Self::Future {
+        let refuse = |error: &AuthError| {
+            if self.audit.is_on() {
+                Entry::new(&request, &self.audit).refused(error);
+            }
+            AuthFuture::Refused(Some(status(error).into_http()))
+        };
         let Some(authorization) = request.headers().get(AUTHORIZATION).cloned() else {
             return refuse(&AuthError::Missing);
         };
         let Some(token) = bearer(&authorization) else {
             return refuse(&AuthError::Malformed("must be `Bearer <token>`".into()));
         };
-        let is_stream = STREAMING.contains(request.uri().path());
         match self.authenticator.cached(token) {
             Some(Ok(caller)) => {
-                let left = is_stream.then(|| self.authenticator.time_left(&caller));
-                request.extensions_mut().insert(caller);
-                AuthFuture::Inner(self.service.call(request), left)
+                let (request, after) = prepare(request, caller, &self.authenticator, &self.audit);
+                AuthFuture::Inner(self.service.call(request), after)
             }
             Some(Err(error)) => refuse(&error),
             None => {
-                let authenticator = self.authenticator.clone();
+                let (authenticator, audit) = (self.authenticator.clone(), self.audit.clone());
                 let mut service = self.service.clone();
                 AuthFuture::Verifying(Box::pin(async move {
                     let token = bearer(&authorization).unwrap_or_default();
                     match authenticator.authenticate(token).await {
                         Ok(caller) => {
-                            let left = is_stream.then(|| authenticator.time_left(&caller));
-                            request.extensions_mut().insert(caller);
-                            service.call(request).await.map(|response| limited(response, left))
+                            let (request, mut after) =
+                                prepare(request, caller, &authenticator, &audit);
+                            service.call(request).await.map(|response| after.apply(response))
                         }
-                        Err(error) => Ok(status(&error).into_http()),
+                        Err(error) => {
+                            if audit.is_on() {
+                                Entry::new(&request, &audit).refused(&error);
+                            }
+                            Ok(status(&error).into_http())
+                        }
                     }
                 }))
             }
         }
     }
+}
+
+/// Lets a caller in, and says what is to be done once there is an answer.
+fn prepare<B>(
+    mut request: Request<B>,
+    mut caller: Caller,
+    authenticator: &Authenticator,
+    audit: &Audit,
+) -> (Request<B>, After) {
+    let rules = METHODS.get(request.uri().path()).copied().unwrap_or_default();
+    let left = rules.ends_with_token.then(|| authenticator.time_left(&caller));
+    let entry = audit.is_on().then(|| {
+        let mut entry = Entry::new(&request, audit);
+        let is_operator = caller.principal.may(permissions::OPERATOR);
+        // Where an instance of the same service passes it on, it was recorded.
+        let is_first = !request.headers().contains_key(FORWARDED);
+        if is_first && (rules.is_recorded || is_operator) {
+            entry.subject = Some(Arc::default());
+            caller.subject.clone_from(&entry.subject);
+        }
+        entry.principal = Some(caller.principal.clone());
+        Box::new(entry)
+    });
+    request.extensions_mut().insert(caller);
+    (request, After { left, entry })
 }
 
 /// Who sends these headers: for services only some of whose calls come from users.
@@ -135,6 +258,109 @@ fn bearer(authorization: &HeaderValue) -> Option<&str> {
     scheme.eq_ignore_ascii_case("bearer").then_some(token.trim())
 }
 
+/// A call, for the audit log.
+struct Entry {
+    audit: Audit,
+    call: String,
+    from: Option<IpAddr>,
+    principal: Option<Arc<Principal>>,
+    /// Where what it is about is noted, if it is recorded also when it is let through.
+    subject: Option<Arc<Mutex<Option<Subject>>>>,
+}
+
+impl Entry {
+    fn new<B>(request: &Request<B>, audit: &Audit) -> Self {
+        Self::of(request.uri(), request.headers(), request.extensions(), audit)
+    }
+
+    fn of(uri: &Uri, headers: &HeaderMap, extensions: &Extensions, audit: &Audit) -> Self {
+        // Only services are believed what they say of others.
+        let forwarded = headers.get(CLIENT_ADDRESS);
+        let forwarded = forwarded.and_then(|address| address.to_str().ok()?.parse().ok());
+        let peer = || extensions.get::<PeerAddress>().map(|peer| peer.0.ip());
+        Self {
+            audit: audit.clone(),
+            call: cut(uri.path().to_owned(), MAX_PATH_BYTES),
+            from: forwarded.or_else(peer),
+            principal: None,
+            subject: None,
+        }
+    }
+
+    fn record<'a>(&'a self, outcome: &'a str, reason: Option<&'a str>) -> Record<'a> {
+        let principal = self.principal.as_ref();
+        Record {
+            call: &self.call,
+            outcome,
+            reason,
+            tenant: principal.map(|principal| &*principal.tenant),
+            user: principal.map(|principal| &*principal.user),
+            subject: self.subject.as_ref().and_then(|subject| subject.lock().take()),
+            from: self.from,
+        }
+    }
+
+    /// The token is not accepted.
+    fn refused(&self, error: &AuthError) {
+        // What cannot be found out is not refused for good.
+        if error.code() == ErrorCode::Unauthorized {
+            self.audit.refused(self.record("UNAUTHENTICATED", Some(&error.to_string())));
+        }
+    }
+
+    fn answered(&self, response: &Response<Body>) {
+        // A unary call that fails is answered with headers alone.
+        let status = Status::from_header_map(response.headers());
+        let code = status.as_ref().map_or(Code::Ok, Status::code);
+        let outcome = code_name(code);
+        let reason = status.as_ref().filter(|_| code != Code::Ok).map(Status::message);
+        if code == Code::PermissionDenied {
+            self.audit.refused(self.record(outcome, reason));
+        } else if self.subject.is_some() {
+            self.audit.record(self.record(outcome, reason));
+        }
+    }
+}
+
+/// Name of a code, as the documentation of gRPC writes it.
+fn code_name(code: Code) -> &'static str {
+    match code {
+        Code::Ok => "OK",
+        Code::Cancelled => "CANCELLED",
+        Code::Unknown => "UNKNOWN",
+        Code::InvalidArgument => "INVALID_ARGUMENT",
+        Code::DeadlineExceeded => "DEADLINE_EXCEEDED",
+        Code::NotFound => "NOT_FOUND",
+        Code::AlreadyExists => "ALREADY_EXISTS",
+        Code::PermissionDenied => "PERMISSION_DENIED",
+        Code::ResourceExhausted => "RESOURCE_EXHAUSTED",
+        Code::FailedPrecondition => "FAILED_PRECONDITION",
+        Code::Aborted => "ABORTED",
+        Code::OutOfRange => "OUT_OF_RANGE",
+        Code::Unimplemented => "UNIMPLEMENTED",
+        Code::Internal => "INTERNAL",
+        Code::Unavailable => "UNAVAILABLE",
+        Code::DataLoss => "DATA_LOSS",
+        Code::Unauthenticated => "UNAUTHENTICATED",
+    }
+}
+
+/// What is to be done once a call is answered.
+pub struct After {
+    /// A stream ends after this time.
+    left: Option<Duration>,
+    entry: Option<Box<Entry>>,
+}
+
+impl After {
+    fn apply(&mut self, response: Response<Body>) -> Response<Body> {
+        if let Some(entry) = self.entry.take() {
+            entry.answered(&response);
+        }
+        limited(response, self.left)
+    }
+}
+
 /// Ends a stream with `UNAUTHENTICATED` after this time.
 fn limited(response: Response<Body>, left: Option<Duration>) -> Response<Body> {
     let Some(left) = left else { return response };
@@ -144,10 +370,6 @@ fn limited(response: Response<Body>, left: Option<Duration>) -> Response<Body> {
         streamer_rpc::status(&error)
     };
     response.map(|body| end_when(body, expired))
-}
-
-fn refuse<F>(error: &AuthError) -> AuthFuture<F> {
-    AuthFuture::Refused(Some(status(error).into_http()))
 }
 
 fn status(error: &AuthError) -> Status {
@@ -173,8 +395,8 @@ impl AuthError {
 
 /// The answer of [`AuthService`].
 pub enum AuthFuture<F> {
-    /// The token was known: straight on to the service. A stream ends after this time.
-    Inner(F, Option<Duration>),
+    /// The token was known: straight on to the service.
+    Inner(F, After),
     /// The token has to be verified first.
     Verifying(Pin<Box<dyn Future<Output = Result<Response<Body>, Infallible>> + Send>>),
     /// Not let in.
@@ -189,14 +411,46 @@ where
 
     fn poll(self: Pin<&mut Self>, context: &mut Context<'_>) -> Poll<Self::Output> {
         match self.get_mut() {
-            Self::Inner(future, left) => {
-                let left = *left;
-                Pin::new(future).poll(context).map_ok(|response| limited(response, left))
+            Self::Inner(future, after) => {
+                Pin::new(future).poll(context).map_ok(|response| after.apply(response))
             }
             Self::Verifying(future) => future.as_mut().poll(context),
             Self::Refused(response) => {
                 Poll::Ready(Ok(response.take().expect("a future is not polled after its end")))
             }
         }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn every_method_that_is_not_recorded_exists() {
+        let methods: Vec<_> = public_methods().into_iter().map(|method| method.path).collect();
+        for unrecorded in UNRECORDED {
+            assert!(
+                methods.iter().any(|path| path.ends_with(&format!(".{unrecorded}"))),
+                "{unrecorded}"
+            );
+        }
+        let recorded = METHODS.iter().filter(|(_, rules)| rules.is_recorded);
+        let mut recorded: Vec<_> =
+            recorded.map(|(path, _)| path.rsplit('.').next().unwrap()).collect();
+        recorded.sort_unstable();
+        assert_eq!(
+            recorded,
+            [
+                "ConnectionsService/Broadcast",
+                "ConnectionsService/Disconnect",
+                "ConnectionsService/Send",
+                "Operations/CancelOperation",
+                "Operations/DeleteOperation",
+                "RouterService/Cancel",
+                "RouterService/Redrive",
+                "RouterService/RedriveMany",
+            ]
+        );
     }
 }

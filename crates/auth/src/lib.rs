@@ -5,6 +5,7 @@
 //! a gRPC service; every service has it, so that no hop trusts the one before. What was verified is
 //! cached, bounded, until the token expires. No token is ever logged.
 
+mod audit;
 mod authenticator;
 mod claims;
 mod dev_key;
@@ -14,7 +15,9 @@ mod keys;
 mod layer;
 mod principal;
 mod private_file;
+mod unique_json;
 
+pub use audit::{Audit, Subject};
 pub use authenticator::{AuthError, Authenticator};
 pub use claims::TokenRules;
 pub use dev_key::{DEV_AUDIENCE, DEV_ISSUER, DevKey, DevKeyError, NewToken};

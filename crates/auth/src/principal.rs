@@ -12,6 +12,9 @@ pub mod permissions {
     pub const CONNECTIONS_READ: &str = "connections:read";
     /// Send to the tenant's connections.
     pub const CONNECTIONS_SEND: &str = "connections:send";
+    /// Operate the whole system: see what belongs to other tenants, and the metrics. Neither `*` nor
+    /// any other permission implies it.
+    pub const OPERATOR: &str = "operator";
     /// Close the tenant's connections.
     pub const CONNECTIONS_DISCONNECT: &str = "connections:disconnect";
 }
@@ -30,9 +33,13 @@ pub struct Principal {
 }
 
 impl Principal {
-    /// Whether the permission was given: by name, by `area:*`, or by `*`.
+    /// Whether the permission was given: by name, by `area:*`, or by `*`; [`permissions::OPERATOR`]
+    /// by name only.
     #[must_use]
     pub fn may(&self, permission: &str) -> bool {
+        if permission == permissions::OPERATOR {
+            return self.permissions.iter().any(|given| given == permission);
+        }
         let area = permission.split_once(':').map(|(area, _)| area);
         self.permissions.iter().any(|given| {
             given == "*"
@@ -75,6 +82,16 @@ mod tests {
         assert!(!with(&["reports"]).may("reports:run"));
         assert!(!with(&["report:*"]).may("reports:run"));
         assert!(!with(&[]).may("reports:run"));
+    }
+
+    #[test]
+    fn operators_are_named_and_nothing_else_makes_one() {
+        for others in [&["*"][..], &["operator:*"], &["*:*"], &["Operator"], &["operators"], &[]] {
+            assert!(!with(others).may("operator"), "{others:?}");
+        }
+        assert!(with(&["operator"]).may("operator"));
+        assert!(!with(&["operator"]).may("requests:read"));
+        assert!(!with(&["operator"]).may_read("acme", "bob"));
     }
 
     #[test]

@@ -298,9 +298,12 @@ pub struct ListArguments {
     /// At most so many.
     #[arg(long, default_value_t = 50, value_parser = clap::value_parser!(i32).range(1..=500))]
     pub limit: i32,
-    /// Go on where an earlier list ended.
-    #[arg(long, default_value = "", value_name = "TOKEN")]
+    /// Continue where an earlier list ended.
+    #[arg(long, default_value = "", value_name = "PAGE_TOKEN")]
     pub page_token: String,
+    /// All requests of this tenant; needs permission `operator`.
+    #[arg(long, default_value = "", value_name = "TENANT", hide_default_value = true)]
+    pub tenant: String,
     #[command(flatten)]
     #[allow(missing_docs)]
     pub common: Common,

@@ -1,7 +1,6 @@
 //! Who a command is, and how it prints.
 
 use std::{
-    fs,
     io::{IsTerminal, Write},
     path::{Path, PathBuf},
     sync::Arc,
@@ -10,7 +9,7 @@ use std::{
 
 use async_trait::async_trait;
 use streamer_auth::{DevKey, NewToken};
-use streamer_client::{Api, TokenError, TokenSource};
+use streamer_client::{Api, TokenError, TokenFile, TokenSource};
 use streamer_core::{Clock, SystemClock, is_loopback_host};
 
 use crate::arguments::Common;
@@ -34,14 +33,13 @@ impl TokenSource for Tokens {
     async fn token(&self) -> Result<String, TokenError> {
         match self {
             Self::Given(token) => Ok(token.clone()),
-            Self::File(path) => {
-                let text = fs::read_to_string(path);
-                let text =
-                    text.map_err(|error| TokenError(format!("{}: {error}", path.display())))?;
-                Ok(text.trim().to_owned())
-            }
+            Self::File(path) => TokenFile(path.clone()).token().await,
             Self::Own(data) => Ok(own_token(data)),
         }
+    }
+
+    fn is_fixed(&self) -> bool {
+        matches!(self, Self::Given(_))
     }
 }
 

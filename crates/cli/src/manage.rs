@@ -9,10 +9,13 @@ use streamer_proto::{
         BroadcastRequest, DisconnectRequest, ListRequest, SendRequest, send_request::Target,
     },
     millis,
-    router::v1::{ListActionsRequest, RedriveManyRequest, RedriveRequest},
+    router::{
+        self,
+        v1::{ListActionsRequest, RedriveManyRequest, RedriveRequest},
+    },
     timestamp,
 };
-use streamer_rpc::state_to_proto;
+use streamer_rpc::{state_from_proto, state_to_proto};
 
 use crate::{
     Exit,
@@ -31,12 +34,16 @@ pub(crate) async fn get(arguments: OneArguments) -> anyhow::Result<Exit> {
 
 pub(crate) async fn list(arguments: ListArguments) -> anyhow::Result<Exit> {
     let states: Vec<&str> = arguments.states.iter().map(|state| state.as_str()).collect();
-    let message = json!({
-        "type": "list", "states": states, "limit": arguments.limit,
-        "page_token": arguments.page_token,
-    });
-    let answer = ask(&arguments.common, &message, "requests").await?;
-    let value: Value = serde_json::from_str(&answer.text)?;
+    let value: Value = if arguments.tenant.is_empty() {
+        let message = json!({
+            "type": "list", "states": states, "limit": arguments.limit,
+            "page_token": arguments.page_token,
+        });
+        let answer = ask(&arguments.common, &message, "requests").await?;
+        serde_json::from_str(&answer.text)?
+    } else {
+        list_of_tenant(&arguments).await?
+    };
     let requests = value["requests"].as_array().cloned().unwrap_or_default();
     if arguments.common.prints_json() {
         for request in &requests {
@@ -58,6 +65,31 @@ pub(crate) async fn list(arguments: ListArguments) -> anyhow::Result<Exit> {
         eprintln!("There are more: --page-token {next}");
     }
     Ok(Exit::Done)
+}
+
+/// What an operator sees of a tenant, in the shape of the answer to `list`.
+async fn list_of_tenant(arguments: &ListArguments) -> anyhow::Result<Value> {
+    let api = arguments.common.api().await?;
+    let call = api.call(router::v1::ListRequest {
+        states: arguments.states.iter().map(|state| state_to_proto(*state).into()).collect(),
+        page_size: arguments.limit,
+        page_token: arguments.page_token.clone(),
+        tenant_id: arguments.tenant.clone(),
+        ..router::v1::ListRequest::default()
+    });
+    let page = api.router().list(call).await.map_err(|status| api.error(&status))?.into_inner();
+    let requests = page.requests.iter().map(|request| {
+        let state = state_from_proto(request.state).map(streamer_core::RequestState::as_str);
+        json!({
+            "request_id": request.request_id, "uid": request.uid, "user": request.user_id,
+            "action": request.action, "state": state,
+            "create_time": request.create_time.as_ref().map(|time| {
+                Timestamp::from_millis(millis(time)).to_string()
+            }),
+        })
+    });
+    let requests: Vec<Value> = requests.collect();
+    Ok(json!({ "requests": requests, "next_page_token": page.next_page_token }))
 }
 
 pub(crate) async fn cancel(arguments: CancelArguments) -> anyhow::Result<Exit> {

@@ -16,5 +16,5 @@ pub use error::ClientError;
 pub use follower::{Follower, Target};
 pub use output::{OutputCheck, OutputMismatch};
 pub use session::{Message, Session};
-pub use streamer_rpc::{TokenError, TokenSource};
+pub use streamer_rpc::{TokenError, TokenFile, TokenSource};
 pub use watch::{Watch, json};

@@ -111,6 +111,11 @@ options! {
         drain_timeout_ms: u64 = 10_000, in 0..=600_000;
         /// Largest number of concurrent streams of one HTTP/2 connection.
         max_concurrent_streams: u64 = 1_024, in 1..=1_000_000;
+        /// Address and port for /metrics alone, like 127.0.0.1:9090; empty means that it is served with
+        /// everything else.
+        metrics_listen: String = String::new();
+        /// Whether /metrics needs a token with permission operator.
+        metrics_need_operator: bool = false;
     }
     /// Where requests and their logs are kept.
     store: Store {
@@ -260,6 +265,11 @@ options! {
         poll_queue: bool = true;
         /// How long a handler may go on after cancellation was asked for, in milliseconds.
         cancel_grace_ms: u64 = 10_000, in 0..=3_600_000;
+    }
+    /// Who did what to whose, and what was refused: docs/security.md, "The audit log".
+    audit: Audit {
+        /// File that gets a line of JSON for each; - for standard error, empty for none.
+        file: PathBuf = PathBuf::new();
     }
     /// Logs, on standard error.
     log: Log {

@@ -1,6 +1,6 @@
 //! How one service reaches another: the same client, whether there is a network between them.
 
-use std::convert::Infallible;
+use std::{convert::Infallible, net::SocketAddr};
 
 use http::{HeaderMap, HeaderValue, Request, Response, header::AUTHORIZATION};
 use tonic::{Extensions, Status, body::Body, metadata::MetadataMap};
@@ -49,9 +49,17 @@ pub const NOT_TAKEN: &str = "streamer-not-taken";
 /// Header of a call that another instance of the same service passes on: it goes no further.
 pub const FORWARDED: &str = "streamer-forwarded";
 
+/// Header of a call that a gateway makes or passes on for a client: the address of the client.
+pub const CLIENT_ADDRESS: &str = "streamer-client-address";
+
+/// Address that a connection comes from; in the extensions of every request that came over one.
+#[derive(Clone, Copy, Debug)]
+pub struct PeerAddress(pub SocketAddr);
+
 /// A call in the name of whoever holds this token.
 pub fn with_authorization<T>(message: T, authorization: HeaderValue) -> tonic::Request<T> {
-    let mut headers = HeaderMap::with_capacity(1);
+    // Those who call for a client add its address, and for a submission its uid.
+    let mut headers = HeaderMap::with_capacity(3);
     headers.insert(AUTHORIZATION, authorization);
     let metadata = MetadataMap::from_headers(headers);
     tonic::Request::from_parts(metadata, Extensions::default(), message)

@@ -15,8 +15,8 @@ mod token;
 
 pub use action::{MAX_SCHEMA_BYTES, action_from_proto, action_to_proto};
 pub use channel::{
-    Channel, FORWARDED, NOT_TAKEN, REPEATED, REQUEST_UID, SERVICE_TOKEN, local, remote,
-    with_authorization,
+    CLIENT_ADDRESS, Channel, FORWARDED, NOT_TAKEN, PeerAddress, REPEATED, REQUEST_UID,
+    SERVICE_TOKEN, local, remote, with_authorization,
 };
 pub use compact::{compact_bytes, compact_event, compact_request};
 pub use completion::run_to_completion;
@@ -35,4 +35,4 @@ pub use status::{
     name_message_limit, not_found, request_error, status, store_status, validation_status,
     violations_details,
 };
-pub use token::{TokenError, TokenSource};
+pub use token::{TokenError, TokenFile, TokenSource};

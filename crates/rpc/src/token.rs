@@ -1,5 +1,7 @@
 //! Where the tokens of clients and workers come from.
 
+use std::path::PathBuf;
+
 use async_trait::async_trait;
 
 /// A token cannot be had.
@@ -20,6 +22,12 @@ pub trait TokenSource: Send + Sync + 'static {
     /// # Errors
     /// When there is none; at a connection this ends the client or worker.
     async fn token(&self) -> Result<String, TokenError>;
+
+    /// Whether it always gives the same one: a worker then hands back what it runs before that one
+    /// expires, and ends.
+    fn is_fixed(&self) -> bool {
+        false
+    }
 }
 
 #[async_trait]
@@ -27,11 +35,35 @@ impl TokenSource for String {
     async fn token(&self) -> Result<String, TokenError> {
         Ok(self.clone())
     }
+
+    fn is_fixed(&self) -> bool {
+        true
+    }
 }
 
 #[async_trait]
 impl TokenSource for &'static str {
     async fn token(&self) -> Result<String, TokenError> {
         Ok((*self).to_owned())
+    }
+
+    fn is_fixed(&self) -> bool {
+        true
+    }
+}
+
+/// Reads the token from a file each time: for one that is kept fresh by others, such as a sidecar or a
+/// mounted secret.
+#[derive(Clone, Debug)]
+pub struct TokenFile(pub PathBuf);
+
+#[async_trait]
+impl TokenSource for TokenFile {
+    async fn token(&self) -> Result<String, TokenError> {
+        let Self(path) = self;
+        match std::fs::read_to_string(path) {
+            Ok(text) => Ok(text.trim().to_owned()),
+            Err(error) => Err(TokenError(format!("{}: {error}", path.display()))),
+        }
     }
 }

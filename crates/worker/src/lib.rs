@@ -40,7 +40,7 @@ use tonic::{
     transport::{Channel, Endpoint},
 };
 
-pub use streamer_rpc::{TokenError, TokenSource};
+pub use streamer_rpc::{TokenError, TokenFile, TokenSource};
 
 use crate::{
     attempts::Attempts,
@@ -67,6 +67,12 @@ pub enum WorkerError {
     /// There is nothing to run.
     #[error("a worker needs at least one handler")]
     NoHandlers,
+    /// The token has expired, and there is no other.
+    #[error(
+        "the token has expired and cannot be renewed; give a file with it (--token-file) or a \
+         TokenSource, and keep that up to date"
+    )]
+    TokenExpired,
     /// The server refuses this worker; trying again as it is would not help.
     #[error("the server refuses this worker: {0}")]
     Refused(RequestError),
@@ -176,6 +182,7 @@ impl Worker {
             };
             let lost = match session.run(client).await? {
                 Ended::Drained => return Ok(()),
+                Ended::TokenExpired => return Err(WorkerError::TokenExpired),
                 Ended::Before(status) if is_final(&status) => {
                     return Err(WorkerError::Refused(request_error(&status)));
                 }

@@ -86,6 +86,8 @@ impl Identity {
 pub(crate) enum Ended {
     /// The worker has nothing left to do.
     Drained,
+    /// The token, which cannot be renewed, is about to expire, and everything was handed back.
+    TokenExpired,
     /// Before the server had said `welcome`.
     Before(Status),
     /// After that.
@@ -162,6 +164,7 @@ impl Session<'_> {
             answered: false,
             refresh_at: None,
             refreshing: None,
+            token_ends_at: None,
             token,
             drain: Drain::Not,
             session: self,
@@ -204,6 +207,8 @@ enum Drain {
     Ending(Instant),
     /// Everything was handed back; acknowledgments may come until then.
     Released(Instant),
+    /// The same, because the token is about to expire.
+    TokenEnds(Instant),
 }
 
 struct Conversation<'a> {
@@ -221,13 +226,19 @@ struct Conversation<'a> {
     refresh_at: Option<Instant>,
     refreshing: Option<BoxFuture<'a, Result<String, TokenError>>>,
     token: String,
+    /// When everything is handed back, because the token cannot be renewed.
+    token_ends_at: Option<Instant>,
     drain: Drain,
 }
 
 impl Conversation<'_> {
     /// Goes on until the worker is drained, or the stream is lost.
     async fn run(mut self) -> Ended {
-        match self.converse().await {
+        let ended = self.converse().await;
+        if matches!(self.drain, Drain::TokenEnds(_)) {
+            return Ended::TokenExpired;
+        }
+        match ended {
             Ok(()) => Ended::Drained,
             Err(status) if self.answered => Ended::AfterGood(status),
             Err(status) => Ended::After(status),
@@ -246,6 +257,7 @@ impl Conversation<'_> {
                 let refresh = OptionFuture::from(self.refresh_at.map(sleep_until));
                 let refreshed = OptionFuture::from(self.refreshing.as_mut());
                 let drain_step = OptionFuture::from(self.drain.until().map(sleep_until));
+                let token_ends = OptionFuture::from(self.token_ends_at.map(sleep_until));
                 tokio::select! {
                     message = self.inbound.message() => Step::Heard(message?.map(Box::new)),
                     keys = ready.take() => Step::Ready(keys),
@@ -253,6 +265,7 @@ impl Conversation<'_> {
                     Some(()) = refresh => Step::Refresh,
                     Some(token) = refreshed => Step::Refreshed(token),
                     Some(()) = drain_step => Step::DrainOn,
+                    Some(()) = token_ends => Step::TokenEnds,
                     () = self.session.shutdown.cancelled(), if matches!(self.drain, Drain::Not) => {
                         Step::BeginDrain
                     }
@@ -299,14 +312,20 @@ impl Conversation<'_> {
                 self.send(work_request::Message::Capacity(Capacity { slots: 0 })).await
             }
             Step::DrainOn => match self.drain {
-                Drain::Released(_) => Err(Status::deadline_exceeded("not acknowledged in time")),
+                Drain::Released(_) | Drain::TokenEnds(_) => {
+                    Err(Status::deadline_exceeded("not acknowledged in time"))
+                }
                 Drain::Not | Drain::Ending(_) => {
                     self.drain = Drain::Released(Instant::now() + RELEASE_TIMEOUT);
-                    self.session.attempts.release_all("the worker stops");
-                    let reports = self.session.attempts.collect_all(self.terms.window);
-                    self.report(reports).await
+                    self.release_all("the worker stops").await
                 }
             },
+            Step::TokenEnds => {
+                self.token_ends_at = None;
+                self.drain = Drain::TokenEnds(Instant::now() + RELEASE_TIMEOUT);
+                self.send(work_request::Message::Capacity(Capacity { slots: 0 })).await?;
+                self.release_all("the token of the worker expires").await
+            }
         }
     }
 
@@ -336,7 +355,7 @@ impl Conversation<'_> {
                 Ok(())
             }
             Some(Message::TokenStatus(status)) => {
-                self.refresh_at = refresh_at(&status);
+                self.note_expiry(&status);
                 Ok(())
             }
             Some(Message::Drain(_)) => {
@@ -345,6 +364,29 @@ impl Conversation<'_> {
             }
             Some(Message::Welcome(_)) | None => Ok(()),
         }
+    }
+
+    /// Plans what comes before the token expires.
+    fn note_expiry(&mut self, status: &TokenStatus) {
+        let Some(expires) = &status.expire_time else { return };
+        let expires_at = Timestamp::from_millis(millis(expires));
+        let left = expires_at.since(SystemClock.now());
+        if !self.session.token.is_fixed() {
+            self.refresh_at = Some(Instant::now() + before(left, REFRESH_BEFORE));
+            return;
+        }
+        tracing::warn!(
+            %expires_at,
+            "the token cannot be renewed: before it expires, what runs is handed back and the worker \
+             ends; a token that is renewed avoids this (--token-file, TokenSource)"
+        );
+        self.token_ends_at = Some(Instant::now() + before(left, RELEASE_TIMEOUT));
+    }
+
+    async fn release_all(&mut self, reason: &str) -> Result<(), Status> {
+        self.session.attempts.release_all(reason);
+        let reports = self.session.attempts.collect_all(self.terms.window);
+        self.report(reports).await
     }
 
     async fn start(&mut self, task: streamer_proto::processor::v1::Task) -> Result<(), Status> {
@@ -413,21 +455,21 @@ enum Step {
     Refreshed(Result<String, TokenError>),
     BeginDrain,
     DrainOn,
+    TokenEnds,
 }
 
 impl Drain {
     fn until(self) -> Option<Instant> {
         match self {
             Self::Not => None,
-            Self::Ending(at) | Self::Released(at) => Some(at),
+            Self::Ending(at) | Self::Released(at) | Self::TokenEnds(at) => Some(at),
         }
     }
 }
 
-fn refresh_at(status: &TokenStatus) -> Option<Instant> {
-    let ends = Timestamp::from_millis(millis(status.expire_time.as_ref()?));
-    let left = ends.since(SystemClock.now());
-    Some(Instant::now() + left.saturating_sub(REFRESH_BEFORE).max(left / 2))
+/// In this time something is due that should come so long before the end, or at half of what is left.
+fn before(left: Duration, lead: Duration) -> Duration {
+    left.saturating_sub(lead).max(left / 2)
 }
 
 fn duration(millis: i64) -> Duration {

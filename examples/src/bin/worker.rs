@@ -1,18 +1,22 @@
 //! A worker to copy: two handlers, unchanged, in a process of their own.
 //!
 //! Start the server with `--set execution.local_actions=echo,health,echo_async`, so that it leaves
-//! them to workers, then this with `STREAMER_SERVER` and `STREAMER_TOKEN` (permission `worker:*`).
+//! them to workers, then this with `STREAMER_SERVER`, and with `STREAMER_TOKEN_FILE` or
+//! `STREAMER_TOKEN` (permission `worker:*`).
 
 use std::env;
 
 use streamer_examples::{GenerateReport, ProcessData};
-use streamer_worker::{Handlers, Worker, WorkerError};
+use streamer_worker::{Handlers, TokenFile, Worker, WorkerError};
 
 #[tokio::main]
 async fn main() -> Result<(), WorkerError> {
     let server = env::var("STREAMER_SERVER").unwrap_or_else(|_| "http://127.0.0.1:8080".into());
-    let token = env::var("STREAMER_TOKEN").unwrap_or_default();
     let handlers = Handlers::new().with(ProcessData).with(GenerateReport);
     println!("Running process_data and generate_report for {server}; Ctrl-C drains.");
-    Worker::new(server, token, handlers).slots(4).run_until_terminated().await
+    let worker = match env::var_os("STREAMER_TOKEN_FILE") {
+        Some(path) => Worker::new(server, TokenFile(path.into()), handlers),
+        None => Worker::new(server, env::var("STREAMER_TOKEN").unwrap_or_default(), handlers),
+    };
+    worker.slots(4).run_until_terminated().await
 }

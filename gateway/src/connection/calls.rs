@@ -16,7 +16,6 @@ use streamer_proto::{
 };
 use streamer_rpc::{
     REQUEST_UID, is_server_error, json_payload, request_error, state_from_proto, state_to_proto,
-    with_authorization,
 };
 use streamer_telemetry::{InScope, Scope, TraceContext, trace_span};
 use tonic::Status;
@@ -113,7 +112,7 @@ impl Session {
         let latest = message.latest;
         let name = request.id.clone();
         let mut router = self.gateway.peers.router();
-        let mut request = with_authorization(request, self.handle.authorization());
+        let mut request = self.handle.call(request);
         // A repeat by the channel is then the same request.
         let uid = Uid::new(self.gateway.clock.now()).to_string();
         if let Ok(uid) = uid.parse() {
@@ -194,7 +193,7 @@ impl Session {
         let mut router = self.gateway.peers.router();
         let clock = self.gateway.clock.clone();
         let name = request_id.clone();
-        let call = self.authorized(CancelRequest { request_id, reason });
+        let call = self.handle.call(CancelRequest { request_id, reason });
         Box::pin(async move {
             match router.cancel(call).await {
                 Ok(response) => {
@@ -224,7 +223,7 @@ impl Session {
         let mut router = self.gateway.peers.router();
         let clock = self.gateway.clock.clone();
         let name = request_id.clone();
-        let call = self.authorized(GetRequest { request_id, ..GetRequest::default() });
+        let call = self.handle.call(GetRequest { request_id, ..GetRequest::default() });
         Box::pin(async move {
             match router.get(call).await {
                 Ok(response) => {
@@ -240,7 +239,7 @@ impl Session {
         let mut router = self.gateway.peers.router();
         let clock = self.gateway.clock.clone();
         let list = ListRequest { states, page_size, page_token, ..ListRequest::default() };
-        let call = self.authorized(list);
+        let call = self.handle.call(list);
         Box::pin(async move {
             match router.list(call).await {
                 Ok(response) => {
@@ -266,10 +265,6 @@ impl Session {
             }
         };
         call.boxed()
-    }
-
-    fn authorized<T>(&self, message: T) -> tonic::Request<T> {
-        with_authorization(message, self.handle.authorization())
     }
 
     /// Sends what a call has brought. Returns code and reason when the connection has to close.

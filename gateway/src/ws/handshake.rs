@@ -84,7 +84,10 @@ pub(crate) fn read(
 /// or `Authorization`.
 fn find_token(uri: &Uri, headers: &HeaderMap, protocols: &[&str]) -> Option<String> {
     // Browsers add a `Basic` one by themselves where a proxy asks for it.
-    if let Some(token) = text(headers, &header::AUTHORIZATION).and_then(bearer) {
+    // What is no text is no token either, and is refused as such.
+    let authorization = headers.get(header::AUTHORIZATION);
+    let authorization = authorization.map(|value| String::from_utf8_lossy(value.as_bytes()));
+    if let Some(token) = authorization.as_deref().and_then(bearer) {
         return Some(token.to_owned());
     }
     if let Some(token) = protocols.iter().find_map(|name| name.strip_prefix(BEARER_PROTOCOL)) {

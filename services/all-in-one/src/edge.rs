@@ -15,8 +15,8 @@ use streamer_auth::{Authenticator, caller_of};
 use streamer_core::{Clock, Uid};
 use streamer_proto::public_methods;
 use streamer_rpc::{
-    Channel, FORWARDED, REPEATED, REQUEST_UID, SERVICE_TOKEN, end_when, enter, is_server_error,
-    recorded,
+    CLIENT_ADDRESS, Channel, FORWARDED, PeerAddress, REPEATED, REQUEST_UID, SERVICE_TOKEN,
+    end_when, enter, is_server_error, recorded,
 };
 use streamer_telemetry::{InScope, Traces};
 use tokio::time::timeout;
@@ -57,8 +57,13 @@ async fn admit(State(trusted): State<Trusted>, mut request: Request, next: Next)
             let text = "the service token is another one here (peers.secret_file)";
             return Status::unauthenticated(text).into_http::<Body>();
         }
-        (Trusted::Nobody, _) | (Trusted::Services(_), None) => {
-            for header in [REQUEST_UID, REPEATED, FORWARDED] {
+        (Trusted::Nobody, Some(_)) => {
+            let text =
+                "this server has all services in one process, and takes no calls from others";
+            return Status::unauthenticated(text).into_http::<Body>();
+        }
+        (Trusted::Nobody | Trusted::Services(_), None) => {
+            for header in [REQUEST_UID, REPEATED, FORWARDED, CLIENT_ADDRESS] {
                 request.headers_mut().remove(header);
             }
         }
@@ -186,6 +191,10 @@ async fn pass_on(
     // A submission that is repeated on the way is then the same request.
     if let Ok(uid) = Uid::new(all.clock.now()).to_string().parse() {
         request.headers_mut().insert(REQUEST_UID, uid);
+    }
+    let peer = request.extensions().get::<PeerAddress>().map(|peer| peer.0.ip().to_string());
+    if let Some(Ok(address)) = peer.map(HeaderValue::try_from) {
+        request.headers_mut().insert(CLIENT_ADDRESS, address);
     }
     // Kept here, since what is waited for elsewhere is not at fault when a caller's time is up.
     let patience = request.headers_mut().remove(GRPC_TIMEOUT);

@@ -4,7 +4,7 @@ use std::{sync::Arc, time::Duration};
 
 use axum::{
     Router,
-    extract::State,
+    extract::{Request, State},
     http::{StatusCode, header},
     middleware,
     response::{IntoResponse, Response},
@@ -18,7 +18,7 @@ use tokio::{
     time::{Instant, sleep, timeout},
 };
 use tokio_util::sync::CancellationToken;
-use tonic::service::Routes;
+use tonic::{Code, Status, service::Routes};
 use tonic_health::{ServingStatus, server::HealthReporter};
 use tower::util::MapResponseLayer;
 
@@ -37,6 +37,8 @@ const PROGRESS_HEALTH_PACE: Pace =
     Pace { interval: Duration::from_secs(1), timeout: Duration::from_millis(1500), tries: 2 };
 /// An answer younger than this is given again; while it is a bad one, health is checked this often.
 const HEALTH_CACHE: Duration = Duration::from_millis(500);
+/// Longest part of a path in an answer.
+const MAX_SHOWN_CHARS: usize = 128;
 /// Prometheus' content type of OpenMetrics text.
 const OPEN_METRICS: &str = "application/openmetrics-text; version=1.0.0; charset=utf-8";
 /// The services whose health is told where they are; the empty name stands for the server.
@@ -48,6 +50,15 @@ const SERVICES: [(&str, Option<Role>); 6] = [
     ("streamer.connections.v1.ConnectionsService", Some(Role::Gateway)),
     ("google.longrunning.Operations", Some(Role::Router)),
 ];
+
+/// Who gets the metrics, and where.
+#[derive(Clone, Copy)]
+pub(crate) struct MetricsAccess {
+    /// They have an address of their own (`server.metrics_listen`).
+    pub(crate) is_elsewhere: bool,
+    /// Only with a token of an operator (`server.metrics_need_operator`).
+    pub(crate) needs_operator: bool,
+}
 
 /// Something beside the store without which the job cannot be done, and why it is not there.
 pub(crate) type Need = Box<dyn Fn() -> Result<(), String> + Send + Sync>;
@@ -254,10 +265,27 @@ impl Services {
         let plain = Router::new()
             .route("/healthz", get(|| async { "ok\n" }))
             .route("/readyz", get(ready))
-            .route("/metrics", get(metrics))
             .with_state(self.clone());
-        Ok(grpc.merge(plain))
+        let all = grpc.merge(plain).reset_fallback().fallback(unknown_path);
+        Ok(if self.metrics_access.is_elsewhere { all } else { all.merge(self.metrics()) })
     }
+
+    /// `/metrics`.
+    pub(crate) fn metrics(self: &Arc<Self>) -> Router {
+        Router::new().route("/metrics", get(metrics)).with_state(self.clone())
+    }
+}
+
+/// gRPC has an answer of its own for methods that do not exist.
+async fn unknown_path(request: Request) -> Response {
+    let content_type = request.headers().get(header::CONTENT_TYPE);
+    if content_type.is_some_and(|value| value.as_bytes().starts_with(b"application/grpc")) {
+        let path = request.uri().path();
+        let known: String = path.chars().take(MAX_SHOWN_CHARS).collect();
+        return Status::unimplemented(format!("{known} does not exist here")).into_http();
+    }
+    let paths = "/ws, /healthz, /readyz and /metrics";
+    (StatusCode::NOT_FOUND, format!("no such path; there are gRPC, {paths}\n")).into_response()
 }
 
 async fn ready(State(services): State<Arc<Services>>) -> (StatusCode, String) {
@@ -267,6 +295,17 @@ async fn ready(State(services): State<Arc<Services>>) -> (StatusCode, String) {
     }
 }
 
-async fn metrics(State(services): State<Arc<Services>>) -> impl IntoResponse {
-    ([(header::CONTENT_TYPE, OPEN_METRICS)], services.metrics.encode())
+async fn metrics(State(services): State<Arc<Services>>, request: Request) -> Response {
+    if services.metrics_access.needs_operator
+        && let Err(refusal) = services.auth.check_operator(request.into_parts().0).await
+    {
+        let status = match refusal.code() {
+            Code::Unauthenticated => StatusCode::UNAUTHORIZED,
+            Code::PermissionDenied => StatusCode::FORBIDDEN,
+            _ => StatusCode::SERVICE_UNAVAILABLE,
+        };
+        let challenge = [(header::WWW_AUTHENTICATE, "Bearer")];
+        return (status, challenge, format!("{}\n", refusal.message())).into_response();
+    }
+    ([(header::CONTENT_TYPE, OPEN_METRICS)], services.metrics.encode()).into_response()
 }

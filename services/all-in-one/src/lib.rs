@@ -9,7 +9,7 @@ mod peers;
 mod serve;
 mod wiring;
 
-use std::{io, net::SocketAddr, sync::Arc, time::Duration};
+use std::{io, net::SocketAddr, path::PathBuf, sync::Arc, time::Duration};
 
 use streamer_auth::{DevKey, DevKeyError, KeyError, NewToken};
 use streamer_config::Config;
@@ -28,6 +28,9 @@ use tokio_util::sync::CancellationToken;
 use crate::wiring::{Plan, Services};
 
 pub use wiring::dynamo_options;
+
+/// The last records of the audit log have this long to be written.
+const AUDIT_PATIENCE: Duration = Duration::from_secs(1);
 
 /// Which services a process is.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -68,8 +71,12 @@ pub enum StartError {
     Key(KeyError),
     /// The development key cannot be used.
     DevKey(DevKeyError),
+    /// `server.metrics_listen` is no address.
+    MetricsAddress(String),
     /// The address cannot be listened on.
     Listen(SocketAddr, io::Error),
+    /// The audit log cannot be opened.
+    Audit(PathBuf, io::Error),
     /// It cannot do its job, though everything could be opened.
     Unhealthy(String),
     /// The schema for reflection cannot be read, which a build that passed its tests rules out.
@@ -87,8 +94,14 @@ impl std::fmt::Display for StartError {
             Self::Peers(service) => write!(formatter, "peers.{service}: is required"),
             Self::Key(error) => write!(formatter, "auth.keys, auth.jwks_url: {error}"),
             Self::DevKey(error) => write!(formatter, "{error}"),
+            Self::MetricsAddress(text) => {
+                write!(formatter, "server.metrics_listen: must be ADDRESS:PORT, is {text:?}")
+            }
             Self::Listen(address, error) => {
                 write!(formatter, "cannot listen on {address}: {error}")
+            }
+            Self::Audit(path, error) => {
+                write!(formatter, "audit.file: cannot open {}: {error}", path.display())
             }
             Self::Unhealthy(error) => write!(formatter, "{error}"),
             Self::Reflection(error) => write!(formatter, "cannot serve reflection: {error}"),
@@ -102,7 +115,12 @@ impl StartError {
     pub fn is_usage(&self) -> bool {
         match self {
             Self::Open(error) => error.is_usage(),
-            Self::Secret(_) | Self::Engine | Self::Peers(_) | Self::Key(_) => true,
+            Self::Secret(_)
+            | Self::Engine
+            | Self::Peers(_)
+            | Self::Key(_)
+            | Self::Audit(..)
+            | Self::MetricsAddress(_) => true,
             Self::Store(_)
             | Self::DevKey(_)
             | Self::Listen(..)
@@ -117,6 +135,7 @@ impl std::error::Error for StartError {}
 /// A running server.
 pub struct AllInOne {
     address: SocketAddr,
+    metrics_address: Option<SocketAddr>,
     dev_key: Option<DevKey>,
     clock: Arc<dyn Clock>,
     services: Arc<Services>,
@@ -153,12 +172,14 @@ impl AllInOne {
     ) -> Result<Self, StartError> {
         check_role(config, role)?;
         // The port first: the commonest obstacle, and nothing is touched when it is taken.
-        let listener = TcpListener::bind(config.server.listen)
-            .await
-            .map_err(|error| StartError::Listen(config.server.listen, error))?;
-        let address = listener
-            .local_addr()
-            .map_err(|error| StartError::Listen(config.server.listen, error))?;
+        let (listener, address) = listen(config.server.listen).await?;
+        let metrics_listener = match config.server.metrics_listen.as_str() {
+            "" => None,
+            text => {
+                let address = text.parse().map_err(|_| StartError::MetricsAddress(text.into()))?;
+                Some(listen(address).await?)
+            }
+        };
         let clock: Arc<dyn Clock> = Arc::new(SystemClock);
         let shutdown = Shutdown::default();
         let own_address = match config.peers.advertise.as_str() {
@@ -172,7 +193,7 @@ impl AllInOne {
         let plan = Plan { config, role, handlers, clock: clock.clone(), own_address, traces };
         let (services, dev_key) = Services::build(plan, &shutdown).await?;
         let services = Arc::new(services);
-        let tasks = services.clone().spawn(&shutdown);
+        let mut tasks = services.clone().spawn(&shutdown);
         if let (Role::All, Some(router)) = (role, &services.router) {
             router.ready().await;
         }
@@ -185,14 +206,35 @@ impl AllInOne {
         let router = services.http()?;
         let options = serve::Options::new(config, role);
         let serving = tokio::spawn(serve::serve(listener, router, options, shutdown.clone()));
+        let metrics_address = metrics_listener.as_ref().map(|(_, address)| *address);
+        if let Some((listener, _)) = metrics_listener {
+            let router = services.metrics();
+            tasks.push(tokio::spawn(serve::serve(listener, router, options, shutdown.clone())));
+        }
         let drain_timeout = Duration::from_millis(config.server.drain_timeout_ms);
-        Ok(Self { address, dev_key, clock, services, drain_timeout, shutdown, serving, tasks })
+        Ok(Self {
+            address,
+            metrics_address,
+            dev_key,
+            clock,
+            services,
+            drain_timeout,
+            shutdown,
+            serving,
+            tasks,
+        })
     }
 
     /// Where it listens.
     #[must_use]
     pub fn address(&self) -> SocketAddr {
         self.address
+    }
+
+    /// Where metrics are served, if not there.
+    #[must_use]
+    pub fn metrics_address(&self) -> Option<SocketAddr> {
+        self.metrics_address
     }
 
     /// A token signed with the development key; `None` when other keys are in use.
@@ -226,7 +268,17 @@ impl AllInOne {
             }
         }
         self.shutdown.ended.cancel();
+        let audit = self.services.auth.audit().clone();
+        // It only waits for the thread that writes.
+        drop(tokio::task::spawn_blocking(move || audit.flush(AUDIT_PATIENCE)).await);
     }
+}
+
+async fn listen(address: SocketAddr) -> Result<(TcpListener, SocketAddr), StartError> {
+    let failed = |error| StartError::Listen(address, error);
+    let listener = TcpListener::bind(address).await.map_err(failed)?;
+    let bound = listener.local_addr().map_err(failed)?;
+    Ok((listener, bound))
 }
 
 /// Where others reach what listens on `address`. When that is every address, it is the one from

@@ -11,7 +11,7 @@ use hyper_util::{
 };
 use parking_lot::Mutex;
 use streamer_config::Config;
-use streamer_gateway::PeerAddress;
+use streamer_rpc::PeerAddress;
 use tokio::{
     net::{TcpListener, TcpStream},
     sync::{OwnedSemaphorePermit, Semaphore},

@@ -158,8 +158,11 @@ pub(crate) fn environment() -> Vec<(String, String)> {
 
 /// In one write, so that a reader who leaves after the first line does not end the server.
 fn announce(server: &AllInOne, config: &Config, role: Role) {
+    let metrics =
+        server.metrics_address().map(|address| format!("Metrics: http://{address}/metrics\n"));
+    let metrics = metrics.unwrap_or_default();
     if role != Role::All {
-        return say(&format!("{READY}http://{} ({role:?})\n", server.address()));
+        return say(&format!("{READY}http://{} ({role:?})\n{metrics}", server.address()));
     }
     let token = NewToken {
         user: "dev".into(),
@@ -173,7 +176,7 @@ fn announce(server: &AllInOne, config: &Config, role: Role) {
         )
     });
     let text = format!(
-        "{READY}http://{} (gRPC, WebSocket at /ws, HTTP)\nData:  {}\n{token}\
+        "{READY}http://{} (gRPC, WebSocket at /ws, HTTP)\nData:  {}\n{metrics}{token}\
          Try:   streamer submit echo_async --payload '{{\"steps\":20,\"delay_ms\":100}}'\n",
         server.address(),
         config.server.data.display(),

@@ -3,7 +3,7 @@
 use std::{sync::Arc, time::Duration};
 
 use streamer_auth::{
-    AuthLayer, Authenticator, DEV_AUDIENCE, DEV_ISSUER, DevKey, JwksRefresh, JwksSource,
+    Audit, AuthLayer, Authenticator, DEV_AUDIENCE, DEV_ISSUER, DevKey, JwksRefresh, JwksSource,
     TokenRules, VerificationKey,
 };
 use streamer_config::Config;
@@ -22,7 +22,7 @@ use tokio::{sync::watch, task::JoinHandle};
 use crate::{
     Role, Shutdown, StartError,
     edge::PassOn,
-    http::{Health, Need},
+    http::{Health, MetricsAccess, Need},
     peers::{PeerList, ServiceToken},
 };
 
@@ -40,6 +40,8 @@ pub(crate) struct Services {
     pub(crate) health: Health,
     pub(crate) metrics: Metrics,
     pub(crate) traces: Traces,
+    pub(crate) auth: AuthLayer,
+    pub(crate) metrics_access: MetricsAccess,
     pub(crate) max_message_bytes: usize,
 }
 
@@ -98,7 +100,7 @@ impl Services {
         traces.register(&metrics);
         let (store, largest) = open_store(config, &metrics).await?;
         let (authenticator, dev_key) = authenticator(config, clock.clone())?;
-        let auth = AuthLayer::new(authenticator.clone());
+        let auth = AuthLayer::new(authenticator.clone(), audit(config, &clock, &metrics)?);
         let limits = limits(config, largest);
         let alone = role == Role::All;
         let load = || ServiceToken::load(&config.peers.secret_file, &config.server.data);
@@ -134,6 +136,7 @@ impl Services {
                 store: store.clone(),
                 clock: clock.clone(),
                 authenticator: authenticator.clone(),
+                auth: auth.clone(),
                 handlers,
                 progress: event_log.clone(),
                 metrics: metrics.clone(),
@@ -150,7 +153,7 @@ impl Services {
             Router::build(streamer_router::Dependencies {
                 store: store.clone(),
                 clock: clock.clone(),
-                auth,
+                auth: auth.clone(),
                 processors: processors.clone(),
                 event_log,
                 progress: watches.clone(),
@@ -169,6 +172,7 @@ impl Services {
                 store: store.clone(),
                 clock: clock.clone(),
                 authenticator: authenticator.clone(),
+                auth: auth.clone(),
                 router: routes.clone(),
                 progress: watches.clone(),
                 others: elsewhere.as_ref().map(|all| OtherGateways {
@@ -216,6 +220,11 @@ impl Services {
             health: Health::new(store, role, needs, serving),
             metrics,
             traces,
+            auth,
+            metrics_access: MetricsAccess {
+                is_elsewhere: !config.server.metrics_listen.is_empty(),
+                needs_operator: config.server.metrics_need_operator,
+            },
             max_message_bytes: limits.max_message_bytes(),
         };
         Ok((services, dev_key))
@@ -252,6 +261,20 @@ impl Services {
         tasks.push(tokio::spawn(async move { self.health.watch(stop).await }));
         tasks
     }
+}
+
+/// Section `audit`.
+fn audit(config: &Config, clock: &Arc<dyn Clock>, metrics: &Metrics) -> Result<Audit, StartError> {
+    let dropped = metrics.counter(
+        "streamer_audit_dropped",
+        "Records of the audit log that were lost, because it could not be written fast enough",
+    );
+    let path = config.audit.file.as_path();
+    let on_dropped = move || {
+        dropped.inc();
+    };
+    let opened = Audit::open(path, clock.clone(), on_dropped);
+    opened.map_err(|error| StartError::Audit(path.to_owned(), error))
 }
 
 /// At least one instance of a service must be known and seem to be up.

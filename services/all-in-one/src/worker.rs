@@ -69,6 +69,7 @@ fn exit_of(error: &WorkerError) -> Exit {
             ErrorCode::Unauthorized | ErrorCode::Forbidden => Exit::NotPermitted,
             _ => Exit::Usage,
         },
+        WorkerError::TokenExpired => Exit::NotPermitted,
         WorkerError::Url(_) | WorkerError::Token(_) | WorkerError::NoHandlers => Exit::Usage,
         WorkerError::Signal(_) => Exit::Failed,
     }

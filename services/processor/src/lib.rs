@@ -91,6 +91,8 @@ pub struct Dependencies {
     pub clock: Arc<dyn Clock>,
     /// Verifies the tokens of those who ask for sync actions, and of workers.
     pub authenticator: Arc<Authenticator>,
+    /// The same, in front of gRPC services, with the audit log.
+    pub auth: AuthLayer,
     /// What it can run.
     pub handlers: Handlers,
     /// To the progress service.
@@ -122,6 +124,7 @@ impl Processor {
             store,
             clock,
             authenticator,
+            auth,
             handlers,
             progress,
             metrics,
@@ -165,7 +168,7 @@ impl Processor {
             .max_encoding_message_size(max_worker_message_bytes);
         Self {
             internal,
-            workers: AuthLayer::new(authenticator).wrap(workers),
+            workers: auth.wrap(workers),
             dispatcher,
             registry,
             sweep_interval: options.lease / 10,

@@ -1,7 +1,7 @@
 //! The actions that can be asked for, as the processors tell.
 
 use std::{
-    collections::{BTreeMap, HashMap},
+    collections::{BTreeMap, HashMap, HashSet},
     sync::Arc,
     time::Duration,
 };
@@ -19,12 +19,15 @@ use streamer_store::{DeclaredAction, Store};
 use tokio::{
     sync::watch,
     task::JoinHandle,
-    time::{Instant, sleep},
+    time::{Instant, sleep, timeout},
 };
 use tokio_util::{sync::CancellationToken, task::AbortOnDropHandle};
 use tonic::Status;
 
-use crate::{peers::Peers, refusal::failed_precondition};
+use crate::{
+    peers::Peers,
+    refusal::{failed_precondition, no_such_action},
+};
 
 /// Longest wait before asking again, drawn with full jitter.
 const MAX_BACKOFF: Duration = Duration::from_secs(2);
@@ -32,6 +35,8 @@ const MAX_BACKOFF: Duration = Duration::from_secs(2);
 const LOST: u32 = 3;
 /// A processor that cannot be asked is spoken of so often.
 const SAY_AGAIN: Duration = Duration::from_secs(60);
+/// An action that is not known is waited for this long while not every processor was heard.
+const MAX_WAIT: Duration = Duration::from_secs(5);
 /// When too many payloads of a tenant are being validated, it should wait for this long.
 const BUSY_PAUSE: Duration = Duration::from_secs(1);
 
@@ -67,29 +72,51 @@ type ByName = BTreeMap<String, BTreeMap<String, Arc<Known>>>;
 const STORED: &str = "~stored";
 
 /// The latest lists; kept while no processor can be reached, so that work is still accepted.
+#[derive(Default)]
 pub(crate) struct Catalog {
     /// By the name of the processor that sent it. Changed together with `by_name`.
     lists: Mutex<BTreeMap<Arc<str>, Vec<Offered>>>,
     by_name: RwLock<Arc<ByName>>,
-    loaded: watch::Sender<bool>,
+    heard: watch::Sender<Heard>,
     validations: Pool,
 }
 
-impl Default for Catalog {
-    fn default() -> Self {
-        Self {
-            lists: Mutex::default(),
-            by_name: RwLock::default(),
-            loaded: watch::Sender::new(false),
-            validations: Pool::default(),
-        }
-    }
+/// Which processors have said what they offer.
+#[derive(Default)]
+struct Heard {
+    /// At least one has, or the store knows what was declared once.
+    any: bool,
+    /// Those that are known, have not said anything yet, and are not lost either.
+    missing: HashSet<Arc<str>>,
 }
 
 impl Catalog {
     /// The action, as it is declared for this tenant.
     pub(crate) fn get(&self, action: &str, tenant: &str) -> Option<Arc<Known>> {
         of_tenant(self.by_name.read().get(action)?, tenant)
+    }
+
+    /// The same; when it is not known, waits until every processor has said what it offers. A router
+    /// that has just started does not know it all.
+    ///
+    /// # Errors
+    /// `NOT_FOUND`; `UNAVAILABLE` while it cannot be found out.
+    pub(crate) async fn find(&self, action: &str, tenant: &str) -> Result<Arc<Known>, Status> {
+        if let Some(known) = self.get(action, tenant) {
+            return Ok(known);
+        }
+        let mut heard = self.heard.subscribe();
+        let complete = heard.wait_for(|heard| heard.any && heard.missing.is_empty());
+        // Let go of at once: it is a lock.
+        let is_complete = timeout(MAX_WAIT, complete).await.is_ok_and(|heard| heard.is_ok());
+        match self.get(action, tenant) {
+            Some(known) => Ok(known),
+            None if is_complete => Err(no_such_action(action)),
+            None => Err(status(&RequestError::new(
+                ErrorCode::Unavailable,
+                format!("whether there is an action {action:?} is not known yet; try again"),
+            ))),
+        }
     }
 
     /// What this tenant can ask for.
@@ -102,12 +129,12 @@ impl Catalog {
     /// Returns once a list has come.
     pub(crate) async fn ready(&self) {
         // The sender lives as long as `self`, so this ends only with a list.
-        drop(self.loaded.subscribe().wait_for(|loaded| *loaded).await);
+        drop(self.heard.subscribe().wait_for(|heard| heard.any).await);
     }
 
     /// Whether a list has come.
     pub(crate) fn is_loaded(&self) -> bool {
-        *self.loaded.borrow()
+        self.heard.borrow().any
     }
 
     /// Follows the list of every processor, until `shutdown`.
@@ -127,6 +154,8 @@ impl Catalog {
             let all = members.all();
             following.retain(|name, _| all.iter().any(|member| member.name == *name));
             self.retire_others(&all);
+            let names = all.iter().map(|member| member.name.clone()).collect();
+            self.expect(&names, |name| following.contains_key(name));
             for member in all.iter() {
                 following.entry(member.name.clone()).or_insert_with(|| {
                     AbortOnDropHandle::new(self.follow_member(peers.clone(), member.clone()))
@@ -153,6 +182,14 @@ impl Catalog {
             }
             Err(error) => tracing::warn!(%error, "could not read the declared actions"),
         }
+    }
+
+    /// Waits for what these processors say, unless they are followed already.
+    fn expect(&self, all: &HashSet<Arc<str>>, is_followed: impl Fn(&str) -> bool) {
+        self.heard.send_modify(|heard| {
+            heard.missing.retain(|name| all.contains(name));
+            heard.missing.extend(all.iter().filter(|name| !is_followed(name)).cloned());
+        });
     }
 
     fn follow_member(self: &Arc<Self>, peers: Arc<Peers>, member: Member) -> JoinHandle<()> {
@@ -225,14 +262,20 @@ impl Catalog {
             withdraw(list);
             self.merge(&lists);
         }
+        self.heard.send_modify(|heard| {
+            heard.missing.remove(from);
+        });
     }
 
     async fn note(&self, from: Arc<str>, list: Vec<OfferedAction>) {
         let list = self.compile(list).await;
         let mut lists = self.lists.lock();
-        lists.insert(from, list);
+        lists.insert(from.clone(), list);
         self.merge(&lists);
-        self.loaded.send_replace(true);
+        self.heard.send_modify(|heard| {
+            heard.any = true;
+            heard.missing.remove(&from);
+        });
     }
 
     /// Compiles the schemas of these actions, each text once.
@@ -356,5 +399,40 @@ impl Known {
             self.action.workers = self.action.workers.saturating_add(other.action.workers);
             self.offered_by.append(&mut other.offered_by);
         }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use futures_util::poll;
+    use tonic::Code;
+
+    use super::*;
+
+    fn offered(name: &str) -> OfferedAction {
+        let action = Action { name: name.into(), available: true, ..Action::default() };
+        OfferedAction { action: Some(action), tenant_id: String::new() }
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn an_action_is_refused_only_when_every_processor_was_heard() {
+        let catalog = Catalog::default();
+        let members = HashSet::from(["one".into(), "two".into()]);
+        let refusal = catalog.find("work", "acme").await.err().unwrap();
+        assert_eq!(refusal.code(), Code::Unavailable, "no processor is known");
+        catalog.expect(&members, |_| false);
+        catalog.note("one".into(), vec![offered("other")]).await;
+        let mut found = Box::pin(catalog.find("work", "acme"));
+        assert!(poll!(&mut found).is_pending());
+        catalog.note("two".into(), vec![offered("work")]).await;
+        assert_eq!(found.await.ok().unwrap().action.name, "work");
+        let refusal = catalog.find("missing", "acme").await.err().unwrap();
+        assert_eq!(refusal.code(), Code::NotFound);
+        // One that is lost is not waited for.
+        catalog.expect(&members, |name| name == "one");
+        let mut found = Box::pin(catalog.find("missing", "acme"));
+        assert!(poll!(&mut found).is_pending());
+        catalog.note_lost("two");
+        assert_eq!(found.await.err().unwrap().code(), Code::NotFound);
     }
 }

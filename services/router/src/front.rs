@@ -2,7 +2,7 @@
 
 use std::{sync::Arc, time::Duration};
 
-use streamer_auth::{Caller, Principal};
+use streamer_auth::{Caller, Principal, Subject};
 use streamer_core::{
     Clock, ErrorCode, Limits, RequestError, Timestamp, Uid, Violations, limits, validate,
 };
@@ -34,7 +34,7 @@ use crate::{
     metrics::RouterMetrics,
     peers::Peers,
     queue::{self, MAX_AHEAD, MAX_AHEAD_OF_NEW},
-    refusal::{failed_precondition, forbidden, no_such_action, permitted, refuse},
+    refusal::{failed_precondition, forbidden, permitted, refuse},
     wait,
 };
 
@@ -107,18 +107,16 @@ impl Front {
             let created = self.created_before(record).await;
             return self.acknowledge(caller, created, submission.wait_ms, now).await;
         }
-        let known = self.catalog.get(&submission.action, &caller.principal.tenant);
-        if let (Some(known), true) = (&known, violations.is_empty()) {
-            permitted(caller, known)?;
-            let Principal { tenant, .. } = &*caller.principal;
-            let payload = &submission.payload.data;
-            self.catalog.check_payload(known, tenant, payload, &mut violations).await?;
-        }
         let refused = |_: &Status| {
             self.metrics.refused.inc();
         };
         refuse(&violations).inspect_err(refused)?;
-        let known = known.ok_or_else(|| no_such_action(&submission.action)).inspect_err(refused)?;
+        let Principal { tenant, .. } = &*caller.principal;
+        let known = self.catalog.find(&submission.action, tenant).await.inspect_err(refused)?;
+        permitted(caller, &known)?;
+        let payload = &submission.payload.data;
+        self.catalog.check_payload(&known, tenant, payload, &mut violations).await?;
+        refuse(&violations).inspect_err(refused)?;
         if known.action.sync {
             self.run_now(caller, submission, now, &known.offered_by).await
         } else {
@@ -316,21 +314,27 @@ impl Front {
         name: &str,
         access: Access,
     ) -> Result<RequestRecord, Status> {
+        caller.note_subject(|| Subject::named(name));
         let mut violations = Violations::default();
         violations.check("request_id", validate::request_id(name));
         refuse(&violations)?;
         let found = find_by_name(&*self.store, &owner(caller), name).await;
         let principal = &caller.principal;
-        match found.map_err(|error| store_status(&error))? {
-            Some(record) if principal.may_read(&record.owner.tenant, &record.owner.user) => {
-                let may_write = principal.may_write(&record.owner.tenant, &record.owner.user);
-                if access == Access::Write && !may_write {
-                    return Err(forbidden("requests:write"));
-                }
-                Ok(record)
-            }
-            _ => Err(not_found(name)),
+        let Some(record) = found.map_err(|error| store_status(&error))? else {
+            return Err(not_found(name));
+        };
+        let Owner { tenant, user } = &record.owner;
+        let may_write = principal.may_write(tenant, user);
+        // Who may change a request also sees that it exists.
+        let may_see = principal.may_read(tenant, user) || access == Access::Write && may_write;
+        if !may_see {
+            return Err(not_found(name));
         }
+        caller.note_subject(|| Subject { owner: Some(user.clone()), ..Subject::named(name) });
+        if access == Access::Write && !may_write {
+            return Err(forbidden("requests:write"));
+        }
+        Ok(record)
     }
 
     /// A request with its payload and, when it has one, its result.
@@ -377,23 +381,7 @@ impl Front {
     }
 
     /// The caller's requests, or the whole tenant's where that is permitted.
-    pub(crate) async fn list(
-        &self,
-        caller: &Caller,
-        states: Vec<streamer_core::RequestState>,
-        action: Option<String>,
-        before: Option<Uid>,
-        limit: usize,
-    ) -> Result<RequestPage, Status> {
-        let everybody = caller.principal.may(streamer_auth::permissions::REQUESTS_READ);
-        let query = ListRequests {
-            tenant: caller.principal.tenant.clone(),
-            user: (!everybody).then(|| caller.principal.user.clone()),
-            states,
-            action,
-            before,
-            limit,
-        };
+    pub(crate) async fn list(&self, query: ListRequests) -> Result<RequestPage, Status> {
         self.store.list_requests(query).await.map_err(|error| store_status(&error))
     }
 

@@ -16,13 +16,13 @@ use streamer_proto::{
     rpc,
 };
 use streamer_rpc::{encode_payload, error_from_proto, request_to_proto, status, validation_status};
-use streamer_store::RequestRecord;
+use streamer_store::{ListRequests, RequestRecord};
 use tonic::{Request, Response, Status};
 
 use crate::{
     front::{Access, Front},
     refusal::refuse,
-    router_service::{PageBytes, caller, next_page_token, read_page_size, read_page_token},
+    router_service::{PageBytes, caller, next_page_token, read_page_size, read_page_token, whose},
     wait,
 };
 
@@ -97,7 +97,9 @@ impl Operations for OperationsApi {
         let before = read_page_token(&request.page_token, &mut violations);
         let limit = read_page_size(request.page_size, &mut violations);
         refuse(&violations)?;
-        let page = self.front.list(&caller, states, None, before, limit).await?;
+        let (tenant, user) = whose(&caller, String::new())?;
+        let query = ListRequests { tenant, user, states, action: None, before, limit };
+        let page = self.front.list(query).await?;
         let mut answer = PageBytes::default();
         let mut operations = Vec::with_capacity(page.requests.len());
         for record in &page.requests {

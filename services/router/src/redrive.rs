@@ -19,7 +19,7 @@ use tonic::{Code, Status};
 use crate::{
     admission::Submission,
     front::{Access, Created, Front},
-    refusal::{failed_precondition, no_such_action, permitted, refuse},
+    refusal::{failed_precondition, permitted, refuse},
     router_service::{read_page_size, read_page_token},
 };
 
@@ -101,10 +101,7 @@ impl Front {
         old: &RequestRecord,
         client_id: Option<String>,
     ) -> Result<Created, Status> {
-        let known = self
-            .catalog
-            .get(&old.action, &old.owner.tenant)
-            .ok_or_else(|| no_such_action(&old.action))?;
+        let known = self.catalog.find(&old.action, &old.owner.tenant).await?;
         permitted(caller, &known)?;
         let payload =
             self.store.read_payload(old.uid).await.map_err(|error| store_status(&error))?;

@@ -3,7 +3,7 @@
 use std::sync::Arc;
 
 use futures_util::{StreamExt, stream, stream::BoxStream};
-use streamer_auth::Caller;
+use streamer_auth::{Caller, Principal, Subject, permissions};
 use streamer_core::{Uid, Violations, validate};
 use streamer_proto::{
     progress::v1::{WatchRequest, WatchResponse},
@@ -19,12 +19,12 @@ use streamer_rpc::{
     REPEATED, REQUEST_UID, RouteKey, encode_payload, request_to_proto, state_from_proto,
     validation_status, with_authorization,
 };
-use streamer_store::RequestPage;
+use streamer_store::{ListRequests, RequestPage};
 use tonic::{Request, Response, Status};
 
 use crate::{
     front::{Access, Front, GivenUid},
-    refusal::refuse,
+    refusal::{forbidden, refuse},
 };
 
 pub(crate) const MAX_PAGE: i32 = 500;
@@ -125,7 +125,9 @@ impl RouterService for RouterApi {
         let before = read_page_token(&request.page_token, &mut violations);
         let limit = read_page_size(request.page_size, &mut violations);
         refuse(&violations)?;
-        let page = self.front.list(&caller, states, action, before, limit).await?;
+        let (tenant, user) = whose(&caller, request.tenant_id)?;
+        let query = ListRequests { tenant, user, states, action, before, limit };
+        let page = self.front.list(query).await?;
         let mut answer = PageBytes::default();
         let mut requests = Vec::with_capacity(page.requests.len());
         for record in &page.requests {
@@ -173,6 +175,22 @@ impl RouterService for RouterApi {
     ) -> Result<Response<ListActionsResponse>, Status> {
         let tenant = &caller(&request)?.principal.tenant;
         Ok(Response::new(ListActionsResponse { actions: self.front.catalog.list(tenant) }))
+    }
+}
+
+/// Tenant and user whose requests a caller lists: its own, with permission those of its tenant, and an
+/// operator those of the tenant that it names.
+pub(crate) fn whose(caller: &Caller, tenant: String) -> Result<(String, Option<String>), Status> {
+    let Principal { tenant: own, user, .. } = &*caller.principal;
+    if tenant.is_empty() {
+        let everybody = caller.principal.may(permissions::REQUESTS_READ);
+        return Ok((own.clone(), (!everybody).then(|| user.clone())));
+    }
+    caller.note_subject(|| Subject::named(&tenant));
+    if caller.principal.may(permissions::OPERATOR) {
+        Ok((tenant, None))
+    } else {
+        Err(forbidden(permissions::OPERATOR))
     }
 }
 

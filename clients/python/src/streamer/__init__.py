@@ -5,6 +5,7 @@ handlers without a server; `streamer.events` are the events of a request's log.
 """
 
 from streamer import events
+from streamer._tokens import Token, token_file
 from streamer.action import Action
 from streamer.client import Client
 from streamer.context import Context
@@ -64,8 +65,10 @@ __all__ = [
     "ServiceError",
     "StreamerError",
     "Submitted",
+    "Token",
     "Violation",
     "Worker",
     "WorkerRefused",
     "events",
+    "token_file",
 ]

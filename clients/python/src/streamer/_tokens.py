@@ -2,13 +2,26 @@
 
 from __future__ import annotations
 
+import asyncio
+import os
 from collections.abc import Awaitable, Callable
+from pathlib import Path
 from typing import TypeAlias
 
 from streamer import _tracing
 
 Token: TypeAlias = "str | Callable[[], Awaitable[str]]"
 """A JWT, or an async callable that returns a fresh one each time."""
+
+
+def token_file(path: str | os.PathLike[str]) -> Callable[[], Awaitable[str]]:
+    """The token in this file, read again each time one is needed: for what is kept fresh by others,
+    such as a sidecar or a mounted secret."""
+
+    async def read() -> str:
+        return await asyncio.to_thread(Path(path).read_text, encoding="utf-8")
+
+    return read
 
 
 class BadToken(ValueError):

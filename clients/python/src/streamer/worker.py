@@ -40,7 +40,8 @@ class Worker:
 
     `server` is `http://host:port` or `https://host:port`. `token` is a JWT with permission
     `worker:<action>` for every action, or an async callable that returns a fresh one: it is asked
-    for each stream, and before the stream's token expires. `slots` is how many tasks run at once, 1
+    for each stream, and before the stream's token expires; before a plain one expires, what runs is
+    handed back and `serve` raises `WorkerRefused`. `slots` is how many tasks run at once, 1
     to 10,000. `worker_id` names this run in the logs of the server; by default the host name and 80
     random bits. `display_name` is shown to the owners of the requests that run here, who may be of
     other tenants; by default the host name. `version` is the build of the program, for people.

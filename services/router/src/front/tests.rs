@@ -78,7 +78,7 @@ fn scene() -> Scene {
         expires_at: Timestamp::default(),
     };
     let authorization = http::HeaderValue::from_static("Bearer t");
-    let caller = Caller { principal: Arc::new(principal), authorization };
+    let caller = Caller::new(Arc::new(principal), authorization);
     Scene { front, gate, announced, caller, _data: data }
 }
 

@@ -17,6 +17,8 @@ from streamer._worker.core import Core
 
 _WELCOME_SECONDS = 15.0
 _CLOSE_SECONDS = 5.0
+# What runs is handed back so long before a token expires that cannot be renewed, or at half of its time.
+_HAND_BACK_SECONDS = 5.0
 # A fresh token is asked for when this part of the time of the old one has passed.
 _TOKEN_AGE = 0.8
 _MIN_TOKEN_SECONDS = 1.0
@@ -43,6 +45,7 @@ class Conversation:
         # When the heartbeats that are not answered yet were due.
         self._unanswered: deque[float] = deque()
         self._fresh_token: str | None = None
+        self.token_ended = False
         self._expire_time = 0.0
         self._token_status = asyncio.Event()
         self._capacity_told = False
@@ -164,9 +167,10 @@ class Conversation:
         while True:
             await self._token_status.wait()
             self._token_status.clear()
-            if not self._tokens.renewable:
-                continue
             left = self._expire_time - time.time()
+            if not self._tokens.renewable:
+                await self._hand_back_before(left)
+                continue
             await asyncio.sleep(max(left * _TOKEN_AGE, _MIN_TOKEN_SECONDS))
             try:
                 self._fresh_token = await self._tokens.get()
@@ -174,6 +178,22 @@ class Conversation:
                 _logger.warning("getting a fresh token failed", exc_info=True)
                 self._token_status.set()
             self._core.changed.set()
+
+    async def _hand_back_before(self, left: float) -> None:
+        """Hands back what runs before a token expires that cannot be renewed, and ends the stream."""
+        _logger.warning(
+            "the token expires in %d s and cannot be renewed: before that, what runs is handed back"
+            " and the worker ends; give a function that returns fresh tokens",
+            left,
+        )
+        await asyncio.sleep(max(left - _HAND_BACK_SECONDS, left / 2))
+        self.token_ended = True
+        self._core.stop_taking()
+        await self._core.hand_back()
+        await self._core.all_ended(_HAND_BACK_SECONDS)
+        self._core.close()
+        # The writer ends the stream in order.
+        await asyncio.Event().wait()
 
 
 async def _race(*sides: Coroutine[Any, Any, None]) -> None:

@@ -34,6 +34,11 @@ _OURS = {
 _logger = logging.getLogger("streamer.worker")
 
 
+TOKEN_EXPIRED = (
+    "the token has expired and cannot be renewed; give a function that returns fresh tokens"
+)
+
+
 class Link:
     """Keeps the core connected."""
 
@@ -79,6 +84,8 @@ class Link:
             finally:
                 call.cancel()
                 self._core.lost()
+        if conversation.token_ended:
+            raise WorkerRefused(TOKEN_EXPIRED)
         return conversation.answered and repeats
 
     async def _metadata(self) -> tuple[tuple[str, str], ...] | None:

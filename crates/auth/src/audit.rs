@@ -1,0 +1,289 @@
+//! The audit log: who did what to whose, from where, and what was refused.
+//!
+//! Recorded are calls that change something beyond submitting one's own work (cancel, redrive, delete,
+//! send, disconnect), every call of an operator, and every call that is refused for want of a valid
+//! token or of a permission. Each is one line of JSON, written by a thread of its own: a slow disk
+//! delays no call. Records that it cannot keep up with are counted.
+
+use std::{
+    fs::OpenOptions,
+    io::{self, BufWriter, Write},
+    net::IpAddr,
+    path::Path,
+    sync::{
+        Arc,
+        mpsc::{Receiver, RecvTimeoutError, SyncSender, TrySendError, sync_channel},
+    },
+    thread,
+    time::Duration,
+};
+
+use parking_lot::Mutex;
+use serde::Serialize;
+use streamer_core::{Clock, Timestamp, validate::cut};
+
+/// Records that wait to be written at most.
+const MAX_WAITING: usize = 4096;
+/// Refusals that are recorded in one second at most: strangers must not fill the disk.
+const MAX_REFUSALS: u32 = 50;
+/// Longest text of a caller in a record, in bytes.
+const MAX_TEXT_BYTES: usize = 256;
+/// In place of a file: standard error.
+const STANDARD_ERROR: &str = "-";
+
+/// Writes the audit log; clones write the same one.
+#[derive(Clone)]
+pub struct Audit(Option<Arc<Writer>>);
+
+struct Writer {
+    clock: Arc<dyn Clock>,
+    lines: SyncSender<Line>,
+    refusals: Mutex<Refusals>,
+    on_dropped: Box<dyn Fn() + Send + Sync>,
+}
+
+enum Line {
+    Record(Vec<u8>),
+    /// Everything before this is to be written; then the sender is dropped.
+    Flush(SyncSender<()>),
+}
+
+/// How many refusals this second has seen.
+#[derive(Default)]
+struct Refusals {
+    second: i64,
+    count: u32,
+    /// Those that were not recorded, since the last one that was.
+    suppressed: u64,
+}
+
+/// One line of the log.
+#[derive(Serialize)]
+pub(crate) struct Record<'a> {
+    /// Path of the method, or `/ws`.
+    pub(crate) call: &'a str,
+    /// Code of the outcome as gRPC has it, like `OK` or `PERMISSION_DENIED`.
+    pub(crate) outcome: &'a str,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub(crate) reason: Option<&'a str>,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub(crate) tenant: Option<&'a str>,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub(crate) user: Option<&'a str>,
+    #[serde(flatten)]
+    pub(crate) subject: Option<Subject>,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub(crate) from: Option<IpAddr>,
+}
+
+/// What a call is about.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize)]
+pub struct Subject {
+    /// The request, connection or user, as the caller names it.
+    pub subject: String,
+    /// User whose it is, when that is known.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub owner: Option<String>,
+}
+
+#[derive(Serialize)]
+struct Stamped<'a> {
+    time: String,
+    #[serde(flatten)]
+    record: Record<'a>,
+    #[serde(skip_serializing_if = "is_zero")]
+    suppressed: u64,
+}
+
+#[expect(clippy::trivially_copy_pass_by_ref, reason = "as serde calls it")]
+fn is_zero(count: &u64) -> bool {
+    *count == 0
+}
+
+impl Audit {
+    /// Records nothing.
+    #[must_use]
+    pub fn off() -> Self {
+        Self(None)
+    }
+
+    /// Appends to this file, which only its owner can read; `-` stands for standard error, and an
+    /// empty path for no log. `on_dropped` is called for each record that is lost.
+    ///
+    /// # Errors
+    /// The file cannot be opened.
+    pub fn open(
+        path: &Path,
+        clock: Arc<dyn Clock>,
+        on_dropped: impl Fn() + Send + Sync + 'static,
+    ) -> io::Result<Self> {
+        if path.as_os_str().is_empty() {
+            return Ok(Self::off());
+        }
+        let output: Box<dyn Write + Send> = if path.as_os_str() == STANDARD_ERROR {
+            Box::new(io::stderr())
+        } else {
+            let mut options = OpenOptions::new();
+            options.append(true).create(true);
+            #[cfg(unix)]
+            std::os::unix::fs::OpenOptionsExt::mode(&mut options, 0o600);
+            Box::new(options.open(path)?)
+        };
+        let (lines, waiting) = sync_channel(MAX_WAITING);
+        thread::Builder::new().name("audit".into()).spawn(move || write(output, &waiting))?;
+        Ok(Self(Some(Arc::new(Writer {
+            clock,
+            lines,
+            refusals: Mutex::default(),
+            on_dropped: Box::new(on_dropped),
+        }))))
+    }
+
+    pub(crate) fn is_on(&self) -> bool {
+        self.0.is_some()
+    }
+
+    /// Records a call that was let through.
+    pub(crate) fn record(&self, record: Record<'_>) {
+        if let Some(writer) = &self.0 {
+            writer.write(writer.clock.now(), record, 0);
+        }
+    }
+
+    /// Records a call that was refused, unless there were too many within this second.
+    pub(crate) fn refused(&self, record: Record<'_>) {
+        let Some(writer) = &self.0 else { return };
+        let now = writer.clock.now();
+        let suppressed = writer.refusals.lock().one_more(now);
+        if let Some(suppressed) = suppressed {
+            writer.write(now, record, suppressed);
+        }
+    }
+
+    /// Records that a WebSocket handshake was refused.
+    pub fn refused_connection(&self, reason: &str, from: Option<IpAddr>) {
+        let (tenant, user, subject) = (None, None, None);
+        let (call, outcome, reason) = ("/ws", "UNAUTHENTICATED", Some(reason));
+        self.refused(Record { call, outcome, reason, tenant, user, subject, from });
+    }
+
+    /// Waits until everything recorded before is written, or for `patience`.
+    pub fn flush(&self, patience: Duration) {
+        let Some(writer) = &self.0 else { return };
+        let (written, is_written) = sync_channel::<()>(0);
+        if writer.lines.try_send(Line::Flush(written)).is_err()
+            || is_written.recv_timeout(patience) == Err(RecvTimeoutError::Timeout)
+        {
+            tracing::warn!("the last records of the audit log may not be written");
+        }
+    }
+}
+
+impl Writer {
+    fn write(&self, now: Timestamp, record: Record<'_>, suppressed: u64) {
+        let stamped = Stamped { time: now.to_string(), record, suppressed };
+        let Ok(mut line) = serde_json::to_vec(&stamped) else { return (self.on_dropped)() };
+        line.push(b'\n');
+        match self.lines.try_send(Line::Record(line)) {
+            Ok(()) => {}
+            Err(TrySendError::Full(_) | TrySendError::Disconnected(_)) => (self.on_dropped)(),
+        }
+    }
+}
+
+impl Refusals {
+    /// Counts a refusal: how many before it were not recorded, or `None` if it is not to be either.
+    fn one_more(&mut self, now: Timestamp) -> Option<u64> {
+        let second = now.as_millis().div_euclid(1000);
+        if self.second != second {
+            (self.second, self.count) = (second, 0);
+        }
+        if self.count >= MAX_REFUSALS {
+            self.suppressed += 1;
+            return None;
+        }
+        self.count += 1;
+        Some(std::mem::take(&mut self.suppressed))
+    }
+}
+
+impl Subject {
+    /// What the caller names so; a very long name is cut.
+    #[must_use]
+    pub fn named(name: &str) -> Self {
+        Self { subject: cut(name.to_owned(), MAX_TEXT_BYTES), owner: None }
+    }
+}
+
+fn write(output: Box<dyn Write + Send>, lines: &Receiver<Line>) {
+    let mut output = BufWriter::new(output);
+    let mut fails = false;
+    while let Ok(first) = lines.recv() {
+        let mut flushed = Vec::new();
+        let mut outcome = Ok(());
+        for line in std::iter::once(first).chain(lines.try_iter()) {
+            match line {
+                Line::Record(line) => outcome = outcome.and_then(|()| output.write_all(&line)),
+                Line::Flush(sender) => flushed.push(sender),
+            }
+        }
+        let outcome = outcome.and_then(|()| output.flush());
+        if let (Err(error), false) = (&outcome, fails) {
+            tracing::error!(%error, "the audit log cannot be written");
+        }
+        fails = outcome.is_err();
+        drop(flushed);
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::fs;
+
+    use serde_json::{Value, json};
+    use streamer_core::ManualClock;
+
+    use super::*;
+
+    fn refusal(reason: &str) -> Record<'_> {
+        Record {
+            call: "/a.B/C",
+            outcome: "PERMISSION_DENIED",
+            reason: Some(reason),
+            tenant: Some("acme"),
+            user: Some("a\"\nb"),
+            subject: Some(Subject { subject: "r".into(), owner: Some("bob".into()) }),
+            from: Some([127, 0, 0, 1].into()),
+        }
+    }
+
+    #[test]
+    fn records_are_lines_of_json_and_refusals_are_bounded() {
+        let folder = tempfile::tempdir().unwrap();
+        let path = folder.path().join("audit.jsonl");
+        let clock = Arc::new(ManualClock::at(Timestamp::from_millis(0)));
+        let audit = Audit::open(&path, clock.clone(), || panic!("none is dropped")).unwrap();
+        for _ in 0..MAX_REFUSALS + 7 {
+            audit.refused(refusal("no"));
+        }
+        clock.advance(Duration::from_secs(1));
+        audit.refused(refusal("no"));
+        audit.flush(Duration::from_secs(60));
+        let text = fs::read_to_string(&path).unwrap();
+        let lines: Vec<Value> =
+            text.lines().map(|line| serde_json::from_str(line).unwrap()).collect();
+        assert_eq!(lines.len(), MAX_REFUSALS as usize + 1);
+        let first = json!({
+            "time": "1970-01-01T00:00:00.000Z", "call": "/a.B/C", "outcome": "PERMISSION_DENIED",
+            "reason": "no", "tenant": "acme", "user": "a\"\nb", "subject": "r", "owner": "bob",
+            "from": "127.0.0.1",
+        });
+        assert_eq!(lines[0], first);
+        assert_eq!(lines.last().unwrap()["suppressed"], json!(7));
+        #[cfg(unix)]
+        {
+            use std::os::unix::fs::PermissionsExt;
+            assert_eq!(fs::metadata(&path).unwrap().permissions().mode() & 0o777, 0o600);
+        }
+    }
+}

@@ -1,0 +1,214 @@
+//! What an operator may see, and what the audit log says of everyone.
+#![allow(clippy::unwrap_used, reason = "in tests, a panic is the report")]
+
+use std::{
+    fs,
+    io::{Read, Write},
+    net::TcpStream,
+};
+
+use serde_json::{Value, json};
+use streamer_client::Api;
+use streamer_proto::{
+    connections::v1::{BroadcastRequest, SendRequest, send_request::Target},
+    longrunning::{DeleteOperationRequest, operations_client::OperationsClient},
+    router::v1::{CancelRequest, ListRequest},
+};
+use streamer_rpc::json_payload;
+use streamer_tests::{Client, LoopbackAddress, Server};
+use tonic::Code;
+
+/// A server with an audit log, in a file in its data folder.
+fn audited() -> Server {
+    let data = tempfile::tempdir().unwrap();
+    let file = data.path().join("audit.jsonl");
+    Server::start_in(
+        data,
+        &[&format!("audit.file={}", file.display()), "server.drain_timeout_ms=500"],
+    )
+}
+
+/// Stops the server and reads its audit log, without times.
+fn records(mut server: Server) -> Vec<Value> {
+    assert_eq!(server.stop(), Some(0));
+    let text = fs::read_to_string(server.data().join("audit.jsonl")).unwrap();
+    let records = text.lines().map(|line| {
+        let mut record: Value = serde_json::from_str(line).unwrap();
+        let time = record.as_object_mut().unwrap().remove("time");
+        assert!(time.is_some_and(|time| time.as_str().unwrap().ends_with('Z')), "{line}");
+        record
+    });
+    records.collect()
+}
+
+fn api(server: &Server, tenant: &str, user: &str, permissions: &[&str]) -> Api {
+    Api::new(&server.url, &server.token(tenant, user, permissions)).unwrap()
+}
+
+/// Status and body of the answer to a plain HTTP request.
+fn get(address: &str, path: &str, token: &str) -> (u16, String) {
+    let mut socket = TcpStream::connect(address.trim_start_matches("http://")).unwrap();
+    write!(socket, "GET {path} HTTP/1.1\r\nHost: a\r\nConnection: close\r\n{token}\r\n").unwrap();
+    let mut answer = String::new();
+    socket.read_to_string(&mut answer).unwrap();
+    let (head, body) = answer.split_once("\r\n\r\n").unwrap();
+    (head.split(' ').nth(1).unwrap().parse().unwrap(), body.to_owned())
+}
+
+#[tokio::test]
+async fn an_operator_lists_the_requests_of_any_tenant_and_nobody_else_does() {
+    let server = audited();
+    let mut client = Client::connect(&server.url, &server.token("acme", "ann", &[])).await;
+    client.submit("r", "echo_async", json!({})).await;
+    let of_acme = || ListRequest { tenant_id: "acme".into(), ..ListRequest::default() };
+    for (tenant, permissions) in
+        [("acme", vec!["*"]), ("evil", vec!["*"]), ("evil", vec!["operator:*", "requests:*"])]
+    {
+        let stranger = api(&server, tenant, "eve", &permissions);
+        let refused = stranger.router().list(stranger.call(of_acme())).await.unwrap_err();
+        assert_eq!(refused.code(), Code::PermissionDenied);
+        assert_eq!(refused.message(), "permission operator is needed");
+    }
+    let operator = api(&server, "ops", "olga", &["operator"]);
+    let page = operator.router().list(operator.call(of_acme())).await.unwrap().into_inner();
+    let [request] = &page.requests[..] else { panic!("{page:?}") };
+    assert_eq!(
+        (&*request.tenant_id, &*request.user_id, &*request.request_id),
+        ("acme", "ann", "r")
+    );
+    // Nothing else of the tenant.
+    let cancel = CancelRequest { request_id: request.uid.clone(), reason: String::new() };
+    let refused = operator.router().cancel(operator.call(cancel)).await.unwrap_err();
+    assert_eq!(refused.code(), Code::NotFound);
+    let records = records(server);
+    let list = "/streamer.router.v1.RouterService/List";
+    let refused = json!({
+        "call": list, "outcome": "PERMISSION_DENIED", "reason": "permission operator is needed",
+        "tenant": "evil", "user": "eve", "from": "127.0.0.1",
+    });
+    assert_eq!(records[1]["from"].as_str().unwrap().split('.').next(), Some("127"));
+    let mut second = records[1].clone();
+    second["from"] = json!("127.0.0.1");
+    assert_eq!(second, refused);
+    let seen: Vec<_> = records[3..]
+        .iter()
+        .map(|record| {
+            ["call", "outcome", "tenant", "subject"]
+                .map(|name| record[name].as_str().unwrap().to_owned())
+        })
+        .collect();
+    assert_eq!(
+        seen,
+        [
+            [list, "OK", "ops", "acme"],
+            ["/streamer.router.v1.RouterService/Cancel", "NOT_FOUND", "ops", &request.uid],
+        ]
+    );
+}
+
+#[tokio::test]
+async fn the_audit_log_says_who_did_what_to_whose_and_from_where() {
+    let server = audited();
+    let mut ann = Client::connect(&server.url, &server.token("acme", "ann", &[])).await;
+    ann.submit("r", "echo_async", json!({ "secret": "payload", "delay_ms": 60_000, "steps": 9 }))
+        .await;
+    let bob = api(&server, "acme", "bob", &["requests:write", "requests:read", "connections:*"]);
+    // What another user may not.
+    let eve = api(&server, "acme", "eve", &["requests:read"]);
+    let uid = {
+        let list = bob.router().list(bob.call(ListRequest::default())).await.unwrap();
+        list.into_inner().requests[0].uid.clone()
+    };
+    let cancel = || CancelRequest { request_id: uid.clone(), reason: "for a secret reason".into() };
+    assert!(eve.router().cancel(eve.call(cancel())).await.is_err());
+    bob.router().cancel(bob.call(cancel())).await.unwrap();
+    ann.send(json!({ "type": "cancel", "request_id": "r" })).await;
+    while ann.next().await["type"] != "acknowledgment" {}
+    let send = SendRequest {
+        target: Some(Target::UserId("ann".into())),
+        topic: "t".into(),
+        data: Some(json_payload("1")),
+    };
+    bob.connections().send(bob.call(send)).await.unwrap();
+    let broadcast = BroadcastRequest { topic: "t".into(), data: Some(json_payload("1")) };
+    assert!(eve.connections().broadcast(eve.call(broadcast)).await.is_err());
+    let endpoint = tonic::transport::Endpoint::new(server.url.clone()).unwrap();
+    let mut operations = OperationsClient::new(endpoint.connect().await.unwrap());
+    let delete = DeleteOperationRequest { name: "operations/missing".into() };
+    assert!(operations.delete_operation(bob.call(delete)).await.is_err());
+    let stranger = Api::new(&server.url, "no.real.token").unwrap();
+    assert!(stranger.router().list(stranger.call(ListRequest::default())).await.is_err());
+    assert!(Client::try_connect(&server.url, "no.real.token").await.is_err());
+    drop(ann);
+    let records = records(server);
+    let text = format!("{records:?}");
+    for hidden in ["payload", "secret", "no.real"] {
+        assert!(!text.contains(hidden), "{hidden}: {text}");
+    }
+    let said: Vec<_> = records
+        .iter()
+        .map(|record| {
+            assert!(record["from"].as_str().unwrap().starts_with("127."), "{record}");
+            let call = record["call"].as_str().unwrap().rsplit('/').next().unwrap();
+            let text = |name: &str| record[name].as_str().unwrap_or("-");
+            [call, text("outcome"), text("user"), text("subject"), text("owner")].join(" ")
+        })
+        .collect();
+    assert_eq!(
+        said,
+        [
+            format!("Cancel PERMISSION_DENIED eve {uid} ann"),
+            format!("Cancel OK bob {uid} ann"),
+            "Cancel OK ann r ann".into(),
+            "Send OK bob ann -".into(),
+            "Broadcast PERMISSION_DENIED eve - -".into(),
+            "DeleteOperation NOT_FOUND bob missing -".into(),
+            "List UNAUTHENTICATED - - -".into(),
+            "ws UNAUTHENTICATED - - -".into(),
+        ]
+    );
+}
+
+#[tokio::test]
+async fn an_audit_log_that_cannot_be_opened_keeps_the_server_from_starting() {
+    let data = tempfile::tempdir().unwrap();
+    let output = streamer_tests::Process::command(streamer_tests::binary())
+        .args(["up", "--listen", "127.0.0.1:0", "--set", "audit.file=/does/not/exist", "--data"])
+        .arg(data.path())
+        .env_clear()
+        .output()
+        .unwrap();
+    assert_eq!(output.status.code(), Some(2));
+    let error = String::from_utf8(output.stderr).unwrap();
+    assert!(error.starts_with("error: audit.file: cannot open /does/not/exist"), "{error}");
+}
+
+#[tokio::test]
+async fn metrics_can_have_an_address_of_their_own_and_be_for_operators_only() {
+    let claim = LoopbackAddress::claim();
+    let own = claim.next().to_string();
+    let server = Server::start(&[
+        &format!("server.metrics_listen={own}"),
+        "server.metrics_need_operator=true",
+    ]);
+    assert_eq!(get(&server.url, "/metrics", "").0, 404);
+    assert_eq!(get(&own, "/healthz", "").0, 404);
+    let bearer = |token: String| format!("Authorization: Bearer {token}\r\n");
+    let (status, body) = get(&own, "/metrics", "");
+    assert_eq!((status, body.contains("token")), (401, true), "{body}");
+    let (status, body) = get(&own, "/metrics", &bearer(server.token("acme", "ann", &["*"])));
+    assert_eq!((status, &*body), (403, "permission operator is needed\n"));
+    let (status, body) = get(&own, "/metrics", &bearer(server.token("ops", "olga", &["operator"])));
+    assert_eq!((status, body.contains("streamer_router_refused_total")), (200, true));
+}
+
+#[tokio::test]
+async fn a_service_token_is_explained_where_it_has_no_use() {
+    let server = Server::start(&[]);
+    let api = api(&server, "acme", "ann", &[]);
+    let mut call = api.call(ListRequest::default());
+    call.metadata_mut().insert("streamer-service-token", "0".repeat(64).parse().unwrap());
+    let refused = api.router().list(call).await.unwrap_err();
+    assert_eq!(refused.code(), Code::Unauthenticated);
+    assert!(refused.message().contains("all services in one process"), "{refused}");
+}

@@ -1,0 +1,375 @@
+//! Every public method and every WebSocket message, called by every kind of caller on what belongs to
+//! one user. The same table runs in one process and over separate services. A method or a message
+//! without a row fails the suite.
+#![allow(clippy::unwrap_used, reason = "in tests, a panic is the report")]
+
+#[path = "permissions/table.rs"]
+mod table;
+
+use std::{collections::BTreeSet, fs, os::unix::fs::PermissionsExt, path::Path};
+
+use futures_util::{StreamExt, stream};
+use jsonwebtoken::{Algorithm, EncodingKey, Header, encode};
+use serde_json::json;
+use streamer_client::ClientError;
+use streamer_core::{Clock, SystemClock, Uid};
+use streamer_proto::{
+    common::v1::Action,
+    connections::v1::{
+        self as connections, connections_service_client::ConnectionsServiceClient as Connections,
+    },
+    processor::v1::{Attempt, Hello, WorkResponse, work_response::Message},
+    public_methods,
+    router::v1::{self as router, router_service_client::RouterServiceClient as Router},
+};
+use streamer_rpc::request_error;
+use streamer_tests::{
+    Client, Cluster, Server, Service, declare,
+    dynamodb::{Implementation, endpoint},
+    hello, hello_again, in_time, offered_at,
+};
+use tempfile::TempDir;
+use tonic::{
+    Streaming,
+    transport::{Channel, Endpoint},
+};
+
+use table::{
+    ACTION, Call, Caller, HOUR_S, Hidden, OWNER, Object, READ, Row, Sees, WRITE, authorized,
+    delayed, next, repeat, rows, work,
+};
+
+/// Rows that run at the same time.
+const CONCURRENT_ROWS: usize = 8;
+const SECRET: &str = "a shared secret of more than 32 bytes";
+
+fn channel(url: &str) -> Channel {
+    Endpoint::from_shared(url.to_owned()).unwrap().connect_lazy()
+}
+
+fn new_uid() -> String {
+    Uid::new(SystemClock.now()).to_string()
+}
+
+fn sign(tenant: &str, user: &str, permissions: &[&str], lasts_s: i64) -> String {
+    let expires = SystemClock.now().as_millis() / 1000 + lasts_s;
+    let claims = json!({"iss": "https://issuer.example", "aud": "streamer", "sub": user,
+        "tenant_id": tenant, "permissions": permissions, "exp": expires});
+    let key = EncodingKey::from_secret(SECRET.as_bytes());
+    encode(&Header::new(Algorithm::HS256), &claims, &key).unwrap()
+}
+
+/// Replaces the names of the object, which the caller knows, and removes what varies between answers:
+/// other ids, times and numbers.
+fn normalized(answer: &str, object: &Object) -> String {
+    let Object { uid, ended, request_id, user, connection, action, .. } = object;
+    let names = [uid, ended, request_id, user, connection, action];
+    let named = names.into_iter().fold(answer.to_owned(), |text, name| text.replace(name, "NAME"));
+    let words = named.split(|c: char| !c.is_ascii_alphanumeric());
+    words.filter(|word| !word.contains(|c: char| c.is_ascii_digit())).collect::<Vec<_>>().join(" ")
+}
+
+impl Row {
+    async fn ask(&self, urls: &Urls, token: &str, object: &Object) -> String {
+        let (object, gateway) = (object.clone(), &urls.gateway);
+        match self.call {
+            Call::Method(call) => {
+                let answer = call(object, channel(urls.of(&self.name)), token.into());
+                in_time(&self.name, answer).await.unwrap_or_else(|status| {
+                    format!("{:?} {:?}", status.code(), request_error(&status))
+                })
+            }
+            Call::Message(message) => {
+                let answer = async {
+                    let mut client = Client::try_connect(gateway, token).await?;
+                    client.send(message(object)).await;
+                    client.try_next().await
+                };
+                match answer.await {
+                    Ok(answer) => answer.to_string(),
+                    Err(ClientError::Closed { code, reason }) => format!("{code} {reason}"),
+                    Err(error) => panic!("{}: {error}", self.name),
+                }
+            }
+        }
+    }
+}
+
+/// Where the services of a deployment are called.
+#[derive(Clone)]
+struct Urls {
+    name: &'static str,
+    /// The owner's gateway.
+    home: String,
+    gateway: String,
+    router: String,
+    progress: String,
+    processor: String,
+    all_routers: Vec<String>,
+}
+
+impl Urls {
+    fn of(&self, method: &str) -> &str {
+        match method.trim_start_matches("/streamer.").split('.').next().unwrap() {
+            "progress" => &self.progress,
+            "processor" => &self.processor,
+            "connections" => &self.gateway,
+            _ => &self.router,
+        }
+    }
+
+    /// All services behind one URL.
+    fn one(name: &'static str, url: &str, all_routers: Vec<String>) -> Self {
+        let url = || url.to_owned();
+        let (home, gateway, router) = (url(), url(), url());
+        Self { name, home, gateway, router, progress: url(), processor: url(), all_routers }
+    }
+
+    /// Runs the table. Returns the answers that differ from it.
+    async fn differences(&self) -> Vec<String> {
+        let rows = stream::iter(rows().into_iter().enumerate());
+        let checks = rows.map(|(number, row)| {
+            let scene = Scene { urls: self, name: format!("{number}-{}", new_uid()), row };
+            Box::pin(scene.differences())
+        });
+        checks.buffer_unordered(CONCURRENT_ROWS).concat().await
+    }
+}
+
+/// One row, with tenants of its own.
+struct Scene<'a> {
+    urls: &'a Urls,
+    name: String,
+    row: Row,
+}
+
+impl Scene<'_> {
+    fn token(&self, caller: Caller) -> String {
+        let permissions = self.row.permissions;
+        match caller {
+            // For its own requests the owner needs none.
+            Caller::Owner if permissions.iter().any(|one| one.starts_with("requests:")) => {
+                self.sign("acme", OWNER, &[])
+            }
+            Caller::Owner => self.sign("acme", OWNER, permissions),
+            Caller::Permitted => self.sign("acme", "boss", permissions),
+            Caller::WithoutPermission => self.sign("acme", "bob", &[]),
+            Caller::OtherTenant => self.sign("globex", OWNER, &["*"]),
+            Caller::Operator => self.sign("ops", "olga", &["operator"]),
+        }
+    }
+
+    fn sign(&self, tenant: &str, user: &str, permissions: &[&str]) -> String {
+        sign(&format!("{tenant}-{}", self.name), user, permissions, HOUR_S)
+    }
+
+    /// Makes an object, which lasts as long as its worker and its connection.
+    async fn object(&self) -> (Object, Streaming<WorkResponse>, Client) {
+        let url = &self.urls.home;
+        let permissions = ["reports:run", "worker:private-report", "connections:read"];
+        let token = self.sign("acme", OWNER, &permissions);
+        let declared = Action { permission: "reports:run".into(), ..declare(ACTION) };
+        let first = hello(&new_uid(), 1, vec![declared]);
+        let mut worker = work(channel(url), &token, first.clone(), None).await.unwrap();
+        let Message::Welcome(welcome) = next(&mut worker).await.unwrap() else { panic!() };
+        for router in &self.urls.all_routers {
+            offered_at(router, &token, ACTION).await;
+        }
+        let client = Client::connect(url, &token).await;
+        let mut object = Object {
+            user: OWNER.into(),
+            connection: client.connected["connection_id"].as_str().unwrap().to_owned(),
+            action: ACTION.into(),
+            token: self.token(Caller::Owner),
+            ..absent()
+        };
+        let mut router = Router::new(channel(url));
+        let submit = router::SubmitRequest { delay: None, ..delayed(&object) };
+        object.uid = router.submit(authorized(submit, &token)).await.unwrap().into_inner().uid;
+        object.again = loop {
+            if let Message::Task(task) = next(&mut worker).await.unwrap() {
+                break hello_again(&first, &welcome, &[&task]);
+            }
+        };
+        let submit = repeat(&object);
+        object.ended = router.submit(authorized(submit, &token)).await.unwrap().into_inner().uid;
+        let request_id = object.ended.clone();
+        let cancel = router::CancelRequest { request_id, ..Default::default() };
+        router.cancel(authorized(cancel, &token)).await.unwrap();
+        if self.row.permissions == ["connections:read"] {
+            in_time("the connection in the list", self.until_listed(&token)).await;
+        }
+        (object, worker, client)
+    }
+
+    /// Returns once the list of connections, which lags behind them, is not empty.
+    async fn until_listed(&self, token: &str) {
+        let mut connections = Connections::new(channel(&self.urls.home));
+        loop {
+            let list = authorized(connections::ListRequest::default(), token);
+            if !connections.list(list).await.unwrap().into_inner().connections.is_empty() {
+                return;
+            }
+            tokio::task::yield_now().await;
+        }
+    }
+
+    /// Returns the owner's requests.
+    async fn state(&self) -> String {
+        let list = authorized(router::ListRequest::default(), &self.token(Caller::Owner));
+        let listed = Router::new(channel(&self.urls.home)).list(list).await.unwrap();
+        format!("{:?}", listed.into_inner().requests)
+    }
+
+    /// Returns how the answer to this caller differs from the row, if it does.
+    async fn difference(&self, caller: Caller, object: &Object) -> Option<String> {
+        let token = self.token(caller);
+        let answer = self.row.ask(self.urls, &token, object).await;
+        let (Sees(text) | Hidden(text)) = self.row.answers[caller as usize];
+        if !answer.contains(text) {
+            return Some(format!("{caller:?}: {answer} instead of {text}"));
+        }
+        if let Hidden(_) = self.row.answers[caller as usize] {
+            let absent = absent();
+            let other = self.row.ask(self.urls, &token, &absent).await;
+            if normalized(&answer, object) != normalized(&other, &absent) {
+                return Some(format!("{caller:?}: {answer}, but {other} if it does not exist"));
+            }
+        }
+        None
+    }
+
+    /// Returns the answers that differ from the row.
+    async fn differences(self) -> Vec<String> {
+        let row = &self.row;
+        let (object, _worker, mut client) = self.object().await;
+        let before = self.state().await;
+        assert!(before.contains(&object.uid) && before.contains(&object.ended), "{before}");
+        let mut found = Vec::new();
+        for caller in [Caller::WithoutPermission, Caller::OtherTenant, Caller::Operator] {
+            found.extend(self.difference(caller, &object).await);
+        }
+        let expired = sign(&format!("acme-{}", self.name), OWNER, row.permissions, -60);
+        let wildcard = sign("*", OWNER, &["*", "operator"], HOUR_S);
+        let mut refused = vec![
+            ("expired token", expired, ["Unauthenticated", "4401"]),
+            ("tenant *", wildcard, ["Unauthenticated", "4401"]),
+        ];
+        if row.permissions == WRITE {
+            let reader = self.sign("acme", "reader", READ);
+            refused.push(("reader", reader, ["PermissionDenied", "FORBIDDEN"]));
+        }
+        for (who, token, codes) in refused {
+            let answer = row.ask(self.urls, &token, &object).await;
+            if !codes.iter().any(|code| answer.contains(code)) {
+                found.push(format!("{who}: {answer}"));
+            }
+        }
+        let after = self.state().await;
+        if before != after {
+            found.push(format!("the state changed from {before} to {after}"));
+        }
+        client.send(json!({"type": "ping"})).await;
+        let answer = client.try_next().await;
+        if !answer.as_ref().is_ok_and(|answer| answer["type"] == "pong") {
+            found.push(format!("the owner's connection got {answer:?}"));
+        }
+        found.extend(self.difference(Caller::Owner, &object).await);
+        let is_changed = row.permissions.iter().any(|one| one.ends_with("write"))
+            || row.permissions == ["connections:disconnect"];
+        let second = if is_changed { Some(self.object().await) } else { None };
+        let object = second.as_ref().map_or(&object, |(second, ..)| second);
+        found.extend(self.difference(Caller::Permitted, object).await);
+        let row = |what| format!("{}, {}, {what}", self.urls.name, row.name);
+        found.into_iter().map(row).collect()
+    }
+}
+
+/// Returns an object that does not exist.
+fn absent() -> Object {
+    Object {
+        uid: new_uid(),
+        again: Hello {
+            attempts: vec![Attempt { uid: new_uid(), attempt: 1 }],
+            session_secret: vec![1; 32].into(),
+            ..hello("absent", 1, vec![declare("absent-report")])
+        },
+        ended: new_uid(),
+        request_id: format!("id-{}", new_uid()),
+        user: "absent@acme".into(),
+        connection: new_uid(),
+        action: "absent-report".into(),
+        token: sign("absent", "absent", &[], HOUR_S),
+    }
+}
+
+/// Returns the types of the messages that a client can send.
+fn message_types() -> BTreeSet<String> {
+    let source = Path::new(env!("CARGO_MANIFEST_DIR")).join("../gateway/src/protocol.rs");
+    let text = fs::read_to_string(source).unwrap();
+    let (_, rest) = text.split_once("enum ClientMessage<'a> {\n").unwrap();
+    let lines =
+        rest.split("\n}").next().unwrap().lines().filter_map(|line| line.strip_prefix("    "));
+    let variants = lines.filter(|line| line.starts_with(|c: char| c.is_ascii_uppercase()));
+    let names = variants.map(|line| line.split(|c: char| !c.is_alphanumeric()).next().unwrap());
+    names.map(str::to_lowercase).collect()
+}
+
+#[test]
+fn every_public_method_and_every_client_message_has_a_row() {
+    let methods: BTreeSet<_> = public_methods().into_iter().map(|method| method.path).collect();
+    let messages = message_types();
+    assert!(!methods.is_empty() && !messages.is_empty());
+    let expected: BTreeSet<_> = methods.union(&messages).cloned().collect();
+    let rows: BTreeSet<_> = rows().into_iter().map(|row| row.name).collect();
+    let missing: Vec<_> = expected.difference(&rows).collect();
+    let unknown: Vec<_> = rows.difference(&expected).collect();
+    assert!(missing.is_empty(), "without a row: {missing:?}");
+    assert!(unknown.is_empty(), "rows of what does not exist: {unknown:?}");
+}
+
+/// Returns settings under which tokens of this suite are valid.
+fn settings(folder: &TempDir) -> Vec<String> {
+    let secret = folder.path().join("secret");
+    fs::write(&secret, SECRET).unwrap();
+    fs::set_permissions(&secret, fs::Permissions::from_mode(0o600)).unwrap();
+    vec![
+        format!("auth.keys=HS256:{}", secret.display()),
+        "auth.issuers=https://issuer.example".into(),
+        "auth.audiences=streamer".into(),
+        "execution.tenant_share_percent=100".into(),
+        // The workers of the suite send no heartbeats.
+        "execution.lease_ms=600000".into(),
+    ]
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn answers_of_one_process() {
+    let folder = TempDir::with_prefix("streamer-permissions-").unwrap();
+    let settings = settings(&folder);
+    let server = Server::start(&settings.iter().map(|one| &**one).collect::<Vec<_>>());
+    let urls = Urls::one("one process", &server.url, vec![server.url.clone()]);
+    let differences = urls.differences().await;
+    assert!(differences.is_empty(), "{}", differences.join("\n"));
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn answers_of_separate_services() {
+    let folder = TempDir::with_prefix("streamer-permissions-").unwrap();
+    let settings = settings(&folder);
+    let settings: Vec<_> = settings.iter().map(|one| &**one).collect();
+    let dynamodb = endpoint(Implementation::DynamoDbLocal);
+    let cluster = Cluster::start(dynamodb, &settings, |_, _, _| Vec::new()).await;
+    let all_routers = (0..2).map(|number| cluster.url(Service::Router, number)).collect();
+    let through = Urls::one("through the owner's gateway", &cluster.urls[0], all_routers);
+    let directly = Urls {
+        name: "directly, and through a different gateway than the owner's",
+        gateway: cluster.urls[1].clone(),
+        router: cluster.url(Service::Router, 0),
+        progress: cluster.url(Service::Progress, 0),
+        processor: cluster.url(Service::Processor, 0),
+        ..through.clone()
+    };
+    let differences = [through.differences().await, directly.differences().await].concat();
+    assert!(differences.is_empty(), "{}", differences.join("\n"));
+}
