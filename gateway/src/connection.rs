@@ -9,6 +9,7 @@
 
 mod calls;
 mod delivery;
+mod in_flight;
 
 use std::{
     cell::RefCell,
@@ -22,10 +23,12 @@ use std::{
 use bytes::Bytes;
 use futures_util::{StreamExt, stream::FuturesUnordered};
 use streamer_core::{ErrorCode, RequestError, Uid};
+use streamer_rpc::Peer;
 use streamer_telemetry::TraceContext;
 use tokio::io::{AsyncRead, AsyncWrite, ReadBuf};
 
 use crate::{
+    buffers::Counted,
     handle::{ConnectionHandle, close_code},
     messages, protocol,
     rate::RateLimiter,
@@ -38,6 +41,7 @@ use crate::{
 };
 use calls::Reply;
 use delivery::Subscription;
+use in_flight::{Call, Cost, InFlight};
 
 /// Bytes read at a time, by all connections of a thread in turn.
 const READ_BUFFER: usize = 64 * 1024;
@@ -54,46 +58,6 @@ const MAX_TURNS: u32 = 32;
 
 thread_local! {
     static READ: RefCell<Box<[u8]>> = RefCell::new(vec![0; READ_BUFFER].into_boxed_slice());
-}
-
-type Call = Pin<Box<dyn Future<Output = Reply> + Send>>;
-
-/// A call that is underway, and what it weighs.
-struct InFlight {
-    call: Call,
-    cost: Cost,
-}
-
-impl Future for InFlight {
-    type Output = (Reply, Cost);
-
-    fn poll(mut self: Pin<&mut Self>, context: &mut Context<'_>) -> Poll<(Reply, Cost)> {
-        let cost = self.cost;
-        self.call.as_mut().poll(context).map(|reply| (reply, cost))
-    }
-}
-
-/// What a call holds while it is underway.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
-struct Cost {
-    calls: usize,
-    bytes: usize,
-    /// Its answer may be large.
-    large: usize,
-}
-
-impl Cost {
-    fn add(&mut self, other: Self) {
-        self.calls += other.calls;
-        self.bytes += other.bytes;
-        self.large += other.large;
-    }
-
-    fn take_off(&mut self, other: Self) {
-        self.calls -= other.calls;
-        self.bytes -= other.bytes;
-        self.large -= other.large;
-    }
 }
 
 pub(crate) struct Connection<S> {
@@ -133,6 +97,10 @@ pub(crate) struct Session {
     pub(crate) catching_up: usize,
     rate: RateLimiter,
     refused_in_a_row: u32,
+    /// What is counted of a message that is not whole.
+    counted: Counted,
+    /// Counts as an open connection of the server as long as this lives.
+    _peer: Option<Peer>,
     /// From the handshake: where requests belong to that do not say so themselves.
     trace: Option<Box<TraceContext>>,
 }
@@ -144,6 +112,7 @@ impl<S: AsyncRead + AsyncWrite + Unpin> Connection<S> {
         gateway: Arc<Gateway>,
         handle: Arc<ConnectionHandle>,
         trace: Option<TraceContext>,
+        peer: Option<Peer>,
     ) -> Self {
         let options = &gateway.options;
         let decoder = Decoder::new(options.max_message_bytes);
@@ -164,6 +133,8 @@ impl<S: AsyncRead + AsyncWrite + Unpin> Connection<S> {
                 catching_up: 0,
                 rate,
                 refused_in_a_row: 0,
+                counted: Counted::default(),
+                _peer: peer,
                 trace: trace.map(Box::new),
             },
             phase: Phase::Open,
@@ -258,14 +229,43 @@ impl<S: AsyncRead + AsyncWrite + Unpin> Connection<S> {
         handle.pulse.seen.store(gateway.registry.seconds(), Ordering::Relaxed);
         // The decoder lends its buffer to the messages it finds, so it stands apart from the rest.
         let mut decoder = std::mem::replace(&mut self.decoder, Decoder::new(0));
-        let fed = decoder.feed(input, |message| self.on_message(&message, context));
+        let mut any = false;
+        let fed = decoder.feed(input, |message| {
+            any = true;
+            self.on_message(&message, context)
+        });
         self.decoder = decoder;
-        if let Err(Violation { code, reason }) = fed
-            && self.phase == Phase::Open
-        {
-            self.session.gateway.metrics.invalid_messages.inc();
-            self.close(code, &reason);
+        let fed = fed.and_then(|()| self.count_held(any));
+        if let Err(Violation { code, reason }) = fed {
+            // What is held is of no use any longer.
+            self.decoder = Decoder::new(self.session.gateway.options.max_message_bytes);
+            let released = self.count_held(true);
+            debug_assert_eq!(released, Ok(()), "less is never refused");
+            if self.phase == Phase::Open {
+                self.session.gateway.metrics.invalid_messages.inc();
+                self.close(code, &reason);
+            }
         }
+    }
+
+    /// Counts the bytes of the message that is not whole; `is_new` when another one was before it.
+    fn count_held(&mut self, is_new: bool) -> Result<(), Violation> {
+        let Session { gateway, handle, counted, .. } = &mut self.session;
+        let held = self.decoder.held();
+        let since = &handle.pulse.partial_since;
+        if held == 0 {
+            since.store(0, Ordering::Relaxed);
+        } else if is_new || since.load(Ordering::Relaxed) == 0 {
+            since.store(gateway.registry.seconds().max(1), Ordering::Relaxed);
+        }
+        if !counted.differs(held) {
+            return Ok(());
+        }
+        let outcome = gateway.registry.buffers.count(&handle.owner(), counted, held);
+        outcome.map_err(|option| Violation {
+            code: close_code::TOO_MANY,
+            reason: format!("too many bytes of messages that are not whole ({option})"),
+        })
     }
 
     fn on_message(&mut self, message: &Message<'_>, context: &mut Context<'_>) -> Flow {
@@ -470,6 +470,9 @@ impl Drop for Session {
         for subscription in self.subscriptions.values() {
             self.gateway.hub.leave(&subscription.topic, self.handle.id);
         }
-        self.gateway.registry.remove(&self.handle);
+        let registry = &self.gateway.registry;
+        let released = registry.buffers.count(&self.handle.owner(), &mut self.counted, 0);
+        debug_assert_eq!(released, Ok(()), "less is never refused");
+        registry.remove(&self.handle);
     }
 }

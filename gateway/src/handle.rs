@@ -15,6 +15,7 @@ use parking_lot::Mutex;
 use streamer_auth::{Caller, Principal};
 use streamer_core::{Timestamp, Uid};
 use streamer_rpc::{CLIENT_ADDRESS, with_authorization};
+use streamer_store::Owner;
 use tonic::metadata::{Ascii, MetadataValue};
 
 /// Pushed bytes that wait for a connection at most; beyond that its consumer is too slow.
@@ -57,6 +58,8 @@ pub(crate) struct Pulse {
     pub(crate) blocked_since: AtomicU32,
     /// It reads what comes; otherwise a silence is not the client's.
     pub(crate) reading: AtomicBool,
+    /// Since when a message is coming that is not whole; 0 when there is none.
+    pub(crate) partial_since: AtomicU32,
     /// Since when the connection is being closed; 0 when it is not.
     pub(crate) closing_since: AtomicU32,
     /// The end of the token was announced.
@@ -100,6 +103,12 @@ impl ConnectionHandle {
 
     pub(crate) fn principal(&self) -> Arc<Principal> {
         self.credentials.lock().principal.clone()
+    }
+
+    /// Tenant and user, which fresh tokens do not change.
+    pub(crate) fn owner(&self) -> Owner {
+        let principal = self.principal();
+        Owner { tenant: principal.tenant.clone(), user: principal.user.clone() }
     }
 
     pub(crate) fn authorization(&self) -> HeaderValue {

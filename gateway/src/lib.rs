@@ -7,6 +7,7 @@
 //! into frames that were encoded once, so that a slow one costs only itself.
 
 mod api;
+mod buffers;
 mod connection;
 mod elsewhere;
 mod handle;
@@ -58,6 +59,12 @@ pub struct GatewayOptions {
     pub messages_per_second: u32,
     /// Messages at once beyond that rate.
     pub message_burst: u32,
+    /// Bytes of messages of clients that are not whole, in all.
+    pub max_buffered_bytes: usize,
+    /// The same, of one user.
+    pub max_buffered_bytes_per_user: usize,
+    /// How long a message may take to come, once it has begun.
+    pub message_timeout: Duration,
     /// Largest message from a client.
     pub max_message_bytes: usize,
     /// A quiet client is pinged so often, and dropped after twice that.

@@ -14,6 +14,8 @@ pub(crate) struct GatewayMetrics {
     pub(crate) invalid_messages: Counter,
     pub(crate) rate_limited: Counter,
     pub(crate) slow_consumers: Counter,
+    pub(crate) buffered_bytes: Gauge,
+    pub(crate) buffered_bytes_limit: Gauge,
     pub(crate) catch_ups: Counter,
     pub(crate) upstream_events: Counter,
     pub(crate) upstream_lost: Counter,
@@ -32,6 +34,14 @@ impl GatewayMetrics {
             invalid_messages: counter("streamer_gateway_invalid_messages", "Messages refused"),
             rate_limited: counter("streamer_gateway_rate_limited", "Messages over a rate limit"),
             slow_consumers: counter("streamer_gateway_slow_consumers", "Sockets closed with 4408"),
+            buffered_bytes: metrics.gauge(
+                "streamer_gateway_buffered_bytes",
+                "Bytes of messages of clients that are not whole yet",
+            ),
+            buffered_bytes_limit: metrics.gauge(
+                "streamer_gateway_buffered_bytes_limit",
+                "Most of them (gateway.max_buffered_bytes)",
+            ),
             catch_ups: counter(
                 "streamer_gateway_catch_ups",
                 "Pages of a log read for connections that were behind",

@@ -1,7 +1,7 @@
 //! The connections of this gateway: counted, looked after, noted in the store.
 
 use std::{
-    collections::HashMap,
+    collections::{BTreeSet, HashMap},
     net::IpAddr,
     sync::{
         Arc,
@@ -22,6 +22,7 @@ use tokio_util::sync::CancellationToken;
 
 use crate::{
     GatewayOptions,
+    buffers::Buffers,
     handle::{ConnectionHandle, close_code},
     messages,
     metrics::GatewayMetrics,
@@ -48,6 +49,8 @@ pub(crate) struct Registry {
     noted: Notify,
     /// The last connection has gone.
     emptied: Notify,
+    /// Bytes of unfinished messages.
+    pub(crate) buffers: Buffers,
     /// Seconds since the start, from 1.
     seconds: AtomicU32,
     store: Arc<dyn Store>,
@@ -59,15 +62,36 @@ pub(crate) struct Registry {
 #[derive(Default)]
 struct Connections {
     by_id: HashMap<Uid, Arc<ConnectionHandle>>,
-    of_user: HashMap<Owner, usize>,
+    /// The same, by tenant and user.
+    of_tenant: HashMap<String, HashMap<String, HashMap<Uid, Arc<ConnectionHandle>>>>,
     of_address: HashMap<IpAddr, usize>,
     draining: bool,
+}
+
+impl Connections {
+    fn of_user(&self, tenant: &str, user: &str) -> Option<&HashMap<Uid, Arc<ConnectionHandle>>> {
+        self.of_tenant.get(tenant)?.get(user)
+    }
+
+    /// Takes a connection out of those of its user.
+    fn forget(&mut self, owner: &Owner, id: Uid) {
+        let Some(of_tenant) = self.of_tenant.get_mut(&owner.tenant) else { return };
+        let Some(of_user) = of_tenant.get_mut(&owner.user) else { return };
+        of_user.remove(&id);
+        if of_user.is_empty() {
+            of_tenant.remove(&owner.user);
+        }
+        if of_tenant.is_empty() {
+            self.of_tenant.remove(&owner.tenant);
+        }
+    }
 }
 
 #[derive(Default)]
 struct Notes {
     opened: HashMap<Uid, ConnectionRecord>,
-    closed: Vec<Uid>,
+    /// The oldest first.
+    closed: BTreeSet<Uid>,
 }
 
 /// Why a connection is not let in.
@@ -90,8 +114,14 @@ impl Registry {
         options: Arc<GatewayOptions>,
         metrics: GatewayMetrics,
     ) -> Self {
+        let buffers = Buffers::new(
+            options.max_buffered_bytes,
+            options.max_buffered_bytes_per_user,
+            metrics.clone(),
+        );
         Self {
             name,
+            buffers,
             connections: Mutex::default(),
             notes: Mutex::default(),
             noted: Notify::new(),
@@ -111,7 +141,7 @@ impl Registry {
 
     /// Lets a connection in, within the limits.
     pub(crate) fn add(&self, handle: &Arc<ConnectionHandle>) -> Result<(), Refused> {
-        let owner = owner_of(handle);
+        let owner = handle.owner();
         let options = &self.options;
         let mut connections = self.connections.lock();
         if connections.draining {
@@ -120,7 +150,7 @@ impl Registry {
         if connections.by_id.len() >= options.max_connections {
             return Err(Refused::Total(options.max_connections));
         }
-        let of_user = connections.of_user.get(&owner).copied().unwrap_or(0);
+        let of_user = connections.of_user(&owner.tenant, &owner.user).map_or(0, HashMap::len);
         if of_user >= options.max_connections_per_user {
             return Err(Refused::User(options.max_connections_per_user));
         }
@@ -131,7 +161,9 @@ impl Registry {
             }
             *of_address += 1;
         }
-        *connections.of_user.entry(owner.clone()).or_insert(0) += 1;
+        let of_tenant = connections.of_tenant.entry(owner.tenant.clone()).or_default();
+        let of_user = of_tenant.entry(owner.user.clone()).or_default();
+        of_user.insert(handle.id, handle.clone());
         connections.by_id.insert(handle.id, handle.clone());
         drop(connections);
         // Spread over the heartbeat, so that pings do not go out all at once.
@@ -154,7 +186,7 @@ impl Registry {
         if connections.by_id.remove(&handle.id).is_none() {
             return;
         }
-        count_down(&mut connections.of_user, &owner_of(handle));
+        connections.forget(&handle.owner(), handle.id);
         if let Some(address) = handle.remote_address {
             count_down(&mut connections.of_address, &address);
         }
@@ -167,9 +199,10 @@ impl Registry {
         self.note(|notes| {
             // What was never noted need not be forgotten.
             if notes.opened.remove(&handle.id).is_none() {
-                notes.closed.push(handle.id);
-                let excess = notes.closed.len().saturating_sub(MAX_WAITING_NOTES);
-                notes.closed.drain(..excess);
+                notes.closed.insert(handle.id);
+                if notes.closed.len() > MAX_WAITING_NOTES {
+                    notes.closed.pop_first();
+                }
             }
         });
     }
@@ -182,8 +215,16 @@ impl Registry {
     pub(crate) fn push(&self, tenant: &str, user: Option<&str>, frame: &Bytes) -> usize {
         let recipients: Vec<_> = {
             let connections = self.connections.lock();
-            let all = connections.by_id.values();
-            all.filter(|handle| is_of(handle, tenant, user)).cloned().collect()
+            match user {
+                Some(user) => {
+                    let of_user = connections.of_user(tenant, user).into_iter().flatten();
+                    of_user.map(|(_, handle)| handle.clone()).collect()
+                }
+                None => {
+                    let users = connections.of_tenant.get(tenant).into_iter().flatten();
+                    users.flat_map(|(_, of_user)| of_user.values().cloned()).collect()
+                }
+            }
         };
         recipients.iter().for_each(|handle| handle.push(frame.clone()));
         recipients.len()
@@ -225,6 +266,19 @@ impl Registry {
         if quiet > heartbeat.saturating_mul(2) + 1 {
             handle.abort();
             return;
+        }
+        let partial = &pulse.partial_since;
+        let patience = u32::try_from(self.options.message_timeout.as_secs()).unwrap_or(30).max(1);
+        match partial.load(Ordering::Relaxed) {
+            0 => {}
+            // It is not read from: its silence is ours.
+            _ if !pulse.reading.load(Ordering::Relaxed) => partial.store(now, Ordering::Relaxed),
+            begun if since(begun) > patience => {
+                let rule = "a message must be whole in time (gateway.message_timeout_ms)";
+                handle.close(close_code::POLICY, rule);
+                return;
+            }
+            _ => {}
         }
         let slow = u32::try_from(self.options.slow_consumer_timeout.as_secs()).unwrap_or(30).max(1);
         let blocked = pulse.blocked_since.load(Ordering::Relaxed);
@@ -307,8 +361,8 @@ impl Registry {
         let mut notes = self.notes.lock();
         let ids: Vec<Uid> = notes.opened.keys().take(NOTE_BATCH).copied().collect();
         let opened: Vec<_> = ids.iter().filter_map(|id| notes.opened.remove(id)).collect();
-        let count = notes.closed.len().min(NOTE_BATCH);
-        let closed: Vec<Uid> = notes.closed.drain(..count).collect();
+        let closed: Vec<Uid> =
+            std::iter::from_fn(|| notes.closed.pop_first()).take(NOTE_BATCH).collect();
         if notes.opened.is_empty() {
             notes.opened = HashMap::new();
         }
@@ -342,16 +396,6 @@ impl Registry {
             connect_time: handle.connect_time,
         }
     }
-}
-
-fn owner_of(handle: &ConnectionHandle) -> Owner {
-    let principal = handle.principal();
-    Owner { tenant: principal.tenant.clone(), user: principal.user.clone() }
-}
-
-fn is_of(handle: &ConnectionHandle, tenant: &str, user: Option<&str>) -> bool {
-    let principal = handle.principal();
-    principal.tenant == tenant && user.is_none_or(|user| principal.user == user)
 }
 
 fn count_down<K: std::hash::Hash + Eq>(counts: &mut HashMap<K, usize>, key: &K) {

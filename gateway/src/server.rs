@@ -13,7 +13,7 @@ use hyper::upgrade::OnUpgrade;
 use hyper_util::rt::TokioIo;
 use streamer_auth::{Audit, Authenticator};
 use streamer_core::{Clock, ErrorCode, Timestamp, Uid, is_loopback_host};
-use streamer_rpc::{PeerAddress, trace_context};
+use streamer_rpc::{Peer, trace_context};
 use streamer_telemetry::{TraceContext, Traces};
 use tokio::{io::AsyncWriteExt, net::TcpStream, time::timeout};
 
@@ -59,10 +59,10 @@ pub(crate) async fn open(State(gateway): State<Arc<Gateway>>, mut request: Reque
     let Some(upgrade) = request.extensions_mut().remove::<OnUpgrade>() else {
         return refuse_http(StatusCode::UPGRADE_REQUIRED, "this connection cannot be upgraded");
     };
-    let address = request.extensions().get::<PeerAddress>().map(|peer| peer.0.ip());
+    let peer = request.extensions_mut().remove::<Peer>();
     let trace = trace_context(request.headers());
     let response = switch_protocols(&handshake);
-    tokio::spawn(Box::pin(serve(gateway, handshake, address, trace, upgrade)));
+    tokio::spawn(Box::pin(serve(gateway, handshake, peer, trace, upgrade)));
     response
 }
 
@@ -74,8 +74,8 @@ fn switch_protocols(handshake: &Handshake) -> Response {
     if let Ok(accept) = HeaderValue::from_str(&handshake.accept) {
         headers.insert(header::SEC_WEBSOCKET_ACCEPT, accept);
     }
-    if let Some(protocol) = handshake.protocol {
-        headers.insert(header::SEC_WEBSOCKET_PROTOCOL, HeaderValue::from_static(protocol));
+    if let Some(Ok(protocol)) = handshake.protocol.as_deref().map(HeaderValue::from_str) {
+        headers.insert(header::SEC_WEBSOCKET_PROTOCOL, protocol);
     }
     response
 }
@@ -83,8 +83,12 @@ fn switch_protocols(handshake: &Handshake) -> Response {
 fn refuse_http(status: StatusCode, reason: &'static str) -> Response {
     let mut response = Response::new(Body::from(format!("{reason}\n")));
     *response.status_mut() = status;
+    let headers = response.headers_mut();
+    if status == StatusCode::METHOD_NOT_ALLOWED {
+        headers.insert(header::ALLOW, HeaderValue::from_static("GET"));
+    }
     if status == StatusCode::UPGRADE_REQUIRED {
-        let headers = response.headers_mut();
+        headers.insert(header::CONNECTION, HeaderValue::from_static("Upgrade"));
         headers.insert(header::UPGRADE, HeaderValue::from_static("websocket"));
         headers.insert(header::SEC_WEBSOCKET_VERSION, HeaderValue::from_static("13"));
     }
@@ -94,7 +98,7 @@ fn refuse_http(status: StatusCode, reason: &'static str) -> Response {
 async fn serve(
     gateway: Arc<Gateway>,
     handshake: Handshake,
-    address: Option<IpAddr>,
+    peer: Option<Peer>,
     trace: Option<TraceContext>,
     upgrade: OnUpgrade,
 ) {
@@ -109,9 +113,13 @@ async fn serve(
     // Copied, since even an empty slice of it would keep hyper's whole read buffer alive.
     let early = Bytes::copy_from_slice(&parts.read_buf);
     drop(parts.read_buf);
+    let address = peer.as_ref().map(|peer| peer.address().ip());
     match admit(&gateway, handshake, address).await {
         Ok(handle) => {
-            let mut connection = Connection::new(socket, early, gateway, handle, trace);
+            if let Some(peer) = &peer {
+                peer.authenticated();
+            }
+            let mut connection = Connection::new(socket, early, gateway, handle, trace, peer);
             connection.greet();
             // A task of its own, which holds the connection and nothing of the handshake.
             tokio::spawn(connection);

@@ -1,6 +1,9 @@
 //! What a client or a worker sends costs a bounded amount, and hurts no other tenant.
 #![allow(clippy::unwrap_used, reason = "in tests, a panic is the report")]
 
+use bytes::Bytes;
+use h2::{SendStream, client::ResponseFuture};
+use http::{Request, StatusCode};
 use serde_json::{Map, Value, json};
 use streamer_client::Api;
 use streamer_core::{Clock, SystemClock};
@@ -11,7 +14,13 @@ use streamer_proto::{
 };
 use streamer_rpc::json_payload;
 use streamer_store::{DeclaredAction, Engine};
-use streamer_tests::{Client, Log, ScriptedWorker, Server, declare, hello, offered};
+use streamer_tests::{
+    Client, Log, ScriptedWorker, Server, declare, hello, in_time, metrics, offered,
+};
+use tokio::{
+    io::{AsyncReadExt, AsyncWriteExt},
+    net::TcpStream,
+};
 use tonic::{Code, Status};
 
 /// A chain of references for the same value that ends in its items, and so recurses.
@@ -144,4 +153,257 @@ async fn a_stored_schema_that_is_refused_keeps_payloads_out() {
     let mut client = Client::connect(&server.url, &user).await;
     client.submit("r", "echo_async", json!({ "result": 1 })).await;
     assert_eq!(client.follow(Log::after(1)).await.events.last().unwrap()["result"], json!(1));
+}
+
+const HEALTH: &str = "/grpc.health.v1.Health/Check";
+const SUBMIT: &str = "/streamer.router.v1.RouterService/Submit";
+
+/// An HTTP/2 connection whose frames a test writes itself.
+struct RawGrpc {
+    client: h2::client::SendRequest<Bytes>,
+    address: String,
+}
+
+impl RawGrpc {
+    async fn connect(server: &Server) -> Self {
+        let address = server.url.trim_start_matches("http://").to_owned();
+        let socket = TcpStream::connect(&address).await.unwrap();
+        let (client, connection) = h2::client::handshake(socket).await.unwrap();
+        tokio::spawn(connection);
+        Self { client, address }
+    }
+
+    /// Begins a call, without any of its message.
+    async fn call(&mut self, path: &str, token: &str) -> (ResponseFuture, SendStream<Bytes>) {
+        let mut request = Request::post(format!("http://{}{path}", self.address))
+            .header("content-type", "application/grpc")
+            .header("te", "trailers");
+        if !token.is_empty() {
+            request = request.header("authorization", format!("Bearer {token}"));
+        }
+        self.client.clone().ready().await.unwrap();
+        self.client.send_request(request.body(()).unwrap(), false).unwrap()
+    }
+}
+
+/// The beginning of a message of this length, of which so much comes.
+fn unfinished(length: u32, comes: usize) -> Bytes {
+    let mut message = vec![0];
+    message.extend(length.to_be_bytes());
+    message.resize(5 + comes, b'x');
+    message.into()
+}
+
+/// Sends data as far as the peer takes it.
+async fn send(stream: &mut SendStream<Bytes>, mut data: Bytes) {
+    while !data.is_empty() {
+        stream.reserve_capacity(data.len());
+        let Some(Ok(capacity)) =
+            std::future::poll_fn(|context| stream.poll_capacity(context)).await
+        else {
+            return;
+        };
+        if stream.send_data(data.split_to(capacity.min(data.len())), false).is_err() {
+            return;
+        }
+    }
+}
+
+/// Code and message of the gRPC status with which a call was answered.
+async fn status_of(response: ResponseFuture) -> (Code, String) {
+    let response = in_time("an answer", response).await.unwrap();
+    let status = Status::from_header_map(response.headers()).expect("is refused with headers");
+    (status.code(), status.message().to_owned())
+}
+
+#[tokio::test]
+async fn a_stranger_fills_no_memory_with_unfinished_messages() {
+    let server = Server::start(&[]);
+    for path in [HEALTH, "/grpc.reflection.v1.ServerReflection/ServerReflectionInfo"] {
+        let mut raw = RawGrpc::connect(&server).await;
+        for _ in 0..300 {
+            let (response, mut stream) = raw.call(path, "").await;
+            send(&mut stream, unfinished(4 << 20, 100_000)).await;
+            if path == HEALTH {
+                let (code, message) = status_of(response).await;
+                assert!(matches!(code, Code::OutOfRange | Code::ResourceExhausted), "{message}");
+            }
+        }
+    }
+    // Beside 50 MB of a debug build; 1.4 GB before.
+    let peak = server.peak_resident_bytes();
+    assert!(peak < 300 << 20, "{peak}");
+}
+
+#[tokio::test]
+async fn a_message_must_be_whole_in_time() {
+    let server = Server::start(&["server.body_timeout_ms=300"]);
+    let token = server.token("acme", "ann", &[]);
+    let mut raw = RawGrpc::connect(&server).await;
+    for data in [Bytes::new(), unfinished(1000, 0), unfinished(1000, 999)] {
+        for (path, token) in [(HEALTH, ""), (SUBMIT, &*token)] {
+            let (response, mut stream) = raw.call(path, token).await;
+            send(&mut stream, data.clone()).await;
+            let (code, message) = status_of(response).await;
+            assert_eq!(code, Code::DeadlineExceeded, "{message}");
+            assert!(message.contains("server.body_timeout_ms"), "{message}");
+        }
+    }
+}
+
+#[tokio::test]
+async fn unfinished_messages_of_one_connection_are_bounded_and_hurt_no_other() {
+    let server = Server::start(&["server.max_undecoded_bytes=1048576"]);
+    let token = server.token("acme", "ann", &[]);
+    let mut raw = RawGrpc::connect(&server).await;
+    let (mut open, mut refused) = (Vec::new(), None);
+    for _ in 0..16 {
+        let (response, mut stream) = raw.call(SUBMIT, &token).await;
+        send(&mut stream, unfinished(4 << 20, 3 << 20)).await;
+        open.push(stream);
+        let mut response = Box::pin(status_of(response));
+        // The last bytes have been read when the metric says so, or the call was refused.
+        let counted = || async {
+            let text = metrics(&server.url).await;
+            let line =
+                text.lines().find(|line| line.starts_with("streamer_server_undecoded_bytes "));
+            line.unwrap().rsplit(' ').next().unwrap().parse::<usize>().unwrap()
+        };
+        let read = async { while counted().await < open.len() * (3 << 20) {} };
+        tokio::select! {
+            status = &mut response => {
+                refused = Some(status);
+                break;
+            }
+            () = read => {}
+        }
+        open.last_mut().unwrap().reserve_capacity(0);
+        tokio::spawn(response);
+    }
+    let (code, message) = refused.expect("there is a bound");
+    assert_eq!(code, Code::ResourceExhausted, "{message}");
+    assert!(message.contains("server.max_undecoded_bytes"), "{message}");
+    assert!(submit(&server, "other", "echo_async", "{}".into()).await.is_ok());
+}
+
+/// Status and headers of the answer to a plain HTTP request.
+async fn http(server: &Server, request: &str) -> (StatusCode, String) {
+    let mut socket = TcpStream::connect(server.url.trim_start_matches("http://")).await.unwrap();
+    // The server may answer, and close, before it has read all of it.
+    socket.write_all(request.as_bytes()).await.ok();
+    let mut answer = Vec::new();
+    in_time("an answer", socket.read_to_end(&mut answer)).await.ok();
+    let answer = String::from_utf8_lossy(&answer).into_owned();
+    let status = answer.split(' ').nth(1).unwrap_or_else(|| panic!("{answer:?}"));
+    (status.parse().unwrap(), answer.to_ascii_lowercase())
+}
+
+#[tokio::test]
+async fn plain_http_is_taken_by_the_letter() {
+    let server = Server::start(&[]);
+    let tail = "Host: a\r\nConnection: close\r\n\r\n";
+    for path in ["/", "/metrics/", "/ws/", "/streamer.router.v1.RouterService/Submit2"] {
+        let (status, answer) = http(&server, &format!("GET {path} HTTP/1.1\r\n{tail}")).await;
+        assert_eq!(status, StatusCode::NOT_FOUND, "{path}: {answer}");
+        assert!(!answer.contains("grpc-status"), "{answer}");
+    }
+    for (request, status, header) in [
+        ("POST /ws", StatusCode::METHOD_NOT_ALLOWED, "allow: get"),
+        ("POST /healthz", StatusCode::METHOD_NOT_ALLOWED, "allow: get"),
+        ("GET /ws", StatusCode::UPGRADE_REQUIRED, "connection: upgrade"),
+    ] {
+        let (found, answer) = http(&server, &format!("{request} HTTP/1.1\r\n{tail}")).await;
+        assert_eq!(found, status, "{request}");
+        assert!(answer.contains(header), "{answer}");
+    }
+    let large = format!("GET /healthz HTTP/1.1\r\nX: {}\r\n{tail}", "x".repeat(70_000));
+    let (status, _) = http(&server, &large).await;
+    assert_eq!(status, StatusCode::REQUEST_HEADER_FIELDS_TOO_LARGE);
+}
+
+#[tokio::test]
+async fn strangers_keep_no_client_out() {
+    let settings = ["server.max_connections=12", "server.max_connections_per_address=12"];
+    let server = Server::start(&settings);
+    let token = server.token("acme", "ann", &[]);
+    let mut client = Client::connect(&server.url, &token).await;
+    // Each has asked for something, and now stays.
+    let mut strangers = Vec::new();
+    for _ in 0..40 {
+        let mut socket =
+            TcpStream::connect(server.url.trim_start_matches("http://")).await.unwrap();
+        socket.write_all(b"GET /healthz HTTP/1.1\r\nHost: a\r\n\r\n").await.unwrap();
+        let mut answer = [0; 12];
+        socket.read_exact(&mut answer).await.unwrap();
+        assert_eq!(&answer, b"HTTP/1.1 200");
+        strangers.push(socket);
+    }
+    let mut second = Client::connect(&server.url, &token).await;
+    for client in [&mut client, &mut second] {
+        assert_eq!(client.ask(json!({ "type": "ping" })).await["type"], "pong");
+    }
+    let text = metrics(&server.url).await;
+    let evicted = text.lines().find(|line| line.contains("evicted_connections_total")).unwrap();
+    let evicted: usize = evicted.rsplit(' ').next().unwrap().parse().unwrap();
+    assert!(evicted >= 30, "{evicted}");
+}
+
+/// A WebSocket that has sent part of a message.
+async fn half_a_message(server: &Server, token: &str, length: u32, comes: usize) -> TcpStream {
+    let address = server.url.trim_start_matches("http://");
+    let mut socket = TcpStream::connect(address).await.unwrap();
+    let handshake = format!(
+        "GET /ws HTTP/1.1\r\nHost: {address}\r\nUpgrade: websocket\r\nConnection: Upgrade\r\n\
+         Sec-WebSocket-Version: 13\r\nSec-WebSocket-Key: dGhlIHNhbXBsZSBub25jZQ==\r\n\
+         Authorization: Bearer {token}\r\n\r\n"
+    );
+    socket.write_all(handshake.as_bytes()).await.unwrap();
+    let mut frame = match u16::try_from(length) {
+        Ok(length) => [&[0x81, 0xfe][..], &length.to_be_bytes()].concat(),
+        Err(_) => [&[0x81, 0xff, 0, 0, 0, 0][..], &length.to_be_bytes()].concat(),
+    };
+    frame.resize(frame.len() + 4 + comes, b' ');
+    socket.write_all(&frame).await.ok();
+    socket
+}
+
+/// Code and reason of the close frame with which the server ends a WebSocket.
+async fn close_of(mut socket: TcpStream) -> (u16, String) {
+    let mut all = Vec::new();
+    in_time("the end", socket.read_to_end(&mut all)).await.ok();
+    let at = all.windows(2).rposition(|pair| pair[0] == 0x88).expect("a close frame");
+    let payload = &all[at + 2..];
+    let code = u16::from_be_bytes([payload[0], payload[1]]);
+    (code, String::from_utf8_lossy(&payload[2..]).into_owned())
+}
+
+#[tokio::test]
+async fn a_message_of_a_client_must_be_whole_in_time() {
+    let server = Server::start(&["gateway.message_timeout_ms=1000"]);
+    let token = server.token("acme", "ann", &[]);
+    let socket = half_a_message(&server, &token, 1000, 10).await;
+    let (code, reason) = close_of(socket).await;
+    assert_eq!((code, reason.contains("gateway.message_timeout_ms")), (1008, true), "{reason}");
+}
+
+#[tokio::test]
+async fn unfinished_messages_of_one_user_are_bounded_and_hurt_no_other() {
+    let server = Server::start(&[]);
+    let token = server.token("acme", "ann", &[]);
+    let mut open = Vec::new();
+    for _ in 0..5 {
+        open.push(half_a_message(&server, &token, 4 << 20, (4 << 20) - 1).await);
+    }
+    let last = open.pop().unwrap();
+    let (code, reason) = close_of(last).await;
+    let option = "gateway.max_buffered_bytes_per_user";
+    assert_eq!((code, reason.contains(option)), (4429, true), "{reason}");
+    let mut other = Client::connect(&server.url, &server.token("acme", "bob", &[])).await;
+    let answer = other.ask(json!({ "action": "echo", "payload": "x".repeat(3 << 20) })).await;
+    assert_eq!(answer["type"], "response");
+    // What is not held any longer is not counted.
+    drop(open);
+    let counted =
+        async || metrics(&server.url).await.contains("streamer_gateway_buffered_bytes 0\n");
+    while !counted().await {}
 }

@@ -101,7 +101,7 @@ async fn what_is_too_large_names_the_limit() {
     client.send(json!({"action": "echo", "payload": "x".repeat(100_000)})).await;
     match client.try_next().await {
         Err(ClientError::Closed { code: 1009, reason }) => {
-            assert!(reason.contains("max_message_bytes"), "{reason}");
+            assert!(reason.contains("limits.max_payload_bytes"), "{reason}");
         }
         other => panic!("{other:?}"),
     }

@@ -18,7 +18,7 @@ use http::{
 use parking_lot::Mutex;
 use streamer_core::{ErrorCode, RequestError, validate::cut};
 use streamer_proto::public_methods;
-use streamer_rpc::{CLIENT_ADDRESS, FORWARDED, PeerAddress, end_when};
+use streamer_rpc::{CLIENT_ADDRESS, FORWARDED, Peer, end_when};
 use tokio::time::sleep;
 use tonic::{Code, Status, body::Body, server::NamedService};
 use tower_service::Service;
@@ -234,6 +234,9 @@ fn prepare<B>(
         entry.principal = Some(caller.principal.clone());
         Box::new(entry)
     });
+    if let Some(peer) = request.extensions().get::<Peer>() {
+        peer.authenticated();
+    }
     request.extensions_mut().insert(caller);
     (request, After { left, entry })
 }
@@ -277,7 +280,7 @@ impl Entry {
         // Only services are believed what they say of others.
         let forwarded = headers.get(CLIENT_ADDRESS);
         let forwarded = forwarded.and_then(|address| address.to_str().ok()?.parse().ok());
-        let peer = || extensions.get::<PeerAddress>().map(|peer| peer.0.ip());
+        let peer = || extensions.get::<Peer>().map(|peer| peer.address().ip());
         Self {
             audit: audit.clone(),
             call: cut(uri.path().to_owned(), MAX_PATH_BYTES),

@@ -111,6 +111,16 @@ options! {
         drain_timeout_ms: u64 = 10_000, in 0..=600_000;
         /// Largest number of concurrent streams of one HTTP/2 connection.
         max_concurrent_streams: u64 = 1_024, in 1..=1_000_000;
+        /// TCP connections in all; 0 means as many as there are file descriptors for, but for a fifth of
+        /// them. Those without a valid token get half of them, and make room for each other.
+        max_connections: u64 = 0, in 0..=10_000_000;
+        /// TCP connections from one address; 0 means half of those in all.
+        max_connections_per_address: u64 = 0, in 0..=10_000_000;
+        /// Bytes of gRPC messages that are not whole yet, in all; a quarter of them from one connection.
+        /// Not less than four of the largest messages.
+        max_undecoded_bytes: u64 = 268_435_456, in 1_048_576..=2_147_483_647;
+        /// How long a gRPC message may take to come, once it has begun, in milliseconds.
+        body_timeout_ms: u64 = 30_000, in 100..=3_600_000;
         /// Address and port for /metrics alone, like 127.0.0.1:9090; empty means that it is served with
         /// everything else.
         metrics_listen: String = String::new();
@@ -217,9 +227,15 @@ options! {
         /// Connections in all.
         max_connections: u64 = 50_000, in 1..=10_000_000;
         /// Connections of one user.
-        max_connections_per_user: u64 = 2_000, in 1..=10_000_000;
+        max_connections_per_user: u64 = 100, in 1..=10_000_000;
         /// Connections from one address.
         max_connections_per_address: u64 = 10_000, in 1..=10_000_000;
+        /// Bytes of messages of clients that are not whole yet, in all.
+        max_buffered_bytes: u64 = 268_435_456, in 1_048_576..=2_147_483_647;
+        /// The same, of one user.
+        max_buffered_bytes_per_user: u64 = 16_777_216, in 65_536..=2_147_483_647;
+        /// How long a message of a client may take to come, once it has begun, in milliseconds.
+        message_timeout_ms: u64 = 30_000, in 1_000..=3_600_000;
         /// Subscriptions of one connection.
         max_subscriptions: u64 = 10_000, in 1..=1_000_000;
         /// Unanswered calls of one connection; beyond that it is not read from until some are.
@@ -306,6 +322,21 @@ impl Auth {
     #[must_use]
     pub fn uses_dev_key(&self) -> bool {
         self.keys.is_empty() && self.jwks_url.is_empty()
+    }
+}
+
+impl Gateway {
+    pub(crate) fn check(&self, problems: &mut Vec<String>) {
+        for origin in self.allowed_origins.iter().filter(|origin| *origin != "*") {
+            let host = origin.split_once("://").map(|(_, host)| host).unwrap_or_default();
+            let is_lower_case = !origin.chars().any(|letter| letter.is_ascii_uppercase());
+            if host.is_empty() || host.contains(['/', '?', '#', '@', '*']) || !is_lower_case {
+                problems.push(format!(
+                    "gateway.allowed_origins: {origin:?} is no origin as browsers send it, like \
+                     https://app.example.com or http://localhost:3000, and would never match"
+                ));
+            }
+        }
     }
 }
 
@@ -399,6 +430,7 @@ impl Config {
         }
         self.check_dynamodb(problems);
         self.trace.check(problems);
+        self.gateway.check(problems);
         self.check_peers(problems);
         if !matches!(self.log.format.as_str(), "text" | "json") {
             problems.push(format!("log.format: must be text or json, is {:?}", self.log.format));

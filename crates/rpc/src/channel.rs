@@ -1,6 +1,6 @@
 //! How one service reaches another: the same client, whether there is a network between them.
 
-use std::{convert::Infallible, net::SocketAddr};
+use std::{convert::Infallible, net::SocketAddr, sync::Arc};
 
 use http::{HeaderMap, HeaderValue, Request, Response, header::AUTHORIZATION};
 use tonic::{Extensions, Status, body::Body, metadata::MetadataMap};
@@ -52,9 +52,36 @@ pub const FORWARDED: &str = "streamer-forwarded";
 /// Header of a call that a gateway makes or passes on for a client: the address of the client.
 pub const CLIENT_ADDRESS: &str = "streamer-client-address";
 
-/// Address that a connection comes from; in the extensions of every request that came over one.
-#[derive(Clone, Copy, Debug)]
-pub struct PeerAddress(pub SocketAddr);
+/// The connection that a request came over; in its extensions.
+#[derive(Clone)]
+pub struct Peer(Arc<dyn Connection>);
+
+/// A connection, to those who serve what comes over it.
+pub trait Connection: Send + Sync {
+    /// Where it comes from.
+    fn address(&self) -> SocketAddr;
+
+    /// A request that came over it had a valid token: it is not a stranger's.
+    fn authenticated(&self);
+}
+
+impl Peer {
+    /// The other end of this connection, which counts as open as long as this lives.
+    pub fn new(connection: Arc<dyn Connection>) -> Self {
+        Self(connection)
+    }
+
+    /// Where it comes from.
+    #[must_use]
+    pub fn address(&self) -> SocketAddr {
+        self.0.address()
+    }
+
+    /// Says that a request that came over it had a valid token.
+    pub fn authenticated(&self) {
+        self.0.authenticated();
+    }
+}
 
 /// A call in the name of whoever holds this token.
 pub fn with_authorization<T>(message: T, authorization: HeaderValue) -> tonic::Request<T> {

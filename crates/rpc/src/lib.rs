@@ -15,7 +15,7 @@ mod token;
 
 pub use action::{MAX_SCHEMA_BYTES, action_from_proto, action_to_proto};
 pub use channel::{
-    CLIENT_ADDRESS, Channel, FORWARDED, NOT_TAKEN, PeerAddress, REPEATED, REQUEST_UID,
+    CLIENT_ADDRESS, Channel, Connection, FORWARDED, NOT_TAKEN, Peer, REPEATED, REQUEST_UID,
     SERVICE_TOKEN, local, remote, with_authorization,
 };
 pub use compact::{compact_bytes, compact_event, compact_request};

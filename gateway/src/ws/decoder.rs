@@ -57,8 +57,31 @@ pub(crate) struct Decoder {
     partial: Vec<u8>,
     /// `partial` may hold whole frames.
     paused: bool,
-    /// The fragments of a message so far, and whether it is text.
-    fragments: Option<(Vec<u8>, bool)>,
+    /// The fragments of a message so far.
+    fragments: Option<Fragments>,
+}
+
+struct Fragments {
+    bytes: Vec<u8>,
+    is_text: bool,
+    /// So many bytes are whole characters.
+    checked: usize,
+}
+
+impl Fragments {
+    /// Takes in one more; text that can never become UTF-8 is refused at once.
+    fn extend(&mut self, payload: &[u8]) -> Result<(), Violation> {
+        self.bytes.extend_from_slice(payload);
+        if !self.is_text {
+            return Ok(());
+        }
+        match std::str::from_utf8(&self.bytes[self.checked..]) {
+            Ok(_) => self.checked = self.bytes.len(),
+            Err(error) if error.error_len().is_none() => self.checked += error.valid_up_to(),
+            Err(_) => return Err(Violation::not_utf8()),
+        }
+        Ok(())
+    }
 }
 
 struct Header {
@@ -72,6 +95,11 @@ struct Header {
 impl Decoder {
     pub(crate) fn new(max_message_bytes: usize) -> Self {
         Self { max_message_bytes, partial: Vec::new(), paused: false, fragments: None }
+    }
+
+    /// Bytes of a message that is not whole.
+    pub(crate) fn held(&self) -> usize {
+        self.partial.len() + self.fragments.as_ref().map_or(0, |fragments| fragments.bytes.len())
     }
 
     /// Whether there is something to go on with without reading more.
@@ -142,17 +170,20 @@ impl Decoder {
         if second & 0x80 == 0 {
             return Err(Violation::protocol("frames from a client must be masked"));
         }
-        let (length, at) = match second & 0x7f {
+        let (length, at, least) = match second & 0x7f {
             126 => match bytes.get(2..4).and_then(|b| b.try_into().ok()) {
-                Some(length) => (u64::from(u16::from_be_bytes(length)), 4),
+                Some(length) => (u64::from(u16::from_be_bytes(length)), 4, 126),
                 None => return Ok(None),
             },
             127 => match bytes.get(2..10).and_then(|b| b.try_into().ok()) {
-                Some(length) => (u64::from_be_bytes(length), 10),
+                Some(length) => (u64::from_be_bytes(length), 10, 1 << 16),
                 None => return Ok(None),
             },
-            short => (u64::from(short), 2),
+            short => (u64::from(short), 2, 0),
         };
+        if length < least {
+            return Err(Violation::protocol("a length must be in its shortest form"));
+        }
         let (fin, opcode) = (first & 0x80 != 0, first & 0x0f);
         self.check(fin, opcode, length)?;
         let Some(mask) = bytes.get(at..at + 4).and_then(|b| b.try_into().ok()) else {
@@ -183,13 +214,14 @@ impl Decoder {
             0x0..=0x2 => {}
             _ => return Err(Violation::protocol("the opcode is not defined")),
         }
-        let before = self.fragments.as_ref().map_or(0, |(fragments, _)| fragments.len() as u64);
+        let before = self.fragments.as_ref().map_or(0, |fragments| fragments.bytes.len() as u64);
         let total = before.saturating_add(length);
         if total > self.max_message_bytes as u64 {
             return Err(Violation {
                 code: 1009,
                 reason: format!(
-                    "a message must be at most {} bytes (max_message_bytes), this is {total}",
+                    "a message must be at most {} bytes (limits.max_payload_bytes and what goes with \
+                     it), this is {total}",
                     self.max_message_bytes
                 ),
             });
@@ -207,16 +239,20 @@ impl Decoder {
             (0x1, true) => Ok(on_message(Message::Text(utf8(payload)?))),
             (0x2, true) => Ok(on_message(Message::Binary)),
             (opcode @ (0x1 | 0x2), false) => {
-                self.fragments = Some((payload.to_vec(), opcode == 0x1));
+                let is_text = opcode == 0x1;
+                let fragments = Fragments { bytes: Vec::new(), is_text, checked: 0 };
+                self.fragments.insert(fragments).extend(payload)?;
                 Ok(Flow::Next)
             }
             (0x0, fin) => {
-                if let Some((fragments, _)) = &mut self.fragments {
-                    fragments.extend_from_slice(payload);
+                if let Some(fragments) = &mut self.fragments {
+                    fragments.extend(payload)?;
                 }
                 match self.fragments.take_if(|_| fin) {
-                    Some((whole, true)) => Ok(on_message(Message::Text(utf8(&whole)?))),
-                    Some((_, false)) => Ok(on_message(Message::Binary)),
+                    Some(whole) if whole.is_text => {
+                        Ok(on_message(Message::Text(utf8(&whole.bytes)?)))
+                    }
+                    Some(_) => Ok(on_message(Message::Binary)),
                     None => Ok(Flow::Next),
                 }
             }

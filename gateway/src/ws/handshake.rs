@@ -18,8 +18,9 @@ const MAGIC: &str = "258EAFA5-E914-47DA-95CA-C5AB0DC85B11";
 pub(crate) struct Handshake {
     /// Value of `Sec-WebSocket-Accept`.
     pub(crate) accept: String,
-    /// Subprotocol to answer with; `None` when the client asked for none of ours.
-    pub(crate) protocol: Option<&'static str>,
+    /// Subprotocol to answer with; `None` when the client asked for none. A browser takes no answer but
+    /// one of those that it asked for, and hears nothing of a close code otherwise.
+    pub(crate) protocol: Option<String>,
     /// The client asked for subprotocols, and for none of ours.
     pub(crate) unknown_protocol: bool,
     /// The token, wherever it stood.
@@ -54,6 +55,12 @@ pub(crate) fn read(
     if text(headers, &header::SEC_WEBSOCKET_VERSION) != Some("13") {
         return Err((StatusCode::UPGRADE_REQUIRED, "Sec-WebSocket-Version must be 13"));
     }
+    if has_many(headers, &header::HOST) || has_many(headers, &header::SEC_WEBSOCKET_KEY) {
+        return bad("Host and Sec-WebSocket-Key must be given once");
+    }
+    if headers.get(header::HOST).is_none() && uri.authority().is_none() {
+        return bad("Host is required");
+    }
     let Some(key) = text(headers, &header::SEC_WEBSOCKET_KEY) else {
         return bad("Sec-WebSocket-Key is required");
     };
@@ -65,7 +72,8 @@ pub(crate) fn read(
     let asks = protocols.iter().any(|protocol| !protocol.starts_with(BEARER_PROTOCOL));
     Ok(Handshake {
         accept: STANDARD.encode(Sha1::new().chain_update(key).chain_update(MAGIC).finalize()),
-        protocol: ours.then_some(JSON_PROTOCOL),
+        protocol: if ours { Some(JSON_PROTOCOL) } else { protocols.first().copied() }
+            .map(str::to_owned),
         unknown_protocol: asks && !ours,
         token: find_token(uri, headers, &protocols),
         // One that cannot be read is one that is not allowed.
@@ -120,6 +128,10 @@ fn text<'a>(headers: &'a HeaderMap, name: &HeaderName) -> Option<&'a str> {
     headers.get(name)?.to_str().ok()
 }
 
+fn has_many(headers: &HeaderMap, name: &HeaderName) -> bool {
+    headers.get_all(name).into_iter().nth(1).is_some()
+}
+
 fn tokens<'a>(headers: &'a HeaderMap, name: &HeaderName) -> impl Iterator<Item = &'a str> {
     let values = headers.get_all(name).into_iter().filter_map(|value| value.to_str().ok());
     values.flat_map(|value| value.split(',')).map(str::trim).filter(|token| !token.is_empty())
@@ -135,6 +147,7 @@ mod tests {
 
     fn headers(extra: &[(&'static str, &str)]) -> HeaderMap {
         let usual = [
+            ("host", "127.0.0.1"),
             ("connection", "keep-alive, Upgrade"),
             ("upgrade", "WebSocket"),
             ("sec-websocket-version", "13"),
@@ -172,11 +185,32 @@ mod tests {
     }
 
     #[test]
-    fn only_our_subprotocol_is_answered() {
-        let asked = |value| handshake("/ws", &[("sec-websocket-protocol", value)]);
-        assert_eq!(asked("streamer.v1.json").protocol, Some(JSON_PROTOCOL));
-        assert!(!asked("bearer.x").unknown_protocol);
-        assert!(asked("graphql-ws").unknown_protocol);
+    fn a_subprotocol_that_was_asked_for_is_answered() {
+        let asked = |value| {
+            let handshake = handshake("/ws", &[("sec-websocket-protocol", value)]);
+            (handshake.protocol.unwrap(), handshake.unknown_protocol)
+        };
+        assert_eq!(asked("graphql-ws, streamer.v1.json"), (JSON_PROTOCOL.into(), false));
+        assert_eq!(asked("bearer.x, streamer.v1.json"), (JSON_PROTOCOL.into(), false));
+        assert_eq!(asked("bearer.x"), ("bearer.x".into(), false));
+        // It is told with a close code, which a browser sees only after this.
+        assert_eq!(asked("graphql-ws, other"), ("graphql-ws".into(), true));
+        assert_eq!(handshake("/ws", &[]).protocol, None);
+    }
+
+    #[test]
+    fn a_host_and_a_key_are_given_once() {
+        for name in ["host", "sec-websocket-key"] {
+            let mut twice = headers(&[]);
+            let value = twice[name].clone();
+            twice.append(HeaderName::from_static(name), value);
+            let mut missing = headers(&[]);
+            missing.remove(name);
+            for headers in [twice, missing] {
+                let refused = read(&Method::GET, &"/ws".parse().unwrap(), &headers).unwrap_err();
+                assert_eq!(refused.0, StatusCode::BAD_REQUEST, "{name}");
+            }
+        }
     }
 
     #[test]

@@ -15,8 +15,8 @@ use streamer_auth::{Authenticator, caller_of};
 use streamer_core::{Clock, Uid};
 use streamer_proto::public_methods;
 use streamer_rpc::{
-    CLIENT_ADDRESS, Channel, FORWARDED, PeerAddress, REPEATED, REQUEST_UID, SERVICE_TOKEN,
-    end_when, enter, is_server_error, recorded,
+    CLIENT_ADDRESS, Channel, FORWARDED, Peer, REPEATED, REQUEST_UID, SERVICE_TOKEN, end_when,
+    enter, is_server_error, recorded,
 };
 use streamer_telemetry::{InScope, Traces};
 use tokio::time::timeout;
@@ -52,6 +52,9 @@ async fn admit(State(trusted): State<Trusted>, mut request: Request, next: Next)
     match (&trusted, given) {
         (Trusted::Services(token), Some(given)) if token.is(given.as_bytes()) => {
             request.extensions_mut().insert(FromService);
+            if let Some(peer) = request.extensions().get::<Peer>() {
+                peer.authenticated();
+            }
         }
         (Trusted::Services(_), Some(_)) => {
             let text = "the service token is another one here (peers.secret_file)";
@@ -192,9 +195,11 @@ async fn pass_on(
     if let Ok(uid) = Uid::new(all.clock.now()).to_string().parse() {
         request.headers_mut().insert(REQUEST_UID, uid);
     }
-    let peer = request.extensions().get::<PeerAddress>().map(|peer| peer.0.ip().to_string());
-    if let Some(Ok(address)) = peer.map(HeaderValue::try_from) {
-        request.headers_mut().insert(CLIENT_ADDRESS, address);
+    if let Some(peer) = request.extensions().get::<Peer>() {
+        peer.authenticated();
+        if let Ok(address) = HeaderValue::try_from(peer.address().ip().to_string()) {
+            request.headers_mut().insert(CLIENT_ADDRESS, address);
+        }
     }
     // Kept here, since what is waited for elsewhere is not at fault when a caller's time is up.
     let patience = request.headers_mut().remove(GRPC_TIMEOUT);

@@ -6,7 +6,7 @@ use axum::{
     Router,
     extract::{Request, State},
     http::{StatusCode, header},
-    middleware,
+    middleware::{self, Next},
     response::{IntoResponse, Response},
     routing::get,
 };
@@ -37,6 +37,8 @@ const PROGRESS_HEALTH_PACE: Pace =
     Pace { interval: Duration::from_secs(1), timeout: Duration::from_millis(1500), tries: 2 };
 /// An answer younger than this is given again; while it is a bad one, health is checked this often.
 const HEALTH_CACHE: Duration = Duration::from_millis(500);
+/// Largest message to services that anyone may call (health, reflection), in bytes.
+const MAX_STRANGERS_MESSAGE: usize = 16 * 1024;
 /// Longest part of a path in an answer.
 const MAX_SHOWN_CHARS: usize = 128;
 /// Prometheus' content type of OpenMetrics text.
@@ -212,10 +214,23 @@ impl Services {
         };
         let health = tonic_health::pb::health_server::HealthServer::new(
             tonic_health::server::HealthService::from_health_reporter(self.health.reporter.clone()),
-        );
-        let mut public = Routes::new(health)
-            .add_service(builder().build_v1().map_err(reflection)?)
-            .add_service(builder().build_v1alpha().map_err(reflection)?);
+        )
+        .max_decoding_message_size(MAX_STRANGERS_MESSAGE);
+        // For anyone, and so with a limit of their own.
+        let strangers = Routes::new(health)
+            .add_service(
+                builder()
+                    .build_v1()
+                    .map_err(reflection)?
+                    .max_decoding_message_size(MAX_STRANGERS_MESSAGE),
+            )
+            .add_service(
+                builder()
+                    .build_v1alpha()
+                    .map_err(reflection)?
+                    .max_decoding_message_size(MAX_STRANGERS_MESSAGE),
+            );
+        let mut public = Routes::default();
         let mut internal = Routes::default();
         if let Some(router) = &self.router {
             public = public.add_service(router.public.clone());
@@ -233,9 +248,6 @@ impl Services {
             public = public.add_service(gateway.connections.clone());
         }
         let mut grpc = public.into_axum_router();
-        if let Some(gateway) = &self.gateway {
-            grpc = grpc.merge(gateway.http.clone());
-        }
         if let Some(pass_on) = &self.pass_on {
             grpc = grpc.merge(pass_on.clone().routes());
         }
@@ -247,6 +259,11 @@ impl Services {
         let grpc = grpc.layer(MapResponseLayer::new(move |response: Response| {
             name_message_limit(response, limit)
         }));
+        let strangers = strangers.into_axum_router().reset_fallback();
+        let mut grpc = grpc.merge(strangers).layer(middleware::from_fn(grpc_only));
+        if let Some(gateway) = &self.gateway {
+            grpc = grpc.merge(gateway.http.clone());
+        }
         let grpc = edge::trace_calls(grpc, self.traces.clone());
         // In one process nobody else may speak as a service.
         let trusted = match &self.token {
@@ -276,10 +293,20 @@ impl Services {
     }
 }
 
+/// Whether a client speaks gRPC, as it says.
+fn is_grpc(request: &Request) -> bool {
+    let content_type = request.headers().get(header::CONTENT_TYPE);
+    content_type.is_some_and(|value| value.as_bytes().starts_with(b"application/grpc"))
+}
+
+/// For others there is nothing at the paths of methods.
+async fn grpc_only(request: Request, next: Next) -> Response {
+    if is_grpc(&request) { next.run(request).await } else { unknown_path(request).await }
+}
+
 /// gRPC has an answer of its own for methods that do not exist.
 async fn unknown_path(request: Request) -> Response {
-    let content_type = request.headers().get(header::CONTENT_TYPE);
-    if content_type.is_some_and(|value| value.as_bytes().starts_with(b"application/grpc")) {
+    if is_grpc(&request) {
         let path = request.uri().path();
         let known: String = path.chars().take(MAX_SHOWN_CHARS).collect();
         return Status::unimplemented(format!("{known} does not exist here")).into_http();

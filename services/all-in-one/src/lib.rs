@@ -3,8 +3,10 @@
 //! The services are built by the same constructors that separate processes use and meet as
 //! generated clients over in-process channels; nothing here knows how any of them works.
 
+mod connections;
 mod edge;
 mod http;
+mod incoming_body;
 mod peers;
 mod serve;
 mod wiring;
@@ -204,12 +206,13 @@ impl AllInOne {
         };
         healthy.map_err(StartError::Unhealthy)?;
         let router = services.http()?;
-        let options = serve::Options::new(config, role);
-        let serving = tokio::spawn(serve::serve(listener, router, options, shutdown.clone()));
+        let server = services.server(config);
+        let serving =
+            tokio::spawn(serve::serve(listener, router, server.clone(), shutdown.clone()));
         let metrics_address = metrics_listener.as_ref().map(|(_, address)| *address);
         if let Some((listener, _)) = metrics_listener {
             let router = services.metrics();
-            tasks.push(tokio::spawn(serve::serve(listener, router, options, shutdown.clone())));
+            tasks.push(tokio::spawn(serve::serve(listener, router, server, shutdown.clone())));
         }
         let drain_timeout = Duration::from_millis(config.server.drain_timeout_ms);
         Ok(Self {

@@ -1,31 +1,47 @@
 //! Accepts TCP connections and speaks HTTP/1 and HTTP/2 on them.
 
-use std::{convert::Infallible, io, net::SocketAddr, sync::Arc, time::Duration};
+use std::{
+    convert::Infallible,
+    io,
+    sync::{
+        Arc,
+        atomic::{AtomicBool, Ordering},
+    },
+    time::Duration,
+};
 
 use axum::{Router, body::Body, extract::Request, response::Response};
+use futures_util::future::OptionFuture;
+use http::header;
 use hyper::body::Incoming;
 use hyper_util::{
     rt::{TokioExecutor, TokioIo, TokioTimer},
-    server::{conn::auto::Builder, graceful::GracefulShutdown},
+    server::conn::auto::Builder,
     service::TowerToHyperService,
 };
-use parking_lot::Mutex;
 use streamer_config::Config;
-use streamer_rpc::PeerAddress;
+use streamer_rpc::{Connection, Peer};
 use tokio::{
     net::{TcpListener, TcpStream},
-    sync::{OwnedSemaphorePermit, Semaphore},
-    time::sleep,
+    time::{Instant, sleep},
 };
+use tokio_util::{sync::CancellationToken, task::TaskTracker};
 use tower::{Service, ServiceExt};
 
-use crate::{Role, Shutdown};
+use crate::{
+    Role, Shutdown,
+    connections::{Connections, OpenConnection},
+    incoming_body::{IncomingBody, OfConnection, Undecoded},
+};
 
 /// After an accept that failed for want of something (file descriptors mostly).
 const ACCEPT_PAUSE: Duration = Duration::from_millis(50);
-/// Connections that have not asked for anything yet at most; others wait to be accepted. What is
-/// not known to be a client must not use up the file descriptors of those who are.
-const MAX_SILENT: usize = 4096;
+/// A failure to accept is logged so often.
+const SAY_AGAIN: Duration = Duration::from_secs(10);
+/// A connection on which no valid token was seen for so long is closed once nothing runs on it.
+const STRANGER_LIFE: Duration = Duration::from_secs(60);
+/// Largest head of an HTTP/1 request, in bytes.
+const MAX_HEADER_BYTES: usize = 64 * 1024;
 const KEEP_ALIVE: Duration = Duration::from_secs(20);
 const HTTP2_WINDOW: u32 = 1024 * 1024;
 /// As RFC 9113 has it.
@@ -58,47 +74,67 @@ impl Options {
     }
 }
 
+/// What a server keeps of its connections.
+#[derive(Clone)]
+pub(crate) struct Server {
+    pub(crate) options: Options,
+    pub(crate) connections: Connections,
+    pub(crate) undecoded: Undecoded,
+}
+
 pub(crate) async fn serve(
     listener: TcpListener,
     router: Router,
-    options: Options,
+    server: Server,
     shutdown: Shutdown,
 ) {
-    let builder = builder(options);
-    let graceful = GracefulShutdown::new();
-    let silent = Arc::new(Semaphore::new(MAX_SILENT));
+    let builder = Arc::new(builder(server.options));
+    let open = TaskTracker::new();
+    let mut last_error: Option<Instant> = None;
     loop {
-        let next = async {
-            let place = silent.clone().acquire_owned().await.map_err(io::Error::other)?;
-            Ok((place, listener.accept().await?))
-        };
         let accepted = tokio::select! {
             () = shutdown.accepting.cancelled() => break,
-            accepted = next => accepted,
+            accepted = listener.accept() => accepted,
         };
-        match accepted {
-            Ok((place, (stream, peer))) => {
-                let first = FirstRequest::new(place);
-                let service = WithPeer { router: router.clone(), peer, first };
-                accept(&builder, &graceful, service, stream, options.header_timeout);
-            }
-            Err(error) if is_of_one_connection(&error) => {}
+        let (stream, peer) = match accepted {
+            Ok(accepted) => accepted,
+            Err(error) if is_of_one_connection(&error) => continue,
             Err(error) => {
-                tracing::error!(%error, "cannot accept connections");
+                // It may fail as often as it is tried.
+                if last_error.is_none_or(|at| at.elapsed() > SAY_AGAIN) {
+                    tracing::error!(%error, "cannot accept connections");
+                    last_error = Some(Instant::now());
+                }
                 sleep(ACCEPT_PAUSE).await;
+                continue;
             }
+        };
+        match server.connections.admit(peer) {
+            Ok(connection) => {
+                let (service, builder) = (router.clone(), builder.clone());
+                let (server, stop) = (server.clone(), shutdown.accepting.clone());
+                open.spawn(async move {
+                    handle(&builder, service, stream, connection, &server, stop).await;
+                });
+            }
+            Err(option) => tracing::debug!(%peer, option, "a connection is not let in"),
         }
     }
     drop(listener);
+    open.close();
     tokio::select! {
-        () = graceful.shutdown() => {}
+        () = open.wait() => {}
         () = shutdown.serving.cancelled() => {}
     }
 }
 
 fn builder(options: Options) -> Builder<TokioExecutor> {
     let mut builder = Builder::new(TokioExecutor::new());
-    builder.http1().timer(TokioTimer::new()).header_read_timeout(options.header_timeout);
+    builder
+        .http1()
+        .timer(TokioTimer::new())
+        .header_read_timeout(options.header_timeout)
+        .max_buf_size(MAX_HEADER_BYTES);
     builder
         .http2()
         .timer(TokioTimer::new())
@@ -110,68 +146,81 @@ fn builder(options: Options) -> Builder<TokioExecutor> {
     builder
 }
 
-fn accept(
+/// Serves a connection until it ends, or has to.
+async fn handle(
     builder: &Builder<TokioExecutor>,
-    graceful: &GracefulShutdown,
-    service: WithPeer,
+    router: Router,
     stream: TcpStream,
-    patience: Duration,
+    connection: Arc<OpenConnection>,
+    server: &Server,
+    stop: CancellationToken,
 ) {
+    let peer = connection.address();
     if let Err(error) = stream.set_nodelay(true) {
         tracing::debug!(%error, "a connection was gone before it was served");
         return;
     }
-    let (peer, first) = (service.peer, service.first.clone());
-    let service = TowerToHyperService::new(service);
-    let connection = builder.serve_connection_with_upgrades(TokioIo::new(stream), service);
-    let connection = graceful.watch(connection.into_owned());
-    tokio::spawn(async move {
-        tokio::pin!(connection);
-        let ended = tokio::select! {
-            ended = &mut connection => ended,
-            () = first.has_not_come_in(patience) => {
-                tracing::debug!(%peer, "a connection asked for nothing");
+    let requests = Requests {
+        router,
+        peer: Peer::new(connection.clone()),
+        undecoded: server.undecoded.of_connection(),
+        any: Arc::default(),
+    };
+    let any = requests.any.clone();
+    let service = TowerToHyperService::new(requests);
+    let serving = builder.serve_connection_with_upgrades(TokioIo::new(stream), service);
+    tokio::pin!(serving);
+    let mut stop = Some(Box::pin(stop.cancelled_owned()));
+    let mut silence = Some(Box::pin(sleep(server.options.header_timeout)));
+    let mut stranger = Some(Box::pin(sleep(STRANGER_LIFE)));
+    loop {
+        let stopping = OptionFuture::from(stop.as_mut());
+        let silent = OptionFuture::from(silence.as_mut());
+        let estranged = OptionFuture::from(stranger.as_mut());
+        tokio::select! {
+            ended = &mut serving => {
+                if let Err(error) = ended {
+                    tracing::debug!(%error, %peer, "a connection ended badly");
+                }
                 return;
             }
-        };
-        if let Err(error) = ended {
-            tracing::debug!(%error, %peer, "a connection ended badly");
-        }
-    });
-}
-
-/// Whether a connection has asked for something.
-#[derive(Clone)]
-struct FirstRequest(Arc<Mutex<Option<OwnedSemaphorePermit>>>);
-
-impl FirstRequest {
-    fn new(place: OwnedSemaphorePermit) -> Self {
-        Self(Arc::new(Mutex::new(Some(place))))
-    }
-
-    /// It has come: the connection's place among the silent ones is another's.
-    fn has_come(&self) {
-        drop(self.0.lock().take());
-    }
-
-    /// Returns after so long if it has not come by then, else never.
-    async fn has_not_come_in(&self, patience: Duration) {
-        sleep(patience).await;
-        if self.0.lock().is_none() {
-            std::future::pending::<()>().await;
+            () = connection.evicted.cancelled() => {
+                tracing::debug!(%peer, "a connection without a valid token made room");
+                return;
+            }
+            Some(()) = stopping => {
+                stop = None;
+                serving.as_mut().graceful_shutdown();
+            }
+            Some(()) = silent => {
+                silence = None;
+                if !any.load(Ordering::Relaxed) {
+                    tracing::debug!(%peer, "a connection asked for nothing");
+                    return;
+                }
+            }
+            Some(()) = estranged => {
+                stranger = None;
+                if connection.is_a_strangers() {
+                    // What it asks for may end.
+                    serving.as_mut().graceful_shutdown();
+                }
+            }
         }
     }
 }
 
-/// Tells requests where they come from.
+/// Takes the requests of one connection.
 #[derive(Clone)]
-struct WithPeer {
+struct Requests {
     router: Router,
-    peer: SocketAddr,
-    first: FirstRequest,
+    peer: Peer,
+    undecoded: OfConnection,
+    /// Whether there was any.
+    any: Arc<AtomicBool>,
 }
 
-impl Service<Request<Incoming>> for WithPeer {
+impl Service<Request<Incoming>> for Requests {
     type Response = Response;
     type Error = Infallible;
     type Future = tower::util::Oneshot<Router, Request<Body>>;
@@ -184,9 +233,18 @@ impl Service<Request<Incoming>> for WithPeer {
     }
 
     fn call(&mut self, request: Request<Incoming>) -> Self::Future {
-        self.first.has_come();
-        let mut request = request.map(Body::new);
-        request.extensions_mut().insert(PeerAddress(self.peer));
+        self.any.store(true, Ordering::Relaxed);
+        let content_type = request.headers().get(header::CONTENT_TYPE);
+        let is_grpc =
+            content_type.is_some_and(|kind| kind.as_bytes().starts_with(b"application/grpc"));
+        let (parts, body) = request.into_parts();
+        let body = if is_grpc {
+            Body::new(IncomingBody::new(body, parts.uri.path(), self.undecoded.clone()))
+        } else {
+            Body::new(body)
+        };
+        let mut request = Request::from_parts(parts, body);
+        request.extensions_mut().insert(self.peer.clone());
         self.router.clone().oneshot(request)
     }
 }

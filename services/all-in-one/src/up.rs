@@ -8,6 +8,7 @@ use std::{
     time::Duration,
 };
 
+use rustix::process::{Resource, getrlimit, setrlimit};
 use streamer_all_in_one::{AllInOne, Role};
 use streamer_auth::NewToken;
 use streamer_cli::{ConfigArguments, ConfigSources, Exit, READY, UpArguments};
@@ -33,6 +34,7 @@ pub(crate) async fn run(arguments: &UpArguments, role: Role) -> ExitCode {
         }
     };
     let format = config.log.format.parse().unwrap_or_default();
+    raise_descriptors();
     let traces = match init(&config.log.filter, format, &trace_options(&config, role)) {
         Ok(traces) => traces,
         Err(error) => {
@@ -79,6 +81,15 @@ pub(crate) async fn run(arguments: &UpArguments, role: Role) -> ExitCode {
         () = signals.next() => {}
     }
     Exit::Done.code()
+}
+
+/// Raises the number of file descriptors that may be open to the most that the system allows.
+fn raise_descriptors() {
+    let mut limit = getrlimit(Resource::Nofile);
+    limit.current = limit.maximum;
+    if let Err(error) = setrlimit(Resource::Nofile, limit) {
+        eprintln!("The limit of open files could not be raised: {error}");
+    }
 }
 
 fn trace_options(config: &Config, role: Role) -> TraceOptions {

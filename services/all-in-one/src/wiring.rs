@@ -21,10 +21,18 @@ use tokio::{sync::watch, task::JoinHandle};
 
 use crate::{
     Role, Shutdown, StartError,
+    connections::{ConnectionLimits, Connections},
     edge::PassOn,
     http::{Health, MetricsAccess, Need},
+    incoming_body::Undecoded,
     peers::{PeerList, ServiceToken},
+    serve::{Options, Server},
 };
+
+/// More file descriptors are not counted on, whatever the limit.
+const MAX_DESCRIPTORS: usize = 1 << 20;
+/// What messages between services hold beside one of the largest size, in bytes, four times.
+const MESSAGE_ROOM: usize = 64 * 1024 * 1024;
 
 /// What of Streamer is in this process.
 pub(crate) struct Services {
@@ -230,6 +238,33 @@ impl Services {
         Ok((services, dev_key))
     }
 
+    /// What its connections share.
+    pub(crate) fn server(&self, config: &Config) -> Server {
+        let section = &config.server;
+        let all = match size(section.max_connections) {
+            0 => descriptors() / 5 * 4,
+            all => all,
+        };
+        let from_one_address = match size(section.max_connections_per_address) {
+            0 => (all / 2).max(1),
+            from_one_address => from_one_address,
+        };
+        let limits = ConnectionLimits { all, from_one_address };
+        let undecoded = match self.role {
+            // A message of the largest size must get through.
+            Role::All | Role::Gateway => size(section.max_undecoded_bytes)
+                .max(self.max_message_bytes.saturating_mul(4).saturating_add(MESSAGE_ROOM)),
+            // Other services bound what they send.
+            Role::Router | Role::Processor | Role::Progress => usize::MAX,
+        };
+        let patience = Duration::from_millis(section.body_timeout_ms);
+        Server {
+            options: Options::new(config, self.role),
+            connections: Connections::new(limits, &self.metrics),
+            undecoded: Undecoded::new(undecoded, patience, &self.metrics),
+        }
+    }
+
     /// Starts what runs beside the calls.
     pub(crate) fn spawn(self: Arc<Self>, shutdown: &Shutdown) -> Vec<JoinHandle<()>> {
         let mut tasks = Vec::new();
@@ -261,6 +296,15 @@ impl Services {
         tasks.push(tokio::spawn(async move { self.health.watch(stop).await }));
         tasks
     }
+}
+
+/// How many file descriptors this process may open.
+fn descriptors() -> usize {
+    let limit = rustix::process::getrlimit(rustix::process::Resource::Nofile).current;
+    limit
+        .and_then(|limit| usize::try_from(limit).ok())
+        .unwrap_or(MAX_DESCRIPTORS)
+        .min(MAX_DESCRIPTORS)
 }
 
 /// Section `audit`.
@@ -418,6 +462,11 @@ fn gateway_options(config: &Config, limits: Limits) -> GatewayOptions {
         messages_per_second: number(gateway.messages_per_second),
         message_burst: number(gateway.message_burst),
         max_message_bytes: limits.max_message_bytes(),
+        // A message of the largest size must get through.
+        max_buffered_bytes: size(gateway.max_buffered_bytes).max(limits.max_message_bytes()),
+        max_buffered_bytes_per_user: size(gateway.max_buffered_bytes_per_user)
+            .max(limits.max_message_bytes()),
+        message_timeout: Duration::from_millis(gateway.message_timeout_ms),
         heartbeat: Duration::from_millis(gateway.heartbeat_ms),
         slow_consumer_timeout: Duration::from_millis(gateway.slow_consumer_timeout_ms),
         handshake_timeout: Duration::from_millis(gateway.handshake_timeout_ms),

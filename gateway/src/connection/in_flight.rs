@@ -1,0 +1,49 @@
+//! Calls that are underway for a connection, and what they weigh.
+
+use std::{
+    future::Future,
+    pin::Pin,
+    task::{Context, Poll},
+};
+
+use super::calls::Reply;
+
+pub(super) type Call = Pin<Box<dyn Future<Output = Reply> + Send>>;
+
+/// A call that is underway, and what it weighs.
+pub(super) struct InFlight {
+    pub(super) call: Call,
+    pub(super) cost: Cost,
+}
+
+impl Future for InFlight {
+    type Output = (Reply, Cost);
+
+    fn poll(mut self: Pin<&mut Self>, context: &mut Context<'_>) -> Poll<(Reply, Cost)> {
+        let cost = self.cost;
+        self.call.as_mut().poll(context).map(|reply| (reply, cost))
+    }
+}
+
+/// What a call holds while it is underway.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub(super) struct Cost {
+    pub(super) calls: usize,
+    pub(super) bytes: usize,
+    /// Its answer may be large.
+    pub(super) large: usize,
+}
+
+impl Cost {
+    pub(super) fn add(&mut self, other: Self) {
+        self.calls += other.calls;
+        self.bytes += other.bytes;
+        self.large += other.large;
+    }
+
+    pub(super) fn take_off(&mut self, other: Self) {
+        self.calls -= other.calls;
+        self.bytes -= other.bytes;
+        self.large -= other.large;
+    }
+}
