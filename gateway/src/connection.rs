@@ -10,10 +10,10 @@
 mod calls;
 mod delivery;
 mod in_flight;
+mod subscriptions;
 
 use std::{
     cell::RefCell,
-    collections::HashMap,
     future::Future,
     pin::Pin,
     sync::{Arc, atomic::Ordering},
@@ -22,7 +22,7 @@ use std::{
 
 use bytes::Bytes;
 use futures_util::{StreamExt, stream::FuturesUnordered};
-use streamer_core::{ErrorCode, RequestError, Uid};
+use streamer_core::{ErrorCode, RateLimiter, RequestError, Uid};
 use streamer_rpc::Peer;
 use streamer_telemetry::TraceContext;
 use tokio::io::{AsyncRead, AsyncWrite, ReadBuf};
@@ -31,7 +31,6 @@ use crate::{
     buffers::Counted,
     handle::{ConnectionHandle, close_code},
     messages, protocol,
-    rate::RateLimiter,
     server::Gateway,
     ws::{
         decoder::{Decoder, Flow, Message, Violation},
@@ -40,8 +39,8 @@ use crate::{
     },
 };
 use calls::Reply;
-use delivery::Subscription;
 use in_flight::{Call, Cost, InFlight};
+use subscriptions::Subscriptions;
 
 /// Bytes read at a time, by all connections of a thread in turn.
 const READ_BUFFER: usize = 64 * 1024;
@@ -87,12 +86,9 @@ enum Phase {
 pub(crate) struct Session {
     pub(crate) gateway: Arc<Gateway>,
     pub(crate) handle: Arc<ConnectionHandle>,
-    pub(crate) subscriptions: HashMap<Uid, Subscription>,
+    pub(crate) subscriptions: Subscriptions,
     /// Requests with something to send, in turn.
     pub(crate) ready: Vec<Uid>,
-    /// Calls that will become subscriptions, by the name that was given; `true` when it is not
-    /// wanted any more.
-    pub(crate) opening: Vec<(String, bool)>,
     /// Reads of logs that are underway.
     pub(crate) catching_up: usize,
     rate: RateLimiter,
@@ -127,9 +123,8 @@ impl<S: AsyncRead + AsyncWrite + Unpin> Connection<S> {
             session: Session {
                 gateway,
                 handle,
-                subscriptions: HashMap::new(),
+                subscriptions: Subscriptions::default(),
                 ready: Vec::new(),
-                opening: Vec::new(),
                 catching_up: 0,
                 rate,
                 refused_in_a_row: 0,

@@ -17,7 +17,6 @@ mod messages;
 mod metrics;
 mod peers;
 mod protocol;
-mod rate;
 mod registry;
 mod server;
 mod topic;

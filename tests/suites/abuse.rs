@@ -221,13 +221,15 @@ async fn a_stranger_fills_no_memory_with_unfinished_messages() {
     let server = Server::start(&[]);
     for path in [HEALTH, "/grpc.reflection.v1.ServerReflection/ServerReflectionInfo"] {
         let mut raw = RawGrpc::connect(&server).await;
+        let mut open = Vec::new();
         for _ in 0..300 {
             let (response, mut stream) = raw.call(path, "").await;
             send(&mut stream, unfinished(4 << 20, 100_000)).await;
-            if path == HEALTH {
-                let (code, message) = status_of(response).await;
-                assert!(matches!(code, Code::OutOfRange | Code::ResourceExhausted), "{message}");
-            }
+            open.push((response, stream));
+        }
+        for (response, _stream) in open.drain(..).filter(|_| path == HEALTH) {
+            let (code, message) = status_of(response).await;
+            assert!(matches!(code, Code::OutOfRange | Code::ResourceExhausted), "{message}");
         }
     }
     // Beside 50 MB of a debug build; 1.4 GB before.
@@ -406,4 +408,32 @@ async fn unfinished_messages_of_one_user_are_bounded_and_hurt_no_other() {
     let counted =
         async || metrics(&server.url).await.contains("streamer_gateway_buffered_bytes 0\n");
     while !counted().await {}
+}
+
+#[tokio::test]
+async fn submissions_of_one_user_have_a_rate_whichever_way_they_come() {
+    let server = Server::start(&["limits.submissions_per_second_per_user=1"]);
+    let mut client = Client::connect(&server.url, &server.token("acme", "ann", &[])).await;
+    let option = "limits.submissions_per_second_per_user";
+    let mut admitted = 0;
+    let refused = loop {
+        let answer = client.ask(json!({ "action": "echo", "payload": 1 })).await;
+        if answer["type"] != "response" {
+            break answer;
+        }
+        admitted += 1;
+    };
+    assert!(admitted >= 2, "{admitted}");
+    assert_eq!(refused["error"]["code"], "RATE_LIMITED");
+    assert!(refused["error"]["message"].as_str().unwrap().contains(option), "{refused}");
+    assert!(refused["error"]["details"]["retry_after_ms"].as_i64().unwrap() > 0, "{refused}");
+    // The user's other ways are the same one, and nobody else's.
+    let refused = loop {
+        if let Err(refused) = submit(&server, "acme", "echo_async", "{}".into()).await {
+            break refused;
+        }
+    };
+    assert_eq!(refused.code(), Code::ResourceExhausted, "{refused}");
+    assert!(refused.message().contains(option), "{refused}");
+    submit(&server, "globex", "echo_async", "{}".into()).await.unwrap();
 }

@@ -210,6 +210,8 @@ impl Subject {
         }
         let mut settings: Vec<String> = [
             "gateway.messages_per_second=0",
+            "limits.submissions_per_second_per_tenant=0",
+            "limits.submissions_per_second_per_user=0",
             "gateway.max_connections_per_user=1000000",
             "gateway.max_connections_per_address=1000000",
         ]

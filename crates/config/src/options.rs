@@ -218,6 +218,11 @@ options! {
         max_payload_bytes: u64 = 4_194_304, in 1_024..=67_108_864;
         /// Largest chunk of output, in bytes.
         max_output_chunk_bytes: u64 = 1_048_576, in 1_024..=16_777_216;
+        /// Submissions a second of one tenant at one router, twice as many at once; 0 for no limit. More
+        /// are refused with RATE_LIMITED.
+        submissions_per_second_per_tenant: u64 = 20_000, in 0..=1_000_000;
+        /// The same, of one user.
+        submissions_per_second_per_user: u64 = 10_000, in 0..=1_000_000;
     }
     /// WebSocket connections.
     gateway: Gateway {

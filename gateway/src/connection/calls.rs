@@ -80,17 +80,11 @@ impl Session {
     /// Notes that a subscription is on its way, if one more is allowed.
     fn may_open(&mut self, name: &str) -> Result<(), Call> {
         let limit = self.gateway.options.max_subscriptions;
-        if self.subscriptions.len() + self.opening.len() >= limit {
+        if self.subscriptions.count() >= limit {
             return Err(too_many_subscriptions(Some(name.to_owned()), limit));
         }
-        self.opening.push((name.to_owned(), false));
+        self.subscriptions.will_open(name);
         Ok(())
-    }
-
-    /// The subscription is here; says whether it is still wanted.
-    fn has_opened(&mut self, name: &str) -> bool {
-        let position = self.opening.iter().position(|(opening, _)| opening == name);
-        position.is_none_or(|position| !self.opening.swap_remove(position).1)
     }
 
     fn submit(&mut self, message: &RequestMessage<'_>) -> Call {
@@ -174,17 +168,10 @@ impl Session {
     }
 
     fn end_subscription(&mut self, name: &str) -> Call {
-        let named = |subscription: &Subscription| {
-            let names = &subscription.topic.names;
-            names.uid == name || names.request_id == name
-        };
-        let found = self.subscriptions.iter().find(|(_, subscription)| named(subscription));
-        if let Some(uid) = found.map(|(uid, _)| *uid) {
+        if let Some(uid) = self.subscriptions.find(name) {
             self.unsubscribe(uid);
         }
-        for (opening, unwanted) in &mut self.opening {
-            *unwanted |= opening == name;
-        }
+        self.subscriptions.give_up(name);
         let frame = messages::unsubscribed(name, self.gateway.clock.now());
         Box::pin(std::future::ready(Reply::Frame(frame)))
     }
@@ -277,7 +264,7 @@ impl Session {
             }
             Reply::CaughtUp(link, page) => self.caught_up(&link, page, out),
             Reply::Submitted { outcome, name, latest, trace } => {
-                let wanted = self.has_opened(&name);
+                let wanted = self.subscriptions.has_opened(&name);
                 match outcome {
                     Ok(response) => self.submitted(*response, wanted, latest, trace, out),
                     Err(status) => {
@@ -287,7 +274,7 @@ impl Session {
                 }
             }
             Reply::Opened { outcome, name, latest } => {
-                let wanted = self.has_opened(&name);
+                let wanted = self.subscriptions.has_opened(&name);
                 match outcome {
                     Ok(opened) if wanted => self.opened(*opened, latest, out),
                     Ok(_) => {}
@@ -347,10 +334,10 @@ impl Session {
         out.push(messages::acknowledgment(&names, &said, now));
         let Ok(uid) = names.uid.parse::<Uid>() else { return };
         // One that has brought everything makes room for the replay.
-        if self.subscriptions.get(&uid).is_some_and(Subscription::is_over) {
+        if self.subscriptions.get(uid).is_some_and(Subscription::is_over) {
             self.unsubscribe(uid);
         }
-        if !wanted || self.subscriptions.contains_key(&uid) {
+        if !wanted || self.subscriptions.get(uid).is_some() {
             return;
         }
         // The acknowledgement stands for the first event; everything after it follows, also for

@@ -133,7 +133,7 @@ impl Session {
         high_water: usize,
         reads: &mut Vec<Call>,
     ) -> bool {
-        let Some(subscription) = self.subscriptions.get_mut(&uid) else { return false };
+        let Some(subscription) = self.subscriptions.get_mut(uid) else { return false };
         subscription.link.looked();
         if let Some(refusal) = subscription.link.take_refusal() {
             self.drop_subscription(uid, &request_error(&refusal), out);
@@ -187,7 +187,7 @@ impl Session {
     ) {
         self.catching_up -= 1;
         let uid = link.uid;
-        let Some(subscription) = self.subscriptions.get_mut(&uid) else { return };
+        let Some(subscription) = self.subscriptions.get_mut(uid) else { return };
         if !Arc::ptr_eq(&subscription.link, link) {
             return;
         }
@@ -222,7 +222,7 @@ impl Session {
     }
 
     fn drop_subscription(&mut self, uid: Uid, error: &RequestError, out: &mut Outbox) {
-        if let Some(subscription) = self.subscriptions.get(&uid) {
+        if let Some(subscription) = self.subscriptions.get(uid) {
             let request_id = subscription.topic.names.request_id.clone();
             out.push(messages::error(Some(&request_id), error, self.gateway.clock.now()));
         }
@@ -231,7 +231,7 @@ impl Session {
 
     /// Ends a subscription; says whether there was one.
     pub(crate) fn unsubscribe(&mut self, uid: Uid) -> bool {
-        match self.subscriptions.remove(&uid) {
+        match self.subscriptions.remove(uid) {
             Some(subscription) => {
                 self.gateway.hub.leave(&subscription.topic, self.handle.id);
                 true

@@ -13,7 +13,7 @@ use streamer_gateway::{GatewayOptions, GatewayServer, OtherGateways};
 use streamer_handler::Handlers;
 use streamer_processor::{Processor, ProcessorOptions};
 use streamer_progress::{Progress, Ring};
-use streamer_router::Router;
+use streamer_router::{Router, SubmissionLimits};
 use streamer_rpc::{Member, Members, local};
 use streamer_store::{Engine, Store};
 use streamer_telemetry::{Metrics, Traces};
@@ -167,6 +167,10 @@ impl Services {
                 progress: watches.clone(),
                 metrics: metrics.clone(),
                 limits,
+                submissions: SubmissionLimits {
+                    of_tenant: number(config.limits.submissions_per_second_per_tenant),
+                    of_user: number(config.limits.submissions_per_second_per_user),
+                },
                 hints: config.execution.hints,
             })
         });

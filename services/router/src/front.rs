@@ -35,6 +35,7 @@ use crate::{
     peers::Peers,
     queue::{self, MAX_AHEAD, MAX_AHEAD_OF_NEW},
     refusal::{failed_precondition, forbidden, permitted, refuse},
+    submission_rates::SubmissionRates,
     wait,
 };
 
@@ -54,6 +55,7 @@ pub(crate) struct Front {
     pub(crate) metrics: RouterMetrics,
     pub(crate) limits: Limits,
     pub(crate) changes: ChangeLimiter,
+    pub(crate) submissions: SubmissionRates,
 }
 
 /// A request that is stored.
@@ -110,6 +112,7 @@ impl Front {
         let refused = |_: &Status| {
             self.metrics.refused.inc();
         };
+        self.submissions.admit(&caller.principal, now).inspect_err(refused)?;
         refuse(&violations).inspect_err(refused)?;
         let Principal { tenant, .. } = &*caller.principal;
         let known = self.catalog.find(&submission.action, tenant).await.inspect_err(refused)?;

@@ -15,6 +15,7 @@ mod queue;
 mod redrive;
 mod refusal;
 mod router_service;
+mod submission_rates;
 mod wait;
 
 use std::{sync::Arc, time::Duration};
@@ -33,7 +34,10 @@ use tokio_util::sync::CancellationToken;
 use crate::{
     catalog::Catalog, change_limiter::ChangeLimiter, front::Front, metrics::RouterMetrics,
     operations::OperationsApi, peers::Peers, router_service::RouterApi,
+    submission_rates::SubmissionRates,
 };
+
+pub use submission_rates::SubmissionLimits;
 
 /// What the router needs.
 pub struct Dependencies {
@@ -53,6 +57,8 @@ pub struct Dependencies {
     pub metrics: Metrics,
     /// Sizes that bound payloads and results.
     pub limits: Limits,
+    /// How often tenants and users may submit.
+    pub submissions: SubmissionLimits,
     /// Whether processors are told of new requests.
     pub hints: bool,
 }
@@ -93,6 +99,7 @@ impl Router {
             metrics: RouterMetrics::new(&dependencies.metrics),
             limits: dependencies.limits,
             changes: ChangeLimiter::default(),
+            submissions: SubmissionRates::new(dependencies.submissions),
         });
         let public = RouterServiceServer::new(RouterApi::new(front.clone()))
             .max_decoding_message_size(max_message_bytes)

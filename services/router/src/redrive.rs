@@ -74,7 +74,11 @@ impl Front {
                 Ok(None) => {}
                 Ok(request) => redriven.push(Redriven { uid, request, error: None }),
                 // The store may be back for the next page; whatever else it is, it is this one's.
-                Err(status) if status.code() == Code::Unavailable => return Err(status),
+                Err(status)
+                    if matches!(status.code(), Code::Unavailable | Code::ResourceExhausted) =>
+                {
+                    return Err(status);
+                }
                 Err(status) => {
                     let error = Some(error_to_proto(&request_error(&status)));
                     redriven.push(Redriven { uid, request: None, error });
@@ -101,6 +105,7 @@ impl Front {
         old: &RequestRecord,
         client_id: Option<String>,
     ) -> Result<Created, Status> {
+        self.submissions.admit(&caller.principal, self.clock.now())?;
         let known = self.catalog.find(&old.action, &old.owner.tenant).await?;
         permitted(caller, &known)?;
         let payload =

@@ -15,6 +15,7 @@ use tokio::sync::{Semaphore, mpsc};
 use tonic::{Request, Response};
 
 use super::*;
+use crate::SubmissionLimits;
 
 /// Hands announcements to the test, once the test lets them pass.
 struct Announcements {
@@ -70,6 +71,7 @@ fn scene() -> Scene {
         metrics: RouterMetrics::new(&Metrics::new()),
         limits,
         changes: ChangeLimiter::default(),
+        submissions: SubmissionRates::new(SubmissionLimits { of_tenant: 0, of_user: 0 }),
     });
     let principal = Principal {
         tenant: "acme".into(),

@@ -2,10 +2,11 @@
 
 use std::time::Duration;
 
-use streamer_core::Timestamp;
+use crate::Timestamp;
 
 /// Lets so many through a second, and bursts beyond that.
-pub(crate) struct RateLimiter {
+#[derive(Debug)]
+pub struct RateLimiter {
     per_second: u32,
     burst: u32,
     /// When an evenly spaced sequence of everything admitted so far would be over, in microseconds.
@@ -14,12 +15,16 @@ pub(crate) struct RateLimiter {
 
 impl RateLimiter {
     /// `per_second` 0 means no limit.
-    pub(crate) fn new(per_second: u32, burst: u32) -> Self {
+    #[must_use]
+    pub fn new(per_second: u32, burst: u32) -> Self {
         Self { per_second, burst: burst.max(1), busy_until: 0 }
     }
 
     /// Admits one more, or says how long to wait.
-    pub(crate) fn admit(&mut self, now: Timestamp) -> Result<(), Duration> {
+    ///
+    /// # Errors
+    /// The time to wait.
+    pub fn admit(&mut self, now: Timestamp) -> Result<(), Duration> {
         if self.per_second == 0 {
             return Ok(());
         }

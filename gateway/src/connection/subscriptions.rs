@@ -1,0 +1,108 @@
+//! The requests that a connection is subscribed to, and those that it will be: each found by any of
+//! its names in the same time, however many there are.
+
+use std::collections::HashMap;
+
+use streamer_core::Uid;
+
+use super::delivery::Subscription;
+
+#[derive(Default)]
+pub(crate) struct Subscriptions {
+    by_uid: HashMap<Uid, Subscription>,
+    /// By `request_id`, where that is not the `uid`.
+    by_name: HashMap<Box<str>, Uid>,
+    opening: Opening,
+}
+
+/// Calls that will become subscriptions.
+#[derive(Default)]
+struct Opening {
+    /// By the name that was given; whether each of them is still wanted.
+    by_name: HashMap<Box<str>, Vec<bool>>,
+    count: usize,
+}
+
+impl Subscriptions {
+    /// How many there are, or will be.
+    pub(crate) fn count(&self) -> usize {
+        self.by_uid.len() + self.opening.count
+    }
+
+    pub(crate) fn get(&self, uid: Uid) -> Option<&Subscription> {
+        self.by_uid.get(&uid)
+    }
+
+    pub(crate) fn get_mut(&mut self, uid: Uid) -> Option<&mut Subscription> {
+        self.by_uid.get_mut(&uid)
+    }
+
+    pub(crate) fn values(&self) -> impl Iterator<Item = &Subscription> {
+        self.by_uid.values()
+    }
+
+    pub(crate) fn insert(&mut self, uid: Uid, subscription: Subscription) {
+        let names = &subscription.topic.names;
+        if names.request_id != names.uid {
+            self.by_name.insert(names.request_id.as_str().into(), uid);
+        }
+        self.by_uid.insert(uid, subscription);
+    }
+
+    pub(crate) fn remove(&mut self, uid: Uid) -> Option<Subscription> {
+        let subscription = self.by_uid.remove(&uid)?;
+        let name = subscription.topic.names.request_id.as_str();
+        // A request of a colleague may have the same name.
+        if self.by_name.get(name) == Some(&uid) {
+            self.by_name.remove(name);
+        }
+        Some(subscription)
+    }
+
+    /// The request of this name, if there is a subscription to it.
+    pub(crate) fn find(&self, name: &str) -> Option<Uid> {
+        let named = self.by_name.get(name).copied();
+        named.or_else(|| name.parse().ok().filter(|uid| self.by_uid.contains_key(uid)))
+    }
+
+    /// A subscription under this name is on its way.
+    pub(crate) fn will_open(&mut self, name: &str) {
+        self.opening.by_name.entry(name.into()).or_default().push(true);
+        self.opening.count += 1;
+    }
+
+    /// One under this name is here, or failed; says whether it is still wanted.
+    pub(crate) fn has_opened(&mut self, name: &str) -> bool {
+        let Some(opening) = self.opening.by_name.get_mut(name) else { return true };
+        self.opening.count -= 1;
+        let is_wanted = opening.swap_remove(0);
+        if opening.is_empty() {
+            self.opening.by_name.remove(name);
+        }
+        is_wanted
+    }
+
+    /// Those on their way under this name are not wanted any longer.
+    pub(crate) fn give_up(&mut self, name: &str) {
+        self.opening.by_name.get_mut(name).into_iter().for_each(|opening| opening.fill(false));
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn what_is_given_up_while_it_is_on_its_way_is_not_wanted() {
+        let mut subscriptions = Subscriptions::default();
+        subscriptions.will_open("a");
+        subscriptions.will_open("b");
+        subscriptions.give_up("a");
+        subscriptions.give_up("unknown");
+        subscriptions.will_open("a");
+        assert_eq!(subscriptions.count(), 3);
+        let wanted = ["a", "a", "b", "unknown"].map(|name| subscriptions.has_opened(name));
+        assert_eq!(wanted, [false, true, true, true]);
+        assert!(subscriptions.count() == 0 && subscriptions.opening.by_name.is_empty());
+    }
+}
