@@ -83,7 +83,7 @@ impl Hub {
             let mut stream = self.watch(name.clone(), after_seq, authorization.clone()).await?;
             match stream.message().await {
                 Ok(first) => break (stream, first),
-                // The instance was lost before it had said anything; others may answer.
+                // The instance failed before its first answer; others may answer.
                 Err(status) if is_lost(&status) && tries < OPEN_TRIES => {
                     tries += 1;
                     self.metrics.upstream_lost.inc();

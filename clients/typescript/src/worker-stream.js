@@ -15,7 +15,7 @@ const WELCOME_TIMEOUT_MS = 20_000;
 const DEFAULT_UNACKNOWLEDGED_BYTES = 8 * 1024 * 1024;
 /** A token is renewed when a fifth of its time is left, but not earlier than this, in ms. */
 const MAX_TOKEN_LEAD_MS = 60_000;
-/** What runs is handed back so long before a token expires that cannot be renewed, in ms. */
+/** Time before the expiry of a token that cannot be renewed at which running work is handed back. */
 export const HAND_BACK_MS = 5000;
 /** Between failed renewals of a token, in milliseconds. */
 const TOKEN_RETRY_MS = 1000;
@@ -278,7 +278,7 @@ export class WorkStream {
       this.host.log(
         'warn',
         `the token expires in ${Math.round(left / 1000)} s and cannot be renewed: before that, what` +
-          ' runs is handed back and the worker ends; give a function that returns fresh tokens',
+          ' runs is handed back and the worker ends; give a function that returns fresh tokens, such as tokenFile',
       );
       const wait = Math.max(left - HAND_BACK_MS, left / 2);
       this.#renewal = this.#after(wait, () => {

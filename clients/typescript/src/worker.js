@@ -220,7 +220,7 @@ export class Worker {
   /** The token cannot be renewed: hands back what runs, in time for that to be acknowledged. */
   #onTokenEnds() {
     this.#tokenExpired = new CallError(
-      'the token has expired and cannot be renewed; give a function that returns fresh tokens',
+      'the token has expired and cannot be renewed; give a function that returns fresh tokens, such as tokenFile',
       { code: 'UNAUTHORIZED', status: status.UNAUTHENTICATED },
     );
     // Its end is the end of `serve`, which says why.

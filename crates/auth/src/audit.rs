@@ -6,8 +6,9 @@
 //! delays no call. Records that it cannot keep up with are counted.
 
 use std::{
+    collections::HashMap,
     fs::OpenOptions,
-    io::{self, BufWriter, Write},
+    io::{self, Write},
     net::IpAddr,
     path::Path,
     sync::{
@@ -22,10 +23,15 @@ use parking_lot::Mutex;
 use serde::Serialize;
 use streamer_core::{Clock, Timestamp, validate::cut};
 
+use crate::warn_if_others_can_read;
+
 /// Records that wait to be written at most.
 const MAX_WAITING: usize = 4096;
-/// Refusals that are recorded in one second at most: strangers must not fill the disk.
+/// Refusals of one tenant that are recorded in one second at most, and of callers without a valid token:
+/// no caller must fill the disk, or hide what others do.
 const MAX_REFUSALS: u32 = 50;
+/// Tenants whose refusals are recorded in one second at most.
+const MAX_TENANTS: usize = 100;
 /// Longest text of a caller in a record, in bytes.
 const MAX_TEXT_BYTES: usize = 256;
 /// In place of a file: standard error.
@@ -39,7 +45,7 @@ struct Writer {
     clock: Arc<dyn Clock>,
     lines: SyncSender<Line>,
     refusals: Mutex<Refusals>,
-    on_dropped: Box<dyn Fn() + Send + Sync>,
+    on_dropped: Arc<dyn Fn() + Send + Sync>,
 }
 
 enum Line {
@@ -48,11 +54,11 @@ enum Line {
     Flush(SyncSender<()>),
 }
 
-/// How many refusals this second has seen.
+/// How many refusals this second has seen, by tenant; `None` stands for callers without a valid token.
 #[derive(Default)]
 struct Refusals {
     second: i64,
-    count: u32,
+    counts: HashMap<Option<String>, u32>,
     /// Those that were not recorded, since the last one that was.
     suppressed: u64,
 }
@@ -127,16 +133,18 @@ impl Audit {
             options.append(true).create(true);
             #[cfg(unix)]
             std::os::unix::fs::OpenOptionsExt::mode(&mut options, 0o600);
-            Box::new(options.open(path)?)
+            let file = options.open(path)?;
+            warn_if_others_can_read(path);
+            Box::new(file)
         };
         let (lines, waiting) = sync_channel(MAX_WAITING);
-        thread::Builder::new().name("audit".into()).spawn(move || write(output, &waiting))?;
-        Ok(Self(Some(Arc::new(Writer {
-            clock,
-            lines,
-            refusals: Mutex::default(),
-            on_dropped: Box::new(on_dropped),
-        }))))
+        let on_dropped: Arc<dyn Fn() + Send + Sync> = Arc::new(on_dropped);
+        let dropped = on_dropped.clone();
+        thread::Builder::new()
+            .name("audit".into())
+            .spawn(move || write(output, &waiting, &*dropped))?;
+        let refusals = Mutex::default();
+        Ok(Self(Some(Arc::new(Writer { clock, lines, refusals, on_dropped }))))
     }
 
     pub(crate) fn is_on(&self) -> bool {
@@ -154,7 +162,7 @@ impl Audit {
     pub(crate) fn refused(&self, record: Record<'_>) {
         let Some(writer) = &self.0 else { return };
         let now = writer.clock.now();
-        let suppressed = writer.refusals.lock().one_more(now);
+        let suppressed = writer.refusals.lock().one_more(record.tenant, now);
         if let Some(suppressed) = suppressed {
             writer.write(now, record, suppressed);
         }
@@ -180,7 +188,10 @@ impl Audit {
 }
 
 impl Writer {
-    fn write(&self, now: Timestamp, record: Record<'_>, suppressed: u64) {
+    fn write(&self, now: Timestamp, mut record: Record<'_>, suppressed: u64) {
+        record.reason = record
+            .reason
+            .map(|reason| &reason[..reason.floor_char_boundary(MAX_TEXT_BYTES.min(reason.len()))]);
         let stamped = Stamped { time: now.to_string(), record, suppressed };
         let Ok(mut line) = serde_json::to_vec(&stamped) else { return (self.on_dropped)() };
         line.push(b'\n');
@@ -193,16 +204,24 @@ impl Writer {
 
 impl Refusals {
     /// Counts a refusal: how many before it were not recorded, or `None` if it is not to be either.
-    fn one_more(&mut self, now: Timestamp) -> Option<u64> {
+    fn one_more(&mut self, tenant: Option<&str>, now: Timestamp) -> Option<u64> {
         let second = now.as_millis().div_euclid(1000);
         if self.second != second {
-            (self.second, self.count) = (second, 0);
+            self.second = second;
+            self.counts.clear();
         }
-        if self.count >= MAX_REFUSALS {
+        let tenant = tenant.map(str::to_owned);
+        let is_known = self.counts.contains_key(&tenant);
+        if !is_known && self.counts.len() >= MAX_TENANTS {
             self.suppressed += 1;
             return None;
         }
-        self.count += 1;
+        let count = self.counts.entry(tenant).or_insert(0);
+        if *count >= MAX_REFUSALS {
+            self.suppressed += 1;
+            return None;
+        }
+        *count += 1;
         Some(std::mem::take(&mut self.suppressed))
     }
 }
@@ -215,19 +234,25 @@ impl Subject {
     }
 }
 
-fn write(output: Box<dyn Write + Send>, lines: &Receiver<Line>) {
-    let mut output = BufWriter::new(output);
+fn write(mut output: Box<dyn Write + Send>, lines: &Receiver<Line>, on_dropped: &dyn Fn()) {
     let mut fails = false;
     while let Ok(first) = lines.recv() {
-        let mut flushed = Vec::new();
-        let mut outcome = Ok(());
-        for line in std::iter::once(first).chain(lines.try_iter()) {
+        let (mut flushed, mut batch, mut count) = (Vec::new(), Vec::new(), 0_usize);
+        for line in std::iter::once(first).chain(lines.try_iter()).take(MAX_WAITING) {
             match line {
-                Line::Record(line) => outcome = outcome.and_then(|()| output.write_all(&line)),
+                Line::Record(line) => {
+                    batch.extend(line);
+                    count += 1;
+                }
                 Line::Flush(sender) => flushed.push(sender),
             }
         }
-        let outcome = outcome.and_then(|()| output.flush());
+        let outcome = output.write_all(&batch).and_then(|()| output.flush());
+        if outcome.is_err() {
+            // What was written of it may end in the midst of a line; the next one begins a new line.
+            (0..count).for_each(|_| on_dropped());
+            drop(output.write_all(b"\n"));
+        }
         if let (Err(error), false) = (&outcome, fails) {
             tracing::error!(%error, "the audit log cannot be written");
         }

@@ -114,7 +114,9 @@ impl AuthLayer {
     ///
     /// # Errors
     /// `UNAUTHENTICATED`, `PERMISSION_DENIED`, or `UNAVAILABLE` while the keys cannot be had.
-    pub async fn check_operator(&self, request: Parts) -> Result<(), Status> {
+    pub async fn check_operator(&self, mut request: Parts) -> Result<(), Status> {
+        // No service asks for this on behalf of a client.
+        request.headers.remove(CLIENT_ADDRESS);
         let mut entry = Entry::of(&request.uri, &request.headers, &request.extensions, &self.audit);
         let outcome = caller_of(&self.authenticator, &request.headers).await.and_then(|caller| {
             let is_operator = caller.principal.may(permissions::OPERATOR);
@@ -132,6 +134,27 @@ impl AuthLayer {
             self.audit.refused(entry.record(outcome, Some(refusal.message())));
         }
         outcome
+    }
+
+    /// Who sends these headers, for services only some of whose calls come from users.
+    ///
+    /// # Errors
+    /// `UNAUTHENTICATED`, or `UNAVAILABLE` while the keys cannot be had.
+    pub async fn caller_of(&self, request: &Parts) -> Result<Caller, Status> {
+        let outcome = caller_of(&self.authenticator, &request.headers).await;
+        if let Err(refusal) = &outcome
+            && refusal.code() == Code::Unauthenticated
+        {
+            self.refused(request, refusal);
+        }
+        outcome
+    }
+
+    /// Records that this request is refused.
+    pub fn refused(&self, request: &Parts, refusal: &Status) {
+        let Parts { uri, headers, extensions, .. } = request;
+        let entry = Entry::of(uri, headers, extensions, &self.audit);
+        self.audit.refused(entry.record(code_name(refusal.code()), Some(refusal.message())));
     }
 
     /// Puts authentication in front of `service`.
@@ -241,7 +264,7 @@ fn prepare<B>(
     (request, After { left, entry })
 }
 
-/// Who sends these headers: for services only some of whose calls come from users.
+/// Who sends these headers, without a record in the audit log: for calls of other services.
 ///
 /// # Errors
 /// `UNAUTHENTICATED`, or `UNAVAILABLE` while the keys cannot be had.
@@ -269,6 +292,17 @@ struct Entry {
     principal: Option<Arc<Principal>>,
     /// Where what it is about is noted, if it is recorded also when it is let through.
     subject: Option<Arc<Mutex<Option<Subject>>>>,
+    is_recorded: bool,
+}
+
+impl Drop for Entry {
+    fn drop(&mut self) {
+        // Its caller has left: what it asked for may be done all the same.
+        if !self.is_recorded && self.subject.is_some() {
+            self.audit
+                .record(self.record("CANCELLED", Some("the caller did not await the answer")));
+        }
+    }
 }
 
 impl Entry {
@@ -287,6 +321,7 @@ impl Entry {
             from: forwarded.or_else(peer),
             principal: None,
             subject: None,
+            is_recorded: false,
         }
     }
 
@@ -311,12 +346,13 @@ impl Entry {
         }
     }
 
-    fn answered(&self, response: &Response<Body>) {
+    fn answered(&mut self, response: &Response<Body>) {
         // A unary call that fails is answered with headers alone.
         let status = Status::from_header_map(response.headers());
         let code = status.as_ref().map_or(Code::Ok, Status::code);
         let outcome = code_name(code);
         let reason = status.as_ref().filter(|_| code != Code::Ok).map(Status::message);
+        self.is_recorded = true;
         if code == Code::PermissionDenied {
             self.audit.refused(self.record(outcome, reason));
         } else if self.subject.is_some() {
@@ -357,7 +393,7 @@ pub struct After {
 
 impl After {
     fn apply(&mut self, response: Response<Body>) -> Response<Body> {
-        if let Some(entry) = self.entry.take() {
+        if let Some(mut entry) = self.entry.take() {
             entry.answered(&response);
         }
         limited(response, self.left)
@@ -427,7 +463,70 @@ where
 
 #[cfg(test)]
 mod tests {
+    use streamer_core::{Clock, SystemClock};
+
     use super::*;
+    use crate::{DEV_AUDIENCE, DEV_ISSUER, DevKey, NewToken, TokenRules};
+
+    /// Never answers.
+    #[derive(Clone)]
+    struct Silent;
+
+    impl Service<Request<()>> for Silent {
+        type Response = Response<Body>;
+        type Error = Infallible;
+        type Future = Pin<Box<dyn Future<Output = Result<Response<Body>, Infallible>> + Send>>;
+
+        fn poll_ready(&mut self, _: &mut Context<'_>) -> Poll<Result<(), Infallible>> {
+            Poll::Ready(Ok(()))
+        }
+
+        fn call(&mut self, request: Request<()>) -> Self::Future {
+            let caller = request.extensions().get::<Caller>().cloned();
+            Box::pin(async move {
+                caller.unwrap().note_subject(|| Subject::named("r"));
+                std::future::pending().await
+            })
+        }
+    }
+
+    #[tokio::test]
+    async fn a_call_whose_caller_leaves_is_recorded_all_the_same() {
+        let folder = tempfile::tempdir().unwrap();
+        let clock: Arc<dyn Clock> = Arc::new(SystemClock);
+        let key = DevKey::load_or_create(folder.path()).unwrap();
+        let token = NewToken {
+            user: "ann".into(),
+            tenant: "acme".into(),
+            permissions: Vec::new(),
+            expires_in: Duration::from_secs(60),
+        };
+        let token = key.sign(&token, clock.now()).unwrap();
+        let rules = TokenRules {
+            issuers: vec![DEV_ISSUER.into()],
+            audiences: vec![DEV_AUDIENCE.into()],
+            ..TokenRules::default()
+        };
+        let keys = vec![key.verification_key().unwrap()];
+        let authenticator = Arc::new(Authenticator::new(keys, None, rules, clock.clone()));
+        let path = folder.path().join("audit.jsonl");
+        let audit = Audit::open(&path, clock, || panic!("none is dropped")).unwrap();
+        let mut service = AuthLayer::new(authenticator, audit.clone()).wrap(Silent);
+        for _ in 0..2 {
+            let request = Request::post("/streamer.router.v1.RouterService/Cancel")
+                .header(AUTHORIZATION, format!("Bearer {token}"));
+            let mut call = Box::pin(service.call(request.body(()).unwrap()));
+            assert!(futures_util::poll!(&mut call).is_pending());
+        }
+        audit.flush(Duration::from_secs(60));
+        let text = std::fs::read_to_string(&path).unwrap();
+        assert_eq!(text.lines().count(), 2, "{text}");
+        for line in text.lines() {
+            let record: serde_json::Value = serde_json::from_str(line).unwrap();
+            let said = ["outcome", "user", "subject"].map(|name| record[name].as_str().unwrap());
+            assert_eq!(said, ["CANCELLED", "ann", "r"]);
+        }
+    }
 
     #[test]
     fn every_method_that_is_not_recorded_exists() {

@@ -14,7 +14,7 @@ const MAX_MILLIS: i64 = 366 * 24 * 3600 * 1000;
 /// Largest description, in bytes.
 const MAX_DESCRIPTION_BYTES: usize = 4096;
 /// Largest payload schema, in bytes.
-pub const MAX_SCHEMA_BYTES: usize = 256 * 1024;
+const MAX_SCHEMA_BYTES: usize = 256 * 1024;
 
 /// A declaration as the schema writes it; `threshold` decides whether it is sync.
 #[must_use]

@@ -13,7 +13,7 @@ mod spans;
 mod status;
 mod token;
 
-pub use action::{MAX_SCHEMA_BYTES, action_from_proto, action_to_proto};
+pub use action::{action_from_proto, action_to_proto};
 pub use channel::{
     CLIENT_ADDRESS, Channel, Connection, FORWARDED, NOT_TAKEN, Peer, REPEATED, REQUEST_UID,
     SERVICE_TOKEN, local, remote, with_authorization,

@@ -1,4 +1,4 @@
-//! Times the dearest schemas and payloads that are accepted: how long is the longest validation?
+//! Times the most expensive schemas and payloads that are accepted: how long is the longest validation?
 
 use std::{
     sync::Arc,

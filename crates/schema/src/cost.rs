@@ -21,6 +21,8 @@ use crate::{
 
 /// Deepest payload that is parsed; `serde_json` refuses deeper ones.
 pub(crate) const MAX_DEPTH: usize = 128;
+/// Steps that `uniqueItems` takes for each value below an array, and in sixteenths for each byte.
+const UNIQUE_STEPS: u64 = 4;
 /// Applications of a subschema are not counted beyond this.
 const MANY: i64 = 1 << 40;
 /// Subschemas that are applied to one value, one by the other, at most.
@@ -29,12 +31,17 @@ const MAX_CHAIN: usize = 64;
 const MAX_PATH: usize = 2048;
 /// Subschemas that one applies to the same value, counted along every way, at most.
 const MAX_EXPANSION: u64 = 5_000;
-/// The same over all subschemas of a schema: what compiling it may take.
+/// The same over all subschemas of a schema, which bounds the work to compile it.
 const MAX_EXPANSION_IN_ALL: u64 = 200_000;
+/// Names and keywords of those subschemas, counted along every way, over all subschemas of a schema: the
+/// validator may copy them for each.
+const MAX_NAMES_IN_ALL: u64 = 1_000_000;
+/// The same over those with `unevaluatedProperties` or `unevaluatedItems`, for which it always does.
+const MAX_UNEVALUATED_NAMES: u64 = 200_000;
 /// Conditions whose outcomes the validator may need several times: it makes at most so many groups
 /// of what they decide, and asks for each group anew.
 const MAX_GROUPS: u64 = 64;
-/// A value at this depth ...
+/// A value down to this depth ...
 const COMMON_DEPTH: usize = 8;
 /// ... must not take more steps than this, or the schema is refused when it is declared.
 const MAX_STEPS_AT_COMMON_DEPTH: u64 = 100_000;
@@ -71,13 +78,12 @@ impl Bound {
         check_paths(graph, &order)?;
         let counter = Counter::new(graph, order, expansions);
         let valid = counter.rates(VALID);
-        let steps = rate_at(&valid, COMMON_DEPTH).value;
-        if steps > MAX_STEPS_AT_COMMON_DEPTH {
-            return Err(SchemaError::TooExpensive {
-                steps,
-                depth: COMMON_DEPTH,
-                max: MAX_STEPS_AT_COMMON_DEPTH,
-            });
+        for depth in 0..=COMMON_DEPTH {
+            let steps = rate_at(&valid, depth).value;
+            if steps > MAX_STEPS_AT_COMMON_DEPTH {
+                let max = MAX_STEPS_AT_COMMON_DEPTH;
+                return Err(SchemaError::TooExpensive { steps, depth, max });
+            }
         }
         Ok(Self { valid, violations: counter.rates(VIOLATIONS) })
     }
@@ -151,20 +157,30 @@ impl Shape {
 /// How many subschemas each node applies to the same value, counted along every way.
 fn expansions(graph: &Graph, order: &[usize]) -> Result<Vec<u64>, SchemaError> {
     let mut expansions = vec![1_u64; graph.nodes.len()];
+    let mut names: Vec<u64> = graph.nodes.iter().map(|node| node.steps).collect();
     let mut chains = vec![1_usize; graph.nodes.len()];
-    let mut all = 0_u64;
+    let (mut all, mut all_names, mut unevaluated_names) = (0_u64, 0_u64, 0_u64);
     for node in order.iter().rev().copied() {
         let edges = graph.nodes[node].edges.iter().filter(|edge| edge.is_in_place());
         for edge in edges {
             expansions[node] = expansions[node].saturating_add(expansions[edge.to]);
+            names[node] = names[node].saturating_add(names[edge.to]);
             chains[node] = chains[node].max(chains[edge.to] + 1);
         }
         all = all.saturating_add(expansions[node]);
+        all_names = all_names.saturating_add(names[node]);
+        if graph.nodes[node].unevaluated {
+            unevaluated_names = unevaluated_names.saturating_add(names[node]);
+        }
         let location = || graph.nodes[node].location.clone();
         if chains[node] > MAX_CHAIN {
             return Err(SchemaError::TooLongChain { location: location(), max: MAX_CHAIN });
         }
-        if expansions[node] > MAX_EXPANSION || all > MAX_EXPANSION_IN_ALL {
+        if expansions[node] > MAX_EXPANSION
+            || all > MAX_EXPANSION_IN_ALL
+            || all_names > MAX_NAMES_IN_ALL
+            || unevaluated_names > MAX_UNEVALUATED_NAMES
+        {
             return Err(SchemaError::TooManyAlternatives { location: location() });
         }
     }
@@ -334,7 +350,7 @@ impl<'a> Counter<'a> {
         }
     }
 
-    /// What a value costs to which these nodes are applied so often.
+    /// Cost of a value to which these nodes are applied this many times.
     fn charge(&self, counts: &Counts, nodes: &[usize]) -> Rate {
         let mut rate = Rate::default();
         for (node, times) in
@@ -346,14 +362,15 @@ impl<'a> Counter<'a> {
         rate
     }
 
-    /// What each member of a value costs in addition; and how often everything below it is read.
+    /// What each member of a value costs in addition; and the number of times that everything below it is read.
     fn charge_children(&self, counts: &Counts) -> (Rate, u64) {
         let (mut rate, mut reading) = (Rate::default(), 0_u64);
         for (node, times) in self.graph.nodes.iter().zip(counts.iter().map(total)) {
             let steps = node.property_steps + u64::from(node.unevaluated);
             rate.value = rate.value.saturating_add(times.saturating_mul(steps));
             rate.byte = rate.byte.saturating_add(times.saturating_mul(node.name_byte_cost));
-            reading = reading.saturating_add(times.saturating_mul(u64::from(node.reads_all)));
+            let steps = if node.reads_all { UNIQUE_STEPS } else { 0 };
+            reading = reading.saturating_add(times.saturating_mul(steps));
         }
         (rate, reading)
     }

@@ -134,7 +134,7 @@ impl<'a> Reader<'a> {
     ) -> Result<(), SchemaError> {
         let location = self.nodes[index].location.clone();
         if index != 0 {
-            // Draft 4 has `id` for `$id`; elsewhere it is no keyword.
+            // Draft 4 has `id` for `$id`; in other drafts it is no keyword.
             let id = if self.is_draft_4 { "id" } else { "$id" };
             for keyword in [id, "$schema"] {
                 if keywords.get(keyword).is_some_and(Value::is_string) {
@@ -211,7 +211,7 @@ impl<'a> Reader<'a> {
                 self.nodes[node].unevaluated = true;
                 self.one(at, value, Part::OtherItems)?;
             }
-            // They are not applied unless something refers to them, but are compiled.
+            // They are not applied unless something refers to them, but are checked with the others.
             "$defs" | "definitions" => {
                 for (name, entry) in members(value) {
                     self.node(entry, at.below(name))?;

@@ -1,6 +1,6 @@
 //! JSON Schemas that users declare, checked and run at a bounded cost.
 //!
-//! A schema is a program that a stranger writes, and a payload is its input. The processor compiles
+//! A schema is a program that a user writes, and a payload is its input. The processor compiles
 //! each schema when it is declared, to refuse what is wrong; the router compiles it again and
 //! validates payloads with it. The validator is the crate `jsonschema`. It has no limit of its own:
 //! 200 bytes of schema and 50 bytes of payload can keep it busy for years, or overflow its stack.
@@ -15,17 +15,20 @@ mod cost;
 mod graph;
 mod pattern;
 mod pool;
+mod unique;
 
 use std::sync::Arc;
 
 use bytes::Bytes;
-use jsonschema::{PatternOptions, Validator};
+use jsonschema::{Keyword, PatternOptions, ValidationError, Validator, paths::Location};
 use serde_json::Value;
+use streamer_core::validate::cut;
 
-pub use crate::pool::{Busy, Pool, on_own_thread};
+pub use crate::pool::{Busy, Pool};
 use crate::{
     cost::{Bound, Shape},
     graph::Graph,
+    unique::UniqueItems,
 };
 
 /// Steps that a validation takes at most: some tenths of a second.
@@ -41,6 +44,8 @@ const SHORT_DEPTH: usize = 8;
 const SHORT_BYTES: usize = 16 << 10;
 /// Violations that are reported at most.
 const MAX_VIOLATIONS: usize = 50;
+/// Longest path and longest text of a rule, in bytes.
+const MAX_TEXT_BYTES: usize = 512;
 /// Cache of a regular expression for the states that it has seen, in bytes.
 const PATTERN_CACHE_BYTES: usize = 256 << 10;
 
@@ -109,7 +114,7 @@ impl PayloadSchema {
     /// Compiles a schema, given as JSON text.
     ///
     /// Takes up to some tenths of a second and some megabytes of stack for the largest schemas: call
-    /// it in a [`Pool`], or with [`on_own_thread`].
+    /// it in a [`Pool`].
     ///
     /// # Errors
     ///
@@ -125,6 +130,7 @@ impl PayloadSchema {
             .with_pattern_options(patterns)
             // As drafts since 2019-09 have it: most formats have no bound of their own.
             .should_validate_formats(false)
+            .with_keyword("uniqueItems", unique_items)
             .build(&schema)
             .map_err(|error| SchemaError::NotASchema(error.to_string()))?;
         Ok(Self { validator, bound })
@@ -184,11 +190,22 @@ impl PayloadSchema {
         }
         let errors = self.validator.iter_errors(payload).take(MAX_VIOLATIONS);
         let mismatch = errors.map(|error| Mismatch {
-            path: error.instance_path().to_string(),
-            rule: error.masked().to_string(),
+            path: cut(error.instance_path().to_string(), MAX_TEXT_BYTES),
+            rule: cut(error.masked().to_string(), MAX_TEXT_BYTES),
         });
         mismatch.collect()
     }
+}
+
+fn unique_items<'a>(
+    _: &'a serde_json::Map<String, Value>,
+    value: &'a Value,
+    _: Location,
+) -> Result<Box<dyn for<'i> Keyword<'i>>, ValidationError<'a>> {
+    if *value == Value::Bool(false) {
+        return Ok(Box::new(unique::AnyItems));
+    }
+    Ok(Box::new(UniqueItems::new()))
 }
 
 impl Measured {

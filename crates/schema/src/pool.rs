@@ -10,7 +10,7 @@ use std::{
 use parking_lot::Mutex;
 use tokio::{
     sync::{OwnedSemaphorePermit, Semaphore, oneshot},
-    time::timeout,
+    time::{Instant, timeout_at},
 };
 
 /// Stack of a thread, in bytes. Only what is used takes memory.
@@ -23,11 +23,14 @@ const MAX_WAIT: Duration = Duration::from_secs(10);
 /// Why a job was not run.
 #[derive(Debug, thiserror::Error, PartialEq, Eq)]
 pub enum Busy {
-    /// The tenant has too many jobs, or waited too long.
-    #[error("too many large payloads of this tenant are being validated; try again later")]
+    /// The tenant has too many jobs, or one that took too long.
+    #[error("too many schemas or large payloads of this tenant are being checked; try again later")]
     Tenant,
+    /// Jobs of others took all threads for too long.
+    #[error("too many schemas or large payloads are being checked; try again later")]
+    All,
     /// No thread could be started, or it broke down.
-    #[error("a validation broke down")]
+    #[error("a check of a schema or a payload broke down")]
     Broken,
 }
 
@@ -83,7 +86,8 @@ impl Pool {
         job: impl FnOnce() -> T + Send + 'static,
     ) -> Result<T, Busy> {
         let turns = self.tenants.lock().turns_of(tenant);
-        let permits = timeout(MAX_WAIT, self.permits(turns)).await.map_err(|_| Busy::Tenant)??;
+        let end = Instant::now() + MAX_WAIT;
+        let permits = self.permits(turns, end).await?;
         on_own_thread(move || {
             let outcome = job();
             drop(permits);
@@ -92,11 +96,13 @@ impl Pool {
         .await
     }
 
-    async fn permits(&self, turns: Arc<Turns>) -> Result<Permits, Busy> {
+    async fn permits(&self, turns: Arc<Turns>, end: Instant) -> Result<Permits, Busy> {
         let place = turns.jobs.try_acquire().map_err(|_| Busy::Tenant)?;
+        let turn = timeout_at(end, turns.turn.acquire()).await.map_err(|_| Busy::Tenant)?;
+        let thread = timeout_at(end, self.threads.clone().acquire_owned()).await;
         // These are never closed.
-        let turn = turns.turn.acquire().await.map_err(|_| Busy::Broken)?;
-        let thread = self.threads.clone().acquire_owned().await.map_err(|_| Busy::Broken)?;
+        let thread = thread.map_err(|_| Busy::All)?.map_err(|_| Busy::Broken)?;
+        let turn = turn.map_err(|_| Busy::Broken)?;
         place.forget();
         turn.forget();
         Ok(Permits { turns, _thread: thread })
@@ -138,7 +144,7 @@ impl Drop for Permits {
 /// # Errors
 ///
 /// No thread could be started, or the job panicked.
-pub async fn on_own_thread<T: Send + 'static>(
+async fn on_own_thread<T: Send + 'static>(
     job: impl FnOnce() -> T + Send + 'static,
 ) -> Result<T, Busy> {
     let (sender, receiver) = oneshot::channel();
@@ -205,7 +211,8 @@ mod tests {
         let (release, blocked) = mpsc::channel::<()>();
         let mut first = Box::pin(pool.run("a", move || blocked.recv().unwrap_or_default()));
         assert!(poll!(&mut first).is_pending());
-        assert_eq!(pool.run("b", || ()).await, Err(Busy::Tenant));
+        assert_eq!(pool.run("a", || ()).await, Err(Busy::Tenant));
+        assert_eq!(pool.run("b", || ()).await, Err(Busy::All));
         drop(release);
         assert_eq!(first.await, Ok(()));
     }

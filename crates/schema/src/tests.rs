@@ -92,7 +92,7 @@ fn recursion_along_many_ways_is_refused_when_it_is_declared() {
     let item = json!({ "items": { "$ref": "#" } });
     let schema = json!({ "anyOf": [item, item, item, item, item] });
     let rule = refusal(&schema);
-    assert!(rule.contains("for one value nested 8 deep"), "{rule}");
+    assert!(rule.contains("steps for one value nested"), "{rule}");
 }
 
 #[test]
@@ -151,7 +151,10 @@ fn only_this_document_is_referred_to() {
 fn patterns_have_a_size() {
     for (pattern, rule) in [
         ("(", "is not a regular expression"),
-        ("a(?=b)", "look"),
+        ("a(?=b)", "has look-around"),
+        ("(?<!b)a", "has look-around"),
+        ("(?i:\\p{L})", "has flags in a group"),
+        (&*"\\p{L}".repeat(65), "classes of Unicode"),
         (&*"a".repeat(3000), "2048 are allowed"),
         ("(\\p{L}{100}){100}", "when compiled"),
     ] {
@@ -164,7 +167,15 @@ fn patterns_have_a_size() {
     }
     let many: serde_json::Map<String, Value> =
         (0..500).map(|n| (format!("^a{n}$"), json!({}))).collect();
-    assert!(refusal(&json!({ "patternProperties": many })).contains("those before it take"));
+    assert_eq!(mismatches(&json!({ "patternProperties": many }), &json!({ "a7": 1 })), []);
+    let large: serde_json::Map<String, Value> =
+        (0..9).map(|n| (format!("{}{n}", "a".repeat(2000)), json!({}))).collect();
+    assert!(refusal(&json!({ "patternProperties": large })).contains("those before it are longer"));
+    let large: serde_json::Map<String, Value> =
+        (0..100).map(|n| (format!("(a?){{500}}{n}"), json!({}))).collect();
+    assert!(refusal(&json!({ "patternProperties": large })).contains("those before it take"));
+    let groups = json!({ "pattern": r"^(?:a|(?<name>b))[(?i]\(\?$" });
+    assert_eq!(mismatches(&groups, &json!("b?(?")), []);
     assert_eq!(mismatches(&json!({ "pattern": "^[\\w.-]{1,64}$" }), &json!("a.b-c")), []);
 }
 
@@ -284,6 +295,7 @@ impl Random {
                 13 => schema["contains"] = one,
                 14 => schema["unevaluatedProperties"] = one,
                 15 => schema["unevaluatedItems"] = one,
+                16 if self.below(3) == 0 => schema["uniqueItems"] = json!(true),
                 16 => schema["dependentSchemas"] = json!({ self.name(): one }),
                 17 => schema["unevaluatedProperties"] = json!(false),
                 _ => schema["minContains"] = json!(self.below(3)),
@@ -371,4 +383,27 @@ async fn the_deepest_recursion_fits_into_the_stack_of_the_pool() {
         }
     }
     assert!((5..20).contains(&accepted), "{accepted}");
+}
+
+#[test]
+fn unique_items_take_time_in_proportion() {
+    let trees: Vec<Value> = (0..150).map(|size| json!(vec![json!([]); size % 100])).collect();
+    let schema = json!({ "uniqueItems": true });
+    let [(path, rule)] = &mismatches(&schema, &json!(trees))[..] else { panic!("one mismatch") };
+    assert_eq!((&**path, &**rule), ("", "has items that are not unique"));
+    assert_eq!(mismatches(&schema, &json!(trees[..100])), []);
+    assert_eq!(mismatches(&json!({ "uniqueItems": false }), &json!([1, 1])), []);
+}
+
+#[test]
+fn names_that_are_copied_for_each_way_are_bounded() {
+    let properties: serde_json::Map<String, Value> =
+        (0..4500).map(|n| (format!("p{n}"), json!(true))).collect();
+    let references = vec![json!({ "$ref": "#/$defs/D" }); 500];
+    let schema = json!({
+        "$defs": { "D": { "properties": properties }, "G": { "anyOf": references } },
+        "allOf": [{ "$ref": "#/$defs/G" }],
+        "unevaluatedProperties": false,
+    });
+    assert!(refusal(&schema).contains("applies too many subschemas"));
 }

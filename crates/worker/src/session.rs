@@ -23,7 +23,7 @@ use tokio::{
 };
 use tokio_stream::wrappers::ReceiverStream;
 use tokio_util::sync::CancellationToken;
-use tonic::{Status, Streaming, transport::Channel};
+use tonic::{Code, Status, Streaming, transport::Channel};
 
 use crate::{TokenError, TokenSource, WorkerError, attempts::Attempts, outgoing::Window};
 
@@ -235,10 +235,15 @@ impl Conversation<'_> {
     /// Goes on until the worker is drained, or the stream is lost.
     async fn run(mut self) -> Ended {
         let ended = self.converse().await;
-        if matches!(self.drain, Drain::TokenEnds(_)) {
-            return Ended::TokenExpired;
-        }
         match ended {
+            Ok(()) if matches!(self.drain, Drain::TokenEnds(_)) => Ended::TokenExpired,
+            // Not acknowledged in time, or not before the token had expired.
+            Err(status)
+                if matches!(self.drain, Drain::TokenEnds(_))
+                    && matches!(status.code(), Code::DeadlineExceeded | Code::Unauthenticated) =>
+            {
+                Ended::TokenExpired
+            }
             Ok(()) => Ended::Drained,
             Err(status) if self.answered => Ended::AfterGood(status),
             Err(status) => Ended::After(status),
@@ -320,6 +325,11 @@ impl Conversation<'_> {
                     self.release_all("the worker stops").await
                 }
             },
+            // It stops already.
+            Step::TokenEnds if matches!(self.drain, Drain::Released(_)) => {
+                self.token_ends_at = None;
+                Ok(())
+            }
             Step::TokenEnds => {
                 self.token_ends_at = None;
                 self.drain = Drain::TokenEnds(Instant::now() + RELEASE_TIMEOUT);
@@ -467,7 +477,7 @@ impl Drain {
     }
 }
 
-/// In this time something is due that should come so long before the end, or at half of what is left.
+/// Time until `lead` before the end, or until half of what is left.
 fn before(left: Duration, lead: Duration) -> Duration {
     left.saturating_sub(lead).max(left / 2)
 }

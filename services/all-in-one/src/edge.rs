@@ -11,7 +11,7 @@ use axum::{
     routing::any,
 };
 use http::{HeaderValue, header};
-use streamer_auth::{Authenticator, caller_of};
+use streamer_auth::AuthLayer;
 use streamer_core::{Clock, Uid};
 use streamer_proto::public_methods;
 use streamer_rpc::{
@@ -43,11 +43,15 @@ pub(crate) enum Trusted {
 
 /// Takes out of a call what only other services may say, unless one of them says it. Who wrongly
 /// says that it is a service is refused: taken for somebody else, it would be misunderstood.
-pub(crate) fn trust_only(router: Router, trusted: Trusted) -> Router {
-    router.layer(middleware::from_fn_with_state(trusted, admit))
+pub(crate) fn trust_only(router: Router, trusted: Trusted, auth: AuthLayer) -> Router {
+    router.layer(middleware::from_fn_with_state((trusted, auth), admit))
 }
 
-async fn admit(State(trusted): State<Trusted>, mut request: Request, next: Next) -> Response {
+async fn admit(
+    State((trusted, auth)): State<(Trusted, AuthLayer)>,
+    mut request: Request,
+    next: Next,
+) -> Response {
     let given = request.headers_mut().remove(SERVICE_TOKEN);
     match (&trusted, given) {
         (Trusted::Services(token), Some(given)) if token.is(given.as_bytes()) => {
@@ -58,7 +62,10 @@ async fn admit(State(trusted): State<Trusted>, mut request: Request, next: Next)
         }
         (Trusted::Services(_), Some(_)) => {
             let text = "the service token is another one here (peers.secret_file)";
-            return Status::unauthenticated(text).into_http::<Body>();
+            request.headers_mut().remove(CLIENT_ADDRESS);
+            let (refusal, (parts, _)) = (Status::unauthenticated(text), request.into_parts());
+            auth.refused(&parts, &refusal);
+            return refusal.into_http::<Body>();
         }
         (Trusted::Nobody, Some(_)) => {
             let text =
@@ -139,7 +146,7 @@ pub(crate) struct PassOn {
     /// Workers speak in streams.
     pub(crate) processor: Channel,
     pub(crate) clock: Arc<dyn Clock>,
-    pub(crate) authenticator: Arc<Authenticator>,
+    pub(crate) auth: AuthLayer,
 }
 
 impl PassOn {
@@ -183,14 +190,16 @@ pub(crate) async fn end_watches(
 
 async fn pass_on(
     State((channel, all)): State<(Channel, Arc<PassOn>)>,
-    mut request: Request,
+    request: Request,
 ) -> Response {
     let refused =
         |status: Status| status.into_http::<tonic::body::Body>().map(Body::new).into_response();
     // Nothing is taken in from who may not call.
-    if let Err(status) = caller_of(&all.authenticator, request.headers()).await {
+    let (parts, body) = request.into_parts();
+    if let Err(status) = all.auth.caller_of(&parts).await {
         return refused(status);
     }
+    let mut request = Request::from_parts(parts, body);
     // A submission that is repeated on the way is then the same request.
     if let Ok(uid) = Uid::new(all.clock.now()).to_string().parse() {
         request.headers_mut().insert(REQUEST_UID, uid);

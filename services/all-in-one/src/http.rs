@@ -57,7 +57,7 @@ const SERVICES: [(&str, Option<Role>); 6] = [
 #[derive(Clone, Copy)]
 pub(crate) struct MetricsAccess {
     /// They have an address of their own (`server.metrics_listen`).
-    pub(crate) is_elsewhere: bool,
+    pub(crate) has_own_address: bool,
     /// Only with a token of an operator (`server.metrics_need_operator`).
     pub(crate) needs_operator: bool,
 }
@@ -270,7 +270,7 @@ impl Services {
             None => Trusted::Nobody,
             Some(token) => Trusted::Services(token.clone()),
         };
-        let grpc = edge::trust_only(grpc, trusted);
+        let grpc = edge::trust_only(grpc, trusted, self.auth.clone());
         // In one process those who answer know when to end.
         let grpc = match self.role {
             Role::All | Role::Processor => grpc,
@@ -284,7 +284,7 @@ impl Services {
             .route("/readyz", get(ready))
             .with_state(self.clone());
         let all = grpc.merge(plain).reset_fallback().fallback(unknown_path);
-        Ok(if self.metrics_access.is_elsewhere { all } else { all.merge(self.metrics()) })
+        Ok(if self.metrics_access.has_own_address { all } else { all.merge(self.metrics()) })
     }
 
     /// `/metrics`.
@@ -311,8 +311,7 @@ async fn unknown_path(request: Request) -> Response {
         let known: String = path.chars().take(MAX_SHOWN_CHARS).collect();
         return Status::unimplemented(format!("{known} does not exist here")).into_http();
     }
-    let paths = "/ws, /healthz, /readyz and /metrics";
-    (StatusCode::NOT_FOUND, format!("no such path; there are gRPC, {paths}\n")).into_response()
+    (StatusCode::NOT_FOUND, "no such path\n").into_response()
 }
 
 async fn ready(State(services): State<Arc<Services>>) -> (StatusCode, String) {

@@ -201,7 +201,7 @@ impl Services {
             progress: watches,
             processor: processors.streaming_channel(),
             clock,
-            authenticator,
+            auth: auth.clone(),
         });
         let mut needs: Vec<Need> = Vec::new();
         if let Some(all) = &elsewhere {
@@ -234,7 +234,7 @@ impl Services {
             traces,
             auth,
             metrics_access: MetricsAccess {
-                is_elsewhere: !config.server.metrics_listen.is_empty(),
+                has_own_address: !config.server.metrics_listen.is_empty(),
                 needs_operator: config.server.metrics_need_operator,
             },
             max_message_bytes: limits.max_message_bytes(),

@@ -20,7 +20,7 @@ use crate::workers::{Key, Seat, Workers};
 /// Declarations that are kept for one tenant, or for all tenants together, at most.
 const MAX_KEPT: usize = 1000;
 /// Bytes of their schemas and descriptions at most.
-const MAX_KEPT_BYTES: usize = 1024 * 1024;
+pub(crate) const MAX_KEPT_BYTES: usize = 1024 * 1024;
 /// Declarations are saved again when they were saved so long ago.
 const SAVE_AGAIN: Duration = Duration::from_secs(24 * 3600);
 /// An action that nobody has offered for so long is forgotten.

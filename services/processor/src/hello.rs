@@ -16,7 +16,7 @@ use crate::{
 };
 
 /// Actions of one worker at most.
-pub(crate) const MAX_ACTIONS: usize = 1000;
+const MAX_ACTIONS: usize = 1000;
 /// Those, each for every tenant that the token names, at most.
 const MAX_DECLARED: usize = 10_000;
 /// Longest text with which a worker describes itself, in bytes.
@@ -24,16 +24,13 @@ const MAX_TEXT_BYTES: usize = 128;
 /// Shown in place of a worker that gives itself no name to be shown.
 const UNNAMED: &str = "worker";
 
-/// The worker that this introduces, if it may come in. `schemas` says what [`SchemaChecks`] found of
-/// the schema of each action.
-///
-/// [`SchemaChecks`]: crate::schema_checks::SchemaChecks
+/// The worker that this introduces, if it may come in. The schemas that it declares are checked after
+/// that, since that takes longer.
 pub(crate) fn introduce(
     hello: &Hello,
     secret: &SessionSecret,
     caller: &Caller,
     offered: &Actions,
-    schemas: &[Result<(), String>],
 ) -> Result<Worker, Status> {
     let mut violations = Violations::default();
     violations.check("hello.worker_id", validate::worker_id(&hello.worker_id));
@@ -45,7 +42,7 @@ pub(crate) fn introduce(
     }
     let slots = i64::from(hello.slots);
     violations.check("hello.slots", validate::in_range(slots, 0, MAX_SLOTS, ""));
-    let specs = declared(&hello.actions, offered, schemas, &mut violations);
+    let specs = declared(&hello.actions, offered, &mut violations);
     if !violations.is_empty() {
         return Err(validation_status(&violations));
     }
@@ -80,12 +77,7 @@ pub(crate) fn introduce(
     Ok(worker)
 }
 
-fn declared(
-    actions: &[Action],
-    offered: &Actions,
-    schemas: &[Result<(), String>],
-    violations: &mut Violations,
-) -> Vec<ActionSpec> {
+fn declared(actions: &[Action], offered: &Actions, violations: &mut Violations) -> Vec<ActionSpec> {
     if actions.is_empty() || actions.len() > MAX_ACTIONS {
         let rule = format!("must have 1 to {MAX_ACTIONS} entries, has {}", actions.len());
         violations.push("hello.actions", rule);
@@ -94,9 +86,6 @@ fn declared(
     for (index, action) in actions.iter().take(MAX_ACTIONS).enumerate() {
         let field = format!("hello.actions[{index}]");
         let spec = action_from_proto(action, &field, violations);
-        if let Some(Err(rule)) = schemas.get(index) {
-            violations.push(format!("{field}.payload_schema"), rule);
-        }
         if offered.is_local(&spec.name) {
             let rule = format!("{:?} is run by the processor itself", spec.name);
             violations.push(format!("{field}.name"), rule);

@@ -4,11 +4,11 @@ use quick_cache::sync::Cache;
 use sha2::{Digest, Sha256};
 use streamer_core::{ErrorCode, RequestError};
 use streamer_proto::common::v1::Action;
-use streamer_rpc::{MAX_SCHEMA_BYTES, status};
-use streamer_schema::{Busy, PayloadSchema, Pool, SchemaError};
+use streamer_rpc::status;
+use streamer_schema::{Busy, PayloadSchema, Pool};
 use tonic::Status;
 
-use crate::hello::MAX_ACTIONS;
+use crate::{actions::MAX_KEPT_BYTES, worker_service::broken};
 
 /// Schemas that were accepted and need no second check, at most.
 const MAX_ACCEPTED: usize = 10_000;
@@ -26,47 +26,37 @@ impl Default for SchemaChecks {
 }
 
 impl SchemaChecks {
-    /// Says for each action which rule its schema breaks. Those that are too long are left to the
-    /// rule for their length.
-    pub(crate) async fn check(
-        &self,
-        tenant: &str,
-        actions: &[Action],
-    ) -> Result<Vec<Result<(), String>>, Status> {
-        let hash = |text: &str| <[u8; 32]>::from(Sha256::digest(text));
-        let mut texts = Vec::new();
-        for (index, action) in actions.iter().take(MAX_ACTIONS).enumerate() {
-            let text = &action.payload_schema;
-            let is_new = || self.accepted.get(&hash(text)).is_none();
-            if !text.is_empty() && text.len() <= MAX_SCHEMA_BYTES && is_new() {
-                texts.push((index, text.clone()));
+    /// Checks the schemas of these actions, one by one; the first that breaks a rule is refused. What
+    /// else they declare has been checked.
+    pub(crate) async fn check(&self, tenant: &str, actions: &[Action]) -> Result<(), Status> {
+        let bytes = actions.iter().map(|action| action.payload_schema.len()).sum::<usize>();
+        if bytes > MAX_KEPT_BYTES {
+            let rule = format!("must have at most {MAX_KEPT_BYTES} bytes of schemas, have {bytes}");
+            return Err(broken("hello.actions", &rule));
+        }
+        for (index, action) in actions.iter().enumerate() {
+            let text = action.payload_schema.clone();
+            let hash = <[u8; 32]>::from(Sha256::digest(&text));
+            if text.is_empty() || self.accepted.get(&hash).is_some() {
+                continue;
             }
-        }
-        let mut outcomes = vec![Ok(()); actions.len().min(MAX_ACTIONS)];
-        if texts.is_empty() {
-            return Ok(outcomes);
-        }
-        let compile = move || {
-            let compiled = texts.into_iter().map(|(index, text)| {
-                let outcome = PayloadSchema::compile(&text).map(|_| hash(&text));
-                (index, outcome)
-            });
-            compiled.collect::<Vec<(usize, Result<_, SchemaError>)>>()
-        };
-        let compiled = self.pool.run(tenant, compile).await.map_err(|busy| busy_status(&busy))?;
-        for (index, outcome) in compiled {
-            match outcome {
-                Ok(hash) => self.accepted.insert(hash, ()),
-                Err(error) => outcomes[index] = Err(error.to_string()),
+            let compile = move || PayloadSchema::compile(&text).map(drop);
+            let outcome =
+                self.pool.run(tenant, compile).await.map_err(|busy| busy_status(&busy))?;
+            if let Err(error) = outcome {
+                let field = format!("hello.actions[{index}].payload_schema");
+                return Err(broken(&field, &error.to_string()));
             }
+            self.accepted.insert(hash, ());
         }
-        Ok(outcomes)
+        Ok(())
     }
 }
 
 fn busy_status(busy: &Busy) -> Status {
     let code = match busy {
         Busy::Tenant => ErrorCode::RateLimited,
+        Busy::All => ErrorCode::Unavailable,
         Busy::Broken => ErrorCode::InternalError,
     };
     status(&RequestError::new(code, busy.to_string()))

@@ -100,9 +100,9 @@ impl WorkerService for WorkerApi {
             return Err(broken("message", "the first one must be hello"));
         };
         let secret = hello::secret_of(&hello)?;
+        let worker = hello::introduce(&hello, &secret, &caller, &self.shared.actions)?;
         let tenant = &caller.principal.tenant;
-        let schemas = self.shared.schema_checks.check(tenant, &hello.actions).await?;
-        let worker = hello::introduce(&hello, &secret, &caller, &self.shared.actions, &schemas)?;
+        self.shared.schema_checks.check(tenant, &hello.actions).await?;
         let kept = self.shared.dispatcher.remember_actions(&worker).await;
         kept.map_err(|error| remember_status(&error))?;
         self.shared.check_open()?;

@@ -14,10 +14,10 @@ use streamer_proto::{
     internal::v1::{OfferedAction, WatchActionsRequest},
 };
 use streamer_rpc::{Member, status};
-use streamer_schema::{Busy, PayloadSchema, Pool, on_own_thread};
+use streamer_schema::{Busy, PayloadSchema, Pool};
 use streamer_store::{DeclaredAction, Store};
 use tokio::{
-    sync::watch,
+    sync::{OnceCell, watch},
     task::JoinHandle,
     time::{Instant, sleep, timeout},
 };
@@ -33,7 +33,9 @@ use crate::{
 const MAX_BACKOFF: Duration = Duration::from_secs(2);
 /// Times that a processor cannot be asked before what it offers counts as gone.
 const LOST: u32 = 3;
-/// A processor that cannot be asked is spoken of so often.
+/// A processor that is asked for its list has this long to begin.
+const FIRST_LIST: Duration = Duration::from_secs(5);
+/// A processor that cannot be asked is logged once in this time.
 const SAY_AGAIN: Duration = Duration::from_secs(60);
 /// An action that is not known is waited for this long while not every processor was heard.
 const MAX_WAIT: Duration = Duration::from_secs(5);
@@ -43,26 +45,44 @@ const BUSY_PAUSE: Duration = Duration::from_secs(1);
 /// An action and what checks its payloads.
 pub(crate) struct Known {
     pub(crate) action: Action,
-    schema: Schema,
+    schema: Option<Arc<LazySchema>>,
     /// The processors that can run it now, by name.
     pub(crate) offered_by: Vec<Arc<str>>,
 }
 
-/// What an action asks of its payloads.
-#[derive(Clone)]
-enum Schema {
-    /// Nothing.
-    Any,
-    Compiled(Arc<PayloadSchema>),
-    /// It has a schema that is refused, as ones that earlier versions stored may be.
-    Refused(Arc<str>),
+/// The schema of an action's payloads, compiled when the first of them comes: most actions that are
+/// known are not asked for here.
+struct LazySchema {
+    action: String,
+    text: String,
+    compiled: OnceCell<Result<Arc<PayloadSchema>, String>>,
+}
+
+impl LazySchema {
+    /// The schema, or why it is refused, as one may be that an earlier version stored.
+    async fn get(
+        &self,
+        pool: &Pool,
+        tenant: &str,
+    ) -> Result<&Result<Arc<PayloadSchema>, String>, Busy> {
+        let compile = || async {
+            let text = self.text.clone();
+            let compiled = pool.run(tenant, move || PayloadSchema::compile(&text)).await?;
+            Ok(compiled.map(Arc::new).map_err(|error| {
+                let action = &self.action;
+                tracing::error!(action, %error, "a payload schema cannot be used");
+                error.to_string()
+            }))
+        };
+        self.compiled.get_or_try_init(compile).await
+    }
 }
 
 /// An action as a processor offers it.
 struct Offered {
     tenant_id: String,
     action: Action,
-    schema: Schema,
+    schema: Option<Arc<LazySchema>>,
 }
 
 /// Actions by name, and by the tenant that they are declared for; the empty one is every tenant.
@@ -178,7 +198,7 @@ impl Catalog {
                     let tenant_id = tenant.unwrap_or_default();
                     OfferedAction { action: Some(action), tenant_id }
                 });
-                self.note(STORED.into(), offered.collect()).await;
+                self.note(&STORED.into(), offered.collect());
             }
             Err(error) => tracing::warn!(%error, "could not read the declared actions"),
         }
@@ -221,12 +241,18 @@ impl Catalog {
         let mut actions = Vec::new();
         let mut has_come = false;
         loop {
-            match lists.message().await {
+            let message = if has_come {
+                lists.message().await
+            } else {
+                let late = Err(Status::deadline_exceeded("the processor sent no list in time"));
+                timeout(FIRST_LIST, lists.message()).await.unwrap_or(late)
+            };
+            match message {
                 Ok(Some(list)) => {
                     actions.extend(list.actions);
                     if !list.more {
                         has_come = true;
-                        self.note(member.name.clone(), std::mem::take(&mut actions)).await;
+                        self.note(&member.name, std::mem::take(&mut actions));
                     }
                 }
                 // It was there; whether it still is will be seen.
@@ -267,37 +293,22 @@ impl Catalog {
         });
     }
 
-    async fn note(&self, from: Arc<str>, list: Vec<OfferedAction>) {
-        let list = self.compile(list).await;
+    fn note(&self, from: &Arc<str>, list: Vec<OfferedAction>) {
+        let known = self.by_name.read().clone();
+        let offered = list.into_iter().filter_map(|OfferedAction { action, tenant_id }| {
+            let action = action?;
+            let known = known.get(&action.name).and_then(|known| known.get(&tenant_id));
+            let schema = schema_of(&action, known.and_then(|known| known.schema.as_ref()));
+            Some(Offered { tenant_id, action, schema })
+        });
+        let list = offered.collect();
         let mut lists = self.lists.lock();
         lists.insert(from.clone(), list);
         self.merge(&lists);
         self.heard.send_modify(|heard| {
             heard.any = true;
-            heard.missing.remove(&from);
+            heard.missing.remove(from);
         });
-    }
-
-    /// Compiles the schemas of these actions, each text once.
-    async fn compile(&self, list: Vec<OfferedAction>) -> Vec<Offered> {
-        let mut compiled: HashMap<String, Schema> = HashMap::from([(String::new(), Schema::Any)]);
-        for offered in self.lists.lock().values().flatten() {
-            let text = &offered.action.payload_schema;
-            if !compiled.contains_key(text) {
-                compiled.insert(text.clone(), offered.schema.clone());
-            }
-        }
-        let mut offered = Vec::with_capacity(list.len());
-        for OfferedAction { action, tenant_id } in list {
-            let Some(action) = action else { continue };
-            let schema = match compiled.get(&action.payload_schema) {
-                Some(schema) => schema.clone(),
-                None => compile(&action).await,
-            };
-            compiled.insert(action.payload_schema.clone(), schema.clone());
-            offered.push(Offered { tenant_id, action, schema });
-        }
-        offered
     }
 
     /// Checks a JSON payload against the schema of an action; notes how it does not match.
@@ -308,10 +319,11 @@ impl Catalog {
         payload: &Bytes,
         violations: &mut Violations,
     ) -> Result<(), Status> {
-        let schema = match &known.schema {
-            Schema::Any => return Ok(()),
-            Schema::Compiled(schema) => schema,
-            Schema::Refused(rule) => {
+        let Some(schema) = &known.schema else { return Ok(()) };
+        let compiled = schema.get(&self.validations, tenant).await;
+        let schema = match compiled.map_err(|busy| busy_status(&busy))? {
+            Ok(schema) => schema,
+            Err(rule) => {
                 let name = &known.action.name;
                 return Err(failed_precondition(format!(
                     "the payload schema of action {name:?} cannot be used, declare a new one: {rule}"
@@ -362,17 +374,18 @@ fn are_of_one_action(one: &Offered, other: &Offered) -> bool {
     one.tenant_id == other.tenant_id && one.action.name == other.action.name
 }
 
-/// Compiles the schema of an action. One that cannot be used is kept as such: its payloads must not
-/// pass unchecked.
-async fn compile(action: &Action) -> Schema {
-    let text = action.payload_schema.clone();
-    let refused = match on_own_thread(move || PayloadSchema::compile(&text)).await {
-        Ok(Ok(schema)) => return Schema::Compiled(Arc::new(schema)),
-        Ok(Err(error)) => error.to_string(),
-        Err(broken) => broken.to_string(),
+/// The schema of an action; the known one, if that is the same.
+fn schema_of(action: &Action, known: Option<&Arc<LazySchema>>) -> Option<Arc<LazySchema>> {
+    let text = &action.payload_schema;
+    if text.is_empty() {
+        return None;
+    }
+    let same = known.filter(|known| known.text == *text).cloned();
+    let new = || {
+        let (action, text) = (action.name.clone(), text.clone());
+        Arc::new(LazySchema { action, text, compiled: OnceCell::new() })
     };
-    tracing::error!(action = action.name, error = refused, "a payload schema cannot be used");
-    Schema::Refused(refused.into())
+    Some(same.unwrap_or_else(new))
 }
 
 fn busy_status(busy: &Busy) -> Status {
@@ -381,6 +394,7 @@ fn busy_status(busy: &Busy) -> Status {
         Busy::Tenant => {
             RequestError::limited("validations of a tenant", &message, Some(BUSY_PAUSE))
         }
+        Busy::All => RequestError::new(ErrorCode::Unavailable, message),
         Busy::Broken => RequestError::new(ErrorCode::InternalError, message),
     })
 }
@@ -421,10 +435,10 @@ mod tests {
         let refusal = catalog.find("work", "acme").await.err().unwrap();
         assert_eq!(refusal.code(), Code::Unavailable, "no processor is known");
         catalog.expect(&members, |_| false);
-        catalog.note("one".into(), vec![offered("other")]).await;
+        catalog.note(&"one".into(), vec![offered("other")]);
         let mut found = Box::pin(catalog.find("work", "acme"));
         assert!(poll!(&mut found).is_pending());
-        catalog.note("two".into(), vec![offered("work")]).await;
+        catalog.note(&"two".into(), vec![offered("work")]);
         assert_eq!(found.await.ok().unwrap().action.name, "work");
         let refusal = catalog.find("missing", "acme").await.err().unwrap();
         assert_eq!(refusal.code(), Code::NotFound);

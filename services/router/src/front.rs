@@ -118,7 +118,8 @@ impl Front {
         let known = self.catalog.find(&submission.action, tenant).await.inspect_err(refused)?;
         permitted(caller, &known)?;
         let payload = &submission.payload.data;
-        self.catalog.check_payload(&known, tenant, payload, &mut violations).await?;
+        let checked = self.catalog.check_payload(&known, tenant, payload, &mut violations).await;
+        checked.inspect_err(refused)?;
         refuse(&violations).inspect_err(refused)?;
         if known.action.sync {
             self.run_now(caller, submission, now, &known.offered_by).await

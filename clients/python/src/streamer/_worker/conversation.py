@@ -17,7 +17,7 @@ from streamer._worker.core import Core
 
 _WELCOME_SECONDS = 15.0
 _CLOSE_SECONDS = 5.0
-# What runs is handed back so long before a token expires that cannot be renewed, or at half of its time.
+# Time before the expiry of a token that cannot be renewed at which running work is handed back, or half of its life.
 _HAND_BACK_SECONDS = 5.0
 # A fresh token is asked for when this part of the time of the old one has passed.
 _TOKEN_AGE = 0.8
@@ -183,7 +183,7 @@ class Conversation:
         """Hands back what runs before a token expires that cannot be renewed, and ends the stream."""
         _logger.warning(
             "the token expires in %d s and cannot be renewed: before that, what runs is handed back"
-            " and the worker ends; give a function that returns fresh tokens",
+            " and the worker ends; give a function that returns fresh tokens, such as token_file",
             left,
         )
         await asyncio.sleep(max(left - _HAND_BACK_SECONDS, left / 2))

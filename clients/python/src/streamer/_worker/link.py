@@ -34,9 +34,7 @@ _OURS = {
 _logger = logging.getLogger("streamer.worker")
 
 
-TOKEN_EXPIRED = (
-    "the token has expired and cannot be renewed; give a function that returns fresh tokens"
-)
+TOKEN_EXPIRED = "the token has expired and cannot be renewed; give a function that returns fresh tokens, such as token_file"
 
 
 class Link:
