@@ -176,7 +176,7 @@ export class WorkStream {
       case 'drain':
         return this.host.draining();
       case 'tokenStatus':
-        return this.#renewToken(dateOrNull(body.expireTime));
+        return this.#renewToken(expiryOf(body));
       default:
         // Of a kind that a newer server sends.
         return undefined;
@@ -335,6 +335,15 @@ export class WorkStream {
     this.#timers.add(timer);
     return timer;
   }
+}
+
+/**
+ * @param {any} status
+ * @returns {Date | null} When the token expires, by the clock of this machine.
+ */
+function expiryOf({ timeLeftMs, expireTime }) {
+  const left = Number(timeLeftMs);
+  return left > 0 ? new Date(Date.now() + left) : dateOrNull(expireTime);
 }
 
 /**

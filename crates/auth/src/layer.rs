@@ -18,7 +18,7 @@ use http::{
 use parking_lot::Mutex;
 use streamer_core::{ErrorCode, RequestError, validate::cut};
 use streamer_proto::public_methods;
-use streamer_rpc::{CLIENT_ADDRESS, FORWARDED, Peer, end_when};
+use streamer_rpc::{CLIENT_ADDRESS, FORWARDED, Peer, code_name, end_when};
 use tokio::time::sleep;
 use tonic::{Code, Status, body::Body, server::NamedService};
 use tower_service::Service;
@@ -358,29 +358,6 @@ impl Entry {
         } else if self.subject.is_some() {
             self.audit.record(self.record(outcome, reason));
         }
-    }
-}
-
-/// Name of a code, as the documentation of gRPC writes it.
-fn code_name(code: Code) -> &'static str {
-    match code {
-        Code::Ok => "OK",
-        Code::Cancelled => "CANCELLED",
-        Code::Unknown => "UNKNOWN",
-        Code::InvalidArgument => "INVALID_ARGUMENT",
-        Code::DeadlineExceeded => "DEADLINE_EXCEEDED",
-        Code::NotFound => "NOT_FOUND",
-        Code::AlreadyExists => "ALREADY_EXISTS",
-        Code::PermissionDenied => "PERMISSION_DENIED",
-        Code::ResourceExhausted => "RESOURCE_EXHAUSTED",
-        Code::FailedPrecondition => "FAILED_PRECONDITION",
-        Code::Aborted => "ABORTED",
-        Code::OutOfRange => "OUT_OF_RANGE",
-        Code::Unimplemented => "UNIMPLEMENTED",
-        Code::Internal => "INTERNAL",
-        Code::Unavailable => "UNAVAILABLE",
-        Code::DataLoss => "DATA_LOSS",
-        Code::Unauthenticated => "UNAUTHENTICATED",
     }
 }
 

@@ -30,7 +30,7 @@ pub use payload::{
     JSON, empty_object, encode_event, encode_payload, json_payload, payload_bytes,
     payload_into_parts,
 };
-pub use spans::{Untraced, enter, is_server_error, recorded, trace_context};
+pub use spans::{Untraced, code_name, enter, is_server_error, recorded, trace_context};
 pub use status::{
     name_message_limit, not_found, request_error, status, store_status, validation_status,
     violations_details,

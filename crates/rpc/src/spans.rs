@@ -200,8 +200,9 @@ fn put(context: &TraceContext, headers: &mut HeaderMap) {
     }
 }
 
-/// As the gRPC documentation writes it.
-fn code_name(code: Code) -> &'static str {
+/// Name of a code, as the gRPC documentation writes it.
+#[must_use]
+pub fn code_name(code: Code) -> &'static str {
     match code {
         Code::Ok => "OK",
         Code::Cancelled => "CANCELLED",

@@ -380,7 +380,10 @@ impl Conversation<'_> {
     fn note_expiry(&mut self, status: &TokenStatus) {
         let Some(expires) = &status.expire_time else { return };
         let expires_at = Timestamp::from_millis(millis(expires));
-        let left = expires_at.since(SystemClock.now());
+        let left = match duration(status.time_left_ms) {
+            Duration::ZERO => expires_at.since(SystemClock.now()),
+            left => left,
+        };
         if !self.session.token.is_fixed() {
             self.refresh_at = Some(Instant::now() + before(left, REFRESH_BEFORE));
             return;

@@ -7,7 +7,9 @@ use futures_util::{
     stream::{self, BoxStream},
 };
 use streamer_auth::{Authenticator, Caller};
-use streamer_core::{Clock, ErrorCode, Limits, RequestError, Uid, Violations, limits, validate};
+use streamer_core::{
+    Clock, ErrorCode, Limits, RequestError, Timestamp, Uid, Violations, limits, validate,
+};
 use streamer_proto::{
     processor::v1::{
         Acknowledgment, Attempt, Capacity, Heartbeat, HeartbeatReply, Report, Revoke, TokenStatus,
@@ -206,7 +208,7 @@ impl Shared {
             resumed,
             session_secret: secret.to_bytes(),
         };
-        [Message::Welcome(welcome), token_status(caller)]
+        [Message::Welcome(welcome), token_status(caller, self.clock.now())]
     }
 
     fn heartbeat(&self) -> Duration {
@@ -360,7 +362,8 @@ impl Conversation {
         self.worker.set_grants(Grants::of(&fresh.principal));
         self.shared.actions.workers.changed();
         self.caller = fresh;
-        self.worker.send(token_status(&self.caller));
+        let now = self.shared.clock.now();
+        self.worker.send(token_status(&self.caller, now));
         Ok(())
     }
 }
@@ -372,9 +375,11 @@ fn remember_status(error: &RememberError) -> Status {
     }
 }
 
-fn token_status(caller: &Caller) -> Message {
-    let expire_time = Some(timestamp(caller.principal.expires_at.as_millis()));
-    Message::TokenStatus(TokenStatus { expire_time })
+fn token_status(caller: &Caller, now: Timestamp) -> Message {
+    let expires_at = caller.principal.expires_at;
+    let left = i64::try_from(expires_at.since(now).as_millis()).unwrap_or(i64::MAX);
+    let expire_time = Some(timestamp(expires_at.as_millis()));
+    Message::TokenStatus(TokenStatus { expire_time, time_left_ms: left.max(1) })
 }
 
 fn not_yours(uid: String, attempt: i32) -> Revoke {

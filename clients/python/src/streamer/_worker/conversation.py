@@ -46,7 +46,7 @@ class Conversation:
         self._unanswered: deque[float] = deque()
         self._fresh_token: str | None = None
         self.token_ended = False
-        self._expire_time = 0.0
+        self._token_ends = 0.0
         self._token_status = asyncio.Event()
         self._capacity_told = False
 
@@ -99,7 +99,11 @@ class Conversation:
         elif kind == "heartbeat_reply":
             self._on_reply(response.heartbeat_reply)
         elif kind == "token_status":
-            self._expire_time = response.token_status.expire_time.ToNanoseconds() / 1e9
+            status = response.token_status
+            # By the server's clock, where it says so.
+            left = status.time_left_ms / 1000
+            left = left or status.expire_time.ToNanoseconds() / 1e9 - time.time()
+            self._token_ends = time.monotonic() + left
             self._token_status.set()
         elif kind == "drain":
             # The handlers run on: the stream ends soon, and another one is opened [24].
@@ -167,7 +171,7 @@ class Conversation:
         while True:
             await self._token_status.wait()
             self._token_status.clear()
-            left = self._expire_time - time.time()
+            left = self._token_ends - time.monotonic()
             if not self._tokens.renewable:
                 await self._hand_back_before(left)
                 continue
