@@ -226,7 +226,8 @@ impl<S: AsyncRead + AsyncWrite + Unpin> Connection<S> {
         let mut decoder = std::mem::replace(&mut self.decoder, Decoder::new(0));
         let mut any = false;
         let fed = decoder.feed(input, |message| {
-            any = true;
+            // Control frames may come in the midst of a message.
+            any |= !matches!(message, Message::Ping(_) | Message::Pong);
             self.on_message(&message, context)
         });
         self.decoder = decoder;
@@ -243,12 +244,12 @@ impl<S: AsyncRead + AsyncWrite + Unpin> Connection<S> {
         }
     }
 
-    /// Counts the bytes of the message that is not whole; `is_new` when another one was before it.
+    /// Counts the bytes of the message that is not whole; `is_new` if the one before it has ended.
     fn count_held(&mut self, is_new: bool) -> Result<(), Violation> {
         let Session { gateway, handle, counted, .. } = &mut self.session;
         let held = self.decoder.held();
         let since = &handle.pulse.partial_since;
-        if held == 0 {
+        if !self.decoder.is_in_message() {
             since.store(0, Ordering::Relaxed);
         } else if is_new || since.load(Ordering::Relaxed) == 0 {
             since.store(gateway.registry.seconds().max(1), Ordering::Relaxed);

@@ -268,11 +268,16 @@ impl Registry {
             return;
         }
         let partial = &pulse.partial_since;
-        let patience = u32::try_from(self.options.message_timeout.as_secs()).unwrap_or(30).max(1);
+        let patience = self.options.message_timeout.as_millis().div_ceil(1000);
+        let patience = u32::try_from(patience).unwrap_or(u32::MAX);
         match partial.load(Ordering::Relaxed) {
             0 => {}
             // It is not read from: its silence is ours.
-            _ if !pulse.reading.load(Ordering::Relaxed) => partial.store(now, Ordering::Relaxed),
+            begun if !pulse.reading.load(Ordering::Relaxed) => {
+                // Unless the rest has come meanwhile.
+                let relaxed = Ordering::Relaxed;
+                let _is_the_same = partial.compare_exchange(begun, now, relaxed, relaxed);
+            }
             begun if since(begun) > patience => {
                 let rule = "a message must be whole in time (gateway.message_timeout_ms)";
                 handle.close(close_code::POLICY, rule);

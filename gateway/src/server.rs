@@ -8,6 +8,7 @@ use axum::{
     response::{IntoResponse, Response},
 };
 use bytes::Bytes;
+use futures_util::future::OptionFuture;
 use http::{HeaderValue, StatusCode, header};
 use hyper::upgrade::OnUpgrade;
 use hyper_util::rt::TokioIo;
@@ -62,7 +63,14 @@ pub(crate) async fn open(State(gateway): State<Arc<Gateway>>, mut request: Reque
     let peer = request.extensions_mut().remove::<Peer>();
     let trace = trace_context(request.headers());
     let response = switch_protocols(&handshake);
-    tokio::spawn(Box::pin(serve(gateway, handshake, peer, trace, upgrade)));
+    let evicted = peer.as_ref().map(Peer::evicted);
+    let serving = Box::pin(serve(gateway, handshake, peer, trace, upgrade));
+    tokio::spawn(async move {
+        tokio::select! {
+            () = serving => {}
+            Some(()) = OptionFuture::from(evicted) => {}
+        }
+    });
     response
 }
 

@@ -183,7 +183,7 @@ impl RawGrpc {
     }
 }
 
-/// The beginning of a message of this length, of which so much comes.
+/// The beginning of a message of this length, of which this many bytes are sent.
 fn unfinished(length: u32, comes: usize) -> Bytes {
     let mut message = vec![0];
     message.extend(length.to_be_bytes());
@@ -214,7 +214,7 @@ async fn status_of(response: ResponseFuture) -> (Code, String) {
 }
 
 #[tokio::test]
-async fn a_stranger_fills_no_memory_with_unfinished_messages() {
+async fn calls_without_a_token_fill_no_memory() {
     let server = Server::start(&[]);
     for path in [HEALTH, "/grpc.reflection.v1.ServerReflection/ServerReflectionInfo"] {
         let mut raw = RawGrpc::connect(&server).await;
@@ -262,12 +262,7 @@ async fn unfinished_messages_of_one_connection_are_bounded_and_hurt_no_other() {
         open.push(stream);
         let mut response = Box::pin(status_of(response));
         // The last bytes have been read when the metric says so, or the call was refused.
-        let counted = || async {
-            let text = metrics(&server.url).await;
-            let line =
-                text.lines().find(|line| line.starts_with("streamer_server_undecoded_bytes "));
-            line.unwrap().rsplit(' ').next().unwrap().parse::<usize>().unwrap()
-        };
+        let counted = || metric(&server, "streamer_server_undecoded_bytes");
         let read = async { while counted().await < open.len() * (3 << 20) {} };
         tokio::select! {
             status = &mut response => {
@@ -282,7 +277,9 @@ async fn unfinished_messages_of_one_connection_are_bounded_and_hurt_no_other() {
     let (code, message) = refused.expect("there is a bound");
     assert_eq!(code, Code::ResourceExhausted, "{message}");
     assert!(message.contains("server.max_undecoded_bytes"), "{message}");
-    assert!(submit(&server, "other", "echo_async", "{}".into()).await.is_ok());
+    // Of several frames, so that it is not whole for a while.
+    let large = json!({ "result": "x".repeat(1 << 20) }).to_string();
+    assert!(submit(&server, "other", "echo_async", large).await.is_ok());
 }
 
 /// Status and headers of the answer to a plain HTTP request.
@@ -321,14 +318,15 @@ async fn plain_http_is_taken_by_the_letter() {
 }
 
 #[tokio::test]
-async fn strangers_keep_no_client_out() {
-    let settings = ["server.max_connections=12", "server.max_connections_per_address=12"];
+async fn connections_without_a_token_keep_no_client_out() {
+    let settings = ["server.max_connections=24", "server.max_connections_per_address=24"];
     let server = Server::start(&settings);
     let token = server.token("acme", "ann", &[]);
     let mut client = Client::connect(&server.url, &token).await;
     // Each has asked for something, and now stays.
     let mut strangers = Vec::new();
     for _ in 0..40 {
+        strangers.push(half_a_message(&server, "no-token", 10, 1).await);
         let mut socket =
             TcpStream::connect(server.url.trim_start_matches("http://")).await.unwrap();
         socket.write_all(b"GET /healthz HTTP/1.1\r\nHost: a\r\n\r\n").await.unwrap();
@@ -344,7 +342,14 @@ async fn strangers_keep_no_client_out() {
     let text = metrics(&server.url).await;
     let evicted = text.lines().find(|line| line.contains("evicted_connections_total")).unwrap();
     let evicted: usize = evicted.rsplit(' ').next().unwrap().parse().unwrap();
-    assert!(evicted >= 30, "{evicted}");
+    assert!(evicted >= 60, "{evicted}");
+}
+
+/// The value of a metric of the server.
+async fn metric(server: &Server, name: &str) -> usize {
+    let text = in_time("the metrics", metrics(&server.url)).await;
+    let line = text.lines().find_map(|line| line.strip_prefix(name)?.strip_prefix(' '));
+    line.unwrap().parse().unwrap()
 }
 
 /// A WebSocket that has sent part of a message.
@@ -386,14 +391,39 @@ async fn a_message_of_a_client_must_be_whole_in_time() {
 }
 
 #[tokio::test]
+async fn pings_do_not_prolong_the_time_of_a_message() {
+    let server = Server::start(&["gateway.message_timeout_ms=1000"]);
+    let token = server.token("acme", "ann", &[]);
+    let mut socket = half_a_message(&server, &token, 1000, 0).await;
+    // That one is whole then; the first fragment of the next one is not.
+    let mut rest = vec![b' '; 1000];
+    rest.extend([0x01, 0x81, 0, 0, 0, 0, b'x']);
+    socket.write_all(&rest).await.unwrap();
+    let (mut read, mut write) = socket.into_split();
+    let pings = tokio::spawn(async move {
+        while write.write_all(&[0x89, 0x80, 0, 0, 0, 0]).await.is_ok() {
+            metrics(&server.url).await;
+        }
+        server
+    });
+    let mut all = Vec::new();
+    in_time("the end", read.read_to_end(&mut all)).await.ok();
+    let text = String::from_utf8_lossy(&all);
+    assert!(text.contains("gateway.message_timeout_ms"), "{text}");
+    drop(pings.await.unwrap());
+}
+
+#[tokio::test]
 async fn unfinished_messages_of_one_user_are_bounded_and_hurt_no_other() {
     let server = Server::start(&[]);
     let token = server.token("acme", "ann", &[]);
     let mut open = Vec::new();
-    for _ in 0..5 {
+    let buffered = async || metric(&server, "streamer_gateway_buffered_bytes").await;
+    for number in 1..5 {
         open.push(half_a_message(&server, &token, 4 << 20, (4 << 20) - 1).await);
+        while buffered().await < number * (4 << 20) {}
     }
-    let last = open.pop().unwrap();
+    let last = half_a_message(&server, &token, 4 << 20, (4 << 20) - 1).await;
     let (code, reason) = close_of(last).await;
     let option = "gateway.max_buffered_bytes_per_user";
     assert_eq!((code, reason.contains(option)), (4429, true), "{reason}");
@@ -402,9 +432,7 @@ async fn unfinished_messages_of_one_user_are_bounded_and_hurt_no_other() {
     assert_eq!(answer["type"], "response");
     // What is not held any longer is not counted.
     drop(open);
-    let counted =
-        async || metrics(&server.url).await.contains("streamer_gateway_buffered_bytes 0\n");
-    while !counted().await {}
+    while buffered().await > 0 {}
 }
 
 #[tokio::test]
@@ -424,7 +452,7 @@ async fn submissions_of_one_user_have_a_rate_whichever_way_they_come() {
     assert_eq!(refused["error"]["code"], "RATE_LIMITED");
     assert!(refused["error"]["message"].as_str().unwrap().contains(option), "{refused}");
     assert!(refused["error"]["details"]["retry_after_ms"].as_i64().unwrap() > 0, "{refused}");
-    // The user's other ways are the same one, and nobody else's.
+    // Calls over gRPC count as well, and those of other tenants do not.
     let refused = loop {
         if let Err(refused) = submit(&server, "acme", "echo_async", "{}".into()).await {
             break refused;

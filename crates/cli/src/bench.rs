@@ -214,6 +214,8 @@ impl Subject {
             "limits.submissions_per_second_per_user=0",
             "gateway.max_connections_per_user=1000000",
             "gateway.max_connections_per_address=1000000",
+            "server.max_connections_per_address=1000000",
+            "gateway.max_buffered_bytes_per_user=268435456",
         ]
         .map(str::to_owned)
         .to_vec();

@@ -4,7 +4,7 @@ use std::time::Duration;
 
 use crate::Timestamp;
 
-/// Lets so many through a second, and bursts beyond that.
+/// Admits a number of events a second, and bursts beyond that.
 #[derive(Debug)]
 pub struct RateLimiter {
     per_second: u32,
@@ -31,7 +31,7 @@ impl RateLimiter {
         let now = now.as_millis().saturating_mul(1000);
         let spacing = i64::from(1_000_000 / self.per_second.min(1_000_000));
         let tolerance = spacing.saturating_mul(i64::from(self.burst) - 1);
-        // A wall clock that was set back must not lock anybody out.
+        // A wall clock that was set back must not refuse everything.
         let busy_until = self.busy_until.min(now.saturating_add(tolerance + spacing));
         let begin = busy_until.max(now);
         let too_early = begin - now - tolerance;

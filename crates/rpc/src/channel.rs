@@ -1,6 +1,6 @@
 //! How one service reaches another: the same client, whether there is a network between them.
 
-use std::{convert::Infallible, net::SocketAddr, sync::Arc};
+use std::{convert::Infallible, future::Future, net::SocketAddr, pin::Pin, sync::Arc};
 
 use http::{HeaderMap, HeaderValue, Request, Response, header::AUTHORIZATION};
 use tonic::{Extensions, Status, body::Body, metadata::MetadataMap};
@@ -61,8 +61,11 @@ pub trait Connection: Send + Sync {
     /// Where it comes from.
     fn address(&self) -> SocketAddr;
 
-    /// A request that came over it had a valid token: it is not a stranger's.
+    /// A request that came over it had a valid token.
     fn authenticated(&self);
+
+    /// Returns once it has to make room for others, as it may before it is authenticated.
+    fn evicted(&self) -> Pin<Box<dyn Future<Output = ()> + Send>>;
 }
 
 impl Peer {
@@ -75,6 +78,11 @@ impl Peer {
     #[must_use]
     pub fn address(&self) -> SocketAddr {
         self.0.address()
+    }
+
+    /// Returns once it has to make room for others.
+    pub fn evicted(&self) -> Pin<Box<dyn Future<Output = ()> + Send>> {
+        self.0.evicted()
     }
 
     /// Says that a request that came over it had a valid token.

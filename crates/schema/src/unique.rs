@@ -159,7 +159,7 @@ mod tests {
     }
 
     #[test]
-    fn what_the_validators_own_hashes_agree_on_is_told_apart() {
+    fn values_on_which_the_hashes_of_the_validator_agree_differ() {
         let trees = (0..2000).map(|size| Value::Array(vec![json!([]); size]));
         assert!(UniqueItems::new().is_valid(&trees.collect()));
         let near: Vec<u64> = (0..2000).map(|step| u64::MAX - step).collect();

@@ -64,12 +64,12 @@ pub(crate) struct Decoder {
 struct Fragments {
     bytes: Vec<u8>,
     is_text: bool,
-    /// So many bytes are whole characters.
+    /// Bytes of whole characters.
     checked: usize,
 }
 
 impl Fragments {
-    /// Takes in one more; text that can never become UTF-8 is refused at once.
+    /// Appends a fragment; text that can never become UTF-8 is refused at once.
     fn extend(&mut self, payload: &[u8]) -> Result<(), Violation> {
         self.bytes.extend_from_slice(payload);
         if !self.is_text {
@@ -97,9 +97,15 @@ impl Decoder {
         Self { max_message_bytes, partial: Vec::new(), paused: false, fragments: None }
     }
 
-    /// Bytes of a message that is not whole.
+    /// Bytes of memory for a message that is not whole.
     pub(crate) fn held(&self) -> usize {
-        self.partial.len() + self.fragments.as_ref().map_or(0, |fragments| fragments.bytes.len())
+        let fragments = self.fragments.as_ref().map_or(0, |fragments| fragments.bytes.capacity());
+        self.partial.capacity() + fragments
+    }
+
+    /// Whether a message has begun that is not whole.
+    pub(crate) fn is_in_message(&self) -> bool {
+        !self.partial.is_empty() || self.fragments.is_some()
     }
 
     /// Whether there is something to go on with without reading more.
@@ -118,21 +124,31 @@ impl Decoder {
         if self.partial.is_empty() {
             let (used, whole) = self.decode(input, &mut on_message)?;
             if used < input.len() {
-                // The size of what is coming is known mostly: grow once.
-                self.partial.reserve(whole.max(input.len() - used));
-                self.partial.extend_from_slice(&input[used..]);
+                self.keep(Vec::new(), &input[used..], whole);
             }
             return Ok(());
         }
         let mut held = std::mem::take(&mut self.partial);
         held.extend_from_slice(input);
         let (used, whole) = self.decode(&mut held, &mut on_message)?;
-        if used < held.len() {
-            held.drain(..used);
-            held.reserve(whole.saturating_sub(held.len()));
-            self.partial = held;
+        if used == 0 {
+            self.keep(held, &[], whole);
+        } else if used < held.len() {
+            // A new one, since the old one may be much larger than what is left.
+            self.keep(Vec::new(), &held[used..], whole);
         }
         Ok(())
+    }
+
+    /// Keeps the beginning of a frame of this size, in memory that grows with what has come of it.
+    fn keep(&mut self, mut partial: Vec<u8>, rest: &[u8], whole: usize) {
+        let length = partial.len() + rest.len();
+        if length > partial.capacity() || partial.capacity() < whole {
+            let grown = length.saturating_mul(2).min(whole).max(length);
+            partial.reserve_exact(grown.saturating_sub(partial.len()));
+        }
+        partial.extend_from_slice(rest);
+        self.partial = partial;
     }
 
     /// Returns how many bytes were whole frames, and the size of the frame that follows them, if

@@ -18,8 +18,8 @@ const MAGIC: &str = "258EAFA5-E914-47DA-95CA-C5AB0DC85B11";
 pub(crate) struct Handshake {
     /// Value of `Sec-WebSocket-Accept`.
     pub(crate) accept: String,
-    /// Subprotocol to answer with; `None` when the client asked for none. A browser takes no answer but
-    /// one of those that it asked for, and hears nothing of a close code otherwise.
+    /// Subprotocol to answer with; `None` when the client asked for none. A browser fails the handshake, and
+    /// shows no close code, unless the answer is one of those that it asked for.
     pub(crate) protocol: Option<String>,
     /// The client asked for subprotocols, and for none of ours.
     pub(crate) unknown_protocol: bool,
@@ -70,10 +70,12 @@ pub(crate) fn read(
     let protocols: Vec<&str> = tokens(headers, &header::SEC_WEBSOCKET_PROTOCOL).collect();
     let ours = protocols.contains(&JSON_PROTOCOL);
     let asks = protocols.iter().any(|protocol| !protocol.starts_with(BEARER_PROTOCOL));
+    // A token is answered only if there is nothing else: logs may have the headers of answers.
+    let other = protocols.iter().find(|protocol| !protocol.starts_with(BEARER_PROTOCOL));
+    let answered = if ours { Some(&JSON_PROTOCOL) } else { other.or(protocols.first()) };
     Ok(Handshake {
         accept: STANDARD.encode(Sha1::new().chain_update(key).chain_update(MAGIC).finalize()),
-        protocol: if ours { Some(JSON_PROTOCOL) } else { protocols.first().copied() }
-            .map(str::to_owned),
+        protocol: answered.map(|protocol| (*protocol).to_owned()),
         unknown_protocol: asks && !ours,
         token: find_token(uri, headers, &protocols),
         // One that cannot be read is one that is not allowed.
@@ -193,7 +195,8 @@ mod tests {
         assert_eq!(asked("graphql-ws, streamer.v1.json"), (JSON_PROTOCOL.into(), false));
         assert_eq!(asked("bearer.x, streamer.v1.json"), (JSON_PROTOCOL.into(), false));
         assert_eq!(asked("bearer.x"), ("bearer.x".into(), false));
-        // It is told with a close code, which a browser sees only after this.
+        // A close code follows, which a browser shows only after this.
+        assert_eq!(asked("bearer.x, other"), ("other".into(), true));
         assert_eq!(asked("graphql-ws, other"), ("graphql-ws".into(), true));
         assert_eq!(handshake("/ws", &[]).protocol, None);
     }

@@ -1,17 +1,21 @@
 //! Which TCP connections are open, and which of them are let in.
 //!
 //! Their number is bounded, in all and from one address, so that descriptors are left for everything
-//! else. Connections on which no valid token was seen yet have half of the places: when these are all
-//! taken, the one that has been a stranger for longest makes room. So strangers cannot keep clients
-//! out, however many they are: a client has its token in its first request.
+//! else. Connections on which no valid token was seen yet have half of the places, and of these one
+//! address has a quarter. When an address has no place left, its oldest one makes room; when all are taken, the
+//! oldest of all does, if it had a second to send a token. So a client from a different address, which
+//! has its token in its first request, is not kept out.
 
 use std::{
-    collections::{BTreeMap, HashMap},
+    collections::{BTreeMap, BTreeSet, HashMap},
+    future::Future,
     net::{IpAddr, SocketAddr},
+    pin::Pin,
     sync::{
         Arc, Weak,
         atomic::{AtomicBool, Ordering},
     },
+    time::{Duration, Instant},
 };
 
 use parking_lot::Mutex;
@@ -19,6 +23,9 @@ use prometheus_client::metrics::{counter::Counter, gauge::Gauge};
 use streamer_rpc::Connection;
 use streamer_telemetry::Metrics;
 use tokio_util::sync::CancellationToken;
+
+/// A connection without a valid token is not closed for others before this.
+const MIN_LIFE: Duration = Duration::from_secs(1);
 
 /// Numbers of connections.
 #[derive(Clone, Copy, Debug)]
@@ -42,16 +49,49 @@ struct Shared {
 #[derive(Default)]
 struct Open {
     count: usize,
-    by_address: HashMap<IpAddr, usize>,
+    by_address: HashMap<IpAddr, OfAddress>,
     /// Those on which no valid token was seen, by the order in which they came.
-    strangers: BTreeMap<u64, Weak<OpenConnection>>,
+    unauthenticated: BTreeMap<u64, Weak<OpenConnection>>,
     next: u64,
+}
+
+#[derive(Default)]
+struct OfAddress {
+    count: usize,
+    /// Numbers of those on which no valid token was seen.
+    unauthenticated: BTreeSet<u64>,
+}
+
+impl Open {
+    /// Takes a connection out of those on which no valid token was seen.
+    fn known(&mut self, address: IpAddr, number: u64) -> Option<Weak<OpenConnection>> {
+        if let Some(of_address) = self.by_address.get_mut(&address) {
+            of_address.unauthenticated.remove(&number);
+        }
+        self.unauthenticated.remove(&number)
+    }
+
+    /// The oldest one of this address on which no valid token was seen.
+    fn oldest_of(&mut self, address: IpAddr) -> Option<Weak<OpenConnection>> {
+        let number = *self.by_address.get(&address)?.unauthenticated.first()?;
+        self.known(address, number)
+    }
+
+    /// The oldest one of all, if it had time to send a token.
+    fn oldest(&mut self) -> Option<Weak<OpenConnection>> {
+        let (number, connection) = self.unauthenticated.first_key_value()?;
+        let (number, connection) = (*number, connection.upgrade()?);
+        if connection.since.elapsed() < MIN_LIFE {
+            return None;
+        }
+        self.known(connection.address.ip(), number)
+    }
 }
 
 struct ConnectionMetrics {
     open: Gauge,
     limit: Gauge,
-    strangers: Gauge,
+    unauthenticated: Gauge,
     refused: Counter,
     evicted: Counter,
 }
@@ -60,6 +100,7 @@ struct ConnectionMetrics {
 pub(crate) struct OpenConnection {
     number: u64,
     address: SocketAddr,
+    since: Instant,
     /// A valid token was seen on it.
     is_known: AtomicBool,
     /// It has to make room.
@@ -73,7 +114,7 @@ impl Connections {
             open: metrics.gauge("streamer_server_connections", "Open TCP connections"),
             limit: metrics
                 .gauge("streamer_server_connections_limit", "Most of them (server.max_connections)"),
-            strangers: metrics.gauge(
+            unauthenticated: metrics.gauge(
                 "streamer_server_unauthenticated_connections",
                 "Open TCP connections on which no valid token was seen; they get half of the places",
             ),
@@ -93,47 +134,59 @@ impl Connections {
     /// Lets a connection in, if there is room; otherwise says which option bounds it.
     pub(crate) fn admit(&self, address: SocketAddr) -> Result<Arc<OpenConnection>, &'static str> {
         let Shared { limits, metrics, .. } = &*self.0;
+        let ip = address.ip();
+        let max_unauthenticated = (limits.all / 2).max(1);
         let mut open = self.0.open.lock();
-        let of_address = open.by_address.get(&address.ip()).copied().unwrap_or(0);
-        let refusal = if of_address >= limits.from_one_address {
-            Some("server.max_connections_per_address")
+        let of_address = open.by_address.entry(ip).or_default();
+        let (count, unauthenticated) = (of_address.count, of_address.unauthenticated.len());
+        // Nothing of an upgraded `Arc` may be dropped under the lock: its end takes it too.
+        let (refusal, evicted) = if count >= limits.from_one_address {
+            (Some("server.max_connections_per_address"), open.oldest_of(ip))
+        } else if open.count >= limits.all {
+            (Some("server.max_connections"), open.oldest())
+        } else if unauthenticated >= (max_unauthenticated / 4).max(1) {
+            (None, open.oldest_of(ip))
+        } else if open.unauthenticated.len() >= max_unauthenticated {
+            match open.oldest() {
+                None => (Some("server.max_connections"), None),
+                oldest => (None, oldest),
+            }
         } else {
-            (open.count >= limits.all).then_some("server.max_connections")
+            (None, None)
         };
-        if let Some(option) = refusal {
-            // The oldest stranger makes room for the next one that comes.
-            let oldest = open.strangers.pop_first();
-            drop(open);
-            self.evict(oldest);
-            metrics.refused.inc();
-            return Err(option);
-        }
-        let full = open.strangers.len() >= (limits.all / 2).max(1);
-        let oldest = if full { open.strangers.pop_first() } else { None };
-        let number = open.next;
-        open.next += 1;
-        open.count += 1;
-        *open.by_address.entry(address.ip()).or_insert(0) += 1;
-        let shared = self.0.clone();
-        let evicted = CancellationToken::new();
-        let connection = Arc::new(OpenConnection {
-            number,
-            address,
-            is_known: AtomicBool::new(false),
-            evicted,
-            shared,
+        let admitted = refusal.is_none().then(|| {
+            let number = open.next;
+            open.next += 1;
+            open.count += 1;
+            let of_address = open.by_address.entry(ip).or_default();
+            of_address.count += 1;
+            of_address.unauthenticated.insert(number);
+            let connection = Arc::new(OpenConnection {
+                number,
+                address,
+                since: Instant::now(),
+                is_known: AtomicBool::new(false),
+                evicted: CancellationToken::new(),
+                shared: self.0.clone(),
+            });
+            open.unauthenticated.insert(number, Arc::downgrade(&connection));
+            connection
         });
-        open.strangers.insert(number, Arc::downgrade(&connection));
+        if count == 0 && admitted.is_none() {
+            open.by_address.remove(&ip);
+        }
         self.0.show(&open);
         drop(open);
-        self.evict(oldest);
-        Ok(connection)
-    }
-
-    fn evict(&self, stranger: Option<(u64, Weak<OpenConnection>)>) {
-        if let Some(connection) = stranger.and_then(|(_, connection)| connection.upgrade()) {
+        if let Some(connection) = evicted.and_then(|connection| connection.upgrade()) {
             connection.evicted.cancel();
-            self.0.metrics.evicted.inc();
+            metrics.evicted.inc();
+        }
+        match refusal {
+            Some(option) => {
+                metrics.refused.inc();
+                Err(option)
+            }
+            None => admitted.ok_or("server.max_connections"),
         }
     }
 }
@@ -142,13 +195,13 @@ impl Shared {
     fn show(&self, open: &Open) {
         let number = |count: usize| i64::try_from(count).unwrap_or(i64::MAX);
         self.metrics.open.set(number(open.count));
-        self.metrics.strangers.set(number(open.strangers.len()));
+        self.metrics.unauthenticated.set(number(open.unauthenticated.len()));
     }
 }
 
 impl OpenConnection {
     /// Whether no valid token was seen on it.
-    pub(crate) fn is_a_strangers(&self) -> bool {
+    pub(crate) fn is_unauthenticated(&self) -> bool {
         !self.is_known.load(Ordering::Relaxed)
     }
 }
@@ -163,23 +216,32 @@ impl Connection for OpenConnection {
             return;
         }
         let mut open = self.shared.open.lock();
-        open.strangers.remove(&self.number);
+        let known = open.known(self.address.ip(), self.number);
         self.shared.show(&open);
+        drop(open);
+        drop(known);
+    }
+
+    fn evicted(&self) -> Pin<Box<dyn Future<Output = ()> + Send>> {
+        Box::pin(self.evicted.clone().cancelled_owned())
     }
 }
 
 impl Drop for OpenConnection {
     fn drop(&mut self) {
+        let ip = self.address.ip();
         let mut open = self.shared.open.lock();
-        open.strangers.remove(&self.number);
+        let known = open.known(ip, self.number);
         open.count -= 1;
-        if let Some(count) = open.by_address.get_mut(&self.address.ip()) {
-            *count -= 1;
-            if *count == 0 {
-                open.by_address.remove(&self.address.ip());
+        if let Some(of_address) = open.by_address.get_mut(&ip) {
+            of_address.count -= 1;
+            if of_address.count == 0 {
+                open.by_address.remove(&ip);
             }
         }
         self.shared.show(&open);
+        drop(open);
+        drop(known);
     }
 }
 
@@ -196,42 +258,52 @@ mod tests {
     }
 
     #[test]
-    fn strangers_make_room_for_later_ones_and_clients_stay() {
-        let connections = connections(8, 100);
+    fn connections_without_a_token_make_room_for_those_of_the_same_address() {
+        let connections = connections(16, 100);
         let client = connections.admit(address(1)).unwrap();
         client.authenticated();
-        let strangers: Vec<_> = (0..5).map(|_| connections.admit(address(2)).unwrap()).collect();
-        let evicted: Vec<_> = strangers.iter().map(|one| one.evicted.is_cancelled()).collect();
-        assert_eq!(evicted, [true, false, false, false, false]);
-        assert!(!client.evicted.is_cancelled());
-        assert!(!client.is_a_strangers() && strangers[4].is_a_strangers());
+        let other = connections.admit(address(1)).unwrap();
+        // A quarter of the half.
+        let flood: Vec<_> = (0..5).map(|_| connections.admit(address(2)).unwrap()).collect();
+        let evicted: Vec<_> = flood.iter().map(|one| one.evicted.is_cancelled()).collect();
+        assert_eq!(evicted, [true, true, true, false, false]);
+        assert!(!client.evicted.is_cancelled() && !other.evicted.is_cancelled());
+        assert!(!client.is_unauthenticated() && flood[4].is_unauthenticated());
     }
 
     #[test]
-    fn all_and_those_of_one_address_are_bounded() {
-        let connections = connections(4, 2);
+    fn refused_connections_evict_none_of_other_addresses() {
+        let connections = connections(100, 2);
+        let client = connections.admit(address(1)).unwrap();
         let known = |host| {
             let connection = connections.admit(address(host))?;
             connection.authenticated();
             Ok(connection)
         };
-        let mut open = vec![known(1).unwrap(), known(1).unwrap()];
-        assert_eq!(known(1).err(), Some("server.max_connections_per_address"));
-        open.extend([known(2).unwrap(), known(3).unwrap()]);
-        assert_eq!(known(4).err(), Some("server.max_connections"));
+        let mut open = vec![known(2).unwrap(), known(2).unwrap()];
+        for _ in 0..1000 {
+            assert_eq!(known(2).err(), Some("server.max_connections_per_address"));
+        }
+        assert!(!client.evicted.is_cancelled());
         open.clear();
-        assert!(known(1).is_ok());
+        assert!(known(2).is_ok());
     }
 
     #[test]
-    fn a_stranger_is_evicted_when_all_places_are_taken() {
-        let connections = connections(2, 2);
-        let client = connections.admit(address(1)).unwrap();
-        client.authenticated();
-        let stranger = connections.admit(address(1)).unwrap();
-        assert!(connections.admit(address(2)).is_err());
-        assert!(stranger.evicted.is_cancelled());
-        drop(stranger);
-        assert!(connections.admit(address(2)).is_ok());
+    fn a_connection_has_time_to_send_its_token() {
+        let connections = connections(4, 4);
+        let strangers = [1, 2].map(|host| connections.admit(address(host)).unwrap());
+        assert_eq!(connections.admit(address(3)).err(), Some("server.max_connections"));
+        assert!(strangers.iter().all(|one| !one.evicted.is_cancelled()));
+        drop(strangers);
+        let all = [1, 2, 3, 4].map(|host| {
+            let connection = connections.admit(address(host)).unwrap();
+            connection.authenticated();
+            connection
+        });
+        assert_eq!(connections.admit(address(5)).err(), Some("server.max_connections"));
+        drop(all);
+        let open = connections.0.open.lock();
+        assert!(open.count == 0 && open.by_address.is_empty() && open.unauthenticated.is_empty());
     }
 }

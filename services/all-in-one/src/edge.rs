@@ -62,15 +62,12 @@ async fn admit(
         }
         (Trusted::Services(_), Some(_)) => {
             let text = "the service token is another one here (peers.secret_file)";
-            request.headers_mut().remove(CLIENT_ADDRESS);
-            let (refusal, (parts, _)) = (Status::unauthenticated(text), request.into_parts());
-            auth.refused(&parts, &refusal);
-            return refusal.into_http::<Body>();
+            return refused(request, text, &auth);
         }
         (Trusted::Nobody, Some(_)) => {
             let text =
                 "this server has all services in one process, and takes no calls from others";
-            return Status::unauthenticated(text).into_http::<Body>();
+            return refused(request, text, &auth);
         }
         (Trusted::Nobody | Trusted::Services(_), None) => {
             for header in [REQUEST_UID, REPEATED, FORWARDED, CLIENT_ADDRESS] {
@@ -79,6 +76,14 @@ async fn admit(
         }
     }
     next.run(request).await
+}
+
+/// Refuses who wrongly says that it is a service.
+fn refused(mut request: Request, reason: &str, auth: &AuthLayer) -> Response {
+    request.headers_mut().remove(CLIENT_ADDRESS);
+    let (refusal, (parts, _)) = (Status::unauthenticated(reason), request.into_parts());
+    auth.refused(&parts, &refusal);
+    refusal.into_http::<Body>()
 }
 
 /// The call has been found to come from a service.

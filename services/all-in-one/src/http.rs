@@ -5,7 +5,7 @@ use std::{sync::Arc, time::Duration};
 use axum::{
     Router,
     extract::{Request, State},
-    http::{StatusCode, header},
+    http::{HeaderValue, StatusCode, header},
     middleware::{self, Next},
     response::{IntoResponse, Response},
     routing::get,
@@ -38,7 +38,7 @@ const PROGRESS_HEALTH_PACE: Pace =
 /// An answer younger than this is given again; while it is a bad one, health is checked this often.
 const HEALTH_CACHE: Duration = Duration::from_millis(500);
 /// Largest message to services that anyone may call (health, reflection), in bytes.
-const MAX_STRANGERS_MESSAGE: usize = 16 * 1024;
+const MAX_PUBLIC_MESSAGE: usize = 16 * 1024;
 /// Longest part of a path in an answer.
 const MAX_SHOWN_CHARS: usize = 128;
 /// Prometheus' content type of OpenMetrics text.
@@ -215,20 +215,20 @@ impl Services {
         let health = tonic_health::pb::health_server::HealthServer::new(
             tonic_health::server::HealthService::from_health_reporter(self.health.reporter.clone()),
         )
-        .max_decoding_message_size(MAX_STRANGERS_MESSAGE);
-        // For anyone, and so with a limit of their own.
-        let strangers = Routes::new(health)
+        .max_decoding_message_size(MAX_PUBLIC_MESSAGE);
+        // Without a token, and so with a limit of their own.
+        let open = Routes::new(health)
             .add_service(
                 builder()
                     .build_v1()
                     .map_err(reflection)?
-                    .max_decoding_message_size(MAX_STRANGERS_MESSAGE),
+                    .max_decoding_message_size(MAX_PUBLIC_MESSAGE),
             )
             .add_service(
                 builder()
                     .build_v1alpha()
                     .map_err(reflection)?
-                    .max_decoding_message_size(MAX_STRANGERS_MESSAGE),
+                    .max_decoding_message_size(MAX_PUBLIC_MESSAGE),
             );
         let mut public = Routes::default();
         let mut internal = Routes::default();
@@ -259,8 +259,8 @@ impl Services {
         let grpc = grpc.layer(MapResponseLayer::new(move |response: Response| {
             name_message_limit(response, limit)
         }));
-        let strangers = strangers.into_axum_router().reset_fallback();
-        let mut grpc = grpc.merge(strangers).layer(middleware::from_fn(grpc_only));
+        let open = open.into_axum_router().reset_fallback();
+        let mut grpc = grpc.merge(open).layer(middleware::from_fn(grpc_only));
         if let Some(gateway) = &self.gateway {
             grpc = grpc.merge(gateway.http.clone());
         }
@@ -293,20 +293,25 @@ impl Services {
     }
 }
 
-/// Whether a client speaks gRPC, as it says.
-fn is_grpc(request: &Request) -> bool {
-    let content_type = request.headers().get(header::CONTENT_TYPE);
-    content_type.is_some_and(|value| value.as_bytes().starts_with(b"application/grpc"))
+/// Whether this content type is gRPC's.
+pub(crate) fn is_grpc(content_type: &HeaderValue) -> bool {
+    const GRPC: &[u8] = b"application/grpc";
+    let start = content_type.as_bytes().get(..GRPC.len());
+    start.is_some_and(|start| start.eq_ignore_ascii_case(GRPC))
+}
+
+fn speaks_grpc(request: &Request) -> bool {
+    request.headers().get(header::CONTENT_TYPE).is_some_and(is_grpc)
 }
 
 /// For others there is nothing at the paths of methods.
 async fn grpc_only(request: Request, next: Next) -> Response {
-    if is_grpc(&request) { next.run(request).await } else { unknown_path(request).await }
+    if speaks_grpc(&request) { next.run(request).await } else { unknown_path(request).await }
 }
 
 /// gRPC has an answer of its own for methods that do not exist.
 async fn unknown_path(request: Request) -> Response {
-    if is_grpc(&request) {
+    if speaks_grpc(&request) {
         let path = request.uri().path();
         let known: String = path.chars().take(MAX_SHOWN_CHARS).collect();
         return Status::unimplemented(format!("{known} does not exist here")).into_http();

@@ -1,13 +1,14 @@
-//! Bodies of gRPC calls on their way in: what is not whole yet is bounded in bytes and in time.
+//! Bodies of gRPC calls: messages that are not whole yet are bounded in bytes and in time.
 //!
 //! A message is decoded once it is whole; until then its bytes are kept. A caller that sends
 //! all of a message but its last byte, in many calls at once, would fill the memory.
 
 use std::{
-    collections::HashSet,
+    collections::{HashMap, HashSet},
+    hash::{BuildHasher, RandomState},
     pin::Pin,
     sync::{
-        Arc, LazyLock,
+        Arc, LazyLock, Weak,
         atomic::{AtomicUsize, Ordering},
     },
     task::{Context, Poll, ready},
@@ -15,15 +16,21 @@ use std::{
 };
 
 use bytes::{Buf, Bytes};
+use http::{HeaderValue, header, request::Parts};
 use hyper::body::{Body, Frame, SizeHint};
+use parking_lot::Mutex;
 use prometheus_client::metrics::gauge::Gauge;
 use streamer_core::{ErrorCode, RequestError};
 use streamer_proto::public_methods;
 use streamer_rpc::status;
 use streamer_telemetry::Metrics;
-use tokio::time::{Sleep, sleep};
+use tokio::time::{Instant, Sleep, sleep};
 use tonic::Status;
 
+/// What keeps an unfinished message takes about this many bytes beside it.
+const OVERHEAD_BYTES: usize = 32 * 1024;
+/// Paths of the services that anyone may call begin with this: health and reflection.
+const FOR_ANYONE: &str = "/grpc.";
 /// Before each message: whether it is compressed, and its length.
 const PREFIX_BYTES: usize = 5;
 /// Paths of the methods that take one message: all of it must come in time.
@@ -41,18 +48,22 @@ struct Budget {
     max: usize,
     patience: Duration,
     gauge: Gauge,
+    /// Of the services that anyone may call.
+    anyone: Arc<Share>,
+    /// Of each token, by its hash, as long as something is held in its name.
+    tokens: Mutex<HashMap<u64, Weak<Share>>>,
+    hasher: RandomState,
 }
 
-/// The part of one connection in it.
-#[derive(Clone)]
-pub(crate) struct OfConnection {
-    all: Arc<Budget>,
-    bytes: Arc<AtomicUsize>,
+/// A part of the budget.
+struct Share {
+    bytes: AtomicUsize,
+    max: usize,
 }
 
 impl Undecoded {
-    /// At most so many bytes in all, a quarter of them from one connection; a message must be whole
-    /// within `patience`.
+    /// At most this many bytes in all, a quarter of them in the name of one token, and a sixteenth without
+    /// one; a message must be whole within `patience`.
     pub(crate) fn new(max: usize, patience: Duration, metrics: &Metrics) -> Self {
         let limit = metrics.gauge(
             "streamer_server_undecoded_bytes_limit",
@@ -61,13 +72,39 @@ impl Undecoded {
         limit.set(i64::try_from(max).unwrap_or(i64::MAX));
         let gauge = metrics.gauge(
             "streamer_server_undecoded_bytes",
-            "Bytes of messages of calls that are not whole yet",
+            "Bytes of messages of calls that are not whole yet, and of what keeps them",
         );
-        Self(Arc::new(Budget { bytes: AtomicUsize::new(0), max, patience, gauge }))
+        let anyone = Arc::new(Share { bytes: AtomicUsize::new(0), max: max / 16 });
+        Self(Arc::new(Budget {
+            bytes: AtomicUsize::new(0),
+            max,
+            patience,
+            gauge,
+            anyone,
+            tokens: Mutex::default(),
+            hasher: RandomState::new(),
+        }))
+    }
+}
+
+impl Budget {
+    fn show(&self) {
+        let bytes = i64::try_from(self.bytes.load(Ordering::Relaxed)).unwrap_or(i64::MAX);
+        self.gauge.set(bytes);
     }
 
-    pub(crate) fn of_connection(&self) -> OfConnection {
-        OfConnection { all: self.0.clone(), bytes: Arc::default() }
+    /// The share of who sends this; all that has no token has one together.
+    fn share(&self, authorization: Option<&HeaderValue>) -> Arc<Share> {
+        let Some(token) = authorization else { return self.anyone.clone() };
+        let hash = self.hasher.hash_one(token.as_bytes());
+        let mut tokens = self.tokens.lock();
+        if let Some(share) = tokens.get(&hash).and_then(Weak::upgrade) {
+            return share;
+        }
+        tokens.retain(|_, share| share.strong_count() > 0);
+        let share = Arc::new(Share { bytes: AtomicUsize::new(0), max: self.max / 4 });
+        tokens.insert(hash, Arc::downgrade(&share));
+        share
     }
 }
 
@@ -87,7 +124,7 @@ impl Framing {
         self.prefix_bytes + self.came
     }
 
-    /// Takes in what came; says whether a message began in it that is not whole.
+    /// Reads data; says whether a message began in it that is not whole.
     fn feed(&mut self, mut data: &[u8]) -> bool {
         let mut is_new = false;
         while !data.is_empty() {
@@ -120,51 +157,86 @@ impl Framing {
 pub(crate) struct IncomingBody {
     body: hyper::body::Incoming,
     framing: Framing,
+    budget: Undecoded,
+    /// Whose share of the budget it takes, once it takes any.
+    share: Option<Arc<Share>>,
+    authorization: Option<HeaderValue>,
     /// What is counted of this body.
     counted: usize,
-    budget: OfConnection,
     /// The whole body is to come in time, not just each message that has begun.
     is_unary: bool,
-    timer: Option<Pin<Box<Sleep>>>,
+    /// How long it was waited for the message, but for the present wait.
+    waited: Duration,
+    wait: Option<Wait>,
+}
+
+struct Wait {
+    since: Instant,
+    timer: Pin<Box<Sleep>>,
 }
 
 impl IncomingBody {
-    pub(crate) fn new(body: hyper::body::Incoming, path: &str, budget: OfConnection) -> Self {
-        let is_unary = UNARY.contains(path);
-        Self { body, framing: Framing::default(), counted: 0, budget, is_unary, timer: None }
+    pub(crate) fn new(body: hyper::body::Incoming, head: &Parts, budget: Undecoded) -> Self {
+        let path = head.uri.path();
+        // What anyone may call is not counted in the name of a token that is not looked at.
+        let is_for_anyone = path.starts_with(FOR_ANYONE);
+        let authorization = head.headers.get(header::AUTHORIZATION).filter(|_| !is_for_anyone);
+        Self {
+            body,
+            framing: Framing::default(),
+            budget,
+            share: None,
+            authorization: authorization.cloned(),
+            counted: 0,
+            is_unary: UNARY.contains(path),
+            waited: Duration::ZERO,
+            wait: None,
+        }
     }
 
     /// Counts what is held now.
     fn count(&mut self, held: usize) -> Result<(), Status> {
-        let OfConnection { all, bytes } = &self.budget;
-        if held <= self.counted {
-            let less = self.counted - held;
-            self.counted = held;
-            if less > 0 {
-                all.bytes.fetch_sub(less, Ordering::Relaxed);
-                bytes.fetch_sub(less, Ordering::Relaxed);
-                all.show();
+        let held = if held == 0 { 0 } else { held.saturating_add(OVERHEAD_BYTES) };
+        if held == self.counted {
+            return Ok(());
+        }
+        let Undecoded(all) = &self.budget;
+        let share = self.share.get_or_insert_with(|| all.share(self.authorization.as_ref()));
+        let before = std::mem::replace(&mut self.counted, held);
+        if held < before {
+            all.bytes.fetch_sub(before - held, Ordering::Relaxed);
+            share.bytes.fetch_sub(before - held, Ordering::Relaxed);
+            all.show();
+            if held == 0 {
+                self.share = None;
             }
             return Ok(());
         }
-        let more = held - self.counted;
-        self.counted = held;
-        let in_all = all.bytes.fetch_add(more, Ordering::Relaxed) + more;
-        let of_connection = bytes.fetch_add(more, Ordering::Relaxed) + more;
+        let more = held - before;
+        let in_all = all.bytes.fetch_add(more, Ordering::Relaxed).saturating_add(more);
+        let of_share = share.bytes.fetch_add(more, Ordering::Relaxed).saturating_add(more);
         all.show();
-        if in_all <= all.max && of_connection <= all.max / 4 {
+        if in_all <= all.max && of_share <= share.max {
             return Ok(());
         }
         let message = "too many bytes of messages that are not whole yet";
         let pause = Some(Duration::from_secs(1));
         Err(status(&RequestError::limited("server.max_undecoded_bytes", message, pause)))
     }
-}
 
-impl Budget {
-    fn show(&self) {
-        let bytes = i64::try_from(self.bytes.load(Ordering::Relaxed)).unwrap_or(i64::MAX);
-        self.gauge.set(bytes);
+    /// Waits for more; refuses what takes too long. Time in which nothing is read does not count.
+    fn wait(&mut self, context: &mut Context<'_>) -> Poll<Status> {
+        let patience = self.budget.0.patience;
+        let left = patience.saturating_sub(self.waited);
+        let wait = self
+            .wait
+            .get_or_insert_with(|| Wait { since: Instant::now(), timer: Box::pin(sleep(left)) });
+        ready!(wait.timer.as_mut().poll(context));
+        let rule = format!(
+            "the message was not whole within {} s (server.body_timeout_ms)",
+            patience.as_secs_f64()
+        );
+        Poll::Ready(status(&RequestError::new(ErrorCode::Timeout, rule)))
     }
 }
 
@@ -177,37 +249,27 @@ impl Body for IncomingBody {
         context: &mut Context<'_>,
     ) -> Poll<Option<Result<Frame<Bytes>, axum::Error>>> {
         let this = self.get_mut();
-        match Pin::new(&mut this.body).poll_frame(context) {
-            Poll::Ready(Some(Ok(frame))) => {
-                if let Some(data) = frame.data_ref() {
-                    let is_new = this.framing.feed(data.chunk());
-                    let held = this.framing.held();
-                    if !this.is_unary && (is_new || held == 0) {
-                        this.timer = None;
-                    }
-                    if let Err(refusal) = this.count(held) {
-                        return Poll::Ready(Some(Err(axum::Error::new(refusal))));
-                    }
-                }
-                Poll::Ready(Some(Ok(frame)))
+        let Poll::Ready(next) = Pin::new(&mut this.body).poll_frame(context) else {
+            if !this.is_unary && this.framing.held() == 0 {
+                return Poll::Pending;
             }
-            Poll::Ready(Some(Err(error))) => Poll::Ready(Some(Err(axum::Error::new(error)))),
-            Poll::Ready(None) => Poll::Ready(None),
-            Poll::Pending => {
-                if !this.is_unary && this.framing.held() == 0 {
-                    return Poll::Pending;
-                }
-                let patience = this.budget.all.patience;
-                let timer = this.timer.get_or_insert_with(|| Box::pin(sleep(patience)));
-                ready!(timer.as_mut().poll(context));
-                let rule = format!(
-                    "the message was not whole within {} s (server.body_timeout_ms)",
-                    patience.as_secs_f64()
-                );
-                let late = status(&RequestError::new(ErrorCode::Timeout, rule));
-                Poll::Ready(Some(Err(axum::Error::new(late))))
-            }
+            let late = ready!(this.wait(context));
+            return Poll::Ready(Some(Err(axum::Error::new(late))));
+        };
+        if let Some(wait) = this.wait.take() {
+            this.waited += wait.since.elapsed();
         }
+        let Some(frame) = next else { return Poll::Ready(None) };
+        let frame = frame.map_err(axum::Error::new)?;
+        if let Some(data) = frame.data_ref() {
+            let is_new = this.framing.feed(data.chunk());
+            let held = this.framing.held();
+            if !this.is_unary && (is_new || held == 0) {
+                this.waited = Duration::ZERO;
+            }
+            this.count(held).map_err(axum::Error::new)?;
+        }
+        Poll::Ready(Some(Ok(frame)))
     }
 
     fn is_end_stream(&self) -> bool {
@@ -221,8 +283,8 @@ impl Body for IncomingBody {
 
 impl Drop for IncomingBody {
     fn drop(&mut self) {
-        // Less is never refused.
-        drop(self.count(0));
+        let released = self.count(0);
+        debug_assert!(released.is_ok(), "less is never refused");
     }
 }
 

@@ -19,7 +19,7 @@ use streamer_core::{Clock, SystemClock};
 use streamer_dynamodb::OpenError;
 use streamer_handler::Handlers;
 use streamer_store::StoreError;
-use streamer_telemetry::Traces;
+use streamer_telemetry::{Metrics, Traces};
 use tokio::{
     net::{TcpListener, UdpSocket},
     task::JoinHandle,
@@ -27,10 +27,16 @@ use tokio::{
 };
 use tokio_util::sync::CancellationToken;
 
-use crate::wiring::{Plan, Services};
+use crate::{
+    connections::{ConnectionLimits, Connections},
+    serve::Server,
+    wiring::{Plan, Services},
+};
 
 pub use wiring::dynamo_options;
 
+/// Connections to the address of the metrics.
+const METRICS_CONNECTIONS: ConnectionLimits = ConnectionLimits { all: 128, from_one_address: 64 };
 /// The last records of the audit log have this long to be written.
 const AUDIT_PATIENCE: Duration = Duration::from_secs(1);
 
@@ -212,6 +218,9 @@ impl AllInOne {
         let metrics_address = metrics_listener.as_ref().map(|(_, address)| *address);
         if let Some((listener, _)) = metrics_listener {
             let router = services.metrics();
+            // Those to the public address take no places of these.
+            let connections = Connections::new(METRICS_CONNECTIONS, &Metrics::new());
+            let server = Server { connections, ..server };
             tasks.push(tokio::spawn(serve::serve(listener, router, server, shutdown.clone())));
         }
         let drain_timeout = Duration::from_millis(config.server.drain_timeout_ms);

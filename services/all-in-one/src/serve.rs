@@ -31,15 +31,16 @@ use tower::{Service, ServiceExt};
 use crate::{
     Role, Shutdown,
     connections::{Connections, OpenConnection},
-    incoming_body::{IncomingBody, OfConnection, Undecoded},
+    http::is_grpc,
+    incoming_body::{IncomingBody, Undecoded},
 };
 
 /// After an accept that failed for want of something (file descriptors mostly).
 const ACCEPT_PAUSE: Duration = Duration::from_millis(50);
-/// A failure to accept is logged so often.
+/// A failure to accept is logged once in this time.
 const SAY_AGAIN: Duration = Duration::from_secs(10);
-/// A connection on which no valid token was seen for so long is closed once nothing runs on it.
-const STRANGER_LIFE: Duration = Duration::from_secs(60);
+/// A connection on which no valid token was seen for this long is closed once nothing runs on it.
+const UNAUTHENTICATED_LIFE: Duration = Duration::from_secs(60);
 /// Largest head of an HTTP/1 request, in bytes.
 const MAX_HEADER_BYTES: usize = 64 * 1024;
 const KEEP_ALIVE: Duration = Duration::from_secs(20);
@@ -163,7 +164,7 @@ async fn handle(
     let requests = Requests {
         router,
         peer: Peer::new(connection.clone()),
-        undecoded: server.undecoded.of_connection(),
+        undecoded: server.undecoded.clone(),
         any: Arc::default(),
     };
     let any = requests.any.clone();
@@ -172,21 +173,27 @@ async fn handle(
     tokio::pin!(serving);
     let mut stop = Some(Box::pin(stop.cancelled_owned()));
     let mut silence = Some(Box::pin(sleep(server.options.header_timeout)));
-    let mut stranger = Some(Box::pin(sleep(STRANGER_LIFE)));
+    let mut life = Some(Box::pin(sleep(UNAUTHENTICATED_LIFE)));
+    let mut eviction = Some(connection.evicted());
     loop {
+        let evicted = OptionFuture::from(eviction.as_mut());
         let stopping = OptionFuture::from(stop.as_mut());
         let silent = OptionFuture::from(silence.as_mut());
-        let estranged = OptionFuture::from(stranger.as_mut());
+        let over = OptionFuture::from(life.as_mut());
         tokio::select! {
             ended = &mut serving => {
                 if let Err(error) = ended {
-                    tracing::debug!(%error, %peer, "a connection ended badly");
+                    tracing::debug!(%error, %peer, "a connection ended with an error");
                 }
                 return;
             }
-            () = connection.evicted.cancelled() => {
-                tracing::debug!(%peer, "a connection without a valid token made room");
-                return;
+            Some(()) = evicted => {
+                eviction = None;
+                // It may have sent a valid token meanwhile.
+                if connection.is_unauthenticated() {
+                    tracing::debug!(%peer, "a connection without a valid token made room");
+                    return;
+                }
             }
             Some(()) = stopping => {
                 stop = None;
@@ -195,13 +202,13 @@ async fn handle(
             Some(()) = silent => {
                 silence = None;
                 if !any.load(Ordering::Relaxed) {
-                    tracing::debug!(%peer, "a connection asked for nothing");
+                    tracing::debug!(%peer, "a connection sent no request in time");
                     return;
                 }
             }
-            Some(()) = estranged => {
-                stranger = None;
-                if connection.is_a_strangers() {
+            Some(()) = over => {
+                life = None;
+                if connection.is_unauthenticated() {
                     // What it asks for may end.
                     serving.as_mut().graceful_shutdown();
                 }
@@ -215,7 +222,7 @@ async fn handle(
 struct Requests {
     router: Router,
     peer: Peer,
-    undecoded: OfConnection,
+    undecoded: Undecoded,
     /// Whether there was any.
     any: Arc<AtomicBool>,
 }
@@ -235,11 +242,10 @@ impl Service<Request<Incoming>> for Requests {
     fn call(&mut self, request: Request<Incoming>) -> Self::Future {
         self.any.store(true, Ordering::Relaxed);
         let content_type = request.headers().get(header::CONTENT_TYPE);
-        let is_grpc =
-            content_type.is_some_and(|kind| kind.as_bytes().starts_with(b"application/grpc"));
+        let is_grpc = content_type.is_some_and(is_grpc);
         let (parts, body) = request.into_parts();
         let body = if is_grpc {
-            Body::new(IncomingBody::new(body, parts.uri.path(), self.undecoded.clone()))
+            Body::new(IncomingBody::new(body, &parts, self.undecoded.clone()))
         } else {
             Body::new(body)
         };

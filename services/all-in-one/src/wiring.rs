@@ -246,14 +246,15 @@ impl Services {
     pub(crate) fn server(&self, config: &Config) -> Server {
         let section = &config.server;
         let all = match size(section.max_connections) {
-            0 => descriptors() / 5 * 4,
-            all => all,
+            0 => (descriptors() / 5 * 4).max(16),
+            all => all.min(descriptors()),
         };
         let from_one_address = match size(section.max_connections_per_address) {
             0 => (all / 2).max(1),
             from_one_address => from_one_address,
         };
         let limits = ConnectionLimits { all, from_one_address };
+        let connections = Connections::new(limits, &self.metrics);
         let undecoded = match self.role {
             // A message of the largest size must get through.
             Role::All | Role::Gateway => size(section.max_undecoded_bytes)
@@ -264,7 +265,7 @@ impl Services {
         let patience = Duration::from_millis(section.body_timeout_ms);
         Server {
             options: Options::new(config, self.role),
-            connections: Connections::new(limits, &self.metrics),
+            connections,
             undecoded: Undecoded::new(undecoded, patience, &self.metrics),
         }
     }

@@ -39,6 +39,8 @@ const FIRST_LIST: Duration = Duration::from_secs(5);
 const SAY_AGAIN: Duration = Duration::from_secs(60);
 /// An action that is not known is waited for this long while not every processor was heard.
 const MAX_WAIT: Duration = Duration::from_secs(5);
+/// Longest wait for a schema to be compiled.
+const MAX_COMPILE: Duration = Duration::from_secs(15);
 /// When too many payloads of a tenant are being validated, it should wait for this long.
 const BUSY_PAUSE: Duration = Duration::from_secs(1);
 
@@ -53,6 +55,8 @@ pub(crate) struct Known {
 /// The schema of an action's payloads, compiled when the first of them comes: most actions that are
 /// known are not asked for here.
 struct LazySchema {
+    /// Of the tenant for which it is declared; empty for every tenant.
+    tenant: String,
     action: String,
     text: String,
     compiled: OnceCell<Result<Arc<PayloadSchema>, String>>,
@@ -60,21 +64,19 @@ struct LazySchema {
 
 impl LazySchema {
     /// The schema, or why it is refused, as one may be that an earlier version stored.
-    async fn get(
-        &self,
-        pool: &Pool,
-        tenant: &str,
-    ) -> Result<&Result<Arc<PayloadSchema>, String>, Busy> {
+    async fn get(&self, pool: &Pool) -> Result<&Result<Arc<PayloadSchema>, String>, Busy> {
         let compile = || async {
             let text = self.text.clone();
-            let compiled = pool.run(tenant, move || PayloadSchema::compile(&text)).await?;
+            // On behalf of who declared it: other callers wait for the outcome too.
+            let compiled = pool.run(&self.tenant, move || PayloadSchema::compile(&text)).await?;
             Ok(compiled.map(Arc::new).map_err(|error| {
                 let action = &self.action;
                 tracing::error!(action, %error, "a payload schema cannot be used");
                 error.to_string()
             }))
         };
-        self.compiled.get_or_try_init(compile).await
+        let compiled = timeout(MAX_COMPILE, self.compiled.get_or_try_init(compile)).await;
+        compiled.unwrap_or(Err(Busy::All))
     }
 }
 
@@ -116,8 +118,8 @@ impl Catalog {
         of_tenant(self.by_name.read().get(action)?, tenant)
     }
 
-    /// The same; when it is not known, waits until every processor has said what it offers. A router
-    /// that has just started does not know it all.
+    /// The same; when it is not known, waits until every processor has sent its list. A router that has just
+    /// started does not have them all.
     ///
     /// # Errors
     /// `NOT_FOUND`; `UNAVAILABLE` while it cannot be found out.
@@ -298,7 +300,8 @@ impl Catalog {
         let offered = list.into_iter().filter_map(|OfferedAction { action, tenant_id }| {
             let action = action?;
             let known = known.get(&action.name).and_then(|known| known.get(&tenant_id));
-            let schema = schema_of(&action, known.and_then(|known| known.schema.as_ref()));
+            let known = known.and_then(|known| known.schema.as_ref());
+            let schema = schema_of(&action, &tenant_id, known);
             Some(Offered { tenant_id, action, schema })
         });
         let list = offered.collect();
@@ -320,7 +323,7 @@ impl Catalog {
         violations: &mut Violations,
     ) -> Result<(), Status> {
         let Some(schema) = &known.schema else { return Ok(()) };
-        let compiled = schema.get(&self.validations, tenant).await;
+        let compiled = schema.get(&self.validations).await;
         let schema = match compiled.map_err(|busy| busy_status(&busy))? {
             Ok(schema) => schema,
             Err(rule) => {
@@ -375,15 +378,19 @@ fn are_of_one_action(one: &Offered, other: &Offered) -> bool {
 }
 
 /// The schema of an action; the known one, if that is the same.
-fn schema_of(action: &Action, known: Option<&Arc<LazySchema>>) -> Option<Arc<LazySchema>> {
+fn schema_of(
+    action: &Action,
+    tenant: &str,
+    known: Option<&Arc<LazySchema>>,
+) -> Option<Arc<LazySchema>> {
     let text = &action.payload_schema;
     if text.is_empty() {
         return None;
     }
     let same = known.filter(|known| known.text == *text).cloned();
     let new = || {
-        let (action, text) = (action.name.clone(), text.clone());
-        Arc::new(LazySchema { action, text, compiled: OnceCell::new() })
+        let (tenant, action) = (tenant.to_owned(), action.name.clone());
+        Arc::new(LazySchema { tenant, action, text: text.clone(), compiled: OnceCell::new() })
     };
     Some(same.unwrap_or_else(new))
 }

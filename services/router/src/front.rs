@@ -112,7 +112,10 @@ impl Front {
         let refused = |_: &Status| {
             self.metrics.refused.inc();
         };
-        self.submissions.admit(&caller.principal, now).inspect_err(refused)?;
+        // A repeat by another service was admitted when it was made first.
+        if !uid.is_some_and(|given| given.repeated) {
+            self.submissions.admit(&caller.principal, now).inspect_err(refused)?;
+        }
         refuse(&violations).inspect_err(refused)?;
         let Principal { tenant, .. } = &*caller.principal;
         let known = self.catalog.find(&submission.action, tenant).await.inspect_err(refused)?;

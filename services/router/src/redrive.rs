@@ -43,6 +43,7 @@ impl Front {
                 old.state
             )));
         }
+        self.submissions.admit(&caller.principal, self.clock.now())?;
         let created = self.repeat(caller, &old, (!id.is_empty()).then_some(id)).await?;
         if created.record.redrive_of != Some(old.uid) {
             let (name, uid) = (created.record.request_id(), created.record.uid);
@@ -70,15 +71,12 @@ impl Front {
                 redriven.push(Redriven { uid, ..Redriven::default() });
                 continue;
             }
+            self.submissions.wait(&caller.principal, &*self.clock).await;
             match self.repeat_once(caller, old).await {
                 Ok(None) => {}
                 Ok(request) => redriven.push(Redriven { uid, request, error: None }),
                 // The store may be back for the next page; whatever else it is, it is this one's.
-                Err(status)
-                    if matches!(status.code(), Code::Unavailable | Code::ResourceExhausted) =>
-                {
-                    return Err(status);
-                }
+                Err(status) if status.code() == Code::Unavailable => return Err(status),
                 Err(status) => {
                     let error = Some(error_to_proto(&request_error(&status)));
                     redriven.push(Redriven { uid, request: None, error });
@@ -105,7 +103,6 @@ impl Front {
         old: &RequestRecord,
         client_id: Option<String>,
     ) -> Result<Created, Status> {
-        self.submissions.admit(&caller.principal, self.clock.now())?;
         let known = self.catalog.find(&old.action, &old.owner.tenant).await?;
         permitted(caller, &known)?;
         let payload =

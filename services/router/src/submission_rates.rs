@@ -1,14 +1,18 @@
 //! How many submissions a second a tenant and a user may make.
 
-use std::{convert::Infallible, sync::Arc};
+use std::{convert::Infallible, sync::Arc, time::Duration};
 
 use parking_lot::Mutex;
 use quick_cache::sync::Cache;
 use streamer_auth::Principal;
-use streamer_core::{RateLimiter, RequestError, Timestamp};
+use streamer_core::{Clock, RateLimiter, RequestError, Timestamp};
 use streamer_rpc::status;
+use tokio::time::sleep;
 use tonic::Status;
+use tonic_types::StatusExt;
 
+/// How long to wait when it is not known.
+const DEFAULT_PAUSE: Duration = Duration::from_millis(100);
 /// Tenants, and users, whose rates are known at most; one that is forgotten begins anew.
 const MAX_KNOWN: usize = 100_000;
 /// Submissions at once: as many as are allowed in this many seconds.
@@ -35,6 +39,14 @@ pub(crate) struct SubmissionRates {
 impl SubmissionRates {
     pub(crate) fn new(limits: SubmissionLimits) -> Self {
         Self { limits, tenants: Cache::new(MAX_KNOWN), users: Cache::new(MAX_KNOWN) }
+    }
+
+    /// Waits until one more submission is let through, for work that is done for its caller in a loop.
+    pub(crate) async fn wait(&self, principal: &Principal, clock: &dyn Clock) {
+        while let Err(status) = self.admit(principal, clock.now()) {
+            let pause = status.get_details_retry_info().and_then(|info| info.retry_delay);
+            sleep(pause.unwrap_or(DEFAULT_PAUSE)).await;
+        }
     }
 
     /// Lets one more submission through, or says which option bounds them and when to come again.
@@ -80,7 +92,6 @@ fn admit(
 #[cfg(test)]
 mod tests {
     use tonic::Code;
-    use tonic_types::StatusExt;
 
     use super::*;
 

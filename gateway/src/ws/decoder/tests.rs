@@ -155,3 +155,22 @@ fn what_is_left_at_a_pause_comes_out_later() {
     }
     assert_eq!(messages, (0..5).map(|n| format!("Text(\"{n}\")")).collect::<Vec<_>>());
 }
+
+#[test]
+fn what_is_kept_takes_no_more_memory_than_twice_its_bytes() {
+    let large = frame(0x81, &vec![b'x'; 1 << 20]);
+    // A large frame that comes in two pieces, and the first byte of the next one.
+    let mut input = [&large[..], &large[..1]].concat();
+    let (first, rest) = input.split_at_mut(1 << 19);
+    let (mut decoder, mut count) = (Decoder::new(1 << 22), 0);
+    for piece in [first, rest] {
+        let message = |_: Message<'_>| {
+            count += 1;
+            Flow::Next
+        };
+        decoder.feed(piece, message).unwrap();
+        assert!(decoder.held() <= 2 << 19, "{}", decoder.held());
+    }
+    assert_eq!(count, 1);
+    assert!(decoder.held() < 4096 && decoder.is_in_message());
+}
