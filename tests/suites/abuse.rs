@@ -263,7 +263,8 @@ async fn unfinished_messages_of_one_connection_are_bounded_and_hurt_no_other() {
         let mut response = Box::pin(status_of(response));
         // The last bytes have been read when the metric says so, or the call was refused.
         let counted = || metric(&server, "streamer_server_undecoded_bytes");
-        let read = async { while counted().await < open.len() * (3 << 20) {} };
+        let read =
+            in_time("all of it", async { while counted().await < open.len() * (3 << 20) {} });
         tokio::select! {
             status = &mut response => {
                 refused = Some(status);
@@ -319,7 +320,7 @@ async fn plain_http_is_taken_by_the_letter() {
 
 #[tokio::test]
 async fn connections_without_a_token_keep_no_client_out() {
-    let settings = ["server.max_connections=24", "server.max_connections_per_address=24"];
+    let settings = ["server.max_connections=64", "server.max_connections_per_address=64"];
     let server = Server::start(&settings);
     let token = server.token("acme", "ann", &[]);
     let mut client = Client::connect(&server.url, &token).await;
@@ -421,7 +422,7 @@ async fn unfinished_messages_of_one_user_are_bounded_and_hurt_no_other() {
     let buffered = async || metric(&server, "streamer_gateway_buffered_bytes").await;
     for number in 1..5 {
         open.push(half_a_message(&server, &token, 4 << 20, (4 << 20) - 1).await);
-        while buffered().await < number * (4 << 20) {}
+        in_time("all of it", async { while buffered().await < number * (4 << 20) {} }).await;
     }
     let last = half_a_message(&server, &token, 4 << 20, (4 << 20) - 1).await;
     let (code, reason) = close_of(last).await;
@@ -432,7 +433,7 @@ async fn unfinished_messages_of_one_user_are_bounded_and_hurt_no_other() {
     assert_eq!(answer["type"], "response");
     // What is not held any longer is not counted.
     drop(open);
-    while buffered().await > 0 {}
+    in_time("their end", async { while buffered().await > 0 {} }).await;
 }
 
 #[tokio::test]
