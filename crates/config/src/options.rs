@@ -114,7 +114,7 @@ options! {
         /// TCP connections in all; 0 means as many as there are file descriptors for, but for a fifth of
         /// them. Those without a valid token get half of them, and make room for each other.
         max_connections: u64 = 0, in 0..=10_000_000;
-        /// TCP connections from one address; 0 means half of those in all.
+        /// TCP connections from one address; 0 means nine tenths of those in all.
         max_connections_per_address: u64 = 0, in 0..=10_000_000;
         /// Bytes of gRPC messages that are not whole yet, in all; a quarter of them from one connection.
         /// Not less than four of the largest messages.

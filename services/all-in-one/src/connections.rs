@@ -2,9 +2,10 @@
 //!
 //! Their number is bounded, in all and from one address, so that descriptors are left for everything
 //! else. Connections on which no valid token was seen yet have half of the places, and of these one
-//! address has a quarter. When an address has no place left, its oldest one makes room; when all are taken, the
-//! oldest of all does, if it had a second to send a token. So a client from a different address, which
-//! has its token in its first request, is not kept out.
+//! address has half. From a quarter on, the oldest one of the address makes room, if it had a second to send a
+//! token; when the address has no place left, it does in any case; when all are taken, the oldest of all does, if it
+//! had that second. So a client from a different address, which has its token in its first request, is not kept out,
+//! and many clients behind one proxy can come at once.
 
 use std::{
     collections::{BTreeMap, BTreeSet, HashMap},
@@ -51,7 +52,7 @@ struct Open {
     count: usize,
     by_address: HashMap<IpAddr, OfAddress>,
     /// Those on which no valid token was seen, by the order in which they came.
-    unauthenticated: BTreeMap<u64, Weak<OpenConnection>>,
+    unauthenticated: BTreeMap<u64, Unauthenticated>,
     next: u64,
 }
 
@@ -62,29 +63,39 @@ struct OfAddress {
     unauthenticated: BTreeSet<u64>,
 }
 
+/// A connection on which no valid token was seen.
+struct Unauthenticated {
+    address: IpAddr,
+    since: Instant,
+    /// Not to be upgraded under the lock: the end of the connection takes it too.
+    connection: Weak<OpenConnection>,
+}
+
 impl Open {
     /// Takes a connection out of those on which no valid token was seen.
-    fn known(&mut self, address: IpAddr, number: u64) -> Option<Weak<OpenConnection>> {
-        if let Some(of_address) = self.by_address.get_mut(&address) {
+    fn forget(&mut self, number: u64) -> Option<Weak<OpenConnection>> {
+        let found = self.unauthenticated.remove(&number)?;
+        if let Some(of_address) = self.by_address.get_mut(&found.address) {
             of_address.unauthenticated.remove(&number);
         }
-        self.unauthenticated.remove(&number)
+        Some(found.connection)
     }
 
-    /// The oldest one of this address on which no valid token was seen.
-    fn oldest_of(&mut self, address: IpAddr) -> Option<Weak<OpenConnection>> {
+    /// The oldest one of this address on which no valid token was seen; with `if_stale`, if it had time
+    /// to send one.
+    fn oldest_of(&mut self, address: IpAddr, if_stale: bool) -> Option<Weak<OpenConnection>> {
         let number = *self.by_address.get(&address)?.unauthenticated.first()?;
-        self.known(address, number)
+        if if_stale && self.unauthenticated.get(&number)?.since.elapsed() < MIN_LIFE {
+            return None;
+        }
+        self.forget(number)
     }
 
     /// The oldest one of all, if it had time to send a token.
     fn oldest(&mut self) -> Option<Weak<OpenConnection>> {
-        let (number, connection) = self.unauthenticated.first_key_value()?;
-        let (number, connection) = (*number, connection.upgrade()?);
-        if connection.since.elapsed() < MIN_LIFE {
-            return None;
-        }
-        self.known(connection.address.ip(), number)
+        let (number, oldest) = self.unauthenticated.first_key_value()?;
+        let (number, had_time) = (*number, oldest.since.elapsed() >= MIN_LIFE);
+        if had_time { self.forget(number) } else { None }
     }
 }
 
@@ -100,7 +111,6 @@ struct ConnectionMetrics {
 pub(crate) struct OpenConnection {
     number: u64,
     address: SocketAddr,
-    since: Instant,
     /// A valid token was seen on it.
     is_known: AtomicBool,
     /// It has to make room.
@@ -139,13 +149,14 @@ impl Connections {
         let mut open = self.0.open.lock();
         let of_address = open.by_address.entry(ip).or_default();
         let (count, unauthenticated) = (of_address.count, of_address.unauthenticated.len());
-        // Nothing of an upgraded `Arc` may be dropped under the lock: its end takes it too.
         let (refusal, evicted) = if count >= limits.from_one_address {
-            (Some("server.max_connections_per_address"), open.oldest_of(ip))
+            (Some("server.max_connections_per_address"), open.oldest_of(ip, false))
         } else if open.count >= limits.all {
             (Some("server.max_connections"), open.oldest())
+        } else if unauthenticated >= (max_unauthenticated / 2).max(1) {
+            (None, open.oldest_of(ip, false))
         } else if unauthenticated >= (max_unauthenticated / 4).max(1) {
-            (None, open.oldest_of(ip))
+            (None, open.oldest_of(ip, true))
         } else if open.unauthenticated.len() >= max_unauthenticated {
             match open.oldest() {
                 None => (Some("server.max_connections"), None),
@@ -164,12 +175,16 @@ impl Connections {
             let connection = Arc::new(OpenConnection {
                 number,
                 address,
-                since: Instant::now(),
                 is_known: AtomicBool::new(false),
                 evicted: CancellationToken::new(),
                 shared: self.0.clone(),
             });
-            open.unauthenticated.insert(number, Arc::downgrade(&connection));
+            let newcomer = Unauthenticated {
+                address: ip,
+                since: Instant::now(),
+                connection: Arc::downgrade(&connection),
+            };
+            open.unauthenticated.insert(number, newcomer);
             connection
         });
         if count == 0 && admitted.is_none() {
@@ -216,10 +231,8 @@ impl Connection for OpenConnection {
             return;
         }
         let mut open = self.shared.open.lock();
-        let known = open.known(self.address.ip(), self.number);
+        open.forget(self.number);
         self.shared.show(&open);
-        drop(open);
-        drop(known);
     }
 
     fn evicted(&self) -> Pin<Box<dyn Future<Output = ()> + Send>> {
@@ -231,7 +244,7 @@ impl Drop for OpenConnection {
     fn drop(&mut self) {
         let ip = self.address.ip();
         let mut open = self.shared.open.lock();
-        let known = open.known(ip, self.number);
+        open.forget(self.number);
         open.count -= 1;
         if let Some(of_address) = open.by_address.get_mut(&ip) {
             of_address.count -= 1;
@@ -240,8 +253,6 @@ impl Drop for OpenConnection {
             }
         }
         self.shared.show(&open);
-        drop(open);
-        drop(known);
     }
 }
 
@@ -263,12 +274,12 @@ mod tests {
         let client = connections.admit(address(1)).unwrap();
         client.authenticated();
         let other = connections.admit(address(1)).unwrap();
-        // A quarter of the half.
-        let flood: Vec<_> = (0..5).map(|_| connections.admit(address(2)).unwrap()).collect();
+        // Half of the half.
+        let flood: Vec<_> = (0..7).map(|_| connections.admit(address(2)).unwrap()).collect();
         let evicted: Vec<_> = flood.iter().map(|one| one.evicted.is_cancelled()).collect();
-        assert_eq!(evicted, [true, true, true, false, false]);
+        assert_eq!(evicted, [true, true, true, false, false, false, false]);
         assert!(!client.evicted.is_cancelled() && !other.evicted.is_cancelled());
-        assert!(!client.is_unauthenticated() && flood[4].is_unauthenticated());
+        assert!(!client.is_unauthenticated() && flood[6].is_unauthenticated());
     }
 
     #[test]

@@ -250,7 +250,7 @@ impl Services {
             all => all.min(descriptors()),
         };
         let from_one_address = match size(section.max_connections_per_address) {
-            0 => (all / 2).max(1),
+            0 => (all / 10 * 9).max(1),
             from_one_address => from_one_address,
         };
         let limits = ConnectionLimits { all, from_one_address };
