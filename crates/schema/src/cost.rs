@@ -38,7 +38,7 @@ const MAX_EXPANSION_IN_ALL: u64 = 200_000;
 const MAX_NAMES_IN_ALL: u64 = 1_000_000;
 /// The same over those with `unevaluatedProperties` or `unevaluatedItems`, for which it always does.
 const MAX_UNEVALUATED_NAMES: u64 = 200_000;
-/// Conditions whose outcomes the validator may need several times: it makes at most so many groups
+/// Conditions whose outcomes the validator may need several times: it makes at most this many groups
 /// of what they decide, and asks for each group anew.
 const MAX_GROUPS: u64 = 64;
 /// A value down to this depth ...

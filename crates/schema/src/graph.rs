@@ -8,6 +8,9 @@ use crate::{SchemaError, pattern::Patterns};
 
 /// Subschemas of one schema at most; each takes some hundred bytes once compiled.
 const MAX_SUBSCHEMAS: usize = 10_000;
+/// Bytes of the locations of all subschemas and of their keywords at most: the validator keeps each,
+/// and a long property name is a part of every location below it.
+const MAX_LOCATION_BYTES: u64 = 16 << 20;
 /// Steps for each byte of a string whose content is decoded and parsed.
 const CONTENT_BYTE_COST: u64 = 16;
 /// Drafts whose keywords are known here.
@@ -89,6 +92,7 @@ impl Graph {
             by_address: HashMap::new(),
             names: HashMap::new(),
             unread: Vec::new(),
+            location_bytes: 0,
             patterns: Patterns::default(),
         };
         reader.node(schema, String::new())?;
@@ -109,6 +113,7 @@ struct Reader<'a> {
     by_address: HashMap<*const Value, usize>,
     names: HashMap<&'a str, u32>,
     unread: Vec<(usize, &'a Value)>,
+    location_bytes: u64,
     patterns: Patterns,
 }
 
@@ -121,6 +126,7 @@ impl<'a> Reader<'a> {
         if index >= MAX_SUBSCHEMAS {
             return Err(SchemaError::TooManySubschemas { max: MAX_SUBSCHEMAS });
         }
+        self.count_locations(&location, 1)?;
         self.by_address.insert(value, index);
         self.nodes.push(Node { location, steps: 1, ..Node::default() });
         self.unread.push((index, value));
@@ -148,6 +154,15 @@ impl<'a> Reader<'a> {
         }
         let node = &mut self.nodes[index];
         node.steps += keywords.len() as u64;
+        let steps = node.steps;
+        self.count_locations(&location, steps)
+    }
+
+    fn count_locations(&mut self, location: &str, count: u64) -> Result<(), SchemaError> {
+        self.location_bytes = self.location_bytes.saturating_add(location.len() as u64 * count);
+        if self.location_bytes > MAX_LOCATION_BYTES {
+            return Err(SchemaError::TooLongLocations { max: MAX_LOCATION_BYTES });
+        }
         Ok(())
     }
 

@@ -67,6 +67,11 @@ pub enum SchemaError {
     Pattern { location: String, rule: String },
     #[error("has more than {max} subschemas")]
     TooManySubschemas { max: usize },
+    #[error(
+        "has locations (JSON Pointers) of subschemas and keywords longer than {max} bytes in all: \
+         shorten the names of properties, or nest them less"
+    )]
+    TooLongLocations { max: u64 },
     #[error("{location:?} applies itself to the same value again, without end")]
     EndlessReference { location: String },
     #[error("{location:?} starts a chain of more than {max} subschemas for the same value")]

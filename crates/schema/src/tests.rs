@@ -407,3 +407,26 @@ fn names_that_are_copied_for_each_way_are_bounded() {
     });
     assert!(refusal(&schema).contains("applies too many subschemas"));
 }
+
+#[test]
+fn a_long_name_above_many_subschemas_is_refused() {
+    let below = |count: usize| -> Value {
+        let entries = (0..count).map(|n| (n.to_string(), json!({ "type": "string" })));
+        json!({ "properties": entries.collect::<serde_json::Map<_, _>>() })
+    };
+    let below_long_name =
+        |length: usize, count| json!({ "properties": { "n".repeat(length): below(count) } });
+    // 200 kB that took 1.2 GB once compiled.
+    for schema in [
+        below_long_name(100_000, 4000),
+        json!({ "$defs": { "n".repeat(100_000): below(4000) } }),
+        json!({ "properties": { "n".repeat(100_000): { "dependentRequired":
+            (0..1000).map(|n| (n.to_string(), json!(["a"]))).collect::<serde_json::Map<_, _>>() } } }),
+    ] {
+        let rule = refusal(&schema);
+        assert!(rule.contains("longer than 16777216 bytes in all"), "{rule}");
+    }
+    for schema in [below_long_name(1000, 1000), below_long_name(100_000, 10), below(9000)] {
+        assert!(compile(&schema).is_ok());
+    }
+}
