@@ -56,7 +56,7 @@ fn get(address: &str, path: &str, token: &str) -> (u16, String) {
 }
 
 #[tokio::test]
-async fn an_operator_lists_the_requests_of_any_tenant_and_nobody_else_does() {
+async fn only_an_operator_lists_the_requests_of_any_tenant() {
     let server = audited();
     let mut client = Client::connect(&server.url, &server.token("acme", "ann", &[])).await;
     client.submit("r", "echo_async", json!({})).await;

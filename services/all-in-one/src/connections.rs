@@ -1,11 +1,13 @@
 //! Which TCP connections are open, and which of them are let in.
 //!
 //! Their number is bounded, in all and from one address, so that descriptors are left for everything
-//! else. Connections on which no valid token was seen yet have half of the places, and of these one
-//! address has half. From a quarter on, the oldest one of the address makes room, if it had a second to send a
-//! token; when the address has no place left, it does in any case; when all are taken, the oldest of all does, if it
-//! had that second. So a client from a different address, which has its token in its first request, is not kept out,
-//! and many clients behind one proxy can come at once.
+//! else. Connections on which no valid token was seen yet have half of the places, and one address has
+//! half of these. When an address has a quarter of these places, each new connection closes its oldest
+//! one that has been open for a second without a token; when it has half, its oldest one in any case.
+//! When all of these places are taken, a new connection closes the oldest one of all that has been
+//! open for a second, or is refused. So a flood from one address does not keep out a client from a
+//! different one, which sends its token in its first request, and many clients behind one proxy can
+//! connect at once.
 
 use std::{
     collections::{BTreeMap, BTreeSet, HashMap},
@@ -16,13 +18,14 @@ use std::{
         Arc, Weak,
         atomic::{AtomicBool, Ordering},
     },
-    time::{Duration, Instant},
+    time::Duration,
 };
 
 use parking_lot::Mutex;
 use prometheus_client::metrics::{counter::Counter, gauge::Gauge};
 use streamer_rpc::Connection;
 use streamer_telemetry::Metrics;
+use tokio::time::Instant;
 use tokio_util::sync::CancellationToken;
 
 /// A connection without a valid token is not closed for others before this.
@@ -258,6 +261,8 @@ impl Drop for OpenConnection {
 
 #[cfg(test)]
 mod tests {
+    use tokio::time::advance;
+
     use super::*;
 
     fn connections(all: usize, from_one_address: usize) -> Connections {
@@ -268,8 +273,8 @@ mod tests {
         SocketAddr::from(([127, 0, 0, host], 1))
     }
 
-    #[test]
-    fn connections_without_a_token_make_room_for_those_of_the_same_address() {
+    #[tokio::test(start_paused = true)]
+    async fn connections_without_a_token_make_room_for_those_of_the_same_address() {
         let connections = connections(16, 100);
         let client = connections.admit(address(1)).unwrap();
         client.authenticated();
@@ -282,8 +287,8 @@ mod tests {
         assert!(!client.is_unauthenticated() && flood[6].is_unauthenticated());
     }
 
-    #[test]
-    fn refused_connections_evict_none_of_other_addresses() {
+    #[tokio::test(start_paused = true)]
+    async fn refused_connections_evict_none_of_other_addresses() {
         let connections = connections(100, 2);
         let client = connections.admit(address(1)).unwrap();
         let known = |host| {
@@ -300,13 +305,27 @@ mod tests {
         assert!(known(2).is_ok());
     }
 
-    #[test]
-    fn a_connection_has_time_to_send_its_token() {
+    #[tokio::test(start_paused = true)]
+    async fn the_oldest_of_an_address_has_a_second_until_half_of_the_places_are_taken() {
+        let connections = connections(32, 100);
+        let mut open: Vec<_> = (0..6).map(|_| connections.admit(address(1)).unwrap()).collect();
+        assert!(open.iter().all(|one| !one.evicted.is_cancelled()));
+        advance(MIN_LIFE).await;
+        open.push(connections.admit(address(1)).unwrap());
+        let evicted: Vec<_> = open.iter().map(|one| one.evicted.is_cancelled()).collect();
+        assert_eq!(evicted, [true, false, false, false, false, false, false]);
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn a_connection_has_time_to_send_its_token() {
         let connections = connections(4, 4);
         let strangers = [1, 2].map(|host| connections.admit(address(host)).unwrap());
         assert_eq!(connections.admit(address(3)).err(), Some("server.max_connections"));
         assert!(strangers.iter().all(|one| !one.evicted.is_cancelled()));
-        drop(strangers);
+        advance(MIN_LIFE).await;
+        let late = connections.admit(address(3)).unwrap();
+        assert!(strangers[0].evicted.is_cancelled() && !strangers[1].evicted.is_cancelled());
+        drop((strangers, late));
         let all = [1, 2, 3, 4].map(|host| {
             let connection = connections.admit(address(host)).unwrap();
             connection.authenticated();

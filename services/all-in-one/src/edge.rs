@@ -32,44 +32,40 @@ const WORKER_STREAMS: &str = "/streamer.processor.v1.";
 /// Methods that answer for as long as a request runs.
 const WATCHES: [&str; 2] = ["/Watch", "/SubmitAndWatch"];
 
-/// Whose word counts as a service's.
-#[derive(Clone)]
-pub(crate) enum Trusted {
-    /// Nobody's: there are no other services.
-    Nobody,
-    /// That of whoever has the token.
-    Services(ServiceToken),
-}
-
-/// Takes out of a call what only other services may say, unless one of them says it. Who wrongly
-/// says that it is a service is refused: taken for somebody else, it would be misunderstood.
-pub(crate) fn trust_only(router: Router, trusted: Trusted, auth: AuthLayer) -> Router {
-    router.layer(middleware::from_fn_with_state((trusted, auth), admit))
+/// Removes what only other services may state from calls that do not have the service token; there
+/// are no other services without one. A call with a wrong service token is refused: taken for a
+/// call of a client, it would be misunderstood.
+pub(crate) fn trust_only(
+    router: Router,
+    services: Option<ServiceToken>,
+    auth: AuthLayer,
+) -> Router {
+    router.layer(middleware::from_fn_with_state((services, auth), admit))
 }
 
 async fn admit(
-    State((trusted, auth)): State<(Trusted, AuthLayer)>,
+    State((services, auth)): State<(Option<ServiceToken>, AuthLayer)>,
     mut request: Request,
     next: Next,
 ) -> Response {
     let given = request.headers_mut().remove(SERVICE_TOKEN);
-    match (&trusted, given) {
-        (Trusted::Services(token), Some(given)) if token.is(given.as_bytes()) => {
+    match (&services, given) {
+        (Some(token), Some(given)) if token.is(given.as_bytes()) => {
             request.extensions_mut().insert(FromService);
             if let Some(peer) = request.extensions().get::<Peer>() {
                 peer.authenticated();
             }
         }
-        (Trusted::Services(_), Some(_)) => {
-            let text = "the service token is another one here (peers.secret_file)";
-            return refused(request, text, &auth);
-        }
-        (Trusted::Nobody, Some(_)) => {
+        (Some(_), Some(_)) => {
             let text =
-                "this server has all services in one process, and takes no calls from others";
+                "the service token does not match the one of this process (peers.secret_file)";
             return refused(request, text, &auth);
         }
-        (Trusted::Nobody | Trusted::Services(_), None) => {
+        (None, Some(_)) => {
+            let text = "this server runs all services in one process and accepts no calls from other services";
+            return refused(request, text, &auth);
+        }
+        (_, None) => {
             for header in [REQUEST_UID, REPEATED, FORWARDED, CLIENT_ADDRESS] {
                 request.headers_mut().remove(header);
             }
@@ -78,7 +74,7 @@ async fn admit(
     next.run(request).await
 }
 
-/// Refuses who wrongly says that it is a service.
+/// Refuses a call with a wrong service token.
 fn refused(mut request: Request, reason: &str, auth: &AuthLayer) -> Response {
     request.headers_mut().remove(CLIENT_ADDRESS);
     let (refusal, (parts, _)) = (Status::unauthenticated(reason), request.into_parts());

@@ -22,11 +22,7 @@ use tonic::{Code, Status, service::Routes};
 use tonic_health::{ServingStatus, server::HealthReporter};
 use tower::util::MapResponseLayer;
 
-use crate::{
-    Role, StartError,
-    edge::{self, Trusted},
-    wiring::Services,
-};
+use crate::{Role, StartError, edge, wiring::Services};
 
 /// How often health is checked without a request for it, and within which time the store must answer.
 const HEALTH_PACE: Pace =
@@ -252,7 +248,7 @@ impl Services {
             grpc = grpc.merge(pass_on.clone().routes());
         }
         if self.role != Role::All {
-            // Its fallback is the same as the other one's.
+            // Its fallback is the same as that of `grpc`.
             let internal = internal.into_axum_router().reset_fallback();
             grpc = grpc.merge(edge::services_only(internal));
         }
@@ -265,12 +261,7 @@ impl Services {
             grpc = grpc.merge(gateway.http.clone());
         }
         let grpc = edge::trace_calls(grpc, self.traces.clone());
-        // In one process nobody else may speak as a service.
-        let trusted = match &self.token {
-            None => Trusted::Nobody,
-            Some(token) => Trusted::Services(token.clone()),
-        };
-        let grpc = edge::trust_only(grpc, trusted, self.auth.clone());
+        let grpc = edge::trust_only(grpc, self.token.clone(), self.auth.clone());
         // In one process those who answer know when to end.
         let grpc = match self.role {
             Role::All | Role::Processor => grpc,
