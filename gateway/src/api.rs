@@ -190,8 +190,7 @@ fn permitted_caller<T>(request: &Request<T>, permission: &str) -> Result<Caller,
     if caller.principal.may(permission) {
         return Ok(caller.clone());
     }
-    let message = format!("permission {permission} is needed");
-    Err(status(&RequestError::new(ErrorCode::Forbidden, message)))
+    Err(status(&RequestError::forbidden(permission)))
 }
 
 fn check_message(topic: &str, data: Option<&Payload>, violations: &mut Violations) {

@@ -40,7 +40,7 @@ impl GatewayMetrics {
             ),
             buffered_bytes_limit: metrics.gauge(
                 "streamer_gateway_buffered_bytes_limit",
-                "Most of them (gateway.max_buffered_bytes)",
+                "Limit of streamer_gateway_buffered_bytes (gateway.max_buffered_bytes)",
             ),
             catch_ups: counter(
                 "streamer_gateway_catch_ups",

@@ -134,8 +134,13 @@ async fn serve(
         }
         Err(refusal) => {
             gateway.metrics.refused.inc();
-            if matches!(refusal.code, close_code::UNAUTHENTICATED | close_code::FORBIDDEN) {
-                gateway.audit.refused_connection(&refusal.reason, address);
+            let code = match refusal.code {
+                close_code::UNAUTHENTICATED => Some(tonic::Code::Unauthenticated),
+                close_code::FORBIDDEN => Some(tonic::Code::PermissionDenied),
+                _ => None,
+            };
+            if let Some(code) = code {
+                gateway.audit.refused_connection(code, &refusal.reason, address);
             }
             turn_away(&gateway, socket, &refusal).await;
         }

@@ -277,8 +277,8 @@ export class WorkStream {
     if (typeof this.host.token !== 'function') {
       this.host.log(
         'warn',
-        `the token expires in ${Math.round(left / 1000)} s and cannot be renewed: before that, what` +
-          ' runs is handed back and the worker ends; give a function that returns fresh tokens, such as tokenFile',
+        `the token expires in ${Math.round(left / 1000)} s and cannot be renewed: before that, the` +
+          ' worker releases its running attempts and exits; give a function that returns fresh tokens, such as tokenFile',
       );
       const wait = Math.max(left - HAND_BACK_MS, left / 2);
       this.#renewal = this.#after(wait, () => {

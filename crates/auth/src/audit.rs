@@ -1,9 +1,9 @@
-//! The audit log: who did what to whose, from where, and what was refused.
+//! The audit log: which caller changed what, from where, and which calls were refused.
 //!
 //! Recorded are calls that change something beyond submitting one's own work (cancel, redrive, delete,
-//! send, disconnect), every call of an operator, and every call that is refused for want of a valid
-//! token or of a permission. Each is one line of JSON, written by a thread of its own: a slow disk
-//! delays no call. Records that it cannot keep up with are counted.
+//! send, disconnect), every gRPC call of an operator, and every call that is refused because its token
+//! is not valid or a permission is missing. Each is one line of JSON, written by a dedicated thread: a
+//! slow disk delays no call. Records that it cannot keep up with are counted.
 
 use std::{
     collections::HashMap,
@@ -22,13 +22,15 @@ use std::{
 use parking_lot::Mutex;
 use serde::Serialize;
 use streamer_core::{Clock, Timestamp, validate::cut};
+use streamer_rpc::code_name;
+use tonic::Code;
 
 use crate::warn_if_others_can_read;
 
 /// Records that wait to be written at most.
 const MAX_WAITING: usize = 4096;
-/// Refusals of one tenant that are recorded in one second at most, and of callers without a valid token:
-/// no caller must fill the disk, or hide what others do.
+/// Refusals of one tenant that are recorded in one second at most, and of callers without a valid token,
+/// so that no caller can fill the disk or hide the records of others.
 const MAX_REFUSALS: u32 = 50;
 /// Tenants whose refusals are recorded in one second at most.
 const MAX_TENANTS: usize = 100;
@@ -87,7 +89,7 @@ pub(crate) struct Record<'a> {
 pub struct Subject {
     /// The request, connection or user, as the caller names it.
     pub subject: String,
-    /// User whose it is, when that is known.
+    /// Its owner, when that is known.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub owner: Option<String>,
 }
@@ -169,9 +171,9 @@ impl Audit {
     }
 
     /// Records that a WebSocket handshake was refused.
-    pub fn refused_connection(&self, reason: &str, from: Option<IpAddr>) {
+    pub fn refused_connection(&self, code: Code, reason: &str, from: Option<IpAddr>) {
         let (tenant, user, subject) = (None, None, None);
-        let (call, outcome, reason) = ("/ws", "UNAUTHENTICATED", Some(reason));
+        let (call, outcome, reason) = ("/ws", code_name(code), Some(reason));
         self.refused(Record { call, outcome, reason, tenant, user, subject, from });
     }
 
@@ -211,7 +213,7 @@ impl Refusals {
             self.counts.clear();
         }
         let tenant = tenant.map(str::to_owned);
-        let is_known = self.counts.contains_key(&tenant);
+        let is_known = tenant.is_none() || self.counts.contains_key(&tenant);
         if !is_known && self.counts.len() >= MAX_TENANTS {
             self.suppressed += 1;
             return None;
@@ -227,7 +229,7 @@ impl Refusals {
 }
 
 impl Subject {
-    /// What the caller names so; a very long name is cut.
+    /// The object that the caller names; a very long name is cut.
     #[must_use]
     pub fn named(name: &str) -> Self {
         Self { subject: cut(name.to_owned(), MAX_TEXT_BYTES), owner: None }
@@ -310,5 +312,16 @@ mod tests {
             use std::os::unix::fs::PermissionsExt;
             assert_eq!(fs::metadata(&path).unwrap().permissions().mode() & 0o777, 0o600);
         }
+    }
+
+    #[test]
+    fn refusals_of_many_tenants_hide_none_of_callers_without_a_token() {
+        let mut refusals = Refusals::default();
+        let now = Timestamp::from_millis(1000);
+        for tenant in 0..=MAX_TENANTS {
+            let is_recorded = refusals.one_more(Some(&tenant.to_string()), now).is_some();
+            assert_eq!(is_recorded, tenant < MAX_TENANTS);
+        }
+        assert_eq!(refusals.one_more(None, now), Some(1), "one before it was not recorded");
     }
 }

@@ -117,46 +117,44 @@ impl AuthLayer {
     pub async fn check_operator(&self, mut request: Parts) -> Result<(), Status> {
         // No service asks for this on behalf of a client.
         request.headers.remove(CLIENT_ADDRESS);
-        let mut entry = Entry::of(&request.uri, &request.headers, &request.extensions, &self.audit);
-        let outcome = caller_of(&self.authenticator, &request.headers).await.and_then(|caller| {
-            let is_operator = caller.principal.may(permissions::OPERATOR);
-            entry.principal = Some(caller.principal);
-            if let Some(peer) = request.extensions.get::<Peer>() {
-                peer.authenticated();
-            }
-            if is_operator {
-                return Ok(());
-            }
-            let message = format!("permission {} is needed", permissions::OPERATOR);
-            Err(streamer_rpc::status(&RequestError::new(ErrorCode::Forbidden, message)))
-        });
-        if let Err(refusal) = &outcome
-            && matches!(refusal.code(), Code::Unauthenticated | Code::PermissionDenied)
-        {
-            let outcome = code_name(refusal.code());
-            self.audit.refused(entry.record(outcome, Some(refusal.message())));
+        let caller = self.caller_of(&request).await?;
+        if caller.principal.may(permissions::OPERATOR) {
+            return Ok(());
         }
-        outcome
+        let refusal = streamer_rpc::status(&RequestError::forbidden(permissions::OPERATOR));
+        self.record_refusal(&request, Some(caller.principal), &refusal);
+        Err(refusal)
     }
 
-    /// Who sends these headers, for services only some of whose calls come from users.
+    /// Who makes this HTTP request. If its token is valid, notes that for its connection.
     ///
     /// # Errors
     /// `UNAUTHENTICATED`, or `UNAVAILABLE` while the keys cannot be had.
     pub async fn caller_of(&self, request: &Parts) -> Result<Caller, Status> {
         let outcome = caller_of(&self.authenticator, &request.headers).await;
-        if let Err(refusal) = &outcome
-            && refusal.code() == Code::Unauthenticated
-        {
-            self.refused(request, refusal);
+        match &outcome {
+            Ok(_) => {
+                if let Some(peer) = request.extensions.get::<Peer>() {
+                    peer.authenticated();
+                }
+            }
+            Err(refusal) if refusal.code() == Code::Unauthenticated => {
+                self.refused(request, refusal);
+            }
+            Err(_) => {}
         }
         outcome
     }
 
     /// Records that this request is refused.
     pub fn refused(&self, request: &Parts, refusal: &Status) {
+        self.record_refusal(request, None, refusal);
+    }
+
+    fn record_refusal(&self, request: &Parts, principal: Option<Arc<Principal>>, refusal: &Status) {
         let Parts { uri, headers, extensions, .. } = request;
-        let entry = Entry::of(uri, headers, extensions, &self.audit);
+        let mut entry = Entry::of(uri, headers, extensions, &self.audit);
+        entry.principal = principal;
         self.audit.refused(entry.record(code_name(refusal.code()), Some(refusal.message())));
     }
 

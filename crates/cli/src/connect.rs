@@ -23,7 +23,7 @@ pub enum Tokens {
     /// As it was given; none if it is empty.
     Given(String),
     /// What stands in this file when it is asked for.
-    File(PathBuf),
+    File(TokenFile),
     /// Made with the development key in this data folder, if there is one.
     Own(PathBuf),
 }
@@ -33,7 +33,7 @@ impl TokenSource for Tokens {
     async fn token(&self) -> Result<String, TokenError> {
         match self {
             Self::Given(token) => Ok(token.clone()),
-            Self::File(path) => TokenFile(path.clone()).token().await,
+            Self::File(file) => file.token().await,
             Self::Own(data) => Ok(own_token(data)),
         }
     }
@@ -49,7 +49,7 @@ impl Common {
     pub fn tokens(&self) -> Tokens {
         match (&self.token, &self.token_file) {
             (Some(token), _) => Tokens::Given(token.clone()),
-            (None, Some(path)) => Tokens::File(path.clone()),
+            (None, Some(path)) => Tokens::File(TokenFile(path.clone())),
             (None, None) if is_on_this_machine(&self.server) => Tokens::Own(self.data.clone()),
             (None, None) => Tokens::Given(String::new()),
         }

@@ -116,10 +116,12 @@ options! {
         max_connections: u64 = 0, in 0..=10_000_000;
         /// TCP connections from one address; 0 means nine tenths of those in all.
         max_connections_per_address: u64 = 0, in 0..=10_000_000;
-        /// Bytes of gRPC messages that are not whole yet, in all; a quarter of them from one connection.
-        /// Not less than four of the largest messages.
+        /// Bytes of unfinished gRPC messages in all: one token gets a quarter of them, calls without a
+        /// token a sixteenth together. Raised to four of the largest messages and 64 MiB. Only
+        /// processes with a gateway have this limit.
         max_undecoded_bytes: u64 = 268_435_456, in 1_048_576..=2_147_483_647;
-        /// How long a gRPC message may take to come, once it has begun, in milliseconds.
+        /// Within this time the message of a gRPC call must come; of a stream of messages, each one from
+        /// its first byte. In milliseconds.
         body_timeout_ms: u64 = 30_000, in 100..=3_600_000;
         /// Address and port for /metrics alone, like 127.0.0.1:9090; empty means that it is served with
         /// everything else.
@@ -235,7 +237,7 @@ options! {
         max_connections_per_user: u64 = 100, in 1..=10_000_000;
         /// Connections from one address.
         max_connections_per_address: u64 = 10_000, in 1..=10_000_000;
-        /// Bytes of messages of clients that are not whole yet, in all.
+        /// Bytes of unfinished messages of clients in all; raised to two of the largest messages.
         max_buffered_bytes: u64 = 268_435_456, in 1_048_576..=2_147_483_647;
         /// The same, of one user.
         max_buffered_bytes_per_user: u64 = 16_777_216, in 65_536..=2_147_483_647;
@@ -287,7 +289,7 @@ options! {
         /// How long a handler may go on after cancellation was asked for, in milliseconds.
         cancel_grace_ms: u64 = 10_000, in 0..=3_600_000;
     }
-    /// Who did what to whose, and what was refused: docs/security.md, "The audit log".
+    /// Which callers changed what, and which calls were refused: docs/security.md, "The audit log".
     audit: Audit {
         /// File that gets a line of JSON for each; - for standard error, empty for none.
         file: PathBuf = PathBuf::new();
@@ -335,10 +337,16 @@ impl Gateway {
         for origin in self.allowed_origins.iter().filter(|origin| *origin != "*") {
             let host = origin.split_once("://").map(|(_, host)| host).unwrap_or_default();
             let is_lower_case = !origin.chars().any(|letter| letter.is_ascii_uppercase());
-            if host.is_empty() || host.contains(['/', '?', '#', '@', '*']) || !is_lower_case {
+            let has_default_port = (origin.starts_with("https://") && origin.ends_with(":443"))
+                || (origin.starts_with("http://") && origin.ends_with(":80"));
+            if host.is_empty()
+                || host.contains(['/', '?', '#', '@', '*'])
+                || !is_lower_case
+                || has_default_port
+            {
                 problems.push(format!(
-                    "gateway.allowed_origins: {origin:?} is no origin as browsers send it, like \
-                     https://app.example.com or http://localhost:3000, and would never match"
+                    "gateway.allowed_origins: {origin:?} is not an origin in the form that browsers send, \
+                     like https://app.example.com or http://localhost:3000, and would never match"
                 ));
             }
         }
@@ -374,9 +382,13 @@ impl Config {
                 }
             }
         }
-        if !peers.advertise.is_empty() && peers.advertise.parse::<SocketAddr>().is_err() {
-            let advertise = &peers.advertise;
-            problems.push(format!("peers.advertise: {advertise:?} must be ADDRESS:PORT"));
+        for (option, address) in [
+            ("peers.advertise", &peers.advertise),
+            ("server.metrics_listen", &self.server.metrics_listen),
+        ] {
+            if !address.is_empty() && address.parse::<SocketAddr>().is_err() {
+                problems.push(format!("{option}: {address:?} must be ADDRESS:PORT"));
+            }
         }
     }
 

@@ -57,6 +57,22 @@ fn keys_need_issuer_and_audience() {
 }
 
 #[test]
+fn origins_and_addresses_that_could_not_work_are_refused() {
+    for origin in ["https://app.example.com", "http://localhost:3000", "https://a.example:80", "*"]
+    {
+        assert!(load(&[], &[("gateway.allowed_origins", origin)]).is_ok(), "{origin}");
+    }
+    for origin in ["app.example.com", "https://App.example", "https://a.example/", "https://a:443"]
+    {
+        let error = load(&[], &[("gateway.allowed_origins", origin)]).unwrap_err().to_string();
+        assert!(error.contains("gateway.allowed_origins") && error.contains(origin), "{error}");
+    }
+    assert!(load(&[], &[("server.metrics_listen", "127.0.0.1:9090")]).is_ok());
+    let error = load(&[], &[("server.metrics_listen", "9090")]).unwrap_err().to_string();
+    assert!(error.contains("server.metrics_listen: \"9090\" must be ADDRESS:PORT"), "{error}");
+}
+
+#[test]
 fn the_committed_file_is_the_default() {
     let committed = concat!(env!("CARGO_MANIFEST_DIR"), "/streamer.toml");
     let default = Config::default();

@@ -132,6 +132,12 @@ impl RequestError {
         Self { code, message: message.into(), retryable: code.is_retryable(), details: None }
     }
 
+    /// The caller does not have this permission.
+    #[must_use]
+    pub fn forbidden(permission: &str) -> Self {
+        Self::new(ErrorCode::Forbidden, format!("permission {permission} is needed"))
+    }
+
     /// Too much of what the option `limit` bounds; come again after `retry_after`, if that is
     /// known.
     #[must_use]

@@ -56,7 +56,7 @@ pub const CLIENT_ADDRESS: &str = "streamer-client-address";
 #[derive(Clone)]
 pub struct Peer(Arc<dyn Connection>);
 
-/// A connection, to those who serve what comes over it.
+/// An accepted TCP connection, as the services that handle its requests see it.
 pub trait Connection: Send + Sync {
     /// Where it comes from.
     fn address(&self) -> SocketAddr;

@@ -8,6 +8,7 @@ use std::{
 };
 
 use parking_lot::Mutex;
+use streamer_core::{ErrorCode, RequestError};
 use tokio::{
     sync::{OwnedSemaphorePermit, Semaphore, oneshot},
     time::{Instant, timeout_at},
@@ -19,6 +20,9 @@ const STACK_BYTES: usize = 64 << 20;
 const MAX_WAITING: usize = 64;
 /// Longest wait for a thread.
 const MAX_WAIT: Duration = Duration::from_secs(10);
+
+/// A caller with too many jobs should wait for this long.
+const BUSY_PAUSE: Duration = Duration::from_secs(1);
 
 /// Why a job was not run.
 #[derive(Debug, thiserror::Error, PartialEq, Eq)]
@@ -32,6 +36,17 @@ pub enum Busy {
     /// No thread could be started, or it broke down.
     #[error("a check of a schema or a payload broke down")]
     Broken,
+}
+
+impl From<&Busy> for RequestError {
+    fn from(busy: &Busy) -> Self {
+        let message = busy.to_string();
+        match busy {
+            Busy::Tenant => Self::limited("validations of a tenant", &message, Some(BUSY_PAUSE)),
+            Busy::All => Self::new(ErrorCode::Unavailable, message),
+            Busy::Broken => Self::new(ErrorCode::InternalError, message),
+        }
+    }
 }
 
 /// Threads that run jobs of tenants, taking turns.

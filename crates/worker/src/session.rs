@@ -390,8 +390,8 @@ impl Conversation<'_> {
         }
         tracing::warn!(
             %expires_at,
-            "the token cannot be renewed: before it expires, what runs is handed back and the worker \
-             ends; a token that is renewed avoids this (--token-file, TokenSource)"
+            "the token cannot be renewed: before it expires, the worker releases its running attempts \
+             and exits; a token that is renewed avoids this (--token-file, TokenSource)"
         );
         self.token_ends_at = Some(Instant::now() + before(left, RELEASE_TIMEOUT));
     }

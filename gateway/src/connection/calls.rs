@@ -83,7 +83,7 @@ impl Session {
         if self.subscriptions.count() >= limit {
             return Err(too_many_subscriptions(Some(name.to_owned()), limit));
         }
-        self.subscriptions.will_open(name);
+        self.subscriptions.begin_opening(name);
         Ok(())
     }
 
@@ -171,7 +171,7 @@ impl Session {
         if let Some(uid) = self.subscriptions.find(name) {
             self.unsubscribe(uid);
         }
-        self.subscriptions.give_up(name);
+        self.subscriptions.cancel_opening(name);
         let frame = messages::unsubscribed(name, self.gateway.clock.now());
         Box::pin(std::future::ready(Reply::Frame(frame)))
     }
@@ -264,7 +264,7 @@ impl Session {
             }
             Reply::CaughtUp(link, page) => self.caught_up(&link, page, out),
             Reply::Submitted { outcome, name, latest, trace } => {
-                let wanted = self.subscriptions.has_opened(&name);
+                let wanted = self.subscriptions.finish_opening(&name);
                 match outcome {
                     Ok(response) => self.submitted(*response, wanted, latest, trace, out),
                     Err(status) => {
@@ -274,7 +274,7 @@ impl Session {
                 }
             }
             Reply::Opened { outcome, name, latest } => {
-                let wanted = self.subscriptions.has_opened(&name);
+                let wanted = self.subscriptions.finish_opening(&name);
                 match outcome {
                     Ok(opened) if wanted => self.opened(*opened, latest, out),
                     Ok(_) => {}

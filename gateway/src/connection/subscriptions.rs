@@ -1,17 +1,17 @@
 //! The requests that a connection is subscribed to, and those that it will be: each found by any of
 //! its names in the same time, however many there are.
 
-use std::collections::HashMap;
+use std::collections::{BTreeSet, HashMap};
 
-use streamer_core::Uid;
+use streamer_core::{Timestamp, Uid};
 
 use super::delivery::Subscription;
 
 #[derive(Default)]
 pub(crate) struct Subscriptions {
     by_uid: HashMap<Uid, Subscription>,
-    /// By `request_id`, where that is not the `uid`.
-    by_name: HashMap<Box<str>, Uid>,
+    /// By `request_id`, where that is not the `uid`; requests of colleagues may have the same one.
+    by_name: BTreeSet<(Box<str>, Uid)>,
     opening: Opening,
 }
 
@@ -24,7 +24,7 @@ struct Opening {
 }
 
 impl Subscriptions {
-    /// How many there are, or will be.
+    /// How many are open or opening.
     pub(crate) fn count(&self) -> usize {
         self.by_uid.len() + self.opening.count
     }
@@ -44,46 +44,45 @@ impl Subscriptions {
     pub(crate) fn insert(&mut self, uid: Uid, subscription: Subscription) {
         let names = &subscription.topic.names;
         if names.request_id != names.uid {
-            self.by_name.insert(names.request_id.as_str().into(), uid);
+            self.by_name.insert((names.request_id.as_str().into(), uid));
         }
         self.by_uid.insert(uid, subscription);
     }
 
     pub(crate) fn remove(&mut self, uid: Uid) -> Option<Subscription> {
         let subscription = self.by_uid.remove(&uid)?;
-        let name = subscription.topic.names.request_id.as_str();
-        // A request of a colleague may have the same name.
-        if self.by_name.get(name) == Some(&uid) {
-            self.by_name.remove(name);
-        }
+        self.by_name.remove(&(subscription.topic.names.request_id.as_str().into(), uid));
         Some(subscription)
     }
 
     /// The request of this name, if there is a subscription to it.
     pub(crate) fn find(&self, name: &str) -> Option<Uid> {
-        let named = self.by_name.get(name).copied();
-        named.or_else(|| name.parse().ok().filter(|uid| self.by_uid.contains_key(uid)))
+        let first = (name.into(), Uid::first_of(Timestamp::default()));
+        let named = self.by_name.range(first..).next().filter(|(found, _)| **found == *name);
+        named
+            .map(|(_, uid)| *uid)
+            .or_else(|| name.parse().ok().filter(|uid| self.by_uid.contains_key(uid)))
     }
 
-    /// A subscription under this name is on its way.
-    pub(crate) fn will_open(&mut self, name: &str) {
+    /// Counts a subscription under this name that is opening.
+    pub(crate) fn begin_opening(&mut self, name: &str) {
         self.opening.by_name.entry(name.into()).or_default().push(true);
         self.opening.count += 1;
     }
 
-    /// One under this name is here, or failed; says whether it is still wanted.
-    pub(crate) fn has_opened(&mut self, name: &str) -> bool {
+    /// Ends the oldest opening under this name; returns whether the subscription is still wanted.
+    pub(crate) fn finish_opening(&mut self, name: &str) -> bool {
         let Some(opening) = self.opening.by_name.get_mut(name) else { return true };
         self.opening.count -= 1;
-        let is_wanted = opening.swap_remove(0);
+        let is_wanted = opening.remove(0);
         if opening.is_empty() {
             self.opening.by_name.remove(name);
         }
         is_wanted
     }
 
-    /// Those on their way under this name are not wanted any longer.
-    pub(crate) fn give_up(&mut self, name: &str) {
+    /// Marks those that are opening under this name as not wanted.
+    pub(crate) fn cancel_opening(&mut self, name: &str) {
         self.opening.by_name.get_mut(name).into_iter().for_each(|opening| opening.fill(false));
     }
 }
@@ -95,14 +94,15 @@ mod tests {
     #[test]
     fn what_is_given_up_while_it_is_on_its_way_is_not_wanted() {
         let mut subscriptions = Subscriptions::default();
-        subscriptions.will_open("a");
-        subscriptions.will_open("b");
-        subscriptions.give_up("a");
-        subscriptions.give_up("unknown");
-        subscriptions.will_open("a");
-        assert_eq!(subscriptions.count(), 3);
-        let wanted = ["a", "a", "b", "unknown"].map(|name| subscriptions.has_opened(name));
-        assert_eq!(wanted, [false, true, true, true]);
+        subscriptions.begin_opening("a");
+        subscriptions.begin_opening("a");
+        subscriptions.begin_opening("b");
+        subscriptions.cancel_opening("a");
+        subscriptions.cancel_opening("unknown");
+        subscriptions.begin_opening("a");
+        assert_eq!(subscriptions.count(), 4);
+        let wanted = ["a", "a", "a", "b", "unknown"].map(|name| subscriptions.finish_opening(name));
+        assert_eq!(wanted, [false, false, true, true, true]);
         assert!(subscriptions.count() == 0 && subscriptions.opening.by_name.is_empty());
     }
 }

@@ -69,8 +69,14 @@ struct Fragments {
 }
 
 impl Fragments {
-    /// Appends a fragment; text that can never become UTF-8 is refused at once.
-    fn extend(&mut self, payload: &[u8]) -> Result<(), Violation> {
+    /// Appends a fragment of a message of at most `max` bytes; text that can never become UTF-8 is
+    /// refused at once.
+    fn extend(&mut self, payload: &[u8], max: usize) -> Result<(), Violation> {
+        let length = self.bytes.len() + payload.len();
+        if self.bytes.capacity() < length {
+            let grown = length.saturating_mul(2).min(max).max(length);
+            self.bytes.reserve_exact(grown - self.bytes.len());
+        }
         self.bytes.extend_from_slice(payload);
         if !self.is_text {
             return Ok(());
@@ -143,8 +149,9 @@ impl Decoder {
     /// Keeps the beginning of a frame of this size, in memory that grows with what has come of it.
     fn keep(&mut self, mut partial: Vec<u8>, rest: &[u8], whole: usize) {
         let length = partial.len() + rest.len();
-        if length > partial.capacity() || partial.capacity() < whole {
-            let grown = length.saturating_mul(2).min(whole).max(length);
+        // In growing steps: each read would copy everything before it otherwise.
+        if partial.capacity() < whole.min(length.saturating_add(length / 2)) {
+            let grown = length.saturating_mul(2).min(whole);
             partial.reserve_exact(grown.saturating_sub(partial.len()));
         }
         partial.extend_from_slice(rest);
@@ -257,12 +264,12 @@ impl Decoder {
             (opcode @ (0x1 | 0x2), false) => {
                 let is_text = opcode == 0x1;
                 let fragments = Fragments { bytes: Vec::new(), is_text, checked: 0 };
-                self.fragments.insert(fragments).extend(payload)?;
+                self.fragments.insert(fragments).extend(payload, self.max_message_bytes)?;
                 Ok(Flow::Next)
             }
             (0x0, fin) => {
                 if let Some(fragments) = &mut self.fragments {
-                    fragments.extend(payload)?;
+                    fragments.extend(payload, self.max_message_bytes)?;
                 }
                 match self.fragments.take_if(|_| fin) {
                     Some(whole) if whole.is_text => {

@@ -69,14 +69,13 @@ pub(crate) fn read(
     }
     let protocols: Vec<&str> = tokens(headers, &header::SEC_WEBSOCKET_PROTOCOL).collect();
     let ours = protocols.contains(&JSON_PROTOCOL);
-    let asks = protocols.iter().any(|protocol| !protocol.starts_with(BEARER_PROTOCOL));
     // A token is answered only if there is nothing else: logs may have the headers of answers.
     let other = protocols.iter().find(|protocol| !protocol.starts_with(BEARER_PROTOCOL));
     let answered = if ours { Some(&JSON_PROTOCOL) } else { other.or(protocols.first()) };
     Ok(Handshake {
         accept: STANDARD.encode(Sha1::new().chain_update(key).chain_update(MAGIC).finalize()),
         protocol: answered.map(|protocol| (*protocol).to_owned()),
-        unknown_protocol: asks && !ours,
+        unknown_protocol: other.is_some() && !ours,
         token: find_token(uri, headers, &protocols),
         // One that cannot be read is one that is not allowed.
         origin: headers

@@ -126,7 +126,7 @@ impl Connections {
         let metrics = ConnectionMetrics {
             open: metrics.gauge("streamer_server_connections", "Open TCP connections"),
             limit: metrics
-                .gauge("streamer_server_connections_limit", "Most of them (server.max_connections)"),
+                .gauge("streamer_server_connections_limit", "Limit of open TCP connections (server.max_connections)"),
             unauthenticated: metrics.gauge(
                 "streamer_server_unauthenticated_connections",
                 "Open TCP connections on which no valid token was seen; they get half of the places",
@@ -150,25 +150,26 @@ impl Connections {
         let ip = address.ip();
         let max_unauthenticated = (limits.all / 2).max(1);
         let mut open = self.0.open.lock();
-        let of_address = open.by_address.entry(ip).or_default();
-        let (count, unauthenticated) = (of_address.count, of_address.unauthenticated.len());
-        let (refusal, evicted) = if count >= limits.from_one_address {
-            (Some("server.max_connections_per_address"), open.oldest_of(ip, false))
+        let of_address = open.by_address.get(&ip);
+        let (count, unauthenticated) =
+            of_address.map_or((0, 0), |found| (found.count, found.unauthenticated.len()));
+        // An evicted connection leaves its descriptor only once it has closed: where all places are
+        // taken, this one is refused all the same.
+        let (outcome, evicted) = if count >= limits.from_one_address {
+            (Err("server.max_connections_per_address"), open.oldest_of(ip, false))
         } else if open.count >= limits.all {
-            (Some("server.max_connections"), open.oldest())
+            (Err("server.max_connections"), open.oldest())
         } else if unauthenticated >= (max_unauthenticated / 2).max(1) {
-            (None, open.oldest_of(ip, false))
+            (Ok(()), open.oldest_of(ip, false))
         } else if unauthenticated >= (max_unauthenticated / 4).max(1) {
-            (None, open.oldest_of(ip, true))
+            (Ok(()), open.oldest_of(ip, true))
         } else if open.unauthenticated.len() >= max_unauthenticated {
-            match open.oldest() {
-                None => (Some("server.max_connections"), None),
-                oldest => (None, oldest),
-            }
+            let oldest = open.oldest();
+            (oldest.as_ref().map(drop).ok_or("server.max_connections"), oldest)
         } else {
-            (None, None)
+            (Ok(()), None)
         };
-        let admitted = refusal.is_none().then(|| {
+        let admitted = outcome.map(|()| {
             let number = open.next;
             open.next += 1;
             open.count += 1;
@@ -190,22 +191,16 @@ impl Connections {
             open.unauthenticated.insert(number, newcomer);
             connection
         });
-        if count == 0 && admitted.is_none() {
-            open.by_address.remove(&ip);
-        }
         self.0.show(&open);
         drop(open);
         if let Some(connection) = evicted.and_then(|connection| connection.upgrade()) {
             connection.evicted.cancel();
             metrics.evicted.inc();
         }
-        match refusal {
-            Some(option) => {
-                metrics.refused.inc();
-                Err(option)
-            }
-            None => admitted.ok_or("server.max_connections"),
+        if admitted.is_err() {
+            metrics.refused.inc();
         }
+        admitted
     }
 }
 

@@ -205,11 +205,10 @@ async fn pass_on(
     if let Ok(uid) = Uid::new(all.clock.now()).to_string().parse() {
         request.headers_mut().insert(REQUEST_UID, uid);
     }
-    if let Some(peer) = request.extensions().get::<Peer>() {
-        peer.authenticated();
-        if let Ok(address) = HeaderValue::try_from(peer.address().ip().to_string()) {
-            request.headers_mut().insert(CLIENT_ADDRESS, address);
-        }
+    if let Some(peer) = request.extensions().get::<Peer>()
+        && let Ok(address) = HeaderValue::try_from(peer.address().ip().to_string())
+    {
+        request.headers_mut().insert(CLIENT_ADDRESS, address);
     }
     // Kept here, since what is waited for elsewhere is not at fault when a caller's time is up.
     let patience = request.headers_mut().remove(GRPC_TIMEOUT);

@@ -295,7 +295,7 @@ fn speaks_grpc(request: &Request) -> bool {
     request.headers().get(header::CONTENT_TYPE).is_some_and(is_grpc)
 }
 
-/// For others there is nothing at the paths of methods.
+/// Answers 404 to requests for gRPC methods that are not gRPC.
 async fn grpc_only(request: Request, next: Next) -> Response {
     if speaks_grpc(&request) { next.run(request).await } else { unknown_path(request).await }
 }
@@ -304,8 +304,8 @@ async fn grpc_only(request: Request, next: Next) -> Response {
 async fn unknown_path(request: Request) -> Response {
     if speaks_grpc(&request) {
         let path = request.uri().path();
-        let known: String = path.chars().take(MAX_SHOWN_CHARS).collect();
-        return Status::unimplemented(format!("{known} does not exist here")).into_http();
+        let shown: String = path.chars().take(MAX_SHOWN_CHARS).collect();
+        return Status::unimplemented(format!("{shown} does not exist here")).into_http();
     }
     (StatusCode::NOT_FOUND, "no such path\n").into_response()
 }

@@ -27,7 +27,7 @@ use streamer_telemetry::Metrics;
 use tokio::time::{Instant, Sleep, sleep};
 use tonic::Status;
 
-/// What keeps an unfinished message takes about this many bytes beside it.
+/// Approximate memory of an unfinished message beyond its bytes.
 const OVERHEAD_BYTES: usize = 32 * 1024;
 /// Paths of the services that anyone may call begin with this: health and reflection.
 const FOR_ANYONE: &str = "/grpc.";
@@ -51,8 +51,15 @@ struct Budget {
     /// Of the services that anyone may call.
     anyone: Arc<Share>,
     /// Of each token, by its hash, as long as something is held in its name.
-    tokens: Mutex<HashMap<u64, Weak<Share>>>,
+    tokens: Mutex<Tokens>,
     hasher: RandomState,
+}
+
+#[derive(Default)]
+struct Tokens {
+    shares: HashMap<u64, Weak<Share>>,
+    /// Shares that are no longer in use are removed when there are this many.
+    clean_at: usize,
 }
 
 /// A part of the budget.
@@ -67,7 +74,7 @@ impl Undecoded {
     pub(crate) fn new(max: usize, patience: Duration, metrics: &Metrics) -> Self {
         let limit = metrics.gauge(
             "streamer_server_undecoded_bytes_limit",
-            "Most bytes of unfinished messages (server.max_undecoded_bytes)",
+            "Limit of streamer_server_undecoded_bytes (server.max_undecoded_bytes)",
         );
         limit.set(i64::try_from(max).unwrap_or(i64::MAX));
         let gauge = metrics.gauge(
@@ -93,17 +100,20 @@ impl Budget {
         self.gauge.set(bytes);
     }
 
-    /// The share of who sends this; all that has no token has one together.
+    /// Returns the share of this token. All calls without a token have one share.
     fn share(&self, authorization: Option<&HeaderValue>) -> Arc<Share> {
         let Some(token) = authorization else { return self.anyone.clone() };
         let hash = self.hasher.hash_one(token.as_bytes());
         let mut tokens = self.tokens.lock();
-        if let Some(share) = tokens.get(&hash).and_then(Weak::upgrade) {
+        if let Some(share) = tokens.shares.get(&hash).and_then(Weak::upgrade) {
             return share;
         }
-        tokens.retain(|_, share| share.strong_count() > 0);
+        if tokens.shares.len() >= tokens.clean_at {
+            tokens.shares.retain(|_, share| share.strong_count() > 0);
+            tokens.clean_at = 2 * tokens.shares.len() + 64;
+        }
         let share = Arc::new(Share { bytes: AtomicUsize::new(0), max: self.max / 4 });
-        tokens.insert(hash, Arc::downgrade(&share));
+        tokens.shares.insert(hash, Arc::downgrade(&share));
         share
     }
 }
@@ -165,7 +175,7 @@ pub(crate) struct IncomingBody {
     counted: usize,
     /// The whole body is to come in time, not just each message that has begun.
     is_unary: bool,
-    /// How long it was waited for the message, but for the present wait.
+    /// Time spent waiting for the message, without the current wait.
     waited: Duration,
     wait: Option<Wait>,
 }

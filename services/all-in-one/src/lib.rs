@@ -37,8 +37,8 @@ pub use wiring::dynamo_options;
 
 /// Connections to the address of the metrics.
 const METRICS_CONNECTIONS: ConnectionLimits = ConnectionLimits { all: 128, from_one_address: 64 };
-/// The last records of the audit log have this long to be written.
-const AUDIT_PATIENCE: Duration = Duration::from_secs(1);
+/// Longest wait for the last audit records to be written.
+const AUDIT_FLUSH_TIMEOUT: Duration = Duration::from_secs(1);
 
 /// Which services a process is.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -282,7 +282,7 @@ impl AllInOne {
         self.shutdown.ended.cancel();
         let audit = self.services.auth.audit().clone();
         // It only waits for the thread that writes.
-        drop(tokio::task::spawn_blocking(move || audit.flush(AUDIT_PATIENCE)).await);
+        drop(tokio::task::spawn_blocking(move || audit.flush(AUDIT_FLUSH_TIMEOUT)).await);
     }
 }
 

@@ -38,7 +38,7 @@ use crate::{
 /// After an accept that failed for want of something (file descriptors mostly).
 const ACCEPT_PAUSE: Duration = Duration::from_millis(50);
 /// A failure to accept is logged once in this time.
-const SAY_AGAIN: Duration = Duration::from_secs(10);
+const ACCEPT_LOG_INTERVAL: Duration = Duration::from_secs(10);
 /// A connection on which no valid token was seen for this long is closed once nothing runs on it.
 const UNAUTHENTICATED_LIFE: Duration = Duration::from_secs(60);
 /// Largest head of an HTTP/1 request, in bytes.
@@ -102,7 +102,7 @@ pub(crate) async fn serve(
             Err(error) if is_of_one_connection(&error) => continue,
             Err(error) => {
                 // It may fail as often as it is tried.
-                if last_error.is_none_or(|at| at.elapsed() > SAY_AGAIN) {
+                if last_error.is_none_or(|at| at.elapsed() > ACCEPT_LOG_INTERVAL) {
                     tracing::error!(%error, "cannot accept connections");
                     last_error = Some(Instant::now());
                 }
@@ -118,7 +118,7 @@ pub(crate) async fn serve(
                     handle(&builder, service, stream, connection, &server, stop).await;
                 });
             }
-            Err(option) => tracing::debug!(%peer, option, "a connection is not let in"),
+            Err(option) => tracing::debug!(%peer, option, "refused a connection"),
         }
     }
     drop(listener);

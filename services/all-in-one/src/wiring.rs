@@ -31,7 +31,7 @@ use crate::{
 
 /// More file descriptors are not counted on, whatever the limit.
 const MAX_DESCRIPTORS: usize = 1 << 20;
-/// What messages between services hold beside one of the largest size, in bytes, four times.
+/// Added to four of the largest messages for the least `server.max_undecoded_bytes`, in bytes.
 const MESSAGE_ROOM: usize = 64 * 1024 * 1024;
 
 /// What of Streamer is in this process.
@@ -457,6 +457,8 @@ fn processor_options(config: &Config, limits: Limits, shared: bool) -> Processor
 
 fn gateway_options(config: &Config, limits: Limits) -> GatewayOptions {
     let gateway = &config.gateway;
+    // One of the largest size must get through: fragments and the frame that comes.
+    let largest_message = limits.max_message_bytes().saturating_mul(2);
     GatewayOptions {
         allowed_origins: gateway.allowed_origins.clone(),
         max_connections: size(gateway.max_connections),
@@ -467,10 +469,8 @@ fn gateway_options(config: &Config, limits: Limits) -> GatewayOptions {
         messages_per_second: number(gateway.messages_per_second),
         message_burst: number(gateway.message_burst),
         max_message_bytes: limits.max_message_bytes(),
-        // A message of the largest size must get through.
-        max_buffered_bytes: size(gateway.max_buffered_bytes).max(limits.max_message_bytes()),
-        max_buffered_bytes_per_user: size(gateway.max_buffered_bytes_per_user)
-            .max(limits.max_message_bytes()),
+        max_buffered_bytes: size(gateway.max_buffered_bytes).max(largest_message),
+        max_buffered_bytes_per_user: size(gateway.max_buffered_bytes_per_user).max(largest_message),
         message_timeout: Duration::from_millis(gateway.message_timeout_ms),
         heartbeat: Duration::from_millis(gateway.heartbeat_ms),
         slow_consumer_timeout: Duration::from_millis(gateway.slow_consumer_timeout_ms),

@@ -5,10 +5,13 @@ use sha2::{Digest, Sha256};
 use streamer_core::{ErrorCode, RequestError};
 use streamer_proto::common::v1::Action;
 use streamer_rpc::status;
-use streamer_schema::{Busy, PayloadSchema, Pool};
+use streamer_schema::{PayloadSchema, Pool};
 use tonic::Status;
 
-use crate::{actions::MAX_KEPT_BYTES, worker_service::broken};
+use crate::{
+    actions::MAX_KEPT_BYTES,
+    worker_service::{broken, refusal},
+};
 
 /// Schemas that were accepted and need no second check, at most.
 const MAX_ACCEPTED: usize = 10_000;
@@ -32,17 +35,18 @@ impl SchemaChecks {
         let bytes = actions.iter().map(|action| action.payload_schema.len()).sum::<usize>();
         if bytes > MAX_KEPT_BYTES {
             let rule = format!("must have at most {MAX_KEPT_BYTES} bytes of schemas, have {bytes}");
-            return Err(broken("hello.actions", &rule));
+            return Err(refusal(ErrorCode::RateLimited, format!("hello.actions: {rule}")));
         }
         for (index, action) in actions.iter().enumerate() {
-            let text = action.payload_schema.clone();
-            let hash = <[u8; 32]>::from(Sha256::digest(&text));
+            let text = &action.payload_schema;
+            let hash = <[u8; 32]>::from(Sha256::digest(text));
             if text.is_empty() || self.accepted.get(&hash).is_some() {
                 continue;
             }
+            let text = text.clone();
             let compile = move || PayloadSchema::compile(&text).map(drop);
-            let outcome =
-                self.pool.run(tenant, compile).await.map_err(|busy| busy_status(&busy))?;
+            let outcome = self.pool.run(tenant, compile).await;
+            let outcome = outcome.map_err(|busy| status(&RequestError::from(&busy)))?;
             if let Err(error) = outcome {
                 let field = format!("hello.actions[{index}].payload_schema");
                 return Err(broken(&field, &error.to_string()));
@@ -51,13 +55,4 @@ impl SchemaChecks {
         }
         Ok(())
     }
-}
-
-fn busy_status(busy: &Busy) -> Status {
-    let code = match busy {
-        Busy::Tenant => ErrorCode::RateLimited,
-        Busy::All => ErrorCode::Unavailable,
-        Busy::Broken => ErrorCode::InternalError,
-    };
-    status(&RequestError::new(code, busy.to_string()))
 }

@@ -1,4 +1,4 @@
-//! The actions that can be asked for, as the processors tell.
+//! The catalog of actions, as the processors report them.
 
 use std::{
     collections::{BTreeMap, HashMap, HashSet},
@@ -37,12 +37,10 @@ const LOST: u32 = 3;
 const FIRST_LIST: Duration = Duration::from_secs(5);
 /// A processor that cannot be asked is logged once in this time.
 const SAY_AGAIN: Duration = Duration::from_secs(60);
-/// An action that is not known is waited for this long while not every processor was heard.
+/// Longest wait for an unknown action while lists of processors are pending.
 const MAX_WAIT: Duration = Duration::from_secs(5);
 /// Longest wait for a schema to be compiled.
 const MAX_COMPILE: Duration = Duration::from_secs(15);
-/// When too many payloads of a tenant are being validated, it should wait for this long.
-const BUSY_PAUSE: Duration = Duration::from_secs(1);
 
 /// An action and what checks its payloads.
 pub(crate) struct Known {
@@ -57,21 +55,22 @@ pub(crate) struct Known {
 struct LazySchema {
     /// Of the tenant for which it is declared; empty for every tenant.
     tenant: String,
-    action: String,
-    text: String,
     compiled: OnceCell<Result<Arc<PayloadSchema>, String>>,
 }
 
 impl LazySchema {
     /// The schema, or why it is refused, as one may be that an earlier version stored.
-    async fn get(&self, pool: &Pool) -> Result<&Result<Arc<PayloadSchema>, String>, Busy> {
+    async fn get(
+        &self,
+        action: &Action,
+        pool: &Pool,
+    ) -> Result<&Result<Arc<PayloadSchema>, String>, Busy> {
         let compile = || async {
-            let text = self.text.clone();
+            let text = action.payload_schema.clone();
             // On behalf of who declared it: other callers wait for the outcome too.
             let compiled = pool.run(&self.tenant, move || PayloadSchema::compile(&text)).await?;
             Ok(compiled.map(Arc::new).map_err(|error| {
-                let action = &self.action;
-                tracing::error!(action, %error, "a payload schema cannot be used");
+                tracing::error!(action = action.name, %error, "a payload schema cannot be used");
                 error.to_string()
             }))
         };
@@ -99,17 +98,17 @@ pub(crate) struct Catalog {
     /// By the name of the processor that sent it. Changed together with `by_name`.
     lists: Mutex<BTreeMap<Arc<str>, Vec<Offered>>>,
     by_name: RwLock<Arc<ByName>>,
-    heard: watch::Sender<Heard>,
+    discovery: watch::Sender<Discovery>,
     validations: Pool,
 }
 
-/// Which processors have said what they offer.
+/// Which processors have sent their lists.
 #[derive(Default)]
-struct Heard {
+struct Discovery {
     /// At least one has, or the store knows what was declared once.
     any: bool,
-    /// Those that are known, have not said anything yet, and are not lost either.
-    missing: HashSet<Arc<str>>,
+    /// Known processors that have sent none yet and are not lost.
+    pending: HashSet<Arc<str>>,
 }
 
 impl Catalog {
@@ -127,10 +126,12 @@ impl Catalog {
         if let Some(known) = self.get(action, tenant) {
             return Ok(known);
         }
-        let mut heard = self.heard.subscribe();
-        let complete = heard.wait_for(|heard| heard.any && heard.missing.is_empty());
+        let mut discovery = self.discovery.subscribe();
+        let complete =
+            discovery.wait_for(|discovery| discovery.any && discovery.pending.is_empty());
         // Let go of at once: it is a lock.
-        let is_complete = timeout(MAX_WAIT, complete).await.is_ok_and(|heard| heard.is_ok());
+        let is_complete =
+            timeout(MAX_WAIT, complete).await.is_ok_and(|discovery| discovery.is_ok());
         match self.get(action, tenant) {
             Some(known) => Ok(known),
             None if is_complete => Err(no_such_action(action)),
@@ -151,12 +152,12 @@ impl Catalog {
     /// Returns once a list has come.
     pub(crate) async fn ready(&self) {
         // The sender lives as long as `self`, so this ends only with a list.
-        drop(self.heard.subscribe().wait_for(|heard| heard.any).await);
+        drop(self.discovery.subscribe().wait_for(|discovery| discovery.any).await);
     }
 
     /// Whether a list has come.
     pub(crate) fn is_loaded(&self) -> bool {
-        self.heard.borrow().any
+        self.discovery.borrow().any
     }
 
     /// Follows the list of every processor, until `shutdown`.
@@ -206,11 +207,11 @@ impl Catalog {
         }
     }
 
-    /// Waits for what these processors say, unless they are followed already.
+    /// Marks the lists of these processors as pending, unless they are followed already.
     fn expect(&self, all: &HashSet<Arc<str>>, is_followed: impl Fn(&str) -> bool) {
-        self.heard.send_modify(|heard| {
-            heard.missing.retain(|name| all.contains(name));
-            heard.missing.extend(all.iter().filter(|name| !is_followed(name)).cloned());
+        self.discovery.send_modify(|discovery| {
+            discovery.pending.retain(|name| all.contains(name));
+            discovery.pending.extend(all.iter().filter(|name| !is_followed(name)).cloned());
         });
     }
 
@@ -265,7 +266,7 @@ impl Catalog {
         }
     }
 
-    /// What processors that have gone have told stays declared, and is not offered.
+    /// Actions of processors that have gone stay declared, and are not offered.
     fn retire_others(&self, all: &[Member]) {
         let mut lists = self.lists.lock();
         let known = |name: &str| name == STORED || all.iter().any(|member| *member.name == *name);
@@ -290,8 +291,8 @@ impl Catalog {
             withdraw(list);
             self.merge(&lists);
         }
-        self.heard.send_modify(|heard| {
-            heard.missing.remove(from);
+        self.discovery.send_modify(|discovery| {
+            discovery.pending.remove(from);
         });
     }
 
@@ -300,17 +301,16 @@ impl Catalog {
         let offered = list.into_iter().filter_map(|OfferedAction { action, tenant_id }| {
             let action = action?;
             let known = known.get(&action.name).and_then(|known| known.get(&tenant_id));
-            let known = known.and_then(|known| known.schema.as_ref());
-            let schema = schema_of(&action, &tenant_id, known);
+            let schema = schema_of(&action, &tenant_id, known.map(|known| &**known));
             Some(Offered { tenant_id, action, schema })
         });
         let list = offered.collect();
         let mut lists = self.lists.lock();
         lists.insert(from.clone(), list);
         self.merge(&lists);
-        self.heard.send_modify(|heard| {
-            heard.any = true;
-            heard.missing.remove(from);
+        self.discovery.send_modify(|discovery| {
+            discovery.any = true;
+            discovery.pending.remove(from);
         });
     }
 
@@ -323,8 +323,8 @@ impl Catalog {
         violations: &mut Violations,
     ) -> Result<(), Status> {
         let Some(schema) = &known.schema else { return Ok(()) };
-        let compiled = schema.get(&self.validations).await;
-        let schema = match compiled.map_err(|busy| busy_status(&busy))? {
+        let compiled = schema.get(&known.action, &self.validations).await;
+        let schema = match compiled.map_err(|busy| status(&RequestError::from(&busy)))? {
             Ok(schema) => schema,
             Err(rule) => {
                 let name = &known.action.name;
@@ -334,7 +334,7 @@ impl Catalog {
             }
         };
         let mismatches = schema.check(payload, &self.validations, tenant).await;
-        for mismatch in mismatches.map_err(|busy| busy_status(&busy))? {
+        for mismatch in mismatches.map_err(|busy| status(&RequestError::from(&busy)))? {
             violations.push(format!("payload{}", mismatch.path.replace('/', ".")), mismatch.rule);
         }
         Ok(())
@@ -378,32 +378,13 @@ fn are_of_one_action(one: &Offered, other: &Offered) -> bool {
 }
 
 /// The schema of an action; the known one, if that is the same.
-fn schema_of(
-    action: &Action,
-    tenant: &str,
-    known: Option<&Arc<LazySchema>>,
-) -> Option<Arc<LazySchema>> {
-    let text = &action.payload_schema;
-    if text.is_empty() {
+fn schema_of(action: &Action, tenant: &str, known: Option<&Known>) -> Option<Arc<LazySchema>> {
+    if action.payload_schema.is_empty() {
         return None;
     }
-    let same = known.filter(|known| known.text == *text).cloned();
-    let new = || {
-        let (tenant, action) = (tenant.to_owned(), action.name.clone());
-        Arc::new(LazySchema { tenant, action, text: text.clone(), compiled: OnceCell::new() })
-    };
-    Some(same.unwrap_or_else(new))
-}
-
-fn busy_status(busy: &Busy) -> Status {
-    let message = busy.to_string();
-    status(&match busy {
-        Busy::Tenant => {
-            RequestError::limited("validations of a tenant", &message, Some(BUSY_PAUSE))
-        }
-        Busy::All => RequestError::new(ErrorCode::Unavailable, message),
-        Busy::Broken => RequestError::new(ErrorCode::InternalError, message),
-    })
+    let same = known.filter(|known| known.action.payload_schema == action.payload_schema);
+    let new = || Arc::new(LazySchema { tenant: tenant.to_owned(), compiled: OnceCell::new() });
+    Some(same.and_then(|known| known.schema.clone()).unwrap_or_else(new))
 }
 
 fn of_tenant(by_tenant: &BTreeMap<String, Arc<Known>>, tenant: &str) -> Option<Arc<Known>> {
@@ -411,7 +392,7 @@ fn of_tenant(by_tenant: &BTreeMap<String, Arc<Known>>, tenant: &str) -> Option<A
 }
 
 impl Known {
-    /// Takes in what another processor says of the same action.
+    /// Merges the report of a different processor for the same action.
     fn join(&mut self, mut other: Self) {
         if !self.action.available && other.action.available {
             std::mem::swap(self, &mut other);
@@ -436,7 +417,7 @@ mod tests {
     }
 
     #[tokio::test(start_paused = true)]
-    async fn an_action_is_refused_only_when_every_processor_was_heard() {
+    async fn an_action_is_refused_only_when_every_processor_has_sent_its_list() {
         let catalog = Catalog::default();
         let members = HashSet::from(["one".into(), "two".into()]);
         let refusal = catalog.find("work", "acme").await.err().unwrap();

@@ -387,7 +387,7 @@ impl Front {
         }))
     }
 
-    /// The caller's requests, or the whole tenant's where that is permitted.
+    /// Reads a page of requests; the caller of this has checked who may see them.
     pub(crate) async fn list(&self, query: ListRequests) -> Result<RequestPage, Status> {
         self.store.list_requests(query).await.map_err(|error| store_status(&error))
     }

@@ -23,8 +23,7 @@ pub(crate) fn no_such_action(action: &str) -> Status {
 }
 
 pub(crate) fn forbidden(permission: &str) -> Status {
-    let message = format!("permission {permission} is needed");
-    status(&RequestError::new(ErrorCode::Forbidden, message))
+    status(&RequestError::forbidden(permission))
 }
 
 /// The state of something forbids it.

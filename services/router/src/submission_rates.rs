@@ -9,10 +9,7 @@ use streamer_core::{Clock, RateLimiter, RequestError, Timestamp};
 use streamer_rpc::status;
 use tokio::time::sleep;
 use tonic::Status;
-use tonic_types::StatusExt;
 
-/// How long to wait when it is not known.
-const DEFAULT_PAUSE: Duration = Duration::from_millis(100);
 /// Tenants, and users, whose rates are known at most; one that is forgotten begins anew.
 const MAX_KNOWN: usize = 100_000;
 /// Submissions at once: as many as are allowed in this many seconds.
@@ -41,16 +38,22 @@ impl SubmissionRates {
         Self { limits, tenants: Cache::new(MAX_KNOWN), users: Cache::new(MAX_KNOWN) }
     }
 
-    /// Waits until one more submission is let through, for work that is done for its caller in a loop.
+    /// Waits until one more submission is admitted, for work that is done for its caller in a loop.
     pub(crate) async fn wait(&self, principal: &Principal, clock: &dyn Clock) {
-        while let Err(status) = self.admit(principal, clock.now()) {
-            let pause = status.get_details_retry_info().and_then(|info| info.retry_delay);
-            sleep(pause.unwrap_or(DEFAULT_PAUSE)).await;
+        while let Err(excess) = self.try_admit(principal, clock.now()) {
+            sleep(excess.wait).await;
         }
     }
 
-    /// Lets one more submission through, or says which option bounds them and when to come again.
+    /// Admits one more submission, or names the option that bounds them and when to retry.
     pub(crate) fn admit(&self, principal: &Principal, now: Timestamp) -> Result<(), Status> {
+        self.try_admit(principal, now).map_err(|Excess { option, per_second, wait }| {
+            let message = format!("more than {per_second} submissions a second");
+            status(&RequestError::limited(option, &message, Some(wait)))
+        })
+    }
+
+    fn try_admit(&self, principal: &Principal, now: Timestamp) -> Result<(), Excess> {
         let Principal { tenant, user, .. } = principal;
         // The user first: what is refused there takes nothing of the tenant's.
         if self.limits.of_user > 0 {
@@ -67,13 +70,20 @@ impl SubmissionRates {
     }
 }
 
+/// A submission beyond a rate.
+struct Excess {
+    option: &'static str,
+    per_second: u32,
+    wait: Duration,
+}
+
 fn admit(
     limiters: &Limiters,
     name: &str,
     per_second: u32,
     now: Timestamp,
-    option: &str,
-) -> Result<(), Status> {
+    option: &'static str,
+) -> Result<(), Excess> {
     let new = || {
         let burst = per_second.saturating_mul(BURST_SECONDS);
         Ok::<_, Infallible>(Arc::new(Mutex::new(RateLimiter::new(per_second, burst))))
@@ -83,15 +93,13 @@ fn admit(
         Err(never) => match never {},
     };
     let admitted = limiter.lock().admit(now);
-    admitted.map_err(|wait| {
-        let message = format!("more than {per_second} submissions a second");
-        status(&RequestError::limited(option, &message, Some(wait)))
-    })
+    admitted.map_err(|wait| Excess { option, per_second, wait })
 }
 
 #[cfg(test)]
 mod tests {
     use tonic::Code;
+    use tonic_types::StatusExt;
 
     use super::*;
 

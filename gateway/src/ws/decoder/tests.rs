@@ -174,3 +174,23 @@ fn what_is_kept_takes_no_more_memory_than_twice_its_bytes() {
     assert_eq!(count, 1);
     assert!(decoder.held() < 4096 && decoder.is_in_message());
 }
+
+#[test]
+fn memory_of_a_message_grows_in_few_steps_and_not_beyond_it() {
+    let payload = vec![b'x'; 1 << 20];
+    let fragments: Vec<Vec<u8>> = payload.chunks(1 << 10).map(|part| frame(0, part)).collect();
+    let fragmented = [frame(0x01, b""), fragments.concat()].concat();
+    for bytes in [frame(0x81, &payload), fragmented] {
+        let mut decoder = Decoder::new(1 << 20);
+        let (mut last, mut changes) = (0, 0);
+        for piece in bytes.chunks(1 << 10) {
+            decoder.feed(&mut piece.to_vec(), |_| Flow::Next).unwrap();
+            let fragments = decoder.fragments.as_ref().map_or(0, |one| one.bytes.capacity());
+            let held = if fragments > 0 { fragments } else { decoder.held() };
+            changes += usize::from(held != last);
+            last = held;
+            assert!(decoder.held() <= (1 << 20) + (4 << 10), "{}", decoder.held());
+        }
+        assert!(changes <= 40, "{changes} changes");
+    }
+}

@@ -17,7 +17,8 @@ from streamer._worker.core import Core
 
 _WELCOME_SECONDS = 15.0
 _CLOSE_SECONDS = 5.0
-# Time before the expiry of a token that cannot be renewed at which running work is handed back, or half of its life.
+# Running attempts are released this long before a token expires that cannot be renewed, or when half of the time
+# is left, if that is later. Their handlers have this long to end.
 _HAND_BACK_SECONDS = 5.0
 # A fresh token is asked for when this part of the time of the old one has passed.
 _TOKEN_AGE = 0.8
@@ -186,8 +187,8 @@ class Conversation:
     async def _hand_back_before(self, left: float) -> None:
         """Hands back what runs before a token expires that cannot be renewed, and ends the stream."""
         _logger.warning(
-            "the token expires in %d s and cannot be renewed: before that, what runs is handed back"
-            " and the worker ends; give a function that returns fresh tokens, such as token_file",
+            "the token expires in %d s and cannot be renewed: before that, the worker releases"
+            " its running attempts and exits; give a function that returns fresh tokens, such as token_file",
             left,
         )
         await asyncio.sleep(max(left - _HAND_BACK_SECONDS, left / 2))
