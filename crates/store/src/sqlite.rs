@@ -5,6 +5,7 @@
 //! their own and see the last commit.
 
 mod actions;
+mod checkpointer;
 mod checksum;
 mod connections;
 mod files;
@@ -22,6 +23,7 @@ use std::{
 
 use async_trait::async_trait;
 use parking_lot::Mutex;
+use prost::Message;
 use rusqlite::Connection;
 use streamer_core::{Timestamp, Uid};
 
@@ -31,11 +33,19 @@ use crate::{
     ListRequests, NewRequest, Owner, QueueAhead, QueueStats, Renewed, RequestPage, RequestRecord,
     Store, StoreError, StoredPayload,
 };
+use checkpointer::Checkpointer;
 use files::Files;
 use writer::WriterThread;
 
 /// Readers beyond this wait for one to be free.
 const MAX_READERS: usize = 4;
+/// Of those, this many may read pages of events, payloads and lists at once: the others are for what execution
+/// and each request need.
+const MAX_PAGE_READERS: usize = 3;
+/// An estimate of the bytes that an operation writes that holds nothing from outside.
+const SMALL: usize = 512;
+/// The same of one that may free a whole log.
+const LARGE: usize = 128 * 1024;
 
 /// SQLite in a folder of its own.
 pub struct SqliteStore {
@@ -48,6 +58,7 @@ pub struct SqliteStore {
 struct Readers {
     idle: Mutex<Vec<Connection>>,
     permits: tokio::sync::Semaphore,
+    page_permits: tokio::sync::Semaphore,
     path: std::path::PathBuf,
 }
 
@@ -76,17 +87,31 @@ impl SqliteStore {
         schema::migrate(&connection)?;
         schema::forget_previous_process(&connection)
             .map_err(|error| sqlite_error("opening", &error))?;
+        let checkpointer = Checkpointer::start(&path)?;
         let files = Files::of(&path).map_err(|error| io_error(doing, &path, &error))?;
         let readers = Readers {
             idle: Mutex::new(Vec::new()),
             permits: tokio::sync::Semaphore::new(MAX_READERS),
+            page_permits: tokio::sync::Semaphore::new(MAX_PAGE_READERS),
             path,
         };
         Ok(Self {
-            writer: WriterThread::start(connection, files)?,
+            writer: WriterThread::start(connection, files, checkpointer)?,
             readers: std::sync::Arc::new(readers),
             _lock: lock,
         })
+    }
+
+    /// As [`Self::read`], for what may read much.
+    async fn read_page<T: Send + 'static>(
+        &self,
+        doing: &'static str,
+        query: impl FnOnce(&Connection) -> rusqlite::Result<T> + Send + 'static,
+    ) -> Result<T, StoreError> {
+        let permit = self.readers.page_permits.acquire().await;
+        let _permit =
+            permit.map_err(|_| StoreError::Unavailable { doing, reason: "it is closed".into() })?;
+        self.read(doing, query).await
     }
 
     async fn read<T: Send + 'static>(
@@ -142,7 +167,8 @@ fn sqlite_error(doing: &'static str, error: &rusqlite::Error) -> StoreError {
 #[async_trait]
 impl Store for SqliteStore {
     async fn create_request(&self, new: NewRequest) -> Result<CreateOutcome, StoreError> {
-        self.writer.run("creating a request", move |db| requests::create(db, &new)).await
+        let bytes = new.payload.data.len();
+        self.writer.run("creating a request", bytes, move |db| requests::create(db, &new)).await
     }
 
     async fn get_request(&self, uid: Uid) -> Result<Option<RequestRecord>, StoreError> {
@@ -158,23 +184,25 @@ impl Store for SqliteStore {
     }
 
     async fn list_requests(&self, query: ListRequests) -> Result<RequestPage, StoreError> {
-        self.read("listing requests", move |db| requests::list(db, &query)).await
+        self.read_page("listing requests", move |db| requests::list(db, &query)).await
     }
 
     async fn read_payload(&self, uid: Uid) -> Result<Option<StoredPayload>, StoreError> {
-        self.read("reading a payload", move |db| requests::payload(db, uid)).await
+        self.read_page("reading a payload", move |db| requests::payload(db, uid)).await
     }
 
     async fn delete_request(&self, uid: Uid) -> Result<DeleteOutcome, StoreError> {
-        self.writer.run("deleting a request", move |db| requests::delete(db, uid)).await
+        self.writer.run("deleting a request", LARGE, move |db| requests::delete(db, uid)).await
     }
 
     async fn claim(&self, claim: Claim) -> Result<ClaimOutcome, StoreError> {
-        self.writer.run("claiming a request", move |db| requests::claim(db, &claim)).await
+        self.writer.run("claiming a request", SMALL, move |db| requests::claim(db, &claim)).await
     }
 
     async fn append(&self, append: Append) -> Result<Appended, StoreError> {
-        self.writer.run("appending events", move |db| requests::append(db, &append)).await
+        let checkpoint = append.checkpoint.as_ref().map_or(0, bytes::Bytes::len);
+        let bytes = checkpoint + append.events.iter().map(Message::encoded_len).sum::<usize>();
+        self.writer.run("appending events", bytes, move |db| requests::append(db, &append)).await
     }
 
     async fn cancel(
@@ -184,7 +212,7 @@ impl Store for SqliteStore {
         now: Timestamp,
     ) -> Result<CancelOutcome, StoreError> {
         self.writer
-            .run("cancelling a request", move |db| requests::cancel(db, uid, &reason, now))
+            .run("cancelling a request", SMALL, move |db| requests::cancel(db, uid, &reason, now))
             .await
     }
 
@@ -196,7 +224,7 @@ impl Store for SqliteStore {
         _now: Timestamp,
     ) -> Result<Vec<Renewed>, StoreError> {
         self.writer
-            .run("renewing leases", move |db| requests::renew(db, &holder, &leases, until))
+            .run("renewing leases", SMALL, move |db| requests::renew(db, &holder, &leases, until))
             .await
     }
 
@@ -209,7 +237,7 @@ impl Store for SqliteStore {
     }
 
     async fn adopt(&self, adopt: Adopt) -> Result<Option<RequestRecord>, StoreError> {
-        self.writer.run("adopting an attempt", move |db| requests::adopt(db, &adopt)).await
+        self.writer.run("adopting an attempt", SMALL, move |db| requests::adopt(db, &adopt)).await
     }
 
     async fn overdue_requests(
@@ -248,7 +276,7 @@ impl Store for SqliteStore {
         max_events: usize,
         max_bytes: usize,
     ) -> Result<EventPage, StoreError> {
-        self.read("reading events", move |db| {
+        self.read_page("reading events", move |db| {
             requests::events(db, uid, after_seq, max_events, max_bytes)
         })
         .await
@@ -259,14 +287,17 @@ impl Store for SqliteStore {
         opened: Vec<ConnectionRecord>,
         closed: Vec<Uid>,
     ) -> Result<(), StoreError> {
+        let bytes = SMALL * (opened.len() + closed.len());
         self.writer
-            .run("noting connections", move |db| connections::update(db, &opened, &closed))
+            .run("noting connections", bytes, move |db| connections::update(db, &opened, &closed))
             .await
     }
 
     async fn renew_gateway(&self, gateway: String, until: Timestamp) -> Result<(), StoreError> {
         self.writer
-            .run("renewing a gateway", move |db| connections::renew_gateway(db, &gateway, until))
+            .run("renewing a gateway", SMALL, move |db| {
+                connections::renew_gateway(db, &gateway, until)
+            })
             .await
     }
 
@@ -278,7 +309,7 @@ impl Store for SqliteStore {
         limit: usize,
         now: Timestamp,
     ) -> Result<ConnectionPage, StoreError> {
-        self.read("listing connections", move |db| {
+        self.read_page("listing connections", move |db| {
             connections::list(db, &tenant, user.as_deref(), after, limit, now)
         })
         .await
@@ -289,7 +320,8 @@ impl Store for SqliteStore {
         actions: Vec<DeclaredAction>,
         now: Timestamp,
     ) -> Result<(), StoreError> {
-        self.writer.run("saving actions", move |db| actions::save(db, &actions, now)).await
+        let bytes = actions.iter().map(|declared| declared.action.encoded_len()).sum();
+        self.writer.run("saving actions", bytes, move |db| actions::save(db, &actions, now)).await
     }
 
     async fn list_actions(&self, since: Timestamp) -> Result<Vec<DeclaredAction>, StoreError> {
@@ -297,6 +329,6 @@ impl Store for SqliteStore {
     }
 
     async fn check(&self) -> Result<(), StoreError> {
-        self.writer.run("checking the store", schema::touch).await
+        self.writer.run("checking the store", SMALL, schema::touch).await
     }
 }

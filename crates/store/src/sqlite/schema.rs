@@ -137,11 +137,21 @@ pub(super) fn open_for_writing(path: &Path) -> rusqlite::Result<Connection> {
     connection.execute_batch(
         "PRAGMA journal_mode = WAL;
          PRAGMA synchronous = FULL;
-         PRAGMA wal_autocheckpoint = 1000;
+         PRAGMA wal_autocheckpoint = 4000;
          PRAGMA temp_store = MEMORY;
          PRAGMA cache_size = -16384;",
     )?;
     connection.set_prepared_statement_cache_capacity(64);
+    Ok(connection)
+}
+
+/// For the one thread that only moves what was committed.
+pub(super) fn open_for_checkpoints(path: &Path) -> rusqlite::Result<Connection> {
+    let connection = Connection::open(path)?;
+    connection.execute_batch(
+        "PRAGMA synchronous = FULL;
+         PRAGMA cache_size = -64;",
+    )?;
     Ok(connection)
 }
 
