@@ -206,13 +206,7 @@ impl ProgressService for WatchService {
             return Ok(Response::new(stream));
         }
         let subscription = self.subscribe(&caller.principal, &request.request_id).await?;
-        let watcher = Watcher::new(
-            subscription,
-            self.topics.clone(),
-            self.store.clone(),
-            request.after_seq,
-            request.payload_encoding(),
-        );
+        let watcher = Watcher::new(subscription, self.topics.clone(), self.store.clone(), &request);
         Ok(Response::new(watcher.into_stream()))
     }
 

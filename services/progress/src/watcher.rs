@@ -6,7 +6,7 @@ use futures_util::stream::{self, BoxStream};
 use prometheus_client::metrics::gauge::Gauge;
 use streamer_proto::{
     common::v1::{Event, PayloadEncoding},
-    progress::v1::WatchResponse,
+    progress::v1::{WatchRequest, WatchResponse},
 };
 use streamer_rpc::{encode_event, is_terminal, store_status};
 use streamer_store::Store;
@@ -26,6 +26,8 @@ pub(crate) struct Watcher {
     cursor: i64,
     position: Position,
     encoding: PayloadEncoding,
+    /// Of the events, only the terminal one is wanted.
+    outcome_only: bool,
     snapshot_sent: bool,
     ended: bool,
     _counted: Counted,
@@ -47,14 +49,13 @@ impl Drop for Counted {
 }
 
 impl Watcher {
-    /// From `after_seq` on; without one, from the snapshot on (with the terminal event if that has
+    /// From `request.after_seq` on; without one, from the snapshot on (with the terminal event if that has
     /// passed).
     pub(crate) fn new(
         subscription: Subscription,
         topics: Arc<Topics>,
         store: Arc<dyn Store>,
-        after_seq: Option<i64>,
-        encoding: PayloadEncoding,
+        request: &WatchRequest,
     ) -> Self {
         let watchers = topics.metrics().watchers.clone();
         watchers.inc();
@@ -62,9 +63,10 @@ impl Watcher {
             subscription,
             topics,
             store,
-            cursor: after_seq.unwrap_or(-1),
+            cursor: request.after_seq.unwrap_or(-1),
             position: Position::default(),
-            encoding,
+            encoding: request.payload_encoding(),
+            outcome_only: request.outcome_only,
             snapshot_sent: false,
             ended: false,
             _counted: Counted(watchers),
@@ -137,8 +139,24 @@ impl Watcher {
         }
     }
 
-    /// The next events that are there; `None` when there are none yet, empty when none will come.
+    /// The next wanted events that are there; `None` when there are none yet, empty when none will come.
     async fn read(&mut self) -> Result<Option<Vec<Event>>, Status> {
+        if !self.outcome_only {
+            return self.read_all().await;
+        }
+        loop {
+            // The terminal event is the last one.
+            self.cursor = self.cursor.max(self.subscription.topic.last_seq() - 1);
+            let Some(mut events) = self.read_all().await? else { return Ok(None) };
+            let Some(last) = events.pop() else { return Ok(Some(events)) };
+            self.cursor = last.seq;
+            if is_terminal(&last) {
+                return Ok(Some(vec![last]));
+            }
+        }
+    }
+
+    async fn read_all(&mut self) -> Result<Option<Vec<Event>>, Status> {
         // Marked as seen before reading, so that what comes in between wakes us.
         self.subscription.news.borrow_and_update();
         let topic = &self.subscription.topic;
@@ -160,5 +178,45 @@ impl Watcher {
                 Ok(Some(page.events))
             }
         }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use futures_util::StreamExt;
+    use streamer_core::{Timestamp, Uid};
+    use streamer_proto::common::v1::{Accepted, Progress, Request, Succeeded, event::Kind};
+    use streamer_store::{Engine, open};
+    use streamer_telemetry::Metrics;
+
+    use super::*;
+    use crate::metrics::ProgressMetrics;
+
+    fn event(seq: i64, kind: Kind) -> Event {
+        Event { seq, attempt: 1, time: None, kind: Some(kind) }
+    }
+
+    #[tokio::test]
+    async fn a_watcher_of_the_outcome_gets_nothing_else() {
+        let data = tempfile::tempdir().unwrap();
+        let store = open(&Engine::Embedded { data: data.path().to_owned() }).unwrap();
+        let metrics = ProgressMetrics::new(&Metrics::new());
+        let topics = Arc::new(Topics::new(store.clone(), metrics, None, false));
+        let uid = Uid::new(Timestamp::default());
+        let accepted = event(1, Kind::Accepted(Accepted::default()));
+        topics.create(uid, &Request { last_seq: 1, ..Request::default() }, &[accepted]);
+        let request = WatchRequest { outcome_only: true, ..WatchRequest::default() };
+        let subscription = topics.loaded(uid).unwrap();
+        let mut watch = Watcher::new(subscription, topics.clone(), store, &request).into_stream();
+        let first = watch.next().await.unwrap().unwrap();
+        assert!(first.snapshot.is_some() && first.events.is_empty(), "{first:?}");
+        let progress = |seq| event(seq, Kind::Progress(Progress::default()));
+        topics.push(uid, &[progress(2)]);
+        let mut next = watch.next();
+        assert!(futures_util::FutureExt::now_or_never(&mut next).is_none());
+        topics.push(uid, &[progress(3), event(4, Kind::Succeeded(Succeeded::default()))]);
+        let seqs: Vec<_> = next.await.unwrap().unwrap().events.iter().map(|e| e.seq).collect();
+        assert_eq!(seqs, [4]);
+        assert!(watch.next().await.is_none());
     }
 }

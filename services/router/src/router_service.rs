@@ -79,7 +79,12 @@ impl RouterService for RouterApi {
         if !is_async {
             return Ok(Response::new(first.boxed()));
         }
-        let watch = WatchRequest { request_id: uid, after_seq: Some(0), payload_encoding };
+        let watch = WatchRequest {
+            request_id: uid,
+            after_seq: Some(0),
+            payload_encoding,
+            ..WatchRequest::default()
+        };
         let mut watch = with_authorization(watch, caller.authorization);
         if let Some(uid) = stored_uid {
             watch.extensions_mut().insert(RouteKey(uid));

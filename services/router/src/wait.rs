@@ -35,7 +35,11 @@ pub(crate) async fn for_terminal_event(
 async fn terminal_event(peers: &Peers, caller: &Caller, uid: Uid) -> Result<Event, Status> {
     let mut pause = FIRST_PAUSE;
     loop {
-        let watch = WatchRequest { request_id: uid.to_string(), ..WatchRequest::default() };
+        let watch = WatchRequest {
+            request_id: uid.to_string(),
+            outcome_only: true,
+            ..WatchRequest::default()
+        };
         let mut watch = with_authorization(watch, caller.authorization.clone());
         watch.extensions_mut().insert(RouteKey(uid));
         let outcome = match peers.progress().watch(watch).await {

@@ -62,6 +62,11 @@ impl Topic {
         self.state.lock().tail.snapshot().cloned()
     }
 
+    /// The number of its latest event.
+    pub(crate) fn last_seq(&self) -> i64 {
+        self.state.lock().tail.last_seq()
+    }
+
     /// What comes after `after_seq`.
     pub(crate) fn read(&self, after_seq: i64, max_events: usize, max_bytes: usize) -> Read {
         self.state.lock().tail.read(after_seq, max_events, max_bytes)
