@@ -9,6 +9,7 @@ mod fairness;
 mod fanout;
 mod idle;
 mod lifecycle;
+mod output;
 mod report;
 mod store;
 mod sync;
@@ -36,6 +37,7 @@ Examples:
   streamer bench fanout --requests 1000 --watchers 1
   streamer bench cancel --workers 1
   streamer bench fairness
+  streamer bench output
   streamer bench store --finished 1000 --queued 20000
   streamer bench idle --connections 15000"
 )]
@@ -141,6 +143,28 @@ pub enum Bench {
         #[arg(long, default_value_t = 100_000)]
         flood: usize,
         /// Requests a second of each of the others.
+        #[arg(long, default_value_t = 20)]
+        rate: u64,
+        /// How long each of the two measurements is.
+        #[arg(long, default_value = "8s", value_parser = parse_duration)]
+        duration: Duration,
+        #[command(flatten)]
+        #[allow(missing_docs)]
+        common: BenchCommon,
+    },
+    /// How long small requests of one tenant take while the output of another one floods the store, and
+    /// while it does not.
+    Output {
+        /// Attempts of the flood that run at once.
+        #[arg(long, default_value_t = 50)]
+        attempts: usize,
+        /// Output chunks of each of them.
+        #[arg(long, default_value_t = 20)]
+        output_chunks: u32,
+        /// Characters of each chunk.
+        #[arg(long, default_value_t = 1_000_000)]
+        chunk_bytes: u32,
+        /// Small requests a second.
         #[arg(long, default_value_t = 20)]
         rate: u64,
         /// How long each of the two measurements is.
@@ -290,6 +314,11 @@ pub(crate) async fn run(arguments: BenchArguments) -> anyhow::Result<Exit> {
             let subject = Subject::open_with(&common, &[few])?;
             let load = fairness::Load { tenants, flood, rate, duration };
             (subject.check(fairness::run(&subject, load).await?).await?, common.json)
+        }
+        Bench::Output { attempts, output_chunks, chunk_bytes, rate, duration, common } => {
+            let subject = Subject::open(&common)?;
+            let load = output::Load { attempts, output_chunks, chunk_bytes, rate, duration };
+            (subject.check(output::run(&subject, load).await?).await?, common.json)
         }
         Bench::Store { finished, queued, common } => {
             (store::run(finished, queued, &common.set).await?, common.json)
