@@ -17,6 +17,9 @@ const FAIL_ATTEMPTS: RangeInclusive<u64> = 0..=100;
 /// After so many reports without a pause, others get a turn.
 const REPORTS_PER_TURN: u64 = 64;
 
+/// Chunks beyond this take long enough for others to get a turn after each.
+const LONG_CHUNK: u64 = 64 * 1024;
+
 /// Does as many steps as asked, failing as often as asked.
 #[derive(Clone, Copy, Debug, Default)]
 pub struct EchoAsync;
@@ -167,6 +170,9 @@ async fn put_out_chunks(
     for index in indexes {
         take_turns(context, index).await?;
         context.output(&chunk(index, chunk_bytes)).await?;
+        if chunk_bytes > LONG_CHUNK {
+            tokio::task::yield_now().await;
+        }
     }
     Ok(())
 }

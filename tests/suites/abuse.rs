@@ -9,7 +9,7 @@ use streamer_client::Api;
 use streamer_core::{Clock, SystemClock};
 use streamer_proto::{
     common::v1::Action,
-    processor::v1::{report::Kind, work_request},
+    processor::v1::{report::Kind, work_request, work_response::Message},
     router::v1::{SubmitRequest, submit_response::Outcome},
 };
 use streamer_rpc::json_payload;
@@ -463,4 +463,79 @@ async fn submissions_of_one_user_have_a_rate_whichever_way_they_come() {
     assert_eq!(refused.code(), Code::ResourceExhausted, "{refused}");
     assert!(refused.message().contains(option), "{refused}");
     submit(&server, "globex", "echo_async", "{}".into()).await.unwrap();
+}
+
+/// Limits of the tests of output; the server holds each byte in several copies.
+const SMALL_OUTPUT_BUDGET: [&str; 2] =
+    ["execution.max_buffered_output_bytes=33554432", "limits.max_payload_bytes=1048576"];
+
+#[tokio::test]
+async fn output_of_one_tenant_is_bounded_and_hurts_no_other() {
+    const FLOOD: usize = 50;
+    let server = Server::start(&[&SMALL_OUTPUT_BUDGET[..], &["execution.lease_ms=3000"]].concat());
+    let flood = json!({ "steps": 1, "output_chunks": 10, "chunk_bytes": 1_000_000 });
+    for _ in 0..FLOOD {
+        submit(&server, "evil", "echo_async", flood.to_string()).await.unwrap();
+    }
+    let mut client = Client::connect(&server.url, &server.token("acme", "ann", &[])).await;
+    let mut rounds = 0;
+    while metric(&server, "streamer_processor_succeeded_total").await < FLOOD + rounds {
+        let id = format!("small-{rounds}");
+        client.submit(&id, "echo_async", json!({ "steps": 2, "result": 1 })).await;
+        assert_eq!(client.follow(Log::after(1)).await.last_type(), "complete");
+        let (status, _) =
+            http(&server, "GET /readyz HTTP/1.1\r\nHost: a\r\nConnection: close\r\n\r\n").await;
+        assert_eq!(status, StatusCode::OK);
+        rounds += 1;
+    }
+    assert!(rounds > 1, "it went on beside the flood");
+    for counter in ["lease_expiries_total", "lost_total", "retried_total", "buffered_output_bytes"]
+    {
+        assert_eq!(metric(&server, &format!("streamer_processor_{counter}")).await, 0, "{counter}");
+    }
+    // Beside 50 MB of a debug build.
+    let peak = server.peak_resident_bytes();
+    assert!(peak < 300 << 20, "{peak}");
+}
+
+#[tokio::test]
+async fn reports_of_a_worker_beyond_the_budget_wait() {
+    const TASKS: usize = 60;
+    // This worker sends no heartbeats.
+    let lease = "execution.lease_ms=60000";
+    let server = Server::start(&[&SMALL_OUTPUT_BUDGET[..], &[lease]].concat());
+    let token = server.token("evil", "worker", &["worker:*"]);
+    let action = declare("flood");
+    let mut worker = ScriptedWorker::come(&server, &token, hello("w", 100, vec![action])).await;
+    let evil = server.token("evil", "eve", &[]);
+    offered(&server, &evil, "flood", 1).await;
+    for _ in 0..TASKS {
+        submit(&server, "evil", "flood", "{}".into()).await.unwrap();
+    }
+    let mut tasks = Vec::new();
+    while tasks.len() < TASKS {
+        tasks.push(worker.task().await);
+    }
+    let chunk = json_payload(json!("x".repeat(1_000_000)).to_string());
+    // Far more than the budget, before anything is acknowledged: 1 MB and one report more are allowed.
+    for number in 1..=2 {
+        for task in &tasks {
+            worker.report(task, number, Kind::Output(chunk.clone())).await;
+        }
+    }
+    for task in &tasks {
+        worker.report(task, 2, Kind::Result(json_payload("1"))).await;
+    }
+    let mut ended = 0;
+    while ended < TASKS {
+        match worker.next().await.unwrap() {
+            Message::Acknowledgment(said) => ended += usize::from(said.ended),
+            Message::Revoke(said) => panic!("it was lost: {said:?}"),
+            _ => {}
+        }
+    }
+    assert_eq!(metric(&server, "streamer_processor_succeeded_total").await, TASKS);
+    assert_eq!(metric(&server, "streamer_processor_buffered_output_bytes").await, 0);
+    let peak = server.peak_resident_bytes();
+    assert!(peak < 350 << 20, "{peak}");
 }

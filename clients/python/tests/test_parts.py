@@ -109,7 +109,7 @@ def test_no_more_is_sent_than_a_server_with_smaller_limits_takes() -> None:
 
 def test_bounds_of_a_server_that_does_not_tell_them_are_the_usual_ones() -> None:
     assert Limits.of(worker_pb2.Welcome(max_unacknowledged=5)) == Limits(max_unacknowledged=5)
-    assert Limits().max_unacknowledged_bytes == 8 * 1024 * 1024
+    assert Limits().max_unacknowledged_bytes == 1024 * 1024
 
 
 def output(seq: int, attempt: int, data: bytes) -> events.Output:

@@ -124,8 +124,13 @@ export class Attempt {
     return this.#stopped ? null : this.#reports.next(this.limits);
   }
 
-  /** @param {number} number Reports up to this one are durable. */
-  acknowledge(number) {
+  /**
+   * Reports were stored.
+   * @param {number} number Reports up to this one are durable.
+   * @param {number} [maxUnacknowledgedBytes] From now on; 0 for as before.
+   */
+  acknowledge(number, maxUnacknowledgedBytes = 0) {
+    if (maxUnacknowledgedBytes > 0) this.limits = { ...this.limits, maxUnacknowledgedBytes };
     this.#reports.acknowledge(number);
     this.#admit();
   }

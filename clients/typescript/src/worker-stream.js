@@ -12,7 +12,7 @@ import { dateOrNull, payloadFrom } from './client-messages.js';
 /** How long the server may take for `welcome`, in milliseconds. */
 const WELCOME_TIMEOUT_MS = 20_000;
 /** What counts when the server does not say how many bytes may be unacknowledged. */
-const DEFAULT_UNACKNOWLEDGED_BYTES = 8 * 1024 * 1024;
+const DEFAULT_UNACKNOWLEDGED_BYTES = 1024 * 1024;
 /** A token is renewed when a fifth of its time is left, but not earlier than this, in ms. */
 const MAX_TOKEN_LEAD_MS = 60_000;
 /** Time before the expiry of a token that cannot be renewed at which running work is handed back. */
@@ -236,7 +236,10 @@ export class WorkStream {
     const attempt = this.host.find(acknowledgment);
     if (!attempt) return;
     if (acknowledgment.ended) this.host.drop(attempt, 'the attempt has ended');
-    else attempt.acknowledge(Number(acknowledgment.number));
+    else {
+      const { number, maxUnacknowledgedBytes } = acknowledgment;
+      attempt.acknowledge(Number(number), Number(maxUnacknowledgedBytes));
+    }
   }
 
   /** @param {any} revoke */

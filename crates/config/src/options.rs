@@ -273,6 +273,10 @@ options! {
         tenant_share_percent: u64 = 75, in 1..=100;
         /// Sync actions that run at once.
         max_concurrent_sync: u64 = 4_096, in 1..=1_000_000;
+        /// Bytes of progress, output, checkpoints and results that are not stored yet, over all
+        /// attempts of a processor; at least four times the largest message of a worker. Handlers and
+        /// workers wait beyond that. A tenant gets about half of it, and less while others use it too.
+        max_buffered_output_bytes: u64 = 268_435_456, in 1_048_576..=2_147_483_647;
         /// Those of the built-in handlers that this server runs itself, by action; * for all,
         /// empty for none. The others can be run by workers.
         local_actions: Vec<String> = vec!["*".into()];

@@ -27,8 +27,8 @@ pub const MAX_PUSH_BYTES: usize = 128 * 1024;
 /// Largest topic of a pushed message, in bytes.
 pub const MAX_TOPIC_BYTES: usize = 128;
 /// Reports that wait between a handler and the log at most, in bytes; a larger one waits alone. As many
-/// may be on their way at the same time, in several copies.
-pub const MAX_WAITING_REPORT_BYTES: usize = 1024 * 1024;
+/// may be on their way at the same time, in several copies, and are stored in one commit, which others wait for.
+pub const MAX_WAITING_REPORT_BYTES: usize = 256 * 1024;
 /// Reports that wait between a handler and the log at most.
 pub const MAX_WAITING_REPORTS: usize = 1024;
 /// Largest message of an error, in bytes; more is cut off.

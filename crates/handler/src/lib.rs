@@ -30,6 +30,7 @@
 //! assert!(handlers.get("double").is_some());
 //! ```
 
+mod budget;
 mod context;
 mod error;
 mod handler;
@@ -37,9 +38,10 @@ mod handlers;
 mod report;
 
 pub use async_trait::async_trait;
+pub use budget::{OutputBudget, Reservation};
 pub use context::{AttemptInfo, Context, RequestHistory, RequestSummary};
 pub use error::HandlerError;
 pub use handler::{DynHandler, Handler};
 pub use handlers::Handlers;
-pub use report::{Report, ReportQueue};
+pub use report::{PausedSource, Report, ReportBatch, ReportQueue, ReportSource};
 pub use streamer_core::{ActionSpec, RetryPolicy};

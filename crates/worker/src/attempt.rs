@@ -34,6 +34,8 @@ pub(crate) struct Attempt {
     pub(crate) sync: bool,
     reports: Arc<ReportQueue>,
     outgoing: Outgoing,
+    /// How many bytes may be unacknowledged, since the server said so on this stream.
+    window_bytes: Option<usize>,
     cancellation: CancellationToken,
     returned: Returned,
     flag: Arc<Flag>,
@@ -84,6 +86,7 @@ impl Attempt {
             sync,
             reports,
             outgoing: Outgoing::default(),
+            window_bytes: None,
             cancellation,
             returned,
             flag,
@@ -118,16 +121,23 @@ impl Attempt {
         }
     }
 
-    pub(crate) fn acknowledge(&mut self, number: i64) {
+    /// Reports up to this number are durable, and so many bytes may be unacknowledged (0: as before).
+    pub(crate) fn acknowledge(&mut self, number: i64, window_bytes: usize) {
+        if window_bytes > 0 {
+            self.window_bytes = Some(window_bytes);
+        }
         self.outgoing.acknowledge(number);
     }
 
     pub(crate) fn resume(&mut self, number: i64) {
+        self.window_bytes = None;
         self.outgoing.resume(number);
     }
 
     /// Takes from the handler what there is room for; returns what is to be sent now.
     pub(crate) fn collect(&mut self, window: Window) -> Vec<Report> {
+        let bytes = self.window_bytes.unwrap_or(window.bytes).min(window.bytes);
+        let window = Window { bytes, ..window };
         self.flag.clear();
         // Looked at first: what was reported before the handler returned is in the queue by then.
         let has_returned = self.returned.lock().is_some();

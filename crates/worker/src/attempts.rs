@@ -74,7 +74,8 @@ impl Attempts {
             return Vec::new();
         }
         let Some(attempt) = self.by_key.get_mut(&key) else { return Vec::new() };
-        attempt.acknowledge(said.number);
+        attempt
+            .acknowledge(said.number, usize::try_from(said.max_unacknowledged_bytes).unwrap_or(0));
         attempt.collect(window)
     }
 

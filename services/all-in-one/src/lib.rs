@@ -81,6 +81,8 @@ pub enum StartError {
     DevKey(DevKeyError),
     /// `server.metrics_listen` is no address.
     MetricsAddress(String),
+    /// The threads for handlers cannot be started.
+    Threads(io::Error),
     /// The address cannot be listened on.
     Listen(SocketAddr, io::Error),
     /// The audit log cannot be opened.
@@ -105,6 +107,7 @@ impl std::fmt::Display for StartError {
             Self::MetricsAddress(text) => {
                 write!(formatter, "server.metrics_listen: must be ADDRESS:PORT, is {text:?}")
             }
+            Self::Threads(error) => write!(formatter, "cannot start threads for handlers: {error}"),
             Self::Listen(address, error) => {
                 write!(formatter, "cannot listen on {address}: {error}")
             }
@@ -131,6 +134,7 @@ impl StartError {
             | Self::MetricsAddress(_) => true,
             Self::Store(_)
             | Self::DevKey(_)
+            | Self::Threads(_)
             | Self::Listen(..)
             | Self::Unhealthy(_)
             | Self::Reflection(_) => false,

@@ -11,7 +11,7 @@ use streamer_core::{Clock, Limits, limits::PAYLOAD_OPTION};
 use streamer_dynamodb::{DynamoOptions, DynamoStore};
 use streamer_gateway::{GatewayOptions, GatewayServer, OtherGateways};
 use streamer_handler::Handlers;
-use streamer_processor::{Processor, ProcessorOptions};
+use streamer_processor::{HandlerThreads, Processor, ProcessorOptions};
 use streamer_progress::{Progress, Ring};
 use streamer_router::{Router, SubmissionLimits};
 use streamer_rpc::{Member, Members, local};
@@ -139,13 +139,16 @@ impl Services {
             (Some(here), None) => (local(here.internal.clone()), local(here.public.clone())),
             (None, None) => return Err(StartError::Peers("progress")),
         };
-        let processor = role.has(Role::Processor).then(|| {
+        let handler_threads = role.has(Role::Processor).then(HandlerThreads::start);
+        let handler_threads = handler_threads.transpose().map_err(StartError::Threads)?;
+        let processor = handler_threads.map(|handler_threads| {
             Processor::build(streamer_processor::Dependencies {
                 store: store.clone(),
                 clock: clock.clone(),
                 authenticator: authenticator.clone(),
                 auth: auth.clone(),
                 handlers,
+                handler_threads,
                 progress: event_log.clone(),
                 metrics: metrics.clone(),
                 traces: traces.clone(),
@@ -439,6 +442,8 @@ fn limits(config: &Config, largest: Option<usize>) -> Limits {
 
 fn processor_options(config: &Config, limits: Limits, shared: bool) -> ProcessorOptions {
     let execution = &config.execution;
+    // A tenant gets half of it, and what it reports may wait for a batch that is on its way.
+    let least_output = limits.max_worker_message_bytes().saturating_mul(4);
     ProcessorOptions {
         max_concurrent_attempts: number(execution.max_concurrent_attempts),
         tenant_share: number(execution.tenant_share_percent),
@@ -448,6 +453,7 @@ fn processor_options(config: &Config, limits: Limits, shared: bool) -> Processor
         cancel_grace: Duration::from_millis(execution.cancel_grace_ms),
         poll_interval: Duration::from_millis(execution.poll_interval_ms),
         drain_timeout: Duration::from_millis(config.server.drain_timeout_ms),
+        max_buffered_output_bytes: size(execution.max_buffered_output_bytes).max(least_output),
         limits,
         sync_threshold: Duration::from_millis(execution.sync_threshold_ms),
         shared,

@@ -13,7 +13,8 @@ use streamer_core::{
     ActionSpec, Clock, ErrorCode, Limits, OutputDigest, RequestError, Timestamp, Uid, retry,
 };
 use streamer_handler::{
-    AttemptInfo, Context, DynHandler, HandlerError, Report, ReportQueue, RequestHistory,
+    AttemptInfo, Context, DynHandler, HandlerError, Report, ReportBatch, ReportQueue,
+    RequestHistory, Reservation,
 };
 use streamer_proto::{
     common::v1::{Event, Output, Payload, Progress, event::Kind, payload::Body},
@@ -23,7 +24,10 @@ use streamer_proto::{
 use streamer_rpc::{error_from_proto, json_payload};
 use streamer_store::{RequestRecord, StoredPayload};
 use streamer_telemetry::{InScope, Scope, TraceContext, trace_span};
-use tokio::time::{Instant, sleep, sleep_until};
+use tokio::{
+    runtime::Handle,
+    time::{Instant, sleep, sleep_until},
+};
 use tokio_util::task::AbortOnDropHandle;
 use tonic::{Code, Status};
 use tracing::{Span, field::Empty};
@@ -43,6 +47,8 @@ const MAX_PUBLISH_BACKOFF: Duration = Duration::from_secs(1);
 pub(crate) struct Environment {
     pub(crate) clock: Arc<dyn Clock>,
     pub(crate) log: LogClient,
+    /// Where handlers of this process run.
+    pub(crate) handlers: Handle,
     pub(crate) history: Arc<dyn RequestHistory>,
     pub(crate) limits: Limits,
     pub(crate) cancel_grace: Duration,
@@ -136,8 +142,7 @@ pub(crate) async fn run(
         environment.limits,
         Some(environment.history.clone()),
     );
-    // A task of its own: a handler that computes without a pause does not hold up its reports, and
-    // one that panics fails alone.
+    // A task of its own: one that panics fails alone.
     let span = scope.span();
     let work = async move {
         let ended = handler.run(&context, payload.data).await;
@@ -145,10 +150,13 @@ pub(crate) async fn run(
         ended
     };
     let work = work.in_scope(scope);
-    let work = AbortOnDropHandle::new(tokio::spawn(work));
+    // What a worker does is only passed on here.
+    let work = if is_remote { tokio::spawn(work) } else { environment.handlers.spawn(work) };
+    let work = AbortOnDropHandle::new(work);
     let attempt = Attempt {
         environment,
         uid: record.uid,
+        tenant: record.owner.tenant.as_str().into(),
         number: record.attempt,
         attempt_seq: record.attempt_seq,
         next_seq: record.last_seq + 1,
@@ -206,11 +214,13 @@ impl TimeLimit {
 }
 
 type Work = AbortOnDropHandle<Result<Bytes, HandlerError>>;
+type Reserving = Fuse<Pin<Box<dyn Future<Output = Reservation> + Send>>>;
 type Sending = Fuse<Pin<Box<dyn Future<Output = Result<Option<String>, Status>> + Send>>>;
 
 struct Attempt<'a> {
     environment: &'a Environment,
     uid: Uid,
+    tenant: Arc<str>,
     number: u32,
     attempt_seq: i64,
     next_seq: i64,
@@ -231,6 +241,9 @@ impl Attempt<'_> {
         };
         let mut working = true;
         let mut outcome = None;
+        // For the result; the handler has ended then, and nothing cuts it off any more.
+        let mut reserving: Reserving = Fuse::terminated();
+        let mut result_reserved = Reservation::default();
         let mut last = None;
         let mut cut_off: Option<Instant> = None;
         loop {
@@ -259,10 +272,21 @@ impl Attempt<'_> {
                 },
                 ended = &mut work, if working => {
                     working = false;
-                    outcome = Some(match ended {
+                    let ended = match ended {
                         Ok(ended) => self.check(ended),
+                        Err(error) if error.is_cancelled() => Outcome::Released(RequestError::new(
+                            ErrorCode::Unavailable,
+                            "the processor stops",
+                        )),
                         Err(panic) => Outcome::Failed(panicked(&panic)),
-                    });
+                    };
+                    if let Outcome::Succeeded(result) = &ended {
+                        reserving = self.reserve(result.len());
+                    }
+                    outcome = Some(ended);
+                }
+                reserved = &mut reserving, if !reserving.is_terminated() => {
+                    result_reserved = reserved;
                 }
                 Some(()) = deadline, if working => {
                     working = false;
@@ -297,6 +321,7 @@ impl Attempt<'_> {
             }
             if self.handle.is_lost() {
                 self.reports.close();
+                drop(self.reports.take_batch());
                 return Finished::Lost;
             }
             if !sending.is_terminated() {
@@ -305,18 +330,28 @@ impl Attempt<'_> {
             if let Some((kind, retry_at)) = last.take() {
                 return Finished::Concluded(kind, retry_at, self.handle.cancel_reason());
             }
-            let mut batch = self.take_reports();
-            if let Some(outcome) = outcome.take() {
+            let mut batch = self.new_batch();
+            let mut reserved = self.add_reports(&mut batch);
+            if reserving.is_terminated()
+                && let Some(outcome) = outcome.take()
+            {
                 // Nothing that is reported from here on counts.
                 self.reports.close();
                 self.handle.note_ending();
-                self.add_reports(&mut batch);
+                reserved.merge(self.add_reports(&mut batch));
+                reserved.merge(std::mem::take(&mut result_reserved));
                 last = Some(self.add_ending(&mut batch, outcome));
             }
             if !batch.events.is_empty() || batch.checkpoint.is_some() {
-                sending = self.publish(batch);
+                sending = self.publish(batch, reserved);
             }
         }
+    }
+
+    /// Reserves the bytes of the result.
+    fn reserve(&self, bytes: usize) -> Reserving {
+        let reports = self.reports.clone();
+        async move { reports.reserve(bytes).await }.boxed().fuse()
     }
 
     /// Delivers the `started` event, which the claim has made durable.
@@ -351,20 +386,20 @@ impl Attempt<'_> {
         Some(self.reports.last_push().max(self.published_at) + limit)
     }
 
-    fn take_reports(&mut self) -> PublishRequest {
-        let mut batch = PublishRequest {
+    fn new_batch(&self) -> PublishRequest {
+        PublishRequest {
             uid: self.uid.to_bytes().to_vec().into(),
             attempt: i32::try_from(self.number).unwrap_or(i32::MAX),
             events: Vec::new(),
             checkpoint: None,
             retry_at: None,
-        };
-        self.add_reports(&mut batch);
-        batch
+        }
     }
 
-    fn add_reports(&mut self, batch: &mut PublishRequest) {
-        for report in self.reports.take() {
+    /// Adds what was reported; returns what is reserved for it.
+    fn add_reports(&mut self, batch: &mut PublishRequest) -> Reservation {
+        let ReportBatch { reports, reserved } = self.reports.take_batch();
+        for report in reports {
             let kind = match report {
                 Report::Progress { percentage, message, metadata } => Kind::Progress(Progress {
                     percentage,
@@ -385,6 +420,7 @@ impl Attempt<'_> {
             };
             batch.events.push(self.next_event(kind));
         }
+        reserved
     }
 
     fn add_ending(
@@ -416,13 +452,14 @@ impl Attempt<'_> {
 
     /// Sends a batch, again and again until it is stored or this attempt may not write any more.
     /// The numbers of its events make repeating safe.
-    fn publish(&self, batch: PublishRequest) -> Sending {
+    fn publish(&self, batch: PublishRequest, reserved: Reservation) -> Sending {
         let log = self.environment.log.clone();
-        let uid = self.uid;
+        let (uid, tenant) = (self.uid, self.tenant.clone());
         let publishing = async move {
+            let _reserved = reserved;
             let mut wait = PUBLISH_BACKOFF;
             loop {
-                match log.publish(batch.clone()).await {
+                match log.publish(&tenant, batch.clone()).await {
                     Ok(cancel_reason) => return Ok(cancel_reason),
                     // Another's, or such that no repetition helps: whoever takes it over ends it.
                     Err(status) if is_final(&status) => return Err(status),

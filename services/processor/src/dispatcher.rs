@@ -9,9 +9,10 @@ use std::{collections::HashMap, sync::Arc, time::Duration};
 
 use parking_lot::Mutex;
 use streamer_core::{Clock, Timestamp, Uid};
-use streamer_handler::RequestHistory;
+use streamer_handler::{OutputBudget, RequestHistory};
 use streamer_store::{Store, WaitingRequest};
 use streamer_telemetry::Traces;
+use tokio::runtime::Handle;
 use tokio::time::{Instant, MissedTickBehavior, interval, timeout, timeout_at};
 use tokio_util::{
     sync::{CancellationToken, WaitForCancellationFutureOwned},
@@ -51,6 +52,8 @@ pub(crate) struct Parts {
     pub(crate) actions: Arc<Actions>,
     pub(crate) signal: Arc<Signal>,
     pub(crate) log: LogClient,
+    pub(crate) output_budget: Arc<OutputBudget>,
+    pub(crate) handlers: Handle,
     pub(crate) metrics: ProcessorMetrics,
     pub(crate) traces: Traces,
     pub(crate) options: ProcessorOptions,
@@ -62,6 +65,8 @@ pub(crate) struct Dispatcher {
     store: Arc<dyn Store>,
     actions: Arc<Actions>,
     environment: Environment,
+    /// What the attempts that run here have reported, and is not stored yet.
+    output_budget: Arc<OutputBudget>,
     metrics: ProcessorMetrics,
     traces: Traces,
     options: ProcessorOptions,
@@ -109,8 +114,20 @@ struct Place {
 
 impl Dispatcher {
     pub(crate) fn new(parts: Parts) -> Self {
-        let Parts { name, store, history, clock, actions, signal, log, metrics, traces, options } =
-            parts;
+        let Parts {
+            name,
+            store,
+            history,
+            clock,
+            actions,
+            signal,
+            log,
+            output_budget,
+            handlers,
+            metrics,
+            traces,
+            options,
+        } = parts;
         let slots = Slots::new(options.max_concurrent_attempts, options.tenant_share);
         Self {
             name,
@@ -119,10 +136,12 @@ impl Dispatcher {
             environment: Environment {
                 clock,
                 log,
+                handlers,
                 history,
                 limits: options.limits,
                 cancel_grace: options.cancel_grace,
             },
+            output_budget,
             metrics,
             traces,
             options,
@@ -143,6 +162,11 @@ impl Dispatcher {
 
     pub(crate) fn now(&self) -> Timestamp {
         self.environment.clock.now()
+    }
+
+    /// What the attempts that run here have reported, and is not stored yet.
+    pub(crate) fn output_budget(&self) -> &Arc<OutputBudget> {
+        &self.output_budget
     }
 
     /// Learns what was declared before this process was started.

@@ -164,7 +164,8 @@ impl ExecutionApi {
         match self.actions.runner(&spec.name, context.tenant()) {
             Some(Runner::Local(handler)) => Ok((handler, None)),
             Some(Runner::Remote(seat)) => {
-                let task = RemoteTask::sync(context.uid(), &spec.name, context.tenant());
+                let budget = self.dispatcher.output_budget();
+                let task = RemoteTask::sync(context.uid(), &spec.name, context.tenant(), budget);
                 let remote = Arc::new(RemoteHandler::new(
                     seat.worker.clone(),
                     spec.clone(),

@@ -13,6 +13,7 @@ mod durations;
 mod execution_service;
 mod fair;
 mod grants;
+mod handler_threads;
 mod hello;
 mod history;
 mod log_client;
@@ -36,7 +37,7 @@ use std::{sync::Arc, time::Duration};
 
 use streamer_auth::{AuthLayer, AuthService, Authenticator};
 use streamer_core::{Clock, Limits, Timestamp, Uid};
-use streamer_handler::Handlers;
+use streamer_handler::{Handlers, OutputBudget};
 use streamer_proto::{
     internal::v1::execution_service_server::ExecutionServiceServer,
     processor::v1::worker_service_server::WorkerServiceServer,
@@ -46,6 +47,8 @@ use streamer_store::Store;
 use streamer_telemetry::{Metrics, Traces};
 use tokio::time::{MissedTickBehavior, interval};
 use tokio_util::{sync::CancellationToken, task::AbortOnDropHandle};
+
+pub use handler_threads::HandlerThreads;
 
 use crate::{
     actions::Actions, dispatcher::Dispatcher, execution_service::ExecutionApi,
@@ -72,6 +75,8 @@ pub struct ProcessorOptions {
     pub poll_interval: Duration,
     /// How long running attempts may go on when the processor stops.
     pub drain_timeout: Duration,
+    /// Bytes of reports and results that are not stored yet, over all attempts.
+    pub max_buffered_output_bytes: usize,
     /// Sizes that bound payloads, results and chunks.
     pub limits: Limits,
     /// Actions faster than this are sync.
@@ -95,6 +100,8 @@ pub struct Dependencies {
     pub auth: AuthLayer,
     /// What it can run.
     pub handlers: Handlers,
+    /// Where it runs those.
+    pub handler_threads: HandlerThreads,
     /// To the progress service.
     pub progress: Channel,
     /// Where metrics go.
@@ -112,6 +119,8 @@ pub struct Processor {
     /// For workers.
     pub workers: AuthService<WorkerServiceServer<WorkerApi>>,
     dispatcher: Arc<Dispatcher>,
+    /// They live as long as this.
+    _handler_threads: HandlerThreads,
     registry: Arc<Workers>,
     sweep_interval: Duration,
 }
@@ -126,6 +135,7 @@ impl Processor {
             authenticator,
             auth,
             handlers,
+            handler_threads,
             progress,
             metrics,
             traces,
@@ -137,6 +147,8 @@ impl Processor {
         let signal = Arc::new(Signal::default());
         let registry = Arc::new(Workers::new(signal.clone(), options.lease, options.tenant_share));
         let actions = Arc::new(Actions::new(handlers, registry.clone(), options.sync_threshold));
+        let output_budget = OutputBudget::new(options.max_buffered_output_bytes);
+        metrics.watch_output(&output_budget, options.max_buffered_output_bytes);
         let dispatcher = Arc::new(Dispatcher::new(dispatcher::Parts {
             name: name.clone(),
             history: Arc::new(StoredHistory::new(store.clone())),
@@ -145,6 +157,8 @@ impl Processor {
             actions: actions.clone(),
             signal,
             log: LogClient::new(progress, options.limits.max_batch_bytes()),
+            output_budget,
+            handlers: handler_threads.handle(),
             metrics: metrics.clone(),
             traces,
             options,
@@ -170,6 +184,7 @@ impl Processor {
             internal,
             workers: auth.wrap(workers),
             dispatcher,
+            _handler_threads: handler_threads,
             registry,
             sweep_interval: options.lease / 10,
         }

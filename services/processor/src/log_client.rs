@@ -4,6 +4,7 @@ use std::sync::Arc;
 
 use prost::Message;
 use streamer_core::Uid;
+use streamer_handler::OutputBudget;
 use streamer_proto::{
     common::v1::{Event, event::Kind},
     internal::v1::{
@@ -12,41 +13,43 @@ use streamer_proto::{
 };
 use streamer_rpc::{Channel, Untraced, is_terminal, run_to_completion, with_route};
 use streamer_telemetry::is_sampled;
-use tokio::sync::Semaphore;
 use tonic::Status;
 
 /// Bytes of large batches that are on their way at the same time. Each is held several times over: as
-/// reports, encoded for the call, decoded, and encoded for the store.
-const LARGE_BATCHES_BYTES: usize = 32 * 1024 * 1024;
+/// reports, encoded for the call, decoded, and encoded for the store. More would not be stored faster, and
+/// everything else would wait for its turn among the tasks that copy them.
+const LARGE_BATCHES_BYTES: usize = 8 * 1024 * 1024;
 /// Batches up to this size do not wait for larger ones.
 const SMALL_BATCH_BYTES: usize = 64 * 1024;
 
 #[derive(Clone)]
 pub(crate) struct LogClient {
     client: EventLogServiceClient<Channel>,
-    /// A permit for each byte of a large batch that is on its way.
-    large: Arc<Semaphore>,
+    /// Of the large batches that are on their way.
+    large: Arc<OutputBudget>,
 }
 
 impl LogClient {
     pub(crate) fn new(progress: Channel, max_batch_bytes: usize) -> Self {
         let client =
             EventLogServiceClient::new(progress).max_encoding_message_size(max_batch_bytes);
-        Self { client, large: Arc::new(Semaphore::new(LARGE_BATCHES_BYTES)) }
+        // Two tenants with the largest batches at the same time.
+        let large = OutputBudget::new(LARGE_BATCHES_BYTES.max(max_batch_bytes.saturating_mul(2)));
+        Self { client, large }
     }
 
-    /// Appends events; says why cancellation was asked for, when it was.
-    pub(crate) async fn publish(&self, request: PublishRequest) -> Result<Option<String>, Status> {
+    /// Appends events of a tenant's request; says why cancellation was asked for, when it was.
+    pub(crate) async fn publish(
+        &self,
+        tenant: &Arc<str>,
+        request: PublishRequest,
+    ) -> Result<Option<String>, Status> {
         let Some(uid) = Uid::from_slice(&request.uid) else {
             return Err(Status::invalid_argument("uid must be 16 bytes"));
         };
-        let _permits = match request.encoded_len() {
+        let _reserved = match request.encoded_len() {
             0..=SMALL_BATCH_BYTES => None,
-            large => {
-                let bytes = u32::try_from(large.min(LARGE_BATCHES_BYTES)).unwrap_or(u32::MAX);
-                let permits = self.large.acquire_many(bytes).await;
-                Some(permits.map_err(|_| Status::unavailable("the processor is stopping"))?)
-            }
+            large => Some(self.large.reserve(tenant, large).await),
         };
         // Those that come once per event are not part of a trace.
         let is_untraced = is_sampled() && !request.events.last().is_some_and(ends_attempt);

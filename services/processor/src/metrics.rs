@@ -1,6 +1,7 @@
 //! The metrics of this service.
 
 use prometheus_client::metrics::{counter::Counter, gauge::Gauge, histogram::Histogram};
+use streamer_handler::OutputBudget;
 use streamer_telemetry::Metrics;
 
 #[derive(Clone)]
@@ -19,6 +20,8 @@ pub(crate) struct ProcessorMetrics {
     pub(crate) sync_failures: Counter,
     pub(crate) queue_depth: Gauge,
     pub(crate) queue_age_ms: Gauge,
+    output_bytes: Gauge,
+    output_bytes_limit: Gauge,
 }
 
 impl ProcessorMetrics {
@@ -50,6 +53,25 @@ impl ProcessorMetrics {
                 "streamer_processor_queue_age_milliseconds",
                 "How long the request that has been due longest waits",
             ),
+            output_bytes: metrics.gauge(
+                "streamer_processor_buffered_output_bytes",
+                "Bytes of reports and results that are not stored yet",
+            ),
+            output_bytes_limit: metrics.gauge(
+                "streamer_processor_buffered_output_bytes_limit",
+                "Limit of streamer_processor_buffered_output_bytes \
+                 (execution.max_buffered_output_bytes)",
+            ),
         }
+    }
+
+    /// Shows how much of the budget is used.
+    pub(crate) fn watch_output(&self, budget: &OutputBudget, limit: usize) {
+        let number = |bytes: usize| i64::try_from(bytes).unwrap_or(i64::MAX);
+        self.output_bytes_limit.set(number(limit));
+        let gauge = self.output_bytes.clone();
+        budget.observe(move |used| {
+            gauge.set(number(used));
+        });
     }
 }

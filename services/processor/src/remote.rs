@@ -44,6 +44,7 @@ impl RemoteHandler {
         cancel_grace: Duration,
     ) -> Self {
         let task = Arc::new(task);
+        task.set_source(worker.reports.clone());
         worker.assign(task.clone());
         Self { worker, task, spec, assignment, handle, cancel_grace }
     }
@@ -72,7 +73,9 @@ impl RemoteHandler {
     /// Passes reports on until the last one.
     async fn relay(&self, context: &Context) -> Result<Bytes, HandlerError> {
         loop {
-            match self.task.mailbox.next().await {
+            let (kind, reserved) = self.task.mailbox.next().await;
+            self.task.prepay(reserved);
+            match kind {
                 report::Kind::Progress(progress) => {
                     let metadata = progress.metadata.as_ref();
                     let metadata = metadata.map(|metadata| payload_bytes(Some(metadata)));

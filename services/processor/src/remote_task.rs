@@ -10,7 +10,7 @@ use std::{
 
 use parking_lot::Mutex;
 use streamer_core::Uid;
-use streamer_handler::ReportQueue;
+use streamer_handler::{OutputBudget, ReportQueue, ReportSource, Reservation};
 use streamer_proto::processor::v1::{Acknowledgment, Cancel, Revoke, report};
 use streamer_store::RequestRecord;
 use tokio::{sync::watch, time::Instant};
@@ -43,17 +43,27 @@ pub(crate) struct RemoteTask {
 
 impl RemoteTask {
     /// Of an attempt of this request whose first `received` reports are durable.
-    pub(crate) fn new(record: &RequestRecord, received: i64, reports: Arc<ReportQueue>) -> Self {
+    pub(crate) fn new(
+        record: &RequestRecord,
+        received: i64,
+        reports: Arc<ReportQueue>,
+        budget: &Arc<OutputBudget>,
+    ) -> Self {
         reports.note_durable(received);
         let received = Mutex::new(received);
         let (action, tenant) = (&record.action, &record.owner.tenant);
-        Self { received, ..Self::begin(record.uid, record.attempt, action, tenant, reports) }
+        let mailbox = Mailbox::new(budget.clone(), tenant);
+        Self {
+            received,
+            ..Self::begin(record.uid, record.attempt, action, tenant, reports, mailbox)
+        }
     }
 
     /// Of a call of a sync action.
-    pub(crate) fn sync(uid: Uid, action: &str, tenant: &str) -> Self {
+    pub(crate) fn sync(uid: Uid, action: &str, tenant: &str, budget: &Arc<OutputBudget>) -> Self {
         let reports = Arc::new(ReportQueue::discarding());
-        Self { sync: true, ..Self::begin(uid, 1, action, tenant, reports) }
+        let mailbox = Mailbox::new(budget.clone(), tenant);
+        Self { sync: true, ..Self::begin(uid, 1, action, tenant, reports, mailbox) }
     }
 
     fn begin(
@@ -62,6 +72,7 @@ impl RemoteTask {
         action: &str,
         tenant: &str,
         reports: Arc<ReportQueue>,
+        mailbox: Mailbox,
     ) -> Self {
         Self {
             uid,
@@ -70,7 +81,7 @@ impl RemoteTask {
             tenant: tenant.to_owned(),
             sync: false,
             since: Instant::now(),
-            mailbox: Mailbox::default(),
+            mailbox,
             received: Mutex::default(),
             lost: CancellationToken::new(),
             lost_reason: Mutex::default(),
@@ -87,6 +98,7 @@ impl RemoteTask {
             attempt: i32::try_from(self.attempt).unwrap_or(i32::MAX),
             number: *self.reports.durable().borrow(),
             ended,
+            max_unacknowledged_bytes: i64::try_from(self.mailbox.window()).unwrap_or(i64::MAX),
         }
     }
 
@@ -100,11 +112,32 @@ impl RemoteTask {
         Revoke { uid: self.uid.to_string(), attempt, reason: reason.into() }
     }
 
-    /// Takes a report of the worker.
+    /// Its reports come from this worker.
+    pub(crate) fn set_source(&self, worker: Arc<ReportSource>) {
+        self.reports.set_source(worker);
+    }
+
+    /// For the reports of the worker, on their way to the log.
+    pub(crate) fn prepay(&self, reserved: Reservation) {
+        self.reports.prepay(reserved);
+    }
+
+    /// Whether this progress or output report has come before.
+    pub(crate) fn is_repeated(&self, number: i64, kind: &report::Kind) -> bool {
+        matches!(kind, report::Kind::Progress(_) | report::Kind::Output(_))
+            && (1..=*self.received.lock()).contains(&number)
+    }
+
+    /// Takes a report of the worker, with what is reserved for it.
     ///
     /// # Errors
     /// When it breaks the rules of the protocol.
-    pub(crate) fn deliver(&self, number: i64, kind: report::Kind) -> Result<(), Status> {
+    pub(crate) fn deliver(
+        &self,
+        number: i64,
+        kind: report::Kind,
+        reserved: Reservation,
+    ) -> Result<(), Status> {
         // Held to the end: reports of an old stream may still be on their way.
         let mut last = self.received.lock();
         let received = *last;
@@ -128,7 +161,7 @@ impl RemoteTask {
                 "report.number: {received} progress and output reports went before, not {number}"
             )));
         }
-        self.mailbox.push(kind).map_err(|Full| {
+        self.mailbox.push(kind, reserved).map_err(|Full| {
             Status::resource_exhausted(format!(
                 "more than {MAX_REPORTS} reports or {MAX_BYTES} bytes of them are not acknowledged \
                  (welcome.max_unacknowledged, welcome.max_unacknowledged_bytes)"
@@ -185,8 +218,8 @@ impl RemoteTask {
     }
 
     /// Whether a heartbeat that does not name it means that the worker has lost it, and not only
-    /// that the task had not arrived.
-    pub(crate) fn should_be_named(&self, heartbeat: Duration) -> bool {
-        self.since.elapsed() > heartbeat
+    /// that the task had not arrived. Until `paused_until` what the worker sent was not read.
+    pub(crate) fn should_be_named(&self, heartbeat: Duration, paused_until: Instant) -> bool {
+        self.since.max(paused_until).elapsed() > heartbeat
     }
 }

@@ -9,6 +9,7 @@ use std::{
 
 use parking_lot::Mutex;
 use streamer_core::{ActionSpec, Uid};
+use streamer_handler::ReportSource;
 use streamer_proto::processor::v1::{WorkResponse, work_response::Message};
 use streamer_store::{AssignedWorker, Owner};
 use tokio::{sync::mpsc, time::Instant};
@@ -27,6 +28,8 @@ pub(crate) struct Worker {
     pub(crate) principal: Owner,
     /// Its identity, and what the owners of its requests see.
     pub(crate) assigned: AssignedWorker,
+    /// Its stream, as the source of reports: paused while one of them waits for room.
+    pub(crate) reports: Arc<ReportSource>,
     state: Mutex<State>,
 }
 
@@ -110,6 +113,7 @@ impl Worker {
             id,
             principal,
             assigned,
+            reports: Arc::default(),
             state: Mutex::new(State {
                 actions: actions.collect(),
                 declared_at: Instant::now(),
@@ -183,7 +187,8 @@ impl Worker {
     }
 
     pub(crate) fn silent_for(&self, now: Instant) -> Duration {
-        now.saturating_duration_since(self.state.lock().last_seen)
+        let heard_until = self.reports.paused_until().max(self.state.lock().last_seen);
+        now.saturating_duration_since(heard_until)
     }
 
     /// Another program of the same principal has its id now: ends its stream, and takes its attempts

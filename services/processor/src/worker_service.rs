@@ -1,15 +1,16 @@
 //! `streamer.processor.v1.WorkerService`: the conversation with workers.
 
-use std::{collections::HashSet, sync::Arc, time::Duration};
+use std::{collections::HashSet, pin::pin, sync::Arc, time::Duration};
 
 use futures_util::{
-    StreamExt, TryStreamExt,
+    FutureExt, StreamExt, TryStreamExt,
     stream::{self, BoxStream},
 };
 use streamer_auth::{Authenticator, Caller};
 use streamer_core::{
     Clock, ErrorCode, Limits, RequestError, Timestamp, Uid, Violations, limits, validate,
 };
+use streamer_handler::Reservation;
 use streamer_proto::{
     processor::v1::{
         Acknowledgment, Attempt, Capacity, Heartbeat, HeartbeatReply, Report, Revoke, TokenStatus,
@@ -22,7 +23,7 @@ use streamer_rpc::{payload_bytes, status, store_status, validation_status};
 use streamer_store::StoreError;
 use tokio::{
     sync::mpsc,
-    time::{Instant, sleep_until, timeout},
+    time::{Instant, interval, sleep_until, timeout},
 };
 use tokio_stream::wrappers::ReceiverStream;
 use tonic::{Request, Response, Status, Streaming};
@@ -32,7 +33,9 @@ use crate::{
     actions::{Actions, RememberError},
     dispatcher::Dispatcher,
     grants::Grants,
-    hello, mailbox,
+    hello,
+    mailbox::{self, compact},
+    remote_task::RemoteTask,
     schema_checks::SchemaChecks,
     session_secret::SessionSecret,
     worker::{StreamEnd, Worker},
@@ -250,7 +253,7 @@ impl Conversation {
             self.shared.actions.workers.changed();
         }
         match request.message {
-            Some(work_request::Message::Report(report)) => self.report(report),
+            Some(work_request::Message::Report(report)) => self.report(report, end).await,
             Some(work_request::Message::Heartbeat(heartbeat)) => self.heartbeat(&heartbeat),
             Some(work_request::Message::Capacity(capacity)) => self.capacity(&capacity),
             Some(work_request::Message::RefreshToken(refresh)) => {
@@ -261,17 +264,55 @@ impl Conversation {
         }
     }
 
-    fn report(&self, report: Report) -> Result<(), Status> {
+    async fn report(&self, report: Report, end: &StreamEnd) -> Result<(), Status> {
         let (uid, attempt) = identity(&report.uid, report.attempt)?;
-        let Some(kind) = report.kind else {
+        let Some(kind) = report.kind.map(compact) else {
             return Err(broken("report.kind", "is required"));
         };
         self.check_sizes(&kind)?;
-        match self.worker.task(uid, attempt) {
-            Some(task) => task.deliver(report.number, kind),
-            None => {
-                self.worker.send(Message::Revoke(not_yours(report.uid, report.attempt)));
-                Ok(())
+        let Some(task) = self.worker.task(uid, attempt) else {
+            self.worker.send(Message::Revoke(not_yours(report.uid, report.attempt)));
+            return Ok(());
+        };
+        if task.is_repeated(report.number, &kind) {
+            return Ok(());
+        }
+        match self.reserve(&task, &kind, end).await? {
+            Some(reserved) => task.deliver(report.number, kind, reserved),
+            None => Ok(()),
+        }
+    }
+
+    /// Makes room for a report. While there is none, nothing is read from the worker, which is told that it is
+    /// still alive. `None` when the report has become pointless.
+    async fn reserve(
+        &self,
+        task: &RemoteTask,
+        kind: &report::Kind,
+        end: &StreamEnd,
+    ) -> Result<Option<Reservation>, Status> {
+        let mut reserving = pin!(task.mailbox.reserve(kind));
+        if let Some(reserved) = reserving.as_mut().now_or_never() {
+            return Ok(Some(reserved));
+        }
+        if task.mailbox.is_overrun() {
+            // Each stream that waits holds a report.
+            let message = "reports of this tenant wait for more room than there is at all \
+                           (execution.max_buffered_output_bytes)";
+            return Err(refusal(ErrorCode::Unavailable, message.into()));
+        }
+        let _paused = self.worker.reports.pause();
+        let mut ticks = interval(self.shared.heartbeat());
+        loop {
+            tokio::select! {
+                biased;
+                status = end.ended() => return Err(status),
+                _ = task.lost() => return Ok(None),
+                () = task.mailbox.ended() => return Ok(None),
+                reserved = &mut reserving => return Ok(Some(reserved)),
+                _ = ticks.tick() => {
+                    self.worker.send(Message::HeartbeatReply(HeartbeatReply::default()));
+                }
             }
         }
     }
@@ -312,6 +353,7 @@ impl Conversation {
             let rule = format!("must have at most {MAX_ATTEMPTS} entries, has {count}");
             return Err(broken("heartbeat.attempts", &rule));
         }
+        let paused_until = self.worker.reports.paused_until();
         let mut reply = HeartbeatReply::default();
         let mut named = HashSet::with_capacity(heartbeat.attempts.len());
         for attempt in &heartbeat.attempts {
@@ -328,7 +370,7 @@ impl Conversation {
         }
         for task in self.worker.tasks() {
             if !named.contains(&(task.uid, task.attempt))
-                && task.should_be_named(self.shared.heartbeat() * 2)
+                && task.should_be_named(self.shared.heartbeat() * 2, paused_until)
             {
                 task.forgotten("the worker no longer runs the attempt");
             }

@@ -23,7 +23,7 @@ class Limits:
     max_payload_bytes: int = 4 * 1024 * 1024
     max_output_chunk_bytes: int = 1024 * 1024
     max_unacknowledged: int = 1024
-    max_unacknowledged_bytes: int = 8 * 1024 * 1024
+    max_unacknowledged_bytes: int = 1024 * 1024
 
     @classmethod
     def of(cls, welcome: worker_pb2.Welcome) -> Limits:

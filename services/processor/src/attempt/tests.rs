@@ -89,6 +89,7 @@ fn start() -> Scene {
     let environment = Environment {
         clock: Arc::new(ManualClock::at(Timestamp::default())),
         log: LogClient::new(log, usize::MAX),
+        handlers: Handle::current(),
         history: Arc::new(NoHistory),
         limits: Limits {
             max_payload_bytes: 1024,

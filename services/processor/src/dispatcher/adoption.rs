@@ -5,7 +5,6 @@ use std::sync::Arc;
 
 use bytes::Bytes;
 use streamer_core::Uid;
-use streamer_handler::ReportQueue;
 use streamer_store::{Adopt, Lease, StoreError, StoredPayload};
 
 use super::{Dispatcher, Running, Started};
@@ -33,16 +32,7 @@ impl Dispatcher {
         if !worker.may_run(&record.action, &record.owner.tenant) {
             return Ok(None);
         }
-        let handle = Arc::new(AttemptHandle::default());
-        if !self.enter(
-            uid,
-            Running {
-                attempt: 0,
-                tenant: record.owner.tenant.clone(),
-                handle: handle.clone(),
-                remote: true,
-            },
-        ) {
+        if self.running.lock().contains_key(&uid) {
             return Ok(None);
         }
         let now = self.now();
@@ -53,19 +43,24 @@ impl Dispatcher {
             now,
             lease_until: now.plus(self.options.lease),
         };
+        let Some(record) = self.store.adopt(adopt).await? else { return Ok(None) };
+        let handle = Arc::new(AttemptHandle::default());
+        // Only now, when it is known to be this worker's: an entry keeps all others from adopting it.
+        let tenant = record.owner.tenant.clone();
+        if !self.enter(uid, Running { attempt, tenant, handle: handle.clone(), remote: true }) {
+            return Ok(None);
+        }
         // Gives the entry back if it comes to nothing.
         let entered = Started { dispatcher: self.clone(), uid, slot: None };
-        let Some(record) = self.store.adopt(adopt).await? else { return Ok(None) };
-        // The lease is ours only now: before, renewing it would have failed.
-        if let Some(running) = self.running.lock().get_mut(&uid) {
-            running.attempt = attempt;
+        if self.is_stopping() {
+            return Ok(None);
         }
         let declared = self.actions.find(&record.action, &record.owner.tenant);
         let Some(spec) = declared.map(|declared| declared.spec) else { return Ok(None) };
         let output = takeover::output_of(&*self.store, &record).await?;
-        let reports = Arc::new(ReportQueue::default());
+        let reports = Arc::new(self.report_queue(&record));
         let durable = record.last_seq - record.attempt_seq;
-        let task = RemoteTask::new(&record, durable, reports.clone());
+        let task = RemoteTask::new(&record, durable, reports.clone(), &self.output_budget);
         let seat = self.actions.workers.seat_of_running(worker.clone(), &record.owner.tenant);
         if let Some(reason) = &record.cancel_reason {
             handle.cancel(reason);

@@ -72,6 +72,11 @@ impl Dispatcher {
         }
     }
 
+    /// For what an attempt of this request reports.
+    pub(super) fn report_queue(&self, record: &RequestRecord) -> ReportQueue {
+        ReportQueue::within(self.output_budget.clone(), &record.owner.tenant)
+    }
+
     async fn run_claimed(
         &self,
         claimed: Claimed,
@@ -84,7 +89,7 @@ impl Dispatcher {
         if let Some(reason) = &record.cancel_reason {
             handle.cancel(reason);
         }
-        let reports = Arc::new(ReportQueue::default());
+        let reports = Arc::new(self.report_queue(&record));
         let is_remote = matches!(runner, Runner::Remote(_));
         let launch = |handler: Arc<dyn DynHandler>| Launch {
             spec: spec.clone(),
@@ -102,7 +107,7 @@ impl Dispatcher {
                 self.run_attempt(launch(handler), handle, Some(claiming)).await;
             }
             Runner::Remote(seat) => {
-                let task = RemoteTask::new(&record, 0, reports.clone());
+                let task = RemoteTask::new(&record, 0, reports.clone(), &self.output_budget);
                 let assignment = Some(Assignment { sync: false });
                 let remote = Arc::new(RemoteHandler::new(
                     seat.worker.clone(),

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import logging
 from collections.abc import Callable
+from dataclasses import replace
 
 from streamer import _handlers, _tracing, model, payload
 from streamer._handlers import Handler
@@ -61,8 +62,11 @@ class Attempt:
         self._running = asyncio.create_task(self._run(), name=name)
         return self._running
 
-    def acknowledge(self, number: int) -> None:
-        """Reports up to this one are durable."""
+    def acknowledge(self, number: int, max_unacknowledged_bytes: int = 0) -> None:
+        """Reports up to this one are durable; so many bytes may be unacknowledged from now on (0: as
+        before)."""
+        if max_unacknowledged_bytes > 0:
+            self.limits = replace(self.limits, max_unacknowledged_bytes=max_unacknowledged_bytes)
         self.log.acknowledge(number)
         self._room.set()
         # There may be more than a server that came back with smaller limits takes at once.

@@ -109,7 +109,7 @@ class Core:
         """Reports are durable, or the attempt has ended."""
         attempt = self._attempts.get((one.uid, one.attempt))
         if attempt is not None:
-            attempt.acknowledge(one.number)
+            attempt.acknowledge(one.number, one.max_unacknowledged_bytes)
             if one.ended:
                 self._drop(attempt.key, "it has ended")
 

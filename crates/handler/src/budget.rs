@@ -1,0 +1,300 @@
+//! Bytes of output that the attempts of a process may hold in memory, divided fairly between tenants.
+
+use std::{
+    collections::{BTreeSet, HashMap, VecDeque},
+    fmt,
+    sync::Arc,
+};
+
+use parking_lot::Mutex;
+use tokio::sync::oneshot;
+
+/// A number of bytes that many attempts share.
+///
+/// A tenant may reserve bytes as long as it then holds no more than what is left for the others: alone
+/// it gets about half of the budget, one of n busy tenants about an (n + 1)th. So there is room for a tenant
+/// that comes later (dynamic thresholds: A. Choudhury and E. Hahne, "Dynamic Queue Length Thresholds for
+/// Shared-Memory Packet Switches", 1998). A tenant that holds nothing may reserve everything that is free. Among
+/// the tenants that wait, the one that holds the least is served first, and among equals the one that has waited
+/// longest; within a tenant the order is that of arrival.
+pub struct OutputBudget {
+    limit: usize,
+    state: Mutex<State>,
+}
+
+/// Called with the number of bytes that are reserved, whenever it changes.
+type Observer = Box<dyn Fn(usize) + Send + Sync>;
+
+#[derive(Default)]
+struct State {
+    used: usize,
+    observer: Option<Observer>,
+    tenants: HashMap<Arc<str>, Tenant>,
+    /// Tenants with waiters, by [`Tenant::rank`].
+    waiting: BTreeSet<(Rank, Arc<str>)>,
+    /// Number of the next waiter.
+    next_waiter: u64,
+}
+
+/// The bytes that a tenant holds, and the number of its first waiter.
+type Rank = (usize, u64);
+
+#[derive(Default)]
+struct Tenant {
+    used: usize,
+    /// In order of their numbers.
+    waiters: VecDeque<Waiter>,
+    waiting_bytes: usize,
+}
+
+struct Waiter {
+    number: u64,
+    bytes: usize,
+    granted: oneshot::Sender<Reservation>,
+}
+
+impl fmt::Debug for OutputBudget {
+    fn fmt(&self, formatter: &mut fmt::Formatter<'_>) -> fmt::Result {
+        formatter.debug_struct("OutputBudget").field("limit", &self.limit).finish_non_exhaustive()
+    }
+}
+
+impl OutputBudget {
+    /// A budget of `limit` bytes.
+    #[must_use]
+    pub fn new(limit: usize) -> Arc<Self> {
+        Arc::new(Self { limit, state: Mutex::default() })
+    }
+
+    /// Calls `observer` with the number of reserved bytes whenever it changes; it must not block.
+    pub fn observe(&self, observer: impl Fn(usize) + Send + Sync + 'static) {
+        self.state.lock().observer = Some(Box::new(observer));
+    }
+
+    /// Bytes that are reserved.
+    #[must_use]
+    pub fn used(&self) -> usize {
+        self.state.lock().used
+    }
+
+    /// Bytes that this tenant could reserve now.
+    #[must_use]
+    pub fn available_to(&self, tenant: &str) -> usize {
+        let state = self.state.lock();
+        let free = self.limit - state.used;
+        match state.tenants.get(tenant) {
+            None => free,
+            Some(tenant) if tenant.waits() => 0,
+            Some(tenant) => free.saturating_sub(tenant.used),
+        }
+    }
+
+    /// Whether this tenant waits for as many bytes as the whole budget has.
+    #[must_use]
+    pub fn is_overrun_by(&self, tenant: &str) -> bool {
+        let state = self.state.lock();
+        state.tenants.get(tenant).is_some_and(|tenant| tenant.waiting_bytes >= self.limit)
+    }
+
+    /// Reserves bytes for a tenant; waits until there is room. More than the whole budget counts as all of
+    /// it.
+    pub async fn reserve(self: &Arc<Self>, tenant: &Arc<str>, bytes: usize) -> Reservation {
+        if bytes == 0 {
+            return Reservation::default();
+        }
+        let bytes = bytes.min(self.limit);
+        let (number, granted) = {
+            let mut state = self.state.lock();
+            if state.may_pass(tenant) && state.has_room(tenant, bytes, self.limit) {
+                state.add(tenant, bytes);
+                return self.reservation(tenant, bytes);
+            }
+            state.wait(tenant, bytes)
+        };
+        let _place = Place { budget: self, tenant, number };
+        // The sender is dropped only with the budget, which this call holds.
+        granted.await.unwrap_or_default()
+    }
+
+    fn reservation(self: &Arc<Self>, tenant: &Arc<str>, bytes: usize) -> Reservation {
+        Reservation { of: Some((self.clone(), tenant.clone())), bytes }
+    }
+
+    fn release(self: &Arc<Self>, tenant: &Arc<str>, bytes: usize) {
+        let mut state = self.state.lock();
+        state.remove(tenant, bytes);
+        self.grant(&mut state);
+    }
+
+    /// Serves waiters in their order while there is room.
+    fn grant(self: &Arc<Self>, state: &mut State) {
+        while let Some((_, first)) = state.waiting.first().cloned() {
+            let Some(waiter) = state.next_waiter(&first, self.limit) else { return };
+            let reservation = self.reservation(&first, waiter.bytes);
+            match waiter.granted.send(reservation) {
+                // Its holder may drop it at once, which waits for the lock.
+                Ok(()) => state.add(&first, waiter.bytes),
+                Err(mut unwanted) => unwanted.bytes = 0,
+            }
+        }
+    }
+}
+
+/// The place of a call among the waiters.
+struct Place<'a> {
+    budget: &'a Arc<OutputBudget>,
+    tenant: &'a Arc<str>,
+    number: u64,
+}
+
+impl Drop for Place<'_> {
+    fn drop(&mut self) {
+        let mut state = self.budget.state.lock();
+        if state.leave(self.tenant, self.number) {
+            self.budget.grant(&mut state);
+        }
+    }
+}
+
+impl State {
+    /// Whether a new reservation of this tenant comes before all that wait.
+    fn may_pass(&self, tenant: &Arc<str>) -> bool {
+        let (used, waits) = match self.tenants.get(tenant) {
+            Some(tenant) => (tenant.used, tenant.waits()),
+            None => (0, false),
+        };
+        !waits && self.waiting.first().is_none_or(|((first, _), _)| used < *first)
+    }
+
+    fn has_room(&self, tenant: &Arc<str>, bytes: usize, limit: usize) -> bool {
+        let free = limit - self.used;
+        match self.tenants.get(tenant).map_or(0, |tenant| tenant.used) {
+            0 => bytes <= free,
+            used => used + bytes <= free,
+        }
+    }
+
+    fn wait(&mut self, name: &Arc<str>, bytes: usize) -> (u64, oneshot::Receiver<Reservation>) {
+        let (sender, granted) = oneshot::channel();
+        let number = self.next_waiter;
+        self.next_waiter += 1;
+        self.change(name, |tenant| {
+            tenant.waiters.push_back(Waiter { number, bytes, granted: sender });
+            tenant.waiting_bytes += bytes;
+        });
+        (number, granted)
+    }
+
+    /// Takes the first waiter of a tenant, if there is room for it.
+    fn next_waiter(&mut self, name: &Arc<str>, limit: usize) -> Option<Waiter> {
+        let bytes = self.tenants.get(name)?.waiters.front()?.bytes;
+        if !self.has_room(name, bytes, limit) {
+            return None;
+        }
+        self.change(name, |tenant| {
+            tenant.waiting_bytes -= bytes;
+            tenant.waiters.pop_front()
+        })
+    }
+
+    /// Removes a waiter; whether it still waited.
+    fn leave(&mut self, name: &Arc<str>, number: u64) -> bool {
+        if !self.tenants.contains_key(name) {
+            return false;
+        }
+        self.change(name, |tenant| {
+            let place = tenant.waiters.binary_search_by_key(&number, |waiter| waiter.number);
+            let waiter = place.ok().and_then(|place| tenant.waiters.remove(place));
+            tenant.waiting_bytes -= waiter.as_ref().map_or(0, |waiter| waiter.bytes);
+            waiter.is_some()
+        })
+    }
+
+    fn add(&mut self, name: &Arc<str>, bytes: usize) {
+        self.set_used(self.used + bytes);
+        self.change(name, |tenant| tenant.used += bytes);
+    }
+
+    fn remove(&mut self, name: &Arc<str>, bytes: usize) {
+        self.set_used(self.used - bytes);
+        self.change(name, |tenant| tenant.used -= bytes);
+    }
+
+    fn set_used(&mut self, used: usize) {
+        self.used = used;
+        if let Some(observer) = &self.observer {
+            observer(used);
+        }
+    }
+
+    /// Changes a tenant and keeps its place among those that wait; forgets it when it is idle.
+    fn change<T>(&mut self, name: &Arc<str>, change: impl FnOnce(&mut Tenant) -> T) -> T {
+        let tenant = self.tenants.entry(name.clone()).or_default();
+        let before = tenant.rank();
+        let result = change(tenant);
+        let (after, is_idle) = (tenant.rank(), tenant.used == 0 && !tenant.waits());
+        if before != after {
+            if let Some(before) = before {
+                self.waiting.remove(&(before, name.clone()));
+            }
+            if let Some(after) = after {
+                self.waiting.insert((after, name.clone()));
+            }
+        }
+        if is_idle {
+            self.tenants.remove(name);
+        }
+        result
+    }
+}
+
+impl Tenant {
+    fn waits(&self) -> bool {
+        !self.waiters.is_empty()
+    }
+
+    /// Its place among the tenants that wait, if it does.
+    fn rank(&self) -> Option<Rank> {
+        self.waiters.front().map(|first| (self.used, first.number))
+    }
+}
+
+/// Bytes of an [`OutputBudget`], released when this is dropped.
+#[derive(Debug, Default)]
+pub struct Reservation {
+    of: Option<(Arc<OutputBudget>, Arc<str>)>,
+    bytes: usize,
+}
+
+impl Reservation {
+    /// How many bytes.
+    #[must_use]
+    pub fn bytes(&self) -> usize {
+        self.bytes
+    }
+
+    /// Adds the bytes of a reservation of the same tenant in the same budget.
+    pub fn merge(&mut self, mut other: Self) {
+        if self.of.is_none() {
+            *self = other;
+        } else {
+            self.bytes += std::mem::take(&mut other.bytes);
+        }
+    }
+
+    fn release(&mut self) {
+        let bytes = std::mem::take(&mut self.bytes);
+        if let Some((budget, tenant)) = self.of.as_ref().filter(|_| bytes > 0) {
+            budget.release(tenant, bytes);
+        }
+    }
+}
+
+impl Drop for Reservation {
+    fn drop(&mut self) {
+        self.release();
+    }
+}
+
+#[cfg(test)]
+mod tests;
