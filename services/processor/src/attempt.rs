@@ -281,7 +281,12 @@ impl Attempt<'_> {
                         Err(panic) => Outcome::Failed(panicked(&panic)),
                     };
                     if let Outcome::Succeeded(result) = &ended {
-                        reserving = self.reserve(result.len());
+                        let mut reserve = self.reserve(result.len());
+                        match (&mut reserve).now_or_never() {
+                            // So that its event goes with the last reports.
+                            Some(reserved) => result_reserved = reserved,
+                            None => reserving = reserve,
+                        }
                     }
                     outcome = Some(ended);
                 }
