@@ -1,7 +1,7 @@
 //! Who a command is, and how it prints.
 
 use std::{
-    io::{IsTerminal, Write},
+    io::IsTerminal,
     path::{Path, PathBuf},
     sync::Arc,
     time::Duration,
@@ -81,13 +81,6 @@ fn own_token(data: &Path) -> String {
 fn is_on_this_machine(url: &str) -> bool {
     let uri = url.parse::<http::Uri>().ok();
     uri.as_ref().and_then(http::Uri::host).is_some_and(is_loopback_host)
-}
-
-/// Prints a line at once, so that a reader at the other end of a pipe sees it.
-pub(crate) fn print_line(line: impl std::fmt::Display) -> anyhow::Result<()> {
-    let mut out = std::io::stdout().lock();
-    writeln!(out, "{line}")?;
-    Ok(out.flush()?)
 }
 
 #[cfg(test)]

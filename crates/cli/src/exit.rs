@@ -5,6 +5,8 @@ use std::process::ExitCode;
 use streamer_client::ClientError;
 use streamer_core::ErrorCode;
 
+use crate::terminal::print_error_line;
+
 /// How a command ended.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Exit {
@@ -57,7 +59,7 @@ pub(crate) fn report(outcome: anyhow::Result<Exit>) -> ExitCode {
         // Whoever read what was printed has enough.
         Err(error) if is_broken_pipe(&error) => Exit::Done.code(),
         Err(error) => {
-            eprintln!("error: {error:#}");
+            print_error_line(&format!("error: {error:#}"));
             exit_of(&error).code()
         }
     }

@@ -16,8 +16,8 @@ use streamer_telemetry::TraceContext;
 use crate::{
     Exit,
     arguments::{SubmitArguments, WatchArguments},
-    connect::print_line,
     exit::UsageError,
+    terminal::{print_line, printable},
 };
 
 /// How a followed request is shown.
@@ -190,7 +190,8 @@ impl Shown {
         let text = |pointer: &str| value.pointer(pointer).and_then(Value::as_str).unwrap_or("");
         match message.kind.as_str() {
             "acknowledgment" => {
-                self.bar.println(format!("accepted as {} ({})", text("/request_id"), text("/uid")));
+                let accepted = format!("accepted as {} ({})", text("/request_id"), text("/uid"));
+                self.bar.println(printable(&accepted));
                 self.bar.enable_steady_tick(Duration::from_millis(100));
             }
             "progress" => {
@@ -201,14 +202,14 @@ impl Shown {
                     reason = "0 to 1000"
                 )]
                 self.bar.set_position((percentage * 10.0) as u64);
-                self.bar.set_message(text("/message").to_owned());
+                self.bar.set_message(printable(text("/message")).into_owned());
             }
-            "retrying" => self.bar.println(format!(
+            "retrying" => self.bar.println(printable(&format!(
                 "attempt {} failed: {}; again at {}",
                 value["attempt"],
                 text("/error/message"),
                 text("/retry_at"),
-            )),
+            ))),
             "response" => self.end(&pretty(&value["data"])?)?,
             "complete" => self.end(&pretty(&value["result"])?)?,
             "cancelled" => self.end(&format!("cancelled: {}", text("/reason")))?,

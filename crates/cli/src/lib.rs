@@ -10,6 +10,7 @@ mod exit;
 mod follow;
 mod manage;
 mod server_process;
+mod terminal;
 mod token;
 
 use std::process::ExitCode;

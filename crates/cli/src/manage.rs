@@ -23,7 +23,7 @@ use crate::{
         CancelArguments, Common, ConnectionsArguments, ConnectionsCommand, ListArguments,
         OneArguments, RedriveArguments,
     },
-    connect::print_line,
+    terminal::print_line,
 };
 
 pub(crate) async fn get(arguments: OneArguments) -> anyhow::Result<Exit> {
