@@ -12,7 +12,7 @@ use std::{
 
 use bytes::Bytes;
 use parking_lot::Mutex;
-use streamer_core::{Clock, Timestamp, Uid};
+use streamer_core::{Clock, Timestamp, Uid, limited_address};
 use streamer_store::{ConnectionRecord, Owner, Store};
 use tokio::{
     sync::Notify,
@@ -155,7 +155,7 @@ impl Registry {
             return Err(Refused::User(options.max_connections_per_user));
         }
         if let Some(address) = handle.remote_address {
-            let of_address = connections.of_address.entry(address).or_insert(0);
+            let of_address = connections.of_address.entry(limited_address(address)).or_insert(0);
             if *of_address >= options.max_connections_per_address {
                 return Err(Refused::Address(options.max_connections_per_address));
             }
@@ -188,7 +188,7 @@ impl Registry {
         }
         connections.forget(&handle.owner(), handle.id);
         if let Some(address) = handle.remote_address {
-            count_down(&mut connections.of_address, &address);
+            count_down(&mut connections.of_address, &limited_address(address));
         }
         let empty = connections.by_id.is_empty();
         drop(connections);

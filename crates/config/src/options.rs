@@ -114,7 +114,8 @@ options! {
         /// TCP connections in all; 0 means as many as there are file descriptors for, but for a fifth of
         /// them. Those without a valid token get half of them, and make room for each other.
         max_connections: u64 = 0, in 0..=10_000_000;
-        /// TCP connections from one address; 0 means nine tenths of those in all.
+        /// TCP connections from one address (an IPv6 address counts by its first 64 bits); 0 means nine
+        /// tenths of those in all.
         max_connections_per_address: u64 = 0, in 0..=10_000_000;
         /// Bytes of unfinished gRPC messages in all: one token gets a quarter of them, calls without a
         /// token a sixteenth together. Raised to four of the largest messages and 64 MiB. Only
@@ -235,7 +236,7 @@ options! {
         max_connections: u64 = 50_000, in 1..=10_000_000;
         /// Connections of one user.
         max_connections_per_user: u64 = 100, in 1..=10_000_000;
-        /// Connections from one address.
+        /// Connections from one address; an IPv6 address counts by its first 64 bits.
         max_connections_per_address: u64 = 10_000, in 1..=10_000_000;
         /// Bytes of unfinished messages of clients in all; raised to two of the largest messages.
         max_buffered_bytes: u64 = 268_435_456, in 1_048_576..=2_147_483_647;

@@ -1,6 +1,6 @@
-//! Hosts of URLs.
+//! Hosts of URLs, and addresses.
 
-use std::net::IpAddr;
+use std::net::{IpAddr, Ipv6Addr};
 
 /// Returns whether the host of a URL is this machine: `localhost`, or an address in 127.0.0.0/8 or `::1`.
 /// An IPv6 address may be in brackets. The whole host counts: `localhost.example.com` is a different one.
@@ -8,6 +8,20 @@ use std::net::IpAddr;
 pub fn is_loopback_host(host: &str) -> bool {
     let address = host.trim_start_matches('[').trim_end_matches(']').parse::<IpAddr>();
     host == "localhost" || address.is_ok_and(|address| address.is_loopback())
+}
+
+/// Returns what limits per address count an address as: an IPv4 address by itself, also in its IPv6 form, and an
+/// IPv6 address by its first 64 bits, because one host has all addresses that begin with them (RFC 4291 2.5.4,
+/// RFC 6177).
+#[must_use]
+pub fn limited_address(address: IpAddr) -> IpAddr {
+    match address.to_canonical() {
+        IpAddr::V4(address) => IpAddr::V4(address),
+        IpAddr::V6(address) => {
+            let network = address.to_bits() & !u128::from(u64::MAX);
+            IpAddr::V6(Ipv6Addr::from_bits(network))
+        }
+    }
 }
 
 #[cfg(test)]
@@ -24,5 +38,15 @@ mod tests {
         {
             assert!(!is_loopback_host(host), "{host}");
         }
+    }
+
+    #[test]
+    fn addresses_of_one_network_count_as_one() {
+        let counted = |text: &str| limited_address(text.parse().unwrap()).to_string();
+        assert_eq!(counted("192.0.2.1"), "192.0.2.1");
+        assert_eq!(counted("::ffff:192.0.2.1"), "192.0.2.1");
+        assert_eq!(counted("2001:db8:0:1:2:3:4:5"), "2001:db8:0:1::");
+        assert_eq!(counted("2001:db8:0:1:ffff::1"), "2001:db8:0:1::");
+        assert_ne!(counted("2001:db8:0:2::"), counted("2001:db8:0:1::"));
     }
 }

@@ -18,7 +18,7 @@ pub mod validate;
 pub use action::{ActionSpec, DEFAULT_SYNC_THRESHOLD};
 pub use clock::{Clock, ManualClock, SystemClock, Timestamp};
 pub use error::{ErrorCode, ErrorCodes, RequestError};
-pub use host::is_loopback_host;
+pub use host::{is_loopback_host, limited_address};
 pub use id::Uid;
 pub use limits::Limits;
 pub use output::OutputDigest;

@@ -23,6 +23,7 @@ use std::{
 
 use parking_lot::Mutex;
 use prometheus_client::metrics::{counter::Counter, gauge::Gauge};
+use streamer_core::limited_address;
 use streamer_rpc::Connection;
 use streamer_telemetry::Metrics;
 use tokio::time::Instant;
@@ -147,7 +148,7 @@ impl Connections {
     /// Lets a connection in, if there is room; otherwise says which option bounds it.
     pub(crate) fn admit(&self, address: SocketAddr) -> Result<Arc<OpenConnection>, &'static str> {
         let Shared { limits, metrics, .. } = &*self.0;
-        let ip = address.ip();
+        let ip = limited_address(address.ip());
         let max_unauthenticated = (limits.all / 2).max(1);
         let mut open = self.0.open.lock();
         let of_address = open.by_address.get(&ip);
@@ -240,7 +241,7 @@ impl Connection for OpenConnection {
 
 impl Drop for OpenConnection {
     fn drop(&mut self) {
-        let ip = self.address.ip();
+        let ip = limited_address(self.address.ip());
         let mut open = self.shared.open.lock();
         open.forget(self.number);
         open.count -= 1;

@@ -218,7 +218,7 @@ impl Dispatcher {
         Outlook {
             started,
             slots: self.actions.slots(action, tenant, self.options.max_concurrent_attempts),
-            usual_run: self.durations.usual(action),
+            usual_run: self.durations.usual(tenant, action),
         }
     }
 

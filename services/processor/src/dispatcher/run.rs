@@ -159,6 +159,7 @@ impl Dispatcher {
         );
         let began = Instant::now();
         let (uid, action) = (record.uid, record.action.clone());
+        let tenant = record.owner.tenant.clone();
         self.metrics.running.inc();
         let running = attempt::run(&self.environment, launch, handle);
         let finished = Box::pin(running).instrument(span).in_scope(scope.clone()).await;
@@ -167,7 +168,7 @@ impl Dispatcher {
         self.metrics.run_seconds.observe(began.elapsed().as_secs_f64());
         match finished {
             Finished::Concluded(kind, retry_at, cancel_reason) => {
-                self.durations.note(&action, began.elapsed());
+                self.durations.note(&tenant, &action, began.elapsed());
                 self.count(&kind);
                 match (retry_at, cancel_reason) {
                     // Asked for when the attempt had already decided how it ends.
