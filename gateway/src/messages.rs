@@ -2,7 +2,7 @@
 
 use base64::{Engine, engine::general_purpose::STANDARD};
 use bytes::Bytes;
-use streamer_core::{RequestError, Timestamp, output::hex};
+use streamer_core::{RequestError, Timestamp, limits::MAX_REQUEST_ID_CHARS, output::hex};
 use streamer_proto::{
     common::v1::{
         Error, Event, OutputSummary, Payload, Progress, QueuePosition, Request, RequestState,
@@ -188,10 +188,18 @@ pub(crate) fn requests(requests: &[Request], next_page_token: &str, now: Timesta
         .finish()
 }
 
+/// The beginning of a name that is too long to be valid: enough to recognise it by.
+fn within_limit(name: &str) -> &str {
+    match name.char_indices().nth(MAX_REQUEST_ID_CHARS) {
+        Some((end, _)) => &name[..end],
+        None => name,
+    }
+}
+
 /// Something was refused, or failed outside a log.
 pub(crate) fn error(request_id: Option<&str>, failure: &RequestError, now: Timestamp) -> Bytes {
     let mut object = Object::message("error", now, failure.message.len() + 256);
-    if let Some(request_id) = request_id {
+    if let Some(request_id) = request_id.map(within_limit) {
         object = object.text("request_id", request_id);
     }
     object.object("error", |object| error_members(object, failure)).finish()

@@ -539,3 +539,231 @@ async fn reports_of_a_worker_beyond_the_budget_wait() {
     let peak = server.peak_resident_bytes();
     assert!(peak < 350 << 20, "{peak}");
 }
+
+/// An HTTP/2 frame.
+fn frame(kind: u8, flags: u8, stream: u32, payload: &[u8]) -> Vec<u8> {
+    let length = u32::try_from(payload.len()).unwrap().to_be_bytes();
+    let mut frame = length[1..].to_vec();
+    frame.extend([kind, flags]);
+    frame.extend(stream.to_be_bytes());
+    frame.extend(payload);
+    frame
+}
+
+const DATA: u8 = 0;
+const HEADERS: u8 = 1;
+const RST_STREAM: u8 = 3;
+const SETTINGS: u8 = 4;
+const PING: u8 = 6;
+const CONTINUATION: u8 = 9;
+const END_STREAM: u8 = 1;
+const END_HEADERS: u8 = 4;
+
+/// The head of a call to `Health/Check`: indexed `:method POST` and `:scheme http`, then literals.
+fn head() -> Vec<u8> {
+    let mut head = vec![0x83, 0x86, 0x04, u8::try_from(HEALTH.len()).unwrap()];
+    head.extend(HEALTH.as_bytes());
+    head.extend(b"\x01\x01a\x0f\x10\x10application/grpc\x00\x02te\x08trailers");
+    head
+}
+
+/// Sends HTTP/2 frames while reading what comes back, until a frame of this kind and with this payload has come
+/// or the server has closed. Whether it came.
+async fn exchange(
+    server: &Server,
+    frames: impl Iterator<Item = Vec<u8>> + Send,
+    (awaited, with): (u8, &'static [u8]),
+) -> bool {
+    let socket = TcpStream::connect(server.url.trim_start_matches("http://")).await.unwrap();
+    let (mut read, mut write) = socket.into_split();
+    let reading = tokio::spawn(async move {
+        loop {
+            let mut head = [0; 9];
+            read.read_exact(&mut head).await?;
+            let [high, middle, low, kind, ..] = head;
+            let mut payload = vec![0; u32::from_be_bytes([0, high, middle, low]) as usize];
+            read.read_exact(&mut payload).await?;
+            if kind == awaited && payload.starts_with(with) {
+                return std::io::Result::Ok(());
+            }
+        }
+    });
+    let mut pending = b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n".to_vec();
+    pending.extend(frame(SETTINGS, 0, 0, &[]));
+    for frame in frames {
+        pending.extend(frame);
+        if pending.len() > 32 * 1024 {
+            if write.write_all(&pending).await.is_err() {
+                break;
+            }
+            pending.clear();
+        }
+    }
+    write.write_all(&pending).await.ok();
+    in_time("an answer or the end", reading).await.unwrap().is_ok()
+}
+
+#[tokio::test]
+async fn floods_of_frames_are_bounded_and_hurt_no_client() {
+    const FRAMES: u32 = 100_000;
+    const LAST: &[u8] = b"the last";
+    let server = Server::start(&[]);
+    let mut client = Client::connect(&server.url, &server.token("acme", "ann", &[])).await;
+    // That is how a call looks that is answered.
+    let call = [frame(HEADERS, END_HEADERS, 1, &head()), frame(DATA, END_STREAM, 1, &[0; 5])];
+    assert!(exchange(&server, call.into_iter(), (HEADERS, &[])).await);
+    let streams = (1..).step_by(2);
+    let reset = streams.clone().take(FRAMES as usize).map(|stream| {
+        let mut frames = frame(HEADERS, END_HEADERS | END_STREAM, stream, &head());
+        frames.extend(frame(RST_STREAM, 0, stream, &[0, 0, 0, 8]));
+        frames
+    });
+    let pings = (0..FRAMES).map(|_| frame(PING, 0, 0, &[0; 8]));
+    let settings = (0..FRAMES).map(|_| frame(SETTINGS, 0, 0, &[0, 4, 0, 0, 255, 255]));
+    // A head that never ends.
+    let continued = (0..FRAMES / 100).map(|number| {
+        let header = [&b"\x00\x01x\x7f\x81\x7c"[..], &[b'x'; 16_000]].concat();
+        let kind = if number == 0 { HEADERS } else { CONTINUATION };
+        frame(kind, 0, 1, &header)
+    });
+    // A header of 4,000 bytes, and then 16,000 references to it in each head: 64 MB of headers in 16 KB.
+    let bomb = streams.take(200).map(|stream| {
+        let mut head = head();
+        if stream == 1 {
+            head.extend(b"\x40\x01x\x7f\xa1\x1e");
+            head.extend([b'x'; 4000]);
+        } else {
+            head.resize(16_000, 0xbe);
+        }
+        frame(HEADERS, END_HEADERS | END_STREAM, stream, &head)
+    });
+    let floods: [(&str, Box<dyn Iterator<Item = Vec<u8>> + Send>); 5] = [
+        ("rapid reset", Box::new(reset)),
+        ("PING", Box::new(pings)),
+        ("SETTINGS", Box::new(settings)),
+        ("CONTINUATION", Box::new(continued)),
+        ("HPACK", Box::new(bomb)),
+    ];
+    for (name, frames) in floods {
+        let last = frame(PING, 0, 0, LAST);
+        exchange(&server, frames.chain([last]), (PING, LAST)).await;
+        let answer = client.ask(json!({ "action": "echo", "payload": name })).await;
+        assert_eq!(answer["type"], "response", "{name}");
+        let peak = server.peak_resident_bytes();
+        assert!(peak < 200 << 20, "{name}: {peak}");
+    }
+}
+
+/// Texts that are no JSON, or no message, or more than a careless reader can take.
+fn hostile_texts() -> Vec<String> {
+    let mut texts: Vec<String> = [
+        "",
+        " ",
+        "\u{feff}{}",
+        "null",
+        "true",
+        "0",
+        "\"\"",
+        "[]",
+        "{",
+        "}",
+        "{]",
+        "{\"type\"}",
+        "{\"type\":}",
+        "{,}",
+        "{\"type\":\"ping\",}",
+        "{\"type\":\"ping\"}{\"type\":\"ping\"}",
+        "{'type':'ping'}",
+        "{type:\"ping\"}",
+        "/*c*/{\"type\":\"ping\"}",
+        "{\"type\":NaN}",
+        "{\"type\":Infinity}",
+        "{\"type\":-}",
+        "{\"type\":01}",
+        "{\"type\":1.}",
+        "{\"type\":.5}",
+        "{\"type\":0x10}",
+        "{\"type\":\"\\x\"}",
+        "{\"type\":\"\\u12\"}",
+        "{\"type\":\"\\ud800\"}",
+        "{\"type\":\"\\udc00\\ud800\"}",
+        "{\"type\":\"a\nb\"}",
+        "{\"type\":\"\u{0}\"}",
+        "{\"type\":null}",
+        "{\"type\":7}",
+        "{\"type\":[]}",
+        "{\"type\":{}}",
+        "{\"type\":\"\"}",
+        "{\"type\":\"PING\"}",
+        "{\"type\":\"request\"}",
+        "{\"action\":7}",
+        "{\"action\":\"\"}",
+        "{\"action\":\"../echo\"}",
+        "{\"action\":\"echo\",\"id\":7}",
+        "{\"action\":\"echo\",\"id\":\"\"}",
+        "{\"action\":\"echo\",\"priority\":\"9\"}",
+        "{\"action\":\"echo\",\"priority\":1e9}",
+        "{\"action\":\"echo\",\"priority\":-1}",
+        "{\"action\":\"echo\",\"delay_ms\":-1}",
+        "{\"action\":\"echo_async\",\"delay_ms\":1e300}",
+        "{\"action\":\"echo_async\",\"wait_ms\":9223372036854775808}",
+        "{\"action\":\"echo\",\"metadata\":[]}",
+        "{\"action\":\"echo\",\"metadata\":7}",
+        "{\"type\":\"subscribe\"}",
+        "{\"type\":\"subscribe\",\"request_id\":7}",
+        "{\"type\":\"subscribe\",\"request_id\":\"x\",\"after_seq\":-1}",
+        "{\"type\":\"subscribe\",\"request_id\":\"x\",\"after_seq\":0.5}",
+        "{\"type\":\"subscribe\",\"request_id\":\"x\",\"mode\":\"some\"}",
+        "{\"type\":\"cancel\"}",
+        "{\"type\":\"cancel\",\"request_id\":[]}",
+        "{\"type\":\"get\"}",
+        "{\"type\":\"get\",\"request_id\":\"\"}",
+        "{\"type\":\"list\",\"limit\":-1}",
+        "{\"type\":\"list\",\"limit\":1e18}",
+        "{\"type\":\"list\",\"states\":\"RUNNING\"}",
+        "{\"type\":\"list\",\"states\":[\"?\"]}",
+        "{\"type\":\"list\",\"page_token\":\"%%%\"}",
+        "{\"type\":\"list\",\"page_token\":7}",
+        "{\"type\":\"auth\"}",
+        "{\"type\":\"auth\",\"token\":7}",
+        "{\"type\":\"unsubscribe\"}",
+    ]
+    .map(str::to_owned)
+    .into();
+    let long = "x".repeat(1_000_000);
+    texts.extend([
+        nested(500_000),
+        "{\"a\":".repeat(200_000),
+        format!("{{\"action\":\"echo\",\"metadata\":{}}}", nested(100_000)),
+        format!("{{\"type\":\"{long}\"}}"),
+        format!("{{\"action\":\"{long}\"}}"),
+        format!("{{\"action\":\"echo\",\"id\":\"{long}\"}}"),
+        format!("{{\"{long}\":1,\"type\":\"subscribe\"}}"),
+        format!("{{\"type\":\"list\",\"page_token\":\"{long}\"}}"),
+        format!("{{\"action\":\"echo\",\"priority\":{}}}", "9".repeat(100_000)),
+        format!("{{\"type\":\"get\",\"request_id\":\"{long}\"}}"),
+    ]);
+    texts
+}
+
+#[tokio::test]
+async fn hostile_texts_are_refused_one_by_one() {
+    let server = Server::start(&[]);
+    let token = server.token("acme", "ann", &[]);
+    let mut client = Client::connect(&server.url, &token).await;
+    for text in hostile_texts() {
+        let shown: String = text.chars().take(80).collect();
+        client.send_text(text).await;
+        let answer = client.next().await;
+        assert_eq!(answer["type"], "error", "{shown}: {answer}");
+        let code = answer["error"]["code"].as_str().unwrap().to_owned();
+        assert!(
+            ["VALIDATION_ERROR", "INVALID_ACTION", "NOT_FOUND", "UNAUTHORIZED"].contains(&&*code),
+            "{shown}: {answer}"
+        );
+        assert!(answer.to_string().len() < 4096, "{shown}: the answer is short");
+    }
+    assert_eq!(client.ask(json!({ "type": "ping" })).await["type"], "pong");
+    let peak = server.peak_resident_bytes();
+    assert!(peak < 250 << 20, "{peak}");
+}
