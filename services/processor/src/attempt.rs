@@ -1,6 +1,7 @@
 //! One attempt: runs the handler and brings what it reports into the log, in order, in batches.
 
 mod handle;
+mod time_limit;
 
 use std::{pin::Pin, sync::Arc, time::Duration};
 
@@ -38,6 +39,7 @@ use crate::{
 };
 
 pub(crate) use handle::AttemptHandle;
+use time_limit::TimeLimit;
 
 /// First wait after a publish call that failed; doubled up to [`MAX_PUBLISH_BACKOFF`].
 const PUBLISH_BACKOFF: Duration = Duration::from_millis(20);
@@ -184,32 +186,6 @@ pub(crate) fn handler_span(is_remote: bool) -> Span {
         trace_span!("worker.task", otel.kind = "client", otel.status_code = Empty)
     } else {
         trace_span!("handler", otel.status_code = Empty)
-    }
-}
-
-/// When an attempt must have ended, and why.
-struct TimeLimit {
-    at: Instant,
-    error: RequestError,
-}
-
-impl TimeLimit {
-    fn nearest(record: &RequestRecord, spec: &ActionSpec, now: Timestamp) -> Option<Self> {
-        let began = record.start_time.unwrap_or(now);
-        let timeout = |at: Timestamp, message: &str| Self {
-            at: Instant::now() + at.since(now),
-            error: RequestError::new(ErrorCode::Timeout, message),
-        };
-        let attempt = spec.start_to_close.map(|limit| {
-            timeout(began.plus(limit), "the attempt took longer than its start-to-close timeout")
-        });
-        let all = record.close_by.map(|at| {
-            let message = "the request took longer than its schedule-to-close timeout";
-            let mut limit = timeout(at, message);
-            limit.error.retryable = false;
-            limit
-        });
-        [attempt, all].into_iter().flatten().min_by_key(|limit| limit.at)
     }
 }
 

@@ -1,0 +1,35 @@
+//! The time limits of an attempt.
+
+use streamer_core::{ActionSpec, ErrorCode, RequestError, Timestamp};
+use streamer_store::RequestRecord;
+use tokio::time::Instant;
+
+/// When an attempt must have ended, and why.
+pub(super) struct TimeLimit {
+    pub(super) at: Instant,
+    pub(super) error: RequestError,
+}
+
+impl TimeLimit {
+    pub(super) fn nearest(
+        record: &RequestRecord,
+        spec: &ActionSpec,
+        now: Timestamp,
+    ) -> Option<Self> {
+        let began = record.start_time.unwrap_or(now);
+        let timeout = |at: Timestamp, message: &str| Self {
+            at: Instant::now() + at.since(now),
+            error: RequestError::new(ErrorCode::Timeout, message),
+        };
+        let attempt = spec.start_to_close.map(|limit| {
+            timeout(began.plus(limit), "the attempt took longer than its start-to-close timeout")
+        });
+        let all = record.close_by.map(|at| {
+            let message = "the request took longer than its schedule-to-close timeout";
+            let mut limit = timeout(at, message);
+            limit.error.retryable = false;
+            limit
+        });
+        [attempt, all].into_iter().flatten().min_by_key(|limit| limit.at)
+    }
+}
