@@ -540,6 +540,9 @@ async fn reports_of_a_worker_beyond_the_budget_wait() {
     assert!(peak < 350 << 20, "{peak}");
 }
 
+/// HTTP/2 frames that are made when they are sent.
+type Frames = Box<dyn Iterator<Item = Vec<u8>> + Send>;
+
 /// An HTTP/2 frame.
 fn frame(kind: u8, flags: u8, stream: u32, payload: &[u8]) -> Vec<u8> {
     let length = u32::try_from(payload.len()).unwrap().to_be_bytes();
@@ -637,7 +640,7 @@ async fn floods_of_frames_are_bounded_and_hurt_no_client() {
         }
         frame(HEADERS, END_HEADERS | END_STREAM, stream, &head)
     });
-    let floods: [(&str, Box<dyn Iterator<Item = Vec<u8>> + Send>); 5] = [
+    let floods: [(&str, Frames); 5] = [
         ("rapid reset", Box::new(reset)),
         ("PING", Box::new(pings)),
         ("SETTINGS", Box::new(settings)),
