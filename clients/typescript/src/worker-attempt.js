@@ -127,7 +127,7 @@ export class Attempt {
   /**
    * Reports were stored.
    * @param {number} number Reports up to this one are durable.
-   * @param {number} [maxUnacknowledgedBytes] From now on; 0 for as before.
+   * @param {number} [maxUnacknowledgedBytes] From now on; 0 for no change.
    */
   acknowledge(number, maxUnacknowledgedBytes = 0) {
     if (maxUnacknowledgedBytes > 0) this.limits = { ...this.limits, maxUnacknowledgedBytes };

@@ -152,7 +152,7 @@ pub enum Bench {
         #[allow(missing_docs)]
         common: BenchCommon,
     },
-    /// How long small requests of one tenant take while the output of another one floods the store, and
+    /// How long small requests of one tenant take while the output of another tenant floods the store, and
     /// while it does not.
     Output {
         /// Attempts of the flood that run at once.

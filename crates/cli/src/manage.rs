@@ -23,7 +23,7 @@ use crate::{
         CancelArguments, Common, ConnectionsArguments, ConnectionsCommand, ListArguments,
         OneArguments, RedriveArguments,
     },
-    terminal::print_line,
+    terminal::{print_error_line, print_line},
 };
 
 pub(crate) async fn get(arguments: OneArguments) -> anyhow::Result<Exit> {
@@ -62,7 +62,7 @@ pub(crate) async fn list(arguments: ListArguments) -> anyhow::Result<Exit> {
         }
     }
     if let Some(next) = value["next_page_token"].as_str().filter(|next| !next.is_empty()) {
-        eprintln!("There are more: --page-token {next}");
+        print_error_line(&format!("There are more: --page-token {next}"));
     }
     Ok(Exit::Done)
 }

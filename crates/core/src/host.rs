@@ -10,9 +10,9 @@ pub fn is_loopback_host(host: &str) -> bool {
     host == "localhost" || address.is_ok_and(|address| address.is_loopback())
 }
 
-/// Returns what limits per address count an address as: an IPv4 address by itself, also in its IPv6 form, and an
-/// IPv6 address by its first 64 bits, because one host has all addresses that begin with them (RFC 4291 2.5.4,
-/// RFC 6177).
+/// Returns the address under which limits per address count a peer: an IPv4 address itself, also when it is
+/// mapped to IPv6, and of an IPv6 address the first 64 bits, because one host has all addresses that begin with
+/// them (RFC 4291 2.5.4, RFC 6177).
 #[must_use]
 pub fn limited_address(address: IpAddr) -> IpAddr {
     match address.to_canonical() {

@@ -67,7 +67,7 @@ pub struct ReportQueue {
     state: Mutex<State>,
     /// Called when something was pushed.
     hook: Option<Box<dyn Fn() + Send + Sync>>,
-    /// What it shares with other attempts, and whose bytes these are.
+    /// The budget that it shares with other attempts, and the tenant that uses it.
     budget: Option<(Arc<OutputBudget>, Arc<str>)>,
     filled: Notify,
     emptied: Notify,
@@ -79,7 +79,7 @@ pub struct ReportQueue {
 pub struct ReportBatch {
     /// In order.
     pub reports: VecDeque<Report>,
-    /// For their bytes; to be dropped once they are not held in memory any more.
+    /// For their bytes; to be dropped when the reports are.
     pub reserved: Reservation,
 }
 
@@ -151,7 +151,7 @@ impl Default for ReportSource {
 }
 
 impl ReportSource {
-    /// Nothing comes from it until what is returned is dropped.
+    /// Pauses it until the returned guard is dropped.
     #[must_use]
     pub fn pause(self: &Arc<Self>) -> PausedSource {
         self.pauses.lock().times += 1;
@@ -166,7 +166,7 @@ impl ReportSource {
     }
 }
 
-/// Holds up a [`ReportSource`] until it is dropped.
+/// Pauses a [`ReportSource`] until it is dropped.
 #[derive(Debug)]
 pub struct PausedSource(Arc<ReportSource>);
 
@@ -197,7 +197,7 @@ impl Drop for Blocked<'_> {
 }
 
 impl ReportQueue {
-    /// Reserves the bytes of its reports in a budget, in the name of this tenant.
+    /// Reserves the bytes of its reports in a budget, for this tenant.
     #[must_use]
     pub fn within(budget: Arc<OutputBudget>, tenant: &str) -> Self {
         Self { budget: Some((budget, tenant.into())), ..Self::default() }
@@ -217,7 +217,7 @@ impl ReportQueue {
         Self { hook: Some(Box::new(hook)), ..Self::default() }
     }
 
-    /// Adds a report; waits while the queue is full, or the budget used up.
+    /// Adds a report; waits while the queue is full or the budget is used up.
     ///
     /// # Errors
     /// When the attempt has been taken from this handler: nothing it reports counts any more.

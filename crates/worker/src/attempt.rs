@@ -121,7 +121,7 @@ impl Attempt {
         }
     }
 
-    /// Reports up to this number are durable, and so many bytes may be unacknowledged (0: as before).
+    /// Reports up to this number are durable, and `window_bytes` may be unacknowledged (0: unchanged).
     pub(crate) fn acknowledge(&mut self, number: i64, window_bytes: usize) {
         if window_bytes > 0 {
             self.window_bytes = Some(window_bytes);

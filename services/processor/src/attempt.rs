@@ -217,7 +217,7 @@ impl Attempt<'_> {
         };
         let mut working = true;
         let mut outcome = None;
-        // For the result; the handler has ended then, and nothing cuts it off any more.
+        // Room for the result. The handler has ended by then, so that no time limit applies.
         let mut reserving: Reserving = Fuse::terminated();
         let mut result_reserved = Reservation::default();
         let mut last = None;

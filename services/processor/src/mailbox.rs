@@ -4,8 +4,7 @@
 use std::{collections::VecDeque, sync::Arc};
 
 use parking_lot::Mutex;
-use streamer_core::limits::MAX_CONTENT_TYPE_BYTES;
-use streamer_core::limits::MAX_WAITING_REPORTS;
+use streamer_core::limits::{MAX_CONTENT_TYPE_BYTES, MAX_WAITING_REPORTS};
 use streamer_handler::{OutputBudget, Reservation};
 use streamer_proto::{
     common::v1::{Error, Payload, Progress, payload::Body},
@@ -21,11 +20,11 @@ pub(crate) const MAX_REPORTS: usize = MAX_WAITING_REPORTS;
 pub(crate) const MAX_BYTES: usize = 1024 * 1024;
 /// Bytes of checkpoints between them at which no more are taken.
 const MAX_CHECKPOINT_BYTES: usize = 64 * 1024 * 1024;
-/// Bytes of unacknowledged reports that a worker may have however little is left.
+/// Smallest window of an attempt, in bytes, however little room is left.
 const MIN_WINDOW_BYTES: usize = 64 * 1024;
-/// Bytes up to which none are reserved: most attempts never have more waiting. Half of what a
-/// `ReportQueue` takes without a reservation, where each report counts for a little more: what comes without
-/// one must find its way there, or it would hold up those behind it that have one.
+/// Waiting bytes up to which none are reserved: most attempts never have more. It is half of what a `ReportQueue`
+/// takes without a reservation, where each report counts for a little more. So a report without a reservation
+/// never waits for one, with reports behind it that have reservations.
 const UNRESERVED_BYTES: usize = 2 * 1024;
 
 pub(crate) struct Mailbox {

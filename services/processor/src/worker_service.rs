@@ -283,8 +283,8 @@ impl Conversation {
         }
     }
 
-    /// Makes room for a report. While there is none, nothing is read from the worker, which is told that it is
-    /// still alive. `None` when the report has become pointless.
+    /// Reserves room for a report. While there is none, nothing is read from the worker, and empty heartbeat
+    /// replies keep its stream alive. `None` when the attempt has ended.
     async fn reserve(
         &self,
         task: &RemoteTask,

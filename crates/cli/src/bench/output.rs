@@ -99,7 +99,8 @@ async fn flood(api: Api, load: Load, stop: Arc<AtomicBool>) -> anyhow::Result<us
     Ok(count)
 }
 
-/// From the submission of each small request to its end: one after the other, at most so many a second.
+/// The times from the submission of each small request to its end. They come one after the other, at most
+/// `load.rate` a second.
 async fn measure(
     subject: &Subject,
     token: &str,

@@ -63,8 +63,8 @@ class Attempt:
         return self._running
 
     def acknowledge(self, number: int, max_unacknowledged_bytes: int = 0) -> None:
-        """Reports up to this one are durable; so many bytes may be unacknowledged from now on (0: as
-        before)."""
+        """Reports up to this one are durable; the second number is how many bytes may be
+        unacknowledged from now on, 0 for no change."""
         if max_unacknowledged_bytes > 0:
             self.limits = replace(self.limits, max_unacknowledged_bytes=max_unacknowledged_bytes)
         self.log.acknowledge(number)
