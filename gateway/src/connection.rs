@@ -22,7 +22,7 @@ use std::{
 
 use bytes::Bytes;
 use futures_util::{StreamExt, stream::FuturesUnordered};
-use streamer_core::{ErrorCode, RateLimiter, RequestError, Uid};
+use streamer_core::{ErrorCode, RateLimiter, RequestError, Uid, WatchesOfUser};
 use streamer_rpc::Peer;
 use streamer_telemetry::TraceContext;
 use tokio::io::{AsyncRead, AsyncWrite, ReadBuf};
@@ -87,6 +87,8 @@ pub(crate) struct Session {
     pub(crate) gateway: Arc<Gateway>,
     pub(crate) handle: Arc<ConnectionHandle>,
     pub(crate) subscriptions: Subscriptions,
+    /// How many the user has, over all connections.
+    watches: Option<Arc<WatchesOfUser>>,
     /// Requests with something to send, in turn.
     pub(crate) ready: Vec<Uid>,
     /// Reads of logs that are underway.
@@ -124,6 +126,7 @@ impl<S: AsyncRead + AsyncWrite + Unpin> Connection<S> {
                 gateway,
                 handle,
                 subscriptions: Subscriptions::default(),
+                watches: None,
                 ready: Vec::new(),
                 catching_up: 0,
                 rate,

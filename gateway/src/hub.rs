@@ -9,13 +9,13 @@ use streamer_proto::{
     common::v1::{Event, Request},
     progress::v1::{ListEventsRequest, WatchRequest, WatchResponse},
 };
-use streamer_rpc::{RouteKey, state_from_proto, with_authorization};
+use streamer_rpc::{COUNTED, RouteKey, state_from_proto, with_authorization};
 use tokio::{
     sync::Notify,
     time::{Instant, sleep},
 };
 use tokio_util::sync::CancellationToken;
-use tonic::{Code, Status, Streaming};
+use tonic::{Code, Status, Streaming, metadata::MetadataValue};
 
 use crate::{
     messages::Names,
@@ -112,6 +112,7 @@ impl Hub {
         if let Some(uid) = key {
             watch.extensions_mut().insert(RouteKey(uid));
         }
+        watch.metadata_mut().insert(COUNTED, MetadataValue::from_static("1"));
         Ok(self.peers.progress().watch(watch).await?.into_inner())
     }
 

@@ -26,7 +26,7 @@ use std::{sync::Arc, time::Duration};
 
 use axum::routing::any;
 use streamer_auth::{AuthLayer, AuthService, Authenticator};
-use streamer_core::Clock;
+use streamer_core::{Clock, OpenWatches};
 use streamer_proto::connections::v1::connections_service_server::ConnectionsServiceServer;
 use streamer_rpc::{Channel, Members};
 use streamer_store::Store;
@@ -98,6 +98,8 @@ pub struct Dependencies {
     pub traces: Traces,
     /// What the operator sets.
     pub options: GatewayOptions,
+    /// How many watches tenants and users have open in this process.
+    pub open_watches: Arc<OpenWatches>,
 }
 
 /// The gateways beside this one.
@@ -133,6 +135,7 @@ impl GatewayServer {
             metrics,
             traces,
             options,
+            open_watches,
         } = dependencies;
         let options = Arc::new(options);
         let metrics = GatewayMetrics::new(&metrics);
@@ -154,6 +157,7 @@ impl GatewayServer {
             registry,
             metrics,
             traces,
+            open_watches,
         });
         let api =
             ConnectionsServiceServer::new(ConnectionsApi::new(gateway.clone(), store, others));

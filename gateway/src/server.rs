@@ -13,7 +13,7 @@ use http::{HeaderValue, StatusCode, header};
 use hyper::upgrade::OnUpgrade;
 use hyper_util::rt::TokioIo;
 use streamer_auth::{Audit, Authenticator};
-use streamer_core::{Clock, ErrorCode, Timestamp, Uid, is_loopback_host};
+use streamer_core::{Clock, ErrorCode, OpenWatches, Timestamp, Uid, is_loopback_host};
 use streamer_rpc::{Peer, trace_context};
 use streamer_telemetry::{TraceContext, Traces};
 use tokio::{io::AsyncWriteExt, net::TcpStream, time::timeout};
@@ -43,6 +43,7 @@ pub(crate) struct Gateway {
     pub(crate) metrics: GatewayMetrics,
     pub(crate) audit: Audit,
     pub(crate) traces: Traces,
+    pub(crate) open_watches: Arc<OpenWatches>,
 }
 
 /// A reason to close right after the handshake. Browsers see close codes, but not HTTP statuses.

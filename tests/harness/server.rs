@@ -120,6 +120,21 @@ impl Server {
         (server, log)
     }
 
+    /// Starts a server with the data in this folder and these environment variables, whose log the test
+    /// reads.
+    ///
+    /// # Panics
+    /// When it does not start.
+    #[must_use]
+    pub fn start_logged_with(
+        data: TempDir,
+        environment: &[(&str, &str)],
+    ) -> (Self, BufReader<ChildStderr>) {
+        let mut server = Self::launch(data, &[], environment, Stdio::piped());
+        let log = BufReader::new(server.process.stderr());
+        (server, log)
+    }
+
     fn launch(
         data: TempDir,
         settings: &[&str],
@@ -162,6 +177,11 @@ impl Server {
     /// Kills it with SIGKILL.
     pub fn kill(&mut self) {
         self.process.kill();
+    }
+
+    /// Sends it SIGHUP.
+    pub fn reload(&self) {
+        self.process.signal(Signal::HUP);
     }
 
     /// Sends it SIGTERM.

@@ -5,10 +5,11 @@
 use std::{
     collections::{HashMap, HashSet},
     sync::Arc,
+    time::Duration,
 };
 
 use bytes::Bytes;
-use streamer_core::{RequestState, Timestamp, Uid};
+use streamer_core::{RequestState, TenantLimit, Timestamp, Uid};
 use streamer_dynamodb::{DynamoOptions, DynamoStore, tables};
 use streamer_proto::common::v1::{
     Action, Event, Failed, Output, OutputSummary, Payload, Progress, Retrying, Succeeded,
@@ -17,8 +18,8 @@ use streamer_proto::common::v1::{
 use streamer_store::{
     Adopt, Append, Appended, AssignedWorker, CancelOutcome, Claim, ClaimOutcome, Claimed,
     ConnectionRecord, CreateOutcome, DeclaredAction, DeleteOutcome, DuePage, DueQuery, Engine,
-    Lease, ListRequests, NewRequest, Owner, Store, StoreError, StoredPayload, Writer, find_by_name,
-    open,
+    Lease, ListRequests, NewRequest, Owner, Quota, Store, StoreError, StoredPayload, Writer,
+    find_by_name, open,
 };
 use streamer_telemetry::Metrics;
 use streamer_tests::dynamodb::{Implementation, endpoint};
@@ -27,6 +28,8 @@ use tempfile::TempDir;
 /// One engine under test; dropped with its data.
 struct Subject {
     store: Arc<dyn Store>,
+    /// Quotas are exact: no other process writes to the store.
+    is_exact: bool,
     _data: TempDir,
 }
 
@@ -34,7 +37,7 @@ struct Subject {
 async fn engines() -> impl Iterator<Item = Subject> {
     let data = TempDir::new().unwrap();
     let store = open(&Engine::Embedded { data: data.path().into() }).unwrap();
-    let embedded = ("embedded", Subject { store, _data: data });
+    let embedded = ("embedded", Subject { store, is_exact: true, _data: data });
     let local = ("DynamoDB Local", dynamodb(Implementation::DynamoDbLocal).await);
     let other = ("dynoxide", dynamodb(Implementation::Dynoxide).await);
     [embedded, local, other].into_iter().map(|(name, subject)| {
@@ -56,7 +59,7 @@ async fn dynamodb(implementation: Implementation) -> Subject {
     let (created, differences) = tables::create(&options).await.unwrap();
     assert_eq!((created.len(), differences), (tables::TABLES.len(), Vec::new()));
     let store = DynamoStore::open(&options, &Metrics::new()).await.unwrap();
-    Subject { store: Arc::new(store), _data: data }
+    Subject { store: Arc::new(store), is_exact: false, _data: data }
 }
 
 fn at(millis: i64) -> Timestamp {
@@ -87,6 +90,7 @@ fn new_request(client_id: Option<&str>) -> NewRequest {
         trace_parent: Some("00-a-b-01".into()),
         trace_state: Some("vendor=1".into()),
         fingerprint: [7; 32],
+        quota: Quota::default(),
     }
 }
 
@@ -193,11 +197,115 @@ async fn concurrent_submissions_of_one_id_make_one_request() {
             match task.await.unwrap().unwrap() {
                 CreateOutcome::Created(..) => created += 1,
                 CreateOutcome::Existing(_) => {}
-                CreateOutcome::Conflict(record) => panic!("{record:?}"),
+                other => panic!("{other:?}"),
             }
         }
         assert_eq!(created, 1);
     }
+}
+
+/// Submits until there is room: engines that several processes share count with a delay.
+async fn create_when_there_is_room(store: &dyn Store, new: impl Fn() -> NewRequest) -> Uid {
+    let mut ticks = tokio::time::interval(Duration::from_millis(100));
+    for _ in 0..300 {
+        ticks.tick().await;
+        match store.create_request(new()).await.unwrap() {
+            CreateOutcome::Created(record, ..) => return record.uid,
+            CreateOutcome::OverQuota(_) => {}
+            other => panic!("{other:?}"),
+        }
+    }
+    panic!("there is never room");
+}
+
+/// Submits `count` requests; the next is refused for this limit.
+async fn fill(
+    store: &dyn Store,
+    new: impl Fn() -> NewRequest,
+    count: usize,
+    limit: TenantLimit,
+) -> Vec<Uid> {
+    let mut created = Vec::new();
+    for _ in 0..count {
+        created.push(create_when_there_is_room(store, &new).await);
+    }
+    let refused = store.create_request(new()).await.unwrap();
+    assert!(matches!(refused, CreateOutcome::OverQuota(found) if found == limit), "{refused:?}");
+    created
+}
+
+#[tokio::test]
+async fn an_owner_has_at_most_as_many_queued_requests_as_its_quota_says() {
+    for Subject { store, is_exact, .. } in engines().await {
+        let quota = Quota { queued_of_tenant: 9, queued_of_user: 6, stored_bytes_of_tenant: 0 };
+        let of = |user: &str| NewRequest {
+            owner: Owner { tenant: "acme".into(), user: user.into() },
+            quota,
+            ..new_request(None)
+        };
+        let (ann, bob) = (|| of("ann"), || of("bob"));
+        create(&*store, NewRequest { client_id: Some("first".into()), ..ann() }).await;
+        let uids = fill(&*store, ann, 5, TenantLimit::QueuedPerUser).await;
+        let of_bob = fill(&*store, bob, 3, TenantLimit::QueuedPerTenant).await;
+        // A repeat does not count again, and other tenants are not affected.
+        let repeated = NewRequest { client_id: Some("first".into()), ..ann() };
+        let repeated = store.create_request(repeated).await.unwrap();
+        assert!(matches!(repeated, CreateOutcome::Existing(_)), "{repeated:?}");
+        let owner = Owner { tenant: "globex".into(), user: "ann".into() };
+        create(&*store, NewRequest { owner, ..ann() }).await;
+
+        // Whatever leaves the queue makes room.
+        claim(&*store, uids[0], 2000).await;
+        fill(&*store, bob, 1, TenantLimit::QueuedPerTenant).await;
+        store.cancel(uids[1], "enough".into(), at(2000)).await.unwrap();
+        fill(&*store, ann, 1, TenantLimit::QueuedPerTenant).await;
+        let failed = event(2, 0, Kind::Failed(Failed::default()));
+        let overdue = append_as(of_bob[0], Writer::Queued(0), vec![failed]);
+        assert_eq!(store.append(overdue).await.unwrap(), APPLIED);
+        fill(&*store, bob, 1, TenantLimit::QueuedPerTenant).await;
+        // A retry is never refused, and counts again.
+        assert_eq!(append(&*store, uids[0], 1, vec![retrying(3, 1)]).await, APPLIED);
+        if is_exact {
+            claim(&*store, of_bob[1], 2000).await;
+            fill(&*store, ann, 0, TenantLimit::QueuedPerUser).await;
+            fill(&*store, bob, 0, TenantLimit::QueuedPerTenant).await;
+        }
+    }
+}
+
+#[tokio::test]
+async fn the_embedded_engine_counts_the_bytes_of_a_tenant() {
+    let data = TempDir::new().unwrap();
+    let engine = Engine::Embedded { data: data.path().into() };
+    let mut store = open(&engine).unwrap();
+    let limit = 20_000;
+    let new = |bytes: usize| NewRequest {
+        payload: StoredPayload { content_type: String::new(), data: vec![7; bytes].into() },
+        quota: Quota { stored_bytes_of_tenant: limit, ..Quota::default() },
+        ..new_request(None)
+    };
+    let uids = fill(&*store, || new(3_000), 6, TenantLimit::StoredBytesPerTenant).await;
+    let stranger = Owner { tenant: "globex".into(), user: "ann".into() };
+    create(&*store, NewRequest { owner: stranger, ..new(19_000) }).await;
+
+    // Output counts too, but is not refused; so does what was stored before a restart.
+    claim(&*store, uids[0], 2000).await;
+    let events = vec![chunk(3, 1, 9_000), succeeded(4, 1)];
+    assert_eq!(append(&*store, uids[0], 1, events).await, APPLIED);
+    drop(store);
+    store = open(&engine).unwrap();
+    for uid in &uids[1..3] {
+        store.cancel(*uid, "enough".into(), at(2000)).await.unwrap();
+        store.delete_request(*uid).await.unwrap();
+    }
+    let refused = store.create_request(new(100)).await.unwrap();
+    assert!(
+        matches!(refused, CreateOutcome::OverQuota(TenantLimit::StoredBytesPerTenant)),
+        "{refused:?}"
+    );
+    store.delete_request(uids[0]).await.unwrap();
+    store.delete_request(uids[0]).await.unwrap();
+    fill(&*store, || new(3_000), 3, TenantLimit::StoredBytesPerTenant).await;
 }
 
 #[tokio::test]

@@ -117,9 +117,12 @@ test("a caller's stream is cut: it resumes and sees every event once", async (t)
 test('many attempts and their callers get through many cuts', async (t) => {
   const [workers, callers] = [await startProxy(t), await startProxy(t)];
   const worker = quietWorker(`http://${workers.address}`, server.token('worker:*', 'worker'));
+  const bothCut = new Once('a cut of both streams');
   worker.action('through', { maxAttempts: 20, initialBackoffMs: 1 }, async (context) => {
     for (let number = 0; number < 40; number += 1) {
       await context.output(`${number};`);
+      // No attempt ends before that, so both have to come back.
+      if (number === 20) await bothCut.promise;
       if (number % 10 === 0) await context.saveCheckpoint({ number });
     }
     return context.attempt;
@@ -134,6 +137,7 @@ test('many attempts and their callers get through many cuts', async (t) => {
     seen += 1;
     if (seen % 50 === 0) workers.cut();
     if (seen % 70 === 0) callers.cut();
+    if (seen === 70) bothCut.resolve();
   };
   const runs = Array.from({ length: 10 }, async () => {
     const output = new OutputBuffer();

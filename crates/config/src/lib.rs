@@ -8,6 +8,7 @@
 mod opentelemetry;
 mod options;
 mod setting;
+mod tenants;
 
 use std::{
     fmt, fs, io,
@@ -17,6 +18,7 @@ use std::{
 pub use options::{
     Auth, Config, Dynamodb, Execution, Gateway, Limits, Log, Peers, Server, Store, Trace,
 };
+pub use tenants::Tenants;
 
 /// Where options come from, apart from the defaults.
 #[derive(Clone, Debug, Default)]
@@ -106,6 +108,10 @@ fn read_file(config: &mut Config, file: Option<&Path>, problems: &mut Vec<String
             problems.push(format!("{shown}: {section}: must be a section, [{section}]"));
             continue;
         };
+        if section == tenants::SECTION {
+            config.tenants.read(options, &shown.to_string(), problems);
+            continue;
+        }
         for (option, value) in options {
             if let Err(problem) = config.set_toml(&section, &option, &value) {
                 problems.push(format!("{shown}: {section}.{option}: {problem}"));

@@ -6,7 +6,7 @@ use std::{
     path::PathBuf,
 };
 
-use crate::setting::Setting;
+use crate::{setting::Setting, tenants::Tenants};
 
 /// Declares the sections and their options, in one place: struct, default, reading and the text of
 /// the committed file all come from here.
@@ -38,6 +38,8 @@ macro_rules! options {
         #[derive(Clone, Debug, Default, PartialEq)]
         pub struct Config {
             $(#[doc = $section_doc] pub $section: $Section,)*
+            /// Limits of single tenants, in place of those in section `limits`.
+            pub tenants: Tenants,
         }
 
         impl Config {
@@ -88,6 +90,7 @@ macro_rules! options {
                         text.push_str(&format!("{} = {value}\n", stringify!($option)));
                     )*
                 )*
+                self.tenants.write_toml(&mut text);
                 text
             }
         }
@@ -215,17 +218,30 @@ options! {
         /// data folder can then be anybody.
         allow_dev_key_beyond_loopback: bool = false;
     }
-    /// Sizes that bound what comes in and what handlers give back.
+    /// How much may come in and be there, in all and of each tenant.
     limits: Limits {
         /// Largest payload of a request and largest result, in bytes.
         max_payload_bytes: u64 = 4_194_304, in 1_024..=67_108_864;
         /// Largest chunk of output, in bytes.
         max_output_chunk_bytes: u64 = 1_048_576, in 1_024..=16_777_216;
-        /// Submissions a second of one tenant at one router, twice as many at once; 0 for no limit. More
-        /// are refused with RATE_LIMITED.
+        /// Submissions a second of one tenant, twice as many at once; 0 for no limit. More are refused with
+        /// RATE_LIMITED. This and the options below can be set for single tenants, and are read again on
+        /// SIGHUP: section tenants.
         submissions_per_second_per_tenant: u64 = 20_000, in 0..=1_000_000;
         /// The same, of one user.
         submissions_per_second_per_user: u64 = 10_000, in 0..=1_000_000;
+        /// Requests of one tenant that are queued, also those that are not due yet; 0 for no limit. Over
+        /// DynamoDB they are counted with a delay: docs/dynamodb.md, "Limits".
+        queued_requests_per_tenant: u64 = 100_000, in 0..=1_000_000_000;
+        /// The same, of one user.
+        queued_requests_per_user: u64 = 10_000, in 0..=1_000_000_000;
+        /// Open watches and subscriptions of one tenant at one process; 0 for no limit.
+        watches_per_tenant: u64 = 50_000, in 0..=1_000_000_000;
+        /// The same, of one user.
+        watches_per_user: u64 = 10_000, in 0..=1_000_000_000;
+        /// Bytes of payloads, metadata, events and checkpoints of one tenant's requests, beyond which it
+        /// cannot submit; running requests go on. 0 for no limit. Only with engine embedded.
+        stored_bytes_per_tenant: u64 = 0, in 0..=9_000_000_000_000_000_000_u64;
     }
     /// WebSocket connections.
     gateway: Gateway {
@@ -414,6 +430,17 @@ impl Config {
         }
     }
 
+    fn check_stored_bytes(&self, problems: &mut Vec<String>) {
+        let option = "stored_bytes_per_tenant";
+        let set = [self.limits.stored_bytes_per_tenant]
+            .into_iter()
+            .chain(self.tenants.values(option))
+            .any(|bytes| bytes > 0);
+        if set && self.store.engine == "dynamodb" {
+            problems.push(format!("limits.{option}: is counted by store.engine embedded only"));
+        }
+    }
+
     /// Rules of more than one option, and of what a value looks like.
     pub(crate) fn check_together(&self, problems: &mut Vec<String>) {
         let auth = &self.auth;
@@ -451,6 +478,7 @@ impl Config {
             problems.push(format!("store.engine: must be embedded or dynamodb, is {engine:?}"));
         }
         self.check_dynamodb(problems);
+        self.check_stored_bytes(problems);
         self.trace.check(problems);
         self.gateway.check(problems);
         self.check_peers(problems);

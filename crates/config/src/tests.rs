@@ -72,6 +72,44 @@ fn origins_and_addresses_that_could_not_work_are_refused() {
     assert!(error.contains("server.metrics_listen: \"9090\" must be ADDRESS:PORT"), "{error}");
 }
 
+fn load_file(text: &str) -> Result<Config, ConfigError> {
+    let file = tempfile::NamedTempFile::new().unwrap();
+    fs::write(file.path(), text).unwrap();
+    Config::load(&Sources { file: Some(file.path().to_owned()), ..Sources::default() })
+}
+
+#[test]
+fn tenants_have_limits_of_their_own() {
+    let text = "[limits]\nwatches_per_user = 5\n[tenants.acme]\nqueued_requests_per_user = 7\n\
+                [tenants.\"a b.c\"]\nwatches_per_user = 0\n";
+    let config = load_file(text).unwrap();
+    let of_tenants: Vec<_> = config.tenants.limits(&config.limits).collect();
+    let common = config.limits.clone();
+    assert_eq!(of_tenants[0], ("a b.c", Limits { watches_per_user: 0, ..common.clone() }));
+    assert_eq!(of_tenants[1], ("acme", Limits { queued_requests_per_user: 7, ..common }));
+    assert_eq!(load_file(&config.to_toml()).unwrap(), config);
+}
+
+#[test]
+fn a_tenant_cannot_have_every_option() {
+    let text = "[tenants]\nx = 1\n[tenants.acme]\nmax_payload_bytes = 1024\nnope_per_user = 1\n\
+                watches_per_user = -1\nqueued_requests_per_user = 1000000001\n";
+    let error = load_file(text).unwrap_err().to_string();
+    for part in [
+        "5 error(s)",
+        "tenants.x: must be a section, [tenants.\"NAME\"]",
+        "tenants.acme.max_payload_bytes: there is no such option of a tenant",
+        "tenants.acme.nope_per_user: there is no such option",
+        "tenants.acme.watches_per_user: must not be negative",
+        "tenants.acme.queued_requests_per_user: must be 0 to 1000000000, is 1000000001",
+    ] {
+        assert!(error.contains(part), "{part} is missing in {error}");
+    }
+    let text = "[store]\nengine = \"dynamodb\"\n[tenants.acme]\nstored_bytes_per_tenant = 1\n";
+    let error = load_file(text).unwrap_err().to_string();
+    assert!(error.contains("limits.stored_bytes_per_tenant: is counted by"), "{error}");
+}
+
 #[test]
 fn the_committed_file_is_the_default() {
     let committed = concat!(env!("CARGO_MANIFEST_DIR"), "/streamer.toml");

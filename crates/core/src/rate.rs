@@ -20,6 +20,12 @@ impl RateLimiter {
         Self { per_second, burst: burst.max(1), busy_until: 0 }
     }
 
+    /// Sets another rate. What was admitted already counts by the rate of that time.
+    pub fn set_rate(&mut self, per_second: u32, burst: u32) {
+        self.per_second = per_second;
+        self.burst = burst.max(1);
+    }
+
     /// Admits one more, or says how long to wait.
     ///
     /// # Errors
@@ -41,6 +47,15 @@ impl RateLimiter {
         self.busy_until = begin.saturating_add(spacing);
         Ok(())
     }
+
+    /// How much of the burst is used up, and how much there is, in nanoseconds.
+    #[must_use]
+    pub fn used_of_burst(&self, now: Timestamp) -> (u64, u64) {
+        let now = now.as_millis().saturating_mul(1_000_000);
+        let used = u64::try_from(self.busy_until.saturating_sub(now)).unwrap_or(0);
+        let spacing = u64::from((1_000_000_000 / self.per_second.max(1)).max(1));
+        (used, spacing.saturating_mul(self.burst.into()))
+    }
 }
 
 #[cfg(test)]
@@ -53,6 +68,8 @@ mod tests {
         let at = Timestamp::from_millis;
         assert!((0..3).all(|_| limiter.admit(at(1000)).is_ok()));
         assert_eq!(limiter.admit(at(1000)), Err(Duration::from_millis(100)));
+        assert_eq!(limiter.used_of_burst(at(1000)), (300_000_000, 300_000_000));
+        assert_eq!(limiter.used_of_burst(at(2000)).0, 0);
         assert!(limiter.admit(at(1100)).is_ok());
         assert!(limiter.admit(at(1100)).is_err());
         assert!((0..3).all(|_| limiter.admit(at(9000)).is_ok()));
@@ -69,6 +86,18 @@ mod tests {
             let (admitted, rate) = (admitted.sum::<usize>(), rate as usize);
             assert!(admitted.abs_diff(rate) <= rate / 500 + 1000, "{admitted} of {rate}");
         }
+    }
+
+    #[test]
+    fn another_rate_holds_from_now_on() {
+        let mut limiter = RateLimiter::new(10, 2);
+        let at = Timestamp::from_millis;
+        assert_eq!((0..9).filter(|_| limiter.admit(at(1000)).is_ok()).count(), 2);
+        limiter.set_rate(1000, 100);
+        assert_eq!((0..99).filter(|_| limiter.admit(at(1300)).is_ok()).count(), 99);
+        limiter.set_rate(1, 1);
+        assert!(limiter.admit(at(1350)).is_err());
+        assert_eq!((0..9).filter(|_| limiter.admit(at(9000)).is_ok()).count(), 1);
     }
 
     #[test]

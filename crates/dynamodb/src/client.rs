@@ -14,7 +14,7 @@ use streamer_store::StoreError;
 use streamer_telemetry::Metrics;
 use tokio::time::{Instant, sleep};
 
-use crate::{DynamoOptions, OpenError, crowd::Crowd, objects::Objects};
+use crate::{DynamoOptions, OpenError, crowd::Crowd, objects::Objects, quota::QueueCounts};
 
 /// DynamoDB answers in milliseconds; what takes longer is better asked again.
 const ATTEMPT_TIMEOUT: Duration = Duration::from_secs(3);
@@ -63,6 +63,7 @@ pub(crate) struct Dynamo {
     pub(crate) queue_shards: u32,
     pub(crate) retention: Option<Duration>,
     pub(crate) crowd: Arc<Crowd>,
+    pub(crate) queue_counts: Arc<QueueCounts>,
     pub(crate) metrics: DynamoMetrics,
 }
 

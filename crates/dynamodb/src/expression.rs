@@ -81,6 +81,12 @@ impl Expression {
         self
     }
 
+    pub(crate) fn when_begins(mut self, attribute: &str, prefix: &str) -> Self {
+        let (name, value) = (self.name(attribute), self.value(text(prefix)));
+        self.conditions.push(format!("begins_with({name}, {value})"));
+        self
+    }
+
     /// Holds also when the attribute is not there.
     pub(crate) fn when_or_missing(
         mut self,

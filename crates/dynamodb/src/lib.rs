@@ -23,6 +23,7 @@ mod log;
 mod objects;
 mod options;
 mod queue;
+mod quota;
 mod requests;
 mod spans;
 mod store;

@@ -166,6 +166,11 @@ fn after(rank: &str) -> String {
     format!("{rank}\0")
 }
 
+/// What all ranks of a tenant begin with.
+pub(crate) fn of_tenant(tenant: &str) -> String {
+    format!("{tenant}{SEPARATOR}")
+}
+
 /// The key after everything of a tenant.
 fn after_tenant(tenant: &str) -> String {
     format!("{tenant}{AFTER_SEPARATOR}")

@@ -66,6 +66,10 @@ impl Dynamo {
         {
             return compared(&existing, new);
         }
+        let used = match self.admit_queued(&new.owner, &new.quota) {
+            Ok(used) => used,
+            Err(limit) => return Ok(CreateOutcome::OverQuota(limit)),
+        };
         let uid = new.uid.to_string();
         let payload = self.keep_payload(&uid, &new.payload).await?;
         let accepted =
@@ -94,7 +98,7 @@ impl Dynamo {
             match found {
                 None => {
                     let record = Box::new(item.to_record()?);
-                    return Ok(CreateOutcome::Created(record, Box::new(accepted)));
+                    return Ok(CreateOutcome::Created(record, Box::new(accepted), used));
                 }
                 // Written by this very call, whose answer was lost on the way, or by an earlier
                 // one like it.
@@ -104,7 +108,8 @@ impl Dynamo {
                     let first = existing.events.first().filter(|_| existing.last_seq == 1);
                     return Ok(match first {
                         Some(first) => {
-                            CreateOutcome::Created(record, Box::new(first.clone().into_event()))
+                            let accepted = Box::new(first.clone().into_event());
+                            CreateOutcome::Created(record, accepted, used)
                         }
                         None => CreateOutcome::Existing(record),
                     });

@@ -53,6 +53,7 @@ impl DynamoStore {
             queue_shards: options.queue_shards.clamp(1, 64),
             retention: options.retention,
             crowd: Arc::default(),
+            queue_counts: Arc::default(),
             metrics: DynamoMetrics::new(metrics),
         };
         let trigger = options.stream.then(|| {

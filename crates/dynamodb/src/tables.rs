@@ -73,7 +73,11 @@ pub const TABLES: [Table; 5] = [
         holds: "a request: its state and its latest events",
         key: &["uid"],
         indexes: &[
-            index("queue", ("queue_shard", "queue_rank", KeyType::Text), Projection::KeysOnly),
+            index(
+                "queue",
+                ("queue_shard", "queue_rank", KeyType::Text),
+                Projection::Include(&["user"]),
+            ),
             index(
                 "running",
                 ("lease_holder", "uid", KeyType::Text),

@@ -24,7 +24,7 @@ pub use model::{
     Adopt, Append, Appended, AssignedWorker, CancelOutcome, Claim, ClaimOutcome, Claimed,
     ConnectionPage, ConnectionRecord, CreateOutcome, DeclaredAction, DeleteOutcome, DuePage,
     DueQuery, DueRequest, EventPage, Lease, ListRequests, NewRequest, Owner, QueueAhead,
-    QueueStats, Renewed, RequestPage, RequestRecord, StoredPayload, Writer,
+    QueueStats, Quota, QuotaUse, Renewed, RequestPage, RequestRecord, StoredPayload, Writer,
 };
 pub use sqlite::SqliteStore;
 pub use store::Store;

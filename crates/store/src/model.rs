@@ -3,7 +3,7 @@
 use std::collections::{HashMap, HashSet};
 
 use bytes::Bytes;
-use streamer_core::{RequestState, Timestamp, Uid};
+use streamer_core::{RequestState, TenantLimit, Timestamp, Uid};
 use streamer_proto::common::v1::{Action, Error, Event, OutputSummary, Progress};
 
 /// The scope of an idempotency key, and who may see a request.
@@ -57,17 +57,60 @@ pub struct NewRequest {
     pub trace_state: Option<String>,
     /// Hash of action and payload: what the same `client_id` must stand for.
     pub fingerprint: [u8; 32],
+    /// What its owner may have, with this request.
+    pub quota: Quota,
+}
+
+/// How much an owner may have in the store; 0 means no limit.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Quota {
+    /// Queued requests of the tenant.
+    pub queued_of_tenant: u64,
+    /// Queued requests of the user.
+    pub queued_of_user: u64,
+    /// Bytes of the tenant's requests and logs. Engines that do not count them ignore it.
+    pub stored_bytes_of_tenant: u64,
+}
+
+/// How much an owner has in the store.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct QuotaUse {
+    /// Queued requests of the tenant.
+    pub queued_of_tenant: u64,
+    /// Queued requests of the user.
+    pub queued_of_user: u64,
+    /// Bytes of the tenant's requests and logs.
+    pub stored_bytes_of_tenant: u64,
+}
+
+impl Quota {
+    /// Which part of it this use goes beyond, if any.
+    #[must_use]
+    pub fn exceeded_by(&self, used: QuotaUse) -> Option<TenantLimit> {
+        let is_over = |used: u64, limit: u64| limit > 0 && used > limit;
+        if is_over(used.queued_of_user, self.queued_of_user) {
+            Some(TenantLimit::QueuedPerUser)
+        } else if is_over(used.queued_of_tenant, self.queued_of_tenant) {
+            Some(TenantLimit::QueuedPerTenant)
+        } else if is_over(used.stored_bytes_of_tenant, self.stored_bytes_of_tenant) {
+            Some(TenantLimit::StoredBytesPerTenant)
+        } else {
+            None
+        }
+    }
 }
 
 /// What became of a submission.
 #[derive(Clone, Debug)]
 pub enum CreateOutcome {
-    /// It is stored, with this first event.
-    Created(Box<RequestRecord>, Box<Event>),
+    /// It is stored, with this first event. With it, its owner has this much.
+    Created(Box<RequestRecord>, Box<Event>, QuotaUse),
     /// The same was submitted before.
     Existing(Box<RequestRecord>),
     /// The `client_id` stands for something else.
     Conflict(Box<RequestRecord>),
+    /// Its owner would have more than this limit allows.
+    OverQuota(TenantLimit),
 }
 
 /// A stored request, without payload and result.

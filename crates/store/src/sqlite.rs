@@ -13,6 +13,7 @@ mod queue;
 mod requests;
 mod row;
 mod schema;
+mod usage;
 mod writer;
 
 use std::{
@@ -329,6 +330,6 @@ impl Store for SqliteStore {
     }
 
     async fn check(&self) -> Result<(), StoreError> {
-        self.writer.run("checking the store", SMALL, schema::touch).await
+        self.writer.run("checking the store", SMALL, |db| schema::touch(db)).await
     }
 }

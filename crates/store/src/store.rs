@@ -18,8 +18,9 @@ use crate::{
 #[async_trait]
 pub trait Store: Send + Sync + 'static {
     /// Stores a request with its `accepted` event. With a `client_id` that the owner has used, it
-    /// changes nothing and says what that stands for. A repeat is `Existing`, or `Created` where it
-    /// cannot be told from the first call.
+    /// changes nothing and says what that stands for. Otherwise, when the owner would have more than
+    /// `quota` allows, it changes nothing either; engines that several processes share count with a delay.
+    /// A repeat is `Existing`, or `Created` where it looks like the first call.
     async fn create_request(&self, new: NewRequest) -> Result<CreateOutcome, StoreError>;
 
     /// Reads a request.

@@ -4,6 +4,7 @@ use std::{fmt, sync::Arc};
 
 use parking_lot::Mutex;
 use prometheus_client::{
+    collector::Collector,
     encoding::text::encode,
     metrics::{counter::Counter, gauge::Gauge, histogram::Histogram},
     registry::{Metric, Registry},
@@ -30,6 +31,11 @@ impl Metrics {
     pub fn register<M: Metric + Clone>(&self, name: &str, help: &str, metric: M) -> M {
         self.registry.lock().register(name, help, metric.clone());
         metric
+    }
+
+    /// Registers what is collected each time that metrics are read.
+    pub fn collect(&self, collector: impl Collector + 'static) {
+        self.registry.lock().register_collector(Box::new(collector));
     }
 
     /// A counter; `_total` is added to its name.

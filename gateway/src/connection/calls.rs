@@ -6,7 +6,7 @@ use bytes::Bytes;
 use futures_util::FutureExt;
 use serde_json::value::RawValue;
 use streamer_auth::Caller;
-use streamer_core::{RequestError, Timestamp, Uid};
+use streamer_core::{OpenWatch, RequestError, Timestamp, Uid};
 use streamer_proto::{
     common::v1::{Event, Request},
     router::v1::{
@@ -81,9 +81,16 @@ impl Session {
     fn may_open(&mut self, name: &str) -> Result<(), Call> {
         let limit = self.gateway.options.max_subscriptions;
         if self.subscriptions.count() >= limit {
-            return Err(too_many_subscriptions(Some(name.to_owned()), limit));
+            let message = format!("more than {limit} subscriptions of one connection");
+            let error = RequestError::limited("gateway.max_subscriptions", &message, None);
+            return Err(refused(name, error));
         }
-        self.subscriptions.begin_opening(name);
+        let watches = self.watches.get_or_insert_with(|| {
+            let owner = self.handle.owner();
+            self.gateway.open_watches.of(&owner.tenant, &owner.user)
+        });
+        let watch = watches.open().map_err(|error| refused(name, error))?;
+        self.subscriptions.begin_opening(name, watch);
         Ok(())
     }
 
@@ -264,9 +271,9 @@ impl Session {
             }
             Reply::CaughtUp(link, page) => self.caught_up(&link, page, out),
             Reply::Submitted { outcome, name, latest, trace } => {
-                let wanted = self.subscriptions.finish_opening(&name);
+                let watch = self.subscriptions.finish_opening(&name);
                 match outcome {
-                    Ok(response) => self.submitted(*response, wanted, latest, trace, out),
+                    Ok(response) => self.submitted(*response, watch, latest, trace, out),
                     Err(status) => {
                         let name = (!name.is_empty()).then_some(name.as_str());
                         out.push(messages::error(name, &request_error(&status), now));
@@ -274,11 +281,11 @@ impl Session {
                 }
             }
             Reply::Opened { outcome, name, latest } => {
-                let wanted = self.subscriptions.finish_opening(&name);
-                match outcome {
-                    Ok(opened) if wanted => self.opened(*opened, latest, out),
-                    Ok(_) => {}
-                    Err(status) => {
+                let watch = self.subscriptions.finish_opening(&name);
+                match (outcome, watch) {
+                    (Ok(opened), Some(watch)) => self.opened(*opened, watch, latest, out),
+                    (Ok(_), None) => {}
+                    (Err(status), _) => {
                         out.push(messages::error(Some(&name), &request_error(&status), now));
                     }
                 }
@@ -299,7 +306,7 @@ impl Session {
     fn submitted(
         &mut self,
         response: SubmitResponse,
-        wanted: bool,
+        watch: Option<OpenWatch>,
         latest: bool,
         trace: Option<Box<TraceContext>>,
         out: &mut Outbox,
@@ -337,35 +344,31 @@ impl Session {
         if self.subscriptions.get(uid).is_some_and(Subscription::is_over) {
             self.unsubscribe(uid);
         }
-        if !wanted || self.subscriptions.get(uid).is_some() {
-            return;
-        }
+        let Some(watch) = watch.filter(|_| self.subscriptions.get(uid).is_none()) else { return };
         // The acknowledgement stands for the first event; everything after it follows, also for
         // somebody who submits again because the acknowledgement was lost.
         let cursor = 1;
         let link = Link::new(uid, self.handle.clone());
         let topic = self.gateway.hub.join_submitted(uid, names, cursor, link.clone());
-        let subscription = Subscription::new(topic, link, cursor, latest).traced(trace);
+        let subscription = Subscription::new(topic, link, watch, cursor, latest).traced(trace);
         self.subscriptions.insert(uid, subscription);
         self.ready.push(uid);
     }
 
-    fn opened(&mut self, opened: Opened, latest: bool, out: &mut Outbox) {
+    fn opened(&mut self, opened: Opened, watch: OpenWatch, latest: bool, out: &mut Outbox) {
         let uid = opened.uid;
         out.push(messages::subscribed(&opened.snapshot, self.gateway.clock.now()));
         // Subscribing again moves the cursor.
         self.unsubscribe(uid);
         let link = Link::new(uid, self.handle.clone());
         let (topic, cursor) = self.gateway.hub.join(opened, link.clone());
-        self.subscriptions.insert(uid, Subscription::new(topic, link, cursor, latest));
+        self.subscriptions.insert(uid, Subscription::new(topic, link, watch, cursor, latest));
         self.ready.push(uid);
     }
 }
 
-fn too_many_subscriptions(request_id: Option<String>, limit: usize) -> Call {
-    let message = format!("more than {limit} subscriptions of one connection");
-    let error = RequestError::limited("gateway.max_subscriptions", &message, None);
-    let request_id = request_id.filter(|id| !id.is_empty());
+fn refused(name: &str, error: RequestError) -> Call {
+    let request_id = (!name.is_empty()).then(|| name.to_owned());
     Box::pin(std::future::ready(Reply::Failed { request_id, error }))
 }
 

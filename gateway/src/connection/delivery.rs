@@ -3,7 +3,7 @@
 use std::sync::Arc;
 
 use bytes::Bytes;
-use streamer_core::{ErrorCode, RequestError, Uid};
+use streamer_core::{ErrorCode, OpenWatch, RequestError, Uid};
 use streamer_proto::common::v1::Event;
 use streamer_rpc::{is_terminal, request_error};
 use streamer_telemetry::TraceContext;
@@ -26,6 +26,7 @@ const MAX_CATCHING_UP: usize = 4;
 pub(crate) struct Subscription {
     pub(crate) topic: Arc<Topic>,
     pub(crate) link: Arc<Link>,
+    _watch: OpenWatch,
     /// `seq` of the last event that was sent or passed over.
     cursor: i64,
     latest: Option<Latest>,
@@ -43,9 +44,15 @@ struct Latest {
 }
 
 impl Subscription {
-    pub(crate) fn new(topic: Arc<Topic>, link: Arc<Link>, cursor: i64, latest: bool) -> Self {
+    pub(crate) fn new(
+        topic: Arc<Topic>,
+        link: Arc<Link>,
+        watch: OpenWatch,
+        cursor: i64,
+        latest: bool,
+    ) -> Self {
         let latest = latest.then(Latest::default);
-        Self { topic, link, cursor, latest, catching_up: false, trace: None }
+        Self { topic, link, _watch: watch, cursor, latest, catching_up: false, trace: None }
     }
 
     /// The subscription of the connection that made this submission.

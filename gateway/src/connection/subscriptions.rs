@@ -3,7 +3,7 @@
 
 use std::collections::{BTreeSet, HashMap};
 
-use streamer_core::{Timestamp, Uid};
+use streamer_core::{OpenWatch, Timestamp, Uid};
 
 use super::delivery::Subscription;
 
@@ -18,8 +18,8 @@ pub(crate) struct Subscriptions {
 /// Calls that will become subscriptions.
 #[derive(Default)]
 struct Opening {
-    /// By the name that was given; whether each of them is still wanted.
-    by_name: HashMap<Box<str>, Vec<bool>>,
+    /// By the name that was given; those without a watch are not wanted any longer.
+    by_name: HashMap<Box<str>, Vec<Option<OpenWatch>>>,
     count: usize,
 }
 
@@ -65,44 +65,52 @@ impl Subscriptions {
     }
 
     /// Counts a subscription under this name that is opening.
-    pub(crate) fn begin_opening(&mut self, name: &str) {
-        self.opening.by_name.entry(name.into()).or_default().push(true);
+    pub(crate) fn begin_opening(&mut self, name: &str, watch: OpenWatch) {
+        self.opening.by_name.entry(name.into()).or_default().push(Some(watch));
         self.opening.count += 1;
     }
 
-    /// Ends the oldest opening under this name; returns whether the subscription is still wanted.
-    pub(crate) fn finish_opening(&mut self, name: &str) -> bool {
-        let Some(opening) = self.opening.by_name.get_mut(name) else { return true };
+    /// Ends the oldest opening under this name; returns its watch if the subscription is still wanted.
+    pub(crate) fn finish_opening(&mut self, name: &str) -> Option<OpenWatch> {
+        let opening = self.opening.by_name.get_mut(name)?;
         self.opening.count -= 1;
-        let is_wanted = opening.remove(0);
+        let watch = opening.remove(0);
         if opening.is_empty() {
             self.opening.by_name.remove(name);
         }
-        is_wanted
+        watch
     }
 
     /// Marks those that are opening under this name as not wanted.
     pub(crate) fn cancel_opening(&mut self, name: &str) {
-        self.opening.by_name.get_mut(name).into_iter().for_each(|opening| opening.fill(false));
+        let opening = self.opening.by_name.get_mut(name).into_iter().flatten();
+        opening.for_each(|watch| *watch = None);
     }
 }
 
 #[cfg(test)]
 mod tests {
+    use streamer_core::{LimitsByTenant, OpenWatches};
+
     use super::*;
 
     #[test]
     fn what_is_given_up_while_it_is_on_its_way_is_not_wanted() {
+        let watches = OpenWatches::new(LimitsByTenant::default()).of("acme", "ann");
+        let begin = |subscriptions: &mut Subscriptions, name| {
+            subscriptions.begin_opening(name, watches.open().unwrap());
+        };
         let mut subscriptions = Subscriptions::default();
-        subscriptions.begin_opening("a");
-        subscriptions.begin_opening("a");
-        subscriptions.begin_opening("b");
+        begin(&mut subscriptions, "a");
+        begin(&mut subscriptions, "a");
+        begin(&mut subscriptions, "b");
         subscriptions.cancel_opening("a");
         subscriptions.cancel_opening("unknown");
-        subscriptions.begin_opening("a");
+        begin(&mut subscriptions, "a");
         assert_eq!(subscriptions.count(), 4);
-        let wanted = ["a", "a", "a", "b", "unknown"].map(|name| subscriptions.finish_opening(name));
-        assert_eq!(wanted, [false, false, true, true, true]);
+        let wanted = ["a", "a", "a", "b", "unknown"]
+            .map(|name| subscriptions.finish_opening(name).is_some());
+        assert_eq!(wanted, [false, false, true, true, false]);
         assert!(subscriptions.count() == 0 && subscriptions.opening.by_name.is_empty());
     }
 }

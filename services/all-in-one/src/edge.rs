@@ -15,8 +15,8 @@ use streamer_auth::AuthLayer;
 use streamer_core::{Clock, Uid};
 use streamer_proto::public_methods;
 use streamer_rpc::{
-    CLIENT_ADDRESS, Channel, FORWARDED, Peer, REPEATED, REQUEST_UID, SERVICE_TOKEN, end_when,
-    enter, is_server_error, recorded,
+    CLIENT_ADDRESS, COUNTED, Channel, FORWARDED, Peer, REPEATED, REQUEST_UID, SERVICE_TOKEN,
+    end_when, enter, is_server_error, recorded,
 };
 use streamer_telemetry::{InScope, Traces};
 use tokio::time::timeout;
@@ -66,7 +66,7 @@ async fn admit(
             return refused(request, text, &auth);
         }
         (_, None) => {
-            for header in [REQUEST_UID, REPEATED, FORWARDED, CLIENT_ADDRESS] {
+            for header in [REQUEST_UID, REPEATED, FORWARDED, COUNTED, CLIENT_ADDRESS] {
                 request.headers_mut().remove(header);
             }
         }

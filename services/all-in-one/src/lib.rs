@@ -8,7 +8,9 @@ mod edge;
 mod http;
 mod incoming_body;
 mod peers;
+mod sections;
 mod serve;
+mod tenant_limits;
 mod wiring;
 
 use std::{io, net::SocketAddr, path::PathBuf, sync::Arc, time::Duration};
@@ -33,7 +35,7 @@ use crate::{
     wiring::{Plan, Services},
 };
 
-pub use wiring::dynamo_options;
+pub use sections::dynamo_options;
 
 /// Connections to the address of the metrics.
 const METRICS_CONNECTIONS: ConnectionLimits = ConnectionLimits { all: 128, from_one_address: 64 };
@@ -258,6 +260,11 @@ impl AllInOne {
     pub fn dev_token(&self, token: &NewToken) -> Option<String> {
         let dev_key = self.dev_key.as_ref()?;
         dev_key.sign(token, self.clock.now()).ok()
+    }
+
+    /// Sets the limits of tenants as this configuration does; its other options change nothing.
+    pub fn replace_limits(&self, config: &Config) {
+        tenant_limits::replace(&self.services.tenant_limits, config);
     }
 
     /// Sends clients away, lets running work end within the drain timeout, and closes the store.

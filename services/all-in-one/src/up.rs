@@ -3,7 +3,7 @@
 
 use std::{
     env,
-    io::{self, Write},
+    io::{self, IsTerminal, Write},
     process::ExitCode,
     time::Duration,
 };
@@ -56,7 +56,7 @@ pub(crate) async fn run(arguments: &UpArguments, role: Role) -> ExitCode {
             return if error.is_usage() { Exit::Usage.code() } else { Exit::Failed.code() };
         }
     };
-    let mut signals = match StopSignals::listen() {
+    let mut signals = match Signals::listen() {
         Ok(signals) => signals,
         Err(error) => {
             eprintln!("error: cannot listen for signals: {error}");
@@ -64,7 +64,9 @@ pub(crate) async fn run(arguments: &UpArguments, role: Role) -> ExitCode {
         }
     };
     announce(&server, &config, role);
-    signals.next().await;
+    while signals.next().await == ServerSignal::Reload {
+        reload(&server, arguments);
+    }
     eprintln!(
         "Stopping; running work has {} s. A second signal stops at once.",
         config.server.drain_timeout_ms / 1000
@@ -78,9 +80,20 @@ pub(crate) async fn run(arguments: &UpArguments, role: Role) -> ExitCode {
     tokio::select! {
         () = stop => {}
         // Work that is cut off continues after a restart, or at other processors.
-        () = signals.next() => {}
+        () = signals.stop() => {}
     }
     Exit::Done.code()
+}
+
+/// Reads the limits of tenants again. With an error in the configuration, the server goes on as it was.
+fn reload(server: &AllInOne, arguments: &UpArguments) {
+    match load(arguments) {
+        Ok(config) => {
+            server.replace_limits(&config);
+            eprintln!("The limits of tenants were read again; other options need a restart.");
+        }
+        Err(error) => eprintln!("error: the limits of tenants stay as they were: {error}"),
+    }
 }
 
 /// Raises the number of file descriptors that may be open to the most that the system allows.
@@ -202,25 +215,50 @@ fn say(text: &str) {
     }
 }
 
-/// SIGTERM and Ctrl-C. It listens all the time, so that no second signal is missed.
-struct StopSignals {
-    terminate: Signal,
-    interrupt: Signal,
+/// What a signal asks for.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum ServerSignal {
+    Stop,
+    Reload,
 }
 
-impl StopSignals {
+/// SIGTERM, Ctrl-C and SIGHUP. It listens all the time, so that no second signal is missed.
+struct Signals {
+    terminate: Signal,
+    interrupt: Signal,
+    hang_up: Signal,
+    /// It was started in a terminal, whose end is a SIGHUP too.
+    has_terminal: bool,
+}
+
+impl Signals {
     fn listen() -> io::Result<Self> {
         Ok(Self {
             terminate: signal(SignalKind::terminate())?,
             interrupt: signal(SignalKind::interrupt())?,
+            hang_up: signal(SignalKind::hangup())?,
+            has_terminal: io::stdin().is_terminal(),
         })
     }
 
     /// Returns once there is one more.
-    async fn next(&mut self) {
+    async fn next(&mut self) -> ServerSignal {
         tokio::select! {
-            _ = self.terminate.recv() => {}
-            _ = self.interrupt.recv() => {}
+            _ = self.terminate.recv() => ServerSignal::Stop,
+            _ = self.interrupt.recv() => ServerSignal::Stop,
+            _ = self.hang_up.recv() => {
+                // A terminal that is gone is not one any longer.
+                if self.has_terminal && !io::stdin().is_terminal() {
+                    ServerSignal::Stop
+                } else {
+                    ServerSignal::Reload
+                }
+            }
         }
+    }
+
+    /// Returns once there is one more that asks to stop.
+    async fn stop(&mut self) {
+        while self.next().await != ServerSignal::Stop {}
     }
 }

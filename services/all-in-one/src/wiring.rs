@@ -7,13 +7,13 @@ use streamer_auth::{
     TokenRules, VerificationKey,
 };
 use streamer_config::Config;
-use streamer_core::{Clock, Limits, limits::PAYLOAD_OPTION};
-use streamer_dynamodb::{DynamoOptions, DynamoStore};
-use streamer_gateway::{GatewayOptions, GatewayServer, OtherGateways};
+use streamer_core::{Clock, LimitsByTenant, OpenWatches};
+use streamer_dynamodb::DynamoStore;
+use streamer_gateway::{GatewayServer, OtherGateways};
 use streamer_handler::Handlers;
-use streamer_processor::{HandlerThreads, Processor, ProcessorOptions};
+use streamer_processor::{HandlerThreads, Processor};
 use streamer_progress::{Progress, Ring};
-use streamer_router::{Router, SubmissionLimits};
+use streamer_router::Router;
 use streamer_rpc::{Member, Members, local};
 use streamer_store::{Engine, Store};
 use streamer_telemetry::{Metrics, Traces};
@@ -26,7 +26,9 @@ use crate::{
     http::{Health, MetricsAccess, Need},
     incoming_body::Undecoded,
     peers::{PeerList, ServiceToken},
+    sections::{dynamo_options, gateway_options, limits, processor_options, size},
     serve::{Options, Server},
+    tenant_limits,
 };
 
 /// More file descriptors are not counted on, whatever the limit.
@@ -51,6 +53,7 @@ pub(crate) struct Services {
     pub(crate) auth: AuthLayer,
     pub(crate) metrics_access: MetricsAccess,
     pub(crate) max_message_bytes: usize,
+    pub(crate) tenant_limits: LimitsByTenant,
 }
 
 /// What is needed to build services, and which of them.
@@ -110,6 +113,9 @@ impl Services {
         let (authenticator, dev_key) = authenticator(config, clock.clone())?;
         let auth = AuthLayer::new(authenticator.clone(), audit(config, &clock, &metrics)?);
         let limits = limits(config, largest);
+        let tenant_limits = tenant_limits::new(config);
+        tenant_limits::register(&tenant_limits, &metrics);
+        let open_watches = Arc::new(OpenWatches::new(tenant_limits.clone()));
         let alone = role == Role::All;
         let load = || ServiceToken::load(&config.peers.secret_file, &config.server.data);
         let token = (!alone).then(load).transpose().map_err(StartError::Secret)?;
@@ -128,6 +134,7 @@ impl Services {
                     members: all.progress.clone(),
                     serving: is_serving.clone(),
                 }),
+                open_watches: open_watches.clone(),
                 is_shared: config.store.engine == "dynamodb",
             })
         });
@@ -170,10 +177,7 @@ impl Services {
                 progress: watches.clone(),
                 metrics: metrics.clone(),
                 limits,
-                submissions: SubmissionLimits {
-                    of_tenant: number(config.limits.submissions_per_second_per_tenant),
-                    of_user: number(config.limits.submissions_per_second_per_user),
-                },
+                tenant_limits: tenant_limits.clone(),
                 hints: config.execution.hints,
             })
         });
@@ -197,6 +201,7 @@ impl Services {
                 metrics: metrics.clone(),
                 traces: traces.clone(),
                 options: gateway_options(config, limits),
+                open_watches,
             })
         });
         let pass_on = (role == Role::Gateway).then(|| PassOn {
@@ -241,6 +246,7 @@ impl Services {
                 needs_operator: config.server.metrics_need_operator,
             },
             max_message_bytes: limits.max_message_bytes(),
+            tenant_limits,
         };
         Ok((services, dev_key))
     }
@@ -300,6 +306,8 @@ impl Services {
                 gateway.run(stop).await;
             }
         }));
+        let limits = self.tenant_limits.clone();
+        tasks.push(tokio::spawn(tenant_limits::rotate_use(limits, shutdown.serving.clone())));
         let stop = shutdown.serving.clone();
         tasks.push(tokio::spawn(async move { self.health.watch(stop).await }));
         tasks
@@ -359,24 +367,6 @@ async fn open_store(
     Ok((streamer_store::open(&engine).map_err(StartError::Store)?, None))
 }
 
-/// Section `dynamodb`.
-#[must_use]
-pub fn dynamo_options(config: &Config) -> DynamoOptions {
-    let dynamodb = &config.dynamodb;
-    let given = |text: &String| (!text.is_empty()).then(|| text.clone());
-    let hours = dynamodb.retention_hours;
-    DynamoOptions {
-        endpoint: given(&dynamodb.endpoint),
-        region: given(&dynamodb.region),
-        table_prefix: dynamodb.table_prefix.clone(),
-        queue_shards: number(dynamodb.queue_shards),
-        max_concurrent_operations: size(dynamodb.max_concurrent_operations),
-        retention: (hours > 0).then(|| Duration::from_secs(hours * 3600)),
-        stream: dynamodb.stream,
-        objects: given(&dynamodb.objects),
-    }
-}
-
 fn authenticator(
     config: &Config,
     clock: Arc<dyn Clock>,
@@ -424,71 +414,4 @@ fn authenticator(
         max_token_bytes: size(auth.max_token_bytes),
     };
     Ok((Arc::new(Authenticator::new(keys, jwks, rules, clock)), None))
-}
-
-/// The option that lets the engine take larger values.
-const OBJECTS_OPTION: &str = "store.engine dynamodb without dynamodb.objects";
-
-fn limits(config: &Config, largest: Option<usize>) -> Limits {
-    let max_payload_bytes = size(config.limits.max_payload_bytes);
-    let max_output_chunk_bytes = size(config.limits.max_output_chunk_bytes);
-    let largest = largest.unwrap_or(usize::MAX);
-    Limits {
-        max_payload_bytes: max_payload_bytes.min(largest),
-        max_output_chunk_bytes: max_output_chunk_bytes.min(largest),
-        payload_rule: if max_payload_bytes <= largest { PAYLOAD_OPTION } else { OBJECTS_OPTION },
-    }
-}
-
-fn processor_options(config: &Config, limits: Limits, shared: bool) -> ProcessorOptions {
-    let execution = &config.execution;
-    // A tenant gets half of it, and what it reports may wait for a batch that is on its way.
-    let least_output = limits.max_worker_message_bytes().saturating_mul(4);
-    ProcessorOptions {
-        max_concurrent_attempts: number(execution.max_concurrent_attempts),
-        tenant_share: number(execution.tenant_share_percent),
-        max_concurrent_sync: size(execution.max_concurrent_sync),
-        sync_timeout: Duration::from_millis(execution.sync_threshold_ms.max(1)),
-        lease: Duration::from_millis(execution.lease_ms),
-        cancel_grace: Duration::from_millis(execution.cancel_grace_ms),
-        poll_interval: Duration::from_millis(execution.poll_interval_ms),
-        drain_timeout: Duration::from_millis(config.server.drain_timeout_ms),
-        max_buffered_output_bytes: size(execution.max_buffered_output_bytes).max(least_output),
-        limits,
-        sync_threshold: Duration::from_millis(execution.sync_threshold_ms),
-        shared,
-        poll_queue: execution.poll_queue,
-    }
-}
-
-fn gateway_options(config: &Config, limits: Limits) -> GatewayOptions {
-    let gateway = &config.gateway;
-    // One of the largest size must get through: fragments and the frame that comes.
-    let largest_message = limits.max_message_bytes().saturating_mul(2);
-    GatewayOptions {
-        allowed_origins: gateway.allowed_origins.clone(),
-        max_connections: size(gateway.max_connections),
-        max_connections_per_user: size(gateway.max_connections_per_user),
-        max_connections_per_address: size(gateway.max_connections_per_address),
-        max_subscriptions: size(gateway.max_subscriptions),
-        max_in_flight: size(gateway.max_in_flight),
-        messages_per_second: number(gateway.messages_per_second),
-        message_burst: number(gateway.message_burst),
-        max_message_bytes: limits.max_message_bytes(),
-        max_buffered_bytes: size(gateway.max_buffered_bytes).max(largest_message),
-        max_buffered_bytes_per_user: size(gateway.max_buffered_bytes_per_user).max(largest_message),
-        message_timeout: Duration::from_millis(gateway.message_timeout_ms),
-        heartbeat: Duration::from_millis(gateway.heartbeat_ms),
-        slow_consumer_timeout: Duration::from_millis(gateway.slow_consumer_timeout_ms),
-        handshake_timeout: Duration::from_millis(gateway.handshake_timeout_ms),
-        reconnect_after: Duration::from_millis(gateway.reconnect_after_ms),
-    }
-}
-
-fn number(value: u64) -> u32 {
-    u32::try_from(value).unwrap_or(u32::MAX)
-}
-
-fn size(value: u64) -> usize {
-    usize::try_from(value).unwrap_or(usize::MAX)
 }

@@ -16,7 +16,7 @@ mod watcher;
 use std::sync::Arc;
 
 use streamer_auth::{AuthLayer, AuthService};
-use streamer_core::{Clock, Limits, Uid};
+use streamer_core::{Clock, Limits, OpenWatches, Uid};
 use streamer_proto::{
     internal::v1::event_log_service_server::EventLogServiceServer,
     progress::v1::progress_service_server::ProgressServiceServer,
@@ -46,6 +46,8 @@ pub struct Dependencies {
     pub limits: Limits,
     /// Where this instance stands among others; `None` when it is the only one.
     pub ring: Option<Ring>,
+    /// How many watches tenants and users have open in this process.
+    pub open_watches: Arc<OpenWatches>,
     /// Whether other processes write to the store.
     pub is_shared: bool,
 }
@@ -101,10 +103,11 @@ impl Progress {
     /// Wires the service.
     #[must_use]
     pub fn build(dependencies: Dependencies) -> Self {
-        let Dependencies { store, clock, auth, metrics, limits, ring, is_shared } = dependencies;
+        let Dependencies { store, clock, auth, metrics, limits, ring, open_watches, is_shared } =
+            dependencies;
         let metrics = ProgressMetrics::new(&metrics);
         let topics = Arc::new(Topics::new(store.clone(), metrics.clone(), ring.clone(), is_shared));
-        let watch = WatchService::new(topics.clone(), store.clone(), ring, limits);
+        let watch = WatchService::new(topics.clone(), store.clone(), ring, limits, open_watches);
         let public =
             ProgressServiceServer::new(watch).max_decoding_message_size(limits.max_message_bytes());
         let log = LogService::new(topics.clone(), store, clock, metrics);

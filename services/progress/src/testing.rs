@@ -3,7 +3,7 @@
 use std::time::Duration;
 
 use streamer_core::{Timestamp, Uid};
-use streamer_store::{Claim, ClaimOutcome, NewRequest, Owner, Store, StoredPayload};
+use streamer_store::{Claim, ClaimOutcome, NewRequest, Owner, Quota, Store, StoredPayload};
 
 const LEASE: Duration = Duration::from_secs(60);
 
@@ -14,6 +14,7 @@ pub(crate) async fn running_request(store: &dyn Store, uid: Uid, now: Timestamp)
         client_id: None,
         owner: Owner { tenant: "acme".into(), user: "ann".into() },
         fingerprint: [0; 32],
+        quota: Quota::default(),
         action: "a".into(),
         payload: StoredPayload { content_type: String::new(), data: "1".into() },
         metadata: None,

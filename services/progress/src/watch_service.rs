@@ -6,10 +6,13 @@ use std::{
     time::Duration,
 };
 
-use futures_util::stream::BoxStream;
+use futures_util::{
+    StreamExt,
+    stream::{self, BoxStream},
+};
 use parking_lot::Mutex;
 use streamer_auth::{Caller, Principal};
-use streamer_core::{Limits, Uid, Violations, validate};
+use streamer_core::{Limits, OpenWatch, OpenWatches, Uid, Violations, validate};
 use streamer_proto::{
     common::v1::Event,
     progress::v1::{
@@ -18,7 +21,8 @@ use streamer_proto::{
     },
 };
 use streamer_rpc::{
-    FORWARDED, Member, encode_event, not_found, store_status, validation_status, with_authorization,
+    COUNTED, FORWARDED, Member, encode_event, not_found, status, store_status, validation_status,
+    with_authorization,
 };
 use streamer_store::{Owner, RequestRecord, Store, StoreError, find_by_name};
 use tokio::{sync::OnceCell, time::timeout};
@@ -44,6 +48,7 @@ pub struct WatchService {
     store: Arc<dyn Store>,
     ring: Option<Ring>,
     limits: Limits,
+    open_watches: Arc<OpenWatches>,
     finding: Finding,
 }
 
@@ -63,8 +68,9 @@ impl WatchService {
         store: Arc<dyn Store>,
         ring: Option<Ring>,
         limits: Limits,
+        open_watches: Arc<OpenWatches>,
     ) -> Self {
-        Self { topics, store, ring, limits, finding: Mutex::default() }
+        Self { topics, store, ring, limits, open_watches, finding: Mutex::default() }
     }
 
     /// Passes a watch on to the instance that the request belongs to, where its events come first;
@@ -193,6 +199,7 @@ impl ProgressService for WatchService {
     ) -> Result<Response<Self::WatchStream>, Status> {
         let caller = caller(&request)?;
         let forwarded = request.metadata().contains_key(FORWARDED);
+        let is_counted = forwarded || request.metadata().contains_key(COUNTED);
         let request = request.into_inner();
         let mut violations = check_name(&request.request_id);
         if let Some(after_seq) = request.after_seq {
@@ -202,11 +209,19 @@ impl ProgressService for WatchService {
         if let Some(ring) = &self.ring {
             ring.check_serving()?;
         }
+        let principal = &caller.principal;
+        let counted = if is_counted {
+            None
+        } else {
+            let of_user = self.open_watches.of(&principal.tenant, &principal.user);
+            Some(of_user.open().map_err(|error| status(&error))?)
+        };
         if !forwarded && let Some(stream) = self.pass_on(&caller, &request).await? {
-            return Ok(Response::new(stream));
+            return Ok(Response::new(while_open(stream, counted)));
         }
-        let subscription = self.subscribe(&caller.principal, &request.request_id).await?;
-        let watcher = Watcher::new(subscription, self.topics.clone(), self.store.clone(), &request);
+        let subscription = self.subscribe(principal, &request.request_id).await?;
+        let (topics, store) = (self.topics.clone(), self.store.clone());
+        let watcher = Watcher::new(subscription, topics, store, &request, counted);
         Ok(Response::new(watcher.into_stream()))
     }
 
@@ -240,6 +255,18 @@ impl ProgressService for WatchService {
         }
         Ok(Response::new(ListEventsResponse { events }))
     }
+}
+
+/// The stream, with what counts for as long as it lives.
+fn while_open<T: Send + 'static>(
+    stream: BoxStream<'static, T>,
+    counted: Option<OpenWatch>,
+) -> BoxStream<'static, T> {
+    let both = stream::unfold((stream, counted), |(mut stream, counted)| async move {
+        let item = stream.next().await?;
+        Some((item, (stream, counted)))
+    });
+    Box::pin(both)
 }
 
 fn caller<T>(request: &Request<T>) -> Result<Caller, Status> {

@@ -4,6 +4,7 @@ use std::sync::Arc;
 
 use futures_util::stream::{self, BoxStream};
 use prometheus_client::metrics::gauge::Gauge;
+use streamer_core::OpenWatch;
 use streamer_proto::{
     common::v1::{Event, PayloadEncoding},
     progress::v1::{WatchRequest, WatchResponse},
@@ -31,6 +32,8 @@ pub(crate) struct Watcher {
     snapshot_sent: bool,
     ended: bool,
     _counted: Counted,
+    /// Counts it as one of its user; `None` when its gateway counts it.
+    _open: Option<OpenWatch>,
 }
 
 impl Drop for Watcher {
@@ -56,6 +59,7 @@ impl Watcher {
         topics: Arc<Topics>,
         store: Arc<dyn Store>,
         request: &WatchRequest,
+        open: Option<OpenWatch>,
     ) -> Self {
         let watchers = topics.metrics().watchers.clone();
         watchers.inc();
@@ -70,6 +74,7 @@ impl Watcher {
             snapshot_sent: false,
             ended: false,
             _counted: Counted(watchers),
+            _open: open,
         }
     }
 
@@ -207,7 +212,8 @@ mod tests {
         topics.create(uid, &Request { last_seq: 1, ..Request::default() }, &[accepted]);
         let request = WatchRequest { outcome_only: true, ..WatchRequest::default() };
         let subscription = topics.loaded(uid).unwrap();
-        let mut watch = Watcher::new(subscription, topics.clone(), store, &request).into_stream();
+        let mut watch =
+            Watcher::new(subscription, topics.clone(), store, &request, None).into_stream();
         let first = watch.next().await.unwrap().unwrap();
         assert!(first.snapshot.is_some() && first.events.is_empty(), "{first:?}");
         let progress = |seq| event(seq, Kind::Progress(Progress::default()));

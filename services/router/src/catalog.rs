@@ -222,13 +222,17 @@ impl Catalog {
             loop {
                 if let Err(status) = catalog.follow_once(&peers, &member).await {
                     let name = &*member.name;
-                    if said.is_none_or(|at: Instant| at.elapsed() > SAY_AGAIN) {
-                        tracing::warn!(%status, name, "cannot follow a list of actions");
-                        said = Some(Instant::now());
-                    }
                     losses += 1;
                     if losses == LOST {
                         catalog.note_lost(name);
+                    }
+                    // Processors that stop, or start, are not worth a warning.
+                    let is_due = said.is_none_or(|at: Instant| at.elapsed() > SAY_AGAIN);
+                    if losses >= LOST && is_due {
+                        tracing::warn!(%status, name, "cannot follow a list of actions");
+                        said = Some(Instant::now());
+                    } else {
+                        tracing::debug!(%status, name, "cannot follow a list of actions");
                     }
                 } else {
                     losses = 0;

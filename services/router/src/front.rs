@@ -4,7 +4,8 @@ use std::{sync::Arc, time::Duration};
 
 use streamer_auth::{Caller, Principal, Subject};
 use streamer_core::{
-    Clock, ErrorCode, Limits, RequestError, Timestamp, Uid, Violations, limits, validate,
+    Clock, ErrorCode, Limits, LimitsByTenant, RequestError, Timestamp, Uid, Violations, limits,
+    validate,
 };
 use streamer_proto::{
     common::v1::{
@@ -24,7 +25,7 @@ use streamer_store::{
 };
 use streamer_telemetry::{TraceContext, trace_span};
 use tokio::time::Instant;
-use tonic::Status;
+use tonic::{Code, Status};
 use tracing::Instrument;
 
 use crate::{
@@ -34,6 +35,7 @@ use crate::{
     metrics::RouterMetrics,
     peers::Peers,
     queue::{self, MAX_AHEAD, MAX_AHEAD_OF_NEW},
+    quota,
     refusal::{failed_precondition, forbidden, permitted, refuse},
     submission_rates::SubmissionRates,
     wait,
@@ -56,6 +58,7 @@ pub(crate) struct Front {
     pub(crate) limits: Limits,
     pub(crate) changes: ChangeLimiter,
     pub(crate) submissions: SubmissionRates,
+    pub(crate) tenant_limits: LimitsByTenant,
 }
 
 /// A request that is stored.
@@ -210,6 +213,10 @@ impl Front {
                     response.outcome = completed.map(Outcome::Completed);
                 }
                 Ok(None) => {}
+                // The caller has too many watches open, and can watch later.
+                Err(status) if status.code() == Code::ResourceExhausted => {
+                    tracing::debug!(uid = %record.uid, %status, "may not wait");
+                }
                 Err(status) => tracing::warn!(uid = %record.uid, %status, "could not wait"),
             }
         }
@@ -263,6 +270,7 @@ impl Front {
             redrive_of,
             trace_parent: trace.as_ref().map(TraceContext::trace_parent),
             trace_state: trace.as_ref().and_then(TraceContext::trace_state),
+            quota: quota::of(&self.tenant_limits, &owner.tenant),
         };
         // A request that is stored must be announced, also when its client has gone away.
         let front = self.clone();
@@ -276,11 +284,11 @@ impl Front {
         owner: Owner,
         known: Option<Arc<Known>>,
     ) -> Result<Created, Status> {
-        let (uid, is_delayed) = (new.uid, new.not_before > new.create_time);
+        let (uid, is_delayed, quota) = (new.uid, new.not_before > new.create_time, new.quota);
         let created =
             self.store.create_request(new).instrument(trace_span!("store.create_request"));
         match created.await.map_err(|error| store_status(&error))? {
-            CreateOutcome::Created(record, _) | CreateOutcome::Existing(record)
+            CreateOutcome::Created(record, ..) | CreateOutcome::Existing(record)
                 if record.owner != owner =>
             {
                 tracing::error!(%uid, "two requests were given one id");
@@ -290,8 +298,9 @@ impl Front {
             CreateOutcome::Existing(record) if record.uid == uid => {
                 Ok(self.created_before(*record).await)
             }
-            CreateOutcome::Created(record, accepted) => {
+            CreateOutcome::Created(record, accepted, used) => {
                 self.metrics.submitted_async.inc();
+                quota::note_use(&self.tenant_limits, &quota, used);
                 // In this order: the log exists before anybody writes to it.
                 self.peers.announce(record.uid, *accepted, Some(request_to_proto(&record))).await;
                 let not_before = is_delayed.then_some(record.not_before);
@@ -302,6 +311,11 @@ impl Front {
             CreateOutcome::Existing(record) => {
                 self.metrics.duplicates.inc();
                 Ok(Created { record: *record, duplicate: true, outlook: None })
+            }
+            CreateOutcome::OverQuota(limit) => {
+                self.metrics.refused.inc();
+                self.tenant_limits.note_use(limit, 1, 1);
+                Err(quota::refusal(limit, &quota))
             }
             CreateOutcome::Conflict(record) => Err(status(&RequestError::new(
                 ErrorCode::Conflict,

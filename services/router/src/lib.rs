@@ -12,6 +12,7 @@ mod metrics;
 mod operations;
 mod peers;
 mod queue;
+mod quota;
 mod redrive;
 mod refusal;
 mod router_service;
@@ -21,7 +22,7 @@ mod wait;
 use std::{sync::Arc, time::Duration};
 
 use streamer_auth::{AuthLayer, AuthService};
-use streamer_core::{Clock, Limits};
+use streamer_core::{Clock, Limits, LimitsByTenant};
 use streamer_proto::{
     longrunning::operations_server::OperationsServer,
     router::v1::router_service_server::RouterServiceServer,
@@ -36,8 +37,6 @@ use crate::{
     operations::OperationsApi, peers::Peers, router_service::RouterApi,
     submission_rates::SubmissionRates,
 };
-
-pub use submission_rates::SubmissionLimits;
 
 /// What the router needs.
 pub struct Dependencies {
@@ -57,8 +56,8 @@ pub struct Dependencies {
     pub metrics: Metrics,
     /// Sizes that bound payloads and results.
     pub limits: Limits,
-    /// How often tenants and users may submit.
-    pub submissions: SubmissionLimits,
+    /// How much tenants and users may submit and have.
+    pub tenant_limits: LimitsByTenant,
     /// Whether processors are told of new requests.
     pub hints: bool,
 }
@@ -99,7 +98,8 @@ impl Router {
             metrics: RouterMetrics::new(&dependencies.metrics),
             limits: dependencies.limits,
             changes: ChangeLimiter::default(),
-            submissions: SubmissionRates::new(dependencies.submissions),
+            submissions: SubmissionRates::new(dependencies.tenant_limits.clone()),
+            tenant_limits: dependencies.tenant_limits,
         });
         let public = RouterServiceServer::new(RouterApi::new(front.clone()))
             .max_decoding_message_size(max_message_bytes)

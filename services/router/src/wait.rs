@@ -71,5 +71,8 @@ async fn end_of(mut stream: Streaming<WatchResponse>) -> Result<Option<Event>, S
 
 /// Watching again would not help.
 fn is_lasting(status: &Status) -> bool {
-    matches!(status.code(), Code::NotFound | Code::PermissionDenied | Code::Unauthenticated)
+    matches!(
+        status.code(),
+        Code::NotFound | Code::PermissionDenied | Code::Unauthenticated | Code::ResourceExhausted
+    )
 }

@@ -10,7 +10,7 @@ use streamer_proto::{
     timestamp,
 };
 use streamer_store::{
-    Append, Claim, ClaimOutcome, Engine, NewRequest, Owner, Store, StoredPayload, Writer,
+    Append, Claim, ClaimOutcome, Engine, NewRequest, Owner, Quota, Store, StoredPayload, Writer,
 };
 use tempfile::TempDir;
 use tokio::{
@@ -150,5 +150,6 @@ fn new_request() -> NewRequest {
         trace_parent: None,
         trace_state: None,
         fingerprint: [0; 32],
+        quota: Quota::default(),
     }
 }

@@ -8,14 +8,17 @@ use rusqlite::{Connection, OptionalExtension, params};
 use streamer_core::{OutputDigest, RequestState, Timestamp, Uid};
 use streamer_proto::common::v1::{Accepted, Cancelled, Event, OutputSummary, Started, event::Kind};
 
-use super::{checksum, row};
+use super::{
+    checksum, row,
+    usage::{Db, signed},
+};
 use crate::{
     Adopt, Append, Appended, CancelOutcome, Claim, ClaimOutcome, Claimed, CreateOutcome,
-    DeleteOutcome, Lease, NewRequest, Renewed, RequestRecord, StoredPayload, Writer,
+    DeleteOutcome, Lease, NewRequest, Owner, Renewed, RequestRecord, StoredPayload, Writer,
 };
 pub(super) use read::{count, events, expired, find, get, list, payload};
 
-pub(super) fn create(db: &Connection, new: &NewRequest) -> rusqlite::Result<CreateOutcome> {
+pub(super) fn create(db: &Db<'_>, new: &NewRequest) -> rusqlite::Result<CreateOutcome> {
     if let Some(existing) = existing(db, new)? {
         let (record, fingerprint) = existing;
         return Ok(if fingerprint == new.fingerprint {
@@ -23,6 +26,18 @@ pub(super) fn create(db: &Connection, new: &NewRequest) -> rusqlite::Result<Crea
         } else {
             CreateOutcome::Conflict(Box::new(record))
         });
+    }
+    let accepted =
+        event(1, 0, new.create_time, Kind::Accepted(Accepted { action: new.action.clone() }));
+    let batch = encode_batch(std::slice::from_ref(&accepted));
+    let metadata = new.metadata.as_ref().map_or(0, Bytes::len);
+    let bytes = new.payload.data.len() + metadata + batch.len();
+    let mut used = db.usage_of(&new.owner)?;
+    used.queued_of_tenant += 1;
+    used.queued_of_user += 1;
+    used.stored_bytes_of_tenant += bytes as u64;
+    if let Some(limit) = new.quota.exceeded_by(used) {
+        return Ok(CreateOutcome::OverQuota(limit));
     }
     let record = RequestRecord {
         uid: new.uid,
@@ -49,14 +64,12 @@ pub(super) fn create(db: &Connection, new: &NewRequest) -> rusqlite::Result<Crea
         trace_parent: new.trace_parent.clone(),
         trace_state: new.trace_state.clone(),
     };
-    let accepted =
-        event(1, 0, new.create_time, Kind::Accepted(Accepted { action: new.action.clone() }));
     db.prepare_cached(
         "INSERT INTO requests (uid, client_id, tenant, user, action, state, attempt, last_seq,
              attempt_seq, priority, create_time, not_before, deadline, close_by, expire_at,
-             metadata, redrive_of, trace_parent, trace_state, fingerprint, crc)
+             metadata, redrive_of, trace_parent, trace_state, fingerprint, crc, bytes)
          VALUES (?1, ?2, ?3, ?4, ?5, 0, 0, 1, 0, ?6, ?7, ?8, ?9, ?10, ?11, ?12, ?13, ?14, ?15,
-             ?16, ?17)",
+             ?16, ?17, ?18)",
     )?
     .execute(params![
         new.uid.to_bytes(),
@@ -76,6 +89,7 @@ pub(super) fn create(db: &Connection, new: &NewRequest) -> rusqlite::Result<Crea
         new.trace_state,
         new.fingerprint,
         checksum::of_request(&record),
+        signed(bytes),
     ])?;
     db.prepare_cached("INSERT INTO payloads VALUES (?1, ?2, ?3, ?4)")?.execute(params![
         new.uid.to_bytes(),
@@ -83,8 +97,9 @@ pub(super) fn create(db: &Connection, new: &NewRequest) -> rusqlite::Result<Crea
         &new.payload.data[..],
         checksum::of_value(new.uid, 0, &new.payload.data),
     ])?;
-    insert_events(db, new.uid, std::slice::from_ref(&accepted))?;
-    Ok(CreateOutcome::Created(Box::new(record), Box::new(accepted)))
+    insert_batch(db, new.uid, 1, &batch)?;
+    db.change_usage(&new.owner, 1, signed(bytes))?;
+    Ok(CreateOutcome::Created(Box::new(record), Box::new(accepted), used))
 }
 
 /// What this submission stands for already: by the caller's id, or by its own when it is repeated.
@@ -109,7 +124,7 @@ fn existing(
     }
 }
 
-pub(super) fn claim(db: &Connection, claim: &Claim) -> rusqlite::Result<ClaimOutcome> {
+pub(super) fn claim(db: &Db<'_>, claim: &Claim) -> rusqlite::Result<ClaimOutcome> {
     let Some(mut record) = get(db, claim.uid)? else { return Ok(ClaimOutcome::NotClaimable) };
     if record.state != RequestState::Queued || record.not_before > claim.now {
         return Ok(ClaimOutcome::NotClaimable);
@@ -130,9 +145,11 @@ pub(super) fn claim(db: &Connection, claim: &Claim) -> rusqlite::Result<ClaimOut
         claim.now,
         Kind::Started(Started { worker: claim.shown_worker().to_owned() }),
     );
+    let bytes = insert_events(db, claim.uid, std::slice::from_ref(&started))?;
     db.prepare_cached(
         "UPDATE requests SET state = 1, attempt = ?2, last_seq = ?3, attempt_seq = ?3,
-             start_time = ?4, lease_until = ?5, lease_holder = ?6, worker = ?7, progress = NULL
+             start_time = ?4, lease_until = ?5, lease_holder = ?6, worker = ?7, progress = NULL,
+             bytes = bytes + ?8
          WHERE uid = ?1",
     )?
     .execute(params![
@@ -143,8 +160,9 @@ pub(super) fn claim(db: &Connection, claim: &Claim) -> rusqlite::Result<ClaimOut
         claim.lease_until.as_millis(),
         claim.holder,
         claim.worker_identity(),
+        bytes,
     ])?;
-    insert_events(db, claim.uid, std::slice::from_ref(&started))?;
+    db.change_usage(&record.owner, -1, bytes)?;
     let checkpoint = db
         .prepare_cached("SELECT data, crc FROM checkpoints WHERE uid = ?1")?
         .query_row([claim.uid.to_bytes()], |row| {
@@ -184,11 +202,13 @@ struct Standing {
     last_seq: i64,
     lease_until: i64,
     cancel_reason: Option<String>,
+    owner: Owner,
+    bytes: i64,
 }
 
 fn standing(db: &Connection, uid: Uid) -> rusqlite::Result<Option<Standing>> {
     db.prepare_cached(
-        "SELECT state, attempt, last_seq, lease_until, cancel_reason
+        "SELECT state, attempt, last_seq, lease_until, cancel_reason, tenant, user, bytes
          FROM requests WHERE uid = ?1",
     )?
     .query_row([uid.to_bytes()], |row| {
@@ -198,12 +218,14 @@ fn standing(db: &Connection, uid: Uid) -> rusqlite::Result<Option<Standing>> {
             last_seq: row.get(2)?,
             lease_until: row.get::<_, Option<i64>>(3)?.unwrap_or(0),
             cancel_reason: row.get(4)?,
+            owner: Owner { tenant: row.get(5)?, user: row.get(6)? },
+            bytes: row.get(7)?,
         })
     })
     .optional()
 }
 
-pub(super) fn append(db: &Connection, append: &Append) -> rusqlite::Result<Appended> {
+pub(super) fn append(db: &Db<'_>, append: &Append) -> rusqlite::Result<Appended> {
     let Some(standing) = standing(db, append.uid)? else { return Ok(Appended::NotFound) };
     let applied = || Appended::Applied { cancel_reason: standing.cancel_reason.clone() };
     if let Some(last) = append.events.last()
@@ -233,24 +255,44 @@ pub(super) fn append(db: &Connection, append: &Append) -> rusqlite::Result<Appen
             last_seq: standing.last_seq,
         });
     }
-    insert_events(db, append.uid, &append.events)?;
+    let mut bytes = insert_events(db, append.uid, &append.events)?;
     if let Some(checkpoint) = &append.checkpoint {
-        db.prepare_cached("INSERT OR REPLACE INTO checkpoints VALUES (?1, ?2, ?3)")?.execute(
-            params![
-                append.uid.to_bytes(),
-                &checkpoint[..],
-                checksum::of_value(append.uid, 0, checkpoint)
-            ],
-        )?;
+        bytes += replace_checkpoint(db, append.uid, checkpoint)?;
     }
-    if let Some(last) = append.events.last() {
-        advance(db, append, last)?;
-    }
+    let is_queued = match append.events.last() {
+        Some(last) => {
+            advance(db, append, last, bytes)?;
+            match last.kind {
+                Some(Kind::Retrying(_)) => true,
+                Some(Kind::Succeeded(_) | Kind::Failed(_) | Kind::Cancelled(_)) => false,
+                _ => standing.state == RequestState::Queued,
+            }
+        }
+        None => {
+            db.prepare_cached("UPDATE requests SET bytes = bytes + ?2 WHERE uid = ?1")?
+                .execute(params![append.uid.to_bytes(), bytes])?;
+            standing.state == RequestState::Queued
+        }
+    };
+    let queued = i64::from(is_queued) - i64::from(standing.state == RequestState::Queued);
+    db.change_usage(&standing.owner, queued, bytes)?;
     Ok(applied())
 }
 
-/// Moves the request to where its last event says it is.
-fn advance(db: &Connection, append: &Append, last: &Event) -> rusqlite::Result<()> {
+/// Returns by how many bytes it is larger than the one before.
+fn replace_checkpoint(db: &Connection, uid: Uid, checkpoint: &Bytes) -> rusqlite::Result<i64> {
+    let before = db
+        .prepare_cached("SELECT LENGTH(data) FROM checkpoints WHERE uid = ?1")?
+        .query_row([uid.to_bytes()], |row| row.get::<_, i64>(0))
+        .optional()?;
+    db.prepare_cached("INSERT OR REPLACE INTO checkpoints VALUES (?1, ?2, ?3)")?.execute(
+        params![uid.to_bytes(), &checkpoint[..], checksum::of_value(uid, 0, checkpoint)],
+    )?;
+    Ok(signed(checkpoint.len()) - before.unwrap_or(0))
+}
+
+/// Moves the request to where its last event says it is. It grows by this many bytes, with its log.
+fn advance(db: &Connection, append: &Append, last: &Event, bytes: i64) -> rusqlite::Result<()> {
     let uid = append.uid.to_bytes();
     let progress = append.events.iter().rev().find_map(|event| match &event.kind {
         Some(Kind::Progress(progress)) => Some(progress.encode_to_vec()),
@@ -260,7 +302,7 @@ fn advance(db: &Connection, append: &Append, last: &Event) -> rusqlite::Result<(
         db.prepare_cached(
             "UPDATE requests SET state = ?2, last_seq = ?3, finish_time = ?4, error = ?5,
                  output_chunks = ?6, output_sha256 = ?7, progress = COALESCE(?8, progress),
-                 lease_until = NULL, lease_holder = NULL, worker = NULL
+                 lease_until = NULL, lease_holder = NULL, worker = NULL, bytes = bytes + ?9
              WHERE uid = ?1",
         )?
         .execute(params![
@@ -272,6 +314,7 @@ fn advance(db: &Connection, append: &Append, last: &Event) -> rusqlite::Result<(
             output.map_or(0, |output| output.chunks),
             output.map(|output| &output.sha256[..]),
             progress,
+            bytes,
         ])
     };
     match &last.kind {
@@ -289,23 +332,25 @@ fn advance(db: &Connection, append: &Append, last: &Event) -> rusqlite::Result<(
             let retry_at = append.retry_at.unwrap_or(append.now);
             db.prepare_cached(
                 "UPDATE requests SET state = 0, last_seq = ?2, not_before = ?3, progress = NULL,
-                     lease_until = NULL, lease_holder = NULL, worker = NULL, expire_at = close_by
+                     lease_until = NULL, lease_holder = NULL, worker = NULL, expire_at = close_by,
+                     bytes = bytes + ?4
                  WHERE uid = ?1",
             )?
-            .execute(params![uid, last.seq, retry_at.as_millis()])?
+            .execute(params![uid, last.seq, retry_at.as_millis(), bytes])?
         }
         _ => db
             .prepare_cached(
-                "UPDATE requests SET last_seq = ?2, progress = COALESCE(?3, progress)
+                "UPDATE requests SET last_seq = ?2, progress = COALESCE(?3, progress),
+                     bytes = bytes + ?4
                  WHERE uid = ?1",
             )?
-            .execute(params![uid, last.seq, progress])?,
+            .execute(params![uid, last.seq, progress, bytes])?,
     };
     Ok(())
 }
 
 pub(super) fn cancel(
-    db: &Connection,
+    db: &Db<'_>,
     uid: Uid,
     reason: &str,
     now: Timestamp,
@@ -344,8 +389,9 @@ pub(super) fn cancel(
                 retry_at: None,
                 now,
             };
-            insert_events(db, uid, &append.events)?;
-            advance(db, &append, &cancelled)?;
+            let bytes = insert_events(db, uid, &append.events)?;
+            advance(db, &append, &cancelled, bytes)?;
+            db.change_usage(&record.owner, -1, bytes)?;
             db.prepare_cached("UPDATE requests SET cancel_reason = ?2 WHERE uid = ?1")?
                 .execute(params![uid.to_bytes(), reason])?;
             record.state = RequestState::Cancelled;
@@ -382,12 +428,12 @@ pub(super) fn renew(
     Ok(renewed)
 }
 
-pub(super) fn delete(db: &Connection, uid: Uid) -> rusqlite::Result<DeleteOutcome> {
-    if let Some(standing) = standing(db, uid)?
-        && !standing.state.is_terminal()
-    {
+pub(super) fn delete(db: &Db<'_>, uid: Uid) -> rusqlite::Result<DeleteOutcome> {
+    let Some(standing) = standing(db, uid)? else { return Ok(DeleteOutcome::Deleted) };
+    if !standing.state.is_terminal() {
         return Ok(DeleteOutcome::NotEnded);
     }
+    db.change_usage(&standing.owner, 0, -standing.bytes)?;
     for statement in [
         "DELETE FROM events WHERE uid = ?1",
         "DELETE FROM payloads WHERE uid = ?1",
@@ -408,16 +454,27 @@ fn event(seq: i64, attempt: u32, time: Timestamp, kind: Kind) -> Event {
     }
 }
 
-fn insert_events(db: &Connection, uid: Uid, events: &[Event]) -> rusqlite::Result<()> {
-    let Some(last) = events.last() else { return Ok(()) };
-    // An `EventBatch`, written field by field so that the events need not be copied into one.
+/// Returns how many bytes they take.
+fn insert_events(db: &Connection, uid: Uid, events: &[Event]) -> rusqlite::Result<i64> {
+    let Some(last) = events.last() else { return Ok(0) };
+    let batch = encode_batch(events);
+    insert_batch(db, uid, last.seq, &batch)?;
+    Ok(signed(batch.len()))
+}
+
+/// An `EventBatch`, written field by field so that the events need not be copied into one.
+fn encode_batch(events: &[Event]) -> Vec<u8> {
     let mut batch = Vec::new();
     for event in events {
         prost::encoding::message::encode(1, event, &mut batch);
     }
-    let crc = checksum::of_value(uid, last.seq, &batch);
+    batch
+}
+
+fn insert_batch(db: &Connection, uid: Uid, last_seq: i64, batch: &[u8]) -> rusqlite::Result<()> {
+    let crc = checksum::of_value(uid, last_seq, batch);
     db.prepare_cached("INSERT INTO events VALUES (?1, ?2, ?3, ?4)")?
-        .execute(params![uid.to_bytes(), last.seq, batch, crc])
+        .execute(params![uid.to_bytes(), last_seq, batch, crc])
         .map(drop)
 }
 

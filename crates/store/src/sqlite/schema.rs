@@ -7,7 +7,7 @@ use rusqlite::{Connection, OpenFlags};
 use super::sqlite_error;
 use crate::StoreError;
 
-const VERSION: i64 = 3;
+const VERSION: i64 = 4;
 
 /// Payload, events and hot columns are apart, so that a change of state rewrites a small row
 /// however large the payload is. Times are milliseconds since the Unix epoch; `uid` is a
@@ -45,6 +45,7 @@ CREATE TABLE requests (
     trace_parent TEXT,
     trace_state TEXT,
     fingerprint BLOB NOT NULL,
+    bytes INTEGER NOT NULL DEFAULT 0,
     crc INTEGER
 ) WITHOUT ROWID;
 CREATE UNIQUE INDEX requests_by_client_id ON requests (tenant, user, client_id)
@@ -106,6 +107,18 @@ CREATE TABLE health (only_row INTEGER PRIMARY KEY CHECK (only_row = 1), checks I
 INSERT INTO health VALUES (1, 0);
 ";
 
+/// What each tenant has (in its row without a user), and each user: queued requests, and bytes of payloads,
+/// metadata, events and checkpoints.
+pub(super) const USAGE: &str = "
+CREATE TABLE usage (
+    tenant TEXT NOT NULL,
+    user TEXT NOT NULL,
+    queued INTEGER NOT NULL,
+    bytes INTEGER NOT NULL,
+    PRIMARY KEY (tenant, user)
+) WITHOUT ROWID;
+";
+
 /// What version 2 has beyond version 1.
 const FROM_1_TO_2: &str = "
 ALTER TABLE requests ADD COLUMN close_by INTEGER;
@@ -131,6 +144,18 @@ CREATE TABLE actions (
 
 /// What version 3 has beyond version 2.
 const FROM_2_TO_3: &str = "ALTER TABLE requests ADD COLUMN trace_state TEXT;";
+
+/// What version 4 has beyond version 3, but for table `usage`.
+const FROM_3_TO_4: &str = "
+ALTER TABLE requests ADD COLUMN bytes INTEGER NOT NULL DEFAULT 0;
+UPDATE requests SET bytes = COALESCE(LENGTH(metadata), 0)
+    + COALESCE((SELECT LENGTH(data) FROM payloads WHERE payloads.uid = requests.uid), 0)
+    + COALESCE((SELECT LENGTH(data) FROM checkpoints WHERE checkpoints.uid = requests.uid), 0)
+    + COALESCE((SELECT SUM(LENGTH(batch)) FROM events WHERE events.uid = requests.uid), 0);
+INSERT INTO usage SELECT tenant, '', SUM(state = 0), SUM(bytes) FROM requests GROUP BY tenant;
+INSERT INTO usage SELECT tenant, user, COUNT(*), 0 FROM requests WHERE state = 0
+    GROUP BY tenant, user;
+";
 
 pub(super) fn open_for_writing(path: &Path) -> rusqlite::Result<Connection> {
     let connection = Connection::open(path)?;
@@ -189,9 +214,10 @@ pub(super) fn migrate(connection: &Connection) -> Result<(), StoreError> {
         .pragma_query_value(None, "user_version", |row| row.get(0))
         .map_err(|error| sqlite_error(doing, &error))?;
     let steps = match found {
-        0 => TABLES.to_owned(),
-        1 => format!("{FROM_1_TO_2} {FROM_2_TO_3}"),
-        2 => FROM_2_TO_3.to_owned(),
+        0 => format!("{TABLES} {USAGE}"),
+        1 => format!("{FROM_1_TO_2} {FROM_2_TO_3} {USAGE} {FROM_3_TO_4}"),
+        2 => format!("{FROM_2_TO_3} {USAGE} {FROM_3_TO_4}"),
+        3 => format!("{USAGE} {FROM_3_TO_4}"),
         VERSION => return Ok(()),
         _ => return Err(StoreError::TooNew { found, known: VERSION }),
     };
@@ -224,21 +250,36 @@ mod tests {
     #[test]
     fn a_file_of_version_2_is_brought_up_to_date() {
         let db = Connection::open_in_memory().unwrap();
-        let column = "    trace_state TEXT,\n";
-        assert!(TABLES.contains(column));
-        db.execute_batch(&TABLES.replace(column, "")).unwrap();
+        let mut tables = TABLES.to_owned();
+        for later in ["    trace_state TEXT,\n", "    bytes INTEGER NOT NULL DEFAULT 0,\n"] {
+            assert!(tables.contains(later));
+            tables = tables.replace(later, "");
+        }
+        db.execute_batch(&tables).unwrap();
         db.execute_batch(
             "PRAGMA user_version = 2;
              INSERT INTO requests (uid, tenant, user, action, state, attempt, last_seq, attempt_seq,
-                 priority, create_time, not_before, fingerprint)
-             VALUES (x'00', 't', 'u', 'a', 0, 0, 1, 0, 0, 1, 1, x'00');",
+                 priority, create_time, not_before, metadata, fingerprint)
+             VALUES (x'00', 't', 'u', 'a', 0, 0, 1, 0, 0, 1, 1, x'0102', x'00'),
+                 (x'01', 't', 'v', 'a', 2, 0, 1, 0, 0, 1, 1, NULL, x'00');
+             INSERT INTO payloads VALUES (x'00', '', x'010203', 0);
+             INSERT INTO events VALUES (x'00', 1, x'01', 0), (x'00', 2, x'0102', 0),
+                 (x'01', 1, x'010203', 0);",
         )
         .unwrap();
         migrate(&db).unwrap();
         let version: i64 = db.pragma_query_value(None, "user_version", |row| row.get(0)).unwrap();
         assert_eq!(version, VERSION);
-        let state = db.query_row("SELECT trace_state FROM requests", [], |row| row.get(0));
+        let state = db
+            .query_row("SELECT trace_state FROM requests WHERE uid = x'00'", [], |row| row.get(0));
         assert_eq!(state, Ok(None::<String>));
+        let usage = |user: &str| {
+            db.query_row("SELECT queued, bytes FROM usage WHERE user = ?1", [user], |row| {
+                Ok((row.get::<_, i64>(0)?, row.get::<_, i64>(1)?))
+            })
+        };
+        assert_eq!((usage(""), usage("u")), (Ok((1, 11)), Ok((1, 0))));
+        assert!(usage("v").is_err());
         migrate(&db).unwrap();
     }
 }

@@ -12,7 +12,12 @@ use tokio::sync::{
     oneshot,
 };
 
-use super::{checkpointer::Checkpointer, files::Files, sqlite_error};
+use super::{
+    checkpointer::Checkpointer,
+    files::Files,
+    sqlite_error,
+    usage::{Db, Usage},
+};
 use crate::StoreError;
 
 /// Operations beyond this wait before they are queued.
@@ -29,7 +34,7 @@ const GROUP_BYTES: usize = 256 * 1024;
 /// An operation that waits for its turn.
 trait Operation: Send {
     /// Applies it inside the open transaction. May be called again after a rollback.
-    fn apply(&mut self, db: &Connection) -> rusqlite::Result<()>;
+    fn apply(&mut self, db: &Db<'_>) -> rusqlite::Result<()>;
     /// Answers the caller, after the commit or its failure.
     fn answer(self: Box<Self>, committed: Result<(), StoreError>);
     /// What it does, for errors.
@@ -50,10 +55,10 @@ struct Pending<F, T> {
 
 impl<F, T> Operation for Pending<F, T>
 where
-    F: FnMut(&Connection) -> rusqlite::Result<T> + Send,
+    F: FnMut(&Db<'_>) -> rusqlite::Result<T> + Send,
     T: Send,
 {
-    fn apply(&mut self, db: &Connection) -> rusqlite::Result<()> {
+    fn apply(&mut self, db: &Db<'_>) -> rusqlite::Result<()> {
         self.output = Some((self.run)(db)?);
         Ok(())
     }
@@ -118,7 +123,7 @@ impl WriterThread {
         &self,
         doing: &'static str,
         bytes: usize,
-        run: impl FnMut(&Connection) -> rusqlite::Result<T> + Send + 'static,
+        run: impl FnMut(&Db<'_>) -> rusqlite::Result<T> + Send + 'static,
     ) -> Result<T, StoreError> {
         let closed = || StoreError::Unavailable { doing, reason: "it is closed".into() };
         let queues = self.queues.as_ref().ok_or_else(closed)?;
@@ -198,11 +203,13 @@ fn take(queue: &mut mpsc::Receiver<Boxed>, group: &mut Vec<Boxed>) -> bool {
 }
 
 fn write_until_closed(
-    db: &Connection,
+    connection: &Connection,
     files: &Files,
     mut checkpointer: Checkpointer,
     mut waiting: Waiting,
 ) {
+    let usage = Usage::default();
+    let db = &Db { connection, usage: &usage };
     let mut group = Vec::with_capacity(GROUP);
     loop {
         waiting.next(&mut group);
@@ -224,19 +231,24 @@ fn write_until_closed(
 }
 
 /// Applies the group in one transaction; nothing of it stands when this fails.
-fn commit(db: &Connection, group: &mut [Boxed]) -> rusqlite::Result<()> {
+fn commit(db: &Db<'_>, group: &mut [Boxed]) -> rusqlite::Result<()> {
     db.prepare_cached("BEGIN IMMEDIATE")?.execute([])?;
     let applied = group.iter_mut().try_for_each(|operation| operation.apply(db));
-    let committed = applied.and_then(|()| db.prepare_cached("COMMIT")?.execute([]).map(drop));
-    if committed.is_err() && !db.is_autocommit() {
-        db.execute_batch("ROLLBACK")?;
+    let committed = applied
+        .and_then(|()| db.usage.store(db))
+        .and_then(|()| db.prepare_cached("COMMIT")?.execute([]).map(drop));
+    if committed.is_err() {
+        db.usage.forget();
+        if !db.is_autocommit() {
+            db.execute_batch("ROLLBACK")?;
+        }
     }
     committed
 }
 
 /// After a failed group: each operation gets a transaction of its own, so that one that cannot be
 /// applied fails alone.
-fn commit_alone(db: &Connection, files: &Files, operation: Boxed) {
+fn commit_alone(db: &Db<'_>, files: &Files, operation: Boxed) {
     let mut group = vec![operation];
     match commit(db, &mut group) {
         Ok(()) => answer(files, &mut group),
@@ -264,13 +276,7 @@ mod tests {
 
     fn operation(bytes: usize) -> Boxed {
         let (reply, _) = oneshot::channel();
-        Box::new(Pending {
-            bytes,
-            doing: "testing",
-            run: |_: &Connection| Ok(()),
-            output: None,
-            reply,
-        })
+        Box::new(Pending { bytes, doing: "testing", run: |_: &Db<'_>| Ok(()), output: None, reply })
     }
 
     #[test]

@@ -15,7 +15,6 @@ use tokio::sync::{Semaphore, mpsc};
 use tonic::{Request, Response};
 
 use super::*;
-use crate::SubmissionLimits;
 
 /// Hands announcements to the test, once the test lets them pass.
 struct Announcements {
@@ -71,7 +70,8 @@ fn scene() -> Scene {
         metrics: RouterMetrics::new(&Metrics::new()),
         limits,
         changes: ChangeLimiter::default(),
-        submissions: SubmissionRates::new(SubmissionLimits { of_tenant: 0, of_user: 0 }),
+        submissions: SubmissionRates::new(LimitsByTenant::default()),
+        tenant_limits: LimitsByTenant::default(),
     });
     let principal = Principal {
         tenant: "acme".into(),

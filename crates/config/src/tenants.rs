@@ -1,0 +1,82 @@
+//! Section `tenants`: limits of single tenants.
+
+use std::collections::BTreeMap;
+
+use crate::{Config, Limits, setting::Setting};
+
+pub(crate) const SECTION: &str = "tenants";
+/// Ends of the names of those options of section `limits` that a tenant can have of its own.
+const SUFFIXES: [&str; 2] = ["_per_tenant", "_per_user"];
+
+/// What is said of the section in the file with all defaults.
+const EXAMPLE: &str = "
+# Limits of single tenants, in place of those of section limits whose names end in _per_tenant or _per_user.
+# SIGHUP makes a server read these and section limits again.
+#[tenants.\"acme\"]
+#queued_requests_per_tenant = 500000
+";
+
+/// For each tenant that has limits of its own: options of section `limits`.
+#[derive(Clone, Debug, Default, PartialEq)]
+pub struct Tenants(BTreeMap<String, BTreeMap<String, u64>>);
+
+impl Tenants {
+    /// Reads the section, whose every option is a table by the name of a tenant.
+    pub(crate) fn read(&mut self, section: toml::Table, file: &str, problems: &mut Vec<String>) {
+        for (tenant, options) in section {
+            let toml::Value::Table(options) = options else {
+                problems.push(format!(
+                    "{file}: {SECTION}.{tenant}: must be a section, [{SECTION}.\"NAME\"]"
+                ));
+                continue;
+            };
+            let limits = self.0.entry(tenant.clone()).or_default();
+            for (option, value) in options {
+                match read(&option, &value) {
+                    Ok(value) => {
+                        limits.insert(option, value);
+                    }
+                    Err(problem) => {
+                        problems.push(format!("{file}: {SECTION}.{tenant}.{option}: {problem}"));
+                    }
+                }
+            }
+        }
+    }
+
+    /// Every value of this option.
+    pub(crate) fn values(&self, option: &str) -> impl Iterator<Item = u64> {
+        self.0.values().filter_map(move |limits| limits.get(option).copied())
+    }
+
+    /// Each tenant with its limits, where those that it does not set are `common`.
+    pub fn limits(&self, common: &Limits) -> impl Iterator<Item = (&str, Limits)> {
+        self.0.iter().map(move |(tenant, options)| {
+            let mut config = Config { limits: common.clone(), ..Config::default() };
+            for (option, value) in options {
+                // They were checked when they were read.
+                let set = config.set_text("limits", option, &value.to_string());
+                debug_assert_eq!(set, Ok(()));
+            }
+            (tenant.as_str(), config.limits)
+        })
+    }
+
+    pub(crate) fn write_toml(&self, text: &mut String) {
+        text.push_str(EXAMPLE);
+        for (tenant, options) in &self.0 {
+            text.push_str(&format!("\n[{SECTION}.{}]\n", Setting::to_toml(tenant)));
+            for (option, value) in options {
+                text.push_str(&format!("{option} = {value}\n"));
+            }
+        }
+    }
+}
+
+fn read(option: &str, value: &toml::Value) -> Result<u64, String> {
+    if !SUFFIXES.iter().any(|suffix| option.ends_with(suffix)) {
+        return Err("there is no such option of a tenant".into());
+    }
+    Config::default().set_toml("limits", option, value)?;
+    u64::from_toml(value)
+}

@@ -1,0 +1,185 @@
+//! How much tenants and users may have.
+#![allow(clippy::unwrap_used, reason = "in tests, a panic is the report")]
+
+use std::{fs, io::BufRead};
+
+use serde_json::{Value, json};
+use streamer_client::Api;
+use streamer_proto::{
+    progress::v1::WatchRequest,
+    router::v1::{RedriveRequest, SubmitRequest},
+};
+use streamer_rpc::json_payload;
+use streamer_tests::{Client, Server, in_time, metrics};
+use tempfile::TempDir;
+use tonic::{Code, Status};
+use tonic_types::StatusExt;
+
+/// A request that stays queued.
+async fn submit_delayed(api: &Api, payload: String) -> Result<String, Status> {
+    let request = SubmitRequest {
+        action: "echo_async".into(),
+        payload: Some(json_payload(payload)),
+        delay: Some(prost_types::Duration { seconds: 3600, nanos: 0 }),
+        ..SubmitRequest::default()
+    };
+    Ok(api.router().submit(api.call(request)).await?.into_inner().uid)
+}
+
+fn delayed(id: &str) -> Value {
+    json!({"id": id, "action": "echo_async", "delay_ms": 3_600_000})
+}
+
+/// The violated quota of a refusal.
+fn quota(refused: &Status) -> String {
+    assert_eq!(refused.code(), Code::ResourceExhausted, "{refused}");
+    let quota = refused.get_details_quota_failure().unwrap();
+    quota.violations[0].subject.clone()
+}
+
+#[tokio::test]
+async fn queued_requests_are_bounded_whichever_way_they_come() {
+    let server = Server::start(&[
+        "limits.queued_requests_per_tenant=5",
+        "limits.queued_requests_per_user=3",
+    ]);
+    let token = |tenant: &str, user: &str| server.token(tenant, user, &[]);
+    let api = |tenant: &str, user: &str| Api::new(&server.url, &token(tenant, user)).unwrap();
+    let ann = api("acme", "ann");
+    let mut client = Client::connect(&server.url, &token("acme", "ann")).await;
+    let first = submit_delayed(&ann, "{}".into()).await.unwrap();
+    assert_eq!(client.ask(delayed("a")).await["type"], "acknowledgment");
+    assert_eq!(client.ask(delayed("b")).await["type"], "acknowledgment");
+    let refused = client.ask(delayed("c")).await;
+    assert_eq!(refused["error"]["code"], "RATE_LIMITED", "{refused}");
+    let option = "limits.queued_requests_per_user";
+    assert_eq!(refused["error"]["details"]["limit"], option);
+    assert_eq!(refused["error"]["details"]["retry_after_ms"], 1000);
+    // What was submitted before is found, not refused.
+    assert_eq!(client.ask(delayed("b")).await["type"], "acknowledgment");
+
+    let refused = submit_delayed(&ann, "{}".into()).await.unwrap_err();
+    assert_eq!(quota(&refused), option);
+    assert!(refused.get_details_retry_info().unwrap().retry_delay.is_some());
+    let bob = api("acme", "bob");
+    submit_delayed(&bob, "{}".into()).await.unwrap();
+    submit_delayed(&bob, "{}".into()).await.unwrap();
+    let refused = submit_delayed(&bob, "{}".into()).await.unwrap_err();
+    assert_eq!(quota(&refused), "limits.queued_requests_per_tenant");
+    submit_delayed(&api("globex", "ann"), "{}".into()).await.unwrap();
+    let metrics = metrics(&server.url).await;
+    let use_of = |option: &str| {
+        let name = format!("streamer_tenant_limit_use{{limit=\"{option}\"}} ");
+        let value = metrics.lines().find_map(|line| line.strip_prefix(&name)).unwrap();
+        value.parse::<f64>().unwrap()
+    };
+    assert!((use_of(option) - 1.0).abs() < 1e-9, "{metrics}");
+    assert!(use_of("limits.watches_per_user") < 0.01);
+
+    // What leaves the queue makes room, and a redrive needs room as well.
+    let cancel = json!({"type": "cancel", "request_id": first});
+    assert_eq!(client.ask(cancel).await["type"], "acknowledgment");
+    assert_eq!(client.ask(delayed("c")).await["type"], "acknowledgment");
+    let redrive = RedriveRequest { request_id: first, ..RedriveRequest::default() };
+    let refused = ann.router().redrive(ann.call(redrive)).await.unwrap_err();
+    assert_eq!(quota(&refused), option);
+}
+
+#[tokio::test]
+async fn queued_requests_are_counted_after_a_restart_too() {
+    let mut server = Server::start(&["limits.queued_requests_per_user=3"]);
+    let token = server.token("acme", "ann", &[]);
+    let api = Api::new(&server.url, &token).unwrap();
+    for _ in 0..3 {
+        submit_delayed(&api, "{}".into()).await.unwrap();
+    }
+    server.kill_and_restart();
+    let api = Api::new(&server.url, &token).unwrap();
+    let refused = submit_delayed(&api, "{}".into()).await.unwrap_err();
+    assert_eq!(quota(&refused), "limits.queued_requests_per_user");
+}
+
+#[tokio::test]
+async fn stored_bytes_are_bounded_where_the_operator_says_so() {
+    let server = Server::start(&["limits.stored_bytes_per_tenant=100000"]);
+    let api = |tenant: &str| Api::new(&server.url, &server.token(tenant, "ann", &[])).unwrap();
+    let (acme, globex) = (api("acme"), api("globex"));
+    let large = || json!({"result": "x".repeat(40_000)}).to_string();
+    submit_delayed(&acme, large()).await.unwrap();
+    submit_delayed(&acme, large()).await.unwrap();
+    let refused = submit_delayed(&acme, large()).await.unwrap_err();
+    assert_eq!(quota(&refused), "limits.stored_bytes_per_tenant");
+    assert!(refused.get_details_retry_info().is_none(), "waiting does not help");
+    submit_delayed(&globex, large()).await.unwrap();
+}
+
+#[tokio::test]
+async fn watches_of_a_user_are_bounded_over_all_connections() {
+    let server = Server::start(&["limits.watches_per_user=3"]);
+    let token = server.token("acme", "ann", &[]);
+    let api = Api::new(&server.url, &token).unwrap();
+    let mut first = Client::connect(&server.url, &token).await;
+    let mut second = Client::connect(&server.url, &token).await;
+    first.ask(delayed("a")).await;
+    second.ask(delayed("b")).await;
+    let watch = |name: &str| {
+        let watch = WatchRequest { request_id: name.into(), ..WatchRequest::default() };
+        let (mut progress, call) = (api.progress(), api.call(watch));
+        async move { progress.watch(call).await }
+    };
+    let mut open = watch("a").await.unwrap().into_inner();
+    open.message().await.unwrap().unwrap();
+    let option = "limits.watches_per_user";
+    assert_eq!(quota(&watch("b").await.unwrap_err()), option);
+    let refused = first.ask(json!({"type": "subscribe", "request_id": "b"})).await;
+    assert_eq!(refused["error"]["details"]["limit"], option, "{refused}");
+    let refused = second.ask(delayed("c")).await;
+    assert_eq!(refused["error"]["details"]["limit"], option, "{refused}");
+
+    // Each end makes room.
+    second.ask(json!({"type": "unsubscribe", "request_id": "b"})).await;
+    assert_eq!(second.ask(delayed("c")).await["type"], "acknowledgment");
+    drop(open);
+    in_time("room for a watch", async { while watch("a").await.is_err() {} }).await;
+    drop(second);
+    let subscribe = json!({"type": "subscribe", "request_id": "b"});
+    in_time("room for a subscription", async {
+        while first.ask(subscribe.clone()).await["type"] != "subscribed" {}
+    })
+    .await;
+}
+
+#[tokio::test]
+async fn limits_of_tenants_are_read_again_on_sighup() {
+    let data = TempDir::with_prefix("streamer-test-").unwrap();
+    let file = data.path().join("streamer.toml");
+    let write = |text: &str| fs::write(&file, text).unwrap();
+    write("[limits]\nqueued_requests_per_user = 1\n");
+    let (server, mut log) =
+        Server::start_logged_with(data, &[("STREAMER_CONFIG", file.to_str().unwrap())]);
+    let mut reload = || {
+        server.reload();
+        let mut line = String::new();
+        log.read_line(&mut line).unwrap();
+        line
+    };
+    let api = |tenant: &str| Api::new(&server.url, &server.token(tenant, "ann", &[])).unwrap();
+    let (acme, globex) = (api("acme"), api("globex"));
+    submit_delayed(&acme, "{}".into()).await.unwrap();
+    submit_delayed(&globex, "{}".into()).await.unwrap();
+    submit_delayed(&acme, "{}".into()).await.unwrap_err();
+
+    let limits = "[limits]\nqueued_requests_per_user = 1\n[tenants.acme]\n";
+    write(&format!("{limits}queued_requests_per_user = 2\n"));
+    let said = reload();
+    assert!(said.contains("were read again"), "{said}");
+    submit_delayed(&acme, "{}".into()).await.unwrap();
+    submit_delayed(&acme, "{}".into()).await.unwrap_err();
+    submit_delayed(&globex, "{}".into()).await.unwrap_err();
+
+    // An error changes nothing.
+    write(&format!("{limits}queued_requests_per_user = -1\n"));
+    let said = reload();
+    assert!(said.contains("stay as they were"), "{said}");
+    submit_delayed(&acme, "{}".into()).await.unwrap_err();
+}
