@@ -9,12 +9,13 @@ use streamer_proto::{
     connections::v1::{BroadcastRequest, ListRequest, SendRequest, send_request::Target},
     internal::v1::{PublishRequest, event_log_service_client::EventLogServiceClient},
     progress::v1::{WatchRequest, WatchResponse},
+    router::v1::SubmitRequest,
 };
 use streamer_rpc::json_payload;
 use streamer_tests::{
     Client, Cluster, Load, Log, LoopbackAddress, Process, Proxy, Service, WorkerProcess,
     dynamodb::{Implementation, endpoint},
-    offered_at, tool,
+    in_time, offered_at, tool,
 };
 use tokio::sync::{Mutex, MutexGuard};
 use tokio_util::sync::CancellationToken;
@@ -329,12 +330,36 @@ async fn workers_and_sync_calls_go_through_a_gateway_and_only_services_speak_as_
     // Nobody else chooses the id of a request.
     let api = Api::new(&cluster.url(Service::Router, 0), &token).unwrap();
     let chosen = "01ARZ3NDEKTSV4RRFFQ69G5FAV";
-    let submit = streamer_proto::router::v1::SubmitRequest {
-        action: "echo_async".into(),
-        ..Default::default()
-    };
+    let submit = SubmitRequest { action: "echo_async".into(), ..SubmitRequest::default() };
     let mut call = api.call(submit);
     call.metadata_mut().insert("streamer-request-uid", MetadataValue::from_static(chosen));
     let answer = api.router().submit(call).await.unwrap().into_inner();
     assert_ne!(answer.uid, chosen);
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn routers_share_what_a_tenant_may_submit() {
+    let (cluster, _alone) = cluster(|service, _, _| match service {
+        Service::Router => vec!["limits.submissions_per_second_per_tenant=20".into()],
+        _ => Vec::new(),
+    })
+    .await;
+    let api = Api::new(&cluster.urls[0], &cluster.token("globex", "ann", &[])).unwrap();
+    let submit = SubmitRequest {
+        action: "echo".into(),
+        payload: Some(json_payload("1")),
+        ..SubmitRequest::default()
+    };
+    // The gateway calls the routers in turn.
+    let share = "more than 20 submissions a second, 10 at this router";
+    in_time("a refusal that names the share", async {
+        loop {
+            match api.router().submit(api.call(submit.clone())).await {
+                Err(refused) if refused.message().contains(share) => return,
+                Err(refused) => assert_eq!(refused.code(), Code::ResourceExhausted, "{refused}"),
+                Ok(_) => {}
+            }
+        }
+    })
+    .await;
 }

@@ -9,8 +9,10 @@ mod fairness;
 mod fanout;
 mod idle;
 mod lifecycle;
+mod limits;
 mod output;
 mod report;
+mod small_requests;
 mod store;
 mod sync;
 mod worker_process;
@@ -174,6 +176,25 @@ pub enum Bench {
         #[allow(missing_docs)]
         common: BenchCommon,
     },
+    /// How long small requests of one tenant take while another tenant goes beyond one limit after the other,
+    /// and while it does not.
+    Limits {
+        /// Messages a second of the tenant that goes beyond limits; a tenth as many connections a second.
+        #[arg(long, default_value_t = 2000)]
+        flood_rate: u64,
+        /// Small requests a second.
+        #[arg(long, default_value_t = 20)]
+        rate: u64,
+        /// How long each measurement is.
+        #[arg(long, default_value = "5s", value_parser = parse_duration)]
+        duration: Duration,
+        /// Set an option of the servers that are started; may be repeated.
+        #[arg(long = "set", value_name = "SECTION.OPTION=VALUE")]
+        set: Vec<String>,
+        /// Print one JSON object.
+        #[arg(long)]
+        json: bool,
+    },
     /// Start-up and claims over a store that holds much.
     Store {
         /// Requests that have ended.
@@ -323,6 +344,9 @@ pub(crate) async fn run(arguments: BenchArguments) -> anyhow::Result<Exit> {
             let subject = Subject::open(&common)?;
             let load = output::Load { attempts, output_chunks, chunk_bytes, rate, duration };
             (subject.check(output::run(&subject, load).await?).await?, common.json)
+        }
+        Bench::Limits { flood_rate, rate, duration, set, json } => {
+            (limits::run(&limits::Load { flood_rate, rate, duration }, &set).await?, json)
         }
         Bench::Store { finished, queued, common } => {
             (store::run(finished, queued, &common.set).await?, common.json)

@@ -225,7 +225,7 @@ options! {
         /// Largest chunk of output, in bytes.
         max_output_chunk_bytes: u64 = 1_048_576, in 1_024..=16_777_216;
         /// Submissions a second of one tenant, twice as many at once; 0 for no limit. More are refused with
-        /// RATE_LIMITED. This and the options below can be set for single tenants, and are read again on
+        /// RATE_LIMITED; several routers share it. This and the options below can be set for single tenants, and are read again on
         /// SIGHUP: section tenants.
         submissions_per_second_per_tenant: u64 = 20_000, in 0..=1_000_000;
         /// The same, of one user.

@@ -231,6 +231,7 @@ impl Services {
         if let Some(router) = &self.router {
             public = public.add_service(router.public.clone());
             public = public.add_service(router.operations.clone());
+            internal = internal.add_service(router.internal.clone());
         }
         if let Some(progress) = &self.progress {
             public = public.add_service(progress.public.clone());

@@ -13,7 +13,7 @@ use streamer_gateway::{GatewayServer, OtherGateways};
 use streamer_handler::Handlers;
 use streamer_processor::{HandlerThreads, Processor};
 use streamer_progress::{Progress, Ring};
-use streamer_router::Router;
+use streamer_router::{OtherRouters, Router};
 use streamer_rpc::{Member, Members, local};
 use streamer_store::{Engine, Store};
 use streamer_telemetry::{Metrics, Traces};
@@ -87,7 +87,7 @@ impl Elsewhere {
         };
         let lists = vec![
             list("gateway", &peers.gateway, &[Role::Gateway]),
-            list("router", &peers.router, &[Role::Gateway]),
+            list("router", &peers.router, &[Role::Gateway, Role::Router]),
             list("processor", &peers.processor, &[Role::Gateway, Role::Router]),
             list("progress service", &peers.progress, &[role]),
         ];
@@ -178,6 +178,10 @@ impl Services {
                 metrics: metrics.clone(),
                 limits,
                 tenant_limits: tenant_limits.clone(),
+                others: elsewhere.as_ref().map(|all| OtherRouters {
+                    own: own_address.clone(),
+                    members: all.router.clone(),
+                }),
                 hints: config.execution.hints,
             })
         });

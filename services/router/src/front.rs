@@ -57,7 +57,7 @@ pub(crate) struct Front {
     pub(crate) metrics: RouterMetrics,
     pub(crate) limits: Limits,
     pub(crate) changes: ChangeLimiter,
-    pub(crate) submissions: SubmissionRates,
+    pub(crate) submissions: Arc<SubmissionRates>,
     pub(crate) tenant_limits: LimitsByTenant,
 }
 

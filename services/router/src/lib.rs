@@ -21,9 +21,11 @@ mod wait;
 
 use std::{sync::Arc, time::Duration};
 
+use futures_util::future::OptionFuture;
 use streamer_auth::{AuthLayer, AuthService};
 use streamer_core::{Clock, Limits, LimitsByTenant};
 use streamer_proto::{
+    internal::v1::admission_service_server::AdmissionServiceServer,
     longrunning::operations_server::OperationsServer,
     router::v1::router_service_server::RouterServiceServer,
 };
@@ -33,10 +35,17 @@ use streamer_telemetry::Metrics;
 use tokio_util::sync::CancellationToken;
 
 use crate::{
-    catalog::Catalog, change_limiter::ChangeLimiter, front::Front, metrics::RouterMetrics,
-    operations::OperationsApi, peers::Peers, router_service::RouterApi,
-    submission_rates::SubmissionRates,
+    catalog::Catalog,
+    change_limiter::ChangeLimiter,
+    front::Front,
+    metrics::RouterMetrics,
+    operations::OperationsApi,
+    peers::Peers,
+    router_service::RouterApi,
+    submission_rates::{SubmissionRates, exchange},
 };
+
+pub use submission_rates::{AdmissionApi, OtherRouters};
 
 /// What the router needs.
 pub struct Dependencies {
@@ -58,6 +67,8 @@ pub struct Dependencies {
     pub limits: Limits,
     /// How much tenants and users may submit and have.
     pub tenant_limits: LimitsByTenant,
+    /// All routers, where there are others.
+    pub others: Option<OtherRouters>,
     /// Whether processors are told of new requests.
     pub hints: bool,
 }
@@ -75,6 +86,9 @@ pub struct Router {
     pub public: AuthService<RouterServiceServer<RouterApi>>,
     /// For everybody: `google.longrunning`.
     pub operations: AuthService<OperationsServer<OperationsApi>>,
+    /// For other routers: `streamer.internal.v1`.
+    pub internal: AdmissionServiceServer<AdmissionApi>,
+    others: Option<OtherRouters>,
     front: Arc<Front>,
 }
 
@@ -90,6 +104,8 @@ impl Router {
             dependencies.limits,
             dependencies.hints,
         ));
+        let submissions = Arc::new(SubmissionRates::new(dependencies.tenant_limits.clone()));
+        let admission = AdmissionApi::new(submissions.clone(), dependencies.clock.clone());
         let front = Arc::new(Front {
             store: dependencies.store,
             clock: dependencies.clock,
@@ -98,7 +114,7 @@ impl Router {
             metrics: RouterMetrics::new(&dependencies.metrics),
             limits: dependencies.limits,
             changes: ChangeLimiter::default(),
-            submissions: SubmissionRates::new(dependencies.tenant_limits.clone()),
+            submissions,
             tenant_limits: dependencies.tenant_limits,
         });
         let public = RouterServiceServer::new(RouterApi::new(front.clone()))
@@ -109,14 +125,23 @@ impl Router {
         let operations = OperationsServer::new(OperationsApi::new(front.clone()))
             .max_encoding_message_size(max_message_bytes.saturating_mul(2));
         let auth = dependencies.auth;
-        Self { public: auth.wrap(public), operations: auth.wrap(operations), front }
+        Self {
+            public: auth.wrap(public),
+            operations: auth.wrap(operations),
+            internal: AdmissionServiceServer::new(admission),
+            others: dependencies.others,
+            front,
+        }
     }
 
     /// Learns which actions there are, and follows their changes until `shutdown`.
     pub async fn run(&self, shutdown: CancellationToken) {
-        let Front { catalog, peers, store, clock, .. } = &*self.front;
+        let Front { catalog, peers, store, clock, submissions, .. } = &*self.front;
         let since = clock.now().minus(ACTION_MEMORY);
-        catalog.follow(peers, &**store, since, shutdown).await;
+        let others = self.others.clone();
+        let reports = others.map(|others| exchange(submissions, others, shutdown.clone()));
+        let catalog = catalog.follow(peers, &**store, since, shutdown);
+        tokio::join!(catalog, OptionFuture::from(reports));
     }
 
     /// Tells whether the actions are known.

@@ -8,22 +8,13 @@ use std::{
     time::Duration,
 };
 
-use anyhow::{Context, bail};
-use hdrhistogram::Histogram;
-use streamer_client::{Api, Session, json};
+use anyhow::Context;
+use streamer_client::{Api, json};
 use streamer_proto::router::v1::SubmitRequest;
-use tokio::{
-    task::JoinSet,
-    time::{Instant, sleep, sleep_until, timeout},
-};
+use tokio::{task::JoinSet, time::sleep};
 
-use super::{
-    Report, Subject,
-    report::{histogram, record},
-};
+use super::{Report, Subject, small_requests::measure};
 
-/// How long one of the small requests may take.
-const PATIENCE: Duration = Duration::from_secs(60);
 /// How long one of the flood may take.
 const FLOOD_PATIENCE: Duration = Duration::from_secs(300);
 /// After the end, for as long as it takes the server to drop what it held.
@@ -41,7 +32,7 @@ pub(super) struct Load {
 pub(super) async fn run(subject: &Subject, load: Load) -> anyhow::Result<Report> {
     let own = subject.own.as_ref().context("it needs a server of its own")?;
     let token = own.token("small")?;
-    let alone = measure(subject, &token, load, "alone").await?;
+    let alone = measure(subject, &token, load.rate, load.duration, "alone").await?;
     let before = own.resident_bytes()?;
     let stop = Arc::new(AtomicBool::new(false));
     let mut flooding = JoinSet::new();
@@ -49,7 +40,7 @@ pub(super) async fn run(subject: &Subject, load: Load) -> anyhow::Result<Report>
         let api = Api::new(&subject.url, &own.token("flooder")?)?;
         flooding.spawn(flood(api, load, stop.clone()));
     }
-    let beside = measure(subject, &token, load, "beside").await;
+    let beside = measure(subject, &token, load.rate, load.duration, "beside").await;
     stop.store(true, Ordering::Relaxed);
     let mut flooded = 0;
     while let Some(driven) = flooding.join_next().await {
@@ -97,40 +88,4 @@ async fn flood(api: Api, load: Load, stop: Arc<AtomicBool>) -> anyhow::Result<us
         count += 1;
     }
     Ok(count)
-}
-
-/// The times from the submission of each small request to its end. They come one after the other, at most
-/// `load.rate` a second.
-async fn measure(
-    subject: &Subject,
-    token: &str,
-    load: Load,
-    name: &str,
-) -> anyhow::Result<Histogram<u64>> {
-    let every = Duration::from_secs_f64(1.0 / load.rate.max(1) as f64);
-    let mut session = Session::connect(&subject.url, token).await?;
-    session.next_text().await?;
-    let end = Instant::now() + load.duration;
-    let mut latencies = histogram();
-    let mut count = 0;
-    while Instant::now() < end {
-        let begin = Instant::now();
-        let payload = r#"{"steps":2,"delay_ms":0,"result":1}"#;
-        let id = format!("{name}-{count}");
-        let request = format!(r#"{{"id":"{id}","action":"echo_async","payload":{payload}}}"#);
-        session.send(request).await?;
-        loop {
-            let message = timeout(PATIENCE, session.next_text()).await.context("waiting")??;
-            if message.starts_with("{\"type\":\"complete\"") {
-                break;
-            }
-            if message.starts_with("{\"type\":\"error\"") {
-                bail!("the server refused: {message}");
-            }
-        }
-        record(&mut latencies, begin.elapsed());
-        count += 1;
-        sleep_until(begin + every).await;
-    }
-    Ok(latencies)
 }

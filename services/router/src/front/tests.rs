@@ -70,7 +70,7 @@ fn scene() -> Scene {
         metrics: RouterMetrics::new(&Metrics::new()),
         limits,
         changes: ChangeLimiter::default(),
-        submissions: SubmissionRates::new(LimitsByTenant::default()),
+        submissions: Arc::new(SubmissionRates::new(LimitsByTenant::default())),
         tenant_limits: LimitsByTenant::default(),
     });
     let principal = Principal {

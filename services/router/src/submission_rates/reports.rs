@@ -1,0 +1,106 @@
+//! What routers report to each other.
+
+use std::{sync::Arc, time::Duration};
+
+use futures_util::future::join_all;
+use streamer_core::Clock;
+use streamer_proto::internal::v1::{
+    AdmittedSubmissions, ReportSubmissionsRequest, ReportSubmissionsResponse,
+    admission_service_client::AdmissionServiceClient, admission_service_server::AdmissionService,
+};
+use streamer_rpc::{Member, Members};
+use tokio::time::{MissedTickBehavior, interval, timeout};
+use tokio_util::sync::CancellationToken;
+use tonic::{Request, Response, Status};
+
+use super::{Name, SubmissionRates};
+
+const REPORT_INTERVAL: Duration = Duration::from_secs(1);
+const REPORT_TIMEOUT: Duration = Duration::from_secs(1);
+/// Entries of one report at most, the largest first.
+const MAX_REPORTED: usize = 10_000;
+
+/// The routers beside this one.
+#[derive(Clone)]
+pub struct OtherRouters {
+    /// The name of this one among the members.
+    pub own: String,
+    /// All of them.
+    pub members: Members,
+}
+
+/// Takes the reports of other routers.
+pub struct AdmissionApi {
+    rates: Arc<SubmissionRates>,
+    clock: Arc<dyn Clock>,
+}
+
+impl AdmissionApi {
+    pub(crate) fn new(rates: Arc<SubmissionRates>, clock: Arc<dyn Clock>) -> Self {
+        Self { rates, clock }
+    }
+}
+
+#[tonic::async_trait]
+impl AdmissionService for AdmissionApi {
+    async fn report_submissions(
+        &self,
+        request: Request<ReportSubmissionsRequest>,
+    ) -> Result<Response<ReportSubmissionsResponse>, Status> {
+        let ReportSubmissionsRequest { router, admitted } = request.into_inner();
+        if router.is_empty() {
+            return Err(Status::invalid_argument("router: is required"));
+        }
+        let (router, now): (Arc<str>, _) = (router.into(), self.clock.now());
+        for AdmittedSubmissions { tenant_id, user_id, count } in
+            admitted.into_iter().take(MAX_REPORTED)
+        {
+            let name = Name { tenant: tenant_id, user: user_id };
+            self.rates.note_other(&router, &name, count, now);
+        }
+        Ok(Response::new(ReportSubmissionsResponse {}))
+    }
+}
+
+/// Reports to the other routers what this one admitted, until `shutdown`.
+pub(crate) async fn exchange(
+    rates: &SubmissionRates,
+    others: OtherRouters,
+    shutdown: CancellationToken,
+) {
+    let mut ticks = interval(REPORT_INTERVAL);
+    ticks.set_missed_tick_behavior(MissedTickBehavior::Delay);
+    loop {
+        tokio::select! {
+            () = shutdown.cancelled() => return,
+            _ = ticks.tick() => {}
+        }
+        let all = others.members.all();
+        let alive: Vec<&Member> =
+            all.iter().filter(|member| *member.name != *others.own && member.seems_up()).collect();
+        rates.note_routers(u32::try_from(alive.len() + 1).unwrap_or(u32::MAX));
+        let mut admitted = rates.take_admitted();
+        if admitted.is_empty() {
+            continue;
+        }
+        admitted.sort_by_key(|(_, count)| std::cmp::Reverse(*count));
+        admitted.truncate(MAX_REPORTED);
+        let admitted = admitted.into_iter().map(|(Name { tenant, user }, count)| {
+            AdmittedSubmissions { tenant_id: tenant, user_id: user, count }
+        });
+        let report =
+            ReportSubmissionsRequest { router: others.own.clone(), admitted: admitted.collect() };
+        join_all(alive.into_iter().map(|member| send(member, report.clone()))).await;
+    }
+}
+
+/// A report that is lost is as good as one that says nothing.
+async fn send(member: &Member, report: ReportSubmissionsRequest) {
+    let mut client = AdmissionServiceClient::new(member.channel.clone());
+    let name = &*member.name;
+    match timeout(REPORT_TIMEOUT, client.report_submissions(report)).await {
+        Ok(Ok(_)) => {}
+        Ok(Err(status)) => tracing::debug!(%status, name, "could not report submissions"),
+        Err(_) => tracing::debug!(name, "could not report submissions in time"),
+    }
+}
