@@ -9,7 +9,7 @@ use streamer_proto::{
     common::v1::{Event, Request},
     progress::v1::{ListEventsRequest, WatchRequest, WatchResponse},
 };
-use streamer_rpc::{COUNTED, RouteKey, state_from_proto, with_authorization};
+use streamer_rpc::{RouteKey, WATCH_COUNTED, state_from_proto, with_authorization};
 use tokio::{
     sync::Notify,
     time::{Instant, sleep},
@@ -112,7 +112,7 @@ impl Hub {
         if let Some(uid) = key {
             watch.extensions_mut().insert(RouteKey(uid));
         }
-        watch.metadata_mut().insert(COUNTED, MetadataValue::from_static("1"));
+        watch.metadata_mut().insert(WATCH_COUNTED, MetadataValue::from_static("1"));
         Ok(self.peers.progress().watch(watch).await?.into_inner())
     }
 

@@ -6,8 +6,11 @@ use std::{fs, io::BufRead};
 use serde_json::{Value, json};
 use streamer_client::Api;
 use streamer_proto::{
+    common::v1::RequestState,
     progress::v1::WatchRequest,
-    router::v1::{RedriveRequest, SubmitRequest},
+    router::v1::{
+        CancelRequest, RedriveManyRequest, RedriveRequest, SubmitRequest, submit_response::Outcome,
+    },
 };
 use streamer_rpc::json_payload;
 use streamer_tests::{Client, Server, in_time, metrics};
@@ -69,7 +72,7 @@ async fn queued_requests_are_bounded_whichever_way_they_come() {
     submit_delayed(&api("globex", "ann"), "{}".into()).await.unwrap();
     let metrics = metrics(&server.url).await;
     let use_of = |option: &str| {
-        let name = format!("streamer_tenant_limit_use{{limit=\"{option}\"}} ");
+        let name = format!("streamer_tenant_limit_use_ratio{{limit=\"{option}\"}} ");
         let value = metrics.lines().find_map(|line| line.strip_prefix(&name)).unwrap();
         value.parse::<f64>().unwrap()
     };
@@ -83,6 +86,48 @@ async fn queued_requests_are_bounded_whichever_way_they_come() {
     let redrive = RedriveRequest { request_id: first, ..RedriveRequest::default() };
     let refused = ann.router().redrive(ann.call(redrive)).await.unwrap_err();
     assert_eq!(quota(&refused), option);
+}
+
+#[tokio::test]
+async fn a_page_of_redriven_requests_ends_where_the_queue_is_full() {
+    let server = Server::start(&[
+        "limits.queued_requests_per_user=3",
+        "execution.max_concurrent_attempts=1",
+    ]);
+    // It has the only slot, so what is redriven stays queued.
+    let mut other = Client::connect(&server.url, &server.token("globex", "ann", &[])).await;
+    other.submit("long", "echo_async", json!({"steps": 1, "delay_ms": 3_600_000})).await;
+    assert_eq!(other.next().await["type"], "started");
+    let api = Api::new(&server.url, &server.token("acme", "ann", &[])).unwrap();
+    let cancel = async |name: String| {
+        let cancel = CancelRequest { request_id: name, ..CancelRequest::default() };
+        api.router().cancel(api.call(cancel)).await.unwrap();
+    };
+    let mut cancelled = Vec::new();
+    for _ in 0..5 {
+        let uid = submit_delayed(&api, "{}".into()).await.unwrap();
+        cancel(uid.clone()).await;
+        cancelled.push(uid);
+    }
+    let mut queued = Vec::new();
+    for _ in 0..3 {
+        queued.push(submit_delayed(&api, "{}".into()).await.unwrap());
+    }
+    let mut redrive = RedriveManyRequest {
+        states: vec![RequestState::Cancelled.into()],
+        ..RedriveManyRequest::default()
+    };
+    let refused = api.router().redrive_many(api.call(redrive.clone())).await.unwrap_err();
+    assert_eq!(quota(&refused), "limits.queued_requests_per_user");
+    cancel(queued.remove(0)).await;
+    let page = api.router().redrive_many(api.call(redrive.clone())).await.unwrap().into_inner();
+    assert_eq!(page.redriven.len(), 1);
+    assert!(page.redriven[0].error.is_none(), "{page:?}");
+    // The next page begins with the one that found no room.
+    redrive.page_token = page.next_page_token;
+    cancel(queued.remove(0)).await;
+    let page = api.router().redrive_many(api.call(redrive)).await.unwrap().into_inner();
+    assert_eq!(page.redriven[0].uid, cancelled[4], "{page:?}");
 }
 
 #[tokio::test]
@@ -133,6 +178,23 @@ async fn watches_of_a_user_are_bounded_over_all_connections() {
     assert_eq!(quota(&watch("b").await.unwrap_err()), option);
     let refused = first.ask(json!({"type": "subscribe", "request_id": "b"})).await;
     assert_eq!(refused["error"]["details"]["limit"], option, "{refused}");
+    assert_eq!(refused["error"]["details"]["retry_after_ms"], 1000);
+    // What only services may state changes nothing.
+    for header in ["streamer-watch-counted", "streamer-forwarded"] {
+        let watch = WatchRequest { request_id: "b".into(), ..WatchRequest::default() };
+        let mut call = api.call(watch);
+        call.metadata_mut().insert(header, "1".parse().unwrap());
+        assert_eq!(quota(&api.progress().watch(call).await.unwrap_err()), option);
+    }
+    // A submission is acknowledged also where its `wait` would be one watch too many.
+    let submit = SubmitRequest {
+        action: "echo_async".into(),
+        payload: Some(json_payload("{}")),
+        wait: Some(prost_types::Duration { seconds: 60, nanos: 0 }),
+        ..SubmitRequest::default()
+    };
+    let answer = api.router().submit(api.call(submit)).await.unwrap().into_inner();
+    assert!(matches!(answer.outcome, Some(Outcome::Acknowledgment(_))), "{answer:?}");
     let refused = second.ask(delayed("c")).await;
     assert_eq!(refused["error"]["details"]["limit"], option, "{refused}");
 
@@ -155,13 +217,12 @@ async fn limits_of_tenants_are_read_again_on_sighup() {
     let file = data.path().join("streamer.toml");
     let write = |text: &str| fs::write(&file, text).unwrap();
     write("[limits]\nqueued_requests_per_user = 1\n");
-    let (server, mut log) =
+    let (server, log) =
         Server::start_logged_with(data, &[("STREAMER_CONFIG", file.to_str().unwrap())]);
+    let mut log = log.lines();
     let mut reload = || {
         server.reload();
-        let mut line = String::new();
-        log.read_line(&mut line).unwrap();
-        line
+        log.next().unwrap().unwrap()
     };
     let api = |tenant: &str| Api::new(&server.url, &server.token(tenant, "ann", &[])).unwrap();
     let (acme, globex) = (api("acme"), api("globex"));
@@ -180,6 +241,13 @@ async fn limits_of_tenants_are_read_again_on_sighup() {
     // An error changes nothing.
     write(&format!("{limits}queued_requests_per_user = -1\n"));
     let said = reload();
-    assert!(said.contains("stay as they were"), "{said}");
+    assert!(said.contains("are not changed"), "{said}");
     submit_delayed(&acme, "{}".into()).await.unwrap_err();
+
+    // Nobody reads what the server says.
+    drop(log);
+    write(&format!("{limits}queued_requests_per_user = 3\n"));
+    server.reload();
+    in_time("the new limit", async { while submit_delayed(&acme, "{}".into()).await.is_err() {} })
+        .await;
 }

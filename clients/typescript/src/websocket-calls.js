@@ -150,7 +150,10 @@ export class Calls {
    */
   #refused(call, error) {
     const unseen = error.details?.limit === MESSAGE_RATE;
-    const busy = error.code === 'UNAVAILABLE' || (error.code === 'RATE_LIMITED' && call.times > 1);
+    // Watches of a connection that broke off count for a while, and so may those that replace them.
+    const later = call.kind === 'subscribe' && error.retryAfterMs !== undefined;
+    const limited = error.code === 'RATE_LIMITED' && (call.times > 1 || later);
+    const busy = error.code === 'UNAVAILABLE' || limited;
     if (!unseen && !(busy && call.refusals.failures < MAX_REFUSALS)) {
       this.#settle(call, () => call.reject(error));
       return;

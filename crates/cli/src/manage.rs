@@ -123,13 +123,23 @@ async fn redrive_all(api: &Api, arguments: &RedriveArguments) -> anyhow::Result<
         dry_run: arguments.dry_run,
         ..RedriveManyRequest::default()
     };
-    let mut count = 0;
+    let (mut count, mut failed) = (0, 0);
+    let done = if arguments.dry_run { "would be redriven" } else { "redriven" };
     loop {
         let call = api.call(request.clone());
-        let answer = api.router().redrive_many(call).await.map_err(|status| api.error(&status))?;
-        let page = answer.into_inner();
+        let page = match api.router().redrive_many(call).await {
+            Ok(answer) => answer.into_inner(),
+            Err(status) => {
+                eprintln!("{count} {done} so far; the same command continues");
+                return Err(api.error(&status).into());
+            }
+        };
         for redriven in page.redriven {
-            count += 1;
+            if redriven.error.is_some() {
+                failed += 1;
+            } else {
+                count += 1;
+            }
             let mut told = json!({ "redrive_of": redriven.uid });
             if let Some(error) = redriven.error {
                 told["error"] = error.message.into();
@@ -141,8 +151,11 @@ async fn redrive_all(api: &Api, arguments: &RedriveArguments) -> anyhow::Result<
             print_line(told)?;
         }
         if page.next_page_token.is_empty() {
-            let done = if arguments.dry_run { "would be redriven" } else { "redriven" };
             eprintln!("{count} {done}");
+            if failed > 0 {
+                eprintln!("{failed} could not be redriven");
+                return Ok(Exit::Failed);
+            }
             return Ok(Exit::Done);
         }
         request.page_token = page.next_page_token;

@@ -44,7 +44,8 @@ impl fmt::Display for ConfigError {
     }
 }
 
-const DEFAULT_FILE: &str = "streamer.toml";
+/// Read from the working folder when no file is named, if it is there.
+pub const DEFAULT_FILE: &str = "streamer.toml";
 const PREFIX: &str = "STREAMER_";
 /// Environment variables of the command line that are no options of the configuration.
 const OTHER_VARIABLES: [&str; 4] =

@@ -218,7 +218,7 @@ options! {
         /// data folder can then be anybody.
         allow_dev_key_beyond_loopback: bool = false;
     }
-    /// How much may come in and be there, in all and of each tenant.
+    /// How much may come in and be stored, in all and of each tenant.
     limits: Limits {
         /// Largest payload of a request and largest result, in bytes.
         max_payload_bytes: u64 = 4_194_304, in 1_024..=67_108_864;
@@ -432,12 +432,17 @@ impl Config {
 
     fn check_stored_bytes(&self, problems: &mut Vec<String>) {
         let option = "stored_bytes_per_tenant";
-        let set = [self.limits.stored_bytes_per_tenant]
-            .into_iter()
-            .chain(self.tenants.values(option))
-            .any(|bytes| bytes > 0);
-        if set && self.store.engine == "dynamodb" {
-            problems.push(format!("limits.{option}: is counted by store.engine embedded only"));
+        if self.store.engine != "dynamodb" {
+            return;
+        }
+        let common = ("limits".to_owned(), self.limits.stored_bytes_per_tenant);
+        let of_tenants = self.tenants.values(option);
+        let of_tenants = of_tenants.map(|(tenant, bytes)| (format!("tenants.{tenant}"), bytes));
+        for (section, bytes) in std::iter::once(common).chain(of_tenants) {
+            if bytes > 0 {
+                problems
+                    .push(format!("{section}.{option}: is counted by store.engine embedded only"));
+            }
         }
     }
 

@@ -8,7 +8,7 @@ pub(crate) const SECTION: &str = "tenants";
 /// Ends of the names of those options of section `limits` that a tenant can have of its own.
 const SUFFIXES: [&str; 2] = ["_per_tenant", "_per_user"];
 
-/// What is said of the section in the file with all defaults.
+/// Describes the section in the file with all defaults.
 const EXAMPLE: &str = "
 # Limits of single tenants, in place of those of section limits whose names end in _per_tenant or _per_user.
 # SIGHUP makes a server read these and section limits again.
@@ -44,9 +44,23 @@ impl Tenants {
         }
     }
 
-    /// Every value of this option.
-    pub(crate) fn values(&self, option: &str) -> impl Iterator<Item = u64> {
-        self.0.values().filter_map(move |limits| limits.get(option).copied())
+    /// Every tenant that sets this option, with its value.
+    pub(crate) fn values(&self, option: &str) -> impl Iterator<Item = (&str, u64)> {
+        self.0
+            .iter()
+            .filter_map(move |(tenant, limits)| Some((tenant.as_str(), *limits.get(option)?)))
+    }
+
+    /// How many tenants have limits of their own.
+    #[must_use]
+    pub fn len(&self) -> usize {
+        self.0.len()
+    }
+
+    /// Whether no tenant has.
+    #[must_use]
+    pub fn is_empty(&self) -> bool {
+        self.0.is_empty()
     }
 
     /// Each tenant with its limits, where those that it does not set are `common`.

@@ -107,7 +107,7 @@ fn a_tenant_cannot_have_every_option() {
     }
     let text = "[store]\nengine = \"dynamodb\"\n[tenants.acme]\nstored_bytes_per_tenant = 1\n";
     let error = load_file(text).unwrap_err().to_string();
-    assert!(error.contains("limits.stored_bytes_per_tenant: is counted by"), "{error}");
+    assert!(error.contains("tenants.acme.stored_bytes_per_tenant: is counted by"), "{error}");
 }
 
 #[test]

@@ -6,6 +6,7 @@ use std::{
         Arc, Weak,
         atomic::{AtomicU64, Ordering},
     },
+    time::Duration,
 };
 
 use parking_lot::Mutex;
@@ -15,6 +16,9 @@ use crate::{LimitsByTenant, RequestError, TenantLimit};
 /// Unused entries are removed when there are twice as many entries as after the last removal, and at least this
 /// many.
 const MIN_SWEEP: usize = 64;
+
+/// How long a caller that has too many should wait. Those of a connection that broke off may count for a while.
+const PAUSE: Duration = Duration::from_secs(1);
 
 /// Counts watches in this process.
 #[derive(Debug)]
@@ -36,7 +40,7 @@ struct OfTenant {
     open: AtomicU64,
 }
 
-/// Those of one user.
+/// The watches of one user.
 #[derive(Debug)]
 pub struct WatchesOfUser {
     limits: LimitsByTenant,
@@ -49,13 +53,13 @@ pub struct WatchesOfUser {
 pub struct OpenWatch(Arc<WatchesOfUser>);
 
 impl OpenWatches {
-    /// None is open.
+    /// Makes the counts, all zero.
     #[must_use]
     pub fn new(limits: LimitsByTenant) -> Self {
         Self { limits, entries: Mutex::default() }
     }
 
-    /// Those of one user.
+    /// Returns the watches of one user.
     #[must_use]
     pub fn of(&self, tenant: &str, user: &str) -> Arc<WatchesOfUser> {
         let (tenant, user): (Arc<str>, Arc<str>) = (tenant.into(), user.into());
@@ -98,11 +102,11 @@ impl WatchesOfUser {
             (TenantLimit::WatchesPerTenant, of_tenant, "tenant"),
         ] {
             let allowed = limits.get(limit);
+            self.limits.note_use(limit, open.min(allowed), allowed);
             if allowed > 0 && open > allowed {
                 let message = format!("more than {allowed} open watches of one {whose}");
-                return Err(RequestError::limited(limit.option(), &message, None));
+                return Err(RequestError::limited(limit.option(), &message, Some(PAUSE)));
             }
-            self.limits.note_use(limit, open, allowed);
         }
         Ok(watch)
     }

@@ -80,12 +80,12 @@ pub struct LimitsByTenant(Arc<Shared>);
 
 #[derive(Debug, Default)]
 struct Shared {
-    limits: RwLock<Limits>,
+    table: RwLock<Table>,
     highest_use: [HighestUse; TenantLimit::ALL.len()],
 }
 
 #[derive(Debug, Default)]
-struct Limits {
+struct Table {
     common: TenantLimits,
     of_tenants: HashMap<String, TenantLimits>,
 }
@@ -110,14 +110,14 @@ impl LimitsByTenant {
 
     /// Sets all of them anew.
     pub fn replace(&self, common: TenantLimits, of_tenants: HashMap<String, TenantLimits>) {
-        *self.0.limits.write() = Limits { common, of_tenants };
+        *self.0.table.write() = Table { common, of_tenants };
     }
 
     /// Those of one tenant and its users.
     #[must_use]
     pub fn of(&self, tenant: &str) -> TenantLimits {
-        let limits = self.0.limits.read();
-        *limits.of_tenants.get(tenant).unwrap_or(&limits.common)
+        let table = self.0.table.read();
+        *table.of_tenants.get(tenant).unwrap_or(&table.common)
     }
 
     /// Notes that a tenant or user uses this much of a limit.

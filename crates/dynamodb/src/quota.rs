@@ -12,9 +12,12 @@ use std::{
 use aws_sdk_dynamodb::types::ReturnConsumedCapacity;
 use futures_util::future::try_join_all;
 use parking_lot::Mutex;
+use prometheus_client::metrics::counter::Counter;
 use quick_cache::sync::Cache;
 use streamer_core::TenantLimit;
 use streamer_store::{Owner, Quota, QuotaUse, StoreError};
+use streamer_telemetry::Metrics;
+use tokio::sync::Semaphore;
 
 use crate::{
     calls::text_of,
@@ -31,21 +34,52 @@ const MAX_USERS: usize = 100_000;
 const COUNTED_PART: u64 = 8;
 /// Of users that have less than this part of their limit, nothing is kept.
 const KEPT_PART: u64 = 16;
-/// Shortest time from the beginning of one count to the next: the larger of this and the time that the count
-/// took, multiplied.
+/// Shortest time from the beginning of one count to the next: this, and the time that the count took, multiplied:
+/// by the first number, or by the second when a submission would be refused only because of what this process
+/// submitted since the count, which may have left the queue.
 const MIN_INTERVAL: Duration = Duration::from_secs(1);
 const INTERVAL_OF_COUNT: u32 = 20;
+const INTERVAL_OF_DOUBTFUL_COUNT: u32 = 2;
+const MAX_INTERVAL: Duration = Duration::from_secs(20);
+/// Counts at the same time; a submission that finds none free leaves the count to a later one.
+const MAX_COUNTS: usize = 4;
+/// Rows that are counted of a tenant without a limit of its own.
+const MAX_COUNTED: u64 = 1_000_000;
+/// Counts that fail are logged once in this time.
+const LOG_INTERVAL: Duration = Duration::from_secs(60);
 
 /// What is known of the queues of tenants.
 pub(crate) struct QueueCounts {
     tenants: Cache<String, Arc<Mutex<TenantCount>>>,
     /// By tenant and user, with a control character between them.
     users: Cache<String, Arc<Mutex<UserCount>>>,
+    counts: Arc<Semaphore>,
+    failed: Counter,
+    logged_at: Mutex<Option<Instant>>,
 }
 
-impl Default for QueueCounts {
-    fn default() -> Self {
-        Self { tenants: Cache::new(MAX_TENANTS), users: Cache::new(MAX_USERS) }
+impl QueueCounts {
+    pub(crate) fn new(metrics: &Metrics) -> Self {
+        Self {
+            tenants: Cache::new(MAX_TENANTS),
+            users: Cache::new(MAX_USERS),
+            counts: Arc::new(Semaphore::new(MAX_COUNTS)),
+            failed: metrics.counter(
+                "streamer_dynamodb_failed_queue_counts",
+                "Counts of a tenant's queued requests that failed; until one succeeds, its limits do not hold",
+            ),
+            logged_at: Mutex::default(),
+        }
+    }
+
+    fn note_failed(&self, error: &StoreError) {
+        self.failed.inc();
+        let now = Instant::now();
+        let mut logged_at = self.logged_at.lock();
+        if logged_at.is_none_or(|at| now - at >= LOG_INTERVAL) {
+            *logged_at = Some(now);
+            tracing::warn!(%error, "could not count a tenant's queue, whose limits do not hold");
+        }
     }
 }
 
@@ -59,11 +93,13 @@ struct TenantCount {
     /// While it is being counted: submitted here before that, since the count before.
     uncounted: u64,
     is_counting: bool,
-    /// The last count failed.
+    /// The last count failed. Until one succeeds nothing is refused: what this process submitted may have left
+    /// the queue long ago.
     has_failed: bool,
     /// How many counts have begun.
     generation: u64,
-    next_count: Option<Instant>,
+    /// When the last count began, and how long it took.
+    last_count: Option<(Instant, Duration)>,
 }
 
 #[derive(Debug, Default)]
@@ -92,16 +128,21 @@ impl TenantCount {
         now: Instant,
     ) -> Decision {
         user.enter(self.generation, self.is_counting);
-        let counted_of_user = self.of_users.get(user_name).copied().unwrap_or_default();
-        let unknown_of_user = user.added + if self.is_counting { user.added_before } else { 0 };
-        let used = QuotaUse {
-            queued_of_tenant: self.counted + self.uncounted + self.added + 1,
-            queued_of_user: counted_of_user + unknown_of_user + 1,
+        let counted = QuotaUse {
+            queued_of_tenant: self.counted + 1,
+            queued_of_user: self.of_users.get(user_name).copied().unwrap_or_default() + 1,
             stored_bytes_of_tenant: 0,
         };
-        let outcome = match quota.exceeded_by(used) {
-            Some(limit) => Err(limit),
-            None => Ok(used),
+        let unknown_of_user = user.added + if self.is_counting { user.added_before } else { 0 };
+        let used = QuotaUse {
+            queued_of_tenant: counted.queued_of_tenant + self.uncounted + self.added,
+            queued_of_user: counted.queued_of_user + unknown_of_user,
+            ..counted
+        };
+        let exceeded = quota.exceeded_by(used);
+        let outcome = match exceeded {
+            Some(limit) if !self.has_failed => Err(limit),
+            _ => Ok(used),
         };
         if outcome.is_ok() {
             self.added += 1;
@@ -110,17 +151,27 @@ impl TenantCount {
         let is_far = |added: u64, counted: u64, limit: u64| {
             limit > 0 && added > limit.saturating_sub(counted) / COUNTED_PART
         };
-        let wanted = self.has_failed
-            || outcome.is_err()
-            || is_far(self.added, self.counted, quota.queued_of_tenant)
-            || is_far(user.added, counted_of_user, quota.queued_of_user);
-        let count = wanted && !self.is_counting && self.next_count.is_none_or(|next| next <= now);
-        if count {
-            self.is_counting = true;
-            self.generation += 1;
-            self.uncounted = std::mem::take(&mut self.added);
-        }
+        let is_wanted = self.generation == 0
+            || self.has_failed
+            || exceeded.is_some()
+            || is_far(self.added, counted.queued_of_tenant - 1, quota.queued_of_tenant)
+            || is_far(user.added, counted.queued_of_user - 1, quota.queued_of_user);
+        let is_doubtful = exceeded.is_some() && quota.exceeded_by(counted).is_none();
+        let count = is_wanted && !self.is_counting && self.is_due(is_doubtful, now);
         Decision { outcome, count }
+    }
+
+    fn is_due(&self, is_doubtful: bool, now: Instant) -> bool {
+        let Some((began, took)) = self.last_count else { return true };
+        let times = if is_doubtful { INTERVAL_OF_DOUBTFUL_COUNT } else { INTERVAL_OF_COUNT };
+        let interval = took.saturating_mul(times).clamp(MIN_INTERVAL, MAX_INTERVAL);
+        now.saturating_duration_since(began) >= interval
+    }
+
+    fn begin(&mut self) {
+        self.is_counting = true;
+        self.generation += 1;
+        self.uncounted = std::mem::take(&mut self.added);
     }
 
     /// Ends a count that took from `began` to `now`.
@@ -133,15 +184,15 @@ impl TenantCount {
     ) {
         self.is_counting = false;
         self.has_failed = counted.is_none();
-        let pause = now.saturating_duration_since(began).saturating_mul(INTERVAL_OF_COUNT);
-        self.next_count = Some(began + pause.max(MIN_INTERVAL));
+        self.last_count = Some((began, now.saturating_duration_since(began)));
         let uncounted = std::mem::take(&mut self.uncounted);
         let Some(mut of_users) = counted else {
             self.added += uncounted;
             return;
         };
         self.counted = of_users.values().sum();
-        of_users.retain(|_, count| *count > quota.queued_of_user / KEPT_PART);
+        let least = quota.queued_of_user / KEPT_PART;
+        of_users.retain(|_, count| quota.queued_of_user > 0 && *count > least);
         self.of_users = of_users;
     }
 }
@@ -179,18 +230,22 @@ impl Dynamo {
         let tenant = entry(&self.queue_counts.tenants, &owner.tenant);
         let user = entry(&self.queue_counts.users, &format!("{}\n{}", owner.tenant, owner.user));
         let now = Instant::now();
-        let decision = tenant.lock().admit(&owner.user, &mut user.lock(), quota, now);
-        if decision.count {
+        let mut known = tenant.lock();
+        let Decision { outcome, count } = known.admit(&owner.user, &mut user.lock(), quota, now);
+        if count && let Ok(permit) = self.queue_counts.counts.clone().try_acquire_owned() {
+            known.begin();
+            drop(known);
             let (dynamo, name, quota) = (self.clone(), owner.tenant.clone(), *quota);
             tokio::spawn(async move {
+                let _permit = permit;
                 let counted = dynamo.count_queued(&name, quota.queued_of_tenant).await;
                 if let Err(error) = &counted {
-                    tracing::warn!(%error, "could not count a tenant's queue");
+                    dynamo.queue_counts.note_failed(error);
                 }
                 tenant.lock().finish(counted.ok(), &quota, now, Instant::now());
             });
         }
-        decision.outcome
+        outcome
     }
 
     /// Counts what each user of a tenant has queued, up to about `limit` in all, if there is a limit.
@@ -199,8 +254,8 @@ impl Dynamo {
         tenant: &str,
         limit: u64,
     ) -> Result<HashMap<String, u64>, StoreError> {
-        let limit =
-            if limit == 0 { u64::MAX } else { limit.div_ceil(u64::from(self.queue_shards)) };
+        let limit = if limit == 0 { MAX_COUNTED } else { limit };
+        let limit = limit.div_ceil(u64::from(self.queue_shards));
         let counts = self.shards().map(|shard| self.count_queued_in(shard, tenant, limit));
         let mut counted: HashMap<String, u64> = HashMap::new();
         for (user, count) in try_join_all(counts).await?.into_iter().flatten() {
@@ -239,7 +294,12 @@ impl Dynamo {
                 .map_err(|error| store_error("counting a tenant's queue", &error))?;
             self.metrics.note_read(page.consumed_capacity());
             for item in page.items() {
-                *counted.entry(text_of(item, "user")?.to_owned()).or_default() += 1;
+                // An index that was made before it had users still says how many requests there are.
+                let user = text_of(item, "user").unwrap_or_default();
+                match counted.get_mut(user) {
+                    Some(count) => *count += 1,
+                    None => drop(counted.insert(user.to_owned(), 1)),
+                }
                 total += 1;
             }
             start = page.last_evaluated_key;
@@ -269,9 +329,21 @@ mod tests {
             Self { tenant: TenantCount::default(), users: HashMap::new(), now: Instant::now() }
         }
 
+        /// As the engine does, which has counted the tenant once.
+        fn counted() -> Self {
+            let mut subject = Self::new();
+            assert!(subject.admit("eve").count, "a tenant that is not known is counted");
+            subject.finish(&[]);
+            subject
+        }
+
         fn admit(&mut self, user: &'static str) -> Decision {
             let of_user = self.users.entry(user).or_default();
-            self.tenant.admit(user, of_user, &QUOTA, self.now)
+            let decision = self.tenant.admit(user, of_user, &QUOTA, self.now);
+            if decision.count {
+                self.tenant.begin();
+            }
+            decision
         }
 
         /// Submits until a count is wanted; returns how many were admitted.
@@ -296,7 +368,7 @@ mod tests {
 
     #[test]
     fn a_tenant_is_counted_the_more_often_the_nearer_a_limit_is() {
-        let mut subject = Subject::new();
+        let mut subject = Subject::counted();
         assert_eq!(subject.until_counting("ann"), 6);
         subject.finish(&[("ann", 6)]);
         assert_eq!(subject.until_counting("ann"), 5);
@@ -311,7 +383,7 @@ mod tests {
 
     #[test]
     fn what_is_submitted_while_it_is_counted_counts_too() {
-        let mut subject = Subject::new();
+        let mut subject = Subject::counted();
         assert_eq!(subject.until_counting("ann"), 6);
         let admitted = (0..100).filter(|_| subject.admit("ann").outcome.is_ok()).count();
         assert_eq!(admitted, 34);
@@ -327,13 +399,35 @@ mod tests {
     }
 
     #[test]
-    fn a_count_that_fails_loses_nothing_of_the_tenant_and_is_not_repeated_at_once() {
-        let mut subject = Subject::new();
+    fn while_counts_fail_nothing_is_refused() {
+        let mut subject = Subject::counted();
         subject.until_counting("ann");
         subject.tenant.finish(None, &QUOTA, subject.now, subject.now);
-        assert_eq!((subject.tenant.added, subject.tenant.is_counting), (6, false));
-        assert!(!subject.admit("ann").count);
+        let admitted = (0..100).filter(|_| subject.admit("ann").outcome.is_ok()).count();
+        assert_eq!(admitted, 100);
+        assert!(!subject.tenant.is_counting, "it is not repeated at once");
         subject.now += MIN_INTERVAL;
         assert!(subject.admit("ann").count);
+        subject.finish(&[("ann", 40)]);
+        assert_eq!(subject.admit("ann").outcome, Err(TenantLimit::QueuedPerUser));
+    }
+
+    #[test]
+    fn a_slow_count_is_repeated_early_when_the_refusal_is_in_doubt() {
+        let is_repeated = |counted: u64| {
+            let mut subject = Subject::counted();
+            subject.until_counting("ann");
+            let (began, took) = (subject.now, Duration::from_millis(900));
+            let counted = HashMap::from([("ann".to_owned(), counted)]);
+            subject.now += took;
+            subject.tenant.finish(Some(counted), &QUOTA, began, subject.now);
+            // What was submitted since then has left the queue, or not.
+            let refused = (0..100).find(|_| subject.admit("ann").outcome.is_err());
+            assert!(refused.is_some());
+            subject.now += took;
+            subject.admit("ann").count
+        };
+        assert!(is_repeated(0));
+        assert!(!is_repeated(40));
     }
 }

@@ -22,6 +22,7 @@ use crate::{
     expression::{Expression, key},
     holders::Holders,
     objects::{MAX_INLINE_BYTES, Objects},
+    quota::QueueCounts,
     spans::CallSpans,
     stream::StreamTrigger,
 };
@@ -53,7 +54,7 @@ impl DynamoStore {
             queue_shards: options.queue_shards.clamp(1, 64),
             retention: options.retention,
             crowd: Arc::default(),
-            queue_counts: Arc::default(),
+            queue_counts: Arc::new(QueueCounts::new(metrics)),
             metrics: DynamoMetrics::new(metrics),
         };
         let trigger = options.stream.then(|| {

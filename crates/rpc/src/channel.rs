@@ -50,7 +50,7 @@ pub const NOT_TAKEN: &str = "streamer-not-taken";
 pub const FORWARDED: &str = "streamer-forwarded";
 
 /// Header of a watch that a gateway opens for its subscribers, which it counts itself.
-pub const COUNTED: &str = "streamer-counted";
+pub const WATCH_COUNTED: &str = "streamer-watch-counted";
 
 /// Header of a call that a gateway makes or passes on for a client: the address of the client.
 pub const CLIENT_ADDRESS: &str = "streamer-client-address";

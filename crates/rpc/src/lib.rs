@@ -15,8 +15,8 @@ mod token;
 
 pub use action::{action_from_proto, action_to_proto};
 pub use channel::{
-    CLIENT_ADDRESS, COUNTED, Channel, Connection, FORWARDED, NOT_TAKEN, Peer, REPEATED,
-    REQUEST_UID, SERVICE_TOKEN, local, remote, with_authorization,
+    CLIENT_ADDRESS, Channel, Connection, FORWARDED, NOT_TAKEN, Peer, REPEATED, REQUEST_UID,
+    SERVICE_TOKEN, WATCH_COUNTED, local, remote, with_authorization,
 };
 pub use compact::{compact_bytes, compact_event, compact_request};
 pub use completion::run_to_completion;

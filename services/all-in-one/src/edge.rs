@@ -15,7 +15,7 @@ use streamer_auth::AuthLayer;
 use streamer_core::{Clock, Uid};
 use streamer_proto::public_methods;
 use streamer_rpc::{
-    CLIENT_ADDRESS, COUNTED, Channel, FORWARDED, Peer, REPEATED, REQUEST_UID, SERVICE_TOKEN,
+    CLIENT_ADDRESS, Channel, FORWARDED, Peer, REPEATED, REQUEST_UID, SERVICE_TOKEN, WATCH_COUNTED,
     end_when, enter, is_server_error, recorded,
 };
 use streamer_telemetry::{InScope, Traces};
@@ -66,7 +66,7 @@ async fn admit(
             return refused(request, text, &auth);
         }
         (_, None) => {
-            for header in [REQUEST_UID, REPEATED, FORWARDED, COUNTED, CLIENT_ADDRESS] {
+            for header in [REQUEST_UID, REPEATED, FORWARDED, WATCH_COUNTED, CLIENT_ADDRESS] {
                 request.headers_mut().remove(header);
             }
         }

@@ -44,13 +44,13 @@ fn of(limits: &Limits) -> TenantLimits {
 
 /// Shows how near the limits are.
 #[derive(Debug)]
-struct HighestUse(LimitsByTenant);
+struct LimitUse(LimitsByTenant);
 
-impl Collector for HighestUse {
+impl Collector for LimitUse {
     fn encode(&self, mut encoder: DescriptorEncoder<'_>) -> Result<(), std::fmt::Error> {
-        let help = "Largest part of a limit that one tenant or user has used within the last 30 to 60 s, by the \
-                    option that sets the limit: 1 means that it was reached.";
-        let name = "streamer_tenant_limit_use";
+        let help = "Largest part of a limit that a tenant or user had used when it last asked for more, within 30 to \
+                    60 s, by the option that sets the limit: 1 means that it was reached.";
+        let name = "streamer_tenant_limit_use_ratio";
         let mut family = encoder.encode_descriptor(name, help, None, MetricType::Gauge)?;
         for limit in TenantLimit::ALL {
             let highest = ConstGauge::new(self.0.highest_use(limit));
@@ -62,7 +62,7 @@ impl Collector for HighestUse {
 
 /// Registers the metric.
 pub(crate) fn register(limits: &LimitsByTenant, metrics: &Metrics) {
-    metrics.collect(HighestUse(limits.clone()));
+    metrics.collect(LimitUse(limits.clone()));
 }
 
 /// Lets what was used long ago be forgotten, until `shutdown`.

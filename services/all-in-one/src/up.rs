@@ -4,6 +4,7 @@
 use std::{
     env,
     io::{self, IsTerminal, Write},
+    path::Path,
     process::ExitCode,
     time::Duration,
 };
@@ -12,7 +13,7 @@ use rustix::process::{Resource, getrlimit, setrlimit};
 use streamer_all_in_one::{AllInOne, Role};
 use streamer_auth::NewToken;
 use streamer_cli::{ConfigArguments, ConfigSources, Exit, READY, UpArguments};
-use streamer_config::{Config, ConfigError, Sources};
+use streamer_config::{Config, ConfigError, DEFAULT_FILE, Sources};
 use streamer_handler::Handlers;
 use streamer_telemetry::{TraceOptions, init};
 use tokio::{
@@ -26,6 +27,7 @@ const MIN_FLUSH: Duration = Duration::from_secs(1);
 const TOKEN_LIFE: Duration = Duration::from_secs(24 * 3600);
 
 pub(crate) async fn run(arguments: &UpArguments, role: Role) -> ExitCode {
+    let had_file = Path::new(DEFAULT_FILE).exists();
     let config = match load(arguments) {
         Ok(config) => config,
         Err(error) => {
@@ -65,12 +67,12 @@ pub(crate) async fn run(arguments: &UpArguments, role: Role) -> ExitCode {
     };
     announce(&server, &config, role);
     while signals.next().await == ServerSignal::Reload {
-        reload(&server, arguments);
+        reload(&server, arguments, had_file);
     }
-    eprintln!(
+    say_on_error(&format!(
         "Stopping; running work has {} s. A second signal stops at once.",
         config.server.drain_timeout_ms / 1000
-    );
+    ));
     let deadline = Instant::now() + Duration::from_millis(config.server.drain_timeout_ms);
     let stop = async {
         server.stop().await;
@@ -85,14 +87,32 @@ pub(crate) async fn run(arguments: &UpArguments, role: Role) -> ExitCode {
     Exit::Done.code()
 }
 
-/// Reads the limits of tenants again. With an error in the configuration, the server goes on as it was.
-fn reload(server: &AllInOne, arguments: &UpArguments) {
-    match load(arguments) {
+/// Reads the limits of tenants again. An error in the configuration changes nothing.
+fn reload(server: &AllInOne, arguments: &UpArguments, had_file: bool) {
+    let mut arguments = arguments.clone();
+    // A file that has gone since the start is an error, and not a configuration without overrides.
+    if had_file && arguments.config.config.is_none() {
+        arguments.config.config = Some(DEFAULT_FILE.into());
+    }
+    match load(&arguments) {
         Ok(config) => {
             server.replace_limits(&config);
-            eprintln!("The limits of tenants were read again; other options need a restart.");
+            say_on_error(&format!(
+                "The limits of tenants were read again; {} tenant(s) have limits of their own. Other options \
+                 need a restart.",
+                config.tenants.len()
+            ));
         }
-        Err(error) => eprintln!("error: the limits of tenants stay as they were: {error}"),
+        Err(error) => {
+            say_on_error(&format!("error: the limits of tenants are not changed: {error}"));
+        }
+    }
+}
+
+/// On standard error, which may be closed: that must not end a server.
+fn say_on_error(text: &str) {
+    if let Err(error) = writeln!(io::stderr(), "{text}") {
+        tracing::debug!(%error, text, "cannot write to standard error");
     }
 }
 
@@ -227,8 +247,8 @@ struct Signals {
     terminate: Signal,
     interrupt: Signal,
     hang_up: Signal,
-    /// It was started in a terminal, whose end is a SIGHUP too.
-    has_terminal: bool,
+    /// Which standard streams are terminals: the end of a terminal is a SIGHUP too.
+    terminals: [bool; 3],
 }
 
 impl Signals {
@@ -237,7 +257,7 @@ impl Signals {
             terminate: signal(SignalKind::terminate())?,
             interrupt: signal(SignalKind::interrupt())?,
             hang_up: signal(SignalKind::hangup())?,
-            has_terminal: io::stdin().is_terminal(),
+            terminals: terminals(),
         })
     }
 
@@ -247,18 +267,21 @@ impl Signals {
             _ = self.terminate.recv() => ServerSignal::Stop,
             _ = self.interrupt.recv() => ServerSignal::Stop,
             _ = self.hang_up.recv() => {
-                // A terminal that is gone is not one any longer.
-                if self.has_terminal && !io::stdin().is_terminal() {
-                    ServerSignal::Stop
-                } else {
-                    ServerSignal::Reload
-                }
+                // A stream to a terminal that has gone is no terminal.
+                if self.terminals == terminals() { ServerSignal::Reload } else { ServerSignal::Stop }
             }
         }
     }
 
-    /// Returns once there is one more that asks to stop.
+    /// Returns after one more SIGTERM or Ctrl-C. A terminal may send more than one SIGHUP when it ends.
     async fn stop(&mut self) {
-        while self.next().await != ServerSignal::Stop {}
+        tokio::select! {
+            _ = self.terminate.recv() => {}
+            _ = self.interrupt.recv() => {}
+        }
     }
+}
+
+fn terminals() -> [bool; 3] {
+    [io::stdin().is_terminal(), io::stdout().is_terminal(), io::stderr().is_terminal()]
 }

@@ -21,8 +21,8 @@ use streamer_proto::{
     },
 };
 use streamer_rpc::{
-    COUNTED, FORWARDED, Member, encode_event, not_found, status, store_status, validation_status,
-    with_authorization,
+    FORWARDED, Member, WATCH_COUNTED, encode_event, not_found, status, store_status,
+    validation_status, with_authorization,
 };
 use streamer_store::{Owner, RequestRecord, Store, StoreError, find_by_name};
 use tokio::{sync::OnceCell, time::timeout};
@@ -199,7 +199,7 @@ impl ProgressService for WatchService {
     ) -> Result<Response<Self::WatchStream>, Status> {
         let caller = caller(&request)?;
         let forwarded = request.metadata().contains_key(FORWARDED);
-        let is_counted = forwarded || request.metadata().contains_key(COUNTED);
+        let is_counted = forwarded || request.metadata().contains_key(WATCH_COUNTED);
         let request = request.into_inner();
         let mut violations = check_name(&request.request_id);
         if let Some(after_seq) = request.after_seq {

@@ -25,7 +25,7 @@ use streamer_store::{
 };
 use streamer_telemetry::{TraceContext, trace_span};
 use tokio::time::Instant;
-use tonic::{Code, Status};
+use tonic::Status;
 use tracing::Instrument;
 
 use crate::{
@@ -213,8 +213,7 @@ impl Front {
                     response.outcome = completed.map(Outcome::Completed);
                 }
                 Ok(None) => {}
-                // The caller has too many watches open, and can watch later.
-                Err(status) if status.code() == Code::ResourceExhausted => {
+                Err(status) if wait::is_over_watch_limit(&status) => {
                     tracing::debug!(uid = %record.uid, %status, "may not wait");
                 }
                 Err(status) => tracing::warn!(uid = %record.uid, %status, "could not wait"),

@@ -105,7 +105,12 @@ impl Router {
             dependencies.hints,
         ));
         let submissions = Arc::new(SubmissionRates::new(dependencies.tenant_limits.clone()));
-        let admission = AdmissionApi::new(submissions.clone(), dependencies.clock.clone());
+        let own = dependencies.others.as_ref().map(|others| others.own.clone());
+        let admission = AdmissionApi::new(
+            submissions.clone(),
+            dependencies.clock.clone(),
+            own.unwrap_or_default(),
+        );
         let front = Arc::new(Front {
             store: dependencies.store,
             clock: dependencies.clock,

@@ -63,8 +63,9 @@ impl Front {
         let page = self.store.list_requests(query).await.map_err(|error| store_status(&error))?;
         // Newest first: what is older than the bound ends the listing.
         let reached = |record: &RequestRecord| from.is_some_and(|from| record.create_time < from);
-        let next = page.next.filter(|_| !page.requests.last().is_some_and(reached));
+        let mut next = page.next.filter(|_| !page.requests.last().is_some_and(reached));
         let mut redriven = Vec::new();
+        let mut last = None;
         for old in page.requests.iter().filter(|record| !reached(record)) {
             let uid = old.uid.to_string();
             if request.dry_run {
@@ -75,13 +76,18 @@ impl Front {
             match self.repeat_once(caller, old).await {
                 Ok(None) => {}
                 Ok(request) => redriven.push(Redriven { uid, request, error: None }),
-                // The store may be back for the next page; whatever else it is, it is this one's.
-                Err(status) if status.code() == Code::Unavailable => return Err(status),
+                // Neither is the fault of this request: the caller asks again, from here on.
+                Err(status) if is_temporary(&status) && last.is_none() => return Err(status),
+                Err(status) if is_temporary(&status) => {
+                    next = last;
+                    break;
+                }
                 Err(status) => {
                     let error = Some(error_to_proto(&request_error(&status)));
                     redriven.push(Redriven { uid, request: None, error });
                 }
             }
+            last = Some(old.uid);
         }
         let next_page_token = next.map(|uid| uid.to_string()).unwrap_or_default();
         Ok(RedriveManyResponse { redriven, next_page_token })
@@ -120,6 +126,11 @@ impl Front {
         };
         self.create(old.owner.clone(), submission, self.clock.now(), Some(old.uid)).await
     }
+}
+
+/// The store is away, or the queue is full.
+fn is_temporary(status: &Status) -> bool {
+    matches!(status.code(), Code::Unavailable | Code::ResourceExhausted)
 }
 
 fn is_redrivable(state: RequestState) -> bool {

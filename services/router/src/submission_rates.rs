@@ -31,8 +31,9 @@ pub use reports::{AdmissionApi, OtherRouters};
 const MAX_KNOWN: usize = 100_000;
 /// Submissions at once: as many as are allowed in this many seconds.
 const BURST_SECONDS: u32 = 2;
-/// What another router has admitted counts for this long.
-const REPORT_LIFE: Duration = Duration::from_secs(3);
+/// The most that another router has reported counts for this long, so that floods which come in pulses do not get
+/// the whole rate at each router again and again.
+const REPORT_LIFE: Duration = Duration::from_secs(10);
 /// Less than this part of a router's share is not reported.
 const REPORTED_PART: u64 = 8;
 
@@ -66,7 +67,7 @@ struct Entry {
     of_others: Vec<OfOther>,
 }
 
-/// What another router has admitted in a second.
+/// The most that another router has admitted in a second lately.
 #[derive(Debug)]
 struct OfOther {
     router: Arc<str>,
@@ -88,8 +89,12 @@ impl Entry {
     }
 
     fn note_other(&mut self, router: &Arc<str>, count: u32, now: Timestamp) {
-        self.of_others.retain(|other| other.router != *router);
-        self.of_others.push(OfOther { router: router.clone(), count, reported_at: now });
+        let is_over = |other: &OfOther| now.since(other.reported_at) >= REPORT_LIFE;
+        self.of_others
+            .retain(|other| other.router != *router || (other.count > count && !is_over(other)));
+        if self.of_others.iter().all(|other| other.router != *router) {
+            self.of_others.push(OfOther { router: router.clone(), count, reported_at: now });
+        }
     }
 }
 

@@ -3,7 +3,7 @@
 use std::time::Duration;
 
 use streamer_auth::Caller;
-use streamer_core::{Uid, retry};
+use streamer_core::{TenantLimit, Uid, retry};
 use streamer_proto::{
     common::v1::Event,
     progress::v1::{WatchRequest, WatchResponse},
@@ -11,6 +11,7 @@ use streamer_proto::{
 use streamer_rpc::{RouteKey, is_terminal, with_authorization};
 use tokio::time::{sleep, timeout};
 use tonic::{Code, Status, Streaming};
+use tonic_types::StatusExt;
 
 use crate::peers::Peers;
 
@@ -71,8 +72,16 @@ async fn end_of(mut stream: Streaming<WatchResponse>) -> Result<Option<Event>, S
 
 /// Watching again would not help.
 fn is_lasting(status: &Status) -> bool {
-    matches!(
-        status.code(),
-        Code::NotFound | Code::PermissionDenied | Code::Unauthenticated | Code::ResourceExhausted
-    )
+    matches!(status.code(), Code::NotFound | Code::PermissionDenied | Code::Unauthenticated)
+        || is_over_watch_limit(status)
+}
+
+/// The caller has too many watches open. It can watch later; a store that is overloaded is asked again.
+pub(crate) fn is_over_watch_limit(status: &Status) -> bool {
+    let limits = [TenantLimit::WatchesPerUser, TenantLimit::WatchesPerTenant];
+    let quota = status.get_details_quota_failure();
+    quota.is_some_and(|quota| {
+        let mut subjects = quota.violations.iter().map(|violation| violation.subject.as_str());
+        subjects.any(|subject| limits.iter().any(|limit| limit.option() == subject))
+    })
 }

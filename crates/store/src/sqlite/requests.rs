@@ -10,7 +10,7 @@ use streamer_proto::common::v1::{Accepted, Cancelled, Event, OutputSummary, Star
 
 use super::{
     checksum, row,
-    usage::{Db, signed},
+    usage::{BATCH_BYTES, Db, REQUEST_BYTES, signed},
 };
 use crate::{
     Adopt, Append, Appended, CancelOutcome, Claim, ClaimOutcome, Claimed, CreateOutcome,
@@ -31,7 +31,7 @@ pub(super) fn create(db: &Db<'_>, new: &NewRequest) -> rusqlite::Result<CreateOu
         event(1, 0, new.create_time, Kind::Accepted(Accepted { action: new.action.clone() }));
     let batch = encode_batch(std::slice::from_ref(&accepted));
     let metadata = new.metadata.as_ref().map_or(0, Bytes::len);
-    let bytes = new.payload.data.len() + metadata + batch.len();
+    let bytes = REQUEST_BYTES + new.payload.data.len() + metadata + BATCH_BYTES + batch.len();
     let mut used = db.usage_of(&new.owner)?;
     used.queued_of_tenant += 1;
     used.queued_of_user += 1;
@@ -459,7 +459,7 @@ fn insert_events(db: &Connection, uid: Uid, events: &[Event]) -> rusqlite::Resul
     let Some(last) = events.last() else { return Ok(0) };
     let batch = encode_batch(events);
     insert_batch(db, uid, last.seq, &batch)?;
-    Ok(signed(batch.len()))
+    Ok(signed(BATCH_BYTES + batch.len()))
 }
 
 /// An `EventBatch`, written field by field so that the events need not be copied into one.

@@ -107,8 +107,8 @@ CREATE TABLE health (only_row INTEGER PRIMARY KEY CHECK (only_row = 1), checks I
 INSERT INTO health VALUES (1, 0);
 ";
 
-/// What each tenant has (in its row without a user), and each user: queued requests, and bytes of payloads,
-/// metadata, events and checkpoints.
+/// What each tenant has (in its row without a user), and each user: queued requests, and bytes of requests with
+/// their payloads, metadata, events and checkpoints.
 pub(super) const USAGE: &str = "
 CREATE TABLE usage (
     tenant TEXT NOT NULL,
@@ -148,10 +148,10 @@ const FROM_2_TO_3: &str = "ALTER TABLE requests ADD COLUMN trace_state TEXT;";
 /// What version 4 has beyond version 3, but for table `usage`.
 const FROM_3_TO_4: &str = "
 ALTER TABLE requests ADD COLUMN bytes INTEGER NOT NULL DEFAULT 0;
-UPDATE requests SET bytes = COALESCE(LENGTH(metadata), 0)
+UPDATE requests SET bytes = 1024 + COALESCE(LENGTH(metadata), 0)
     + COALESCE((SELECT LENGTH(data) FROM payloads WHERE payloads.uid = requests.uid), 0)
     + COALESCE((SELECT LENGTH(data) FROM checkpoints WHERE checkpoints.uid = requests.uid), 0)
-    + COALESCE((SELECT SUM(LENGTH(batch)) FROM events WHERE events.uid = requests.uid), 0);
+    + COALESCE((SELECT SUM(64 + LENGTH(batch)) FROM events WHERE events.uid = requests.uid), 0);
 INSERT INTO usage SELECT tenant, '', SUM(state = 0), SUM(bytes) FROM requests GROUP BY tenant;
 INSERT INTO usage SELECT tenant, user, COUNT(*), 0 FROM requests WHERE state = 0
     GROUP BY tenant, user;
@@ -278,7 +278,7 @@ mod tests {
                 Ok((row.get::<_, i64>(0)?, row.get::<_, i64>(1)?))
             })
         };
-        assert_eq!((usage(""), usage("u")), (Ok((1, 11)), Ok((1, 0))));
+        assert_eq!((usage(""), usage("u")), (Ok((1, 11 + 2 * 1024 + 3 * 64)), Ok((1, 0))));
         assert!(usage("v").is_err());
         migrate(&db).unwrap();
     }

@@ -7,6 +7,10 @@ use rusqlite::{Connection, OptionalExtension, params};
 
 use crate::{Owner, QuotaUse};
 
+/// What a request takes in rows and indexes, beside its payload, metadata, events and checkpoint, in bytes; and
+/// what a batch of events takes beside them. `schema.rs` has both numbers too.
+pub(super) const REQUEST_BYTES: usize = 1024;
+pub(super) const BATCH_BYTES: usize = 64;
 /// Rows kept in memory at most, between groups.
 const MAX_ROWS: usize = 10_000;
 /// In place of the user, in the row of a whole tenant. No user has an empty name.

@@ -17,8 +17,10 @@ use super::{Name, SubmissionRates};
 
 const REPORT_INTERVAL: Duration = Duration::from_secs(1);
 const REPORT_TIMEOUT: Duration = Duration::from_secs(1);
-/// Entries of one report at most, the largest first.
-const MAX_REPORTED: usize = 10_000;
+/// Bytes of one report at most, the largest counts first.
+const MAX_REPORT_BYTES: usize = 1024 * 1024;
+/// What an entry of a report takes beside its names, in bytes.
+const ENTRY_BYTES: usize = 32;
 
 /// The routers beside this one.
 #[derive(Clone)]
@@ -33,11 +35,13 @@ pub struct OtherRouters {
 pub struct AdmissionApi {
     rates: Arc<SubmissionRates>,
     clock: Arc<dyn Clock>,
+    /// The name of this router among the others.
+    own: String,
 }
 
 impl AdmissionApi {
-    pub(crate) fn new(rates: Arc<SubmissionRates>, clock: Arc<dyn Clock>) -> Self {
-        Self { rates, clock }
+    pub(crate) fn new(rates: Arc<SubmissionRates>, clock: Arc<dyn Clock>, own: String) -> Self {
+        Self { rates, clock, own }
     }
 }
 
@@ -52,9 +56,11 @@ impl AdmissionService for AdmissionApi {
             return Err(Status::invalid_argument("router: is required"));
         }
         let (router, now): (Arc<str>, _) = (router.into(), self.clock.now());
-        for AdmittedSubmissions { tenant_id, user_id, count } in
-            admitted.into_iter().take(MAX_REPORTED)
-        {
+        if *router == *self.own {
+            // An address of its own that it does not know as such.
+            return Ok(Response::new(ReportSubmissionsResponse {}));
+        }
+        for AdmittedSubmissions { tenant_id, user_id, count } in admitted {
             let name = Name { tenant: tenant_id, user: user_id };
             self.rates.note_other(&router, &name, count, now);
         }
@@ -84,9 +90,15 @@ pub(crate) async fn exchange(
             continue;
         }
         admitted.sort_by_key(|(_, count)| std::cmp::Reverse(*count));
-        admitted.truncate(MAX_REPORTED);
-        let admitted = admitted.into_iter().map(|(Name { tenant, user }, count)| {
-            AdmittedSubmissions { tenant_id: tenant, user_id: user, count }
+        let mut bytes = 0;
+        let reported = admitted.into_iter().take_while(|(name, _)| {
+            bytes += name.tenant.len() + name.user.len() + ENTRY_BYTES;
+            bytes <= MAX_REPORT_BYTES
+        });
+        let admitted = reported.map(|(Name { tenant, user }, count)| AdmittedSubmissions {
+            tenant_id: tenant,
+            user_id: user,
+            count,
         });
         let report =
             ReportSubmissionsRequest { router: others.own.clone(), admitted: admitted.collect() };

@@ -67,8 +67,12 @@ fn a_router_admits_what_the_others_leave_free_and_its_equal_part_at_least() {
     assert_eq!(share(1000), 50);
     rates.note_other(&second, &ann, 99, at(2000));
     assert_eq!(share(2000), 25);
-    // Reports that do not come again count for three seconds.
-    assert_eq!((share(3999), share(4000), share(5000)), (25, 25, 100));
+    // The largest report counts for ten seconds.
+    rates.note_other(&second, &ann, 10, at(5000));
+    rates.note_other(&third, &ann, 10, at(5000));
+    assert_eq!((share(10_999), share(11_000), share(12_000)), (25, 25, 100));
+    rates.note_other(&second, &ann, 10, at(12_000));
+    assert_eq!(share(12_000), 90);
 }
 
 #[test]

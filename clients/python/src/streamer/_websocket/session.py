@@ -23,9 +23,6 @@ from streamer.errors import (
     StreamerError,
 )
 
-# Refusals after which the same message may be taken.
-_PASSING = (ErrorCode.RATE_LIMITED, ErrorCode.UNAVAILABLE)
-
 # Messages about requests that are no events.
 _ABOUT_REQUESTS = ("acknowledgment", "subscribed", "response", "cancelled")
 
@@ -266,14 +263,14 @@ class Session:
                 answered.set_exception(refusal)
         elif follow is None:
             _logger.warning("a message was refused: %s", refusal)
-        elif refusal.code in _PASSING:
+        elif _is_passing(refusal):
             follow.reopen()
             self._help(self._open_later(follow, refusal))
         else:
             self._fail(follow, refusal)
 
     async def _open_later(self, follow: Follow, refusal: ServiceError) -> None:
-        if not await follow.patience.wait():
+        if not await follow.patience.wait(refusal.retry_after or 0.0):
             self._fail(follow, refusal)
         elif follow.phase is Phase.OPENING and self._is_wanted(follow):
             self._open(follow)
@@ -327,6 +324,13 @@ class Session:
 def _names(frame: Frame) -> tuple[str, str]:
     """How the request of a message is named: by its caller, and by the server."""
     return str(frame.get("request_id")), str(frame.get("uid"))
+
+
+def _is_passing(refusal: ServiceError) -> bool:
+    """Whether the same message may be taken later: of limits, the server says when."""
+    if refusal.code is ErrorCode.RATE_LIMITED:
+        return refusal.retry_after is not None
+    return refusal.code is ErrorCode.UNAVAILABLE
 
 
 def _refusal(frame: Frame) -> ServiceError:
