@@ -188,11 +188,26 @@ impl ScriptedWorker {
         token: &str,
         first: work_request::Message,
     ) -> Result<Self, Status> {
-        let endpoint = Endpoint::from_shared(server.url.clone()).expect("a URL");
+        Self::open_at(&server.url, token, first).await
+    }
+
+    /// Opens a stream with this first message at the server with this URL.
+    ///
+    /// # Errors
+    /// When the server does not let it in.
+    ///
+    /// # Panics
+    /// When the server does not begin with `welcome`.
+    pub async fn open_at(
+        url: &str,
+        token: &str,
+        first: work_request::Message,
+    ) -> Result<Self, Status> {
+        let endpoint = Endpoint::from_shared(url.to_owned()).expect("a URL");
         let channel = endpoint.connect().await.map_err(|e| Status::unavailable(e.to_string()))?;
         let (outbound, messages) = mpsc::channel(64);
         outbound.send(WorkRequest { message: Some(first) }).await.expect("there is room");
-        let api = Api::new(&server.url, token).expect("a URL");
+        let api = Api::new(url, token).expect("a URL");
         let call = api.call(ReceiverStream::new(messages));
         let mut inbound = WorkerServiceClient::new(channel).work(call).await?.into_inner();
         let first = inbound.message().await?.and_then(|first| first.message);

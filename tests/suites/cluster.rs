@@ -8,14 +8,16 @@ use streamer_client::Api;
 use streamer_proto::{
     connections::v1::{BroadcastRequest, ListRequest, SendRequest, send_request::Target},
     internal::v1::{PublishRequest, event_log_service_client::EventLogServiceClient},
+    processor::v1::work_request,
     progress::v1::{WatchRequest, WatchResponse},
     router::v1::SubmitRequest,
 };
 use streamer_rpc::json_payload;
 use streamer_tests::{
-    Client, Cluster, Load, Log, LoopbackAddress, Process, Proxy, Service, WorkerProcess,
+    Client, Cluster, Load, Log, LoopbackAddress, Process, Proxy, ScriptedWorker, Service,
+    WorkerProcess, declare,
     dynamodb::{Implementation, endpoint},
-    in_time, offered_at, tool,
+    hello, in_time, offered_at, tool,
 };
 use tokio::sync::{Mutex, MutexGuard};
 use tokio_util::sync::CancellationToken;
@@ -362,4 +364,23 @@ async fn routers_share_what_a_tenant_may_submit() {
         }
     })
     .await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn what_a_worker_declares_is_known_at_every_router_once_it_is_welcome() {
+    let (cluster, _alone) = cluster(|_, _, _| Vec::new()).await;
+    let token = cluster.token("acme", "ann", &["worker:*"]);
+    let mut workers = Vec::new();
+    for number in 0..10 {
+        let action = format!("new-{number}");
+        let hello = hello(&action, 1, vec![declare(&action)]);
+        let url = &cluster.urls[number % 2];
+        let first = work_request::Message::Hello(hello);
+        workers.push(ScriptedWorker::open_at(url, &token, first).await.unwrap());
+        for router in 0..2 {
+            let api = Api::new(&cluster.url(Service::Router, router), &token).unwrap();
+            let submit = SubmitRequest { action: action.clone(), ..SubmitRequest::default() };
+            api.router().submit(api.call(submit)).await.unwrap();
+        }
+    }
 }

@@ -9,6 +9,7 @@ use std::{
     time::Duration,
 };
 
+use futures_util::future::join_all;
 use serde_json::json;
 use streamer_client::{Api, Follower, Target, TokenError, TokenSource};
 use streamer_proto::{
@@ -103,6 +104,34 @@ async fn no_other_caller_can_resume_a_workers_attempt() {
         }
     }
     scene.succeeds().await;
+}
+
+#[tokio::test]
+async fn workers_that_name_an_attempt_of_another_do_not_keep_it_from_resuming() {
+    let Scene { mut server, token, first, mut worker, task, .. } = Scene::new().await;
+    let again = hello_again(&first, &worker.welcome, &[&task]);
+    for _ in 0..3 {
+        server.kill_and_restart();
+        // With the very same token, but without the secret.
+        let others = (0..16).map(|number| Hello {
+            worker_id: format!("other-{number}"),
+            session_secret: vec![number; 32].into(),
+            ..again.clone()
+        });
+        let others = join_all(others.map(|other| ScriptedWorker::come(&server, &token, other)));
+        let own = ScriptedWorker::come(&server, &token, again.clone());
+        let (others, own) = tokio::join!(others, own);
+        worker = own;
+        assert!(others.iter().all(|other| other.welcome.resumed.is_empty()));
+        assert_eq!(worker.welcome.resumed.len(), 1);
+    }
+    worker.report(&task, 0, result(r#""ours""#)).await;
+    worker.ended(&task).await;
+    let mut client = Client::connect(&server.url, &server.token("acme", "ann", &[])).await;
+    client.send(json!({"type": "subscribe", "request_id": "r", "after_seq": 1})).await;
+    let log = client.follow(Log::after(1)).await;
+    let types: Vec<_> = log.events.iter().map(|event| event["type"].clone()).collect();
+    assert_eq!(types, ["started", "complete"]);
 }
 
 #[tokio::test]

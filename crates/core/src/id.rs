@@ -78,7 +78,9 @@ impl FromStr for Uid {
     type Err = InvalidUid;
 
     fn from_str(text: &str) -> Result<Self, InvalidUid> {
-        Ulid::from_string(text).map(Self).map_err(|_| InvalidUid)
+        let uid = Ulid::from_string(text).map(Self).map_err(|_| InvalidUid)?;
+        // Other texts of the same length stand for it too: what goes beyond 128 bits is cut off there.
+        if uid.to_string().eq_ignore_ascii_case(text) { Ok(uid) } else { Err(InvalidUid) }
     }
 }
 
@@ -106,6 +108,19 @@ mod tests {
     #[test]
     fn other_texts_are_refused() {
         for text in ["", "req-1", "01ARZ3NDEKTSV4RRFFQ69G5FA", "01ARZ3NDEKTSV4RRFFQ69G5FAVX"] {
+            assert!(text.parse::<Uid>().is_err(), "{text}");
+        }
+    }
+
+    #[test]
+    fn no_two_texts_stand_for_one_id() {
+        assert!("7ZZZZZZZZZZZZZZZZZZZZZZZZZ".parse::<Uid>().is_ok());
+        assert!("01arz3ndektsv4rrffq69g5fav".parse::<Uid>().is_ok());
+        for text in [
+            "8ZZZZZZZZZZZZZZZZZZZZZZZZZ",
+            "G1ARZ3NDEKTSV4RRFFQ69G5FAV",
+            "0IARZ3NDEKTSV4RRFFQ69G5FAV",
+        ] {
             assert!(text.parse::<Uid>().is_err(), "{text}");
         }
     }

@@ -9,9 +9,9 @@ use streamer_core::{ActionSpec, ErrorCode, RequestError, Timestamp, Uid};
 use streamer_handler::{AttemptInfo, Context, DynHandler, ReportQueue};
 use streamer_proto::{
     internal::v1::{
-        ExecuteRequest, ExecuteResponse, OfferedAction, SignalCancelRequest, SignalCancelResponse,
-        WakeRequest, WakeResponse, WatchActionsRequest, WatchActionsResponse,
-        execution_service_server::ExecutionService,
+        ExecuteRequest, ExecuteResponse, FindActionRequest, FindActionResponse, OfferedAction,
+        SignalCancelRequest, SignalCancelResponse, WakeRequest, WakeResponse, WatchActionsRequest,
+        WatchActionsResponse, execution_service_server::ExecutionService,
     },
     millis,
 };
@@ -228,6 +228,15 @@ impl ExecutionService for ExecutionApi {
         let request = request.into_inner();
         self.dispatcher.signal_cancel(parse_uid(&request.uid)?, &request.reason);
         Ok(Response::new(SignalCancelResponse {}))
+    }
+
+    async fn find_action(
+        &self,
+        request: Request<FindActionRequest>,
+    ) -> Result<Response<FindActionResponse>, Status> {
+        let FindActionRequest { action, tenant_id } = request.into_inner();
+        let declared = self.actions.find(&action, &tenant_id).is_some();
+        Ok(Response::new(FindActionResponse { declared }))
     }
 
     async fn watch_actions(

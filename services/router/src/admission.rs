@@ -1,5 +1,7 @@
 //! The rules that a submission keeps to.
 
+use std::ops::RangeInclusive;
+
 use bytes::Bytes;
 use serde_json::value::RawValue;
 use sha2::{Digest, Sha256};
@@ -58,6 +60,9 @@ pub(crate) fn read(
     violations.check("delay", validate::in_range(delay_ms, 0, limits::MAX_DELAY_MS, " ms"));
     let highest = i64::from(limits::MAX_PRIORITY);
     violations.check("priority", validate::in_range(request.priority.into(), 0, highest, ""));
+    if let Some(deadline) = &request.deadline {
+        violations.check("deadline", well_formed_time(deadline));
+    }
     let deadline = request.deadline.map(|deadline| Timestamp::from_millis(millis(&deadline)));
     if deadline.is_some_and(|deadline| deadline <= now) {
         violations.push("deadline", format!("must be in the future, it is {now} now"));
@@ -96,6 +101,16 @@ fn check_metadata(metadata: &[u8]) -> Result<(), String> {
         Ok(())
     } else {
         Err("must be a JSON object".into())
+    }
+}
+
+/// The range of `google.protobuf.Timestamp`.
+pub(crate) fn well_formed_time(time: &prost_types::Timestamp) -> Result<(), String> {
+    const YEARS_1_TO_9999: RangeInclusive<i64> = -62_135_596_800..=253_402_300_799;
+    if YEARS_1_TO_9999.contains(&time.seconds) && (0..1_000_000_000).contains(&time.nanos) {
+        Ok(())
+    } else {
+        Err("must be in the years 1 to 9999, with 0 to 999999999 nanoseconds".into())
     }
 }
 
@@ -142,6 +157,25 @@ mod tests {
             "deadline:",
         ] {
             assert!(told.contains(field), "{field} is missing in {told}");
+        }
+    }
+
+    #[test]
+    fn times_are_in_the_years_that_protobuf_has() {
+        let deadline = |seconds, nanos| SubmitRequest {
+            action: "echo".into(),
+            deadline: Some(prost_types::Timestamp { seconds, nanos }),
+            ..SubmitRequest::default()
+        };
+        assert_eq!(violations_of(deadline(253_402_300_799, 999_999_999)), "");
+        for (seconds, nanos) in
+            [(253_402_300_800, 0), (i64::MAX, 0), (1_000, -1), (1_000, i32::MAX)]
+        {
+            let violations = violations_of(deadline(seconds, nanos));
+            assert!(
+                violations.contains("deadline: must be in the years 1 to 9999"),
+                "{violations}"
+            );
         }
     }
 

@@ -22,7 +22,7 @@ use tokio::{
     time::{Instant, sleep, timeout},
 };
 use tokio_util::{sync::CancellationToken, task::AbortOnDropHandle};
-use tonic::Status;
+use tonic::{Code, Status};
 
 use crate::{
     peers::Peers,
@@ -135,10 +135,29 @@ impl Catalog {
         match self.get(action, tenant) {
             Some(known) => Ok(known),
             None if is_complete => Err(no_such_action(action)),
-            None => Err(status(&RequestError::new(
-                ErrorCode::Unavailable,
-                format!("whether there is an action {action:?} is not known yet; try again"),
-            ))),
+            None => Err(unknown_yet(action)),
+        }
+    }
+
+    /// The same; when no list has it, asks the processors: a worker that was just answered may be in none yet.
+    pub(crate) async fn find_or_ask(
+        &self,
+        action: &str,
+        tenant: &str,
+        peers: &Peers,
+    ) -> Result<Arc<Known>, Status> {
+        match self.find(action, tenant).await {
+            Err(refusal) if refusal.code() == Code::NotFound => {
+                if !peers.is_declared(action, tenant).await {
+                    return Err(refusal);
+                }
+                let mut discovery = self.discovery.subscribe();
+                let listed = discovery.wait_for(|_| self.get(action, tenant).is_some());
+                // Let go of at once: it is a lock.
+                drop(timeout(MAX_WAIT, listed).await);
+                self.get(action, tenant).ok_or_else(|| unknown_yet(action))
+            }
+            outcome => outcome,
         }
     }
 
@@ -369,6 +388,11 @@ impl Catalog {
     }
 }
 
+fn unknown_yet(action: &str) -> Status {
+    let message = format!("whether there is an action {action:?} is not known yet; try again");
+    status(&RequestError::new(ErrorCode::Unavailable, message))
+}
+
 /// No processor runs these now.
 fn withdraw(list: &mut [Offered]) {
     for Offered { action, .. } in list {
@@ -411,7 +435,6 @@ impl Known {
 #[cfg(test)]
 mod tests {
     use futures_util::poll;
-    use tonic::Code;
 
     use super::*;
 

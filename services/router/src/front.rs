@@ -121,7 +121,8 @@ impl Front {
         }
         refuse(&violations).inspect_err(refused)?;
         let Principal { tenant, .. } = &*caller.principal;
-        let known = self.catalog.find(&submission.action, tenant).await.inspect_err(refused)?;
+        let known = self.catalog.find_or_ask(&submission.action, tenant, &self.peers).await;
+        let known = known.inspect_err(refused)?;
         permitted(caller, &known)?;
         let payload = &submission.payload.data;
         let checked = self.catalog.check_payload(&known, tenant, payload, &mut violations).await;

@@ -14,8 +14,8 @@ use streamer_core::{Limits, Timestamp, Uid};
 use streamer_proto::{
     common::v1::{Event, Payload, Request},
     internal::v1::{
-        AnnounceRequest, ExecuteRequest, SignalCancelRequest, WakeRequest, WakeResponse,
-        event_log_service_client::EventLogServiceClient,
+        AnnounceRequest, ExecuteRequest, FindActionRequest, SignalCancelRequest, WakeRequest,
+        WakeResponse, event_log_service_client::EventLogServiceClient,
         execution_service_client::ExecutionServiceClient,
     },
     progress::v1::progress_service_client::ProgressServiceClient,
@@ -125,6 +125,18 @@ impl Peers {
             }
         }
         Err(last.unwrap_or_else(|| Status::unavailable("no processor is known")))
+    }
+
+    /// Whether a processor says that this action is declared for this tenant.
+    pub(crate) async fn is_declared(&self, action: &str, tenant: &str) -> bool {
+        let request = FindActionRequest { action: action.to_owned(), tenant_id: tenant.to_owned() };
+        let members = self.candidates(&[]);
+        let answers = members.iter().map(|member| {
+            let (mut client, request) = (self.processor(member), request.clone());
+            async move { timeout(HINT_TIMEOUT, client.find_action(request)).await }
+        });
+        let answers = join_all(answers).await;
+        answers.into_iter().flatten().flatten().any(|answer| answer.get_ref().declared)
     }
 
     /// Tells the progress service of a durable event; a hint.

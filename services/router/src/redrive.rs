@@ -17,7 +17,7 @@ use streamer_store::{ListRequests, RequestRecord};
 use tonic::{Code, Status};
 
 use crate::{
-    admission::Submission,
+    admission::{Submission, well_formed_time},
     front::{Access, Created, Front},
     refusal::{failed_precondition, permitted, refuse},
     router_service::{read_page_size, read_page_token},
@@ -109,7 +109,8 @@ impl Front {
         old: &RequestRecord,
         client_id: Option<String>,
     ) -> Result<Created, Status> {
-        let known = self.catalog.find(&old.action, &old.owner.tenant).await?;
+        let tenant = &old.owner.tenant;
+        let known = self.catalog.find_or_ask(&old.action, tenant, &self.peers).await?;
         permitted(caller, &known)?;
         let payload =
             self.store.read_payload(old.uid).await.map_err(|error| store_status(&error))?;
@@ -159,6 +160,14 @@ fn read(
     }
     let limit = read_page_size(request.page_size, &mut violations);
     let before = read_page_token(&request.page_token, &mut violations);
+    for (field, time) in [
+        ("create_time_from", &request.create_time_from),
+        ("create_time_until", &request.create_time_until),
+    ] {
+        if let Some(time) = time {
+            violations.check(field, well_formed_time(time));
+        }
+    }
     let time = |time: &prost_types::Timestamp| Timestamp::from_millis(millis(time));
     let until = request.create_time_until.as_ref().map(time).map(Uid::first_of);
     refuse(&violations)?;
