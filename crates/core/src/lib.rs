@@ -15,6 +15,7 @@ pub mod rate;
 pub mod retry;
 pub mod state;
 pub mod tenant_limits;
+pub mod trace_parent;
 pub mod validate;
 
 pub use action::{ActionSpec, DEFAULT_SYNC_THRESHOLD};
@@ -29,4 +30,5 @@ pub use rate::RateLimiter;
 pub use retry::RetryPolicy;
 pub use state::RequestState;
 pub use tenant_limits::{LimitsByTenant, TenantLimit, TenantLimits};
+pub use trace_parent::TraceParent;
 pub use validate::{Violation, Violations};

@@ -5,7 +5,7 @@ use std::sync::Arc;
 use async_trait::async_trait;
 use bytes::Bytes;
 use serde::{Serialize, de::DeserializeOwned};
-use streamer_core::{Limits, RequestState, Timestamp, Uid, limits};
+use streamer_core::{Limits, RequestState, Timestamp, TraceParent, Uid, limits};
 use tokio_util::sync::CancellationToken;
 
 use crate::{HandlerError, Report, ReportQueue};
@@ -30,7 +30,7 @@ pub struct AttemptInfo {
     /// What an earlier attempt left.
     pub checkpoint: Option<Bytes>,
     /// W3C `traceparent` of this run, for what the handler calls.
-    pub trace_parent: Option<String>,
+    pub trace_parent: Option<TraceParent>,
     /// W3C `tracestate` that goes with it.
     pub trace_state: Option<String>,
     /// The attempt is cut off when it has not ended by then.
@@ -160,8 +160,8 @@ impl Context {
     /// trace. `None` if the request came without one and is not traced here. While the handler runs,
     /// the `tracing` span and the OpenTelemetry context of this place are current, too.
     #[must_use]
-    pub fn trace_parent(&self) -> Option<&str> {
-        self.info.trace_parent.as_deref()
+    pub fn trace_parent(&self) -> Option<String> {
+        self.info.trace_parent.map(TraceParent::to_text)
     }
 
     /// W3C `tracestate` that goes with [`Self::trace_parent`].

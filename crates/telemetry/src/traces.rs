@@ -25,6 +25,7 @@ use tracing::Span;
 use tracing_opentelemetry::OpenTelemetrySpanExt;
 
 use crate::Metrics;
+use context::flags;
 pub use context::{MAX_TRACE_STATE_BYTES, TraceContext};
 use pipeline::Pipeline;
 pub(crate) use pipeline::start;
@@ -269,14 +270,13 @@ impl Traces {
         };
         // No span has this id: the context carries the decision to the macro.
         let root = || {
-            let flags = if sampled { TraceFlags::SAMPLED } else { TraceFlags::default() };
             let (trace, span) = (ids.new_trace_id(), ids.new_span_id());
-            TraceContext(SpanContext::new(trace, span, flags, true, TraceState::NONE))
+            TraceContext(SpanContext::new(trace, span, flags(sampled), true, TraceState::NONE))
         };
         match caller {
             Some(caller) => Scope::follow(&caller.with_sampled(sampled), span),
             None if sampled => {
-                let scope = Scope::child_of(root().context(), || {
+                let scope = Scope::child_of(root().into_context(), || {
                     let span = span();
                     // Fails only where the span is disabled.
                     drop(span.set_parent(Context::new()));
@@ -284,7 +284,7 @@ impl Traces {
                 });
                 scope.unwrap_or_default()
             }
-            None => Scope::within(&root()),
+            None => Scope(Inner::Context(root().into_context())),
         }
     }
 

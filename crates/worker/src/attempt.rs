@@ -5,7 +5,7 @@ use std::{panic::AssertUnwindSafe, sync::Arc};
 use bytes::Bytes;
 use futures_util::FutureExt;
 use parking_lot::Mutex;
-use streamer_core::{ErrorCode, Limits, RequestError, Timestamp, Uid};
+use streamer_core::{ErrorCode, Limits, RequestError, Timestamp, TraceParent, Uid};
 use streamer_handler::{
     AttemptInfo, Context, DynHandler, HandlerError, Report as HandlerReport, ReportQueue,
 };
@@ -209,7 +209,7 @@ fn read((uid, attempt): Key, task: proto::Task) -> (AttemptInfo, Bytes, bool) {
         content_type,
         attempt,
         checkpoint: task.checkpoint.map(compact_bytes),
-        trace_parent: (!task.trace_parent.is_empty()).then_some(task.trace_parent),
+        trace_parent: TraceParent::parse(&task.trace_parent),
         trace_state: (!task.trace_state.is_empty()).then_some(task.trace_state),
         deadline: task.deadline.as_ref().map(|at| Timestamp::from_millis(millis(at))),
     };
@@ -220,7 +220,7 @@ fn read((uid, attempt): Key, task: proto::Task) -> (AttemptInfo, Bytes, bool) {
 /// A span of the handler, if the attempt is traced; else its place in the trace.
 fn scope(context: &Context) -> Scope {
     let parent = context.trace_parent();
-    match parent.and_then(|parent| TraceContext::parse(parent, context.trace_state())) {
+    match parent.and_then(|parent| TraceContext::parse(&parent, context.trace_state())) {
         Some(parent) => Scope::follow(&parent, || {
             trace_span!(
                 "handler",

@@ -132,7 +132,7 @@ pub(crate) async fn run(
             content_type: payload.content_type,
             attempt: record.attempt,
             checkpoint,
-            trace_parent: trace.as_ref().map(TraceContext::trace_parent),
+            trace_parent: trace.as_ref().map(TraceContext::header),
             trace_state: trace.as_ref().and_then(TraceContext::trace_state),
             deadline: [limit.map(|limit| began.plus(limit)), record.close_by]
                 .into_iter()

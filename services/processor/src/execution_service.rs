@@ -102,7 +102,7 @@ impl ExecutionApi {
                 content_type,
                 attempt: 1,
                 checkpoint: None,
-                trace_parent: trace.as_ref().map(TraceContext::trace_parent),
+                trace_parent: trace.as_ref().map(TraceContext::header),
                 trace_state: trace.as_ref().and_then(TraceContext::trace_state),
                 deadline: Some(self.dispatcher.now().plus(limit)),
             },

@@ -6,7 +6,7 @@ use std::{sync::Arc, time::Duration};
 use async_trait::async_trait;
 use bytes::Bytes;
 use serde_json::value::RawValue;
-use streamer_core::{ActionSpec, ErrorCode, RequestError};
+use streamer_core::{ActionSpec, ErrorCode, RequestError, TraceParent};
 use streamer_handler::{Context, DynHandler, HandlerError};
 use streamer_proto::{
     common::v1::{Payload, payload::Body},
@@ -63,7 +63,7 @@ impl RemoteHandler {
                 body: Some(Body::Data(payload)),
             }),
             checkpoint: info.checkpoint.clone(),
-            trace_parent: info.trace_parent.clone().unwrap_or_default(),
+            trace_parent: info.trace_parent.map(TraceParent::to_text).unwrap_or_default(),
             trace_state: info.trace_state.clone().unwrap_or_default(),
             deadline: info.deadline.map(|at| timestamp(at.as_millis())),
             sync: assignment.sync,

@@ -3,9 +3,10 @@
 use opentelemetry::{
     Context,
     propagation::{Extractor, TextMapPropagator},
-    trace::{SpanContext, TraceContextExt, TraceFlags, TraceState},
+    trace::{SpanContext, SpanId, TraceContextExt, TraceFlags, TraceId, TraceState},
 };
 use opentelemetry_sdk::propagation::TraceContextPropagator;
+use streamer_core::TraceParent;
 
 /// A `tracestate` beyond this is ignored. W3C asks for at least 512 characters to be propagated.
 pub const MAX_TRACE_STATE_BYTES: usize = 512;
@@ -39,6 +40,9 @@ impl TraceContext {
     /// ignored, as W3C rules.
     #[must_use]
     pub fn parse(trace_parent: &str, trace_state: Option<&str>) -> Option<Self> {
+        if let (Some(parent), None) = (TraceParent::parse(trace_parent), trace_state) {
+            return Some(Self::from_header(parent, TraceState::NONE));
+        }
         // The propagator takes shorter fields, too.
         let is_of_version_00 = trace_parent.starts_with("00-");
         if trace_parent.len() > MAX_TRACE_PARENT_BYTES
@@ -69,13 +73,24 @@ impl TraceContext {
     /// W3C `traceparent`, 55 characters.
     #[must_use]
     pub fn trace_parent(&self) -> String {
-        // Formatting it takes ten times as long, which counts for each request.
-        let mut text = *b"00-00000000000000000000000000000000-0000000000000000-00";
-        write_hex(&mut text[3..35], &self.0.trace_id().to_bytes());
-        write_hex(&mut text[36..52], &self.0.span_id().to_bytes());
-        text[54] += u8::from(self.is_sampled());
-        // It is ASCII.
-        std::str::from_utf8(&text).unwrap_or_default().to_owned()
+        self.header().to_text()
+    }
+
+    /// What `traceparent` says.
+    #[must_use]
+    pub fn header(&self) -> TraceParent {
+        TraceParent {
+            trace_id: self.0.trace_id().to_bytes(),
+            span_id: self.0.span_id().to_bytes(),
+            is_sampled: self.is_sampled(),
+        }
+    }
+
+    fn from_header(parent: TraceParent, state: TraceState) -> Self {
+        let flags = flags(parent.is_sampled);
+        let (trace, span) =
+            (TraceId::from_bytes(parent.trace_id), SpanId::from_bytes(parent.span_id));
+        Self(SpanContext::new(trace, span, flags, true, state))
     }
 
     /// W3C `tracestate`, at most [`MAX_TRACE_STATE_BYTES`].
@@ -88,7 +103,7 @@ impl TraceContext {
     /// 32 hexadecimal digits.
     #[must_use]
     pub fn trace_id(&self) -> String {
-        self.0.trace_id().to_string()
+        self.header().trace_id_text()
     }
 
     /// 16 hexadecimal digits, if this process records a span here.
@@ -105,9 +120,8 @@ impl TraceContext {
 
     /// The same place, with this decision.
     pub(super) fn with_sampled(&self, sampled: bool) -> Self {
-        let flags = if sampled { TraceFlags::SAMPLED } else { TraceFlags::default() };
         let state = self.0.trace_state().clone();
-        Self(SpanContext::new(self.0.trace_id(), self.0.span_id(), flags, true, state))
+        Self(SpanContext::new(self.0.trace_id(), self.0.span_id(), flags(sampled), true, state))
     }
 
     pub(super) fn with_state(&self, state: &TraceState) -> Self {
@@ -116,25 +130,14 @@ impl TraceContext {
     }
 
     pub(super) fn context(&self) -> Context {
-        Context::new().with_remote_span_context(self.0.clone())
+        self.clone().into_context()
+    }
+
+    pub(super) fn into_context(self) -> Context {
+        Context::new().with_remote_span_context(self.0)
     }
 }
 
-/// Each byte as two hexadecimal digits.
-const HEX: [[u8; 2]; 256] = {
-    const DIGITS: &[u8; 16] = b"0123456789abcdef";
-    let mut pairs = [[0; 2]; 256];
-    let mut byte = 0;
-    while byte < 256 {
-        pairs[byte] = [DIGITS[byte >> 4], DIGITS[byte & 15]];
-        byte += 1;
-    }
-    pairs
-};
-
-fn write_hex(text: &mut [u8], bytes: &[u8]) {
-    let (pairs, _) = text.as_chunks_mut::<2>();
-    for (pair, byte) in pairs.iter_mut().zip(bytes) {
-        *pair = HEX[usize::from(*byte)];
-    }
+pub(super) fn flags(is_sampled: bool) -> TraceFlags {
+    if is_sampled { TraceFlags::SAMPLED } else { TraceFlags::default() }
 }

@@ -190,6 +190,8 @@ impl Dispatcher {
         let Some(parent) = &record.trace_parent else { return Scope::default() };
         let submission = TraceContext::parse(parent, record.trace_state.as_deref());
         let Some(submission) = submission else { return Scope::default() };
+        // Most requests are not sampled, and need no name.
+        let request_id = if submission.is_sampled() { record.request_id() } else { String::new() };
         self.traces.attempt(&AttemptSpan {
             uid: record.uid,
             attempt: record.attempt,
@@ -201,7 +203,7 @@ impl Dispatcher {
             }),
             action: &record.action,
             tenant: &record.owner.tenant,
-            request_id: &record.request_id(),
+            request_id: &request_id,
         })
     }
 

@@ -1,0 +1,138 @@
+//! The header `traceparent` of W3C Trace Context (<https://www.w3.org/TR/trace-context/>).
+
+use std::fmt;
+
+/// Length of a `traceparent` of version 00, in bytes.
+const LENGTH: usize = 55;
+
+/// A place in a trace, as `traceparent` of version 00 writes it.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct TraceParent {
+    /// The trace; not all zeros.
+    pub trace_id: [u8; 16],
+    /// The span; not all zeros.
+    pub span_id: [u8; 8],
+    /// Whether spans are recorded.
+    pub is_sampled: bool,
+}
+
+impl TraceParent {
+    /// Reads a header of version 00 with no flag but `sampled`; `None` for every other text.
+    #[must_use]
+    pub fn parse(text: &str) -> Option<Self> {
+        let text: &[u8; LENGTH] = text.as_bytes().try_into().ok()?;
+        let has_dashes = text[2] == b'-' && text[35] == b'-' && text[52] == b'-';
+        if !text.starts_with(b"00") || !has_dashes || text[53] != b'0' {
+            return None;
+        }
+        let is_sampled = match text[54] {
+            b'0' => false,
+            b'1' => true,
+            _ => return None,
+        };
+        let (mut trace_id, mut span_id) = ([0; 16], [0; 8]);
+        read_hex(&text[3..35], &mut trace_id)?;
+        read_hex(&text[36..52], &mut span_id)?;
+        let is_valid = trace_id != [0; 16] && span_id != [0; 8];
+        is_valid.then_some(Self { trace_id, span_id, is_sampled })
+    }
+
+    /// The header: 55 characters.
+    #[must_use]
+    pub fn to_text(self) -> String {
+        // Formatting it takes ten times as long, which counts for each request.
+        let mut text = *b"00-00000000000000000000000000000000-0000000000000000-00";
+        write_hex(&mut text[3..35], &self.trace_id);
+        write_hex(&mut text[36..52], &self.span_id);
+        text[54] += u8::from(self.is_sampled);
+        ascii(&text)
+    }
+
+    /// The trace id: 32 hexadecimal digits.
+    #[must_use]
+    pub fn trace_id_text(self) -> String {
+        let mut text = [0; 32];
+        write_hex(&mut text, &self.trace_id);
+        ascii(&text)
+    }
+}
+
+impl fmt::Display for TraceParent {
+    fn fmt(&self, formatter: &mut fmt::Formatter<'_>) -> fmt::Result {
+        formatter.write_str(&self.to_text())
+    }
+}
+
+fn ascii(text: &[u8]) -> String {
+    std::str::from_utf8(text).unwrap_or_default().to_owned()
+}
+
+/// Each byte as two hexadecimal digits.
+const HEX: [[u8; 2]; 256] = {
+    const DIGITS: &[u8; 16] = b"0123456789abcdef";
+    let mut pairs = [[0; 2]; 256];
+    let mut byte = 0;
+    while byte < 256 {
+        pairs[byte] = [DIGITS[byte >> 4], DIGITS[byte & 15]];
+        byte += 1;
+    }
+    pairs
+};
+
+fn write_hex(text: &mut [u8], bytes: &[u8]) {
+    let (pairs, _) = text.as_chunks_mut::<2>();
+    for (pair, byte) in pairs.iter_mut().zip(bytes) {
+        *pair = HEX[usize::from(*byte)];
+    }
+}
+
+/// Lower-case digits only, as W3C rules.
+fn read_hex(text: &[u8], bytes: &mut [u8]) -> Option<()> {
+    let digit = |byte: u8| match byte {
+        b'0'..=b'9' => Some(byte - b'0'),
+        b'a'..=b'f' => Some(byte - b'a' + 10),
+        _ => None,
+    };
+    let (pairs, _) = text.as_chunks::<2>();
+    for (byte, [high, low]) in bytes.iter_mut().zip(pairs) {
+        *byte = digit(*high)? << 4 | digit(*low)?;
+    }
+    Some(())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    const PARENT: &str = "00-0af7651916cd43dd8448eb211c80319c-b7ad6b7169203331-01";
+
+    #[test]
+    fn what_is_written_is_read_again() {
+        let parent = TraceParent::parse(PARENT).unwrap();
+        assert!(parent.is_sampled);
+        assert_eq!(parent.to_text(), PARENT);
+        assert_eq!(parent.trace_id_text(), "0af7651916cd43dd8448eb211c80319c");
+        let unsampled = PARENT.replace("-01", "-00");
+        assert_eq!(TraceParent::parse(&unsampled).unwrap().to_string(), unsampled);
+    }
+
+    #[test]
+    fn other_texts_are_refused() {
+        for text in [
+            "",
+            &PARENT[..54],
+            &format!("{PARENT}0"),
+            &PARENT.to_uppercase(),
+            &PARENT.replace("00-", "01-"),
+            &PARENT.replace("-01", "-02"),
+            &PARENT.replace("-01", "-11"),
+            &PARENT.replace('-', "_"),
+            &PARENT.replace("b7", "g7"),
+            &PARENT.replace("b7", "é"),
+            &PARENT.replace("0af7651916cd43dd8448eb211c80319c", &"0".repeat(32)),
+            &PARENT.replace("b7ad6b7169203331", &"0".repeat(16)),
+        ] {
+            assert_eq!(TraceParent::parse(text), None, "{text}");
+        }
+    }
+}
