@@ -6,18 +6,19 @@ use http::HeaderValue;
 use parking_lot::Mutex;
 use streamer_core::{RequestState, Uid, retry};
 use streamer_proto::{
-    common::v1::{Event, Request},
+    common::v1::{Event, Output, Request, event::Kind, payload::Body},
     progress::v1::{ListEventsRequest, WatchRequest, WatchResponse},
 };
 use streamer_rpc::{RouteKey, WATCH_COUNTED, state_from_proto, with_authorization};
 use tokio::{
     sync::Notify,
-    time::{Instant, sleep},
+    time::{Instant, sleep, timeout},
 };
 use tokio_util::sync::CancellationToken;
 use tonic::{Code, Status, Streaming, metadata::MetadataValue};
 
 use crate::{
+    large_segments::LargeSegments,
     messages::Names,
     metrics::GatewayMetrics,
     peers::Peers,
@@ -30,6 +31,10 @@ const CATCH_UP_PAGE: i32 = 500;
 const OPEN_TRIES: u32 = 4;
 /// Longest wait before a lost upstream is opened again, drawn with full jitter.
 const MAX_BACKOFF: Duration = Duration::from_secs(1);
+/// A watch that has brought a message of more than this many bytes keeps buffers of that size, at both ends. It is
+/// opened again, without them, when nothing more has come for [`RELEASE_AFTER`].
+const LARGE_BYTES: usize = 64 * 1024;
+const RELEASE_AFTER: Duration = Duration::from_secs(1);
 /// Lost watches are logged as a warning at most once in this time.
 const LOST_LOG_INTERVAL: Duration = Duration::from_secs(10);
 /// Those who asked for the latest get progress of a request at most so often: 10 times a second.
@@ -39,6 +44,7 @@ pub(crate) struct Hub {
     topics: Mutex<HashMap<Uid, Arc<Topic>>>,
     peers: Arc<Peers>,
     metrics: GatewayMetrics,
+    large_segments: LargeSegments,
     /// Who holds back progress until the interval is over.
     deferred: Mutex<Vec<Arc<Link>>>,
     deferring: Notify,
@@ -64,6 +70,7 @@ impl Hub {
             topics: Mutex::default(),
             peers,
             metrics,
+            large_segments: LargeSegments::default(),
             deferred: Mutex::default(),
             deferring: Notify::new(),
             lost_logged_at: Mutex::default(),
@@ -133,7 +140,7 @@ impl Hub {
             if stream_after <= last_seq { (stream_after, Some(stream)) } else { (last_seq, None) };
         let topic = Arc::new(Topic::new(uid, names, begin));
         topic.subscribe(link);
-        topic.publish(&events);
+        self.publish(&topic, &events);
         topics.insert(uid, topic.clone());
         if has_ended(snapshot.state) && topic.last_seq() >= last_seq {
             topic.end();
@@ -227,7 +234,11 @@ impl Hub {
 
     /// Brings events from upstream into the topic until the terminal one; a lost stream is opened
     /// again after the last event that came, in the name of whoever is subscribed then.
-    async fn follow_to_the_end(&self, topic: &Topic, mut stream: Option<Streaming<WatchResponse>>) {
+    async fn follow_to_the_end(
+        &self,
+        topic: &Arc<Topic>,
+        mut stream: Option<Streaming<WatchResponse>>,
+    ) {
         while !topic.has_ended() {
             let outcome = match stream.take() {
                 Some(stream) => self.drain(topic, stream).await,
@@ -252,14 +263,21 @@ impl Hub {
                 }
             };
             match outcome {
+                Ok(Drained::Idle) => continue,
                 // The token of the caller in whose name it was opened has expired; others may have one.
                 Err(status) if status.code() == Code::Unauthenticated => continue,
                 Err(status) => self.note_lost(topic.uid, &status),
-                Ok(()) => {}
+                Ok(Drained::Ended) => {}
             }
             if !topic.has_ended() {
                 sleep(MAX_BACKOFF.mul_f64(retry::random_fraction())).await;
             }
+        }
+    }
+
+    fn publish(&self, topic: &Arc<Topic>, events: &[Event]) {
+        if let Some(published) = topic.publish(events) {
+            self.large_segments.note(topic, published);
         }
     }
 
@@ -289,12 +307,23 @@ impl Hub {
 
     async fn drain(
         &self,
-        topic: &Topic,
+        topic: &Arc<Topic>,
         mut stream: Streaming<WatchResponse>,
-    ) -> Result<(), Status> {
-        while let Some(response) = stream.message().await? {
+    ) -> Result<Drained, Status> {
+        let mut is_large = false;
+        loop {
+            let next = if is_large {
+                match timeout(RELEASE_AFTER, stream.message()).await {
+                    Ok(next) => next?,
+                    Err(_) => return Ok(Drained::Idle),
+                }
+            } else {
+                stream.message().await?
+            };
+            let Some(response) = next else { return Ok(Drained::Ended) };
+            is_large |= response.events.iter().any(is_large_output);
             self.metrics.upstream_events.inc_by(response.events.len() as u64);
-            topic.publish(&response.events);
+            self.publish(topic, &response.events);
             let ended = |snapshot: &Request| {
                 has_ended(snapshot.state) && snapshot.last_seq <= topic.last_seq()
             };
@@ -302,8 +331,21 @@ impl Hub {
                 topic.end();
             }
         }
-        Ok(())
     }
+}
+
+/// Nothing else in a log is as large, but for a result, which ends the watch.
+fn is_large_output(event: &Event) -> bool {
+    let Some(Kind::Output(Output { data: Some(data), .. })) = &event.kind else { return false };
+    matches!(&data.body, Some(Body::Data(data)) if data.len() > LARGE_BYTES)
+}
+
+/// Why a watch brings no more.
+enum Drained {
+    /// The request has ended, or the service ended the watch.
+    Ended,
+    /// It has large buffers, and nothing to do.
+    Idle,
 }
 
 fn is_at(topics: &HashMap<Uid, Arc<Topic>>, topic: &Topic) -> bool {

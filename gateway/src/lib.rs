@@ -13,6 +13,7 @@ mod elsewhere;
 mod handle;
 mod hub;
 mod json;
+mod large_segments;
 mod messages;
 mod metrics;
 mod peers;

@@ -102,6 +102,12 @@ impl Segment {
     }
 }
 
+/// A segment that was published.
+pub(crate) struct Published {
+    pub(crate) last_seq: i64,
+    pub(crate) bytes: usize,
+}
+
 /// What a subscriber finds.
 pub(crate) enum Next {
     /// This comes next.
@@ -188,9 +194,10 @@ impl Topic {
     }
 
     /// Takes in contiguous events that follow what is here, and tells everybody.
-    pub(crate) fn publish(&self, events: &[Event]) {
-        let Some(last) = events.last() else { return };
+    pub(crate) fn publish(&self, events: &[Event]) -> Option<Published> {
+        let last = events.last()?;
         let segment = Arc::new(Segment::encode(events, &self.names));
+        let published = Published { last_seq: last.seq, bytes: segment.frames.len() };
         let mut state = self.state.lock();
         if segment.first_seq != state.last_seq + 1 {
             // What lies between is in the log.
@@ -207,6 +214,17 @@ impl Topic {
             }
         }
         state.subscribers.values().for_each(|link| link.tell());
+        Some(published)
+    }
+
+    /// Drops segments that end at `seq` or before; those who are behind read from the log.
+    pub(crate) fn drop_through(&self, seq: i64) {
+        let mut state = self.state.lock();
+        while state.segments.front().is_some_and(|first| first.last_seq() <= seq) {
+            if let Some(dropped) = state.segments.pop_front() {
+                state.bytes -= dropped.frames.len();
+            }
+        }
     }
 
     /// Nothing will follow what is here.

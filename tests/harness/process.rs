@@ -125,11 +125,24 @@ impl Process {
     /// When the process has been waited for.
     #[must_use]
     pub fn peak_resident_bytes(&self) -> u64 {
+        self.memory("VmHWM:")
+    }
+
+    /// Resident memory of the process, in bytes.
+    ///
+    /// # Panics
+    /// When the process has ended.
+    #[must_use]
+    pub fn resident_bytes(&self) -> u64 {
+        self.memory("VmRSS:")
+    }
+
+    fn memory(&self, line: &str) -> u64 {
         assert!(self.status.is_none(), "the process has ended");
         let status = fs::read_to_string(format!("/proc/{}/status", self.child.id()));
         let status = status.expect("a child that was not reaped has a status");
-        let peak = status.lines().find_map(|line| line.strip_prefix("VmHWM:"));
-        let kilobytes = peak.and_then(|rest| rest.split_whitespace().next());
+        let value = status.lines().find_map(|found| found.strip_prefix(line));
+        let kilobytes = value.and_then(|rest| rest.split_whitespace().next());
         let kilobytes: u64 = kilobytes.expect("Linux reports it").parse().expect("a number");
         kilobytes * 1024
     }

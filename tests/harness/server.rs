@@ -205,6 +205,12 @@ impl Server {
         self.process.peak_resident_bytes()
     }
 
+    /// Resident memory of it, in bytes.
+    #[must_use]
+    pub fn resident_bytes(&self) -> u64 {
+        self.process.resident_bytes()
+    }
+
     /// Notes that a different server writes to the same store. What that one stores is announced there;
     /// this one finds it by comparing.
     pub fn share_store(&mut self) {

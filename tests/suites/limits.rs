@@ -3,9 +3,9 @@
 
 use serde_json::json;
 use streamer_client::{Api, ClientError};
-use streamer_proto::router::v1::SubmitRequest;
+use streamer_proto::{processor::v1::report::Kind, router::v1::SubmitRequest};
 use streamer_rpc::json_payload;
-use streamer_tests::{Client, Log, Server, metrics};
+use streamer_tests::{Client, Log, ScriptedWorker, Server, declare, hello, in_time, metrics};
 use tokio::{
     io::{AsyncReadExt, AsyncWriteExt},
     net::{TcpSocket, TcpStream},
@@ -160,6 +160,42 @@ async fn a_grpc_message_beyond_the_limit_names_it() {
         let refused = api.router().submit(api.call(submit)).await.unwrap_err();
         assert!(refused.message().contains("limits.max_payload_bytes"), "{size}: {refused}");
     }
+}
+
+#[tokio::test]
+async fn watches_of_running_requests_give_the_memory_of_a_large_chunk_back() {
+    const REQUESTS: usize = 100;
+    // Worker and client give no signs of life.
+    let server = Server::start(&[
+        "execution.tenant_share_percent=100",
+        "execution.lease_ms=600000",
+        "gateway.heartbeat_ms=600000",
+    ]);
+    let token = server.token("acme", "ann", &["worker:work"]);
+    let hello = hello("w", 100, vec![declare("work")]);
+    let mut worker = ScriptedWorker::come(&server, &token, hello).await;
+    let mut client = Client::connect(&server.url, &token).await;
+    for _ in 0..REQUESTS {
+        client.send(json!({"action": "work"})).await;
+    }
+    let chunk = json_payload(format!("\"{}\"", "x".repeat(1_000_000)));
+    for _ in 0..REQUESTS {
+        let task = worker.task().await;
+        worker.report(&task, 1, Kind::Output(chunk.clone())).await;
+    }
+    let mut chunks = 0;
+    while chunks < REQUESTS {
+        chunks += usize::from(client.next().await["type"] == "output");
+    }
+    // Each request goes on, without news. The last events in memory are 64 MiB; buffers of the watches would be
+    // 300 MB more.
+    in_time("memory", async {
+        // The allocator gives memory back when the server has something to do.
+        while server.resident_bytes() > 200 * 1024 * 1024 {
+            metrics(&server.url).await;
+        }
+    })
+    .await;
 }
 
 #[tokio::test]

@@ -10,6 +10,9 @@ use tokio_util::sync::CancellationToken;
 
 use crate::{HandlerError, Report, ReportQueue};
 
+/// Spare room of buffers beyond this is given back, in bytes.
+const SHRUNK_BYTES: usize = 4096;
+
 /// Which attempt of which request this is.
 #[derive(Clone, Debug)]
 pub struct AttemptInfo {
@@ -248,7 +251,7 @@ impl Context {
     /// When it is larger than `limits.max_output_chunk_bytes`, or the attempt is not this
     /// handler's any more.
     pub async fn output(&self, chunk: &impl Serialize) -> Result<(), HandlerError> {
-        self.push_output("application/json", serde_json::to_vec(chunk)?.into()).await
+        self.push_output("application/json", json(chunk)?).await
     }
 
     /// Puts out the next chunk of the result, as bytes of this media type (at most 255 bytes).
@@ -278,7 +281,7 @@ impl Context {
     /// # Errors
     /// When it is too large, or the attempt is not this handler's any more.
     pub async fn save_checkpoint(&self, checkpoint: &impl Serialize) -> Result<(), HandlerError> {
-        self.save_checkpoint_bytes(serde_json::to_vec(checkpoint)?).await
+        self.save_checkpoint_bytes(json(checkpoint)?).await
     }
 
     /// As [`Self::save_checkpoint`], with bytes of any kind.
@@ -359,6 +362,15 @@ impl Context {
 }
 
 /// Looks only whether it is JSON, however deep it nests; builds nothing.
+/// As JSON, without the spare room that a growing buffer has: it may be held for long, and counts by its length.
+pub(crate) fn json(value: &impl Serialize) -> Result<Bytes, serde_json::Error> {
+    let mut json = serde_json::to_vec(value)?;
+    if json.len() > SHRUNK_BYTES {
+        json.shrink_to_fit();
+    }
+    Ok(json.into())
+}
+
 fn well_formed_json(what: &str, data: &[u8]) -> Result<(), HandlerError> {
     match serde_json::from_slice::<&serde_json::value::RawValue>(data) {
         Ok(_) => Ok(()),

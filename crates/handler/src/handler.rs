@@ -5,7 +5,7 @@ use bytes::Bytes;
 use serde::{Serialize, de::DeserializeOwned};
 use streamer_core::ActionSpec;
 
-use crate::{Context, HandlerError};
+use crate::{Context, HandlerError, context::json};
 
 /// One action: a typed payload in, a typed result out. Use `Box<serde_json::value::RawValue>` for
 /// JSON that shall pass untouched.
@@ -48,8 +48,7 @@ impl<H: Handler> DynHandler for H {
             .map_err(|error| HandlerError::invalid("payload", error.to_string()))?;
         let output = self.handle(context, input).await?;
         // A result that cannot be written as JSON will not become writable by trying again.
-        let json = serde_json::to_vec(&output)
-            .map_err(|error| HandlerError::fatal(format!("the result is not JSON: {error}")))?;
-        Ok(json.into())
+        json(&output)
+            .map_err(|error| HandlerError::fatal(format!("the result is not JSON: {error}")))
     }
 }
