@@ -163,6 +163,19 @@ async fn a_grpc_message_beyond_the_limit_names_it() {
 }
 
 #[tokio::test]
+async fn the_largest_payload_can_be_echoed() {
+    let server = Server::start(&["limits.max_payload_bytes=4096"]);
+    let token = server.token("acme", "ann", &[]);
+    let mut client = Client::connect(&server.url, &token).await;
+    let text = "x".repeat(4094);
+    let answer = client.ask(json!({"action": "echo", "payload": text})).await;
+    assert_eq!(answer["data"]["echo"], json!(text), "{answer}");
+    let refused = client.ask(json!({"action": "echo", "payload": format!("{text}x")})).await;
+    let message = refused["error"]["message"].as_str().unwrap();
+    assert!(message.contains("must be at most 4096 bytes (limits.max_payload_bytes)"), "{message}");
+}
+
+#[tokio::test]
 async fn watches_of_running_requests_give_the_memory_of_a_large_chunk_back() {
     const REQUESTS: usize = 100;
     // Worker and client give no signs of life.

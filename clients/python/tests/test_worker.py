@@ -305,7 +305,7 @@ async def test_what_is_too_large_is_told_by_field_and_limit(
         return "x" * 5 * 1024 * 1024
 
     async with serving(worker, server):
-        with pytest.raises(RequestFailed, match=r"result: must be at most 4194304 bytes"):
+        with pytest.raises(RequestFailed, match=r"result: must be at most 4195328 bytes"):
             await client.run("large")
     assert set(errors) == {"output", "progress.message", "progress.metadata", "checkpoint"}
     assert errors["output"].limit == 1024 * 1024

@@ -152,7 +152,7 @@ test('what is too large fails the request at once, naming field and limit', asyn
     message: 'output must be at most 1048576 bytes, is 2097152',
     retryable: false,
   });
-  await assert.rejects(refused(0), { message: /^result must be at most 4194304 bytes/ });
+  await assert.rejects(refused(0), { message: /^result must be at most 4195328 bytes/ });
 });
 
 test('a handler that reports faster than the disk takes it waits, nothing is lost', async () => {

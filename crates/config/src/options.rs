@@ -220,7 +220,7 @@ options! {
     }
     /// How much may come in and be stored, in all and of each tenant.
     limits: Limits {
-        /// Largest payload of a request and largest result, in bytes.
+        /// Largest payload of a request, in bytes. A result may be 1,024 bytes larger.
         max_payload_bytes: u64 = 4_194_304, in 1_024..=67_108_864;
         /// Largest chunk of output, in bytes.
         max_output_chunk_bytes: u64 = 1_048_576, in 1_024..=16_777_216;

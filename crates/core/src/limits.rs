@@ -42,10 +42,13 @@ pub const ENVELOPE_BYTES: usize = 64 * 1024;
 /// what it declares.
 pub const WORKER_ENVELOPE_BYTES: usize = 1024 * 1024;
 
+/// By how much a result may be larger than the largest payload, in bytes: one that wraps its payload is.
+pub const RESULT_ROOM_BYTES: usize = 1024;
+
 /// The limits that an operator sets.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Limits {
-    /// Largest payload and largest result, in bytes.
+    /// Largest payload, in bytes.
     pub max_payload_bytes: usize,
     /// Largest chunk of output, in bytes.
     pub max_output_chunk_bytes: usize,
@@ -57,6 +60,27 @@ pub struct Limits {
 pub const PAYLOAD_OPTION: &str = "limits.max_payload_bytes";
 
 impl Limits {
+    /// Largest result, in bytes.
+    #[must_use]
+    pub const fn max_result_bytes(&self) -> usize {
+        self.max_payload_bytes.saturating_add(RESULT_ROOM_BYTES)
+    }
+
+    /// Says which rule a result of this many bytes breaks, if it is too large.
+    ///
+    /// # Errors
+    /// The rule, and how it is broken.
+    pub fn check_result(&self, bytes: usize) -> Result<(), String> {
+        let limit = self.max_result_bytes();
+        if bytes <= limit {
+            return Ok(());
+        }
+        let rule = self.payload_rule;
+        Err(format!(
+            "the result must be at most {limit} bytes ({rule} and {RESULT_ROOM_BYTES} more), is {bytes}"
+        ))
+    }
+
     /// Largest message between a worker and a processor, in bytes: a payload or a chunk, and
     /// whatever else a message may hold.
     #[must_use]
@@ -75,7 +99,7 @@ impl Limits {
             .saturating_add(MAX_WAITING_REPORTS * EVENT_BYTES);
         reports
             .saturating_mul(2)
-            .saturating_add(self.max_payload_bytes)
+            .saturating_add(self.max_result_bytes())
             .saturating_add(MAX_CHECKPOINT_BYTES)
             .saturating_add(MAX_ERROR_DETAILS_BYTES + ENVELOPE_BYTES)
     }

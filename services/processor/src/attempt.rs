@@ -347,14 +347,11 @@ impl Attempt<'_> {
 
     /// A result beyond the limit is a failure that no repetition cures.
     fn check(&self, ended: Result<Bytes, HandlerError>) -> Outcome {
-        let (limit, rule) =
-            (self.environment.limits.max_payload_bytes, self.environment.limits.payload_rule);
         match ended {
-            Ok(result) if result.len() > limit => Outcome::Failed(RequestError::new(
-                ErrorCode::ProcessingFailed,
-                format!("the result must be at most {limit} bytes ({rule}), is {}", result.len()),
-            )),
-            Ok(result) => Outcome::Succeeded(result),
+            Ok(result) => match self.environment.limits.check_result(result.len()) {
+                Ok(()) => Outcome::Succeeded(result),
+                Err(rule) => Outcome::Failed(RequestError::new(ErrorCode::ProcessingFailed, rule)),
+            },
             Err(error) if error.is_released() => Outcome::Released(error.into_request_error()),
             Err(error) => Outcome::Failed(error.into_request_error()),
         }

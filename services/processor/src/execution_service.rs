@@ -143,13 +143,8 @@ impl ExecutionApi {
                 return Err(refusal(ErrorCode::Timeout, message));
             }
         };
-        let largest = self.options.limits.max_payload_bytes;
-        let rule = self.options.limits.payload_rule;
-        if result.len() > largest {
-            let message =
-                format!("the result must be at most {largest} bytes ({rule}), is {}", result.len());
-            return Err(refusal(ErrorCode::ProcessingFailed, message));
-        }
+        let checked = self.options.limits.check_result(result.len());
+        checked.map_err(|rule| refusal(ErrorCode::ProcessingFailed, rule))?;
         Ok(result)
     }
 }

@@ -7,9 +7,7 @@ use futures_util::{
     stream::{self, BoxStream},
 };
 use streamer_auth::{Authenticator, Caller};
-use streamer_core::{
-    Clock, ErrorCode, Limits, RequestError, Timestamp, Uid, Violations, limits, validate,
-};
+use streamer_core::{Clock, ErrorCode, RequestError, Timestamp, Uid, Violations, limits, validate};
 use streamer_handler::Reservation;
 use streamer_proto::{
     processor::v1::{
@@ -196,7 +194,7 @@ impl Shared {
         resumed: Vec<Acknowledgment>,
         caller: &Caller,
     ) -> [Message; 2] {
-        let Limits { max_payload_bytes, max_output_chunk_bytes, .. } = self.options.limits;
+        let limits = &self.options.limits;
         let number = |size: usize| i64::try_from(size).unwrap_or(i64::MAX);
         let millis =
             |duration: Duration| i64::try_from(duration.as_millis()).unwrap_or(i64::MAX).max(1);
@@ -204,8 +202,8 @@ impl Shared {
             processor: self.name.clone(),
             heartbeat_ms: millis(self.heartbeat()),
             lease_ms: millis(self.options.lease),
-            max_payload_bytes: number(max_payload_bytes),
-            max_output_chunk_bytes: number(max_output_chunk_bytes),
+            max_payload_bytes: number(limits.max_result_bytes()),
+            max_output_chunk_bytes: number(limits.max_output_chunk_bytes),
             max_unacknowledged: i32::try_from(mailbox::MAX_REPORTS).unwrap_or(i32::MAX),
             max_unacknowledged_bytes: number(mailbox::MAX_BYTES),
             resumed,
