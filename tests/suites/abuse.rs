@@ -356,6 +356,18 @@ async fn metric(server: &Server, name: &str) -> usize {
 
 /// A WebSocket that has sent part of a message.
 async fn half_a_message(server: &Server, token: &str, length: u32, comes: usize) -> TcpStream {
+    let mut socket = raw_socket(server, token).await;
+    let mut frame = match u16::try_from(length) {
+        Ok(length) => [&[0x81, 0xfe][..], &length.to_be_bytes()].concat(),
+        Err(_) => [&[0x81, 0xff, 0, 0, 0, 0][..], &length.to_be_bytes()].concat(),
+    };
+    frame.resize(frame.len() + 4 + comes, b' ');
+    socket.write_all(&frame).await.ok();
+    socket
+}
+
+/// A WebSocket that does nothing by itself.
+async fn raw_socket(server: &Server, token: &str) -> TcpStream {
     let address = server.url.trim_start_matches("http://");
     let mut socket = TcpStream::connect(address).await.unwrap();
     let handshake = format!(
@@ -364,12 +376,6 @@ async fn half_a_message(server: &Server, token: &str, length: u32, comes: usize)
          Authorization: Bearer {token}\r\n\r\n"
     );
     socket.write_all(handshake.as_bytes()).await.unwrap();
-    let mut frame = match u16::try_from(length) {
-        Ok(length) => [&[0x81, 0xfe][..], &length.to_be_bytes()].concat(),
-        Err(_) => [&[0x81, 0xff, 0, 0, 0, 0][..], &length.to_be_bytes()].concat(),
-    };
-    frame.resize(frame.len() + 4 + comes, b' ');
-    socket.write_all(&frame).await.ok();
     socket
 }
 
@@ -463,6 +469,93 @@ async fn submissions_of_one_user_have_a_rate_whichever_way_they_come() {
     assert_eq!(refused.code(), Code::ResourceExhausted, "{refused}");
     assert!(refused.message().contains(option), "{refused}");
     submit(&server, "globex", "echo_async", "{}".into()).await.unwrap();
+}
+
+/// How often a text occurs in what a socket brings.
+struct Occurrences {
+    text: &'static str,
+    count: usize,
+}
+
+impl Occurrences {
+    /// `end` is the end of what came before, and what has come.
+    fn count(&mut self, end: &[u8], new: usize) {
+        let seen = end.len() - new;
+        let begin = seen.saturating_sub(self.text.len() - 1);
+        let windows = end[begin..].windows(self.text.len());
+        self.count += windows.filter(|window| *window == self.text.as_bytes()).count();
+    }
+}
+
+#[tokio::test]
+async fn a_burst_of_messages_is_answered_or_refused_and_hurts_no_other() {
+    const MESSAGES: usize = 60_000;
+    let server = Server::start(&[]);
+    let socket = raw_socket(&server, &server.token("evil", "eve", &[])).await;
+    let (mut receiving, mut sending) = socket.into_split();
+    let message = r#"{"action":"echo","payload":1}"#;
+    let length = u8::try_from(message.len()).unwrap();
+    let frame = [&[0x81, 0x80 | length, 0, 0, 0, 0], message.as_bytes()].concat();
+    let flood = tokio::spawn(async move {
+        let burst = frame.repeat(1000);
+        for _ in 0..MESSAGES / 1000 {
+            sending.write_all(&burst).await.unwrap();
+        }
+        sending
+    });
+    let mut client = Client::connect(&server.url, &server.token("acme", "ann", &[])).await;
+    let mut answered = Occurrences { text: r#"{"type":"response""#, count: 0 };
+    let mut refused = Occurrences { text: r#""code":"RATE_LIMITED""#, count: 0 };
+    let (mut tail, mut buffer) = (Vec::new(), vec![0; 256 * 1024]);
+    let mut reads = 0;
+    while answered.count + refused.count < MESSAGES {
+        let new = in_time("answers", receiving.read(&mut buffer)).await.unwrap();
+        assert!(new > 0, "it was closed");
+        tail.extend_from_slice(&buffer[..new]);
+        for occurrences in [&mut answered, &mut refused] {
+            occurrences.count(&tail, new);
+        }
+        tail.drain(..tail.len().saturating_sub(64));
+        reads += 1;
+        if reads % 64 != 1 {
+            continue;
+        }
+        // Others are served in between.
+        assert_eq!(client.ask(json!({"type": "ping"})).await["type"], "pong");
+    }
+    drop(flood.await.unwrap());
+    // `gateway.message_burst`, and some more.
+    assert!(answered.count >= 20_000, "{}", answered.count);
+    let peak = server.peak_resident_bytes();
+    assert!(peak < 250 << 20, "{peak}");
+}
+
+#[tokio::test]
+async fn subscriptions_that_come_and_go_leave_nothing_behind() {
+    const ROUNDS: usize = 1_000;
+    let server = Server::start(&[]);
+    let mut client = Client::connect(&server.url, &server.token("acme", "ann", &[])).await;
+    client.ask(json!({"id": "r", "action": "echo_async", "delay_ms": 3_600_000})).await;
+    let churn = async |client: &mut Client| {
+        for _ in 0..ROUNDS {
+            client.send(json!({"type": "subscribe", "request_id": "r"})).await;
+            client.send(json!({"type": "unsubscribe", "request_id": "r"})).await;
+            // Neither waits for the other.
+            let mut types = Vec::new();
+            while !types.contains(&json!("unsubscribed")) {
+                types.push(client.next().await["type"].clone());
+            }
+        }
+    };
+    churn(&mut client).await;
+    let before = server.peak_resident_bytes();
+    churn(&mut client).await;
+    let grown = server.peak_resident_bytes().saturating_sub(before);
+    assert!(grown < 16 << 20, "{grown}");
+    assert_eq!(client.ask(json!({"type": "ping"})).await["type"], "pong");
+    client.send(json!({"type": "unsubscribe", "request_id": "r"})).await;
+    let watchers = || metric(&server, "streamer_progress_watchers");
+    in_time("the end of all watches", async { while watchers().await > 0 {} }).await;
 }
 
 /// Limits of the tests of output; the server holds each byte in several copies.

@@ -14,10 +14,9 @@ use streamer_proto::{
     internal::v1::{OfferedAction, WatchActionsRequest},
 };
 use streamer_rpc::{Member, status};
-use streamer_schema::{Busy, PayloadSchema, Pool};
 use streamer_store::{DeclaredAction, Store};
 use tokio::{
-    sync::{OnceCell, watch},
+    sync::watch,
     task::JoinHandle,
     time::{Instant, sleep, timeout},
 };
@@ -25,8 +24,9 @@ use tokio_util::{sync::CancellationToken, task::AbortOnDropHandle};
 use tonic::{Code, Status};
 
 use crate::{
+    compiled_schemas::{CompiledSchemas, DeclaredSchema},
     peers::Peers,
-    refusal::{failed_precondition, no_such_action},
+    refusal::no_such_action,
 };
 
 /// Longest wait before asking again, drawn with full jitter.
@@ -39,51 +39,20 @@ const FIRST_LIST: Duration = Duration::from_secs(5);
 const SAY_AGAIN: Duration = Duration::from_secs(60);
 /// Longest wait for an unknown action while lists of processors are pending.
 const MAX_WAIT: Duration = Duration::from_secs(5);
-/// Longest wait for a schema to be compiled.
-const MAX_COMPILE: Duration = Duration::from_secs(15);
 
 /// An action and what checks its payloads.
 pub(crate) struct Known {
     pub(crate) action: Action,
-    schema: Option<Arc<LazySchema>>,
+    schema: Option<Arc<DeclaredSchema>>,
     /// The processors that can run it now, by name.
     pub(crate) offered_by: Vec<Arc<str>>,
-}
-
-/// The schema of an action's payloads, compiled when the first of them comes: most actions that are
-/// known are not asked for here.
-struct LazySchema {
-    /// Of the tenant for which it is declared; empty for every tenant.
-    tenant: String,
-    compiled: OnceCell<Result<Arc<PayloadSchema>, String>>,
-}
-
-impl LazySchema {
-    /// The schema, or why it is refused, as one may be that an earlier version stored.
-    async fn get(
-        &self,
-        action: &Action,
-        pool: &Pool,
-    ) -> Result<&Result<Arc<PayloadSchema>, String>, Busy> {
-        let compile = || async {
-            let text = action.payload_schema.clone();
-            // On behalf of who declared it: other callers wait for the outcome too.
-            let compiled = pool.run(&self.tenant, move || PayloadSchema::compile(&text)).await?;
-            Ok(compiled.map(Arc::new).map_err(|error| {
-                tracing::error!(action = action.name, %error, "a payload schema cannot be used");
-                error.to_string()
-            }))
-        };
-        let compiled = timeout(MAX_COMPILE, self.compiled.get_or_try_init(compile)).await;
-        compiled.unwrap_or(Err(Busy::All))
-    }
 }
 
 /// An action as a processor offers it.
 struct Offered {
     tenant_id: String,
     action: Action,
-    schema: Option<Arc<LazySchema>>,
+    schema: Option<Arc<DeclaredSchema>>,
 }
 
 /// Actions by name, and by the tenant that they are declared for; the empty one is every tenant.
@@ -99,7 +68,7 @@ pub(crate) struct Catalog {
     lists: Mutex<BTreeMap<Arc<str>, Vec<Offered>>>,
     by_name: RwLock<Arc<ByName>>,
     discovery: watch::Sender<Discovery>,
-    validations: Pool,
+    schemas: CompiledSchemas,
 }
 
 /// Which processors have sent their lists.
@@ -324,7 +293,7 @@ impl Catalog {
         let offered = list.into_iter().filter_map(|OfferedAction { action, tenant_id }| {
             let action = action?;
             let known = known.get(&action.name).and_then(|known| known.get(&tenant_id));
-            let schema = schema_of(&action, &tenant_id, known.map(|known| &**known));
+            let schema = self.schema_of(&action, &tenant_id, known.map(|known| &**known));
             Some(Offered { tenant_id, action, schema })
         });
         let list = offered.collect();
@@ -346,21 +315,22 @@ impl Catalog {
         violations: &mut Violations,
     ) -> Result<(), Status> {
         let Some(schema) = &known.schema else { return Ok(()) };
-        let compiled = schema.get(&known.action, &self.validations).await;
-        let schema = match compiled.map_err(|busy| status(&RequestError::from(&busy)))? {
-            Ok(schema) => schema,
-            Err(rule) => {
-                let name = &known.action.name;
-                return Err(failed_precondition(format!(
-                    "the payload schema of action {name:?} cannot be used, declare a new one: {rule}"
-                )));
-            }
-        };
-        let mismatches = schema.check(payload, &self.validations, tenant).await;
-        for mismatch in mismatches.map_err(|busy| status(&RequestError::from(&busy)))? {
-            violations.push(format!("payload{}", mismatch.path.replace('/', ".")), mismatch.rule);
+        self.schemas.check(schema, &known.action, tenant, payload, violations).await
+    }
+
+    /// The schema of an action; the known one, if that is the same.
+    fn schema_of(
+        &self,
+        action: &Action,
+        tenant: &str,
+        known: Option<&Known>,
+    ) -> Option<Arc<DeclaredSchema>> {
+        if action.payload_schema.is_empty() {
+            return None;
         }
-        Ok(())
+        let same = known.filter(|known| known.action.payload_schema == action.payload_schema);
+        let same = same.and_then(|known| known.schema.clone());
+        Some(same.unwrap_or_else(|| Arc::new(self.schemas.declare(tenant))))
     }
 
     /// Makes one list of all: what is offered now goes before what was declared once, and then the
@@ -403,16 +373,6 @@ fn withdraw(list: &mut [Offered]) {
 
 fn are_of_one_action(one: &Offered, other: &Offered) -> bool {
     one.tenant_id == other.tenant_id && one.action.name == other.action.name
-}
-
-/// The schema of an action; the known one, if that is the same.
-fn schema_of(action: &Action, tenant: &str, known: Option<&Known>) -> Option<Arc<LazySchema>> {
-    if action.payload_schema.is_empty() {
-        return None;
-    }
-    let same = known.filter(|known| known.action.payload_schema == action.payload_schema);
-    let new = || Arc::new(LazySchema { tenant: tenant.to_owned(), compiled: OnceCell::new() });
-    Some(same.and_then(|known| known.schema.clone()).unwrap_or_else(new))
 }
 
 fn of_tenant(by_tenant: &BTreeMap<String, Arc<Known>>, tenant: &str) -> Option<Arc<Known>> {

@@ -7,6 +7,7 @@
 mod admission;
 mod catalog;
 mod change_limiter;
+mod compiled_schemas;
 mod front;
 mod metrics;
 mod operations;
