@@ -10,6 +10,7 @@ use streamer_core::{Clock, SystemClock};
 use streamer_proto::{
     common::v1::Action,
     processor::v1::{report::Kind, work_request, work_response::Message},
+    progress::v1::WatchRequest,
     router::v1::{SubmitRequest, submit_response::Outcome},
 };
 use streamer_rpc::json_payload;
@@ -636,6 +637,48 @@ async fn reports_of_a_worker_beyond_the_budget_wait() {
     assert_eq!(metric(&server, "streamer_processor_buffered_output_bytes").await, 0);
     let peak = server.peak_resident_bytes();
     assert!(peak < 350 << 20, "{peak}");
+}
+
+#[tokio::test]
+async fn watchers_that_do_not_read_are_bounded_and_hurt_no_other() {
+    const WATCHERS: usize = 300;
+    let server = Server::start(&["limits.max_unread_watch_bytes=16777216"]);
+    let api = |user: &str| Api::new(&server.url, &server.token("acme", user, &["*"])).unwrap();
+    let eve = api("eve");
+    let payload = r#"{"steps":0,"output_chunks":10,"chunk_bytes":1000000}"#;
+    let submit = SubmitRequest {
+        id: "large".into(),
+        action: "echo_async".into(),
+        payload: Some(json_payload(payload)),
+        wait: Some(prost_types::Duration { seconds: 60, nanos: 0 }),
+        ..SubmitRequest::default()
+    };
+    let uid = eve.router().submit(eve.call(submit)).await.unwrap().into_inner().uid;
+    let watch =
+        || WatchRequest { request_id: uid.clone(), after_seq: Some(0), ..WatchRequest::default() };
+    // Each has a connection of its own, whose window is a fraction of a chunk.
+    let mut open = Vec::new();
+    for _ in 0..WATCHERS {
+        let eve = api("eve");
+        open.push(eve.progress().watch(eve.call(watch())).await.unwrap().into_inner());
+    }
+    let unread = "streamer_progress_unread_watch_bytes";
+    in_time("as many messages as there is room for", async {
+        while metric(&server, unread).await < 7_000_000 {}
+    })
+    .await;
+    let bob = api("bob");
+    let mut read = bob.progress().watch(bob.call(watch())).await.unwrap().into_inner();
+    let mut bytes = 0;
+    while let Some(message) = in_time("a message", read.message()).await.unwrap() {
+        bytes += prost::Message::encoded_len(&message);
+    }
+    assert!(bytes > 10_000_000, "{bytes}");
+    assert!(metric(&server, unread).await <= 16 << 20);
+    let peak = server.peak_resident_bytes();
+    assert!(peak < 300 << 20, "{peak}");
+    drop(open);
+    in_time("the end", async { while metric(&server, unread).await > 0 {} }).await;
 }
 
 /// HTTP/2 frames that are made when they are sent.

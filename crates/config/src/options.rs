@@ -239,6 +239,10 @@ options! {
         watches_per_tenant: u64 = 50_000, in 0..=1_000_000_000;
         /// The same, of one user.
         watches_per_user: u64 = 10_000, in 0..=1_000_000_000;
+        /// Bytes of messages beyond 16 KiB that watchers over gRPC have been sent and have not read, at each
+        /// process; raised to two of the largest. A user gets about half of it, and less while others use it
+        /// too; watches wait beyond that.
+        max_unread_watch_bytes: u64 = 268_435_456, in 1_048_576..=2_147_483_647;
         /// Bytes of payloads, metadata, events and checkpoints of one tenant's requests, beyond which it
         /// cannot submit; running requests go on. 0 for no limit. Only with engine embedded.
         stored_bytes_per_tenant: u64 = 0, in 0..=9_000_000_000_000_000_000_u64;

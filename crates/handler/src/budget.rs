@@ -96,6 +96,20 @@ impl OutputBudget {
         state.tenants.get(tenant).is_some_and(|tenant| tenant.waiting_bytes >= self.limit)
     }
 
+    /// Reserves bytes for a tenant, if there is room now.
+    pub fn try_reserve(self: &Arc<Self>, tenant: &Arc<str>, bytes: usize) -> Option<Reservation> {
+        if bytes == 0 {
+            return Some(Reservation::default());
+        }
+        let bytes = bytes.min(self.limit);
+        let mut state = self.state.lock();
+        if !state.may_pass(tenant) || !state.has_room(tenant, bytes, self.limit) {
+            return None;
+        }
+        state.add(tenant, bytes);
+        Some(self.reservation(tenant, bytes))
+    }
+
     /// Reserves bytes for a tenant; waits until there is room. More than the whole budget counts as all of
     /// it.
     pub async fn reserve(self: &Arc<Self>, tenant: &Arc<str>, bytes: usize) -> Reservation {

@@ -135,6 +135,9 @@ impl Services {
                     serving: is_serving.clone(),
                 }),
                 open_watches: open_watches.clone(),
+                // One of the largest size must get through.
+                max_unread_bytes: size(config.limits.max_unread_watch_bytes)
+                    .max(limits.max_message_bytes().saturating_mul(2)),
                 is_shared: config.store.engine == "dynamodb",
             })
         });

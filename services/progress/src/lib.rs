@@ -10,6 +10,7 @@ mod metrics;
 #[cfg(test)]
 mod testing;
 mod topics;
+mod unread;
 mod watch_service;
 mod watcher;
 
@@ -17,6 +18,7 @@ use std::sync::Arc;
 
 use streamer_auth::{AuthLayer, AuthService};
 use streamer_core::{Clock, Limits, OpenWatches, Uid};
+use streamer_handler::OutputBudget;
 use streamer_proto::{
     internal::v1::event_log_service_server::EventLogServiceServer,
     progress::v1::progress_service_server::ProgressServiceServer,
@@ -48,6 +50,8 @@ pub struct Dependencies {
     pub ring: Option<Ring>,
     /// How many watches tenants and users have open in this process.
     pub open_watches: Arc<OpenWatches>,
+    /// Bytes of messages that watchers have been sent and have not read, over all of them.
+    pub max_unread_bytes: usize,
     /// Whether other processes write to the store.
     pub is_shared: bool,
 }
@@ -103,11 +107,23 @@ impl Progress {
     /// Wires the service.
     #[must_use]
     pub fn build(dependencies: Dependencies) -> Self {
-        let Dependencies { store, clock, auth, metrics, limits, ring, open_watches, is_shared } =
-            dependencies;
+        let Dependencies {
+            store,
+            clock,
+            auth,
+            metrics,
+            limits,
+            ring,
+            open_watches,
+            max_unread_bytes,
+            is_shared,
+        } = dependencies;
+        let unread = OutputBudget::new(max_unread_bytes);
+        metrics::watch_unread(&metrics, &unread, max_unread_bytes);
         let metrics = ProgressMetrics::new(&metrics);
         let topics = Arc::new(Topics::new(store.clone(), metrics.clone(), ring.clone(), is_shared));
-        let watch = WatchService::new(topics.clone(), store.clone(), ring, limits, open_watches);
+        let watch =
+            WatchService::new(topics.clone(), store.clone(), ring, limits, open_watches, unread);
         let public =
             ProgressServiceServer::new(watch).max_decoding_message_size(limits.max_message_bytes());
         let log = LogService::new(topics.clone(), store, clock, metrics);

@@ -3,6 +3,7 @@
 use std::sync::atomic::AtomicU64;
 
 use prometheus_client::metrics::{counter::Counter, gauge::Gauge, histogram::Histogram};
+use streamer_handler::OutputBudget;
 use streamer_telemetry::Metrics;
 
 #[derive(Clone)]
@@ -17,6 +18,20 @@ pub(crate) struct ProgressMetrics {
     pub(crate) missed: Counter,
     pub(crate) unannounced: Gauge,
     pub(crate) undelivered_seconds: Gauge<f64, AtomicU64>,
+}
+
+/// Shows how much of the budget is used.
+pub(crate) fn watch_unread(metrics: &Metrics, budget: &OutputBudget, limit: usize) {
+    let number = |bytes: usize| i64::try_from(bytes).unwrap_or(i64::MAX);
+    let name = "streamer_progress_unread_watch_bytes";
+    let gauge =
+        metrics.gauge(name, "Bytes of large messages that watchers were sent and have not read");
+    let limit_name = "streamer_progress_unread_watch_bytes_limit";
+    let help = "Limit of streamer_progress_unread_watch_bytes (limits.max_unread_watch_bytes)";
+    metrics.gauge(limit_name, help).set(number(limit));
+    budget.observe(move |used| {
+        gauge.set(number(used));
+    });
 }
 
 impl ProgressMetrics {

@@ -6,13 +6,11 @@ use std::{
     time::Duration,
 };
 
-use futures_util::{
-    StreamExt,
-    stream::{self, BoxStream},
-};
+use futures_util::stream::BoxStream;
 use parking_lot::Mutex;
 use streamer_auth::{Caller, Principal};
-use streamer_core::{Limits, OpenWatch, OpenWatches, Uid, Violations, validate};
+use streamer_core::{Limits, OpenWatches, Uid, Violations, validate};
+use streamer_handler::OutputBudget;
 use streamer_proto::{
     common::v1::Event,
     progress::v1::{
@@ -31,6 +29,7 @@ use tonic::{Code, Request, Response, Status, metadata::MetadataValue};
 use crate::{
     Ring,
     topics::{Read, Subscription, Topics},
+    unread::{UnreadBudget, relay},
     watcher::Watcher,
 };
 
@@ -49,6 +48,7 @@ pub struct WatchService {
     ring: Option<Ring>,
     limits: Limits,
     open_watches: Arc<OpenWatches>,
+    unread: Arc<OutputBudget>,
     finding: Finding,
 }
 
@@ -69,8 +69,9 @@ impl WatchService {
         ring: Option<Ring>,
         limits: Limits,
         open_watches: Arc<OpenWatches>,
+        unread: Arc<OutputBudget>,
     ) -> Self {
-        Self { topics, store, ring, limits, open_watches, finding: Mutex::default() }
+        Self { topics, store, ring, limits, open_watches, unread, finding: Mutex::default() }
     }
 
     /// Passes a watch on to the instance that the request belongs to, where its events come first;
@@ -199,7 +200,8 @@ impl ProgressService for WatchService {
     ) -> Result<Response<Self::WatchStream>, Status> {
         let caller = caller(&request)?;
         let forwarded = request.metadata().contains_key(FORWARDED);
-        let is_counted = forwarded || request.metadata().contains_key(WATCH_COUNTED);
+        // A gateway reads for all of its subscribers, and counts them itself.
+        let of_gateway = request.metadata().contains_key(WATCH_COUNTED);
         let request = request.into_inner();
         let mut violations = check_name(&request.request_id);
         if let Some(after_seq) = request.after_seq {
@@ -210,18 +212,19 @@ impl ProgressService for WatchService {
             ring.check_serving()?;
         }
         let principal = &caller.principal;
-        let counted = if is_counted {
+        let unread = (!of_gateway).then(|| UnreadBudget::of(&self.unread, principal));
+        let counted = if forwarded || of_gateway {
             None
         } else {
             let of_user = self.open_watches.of(&principal.tenant, &principal.user);
             Some(of_user.open().map_err(|error| status(&error))?)
         };
         if !forwarded && let Some(stream) = self.pass_on(&caller, &request).await? {
-            return Ok(Response::new(while_open(stream, counted)));
+            return Ok(Response::new(relay(stream, counted, unread)));
         }
         let subscription = self.subscribe(principal, &request.request_id).await?;
         let (topics, store) = (self.topics.clone(), self.store.clone());
-        let watcher = Watcher::new(subscription, topics, store, &request, counted);
+        let watcher = Watcher::new(subscription, topics, store, &request, (counted, unread));
         Ok(Response::new(watcher.into_stream()))
     }
 
@@ -255,18 +258,6 @@ impl ProgressService for WatchService {
         }
         Ok(Response::new(ListEventsResponse { events }))
     }
-}
-
-/// The stream, with what counts for as long as it lives.
-fn while_open<T: Send + 'static>(
-    stream: BoxStream<'static, T>,
-    counted: Option<OpenWatch>,
-) -> BoxStream<'static, T> {
-    let both = stream::unfold((stream, counted), |(mut stream, counted)| async move {
-        let item = stream.next().await?;
-        Some((item, (stream, counted)))
-    });
-    Box::pin(both)
 }
 
 fn caller<T>(request: &Request<T>) -> Result<Caller, Status> {

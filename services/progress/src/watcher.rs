@@ -5,6 +5,7 @@ use std::sync::Arc;
 use futures_util::stream::{self, BoxStream};
 use prometheus_client::metrics::gauge::Gauge;
 use streamer_core::OpenWatch;
+use streamer_handler::Reservation;
 use streamer_proto::{
     common::v1::{Event, PayloadEncoding},
     progress::v1::{WatchRequest, WatchResponse},
@@ -13,7 +14,10 @@ use streamer_rpc::{encode_event, is_terminal, store_status};
 use streamer_store::Store;
 use tonic::Status;
 
-use crate::topics::{Position, Read, Subscription, Topics};
+use crate::{
+    topics::{Position, Read, Subscription, Topics},
+    unread::UnreadBudget,
+};
 
 /// Events of one message at most.
 const MAX_EVENTS: usize = 512;
@@ -34,6 +38,10 @@ pub(crate) struct Watcher {
     _counted: Counted,
     /// Counts it as one of its user; `None` when its gateway counts it.
     _open: Option<OpenWatch>,
+    /// `None` when a gateway reads.
+    budget: Option<UnreadBudget>,
+    /// For the last message, which its client may not have read.
+    unread: Reservation,
 }
 
 impl Drop for Watcher {
@@ -59,7 +67,7 @@ impl Watcher {
         topics: Arc<Topics>,
         store: Arc<dyn Store>,
         request: &WatchRequest,
-        open: Option<OpenWatch>,
+        (open, budget): (Option<OpenWatch>, Option<UnreadBudget>),
     ) -> Self {
         let watchers = topics.metrics().watchers.clone();
         watchers.inc();
@@ -75,15 +83,40 @@ impl Watcher {
             ended: false,
             _counted: Counted(watchers),
             _open: open,
+            budget,
+            unread: Reservation::default(),
         }
     }
 
     pub(crate) fn into_stream(self) -> BoxStream<'static, Result<WatchResponse, Status>> {
         Box::pin(stream::unfold(self, |mut watcher| async move {
-            let item = watcher.next().await?;
+            let item = watcher.next_when_read().await?;
             watcher.ended |= item.is_err();
             Some((item, watcher))
         }))
+    }
+
+    /// The next message. It is asked for when the one before was read.
+    async fn next_when_read(&mut self) -> Option<Result<WatchResponse, Status>> {
+        self.unread = Reservation::default();
+        let before = (self.cursor, self.snapshot_sent, self.ended);
+        let item = self.next().await?;
+        let (Ok(message), Some(budget)) = (&item, &self.budget) else { return Some(item) };
+        let bytes = match budget.try_reserve(message) {
+            Ok(unread) => {
+                self.unread = unread;
+                return Some(item);
+            }
+            Err(bytes) => bytes,
+        };
+        // Those who wait hold no message: it is read again.
+        drop(item);
+        (self.cursor, self.snapshot_sent, self.ended) = before;
+        tokio::select! {
+            unread = budget.reserve(bytes) => self.unread = unread,
+            status = self.topics.watches_end() => return Some(Err(status)),
+        }
+        self.next().await
     }
 
     async fn next(&mut self) -> Option<Result<WatchResponse, Status>> {
@@ -213,7 +246,7 @@ mod tests {
         let request = WatchRequest { outcome_only: true, ..WatchRequest::default() };
         let subscription = topics.loaded(uid).unwrap();
         let mut watch =
-            Watcher::new(subscription, topics.clone(), store, &request, None).into_stream();
+            Watcher::new(subscription, topics.clone(), store, &request, (None, None)).into_stream();
         let first = watch.next().await.unwrap().unwrap();
         assert!(first.snapshot.is_some() && first.events.is_empty(), "{first:?}");
         let progress = |seq| event(seq, Kind::Progress(Progress::default()));
