@@ -6,7 +6,7 @@ use http::HeaderValue;
 use parking_lot::Mutex;
 use streamer_core::{RequestState, Uid, retry};
 use streamer_proto::{
-    common::v1::{Event, Output, Request, event::Kind, payload::Body},
+    common::v1::{Event, Output, Payload, Request, event::Kind, payload::Body},
     progress::v1::{ListEventsRequest, WatchRequest, WatchResponse},
 };
 use streamer_rpc::{RouteKey, WATCH_COUNTED, state_from_proto, with_authorization};
@@ -34,6 +34,7 @@ const MAX_BACKOFF: Duration = Duration::from_secs(1);
 /// A watch that has brought a message of more than this many bytes keeps buffers of that size, at both ends. It is
 /// opened again, without them, when nothing more has come for [`RELEASE_AFTER`].
 const LARGE_BYTES: usize = 64 * 1024;
+/// At least, and twice as long at most: many may have brought the same.
 const RELEASE_AFTER: Duration = Duration::from_secs(1);
 /// Lost watches are logged as a warning at most once in this time.
 const LOST_LOG_INTERVAL: Duration = Duration::from_secs(10);
@@ -136,8 +137,12 @@ impl Hub {
         let names = Names { request_id: snapshot.request_id, uid: snapshot.uid };
         // A client may ask for what comes after an event that is not there yet. The topic serves
         // others too, so it must not begin beyond what there is.
-        let (begin, stream) =
-            if stream_after <= last_seq { (stream_after, Some(stream)) } else { (last_seq, None) };
+        let upstream = Upstream { stream, is_large: is_large(&events) };
+        let (begin, upstream) = if stream_after <= last_seq {
+            (stream_after, Some(upstream))
+        } else {
+            (last_seq, None)
+        };
         let topic = Arc::new(Topic::new(uid, names, begin));
         topic.subscribe(link);
         self.publish(&topic, &events);
@@ -145,7 +150,7 @@ impl Hub {
         if has_ended(snapshot.state) && topic.last_seq() >= last_seq {
             topic.end();
         } else {
-            self.follow(&topic, stream);
+            self.follow(&topic, upstream);
         }
         (topic, cursor)
     }
@@ -226,22 +231,18 @@ impl Hub {
         }
     }
 
-    fn follow(self: &Arc<Self>, topic: &Arc<Topic>, stream: Option<Streaming<WatchResponse>>) {
+    fn follow(self: &Arc<Self>, topic: &Arc<Topic>, upstream: Option<Upstream>) {
         let (hub, followed) = (self.clone(), topic.clone());
-        let upstream = tokio::spawn(async move { hub.follow_to_the_end(&followed, stream).await });
-        topic.set_upstream(upstream.abort_handle());
+        let task = tokio::spawn(async move { hub.follow_to_the_end(&followed, upstream).await });
+        topic.set_upstream(task.abort_handle());
     }
 
     /// Brings events from upstream into the topic until the terminal one; a lost stream is opened
     /// again after the last event that came, in the name of whoever is subscribed then.
-    async fn follow_to_the_end(
-        &self,
-        topic: &Arc<Topic>,
-        mut stream: Option<Streaming<WatchResponse>>,
-    ) {
+    async fn follow_to_the_end(&self, topic: &Arc<Topic>, mut upstream: Option<Upstream>) {
         while !topic.has_ended() {
-            let outcome = match stream.take() {
-                Some(stream) => self.drain(topic, stream).await,
+            let outcome = match upstream.take() {
+                Some(upstream) => self.drain(topic, upstream).await,
                 None => {
                     let Some(link) = topic.any_subscriber() else {
                         if self.forget_unwanted(topic) {
@@ -250,8 +251,8 @@ impl Hub {
                         continue;
                     };
                     match self.reopen(topic, &link).await {
-                        Ok(opened) => {
-                            stream = Some(opened);
+                        Ok(stream) => {
+                            upstream = Some(Upstream { stream, is_large: false });
                             continue;
                         }
                         Err(status) if concerns_caller(&status) => {
@@ -277,7 +278,7 @@ impl Hub {
 
     fn publish(&self, topic: &Arc<Topic>, events: &[Event]) {
         if let Some(published) = topic.publish(events) {
-            self.large_segments.note(topic, published);
+            self.large_segments.note(topic, published, std::time::Instant::now());
         }
     }
 
@@ -305,15 +306,12 @@ impl Hub {
         self.watch(topic.uid.to_string(), after_seq, link.handle.authorization()).await
     }
 
-    async fn drain(
-        &self,
-        topic: &Arc<Topic>,
-        mut stream: Streaming<WatchResponse>,
-    ) -> Result<Drained, Status> {
-        let mut is_large = false;
+    async fn drain(&self, topic: &Arc<Topic>, upstream: Upstream) -> Result<Drained, Status> {
+        let Upstream { mut stream, mut is_large } = upstream;
         loop {
             let next = if is_large {
-                match timeout(RELEASE_AFTER, stream.message()).await {
+                let release_after = RELEASE_AFTER.mul_f64(1.0 + retry::random_fraction());
+                match timeout(release_after, stream.message()).await {
                     Ok(next) => next?,
                     Err(_) => return Ok(Drained::Idle),
                 }
@@ -321,7 +319,7 @@ impl Hub {
                 stream.message().await?
             };
             let Some(response) = next else { return Ok(Drained::Ended) };
-            is_large |= response.events.iter().any(is_large_output);
+            is_large |= self::is_large(&response.events);
             self.metrics.upstream_events.inc_by(response.events.len() as u64);
             self.publish(topic, &response.events);
             let ended = |snapshot: &Request| {
@@ -334,10 +332,23 @@ impl Hub {
     }
 }
 
-/// Nothing else in a log is as large, but for a result, which ends the watch.
-fn is_large_output(event: &Event) -> bool {
-    let Some(Kind::Output(Output { data: Some(data), .. })) = &event.kind else { return false };
-    matches!(&data.body, Some(Body::Data(data)) if data.len() > LARGE_BYTES)
+/// A watch, and whether it has large buffers.
+struct Upstream {
+    stream: Streaming<WatchResponse>,
+    is_large: bool,
+}
+
+/// Whether the output of these events is more than a small message. Nothing else in a log is as large, but for a
+/// result, which ends the watch.
+fn is_large(events: &[Event]) -> bool {
+    let bytes = events.iter().map(|event| match &event.kind {
+        Some(Kind::Output(Output {
+            data: Some(Payload { body: Some(Body::Data(data)), .. }),
+            ..
+        })) => data.len(),
+        _ => 0,
+    });
+    bytes.sum::<usize>() > LARGE_BYTES
 }
 
 /// Why a watch brings no more.

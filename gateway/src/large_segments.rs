@@ -3,6 +3,7 @@
 use std::{
     collections::VecDeque,
     sync::{Arc, Weak},
+    time::{Duration, Instant},
 };
 
 use parking_lot::Mutex;
@@ -13,6 +14,10 @@ use crate::topic::{Published, Topic};
 const LARGE_BYTES: usize = 64 * 1024;
 /// Bytes of the latest large segments that are kept; watchers that are further behind read from the log.
 const MAX_BYTES: usize = 64 * 1024 * 1024;
+/// Segments that are younger than [`MIN_LIFE`] are kept beyond that, up to so many bytes: those who read at once
+/// find them, whatever others publish.
+const MAX_BYTES_OF_ALL: usize = 4 * MAX_BYTES;
+const MIN_LIFE: Duration = Duration::from_secs(1);
 
 /// The latest large segments, the oldest first.
 #[derive(Default)]
@@ -27,16 +32,17 @@ struct Kept {
 struct LargeSegment {
     topic: Weak<Topic>,
     published: Published,
+    at: Instant,
 }
 
 impl LargeSegments {
     /// Notes what a topic has published. Older large segments are dropped from their topics when there are too
     /// many.
-    pub(crate) fn note(&self, topic: &Arc<Topic>, published: Published) {
+    pub(crate) fn note(&self, topic: &Arc<Topic>, published: Published, now: Instant) {
         if published.bytes <= LARGE_BYTES {
             return;
         }
-        for LargeSegment { topic, published } in self.push(topic, published) {
+        for LargeSegment { topic, published, .. } in self.push(topic, published, now) {
             if let Some(topic) = topic.upgrade() {
                 topic.drop_through(published.last_seq);
             }
@@ -44,12 +50,16 @@ impl LargeSegments {
     }
 
     /// Returns those that are too old.
-    fn push(&self, topic: &Arc<Topic>, published: Published) -> Vec<LargeSegment> {
+    fn push(&self, topic: &Arc<Topic>, published: Published, now: Instant) -> Vec<LargeSegment> {
         let mut kept = self.0.lock();
         kept.bytes += published.bytes;
-        kept.segments.push_back(LargeSegment { topic: Arc::downgrade(topic), published });
+        kept.segments.push_back(LargeSegment { topic: Arc::downgrade(topic), published, at: now });
         let mut dropped = Vec::new();
-        while kept.bytes > MAX_BYTES && kept.segments.len() > 1 {
+        while let Some(oldest) = kept.segments.front() {
+            let limit = if now - oldest.at < MIN_LIFE { MAX_BYTES_OF_ALL } else { MAX_BYTES };
+            if kept.bytes <= limit || kept.segments.len() == 1 {
+                break;
+            }
             if let Some(oldest) = kept.segments.pop_front() {
                 kept.bytes -= oldest.published.bytes;
                 dropped.push(oldest);
@@ -81,16 +91,22 @@ mod tests {
             let kind = Some(Kind::Output(Output { data, chunk_index: 0 }));
             Event { seq: 1, kind, ..Event::default() }
         };
-        let publish = |bytes| {
+        let begin = Instant::now();
+        let publish = |bytes, seconds| {
             let topic = topic();
-            all.note(&topic, topic.publish(&[output(bytes)]).unwrap());
+            let now = begin + Duration::from_secs(seconds);
+            all.note(&topic, topic.publish(&[output(bytes)]).unwrap(), now);
             topic
         };
-        let (small, first) = (publish(1000), publish(1_000_000));
-        let others: Vec<_> = (0..70).map(|_| publish(1_000_000)).collect();
+        let (small, first) = (publish(1000, 0), publish(1_000_000, 0));
+        let others: Vec<_> = (0..70).map(|number| publish(1_000_000, 2 + number)).collect();
         let is_kept = |topic: &Topic| matches!(topic.next(0), Next::Segment(_));
         assert!(is_kept(&small) && !is_kept(&first) && is_kept(&others[69]));
         let kept = others.iter().filter(|topic| is_kept(topic)).count();
         assert!((60..=67).contains(&kept), "{kept}");
+        // Many at once are kept for those who read at once, up to a limit.
+        let many: Vec<_> = (0..300).map(|_| publish(1_000_000, 100)).collect();
+        let kept = many.iter().filter(|topic| is_kept(topic)).count();
+        assert!((250..=268).contains(&kept), "{kept}");
     }
 }

@@ -244,7 +244,7 @@ async fn limits_of_tenants_are_read_again_on_sighup() {
     assert!(said.contains("are not changed"), "{said}");
     submit_delayed(&acme, "{}".into()).await.unwrap_err();
 
-    // Nobody reads what the server says.
+    // No process reads standard error.
     drop(log);
     write(&format!("{limits}queued_requests_per_user = 3\n"));
     server.reload();

@@ -13,6 +13,8 @@ import { errorFrom } from './websocket-messages.js';
 const MAX_IN_FLIGHT = 64;
 /** So often a call is repeated that could not be served just then. */
 const MAX_REFUSALS = 6;
+/** The same, of a subscription that finds no room: watches of a connection that broke off count for 50 s. */
+const MAX_LIMITED = 30;
 /** The limit of which a server says that it did not look at the message at all. */
 const MESSAGE_RATE = 'gateway.messages_per_second';
 
@@ -154,7 +156,8 @@ export class Calls {
     const later = call.kind === 'subscribe' && error.retryAfterMs !== undefined;
     const limited = error.code === 'RATE_LIMITED' && (call.times > 1 || later);
     const busy = error.code === 'UNAVAILABLE' || limited;
-    if (!unseen && !(busy && call.refusals.failures < MAX_REFUSALS)) {
+    const refusals = later ? MAX_LIMITED : MAX_REFUSALS;
+    if (!unseen && !(busy && call.refusals.failures < refusals)) {
       this.#settle(call, () => call.reject(error));
       return;
     }

@@ -160,7 +160,7 @@ options! {
         /// Whether the stream of the requests table wakes processors, beside hints and polls.
         stream: bool = true;
         /// URL of an object store for values beyond 64 KiB: s3://bucket/prefix, or file:///folder for
-        /// one machine. Empty means none; then no payload, result or chunk may be larger than 320 KiB.
+        /// one machine. Empty means none; then no payload or chunk may be larger than 320 KiB.
         objects: String = String::new();
     }
     /// Where the other services are, when they are processes of their own.

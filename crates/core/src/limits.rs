@@ -77,7 +77,7 @@ impl Limits {
         }
         let rule = self.payload_rule;
         Err(format!(
-            "the result must be at most {limit} bytes ({rule} and {RESULT_ROOM_BYTES} more), is {bytes}"
+            "the result must be at most {limit} bytes ({RESULT_ROOM_BYTES} more than {rule} allows), is {bytes}"
         ))
     }
 

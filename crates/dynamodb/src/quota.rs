@@ -41,6 +41,10 @@ const MIN_INTERVAL: Duration = Duration::from_secs(1);
 const INTERVAL_OF_COUNT: u32 = 20;
 const INTERVAL_OF_DOUBTFUL_COUNT: u32 = 2;
 const MAX_INTERVAL: Duration = Duration::from_secs(20);
+/// The same after a count that failed.
+const RETRY_INTERVAL: Duration = Duration::from_secs(5);
+/// While later counts fail, a count holds for this long.
+const COUNT_LIFE: Duration = Duration::from_secs(60);
 /// Counts at the same time; a submission that finds none free leaves the count to a later one.
 const MAX_COUNTS: usize = 4;
 /// Rows that are counted of a tenant without a limit of its own.
@@ -66,7 +70,7 @@ impl QueueCounts {
             counts: Arc::new(Semaphore::new(MAX_COUNTS)),
             failed: metrics.counter(
                 "streamer_dynamodb_failed_queue_counts",
-                "Counts of a tenant's queued requests that failed; until one succeeds, its limits do not hold",
+                "Counts of a tenant's queued requests that failed; until one succeeds, its limits hold in part",
             ),
             logged_at: Mutex::default(),
         }
@@ -78,7 +82,7 @@ impl QueueCounts {
         let mut logged_at = self.logged_at.lock();
         if logged_at.is_none_or(|at| now - at >= LOG_INTERVAL) {
             *logged_at = Some(now);
-            tracing::warn!(%error, "could not count a tenant's queue, whose limits do not hold");
+            tracing::warn!(%error, "could not count a tenant's queue, whose limits hold in part");
         }
     }
 }
@@ -93,9 +97,11 @@ struct TenantCount {
     /// While it is being counted: submitted here before that, since the count before.
     uncounted: u64,
     is_counting: bool,
-    /// The last count failed. Until one succeeds nothing is refused: what this process submitted may have left
-    /// the queue long ago.
+    /// The last count failed. Until one succeeds nothing is refused because of what this process submitted, which
+    /// may have left the queue long ago.
     has_failed: bool,
+    /// When the last count that succeeded began.
+    counted_at: Option<Instant>,
     /// How many counts have begun.
     generation: u64,
     /// When the last count began, and how long it took.
@@ -140,10 +146,13 @@ impl TenantCount {
             ..counted
         };
         let exceeded = quota.exceeded_by(used);
-        let outcome = match exceeded {
-            Some(limit) if !self.has_failed => Err(limit),
-            _ => Ok(used),
+        let refused = if self.has_failed {
+            let is_recent = self.counted_at.is_some_and(|at| now - at < COUNT_LIFE);
+            quota.exceeded_by(counted).filter(|_| is_recent)
+        } else {
+            exceeded
         };
+        let outcome = refused.map_or(Ok(used), Err);
         if outcome.is_ok() {
             self.added += 1;
             user.added += 1;
@@ -164,8 +173,13 @@ impl TenantCount {
     fn is_due(&self, is_doubtful: bool, now: Instant) -> bool {
         let Some((began, took)) = self.last_count else { return true };
         let times = if is_doubtful { INTERVAL_OF_DOUBTFUL_COUNT } else { INTERVAL_OF_COUNT };
-        let interval = took.saturating_mul(times).clamp(MIN_INTERVAL, MAX_INTERVAL);
-        now.saturating_duration_since(began) >= interval
+        let interval = if self.has_failed {
+            RETRY_INTERVAL
+        } else {
+            took.saturating_mul(times).clamp(MIN_INTERVAL, MAX_INTERVAL)
+        };
+        // Others need the permits too.
+        now.saturating_duration_since(began) >= interval.max(took.saturating_mul(2))
     }
 
     fn begin(&mut self) {
@@ -191,6 +205,7 @@ impl TenantCount {
             return;
         };
         self.counted = of_users.values().sum();
+        self.counted_at = Some(began);
         let least = quota.queued_of_user / KEPT_PART;
         of_users.retain(|_, count| quota.queued_of_user > 0 && *count > least);
         self.of_users = of_users;
@@ -399,17 +414,24 @@ mod tests {
     }
 
     #[test]
-    fn while_counts_fail_nothing_is_refused() {
+    fn while_counts_fail_nothing_is_refused_but_what_the_last_one_refuses() {
         let mut subject = Subject::counted();
         subject.until_counting("ann");
         subject.tenant.finish(None, &QUOTA, subject.now, subject.now);
         let admitted = (0..100).filter(|_| subject.admit("ann").outcome.is_ok()).count();
         assert_eq!(admitted, 100);
         assert!(!subject.tenant.is_counting, "it is not repeated at once");
-        subject.now += MIN_INTERVAL;
+        subject.now += RETRY_INTERVAL;
         assert!(subject.admit("ann").count);
         subject.finish(&[("ann", 40)]);
-        assert_eq!(subject.admit("ann").outcome, Err(TenantLimit::QueuedPerUser));
+        let refused = Err(TenantLimit::QueuedPerUser);
+        assert_eq!(subject.admit("ann").outcome, refused);
+        // A count that shows a full queue holds for a while.
+        subject.tenant.finish(None, &QUOTA, subject.now, subject.now);
+        assert_eq!(subject.admit("ann").outcome, refused);
+        assert!(subject.admit("bob").outcome.is_ok());
+        subject.now += COUNT_LIFE;
+        assert!(subject.admit("ann").outcome.is_ok());
     }
 
     #[test]

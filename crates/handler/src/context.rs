@@ -361,7 +361,6 @@ impl Context {
     }
 }
 
-/// Looks only whether it is JSON, however deep it nests; builds nothing.
 /// As JSON, without the spare room that a growing buffer has: it may be held for long, and counts by its length.
 pub(crate) fn json(value: &impl Serialize) -> Result<Bytes, serde_json::Error> {
     let mut json = serde_json::to_vec(value)?;
@@ -371,6 +370,7 @@ pub(crate) fn json(value: &impl Serialize) -> Result<Bytes, serde_json::Error> {
     Ok(json.into())
 }
 
+/// Looks only whether it is JSON, however deep it nests; builds nothing.
 fn well_formed_json(what: &str, data: &[u8]) -> Result<(), HandlerError> {
     match serde_json::from_slice::<&serde_json::value::RawValue>(data) {
         Ok(_) => Ok(()),

@@ -200,6 +200,7 @@ impl Drop for Attempt {
 
 fn read((uid, attempt): Key, task: proto::Task) -> (AttemptInfo, Bytes, bool) {
     let (content_type, payload) = payload_into_parts(task.payload);
+    let trace_parent = TraceParent::parse(&task.trace_parent);
     let info = AttemptInfo {
         uid,
         request_id: task.request_id,
@@ -209,8 +210,9 @@ fn read((uid, attempt): Key, task: proto::Task) -> (AttemptInfo, Bytes, bool) {
         content_type,
         attempt,
         checkpoint: task.checkpoint.map(compact_bytes),
-        trace_parent: TraceParent::parse(&task.trace_parent),
-        trace_state: (!task.trace_state.is_empty()).then_some(task.trace_state),
+        trace_parent,
+        trace_state: Some(task.trace_state)
+            .filter(|state| trace_parent.is_some() && !state.is_empty()),
         deadline: task.deadline.as_ref().map(|at| Timestamp::from_millis(millis(at))),
     };
     // They live as long as the attempt; the buffer that they came in does not have to.

@@ -69,7 +69,7 @@ pub(crate) async fn run(arguments: &UpArguments, role: Role) -> ExitCode {
     while signals.next().await == ServerSignal::Reload {
         reload(&server, arguments, had_file);
     }
-    say_on_error(&format!(
+    print_to_stderr(&format!(
         "Stopping; running work has {} s. A second signal stops at once.",
         config.server.drain_timeout_ms / 1000
     ));
@@ -97,20 +97,20 @@ fn reload(server: &AllInOne, arguments: &UpArguments, had_file: bool) {
     match load(&arguments) {
         Ok(config) => {
             server.replace_limits(&config);
-            say_on_error(&format!(
+            print_to_stderr(&format!(
                 "The limits of tenants were read again; {} tenant(s) have limits of their own. Other options \
                  need a restart.",
                 config.tenants.len()
             ));
         }
         Err(error) => {
-            say_on_error(&format!("error: the limits of tenants are not changed: {error}"));
+            print_to_stderr(&format!("error: the limits of tenants are not changed: {error}"));
         }
     }
 }
 
-/// On standard error, which may be closed: that must not end a server.
-fn say_on_error(text: &str) {
+/// Prints a line to standard error. It may be closed, which must not end a server.
+fn print_to_stderr(text: &str) {
     if let Err(error) = writeln!(io::stderr(), "{text}") {
         tracing::debug!(%error, text, "cannot write to standard error");
     }

@@ -108,7 +108,8 @@ impl Catalog {
         }
     }
 
-    /// The same; when no list has it, asks the processors: a worker that was just answered may be in none yet.
+    /// The same; when no list has it, asks the processors: what a worker declared that has just been welcomed may be
+    /// missing from every list.
     pub(crate) async fn find_or_ask(
         &self,
         action: &str,
@@ -117,12 +118,14 @@ impl Catalog {
     ) -> Result<Arc<Known>, Status> {
         match self.find(action, tenant).await {
             Err(refusal) if refusal.code() == Code::NotFound => {
-                if !peers.is_declared(action, tenant).await {
-                    return Err(refusal);
+                match peers.is_declared(action, tenant).await {
+                    Some(true) => {}
+                    Some(false) => return Err(refusal),
+                    None => return Err(unknown_yet(action)),
                 }
                 let mut discovery = self.discovery.subscribe();
                 let listed = discovery.wait_for(|_| self.get(action, tenant).is_some());
-                // Let go of at once: it is a lock.
+                // Dropped at once: it holds a read lock.
                 drop(timeout(MAX_WAIT, listed).await);
                 self.get(action, tenant).ok_or_else(|| unknown_yet(action))
             }

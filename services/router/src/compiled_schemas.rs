@@ -3,7 +3,7 @@
 use std::{
     sync::{
         Arc,
-        atomic::{AtomicU64, Ordering},
+        atomic::{AtomicBool, AtomicU64, Ordering},
     },
     time::Duration,
 };
@@ -35,6 +35,8 @@ pub(crate) struct DeclaredSchema {
     tenant: String,
     /// Names it among all of this router.
     number: u64,
+    /// It was logged that it cannot be used.
+    is_reported: AtomicBool,
 }
 
 struct CompiledSchema {
@@ -91,7 +93,7 @@ impl CompiledSchemas {
     /// A schema that was declared for this tenant.
     pub(crate) fn declare(&self, tenant: &str) -> DeclaredSchema {
         let number = self.next_number.fetch_add(1, Ordering::Relaxed);
-        DeclaredSchema { tenant: tenant.to_owned(), number }
+        DeclaredSchema { tenant: tenant.to_owned(), number, is_reported: AtomicBool::new(false) }
     }
 
     /// Checks a JSON payload of `tenant` against the schema of an action; notes how it does not match.
@@ -131,7 +133,10 @@ impl CompiledSchemas {
             // On behalf of who declared it: other callers wait for the outcome too.
             let compiled = self.pool.run(&schema.tenant, move || PayloadSchema::compile(&text));
             let outcome = compiled.await?.map(Arc::new).map_err(|error| {
-                tracing::error!(action = action.name, %error, "a payload schema cannot be used");
+                if !schema.is_reported.swap(true, Ordering::Relaxed) {
+                    let action = &action.name;
+                    tracing::error!(action, %error, "a payload schema cannot be used");
+                }
                 error.to_string()
             });
             Ok(Arc::new(CompiledSchema { outcome, text_bytes }))

@@ -8,7 +8,10 @@ use std::{
     time::Duration,
 };
 
-use futures_util::future::join_all;
+use futures_util::{
+    future::join_all,
+    stream::{FuturesUnordered, StreamExt},
+};
 use http::HeaderValue;
 use streamer_core::{Limits, Timestamp, Uid};
 use streamer_proto::{
@@ -25,11 +28,14 @@ use streamer_rpc::{
     Channel, Member, Members, NOT_TAKEN, is_unsent, with_authorization, with_route,
 };
 use streamer_store::RequestRecord;
-use tokio::time::timeout;
-use tonic::Status;
+use tokio::{sync::Semaphore, time::timeout};
+use tonic::{Code, Status};
 
 /// What a hint tells is found without it too, after a while.
 const HINT_TIMEOUT: Duration = Duration::from_secs(2);
+
+/// Unknown actions that processors are asked for at the same time, at most.
+const MAX_ASKING: usize = 64;
 
 /// Processors that a request is offered to at most.
 const MAX_OFFERS: usize = 3;
@@ -41,6 +47,8 @@ pub(crate) struct Peers {
     limits: Limits,
     hints: bool,
     turn: AtomicUsize,
+    /// Unknown actions that processors are asked for at the same time.
+    asking: Semaphore,
 }
 
 impl Peers {
@@ -59,6 +67,7 @@ impl Peers {
             limits,
             hints,
             turn: AtomicUsize::new(0),
+            asking: Semaphore::new(MAX_ASKING),
         }
     }
 
@@ -127,16 +136,27 @@ impl Peers {
         Err(last.unwrap_or_else(|| Status::unavailable("no processor is known")))
     }
 
-    /// Whether a processor says that this action is declared for this tenant.
-    pub(crate) async fn is_declared(&self, action: &str, tenant: &str) -> bool {
+    /// Whether a processor says that this action is declared for this tenant; `None` when some did not answer.
+    pub(crate) async fn is_declared(&self, action: &str, tenant: &str) -> Option<bool> {
+        let _permit = self.asking.acquire().await.ok()?;
         let request = FindActionRequest { action: action.to_owned(), tenant_id: tenant.to_owned() };
         let members = self.candidates(&[]);
         let answers = members.iter().map(|member| {
             let (mut client, request) = (self.processor(member), request.clone());
             async move { timeout(HINT_TIMEOUT, client.find_action(request)).await }
         });
-        let answers = join_all(answers).await;
-        answers.into_iter().flatten().flatten().any(|answer| answer.get_ref().declared)
+        let mut answers: FuturesUnordered<_> = answers.collect();
+        let mut all_answered = true;
+        while let Some(answer) = answers.next().await {
+            match answer {
+                Ok(Ok(answer)) if answer.get_ref().declared => return Some(true),
+                Ok(Ok(_)) => {}
+                // An earlier version, whose list is all that there is.
+                Ok(Err(status)) if status.code() == Code::Unimplemented => {}
+                Ok(Err(_)) | Err(_) => all_answered = false,
+            }
+        }
+        all_answered.then_some(false)
     }
 
     /// Tells the progress service of a durable event; a hint.

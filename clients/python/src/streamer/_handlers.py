@@ -79,5 +79,5 @@ def _encode(result: Any, context: Context) -> bytes:
     except (TypeError, ValueError) as error:
         raise FatalError(f"result: cannot be written as JSON: {error}") from error
     limit = context.reporter.limits.max_payload_bytes
-    check("result", len(data), limit, "limits.max_payload_bytes")
+    check("result", len(data), limit, "welcome.max_payload_bytes")
     return data

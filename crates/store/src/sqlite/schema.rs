@@ -245,7 +245,20 @@ pub(super) fn touch(db: &Connection) -> rusqlite::Result<()> {
 
 #[cfg(test)]
 mod tests {
-    use super::*;
+    use super::{
+        super::usage::{BATCH_BYTES, REQUEST_BYTES},
+        *,
+    };
+
+    #[test]
+    fn the_migration_counts_as_the_writer_does() {
+        for (part, bytes) in [
+            (format!("bytes = {REQUEST_BYTES} +"), REQUEST_BYTES),
+            (format!("SUM({BATCH_BYTES} +"), BATCH_BYTES),
+        ] {
+            assert!(FROM_3_TO_4.contains(&part), "{bytes}");
+        }
+    }
 
     #[test]
     fn a_file_of_version_2_is_brought_up_to_date() {

@@ -19,6 +19,8 @@ const REPORT_INTERVAL: Duration = Duration::from_secs(1);
 const REPORT_TIMEOUT: Duration = Duration::from_secs(1);
 /// Bytes of one report at most, the largest counts first.
 const MAX_REPORT_BYTES: usize = 1024 * 1024;
+/// Entries of a report that are looked at.
+const MAX_REPORTED: usize = 20_000;
 /// What an entry of a report takes beside its names, in bytes.
 const ENTRY_BYTES: usize = 32;
 
@@ -60,7 +62,9 @@ impl AdmissionService for AdmissionApi {
             // An address of its own that it does not know as such.
             return Ok(Response::new(ReportSubmissionsResponse {}));
         }
-        for AdmittedSubmissions { tenant_id, user_id, count } in admitted {
+        for AdmittedSubmissions { tenant_id, user_id, count } in
+            admitted.into_iter().take(MAX_REPORTED)
+        {
             let name = Name { tenant: tenant_id, user: user_id };
             self.rates.note_other(&router, &name, count, now);
         }
