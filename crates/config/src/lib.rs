@@ -44,7 +44,7 @@ impl fmt::Display for ConfigError {
     }
 }
 
-/// Read from the working folder when no file is named, if it is there.
+/// Read from the working folder when no file is named, if it exists.
 pub const DEFAULT_FILE: &str = "streamer.toml";
 const PREFIX: &str = "STREAMER_";
 /// Environment variables of the command line that are no options of the configuration.

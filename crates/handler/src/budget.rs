@@ -1,4 +1,4 @@
-//! Bytes of output that the attempts of a process may hold in memory, divided fairly between tenants.
+//! Bytes that the attempts of a process, or its watchers, may hold in memory, divided fairly between tenants or users.
 
 use std::{
     collections::{BTreeSet, HashMap, VecDeque},

@@ -7,8 +7,8 @@ use rusqlite::{Connection, OptionalExtension, params};
 
 use crate::{Owner, QuotaUse};
 
-/// What a request takes in rows and indexes, beside its payload, metadata, events and checkpoint, in bytes; and
-/// what a batch of events takes beside them. `schema.rs` has both numbers too.
+/// Size of the rows and index entries of a request without its payload, metadata, events and checkpoint, in bytes;
+/// and of the row of a batch without its events. `schema.rs` has both numbers too.
 pub(super) const REQUEST_BYTES: usize = 1024;
 pub(super) const BATCH_BYTES: usize = 64;
 /// Rows kept in memory at most, between groups.
