@@ -235,8 +235,13 @@ impl ScriptedWorker {
 
     /// Reports on a task.
     pub async fn report(&self, task: &Task, number: i64, kind: Kind) {
+        self.report_again(task, 0, number, kind).await;
+    }
+
+    /// Reports on a task after the server has asked for reports this many times.
+    pub async fn report_again(&self, task: &Task, resends: i32, number: i64, kind: Kind) {
         let Task { uid, attempt, .. } = task.clone();
-        let report = Report { uid, attempt, number, kind: Some(kind) };
+        let report = Report { uid, attempt, number, kind: Some(kind), resends };
         self.say(work_request::Message::Report(report)).await;
     }
 

@@ -1,6 +1,8 @@
 //! What a client or a worker sends costs a bounded amount, and hurts no other tenant.
 #![allow(clippy::unwrap_used, reason = "in tests, a panic is the report")]
 
+use std::collections::HashMap;
+
 use bytes::Bytes;
 use h2::{SendStream, client::ResponseFuture};
 use http::{Request, StatusCode};
@@ -593,47 +595,72 @@ async fn output_of_one_tenant_is_bounded_and_hurts_no_other() {
 }
 
 #[tokio::test]
-async fn reports_of_a_worker_beyond_the_budget_wait() {
+async fn reports_beyond_the_budget_come_again_and_those_of_another_tenant_pass() {
     const TASKS: usize = 60;
-    // This worker sends no heartbeats.
-    let lease = "execution.lease_ms=60000";
-    let server = Server::start(&[&SMALL_OUTPUT_BUDGET[..], &[lease]].concat());
-    let token = server.token("evil", "worker", &["worker:*"]);
+    // As many as may be unacknowledged.
+    const CHUNKS: i64 = 17;
+    let server = Server::start(&[
+        // This worker sends no heartbeats.
+        "execution.lease_ms=60000",
+        "execution.max_buffered_output_bytes=1048576",
+        "limits.max_payload_bytes=65536",
+        "limits.max_output_chunk_bytes=65536",
+    ]);
+    let token = server.token("shared", "worker", &["worker:*@*"]);
     let action = declare("flood");
     let mut worker = ScriptedWorker::come(&server, &token, hello("w", 100, vec![action])).await;
-    let evil = server.token("evil", "eve", &[]);
-    offered(&server, &evil, "flood", 1).await;
+    offered(&server, &server.token("evil", "eve", &[]), "flood", 1).await;
     for _ in 0..TASKS {
         submit(&server, "evil", "flood", "{}".into()).await.unwrap();
     }
-    let mut tasks = Vec::new();
-    while tasks.len() < TASKS {
-        tasks.push(worker.task().await);
+    submit(&server, "acme", "flood", "{}".into()).await.unwrap();
+    let mut tasks = HashMap::new();
+    while tasks.len() <= TASKS {
+        let task = worker.task().await;
+        tasks.insert(task.uid.clone(), task);
     }
-    let chunk = json_payload(json!("x".repeat(1_000_000)).to_string());
-    // Far more than the budget, before anything is acknowledged: 1 MB and one report more are allowed.
-    for number in 1..=2 {
-        for task in &tasks {
+    let chunk = json_payload(json!("x".repeat(65_000)).to_string());
+    let last = || Kind::Result(json_payload("1"));
+    let (small, large): (Vec<_>, Vec<_>) =
+        tasks.values().partition(|task| task.tenant_id == "acme");
+    // Far more than the budget, before anything is acknowledged.
+    for number in 1..=CHUNKS {
+        for task in &large {
             worker.report(task, number, Kind::Output(chunk.clone())).await;
         }
     }
-    for task in &tasks {
-        worker.report(task, 2, Kind::Result(json_payload("1"))).await;
+    for task in &large {
+        worker.report(task, CHUNKS, last()).await;
     }
-    let mut ended = 0;
-    while ended < TASKS {
+    worker.report(small[0], 0, last()).await;
+    let (mut ended, mut ended_before, mut asked_again) = (0, TASKS, 0);
+    while ended <= TASKS {
         match worker.next().await.unwrap() {
             Message::Acknowledgment(said) => {
                 // A budget of this size leaves each attempt less than the usual window.
                 let window = 1..worker.welcome.max_unacknowledged_bytes;
-                assert!(window.contains(&said.max_unacknowledged_bytes), "{said:?}");
+                let is_small = said.uid == small[0].uid;
+                assert!(is_small || window.contains(&said.max_unacknowledged_bytes), "{said:?}");
+                if said.ended && is_small {
+                    ended_before = ended;
+                }
                 ended += usize::from(said.ended);
+            }
+            Message::Resend(again) => {
+                let task = &tasks[&again.uid];
+                for number in again.number + 1..=CHUNKS {
+                    let output = Kind::Output(chunk.clone());
+                    worker.report_again(task, again.resends, number, output).await;
+                }
+                worker.report_again(task, again.resends, CHUNKS, last()).await;
+                asked_again += 1;
             }
             Message::Revoke(said) => panic!("it was lost: {said:?}"),
             _ => {}
         }
     }
-    assert_eq!(metric(&server, "streamer_processor_succeeded_total").await, TASKS);
+    assert!(asked_again > 0 && ended_before < TASKS / 2, "{asked_again}, {ended_before}");
+    assert_eq!(metric(&server, "streamer_processor_succeeded_total").await, TASKS + 1);
     assert_eq!(metric(&server, "streamer_processor_buffered_output_bytes").await, 0);
     let peak = server.peak_resident_bytes();
     assert!(peak < 350 << 20, "{peak}");

@@ -107,6 +107,37 @@ def test_no_more_is_sent_than_a_server_with_smaller_limits_takes() -> None:
     assert drain(log, limits) == [("progress", 6), ("result", 6)]
 
 
+def test_dropped_reports_are_sent_again_from_the_first_one() -> None:
+    log = ReportLog("U", 1)
+    for message in ("a", "b", "c"):
+        log.add_progress(progress(message))
+        if message == "b":
+            log.add_checkpoint(b"1")
+    log.finish(result=b"{}")
+    drain(log)
+    log.resend(2, 1)
+    report = log.next_unsent()
+    assert report is not None and report.resends == 1
+    assert drain(log) == [("progress", 3), ("result", 3)]
+    log.resend(1, 2)
+    assert drain(log) == [("progress", 2), ("checkpoint", 2), ("progress", 3), ("result", 3)]
+    log.resume(2)
+    report = log.next_unsent()
+    assert report is not None and (report.checkpoint, report.resends) == (b"1", 0)
+
+
+def test_dropped_reports_make_room_in_the_window() -> None:
+    limits = Limits(max_unacknowledged=2, max_unacknowledged_bytes=10)
+    log = ReportLog("U", 1)
+    for message in ("a", "b", "c"):
+        log.add_progress(progress(message))
+    assert drain(log, limits) == [("progress", 1), ("progress", 2)]
+    log.resend(1, 1)
+    assert drain(log, limits) == [("progress", 2)]
+    log.acknowledge(1)
+    assert drain(log, limits) == [("progress", 3)]
+
+
 def test_bounds_of_a_server_that_does_not_tell_them_are_the_usual_ones() -> None:
     assert Limits.of(worker_pb2.Welcome(max_unacknowledged=5)) == Limits(max_unacknowledged=5)
     assert Limits().max_unacknowledged_bytes == 1024 * 1024

@@ -119,6 +119,21 @@ export class Attempt {
     this.#reject(this.signal.reason);
   }
 
+  /** How often the server asked for dropped reports on this stream. */
+  get resends() {
+    return this.#reports.resends;
+  }
+
+  /**
+   * Reports were dropped.
+   * @param {number} number Reports up to this one have arrived.
+   * @param {number} resends How often the server asked on this stream.
+   */
+  resend(number, resends) {
+    this.#reports.resend(number, resends);
+    this.#changed(this);
+  }
+
   /** @returns {import('./worker-reports.js').Report | null} What to send now. */
   next() {
     return this.#stopped ? null : this.#reports.next(this.limits);

@@ -35,6 +35,8 @@ export class ReportQueue {
   acknowledged = 0;
   /** Whether the last report was made. */
   ended = false;
+  /** How often the server asked for dropped reports on this stream. */
+  resends = 0;
 
   /**
    * Whether another progress or output report may be made.
@@ -128,7 +130,27 @@ export class ReportQueue {
     this.#sent = 0;
     this.#onTheWay = { count: 0, bytes: 0 };
     this.#reports = this.#reports.filter((report) => report.kind !== 'keepAlive');
+    this.resends = 0;
     this.acknowledge(number);
+  }
+
+  /**
+   * Sends again what the server has dropped.
+   * @param {number} number Reports up to this one have arrived.
+   * @param {number} resends How often the server asked on this stream.
+   */
+  resend(number, resends) {
+    this.resends = resends;
+    const dropped = this.#reports.findIndex((report) =>
+      report.counted ? report.number > number : report.number >= number,
+    );
+    if (dropped < 0 || dropped >= this.#sent) return;
+    for (const report of this.#reports.slice(dropped, this.#sent)) {
+      if (!report.counted) continue;
+      this.#onTheWay.count -= 1;
+      this.#onTheWay.bytes -= report.bytes;
+    }
+    this.#sent = dropped;
   }
 
   /**

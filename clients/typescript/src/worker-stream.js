@@ -167,6 +167,8 @@ export class WorkStream {
         return this.#onTask(body);
       case 'acknowledgment':
         return this.#onAcknowledgment(body);
+      case 'resend':
+        return this.host.find(body)?.resend(Number(body.number), body.resends);
       case 'cancel':
         return this.host.find(body)?.cancel(body.reason);
       case 'revoke':
@@ -310,7 +312,8 @@ export class WorkStream {
       const report = attempt.next();
       if (!report) continue;
       const { kind, body, number } = report;
-      this.#writable = this.#write({ report: { ...attempt.name, number, [kind]: body } });
+      const { name, resends } = attempt;
+      this.#writable = this.#write({ report: { ...name, number, resends, [kind]: body } });
       this.#ready.add(attempt);
     }
   }

@@ -140,6 +140,28 @@ test('a smaller window is kept to when reports are sent again', () => {
   assert.deepEqual([next(), next()], [3, undefined]);
 });
 
+test('dropped reports are sent again from the first one, within the window', () => {
+  const queue = new ReportQueue();
+  for (let number = 1; number <= 3; number += 1) queue.addCounted('output', number, 1);
+  queue.addCheckpoint(Buffer.from('c'));
+  queue.addLast('result', 'r');
+  const window = { maxUnacknowledged: 3, maxUnacknowledgedBytes: 100 };
+  const sent = (limits = window) => {
+    const all = [];
+    for (let next = queue.next(limits); next; next = queue.next(limits)) all.push(next);
+    return all.map(({ kind, number }) => `${kind} ${number}`);
+  };
+  assert.deepEqual(sent(), ['output 1', 'output 2', 'output 3', 'checkpoint 3', 'result 3']);
+  queue.resend(3, 1);
+  assert.equal(queue.resends, 1);
+  assert.deepEqual(sent(), ['checkpoint 3', 'result 3']);
+  queue.resend(1, 2);
+  assert.deepEqual(sent({ ...window, maxUnacknowledged: 2 }), ['output 2']);
+  queue.restart(2);
+  assert.equal(queue.resends, 0);
+  assert.deepEqual(sent(), ['output 3', 'checkpoint 3', 'result 3']);
+});
+
 test('waits are drawn below a bound that doubles', () => {
   const backoff = new Backoff({ random: () => 1 });
   const waits = Array.from({ length: 9 }, () => backoff.next());

@@ -44,7 +44,6 @@ struct Tenant {
     used: usize,
     /// In order of their numbers.
     waiters: VecDeque<Waiter>,
-    waiting_bytes: usize,
 }
 
 struct Waiter {
@@ -87,13 +86,6 @@ impl OutputBudget {
             Some(tenant) if tenant.waits() => 0,
             Some(tenant) => free.saturating_sub(tenant.used),
         }
-    }
-
-    /// Whether this tenant waits for as many bytes as the whole budget has.
-    #[must_use]
-    pub fn is_overrun_by(&self, tenant: &str) -> bool {
-        let state = self.state.lock();
-        state.tenants.get(tenant).is_some_and(|tenant| tenant.waiting_bytes >= self.limit)
     }
 
     /// Reserves bytes for a tenant, if there is room now.
@@ -194,7 +186,6 @@ impl State {
         self.next_waiter += 1;
         self.change(name, |tenant| {
             tenant.waiters.push_back(Waiter { number, bytes, granted: sender });
-            tenant.waiting_bytes += bytes;
         });
         (number, granted)
     }
@@ -205,10 +196,7 @@ impl State {
         if !self.has_room(name, bytes, limit) {
             return None;
         }
-        self.change(name, |tenant| {
-            tenant.waiting_bytes -= bytes;
-            tenant.waiters.pop_front()
-        })
+        self.change(name, |tenant| tenant.waiters.pop_front())
     }
 
     /// Removes a waiter; whether it still waited.
@@ -218,9 +206,7 @@ impl State {
         }
         self.change(name, |tenant| {
             let place = tenant.waiters.binary_search_by_key(&number, |waiter| waiter.number);
-            let waiter = place.ok().and_then(|place| tenant.waiters.remove(place));
-            tenant.waiting_bytes -= waiter.as_ref().map_or(0, |waiter| waiter.bytes);
-            waiter.is_some()
+            place.ok().and_then(|place| tenant.waiters.remove(place)).is_some()
         })
     }
 
@@ -294,6 +280,14 @@ impl Reservation {
         } else {
             self.bytes += std::mem::take(&mut other.bytes);
         }
+    }
+
+    /// Takes off `bytes` of them, or all when they are fewer.
+    #[must_use]
+    pub fn split(&mut self, bytes: usize) -> Self {
+        let bytes = bytes.min(self.bytes);
+        self.bytes -= bytes;
+        Self { of: self.of.clone(), bytes }
     }
 
     fn release(&mut self) {

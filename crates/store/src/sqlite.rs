@@ -36,16 +36,14 @@ use crate::{
 };
 use checkpointer::Checkpointer;
 use files::Files;
-use writer::WriterThread;
+use writer::{Cost, Payer, WriterThread};
 
 /// Readers beyond this wait for one to be free.
 const MAX_READERS: usize = 4;
 /// Of those, this many may read pages of events, payloads and lists at once: the others are for what execution
 /// and each request need.
 const MAX_PAGE_READERS: usize = 3;
-/// An estimate of the bytes that an operation writes that holds nothing from outside.
-const SMALL: usize = 512;
-/// The same of one that may free a whole log.
+/// An estimate of the bytes that an operation writes that frees a whole log.
 const LARGE: usize = 128 * 1024;
 
 /// SQLite in a folder of its own.
@@ -168,8 +166,9 @@ fn sqlite_error(doing: &'static str, error: &rusqlite::Error) -> StoreError {
 #[async_trait]
 impl Store for SqliteStore {
     async fn create_request(&self, new: NewRequest) -> Result<CreateOutcome, StoreError> {
-        let bytes = new.payload.data.len();
-        self.writer.run("creating a request", bytes, move |db| requests::create(db, &new)).await
+        let payer = Payer::Tenant(new.owner.tenant.clone());
+        let cost = Cost::new(new.payload.data.len(), payer);
+        self.writer.run("creating a request", cost, move |db| requests::create(db, &new)).await
     }
 
     async fn get_request(&self, uid: Uid) -> Result<Option<RequestRecord>, StoreError> {
@@ -193,17 +192,21 @@ impl Store for SqliteStore {
     }
 
     async fn delete_request(&self, uid: Uid) -> Result<DeleteOutcome, StoreError> {
-        self.writer.run("deleting a request", LARGE, move |db| requests::delete(db, uid)).await
+        let cost = Cost::new(LARGE, Payer::OwnerOf(uid));
+        self.writer.run("deleting a request", cost, move |db| requests::delete(db, uid)).await
     }
 
     async fn claim(&self, claim: Claim) -> Result<ClaimOutcome, StoreError> {
-        self.writer.run("claiming a request", SMALL, move |db| requests::claim(db, &claim)).await
+        self.writer
+            .run("claiming a request", Cost::SMALL, move |db| requests::claim(db, &claim))
+            .await
     }
 
     async fn append(&self, append: Append) -> Result<Appended, StoreError> {
         let checkpoint = append.checkpoint.as_ref().map_or(0, bytes::Bytes::len);
         let bytes = checkpoint + append.events.iter().map(Message::encoded_len).sum::<usize>();
-        self.writer.run("appending events", bytes, move |db| requests::append(db, &append)).await
+        let cost = Cost::new(bytes, Payer::OwnerOf(append.uid));
+        self.writer.run("appending events", cost, move |db| requests::append(db, &append)).await
     }
 
     async fn cancel(
@@ -213,7 +216,9 @@ impl Store for SqliteStore {
         now: Timestamp,
     ) -> Result<CancelOutcome, StoreError> {
         self.writer
-            .run("cancelling a request", SMALL, move |db| requests::cancel(db, uid, &reason, now))
+            .run("cancelling a request", Cost::SMALL, move |db| {
+                requests::cancel(db, uid, &reason, now)
+            })
             .await
     }
 
@@ -225,7 +230,9 @@ impl Store for SqliteStore {
         _now: Timestamp,
     ) -> Result<Vec<Renewed>, StoreError> {
         self.writer
-            .run("renewing leases", SMALL, move |db| requests::renew(db, &holder, &leases, until))
+            .run("renewing leases", Cost::SMALL, move |db| {
+                requests::renew(db, &holder, &leases, until)
+            })
             .await
     }
 
@@ -238,7 +245,9 @@ impl Store for SqliteStore {
     }
 
     async fn adopt(&self, adopt: Adopt) -> Result<Option<RequestRecord>, StoreError> {
-        self.writer.run("adopting an attempt", SMALL, move |db| requests::adopt(db, &adopt)).await
+        self.writer
+            .run("adopting an attempt", Cost::SMALL, move |db| requests::adopt(db, &adopt))
+            .await
     }
 
     async fn overdue_requests(
@@ -288,15 +297,16 @@ impl Store for SqliteStore {
         opened: Vec<ConnectionRecord>,
         closed: Vec<Uid>,
     ) -> Result<(), StoreError> {
-        let bytes = SMALL * (opened.len() + closed.len());
+        let bytes = Cost::SMALL.bytes * (opened.len() + closed.len());
+        let cost = Cost::new(bytes, Payer::Server);
         self.writer
-            .run("noting connections", bytes, move |db| connections::update(db, &opened, &closed))
+            .run("noting connections", cost, move |db| connections::update(db, &opened, &closed))
             .await
     }
 
     async fn renew_gateway(&self, gateway: String, until: Timestamp) -> Result<(), StoreError> {
         self.writer
-            .run("renewing a gateway", SMALL, move |db| {
+            .run("renewing a gateway", Cost::SMALL, move |db| {
                 connections::renew_gateway(db, &gateway, until)
             })
             .await
@@ -322,7 +332,8 @@ impl Store for SqliteStore {
         now: Timestamp,
     ) -> Result<(), StoreError> {
         let bytes = actions.iter().map(|declared| declared.action.encoded_len()).sum();
-        self.writer.run("saving actions", bytes, move |db| actions::save(db, &actions, now)).await
+        let cost = Cost::new(bytes, Payer::Server);
+        self.writer.run("saving actions", cost, move |db| actions::save(db, &actions, now)).await
     }
 
     async fn list_actions(&self, since: Timestamp) -> Result<Vec<DeclaredAction>, StoreError> {
@@ -330,6 +341,6 @@ impl Store for SqliteStore {
     }
 
     async fn check(&self) -> Result<(), StoreError> {
-        self.writer.run("checking the store", SMALL, |db| schema::touch(db)).await
+        self.writer.run("checking the store", Cost::SMALL, |db| schema::touch(db)).await
     }
 }

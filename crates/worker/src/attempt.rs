@@ -36,6 +36,8 @@ pub(crate) struct Attempt {
     outgoing: Outgoing,
     /// How many bytes may be unacknowledged, since the server said so on this stream.
     window_bytes: Option<usize>,
+    /// How often the server asked for dropped reports on this stream.
+    resends: i32,
     cancellation: CancellationToken,
     returned: Returned,
     flag: Arc<Flag>,
@@ -87,6 +89,7 @@ impl Attempt {
             reports,
             outgoing: Outgoing::default(),
             window_bytes: None,
+            resends: 0,
             cancellation,
             returned,
             flag,
@@ -131,7 +134,14 @@ impl Attempt {
 
     pub(crate) fn resume(&mut self, number: i64) {
         self.window_bytes = None;
+        self.resends = 0;
         self.outgoing.resume(number);
+    }
+
+    /// Sends reports again that the server has dropped.
+    pub(crate) fn resend(&mut self, number: i64, resends: i32) {
+        self.resends = resends;
+        self.outgoing.resend(number);
     }
 
     /// Takes from the handler what there is room for; returns what is to be sent now.
@@ -157,14 +167,15 @@ impl Attempt {
         {
             self.outgoing.end(self.ending(returned));
         }
-        let (uid, attempt) = self.key;
+        let ((uid, attempt), resends) = (self.key, self.resends);
         let report = |(number, kind)| Report {
             uid: uid.to_string(),
             attempt: i32::try_from(attempt).unwrap_or(i32::MAX),
             number,
             kind: Some(kind),
+            resends,
         };
-        std::iter::from_fn(|| self.outgoing.next()).map(report).collect()
+        std::iter::from_fn(|| self.outgoing.next(window)).map(report).collect()
     }
 
     fn ending(&self, returned: Result<Bytes, HandlerError>) -> Kind {

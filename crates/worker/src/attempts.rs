@@ -4,7 +4,7 @@ use std::{collections::HashMap, sync::Arc};
 
 use streamer_core::Limits;
 use streamer_handler::Handlers;
-use streamer_proto::processor::v1::{self as proto, Acknowledgment, Report, Revoke};
+use streamer_proto::processor::v1::{self as proto, Acknowledgment, Report, Resend, Revoke};
 
 use crate::{
     attempt::{Attempt, Key},
@@ -76,6 +76,14 @@ impl Attempts {
         let Some(attempt) = self.by_key.get_mut(&key) else { return Vec::new() };
         attempt
             .acknowledge(said.number, usize::try_from(said.max_unacknowledged_bytes).unwrap_or(0));
+        attempt.collect(window)
+    }
+
+    /// Returns what is to be sent now that the server has dropped reports.
+    pub(crate) fn resend(&mut self, resend: &Resend, window: Window) -> Vec<Report> {
+        let Some(key) = key(&resend.uid, resend.attempt) else { return Vec::new() };
+        let Some(attempt) = self.by_key.get_mut(&key) else { return Vec::new() };
+        attempt.resend(resend.number, resend.resends);
         attempt.collect(window)
     }
 

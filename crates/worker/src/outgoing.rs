@@ -21,13 +21,40 @@ pub(crate) struct Outgoing {
     entries: VecDeque<Entry>,
     /// How many entries, from the front, went out on the stream that is open.
     sent: usize,
-    /// Progress and output reports among the entries.
-    events: usize,
-    bytes: usize,
+    /// Progress and output reports among the entries, and among those that went out.
+    events: Size,
+    sent_events: Size,
     /// Number of the last progress or output report.
     last_number: i64,
     keep_alive: bool,
     ended: bool,
+}
+
+/// Number and bytes of progress and output reports.
+#[derive(Clone, Copy, Debug, Default)]
+struct Size {
+    reports: usize,
+    bytes: usize,
+}
+
+impl Size {
+    fn add(&mut self, entry: &Entry) {
+        if entry.is_event() {
+            self.reports += 1;
+            self.bytes += entry.bytes;
+        }
+    }
+
+    fn remove(&mut self, entry: &Entry) {
+        if entry.is_event() {
+            self.reports -= 1;
+            self.bytes -= entry.bytes;
+        }
+    }
+
+    fn fits(self, window: Window) -> bool {
+        self.reports < window.reports && self.bytes < window.bytes
+    }
 }
 
 #[derive(Debug)]
@@ -46,7 +73,7 @@ impl Entry {
 impl Outgoing {
     /// Whether another report may be taken from the handler.
     pub(crate) fn has_room(&self, window: Window) -> bool {
-        !self.ended && self.events < window.reports && self.bytes < window.bytes
+        !self.ended && self.events.fits(window)
     }
 
     /// Adds what the handler reports.
@@ -70,13 +97,13 @@ impl Outgoing {
                 return;
             }
         };
-        let entry = Entry { number: self.last_number, kind, bytes };
+        let mut entry = Entry { number: self.last_number, kind, bytes };
         if entry.is_event() {
             self.last_number += 1;
-            self.events += 1;
-            self.bytes += bytes;
+            entry.number = self.last_number;
         }
-        self.entries.push_back(Entry { number: self.last_number, ..entry });
+        self.events.add(&entry);
+        self.entries.push_back(entry);
     }
 
     /// Of two checkpoints with nothing between them, the later one counts.
@@ -99,10 +126,15 @@ impl Outgoing {
         self.ended
     }
 
-    /// The next report to be sent on the open stream, with its number.
-    pub(crate) fn next(&mut self) -> Option<(i64, Kind)> {
+    /// The next report to be sent on the open stream, with its number, as far as the window allows: it may be
+    /// smaller than it was when the reports were made.
+    pub(crate) fn next(&mut self, window: Window) -> Option<(i64, Kind)> {
         if let Some(entry) = self.entries.get(self.sent) {
+            if entry.is_event() && !self.sent_events.fits(window) {
+                return None;
+            }
             self.sent += 1;
+            self.sent_events.add(entry);
             self.keep_alive = false;
             return Some((entry.number, entry.kind.clone()));
         }
@@ -122,12 +154,12 @@ impl Outgoing {
             if !durable {
                 return;
             }
-            if first.is_event() {
-                self.events -= 1;
-                self.bytes -= first.bytes;
+            self.events.remove(first);
+            if self.sent > 0 {
+                self.sent_events.remove(first);
+                self.sent -= 1;
             }
             self.entries.pop_front();
-            self.sent = self.sent.saturating_sub(1);
         }
     }
 
@@ -135,6 +167,19 @@ impl Outgoing {
     pub(crate) fn resume(&mut self, number: i64) {
         self.acknowledge(number);
         self.sent = 0;
+        self.sent_events = Size::default();
+    }
+
+    /// The server has dropped the reports after this number: they are sent again.
+    pub(crate) fn resend(&mut self, number: i64) {
+        let has_arrived = |entry: &Entry| {
+            if entry.is_event() { entry.number <= number } else { entry.number < number }
+        };
+        let arrived = self.entries.iter().take_while(|entry| has_arrived(entry)).count();
+        for dropped in self.entries.range(arrived.min(self.sent)..self.sent) {
+            self.sent_events.remove(dropped);
+        }
+        self.sent = self.sent.min(arrived);
     }
 }
 
@@ -149,7 +194,11 @@ mod tests {
     }
 
     fn told(outgoing: &mut Outgoing) -> Vec<String> {
-        std::iter::from_fn(|| outgoing.next())
+        told_within(outgoing, Window { reports: 100, bytes: 1000 })
+    }
+
+    fn told_within(outgoing: &mut Outgoing, window: Window) -> Vec<String> {
+        std::iter::from_fn(|| outgoing.next(window))
             .map(|(number, kind)| match kind {
                 Kind::Progress(progress) => format!("{number}:{}", progress.message),
                 Kind::Checkpoint(data) => format!("{number}:[{}]", String::from_utf8_lossy(&data)),
@@ -194,6 +243,54 @@ mod tests {
         outgoing.resume(3);
         assert_eq!(told(&mut outgoing), ["3:end"]);
         assert!(!outgoing.has_room(WINDOW), "it has ended");
+    }
+
+    #[test]
+    fn dropped_reports_are_sent_again_from_the_first_one() {
+        let mut outgoing = Outgoing::default();
+        for report in [progress("a"), Report::Checkpoint("1".into()), progress("b"), progress("c")]
+        {
+            outgoing.push(report);
+        }
+        outgoing.end(Kind::Result(Payload::default()));
+        assert_eq!(told(&mut outgoing), ["1:a", "1:[1]", "2:b", "3:c", "3:end"]);
+        outgoing.resend(2);
+        assert_eq!(told(&mut outgoing), ["3:c", "3:end"]);
+        outgoing.resend(1);
+        assert_eq!(told(&mut outgoing), ["1:[1]", "2:b", "3:c", "3:end"]);
+        outgoing.acknowledge(2);
+        outgoing.resend(2);
+        assert_eq!(told(&mut outgoing), ["3:c", "3:end"]);
+    }
+
+    #[test]
+    fn a_window_that_shrinks_holds_until_enough_is_acknowledged() {
+        let mut outgoing = Outgoing::default();
+        let window = |bytes| Window { reports: 10, bytes };
+        outgoing.push(progress("0123"));
+        outgoing.push(progress("4567"));
+        assert!(outgoing.has_room(window(10)) && !outgoing.has_room(window(8)));
+        outgoing.acknowledge(1);
+        assert!(outgoing.has_room(window(8)) && !outgoing.has_room(window(4)));
+        outgoing.acknowledge(2);
+        assert!(outgoing.has_room(window(4)));
+    }
+
+    #[test]
+    fn no_more_is_sent_again_than_a_smaller_window_allows() {
+        let mut outgoing = Outgoing::default();
+        for message in ["0123", "4567", "89"] {
+            outgoing.push(progress(message));
+        }
+        outgoing.end(Kind::Result(Payload::default()));
+        let window = Window { reports: 10, bytes: 4 };
+        assert_eq!(told(&mut outgoing), ["1:0123", "2:4567", "3:89", "3:end"]);
+        outgoing.resend(1);
+        assert_eq!(told_within(&mut outgoing, window), [""; 0], "the first is not acknowledged");
+        outgoing.acknowledge(1);
+        assert_eq!(told_within(&mut outgoing, window), ["2:4567"]);
+        outgoing.resume(2);
+        assert_eq!(told_within(&mut outgoing, window), ["3:89", "3:end"]);
     }
 
     #[test]

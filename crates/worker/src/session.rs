@@ -348,6 +348,10 @@ impl Conversation<'_> {
                 let reports = attempts.acknowledge(&said, self.terms.window);
                 self.report(reports).await
             }
+            Some(Message::Resend(resend)) => {
+                let reports = attempts.resend(&resend, self.terms.window);
+                self.report(reports).await
+            }
             Some(Message::Cancel(cancel)) => {
                 attempts.cancel(&cancel.uid, cancel.attempt);
                 Ok(())
@@ -410,7 +414,7 @@ impl Conversation<'_> {
         let message = format!("this worker has no handler for {action:?}");
         let error = streamer_handler::HandlerError::retryable(message).into_request_error();
         let kind = Some(report::Kind::Error(error_to_proto(&error)));
-        self.report(vec![Report { uid, attempt, number: 0, kind }]).await
+        self.report(vec![Report { uid, attempt, number: 0, kind, resends: 0 }]).await
     }
 
     async fn refreshed(&mut self, token: Result<String, TokenError>) -> Result<(), Status> {

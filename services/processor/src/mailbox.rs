@@ -12,7 +12,6 @@ use streamer_proto::{
 };
 use streamer_rpc::{compact_bytes, payload_bytes};
 use tokio::sync::Notify;
-use tokio_util::sync::CancellationToken;
 
 /// Progress and output reports that wait at most.
 pub(crate) const MAX_REPORTS: usize = MAX_WAITING_REPORTS;
@@ -21,7 +20,7 @@ pub(crate) const MAX_BYTES: usize = 1024 * 1024;
 /// Bytes of checkpoints between them at which no more are taken.
 const MAX_CHECKPOINT_BYTES: usize = 64 * 1024 * 1024;
 /// Smallest window of an attempt, in bytes, however little room is left.
-const MIN_WINDOW_BYTES: usize = 64 * 1024;
+pub(crate) const MIN_WINDOW_BYTES: usize = 64 * 1024;
 /// Waiting bytes up to which none are reserved: most attempts never have more. It is half of what a `ReportQueue`
 /// takes without a reservation, where each report counts for a little more. So a report without a reservation
 /// never waits for one, with reports behind it that have reservations.
@@ -30,7 +29,6 @@ const UNRESERVED_BYTES: usize = 2 * 1024;
 pub(crate) struct Mailbox {
     state: Mutex<State>,
     filled: Notify,
-    ended: CancellationToken,
     /// What all attempts share, and in whose name it is used.
     budget: Arc<OutputBudget>,
     tenant: Arc<str>,
@@ -66,26 +64,27 @@ pub(crate) struct Full;
 impl Mailbox {
     /// Reserves the bytes of waiting reports in `budget`, for this tenant.
     pub(crate) fn new(budget: Arc<OutputBudget>, tenant: &str) -> Self {
-        Self {
-            state: Mutex::default(),
-            filled: Notify::new(),
-            ended: CancellationToken::new(),
-            budget,
-            tenant: tenant.into(),
-        }
+        Self { state: Mutex::default(), filled: Notify::new(), budget, tenant: tenant.into() }
     }
 
-    /// Makes room for a report; waits until there is.
-    pub(crate) async fn reserve(&self, kind: &Kind) -> Reservation {
+    /// How many bytes must be reserved for a report before it is added.
+    pub(crate) fn needs_reserved(&self, kind: &Kind) -> usize {
         let held = held_bytes(kind);
         let waiting = {
             let state = self.state.lock();
             state.bytes + state.checkpoint_bytes
         };
-        if held == 0 || waiting + held <= UNRESERVED_BYTES {
-            return Reservation::default();
-        }
-        self.budget.reserve(&self.tenant, held).await
+        if waiting + held <= UNRESERVED_BYTES { 0 } else { held }
+    }
+
+    /// Reserves bytes, if there is room now.
+    pub(crate) fn try_reserve(&self, bytes: usize) -> Option<Reservation> {
+        self.budget.try_reserve(&self.tenant, bytes)
+    }
+
+    /// Reserves bytes; waits until there is room.
+    pub(crate) async fn reserve(&self, bytes: usize) -> Reservation {
+        self.budget.reserve(&self.tenant, bytes).await
     }
 
     /// Bytes of unacknowledged reports that the worker may have from now on.
@@ -151,17 +150,6 @@ impl Mailbox {
         let dropped =
             std::mem::replace(&mut *self.state.lock(), State { closed: true, ..State::default() });
         drop(dropped);
-        self.ended.cancel();
-    }
-
-    /// Returns once the attempt has ended.
-    pub(crate) async fn ended(&self) {
-        self.ended.cancelled().await;
-    }
-
-    /// Whether the tenant waits for more room than there is at all.
-    pub(crate) fn is_overrun(&self) -> bool {
-        self.budget.is_overrun_by(&self.tenant)
     }
 }
 
@@ -214,7 +202,7 @@ fn bytes(kind: &Kind) -> usize {
 }
 
 /// What a report holds in memory, without its numbers and short texts.
-fn held_bytes(kind: &Kind) -> usize {
+pub(crate) fn held_bytes(kind: &Kind) -> usize {
     let payload =
         |payload: Option<&Payload>| payload.map_or(0, |data| payload_bytes(Some(data)).len());
     match kind {
@@ -267,7 +255,7 @@ mod tests {
         let large = progress(&"x".repeat(100_000));
         let checkpoint = Kind::Checkpoint(vec![0; 50_000].into());
         for kind in [progress("small"), large, checkpoint.clone(), checkpoint] {
-            let reserved = mailbox.reserve(&kind).await;
+            let reserved = mailbox.try_reserve(mailbox.needs_reserved(&kind)).unwrap();
             mailbox.push(kind, reserved).unwrap();
         }
         assert_eq!(budget.used(), 150_000, "of two checkpoints the later one is kept");

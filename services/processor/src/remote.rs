@@ -44,7 +44,6 @@ impl RemoteHandler {
         cancel_grace: Duration,
     ) -> Self {
         let task = Arc::new(task);
-        task.set_source(worker.reports.clone());
         worker.assign(task.clone());
         Self { worker, task, spec, assignment, handle, cancel_grace }
     }
@@ -126,6 +125,16 @@ impl RemoteHandler {
         }
     }
 
+    /// Asks the worker for reports that were dropped, whenever there is room for them again.
+    async fn ask_for_dropped_reports(&self) {
+        loop {
+            let resend = self.task.ask_again().await;
+            // How many bytes of them may be under way.
+            self.worker.send(Message::Acknowledgment(self.task.acknowledgment(false)));
+            self.worker.send(Message::Resend(resend));
+        }
+    }
+
     /// Tells the worker once cancellation is asked for.
     async fn pass_on_cancellation(&self, context: &Context) {
         context.cancelled().await;
@@ -179,6 +188,7 @@ impl DynHandler for RemoteHandler {
                 HandlerError::released(reason)
             }),
             () = self.acknowledge(durable) => Err(HandlerError::retryable("the attempt has ended")),
+            () = self.ask_for_dropped_reports() => Err(HandlerError::retryable("the attempt has ended")),
             () = self.pass_on_cancellation(context) => Err(HandlerError::cancelled()),
         }
     }

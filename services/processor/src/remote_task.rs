@@ -1,5 +1,7 @@
 //! A task that a worker has, as the processor knows it.
 
+mod arrivals;
+
 use std::{
     sync::{
         Arc,
@@ -10,14 +12,18 @@ use std::{
 
 use parking_lot::Mutex;
 use streamer_core::Uid;
-use streamer_handler::{OutputBudget, ReportQueue, ReportSource, Reservation};
-use streamer_proto::processor::v1::{Acknowledgment, Cancel, Revoke, report};
+use streamer_handler::{OutputBudget, PausedSource, ReportQueue, ReportSource, Reservation};
+use streamer_proto::processor::v1::{Acknowledgment, Cancel, Report, Resend, Revoke, report};
 use streamer_store::RequestRecord;
-use tokio::{sync::watch, time::Instant};
+use tokio::{
+    sync::{Notify, watch},
+    time::Instant,
+};
 use tokio_util::sync::CancellationToken;
 use tonic::Status;
 
-use crate::mailbox::{Full, MAX_BYTES, MAX_REPORTS, Mailbox};
+use self::arrivals::{Arrival, Arrivals};
+use crate::mailbox::Mailbox;
 
 /// A worker's end of one attempt.
 pub(crate) struct RemoteTask {
@@ -31,8 +37,12 @@ pub(crate) struct RemoteTask {
     pub(crate) sync: bool,
     since: Instant,
     pub(crate) mailbox: Mailbox,
-    /// Progress and output reports that have come.
-    received: Mutex<i64>,
+    arrivals: Mutex<Arrivals>,
+    /// Reports were dropped.
+    dropped: Notify,
+    /// Paused while dropped reports have not come again.
+    source: Arc<ReportSource>,
+    paused: Mutex<Option<PausedSource>>,
     /// The worker no longer runs it; why.
     lost: CancellationToken,
     lost_reason: Mutex<Option<String>>,
@@ -50,11 +60,11 @@ impl RemoteTask {
         budget: &Arc<OutputBudget>,
     ) -> Self {
         reports.note_durable(received);
-        let received = Mutex::new(received);
+        let arrivals = Mutex::new(Arrivals::new(received));
         let (action, tenant) = (&record.action, &record.owner.tenant);
         let mailbox = Mailbox::new(budget.clone(), tenant);
         Self {
-            received,
+            arrivals,
             ..Self::begin(record.uid, record.attempt, action, tenant, reports, mailbox)
         }
     }
@@ -74,6 +84,8 @@ impl RemoteTask {
         reports: Arc<ReportQueue>,
         mailbox: Mailbox,
     ) -> Self {
+        let source = Arc::<ReportSource>::default();
+        reports.set_source(source.clone());
         Self {
             uid,
             attempt,
@@ -82,7 +94,10 @@ impl RemoteTask {
             sync: false,
             since: Instant::now(),
             mailbox,
-            received: Mutex::default(),
+            arrivals: Mutex::default(),
+            dropped: Notify::new(),
+            source,
+            paused: Mutex::default(),
             lost: CancellationToken::new(),
             lost_reason: Mutex::default(),
             never_arrived: AtomicBool::new(false),
@@ -112,63 +127,58 @@ impl RemoteTask {
         Revoke { uid: self.uid.to_string(), attempt, reason: reason.into() }
     }
 
-    /// Its reports come from this worker.
-    pub(crate) fn set_source(&self, worker: Arc<ReportSource>) {
-        self.reports.set_source(worker);
-    }
-
     /// For the reports of the worker, on their way to the log.
     pub(crate) fn prepay(&self, reserved: Reservation) {
         self.reports.prepay(reserved);
     }
 
-    /// Whether this progress or output report has come before.
-    pub(crate) fn is_repeated(&self, number: i64, kind: &report::Kind) -> bool {
-        matches!(kind, report::Kind::Progress(_) | report::Kind::Output(_))
-            && (1..=*self.received.lock()).contains(&number)
+    /// A new stream of its worker begins; the one before must be over.
+    pub(crate) fn restart(&self) {
+        self.arrivals.lock().restart();
+        *self.paused.lock() = None;
     }
 
-    /// Takes a report of the worker, with what is reserved for it.
+    /// Delivers a report of the worker. When there is no room for it, it is dropped, with those that follow it,
+    /// until [`Self::ask_again`]. So is one whose stream is over by now.
     ///
     /// # Errors
     /// When it breaks the rules of the protocol.
     pub(crate) fn deliver(
         &self,
-        number: i64,
+        report: &Report,
         kind: report::Kind,
-        reserved: Reservation,
+        is_over: impl FnOnce() -> bool,
     ) -> Result<(), Status> {
         // Held to the end: reports of an old stream may still be on their way.
-        let mut last = self.received.lock();
-        let received = *last;
-        if matches!(kind, report::Kind::Progress(_) | report::Kind::Output(_)) {
-            if number <= received && number > 0 {
-                return Ok(()); // sent again after a reconnect
-            }
-            if number != received + 1 {
-                return Err(Status::invalid_argument(format!(
-                    "report.number: must be {}, is {number}",
-                    received + 1
-                )));
-            }
-        } else if number != received {
-            let may_repeat =
-                matches!(kind, report::Kind::Checkpoint(_) | report::Kind::KeepAlive(_));
-            if may_repeat && number < received {
-                return Ok(());
-            }
-            return Err(Status::invalid_argument(format!(
-                "report.number: {received} progress and output reports went before, not {number}"
-            )));
+        let mut arrivals = self.arrivals.lock();
+        if is_over() {
+            return Ok(());
         }
-        self.mailbox.push(kind, reserved).map_err(|Full| {
-            Status::resource_exhausted(format!(
-                "more than {MAX_REPORTS} reports or {MAX_BYTES} bytes of them are not acknowledged \
-                 (welcome.max_unacknowledged, welcome.max_unacknowledged_bytes)"
-            ))
-        })?;
-        *last = received.max(number);
+        match arrivals.take(&self.mailbox, report.number, report.resends, kind)? {
+            Arrival::Delivered => *self.paused.lock() = None,
+            Arrival::Dropped => {
+                self.paused.lock().get_or_insert_with(|| self.source.pause());
+                self.dropped.notify_one();
+            }
+            Arrival::Ignored => {}
+        }
         Ok(())
+    }
+
+    /// Returns once there is room for dropped reports, with the message that asks for them.
+    pub(crate) async fn ask_again(&self) -> Resend {
+        loop {
+            let wanted = self.arrivals.lock().wanted();
+            let Some(wanted) = wanted else {
+                self.dropped.notified().await;
+                continue;
+            };
+            let reserved = self.mailbox.reserve(wanted).await;
+            if let Some((number, resends)) = self.arrivals.lock().ask_again(reserved) {
+                let attempt = i32::try_from(self.attempt).unwrap_or(i32::MAX);
+                return Resend { uid: self.uid.to_string(), attempt, number, resends };
+            }
+        }
     }
 
     /// The worker does not run it, or no longer.
@@ -180,7 +190,7 @@ impl RemoteTask {
     /// The worker, which lives, does not know the task: its stream may have died with it. When it has
     /// said nothing of it, the attempt costs none.
     pub(crate) fn forgotten(&self, reason: impl Into<String>) {
-        if *self.received.lock() == 0 {
+        if self.arrivals.lock().received() == 0 {
             self.never_arrived.store(true, Ordering::SeqCst);
         }
         self.lose(reason);
@@ -218,8 +228,8 @@ impl RemoteTask {
     }
 
     /// Whether a heartbeat that does not name it means that the worker has lost it, and not only
-    /// that the task had not arrived. Until `paused_until` what the worker sent was not read.
-    pub(crate) fn should_be_named(&self, heartbeat: Duration, paused_until: Instant) -> bool {
-        self.since.max(paused_until).elapsed() > heartbeat
+    /// that the task had not arrived.
+    pub(crate) fn should_be_named(&self, heartbeat: Duration) -> bool {
+        self.since.elapsed() > heartbeat
     }
 }

@@ -9,7 +9,6 @@ use std::{
 
 use parking_lot::Mutex;
 use streamer_core::{ActionSpec, Uid};
-use streamer_handler::ReportSource;
 use streamer_proto::processor::v1::{WorkResponse, work_response::Message};
 use streamer_store::{AssignedWorker, Owner};
 use tokio::{sync::mpsc, time::Instant};
@@ -28,8 +27,6 @@ pub(crate) struct Worker {
     pub(crate) principal: Owner,
     /// Its identity, and what the owners of its requests see.
     pub(crate) assigned: AssignedWorker,
-    /// Its stream, as the source of reports: paused while one of them waits for room.
-    pub(crate) reports: Arc<ReportSource>,
     state: Mutex<State>,
 }
 
@@ -113,7 +110,6 @@ impl Worker {
             id,
             principal,
             assigned,
-            reports: Arc::default(),
             state: Mutex::new(State {
                 actions: actions.collect(),
                 declared_at: Instant::now(),
@@ -187,8 +183,7 @@ impl Worker {
     }
 
     pub(crate) fn silent_for(&self, now: Instant) -> Duration {
-        let heard_until = self.reports.paused_until().max(self.state.lock().last_seen);
-        now.saturating_duration_since(heard_until)
+        now.saturating_duration_since(self.state.lock().last_seen)
     }
 
     /// Another program of the same principal has its id now: ends its stream, and takes its attempts

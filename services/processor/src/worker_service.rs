@@ -1,14 +1,13 @@
 //! `streamer.processor.v1.WorkerService`: the conversation with workers.
 
-use std::{collections::HashSet, pin::pin, sync::Arc, time::Duration};
+use std::{collections::HashSet, sync::Arc, time::Duration};
 
 use futures_util::{
-    FutureExt, StreamExt, TryStreamExt,
+    StreamExt, TryStreamExt,
     stream::{self, BoxStream},
 };
 use streamer_auth::{Authenticator, Caller};
 use streamer_core::{Clock, ErrorCode, RequestError, Timestamp, Uid, Violations, limits, validate};
-use streamer_handler::Reservation;
 use streamer_proto::{
     processor::v1::{
         Acknowledgment, Attempt, Capacity, Heartbeat, HeartbeatReply, Report, Revoke, TokenStatus,
@@ -21,7 +20,7 @@ use streamer_rpc::{payload_bytes, status, store_status, validation_status};
 use streamer_store::StoreError;
 use tokio::{
     sync::mpsc,
-    time::{Instant, interval, sleep_until, timeout},
+    time::{Instant, sleep_until, timeout},
 };
 use tokio_stream::wrappers::ReceiverStream;
 use tonic::{Request, Response, Status, Streaming};
@@ -31,9 +30,7 @@ use crate::{
     actions::{Actions, RememberError},
     dispatcher::Dispatcher,
     grants::Grants,
-    hello,
-    mailbox::{self, compact},
-    remote_task::RemoteTask,
+    hello, mailbox,
     schema_checks::SchemaChecks,
     session_secret::SessionSecret,
     worker::{StreamEnd, Worker},
@@ -170,7 +167,10 @@ impl Shared {
         let resuming = named.into_iter().map(|(uid, number)| async move {
             worker.seen();
             match worker.task(uid, number) {
-                Some(task) => Ok(Some(task)),
+                Some(task) => {
+                    task.restart();
+                    Ok(Some(task))
+                }
                 None => self.dispatcher.adopt(worker, uid, number).await,
             }
         });
@@ -251,7 +251,7 @@ impl Conversation {
             self.shared.actions.workers.changed();
         }
         match request.message {
-            Some(work_request::Message::Report(report)) => self.report(report, end).await,
+            Some(work_request::Message::Report(report)) => self.report(report, end),
             Some(work_request::Message::Heartbeat(heartbeat)) => self.heartbeat(&heartbeat),
             Some(work_request::Message::Capacity(capacity)) => self.capacity(&capacity),
             Some(work_request::Message::RefreshToken(refresh)) => {
@@ -262,55 +262,17 @@ impl Conversation {
         }
     }
 
-    async fn report(&self, report: Report, end: &StreamEnd) -> Result<(), Status> {
+    fn report(&self, mut report: Report, end: &StreamEnd) -> Result<(), Status> {
         let (uid, attempt) = identity(&report.uid, report.attempt)?;
-        let Some(kind) = report.kind.map(compact) else {
+        let Some(kind) = report.kind.take() else {
             return Err(broken("report.kind", "is required"));
         };
         self.check_sizes(&kind)?;
-        let Some(task) = self.worker.task(uid, attempt) else {
-            self.worker.send(Message::Revoke(not_yours(report.uid, report.attempt)));
-            return Ok(());
-        };
-        if task.is_repeated(report.number, &kind) {
-            return Ok(());
-        }
-        match self.reserve(&task, &kind, end).await? {
-            Some(reserved) => task.deliver(report.number, kind, reserved),
-            None => Ok(()),
-        }
-    }
-
-    /// Reserves room for a report. While there is none, nothing is read from the worker, and empty heartbeat
-    /// replies keep its stream alive. `None` when the attempt has ended.
-    async fn reserve(
-        &self,
-        task: &RemoteTask,
-        kind: &report::Kind,
-        end: &StreamEnd,
-    ) -> Result<Option<Reservation>, Status> {
-        let mut reserving = pin!(task.mailbox.reserve(kind));
-        if let Some(reserved) = reserving.as_mut().now_or_never() {
-            return Ok(Some(reserved));
-        }
-        if task.mailbox.is_overrun() {
-            // Each stream that waits holds a report.
-            let message = "reports of this tenant wait for more room than there is at all \
-                           (execution.max_buffered_output_bytes)";
-            return Err(refusal(ErrorCode::Unavailable, message.into()));
-        }
-        let _paused = self.worker.reports.pause();
-        let mut ticks = interval(self.shared.heartbeat());
-        loop {
-            tokio::select! {
-                biased;
-                status = end.ended() => return Err(status),
-                _ = task.lost() => return Ok(None),
-                () = task.mailbox.ended() => return Ok(None),
-                reserved = &mut reserving => return Ok(Some(reserved)),
-                _ = ticks.tick() => {
-                    self.worker.send(Message::HeartbeatReply(HeartbeatReply::default()));
-                }
+        match self.worker.task(uid, attempt) {
+            Some(task) => task.deliver(&report, kind, || end.is_over()),
+            None => {
+                self.worker.send(Message::Revoke(not_yours(report.uid, report.attempt)));
+                Ok(())
             }
         }
     }
@@ -351,7 +313,6 @@ impl Conversation {
             let rule = format!("must have at most {MAX_ATTEMPTS} entries, has {count}");
             return Err(broken("heartbeat.attempts", &rule));
         }
-        let paused_until = self.worker.reports.paused_until();
         let mut reply = HeartbeatReply::default();
         let mut named = HashSet::with_capacity(heartbeat.attempts.len());
         for attempt in &heartbeat.attempts {
@@ -368,7 +329,7 @@ impl Conversation {
         }
         for task in self.worker.tasks() {
             if !named.contains(&(task.uid, task.attempt))
-                && task.should_be_named(self.shared.heartbeat() * 2, paused_until)
+                && task.should_be_named(self.shared.heartbeat() * 2)
             {
                 task.forgotten("the worker no longer runs the attempt");
             }

@@ -241,7 +241,7 @@ async fn first<T>(mut stream: Streaming<T>) -> Result<Option<T>, Status> {
 async fn resume(object: Object, channel: Channel, token: String) -> Result<String, Status> {
     let Attempt { uid, attempt } = object.again.attempts[0].clone();
     let kind = Some(Kind::Result(json_payload("0")));
-    let report = Report { uid, attempt, number: 0, kind };
+    let report = Report { uid, attempt, number: 0, kind, resends: 0 };
     let mut stream = work(channel, &token, object.again, Some(report)).await?;
     let Message::Welcome(welcome) = next(&mut stream).await? else { panic!("no welcome") };
     if !welcome.resumed.is_empty() {

@@ -93,16 +93,16 @@ fn tenants_that_hold_the_same_are_served_in_turn() {
 }
 
 #[test]
-fn a_tenant_that_waits_for_the_whole_budget_has_overrun_it() {
+fn parts_of_a_reservation_are_released_alone() {
     let budget = OutputBudget::new(100);
-    let [acme, globex] = tenants();
-    let _held = now(&budget, &globex, 100);
-    let first = begin(&budget, &acme, 60);
-    assert!(!budget.is_overrun_by(&acme));
-    let _second = begin(&budget, &acme, 60);
-    assert!(budget.is_overrun_by(&acme) && !budget.is_overrun_by(&globex));
-    drop(first);
-    assert!(!budget.is_overrun_by(&acme));
+    let [acme, _] = tenants();
+    let mut whole = now(&budget, &acme, 60);
+    let part = whole.split(20);
+    assert_eq!((whole.bytes(), part.bytes(), budget.used()), (40, 20, 60));
+    drop(part);
+    assert_eq!(budget.used(), 40);
+    assert_eq!(whole.split(100).bytes(), 40);
+    assert_eq!(budget.used(), 0);
 }
 
 #[test]

@@ -16,7 +16,7 @@ use crate::{
     Adopt, Append, Appended, CancelOutcome, Claim, ClaimOutcome, Claimed, CreateOutcome,
     DeleteOutcome, Lease, NewRequest, Owner, Renewed, RequestRecord, StoredPayload, Writer,
 };
-pub(super) use read::{count, events, expired, find, get, list, payload};
+pub(super) use read::{count, events, expired, find, get, list, payload, tenant};
 
 pub(super) fn create(db: &Db<'_>, new: &NewRequest) -> rusqlite::Result<CreateOutcome> {
     if let Some(existing) = existing(db, new)? {

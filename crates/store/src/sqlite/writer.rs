@@ -1,35 +1,59 @@
-//! The one thread that writes, and its group commit.
-//!
-//! Large operations wait in a queue of their own and are committed a few at a time, in turn with groups
-//! of small ones: what is small, such as the renewal of a lease, waits for one such group and not for all that
-//! others write.
+//! The one thread that writes, and its group commit. `schedule.rs` decides what is committed next.
 
-use std::thread::{self, JoinHandle, Thread};
+mod schedule;
+
+use std::{
+    thread::{self, JoinHandle, Thread},
+    time::Instant,
+};
 
 use rusqlite::Connection;
+use streamer_core::Uid;
 use tokio::sync::{
     mpsc::{self, error::TryRecvError},
     oneshot,
 };
 
+use self::schedule::{Next, Schedule};
 use super::{
     checkpointer::Checkpointer,
     files::Files,
-    sqlite_error,
+    requests, sqlite_error,
     usage::{Db, Usage},
 };
 use crate::StoreError;
 
 /// Operations beyond this wait before they are queued.
 const QUEUE: usize = 4096;
-/// Operations of one commit at most: bounds how long the first of them waits.
-const GROUP: usize = 512;
 /// Operations that write more bytes than this are large.
 const LARGE_BYTES: usize = 16 * 1024;
-/// Large operations beyond this wait before they are queued.
-const LARGE_QUEUE: usize = 64;
-/// Bytes of the operations of one commit, but for the last of them.
-const GROUP_BYTES: usize = 256 * 1024;
+
+/// How much an operation writes, and for whom.
+#[derive(Clone, Debug)]
+pub(super) struct Cost {
+    /// An estimate.
+    pub(super) bytes: usize,
+    pub(super) payer: Payer,
+}
+
+/// For whom an operation writes: large operations of different tenants take turns.
+#[derive(Clone, Debug)]
+pub(super) enum Payer {
+    /// For all tenants.
+    Server,
+    Tenant(String),
+    /// For the tenant of this request.
+    OwnerOf(Uid),
+}
+
+impl Cost {
+    /// Of an operation that holds nothing from outside.
+    pub(super) const SMALL: Self = Self { bytes: 512, payer: Payer::Server };
+
+    pub(super) fn new(bytes: usize, payer: Payer) -> Self {
+        Self { bytes, payer }
+    }
+}
 
 /// An operation that waits for its turn.
 trait Operation: Send {
@@ -39,14 +63,13 @@ trait Operation: Send {
     fn answer(self: Box<Self>, committed: Result<(), StoreError>);
     /// What it does, for errors.
     fn doing(&self) -> &'static str;
-    /// An estimate of how much it writes.
-    fn bytes(&self) -> usize;
+    fn cost(&self) -> &Cost;
 }
 
 type Boxed = Box<dyn Operation>;
 
 struct Pending<F, T> {
-    bytes: usize,
+    cost: Cost,
     doing: &'static str,
     run: F,
     output: Option<T>,
@@ -79,8 +102,8 @@ where
         self.doing
     }
 
-    fn bytes(&self) -> usize {
-        self.bytes
+    fn cost(&self) -> &Cost {
+        &self.cost
     }
 }
 
@@ -103,7 +126,7 @@ impl WriterThread {
         checkpointer: Checkpointer,
     ) -> Result<Self, StoreError> {
         let (small, small_operations) = mpsc::channel(QUEUE);
-        let (large, large_operations) = mpsc::channel(LARGE_QUEUE);
+        let (large, large_operations) = mpsc::channel(QUEUE);
         let waiting = Waiting::new(small_operations, large_operations);
         let thread = thread::Builder::new()
             .name("store-writer".into())
@@ -116,20 +139,20 @@ impl WriterThread {
         Ok(Self { queues: Some(queues), thread: Some(thread) })
     }
 
-    /// Runs one operation that writes about `bytes` bytes; answers once it is on disk. `run` must read
+    /// Runs one operation of this cost; answers once it is on disk. `run` must read
     /// before it writes, and write nothing when what it read forbids it: what it did before an error is
     /// undone by rolling back the group, and the others are then applied anew.
     pub(super) async fn run<T: Send + 'static>(
         &self,
         doing: &'static str,
-        bytes: usize,
+        cost: Cost,
         run: impl FnMut(&Db<'_>) -> rusqlite::Result<T> + Send + 'static,
     ) -> Result<T, StoreError> {
         let closed = || StoreError::Unavailable { doing, reason: "it is closed".into() };
         let queues = self.queues.as_ref().ok_or_else(closed)?;
         let (reply, answer) = oneshot::channel();
-        let operation = Box::new(Pending { bytes, doing, run, output: None, reply });
-        let queue = if bytes > LARGE_BYTES { &queues.large } else { &queues.small };
+        let queue = if cost.bytes > LARGE_BYTES { &queues.large } else { &queues.small };
+        let operation = Box::new(Pending { cost, doing, run, output: None, reply });
         queue.send(operation).await.map_err(|_| closed())?;
         queues.writer.unpark();
         answer.await.map_err(|_| closed())?
@@ -154,52 +177,64 @@ impl Drop for WriterThread {
 struct Waiting {
     small: mpsc::Receiver<Boxed>,
     large: mpsc::Receiver<Boxed>,
-    /// The last group was of small operations.
-    large_is_next: bool,
+    schedule: Schedule<Boxed>,
 }
 
 impl Waiting {
     fn new(small: mpsc::Receiver<Boxed>, large: mpsc::Receiver<Boxed>) -> Self {
-        Self { small, large, large_is_next: false }
+        Self { small, large, schedule: Schedule::default() }
     }
 
-    /// Moves the next group into `group`, of small and large operations in turn; waits until there is one.
-    /// Leaves it empty when none will come.
-    fn next(&mut self, group: &mut Vec<Boxed>) {
+    /// Moves the next group into `group`; waits until there is one. Leaves it empty when none will come.
+    fn next(&mut self, db: &Connection, group: &mut Vec<Boxed>) {
         loop {
-            let mut is_open = false;
-            for _ in 0..2 {
-                let queue = if self.large_is_next { &mut self.large } else { &mut self.small };
-                is_open |= take(queue, group);
-                self.large_is_next = !self.large_is_next;
-                if !group.is_empty() {
-                    return;
-                }
+            let is_open = self.receive(db);
+            match self.schedule.next(Instant::now(), group) {
+                Next::Group => return,
+                Next::Nothing if !is_open => return,
+                // A call that queues an operation unparks this thread afterwards; when it did before these
+                // lines, the thread goes on at once.
+                Next::Nothing => thread::park(),
+                Next::Wait(time) => thread::park_timeout(time),
             }
-            if !is_open {
-                return;
-            }
-            // A call that queues an operation unparks this thread afterwards; when it did before this line,
-            // the thread goes on at once.
-            thread::park();
         }
+    }
+
+    /// Adds what was queued to the schedule, up to its bound. Whether more may come.
+    fn receive(&mut self, db: &Connection) -> bool {
+        let schedule = &mut self.schedule;
+        let small = receive_while(&mut self.small, |operation| {
+            schedule.add_small(operation.cost().bytes, operation);
+            schedule.small() < QUEUE
+        });
+        let large = receive_while(&mut self.large, |operation| {
+            let Cost { bytes, payer } = operation.cost().clone();
+            let tenant = match payer {
+                Payer::Server => String::new(),
+                Payer::Tenant(tenant) => tenant,
+                // Of a request that does not exist, the operation has nothing to write.
+                Payer::OwnerOf(uid) => requests::tenant(db, uid).ok().flatten().unwrap_or_default(),
+            };
+            schedule.add_large(tenant, bytes, operation);
+            schedule.large() < QUEUE
+        });
+        small || large
     }
 }
 
-/// Takes operations from a queue until they are a group. Whether there may be more.
-fn take(queue: &mut mpsc::Receiver<Boxed>, group: &mut Vec<Boxed>) -> bool {
-    let mut bytes = 0;
-    while group.len() < GROUP && bytes < GROUP_BYTES {
+/// Receives operations while `add` wants more. Whether more may come.
+fn receive_while(queue: &mut mpsc::Receiver<Boxed>, mut add: impl FnMut(Boxed) -> bool) -> bool {
+    loop {
         match queue.try_recv() {
             Ok(operation) => {
-                bytes += operation.bytes();
-                group.push(operation);
+                if !add(operation) {
+                    return true;
+                }
             }
             Err(TryRecvError::Empty) => return true,
             Err(TryRecvError::Disconnected) => return false,
         }
     }
-    true
 }
 
 fn write_until_closed(
@@ -210,18 +245,19 @@ fn write_until_closed(
 ) {
     let usage = Usage::default();
     let db = &Db { connection, usage: &usage };
-    let mut group = Vec::with_capacity(GROUP);
+    let mut group = Vec::new();
     loop {
-        waiting.next(&mut group);
+        waiting.next(db, &mut group);
         if group.is_empty() {
             break;
         }
         let (operations, bytes) =
-            (group.len(), group.iter().map(|operation| operation.bytes()).sum());
+            (group.len(), group.iter().map(|operation| operation.cost().bytes).sum());
         match commit(db, &mut group) {
             Ok(()) => answer(files, &mut group),
             Err(_) => group.drain(..).for_each(|operation| commit_alone(db, files, operation)),
         }
+        waiting.schedule.finished(Instant::now());
         checkpointer.note_written(operations, bytes);
     }
     drop(checkpointer);
@@ -267,41 +303,5 @@ fn answer(files: &Files, group: &mut Vec<Boxed>) {
         let doing = operation.doing();
         let unavailable = |reason| StoreError::Unavailable { doing, reason };
         operation.answer(lost.clone().map(unavailable).map_or(Ok(()), Err));
-    }
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    fn operation(bytes: usize) -> Boxed {
-        let (reply, _) = oneshot::channel();
-        Box::new(Pending { bytes, doing: "testing", run: |_: &Db<'_>| Ok(()), output: None, reply })
-    }
-
-    #[test]
-    fn small_operations_wait_for_one_group_of_large_ones() {
-        let (small, small_operations) = mpsc::channel(QUEUE);
-        let (large, large_operations) = mpsc::channel(LARGE_QUEUE);
-        let mut waiting = Waiting::new(small_operations, large_operations);
-        let large_ones = [LARGE_BYTES + 1, GROUP_BYTES, GROUP_BYTES + 1, 100_000];
-        for bytes in large_ones {
-            large.try_send(operation(bytes)).unwrap();
-        }
-        small.try_send(operation(1)).unwrap();
-        small.try_send(operation(2)).unwrap();
-        let mut next = || {
-            let mut group = Vec::new();
-            waiting.next(&mut group);
-            group.iter().map(|operation| operation.bytes()).collect::<Vec<usize>>()
-        };
-        assert_eq!(next(), [1, 2]);
-        small.try_send(operation(3)).unwrap();
-        assert_eq!(next(), large_ones[..2]);
-        assert_eq!(next(), [3]);
-        assert_eq!(next(), large_ones[2..3]);
-        drop((small, large));
-        assert_eq!(next(), large_ones[3..]);
-        assert_eq!(next(), []);
     }
 }

@@ -79,6 +79,11 @@ class Attempt:
         self._room.set()
         self._changed(self)
 
+    def resend(self, number: int, resends: int) -> None:
+        """The server has dropped the reports after this one."""
+        self.log.resend(number, resends)
+        self._changed(self)
+
     def next_report(self) -> worker_pb2.Report | None:
         """The next report to send."""
         return self.log.next_unsent(self.limits)

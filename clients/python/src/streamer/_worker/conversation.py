@@ -93,6 +93,8 @@ class Conversation:
             self._core.begin(response.task)
         elif kind == "acknowledgment":
             self._core.acknowledge(response.acknowledgment)
+        elif kind == "resend":
+            self._core.resend(response.resend)
         elif kind == "cancel":
             self._core.cancel(response.cancel)
         elif kind == "revoke":

@@ -113,6 +113,12 @@ class Core:
             if one.ended:
                 self._drop(attempt.key, "it has ended")
 
+    def resend(self, one: worker_pb2.Resend) -> None:
+        """The server has dropped reports."""
+        attempt = self._attempts.get((one.uid, one.attempt))
+        if attempt is not None:
+            attempt.resend(one.number, one.resends)
+
     def cancel(self, one: worker_pb2.Cancel) -> None:
         """Somebody cancelled the request."""
         attempt = self._attempts.get((one.uid, one.attempt))

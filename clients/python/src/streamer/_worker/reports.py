@@ -29,6 +29,8 @@ class ReportLog:
         self._keep_alive = False
         self._final: worker_pb2.Report | None = None
         self._final_sent = False
+        # How often the server asked for dropped reports on the stream of now.
+        self._resends = 0
 
     @property
     def finished(self) -> bool:
@@ -72,6 +74,12 @@ class ReportLog:
     def next_unsent(self, limits: Limits | None = None) -> worker_pb2.Report | None:
         """The next report to send on the stream of now, in order [11]; no more of them than the
         server takes before it acknowledges some [12]."""
+        report = self._next_unsent(limits)
+        if report is not None:
+            report.resends = self._resends
+        return report
+
+    def _next_unsent(self, limits: Limits | None) -> worker_pb2.Report | None:
         checkpoint = None if self._checkpoint_sent else self._checkpoint
         if checkpoint is not None and checkpoint.number <= self._sent:
             self._checkpoint_sent = True
@@ -108,6 +116,17 @@ class ReportLog:
         self._sent = self._durable
         self._sent_bytes = 0
         self._checkpoint_sent = False
+        self._final_sent = False
+        self._resends = 0
+
+    def resend(self, number: int, resends: int) -> None:
+        """The server has dropped what was sent after `number`: it is sent again [13]."""
+        self._resends = resends
+        self._sent = max(self._durable, min(self._sent, number))
+        sent = range(self._durable + 1, self._sent + 1)
+        self._sent_bytes = sum(self._numbered[one][1] for one in sent)
+        if self._checkpoint is not None and self._checkpoint.number >= number:
+            self._checkpoint_sent = False
         self._final_sent = False
 
     def _has_window(self, limits: Limits) -> bool:

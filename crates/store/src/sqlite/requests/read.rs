@@ -13,6 +13,12 @@ pub(in crate::sqlite) fn get(db: &Connection, uid: Uid) -> rusqlite::Result<Opti
         .optional()
 }
 
+pub(in crate::sqlite) fn tenant(db: &Connection, uid: Uid) -> rusqlite::Result<Option<String>> {
+    db.prepare_cached("SELECT tenant FROM requests WHERE uid = ?1")?
+        .query_row([uid.to_bytes()], |row| row.get(0))
+        .optional()
+}
+
 pub(in crate::sqlite) fn find(
     db: &Connection,
     owner: &Owner,
