@@ -1,4 +1,4 @@
-//! Compiles the schema without a `protoc` on the machine.
+//! Compiles the schema without `protoc`.
 
 use std::{env, error::Error, fs, path::PathBuf};
 
@@ -10,7 +10,7 @@ const FILES: [&str; 8] = [
     "streamer/connections/v1/connections.proto",
     "streamer/internal/v1/internal.proto",
     "google/longrunning/operations.proto",
-    // Errors carry these as details; reflection lets clients read them.
+    // Error details; included so that clients can decode them through reflection.
     "google/rpc/error_details.proto",
 ];
 
@@ -23,7 +23,7 @@ fn main() -> Result<(), Box<dyn Error>> {
     compiler.include_source_info(true).include_imports(true).open_files(FILES)?;
     let compiled = compiler.file_descriptor_set();
 
-    // What reflection shows: the public packages, without what services say only to each other.
+    // Reflection serves the public packages only.
     let mut public = compiled.clone();
     public.file.retain(|file| !file.package().starts_with("streamer.internal"));
     for file in &mut public.file {

@@ -15,7 +15,7 @@ def crate(file: Path) -> Path:
 
 
 def main() -> None:
-    """Reads the file that the first argument names."""
+    """Prints the table for the file that the first argument names."""
     files = json.loads(Path(sys.argv[1]).read_text())["data"][0]["files"]
     covered: defaultdict[str, int] = defaultdict(int)
     total: defaultdict[str, int] = defaultdict(int)

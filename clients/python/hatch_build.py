@@ -1,8 +1,8 @@
-"""Build hook: writes `streamer/_proto` from the protobuf schema, so that no generated code is
-kept in the repository.
+"""Build hook: generates `streamer/_proto` from the protobuf schema, so that the repository contains
+no generated code.
 
 In the repository the schema is in `../../proto` and the licence in `../../LICENSE`; a source
-distribution carries copies in `proto` and `LICENSE`.
+distribution contains copies in `proto` and `LICENSE`.
 """
 
 import re
@@ -27,8 +27,8 @@ class SchemaHook(BuildHookInterface):  # type: ignore[type-arg]
 
     def initialize(self, version: str, build_data: dict[str, Any]) -> None:
         root = Path(self.root)
-        carried = root / "proto"
-        schema = carried if carried.is_dir() else (root / ".." / ".." / "proto").resolve()
+        bundled = root / "proto"
+        schema = bundled if bundled.is_dir() else (root / ".." / ".." / "proto").resolve()
         if self.target_name == "sdist":
             for name in SCHEMA:
                 build_data["force_include"][str(schema / name)] = f"proto/{name}"
@@ -44,15 +44,14 @@ class SchemaHook(BuildHookInterface):  # type: ignore[type-arg]
 
 
 def add_license(root: Path, target: str, build_data: dict[str, Any]) -> None:
-    """Adds the licence of the repository; one that a source distribution carries is found by
-    hatchling itself."""
+    """Adds the licence of the repository; in a source distribution hatchling finds the copy."""
     if not (root / "LICENSE").is_file():
         source = (root / ".." / ".." / "LICENSE").resolve()
         build_data["force_include"][str(source)] = target
 
 
 def generate(schema: Path, target: Path) -> None:
-    """Writes the modules of the schema into the folder `target`, as package `streamer._proto`."""
+    """Generates the modules of the schema in the folder `target`, as package `streamer._proto`."""
     target.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory() as scratch:
         arguments = [f"-I{schema}", f"--python_out={scratch}", f"--pyi_out={scratch}", *SCHEMA]

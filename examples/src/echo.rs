@@ -1,18 +1,18 @@
-//! `echo`: answers with what it was given. The smallest handler there is.
+//! `echo`: returns its payload. The smallest possible handler.
 
 use serde::Serialize;
 use serde_json::value::RawValue;
 use streamer_handler::{ActionSpec, Context, Handler, HandlerError, async_trait};
 
-/// Answers with the payload, untouched.
+/// Returns the payload unchanged.
 #[derive(Clone, Copy, Debug, Default)]
 pub struct Echo;
 
-/// The answer of [`Echo`].
+/// Result of [`Echo`].
 #[derive(Debug, Serialize)]
 pub struct EchoAnswer {
-    /// The payload. Kept as the text it came as: parsing and writing it again could change
-    /// numbers, the order of keys or white space.
+    /// The payload as received: parsing and serializing it could change numbers, the order of keys
+    /// or white space.
     pub echo: Box<RawValue>,
 }
 
@@ -22,7 +22,7 @@ impl Handler for Echo {
     type Output = EchoAnswer;
 
     fn spec(&self) -> ActionSpec {
-        ActionSpec::sync("echo").describe("Answers with the payload, untouched")
+        ActionSpec::sync("echo").describe("Returns the payload unchanged")
     }
 
     async fn handle(
@@ -41,7 +41,7 @@ mod tests {
     use super::*;
 
     #[tokio::test]
-    async fn the_payload_comes_back_byte_for_byte() {
+    async fn the_payload_is_returned_byte_for_byte() {
         for payload in [
             "9223372036854775807",
             "-0.10e+05",
@@ -50,9 +50,9 @@ mod tests {
             "123456789012345678901234567890.123456789",
         ] {
             let (context, _) = Context::for_test("echo");
-            let answer = Echo.run(&context, payload.into()).await.unwrap();
+            let result = Echo.run(&context, payload.into()).await.unwrap();
             let expected = format!(r#"{{"echo":{payload}}}"#);
-            assert_eq!(String::from_utf8(answer.to_vec()).unwrap(), expected);
+            assert_eq!(String::from_utf8(result.to_vec()).unwrap(), expected);
         }
     }
 }

@@ -1,6 +1,6 @@
-//! `echo_async`: takes its time, then answers with what it was told to. It shows everything an
-//! async handler can do, and serves tests and load generators that want to decide how much of it
-//! happens.
+//! `echo_async`: works for a while, then returns the result in its payload. It demonstrates
+//! everything that an async handler can do. Tests and load generators set the amount of each in the
+//! payload.
 
 use std::{ops::RangeInclusive, time::Duration};
 
@@ -14,31 +14,31 @@ const OUTPUT_CHUNKS: RangeInclusive<u64> = 0..=1_000_000;
 const CHUNK_BYTES: RangeInclusive<u64> = 1..=1_000_000;
 const FAIL_ATTEMPTS: RangeInclusive<u64> = 0..=100;
 
-/// After so many reports without a pause, others get a turn.
-const REPORTS_PER_TURN: u64 = 64;
+/// Number of reports after which the handler yields to other tasks.
+const REPORTS_PER_YIELD: u64 = 64;
 
-/// Chunks beyond this take long enough for others to get a turn after each.
-const LONG_CHUNK: u64 = 64 * 1024;
+/// Size above which a chunk takes long enough to yield after each one.
+const LARGE_CHUNK_BYTES: u64 = 64 * 1024;
 
-/// Does as many steps as asked, failing as often as asked.
+/// Runs the number of steps, and fails the number of attempts, that the payload specifies.
 #[derive(Clone, Copy, Debug, Default)]
 pub struct EchoAsync;
 
-/// The payload of [`EchoAsync`]. Everything has a default; unknown fields are ignored.
+/// Payload of [`EchoAsync`]. Every field has a default; unknown fields are ignored.
 #[derive(Debug, Deserialize)]
 #[serde(default)]
 pub struct EchoAsyncPayload {
-    /// Progress events, 0 to 1,000,000.
+    /// Number of progress events, 0 to 1,000,000.
     pub steps: u64,
-    /// Wait before each step in milliseconds, up to an hour.
+    /// Delay before each step in milliseconds, up to an hour.
     pub delay_ms: u64,
-    /// Chunks of output, 0 to 1,000,000, spread evenly among the steps.
+    /// Number of output chunks, 0 to 1,000,000, distributed evenly over the steps.
     pub output_chunks: u64,
-    /// Characters of each chunk, 1 to 1,000,000.
+    /// Size of each chunk in characters, 1 to 1,000,000.
     pub chunk_bytes: u64,
-    /// So many first attempts fail halfway, 0 to 100.
+    /// Number of first attempts that fail halfway, 0 to 100.
     pub fail_attempts: u64,
-    /// The result, untouched.
+    /// Result, returned unchanged.
     pub result: Option<Box<RawValue>>,
 }
 
@@ -63,7 +63,7 @@ impl Handler for EchoAsync {
     fn spec(&self) -> ActionSpec {
         ActionSpec {
             estimated_duration: Duration::from_secs(60),
-            // Quick and many, so that a test of retries does not take long.
+            // Many retries with a short backoff, so that a test of retries is fast.
             retry: RetryPolicy {
                 max_attempts: 10,
                 initial_backoff: Duration::from_millis(100),
@@ -71,7 +71,7 @@ impl Handler for EchoAsync {
             },
             ..ActionSpec::new("echo_async")
                 .describe(
-                    "Reports progress and output as asked, then answers with the given result",
+                    "Reports the progress and output that the payload specifies, then returns its result",
                 )
                 .payload_schema(payload_schema())
         }
@@ -86,7 +86,7 @@ impl Handler for EchoAsync {
         if u64::from(context.attempt()) <= payload.fail_attempts {
             work(context, &payload, payload.steps / 2, payload.output_chunks / 2).await?;
             let attempt = context.attempt();
-            return Err(HandlerError::retryable(format!("attempt {attempt} fails as asked")));
+            return Err(HandlerError::retryable(format!("attempt {attempt} fails as requested")));
         }
         work(context, &payload, payload.steps, payload.output_chunks).await?;
         Ok(payload.result)
@@ -94,7 +94,7 @@ impl Handler for EchoAsync {
 }
 
 impl EchoAsyncPayload {
-    /// The server checks the schema as well, but a handler does not rely on who calls it.
+    /// Checks the ranges. The server validates the schema, but a handler does not rely on its caller.
     fn check(&self) -> Result<(), HandlerError> {
         in_range("payload.steps", self.steps, &STEPS)?;
         in_range("payload.delay_ms", self.delay_ms, &DELAY_MS)?;
@@ -127,73 +127,73 @@ fn payload_schema() -> String {
         "$schema": "https://json-schema.org/draft/2020-12/schema",
         "type": "object",
         "properties": {
-            "steps": integer(STEPS, default.steps, "Progress events"),
-            "delay_ms": integer(DELAY_MS, default.delay_ms, "Wait before each step, milliseconds"),
-            "output_chunks": integer(OUTPUT_CHUNKS, default.output_chunks, "Chunks of output"),
-            "chunk_bytes": integer(CHUNK_BYTES, default.chunk_bytes, "Characters of each chunk"),
+            "steps": integer(STEPS, default.steps, "Number of progress events"),
+            "delay_ms": integer(DELAY_MS, default.delay_ms, "Delay before each step in milliseconds"),
+            "output_chunks": integer(OUTPUT_CHUNKS, default.output_chunks, "Number of output chunks"),
+            "chunk_bytes": integer(CHUNK_BYTES, default.chunk_bytes, "Size of each chunk in characters"),
             "fail_attempts":
-                integer(FAIL_ATTEMPTS, default.fail_attempts, "First attempts that fail halfway"),
-            "result": { "description": "The result, untouched" },
+                integer(FAIL_ATTEMPTS, default.fail_attempts, "Number of first attempts that fail halfway"),
+            "result": { "description": "Result, returned unchanged" },
         },
     })
     .to_string()
 }
 
-/// Does the first `steps` steps and, spread among them, the first `chunks` chunks.
+/// Runs the first `steps` steps and emits the first `chunks` chunks, distributed over the steps.
 async fn work(
     context: &Context,
     payload: &EchoAsyncPayload,
     steps: u64,
     chunks: u64,
 ) -> Result<(), HandlerError> {
-    let mut put_out = 0;
+    let mut emitted = 0;
     for step in 1..=steps {
         if payload.delay_ms > 0 {
             context.sleep(Duration::from_millis(payload.delay_ms)).await?;
         }
-        take_turns(context, step).await?;
+        yield_periodically(context, step).await?;
         let percentage = 100.0 * step as f64 / payload.steps as f64;
         context.progress(percentage, format!("step {step} of {}", payload.steps)).await?;
         let due = chunks * step / steps;
-        put_out_chunks(context, put_out..due, payload.chunk_bytes).await?;
-        put_out = due;
+        emit_chunks(context, emitted..due, payload.chunk_bytes).await?;
+        emitted = due;
     }
-    // Without steps to spread them among, the chunks are all still to come.
-    put_out_chunks(context, put_out..chunks, payload.chunk_bytes).await
+    // Without steps, no chunk was emitted so far.
+    emit_chunks(context, emitted..chunks, payload.chunk_bytes).await
 }
 
-async fn put_out_chunks(
+async fn emit_chunks(
     context: &Context,
     indexes: std::ops::Range<u64>,
     chunk_bytes: u64,
 ) -> Result<(), HandlerError> {
     for index in indexes {
-        take_turns(context, index).await?;
+        yield_periodically(context, index).await?;
         context.output(&chunk(index, chunk_bytes)).await?;
-        if chunk_bytes > LONG_CHUNK {
+        if chunk_bytes > LARGE_CHUNK_BYTES {
             tokio::task::yield_now().await;
         }
     }
     Ok(())
 }
 
-/// Notices cancellation, and lets other tasks run now and then: reporting waits only when much is
-/// underway, so a loop of reports alone may never give up its thread.
-async fn take_turns(context: &Context, count: u64) -> Result<(), HandlerError> {
+/// Checks for cancellation, and periodically yields to other tasks: reporting awaits only if many
+/// reports are pending, so a loop that only reports may never yield its thread.
+async fn yield_periodically(context: &Context, count: u64) -> Result<(), HandlerError> {
     if context.is_cancelled() {
         return Err(HandlerError::cancelled());
     }
-    if count.is_multiple_of(REPORTS_PER_TURN) {
+    if count.is_multiple_of(REPORTS_PER_YIELD) {
         tokio::task::yield_now().await;
     }
     Ok(())
 }
 
-/// So many ASCII characters, the index first: the same for every attempt, so that whoever receives
-/// them can tell whether any is missing, doubled or damaged.
+/// Returns `bytes` ASCII characters that start with the index: equal for every attempt, so that a
+/// receiver can detect missing, duplicate and corrupt chunks.
 fn chunk(index: u64, bytes: u64) -> String {
-    let filling = ('a'..='z').cycle().skip((index % 26) as usize);
-    format!("{index}:").chars().chain(filling).take(bytes as usize).collect()
+    let filler = ('a'..='z').cycle().skip((index % 26) as usize);
+    format!("{index}:").chars().chain(filler).take(bytes as usize).collect()
 }
 
 #[cfg(test)]
@@ -206,7 +206,7 @@ mod tests {
     use crate::testing::{Reported, TestContext, run};
 
     #[tokio::test]
-    async fn without_a_payload_to_speak_of_it_does_ten_steps() {
+    async fn the_default_is_ten_steps() {
         let (context, reports) = Context::for_test("echo_async");
         let result = run(&EchoAsync, &context, &json!({ "unknown": 1 })).await.unwrap();
         assert_eq!(result, Value::Null);
@@ -218,7 +218,7 @@ mod tests {
     }
 
     #[tokio::test]
-    async fn the_result_is_untouched() {
+    async fn the_result_is_returned_unchanged() {
         let (context, _) = Context::for_test("echo_async");
         let payload = r#"{"steps":1,"result": {"big":9223372036854775807,  "x":1.00} }"#;
         let result = EchoAsync.run(&context, payload.into()).await.unwrap();
@@ -226,7 +226,7 @@ mod tests {
     }
 
     #[tokio::test]
-    async fn chunks_are_spread_among_the_steps_and_tell_their_index() {
+    async fn chunks_are_distributed_over_the_steps_and_start_with_their_index() {
         let (context, reports) = Context::for_test("echo_async");
         let payload = json!({ "steps": 4, "output_chunks": 6, "chunk_bytes": 5 });
         run(&EchoAsync, &context, &payload).await.unwrap();
@@ -245,7 +245,7 @@ mod tests {
     }
 
     #[tokio::test]
-    async fn chunks_come_even_without_steps() {
+    async fn chunks_are_emitted_even_without_steps() {
         let (context, reports) = Context::for_test("echo_async");
         let payload = json!({ "steps": 0, "output_chunks": 100, "chunk_bytes": 64 });
         run(&EchoAsync, &context, &payload).await.unwrap();
@@ -268,7 +268,7 @@ mod tests {
             let error = run(&EchoAsync, &context, &payload).await.unwrap_err();
             let error = error.into_request_error();
             assert!(error.retryable);
-            assert_eq!(error.message, format!("attempt {attempt} fails as asked"));
+            assert_eq!(error.message, format!("attempt {attempt} fails as requested"));
             let reported = Reported::take(&reports);
             assert_eq!((reported.progress.len(), reported.output.len()), (4, 2));
             assert_eq!(reported.progress[3].0, 50.0);
@@ -280,7 +280,7 @@ mod tests {
     }
 
     #[tokio::test]
-    async fn bounds_are_kept() {
+    async fn values_out_of_range_are_rejected() {
         for (field, value) in [
             ("steps", 1_000_001),
             ("delay_ms", 3_600_001),
@@ -300,7 +300,7 @@ mod tests {
     }
 
     #[tokio::test]
-    async fn cancellation_is_noticed_with_and_without_delay() {
+    async fn cancellation_stops_the_handler_with_and_without_delay() {
         for delay_ms in [0, 3_600_000] {
             let (context, reports) = TestContext { cancelled: true, ..Default::default() }.build();
             let payload = json!({ "delay_ms": delay_ms });
@@ -311,7 +311,7 @@ mod tests {
     }
 
     #[test]
-    fn the_schema_tells_the_bounds() {
+    fn the_schema_contains_the_ranges() {
         let schema: Value = serde_json::from_str(&payload_schema()).unwrap();
         let steps = &schema["properties"]["steps"];
         assert_eq!((&steps["minimum"], &steps["maximum"]), (&json!(0), &json!(1_000_000)));

@@ -1,8 +1,8 @@
 //! `generate_report`: writes a web page, either about a table that `process_data` profiled or
-//! about the user's own requests of some days.
+//! about the user's own requests in a period.
 //!
-//! The page is one file that needs no other and runs no script. It is put out piece by piece, so
-//! that it can be read while the rest is written; the pieces in order are the file.
+//! The page is one self-contained file without scripts. It is streamed in chunks, so that a reader
+//! can display it while the rest is written; the concatenated chunks are the file.
 
 mod chart;
 mod html;
@@ -15,36 +15,36 @@ use serde::{Deserialize, Serialize};
 use serde_json::json;
 use streamer_handler::{ActionSpec, Context, Handler, HandlerError, async_trait};
 
-use crate::{day::Day, process_data::Profile};
+use crate::{date::Date, process_data::Profile};
 
-/// Longest period of a report, in days: each is a bar of its histogram.
+/// Maximum period of a report, in days: each day is a bar of the histogram.
 const MAX_DAYS: i64 = 366;
-/// So many requests are read; a report on more says that it is about the newest of them.
+/// Maximum number of requests in a report; if there are more, it covers the newest ones and says so.
 const MAX_REQUESTS: usize = 10_000;
 
 /// Writes a report as a web page.
 #[derive(Clone, Copy, Debug, Default)]
 pub struct GenerateReport;
 
-/// The payload of [`GenerateReport`]: either `profile`, or `from` and `to`.
+/// Payload of [`GenerateReport`]: either `profile`, or `from` and `to`.
 #[derive(Debug, Deserialize)]
 pub struct GenerateReportPayload {
-    /// A result of `process_data`.
+    /// Result of `process_data`.
     pub profile: Option<Profile>,
     /// First day of the requests to report on (UTC), as `2026-01-01`.
     pub from: Option<String>,
-    /// Last day of them, itself included.
+    /// Last day of the requests to report on, inclusive.
     pub to: Option<String>,
 }
 
-/// The result of [`GenerateReport`]; the page itself is its output.
+/// Result of [`GenerateReport`]; the page itself is the output.
 #[derive(Debug, PartialEq, Serialize)]
 pub struct ReportSummary {
-    /// The page's title.
+    /// Title of the page.
     pub title: String,
-    /// Bytes of the page.
+    /// Size of the page in bytes.
     pub bytes: u64,
-    /// Chunks of output that make it up.
+    /// Number of output chunks.
     pub chunks: u64,
 }
 
@@ -70,20 +70,20 @@ impl Handler for GenerateReport {
                 let (start, end) = (from.start(), to.plus(1).start());
                 let requests = context.requests(start, end, MAX_REQUESTS).await?;
                 let usage = usage::Usage::of(&requests, from, to);
-                let cut_off = requests.len() == MAX_REQUESTS;
-                requests_page::write(context, &usage, cut_off).await
+                let is_truncated = requests.len() == MAX_REQUESTS;
+                requests_page::write(context, &usage, is_truncated).await
             }
         }
     }
 }
 
-/// What a report is about.
+/// Subject of a report.
 enum Subject {
     Table(Profile),
-    /// Both days included.
+    /// Both days are inclusive.
     Requests {
-        from: Day,
-        to: Day,
+        from: Date,
+        to: Date,
     },
 }
 
@@ -92,8 +92,8 @@ impl Subject {
         match (payload.profile, payload.from, payload.to) {
             (Some(profile), None, None) => Ok(Self::Table(profile)),
             (None, Some(from), Some(to)) => {
-                let from = parse_day("payload.from", &from)?;
-                let to = parse_day("payload.to", &to)?;
+                let from = parse_date("payload.from", &from)?;
+                let to = parse_date("payload.to", &to)?;
                 let days = to.since(from);
                 if !(0..MAX_DAYS).contains(&days) {
                     let last = MAX_DAYS - 1;
@@ -110,25 +110,24 @@ impl Subject {
             }
             (None, None, None) => Err(HandlerError::invalid(
                 "payload",
-                "must have either profile, or from and to; has neither",
+                "must contain either profile, or from and to; contains neither",
             )),
             (Some(_), ..) => Err(HandlerError::invalid(
                 "payload",
-                "must have either profile, or from and to; has both",
+                "must contain either profile, or from and to; contains both",
             )),
         }
     }
 }
 
-fn parse_day(field: &str, text: &str) -> Result<Day, HandlerError> {
-    text.parse().map_err(|_| {
-        HandlerError::invalid(field, "must be a day of the calendar, written as 2026-01-31")
-    })
+fn parse_date(field: &str, text: &str) -> Result<Date, HandlerError> {
+    text.parse().map_err(|_| HandlerError::invalid(field, "must be a date, such as 2026-01-31"))
 }
 
-/// That it is one of the two is left to the handler, which can say it in clearer words.
+/// Returns the schema. The handler checks that either `profile` or the period is present, because its
+/// error message is clearer.
 fn payload_schema() -> String {
-    let day = |description: &str| {
+    let date = |description: &str| {
         json!({
             "type": "string",
             "pattern": "^[0-9]{4}-[0-9]{2}-[0-9]{2}$",
@@ -139,9 +138,9 @@ fn payload_schema() -> String {
         "$schema": "https://json-schema.org/draft/2020-12/schema",
         "type": "object",
         "properties": {
-            "profile": { "type": "object", "description": "A result of process_data" },
-            "from": day("First day of the requests to report on (UTC)"),
-            "to": day("Last day of them, itself included"),
+            "profile": { "type": "object", "description": "Result of process_data" },
+            "from": date("First day of the requests to report on (UTC)"),
+            "to": date("Last day of the requests to report on, inclusive"),
         },
     })
     .to_string()

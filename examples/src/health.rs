@@ -1,36 +1,36 @@
-//! `health`: says that the way from the caller to a handler and back is open.
+//! `health`: checks the path from the caller to a handler and back.
 
 use serde::Serialize;
 use serde_json::value::RawValue;
 use streamer_handler::{ActionSpec, Context, Handler, HandlerError, async_trait};
 
-/// Answers that it is well, and who it takes the caller for.
+/// Returns `ok`, and the identity of the caller.
 #[derive(Clone, Copy, Debug, Default)]
 pub struct Health;
 
-/// The answer of [`Health`].
+/// Result of [`Health`].
 #[derive(Debug, Serialize)]
 pub struct HealthAnswer {
-    /// Always `ok`: a server that is not does not answer.
+    /// Always `ok`: an unhealthy server does not respond.
     pub status: &'static str,
     /// `health`
     pub action: &'static str,
-    /// Version of the handlers.
+    /// Version of the handler crate.
     pub version: &'static str,
-    /// Who asks, according to the token.
+    /// User of the caller, according to its token.
     pub user: String,
-    /// The tenant that asks, according to the token.
+    /// Tenant of the caller, according to its token.
     pub tenant: String,
 }
 
 #[async_trait]
 impl Handler for Health {
-    /// Any JSON; it is not looked at.
+    /// Any JSON; ignored.
     type Input = Box<RawValue>;
     type Output = HealthAnswer;
 
     fn spec(&self) -> ActionSpec {
-        ActionSpec::sync("health").describe("Answers that the server is well, and who is asking")
+        ActionSpec::sync("health").describe("Returns ok, and the identity of the caller")
     }
 
     async fn handle(
@@ -55,11 +55,11 @@ mod tests {
     use super::*;
 
     #[tokio::test]
-    async fn says_who_asks_whatever_the_payload() {
+    async fn the_caller_is_identified_for_any_payload() {
         for payload in ["{}", "null", "[1,2]"] {
             let (context, _) = Context::for_test("health");
-            let answer = Health.run(&context, payload.into()).await.unwrap();
-            let answer: serde_json::Value = serde_json::from_slice(&answer).unwrap();
+            let result = Health.run(&context, payload.into()).await.unwrap();
+            let result: serde_json::Value = serde_json::from_slice(&result).unwrap();
             let expected = serde_json::json!({
                 "status": "ok",
                 "action": "health",
@@ -67,7 +67,7 @@ mod tests {
                 "user": "test",
                 "tenant": "test",
             });
-            assert_eq!(answer, expected);
+            assert_eq!(result, expected);
         }
     }
 }

@@ -1,14 +1,14 @@
-//! Handlers that people can copy: five small actions, each in a file of its own.
+//! Example handlers to copy: five small actions, each in its own file.
 //!
 //! | Action | Kind | Shows |
 //! |---|---|---|
-//! | [`echo`] | sync | the smallest handler; JSON that passes untouched |
-//! | [`health`] | sync | what a handler knows about who asks |
+//! | [`echo`] | sync | the smallest handler; JSON that is passed through unchanged |
+//! | [`health`] | sync | what a handler knows about the caller |
 //! | [`echo_async`] | async | progress, output, cancellation, retries; a load generator for tests |
-//! | [`process_data`] | async | computing at length without holding up others; precise refusals |
+//! | [`process_data`] | async | long computation without blocking other tasks; precise validation errors |
 //! | [`generate_report`] | async | streaming a file; reading the user's own requests |
 //!
-//! The all-in-one server runs [`all`] of them, so that there is something to call at once.
+//! The all-in-one server runs [`all`] of them, so that actions are available immediately.
 
 pub mod echo;
 pub mod echo_async;
@@ -16,7 +16,7 @@ pub mod generate_report;
 pub mod health;
 pub mod process_data;
 
-mod day;
+mod date;
 mod statistics;
 #[cfg(test)]
 mod testing;
@@ -28,10 +28,10 @@ pub use health::Health;
 pub use process_data::ProcessData;
 use streamer_handler::Handlers;
 
-/// Measurements of 344 penguins as CSV, to try [`ProcessData`] on; see `data/README.md`.
+/// Measurements of 344 penguins as CSV, sample input of [`ProcessData`]; see `data/README.md`.
 pub const PENGUINS: &str = include_str!("../data/penguins.csv");
 
-/// Every handler of this crate.
+/// Returns every handler of this crate.
 #[must_use]
 pub fn all() -> Handlers {
     Handlers::new().with(Echo).with(Health).with(EchoAsync).with(ProcessData).with(GenerateReport)
@@ -46,7 +46,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn all_five_are_there_and_are_sync_or_async_as_meant() {
+    fn the_five_actions_are_sync_or_async_as_intended() {
         let handlers = all();
         let sync: BTreeSet<_> = handlers
             .specs()
@@ -58,7 +58,7 @@ mod tests {
     }
 
     #[test]
-    fn what_they_declare_is_well_formed() {
+    fn declarations_are_well_formed() {
         for spec in all().specs() {
             assert_eq!(validate::action_name(&spec.name), Ok(()));
             assert!(!spec.description.is_empty(), "{}", spec.name);

@@ -1,8 +1,8 @@
-//! `process_data`: profiles a table given as CSV, column by column.
+//! `process_data`: profiles a CSV table, column by column.
 //!
-//! The table is gone through twice: once to check its shape and count its rows, so that a broken
-//! table is refused at once and progress can tell how much is left; once to profile it. Each
-//! column's profile is put out as soon as it is ready, and all of them are the result.
+//! The table is read twice: first to check its shape and count its rows, so that an invalid table is
+//! rejected immediately and progress is relative to the number of rows; then to profile it. The
+//! profile of each column is emitted as an output chunk when it is complete; the result contains all.
 
 mod column;
 mod profile;
@@ -18,28 +18,28 @@ use table::Table;
 pub use crate::statistics::{Histogram, NumericSummary};
 pub use profile::{ColumnProfile, ColumnType, Profile, ValueCount};
 
-/// After so many rows without a pause, others get a turn.
-const ROWS_PER_TURN: u64 = 256;
-/// Progress is told about this many times while rows are read.
+/// Number of rows after which the handler yields to other tasks.
+const ROWS_PER_YIELD: u64 = 256;
+/// Approximate number of progress reports while rows are read.
 const ROW_REPORTS: u64 = 50;
-/// Reading rows takes about this share of the time, in percent.
+/// Share of the time that reading rows takes, in percent (estimate).
 const ROWS_PERCENTAGE: f64 = 90.0;
-/// Longest name of a table, in characters.
+/// Maximum length of a table's name, in characters.
 const MAX_NAME_CHARS: usize = 256;
 
-/// Profiles a CSV.
+/// Profiles a CSV table.
 #[derive(Clone, Copy, Debug, Default)]
 pub struct ProcessData;
 
-/// The payload of [`ProcessData`].
+/// Payload of [`ProcessData`].
 #[derive(Debug, Deserialize)]
 pub struct ProcessDataPayload {
-    /// The table, its first line the names of the columns.
+    /// The table; its first line contains the names of the columns.
     pub csv: String,
-    /// What the table is called, for people; `table` when absent.
+    /// Name of the table, for display; `table` if absent.
     pub name: Option<String>,
-    /// One ASCII character; when absent, whichever of comma, semicolon, tab and bar is most
-    /// frequent in the first line.
+    /// One ASCII character; if absent, the most frequent of comma, semicolon, tab and vertical bar in
+    /// the first line.
     pub delimiter: Option<String>,
 }
 
@@ -50,7 +50,7 @@ impl Handler for ProcessData {
 
     fn spec(&self) -> ActionSpec {
         ActionSpec::new("process_data")
-            .describe("Profiles a CSV: types, missing values, most frequent values, statistics")
+            .describe("Profiles a CSV table: types, missing and most frequent values, statistics")
             .payload_schema(payload_schema())
     }
 
@@ -67,7 +67,7 @@ impl Handler for ProcessData {
         let table = Table::open(&payload.csv, payload.delimiter.as_deref())?;
         let rows = count_rows(context, &table).await?;
         let profilers = read_rows(context, &table, rows).await?;
-        let profile = put_out_columns(context, profilers).await?;
+        let profile = emit_columns(context, profilers).await?;
         Ok(Profile {
             name,
             rows,
@@ -87,29 +87,29 @@ fn payload_schema() -> String {
             "csv": {
                 "type": "string",
                 "minLength": 1,
-                "description": "The table, its first line the names of the columns",
+                "description": "The table; its first line contains the names of the columns",
             },
             "name": {
                 "type": "string",
                 "maxLength": MAX_NAME_CHARS,
-                "description": "What the table is called, for people",
+                "description": "Name of the table, for display",
             },
             "delimiter": {
                 "type": "string",
                 "minLength": 1,
                 "maxLength": 1,
-                "description": "Detected when absent",
+                "description": "Detected if absent",
             },
         },
     })
     .to_string()
 }
 
-/// Counts the rows, which also checks that each has as many fields as the header.
+/// Counts the rows, and checks that each has as many fields as the header.
 async fn count_rows(context: &Context, table: &Table<'_>) -> Result<u64, HandlerError> {
     let mut rows = table.rows();
     while rows.next()?.is_some() {
-        take_turns(context, rows.number()).await?;
+        yield_periodically(context, rows.number()).await?;
     }
     Ok(rows.number())
 }
@@ -124,7 +124,7 @@ async fn read_rows(
     let mut rows = table.rows();
     while let Some(row) = rows.next()? {
         for (profiler, field) in profilers.iter_mut().zip(row) {
-            profiler.see(field);
+            profiler.add(field);
         }
         let number = rows.number();
         if number.is_multiple_of(rows_per_report) || number == total {
@@ -132,13 +132,13 @@ async fn read_rows(
             let message = format!("row {number} of {total}");
             context.progress_with(percentage, message, &json!({ "rows": number })).await?;
         }
-        take_turns(context, number).await?;
+        yield_periodically(context, number).await?;
     }
     Ok(profilers)
 }
 
-/// Ends each column's profile, which is where the sorting is done, and puts it out.
-async fn put_out_columns(
+/// Completes and emits the profile of each column; completing it sorts the values.
+async fn emit_columns(
     context: &Context,
     profilers: Vec<ColumnProfiler>,
 ) -> Result<Vec<ColumnProfile>, HandlerError> {
@@ -151,18 +151,18 @@ async fn put_out_columns(
         let percentage = ROWS_PERCENTAGE + (100.0 - ROWS_PERCENTAGE) * done as f64 / total as f64;
         context.progress(percentage, format!("column {done} of {total}: {}", column.name)).await?;
         columns.push(column);
-        take_turns(context, 0).await?;
+        yield_periodically(context, 0).await?;
     }
     Ok(columns)
 }
 
-/// Notices cancellation, and lets other tasks run now and then: computing does not wait for
-/// anything, and would otherwise keep its thread to itself until it is done.
-async fn take_turns(context: &Context, rows: u64) -> Result<(), HandlerError> {
+/// Checks for cancellation, and periodically yields to other tasks: the computation never awaits and
+/// would otherwise block its thread until it completes.
+async fn yield_periodically(context: &Context, rows: u64) -> Result<(), HandlerError> {
     if context.is_cancelled() {
         return Err(HandlerError::cancelled());
     }
-    if rows.is_multiple_of(ROWS_PER_TURN) {
+    if rows.is_multiple_of(ROWS_PER_YIELD) {
         tokio::task::yield_now().await;
     }
     Ok(())

@@ -1,45 +1,46 @@
-//! Statistics of numbers that are all at hand: pure functions, no I/O.
+//! Statistics of numbers in memory: pure functions, no I/O.
 
 use serde::{Deserialize, Serialize};
 
-/// Bins of a [`Histogram`].
+/// Number of bins of a [`Histogram`].
 pub(crate) const BINS: usize = 20;
 
-/// How many values lie in each of some equally wide bins.
+/// Number of values in each of several bins of equal width.
 #[derive(Clone, Debug, PartialEq, Deserialize, Serialize)]
 pub struct Histogram {
     /// Lower edge of the first bin.
     pub from: f64,
     /// Upper edge of the last bin.
     pub to: f64,
-    /// Values per bin. A bin holds its lower edge but not its upper one; the last holds both.
+    /// Number of values per bin. A bin includes its lower edge but not its upper edge; the last includes
+    /// both.
     pub counts: Vec<u64>,
 }
 
-/// What is told of a column of numbers.
+/// Statistics of a numeric column.
 #[derive(Clone, Debug, PartialEq, Deserialize, Serialize)]
 pub struct NumericSummary {
-    /// The smallest.
+    /// Minimum.
     pub min: f64,
-    /// The largest.
+    /// Maximum.
     pub max: f64,
-    /// The arithmetic mean.
+    /// Arithmetic mean.
     pub mean: f64,
-    /// Of a sample (divided by n - 1); absent for a single value.
+    /// Sample standard deviation (divided by n - 1); absent for a single value.
     pub standard_deviation: Option<f64>,
-    /// A quarter of the values lie below.
+    /// First quartile.
     pub p25: f64,
-    /// The median.
+    /// Median.
     pub p50: f64,
-    /// A quarter of the values lie above.
+    /// Third quartile.
     pub p75: f64,
-    /// How they are spread.
+    /// Distribution of the values.
     pub histogram: Histogram,
 }
 
 impl NumericSummary {
-    /// The summary of these values, in any order; `None` of none. All must be finite, and their
-    /// squares as well.
+    /// Returns the statistics of these values, in any order; `None` without values. All values and
+    /// their squares must be finite.
     pub(crate) fn of(mut values: Vec<f64>) -> Option<Self> {
         let mut moments = Moments::default();
         for value in &values {
@@ -60,17 +61,17 @@ impl NumericSummary {
 }
 
 impl Histogram {
-    /// The histogram of values in ascending order; `None` of none.
+    /// Returns the histogram of values in ascending order; `None` without values.
     fn of(sorted: &[f64]) -> Option<Self> {
         let (mut from, mut to) = (*sorted.first()?, *sorted.last()?);
         if from == to {
-            // Bins need a width; these put the one value in the middle, as NumPy does.
+            // Bins need a width; this range centers the single value, as NumPy does.
             (from, to) = (from - 0.5, to + 0.5);
         }
         let mut counts = vec![0; BINS];
         for value in sorted {
-            // The largest value would fall beyond the last bin. (Where the width is lost to
-            // rounding this is NaN, which becomes the first bin.)
+            // The maximum would be beyond the last bin. (If the width is lost to rounding, this is
+            // NaN, which becomes the first bin.)
             let bin = (value - from) / (to - from) * BINS as f64;
             counts[(bin as usize).min(BINS - 1)] += 1;
         }
@@ -78,8 +79,8 @@ impl Histogram {
     }
 }
 
-/// Mean and variance in one pass, by Welford's method: a sum of squares would lose the digits that
-/// matter when the values are large and close together.
+/// Mean and variance in one pass, by Welford's method: a sum of squares would lose the significant
+/// digits of values that are large and close together.
 #[derive(Clone, Copy, Debug, Default)]
 pub(crate) struct Moments {
     count: u64,
@@ -88,7 +89,7 @@ pub(crate) struct Moments {
 }
 
 impl Moments {
-    /// Takes one more value in.
+    /// Adds a value.
     pub(crate) fn add(&mut self, value: f64) {
         self.count += 1;
         let distance = value - self.mean;
@@ -96,26 +97,26 @@ impl Moments {
         self.squared_distances += distance * (value - self.mean);
     }
 
-    /// `None` of no values.
+    /// Returns the mean; `None` without values.
     pub(crate) fn mean(&self) -> Option<f64> {
         (self.count > 0).then_some(self.mean)
     }
 
-    /// Of a sample; `None` of fewer than two values.
+    /// Returns the sample standard deviation; `None` for fewer than two values.
     pub(crate) fn standard_deviation(&self) -> Option<f64> {
         (self.count > 1).then(|| (self.squared_distances / (self.count - 1) as f64).sqrt())
     }
 }
 
-/// The value below which this share of the values lies, interpolated linearly between neighbours
-/// (Hyndman and Fan's type 7, as R and NumPy do by default). The values are in ascending order;
-/// `None` of none.
+/// Returns the value below which this share of the values lies, interpolated linearly between neighbors
+/// (Hyndman and Fan's type 7, the default of R and NumPy). The values are in ascending order; `None`
+/// without values.
 pub(crate) fn quantile(sorted: &[f64], share: f64) -> Option<f64> {
     let position = sorted.len().checked_sub(1)? as f64 * share;
-    let (below, part) = (position.floor() as usize, position.fract());
+    let (below, fraction) = (position.floor() as usize, position.fract());
     let low = *sorted.get(below)?;
     let high = sorted.get(below + 1).copied().unwrap_or(low);
-    Some(low + part * (high - low))
+    Some(low + fraction * (high - low))
 }
 
 #[cfg(test)]
@@ -129,7 +130,7 @@ mod tests {
     }
 
     #[test]
-    fn mean_and_deviation_are_those_worked_out_by_hand() {
+    fn mean_and_deviation_match_a_manual_calculation() {
         // Mean 5; squared distances 9+1+1+1+0+0+4+16 = 32; 32 / 7.
         let eight = moments(&[2.0, 4.0, 4.0, 4.0, 5.0, 5.0, 7.0, 9.0]);
         assert_eq!(eight.mean(), Some(5.0));
@@ -137,15 +138,15 @@ mod tests {
     }
 
     #[test]
-    fn large_values_close_together_keep_their_deviation() {
-        // Squares of these need more digits than there are: 4, 7, 13, 16 above a thousand millions.
-        let far = moments(&[4.0, 7.0, 13.0, 16.0].map(|value| value + 1e9));
-        assert_eq!(far.mean(), Some(1e9 + 10.0));
-        assert!((far.standard_deviation().unwrap() - 30.0_f64.sqrt()).abs() < 1e-9);
+    fn the_deviation_of_large_values_close_together_is_accurate() {
+        // The squares of 4, 7, 13 and 16 above 1e9 have more digits than a double.
+        let large = moments(&[4.0, 7.0, 13.0, 16.0].map(|value| value + 1e9));
+        assert_eq!(large.mean(), Some(1e9 + 10.0));
+        assert!((large.standard_deviation().unwrap() - 30.0_f64.sqrt()).abs() < 1e-9);
     }
 
     #[test]
-    fn too_few_values_have_no_deviation_and_none_no_mean() {
+    fn a_single_value_has_no_deviation_and_no_values_have_no_mean() {
         assert_eq!(moments(&[]).mean(), None);
         assert_eq!(moments(&[3.0]).mean(), Some(3.0));
         assert_eq!(moments(&[3.0]).standard_deviation(), None);
@@ -166,8 +167,8 @@ mod tests {
     }
 
     #[test]
-    fn histograms_count_every_value_once_edges_included() {
-        // 0 to 20 in bins of width 1: each whole number opens its bin, 20 joins 19 in the last.
+    fn histograms_count_every_value_once_including_edges() {
+        // 0 to 20 in bins of width 1: each integer is the lower edge of a bin; 20 is in the last one, with 19.
         let values: Vec<f64> = (0..=20).map(f64::from).collect();
         let histogram = Histogram::of(&values).unwrap();
         assert_eq!((histogram.from, histogram.to), (0.0, 20.0));
@@ -177,16 +178,16 @@ mod tests {
     }
 
     #[test]
-    fn a_single_value_lies_in_the_middle_of_its_histogram() {
+    fn a_single_value_is_in_the_middle_of_its_histogram() {
         let histogram = Histogram::of(&[3.0, 3.0]).unwrap();
         assert_eq!((histogram.from, histogram.to), (2.5, 3.5));
         assert_eq!(histogram.counts[10], 2);
-        // So large that half more or less makes no difference.
+        // So large that adding 0.5 has no effect.
         assert_eq!(Histogram::of(&[1e30]).unwrap().counts.iter().sum::<u64>(), 1);
     }
 
     #[test]
-    fn a_summary_puts_them_together_whatever_the_order() {
+    fn a_summary_is_independent_of_the_order() {
         let summary = NumericSummary::of(vec![3.0, -1.0, 4.0, 2.0]).unwrap();
         assert_eq!((summary.min, summary.max, summary.mean), (-1.0, 4.0, 2.0));
         assert_eq!((summary.p25, summary.p50, summary.p75), (1.25, 2.5, 3.25));

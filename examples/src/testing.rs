@@ -1,4 +1,4 @@
-//! What the tests of the handlers share.
+//! Helpers of the handler tests.
 
 use std::sync::Arc;
 
@@ -9,7 +9,7 @@ use streamer_handler::{
 };
 use tokio_util::sync::CancellationToken;
 
-/// A context as [`Context::for_test`], with what that one leaves out.
+/// Builder of a test context with more options than [`Context::for_test`].
 #[derive(Default)]
 pub(crate) struct TestContext {
     pub(crate) attempt: u32,
@@ -43,7 +43,7 @@ impl TestContext {
     }
 }
 
-/// Runs a handler as a server does: JSON in, JSON out.
+/// Runs a handler as the server does, with JSON input and output.
 pub(crate) async fn run(
     handler: &impl DynHandler,
     context: &Context,
@@ -53,7 +53,7 @@ pub(crate) async fn run(
     Ok(serde_json::from_slice(&result).unwrap())
 }
 
-/// What a handler reported, by kind, in order.
+/// Reports of a handler, by kind, in order.
 #[derive(Default)]
 pub(crate) struct Reported {
     pub(crate) progress: Vec<(f64, String, Option<Value>)>,

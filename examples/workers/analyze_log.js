@@ -1,10 +1,10 @@
 /**
- * A worker in JavaScript: action `analyze_log` reads a web server's access log (Common or
- * Combined Log Format) and answers who asked for what, when, and how it went.
+ * JavaScript worker of the action `analyze_log`: analyzes the access log of a web server (Common or
+ * Combined Log Format) and reports traffic, hours, paths and clients.
  *
- * Each section of the report is an output chunk as soon as it is ready. A checkpoint keeps the
- * sections that are done, so that another attempt does not count them again; it sends them again,
- * since the output of an attempt that failed is void.
+ * Each section of the report is emitted as an output chunk when it is complete. A checkpoint stores
+ * the completed sections, so that a later attempt does not count them again; it emits them again,
+ * because the output of a failed attempt is void.
  */
 
 import { realpathSync } from 'node:fs';
@@ -13,7 +13,7 @@ import { parseArgs } from 'node:util';
 
 import { InvalidPayload, Worker, tokenFile } from '../../clients/typescript/src/index.js';
 
-const HELP = `A worker that analyses web server access logs.
+const HELP = `Worker that analyzes access logs of web servers.
 
 Usage: streamer token --permissions 'worker:*' > worker.token
        STREAMER_TOKEN_FILE=worker.token node analyze_log.js [OPTIONS]
@@ -21,28 +21,29 @@ Usage: streamer token --permissions 'worker:*' > worker.token
 
 Options:
       --server <URL>    The server [env: STREAMER_SERVER] [default: http://127.0.0.1:8080]
-      --slots <N>       How many logs at once [default: 4]
-      --sample <LINES>  Print a payload with a made-up log, and nothing else
+      --slots <N>       Number of concurrent logs [default: 4]
+      --sample <LINES>  Print a payload with a generated log, and exit
   -h, --help            Print help
 
-The file is read whenever a token is needed. STREAMER_TOKEN holds one that serves until it expires.
+The token file is read whenever a token is needed. Alternatively, set STREAMER_TOKEN to a token; the
+worker exits before it expires.
 
-Payload: {"log": <text of the log>, "top": <entries of each list, 1 to 100, default 10>}
+Payload: {"log": <text of the log>, "top": <length of each list, 1 to 100, default 10>}
 `;
 
-/** Lines between two progress reports. */
-const STEP = 2000;
+/** Number of lines between progress reports. */
+const LINES_PER_REPORT = 2000;
 const MONTHS = 'Jan Feb Mar Apr May Jun Jul Aug Sep Oct Nov Dec'.split(' ');
-// host ident user [day/month/year:hour:minute:second zone] "request" status bytes, and whatever
-// a format adds after that.
+// host ident user [day/month/year:hour:minute:second zone] "request" status bytes, followed by
+// further fields of the format.
 const TIME = String.raw`(\d\d)/(\w{3})/(\d{4}):(\d\d):\d\d:\d\d [+-]\d{4}`;
 const QUOTED = String.raw`"((?:[^"\\]|\\.)*)"`;
 const LINE = new RegExp(String.raw`^(\S+) \S+ \S.* \[${TIME}\] ${QUOTED} (\d{3}) (\d+|-)(?: |$)`);
 
 /**
- * @typedef {object} Entry One request that the server answered.
+ * @typedef {object} Entry Request that the web server handled.
  * @property {string} client
- * @property {string} hour As the log has it: `2024-05-31T14`, in the server's own time zone.
+ * @property {string} hour Such as `2024-05-31T14`, in the time zone of the web server.
  * @property {string} path Without the query.
  * @property {number} status
  * @property {number} bytes
@@ -50,7 +51,7 @@ const LINE = new RegExp(String.raw`^(\S+) \S+ \S.* \[${TIME}\] ${QUOTED} (\d{3})
 
 /**
  * @param {string} line
- * @returns {Entry | null} `null` when it is no line of an access log.
+ * @returns {Entry | null} `null` if the line is not an access log entry.
  */
 export function parseLine(line) {
   const found = LINE.exec(line);
@@ -68,7 +69,7 @@ export function parseLine(line) {
   };
 }
 
-/** Counts by key. */
+/** Counters by key. */
 class Tally {
   /** @type {Map<string, number>} */
   counts = new Map();
@@ -89,9 +90,9 @@ class Tally {
   }
 }
 
-/** @typedef {{add(entry: Entry | null): void, done(): object}} Section Counts, then tells. */
+/** @typedef {{add(entry: Entry | null): void, done(): object}} Section Counts entries. */
 
-/** @type {Record<string, (top: number) => Section>} In the order in which they are made. */
+/** @type {Record<string, (top: number) => Section>} In the order of the report. */
 const SECTIONS = {
   traffic() {
     const statuses = new Tally();
@@ -131,10 +132,10 @@ const SECTIONS = {
 };
 
 /**
- * The handler.
+ * Handler of the action.
  * @param {import('../../clients/typescript/src/index.js').Context} context
  * @param {any} payload
- * @returns {Promise<object>} Every section, by its name.
+ * @returns {Promise<object>} All sections, by name.
  */
 export async function analyzeLog(context, payload) {
   const { log, top = 10 } = payload ?? {};
@@ -142,7 +143,7 @@ export async function analyzeLog(context, payload) {
     throw new InvalidPayload('log', 'must be the text of an access log');
   }
   if (!Number.isInteger(top) || top < 1 || top > 100) {
-    throw new InvalidPayload('top', `must be a whole number from 1 to 100, is ${top}`);
+    throw new InvalidPayload('top', `must be an integer from 1 to 100, is ${top}`);
   }
   const lines = log.split('\n').filter((line) => line.trim() !== '');
   const names = Object.keys(SECTIONS);
@@ -166,18 +167,19 @@ export async function analyzeLog(context, payload) {
  * @param {import('../../clients/typescript/src/index.js').Context} context
  * @param {string[]} lines
  * @param {Section} section
- * @param {(part: number) => {percentage: number, message: string}} progress Of 0 to 1 of it.
+ * @param {(part: number) => {percentage: number, message: string}} progress Of a fraction, 0 to 1.
  */
 async function count(context, lines, section, progress) {
-  for (let begin = 0; begin < lines.length; begin += STEP) {
+  for (let begin = 0; begin < lines.length; begin += LINES_PER_REPORT) {
     context.signal.throwIfAborted();
-    for (const line of lines.slice(begin, begin + STEP)) section.add(parseLine(line));
-    await context.progress(progress(Math.min(begin + STEP, lines.length) / lines.length));
+    for (const line of lines.slice(begin, begin + LINES_PER_REPORT)) section.add(parseLine(line));
+    const done = Math.min(begin + LINES_PER_REPORT, lines.length);
+    await context.progress(progress(done / lines.length));
   }
   return section.done();
 }
 
-/** @param {number} count @returns {string} So many lines of a log, the same ones every time. */
+/** @param {number} count @returns {string} A log with this number of lines, always the same. */
 export function sampleLog(count) {
   const paths = ['/', '/about', '/search?q=late+trains', '/img/logo.svg', '/api/orders', '/admin'];
   const statuses = [200, 200, 200, 304, 200, 404, 200, 500];
@@ -195,7 +197,7 @@ export function sampleLog(count) {
         `${status === 304 ? '-' : 200 + ((number * 911) % 5000)} "-" "curl/8.5.0"`,
     );
   }
-  if (count > 10) lines[10] = 'this line is no access log';
+  if (count > 10) lines[10] = 'this line is not an access log entry';
   return lines.join('\n');
 }
 
@@ -218,9 +220,9 @@ async function main() {
   }
   const file = process.env.STREAMER_TOKEN_FILE;
   const token = file ? tokenFile(file) : process.env.STREAMER_TOKEN;
-  if (!token) throw new TypeError('set STREAMER_TOKEN_FILE or STREAMER_TOKEN, as --help shows');
+  if (!token) throw new TypeError('set STREAMER_TOKEN_FILE or STREAMER_TOKEN; see --help');
   const worker = new Worker({ server: String(values.server), token, slots: Number(values.slots) });
-  const description = 'Analyses a web server access log: statuses, hours, paths, clients';
+  const description = 'Analyzes an access log of a web server: statuses, hours, paths, clients';
   await worker.action('analyze_log', { description, maxAttempts: 3 }, analyzeLog).run();
 }
 

@@ -1,7 +1,7 @@
 /**
- * A worker in JavaScript of the built-in action `echo_async`, for tests and load generators: so
- * many progress reports and output chunks, so far apart, so many attempts that fail, and that
- * result.
+ * JavaScript worker of the built-in action `echo_async`, for tests and load generators. The payload
+ * sets the number of progress reports and output chunks, their interval, the number of failing
+ * attempts, and the result.
  *
  *     streamer up --set execution.local_actions=echo
  *     export STREAMER_TOKEN=$(streamer token --permissions 'worker:*')
@@ -13,7 +13,7 @@
 import { HandlerError, Worker, tokenFile } from '../../clients/typescript/src/index.js';
 
 /**
- * Does as many steps as asked, failing as often as asked.
+ * Runs the number of steps, and fails the number of attempts, that the payload specifies.
  * @param {import('../../clients/typescript/src/index.js').Context} context
  * @param {any} payload
  */
@@ -22,19 +22,19 @@ async function echoAsync(context, payload) {
   const text = 'x'.repeat(payload.chunk_bytes ?? 64);
   const fails = context.attempt <= (payload.fail_attempts ?? 0);
   const part = fails ? 0.5 : 1;
-  let putOut = 0;
+  let emitted = 0;
   for (let step = 1; step <= Math.floor(steps * part); step += 1) {
     context.signal.throwIfAborted();
     if (delay > 0) await context.sleep(delay);
     await context.progress({ percentage: (100 * step) / steps, message: `step ${step} of ${steps}` });
-    for (; putOut < Math.floor((chunks * step) / steps); putOut += 1) await context.output([text]);
+    for (; emitted < Math.floor((chunks * step) / steps); emitted += 1) await context.output([text]);
   }
-  // Without steps to spread them among, the chunks are all still to come.
-  for (; putOut < Math.floor(chunks * part); putOut += 1) {
+  // Without steps, no chunk was emitted so far.
+  for (; emitted < Math.floor(chunks * part); emitted += 1) {
     context.signal.throwIfAborted();
     await context.output([text]);
   }
-  if (fails) throw new HandlerError(`attempt ${context.attempt} fails as asked`, { retryable: true });
+  if (fails) throw new HandlerError(`attempt ${context.attempt} fails as requested`, { retryable: true });
   return result;
 }
 

@@ -1,6 +1,7 @@
 #!/usr/bin/env python3
-"""A worker in Python of the built-in action `echo_async`, for tests and load generators: so many
-progress reports and output chunks, so far apart, so many attempts that fail, and that result.
+"""Python worker of the built-in action `echo_async`, for tests and load generators. The payload
+sets the number of progress reports and output chunks, their interval, the number of failing
+attempts, and the result.
 
     streamer up --set execution.local_actions=echo
     export STREAMER_TOKEN=$(streamer token --permissions 'worker:*')
@@ -18,27 +19,27 @@ from streamer import Context, HandlerError, Worker, token_file
 
 
 async def echo_async(context: Context, payload: dict[str, Any]) -> Any:
-    """Does as many steps as asked, failing as often as asked."""
+    """Runs the number of steps, and fails the number of attempts, that the payload specifies."""
     steps = payload.get("steps", 10)
     delay = payload.get("delay_ms", 0) / 1000
     chunks = payload.get("output_chunks", 0)
     text = "x" * payload.get("chunk_bytes", 64)
     fails = context.attempt <= payload.get("fail_attempts", 0)
-    put_out = 0
+    emitted = 0
     for step in range(1, steps // 2 + 1 if fails else steps + 1):
         if delay:
             await context.sleep(delay)
         await context.progress(100 * step / steps, f"step {step} of {steps}")
-        while put_out < chunks * step // steps:
-            put_out += 1
+        while emitted < chunks * step // steps:
+            emitted += 1
             await context.output([text])
     if fails:
-        raise HandlerError(f"attempt {context.attempt} fails as asked", retryable=True)
+        raise HandlerError(f"attempt {context.attempt} fails as requested", retryable=True)
     return payload.get("result")
 
 
 def main() -> None:
-    """Serves until SIGTERM or Ctrl-C."""
+    """Runs the worker until SIGTERM or Ctrl-C."""
     server = os.environ.get("STREAMER_SERVER", "http://127.0.0.1:8080")
     slots = int(os.environ.get("STREAMER_SLOTS", "8"))
     file = os.environ.get("STREAMER_TOKEN_FILE")

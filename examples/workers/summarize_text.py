@@ -1,10 +1,10 @@
 #!/usr/bin/env python3
-"""A worker in Python: action `summarize_text`, an extractive summary of an English text.
+"""Python worker of the action `summarize_text`: extractive summary of an English text.
 
-It ranks the sentences by the frequencies of their terms, picks the best without saying the same
-twice (SumBasic), and gives them in their order, with key terms and readability figures. It reports
-progress by sentences, leaves checkpoints, streams each sentence of the summary as output, and stops
-when it is cancelled. Nothing but the standard library does the work; the worker kit is in
+It ranks the sentences by the frequencies of their terms, selects the best ones while avoiding
+redundancy (SumBasic), and returns them in their original order, with key terms and readability
+scores. It reports progress by sentence, saves checkpoints, streams each sentence of the summary as
+output, and stops when it is cancelled. It uses only the standard library and the worker SDK in
 `clients/python`:
 
     pip install ./clients/python
@@ -30,12 +30,12 @@ from typing import Any, NamedTuple
 
 from streamer import Context, InvalidPayload, Token, Worker, WorkerRefused, token_file
 
-DESCRIPTION = "Summarises a text: its best sentences, key terms and readability"
+DESCRIPTION = "Summarizes a text: its best sentences, key terms and readability"
 SCHEMA = {
     "type": "object",
     "required": ["text"],
     "properties": {
-        "text": {"type": "string", "minLength": 1, "description": "What to summarise; English"},
+        "text": {"type": "string", "minLength": 1, "description": "English text to summarize"},
         "sentences": {"type": "integer", "minimum": 1, "maximum": 50, "default": 3},
         "key_terms": {"type": "integer", "minimum": 0, "maximum": 50, "default": 8},
         "pause_ms": {
@@ -43,26 +43,26 @@ SCHEMA = {
             "minimum": 0,
             "maximum": 10000,
             "default": 0,
-            "description": "Wait so long at each sentence, to be looked at while it works",
+            "description": "Delay per sentence in milliseconds, to watch the progress",
         },
     },
 }
-# Progress is reported this often at most, and a checkpoint left each time.
-REPORTS = 100
-# The best sentences that are kept to pick from, which bounds the checkpoint.
-CANDIDATES = 500
-WORDS_A_MINUTE = 238
+# Maximum number of progress reports; a checkpoint is saved with each.
+MAX_REPORTS = 100
+# Maximum number of best sentences to select from, which bounds the checkpoint.
+MAX_CANDIDATES = 500
+WORDS_PER_MINUTE = 238
 
 WORD = re.compile(r"[^\W\d_]+(?:['’][^\W\d_]+)*")
-# A sentence ends at . ! or ? (and a closing quote or bracket) before what begins like another one,
-# and at an empty line.
+# A sentence ends at . ! or ? (and a closing quote or bracket) before the start of the next one, and
+# at an empty line.
 SENTENCE_END = re.compile(r"(?<=[.!?])[\"'”’)\]]*\s+(?=[\"'“‘(\[]*[A-Z0-9])|\n\s*\n")
 ABBREVIATION = re.compile(
     r"(?:\b(?:Mr|Mrs|Ms|Dr|Prof|St|Jr|Sr|vs|etc|e\.g|i\.e|cf|No|Fig|approx)|\b[A-Z])\.$"
 )
 VOWELS = re.compile(r"[aeiouyáéíóúäëïöü]+")
 
-# Words that do not say what a text is about.
+# Words that do not indicate the topic of a text.
 STOP_WORDS_TEXT = """
     a about above after again against all also although always am among an and any are as at be
     became because become been before being below between both but by can cannot could did do does
@@ -79,31 +79,31 @@ STOP_WORDS = frozenset(STOP_WORDS_TEXT.split())
 
 
 class Candidate(NamedTuple):
-    """A sentence that may become part of the summary."""
+    """Sentence that may be selected for the summary."""
 
     score: float
     position: int
 
 
 async def summarize_text(context: Context, payload: dict[str, Any]) -> dict[str, Any]:
-    """The handler: text in, summary out."""
-    text, wanted = payload.get("text"), int(payload.get("sentences", 3))
+    """Handler of the action."""
+    text, limit = payload.get("text"), int(payload.get("sentences", 3))
     if not isinstance(text, str) or not text.strip():
-        raise InvalidPayload("payload.text", "must be a text that is not empty")
-    # In a thread, since it takes a second for a text of megabytes, and the worker has to go on.
+        raise InvalidPayload("payload.text", "must be a non-empty string")
+    # In a thread: it takes a second for a text of megabytes and would block the worker.
     sentences = await asyncio.to_thread(split_sentences, text)
     frequencies = await asyncio.to_thread(count_terms, sentences)
     pause = payload.get("pause_ms", 0) / 1000
     candidates = await rank(context, sentences, frequencies, pause)
-    chosen = sorted(await asyncio.to_thread(pick, candidates, sentences, frequencies, wanted))
-    for position, index in enumerate(chosen):
+    selected = sorted(await asyncio.to_thread(select, candidates, sentences, frequencies, limit))
+    for position, index in enumerate(selected):
         await context.output(sentences[index] + "\n")
-        done = f"sentence {position + 1} of {len(chosen)} of the summary"
-        await context.progress(round(95 + 5 * (position + 1) / len(chosen), 1), done)
+        message = f"sentence {position + 1} of {len(selected)} of the summary"
+        await context.progress(round(95 + 5 * (position + 1) / len(selected), 1), message)
     key_terms = frequencies.most_common(int(payload.get("key_terms", 8)))
     return {
-        "summary": " ".join(sentences[index] for index in chosen),
-        "sentences": [{"index": index, "text": sentences[index]} for index in chosen],
+        "summary": " ".join(sentences[index] for index in selected),
+        "sentences": [{"index": index, "text": sentences[index]} for index in selected],
         "key_terms": [{"term": term, "count": count} for term, count in key_terms],
         "readability": await asyncio.to_thread(readability, text, sentences),
     }
@@ -112,67 +112,67 @@ async def summarize_text(context: Context, payload: dict[str, Any]) -> dict[str,
 async def rank(
     context: Context, sentences: list[str], frequencies: Counter[str], pause: float
 ) -> list[Candidate]:
-    """The best sentences by the mean frequency of their terms, those near the beginning a little
-    before others. An attempt that follows another goes on from where that one left off."""
-    left = context.checkpoint or {"next": 0, "best": []}
-    best = [Candidate(score, index) for score, index in left["best"]]
+    """Returns the best sentences by the mean frequency of their terms, with a small bonus for those
+    near the beginning. A later attempt resumes from the checkpoint of the previous one."""
+    checkpoint = context.checkpoint or {"next": 0, "best": []}
+    best = [Candidate(score, index) for score, index in checkpoint["best"]]
     heapq.heapify(best)
-    every = math.ceil(len(sentences) / REPORTS)
-    for index in range(left["next"], len(sentences)):
+    sentences_per_report = math.ceil(len(sentences) / MAX_REPORTS)
+    for index in range(checkpoint["next"], len(sentences)):
         if pause:
             await context.sleep(pause)
         scored = Candidate(score(sentences[index], index, frequencies), index)
-        if len(best) < CANDIDATES:
+        if len(best) < MAX_CANDIDATES:
             heapq.heappush(best, scored)
         else:
             heapq.heappushpop(best, scored)
         done = index + 1
-        if done % every == 0 or done == len(sentences):
+        if done % sentences_per_report == 0 or done == len(sentences):
             context.raise_if_cancelled()
-            shown = f"sentence {done} of {len(sentences)} ranked"
-            far = round(95 * done / len(sentences), 1)
-            await context.progress(far, shown, {"sentences": done})
+            message = f"sentence {done} of {len(sentences)} ranked"
+            percentage = round(95 * done / len(sentences), 1)
+            await context.progress(percentage, message, {"sentences": done})
             await context.save_checkpoint({"next": done, "best": best})
     return best
 
 
 def score(sentence: str, position: int, frequencies: Counter[str]) -> float:
-    """How much a sentence says of what the text is about."""
+    """Returns the relevance of a sentence to the topic of the text."""
     total = frequencies.total() or 1
-    said = mean([frequencies[term] / total for term in terms(sentence)])
-    return round(said * (1 + 0.3 / (1 + position)), 8)
+    relevance = mean([frequencies[term] / total for term in terms(sentence)])
+    return round(relevance * (1 + 0.3 / (1 + position)), 8)
 
 
 def mean(weights: list[float]) -> float:
-    """The mean weight of a sentence's terms; a few terms alone do not make much of a sentence."""
+    """Returns the mean weight of a sentence's terms, lower for sentences with few terms."""
     return sum(weights) / (len(weights) + 5)
 
 
-def pick(
-    candidates: list[Candidate], sentences: list[str], frequencies: Counter[str], wanted: int
+def select(
+    candidates: list[Candidate], sentences: list[str], frequencies: Counter[str], limit: int
 ) -> list[int]:
-    """The sentences of the summary: after each pick its terms weigh less, so that the next one says
-    something else."""
+    """Returns the sentences of the summary. Each selection reduces the weights of its terms, so
+    that the next sentence covers other terms."""
     total = frequencies.total() or 1
     weights = {term: count / total for term, count in frequencies.items()}
-    rest = set(candidates)
-    chosen: list[int] = []
+    remaining = set(candidates)
+    selected: list[int] = []
 
     def value(candidate: Candidate) -> tuple[float, int]:
-        fresh = mean([weights[term] for term in terms(sentences[candidate.position])])
-        return (fresh * candidate.score, -candidate.position)
+        novelty = mean([weights[term] for term in terms(sentences[candidate.position])])
+        return (novelty * candidate.score, -candidate.position)
 
-    while rest and len(chosen) < wanted:
-        best = max(rest, key=value)
-        rest.remove(best)
-        chosen.append(best.position)
+    while remaining and len(selected) < limit:
+        best = max(remaining, key=value)
+        remaining.remove(best)
+        selected.append(best.position)
         for term in set(terms(sentences[best.position])):
             weights[term] **= 2
-    return chosen
+    return selected
 
 
 def split_sentences(text: str) -> list[str]:
-    """The sentences of a text, each on one line."""
+    """Splits a text into sentences, each on one line."""
     sentences: list[str] = []
     begin = 0
     for end in SENTENCE_END.finditer(text):
@@ -187,19 +187,19 @@ def split_sentences(text: str) -> list[str]:
 
 
 def count_terms(sentences: list[str]) -> Counter[str]:
-    """How often each term occurs."""
+    """Counts the occurrences of each term."""
     return Counter(term for sentence in sentences for term in terms(sentence))
 
 
 def terms(sentence: str) -> list[str]:
-    """The words of a sentence that say what it is about."""
+    """Returns the words of a sentence that indicate its topic."""
     words = (word.lower().replace("’", "'") for word in WORD.findall(sentence))
     stems = (word.removesuffix("'s") for word in words)
     return [stem for stem in stems if len(stem) > 2 and stem not in STOP_WORDS]
 
 
 def readability(text: str, sentences: list[str]) -> dict[str, Any]:
-    """Sizes, reading time, and the two measures of Flesch (Kincaid et al., 1975)."""
+    """Returns sizes, reading time, and the two Flesch readability scores (Kincaid et al., 1975)."""
     words = WORD.findall(text)
     if not words:
         return {"sentences": len(sentences), "words": 0, "characters": len(text)}
@@ -213,12 +213,12 @@ def readability(text: str, sentences: list[str]) -> dict[str, Any]:
         "syllables_per_word": round(density, 2),
         "flesch_reading_ease": round(206.835 - 1.015 * length - 84.6 * density, 1),
         "flesch_kincaid_grade": round(0.39 * length + 11.8 * density - 15.59, 1),
-        "reading_minutes": round(len(words) / WORDS_A_MINUTE, 1),
+        "reading_minutes": round(len(words) / WORDS_PER_MINUTE, 1),
     }
 
 
 def syllable_count(word: str) -> int:
-    """Syllables of an English word: its groups of vowels, without a silent e."""
+    """Counts the syllables of an English word: its groups of vowels, without a silent e."""
     lower = word.lower()
     count = len(VOWELS.findall(lower))
     if lower.endswith("e") and not lower.endswith(("le", "ee")) and count > 1:
@@ -227,45 +227,45 @@ def syllable_count(word: str) -> int:
 
 
 def read_arguments() -> argparse.Namespace:
-    """What is asked for on the command line."""
+    """Parses the command line."""
     summary, _, usage = (__doc__ or "").partition("\n\n")
     parser = argparse.ArgumentParser(
         description=summary, epilog=usage, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     server = os.environ.get("STREAMER_SERVER", "http://127.0.0.1:8080")
     parser.add_argument("--server", default=server, metavar="URL", help="default: %(default)s")
-    parser.add_argument("--slots", type=int, default=4, help="texts at once; default: %(default)s")
+    parser.add_argument("--slots", type=int, default=4, help="concurrency; default: %(default)s")
     parser.add_argument(
         "--grace",
         type=float,
         default=20.0,
         metavar="SECONDS",
-        help="how long running work may go on when it is stopped; default: %(default)s",
+        help="how long running attempts may continue after SIGTERM; default: %(default)s",
     )
     parser.add_argument(
         "--token-command",
         metavar="COMMAND",
-        help="prints a fresh token whenever one is needed; without it, the file that"
-        " STREAMER_TOKEN_FILE names is read for each, or STREAMER_TOKEN serves until it expires",
+        help="command that prints a valid token, run whenever one is needed; without it, the file"
+        " STREAMER_TOKEN_FILE is read each time, or STREAMER_TOKEN is used until it expires",
     )
     arguments = parser.parse_args()
-    named = os.environ.get("STREAMER_TOKEN_FILE") or os.environ.get("STREAMER_TOKEN")
-    if not arguments.token_command and not named:
-        parser.error("set STREAMER_TOKEN_FILE or STREAMER_TOKEN, or give --token-command")
+    configured = os.environ.get("STREAMER_TOKEN_FILE") or os.environ.get("STREAMER_TOKEN")
+    if not arguments.token_command and not configured:
+        parser.error("set STREAMER_TOKEN_FILE, STREAMER_TOKEN or --token-command")
     return arguments
 
 
 async def printed_by(command: str) -> str:
-    """What a shell command prints. Raises RuntimeError when it fails."""
+    """Returns the output of a shell command. Raises RuntimeError if it fails."""
     shell = await asyncio.create_subprocess_shell(command, stdout=asyncio.subprocess.PIPE)
-    printed, _ = await shell.communicate()
+    output, _ = await shell.communicate()
     if shell.returncode != 0:
-        raise RuntimeError(f"the token command ended with status {shell.returncode}")
-    return printed.decode().strip()
+        raise RuntimeError(f"the token command exited with status {shell.returncode}")
+    return output.decode().strip()
 
 
 def token_from(arguments: argparse.Namespace) -> Token:
-    """What gives fresh tokens, or the one token that there is."""
+    """Returns the source of tokens, or the configured token."""
     if arguments.token_command:
         return partial(printed_by, arguments.token_command)
     file = os.environ.get("STREAMER_TOKEN_FILE")
@@ -273,7 +273,7 @@ def token_from(arguments: argparse.Namespace) -> Token:
 
 
 def main() -> int:
-    """Serves until SIGTERM or Ctrl-C."""
+    """Runs the worker until SIGTERM or Ctrl-C."""
     arguments = read_arguments()
     logging.basicConfig(level=logging.INFO, format="%(levelname)s %(message)s")
     worker = Worker(arguments.server, token_from(arguments), slots=arguments.slots)

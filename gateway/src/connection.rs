@@ -1,11 +1,9 @@
-//! One WebSocket connection: a state machine that moves whenever its socket, its calls or its
-//! inbox have something.
+//! One WebSocket connection: a state machine driven by its socket, its calls and its inbox.
 //!
-//! It is one future without timers of its own and without buffers while it is idle. What a client
-//! sends is read into a buffer shared by the thread and dealt with on the spot; a sync action that
-//! answers at once is answered in the same turn. What waits to be written is bounded: beyond the
-//! high-water mark the connection stops taking events (they stay in the topic, then in the log)
-//! and stops reading.
+//! It is one future without timers and, while idle, without buffers. Input is read into a buffer
+//! shared by the thread and handled immediately; a sync action that completes immediately is
+//! answered in the same iteration. Pending output is bounded: above the high-water mark the
+//! connection stops taking events (they stay in the topic, then in the log) and stops reading.
 
 mod calls;
 mod delivery;
@@ -28,78 +26,79 @@ use streamer_telemetry::TraceContext;
 use tokio::io::{AsyncRead, AsyncWrite, ReadBuf};
 
 use crate::{
-    buffers::Counted,
-    handle::{ConnectionHandle, close_code},
-    messages, protocol,
-    server::Gateway,
+    buffer_budget::Reservation,
+    client_message,
+    connection_handle::{ConnectionHandle, close_code},
+    server_message,
+    upgrade::Gateway,
     ws::{
         decoder::{Decoder, Flow, Message, Violation},
         frame,
-        outbox::Outbox,
+        send_buffer::SendBuffer,
     },
 };
 use calls::Reply;
 use in_flight::{Call, Cost, InFlight};
 use subscriptions::Subscriptions;
 
-/// Bytes read at a time, by all connections of a thread in turn.
-const READ_BUFFER: usize = 64 * 1024;
-/// Bytes that wait to be written beyond which a connection takes no more on.
+/// Size of the read buffer that the connections of a thread share.
+const READ_BUFFER_BYTES: usize = 64 * 1024;
+/// Bytes of pending output above which a connection accepts no more work.
 const HIGH_WATER: usize = 64 * 1024;
-/// Bytes of messages whose calls are unanswered, beyond which a connection takes no more on.
-const MAX_UNANSWERED_BYTES: usize = 16 * 1024 * 1024;
-/// Unanswered calls whose answers may be large at most.
+/// Bytes of messages with pending calls above which a connection accepts no more work.
+const MAX_PENDING_BYTES: usize = 16 * 1024 * 1024;
+/// Maximum number of pending calls whose replies may be large.
 const MAX_LARGE_CALLS: usize = 8;
-/// Refused messages in a row after which a client is taken for broken.
-const MAX_REFUSED_IN_A_ROW: u32 = 20_000;
-/// Turns of the loop before other tasks get theirs.
-const MAX_TURNS: u32 = 32;
+/// Consecutive rejected messages after which the connection is closed.
+const MAX_CONSECUTIVE_REJECTIONS: u32 = 20_000;
+/// Iterations of the loop before it yields to other tasks.
+const MAX_ITERATIONS: u32 = 32;
 
 thread_local! {
-    static READ: RefCell<Box<[u8]>> = RefCell::new(vec![0; READ_BUFFER].into_boxed_slice());
+    static READ_BUFFER: RefCell<Box<[u8]>> = RefCell::new(vec![0; READ_BUFFER_BYTES].into_boxed_slice());
 }
 
 pub(crate) struct Connection<S> {
     socket: S,
-    /// What was read before the socket was handed over.
+    /// Bytes that were read before the upgrade completed.
     early: Bytes,
     decoder: Decoder,
-    out: Outbox,
+    out: SendBuffer,
     calls: FuturesUnordered<InFlight>,
-    /// Of all calls that have not been answered.
-    unanswered: Cost,
+    /// Cost of all pending calls.
+    pending: Cost,
     session: Session,
     phase: Phase,
 }
 
-/// Where a connection is in its life.
+/// Phase in the life of a connection.
 #[derive(Clone, Copy, PartialEq, Eq)]
 enum Phase {
     Open,
-    /// Our close frame is queued or sent; what still comes is thrown away, until the client's own.
+    /// The close frame is queued or sent; input is discarded until the client's close frame.
     Closing,
-    /// The client has closed: what is queued is written, then it is over.
+    /// The client has closed; pending output is written, then the connection ends.
     Closed,
 }
 
-/// What a connection knows, apart from its socket.
+/// State of a connection apart from its socket.
 pub(crate) struct Session {
     pub(crate) gateway: Arc<Gateway>,
     pub(crate) handle: Arc<ConnectionHandle>,
     pub(crate) subscriptions: Subscriptions,
-    /// How many the user has, over all connections.
+    /// Open watches of the user, over all connections.
     watches: Option<Arc<WatchesOfUser>>,
-    /// Requests with something to send, in turn.
+    /// Requests with events to send, in order.
     pub(crate) ready: Vec<Uid>,
-    /// Reads of logs that are underway.
-    pub(crate) catching_up: usize,
+    /// Number of pending log reads.
+    pub(crate) log_reads: usize,
     rate: RateLimiter,
-    refused_in_a_row: u32,
-    /// What is counted of a message that is not whole.
-    counted: Counted,
-    /// Counts as an open connection of the server as long as this lives.
+    consecutive_rejections: u32,
+    /// Bytes reserved for an incomplete message.
+    reservation: Reservation,
+    /// Keeps this connection counted as open by the server.
     _peer: Option<Peer>,
-    /// From the handshake: where requests belong to that do not say so themselves.
+    /// Trace context of the handshake, for requests that have none.
     trace: Option<Box<TraceContext>>,
 }
 
@@ -119,19 +118,19 @@ impl<S: AsyncRead + AsyncWrite + Unpin> Connection<S> {
             socket,
             early,
             decoder,
-            out: Outbox::default(),
+            out: SendBuffer::default(),
             calls: FuturesUnordered::new(),
-            unanswered: Cost::default(),
+            pending: Cost::default(),
             session: Session {
                 gateway,
                 handle,
                 subscriptions: Subscriptions::default(),
                 watches: None,
                 ready: Vec::new(),
-                catching_up: 0,
+                log_reads: 0,
                 rate,
-                refused_in_a_row: 0,
-                counted: Counted::default(),
+                consecutive_rejections: 0,
+                reservation: Reservation::default(),
                 _peer: peer,
                 trace: trace.map(Box::new),
             },
@@ -139,12 +138,12 @@ impl<S: AsyncRead + AsyncWrite + Unpin> Connection<S> {
         }
     }
 
-    /// Queues the first message.
-    pub(crate) fn greet(&mut self) {
+    /// Queues message `connected`.
+    pub(crate) fn send_connected(&mut self) {
         let frame = {
             let Session { gateway, handle, .. } = &self.session;
             let principal = handle.principal();
-            let connected = messages::Connected {
+            let connected = server_message::Connected {
                 connection_id: &handle.id.to_string(),
                 user_id: &principal.user,
                 tenant_id: &principal.tenant,
@@ -153,7 +152,7 @@ impl<S: AsyncRead + AsyncWrite + Unpin> Connection<S> {
                 max_message_bytes: gateway.options.max_message_bytes,
                 expires_at: principal.expires_at,
             };
-            messages::connected(&connected, gateway.clock.now())
+            server_message::connected(&connected, gateway.clock.now())
         };
         self.send(frame);
     }
@@ -163,22 +162,22 @@ impl<S: AsyncRead + AsyncWrite + Unpin> Connection<S> {
         self.out.push(frame);
     }
 
-    /// Says why and begins to close.
+    /// Queues a close frame and starts to close.
     pub(crate) fn close(&mut self, code: u16, reason: &str) {
         if self.phase == Phase::Open {
-            if code == close_code::TOO_SLOW {
+            if code == close_code::SLOW_CONSUMER {
                 self.session.gateway.metrics.slow_consumers.inc();
             }
             self.send(frame::close(code, reason));
             self.phase = Phase::Closing;
             let now = self.session.gateway.registry.seconds();
-            self.session.handle.pulse.closing_since.store(now.max(1), Ordering::Relaxed);
+            self.session.handle.liveness.closing_since.store(now.max(1), Ordering::Relaxed);
         }
     }
 
-    /// Looks at what others have left here. Says whether there was anything, or `None` when the
-    /// connection is to be dropped.
-    fn look_at_inbox(&mut self) -> Option<bool> {
+    /// Handles the items of the inbox. Returns whether it held any, or `None` when the connection
+    /// must be dropped.
+    fn drain_inbox(&mut self) -> Option<bool> {
         let inbox = self.session.handle.take_inbox(self.out.bytes() < HIGH_WATER);
         if inbox.abort {
             return None;
@@ -194,18 +193,18 @@ impl<S: AsyncRead + AsyncWrite + Unpin> Connection<S> {
         Some(anything)
     }
 
-    /// Reads once and deals with what came.
+    /// Reads once and handles the input.
     fn read(&mut self, context: &mut Context<'_>) -> Poll<std::io::Result<()>> {
         if self.decoder.is_paused() {
-            self.take_in(&mut [], context);
+            self.feed(&mut [], context);
             return Poll::Ready(Ok(()));
         }
         if !self.early.is_empty() {
             let mut early = std::mem::take(&mut self.early).to_vec();
-            self.take_in(&mut early, context);
+            self.feed(&mut early, context);
             return Poll::Ready(Ok(()));
         }
-        READ.with_borrow_mut(|buffer| {
+        READ_BUFFER.with_borrow_mut(|buffer| {
             let mut read = ReadBuf::new(buffer);
             match Pin::new(&mut self.socket).poll_read(context, &mut read) {
                 Poll::Pending => return Poll::Pending,
@@ -216,30 +215,30 @@ impl<S: AsyncRead + AsyncWrite + Unpin> Connection<S> {
             if count == 0 {
                 return Poll::Ready(Err(std::io::ErrorKind::UnexpectedEof.into()));
             }
-            self.take_in(&mut buffer[..count], context);
+            self.feed(&mut buffer[..count], context);
             Poll::Ready(Ok(()))
         })
     }
 
-    fn take_in(&mut self, input: &mut [u8], context: &mut Context<'_>) {
+    fn feed(&mut self, input: &mut [u8], context: &mut Context<'_>) {
         let Session { gateway, handle, .. } = &self.session;
         gateway.metrics.bytes_in.inc_by(input.len() as u64);
-        handle.pulse.seen.store(gateway.registry.seconds(), Ordering::Relaxed);
-        // The decoder lends its buffer to the messages it finds, so it stands apart from the rest.
+        handle.liveness.last_frame.store(gateway.registry.seconds(), Ordering::Relaxed);
+        // Messages borrow the decoder's buffer, so it is moved out of `self`.
         let mut decoder = std::mem::replace(&mut self.decoder, Decoder::new(0));
-        let mut any = false;
+        let mut any_message = false;
         let fed = decoder.feed(input, |message| {
-            // Control frames may come in the midst of a message.
-            any |= !matches!(message, Message::Ping(_) | Message::Pong);
+            // Control frames may arrive between the fragments of a message.
+            any_message |= !matches!(message, Message::Ping(_) | Message::Pong);
             self.on_message(&message, context)
         });
         self.decoder = decoder;
-        let fed = fed.and_then(|()| self.count_held(any));
+        let fed = fed.and_then(|()| self.reserve_buffered(any_message));
         if let Err(Violation { code, reason }) = fed {
-            // What is held is of no use any longer.
+            // The buffered bytes are no longer needed.
             self.decoder = Decoder::new(self.session.gateway.options.max_message_bytes);
-            let released = self.count_held(true);
-            debug_assert_eq!(released, Ok(()), "less is never refused");
+            let released = self.reserve_buffered(true);
+            debug_assert_eq!(released, Ok(()), "a smaller reservation never fails");
             if self.phase == Phase::Open {
                 self.session.gateway.metrics.invalid_messages.inc();
                 self.close(code, &reason);
@@ -247,23 +246,23 @@ impl<S: AsyncRead + AsyncWrite + Unpin> Connection<S> {
         }
     }
 
-    /// Counts the bytes of the message that is not whole; `is_new` if the one before it has ended.
-    fn count_held(&mut self, is_new: bool) -> Result<(), Violation> {
-        let Session { gateway, handle, counted, .. } = &mut self.session;
-        let held = self.decoder.held();
-        let since = &handle.pulse.partial_since;
+    /// Reserves the bytes of an incomplete message; `is_new` if the previous one has ended.
+    fn reserve_buffered(&mut self, is_new: bool) -> Result<(), Violation> {
+        let Session { gateway, handle, reservation, .. } = &mut self.session;
+        let buffered = self.decoder.buffered_bytes();
+        let since = &handle.liveness.partial_since;
         if !self.decoder.is_in_message() {
             since.store(0, Ordering::Relaxed);
         } else if is_new || since.load(Ordering::Relaxed) == 0 {
             since.store(gateway.registry.seconds().max(1), Ordering::Relaxed);
         }
-        if !counted.differs(held) {
+        if !reservation.differs(buffered) {
             return Ok(());
         }
-        let outcome = gateway.registry.buffers.count(&handle.owner(), counted, held);
+        let outcome = gateway.registry.buffer_budget.update(&handle.owner(), reservation, buffered);
         outcome.map_err(|option| Violation {
-            code: close_code::TOO_MANY,
-            reason: format!("too many bytes of messages that are not whole ({option})"),
+            code: close_code::LIMIT_EXCEEDED,
+            reason: format!("too many bytes of incomplete messages ({option})"),
         })
     }
 
@@ -276,29 +275,29 @@ impl<S: AsyncRead + AsyncWrite + Unpin> Connection<S> {
                 self.phase = Phase::Closed;
                 return Flow::Stop;
             }
-            _ if self.phase != Phase::Open => return Flow::Next,
+            _ if self.phase != Phase::Open => return Flow::Continue,
             Message::Ping(payload) => self.send(frame::pong(payload)),
             Message::Pong => {}
             Message::Binary => {
-                let rule = "binary frames are not part of streamer.v1.json: send text";
-                self.refuse(None, &RequestError::new(ErrorCode::ValidationError, rule));
+                let rule = "streamer.v1.json has no binary messages: send text";
+                self.reject(None, &RequestError::new(ErrorCode::ValidationError, rule));
             }
             Message::Text(text) => self.on_text(text, context),
         }
         match self.phase {
-            Phase::Open if self.has_room() => Flow::Next,
+            Phase::Open if self.has_room() => Flow::Continue,
             Phase::Open => Flow::Pause,
-            // Its own close frame may be among what is left.
-            Phase::Closing => Flow::Next,
+            // The client's close frame may be in the remaining input.
+            Phase::Closing => Flow::Continue,
             Phase::Closed => Flow::Stop,
         }
     }
 
-    /// Whether it can take on more.
+    /// Returns whether the connection accepts more work.
     fn has_room(&self) -> bool {
-        let Cost { calls, bytes, large } = self.unanswered;
+        let Cost { calls, bytes, large } = self.pending;
         calls < self.session.gateway.options.max_in_flight
-            && bytes < MAX_UNANSWERED_BYTES
+            && bytes < MAX_PENDING_BYTES
             && large < MAX_LARGE_CALLS
             && self.out.bytes() < HIGH_WATER
     }
@@ -312,62 +311,62 @@ impl<S: AsyncRead + AsyncWrite + Unpin> Connection<S> {
             let limit = gateway.options.messages_per_second;
             let error = RequestError::limited(
                 "gateway.messages_per_second",
-                &format!("more than {limit} messages a second"),
+                &format!("more than {limit} messages per second"),
                 Some(wait),
             );
-            self.refuse(protocol::request_id(text).as_deref(), &error);
+            self.reject(client_message::request_id(text).as_deref(), &error);
             return;
         }
-        match protocol::parse(text) {
+        match client_message::parse(text) {
             Ok(message) => {
-                self.session.refused_in_a_row = 0;
-                let large = usize::from(message.has_large_answer());
-                let call = self.session.begin(message, now);
+                self.session.consecutive_rejections = 0;
+                let large = usize::from(message.has_large_reply());
+                let call = self.session.start_call(message, now);
                 self.start(call, Cost { calls: 1, bytes: text.len(), large }, context);
             }
-            Err(refusal) => {
-                let details = streamer_rpc::violations_details(&refusal.violations);
+            Err(invalid) => {
+                let details = streamer_rpc::violations_details(&invalid.violations);
                 let mut error =
-                    RequestError::new(ErrorCode::ValidationError, refusal.violations.to_string());
+                    RequestError::new(ErrorCode::ValidationError, invalid.violations.to_string());
                 error.details = Some(details);
-                self.refuse(refusal.request_id.as_deref(), &error);
+                self.reject(invalid.request_id.as_deref(), &error);
             }
         }
     }
 
-    fn refuse(&mut self, request_id: Option<&str>, error: &RequestError) {
+    fn reject(&mut self, request_id: Option<&str>, error: &RequestError) {
         self.session.gateway.metrics.invalid_messages.inc();
-        self.session.refused_in_a_row += 1;
-        if self.session.refused_in_a_row > MAX_REFUSED_IN_A_ROW {
+        self.session.consecutive_rejections += 1;
+        if self.session.consecutive_rejections > MAX_CONSECUTIVE_REJECTIONS {
             let code = if error.code == ErrorCode::RateLimited {
-                close_code::TOO_MANY
+                close_code::LIMIT_EXCEEDED
             } else {
-                close_code::BAD_PROTOCOL
+                close_code::PROTOCOL_ERROR
             };
-            self.close(code, "too many messages in a row were refused");
+            self.close(code, "too many consecutive messages were rejected");
             return;
         }
         let now = self.session.gateway.clock.now();
-        self.send(messages::error(request_id, error, now));
+        self.send(server_message::error(request_id, error, now));
     }
 
-    /// Starts a call. Most sync actions answer at once, and are then not queued at all.
+    /// Starts a call. Most sync actions complete immediately and are not queued.
     fn start(&mut self, mut call: Call, cost: Cost, context: &mut Context<'_>) {
         match call.as_mut().poll(context) {
-            Poll::Ready(reply) => self.finish(reply),
+            Poll::Ready(reply) => self.handle_reply(reply),
             Poll::Pending => {
-                self.unanswered.add(cost);
+                self.pending.add(cost);
                 self.calls.push(InFlight { call, cost });
             }
         }
     }
 
-    fn finish(&mut self, reply: Reply) {
+    fn handle_reply(&mut self, reply: Reply) {
         if self.phase != Phase::Open {
             return; // nothing may follow a close frame
         }
         let before = self.out.bytes();
-        let close = self.session.conclude(reply, &mut self.out);
+        let close = self.session.finish_call(reply, &mut self.out);
         let queued = self.out.bytes().saturating_sub(before);
         self.session.gateway.metrics.bytes_out.inc_by(queued as u64);
         if let Some((code, reason)) = close {
@@ -375,11 +374,12 @@ impl<S: AsyncRead + AsyncWrite + Unpin> Connection<S> {
         }
     }
 
-    /// One turn: `true` when there may be more to do, `false` when the connection is over.
-    fn turn(&mut self, context: &mut Context<'_>) -> Poll<bool> {
-        let Some(mut progressed) = self.look_at_inbox() else { return Poll::Ready(false) };
+    /// Runs one iteration. Returns `true` when there may be more to do, `false` when the connection
+    /// has ended.
+    fn iterate(&mut self, context: &mut Context<'_>) -> Poll<bool> {
+        let Some(mut progressed) = self.drain_inbox() else { return Poll::Ready(false) };
         let may_read = self.phase != Phase::Open || self.has_room();
-        self.session.handle.pulse.reading.store(may_read, Ordering::Relaxed);
+        self.session.handle.liveness.reading.store(may_read, Ordering::Relaxed);
         if may_read && self.phase != Phase::Closed {
             match self.read(context) {
                 Poll::Ready(Ok(())) => progressed = true,
@@ -387,12 +387,12 @@ impl<S: AsyncRead + AsyncWrite + Unpin> Connection<S> {
                 Poll::Pending => {}
             }
         }
-        // An answer that cannot be sent yet is better not made.
+        // Calls are not polled while their replies cannot be sent.
         while self.out.bytes() < HIGH_WATER
             && let Poll::Ready(Some((reply, cost))) = self.calls.poll_next_unpin(context)
         {
-            self.unanswered.take_off(cost);
-            self.finish(reply);
+            self.pending.subtract(cost);
+            self.handle_reply(reply);
             progressed = true;
         }
         if self.phase == Phase::Open {
@@ -408,7 +408,7 @@ impl<S: AsyncRead + AsyncWrite + Unpin> Connection<S> {
         if progressed { Poll::Ready(true) } else { Poll::Pending }
     }
 
-    /// Says whether there are new calls, which have to be polled.
+    /// Queues events. Returns whether there are new calls, which must be polled.
     fn deliver(&mut self) -> bool {
         let before = self.out.bytes();
         let calls = self.session.deliver(&mut self.out, HIGH_WATER);
@@ -417,27 +417,27 @@ impl<S: AsyncRead + AsyncWrite + Unpin> Connection<S> {
         let any = !calls.is_empty();
         for call in calls {
             let cost = Cost { calls: 1, ..Cost::default() };
-            self.unanswered.add(cost);
+            self.pending.add(cost);
             self.calls.push(InFlight { call, cost });
         }
         any
     }
 
-    /// Writes what waits. Says whether there is now room for more.
+    /// Writes pending output. Returns whether some was written and there is room for more.
     fn write(&mut self, context: &mut Context<'_>) -> std::io::Result<bool> {
         if self.out.is_empty() {
             return Ok(false);
         }
         let before = self.out.bytes();
         let written = self.out.poll_write(&mut self.socket, context);
-        let pulse = &self.session.handle.pulse;
+        let liveness = &self.session.handle.liveness;
         let moved = self.out.bytes() < before;
         match written {
             Poll::Ready(Err(error)) => return Err(error),
-            Poll::Ready(Ok(())) => pulse.blocked_since.store(0, Ordering::Relaxed),
-            Poll::Pending if moved || pulse.blocked_since.load(Ordering::Relaxed) == 0 => {
+            Poll::Ready(Ok(())) => liveness.blocked_since.store(0, Ordering::Relaxed),
+            Poll::Pending if moved || liveness.blocked_since.load(Ordering::Relaxed) == 0 => {
                 let now = self.session.gateway.registry.seconds();
-                pulse.blocked_since.store(now.max(1), Ordering::Relaxed);
+                liveness.blocked_since.store(now.max(1), Ordering::Relaxed);
             }
             Poll::Pending => {}
         }
@@ -450,10 +450,10 @@ impl<S: AsyncRead + AsyncWrite + Unpin> Future for Connection<S> {
 
     fn poll(self: Pin<&mut Self>, context: &mut Context<'_>) -> Poll<()> {
         let connection = self.get_mut();
-        // Before looking, so that whatever is left here from now on wakes us.
+        // Registered before the inbox is read, so that every later change wakes this task.
         connection.session.handle.waker.register(context.waker());
-        for _ in 0..MAX_TURNS {
-            match connection.turn(context) {
+        for _ in 0..MAX_ITERATIONS {
+            match connection.iterate(context) {
                 Poll::Ready(true) => {}
                 Poll::Ready(false) => return Poll::Ready(()),
                 Poll::Pending => return Poll::Pending,
@@ -467,12 +467,13 @@ impl<S: AsyncRead + AsyncWrite + Unpin> Future for Connection<S> {
 impl Drop for Session {
     fn drop(&mut self) {
         for subscription in self.subscriptions.values() {
-            self.gateway.hub.leave(&subscription.topic, self.handle.id);
+            self.gateway.fanout.leave(&subscription.topic, self.handle.id);
         }
         let registry = &self.gateway.registry;
-        if self.counted.differs(0) {
-            let released = registry.buffers.count(&self.handle.owner(), &mut self.counted, 0);
-            debug_assert_eq!(released, Ok(()), "less is never refused");
+        if self.reservation.differs(0) {
+            let released =
+                registry.buffer_budget.update(&self.handle.owner(), &mut self.reservation, 0);
+            debug_assert_eq!(released, Ok(()), "a smaller reservation never fails");
         }
         registry.remove(&self.handle);
     }

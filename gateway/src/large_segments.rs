@@ -1,4 +1,4 @@
-//! Bounds the memory of large segments, over all topics.
+//! Limits the memory of large segments across all topics.
 
 use std::{
     collections::VecDeque,
@@ -12,19 +12,19 @@ use crate::topic::{Published, Topic};
 
 /// Segments of more bytes than this are large.
 const LARGE_BYTES: usize = 64 * 1024;
-/// Bytes of the latest large segments that are kept; watchers that are further behind read from the log.
+/// Bytes of recent large segments that are retained; subscribers further behind read from the log.
 const MAX_BYTES: usize = 64 * 1024 * 1024;
-/// Segments that are younger than [`MIN_LIFE`] are kept beyond that, up to so many bytes: those who read at once
-/// find them, whatever others publish.
-const MAX_BYTES_OF_ALL: usize = 4 * MAX_BYTES;
-const MIN_LIFE: Duration = Duration::from_secs(1);
+/// Segments younger than [`MIN_RETENTION`] are retained beyond that, up to this many bytes, so that subscribers that
+/// read immediately find them whatever is published to other topics.
+const MAX_TOTAL_BYTES: usize = 4 * MAX_BYTES;
+const MIN_RETENTION: Duration = Duration::from_secs(1);
 
-/// The latest large segments, the oldest first.
+/// The most recent large segments, oldest first.
 #[derive(Default)]
-pub(crate) struct LargeSegments(Mutex<Kept>);
+pub(crate) struct LargeSegments(Mutex<Retained>);
 
 #[derive(Default)]
-struct Kept {
+struct Retained {
     segments: VecDeque<LargeSegment>,
     bytes: usize,
 }
@@ -36,9 +36,8 @@ struct LargeSegment {
 }
 
 impl LargeSegments {
-    /// Notes what a topic has published. Older large segments are dropped from their topics when there are too
-    /// many.
-    pub(crate) fn note(&self, topic: &Arc<Topic>, published: Published, now: Instant) {
+    /// Records a published segment. Drops the oldest large segments from their topics when the limit is exceeded.
+    pub(crate) fn record(&self, topic: &Arc<Topic>, published: Published, now: Instant) {
         if published.bytes <= LARGE_BYTES {
             return;
         }
@@ -49,19 +48,23 @@ impl LargeSegments {
         }
     }
 
-    /// Returns those that are too old.
+    /// Adds a segment and returns those that exceed the limit.
     fn push(&self, topic: &Arc<Topic>, published: Published, now: Instant) -> Vec<LargeSegment> {
-        let mut kept = self.0.lock();
-        kept.bytes += published.bytes;
-        kept.segments.push_back(LargeSegment { topic: Arc::downgrade(topic), published, at: now });
+        let mut retained = self.0.lock();
+        retained.bytes += published.bytes;
+        retained.segments.push_back(LargeSegment {
+            topic: Arc::downgrade(topic),
+            published,
+            at: now,
+        });
         let mut dropped = Vec::new();
-        while let Some(oldest) = kept.segments.front() {
-            let limit = if now - oldest.at < MIN_LIFE { MAX_BYTES_OF_ALL } else { MAX_BYTES };
-            if kept.bytes <= limit || kept.segments.len() == 1 {
+        while let Some(oldest) = retained.segments.front() {
+            let limit = if now - oldest.at < MIN_RETENTION { MAX_TOTAL_BYTES } else { MAX_BYTES };
+            if retained.bytes <= limit || retained.segments.len() == 1 {
                 break;
             }
-            if let Some(oldest) = kept.segments.pop_front() {
-                kept.bytes -= oldest.published.bytes;
+            if let Some(oldest) = retained.segments.pop_front() {
+                retained.bytes -= oldest.published.bytes;
                 dropped.push(oldest);
             }
         }
@@ -75,15 +78,15 @@ mod tests {
     use streamer_proto::common::v1::{Event, Output, Payload, event::Kind, payload::Body};
 
     use super::*;
-    use crate::{messages::Names, topic::Next};
+    use crate::{server_message::RequestIds, topic::Next};
 
     #[test]
     fn the_oldest_large_segments_are_dropped_from_their_topics() {
         let all = LargeSegments::default();
         let topic = || {
             let uid = Uid::new(Timestamp::default());
-            let names = Names { request_id: "r".into(), uid: uid.to_string() };
-            Arc::new(Topic::new(uid, names, 0))
+            let ids = RequestIds { request_id: "r".into(), uid: uid.to_string() };
+            Arc::new(Topic::new(uid, ids, 0))
         };
         let output = |bytes: usize| {
             let body = Some(Body::Data(format!("\"{}\"", "x".repeat(bytes)).into()));
@@ -95,18 +98,18 @@ mod tests {
         let publish = |bytes, seconds| {
             let topic = topic();
             let now = begin + Duration::from_secs(seconds);
-            all.note(&topic, topic.publish(&[output(bytes)]).unwrap(), now);
+            all.record(&topic, topic.publish(&[output(bytes)]).unwrap(), now);
             topic
         };
         let (small, first) = (publish(1000, 0), publish(1_000_000, 0));
         let others: Vec<_> = (0..70).map(|number| publish(1_000_000, 2 + number)).collect();
-        let is_kept = |topic: &Topic| matches!(topic.next(0), Next::Segment(_));
-        assert!(is_kept(&small) && !is_kept(&first) && is_kept(&others[69]));
-        let kept = others.iter().filter(|topic| is_kept(topic)).count();
-        assert!((60..=67).contains(&kept), "{kept}");
-        // Many at once are kept for those who read at once, up to a limit.
+        let is_retained = |topic: &Topic| matches!(topic.next(0), Next::Segment(_));
+        assert!(is_retained(&small) && !is_retained(&first) && is_retained(&others[69]));
+        let retained = others.iter().filter(|topic| is_retained(topic)).count();
+        assert!((60..=67).contains(&retained), "{retained}");
+        // New segments are retained for immediate readers, up to a limit.
         let many: Vec<_> = (0..300).map(|_| publish(1_000_000, 100)).collect();
-        let kept = many.iter().filter(|topic| is_kept(topic)).count();
-        assert!((250..=268).contains(&kept), "{kept}");
+        let retained = many.iter().filter(|topic| is_retained(topic)).count();
+        assert!((250..=268).contains(&retained), "{retained}");
     }
 }

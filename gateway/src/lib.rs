@@ -1,26 +1,26 @@
-//! The edge: WebSocket to gRPC.
+//! Gateway from WebSocket to gRPC.
 //!
-//! Outside clients speak subprotocol `streamer.v1.json` here (DESIGN §8); inside, the gateway is a
-//! client of router and progress like any other and carries the user's token on every call. It
-//! keeps no state that matters: a client that loses its gateway goes on at another with
-//! `after_seq`. One upstream watch serves all local watchers of a request; each of them is a cursor
-//! into frames that were encoded once, so that a slow one costs only itself.
+//! Clients connect with subprotocol `streamer.v1.json` (DESIGN §8). The gateway is an ordinary
+//! client of the router and progress services and sends the user's token with every call. It keeps
+//! no durable state: a client whose gateway fails reconnects to a different one and resumes with
+//! `after_seq`. All local subscribers of a request share one upstream watch; each is a cursor over
+//! frames that are encoded once, so that a slow one delays only itself.
 
-mod api;
-mod buffers;
+mod buffer_budget;
+mod client_message;
 mod connection;
-mod elsewhere;
-mod handle;
-mod hub;
-mod json;
+mod connection_handle;
+mod connection_registry;
+mod connections_service;
+mod fanout;
+mod json_writer;
 mod large_segments;
-mod messages;
 mod metrics;
-mod peers;
-mod protocol;
-mod registry;
-mod server;
+mod peer_gateways;
+mod server_message;
 mod topic;
+mod upgrade;
+mod upstreams;
 mod ws;
 
 use std::{sync::Arc, time::Duration};
@@ -36,93 +36,93 @@ use tokio::time::timeout;
 use tokio_util::sync::CancellationToken;
 
 use crate::{
-    api::ConnectionsApi, hub::Hub, metrics::GatewayMetrics, peers::Peers, registry::Registry,
-    server::Gateway,
+    connection_registry::ConnectionRegistry, connections_service::ConnectionsApi, fanout::Fanout,
+    metrics::GatewayMetrics, upgrade::Gateway, upstreams::Upstreams,
 };
 
-/// What the operator sets.
+/// Gateway options.
 #[derive(Clone, Debug)]
 pub struct GatewayOptions {
-    /// Origins whose pages may connect; empty means pages of this machine only, `*` all.
+    /// Origins whose pages may connect. Empty allows only pages of this machine; `*` allows all.
     pub allowed_origins: Vec<String>,
-    /// Connections in all.
+    /// Maximum number of connections.
     pub max_connections: usize,
-    /// Connections of one user.
+    /// Maximum number of connections of one user.
     pub max_connections_per_user: usize,
-    /// Connections from one address.
+    /// Maximum number of connections from one address.
     pub max_connections_per_address: usize,
-    /// Subscriptions of one connection.
+    /// Maximum number of subscriptions of one connection.
     pub max_subscriptions: usize,
-    /// Unanswered calls of one connection; beyond that it is not read from.
+    /// Maximum number of pending calls of one connection; at the limit it is not read from.
     pub max_in_flight: usize,
-    /// Messages a second from one connection; 0 for no limit.
+    /// Maximum rate of messages from one connection, per second; 0 disables the limit.
     pub messages_per_second: u32,
-    /// Messages at once beyond that rate.
+    /// Messages accepted in a burst beyond that rate.
     pub message_burst: u32,
-    /// Bytes of messages of clients that are not whole, in all.
+    /// Maximum number of bytes buffered for incomplete client messages.
     pub max_buffered_bytes: usize,
-    /// The same, of one user.
+    /// Maximum number of bytes buffered for incomplete messages of one user.
     pub max_buffered_bytes_per_user: usize,
-    /// How long a message may take to come, once it has begun.
+    /// Time within which a message must be complete, once it has begun.
     pub message_timeout: Duration,
-    /// Largest message from a client.
+    /// Maximum size of a client message.
     pub max_message_bytes: usize,
-    /// A quiet client is pinged so often, and dropped after twice that.
+    /// Interval at which a silent client is pinged; it is dropped after twice the interval.
     pub heartbeat: Duration,
-    /// A socket that takes nothing for so long, though something waits, is closed.
+    /// Time after which a connection is closed if its pending output makes no progress.
     pub slow_consumer_timeout: Duration,
-    /// How long turning a client away may take.
+    /// Timeout for closing a rejected connection.
     pub handshake_timeout: Duration,
-    /// What clients are told to wait, at most, before they come back after a drain.
+    /// Maximum time that clients wait before they reconnect after a drain.
     pub reconnect_after: Duration,
 }
 
-/// What the gateway needs.
+/// Dependencies of the gateway.
 pub struct Dependencies {
-    /// Where connections are noted.
+    /// Stores connection records.
     pub store: Arc<dyn Store>,
-    /// For timestamps.
+    /// Provides timestamps.
     pub clock: Arc<dyn Clock>,
     /// Verifies tokens.
     pub authenticator: Arc<Authenticator>,
-    /// The same, in front of gRPC services, with the audit log.
+    /// Authenticates gRPC calls and writes the audit log.
     pub auth: AuthLayer,
-    /// To the router.
+    /// Channel to the router.
     pub router: Channel,
-    /// To the progress service.
+    /// Channel to the progress service.
     pub progress: Channel,
-    /// All gateways, where there are others.
+    /// All gateways, if this process is not the only one.
     pub others: Option<OtherGateways>,
-    /// Where metrics go.
+    /// Registry of metrics.
     pub metrics: Metrics,
-    /// Where traces go, and which requests are traced.
+    /// Exports traces and decides which requests are traced.
     pub traces: Traces,
-    /// What the operator sets.
+    /// Gateway options.
     pub options: GatewayOptions,
-    /// How many watches tenants and users have open in this process.
+    /// Open watches of tenants and users in this process.
     pub open_watches: Arc<OpenWatches>,
 }
 
-/// The gateways beside this one.
+/// The other gateways of the deployment.
 #[derive(Clone)]
 pub struct OtherGateways {
-    /// The name of this one among the members.
+    /// Name of this gateway among the members.
     pub own: String,
-    /// All of them.
+    /// All gateways, including this one.
     pub members: Members,
 }
 
-/// The gateway, ready to be served.
+/// Services of the gateway, ready to be served.
 pub struct GatewayServer {
     /// `GET /ws`. Must be served over plain TCP by hyper-util's auto server, with upgrades.
     pub http: axum::Router,
-    /// For services that speak to connected users: `streamer.connections.v1`.
+    /// `streamer.connections.v1`, for services that send messages to connected users.
     pub connections: AuthService<ConnectionsServiceServer<ConnectionsApi>>,
     gateway: Arc<Gateway>,
 }
 
 impl GatewayServer {
-    /// Wires the service.
+    /// Builds the gateway.
     #[must_use]
     pub fn build(dependencies: Dependencies) -> Self {
         let Dependencies {
@@ -140,9 +140,9 @@ impl GatewayServer {
         } = dependencies;
         let options = Arc::new(options);
         let metrics = GatewayMetrics::new(&metrics);
-        let peers = Arc::new(Peers::new(router, progress, options.max_message_bytes));
-        let registry = Arc::new(Registry::new(
-            server::gateway_name(clock.now()),
+        let upstreams = Arc::new(Upstreams::new(router, progress, options.max_message_bytes));
+        let registry = Arc::new(ConnectionRegistry::new(
+            upgrade::gateway_name(clock.now()),
             store.clone(),
             clock.clone(),
             options.clone(),
@@ -153,8 +153,8 @@ impl GatewayServer {
             clock,
             authenticator,
             audit: auth.audit().clone(),
-            hub: Arc::new(Hub::new(peers.clone(), metrics.clone())),
-            peers,
+            fanout: Arc::new(Fanout::new(upstreams.clone(), metrics.clone())),
+            upstreams,
             registry,
             metrics,
             traces,
@@ -162,25 +162,25 @@ impl GatewayServer {
         });
         let api =
             ConnectionsServiceServer::new(ConnectionsApi::new(gateway.clone(), store, others));
-        let http = axum::Router::new().route("/ws", any(server::open)).with_state(gateway.clone());
+        let http = axum::Router::new().route("/ws", any(upgrade::open)).with_state(gateway.clone());
         Self { http, connections: auth.wrap(api), gateway }
     }
 
-    /// Looks after connections until `shutdown`.
+    /// Runs the background tasks until `shutdown`.
     pub async fn run(&self, shutdown: CancellationToken) {
-        let Gateway { registry, hub, .. } = &*self.gateway;
+        let Gateway { registry, fanout, .. } = &*self.gateway;
         tokio::join!(
             registry.sweep(shutdown.clone()),
-            registry.keep_notes(shutdown.clone()),
-            hub.run(shutdown),
+            registry.flush_registrations(shutdown.clone()),
+            fanout.run(shutdown),
         );
     }
 
-    /// Sends every client elsewhere; returns once all have gone, or after `limit`.
+    /// Closes every connection. Returns once all clients have disconnected, or after `limit`.
     pub async fn drain(&self, limit: Duration) {
         self.gateway.registry.drain(self.gateway.options.reconnect_after);
-        if timeout(limit, self.gateway.registry.empty()).await.is_err() {
-            tracing::warn!("some clients did not close in time");
+        if timeout(limit, self.gateway.registry.wait_until_empty()).await.is_err() {
+            tracing::warn!("some clients did not disconnect in time");
         }
     }
 }

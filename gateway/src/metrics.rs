@@ -1,4 +1,4 @@
-//! The metrics of this service.
+//! Metrics of the gateway.
 
 use prometheus_client::metrics::{counter::Counter, gauge::Gauge};
 use streamer_telemetry::Metrics;
@@ -6,8 +6,8 @@ use streamer_telemetry::Metrics;
 #[derive(Clone)]
 pub(crate) struct GatewayMetrics {
     pub(crate) connections: Gauge,
-    pub(crate) opened: Counter,
-    pub(crate) refused: Counter,
+    pub(crate) accepted: Counter,
+    pub(crate) rejected: Counter,
     pub(crate) messages_in: Counter,
     pub(crate) bytes_in: Counter,
     pub(crate) bytes_out: Counter,
@@ -16,7 +16,7 @@ pub(crate) struct GatewayMetrics {
     pub(crate) slow_consumers: Counter,
     pub(crate) buffered_bytes: Gauge,
     pub(crate) buffered_bytes_limit: Gauge,
-    pub(crate) catch_ups: Counter,
+    pub(crate) log_reads: Counter,
     pub(crate) upstream_events: Counter,
     pub(crate) upstream_lost: Counter,
 }
@@ -25,31 +25,41 @@ impl GatewayMetrics {
     pub(crate) fn new(metrics: &Metrics) -> Self {
         let counter = |name, help| metrics.counter(name, help);
         Self {
-            connections: metrics.gauge("streamer_gateway_connections", "Open WebSockets"),
-            opened: counter("streamer_gateway_opened", "WebSockets that were let in"),
-            refused: counter("streamer_gateway_refused", "WebSockets that were not let in"),
-            messages_in: counter("streamer_gateway_messages_received", "Messages of clients"),
+            connections: metrics
+                .gauge("streamer_gateway_connections", "Open WebSocket connections"),
+            accepted: counter("streamer_gateway_opened", "WebSocket connections accepted"),
+            rejected: counter("streamer_gateway_refused", "WebSocket connections rejected"),
+            messages_in: counter(
+                "streamer_gateway_messages_received",
+                "Messages received from clients",
+            ),
             bytes_in: counter("streamer_gateway_received_bytes", "Bytes read from sockets"),
             bytes_out: counter("streamer_gateway_sent_bytes", "Bytes queued for sockets"),
-            invalid_messages: counter("streamer_gateway_invalid_messages", "Messages refused"),
-            rate_limited: counter("streamer_gateway_rate_limited", "Messages over a rate limit"),
-            slow_consumers: counter("streamer_gateway_slow_consumers", "Sockets closed with 4408"),
+            invalid_messages: counter("streamer_gateway_invalid_messages", "Messages rejected"),
+            rate_limited: counter("streamer_gateway_rate_limited", "Messages over the rate limit"),
+            slow_consumers: counter(
+                "streamer_gateway_slow_consumers",
+                "Slow consumers closed with code 4408",
+            ),
             buffered_bytes: metrics.gauge(
                 "streamer_gateway_buffered_bytes",
-                "Bytes of messages of clients that are not whole yet",
+                "Bytes buffered for incomplete client messages",
             ),
             buffered_bytes_limit: metrics.gauge(
                 "streamer_gateway_buffered_bytes_limit",
                 "Limit of streamer_gateway_buffered_bytes (gateway.max_buffered_bytes)",
             ),
-            catch_ups: counter(
+            log_reads: counter(
                 "streamer_gateway_catch_ups",
-                "Pages of a log read for connections that were behind",
+                "Log pages read for connections that were behind",
             ),
-            upstream_events: counter("streamer_gateway_upstream_events", "Events from upstream"),
+            upstream_events: counter(
+                "streamer_gateway_upstream_events",
+                "Events received from upstream",
+            ),
             upstream_lost: counter(
                 "streamer_gateway_upstream_lost",
-                "Watches at progress services that broke off, or could not be opened",
+                "Watches of progress services that were lost or could not be opened",
             ),
         }
     }

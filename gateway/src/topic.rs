@@ -1,4 +1,4 @@
-//! One watched request at this gateway: its latest events as frames, and who wants them.
+//! Topic of one watched request: its most recent events as frames, and its subscribers.
 
 use std::{
     collections::{HashMap, VecDeque},
@@ -20,47 +20,47 @@ use tokio::task::AbortHandle;
 use tonic::Status;
 
 use crate::{
-    handle::ConnectionHandle,
-    messages::{self, Names},
+    connection_handle::ConnectionHandle,
+    server_message::{self, RequestIds},
 };
 
-/// Bytes of frames kept at most, unless a single segment is larger; who is further behind reads
-/// from the log.
+/// Maximum bytes of frames in memory, unless a single segment is larger. Subscribers further behind
+/// read from the log.
 const MAX_BYTES: usize = 256 * 1024;
 
-/// Events that came together, as frames one after the other: encoded once, sent to any number of
+/// Events that arrived together, as consecutive frames: encoded once, sent to any number of
 /// sockets.
 pub(crate) struct Segment {
     first_seq: i64,
     frames: Bytes,
-    index: Vec<FrameAt>,
-    /// The last event, if it ends the request.
-    pub(crate) outcome: Option<OutcomeAt>,
+    index: Vec<FrameEnd>,
+    /// The last event, if it is terminal.
+    pub(crate) terminal: Option<TerminalEvent>,
 }
 
-/// When a request ended.
-pub(crate) struct OutcomeAt {
+/// Attempt and time of a terminal event.
+pub(crate) struct TerminalEvent {
     pub(crate) attempt: u32,
     pub(crate) time: Timestamp,
 }
 
-struct FrameAt {
+struct FrameEnd {
     end: usize,
-    /// Progress: only the newest counts for those who asked for the latest.
+    /// It is progress: in mode `latest` only the newest is sent.
     droppable: bool,
 }
 
 impl Segment {
-    /// From contiguous events, at least one.
-    pub(crate) fn encode(events: &[Event], names: &Names) -> Self {
+    /// Encodes contiguous events, of which there must be at least one.
+    pub(crate) fn encode(events: &[Event], ids: &RequestIds) -> Self {
         let mut frames = Vec::with_capacity(events.len());
         let mut index = Vec::with_capacity(events.len());
         let mut end = 0;
         for event in events {
-            let frame = messages::event(event, names);
+            let frame = server_message::event(event, ids);
             end += frame.len();
             let droppable = matches!(event.kind, Some(Kind::Progress(_)));
-            index.push(FrameAt { end, droppable });
+            index.push(FrameEnd { end, droppable });
             frames.push(frame);
         }
         let frames = match <[Bytes; 1]>::try_from(frames) {
@@ -72,18 +72,18 @@ impl Segment {
             }
         };
         let first_seq = events.first().map_or(0, |event| event.seq);
-        let outcome = events.last().filter(|last| is_terminal(last)).map(|last| OutcomeAt {
+        let terminal = events.last().filter(|last| is_terminal(last)).map(|last| TerminalEvent {
             attempt: u32::try_from(last.attempt).unwrap_or(0),
             time: Timestamp::from_millis(last.time.as_ref().map_or(0, millis)),
         });
-        Self { first_seq, frames, index, outcome }
+        Self { first_seq, frames, index, terminal }
     }
 
     pub(crate) fn last_seq(&self) -> i64 {
         self.first_seq + i64::try_from(self.index.len()).unwrap_or(0) - 1
     }
 
-    /// All frames after `cursor`.
+    /// Returns all frames after `cursor`.
     pub(crate) fn after(&self, cursor: i64) -> Bytes {
         match usize::try_from(cursor - self.first_seq) {
             Err(_) => self.frames.clone(),
@@ -91,7 +91,7 @@ impl Segment {
         }
     }
 
-    /// The frames after `cursor` one by one, each with whether it may be dropped.
+    /// Returns the frames after `cursor` one by one, each with whether it may be dropped.
     pub(crate) fn each_after(&self, cursor: i64) -> impl Iterator<Item = (Bytes, bool)> {
         let skip = usize::try_from(cursor + 1 - self.first_seq).unwrap_or(0);
         (skip..self.index.len()).map(|position| {
@@ -102,59 +102,64 @@ impl Segment {
     }
 }
 
-/// A segment that was published.
+/// Size and last `seq` of a published segment.
 pub(crate) struct Published {
     pub(crate) last_seq: i64,
     pub(crate) bytes: usize,
 }
 
-/// What a subscriber finds.
+/// What follows the cursor of a subscriber.
 pub(crate) enum Next {
-    /// This comes next.
+    /// The segment that contains the next event.
     Segment(Arc<Segment>),
-    /// What comes next is not here (any more): read it from the log.
+    /// The next event is not in memory and must be read from the log.
     InLog,
-    /// Nothing newer yet.
+    /// No newer event yet.
     UpToDate,
-    /// Nothing will follow.
+    /// No event follows.
     Ended,
 }
 
-/// Ties a connection to a topic.
-pub(crate) struct Link {
+/// A connection that is subscribed to a topic.
+pub(crate) struct Subscriber {
     pub(crate) uid: Uid,
     pub(crate) handle: Arc<ConnectionHandle>,
-    /// The connection has been told and has not looked yet.
-    told: AtomicBool,
-    /// Why the events are not for this connection any more.
-    refusal: Mutex<Option<Status>>,
+    /// The connection was notified and has not read yet.
+    notified: AtomicBool,
+    /// Set when this connection may no longer receive the events.
+    rejection: Mutex<Option<Status>>,
 }
 
-impl Link {
+impl Subscriber {
     pub(crate) fn new(uid: Uid, handle: Arc<ConnectionHandle>) -> Arc<Self> {
-        Arc::new(Self { uid, handle, told: AtomicBool::new(false), refusal: Mutex::default() })
+        Arc::new(Self {
+            uid,
+            handle,
+            notified: AtomicBool::new(false),
+            rejection: Mutex::default(),
+        })
     }
 
-    /// Tells the connection that there is something for it.
-    pub(crate) fn tell(&self) {
-        if !self.told.swap(true, Ordering::AcqRel) {
-            self.handle.ready(self.uid);
+    /// Notifies the connection of new events.
+    pub(crate) fn notify(&self) {
+        if !self.notified.swap(true, Ordering::AcqRel) {
+            self.handle.notify(self.uid);
         }
     }
 
-    pub(crate) fn take_refusal(&self) -> Option<Status> {
-        self.refusal.lock().take()
+    pub(crate) fn take_rejection(&self) -> Option<Status> {
+        self.rejection.lock().take()
     }
 
-    /// The connection is about to look.
-    pub(crate) fn looked(&self) {
-        self.told.store(false, Ordering::Release);
+    /// Resets the notification before the connection reads.
+    pub(crate) fn clear_notification(&self) {
+        self.notified.store(false, Ordering::Release);
     }
 }
 
 pub(crate) struct Topic {
     pub(crate) uid: Uid,
-    pub(crate) names: Names,
+    pub(crate) ids: RequestIds,
     state: Mutex<State>,
 }
 
@@ -163,13 +168,13 @@ struct State {
     bytes: usize,
     last_seq: i64,
     ended: bool,
-    subscribers: HashMap<Uid, Arc<Link>>,
+    subscribers: HashMap<Uid, Arc<Subscriber>>,
     upstream: Option<AbortHandle>,
 }
 
 impl Topic {
-    /// A topic that will hold what comes after `last_seq`.
-    pub(crate) fn new(uid: Uid, names: Names, last_seq: i64) -> Self {
+    /// Creates a topic for the events after `last_seq`.
+    pub(crate) fn new(uid: Uid, ids: RequestIds, last_seq: i64) -> Self {
         let state = State {
             segments: VecDeque::new(),
             bytes: 0,
@@ -178,7 +183,7 @@ impl Topic {
             subscribers: HashMap::new(),
             upstream: None,
         };
-        Self { uid, names, state: Mutex::new(state) }
+        Self { uid, ids, state: Mutex::new(state) }
     }
 
     pub(crate) fn last_seq(&self) -> i64 {
@@ -193,14 +198,14 @@ impl Topic {
         self.state.lock().upstream = Some(upstream);
     }
 
-    /// Takes in contiguous events that follow what is here, and tells everybody.
+    /// Appends contiguous events and notifies all subscribers.
     pub(crate) fn publish(&self, events: &[Event]) -> Option<Published> {
         let last = events.last()?;
-        let segment = Arc::new(Segment::encode(events, &self.names));
+        let segment = Arc::new(Segment::encode(events, &self.ids));
         let published = Published { last_seq: last.seq, bytes: segment.frames.len() };
         let mut state = self.state.lock();
         if segment.first_seq != state.last_seq + 1 {
-            // What lies between is in the log.
+            // The events in between are only in the log.
             state.segments.clear();
             state.bytes = 0;
         }
@@ -213,11 +218,11 @@ impl Topic {
                 state.bytes -= dropped.frames.len();
             }
         }
-        state.subscribers.values().for_each(|link| link.tell());
+        state.subscribers.values().for_each(|subscriber| subscriber.notify());
         Some(published)
     }
 
-    /// Drops segments that end at `seq` or before; those who are behind read from the log.
+    /// Drops segments that end at or before `seq`; subscribers behind them read from the log.
     pub(crate) fn drop_through(&self, seq: i64) {
         let mut state = self.state.lock();
         while state.segments.front().is_some_and(|first| first.last_seq() <= seq) {
@@ -227,14 +232,14 @@ impl Topic {
         }
     }
 
-    /// Nothing will follow what is here.
+    /// Ends the topic and notifies all subscribers.
     pub(crate) fn end(&self) {
         let mut state = self.state.lock();
         state.ended = true;
-        state.subscribers.values().for_each(|link| link.tell());
+        state.subscribers.values().for_each(|subscriber| subscriber.notify());
     }
 
-    /// What comes after `cursor`.
+    /// Returns what follows `cursor`.
     pub(crate) fn next(&self, cursor: i64) -> Next {
         let state = self.state.lock();
         if cursor >= state.last_seq {
@@ -247,37 +252,37 @@ impl Topic {
         }
     }
 
-    pub(crate) fn subscribe(&self, link: Arc<Link>) {
-        self.state.lock().subscribers.insert(link.handle.id, link);
+    pub(crate) fn subscribe(&self, subscriber: Arc<Subscriber>) {
+        self.state.lock().subscribers.insert(subscriber.handle.id, subscriber);
     }
 
-    /// Says whether nobody is left.
+    /// Removes a subscriber. Returns whether none is left.
     pub(crate) fn unsubscribe(&self, connection: Uid) -> bool {
         let mut state = self.state.lock();
         state.subscribers.remove(&connection);
-        let nobody = state.subscribers.is_empty();
-        if nobody && let Some(upstream) = state.upstream.take() {
+        let is_unused = state.subscribers.is_empty();
+        if is_unused && let Some(upstream) = state.upstream.take() {
             upstream.abort();
         }
-        nobody
+        is_unused
     }
 
-    /// Somebody who is subscribed now, in whose name the upstream can be opened.
-    pub(crate) fn any_subscriber(&self) -> Option<Arc<Link>> {
+    /// Returns any current subscriber, whose token can open the upstream.
+    pub(crate) fn any_subscriber(&self) -> Option<Arc<Subscriber>> {
         self.state.lock().subscribers.values().next().cloned()
     }
 
-    /// This subscriber may not have the events.
-    pub(crate) fn refuse(&self, link: &Arc<Link>, refusal: Status) {
+    /// Removes a subscriber that may not receive the events, and notifies it.
+    pub(crate) fn reject(&self, subscriber: &Arc<Subscriber>, rejection: Status) {
         {
             let mut state = self.state.lock();
-            let id = link.handle.id;
-            if state.subscribers.get(&id).is_some_and(|known| Arc::ptr_eq(known, link)) {
+            let id = subscriber.handle.id;
+            if state.subscribers.get(&id).is_some_and(|known| Arc::ptr_eq(known, subscriber)) {
                 state.subscribers.remove(&id);
             }
         }
-        *link.refusal.lock() = Some(refusal);
-        link.tell();
+        *subscriber.rejection.lock() = Some(rejection);
+        subscriber.notify();
     }
 }
 
@@ -294,7 +299,7 @@ mod tests {
 
     fn topic() -> Topic {
         let uid = Uid::new(Timestamp::default());
-        Topic::new(uid, Names { request_id: "r".into(), uid: uid.to_string() }, 1)
+        Topic::new(uid, RequestIds { request_id: "r".into(), uid: uid.to_string() }, 1)
     }
 
     fn progress(seq: i64) -> Event {
@@ -302,10 +307,10 @@ mod tests {
     }
 
     #[test]
-    fn a_segment_is_cut_at_the_cursor() {
-        let names = Names { request_id: "r".into(), uid: "u".into() };
+    fn a_segment_returns_the_frames_after_the_cursor() {
+        let ids = RequestIds { request_id: "r".into(), uid: "u".into() };
         let events = [progress(2), event(3, Kind::Output(Output::default())), progress(4)];
-        let segment = Segment::encode(&events, &names);
+        let segment = Segment::encode(&events, &ids);
         let each: Vec<_> = segment.each_after(1).collect();
         assert_eq!(
             each.iter().map(|(_, droppable)| *droppable).collect::<Vec<_>>(),
@@ -339,7 +344,7 @@ mod tests {
     }
 
     #[test]
-    fn who_is_far_behind_is_sent_to_the_log() {
+    fn a_subscriber_far_behind_reads_from_the_log() {
         let topic = topic();
         let large = "x".repeat(MAX_BYTES / 2);
         for seq in 2..6 {

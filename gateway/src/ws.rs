@@ -1,10 +1,10 @@
-//! WebSocket, RFC 6455, server side.
+//! Server side of WebSocket (RFC 6455).
 //!
-//! Our own and not a library's because of what delivery needs (DESIGN §11): a frame is encoded once
-//! however many sockets it goes to, everything that waits for a socket leaves in one vectored
-//! write, and an idle connection holds no buffer at all.
+//! Not a library, because of the requirements of delivery (DESIGN §11): a frame is encoded once
+//! however many sockets it is sent to, all pending output of a socket is sent in one vectored
+//! write, and an idle connection holds no buffer.
 
 pub(crate) mod decoder;
 pub(crate) mod frame;
 pub(crate) mod handshake;
-pub(crate) mod outbox;
+pub(crate) mod send_buffer;

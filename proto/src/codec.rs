@@ -1,4 +1,4 @@
-//! The codec of all generated clients and servers.
+//! Codec of all generated clients and servers.
 
 use std::marker::PhantomData;
 
@@ -9,17 +9,17 @@ use tonic::{
 };
 use tonic_prost::ProstDecoder;
 
-/// Bytes that each stream reserves for encoding, and as many for decoding. tonic's own 8 KiB is a third
-/// of the memory of an idle watch. Below 1 KiB a `BytesMut` that has handed out slices allocates only
-/// what the next message needs, instead of its original capacity.
+/// Bytes that each stream reserves for encoding, and again for decoding. tonic's default of 8 KiB
+/// is a third of the memory of an idle watch. Below 1 KiB, a `BytesMut` whose slices are in use
+/// allocates only what the next message needs, not its original capacity.
 const BUFFER_BYTES: usize = 512;
-/// Encoded bytes at which a stream stops adding messages to a frame: tonic's default.
+/// Encoded bytes after which a stream adds no more messages to a frame: tonic's default.
 const YIELD_THRESHOLD: usize = 32 * 1024;
 
-/// Protobuf by `prost`, with small buffers that grow to the size of a message.
+/// Protobuf codec of `prost` with small buffers that grow to the size of a message.
 ///
-/// `Bytes` fields of a decoded message are slices of the buffer that it was decoded from, which may
-/// hold other messages: copy them before keeping them beyond the call.
+/// `Bytes` fields of a decoded message are slices of the receive buffer, which may contain other
+/// messages: copy them before keeping them beyond the call.
 #[derive(Debug)]
 pub struct SmallBufferCodec<T, U>(PhantomData<(T, U)>);
 
@@ -52,7 +52,7 @@ fn settings() -> BufferSettings {
     BufferSettings::new(BUFFER_BYTES, YIELD_THRESHOLD)
 }
 
-/// Reserves what a message needs before encoding it.
+/// Reserves the encoded size of a message before encoding it.
 #[derive(Debug)]
 pub struct ExactEncoder<T>(PhantomData<T>);
 

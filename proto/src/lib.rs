@@ -1,12 +1,12 @@
-//! Streamer's schema as Rust types, clients and servers, generated from the `.proto` files beside
-//! this crate, and the codec that they use. Used by every other crate.
+//! Streamer's schema as Rust types, clients and servers, generated from the `.proto` files of this
+//! package, and their codec. Used by every other crate.
 #![allow(missing_docs, unreachable_pub)]
 
 use prost::Message;
 
 pub mod codec;
 
-/// Shapes shared by all packages.
+/// Types shared by all packages.
 pub mod common {
     /// `streamer.common.v1`
     pub mod v1 {
@@ -46,7 +46,7 @@ pub mod connections {
     }
 }
 
-/// What services say only to each other.
+/// Calls between services.
 pub mod internal {
     /// `streamer.internal.v1`
     pub mod v1 {
@@ -68,21 +68,21 @@ pub mod rpc {
 pub const PUBLIC_DESCRIPTOR_SET: &[u8] =
     include_bytes!(concat!(env!("OUT_DIR"), "/public_descriptor.bin"));
 
-/// A method of the public schema.
+/// Method of the public schema.
 #[derive(Clone, Debug)]
 pub struct Method {
     /// `/package.Service/Method`
     pub path: String,
-    /// It takes a stream.
+    /// Whether the request is a stream.
     pub client_streaming: bool,
-    /// It answers with a stream.
+    /// Whether the response is a stream.
     pub server_streaming: bool,
 }
 
-/// Every method of the public schema.
+/// Returns all methods of the public schema.
 #[must_use]
 pub fn public_methods() -> Vec<Method> {
-    // Reflection reads the same bytes, and without it the server does not start.
+    // Cannot fail: the server does not start unless reflection has decoded the same bytes.
     let files = prost_types::FileDescriptorSet::decode(PUBLIC_DESCRIPTOR_SET);
     let mut methods = Vec::new();
     for file in &files.unwrap_or_default().file {
@@ -97,7 +97,7 @@ pub fn public_methods() -> Vec<Method> {
     methods
 }
 
-/// Milliseconds since the Unix epoch as protobuf writes them.
+/// Converts milliseconds since the Unix epoch to a protobuf timestamp.
 #[must_use]
 pub fn timestamp(millis: i64) -> prost_types::Timestamp {
     prost_types::Timestamp {
@@ -106,7 +106,7 @@ pub fn timestamp(millis: i64) -> prost_types::Timestamp {
     }
 }
 
-/// Milliseconds since the Unix epoch, from how protobuf writes them; finer parts are dropped.
+/// Converts a protobuf timestamp to milliseconds since the Unix epoch; rounds down.
 #[must_use]
 pub fn millis(timestamp: &prost_types::Timestamp) -> i64 {
     timestamp.seconds.saturating_mul(1000).saturating_add(i64::from(timestamp.nanos) / 1_000_000)

@@ -1,15 +1,15 @@
-//! `check-history FILE`: reads a recorded history, one JSON object a line, and says which promises
-//! it breaks. It shares no code with the servers and clients whose history it judges.
+//! `check-history FILE`: reads a recorded history, one JSON object per line, and reports which
+//! guarantees it violates. It shares no code with the servers and clients that it checks.
 //!
 //! Records:
 //!
-//! - `{"record":"acknowledged","id":…,"uid":…}`: a submitter was told that its request is stored.
-//! - `{"record":"opened","watcher":…,"id":…,"after_seq":…}`: a watcher asked for what comes after this.
-//! - `{"record":"seen","watcher":…,"event":{…}}`: it was sent this message of the log.
-//! - `{"record":"refused","watcher":…,"why":{…}}`: it was told that there is no such request, or action.
-//! - `{"record":"log","uid":…,"events":[…]}`: the log as it stands at the end, from its first event.
+//! - `{"record":"acknowledged","id":…,"uid":…}`: the request was acknowledged to its submitter.
+//! - `{"record":"opened","watcher":…,"id":…,"after_seq":…}`: a watch of the events after `after_seq`.
+//! - `{"record":"received","watcher":…,"event":{…}}`: the watcher received this event of the log.
+//! - `{"record":"rejected","watcher":…,"error":{…}}`: the watch or the submission was rejected.
+//! - `{"record":"log","uid":…,"events":[…]}`: the final log, from its first event.
 //!
-//! Exit codes: 0 nothing is broken, 1 something is, 2 the file cannot be read.
+//! Exit codes: 0 no violations, 1 violations, 2 the file cannot be read.
 
 mod rules;
 
@@ -33,16 +33,16 @@ fn main() -> ExitCode {
             return ExitCode::from(2);
         }
     };
-    let verdict = rules::check(&history);
-    println!("{}", verdict.summary);
-    for fault in verdict.faults.iter().take(50) {
-        println!("BROKEN {fault}");
+    let report = rules::check(&history);
+    println!("{}", report.summary);
+    for violation in report.violations.iter().take(50) {
+        println!("VIOLATION {violation}");
     }
-    if verdict.faults.is_empty() {
-        println!("nothing is broken");
+    if report.violations.is_empty() {
+        println!("no violations");
         return ExitCode::SUCCESS;
     }
-    println!("{} broken", verdict.faults.len());
+    println!("{} violations", report.violations.len());
     ExitCode::FAILURE
 }
 

@@ -1,4 +1,4 @@
-//! The promises, as rules over a history.
+//! The guarantees, as rules over a history.
 
 use std::collections::{BTreeMap, HashMap};
 
@@ -6,21 +6,25 @@ use base64::{Engine, engine::general_purpose::STANDARD};
 use serde_json::Value;
 use sha2::{Digest, Sha256};
 
-/// What was found.
-pub(crate) struct Verdict {
+/// Result of a check.
+pub(crate) struct Report {
     pub(crate) summary: String,
-    pub(crate) faults: Vec<String>,
+    pub(crate) violations: Vec<String>,
 }
 
+/// Violations found so far.
 #[derive(Default)]
-struct Found {
-    faults: Vec<String>,
-}
+struct Violations(Vec<String>);
 
-impl Found {
-    fn expect(&mut self, holds: bool, fault: impl FnOnce() -> String) {
+impl Violations {
+    fn push(&mut self, violation: String) {
+        self.0.push(violation);
+    }
+
+    /// Adds a violation unless the condition holds.
+    fn expect(&mut self, holds: bool, violation: impl FnOnce() -> String) {
         if !holds {
-            self.faults.push(fault());
+            self.push(violation());
         }
     }
 }
@@ -38,141 +42,149 @@ fn is_terminal(event: &Value) -> bool {
 }
 
 /// Checks every rule.
-pub(crate) fn check(history: &[Value]) -> Verdict {
-    let mut found = Found::default();
+pub(crate) fn check(history: &[Value]) -> Report {
+    let mut violations = Violations::default();
     let mut uid_of = BTreeMap::new();
     let mut logs: HashMap<&str, &[Value]> = HashMap::new();
-    // What a watcher asked for and got, opening by opening.
-    let mut views: BTreeMap<&str, Vec<View<'_>>> = BTreeMap::new();
+    // The watches of each watcher, in the order in which they were opened.
+    let mut watches: BTreeMap<&str, Vec<Watch<'_>>> = BTreeMap::new();
     for record in history {
         match text(record, "record") {
             "acknowledged" => {
                 let (id, uid) = (text(record, "id"), text(record, "uid"));
                 let known = *uid_of.entry(id).or_insert(uid);
-                found.expect(known == uid, || format!("id {id} stands for {known} and for {uid}"));
+                violations.expect(known == uid, || {
+                    format!("id {id} has two requests, {known} and {uid}")
+                });
             }
             "opened" => {
-                let view = View {
+                let watch = Watch {
                     id: text(record, "id"),
                     after: number(record, "after_seq"),
                     events: vec![],
                 };
-                views.entry(text(record, "watcher")).or_default().push(view);
+                watches.entry(text(record, "watcher")).or_default().push(watch);
             }
-            "seen" => {
+            "received" => {
                 let watcher = text(record, "watcher");
-                match views.get_mut(watcher).and_then(|views| views.last_mut()) {
-                    Some(view) => view.events.push(&record["event"]),
-                    None => found.faults.push(format!("{watcher} saw what it had not asked for")),
+                match watches.get_mut(watcher).and_then(|watches| watches.last_mut()) {
+                    Some(watch) => watch.events.push(&record["event"]),
+                    None => violations.push(format!("{watcher} received an event without a watch")),
                 }
             }
-            "refused" => {
-                found.faults.push(format!(
-                    "{} was refused: {}",
+            "rejected" => {
+                violations.push(format!(
+                    "{} was rejected: {}",
                     text(record, "watcher"),
-                    record["why"]
+                    record["error"]
                 ));
             }
             "log" => {
                 let events = record["events"].as_array().map_or(&[][..], Vec::as_slice);
                 logs.insert(text(record, "uid"), events);
             }
-            other => found.faults.push(format!("a record of unknown kind {other:?}")),
+            other => violations.push(format!("unknown record {other:?}")),
         }
     }
     for (id, uid) in &uid_of {
         match logs.get(uid) {
-            Some(log) => check_log(id, log, &mut found),
-            None => found.faults.push(format!("{id} was acknowledged and has no log")),
+            Some(log) => check_log(id, log, &mut violations),
+            None => violations.push(format!("{id} was acknowledged and has no log")),
         }
     }
-    for (watcher, views) in &views {
-        for view in views {
-            match uid_of.get(view.id).and_then(|uid| logs.get(uid)) {
-                Some(log) => check_view(watcher, view, log, &mut found),
+    for (watcher, watches) in &watches {
+        for watch in watches {
+            match uid_of.get(watch.id).and_then(|uid| logs.get(uid)) {
+                Some(log) => check_watch(watcher, watch, log, &mut violations),
                 None => {
-                    found.faults.push(format!("{watcher} watched {}, which is not there", view.id));
+                    violations.push(format!("{watcher} watched {}, which has no log", watch.id));
                 }
             }
         }
-        let whole = views.last().and_then(|view| view.events.last());
-        found.expect(whole.is_some_and(|event| is_terminal(event)), || {
-            format!("{watcher}: did not see the end")
+        let last = watches.last().and_then(|watch| watch.events.last());
+        violations.expect(last.is_some_and(|event| is_terminal(event)), || {
+            format!("{watcher}: did not receive the terminal event")
         });
     }
     let events: usize = logs.values().map(|log| log.len()).sum();
     let retried = logs.values().filter(|log| log.iter().any(|e| text(e, "type") == "retrying"));
     let summary = format!(
-        "{} acknowledged requests, {} logs with {events} events, {} of them retried, {} views",
+        "{} acknowledged requests, {} logs with {events} events, {} of them retried, {} watchers",
         uid_of.len(),
         logs.len(),
         retried.count(),
-        views.len()
+        watches.len()
     );
-    Verdict { summary, faults: found.faults }
+    Report { summary, violations: violations.0 }
 }
 
-/// A log is gapless, has one terminal event, its attempts follow each other, and the proof of its
-/// output holds.
-fn check_log(id: &str, log: &[Value], found: &mut Found) {
+/// Checks that a log has no gaps and one terminal event, that its attempts do not overlap, and that its
+/// output digest and result match.
+fn check_log(id: &str, log: &[Value], violations: &mut Violations) {
     for (position, event) in log.iter().enumerate() {
         let seq = number(event, "seq");
-        found.expect(usize::try_from(seq).ok() == Some(position + 1), || {
+        violations.expect(usize::try_from(seq).ok() == Some(position + 1), || {
             format!("{id}: event {} of the log has seq {seq}", position + 1)
         });
-        found.expect(text(event, "request_id") == id, || {
-            format!("{id}: seq {seq} is of {}", text(event, "request_id"))
+        violations.expect(text(event, "request_id") == id, || {
+            format!("{id}: seq {seq} belongs to {}", text(event, "request_id"))
         });
     }
     let ends = log.iter().filter(|event| is_terminal(event)).count();
-    found.expect(ends == 1, || format!("{id}: {ends} terminal events"));
-    found.expect(log.last().is_some_and(is_terminal), || format!("{id}: the last event is no end"));
-    check_attempts(id, log, found);
-    check_output(id, log, found);
-    check_outcome(id, log, found);
+    violations.expect(ends == 1, || format!("{id}: {ends} terminal events"));
+    violations.expect(log.last().is_some_and(is_terminal), || {
+        format!("{id}: the last event is not terminal")
+    });
+    check_attempts(id, log, violations);
+    check_output(id, log, violations);
+    check_outcome(id, log, violations);
 }
 
-fn check_attempts(id: &str, log: &[Value], found: &mut Found) {
-    let (mut attempt, mut started_at, mut running) = (0, 0, false);
+fn check_attempts(id: &str, log: &[Value], violations: &mut Violations) {
+    let (mut current, mut started_at, mut running) = (0, 0, false);
     for event in log {
         let (seq, kind) = (number(event, "seq"), text(event, "type"));
-        let of = number(event, "attempt");
+        let attempt = number(event, "attempt");
         match kind {
             _ if (seq == 1) != (kind == "accepted") => {
-                found.faults.push(format!("{id}: seq {seq} is {kind}"));
+                violations.push(format!("{id}: seq {seq} is {kind}"));
             }
             "accepted" => {}
             "started" => {
-                found.expect(!running && of == attempt + 1, || {
-                    format!("{id}: seq {seq} starts attempt {of} after attempt {attempt}")
+                violations.expect(!running && attempt == current + 1, || {
+                    format!("{id}: seq {seq} starts attempt {attempt} after attempt {current}")
                 });
-                (attempt, started_at, running) = (of, seq, true);
+                (current, started_at, running) = (attempt, seq, true);
             }
             _ => {
-                found.expect(of == attempt, || {
-                    format!("{id}: seq {seq} ({kind}) is of attempt {of}, attempt {attempt} has it")
+                violations.expect(attempt == current, || {
+                    format!(
+                        "{id}: seq {seq} ({kind}) is of attempt {attempt}, current is {current}"
+                    )
                 });
-                let may_come = running || is_terminal(event);
-                found.expect(may_come, || format!("{id}: seq {seq} ({kind}) while nothing ran"));
+                let is_allowed = running || is_terminal(event);
+                violations.expect(is_allowed, || {
+                    format!("{id}: seq {seq} ({kind}) while no attempt was running")
+                });
             }
         }
         if kind == "retrying" {
             running = false;
             let rewind = number(event, "rewind_to_seq");
-            found.expect(rewind == started_at, || {
+            violations.expect(rewind == started_at, || {
                 format!("{id}: seq {seq} rewinds to {rewind}, its attempt started at {started_at}")
             });
         }
     }
 }
 
-fn check_output(id: &str, log: &[Value], found: &mut Found) {
+fn check_output(id: &str, log: &[Value], violations: &mut Violations) {
     let mut chunks: Vec<(i64, Vec<u8>)> = Vec::new();
     for event in log {
         let seq = number(event, "seq");
         if text(event, "type") == "output" {
             let index = number(event, "chunk_index");
-            found.expect(usize::try_from(index).ok() == Some(chunks.len()), || {
+            violations.expect(usize::try_from(index).ok() == Some(chunks.len()), || {
                 format!("{id}: seq {seq} has chunk {index} after {} chunks", chunks.len())
             });
             chunks.push((seq, bytes(event)));
@@ -184,13 +196,13 @@ fn check_output(id: &str, log: &[Value], found: &mut Found) {
             let mut hash = Sha256::new();
             chunks.iter().for_each(|(_, chunk)| hash.update(chunk));
             let sha256: String = hash.finalize().iter().map(|byte| format!("{byte:02x}")).collect();
-            let proof = &event["output"];
-            let (count, told) = (number(proof, "chunks"), text(proof, "sha256"));
-            found.expect(
-                usize::try_from(count).ok() == Some(chunks.len()) && told == sha256,
+            let output = &event["output"];
+            let (count, reported) = (number(output, "chunks"), text(output, "sha256"));
+            violations.expect(
+                usize::try_from(count).ok() == Some(chunks.len()) && reported == sha256,
                 || {
                     format!(
-                        "{id}: the proof tells {count} chunks {told}, the log {} {sha256}",
+                        "{id}: reported output {count} chunks {reported}, the log has {} {sha256}",
                         chunks.len()
                     )
                 },
@@ -199,8 +211,8 @@ fn check_output(id: &str, log: &[Value], found: &mut Found) {
     }
 }
 
-/// The bytes of a chunk. A JSON chunk of the load is one that its handler wrote without white space,
-/// so writing it again gives the same bytes.
+/// Returns the bytes of a chunk. The handler of the load writes JSON chunks without white space, so
+/// serializing them again gives the same bytes.
 fn bytes(event: &Value) -> Vec<u8> {
     let data = text(event, "data");
     match (event.get("content_type"), text(event, "encoding")) {
@@ -210,37 +222,38 @@ fn bytes(event: &Value) -> Vec<u8> {
     }
 }
 
-/// The requests of the load say in their payload what their result must be: `{"id": <their id>}`.
-fn check_outcome(id: &str, log: &[Value], found: &mut Found) {
-    let Some(end) = log.last().filter(|event| is_terminal(event)) else { return };
-    match text(end, "type") {
-        "complete" => found.expect(end["result"]["id"] == id, || {
-            format!("{id}: has the result {}", end["result"])
+/// Checks the result, which is `{"id": <id of the request>}` for requests of the load.
+fn check_outcome(id: &str, log: &[Value], violations: &mut Violations) {
+    let Some(terminal) = log.last().filter(|event| is_terminal(event)) else { return };
+    match text(terminal, "type") {
+        "complete" => violations.expect(terminal["result"]["id"] == id, || {
+            format!("{id}: has the result {}", terminal["result"])
         }),
-        "error" => found.expect(number(end, "attempt") >= 10, || {
-            format!("{id}: failed though attempts were left: {}", end["error"])
+        "error" => violations.expect(number(terminal, "attempt") >= 10, || {
+            format!("{id}: failed before its last attempt: {}", terminal["error"])
         }),
-        other => found.faults.push(format!("{id}: {other}, though nobody asked for it")),
+        other => violations.push(format!("{id}: {other} without a cancel request")),
     }
 }
 
-/// One opening of a watch.
-struct View<'a> {
+/// One watch of a request.
+struct Watch<'a> {
     id: &'a str,
     after: i64,
     events: Vec<&'a Value>,
 }
 
-/// What a watcher was sent is the log, from just after where it asked, without gap or repeat.
-fn check_view(watcher: &str, view: &View<'_>, log: &[Value], found: &mut Found) {
-    let mut last = view.after;
-    for event in &view.events {
+/// Checks that a watcher received the log after its position, without gaps or repeats.
+fn check_watch(watcher: &str, watch: &Watch<'_>, log: &[Value], violations: &mut Violations) {
+    let mut last = watch.after;
+    for event in &watch.events {
         let seq = number(event, "seq");
-        found.expect(seq == last + 1, || format!("{watcher}: was sent seq {seq} after {last}"));
+        violations
+            .expect(seq == last + 1, || format!("{watcher}: received seq {seq} after {last}"));
         last = seq;
         let stored = usize::try_from(seq - 1).ok().and_then(|position| log.get(position));
-        found.expect(stored == Some(*event), || {
-            format!("{watcher}: was sent {event}, the log has {stored:?}")
+        violations.expect(stored == Some(*event), || {
+            format!("{watcher}: received {event}, the log has {stored:?}")
         });
     }
 }

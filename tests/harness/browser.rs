@@ -1,4 +1,4 @@
-//! A real browser, without a window.
+//! A real browser in headless mode.
 
 use std::process::Stdio;
 
@@ -6,18 +6,18 @@ use tempfile::TempDir;
 
 use crate::{Process, tool};
 
-/// Chromium with one page, until dropped.
+/// Chromium with one page; closed on drop.
 pub struct Browser {
     _process: Process,
-    // Removed after the process has ended, which drops first.
+    // Dropped, and so removed, after the process.
     _profile: TempDir,
 }
 
 impl Browser {
-    /// Opens this page.
+    /// Opens a page.
     ///
     /// # Panics
-    /// When it cannot be started.
+    /// Panics if Chromium cannot be started.
     #[must_use]
     pub fn open(url: &str) -> Self {
         let profile = TempDir::with_prefix("streamer-browser-").expect("a temporary folder");
@@ -26,7 +26,7 @@ impl Browser {
             .args(["--headless", "--no-sandbox", "--disable-gpu", "--disable-quic"])
             .args(["--no-first-run", "--disable-background-networking", "--disable-sync"])
             .args(["--disable-component-update", "--disable-dev-shm-usage"])
-            // Kept open until we close it.
+            // Keeps the browser open until it is closed.
             .arg("--remote-debugging-port=0")
             .arg(format!("--user-data-dir={}", profile.path().display()))
             .arg(url)

@@ -1,36 +1,36 @@
-//! A WebSocket client that checks what it is told.
+//! A WebSocket client that checks the messages that it receives.
 
 use serde_json::{Value, json};
 use streamer_client::{ClientError, Session};
 
-use crate::patience::in_time;
+use crate::timeout::within_timeout;
 
-/// The `connected` message, and then whatever the test asks for.
+/// A connected WebSocket client.
 pub struct Client {
     session: Session,
-    /// The first message.
+    /// The `connected` message, which is the first.
     pub connected: Value,
 }
 
 impl Client {
-    /// Connects; the connection must be let in.
+    /// Connects.
     ///
     /// # Panics
-    /// When it is not.
+    /// Panics if the server rejects the connection.
     pub async fn connect(url: &str, token: &str) -> Self {
-        Self::try_connect(url, token).await.expect("the server lets us in")
+        Self::try_connect(url, token).await.expect("the server accepts the connection")
     }
 
     /// Connects.
     ///
     /// # Errors
-    /// When the server does not let it in.
+    /// Returns an error if the server rejects the connection.
     ///
     /// # Panics
-    /// When the first message is not `connected`.
+    /// Panics if the first message is not `connected`.
     pub async fn try_connect(url: &str, token: &str) -> Result<Self, ClientError> {
         let mut session = Session::connect(url, token).await?;
-        let first = in_time("the first message", session.next()).await?;
+        let first = within_timeout("the first message", session.next()).await?;
         let connected: Value = serde_json::from_str(&first.text).expect("messages are JSON");
         assert_eq!(connected["type"], "connected", "{connected}");
         Ok(Self { session, connected })
@@ -39,58 +39,58 @@ impl Client {
     /// Sends a message.
     ///
     /// # Panics
-    /// When the connection is lost.
+    /// Panics if the connection is closed.
     pub async fn send(&mut self, message: Value) {
         self.send_text(message.to_string()).await;
     }
 
-    /// Sends text as it is.
+    /// Sends a text frame.
     ///
     /// # Panics
-    /// When the connection is lost.
+    /// Panics if the connection is closed.
     pub async fn send_text(&mut self, text: impl Into<String>) {
         self.session.send(text).await.expect("the connection is open");
     }
 
-    /// The next message.
+    /// Returns the next message.
     ///
     /// # Panics
-    /// When the connection ends.
+    /// Panics if the connection is closed.
     pub async fn next(&mut self) -> Value {
         self.try_next().await.expect("the connection is open")
     }
 
-    /// The next message, as it came.
+    /// Returns the text of the next message.
     ///
     /// # Panics
-    /// When the connection ends.
+    /// Panics if the connection is closed.
     pub async fn next_text(&mut self) -> String {
-        let text = in_time("the next message", self.session.next_text()).await;
+        let text = within_timeout("the next message", self.session.next_text()).await;
         text.expect("the connection is open").as_str().to_owned()
     }
 
-    /// The next message, or how the connection ended.
+    /// Returns the next message.
     ///
     /// # Errors
-    /// When the connection ends.
+    /// Returns an error if the connection is closed.
     ///
     /// # Panics
-    /// When a message is not JSON, or has no type and timestamp.
+    /// Panics if the message is not JSON, or has no type or timestamp.
     pub async fn try_next(&mut self) -> Result<Value, ClientError> {
-        let text = in_time("the next message", self.session.next_text()).await?;
+        let text = within_timeout("the next message", self.session.next_text()).await?;
         let value: Value = serde_json::from_str(&text).expect("messages are JSON");
         assert!(value["type"].is_string() && value["timestamp"].is_string(), "{value}");
         Ok(value)
     }
 
     /// Sends a message and returns the next one.
-    pub async fn ask(&mut self, message: Value) -> Value {
+    pub async fn request(&mut self, message: Value) -> Value {
         self.send(message).await;
         self.next().await
     }
 
-    /// Sends text as it is and returns the next message.
-    pub async fn ask_text(&mut self, text: impl Into<String>) -> Value {
+    /// Sends a text frame and returns the next message.
+    pub async fn request_text(&mut self, text: impl Into<String>) -> Value {
         self.send_text(text).await;
         self.next().await
     }
@@ -98,7 +98,7 @@ impl Client {
     /// Submits an async request and returns its acknowledgement.
     ///
     /// # Panics
-    /// When it is refused.
+    /// Panics if the request is rejected.
     pub async fn submit(&mut self, id: &str, action: &str, payload: Value) -> Value {
         let message = json!({ "id": id, "action": action, "payload": payload });
         let answer = self.ask(message).await;
@@ -108,61 +108,61 @@ impl Client {
 
     /// Follows a log to its terminal event.
     pub async fn follow(&mut self, mut log: Log) -> Log {
-        while !log.ended() {
+        while !log.has_ended() {
             log.push(self.next().await);
         }
         log
     }
 }
 
-/// The events of one request, checked as they come: contiguous, and nothing after the end.
+/// The events of one request: contiguous, and none after the terminal event.
 #[derive(Debug, Default, PartialEq)]
 pub struct Log {
     after_seq: i64,
-    /// As they came.
+    /// The events in the order in which they arrived.
     pub events: Vec<Value>,
 }
 
 impl Log {
-    /// Will take what comes after this.
+    /// Creates an empty log that expects the event after `after_seq` next.
     #[must_use]
     pub fn after(after_seq: i64) -> Self {
         Self { after_seq, events: Vec::new() }
     }
 
-    /// Takes an event; other messages are passed over.
+    /// Adds an event; ignores other messages.
     ///
     /// # Panics
-    /// When it is not the next one.
+    /// Panics if it is not the next event, or an error.
     pub fn push(&mut self, message: Value) {
         let Some(seq) = message["seq"].as_i64() else {
             assert_ne!(message["type"], "error", "{message}");
             return;
         };
-        assert!(!self.ended(), "after the end: {message}");
+        assert!(!self.has_ended(), "after the terminal event: {message}");
         assert_eq!(seq, self.last_seq() + 1, "a gap or a repeat: {message}");
         self.events.push(message);
     }
 
-    /// The `seq` of the last event.
+    /// Returns the `seq` of the last event.
     #[must_use]
     pub fn last_seq(&self) -> i64 {
         self.events.last().map_or(self.after_seq, |event| event["seq"].as_i64().unwrap_or(0))
     }
 
-    /// The type of the last event.
+    /// Returns the type of the last event.
     #[must_use]
     pub fn last_type(&self) -> &str {
         self.events.last().and_then(|event| event["type"].as_str()).unwrap_or("")
     }
 
-    /// Whether the terminal event is there.
+    /// Returns whether the last event is terminal.
     #[must_use]
-    pub fn ended(&self) -> bool {
+    pub fn has_ended(&self) -> bool {
         matches!(self.last_type(), "complete" | "error" | "cancelled")
     }
 
-    /// How many events are of this type.
+    /// Returns the number of events of this type.
     #[must_use]
     pub fn count(&self, kind: &str) -> usize {
         self.events.iter().filter(|event| event["type"] == kind).count()

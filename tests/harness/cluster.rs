@@ -1,4 +1,4 @@
-//! Every service twice, each in a process of its own, over one DynamoDB.
+//! Two instances of every service, each in a separate process, with one DynamoDB.
 
 use std::{fs, net::SocketAddr, process::Stdio, time::Duration};
 
@@ -11,23 +11,23 @@ use crate::{
     server::{dynamodb_settings, spawn_service},
 };
 
-const COPIES: usize = 2;
+const INSTANCES: usize = 2;
 
 /// One of the services.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Service {
-    /// The event log.
+    /// Stores and streams event logs.
     Progress,
-    /// Execution.
+    /// Runs requests.
     Processor,
-    /// Admission.
+    /// Admits requests.
     Router,
-    /// The edge.
+    /// Accepts connections of clients.
     Gateway,
 }
 
 impl Service {
-    /// All of them, in the order in which they are started.
+    /// All services, in the order in which they are started.
     pub const ALL: [Self; 4] = [Self::Progress, Self::Processor, Self::Router, Self::Gateway];
 
     fn name(self) -> &'static str {
@@ -40,10 +40,10 @@ impl Service {
     }
 }
 
-/// A running cluster on a loopback address of its own. Progress services stand behind proxies, which
-/// can cut them off.
+/// A running cluster on a dedicated loopback address. Progress services are reached through proxies, which
+/// can partition them.
 pub struct Cluster {
-    members: Vec<Running>,
+    instances: Vec<Instance>,
     data: TempDir,
     proxies: Vec<Proxy>,
     _claim: LoopbackAddress,
@@ -51,7 +51,7 @@ pub struct Cluster {
     pub urls: Vec<String>,
 }
 
-struct Running {
+struct Instance {
     service: Service,
     address: SocketAddr,
     settings: Vec<String>,
@@ -59,15 +59,15 @@ struct Running {
 }
 
 impl Cluster {
-    /// Starts one over the DynamoDB at this endpoint, with these settings. `views` are settings for
-    /// single processes, by service and number.
+    /// Starts a cluster with the DynamoDB at this endpoint and these settings. `overrides` returns settings
+    /// of a single instance, by service and number.
     ///
     /// # Panics
-    /// When it does not start.
+    /// Panics if the cluster does not start.
     pub async fn start(
         endpoint: &str,
         settings: &[&str],
-        views: impl Fn(Service, usize, &[Proxy]) -> Vec<String>,
+        overrides: impl Fn(Service, usize, &[Proxy]) -> Vec<String>,
     ) -> Self {
         let claim = LoopbackAddress::claim();
         let data = TempDir::with_prefix("streamer-test-").expect("a temporary folder");
@@ -75,31 +75,31 @@ impl Cluster {
         common.extend(settings.iter().map(ToString::to_string));
         let addresses: Vec<(Service, SocketAddr)> = Service::ALL
             .into_iter()
-            .flat_map(|service| [service; COPIES])
+            .flat_map(|service| [service; INSTANCES])
             .map(|service| (service, claim.next()))
             .collect();
-        let of = |wanted: Service| {
+        let addresses_of = |wanted: Service| {
             addresses.iter().filter(move |(service, _)| *service == wanted).map(|(_, at)| *at)
         };
         let mut proxies = Vec::new();
-        for address in of(Service::Progress) {
+        for address in addresses_of(Service::Progress) {
             proxies.push(Proxy::start(claim.next(), address).await);
         }
         for service in Service::ALL {
-            let reached: Vec<SocketAddr> = match service {
+            let advertised: Vec<SocketAddr> = match service {
                 Service::Progress => proxies.iter().map(|proxy| proxy.address).collect(),
-                _ => of(service).collect(),
+                _ => addresses_of(service).collect(),
             };
-            common.push(peers(service.name(), &reached));
+            common.push(peers(service.name(), &advertised));
         }
-        let mut members = Vec::new();
+        let mut instances = Vec::new();
         for (position, (service, address)) in addresses.iter().enumerate() {
-            let number = position % COPIES;
+            let number = position % INSTANCES;
             let mut settings = common.clone();
             if *service == Service::Progress {
                 settings.push(format!("peers.advertise={}", proxies[number].address));
             }
-            settings.extend(views(*service, number, &proxies));
+            settings.extend(overrides(*service, number, &proxies));
             let process = spawn_service(
                 service.name(),
                 data.path(),
@@ -108,85 +108,93 @@ impl Cluster {
                 *address,
                 Stdio::inherit(),
             );
-            members.push(Running { service: *service, address: *address, settings, process });
+            instances.push(Instance { service: *service, address: *address, settings, process });
         }
-        let urls = of(Service::Gateway).map(|address| format!("http://{address}")).collect();
-        let cluster = Self { members, data, proxies, _claim: claim, urls };
-        cluster.until_ready().await;
+        let urls =
+            addresses_of(Service::Gateway).map(|address| format!("http://{address}")).collect();
+        let cluster = Self { instances, data, proxies, _claim: claim, urls };
+        cluster.wait_until_ready().await;
         cluster
     }
 
-    /// Returns once every process can do its job.
-    async fn until_ready(&self) {
-        for member in &self.members {
-            let url = format!("http://{}", member.address);
-            until_healthy(&url).await;
+    /// Waits until every instance is ready.
+    async fn wait_until_ready(&self) {
+        for instance in &self.instances {
+            let url = format!("http://{}", instance.address);
+            wait_until_healthy(&url).await;
         }
     }
 
-    /// Kills a process with SIGKILL.
+    /// Kills an instance with SIGKILL.
     ///
     /// # Panics
-    /// When there is no such process.
+    /// Panics if the instance does not exist.
     pub fn kill(&mut self, service: Service, number: usize) {
-        self.member(service, number).process.kill();
+        self.instance(service, number).process.kill();
     }
 
-    /// Sends SIGTERM to a process and waits for it to end; returns its exit code.
+    /// Sends SIGTERM to an instance and waits for it to exit; returns its exit code.
     ///
     /// # Panics
-    /// When there is no such process.
+    /// Panics if the instance does not exist.
     pub fn stop(&mut self, service: Service, number: usize) -> Option<i32> {
-        self.member(service, number).process.stop()
+        self.instance(service, number).process.stop()
     }
 
-    /// Starts a process that has ended again, where it was; returns once it can do its job.
+    /// Restarts an instance that has exited, on the same address; returns once it is ready.
     ///
     /// # Panics
-    /// When it does not start.
+    /// Panics if it does not start.
     pub async fn restart(&mut self, service: Service, number: usize) {
         let data = self.data.path().to_owned();
-        let member = self.member(service, number);
-        let address = member.address;
-        member.process =
-            spawn_service(service.name(), &data, &member.settings, &[], address, Stdio::inherit());
-        until_healthy(&format!("http://{address}")).await;
+        let instance = self.instance(service, number);
+        let address = instance.address;
+        instance.process = spawn_service(
+            service.name(),
+            &data,
+            &instance.settings,
+            &[],
+            address,
+            Stdio::inherit(),
+        );
+        wait_until_healthy(&format!("http://{address}")).await;
     }
 
-    /// The URL of a process.
+    /// Returns the URL of an instance.
     ///
     /// # Panics
-    /// When there is no such process.
+    /// Panics if the instance does not exist.
     #[must_use]
     pub fn url(&self, service: Service, number: usize) -> String {
-        let mut members = self.members.iter().filter(|member| member.service == service);
-        let member = members.nth(number).expect("there is such a process");
-        format!("http://{}", member.address)
+        let mut instances = self.instances.iter().filter(|instance| instance.service == service);
+        let instance = instances.nth(number).expect("the instance exists");
+        format!("http://{}", instance.address)
     }
 
-    /// Lets nobody reach a progress service any more; it still reaches the store.
-    pub fn cut_off(&self, number: usize) {
-        self.proxies[number].cut();
+    /// Partitions a progress service from all other services; it still reaches the store.
+    pub fn partition(&self, number: usize) {
+        self.proxies[number].pause();
     }
 
-    /// Joins it again.
-    pub fn join(&self, number: usize) {
-        self.proxies[number].mend();
+    /// Ends the partition of a progress service.
+    pub fn heal(&self, number: usize) {
+        self.proxies[number].resume();
     }
 
-    /// What services show each other.
+    /// Returns the token with which services authenticate to each other.
     ///
     /// # Panics
-    /// When it cannot be read.
+    /// Panics if it cannot be read.
     #[must_use]
     pub fn service_token(&self) -> String {
-        fs::read_to_string(self.data.path().join("service-token")).expect("a service has made it")
+        fs::read_to_string(self.data.path().join("service-token"))
+            .expect("a service has created it")
     }
 
-    /// A token of the development key, valid for an hour.
+    /// Returns a token of the development key that is valid for an hour.
     ///
     /// # Panics
-    /// When the key cannot be read.
+    /// Panics if the key cannot be read.
     #[must_use]
     pub fn token(&self, tenant: &str, user: &str, permissions: &[&str]) -> String {
         let token = NewToken {
@@ -195,30 +203,31 @@ impl Cluster {
             permissions: permissions.iter().map(ToString::to_string).collect(),
             expires_in: Duration::from_secs(3600),
         };
-        let key = DevKey::load(self.data.path()).expect("the key is there");
+        let key = DevKey::load(self.data.path()).expect("the key exists");
         key.sign(&token, SystemClock.now()).expect("the key signs")
     }
 
-    fn member(&mut self, service: Service, number: usize) -> &mut Running {
-        let mut members = self.members.iter_mut().filter(|member| member.service == service);
-        members.nth(number).expect("there is such a process")
+    fn instance(&mut self, service: Service, number: usize) -> &mut Instance {
+        let mut instances =
+            self.instances.iter_mut().filter(|instance| instance.service == service);
+        instances.nth(number).expect("the instance exists")
     }
 }
 
 impl Drop for Cluster {
     fn drop(&mut self) {
-        Process::end_all(self.members.iter_mut().map(|member| &mut member.process));
+        Process::stop_all(self.instances.iter_mut().map(|instance| &mut instance.process));
     }
 }
 
-/// The setting that says where a service is.
+/// Returns the setting with the addresses of a service.
 fn peers(service: &str, addresses: &[SocketAddr]) -> String {
     let urls: Vec<_> = addresses.iter().map(|address| format!("http://{address}")).collect();
     format!("peers.{service}={}", urls.join(","))
 }
 
-/// Asks until the answer is that it can do its job.
-async fn until_healthy(url: &str) {
+/// Waits until the health check of the server returns `SERVING`.
+async fn wait_until_healthy(url: &str) {
     use tonic_health::pb::{
         HealthCheckRequest, health_check_response::ServingStatus, health_client::HealthClient,
     };
@@ -231,8 +240,8 @@ async fn until_healthy(url: &str) {
             Err(_) => tokio::task::yield_now().await,
         }
     };
-    while let Some(answer) = watch.message().await.expect("it goes on answering") {
-        if answer.status() == ServingStatus::Serving {
+    while let Some(response) = watch.message().await.expect("the watch stays open") {
+        if response.status() == ServingStatus::Serving {
             return;
         }
     }

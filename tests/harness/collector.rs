@@ -1,4 +1,4 @@
-//! An OpenTelemetry collector that keeps what it gets.
+//! An OpenTelemetry collector that stores the spans that it receives.
 
 use std::{
     collections::{BTreeMap, BTreeSet},
@@ -22,15 +22,15 @@ use tokio::{
 use tokio_stream::wrappers::TcpListenerStream;
 use tonic::{Request, Response, Status};
 
-/// How it answers.
+/// How the collector responds.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Answer {
-    /// It takes spans.
-    Takes,
-    /// It refuses them.
-    Refuses,
-    /// It does not answer.
-    Hangs,
+pub enum Behavior {
+    /// Accepts spans.
+    Accept,
+    /// Rejects spans.
+    Reject,
+    /// Does not respond.
+    Hang,
 }
 
 /// One exported span.
@@ -38,35 +38,35 @@ pub enum Answer {
 pub struct Span {
     /// `service.name` of the process.
     pub service: String,
-    /// Its name.
+    /// Name of the span.
     pub name: String,
-    /// Its trace.
+    /// Id of its trace.
     pub trace_id: String,
-    /// Itself.
+    /// Id of the span.
     pub span_id: String,
-    /// The span above it; empty for a root.
+    /// Id of the parent span; empty for a root.
     pub parent_id: String,
-    /// Trace and span of each link.
+    /// Trace and span id of each link.
     pub links: Vec<(String, String)>,
-    /// In nanoseconds since 1970.
+    /// Start in nanoseconds since 1970.
     pub start: u64,
-    /// In nanoseconds since 1970.
+    /// End in nanoseconds since 1970.
     pub end: u64,
-    /// As text.
+    /// Attributes with their values as text.
     pub attributes: BTreeMap<String, String>,
-    /// It ended with an error.
+    /// Whether it ended with an error.
     pub failed: bool,
 }
 
 impl Span {
-    /// Trace and span, as links have them.
+    /// Returns trace and span id, as in links.
     #[must_use]
-    pub fn place(&self) -> (String, String) {
+    pub fn context(&self) -> (String, String) {
         (self.trace_id.clone(), self.span_id.clone())
     }
 }
 
-/// A collector on a port of its own.
+/// A collector on a separate port.
 pub struct Collector {
     address: SocketAddr,
     received: watch::Receiver<Vec<ExportTraceServiceRequest>>,
@@ -82,7 +82,7 @@ impl Drop for Collector {
 }
 
 struct Service {
-    answer: Answer,
+    behavior: Behavior,
     received: Arc<watch::Sender<Vec<ExportTraceServiceRequest>>>,
 }
 
@@ -94,109 +94,110 @@ impl TraceService for Service {
     ) -> Result<Response<ExportTraceServiceResponse>, Status> {
         let request = request.into_inner();
         self.received.send_modify(|received| received.push(request));
-        match self.answer {
-            Answer::Takes => Ok(Response::new(ExportTraceServiceResponse::default())),
-            Answer::Refuses => Err(Status::permission_denied("not here")),
-            Answer::Hangs => std::future::pending().await,
+        match self.behavior {
+            Behavior::Accept => Ok(Response::new(ExportTraceServiceResponse::default())),
+            Behavior::Reject => Err(Status::permission_denied("rejected by the test")),
+            Behavior::Hang => std::future::pending().await,
         }
     }
 }
 
 impl Collector {
-    /// Starts one.
+    /// Starts a collector on a free port.
     ///
     /// # Panics
-    /// When there is no port.
+    /// Panics if no port is free.
     #[must_use]
-    pub fn start(answer: Answer) -> Self {
-        Self::start_at(SocketAddr::from(([127, 0, 0, 1], 0)), answer)
+    pub fn start(behavior: Behavior) -> Self {
+        Self::start_at(SocketAddr::from(([127, 0, 0, 1], 0)), behavior)
     }
 
-    /// Starts one at this address.
+    /// Starts a collector on this address.
     ///
     /// # Panics
-    /// When the address cannot be used.
+    /// Panics if the address cannot be bound.
     #[must_use]
-    pub fn start_at(address: SocketAddr, answer: Answer) -> Self {
-        let listener = TcpListener::bind(address).expect("the address can be used");
+    pub fn start_at(address: SocketAddr, behavior: Behavior) -> Self {
+        let listener = TcpListener::bind(address).expect("the address can be bound");
         listener.set_nonblocking(true).expect("a socket can be non-blocking");
-        let address = listener.local_addr().expect("it has an address");
+        let address = listener.local_addr().expect("the listener is bound");
         let (sender, received) = watch::channel(Vec::new());
-        let service = TraceServiceServer::new(Service { answer, received: Arc::new(sender) });
-        // Its connections end with its runtime.
+        let service = TraceServiceServer::new(Service { behavior, received: Arc::new(sender) });
+        // Shutting down the runtime closes the connections.
         let runtime = runtime::Builder::new_multi_thread().worker_threads(1).enable_all().build();
         let runtime = runtime.expect("a thread can be started");
         runtime.spawn(async move {
-            let listener = tokio::net::TcpListener::from_std(listener).expect("it is non-blocking");
+            let listener =
+                tokio::net::TcpListener::from_std(listener).expect("the listener is non-blocking");
             let server = tonic::transport::Server::builder().add_service(service);
             let connections = TcpListenerStream::new(listener);
-            server.serve_with_incoming(connections).await.expect("it serves");
+            server.serve_with_incoming(connections).await.expect("the collector serves");
         });
         Self { address, received, runtime: Some(runtime) }
     }
 
-    /// Ends it and its connections; returns its address.
+    /// Stops the collector and closes its connections; returns its address.
     #[must_use]
     pub fn kill(self) -> SocketAddr {
         self.address
     }
 
-    /// What `trace.endpoint` is set to.
+    /// Returns the value for option `trace.endpoint`.
     #[must_use]
     pub fn url(&self) -> String {
         format!("http://{}", self.address)
     }
 
-    /// The setting for it.
+    /// Returns the setting with which a server exports to this collector.
     #[must_use]
     pub fn setting(&self) -> String {
         format!("trace.endpoint={}", self.url())
     }
 
-    /// Returns all spans once they are enough.
+    /// Waits until the received spans satisfy the condition; returns all of them.
     ///
     /// # Panics
-    /// When the collector ends before.
-    pub async fn spans_when(&mut self, are_enough: impl Fn(&[Span]) -> bool) -> Vec<Span> {
+    /// Panics if the collector stops before.
+    pub async fn wait_for_spans(&mut self, condition: impl Fn(&[Span]) -> bool) -> Vec<Span> {
         loop {
             let spans = self.spans();
-            if are_enough(&spans) {
+            if condition(&spans) {
                 return spans;
             }
             self.received.changed().await.expect("the collector runs");
         }
     }
 
-    /// All spans so far.
+    /// Returns all spans received so far.
     pub fn spans(&mut self) -> Vec<Span> {
         self.received.borrow_and_update().iter().flat_map(read).collect()
     }
 
-    /// Everything so far, as the OTLP messages that came.
+    /// Returns the OTLP messages received so far.
     pub fn exported(&mut self) -> Vec<Vec<u8>> {
         self.received.borrow_and_update().iter().map(Message::encode_to_vec).collect()
     }
 }
 
-/// Spans whose parent, or a link, is neither among them nor in `known`.
+/// Describes the parents and links that are neither among these spans nor in `known`.
 #[must_use]
 pub fn dangling(spans: &[Span], known: &[(String, String)]) -> Vec<String> {
-    let mut places: BTreeSet<(String, String)> = spans.iter().map(Span::place).collect();
-    places.extend(known.iter().cloned());
+    let mut contexts: BTreeSet<(String, String)> = spans.iter().map(Span::context).collect();
+    contexts.extend(known.iter().cloned());
     let mut dangling = Vec::new();
     for span in spans {
         let parent = (span.trace_id.clone(), span.parent_id.clone());
-        if !span.parent_id.is_empty() && !places.contains(&parent) {
+        if !span.parent_id.is_empty() && !contexts.contains(&parent) {
             dangling.push(format!("parent of {span:?}"));
         }
-        for link in span.links.iter().filter(|link| !places.contains(*link)) {
+        for link in span.links.iter().filter(|link| !contexts.contains(*link)) {
             dangling.push(format!("link {link:?} of {span:?}"));
         }
     }
     dangling
 }
 
-/// The traces as trees, for people: each root with what is below it, in order of start.
+/// Formats the traces as trees for failure messages: each root with its descendants, ordered by start.
 #[must_use]
 pub fn tree(spans: &[Span]) -> String {
     let mut text = String::new();
@@ -215,12 +216,12 @@ fn is_parent(parent: &Span, child: &Span) -> bool {
 }
 
 fn add(text: &mut String, spans: &[Span], span: &Span, depth: usize) {
-    let took = (span.end - span.start) / 1000;
+    let duration = (span.end - span.start) / 1000;
     let attributes: Vec<_> =
         span.attributes.iter().map(|(name, value)| format!("{name}={value}")).collect();
     let service = &span.service;
     text.push_str(&format!(
-        "{}{} ({service}, {took} µs) {}{}\n",
+        "{}{} ({service}, {duration} µs) {}{}\n",
         "  ".repeat(depth),
         span.name,
         attributes.join(" "),
@@ -235,10 +236,10 @@ fn add(text: &mut String, spans: &[Span], span: &Span, depth: usize) {
 
 fn read(request: &ExportTraceServiceRequest) -> Vec<Span> {
     let mut spans = Vec::new();
-    for of_process in &request.resource_spans {
-        let resource = of_process.resource.as_ref().map(|resource| texts(&resource.attributes));
+    for process in &request.resource_spans {
+        let resource = process.resource.as_ref().map(|resource| texts(&resource.attributes));
         let service = resource.and_then(|mut texts| texts.remove("service.name"));
-        for scope in &of_process.scope_spans {
+        for scope in &process.scope_spans {
             let service = service.clone().unwrap_or_default();
             spans.extend(scope.spans.iter().map(|span| read_span(&service, span)));
         }
@@ -268,7 +269,7 @@ fn texts(attributes: &[KeyValue]) -> BTreeMap<String, String> {
         Some(Value::BoolValue(value)) => value.to_string(),
         other => format!("{other:?}"),
     };
-    attributes.iter().map(|one| (one.key.clone(), text(&one.value))).collect()
+    attributes.iter().map(|attribute| (attribute.key.clone(), text(&attribute.value))).collect()
 }
 
 fn hex(bytes: &[u8]) -> String {

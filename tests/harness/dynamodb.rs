@@ -1,6 +1,6 @@
-//! Real DynamoDB servers: AWS's own DynamoDB Local, and dynoxide, which shares no code with it.
+//! Local DynamoDB servers: AWS's DynamoDB Local, and dynoxide, an independent implementation.
 //!
-//! tests/run installs both. They take any credentials, but DynamoDB Local wants an access key of
+//! tests/run installs both. They accept any credentials, but DynamoDB Local requires an access key of
 //! letters and digits. Their standard error is forwarded to that of the test.
 
 use std::{
@@ -23,10 +23,10 @@ use crate::{Process, loopback::WildcardPort, tool};
 
 /// Starting the Java virtual machine takes 4 s on an idle machine of two cores.
 const START_TIMEOUT: Duration = Duration::from_secs(90);
-/// How many ports are tried: a process that is not a test may bind one before the server does.
+/// Number of ports that are tried: a process that is not a test may bind one before the server does.
 const PORT_ATTEMPTS: usize = 5;
 
-/// Dynoxide looks whether there are a signature and a date, not what they say.
+/// Dynoxide requires a signature and a date, but does not verify them.
 const LIST_TABLES: &str = "POST / HTTP/1.1\r\n\
     Host: 127.0.0.1\r\n\
     Connection: close\r\n\
@@ -39,20 +39,20 @@ const LIST_TABLES: &str = "POST / HTTP/1.1\r\n\
     \r\n\
     {}";
 
-/// Which implementation.
+/// Implementation of DynamoDB.
 #[derive(Clone, Copy, Debug)]
 pub enum Implementation {
-    /// AWS's own, on Java.
+    /// DynamoDB Local of AWS, in Java.
     DynamoDbLocal,
-    /// An independent one.
+    /// dynoxide, in Rust.
     Dynoxide,
 }
 
-/// The endpoint of a server in memory, like `http://127.0.0.1:20123`: one of each kind in this
-/// process, ready when returned.
+/// Returns the endpoint of an in-memory server, like `http://127.0.0.1:20123`, once it is ready. The
+/// tests of one process share one server per implementation.
 ///
 /// # Panics
-/// When it does not start.
+/// Panics if the server does not start.
 #[must_use]
 pub fn endpoint(implementation: Implementation) -> &'static str {
     static DYNAMODB_LOCAL: OnceLock<Server> = OnceLock::new();
@@ -64,17 +64,17 @@ pub fn endpoint(implementation: Implementation) -> &'static str {
     server.get_or_init(|| Server::launch(implementation, None)).endpoint()
 }
 
-/// A server of one's own, with its data on disk, so that it can be killed and restarted.
+/// Starts a separate server with its data on disk, so that it can be killed and restarted.
 ///
 /// # Panics
-/// When it does not start.
+/// Panics if the server does not start.
 #[must_use]
 pub fn start(implementation: Implementation) -> Server {
     let data = TempDir::with_prefix("streamer-dynamodb-").expect("a temporary folder");
     Server::launch(implementation, Some(data))
 }
 
-/// A running server, until dropped.
+/// A running server; stopped on drop.
 pub struct Server {
     implementation: Implementation,
     port: WildcardPort,
@@ -103,23 +103,23 @@ impl Server {
         &self.endpoint
     }
 
-    /// Kills it with SIGKILL.
+    /// Kills the server with SIGKILL.
     pub fn kill(&mut self) {
         self.process.kill();
     }
 
-    /// Starts it again, after it has been killed, on the same port and data.
+    /// Restarts a killed server on the same port with the same data.
     ///
     /// # Panics
-    /// When it does not start.
+    /// Panics if the server does not start.
     pub fn restart(&mut self) {
         let data = self.data.as_ref().map(TempDir::path);
         let process = start_process(self.implementation, self.port.number, data);
-        self.process = process.expect("the server starts again");
+        self.process = process.expect("the server restarts");
     }
 }
 
-/// Starts a server; returns it once it answers, or `None` when it ends before or the port is in use.
+/// Starts a server; returns it once it responds, or `None` if it exits before or the port is in use.
 fn start_process(
     implementation: Implementation,
     port: u16,
@@ -130,24 +130,24 @@ fn start_process(
     let port_in_use = forward_stderr(&mut process);
     let started = Instant::now();
     loop {
-        let answers = lists_tables(port).unwrap_or(false);
-        // Also when there is an answer: it may come from a different server on the port.
-        let has_ended = process.wait_timeout(POLL_INTERVAL).is_some();
-        if has_ended || port_in_use.load(Ordering::Relaxed) {
+        let is_ready = lists_tables(port).unwrap_or(false);
+        // Checked after a response too, which may come from a different server on the port.
+        let has_exited = process.wait_timeout(POLL_INTERVAL).is_some();
+        if has_exited || port_in_use.load(Ordering::Relaxed) {
             return None;
         }
-        if answers {
+        if is_ready {
             return Some(process);
         }
         assert!(
             started.elapsed() < START_TIMEOUT,
-            "{implementation:?} does not answer on port {port} within {START_TIMEOUT:?}"
+            "{implementation:?} did not respond on port {port} within {START_TIMEOUT:?}"
         );
     }
 }
 
 /// Forwards the standard error of a server to that of the test; sets the flag when the server reports
-/// that its port is in use. DynamoDB Local does not end then.
+/// that its port is in use. DynamoDB Local does not exit in this case.
 fn forward_stderr(process: &mut Process) -> Arc<AtomicBool> {
     let port_in_use = Arc::new(AtomicBool::new(false));
     let (flag, lines) = (port_in_use.clone(), BufReader::new(process.stderr()).lines());
@@ -165,13 +165,13 @@ fn command(implementation: Implementation, port: u16, data: Option<&Path>) -> Co
         Implementation::DynamoDbLocal => {
             let mut command = Process::command("java");
             command.current_dir(tool("STREAMER_TESTS_DYNAMODB_LOCAL")).args([
-                // Else it warns, each time, of a library that it can do without.
+                // Suppresses a warning about an optional library at every start.
                 "-Djava.util.logging.config.file=/dev/null",
                 "-Djava.library.path=DynamoDBLocal_lib",
                 "-jar",
                 "DynamoDBLocal.jar",
                 "-disableTelemetry",
-                // Else every access key and region has tables of its own.
+                // Otherwise every access key and region has separate tables.
                 "-sharedDb",
             ]);
             match data {
@@ -191,7 +191,7 @@ fn command(implementation: Implementation, port: u16, data: Option<&Path>) -> Co
             command
         }
     };
-    // The configuration of the user who runs the tests has no effect.
+    // The configuration of the user must not affect the tests.
     command.env_clear().env("PATH", env::var_os("PATH").unwrap_or_default());
     command.stdin(Stdio::null()).stdout(Stdio::null()).stderr(Stdio::piped());
     command
@@ -201,9 +201,9 @@ fn lists_tables(port: u16) -> io::Result<bool> {
     let mut stream = TcpStream::connect((Ipv4Addr::LOCALHOST, port))?;
     stream.set_read_timeout(Some(Duration::from_secs(5)))?;
     stream.write_all(LIST_TABLES.as_bytes())?;
-    let mut answer = String::new();
-    stream.read_to_string(&mut answer)?;
-    Ok(answer.starts_with("HTTP/1.1 200") && answer.contains("TableNames"))
+    let mut response = String::new();
+    stream.read_to_string(&mut response)?;
+    Ok(response.starts_with("HTTP/1.1 200") && response.contains("TableNames"))
 }
 
 #[cfg(test)]
@@ -213,13 +213,13 @@ mod tests {
     use super::*;
 
     #[test]
-    fn a_port_in_use_does_not_keep_a_start_waiting() {
+    fn a_start_on_a_port_in_use_fails_without_waiting() {
         let listener = TcpListener::bind((Ipv4Addr::UNSPECIFIED, 0)).expect("a port is free");
-        let port = listener.local_addr().expect("it is bound").port();
+        let port = listener.local_addr().expect("the listener is bound").port();
         thread::spawn(move || listener.incoming().for_each(drop));
         for implementation in [Implementation::DynamoDbLocal, Implementation::Dynoxide] {
             let started = start_process(implementation, port, None);
-            assert!(started.is_none(), "{implementation:?} uses a port that is in use");
+            assert!(started.is_none(), "{implementation:?} started on a port that is in use");
         }
     }
 }

@@ -1,16 +1,15 @@
-//! What the suites share: a real server in a process of its own, and clients that check what they
-//! receive.
+//! Shared parts of the suites: real servers in separate processes, and clients that check the messages
+//! that they receive.
 
 mod browser;
 mod client;
 mod cluster;
 pub mod collector;
 pub mod dynamodb;
-mod front;
+mod dynamodb_proxy;
 mod load;
 mod loopback;
 mod metrics;
-mod patience;
 mod process;
 mod proxy;
 mod random;
@@ -18,6 +17,7 @@ mod resharding;
 mod server;
 mod site;
 mod throttle;
+mod timeout;
 mod worker;
 
 pub use browser::Browser;
@@ -26,12 +26,14 @@ pub use cluster::{Cluster, Service};
 pub use load::Load;
 pub use loopback::LoopbackAddress;
 pub use metrics::metrics;
-pub use patience::in_time;
 pub use process::{Process, Signal};
 pub use proxy::Proxy;
 pub use random::Random;
 pub use resharding::Resharding;
-pub use server::{Server, binary, checker, dynamodb_settings, refusal_to_start, tables, tool};
+pub use server::{Server, binary, checker, dynamodb_settings, run_tables, start_error, tool};
 pub use site::Site;
 pub use throttle::{Throttle, Throttling};
-pub use worker::{ScriptedWorker, WorkerProcess, declare, hello, hello_again, offered, offered_at};
+pub use timeout::within_timeout;
+pub use worker::{
+    ScriptedWorker, WorkerProcess, declare, hello, resume_hello, wait_for_action, wait_for_workers,
+};

@@ -1,5 +1,5 @@
-//! Clients that submit requests and follow them to their end, whatever dies; what they were told is
-//! recorded and judged by `check-history`, a program of its own.
+//! Clients that submit requests and follow them to the terminal event across failures. The messages that
+//! they receive are recorded and checked by `check-history`, a separate program.
 
 #![allow(clippy::unwrap_used, reason = "in tests, a panic is the report")]
 
@@ -18,26 +18,26 @@ use tokio::{sync::Notify, task::JoinSet};
 
 use crate::{Process, Random, checker};
 
-/// Requests that are underway at once.
+/// Number of concurrent requests.
 const IN_FLIGHT: usize = 12;
 
-/// What is recorded, and what the killer waits for.
+/// Recorded messages, which the test also uses for pacing.
 #[derive(Default)]
 struct History {
     records: Mutex<Vec<Value>>,
-    /// Messages that clients have seen.
-    seen: AtomicUsize,
-    heard: Notify,
+    /// Number of records.
+    count: AtomicUsize,
+    recorded: Notify,
     stop: AtomicBool,
-    /// No error is taken for a lost connection.
+    /// Whether errors are recorded instead of treated as a lost connection.
     strict: bool,
 }
 
 impl History {
     fn record(&self, record: Value) {
         self.records.lock().unwrap().push(record);
-        self.seen.fetch_add(1, Ordering::SeqCst);
-        self.heard.notify_waiters();
+        self.count.fetch_add(1, Ordering::SeqCst);
+        self.recorded.notify_waiters();
     }
 
     fn is_acknowledged(&self, id: &str) -> bool {
@@ -45,20 +45,20 @@ impl History {
         records.iter().any(|record| record["record"] == "acknowledged" && record["id"] == *id)
     }
 
-    /// Returns once clients have seen so many messages more.
-    async fn more(&self, count: usize) {
-        let enough = self.seen.load(Ordering::SeqCst) + count;
+    /// Waits until `count` more messages are recorded.
+    async fn wait_for_messages(&self, count: usize) {
+        let target = self.count.load(Ordering::SeqCst) + count;
         loop {
-            let heard = self.heard.notified();
-            if self.seen.load(Ordering::SeqCst) >= enough {
+            let recorded = self.recorded.notified();
+            if self.count.load(Ordering::SeqCst) >= target {
                 return;
             }
-            heard.await;
+            recorded.await;
         }
     }
 }
 
-/// Clients under way.
+/// Running clients.
 pub struct Load {
     history: Arc<History>,
     clients: JoinSet<()>,
@@ -68,8 +68,8 @@ pub struct Load {
 }
 
 impl Load {
-    /// Starts clients that connect to these servers, one after the other. Where they may see no error
-    /// but that of a request, `strict` records any other.
+    /// Starts clients that rotate through these servers. `strict` records every error that is not the
+    /// terminal event of a request.
     #[must_use]
     pub fn start(urls: &[String], token: &str, seed: u64, strict: bool) -> Self {
         let history = Arc::new(History { strict, ..History::default() });
@@ -85,26 +85,26 @@ impl Load {
         Self { history, clients, urls: urls.to_vec(), token: token.to_owned(), seed }
     }
 
-    /// Returns once clients have seen so many messages more.
-    pub async fn more(&self, count: usize) {
-        self.history.more(count).await;
+    /// Waits until the clients have received `count` more messages.
+    pub async fn wait_for_messages(&self, count: usize) {
+        self.history.wait_for_messages(count).await;
     }
 
-    /// Lets the clients end, reads every log, and has all of it judged.
+    /// Stops the clients, reads every log and checks the history.
     ///
     /// # Panics
-    /// When a promise was broken.
-    pub async fn judge(mut self, name: &str) {
+    /// Panics if a guarantee was violated.
+    pub async fn verify(mut self, name: &str) {
         self.history.stop.store(true, Ordering::SeqCst);
-        while let Some(ended) = self.clients.join_next().await {
-            ended.unwrap();
+        while let Some(outcome) = self.clients.join_next().await {
+            outcome.unwrap();
         }
         record_logs(&self.urls[0], &self.token, &self.history).await;
-        judge(name, self.seed, &self.history);
+        verify(name, self.seed, &self.history);
     }
 }
 
-/// Submits one request after the other and follows each to its end, whatever dies.
+/// Submits requests sequentially and follows each to its terminal event.
 async fn submit_on(
     urls: Vec<String>,
     token: String,
@@ -124,23 +124,24 @@ async fn submit_on(
         });
         let message =
             json!({"type": "request", "id": id, "action": "echo_async", "payload": payload});
-        let view = |watcher: &str| View {
+        let watch = |watcher: &str| Watch {
             urls: urls.clone(),
-            tries: count,
+            connects: count,
             token: token.clone(),
             id: id.clone(),
             watcher: format!("{id}/{watcher}"),
             last_seq: None,
             acknowledged: false,
         };
-        let submitter = follow(view("submitter"), Some(message), &history);
-        // Every third is watched by somebody else too, who comes when he likes.
+        let submitter = follow(watch("submitter"), Some(message), &history);
+        // Every third request has a second watcher, which starts at a random time.
         if random.below(3) == 0 {
-            let late = random.below(10);
+            let delay = random.below(10);
             let after_seq = 1 + i64::try_from(random.below(4)).unwrap();
             let watcher = async {
-                history.more(late).await;
-                follow(View { last_seq: Some(after_seq), ..view("watcher") }, None, &history).await;
+                history.wait_for_messages(delay).await;
+                follow(Watch { last_seq: Some(after_seq), ..watch("watcher") }, None, &history)
+                    .await;
             };
             tokio::join!(submitter, watcher);
         } else {
@@ -149,66 +150,67 @@ async fn submit_on(
     }
 }
 
-/// Somebody who wants to see a request to its end.
-struct View {
-    /// Gone through, one after the other.
+/// A watch of one request up to its terminal event.
+struct Watch {
+    /// Used in rotation.
     urls: Vec<String>,
-    tries: usize,
+    connects: usize,
     token: String,
     id: String,
     watcher: String,
-    /// What was seen last, or what is asked for first.
+    /// Last received `seq`, or the `after_seq` of the first connection.
     last_seq: Option<i64>,
     acknowledged: bool,
 }
 
-/// Connects again and again until the end was seen. Records what it asked for and every event that
-/// it was sent, also those that nobody asked for: the checker knows what should have come.
-async fn follow(mut view: View, submission: Option<Value>, history: &History) {
-    while !follow_once(&mut view, submission.as_ref(), history).await {
+/// Reconnects until the terminal event arrives. Records each subscription and every received event, also
+/// unexpected ones, which the checker detects.
+async fn follow(mut watch: Watch, submission: Option<Value>, history: &History) {
+    while !follow_once(&mut watch, submission.as_ref(), history).await {
         tokio::task::yield_now().await;
     }
 }
 
-/// Says whether the end was seen; not so when the connection was lost.
-async fn follow_once(view: &mut View, submission: Option<&Value>, history: &History) -> bool {
-    let url = &view.urls[view.tries % view.urls.len()];
-    view.tries += 1;
-    let Ok(mut session) = Session::connect(url, &view.token).await else { return false };
-    let opening = match (view.last_seq, submission) {
+/// Follows on one connection; returns false if it is lost before the terminal event.
+async fn follow_once(watch: &mut Watch, submission: Option<&Value>, history: &History) -> bool {
+    let url = &watch.urls[watch.connects % watch.urls.len()];
+    watch.connects += 1;
+    let Ok(mut session) = Session::connect(url, &watch.token).await else { return false };
+    let opening = match (watch.last_seq, submission) {
         (None, Some(submission)) => submission.clone(),
         (last_seq, _) => json!({
-            "type": "subscribe", "request_id": view.id, "after_seq": last_seq,
+            "type": "subscribe", "request_id": watch.id, "after_seq": last_seq,
         }),
     };
-    // As of before it is asked for.
-    let acknowledged = view.acknowledged || history.is_acknowledged(&view.id);
+    // Read before the message is sent.
+    let acknowledged = watch.acknowledged || history.is_acknowledged(&watch.id);
     if session.send(opening.to_string()).await.is_err() {
         return false;
     }
     let opened = |after_seq: i64| {
         json!({
-            "record": "opened", "watcher": view.watcher, "id": view.id, "after_seq": after_seq,
+            "record": "opened", "watcher": watch.watcher, "id": watch.id, "after_seq": after_seq,
         })
     };
-    if let Some(last_seq) = view.last_seq {
+    if let Some(last_seq) = watch.last_seq {
         history.record(opened(last_seq));
     }
     loop {
         let Ok(message) = session.next().await else { return false };
         let value: Value = serde_json::from_str(&message.text).unwrap();
         match (message.kind.as_str(), message.seq) {
-            // It stands for the first event; those after it follow.
+            // The acknowledgment stands for the first event; the later events follow.
             ("acknowledgment", _) => {
                 let (id, uid) = (&value["request_id"], &value["uid"]);
                 history.record(opened(1));
                 history.record(json!({"record": "acknowledged", "id": id, "uid": uid}));
-                (view.last_seq, view.acknowledged) = (Some(1), true);
+                (watch.last_seq, watch.acknowledged) = (Some(1), true);
             }
             (kind, Some(seq)) => {
-                let record = json!({"record": "seen", "watcher": view.watcher, "event": value});
+                let record =
+                    json!({"record": "received", "watcher": watch.watcher, "event": value});
                 history.record(record);
-                view.last_seq = Some(seq);
+                watch.last_seq = Some(seq);
                 if matches!(kind, "complete" | "error" | "cancelled") {
                     return true;
                 }
@@ -218,27 +220,27 @@ async fn follow_once(view: &mut View, submission: Option<&Value>, history: &Hist
                 if code == "NOT_FOUND" && !acknowledged {
                     return false;
                 }
-                // While the other progress service is killed and a busy machine keeps this one from its
-                // store, no one can serve a watch; clients come again.
+                // No progress service can serve a watch while one is killed and the other cannot reach its
+                // store on a busy machine; clients retry.
                 let message = value["error"]["message"].as_str().unwrap_or_default();
                 if code == "UNAVAILABLE" && message.contains("cannot reach its store") {
                     return false;
                 }
                 if matches!(code.as_str(), "NOT_FOUND" | "INVALID_ACTION") || history.strict {
                     let record =
-                        json!({"record": "refused", "watcher": view.watcher, "why": value});
+                        json!({"record": "rejected", "watcher": watch.watcher, "error": value});
                     history.record(record);
                     return true;
                 }
                 return false;
             }
-            // A snapshot, or of the connection.
+            // A snapshot, or a message about the connection.
             _ => {}
         }
     }
 }
 
-/// Reads every log from its beginning.
+/// Records every log from its first event.
 async fn record_logs(url: &str, token: &str, history: &History) {
     let mut uids: Vec<String> = {
         let records = history.records.lock().unwrap();
@@ -260,15 +262,16 @@ async fn record_logs(url: &str, token: &str, history: &History) {
     }
 }
 
-fn judge(name: &str, seed: u64, history: &History) {
+/// Runs `check-history`; keeps the history file if it reports violations.
+fn verify(name: &str, seed: u64, history: &History) {
     let path = env::temp_dir().join(format!("streamer-history-{name}-{seed}.jsonl"));
     let mut file = fs::File::create(&path).unwrap();
     for record in history.records.lock().unwrap().iter() {
         writeln!(file, "{record}").unwrap();
     }
-    let judged = Process::output(Process::command(checker()).arg(&path));
-    let told = String::from_utf8_lossy(&judged.stdout);
-    println!("{told}");
-    assert!(judged.status.success(), "seed {seed}, history in {}:\n{told}", path.display());
+    let output = Process::output(Process::command(checker()).arg(&path));
+    let report = String::from_utf8_lossy(&output.stdout);
+    println!("{report}");
+    assert!(output.status.success(), "seed {seed}, history in {}:\n{report}", path.display());
     fs::remove_file(&path).unwrap();
 }

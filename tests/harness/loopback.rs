@@ -1,9 +1,8 @@
-//! Addresses and ports that no other test uses at the same time, in this process or a different one.
+//! Addresses and ports that no other test uses at the same time, in any process.
 //!
-//! A port that a test binds to port 0, releases and uses later can be taken by any process in
-//! between: the system hands such ports out for outgoing connections as well. Ports below the
-//! ephemeral range are handed out to no process; on a loopback address that only one test uses they
-//! stay free.
+//! A port that a test obtains through port 0, releases and uses later can be taken by any process in
+//! between: the system assigns such ports to outgoing connections as well. Ports below the ephemeral
+//! range are never assigned; on a loopback address that only one test uses they stay free.
 
 use std::{
     io,
@@ -12,14 +11,14 @@ use std::{
     sync::atomic::{AtomicU16, AtomicU32, Ordering},
 };
 
-/// Held on an address for as long as the address is claimed.
+/// Port that is bound on an address while the address is claimed.
 const CLAIM_PORT: u16 = 10_000;
 /// Ports of claimed addresses.
 const PORTS: std::ops::Range<u16> = 10_001..20_000;
-/// Ports for servers that listen on every address; apart from [`PORTS`], which they would block.
+/// Ports for servers that listen on every address; disjoint from [`PORTS`], which they would block.
 const WILDCARD_PORTS: std::ops::Range<u16> = 20_000..32_000;
 
-/// An IPv4 loopback address that its owner has for itself.
+/// An IPv4 loopback address with one owner.
 pub struct LoopbackAddress {
     ip: Ipv4Addr,
     next_port: AtomicU16,
@@ -30,7 +29,7 @@ impl LoopbackAddress {
     /// Claims an address until the value is dropped.
     ///
     /// # Panics
-    /// When no address can be claimed.
+    /// Panics if no address can be claimed.
     #[must_use]
     pub fn claim() -> Self {
         // The networks 127.1.0.0/16 to 127.254.0.0/16.
@@ -43,16 +42,16 @@ impl LoopbackAddress {
         claims.next().unwrap_or_else(|| panic!("port {CLAIM_PORT} is in use on every address"))
     }
 
-    /// Returns an address with a port that was not returned before and is free.
+    /// Returns the address with a free port that was not returned before.
     ///
     /// # Panics
-    /// When all ports have been returned.
+    /// Panics if all ports have been returned.
     #[must_use]
     pub fn next(&self) -> SocketAddr {
         loop {
             let port = self.next_port.fetch_add(1, Ordering::Relaxed);
             assert!(PORTS.contains(&port), "all ports of {} are in use", self.ip);
-            // In use when a process listens on the port on every address.
+            // Fails if a process listens on this port of every address.
             if TcpListener::bind((self.ip, port)).is_ok() {
                 return (self.ip, port).into();
             }
@@ -68,16 +67,16 @@ impl LoopbackAddress {
     }
 }
 
-/// A port for a server that listens on every address, claimed through the loopback address that
-/// spells the port.
+/// A port for a server that listens on every address, claimed through the loopback address whose last two
+/// bytes are the port.
 pub(crate) struct WildcardPort {
     pub(crate) number: u16,
     _claim: LoopbackAddress,
 }
 
 impl WildcardPort {
-    /// Claims a port that is free on every address. A process that is not a test can still take it
-    /// before the server binds it.
+    /// Claims a port that is free on every address. A process that is not a test can still bind it before the
+    /// server does.
     pub(crate) fn claim() -> Self {
         let count = u32::from(WILDCARD_PORTS.end - WILDCARD_PORTS.start);
         let mut claims = candidates().take(1_000).filter_map(|candidate| {
@@ -92,7 +91,7 @@ impl WildcardPort {
     }
 }
 
-/// Returns numbers, of which different processes and threads try different ones first.
+/// Returns numbers in an order that differs between processes and threads.
 fn candidates() -> impl Iterator<Item = u32> {
     const PER_PROCESS: u32 = 64;
     static NEXT: AtomicU32 = AtomicU32::new(0);

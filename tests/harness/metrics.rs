@@ -1,4 +1,4 @@
-//! What a server reports on `/metrics`.
+//! Reads the metrics of a server.
 
 use std::{
     io::{Read, Write},
@@ -7,20 +7,23 @@ use std::{
     time::Duration,
 };
 
-/// A server that is stopped or blocked does not answer.
+/// Timeout for servers that are stopped or blocked.
 const TIMEOUT: Duration = Duration::from_secs(5);
 
-/// All metrics of the server at this URL, in the OpenMetrics text format.
+/// Returns all metrics of the server at this URL, in the OpenMetrics text format.
 ///
 /// # Panics
-/// When the server cannot be reached.
+/// Panics if the server cannot be reached.
 pub async fn metrics(url: &str) -> String {
-    let address = url.trim_start_matches("http://").parse().expect("the URL of a test server");
+    let address = url
+        .trim_start_matches("http://")
+        .parse()
+        .expect("the URL contains an IP address and a port");
     let read = tokio::task::spawn_blocking(move || read(address));
-    read.await.expect("reading does not panic").expect("the server answers")
+    read.await.expect("reading does not panic").expect("the server responds")
 }
 
-/// The value of a counter or gauge; `None` when the server does not answer or has none of that name.
+/// Returns the value of a counter or gauge; `None` if the server does not respond or has no such metric.
 pub(crate) fn value<T: FromStr>(address: SocketAddr, name: &str) -> Option<T> {
     let metrics = read(address).ok()?;
     let value = metrics.lines().find_map(|line| line.strip_prefix(name)?.strip_prefix(' '));
@@ -32,7 +35,7 @@ fn read(address: SocketAddr) -> std::io::Result<String> {
     socket.set_read_timeout(Some(TIMEOUT))?;
     let request = format!("GET /metrics HTTP/1.1\r\nHost: {address}\r\nConnection: close\r\n\r\n");
     socket.write_all(request.as_bytes())?;
-    let mut answer = String::new();
-    socket.read_to_string(&mut answer)?;
-    Ok(answer)
+    let mut response = String::new();
+    socket.read_to_string(&mut response)?;
+    Ok(response)
 }

@@ -1,9 +1,9 @@
-//! Child processes that end with the test that starts them, however the test ends.
+//! Child processes that end with the test that starts them, even if it panics or is killed.
 //!
-//! Each child leads a process group of its own. Dropping its [`Process`] kills the group, so a panic
-//! does too. When the test process itself is killed, the kernel kills the child (`PR_SET_PDEATHSIG`,
-//! which `setpriv` of util-linux sets). The kernel does so when the *thread* that started the child
-//! ends; therefore one thread, which lives as long as the test process, starts all children.
+//! Each child leads a separate process group. Dropping its [`Process`] kills the group, so a panic does
+//! too. If the test process itself is killed, the kernel kills the child (`PR_SET_PDEATHSIG`, which
+//! `setpriv` of util-linux sets). The kernel does so when the *thread* that started the child ends;
+//! therefore one thread, which lives as long as the test process, starts all children.
 
 use std::{
     env,
@@ -33,13 +33,13 @@ use rustix::{
 
 pub use rustix::process::Signal;
 
-/// Where the instrumented binaries of a coverage build write their profiles.
+/// Variable with the file to which instrumented binaries of a coverage build write their profiles.
 const PROFILE: &str = "LLVM_PROFILE_FILE";
 
-/// How long a process may drain after SIGTERM before a second one stops it at once.
-const DRAIN_TIME: Duration = Duration::from_secs(1);
+/// Time that a process may drain after SIGTERM before a second SIGTERM stops it immediately.
+const DRAIN_TIMEOUT: Duration = Duration::from_secs(1);
 
-/// How long a process may take to end after the second SIGTERM.
+/// Time that a process may take to exit after the second SIGTERM.
 const STOP_TIMEOUT: Duration = Duration::from_secs(30);
 
 /// A running child process and its process group.
@@ -58,11 +58,11 @@ impl Process {
         command
     }
 
-    /// Starts a command that [`Process::command`] returned.
+    /// Starts a command that [`Process::command`] returned. If the program cannot be started, the child
+    /// reports the reason on its standard error and exits with 127.
     ///
     /// # Panics
-    /// When `setpriv` cannot be started. When the program itself cannot be started, the child
-    /// reports the reason on its standard error and exits with 127.
+    /// Panics if `setpriv` cannot be started.
     #[must_use]
     pub fn spawn(command: &mut Command) -> Self {
         if let Some(file) = env::var_os(PROFILE) {
@@ -71,15 +71,14 @@ impl Process {
         let command = std::mem::replace(command, Command::new("true"));
         let (reply, spawned) = sync_channel(1);
         spawner().send(Spawn { command, reply }).expect("the spawner lives as long as the process");
-        let child = spawned.recv().expect("the spawner answers each command");
+        let child = spawned.recv().expect("the spawner replies to each command");
         Self { child: child.expect("setpriv (util-linux) can be started"), status: None }
     }
 
-    /// Runs a command that [`Process::command`] returned to its end, without input, and returns its
-    /// output.
+    /// Runs a command that [`Process::command`] returned, without input, and returns its output.
     ///
     /// # Panics
-    /// When it cannot be started or its output cannot be read.
+    /// Panics if it cannot be started or its output cannot be read.
     #[must_use]
     pub fn output(command: &mut Command) -> Output {
         command.stdin(Stdio::null()).stdout(Stdio::piped()).stderr(Stdio::piped());
@@ -95,7 +94,7 @@ impl Process {
     /// Returns its standard input, once.
     ///
     /// # Panics
-    /// When the standard input is not a pipe or was returned before.
+    /// Panics if the standard input is not a pipe or was returned before.
     #[must_use]
     pub fn stdin(&mut self) -> ChildStdin {
         self.child.stdin.take().expect("the standard input is a pipe")
@@ -104,7 +103,7 @@ impl Process {
     /// Returns its standard output, once.
     ///
     /// # Panics
-    /// When the standard output is not a pipe or was returned before.
+    /// Panics if the standard output is not a pipe or was returned before.
     #[must_use]
     pub fn stdout(&mut self) -> ChildStdout {
         self.child.stdout.take().expect("the standard output is a pipe")
@@ -113,40 +112,41 @@ impl Process {
     /// Returns its standard error, once.
     ///
     /// # Panics
-    /// When the standard error is not a pipe or was returned before.
+    /// Panics if the standard error is not a pipe or was returned before.
     #[must_use]
     pub fn stderr(&mut self) -> ChildStderr {
         self.child.stderr.take().expect("the standard error is a pipe")
     }
 
-    /// Most resident memory of the process so far, in bytes.
+    /// Returns the peak resident memory of the process, in bytes.
     ///
     /// # Panics
-    /// When the process has been waited for.
+    /// Panics if the process has been waited for.
     #[must_use]
     pub fn peak_resident_bytes(&self) -> u64 {
         self.memory("VmHWM:")
     }
 
-    /// Resident memory of the process, in bytes.
+    /// Returns the resident memory of the process, in bytes.
     ///
     /// # Panics
-    /// When the process has ended.
+    /// Panics if the process has been waited for.
     #[must_use]
     pub fn resident_bytes(&self) -> u64 {
         self.memory("VmRSS:")
     }
 
     fn memory(&self, line: &str) -> u64 {
-        assert!(self.status.is_none(), "the process has ended");
+        assert!(self.status.is_none(), "the process has exited");
         let status = fs::read_to_string(format!("/proc/{}/status", self.child.id()));
-        let status = status.expect("a child that was not reaped has a status");
+        let status = status.expect("a child that is not reaped has a status");
         let value = status.lines().find_map(|found| found.strip_prefix(line));
         let kilobytes = value.and_then(|rest| rest.split_whitespace().next());
-        let kilobytes: u64 = kilobytes.expect("Linux reports it").parse().expect("a number");
+        let kilobytes: u64 = kilobytes.expect("Linux reports the value").parse().expect("a number");
         kilobytes * 1024
     }
 
+    /// Returns whether the process is running.
     pub(crate) fn is_running(&mut self) -> bool {
         self.status.is_none() && self.wait_timeout(Duration::ZERO).is_none()
     }
@@ -154,36 +154,38 @@ impl Process {
     /// Sends a signal to the process, not to the rest of its group.
     ///
     /// # Panics
-    /// When the process has been waited for.
+    /// Panics if the process has been waited for.
     pub fn signal(&self, signal: Signal) {
-        assert!(self.status.is_none(), "the process has ended");
-        kill_process(self.pid(), signal).expect("a child that was not reaped takes signals");
+        assert!(self.status.is_none(), "the process has exited");
+        kill_process(self.pid(), signal).expect("a child that is not reaped accepts signals");
     }
 
-    /// Waits for the process to end, and kills what is left of its group.
+    /// Waits for the process to exit, and kills the rest of its group.
     ///
     /// # Panics
-    /// When the process cannot be waited for.
+    /// Panics if the process cannot be waited for.
     pub fn wait(&mut self) -> ExitStatus {
-        // A process that reads its input to the end would never end otherwise.
+        // Otherwise a process that reads its whole input never exits.
         drop(self.child.stdin.take());
         if self.status.is_none() {
             let options = WaitIdOptions::EXITED | WaitIdOptions::NOWAIT;
-            retry_on_intr(|| waitid(WaitId::Pid(self.pid()), options)).expect("it is our child");
+            retry_on_intr(|| waitid(WaitId::Pid(self.pid()), options))
+                .expect("the process is a child");
         }
         self.reap()
     }
 
-    /// Waits for the process to end, but not longer than `timeout`.
+    /// Waits for the process to exit, for at most `timeout`.
     ///
     /// # Panics
-    /// When the process cannot be waited for.
+    /// Panics if the process cannot be waited for.
     pub fn wait_timeout(&mut self, timeout: Duration) -> Option<ExitStatus> {
         if self.status.is_none() {
-            let pidfd = pidfd_open(self.pid(), PidfdFlags::empty()).expect("it is our child");
-            let mut ended = [PollFd::new(&pidfd, PollFlags::IN)];
-            let timeout = Timespec::try_from(timeout).expect("a short time");
-            if retry_on_intr(|| poll(&mut ended, Some(&timeout))).expect("a pidfd can be polled")
+            let pidfd =
+                pidfd_open(self.pid(), PidfdFlags::empty()).expect("the process is a child");
+            let mut exited = [PollFd::new(&pidfd, PollFlags::IN)];
+            let timeout = Timespec::try_from(timeout).expect("the timeout is in range");
+            if retry_on_intr(|| poll(&mut exited, Some(&timeout))).expect("a pidfd can be polled")
                 == 0
             {
                 return None;
@@ -192,33 +194,33 @@ impl Process {
         Some(self.reap())
     }
 
-    /// Sends SIGTERM and waits for the process to end; returns its exit code.
+    /// Sends SIGTERM and waits for the process to exit; returns its exit code.
     pub fn stop(&mut self) -> Option<i32> {
         self.signal(Signal::TERM);
         self.wait().code()
     }
 
-    /// Kills the whole group with SIGKILL, and returns once the process has ended.
+    /// Kills the whole group with SIGKILL; returns once the process has exited.
     pub fn kill(&mut self) {
         self.reap();
     }
 
-    /// Stops processes that are no longer needed with SIGTERM, and with a second one when they drain
-    /// for longer than a moment. While the test panics, they are killed.
+    /// Stops processes that are no longer needed: with SIGTERM, and a second SIGTERM if they drain for
+    /// longer than [`DRAIN_TIMEOUT`]. Kills them if the test panics.
     ///
     /// # Panics
-    /// When one of them does not end.
-    pub(crate) fn end_all<'a>(processes: impl IntoIterator<Item = &'a mut Self>) {
+    /// Panics if one of them does not exit.
+    pub(crate) fn stop_all<'a>(processes: impl IntoIterator<Item = &'a mut Self>) {
         let mut running: Vec<&mut Self> = processes.into_iter().collect();
         if thread::panicking() {
             running.into_iter().for_each(Self::kill);
             return;
         }
-        for timeout in [DRAIN_TIME, STOP_TIMEOUT] {
+        for timeout in [DRAIN_TIMEOUT, STOP_TIMEOUT] {
             running.retain(|process| process.status.is_none());
             for process in &running {
                 process.signal(Signal::TERM);
-                // It may have been stopped by the test.
+                // The test may have suspended it.
                 process.signal(Signal::CONT);
             }
             for process in &mut running {
@@ -226,16 +228,16 @@ impl Process {
             }
         }
         running.retain(|process| process.status.is_none());
-        assert!(running.is_empty(), "a process does not end after SIGTERM");
+        assert!(running.is_empty(), "a process does not exit after SIGTERM");
     }
 
     /// Kills the group, and reaps the process.
     fn reap(&mut self) -> ExitStatus {
         *self.status.get_or_insert_with(|| {
-            // Before the process is reaped: until then the id belongs to it and to its group.
+            // Before the process is reaped, while its id still identifies its group.
             kill_process_group(Pid::from_child(&self.child), Signal::KILL)
-                .expect("a group of our own can be killed");
-            self.child.wait().expect("it is our child")
+                .expect("the group of a child can be killed");
+            self.child.wait().expect("the process is a child")
         })
     }
 
@@ -272,16 +274,16 @@ fn spawner() -> &'static Sender<Spawn> {
     })
 }
 
-/// Ends a test process that waits for an event that never happens, with an error.
+/// Exits with an error if the tests of this process have not finished after a timeout.
 fn exit_when_hung() {
-    // Suite `cluster` takes 140 s on two idle cores, and over 300 s where others use them too.
+    // Suite `cluster` takes 140 s on two idle cores, and over 300 s on busy ones.
     const TIMEOUT: Duration = Duration::from_secs(900);
     // The crash suite takes longer with more kills.
     let kills = env::var("STREAMER_TESTS_KILLS").ok().and_then(|text| text.parse().ok());
     let timeout = TIMEOUT + Duration::from_secs(kills.unwrap_or(0));
     thread::spawn(move || {
         thread::sleep(timeout);
-        eprintln!("the tests of this suite have not ended after {} s", timeout.as_secs());
+        eprintln!("the tests of this suite have not finished after {} s", timeout.as_secs());
         process::exit(101);
     });
 }

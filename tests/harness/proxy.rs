@@ -1,4 +1,4 @@
-//! A TCP proxy that can be cut: then nothing gets through in either direction, and no end is notified.
+//! A TCP proxy that can be paused: then it forwards no data in either direction and closes no connection.
 
 use std::net::SocketAddr;
 
@@ -13,59 +13,62 @@ use tokio::{
 
 /// A running proxy.
 pub struct Proxy {
-    /// Where it listens.
+    /// Address on which it listens.
     pub address: SocketAddr,
-    open: watch::Sender<bool>,
+    running: watch::Sender<bool>,
 }
 
 impl Proxy {
-    /// Starts one on `address` in front of `target`, which may start later.
+    /// Starts a proxy of `target`, which may start later, on `address`.
     ///
     /// # Panics
-    /// When the address is in use.
+    /// Panics if the address is in use.
     pub async fn start(address: SocketAddr, target: SocketAddr) -> Self {
         let listener = TcpListener::bind(address).await.expect("the address is free");
-        let (open, is_open) = watch::channel(true);
+        let (running, is_running) = watch::channel(true);
         tokio::spawn(async move {
-            while let Ok((near, _)) = listener.accept().await {
-                let is_open = is_open.clone();
+            while let Ok((client, _)) = listener.accept().await {
+                let is_running = is_running.clone();
                 tokio::spawn(async move {
-                    // Like a host that does not answer: the connection waits.
-                    let mut wait = is_open.clone();
-                    if wait.wait_for(|open| *open).await.is_err() {
+                    // The connection waits, as to a host that does not respond.
+                    let mut resumed = is_running.clone();
+                    if resumed.wait_for(|running| *running).await.is_err() {
                         return;
                     }
-                    let Ok(far) = TcpStream::connect(target).await else { return };
-                    // What comes is passed on at once, or every exchange would wait for an
-                    // acknowledgement that is held back for 40 ms.
-                    if near.set_nodelay(true).and_then(|()| far.set_nodelay(true)).is_err() {
+                    let Ok(server) = TcpStream::connect(target).await else { return };
+                    // Without this, every exchange would wait 40 ms for a delayed acknowledgment.
+                    if client.set_nodelay(true).and_then(|()| server.set_nodelay(true)).is_err() {
                         return;
                     }
-                    let ((near_in, near_out), (far_in, far_out)) =
-                        (near.into_split(), far.into_split());
-                    tokio::spawn(carry(near_in, far_out, is_open.clone()));
-                    carry(far_in, near_out, is_open).await;
+                    let ((from_client, to_client), (from_server, to_server)) =
+                        (client.into_split(), server.into_split());
+                    tokio::spawn(forward(from_client, to_server, is_running.clone()));
+                    forward(from_server, to_client, is_running).await;
                 });
             }
         });
-        Self { address, open }
+        Self { address, running }
     }
 
-    /// Lets nothing through from now on.
-    pub fn cut(&self) {
-        self.open.send_replace(false);
+    /// Stops forwarding.
+    pub fn pause(&self) {
+        self.running.send_replace(false);
     }
 
-    /// Lets everything through again, also what was held back.
-    pub fn mend(&self) {
-        self.open.send_replace(true);
+    /// Resumes forwarding, also of the data that arrived during the pause.
+    pub fn resume(&self) {
+        self.running.send_replace(true);
     }
 }
 
-async fn carry(mut from: OwnedReadHalf, mut to: OwnedWriteHalf, mut open: watch::Receiver<bool>) {
+async fn forward(
+    mut from: OwnedReadHalf,
+    mut to: OwnedWriteHalf,
+    mut is_running: watch::Receiver<bool>,
+) {
     let mut bytes = vec![0; 16 * 1024];
     while let Ok(count) = from.read(&mut bytes).await {
-        if open.wait_for(|open| *open).await.is_err() {
+        if is_running.wait_for(|running| *running).await.is_err() {
             return;
         }
         if count == 0 || to.write_all(&bytes[..count]).await.is_err() {

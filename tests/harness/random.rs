@@ -1,17 +1,17 @@
-//! Numbers that a seed decides, so that a run can be had again.
+//! Pseudorandom numbers from a seed, so that a run can be repeated.
 
 /// SplitMix64 (Steele, Lea and Flood, 2014).
 #[derive(Clone, Debug)]
 pub struct Random(u64);
 
 impl Random {
-    /// The sequence of this seed.
+    /// Creates a generator with this seed.
     #[must_use]
     pub fn new(seed: u64) -> Self {
         Self(seed)
     }
 
-    /// The next number.
+    /// Returns the next number.
     pub fn draw(&mut self) -> u64 {
         self.0 = self.0.wrapping_add(0x9e37_79b9_7f4a_7c15);
         let mut mixed = self.0;
@@ -20,8 +20,8 @@ impl Random {
         mixed ^ (mixed >> 31)
     }
 
-    /// The next number, from 0 to below `bound`.
-    #[expect(clippy::cast_possible_truncation, reason = "below a usize")]
+    /// Returns the next number, from 0 to below `bound`.
+    #[expect(clippy::cast_possible_truncation, reason = "less than a usize")]
     pub fn below(&mut self, bound: usize) -> usize {
         (self.draw() % bound.max(1) as u64) as usize
     }

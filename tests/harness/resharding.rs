@@ -1,5 +1,5 @@
-//! A DynamoDB whose stream has more than one shard: in front of a real one, whose stream has one, it
-//! ends that shard where it is told to and goes on in two others, and forgets where readers were.
+//! A DynamoDB proxy that simulates resharding: it splits the only shard of a stream into two, and fails calls
+//! of readers with expired iterators and trimmed records.
 
 use std::{
     collections::BTreeSet,
@@ -15,15 +15,15 @@ use axum::{
 use http_body_util::BodyExt;
 use serde_json::{Value, json};
 
-use crate::front::{self, Answer, Upstream, exception};
+use crate::dynamodb_proxy::{self, Handler, Upstream, exception};
 
 const PARENT: &str = "shardId-00000000000000000000-parent";
 const CHILDREN: [&str; 2] =
     ["shardId-00000000000000000001-left", "shardId-00000000000000000001-right"];
 
-/// A running one.
+/// A running proxy.
 pub struct Resharding {
-    /// Where it is asked.
+    /// URL of the proxy.
     pub endpoint: String,
     inner: Arc<Inner>,
 }
@@ -36,85 +36,85 @@ struct Inner {
 #[derive(Default)]
 struct State {
     split: bool,
-    /// The last record of the parent, once it has been read to its end.
-    parent_ended: Option<Option<String>>,
-    /// The last record of the parent so far.
+    /// Sequence number of the last record of the parent, once it has been read completely.
+    parent_end: Option<Option<String>>,
+    /// Sequence number of the last record that was read from the parent.
     last: Option<String>,
-    /// Shards that a record was read from.
+    /// Shards from which a record was read.
     read: BTreeSet<String>,
-    /// What the next calls answer, by operation.
+    /// Exceptions that the next calls return, with their operation.
     exceptions: Vec<(&'static str, &'static str)>,
 }
 
 impl Resharding {
-    /// Starts one in front of this endpoint.
+    /// Starts a proxy of this endpoint.
     pub async fn start(target: &str) -> Self {
         let inner = Arc::new(Inner { upstream: Upstream::new(target), state: Mutex::default() });
-        Self { endpoint: front::start(inner.clone()).await, inner }
+        Self { endpoint: dynamodb_proxy::start(inner.clone()).await, inner }
     }
 
-    /// The shard is split.
+    /// Splits the shard.
     ///
     /// # Panics
-    /// When a call has panicked.
+    /// Panics if a call has panicked.
     pub fn split(&self) {
         self.inner.state.lock().expect("no call panicked").split = true;
     }
 
-    /// The next iterator that is used has expired.
+    /// Makes the next iterator expire.
     ///
     /// # Panics
-    /// When a call has panicked.
-    pub fn expire(&self) {
+    /// Panics if a call has panicked.
+    pub fn expire_iterator(&self) {
         let mut state = self.inner.state.lock().expect("no call panicked");
         state.exceptions.push(("GetRecords", "ExpiredIteratorException"));
     }
 
-    /// What the next reader asks for has been removed, and so has the place where it was.
+    /// Makes the next reader find its records and its position trimmed.
     ///
     /// # Panics
-    /// When a call has panicked.
-    pub fn trim(&self) {
+    /// Panics if a call has panicked.
+    pub fn trim_records(&self) {
         let mut state = self.inner.state.lock().expect("no call panicked");
         let error = "TrimmedDataAccessException";
         state.exceptions.extend([("GetRecords", error), ("GetShardIterator", error)]);
     }
 
-    /// Whether readers have met everything that they were to meet.
+    /// Returns whether readers have received all exceptions.
     ///
     /// # Panics
-    /// When a call has panicked.
+    /// Panics if a call has panicked.
     #[must_use]
-    pub fn is_done(&self) -> bool {
+    pub fn all_exceptions_returned(&self) -> bool {
         self.inner.state.lock().expect("no call panicked").exceptions.is_empty()
     }
 
-    /// Whether a record was read from each shard.
+    /// Returns whether a record was read from each shard.
     ///
     /// # Panics
-    /// When a call has panicked.
+    /// Panics if a call has panicked.
     #[must_use]
-    pub fn all_read(&self) -> bool {
+    pub fn all_shards_read(&self) -> bool {
         self.inner.state.lock().expect("no call panicked").read.len() == 1 + CHILDREN.len()
     }
 }
 
-impl Answer for Inner {
-    async fn answer(&self, request: Request) -> Response {
+impl Handler for Inner {
+    async fn handle(&self, request: Request) -> Response {
         let target = request.headers().get("x-amz-target").and_then(|value| value.to_str().ok());
         let target = target.unwrap_or_default().to_owned();
         let Some(operation) = target.strip_prefix("DynamoDBStreams_20120810.") else {
             return self.upstream.forward(request).await;
         };
         let (parts, body) = request.into_parts();
-        let body = body.collect().await.expect("a message comes whole").to_bytes();
+        let body = body.collect().await.expect("the message is complete").to_bytes();
         let body: Value = serde_json::from_slice(&body).expect("calls are JSON");
         let call = Call { uri: parts.uri, headers: parts.headers, body };
         match operation {
             "DescribeStream" => self.describe(call).await,
             "GetShardIterator" => self.iterator(call).await,
             "GetRecords" => self.records(call).await,
-            _ => panic!("nobody should call {operation}"),
+            _ => panic!("unexpected operation {operation}"),
         }
     }
 }
@@ -126,22 +126,23 @@ struct Call {
 }
 
 impl Inner {
-    fn with<T>(&self, what: impl FnOnce(&mut State) -> T) -> T {
-        what(&mut self.state.lock().expect("no call panicked"))
+    fn with_state<T>(&self, action: impl FnOnce(&mut State) -> T) -> T {
+        action(&mut self.state.lock().expect("no call panicked"))
     }
 
-    fn exception(&self, operation: &str) -> Option<Response> {
-        self.with(|state| {
-            let at = state.exceptions.iter().position(|(of, _)| *of == operation)?;
+    /// Removes the next exception of an operation.
+    fn take_exception(&self, operation: &str) -> Option<Response> {
+        self.with_state(|state| {
+            let at = state.exceptions.iter().position(|(name, _)| *name == operation)?;
             Some(exception(state.exceptions.remove(at).1))
         })
     }
 
     async fn describe(&self, call: Call) -> Response {
-        let mut answer = self.ask(call).await;
-        let split = self.with(|state| state.split);
-        let shards = &mut answer["StreamDescription"]["Shards"];
-        assert_eq!(shards.as_array().map(Vec::len), Some(1), "the real one has one shard");
+        let mut response = self.forward(call).await;
+        let split = self.with_state(|state| state.split);
+        let shards = &mut response["StreamDescription"]["Shards"];
+        assert_eq!(shards.as_array().map(Vec::len), Some(1), "the upstream stream has one shard");
         let shard = |id: &str, parent: Option<&str>| {
             let mut shard = shards[0].clone();
             shard["ShardId"] = id.into();
@@ -152,48 +153,48 @@ impl Inner {
         };
         let mut all = vec![shard(PARENT, None)];
         if split {
-            // In no order.
+            // Out of order.
             all.splice(0..0, CHILDREN.map(|child| shard(child, Some(PARENT))));
         }
         *shards = all.into();
-        respond(&answer)
+        respond(&response)
     }
 
     async fn iterator(&self, mut call: Call) -> Response {
         let shard = call.body["ShardId"].as_str().expect("a shard").to_owned();
         let after = call.body["ShardIteratorType"] == "AFTER_SEQUENCE_NUMBER";
-        if after && let Some(exception) = self.exception("GetShardIterator") {
+        if after && let Some(exception) = self.take_exception("GetShardIterator") {
             return exception;
         }
         if !after && shard != PARENT {
-            let ended = self.with(|state| state.parent_ended.clone());
-            let last = ended.expect("a shard is read after the one that it comes from");
+            let parent_end = self.with_state(|state| state.parent_end.clone());
+            let last = parent_end.expect("a child is read after its parent");
             if let Some(last) = last {
                 call.body["ShardIteratorType"] = "AFTER_SEQUENCE_NUMBER".into();
                 call.body["SequenceNumber"] = last.into();
             }
         }
-        call.body["ShardId"] = self.real_shard(&call).await;
-        let mut answer = self.ask(call).await;
-        mark(&mut answer["ShardIterator"], &shard);
-        respond(&answer)
+        call.body["ShardId"] = self.upstream_shard(&call).await;
+        let mut response = self.forward(call).await;
+        tag(&mut response["ShardIterator"], &shard);
+        respond(&response)
     }
 
     async fn records(&self, mut call: Call) -> Response {
-        if let Some(exception) = self.exception("GetRecords") {
+        if let Some(exception) = self.take_exception("GetRecords") {
             return exception;
         }
         let iterator = call.body["ShardIterator"].as_str().expect("an iterator").to_owned();
-        let (shard, real) = iterator.split_once('~').expect("it is one of ours");
-        call.body["ShardIterator"] = real.into();
-        // What comes while the call is under way belongs to the children.
-        let ends = shard == PARENT && self.with(|state| state.split);
-        let mut answer = self.ask(call).await;
-        let records = answer["Records"].as_array_mut().expect("there are records");
-        if let Some(side) = CHILDREN.iter().position(|child| *child == shard) {
-            records.retain(|record| side_of(record) == side);
+        let (shard, untagged) = iterator.split_once('~').expect("the iterator is tagged");
+        call.body["ShardIterator"] = untagged.into();
+        // Records that arrive during the call belong to the children.
+        let ends = shard == PARENT && self.with_state(|state| state.split);
+        let mut response = self.forward(call).await;
+        let records = response["Records"].as_array_mut().expect("a list of records");
+        if let Some(child) = CHILDREN.iter().position(|child| *child == shard) {
+            records.retain(|record| child_of(record) == child);
         }
-        self.with(|state| {
+        self.with_state(|state| {
             if !records.is_empty() {
                 state.read.insert(shard.to_owned());
             }
@@ -203,56 +204,59 @@ impl Inner {
                 });
                 state.last = last.or_else(|| state.last.take());
                 if ends {
-                    state.parent_ended = Some(state.last.clone());
+                    state.parent_end = Some(state.last.clone());
                 }
             }
         });
         if ends {
-            answer["NextShardIterator"] = Value::Null;
+            response["NextShardIterator"] = Value::Null;
         } else {
-            mark(&mut answer["NextShardIterator"], shard);
+            tag(&mut response["NextShardIterator"], shard);
         }
-        respond(&answer)
+        respond(&response)
     }
 
-    async fn real_shard(&self, call: &Call) -> Value {
+    async fn upstream_shard(&self, call: &Call) -> Value {
         let mut headers = call.headers.clone();
-        let target = "DynamoDBStreams_20120810.DescribeStream".parse().expect("a value");
+        let target =
+            "DynamoDBStreams_20120810.DescribeStream".parse().expect("the header value is valid");
         headers.insert("x-amz-target", target);
         let body = json!({ "StreamArn": call.body["StreamArn"] });
-        let answer = self.ask(Call { uri: call.uri.clone(), headers, body }).await;
-        answer["StreamDescription"]["Shards"][0]["ShardId"].clone()
+        let response = self.forward(Call { uri: call.uri.clone(), headers, body }).await;
+        response["StreamDescription"]["Shards"][0]["ShardId"].clone()
     }
 
-    /// The answer of the real one, which must be no error.
-    async fn ask(&self, call: Call) -> Value {
+    /// Forwards a call; panics if the upstream returns an error.
+    async fn forward(&self, call: Call) -> Value {
         let mut request = Request::post(call.uri);
-        *request.headers_mut().expect("the call is right") = call.headers;
-        let mut request = request.body(Body::from(call.body.to_string())).expect("it is right");
+        *request.headers_mut().expect("the call is valid") = call.headers;
+        let mut request =
+            request.body(Body::from(call.body.to_string())).expect("the message is valid");
         request.headers_mut().remove(header::CONTENT_LENGTH);
         let response = self.upstream.forward(request).await;
         let status = response.status();
-        let body: Bytes = response.into_body().collect().await.expect("it comes whole").to_bytes();
+        let body: Bytes =
+            response.into_body().collect().await.expect("the response is complete").to_bytes();
         assert!(status.is_success(), "{}", String::from_utf8_lossy(&body));
-        serde_json::from_slice(&body).expect("answers are JSON")
+        serde_json::from_slice(&body).expect("responses are JSON")
     }
 }
 
-/// Which of the children a record is in.
-fn side_of(record: &Value) -> usize {
+/// Returns the child to which a record belongs.
+fn child_of(record: &Value) -> usize {
     let uid = record["dynamodb"]["Keys"]["uid"]["S"].as_str().expect("the key of a request");
     uid.bytes().map(usize::from).sum::<usize>() % CHILDREN.len()
 }
 
-/// Notes in an iterator which shard it is of.
-fn mark(iterator: &mut Value, shard: &str) {
-    if let Some(real) = iterator.as_str() {
-        *iterator = format!("{shard}~{real}").into();
+/// Adds the shard to its iterator.
+fn tag(iterator: &mut Value, shard: &str) {
+    if let Some(untagged) = iterator.as_str() {
+        *iterator = format!("{shard}~{untagged}").into();
     }
 }
 
-fn respond(answer: &Value) -> Response {
-    let body = Body::from(answer.to_string());
+fn respond(body: &Value) -> Response {
+    let body = Body::from(body.to_string());
     let response = Response::builder().header(header::CONTENT_TYPE, "application/x-amz-json-1.0");
-    response.body(body).expect("it is right")
+    response.body(body).expect("the message is valid")
 }

@@ -1,4 +1,4 @@
-//! The real binary, in a process of its own.
+//! The `streamer` binary in a separate process.
 
 use std::{
     env,
@@ -22,41 +22,44 @@ use crate::{
 
 const READY: &str = "Streamer is ready: ";
 
-/// The `streamer` binary of this build.
+/// Returns the path of the `streamer` binary of this build.
 ///
 /// # Panics
-/// When it has not been built.
+/// Panics if it has not been built.
 #[must_use]
 pub fn binary() -> PathBuf {
-    built("streamer")
+    build_output("streamer")
 }
 
-/// The `check-history` binary of this build.
+/// Returns the path of the `check-history` binary of this build.
 ///
 /// # Panics
-/// When it has not been built.
+/// Panics if it has not been built.
 #[must_use]
 pub fn checker() -> PathBuf {
-    built("check-history")
+    build_output("check-history")
 }
 
-fn built(name: &str) -> PathBuf {
-    let test = env::current_exe().expect("a test knows where it is");
+fn build_output(name: &str) -> PathBuf {
+    let test = env::current_exe().expect("the path of the test binary is known");
     // target/debug/deps/suite-0123 → target/debug/streamer
-    let profile = test.parent().and_then(|deps| deps.parent()).expect("cargo's folders");
+    let profile = test
+        .parent()
+        .and_then(|deps| deps.parent())
+        .expect("the test binary is in a folder of cargo");
     let binary = profile.join(name);
     assert!(
         binary.exists(),
-        "{} is not there: run `cargo build --workspace --bins` first (tests/run does)",
+        "{} does not exist: run `cargo build --workspace --bins` first (tests/run does)",
         binary.display()
     );
     binary
 }
 
-/// A tool that tests/run installs, by the environment variable that names it.
+/// Returns the path of a tool that tests/run installs, from this environment variable.
 ///
 /// # Panics
-/// When it is not named: nothing is skipped in silence.
+/// Panics if the variable is not set, so that no test is skipped silently.
 #[must_use]
 pub fn tool(variable: &str) -> PathBuf {
     match env::var_os(variable) {
@@ -65,14 +68,14 @@ pub fn tool(variable: &str) -> PathBuf {
     }
 }
 
-/// A running server with a data folder and a loopback address of its own.
+/// A running server with a separate data folder and loopback address.
 pub struct Server {
     process: Process,
     data: TempDir,
     settings: Vec<String>,
     environment: Vec<(String, String)>,
     address: SocketAddr,
-    /// A different server writes to the same store.
+    /// Whether a different server writes to the same store.
     shares_store: bool,
     _claim: LoopbackAddress,
     /// `http://127.X.Y.Z:PORT`
@@ -83,35 +86,35 @@ impl Server {
     /// Starts a server with these settings (`section.option=value`).
     ///
     /// # Panics
-    /// When it does not start.
+    /// Panics if it does not start.
     #[must_use]
     pub fn start(settings: &[&str]) -> Self {
         let data = TempDir::with_prefix("streamer-test-").expect("a temporary folder");
         Self::start_in(data, settings)
     }
 
-    /// Starts a server with the data in this folder.
+    /// Starts a server with this data folder.
     ///
     /// # Panics
-    /// When it does not start.
+    /// Panics if it does not start.
     #[must_use]
     pub fn start_in(data: TempDir, settings: &[&str]) -> Self {
         Self::start_with(data, settings, &[])
     }
 
-    /// Starts a server with the data in this folder, these environment variables and no others.
+    /// Starts a server with this data folder, these environment variables and no others.
     ///
     /// # Panics
-    /// When it does not start.
+    /// Panics if it does not start.
     #[must_use]
     pub fn start_with(data: TempDir, settings: &[&str], environment: &[(&str, &str)]) -> Self {
         Self::launch(data, settings, environment, Stdio::inherit())
     }
 
-    /// Starts a server with these settings, whose log the test reads.
+    /// Starts a server with these settings; returns its log as well.
     ///
     /// # Panics
-    /// When it does not start.
+    /// Panics if it does not start.
     #[must_use]
     pub fn start_logged(settings: &[&str]) -> (Self, BufReader<ChildStderr>) {
         let data = TempDir::with_prefix("streamer-test-").expect("a temporary folder");
@@ -120,11 +123,10 @@ impl Server {
         (server, log)
     }
 
-    /// Starts a server with the data in this folder and these environment variables, whose log the test
-    /// reads.
+    /// Starts a server with this data folder and these environment variables; returns its log as well.
     ///
     /// # Panics
-    /// When it does not start.
+    /// Panics if it does not start.
     #[must_use]
     pub fn start_logged_with(
         data: TempDir,
@@ -161,84 +163,84 @@ impl Server {
         }
     }
 
-    /// Kills it with SIGKILL and starts it again on the same address and data.
+    /// Kills the server with SIGKILL and restarts it on the same address with the same data.
     pub fn kill_and_restart(&mut self) {
         self.kill();
         self.restart();
     }
 
-    /// Starts it again, after it has ended, on the same address and data.
+    /// Restarts the server, after it has exited, on the same address with the same data.
     pub fn restart(&mut self) {
         let (data, environment) = (self.data.path(), &self.environment);
         let stderr = Stdio::inherit();
         self.process = spawn_service("up", data, &self.settings, environment, self.address, stderr);
     }
 
-    /// Kills it with SIGKILL.
+    /// Kills the server with SIGKILL.
     pub fn kill(&mut self) {
         self.process.kill();
     }
 
-    /// Sends it SIGHUP.
+    /// Sends SIGHUP.
     pub fn reload(&self) {
         self.process.signal(Signal::HUP);
     }
 
-    /// Sends it SIGTERM.
+    /// Sends SIGTERM.
     pub fn terminate(&self) {
         self.process.signal(Signal::TERM);
     }
 
-    /// Waits for it to end; returns its exit code.
-    pub fn ended(&mut self) -> Option<i32> {
+    /// Waits for the server to exit; returns its exit code.
+    pub fn wait(&mut self) -> Option<i32> {
         self.process.wait().code()
     }
 
-    /// Sends it SIGTERM and waits for it to end; returns its exit code.
+    /// Sends SIGTERM and waits for the server to exit; returns its exit code.
     pub fn stop(&mut self) -> Option<i32> {
         self.process.stop()
     }
 
-    /// Most resident memory of it so far, in bytes.
+    /// Returns the peak resident memory of the server, in bytes.
     #[must_use]
     pub fn peak_resident_bytes(&self) -> u64 {
         self.process.peak_resident_bytes()
     }
 
-    /// Resident memory of it, in bytes.
+    /// Returns the resident memory of the server, in bytes.
     #[must_use]
     pub fn resident_bytes(&self) -> u64 {
         self.process.resident_bytes()
     }
 
-    /// Notes that a different server writes to the same store. What that one stores is announced there;
-    /// this one finds it by comparing.
+    /// Marks the store as shared with a different server. The events that the other server stores are
+    /// announced only there; this server finds them by comparing watched requests with the store.
     pub fn share_store(&mut self) {
         self.shares_store = true;
     }
 
-    /// What it was started with.
+    /// Returns the settings with which it was started.
     #[must_use]
     pub fn settings(&self) -> &[String] {
         &self.settings
     }
 
-    /// Its data folder.
+    /// Returns its data folder.
     #[must_use]
     pub fn data(&self) -> &Path {
         self.data.path()
     }
 
-    /// A token of its development key, valid for an hour.
+    /// Returns a token of its development key that is valid for an hour.
     #[must_use]
     pub fn token(&self, tenant: &str, user: &str, permissions: &[&str]) -> String {
         self.token_for(tenant, user, permissions, Duration::from_secs(3600))
     }
 
-    /// A token of its development key.
+    /// Returns a token of its development key.
     ///
     /// # Panics
-    /// When there is no key.
+    /// Panics if the key does not exist.
     #[must_use]
     pub fn token_for(
         &self,
@@ -253,28 +255,28 @@ impl Server {
             permissions: permissions.iter().map(ToString::to_string).collect(),
             expires_in,
         };
-        let key = DevKey::load(self.data.path()).expect("the server has made a key");
+        let key = DevKey::load(self.data.path()).expect("the server has created a key");
         key.sign(&token, SystemClock.now()).expect("the key signs")
     }
 }
 
 impl Drop for Server {
-    /// Ends the server.
+    /// Stops the server.
     ///
     /// # Panics
-    /// When it delivered events only because it compared watched requests with its store: in one process
-    /// every event that is stored is announced.
+    /// Panics if it delivered events only because it compared watched requests with its store: in one
+    /// process every stored event is announced.
     fn drop(&mut self) {
         let is_checked = !self.shares_store && !thread::panicking();
         let missed =
             if is_checked && self.process.is_running() { missed_events(self.address) } else { 0 };
-        Process::end_all([&mut self.process]);
+        Process::stop_all([&mut self.process]);
         assert_eq!(missed, 0, "events were stored and not announced");
     }
 }
 
-/// Events that were delivered only because the server compared watched requests with its store. Waits
-/// for announcements that may still come.
+/// Returns the number of events that were delivered only because the server compared watched requests with
+/// its store. Waits for pending announcements first.
 fn missed_events(address: SocketAddr) -> u64 {
     while matches!(value(address, "streamer_progress_unannounced_events"), Some(1_i64..)) {
         thread::sleep(Duration::from_millis(100));
@@ -282,22 +284,23 @@ fn missed_events(address: SocketAddr) -> u64 {
     value(address, "streamer_progress_missed_events_total").unwrap_or(0)
 }
 
-/// Which engine the suites run on: `embedded` unless `STREAMER_TESTS_ENGINE` names another. The
-/// others get tables of their own.
+/// Returns settings for the engine that `STREAMER_TESTS_ENGINE` selects, by default `embedded`. Other
+/// engines get separate tables.
 fn engine_settings(data: &TempDir) -> Vec<String> {
     let implementation = match env::var("STREAMER_TESTS_ENGINE").as_deref() {
         Err(_) | Ok("embedded") => return Vec::new(),
         Ok("dynamodb-local") => Implementation::DynamoDbLocal,
         Ok("dynoxide") => Implementation::Dynoxide,
-        Ok(other) => panic!("STREAMER_TESTS_ENGINE: there is no engine {other}"),
+        Ok(other) => panic!("STREAMER_TESTS_ENGINE: unknown engine {other}"),
     };
     dynamodb_settings(endpoint(implementation), data.path())
 }
 
-/// Settings for tables of their own on this server, made already; large values go to this folder.
+/// Creates separate tables at this endpoint and returns settings for them; large values are stored in the
+/// folder `data`.
 ///
 /// # Panics
-/// When the tables cannot be made.
+/// Panics if the tables cannot be created.
 #[must_use]
 pub fn dynamodb_settings(endpoint: &str, data: &Path) -> Vec<String> {
     let settings = vec![
@@ -305,23 +308,23 @@ pub fn dynamodb_settings(endpoint: &str, data: &Path) -> Vec<String> {
         format!("dynamodb.endpoint={endpoint}"),
         format!("dynamodb.table_prefix=t-{}-", Uid::new(SystemClock.now())),
         format!("dynamodb.objects=file://{}/objects", data.display()),
-        // These engines answer no sooner when more is asked of them at once.
+        // More concurrent operations do not increase the throughput of these servers.
         "dynamodb.max_concurrent_operations=32".to_owned(),
     ];
-    let output = tables("create", &settings, data);
+    let output = run_tables("create", &settings, data);
     assert!(output.status.success(), "{output:?}");
     settings
 }
 
-/// Where the tester's own machine stands must not count.
+/// Disables the instance metadata of EC2, which must not affect the tests.
 const NO_METADATA: (&str, &str) = ("AWS_EC2_METADATA_DISABLED", "true");
 
 /// Runs `streamer tables`.
 ///
 /// # Panics
-/// When it cannot be run.
+/// Panics if it cannot be run.
 #[must_use]
-pub fn tables(command: &str, settings: &[String], folder: &Path) -> Output {
+pub fn run_tables(command: &str, settings: &[String], folder: &Path) -> Output {
     let mut tables = Process::command(binary());
     tables.args(["tables", command]);
     for setting in settings {
@@ -330,16 +333,16 @@ pub fn tables(command: &str, settings: &[String], folder: &Path) -> Output {
     Process::output(tables.env_clear().envs([NO_METADATA]).current_dir(folder))
 }
 
-/// What a server says that must not start with the data in this folder.
+/// Returns the standard error of a server that fails to start with this data folder.
 ///
 /// # Panics
-/// When it starts all the same.
+/// Panics if it starts.
 #[must_use]
-pub fn refusal_to_start(data: &Path) -> String {
+pub fn start_error(data: &Path) -> String {
     let mut command = Process::command(binary());
     command.args(["up", "--listen", "127.0.0.1:0", "--data"]).arg(data);
     let output = Process::output(command.env_clear().current_dir(data));
-    assert_eq!(output.status.code(), Some(1), "it ends by itself");
+    assert_eq!(output.status.code(), Some(1), "the server exits");
     String::from_utf8_lossy(&output.stderr).into_owned()
 }
 
@@ -357,14 +360,14 @@ pub(crate) fn spawn_service(
     for setting in settings {
         command.args(["--set", setting]);
     }
-    // The configuration of the user who runs the tests has no effect.
+    // The configuration of the user must not affect the tests.
     command.env_clear().envs(environment.iter().cloned()).current_dir(data);
     command.stdin(Stdio::null()).stdout(Stdio::piped()).stderr(stderr);
     let mut process = Process::spawn(&mut command);
-    let mut first = String::new();
-    let count = BufReader::new(process.stdout()).read_line(&mut first);
+    let mut first_line = String::new();
+    let count = BufReader::new(process.stdout()).read_line(&mut first_line);
     count.expect("the output of the server can be read");
     let ready = format!("{READY}http://{address} ");
-    assert!(first.starts_with(&ready), "the server printed {first:?}");
+    assert!(first_line.starts_with(&ready), "the server printed {first_line:?}");
     process
 }

@@ -1,4 +1,4 @@
-//! A small web site of the test's own: documents that may change, and a place to post reports to.
+//! An HTTP server with documents that can change, and an endpoint for reports.
 
 use std::{
     collections::HashMap,
@@ -16,7 +16,7 @@ use axum::{
 use tokio::{net::TcpListener, sync::mpsc};
 use tokio_util::task::AbortOnDropHandle;
 
-/// Serves while it lives.
+/// A running server; stopped on drop.
 pub struct Site {
     /// `http://127.0.0.1:PORT`
     pub url: String,
@@ -27,15 +27,15 @@ pub struct Site {
 
 #[derive(Clone)]
 struct Document {
-    answer: Answer,
-    served: u32,
+    reply: Reply,
+    fetches: u32,
 }
 
 #[derive(Clone)]
-enum Answer {
+enum Reply {
     Body(&'static str, String),
     Redirect(String),
-    /// None at all.
+    /// Does not respond.
     Hang,
 }
 
@@ -49,10 +49,10 @@ impl Site {
     /// Starts on a free port.
     ///
     /// # Panics
-    /// When there is none.
+    /// Panics if no port is free.
     pub async fn start() -> Self {
         let listener = TcpListener::bind("127.0.0.1:0").await.expect("a free port");
-        let address = listener.local_addr().expect("it is bound");
+        let address = listener.local_addr().expect("the listener is bound");
         let (sender, reports) = mpsc::channel(64);
         let documents = Arc::<Mutex<HashMap<_, _>>>::default();
         let shared = Shared { documents: documents.clone(), reports: sender };
@@ -71,62 +71,62 @@ impl Site {
         }
     }
 
-    /// Puts a document there, or another in its place.
+    /// Adds or replaces a document.
     ///
     /// # Panics
-    /// When another thread panicked with the documents in hand.
+    /// Panics if a thread panicked while it held the lock of the documents.
     pub fn put(&self, path: &str, content_type: &'static str, body: impl Into<String>) {
-        self.answer(path, Answer::Body(content_type, body.into()));
+        self.set_reply(path, Reply::Body(content_type, body.into()));
     }
 
-    /// Redirects requests for this document to a different one of the site.
+    /// Redirects requests for this document to a different document.
     pub fn redirect(&self, path: &str, to: &str) {
-        self.answer(path, Answer::Redirect(format!("{}/{to}", self.url)));
+        self.set_reply(path, Reply::Redirect(format!("{}/{to}", self.url)));
     }
 
-    /// Leaves requests for this document without an answer.
+    /// Makes requests for this document hang.
     pub fn hang(&self, path: &str) {
-        self.answer(path, Answer::Hang);
+        self.set_reply(path, Reply::Hang);
     }
 
-    fn answer(&self, path: &str, answer: Answer) {
-        let document = Document { answer, served: 0 };
+    fn set_reply(&self, path: &str, reply: Reply) {
+        let document = Document { reply, fetches: 0 };
         self.documents.lock().expect("unpoisoned").insert(path.to_owned(), document);
     }
 
-    /// How often this document has been fetched since it was put there.
+    /// Returns the number of fetches of this document since it was set.
     ///
     /// # Panics
-    /// When another thread panicked with the documents in hand.
+    /// Panics if a thread panicked while it held the lock of the documents.
     #[must_use]
-    pub fn served(&self, path: &str) -> u32 {
-        self.documents.lock().expect("unpoisoned").get(path).map_or(0, |document| document.served)
+    pub fn fetches(&self, path: &str) -> u32 {
+        self.documents.lock().expect("unpoisoned").get(path).map_or(0, |document| document.fetches)
     }
 
-    /// The next body that was posted to `/report`.
+    /// Returns the next body that is posted to `/report`.
     ///
     /// # Panics
-    /// When the site has ended.
-    pub async fn report(&mut self) -> String {
+    /// Panics if the server has stopped.
+    pub async fn next_report(&mut self) -> String {
         let body = self.reports.recv().await.expect("the site serves");
         String::from_utf8_lossy(&body).into_owned()
     }
 }
 
 async fn document(State(shared): State<Shared>, Path(path): Path<String>) -> Response {
-    let answer = {
+    let reply = {
         let mut documents = shared.documents.lock().expect("unpoisoned");
         documents.get_mut(&path).map(|document| {
-            document.served += 1;
-            document.answer.clone()
+            document.fetches += 1;
+            document.reply.clone()
         })
     };
-    match answer {
-        Some(Answer::Body(content_type, body)) => {
+    match reply {
+        Some(Reply::Body(content_type, body)) => {
             ([(header::CONTENT_TYPE, content_type)], body).into_response()
         }
-        Some(Answer::Redirect(to)) => Redirect::temporary(&to).into_response(),
-        Some(Answer::Hang) => std::future::pending().await,
+        Some(Reply::Redirect(to)) => Redirect::temporary(&to).into_response(),
+        Some(Reply::Hang) => std::future::pending().await,
         None => StatusCode::NOT_FOUND.into_response(),
     }
 }

@@ -1,4 +1,4 @@
-//! A DynamoDB that has too much to do: in front of a real one, it refuses some of the calls.
+//! A DynamoDB proxy that rejects calls as throttled.
 
 use std::sync::{
     Arc,
@@ -7,22 +7,22 @@ use std::sync::{
 
 use axum::{extract::Request, response::Response};
 
-use crate::front::{self, Answer, Upstream, exception};
+use crate::dynamodb_proxy::{self, Handler, Upstream, exception};
 
-/// Which calls are refused.
+/// Calls that are rejected.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Throttling {
-    /// None.
-    Nothing = 0,
-    /// Every third.
+    /// No call.
+    Off = 0,
+    /// Every third call.
     EveryThird = 1,
-    /// All.
-    Everything = 2,
+    /// All calls.
+    All = 2,
 }
 
-/// A running one.
+/// A running proxy.
 pub struct Throttle {
-    /// Where it is asked.
+    /// URL of the proxy.
     pub endpoint: String,
     state: Arc<Inner>,
 }
@@ -31,43 +31,43 @@ struct Inner {
     upstream: Upstream,
     throttling: AtomicU8,
     calls: AtomicU64,
-    refused: AtomicU64,
+    rejected: AtomicU64,
 }
 
 impl Throttle {
-    /// Starts one in front of this endpoint.
+    /// Starts a proxy of this endpoint.
     pub async fn start(target: &str) -> Self {
         let state = Arc::new(Inner {
             upstream: Upstream::new(target),
-            throttling: AtomicU8::new(Throttling::Nothing as u8),
+            throttling: AtomicU8::new(Throttling::Off as u8),
             calls: AtomicU64::new(0),
-            refused: AtomicU64::new(0),
+            rejected: AtomicU64::new(0),
         });
-        Self { endpoint: front::start(state.clone()).await, state }
+        Self { endpoint: dynamodb_proxy::start(state.clone()).await, state }
     }
 
-    /// From now on these calls are refused.
+    /// Sets which calls are rejected from now on.
     pub fn set(&self, throttling: Throttling) {
         self.state.throttling.store(throttling as u8, Ordering::SeqCst);
     }
 
-    /// How many calls were refused.
+    /// Returns the number of rejected calls.
     #[must_use]
-    pub fn refused(&self) -> u64 {
-        self.state.refused.load(Ordering::SeqCst)
+    pub fn rejected(&self) -> u64 {
+        self.state.rejected.load(Ordering::SeqCst)
     }
 }
 
-impl Answer for Inner {
-    async fn answer(&self, request: Request) -> Response {
+impl Handler for Inner {
+    async fn handle(&self, request: Request) -> Response {
         let number = self.calls.fetch_add(1, Ordering::SeqCst);
-        let refuse = match self.throttling.load(Ordering::SeqCst) {
+        let is_rejected = match self.throttling.load(Ordering::SeqCst) {
             1 => number.is_multiple_of(3),
             2 => true,
             _ => false,
         };
-        if refuse {
-            self.refused.fetch_add(1, Ordering::SeqCst);
+        if is_rejected {
+            self.rejected.fetch_add(1, Ordering::SeqCst);
             return exception("ProvisionedThroughputExceededException");
         }
         self.upstream.forward(request).await

@@ -1,4 +1,4 @@
-//! What a client or a worker sends costs a bounded amount, and hurts no other tenant.
+//! Abusive clients and workers use bounded resources and do not affect other tenants.
 #![allow(clippy::unwrap_used, reason = "in tests, a panic is the report")]
 
 use std::collections::HashMap;
@@ -26,7 +26,7 @@ use tokio::{
 };
 use tonic::{Code, Status};
 
-/// A chain of references for the same value that ends in its items, and so recurses.
+/// Returns a schema with a chain of references for one value that recurses into its items.
 fn chain(length: usize) -> Value {
     let mut definitions = Map::new();
     for step in 0..length {
@@ -37,7 +37,7 @@ fn chain(length: usize) -> Value {
     json!({ "$ref": "#/$defs/d0", "$defs": definitions })
 }
 
-/// Definitions that each apply the next one twice to the same value.
+/// Returns a schema with definitions that each apply the next one twice to the same value.
 fn doubling(length: usize) -> Value {
     let mut definitions = Map::new();
     for step in 0..length {
@@ -48,7 +48,7 @@ fn doubling(length: usize) -> Value {
     json!({ "$ref": "#/$defs/d0", "$defs": definitions })
 }
 
-/// Recurses along many ways, in few bytes.
+/// Returns a small schema with six recursive branches.
 fn branching() -> Value {
     let items = json!({ "items": { "$ref": "#" } });
     json!({ "anyOf": [items, items, items, items, items, items] })
@@ -80,7 +80,7 @@ async fn submit(
 }
 
 #[tokio::test]
-async fn schemas_without_a_bound_are_refused_when_they_are_declared() {
+async fn schemas_with_unbounded_cost_are_rejected_at_declaration() {
     let server = Server::start(&[]);
     let token = server.token("evil", "worker", &["worker:*"]);
     for (schema, rule) in [
@@ -101,13 +101,13 @@ async fn schemas_without_a_bound_are_refused_when_they_are_declared() {
         assert!(message.starts_with("hello.actions[1].payload_schema: "), "{message}");
         assert!(message.contains(rule), "{message}");
     }
-    // None of it was kept.
+    // No part of the declarations was stored.
     let unknown = submit(&server, "evil", "good", "{}".into()).await.err().unwrap();
     assert_eq!(unknown.code(), Code::NotFound, "{unknown}");
 }
 
 #[tokio::test]
-async fn the_deepest_payload_is_validated_and_the_most_expensive_is_refused() {
+async fn deep_payloads_are_validated_and_expensive_ones_are_rejected() {
     let server = Server::start(&[]);
     let token = server.token("acme", "worker", &["worker:*"]);
     let items = json!({ "items": { "$ref": "#" } });
@@ -130,9 +130,9 @@ async fn the_deepest_payload_is_validated_and_the_most_expensive_is_refused() {
 }
 
 #[tokio::test]
-async fn a_stored_schema_that_is_refused_keeps_payloads_out() {
+async fn payloads_are_rejected_while_the_stored_schema_is_invalid() {
     let data = tempfile::tempdir().unwrap();
-    // As an earlier version accepted it.
+    // Earlier versions accepted this schema.
     let store = streamer_store::open(&Engine::Embedded { data: data.path().to_owned() }).unwrap();
     let action = with_schema("work", &chain(20));
     let declared = vec![DeclaredAction { tenant: Some("acme".into()), action }];
@@ -141,9 +141,9 @@ async fn a_stored_schema_that_is_refused_keeps_payloads_out() {
     let server = Server::start_in(data, &[]);
     let refused = submit(&server, "acme", "work", nested(120)).await.err().unwrap();
     assert_eq!(refused.code(), Code::FailedPrecondition, "{refused}");
-    let rule = "the payload schema of action \"work\" cannot be used, declare a new one: ";
+    let rule = "the payload schema of action \"work\" is invalid, declare a new one: ";
     assert!(refused.message().starts_with(rule), "{refused}");
-    // A new declaration repairs it.
+    // A new declaration replaces it.
     let token = server.token("acme", "worker", &["worker:*"]);
     let action = with_schema("work", &json!({ "type": "array" }));
     let _worker = ScriptedWorker::come(&server, &token, hello("w", 1, vec![action])).await;
@@ -158,7 +158,7 @@ async fn a_stored_schema_that_is_refused_keeps_payloads_out() {
 const HEALTH: &str = "/grpc.health.v1.Health/Check";
 const SUBMIT: &str = "/streamer.router.v1.RouterService/Submit";
 
-/// An HTTP/2 connection whose frames a test writes itself.
+/// An HTTP/2 connection on which a test sends raw frames.
 struct RawGrpc {
     client: h2::client::SendRequest<Bytes>,
     address: String,
@@ -173,7 +173,7 @@ impl RawGrpc {
         Self { client, address }
     }
 
-    /// Begins a call, without any of its message.
+    /// Starts a call without sending its message.
     async fn call(&mut self, path: &str, token: &str) -> (ResponseFuture, SendStream<Bytes>) {
         let mut request = Request::post(format!("http://{}{path}", self.address))
             .header("content-type", "application/grpc")
@@ -186,15 +186,15 @@ impl RawGrpc {
     }
 }
 
-/// The beginning of a message of this length, of which this many bytes are sent.
-fn unfinished(length: u32, comes: usize) -> Bytes {
+/// Returns a message header with this length and the first `sent` bytes of the message.
+fn incomplete(length: u32, sent: usize) -> Bytes {
     let mut message = vec![0];
     message.extend(length.to_be_bytes());
-    message.resize(5 + comes, b'x');
+    message.resize(5 + sent, b'x');
     message.into()
 }
 
-/// Sends data as far as the peer takes it.
+/// Sends data until the peer stops accepting it.
 async fn send(stream: &mut SendStream<Bytes>, mut data: Bytes) {
     while !data.is_empty() {
         stream.reserve_capacity(data.len());
@@ -209,22 +209,22 @@ async fn send(stream: &mut SendStream<Bytes>, mut data: Bytes) {
     }
 }
 
-/// Code and message of the gRPC status with which a call was answered.
+/// Returns code and message of the gRPC status of a response.
 async fn status_of(response: ResponseFuture) -> (Code, String) {
-    let response = in_time("an answer", response).await.unwrap();
-    let status = Status::from_header_map(response.headers()).expect("is refused with headers");
+    let response = in_time("a response", response).await.unwrap();
+    let status = Status::from_header_map(response.headers()).expect("the status is in the headers");
     (status.code(), status.message().to_owned())
 }
 
 #[tokio::test]
-async fn calls_without_a_token_fill_no_memory() {
+async fn unauthenticated_calls_use_bounded_memory() {
     let server = Server::start(&[]);
     for path in [HEALTH, "/grpc.reflection.v1.ServerReflection/ServerReflectionInfo"] {
         let mut raw = RawGrpc::connect(&server).await;
         let mut open = Vec::new();
         for _ in 0..300 {
             let (response, mut stream) = raw.call(path, "").await;
-            send(&mut stream, unfinished(4 << 20, 100_000)).await;
+            send(&mut stream, incomplete(4 << 20, 100_000)).await;
             open.push((response, stream));
         }
         for (response, _stream) in open.drain(..).filter(|_| path == HEALTH) {
@@ -232,17 +232,17 @@ async fn calls_without_a_token_fill_no_memory() {
             assert!(matches!(code, Code::OutOfRange | Code::ResourceExhausted), "{message}");
         }
     }
-    // Beside 50 MB of a debug build; 1.4 GB before.
+    // A debug build uses 50 MB when idle; before the limit, this test took 1.4 GB.
     let peak = server.peak_resident_bytes();
     assert!(peak < 300 << 20, "{peak}");
 }
 
 #[tokio::test]
-async fn a_message_must_be_whole_in_time() {
+async fn incomplete_grpc_messages_time_out() {
     let server = Server::start(&["server.body_timeout_ms=300"]);
     let token = server.token("acme", "ann", &[]);
     let mut raw = RawGrpc::connect(&server).await;
-    for data in [Bytes::new(), unfinished(1000, 0), unfinished(1000, 999)] {
+    for data in [Bytes::new(), incomplete(1000, 0), incomplete(1000, 999)] {
         for (path, token) in [(HEALTH, ""), (SUBMIT, &*token)] {
             let (response, mut stream) = raw.call(path, token).await;
             send(&mut stream, data.clone()).await;
@@ -254,20 +254,20 @@ async fn a_message_must_be_whole_in_time() {
 }
 
 #[tokio::test]
-async fn unfinished_messages_of_one_token_are_bounded_and_hurt_no_other() {
+async fn incomplete_messages_of_one_token_are_bounded_and_do_not_affect_others() {
     let server = Server::start(&["server.max_undecoded_bytes=1048576"]);
     let token = server.token("acme", "ann", &[]);
     let mut raw = RawGrpc::connect(&server).await;
     let (mut open, mut refused) = (Vec::new(), None);
     for _ in 0..16 {
         let (response, mut stream) = raw.call(SUBMIT, &token).await;
-        send(&mut stream, unfinished(4 << 20, 3 << 20)).await;
+        send(&mut stream, incomplete(4 << 20, 3 << 20)).await;
         open.push(stream);
         let mut response = Box::pin(status_of(response));
-        // The last bytes have been read when the metric says so, or the call was refused.
+        // Waits until the metric includes the last bytes, or the call is rejected.
         let counted = || metric(&server, "streamer_server_undecoded_bytes");
         let read =
-            in_time("all of it", async { while counted().await < open.len() * (3 << 20) {} });
+            in_time("all bytes", async { while counted().await < open.len() * (3 << 20) {} });
         tokio::select! {
             status = &mut response => {
                 refused = Some(status);
@@ -277,28 +277,28 @@ async fn unfinished_messages_of_one_token_are_bounded_and_hurt_no_other() {
         }
         tokio::spawn(response);
     }
-    let (code, message) = refused.expect("there is a bound");
+    let (code, message) = refused.expect("the limit applies");
     assert_eq!(code, Code::ResourceExhausted, "{message}");
     assert!(message.contains("server.max_undecoded_bytes"), "{message}");
-    // Of several frames, so that it is not whole for a while.
+    // Several frames, so that it is incomplete for some time.
     let large = json!({ "result": "x".repeat(1 << 20) }).to_string();
     assert!(submit(&server, "other", "echo_async", large).await.is_ok());
 }
 
-/// Status and headers of the answer to a plain HTTP request.
+/// Returns status and headers of the response to a plain HTTP request.
 async fn http(server: &Server, request: &str) -> (StatusCode, String) {
     let mut socket = TcpStream::connect(server.url.trim_start_matches("http://")).await.unwrap();
-    // The server may answer, and close, before it has read all of it.
+    // The server may respond and close the connection before it has read the whole request.
     socket.write_all(request.as_bytes()).await.ok();
     let mut answer = Vec::new();
-    in_time("an answer", socket.read_to_end(&mut answer)).await.ok();
+    in_time("a response", socket.read_to_end(&mut answer)).await.ok();
     let answer = String::from_utf8_lossy(&answer).into_owned();
     let status = answer.split(' ').nth(1).unwrap_or_else(|| panic!("{answer:?}"));
     (status.parse().unwrap(), answer.to_ascii_lowercase())
 }
 
 #[tokio::test]
-async fn plain_http_is_taken_by_the_letter() {
+async fn plain_http_requests_get_exact_status_codes() {
     let server = Server::start(&[]);
     let tail = "Host: a\r\nConnection: close\r\n\r\n";
     for path in ["/", "/metrics/", "/ws/", "/streamer.router.v1.RouterService/Submit2"] {
@@ -321,26 +321,26 @@ async fn plain_http_is_taken_by_the_letter() {
 }
 
 #[tokio::test]
-async fn connections_without_a_token_keep_no_client_out() {
+async fn unauthenticated_connections_do_not_keep_clients_out() {
     let server = Server::start(&[
         "server.max_connections=64",
         "server.max_connections_per_address=64",
-        // None of them ends by itself.
+        // No handshake times out.
         "gateway.handshake_timeout_ms=60000",
     ]);
     let token = server.token("acme", "ann", &[]);
     let mut client = Client::connect(&server.url, &token).await;
-    // Each has asked for something, and now stays.
-    let mut strangers = Vec::new();
+    // Each has sent a request and stays open.
+    let mut unauthenticated = Vec::new();
     for _ in 0..40 {
-        strangers.push(half_a_message(&server, "no-token", 10, 1).await);
+        unauthenticated.push(partial_message(&server, "no-token", 10, 1).await);
         let mut socket =
             TcpStream::connect(server.url.trim_start_matches("http://")).await.unwrap();
         socket.write_all(b"GET /healthz HTTP/1.1\r\nHost: a\r\n\r\n").await.unwrap();
         let mut answer = [0; 12];
         socket.read_exact(&mut answer).await.unwrap();
         assert_eq!(&answer, b"HTTP/1.1 200");
-        strangers.push(socket);
+        unauthenticated.push(socket);
     }
     let mut second = Client::connect(&server.url, &token).await;
     for client in [&mut client, &mut second] {
@@ -350,26 +350,26 @@ async fn connections_without_a_token_keep_no_client_out() {
     assert!(evicted >= 50, "{evicted}");
 }
 
-/// The value of a metric of the server.
+/// Returns the value of a metric of the server.
 async fn metric(server: &Server, name: &str) -> usize {
     let text = in_time("the metrics", metrics(&server.url)).await;
     let line = text.lines().find_map(|line| line.strip_prefix(name)?.strip_prefix(' '));
     line.unwrap().parse().unwrap()
 }
 
-/// A WebSocket that has sent part of a message.
-async fn half_a_message(server: &Server, token: &str, length: u32, comes: usize) -> TcpStream {
+/// Opens a WebSocket and sends the first `sent` bytes of a message.
+async fn partial_message(server: &Server, token: &str, length: u32, sent: usize) -> TcpStream {
     let mut socket = raw_socket(server, token).await;
     let mut frame = match u16::try_from(length) {
         Ok(length) => [&[0x81, 0xfe][..], &length.to_be_bytes()].concat(),
         Err(_) => [&[0x81, 0xff, 0, 0, 0, 0][..], &length.to_be_bytes()].concat(),
     };
-    frame.resize(frame.len() + 4 + comes, b' ');
+    frame.resize(frame.len() + 4 + sent, b' ');
     socket.write_all(&frame).await.ok();
     socket
 }
 
-/// A WebSocket that does nothing by itself.
+/// Opens a WebSocket without reading from it.
 async fn raw_socket(server: &Server, token: &str) -> TcpStream {
     let address = server.url.trim_start_matches("http://");
     let mut socket = TcpStream::connect(address).await.unwrap();
@@ -382,10 +382,10 @@ async fn raw_socket(server: &Server, token: &str) -> TcpStream {
     socket
 }
 
-/// Code and reason of the close frame with which the server ends a WebSocket.
+/// Returns code and reason of the close frame of the server.
 async fn close_of(mut socket: TcpStream) -> (u16, String) {
     let mut all = Vec::new();
-    in_time("the end", socket.read_to_end(&mut all)).await.ok();
+    in_time("the close frame", socket.read_to_end(&mut all)).await.ok();
     let at = all.windows(2).rposition(|pair| pair[0] == 0x88).expect("a close frame");
     let payload = &all[at + 2..];
     let code = u16::from_be_bytes([payload[0], payload[1]]);
@@ -393,20 +393,20 @@ async fn close_of(mut socket: TcpStream) -> (u16, String) {
 }
 
 #[tokio::test]
-async fn a_message_of_a_client_must_be_whole_in_time() {
+async fn incomplete_websocket_messages_time_out() {
     let server = Server::start(&["gateway.message_timeout_ms=1000"]);
     let token = server.token("acme", "ann", &[]);
-    let socket = half_a_message(&server, &token, 1000, 10).await;
+    let socket = partial_message(&server, &token, 1000, 10).await;
     let (code, reason) = close_of(socket).await;
     assert_eq!((code, reason.contains("gateway.message_timeout_ms")), (1008, true), "{reason}");
 }
 
 #[tokio::test]
-async fn pings_do_not_prolong_the_time_of_a_message() {
+async fn pings_do_not_extend_the_message_timeout() {
     let server = Server::start(&["gateway.message_timeout_ms=1000"]);
     let token = server.token("acme", "ann", &[]);
-    let mut socket = half_a_message(&server, &token, 1000, 0).await;
-    // That one is whole then; the first fragment of the next one is not.
+    let mut socket = partial_message(&server, &token, 1000, 0).await;
+    // Completes this message and starts the next one with a fragment.
     let mut rest = vec![b' '; 1000];
     rest.extend([0x01, 0x81, 0, 0, 0, 0, b'x']);
     socket.write_all(&rest).await.unwrap();
@@ -418,36 +418,36 @@ async fn pings_do_not_prolong_the_time_of_a_message() {
         server
     });
     let mut all = Vec::new();
-    in_time("the end", read.read_to_end(&mut all)).await.ok();
+    in_time("the close frame", read.read_to_end(&mut all)).await.ok();
     let text = String::from_utf8_lossy(&all);
     assert!(text.contains("gateway.message_timeout_ms"), "{text}");
     drop(pings.await.unwrap());
 }
 
 #[tokio::test]
-async fn unfinished_messages_of_one_user_are_bounded_and_hurt_no_other() {
+async fn incomplete_messages_of_one_user_are_bounded_and_do_not_affect_others() {
     let server = Server::start(&[]);
     let token = server.token("acme", "ann", &[]);
     let mut open = Vec::new();
     let buffered = async || metric(&server, "streamer_gateway_buffered_bytes").await;
     for number in 1..5 {
-        open.push(half_a_message(&server, &token, 4 << 20, (4 << 20) - 1).await);
-        in_time("all of it", async { while buffered().await < number * (4 << 20) {} }).await;
+        open.push(partial_message(&server, &token, 4 << 20, (4 << 20) - 1).await);
+        in_time("all bytes", async { while buffered().await < number * (4 << 20) {} }).await;
     }
-    let last = half_a_message(&server, &token, 4 << 20, (4 << 20) - 1).await;
+    let last = partial_message(&server, &token, 4 << 20, (4 << 20) - 1).await;
     let (code, reason) = close_of(last).await;
     let option = "gateway.max_buffered_bytes_per_user";
     assert_eq!((code, reason.contains(option)), (4429, true), "{reason}");
     let mut other = Client::connect(&server.url, &server.token("acme", "bob", &[])).await;
     let answer = other.ask(json!({ "action": "echo", "payload": "x".repeat(3 << 20) })).await;
     assert_eq!(answer["type"], "response");
-    // What is not held any longer is not counted.
+    // Closed connections are no longer counted.
     drop(open);
-    in_time("their end", async { while buffered().await > 0 {} }).await;
+    in_time("their close", async { while buffered().await > 0 {} }).await;
 }
 
 #[tokio::test]
-async fn submissions_of_one_user_have_a_rate_whichever_way_they_come() {
+async fn submissions_of_one_user_are_rate_limited_across_protocols() {
     let server = Server::start(&["limits.submissions_per_second_per_user=1"]);
     let mut client = Client::connect(&server.url, &server.token("acme", "ann", &[])).await;
     let option = "limits.submissions_per_second_per_user";
@@ -463,7 +463,7 @@ async fn submissions_of_one_user_have_a_rate_whichever_way_they_come() {
     assert_eq!(refused["error"]["code"], "RATE_LIMITED");
     assert!(refused["error"]["message"].as_str().unwrap().contains(option), "{refused}");
     assert!(refused["error"]["details"]["retry_after_ms"].as_i64().unwrap() > 0, "{refused}");
-    // Calls over gRPC count as well, and those of other tenants do not.
+    // Submissions over gRPC count as well; those of other tenants do not.
     let refused = loop {
         if let Err(refused) = submit(&server, "acme", "echo_async", "{}".into()).await {
             break refused;
@@ -474,24 +474,24 @@ async fn submissions_of_one_user_have_a_rate_whichever_way_they_come() {
     submit(&server, "globex", "echo_async", "{}".into()).await.unwrap();
 }
 
-/// How often a text occurs in what a socket brings.
+/// Counts the occurrences of a text in received data.
 struct Occurrences {
     text: &'static str,
     count: usize,
 }
 
 impl Occurrences {
-    /// `end` is the end of what came before, and what has come.
-    fn count(&mut self, end: &[u8], new: usize) {
-        let seen = end.len() - new;
-        let begin = seen.saturating_sub(self.text.len() - 1);
-        let windows = end[begin..].windows(self.text.len());
+    /// Counts in the last `new` bytes of `data`; the bytes before them were counted earlier.
+    fn count(&mut self, data: &[u8], new: usize) {
+        let counted = data.len() - new;
+        let begin = counted.saturating_sub(self.text.len() - 1);
+        let windows = data[begin..].windows(self.text.len());
         self.count += windows.filter(|window| *window == self.text.as_bytes()).count();
     }
 }
 
 #[tokio::test]
-async fn a_burst_of_messages_is_answered_or_refused_and_hurts_no_other() {
+async fn a_burst_of_messages_is_served_or_rejected_and_does_not_delay_others() {
     const MESSAGES: usize = 60_000;
     let server = Server::start(&[]);
     let socket = raw_socket(&server, &server.token("evil", "eve", &[])).await;
@@ -507,15 +507,15 @@ async fn a_burst_of_messages_is_answered_or_refused_and_hurts_no_other() {
         sending
     });
     let mut client = Client::connect(&server.url, &server.token("acme", "ann", &[])).await;
-    let mut answered = Occurrences { text: r#"{"type":"response""#, count: 0 };
+    let mut served = Occurrences { text: r#"{"type":"response""#, count: 0 };
     let mut refused = Occurrences { text: r#""code":"RATE_LIMITED""#, count: 0 };
     let (mut tail, mut buffer) = (Vec::new(), vec![0; 256 * 1024]);
     let mut reads = 0;
-    while answered.count + refused.count < MESSAGES {
-        let new = in_time("answers", receiving.read(&mut buffer)).await.unwrap();
-        assert!(new > 0, "it was closed");
+    while served.count + refused.count < MESSAGES {
+        let new = in_time("responses", receiving.read(&mut buffer)).await.unwrap();
+        assert!(new > 0, "the connection was closed");
         tail.extend_from_slice(&buffer[..new]);
-        for occurrences in [&mut answered, &mut refused] {
+        for occurrences in [&mut served, &mut refused] {
             occurrences.count(&tail, new);
         }
         tail.drain(..tail.len().saturating_sub(64));
@@ -523,18 +523,18 @@ async fn a_burst_of_messages_is_answered_or_refused_and_hurts_no_other() {
         if reads % 64 != 1 {
             continue;
         }
-        // Others are served in between.
+        // Other clients are served in between.
         assert_eq!(client.ask(json!({"type": "ping"})).await["type"], "pong");
     }
     drop(flood.await.unwrap());
-    // `gateway.message_burst`, and some more.
-    assert!(answered.count >= 20_000, "{}", answered.count);
+    // At least `gateway.message_burst`.
+    assert!(served.count >= 20_000, "{}", served.count);
     let peak = server.peak_resident_bytes();
     assert!(peak < 250 << 20, "{peak}");
 }
 
 #[tokio::test]
-async fn subscriptions_that_come_and_go_leave_nothing_behind() {
+async fn repeated_subscriptions_do_not_leak() {
     const ROUNDS: usize = 1_000;
     let server = Server::start(&[]);
     let mut client = Client::connect(&server.url, &server.token("acme", "ann", &[])).await;
@@ -543,7 +543,7 @@ async fn subscriptions_that_come_and_go_leave_nothing_behind() {
         for _ in 0..ROUNDS {
             client.send(json!({"type": "subscribe", "request_id": "r"})).await;
             client.send(json!({"type": "unsubscribe", "request_id": "r"})).await;
-            // Neither waits for the other.
+            // The replies can arrive in either order.
             let mut types = Vec::new();
             while !types.contains(&json!("unsubscribed")) {
                 types.push(client.next().await["type"].clone());
@@ -561,12 +561,12 @@ async fn subscriptions_that_come_and_go_leave_nothing_behind() {
     in_time("the end of all watches", async { while watchers().await > 0 {} }).await;
 }
 
-/// Limits of the tests of output; the server holds each byte in several copies.
+/// Limits for tests of output; the server holds several copies of each byte.
 const SMALL_OUTPUT_BUDGET: [&str; 2] =
     ["execution.max_buffered_output_bytes=33554432", "limits.max_payload_bytes=1048576"];
 
 #[tokio::test]
-async fn output_of_one_tenant_is_bounded_and_hurts_no_other() {
+async fn output_of_one_tenant_is_bounded_and_does_not_delay_others() {
     const FLOOD: usize = 50;
     let server = Server::start(&[&SMALL_OUTPUT_BUDGET[..], &["execution.lease_ms=3000"]].concat());
     let flood = json!({ "steps": 1, "output_chunks": 10, "chunk_bytes": 1_000_000 });
@@ -584,23 +584,23 @@ async fn output_of_one_tenant_is_bounded_and_hurts_no_other() {
         assert_eq!(status, StatusCode::OK);
         rounds += 1;
     }
-    assert!(rounds > 1, "it went on beside the flood");
+    assert!(rounds > 1, "other requests complete during the flood");
     for counter in ["lease_expiries_total", "lost_total", "retried_total", "buffered_output_bytes"]
     {
         assert_eq!(metric(&server, &format!("streamer_processor_{counter}")).await, 0, "{counter}");
     }
-    // Beside 50 MB of a debug build.
+    // A debug build uses 50 MB when idle.
     let peak = server.peak_resident_bytes();
     assert!(peak < 300 << 20, "{peak}");
 }
 
 #[tokio::test]
-async fn reports_beyond_the_budget_come_again_and_those_of_another_tenant_pass() {
+async fn reports_beyond_the_budget_are_resent_and_do_not_delay_other_tenants() {
     const TASKS: usize = 60;
-    // As many as may be unacknowledged.
+    // Maximum number of unacknowledged reports.
     const CHUNKS: i64 = 17;
     let server = Server::start(&[
-        // This worker sends no heartbeats.
+        // The scripted worker sends no heartbeats.
         "execution.lease_ms=60000",
         "execution.max_buffered_output_bytes=1048576",
         "limits.max_payload_bytes=65536",
@@ -623,7 +623,7 @@ async fn reports_beyond_the_budget_come_again_and_those_of_another_tenant_pass()
     let last = || Kind::Result(json_payload("1"));
     let (small, large): (Vec<_>, Vec<_>) =
         tasks.values().partition(|task| task.tenant_id == "acme");
-    // Far more than the budget, before anything is acknowledged.
+    // Exceeds the budget many times before any acknowledgment.
     for number in 1..=CHUNKS {
         for task in &large {
             worker.report(task, number, Kind::Output(chunk.clone())).await;
@@ -633,33 +633,34 @@ async fn reports_beyond_the_budget_come_again_and_those_of_another_tenant_pass()
         worker.report(task, CHUNKS, last()).await;
     }
     worker.report(small[0], 0, last()).await;
-    let (mut ended, mut ended_before, mut asked_again) = (0, TASKS, 0);
+    let (mut ended, mut ended_before, mut resends) = (0, TASKS, 0);
     while ended <= TASKS {
         match worker.next().await.unwrap() {
-            Message::Acknowledgment(said) => {
-                // A budget of this size leaves each attempt less than the usual window.
+            Message::Acknowledgment(acknowledgment) => {
+                // A budget of this size leaves each attempt less than the default window.
                 let window = 1..worker.welcome.max_unacknowledged_bytes;
-                let is_small = said.uid == small[0].uid;
-                assert!(is_small || window.contains(&said.max_unacknowledged_bytes), "{said:?}");
-                if said.ended && is_small {
+                let is_small = acknowledgment.uid == small[0].uid;
+                let bytes = acknowledgment.max_unacknowledged_bytes;
+                assert!(is_small || window.contains(&bytes), "{acknowledgment:?}");
+                if acknowledgment.ended && is_small {
                     ended_before = ended;
                 }
-                ended += usize::from(said.ended);
+                ended += usize::from(acknowledgment.ended);
             }
-            Message::Resend(again) => {
-                let task = &tasks[&again.uid];
-                for number in again.number + 1..=CHUNKS {
+            Message::Resend(resend) => {
+                let task = &tasks[&resend.uid];
+                for number in resend.number + 1..=CHUNKS {
                     let output = Kind::Output(chunk.clone());
-                    worker.report_again(task, again.resends, number, output).await;
+                    worker.report_again(task, resend.resends, number, output).await;
                 }
-                worker.report_again(task, again.resends, CHUNKS, last()).await;
-                asked_again += 1;
+                worker.report_again(task, resend.resends, CHUNKS, last()).await;
+                resends += 1;
             }
-            Message::Revoke(said) => panic!("it was lost: {said:?}"),
+            Message::Revoke(revoke) => panic!("revoked: {revoke:?}"),
             _ => {}
         }
     }
-    assert!(asked_again > 0 && ended_before < TASKS / 2, "{asked_again}, {ended_before}");
+    assert!(resends > 0 && ended_before < TASKS / 2, "{resends}, {ended_before}");
     assert_eq!(metric(&server, "streamer_processor_succeeded_total").await, TASKS + 1);
     assert_eq!(metric(&server, "streamer_processor_buffered_output_bytes").await, 0);
     let peak = server.peak_resident_bytes();
@@ -667,7 +668,7 @@ async fn reports_beyond_the_budget_come_again_and_those_of_another_tenant_pass()
 }
 
 #[tokio::test]
-async fn watchers_that_do_not_read_are_bounded_and_hurt_no_other() {
+async fn slow_watchers_use_bounded_memory_and_do_not_delay_others() {
     const WATCHERS: usize = 300;
     let server = Server::start(&["limits.max_unread_watch_bytes=16777216"]);
     let api = |user: &str| Api::new(&server.url, &server.token("acme", user, &["*"])).unwrap();
@@ -683,14 +684,14 @@ async fn watchers_that_do_not_read_are_bounded_and_hurt_no_other() {
     let uid = eve.router().submit(eve.call(submit)).await.unwrap().into_inner().uid;
     let watch =
         || WatchRequest { request_id: uid.clone(), after_seq: Some(0), ..WatchRequest::default() };
-    // Each has a connection of its own, whose window is a fraction of a chunk.
+    // Each has a separate connection, whose window is a fraction of a chunk.
     let mut open = Vec::new();
     for _ in 0..WATCHERS {
         let eve = api("eve");
         open.push(eve.progress().watch(eve.call(watch())).await.unwrap().into_inner());
     }
     let unread = "streamer_progress_unread_watch_bytes";
-    in_time("as many messages as there is room for", async {
+    in_time("unread messages up to the limit", async {
         while metric(&server, unread).await < 7_000_000 {}
     })
     .await;
@@ -705,13 +706,13 @@ async fn watchers_that_do_not_read_are_bounded_and_hurt_no_other() {
     let peak = server.peak_resident_bytes();
     assert!(peak < 300 << 20, "{peak}");
     drop(open);
-    in_time("the end", async { while metric(&server, unread).await > 0 {} }).await;
+    in_time("the end of the watches", async { while metric(&server, unread).await > 0 {} }).await;
 }
 
-/// HTTP/2 frames that are made when they are sent.
+/// HTTP/2 frames that are created while they are sent.
 type Frames = Box<dyn Iterator<Item = Vec<u8>> + Send>;
 
-/// An HTTP/2 frame.
+/// Encodes an HTTP/2 frame.
 fn frame(kind: u8, flags: u8, stream: u32, payload: &[u8]) -> Vec<u8> {
     let length = u32::try_from(payload.len()).unwrap().to_be_bytes();
     let mut frame = length[1..].to_vec();
@@ -730,20 +731,21 @@ const CONTINUATION: u8 = 9;
 const END_STREAM: u8 = 1;
 const END_HEADERS: u8 = 4;
 
-/// The head of a call to `Health/Check`: indexed `:method POST` and `:scheme http`, then literals.
-fn head() -> Vec<u8> {
-    let mut head = vec![0x83, 0x86, 0x04, u8::try_from(HEALTH.len()).unwrap()];
-    head.extend(HEALTH.as_bytes());
-    head.extend(b"\x01\x01a\x0f\x10\x10application/grpc\x00\x02te\x08trailers");
-    head
+/// Encodes the headers of a call to `Health/Check`: indexed `:method POST` and `:scheme http`, then
+/// literals.
+fn headers() -> Vec<u8> {
+    let mut headers = vec![0x83, 0x86, 0x04, u8::try_from(HEALTH.len()).unwrap()];
+    headers.extend(HEALTH.as_bytes());
+    headers.extend(b"\x01\x01a\x0f\x10\x10application/grpc\x00\x02te\x08trailers");
+    headers
 }
 
-/// Sends HTTP/2 frames while reading what comes back, until a frame of this kind and with this payload has come
-/// or the server has closed. Whether it came.
+/// Sends HTTP/2 frames while reading, until a frame of this type whose payload starts with these bytes
+/// arrives or the server closes the connection. Returns whether the frame arrived.
 async fn exchange(
     server: &Server,
     frames: impl Iterator<Item = Vec<u8>> + Send,
-    (awaited, with): (u8, &'static [u8]),
+    (expected, prefix): (u8, &'static [u8]),
 ) -> bool {
     let socket = TcpStream::connect(server.url.trim_start_matches("http://")).await.unwrap();
     let (mut read, mut write) = socket.into_split();
@@ -754,7 +756,7 @@ async fn exchange(
             let [high, middle, low, kind, ..] = head;
             let mut payload = vec![0; u32::from_be_bytes([0, high, middle, low]) as usize];
             read.read_exact(&mut payload).await?;
-            if kind == awaited && payload.starts_with(with) {
+            if kind == expected && payload.starts_with(prefix) {
                 return std::io::Result::Ok(());
             }
         }
@@ -771,42 +773,42 @@ async fn exchange(
         }
     }
     write.write_all(&pending).await.ok();
-    in_time("an answer or the end", reading).await.unwrap().is_ok()
+    in_time("a frame or the end of the connection", reading).await.unwrap().is_ok()
 }
 
 #[tokio::test]
-async fn floods_of_frames_are_bounded_and_hurt_no_client() {
+async fn frame_floods_use_bounded_memory_and_do_not_affect_clients() {
     const FRAMES: u32 = 100_000;
     const LAST: &[u8] = b"the last";
     let server = Server::start(&[]);
     let mut client = Client::connect(&server.url, &server.token("acme", "ann", &[])).await;
-    // That is how a call looks that is answered.
-    let call = [frame(HEADERS, END_HEADERS, 1, &head()), frame(DATA, END_STREAM, 1, &[0; 5])];
+    // A valid call, which gets a response.
+    let call = [frame(HEADERS, END_HEADERS, 1, &headers()), frame(DATA, END_STREAM, 1, &[0; 5])];
     assert!(exchange(&server, call.into_iter(), (HEADERS, &[])).await);
     let streams = (1..).step_by(2);
     let reset = streams.clone().take(FRAMES as usize).map(|stream| {
-        let mut frames = frame(HEADERS, END_HEADERS | END_STREAM, stream, &head());
+        let mut frames = frame(HEADERS, END_HEADERS | END_STREAM, stream, &headers());
         frames.extend(frame(RST_STREAM, 0, stream, &[0, 0, 0, 8]));
         frames
     });
     let pings = (0..FRAMES).map(|_| frame(PING, 0, 0, &[0; 8]));
     let settings = (0..FRAMES).map(|_| frame(SETTINGS, 0, 0, &[0, 4, 0, 0, 255, 255]));
-    // A head that never ends.
+    // Headers that never end.
     let continued = (0..FRAMES / 100).map(|number| {
         let header = [&b"\x00\x01x\x7f\x81\x7c"[..], &[b'x'; 16_000]].concat();
         let kind = if number == 0 { HEADERS } else { CONTINUATION };
         frame(kind, 0, 1, &header)
     });
-    // A header of 4,000 bytes, and then 16,000 references to it in each head: 64 MB of headers in 16 KB.
+    // A header of 4,000 bytes, then 16,000 references to it per call: 64 MB of headers in 16 KB.
     let bomb = streams.take(200).map(|stream| {
-        let mut head = head();
+        let mut headers = headers();
         if stream == 1 {
-            head.extend(b"\x40\x01x\x7f\xa1\x1e");
-            head.extend([b'x'; 4000]);
+            headers.extend(b"\x40\x01x\x7f\xa1\x1e");
+            headers.extend([b'x'; 4000]);
         } else {
-            head.resize(16_000, 0xbe);
+            headers.resize(16_000, 0xbe);
         }
-        frame(HEADERS, END_HEADERS | END_STREAM, stream, &head)
+        frame(HEADERS, END_HEADERS | END_STREAM, stream, &headers)
     });
     let floods: [(&str, Frames); 5] = [
         ("rapid reset", Box::new(reset)),
@@ -825,7 +827,7 @@ async fn floods_of_frames_are_bounded_and_hurt_no_client() {
     }
 }
 
-/// Texts that are no JSON, or no message, or more than a careless reader can take.
+/// Returns texts that are invalid JSON, invalid messages, or expensive to parse.
 fn hostile_texts() -> Vec<String> {
     let mut texts: Vec<String> = [
         "",
@@ -918,21 +920,21 @@ fn hostile_texts() -> Vec<String> {
 }
 
 #[tokio::test]
-async fn hostile_texts_are_refused_one_by_one() {
+async fn hostile_messages_are_rejected_individually() {
     let server = Server::start(&[]);
     let token = server.token("acme", "ann", &[]);
     let mut client = Client::connect(&server.url, &token).await;
     for text in hostile_texts() {
-        let shown: String = text.chars().take(80).collect();
+        let excerpt: String = text.chars().take(80).collect();
         client.send_text(text).await;
         let answer = client.next().await;
-        assert_eq!(answer["type"], "error", "{shown}: {answer}");
+        assert_eq!(answer["type"], "error", "{excerpt}: {answer}");
         let code = answer["error"]["code"].as_str().unwrap().to_owned();
         assert!(
             ["VALIDATION_ERROR", "INVALID_ACTION", "NOT_FOUND", "UNAUTHORIZED"].contains(&&*code),
-            "{shown}: {answer}"
+            "{excerpt}: {answer}"
         );
-        assert!(answer.to_string().len() < 4096, "{shown}: the answer is short");
+        assert!(answer.to_string().len() < 4096, "{excerpt}: the reply is short");
     }
     assert_eq!(client.ask(json!({ "type": "ping" })).await["type"], "pong");
     let peak = server.peak_resident_bytes();

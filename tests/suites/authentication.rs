@@ -1,4 +1,4 @@
-//! Who is let in: every way to bring a token, and every way in which one is refused.
+//! Authentication: the rules of tokens and of fresh tokens.
 #![allow(clippy::unwrap_used, reason = "in tests, a panic is the report")]
 
 use std::{fs, time::Duration};
@@ -14,11 +14,11 @@ use streamer_client::ClientError;
 use streamer_core::{Clock, SystemClock};
 use streamer_tests::{Client, Server};
 
-async fn refusal(server: &Server, token: &str) -> (u16, String) {
+async fn rejection(server: &Server, token: &str) -> (u16, String) {
     match Client::try_connect(&server.url, token).await {
         Err(ClientError::Closed { code, reason }) => (code, reason),
         Err(other) => panic!("{other}"),
-        Ok(_) => panic!("it was let in"),
+        Ok(_) => panic!("the server accepted the connection"),
     }
 }
 
@@ -26,8 +26,8 @@ fn seconds_from_now(seconds: i64) -> i64 {
     SystemClock.now().as_millis() / 1000 + seconds
 }
 
-/// Claims that the server accepts.
-fn good_claims() -> Value {
+/// Returns claims that the server accepts.
+fn valid_claims() -> Value {
     json!({
         "iss": "streamer-dev", "aud": ["other", "streamer"], "sub": "ann", "tenant_id": "acme",
         "permissions": [], "exp": seconds_from_now(600),
@@ -35,7 +35,7 @@ fn good_claims() -> Value {
 }
 
 fn with(changes: &Value) -> Value {
-    let mut claims = good_claims();
+    let mut claims = valid_claims();
     for (name, value) in changes.as_object().unwrap() {
         if value.is_null() {
             claims.as_object_mut().unwrap().remove(name);
@@ -47,19 +47,19 @@ fn with(changes: &Value) -> Value {
 }
 
 #[tokio::test]
-async fn each_broken_rule_of_a_token_is_named() {
+async fn every_violated_token_rule_is_reported() {
     let server = Server::start(&[]);
     let pem = fs::read_to_string(server.data().join("dev-key.pem")).unwrap();
     let key = EncodingKey::from_ed_pem(pem.as_bytes()).unwrap();
     let sign = |claims: &Value| encode(&Header::new(Algorithm::EdDSA), claims, &key).unwrap();
-    Client::connect(&server.url, &sign(&good_claims())).await;
+    Client::connect(&server.url, &sign(&valid_claims())).await;
 
     let cases = [
         (json!({"exp": seconds_from_now(-60)}), "the token expired at"),
         (json!({"nbf": seconds_from_now(600)}), "the token is not valid before"),
-        (json!({"iss": "somebody"}), "claim iss is not an accepted issuer"),
+        (json!({"iss": "other"}), "claim iss is not an accepted issuer"),
         (json!({"iss": null}), "claim iss is required"),
-        (json!({"aud": "elsewhere"}), "claim aud does not name this service"),
+        (json!({"aud": "other"}), "claim aud does not contain an accepted audience"),
         (json!({"aud": null}), "claim aud is required"),
         (json!({"exp": null}), "claim exp is required"),
         (json!({"tenant_id": null}), "claim tenant_id is required"),
@@ -71,78 +71,78 @@ async fn each_broken_rule_of_a_token_is_named() {
         (json!({"permissions": 5}), "claim permissions must be an array"),
     ];
     for (changes, expected) in cases {
-        let (code, reason) = refusal(&server, &sign(&with(&changes))).await;
+        let (code, reason) = rejection(&server, &sign(&with(&changes))).await;
         assert_eq!(code, 4401);
         assert!(reason.contains(expected), "{expected} is missing in {reason}");
     }
 
     let header = Header { crit: Some(vec!["b64".into()]), ..Header::new(Algorithm::EdDSA) };
-    let critical = encode(&header, &good_claims(), &key).unwrap();
-    let (code, reason) = refusal(&server, &critical).await;
+    let critical = encode(&header, &valid_claims(), &key).unwrap();
+    let (code, reason) = rejection(&server, &critical).await;
     assert_eq!((code, reason.contains("header crit")), (4401, true), "{reason}");
-    let text = good_claims().to_string();
+    let text = valid_claims().to_string();
     let twice = text.replacen('{', r#"{"sub":"bob","#, 1);
     let part = |text: &str| URL_SAFE_NO_PAD.encode(text);
     let unsigned = format!("{}.{}", part(r#"{"alg":"EdDSA"}"#), part(&twice));
     let signature =
         jsonwebtoken::crypto::sign(unsigned.as_bytes(), &key, Algorithm::EdDSA).unwrap();
-    let (code, reason) = refusal(&server, &format!("{unsigned}.{signature}")).await;
+    let (code, reason) = rejection(&server, &format!("{unsigned}.{signature}")).await;
     assert_eq!((code, reason.contains("occurs twice")), (4401, true), "{reason}");
 
-    let (code, reason) = refusal(&server, "").await;
+    let (code, reason) = rejection(&server, "").await;
     assert_eq!((code, reason.contains("a token is required")), (4401, true), "{reason}");
-    let (code, reason) = refusal(&server, "not.a.token").await;
+    let (code, reason) = rejection(&server, "not.a.token").await;
     assert_eq!((code, reason.contains("malformed")), (4401, true), "{reason}");
 }
 
 #[tokio::test]
-async fn tenants_and_the_size_of_tokens_are_bounded_by_options() {
+async fn options_limit_tenants_and_token_size() {
     let server = Server::start(&["auth.tenants=acme,globex", "auth.max_token_bytes=600"]);
     for tenant in ["acme", "globex"] {
         Client::connect(&server.url, &server.token(tenant, "ann", &[])).await;
     }
-    let (code, reason) = refusal(&server, &server.token("initech", "ann", &[])).await;
-    assert_eq!((code, reason.contains("not a tenant that may call")), (4401, true), "{reason}");
+    let (code, reason) = rejection(&server, &server.token("initech", "ann", &[])).await;
+    assert_eq!((code, reason.contains("is not an accepted tenant")), (4401, true), "{reason}");
     let long = "x".repeat(600);
-    let (code, reason) = refusal(&server, &server.token("acme", "ann", &[&long])).await;
-    assert_eq!((code, reason.contains("over 600 bytes")), (4401, true), "{reason}");
+    let (code, reason) = rejection(&server, &server.token("acme", "ann", &[&long])).await;
+    assert_eq!((code, reason.contains("at most 600 bytes")), (4401, true), "{reason}");
 }
 
 #[tokio::test]
-async fn the_algorithm_never_comes_from_the_token() {
+async fn the_algorithm_is_not_taken_from_the_token() {
     let server = Server::start(&[]);
     let pem = fs::read_to_string(server.data().join("dev-key.pem")).unwrap();
     let public = SigningKey::from_pkcs8_pem(&pem).unwrap().verifying_key();
     let public = public.to_public_key_pem(LineEnding::LF).unwrap();
-    let claims = good_claims();
+    let claims = valid_claims();
 
     let part = |value: &Value| URL_SAFE_NO_PAD.encode(value.to_string());
     for name in ["none", "None", "nOnE"] {
         let unsigned = format!("{}.{}.", part(&json!({"alg": name, "typ": "JWT"})), part(&claims));
-        assert_eq!(refusal(&server, &unsigned).await.0, 4401);
+        assert_eq!(rejection(&server, &unsigned).await.0, 4401);
     }
-    // Signed with the public key as a shared secret: the classic confusion of algorithms.
+    // Algorithm confusion: signed with the public key as a shared secret.
     let confused = EncodingKey::from_secret(public.as_bytes());
     let confused = encode(&Header::new(Algorithm::HS256), &claims, &confused).unwrap();
-    let (code, reason) = refusal(&server, &confused).await;
+    let (code, reason) = rejection(&server, &confused).await;
     assert_eq!((code, reason.contains("algorithm")), (4401, true), "{reason}");
 
     let mut seed = [0; 32];
     getrandom::fill(&mut seed).unwrap();
-    let stranger = SigningKey::from_bytes(&seed).to_pkcs8_pem(LineEnding::LF).unwrap();
-    let stranger = EncodingKey::from_ed_pem(stranger.as_bytes()).unwrap();
-    let forged = encode(&Header::new(Algorithm::EdDSA), &claims, &stranger).unwrap();
-    let (code, reason) = refusal(&server, &forged).await;
+    let foreign = SigningKey::from_bytes(&seed).to_pkcs8_pem(LineEnding::LF).unwrap();
+    let foreign = EncodingKey::from_ed_pem(foreign.as_bytes()).unwrap();
+    let forged = encode(&Header::new(Algorithm::EdDSA), &claims, &foreign).unwrap();
+    let (code, reason) = rejection(&server, &forged).await;
     assert_eq!((code, reason.contains("signature")), (4401, true), "{reason}");
 }
 
 #[tokio::test]
-async fn too_many_connections_of_one_user_are_told() {
+async fn too_many_connections_of_one_user_are_rejected() {
     let server = Server::start(&["gateway.max_connections_per_user=2"]);
     let token = server.token("acme", "ann", &[]);
     let first = Client::connect(&server.url, &token).await;
     let _second = Client::connect(&server.url, &token).await;
-    let (code, reason) = refusal(&server, &token).await;
+    let (code, reason) = rejection(&server, &token).await;
     assert_eq!(
         (code, reason.contains("gateway.max_connections_per_user")),
         (4429, true),
@@ -153,7 +153,7 @@ async fn too_many_connections_of_one_user_are_told() {
 }
 
 #[tokio::test]
-async fn a_fresh_token_prolongs_a_connection_and_only_its_own_users() {
+async fn only_a_fresh_token_of_the_same_user_extends_a_connection() {
     let server = Server::start(&[]);
     let short = server.token_for("acme", "ann", &[], Duration::from_secs(30));
     let mut client = Client::connect(&server.url, &short).await;

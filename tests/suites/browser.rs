@@ -1,4 +1,4 @@
-//! The WebSocket protocol from a page in a real browser, with nothing but what the browser has.
+//! The WebSocket protocol from a page in a real browser, without a client library.
 #![allow(clippy::unwrap_used, reason = "in tests, a panic is the report")]
 
 use serde_json::{Value, json};
@@ -10,7 +10,7 @@ const { server, token } = await (await fetch("/settings.json")).json();
 const messages = [];
 const report = (outcome) =>
   fetch("/report", { method: "POST", body: JSON.stringify({ ...outcome, messages }) });
-// Browsers cannot set headers: the token comes as a subprotocol.
+// Browsers cannot set headers: the token is a subprotocol.
 const socket = new WebSocket(server, ["streamer.v1.json", "bearer." + token]);
 socket.onopen = () => socket.send(JSON.stringify({
   id: "from-a-page", action: "echo_async",
@@ -32,11 +32,11 @@ async fn visit(site: &mut Site, server: &Server, token: &str) -> Value {
     site.put("settings.json", "application/json", settings);
     site.put("page.html", "text/html", PAGE);
     let _browser = Browser::open(&format!("{}/page.html", site.url));
-    serde_json::from_str(&site.report().await).unwrap()
+    serde_json::from_str(&site.next_report().await).unwrap()
 }
 
 #[tokio::test]
-async fn a_page_submits_follows_and_says_goodbye() {
+async fn a_page_submits_follows_and_closes() {
     let server = Server::start(&[]);
     let mut site = Site::start().await;
     let outcome = visit(&mut site, &server, &server.token("acme", "ann", &[])).await;
@@ -48,13 +48,14 @@ async fn a_page_submits_follows_and_says_goodbye() {
     let kinds: Vec<&str> =
         messages.iter().map(|message| message["type"].as_str().unwrap()).collect();
     assert_eq!(kinds[..3], ["connected", "acknowledgment", "started"]);
-    let seqs: Vec<i64> = messages[2..].iter().map(|one| one["seq"].as_i64().unwrap()).collect();
+    let seqs: Vec<i64> =
+        messages[2..].iter().map(|message| message["seq"].as_i64().unwrap()).collect();
     assert_eq!(seqs, (2..=8).collect::<Vec<_>>());
     assert_eq!(messages.last().unwrap()["result"]["text"], "\u{0} é 😀");
 }
 
 #[tokio::test]
-async fn a_page_sees_why_it_was_not_let_in() {
+async fn a_page_receives_the_reason_of_a_rejection() {
     let server = Server::start(&[]);
     let mut site = Site::start().await;
     let outcome = visit(&mut site, &server, "not.a.token").await;

@@ -1,5 +1,5 @@
-//! Every service twice, as processes of their own over DynamoDB Local: killed, cut off and of
-//! different opinions, under load. What clients were told is judged by `check-history`.
+//! Two instances of every service in separate processes with DynamoDB Local: killed, partitioned and with
+//! different peer sets, under load. `check-history` checks the messages that clients receive.
 #![allow(clippy::unwrap_used, reason = "in tests, a panic is the report")]
 
 use futures_util::future::join_all;
@@ -23,7 +23,7 @@ use tokio::sync::{Mutex, MutexGuard};
 use tokio_util::sync::CancellationToken;
 use tonic::{Code, Streaming, metadata::MetadataValue, transport::Endpoint};
 
-/// Two cores are enough for one cluster.
+/// Runs one cluster at a time: two cores suffice for one only.
 static ONE_AT_A_TIME: Mutex<()> = Mutex::const_new(());
 
 const SETTINGS: [&str; 4] = [
@@ -34,20 +34,21 @@ const SETTINGS: [&str; 4] = [
 ];
 
 async fn cluster(
-    views: impl Fn(Service, usize, &[Proxy]) -> Vec<String>,
+    overrides: impl Fn(Service, usize, &[Proxy]) -> Vec<String>,
 ) -> (Cluster, MutexGuard<'static, ()>) {
-    let alone = ONE_AT_A_TIME.lock().await;
-    let cluster = Cluster::start(endpoint(Implementation::DynamoDbLocal), &SETTINGS, views).await;
+    let guard = ONE_AT_A_TIME.lock().await;
+    let dynamodb = endpoint(Implementation::DynamoDbLocal);
+    let cluster = Cluster::start(dynamodb, &SETTINGS, overrides).await;
     let token = cluster.token("acme", "ann", &["worker:*"]);
     for url in &cluster.urls {
         offered_at(url, &token, "echo_async").await;
     }
-    (cluster, alone)
+    (cluster, guard)
 }
 
 #[tokio::test(flavor = "multi_thread")]
 async fn clients_resume_when_one_of_each_service_is_killed_in_turn() {
-    let (mut cluster, _alone) = cluster(|_, _, _| Vec::new()).await;
+    let (mut cluster, _guard) = cluster(|_, _, _| Vec::new()).await;
     let token = cluster.token("acme", "ann", &[]);
     let load = Load::start(&cluster.urls, &token, 1, true);
     for number in 0..2 {
@@ -64,10 +65,10 @@ async fn clients_resume_when_one_of_each_service_is_killed_in_turn() {
 
 #[tokio::test(flavor = "multi_thread")]
 async fn clients_resume_when_one_of_each_service_is_stopped_in_turn() {
-    let (mut cluster, _alone) = cluster(|_, _, _| Vec::new()).await;
+    let (mut cluster, _guard) = cluster(|_, _, _| Vec::new()).await;
     let token = cluster.token("acme", "ann", &[]);
     let load = Load::start(&cluster.urls, &token, 4, true);
-    // Sync calls notice nothing either.
+    // Sync calls are not affected.
     let mut client = Client::connect(&cluster.urls[1], &token).await;
     let done = CancellationToken::new();
     let calls = tokio::spawn({
@@ -84,7 +85,7 @@ async fn clients_resume_when_one_of_each_service_is_stopped_in_turn() {
     let later = client.ask(later).await["uid"].as_str().unwrap().to_owned();
     for service in Service::ALL {
         load.more(200).await;
-        // Whoever watches there is sent away, and holds up nobody.
+        // A watch of the stopped service ends, and does not delay the shutdown.
         let mut watching = None;
         if matches!(service, Service::Progress | Service::Gateway) {
             let api = Api::new(&cluster.url(service, 0), &token).unwrap();
@@ -107,12 +108,12 @@ async fn clients_resume_when_one_of_each_service_is_stopped_in_turn() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn many_watches_go_to_one_peer_and_those_who_do_not_read_hold_up_nobody() {
-    // More than a server would let one client have.
+async fn slow_watchers_do_not_delay_others_when_one_peer_serves_many_watches() {
+    // More than a server allows one client to open.
     const WATCHES: usize = 1_100;
-    const OF_ONE_CLIENT: usize = 100;
-    // Everybody knows one progress service only.
-    let (cluster, _alone) =
+    const WATCHES_PER_CLIENT: usize = 100;
+    // All services know one progress service only.
+    let (cluster, _guard) =
         cluster(|_, _, proxies| vec![format!("peers.progress=http://{}", proxies[0].address)])
             .await;
     let token = cluster.token("acme", "ann", &[]);
@@ -125,35 +126,35 @@ async fn many_watches_go_to_one_peer_and_those_who_do_not_read_hold_up_nobody() 
     let log = client.follow(Log::after(1)).await;
 
     let mut idle = Vec::new();
-    for _ in 0..WATCHES / OF_ONE_CLIENT {
+    for _ in 0..WATCHES / WATCHES_PER_CLIENT {
         let api = Api::new(url, &token).unwrap();
-        for _ in 0..OF_ONE_CLIENT {
+        for _ in 0..WATCHES_PER_CLIENT {
             let mut watch = watch(&api, &later).await;
             assert_eq!(watch.message().await.unwrap().unwrap().events[0].seq, 1);
             idle.push(watch);
         }
     }
-    let mut silent = Vec::new();
+    let mut slow = Vec::new();
     for _ in 0..16 {
-        silent.push(watch(&Api::new(url, &token).unwrap(), "large").await);
+        slow.push(watch(&Api::new(url, &token).unwrap(), "large").await);
     }
 
     client.submit("small", "echo_async", json!({"steps": 3})).await;
     assert_eq!(client.follow(Log::after(1)).await.last_type(), "complete");
     let small = watch(&Api::new(url, &token).unwrap(), "small").await;
     assert_eq!(last_seq(small).await, 6);
-    // And those who begin to read then get all of it.
-    assert_eq!(last_seq(silent.remove(0)).await, log.last_seq());
+    // A slow watcher that starts to read receives everything.
+    assert_eq!(last_seq(slow.remove(0)).await, log.last_seq());
 }
 
-/// Watches a log from its beginning.
+/// Watches a log from its first event.
 async fn watch(api: &Api, request_id: &str) -> Streaming<WatchResponse> {
     let request_id = request_id.to_owned();
     let watch = WatchRequest { request_id, after_seq: Some(0), ..WatchRequest::default() };
     api.progress().watch(api.call(watch)).await.unwrap().into_inner()
 }
 
-/// Follows a log to its end.
+/// Follows a log to its end; returns the last `seq`.
 async fn last_seq(mut watch: Streaming<WatchResponse>) -> i64 {
     let mut last_seq = 0;
     while let Some(answer) = watch.message().await.unwrap() {
@@ -166,29 +167,29 @@ async fn last_seq(mut watch: Streaming<WatchResponse>) -> i64 {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn clients_resume_when_a_progress_service_is_cut_off() {
-    let (cluster, _alone) = cluster(|_, _, _| Vec::new()).await;
+async fn clients_resume_when_a_progress_service_is_partitioned() {
+    let (cluster, _guard) = cluster(|_, _, _| Vec::new()).await;
     let token = cluster.token("acme", "ann", &[]);
     let load = Load::start(&cluster.urls, &token, 2, true);
     for number in 0..2 {
         load.more(200).await;
-        cluster.cut_off(number);
-        // More than can be under way when it is cut off.
+        cluster.partition(number);
+        // More than can be in transit at the start of the partition.
         load.more(1000).await;
-        cluster.join(number);
+        cluster.heal(number);
     }
     load.more(200).await;
-    load.judge("cluster-cut").await;
+    load.judge("cluster-partition").await;
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn watches_move_away_from_a_progress_service_that_lost_its_store() {
+async fn watches_move_to_a_different_progress_service_when_the_store_is_unreachable() {
     const WATCHED: usize = 60;
     let dynamodb = endpoint(Implementation::DynamoDbLocal).trim_start_matches("http://");
     let loopback = LoopbackAddress::claim();
     let store = Proxy::start(loopback.next(), dynamodb.parse().unwrap()).await;
     let through_proxy = format!("dynamodb.endpoint=http://{}", store.address);
-    let (cluster, _alone) = cluster(|service, number, _| match (service, number) {
+    let (cluster, _guard) = cluster(|service, number, _| match (service, number) {
         (Service::Progress, 0) => vec![through_proxy.clone()],
         _ => Vec::new(),
     })
@@ -206,18 +207,18 @@ async fn watches_move_away_from_a_progress_service_that_lost_its_store() {
         }
     });
     let watchers = join_all(watchers).await;
-    store.cut();
-    // It stays cut off until every watcher has seen the end.
+    store.pause();
+    // The store stays unreachable until every watcher has received the terminal event.
     for (mut client, log) in watchers {
         assert_eq!(client.follow(log).await.last_type(), "complete");
     }
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn one_log_also_when_members_are_of_different_opinions() {
-    // Each process knows only one progress service, and not the same one; each of those thinks that
-    // it is alone.
-    let (cluster, _alone) = cluster(|service, number, proxies| {
+async fn logs_are_consistent_when_instances_have_different_peer_sets() {
+    // Each instance knows only one progress service; they do not know the same one, and each progress
+    // service knows only itself.
+    let (cluster, _guard) = cluster(|service, number, proxies| {
         let known = match service {
             Service::Gateway | Service::Progress => number,
             Service::Processor | Service::Router => 1 - number,
@@ -228,12 +229,12 @@ async fn one_log_also_when_members_are_of_different_opinions() {
     let token = cluster.token("acme", "ann", &[]);
     let load = Load::start(&cluster.urls, &token, 3, true);
     load.more(400).await;
-    load.judge("cluster-opinions").await;
+    load.judge("cluster-peers").await;
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn services_speak_to_users_on_whichever_gateway_they_are() {
-    let (mut cluster, _alone) = cluster(|_, _, _| Vec::new()).await;
+async fn messages_reach_users_on_every_gateway() {
+    let (mut cluster, _guard) = cluster(|_, _, _| Vec::new()).await;
     let token = cluster.token("acme", "ann", &["*"]);
     let mut clients = Vec::new();
     for url in &cluster.urls {
@@ -260,30 +261,35 @@ async fn services_speak_to_users_on_whichever_gateway_they_are() {
             assert_eq!(client.next().await["topic"], topic);
         }
     }
-    let nobody = send(Target::UserId("bob".into()));
-    let status = api.connections().send(api.call(nobody)).await.unwrap_err();
+    let offline = send(Target::UserId("bob".into()));
+    let status = api.connections().send(api.call(offline)).await.unwrap_err();
     assert_eq!(status.code(), Code::NotFound);
     let listed = api.connections().list(api.call(ListRequest::default())).await;
-    let gateways: Vec<_> =
-        listed.unwrap().into_inner().connections.into_iter().map(|one| one.gateway).collect();
+    let gateways: Vec<_> = listed
+        .unwrap()
+        .into_inner()
+        .connections
+        .into_iter()
+        .map(|connection| connection.gateway)
+        .collect();
     assert_eq!(gateways.len(), 2);
     assert_ne!(gateways[0], gateways[1]);
 
-    // Somebody whose gateway dies goes on at the other.
+    // A client whose gateway fails continues on the other one.
     let running = json!({"steps": 50, "delay_ms": 20});
     clients[0].submit("long", "echo_async", running).await;
     let mut log = Log::after(1);
     log.push(clients[0].next().await);
     cluster.kill(Service::Gateway, 0);
-    let mut elsewhere = Client::connect(&cluster.urls[1], &token).await;
+    let mut second = Client::connect(&cluster.urls[1], &token).await;
     let subscribe = json!({"type": "subscribe", "request_id": "long", "after_seq": log.last_seq()});
-    assert_eq!(elsewhere.ask(subscribe).await["type"], "subscribed");
-    assert_eq!(elsewhere.follow(log).await.last_seq(), 53);
+    assert_eq!(second.ask(subscribe).await["type"], "subscribed");
+    assert_eq!(second.follow(log).await.last_seq(), 53);
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn workers_and_sync_calls_go_through_a_gateway_and_only_services_speak_as_such() {
-    let (mut cluster, _alone) = cluster(|service, _, _| match service {
+async fn workers_and_sync_calls_use_a_gateway_and_internal_calls_require_the_service_token() {
+    let (mut cluster, _guard) = cluster(|service, _, _| match service {
         Service::Processor => vec!["execution.local_actions=echo,echo_async".into()],
         _ => Vec::new(),
     })
@@ -317,7 +323,7 @@ async fn workers_and_sync_calls_go_through_a_gateway_and_only_services_speak_as_
     let right = cluster.service_token();
     assert_eq!(publish(Some(&right)).await, Code::InvalidArgument);
 
-    // A refusal of a watch arrives as such also at clients that are not built on tonic.
+    // Clients that do not use tonic receive the status of a rejected watch as well.
     let authorization = format!("authorization: Bearer {token}");
     let gateway = cluster.urls[1].trim_start_matches("http://").to_owned();
     let refused = tokio::task::spawn_blocking(move || {
@@ -329,7 +335,7 @@ async fn workers_and_sync_calls_go_through_a_gateway_and_only_services_speak_as_
     let text = String::from_utf8_lossy(&refused.stderr);
     assert!(text.contains("Code: NotFound"), "{text}");
 
-    // Nobody else chooses the id of a request.
+    // Other callers cannot choose the uid of a request.
     let api = Api::new(&cluster.url(Service::Router, 0), &token).unwrap();
     let chosen = "01ARZ3NDEKTSV4RRFFQ69G5FAV";
     let submit = SubmitRequest { action: "echo_async".into(), ..SubmitRequest::default() };
@@ -340,8 +346,8 @@ async fn workers_and_sync_calls_go_through_a_gateway_and_only_services_speak_as_
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn routers_share_what_a_tenant_may_submit() {
-    let (cluster, _alone) = cluster(|service, _, _| match service {
+async fn routers_share_the_submission_rate_of_a_tenant() {
+    let (cluster, _guard) = cluster(|service, _, _| match service {
         Service::Router => vec!["limits.submissions_per_second_per_tenant=20".into()],
         _ => Vec::new(),
     })
@@ -354,7 +360,7 @@ async fn routers_share_what_a_tenant_may_submit() {
     };
     // The gateway calls the routers in turn.
     let share = "more than 20 submissions a second, 10 at this router";
-    in_time("a refusal that names the share", async {
+    in_time("a rejection that reports the share", async {
         loop {
             match api.router().submit(api.call(submit.clone())).await {
                 Err(refused) if refused.message().contains(share) => return,
@@ -367,8 +373,8 @@ async fn routers_share_what_a_tenant_may_submit() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn what_a_worker_declares_is_known_at_every_router_once_it_is_welcome() {
-    let (cluster, _alone) = cluster(|_, _, _| Vec::new()).await;
+async fn every_router_knows_declared_actions_once_the_worker_is_welcomed() {
+    let (cluster, _guard) = cluster(|_, _, _| Vec::new()).await;
     let token = cluster.token("acme", "ann", &["worker:*"]);
     let mut workers = Vec::new();
     for number in 0..10 {

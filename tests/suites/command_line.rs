@@ -1,4 +1,4 @@
-//! The `streamer` binary as scripts use it: output, exit codes, a wrong flag, no server.
+//! The `streamer` binary as scripts use it: output, exit codes, invalid flags, no server.
 #![allow(clippy::unwrap_used, reason = "in tests, a panic is the report")]
 
 use std::{
@@ -24,7 +24,7 @@ fn lines(output: &Output) -> Vec<Value> {
 }
 
 #[test]
-fn exit_codes_tell_scripts_what_happened() {
+fn exit_codes_report_the_outcome() {
     let server = Server::start(&[]);
     let code = |arguments: &[&str]| streamer(&server, arguments).status.code().unwrap();
     assert_eq!(code(&["submit", "echo", "--payload", "{\"a\":1}"]), 0);
@@ -35,7 +35,7 @@ fn exit_codes_tell_scripts_what_happened() {
     assert_eq!(code(&["submit", "echo", "--payload", "{"]), 2);
     assert_eq!(code(&["submit", "echo", "--token", "x.y.z"]), 4);
     assert_eq!(code(&["submit", "echo", "--server", "http://127.0.0.1:1"]), 3);
-    assert_eq!(code(&["get", "nobody"]), 1);
+    assert_eq!(code(&["get", "missing"]), 1);
     assert_eq!(
         code(&["submit", "echo_async", "--id", "d", "--detach", "--delay-ms", "3600000"]),
         0
@@ -45,7 +45,7 @@ fn exit_codes_tell_scripts_what_happened() {
 }
 
 #[test]
-fn a_submission_can_begin_or_continue_a_trace() {
+fn a_submission_starts_or_continues_a_trace() {
     let server = Server::start(&[]);
     let submit = |parent: Option<&str>| {
         let mut command = Process::command(binary());
@@ -53,11 +53,11 @@ fn a_submission_can_begin_or_continue_a_trace() {
         command.env("STREAMER_SERVER", &server.url).env("STREAMER_DATA", server.data());
         Process::output(command.envs(parent.map(|parent| ("TRACEPARENT", parent))))
     };
-    let (begun, other) = (submit(None), submit(None));
-    let printed = String::from_utf8(begun.stderr.clone()).unwrap();
+    let (first, second) = (submit(None), submit(None));
+    let printed = String::from_utf8(first.stderr.clone()).unwrap();
     let id = printed.trim().strip_prefix("trace ").unwrap().to_owned();
-    assert_eq!(lines(&begun)[0]["trace_id"], *id);
-    assert_ne!(begun.stderr, other.stderr);
+    assert_eq!(lines(&first)[0]["trace_id"], *id);
+    assert_ne!(first.stderr, second.stderr);
     let parent = "00-0af7651916cd43dd8448eb211c80319c-b7ad6b7169203331-01";
     let continued = submit(Some(parent));
     assert_eq!(continued.stderr, b"trace 0af7651916cd43dd8448eb211c80319c\n");
@@ -68,7 +68,7 @@ fn a_submission_can_begin_or_continue_a_trace() {
 }
 
 #[test]
-fn a_piped_submission_prints_every_message_as_a_line() {
+fn a_piped_submission_prints_one_line_per_message() {
     let server = Server::start(&[]);
     let output =
         streamer(&server, &["submit", "echo_async", "--id", "x", "--payload", "{\"steps\":3}"]);
@@ -80,8 +80,8 @@ fn a_piped_submission_prints_every_message_as_a_line() {
     );
     let watched = lines(&streamer(&server, &["watch", "x", "--after-seq", "4"]));
     assert_eq!(watched[1..], messages[4..]);
-    let seen = lines(&streamer(&server, &["watch", "x", "--after-seq", "6"]));
-    assert_eq!(seen.len(), 1, "nothing follows what was seen: {seen:?}");
+    let last = lines(&streamer(&server, &["watch", "x", "--after-seq", "6"]));
+    assert_eq!(last.len(), 1, "no event follows the terminal event: {last:?}");
     let only = lines(&streamer(&server, &["submit", "echo", "--wait", "--payload", "5"]));
     assert_eq!((only.len(), &only[0]["data"]["echo"]), (1, &Value::from(5)));
     let listed = lines(&streamer(&server, &["list"]));
@@ -98,13 +98,13 @@ fn the_demo_profiles_a_file_and_writes_a_report() {
         let mut demo = Process::command(binary());
         let demo = Process::output(demo.args(arguments).current_dir(folder.path()).env_clear());
         assert!(demo.status.success(), "{}", String::from_utf8_lossy(&demo.stderr));
-        let shown = String::from_utf8_lossy(&demo.stdout).into_owned();
-        assert!(shown.contains("100.0 %") && shown.contains("What next"), "{shown}");
+        let printed = String::from_utf8_lossy(&demo.stdout).into_owned();
+        assert!(printed.contains("100.0 %") && printed.contains("Next steps"), "{printed}");
         let report = fs::read_to_string(folder.path().join("streamer-report.html")).unwrap();
         assert!(report.starts_with("<!DOCTYPE html>"), "{report}");
         let penguins = arguments.len() == 1;
         assert_eq!(report.contains("<svg"), penguins, "numeric columns have histograms");
-        assert!(!report.contains("<b>1"), "what comes from the data is escaped");
+        assert!(!report.contains("<b>1"), "values of the data are escaped");
     }
     let mut missing = Process::command(binary());
     let missing = Process::output(missing.args(["demo", "nope.csv"]).current_dir(folder.path()));
@@ -132,27 +132,27 @@ fn logs_have_no_color_codes_unless_they_go_to_a_terminal() {
 }
 
 #[test]
-fn wrong_configuration_is_told_at_once_and_whole() {
+fn all_configuration_errors_are_reported_together() {
     let run = |arguments: &[&str]| {
         Process::output(Process::command(binary()).args(arguments).current_dir("/").env_clear())
     };
     let output = run(&["up", "--set", "gateway.max_connections=0", "--set", "no.such=1"]);
     assert_eq!(output.status.code(), Some(2));
-    let told = String::from_utf8_lossy(&output.stderr).into_owned();
+    let error = String::from_utf8_lossy(&output.stderr).into_owned();
     assert!(
-        told.contains("gateway.max_connections: must be 1 to") && told.contains("no.such"),
-        "{told}"
+        error.contains("gateway.max_connections: must be 1 to") && error.contains("no.such"),
+        "{error}"
     );
     let output = run(&["up", "--listen", "0.0.0.0:0"]);
-    let told = String::from_utf8_lossy(&output.stderr).into_owned();
-    assert!(told.contains("can be reached by others"), "{told}");
+    let error = String::from_utf8_lossy(&output.stderr).into_owned();
+    assert!(error.contains("is not a loopback address"), "{error}");
     assert!(run(&["config", "--default"]).status.success());
     assert!(run(&["completions", "bash"]).status.success());
 }
 
-/// Another implementation of the protocol, written from its description alone.
+/// The client is written from the description of the protocol, without code of Streamer.
 #[test]
-fn a_python_client_works_from_the_protocol_alone() {
+fn an_independent_python_client_works() {
     const SCRIPT: &str = r#"
 import asyncio, json, sys, websockets
 async def main(url, token):
@@ -169,16 +169,16 @@ async def main(url, token):
         await (await ws.ping())
     async with websockets.connect(url + "/ws?token=" + token) as ws:
         assert json.loads(await ws.recv())["type"] == "connected"
-    for origin, let_in in (("http://localhost:3000", True), ("https://evil.example", False)):
+    for origin, is_allowed in (("http://localhost:3000", True), ("https://evil.example", False)):
         async with websockets.connect(url + "/ws?token=" + token, origin=origin) as ws:
             try:
-                assert json.loads(await ws.recv())["type"] == "connected" and let_in
+                assert json.loads(await ws.recv())["type"] == "connected" and is_allowed
             except websockets.ConnectionClosed as closed:
-                assert closed.rcvd.code == 4403 and not let_in
+                assert closed.rcvd.code == 4403 and not is_allowed
     async with websockets.connect(url + "/ws", subprotocols=["soap"]) as ws:
         try:
             await ws.recv()
-            raise AssertionError("it was let in")
+            raise AssertionError("the server accepted the connection")
         except websockets.ConnectionClosed as closed:
             assert closed.rcvd.code == 4400
 asyncio.run(main(sys.argv[1], sys.argv[2]))

@@ -1,4 +1,4 @@
-//! The store's contract, written once over the trait, run on every engine.
+//! The contract of the store trait, tested with every engine.
 
 #![allow(clippy::unwrap_used, reason = "in tests, a panic is the report")]
 
@@ -25,29 +25,29 @@ use streamer_telemetry::Metrics;
 use streamer_tests::dynamodb::{Implementation, endpoint};
 use tempfile::TempDir;
 
-/// One engine under test; dropped with its data.
+/// One engine under test, with its data.
 struct Subject {
     store: Arc<dyn Store>,
-    /// Quotas are exact: no other process writes to the store.
+    /// Whether quotas are exact, since no other process writes to the store.
     is_exact: bool,
     _data: TempDir,
 }
 
-/// All of them, each empty.
+/// Returns all engines, each with an empty store.
 async fn engines() -> impl Iterator<Item = Subject> {
     let data = TempDir::new().unwrap();
     let store = open(&Engine::Embedded { data: data.path().into() }).unwrap();
     let embedded = ("embedded", Subject { store, is_exact: true, _data: data });
     let local = ("DynamoDB Local", dynamodb(Implementation::DynamoDbLocal).await);
-    let other = ("dynoxide", dynamodb(Implementation::Dynoxide).await);
-    [embedded, local, other].into_iter().map(|(name, subject)| {
-        // Shown when the test fails.
+    let dynoxide = ("dynoxide", dynamodb(Implementation::Dynoxide).await);
+    [embedded, local, dynoxide].into_iter().map(|(name, subject)| {
+        // The output of a failed test shows the engine.
         println!("engine: {name}");
         subject
     })
 }
 
-/// Tables of its own on this server.
+/// Returns a store with separate tables on this server.
 async fn dynamodb(implementation: Implementation) -> Subject {
     let data = TempDir::new().unwrap();
     let options = DynamoOptions {
@@ -148,7 +148,7 @@ async fn seqs(store: &dyn Store, uid: Uid, after: i64) -> Vec<i64> {
 }
 
 #[tokio::test]
-async fn a_created_request_is_there_with_its_first_event() {
+async fn a_created_request_exists_with_its_first_event() {
     for Subject { store, .. } in engines().await {
         let uid = create(&*store, new_request(Some("req-1"))).await;
         let record = store.get_request(uid).await.unwrap().unwrap();
@@ -165,7 +165,7 @@ async fn a_created_request_is_there_with_its_first_event() {
 }
 
 #[tokio::test]
-async fn the_same_id_is_the_same_request_or_a_conflict() {
+async fn a_repeated_id_returns_the_request_or_a_conflict() {
     for Subject { store, .. } in engines().await {
         let uid = create(&*store, new_request(Some("req-1"))).await;
         let again = store.create_request(new_request(Some("req-1"))).await.unwrap();
@@ -173,7 +173,7 @@ async fn the_same_id_is_the_same_request_or_a_conflict() {
         let other = NewRequest { fingerprint: [8; 32], ..new_request(Some("req-1")) };
         let conflict = store.create_request(other).await.unwrap();
         assert!(matches!(conflict, CreateOutcome::Conflict(record) if record.uid == uid));
-        // Another user's id is another request, and so is a request without one.
+        // The same id of a different user, and a missing id, create separate requests.
         let bob = Owner { tenant: "acme".into(), user: "bob".into() };
         create(&*store, NewRequest { owner: bob.clone(), ..new_request(Some("req-1")) }).await;
         create(&*store, new_request(None)).await;
@@ -184,7 +184,7 @@ async fn the_same_id_is_the_same_request_or_a_conflict() {
 }
 
 #[tokio::test]
-async fn concurrent_submissions_of_one_id_make_one_request() {
+async fn concurrent_submissions_of_one_id_create_one_request() {
     for Subject { store, .. } in engines().await {
         let tasks: Vec<_> = (0..50)
             .map(|_| {
@@ -204,8 +204,9 @@ async fn concurrent_submissions_of_one_id_make_one_request() {
     }
 }
 
-/// Submits until there is room: engines that several processes share count with a delay.
-async fn create_when_there_is_room(store: &dyn Store, new: impl Fn() -> NewRequest) -> Uid {
+/// Retries a submission until the quota allows it: engines that several processes share count with a
+/// delay.
+async fn create_within_quota(store: &dyn Store, new: impl Fn() -> NewRequest) -> Uid {
     let mut ticks = tokio::time::interval(Duration::from_millis(100));
     for _ in 0..300 {
         ticks.tick().await;
@@ -215,10 +216,10 @@ async fn create_when_there_is_room(store: &dyn Store, new: impl Fn() -> NewReque
             other => panic!("{other:?}"),
         }
     }
-    panic!("there is never room");
+    panic!("the quota stays exhausted");
 }
 
-/// Submits `count` requests; the next is refused for this limit.
+/// Submits `count` requests; asserts that the next one exceeds this limit.
 async fn fill(
     store: &dyn Store,
     new: impl Fn() -> NewRequest,
@@ -227,7 +228,7 @@ async fn fill(
 ) -> Vec<Uid> {
     let mut created = Vec::new();
     for _ in 0..count {
-        created.push(create_when_there_is_room(store, &new).await);
+        created.push(create_within_quota(store, &new).await);
     }
     let refused = store.create_request(new()).await.unwrap();
     assert!(matches!(refused, CreateOutcome::OverQuota(found) if found == limit), "{refused:?}");
@@ -235,30 +236,30 @@ async fn fill(
 }
 
 #[tokio::test]
-async fn an_owner_has_at_most_as_many_queued_requests_as_its_quota_says() {
+async fn queued_requests_of_an_owner_are_limited_by_its_quota() {
     for Subject { store, is_exact, .. } in engines().await {
         let quota = Quota { queued_of_tenant: 9, queued_of_user: 6, stored_bytes_of_tenant: 0 };
-        let of = |user: &str| NewRequest {
+        let request_of = |user: &str| NewRequest {
             owner: Owner { tenant: "acme".into(), user: user.into() },
             quota,
             ..new_request(None)
         };
-        let (ann, bob) = (|| of("ann"), || of("bob"));
+        let (ann, bob) = (|| request_of("ann"), || request_of("bob"));
         create(&*store, NewRequest { client_id: Some("first".into()), ..ann() }).await;
         let uids = fill(&*store, ann, 5, TenantLimit::QueuedPerUser).await;
         let of_bob = fill(&*store, bob, 3, TenantLimit::QueuedPerTenant).await;
-        // A repeat does not count again, and other tenants are not affected.
+        // A repeated submission does not count again, and other tenants are not affected.
         let repeated = NewRequest { client_id: Some("first".into()), ..ann() };
         let repeated = store.create_request(repeated).await.unwrap();
         assert!(matches!(repeated, CreateOutcome::Existing(_)), "{repeated:?}");
         let owner = Owner { tenant: "globex".into(), user: "ann".into() };
         create(&*store, NewRequest { owner, ..ann() }).await;
 
-        // Whatever leaves the queue makes room.
+        // Requests that leave the queue no longer count.
         claim(&*store, uids[0], 2000).await;
         fill(&*store, bob, 1, TenantLimit::QueuedPerTenant).await;
         if !is_exact {
-            // Each step takes a count, and counts have an interval.
+            // Each step waits for a count, and counts have an interval.
             continue;
         }
         store.cancel(uids[1], "enough".into(), at(2000)).await.unwrap();
@@ -267,7 +268,7 @@ async fn an_owner_has_at_most_as_many_queued_requests_as_its_quota_says() {
         let overdue = append_as(of_bob[0], Writer::Queued(0), vec![failed]);
         assert_eq!(store.append(overdue).await.unwrap(), APPLIED);
         fill(&*store, bob, 1, TenantLimit::QueuedPerTenant).await;
-        // A retry is never refused, and counts again.
+        // A retry is never rejected, and counts again.
         assert_eq!(append(&*store, uids[0], 1, vec![retrying(3, 1)]).await, APPLIED);
         claim(&*store, of_bob[1], 2000).await;
         fill(&*store, ann, 0, TenantLimit::QueuedPerUser).await;
@@ -276,7 +277,7 @@ async fn an_owner_has_at_most_as_many_queued_requests_as_its_quota_says() {
 }
 
 #[tokio::test]
-async fn the_embedded_engine_counts_the_bytes_of_a_tenant() {
+async fn the_embedded_engine_limits_the_stored_bytes_of_a_tenant() {
     let data = TempDir::new().unwrap();
     let engine = Engine::Embedded { data: data.path().into() };
     let mut store = open(&engine).unwrap();
@@ -287,10 +288,10 @@ async fn the_embedded_engine_counts_the_bytes_of_a_tenant() {
         ..new_request(None)
     };
     let uids = fill(&*store, || new(3_000), 6, TenantLimit::StoredBytesPerTenant).await;
-    let stranger = Owner { tenant: "globex".into(), user: "ann".into() };
-    create(&*store, NewRequest { owner: stranger, ..new(19_000) }).await;
+    let other = Owner { tenant: "globex".into(), user: "ann".into() };
+    create(&*store, NewRequest { owner: other, ..new(19_000) }).await;
 
-    // Output counts too, but is not refused; so does what was stored before a restart.
+    // Output counts but is not rejected; data from before a restart counts as well.
     claim(&*store, uids[0], 2000).await;
     let events = vec![chunk(3, 1, 9_000), succeeded(4, 1)];
     assert_eq!(append(&*store, uids[0], 1, events).await, APPLIED);
@@ -311,25 +312,25 @@ async fn the_embedded_engine_counts_the_bytes_of_a_tenant() {
 }
 
 #[tokio::test]
-async fn either_name_finds_a_request() {
+async fn a_request_is_found_by_client_id_and_by_uid() {
     for Subject { store, .. } in engines().await {
         let uid = create(&*store, new_request(Some("req-1"))).await;
-        let by = |name: String| {
+        let find = |name: String| {
             let store = store.clone();
             async move { find_by_name(&*store, &owner(), &name).await.unwrap().map(|r| r.uid) }
         };
-        assert_eq!(by("req-1".into()).await, Some(uid));
-        assert_eq!(by(uid.to_string()).await, Some(uid));
-        assert_eq!(by("req-2".into()).await, None);
-        // An id of one's own that looks like a uid is found as what it is.
+        assert_eq!(find("req-1".into()).await, Some(uid));
+        assert_eq!(find(uid.to_string()).await, Some(uid));
+        assert_eq!(find("req-2".into()).await, None);
+        // A client id with the format of a uid is found as a client id.
         let shaped = Uid::new(at(77)).to_string();
         let other = create(&*store, new_request(Some(&shaped))).await;
-        assert_eq!(by(shaped).await, Some(other));
+        assert_eq!(find(shaped).await, Some(other));
     }
 }
 
 #[tokio::test]
-async fn one_claim_wins_and_its_attempt_is_the_fence() {
+async fn one_claim_succeeds_and_its_attempt_fences_other_writers() {
     for Subject { store, .. } in engines().await {
         let uid = create(&*store, new_request(None)).await;
         let claimed = claim(&*store, uid, 2000).await;
@@ -340,7 +341,11 @@ async fn one_claim_wins_and_its_attempt_is_the_fence() {
         let fenced = Appended::Fenced { state: RequestState::Running, attempt: 1, last_seq: 4 };
         assert_eq!(append(&*store, uid, 2, vec![progress(5, 2)]).await, fenced);
         assert_eq!(append(&*store, uid, 1, vec![progress(6, 1)]).await, fenced, "a gap");
-        assert_eq!(append(&*store, uid, 1, vec![output(4, 1)]).await, fenced, "another event 4");
+        assert_eq!(
+            append(&*store, uid, 1, vec![output(4, 1)]).await,
+            fenced,
+            "a different event 4"
+        );
         assert_eq!(seqs(&*store, uid, 0).await, [1, 2, 3, 4]);
         let record = store.get_request(uid).await.unwrap().unwrap();
         assert_eq!(record.progress.unwrap().message, "at 4");
@@ -364,7 +369,7 @@ async fn a_repeated_append_changes_nothing() {
 }
 
 #[tokio::test]
-async fn nothing_follows_a_terminal_event() {
+async fn appends_after_a_terminal_event_are_fenced() {
     for Subject { store, .. } in engines().await {
         let uid = create(&*store, new_request(None)).await;
         claim(&*store, uid, 2000).await;
@@ -383,7 +388,7 @@ async fn nothing_follows_a_terminal_event() {
 }
 
 #[tokio::test]
-async fn a_retry_waits_until_it_is_due_and_finds_the_checkpoint() {
+async fn a_retry_is_claimable_when_due_and_has_the_checkpoint() {
     for Subject { store, .. } in engines().await {
         let uid = create(&*store, new_request(None)).await;
         claim(&*store, uid, 2000).await;
@@ -403,7 +408,7 @@ async fn a_retry_waits_until_it_is_due_and_finds_the_checkpoint() {
         let again = claim(&*store, uid, 8000).await;
         assert_eq!((again.record.attempt, again.record.attempt_seq), (2, 4));
         assert_eq!(again.checkpoint.as_deref(), Some(&b"half"[..]));
-        // The first attempt is over, whatever it still wants to say.
+        // The first attempt is fenced.
         assert!(matches!(
             append(&*store, uid, 1, vec![progress(5, 1)]).await,
             Appended::Fenced { attempt: 2, .. }
@@ -412,31 +417,31 @@ async fn a_retry_waits_until_it_is_due_and_finds_the_checkpoint() {
 }
 
 #[tokio::test]
-async fn cancelling_ends_what_waits_and_marks_what_runs() {
+async fn cancel_ends_queued_requests_and_marks_running_ones() {
     for Subject { store, .. } in engines().await {
-        let waiting = create(&*store, new_request(None)).await;
-        let cancelled = store.cancel(waiting, "enough".into(), at(3000)).await.unwrap();
+        let queued = create(&*store, new_request(None)).await;
+        let cancelled = store.cancel(queued, "enough".into(), at(3000)).await.unwrap();
         let CancelOutcome::Cancelled(record, event) = cancelled else { panic!("{cancelled:?}") };
         assert_eq!((record.state, event.seq), (RequestState::Cancelled, 2));
-        assert_eq!(seqs(&*store, waiting, 0).await, [1, 2]);
-        assert!(matches!(try_claim(&*store, waiting, 4000).await, ClaimOutcome::NotClaimable));
+        assert_eq!(seqs(&*store, queued, 0).await, [1, 2]);
+        assert!(matches!(try_claim(&*store, queued, 4000).await, ClaimOutcome::NotClaimable));
 
         let running = create(&*store, new_request(None)).await;
         claim(&*store, running, 2000).await;
         for reason in ["first", "second"] {
-            let asked = store.cancel(running, reason.into(), at(3000)).await.unwrap();
-            let CancelOutcome::Requested(record) = asked else { panic!("{asked:?}") };
+            let cancelled = store.cancel(running, reason.into(), at(3000)).await.unwrap();
+            let CancelOutcome::Requested(record) = cancelled else { panic!("{cancelled:?}") };
             assert_eq!(record.cancel_reason.as_deref(), Some("first"));
         }
-        let told = Appended::Applied { cancel_reason: Some("first".into()) };
-        assert_eq!(append(&*store, running, 1, vec![progress(3, 1)]).await, told);
-        let nobody = store.cancel(Uid::new(at(1)), String::new(), at(1)).await.unwrap();
-        assert!(matches!(nobody, CancelOutcome::NotFound));
+        let applied = Appended::Applied { cancel_reason: Some("first".into()) };
+        assert_eq!(append(&*store, running, 1, vec![progress(3, 1)]).await, applied);
+        let unknown = store.cancel(Uid::new(at(1)), String::new(), at(1)).await.unwrap();
+        assert!(matches!(unknown, CancelOutcome::NotFound));
     }
 }
 
 #[tokio::test]
-async fn leases_are_renewed_by_their_holder_and_expire() {
+async fn leases_are_renewed_only_by_their_holder_and_expire() {
     for Subject { store, .. } in engines().await {
         let uid = create(&*store, new_request(None)).await;
         claim(&*store, uid, 2000).await;
@@ -449,17 +454,17 @@ async fn leases_are_renewed_by_their_holder_and_expire() {
             }
         };
         assert!(renew("p1", 4000).await);
-        assert!(!renew("p2", 9000).await, "not its own");
+        assert!(!renew("p2", 9000).await, "held by p1");
         assert!(store.expired_leases(at(3999), 10).await.unwrap().is_empty());
         assert_eq!(store.expired_leases(at(4000), 10).await.unwrap()[0].uid, uid);
-        let takeover = |now| Append {
+        let recovery = |now| Append {
             now: at(now),
             retry_at: Some(at(now)),
             ..append_as(uid, Writer::ExpiredLease(1), vec![retrying(3, 1)])
         };
-        assert!(matches!(store.append(takeover(3999)).await.unwrap(), Appended::Fenced { .. }));
-        assert_eq!(store.append(takeover(4000)).await.unwrap(), APPLIED);
-        assert!(!renew("p1", 9000).await, "taken over");
+        assert!(matches!(store.append(recovery(3999)).await.unwrap(), Appended::Fenced { .. }));
+        assert_eq!(store.append(recovery(4000)).await.unwrap(), APPLIED);
+        assert!(!renew("p1", 9000).await, "recovered");
         let late = append(&*store, uid, 1, vec![progress(4, 1)]).await;
         assert!(matches!(late, Appended::Fenced { state: RequestState::Queued, .. }));
     }
@@ -480,7 +485,7 @@ async fn due(store: &dyn Store, actions: &[&str], per_tenant: usize) -> Vec<Uid>
 }
 
 #[tokio::test]
-async fn the_queue_is_read_tenant_by_tenant_and_page_by_page() {
+async fn the_queue_is_read_by_tenant_in_pages() {
     for Subject { store, .. } in engines().await {
         let mut by_tenant = Vec::new();
         for (offset, tenant) in [(0, "a"), (1, "b"), (2, "c")] {
@@ -522,12 +527,12 @@ async fn the_queue_is_read_tenant_by_tenant_and_page_by_page() {
         let ahead = store.queue_ahead(last.clone(), at(2000), 100).await.unwrap();
         assert_eq!((ahead.own, ahead.others), (2, 6));
         let ahead = store.queue_ahead(last, at(2000), 4).await.unwrap();
-        assert_eq!((ahead.own, ahead.others), (2, 4), "counted up to the limit");
+        assert_eq!((ahead.own, ahead.others), (2, 4), "counts up to the limit");
     }
 }
 
 #[tokio::test]
-async fn declarations_are_kept_tenant_by_tenant() {
+async fn declarations_are_stored_per_tenant() {
     for Subject { store, .. } in engines().await {
         let declared = |tenant: Option<&str>, description: &str| DeclaredAction {
             tenant: tenant.map(str::to_owned),
@@ -550,17 +555,19 @@ async fn declarations_are_kept_tenant_by_tenant() {
 }
 
 #[tokio::test]
-async fn an_attempt_is_adopted_with_its_worker_only() {
+async fn an_attempt_is_adopted_only_for_its_worker() {
     for Subject { store, .. } in engines().await {
         let uid = create(&*store, new_request(None)).await;
-        let claimed = Claim {
+        let new_claim = Claim {
             uid,
             holder: "p1".into(),
             worker: Some(AssignedWorker { identity: "w1".into(), display_name: "shown".into() }),
             now: at(2000),
             lease_until: at(3000),
         };
-        let ClaimOutcome::Claimed(claimed) = store.claim(claimed).await.unwrap() else { panic!() };
+        let ClaimOutcome::Claimed(claimed) = store.claim(new_claim).await.unwrap() else {
+            panic!()
+        };
         let Some(Kind::Started(started)) = &claimed.started.kind else { panic!() };
         assert_eq!(started.worker, "shown");
         let adopt = |worker: &str, attempt| Adopt {
@@ -580,15 +587,15 @@ async fn an_attempt_is_adopted_with_its_worker_only() {
         let lease = vec![Lease { uid, attempt: 1 }];
         let renewed =
             store.renew_leases("p1".into(), lease.clone(), at(9999), at(2500)).await.unwrap();
-        assert!(!renewed[0].held, "the holder before has lost it");
+        assert!(!renewed[0].held, "the previous holder has lost the lease");
         assert!(store.renew_leases("p2".into(), lease, at(9999), at(2500)).await.unwrap()[0].held);
         assert_eq!(append(&*store, uid, 1, vec![succeeded(3, 1)]).await, APPLIED);
-        assert_eq!(store.adopt(adopt("w1", 1)).await.unwrap(), None, "it has ended");
+        assert_eq!(store.adopt(adopt("w1", 1)).await.unwrap(), None, "the attempt has ended");
     }
 }
 
 #[tokio::test]
-async fn what_should_have_started_or_ended_is_found_also_between_attempts() {
+async fn overdue_requests_are_found_also_between_attempts() {
     for Subject { store, .. } in engines().await {
         let unstarted =
             NewRequest { deadline: Some(at(1500)), close_by: Some(at(9000)), ..new_request(None) };
@@ -603,13 +610,13 @@ async fn what_should_have_started_or_ended_is_found_also_between_attempts() {
             found.into_iter().map(|record| record.uid).collect::<Vec<_>>()
         };
         assert_eq!(overdue(1499).await, []);
-        assert_eq!(overdue(2600).await, [unstarted], "what runs is not overdue here");
+        assert_eq!(overdue(2600).await, [unstarted], "running requests are excluded");
         let retry = Append {
             retry_at: Some(at(2700)),
             ..append_as(retried, Writer::Attempt(1), vec![retrying(3, 1)])
         };
         assert_eq!(store.append(retry).await.unwrap(), APPLIED);
-        assert_eq!(overdue(3999).await, [unstarted], "its deadline was for the first attempt");
+        assert_eq!(overdue(3999).await, [unstarted], "the deadline applies to the first attempt");
         assert_eq!(overdue(4000).await, [unstarted, retried]);
         let outcome = try_claim(&*store, retried, 4000).await;
         assert!(matches!(outcome, ClaimOutcome::Overdue(_)), "{outcome:?}");
@@ -617,7 +624,7 @@ async fn what_should_have_started_or_ended_is_found_also_between_attempts() {
 }
 
 #[tokio::test]
-async fn what_is_due_comes_by_priority_then_age_and_only_for_the_actions_asked_for() {
+async fn due_requests_are_filtered_by_action_and_ordered_by_priority_then_age() {
     for Subject { store, .. } in engines().await {
         let mut expected = Vec::new();
         for (priority, not_before, action) in [
@@ -643,7 +650,7 @@ async fn what_is_due_comes_by_priority_then_age_and_only_for_the_actions_asked_f
 }
 
 #[tokio::test]
-async fn a_deadline_that_passed_is_told_and_the_request_can_be_failed_unrun() {
+async fn a_claim_past_the_deadline_is_overdue_and_the_request_can_be_failed() {
     for Subject { store, .. } in engines().await {
         let new = NewRequest { deadline: Some(at(1500)), ..new_request(None) };
         let uid = create(&*store, new).await;
@@ -658,7 +665,7 @@ async fn a_deadline_that_passed_is_told_and_the_request_can_be_failed_unrun() {
 }
 
 #[tokio::test]
-async fn a_log_is_read_from_anywhere_within_bounds() {
+async fn a_log_is_read_from_any_position_within_limits() {
     for Subject { store, .. } in engines().await {
         let uid = create(&*store, new_request(None)).await;
         claim(&*store, uid, 2000).await;
@@ -675,7 +682,7 @@ async fn a_log_is_read_from_anywhere_within_bounds() {
     }
 }
 
-/// A chunk of output of so many bytes.
+/// Returns an output event with a chunk of this size.
 fn chunk(seq: i64, attempt: i32, bytes: usize) -> Event {
     let data = Payload {
         content_type: "text/plain".into(),
@@ -685,13 +692,13 @@ fn chunk(seq: i64, attempt: i32, bytes: usize) -> Event {
 }
 
 #[tokio::test]
-async fn a_long_log_is_read_whole_whatever_its_events_and_batches() {
+async fn a_long_log_is_read_completely_for_all_event_and_batch_sizes() {
     for Subject { store, .. } in engines().await {
         let uid = create(&*store, new_request(None)).await;
         claim(&*store, uid, 2000).await;
         let mut expected = Vec::new();
         let mut seq = 3;
-        // Small and large batches, and some events that do not fit anywhere beside others.
+        // Small and large batches, and some events that do not share an item with others.
         for round in 0..60 {
             let sizes: &[usize] = match round % 6 {
                 0 => &[10],
@@ -723,7 +730,7 @@ async fn a_long_log_is_read_whole_whatever_its_events_and_batches() {
         let last = store.read_events(uid, seq - 2, 10, 1000).await.unwrap();
         assert!(last.events[..] == expected[expected.len() - 1..]);
         assert!(store.read_events(uid, i64::MAX, 10, 1000).await.unwrap().events.is_empty());
-        // More than fits into one transaction of any engine.
+        // More than one transaction of any engine can contain.
         let large: Vec<_> = (seq..seq + 30).map(|seq| chunk(seq, 1, 60_000)).collect();
         for _ in 0..2 {
             assert_eq!(append(&*store, uid, 1, large.clone()).await, APPLIED);
@@ -734,7 +741,7 @@ async fn a_long_log_is_read_whole_whatever_its_events_and_batches() {
 }
 
 #[tokio::test]
-async fn checkpoints_and_events_of_any_size_come_together() {
+async fn checkpoints_and_events_of_any_size_are_appended_together() {
     for Subject { store, .. } in engines().await {
         let uid = create(&*store, new_request(None)).await;
         claim(&*store, uid, 2000).await;
@@ -766,19 +773,19 @@ async fn checkpoints_and_events_of_any_size_come_together() {
         assert_eq!(again.checkpoint.unwrap().len(), 20);
         let cancel = store.cancel(uid, "enough".into(), at(6500)).await.unwrap();
         assert!(matches!(cancel, CancelOutcome::Requested(_)));
-        let told = Appended::Applied { cancel_reason: Some("enough".into()) };
+        let applied = Appended::Applied { cancel_reason: Some("enough".into()) };
         let next = again.record.last_seq + 1;
         let large = vec![chunk(next, 2, 5000), chunk(next + 1, 2, 5000)];
-        assert_eq!(append(&*store, uid, 2, large).await, told);
+        assert_eq!(append(&*store, uid, 2, large).await, applied);
         let ended = vec![succeeded(next + 2, 2)];
-        assert_eq!(append(&*store, uid, 2, ended).await, told);
+        assert_eq!(append(&*store, uid, 2, ended).await, applied);
         assert_eq!(store.delete_request(uid).await.unwrap(), DeleteOutcome::Deleted);
         assert!(seqs(&*store, uid, 0).await.is_empty());
     }
 }
 
 #[tokio::test]
-async fn odd_values_come_back_as_they_were() {
+async fn unusual_values_are_read_back_unchanged() {
     for Subject { store, .. } in engines().await {
         let new = NewRequest {
             payload: StoredPayload {
@@ -809,7 +816,7 @@ async fn odd_values_come_back_as_they_were() {
         assert_eq!(append(&*store, uid, 1, events.clone()).await, APPLIED);
         let page = store.read_events(uid, 2, 10, 10_000).await.unwrap();
         assert_eq!(page.events, events);
-        // Progress is of the attempt, however much output followed it.
+        // The progress of the attempt is kept for any amount of output after it.
         for seq in 7..12 {
             append(&*store, uid, 1, vec![chunk(seq, 1, 900)]).await;
         }
@@ -819,7 +826,7 @@ async fn odd_values_come_back_as_they_were() {
 }
 
 #[tokio::test]
-async fn a_claim_that_its_holder_does_not_know_of_is_given_up() {
+async fn a_claim_that_its_holder_does_not_renew_expires() {
     for Subject { store, .. } in engines().await {
         let (known, unknown) =
             (create(&*store, new_request(None)).await, create(&*store, new_request(None)).await);
@@ -843,7 +850,7 @@ async fn a_claim_that_its_holder_does_not_know_of_is_given_up() {
 }
 
 #[tokio::test]
-async fn lists_keep_to_tenant_user_state_and_page() {
+async fn lists_are_paged_and_filtered_by_tenant_user_and_state() {
     for Subject { store, .. } in engines().await {
         let mut uids = Vec::new();
         for millis in 0..5 {
@@ -852,8 +859,8 @@ async fn lists_keep_to_tenant_user_state_and_page() {
         }
         let bob = Owner { tenant: "acme".into(), user: "bob".into() };
         create(&*store, NewRequest { owner: bob, ..new_request(None) }).await;
-        let stranger = Owner { tenant: "other".into(), user: "ann".into() };
-        create(&*store, NewRequest { owner: stranger, ..new_request(None) }).await;
+        let other = Owner { tenant: "other".into(), user: "ann".into() };
+        create(&*store, NewRequest { owner: other, ..new_request(None) }).await;
         claim(&*store, uids[1], 2000).await;
         let all = ListRequests {
             tenant: "acme".into(),
@@ -876,7 +883,7 @@ async fn lists_keep_to_tenant_user_state_and_page() {
 }
 
 #[tokio::test]
-async fn only_what_has_ended_is_deleted() {
+async fn only_ended_requests_are_deleted() {
     for Subject { store, .. } in engines().await {
         let uid = create(&*store, new_request(Some("gone"))).await;
         assert_eq!(store.delete_request(uid).await.unwrap(), DeleteOutcome::NotEnded);
@@ -892,7 +899,7 @@ async fn only_what_has_ended_is_deleted() {
 }
 
 #[tokio::test]
-async fn connections_are_seen_while_their_gateway_lives() {
+async fn connections_are_listed_while_their_gateway_is_alive() {
     for Subject { store, .. } in engines().await {
         let record = |millis, user: &str| ConnectionRecord {
             id: Uid::new(at(millis)),
@@ -911,11 +918,11 @@ async fn connections_are_seen_while_their_gateway_lives() {
                 page.unwrap().connections
             }
         };
-        assert!(list(None, 10).await.is_empty(), "its gateway is not known");
+        assert!(list(None, 10).await.is_empty(), "the gateway is unknown");
         store.renew_gateway("g1".into(), at(100)).await.unwrap();
         assert_eq!(list(None, 10).await, [ann.clone(), bob.clone()]);
         assert_eq!(list(Some("bob"), 10).await, [bob]);
-        assert!(list(None, 100).await.is_empty(), "its gateway is gone");
+        assert!(list(None, 100).await.is_empty(), "the gateway has expired");
         store.update_connections(Vec::new(), vec![ann.id]).await.unwrap();
         assert_eq!(list(None, 10).await.len(), 1);
         store.check().await.unwrap();
@@ -923,7 +930,7 @@ async fn connections_are_seen_while_their_gateway_lives() {
 }
 
 #[tokio::test]
-async fn one_process_at_a_time_has_the_embedded_store() {
+async fn the_embedded_store_is_exclusive_to_one_process() {
     let data = TempDir::new().unwrap();
     let engine = Engine::Embedded { data: data.path().into() };
     let first = open(&engine).unwrap();
@@ -933,7 +940,7 @@ async fn one_process_at_a_time_has_the_embedded_store() {
 }
 
 #[tokio::test]
-async fn a_reopened_store_has_everything_and_holds_nobody_to_old_leases() {
+async fn a_reopened_store_is_complete_and_its_leases_have_expired() {
     let data = TempDir::new().unwrap();
     let engine = Engine::Embedded { data: data.path().into() };
     let store = open(&engine).unwrap();
@@ -947,10 +954,10 @@ async fn a_reopened_store_has_everything_and_holds_nobody_to_old_leases() {
 }
 
 #[tokio::test]
-async fn a_file_that_is_no_store_is_reported() {
+async fn an_invalid_store_file_is_reported_as_corrupt() {
     let data = TempDir::new().unwrap();
     std::fs::write(data.path().join("streamer.db"), vec![b'x'; 8192]).unwrap();
     let opened = open(&Engine::Embedded { data: data.path().into() });
-    let Err(StoreError::Corrupt { reason, .. }) = opened else { panic!("it was opened") };
+    let Err(StoreError::Corrupt { reason, .. }) = opened else { panic!("the store was opened") };
     assert!(reason.contains("not a database"), "{reason}");
 }

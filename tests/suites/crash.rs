@@ -1,8 +1,8 @@
-//! `kill -9` at random moments of the server and of its workers, under load. What everybody was told
-//! is recorded and judged by `check-history`, a program of its own.
+//! Kills the server and its workers with `kill -9` at random times under load. `check-history`, a separate
+//! program, checks the messages that clients receive.
 //!
-//! `STREAMER_TESTS_KILLS` sets how many kills (200), `STREAMER_TESTS_SEED` the moments; a failed run
-//! says its seed and leaves its history.
+//! `STREAMER_TESTS_KILLS` sets the number of kills (200), `STREAMER_TESTS_SEED` the seed of their times; a
+//! failed run prints its seed and keeps its history.
 #![allow(clippy::unwrap_used, reason = "in tests, a panic is the report")]
 
 use std::env;
@@ -10,13 +10,13 @@ use std::env;
 use streamer_tests::{Load, Random, Server, WorkerProcess, offered};
 
 #[tokio::test(flavor = "multi_thread")]
-async fn no_promise_is_broken_by_kills_of_the_server() {
+async fn guarantees_hold_when_the_server_is_killed() {
     let server = server("*");
     run("server", server, 0, number("STREAMER_TESTS_KILLS", 200) / 2).await;
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn no_promise_is_broken_by_kills_of_server_and_workers() {
+async fn guarantees_hold_when_server_and_workers_are_killed() {
     let server = server("echo");
     run("workers", server, 2, number("STREAMER_TESTS_KILLS", 200).div_ceil(2)).await;
 }

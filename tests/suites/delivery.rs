@@ -1,4 +1,4 @@
-//! Delivery: whoever watches sees exactly the log, however they come and go.
+//! Delivery: every watcher receives exactly the log, also across reconnects.
 #![allow(clippy::unwrap_used, reason = "in tests, a panic is the report")]
 
 use std::sync::Arc;
@@ -8,7 +8,7 @@ use streamer_tests::{Client, Log, Server};
 use tokio::task::JoinSet;
 
 #[tokio::test(flavor = "multi_thread")]
-async fn one_id_submitted_a_hundred_times_at_once_is_one_request() {
+async fn a_hundred_concurrent_submissions_of_one_id_create_one_request() {
     let server = Server::start(&[]);
     let token = server.token("acme", "ann", &[]);
     let mut tasks = JoinSet::new();
@@ -27,7 +27,7 @@ async fn one_id_submitted_a_hundred_times_at_once_is_one_request() {
                     acknowledgments += 1;
                     uids.push(message["uid"].clone());
                 } else if log.ended() {
-                    // Submitted again after the end: the log comes again, the same.
+                    // A repeated submission after the end replays the same log.
                     let at = usize::try_from(message["seq"].as_i64().unwrap() - 2).unwrap();
                     assert_eq!(log.events[at], message);
                 } else {
@@ -40,7 +40,7 @@ async fn one_id_submitted_a_hundred_times_at_once_is_one_request() {
         });
     }
     let all = tasks.join_all().await;
-    assert!(all.iter().all(|one| *one == all[0]), "everybody sees the same");
+    assert!(all.iter().all(|received| *received == all[0]), "all clients receive the same log");
     assert_eq!((all[0].1.count("started"), all[0].1.last_type()), (1, "complete"));
     let mut client = Client::connect(&server.url, &token).await;
     let list = client.ask(json!({"type": "list"})).await;
@@ -48,10 +48,10 @@ async fn one_id_submitted_a_hundred_times_at_once_is_one_request() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn a_thousand_watchers_that_come_late_and_leave_each_see_exactly_the_log() {
+async fn a_thousand_watchers_that_join_late_and_reconnect_receive_exactly_the_log() {
     const WATCHERS: usize = 1000;
     const STEPS: i64 = 300;
-    // On a busy machine a thousand handshakes at once may take longer than the default of 10 s.
+    // On a busy machine, a thousand concurrent handshakes may take longer than the default of 10 s.
     let settings = ["gateway.handshake_timeout_ms=60000", "gateway.max_connections_per_user=5000"];
     let server = Server::start(&settings);
     let token: Arc<str> = server.token("acme", "ann", &[]).into();
@@ -64,17 +64,17 @@ async fn a_thousand_watchers_that_come_late_and_leave_each_see_exactly_the_log()
     }
     let expected = owner.follow(Log::after(1)).await;
     assert_eq!(expected.last_seq(), STEPS + 3);
-    let mut seen = 0;
+    let mut finished = 0;
     while let Some(log) = watchers.join_next().await {
         let log = log.unwrap();
         assert_eq!(log.events[0]["type"], "accepted");
         assert_eq!(log.events[1..], expected.events);
-        seen += 1;
+        finished += 1;
     }
-    assert_eq!(seen, WATCHERS);
+    assert_eq!(finished, WATCHERS);
 }
 
-/// Every third watcher leaves after some events and comes back on a new connection.
+/// Follows the log; every third watcher reconnects after some events.
 async fn watch(url: &str, token: &str, number: usize) -> Log {
     let mut log = Log::default();
     let mut leave_at = if number.is_multiple_of(3) { number % 50 + 2 } else { usize::MAX };
@@ -93,7 +93,7 @@ async fn watch(url: &str, token: &str, number: usize) -> Log {
 }
 
 #[tokio::test]
-async fn latest_drops_progress_only() {
+async fn mode_latest_drops_only_progress() {
     let server = Server::start(&[]);
     let token = server.token("acme", "ann", &[]);
     let mut client = Client::connect(&server.url, &token).await;
@@ -118,7 +118,7 @@ async fn latest_drops_progress_only() {
 }
 
 #[tokio::test]
-async fn services_speak_to_connected_users_of_their_tenant_only() {
+async fn messages_are_sent_only_to_connected_users_of_the_tenant() {
     use streamer_client::Api;
     use streamer_proto::connections::v1::{BroadcastRequest, SendRequest, send_request::Target};
     use streamer_rpc::json_payload;
@@ -141,8 +141,13 @@ async fn services_speak_to_connected_users_of_their_tenant_only() {
     let all = BroadcastRequest { topic: "all".into(), data: None };
     api.connections().broadcast(api.call(all)).await.unwrap();
     assert_eq!(ann.next().await["topic"], "all");
-    assert_eq!(other.ask(json!({"type": "ping"})).await["type"], "pong", "and nothing before it");
-    let nobody = Api::new(&server.url, &server.token("acme", "x", &[])).unwrap();
-    let refused = nobody.connections().send(nobody.call(send(Target::UserId("ann".into())))).await;
+    assert_eq!(
+        other.ask(json!({"type": "ping"})).await["type"],
+        "pong",
+        "no message before the pong"
+    );
+    let unpermitted = Api::new(&server.url, &server.token("acme", "x", &[])).unwrap();
+    let refused =
+        unpermitted.connections().send(unpermitted.call(send(Target::UserId("ann".into())))).await;
     assert_eq!(refused.unwrap_err().code(), tonic::Code::PermissionDenied);
 }

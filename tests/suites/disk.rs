@@ -1,8 +1,9 @@
-//! The store file as a crash would leave it, and as a failing disk would.
+//! The store file after a simulated crash or disk failure.
 //!
 //! SQLite's write-ahead log (<https://www.sqlite.org/fileformat2.html#the_write_ahead_log>): a header
-//! of 32 bytes, then frames of 24 bytes and a page. What follows the last fsync may be there, in part
-//! or not at all; a page of the main file may be half written only while the log still has it whole.
+//! of 32 bytes, then frames of 24 bytes and a page. After a crash, the data that follows the last fsync may
+//! be complete, partial or missing; a page of the main file may be half written only while the log still
+//! contains the whole page.
 #![allow(clippy::unwrap_used, reason = "in tests, a panic is the report")]
 
 use std::{
@@ -20,10 +21,10 @@ use tempfile::TempDir;
 const PAGE: usize = 4096;
 const WAL_HEADER: usize = 32;
 const FRAME: usize = 24 + PAGE;
-/// Nothing runs, so that nothing is written but what is asked for.
+/// Disables polling, so that the server writes only on requests.
 const QUIET: [&str; 1] = ["execution.poll_interval_ms=60000"];
 
-/// Submits requests that stay in the queue; each is acknowledged.
+/// Submits requests that stay queued; returns their names.
 async fn submit(server: &Server, names: impl Iterator<Item = String>) -> Vec<String> {
     let mut client = Client::connect(&server.url, &server.token("acme", "ann", &[])).await;
     let mut acknowledged = Vec::new();
@@ -32,14 +33,14 @@ async fn submit(server: &Server, names: impl Iterator<Item = String>) -> Vec<Str
         let message = json!({
             "id": name, "action": "echo_async", "payload": payload, "delay_ms": 3_600_000,
         });
-        let said = client.ask(message).await;
-        assert_eq!(said["type"], "acknowledgment", "{said}");
+        let answer = client.ask(message).await;
+        assert_eq!(answer["type"], "acknowledgment", "{answer}");
         acknowledged.push(name);
     }
     acknowledged
 }
 
-/// Every one of them is there, as it was sent.
+/// Checks that each acknowledged request exists unchanged.
 async fn check(server: &Server, acknowledged: &[String]) {
     let mut client = Client::connect(&server.url, &server.token("acme", "ann", &[])).await;
     for name in acknowledged {
@@ -53,7 +54,7 @@ fn copy(from: &Path) -> TempDir {
     let to = TempDir::with_prefix("streamer-torn-").unwrap();
     for entry in fs::read_dir(from).unwrap() {
         let entry = entry.unwrap();
-        // The shared-memory index is rebuilt from the log after a crash.
+        // SQLite rebuilds the shared-memory index from the log after a crash.
         if !entry.file_name().to_string_lossy().ends_with("-shm") {
             fs::copy(entry.path(), to.path().join(entry.file_name())).unwrap();
         }
@@ -72,7 +73,7 @@ fn overwrite(path: &Path, at: usize, bytes: &[u8]) {
 }
 
 #[tokio::test]
-async fn a_log_that_is_torn_after_the_last_acknowledgement_loses_nothing_before() {
+async fn a_torn_log_loses_no_acknowledged_request() {
     let mut server = Server::start(&QUIET);
     let acknowledged = submit(&server, (0..20).map(|n| format!("kept-{n}"))).await;
     let log = server.data().join("streamer.db-wal");
@@ -80,18 +81,18 @@ async fn a_log_that_is_torn_after_the_last_acknowledgement_loses_nothing_before(
     submit(&server, (0..10).map(|n| format!("later-{n}"))).await;
     server.kill();
     let end = size(&log);
-    assert!(end > synced + 2 * FRAME, "there is something to tear: {synced} {end}");
+    assert!(end > synced + 2 * FRAME, "the log has grown: {synced} {end}");
     let mut random = Random::new(7);
     for round in 0..24 {
         let torn = copy(server.data());
         let log = torn.path().join("streamer.db-wal");
         let at = synced + random.below(end - synced);
         match round % 3 {
-            // Cut off, as when the file had not grown yet.
+            // Truncated, as if the file had not grown yet.
             0 => OpenOptions::new().write(true).open(&log).unwrap().set_len(at as u64).unwrap(),
-            // Never written, though the file had grown.
+            // Zeros, as if the file had grown before the data was written.
             1 => overwrite(&log, at, &vec![0; end - at]),
-            // Written in part.
+            // Partially written.
             _ => {
                 let noise: Vec<u8> = (0..512).map(|_| random.below(256) as u8).collect();
                 overwrite(&log, at, &noise[..512.min(end - at)]);
@@ -103,10 +104,10 @@ async fn a_log_that_is_torn_after_the_last_acknowledgement_loses_nothing_before(
 }
 
 #[tokio::test]
-async fn pages_that_a_checkpoint_half_wrote_are_taken_from_the_log() {
+async fn pages_half_written_by_a_checkpoint_are_recovered_from_the_log() {
     let mut server = Server::start(&QUIET);
     let mut acknowledged = submit(&server, (0..30).map(|n| format!("early-{n}"))).await;
-    // Opening the store folds the log into the file: from now on both have pages.
+    // Opening the store writes the log into the file: from now on both contain pages.
     server.kill_and_restart();
     acknowledged.extend(submit(&server, (0..30).map(|n| format!("kept-{n}"))).await);
     server.kill();
@@ -126,7 +127,7 @@ async fn pages_that_a_checkpoint_half_wrote_are_taken_from_the_log() {
             if random.below(2) == 0 {
                 let at = (page - 1) * PAGE + random.below(PAGE);
                 let noise = vec![0xa5; page * PAGE - at];
-                // The first bytes of the file say what it is, and SQLite never changes them.
+                // SQLite never changes the start of the file, which identifies its format.
                 overwrite(
                     &torn.path().join("streamer.db"),
                     at.max(100),
@@ -139,8 +140,8 @@ async fn pages_that_a_checkpoint_half_wrote_are_taken_from_the_log() {
     }
 }
 
-/// A store that was closed well, with one request in it that has this marker in its payload.
-async fn closed_with(marker: &str) -> TempDir {
+/// Returns a cleanly closed store with one request whose id and payload contain this marker.
+async fn closed_store_with(marker: &str) -> TempDir {
     let mut server = Server::start(&QUIET);
     submit(&server, std::iter::once(marker.to_owned())).await;
     submit(&server, (0..200).map(|n| format!("other-{n}"))).await;
@@ -148,14 +149,14 @@ async fn closed_with(marker: &str) -> TempDir {
     copy(server.data())
 }
 
-/// Where it stands in the file; in the request's own row, where its action stands, since SQLite
-/// takes the id from the index that led it there.
-fn places(data: &TempDir, marker: &str) -> Vec<usize> {
+/// Returns the offsets of the marker in the file; in the row of the request, the offset of its action,
+/// since SQLite reads the id from the index.
+fn offsets(data: &TempDir, marker: &str) -> Vec<usize> {
     const ACTION: &[u8] = b"echo_async";
     let file = fs::read(data.path().join("streamer.db")).unwrap();
     let windows = file.windows(marker.len()).enumerate();
-    let places = windows.filter(|(_, window)| *window == marker.as_bytes());
-    places
+    let offsets = windows.filter(|(_, window)| *window == marker.as_bytes());
+    offsets
         .map(|(at, _)| {
             let after = at + marker.len();
             let rest = &file[after..file.len().min(after + 32)];
@@ -165,20 +166,20 @@ fn places(data: &TempDir, marker: &str) -> Vec<usize> {
 }
 
 #[tokio::test]
-async fn a_value_that_has_changed_on_disk_is_reported_and_not_served() {
-    const MARKER: &str = "a-marker-that-stands-nowhere-else";
-    let data = closed_with(MARKER).await;
-    let places = places(&data, MARKER);
-    assert!(places.len() >= 3, "the id in row and index, the payload: {places:?}");
+async fn a_value_corrupted_on_disk_is_reported_and_not_served() {
+    const MARKER: &str = "a-marker-that-is-unique-in-a-file";
+    let data = closed_store_with(MARKER).await;
+    let offsets = offsets(&data, MARKER);
+    assert!(offsets.len() >= 3, "row, index and payload contain the marker: {offsets:?}");
     let mut reported = 0;
-    for at in places {
-        let damaged = copy(data.path());
-        overwrite(&damaged.path().join("streamer.db"), at, b"A");
-        let server = Server::start_in(damaged, &QUIET);
+    for at in offsets {
+        let corrupt = copy(data.path());
+        overwrite(&corrupt.path().join("streamer.db"), at, b"A");
+        let server = Server::start_in(corrupt, &QUIET);
         let token = server.token("acme", "ann", &["requests:read"]);
         let mut client = Client::connect(&server.url, &token).await;
         let answer = client.ask(json!({"type": "get", "request_id": MARKER})).await;
-        // A damaged index entry does not lead there any more; whatever is served is intact.
+        // A request with a corrupt index entry is not found; served values are intact.
         match answer["type"].as_str().unwrap() {
             "error" if answer["error"]["code"] == "INTERNAL_ERROR" => reported += 1,
             "error" => assert_eq!(answer["error"]["code"], "NOT_FOUND", "{answer}"),
@@ -189,23 +190,23 @@ async fn a_value_that_has_changed_on_disk_is_reported_and_not_served() {
 }
 
 #[tokio::test]
-async fn a_file_that_is_no_store_any_more_is_refused() {
-    let data = closed_with("x").await;
+async fn the_server_does_not_start_with_a_corrupt_store() {
+    let data = closed_store_with("x").await;
     let file = data.path().join("streamer.db");
     let half = size(&file) / 2 / PAGE * PAGE;
-    let cut = copy(data.path());
-    let path = cut.path().join("streamer.db");
+    let truncated = copy(data.path());
+    let path = truncated.path().join("streamer.db");
     OpenOptions::new().write(true).open(path).unwrap().set_len(half as u64).unwrap();
-    let said = refusal_to_start(cut.path());
-    assert!(said.contains("damaged"), "{said}");
+    let error = refusal_to_start(truncated.path());
+    assert!(error.contains("corrupt"), "{error}");
     let foreign = copy(data.path());
     overwrite(&foreign.path().join("streamer.db"), 0, &[b'x'; 4096]);
-    let said = refusal_to_start(foreign.path());
-    assert!(said.contains("damaged"), "{said}");
+    let error = refusal_to_start(foreign.path());
+    assert!(error.contains("corrupt"), "{error}");
 }
 
 #[tokio::test]
-async fn nothing_is_acknowledged_into_files_that_are_gone() {
+async fn submissions_are_rejected_when_store_files_are_missing() {
     type Loss = fn(&Path);
     let losses: [Loss; 4] = [
         |data| fs::remove_file(data.join("streamer.db")).unwrap(),
@@ -227,11 +228,11 @@ async fn nothing_is_acknowledged_into_files_that_are_gone() {
         let refused = client.ask(request).await;
         assert_eq!(refused["error"]["code"], "UNAVAILABLE", "{refused}");
         let not_ready = async {
-            while health(&server.url) {
+            while is_ready(&server.url) {
                 tokio::task::yield_now().await;
             }
         };
-        in_time("that it is not ready", not_ready).await;
+        in_time("the readiness check to fail", not_ready).await;
         drop(server);
         if moved.exists() {
             fs::remove_dir_all(moved).unwrap();
@@ -239,16 +240,16 @@ async fn nothing_is_acknowledged_into_files_that_are_gone() {
     }
 }
 
-/// Whether the server says that it can do its job.
-fn health(url: &str) -> bool {
+/// Returns whether `streamer health` succeeds.
+fn is_ready(url: &str) -> bool {
     let mut command = Process::command(binary());
     Process::output(command.args(["health", "--server", url]).env_clear()).status.success()
 }
 
 #[tokio::test]
-async fn files_of_the_store_are_for_their_owner_only() {
+async fn store_files_are_accessible_only_to_their_owner() {
     let data = TempDir::with_prefix("streamer-test-").unwrap();
-    // As an earlier version made it.
+    // Earlier versions created the file with this mode.
     let database = data.path().join("streamer.db");
     fs::write(&database, "").unwrap();
     fs::set_permissions(&database, Permissions::from_mode(0o644)).unwrap();

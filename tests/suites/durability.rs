@@ -1,4 +1,4 @@
-//! What was acknowledged survives `kill -9`.
+//! Acknowledged requests survive `kill -9`.
 #![allow(clippy::unwrap_used, reason = "in tests, a panic is the report")]
 
 use std::{
@@ -14,16 +14,16 @@ use streamer_client::Session;
 use streamer_tests::{Client, Log, Server};
 use tokio::sync::Notify;
 
-/// What one submitter was told before the server died.
+/// Messages that one submitter received before the kill.
 #[derive(Default)]
-struct Told {
+struct Received {
     acknowledged: Vec<String>,
-    /// Complete logs, from the second event on.
+    /// Complete logs, from the second event.
     ended: HashMap<String, Vec<Value>>,
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn every_acknowledged_request_is_there_after_a_kill() {
+async fn every_acknowledged_request_survives_a_kill() {
     const ROUNDS: usize = 3;
     let mut server = Server::start(&["execution.lease_ms=1000"]);
     let token = server.token("acme", "ann", &[]);
@@ -37,7 +37,7 @@ async fn every_acknowledged_request_is_there_after_a_kill() {
                 tokio::spawn(submit_until_killed(session, name, ended.clone(), enough.clone()))
             })
             .collect();
-        // In the middle of the load: some have ended, some run, some wait.
+        // Under load: some requests have ended, others are running or queued.
         enough.notified().await;
         server.kill_and_restart();
         for submitter in submitters {
@@ -51,33 +51,33 @@ async fn submit_until_killed(
     name: String,
     ended: Arc<AtomicUsize>,
     enough: Arc<Notify>,
-) -> Told {
+) -> Received {
     const ENOUGH: usize = 200;
     const WINDOW: usize = 32;
     let mut session = Session::connect(&url, &token).await.unwrap();
-    let mut told = Told::default();
+    let mut received = Received::default();
     let mut logs: HashMap<String, Vec<Value>> = HashMap::new();
     let mut submitted = 0;
     loop {
-        while submitted < told.ended.len() + WINDOW {
+        while submitted < received.ended.len() + WINDOW {
             let id = format!("{name}-{submitted}");
             let message = json!({"id": id, "action": "echo_async", "payload": {"steps": 5}});
             if session.send(message.to_string()).await.is_err() {
-                return told;
+                return received;
             }
             submitted += 1;
         }
-        let Ok(message) = session.next().await else { return told };
+        let Ok(message) = session.next().await else { return received };
         let value: Value = serde_json::from_str(&message.text).unwrap();
         let Some(id) = message.request_id else { continue };
         if message.kind == "acknowledgment" {
-            told.acknowledged.push(id);
+            received.acknowledged.push(id);
             continue;
         }
         let log = logs.entry(id.clone()).or_default();
         log.push(value);
         if message.kind == "complete" {
-            told.ended.insert(id.clone(), logs.remove(&id).unwrap());
+            received.ended.insert(id.clone(), logs.remove(&id).unwrap());
             if ended.fetch_add(1, Ordering::SeqCst) + 1 == ENOUGH {
                 enough.notify_one();
             }
@@ -85,24 +85,24 @@ async fn submit_until_killed(
     }
 }
 
-/// Each acknowledged request ends exactly once, and what was seen of its log is unchanged.
-async fn check(server: &Server, token: &str, told: Told) {
-    assert!(!told.acknowledged.is_empty());
+/// Checks that each acknowledged request ends exactly once, and that received logs are unchanged.
+async fn check(server: &Server, token: &str, received: Received) {
+    assert!(!received.acknowledged.is_empty());
     let mut client = Client::connect(&server.url, token).await;
-    for id in told.acknowledged {
+    for id in received.acknowledged {
         let subscribe = json!({"type": "subscribe", "request_id": id, "after_seq": 0});
         let answer = client.ask(subscribe).await;
         assert_eq!(answer["type"], "subscribed", "{answer}");
         let log = client.follow(Log::default()).await;
         assert_eq!(log.last_type(), "complete");
-        if let Some(seen) = told.ended.get(&id) {
-            assert_eq!(log.events[1..], *seen);
+        if let Some(events) = received.ended.get(&id) {
+            assert_eq!(log.events[1..], *events);
         }
     }
 }
 
 #[tokio::test]
-async fn a_stopped_server_sends_clients_away_and_ends_well() {
+async fn a_stopping_server_closes_connections_and_exits_successfully() {
     let mut server = Server::start(&["server.drain_timeout_ms=5000"]);
     let token = server.token("acme", "ann", &[]);
     let mut client = Client::connect(&server.url, &token).await;
@@ -118,7 +118,7 @@ async fn a_stopped_server_sends_clients_away_and_ends_well() {
 }
 
 #[tokio::test]
-async fn a_second_signal_stops_a_server_that_drains() {
+async fn a_second_signal_stops_a_draining_server() {
     let mut server = Server::start(&["server.drain_timeout_ms=600000"]);
     let token = server.token("acme", "ann", &[]);
     let mut client = Client::connect(&server.url, &token).await;
@@ -133,5 +133,5 @@ async fn a_second_signal_stops_a_server_that_drains() {
     client.send(json!({"type": "cancel", "request_id": "long"})).await;
     client.send(json!({"type": "subscribe", "request_id": "long", "after_seq": 2})).await;
     let log = client.follow(Log::after(2)).await;
-    assert_eq!(log.last_type(), "cancelled", "the request is kept");
+    assert_eq!(log.last_type(), "cancelled", "the request still exists");
 }

@@ -1,4 +1,4 @@
-//! What only engine dynamodb has: tables, throttling, large values, triggers.
+//! Features of engine dynamodb: tables, throttling, large values, notifications.
 #![allow(clippy::unwrap_used, reason = "in tests, a panic is the report")]
 
 use std::{
@@ -23,7 +23,7 @@ fn folder() -> TempDir {
     TempDir::with_prefix("streamer-test-").unwrap()
 }
 
-/// A server over tables of its own.
+/// Starts a server with separate tables.
 fn server(endpoint: &str, settings: &[&str]) -> Server {
     let data = folder();
     let mut all = dynamodb_settings(endpoint, data.path());
@@ -49,16 +49,16 @@ fn python(script: &str, endpoint: &str, arguments: &[&str]) -> Output {
 }
 
 #[test]
-fn tables_are_made_once_and_differences_are_told_and_left() {
+fn tables_are_created_once_and_differences_are_reported_but_not_changed() {
     let data = folder();
     let settings = dynamodb_settings(local(), data.path());
     let again = tables("create", &settings, data.path());
     assert!(again.status.success(), "{again:?}");
-    assert_eq!(lines(&again.stdout), ["all tables are there already; nothing was changed"]);
+    assert_eq!(lines(&again.stdout), ["all tables exist; nothing was changed"]);
     let checked = tables("check", &settings, data.path());
-    assert_eq!(lines(&checked.stdout), ["all tables are as they should be"]);
+    assert_eq!(lines(&checked.stdout), ["all tables match the expected schema"]);
 
-    // As if an older version had made it: without an index, and with another time to live.
+    // Like tables of an older version: a missing index, a different key and no time to live.
     let prefix = settings.iter().find_map(|s| s.strip_prefix("dynamodb.table_prefix=")).unwrap();
     let script = "c = client('dynamodb'); p = sys.argv[2]\n\
         c.delete_table(TableName=p + 'names')\n\
@@ -69,18 +69,19 @@ fn tables_are_made_once_and_differences_are_told_and_left() {
         GlobalSecondaryIndexUpdates=[{'Delete': {'IndexName': 'expiring'}}])\n";
     python(script, local(), &[prefix]);
     for command in ["create", "check"] {
-        let told = tables(command, &settings, data.path());
-        assert_eq!(told.status.code(), Some(1), "{told:?}");
+        let output = tables(command, &settings, data.path());
+        assert_eq!(output.status.code(), Some(1), "{output:?}");
         let expected = [
-            "these tables are not as they should be, and were not changed:".to_owned(),
-            format!("  {prefix}requests: index expiring is not there"),
+            "these tables differ from the expected schema and were not changed:".to_owned(),
+            format!("  {prefix}requests: index expiring does not exist"),
             format!("  {prefix}names: its key is id, should be name"),
-            format!("  {prefix}names: its time to live is not attribute remove_after"),
+            format!("  {prefix}names: time to live is not enabled on attribute remove_after"),
         ];
-        assert_eq!(lines(&told.stderr), expected);
+        assert_eq!(lines(&output.stderr), expected);
     }
-    let nowhere = tables("check", &["dynamodb.endpoint=http://127.0.0.1:9".into()], data.path());
-    assert_eq!(nowhere.status.code(), Some(3), "{nowhere:?}");
+    let unreachable =
+        tables("check", &["dynamodb.endpoint=http://127.0.0.1:9".into()], data.path());
+    assert_eq!(unreachable.status.code(), Some(3), "{unreachable:?}");
     let no_region =
         tables("check", &["dynamodb.endpoint=http://dynamodb.invalid:8000".into()], data.path());
     assert_eq!(no_region.status.code(), Some(2), "{no_region:?}");
@@ -89,7 +90,7 @@ fn tables_are_made_once_and_differences_are_told_and_left() {
     assert_eq!(lines(&no_region.stderr).last().map(String::as_str), Some(rule));
 }
 
-/// An AWS for tests, which has CloudFormation too.
+/// moto, an emulator of AWS that includes CloudFormation and S3.
 struct Moto {
     _process: Process,
     endpoint: String,
@@ -105,19 +106,19 @@ impl Moto {
         let mut read = String::new();
         let endpoint = loop {
             let begin = read.len();
-            assert!(log.read_line(&mut read).unwrap() > 0, "moto ended: {read}");
+            assert!(log.read_line(&mut read).unwrap() > 0, "moto exited: {read}");
             if let Some((_, url)) = read[begin..].split_once(" * Running on ") {
                 break url.trim().to_owned();
             }
         };
-        // It logs every call, and would wait when the pipe is full.
+        // moto logs every call, and blocks when the pipe is full.
         thread::spawn(move || io::copy(&mut log, &mut io::sink()));
         Self { _process: process, endpoint }
     }
 }
 
 #[tokio::test]
-async fn the_cloudformation_template_is_right_and_its_tables_work() {
+async fn the_cloudformation_template_is_valid_and_its_tables_work() {
     let data = folder();
     let printed = tables("cloudformation", &["dynamodb.table_prefix=cf-".into()], data.path());
     assert!(printed.status.success(), "{printed:?}");
@@ -133,7 +134,7 @@ async fn the_cloudformation_template_is_right_and_its_tables_work() {
         s = c.describe_stacks(StackName='streamer')['Stacks'][0]\n\
         assert s['StackStatus'] == 'CREATE_COMPLETE', s\n\
         assert len(c.describe_stack_resources(StackName='streamer')['StackResources']) == 11\n\
-        # This CloudFormation passes over these, which the template has.\n\
+        # moto ignores these properties of the template.\n\
         d = client('dynamodb'); pitr = {'PointInTimeRecoveryEnabled': True}; spec = {'Enabled': True, 'AttributeName': 'remove_after'}\n\
         for r in json.loads(t)['Resources'].values():\n    \
         if r['Type'] != 'AWS::DynamoDB::Table': continue\n    \
@@ -159,33 +160,33 @@ async fn the_cloudformation_template_is_right_and_its_tables_work() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn throttling_makes_it_slower_and_loses_nothing() {
+async fn throttling_loses_no_request() {
     let throttle = Throttle::start(local()).await;
     let server = server(&throttle.endpoint, &["execution.poll_interval_ms=100"]);
     let token = server.token("acme", "ann", &[]);
     let load = Load::start(std::slice::from_ref(&server.url), &token, 4, false);
     load.more(100).await;
     throttle.set(Throttling::EveryThird);
-    // How many calls a message takes depends on how many of them go together.
-    while throttle.refused() <= 100 {
+    // The number of calls per message depends on batching.
+    while throttle.rejected() <= 100 {
         load.more(100).await;
     }
-    throttle.set(Throttling::Nothing);
+    throttle.set(Throttling::Off);
     load.judge("throttled").await;
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn what_cannot_be_taken_is_refused_with_a_time_to_come_again() {
+async fn throttled_submissions_are_rejected_with_a_retry_delay() {
     let throttle = Throttle::start(local()).await;
     let server = server(&throttle.endpoint, &[]);
     let mut client = Client::connect(&server.url, &server.token("acme", "ann", &[])).await;
-    throttle.set(Throttling::Everything);
+    throttle.set(Throttling::All);
     let message = json!({"id": "one", "action": "echo_async", "payload": {"steps": 1}});
     let refused = client.ask(message.clone()).await;
     let error = &refused["error"];
     assert_eq!((&error["code"], &error["retryable"]), (&json!("RATE_LIMITED"), &json!(true)));
     assert_eq!(error["details"]["retry_after_ms"], 1000, "{refused}");
-    throttle.set(Throttling::Nothing);
+    throttle.set(Throttling::Off);
     let accepted = client.ask(message).await;
     assert_eq!(accepted["type"], "acknowledgment", "{accepted}");
     assert_eq!(client.follow(Log::after(1)).await.last_type(), "complete");
@@ -196,7 +197,7 @@ fn large(bytes: usize) -> Value {
 }
 
 #[tokio::test]
-async fn large_values_go_through_the_object_store() {
+async fn large_values_are_stored_in_the_object_store() {
     let server = server(local(), &["limits.max_payload_bytes=16777216"]);
     let mut client = Client::connect(&server.url, &server.token("acme", "ann", &[])).await;
     for (id, bytes) in [("two", 2_000_000), ("ten", 10_000_000)] {
@@ -213,36 +214,36 @@ async fn large_values_go_through_the_object_store() {
 }
 
 #[tokio::test]
-async fn a_payload_that_is_gone_holds_up_nobody_else() {
+async fn a_missing_payload_does_not_block_other_requests() {
     let server = server(local(), &["execution.max_concurrent_attempts=1"]);
     let mut client = Client::connect(&server.url, &server.token("acme", "ann", &[])).await;
     let submit = |id: &str, payload: Value| json!({"id": id, "action": "echo_async", "payload": payload, "delay_ms": 500});
-    let gone = client.ask(submit("gone", large(100_000))).await;
-    assert_eq!(gone["type"], "acknowledgment", "{gone}");
+    let lost = client.ask(submit("lost", large(100_000))).await;
+    assert_eq!(lost["type"], "acknowledgment", "{lost}");
     std::fs::remove_dir_all(server.data().join("objects")).unwrap();
-    let fine = client.ask(submit("fine", json!({"steps": 1}))).await;
-    assert_eq!(fine["type"], "acknowledgment", "{fine}");
+    let intact = client.ask(submit("intact", json!({"steps": 1}))).await;
+    assert_eq!(intact["type"], "acknowledgment", "{intact}");
     let mut log = Log::after(1);
     while !log.ended() {
         let message = client.next().await;
-        assert_eq!(message["request_id"], "fine", "{message}");
+        assert_eq!(message["request_id"], "intact", "{message}");
         log.push(message);
     }
-    let waiting = client.ask(json!({"type": "list", "states": ["QUEUED"]})).await;
-    assert_eq!(waiting["requests"][0]["request_id"], "gone", "{waiting}");
+    let queued = client.ask(json!({"type": "list", "states": ["QUEUED"]})).await;
+    assert_eq!(queued["requests"][0]["request_id"], "lost", "{queued}");
 }
 
 #[tokio::test]
-async fn objects_can_be_in_s3() {
+async fn objects_can_be_stored_in_s3() {
     let moto = Moto::start();
     let script = "client('s3').create_bucket(Bucket='large')\n";
     python(script, &moto.endpoint, &[]);
     let data = folder();
     let mut settings = dynamodb_settings(local(), data.path());
-    // Not taken for this machine, so that credentials and region are looked for: in a profile.
-    let far = format!("dynamodb.endpoint={}", local().replace("127.0.0.1", "127.0.0.2"));
+    // An address that is not treated as local, so that credentials and region are read from a profile.
+    let remote = format!("dynamodb.endpoint={}", local().replace("127.0.0.1", "127.0.0.2"));
     let objects =
-        ["dynamodb.objects=s3://large/streamer", "limits.max_payload_bytes=16777216", &far];
+        ["dynamodb.objects=s3://large/streamer", "limits.max_payload_bytes=16777216", &remote];
     settings.extend(objects.map(str::to_owned));
     let settings: Vec<&str> = settings.iter().map(String::as_str).collect();
     let profile = data.path().join("profile");
@@ -261,15 +262,15 @@ async fn objects_can_be_in_s3() {
     client.follow(Log::after(1)).await;
     server.kill_and_restart();
     let mut client = Client::connect(&server.url, &server.token("acme", "ann", &[])).await;
-    let got = client.ask(json!({"type": "get", "request_id": "ten"})).await;
-    assert_eq!(got["result"].as_str().unwrap().len(), 10_000_000);
+    let request = client.ask(json!({"type": "get", "request_id": "ten"})).await;
+    assert_eq!(request["result"].as_str().unwrap().len(), 10_000_000);
     let script = "o = client('s3').list_objects_v2(Bucket='large')['Contents']\n\
         assert len(o) == 2 and all(x['Key'].startswith('streamer/') for x in o), o\n";
     python(script, &moto.endpoint, &[]);
 }
 
 #[tokio::test]
-async fn without_an_object_store_large_values_are_refused_by_name() {
+async fn without_an_object_store_large_values_are_rejected() {
     let server = server(local(), &["dynamodb.objects="]);
     let mut client = Client::connect(&server.url, &server.token("acme", "ann", &[])).await;
     let message = json!({"id": "big", "action": "echo_async", "payload": large(340_000)});
@@ -277,7 +278,7 @@ async fn without_an_object_store_large_values_are_refused_by_name() {
     let text = refused["error"]["message"].as_str().unwrap();
     let rule = "must be at most 327680 bytes (store.engine dynamodb without dynamodb.objects)";
     assert!(text.contains(rule), "{refused}");
-    // What fits does so without one.
+    // Smaller values need no object store.
     client.submit("fits", "echo_async", large(300_000)).await;
     let log = client.follow(Log::after(1)).await;
     let result = log.events.last().unwrap()["result"].as_str().unwrap();
@@ -285,7 +286,7 @@ async fn without_an_object_store_large_values_are_refused_by_name() {
 }
 
 #[tokio::test]
-async fn what_has_ended_goes_after_a_while_with_all_that_belongs_to_it() {
+async fn ended_requests_expire_with_all_their_items() {
     let server = server(local(), &["dynamodb.retention_hours=24"]);
     let mut client = Client::connect(&server.url, &server.token("acme", "ann", &[])).await;
     let payload = json!({"steps": 40, "output_chunks": 20, "chunk_bytes": 400, "delay_ms": 1});
@@ -293,7 +294,7 @@ async fn what_has_ended_goes_after_a_while_with_all_that_belongs_to_it() {
     client.follow(Log::after(1)).await;
     let settings = server.settings();
     let prefix = settings.iter().find_map(|s| s.strip_prefix("dynamodb.table_prefix=")).unwrap();
-    // The parts follow beside what clients wait for; the request itself has it at once.
+    // The expiry of the request is set with its end; that of its parts follows in the background.
     let script = "c = client('dynamodb'); p = sys.argv[2]\n\
         rows = lambda t: c.scan(TableName=p + t)['Items']\n\
         request = rows('requests')[0]\n\
@@ -307,7 +308,7 @@ async fn what_has_ended_goes_after_a_while_with_all_that_belongs_to_it() {
 }
 
 #[tokio::test]
-async fn hints_stream_and_poll_each_suffice() {
+async fn hints_stream_and_polling_each_suffice() {
     let switches = |hints: bool, stream: bool, poll: bool| {
         [
             format!("execution.hints={hints}"),
@@ -316,9 +317,8 @@ async fn hints_stream_and_poll_each_suffice() {
         ]
     };
     for implementation in [Implementation::DynamoDbLocal, Implementation::Dynoxide] {
-        let of = |on: [bool; 3]| switches(on[0], on[1], on[2]);
         for on in [[true, false, false], [false, true, false], [false, false, true]] {
-            let settings = of(on);
+            let settings = switches(on[0], on[1], on[2]);
             let settings: Vec<&str> = settings.iter().map(String::as_str).collect();
             let server = server(endpoint(implementation), &settings);
             let token = server.token("acme", "ann", &[]);
@@ -326,14 +326,14 @@ async fn hints_stream_and_poll_each_suffice() {
             for id in ["one", "two"] {
                 client.submit(id, "echo_async", json!({"steps": 2})).await;
                 let log = client.follow(Log::after(1)).await;
-                assert_eq!(log.last_type(), "complete", "hints, stream, poll: {on:?}");
+                assert_eq!(log.last_type(), "complete", "hints, stream, polling: {on:?}");
             }
         }
     }
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn the_stream_goes_on_when_shards_are_split_and_records_removed() {
+async fn the_stream_continues_after_shards_are_split_and_records_trimmed() {
     let streams = Resharding::start(local()).await;
     let settings = ["execution.hints=false", "execution.poll_queue=false"];
     let mut first = server(&streams.endpoint, &settings);
@@ -342,22 +342,22 @@ async fn the_stream_goes_on_when_shards_are_split_and_records_removed() {
     let mut count = 0;
     run_one(&mut client, &mut count).await;
     streams.split();
-    while !streams.all_read() {
+    while !streams.all_shards_read() {
         run_one(&mut client, &mut count).await;
     }
-    streams.expire();
-    while !streams.is_done() {
+    streams.expire_iterator();
+    while !streams.all_exceptions_returned() {
         run_one(&mut client, &mut count).await;
     }
-    streams.trim();
-    while !streams.is_done() {
+    streams.trim_records();
+    while !streams.all_exceptions_returned() {
         run_one(&mut client, &mut count).await;
     }
     for _ in 0..4 {
         run_one(&mut client, &mut count).await;
     }
 
-    // Another that comes gets its share of the shards.
+    // A second server gets its share of the shards.
     let shared: Vec<&str> = first.settings().iter().map(String::as_str).collect();
     let _second = Server::start_in(folder(), &shared);
     let prefix = shared.iter().find_map(|s| s.strip_prefix("dynamodb.table_prefix=")).unwrap();
@@ -373,7 +373,7 @@ async fn the_stream_goes_on_when_shards_are_split_and_records_removed() {
     }
 }
 
-/// Submits another request and sees it through.
+/// Submits a new request and follows it to the terminal event.
 async fn run_one(client: &mut Client, count: &mut usize) {
     *count += 1;
     client.submit(&format!("n{count}"), "echo_async", json!({"steps": 1})).await;
@@ -381,9 +381,9 @@ async fn run_one(client: &mut Client, count: &mut usize) {
 }
 
 #[test]
-fn a_service_alone_says_what_it_needs() {
+fn a_separate_service_reports_missing_options() {
     let data = folder();
-    let told = |service: &str, settings: &[&str]| {
+    let error = |service: &str, settings: &[&str]| {
         let mut command = Process::command(binary());
         command.args([service, "--listen", "127.0.0.1:0", "--data"]).arg(data.path());
         for setting in settings {
@@ -394,9 +394,9 @@ fn a_service_alone_says_what_it_needs() {
         lines(&output.stderr).join("\n")
     };
     let engine = "store.engine=dynamodb";
-    assert!(told("router", &[]).contains("store.engine: must be dynamodb"));
-    assert!(told("gateway", &[engine]).contains("peers.router: is required"));
-    assert!(told("processor", &[engine]).contains("peers.progress: is required"));
+    assert!(error("router", &[]).contains("store.engine: must be dynamodb"));
+    assert!(error("gateway", &[engine]).contains("peers.router: is required"));
+    assert!(error("processor", &[engine]).contains("peers.progress: is required"));
     let all = "auth.allow_dev_key_beyond_loopback=true";
     let open = ["server.listen=0.0.0.0:0", engine, all, "peers.progress=http://127.0.0.1:1"];
     let mut command = Process::command(binary());

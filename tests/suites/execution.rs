@@ -1,4 +1,4 @@
-//! When requests start, in which order, how long they may take, and how failed ones run again.
+//! Execution: start order, queue positions, timeouts, retries and redrives.
 #![allow(clippy::unwrap_used, reason = "in tests, a panic is the report")]
 
 use serde_json::{Value, json};
@@ -20,7 +20,7 @@ struct Scene {
 }
 
 impl Scene {
-    /// A server with one worker of one action, and a client.
+    /// Starts a server, a worker with one action, and a client.
     async fn new(settings: &[&str], slots: i32, action: Action) -> Self {
         Self::with(settings, slots, vec![action]).await
     }
@@ -47,30 +47,30 @@ impl Scene {
         self.worker.ended(task).await;
     }
 
-    /// Submits, and waits for the acknowledgement among whatever else comes.
+    /// Submits, and waits for the acknowledgment; skips other messages.
     async fn submit(&mut self, request: Value) -> Value {
         let id = request["id"].clone();
         self.client.send(request).await;
         loop {
-            let said = self.acknowledgment().await;
-            if said["request_id"] == id {
-                return said;
+            let acknowledgment = self.acknowledgment().await;
+            if acknowledgment["request_id"] == id {
+                return acknowledgment;
             }
         }
     }
 
-    /// The next acknowledgement among whatever else comes.
+    /// Returns the next acknowledgment; skips other messages.
     async fn acknowledgment(&mut self) -> Value {
         loop {
-            let said = self.client.next().await;
-            assert_ne!(said["type"], "error", "{said}");
-            if said["type"] == "acknowledgment" {
-                return said;
+            let message = self.client.next().await;
+            assert_ne!(message["type"], "error", "{message}");
+            if message["type"] == "acknowledgment" {
+                return message;
             }
         }
     }
 
-    /// The error that the request ends with.
+    /// Returns the error with which the request ends.
     async fn error(&mut self) -> Value {
         let client = &mut self.client;
         let mut log = Log::after(1);
@@ -82,7 +82,7 @@ impl Scene {
 }
 
 #[tokio::test]
-async fn each_of_the_time_limits_ends_a_request() {
+async fn each_timeout_ends_a_request() {
     type Limit = fn(&mut Action);
     let limits: [(Limit, bool, &str); 3] = [
         (|action| action.schedule_to_start_ms = 150, true, "not started by its deadline"),
@@ -95,7 +95,7 @@ async fn each_of_the_time_limits_ends_a_request() {
         let settings = ["execution.poll_interval_ms=50", "execution.tenant_share_percent=100"];
         let mut scene = Scene::with(&settings, 1, vec![action, declare("block")]).await;
         if blocked {
-            // The only slot is taken.
+            // Occupies the only slot.
             scene.submit(json!({"id": "b", "action": "block"})).await;
             scene.worker.task().await;
         }
@@ -109,13 +109,13 @@ async fn each_of_the_time_limits_ends_a_request() {
 }
 
 #[tokio::test]
-async fn the_time_for_all_attempts_ends_a_request_between_two_of_them() {
+async fn the_schedule_to_close_timeout_ends_a_request_between_attempts() {
     let action = Action { schedule_to_close_ms: 2_000, initial_backoff_ms: 1, ..declare("work") };
     let mut scene = Scene::new(&["execution.poll_interval_ms=50"], 1, action).await;
     scene.client.submit("r", "work", json!({})).await;
     let task = scene.worker.task().await;
     assert!(task.deadline.is_some());
-    // The next attempt is due at once and finds no slot.
+    // The next attempt is due immediately, but no slot is free.
     let none = work_request::Message::Capacity(Capacity { slots: 0 });
     scene.worker.say(none).await;
     scene.fail(&task, ErrorCode::ProcessingFailed, true).await;
@@ -126,7 +126,7 @@ async fn the_time_for_all_attempts_ends_a_request_between_two_of_them() {
 }
 
 #[tokio::test]
-async fn what_the_action_calls_final_is_not_tried_again() {
+async fn final_errors_of_an_action_are_not_retried() {
     let final_errors = vec![ErrorCode::Unavailable.into()];
     let action = Action { final_errors, max_attempts: 5, ..declare("work") };
     let mut scene = Scene::new(&[], 1, action).await;
@@ -137,7 +137,7 @@ async fn what_the_action_calls_final_is_not_tried_again() {
 }
 
 #[tokio::test]
-async fn higher_priority_starts_first_and_tenants_take_turns() {
+async fn higher_priority_starts_first_and_tenants_alternate() {
     let settings = ["execution.tenant_share_percent=100"];
     let mut scene = Scene::new(&settings, 1, declare("work")).await;
     scene.client.submit("first", "work", json!({})).await;
@@ -149,18 +149,18 @@ async fn higher_priority_starts_first_and_tenants_take_turns() {
     }
     other.submit("o1", "work", json!({})).await;
     scene.submit(json!({"id": "urgent", "action": "work", "priority": 9})).await;
-    // Indexes of DynamoDB show it late: until then, the queue is in another order.
+    // Indexes of DynamoDB are eventually consistent: until the update, the order differs.
     let api = Api::new(&scene.server.url, &scene.server.token("acme", "ann", &[])).unwrap();
-    let shown = async {
+    let updated = async {
         loop {
             let call = api.call(GetRequest { request_id: "a1".into(), ..GetRequest::default() });
             let request = api.router().get(call).await.unwrap().into_inner().request.unwrap();
-            if request.queue_position.is_some_and(|place| place.earliest >= 2) {
+            if request.queue_position.is_some_and(|position| position.earliest >= 2) {
                 return;
             }
         }
     };
-    in_time("the queue position behind the urgent request", shown).await;
+    in_time("the queue position behind the urgent request", updated).await;
     let mut order = Vec::new();
     let mut task = first;
     for _ in 0..5 {
@@ -169,13 +169,13 @@ async fn higher_priority_starts_first_and_tenants_take_turns() {
         order.push(task.request_id.clone());
     }
     assert_eq!(order[0], "urgent");
-    let place = |id: &str| order.iter().position(|known| known == id).unwrap();
-    assert!(place("o1") <= 2, "the other tenant does not wait behind a queue: {order:?}");
-    assert!(place("a1") < place("a2") && place("a2") < place("a3"), "{order:?}");
+    let index = |id: &str| order.iter().position(|started| started == id).unwrap();
+    assert!(index("o1") <= 2, "the other tenant does not wait for a whole queue: {order:?}");
+    assert!(index("a1") < index("a2") && index("a2") < index("a3"), "{order:?}");
 }
 
 #[tokio::test]
-async fn a_flooding_tenant_leaves_slots_to_the_others() {
+async fn a_flooding_tenant_leaves_slots_to_other_tenants() {
     let settings = ["execution.tenant_share_percent=75"];
     let mut scene = Scene::new(&settings, 4, declare("work")).await;
     for number in 0..20 {
@@ -188,29 +188,39 @@ async fn a_flooding_tenant_leaves_slots_to_the_others() {
     let mut other = Client::connect(&scene.server.url, &other).await;
     other.submit("o", "work", json!({})).await;
     let fourth = scene.worker.task().await;
-    assert_eq!(fourth.tenant_id, "other", "three of four slots are one tenant's share");
+    assert_eq!(fourth.tenant_id, "other", "a tenant gets three of four slots");
 }
 
 #[tokio::test]
-async fn a_queued_request_knows_its_place() {
+async fn a_queued_request_has_a_queue_position() {
     let settings = ["execution.tenant_share_percent=100"];
     let mut scene = Scene::new(&settings, 1, declare("work")).await;
-    let said = scene.client.submit("first", "work", json!({})).await;
-    assert_eq!(said["queue_position"]["latest"], 1, "{said}");
+    let acknowledgment = scene.client.submit("first", "work", json!({})).await;
+    assert_eq!(acknowledgment["queue_position"]["latest"], 1, "{acknowledgment}");
     let first = scene.worker.task().await;
-    let said = scene.submit(json!({"id": "a", "action": "work"})).await;
+    let acknowledgment = scene.submit(json!({"id": "a", "action": "work"})).await;
     assert_eq!(
-        (&said["queue_position"]["earliest"], &said["queue_position"]["latest"]),
+        (
+            &acknowledgment["queue_position"]["earliest"],
+            &acknowledgment["queue_position"]["latest"]
+        ),
         (&json!(1), &json!(1))
     );
     let other = scene.server.token("other", "oli", &[]);
     let mut other = Client::connect(&scene.server.url, &other).await;
-    let said = other.submit("o", "work", json!({})).await;
+    let acknowledgment = other.submit("o", "work", json!({})).await;
     assert_eq!(
-        (&said["queue_position"]["earliest"], &said["queue_position"]["latest"]),
+        (
+            &acknowledgment["queue_position"]["earliest"],
+            &acknowledgment["queue_position"]["latest"]
+        ),
         (&json!(1), &json!(2))
     );
-    assert_eq!(said["queue_position"]["estimated_start_time"], Value::Null, "nothing was measured");
+    assert_eq!(
+        acknowledgment["queue_position"]["estimated_start_time"],
+        Value::Null,
+        "no attempt was measured"
+    );
     scene.succeed(&first).await;
     scene.worker.task().await;
     let api = Api::new(&scene.server.url, &scene.server.token("acme", "ann", &[])).unwrap();
@@ -220,9 +230,12 @@ async fn a_queued_request_knows_its_place() {
         let call = api.call(GetRequest { request_id: id.into(), ..GetRequest::default() });
         let request = api.router().get(call).await.unwrap().into_inner().request.unwrap();
         let queued = request.state() == RequestState::Queued;
-        let place = request.queue_position;
-        assert_eq!(place.is_some(), queued, "{id}");
-        assert!(place.is_none_or(|place| place.estimated_start_time.is_some()), "{place:?}");
+        let position = request.queue_position;
+        assert_eq!(position.is_some(), queued, "{id}");
+        assert!(
+            position.is_none_or(|position| position.estimated_start_time.is_some()),
+            "{position:?}"
+        );
     }
 }
 
@@ -231,7 +244,7 @@ async fn redrive(api: &Api, request: RedriveManyRequest) -> RedriveManyResponse 
 }
 
 #[tokio::test]
-async fn failed_requests_run_again_by_filter_and_only_once() {
+async fn failed_requests_are_redriven_by_filter_and_only_once() {
     let action = Action { max_attempts: 1, ..declare("work") };
     let mut scene = Scene::new(&[], 1, action).await;
     for id in ["a", "b", "c"] {
@@ -244,12 +257,12 @@ async fn failed_requests_run_again_by_filter_and_only_once() {
         }
     }
     let api = Api::new(&scene.server.url, &scene.server.token("acme", "ann", &[])).unwrap();
-    let wanted = RedriveManyRequest { action: "work".into(), page_size: 2, ..Default::default() };
-    let tried = redrive(&api, RedriveManyRequest { dry_run: true, ..wanted.clone() }).await;
-    assert_eq!(tried.redriven.len(), 2);
-    assert!(tried.redriven.iter().all(|redriven| redriven.request.is_none()));
+    let filter = RedriveManyRequest { action: "work".into(), page_size: 2, ..Default::default() };
+    let dry_run = redrive(&api, RedriveManyRequest { dry_run: true, ..filter.clone() }).await;
+    assert_eq!(dry_run.redriven.len(), 2);
+    assert!(dry_run.redriven.iter().all(|redriven| redriven.request.is_none()));
     let mut names = Vec::new();
-    let mut request = wanted.clone();
+    let mut request = filter.clone();
     loop {
         let page = redrive(&api, request.clone()).await;
         names.extend(page.redriven.into_iter().map(|r| r.request.unwrap().redrive_of));
@@ -259,7 +272,7 @@ async fn failed_requests_run_again_by_filter_and_only_once() {
         request.page_token = page.next_page_token;
     }
     assert_eq!(names.len(), 3);
-    let again = redrive(&api, wanted).await;
+    let again = redrive(&api, filter).await;
     assert!(again.redriven.is_empty(), "{again:?}");
     let mut payloads = Vec::new();
     for _ in 0..3 {
@@ -270,17 +283,17 @@ async fn failed_requests_run_again_by_filter_and_only_once() {
     payloads.sort();
     assert_eq!(payloads, ["{\"id\":\"a\"}", "{\"id\":\"b\"}", "{\"id\":\"c\"}"]);
     let other = Api::new(&scene.server.url, &scene.server.token("acme", "bob", &[])).unwrap();
-    let theirs = redrive(&other, RedriveManyRequest::default()).await;
-    assert!(theirs.redriven.is_empty(), "another user's are not his to redrive");
+    let page = redrive(&other, RedriveManyRequest::default()).await;
+    assert!(page.redriven.is_empty(), "other users cannot redrive them");
 }
 
 #[tokio::test]
-async fn what_has_no_room_does_not_hold_up_what_is_queued_behind_it() {
+async fn an_action_at_its_limit_does_not_block_requests_queued_behind_it() {
     let one = Action { max_concurrency: 1, ..declare("one") };
-    // The worker says nothing while the requests are stored, which takes some engines long.
+    // The worker sends nothing while the requests are stored, which is slow with some engines.
     let settings = ["execution.tenant_share_percent=100", "execution.lease_ms=120000"];
     let mut scene = Scene::with(&settings, 10, vec![one, declare("other")]).await;
-    // A few at a time: a slow store refuses what waits for long.
+    // In batches: with a slow store, requests that wait for long are rejected.
     for batch in 0..10 {
         for number in 0..30 {
             let id = format!("one-{batch}-{number}");
@@ -294,14 +307,14 @@ async fn what_has_no_room_does_not_hold_up_what_is_queued_behind_it() {
     assert_eq!(first.action, "one");
     scene.submit(json!({"id": "other", "action": "other"})).await;
     let second = scene.worker.task().await;
-    assert_eq!(second.action, "other", "299 of the first action wait for its only place");
+    assert_eq!(second.action, "other", "299 requests wait for the only slot of the first action");
     scene.succeed(&first).await;
     assert_eq!(scene.worker.task().await.action, "one");
 }
 
 #[tokio::test]
-async fn a_place_that_a_sync_action_gives_back_is_taken_at_once() {
-    // No poll helps.
+async fn a_slot_released_by_a_sync_action_is_reused_immediately() {
+    // No poll occurs during the test.
     let settings = ["execution.poll_interval_ms=60000", "execution.tenant_share_percent=100"];
     let quick = Action { sync: true, ..declare("quick") };
     let mut scene = Scene::with(&settings, 1, vec![declare("work"), quick]).await;
@@ -313,7 +326,7 @@ async fn a_place_that_a_sync_action_gives_back_is_taken_at_once() {
 }
 
 #[tokio::test]
-async fn a_retry_that_is_due_at_once_does_not_wait_for_the_poll() {
+async fn an_immediate_retry_does_not_wait_for_the_poll() {
     let action =
         Action { initial_backoff_ms: 1, max_backoff_ms: 3, max_attempts: 50, ..declare("work") };
     let mut scene = Scene::new(&["execution.poll_interval_ms=60000"], 1, action).await;
@@ -328,7 +341,7 @@ async fn a_retry_that_is_due_at_once_does_not_wait_for_the_poll() {
 }
 
 #[tokio::test]
-async fn one_more_sync_call_than_may_run_is_refused_with_its_limit() {
+async fn sync_calls_beyond_max_concurrency_are_rejected() {
     let quick = Action { sync: true, max_concurrency: 1, ..declare("quick") };
     let settings = ["execution.tenant_share_percent=100"];
     let mut scene = Scene::with(&settings, 4, vec![quick]).await;
@@ -341,10 +354,9 @@ async fn one_more_sync_call_than_may_run_is_refused_with_its_limit() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn requests_that_end_while_leases_are_renewed_are_neither_lost_nor_late() {
-    // Renewed every 100 ms. Without polls no lease is taken for expired, however slow the machine is; over
-    // DynamoDB, polls are needed for what its indexes show late, and fewer at once are refused by none
-    // of its engines.
+async fn requests_that_end_during_lease_renewal_are_neither_lost_nor_delayed() {
+    // Leases are renewed every 100 ms. Without polls no lease expires, even on a slow machine. DynamoDB needs
+    // polls, since its indexes are eventually consistent, and its engines reject more concurrent requests.
     let (requests, in_flight, settings): (usize, usize, &[&str]) =
         match std::env::var("STREAMER_TESTS_ENGINE").as_deref() {
             Err(_) | Ok("embedded") => {
@@ -361,12 +373,12 @@ async fn requests_that_end_while_leases_are_renewed_are_neither_lost_nor_late() 
             client.send(json!({"action": "echo_async", "payload": {"steps": 2}})).await;
             submitted += 1;
         }
-        let said = client.next().await;
-        assert_ne!(said["type"], "error", "{said}");
-        completed += usize::from(said["type"] == "complete");
+        let message = client.next().await;
+        assert_ne!(message["type"], "error", "{message}");
+        completed += usize::from(message["type"] == "complete");
     }
-    // A client sees the last event a little before the attempt that appended it is counted.
-    let ended = |metrics: &str| {
+    // A client can receive the last event before the attempt that appended it is counted.
+    let counts = |metrics: &str| {
         let names = ["streamer_processor_succeeded_total ", "streamer_processor_lost_total "];
         let counts = names.map(|name| {
             let count = metrics.lines().find_map(|line| line.strip_prefix(name)).unwrap();
@@ -376,7 +388,7 @@ async fn requests_that_end_while_leases_are_renewed_are_neither_lost_nor_late() 
     };
     let (metrics, [succeeded, lost]) = loop {
         let metrics = metrics(&server.url).await;
-        if let Some(counts) = ended(&metrics) {
+        if let Some(counts) = counts(&metrics) {
             break (metrics, counts);
         }
     };

@@ -1,4 +1,4 @@
-//! gRPC as people use it: real grpcurl, against a real server.
+//! gRPC from the command line, with grpcurl.
 #![allow(clippy::unwrap_used, reason = "in tests, a panic is the report")]
 
 use serde_json::{Value, json};
@@ -34,7 +34,7 @@ impl Grpcurl<'_> {
         serde_json::Deserializer::from_str(&text).into_iter().map(Result::unwrap).collect()
     }
 
-    fn refused(&self, method: &str, data: &Value) -> String {
+    fn call_error(&self, method: &str, data: &Value) -> String {
         self.run(Some(data), &[method]).unwrap_err()
     }
 }
@@ -50,7 +50,7 @@ fn seqs(messages: &[Value]) -> Vec<i64> {
 }
 
 #[test]
-fn everything_can_be_found_and_used_from_the_command_line() {
+fn all_services_can_be_discovered_and_called() {
     let server = Server::start(&[]);
     let token = Some(server.token("acme", "ann", &[]));
     let grpcurl = Grpcurl { server: &server, token };
@@ -110,15 +110,17 @@ fn everything_can_be_found_and_used_from_the_command_line() {
     assert!(redriven["request"]["redriveOf"].is_string(), "{redriven}");
     grpcurl
         .call("google.longrunning.Operations/DeleteOperation", &json!({"name": "operations/p1"}));
-    assert!(grpcurl.refused(WATCH, &json!({"request_id": "p1"})).contains("NotFound"));
+    assert!(grpcurl.call_error(WATCH, &json!({"request_id": "p1"})).contains("NotFound"));
 }
 
 #[test]
-fn refusals_say_what_and_why() {
+fn errors_contain_code_and_violations() {
     let server = Server::start(&[]);
-    let anybody = Grpcurl { server: &server, token: None };
-    assert!(anybody.refused(SUBMIT, &json!({"action": "echo"})).contains("Unauthenticated"));
-    let health = anybody.call("grpc.health.v1.Health/Check", &json!({}));
+    let unauthenticated = Grpcurl { server: &server, token: None };
+    assert!(
+        unauthenticated.call_error(SUBMIT, &json!({"action": "echo"})).contains("Unauthenticated")
+    );
+    let health = unauthenticated.call("grpc.health.v1.Health/Check", &json!({}));
     assert_eq!(health["status"], "SERVING");
     let ann = Grpcurl { server: &server, token: Some(server.token("acme", "ann", &[])) };
     ann.call(SUBMIT, &json!({"id": "a1", "action": "echo_async", "wait": "10s", "payload": {"json": {"steps": 1}}}));
@@ -127,11 +129,11 @@ fn refusals_say_what_and_why() {
         [WATCH, "streamer.router.v1.RouterService/Get", "streamer.router.v1.RouterService/Cancel"]
     {
         assert!(
-            other.refused(method, &json!({"request_id": "a1"})).contains("NotFound"),
+            other.call_error(method, &json!({"request_id": "a1"})).contains("NotFound"),
             "{method}"
         );
     }
-    let told = ann.refused(SUBMIT, &json!({"id": "a b", "action": "Echo", "priority": 11}));
+    let error = ann.call_error(SUBMIT, &json!({"id": "a b", "action": "Echo", "priority": 11}));
     for part in [
         "InvalidArgument",
         "id: must consist",
@@ -139,6 +141,6 @@ fn refusals_say_what_and_why() {
         "priority: must be 0 to 9",
         "fieldViolations",
     ] {
-        assert!(told.contains(part), "{part} is missing in {told}");
+        assert!(error.contains(part), "{part} is missing in {error}");
     }
 }

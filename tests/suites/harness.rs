@@ -1,4 +1,4 @@
-//! The harness itself: processes end with their test, and addresses are used by one test at a time.
+//! The harness: processes end with their test, and addresses are used by one test at a time.
 #![allow(clippy::unwrap_used, reason = "in tests, a panic is the report")]
 
 use std::{
@@ -22,7 +22,7 @@ fn read_up_to(line: &str, from: impl Read) {
 
 #[test]
 fn a_panic_kills_a_process_and_its_group() {
-    // Its end is reached once every process that inherited the other side has ended.
+    // Reaches its end once every process that inherited the other side has exited.
     let (mut inherited, pipe) = io::pipe().unwrap();
     let panicked = catch_unwind(|| {
         let mut command = Process::command("sh");
@@ -36,7 +36,7 @@ fn a_panic_kills_a_process_and_its_group() {
 }
 
 #[test]
-fn a_process_that_ends_takes_its_group_with_it() {
+fn the_exit_of_a_process_kills_its_group() {
     let (mut inherited, pipe) = io::pipe().unwrap();
     let mut command = Process::command("sh");
     command.args(["-c", "sleep 1000000 & exit 3"]).stderr(pipe);
@@ -45,7 +45,7 @@ fn a_process_that_ends_takes_its_group_with_it() {
 }
 
 #[test]
-fn a_process_outlives_the_thread_that_asked_for_it() {
+fn a_process_outlives_the_thread_that_starts_it() {
     let started = thread::spawn(|| {
         let mut command = Process::command("sh");
         command.args(["-c", "trap 'exit 7' TERM; sleep 1000000 & echo started; wait"]);
@@ -63,12 +63,12 @@ fn a_killed_test_process_leaves_no_process_behind() {
     command.args(["--exact", "helper_that_starts_a_server", "--nocapture"]).env(HELPER, "1");
     let mut helper = Process::spawn(command.stdout(Stdio::piped()).stderr(pipe));
     read_up_to("started", helper.stdout());
-    // The server is in a group of its own: this signal does not reach it.
+    // The server is in a separate group, which this signal does not reach.
     helper.kill();
     inherited.read_to_end(&mut Vec::new()).unwrap();
 }
 
-/// Not a test by itself: starts a server and waits to be killed.
+/// Helper, not a test: starts a server and waits to be killed.
 #[test]
 fn helper_that_starts_a_server() {
     if env::var_os(HELPER).is_none() {
@@ -76,14 +76,14 @@ fn helper_that_starts_a_server() {
     }
     let mut server = Server::start(&[]);
     println!("\nstarted");
-    server.ended();
+    server.wait();
 }
 
 #[test]
 fn a_claimed_address_has_one_owner() {
-    let (ours, theirs) = (LoopbackAddress::claim(), LoopbackAddress::claim());
-    let (first, second) = (ours.next(), ours.next());
+    let (one, other) = (LoopbackAddress::claim(), LoopbackAddress::claim());
+    let (first, second) = (one.next(), one.next());
     assert_eq!(first.ip(), second.ip());
     assert_ne!(first.port(), second.port());
-    assert_ne!(first.ip(), theirs.next().ip());
+    assert_ne!(first.ip(), other.next().ip());
 }

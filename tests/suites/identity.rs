@@ -1,4 +1,4 @@
-//! Streams, attempts and tokens are bound to their owner, and no other caller can use them.
+//! Streams, attempts and tokens are bound to their owner; other callers cannot use them.
 #![allow(clippy::unwrap_used, reason = "in tests, a panic is the report")]
 
 use std::{
@@ -31,10 +31,10 @@ fn result(json: &'static str) -> Kind {
     Kind::Result(json_payload(json))
 }
 
-/// Short enough to wait for.
-const BRIEF: Duration = Duration::from_secs(2);
+/// Lifetime of tokens that expire during a test.
+const SHORT_LIFETIME: Duration = Duration::from_secs(2);
 
-/// A worker of the provider, which runs action `work` of tenant `acme`, with a request in it.
+/// A worker of tenant `provider` that runs a request for action `work` of tenant `acme`.
 struct Scene {
     server: Server,
     token: String,
@@ -46,10 +46,11 @@ struct Scene {
 
 impl Scene {
     async fn new() -> Self {
-        // No worker is considered silent while another one tries.
+        // The silent worker keeps its lease during the test.
         let server = Server::start(&["execution.lease_ms=120000", "auth.leeway_ms=0"]);
         let token = server.token("provider", "worker", &["worker:work@acme"]);
-        let first = Hello { display_name: "shown".into(), ..hello("w", 4, vec![declare("work")]) };
+        let first =
+            Hello { display_name: "displayed".into(), ..hello("w", 4, vec![declare("work")]) };
         let mut worker = ScriptedWorker::come(&server, &token, first.clone()).await;
         let user = server.token("acme", "ann", &[]);
         offered(&server, &user, "work", 1).await;
@@ -59,8 +60,8 @@ impl Scene {
         Self { server, token, first, worker, client, task }
     }
 
-    /// The request ends with what its own worker says, after one attempt.
-    async fn succeeds(mut self) {
+    /// Checks that the request ends with the result of its own worker, after one attempt.
+    async fn check_success(mut self) {
         self.worker.report(&self.task, 0, result(r#""ours""#)).await;
         self.worker.ended(&self.task).await;
         let log = self.client.follow(Log::after(1)).await;
@@ -70,9 +71,9 @@ impl Scene {
     }
 }
 
-/// Tries to go on with the task, and to report for it; says what the server answers.
-async fn intrude(server: &Server, token: &str, again: Hello, task: &Task) {
-    let mut intruder = ScriptedWorker::come(server, token, again).await;
+/// Checks that a worker with this token and `hello` can neither resume the task nor report on it.
+async fn check_intrusion(server: &Server, token: &str, hello: Hello, task: &Task) {
+    let mut intruder = ScriptedWorker::come(server, token, hello).await;
     assert_eq!(intruder.welcome.resumed, [], "{token}");
     intruder.report(task, 0, result(r#""theirs""#)).await;
     let Message::Revoke(revoked) = intruder.next().await.unwrap() else { panic!() };
@@ -89,30 +90,30 @@ async fn no_other_caller_can_resume_a_workers_attempt() {
     let guessed = Hello { session_secret: vec![0; 32].into(), ..with_secret.clone() };
     let everything = ["worker:*@*", "*"];
     for (tenant, user, hellos) in [
-        // Of another tenant, which may run the action of all tenants; also with a stolen secret.
+        // A different tenant, which may run the action for all tenants; also with a stolen secret.
         ("evil", "worker", vec![&without, &guessed, &with_secret]),
-        // Of another user of the same tenant.
+        // A different user of the same tenant.
         ("provider", "mallory", vec![&without, &guessed, &with_secret]),
-        // Of the tenant whose request it is.
+        // The tenant that owns the request.
         ("acme", "worker", vec![&without, &guessed, &with_secret]),
-        // With the very same token, and a secret of its own.
+        // The same token, with a wrong secret.
         ("provider", "worker", vec![&guessed]),
     ] {
         let token = server.token(tenant, user, &everything);
-        for again in hellos {
-            intrude(server, &token, again.clone(), task).await;
+        for hello in hellos {
+            check_intrusion(server, &token, hello.clone(), task).await;
         }
     }
-    scene.succeeds().await;
+    scene.check_success().await;
 }
 
 #[tokio::test]
-async fn workers_that_name_an_attempt_of_another_do_not_keep_it_from_resuming() {
+async fn workers_that_name_a_foreign_attempt_do_not_block_its_worker_from_resuming() {
     let Scene { mut server, token, first, mut worker, task, .. } = Scene::new().await;
     let again = hello_again(&first, &worker.welcome, &[&task]);
     for _ in 0..3 {
         server.kill_and_restart();
-        // With the very same token, but without the secret.
+        // The same token, with wrong secrets.
         let others = (0..16).map(|number| Hello {
             worker_id: format!("other-{number}"),
             session_secret: vec![number; 32].into(),
@@ -135,7 +136,7 @@ async fn workers_that_name_an_attempt_of_another_do_not_keep_it_from_resuming() 
 }
 
 #[tokio::test]
-async fn a_worker_of_the_same_name_takes_over_and_its_attempts_run_again() {
+async fn a_worker_with_the_same_id_replaces_the_first_and_its_attempts_are_retried() {
     let mut scene = Scene::new().await;
     let mut newer = ScriptedWorker::come(&scene.server, &scene.token, scene.first.clone()).await;
     let ended = loop {
@@ -151,7 +152,7 @@ async fn a_worker_of_the_same_name_takes_over_and_its_attempts_run_again() {
 }
 
 #[tokio::test]
-async fn the_secret_has_one_length() {
+async fn session_secrets_of_wrong_length_are_rejected() {
     let server = Server::start(&[]);
     let token = server.token("acme", "worker", &["worker:*"]);
     for length in [1, 31, 33] {
@@ -165,24 +166,24 @@ async fn the_secret_has_one_length() {
 }
 
 #[tokio::test]
-async fn owners_see_the_name_that_a_worker_shows_and_not_its_id() {
+async fn owners_see_the_display_name_of_a_worker_and_not_its_id() {
     let mut scene = Scene::new().await;
     let started = scene.client.next().await;
-    assert_eq!((&started["type"], &started["worker"]), (&json!("started"), &json!("shown")));
+    assert_eq!((&started["type"], &started["worker"]), (&json!("started"), &json!("displayed")));
     scene.worker.report(&scene.task, 0, result("1")).await;
     scene.worker.ended(&scene.task).await;
 }
 
 #[tokio::test]
-async fn a_fresh_token_that_allows_less_takes_the_attempts_away() {
+async fn a_fresh_token_with_fewer_permissions_revokes_attempts() {
     let mut scene = Scene::new().await;
-    let less = scene.server.token("provider", "worker", &["worker:work"]);
-    let refresh = RefreshToken { token: less };
+    let restricted = scene.server.token("provider", "worker", &["worker:work"]);
+    let refresh = RefreshToken { token: restricted };
     scene.worker.say(work_request::Message::RefreshToken(refresh)).await;
     let Message::Revoke(revoked) = scene.worker.next().await.unwrap() else { panic!() };
     assert_eq!((&revoked.uid, revoked.attempt), (&scene.task.uid, 1));
     scene.worker.report(&scene.task, 0, result(r#""late""#)).await;
-    // The next attempt goes to a worker that may have it.
+    // The next attempt goes to a permitted worker.
     let mut other = ScriptedWorker::come(
         &scene.server,
         &scene.token,
@@ -197,38 +198,38 @@ async fn a_fresh_token_that_allows_less_takes_the_attempts_away() {
 }
 
 #[tokio::test]
-async fn a_stream_that_comes_back_with_a_token_that_allows_less_has_no_attempts() {
+async fn a_reconnect_with_fewer_permissions_resumes_no_attempts() {
     let mut scene = Scene::new().await;
-    let less = scene.server.token("provider", "worker", &["worker:work"]);
+    let restricted = scene.server.token("provider", "worker", &["worker:work"]);
     let again = hello_again(&scene.first, &scene.worker.welcome, &[&scene.task]);
-    intrude(&scene.server, &less, again, &scene.task).await;
+    check_intrusion(&scene.server, &restricted, again, &scene.task).await;
     let types =
         [scene.client.next().await, scene.client.next().await].map(|event| event["type"].clone());
     assert_eq!(types, ["started", "retrying"]);
 }
 
-/// How a stream ends that brings messages until then.
+/// Reads a stream to its end; returns its status code.
 async fn end_of<T>(mut stream: Streaming<T>) -> Code {
     loop {
         match stream.message().await {
             Ok(Some(_)) => {}
-            Ok(None) => panic!("the request has not ended"),
+            Ok(None) => panic!("the stream ended without an error"),
             Err(status) => return status.code(),
         }
     }
 }
 
 #[tokio::test]
-async fn a_stream_ends_with_its_token() {
+async fn a_stream_ends_when_its_token_expires() {
     let scene = Scene::new().await;
-    let brief = scene.server.token_for("acme", "ann", &[], BRIEF);
-    let api = Api::new(&scene.server.url, &brief).unwrap();
+    let short = scene.server.token_for("acme", "ann", &[], SHORT_LIFETIME);
+    let api = Api::new(&scene.server.url, &short).unwrap();
     let watch = WatchRequest { request_id: "r".into(), ..WatchRequest::default() };
     let watch = api.progress().watch(api.call(watch)).await.unwrap().into_inner();
     let submit = SubmitRequest { action: "work".into(), ..SubmitRequest::default() };
     let submit = SubmitAndWatchRequest { request: Some(submit) };
     let submitted = api.router().submit_and_watch(api.call(submit)).await.unwrap().into_inner();
-    let mut socket = Client::connect(&scene.server.url, &brief).await;
+    let mut socket = Client::connect(&scene.server.url, &short).await;
     socket.send(json!({"type": "subscribe", "request_id": "r"})).await;
     assert_eq!(end_of(watch).await, Code::Unauthenticated);
     assert_eq!(end_of(submitted).await, Code::Unauthenticated);
@@ -238,40 +239,42 @@ async fn a_stream_ends_with_its_token() {
         }
     };
     assert!(closed.is_unauthenticated(), "{closed}");
-    scene.succeeds().await;
+    scene.check_success().await;
 }
 
-/// Gives tokens that last for a moment.
-struct BriefTokens {
+/// Issues tokens with a short lifetime.
+struct ShortLivedTokens {
     server: Arc<Server>,
-    given: Arc<AtomicUsize>,
+    issued: Arc<AtomicUsize>,
 }
 
 #[async_trait::async_trait]
-impl TokenSource for BriefTokens {
+impl TokenSource for ShortLivedTokens {
     async fn token(&self) -> Result<String, TokenError> {
-        let number = self.given.fetch_add(1, Ordering::SeqCst);
-        // Made in the same second for the same caller, two would be the same.
+        let number = self.issued.fetch_add(1, Ordering::SeqCst);
+        // Without it, two tokens of the same caller and second are identical.
         let permission = format!("token:{number}");
-        Ok(self.server.token_for("acme", "ann", &[&permission], BRIEF))
+        Ok(self.server.token_for("acme", "ann", &[&permission], SHORT_LIFETIME))
     }
 }
 
 #[tokio::test]
-async fn watches_go_on_with_fresh_tokens() {
+async fn watches_continue_with_fresh_tokens() {
     let Scene { server, mut worker, client, task, .. } = Scene::new().await;
     drop(client);
     let server = Arc::new(server);
     let counts: [Arc<AtomicUsize>; 2] = Default::default();
-    let tokens =
-        |given: &Arc<AtomicUsize>| BriefTokens { server: server.clone(), given: given.clone() };
+    let tokens = |issued: &Arc<AtomicUsize>| ShortLivedTokens {
+        server: server.clone(),
+        issued: issued.clone(),
+    };
     let api = Api::with_tokens(&server.url, Arc::new(tokens(&counts[0]))).await.unwrap();
     let mut watch = api.watch("r", 0);
     let target = Target::Watch { request_id: "r".into(), after_seq: 0 };
     let mut follower = Follower::new(&server.url, tokens(&counts[1]), target);
     let report = async {
-        // Both have had several tokens.
-        while counts.iter().any(|given| given.load(Ordering::SeqCst) < 3) {
+        // Both have used several tokens.
+        while counts.iter().any(|issued| issued.load(Ordering::SeqCst) < 3) {
             tokio::task::yield_now().await;
         }
         worker.report(&task, 0, result("1")).await;
@@ -294,14 +297,14 @@ async fn watches_go_on_with_fresh_tokens() {
     let ((), count, types) = tokio::join!(report, over_grpc, over_websocket);
     assert_eq!(count, 3);
     assert_eq!(types.last().unwrap(), "complete");
-    // A token that lasts no longer is not asked for again and again.
-    let brief = server.token_for("acme", "ann", &[], BRIEF);
-    let mut forever = Api::new(&server.url, &brief).unwrap().watch("absent", 0);
-    assert!(forever.next().await.is_err());
+    // An expired fixed token ends the watch.
+    let short = server.token_for("acme", "ann", &[], SHORT_LIFETIME);
+    let mut expiring = Api::new(&server.url, &short).unwrap().watch("absent", 0);
+    assert!(expiring.next().await.is_err());
 }
 
 #[tokio::test]
-async fn what_a_tenants_own_declaration_admits_goes_to_its_own_workers_only() {
+async fn requests_admitted_by_a_tenants_own_declaration_run_only_on_its_workers() {
     let server = Server::start(&["execution.lease_ms=120000"]);
     let render = Action { permission: "render:run".into(), ..declare("render") };
     let provider = server.token("provider", "worker", &["worker:render@*"]);
@@ -311,13 +314,13 @@ async fn what_a_tenants_own_declaration_admits_goes_to_its_own_workers_only() {
     let mut joe = Client::connect(&server.url, &user).await;
     let refused = joe.ask(json!({"action": "render"})).await;
     assert_eq!(refused["error"]["code"], "FORBIDDEN", "{refused}");
-    // Without a permission, and without a slot.
+    // Requires no permission, and has no slot.
     let own = hello("e", 0, vec![declare("render")]);
     let token = server.token("evil", "worker", &["worker:render"]);
     let mut own = ScriptedWorker::come(&server, &token, own).await;
     let accepted = async {
         loop {
-            let answer = joe.ask(json!({"id": "theirs", "action": "render"})).await;
+            let answer = joe.ask(json!({"id": "joes", "action": "render"})).await;
             if answer["type"] == "acknowledgment" {
                 return;
             }
@@ -326,16 +329,16 @@ async fn what_a_tenants_own_declaration_admits_goes_to_its_own_workers_only() {
     in_time("the acknowledgment", accepted).await;
     let permitted = server.token("acme", "ann", &["render:run"]);
     let mut ann = Client::connect(&server.url, &permitted).await;
-    ann.submit("ours", "render", json!({})).await;
+    ann.submit("anns", "render", json!({})).await;
     let task = provider.task().await;
-    assert_eq!((&*task.tenant_id, &*task.request_id), ("acme", "ours"));
+    assert_eq!((&*task.tenant_id, &*task.request_id), ("acme", "anns"));
     own.say(work_request::Message::Capacity(Capacity { slots: 1 })).await;
     let task = own.task().await;
-    assert_eq!((&*task.tenant_id, &*task.request_id), ("evil", "theirs"));
+    assert_eq!((&*task.tenant_id, &*task.request_id), ("evil", "joes"));
 }
 
 #[tokio::test]
-async fn a_worker_whose_token_cannot_be_renewed_hands_back_what_runs_and_says_so() {
+async fn a_worker_whose_token_cannot_be_renewed_releases_its_attempts_and_reports_the_cause() {
     let server = Server::start(&["execution.local_actions=echo", "execution.lease_ms=120000"]);
     let short = server.token_for("acme", "worker", &["worker:*"], Duration::from_secs(3));
     let mut worker = WorkerProcess::start(&server, &short, "echo_async", &[]);
@@ -345,7 +348,7 @@ async fn a_worker_whose_token_cannot_be_renewed_hands_back_what_runs_and_says_so
     client.submit("r", "echo_async", json!({"steps": 1, "delay_ms": 600_000})).await;
     worker.wait_for("error: the token has expired and cannot be renewed");
     assert_eq!(worker.wait(), Some(4));
-    // Without waiting for the lease, which is longer than the patience of this test.
+    // Before the lease expires, which is longer than the timeout of the test.
     let lasting = server.token("acme", "worker", &["worker:*"]);
     let _other = WorkerProcess::start(&server, &lasting, "echo_async", &[]);
     let mut log = Log::after(1);

@@ -1,4 +1,4 @@
-//! Keys of the operator's own: PEM files, a shared secret, and a JWKS URL whose keys change.
+//! Keys of the operator: PEM files, a shared secret, and a JWKS URL whose keys change.
 #![allow(clippy::unwrap_used, reason = "in tests, a panic is the report")]
 
 use std::{fs, path::PathBuf};
@@ -13,7 +13,7 @@ use streamer_core::{Clock, SystemClock};
 use streamer_tests::{Client, Process, Server, Site, in_time};
 use tempfile::TempDir;
 
-/// Makes keys with OpenSSL, as an operator would.
+/// A folder with keys that OpenSSL generates, as for an operator.
 struct KeyFolder(TempDir);
 
 struct KeyPair {
@@ -26,7 +26,7 @@ impl KeyFolder {
         Self(TempDir::with_prefix("streamer-keys-").unwrap())
     }
 
-    fn make(&self, name: &str, algorithm: Algorithm) -> KeyPair {
+    fn generate(&self, name: &str, algorithm: Algorithm) -> KeyPair {
         let (private, public) =
             (self.0.path().join(format!("{name}.pem")), self.0.path().join(format!("{name}.pub")));
         let kind: &[&str] = match algorithm {
@@ -74,8 +74,8 @@ fn start(settings: &[&str]) -> Server {
     Server::start(&[settings, &common].concat())
 }
 
-/// The code and the reason with which this token is not let in; `None` when it is.
-async fn outcome(server: &Server, token: &str) -> Option<(u16, String)> {
+/// Returns code and reason of the rejection of a token, or `None` if it is accepted.
+async fn try_connect(server: &Server, token: &str) -> Option<(u16, String)> {
     match Client::try_connect(&server.url, token).await {
         Err(ClientError::Closed { code, reason }) => Some((code, reason)),
         Err(other) => panic!("{other}"),
@@ -83,43 +83,42 @@ async fn outcome(server: &Server, token: &str) -> Option<(u16, String)> {
     }
 }
 
-async fn refusal(server: &Server, token: &str) -> String {
-    let (code, reason) = outcome(server, token).await.expect("it is not let in");
+async fn rejection(server: &Server, token: &str) -> String {
+    let (code, reason) = try_connect(server, token).await.expect("the token is rejected");
     assert_eq!(code, 4401, "{reason}");
     reason
 }
 
 #[tokio::test]
-async fn each_algorithm_takes_its_own_keys_only() {
+async fn each_algorithm_accepts_only_its_own_keys() {
     let keys = KeyFolder::new();
     for algorithm in [Algorithm::RS256, Algorithm::ES256, Algorithm::EdDSA] {
-        let (ours, strange) = (keys.make("ours", algorithm), keys.make("strange", algorithm));
-        let server =
-            start(&[&format!("auth.keys={algorithm:?}:{}", ours.public.to_str().unwrap())]);
-        let client = Client::connect(&server.url, &sign(algorithm, None, &ours.private)).await;
+        let (own, foreign) = (keys.generate("own", algorithm), keys.generate("foreign", algorithm));
+        let server = start(&[&format!("auth.keys={algorithm:?}:{}", own.public.to_str().unwrap())]);
+        let client = Client::connect(&server.url, &sign(algorithm, None, &own.private)).await;
         assert_eq!(client.connected["tenant_id"], "acme");
-        let reason = refusal(&server, &sign(algorithm, None, &strange.private)).await;
+        let reason = rejection(&server, &sign(algorithm, None, &foreign.private)).await;
         assert!(reason.contains("signature"), "{reason}");
-        let confused = EncodingKey::from_secret(&fs::read(&ours.public).unwrap());
-        let reason = refusal(&server, &sign(Algorithm::HS256, None, &confused)).await;
+        let confused = EncodingKey::from_secret(&fs::read(&own.public).unwrap());
+        let reason = rejection(&server, &sign(Algorithm::HS256, None, &confused)).await;
         assert!(reason.contains("algorithm"), "{reason}");
     }
 }
 
 #[tokio::test]
-async fn a_shared_secret_counts_when_it_is_configured() {
+async fn a_configured_shared_secret_is_accepted() {
     let folder = TempDir::new().unwrap();
     let file = folder.path().join("secret");
     fs::write(&file, "0123456789abcdef0123456789abcdef").unwrap();
     let server = start(&[&format!("auth.keys=HS256:{}", file.display())]);
     let secret = EncodingKey::from_secret(b"0123456789abcdef0123456789abcdef");
     Client::connect(&server.url, &sign(Algorithm::HS256, None, &secret)).await;
-    let other = EncodingKey::from_secret(b"another secret of thirty-two bytes");
-    let reason = refusal(&server, &sign(Algorithm::HS256, None, &other)).await;
+    let other = EncodingKey::from_secret(b"a different secret of 32 or more bytes");
+    let reason = rejection(&server, &sign(Algorithm::HS256, None, &other)).await;
     assert!(reason.contains("signature"), "{reason}");
 }
 
-fn published(keys: &[(&str, Algorithm, &EncodingKey)]) -> String {
+fn key_set(keys: &[(&str, Algorithm, &EncodingKey)]) -> String {
     let keys = keys.iter().map(|(id, algorithm, key)| {
         let mut key = Jwk::from_encoding_key(key, *algorithm).unwrap();
         key.common.key_id = Some((*id).to_owned());
@@ -129,13 +128,13 @@ fn published(keys: &[(&str, Algorithm, &EncodingKey)]) -> String {
 }
 
 #[tokio::test]
-async fn a_key_set_is_fetched_once_and_again_for_a_new_key() {
+async fn a_key_set_is_fetched_once_and_refetched_for_an_unknown_key() {
     let keys = KeyFolder::new();
-    let first = keys.make("first", Algorithm::ES256);
-    let second = keys.make("second", Algorithm::RS256);
+    let first = keys.generate("first", Algorithm::ES256);
+    let second = keys.generate("second", Algorithm::RS256);
     let site = Site::start().await;
     let one = ("first", Algorithm::ES256, &first.private);
-    site.put("jwks.json", "application/json", published(&[one]));
+    site.put("jwks.json", "application/json", key_set(&[one]));
     let server =
         start(&[&format!("auth.jwks_url={}/jwks.json", site.url), "auth.jwks_min_refresh_ms=0"]);
 
@@ -143,26 +142,26 @@ async fn a_key_set_is_fetched_once_and_again_for_a_new_key() {
     for _ in 0..3 {
         Client::connect(&server.url, &token).await;
     }
-    assert_eq!(site.served("jwks.json"), 1);
+    assert_eq!(site.fetches("jwks.json"), 1);
 
     let rotated = sign(Algorithm::RS256, Some("second"), &second.private);
-    let reason = refusal(&server, &rotated).await;
-    assert!(reason.contains("not accepted here"), "{reason}");
+    let reason = rejection(&server, &rotated).await;
+    assert!(reason.contains("algorithm is not accepted"), "{reason}");
     site.put(
         "jwks.json",
         "application/json",
-        published(&[one, ("second", Algorithm::RS256, &second.private)]),
+        key_set(&[one, ("second", Algorithm::RS256, &second.private)]),
     );
     Client::connect(&server.url, &rotated).await;
-    // The issuer is out of reach: what is known serves on, and what is not known may be good.
+    // The issuer is unavailable: known keys stay valid, and unknown ones are a temporary error.
     site.put("jwks.json", "text/plain", "out of order");
     Client::connect(&server.url, &sign(Algorithm::RS256, Some("second"), &second.private)).await;
     let third = sign(Algorithm::RS256, Some("third"), &second.private);
-    assert_eq!(outcome(&server, &third).await.unwrap().0, 1013);
+    assert_eq!(try_connect(&server, &third).await.unwrap().0, 1013);
     Client::connect(&server.url, &sign(Algorithm::ES256, Some("first"), &first.private)).await;
 }
 
-/// A site that publishes one key, and a server that looks there whenever it needs to.
+/// A site that publishes one key, and a server that fetches it without a minimum interval.
 struct Issuer {
     site: Site,
     keys: KeyFolder,
@@ -173,8 +172,8 @@ struct Issuer {
 impl Issuer {
     async fn start(settings: &[&str]) -> Self {
         let (site, keys) = (Site::start().await, KeyFolder::new());
-        let key = keys.make("first", Algorithm::EdDSA);
-        let set = published(&[("first", Algorithm::EdDSA, &key.private)]);
+        let key = keys.generate("first", Algorithm::EdDSA);
+        let set = key_set(&[("first", Algorithm::EdDSA, &key.private)]);
         site.put("jwks.json", "application/json", set);
         let url = format!("auth.jwks_url={}/jwks.json", site.url);
         let common = [&*url, "auth.jwks_min_refresh_ms=0", "auth.jwks_max_age_ms=1000"];
@@ -184,60 +183,60 @@ impl Issuer {
         Self { site, keys, server, token }
     }
 
-    /// The code with which the token that was good is refused, once it is.
-    async fn refused(&self) -> u16 {
+    /// Waits until the token is rejected; returns the code.
+    async fn rejection_code(&self) -> u16 {
         let refused = async {
             loop {
-                if let Some((code, _)) = outcome(&self.server, &self.token).await {
+                if let Some((code, _)) = try_connect(&self.server, &self.token).await {
                     return code;
                 }
             }
         };
-        in_time("the refusal", refused).await
+        in_time("the rejection", refused).await
     }
 }
 
 #[tokio::test]
-async fn a_key_that_is_withdrawn_takes_its_tokens_along() {
+async fn tokens_of_a_removed_key_are_rejected() {
     let issuer = Issuer::start(&[]).await;
-    let second = issuer.keys.make("second", Algorithm::ES256);
-    let rest = published(&[("second", Algorithm::ES256, &second.private)]);
-    // The last one, too: a set that is well-formed counts.
+    let second = issuer.keys.generate("second", Algorithm::ES256);
+    let rest = key_set(&[("second", Algorithm::ES256, &second.private)]);
+    // Including an empty set, which is well-formed.
     for set in [rest, json!({"keys": []}).to_string()] {
         issuer.site.put("jwks.json", "application/json", set);
-        assert_eq!(issuer.refused().await, 4401);
+        assert_eq!(issuer.rejection_code().await, 4401);
     }
-    assert_eq!(issuer.refused().await, 4401);
+    assert_eq!(issuer.rejection_code().await, 4401);
 }
 
 #[tokio::test]
-async fn keys_that_cannot_be_fetched_count_on_for_a_bounded_time() {
-    let tries: [fn(&Site); 5] = [
+async fn cached_keys_stay_valid_for_a_bounded_time_if_fetching_fails() {
+    let failures: [fn(&Site); 5] = [
         |site| site.put("jwks.json", "text/plain", "out of order"),
         |site| site.put("jwks.json", "application/json", "{}"),
         |site| site.put("jwks.json", "application/json", r#"{"keys": {}}"#),
-        |site| site.redirect("jwks.json", "elsewhere.json"),
+        |site| site.redirect("jwks.json", "redirected.json"),
         |site| site.hang("jwks.json"),
     ];
     let issuer = Issuer::start(&[]).await;
-    issuer.site.put("elsewhere.json", "application/json", r#"{"keys": []}"#);
-    for change in tries {
-        change(&issuer.site);
-        while issuer.site.served("jwks.json") == 0 {
+    issuer.site.put("redirected.json", "application/json", r#"{"keys": []}"#);
+    for fail in failures {
+        fail(&issuer.site);
+        while issuer.site.fetches("jwks.json") == 0 {
             Client::connect(&issuer.server.url, &issuer.token).await;
         }
     }
-    assert_eq!(issuer.site.served("elsewhere.json"), 0, "it follows no redirect");
-    let brief = Issuer::start(&["auth.jwks_max_outage_ms=0"]).await;
-    brief.site.put("jwks.json", "text/plain", "out of order");
-    assert_eq!(brief.refused().await, 1013, "the token may be good");
+    assert_eq!(issuer.site.fetches("redirected.json"), 0, "redirects are not followed");
+    let issuer = Issuer::start(&["auth.jwks_max_outage_ms=0"]).await;
+    issuer.site.put("jwks.json", "text/plain", "out of order");
+    assert_eq!(issuer.rejection_code().await, 1013, "the error is temporary");
 }
 
 #[tokio::test]
-async fn a_malformed_key_of_a_set_spoils_no_other() {
+async fn a_malformed_key_in_a_set_does_not_affect_the_others() {
     let issuer = Issuer::start(&[]).await;
-    let second = issuer.keys.make("second", Algorithm::ES256);
-    let good = published(&[("second", Algorithm::ES256, &second.private)]);
+    let second = issuer.keys.generate("second", Algorithm::ES256);
+    let good = key_set(&[("second", Algorithm::ES256, &second.private)]);
     let mut set: Value = serde_json::from_str(&good).unwrap();
     let keys = set["keys"].as_array_mut().unwrap();
     for bad in [
@@ -252,32 +251,32 @@ async fn a_malformed_key_of_a_set_spoils_no_other() {
     }
     issuer.site.put("jwks.json", "application/json", set.to_string());
     let token = |id| sign(Algorithm::ES256, Some(id), &second.private);
-    let accepted = async { while outcome(&issuer.server, &token("second")).await.is_some() {} };
+    let accepted = async { while try_connect(&issuer.server, &token("second")).await.is_some() {} };
     in_time("the new key", accepted).await;
     for id in ["short", "empty", "point", "small"] {
         let forged =
-            sign(Algorithm::EdDSA, Some(id), &issuer.keys.make(id, Algorithm::EdDSA).private);
-        assert_eq!(outcome(&issuer.server, &forged).await.unwrap().0, 4401);
-        assert_eq!(outcome(&issuer.server, &token(id)).await.unwrap().0, 4401);
+            sign(Algorithm::EdDSA, Some(id), &issuer.keys.generate(id, Algorithm::EdDSA).private);
+        assert_eq!(try_connect(&issuer.server, &forged).await.unwrap().0, 4401);
+        assert_eq!(try_connect(&issuer.server, &token(id)).await.unwrap().0, 4401);
     }
 }
 
 #[tokio::test]
-async fn a_token_of_an_unknown_key_may_be_good_until_the_keys_are_fetched_again() {
+async fn an_unknown_key_is_a_temporary_error_until_the_keys_are_refetched() {
     let issuer =
         Issuer::start(&["auth.jwks_max_age_ms=3000", "auth.jwks_min_refresh_ms=3000"]).await;
-    let second = issuer.keys.make("second", Algorithm::ES256);
+    let second = issuer.keys.generate("second", Algorithm::ES256);
     let unknown = sign(Algorithm::ES256, Some("second"), &second.private);
-    let (code, reason) = outcome(&issuer.server, &unknown).await.unwrap();
+    let (code, reason) = try_connect(&issuer.server, &unknown).await.unwrap();
     assert_eq!((code, reason.contains("auth.jwks_min_refresh_ms")), (1013, true), "{reason}");
-    assert_eq!(issuer.site.served("jwks.json"), 1, "it is too early to fetch them");
+    assert_eq!(issuer.site.fetches("jwks.json"), 1, "the minimum interval has not elapsed");
     let refused = async {
         loop {
-            if let Some((4401, _)) = outcome(&issuer.server, &unknown).await {
+            if let Some((4401, _)) = try_connect(&issuer.server, &unknown).await {
                 return;
             }
         }
     };
-    in_time("the answer of the issuer", refused).await;
-    assert_eq!(issuer.site.served("jwks.json"), 2);
+    in_time("the refetch", refused).await;
+    assert_eq!(issuer.site.fetches("jwks.json"), 2);
 }

@@ -1,4 +1,4 @@
-//! What bounds a connection: rates, numbers, sizes and time.
+//! Limits of a connection: rates, counts, sizes and timeouts.
 #![allow(clippy::unwrap_used, reason = "in tests, a panic is the report")]
 
 use serde_json::json;
@@ -12,7 +12,7 @@ use tokio::{
 };
 
 #[tokio::test]
-async fn too_many_messages_are_refused_one_by_one() {
+async fn messages_beyond_the_rate_are_rejected_individually() {
     let server = Server::start(&["gateway.messages_per_second=1", "gateway.message_burst=3"]);
     let mut client = Client::connect(&server.url, &server.token("acme", "ann", &[])).await;
     for _ in 0..3 {
@@ -31,7 +31,7 @@ async fn too_many_messages_are_refused_one_by_one() {
 }
 
 #[tokio::test]
-async fn connections_from_one_address_and_in_all_are_bounded() {
+async fn connections_are_limited_per_address_and_in_total() {
     for (setting, name) in [
         ("gateway.max_connections_per_address=2", "gateway.max_connections_per_address"),
         ("gateway.max_connections=2", "gateway.max_connections"),
@@ -45,17 +45,17 @@ async fn connections_from_one_address_and_in_all_are_bounded() {
                 assert!(reason.contains(name), "{reason}");
             }
             Err(other) => panic!("{other}"),
-            Ok(_) => panic!("it was let in"),
+            Ok(_) => panic!("the server accepted the connection"),
         }
         assert_eq!(first.ask(json!({"type": "ping"})).await["type"], "pong");
-        // Who leaves makes room.
+        // A closed connection no longer counts.
         drop(second);
         while Client::try_connect(&server.url, &token("c")).await.is_err() {}
     }
 }
 
 #[tokio::test]
-async fn subscriptions_of_one_connection_are_bounded() {
+async fn subscriptions_of_one_connection_are_limited() {
     let server = Server::start(&["gateway.max_subscriptions=2"]);
     let mut client = Client::connect(&server.url, &server.token("acme", "ann", &[])).await;
     for id in ["a", "b", "c"] {
@@ -75,7 +75,7 @@ async fn subscriptions_of_one_connection_are_bounded() {
     client.submit("c", "echo_async", json!({"steps": 1})).await;
 }
 
-/// A WebSocket that does nothing by itself.
+/// Opens a WebSocket without reading from it.
 async fn raw_connection(server: &Server) -> TcpStream {
     let address = server.url.trim_start_matches("http://");
     let socket = TcpSocket::new_v4().unwrap();
@@ -92,18 +92,21 @@ async fn raw_connection(server: &Server) -> TcpStream {
 }
 
 #[tokio::test]
-async fn a_client_that_gives_no_sign_of_life_is_pinged_and_dropped() {
+async fn a_silent_client_is_pinged_and_disconnected() {
     let server = Server::start(&["gateway.heartbeat_ms=1000"]);
     let mut socket = raw_connection(&server).await;
     let mut all = Vec::new();
-    // Until the server gives up.
+    // Until the server closes the connection.
     socket.read_to_end(&mut all).await.ok();
     assert!(String::from_utf8_lossy(&all).contains(r#""type":"connected""#));
-    assert!(all.windows(2).any(|pair| pair == [0x89, 0x00]), "an empty ping came before the end");
+    assert!(
+        all.windows(2).any(|pair| pair == [0x89, 0x00]),
+        "an empty ping arrives before the close"
+    );
 }
 
 #[tokio::test]
-async fn a_handshake_that_does_not_end_is_dropped() {
+async fn an_incomplete_handshake_times_out() {
     let server = Server::start(&["gateway.handshake_timeout_ms=100"]);
     let address = server.url.trim_start_matches("http://");
     let mut socket = TcpStream::connect(address).await.unwrap();
@@ -114,11 +117,11 @@ async fn a_handshake_that_does_not_end_is_dropped() {
 }
 
 #[tokio::test]
-async fn a_consumer_that_takes_nothing_is_dropped_and_resumes() {
+async fn a_slow_consumer_is_disconnected_and_can_resume() {
     let server = Server::start(&["gateway.slow_consumer_timeout_ms=1000"]);
     let token = server.token("acme", "ann", &[]);
     let mut client = Client::connect(&server.url, &token).await;
-    // More than the sockets' buffers hold.
+    // More than the socket buffers can contain.
     let payload = json!({"steps": 0, "output_chunks": 16, "chunk_bytes": 1_000_000});
     client.submit("big", "echo_async", payload).await;
     let mut slow = raw_connection(&server).await;
@@ -127,27 +130,27 @@ async fn a_consumer_that_takes_nothing_is_dropped_and_resumes() {
         .unwrap();
     let log = client.follow(Log::after(1)).await;
 
-    // It reads nothing until the server has had enough, which its metrics tell.
+    // Reads nothing until the metrics report the disconnect.
     while !metrics(&server.url).await.contains("streamer_gateway_slow_consumers_total 1") {
         tokio::task::yield_now().await;
     }
     let mut all = Vec::new();
     slow.read_to_end(&mut all).await.ok();
     assert!(!String::from_utf8_lossy(&all).contains(r#""type":"complete""#));
-    // Nobody else has noticed, and whoever comes back has it all.
+    // Other clients are not affected, and a resumed watch receives everything.
     assert_eq!((log.count("output"), log.last_type()), (16, "complete"));
     client.send(json!({"type": "subscribe", "request_id": "big", "after_seq": 1})).await;
     assert_eq!(client.follow(Log::after(1)).await, log);
 }
 
-/// A masked text frame of at most 125 bytes; its mask is zero.
+/// Returns a masked text frame of at most 125 bytes with a mask of zeros.
 fn text_frame(text: &str) -> Vec<u8> {
     let length = u8::try_from(text.len()).unwrap();
     [&[0x81, 0x80 | length, 0, 0, 0, 0], text.as_bytes()].concat()
 }
 
 #[tokio::test]
-async fn a_grpc_message_beyond_the_limit_names_it() {
+async fn a_grpc_message_over_the_limit_reports_the_option() {
     let server =
         Server::start(&["limits.max_payload_bytes=2048", "limits.max_output_chunk_bytes=2048"]);
     let api = Api::new(&server.url, &server.token("acme", "ann", &[])).unwrap();
@@ -176,9 +179,9 @@ async fn the_largest_payload_can_be_echoed() {
 }
 
 #[tokio::test]
-async fn watches_of_running_requests_give_the_memory_of_a_large_chunk_back() {
+async fn watches_of_running_requests_release_the_memory_of_large_chunks() {
     const REQUESTS: usize = 75;
-    // Worker and client give no signs of life.
+    // Worker and client send no heartbeats.
     let server = Server::start(&[
         "execution.tenant_share_percent=100",
         "execution.lease_ms=600000",
@@ -201,10 +204,10 @@ async fn watches_of_running_requests_give_the_memory_of_a_large_chunk_back() {
     while chunks < REQUESTS {
         chunks += usize::from(client.next().await["type"] == "output");
     }
-    // Each request goes on, without news. The last events are 64 MiB in the progress service and 75 MB in the
-    // gateway; buffers of the watches would be 225 MB more.
-    in_time("memory", async {
-        // The allocator gives memory back when the server has something to do.
+    // The requests are still running. The last events take 64 MiB in the progress service and 75 MB in the
+    // gateway; buffers of the watches would take 225 MB more.
+    in_time("the release of memory", async {
+        // The allocator releases memory only while the server is active.
         while server.resident_bytes() > before + 200 * 1024 * 1024 {
             metrics(&server.url).await;
         }
@@ -213,14 +216,14 @@ async fn watches_of_running_requests_give_the_memory_of_a_large_chunk_back() {
 }
 
 #[tokio::test]
-async fn small_chunks_of_running_requests_take_little_memory() {
+async fn small_chunks_of_running_requests_use_little_memory() {
     const REQUESTS: usize = 200;
     const CHUNKS: usize = 150;
     let server = Server::start(&[]);
     let mut client = Client::connect(&server.url, &server.token("acme", "ann", &[])).await;
     let before = server.peak_resident_bytes();
     for _ in 0..REQUESTS {
-        // Paced, so that each chunk comes in a message of its own.
+        // Paced, so that each chunk arrives in a separate message.
         let payload = json!({"steps": CHUNKS, "delay_ms": 10, "output_chunks": CHUNKS,
             "chunk_bytes": 150});
         client.send(json!({"action": "echo_async", "payload": payload})).await;
@@ -230,6 +233,6 @@ async fn small_chunks_of_running_requests_take_little_memory() {
         completed += usize::from(client.next().await["type"] == "complete");
     }
     let grown = server.peak_resident_bytes().saturating_sub(before);
-    // The events themselves are 20 MB. With the buffer that each came in they would be 240 MB more.
+    // The events take 20 MB; the receive buffer of each would take 240 MB more.
     assert!(grown < 128 * 1024 * 1024, "{} MiB", grown / 1024 / 1024);
 }

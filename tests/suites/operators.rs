@@ -1,4 +1,4 @@
-//! What an operator may see, and what the audit log says of everyone.
+//! Permissions of operators, and the audit log.
 #![allow(clippy::unwrap_used, reason = "in tests, a panic is the report")]
 
 use std::{
@@ -18,8 +18,8 @@ use streamer_rpc::json_payload;
 use streamer_tests::{Client, LoopbackAddress, Server};
 use tonic::Code;
 
-/// A server with an audit log, in a file in its data folder.
-fn audited() -> Server {
+/// Starts a server with an audit log in its data folder.
+fn audited_server() -> Server {
     let data = tempfile::tempdir().unwrap();
     let file = data.path().join("audit.jsonl");
     Server::start_in(
@@ -28,7 +28,7 @@ fn audited() -> Server {
     )
 }
 
-/// Stops the server and reads its audit log, without times.
+/// Stops the server; returns the records of its audit log without their times.
 fn records(mut server: Server) -> Vec<Value> {
     assert_eq!(server.stop(), Some(0));
     let text = fs::read_to_string(server.data().join("audit.jsonl")).unwrap();
@@ -45,7 +45,7 @@ fn api(server: &Server, tenant: &str, user: &str, permissions: &[&str]) -> Api {
     Api::new(&server.url, &server.token(tenant, user, permissions)).unwrap()
 }
 
-/// Status and body of the answer to a plain HTTP request.
+/// Returns status and body of the response to a plain HTTP request.
 fn get(address: &str, path: &str, token: &str) -> (u16, String) {
     let mut socket = TcpStream::connect(address.trim_start_matches("http://")).unwrap();
     write!(socket, "GET {path} HTTP/1.1\r\nHost: a\r\nConnection: close\r\n{token}\r\n").unwrap();
@@ -56,18 +56,18 @@ fn get(address: &str, path: &str, token: &str) -> (u16, String) {
 }
 
 #[tokio::test]
-async fn only_an_operator_lists_the_requests_of_any_tenant() {
-    let server = audited();
+async fn only_an_operator_can_list_the_requests_of_other_tenants() {
+    let server = audited_server();
     let mut client = Client::connect(&server.url, &server.token("acme", "ann", &[])).await;
     client.submit("r", "echo_async", json!({})).await;
     let of_acme = || ListRequest { tenant_id: "acme".into(), ..ListRequest::default() };
     for (tenant, permissions) in
         [("acme", vec!["*"]), ("evil", vec!["*"]), ("evil", vec!["operator:*", "requests:*"])]
     {
-        let stranger = api(&server, tenant, "eve", &permissions);
-        let refused = stranger.router().list(stranger.call(of_acme())).await.unwrap_err();
+        let other = api(&server, tenant, "eve", &permissions);
+        let refused = other.router().list(other.call(of_acme())).await.unwrap_err();
         assert_eq!(refused.code(), Code::PermissionDenied);
-        assert_eq!(refused.message(), "permission operator is needed");
+        assert_eq!(refused.message(), "permission operator is required");
     }
     let operator = api(&server, "ops", "olga", &["operator"]);
     let page = operator.router().list(operator.call(of_acme())).await.unwrap().into_inner();
@@ -76,21 +76,21 @@ async fn only_an_operator_lists_the_requests_of_any_tenant() {
         (&*request.tenant_id, &*request.user_id, &*request.request_id),
         ("acme", "ann", "r")
     );
-    // Nothing else of the tenant.
+    // Other actions are not permitted.
     let cancel = CancelRequest { request_id: request.uid.clone(), reason: String::new() };
     let refused = operator.router().cancel(operator.call(cancel)).await.unwrap_err();
     assert_eq!(refused.code(), Code::NotFound);
     let records = records(server);
     let list = "/streamer.router.v1.RouterService/List";
     let refused = json!({
-        "call": list, "outcome": "PERMISSION_DENIED", "reason": "permission operator is needed",
+        "call": list, "outcome": "PERMISSION_DENIED", "reason": "permission operator is required",
         "tenant": "evil", "user": "eve", "from": "127.0.0.1",
     });
     assert_eq!(records[1]["from"].as_str().unwrap().split('.').next(), Some("127"));
     let mut second = records[1].clone();
     second["from"] = json!("127.0.0.1");
     assert_eq!(second, refused);
-    let seen: Vec<_> = records[3..]
+    let audited: Vec<_> = records[3..]
         .iter()
         .map(|record| {
             ["call", "outcome", "tenant", "subject"]
@@ -98,7 +98,7 @@ async fn only_an_operator_lists_the_requests_of_any_tenant() {
         })
         .collect();
     assert_eq!(
-        seen,
+        audited,
         [
             [list, "OK", "ops", "acme"],
             ["/streamer.router.v1.RouterService/Cancel", "NOT_FOUND", "ops", &request.uid],
@@ -107,13 +107,13 @@ async fn only_an_operator_lists_the_requests_of_any_tenant() {
 }
 
 #[tokio::test]
-async fn the_audit_log_says_who_did_what_to_whose_and_from_where() {
-    let server = audited();
+async fn the_audit_log_records_caller_action_owner_and_address() {
+    let server = audited_server();
     let mut ann = Client::connect(&server.url, &server.token("acme", "ann", &[])).await;
     ann.submit("r", "echo_async", json!({ "secret": "payload", "delay_ms": 60_000, "steps": 9 }))
         .await;
     let bob = api(&server, "acme", "bob", &["requests:write", "requests:read", "connections:*"]);
-    // What another user may not.
+    // A user without the permissions to write and to send.
     let eve = api(&server, "acme", "eve", &["requests:read"]);
     let uid = {
         let list = bob.router().list(bob.call(ListRequest::default())).await.unwrap();
@@ -136,8 +136,10 @@ async fn the_audit_log_says_who_did_what_to_whose_and_from_where() {
     let mut operations = OperationsClient::new(endpoint.connect().await.unwrap());
     let delete = DeleteOperationRequest { name: "operations/missing".into() };
     assert!(operations.delete_operation(bob.call(delete)).await.is_err());
-    let stranger = Api::new(&server.url, "no.real.token").unwrap();
-    assert!(stranger.router().list(stranger.call(ListRequest::default())).await.is_err());
+    let unauthenticated = Api::new(&server.url, "no.real.token").unwrap();
+    assert!(
+        unauthenticated.router().list(unauthenticated.call(ListRequest::default())).await.is_err()
+    );
     assert!(Client::try_connect(&server.url, "no.real.token").await.is_err());
     drop(ann);
     let records = records(server);
@@ -145,7 +147,7 @@ async fn the_audit_log_says_who_did_what_to_whose_and_from_where() {
     for hidden in ["payload", "secret", "no.real"] {
         assert!(!text.contains(hidden), "{hidden}: {text}");
     }
-    let said: Vec<_> = records
+    let audited: Vec<_> = records
         .iter()
         .map(|record| {
             assert!(record["from"].as_str().unwrap().starts_with("127."), "{record}");
@@ -155,7 +157,7 @@ async fn the_audit_log_says_who_did_what_to_whose_and_from_where() {
         })
         .collect();
     assert_eq!(
-        said,
+        audited,
         [
             format!("Cancel PERMISSION_DENIED eve {uid} ann"),
             format!("Cancel OK bob {uid} ann"),
@@ -170,7 +172,7 @@ async fn the_audit_log_says_who_did_what_to_whose_and_from_where() {
 }
 
 #[tokio::test]
-async fn an_audit_log_that_cannot_be_opened_keeps_the_server_from_starting() {
+async fn the_server_does_not_start_if_the_audit_log_cannot_be_opened() {
     let data = tempfile::tempdir().unwrap();
     let output = streamer_tests::Process::command(streamer_tests::binary())
         .args(["up", "--listen", "127.0.0.1:0", "--set", "audit.file=/does/not/exist", "--data"])
@@ -184,26 +186,27 @@ async fn an_audit_log_that_cannot_be_opened_keeps_the_server_from_starting() {
 }
 
 #[tokio::test]
-async fn metrics_can_have_an_address_of_their_own_and_be_for_operators_only() {
+async fn metrics_can_use_a_separate_address_and_require_an_operator() {
     let claim = LoopbackAddress::claim();
-    let own = claim.next().to_string();
+    let separate = claim.next().to_string();
     let server = Server::start(&[
-        &format!("server.metrics_listen={own}"),
+        &format!("server.metrics_listen={separate}"),
         "server.metrics_need_operator=true",
     ]);
     assert_eq!(get(&server.url, "/metrics", "").0, 404);
-    assert_eq!(get(&own, "/healthz", "").0, 404);
+    assert_eq!(get(&separate, "/healthz", "").0, 404);
     let bearer = |token: String| format!("Authorization: Bearer {token}\r\n");
-    let (status, body) = get(&own, "/metrics", "");
+    let (status, body) = get(&separate, "/metrics", "");
     assert_eq!((status, body.contains("token")), (401, true), "{body}");
-    let (status, body) = get(&own, "/metrics", &bearer(server.token("acme", "ann", &["*"])));
-    assert_eq!((status, &*body), (403, "permission operator is needed\n"));
-    let (status, body) = get(&own, "/metrics", &bearer(server.token("ops", "olga", &["operator"])));
+    let (status, body) = get(&separate, "/metrics", &bearer(server.token("acme", "ann", &["*"])));
+    assert_eq!((status, &*body), (403, "permission operator is required\n"));
+    let (status, body) =
+        get(&separate, "/metrics", &bearer(server.token("ops", "olga", &["operator"])));
     assert_eq!((status, body.contains("streamer_router_refused_total")), (200, true));
 }
 
 #[tokio::test]
-async fn a_service_token_is_explained_where_it_has_no_use() {
+async fn a_service_token_is_rejected_with_an_explanation_by_a_single_process() {
     let server = Server::start(&[]);
     let api = api(&server, "acme", "ann", &[]);
     let mut call = api.call(ListRequest::default());

@@ -1,4 +1,4 @@
-//! How much tenants and users may have.
+//! Quotas of tenants and users.
 #![allow(clippy::unwrap_used, reason = "in tests, a panic is the report")]
 
 use std::{fs, io::BufRead};
@@ -18,7 +18,7 @@ use tempfile::TempDir;
 use tonic::{Code, Status};
 use tonic_types::StatusExt;
 
-/// A request that stays queued.
+/// Submits a request that stays queued; returns its uid.
 async fn submit_delayed(api: &Api, payload: String) -> Result<String, Status> {
     let request = SubmitRequest {
         action: "echo_async".into(),
@@ -33,7 +33,7 @@ fn delayed(id: &str) -> Value {
     json!({"id": id, "action": "echo_async", "delay_ms": 3_600_000})
 }
 
-/// The violated quota of a refusal.
+/// Returns the violated quota of a rejection.
 fn quota(refused: &Status) -> String {
     assert_eq!(refused.code(), Code::ResourceExhausted, "{refused}");
     let quota = refused.get_details_quota_failure().unwrap();
@@ -41,7 +41,7 @@ fn quota(refused: &Status) -> String {
 }
 
 #[tokio::test]
-async fn queued_requests_are_bounded_whichever_way_they_come() {
+async fn queued_requests_are_limited_across_protocols() {
     let server = Server::start(&[
         "limits.queued_requests_per_tenant=5",
         "limits.queued_requests_per_user=3",
@@ -58,7 +58,7 @@ async fn queued_requests_are_bounded_whichever_way_they_come() {
     let option = "limits.queued_requests_per_user";
     assert_eq!(refused["error"]["details"]["limit"], option);
     assert_eq!(refused["error"]["details"]["retry_after_ms"], 1000);
-    // What was submitted before is found, not refused.
+    // A repeated submission is acknowledged, not rejected.
     assert_eq!(client.ask(delayed("b")).await["type"], "acknowledgment");
 
     let refused = submit_delayed(&ann, "{}".into()).await.unwrap_err();
@@ -71,15 +71,15 @@ async fn queued_requests_are_bounded_whichever_way_they_come() {
     assert_eq!(quota(&refused), "limits.queued_requests_per_tenant");
     submit_delayed(&api("globex", "ann"), "{}".into()).await.unwrap();
     let metrics = metrics(&server.url).await;
-    let use_of = |option: &str| {
+    let usage_of = |option: &str| {
         let name = format!("streamer_tenant_limit_use_ratio{{limit=\"{option}\"}} ");
         let value = metrics.lines().find_map(|line| line.strip_prefix(&name)).unwrap();
         value.parse::<f64>().unwrap()
     };
-    assert!((use_of(option) - 1.0).abs() < 1e-9, "{metrics}");
-    assert!(use_of("limits.watches_per_user") < 0.01);
+    assert!((usage_of(option) - 1.0).abs() < 1e-9, "{metrics}");
+    assert!(usage_of("limits.watches_per_user") < 0.01);
 
-    // What leaves the queue makes room, and a redrive needs room as well.
+    // Requests that leave the queue no longer count, and a redrive counts as well.
     let cancel = json!({"type": "cancel", "request_id": first});
     assert_eq!(client.ask(cancel).await["type"], "acknowledgment");
     assert_eq!(client.ask(delayed("c")).await["type"], "acknowledgment");
@@ -94,7 +94,7 @@ async fn a_page_of_redriven_requests_ends_where_the_queue_is_full() {
         "limits.queued_requests_per_user=3",
         "execution.max_concurrent_attempts=1",
     ]);
-    // It has the only slot, so what is redriven stays queued.
+    // Occupies the only slot, so that redriven requests stay queued.
     let mut other = Client::connect(&server.url, &server.token("globex", "ann", &[])).await;
     other.submit("long", "echo_async", json!({"steps": 1, "delay_ms": 3_600_000})).await;
     assert_eq!(other.next().await["type"], "started");
@@ -123,7 +123,7 @@ async fn a_page_of_redriven_requests_ends_where_the_queue_is_full() {
     let page = api.router().redrive_many(api.call(redrive.clone())).await.unwrap().into_inner();
     assert_eq!(page.redriven.len(), 1);
     assert!(page.redriven[0].error.is_none(), "{page:?}");
-    // The next page begins with the one that found no room.
+    // The next page starts with the request that exceeded the quota.
     redrive.page_token = page.next_page_token;
     cancel(queued.remove(0)).await;
     let page = api.router().redrive_many(api.call(redrive)).await.unwrap().into_inner();
@@ -131,7 +131,7 @@ async fn a_page_of_redriven_requests_ends_where_the_queue_is_full() {
 }
 
 #[tokio::test]
-async fn queued_requests_are_counted_after_a_restart_too() {
+async fn queued_requests_count_after_a_restart() {
     let mut server = Server::start(&["limits.queued_requests_per_user=3"]);
     let token = server.token("acme", "ann", &[]);
     let api = Api::new(&server.url, &token).unwrap();
@@ -145,7 +145,7 @@ async fn queued_requests_are_counted_after_a_restart_too() {
 }
 
 #[tokio::test]
-async fn stored_bytes_are_bounded_where_the_operator_says_so() {
+async fn stored_bytes_are_limited_by_the_option() {
     let server = Server::start(&["limits.stored_bytes_per_tenant=100000"]);
     let api = |tenant: &str| Api::new(&server.url, &server.token(tenant, "ann", &[])).unwrap();
     let (acme, globex) = (api("acme"), api("globex"));
@@ -154,12 +154,12 @@ async fn stored_bytes_are_bounded_where_the_operator_says_so() {
     submit_delayed(&acme, large()).await.unwrap();
     let refused = submit_delayed(&acme, large()).await.unwrap_err();
     assert_eq!(quota(&refused), "limits.stored_bytes_per_tenant");
-    assert!(refused.get_details_retry_info().is_none(), "waiting does not help");
+    assert!(refused.get_details_retry_info().is_none(), "a retry cannot succeed");
     submit_delayed(&globex, large()).await.unwrap();
 }
 
 #[tokio::test]
-async fn watches_of_a_user_are_bounded_over_all_connections() {
+async fn watches_of_a_user_are_limited_across_connections() {
     let server = Server::start(&["limits.watches_per_user=3"]);
     let token = server.token("acme", "ann", &[]);
     let api = Api::new(&server.url, &token).unwrap();
@@ -179,14 +179,14 @@ async fn watches_of_a_user_are_bounded_over_all_connections() {
     let refused = first.ask(json!({"type": "subscribe", "request_id": "b"})).await;
     assert_eq!(refused["error"]["details"]["limit"], option, "{refused}");
     assert_eq!(refused["error"]["details"]["retry_after_ms"], 1000);
-    // What only services may state changes nothing.
+    // Headers of services are ignored in calls of clients.
     for header in ["streamer-watch-counted", "streamer-forwarded"] {
         let watch = WatchRequest { request_id: "b".into(), ..WatchRequest::default() };
         let mut call = api.call(watch);
         call.metadata_mut().insert(header, "1".parse().unwrap());
         assert_eq!(quota(&api.progress().watch(call).await.unwrap_err()), option);
     }
-    // A submission is acknowledged also where its `wait` would be one watch too many.
+    // A submission is acknowledged even if its `wait` would exceed the limit of watches.
     let submit = SubmitRequest {
         action: "echo_async".into(),
         payload: Some(json_payload("{}")),
@@ -198,21 +198,21 @@ async fn watches_of_a_user_are_bounded_over_all_connections() {
     let refused = second.ask(delayed("c")).await;
     assert_eq!(refused["error"]["details"]["limit"], option, "{refused}");
 
-    // Each end makes room.
+    // Ended watches no longer count.
     second.ask(json!({"type": "unsubscribe", "request_id": "b"})).await;
     assert_eq!(second.ask(delayed("c")).await["type"], "acknowledgment");
     drop(open);
-    in_time("room for a watch", async { while watch("a").await.is_err() {} }).await;
+    in_time("a watch within the limit", async { while watch("a").await.is_err() {} }).await;
     drop(second);
     let subscribe = json!({"type": "subscribe", "request_id": "b"});
-    in_time("room for a subscription", async {
+    in_time("a subscription within the limit", async {
         while first.ask(subscribe.clone()).await["type"] != "subscribed" {}
     })
     .await;
 }
 
 #[tokio::test]
-async fn limits_of_tenants_are_read_again_on_sighup() {
+async fn tenant_limits_are_reloaded_on_sighup() {
     let data = TempDir::with_prefix("streamer-test-").unwrap();
     let file = data.path().join("streamer.toml");
     let write = |text: &str| fs::write(&file, text).unwrap();
@@ -232,19 +232,19 @@ async fn limits_of_tenants_are_read_again_on_sighup() {
 
     let limits = "[limits]\nqueued_requests_per_user = 1\n[tenants.acme]\n";
     write(&format!("{limits}queued_requests_per_user = 2\n"));
-    let said = reload();
-    assert!(said.contains("were read again"), "{said}");
+    let line = reload();
+    assert!(line.contains("Tenant limits reloaded"), "{line}");
     submit_delayed(&acme, "{}".into()).await.unwrap();
     submit_delayed(&acme, "{}".into()).await.unwrap_err();
     submit_delayed(&globex, "{}".into()).await.unwrap_err();
 
     // An error changes nothing.
     write(&format!("{limits}queued_requests_per_user = -1\n"));
-    let said = reload();
-    assert!(said.contains("are not changed"), "{said}");
+    let line = reload();
+    assert!(line.contains("tenant limits not changed"), "{line}");
     submit_delayed(&acme, "{}".into()).await.unwrap_err();
 
-    // No process reads standard error.
+    // Standard error is closed.
     drop(log);
     write(&format!("{limits}queued_requests_per_user = 3\n"));
     server.reload();

@@ -1,4 +1,4 @@
-//! The rules of the house that a program can check.
+//! Rules of the repository that a program can check.
 #![allow(clippy::unwrap_used, reason = "in tests, a panic is the report")]
 
 use std::{collections::BTreeSet, path::PathBuf};
@@ -10,7 +10,7 @@ fn root() -> PathBuf {
     PathBuf::from(env!("CARGO_MANIFEST_DIR")).parent().unwrap().to_owned()
 }
 
-/// A service never depends on another: they meet as generated clients over a channel.
+/// Services call each other only through generated clients over a channel.
 #[test]
 fn services_do_not_depend_on_each_other() {
     const SERVICES: [&str; 4] =
@@ -45,18 +45,18 @@ fn sources(pattern: &str) -> Vec<String> {
 }
 
 #[test]
-fn source_files_explain_themselves_and_stay_readable() {
+fn source_files_have_module_docs_and_at_most_500_lines() {
     let files = sources("*.rs");
     assert!(files.len() > 50, "the sources were not found");
     for file in files {
         let text = std::fs::read_to_string(root().join(&file)).unwrap();
         let is_test = file.ends_with("tests.rs") || file.starts_with("tests/");
-        assert!(is_test || text.starts_with("//!"), "{file} does not open with //!");
+        assert!(is_test || text.starts_with("//!"), "{file} does not start with //!");
         assert!(is_test || text.lines().count() <= 500, "{file} has over 500 lines");
     }
 }
 
-/// A process that is started in a different way outlives a test that panics or is killed.
+/// Other processes outlive a test that panics or is killed.
 #[test]
 fn tests_start_processes_through_the_harness() {
     for file in sources("tests/*.rs") {
@@ -66,14 +66,14 @@ fn tests_start_processes_through_the_harness() {
     }
 }
 
-/// Returns what stands in backquotes in the first column of the tables below this heading.
+/// Returns the backquoted names in the first column of the tables below this heading.
 fn documented(text: &str, heading: &str) -> BTreeSet<String> {
     let part = text.split_once(heading).unwrap().1.split("\n## ").next().unwrap();
     let rows = part.lines().filter_map(|line| line.strip_prefix("| `"));
     rows.map(|row| row.split('`').next().unwrap().to_owned()).collect()
 }
 
-/// Returns the words after each occurrence of `before`, as far as `is_part` goes.
+/// Returns the word after each occurrence of `before`; `is_part` accepts its characters.
 fn words_after(text: &str, before: &str, is_part: impl Fn(char) -> bool) -> Vec<String> {
     let rest = text.split(before).skip(1);
     rest.map(|rest| rest.trim_start().trim_start_matches('"'))

@@ -1,4 +1,4 @@
-"""Servers and clients for the tests."""
+"""Fixtures: servers, clients and workers."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from streamer import Client, Worker
 
 @pytest.fixture(scope="session")
 def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
-    """The server that most tests share."""
+    """The server shared by most tests."""
     server = Server(tmp_path_factory.mktemp("server"), execution__cancel_grace_ms=300)
     server.start()
     yield server
@@ -22,7 +22,7 @@ def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
 
 @pytest.fixture
 def new_server(tmp_path: Path) -> Iterator[Callable[..., Server]]:
-    """Starts servers for a test that ends them, or needs other options."""
+    """Starts servers for tests that stop them or need other options."""
     servers: list[Server] = []
 
     def start(**options: object) -> Server:
@@ -45,5 +45,5 @@ async def client(server: Server) -> AsyncIterator[Client]:
 
 @pytest.fixture
 def new_worker(server: Server) -> Callable[[], Worker]:
-    """Makes workers for the shared server."""
+    """Creates workers for the shared server."""
     return lambda: Worker(server.url, server.token("worker:*"))

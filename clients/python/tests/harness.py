@@ -1,4 +1,4 @@
-"""A real server, a proxy that can be cut, and waiting for what comes about."""
+"""A real server, a proxy that can break connections, and waiting with a timeout."""
 
 from __future__ import annotations
 
@@ -16,31 +16,31 @@ from urllib.parse import urlsplit
 
 from streamer import Client, Worker
 
-_Outcome = TypeVar("_Outcome")
+_Result = TypeVar("_Result")
 
-# How long anything may take before a test fails; nothing is expected to take so long.
-PATIENCE = 30.0
+# Timeout of every wait, in seconds; only a failure reaches it.
+TIMEOUT = 30.0
 
 
 def binary() -> str:
-    """The server's binary."""
+    """Returns the path of the server binary."""
     path = os.environ.get("STREAMER_TESTS_BINARY")
-    assert path, "STREAMER_TESTS_BINARY must name the streamer binary: these tests need it"
+    assert path, "STREAMER_TESTS_BINARY must be the path of the streamer binary"
     return path
 
 
 def environment() -> dict[str, str]:
-    """Without what would configure the server."""
+    """Returns the environment without variables that configure the server."""
     return {name: text for name, text in os.environ.items() if not name.startswith("STREAMER_")}
 
 
-# Held on an address for as long as it is claimed, as in tests/harness/loopback.rs.
+# Port that is bound on an address while it is claimed, as in tests/harness/loopback.rs.
 CLAIM_PORT = 10_000
-# Of a server: below the ports that the system hands out to connections.
+# Port of a server, below the ephemeral ports of the system.
 SERVER_PORT = 10_001
 
-# Before a command: the kernel ends the process when the test process ends, however that ends.
-ENDS_WITH_TESTS = ("setpriv", "--pdeathsig", "KILL", "--")
+# Command prefix: the kernel kills the process when the test process exits.
+KILLED_WITH_TESTS = ("setpriv", "--pdeathsig", "KILL", "--")
 
 
 def claim_loopback_address() -> tuple[str, socket.socket]:
@@ -57,7 +57,7 @@ def claim_loopback_address() -> tuple[str, socket.socket]:
 
 
 class Server:
-    """A server process with a data folder and a loopback address of its own."""
+    """A server process with its own data folder and loopback address."""
 
     def __init__(self, data: Path, **options: object) -> None:
         self._data = data
@@ -75,10 +75,10 @@ class Server:
         return f"ws://{self._address}/ws"
 
     def start(self) -> None:
-        """Starts it, and waits until it is ready."""
+        """Starts the server, and waits until it is ready."""
         sets = [f"--set={name.replace('__', '.')}={value}" for name, value in self._options.items()]
         arguments = ["up", "--listen", self._address, "--data", str(self._data), *sets]
-        command = [*ENDS_WITH_TESTS, binary(), *arguments]
+        command = [*KILLED_WITH_TESTS, binary(), *arguments]
         with self._data.with_suffix(".log").open("a") as log:
             self._process = subprocess.Popen(
                 command, stdout=subprocess.PIPE, stderr=log, text=True, env=environment()
@@ -87,54 +87,54 @@ class Server:
         for line in self._process.stdout:
             if line.startswith(f"Streamer is ready: {self.url} "):
                 return
-        logged = self._data.with_suffix(".log").read_text()
-        raise AssertionError(f"the server ended before it was ready: {logged}")
+        log_text = self._data.with_suffix(".log").read_text()
+        raise AssertionError(f"the server exited before it was ready: {log_text}")
 
     def kill(self) -> None:
-        """Ends it at once."""
-        self._end(signal.SIGKILL)
+        """Kills the server with SIGKILL."""
+        self._signal_and_wait(signal.SIGKILL)
 
     def stop(self) -> None:
-        """Asks it to end, and waits until it has."""
-        self._end(signal.SIGTERM)
+        """Stops the server with SIGTERM, and waits until it exits."""
+        self._signal_and_wait(signal.SIGTERM)
 
     def close(self) -> None:
-        """Stops it for good, and releases its address."""
+        """Stops the server and releases its address."""
         self.stop()
         self._claim.close()
 
-    def _end(self, how: signal.Signals) -> None:
+    def _signal_and_wait(self, number: signal.Signals) -> None:
         if self._process is not None:
-            self._process.send_signal(how)
+            self._process.send_signal(number)
             self._process.communicate()
             self._process = None
 
     def token(self, permissions: str = "*", user: str = "u", expires: str = "1h") -> str:
-        """A token of tenant `dev`."""
+        """Returns a token of tenant `dev`."""
         command = [binary(), "token", "--data", str(self._data), "--tenant", "dev"]
         command += ["--user", user, "--permissions", permissions, "--expires", expires]
-        told = subprocess.run(
+        result = subprocess.run(
             command, check=True, capture_output=True, text=True, env=environment()
         )
-        return told.stdout.strip()
+        return result.stdout.strip()
 
 
 @final
 class Proxy:
-    """Forwards TCP connections to a server until they are cut. What it sends can be held back."""
+    """Forwards TCP connections to a server; can break them, and pause the server's data."""
 
     def __init__(self, url: str) -> None:
         target = urlsplit(url)
         self._target = (target.hostname, target.port)
         self._listener: asyncio.Server | None = None
         self._closed = False
-        self._passing: set[asyncio.Task[None]] = set()
+        self._tasks: set[asyncio.Task[None]] = set()
         self._writers: set[asyncio.StreamWriter] = set()
-        self._flowing = asyncio.Event()
-        self._flowing.set()
+        self._running = asyncio.Event()
+        self._running.set()
         self.port = 0
         self.connections = 0
-        """How many there have been."""
+        """Number of connections accepted so far."""
 
     async def __aenter__(self) -> Proxy:
         self._listener = await asyncio.start_server(self._accept, "127.0.0.1", 0)
@@ -145,9 +145,9 @@ class Proxy:
         assert self._listener is not None
         self._closed = True
         self._listener.close()
-        self.cut()
-        while self._passing:
-            await asyncio.wait(self._passing)
+        self.disconnect()
+        while self._tasks:
+            await asyncio.wait(self._tasks)
 
     @property
     def url(self) -> str:
@@ -157,48 +157,48 @@ class Proxy:
     def websocket_url(self) -> str:
         return f"ws://127.0.0.1:{self.port}/ws"
 
-    def hold(self) -> None:
-        """What the server says is held back from now on."""
-        self._flowing.clear()
+    def pause(self) -> None:
+        """Stops forwarding data from the server."""
+        self._running.clear()
 
-    def release(self) -> None:
-        """What was held back flows again."""
-        self._flowing.set()
+    def resume(self) -> None:
+        """Forwards data from the server again."""
+        self._running.set()
 
-    def cut(self) -> None:
-        """Breaks every connection; what was held back is lost with it."""
+    def disconnect(self) -> None:
+        """Breaks every connection; data held back by `pause` is lost."""
         for writer in self._writers:
             writer.transport.abort()
         self._writers.clear()
-        self.release()
+        self.resume()
 
     def _accept(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         self.connections += 1
-        passing = asyncio.ensure_future(self._serve(reader, writer))
-        self._passing.add(passing)
-        passing.add_done_callback(self._passing.discard)
+        task = asyncio.ensure_future(self._serve(reader, writer))
+        self._tasks.add(task)
+        task.add_done_callback(self._tasks.discard)
 
     async def _serve(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         try:
-            far_reader, far_writer = await asyncio.open_connection(*self._target)
+            server_reader, server_writer = await asyncio.open_connection(*self._target)
         except OSError:
             writer.transport.abort()
             return
-        self._writers |= {writer, far_writer}
+        self._writers |= {writer, server_writer}
         if self._closed:
-            self.cut()
+            self.disconnect()
         await asyncio.gather(
-            self._pass_on(reader, far_writer, held=False),
-            self._pass_on(far_reader, writer, held=True),
+            self._forward(reader, server_writer, pausable=False),
+            self._forward(server_reader, writer, pausable=True),
         )
 
-    async def _pass_on(
-        self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter, *, held: bool
+    async def _forward(
+        self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter, *, pausable: bool
     ) -> None:
         with contextlib.suppress(OSError):
             while data := await reader.read(65536):
-                if held:
-                    await self._flowing.wait()
+                if pausable:
+                    await self._running.wait()
                 if writer.transport.is_closing():
                     return
                 writer.write(data)
@@ -208,33 +208,33 @@ class Proxy:
 
 @contextlib.asynccontextmanager
 async def serving(worker: Worker, server: Server) -> AsyncIterator[Worker]:
-    """Runs a worker, from when the server knows its actions."""
+    """Runs a worker; the body starts once the server lists the worker's actions."""
     running = asyncio.create_task(worker.serve())
     try:
-        await soon(worker.connected.wait())
+        await within_timeout(worker.connected.wait())
         async with Client(server.url, server.token()) as client:
-            await until(lambda: _offered(client, worker))
+            await poll_until(lambda: _is_offered(client, worker))
         yield worker
     finally:
         await worker.stop(0)
-        await soon(running)
+        await within_timeout(running)
 
 
-async def _offered(client: Client, worker: Worker) -> bool:
+async def _is_offered(client: Client, worker: Worker) -> bool:
     offered = {action.name for action in await client.actions() if action.workers}
     return offered >= set(worker._actions)
 
 
-async def soon(what: Awaitable[_Outcome]) -> _Outcome:
-    """Waits for it, but not for ever."""
-    return await asyncio.wait_for(what, PATIENCE)
+async def within_timeout(awaitable: Awaitable[_Result]) -> _Result:
+    """Waits for `awaitable`; fails the test after `TIMEOUT` seconds."""
+    return await asyncio.wait_for(awaitable, TIMEOUT)
 
 
-async def until(holds: Callable[[], Awaitable[bool]]) -> None:
-    """Waits until something holds that nobody tells of."""
+async def poll_until(condition: Callable[[], Awaitable[bool]]) -> None:
+    """Polls `condition` until it is true; fails the test after `TIMEOUT` seconds."""
 
-    async def ask() -> None:
-        while not await holds():
+    async def poll() -> None:
+        while not await condition():
             await asyncio.sleep(0.02)
 
-    await soon(ask())
+    await within_timeout(poll())

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from harness import ENDS_WITH_TESTS, Server, soon, until
+from harness import KILLED_WITH_TESTS, Server, poll_until, within_timeout
 
 from streamer import Client, InvalidPayload, events
 from streamer.testing import run_handler
@@ -23,7 +23,7 @@ are highest: these are spring tides. Dr. A. Doodson listed 388 tidal frequencies
 same everywhere? No: the shape of a bay can make the tide of the sea many times higher.
 
 Some tides drive power stations. A dam holds the water of the high tide back, and lets it drive
-turbines. Nobody has to burn anything for that."""
+turbines. No fuel has to burn for that."""
 
 
 def load() -> Any:
@@ -35,7 +35,7 @@ def load() -> Any:
     return module
 
 
-async def test_it_summarises_and_goes_on_from_a_checkpoint() -> None:
+async def test_the_summary_is_the_same_after_a_resume_from_a_checkpoint() -> None:
     handler, task = load().summarize_text, {"text": TEXT, "sentences": 2, "key_terms": 1}
     whole = await run_handler(handler, task)
     assert whole.error is None
@@ -56,24 +56,26 @@ async def test_it_summarises_and_goes_on_from_a_checkpoint() -> None:
     assert isinstance((await run_handler(handler, {"text": " "})).error, InvalidPayload)
 
 
-async def test_a_token_command_that_fails_brings_no_token() -> None:
+async def test_a_failing_token_command_raises() -> None:
     assert await load().printed_by("echo token") == "token"
     with pytest.raises(RuntimeError, match="status 3"):
         await load().printed_by("echo token; exit 3")
 
 
-async def test_it_serves_until_it_is_told_to_stop(server: Server, client: Client) -> None:
+async def test_it_serves_until_sigterm(server: Server, client: Client) -> None:
     environment = {**os.environ, "STREAMER_TOKEN": server.token("worker:*")}
     process = await asyncio.create_subprocess_exec(
-        *ENDS_WITH_TESTS, sys.executable, str(EXAMPLE), "--server", server.url, env=environment
+        *KILLED_WITH_TESTS, sys.executable, str(EXAMPLE), "--server", server.url, env=environment
     )
 
     async def is_offered() -> bool:
         return "summarize_text" in [action.name for action in await client.actions()]
 
-    await until(is_offered)
+    await poll_until(is_offered)
     output: list[events.Output] = []
-    result = await soon(client.run("summarize_text", {"text": TEXT}, on_output=output.append))
+    result = await within_timeout(
+        client.run("summarize_text", {"text": TEXT}, on_output=output.append)
+    )
     assert [one.value.strip() for one in output] == [one["text"] for one in result["sentences"]]
     process.terminate()
-    assert await soon(process.wait()) == 0
+    assert await within_timeout(process.wait()) == 0

@@ -1,4 +1,4 @@
-"""What happens to attempts when streams break, servers die, tokens expire, and workers stop."""
+"""Attempts when streams break, servers are killed, tokens expire, and workers stop."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from harness import ENDS_WITH_TESTS, PATIENCE, Proxy, Server, serving, soon, until
+from harness import KILLED_WITH_TESTS, TIMEOUT, Proxy, Server, poll_until, serving, within_timeout
 
 from streamer import Client, Context, Worker, events
 
@@ -23,7 +23,7 @@ def numbers(output: list[events.Output]) -> list[int]:
 async def test_a_broken_stream_is_resumed_without_duplicates(
     server: Server, client: Client
 ) -> None:
-    go_on = asyncio.Event()
+    proceed = asyncio.Event()
     attempts: list[int] = []
     async with Proxy(server.url) as proxy:
         worker = Worker(proxy.url, server.token("worker:*"))
@@ -35,7 +35,7 @@ async def test_a_broken_stream_is_resumed_without_duplicates(
                 await context.output(number)
                 await context.progress(number, "on the way")
             await context.save_checkpoint({"at": 100})
-            await go_on.wait()
+            await proceed.wait()
             for number in range(100, 200):
                 await context.output(number)
             return "done"
@@ -46,24 +46,24 @@ async def test_a_broken_stream_is_resumed_without_duplicates(
         def on_output(one: events.Output) -> None:
             output.append(one)
             if len(output) == 1:
-                # From here on no acknowledgment gets through.
-                proxy.hold()
+                # Acknowledgments no longer reach the worker.
+                proxy.pause()
             if len(output) == 100:
                 seen.set()
 
         async with serving(worker, server):
             running = asyncio.ensure_future(client.run("broken", on_output=on_output))
-            # The server has them all, and the worker does not know.
-            await soon(seen.wait())
-            proxy.cut()
-            go_on.set()
-            assert await soon(running) == "done"
+            # The server has stored all of them, and the worker has no acknowledgment.
+            await within_timeout(seen.wait())
+            proxy.disconnect()
+            proceed.set()
+            assert await within_timeout(running) == "done"
         assert proxy.connections >= 2
     assert numbers(output) == list(range(200))
     assert attempts == [1]
 
 
-async def test_a_stream_may_break_again_and_again(server: Server, client: Client) -> None:
+async def test_an_attempt_survives_repeated_disconnects(server: Server, client: Client) -> None:
     async with Proxy(server.url) as proxy:
         worker = Worker(proxy.url, server.token("worker:*"))
 
@@ -73,42 +73,40 @@ async def test_a_stream_may_break_again_and_again(server: Server, client: Client
                 await context.output(number)
                 if number % 10 == 5:
                     before = proxy.connections
-                    proxy.cut()
-                    # The worker has not noticed yet.
+                    proxy.disconnect()
+                    # The worker has not detected the disconnect yet.
                     while proxy.connections == before:
                         await asyncio.sleep(0.01)
                     await worker.connected.wait()
-            proxy.cut()
+            proxy.disconnect()
             return context.attempt
 
         output: list[events.Output] = []
         async with serving(worker, server):
-            assert await soon(client.run("again", on_output=output.append)) == 1
+            assert await within_timeout(client.run("again", on_output=output.append)) == 1
         assert proxy.connections >= 7
     assert numbers(output) == list(range(50))
 
 
-async def test_a_result_that_nobody_acknowledged_is_sent_again(
-    server: Server, client: Client
-) -> None:
+async def test_an_unacknowledged_result_is_sent_again(server: Server, client: Client) -> None:
     async with Proxy(server.url) as proxy:
         worker = Worker(proxy.url, server.token("worker:*"))
         returned = asyncio.Event()
 
         @worker.action("ends-alone")
         async def ends_alone(context: Context, payload: Any) -> str:
-            # The connection is gone before the result is on its way.
-            proxy.cut()
+            # The connection breaks before the result is sent.
+            proxy.disconnect()
             returned.set()
-            return "all the same"
+            return "returned"
 
         async with serving(worker, server):
             running = asyncio.ensure_future(client.run("ends-alone"))
-            await soon(returned.wait())
-            assert await soon(running) == "all the same"
+            await within_timeout(returned.wait())
+            assert await within_timeout(running) == "returned"
 
 
-async def test_a_handler_waits_while_too_much_is_not_acknowledged(
+async def test_a_handler_blocks_at_the_limit_of_unacknowledged_reports(
     server: Server, client: Client
 ) -> None:
     made = 0
@@ -118,7 +116,7 @@ async def test_a_handler_waits_while_too_much_is_not_acknowledged(
         @worker.action("floods")
         async def floods(context: Context, payload: Any) -> int:
             nonlocal made
-            proxy.hold()
+            proxy.pause()
             for number in range(3000):
                 await context.output(number)
                 made += 1
@@ -134,16 +132,16 @@ async def test_a_handler_waits_while_too_much_is_not_acknowledged(
 
         async with serving(worker, server):
             running = asyncio.ensure_future(client.run("floods", on_output=on_output))
-            await soon(seen.wait())
+            await within_timeout(seen.wait())
             assert made == 1024
-            proxy.release()
-            assert await soon(running) == 3000
+            proxy.resume()
+            assert await within_timeout(running) == 3000
     assert numbers(output) == list(range(3000))
 
 
-async def test_an_attempt_outlives_a_server_that_is_killed(new_server: NewServer) -> None:
+async def test_an_attempt_survives_a_killed_server(new_server: NewServer) -> None:
     server = new_server()
-    go_on = asyncio.Event()
+    proceed = asyncio.Event()
     attempts: list[int] = []
     worker = Worker(server.url, server.token("worker:*"))
 
@@ -152,7 +150,7 @@ async def test_an_attempt_outlives_a_server_that_is_killed(new_server: NewServer
         attempts.append(context.attempt)
         for number in range(10):
             await context.output(number)
-        await go_on.wait()
+        await proceed.wait()
         for number in range(10, 20):
             await context.output(number)
         return "done"
@@ -170,50 +168,50 @@ async def test_an_attempt_outlives_a_server_that_is_killed(new_server: NewServer
         serving(worker, server),
     ):
         running = asyncio.ensure_future(client.run("outlives", on_output=on_output))
-        await soon(seen.wait())
+        await within_timeout(seen.wait())
         server.kill()
-        go_on.set()
+        proceed.set()
         server.start()
-        assert await soon(running) == "done"
+        assert await within_timeout(running) == "done"
     assert numbers(output) == list(range(20))
     assert attempts == [1]
 
 
-async def test_a_stream_on_which_nothing_comes_back_is_given_up(new_server: NewServer) -> None:
+async def test_a_stream_without_heartbeat_replies_is_abandoned(new_server: NewServer) -> None:
     server = new_server(execution__lease_ms=900)
-    began, go_on = asyncio.Event(), asyncio.Event()
+    began, proceed = asyncio.Event(), asyncio.Event()
     async with Proxy(server.url) as proxy:
         worker = Worker(proxy.url, server.token("worker:*"))
 
         @worker.action("in-silence")
         async def in_silence(context: Context, payload: Any) -> int:
             began.set()
-            await go_on.wait()
+            await proceed.wait()
             return context.attempt
 
         async with Client(server.url, server.token()) as client, serving(worker, server):
             running = asyncio.ensure_future(client.run("in-silence"))
-            await soon(began.wait())
+            await within_timeout(began.wait())
             before = proxy.connections
-            proxy.hold()
+            proxy.pause()
 
-            async def came_again() -> bool:
+            async def reconnected() -> bool:
                 return proxy.connections > before
 
-            await until(came_again)
-            proxy.release()
-            go_on.set()
-            assert await soon(running) == 1
+            await poll_until(reconnected)
+            proxy.resume()
+            proceed.set()
+            assert await within_timeout(running) == 1
 
 
 async def test_a_fresh_token_is_sent_on_the_same_stream(server: Server, client: Client) -> None:
-    asked = 0
+    tokens = 0
     twice_renewed = asyncio.Event()
 
     async def token() -> str:
-        nonlocal asked
-        asked += 1
-        if asked == 3:
+        nonlocal tokens
+        tokens += 1
+        if tokens == 3:
             twice_renewed.set()
         return server.token("worker:*", expires="2s")
 
@@ -226,16 +224,14 @@ async def test_a_fresh_token_is_sent_on_the_same_stream(server: Server, client: 
             return "done"
 
         async with serving(worker, server):
-            assert await soon(client.run("outlasts")) == "done"
+            assert await within_timeout(client.run("outlasts")) == "done"
         assert proxy.connections == 1
 
 
-async def test_a_worker_that_is_stopped_hands_its_attempts_back(
-    server: Server, client: Client
-) -> None:
+async def test_a_stopped_worker_releases_its_attempts(server: Server, client: Client) -> None:
     token = server.token("worker:*")
     process = await asyncio.create_subprocess_exec(
-        *ENDS_WITH_TESTS,
+        *KILLED_WITH_TESTS,
         sys.executable,
         str(SCRIPT),
         server.url,
@@ -243,12 +239,12 @@ async def test_a_worker_that_is_stopped_hands_its_attempts_back(
         stdout=asyncio.subprocess.PIPE,
     )
     assert process.stdout is not None
-    assert await soon(process.stdout.readline()) == b"connected\n"
+    assert await within_timeout(process.stdout.readline()) == b"connected\n"
     output: list[events.Output] = []
     running = asyncio.ensure_future(
         client.run("waits", on_output=output.append, on_retry=lambda _: output.clear())
     )
-    assert await soon(process.stdout.readline()) == b"running\n"
+    assert await within_timeout(process.stdout.readline()) == b"running\n"
 
     worker = Worker(server.url, token)
 
@@ -259,29 +255,29 @@ async def test_a_worker_that_is_stopped_hands_its_attempts_back(
 
     async with serving(worker, server):
         process.terminate()
-        # Another attempt follows, though only one is allowed, from the checkpoint.
-        assert await soon(running) == [2, {"said": "goodbye"}]
+        # A released attempt is retried from its checkpoint, although `max_attempts` is 1.
+        assert await within_timeout(running) == [2, {"saved": "on interruption"}]
     assert [one.value for one in output] == ["second"]
-    assert await asyncio.wait_for(process.wait(), PATIENCE) == 0
+    assert await asyncio.wait_for(process.wait(), TIMEOUT) == 0
 
 
-async def test_a_worker_that_is_stopped_lets_handlers_end_in_their_grace(
+async def test_a_stopped_worker_waits_for_handlers_during_the_grace_period(
     server: Server, client: Client
 ) -> None:
     worker = Worker(server.url, server.token("worker:*"))
-    began, go_on = asyncio.Event(), asyncio.Event()
+    began, proceed = asyncio.Event(), asyncio.Event()
 
     @worker.action("ends-in-time")
     async def ends_in_time(context: Context, payload: Any) -> int:
         began.set()
-        await go_on.wait()
+        await proceed.wait()
         return context.attempt
 
     async with serving(worker, server):
         running = asyncio.ensure_future(client.run("ends-in-time"))
-        await soon(began.wait())
-        stopping = asyncio.ensure_future(worker.stop(PATIENCE))
+        await within_timeout(began.wait())
+        stopping = asyncio.ensure_future(worker.stop(TIMEOUT))
         await asyncio.sleep(0)
-        go_on.set()
-        assert await soon(running) == 1
-        await soon(stopping)
+        proceed.set()
+        assert await within_timeout(running) == 1
+        await within_timeout(stopping)

@@ -1,4 +1,4 @@
-"""The test double."""
+"""`streamer.testing`."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ async def count(context: Context, payload: dict[str, Any]) -> dict[str, Any]:
     return {"attempt": context.attempt}
 
 
-async def test_what_a_handler_reports_is_told() -> None:
+async def test_reports_of_a_handler_are_recorded() -> None:
     run = await run_handler(count, {"to": 3}, checkpoint={"done": [{"number": 0}]}, attempt=2)
     assert run.result == {"attempt": 2}
     assert run.error is None
@@ -32,7 +32,7 @@ async def test_what_a_handler_reports_is_told() -> None:
     assert (run.checkpoint, len(run.checkpoints), run.heartbeats) == ({"done": run.output}, 2, 1)
 
 
-async def test_a_handler_can_be_cancelled_midway() -> None:
+async def test_a_running_handler_can_be_cancelled() -> None:
     run = await run_handler(count, {"to": 10}, cancel_when=lambda run: len(run.output) == 4)
     assert run.cancelled
     assert run.checkpoint == {"done": run.output}
@@ -47,15 +47,15 @@ async def test_a_sleeping_handler_is_woken_by_cancellation() -> None:
     assert isinstance(run.error, Cancelled)
 
 
-async def test_a_handler_that_does_not_look_is_interrupted() -> None:
-    async def deaf(context: Context, payload: Any) -> None:
+async def test_a_handler_that_ignores_cancellation_is_interrupted() -> None:
+    async def ignores_cancellation(context: Context, payload: Any) -> None:
         await asyncio.Event().wait()
 
-    run = await run_handler(deaf, cancel_when=lambda run: True, cancel_grace=0)
+    run = await run_handler(ignores_cancellation, cancel_when=lambda run: True, cancel_grace=0)
     assert run.cancelled
 
 
-async def test_a_handler_may_end_well_though_it_was_cancelled() -> None:
+async def test_a_cancelled_handler_may_succeed() -> None:
     async def ends(context: Context, payload: Any) -> str:
         assert context.cancelled.is_set()
         return "done"
@@ -64,7 +64,7 @@ async def test_a_handler_may_end_well_though_it_was_cancelled() -> None:
     assert (run.result, run.error) == ("done", None)
 
 
-async def test_errors_are_told_as_the_server_would_hear_them() -> None:
+async def test_errors_are_recorded_as_a_worker_reports_them() -> None:
     async def breaks(context: Context, payload: Any) -> None:
         raise KeyError("missing")
 

@@ -6,7 +6,7 @@ import asyncio
 from typing import Any
 
 import pytest
-from harness import Proxy, Server, serving, soon
+from harness import Proxy, Server, serving, within_timeout
 
 from streamer import (
     Client,
@@ -29,7 +29,9 @@ async def websocket(server: Server) -> Any:
         yield client
 
 
-async def test_results_progress_and_output_come(server: Server, websocket: WebSocketClient) -> None:
+async def test_progress_output_and_result_are_received(
+    server: Server, websocket: WebSocketClient
+) -> None:
     worker = Worker(server.url, server.token("worker:*"))
 
     @worker.action("ws-report")
@@ -44,7 +46,7 @@ async def test_results_progress_and_output_come(server: Server, websocket: WebSo
     progress: list[events.Progress] = []
     output: list[events.Output] = []
     async with serving(worker, server):
-        # The digest, over the bytes as the handler made them, is checked on the way.
+        # The client verifies the digest, which is over the exact bytes of the handler.
         result = await websocket.request(
             "ws-report", {"n": 2**63 - 1}, on_progress=progress.append, on_output=output.append
         )
@@ -54,7 +56,7 @@ async def test_results_progress_and_output_come(server: Server, websocket: WebSo
     assert output[2].data == b'{ "a" : 1.50, "n": 9223372036854775807,"e":"\\u00e9" }'
 
 
-async def test_a_request_is_cancelled_by_who_does_not_wait_for_it(
+async def test_a_request_without_a_waiting_caller_can_be_cancelled(
     client: Client, websocket: WebSocketClient
 ) -> None:
     await websocket.request("echo", {})
@@ -62,27 +64,27 @@ async def test_a_request_is_cancelled_by_who_does_not_wait_for_it(
     request = asyncio.create_task(websocket.request("echo_async", task, id="left"))
     await asyncio.sleep(0)
     request.cancel()
-    await soon(websocket.cancel("left", "enough"))
-    assert (await soon(client.wait("left"))).state == "CANCELLED"
+    await within_timeout(websocket.cancel("left", "enough"))
+    assert (await within_timeout(client.wait("left"))).state == "CANCELLED"
 
 
-async def test_a_request_is_watched_under_one_of_its_names(
+async def test_a_request_is_watched_under_one_of_its_ids(
     client: Client, websocket: WebSocketClient
 ) -> None:
     submitted = await client.submit("echo_async", {"steps": 20, "delay_ms": 20}, id="two-names")
 
-    async def watch(name: str, after_seq: int) -> list[int]:
-        return [event.seq async for event in websocket.watch(name, after_seq)]
+    async def watch(request_id: str, after_seq: int) -> list[int]:
+        return [event.seq async for event in websocket.watch(request_id, after_seq)]
 
     first = asyncio.create_task(watch("two-names", 0))
     await asyncio.sleep(0)
     with pytest.raises(ValueError, match="followed"):
-        await soon(watch(submitted.uid, 3))
-    seqs = await soon(first)
+        await within_timeout(watch(submitted.uid, 3))
+    seqs = await within_timeout(first)
     assert seqs == list(range(1, len(seqs) + 1))
 
 
-async def test_sync_actions_and_refusals_are_answered(websocket: WebSocketClient) -> None:
+async def test_sync_actions_return_results_or_raise(websocket: WebSocketClient) -> None:
     assert (await websocket.request("echo", {"a": 1}))["echo"] == {"a": 1}
     with pytest.raises(ServiceError) as raised:
         await websocket.request("no-such-action")
@@ -99,11 +101,11 @@ async def test_many_requests_share_a_connection(server: Server) -> None:
     ):
         tasks = [{"steps": 5, "output_chunks": 5, "result": number} for number in range(50)]
         requests = [client.request("echo_async", task) for task in tasks]
-        assert await soon(asyncio.gather(*requests)) == list(range(50))
+        assert await within_timeout(asyncio.gather(*requests)) == list(range(50))
         assert proxy.connections == 1
 
 
-async def test_events_go_on_where_the_connection_was_cut(server: Server) -> None:
+async def test_events_resume_after_a_disconnect(server: Server) -> None:
     async with (
         Proxy(server.url) as proxy,
         WebSocketClient(proxy.websocket_url, server.token()) as client,
@@ -113,30 +115,30 @@ async def test_events_go_on_where_the_connection_was_cut(server: Server) -> None
         def on_output(one: events.Output) -> None:
             output.append(one.chunk_index)
             if one.chunk_index in (2, 10):
-                proxy.cut()
+                proxy.disconnect()
 
         task = {"steps": 30, "delay_ms": 5, "output_chunks": 30, "result": "done"}
-        assert await soon(client.request("echo_async", task, on_output=on_output)) == "done"
+        assert (
+            await within_timeout(client.request("echo_async", task, on_output=on_output)) == "done"
+        )
         assert proxy.connections >= 2
     assert output == list(range(30))
 
 
-async def test_a_submission_that_was_not_acknowledged_is_sent_again(
-    server: Server, client: Client
-) -> None:
+async def test_an_unacknowledged_submission_is_sent_again(server: Server, client: Client) -> None:
     async with (
         Proxy(server.url) as proxy,
         WebSocketClient(proxy.websocket_url, server.token()) as websocket,
     ):
         await websocket.request("echo", {})
-        proxy.hold()
+        proxy.pause()
         task = {"steps": 2, "output_chunks": 2, "result": "once"}
         request = websocket.request("echo_async", task, id="sent-twice")
         running = asyncio.ensure_future(request)
-        # The server has it and has even done it; no word of that got through.
-        await soon(_ended(client, "sent-twice"))
-        proxy.cut()
-        assert await soon(running) == "once"
+        # The request has ended on the server, and the client has no acknowledgment.
+        await within_timeout(_ended(client, "sent-twice"))
+        proxy.disconnect()
+        assert await within_timeout(running) == "once"
     page = await client.list(action="echo_async", page_size=500)
     assert [one.request_id for one in page.requests].count("sent-twice") == 1
 
@@ -173,14 +175,14 @@ async def test_requests_are_cancelled(server: Server, websocket: WebSocketClient
 
     async with serving(worker, server):
         running = asyncio.ensure_future(websocket.request("ws-sleeps", id="ws-c"))
-        await soon(began.wait())
-        await soon(websocket.cancel("ws-c", "enough"))
+        await within_timeout(began.wait())
+        await within_timeout(websocket.cancel("ws-c", "enough"))
         with pytest.raises(RequestCancelled, match="enough"):
-            await soon(running)
-    # What has ended, and is followed by nobody, may be cancelled without effect.
-    await soon(websocket.cancel("ws-c"))
+            await within_timeout(running)
+    # Cancelling a request that has ended and has no follower has no effect.
+    await within_timeout(websocket.cancel("ws-c"))
     with pytest.raises(ServiceError):
-        await soon(websocket.cancel("no-such-request"))
+        await within_timeout(websocket.cancel("no-such-request"))
 
 
 async def test_failures_are_raised(server: Server, websocket: WebSocketClient) -> None:
@@ -203,7 +205,7 @@ async def test_failures_are_raised(server: Server, websocket: WebSocketClient) -
             await websocket.request("ws-fails-at-once")
 
 
-async def test_a_watch_begins_after_a_seq(client: Client, websocket: WebSocketClient) -> None:
+async def test_a_watch_starts_after_a_seq(client: Client, websocket: WebSocketClient) -> None:
     submitted = await client.submit("echo_async", {"steps": 3}, wait=30)
     last = submitted.last_seq
     assert [event.seq async for event in websocket.watch(submitted.uid)] == list(range(1, last + 1))
@@ -212,7 +214,7 @@ async def test_a_watch_begins_after_a_seq(client: Client, websocket: WebSocketCl
     assert [event async for event in websocket.watch(submitted.uid, last)] == []
 
 
-async def test_a_slow_reader_misses_nothing_and_holds_up_nobody(
+async def test_a_slow_reader_gets_every_event_and_delays_no_other_request(
     server: Server, websocket: WebSocketClient
 ) -> None:
     worker = Worker(server.url, server.token("worker:*"))
@@ -223,23 +225,23 @@ async def test_a_slow_reader_misses_nothing_and_holds_up_nobody(
             await context.output(number)
 
     async with serving(worker, server):
-        await soon(websocket.request("ws-floods", id="flood"))
+        await within_timeout(websocket.request("ws-floods", id="flood"))
     watch = websocket.watch("flood")
     seqs = [(await watch.__anext__()).seq]
-    # While nobody reads the one, the other comes through.
-    assert (await soon(websocket.request("echo", {"a": 1})))["echo"] == {"a": 1}
+    # A request is answered while the watch is not read.
+    assert (await within_timeout(websocket.request("echo", {"a": 1})))["echo"] == {"a": 1}
     seqs += [event.seq async for event in watch]
     assert seqs == list(range(1, 3004))
 
 
 async def test_a_fresh_token_keeps_the_connection(server: Server) -> None:
-    asked = 0
+    tokens = 0
     renewed = asyncio.Event()
 
     async def token() -> str:
-        nonlocal asked
-        asked += 1
-        if asked == 2:
+        nonlocal tokens
+        tokens += 1
+        if tokens == 2:
             renewed.set()
         return server.token(expires="30s")
 
@@ -248,15 +250,15 @@ async def test_a_fresh_token_keeps_the_connection(server: Server) -> None:
         WebSocketClient(proxy.websocket_url, token) as client,
     ):
         await client.request("echo", {})
-        # The server tells early that a token of so short a life expires.
-        await soon(renewed.wait())
+        # The server sends `auth_expiring` early for a token with a short lifetime.
+        await within_timeout(renewed.wait())
         await client.request("echo", {})
         assert proxy.connections == 1
 
 
-async def test_a_client_that_may_not_is_told_why(server: Server) -> None:
+async def test_an_invalid_token_raises_unauthorized(server: Server) -> None:
     async with WebSocketClient(server.websocket_url, "nonsense") as client:
         for _ in range(2):
             with pytest.raises(ServiceError) as raised:
-                await soon(client.request("echo", {}))
+                await within_timeout(client.request("echo", {}))
             assert raised.value.code is ErrorCode.UNAUTHORIZED

@@ -7,7 +7,7 @@ from collections.abc import Callable
 from typing import Any
 
 import pytest
-from harness import Server, serving, soon
+from harness import Server, serving, within_timeout
 
 from streamer import (
     Cancelled,
@@ -32,7 +32,7 @@ NewWorker = Callable[[], Worker]
 QUICK: dict[str, Any] = {"initial_backoff": 0.01, "max_backoff": 0.01}
 
 
-async def test_the_client_sees_what_the_handler_reports(
+async def test_the_client_receives_the_reports_of_the_handler(
     server: Server, client: Client, new_worker: NewWorker
 ) -> None:
     worker = new_worker()
@@ -60,8 +60,8 @@ async def test_the_client_sees_what_the_handler_reports(
             id="all-of-it",
         )
     assert result == {"rows": 2**63 - 1}
-    told = [(one.percentage, one.message, one.metadata) for one in progress]
-    assert told == [(50, "half", {"rows": 2**63 - 1}), (None, "no percentage", None)]
+    received = [(one.percentage, one.message, one.metadata) for one in progress]
+    assert received == [(50, "half", {"rows": 2**63 - 1}), (None, "no percentage", None)]
     assert [one.value for one in output] == [
         "text é",
         b"\x00\xff",
@@ -75,15 +75,15 @@ async def test_the_client_sees_what_the_handler_reports(
     assert (context.action, context.attempt, context.checkpoint) == ("report", 1, None)
 
 
-async def test_a_sync_action_is_answered_at_once(
+async def test_a_sync_action_returns_its_result(
     server: Server, client: Client, new_worker: NewWorker
 ) -> None:
     worker = new_worker()
 
     @worker.action("add", sync=True)
     async def add(context: Context, payload: list[int]) -> int:
-        await context.progress(50, "nobody sees this")
-        await context.output("nor this")
+        await context.progress(50, "discarded")
+        await context.output("discarded, too")
         await context.save_checkpoint({})
         if not payload:
             raise FatalError("nothing to add")
@@ -97,7 +97,7 @@ async def test_a_sync_action_is_answered_at_once(
             await client.run("add", [])
 
 
-async def test_output_of_a_failed_attempt_is_void_and_its_checkpoint_is_kept(
+async def test_a_failed_attempt_has_void_output_and_keeps_its_checkpoint(
     server: Server, client: Client, new_worker: NewWorker
 ) -> None:
     worker = new_worker()
@@ -157,14 +157,14 @@ async def test_final_errors_are_not_retried(
     assert failure.details
 
 
-class Unspeakable(Exception):
+class FailingStr(Exception):
     def __str__(self) -> str:
-        raise LookupError("no words")
+        raise LookupError("no text")
 
 
-class Unreportable(HandlerError):
+class WithoutFailure(HandlerError):
     def __init__(self) -> None:
-        pass  # and so has no failure
+        pass  # does not set `failure`
 
 
 @pytest.mark.parametrize(
@@ -172,8 +172,8 @@ class Unreportable(HandlerError):
     [
         ("code", lambda: FatalError("x", code="NOT_FOUND"), "NOT_FOUND", "x", None),
         ("text", lambda: FatalError(OSError("x")), "PROCESSING_FAILED", "x", None),  # type: ignore[arg-type]
-        ("mute", Unspeakable, "PROCESSING_FAILED", "Unspeakable", None),
-        ("none", Unreportable, "PROCESSING_FAILED", "the error could not be reported", None),
+        ("mute", FailingStr, "PROCESSING_FAILED", "FailingStr", None),
+        ("none", WithoutFailure, "PROCESSING_FAILED", "the error could not be reported", None),
         ("long", lambda: FatalError("x", details={"d": "x" * 6_000_000}), None, "x", None),
         ("full", lambda: FatalError("x", details="x" * 65_535), None, "x", None),
         ("odd", lambda: FatalError("x", details={"d": object()}), None, "x", None),
@@ -186,7 +186,7 @@ class Unreportable(HandlerError):
         ),
     ],
 )
-async def test_an_attempt_ends_whatever_its_handler_raises(
+async def test_an_attempt_ends_with_any_exception_of_its_handler(
     server: Server,
     client: Client,
     new_worker: NewWorker,
@@ -204,13 +204,13 @@ async def test_an_attempt_ends_whatever_its_handler_raises(
 
     async with serving(worker, server):
         with pytest.raises(RequestFailed) as raised:
-            await soon(client.run(f"raises-{name}"))
+            await within_timeout(client.run(f"raises-{name}"))
     failure = raised.value.failure
     assert (failure.code, failure.message) == (code or "PROCESSING_FAILED", message)
     assert failure.details == details
 
 
-async def test_cancelling_reaches_the_handler(
+async def test_a_cancellation_reaches_the_handler(
     server: Server, client: Client, new_worker: NewWorker
 ) -> None:
     worker = new_worker()
@@ -230,22 +230,22 @@ async def test_cancelling_reaches_the_handler(
     output: list[events.Output] = []
     async with serving(worker, server):
         running = asyncio.ensure_future(client.run("sleeps", id="c-1", on_output=output.append))
-        await soon(began.wait())
+        await within_timeout(began.wait())
         await client.cancel("c-1", "no longer needed")
         with pytest.raises(RequestCancelled, match="no longer needed"):
-            await soon(running)
+            await within_timeout(running)
     assert reasons == ["no longer needed"]
     assert [one.value for one in output] == ["kept"]
 
 
-async def test_a_handler_that_does_not_look_is_interrupted(
+async def test_a_handler_that_ignores_cancellation_is_interrupted(
     server: Server, client: Client, new_worker: NewWorker
 ) -> None:
     worker = new_worker()
     began, interrupted = asyncio.Event(), asyncio.Event()
 
-    @worker.action("deaf")
-    async def deaf(context: Context, payload: Any) -> None:
+    @worker.action("ignores-cancellation")
+    async def ignores_cancellation(context: Context, payload: Any) -> None:
         began.set()
         try:
             await asyncio.Event().wait()
@@ -254,15 +254,15 @@ async def test_a_handler_that_does_not_look_is_interrupted(
             raise
 
     async with serving(worker, server):
-        submitted = await client.submit("deaf")
-        await soon(began.wait())
+        submitted = await client.submit("ignores-cancellation")
+        await within_timeout(began.wait())
         await client.cancel(submitted.uid)
-        await soon(interrupted.wait())
+        await within_timeout(interrupted.wait())
         ended = await client.wait(submitted.uid)
     assert ended.state == "CANCELLED"
 
 
-async def test_an_attempt_that_takes_too_long_is_cut_off(
+async def test_an_attempt_times_out_after_start_to_close(
     server: Server, client: Client, new_worker: NewWorker
 ) -> None:
     worker = new_worker()
@@ -279,11 +279,11 @@ async def test_an_attempt_that_takes_too_long_is_cut_off(
     async with serving(worker, server):
         with pytest.raises(RequestFailed) as raised:
             await client.run("slow")
-        await soon(interrupted.wait())
+        await within_timeout(interrupted.wait())
     assert raised.value.failure.code is ErrorCode.TIMEOUT
 
 
-async def test_what_is_too_large_is_told_by_field_and_limit(
+async def test_limit_errors_name_the_field_and_the_limit(
     server: Server, client: Client, new_worker: NewWorker
 ) -> None:
     worker = new_worker()
@@ -311,7 +311,7 @@ async def test_what_is_too_large_is_told_by_field_and_limit(
     assert errors["output"].limit == 1024 * 1024
 
 
-async def test_a_payload_that_breaks_the_schema_never_reaches_the_handler(
+async def test_a_payload_that_violates_the_schema_never_reaches_the_handler(
     server: Server, client: Client, new_worker: NewWorker
 ) -> None:
     worker = new_worker()
@@ -328,7 +328,7 @@ async def test_a_payload_that_breaks_the_schema_never_reaches_the_handler(
     assert raised.value.violations
 
 
-async def test_a_handler_that_says_it_lives_is_not_timed_out(
+async def test_heartbeats_prevent_a_heartbeat_timeout(
     server: Server, client: Client, new_worker: NewWorker
 ) -> None:
     worker = new_worker()
@@ -349,7 +349,7 @@ async def test_a_handler_that_says_it_lives_is_not_timed_out(
     assert silent.is_set()
 
 
-async def test_a_worker_that_may_not_is_told_why(server: Server) -> None:
+async def test_a_worker_without_permission_is_refused(server: Server) -> None:
     for token in ("nonsense", server.token("worker:other")):
         worker = Worker(server.url, token)
 
@@ -358,10 +358,10 @@ async def test_a_worker_that_may_not_is_told_why(server: Server) -> None:
             pass
 
         with pytest.raises(WorkerRefused):
-            await soon(worker.serve())
+            await within_timeout(worker.serve())
 
 
-async def test_what_runs_is_handed_back_before_a_plain_token_expires(
+async def test_running_attempts_are_released_before_a_plain_token_expires(
     server: Server, client: Client
 ) -> None:
     started = asyncio.Event()
@@ -372,7 +372,7 @@ async def test_what_runs_is_handed_back_before_a_plain_token_expires(
             await asyncio.Event().wait()
         return context.attempt
 
-    # Declares the action for longer than the first one lives.
+    # Declares the action beyond the lifetime of the short token.
     earlier = Worker(server.url, server.token("worker:*"))
     earlier.action("brief")(brief)
     async with serving(earlier, server):
@@ -381,16 +381,16 @@ async def test_what_runs_is_handed_back_before_a_plain_token_expires(
     short.action("brief")(brief)
     first = asyncio.ensure_future(short.serve())
     running = asyncio.ensure_future(client.run("brief"))
-    await soon(started.wait())
+    await within_timeout(started.wait())
     with pytest.raises(WorkerRefused, match="cannot be renewed"):
-        await soon(first)
+        await within_timeout(first)
     lasting = Worker(server.url, server.token("worker:*"))
     lasting.action("brief")(brief)
     async with serving(lasting, server):
-        assert await soon(running) == 2
+        assert await within_timeout(running) == 2
 
 
-async def test_a_client_that_may_not_is_told_why(server: Server) -> None:
+async def test_a_client_with_an_invalid_token_raises_unauthorized(server: Server) -> None:
     async with Client(server.url, "nonsense") as client:
         with pytest.raises(ServiceError) as raised:
             await client.actions()

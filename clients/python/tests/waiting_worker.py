@@ -1,5 +1,4 @@
-"""A worker as a program of its own, for a test that sends it SIGTERM: its handler never ends by
-itself.
+"""A worker program for a test that sends it SIGTERM. Its handler waits until it is interrupted.
 
 Prints `connected`, then `running` once its handler runs.
 """
@@ -13,18 +12,19 @@ from typing import Any
 from streamer import Context, Worker
 
 
-async def say_connected() -> str:
-    """The token; the worker asks for it before it connects."""
-    asyncio.get_running_loop().create_task(report())
+async def get_token() -> str:
+    """Returns the token, and starts the task that prints `connected`: the worker calls this
+    function on its event loop before it connects."""
+    asyncio.get_running_loop().create_task(print_connected())
     return sys.argv[2]
 
 
-async def report() -> None:
+async def print_connected() -> None:
     await worker.connected.wait()
     print("connected", flush=True)
 
 
-worker = Worker(sys.argv[1], say_connected)
+worker = Worker(sys.argv[1], get_token)
 
 
 @worker.action("waits", max_attempts=1)
@@ -34,7 +34,7 @@ async def waits(context: Context, payload: Any) -> None:
         print("running", flush=True)
         await asyncio.Event().wait()
     except asyncio.CancelledError:
-        await context.save_checkpoint({"said": "goodbye"})
+        await context.save_checkpoint({"saved": "on interruption"})
         raise
 
 

@@ -1,6 +1,6 @@
 /**
- * Makes what the published package has and the source tree has not: the protocol buffers, the
- * licence and the TypeScript declarations. With `--clean` it removes them again.
+ * Creates the files of the published package that are not in the source tree: the protocol buffers,
+ * the licence and the TypeScript declarations. `--clean` removes them.
  */
 
 import { execFileSync } from 'node:child_process';
@@ -8,16 +8,17 @@ import { cpSync, rmSync } from 'node:fs';
 import { createRequire } from 'node:module';
 import { fileURLToPath } from 'node:url';
 
-const here = (/** @type {string} */ path) => fileURLToPath(new URL(`../${path}`, import.meta.url));
+const packagePath = (/** @type {string} */ path) =>
+  fileURLToPath(new URL(`../${path}`, import.meta.url));
 
-for (const made of ['proto', 'types', 'LICENSE'])
-  rmSync(here(made), { recursive: true, force: true });
+for (const generated of ['proto', 'types', 'LICENSE'])
+  rmSync(packagePath(generated), { recursive: true, force: true });
 
 if (!process.argv.includes('--clean')) {
   const filter = (/** @type {string} */ path) => !/\.rs$|\.toml$|[\\/](src|internal)$/.test(path);
-  cpSync(here('../../proto'), here('proto'), { recursive: true, filter });
-  cpSync(here('../../LICENSE'), here('LICENSE'));
+  cpSync(packagePath('../../proto'), packagePath('proto'), { recursive: true, filter });
+  cpSync(packagePath('../../LICENSE'), packagePath('LICENSE'));
   const tsc = createRequire(import.meta.url).resolve('typescript/bin/tsc');
-  const args = [tsc, '--project', here('tsconfig.build.json')];
+  const args = [tsc, '--project', packagePath('tsconfig.build.json')];
   execFileSync(process.execPath, args, { stdio: 'inherit' });
 }

@@ -1,18 +1,18 @@
 /**
- * Waits between repetitions: full jitter, evenly drawn between 0 and a bound that doubles with
- * each failure. No dependencies; runs in browsers.
+ * Exponential backoff with full jitter: delays are drawn uniformly between 0 and a bound that
+ * doubles with each failure. No dependencies; runs in browsers.
  */
 
-/** Longest delay that timers take, in milliseconds. */
+/** Longest delay of a timer, in milliseconds. */
 const MAX_TIMER_MS = 2 ** 31 - 1;
 
-/** The waits of one thing that is repeated. */
+/** Delays between the retries of one operation. */
 export class Backoff {
   /**
    * @param {object} [options]
    * @param {number} [options.initialMs] First bound, in milliseconds; default 100.
    * @param {number} [options.maxMs] Largest bound, in milliseconds; default 10,000.
-   * @param {() => number} [options.random] Evenly drawn from 0 to 1.
+   * @param {() => number} [options.random] Returns uniformly distributed numbers from 0 to 1.
    */
   constructor({ initialMs = 100, maxMs = 10_000, random = Math.random } = {}) {
     this.initialMs = initialMs;
@@ -21,12 +21,12 @@ export class Backoff {
     this.failures = 0;
   }
 
-  /** Begins anew: it went well. */
+  /** Resets the bound after a success. */
   reset() {
     this.failures = 0;
   }
 
-  /** @returns {number} The next wait, in milliseconds. */
+  /** @returns {number} The next delay, in milliseconds. */
   next() {
     const bound = Math.min(this.maxMs, this.initialMs * 2 ** Math.min(this.failures, 30));
     this.failures += 1;
@@ -35,25 +35,25 @@ export class Backoff {
 }
 
 /**
- * Waits.
+ * Resolves after a delay.
  * @param {number} ms Milliseconds.
- * @param {AbortSignal} [signal] Ends the wait early.
+ * @param {AbortSignal} [signal] Ends the delay early.
  * @returns {Promise<void>} Rejects with the signal's reason when it aborts.
  */
 export function sleep(ms, signal) {
   return new Promise((resolve, reject) => {
     if (signal?.aborted) return reject(signal.reason);
-    const aborted = () => {
+    const onAbort = () => {
       clearTimeout(timer);
       reject(signal?.reason);
     };
     const timer = setTimeout(
       () => {
-        signal?.removeEventListener('abort', aborted);
+        signal?.removeEventListener('abort', onAbort);
         resolve();
       },
       Math.min(Math.max(ms, 0), MAX_TIMER_MS),
     );
-    signal?.addEventListener('abort', aborted, { once: true });
+    signal?.addEventListener('abort', onAbort, { once: true });
   });
 }

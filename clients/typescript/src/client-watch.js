@@ -1,66 +1,68 @@
-/** Watches a request over as many streams as it takes. */
+/** Watches a request, and reopens lost streams. */
 
 import { Backoff, sleep } from './backoff.js';
-import { eventFrom, stateFrom } from './client-messages.js';
+import { eventFrom, stateFrom } from './proto-conversions.js';
 import { callError } from './grpc.js';
 
 /**
- * @param {() => Promise<any>} open Opens a stream after what the reader has.
+ * @param {() => Promise<any>} open Opens a stream after the reader's last event.
  * @param {import('./log-reader.js').LogReader} reader
- * @param {string} requestId As the caller named it.
+ * @param {string} requestId `requestId` or `uid`.
  * @param {AbortSignal} [signal]
  * @returns {AsyncGenerator<import('./events.js').Event, void, void>}
  */
 export async function* watchEvents(open, reader, requestId, signal) {
   const backoff = new Backoff({ maxMs: 5000 });
-  let names = { requestId, uid: '' };
+  let ids = { requestId, uid: '' };
   while (!reader.ended) {
     signal?.throwIfAborted();
-    let heard = false;
+    let received = false;
     try {
       for await (const response of responses(await open(), signal)) {
-        heard = true;
+        received = true;
         backoff.reset();
-        if (response.snapshot) names = response.snapshot;
+        if (response.snapshot) ids = response.snapshot;
         for (const message of response.events) {
-          const event = eventFrom(message, names);
+          const event = eventFrom(message, ids);
           if (reader.accept(event)) yield event;
         }
-        if (reader.ended || isPast(response.snapshot, reader)) return;
+        if (reader.ended || hasNoEventsLeft(response.snapshot, reader)) return;
       }
     } catch (thrown) {
       signal?.throwIfAborted();
-      if (!mayReopen(thrown, heard)) throw isCallFailure(thrown) ? callError(thrown) : thrown;
+      if (!isRetryable(thrown, received)) {
+        throw isCallFailure(thrown) ? callError(thrown) : thrown;
+      }
     }
     await sleep(backoff.next(), signal);
   }
 }
 
 /**
- * @param {any} snapshot The request when the stream began; only of its first message.
+ * @param {any} snapshot The request at the start of the stream; in its first message only.
  * @param {import('./log-reader.js').LogReader} reader
- * @returns {boolean} Whether the caller began after the terminal event: nothing comes.
+ * @returns {boolean} Whether the reader starts after the terminal event: no events follow.
  */
-function isPast(snapshot, reader) {
+function hasNoEventsLeft(snapshot, reader) {
   if (!snapshot || reader.lastSeq === null || Number(snapshot.lastSeq) > reader.lastSeq)
     return false;
   return !['QUEUED', 'RUNNING'].includes(stateFrom(snapshot.state));
 }
 
 /**
- * The messages of a stream; ends the stream when the loop is left.
+ * Yields the messages of a stream; cancels the stream when the caller stops iterating.
  * @param {any} call
  * @param {AbortSignal} [signal]
  */
 async function* responses(call, signal) {
-  const aborted = () => call.cancel();
-  // What comes after the loop was left concerns nobody.
+  const onAbort = () => call.cancel();
+  // Ignore errors after the caller has stopped iterating.
   call.on('error', () => {});
-  signal?.addEventListener('abort', aborted, { once: true });
+  signal?.addEventListener('abort', onAbort, { once: true });
   try {
     yield* call;
   } finally {
-    signal?.removeEventListener('abort', aborted);
+    signal?.removeEventListener('abort', onAbort);
     call.cancel();
   }
 }
@@ -72,11 +74,11 @@ function isCallFailure(thrown) {
 
 /**
  * @param {unknown} thrown
- * @param {boolean} heard Whether the stream had brought anything.
+ * @param {boolean} received Whether the stream has delivered a message.
  */
-function mayReopen(thrown, heard) {
+function isRetryable(thrown, received) {
   if (!isCallFailure(thrown)) return false;
   const error = callError(thrown);
-  // The token of a long watch expires while it runs; a fresh one is asked for each time.
-  return error.transient || (heard && error.code === 'UNAUTHORIZED');
+  // The token of a long watch may expire while the stream is open; each stream gets a fresh one.
+  return error.transient || (received && error.code === 'UNAUTHORIZED');
 }

@@ -1,6 +1,6 @@
 /**
- * The gRPC client, for Node: submit requests, follow them to their end, ask about them. Lost
- * connections are opened again by themselves; nothing is seen twice or missed.
+ * The gRPC client, for Node: submits, watches and manages requests. It reopens lost streams, and
+ * delivers every event exactly once.
  */
 
 import { createHash, randomUUID } from 'node:crypto';
@@ -16,57 +16,57 @@ import {
   requestFrom,
   stateFrom,
   timestamp,
-} from './client-messages.js';
+} from './proto-conversions.js';
 import { watchEvents } from './client-watch.js';
 import { Backoff, sleep } from './backoff.js';
-import { isTerminal, requestFailed, resultOf, tell } from './events.js';
+import { isTerminal, notify, requestFailed, resultOf } from './events.js';
 import { authorization, callError, connect } from './grpc.js';
 import { LogReader } from './log-reader.js';
 import { ProgressService, RouterService } from './schema.js';
 
-/** @typedef {import('./client-messages.js').Request} Request */
-/** @typedef {import('./client-messages.js').RequestState} RequestState */
+/** @typedef {import('./proto-conversions.js').Request} Request */
+/** @typedef {import('./proto-conversions.js').RequestState} RequestState */
 
 /**
  * @typedef {object} CallOptions
- * @property {AbortSignal} [signal] Gives the call up; its reason is what the promise rejects with.
- * @property {number} [timeoutMs] Longest time for the call and its repetitions while the server
- *   cannot be reached, in milliseconds; default 30,000.
+ * @property {AbortSignal} [signal] Aborts the call; the promise rejects with the signal's reason.
+ * @property {number} [timeoutMs] Time limit for the call and its retries while the server cannot be
+ *   reached, in milliseconds; default 30,000.
  */
 
 /**
  * @typedef {object} SubmitOptions
  * @property {string} [id] Idempotency and correlation key: 1 to 128 of `[A-Za-z0-9._:@/+=-]`.
- *   Without one a random one is made, so that the call can be repeated safely.
- * @property {number} [waitMs] How long to wait for the outcome, 0 to 300,000 ms; default 0.
+ *   Random by default, so that the call can be retried safely.
+ * @property {number} [waitMs] How long to wait for the result, 0 to 300,000 ms; default 0.
  * @property {number} [priority] 0 (default) to 9; higher runs first.
- * @property {number} [delayMs] Do not start earlier than this from now: 0 to 30 days, in ms.
- * @property {Date | number} [deadline] Fail unrun when not started by then; a number is
- *   milliseconds since 1970.
- * @property {object | import('./payload.js').RawJson} [metadata] Kept with the request; at most
+ * @property {number} [delayMs] Delay before the earliest start: 0 to 30 days, in ms.
+ * @property {Date | number} [deadline] The request fails without a run if it has not started by
+ *   then; a number is milliseconds since 1970.
+ * @property {object | import('./payload.js').RawJson} [metadata] Stored with the request; at most
  *   16 KiB of JSON.
  */
 
 /**
- * The answer to a submission.
+ * Response to a submission.
  * @typedef {object} Submission
  * @property {string} requestId The `id`.
  * @property {string} uid The server's id.
- * @property {RequestState} state Where the request stands.
- * @property {boolean} duplicate This `id` was submitted before; nothing new was started.
- * @property {number} lastSeq `seq` of its latest event; 0 for a sync action, which has no log.
- * @property {import('./events.js').QueuePosition | null} queuePosition While it waits and is due.
- * @property {import('./payload.js').Payload | null} result When it has succeeded already.
- * @property {import('./errors.js').StreamerError | null} error Why, when it has ended otherwise.
+ * @property {RequestState} state State of the request.
+ * @property {boolean} duplicate Whether this `id` was submitted before; no new request was created.
+ * @property {number} lastSeq `seq` of the latest event; 0 for a sync action, which has no log.
+ * @property {import('./events.js').QueuePosition | null} queuePosition Set while queued and due.
+ * @property {import('./payload.js').Payload | null} result The result, if the request succeeded.
+ * @property {import('./errors.js').StreamerError | null} error The error, if it ended otherwise.
  */
 
 /**
  * @typedef {object} ResultOptions
- * @property {boolean} [raw] Gives the result as the JSON text it is, in which no number loses
- *   digits; default `false`: parsed.
+ * @property {boolean} [raw] Returns the result as JSON text, in which no number loses digits,
+ *   instead of parsing it; default `false`.
  */
 
-/** One server, seen by a caller of requests. */
+/** A client of one server. */
 export class Client {
   #router;
   #progress;
@@ -75,10 +75,10 @@ export class Client {
   /**
    * @param {object} options
    * @param {string} options.server `http://host:port`, or `https://host:port` for TLS.
-   * @param {import('./grpc.js').TokenSource} options.token A JWT, or what returns one; asked for
-   *   before each call, so a function should keep it until it expires.
-   * @param {import('@grpc/grpc-js').ChannelCredentials} [options.credentials] For TLS, in place of
-   *   the system's certificate authorities.
+   * @param {import('./grpc.js').TokenSource} options.token A JWT, or a function that returns one;
+   *   it is called before each call, so it should cache the token until it expires.
+   * @param {import('@grpc/grpc-js').ChannelCredentials} [options.credentials] TLS credentials that
+   *   replace the system's certificate authorities.
    */
   constructor({ server, token, credentials }) {
     this.#router = /** @type {any} */ (connect(RouterService, { server, credentials }));
@@ -93,8 +93,9 @@ export class Client {
   }
 
   /**
-   * Asks for an action. An async one is durable once this returns. It is repeated, under the same
-   * `id`, while the server cannot be reached; a sync action may then run more than once.
+   * Submits a request for an action. An async request is durable on return. The call is retried
+   * with the same `id` while the server cannot be reached; a sync action may then run more than
+   * once.
    * @param {string} action
    * @param {unknown} [payload] A JSON value; a `RawJson`; or bytes. Default `{}`.
    * @param {SubmitOptions & CallOptions} [options]
@@ -114,8 +115,8 @@ export class Client {
     };
     const timeoutMs = (options.timeoutMs ?? 30_000) + waitMs;
     const { signal } = options;
-    const answer = await this.#call(this.#router, 'submit', message, { timeoutMs, signal });
-    const { requestId, uid, acknowledgment, completed } = answer;
+    const response = await this.#call(this.#router, 'submit', message, { timeoutMs, signal });
+    const { requestId, uid, acknowledgment, completed } = response;
     const { state, duplicate, lastSeq, seq } = acknowledgment ?? completed;
     const result = completed?.result ? payloadFrom(completed.result) : null;
     const error = completed?.error ? errorFrom(completed.error) : null;
@@ -133,73 +134,77 @@ export class Client {
   }
 
   /**
-   * Submits and follows to the end. Aborting `signal` asks for cancellation; the promise then
-   * settles with what became of the request. `waitMs` has no meaning here.
+   * Submits a request and watches it until it ends. Aborting `signal` requests cancellation; the
+   * promise still settles when the request ends. `waitMs` is ignored.
    * @param {string} action
-   * @param {unknown} [payload] As of {@link submit}.
+   * @param {unknown} [payload] Same as for {@link submit}.
    * @param {SubmitOptions & CallOptions & ResultOptions & import('./events.js').Observer}
    *   [options]
    * @returns {Promise<any>} The result.
-   * @throws {import('./errors.js').RequestFailed} When it ended in failure.
-   * @throws {import('./errors.js').RequestCancelled} When it was cancelled.
-   * @throws {import('./errors.js').IntegrityError} When its log does not prove itself.
+   * @throws {import('./errors.js').RequestFailed} If the request failed.
+   * @throws {import('./errors.js').RequestCancelled} If the request was cancelled.
+   * @throws {import('./errors.js').IntegrityError} If events or output are missing.
    */
   async run(action, payload = {}, options = {}) {
     const { signal, raw = false } = options;
     signal?.throwIfAborted();
-    const once = { ...options, waitMs: 0, signal: undefined };
-    const submission = await this.submit(action, payload, once);
+    const submitOptions = { ...options, waitMs: 0, signal: undefined };
+    const submission = await this.submit(action, payload, submitOptions);
     if (submission.lastSeq === 0) {
       // A sync action has no log.
       if (submission.error) throw requestFailed(submission.error, submission);
-      if (submission.result) return read(submission.result, raw);
+      if (submission.result) return readResult(submission.result, raw);
     }
-    const giveUp = new AbortController();
+    const watchAbort = new AbortController();
     const cancel = () => {
       const reason = signal?.reason instanceof Error ? signal.reason.message : 'aborted';
-      this.cancel(submission.uid, reason).catch((error) => giveUp.abort(error));
+      this.cancel(submission.uid, reason).catch((error) => watchAbort.abort(error));
     };
     if (signal?.aborted) cancel();
     else signal?.addEventListener('abort', cancel, { once: true });
     try {
-      return await this.#follow(submission.uid, 0, giveUp.signal, options, raw);
+      return await this.#follow(submission.uid, 0, watchAbort.signal, options, raw);
     } finally {
       signal?.removeEventListener('abort', cancel);
     }
   }
 
   /**
-   * Waits for the end of a request, without its events.
-   * @param {string} requestId Its `requestId` or `uid`.
-   * @param {{signal?: AbortSignal} & ResultOptions} [options] Aborting ends the wait only.
-   * @returns {Promise<any>} The result; errors as of {@link run}.
+   * Waits until a request ends, without reading its events.
+   * @param {string} requestId `requestId` or `uid`.
+   * @param {{signal?: AbortSignal} & ResultOptions} [options] Aborting `signal` ends the wait only.
+   * @returns {Promise<any>} The result; throws the same errors as {@link run}.
    */
   wait(requestId, { signal, raw = false } = {}) {
     return this.#follow(requestId, null, signal, {}, raw);
   }
 
   /**
-   * A request's events, past and to come, until the terminal one. Lost streams are opened again
-   * where they ended; each event comes once. Leaving the loop cancels nothing.
-   * @param {string} requestId Its `requestId` or `uid`.
+   * Yields the events of a request, past and future, up to the terminal one. A lost stream is
+   * reopened after the last event; each event is yielded once. Ending the iteration does not cancel
+   * the request.
+   * @param {string} requestId `requestId` or `uid`.
    * @param {object} [options]
-   * @param {number | null} [options.afterSeq] Events after this `seq`. Default 0: all of them, and
-   *   the output is proved at the end. `null`: only what is new, and the terminal event.
-   * @param {AbortSignal} [options.signal] Ends it.
-   * @returns {AsyncGenerator<import('./events.js').Event, void, void>} Throws `IntegrityError` when
-   *   the log does not prove itself.
+   * @param {number | null} [options.afterSeq] Yields events after this `seq`. Default 0: all
+   *   events, and the output is verified at the end. `null`: only new events and the terminal one.
+   * @param {AbortSignal} [options.signal] Ends the watch.
+   * @returns {AsyncGenerator<import('./events.js').Event, void, void>} Throws `IntegrityError` if
+   *   events or output are missing.
    */
   watch(requestId, { afterSeq = 0, signal } = {}) {
     const reader = new LogReader({ afterSeq, createHash: () => createHash('sha256') });
     const open = async () =>
-      this.#progress.watch({ requestId, ...position(reader) }, await authorization(this.#token));
+      this.#progress.watch(
+        { requestId, ...resumePosition(reader) },
+        await authorization(this.#token),
+      );
     return watchEvents(open, reader, requestId, signal);
   }
 
   /**
-   * Asks that a request end. A queued one is cancelled at once, a running one when its handler
-   * notices. Safe to repeat.
-   * @param {string} requestId Its `requestId` or `uid`.
+   * Requests cancellation. A queued request is cancelled at once, a running one when its handler
+   * stops. Safe to repeat.
+   * @param {string} requestId `requestId` or `uid`.
    * @param {string} [reason] At most 1,024 bytes.
    * @param {CallOptions} [options]
    * @returns {Promise<Request>} The request after the call.
@@ -210,8 +215,8 @@ export class Client {
   }
 
   /**
-   * One request, with its payload and result.
-   * @param {string} requestId Its `requestId` or `uid`.
+   * Returns a request, with its payload and result.
+   * @param {string} requestId `requestId` or `uid`.
    * @param {CallOptions} [options]
    * @returns {Promise<Request>}
    */
@@ -220,16 +225,16 @@ export class Client {
   }
 
   /**
-   * A page of the caller's requests, newest first, without payloads and results.
+   * Returns a page of the caller's requests, newest first, without payloads and results.
    * @param {object} [options]
-   * @param {RequestState[]} [options.states] Only these; default all.
-   * @param {string} [options.action] Only this one; default all.
+   * @param {RequestState[]} [options.states] Requests in these states; default all.
+   * @param {string} [options.action] Requests for this action; default all.
    * @param {number} [options.pageSize] 1 to 500; default 50.
-   * @param {string} [options.pageToken] `nextPageToken` of the page before.
+   * @param {string} [options.pageToken] `nextPageToken` of the previous page.
    * @param {AbortSignal} [options.signal]
    * @param {number} [options.timeoutMs]
-   * @returns {Promise<{requests: Request[], nextPageToken: string}>} The token is empty after the
-   *   last page.
+   * @returns {Promise<{requests: Request[], nextPageToken: string}>} The token is empty on the last
+   *   page.
    */
   async list(options = {}) {
     const { states = [], action = '', pageSize = 0, pageToken = '' } = options;
@@ -240,18 +245,18 @@ export class Client {
   }
 
   /**
-   * What can be asked for, by name.
+   * Returns the actions that can be requested, ordered by name.
    * @param {CallOptions} [options]
-   * @returns {Promise<import('./client-messages.js').Action[]>}
+   * @returns {Promise<import('./proto-conversions.js').Action[]>}
    */
   async actions(options = {}) {
     return (await this.#call(this.#router, 'listActions', {}, options)).actions.map(actionFrom);
   }
 
   /**
-   * Runs a failed or cancelled request again, as a new one.
-   * @param {string} requestId `requestId` or `uid` of the ended one.
-   * @param {{id?: string} & CallOptions} [options] `id` of the new one; random by default.
+   * Submits a failed or cancelled request again, as a new request.
+   * @param {string} requestId `requestId` or `uid` of the ended request.
+   * @param {{id?: string} & CallOptions} [options] `id` of the new request; random by default.
    * @returns {Promise<Request>} The new request.
    */
   async redrive(requestId, options = {}) {
@@ -260,21 +265,22 @@ export class Client {
   }
 
   /**
-   * Runs many failed or cancelled requests again, newest first, a page at a time: the caller's own,
-   * with permission `requests:write` the tenant's. Leaving the loop leaves the rest as it is. Safe
-   * to repeat: what was redriven so before is not redriven again.
+   * Submits failed or cancelled requests again, newest first, one page at a time: those of the
+   * caller, or with permission `requests:write` those of the tenant. Ending the iteration leaves
+   * the remaining requests unchanged. Safe to repeat: a request that was redriven this way is not
+   * redriven again.
    * @param {object} [options]
    * @param {('FAILED' | 'CANCELLED')[]} [options.states] Default `FAILED` only.
-   * @param {string} [options.action] Only this one; default all.
-   * @param {Date | number} [options.since] Only requests accepted at or after this; a number is
+   * @param {string} [options.action] Requests for this action; default all.
+   * @param {Date | number} [options.since] Requests accepted at or after this time; a number is
    *   milliseconds since 1970.
-   * @param {Date | number} [options.until] Only requests accepted before this.
-   * @param {boolean} [options.dryRun] Only says what would be redriven; default `false`.
+   * @param {Date | number} [options.until] Requests accepted before this time.
+   * @param {boolean} [options.dryRun] Lists the requests without redriving them; default `false`.
    * @param {number} [options.pageSize] 1 to 500; default 50.
    * @param {AbortSignal} [options.signal]
-   * @param {number} [options.timeoutMs] Of each page.
-   * @returns {AsyncGenerator<import('./client-messages.js').Redriven[], void, void>} Pages; one may
-   *   be empty though more follow.
+   * @param {number} [options.timeoutMs] Timeout of each page.
+   * @returns {AsyncGenerator<import('./proto-conversions.js').Redriven[], void, void>} Pages; a
+   *   page may be empty although more follow.
    */
   async *redriveAll(options = {}) {
     const { states = [], action = '', since, until, dryRun = false, pageSize = 0 } = options;
@@ -303,14 +309,14 @@ export class Client {
    */
   async #follow(requestId, afterSeq, signal, observer, raw) {
     for await (const event of this.watch(requestId, { afterSeq, signal })) {
-      tell(observer, event);
-      if (isTerminal(event)) return read(resultOf(event), raw);
+      notify(observer, event);
+      if (isTerminal(event)) return readResult(resultOf(event), raw);
     }
     throw new Error('unreachable: a watch ends with the terminal event');
   }
 
   /**
-   * Makes a call, again and again while the server cannot be reached.
+   * Makes a call, and retries it while the server cannot be reached.
    * @param {any} service
    * @param {string} method
    * @param {object} message
@@ -328,9 +334,9 @@ export class Client {
       } catch (thrown) {
         signal?.throwIfAborted();
         const error = callError(thrown);
-        const wait = Math.max(backoff.next(), error.retryAfterMs ?? 0);
-        if (error.code !== 'UNAVAILABLE' || Date.now() + wait >= deadline) throw error;
-        await sleep(wait, signal);
+        const delay = Math.max(backoff.next(), error.retryAfterMs ?? 0);
+        if (error.code !== 'UNAVAILABLE' || Date.now() + delay >= deadline) throw error;
+        await sleep(delay, signal);
       }
     }
   }
@@ -338,9 +344,9 @@ export class Client {
 
 /**
  * @param {LogReader} reader
- * @returns {{afterSeq?: number}} Where a watch goes on.
+ * @returns {{afterSeq?: number}} Where a watch resumes.
  */
-function position(reader) {
+function resumePosition(reader) {
   return reader.lastSeq === null ? {} : { afterSeq: reader.lastSeq };
 }
 
@@ -348,7 +354,7 @@ function position(reader) {
  * @param {import('./payload.js').Payload} result
  * @param {boolean} raw
  */
-function read(result, raw) {
+function readResult(result, raw) {
   return raw ? result.text : result.value;
 }
 
@@ -363,17 +369,17 @@ function read(result, raw) {
  */
 function unary(service, method, message, metadata, deadline, signal) {
   return new Promise((resolve, reject) => {
-    const aborted = () => call.cancel();
+    const onAbort = () => call.cancel();
     const call = service[method](
       message,
       metadata,
       { deadline },
-      (/** @type {Error | null} */ error, /** @type {any} */ answer) => {
-        signal?.removeEventListener('abort', aborted);
+      (/** @type {Error | null} */ error, /** @type {any} */ response) => {
+        signal?.removeEventListener('abort', onAbort);
         if (error) reject(error);
-        else resolve(answer);
+        else resolve(response);
       },
     );
-    signal?.addEventListener('abort', aborted, { once: true });
+    signal?.addEventListener('abort', onAbort, { once: true });
   });
 }

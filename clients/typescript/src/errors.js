@@ -1,19 +1,19 @@
 /**
- * The errors that both clients throw. Each has a `code`: one of the server's error codes
- * (`VALIDATION_ERROR`, `NOT_FOUND`, `UNAVAILABLE`, …) or one of this package's own
- * (`INTEGRITY`, `CLOSED`). No dependencies; runs in browsers.
+ * Errors of both clients. Each has a `code`: an error code of the server (`VALIDATION_ERROR`,
+ * `NOT_FOUND`, `UNAVAILABLE`, …) or of this package (`INTEGRITY`, `CLOSED`). No dependencies; runs
+ * in browsers.
  */
 
 /**
  * @typedef {object} ErrorInit
  * @property {string} [code] Default `INTERNAL_ERROR`.
- * @property {boolean} [retryable] Whether the same may succeed when asked again; default `false`.
- * @property {unknown} [details] More, as the server or the handler gave it.
- * @property {number} [retryAfterMs] Milliseconds after which the server asks to be tried again.
- * @property {unknown} [cause] What brought it about.
+ * @property {boolean} [retryable] Whether the same call may succeed later; default `false`.
+ * @property {unknown} [details] Details from the server or the handler.
+ * @property {number} [retryAfterMs] Milliseconds to wait before a retry, as set by the server.
+ * @property {unknown} [cause] The error that caused this one.
  */
 
-/** What all errors of this package are. */
+/** Base class of all errors of this package. */
 export class StreamerError extends Error {
   /**
    * @param {string} message For people.
@@ -22,18 +22,18 @@ export class StreamerError extends Error {
   constructor(message, init = {}) {
     super(message, init.cause === undefined ? undefined : { cause: init.cause });
     this.name = new.target.name;
-    /** What went wrong, in one word. */
+    /** The error code. */
     this.code = init.code ?? 'INTERNAL_ERROR';
-    /** Whether the same may succeed when asked again unchanged. */
+    /** Whether the same call may succeed later, unchanged. */
     this.retryable = init.retryable ?? false;
-    /** @type {any} More, as a JSON value; `null` when there is none. */
+    /** @type {any} Details as a JSON value, or `null`. */
     this.details = init.details ?? null;
-    /** @type {number | null} Milliseconds after which to try again; `null` when not said. */
+    /** @type {number | null} Milliseconds to wait before a retry; `null` if the server set none. */
     this.retryAfterMs = init.retryAfterMs ?? this.details?.retry_after_ms ?? null;
   }
 
   /**
-   * Every broken rule of a `VALIDATION_ERROR`; empty for others.
+   * Every violation of a `VALIDATION_ERROR`; empty for other errors.
    * @returns {{field: string, description: string}[]}
    */
   get violations() {
@@ -41,7 +41,7 @@ export class StreamerError extends Error {
   }
 }
 
-/** The request ended in failure. `code`, `retryable` and `details` are its handler's. */
+/** The request failed. `code`, `retryable` and `details` are set by its handler. */
 export class RequestFailed extends StreamerError {
   /**
    * @param {string} message
@@ -51,12 +51,12 @@ export class RequestFailed extends StreamerError {
     super(message, init);
     /** The caller's id of the request. */
     this.requestId = init.requestId ?? '';
-    /** The server's id of the request; empty when it is not known. */
+    /** The server's id of the request; empty if it is unknown. */
     this.uid = init.uid ?? '';
   }
 }
 
-/** The request was cancelled; `message` is the reason that the canceller gave. */
+/** The request was cancelled; `message` is the reason given with the cancellation. */
 export class RequestCancelled extends RequestFailed {
   /**
    * @param {string} reason
@@ -67,7 +67,7 @@ export class RequestCancelled extends RequestFailed {
   }
 }
 
-/** A log does not prove itself: an event is missing, or the output is not what was produced. */
+/** The received log is incomplete: an event is missing, or the output does not match its digest. */
 export class IntegrityError extends StreamerError {
   /** @param {string} message */
   constructor(message) {
@@ -75,12 +75,12 @@ export class IntegrityError extends StreamerError {
   }
 }
 
-/** A value is larger than the server takes; it was not sent. */
+/** A value exceeds a size limit of the server; it was not sent. */
 export class LimitError extends StreamerError {
   /**
-   * @param {string} field Which value.
-   * @param {number} size Its size, in bytes.
-   * @param {number} limit The largest that is allowed, in bytes.
+   * @param {string} field Name of the value.
+   * @param {number} size Size, in bytes.
+   * @param {number} limit Largest allowed size, in bytes.
    */
   constructor(field, size, limit) {
     super(`${field} must be at most ${limit} bytes, is ${size}`, {
@@ -93,11 +93,11 @@ export class LimitError extends StreamerError {
   }
 }
 
-/** The connection is closed for good, by this side or by the server. */
+/** The connection is permanently closed, by the client or by the server. */
 export class ConnectionClosed extends StreamerError {
   /**
    * @param {string} message
-   * @param {number} [closeCode] The WebSocket's close code, 0 when there is none.
+   * @param {number} [closeCode] Close code of the WebSocket; 0 if there is none.
    */
   constructor(message, closeCode = 0) {
     const codes = /** @type {Record<number, string>} */ ({
@@ -106,13 +106,13 @@ export class ConnectionClosed extends StreamerError {
       4403: 'FORBIDDEN',
     });
     super(message, { code: codes[closeCode] ?? 'CLOSED' });
-    /** The WebSocket's close code: 4400, 4401, 4403, or 0 after `close()`. */
+    /** Close code of the WebSocket: 4400, 4401, 4403, or 0 after `close()`. */
     this.closeCode = closeCode;
   }
 }
 
 /**
- * Refuses what is too large.
+ * Throws a {@link LimitError} if a value is too large.
  * @param {string} field
  * @param {number} size In bytes.
  * @param {number} limit In bytes.

@@ -1,41 +1,41 @@
 /**
- * What both clients hand to their callers: the events of a request's log and how it ended. No
- * dependencies; runs in browsers.
+ * Events of a request's log, and its result, as both clients return them. No dependencies; runs in
+ * browsers.
  */
 
 import { RequestCancelled, RequestFailed, StreamerError } from './errors.js';
 import { Payload } from './payload.js';
 
 /**
- * Proof that a reader has the whole output.
+ * Summary of the output, to verify that it is complete.
  * @typedef {object} OutputSummary
- * @property {number} chunks How many output chunks are valid, after every rewind.
+ * @property {number} chunks Number of valid output chunks, after every rewind.
  * @property {string} sha256 SHA-256 over their bytes, in hexadecimal digits.
  */
 
 /**
- * Where a request stands in the queue: a range, since tenants take turns.
+ * Position of a queued request: a range, because tenants share the queue fairly.
  * @typedef {object} QueuePosition
- * @property {number} earliest From 1, if no other tenant's work comes first.
- * @property {number} latest From 1, if all other tenants' work comes first.
- * @property {Date | null} estimatedStartTime `null` when nothing can be said.
+ * @property {number} earliest From 1, if no request of another tenant runs first.
+ * @property {number} latest From 1, if all requests of other tenants run first.
+ * @property {Date | null} estimatedStartTime `null` if no estimate is available.
  */
 
 /**
  * @typedef {object} Progress
- * @property {number | null} percentage 0 to 100; `null` when the handler cannot tell.
- * @property {string} message What is being done, for people.
- * @property {any} metadata Anything more, as the handler gave it; `null` when nothing.
+ * @property {number | null} percentage 0 to 100; `null` if unknown.
+ * @property {string} message Current step, for people.
+ * @property {any} metadata Metadata from the handler, or `null`.
  */
 
 /**
- * One entry of a request's log: what every event has, and what its type adds.
+ * Fields of every event of a request's log.
  * @typedef {object} EventHead
  * @property {string} requestId The caller's id of the request.
  * @property {string} uid The server's id of it.
  * @property {number} seq Position in the log, from 1 without gaps.
  * @property {number} attempt The attempt it belongs to, from 1; 0 before the first.
- * @property {Date} time When it was reported, by the server's clock.
+ * @property {Date} time When it was reported, according to the server's clock.
  */
 
 /** @typedef {EventHead & {type: 'accepted', action: string}} AcceptedEvent */
@@ -59,7 +59,7 @@ import { Payload } from './payload.js';
  * @typedef {EventHead & {type: 'cancelled', reason: string, summary: OutputSummary}}
  *   CancelledEvent
  */
-/** @typedef {EventHead & {type: 'unknown'}} UnknownEvent Of a kind that a newer server writes. */
+/** @typedef {EventHead & {type: 'unknown'}} UnknownEvent Of a type from a newer server. */
 /** @typedef {SucceededEvent | FailedEvent | CancelledEvent} TerminalEvent */
 /**
  * @typedef {AcceptedEvent | StartedEvent | ProgressEvent | OutputEvent | RetryingEvent |
@@ -67,25 +67,25 @@ import { Payload } from './payload.js';
  */
 
 /**
- * Callbacks of whoever follows a request. What they return is not waited for; what they throw
- * ends the following, not the request.
+ * Callbacks for the events of a request. Returned promises are not awaited. An exception in a
+ * callback ends the watch, not the request.
  * @typedef {object} Observer
  * @property {(progress: Progress, event: ProgressEvent) => void} [onProgress]
- * @property {(chunk: any, event: OutputEvent) => void} [onOutput] The chunk: JSON parsed, text as
- *   a string, anything else as bytes. `event.chunk` has the exact bytes and text.
- * @property {(rewindToSeq: number, event: RetryingEvent) => void} [onRetrying] An attempt failed
- *   and another follows: drop output whose `seq` is greater than this.
- * @property {(event: Event) => void} [onEvent] Every event, before the callbacks above.
- * @property {OutputBuffer} [output] Keeps the valid output.
+ * @property {(chunk: any, event: OutputEvent) => void} [onOutput] Gets a chunk: parsed JSON, text
+ *   as a string, anything else as bytes. `event.chunk` has the exact bytes and text.
+ * @property {(rewindToSeq: number, event: RetryingEvent) => void} [onRetrying] Called when an
+ *   attempt failed and another follows: output with a `seq` greater than `rewindToSeq` is void.
+ * @property {(event: Event) => void} [onEvent] Gets every event, before the callbacks above.
+ * @property {OutputBuffer} [output] Collects the valid output.
  */
 
-/** Gathers a request's output as it comes, and drops what becomes void. Keeps it in memory. */
+/** Collects the output of a request in memory, and drops void chunks. */
 export class OutputBuffer {
   /** @type {{seq: number, chunk: Payload}[]} */
   #entries = [];
 
   /**
-   * Takes in the next event.
+   * Applies the next event.
    * @param {Event} event
    */
   apply(event) {
@@ -105,18 +105,18 @@ export class OutputBuffer {
     return this.payloads.map((payload) => payload.value);
   }
 
-  /** @returns {string} The valid chunks as text, one after the other. */
+  /** @returns {string} The concatenated text of the valid chunks. */
   get text() {
     return this.payloads.map((payload) => payload.text).join('');
   }
 }
 
 /**
- * Tells an observer of an event.
+ * Calls the callbacks of an observer for an event.
  * @param {Observer} observer
  * @param {Event} event
  */
-export function tell(observer, event) {
+export function notify(observer, event) {
   observer.onEvent?.(event);
   observer.output?.apply(event);
   if (event.type === 'progress') observer.onProgress?.(event.progress, event);
@@ -126,7 +126,7 @@ export function tell(observer, event) {
 
 /**
  * @param {Event} event
- * @returns {event is TerminalEvent} Whether nothing comes after it.
+ * @returns {event is TerminalEvent} Whether it is the last event of the log.
  */
 export function isTerminal(event) {
   return event.type === 'succeeded' || event.type === 'failed' || event.type === 'cancelled';
@@ -135,8 +135,8 @@ export function isTerminal(event) {
 /**
  * @param {TerminalEvent} event
  * @returns {Payload} The result.
- * @throws {RequestFailed} When it ended in failure.
- * @throws {RequestCancelled} When it was cancelled.
+ * @throws {RequestFailed} If the request failed.
+ * @throws {RequestCancelled} If the request was cancelled.
  */
 export function resultOf(event) {
   if (event.type === 'succeeded') return event.result;
@@ -146,8 +146,8 @@ export function resultOf(event) {
 }
 
 /**
- * @param {StreamerError} error Why.
- * @param {{requestId: string, uid: string}} names
+ * @param {StreamerError} error
+ * @param {{requestId: string, uid: string}} ids
  * @returns {RequestFailed}
  */
 export function requestFailed(error, { requestId, uid }) {

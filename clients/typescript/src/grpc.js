@@ -1,7 +1,4 @@
-/**
- * What the gRPC client and the worker share: channels, the token of a call, and errors as the
- * server means them.
- */
+/** Shared by the gRPC client and the worker: channels, tokens, and error mapping. */
 
 import { readFile } from 'node:fs/promises';
 
@@ -16,11 +13,11 @@ import { traceHeaders } from './tracing.js';
 /**
  * @typedef {object} Endpoint
  * @property {string} server `http://host:port`, or `https://host:port` for TLS.
- * @property {import('@grpc/grpc-js').ChannelCredentials} [credentials] In place of the system's
- *   certificate authorities.
+ * @property {import('@grpc/grpc-js').ChannelCredentials} [credentials] TLS credentials that replace
+ *   the system's certificate authorities.
  */
 
-/** The words for gRPC statuses that come without a reason. */
+/** Error codes for gRPC statuses without `google.rpc.ErrorInfo`. */
 const CODES = /** @type {Record<number, string>} */ ({
   [status.CANCELLED]: 'CANCELLED',
   [status.INVALID_ARGUMENT]: 'VALIDATION_ERROR',
@@ -35,8 +32,8 @@ const CODES = /** @type {Record<number, string>} */ ({
   [status.UNAVAILABLE]: 'UNAVAILABLE',
 });
 
-/** Repeating a call that ended so does not help. */
-const FINAL = new Set([
+/** Statuses after which a retry cannot succeed. */
+const NON_RETRYABLE = new Set([
   status.INVALID_ARGUMENT,
   status.OUT_OF_RANGE,
   status.NOT_FOUND,
@@ -60,16 +57,16 @@ export class CallError extends StreamerError {
     this.status = init.status ?? status.UNKNOWN;
   }
 
-  /** Whether the call may succeed when it is simply made again. */
+  /** Whether a retry of the call may succeed. */
   get transient() {
-    return !FINAL.has(this.status);
+    return !NON_RETRYABLE.has(this.status);
   }
 }
 
 /**
  * @param {string} server
  * @returns {{address: string, secure: boolean}}
- * @throws {TypeError} When it is no `http://` or `https://` URL.
+ * @throws {TypeError} If it is not an `http://` or `https://` URL.
  */
 export function parseServer(server) {
   const url = URL.canParse(server) ? new URL(server) : null;
@@ -85,13 +82,13 @@ export function parseServer(server) {
  * @template T
  * @param {new (address: string, credentials: any, options: object) => T} Service
  * @param {Endpoint} endpoint
- * @param {object} [options] More options of the channel.
+ * @param {object} [options] Additional channel options.
  * @returns {T}
  */
 export function connect(Service, endpoint, options = {}) {
   const { address, secure } = parseServer(endpoint.server);
-  const usual = secure ? credentials.createSsl() : credentials.createInsecure();
-  return new Service(address, endpoint.credentials ?? usual, {
+  const defaults = secure ? credentials.createSsl() : credentials.createInsecure();
+  return new Service(address, endpoint.credentials ?? defaults, {
     'grpc.max_receive_message_length': -1,
     'grpc.max_send_message_length': -1,
     'grpc.initial_reconnect_backoff_ms': 100,
@@ -103,8 +100,8 @@ export function connect(Service, endpoint, options = {}) {
 }
 
 /**
- * The token in a file, read again each time one is needed: for what is kept fresh by others, such as
- * a sidecar or a mounted secret.
+ * Returns a token source that reads a file whenever a token is needed, for a file that a sidecar or
+ * a mounted secret keeps fresh.
  * @param {string | URL} path
  * @returns {() => Promise<string>}
  */
@@ -115,12 +112,12 @@ export function tokenFile(path) {
 /**
  * @param {TokenSource} source
  * @returns {Promise<string>} The token to use now.
- * @throws {CallError} `UNAUTHENTICATED` when it cannot be one. The message does not contain it,
- *   as that of grpc-js would.
+ * @throws {CallError} `UNAUTHENTICATED` if the token is malformed. Unlike the error of grpc-js, the
+ *   message does not contain the token.
  */
 export async function freshToken(source) {
-  const given = typeof source === 'function' ? await source() : source;
-  const token = typeof given === 'string' ? given.trim() : '';
+  const value = typeof source === 'function' ? await source() : source;
+  const token = typeof value === 'string' ? value.trim() : '';
   if (!/^[\x21-\x7e]+$/.test(token)) {
     const rule = 'a string, or a function that returns one, of visible ASCII characters';
     throw new CallError(`token must be ${rule}`, {
@@ -133,7 +130,7 @@ export async function freshToken(source) {
 
 /**
  * @param {TokenSource} source
- * @returns {Promise<Metadata>} What a call carries.
+ * @returns {Promise<Metadata>} The metadata of a call.
  */
 export async function authorization(source) {
   const metadata = new Metadata();
@@ -143,8 +140,8 @@ export async function authorization(source) {
 }
 
 /**
- * The error of a call as the server means it: code and details from `google.rpc.ErrorInfo`.
- * @param {any} error What grpc-js throws.
+ * Returns the error of a failed call, with code and details from `google.rpc.ErrorInfo`.
+ * @param {any} error An error of grpc-js.
  * @returns {CallError}
  */
 export function callError(error) {
@@ -154,11 +151,13 @@ export function callError(error) {
   const delay = details['google.rpc.RetryInfo']?.retryDelay;
   const violations = details['google.rpc.BadRequest']?.fieldViolations;
   const number = typeof error?.code === 'number' ? error.code : status.UNKNOWN;
-  const more = info?.metadata?.details ? parse(info.metadata.details) : null;
+  const errorDetails = info?.metadata?.details ? parse(info.metadata.details) : null;
   return new CallError(error?.details || error?.message || String(error), {
     code: info?.reason || CODES[number] || 'INTERNAL_ERROR',
-    retryable: info?.metadata?.retryable ? info.metadata.retryable === 'true' : !FINAL.has(number),
-    details: more ?? (violations?.length ? { violations } : null),
+    retryable: info?.metadata?.retryable
+      ? info.metadata.retryable === 'true'
+      : !NON_RETRYABLE.has(number),
+    details: errorDetails ?? (violations?.length ? { violations } : null),
     retryAfterMs: delay ? Number(delay.seconds) * 1000 + delay.nanos / 1e6 : undefined,
     status: number,
     cause: error,
@@ -176,7 +175,7 @@ function parse(text) {
 
 /**
  * @param {any} error
- * @returns {Record<string, any>} The details that we know, by their type.
+ * @returns {Record<string, any>} The details of known types, by type.
  */
 function readDetails(error) {
   const found = /** @type {Record<string, any>} */ ({});
@@ -184,14 +183,14 @@ function readDetails(error) {
   if (!(bytes instanceof Uint8Array)) return found;
   try {
     for (const any of decode('google.rpc.Status', bytes).details) {
-      // The loader's own `Any` keeps the name of the field as it is in the schema.
+      // The `Any` of the loader keeps the field name of the schema.
       const type = any.type_url.split('/').pop();
       if (/^google\.rpc\.(ErrorInfo|RetryInfo|BadRequest)$/.test(type)) {
         found[type] = decode(type, any.value);
       }
     }
   } catch {
-    // The status says enough.
+    // Details are optional: the status code is sufficient.
   }
   return found;
 }

@@ -1,7 +1,7 @@
 /**
- * Streamer from Node: `Worker` runs actions, `Client` asks for them. In browsers, and wherever
- * gRPC does not reach, use `streamer-client/websocket`; to test a handler without a server,
- * `streamer-client/testing`.
+ * Streamer for Node: `Worker` runs actions, `Client` submits requests. Use
+ * `streamer-client/websocket` in browsers and where gRPC is not available, and
+ * `streamer-client/testing` to test a handler without a server.
  */
 
 export { Worker } from './worker.js';

@@ -1,7 +1,6 @@
 /**
- * Reads one request's log: each event once, in order, without gaps, and at its end the proof that
- * the output is whole. Pure: who fetches the events, and how often they come, is no concern of
- * it. No dependencies; runs in browsers.
+ * Verifies one request's log: each event once, in order, without gaps, and the digest of the output
+ * at the end. No I/O and no dependencies; runs in browsers.
  */
 
 import { IntegrityError } from './errors.js';
@@ -9,21 +8,21 @@ import { isTerminal } from './events.js';
 import { Sha256, hex } from './sha256.js';
 
 /**
- * An incremental SHA-256: {@link Sha256}, or one of `node:crypto`.
+ * An incremental SHA-256: {@link Sha256}, or a hash of `node:crypto`.
  * @typedef {{update(bytes: Uint8Array): unknown, copy(): Hash, digest(): Uint8Array}} Hash
  */
 
 /**
- * The valid output up to some point of the log.
+ * State before the first chunk of an attempt.
  * @typedef {object} Mark
- * @property {number} before `seq` of the last chunk before it, 0 when there is none.
+ * @property {number} before `seq` of the last chunk before it; 0 if there is none.
  * @property {number} first `seq` of the first chunk after it.
- * @property {number} attempt The attempt whose output begins here.
- * @property {number} chunks How many chunks are before it.
- * @property {Hash} hash Of those chunks.
+ * @property {number} attempt The attempt whose output starts here.
+ * @property {number} chunks Number of chunks before it.
+ * @property {Hash} hash Hash of those chunks.
  */
 
-/** Follows one log from `afterSeq` to its terminal event. */
+/** Reads one log from `afterSeq` to its terminal event. */
 export class LogReader {
   /** @type {Mark[]} One for each attempt that has valid output. */
   #marks = [];
@@ -33,51 +32,51 @@ export class LogReader {
 
   /**
    * @param {object} [options]
-   * @param {number | null} [options.afterSeq] `seq` of the last event that is known; `null` when
-   *   the first one that comes says where the log begins. Default 0.
-   * @param {boolean} [options.gaps] Whether progress events may be missing; default `false`.
-   * @param {() => Hash} [options.createHash] Makes an incremental SHA-256.
+   * @param {number | null} [options.afterSeq] `seq` of the last known event; `null` if the first
+   *   received event sets the position. Default 0.
+   * @param {boolean} [options.allowGaps] Whether progress events may be missing; default `false`.
+   * @param {() => Hash} [options.createHash] Creates an incremental SHA-256.
    */
-  constructor({ afterSeq = 0, gaps = false, createHash = () => new Sha256() } = {}) {
-    /** `seq` of the last event that was taken in; `null` before the first when not known. */
+  constructor({ afterSeq = 0, allowGaps = false, createHash = () => new Sha256() } = {}) {
+    /** `seq` of the last accepted event; `null` before the first one if the position is unknown. */
     this.lastSeq = afterSeq;
-    /** Whether the output is proved at the end: it is not when the beginning was not read. */
-    this.whole = afterSeq === 0;
-    /** Whether the terminal event was taken in. */
+    /** Whether the output can be verified at the end, that is, whether all of it was read. */
+    this.verifiable = afterSeq === 0;
+    /** Whether the terminal event was accepted. */
     this.ended = false;
-    /** How many output chunks are valid so far. */
+    /** Number of valid output chunks so far. */
     this.chunks = 0;
-    this.gaps = gaps;
+    this.allowGaps = allowGaps;
     this.#hash = createHash();
   }
 
   /**
-   * What the log is known to hold up to here has no output.
-   * @param {number} seq
+   * Skips events that contain no output.
+   * @param {number} seq `seq` of the last one.
    */
   skipTo(seq) {
     this.lastSeq = Math.max(this.lastSeq ?? 0, seq);
   }
 
   /**
-   * Whether events are missing between what was read and this one.
+   * Returns whether events are missing between the last one and this one.
    * @param {{seq: number}} event
    */
-  misses(event) {
-    return !this.gaps && this.lastSeq !== null && event.seq > this.lastSeq + 1;
+  hasGapBefore(event) {
+    return !this.allowGaps && this.lastSeq !== null && event.seq > this.lastSeq + 1;
   }
 
   /**
-   * Takes in the next event.
+   * Reads the next event.
    * @param {import('./events.js').Event} event
-   * @returns {boolean} Whether it is new; `false` for one that came before.
-   * @throws {IntegrityError} When one is missing, or at the end the output is not what was
-   *   produced.
+   * @returns {boolean} Whether it is new; `false` for a duplicate.
+   * @throws {IntegrityError} If an event is missing, or the output does not match the digest in the
+   *   terminal event.
    */
   accept(event) {
     if (this.ended || (this.lastSeq !== null && event.seq <= this.lastSeq)) return false;
-    if (this.misses(event)) {
-      throw new IntegrityError(`event ${event.seq} came after event ${this.lastSeq}`);
+    if (this.hasGapBefore(event)) {
+      throw new IntegrityError(`received event ${event.seq} after event ${this.lastSeq}`);
     }
     if (event.type === 'output') this.#addChunk(event);
     if (event.type === 'retrying' || event.type === 'failed') this.#rewind(event.rewindToSeq);
@@ -107,8 +106,8 @@ export class LogReader {
     while (this.#lastChunkSeq > seq) {
       const mark = this.#marks.pop();
       if (!mark) return;
-      // A server rewinds whole attempts; of a part of one nothing could be proved.
-      if (mark.first <= seq) this.whole = false;
+      // A server rewinds whole attempts only; after any other rewind the hash is unknown.
+      if (mark.first <= seq) this.verifiable = false;
       this.#hash = mark.hash;
       this.chunks = mark.chunks;
       this.#lastChunkSeq = mark.before;
@@ -117,15 +116,17 @@ export class LogReader {
 
   /** @param {import('./events.js').OutputSummary} summary */
   #verify(summary) {
-    if (!this.whole) return;
+    if (!this.verifiable) return;
     if (summary.chunks !== this.chunks) {
       throw new IntegrityError(
-        `the output has ${summary.chunks} valid chunks, ${this.chunks} were received`,
+        `output mismatch: received ${this.chunks} chunks, the terminal event has ${summary.chunks}`,
       );
     }
     const sha256 = hex(this.#hash.copy().digest());
     if (sha256 !== summary.sha256) {
-      throw new IntegrityError(`the output's SHA-256 is ${summary.sha256}, received ${sha256}`);
+      throw new IntegrityError(
+        `output mismatch: received SHA-256 ${sha256}, the terminal event has ${summary.sha256}`,
+      );
     }
   }
 }

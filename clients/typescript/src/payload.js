@@ -1,7 +1,7 @@
 /**
- * Values that cross the system untouched: bytes with a content type. JSON numbers beyond 2^53
- * lose digits in JavaScript, so every payload can be read as the text it is, and JSON text can
- * be sent as it is. No dependencies; runs in browsers.
+ * Payloads: bytes with a content type, which the server passes through unchanged. JSON numbers
+ * above 2^53 lose digits in JavaScript, so every payload can also be read as text, and JSON text
+ * can be sent unchanged. No dependencies; runs in browsers.
  */
 
 export const JSON_TYPE = 'application/json';
@@ -11,11 +11,11 @@ export const BINARY_TYPE = 'application/octet-stream';
 const encoder = new TextEncoder();
 const decoder = new TextDecoder('utf-8', { ignoreBOM: true });
 
-/** JSON text that is sent as it stands: `new RawJson('{"n":9223372036854775807}')`. */
+/** JSON text that is sent unchanged: `new RawJson('{"n":9223372036854775807}')`. */
 export class RawJson {
   /**
    * @param {string} text Well-formed JSON.
-   * @throws {SyntaxError} When it is not.
+   * @throws {SyntaxError} If it is not well-formed.
    */
   constructor(text) {
     JSON.parse(text);
@@ -23,7 +23,7 @@ export class RawJson {
   }
 }
 
-/** One payload, as it was received. */
+/** One payload, as received. */
 export class Payload {
   /**
    * @param {string} contentType IANA media type; empty means `application/json`.
@@ -35,15 +35,15 @@ export class Payload {
     this.bytes = bytes;
   }
 
-  /** The bytes read as UTF-8. */
+  /** The bytes decoded as UTF-8. */
   get text() {
     return decoder.decode(this.bytes);
   }
 
   /**
-   * JSON parsed, text as a string, anything else as bytes.
+   * The value: parsed JSON, text as a string, anything else as bytes.
    * @returns {any}
-   * @throws {SyntaxError} When it says that it is JSON and is not.
+   * @throws {SyntaxError} If the content type is JSON and the bytes are not.
    */
   get value() {
     if (this.contentType === JSON_TYPE) return JSON.parse(this.text);
@@ -53,18 +53,18 @@ export class Payload {
 
 /**
  * @param {string} text
- * @returns {Uint8Array} Its UTF-8.
+ * @returns {Uint8Array} The text encoded as UTF-8.
  */
 export function utf8(text) {
   return encoder.encode(text);
 }
 
 /**
- * Writes a value as JSON text. `undefined` becomes `null`.
- * @param {unknown} value Anything that `JSON.stringify` takes, or a {@link RawJson}.
- * @param {string} [name] What it is, for the error.
+ * Encodes a value as JSON text. `undefined` becomes `null`.
+ * @param {unknown} value A value that `JSON.stringify` accepts, or a {@link RawJson}.
+ * @param {string} [name] Name of the value in error messages.
  * @returns {string}
- * @throws {TypeError} When it cannot be written as JSON.
+ * @throws {TypeError} If it cannot be encoded as JSON.
  */
 export function toJson(value, name = 'value') {
   if (value === undefined) return 'null';
@@ -74,16 +74,17 @@ export function toJson(value, name = 'value') {
   try {
     text = JSON.stringify(value);
   } catch (error) {
-    const why = error instanceof Error ? error.message : String(error);
-    throw new TypeError(`${name} cannot be written as JSON: ${why}`, { cause: error });
+    const reason = error instanceof Error ? error.message : String(error);
+    throw new TypeError(`${name} cannot be encoded as JSON: ${reason}`, { cause: error });
   }
-  if (text === undefined) throw new TypeError(`${name} cannot be written as JSON`);
+  if (text === undefined) throw new TypeError(`${name} cannot be encoded as JSON`);
   return text;
 }
 
 /**
- * @param {unknown} value A payload as it is, bytes as `application/octet-stream`, else JSON.
- * @param {string} [name] What it is, for the error.
+ * @param {unknown} value A `Payload` (unchanged), bytes (`application/octet-stream`), or a value to
+ *   encode as JSON.
+ * @param {string} [name] Name of the value in error messages.
  * @returns {Payload}
  */
 export function toPayload(value, name) {
@@ -93,7 +94,7 @@ export function toPayload(value, name) {
 }
 
 /**
- * @param {unknown} value As {@link toPayload}, but a string is `text/plain`.
+ * @param {unknown} value Same as for {@link toPayload}, but a string is `text/plain`.
  * @returns {Payload}
  */
 export function toChunk(value) {

@@ -1,6 +1,6 @@
 /**
- * The protocol buffers, loaded at run time: from `proto/` in the published package, else from the
- * source tree that this file stands in. int64 values come as strings, bytes as Buffers.
+ * Loads the protocol buffers at run time: from `proto/` in the published package, otherwise from
+ * the source tree. int64 values are strings, bytes are Buffers.
  */
 
 import { existsSync } from 'node:fs';
@@ -20,7 +20,7 @@ const folders = ['../proto/', '../../../proto/'].map((path) =>
   fileURLToPath(new URL(path, import.meta.url)),
 );
 const folder = folders.find((candidate) => existsSync(candidate + FILES[0]));
-if (!folder) throw new Error(`no ${FILES[0]} in ${folders.join(' nor in ')}`);
+if (!folder) throw new Error(`${FILES[0]} not found in ${folders.join(' or ')}`);
 
 const definition = loadSync(FILES, {
   includeDirs: [folder],
@@ -33,14 +33,14 @@ const definition = loadSync(FILES, {
 });
 const root = /** @type {any} */ (loadPackageDefinition(definition)).streamer;
 
-/** The client classes of the services. */
+/** Client classes of the services. */
 export const RouterService = root.router.v1.RouterService;
 export const ProgressService = root.progress.v1.ProgressService;
 export const WorkerService = root.processor.v1.WorkerService;
 
 /**
- * Reads one message.
- * @param {string} type Its full name.
+ * Decodes one message.
+ * @param {string} type Full name of its type.
  * @param {Uint8Array} bytes
  * @returns {any}
  */

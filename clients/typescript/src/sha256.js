@@ -1,6 +1,6 @@
 /**
- * SHA-256 (FIPS 180-4), taken in piece by piece. WebCrypto has no such thing, and is not there at
- * all on insecure origins. No dependencies; runs in browsers.
+ * Incremental SHA-256 (FIPS 180-4). WebCrypto has no incremental hash, and does not exist on
+ * insecure origins. No dependencies; runs in browsers.
  */
 
 const K = new Int32Array(64);
@@ -24,7 +24,7 @@ const words = new Int32Array(64);
 /**
  * Fills the message schedule from one block of 64 bytes.
  * @param {Uint8Array} block
- * @param {number} at Where the block begins.
+ * @param {number} at Offset of the block.
  */
 function schedule(block, at) {
   for (let i = 0; i < 16; i += 1) {
@@ -41,10 +41,10 @@ function schedule(block, at) {
 }
 
 /**
- * Takes in one block of 64 bytes.
+ * Updates the state with one block of 64 bytes.
  * @param {Int32Array} state
  * @param {Uint8Array} block
- * @param {number} at Where the block begins.
+ * @param {number} at Offset of the block.
  */
 function compress(state, block, at) {
   schedule(block, at);
@@ -80,7 +80,7 @@ function compress(state, block, at) {
   state[7] += h;
 }
 
-/** One hash under way; `copy` makes it possible to go back. */
+/** An incremental hash; `copy` saves a state to return to. */
 export class Sha256 {
   #state = INITIAL.slice();
   #block = new Uint8Array(64);
@@ -88,7 +88,7 @@ export class Sha256 {
   #bytes = 0;
 
   /**
-   * Takes in the next bytes.
+   * Adds bytes to the hash.
    * @param {Uint8Array} bytes
    * @returns {this}
    */
@@ -108,7 +108,7 @@ export class Sha256 {
     return this;
   }
 
-  /** @returns {Sha256} One that goes on from here by itself. */
+  /** @returns {Sha256} An independent copy of the current state. */
   copy() {
     const copy = new Sha256();
     copy.#state = this.#state.slice();
@@ -118,7 +118,7 @@ export class Sha256 {
     return copy;
   }
 
-  /** @returns {Uint8Array} The 32 bytes of the hash of what was taken in so far. */
+  /** @returns {Uint8Array} The hash (32 bytes) of all bytes so far. */
   digest() {
     const end = this.copy();
     const padding = new Uint8Array((this.#filled < 56 ? 64 : 128) - this.#filled);

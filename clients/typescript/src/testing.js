@@ -1,4 +1,4 @@
-/** Runs a handler without a server, to test it: what it reports is written down. */
+/** Runs a handler without a server, and records its reports. */
 
 import { toJson, toPayload, Payload } from './payload.js';
 import { Context } from './worker-context.js';
@@ -6,7 +6,7 @@ import { Cancelled, handlerError } from './worker-errors.js';
 
 /**
  * @typedef {object} RunOptions
- * @property {unknown} [checkpoint] What an earlier attempt saved: bytes as they are, anything else
+ * @property {unknown} [checkpoint] Checkpoint of an earlier attempt: bytes unchanged, anything else
  *   as JSON.
  * @property {number} [attempt] From 1; default 1.
  * @property {AbortSignal} [signal] Aborting it cancels the run.
@@ -20,29 +20,29 @@ import { Cancelled, handlerError } from './worker-errors.js';
  * @property {number} [maxOutputChunkBytes] Largest chunk of output; default 1 MiB.
  */
 
-/** What a handler reported, in the order in which it did. */
+/** Reports of a handler, in order. */
 export class Recording {
-  /** @type {any} What it returned; `undefined` when it threw. */
+  /** @type {any} The result; `undefined` if the handler threw. */
   result = undefined;
-  /** @type {string} The result as JSON text; empty when it threw. */
+  /** @type {string} The result as JSON text; empty if the handler threw. */
   resultText = '';
-  /** @type {import('./worker-errors.js').HandlerError | null} How a worker would report it. */
+  /** @type {import('./worker-errors.js').HandlerError | null} The error as a worker reports it. */
   error = null;
   /** @type {{percentage: number | null, message: string, metadata: any}[]} */
   progress = [];
-  /** @type {Payload[]} The output, chunk by chunk. */
+  /** @type {Payload[]} The output chunks. */
   output = [];
-  /** @type {any[]} What was saved: JSON parsed, else bytes. */
+  /** @type {any[]} The checkpoints: parsed JSON, or bytes. */
   checkpoints = [];
-  /** How often the handler said that it lives. */
+  /** Number of heartbeats. */
   heartbeats = 0;
 
-  /** @returns {any} The checkpoint that another attempt would get; `null` when there is none. */
+  /** @returns {any} The last checkpoint; `null` if none was saved. */
   get checkpoint() {
     return this.checkpoints.at(-1) ?? null;
   }
 
-  /** @returns {string} The output as one text. */
+  /** @returns {string} The concatenated text of the output. */
   get outputText() {
     return this.output.map((chunk) => chunk.text).join('');
   }
@@ -53,13 +53,13 @@ export class Recording {
  * @param {import('./worker-actions.js').Handler} handler
  * @param {unknown} [payload] A JSON value; a `RawJson`; or bytes. Default `{}`.
  * @param {RunOptions} [options]
- * @returns {Promise<Recording>} Also when the handler throws: see its `error`.
+ * @returns {Promise<Recording>} Resolves also if the handler throws: see `error`.
  */
 export async function runHandler(handler, payload = {}, options = {}) {
   const recording = new Recording();
   const { checkpoint, signal } = options;
   const cancellation = new AbortController();
-  const cancel = () => cancellation.abort(new Cancelled('the test cancelled it'));
+  const cancel = () => cancellation.abort(new Cancelled('cancelled by the test'));
   if (signal?.aborted) cancel();
   signal?.addEventListener('abort', cancel, { once: true });
   const context = new Context(
@@ -75,7 +75,7 @@ export async function runHandler(handler, payload = {}, options = {}) {
       traceParent: options.traceParent ?? '',
       payload: toPayload(payload, 'payload'),
     },
-    sink(recording, cancellation.signal, options.maxOutputChunkBytes ?? 1024 * 1024),
+    recorder(recording, cancellation.signal, options.maxOutputChunkBytes ?? 1024 * 1024),
   );
   try {
     recording.resultText = toJson(await handler(context, context.payload), 'result');
@@ -92,9 +92,9 @@ export async function runHandler(handler, payload = {}, options = {}) {
  * @param {Recording} recording
  * @param {AbortSignal} signal
  * @param {number} maxOutputChunkBytes
- * @returns {import('./worker-context.js').Sink}
+ * @returns {import('./worker-context.js').Reporter}
  */
-function sink(recording, signal, maxOutputChunkBytes) {
+function recorder(recording, signal, maxOutputChunkBytes) {
   return {
     signal,
     limits: { maxOutputChunkBytes },

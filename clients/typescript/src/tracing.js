@@ -1,13 +1,13 @@
 /**
- * OpenTelemetry, where the application has `@opentelemetry/api` installed. The kit uses the API
- * alone: spans go where the application's SDK sends them, and the context is active if the
- * application has registered a context manager, as SDKs do.
+ * OpenTelemetry, if `@opentelemetry/api` is installed. This package uses only the API: the
+ * application's SDK exports the spans, and the context is active if the application has registered
+ * a context manager, as SDKs do.
  */
 
 /** @type {typeof import('@opentelemetry/api') | null} */
 const api = await import('@opentelemetry/api').catch(() => null);
 
-/** @returns {{traceparent?: string, tracestate?: string}} The current trace; empty outside one. */
+/** @returns {{traceparent?: string, tracestate?: string}} Empty outside a trace. */
 export function traceHeaders() {
   const span = api?.trace.getSpanContext(api.context.active());
   if (!api || !span || !api.isSpanContextValid(span)) return {};
@@ -18,7 +18,7 @@ export function traceHeaders() {
 }
 
 /**
- * Runs a handler in a span below the server's, as the attempt is sampled.
+ * Runs a handler in a span that is a child of the server's span and shares its sampling decision.
  * @template T
  * @param {import('./worker-context.js').AttemptInfo} info
  * @param {() => Promise<T>} run
@@ -40,7 +40,7 @@ export async function inHandlerSpan(info, run) {
   try {
     return await api.context.with(api.trace.setSpan(remote, span), run);
   } catch (thrown) {
-    // Its message may hold parts of the payload.
+    // The exception is not recorded: its message may contain parts of the payload.
     span.setStatus({ code: api.SpanStatusCode.ERROR });
     throw thrown;
   } finally {

@@ -1,39 +1,42 @@
 /**
- * Messages of the client that are answered. The protocol has no number for them: an answer names
- * the request that it is about. So there is one call at a time about each request, and those that
- * are about none wait for each other too. What a lost connection left unanswered is sent again on
- * the next one. No dependencies; runs in browsers.
+ * Calls: messages of the client that the server answers. The protocol has no correlation id for
+ * them: an answer contains the id of its request. At most one call per request is in flight, and at
+ * most one that is about no request. Unanswered calls are sent again on the next connection. No
+ * dependencies; runs in browsers.
  */
 
 import { Backoff } from './backoff.js';
 import { RequestCancelled } from './errors.js';
-import { errorFrom } from './websocket-messages.js';
+import { errorFrom } from './websocket-server-messages.js';
 
-/** Unanswered messages on one connection at most. */
+/** Most unanswered messages on one connection. */
 const MAX_IN_FLIGHT = 64;
-/** So often a call is repeated that could not be served just then. */
-const MAX_REFUSALS = 6;
-/** The same, of a subscription that finds no room: watches of a connection that broke off count for 50 s. */
-const MAX_LIMITED = 30;
-/** The limit of which a server says that it did not look at the message at all. */
+/** Most retries of a call after transient errors. */
+const MAX_RETRIES = 6;
+/**
+ * Most retries of a subscription above the limit of watches: the watches of a broken connection
+ * count for 50 s.
+ */
+const MAX_SUBSCRIBE_RETRIES = 30;
+/** Name of the limit whose error means that the server did not process the message. */
 const MESSAGE_RATE = 'gateway.messages_per_second';
 
-/** @typedef {import('./websocket-messages.js').Message} Message */
+/** @typedef {import('./websocket-server-messages.js').Message} Message */
 /** @typedef {'submit' | 'subscribe' | 'unsubscribe' | 'cancel' | 'get' | 'list' | 'auth'} Kind */
 
 /**
  * @typedef {object} Call
  * @property {Kind} kind
- * @property {string} name The request that it is about; empty when it is about none.
- * @property {() => string} frame What to send, as of now.
+ * @property {string} requestId The request that it is about; empty if none.
+ * @property {() => string} frame Returns the message to send.
  * @property {boolean} sent Whether it waits for an answer on this connection.
- * @property {number} times How often it was sent.
- * @property {Backoff} refusals
+ * @property {number} times How many times it was sent.
+ * @property {Backoff} backoff
  * @property {(message: Message) => void} resolve
  * @property {(error: unknown) => void} reject
  */
 
-/** Which calls each type of message answers; an error answers all. */
+/** The kinds of calls that each type of message answers; an error answers any. */
 const ANSWERS = /** @type {Record<string, Kind[]>} */ ({
   acknowledgment: ['submit', 'cancel'],
   response: ['submit'],
@@ -44,56 +47,60 @@ const ANSWERS = /** @type {Record<string, Kind[]>} */ ({
   authenticated: ['auth'],
 });
 
-/** The calls of one client, over all its connections. */
+/** The calls of one client, across reconnects. */
 export class Calls {
-  /** @type {Map<string, Call[]>} By the request; the first of each is the one on its way. */
-  #lines = new Map();
-  /** @type {Set<Call>} Those that may be sent. */
-  #due = new Set();
+  /** @type {Map<string, Call[]>} By request; the first of each queue is in flight or sendable. */
+  #queues = new Map();
+  /** @type {Set<Call>} */
+  #sendable = new Set();
   #inFlight = 0;
 
-  /** @param {(frame: string) => boolean} send Whether a connection took it; throws if none will. */
+  /**
+   * @param {(frame: string) => boolean} send Returns whether the message was sent; throws if it can
+   *   never be sent.
+   */
   constructor(send) {
     this.send = send;
   }
 
   /**
+   * Queues a call.
    * @param {Kind} kind
-   * @param {string} name
+   * @param {string} requestId
    * @param {() => string} frame
    * @param {(message: Message) => void} resolve Gets the answer, before any message after it.
    * @param {(error: unknown) => void} reject Gets the server's error.
    */
-  make(kind, name, frame, resolve, reject) {
-    const refusals = new Backoff({ initialMs: 200 });
-    const call = { kind, name, frame, sent: false, times: 0, refusals, resolve, reject };
-    const line = this.#lines.get(name);
-    if (line) {
-      line.push(call);
+  add(kind, requestId, frame, resolve, reject) {
+    const backoff = new Backoff({ initialMs: 200 });
+    const call = { kind, requestId, frame, sent: false, times: 0, backoff, resolve, reject };
+    const queue = this.#queues.get(requestId);
+    if (queue) {
+      queue.push(call);
       return;
     }
-    this.#lines.set(name, [call]);
-    this.#due.add(call);
+    this.#queues.set(requestId, [call]);
+    this.#sendable.add(call);
     this.flush();
   }
 
   /**
-   * Takes back a submission that no connection has taken yet.
-   * @param {string} name
-   * @returns {boolean} Whether there was one.
+   * Withdraws a submission that was never sent.
+   * @param {string} requestId
+   * @returns {boolean} Whether one was withdrawn.
    */
-  withdraw(name) {
-    const line = this.#lines.get(name) ?? [];
-    const call = line.find(({ kind, times }) => kind === 'submit' && times === 0);
+  withdraw(requestId) {
+    const queue = this.#queues.get(requestId) ?? [];
+    const call = queue.find(({ kind, times }) => kind === 'submit' && times === 0);
     if (!call) return false;
     this.#remove(call);
-    call.reject(new RequestCancelled('it was never sent', { requestId: name }));
+    call.reject(new RequestCancelled('cancelled before it was sent', { requestId }));
     return true;
   }
 
-  /** Sends what may be sent. */
+  /** Sends as many calls as possible. */
   flush() {
-    for (const call of this.#due) {
+    for (const call of this.#sendable) {
       if (this.#inFlight >= MAX_IN_FLIGHT) return;
       try {
         if (!this.send(call.frame())) return;
@@ -102,47 +109,51 @@ export class Calls {
         call.reject(error);
         continue;
       }
-      this.#due.delete(call);
+      this.#sendable.delete(call);
       this.#inFlight += 1;
       call.sent = true;
       call.times += 1;
     }
   }
 
-  /** The connection is lost: what was not answered is due again. */
-  lost() {
+  /** Handles the loss of the connection: unanswered calls are sent again. */
+  onDisconnect() {
     this.#inFlight = 0;
-    for (const [call] of this.#lines.values()) {
+    for (const [call] of this.#queues.values()) {
       call.sent = false;
-      this.#due.add(call);
+      this.#sendable.add(call);
     }
   }
 
   /**
+   * Passes an answer to its call.
    * @param {Message} message
    * @returns {boolean} Whether it answers a call.
    */
-  answer(message) {
+  onMessage(message) {
     const { type, seq, request_id: requestId, uid } = message.body;
     if (seq !== undefined) return false;
     const kinds = ANSWERS[type];
     if (!kinds && type !== 'error') return false;
-    const names = requestId === undefined ? [''] : [requestId, uid];
-    const heads = names.map((name) => this.#lines.get(name)?.[0]);
+    const ids = requestId === undefined ? [''] : [requestId, uid];
+    const heads = ids.map((id) => this.#queues.get(id)?.[0]);
     const call = heads.find((head) => head?.sent && (!kinds || kinds.includes(head.kind)));
     if (!call) return false;
     this.#inFlight -= 1;
     call.sent = false;
-    if (type === 'error') this.#refused(call, errorFrom(message.body.error));
+    if (type === 'error') this.#onError(call, errorFrom(message.body.error));
     else this.#settle(call, () => call.resolve(message));
     return true;
   }
 
-  /** @param {unknown} error Why nothing will be answered any more. */
-  fail(error) {
-    const calls = [...this.#lines.values()].flat();
-    this.#lines.clear();
-    this.#due.clear();
+  /**
+   * Rejects every call, because the connection is permanently closed.
+   * @param {unknown} error
+   */
+  failAll(error) {
+    const calls = [...this.#queues.values()].flat();
+    this.#queues.clear();
+    this.#sendable.clear();
     for (const { reject } of calls) reject(error);
   }
 
@@ -150,44 +161,44 @@ export class Calls {
    * @param {Call} call
    * @param {import('./errors.js').StreamerError} error
    */
-  #refused(call, error) {
-    const unseen = error.details?.limit === MESSAGE_RATE;
-    // Watches of a connection that broke off count for a while, and so may those that replace them.
-    const later = call.kind === 'subscribe' && error.retryAfterMs !== undefined;
-    const limited = error.code === 'RATE_LIMITED' && (call.times > 1 || later);
-    const busy = error.code === 'UNAVAILABLE' || limited;
-    const refusals = later ? MAX_LIMITED : MAX_REFUSALS;
-    if (!unseen && !(busy && call.refusals.failures < refusals)) {
+  #onError(call, error) {
+    const unprocessed = error.details?.limit === MESSAGE_RATE;
+    // The watches of a broken connection count for a while, and so may those that replace them.
+    const delayed = call.kind === 'subscribe' && error.retryAfterMs !== undefined;
+    const limited = error.code === 'RATE_LIMITED' && (call.times > 1 || delayed);
+    const transient = error.code === 'UNAVAILABLE' || limited;
+    const maxRetries = delayed ? MAX_SUBSCRIBE_RETRIES : MAX_RETRIES;
+    if (!unprocessed && !(transient && call.backoff.failures < maxRetries)) {
       this.#settle(call, () => call.reject(error));
       return;
     }
     setTimeout(
       () => {
-        if (this.#lines.get(call.name)?.[0] !== call || call.sent) return;
-        this.#due.add(call);
+        if (this.#queues.get(call.requestId)?.[0] !== call || call.sent) return;
+        this.#sendable.add(call);
         this.flush();
       },
-      (error.retryAfterMs ?? 0) + call.refusals.next(),
+      (error.retryAfterMs ?? 0) + call.backoff.next(),
     );
   }
 
   /**
    * @param {Call} call
-   * @param {() => void} tell
+   * @param {() => void} callback
    */
-  #settle(call, tell) {
+  #settle(call, callback) {
     this.#remove(call);
-    tell();
+    callback();
     this.flush();
   }
 
   /** @param {Call} call */
   #remove(call) {
-    this.#due.delete(call);
-    const line = this.#lines.get(call.name) ?? [];
-    const index = line.indexOf(call);
-    if (index >= 0) line.splice(index, 1);
-    if (line.length === 0) this.#lines.delete(call.name);
-    else if (index === 0) this.#due.add(line[0]);
+    this.#sendable.delete(call);
+    const queue = this.#queues.get(call.requestId) ?? [];
+    const index = queue.indexOf(call);
+    if (index >= 0) queue.splice(index, 1);
+    if (queue.length === 0) this.#queues.delete(call.requestId);
+    else if (index === 0) this.#sendable.add(queue[0]);
   }
 }

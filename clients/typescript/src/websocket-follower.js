@@ -1,6 +1,6 @@
 /**
- * One request that somebody follows over the WebSocket, from its submission or subscription to
- * its end. No dependencies; runs in browsers.
+ * Follows one request over the WebSocket, from its submission or subscription to its end. No
+ * dependencies; runs in browsers.
  */
 
 import {
@@ -10,44 +10,44 @@ import {
   RequestFailed,
   StreamerError,
 } from './errors.js';
-import { isTerminal, requestFailed, resultOf, tell } from './events.js';
+import { isTerminal, notify, requestFailed, resultOf } from './events.js';
 import { LogReader } from './log-reader.js';
 
 /**
  * @typedef {object} FollowOptions
- * @property {'all' | 'latest'} [mode] `latest`: at most 10 progress events a second, always the
+ * @property {'all' | 'latest'} [mode] `latest`: at most 10 progress events per second, always the
  *   newest. Default `all`.
- * @property {boolean} [raw] Gives the result as the JSON text it is, in which no number loses
- *   digits; default `false`: parsed.
+ * @property {boolean} [raw] Returns the result as JSON text, in which no number loses digits,
+ *   instead of parsing it; default `false`.
  */
 
-/** What it knows, and whom it tells. */
+/** State of one followed request. */
 export class Follower {
-  /** Whether the server has it among this client's subscriptions, or had before a cut. */
+  /** Whether the server has a subscription for it, or had one before a reconnect. */
   subscribed = false;
-  /** A subscription is asked for and not answered. */
+  /** Whether a subscription is requested and not answered. */
   subscribing = false;
-  /** The server's id; empty until it is known. */
+  /** The server's id; empty while unknown. */
   uid = '';
   settled = false;
-  /** @type {number | null} `seq` after which missing events were asked for. */
-  #askedAfter = null;
+  /** @type {number | null} `seq` after which missing events were requested. */
+  #gapRequestedAfter = null;
   /** @type {(result: any) => void} */
   #resolve = () => {};
   /** @type {(error: unknown) => void} */
   #reject = () => {};
 
   /**
-   * @param {string} name The request, as its caller names it.
+   * @param {string} requestId `requestId` or `uid`, as given by the caller.
    * @param {number | null} afterSeq
    * @param {FollowOptions & import('./events.js').Observer} options
    */
-  constructor(name, afterSeq, options) {
-    this.name = name;
+  constructor(requestId, afterSeq, options) {
+    this.requestId = requestId;
     this.options = options;
     this.latest = options.mode === 'latest';
-    this.reader = new LogReader({ afterSeq, gaps: this.latest });
-    /** The result. */
+    this.reader = new LogReader({ afterSeq, allowGaps: this.latest });
+    /** Settles with the result. */
     this.promise = new Promise((resolve, reject) => {
       this.#resolve = resolve;
       this.#reject = reject;
@@ -55,29 +55,30 @@ export class Follower {
   }
 
   /**
-   * @param {{request_id?: string, uid?: string}} about
-   * @returns {boolean} Whether that is this request.
+   * @param {{request_id?: string, uid?: string}} ids
+   * @returns {boolean} Whether they identify this request.
    */
-  is({ request_id: requestId, uid }) {
-    return requestId === this.name || uid === this.name || (uid !== undefined && uid === this.uid);
+  matches({ request_id: requestId, uid }) {
+    if (requestId === this.requestId || uid === this.requestId) return true;
+    return uid !== undefined && uid === this.uid;
   }
 
   /**
    * @param {Follower} other
-   * @returns {boolean} Whether both follow the same request, as far as is known.
+   * @returns {boolean} Whether both are known to follow the same request.
    */
-  follows(other) {
-    return this.is({ request_id: other.name, uid: other.uid || other.name });
+  hasSameRequest(other) {
+    return this.matches({ request_id: other.requestId, uid: other.uid || other.requestId });
   }
 
   /**
-   * The server says where the subscription begins.
+   * Handles the start of the subscription.
    * @param {{uid: string, last_seq: number, state: string}} snapshot
-   * @param {number} [afterSeq] What was asked for.
-   * @returns {boolean} Whether the terminal event still has to be asked for: the request has ended,
-   *   and its log up to there was said to be known.
+   * @param {number} [afterSeq] The requested position.
+   * @returns {boolean} Whether the terminal event must be requested separately: the request has
+   *   ended, and the requested position is at or after its last event.
    */
-  begin({ uid, last_seq: lastSeq, state }, afterSeq) {
+  onSubscribed({ uid, last_seq: lastSeq, state }, afterSeq) {
     this.subscribing = false;
     this.subscribed = true;
     this.uid = uid;
@@ -87,15 +88,15 @@ export class Follower {
   }
 
   /**
-   * Takes in the next event.
+   * Handles the next event.
    * @param {import('./events.js').Event} event
-   * @returns {boolean} Whether events before it are missing and have to be asked for.
+   * @returns {boolean} Whether events before it are missing and must be requested.
    */
-  take(event) {
+  onEvent(event) {
     try {
-      if (this.reader.misses(event)) return this.#miss(event);
-      // A terminal event that its caller claims to know is the outcome all the same.
-      if (this.reader.accept(event)) tell(this.options, event);
+      if (this.reader.hasGapBefore(event)) return this.#onGap(event);
+      // A terminal event settles the promise even if `afterSeq` excludes it.
+      if (this.reader.accept(event)) notify(this.options, event);
       if (isTerminal(event)) this.succeed(resultOf(event));
     } catch (error) {
       this.fail(error);
@@ -120,34 +121,34 @@ export class Follower {
   }
 
   /** @param {import('./events.js').Event} event */
-  #miss(event) {
+  #onGap(event) {
     const { lastSeq } = this.reader;
     if (this.subscribing) return false;
-    if (this.#askedAfter === lastSeq) {
-      throw new IntegrityError(`event ${event.seq} came after event ${lastSeq}, twice`);
+    if (this.#gapRequestedAfter === lastSeq) {
+      throw new IntegrityError(`received event ${event.seq} after event ${lastSeq}, twice`);
     }
-    this.#askedAfter = lastSeq;
+    this.#gapRequestedAfter = lastSeq;
     return true;
   }
 }
 
 /**
- * @param {unknown} error Why a call failed.
+ * @param {unknown} error The error of a call.
  * @param {string} requestId
- * @returns {unknown} What whoever follows the request is told.
+ * @returns {unknown} The error for the caller: `RequestFailed` for an error of the server.
  */
-export function refusal(error, requestId) {
-  const ours =
+export function followerError(error, requestId) {
+  const local =
     error instanceof RequestFailed ||
     error instanceof LimitError ||
     error instanceof ConnectionClosed;
-  return error instanceof StreamerError && !ours
+  return error instanceof StreamerError && !local
     ? requestFailed(error, { requestId, uid: '' })
     : error;
 }
 
 /**
- * Does something when the signal aborts while the request is followed.
+ * Calls `action` if the signal aborts while the request is followed.
  * @param {AbortSignal | undefined} signal
  * @param {Follower} follower
  * @param {() => void} action
@@ -159,8 +160,8 @@ export function onAbort(signal, follower, action) {
     return;
   }
   signal.addEventListener('abort', action, { once: true });
-  const forget = () => signal.removeEventListener('abort', action);
-  follower.promise.then(forget, forget);
+  const removeListener = () => signal.removeEventListener('abort', action);
+  follower.promise.then(removeListener, removeListener);
 }
 
 /**

@@ -1,7 +1,7 @@
 /**
- * Finds the members of a JSON object in its text, as they stand there. The digest of a request's
- * output is over the bytes of its chunks, and a number may have more digits than JavaScript
- * keeps, so what was parsed and written again will not do. No dependencies; runs in browsers.
+ * Finds the source text of the members of a JSON object. The digest of the output is over the bytes
+ * of the chunks, and a number may have more digits than JavaScript keeps, so encoding parsed values
+ * again is not sufficient. No dependencies; runs in browsers.
  */
 
 const QUOTE = 0x22;
@@ -14,10 +14,10 @@ const OPEN_BRACE = 0x7b;
 const CLOSE_BRACE = 0x7d;
 
 /**
- * The members of an object, each with everything between its colon and the comma or brace after
- * it, white space included. Of members with the same name the last one counts.
- * @param {string} text Well-formed JSON: it was parsed before.
- * @returns {Map<string, string>} Empty when it is no object.
+ * Returns the members of an object, each with everything between its colon and the comma or brace
+ * that follows, including white space. Of members with the same name, the last one is returned.
+ * @param {string} text Well-formed JSON.
+ * @returns {Map<string, string>} Empty if the text is not an object.
  */
 export function rawMembers(text) {
   const members = new Map();
@@ -37,9 +37,9 @@ export function rawMembers(text) {
 }
 
 /**
- * The elements of an array, each as it stands.
- * @param {string} text Well-formed JSON: it was parsed before.
- * @returns {string[]} Empty when it is no array.
+ * Returns the source text of the elements of an array.
+ * @param {string} text Well-formed JSON.
+ * @returns {string[]} Empty if the text is not an array.
  */
 export function rawElements(text) {
   const elements = /** @type {string[]} */ ([]);
@@ -55,8 +55,8 @@ export function rawElements(text) {
 
 /**
  * @param {string} text
- * @param {number} at Where a string's opening quote is.
- * @returns {number} Just after its closing quote.
+ * @param {number} at Position of the opening quote of a string.
+ * @returns {number} Position after its closing quote.
  */
 function stringEnd(text, at) {
   for (let end = at + 1; end < text.length; end += 1) {
@@ -69,8 +69,8 @@ function stringEnd(text, at) {
 
 /**
  * @param {string} text
- * @param {number} at Where a value begins.
- * @returns {number} Where the comma, brace or bracket after it is.
+ * @param {number} at Start of a value.
+ * @returns {number} Position of the comma, brace or bracket after it.
  */
 function valueEnd(text, at) {
   let depth = 0;

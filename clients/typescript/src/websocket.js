@@ -1,7 +1,7 @@
 /**
- * The WebSocket client, for browsers and Node: requests, their progress and their results over
- * one connection that is opened again whenever it is lost. A plain ES module without
- * dependencies: `import { StreamerSocket } from './websocket.js'` is all a page needs.
+ * The WebSocket client, for browsers and Node: requests, their progress and their results over one
+ * connection, with automatic reconnects. A plain ES module without dependencies: a page needs only
+ * `import { StreamerSocket } from './websocket.js'`.
  */
 
 import { OutputBuffer } from './events.js';
@@ -15,9 +15,9 @@ import {
 } from './errors.js';
 import { Payload, RawJson, utf8 } from './payload.js';
 import { Calls } from './websocket-calls.js';
-import { Follower, abortReason, onAbort, refusal } from './websocket-follower.js';
-import { message, randomId, requestFrame } from './websocket-frames.js';
-import { Link } from './websocket-link.js';
+import { Follower, abortReason, followerError, onAbort } from './websocket-follower.js';
+import { message, randomId, requestFrame } from './websocket-client-messages.js';
+import { Connection } from './websocket-connection.js';
 import {
   errorFrom,
   eventFrom,
@@ -25,7 +25,7 @@ import {
   payloadFrom,
   positionFrom,
   requestFrom,
-} from './websocket-messages.js';
+} from './websocket-server-messages.js';
 
 export {
   ConnectionClosed,
@@ -39,28 +39,28 @@ export {
   StreamerError,
 };
 
-/** @typedef {import('./websocket-messages.js').RequestInfo} RequestInfo */
-/** @typedef {import('./websocket-messages.js').Message} Message */
-/** @typedef {import('./websocket-frames.js').RequestOptions} RequestOptions */
-/** @typedef {import('./websocket-frames.js').Accepted} Accepted */
+/** @typedef {import('./websocket-server-messages.js').RequestInfo} RequestInfo */
+/** @typedef {import('./websocket-server-messages.js').Message} Message */
+/** @typedef {import('./websocket-client-messages.js').RequestOptions} RequestOptions */
+/** @typedef {import('./websocket-client-messages.js').Accepted} Accepted */
 /** @typedef {import('./websocket-follower.js').FollowOptions} FollowOptions */
 /** @typedef {import('./events.js').Observer} Observer */
 
 /**
  * @typedef {object} SocketOptions
  * @property {string} url `ws://host:port/ws`, or `wss://…` for TLS.
- * @property {string | (() => string | Promise<string>)} token A JWT, or what returns one: asked for
- *   each connection and before the token expires.
- * @property {any} [WebSocket] The class to use, where there is none built in: that of `ws` in Node.
- * @property {(change: import('./websocket-link.js').StateChange) => void} [onStateChange]
- * @property {(message: {topic: string, data: any, payload: Payload}) => void} [onMessage] A service
- *   pushed something through the Connections API.
+ * @property {string | (() => string | Promise<string>)} token A JWT, or a function that returns
+ *   one; it is called for each connection and before the token expires.
+ * @property {any} [WebSocket] The class to use if the platform has none: that of `ws` in Node.
+ * @property {(change: import('./websocket-connection.js').StateChange) => void} [onStateChange]
+ * @property {(message: {topic: string, data: any, payload: Payload}) => void} [onMessage] Gets
+ *   messages that a service pushes through the Connections API.
  */
 
-/** One client of one server. */
+/** A client of one server. */
 export class StreamerSocket {
   #options;
-  #link;
+  #connection;
   #calls;
   /** @type {Set<Follower>} */
   #followers = new Set();
@@ -74,49 +74,49 @@ export class StreamerSocket {
    */
   constructor(options) {
     const WebSocket = options.WebSocket ?? globalThis.WebSocket;
-    if (!WebSocket) throw new TypeError('there is no WebSocket here: pass one (that of `ws`)');
+    if (!WebSocket) throw new TypeError('WebSocket is not defined: pass the class of package `ws`');
     this.#options = options;
-    /** Who the server says that this is; `null` before it has said so. */
+    /** Identity of this connection, as reported by the server; `null` until it is connected. */
     this.identity = /** @type {{connectionId: string, userId: string, tenantId: string} | null} */ (
       null
     );
     this.#calls = new Calls((frame) => this.#send(frame));
-    this.#link = new Link(
+    this.#connection = new Connection(
       { url: options.url, token: options.token, WebSocket },
       {
-        opened: (greeting) => this.#onOpened(greeting),
-        heard: (message) => this.#onMessage(message),
-        lost: () => this.#calls.lost(),
-        closed: (error) => this.#onClosed(error),
-        changed: (change) => options.onStateChange?.(change),
+        onOpen: (greeting) => this.#onOpen(greeting),
+        onMessage: (message) => this.#onMessage(message),
+        onDisconnect: () => this.#calls.onDisconnect(),
+        onClose: (error) => this.#onClose(error),
+        onStateChange: (change) => options.onStateChange?.(change),
       },
     );
-    this.#link.open();
+    this.#connection.open();
   }
 
   /**
-   * Asks for an action and follows it to its end, over as many connections as it takes. Until it
-   * is acknowledged it is sent again under the same `id`; a sync action may then run twice.
+   * Submits a request and follows it until it ends, across reconnects. The submission is sent again
+   * with the same `id` until it is acknowledged; a sync action may then run more than once.
    * @param {string} action
    * @param {unknown} [payload] A JSON value, or a `RawJson`; default `{}`.
    * @param {RequestOptions & FollowOptions & Observer} [options]
    * @returns {Promise<any>} The result.
-   * @throws {RequestFailed} When it was refused or ended in failure.
-   * @throws {RequestCancelled} When it was cancelled.
-   * @throws {IntegrityError} When its log does not prove itself.
-   * @throws {ConnectionClosed} When the connection is closed for good; the request goes on.
+   * @throws {RequestFailed} If the request was rejected or failed.
+   * @throws {RequestCancelled} If the request was cancelled.
+   * @throws {IntegrityError} If events or output are missing.
+   * @throws {ConnectionClosed} If the connection is permanently closed; the request continues.
    */
   request(action, payload = {}, options = {}) {
     if (this.#closed) return Promise.reject(this.#closed);
     const id = options.id ?? randomId();
     const frame = requestFrame(id, action, payload, options);
     const follower = this.#follow(id, 0, options);
-    this.#calls.make(
+    this.#calls.add(
       'submit',
       id,
       () => frame,
       (answer) => this.#onSubmitted(follower, answer, options),
-      (error) => this.#settle(follower, () => follower.fail(refusal(error, id))),
+      (error) => this.#settle(follower, () => follower.fail(followerError(error, id))),
     );
     onAbort(options.signal, follower, () => {
       if (this.#calls.withdraw(id)) return;
@@ -128,12 +128,12 @@ export class StreamerSocket {
   }
 
   /**
-   * Follows a request that was submitted before, to its end.
-   * @param {string} requestId Its `request_id` or `uid`.
+   * Follows an existing request until it ends.
+   * @param {string} requestId `request_id` or `uid`.
    * @param {{afterSeq?: number | null, signal?: AbortSignal} & FollowOptions & Observer} [options]
-   *   Events after `afterSeq`; default 0: all, and the output is proved at the end. `null`: only
-   *   what is new. Aborting `signal` ends the following, not the request.
-   * @returns {Promise<any>} The result; errors as of {@link request}.
+   *   Delivers events after `afterSeq`; default 0: all events, and the output is verified at the
+   *   end. `null`: only new events. Aborting `signal` ends the watch, not the request.
+   * @returns {Promise<any>} The result; throws the same errors as {@link request}.
    */
   watch(requestId, options = {}) {
     if (this.#closed) return Promise.reject(this.#closed);
@@ -142,7 +142,7 @@ export class StreamerSocket {
     this.#subscribe(follower);
     onAbort(signal, follower, () => {
       this.#settle(follower, () => follower.fail(signal?.reason));
-      if ([...this.#followers].some((other) => other.follows(follower))) return;
+      if ([...this.#followers].some((other) => other.hasSameRequest(follower))) return;
       const frame = message('unsubscribe', { request_id: requestId });
       this.#call('unsubscribe', requestId, frame).catch(() => {});
     });
@@ -150,11 +150,11 @@ export class StreamerSocket {
   }
 
   /**
-   * Asks that a request end: a queued one is cancelled at once, a running one when its handler
-   * notices. Safe to repeat.
-   * @param {string} requestId Its `request_id` or `uid`.
+   * Requests cancellation. A queued request is cancelled at once, a running one when its handler
+   * stops. Safe to repeat.
+   * @param {string} requestId `request_id` or `uid`.
    * @param {string} [reason] At most 1,024 bytes.
-   * @returns {Promise<string>} `cancelling`, or the state in which it has ended.
+   * @returns {Promise<string>} `cancelling`, or the terminal state of the request.
    */
   async cancel(requestId, reason = '') {
     const frame = message('cancel', { request_id: requestId, reason });
@@ -163,8 +163,8 @@ export class StreamerSocket {
   }
 
   /**
-   * One request, with its payload and result.
-   * @param {string} requestId Its `request_id` or `uid`.
+   * Returns a request, with its payload and result.
+   * @param {string} requestId `request_id` or `uid`.
    * @returns {Promise<RequestInfo>}
    */
   async get(requestId) {
@@ -173,44 +173,44 @@ export class StreamerSocket {
   }
 
   /**
-   * A page of the caller's requests, newest first.
+   * Returns a page of the caller's requests, newest first.
    * @param {object} [options]
-   * @param {RequestInfo['state'][]} [options.states] Only these; default all.
+   * @param {RequestInfo['state'][]} [options.states] Requests in these states; default all.
    * @param {number} [options.limit] 1 to 500; default 50.
-   * @param {string} [options.pageToken] `nextPageToken` of the page before.
-   * @returns {Promise<{requests: RequestInfo[], nextPageToken: string}>} The token is empty after
-   *   the last page.
+   * @param {string} [options.pageToken] `nextPageToken` of the previous page.
+   * @returns {Promise<{requests: RequestInfo[], nextPageToken: string}>} The token is empty on the
+   *   last page.
    */
   async list({ states, limit, pageToken } = {}) {
     const frame = message('list', { states, limit, page_token: pageToken });
     return pageFrom(await this.#call('list', '', frame));
   }
 
-  /** Closes the connection. Requests go on; promises reject with `ConnectionClosed`. */
+  /** Closes the connection. Promises reject with `ConnectionClosed`; requests continue. */
   close() {
-    this.#link.close();
+    this.#connection.close();
   }
 
   /**
    * @param {import('./websocket-calls.js').Kind} kind
-   * @param {string} name
+   * @param {string} requestId
    * @param {string} frame
    * @returns {Promise<Message>}
    */
-  async #call(kind, name, frame) {
+  async #call(kind, requestId, frame) {
     if (this.#closed) throw this.#closed;
     return new Promise((resolve, reject) => {
-      this.#calls.make(kind, name, () => frame, resolve, reject);
+      this.#calls.add(kind, requestId, () => frame, resolve, reject);
     });
   }
 
   /**
-   * @param {string} name
+   * @param {string} requestId
    * @param {number | null} afterSeq
    * @param {FollowOptions & Observer} options
    */
-  #follow(name, afterSeq, options) {
-    const follower = new Follower(name, afterSeq, options);
+  #follow(requestId, afterSeq, options) {
+    const follower = new Follower(requestId, afterSeq, options);
     this.#followers.add(follower);
     return follower;
   }
@@ -218,37 +218,39 @@ export class StreamerSocket {
   /**
    * Settles a follower, once.
    * @param {Follower} follower
-   * @param {() => void} how
+   * @param {() => void} settle
    */
-  #settle(follower, how) {
-    if (!follower.settled) how();
+  #settle(follower, settle) {
+    if (!follower.settled) settle();
     this.#followers.delete(follower);
   }
 
   /**
-   * @param {Follower} follower Wants the events after those it has.
-   * @param {boolean} [outcome] The terminal event is all that is left.
+   * Subscribes to the events after those that the follower has.
+   * @param {Follower} follower
+   * @param {boolean} [terminalOnly] Whether only the terminal event is missing.
    */
-  #subscribe(follower, outcome = false) {
+  #subscribe(follower, terminalOnly = false) {
     if (follower.subscribing || follower.settled) return;
     follower.subscribing = true;
-    const name = follower.uid || follower.name;
+    const requestId = follower.uid || follower.requestId;
     /** @type {number | undefined} */
     let afterSeq;
     const frame = () => {
-      // The connection has one place in each log: that of whoever is furthest behind.
-      const same = [...this.#followers].filter((other) => other.follows(follower));
+      // A connection has one position in each log: that of the follower that is furthest behind.
+      const same = [...this.#followers].filter((other) => other.hasSameRequest(follower));
       const mode = same.every((other) => other.latest) ? 'latest' : 'all';
-      const places = same.flatMap(({ reader }) => reader.lastSeq ?? []);
-      afterSeq = places.length > 0 && !outcome ? Math.min(...places) : undefined;
-      return message('subscribe', { request_id: name, after_seq: afterSeq, mode });
+      const positions = same.flatMap(({ reader }) => reader.lastSeq ?? []);
+      afterSeq = positions.length > 0 && !terminalOnly ? Math.min(...positions) : undefined;
+      return message('subscribe', { request_id: requestId, after_seq: afterSeq, mode });
     };
-    const begin = (/** @type {Message} */ { body }) => {
-      if (follower.begin(/** @type {any} */ (body), afterSeq)) this.#subscribe(follower, true);
+    const onSubscribed = (/** @type {Message} */ { body }) => {
+      const needsTerminal = follower.onSubscribed(/** @type {any} */ (body), afterSeq);
+      if (needsTerminal) this.#subscribe(follower, true);
     };
     const fail = (/** @type {unknown} */ error) =>
       this.#settle(follower, () => follower.fail(error));
-    this.#calls.make('subscribe', name, frame, begin, fail);
+    this.#calls.add('subscribe', requestId, frame, onSubscribed, fail);
   }
 
   /**
@@ -264,7 +266,7 @@ export class StreamerSocket {
       return;
     }
     follower.subscribed = true;
-    // The acknowledgment stands for the first event.
+    // The acknowledgment replaces the first event.
     follower.reader.skipTo(1);
     const { request_id: requestId, uid, duplicate = false } = body;
     try {
@@ -274,12 +276,12 @@ export class StreamerSocket {
       this.#settle(follower, () => follower.fail(error));
       return;
     }
-    // Its events are sent to a connection once, and others here may have had them already.
+    // The server sends an event once per connection: other followers may have received it before.
     if (duplicate) this.#subscribe(follower);
   }
 
   /** @param {any} greeting */
-  #onOpened(greeting) {
+  #onOpen(greeting) {
     const { connection_id: connectionId, user_id: userId, tenant_id: tenantId } = greeting;
     this.identity = { connectionId, userId, tenantId };
     this.#maxMessageBytes = greeting.max_message_bytes || Infinity;
@@ -291,9 +293,9 @@ export class StreamerSocket {
   #onMessage(received) {
     const { body } = received;
     if (body.seq !== undefined) this.#onEvent(received);
-    else if (this.#calls.answer(received)) return;
+    else if (this.#calls.onMessage(received)) return;
     else if (body.type === 'auth_expiring') this.#renewToken();
-    else if (body.type === 'error' && body.request_id) this.#onLost(received);
+    else if (body.type === 'error' && body.request_id) this.#onSubscriptionError(received);
     else if (body.type === 'message') {
       const payload = payloadFrom(received, 'data');
       this.#options.onMessage?.({ topic: body.topic, data: payload.value, payload });
@@ -303,39 +305,40 @@ export class StreamerSocket {
   /** @param {Message} received An event of a log. */
   #onEvent(received) {
     const followers = [...this.#followers].filter(
-      (follower) => follower.subscribed && follower.is(received.body),
+      (follower) => follower.subscribed && follower.matches(received.body),
     );
     if (followers.length === 0) return;
     const event = eventFrom(received);
     for (const follower of followers) {
-      if (follower.take(event)) this.#subscribe(follower);
+      if (follower.onEvent(event)) this.#subscribe(follower);
       if (follower.settled) this.#followers.delete(follower);
     }
   }
 
-  /** @param {Message} received The server gave up a subscription. */
-  #onLost({ body }) {
+  /** @param {Message} received An error that ends a subscription. */
+  #onSubscriptionError({ body }) {
     for (const follower of this.#followers) {
-      if (!follower.is(body) || !follower.subscribed) continue;
-      this.#settle(follower, () => follower.fail(refusal(errorFrom(body.error), follower.name)));
+      if (!follower.matches(body) || !follower.subscribed) continue;
+      const error = followerError(errorFrom(body.error), follower.requestId);
+      this.#settle(follower, () => follower.fail(error));
     }
   }
 
   /** @param {ConnectionClosed} error */
-  #onClosed(error) {
+  #onClose(error) {
     this.#closed = error;
-    this.#calls.fail(error);
+    this.#calls.failAll(error);
     for (const follower of this.#followers) this.#settle(follower, () => follower.fail(error));
   }
 
-  /** Without a fresh token the server closes the connection, and the next one gets one. */
+  /** Sends a fresh token on the current connection. */
   async #renewToken() {
     if (typeof this.#options.token !== 'function') return;
     try {
       const token = await this.#options.token();
       await this.#call('auth', '', message('auth', { token }));
     } catch {
-      // As said above.
+      // The server closes the connection, and the reconnect requests a fresh token.
     }
   }
 
@@ -350,6 +353,6 @@ export class StreamerSocket {
         throw new LimitError('message', size, this.#maxMessageBytes);
       }
     }
-    return this.#link.send(frame);
+    return this.#connection.send(frame);
   }
 }

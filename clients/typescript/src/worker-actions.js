@@ -1,4 +1,4 @@
-/** How a worker declares what it can run. The server checks the rest of the rules. */
+/** Declarations of actions. The server checks the remaining rules. */
 
 import { checkSize } from './errors.js';
 
@@ -6,28 +6,31 @@ import { checkSize } from './errors.js';
  * Runs one attempt of an action.
  * @callback Handler
  * @param {import('./worker-context.js').Context} context
- * @param {any} payload JSON parsed; `context.payloadText` and `context.payloadBytes` are exact.
- * @returns {unknown} The result, or a promise of it: anything that can be written as JSON.
+ * @param {any} payload Parsed JSON; `context.payloadText` and `context.payloadBytes` are exact.
+ * @returns {unknown} The result, or a promise of it: a JSON-encodable value.
  */
 
 /**
- * What an action declares about itself. Times are milliseconds.
+ * Declaration of an action. Times are milliseconds.
  * @typedef {object} ActionOptions
- * @property {string} [description] What it does, for people.
- * @property {boolean} [sync] Answered at once, without log, retry and resume. Default `false`.
- * @property {number} [estimatedDurationMs] How long it usually takes; default 60,000, or 10 when
+ * @property {string} [description] Description for people.
+ * @property {boolean} [sync] Whether the call returns the result, without log, retry and resume.
+ *   Default `false`.
+ * @property {number} [estimatedDurationMs] Usual duration of a run; default 60,000, or 10 if
  *   `sync`. Below the server's threshold (5,000 by default) an action is sync.
  * @property {number} [maxAttempts] Default 3.
  * @property {number} [startToCloseMs] Longest run of one attempt; default no limit.
- * @property {number} [heartbeatTimeoutMs] Longest silence of a running handler; default no limit.
+ * @property {number} [heartbeatTimeoutMs] Longest time without a report from a running handler;
+ *   default no limit.
  * @property {number} [scheduleToStartMs] Longest wait for the first attempt; default no limit.
  * @property {number} [scheduleToCloseMs] Longest time for all attempts together; default no limit.
  * @property {number} [initialBackoffMs] Bound of the first wait between attempts, doubled each
- *   time; the server's default when left out.
+ *   time; default set by the server.
  * @property {number} [maxBackoffMs] Largest bound of such a wait.
- * @property {string[]} [finalErrors] Error codes after which no other attempt follows.
- * @property {string} [permission] What the caller must be permitted; default nothing.
- * @property {number} [maxConcurrency] How many run at once on one processor; default no limit.
+ * @property {string[]} [finalErrors] Error codes that are not retried.
+ * @property {string} [permission] Permission that a caller needs; default none.
+ * @property {number} [maxConcurrency] Most runs at the same time on one processor; default no
+ *   limit.
  * @property {object | string} [payloadSchema] JSON Schema (2020-12) that payloads must match.
  */
 
@@ -48,15 +51,15 @@ const MAX_DESCRIPTION_BYTES = 4096;
 /** Largest JSON Schema, in bytes. */
 const MAX_SCHEMA_BYTES = 256 * 1024;
 
-/** From this server's default threshold on, an action is async. */
+/** Default threshold of the server from which an action is async, in milliseconds. */
 const SYNC_THRESHOLD_MS = 5000;
 
 /**
  * @param {string} name
  * @param {ActionOptions} options
- * @returns {object} The declaration as the protocol has it.
- * @throws {TypeError} When the name or a number breaks a rule.
- * @throws {import('./errors.js').LimitError} When description or schema are too large.
+ * @returns {object} The `Action` message.
+ * @throws {TypeError} If the name or a number is invalid.
+ * @throws {import('./errors.js').LimitError} If the description or the schema is too large.
  */
 export function declaration(name, options) {
   if (!/^[a-z][a-z0-9_.-]{0,63}$/.test(name)) {
@@ -67,7 +70,7 @@ export function declaration(name, options) {
     const value = options[field];
     if (value === undefined) continue;
     if (!Number.isSafeInteger(value) || value < 0) {
-      throw new TypeError(`${name}: ${field} must be a whole number from 0, is ${value}`);
+      throw new TypeError(`${name}: ${field} must be a non-negative integer, is ${value}`);
     }
     declared[field] = value;
   }

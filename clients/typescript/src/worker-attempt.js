@@ -1,17 +1,17 @@
-/** One attempt in a worker: its handler, and what it has reported. */
+/** One attempt: its handler and its reports. */
 
 import { checkSize } from './errors.js';
 import { JSON_TYPE, toJson } from './payload.js';
 import { inHandlerSpan } from './tracing.js';
 import { Context } from './worker-context.js';
 import { Cancelled, errorReport, handlerError } from './worker-errors.js';
-import { ReportQueue } from './worker-reports.js';
+import { ReportQueue } from './worker-report-queue.js';
 
-/** A handler that says that it lives is believed for so long, in milliseconds. */
+/** Longest interval between keep-alives, in milliseconds. */
 const MAX_KEEP_ALIVE_MS = 1000;
 
 /**
- * What the server said in `welcome`; sizes are bytes, times milliseconds.
+ * Limits in the server's `welcome`; sizes are bytes, times are milliseconds.
  * @typedef {object} Limits
  * @property {number} heartbeatMs
  * @property {number} leaseMs
@@ -22,23 +22,24 @@ const MAX_KEEP_ALIVE_MS = 1000;
  */
 
 /**
- * @typedef {object} Waiting Something that a handler wants to report, in its turn.
- * @property {'counted' | 'other' | 'last'} kind What is counted needs room.
+ * @typedef {object} PendingReport A report that waits for room, or for a report before it.
+ * @property {'counted' | 'other' | 'final'} kind Only `counted` reports (progress and output) need
+ *   room.
  * @property {() => void} add
  * @property {() => void} resolve
  * @property {(reason: unknown) => void} reject
  */
 
-/** From the task to the acknowledgment of its end; where its context's reports go. */
+/** An attempt, from its task to the acknowledgment of its end; the `Reporter` of its context. */
 export class Attempt {
   #controller = new AbortController();
-  /** @type {Waiting[]} */
-  #waiting = [];
+  /** @type {PendingReport[]} */
+  #pending = [];
   #reports = new ReportQueue();
-  /** Nothing more is sent, and the handler should be gone. */
+  /** Whether the attempt was stopped: no more reports are sent, and the handler should end. */
   #stopped = false;
   #cancelled = false;
-  #changed;
+  #onChange;
   #keepAliveMs;
   #keepAliveAt = -Infinity;
   /** @type {ReturnType<typeof setTimeout> | undefined} */
@@ -46,28 +47,28 @@ export class Attempt {
 
   /**
    * @param {import('./worker-context.js').AttemptInfo & {sync: boolean}} info
-   * @param {Limits} limits Those of the stream in use.
-   * @param {number} heartbeatTimeoutMs Longest silence that its action allows; 0 for no limit.
-   * @param {(attempt: Attempt) => void} changed Told when there may be something to send.
+   * @param {Limits} limits Limits of the current stream.
+   * @param {number} heartbeatTimeoutMs Heartbeat timeout of the action; 0 for no limit.
+   * @param {(attempt: Attempt) => void} onChange Called when a report may be ready to send.
    */
-  constructor(info, limits, heartbeatTimeoutMs, changed) {
+  constructor(info, limits, heartbeatTimeoutMs, onChange) {
     this.#keepAliveMs = Math.min(heartbeatTimeoutMs / 4 || Infinity, MAX_KEEP_ALIVE_MS);
     this.info = info;
     this.limits = limits;
-    this.#changed = changed;
+    this.#onChange = onChange;
   }
 
   get signal() {
     return this.#controller.signal;
   }
 
-  /** What names it in the protocol. */
-  get name() {
+  /** Identifies the attempt in the protocol. */
+  get id() {
     return { uid: this.info.uid, attempt: this.info.attempt };
   }
 
   /**
-   * Runs the handler to its end and reports it.
+   * Runs the handler, and reports its result or error.
    * @param {import('./worker-actions.js').Handler} handler
    */
   async run(handler) {
@@ -83,25 +84,28 @@ export class Attempt {
     }
   }
 
-  /** @param {import('./worker-errors.js').HandlerError} error Why it failed. */
+  /**
+   * Reports a failure.
+   * @param {import('./worker-errors.js').HandlerError} error
+   */
   fail(error) {
     this.#end('error', errorReport(error));
   }
 
   /**
-   * Hands it back unfinished, unless its end is on the way already.
+   * Releases the attempt, unless it has ended, and aborts the handler.
    * @param {string} reason
    */
   release(reason) {
     if (this.#reports.ended || this.#stopped) return;
     this.#reject(new Cancelled(reason));
-    this.#reports.addLast('release', { reason });
-    this.#changed(this);
+    this.#reports.addFinal('release', { reason });
+    this.#onChange(this);
     this.#controller.abort(new Cancelled(reason));
   }
 
   /**
-   * Cancellation was asked for: the handler is told.
+   * Notifies the handler of a cancellation.
    * @param {string} reason
    */
   cancel(reason) {
@@ -110,7 +114,7 @@ export class Attempt {
   }
 
   /**
-   * It is not this worker's any more: the handler is told, and nothing more is sent.
+   * Aborts the handler and sends no further reports: this worker no longer owns the attempt.
    * @param {string} reason
    */
   stop(reason) {
@@ -119,47 +123,47 @@ export class Attempt {
     this.#reject(this.signal.reason);
   }
 
-  /** How often the server asked for dropped reports on this stream. */
+  /** Number of `resend` messages for this attempt on the current stream. */
   get resends() {
     return this.#reports.resends;
   }
 
   /**
-   * Reports were dropped.
-   * @param {number} number Reports up to this one have arrived.
-   * @param {number} resends How often the server asked on this stream.
+   * Sends reports again that the server dropped.
+   * @param {number} number Number of the last report that was not dropped.
+   * @param {number} resends Number of `resend` messages on the current stream.
    */
   resend(number, resends) {
     this.#reports.resend(number, resends);
-    this.#changed(this);
+    this.#onChange(this);
   }
 
-  /** @returns {import('./worker-reports.js').Report | null} What to send now. */
+  /** @returns {import('./worker-report-queue.js').Report | null} The next report to send. */
   next() {
     return this.#stopped ? null : this.#reports.next(this.limits);
   }
 
   /**
-   * Reports were stored.
-   * @param {number} number Reports up to this one are durable.
-   * @param {number} [maxUnacknowledgedBytes] From now on; 0 for no change.
+   * Removes durable reports.
+   * @param {number} number Number of the last durable report.
+   * @param {number} [maxUnacknowledgedBytes] New limit; 0 keeps the current one.
    */
   acknowledge(number, maxUnacknowledgedBytes = 0) {
     if (maxUnacknowledgedBytes > 0) this.limits = { ...this.limits, maxUnacknowledgedBytes };
     this.#reports.acknowledge(number);
-    this.#admit();
+    this.#queuePending();
   }
 
   /**
-   * Goes on over a new stream.
-   * @param {number} number Reports up to this one are durable.
+   * Continues on a new stream.
+   * @param {number} number Number of the last durable report.
    * @param {Limits} limits
    */
   resume(number, limits) {
     this.limits = limits;
-    this.#reports.restart(number);
-    this.#admit();
-    this.#changed(this);
+    this.#reports.resume(number);
+    this.#queuePending();
+    this.#onChange(this);
   }
 
   /**
@@ -176,18 +180,18 @@ export class Attempt {
     return this.#enqueue('other', () => this.#reports.addCheckpoint(bytes));
   }
 
-  /** Of many calls in a short time the last one is passed on when the time is over. */
+  /** Queues a keep-alive; calls within one interval are merged into one at its end. */
   async keepAlive() {
     if (this.#stopped) throw this.signal.reason;
-    const wait = this.#keepAliveAt + this.#keepAliveMs - performance.now();
-    if (wait > 0) {
-      this.#keepAliveTimer ??= setTimeout(() => this.#passKeepAlive(), wait).unref();
+    const delay = this.#keepAliveAt + this.#keepAliveMs - performance.now();
+    if (delay > 0) {
+      this.#keepAliveTimer ??= setTimeout(() => this.#enqueueKeepAlive(), delay).unref();
     } else {
-      this.#passKeepAlive();
+      this.#enqueueKeepAlive();
     }
   }
 
-  #passKeepAlive() {
+  #enqueueKeepAlive() {
     clearTimeout(this.#keepAliveTimer);
     this.#keepAliveTimer = undefined;
     this.#keepAliveAt = performance.now();
@@ -199,41 +203,41 @@ export class Attempt {
    * @param {any} body
    */
   #end(kind, body) {
-    // What the handler did not wait for still goes first. After release or stop nothing is said.
-    this.#enqueue('last', () => this.#reports.addLast(kind, body)).catch(() => {});
+    // Reports that the handler did not await are sent first. Rejected after `release` or `stop`.
+    this.#enqueue('final', () => this.#reports.addFinal(kind, body)).catch(() => {});
   }
 
   /**
-   * @param {Waiting['kind']} kind
+   * @param {PendingReport['kind']} kind
    * @param {() => void} add
-   * @returns {Promise<void>} Resolves once it was added.
+   * @returns {Promise<void>} Resolves once the report is added.
    */
   #enqueue(kind, add) {
     return new Promise((resolve, reject) => {
       if (this.#stopped) return reject(this.signal.reason);
-      this.#waiting.push({ kind, add, resolve, reject });
-      this.#admit();
+      this.#pending.push({ kind, add, resolve, reject });
+      this.#queuePending();
     });
   }
 
-  /** Takes in what waits, in order, as far as there is room. */
-  #admit() {
-    let first = this.#waiting[0];
-    for (; first && !this.#reports.ended; first = this.#waiting[0]) {
+  /** Moves pending reports to the queue, in order, while there is room. */
+  #queuePending() {
+    let first = this.#pending[0];
+    for (; first && !this.#reports.ended; first = this.#pending[0]) {
       if (first.kind === 'counted' && !this.#reports.hasRoom(this.limits)) break;
-      this.#waiting.shift();
-      // A sync action is answered by its end alone.
-      if (!this.info.sync || first.kind === 'last') first.add();
+      this.#pending.shift();
+      // Of a sync action only the final report is sent.
+      if (!this.info.sync || first.kind === 'final') first.add();
       first.resolve();
     }
     if (this.#reports.ended) this.#reject(new Cancelled('the attempt has ended'));
-    this.#changed(this);
+    this.#onChange(this);
   }
 
   /** @param {unknown} reason */
   #reject(reason) {
-    const waiting = this.#waiting;
-    this.#waiting = [];
-    for (const { reject } of waiting) reject(reason);
+    const pending = this.#pending;
+    this.#pending = [];
+    for (const { reject } of pending) reject(reason);
   }
 }

@@ -1,6 +1,6 @@
 /**
- * What a handler works with while it runs. It checks what is reported and hands it to a sink: an
- * attempt of a worker, or the recorder of `streamer-client/testing`.
+ * The context of a handler. It validates reports and passes them to a reporter: an attempt of a
+ * worker, or the recorder of `streamer-client/testing`.
  */
 
 import { sleep } from './backoff.js';
@@ -16,11 +16,11 @@ const MAX_PROGRESS_METADATA_BYTES = 64 * 1024;
 const MAX_CHECKPOINT_BYTES = 256 * 1024;
 /** Largest content type, in bytes. */
 const MAX_CONTENT_TYPE_BYTES = 255;
-/** A handler that reports without end lets others run after so many milliseconds. */
-const TURN_MS = 10;
+/** Longest time for which reports do not yield to the event loop, in milliseconds. */
+const YIELD_INTERVAL_MS = 10;
 
 /**
- * What is known of an attempt.
+ * Data of an attempt.
  * @typedef {object} AttemptInfo
  * @property {string} uid
  * @property {string} requestId
@@ -36,83 +36,82 @@ const TURN_MS = 10;
  */
 
 /**
- * Where reports go.
- * @typedef {object} Sink
+ * Receives the reports of a handler.
+ * @typedef {object} Reporter
  * @property {AbortSignal} signal
  * @property {{maxOutputChunkBytes: number}} limits In bytes.
  * @property {(kind: 'progress' | 'output', body: any, bytes: number) => Promise<void>} report
- *   Resolves once there was room; rejects when the attempt is not the handler's any more.
+ *   Resolves once there is room; rejects if this worker no longer owns the attempt.
  * @property {(bytes: Uint8Array) => Promise<void>} checkpoint
  * @property {() => Promise<void>} keepAlive
  */
 
-/** When this process last let others run. */
-let turnBegan = performance.now();
+/** When the process last yielded to the event loop. */
+let lastYield = performance.now();
 
-/** Lets heartbeats and acknowledgments through when a handler keeps the process busy. */
-async function takeTurns() {
-  if (performance.now() - turnBegan < TURN_MS) return;
+/** Yields to the event loop, so that heartbeats are sent while a busy handler reports. */
+async function yieldToEventLoop() {
+  if (performance.now() - lastYield < YIELD_INTERVAL_MS) return;
   await new Promise((resolve) => setImmediate(resolve));
-  turnBegan = performance.now();
+  lastYield = performance.now();
 }
 
-/** Handed to every run of a handler. */
+/** Argument of every run of a handler. */
 export class Context {
-  #sink;
+  #reporter;
   #payload;
 
   /**
    * @param {AttemptInfo} info
-   * @param {Sink} sink
+   * @param {Reporter} reporter
    */
-  constructor(info, sink) {
-    this.#sink = sink;
+  constructor(info, reporter) {
+    this.#reporter = reporter;
     this.#payload = info.payload;
-    /** The server's id of the request: the idempotency key for effects elsewhere. */
+    /** The server's id of the request: the idempotency key for side effects in other systems. */
     this.uid = info.uid;
     /** The caller's id of the request. */
     this.requestId = info.requestId;
-    /** The tenant that asks. */
+    /** The tenant of the caller. */
     this.tenantId = info.tenantId;
-    /** The user who asks. */
+    /** The user who submitted the request. */
     this.userId = info.userId;
-    /** What is asked for. */
+    /** Name of the action. */
     this.action = info.action;
-    /** Which attempt this is, from 1. */
+    /** Number of the attempt, from 1. */
     this.attempt = info.attempt;
-    /** The exact bytes of the checkpoint that an earlier attempt left; `null` when none did. */
+    /** Exact bytes of the checkpoint of an earlier attempt; `null` if there is none. */
     this.checkpointBytes = info.checkpoint;
-    /** The attempt fails with `TIMEOUT` when it has not ended by then; `null`: it may run on. */
+    /** When the attempt fails with `TIMEOUT`; `null` if it has no time limit. */
     this.deadline = info.deadline;
     /**
-     * W3C `traceparent` to send with calls that the handler makes; empty when the request is not part
-     * of a trace. With `@opentelemetry/api` and a context manager, this place is the active context,
-     * too.
+     * W3C `traceparent` to send with calls that the handler makes; empty if the request is not part
+     * of a trace. With `@opentelemetry/api` and a context manager, it is also the active context.
      */
     this.traceParent = info.traceParent;
-    /** W3C `tracestate` that goes with it. */
+    /** W3C `tracestate` that belongs to `traceParent`. */
     this.traceState = info.traceState ?? '';
     /**
-     * Aborted when the handler should end: cancellation was asked for, or the attempt is not this
-     * worker's any more. Its reason is a `Cancelled`.
+     * Aborted when the handler should end: the request was cancelled, or this worker no longer owns
+     * the attempt. The reason is a `Cancelled`.
      */
-    this.signal = sink.signal;
+    this.signal = reporter.signal;
   }
 
-  /** The exact bytes of the payload. */
+  /** Exact bytes of the payload. */
   get payloadBytes() {
     return this.#payload.bytes;
   }
 
-  /** The payload as the text it is, in which no number has lost digits. */
+  /** The payload as text, in which no number has lost digits. */
   get payloadText() {
     return this.#payload.text;
   }
 
   /**
-   * The payload, as handlers get it: JSON parsed, text as a string, anything else as bytes.
+   * The payload: parsed JSON, text as a string, anything else as bytes.
    * @returns {any}
-   * @throws {InvalidPayload} When it says that it is JSON and is not.
+   * @throws {InvalidPayload} If the content type is JSON and the payload is not.
    */
   get payload() {
     try {
@@ -123,8 +122,8 @@ export class Context {
   }
 
   /**
-   * What {@link saveCheckpoint} of an earlier attempt was given; `null` when nothing was, and
-   * bytes when it is not JSON.
+   * The checkpoint that an earlier attempt passed to {@link saveCheckpoint}; `null` if there is
+   * none, and bytes if it is not JSON.
    * @returns {any}
    */
   get checkpoint() {
@@ -137,18 +136,18 @@ export class Context {
   }
 
   /**
-   * Says how far the work is. Waits only while too much is underway.
-   * @param {number | {percentage?: number, message?: string, metadata?: unknown}} report 0 to 100;
-   *   or that and what is being done (at most 4,096 bytes), and anything more as JSON (at most
-   *   64 KiB).
+   * Reports progress. Blocks only while too many reports are not durable.
+   * @param {number | {percentage?: number, message?: string, metadata?: unknown}} report A
+   *   percentage from 0 to 100; or an object with a percentage, a message for people (at most 4,096
+   *   bytes) and JSON-encodable metadata (at most 64 KiB).
    * @returns {Promise<void>}
-   * @throws {RangeError} When the percentage is out of bounds.
-   * @throws {import('./errors.js').LimitError} When something is too large.
-   * @throws {import('./worker-errors.js').Cancelled} When the attempt is not the handler's any
-   *   more. So do the methods below.
+   * @throws {RangeError} If the percentage is out of range.
+   * @throws {import('./errors.js').LimitError} If a value is too large.
+   * @throws {import('./worker-errors.js').Cancelled} If this worker no longer owns the attempt. The
+   *   methods below throw it, too.
    */
   progress(report) {
-    return this.#say(() => {
+    return this.#report(() => {
       const {
         percentage,
         message = '',
@@ -165,73 +164,73 @@ export class Context {
       checkSize('progress.metadata', metadataBytes, MAX_PROGRESS_METADATA_BYTES);
       const body = {
         percentage,
-        // A lone surrogate has no UTF-8.
+        // A lone surrogate cannot be encoded as UTF-8.
         message: message.toWellFormed(),
         metadata: data && { contentType: JSON_TYPE, data },
       };
-      return this.#sink.report('progress', body, messageBytes + metadataBytes);
+      return this.#reporter.report('progress', body, messageBytes + metadataBytes);
     });
   }
 
   /**
-   * Adds the next chunk of output. Waits only while too much is underway.
+   * Sends the next chunk of output. Blocks only while too many reports are not durable.
    * @param {unknown} chunk A string (`text/plain`), bytes (`application/octet-stream`), a
-   *   `Payload` (as it is), or anything else as JSON. At most the server's
+   *   `Payload` (unchanged), or anything else as JSON. At most the server's
    *   `limits.max_output_chunk_bytes` (1 MiB by default).
    * @returns {Promise<void>}
-   * @throws {import('./errors.js').LimitError} When it is too large.
+   * @throws {import('./errors.js').LimitError} If it is too large.
    */
   output(chunk) {
-    return this.#say(() => {
+    return this.#report(() => {
       const { contentType, bytes } = toChunk(chunk);
-      checkSize('output', bytes.length, this.#sink.limits.maxOutputChunkBytes);
+      checkSize('output', bytes.length, this.#reporter.limits.maxOutputChunkBytes);
       checkSize('output.content_type', Buffer.byteLength(contentType), MAX_CONTENT_TYPE_BYTES);
       const body = { contentType: contentType.toWellFormed(), data: bytes };
-      return this.#sink.report('output', body, bytes.length);
+      return this.#reporter.report('output', body, bytes.length);
     });
   }
 
   /**
-   * Keeps what the next attempt should begin from, in place of the checkpoint before. All output
-   * of an attempt that fails is void: the next one has to produce it again.
-   * @param {unknown} value Bytes as they are, anything else as JSON; at most 256 KiB.
+   * Saves the state that the next attempt starts from, replacing the previous checkpoint. The
+   * output of a failed attempt is void: the next attempt must send it again.
+   * @param {unknown} value Bytes unchanged, anything else as JSON; at most 256 KiB.
    * @returns {Promise<void>}
-   * @throws {import('./errors.js').LimitError} When it is too large.
+   * @throws {import('./errors.js').LimitError} If it is too large.
    */
   saveCheckpoint(value) {
-    return this.#say(() => {
+    return this.#report(() => {
       const bytes = value instanceof Uint8Array ? value : Buffer.from(toJson(value, 'checkpoint'));
       checkSize('checkpoint', bytes.length, MAX_CHECKPOINT_BYTES);
-      return this.#sink.checkpoint(bytes);
+      return this.#reporter.checkpoint(bytes);
     });
   }
 
   /**
-   * Says that the handler lives, when it has nothing else to say: for actions with
-   * `heartbeatTimeoutMs`. Everything else that it reports says so too.
+   * Reports that the handler is alive, for actions with `heartbeatTimeoutMs`. Every other report
+   * counts as a heartbeat, too.
    * @returns {Promise<void>}
    */
   heartbeat() {
-    return this.#say(() => this.#sink.keepAlive());
+    return this.#report(() => this.#reporter.keepAlive());
   }
 
   /**
-   * Waits.
+   * Resolves after a delay.
    * @param {number} ms Milliseconds.
-   * @returns {Promise<void>} Rejects with a `Cancelled` as soon as the handler should end.
+   * @returns {Promise<void>} Rejects with a `Cancelled` when the handler should end.
    */
   sleep(ms) {
-    return quiet(sleep(ms, this.signal));
+    return ignoreUnhandled(sleep(ms, this.signal));
   }
 
   /**
-   * Reports, and then lets others run.
-   * @param {() => Promise<void>} report Throws when what is reported breaks a rule.
+   * Reports, then yields to the event loop.
+   * @param {() => Promise<void>} report Throws if the report is invalid.
    * @returns {Promise<void>}
    */
-  #say(report) {
+  #report(report) {
     try {
-      return quiet(report().then(takeTurns));
+      return ignoreUnhandled(report().then(yieldToEventLoop));
     } catch (error) {
       return Promise.reject(error);
     }
@@ -239,11 +238,11 @@ export class Context {
 }
 
 /**
- * A report that its handler does not wait for must not end the process when the attempt is lost.
+ * Prevents an unhandled rejection, which ends the process, for a report that is not awaited.
  * @param {Promise<void>} promise Rejects only when the handler should end.
  * @returns {Promise<void>}
  */
-function quiet(promise) {
+function ignoreUnhandled(promise) {
   promise.catch(() => {});
   return promise;
 }

@@ -1,9 +1,9 @@
-/** What a handler throws to say how its attempt ended. */
+/** Errors that handlers throw. */
 
 import { LimitError, StreamerError } from './errors.js';
 import { JSON_TYPE, toJson } from './payload.js';
 
-/** What a handler may give as `code`. */
+/** Valid values of `code`. */
 const CODES = new Set([
   'VALIDATION_ERROR',
   'INVALID_ACTION',
@@ -19,29 +19,31 @@ const CODES = new Set([
   'INTERNAL_ERROR',
 ]);
 
-/** Longest message of an error, in bytes; the rest is cut off. */
+/** Longest message of an error, in bytes; longer ones are truncated. */
 const MAX_MESSAGE_BYTES = 4096;
-/** Largest details of an error, in bytes; larger ones are left out. */
+/** Largest details of an error, in bytes; larger ones are omitted. */
 const MAX_DETAILS_BYTES = 64 * 1024;
 
-/** The attempt failed. Without more, another attempt may do better. */
+/** The attempt failed. It is retryable by default. */
 export class HandlerError extends StreamerError {
   /**
-   * @param {string} message For people; it is kept with the request and shown to its caller.
+   * @param {string} message For people; it is stored with the request and shown to the caller.
    * @param {object} [options]
-   * @param {boolean} [options.retryable] Whether another attempt may do better; default `true`.
+   * @param {boolean} [options.retryable] Whether another attempt may succeed; default `true`.
    * @param {string} [options.code] One of the error codes; default `PROCESSING_FAILED`.
-   * @param {object | null} [options.details] A JSON object with more; left out when it is over
-   *   64 KiB or cannot be written as JSON.
-   * @param {unknown} [options.cause] What brought it about; it stays in this process.
+   * @param {object | null} [options.details] A JSON object with details; omitted if it exceeds
+   *   64 KiB or cannot be encoded as JSON.
+   * @param {unknown} [options.cause] The error that caused this one; not sent to the server.
    */
   constructor(message, { retryable = true, code = 'PROCESSING_FAILED', details, cause } = {}) {
-    if (!CODES.has(code)) throw new TypeError(`${code} is none of ${[...CODES].join(', ')}`);
+    if (!CODES.has(code)) {
+      throw new TypeError(`code must be one of ${[...CODES].join(', ')}, is ${code}`);
+    }
     super(message, { retryable, code, details, cause });
   }
 }
 
-/** The request failed: no other attempt could do better. */
+/** The request failed: no other attempt can succeed. */
 export class FatalError extends HandlerError {
   /**
    * @param {string} message
@@ -52,11 +54,11 @@ export class FatalError extends HandlerError {
   }
 }
 
-/** The payload breaks a rule: `VALIDATION_ERROR`, not retried. */
+/** The payload is invalid: `VALIDATION_ERROR`, not retried. */
 export class InvalidPayload extends HandlerError {
   /**
    * @param {string} field Path of the field: `rows[3].name`.
-   * @param {string} rule The rule, and how it is broken: `must be positive, is -1`.
+   * @param {string} rule The rule, and the violation: `must be positive, is -1`.
    */
   constructor(field, rule) {
     super(`${field}: ${rule}`, {
@@ -68,8 +70,8 @@ export class InvalidPayload extends HandlerError {
 }
 
 /**
- * The handler should end, or has: cancellation was asked for, or the attempt is not this
- * worker's any more. It is the reason of `context.signal`.
+ * The handler must end, or has ended: the request was cancelled, or this worker no longer owns the
+ * attempt. It is the reason of `context.signal`.
  */
 export class Cancelled extends HandlerError {
   /** @param {string} [reason] */
@@ -79,36 +81,36 @@ export class Cancelled extends HandlerError {
 }
 
 /**
- * How an attempt ended in whose handler this was thrown.
+ * Returns the error of an attempt whose handler threw `thrown`.
  * @param {unknown} thrown
- * @param {boolean} cancelled Whether cancellation was asked for.
+ * @param {boolean} cancelled Whether the request was cancelled.
  * @returns {HandlerError}
  */
 export function handlerError(thrown, cancelled) {
   if (thrown instanceof Cancelled && !cancelled) {
-    return new HandlerError(`the handler gave up: ${thrown.message}`);
+    return new HandlerError(`the handler threw Cancelled: ${thrown.message}`);
   }
   if (thrown instanceof HandlerError) return thrown;
-  if (cancelled) return new Cancelled(message(thrown));
+  if (cancelled) return new Cancelled(describe(thrown));
   if (thrown instanceof LimitError) return new FatalError(thrown.message);
-  return new HandlerError(message(thrown), { cause: thrown });
+  return new HandlerError(describe(thrown), { cause: thrown });
 }
 
 /** @param {unknown} thrown */
-function message(thrown) {
+function describe(thrown) {
   if (!(thrown instanceof Error)) return String(thrown);
   return thrown.name === 'Error' ? thrown.message : `${thrown.name}: ${thrown.message}`;
 }
 
 /**
- * As the protocol has it.
+ * Returns the `Error` message of the protocol.
  * @param {HandlerError} error
  */
 export function errorReport(error) {
   const details = detailsOf(error);
   return {
     code: `ERROR_CODE_${error.code}`,
-    message: cut(String(error.message || error.name)),
+    message: truncate(String(error.message || error.name)),
     retryable: error.retryable,
     details: details && { contentType: JSON_TYPE, data: details },
   };
@@ -130,12 +132,12 @@ function detailsOf({ details }) {
 
 /**
  * @param {string} text
- * @returns {string} Well-formed: a lone surrogate has no UTF-8.
+ * @returns {string} Well-formed text: a lone surrogate cannot be encoded as UTF-8.
  */
-function cut(text) {
+function truncate(text) {
   const bytes = Buffer.from(text);
   if (bytes.length <= MAX_MESSAGE_BYTES) return text.toWellFormed();
-  // A character that is cut in two at the end is dropped.
+  // Drops an incomplete character at the end.
   return bytes
     .subarray(0, MAX_MESSAGE_BYTES)
     .toString()

@@ -1,23 +1,23 @@
 /**
- * One stream of a worker, from `hello` to its end: says what the attempts report, and tells them
- * what the server says.
+ * One stream of a worker, from `hello` to its end: sends the reports of the attempts, and
+ * dispatches the messages of the server to them.
  */
 
 import { status } from '@grpc/grpc-js';
 
 import { authorization, callError, connect, freshToken } from './grpc.js';
 import { WorkerService } from './schema.js';
-import { dateOrNull, payloadFrom } from './client-messages.js';
+import { dateOrNull, payloadFrom } from './proto-conversions.js';
 
-/** How long the server may take for `welcome`, in milliseconds. */
+/** How long the server may take to send `welcome`, in milliseconds. */
 const WELCOME_TIMEOUT_MS = 20_000;
-/** What counts when the server does not say how many bytes may be unacknowledged. */
+/** Default if `welcome` has no limit of unacknowledged bytes. */
 const DEFAULT_UNACKNOWLEDGED_BYTES = 1024 * 1024;
-/** A token is renewed when a fifth of its time is left, but not earlier than this, in ms. */
+/** A token is renewed at a fifth of its remaining time, but at most this long before it expires. */
 const MAX_TOKEN_LEAD_MS = 60_000;
-/** Time before the expiry of a token that cannot be renewed at which running work is handed back. */
-export const HAND_BACK_MS = 5000;
-/** Between failed renewals of a token, in milliseconds. */
+/** Running attempts are released this long before a token that cannot be renewed expires. */
+export const RELEASE_LEAD_MS = 5000;
+/** Delay between failed renewals of a token, in milliseconds. */
 const TOKEN_RETRY_MS = 1000;
 const MAX_TIMER_MS = 2 ** 31 - 1;
 
@@ -25,28 +25,30 @@ const MAX_TIMER_MS = 2 ** 31 - 1;
 /** @typedef {import('./worker-attempt.js').Limits} Limits */
 
 /**
- * Whose stream it is.
- * @typedef {object} Host
+ * The worker, as its stream uses it.
+ * @typedef {object} StreamHost
  * @property {import('./grpc.js').Endpoint} endpoint
  * @property {import('./grpc.js').TokenSource} token
- * @property {() => object} hello The message; its `attempts` are those of `attempts()`.
- * @property {() => Attempt[]} attempts What runs, or has not been acknowledged to its end.
- * @property {(limits: Limits, resumed: Map<string, number>, secret: Uint8Array) => void} welcomed
+ * @property {() => object} hello Returns the message; its `attempts` are those of `attempts()`.
+ * @property {() => Attempt[]} attempts Returns the attempts that run or whose end is not
+ *   acknowledged.
+ * @property {(limits: Limits, resumed: Map<string, number>, secret: Uint8Array) => void} onWelcome
  * @property {(info: import('./worker-context.js').AttemptInfo & {sync: boolean}, limits: Limits)
- *   => void} task
- * @property {(name: {uid: string, attempt: number}) => Attempt | undefined} find
- * @property {(attempt: Attempt, reason: string) => void} drop It is over, or another's.
- * @property {() => void} draining The server stops.
- * @property {() => void} tokenEnds The token, which cannot be renewed, is about to expire.
+ *   => void} onTask
+ * @property {(id: {uid: string, attempt: number}) => Attempt | undefined} findAttempt
+ * @property {(attempt: Attempt, reason: string) => void} dropAttempt Called for an attempt that has
+ *   ended, or that this worker no longer owns.
+ * @property {() => void} onDraining Called when the server is draining.
+ * @property {() => void} onTokenExpiring Called before a token that cannot be renewed expires.
  * @property {import('./worker.js').Log} log
  */
 
 /**
- * @typedef {object} Ending
- * @property {boolean} welcomed Whether the server had let the worker in.
- * @property {boolean} answered Whether it had answered a heartbeat.
- * @property {import('./grpc.js').CallError | null} error Why it ended; `null` when it was closed
- *   in order.
+ * @typedef {object} StreamResult
+ * @property {boolean} welcomed Whether the server had sent `welcome`.
+ * @property {boolean} answered Whether the server had answered a heartbeat.
+ * @property {import('./grpc.js').CallError | null} error Why the stream ended; `null` if it was
+ *   closed in order.
  */
 
 /** One bidirectional call. */
@@ -57,68 +59,71 @@ export class WorkStream {
   #call = null;
   #welcomed = false;
   #answered = false;
-  /** Every attempt knows from where it goes on: reports may be sent. */
-  #open = false;
-  #over = false;
+  /** Whether every attempt has resumed: reports may be sent. */
+  #canReport = false;
+  #ended = false;
   #cancellation = new AbortController();
-  /** @type {Set<Attempt>} Those with something to send, in turn. */
+  /** @type {Set<Attempt>} Attempts with reports to send, in round-robin order. */
   #ready = new Set();
   #writable = true;
   /** @type {Set<ReturnType<typeof setTimeout>>} */
   #timers = new Set();
   /** @type {ReturnType<typeof setTimeout> | undefined} */
   #renewal;
-  /** When the oldest heartbeat without a reply was sent; 0 when there is none. */
+  /** When the oldest heartbeat without a reply was sent; 0 if there is none. */
   #unanswered = 0;
   /** @type {Limits | null} */
   #limits = null;
 
-  /** @param {Host} host */
+  /** @param {StreamHost} host */
   constructor(host) {
     this.host = host;
   }
 
-  /** Speaks until the stream ends. @returns {Promise<Ending>} */
+  /** Runs until the stream ends. @returns {Promise<StreamResult>} */
   async run() {
     /** @type {import('./grpc.js').CallError | null} */
     let error = null;
     try {
-      // Whoever makes the token may take for ever.
+      // The token function may never settle.
       const { signal } = this.#cancellation;
       const metadata = await unlessAborted(authorization(this.host.token), signal);
-      // A channel of its own: when to try again is decided here, not by the channel.
+      // A separate channel, so that the worker controls reconnects, not the channel.
       this.#service = connect(WorkerService, this.host.endpoint, {
         'grpc.use_local_subchannel_pool': 1,
       });
-      await this.#converse(metadata);
+      await this.#exchange(metadata);
     } catch (thrown) {
       error = callError(thrown);
     }
-    this.#over = true;
+    this.#ended = true;
     for (const timer of this.#timers) clearTimeout(timer);
     this.#service?.close();
     return { welcomed: this.#welcomed, answered: this.#answered, error };
   }
 
-  /** @param {Attempt} attempt It may have something to send. */
+  /**
+   * Sends the reports of an attempt.
+   * @param {Attempt} attempt
+   */
   ready(attempt) {
     this.#ready.add(attempt);
     this.#flush();
   }
 
-  /** @param {number} slots How many tasks the worker can run from now on. */
+  /** @param {number} slots Number of tasks that the worker can run. */
   capacity(slots) {
     if (this.#welcomed) this.#write({ capacity: { slots } });
   }
 
-  /** Closes this side, in order; before `welcome` there is no order to keep. */
+  /** Closes the worker's side of the stream; cancels a stream without `welcome`. */
   finish() {
-    if (this.#over) return;
+    if (this.#ended) return;
     if (this.#welcomed) this.#call.end();
     else this.cancel();
   }
 
-  /** Ends it now. */
+  /** Cancels the stream. */
   cancel() {
     this.#cancellation.abort();
     this.#call?.cancel();
@@ -126,13 +131,13 @@ export class WorkStream {
 
   /**
    * @param {import('@grpc/grpc-js').Metadata} metadata
-   * @returns {Promise<void>} Rejects with the status when it is not OK.
+   * @returns {Promise<void>} Rejects with the status if it is not OK.
    */
-  #converse(metadata) {
+  #exchange(metadata) {
     return new Promise((resolve, reject) => {
       const call = this.#service.work(metadata);
       this.#call = call;
-      call.on('data', (/** @type {any} */ message) => this.#listen(message));
+      call.on('data', (/** @type {any} */ message) => this.#onData(message));
       call.on('error', reject);
       call.on('status', () => resolve());
       call.on('drain', () => {
@@ -148,17 +153,17 @@ export class WorkStream {
   }
 
   /** @param {any} message */
-  #listen(message) {
+  #onData(message) {
     try {
-      this.#hear(message);
+      this.#handleMessage(message);
     } catch (error) {
-      this.host.log('error', `a message could not be dealt with: ${error}`);
+      this.host.log('error', `handling a message failed: ${error}`);
       this.cancel();
     }
   }
 
   /** @param {any} message */
-  #hear(message) {
+  #handleMessage(message) {
     const body = message[message.message];
     switch (message.message) {
       case 'welcome':
@@ -168,19 +173,19 @@ export class WorkStream {
       case 'acknowledgment':
         return this.#onAcknowledgment(body);
       case 'resend':
-        return this.host.find(body)?.resend(Number(body.number), body.resends);
+        return this.host.findAttempt(body)?.resend(Number(body.number), body.resends);
       case 'cancel':
-        return this.host.find(body)?.cancel(body.reason);
+        return this.host.findAttempt(body)?.cancel(body.reason);
       case 'revoke':
         return this.#onRevoke(body);
       case 'heartbeatReply':
         return this.#onHeartbeatReply(body);
       case 'drain':
-        return this.host.draining();
+        return this.host.onDraining();
       case 'tokenStatus':
-        return this.#renewToken(expiryOf(body));
+        return this.#renewToken(tokenExpiry(body));
       default:
-        // Of a kind that a newer server sends.
+        // A message type of a newer server.
         return undefined;
     }
   }
@@ -198,23 +203,23 @@ export class WorkStream {
     };
     this.#welcomed = true;
     const resumed = new Map();
-    for (const known of welcome.resumed) resumed.set(nameOf(known), Number(known.number));
+    for (const known of welcome.resumed) resumed.set(attemptKey(known), Number(known.number));
     this.host.log('info', `connected to ${welcome.processor}`);
-    this.host.welcomed(this.#limits, resumed, welcome.sessionSecret);
-    this.#open = true;
+    this.host.onWelcome(this.#limits, resumed, welcome.sessionSecret);
+    this.#canReport = true;
     this.#flush();
     this.#heartbeat();
   }
 
   /** @param {any} task */
   #onTask(task) {
-    if (!this.#limits || this.host.find(task)) return;
+    if (!this.#limits || this.host.findAttempt(task)) return;
     const { uid, requestId, tenantId, userId, action, attempt, traceParent, traceState, sync } =
       task;
     const payload = payloadFrom(task.payload);
     const checkpoint = task.checkpoint ?? null;
     const deadline = dateOrNull(task.deadline);
-    this.host.task(
+    this.host.onTask(
       {
         uid,
         requestId,
@@ -235,9 +240,9 @@ export class WorkStream {
 
   /** @param {any} acknowledgment */
   #onAcknowledgment(acknowledgment) {
-    const attempt = this.host.find(acknowledgment);
+    const attempt = this.host.findAttempt(acknowledgment);
     if (!attempt) return;
-    if (acknowledgment.ended) this.host.drop(attempt, 'the attempt has ended');
+    if (acknowledgment.ended) this.host.dropAttempt(attempt, 'the attempt has ended');
     else {
       const { number, maxUnacknowledgedBytes } = acknowledgment;
       attempt.acknowledge(Number(number), Number(maxUnacknowledgedBytes));
@@ -246,84 +251,89 @@ export class WorkStream {
 
   /** @param {any} revoke */
   #onRevoke(revoke) {
-    const attempt = this.host.find(revoke);
-    if (attempt) this.host.drop(attempt, revoke.reason || "the attempt is not this worker's");
+    const attempt = this.host.findAttempt(revoke);
+    if (attempt) this.host.dropAttempt(attempt, revoke.reason || 'the attempt was revoked');
   }
 
   /** @param {any} reply */
   #onHeartbeatReply(reply) {
     this.#unanswered = 0;
     this.#answered = true;
-    for (const cancel of reply.cancelled) this.host.find(cancel)?.cancel(cancel.reason);
+    for (const cancel of reply.cancelled) this.host.findAttempt(cancel)?.cancel(cancel.reason);
     for (const revoke of reply.revoked) this.#onRevoke(revoke);
-    if (reply.draining) this.host.draining();
+    if (reply.draining) this.host.onDraining();
   }
 
-  /** Says that the worker lives, and again in time; ends the stream when nobody answers. */
+  /** Sends a heartbeat and schedules the next; cancels the stream if none is answered. */
   #heartbeat() {
     const { heartbeatMs, leaseMs } = /** @type {Limits} */ (this.#limits);
     const now = performance.now();
     if (this.#unanswered && now - this.#unanswered > leaseMs) {
-      this.host.log('warn', `no heartbeat was answered for ${leaseMs} ms`);
+      this.host.log('warn', `no heartbeat answered for ${leaseMs} ms`);
       this.cancel();
       return;
     }
     this.#unanswered ||= now;
-    this.#write({ heartbeat: { attempts: this.host.attempts().map(({ name }) => name) } });
-    // In time even when the process is busy.
+    this.#write({ heartbeat: { attempts: this.host.attempts().map(({ id }) => id) } });
+    // Early enough even if the process is busy.
     this.#after((heartbeatMs * 2) / 3, () => this.#heartbeat());
   }
 
-  /** @param {Date | null} expireTime When the token of the stream expires. */
+  /**
+   * Schedules the renewal of the token, or the release of the attempts if it cannot be renewed.
+   * @param {Date | null} expireTime When the token of the stream expires.
+   */
   #renewToken(expireTime) {
     if (this.#renewal) clearTimeout(this.#renewal);
     if (!expireTime) return;
-    const left = expireTime.getTime() - Date.now();
+    const remaining = expireTime.getTime() - Date.now();
     if (typeof this.host.token !== 'function') {
+      const seconds = Math.round(remaining / 1000);
       this.host.log(
         'warn',
-        `the token expires in ${Math.round(left / 1000)} s and cannot be renewed: before that, the` +
-          ' worker releases its running attempts and exits; give a function that returns fresh tokens, such as tokenFile',
+        `the token expires in ${seconds} s and cannot be renewed: before that, the worker` +
+          ' releases its running attempts and exits; pass a function that returns fresh tokens,' +
+          ' such as tokenFile',
       );
-      const wait = Math.max(left - HAND_BACK_MS, left / 2);
-      this.#renewal = this.#after(wait, () => {
-        if (wait <= MAX_TIMER_MS) this.host.tokenEnds();
+      const delay = Math.max(remaining - RELEASE_LEAD_MS, remaining / 2);
+      this.#renewal = this.#after(delay, () => {
+        if (delay <= MAX_TIMER_MS) this.host.onTokenExpiring();
         else this.#renewToken(expireTime);
       });
       return;
     }
-    const wait = left - Math.min(left / 5, MAX_TOKEN_LEAD_MS);
-    this.#renewal = this.#after(Math.max(wait, TOKEN_RETRY_MS), async () => {
+    const delay = remaining - Math.min(remaining / 5, MAX_TOKEN_LEAD_MS);
+    this.#renewal = this.#after(Math.max(delay, TOKEN_RETRY_MS), async () => {
       try {
         const token = await freshToken(this.host.token);
-        if (!this.#over) this.#write({ refreshToken: { token } });
+        if (!this.#ended) this.#write({ refreshToken: { token } });
       } catch (error) {
-        this.host.log('error', `no fresh token: ${error}`);
-        if (!this.#over) this.#renewToken(expireTime);
+        this.host.log('error', `getting a fresh token failed: ${error}`);
+        if (!this.#ended) this.#renewToken(expireTime);
       }
     });
   }
 
-  /** Sends what the attempts have to say, one report of each in turn. */
+  /** Sends reports, round-robin over the attempts. */
   #flush() {
-    while (this.#open && !this.#over && this.#writable && this.#ready.size > 0) {
+    while (this.#canReport && !this.#ended && this.#writable && this.#ready.size > 0) {
       const [attempt] = this.#ready;
       this.#ready.delete(attempt);
       const report = attempt.next();
       if (!report) continue;
       const { kind, body, number } = report;
-      const { name, resends } = attempt;
-      this.#writable = this.#write({ report: { ...name, number, resends, [kind]: body } });
+      const { id, resends } = attempt;
+      this.#writable = this.#write({ report: { ...id, number, resends, [kind]: body } });
       this.#ready.add(attempt);
     }
   }
 
   /**
    * @param {object} message
-   * @returns {boolean} Whether more can be written at once.
+   * @returns {boolean} Whether more can be written without waiting for `drain`.
    */
   #write(message) {
-    return this.#over || this.#call.writableEnded ? true : this.#call.write(message);
+    return this.#ended || this.#call.writableEnded ? true : this.#call.write(message);
   }
 
   /**
@@ -334,7 +344,7 @@ export class WorkStream {
     const timer = setTimeout(
       () => {
         this.#timers.delete(timer);
-        if (!this.#over) action();
+        if (!this.#ended) action();
       },
       Math.min(ms, MAX_TIMER_MS),
     );
@@ -345,25 +355,25 @@ export class WorkStream {
 
 /**
  * @param {any} status
- * @returns {Date | null} When the token expires, by the clock of this machine.
+ * @returns {Date | null} When the token expires, according to the local clock.
  */
-function expiryOf({ timeLeftMs, expireTime }) {
-  const left = Number(timeLeftMs);
-  return left > 0 ? new Date(Date.now() + left) : dateOrNull(expireTime);
+function tokenExpiry({ timeLeftMs, expireTime }) {
+  const remaining = Number(timeLeftMs);
+  return remaining > 0 ? new Date(Date.now() + remaining) : dateOrNull(expireTime);
 }
 
 /**
  * @param {{uid: string, attempt: number}} attempt
- * @returns {string} What tells attempts apart.
+ * @returns {string} Unique key of the attempt.
  */
-export function nameOf({ uid, attempt }) {
+export function attemptKey({ uid, attempt }) {
   return `${uid}/${attempt}`;
 }
 
-/** Endings before `welcome` after which repeating does not help. */
-const FINAL = new Set([status.UNAUTHENTICATED, status.PERMISSION_DENIED, status.INVALID_ARGUMENT]);
-/** Endings that may say that the worker broke a rule, and would break it again. */
-const OUR_FAULT = new Set([
+/** Statuses before `welcome` after which a retry cannot succeed. */
+const FATAL = new Set([status.UNAUTHENTICATED, status.PERMISSION_DENIED, status.INVALID_ARGUMENT]);
+/** Statuses that a message of the worker may have caused; the next stream sends it again. */
+const PROTOCOL_ERRORS = new Set([
   status.INVALID_ARGUMENT,
   status.INTERNAL,
   status.OUT_OF_RANGE,
@@ -371,36 +381,36 @@ const OUR_FAULT = new Set([
 ]);
 
 /**
- * @param {Ending} ending
- * @returns {boolean} Whether the worker should not come back.
+ * @param {StreamResult} result
+ * @returns {boolean} Whether the worker must not reconnect.
  */
-export function isFinal({ welcomed, error }) {
+export function isFatal({ welcomed, error }) {
   if (!error) return false;
-  // Another program has taken the name of this one.
+  // Another program uses the id of this worker.
   if (error.status === status.ALREADY_EXISTS) return true;
-  return !welcomed && FINAL.has(error.status);
+  return !welcomed && FATAL.has(error.status);
 }
 
 /**
- * @param {Ending} ending
- * @returns {boolean} Whether the next waits begin anew. What is sent again after `welcome` may be
- *   what ended the stream; a heartbeat is answered after the reports before it were taken in.
+ * @param {StreamResult} result
+ * @returns {boolean} Whether to reset the backoff: a heartbeat was answered, so the reports before
+ *   it were processed, and no message of the worker is likely to have ended the stream.
  */
-export function wentWell({ answered, error }) {
-  return answered && !(error && OUR_FAULT.has(error.status));
+export function resetsBackoff({ answered, error }) {
+  return answered && !(error && PROTOCOL_ERRORS.has(error.status));
 }
 
 /**
  * @template T
  * @param {Promise<T>} promise
  * @param {AbortSignal} signal
- * @returns {Promise<T>} Rejects with the signal's reason when it aborts before.
+ * @returns {Promise<T>} Rejects with the signal's reason if it aborts first.
  */
 function unlessAborted(promise, signal) {
   return new Promise((resolve, reject) => {
-    const aborted = () => reject(signal.reason);
-    if (signal.aborted) aborted();
-    signal.addEventListener('abort', aborted, { once: true });
+    const onAbort = () => reject(signal.reason);
+    if (signal.aborted) onAbort();
+    signal.addEventListener('abort', onAbort, { once: true });
     promise.then(resolve, reject);
   });
 }

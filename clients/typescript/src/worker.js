@@ -1,6 +1,6 @@
 /**
- * A worker: runs actions for a Streamer server, by docs/worker-protocol.md. It stays connected
- * whatever happens to its connection, and its attempts go on meanwhile.
+ * A worker: runs actions for a Streamer server, according to docs/worker-protocol.md. It reconnects
+ * after a lost connection, and its attempts keep running meanwhile.
  */
 
 import { randomBytes } from 'node:crypto';
@@ -14,12 +14,18 @@ import { CallError, parseServer } from './grpc.js';
 import { declaration } from './worker-actions.js';
 import { Attempt } from './worker-attempt.js';
 import { Cancelled, FatalError, HandlerError } from './worker-errors.js';
-import { HAND_BACK_MS, WorkStream, isFinal, nameOf, wentWell } from './worker-stream.js';
+import {
+  RELEASE_LEAD_MS,
+  WorkStream,
+  attemptKey,
+  isFatal,
+  resetsBackoff,
+} from './worker-stream.js';
 
 const { version } = createRequire(import.meta.url)('../package.json');
 const SDK = `streamer-client/${version} (JavaScript)`;
-/** How long the server may take to acknowledge what was released, in milliseconds. */
-const LAST_WORDS_MS = 10_000;
+/** How long the server may take to acknowledge released attempts, in milliseconds. */
+const RELEASE_TIMEOUT_MS = 10_000;
 
 /** @typedef {import('./worker-actions.js').ActionOptions} ActionOptions */
 /** @typedef {import('./worker-actions.js').Handler} Handler */
@@ -29,31 +35,32 @@ const LAST_WORDS_MS = 10_000;
  * @typedef {object} WorkerOptions
  * @property {string} server `http://host:port`, or `https://host:port` for TLS.
  * @property {import('./grpc.js').TokenSource} token A JWT with permission `worker:<action>` for
- *   every action, or what returns one. A function is asked for each connection, and again before
- *   the token expires. Before a string expires, what runs is handed back and `serve` rejects.
- * @property {number} [slots] How many tasks run at once, 1 to 10,000; default 10.
- * @property {string} [workerId] Names one run of the program in the logs of the server: unique,
- *   1 to 128 of `[A-Za-z0-9._:@/+=-]`. The host name and random digits by default.
- * @property {string} [displayName] Shown to the owners of the requests that run here, who may be of
- *   other tenants; at most 128 bytes. The host name by default.
- * @property {string} [version] The program's build, for people; at most 128 bytes.
- * @property {Log} [log] What happens to the connection; written to standard error by default.
- * @property {import('@grpc/grpc-js').ChannelCredentials} [credentials] For TLS, in place of the
- *   system's certificate authorities.
+ *   every action, or a function that returns one. A function is called for each connection, and
+ *   before the token expires. Before a string expires, running attempts are released and `serve`
+ *   rejects.
+ * @property {number} [slots] Number of tasks that run at the same time, 1 to 10,000; default 10.
+ * @property {string} [workerId] Identifies one run of the program in the logs of the server:
+ *   unique, 1 to 128 of `[A-Za-z0-9._:@/+=-]`. The host name and random digits by default.
+ * @property {string} [displayName] Shown to the owners of the requests that this worker runs, who
+ *   may belong to other tenants; at most 128 bytes. The host name by default.
+ * @property {string} [version] Build of the program, for people; at most 128 bytes.
+ * @property {Log} [log] Logs changes of the connection; writes to standard error by default.
+ * @property {import('@grpc/grpc-js').ChannelCredentials} [credentials] TLS credentials that replace
+ *   the system's certificate authorities.
  */
 
 /** Runs actions. */
 export class Worker {
   /** @type {Map<string, {declared: object, handler: Handler, heartbeatTimeoutMs?: number}>} */
   #actions = new Map();
-  /** @type {Map<string, Attempt>} What runs, or has not been acknowledged to its end. */
+  /** @type {Map<string, Attempt>} Attempts that run or whose end is not acknowledged. */
   #attempts = new Map();
   /** @type {WorkStream | null} */
   #stream = null;
   /** @type {Promise<void> | null} */
   #serving = null;
   /**
-   * Proves on later streams that they are this worker's; empty before the first `welcome`.
+   * Authenticates later streams as this worker's; empty before the first `welcome`.
    *
    * @type {Uint8Array}
    */
@@ -62,7 +69,7 @@ export class Worker {
   #stopped = false;
   /** @type {CallError | null} */
   #tokenExpired = null;
-  /** Nothing is waited for any more. */
+  /** Aborted when `stop` no longer waits for acknowledgments. */
   #abandon = new AbortController();
   /** @type {Set<ReturnType<typeof setTimeout>>} */
   #timers = new Set();
@@ -73,9 +80,9 @@ export class Worker {
     if (typeof options.token !== 'string' && typeof options.token !== 'function') {
       throw new TypeError('token must be a string, or a function that returns one');
     }
-    /** Names this run of the program. */
+    /** Identifies this run of the program. */
     this.workerId = options.workerId ?? `${hostname()}-${randomBytes(10).toString('hex')}`;
-    /** How many tasks run at once. */
+    /** Number of tasks that run at the same time. */
     this.slots = options.slots ?? 10;
     if (!Number.isInteger(this.slots) || this.slots < 1 || this.slots > 10_000) {
       throw new TypeError(`slots must be 1 to 10000, is ${this.slots}`);
@@ -84,7 +91,7 @@ export class Worker {
   }
 
   /**
-   * Declares an action. Before {@link run} or {@link serve}.
+   * Declares an action. Call it before {@link run} or {@link serve}.
    * @overload
    * @param {string} name `[a-z][a-z0-9_.-]{0,63}`
    * @param {ActionOptions} options
@@ -106,19 +113,19 @@ export class Worker {
   action(name, options, handler) {
     if (typeof options === 'function') return this.action(name, {}, options);
     if (typeof handler !== 'function') throw new TypeError(`${name}: the handler is missing`);
-    if (this.#actions.has(name)) throw new TypeError(`${name} is declared twice`);
+    if (this.#actions.has(name)) throw new TypeError(`${name} is already declared`);
     const { heartbeatTimeoutMs } = options;
     this.#actions.set(name, { declared: declaration(name, options), handler, heartbeatTimeoutMs });
     return this;
   }
 
   /**
-   * Serves until SIGTERM or SIGINT, then stops in order: takes no more tasks, lets what runs end
-   * for a while, and releases the rest. A second signal releases at once.
+   * Serves until SIGTERM or SIGINT, then stops in order: accepts no more tasks, waits for running
+   * handlers, and releases the remaining attempts. A second signal releases them at once.
    * @param {object} [options]
-   * @param {number} [options.graceMs] How long what runs may take to end, in milliseconds; default
-   *   30,000.
-   * @returns {Promise<void>} Rejects when the server refuses the worker for good.
+   * @param {number} [options.graceMs] How long to wait for running handlers, in milliseconds;
+   *   default 30,000.
+   * @returns {Promise<void>} Rejects if the server permanently rejects the worker.
    */
   async run({ graceMs = 30_000 } = {}) {
     let signals = 0;
@@ -136,35 +143,35 @@ export class Worker {
 
   /**
    * Serves until {@link stop}.
-   * @returns {Promise<void>} Rejects with a `CallError` when the server refuses the worker for
-   *   good: its token, its permissions or its declarations.
+   * @returns {Promise<void>} Rejects with a `CallError` if the server permanently rejects the
+   *   worker because of its token, permissions or declarations.
    */
   async serve() {
-    if (this.#actions.size === 0) throw new TypeError('a worker needs an action');
+    if (this.#actions.size === 0) throw new TypeError('a worker needs at least one action');
     this.#serving ??= this.#serve();
     await this.#serving;
   }
 
   /**
    * Stops in order.
-   * @param {number} [graceMs] How long what runs may take to end, in milliseconds; then it is
-   *   released, and another worker goes on from its checkpoints. Default 30,000. May be called
-   *   again to shorten it.
-   * @param {number} [releaseMs] How long the server may take after that to acknowledge it, in
-   *   milliseconds; default 10,000.
+   * @param {number} [graceMs] How long to wait for running handlers, in milliseconds; then their
+   *   attempts are released, and another worker resumes from their checkpoints. Default 30,000.
+   *   Call `stop` again to shorten it.
+   * @param {number} [releaseMs] How long to wait after that for acknowledgments, in milliseconds;
+   *   default 10,000.
    * @returns {Promise<void>} Resolves once everything is acknowledged and the stream is closed, or
-   *   the time is up.
+   *   the time has expired.
    */
-  async stop(graceMs = 30_000, releaseMs = LAST_WORDS_MS) {
+  async stop(graceMs = 30_000, releaseMs = RELEASE_TIMEOUT_MS) {
     if (!this.#stopping && !this.#stopped) {
-      this.#log('info', `stopping; ${this.#attempts.size} attempts run`);
+      this.#log('info', `stopping; ${this.#attempts.size} attempts are running`);
     }
     this.#stopping = true;
     if (!this.#serving || this.#stopped) return;
     this.#stream?.capacity(0);
-    this.#finishIfDone();
+    this.#closeStreamIfDone();
     this.#after(graceMs, () => this.#releaseAll());
-    this.#after(graceMs + releaseMs, () => this.#giveUp());
+    this.#after(graceMs + releaseMs, () => this.#stopWaiting());
     await this.#serving;
   }
 
@@ -173,14 +180,14 @@ export class Worker {
     try {
       while (!this.#done) {
         this.#stream = new WorkStream(this.#host());
-        const ending = await this.#stream.run();
+        const result = await this.#stream.run();
         this.#stream = null;
-        this.#loseSyncAttempts();
+        this.#dropSyncAttempts();
         if (this.#tokenExpired) throw this.#tokenExpired;
-        if (isFinal(ending)) throw ending.error;
+        if (isFatal(result)) throw result.error;
         if (this.#done) break;
-        this.#explain(ending);
-        if (wentWell(ending)) backoff.reset();
+        this.#logStreamEnd(result);
+        if (resetsBackoff(result)) backoff.reset();
         await sleep(backoff.next(), this.#abandon.signal).catch(() => {});
       }
     } finally {
@@ -195,7 +202,7 @@ export class Worker {
     return this.#stopping && (this.#attempts.size === 0 || this.#abandon.signal.aborted);
   }
 
-  /** @returns {import('./worker-stream.js').Host} */
+  /** @returns {import('./worker-stream.js').StreamHost} */
   #host() {
     const { server, credentials, token } = this.options;
     return {
@@ -203,33 +210,34 @@ export class Worker {
       token,
       hello: () => this.#hello(),
       attempts: () => [...this.#attempts.values()],
-      welcomed: (limits, resumed, sessionSecret) => {
-        // An older server sends none.
+      onWelcome: (limits, resumed, sessionSecret) => {
+        // Older servers send no secret.
         if (sessionSecret.length > 0) this.#sessionSecret = sessionSecret;
-        this.#onWelcomed(limits, resumed);
+        this.#onWelcome(limits, resumed);
       },
-      task: (info, limits) => this.#onTask(info, limits),
-      find: (name) => this.#attempts.get(nameOf(name)),
-      drop: (attempt, reason) => this.#drop(attempt, reason),
-      draining: () => this.#log('info', 'the server stops; what runs here runs on'),
-      tokenEnds: () => this.#onTokenEnds(),
+      onTask: (info, limits) => this.#onTask(info, limits),
+      findAttempt: (id) => this.#attempts.get(attemptKey(id)),
+      dropAttempt: (attempt, reason) => this.#drop(attempt, reason),
+      onDraining: () => this.#log('info', 'the server is draining; handlers keep running'),
+      onTokenExpiring: () => this.#onTokenExpiring(),
       log: (level, message) => this.#log(level, message),
     };
   }
 
-  /** The token cannot be renewed: hands back what runs, in time for that to be acknowledged. */
-  #onTokenEnds() {
+  /** Releases the running attempts before a token that cannot be renewed expires. */
+  #onTokenExpiring() {
     this.#tokenExpired = new CallError(
-      'the token has expired and cannot be renewed; give a function that returns fresh tokens, such as tokenFile',
+      'the token has expired and cannot be renewed; pass a function that returns fresh tokens,' +
+        ' such as tokenFile',
       { code: 'UNAUTHORIZED', status: status.UNAUTHENTICATED },
     );
-    // Its end is the end of `serve`, which says why.
-    this.stop(0, HAND_BACK_MS).catch(() => {});
+    // `serve` rejects with the same error.
+    this.stop(0, RELEASE_LEAD_MS).catch(() => {});
   }
 
   #hello() {
     const actions = [...this.#actions.values()].map(({ declared }) => declared);
-    const attempts = [...this.#attempts.values()].map(({ name }) => name);
+    const attempts = [...this.#attempts.values()].map(({ id }) => id);
     const slots = this.#stopping ? 0 : this.slots;
     return {
       workerId: this.workerId,
@@ -247,13 +255,13 @@ export class Worker {
    * @param {import('./worker-attempt.js').Limits} limits
    * @param {Map<string, number>} resumed
    */
-  #onWelcomed(limits, resumed) {
-    for (const [name, attempt] of this.#attempts) {
-      const number = resumed.get(name);
-      if (number === undefined) this.#drop(attempt, 'the server gave the attempt to another');
+  #onWelcome(limits, resumed) {
+    for (const [key, attempt] of this.#attempts) {
+      const number = resumed.get(key);
+      if (number === undefined) this.#drop(attempt, 'the server did not resume the attempt');
       else attempt.resume(number, limits);
     }
-    this.#finishIfDone();
+    this.#closeStreamIfDone();
   }
 
   /**
@@ -263,12 +271,15 @@ export class Worker {
   #onTask(info, limits) {
     const action = this.#actions.get(info.action);
     const heartbeatTimeoutMs = action?.heartbeatTimeoutMs ?? 0;
-    const changed = (/** @type {Attempt} */ one) => this.#stream?.ready(one);
-    const attempt = new Attempt(info, limits, heartbeatTimeoutMs, changed);
-    this.#attempts.set(nameOf(info), attempt);
-    if (this.#stopping) this.#handBack(attempt);
+    const onChange = (/** @type {Attempt} */ one) => this.#stream?.ready(one);
+    const attempt = new Attempt(info, limits, heartbeatTimeoutMs, onChange);
+    this.#attempts.set(attemptKey(info), attempt);
+    if (this.#stopping) this.#release(attempt);
     else if (action) this.#run(attempt, action.handler);
-    else attempt.fail(new FatalError(`no ${info.action} here`, { code: 'INVALID_ACTION' }));
+    else {
+      const message = `this worker does not declare action ${info.action}`;
+      attempt.fail(new FatalError(message, { code: 'INVALID_ACTION' }));
+    }
   }
 
   /**
@@ -277,7 +288,7 @@ export class Worker {
    */
   #run(attempt, handler) {
     attempt.run(handler).catch(() => {
-      attempt.fail(new HandlerError('the handler threw what cannot be told'));
+      attempt.fail(new HandlerError('the error could not be reported'));
     });
   }
 
@@ -286,47 +297,47 @@ export class Worker {
    * @param {string} reason
    */
   #drop(attempt, reason) {
-    this.#attempts.delete(nameOf(attempt.name));
+    this.#attempts.delete(attemptKey(attempt.id));
     attempt.stop(reason);
-    this.#finishIfDone();
+    this.#closeStreamIfDone();
   }
 
-  /** Whoever asked for them does not wait any more. */
-  #loseSyncAttempts() {
+  /** Drops sync attempts, which end with their stream. */
+  #dropSyncAttempts() {
     for (const attempt of [...this.#attempts.values()]) {
       if (attempt.info.sync) this.#drop(attempt, 'the stream was lost');
     }
   }
 
   #releaseAll() {
-    for (const attempt of this.#attempts.values()) this.#handBack(attempt);
+    for (const attempt of this.#attempts.values()) this.#release(attempt);
   }
 
   /** @param {Attempt} attempt */
-  #handBack(attempt) {
+  #release(attempt) {
     const reason = 'the worker stops';
     if (!attempt.info.sync) return attempt.release(reason);
-    // There is no other attempt of a sync action; its caller may ask again.
+    // A sync action cannot be released: its caller gets an error and may retry.
     attempt.cancel(reason);
     attempt.fail(new HandlerError(reason, { code: 'UNAVAILABLE' }));
   }
 
-  #finishIfDone() {
+  #closeStreamIfDone() {
     if (!this.#stopping || this.#attempts.size > 0) return;
     this.#stream?.finish();
-    this.#after(LAST_WORDS_MS, () => this.#giveUp());
+    this.#after(RELEASE_TIMEOUT_MS, () => this.#stopWaiting());
     if (!this.#stream) this.#abandon.abort();
   }
 
-  #giveUp() {
+  #stopWaiting() {
     this.#abandon.abort(new Cancelled('the worker has stopped'));
     this.#stream?.cancel();
   }
 
-  /** @param {import('./worker-stream.js').Ending} ending */
-  #explain({ welcomed, error }) {
-    const why = error ? `${error.code}: ${error.message}` : 'the server closed it';
-    this.#log('warn', `${welcomed ? 'the stream ended' : 'not connected'}: ${why}`);
+  /** @param {import('./worker-stream.js').StreamResult} result */
+  #logStreamEnd({ welcomed, error }) {
+    const reason = error ? `${error.code}: ${error.message}` : 'closed by the server';
+    this.#log('warn', `${welcomed ? 'stream ended' : 'connecting failed'}: ${reason}`);
   }
 
   /**

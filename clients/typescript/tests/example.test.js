@@ -6,7 +6,7 @@ import { test } from 'node:test';
 import { analyzeLog, parseLine, sampleLog } from '../../../examples/workers/analyze_log.js';
 import { runHandler } from '../src/testing.js';
 
-test('lines of both formats are read, and others are not', () => {
+test('lines of both formats are parsed, others are not', () => {
   const common = '203.0.113.9 - frank [10/Oct/2000:13:55:36 -0700] "GET /a?b=c HTTP/1.0" 200 2326';
   const entry = {
     client: '203.0.113.9',
@@ -23,7 +23,7 @@ test('lines of both formats are read, and others are not', () => {
   assert.equal(parseLine(common.replace('Oct', 'Foo')), null);
 });
 
-test('every section is an output chunk, and all of them the result', async () => {
+test('every section is an output chunk, and the result contains all of them', async () => {
   const { result, output, progress, error } = await runHandler(analyzeLog, {
     log: `${sampleLog(5000)}\n`,
     top: 2,
@@ -44,25 +44,25 @@ test('every section is an output chunk, and all of them the result', async () =>
   assert.equal(percentages.at(-1), 100);
 });
 
-test('another attempt counts only what is missing, and sends everything', async () => {
+test('a second attempt resumes from the checkpoint, and sends all output', async () => {
   const payload = { log: sampleLog(3000) };
-  const whole = await runHandler(analyzeLog, payload);
-  const [, begun] = whole.checkpoints.map((checkpoint) => JSON.stringify(checkpoint));
-  const again = await runHandler(analyzeLog, payload, {
-    checkpoint: JSON.parse(begun),
+  const full = await runHandler(analyzeLog, payload);
+  const [, partial] = full.checkpoints.map((checkpoint) => JSON.stringify(checkpoint));
+  const resumed = await runHandler(analyzeLog, payload, {
+    checkpoint: JSON.parse(partial),
     attempt: 2,
   });
-  assert.deepEqual(again.result, whole.result);
-  assert.equal(again.outputText, whole.outputText);
-  assert.ok(again.progress.length < whole.progress.length);
+  assert.deepEqual(resumed.result, full.result);
+  assert.equal(resumed.outputText, full.outputText);
+  assert.ok(resumed.progress.length < full.progress.length);
 });
 
-test('what is no log is refused', async () => {
-  const refused = async (/** @type {unknown} */ payload) =>
+test('an invalid payload is rejected', async () => {
+  const invalidField = async (/** @type {unknown} */ payload) =>
     (await runHandler(analyzeLog, payload)).error?.violations[0].field;
-  assert.equal(await refused({}), 'log');
-  assert.equal(await refused({ log: '  ' }), 'log');
-  assert.equal(await refused({ log: 'x', top: 0 }), 'top');
+  assert.equal(await invalidField({}), 'log');
+  assert.equal(await invalidField({ log: '  ' }), 'log');
+  assert.equal(await invalidField({ log: 'x', top: 0 }), 'top');
   const cancelled = await runHandler(analyzeLog, { log: 'x' }, { signal: AbortSignal.abort() });
   assert.equal(cancelled.error?.code, 'CANCELLED');
 });

@@ -1,4 +1,4 @@
-/** What dies in between: streams, the server, the worker. */
+/** Attempts survive broken streams, a killed server and a stopped worker. */
 
 import assert from 'node:assert/strict';
 import { spawn } from 'node:child_process';
@@ -8,10 +8,10 @@ import { createInterface } from 'node:readline';
 import { fileURLToPath } from 'node:url';
 
 import { Client, OutputBuffer } from '../src/index.js';
-import { offered, wholeLog } from './support/kit.js';
+import { waitForAction, readLog } from './support/fixture.js';
 import { Proxy } from './support/proxy.js';
-import { ENDS_WITH_TESTS, Server } from './support/server.js';
-import { Once, within } from './support/wait.js';
+import { KILLED_WITH_TESTS, Server } from './support/server.js';
+import { Deferred, withTimeout } from './support/wait.js';
 import { quietWorker } from './support/worker.js';
 
 /** @type {Server} */
@@ -20,7 +20,7 @@ let server;
 let client;
 
 before(async () => {
-  // Long enough that a server that starts again is in time.
+  // Longer than a restart of the server takes.
   server = await Server.start('execution.lease_ms=10000');
   client = new Client({ server: server.url, token: server.token('') });
 });
@@ -30,15 +30,16 @@ after(async () => {
 });
 
 /**
- * A worker whose action waits for a gate between two parts of its output; stopped after the test.
+ * Starts a worker whose action waits for a gate between two parts of its output; stops it after the
+ * test.
  * @param {import('node:test').TestContext} t
  * @param {string} url
  * @param {string} action
  * @param {import('../src/grpc.js').TokenSource} [token]
  */
 async function gatedWorker(t, url, action, token = server.token('worker:*', 'worker')) {
-  const gate = new Once('the gate');
-  const halfway = new Once('half of the output');
+  const gate = new Deferred('the gate');
+  const halfway = new Deferred('half of the output');
   /** @type {string[]} */
   const logged = [];
   const log = (/** @type {string} */ level, /** @type {string} */ text) =>
@@ -54,7 +55,7 @@ async function gatedWorker(t, url, action, token = server.token('worker:*', 'wor
   });
   worker.serve().catch(() => {});
   t.after(() => worker.stop(0));
-  await offered(client, action);
+  await waitForAction(client, action);
   return { gate, halfway, logged };
 }
 
@@ -71,8 +72,8 @@ const forty = Array.from({ length: 40 }, (_, number) => `${number};`).join('');
  * @param {string} requestId
  * @param {number} attempts
  */
-async function isWholeAndOnce(requestId, attempts) {
-  const log = await wholeLog(client, requestId);
+async function assertCompleteLog(requestId, attempts) {
+  const log = await readLog(client, requestId);
   const output = new OutputBuffer();
   for (const event of log) output.apply(event);
   assert.equal(output.text, forty);
@@ -80,100 +81,100 @@ async function isWholeAndOnce(requestId, attempts) {
   assert.equal(log.filter((event) => event.type === 'output').length, 40);
 }
 
-test("a worker's stream is cut: the attempt goes on, and nothing is reported twice", async (t) => {
+test('an attempt survives a broken worker stream, and reports nothing twice', async (t) => {
   const proxy = await startProxy(t);
   const { gate, halfway } = await gatedWorker(t, `http://${proxy.address}`, 'cut');
   const run = client.run('cut', {}, { id: 'cut-1' });
   await halfway.wait();
   proxy.block();
   gate.resolve();
-  // What is reported now has no stream to go over.
+  // The handler reports while no stream is open.
   await new Promise((resolve) => setImmediate(resolve));
   proxy.unblock();
-  assert.deepEqual(await within(run, 'the result'), { attempt: 1 });
-  await isWholeAndOnce('cut-1', 1);
+  assert.deepEqual(await withTimeout(run, 'the result'), { attempt: 1 });
+  await assertCompleteLog('cut-1', 1);
 });
 
-test("a caller's stream is cut: it resumes and sees every event once", async (t) => {
+test('a caller resumes after a broken stream, and sees every event once', async (t) => {
   const proxy = await startProxy(t);
   const { gate, halfway } = await gatedWorker(t, server.url, 'watched');
   const token = server.token('');
   const caller = new Client({ server: `http://${proxy.address}`, token });
   t.after(() => caller.close());
   const output = new OutputBuffer();
-  const half = new Once('half of the output at the caller');
+  const half = new Deferred('half of the output at the caller');
   let chunks = 0;
   const onOutput = () => void ((chunks += 1) === 20 && half.resolve());
   const run = caller.run('watched', {}, { output, onOutput });
   await halfway.wait();
   await half.wait();
-  proxy.cut();
+  proxy.disconnect();
   gate.resolve();
-  assert.deepEqual(await within(run, 'the result'), { attempt: 1 });
+  assert.deepEqual(await withTimeout(run, 'the result'), { attempt: 1 });
   assert.equal(output.text, forty);
   assert.equal(chunks, 40);
 });
 
-test('many attempts and their callers get through many cuts', async (t) => {
+test('many attempts and their callers survive repeated disconnects', async (t) => {
   const [workers, callers] = [await startProxy(t), await startProxy(t)];
   const worker = quietWorker(`http://${workers.address}`, server.token('worker:*', 'worker'));
-  const bothCut = new Once('a cut of both streams');
+  const bothDisconnected = new Deferred('a disconnect of both streams');
   worker.action('through', { maxAttempts: 20, initialBackoffMs: 1 }, async (context) => {
     for (let number = 0; number < 40; number += 1) {
       await context.output(`${number};`);
-      // No attempt ends before that, so both have to come back.
-      if (number === 20) await bothCut.promise;
+      // No attempt ends before both sides have reconnected.
+      if (number === 20) await bothDisconnected.promise;
       if (number % 10 === 0) await context.saveCheckpoint({ number });
     }
     return context.attempt;
   });
   worker.serve().catch(() => {});
   t.after(() => worker.stop(0));
-  await offered(client, 'through');
+  await waitForAction(client, 'through');
   const caller = new Client({ server: `http://${callers.address}`, token: server.token('') });
   t.after(() => caller.close());
   let seen = 0;
   const onOutput = () => {
     seen += 1;
-    if (seen % 50 === 0) workers.cut();
-    if (seen % 70 === 0) callers.cut();
-    if (seen === 70) bothCut.resolve();
+    if (seen % 50 === 0) workers.disconnect();
+    if (seen % 70 === 0) callers.disconnect();
+    if (seen === 70) bothDisconnected.resolve();
   };
   const runs = Array.from({ length: 10 }, async () => {
     const output = new OutputBuffer();
-    // A task that is lost with its stream before the worker has it costs an attempt.
+    // A task that is lost with the stream before the worker receives it costs an attempt.
     assert.ok((await caller.run('through', {}, { output, onOutput })) >= 1);
     assert.equal(output.text, forty);
   });
-  await within(Promise.all(runs), 'all results');
+  await withTimeout(Promise.all(runs), 'all results');
   assert.ok(workers.connections > 1 && callers.connections > 1);
 });
 
-test('the server is killed and started again: the attempt goes on', async (t) => {
+test('an attempt survives a killed and restarted server', async (t) => {
   const { gate, halfway } = await gatedWorker(t, server.url, 'killed');
   const run = client.run('killed', {}, { id: 'killed-1' });
   await halfway.wait();
   await server.kill('SIGKILL');
   gate.resolve();
   await server.start();
-  assert.deepEqual(await within(run, 'the result'), { attempt: 1 });
-  await isWholeAndOnce('killed-1', 1);
+  assert.deepEqual(await withTimeout(run, 'the result'), { attempt: 1 });
+  await assertCompleteLog('killed-1', 1);
 });
 
-test('the server stops in order: the worker finds it again when it is back', async (t) => {
+test('an attempt survives a graceful restart of the server', async (t) => {
   const { gate, halfway } = await gatedWorker(t, server.url, 'drained');
   const { requestId } = await client.submit('drained', {}, { id: 'drained-1' });
   await halfway.wait();
   await server.kill('SIGTERM');
   await server.start();
   gate.resolve();
-  assert.deepEqual(await within(client.wait(requestId), 'the result'), { attempt: 1 });
-  await isWholeAndOnce('drained-1', 1);
+  assert.deepEqual(await withTimeout(client.wait(requestId), 'the result'), { attempt: 1 });
+  await assertCompleteLog('drained-1', 1);
 });
 
 test('a token is renewed on the same stream before it expires', async (t) => {
   let tokens = 0;
-  const renewed = new Once('a second token');
+  const renewed = new Deferred('a second token');
   const token = () => {
     tokens += 1;
     if (tokens === 2) renewed.resolve();
@@ -189,7 +190,7 @@ test('a token is renewed on the same stream before it expires', async (t) => {
   );
 });
 
-test('a worker that is not permitted is told so', async () => {
+test('a worker without permission is rejected', async () => {
   const worker = quietWorker(server.url, server.token('worker:other', 'worker'));
   worker.action('forbidden', () => null);
   await assert.rejects(worker.serve(), { name: 'CallError', code: 'FORBIDDEN' });
@@ -197,15 +198,15 @@ test('a worker that is not permitted is told so', async () => {
 
 /**
  * @param {import('node:test').TestContext} t
- * @param {string[]} lines What it prints.
+ * @param {string[]} lines Collects the lines that the worker prints.
  */
 function workerProcess(t, lines) {
   const program = fileURLToPath(new URL('support/worker-process.js', import.meta.url));
   const args = [program, server.url, server.token('worker:*', 'worker')];
-  const [first, ...rest] = [...ENDS_WITH_TESTS, process.execPath, ...args];
+  const [first, ...rest] = [...KILLED_WITH_TESTS, process.execPath, ...args];
   const child = spawn(first, rest, { stdio: ['ignore', 'pipe', 'ignore'] });
   t.after(() => child.kill('SIGKILL'));
-  const seen = new Once('step 3');
+  const seen = new Deferred('step 3');
   createInterface({ input: child.stdout }).on('line', (line) => {
     lines.push(line);
     if (line === 'at 3') seen.resolve();
@@ -213,20 +214,20 @@ function workerProcess(t, lines) {
   return { child, seen };
 }
 
-test('SIGTERM: a worker hands back what runs, another goes on from its checkpoint', async (t) => {
+test('an attempt of a worker that gets SIGTERM resumes from its checkpoint', async (t) => {
   /** @type {string[]} */
   const lines = [];
   const first = workerProcess(t, lines);
-  await offered(client, 'steps');
+  await waitForAction(client, 'steps');
   const run = client.run('steps', { steps: 6, hold: 3 }, { id: 'steps-1' });
   await first.seen.wait();
   const exit = once(first.child, 'exit');
   first.child.kill('SIGTERM');
-  assert.deepEqual(await within(exit, 'the worker to end'), [0, null]);
+  assert.deepEqual(await withTimeout(exit, 'the worker to exit'), [0, null]);
   assert.equal(lines.at(-1), 'stopped');
   workerProcess(t, []);
-  assert.deepEqual(await within(run, 'the result'), { begin: 3, attempt: 2 });
-  const log = await wholeLog(client, 'steps-1');
-  const [handedBack] = log.filter((event) => event.type === 'retrying');
-  assert.equal(handedBack.error.message, 'the worker stops');
+  assert.deepEqual(await withTimeout(run, 'the result'), { begin: 3, attempt: 2 });
+  const log = await readLog(client, 'steps-1');
+  const [released] = log.filter((event) => event.type === 'retrying');
+  assert.equal(released.error.message, 'the worker stops');
 });

@@ -1,4 +1,4 @@
-/** What can be tested without a server. */
+/** Unit tests, without a server. */
 
 import assert from 'node:assert/strict';
 import { createHash, randomBytes } from 'node:crypto';
@@ -18,41 +18,41 @@ import { LogReader } from '../src/log-reader.js';
 import { Sha256, hex } from '../src/sha256.js';
 import { runHandler } from '../src/testing.js';
 import { rawElements, rawMembers } from '../src/websocket-json.js';
-import { ReportQueue } from '../src/worker-reports.js';
+import { ReportQueue } from '../src/worker-report-queue.js';
 
-const names = { requestId: 'r', uid: 'u', attempt: 1, time: new Date(0) };
+const head = { requestId: 'r', uid: 'u', attempt: 1, time: new Date(0) };
 const sha256 = (/** @type {string} */ text) => createHash('sha256').update(text).digest('hex');
 
 /** @param {number} seq @param {string} text @returns {import('../src/events.js').Event} */
 function output(seq, text, attempt = 1) {
   const chunk = new Payload('text/plain', Buffer.from(text));
-  return { ...names, attempt, seq, type: 'output', chunk, chunkIndex: 0 };
+  return { ...head, attempt, seq, type: 'output', chunk, chunkIndex: 0 };
 }
 
 /** @param {number} seq @param {number} rewindToSeq @returns {any} */
 function retrying(seq, rewindToSeq) {
-  return { ...names, seq, type: 'retrying', rewindToSeq };
+  return { ...head, seq, type: 'retrying', rewindToSeq };
 }
 
 /** @param {number} seq @param {number} chunks @param {string} text @returns {any} */
 function succeeded(seq, chunks, text) {
-  return { ...names, seq, type: 'succeeded', summary: { chunks, sha256: sha256(text) } };
+  return { ...head, seq, type: 'succeeded', summary: { chunks, sha256: sha256(text) } };
 }
 
-test('the hash is that of node:crypto, however the bytes are cut, and can be gone back to', () => {
+test('the hash equals that of node:crypto for any split, and can be copied', () => {
   for (let size = 0; size < 260; size += 1) {
     const bytes = randomBytes(size);
-    const cut = Math.floor(size / 3);
-    const hash = new Sha256().update(bytes.subarray(0, cut));
-    const before = hash.copy();
-    hash.update(bytes.subarray(cut));
+    const split = Math.floor(size / 3);
+    const hash = new Sha256().update(bytes.subarray(0, split));
+    const copy = hash.copy();
+    hash.update(bytes.subarray(split));
     assert.equal(hex(hash.digest()), createHash('sha256').update(bytes).digest('hex'));
-    before.update(bytes.subarray(cut));
-    assert.deepEqual(before.digest(), hash.digest());
+    copy.update(bytes.subarray(split));
+    assert.deepEqual(copy.digest(), hash.digest());
   }
 });
 
-test('members are found as they stand in the text', () => {
+test('members keep their source text', () => {
   const text =
     ' {"a" : 9223372036854775807 ,"b\\"":{"x":[1,{"y":"},]\\\\"}]}\n,"c":"é\\u0041,}","d":[]}';
   const members = rawMembers(text);
@@ -66,7 +66,7 @@ test('members are found as they stand in the text', () => {
   assert.deepEqual(rawElements(' [ ] '), []);
 });
 
-test('a log is read once, and proves itself after every rewind', () => {
+test('a log is read once, and verified after every rewind', () => {
   const reader = new LogReader();
   const buffer = new OutputBuffer();
   const events = [
@@ -81,28 +81,28 @@ test('a log is read once, and proves itself after every rewind', () => {
   ];
   for (const event of events) {
     assert.equal(reader.accept(event), true);
-    assert.equal(reader.accept(event), false, 'a repeat changes nothing');
+    assert.equal(reader.accept(event), false, 'a duplicate is ignored');
     buffer.apply(event);
   }
   assert.equal(reader.ended, true);
   assert.equal(buffer.text, 'ab');
 });
 
-test('a log that misses an event, or has other output, is refused', () => {
+test('a log with a missing event or wrong output is rejected', () => {
   const missing = new LogReader();
   missing.accept(output(1, 'a'));
   assert.throws(() => missing.accept(output(3, 'c')), { code: 'INTEGRITY' });
-  const other = new LogReader();
-  other.accept(output(1, 'x'));
-  assert.throws(() => other.accept(succeeded(2, 1, 'a')), /SHA-256/);
-  const fewer = new LogReader({ gaps: true });
+  const wrong = new LogReader();
+  wrong.accept(output(1, 'x'));
+  assert.throws(() => wrong.accept(succeeded(2, 1, 'a')), /SHA-256/);
+  const fewer = new LogReader({ allowGaps: true });
   fewer.accept(output(2, 'b'));
-  assert.throws(() => fewer.accept(succeeded(3, 2, 'ab')), /2 valid chunks, 1/);
-  const half = new LogReader({ afterSeq: 1 });
-  assert.equal(half.accept(succeeded(2, 1, 'a')), true, 'the beginning was not read');
+  assert.throws(() => fewer.accept(succeeded(3, 2, 'ab')), /received 1 chunks, .* has 2/);
+  const partial = new LogReader({ afterSeq: 1 });
+  assert.equal(partial.accept(succeeded(2, 1, 'a')), true, 'a partial log is not verified');
 });
 
-test('reports are bounded, numbered, and sent again from where the server is', () => {
+test('reports are bounded, numbered, and sent again after the last durable one', () => {
   const window = { maxUnacknowledged: 3, maxUnacknowledgedBytes: 100 };
   const queue = new ReportQueue();
   const sent = () => {
@@ -120,17 +120,17 @@ test('reports are bounded, numbered, and sent again from where the server is', (
   assert.deepEqual(sent(), ['keepAlive 2 [object Object]']);
   queue.addCounted('output', 'o3', 98);
   assert.equal(queue.hasRoom(window), false);
-  queue.addLast('result', 'r');
+  queue.addFinal('result', 'r');
   assert.deepEqual(sent(), ['output 3 o3', 'result 3 r']);
-  queue.restart(2);
+  queue.resume(2);
   assert.deepEqual(sent(), ['checkpoint 2 c2', 'output 3 o3', 'result 3 r']);
   queue.acknowledge(3);
   assert.equal(queue.hasRoom(window), true);
-  queue.restart(3);
-  assert.deepEqual(sent(), ['result 3 r'], 'a later report proves the checkpoint');
+  queue.resume(3);
+  assert.deepEqual(sent(), ['result 3 r'], 'a checkpoint is durable with a later report');
 });
 
-test('a smaller window is kept to when reports are sent again', () => {
+test('the send window limits reports that are sent again', () => {
   const queue = new ReportQueue();
   for (let number = 1; number <= 4; number += 1) queue.addCounted('output', number, 1);
   const window = { maxUnacknowledged: 2, maxUnacknowledgedBytes: 100 };
@@ -144,7 +144,7 @@ test('dropped reports are sent again from the first one, within the window', () 
   const queue = new ReportQueue();
   for (let number = 1; number <= 3; number += 1) queue.addCounted('output', number, 1);
   queue.addCheckpoint(Buffer.from('c'));
-  queue.addLast('result', 'r');
+  queue.addFinal('result', 'r');
   const window = { maxUnacknowledged: 3, maxUnacknowledgedBytes: 100 };
   const sent = (limits = window) => {
     const all = [];
@@ -157,20 +157,20 @@ test('dropped reports are sent again from the first one, within the window', () 
   assert.deepEqual(sent(), ['checkpoint 3', 'result 3']);
   queue.resend(1, 2);
   assert.deepEqual(sent({ ...window, maxUnacknowledged: 2 }), ['output 2']);
-  queue.restart(2);
+  queue.resume(2);
   assert.equal(queue.resends, 0);
   assert.deepEqual(sent(), ['output 3', 'checkpoint 3', 'result 3']);
 });
 
-test('waits are drawn below a bound that doubles', () => {
+test('delays are drawn below a bound that doubles', () => {
   const backoff = new Backoff({ random: () => 1 });
-  const waits = Array.from({ length: 9 }, () => backoff.next());
-  assert.deepEqual(waits, [100, 200, 400, 800, 1600, 3200, 6400, 10_000, 10_000]);
+  const delays = Array.from({ length: 9 }, () => backoff.next());
+  assert.deepEqual(delays, [100, 200, 400, 800, 1600, 3200, 6400, 10_000, 10_000]);
   backoff.reset();
   assert.equal(backoff.next(), 100);
 });
 
-test('a handler runs without a server, and what it reports is written down', async () => {
+test('runHandler records the reports of a handler', async () => {
   const recording = await runHandler(
     async (context, payload) => {
       await context.progress({ percentage: 50, message: 'half', metadata: { rows: 1 } });
@@ -192,7 +192,7 @@ test('a handler runs without a server, and what it reports is written down', asy
   assert.deepEqual([recording.checkpoint, recording.heartbeats], [{ at: 2 }, 1]);
 });
 
-test('failures are written down as a worker would report them', async () => {
+test('runHandler records errors as a worker reports them', async () => {
   const failed = async (/** @type {any} */ handler, /** @type {any} */ options = {}) =>
     (await runHandler(handler, {}, options)).error;
   const invalid = await failed(() => {
@@ -218,7 +218,7 @@ test('failures are written down as a worker would report them', async () => {
   assert.equal(cancelled?.code, 'CANCELLED');
 });
 
-test('what is declared wrongly is refused at once', () => {
+test('invalid declarations and options throw', () => {
   const worker = new Worker({ server: 'http://127.0.0.1:1', token: 'x' });
   assert.throws(() => worker.action('No', () => null), /must match/);
   assert.throws(() => worker.action('a', { maxAttempts: -1 }, () => null), /maxAttempts/);
@@ -228,13 +228,13 @@ test('what is declared wrongly is refused at once', () => {
   assert.equal(new LimitError('output', 6, 5).limit, 5);
 });
 
-test('a report that breaks a rule is refused, also when nobody waits for it', async () => {
+test('invalid reports reject, and a report that is not awaited is still sent', async () => {
   const { error, output } = await runHandler(async (context) => {
     await assert.rejects(context.progress(101), RangeError);
-    await assert.rejects(context.output(5n), /cannot be written as JSON/);
+    await assert.rejects(context.output(5n), /cannot be encoded as JSON/);
     await assert.rejects(context.saveCheckpoint('x'.repeat(300_000)), { field: 'checkpoint' });
     await assert.rejects(context.progress({ message: 'x'.repeat(5000) }), { limit: 4096 });
-    context.output('not waited for');
+    context.output('not awaited');
   });
   assert.equal(error, null);
   assert.equal(output.length, 1);

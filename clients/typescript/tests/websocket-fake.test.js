@@ -1,4 +1,4 @@
-/** The WebSocket client against a server that does what a real one does rarely, or never. */
+/** The WebSocket client against a fake server. */
 
 import assert from 'node:assert/strict';
 import { createHash } from 'node:crypto';
@@ -7,26 +7,27 @@ import { test } from 'node:test';
 import WebSocket, { WebSocketServer } from 'ws';
 
 import { StreamerSocket } from '../src/websocket.js';
-import { Once } from './support/wait.js';
+import { Deferred } from './support/wait.js';
 
-const names = { request_id: 'r', uid: 'U', timestamp: '2030-01-01T00:00:00.000Z', attempt: 1 };
+const head = { request_id: 'r', uid: 'U', timestamp: '2030-01-01T00:00:00.000Z', attempt: 1 };
 
 /**
- * A server that greets, and hands what it hears to the test.
+ * Starts a server that sends `connected`, and passes messages to the test; returns a client.
  * @param {import('node:test').TestContext} t
- * @param {(message: any, say: (message: object | string) => void, socket: WebSocket) => void} hear
- * @param {object} [options] Of the client.
+ * @param {(message: any, send: (message: object | string) => void, socket: WebSocket) => void}
+ *   onMessage
+ * @param {object} [options] Options of the client.
  */
-async function fake(t, hear, options = {}) {
+async function startFake(t, onMessage, options = {}) {
   const server = new WebSocketServer({ host: '127.0.0.1', port: 0 });
   /** @type {string[][]} */
   const protocols = [];
   server.on('connection', (socket, request) => {
     protocols.push(String(request.headers['sec-websocket-protocol']).split(/, ?/));
-    const say = (/** @type {object | string} */ message) =>
+    const send = (/** @type {object | string} */ message) =>
       socket.send(typeof message === 'string' ? message : JSON.stringify(message));
-    socket.on('message', (data) => hear(JSON.parse(String(data)), say, socket));
-    say({ type: 'connected', connection_id: 'c', heartbeat_ms: 60_000, max_message_bytes: 1000 });
+    socket.on('message', (data) => onMessage(JSON.parse(String(data)), send, socket));
+    send({ type: 'connected', connection_id: 'c', heartbeat_ms: 60_000, max_message_bytes: 1000 });
   });
   await once(server, 'listening');
   const { port } = /** @type {import('node:net').AddressInfo} */ (server.address());
@@ -45,76 +46,78 @@ async function fake(t, hear, options = {}) {
 }
 
 /** @param {string} text */
-function proof(text, chunks = 1) {
+function summary(text, chunks = 1) {
   return { chunks, sha256: createHash('sha256').update(text).digest('hex') };
 }
 
-test('the token goes as a subprotocol, beside the one that is spoken', async (t) => {
-  const { socket, protocols } = await fake(t, (_, say) => say({ type: 'requests', requests: [] }));
+test('the token is sent as a second subprotocol', async (t) => {
+  const { socket, protocols } = await startFake(t, (_, send) =>
+    send({ type: 'requests', requests: [] }),
+  );
   assert.deepEqual(await socket.list(), { requests: [], nextPageToken: '' });
   assert.deepEqual(protocols, [['streamer.v1.json', 'bearer.t']]);
 });
 
-test('an output that is not what was produced is detected', async (t) => {
-  const { socket } = await fake(t, (message, say) => {
-    say({ ...names, type: 'subscribed', last_seq: 2, state: 'SUCCEEDED' });
+test('output that does not match its digest is rejected', async (t) => {
+  const { socket } = await startFake(t, (message, send) => {
+    send({ ...head, type: 'subscribed', last_seq: 2, state: 'SUCCEEDED' });
     const [data, hashed] = message.request_id === 'r' ? ['{"a": 1}', '{"a":1}'] : ['1', '1'];
-    say(`{"type":"output","request_id":"r","uid":"U","seq":1,"attempt":1,"data":${data}}`);
-    say({ ...names, type: 'complete', seq: 2, result: 1, output: proof(hashed) });
+    send(`{"type":"output","request_id":"r","uid":"U","seq":1,"attempt":1,"data":${data}}`);
+    send({ ...head, type: 'complete', seq: 2, result: 1, output: summary(hashed) });
   });
   await assert.rejects(socket.watch('r'), { name: 'IntegrityError', message: /SHA-256/ });
 });
 
-test('an event that is missing is asked for once', async (t) => {
+test('a missing event is requested once', async (t) => {
   /** @type {number[]} */
-  const asked = [];
-  const { socket } = await fake(t, (message, say) => {
-    asked.push(message.after_seq);
-    say({ ...names, type: 'subscribed', last_seq: 3, state: 'SUCCEEDED' });
-    if (asked.length === 1) say({ ...names, type: 'progress', seq: 1 });
-    if (asked.length === 2)
-      say({ ...names, type: 'output', seq: 2, data: 'b', content_type: 'text/x' });
-    say({ ...names, type: 'complete', seq: 3, result: 'c', output: proof('b') });
+  const requested = [];
+  const { socket } = await startFake(t, (message, send) => {
+    requested.push(message.after_seq);
+    send({ ...head, type: 'subscribed', last_seq: 3, state: 'SUCCEEDED' });
+    if (requested.length === 1) send({ ...head, type: 'progress', seq: 1 });
+    if (requested.length === 2)
+      send({ ...head, type: 'output', seq: 2, data: 'b', content_type: 'text/x' });
+    send({ ...head, type: 'complete', seq: 3, result: 'c', output: summary('b') });
   });
   assert.equal(await socket.watch('r'), 'c');
-  assert.deepEqual(asked, [0, 1]);
-  asked.length = 2;
+  assert.deepEqual(requested, [0, 1]);
+  requested.length = 2;
   await assert.rejects(socket.watch('U'), { name: 'IntegrityError', message: /twice/ });
 });
 
-test('two who follow one request share its place: that of whoever is behind', async (t) => {
+test('two followers of one request share the position of the one that is behind', async (t) => {
   /** @type {number[]} */
-  const asked = [];
-  const { socket } = await fake(t, (message, say) => {
-    asked.push(message.after_seq);
-    say({ ...names, type: 'subscribed', last_seq: 6, state: 'RUNNING' });
-    if (asked.length < 2) return;
+  const requested = [];
+  const { socket } = await startFake(t, (message, send) => {
+    requested.push(message.after_seq);
+    send({ ...head, type: 'subscribed', last_seq: 6, state: 'RUNNING' });
+    if (requested.length < 2) return;
     const seqs = [1, 2, 3, 4, 5, 6];
-    for (const seq of seqs.slice(message.after_seq)) say({ ...names, type: 'progress', seq });
-    say({ ...names, type: 'complete', seq: 7, result: 1, output: proof('', 0) });
+    for (const seq of seqs.slice(message.after_seq)) send({ ...head, type: 'progress', seq });
+    send({ ...head, type: 'complete', seq: 7, result: 1, output: summary('', 0) });
   });
   /** @type {number[]} */
   const seen = [];
   const onEvent = (/** @type {any} */ { seq }) => void seen.push(seq);
   const both = [socket.watch('r', { onEvent }), socket.watch('r', { afterSeq: 5, onEvent })];
   assert.deepEqual(await Promise.all(both), [1, 1]);
-  assert.deepEqual(asked, [0, 0]);
+  assert.deepEqual(requested, [0, 0]);
   assert.deepEqual(seen, [1, 2, 3, 4, 5, 6, 6, 7, 7]);
 });
 
-test('a draining server is left, and the request resumed where it was', async (t) => {
+test('a request resumes after a reconnect from a draining server', async (t) => {
   let connections = 0;
-  const { socket } = await fake(t, (message, say, connection) => {
+  const { socket } = await startFake(t, (message, send, connection) => {
     connections += 1;
-    say({ ...names, type: 'subscribed', last_seq: 1, state: 'RUNNING' });
+    send({ ...head, type: 'subscribed', last_seq: 1, state: 'RUNNING' });
     if (connections === 1) {
-      say({ ...names, type: 'progress', seq: 1, percentage: 1 });
-      say({ type: 'draining', reconnect_after_ms: 1 });
+      send({ ...head, type: 'progress', seq: 1, percentage: 1 });
+      send({ type: 'draining', reconnect_after_ms: 1 });
       connection.close(1001);
     } else {
       assert.equal(message.after_seq, 1);
-      say({ ...names, type: 'progress', seq: 1, percentage: 1 });
-      say({ ...names, type: 'complete', seq: 2, result: 'done', output: proof('', 0) });
+      send({ ...head, type: 'progress', seq: 1, percentage: 1 });
+      send({ ...head, type: 'complete', seq: 2, result: 'done', output: summary('', 0) });
     }
   });
   let events = 0;
@@ -124,39 +127,39 @@ test('a draining server is left, and the request resumed where it was', async (t
 });
 
 test('a token that expires soon is renewed on the same connection', async (t) => {
-  const renewed = new Once('the fresh token');
+  const renewed = new Deferred('the fresh token');
   let tokens = 0;
   const token = () => `t${(tokens += 1)}`;
-  const hear = (/** @type {any} */ message, /** @type {any} */ say) => {
+  const onMessage = (/** @type {any} */ message, /** @type {any} */ send) => {
     if (message.type === 'list') {
-      say({ type: 'requests', requests: [] });
-      say({ type: 'auth_expiring', expires_at: names.timestamp });
+      send({ type: 'requests', requests: [] });
+      send({ type: 'auth_expiring', expires_at: head.timestamp });
     } else {
       renewed.resolve(message);
-      say({ type: 'authenticated', expires_at: names.timestamp });
+      send({ type: 'authenticated', expires_at: head.timestamp });
     }
   };
-  const { socket } = await fake(t, hear, { token });
+  const { socket } = await startFake(t, onMessage, { token });
   await socket.list();
   assert.deepEqual(await renewed.wait(), { type: 'auth', token: 't2' });
 });
 
-test('a message that was not looked at is sent again', async (t) => {
+test('a message above the rate limit is sent again', async (t) => {
   let times = 0;
-  const { socket } = await fake(t, (message, say) => {
+  const { socket } = await startFake(t, (message, send) => {
     times += 1;
     const details = { limit: 'gateway.messages_per_second', retry_after_ms: 1 };
     const error = { code: 'RATE_LIMITED', message: '', retryable: true, details };
-    if (times < 3) say({ type: 'error', request_id: message.id, error });
-    else say({ type: 'response', request_id: message.id, uid: 'U', success: true, data: 5 });
+    if (times < 3) send({ type: 'error', request_id: message.id, error });
+    else send({ type: 'response', request_id: message.id, uid: 'U', success: true, data: 5 });
   });
   assert.equal(await socket.request('add'), 5);
   assert.equal(times, 3);
 });
 
-test('close codes that say so are final, and others are not', async (t) => {
+test('the client reconnects unless the close code is fatal', async (t) => {
   let connections = 0;
-  const { socket } = await fake(t, (_message, _say, connection) => {
+  const { socket } = await startFake(t, (_message, _say, connection) => {
     connections += 1;
     if (connections === 1) connection.close(4408, 'too slow');
     else connection.close(4403, 'forbidden');
@@ -165,11 +168,11 @@ test('close codes that say so are final, and others are not', async (t) => {
   assert.equal(connections, 2);
 });
 
-test('what services push is handed on', async (t) => {
-  const pushed = new Once('a message');
-  const hear = (/** @type {any} */ _, /** @type {any} */ say) =>
-    say('{"type":"message","topic":"news","data":{"n":9223372036854775807}}');
-  const { socket } = await fake(t, hear, { onMessage: pushed.resolve });
+test('messages that services push are delivered', async (t) => {
+  const pushed = new Deferred('a message');
+  const onMessage = (/** @type {any} */ _, /** @type {any} */ send) =>
+    send('{"type":"message","topic":"news","data":{"n":9223372036854775807}}');
+  const { socket } = await startFake(t, onMessage, { onMessage: pushed.resolve });
   socket.list().catch(() => {});
   const { topic, payload } = await pushed.wait();
   assert.deepEqual([topic, payload.text], ['news', '{"n":9223372036854775807}']);

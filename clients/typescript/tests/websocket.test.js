@@ -1,4 +1,4 @@
-/** The WebSocket client against the real server, through cuts. */
+/** The WebSocket client against a real server, with disconnects. */
 
 import assert from 'node:assert/strict';
 import { after, before, test } from 'node:test';
@@ -6,13 +6,13 @@ import WebSocket from 'ws';
 
 import { HandlerError } from '../src/index.js';
 import { OutputBuffer, RawJson, StreamerSocket } from '../src/websocket.js';
-import { startKit } from './support/kit.js';
+import { startFixture } from './support/fixture.js';
 import { Proxy } from './support/proxy.js';
-import { Once, within } from './support/wait.js';
+import { Deferred, withTimeout } from './support/wait.js';
 
-/** @type {Awaited<ReturnType<typeof startKit>>} */
-let kit;
-/** @type {Record<string, Once>} */
+/** @type {Awaited<ReturnType<typeof startFixture>>} */
+let fixture;
+/** @type {Record<string, Deferred>} */
 const seen = {};
 
 /** @param {import('../src/index.js').Worker} worker */
@@ -49,29 +49,30 @@ function declare(worker) {
 }
 
 before(async () => {
-  kit = await startKit(declare);
+  fixture = await startFixture(declare);
 });
-after(() => kit.stop());
+after(() => fixture.stop());
 
 /**
  * @param {import('node:test').TestContext} t
  * @param {string} [url]
  * @param {Partial<import('../src/websocket.js').SocketOptions>} [options]
  */
-function open(t, url = kit.server.websocketUrl, options = {}) {
-  const socket = new StreamerSocket({ url, token: kit.server.token(''), WebSocket, ...options });
+function open(t, url = fixture.server.websocketUrl, options = {}) {
+  const token = fixture.server.token('');
+  const socket = new StreamerSocket({ url, token, WebSocket, ...options });
   t.after(() => socket.close());
   return socket;
 }
 
 /** @param {import('node:test').TestContext} t */
 async function openThroughProxy(t) {
-  const proxy = await Proxy.start(kit.server.url);
+  const proxy = await Proxy.start(fixture.server.url);
   t.after(() => proxy.stop());
   return { proxy, socket: open(t, `ws://${proxy.address}/ws`) };
 }
 
-test('a sync action is answered, and what is refused says why', async (t) => {
+test('a sync action returns its result, and rejections have a reason', async (t) => {
   const socket = open(t);
   assert.deepEqual(await socket.request('add', { a: 2, b: 3 }), { sum: 5 });
   await assert.rejects(socket.request('no_such'), {
@@ -88,7 +89,7 @@ test('a sync action is answered, and what is refused says why', async (t) => {
   assert.equal(socket.identity?.userId, 'js');
 });
 
-test('progress, chunks of every kind and the result come as they were made', async (t) => {
+test('progress, chunks of every type and the result are received unchanged', async (t) => {
   const socket = open(t);
   const output = new OutputBuffer();
   /** @type {any[]} */
@@ -124,11 +125,11 @@ test('after a retry the output of the failed attempt is void', async (t) => {
   assert.equal(rewinds.length, 1);
 });
 
-test('the connection is cut: the request is resumed, and every event comes once', async (t) => {
+test('a request resumes after a disconnect, with every event once', async (t) => {
   const { proxy, socket } = await openThroughProxy(t);
-  seen.halfway = new Once('half of the output');
-  seen.gate = new Once('the gate');
-  const half = new Once('half of the output at the caller');
+  seen.halfway = new Deferred('half of the output');
+  seen.gate = new Deferred('the gate');
+  const half = new Deferred('half of the output at the caller');
   const output = new OutputBuffer();
   let chunks = 0;
   const onOutput = () => void ((chunks += 1) === 20 && half.resolve());
@@ -136,31 +137,31 @@ test('the connection is cut: the request is resumed, and every event comes once'
   await half.wait();
   proxy.block();
   seen.gate.resolve();
-  await within(kit.client.wait('cut-1'), 'the request to end');
+  await withTimeout(fixture.client.wait('cut-1'), 'the request to end');
   proxy.unblock();
-  assert.equal(await within(request, 'the result'), 1);
+  assert.equal(await withTimeout(request, 'the result'), 1);
   assert.equal(output.text, Array.from({ length: 40 }, (_, number) => `${number};`).join(''));
   assert.equal(chunks, 40);
   assert.ok(proxy.connections > 1);
 });
 
-test('a submission whose acknowledgment was lost is sent again, and runs once', async (t) => {
+test('an unacknowledged submission is sent again, and runs once', async (t) => {
   const { proxy, socket } = await openThroughProxy(t);
   await socket.list();
-  seen.runs = new Once('the handler to run');
+  seen.runs = new Deferred('the handler to run');
   proxy.mute();
-  const accepted = new Once('the acknowledgment');
+  const accepted = new Deferred('the acknowledgment');
   const request = socket.request('counted', {}, { id: 'twice', onAccepted: accepted.resolve });
   await seen.runs.wait();
-  proxy.cut();
-  assert.equal(await within(request, 'the result'), 1);
+  proxy.disconnect();
+  assert.equal(await withTimeout(request, 'the result'), 1);
   assert.equal((await accepted.wait()).duplicate, true);
-  assert.equal((await kit.client.get('twice')).attempt, 1);
+  assert.equal((await fixture.client.get('twice')).attempt, 1);
 });
 
-test('aborting asks for cancellation', async (t) => {
+test('aborting the signal requests cancellation', async (t) => {
   const socket = open(t);
-  seen.running = new Once('the handler to run');
+  seen.running = new Deferred('the handler to run');
   const controller = new AbortController();
   const output = new OutputBuffer();
   const request = socket.request('endless', {}, { signal: controller.signal, output });
@@ -173,10 +174,10 @@ test('aborting asks for cancellation', async (t) => {
   await assert.rejects(early, { name: 'RequestCancelled' });
 });
 
-test('others can follow a request, from the start or from where they left', async (t) => {
+test('a request can be watched from any position', async (t) => {
   const [first, second] = [open(t), open(t)];
-  seen.halfway = new Once('half of the output');
-  seen.gate = new Once('the gate');
+  seen.halfway = new Deferred('half of the output');
+  seen.gate = new Deferred('the gate');
   const request = first.request('gated', {}, { id: 'shared' });
   await seen.halfway.wait();
   const output = new OutputBuffer();
@@ -188,14 +189,14 @@ test('others can follow a request, from the start or from where they left', asyn
     first.watch('shared', { mode: 'latest' }),
     first.request('gated', {}, { id: 'shared' }),
   ];
-  const leaving = new AbortController();
-  const left = second.watch('shared', { signal: leaving.signal, afterSeq: null });
-  const gone = assert.rejects(left, { name: 'AbortError' });
+  const controller = new AbortController();
+  const aborted = second.watch('shared', { signal: controller.signal, afterSeq: null });
+  const rejection = assert.rejects(aborted, { name: 'AbortError' });
   assert.equal((await second.get('shared')).state, 'RUNNING');
-  leaving.abort();
-  await gone;
+  controller.abort();
+  await rejection;
   seen.gate.resolve();
-  assert.deepEqual(await within(Promise.all([request, ...watchers]), 'all'), [1, 1, 1, 1, 1]);
+  assert.deepEqual(await withTimeout(Promise.all([request, ...watchers]), 'all'), [1, 1, 1, 1, 1]);
   assert.equal(output.payloads.length, 40);
   assert.deepEqual(
     seqs,
@@ -206,45 +207,46 @@ test('others can follow a request, from the start or from where they left', asyn
   assert.equal(await second.cancel('shared'), 'succeeded');
 });
 
-test('a refused token is final, unless there is a fresh one', async (t) => {
-  const closed = new Once('the refusal');
+test('an invalid token closes the connection, unless the client gets a fresh one', async (t) => {
+  const closed = new Deferred('the rejection');
   const onStateChange = (/** @type {any} */ change) => {
     if (change.state === 'closed') closed.resolve(change.error);
   };
-  const refused = open(t, undefined, { token: 'nonsense', onStateChange });
-  await assert.rejects(refused.request('add'), { name: 'ConnectionClosed', code: 'UNAUTHORIZED' });
+  const rejected = open(t, undefined, { token: 'nonsense', onStateChange });
+  await assert.rejects(rejected.request('add'), { name: 'ConnectionClosed', code: 'UNAUTHORIZED' });
   assert.equal((await closed.wait()).closeCode, 4401);
-  await assert.rejects(refused.list(), { closeCode: 4401 });
-  const tokens = ['nonsense', kit.server.token('')];
+  await assert.rejects(rejected.list(), { closeCode: 4401 });
+  const tokens = ['nonsense', fixture.server.token('')];
   const renewed = open(t, undefined, { token: async () => String(tokens.shift()) });
   assert.deepEqual(await renewed.request('add', { a: 1, b: 1 }), { sum: 2 });
 });
 
-test('an ended request has its outcome, wherever its followers stand', async (t) => {
+test('a watch of an ended request returns its result from any position', async (t) => {
   const socket = open(t);
   const payload = { n: 1 };
   assert.deepEqual(await socket.request('chunks', payload, { id: 'ended' }), payload);
-  const { lastSeq } = await kit.client.get('ended');
+  const { lastSeq } = await fixture.client.get('ended');
   const fresh = open(t);
   /** @type {number[]} */
   const seqs = [];
   const onEvent = (/** @type {any} */ { seq }) => void seqs.push(seq);
   const last = fresh.watch('ended', { afterSeq: lastSeq, onEvent });
-  assert.deepEqual(await within(last, 'the outcome'), payload);
+  assert.deepEqual(await withTimeout(last, 'the result'), payload);
   assert.deepEqual(seqs, []);
   const output = new OutputBuffer();
-  const places = [lastSeq, null, lastSeq - 1, lastSeq + 5, 0, null];
-  const all = places.map((afterSeq) =>
+  const positions = [lastSeq, null, lastSeq - 1, lastSeq + 5, 0, null];
+  const all = positions.map((afterSeq) =>
     fresh.watch('ended', { afterSeq, ...(afterSeq === 0 ? { output } : {}) }),
   );
-  assert.deepEqual(await within(Promise.all(all), 'all outcomes'), places.map(() => payload));
+  const results = await withTimeout(Promise.all(all), 'all results');
+  assert.deepEqual(results, positions.map(() => payload));
   assert.equal(output.payloads.length, 3);
 });
 
-test('a token that cannot be one is refused for good, and not repeated', async (t) => {
+test('a malformed token is rejected permanently, and is not in the error', async (t) => {
   for (const token of ['secret\nsecond', 'sécret', '', () => 'secret;']) {
-    const refused = open(t, undefined, { token }).list();
-    await assert.rejects(refused, (/** @type {any} */ error) => {
+    const list = open(t, undefined, { token }).list();
+    await assert.rejects(list, (/** @type {any} */ error) => {
       assert.deepEqual([error.name, error.code], ['ConnectionClosed', 'UNAUTHORIZED']);
       assert.doesNotMatch(error.stack, /s.cret/);
       return true;

@@ -1,9 +1,9 @@
-//! The audit log: which caller changed what, from where, and which calls were refused.
+//! Audit log: which caller changed what, from where, and which calls were rejected.
 //!
-//! Recorded are calls that change something beyond submitting one's own work (cancel, redrive, delete,
-//! send, disconnect), every gRPC call of an operator, and every call that is refused because its token
-//! is not valid or a permission is missing. Each is one line of JSON, written by a dedicated thread: a
-//! slow disk delays no call. Records that it cannot keep up with are counted.
+//! It records calls that change something other than by submitting the caller's own work (cancel, redrive,
+//! delete, send, disconnect), every gRPC call of an operator, and every call that is rejected because its
+//! token is invalid or a permission is missing. Each record is one line of JSON, written by a dedicated
+//! thread, so that a slow disk delays no call. Records are dropped and counted if that thread falls behind.
 
 use std::{
     collections::HashMap,
@@ -27,50 +27,50 @@ use tonic::Code;
 
 use crate::warn_if_others_can_read;
 
-/// Records that wait to be written at most.
-const MAX_WAITING: usize = 4096;
-/// Refusals of one tenant that are recorded in one second at most, and of callers without a valid token,
-/// so that no caller can fill the disk or hide the records of others.
-const MAX_REFUSALS: u32 = 50;
-/// Tenants whose refusals are recorded in one second at most.
+/// Maximum number of records that are waiting to be written.
+const QUEUE_CAPACITY: usize = 4096;
+/// Maximum number of rejections that are recorded per second and tenant, and per second for callers without
+/// a valid token, so that no caller can fill the disk or suppress the records of others.
+const MAX_REJECTIONS: u32 = 50;
+/// Maximum number of tenants whose rejections are recorded per second.
 const MAX_TENANTS: usize = 100;
-/// Longest text of a caller in a record, in bytes.
+/// Maximum size of text from a caller in a record, in bytes.
 const MAX_TEXT_BYTES: usize = 256;
-/// In place of a file: standard error.
+/// Path that stands for standard error.
 const STANDARD_ERROR: &str = "-";
 
-/// Writes the audit log; clones write the same one.
+/// Handle to the audit log; clones share it.
 #[derive(Clone)]
 pub struct Audit(Option<Arc<Writer>>);
 
 struct Writer {
     clock: Arc<dyn Clock>,
     lines: SyncSender<Line>,
-    refusals: Mutex<Refusals>,
+    rejections: Mutex<RejectionLimiter>,
     on_dropped: Arc<dyn Fn() + Send + Sync>,
 }
 
 enum Line {
     Record(Vec<u8>),
-    /// Everything before this is to be written; then the sender is dropped.
+    /// Drops the sender once all earlier records are written.
     Flush(SyncSender<()>),
 }
 
-/// How many refusals this second has seen, by tenant; `None` stands for callers without a valid token.
+/// Counts the rejections of the current second by tenant; `None` stands for callers without a valid token.
 #[derive(Default)]
-struct Refusals {
+struct RejectionLimiter {
     second: i64,
     counts: HashMap<Option<String>, u32>,
-    /// Those that were not recorded, since the last one that was.
+    /// Rejections that were not recorded since the last one that was.
     suppressed: u64,
 }
 
-/// One line of the log.
+/// Record of the audit log.
 #[derive(Serialize)]
 pub(crate) struct Record<'a> {
-    /// Path of the method, or `/ws`.
+    /// Path of the gRPC method, or `/ws`.
     pub(crate) call: &'a str,
-    /// Code of the outcome as gRPC has it, like `OK` or `PERMISSION_DENIED`.
+    /// gRPC code of the outcome, such as `OK` or `PERMISSION_DENIED`.
     pub(crate) outcome: &'a str,
     #[serde(skip_serializing_if = "Option::is_none")]
     pub(crate) reason: Option<&'a str>,
@@ -84,18 +84,18 @@ pub(crate) struct Record<'a> {
     pub(crate) from: Option<IpAddr>,
 }
 
-/// What a call is about.
+/// Object of a call.
 #[derive(Clone, Debug, Default, PartialEq, Eq, Serialize)]
 pub struct Subject {
-    /// The request, connection or user, as the caller names it.
+    /// Id of the request, connection or user, as specified by the caller.
     pub subject: String,
-    /// Its owner, when that is known.
+    /// Owner of the object, if known.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub owner: Option<String>,
 }
 
 #[derive(Serialize)]
-struct Stamped<'a> {
+struct TimestampedRecord<'a> {
     time: String,
     #[serde(flatten)]
     record: Record<'a>,
@@ -103,23 +103,24 @@ struct Stamped<'a> {
     suppressed: u64,
 }
 
-#[expect(clippy::trivially_copy_pass_by_ref, reason = "as serde calls it")]
+#[expect(clippy::trivially_copy_pass_by_ref, reason = "the signature that serde requires")]
 fn is_zero(count: &u64) -> bool {
     *count == 0
 }
 
 impl Audit {
-    /// Records nothing.
+    /// Returns a disabled audit log.
     #[must_use]
     pub fn off() -> Self {
         Self(None)
     }
 
-    /// Appends to this file, which only its owner can read; `-` stands for standard error, and an
-    /// empty path for no log. `on_dropped` is called for each record that is lost.
+    /// Opens the audit log for appending, in a file that only its owner can read; `-` stands for
+    /// standard error, and an empty path disables the log. `on_dropped` is called for each dropped
+    /// record.
     ///
     /// # Errors
-    /// The file cannot be opened.
+    /// Returns an error if the file cannot be opened.
     pub fn open(
         path: &Path,
         clock: Arc<dyn Clock>,
@@ -139,52 +140,52 @@ impl Audit {
             warn_if_others_can_read(path);
             Box::new(file)
         };
-        let (lines, waiting) = sync_channel(MAX_WAITING);
+        let (lines, queued) = sync_channel(QUEUE_CAPACITY);
         let on_dropped: Arc<dyn Fn() + Send + Sync> = Arc::new(on_dropped);
         let dropped = on_dropped.clone();
         thread::Builder::new()
             .name("audit".into())
-            .spawn(move || write(output, &waiting, &*dropped))?;
-        let refusals = Mutex::default();
-        Ok(Self(Some(Arc::new(Writer { clock, lines, refusals, on_dropped }))))
+            .spawn(move || write_lines(output, &queued, &*dropped))?;
+        let rejections = Mutex::default();
+        Ok(Self(Some(Arc::new(Writer { clock, lines, rejections, on_dropped }))))
     }
 
-    pub(crate) fn is_on(&self) -> bool {
+    pub(crate) fn is_enabled(&self) -> bool {
         self.0.is_some()
     }
 
-    /// Records a call that was let through.
+    /// Records an accepted call.
     pub(crate) fn record(&self, record: Record<'_>) {
         if let Some(writer) = &self.0 {
             writer.write(writer.clock.now(), record, 0);
         }
     }
 
-    /// Records a call that was refused, unless there were too many within this second.
-    pub(crate) fn refused(&self, record: Record<'_>) {
+    /// Records a rejected call, unless too many were rejected in the current second.
+    pub(crate) fn record_rejection(&self, record: Record<'_>) {
         let Some(writer) = &self.0 else { return };
         let now = writer.clock.now();
-        let suppressed = writer.refusals.lock().one_more(record.tenant, now);
+        let suppressed = writer.rejections.lock().admit(record.tenant, now);
         if let Some(suppressed) = suppressed {
             writer.write(now, record, suppressed);
         }
     }
 
-    /// Records that a WebSocket handshake was refused.
+    /// Records a rejected WebSocket handshake.
     pub fn refused_connection(&self, code: Code, reason: &str, from: Option<IpAddr>) {
         let (tenant, user, subject) = (None, None, None);
         let (call, outcome, reason) = ("/ws", code_name(code), Some(reason));
-        self.refused(Record { call, outcome, reason, tenant, user, subject, from });
+        self.record_rejection(Record { call, outcome, reason, tenant, user, subject, from });
     }
 
-    /// Waits until everything recorded before is written, or for `patience`.
-    pub fn flush(&self, patience: Duration) {
+    /// Waits until all earlier records are written, at most for `timeout`.
+    pub fn flush(&self, timeout: Duration) {
         let Some(writer) = &self.0 else { return };
         let (written, is_written) = sync_channel::<()>(0);
         if writer.lines.try_send(Line::Flush(written)).is_err()
-            || is_written.recv_timeout(patience) == Err(RecvTimeoutError::Timeout)
+            || is_written.recv_timeout(timeout) == Err(RecvTimeoutError::Timeout)
         {
-            tracing::warn!("the last records of the audit log may not be written");
+            tracing::warn!("timed out writing the audit log; the last records may be lost");
         }
     }
 }
@@ -194,8 +195,8 @@ impl Writer {
         record.reason = record
             .reason
             .map(|reason| &reason[..reason.floor_char_boundary(MAX_TEXT_BYTES.min(reason.len()))]);
-        let stamped = Stamped { time: now.to_string(), record, suppressed };
-        let Ok(mut line) = serde_json::to_vec(&stamped) else { return (self.on_dropped)() };
+        let record = TimestampedRecord { time: now.to_string(), record, suppressed };
+        let Ok(mut line) = serde_json::to_vec(&record) else { return (self.on_dropped)() };
         line.push(b'\n');
         match self.lines.try_send(Line::Record(line)) {
             Ok(()) => {}
@@ -204,9 +205,9 @@ impl Writer {
     }
 }
 
-impl Refusals {
-    /// Counts a refusal: how many before it were not recorded, or `None` if it is not to be either.
-    fn one_more(&mut self, tenant: Option<&str>, now: Timestamp) -> Option<u64> {
+impl RejectionLimiter {
+    /// Counts a rejection. Returns how many were suppressed before it, or `None` if it is suppressed too.
+    fn admit(&mut self, tenant: Option<&str>, now: Timestamp) -> Option<u64> {
         let second = now.as_millis().div_euclid(1000);
         if self.second != second {
             self.second = second;
@@ -219,7 +220,7 @@ impl Refusals {
             return None;
         }
         let count = self.counts.entry(tenant).or_insert(0);
-        if *count >= MAX_REFUSALS {
+        if *count >= MAX_REJECTIONS {
             self.suppressed += 1;
             return None;
         }
@@ -229,18 +230,18 @@ impl Refusals {
 }
 
 impl Subject {
-    /// The object that the caller names; a very long name is cut.
+    /// Returns the object with this id; a very long id is truncated.
     #[must_use]
     pub fn named(name: &str) -> Self {
         Self { subject: cut(name.to_owned(), MAX_TEXT_BYTES), owner: None }
     }
 }
 
-fn write(mut output: Box<dyn Write + Send>, lines: &Receiver<Line>, on_dropped: &dyn Fn()) {
-    let mut fails = false;
+fn write_lines(mut output: Box<dyn Write + Send>, lines: &Receiver<Line>, on_dropped: &dyn Fn()) {
+    let mut is_failing = false;
     while let Ok(first) = lines.recv() {
         let (mut flushed, mut batch, mut count) = (Vec::new(), Vec::new(), 0_usize);
-        for line in std::iter::once(first).chain(lines.try_iter()).take(MAX_WAITING) {
+        for line in std::iter::once(first).chain(lines.try_iter()).take(QUEUE_CAPACITY) {
             match line {
                 Line::Record(line) => {
                     batch.extend(line);
@@ -251,14 +252,14 @@ fn write(mut output: Box<dyn Write + Send>, lines: &Receiver<Line>, on_dropped: 
         }
         let outcome = output.write_all(&batch).and_then(|()| output.flush());
         if outcome.is_err() {
-            // What was written of it may end in the midst of a line; the next one begins a new line.
+            // A partial write may end within a line; the next record starts on a new line.
             (0..count).for_each(|_| on_dropped());
             drop(output.write_all(b"\n"));
         }
-        if let (Err(error), false) = (&outcome, fails) {
-            tracing::error!(%error, "the audit log cannot be written");
+        if let (Err(error), false) = (&outcome, is_failing) {
+            tracing::error!(%error, "writing the audit log failed; records are dropped");
         }
-        fails = outcome.is_err();
+        is_failing = outcome.is_err();
         drop(flushed);
     }
 }
@@ -272,7 +273,7 @@ mod tests {
 
     use super::*;
 
-    fn refusal(reason: &str) -> Record<'_> {
+    fn rejection(reason: &str) -> Record<'_> {
         Record {
             call: "/a.B/C",
             outcome: "PERMISSION_DENIED",
@@ -285,21 +286,22 @@ mod tests {
     }
 
     #[test]
-    fn records_are_lines_of_json_and_refusals_are_bounded() {
+    fn records_are_lines_of_json_and_rejections_are_limited() {
         let folder = tempfile::tempdir().unwrap();
         let path = folder.path().join("audit.jsonl");
         let clock = Arc::new(ManualClock::at(Timestamp::from_millis(0)));
-        let audit = Audit::open(&path, clock.clone(), || panic!("none is dropped")).unwrap();
-        for _ in 0..MAX_REFUSALS + 7 {
-            audit.refused(refusal("no"));
+        let audit =
+            Audit::open(&path, clock.clone(), || panic!("no record may be dropped")).unwrap();
+        for _ in 0..MAX_REJECTIONS + 7 {
+            audit.record_rejection(rejection("no"));
         }
         clock.advance(Duration::from_secs(1));
-        audit.refused(refusal("no"));
+        audit.record_rejection(rejection("no"));
         audit.flush(Duration::from_secs(60));
         let text = fs::read_to_string(&path).unwrap();
         let lines: Vec<Value> =
             text.lines().map(|line| serde_json::from_str(line).unwrap()).collect();
-        assert_eq!(lines.len(), MAX_REFUSALS as usize + 1);
+        assert_eq!(lines.len(), MAX_REJECTIONS as usize + 1);
         let first = json!({
             "time": "1970-01-01T00:00:00.000Z", "call": "/a.B/C", "outcome": "PERMISSION_DENIED",
             "reason": "no", "tenant": "acme", "user": "a\"\nb", "subject": "r", "owner": "bob",
@@ -315,13 +317,13 @@ mod tests {
     }
 
     #[test]
-    fn refusals_of_many_tenants_hide_none_of_callers_without_a_token() {
-        let mut refusals = Refusals::default();
+    fn rejections_of_many_tenants_do_not_suppress_those_of_callers_without_a_token() {
+        let mut rejections = RejectionLimiter::default();
         let now = Timestamp::from_millis(1000);
         for tenant in 0..=MAX_TENANTS {
-            let is_recorded = refusals.one_more(Some(&tenant.to_string()), now).is_some();
+            let is_recorded = rejections.admit(Some(&tenant.to_string()), now).is_some();
             assert_eq!(is_recorded, tenant < MAX_TENANTS);
         }
-        assert_eq!(refusals.one_more(None, now), Some(1), "one before it was not recorded");
+        assert_eq!(rejections.admit(None, now), Some(1), "the previous one was suppressed");
     }
 }

@@ -1,4 +1,4 @@
-//! Verifies tokens.
+//! Token verification.
 
 use std::{borrow::Cow, sync::Arc, time::Duration};
 
@@ -11,43 +11,43 @@ use streamer_core::{Clock, Timestamp};
 
 use crate::{
     Caller, JwksSource, Principal, VerificationKey,
-    claims::{Accepted, Claims, TokenRules},
+    claims::{AcceptedClaims, Claims, TokenRules},
     unique_json::UniqueJson,
 };
 
-/// Verified tokens kept at most.
+/// Maximum number of cached verified tokens.
 const CACHED_TOKENS: usize = 16_384;
 
-/// Why a caller is not let in.
+/// Reason why a caller is not authenticated.
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
 pub enum AuthError {
     /// No token was sent.
     #[error("a token is required: send `authorization: Bearer <token>`")]
     Missing,
-    /// It cannot be read.
+    /// The token cannot be parsed.
     #[error("the token is malformed: {0}")]
     Malformed(String),
-    /// Its algorithm is not one of those configured.
-    #[error("the token's algorithm is not accepted here")]
+    /// No configured key has the token's algorithm.
+    #[error("the token's algorithm is not accepted")]
     Algorithm,
     /// No configured key signed it.
     #[error("the token's signature does not match any accepted key")]
     Signature,
-    /// Its time is over.
+    /// The token has expired.
     #[error("the token expired at {0}")]
     Expired(Timestamp),
-    /// Its time has not come.
+    /// The token is not valid yet.
     #[error("the token is not valid before {0}")]
     NotYetValid(Timestamp),
-    /// A claim is missing or is not what is asked for.
+    /// A claim is missing or violates a rule.
     #[error("claim {claim} {rule}")]
     Claim {
-        /// Which.
+        /// Name of the claim.
         claim: Cow<'static, str>,
-        /// The rule that it breaks.
+        /// Violated rule.
         rule: String,
     },
-    /// The keys, or the one that signed it, cannot be had at the moment.
+    /// The keys, or the one that signed the token, are temporarily unavailable.
     #[error("the token cannot be verified now: {0}")]
     KeysUnavailable(String),
 }
@@ -63,15 +63,15 @@ pub struct Authenticator {
 
 struct Verified {
     principal: Arc<Principal>,
-    /// One copy for everybody who carries this token.
+    /// Shared by all callers with this token.
     authorization: HeaderValue,
     valid_from: Timestamp,
-    /// [`KeySet::digest`](crate::jwks::KeySet) of the set whose key signed it; `None` for a configured
-    /// key. With other keys it is verified anew.
+    /// [`KeySet::digest`](crate::jwks::KeySet) of the set whose key signed the token; `None` for a
+    /// configured key. If the set changes, the token is verified again.
     key_set: Option<u64>,
 }
 
-/// The claims of a token with a good signature.
+/// Claims of a token with a valid signature.
 struct Verification {
     claims: Claims,
     key_set: Option<u64>,
@@ -84,7 +84,7 @@ impl Verified {
 }
 
 impl Authenticator {
-    /// Accepts tokens that one of `keys`, or one of the keys at the JWKS URL, signed.
+    /// Returns an authenticator that accepts tokens signed by one of `keys` or by a key at the JWKS URL.
     #[must_use]
     pub fn new(
         keys: Vec<VerificationKey>,
@@ -96,45 +96,45 @@ impl Authenticator {
         Self { keys: Arc::new(keys), jwks, rules, clock, verified: Cache::new(CACHED_TOKENS) }
     }
 
-    /// When this caller's token is not accepted any more.
+    /// Returns when this caller's token stops being accepted.
     #[must_use]
     pub fn accepted_until(&self, caller: &Caller) -> Timestamp {
         caller.principal.expires_at.plus(self.rules.leeway)
     }
 
-    /// For how long this caller's token is still accepted.
+    /// Returns for how long this caller's token is still accepted.
     #[must_use]
     pub fn time_left(&self, caller: &Caller) -> Duration {
         self.accepted_until(caller).since(self.clock.now())
     }
 
-    /// Who holds this token.
+    /// Verifies a token and returns its caller.
     ///
     /// # Errors
-    /// Why it is not accepted.
+    /// Returns why the token is not accepted.
     pub async fn authenticate(&self, token: &str) -> Result<Caller, AuthError> {
-        if let Some(known) = self.cached(token) {
-            return known;
+        if let Some(cached) = self.cached(token) {
+            return cached;
         }
         if let Some(jwks) = &self.jwks
             && self.verified.get(token).is_some_and(|verified| verified.key_set.is_some())
         {
-            // The keys at hand may only be old. Without any, `verify` says why.
+            // The cached keys may only be stale. If none are available, `verify` returns the reason.
             drop(jwks.current().await);
-            if let Some(known) = self.cached(token) {
-                return known;
+            if let Some(cached) = self.cached(token) {
+                return cached;
             }
         }
         let verification = self.verify(token).await?;
         let verified = Arc::new(self.check(verification, token)?);
-        self.in_force(&verified)?;
+        self.check_validity_window(&verified)?;
         let caller = verified.caller();
         self.verified.insert(token.to_owned(), verified);
         Ok(caller)
     }
 
-    /// As [`Self::authenticate`] for a token that was verified lately; `None` for others. The hot
-    /// path: no signature, no await.
+    /// Returns the same as [`Self::authenticate`] for a cached token, and `None` for any other. The hot
+    /// path: verifies no signature, does not await.
     #[must_use]
     pub fn cached(&self, token: &str) -> Option<Result<Caller, AuthError>> {
         let verified = self.verified.get(token)?;
@@ -143,33 +143,34 @@ impl Authenticator {
         {
             return None;
         }
-        Some(self.in_force(&verified).map(|()| verified.caller()))
+        Some(self.check_validity_window(&verified).map(|()| verified.caller()))
     }
 
     async fn verify(&self, token: &str) -> Result<Verification, AuthError> {
         let max = self.rules.max_token_bytes;
         if token.len() > max {
-            return Err(AuthError::Malformed(format!("it is over {max} bytes")));
+            return Err(AuthError::Malformed(format!("must be at most {max} bytes")));
         }
         check_header(token)?;
         let header = jsonwebtoken::decode_header(token).map_err(|error| match error.kind() {
-            // `none` and everything else that jsonwebtoken does not know.
+            // `none`, and every other algorithm that jsonwebtoken does not support.
             ErrorKind::Json(_) | ErrorKind::InvalidAlgorithmName => AuthError::Algorithm,
             _ => AuthError::Malformed(error.to_string()),
         })?;
-        // The configured ones first: they do not depend on anybody being there.
+        // Configured keys first: they do not depend on the JWKS server.
         match verify_with(&self.keys, &header, token) {
             Ok(claims) => return Ok(Verification { claims, key_set: None }),
             Err(AuthError::Algorithm | AuthError::Signature) if self.jwks.is_some() => {}
-            Err(refusal) => return Err(refusal),
+            Err(error) => return Err(error),
         }
         let Some(jwks) = &self.jwks else { return Err(AuthError::Algorithm) };
         let mut set = jwks.current().await.map_err(AuthError::KeysUnavailable)?;
         let mut outcome = verify_with(&set.keys, &header, token);
         if let (Err(AuthError::Algorithm | AuthError::Signature), Some(id)) =
             (&outcome, &header.kid)
-            && !set.has(id)
-            && let Some(newer) = jwks.newer(id).await.map_err(AuthError::KeysUnavailable)?
+            && !set.contains(id)
+            && let Some(newer) =
+                jwks.refresh_for_unknown_id(id).await.map_err(AuthError::KeysUnavailable)?
         {
             set = newer;
             outcome = verify_with(&set.keys, &header, token);
@@ -179,14 +180,15 @@ impl Authenticator {
 
     fn check(&self, verification: Verification, token: &str) -> Result<Verified, AuthError> {
         let Verification { claims, key_set } = verification;
-        let Accepted { principal, valid_from } = claims.check(&self.rules, self.clock.now())?;
+        let AcceptedClaims { principal, valid_from } =
+            claims.check(&self.rules, self.clock.now())?;
         let mut authorization = HeaderValue::try_from(format!("Bearer {token}"))
             .map_err(|error| AuthError::Malformed(error.to_string()))?;
         authorization.set_sensitive(true);
         Ok(Verified { authorization, principal: Arc::new(principal), valid_from, key_set })
     }
 
-    fn in_force(&self, verified: &Verified) -> Result<(), AuthError> {
+    fn check_validity_window(&self, verified: &Verified) -> Result<(), AuthError> {
         let now = self.clock.now();
         let expires_at = verified.principal.expires_at;
         if expires_at.plus(self.rules.leeway) <= now {
@@ -199,22 +201,21 @@ impl Authenticator {
     }
 }
 
-/// Name of a member, its type in words, and whether a value has that type.
+/// Name of a member, name of its type, and whether a value has that type.
 type MemberRule = (&'static str, &'static str, fn(&Value) -> bool);
 
-/// Members of a header that have one type, by RFC 7515 section 4.1.
+/// Header members and their types, by RFC 7515 section 4.1.
 const HEADER_MEMBERS: [MemberRule; 7] = [
-    ("kid", "a text", Value::is_string),
-    ("typ", "a text", Value::is_string),
-    ("cty", "a text", Value::is_string),
-    ("jku", "a text", Value::is_string),
-    ("x5u", "a text", Value::is_string),
+    ("kid", "a string", Value::is_string),
+    ("typ", "a string", Value::is_string),
+    ("cty", "a string", Value::is_string),
+    ("jku", "a string", Value::is_string),
+    ("x5u", "a string", Value::is_string),
     ("jwk", "an object", Value::is_object),
     ("x5c", "an array", Value::is_array),
 ];
 
-/// Checks what `jsonwebtoken` leaves out: members of the header that occur twice, their types, and
-/// extensions.
+/// Checks what `jsonwebtoken` does not: duplicate members of the header, their types, and extensions.
 fn check_header(token: &str) -> Result<(), AuthError> {
     let malformed = |error: String| AuthError::Malformed(format!("header: {error}"));
     let encoded = token.split('.').next().unwrap_or_default();
@@ -224,15 +225,15 @@ fn check_header(token: &str) -> Result<(), AuthError> {
     let Value::Object(header) = header else {
         return Err(malformed("must be a JSON object".into()));
     };
-    for (name, kind, is_of_kind) in HEADER_MEMBERS {
-        if header.get(name).is_some_and(|value| !is_of_kind(value)) {
-            return Err(malformed(format!("{name} must be {kind}")));
+    for (name, type_name, has_type) in HEADER_MEMBERS {
+        if header.get(name).is_some_and(|value| !has_type(value)) {
+            return Err(malformed(format!("{name} must be {type_name}")));
         }
     }
     if header.contains_key("crit") {
-        // RFC 7515 section 4.1.11: a token with an extension that is not understood is invalid, and
-        // so is one whose `crit` is not a list of names.
-        let reason = "header crit names extensions, none of which is supported";
+        // RFC 7515 section 4.1.11: a token with an unsupported extension is invalid, and so is one
+        // whose `crit` is not a list of names.
+        let reason = "header crit: no extension is supported";
         return Err(AuthError::Malformed(reason.into()));
     }
     if !header.get("alg").is_some_and(Value::is_string) {
@@ -241,20 +242,20 @@ fn check_header(token: &str) -> Result<(), AuthError> {
     Ok(())
 }
 
-/// Tries the keys that fit the header, which is not trusted: it only picks among keys, each of which
-/// has its algorithm.
+/// Verifies a token with the keys that match its header. The header is not trusted: it only selects
+/// keys, and each key has a fixed algorithm.
 fn verify_with(
     keys: &[VerificationKey],
     header: &jsonwebtoken::Header,
     token: &str,
 ) -> Result<Claims, AuthError> {
     let malformed = |reason: String| AuthError::Malformed(reason);
-    let three_parts = || malformed("must have three parts between dots".into());
+    let three_parts = || malformed("must have three parts separated by dots".into());
     let (message, signature) = token.rsplit_once('.').ok_or_else(three_parts)?;
     let (_, claims) = message.split_once('.').ok_or_else(three_parts)?;
-    let mut right_algorithm = false;
+    let mut algorithm_matches = false;
     for key in keys.iter().filter(|key| key.algorithm == header.alg) {
-        right_algorithm = true;
+        algorithm_matches = true;
         if key.id.is_some() && header.kid.is_some() && key.id != header.kid {
             continue;
         }
@@ -268,5 +269,5 @@ fn verify_with(
             return claims.map_err(|error| malformed(format!("claims: {error}")));
         }
     }
-    Err(if right_algorithm { AuthError::Signature } else { AuthError::Algorithm })
+    Err(if algorithm_matches { AuthError::Signature } else { AuthError::Algorithm })
 }

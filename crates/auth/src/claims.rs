@@ -1,4 +1,4 @@
-//! What a token says, checked rule by rule.
+//! Claims of a token and their validation rules.
 
 use std::{borrow::Cow, time::Duration};
 
@@ -9,30 +9,30 @@ use streamer_core::Timestamp;
 use crate::{AuthError, Principal, unique_json::UniqueJson};
 
 const MAX_NAME_CHARS: usize = 128;
-/// What permissions say for every tenant (`worker:report@*`); no tenant can be called so.
-const EVERY_TENANT: &str = "*";
+/// Wildcard for every tenant in permissions (`worker:report@*`); no tenant can have this name.
+const ANY_TENANT: &str = "*";
 
-/// What a token must say.
+/// Rules for the claims of a token.
 #[derive(Clone, Debug)]
 pub struct TokenRules {
     /// Claim `iss` must be one of these.
     pub issuers: Vec<String>,
-    /// Claim `aud` must name one of these.
+    /// Claim `aud` must contain one of these.
     pub audiences: Vec<String>,
-    /// Tenants that may call; empty for all.
+    /// Tenants that are accepted; empty for all.
     pub tenants: Vec<String>,
-    /// Which claim names the tenant.
+    /// Claim that contains the tenant.
     pub tenant_claim: String,
-    /// Which claim lists the permissions: an array of texts, or one text with spaces between them.
+    /// Claim that contains the permissions: an array of strings, or one space-separated string.
     pub permissions_claim: String,
-    /// How far clocks may differ.
+    /// Allowed clock skew.
     pub leeway: Duration,
-    /// Larger tokens are refused unread.
+    /// Larger tokens are rejected without being parsed.
     pub max_token_bytes: usize,
 }
 
 impl Default for TokenRules {
-    /// Accepts no issuer.
+    /// Returns rules that accept no issuer.
     fn default() -> Self {
         Self {
             issuers: Vec::new(),
@@ -46,12 +46,12 @@ impl Default for TokenRules {
     }
 }
 
-/// What a token says. A claim that occurs twice is refused: two readers could take different ones.
+/// Claims of a token. A duplicate claim is rejected: different readers could use different values.
 pub(crate) struct Claims(Map<String, Value>);
 
-/// What follows from accepted claims.
+/// Result of validated claims.
 #[derive(Debug)]
-pub(crate) struct Accepted {
+pub(crate) struct AcceptedClaims {
     pub(crate) principal: Principal,
     pub(crate) valid_from: Timestamp,
 }
@@ -65,31 +65,35 @@ impl<'de> Deserialize<'de> for Claims {
     }
 }
 
-fn broken(claim: impl Into<Cow<'static, str>>, rule: impl Into<String>) -> AuthError {
+fn invalid(claim: impl Into<Cow<'static, str>>, rule: impl Into<String>) -> AuthError {
     AuthError::Claim { claim: claim.into(), rule: rule.into() }
 }
 
 impl Claims {
-    /// Checks everything but the times at which they count.
-    pub(crate) fn check(&self, rules: &TokenRules, now: Timestamp) -> Result<Accepted, AuthError> {
-        let issuer = self.text("iss")?.ok_or_else(|| broken("iss", "is required"))?;
+    /// Checks every rule except the validity window.
+    pub(crate) fn check(
+        &self,
+        rules: &TokenRules,
+        now: Timestamp,
+    ) -> Result<AcceptedClaims, AuthError> {
+        let issuer = self.text("iss")?.ok_or_else(|| invalid("iss", "is required"))?;
         if !rules.issuers.iter().any(|accepted| accepted == issuer) {
-            return Err(broken("iss", "is not an accepted issuer"));
+            return Err(invalid("iss", "is not an accepted issuer"));
         }
         self.check_audience(&rules.audiences)?;
-        let expires_at = self.date("exp")?.ok_or_else(|| broken("exp", "is required"))?;
+        let expires_at = self.date("exp")?.ok_or_else(|| invalid("exp", "is required"))?;
         if self.date("iat")?.is_some_and(|issued_at| issued_at > now.plus(rules.leeway)) {
-            return Err(broken("iat", "is in the future"));
+            return Err(invalid("iat", "is in the future"));
         }
         let tenant = self.name(&rules.tenant_claim)?;
-        if tenant == EVERY_TENANT {
+        if tenant == ANY_TENANT {
             let rule = "must not be `*`, which stands for every tenant in permissions";
-            return Err(broken(rules.tenant_claim.clone(), rule));
+            return Err(invalid(rules.tenant_claim.clone(), rule));
         }
         if !rules.tenants.is_empty() && !rules.tenants.contains(&tenant) {
-            return Err(broken(rules.tenant_claim.clone(), "is not a tenant that may call"));
+            return Err(invalid(rules.tenant_claim.clone(), "is not an accepted tenant"));
         }
-        Ok(Accepted {
+        Ok(AcceptedClaims {
             principal: Principal {
                 tenant,
                 user: self.name("sub")?,
@@ -100,7 +104,7 @@ impl Claims {
         })
     }
 
-    /// A claim, by its whole name; else the names between dots lead to it through objects.
+    /// Returns the claim with this name, or else the claim at this dot-separated path through objects.
     fn get(&self, name: &str) -> Option<&Value> {
         if let Some(value) = self.0.get(name) {
             return Some(value);
@@ -114,7 +118,7 @@ impl Claims {
         match self.get(name) {
             None => Ok(None),
             Some(Value::String(text)) => Ok(Some(text)),
-            Some(_) => Err(broken(name.to_owned(), "must be a text")),
+            Some(_) => Err(invalid(name.to_owned(), "must be a string")),
         }
     }
 
@@ -123,39 +127,43 @@ impl Claims {
         match self.0.get(name) {
             None => Ok(None),
             Some(Value::Number(seconds)) => Ok(seconds.as_f64().map(|seconds| {
-                // `as` saturates, which is what a date beyond the calendar shall do.
+                // `as` saturates, which is correct for a date beyond the range.
                 #[expect(clippy::cast_possible_truncation, reason = "saturates")]
                 let millis = (seconds * 1000.0) as i64;
                 Timestamp::from_millis(millis)
             })),
-            Some(_) => Err(broken(name, "must be a number of seconds")),
+            Some(_) => Err(invalid(name, "must be a number of seconds")),
         }
     }
 
     fn check_audience(&self, accepted: &[String]) -> Result<(), AuthError> {
         let is_accepted = |value: &Value| accepted.iter().any(|one| value.as_str() == Some(one));
-        let names_us = match self.0.get("aud") {
-            None => return Err(broken("aud", "is required")),
+        let is_addressed = match self.0.get("aud") {
+            None => return Err(invalid("aud", "is required")),
             Some(Value::Array(many)) if many.iter().all(Value::is_string) => {
                 many.iter().any(is_accepted)
             }
             Some(one @ Value::String(_)) => is_accepted(one),
-            Some(_) => return Err(broken("aud", "must be a text, or an array of texts")),
+            Some(_) => return Err(invalid("aud", "must be a string, or an array of strings")),
         };
-        if names_us { Ok(()) } else { Err(broken("aud", "does not name this service")) }
+        if is_addressed {
+            Ok(())
+        } else {
+            Err(invalid("aud", "does not contain an accepted audience"))
+        }
     }
 
     fn name(&self, claim: &str) -> Result<String, AuthError> {
-        let broken = |rule: String| broken(claim.to_owned(), rule);
-        let value = self.text(claim)?.ok_or_else(|| broken("is required".into()))?;
+        let invalid = |rule: String| invalid(claim.to_owned(), rule);
+        let value = self.text(claim)?.ok_or_else(|| invalid("is required".into()))?;
         let length = value.chars().count();
         if length == 0 || length > MAX_NAME_CHARS {
-            return Err(broken(format!(
+            return Err(invalid(format!(
                 "must have 1 to {MAX_NAME_CHARS} characters, has {length}"
             )));
         }
         if value.chars().any(char::is_control) {
-            return Err(broken("must not have control characters".into()));
+            return Err(invalid("must not have control characters".into()));
         }
         Ok(value.to_owned())
     }
@@ -168,15 +176,15 @@ impl Claims {
                 return Ok(names.map(str::to_owned).collect());
             }
             Some(Value::Array(list)) => list,
-            Some(_) => return Err(broken(claim.to_owned(), PERMISSIONS_RULE)),
+            Some(_) => return Err(invalid(claim.to_owned(), PERMISSIONS_RULE)),
         };
         let name = |value: &Value| value.as_str().map(str::to_owned);
         let names: Option<Vec<_>> = list.iter().map(name).collect();
-        names.ok_or_else(|| broken(claim.to_owned(), PERMISSIONS_RULE))
+        names.ok_or_else(|| invalid(claim.to_owned(), PERMISSIONS_RULE))
     }
 }
 
-const PERMISSIONS_RULE: &str = "must be an array of texts, or a text with spaces between them";
+const PERMISSIONS_RULE: &str = "must be an array of strings, or a space-separated string";
 
 #[cfg(test)]
 mod tests {
@@ -189,7 +197,10 @@ mod tests {
         TokenRules { issuers, audiences, ..TokenRules::default() }
     }
 
-    fn check(rules: &TokenRules, change: impl FnOnce(&mut Value)) -> Result<Accepted, AuthError> {
+    fn check(
+        rules: &TokenRules,
+        change: impl FnOnce(&mut Value),
+    ) -> Result<AcceptedClaims, AuthError> {
         let mut claims = json!({"iss": "i", "aud": "a", "sub": "ann", "exp": 99});
         claims["tenant_id"] = "acme".into();
         change(&mut claims);
@@ -202,7 +213,7 @@ mod tests {
     }
 
     #[test]
-    fn the_claims_of_other_issuers_can_be_named() {
+    fn claim_names_can_be_configured() {
         let named = |tenant: &str, permissions: &str| TokenRules {
             tenant_claim: tenant.into(),
             permissions_claim: permissions.into(),
@@ -228,41 +239,41 @@ mod tests {
     }
 
     #[test]
-    fn permissions_are_what_the_claim_says_and_nothing_else() {
+    fn permissions_come_only_from_the_configured_claim() {
         assert!(permissions(&rules(), |_| {}).is_empty());
         let scope = permissions(&rules(), |claims| claims["scope"] = "*".into());
-        assert!(scope.is_empty(), "the claim is not the configured one");
+        assert!(scope.is_empty(), "the claim is not configured");
         for wrong in [json!(5), json!([1]), json!(null), json!({"a": "b"}), json!([["x"]])] {
-            let refused = check(&rules(), |claims| claims["permissions"] = wrong.clone());
-            assert!(matches!(refused, Err(AuthError::Claim { .. })), "{wrong}: {refused:?}");
+            let result = check(&rules(), |claims| claims["permissions"] = wrong.clone());
+            assert!(matches!(result, Err(AuthError::Claim { .. })), "{wrong}: {result:?}");
         }
     }
 
     #[test]
-    fn tenants_can_be_listed_and_none_is_a_wildcard() {
+    fn tenants_can_be_restricted_and_none_is_a_wildcard() {
         let listed = TokenRules { tenants: vec!["acme".into(), "*".into()], ..rules() };
         assert!(check(&listed, |_| {}).is_ok());
         for (rules, tenant) in [(&listed, "globex"), (&listed, "*"), (&rules(), "*")] {
-            let refused = check(rules, |claims| claims["tenant_id"] = tenant.into());
-            assert!(matches!(refused, Err(AuthError::Claim { .. })), "{tenant}: {refused:?}");
+            let result = check(rules, |claims| claims["tenant_id"] = tenant.into());
+            assert!(matches!(result, Err(AuthError::Claim { .. })), "{tenant}: {result:?}");
         }
     }
 
     #[test]
-    fn a_token_is_not_from_the_future() {
+    fn a_token_that_is_issued_in_the_future_is_rejected() {
         assert!(check(&rules(), |claims| claims["iat"] = 10.into()).is_ok());
-        let refused = check(&rules(), |claims| claims["iat"] = json!(10.5)).unwrap_err();
-        assert_eq!(refused.to_string(), "claim iat is in the future");
+        let error = check(&rules(), |claims| claims["iat"] = json!(10.5)).unwrap_err();
+        assert_eq!(error.to_string(), "claim iat is in the future");
         let tolerant = TokenRules { leeway: Duration::from_secs(1), ..rules() };
         assert!(check(&tolerant, |claims| claims["iat"] = json!(10.5)).is_ok());
         assert!(check(&rules(), |claims| claims["iat"] = "10".into()).is_err());
     }
 
     #[test]
-    fn no_claim_stands_in_a_token_twice() {
+    fn duplicate_claims_are_rejected() {
         let twice = r#"{"sub": "ann", "sub": "bob"}"#;
-        let refused = serde_json::from_str::<Claims>(twice).err().unwrap();
-        assert!(refused.to_string().contains("\"sub\" occurs twice"), "{refused}");
+        let error = serde_json::from_str::<Claims>(twice).err().unwrap();
+        assert!(error.to_string().contains("\"sub\" occurs twice"), "{error}");
         assert!(serde_json::from_str::<Claims>("[]").is_err());
     }
 }

@@ -1,4 +1,4 @@
-//! The development key: made at first start, so that a laptop needs no issuer.
+//! Development key: created at the first start, so that local development needs no token issuer.
 
 use std::{
     fs,
@@ -23,33 +23,33 @@ pub const DEV_AUDIENCE: &str = "streamer";
 
 const FILE: &str = "dev-key.pem";
 
-/// Why there is no development key.
+/// Error of the development key.
 #[derive(Debug, thiserror::Error)]
 pub enum DevKeyError {
-    /// Its file cannot be read or written.
+    /// The file cannot be read or written.
     #[error("cannot {doing} the development key {path}: {reason}")]
     File {
-        /// Read or write.
+        /// Operation: `read` or `write`.
         doing: &'static str,
-        /// Which file.
+        /// Path of the file.
         path: String,
-        /// What the operating system said.
+        /// Error of the operating system.
         reason: String,
     },
-    /// The file holds something else.
+    /// The file does not contain an Ed25519 private key.
     #[error("{path} is not an Ed25519 private key in PKCS#8 PEM: {reason}")]
     Malformed {
-        /// Which file.
+        /// Path of the file.
         path: String,
-        /// What is wrong.
+        /// Reason.
         reason: String,
     },
-    /// A token could not be signed.
+    /// Signing a token failed.
     #[error("cannot sign a token: {0}")]
     Sign(String),
 }
 
-/// What a token shall say.
+/// Content of a token to sign.
 #[derive(Clone, Debug)]
 pub struct NewToken {
     /// Claim `sub`.
@@ -58,7 +58,7 @@ pub struct NewToken {
     pub tenant: String,
     /// Claim `permissions`.
     pub permissions: Vec<String>,
-    /// How long it is valid.
+    /// Validity period.
     pub expires_in: Duration,
 }
 
@@ -81,10 +81,10 @@ pub struct DevKey {
 }
 
 impl DevKey {
-    /// Reads the key in `data`, or makes one.
+    /// Loads the key from the folder `data`, or creates one.
     ///
     /// # Errors
-    /// When the file can be neither read nor written, or holds something else.
+    /// Returns an error if the file cannot be read or written, or does not contain a key.
     pub fn load_or_create(data: &Path) -> Result<Self, DevKeyError> {
         warn_if_others_can_read(&data.join(FILE));
         match Self::load(data) {
@@ -96,10 +96,10 @@ impl DevKey {
         }
     }
 
-    /// Reads the key in `data`.
+    /// Loads the key from the folder `data`.
     ///
     /// # Errors
-    /// When there is none.
+    /// Returns an error if the file cannot be read, or does not contain a key.
     pub fn load(data: &Path) -> Result<Self, DevKeyError> {
         let path = data.join(FILE);
         let shown = path.display().to_string();
@@ -120,10 +120,10 @@ impl DevKey {
         Ok(Self { private, public_pem, path })
     }
 
-    /// The key that verifies what this one signs.
+    /// Returns the public key, which verifies tokens that this key signs.
     ///
     /// # Errors
-    /// When it cannot be read back, which a key that was loaded rules out.
+    /// Returns an error if the public key cannot be parsed, which cannot happen for a loaded key.
     pub fn verification_key(&self) -> Result<VerificationKey, KeyError> {
         let origin = self.path.display().to_string();
         VerificationKey::from_bytes("EdDSA", self.public_pem.as_bytes(), &origin)
@@ -132,7 +132,7 @@ impl DevKey {
     /// Signs a token.
     ///
     /// # Errors
-    /// When signing fails.
+    /// Returns an error if signing fails.
     pub fn sign(&self, token: &NewToken, now: Timestamp) -> Result<String, DevKeyError> {
         let claims = Claims {
             iss: DEV_ISSUER,

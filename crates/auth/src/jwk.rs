@@ -1,4 +1,4 @@
-//! One key of a JSON Web Key Set (RFC 7517), checked before it is used.
+//! Validation of one key of a JSON Web Key Set (RFC 7517).
 
 use base64::{Engine, engine::general_purpose::URL_SAFE_NO_PAD};
 use ed25519_dalek::VerifyingKey;
@@ -7,26 +7,26 @@ use serde_json::Value;
 
 use crate::VerificationKey;
 
-/// NIST and RFC 7518 section 3.3 ask for 2048 bits; the library that verifies takes 4096 at most.
+/// NIST and RFC 7518 section 3.3 require at least 2048 bits; the signature library supports at most 4096.
 const RSA_BYTES: std::ops::RangeInclusive<usize> = 256..=512;
 /// Public exponents are 3 to 65537 in practice.
 const MAX_EXPONENT_BYTES: usize = 4;
 const P256_COORDINATE_BYTES: usize = 32;
 const ED25519_BYTES: usize = 32;
 
-/// Why a key of a set is passed over.
-pub(crate) type Reason = &'static str;
+/// Reason why a key of a set is skipped.
+pub(crate) type SkipReason = &'static str;
 
-/// The key, if tokens can be verified with it: RS256, ES256 or EdDSA.
-pub(crate) fn verification_key(jwk: &Value) -> Result<VerificationKey, Reason> {
+/// Returns the key if it can verify tokens: RS256, ES256 or EdDSA.
+pub(crate) fn verification_key(jwk: &Value) -> Result<VerificationKey, SkipReason> {
     let id = text(jwk, "kid")?.map(str::to_owned);
     if text(jwk, "use")?.is_some_and(|usage| usage != "sig") {
-        return Err("use: is not for signatures");
+        return Err("use: must be sig");
     }
     match jwk.get("key_ops") {
         None => {}
         Some(Value::Array(operations)) if operations.iter().any(|one| one == "verify") => {}
-        Some(_) => return Err("key_ops: does not say verify"),
+        Some(_) => return Err("key_ops: must contain verify"),
     }
     let algorithm = text(jwk, "alg")?;
     let is_for = |name: &str| algorithm.is_none_or(|algorithm| algorithm == name);
@@ -36,29 +36,30 @@ pub(crate) fn verification_key(jwk: &Value) -> Result<VerificationKey, Reason> {
             (Algorithm::ES256, p256(jwk)?)
         }
         Some("OKP") if is_for("EdDSA") || is_for("Ed25519") => (Algorithm::EdDSA, ed25519(jwk)?),
-        _ => return Err("is not of RS256, ES256 or EdDSA"),
+        _ => return Err("must be an RS256, ES256 or EdDSA key"),
     };
-    // The library finds some faults only when it verifies: this signature is wrong, not the key.
+    // The library detects some invalid keys only when it verifies a signature, even an invalid one.
     match crypto::verify("", b"", &key, algorithm) {
         Ok(_) => Ok(VerificationKey { id, algorithm, key }),
         Err(_) => Err("is not a valid public key"),
     }
 }
 
-fn text<'a>(jwk: &'a Value, name: &str) -> Result<Option<&'a str>, Reason> {
+fn text<'a>(jwk: &'a Value, name: &str) -> Result<Option<&'a str>, SkipReason> {
     match jwk.get(name) {
         None => Ok(None),
         Some(Value::String(text)) => Ok(Some(text)),
-        Some(_) => Err("kty, alg, use, crv and kid must be texts"),
+        Some(_) => Err("kty, alg, use, crv and kid must be strings"),
     }
 }
 
-fn bytes(jwk: &Value, name: &str) -> Result<Vec<u8>, Reason> {
-    let encoded = jwk.get(name).and_then(Value::as_str).ok_or("a part of the key is missing")?;
-    URL_SAFE_NO_PAD.decode(encoded).map_err(|_| "a part of the key is not base64url")
+fn bytes(jwk: &Value, name: &str) -> Result<Vec<u8>, SkipReason> {
+    let encoded =
+        jwk.get(name).and_then(Value::as_str).ok_or("a component of the key is missing")?;
+    URL_SAFE_NO_PAD.decode(encoded).map_err(|_| "a component of the key is not base64url")
 }
 
-fn rsa(jwk: &Value) -> Result<DecodingKey, Reason> {
+fn rsa(jwk: &Value) -> Result<DecodingKey, SkipReason> {
     let (modulus, exponent) = (bytes(jwk, "n")?, bytes(jwk, "e")?);
     let significant = |bytes: &[u8]| bytes.iter().skip_while(|byte| **byte == 0).count();
     if !RSA_BYTES.contains(&significant(&modulus)) {
@@ -70,9 +71,9 @@ fn rsa(jwk: &Value) -> Result<DecodingKey, Reason> {
     Ok(DecodingKey::from_rsa_raw_components(&modulus, &exponent))
 }
 
-fn p256(jwk: &Value) -> Result<DecodingKey, Reason> {
+fn p256(jwk: &Value) -> Result<DecodingKey, SkipReason> {
     let (Some(Value::String(x)), Some(Value::String(y))) = (jwk.get("x"), jwk.get("y")) else {
-        return Err("a part of the key is missing");
+        return Err("a component of the key is missing");
     };
     for name in ["x", "y"] {
         if bytes(jwk, name)?.len() != P256_COORDINATE_BYTES {
@@ -82,17 +83,17 @@ fn p256(jwk: &Value) -> Result<DecodingKey, Reason> {
     DecodingKey::from_ec_components(x, y).map_err(|_| "is not a valid public key")
 }
 
-fn ed25519(jwk: &Value) -> Result<DecodingKey, Reason> {
+fn ed25519(jwk: &Value) -> Result<DecodingKey, SkipReason> {
     if text(jwk, "crv")? != Some("Ed25519") {
         return Err("crv: must be Ed25519");
     }
     let x: [u8; ED25519_BYTES] =
         bytes(jwk, "x")?.try_into().map_err(|_| "x: must have 32 bytes")?;
     match VerifyingKey::from_bytes(&x) {
-        // With such a key, signatures can be made that verify for any message.
-        Ok(key) if key.is_weak() => Err("x: is of small order"),
+        // With a key of small order, an attacker can forge signatures that verify for any message.
+        Ok(key) if key.is_weak() => Err("x: is a point of small order"),
         Ok(_) => Ok(DecodingKey::from_ed_der(&x)),
-        Err(_) => Err("x: is not a point of the curve"),
+        Err(_) => Err("x: is not a point on the curve"),
     }
 }
 
@@ -123,7 +124,7 @@ mod tests {
         json!({"kty": "RSA", "n": encode(&modulus), "e": encode(exponent)})
     }
 
-    fn reason(jwk: &Value) -> Option<Reason> {
+    fn reason(jwk: &Value) -> Option<SkipReason> {
         verification_key(jwk).err()
     }
 
@@ -133,7 +134,7 @@ mod tests {
     }
 
     #[test]
-    fn each_kind_of_key_is_taken() {
+    fn every_supported_key_type_is_accepted() {
         for (jwk, algorithm) in [
             (ed25519_key(), Algorithm::EdDSA),
             (p256_key(), Algorithm::ES256),
@@ -150,7 +151,7 @@ mod tests {
     }
 
     #[test]
-    fn a_key_that_is_not_for_this_is_passed_over() {
+    fn keys_for_other_purposes_are_skipped() {
         for (name, value) in [
             ("use", json!("enc")),
             ("use", json!(["sig"])),
@@ -175,7 +176,7 @@ mod tests {
     }
 
     #[test]
-    fn a_malformed_key_is_passed_over() {
+    fn malformed_keys_are_skipped() {
         let encode = |bytes: &[u8]| json!(URL_SAFE_NO_PAD.encode(bytes));
         let mut identity = [0; 32];
         identity[0] = 1;
@@ -186,7 +187,7 @@ mod tests {
             // Points of small order.
             encode(&identity),
             encode(&[0; 32]),
-            // y = 2 is on no point of the curve.
+            // No point on the curve has y = 2.
             encode(&[[2].as_slice(), &[0; 31]].concat()),
             json!("not base64url!"),
             json!(5),

@@ -1,4 +1,4 @@
-//! Keys from a JWKS URL, with rotation and withdrawal.
+//! Keys from a JWKS URL, with rotation and revocation.
 
 use std::{
     hash::{BuildHasher, RandomState},
@@ -26,79 +26,79 @@ use tokio::{
 
 use crate::{KeyError, VerificationKey, jwk::verification_key};
 
-const TIMEOUT: Duration = Duration::from_secs(5);
-const MAX_BYTES: usize = 1024 * 1024;
-/// Keys of one set at most: each token may be tried with several.
+const FETCH_TIMEOUT: Duration = Duration::from_secs(5);
+const MAX_SET_BYTES: usize = 1024 * 1024;
+/// Maximum number of keys of a set: a token may be verified with several.
 const MAX_KEYS: usize = 256;
-/// Unknown key ids that are remembered at most.
-const MAX_UNKNOWN: usize = 1024;
+/// Maximum number of unknown key ids that are remembered.
+const MAX_UNKNOWN_IDS: usize = 1024;
 
-/// When keys are fetched again.
+/// When the keys are fetched again.
 #[derive(Clone, Copy, Debug)]
 pub struct JwksRefresh {
-    /// Keys older than this are fetched anew on use, so that withdrawn ones go.
+    /// Keys older than this are fetched again when they are needed, so that revoked keys are dropped.
     pub max_age: Duration,
-    /// They are not fetched more often than this, also when a token names an unknown key id.
+    /// Minimum interval between fetches, also for tokens with an unknown key id.
     pub min_interval: Duration,
-    /// How long keys count beyond their age while no others can be fetched.
+    /// How long keys older than `max_age` are used while fetching fails.
     pub max_outage: Duration,
 }
 
-/// Fetches and keeps the keys of one JWKS URL.
+/// Fetches and caches the keys at a JWKS URL.
 pub struct JwksSource {
     url: Uri,
     refresh: JwksRefresh,
     client: Client<HttpsConnector<HttpConnector>, Empty<Bytes>>,
-    held: RwLock<Held>,
-    /// Held by the one fetch that is under way.
+    cache: RwLock<CachedSet>,
+    /// Held by the fetch in progress.
     fetching: Arc<Mutex<()>>,
-    /// When a token came first that names a key which the set did not have, by the hash of the key id.
-    unknown: Cache<u64, Instant>,
+    /// When a token with a key id that the set did not contain was first received, by the hash of the key id.
+    unknown_ids: Cache<u64, Instant>,
     hasher: RandomState,
 }
 
 #[derive(Clone, Default)]
-struct Held {
+struct CachedSet {
     set: Arc<KeySet>,
-    /// When the set was asked for that is held.
+    /// When the fetch of the cached set began.
     fetched_at: Option<Instant>,
-    tried_at: Option<Instant>,
-    /// Why the last try failed.
+    last_attempt_at: Option<Instant>,
+    /// Why the last fetch failed.
     failure: Option<String>,
 }
 
-/// The keys that were published at one time.
+/// Keys that were published at one time.
 #[derive(Default)]
 pub(crate) struct KeySet {
     pub(crate) keys: Vec<VerificationKey>,
-    /// Sets with the same keys have the same.
+    /// Equal for sets with the same keys.
     pub(crate) digest: u64,
 }
 
 impl KeySet {
-    pub(crate) fn has(&self, id: &str) -> bool {
+    pub(crate) fn contains(&self, id: &str) -> bool {
         self.keys.iter().any(|key| key.id.as_deref() == Some(id))
     }
 }
 
-/// What to do where keys are needed.
-enum Usable {
-    /// These are current, or the best there is.
-    Set(Arc<KeySet>),
-    /// There are none, and it was tried just now.
-    None(String),
-    /// They have to be fetched.
+/// State of the cached keys.
+enum CacheState {
+    /// The keys are current, or the last attempt to fetch is too recent to repeat it.
+    Usable(Arc<KeySet>),
+    /// No keys are available, and the last attempt to fetch is too recent to repeat it.
+    Unavailable(String),
+    /// The keys must be fetched.
     Stale,
-    /// They have to be fetched, but the last try failed, and these count on meanwhile.
+    /// The keys must be fetched, but the last fetch failed and the cached keys are still accepted.
     Outage(Arc<KeySet>),
 }
 
 impl JwksSource {
-    /// Will fetch from this `https:` URL when first needed; `http:` is for this machine only (a
-    /// sidecar, a test).
+    /// Returns a source that fetches from this `https:` URL when keys are first needed; `http:` is
+    /// allowed for this machine only (a sidecar, a test).
     ///
     /// # Errors
-    /// When it is no such URL, or the machine has no root certificates.
+    /// Returns an error if the URL is invalid, or if the machine has no root certificates.
     pub fn new(url: &str, refresh: JwksRefresh) -> Result<Self, KeyError> {
         let malformed = |reason: String| KeyError::Malformed {
             path: url.to_owned(),
@@ -112,7 +112,7 @@ impl JwksSource {
             Some("http") if is_local => {}
             _ => {
                 return Err(malformed(
-                    "must be an https:// URL, or http:// on this machine".into(),
+                    "must be an https:// URL, or an http:// URL on this machine".into(),
                 ));
             }
         }
@@ -126,170 +126,180 @@ impl JwksSource {
             url: parsed,
             refresh,
             client: Client::builder(TokioExecutor::new()).build(connector),
-            held: RwLock::default(),
+            cache: RwLock::default(),
             fetching: Arc::default(),
-            unknown: Cache::new(MAX_UNKNOWN),
+            unknown_ids: Cache::new(MAX_UNKNOWN_IDS),
             hasher: RandomState::new(),
         })
     }
 
-    /// The keys as of now, fetched when those at hand are old.
+    /// Returns the current keys; fetches them if the cached ones are stale.
     ///
     /// # Errors
-    /// When there are none, or only such as are too old.
+    /// Returns an error if no keys are available, or only expired ones.
     pub(crate) async fn current(self: &Arc<Self>) -> Result<Arc<KeySet>, String> {
-        match self.usable() {
-            Usable::Set(set) => return Ok(set),
-            Usable::None(reason) => return Err(reason),
-            Usable::Outage(set) => {
+        match self.state() {
+            CacheState::Usable(set) => return Ok(set),
+            CacheState::Unavailable(reason) => return Err(reason),
+            CacheState::Outage(set) => {
                 self.fetch_in_background();
                 return Ok(set);
             }
-            Usable::Stale => {}
+            CacheState::Stale => {}
         }
         let guard = self.fetching.clone().lock_owned().await;
-        match self.usable() {
-            Usable::Set(set) | Usable::Outage(set) => Ok(set),
-            Usable::None(reason) => Err(reason),
-            Usable::Stale => self.fetched(guard).await,
+        match self.state() {
+            CacheState::Usable(set) | CacheState::Outage(set) => Ok(set),
+            CacheState::Unavailable(reason) => Err(reason),
+            CacheState::Stale => self.fetch_and_wait(guard).await,
         }
     }
 
-    /// The digest of the keys at hand, if they can be used without a fetch.
+    /// Returns the digest of the cached keys if they can be used without waiting for a fetch.
     pub(crate) fn digest(self: &Arc<Self>) -> Option<u64> {
-        match self.usable() {
-            Usable::Set(set) => Some(set.digest),
-            Usable::Outage(set) => {
+        match self.state() {
+            CacheState::Usable(set) => Some(set.digest),
+            CacheState::Outage(set) => {
                 self.fetch_in_background();
                 Some(set.digest)
             }
-            Usable::None(_) | Usable::Stale => None,
+            CacheState::Unavailable(_) | CacheState::Stale => None,
         }
     }
 
-    /// A set that was asked for after a token with this unknown key id came first; `None` if the one at
-    /// hand is such a set, and so its issuer does not have the key.
+    /// Returns a set that was fetched after a token with this unknown key id was first received; `None`
+    /// if the cached set is such a set, so that the issuer does not have the key.
     ///
     /// # Errors
-    /// When none can be had now: the key may be a new one, and the token good.
-    pub(crate) async fn newer(self: &Arc<Self>, id: &str) -> Result<Option<Arc<KeySet>>, String> {
+    /// Returns an error if no such set is available now: the key may be new and the token valid.
+    pub(crate) async fn refresh_for_unknown_id(
+        self: &Arc<Self>,
+        id: &str,
+    ) -> Result<Option<Arc<KeySet>>, String> {
         let key = self.hasher.hash_one(id);
-        let came_at = self.unknown.get(&key).unwrap_or_else(|| {
+        let first_seen = self.unknown_ids.get(&key).unwrap_or_else(|| {
             let now = Instant::now();
-            self.unknown.insert(key, now);
+            self.unknown_ids.insert(key, now);
             now
         });
-        if self.is_answered(came_at)? {
+        if self.is_conclusive(first_seen)? {
             return Ok(None);
         }
         let guard = self.fetching.clone().lock_owned().await;
-        // Fetched while this call waited.
-        if self.is_answered(came_at)? {
-            return Ok(Some(self.held.read().set.clone()));
+        // A concurrent call may have fetched while this call waited for the lock.
+        if self.is_conclusive(first_seen)? {
+            return Ok(Some(self.cache.read().set.clone()));
         }
-        let set = self.fetched(guard).await?;
-        if self.is_fetched_after(came_at) {
+        let set = self.fetch_and_wait(guard).await?;
+        if self.is_fetched_after(first_seen) {
             Ok(Some(set))
         } else {
-            Err("its key is not known, and the keys cannot be fetched".into())
+            Err("its key is unknown, and the keys cannot be fetched".into())
         }
     }
 
-    /// Whether the set at hand says that there is no key for a token that came then. `false` if a newer one
-    /// may be fetched.
-    fn is_answered(&self, came_at: Instant) -> Result<bool, String> {
-        if !self.tried_lately(&self.held.read()) {
+    /// Returns whether the cached set proves that the issuer lacks a key id that was first received at
+    /// `first_seen`; `false` if a newer set may be fetched.
+    fn is_conclusive(&self, first_seen: Instant) -> Result<bool, String> {
+        if !self.is_attempted_recently(&self.cache.read()) {
             return Ok(false);
         }
-        if self.is_fetched_after(came_at) {
+        if self.is_fetched_after(first_seen) {
             return Ok(true);
         }
-        // Short enough for the reason of a WebSocket's end.
+        // Short enough for the reason of a WebSocket close frame.
         Err(format!(
-            "its key is not known yet (auth.jwks_min_refresh_ms is {})",
+            "its key is unknown, retry later (auth.jwks_min_refresh_ms is {})",
             self.refresh.min_interval.as_millis()
         ))
     }
 
-    fn usable(&self) -> Usable {
-        let held = self.held.read();
-        let age = held.fetched_at.map(|at| at.elapsed());
+    fn state(&self) -> CacheState {
+        let cache = self.cache.read();
+        let age = cache.fetched_at.map(|at| at.elapsed());
         if age.is_some_and(|age| age < self.refresh.max_age) {
-            return Usable::Set(held.set.clone());
+            return CacheState::Usable(cache.set.clone());
         }
-        let best = self.best(&held);
-        match best {
-            best if self.tried_lately(&held) => best,
-            Usable::Set(set) if held.failure.is_some() => Usable::Outage(set),
-            _ => Usable::Stale,
+        let fallback = self.fallback(&cache);
+        match fallback {
+            fallback if self.is_attempted_recently(&cache) => fallback,
+            CacheState::Usable(set) if cache.failure.is_some() => CacheState::Outage(set),
+            _ => CacheState::Stale,
         }
     }
 
-    /// What there is while no keys can be fetched.
-    fn best(&self, held: &Held) -> Usable {
+    /// Returns what is usable while no keys can be fetched.
+    fn fallback(&self, cache: &CachedSet) -> CacheState {
         let limit = self.refresh.max_age.saturating_add(self.refresh.max_outage);
-        if held.fetched_at.is_some_and(|at| at.elapsed() < limit) {
-            return Usable::Set(held.set.clone());
+        if cache.fetched_at.is_some_and(|at| at.elapsed() < limit) {
+            return CacheState::Usable(cache.set.clone());
         }
-        Usable::None(held.failure.clone().unwrap_or_else(|| "there are no keys yet".into()))
+        CacheState::Unavailable(
+            cache.failure.clone().unwrap_or_else(|| "no keys were fetched yet".into()),
+        )
     }
 
-    fn tried_lately(&self, held: &Held) -> bool {
-        held.tried_at.is_some_and(|at| at.elapsed() < self.refresh.min_interval)
+    fn is_attempted_recently(&self, cache: &CachedSet) -> bool {
+        cache.last_attempt_at.is_some_and(|at| at.elapsed() < self.refresh.min_interval)
     }
 
     fn is_fetched_after(&self, time: Instant) -> bool {
-        self.held.read().fetched_at.is_some_and(|at| at > time)
+        self.cache.read().fetched_at.is_some_and(|at| at > time)
     }
 
-    /// While the last fetch failed: callers would wait for a server that does not answer.
+    /// Fetches without blocking callers while the JWKS server does not respond.
     fn fetch_in_background(self: &Arc<Self>) {
-        // If one is under way already, it will do.
+        // A fetch that is already in progress is sufficient.
         if let Ok(guard) = self.fetching.clone().try_lock_owned() {
             drop(self.start_fetch(guard));
         }
     }
 
-    async fn fetched(self: &Arc<Self>, guard: OwnedMutexGuard<()>) -> Result<Arc<KeySet>, String> {
+    async fn fetch_and_wait(
+        self: &Arc<Self>,
+        guard: OwnedMutexGuard<()>,
+    ) -> Result<Arc<KeySet>, String> {
         let fetched = self.start_fetch(guard).await;
-        fetched.unwrap_or_else(|error| Err(format!("the fetch was broken off: {error}")))
+        fetched.unwrap_or_else(|error| Err(format!("the fetch was aborted: {error}")))
     }
 
-    /// In a task of its own: callers that leave would break it off, and the next one would begin anew.
+    /// Starts a fetch in a dedicated task, so that a caller that stops waiting does not abort it.
     fn start_fetch(
         self: &Arc<Self>,
         guard: OwnedMutexGuard<()>,
     ) -> JoinHandle<Result<Arc<KeySet>, String>> {
         let source = self.clone();
         tokio::spawn(async move {
-            let fetched = source.fetch_into_place().await;
+            let fetched = source.fetch_and_cache().await;
             drop(guard);
             fetched
         })
     }
 
-    /// Fetches the keys; those at hand stay when that fails.
-    async fn fetch_into_place(&self) -> Result<Arc<KeySet>, String> {
-        let began = Instant::now();
-        let fetched = tokio::time::timeout(TIMEOUT, self.fetch())
+    /// Fetches and caches the keys; if that fails, the cached keys are kept.
+    async fn fetch_and_cache(&self) -> Result<Arc<KeySet>, String> {
+        let started_at = Instant::now();
+        let fetched = tokio::time::timeout(FETCH_TIMEOUT, self.fetch())
             .await
-            .unwrap_or_else(|_| Err(format!("no answer within {} s", TIMEOUT.as_secs())));
-        let mut held = self.held.write();
-        held.tried_at = Some(Instant::now());
+            .unwrap_or_else(|_| Err(format!("no response within {} s", FETCH_TIMEOUT.as_secs())));
+        let mut cache = self.cache.write();
+        cache.last_attempt_at = Some(Instant::now());
         match fetched {
             Ok(set) => {
-                held.set = Arc::new(set);
-                held.fetched_at = Some(began);
-                held.failure = None;
-                Ok(held.set.clone())
+                cache.set = Arc::new(set);
+                cache.fetched_at = Some(started_at);
+                cache.failure = None;
+                Ok(cache.set.clone())
             }
             Err(reason) => {
-                tracing::warn!(url = %self.url, reason, "could not fetch the signing keys");
-                held.failure = Some(reason);
-                match self.best(&held) {
-                    Usable::Set(set) => Ok(set),
-                    Usable::None(reason) => Err(reason),
-                    Usable::Stale | Usable::Outage(_) => Err("there are no keys yet".into()),
+                tracing::warn!(url = %self.url, reason, "fetching the signing keys failed");
+                cache.failure = Some(reason);
+                match self.fallback(&cache) {
+                    CacheState::Usable(set) => Ok(set),
+                    CacheState::Unavailable(reason) => Err(reason),
+                    CacheState::Stale | CacheState::Outage(_) => {
+                        Err("no keys were fetched yet".into())
+                    }
                 }
             }
         }
@@ -298,21 +308,21 @@ impl JwksSource {
     async fn fetch(&self) -> Result<KeySet, String> {
         let response =
             self.client.get(self.url.clone()).await.map_err(|error| error.to_string())?;
-        // Redirects among them: the operator configured this URL and no other.
+        // Redirects are not followed: the operator configured this URL only.
         if !response.status().is_success() {
             return Err(format!("status {}", response.status()));
         }
-        let body = Limited::new(response.into_body(), MAX_BYTES)
+        let body = Limited::new(response.into_body(), MAX_SET_BYTES)
             .collect()
             .await
             .map_err(|error| error.to_string())?
             .to_bytes();
         let set: Value = serde_json::from_slice(&body).map_err(|error| error.to_string())?;
         let Some(Value::Array(jwks)) = set.get("keys") else {
-            return Err("it is no JSON Web Key Set: keys is not an array".into());
+            return Err("not a JSON Web Key Set: keys is not an array".into());
         };
         if jwks.len() > MAX_KEYS {
-            return Err(format!("it has {} keys, more than {MAX_KEYS}", jwks.len()));
+            return Err(format!("the set must have at most {MAX_KEYS} keys, has {}", jwks.len()));
         }
         let (mut keys, mut texts) = (Vec::with_capacity(jwks.len()), Vec::new());
         for jwk in jwks {
@@ -323,12 +333,12 @@ impl JwksSource {
                 }
                 Err(reason) => {
                     let id = jwk.get("kid").map(ToString::to_string).unwrap_or_default();
-                    tracing::debug!(url = %self.url, id, reason, "a key of the set is not used");
+                    tracing::debug!(url = %self.url, id, reason, "skipped a key of the set");
                 }
             }
         }
         if keys.is_empty() {
-            // What was published counts, also when it is nothing.
+            // An empty set replaces the cached keys too: it is what the issuer publishes.
             tracing::warn!(url = %self.url, "the key set has no RS256, ES256 or EdDSA key");
         }
         texts.sort_unstable();

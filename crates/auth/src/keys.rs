@@ -1,4 +1,4 @@
-//! Keys that tokens are verified with.
+//! Keys that verify tokens.
 
 use std::{fs, path::Path};
 
@@ -6,25 +6,25 @@ use jsonwebtoken::{Algorithm, DecodingKey};
 
 use crate::warn_if_others_can_read;
 
-/// Why a key cannot be used.
+/// Reason why a key cannot be used.
 #[derive(Debug, thiserror::Error)]
 pub enum KeyError {
     /// The file cannot be read.
     #[error("cannot read key file {path}: {reason}")]
     Unreadable {
-        /// Which.
+        /// Path of the file.
         path: String,
-        /// What the operating system said.
+        /// Error of the operating system.
         reason: String,
     },
-    /// It is not a key of this algorithm.
+    /// The data is not a key of this algorithm.
     #[error("{path} is not a {algorithm} key: {reason}")]
     Malformed {
-        /// Where it came from.
+        /// Origin of the key.
         path: String,
-        /// As configured.
+        /// Configured algorithm.
         algorithm: String,
-        /// What is wrong.
+        /// Reason.
         reason: String,
     },
     /// The algorithm is not supported.
@@ -32,7 +32,7 @@ pub enum KeyError {
     Algorithm(String),
 }
 
-/// A key and the one algorithm it is used with.
+/// Key and the only algorithm that it is used with.
 #[derive(Clone)]
 pub struct VerificationKey {
     pub(crate) id: Option<String>,
@@ -41,11 +41,11 @@ pub struct VerificationKey {
 }
 
 impl VerificationKey {
-    /// A public key from a PEM file (RS256, ES256, EdDSA), or a shared secret from a file of at
-    /// least 32 bytes (HS256; trailing line ends are dropped).
+    /// Reads a public key from a PEM file (RS256, ES256, EdDSA), or a shared secret from a file of at
+    /// least 32 bytes (HS256; trailing white space is dropped).
     ///
     /// # Errors
-    /// When the file cannot be read or holds no such key.
+    /// Returns an error if the file cannot be read, or does not contain such a key.
     pub fn from_file(algorithm: &str, path: &Path) -> Result<Self, KeyError> {
         let shown = path.display().to_string();
         if algorithm == "HS256" {
@@ -58,10 +58,10 @@ impl VerificationKey {
         Self::from_bytes(algorithm, &bytes, &shown)
     }
 
-    /// As [`Self::from_file`], from bytes that came from `origin`.
+    /// Parses a key in the same way as [`Self::from_file`]; `origin` is its source, for errors.
     ///
     /// # Errors
-    /// When they hold no such key.
+    /// Returns an error if the bytes are not such a key.
     pub fn from_bytes(algorithm: &str, bytes: &[u8], origin: &str) -> Result<Self, KeyError> {
         let malformed = |reason: String| KeyError::Malformed {
             path: origin.to_owned(),
@@ -75,11 +75,13 @@ impl VerificationKey {
             "HS256" => {
                 let secret = bytes.trim_ascii_end();
                 if secret.trim_ascii_start().starts_with(b"-----BEGIN") {
-                    // With a public key as the secret, everybody could sign.
-                    return Err(malformed("it holds a PEM key; name the key's algorithm".into()));
+                    // If the secret were a public key, anyone with that key could sign tokens.
+                    return Err(malformed(
+                        "the file contains a PEM key; set the algorithm of that key".into(),
+                    ));
                 }
                 if secret.len() < 32 {
-                    // RFC 7518 section 3.2: a key of the size of the hash or larger.
+                    // RFC 7518 section 3.2: the key must be at least as large as the hash.
                     return Err(malformed("the secret must have at least 32 bytes".into()));
                 }
                 (Algorithm::HS256, Ok(DecodingKey::from_secret(secret)))
@@ -96,9 +98,9 @@ mod tests {
     use super::*;
 
     #[test]
-    fn a_public_key_is_no_shared_secret() {
+    fn a_public_key_is_rejected_as_a_shared_secret() {
         let pem = "\n-----BEGIN PUBLIC KEY-----\nMCowBQYDK2VwAyEA\n-----END PUBLIC KEY-----\n";
-        let refused = VerificationKey::from_bytes("HS256", pem.as_bytes(), "file").err().unwrap();
-        assert!(refused.to_string().contains("PEM"), "{refused}");
+        let error = VerificationKey::from_bytes("HS256", pem.as_bytes(), "file").err().unwrap();
+        assert!(error.to_string().contains("PEM"), "{error}");
     }
 }

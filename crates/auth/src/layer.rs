@@ -1,4 +1,4 @@
-//! Authentication in front of a gRPC service.
+//! Authentication of the calls to a gRPC service.
 
 use std::{
     collections::HashMap,
@@ -25,22 +25,22 @@ use tower_service::Service;
 
 use crate::{Audit, AuthError, Authenticator, Principal, Subject, audit::Record, permissions};
 
-/// Longest path of a method in the audit log, in bytes.
+/// Maximum size of a method's path in the audit log, in bytes.
 const MAX_PATH_BYTES: usize = 256;
 
-/// What matters here of each public method, by its path.
-static METHODS: LazyLock<HashMap<String, Rules>> = LazyLock::new(|| {
+/// Rules of the public methods, by path.
+static METHODS: LazyLock<HashMap<String, MethodRules>> = LazyLock::new(|| {
     let methods = public_methods().into_iter();
     let rules = methods.map(|method| {
-        let is_recorded = !UNRECORDED.iter().any(|known| method.path.ends_with(known));
-        let ends_with_token = method.server_streaming && !method.client_streaming;
-        (method.path, Rules { ends_with_token, is_recorded })
+        let is_audited = !UNAUDITED.iter().any(|unaudited| method.path.ends_with(unaudited));
+        let ends_at_expiry = method.server_streaming && !method.client_streaming;
+        (method.path, MethodRules { ends_at_expiry, is_audited })
     });
     rules.collect()
 });
 
-/// Methods of which only refusals are recorded: they read, or submit the caller's own work.
-const UNRECORDED: [&str; 12] = [
+/// Methods whose calls are recorded only if they are rejected: they read, or submit the caller's own work.
+const UNAUDITED: [&str; 12] = [
     "RouterService/Submit",
     "RouterService/SubmitAndWatch",
     "RouterService/Get",
@@ -56,36 +56,36 @@ const UNRECORDED: [&str; 12] = [
 ];
 
 #[derive(Clone, Copy, Default)]
-struct Rules {
-    /// Its answer ends with the caller's token: all that answer with a stream, but for those that take
-    /// one as well, which renew the token themselves.
-    ends_with_token: bool,
+struct MethodRules {
+    /// The response ends when the token expires: true for response streams, except those of bidirectional
+    /// methods, which renew the token themselves.
+    ends_at_expiry: bool,
     /// Each call is recorded in the audit log.
-    is_recorded: bool,
+    is_audited: bool,
 }
 
-/// Who makes this call; in the extensions of every request that passed [`AuthService`].
+/// Caller of a request; in the extensions of every request that [`AuthService`] accepts.
 #[derive(Clone)]
 pub struct Caller {
-    /// As the token says.
+    /// Identity and permissions from the token.
     pub principal: Arc<Principal>,
-    /// The token, for the next hop.
+    /// Header with the token, for the next hop.
     pub authorization: HeaderValue,
-    /// What the call is about, if it is recorded.
+    /// Object of the call, if the call is recorded.
     subject: Option<Arc<Mutex<Option<Subject>>>>,
 }
 
 impl Caller {
-    /// The holder of this token.
+    /// Returns the caller with this token.
     #[must_use]
     pub fn new(principal: Arc<Principal>, authorization: HeaderValue) -> Self {
         Self { principal, authorization, subject: None }
     }
 
-    /// Says what the call is about, for the audit log.
+    /// Records the object of the call, for the audit log.
     pub fn note_subject(&self, subject: impl FnOnce() -> Subject) {
-        if let Some(noted) = &self.subject {
-            *noted.lock() = Some(subject());
+        if let Some(recorded) = &self.subject {
+            *recorded.lock() = Some(subject());
         }
     }
 }
@@ -98,38 +98,39 @@ pub struct AuthLayer {
 }
 
 impl AuthLayer {
-    /// With this authenticator and audit log.
+    /// Returns a layer with this authenticator and audit log.
     #[must_use]
     pub fn new(authenticator: Arc<Authenticator>, audit: Audit) -> Self {
         Self { authenticator, audit }
     }
 
-    /// The audit log.
+    /// Returns the audit log.
     #[must_use]
     pub fn audit(&self) -> &Audit {
         &self.audit
     }
 
-    /// Checks that an operator makes this HTTP request.
+    /// Checks that the caller of this HTTP request is an operator.
     ///
     /// # Errors
-    /// `UNAUTHENTICATED`, `PERMISSION_DENIED`, or `UNAVAILABLE` while the keys cannot be had.
+    /// Returns `UNAUTHENTICATED`, `PERMISSION_DENIED`, or `UNAVAILABLE` if the keys are unavailable.
     pub async fn check_operator(&self, mut request: Parts) -> Result<(), Status> {
-        // No service asks for this on behalf of a client.
+        // Not trusted here: no service makes this request on behalf of a client.
         request.headers.remove(CLIENT_ADDRESS);
         let caller = self.caller_of(&request).await?;
         if caller.principal.may(permissions::OPERATOR) {
             return Ok(());
         }
-        let refusal = streamer_rpc::status(&RequestError::forbidden(permissions::OPERATOR));
-        self.record_refusal(&request, Some(caller.principal), &refusal);
-        Err(refusal)
+        let status = streamer_rpc::status(&RequestError::forbidden(permissions::OPERATOR));
+        self.record_rejection(&request, Some(caller.principal), &status);
+        Err(status)
     }
 
-    /// Who makes this HTTP request. If its token is valid, notes that for its connection.
+    /// Returns the caller of this HTTP request. Marks its connection as authenticated if its token is
+    /// valid.
     ///
     /// # Errors
-    /// `UNAUTHENTICATED`, or `UNAVAILABLE` while the keys cannot be had.
+    /// Returns `UNAUTHENTICATED`, or `UNAVAILABLE` if the keys are unavailable.
     pub async fn caller_of(&self, request: &Parts) -> Result<Caller, Status> {
         let outcome = caller_of(&self.authenticator, &request.headers).await;
         match &outcome {
@@ -138,27 +139,33 @@ impl AuthLayer {
                     peer.authenticated();
                 }
             }
-            Err(refusal) if refusal.code() == Code::Unauthenticated => {
-                self.refused(request, refusal);
+            Err(status) if status.code() == Code::Unauthenticated => {
+                self.refused(request, status);
             }
             Err(_) => {}
         }
         outcome
     }
 
-    /// Records that this request is refused.
-    pub fn refused(&self, request: &Parts, refusal: &Status) {
-        self.record_refusal(request, None, refusal);
+    /// Records a rejected request.
+    pub fn refused(&self, request: &Parts, status: &Status) {
+        self.record_rejection(request, None, status);
     }
 
-    fn record_refusal(&self, request: &Parts, principal: Option<Arc<Principal>>, refusal: &Status) {
+    fn record_rejection(
+        &self,
+        request: &Parts,
+        principal: Option<Arc<Principal>>,
+        status: &Status,
+    ) {
         let Parts { uri, headers, extensions, .. } = request;
-        let mut entry = Entry::of(uri, headers, extensions, &self.audit);
+        let mut entry = AuditEntry::of(uri, headers, extensions, &self.audit);
         entry.principal = principal;
-        self.audit.refused(entry.record(code_name(refusal.code()), Some(refusal.message())));
+        let record = entry.record(code_name(status.code()), Some(status.message()));
+        self.audit.record_rejection(record);
     }
 
-    /// Puts authentication in front of `service`.
+    /// Returns `service` with authentication.
     pub fn wrap<S>(&self, service: S) -> AuthService<S> {
         AuthService {
             authenticator: self.authenticator.clone(),
@@ -168,7 +175,7 @@ impl AuthLayer {
     }
 }
 
-/// Lets calls with a valid token through to the service, with a [`Caller`] in their extensions.
+/// Service that accepts calls with a valid token, and adds a [`Caller`] to their extensions.
 #[derive(Clone)]
 pub struct AuthService<S> {
     authenticator: Arc<Authenticator>,
@@ -195,24 +202,25 @@ where
     }
 
     fn call(&mut self, request: Request<B>) -> Self::Future {
-        let refuse = |error: &AuthError| {
-            if self.audit.is_on() {
-                Entry::new(&request, &self.audit).refused(error);
+        let reject = |error: &AuthError| {
+            if self.audit.is_enabled() {
+                AuditEntry::new(&request, &self.audit).record_invalid_token(error);
             }
-            AuthFuture::Refused(Some(status(error).into_http()))
+            AuthFuture::Rejected(Some(status(error).into_http()))
         };
         let Some(authorization) = request.headers().get(AUTHORIZATION).cloned() else {
-            return refuse(&AuthError::Missing);
+            return reject(&AuthError::Missing);
         };
         let Some(token) = bearer(&authorization) else {
-            return refuse(&AuthError::Malformed("must be `Bearer <token>`".into()));
+            return reject(&AuthError::Malformed("must be `Bearer <token>`".into()));
         };
         match self.authenticator.cached(token) {
             Some(Ok(caller)) => {
-                let (request, after) = prepare(request, caller, &self.authenticator, &self.audit);
-                AuthFuture::Inner(self.service.call(request), after)
+                let (request, on_response) =
+                    accept(request, caller, &self.authenticator, &self.audit);
+                AuthFuture::Inner(self.service.call(request), on_response)
             }
-            Some(Err(error)) => refuse(&error),
+            Some(Err(error)) => reject(&error),
             None => {
                 let (authenticator, audit) = (self.authenticator.clone(), self.audit.clone());
                 let mut service = self.service.clone();
@@ -220,13 +228,13 @@ where
                     let token = bearer(&authorization).unwrap_or_default();
                     match authenticator.authenticate(token).await {
                         Ok(caller) => {
-                            let (request, mut after) =
-                                prepare(request, caller, &authenticator, &audit);
-                            service.call(request).await.map(|response| after.apply(response))
+                            let (request, mut on_response) =
+                                accept(request, caller, &authenticator, &audit);
+                            service.call(request).await.map(|response| on_response.apply(response))
                         }
                         Err(error) => {
-                            if audit.is_on() {
-                                Entry::new(&request, &audit).refused(&error);
+                            if audit.is_enabled() {
+                                AuditEntry::new(&request, &audit).record_invalid_token(&error);
                             }
                             Ok(status(&error).into_http())
                         }
@@ -237,21 +245,21 @@ where
     }
 }
 
-/// Lets a caller in, and says what is to be done once there is an answer.
-fn prepare<B>(
+/// Adds the caller to the request, and returns what to do with the response.
+fn accept<B>(
     mut request: Request<B>,
     mut caller: Caller,
     authenticator: &Authenticator,
     audit: &Audit,
-) -> (Request<B>, After) {
+) -> (Request<B>, OnResponse) {
     let rules = METHODS.get(request.uri().path()).copied().unwrap_or_default();
-    let left = rules.ends_with_token.then(|| authenticator.time_left(&caller));
-    let entry = audit.is_on().then(|| {
-        let mut entry = Entry::new(&request, audit);
+    let time_left = rules.ends_at_expiry.then(|| authenticator.time_left(&caller));
+    let entry = audit.is_enabled().then(|| {
+        let mut entry = AuditEntry::new(&request, audit);
         let is_operator = caller.principal.may(permissions::OPERATOR);
-        // Where an instance of the same service passes it on, it was recorded.
-        let is_first = !request.headers().contains_key(FORWARDED);
-        if is_first && (rules.is_recorded || is_operator) {
+        // A forwarded call was recorded by the instance of the same service that forwarded it.
+        let is_first_hop = !request.headers().contains_key(FORWARDED);
+        if is_first_hop && (rules.is_audited || is_operator) {
             entry.subject = Some(Arc::default());
             caller.subject.clone_from(&entry.subject);
         }
@@ -262,13 +270,14 @@ fn prepare<B>(
         peer.authenticated();
     }
     request.extensions_mut().insert(caller);
-    (request, After { left, entry })
+    (request, OnResponse { time_left, entry })
 }
 
-/// Who sends these headers, without a record in the audit log: for calls of other services.
+/// Returns the caller that sends these headers, without a record in the audit log: for calls between
+/// services.
 ///
 /// # Errors
-/// `UNAUTHENTICATED`, or `UNAVAILABLE` while the keys cannot be had.
+/// Returns `UNAUTHENTICATED`, or `UNAVAILABLE` if the keys are unavailable.
 pub async fn caller_of(
     authenticator: &Authenticator,
     headers: &HeaderMap,
@@ -279,40 +288,40 @@ pub async fn caller_of(
     authenticator.authenticate(token).await.map_err(|error| status(&error))
 }
 
-/// The token of an `authorization` header.
+/// Returns the token of an `authorization` header.
 fn bearer(authorization: &HeaderValue) -> Option<&str> {
     let (scheme, token) = authorization.to_str().ok()?.split_once(' ')?;
     scheme.eq_ignore_ascii_case("bearer").then_some(token.trim())
 }
 
-/// A call, for the audit log.
-struct Entry {
+/// Entry of the audit log for a call.
+struct AuditEntry {
     audit: Audit,
     call: String,
     from: Option<IpAddr>,
     principal: Option<Arc<Principal>>,
-    /// Where what it is about is noted, if it is recorded also when it is let through.
+    /// Object of the call, if the call is recorded even if it is accepted.
     subject: Option<Arc<Mutex<Option<Subject>>>>,
     is_recorded: bool,
 }
 
-impl Drop for Entry {
+impl Drop for AuditEntry {
     fn drop(&mut self) {
-        // Its caller has left: what it asked for may be done all the same.
+        // The caller disconnected; the call may still take effect.
         if !self.is_recorded && self.subject.is_some() {
             self.audit
-                .record(self.record("CANCELLED", Some("the caller did not await the answer")));
+                .record(self.record("CANCELLED", Some("the caller did not wait for the response")));
         }
     }
 }
 
-impl Entry {
+impl AuditEntry {
     fn new<B>(request: &Request<B>, audit: &Audit) -> Self {
         Self::of(request.uri(), request.headers(), request.extensions(), audit)
     }
 
     fn of(uri: &Uri, headers: &HeaderMap, extensions: &Extensions, audit: &Audit) -> Self {
-        // Only services are believed what they say of others.
+        // The header is trusted: it is removed from requests that do not come from a service.
         let forwarded = headers.get(CLIENT_ADDRESS);
         let forwarded = forwarded.and_then(|address| address.to_str().ok()?.parse().ok());
         let peer = || extensions.get::<Peer>().map(|peer| peer.address().ip());
@@ -339,50 +348,50 @@ impl Entry {
         }
     }
 
-    /// The token is not accepted.
-    fn refused(&self, error: &AuthError) {
-        // What cannot be found out is not refused for good.
+    /// Records a call whose token is invalid.
+    fn record_invalid_token(&self, error: &AuthError) {
+        // UNAVAILABLE is not a rejection: the token could not be verified.
         if error.code() == ErrorCode::Unauthorized {
-            self.audit.refused(self.record("UNAUTHENTICATED", Some(&error.to_string())));
+            self.audit.record_rejection(self.record("UNAUTHENTICATED", Some(&error.to_string())));
         }
     }
 
-    fn answered(&mut self, response: &Response<Body>) {
-        // A unary call that fails is answered with headers alone.
+    fn record_response(&mut self, response: &Response<Body>) {
+        // The response to a failed unary call is trailers-only: its status is in the headers.
         let status = Status::from_header_map(response.headers());
         let code = status.as_ref().map_or(Code::Ok, Status::code);
         let outcome = code_name(code);
         let reason = status.as_ref().filter(|_| code != Code::Ok).map(Status::message);
         self.is_recorded = true;
         if code == Code::PermissionDenied {
-            self.audit.refused(self.record(outcome, reason));
+            self.audit.record_rejection(self.record(outcome, reason));
         } else if self.subject.is_some() {
             self.audit.record(self.record(outcome, reason));
         }
     }
 }
 
-/// What is to be done once a call is answered.
-pub struct After {
-    /// A stream ends after this time.
-    left: Option<Duration>,
-    entry: Option<Box<Entry>>,
+/// What to do with the response of a call.
+pub struct OnResponse {
+    /// Time after which a response stream ends.
+    time_left: Option<Duration>,
+    entry: Option<Box<AuditEntry>>,
 }
 
-impl After {
+impl OnResponse {
     fn apply(&mut self, response: Response<Body>) -> Response<Body> {
         if let Some(mut entry) = self.entry.take() {
-            entry.answered(&response);
+            entry.record_response(&response);
         }
-        limited(response, self.left)
+        end_at_expiry(response, self.time_left)
     }
 }
 
-/// Ends a stream with `UNAUTHENTICATED` after this time.
-fn limited(response: Response<Body>, left: Option<Duration>) -> Response<Body> {
-    let Some(left) = left else { return response };
+/// Ends a response stream with `UNAUTHENTICATED` after this time.
+fn end_at_expiry(response: Response<Body>, time_left: Option<Duration>) -> Response<Body> {
+    let Some(time_left) = time_left else { return response };
     let expired = async move {
-        sleep(left).await;
+        sleep(time_left).await;
         let error = RequestError::new(ErrorCode::Unauthorized, "the token has expired");
         streamer_rpc::status(&error)
     };
@@ -394,7 +403,7 @@ fn status(error: &AuthError) -> Status {
 }
 
 impl AuthError {
-    /// In the words of the protocols.
+    /// Returns the error code that the protocols use.
     #[must_use]
     pub fn code(&self) -> ErrorCode {
         match self {
@@ -410,14 +419,14 @@ impl AuthError {
     }
 }
 
-/// The answer of [`AuthService`].
+/// Response future of [`AuthService`].
 pub enum AuthFuture<F> {
-    /// The token was known: straight on to the service.
-    Inner(F, After),
-    /// The token has to be verified first.
+    /// The token is cached: the call goes to the service directly.
+    Inner(F, OnResponse),
+    /// The token must be verified first.
     Verifying(Pin<Box<dyn Future<Output = Result<Response<Body>, Infallible>> + Send>>),
-    /// Not let in.
-    Refused(Option<Response<Body>>),
+    /// The token is invalid.
+    Rejected(Option<Response<Body>>),
 }
 
 impl<F> Future for AuthFuture<F>
@@ -428,12 +437,12 @@ where
 
     fn poll(self: Pin<&mut Self>, context: &mut Context<'_>) -> Poll<Self::Output> {
         match self.get_mut() {
-            Self::Inner(future, after) => {
-                Pin::new(future).poll(context).map_ok(|response| after.apply(response))
+            Self::Inner(future, on_response) => {
+                Pin::new(future).poll(context).map_ok(|response| on_response.apply(response))
             }
             Self::Verifying(future) => future.as_mut().poll(context),
-            Self::Refused(response) => {
-                Poll::Ready(Ok(response.take().expect("a future is not polled after its end")))
+            Self::Rejected(response) => {
+                Poll::Ready(Ok(response.take().expect("a future is not polled after completion")))
             }
         }
     }

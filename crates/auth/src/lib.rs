@@ -1,9 +1,9 @@
-//! Tokens: who is calling, and what they may do.
+//! Authentication and authorization: token verification, permissions, audit log.
 //!
-//! [`Authenticator`] verifies JSON Web Tokens against keys that the operator configured: the
-//! algorithm belongs to the key and never comes from the token. [`AuthLayer`] puts it in front of
-//! a gRPC service; every service has it, so that no hop trusts the one before. What was verified is
-//! cached, bounded, until the token expires. No token is ever logged.
+//! [`Authenticator`] verifies JSON Web Tokens against keys that the operator configures: the
+//! algorithm belongs to the key and is never chosen by the token. [`AuthLayer`] wraps a gRPC service
+//! with it; every service is wrapped, so that no hop trusts the previous one. Verified tokens are
+//! cached until they expire, in a bounded cache. No token is ever logged.
 
 mod audit;
 mod authenticator;

@@ -1,25 +1,25 @@
-//! The verified caller.
+//! Verified caller and its permissions.
 
 use streamer_core::Timestamp;
 
-/// Permissions that Streamer itself asks for. Actions may ask for others.
+/// Permissions that Streamer itself requires. Actions may require others.
 pub mod permissions {
-    /// See the requests of everybody in the tenant.
+    /// Read the requests of all users of the tenant.
     pub const REQUESTS_READ: &str = "requests:read";
-    /// Cancel, redrive and delete the requests of everybody in the tenant.
+    /// Cancel, redrive and delete the requests of all users of the tenant.
     pub const REQUESTS_WRITE: &str = "requests:write";
     /// List the tenant's connections.
     pub const CONNECTIONS_READ: &str = "connections:read";
-    /// Send to the tenant's connections.
+    /// Send messages to the tenant's connections.
     pub const CONNECTIONS_SEND: &str = "connections:send";
-    /// Operate the whole system: see what belongs to other tenants, and the metrics. Neither `*` nor
-    /// any other permission implies it.
+    /// Operate the whole system: read the resources of all tenants, and the metrics. Neither `*` nor
+    /// any other permission includes it.
     pub const OPERATOR: &str = "operator";
     /// Close the tenant's connections.
     pub const CONNECTIONS_DISCONNECT: &str = "connections:disconnect";
 }
 
-/// Who is calling, as a valid token says.
+/// Caller, as identified by a valid token.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Principal {
     /// Claim `tenant_id`.
@@ -33,28 +33,28 @@ pub struct Principal {
 }
 
 impl Principal {
-    /// Whether the permission was given: by name, by `area:*`, or by `*`; [`permissions::OPERATOR`]
-    /// by name only.
+    /// Returns whether the permission is granted: by name, by `area:*`, or by `*`;
+    /// [`permissions::OPERATOR`] by name only.
     #[must_use]
     pub fn may(&self, permission: &str) -> bool {
         if permission == permissions::OPERATOR {
-            return self.permissions.iter().any(|given| given == permission);
+            return self.permissions.iter().any(|granted| granted == permission);
         }
         let area = permission.split_once(':').map(|(area, _)| area);
-        self.permissions.iter().any(|given| {
-            given == "*"
-                || given == permission
-                || given.strip_suffix(":*").is_some_and(|given_area| Some(given_area) == area)
+        self.permissions.iter().any(|granted| {
+            granted == "*"
+                || granted == permission
+                || granted.strip_suffix(":*").is_some_and(|granted_area| Some(granted_area) == area)
         })
     }
 
-    /// Whether it may see what this owner has.
+    /// Returns whether the caller may read this owner's requests.
     #[must_use]
     pub fn may_read(&self, tenant: &str, user: &str) -> bool {
         self.tenant == tenant && (self.user == user || self.may(permissions::REQUESTS_READ))
     }
 
-    /// Whether it may change what this owner has.
+    /// Returns whether the caller may change this owner's requests.
     #[must_use]
     pub fn may_write(&self, tenant: &str, user: &str) -> bool {
         self.tenant == tenant && (self.user == user || self.may(permissions::REQUESTS_WRITE))
@@ -75,7 +75,7 @@ mod tests {
     }
 
     #[test]
-    fn permissions_match_by_name_area_and_star() {
+    fn permissions_match_by_name_area_and_wildcard() {
         assert!(with(&["reports:run"]).may("reports:run"));
         assert!(with(&["reports:*"]).may("reports:run"));
         assert!(with(&["*"]).may("reports:run"));
@@ -85,7 +85,7 @@ mod tests {
     }
 
     #[test]
-    fn operators_are_named_and_nothing_else_makes_one() {
+    fn only_the_exact_name_grants_operator() {
         for others in [&["*"][..], &["operator:*"], &["*:*"], &["Operator"], &["operators"], &[]] {
             assert!(!with(others).may("operator"), "{others:?}");
         }
@@ -95,7 +95,7 @@ mod tests {
     }
 
     #[test]
-    fn no_permission_reaches_another_tenant() {
+    fn no_permission_grants_access_to_other_tenants() {
         assert!(with(&[]).may_read("acme", "ann"));
         assert!(!with(&[]).may_read("acme", "bob"));
         assert!(with(&["requests:read"]).may_read("acme", "bob"));

@@ -1,4 +1,4 @@
-//! Files with secrets in the data folder.
+//! Files that contain secrets, in the data folder.
 
 use std::{
     fs::{self, DirBuilder, OpenOptions},
@@ -8,35 +8,35 @@ use std::{
     sync::atomic::{AtomicU32, Ordering},
 };
 
-/// Makes a file that only its owner can read, whole or not at all, unless it is there: of several
-/// processes that do so at the same time, one makes it, and the others then find it.
+/// Creates a file that only its owner can read, atomically, unless it exists: if several processes call
+/// this at the same time, one creates the file and the others find it.
 ///
 /// # Errors
-/// When it cannot be written.
+/// Returns an error if the file cannot be written.
 pub fn create_private_file(path: &Path, bytes: &[u8]) -> io::Result<()> {
-    static DRAFTS: AtomicU32 = AtomicU32::new(0);
+    static TEMPORARY_FILES: AtomicU32 = AtomicU32::new(0);
     let folder = path.parent().unwrap_or(Path::new("."));
     let mut builder = DirBuilder::new();
     #[cfg(unix)]
     std::os::unix::fs::DirBuilderExt::mode(&mut builder, 0o700);
     builder.recursive(true).create(folder)?;
-    let number = DRAFTS.fetch_add(1, Ordering::Relaxed);
-    let draft = path.with_extension(format!("{}-{number}.new", process::id()));
-    let written = write(&draft, bytes).and_then(|()| match fs::hard_link(&draft, path) {
+    let number = TEMPORARY_FILES.fetch_add(1, Ordering::Relaxed);
+    let temporary = path.with_extension(format!("{}-{number}.new", process::id()));
+    let written = write(&temporary, bytes).and_then(|()| match fs::hard_link(&temporary, path) {
         Err(error) if error.kind() == io::ErrorKind::AlreadyExists => Ok(()),
         linked => linked,
     });
-    let removed = fs::remove_file(&draft);
+    let removed = fs::remove_file(&temporary);
     written.and(removed)?;
     fs::File::open(folder)?.sync_all()
 }
 
-/// Warns of a file with a secret that others than its owner can read.
+/// Logs a warning if users other than the owner can read a file that contains a secret.
 pub fn warn_if_others_can_read(path: &Path) {
     #[cfg(unix)]
     {
         use std::os::unix::fs::PermissionsExt;
-        // Reading it, which comes next, says why it cannot be looked at.
+        // The caller reads the file next, which reports the error.
         let Ok(metadata) = fs::metadata(path) else { return };
         let mode = metadata.permissions().mode() & 0o777;
         if mode & 0o077 != 0 {
@@ -44,7 +44,7 @@ pub fn warn_if_others_can_read(path: &Path) {
             tracing::warn!(
                 path = %path.display(),
                 mode,
-                "others can read a file with a secret; its mode should be 600"
+                "a file that contains a secret is readable by other users; set its mode to 600"
             );
         }
     }
@@ -67,15 +67,15 @@ mod tests {
     use super::*;
 
     #[test]
-    fn of_many_that_make_it_at_once_all_find_the_same() {
+    fn concurrent_creators_all_read_the_same_file() {
         let folder = std::env::temp_dir().join(format!("streamer-private-{}", process::id()));
         let path = folder.join("secret");
-        let made = |number: u8| {
+        let create = |number: u8| {
             create_private_file(&path, &[number; 32]).unwrap();
             fs::read(&path).unwrap()
         };
         let found: Vec<_> = thread::scope(|scope| {
-            let threads: Vec<_> = (0..8).map(|n| scope.spawn(move || made(n))).collect();
+            let threads: Vec<_> = (0..8).map(|n| scope.spawn(move || create(n))).collect();
             threads.into_iter().map(|thread| thread.join().unwrap()).collect()
         });
         assert!(found.iter().all(|one| *one == found[0] && one.len() == 32));
@@ -84,7 +84,7 @@ mod tests {
             use std::os::unix::fs::PermissionsExt;
             assert_eq!(fs::metadata(&path).unwrap().permissions().mode() & 0o777, 0o600);
         }
-        assert_eq!(fs::read_dir(&folder).unwrap().count(), 1, "no draft is left");
+        assert_eq!(fs::read_dir(&folder).unwrap().count(), 1, "no temporary file is left");
         fs::remove_dir_all(&folder).unwrap();
     }
 }

@@ -1,4 +1,4 @@
-//! JSON without doubled members.
+//! JSON without duplicate members.
 
 use std::fmt;
 
@@ -8,8 +8,8 @@ use serde::{
 };
 use serde_json::{Map, Value};
 
-/// A JSON value in which no object has a member twice, at any depth: of a doubled one, two readers
-/// could take different values.
+/// JSON value without duplicate members in any object at any depth: different readers could use
+/// different values of a duplicate.
 pub(crate) struct UniqueJson(pub(crate) Value);
 
 impl<'de> Deserialize<'de> for UniqueJson {
@@ -85,17 +85,17 @@ mod tests {
     use super::*;
 
     #[test]
-    fn values_are_read_as_they_are() {
+    fn values_are_read_unchanged() {
         let text = r#"{"a":[null,true,-1,18446744073709551615,1.5,"é",{}],"b":{"a":{"a":1}}}"#;
         let read: UniqueJson = serde_json::from_str(text).unwrap();
         assert_eq!(read.0, serde_json::from_str::<Value>(text).unwrap());
     }
 
     #[test]
-    fn doubled_members_are_refused_at_any_depth() {
+    fn duplicate_members_are_rejected_at_any_depth() {
         for text in [r#"{"a":1,"a":1}"#, r#"{"a":{"b":1,"b":2}}"#, r#"[[{"b":1,"\u0062":2}]]"#] {
-            let refused = serde_json::from_str::<UniqueJson>(text).err().unwrap();
-            assert!(refused.to_string().contains("occurs twice"), "{refused}");
+            let error = serde_json::from_str::<UniqueJson>(text).err().unwrap();
+            assert!(error.to_string().contains("occurs twice"), "{error}");
         }
     }
 }

@@ -1,4 +1,4 @@
-//! The grammar of the command line.
+//! Arguments of the command line.
 
 use std::{net::SocketAddr, path::PathBuf};
 
@@ -7,91 +7,92 @@ use clap_complete::Shell;
 
 use crate::bench::BenchArguments;
 
-/// Requests that take longer than a connection lives: submit, watch live progress, get exactly one
-/// outcome, whatever dies in between.
+/// Run requests that outlive connections: submit them, watch live progress, get exactly one outcome
+/// despite failures.
 #[derive(Debug, Parser)]
 #[command(name = "streamer", version, max_term_width = 100, propagate_version = true)]
 #[command(after_help = "Examples:
-  streamer demo                                  everything at once, in one minute
-  streamer up                                    a server on 127.0.0.1:8080
-  streamer submit echo --payload '{\"n\":1}'       a sync action: answered at once
+  streamer demo                                  show all features in one minute
+  streamer up                                    start a server on 127.0.0.1:8080
+  streamer submit echo --payload '{\"n\":1}'       run a sync action, which returns directly
   streamer submit process_data --payload-file p.json
-  streamer watch 01JD… --after-seq 17            come back to a request
+  streamer watch 01JD… --after-seq 17            resume watching a request
 
-Exit codes: 0 done, 1 the request failed, 2 wrong usage, 3 the server cannot be reached,
-4 not permitted, 5 cancelled, 130 left by Ctrl-C (a request goes on).")]
+Exit codes: 0 success, 1 request failed, 2 invalid usage, 3 server unreachable, 4 permission denied,
+5 request cancelled, 130 interrupted by Ctrl-C (the request continues).")]
 pub struct Cli {
-    /// What to do.
+    /// The command to run.
     #[command(subcommand)]
     pub command: Command,
 }
 
-/// What to do.
+/// Commands of the binary.
 #[derive(Debug, Subcommand)]
 pub enum Command {
-    /// Start a server: every service in this process, on one port.
+    /// Start a server with all services in one process, on one port.
     Up(UpArguments),
-    /// Start a gateway alone: WebSocket, and every public call passed on to whose it is.
+    /// Start only a gateway, which serves WebSocket connections and forwards public gRPC calls.
     ///
-    /// Needs store.engine=dynamodb, peers.router and peers.progress; peers.processor for workers that
-    /// connect here, peers.gateway to reach connections of other gateways, and peers.secret_file
-    /// beyond loopback.
+    /// Requires store.engine=dynamodb, peers.router and peers.progress; peers.processor for workers that
+    /// connect here, peers.gateway to reach connections of other gateways, and peers.secret_file on an
+    /// address other than loopback.
     Gateway(UpArguments),
-    /// Start a router alone: admits requests, tells about them.
+    /// Start only a router, which admits requests and announces them to processors.
     ///
-    /// Needs store.engine=dynamodb, peers.processor and peers.progress, and peers.secret_file beyond
-    /// loopback.
+    /// Requires store.engine=dynamodb, peers.processor and peers.progress, and peers.secret_file on an
+    /// address other than loopback.
     Router(UpArguments),
-    /// Start a processor alone: runs requests, gives them to workers.
+    /// Start only a processor, which runs requests or assigns them to workers.
     ///
-    /// Needs store.engine=dynamodb and peers.progress, and peers.secret_file beyond loopback.
+    /// Requires store.engine=dynamodb and peers.progress, and peers.secret_file on an address other than
+    /// loopback.
     Processor(UpArguments),
-    /// Start a progress service alone: keeps and streams the logs.
+    /// Start only a progress service, which stores and streams event logs.
     ///
-    /// Needs store.engine=dynamodb and peers.progress (all of them, itself included), and
-    /// peers.secret_file beyond loopback.
+    /// Requires store.engine=dynamodb and peers.progress (all of them, including this one), and
+    /// peers.secret_file on an address other than loopback.
     Progress(UpArguments),
-    /// Make, check or print the tables of engine dynamodb.
+    /// Create, check or print the tables of engine dynamodb.
     Tables(TablesArguments),
-    /// Say whether a server can do its job; exit code 0 when it can.
+    /// Check whether a server is ready; exit with code 0 if it is.
     Health(HealthArguments),
-    /// Show it all: start a server, profile a CSV file through a WebSocket, write a report.
+    /// Run a demo: start a server, profile a CSV file over a WebSocket, write a report.
     Demo(DemoArguments),
     /// Submit a request and follow it to its end.
     Submit(SubmitArguments),
-    /// Follow a request that was submitted before.
+    /// Follow an existing request to its end.
     Watch(WatchArguments),
-    /// Show one request, with its payload and result.
-    Get(OneArguments),
+    /// Show a request with its payload and result.
+    Get(GetArguments),
     /// List requests, newest first.
     List(ListArguments),
-    /// Ask that a request end.
+    /// Cancel a request.
     Cancel(CancelArguments),
     /// Run a failed or cancelled request again, as a new one.
     Redrive(RedriveArguments),
-    /// Run the built-in handlers in this process, for a server elsewhere.
+    /// Run the built-in handlers in this process, as a worker of a server.
     Worker(WorkerArguments),
-    /// List what can be asked for.
-    Actions(Common),
-    /// See the live WebSocket connections, speak to them, end them.
+    /// List the available actions.
+    Actions(CommonArguments),
+    /// List, message and close live WebSocket connections.
     Connections(ConnectionsArguments),
-    /// Print a token signed with the development key, and nothing else.
+    /// Print a token that is signed with the development key.
     Token(TokenArguments),
     /// Measure a server under load.
     Bench(BenchArguments),
-    /// Show the configuration that would be in force.
+    /// Print the effective configuration.
     Config(ConfigArguments),
-    /// Print completions for a shell.
+    /// Print shell completions.
     Completions {
-        /// bash, zsh, fish, elvish or powershell.
+        /// Shell to print completions for.
         shell: Shell,
     },
 }
 
-/// Where the server is and who asks.
+/// Server and credentials.
 #[derive(Args, Clone, Debug)]
-pub struct Common {
-    /// The server.
+pub struct CommonArguments {
+    /// URL of the server.
     #[arg(
         long,
         env = "STREAMER_SERVER",
@@ -99,31 +100,31 @@ pub struct Common {
         value_name = "URL"
     )]
     pub server: String,
-    /// Who asks. Without one, for a server on this machine, one is made with the development key
-    /// in the data folder.
+    /// Token of the caller. By default, a token for a server on this machine is signed with the
+    /// development key in the data folder.
     #[arg(long, env = "STREAMER_TOKEN", hide_env_values = true, value_name = "TOKEN")]
     pub token: Option<String>,
-    /// File with the token, read again for each connection and when the token expires.
+    /// File with the token; read for each connection and when the token expires.
     #[arg(long, env = "STREAMER_TOKEN_FILE", value_name = "FILE", conflicts_with = "token")]
     pub token_file: Option<PathBuf>,
-    /// The server's data folder, for the development key.
+    /// Data folder of the server, which holds the development key.
     #[arg(long, env = "STREAMER_DATA", default_value = "./streamer-data", value_name = "DIR")]
     pub data: PathBuf,
-    /// Print one JSON object a line, also on a terminal.
+    /// Print one JSON object per line, even on a terminal.
     #[arg(long)]
     pub json: bool,
 }
 
 /// `streamer up`
 #[derive(Args, Clone, Debug)]
-#[command(after_help = "Every option of the configuration can be set here:
+#[command(after_help = "--set accepts every configuration option:
   streamer up --set gateway.max_connections=100 --set log.filter=info
-`streamer config --default` prints them all, with their meaning.")]
+`streamer config --default` lists all options with their descriptions.")]
 pub struct UpArguments {
-    /// Address and port; port 0 takes a free one [default: 127.0.0.1:8080].
+    /// Address and port; port 0 selects a free port [default: 127.0.0.1:8080].
     #[arg(long, value_name = "ADDRESS")]
     pub listen: Option<SocketAddr>,
-    /// Folder of the store and of the development key [default: ./streamer-data].
+    /// Folder for the store and the development key [default: ./streamer-data].
     #[arg(long, env = "STREAMER_DATA", value_name = "DIR")]
     pub data: Option<PathBuf>,
     #[command(flatten)]
@@ -131,13 +132,13 @@ pub struct UpArguments {
     pub config: ConfigSources,
 }
 
-/// Where the configuration comes from.
+/// Sources of the configuration.
 #[derive(Args, Clone, Debug, Default)]
 pub struct ConfigSources {
-    /// Configuration file [default: streamer.toml, if it is there].
+    /// Configuration file [default: streamer.toml, if it exists].
     #[arg(long, env = "STREAMER_CONFIG", value_name = "FILE")]
     pub config: Option<PathBuf>,
-    /// Set an option; may be repeated.
+    /// Set a configuration option; may be repeated.
     #[arg(long = "set", value_name = "SECTION.OPTION=VALUE")]
     pub set: Vec<String>,
 }
@@ -145,26 +146,26 @@ pub struct ConfigSources {
 /// `streamer tables`
 #[derive(Args, Clone, Debug)]
 pub struct TablesArguments {
-    /// What to do.
+    /// The command to run.
     #[command(subcommand)]
     pub command: TablesCommand,
 }
 
-/// What to do with the tables.
+/// Commands for tables.
 #[derive(Clone, Debug, Subcommand)]
 pub enum TablesCommand {
-    /// Make those that are not there; what is there is compared, and never changed.
+    /// Create missing tables and compare existing ones, which are never changed.
     Create(ConfigSources),
-    /// Compare them with what they should be.
+    /// Compare the tables with their required definitions.
     Check(ConfigSources),
-    /// Print them as a CloudFormation template.
+    /// Print the tables as a CloudFormation template.
     Cloudformation(ConfigSources),
 }
 
 /// `streamer health`
 #[derive(Args, Clone, Debug)]
 pub struct HealthArguments {
-    /// The server.
+    /// URL of the server.
     #[arg(
         long,
         env = "STREAMER_SERVER",
@@ -172,7 +173,7 @@ pub struct HealthArguments {
         value_name = "URL"
     )]
     pub server: String,
-    /// The service to ask about, like streamer.router.v1.RouterService; empty means the server.
+    /// Service to check, like streamer.router.v1.RouterService; empty means the whole server.
     #[arg(long, default_value = "", value_name = "NAME")]
     pub service: String,
 }
@@ -180,7 +181,7 @@ pub struct HealthArguments {
 /// `streamer config`
 #[derive(Args, Clone, Debug)]
 pub struct ConfigArguments {
-    /// The defaults, not what file, environment and flags make of them.
+    /// Print the defaults and ignore file, environment and flags.
     #[arg(long)]
     pub default: bool,
     #[command(flatten)]
@@ -191,34 +192,34 @@ pub struct ConfigArguments {
 /// `streamer demo`
 #[derive(Args, Clone, Debug)]
 pub struct DemoArguments {
-    /// A CSV file with a header line [default: penguins that come with the program].
+    /// CSV file with a header line [default: a built-in penguin data set].
     pub file: Option<PathBuf>,
-    /// Where the report goes.
+    /// File to which the report is written.
     #[arg(long, default_value = "streamer-report.html", value_name = "FILE")]
     pub report: PathBuf,
 }
 
 /// `streamer worker`
 #[derive(Args, Clone, Debug)]
-#[command(after_help = "The server must leave the actions to workers:
+#[command(after_help = "The server must not run the actions itself:
   streamer up --set execution.local_actions=echo,health
   streamer worker --actions process_data,generate_report
 
-SIGTERM lets running attempts end within the drain timeout and hands the rest back; a second SIGTERM
-stops the worker at once.")]
+On SIGTERM, running attempts may finish within the drain timeout; the others are returned to the
+server. A second SIGTERM stops the worker immediately.")]
 pub struct WorkerArguments {
-    /// Which of them, separated by commas [default: all].
+    /// Actions to run, separated by commas [default: all].
     #[arg(long, value_name = "ACTIONS", value_delimiter = ',')]
     pub actions: Vec<String>,
-    /// Attempts that run at once.
+    /// Maximum number of concurrent attempts.
     #[arg(long, default_value_t = 8, value_parser = clap::value_parser!(u32).range(1..=10_000))]
     pub slots: u32,
-    /// How long running attempts may go on when it stops: a number and s, m, h or d.
+    /// How long running attempts may continue on shutdown: a number and s, m, h or d.
     #[arg(long, default_value = "30s", value_parser = crate::token::parse_duration)]
     pub drain_timeout: std::time::Duration,
     #[command(flatten)]
     #[allow(missing_docs)]
-    pub common: Common,
+    pub common: CommonArguments,
 }
 
 /// `streamer submit`
@@ -229,97 +230,97 @@ pub struct WorkerArguments {
   echo '{\"steps\":3}' | streamer submit echo_async -
   streamer submit echo_async --id nightly-1 --detach
 
-Ctrl-C leaves the request running and says how to come back.")]
+Ctrl-C stops watching and prints how to resume; the request continues.")]
 pub struct SubmitArguments {
-    /// What is asked for; `streamer actions` lists them.
+    /// Action to run; `streamer actions` lists the available ones.
     pub action: String,
     /// `-` reads the payload from standard input.
     #[arg(value_name = "-", value_parser = ["-"], conflicts_with_all = ["payload", "payload_file"])]
     pub stdin: Option<String>,
-    /// Its input, as JSON.
+    /// Payload, as JSON.
     #[arg(long, value_name = "JSON", conflicts_with = "payload_file")]
     pub payload: Option<String>,
-    /// A file with its input.
+    /// File with the payload.
     #[arg(long, value_name = "FILE")]
     pub payload_file: Option<PathBuf>,
-    /// Your own name for it; submitting the same again starts nothing new.
+    /// Id of the request. Submitting the same request with the same id again has no effect.
     #[arg(long)]
     pub id: Option<String>,
     /// Print only the outcome.
     #[arg(long, conflicts_with = "detach")]
     pub wait: bool,
-    /// Print only the acknowledgement, and leave.
+    /// Print only the acknowledgment and exit without waiting for the outcome.
     #[arg(long)]
     pub detach: bool,
-    /// 0 to 9; higher runs first.
+    /// Priority, 0 to 9; requests with a higher priority run first.
     #[arg(long, default_value_t = 0, value_parser = clap::value_parser!(i32).range(0..=9))]
     pub priority: i32,
-    /// Do not start earlier than so many milliseconds from now.
+    /// Delay the start of the request by at least this many milliseconds.
     #[arg(long, default_value_t = 0, value_name = "MS")]
     pub delay_ms: u64,
-    /// Begin a trace, or continue that of the environment variable TRACEPARENT, and print its id on
-    /// standard error. The server decides whether it records spans (trace.trust_callers).
+    /// Start a trace, or continue that of the environment variable TRACEPARENT, and print its id to
+    /// standard error. The server decides whether to record spans (trace.trust_callers).
     #[arg(long)]
     pub trace: bool,
     #[command(flatten)]
     #[allow(missing_docs)]
-    pub common: Common,
+    pub common: CommonArguments,
 }
 
 /// `streamer watch`
 #[derive(Args, Clone, Debug)]
 pub struct WatchArguments {
-    /// Its id or uid.
+    /// Id or uid of the request.
     pub id: String,
-    /// The last event that was seen; 0 for all.
+    /// Start after this event; 0 prints all events.
     #[arg(long, default_value_t = 0, value_name = "N", value_parser = clap::value_parser!(i64).range(0..))]
     pub after_seq: i64,
     #[command(flatten)]
     #[allow(missing_docs)]
-    pub common: Common,
+    pub common: CommonArguments,
 }
 
-/// A command about one request.
+/// `streamer get`
 #[derive(Args, Clone, Debug)]
-pub struct OneArguments {
-    /// Its id or uid.
+pub struct GetArguments {
+    /// Id or uid of the request.
     pub id: String,
     #[command(flatten)]
     #[allow(missing_docs)]
-    pub common: Common,
+    pub common: CommonArguments,
 }
 
 /// `streamer list`
 #[derive(Args, Clone, Debug)]
 pub struct ListArguments {
-    /// Only these states: QUEUED, RUNNING, SUCCEEDED, FAILED, CANCELLED; may be repeated.
+    /// List only requests in this state: QUEUED, RUNNING, SUCCEEDED, FAILED or CANCELLED; may be repeated.
     #[arg(long = "state", value_name = "STATE")]
     pub states: Vec<streamer_core::RequestState>,
-    /// At most so many.
+    /// Maximum number of requests to list.
     #[arg(long, default_value_t = 50, value_parser = clap::value_parser!(i32).range(1..=500))]
     pub limit: i32,
-    /// Continue where an earlier list ended.
+    /// Page token that an earlier list printed.
     #[arg(long, default_value = "", value_name = "PAGE_TOKEN")]
     pub page_token: String,
-    /// All requests of this tenant; needs permission `operator`.
+    /// List all requests of this tenant; requires permission `operator`.
     #[arg(long, default_value = "", value_name = "TENANT", hide_default_value = true)]
     pub tenant: String,
     #[command(flatten)]
     #[allow(missing_docs)]
-    pub common: Common,
+    pub common: CommonArguments,
 }
 
 /// `streamer cancel`
 #[derive(Args, Clone, Debug)]
 pub struct CancelArguments {
-    /// Its id or uid.
+    /// Id or uid of the request.
     pub id: String,
-    /// Why; kept in the log.
+    /// Reason, which is stored in the log.
     #[arg(long, default_value = "")]
     pub reason: String,
     #[command(flatten)]
     #[allow(missing_docs)]
-    pub common: Common,
+    pub common: CommonArguments,
 }
 
 /// `streamer redrive`
@@ -329,92 +330,92 @@ pub struct CancelArguments {
   streamer redrive --all --action generate_report --since 24h --dry-run
   streamer redrive --all --state FAILED --state CANCELLED
 
-With --all, what was redriven by it before is not redriven again.")]
+With --all, requests that were already redriven with --all are skipped.")]
 pub struct RedriveArguments {
-    /// Id or uid of the request that ended.
+    /// Id or uid of the failed or cancelled request.
     #[arg(required_unless_present = "all", conflicts_with = "all")]
     pub id: Option<String>,
-    /// Your own name for the new one.
+    /// Id of the new request.
     #[arg(long, default_value = "", conflicts_with = "all")]
     pub new_id: String,
-    /// All that failed, as far as the other options say.
+    /// Redrive all failed requests that match the other options.
     #[arg(long)]
     pub all: bool,
-    /// With --all: FAILED, CANCELLED; may be repeated [default: FAILED].
+    /// With --all: only requests in this state, FAILED or CANCELLED; may be repeated [default: FAILED].
     #[arg(long = "state", value_name = "STATE", requires = "all")]
     pub states: Vec<streamer_core::RequestState>,
-    /// With --all: only this action.
+    /// With --all: only requests for this action.
     #[arg(long, default_value = "", requires = "all")]
     pub action: String,
-    /// With --all: only what was accepted within so long: a number and s, m, h or d.
+    /// With --all: only requests accepted within this time before now: a number and s, m, h or d.
     #[arg(long, requires = "all", value_parser = crate::token::parse_duration)]
     pub since: Option<std::time::Duration>,
-    /// With --all: only print what would be redriven.
+    /// With --all: print the requests that would be redriven, and change nothing.
     #[arg(long, requires = "all")]
     pub dry_run: bool,
     #[command(flatten)]
     #[allow(missing_docs)]
-    pub common: Common,
+    pub common: CommonArguments,
 }
 
 /// `streamer connections`
 #[derive(Args, Clone, Debug)]
 pub struct ConnectionsArguments {
-    /// What to do with them.
+    /// The command to run.
     #[command(subcommand)]
     pub command: ConnectionsCommand,
 }
 
-/// What to do with connections.
+/// Commands for connections.
 #[derive(Clone, Debug, Subcommand)]
 pub enum ConnectionsCommand {
     /// List the tenant's connections.
     List {
-        /// Only this user's.
+        /// List only connections of this user.
         #[arg(long, default_value = "")]
         user: String,
         #[command(flatten)]
         #[allow(missing_docs)]
-        common: Common,
+        common: CommonArguments,
     },
-    /// Send a message to a user's connections, or to one connection.
+    /// Send a message to all connections of a user, or to one connection.
     Send {
-        /// What it is about.
+        /// Topic of the message.
         topic: String,
-        /// The message, as JSON.
+        /// Message, as JSON.
         #[arg(id = "message")]
         data: String,
-        /// To this user.
+        /// User to send to.
         #[arg(long, required_unless_present = "connection", conflicts_with = "connection")]
         user: Option<String>,
-        /// To this connection.
+        /// Id of the connection to send to.
         #[arg(long)]
         connection: Option<String>,
         #[command(flatten)]
         #[allow(missing_docs)]
-        common: Common,
+        common: CommonArguments,
     },
-    /// Send a message to every connection of the tenant.
+    /// Send a message to all connections of the tenant.
     Broadcast {
-        /// What it is about.
+        /// Topic of the message.
         topic: String,
-        /// The message, as JSON.
+        /// Message, as JSON.
         #[arg(id = "message")]
         data: String,
         #[command(flatten)]
         #[allow(missing_docs)]
-        common: Common,
+        common: CommonArguments,
     },
     /// Close a connection.
     Disconnect {
-        /// Which.
+        /// Id of the connection.
         connection: String,
-        /// Told to the client.
+        /// Reason, which is sent to the client.
         #[arg(long, default_value = "")]
         reason: String,
         #[command(flatten)]
         #[allow(missing_docs)]
-        common: Common,
+        common: CommonArguments,
     },
 }
 
@@ -430,10 +431,10 @@ pub struct TokenArguments {
     /// Claim `permissions`, separated by commas; `*` for all.
     #[arg(long, default_value = "", value_delimiter = ',')]
     pub permissions: Vec<String>,
-    /// How long it is valid: a number and s, m, h or d.
+    /// Lifetime of the token: a number and s, m, h or d.
     #[arg(long, default_value = "1h", value_parser = crate::token::parse_duration)]
     pub expires: std::time::Duration,
-    /// The data folder that holds the key; a key is made when there is none.
+    /// Data folder of the development key, which is created if it does not exist.
     #[arg(long, env = "STREAMER_DATA", default_value = "./streamer-data", value_name = "DIR")]
     pub data: PathBuf,
 }

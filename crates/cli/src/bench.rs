@@ -1,8 +1,8 @@
-//! `streamer bench`: load on a server, and what came of it.
+//! `streamer bench`: loads a server and measures throughput, latency and resource use.
 //!
-//! Latency is measured from when a request was due, not from when the generator got round to
-//! sending it, so that a server that stalls is charged for everything that waited meanwhile (no
-//! coordinated omission). What is counted was checked: every log seen without a gap.
+//! Latency is measured from the time when a request was due, not from when the generator sent it, so
+//! that a server that stalls is charged for all requests that waited meanwhile (no coordinated
+//! omission). Only verified requests count: every log must be received without a gap.
 
 mod cancel;
 mod fairness;
@@ -27,8 +27,8 @@ use report::Report;
 /// `streamer bench`
 #[derive(Args, Clone, Debug)]
 #[command(
-    after_help = "Without --server a server is started for the measurement: this program, in a
-process of its own, with a new data folder, its rate and connection limits out of the way.
+    after_help = "Without --server, a server is started for the measurement: this program in a
+separate process, with a new data folder and relaxed rate and connection limits.
 
 Examples:
   streamer bench sync --connections 256
@@ -44,172 +44,173 @@ Examples:
   streamer bench idle --connections 15000"
 )]
 pub struct BenchArguments {
-    /// What to measure.
+    /// The benchmark to run.
     #[command(subcommand)]
-    pub what: Bench,
+    pub bench: Bench,
 }
 
-/// What to measure.
+/// Benchmarks.
 #[derive(Clone, Debug, Subcommand)]
 pub enum Bench {
-    /// Sync requests (`echo`) over WebSocket.
+    /// Measure sync requests (`echo`) over WebSocket.
     Sync {
-        /// WebSockets.
+        /// Number of WebSocket connections.
         #[arg(long, default_value_t = 256)]
         connections: usize,
-        /// Requests a second in all, sent when due whatever the server does; 0 sends the next when
-        /// the last is answered.
+        /// Total requests per second, sent on schedule even if the server is slow (open loop); 0
+        /// sends each request after the response to the one before (closed loop).
         #[arg(long, default_value_t = 0)]
         rate: u64,
-        /// How long, after a second to warm up.
+        /// Duration of the measurement, after a warm-up of one second.
         #[arg(long, default_value = "5s", value_parser = parse_duration)]
         duration: Duration,
         #[command(flatten)]
         #[allow(missing_docs)]
         common: BenchCommon,
     },
-    /// Whole lives of async requests: submit, progress, result, each event durable.
+    /// Measure complete async requests: submission, progress and result, with durable events.
     Lifecycle {
-        /// Requests that are underway at once.
+        /// Number of concurrent requests.
         #[arg(long, default_value_t = 256)]
         in_flight: usize,
-        /// WebSockets.
+        /// Number of WebSocket connections.
         #[arg(long, default_value_t = 16)]
         connections: usize,
-        /// Progress events of each.
+        /// Number of progress events per request.
         #[arg(long, default_value_t = 10)]
         steps: u32,
-        /// Submissions a second in all, sent when due whatever the server does; 0 sends the next
-        /// when one ends.
+        /// Total submissions per second, sent on schedule even if the server is slow (open loop); 0
+        /// submits the next request when one ends (closed loop).
         #[arg(long, default_value_t = 0)]
         rate: u64,
-        /// How long, after a second to warm up.
+        /// Duration of the measurement, after a warm-up of one second.
         #[arg(long, default_value = "5s", value_parser = parse_duration)]
         duration: Duration,
-        /// Run the handlers in so many worker processes; 0 runs them in the server.
+        /// Number of worker processes that run the handlers; 0 runs them in the server.
         #[arg(long, default_value_t = 0)]
         workers: usize,
-        /// What to start as a worker of echo_async, with STREAMER_SERVER, STREAMER_TOKEN and
-        /// STREAMER_SLOTS set [default: this program's own `worker`].
+        /// Command that starts a worker for echo_async, with STREAMER_SERVER, STREAMER_TOKEN and
+        /// STREAMER_SLOTS set [default: `worker` of this program].
         #[arg(long, value_name = "COMMAND", requires = "workers")]
         worker_command: Option<String>,
         #[command(flatten)]
         #[allow(missing_docs)]
         common: BenchCommon,
     },
-    /// Events of running requests to those who watch.
+    /// Measure the delivery of events of running requests to watchers.
     Fanout {
-        /// Requests that run at once.
+        /// Number of concurrent requests.
         #[arg(long, default_value_t = 1)]
         requests: usize,
-        /// Watchers of each, each with a WebSocket of its own.
+        /// Number of watchers per request, each with a separate WebSocket connection.
         #[arg(long, default_value_t = 1000)]
         watchers: usize,
-        /// Progress events of each request.
+        /// Number of progress events per request.
         #[arg(long, default_value_t = 2000)]
         events: u32,
-        /// Milliseconds between two events of a request; 0 for as fast as they can be stored.
+        /// Milliseconds between two events of a request; 0 sends them as fast as they can be stored.
         #[arg(long, default_value_t = 1)]
         delay_ms: u32,
-        /// Chunks of output of each request, spread evenly among its events.
+        /// Number of output chunks per request, spread evenly among its events.
         #[arg(long, default_value_t = 0)]
         output_chunks: u32,
-        /// Characters of each chunk.
+        /// Number of characters per chunk.
         #[arg(long, default_value_t = 64)]
         chunk_bytes: u32,
         #[command(flatten)]
         #[allow(missing_docs)]
         common: BenchCommon,
     },
-    /// From asking for cancellation to the end of a running request.
+    /// Measure the time from a cancellation to the end of the running request.
     Cancel {
-        /// Requests, one after the other.
+        /// Number of requests, which run one after the other.
         #[arg(long, default_value_t = 200)]
         count: usize,
-        /// Run the handlers in so many worker processes; 0 runs them in the server.
+        /// Number of worker processes that run the handlers; 0 runs them in the server.
         #[arg(long, default_value_t = 0)]
         workers: usize,
-        /// As of `bench lifecycle`.
+        /// Command that starts a worker: see `bench lifecycle`.
         #[arg(long, value_name = "COMMAND", requires = "workers")]
         worker_command: Option<String>,
         #[command(flatten)]
         #[allow(missing_docs)]
         common: BenchCommon,
     },
-    /// How long tenants wait for a start while another one floods the queue, and while it does not.
+    /// Measure how long requests wait to start while one tenant floods the queue, and without the
+    /// flood.
     Fairness {
-        /// Tenants, one of which floods.
+        /// Number of tenants, one of which floods the queue.
         #[arg(long, default_value_t = 10)]
         tenants: usize,
-        /// Requests of the one that floods.
+        /// Number of requests of the flooding tenant.
         #[arg(long, default_value_t = 100_000)]
         flood: usize,
-        /// Requests a second of each of the others.
+        /// Requests per second of each of the other tenants.
         #[arg(long, default_value_t = 20)]
         rate: u64,
-        /// How long each of the two measurements is.
+        /// Duration of each measurement.
         #[arg(long, default_value = "8s", value_parser = parse_duration)]
         duration: Duration,
         #[command(flatten)]
         #[allow(missing_docs)]
         common: BenchCommon,
     },
-    /// How long small requests of one tenant take while the output of another tenant floods the store, and
-    /// while it does not.
+    /// Measure the latency of small requests while the output of a second tenant floods the store, and
+    /// without the flood.
     Output {
-        /// Attempts of the flood that run at once.
+        /// Number of concurrent attempts of the flooding tenant.
         #[arg(long, default_value_t = 50)]
         attempts: usize,
-        /// Output chunks of each of them.
+        /// Number of output chunks per attempt.
         #[arg(long, default_value_t = 20)]
         output_chunks: u32,
-        /// Characters of each chunk.
+        /// Number of characters per chunk.
         #[arg(long, default_value_t = 1_000_000)]
         chunk_bytes: u32,
-        /// Small requests a second.
+        /// Small requests per second.
         #[arg(long, default_value_t = 20)]
         rate: u64,
-        /// How long each of the two measurements is.
+        /// Duration of each of the two measurements.
         #[arg(long, default_value = "8s", value_parser = parse_duration)]
         duration: Duration,
         #[command(flatten)]
         #[allow(missing_docs)]
         common: BenchCommon,
     },
-    /// How long small requests of one tenant take while another tenant goes beyond one limit after the other,
-    /// and while it does not.
+    /// Measure the latency of small requests while a second tenant exceeds each limit in turn, and
+    /// without that load.
     Limits {
-        /// Messages a second of the tenant that goes beyond limits; a tenth as many connections a second.
+        /// Messages per second of the tenant that exceeds limits; it opens a tenth as many connections.
         #[arg(long, default_value_t = 2000)]
         flood_rate: u64,
-        /// Small requests a second.
+        /// Small requests per second.
         #[arg(long, default_value_t = 20)]
         rate: u64,
-        /// How long each measurement is.
+        /// Duration of each measurement.
         #[arg(long, default_value = "5s", value_parser = parse_duration)]
         duration: Duration,
-        /// Set an option of the servers that are started; may be repeated.
+        /// Set a configuration option of the started servers; may be repeated.
         #[arg(long = "set", value_name = "SECTION.OPTION=VALUE")]
         set: Vec<String>,
         /// Print one JSON object.
         #[arg(long)]
         json: bool,
     },
-    /// Start-up and claims over a store that holds much.
+    /// Measure start-up and claims on a large store.
     Store {
-        /// Requests that have ended.
+        /// Number of finished requests.
         #[arg(long, default_value_t = 1_000_000)]
         finished: usize,
-        /// Requests that wait and are due.
+        /// Number of queued requests that are due.
         #[arg(long, default_value_t = 100_000)]
         queued: usize,
         #[command(flatten)]
         #[allow(missing_docs)]
         common: BenchCommon,
     },
-    /// Memory of connections that do nothing.
+    /// Measure the memory of idle connections.
     Idle {
-        /// WebSockets, each authenticated.
+        /// Number of authenticated WebSocket connections.
         #[arg(long, default_value_t = 15_000)]
         connections: usize,
         #[command(flatten)]
@@ -218,16 +219,16 @@ pub enum Bench {
     },
 }
 
-/// Where the load goes.
+/// Server under load and output format.
 #[derive(Args, Clone, Debug)]
 pub struct BenchCommon {
-    /// A running server; must be given with --token.
+    /// URL of a running server; requires --token.
     #[arg(long, requires = "token", value_name = "URL")]
     pub server: Option<String>,
-    /// A token for it.
+    /// Token for the server.
     #[arg(long, requires = "server", hide_env_values = true, value_name = "TOKEN")]
     pub token: Option<String>,
-    /// Set an option of the server that is started; may be repeated.
+    /// Set a configuration option of the started server; may be repeated.
     #[arg(long = "set", value_name = "SECTION.OPTION=VALUE")]
     pub set: Vec<String>,
     /// Print one JSON object.
@@ -235,23 +236,23 @@ pub struct BenchCommon {
     pub json: bool,
 }
 
-/// What the load goes to.
-pub(crate) struct Subject {
+/// Server under load.
+pub(crate) struct LoadTarget {
     pub(crate) url: String,
     pub(crate) token: String,
-    /// A server of our own, whose memory and processor time can be read.
-    pub(crate) own: Option<ServerProcess>,
+    /// The server process if this program started it; its memory and processor time can be read.
+    pub(crate) process: Option<ServerProcess>,
 }
 
-impl Subject {
+impl LoadTarget {
     fn open(common: &BenchCommon) -> anyhow::Result<Self> {
         Self::open_with(common, &[])
     }
 
     fn open_with(common: &BenchCommon, settings: &[String]) -> anyhow::Result<Self> {
-        let wanted = settings;
+        let extra_settings = settings;
         if let (Some(url), Some(token)) = (&common.server, &common.token) {
-            return Ok(Self { url: url.clone(), token: token.clone(), own: None });
+            return Ok(Self { url: url.clone(), token: token.clone(), process: None });
         }
         let mut settings: Vec<String> = [
             "gateway.messages_per_second=0",
@@ -268,32 +269,36 @@ impl Subject {
         ]
         .map(str::to_owned)
         .to_vec();
-        settings.extend(wanted.iter().chain(&common.set).cloned());
-        let own = ServerProcess::start(&settings)?;
-        Ok(Self { url: own.url.clone(), token: own.token("bench")?, own: Some(own) })
+        settings.extend(extra_settings.iter().chain(&common.set).cloned());
+        let process = ServerProcess::start(&settings)?;
+        Ok(Self {
+            url: process.url.clone(),
+            token: process.token("bench")?,
+            process: Some(process),
+        })
     }
 
-    /// Adds what the server itself counts as faults, if it is ours.
+    /// Adds the delivery faults that a server started by this program counted.
     async fn check(&self, mut report: Report) -> anyhow::Result<Report> {
-        if let Some(own) = &self.own {
-            report.check_delivery(own).await?;
+        if let Some(process) = &self.process {
+            report.check_delivery(process).await?;
         }
         Ok(report)
     }
 
-    /// Processor time of the server so far, if it is ours.
+    /// Returns the processor time used so far by a server that this program started, or 0.
     pub(crate) fn processor_ms(&self) -> u64 {
-        let own = self.own.as_ref().map(ServerProcess::processor_ms);
-        own.and_then(Result::ok).unwrap_or(0)
+        let process = self.process.as_ref().map(ServerProcess::processor_ms);
+        process.and_then(Result::ok).unwrap_or(0)
     }
 }
 
 pub(crate) async fn run(arguments: BenchArguments) -> anyhow::Result<Exit> {
-    let (report, json) = match arguments.what {
+    let (report, json) = match arguments.bench {
         Bench::Sync { connections, rate, duration, common } => {
-            let subject = Subject::open(&common)?;
+            let target = LoadTarget::open(&common)?;
             (
-                subject.check(sync::run(&subject, connections, rate, duration).await?).await?,
+                target.check(sync::run(&target, connections, rate, duration).await?).await?,
                 common.json,
             )
         }
@@ -307,12 +312,12 @@ pub(crate) async fn run(arguments: BenchArguments) -> anyhow::Result<Exit> {
             worker_command,
             common,
         } => {
-            let subject = Subject::open_with(&common, &[local_actions(workers)])?;
+            let target = LoadTarget::open_with(&common, &[local_actions(workers)])?;
             let slots = in_flight.div_ceil(workers.max(1)) + 1;
             let _workers =
-                worker_process::start(&subject, workers, slots, worker_command.as_deref()).await?;
+                worker_process::start(&target, workers, slots, worker_command.as_deref()).await?;
             let load = lifecycle::Load { in_flight, connections, steps, rate, duration };
-            (subject.check(lifecycle::run(&subject, load).await?).await?, common.json)
+            (target.check(lifecycle::run(&target, load).await?).await?, common.json)
         }
         Bench::Fanout {
             requests,
@@ -323,27 +328,27 @@ pub(crate) async fn run(arguments: BenchArguments) -> anyhow::Result<Exit> {
             chunk_bytes,
             common,
         } => {
-            let subject = Subject::open(&common)?;
+            let target = LoadTarget::open(&common)?;
             let load =
                 fanout::Load { requests, watchers, events, delay_ms, output_chunks, chunk_bytes };
-            (subject.check(fanout::run(&subject, load).await?).await?, common.json)
+            (target.check(fanout::run(&target, load).await?).await?, common.json)
         }
         Bench::Cancel { count, workers, worker_command, common } => {
-            let subject = Subject::open_with(&common, &[local_actions(workers)])?;
+            let target = LoadTarget::open_with(&common, &[local_actions(workers)])?;
             let _workers =
-                worker_process::start(&subject, workers, 8, worker_command.as_deref()).await?;
-            (subject.check(cancel::run(&subject, count).await?).await?, common.json)
+                worker_process::start(&target, workers, 8, worker_command.as_deref()).await?;
+            (target.check(cancel::run(&target, count).await?).await?, common.json)
         }
         Bench::Fairness { tenants, flood, rate, duration, common } => {
-            let few = "execution.max_concurrent_attempts=64".to_owned();
-            let subject = Subject::open_with(&common, &[few])?;
+            let concurrency = "execution.max_concurrent_attempts=64".to_owned();
+            let target = LoadTarget::open_with(&common, &[concurrency])?;
             let load = fairness::Load { tenants, flood, rate, duration };
-            (subject.check(fairness::run(&subject, load).await?).await?, common.json)
+            (target.check(fairness::run(&target, load).await?).await?, common.json)
         }
         Bench::Output { attempts, output_chunks, chunk_bytes, rate, duration, common } => {
-            let subject = Subject::open(&common)?;
+            let target = LoadTarget::open(&common)?;
             let load = output::Load { attempts, output_chunks, chunk_bytes, rate, duration };
-            (subject.check(output::run(&subject, load).await?).await?, common.json)
+            (target.check(output::run(&target, load).await?).await?, common.json)
         }
         Bench::Limits { flood_rate, rate, duration, set, json } => {
             (limits::run(&limits::Load { flood_rate, rate, duration }, &set).await?, json)
@@ -352,8 +357,8 @@ pub(crate) async fn run(arguments: BenchArguments) -> anyhow::Result<Exit> {
             (store::run(finished, queued, &common.set).await?, common.json)
         }
         Bench::Idle { connections, common } => {
-            let subject = Subject::open(&common)?;
-            (subject.check(idle::run(&subject, connections).await?).await?, common.json)
+            let target = LoadTarget::open(&common)?;
+            (target.check(idle::run(&target, connections).await?).await?, common.json)
         }
     };
     let exit = if report.faults() == 0 { Exit::Done } else { Exit::Failed };
@@ -361,28 +366,29 @@ pub(crate) async fn run(arguments: BenchArguments) -> anyhow::Result<Exit> {
     Ok(exit)
 }
 
-/// What the server leaves to so many workers.
+/// Returns the setting that leaves `echo_async` to workers, if any are started.
 fn local_actions(workers: usize) -> String {
     let local = if workers > 0 { "echo,health" } else { "*" };
     format!("execution.local_actions={local}")
 }
 
-/// How long the server is left to warm up before anything counts.
+/// Duration of the load before the measurement starts.
 const WARM_UP: Duration = Duration::from_secs(1);
 
-/// The number after `"seq":`; the generator must cost less than the server, so nothing else of a
-/// message is read.
+/// Returns the number after `"seq":`. Messages are not parsed, since the generator must use less processor
+/// time than the server.
 pub(crate) fn seq_of(message: &str) -> Option<i64> {
     number_after(message, "\"seq\":")
 }
 
+/// Returns the number that follows `name`.
 pub(crate) fn number_after(message: &str, name: &str) -> Option<i64> {
     let digits = &message[message.find(name)? + name.len()..];
     let end = digits.find(|c: char| !c.is_ascii_digit()).unwrap_or(digits.len());
     digits[..end].parse().ok()
 }
 
-/// The text of a member near the beginning of a message.
+/// Returns the text that follows `name`, up to the next quotation mark.
 pub(crate) fn text_after<'a>(message: &'a str, name: &str) -> Option<&'a str> {
     let rest = &message[message.find(name)? + name.len()..];
     rest.split('"').next()

@@ -1,4 +1,4 @@
-//! Exit codes that scripts can use.
+//! Exit codes of commands.
 
 use std::process::ExitCode;
 
@@ -7,27 +7,27 @@ use streamer_core::ErrorCode;
 
 use crate::terminal::print_error_line;
 
-/// How a command ended.
+/// Result of a command as an exit code.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Exit {
-    /// 0: done.
+    /// 0: success.
     Done,
     /// 1: the request failed.
     Failed,
-    /// 2: wrong usage.
+    /// 2: invalid usage.
     Usage,
-    /// 3: the server cannot be reached.
+    /// 3: the server is unreachable.
     Unreachable,
-    /// 4: not permitted.
+    /// 4: permission denied.
     NotPermitted,
-    /// 5: cancelled.
+    /// 5: the request was cancelled.
     Cancelled,
-    /// 130: interrupted by Ctrl-C, as shells have it; a request goes on.
+    /// 130: interrupted by Ctrl-C, as in shells; the request continues.
     Interrupted,
 }
 
 impl Exit {
-    /// The process's exit code.
+    /// Returns the exit code of the process.
     #[must_use]
     pub fn code(self) -> ExitCode {
         ExitCode::from(match self {
@@ -41,8 +41,8 @@ impl Exit {
         })
     }
 
-    /// For a request that ended with this error.
-    pub(crate) fn of_error_code(code: Option<ErrorCode>) -> Self {
+    /// Returns the exit code for a request that ended with this error.
+    pub(crate) fn from_error_code(code: Option<ErrorCode>) -> Self {
         match code {
             Some(ErrorCode::Unauthorized | ErrorCode::Forbidden) => Self::NotPermitted,
             Some(ErrorCode::Cancelled) => Self::Cancelled,
@@ -52,11 +52,11 @@ impl Exit {
     }
 }
 
-/// Says on standard error what went wrong.
+/// Prints an error to standard error and returns the exit code.
 pub(crate) fn report(outcome: anyhow::Result<Exit>) -> ExitCode {
     match outcome {
         Ok(exit) => exit.code(),
-        // Whoever read what was printed has enough.
+        // The reader closed the pipe because it needs no more output.
         Err(error) if is_broken_pipe(&error) => Exit::Done.code(),
         Err(error) => {
             print_error_line(&format!("error: {error:#}"));
@@ -65,7 +65,7 @@ pub(crate) fn report(outcome: anyhow::Result<Exit>) -> ExitCode {
     }
 }
 
-/// Wrong usage that only shows when a command runs.
+/// Invalid usage that is found only when the command runs.
 #[derive(Debug, thiserror::Error)]
 #[error("{0}")]
 pub(crate) struct UsageError(pub(crate) String);
@@ -87,7 +87,7 @@ fn exit_of(error: &anyhow::Error) -> Exit {
         Some(ClientError::Refused(error)) if error.code == ErrorCode::Unavailable => {
             Exit::Unreachable
         }
-        Some(ClientError::Refused(error)) => Exit::of_error_code(Some(error.code)),
+        Some(ClientError::Refused(error)) => Exit::from_error_code(Some(error.code)),
         Some(ClientError::Url { .. } | ClientError::NoToken(_)) => Exit::Usage,
         Some(ClientError::Unexpected(_) | ClientError::Output(_)) | None => Exit::Failed,
     }

@@ -1,4 +1,4 @@
-//! `streamer submit` and `streamer watch`: a request, seen to its end.
+//! `streamer submit` and `streamer watch`: follow a request to its end.
 
 use std::{
     env, fs,
@@ -20,12 +20,12 @@ use crate::{
     terminal::{print_line, printable},
 };
 
-/// How a followed request is shown.
+/// Output format of a followed request.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Screen {
-    /// Every message as it came, one a line.
+    /// Every message as received, one per line.
     Json,
-    /// Only the message that tells the outcome.
+    /// Only the message with the outcome.
     OutcomeAsJson,
     /// A progress bar, then the result.
     Terminal,
@@ -34,7 +34,7 @@ pub enum Screen {
 pub(crate) async fn submit(arguments: SubmitArguments) -> anyhow::Result<Exit> {
     let common = &arguments.common;
     let payload = read_payload(&arguments)?;
-    // An id of our own makes it safe to submit again when a connection dies.
+    // With an id, the request can be submitted again after a connection is lost.
     let id = arguments.id.clone().unwrap_or_else(|| Uid::new(SystemClock.now()).to_string());
     let mut message = json!({
         "type": "request",
@@ -49,7 +49,7 @@ pub(crate) async fn submit(arguments: SubmitArguments) -> anyhow::Result<Exit> {
         message["traceparent"] = trace.trace_parent().into();
     }
     let message = message.to_string();
-    // The payload goes in as it is: reading and writing it could change its numbers.
+    // The payload is inserted verbatim, since parsing could change its numbers.
     let message = format!("{},\"payload\":{}}}", message.trim_end_matches('}'), payload.get());
     let target = Target::Submit { id, message };
     let mut follower = Follower::new(&common.server, common.tokens(), target);
@@ -72,32 +72,32 @@ pub(crate) async fn watch(arguments: WatchArguments) -> anyhow::Result<Exit> {
     follow(&mut follower, screen).await
 }
 
-/// Shows a request to its end. Ctrl-C ends only the showing.
+/// Prints the messages of a request until it ends. Ctrl-C stops following and leaves the request running.
 ///
 /// # Errors
-/// When the server refuses or cannot be reached.
+/// Returns an error if the server rejects the call or cannot be reached.
 pub async fn follow(follower: &mut Follower, screen: Screen) -> anyhow::Result<Exit> {
-    let mut shown = Shown::new(screen);
+    let mut printer = Printer::new(screen);
     loop {
         let message = tokio::select! {
             message = follower.next() => message?,
             interrupted = tokio::signal::ctrl_c() => {
                 interrupted.context("waiting for Ctrl-C")?;
-                shown.bar.finish_and_clear();
+                printer.bar.finish_and_clear();
                 let (id, seq) = (follower.request_id(), follower.last_seq());
                 if follower.is_accepted() {
                     eprintln!(
-                        "Left; the request goes on. Come back with:\n  \
+                        "Interrupted; the request continues. To resume:\n  \
                          streamer watch {id} --after-seq {seq}"
                     );
                 } else {
-                    eprintln!("Left before the server had answered.");
+                    eprintln!("Interrupted before the server answered.");
                 }
                 return Ok(Exit::Interrupted);
             }
         };
         let Some(message) = message else { return Ok(Exit::Done) };
-        shown.show(&message)?;
+        printer.print(&message)?;
         if let Some(exit) = exit_of(&message, follower.has_ended()) {
             return Ok(exit);
         }
@@ -114,13 +114,13 @@ async fn print_first(follower: &mut Follower) -> anyhow::Result<Exit> {
     }
 }
 
-/// The exit code, once there is an outcome; `is_last` when nothing follows the message.
+/// Returns the exit code if the message holds an outcome. `is_last`: no message follows.
 fn exit_of(message: &Message, is_last: bool) -> Option<Exit> {
     match message.kind.as_str() {
         "response" | "complete" => Some(Exit::Done),
         "cancelled" => Some(Exit::Cancelled),
-        "error" => Some(Exit::of_error_code(Some(message.error().code))),
-        // A request whose end was seen before.
+        "error" => Some(Exit::from_error_code(Some(message.error().code))),
+        // The watch started after the request's terminal event.
         "subscribed" if is_last => match message.state.as_deref() {
             Some("SUCCEEDED") => Some(Exit::Done),
             Some("CANCELLED") => Some(Exit::Cancelled),
@@ -131,12 +131,12 @@ fn exit_of(message: &Message, is_last: bool) -> Option<Exit> {
     }
 }
 
-/// Continues the trace of `parent`, or begins a new one.
+/// Continues the trace of `parent`, or starts a new one.
 fn trace(parent: Option<&str>) -> anyhow::Result<TraceContext> {
     let new = || {
         let hex = |bytes: &[u8]| bytes.iter().map(|byte| format!("{byte:02x}")).collect::<String>();
         let [trace, span] = [(); 2].map(|()| Uid::new(SystemClock.now()).to_bytes());
-        // The first half of an id is mostly the time.
+        // The second half of an id is random; the first one is mostly the time.
         format!("00-{}-{}-01", hex(&trace), hex(&span[8..]))
     };
     let text = parent.map_or_else(new, str::to_owned);
@@ -161,12 +161,13 @@ fn read_payload(arguments: &SubmitArguments) -> anyhow::Result<Box<RawValue>> {
     parsed.map_err(|error| UsageError(format!("the payload is not JSON: {error}")).into())
 }
 
-struct Shown {
+/// Printer of the messages of a followed request.
+struct Printer {
     screen: Screen,
     bar: ProgressBar,
 }
 
-impl Shown {
+impl Printer {
     fn new(screen: Screen) -> Self {
         let bar =
             if screen == Screen::Terminal { ProgressBar::new(1000) } else { ProgressBar::hidden() };
@@ -176,7 +177,7 @@ impl Shown {
         Self { screen, bar }
     }
 
-    fn show(&mut self, message: &Message) -> anyhow::Result<()> {
+    fn print(&mut self, message: &Message) -> anyhow::Result<()> {
         match self.screen {
             Screen::Json => print_line(&message.text),
             Screen::OutcomeAsJson if exit_of(message, false).is_some() => print_line(&message.text),
@@ -205,23 +206,25 @@ impl Shown {
                 self.bar.set_message(printable(text("/message")).into_owned());
             }
             "retrying" => self.bar.println(printable(&format!(
-                "attempt {} failed: {}; again at {}",
+                "attempt {} failed: {}; retrying at {}",
                 value["attempt"],
                 text("/error/message"),
                 text("/retry_at"),
             ))),
-            "response" => self.end(&pretty(&value["data"])?)?,
-            "complete" => self.end(&pretty(&value["result"])?)?,
-            "cancelled" => self.end(&format!("cancelled: {}", text("/reason")))?,
-            "error" => self.end(&format!("{}: {}", text("/error/code"), text("/error/message")))?,
+            "response" => self.finish(&pretty(&value["data"])?)?,
+            "complete" => self.finish(&pretty(&value["result"])?)?,
+            "cancelled" => self.finish(&format!("cancelled: {}", text("/reason")))?,
+            "error" => {
+                self.finish(&format!("{}: {}", text("/error/code"), text("/error/message")))?;
+            }
             _ => {}
         }
         Ok(())
     }
 
-    fn end(&self, last: &str) -> anyhow::Result<()> {
+    fn finish(&self, outcome: &str) -> anyhow::Result<()> {
         self.bar.finish_and_clear();
-        print_line(last)
+        print_line(outcome)
     }
 }
 

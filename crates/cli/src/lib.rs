@@ -1,7 +1,7 @@
-//! The command line of the `streamer` binary: its grammar, and the commands that talk to a server.
+//! Command line of the `streamer` binary: its arguments, and the commands that call a server.
 //!
-//! What runs services or handlers, or looks at the store, is the binary's own; everything else is
-//! [`run`].
+//! The binary implements the commands that run services or handlers or access the store; [`run`]
+//! implements all others.
 
 mod arguments;
 pub mod bench;
@@ -25,7 +25,7 @@ pub use exit::Exit;
 pub use follow::{Screen, follow};
 pub use server_process::READY;
 
-/// Runs a command that talks to a server.
+/// Runs a command that calls a server.
 pub async fn run(command: Command) -> ExitCode {
     let outcome = match command {
         Command::Submit(arguments) => follow::submit(arguments).await,
@@ -51,7 +51,7 @@ pub async fn run(command: Command) -> ExitCode {
         | Command::Health(_)
         | Command::Demo(_)
         | Command::Worker(_)
-        | Command::Config(_) => Err(anyhow::anyhow!("this command is the binary's own")),
+        | Command::Config(_) => Err(anyhow::anyhow!("the binary must run this command")),
     };
     exit::report(outcome)
 }

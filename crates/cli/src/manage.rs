@@ -1,4 +1,4 @@
-//! Commands about requests and connections that answer once.
+//! Commands for requests and connections that print one response.
 
 use serde_json::{Value, json};
 use streamer_client::{Api, ClientError, Message, Session, TokenSource};
@@ -20,16 +20,16 @@ use streamer_rpc::{state_from_proto, state_to_proto};
 use crate::{
     Exit,
     arguments::{
-        CancelArguments, Common, ConnectionsArguments, ConnectionsCommand, ListArguments,
-        OneArguments, RedriveArguments,
+        CancelArguments, CommonArguments, ConnectionsArguments, ConnectionsCommand, GetArguments,
+        ListArguments, RedriveArguments,
     },
     terminal::{print_error_line, print_line},
 };
 
-pub(crate) async fn get(arguments: OneArguments) -> anyhow::Result<Exit> {
+pub(crate) async fn get(arguments: GetArguments) -> anyhow::Result<Exit> {
     let message = json!({ "type": "get", "request_id": arguments.id });
-    let answer = ask(&arguments.common, &message, "request").await?;
-    print_answer(&arguments.common, &answer)
+    let response = exchange(&arguments.common, &message, "request").await?;
+    print_response(&arguments.common, &response)
 }
 
 pub(crate) async fn list(arguments: ListArguments) -> anyhow::Result<Exit> {
@@ -39,8 +39,8 @@ pub(crate) async fn list(arguments: ListArguments) -> anyhow::Result<Exit> {
             "type": "list", "states": states, "limit": arguments.limit,
             "page_token": arguments.page_token,
         });
-        let answer = ask(&arguments.common, &message, "requests").await?;
-        serde_json::from_str(&answer.text)?
+        let response = exchange(&arguments.common, &message, "requests").await?;
+        serde_json::from_str(&response.text)?
     } else {
         list_of_tenant(&arguments).await?
     };
@@ -51,23 +51,23 @@ pub(crate) async fn list(arguments: ListArguments) -> anyhow::Result<Exit> {
         }
     } else {
         print_line(format_args!(
-            "{:<26}  {:<9}  {:<20}  {:<24}  NAME",
+            "{:<26}  {:<9}  {:<20}  {:<24}  ID",
             "UID", "STATE", "ACTION", "CREATED"
         ))?;
         for request in &requests {
             let text = |name: &str| request[name].as_str().unwrap_or("").to_owned();
             let (uid, state, action) = (text("uid"), text("state"), text("action"));
-            let (created, name) = (text("create_time"), text("request_id"));
-            print_line(format_args!("{uid:<26}  {state:<9}  {action:<20}  {created:<24}  {name}"))?;
+            let (created, id) = (text("create_time"), text("request_id"));
+            print_line(format_args!("{uid:<26}  {state:<9}  {action:<20}  {created:<24}  {id}"))?;
         }
     }
     if let Some(next) = value["next_page_token"].as_str().filter(|next| !next.is_empty()) {
-        print_error_line(&format!("There are more: --page-token {next}"));
+        print_error_line(&format!("More requests exist: --page-token {next}"));
     }
     Ok(Exit::Done)
 }
 
-/// What an operator sees of a tenant, in the shape of the answer to `list`.
+/// Lists a tenant's requests for an operator, in the format of the response to `list`.
 async fn list_of_tenant(arguments: &ListArguments) -> anyhow::Result<Value> {
     let api = arguments.common.api().await?;
     let call = api.call(router::v1::ListRequest {
@@ -95,8 +95,8 @@ async fn list_of_tenant(arguments: &ListArguments) -> anyhow::Result<Value> {
 pub(crate) async fn cancel(arguments: CancelArguments) -> anyhow::Result<Exit> {
     let message =
         json!({ "type": "cancel", "request_id": arguments.id, "reason": arguments.reason });
-    let answer = ask(&arguments.common, &message, "acknowledgment").await?;
-    print_answer(&arguments.common, &answer)
+    let response = exchange(&arguments.common, &message, "acknowledgment").await?;
+    print_response(&arguments.common, &response)
 }
 
 pub(crate) async fn redrive(arguments: RedriveArguments) -> anyhow::Result<Exit> {
@@ -107,10 +107,10 @@ pub(crate) async fn redrive(arguments: RedriveArguments) -> anyhow::Result<Exit>
     let call = api.call(RedriveRequest { request_id, id: arguments.new_id });
     let response = api.router().redrive(call).await.map_err(|status| api.error(&status))?;
     let request = response.into_inner().request.unwrap_or_default();
-    let told = json!({
+    let line = json!({
         "request_id": request.request_id, "uid": request.uid, "redrive_of": request.redrive_of,
     });
-    print_line(told)?;
+    print_line(line)?;
     Ok(Exit::Done)
 }
 
@@ -124,13 +124,13 @@ async fn redrive_all(api: &Api, arguments: &RedriveArguments) -> anyhow::Result<
         ..RedriveManyRequest::default()
     };
     let (mut count, mut failed) = (0, 0);
-    let done = if arguments.dry_run { "would be redriven" } else { "redriven" };
+    let outcome = if arguments.dry_run { "would be redriven" } else { "redriven" };
     loop {
         let call = api.call(request.clone());
         let page = match api.router().redrive_many(call).await {
-            Ok(answer) => answer.into_inner(),
+            Ok(response) => response.into_inner(),
             Err(status) => {
-                eprintln!("{count} {done} so far; the same command continues");
+                eprintln!("{count} {outcome} so far; run the same command again to continue");
                 return Err(api.error(&status).into());
             }
         };
@@ -140,18 +140,18 @@ async fn redrive_all(api: &Api, arguments: &RedriveArguments) -> anyhow::Result<
             } else {
                 count += 1;
             }
-            let mut told = json!({ "redrive_of": redriven.uid });
+            let mut line = json!({ "redrive_of": redriven.uid });
             if let Some(error) = redriven.error {
-                told["error"] = error.message.into();
+                line["error"] = error.message.into();
             }
             if let Some(request) = redriven.request {
-                told["request_id"] = request.request_id.into();
-                told["uid"] = request.uid.into();
+                line["request_id"] = request.request_id.into();
+                line["uid"] = request.uid.into();
             }
-            print_line(told)?;
+            print_line(line)?;
         }
         if page.next_page_token.is_empty() {
-            eprintln!("{count} {done}");
+            eprintln!("{count} {outcome}");
             if failed > 0 {
                 eprintln!("{failed} could not be redriven");
                 return Ok(Exit::Failed);
@@ -162,30 +162,30 @@ async fn redrive_all(api: &Api, arguments: &RedriveArguments) -> anyhow::Result<
     }
 }
 
-pub(crate) async fn actions(common: Common) -> anyhow::Result<Exit> {
+pub(crate) async fn actions(common: CommonArguments) -> anyhow::Result<Exit> {
     let api = common.api().await?;
     let call = api.call(ListActionsRequest {});
     let response = api.router().list_actions(call).await.map_err(|status| api.error(&status))?;
     for action in response.into_inner().actions {
         if common.prints_json() {
             let schema: Value = serde_json::from_str(&action.payload_schema).unwrap_or(Value::Null);
-            let told = json!({
+            let line = json!({
                 "name": action.name, "description": action.description, "sync": action.sync,
                 "estimated_duration_ms": action.estimated_duration_ms,
                 "max_attempts": action.max_attempts, "permission": action.permission,
                 "workers": action.workers, "available": action.available,
                 "payload_schema": schema,
             });
-            print_line(told)?;
+            print_line(line)?;
         } else {
             let kind = if action.sync { "sync" } else { "async" };
-            let who = match (action.available, action.workers) {
-                (false, _) => "nobody now".to_owned(),
+            let runs_on = match (action.available, action.workers) {
+                (false, _) => "unavailable".to_owned(),
                 (true, 0) => "server".to_owned(),
                 (true, workers) => format!("{workers} worker(s)"),
             };
             print_line(format_args!(
-                "{:<20}  {kind:<5}  {who:<12}  {}",
+                "{:<20}  {kind:<5}  {runs_on:<12}  {}",
                 action.name, action.description
             ))?;
         }
@@ -221,7 +221,7 @@ pub(crate) async fn connections(arguments: ConnectionsArguments) -> anyhow::Resu
     }
 }
 
-async fn list_connections(common: &Common, user_id: String) -> anyhow::Result<Exit> {
+async fn list_connections(common: &CommonArguments, user_id: String) -> anyhow::Result<Exit> {
     let api = common.api().await?;
     let mut page_token = String::new();
     loop {
@@ -230,13 +230,13 @@ async fn list_connections(common: &Common, user_id: String) -> anyhow::Result<Ex
         let page = listed.into_inner();
         for connection in page.connections {
             let since = connection.connect_time.as_ref().map_or(0, millis);
-            let told = json!({
+            let line = json!({
                 "connection_id": connection.connection_id, "user_id": connection.user_id,
                 "tenant_id": connection.tenant_id, "gateway": connection.gateway,
                 "remote_address": connection.remote_address, "user_agent": connection.user_agent,
                 "connect_time": Timestamp::from_millis(since).to_string(),
             });
-            print_line(told)?;
+            print_line(line)?;
         }
         if page.next_page_token.is_empty() {
             return Ok(Exit::Done);
@@ -249,28 +249,32 @@ fn payload(json: String) -> Payload {
     Payload { content_type: String::new(), body: Some(Body::Data(json.into())) }
 }
 
-/// One question over a WebSocket, and its answer.
-async fn ask(common: &Common, message: &Value, expected: &str) -> anyhow::Result<Message> {
+/// Sends a message over a WebSocket and returns the response, which has the type `expected`.
+async fn exchange(
+    common: &CommonArguments,
+    message: &Value,
+    expected: &str,
+) -> anyhow::Result<Message> {
     let token = common.tokens().token().await.map_err(ClientError::from)?;
     let mut session = Session::connect(&common.server, &token).await?;
     session.send(message.to_string()).await?;
     loop {
-        let answer = session.next().await?;
-        if answer.kind == expected {
+        let response = session.next().await?;
+        if response.kind == expected {
             session.close().await?;
-            return Ok(answer);
+            return Ok(response);
         }
-        if answer.kind == "error" {
-            return Err(ClientError::Refused(answer.error()).into());
+        if response.kind == "error" {
+            return Err(ClientError::Refused(response.error()).into());
         }
     }
 }
 
-fn print_answer(common: &Common, answer: &Message) -> anyhow::Result<Exit> {
+fn print_response(common: &CommonArguments, response: &Message) -> anyhow::Result<Exit> {
     if common.prints_json() {
-        print_line(&answer.text)?;
+        print_line(&response.text)?;
     } else {
-        let value: Value = serde_json::from_str(&answer.text)?;
+        let value: Value = serde_json::from_str(&response.text)?;
         print_line(serde_json::to_string_pretty(&value)?)?;
     }
     Ok(Exit::Done)

@@ -1,4 +1,4 @@
-//! A server of one's own, in a process of its own, for measuring.
+//! A server in a separate process, for benchmarks.
 
 use std::{
     env, fs,
@@ -16,9 +16,10 @@ use tokio::{
     net::TcpStream,
 };
 
-/// What `streamer up` prints before its address.
+/// Text that `streamer up` prints before its address.
 pub const READY: &str = "Streamer is ready: ";
 
+/// A running server with a temporary data folder. It is killed on drop.
 pub(crate) struct ServerProcess {
     child: Child,
     data: TempDir,
@@ -26,13 +27,13 @@ pub(crate) struct ServerProcess {
 }
 
 impl ServerProcess {
-    /// Starts this very program as a server on a free port, with a new data folder.
+    /// Starts this program as a server on a free port, with a new data folder.
     pub(crate) fn start(settings: &[String]) -> anyhow::Result<Self> {
-        let data = TempDir::with_prefix("streamer-bench-").context("making a data folder")?;
+        let data = TempDir::with_prefix("streamer-bench-").context("creating a data folder")?;
         Self::start_in(data, settings)
     }
 
-    /// As [`Self::start`], with the data that is in this folder.
+    /// Starts a server like [`Self::start`], with an existing data folder.
     pub(crate) fn start_in(data: TempDir, settings: &[String]) -> anyhow::Result<Self> {
         let mut command = Command::new(env::current_exe().context("finding this program")?);
         command.args(["up", "--listen", "127.0.0.1:0", "--data"]).arg(data.path());
@@ -45,27 +46,28 @@ impl ServerProcess {
             .spawn()
             .context("starting a server")?;
         let Some(stdout) = child.stdout.take() else { bail!("the server has no standard output") };
-        let mut first = String::new();
-        BufReader::new(stdout).read_line(&mut first).context("waiting for the server")?;
-        let Some(url) = first.trim().strip_prefix(READY) else {
-            bail!("the server did not start: {first}");
+        let mut first_line = String::new();
+        BufReader::new(stdout).read_line(&mut first_line).context("waiting for the server")?;
+        let Some(url) = first_line.trim().strip_prefix(READY) else {
+            bail!("the server did not start: {first_line}");
         };
         let url = url.split_whitespace().next().unwrap_or_default().to_owned();
         Ok(Self { child, data, url })
     }
 
-    /// Stops it and hands its data out.
+    /// Stops the server and returns its data folder.
     pub(crate) fn stop(self) -> anyhow::Result<TempDir> {
-        let told = Command::new("kill").arg(self.child.id().to_string()).status()?;
-        if !told.success() {
-            bail!("the server cannot be told to stop");
+        let status = Command::new("kill").arg(self.child.id().to_string()).status()?;
+        if !status.success() {
+            bail!("cannot stop the server: kill: {status}");
         }
         let mut this = self;
         this.child.wait().context("waiting for the server to stop")?;
-        let empty = TempDir::with_prefix("streamer-bench-").context("making a data folder")?;
+        let empty = TempDir::with_prefix("streamer-bench-").context("creating a data folder")?;
         Ok(std::mem::replace(&mut this.data, empty))
     }
 
+    /// Returns a token of this tenant with all permissions.
     pub(crate) fn token(&self, tenant: &str) -> anyhow::Result<String> {
         let token = NewToken {
             user: "bench".into(),
@@ -76,12 +78,12 @@ impl ServerProcess {
         Ok(DevKey::load(self.data.path())?.sign(&token, SystemClock.now())?)
     }
 
-    /// Resident memory, in bytes.
+    /// Returns the resident memory, in bytes.
     pub(crate) fn resident_bytes(&self) -> anyhow::Result<u64> {
         self.status_bytes("VmRSS:")
     }
 
-    /// Most resident memory so far, in bytes.
+    /// Returns the peak resident memory, in bytes.
     pub(crate) fn peak_resident_bytes(&self) -> anyhow::Result<u64> {
         self.status_bytes("VmHWM:")
     }
@@ -95,7 +97,7 @@ impl ServerProcess {
         Ok(kilobytes * 1024)
     }
 
-    /// The value of a counter or gauge, by the name that /metrics gives it.
+    /// Returns the value of the counter or gauge with this name in /metrics.
     pub(crate) async fn metric<T>(&self, name: &str) -> anyhow::Result<T>
     where
         T: FromStr<Err: std::error::Error + Send + Sync + 'static>,
@@ -111,9 +113,9 @@ impl ServerProcess {
         Ok(value.with_context(|| format!("finding {name}"))?.parse()?)
     }
 
-    /// Processor time used so far, in milliseconds.
+    /// Returns the processor time used so far, in milliseconds.
     pub(crate) fn processor_ms(&self) -> anyhow::Result<u64> {
-        /// Clock ticks a second in /proc: fixed at 100 for every Linux that runs here.
+        /// /proc counts 100 clock ticks per second on all supported Linux platforms.
         const MS_PER_TICK: u64 = 10;
         let stat = fs::read_to_string(format!("/proc/{}/stat", self.child.id()))?;
         let after_name = stat.rsplit_once(')').map_or("", |(_, rest)| rest);
@@ -125,7 +127,7 @@ impl ServerProcess {
 
 impl Drop for ServerProcess {
     fn drop(&mut self) {
-        // It may have ended by itself.
+        // The process may have exited already.
         if self.child.kill().is_ok() {
             drop(self.child.wait());
         }

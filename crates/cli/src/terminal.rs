@@ -1,5 +1,5 @@
-//! What is printed. On a terminal, control characters in what a server sends are shown and not obeyed: they
-//! may come from other users, and could move the cursor, hide text or fill the clipboard.
+//! Output to standard output and standard error. On a terminal, control characters are escaped: data from a
+//! server may contain input of other users, which could move the cursor, hide text or write to the clipboard.
 
 use std::{
     borrow::Cow,
@@ -7,7 +7,7 @@ use std::{
     io::{self, IsTerminal, Write},
 };
 
-/// Prints a line at once, so that a reader at the other end of a pipe sees it.
+/// Prints a line and flushes it, so that the reader of a pipe receives it immediately.
 pub(crate) fn print_line(line: impl std::fmt::Display) -> anyhow::Result<()> {
     let mut out = io::stdout().lock();
     if out.is_terminal() {
@@ -18,7 +18,7 @@ pub(crate) fn print_line(line: impl std::fmt::Display) -> anyhow::Result<()> {
     Ok(out.flush()?)
 }
 
-/// Prints a line on standard error.
+/// Prints a line to standard error.
 pub(crate) fn print_error_line(line: &str) {
     if io::stderr().is_terminal() {
         eprintln!("{}", printable(line));
@@ -28,7 +28,7 @@ pub(crate) fn print_error_line(line: &str) {
 }
 
 /// Replaces control characters other than line breaks and tabs, and characters that change the direction of
-/// text, by JSON escapes.
+/// text, with JSON escapes.
 pub(crate) fn printable(text: &str) -> Cow<'_, str> {
     let is_control = |c: char| {
         (c.is_control() && c != '\n' && c != '\t')
@@ -37,16 +37,16 @@ pub(crate) fn printable(text: &str) -> Cow<'_, str> {
     if !text.contains(is_control) {
         return Cow::Borrowed(text);
     }
-    let mut shown = String::with_capacity(text.len() + 16);
+    let mut escaped = String::with_capacity(text.len() + 16);
     for c in text.chars() {
         if is_control(c) {
-            // All of them have four digits.
-            let _: Result<(), std::fmt::Error> = write!(shown, "\\u{:04x}", u32::from(c));
+            // Four digits suffice: all of these are below U+10000.
+            let _: Result<(), std::fmt::Error> = write!(escaped, "\\u{:04x}", u32::from(c));
         } else {
-            shown.push(c);
+            escaped.push(c);
         }
     }
-    Cow::Owned(shown)
+    Cow::Owned(escaped)
 }
 
 #[cfg(test)]
@@ -54,7 +54,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn control_characters_are_shown() {
+    fn control_characters_are_escaped() {
         assert_eq!(printable("plain\tü\n"), "plain\tü\n");
         assert_eq!(printable("\u{1b}[2Jx\u{9b}1A\r"), "\\u001b[2Jx\\u009b1A\\u000d");
         assert_eq!(printable("a\u{202e}b\u{7f}"), "a\\u202eb\\u007f");

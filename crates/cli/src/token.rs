@@ -20,7 +20,7 @@ pub(crate) fn print(arguments: &TokenArguments) -> anyhow::Result<Exit> {
     Ok(Exit::Done)
 }
 
-/// A number and its unit: `90s`, `15m`, `1h`, `7d`; a bare number is seconds.
+/// Parses a duration as a number and a unit: `90s`, `15m`, `1h`, `7d`; a number without a unit is in seconds.
 pub(crate) fn parse_duration(text: &str) -> Result<Duration, String> {
     let (number, unit) = match text.find(|c: char| !c.is_ascii_digit()) {
         Some(at) => text.split_at(at),

@@ -1,4 +1,4 @@
-//! gRPC: what needs no WebSocket.
+//! gRPC client.
 
 use std::sync::Arc;
 
@@ -17,24 +17,25 @@ use tonic::{
 
 use crate::ClientError;
 
-/// Largest answer that a client takes.
+/// Maximum size of a response.
 const MAX_MESSAGE_BYTES: usize = 256 * 1024 * 1024;
 
-/// The gRPC services, in the name of whoever holds the token.
+/// Client of the gRPC services. Calls carry the token of its user.
 #[derive(Clone)]
 pub struct Api {
     channel: Channel,
     server: String,
     authorization: Arc<RwLock<Option<HeaderValue>>>,
-    /// Where fresh tokens come from.
+    /// Source of fresh tokens.
     tokens: Option<Arc<dyn TokenSource>>,
 }
 
 impl Api {
-    /// Will connect to an `http://` URL when first used, with a token that lasts as long as it is needed.
+    /// Creates a client of the server at an `http://` URL, with a token that is never renewed. It connects
+    /// with the first call.
     ///
     /// # Errors
-    /// When it is no URL.
+    /// Returns an error if the URL or the token is malformed.
     pub fn new(server: &str, token: &str) -> Result<Self, ClientError> {
         let endpoint = Endpoint::from_shared(server.to_owned()).map_err(|_| ClientError::Url {
             url: server.to_owned(),
@@ -48,11 +49,11 @@ impl Api {
         })
     }
 
-    /// As [`Self::new`], with tokens that are renewed: asked for now, and again when a watch ends because
-    /// the one in use has expired.
+    /// Creates a client like [`Self::new`], with tokens from a source: one is requested now, and a fresh one
+    /// when a watch ends because its token expired.
     ///
     /// # Errors
-    /// When it is no URL, or there is no token.
+    /// Returns an error if the URL or the token is malformed, or the token source fails.
     pub async fn with_tokens(
         server: &str,
         tokens: Arc<dyn TokenSource>,
@@ -61,11 +62,11 @@ impl Api {
         Ok(Self { tokens: Some(tokens), ..api })
     }
 
-    /// Takes a fresh token for the calls from now on, here and in clones. Returns whether it is a
-    /// different one.
+    /// Requests a fresh token for subsequent calls of this client and its clones. Returns whether the token
+    /// changed.
     ///
     /// # Errors
-    /// When there is none.
+    /// Returns an error if the token source fails or the token is malformed.
     pub async fn renew_token(&self) -> Result<bool, ClientError> {
         let Some(tokens) = &self.tokens else { return Ok(false) };
         let fresh = authorization(&tokens.token().await?)?;
@@ -75,26 +76,26 @@ impl Api {
         Ok(is_different)
     }
 
-    /// The router.
+    /// Returns a client of the router.
     #[must_use]
     pub fn router(&self) -> RouterServiceClient<Channel> {
         RouterServiceClient::new(self.channel.clone()).max_decoding_message_size(MAX_MESSAGE_BYTES)
     }
 
-    /// The event logs.
+    /// Returns a client of the progress service, which serves event logs.
     #[must_use]
     pub fn progress(&self) -> ProgressServiceClient<Channel> {
         ProgressServiceClient::new(self.channel.clone())
             .max_decoding_message_size(MAX_MESSAGE_BYTES)
     }
 
-    /// The live connections.
+    /// Returns a client of the service for live connections.
     #[must_use]
     pub fn connections(&self) -> ConnectionsServiceClient<Channel> {
         ConnectionsServiceClient::new(self.channel.clone())
     }
 
-    /// A call with the token.
+    /// Returns a call that carries the token.
     pub fn call<T>(&self, message: T) -> Request<T> {
         match &*self.authorization.read() {
             Some(authorization) => with_authorization(message, authorization.clone()),
@@ -102,10 +103,10 @@ impl Api {
         }
     }
 
-    /// What a failed call means.
+    /// Converts the status of a failed call to an error.
     #[must_use]
     pub fn error(&self, status: &Status) -> ClientError {
-        // A status that a server sent has no source.
+        // A status that the server sent has no source; one that the transport made has.
         if std::error::Error::source(status).is_some() {
             return ClientError::Unreachable {
                 server: self.server.clone(),

@@ -1,4 +1,4 @@
-//! What can go wrong for a client.
+//! Errors of a client.
 
 use streamer_core::{ErrorCode, RequestError};
 
@@ -6,7 +6,7 @@ use streamer_rpc::TokenError;
 
 use crate::OutputMismatch;
 
-/// Why a call failed.
+/// Error of a call.
 #[derive(Debug, thiserror::Error)]
 pub enum ClientError {
     /// The server cannot be reached, or the connection was lost.
@@ -14,7 +14,7 @@ pub enum ClientError {
     Unreachable {
         /// The server's URL.
         server: String,
-        /// What the network said.
+        /// The network error.
         reason: String,
     },
     /// The server closed the WebSocket.
@@ -22,36 +22,37 @@ pub enum ClientError {
     Closed {
         /// Close code.
         code: u16,
-        /// As the server said.
+        /// Close reason.
         reason: String,
     },
-    /// The server refused.
+    /// The server rejected the call.
     #[error("{0}")]
     Refused(RequestError),
-    /// The server's URL cannot be used.
+    /// The server's URL is invalid.
     #[error("server URL {url:?} {rule}")]
     Url {
-        /// As given.
+        /// The invalid URL.
         url: String,
-        /// What it must be.
+        /// The rule that it violates.
         rule: &'static str,
     },
-    /// The token cannot be sent.
-    #[error("the token is malformed: it must be the visible ASCII characters of a JWT")]
+    /// The token contains characters that a header cannot carry.
+    #[error("malformed token: must be a JWT in visible ASCII characters")]
     Token,
-    /// There is no token.
+    /// The token source failed.
     #[error(transparent)]
     NoToken(#[from] TokenError),
-    /// What was read is not what was written.
+    /// The output that was read differs from the output that was written.
     #[error(transparent)]
     Output(#[from] OutputMismatch),
-    /// The server sent what this client does not understand.
-    #[error("the server sent something unexpected: {0}")]
+    /// The server violated the protocol.
+    #[error("unexpected response from the server: {0}")]
     Unexpected(String),
 }
 
 impl ClientError {
-    /// Whether a new connection may help. DESIGN §8: after 4400, 4401 and 4403 it will not.
+    /// Returns whether the call may succeed on a new connection. After close codes 4400, 4401 and 4403 it
+    /// does not (DESIGN §8).
     #[must_use]
     pub fn is_transient(&self) -> bool {
         match self {
@@ -68,7 +69,7 @@ impl ClientError {
         }
     }
 
-    /// Whether the token is not accepted: a fresh one may help.
+    /// Returns whether the server rejected the token. The call may succeed with a fresh one.
     #[must_use]
     pub fn is_unauthenticated(&self) -> bool {
         match self {

@@ -1,4 +1,4 @@
-//! Sees one request to its end, over as many connections as it takes.
+//! Following one request to its end over WebSocket, with reconnects.
 
 use std::{sync::Arc, time::Duration};
 
@@ -11,46 +11,46 @@ use crate::{ClientError, Message, OutputCheck, Session};
 
 const FIRST_BACKOFF: Duration = Duration::from_millis(200);
 const MAX_BACKOFF: Duration = Duration::from_secs(10);
-/// Connections in a row that brought nothing, after which it gives up.
-const MAX_FAILURES: u32 = 8;
+/// Maximum number of consecutive retries without a message.
+const MAX_RETRIES: u32 = 8;
 
-/// What to follow.
+/// The request to follow.
 #[derive(Clone, Debug)]
 pub enum Target {
-    /// A request to be submitted: a whole `request` message with an `id`, which makes sending it
-    /// again safe.
+    /// A request to submit.
     Submit {
-        /// Its `id`.
+        /// The request's `id`, which makes repeated submissions safe.
         id: String,
-        /// The message.
+        /// The complete `request` message, with that `id`.
         message: String,
     },
-    /// A request that is there, from after this `seq` on.
+    /// An existing request.
     Watch {
         /// Its `request_id` or `uid`.
         request_id: String,
-        /// The last `seq` that was seen; 0 for all.
+        /// The `seq` after which to start; 0 for all events.
         after_seq: i64,
     },
 }
 
-/// Follows one request.
+/// Follower of one request.
 pub struct Follower {
     server: String,
     tokens: Arc<dyn TokenSource>,
-    /// With which it connected last.
+    /// The token of the latest connection.
     token: String,
     target: Target,
     session: Option<Session>,
     last_seq: i64,
     backoff: Backoff,
     ended: bool,
-    /// Only who reads from the beginning can tell.
+    /// Present only if the log is read from the beginning.
     check: Option<OutputCheck>,
 }
 
 impl Follower {
-    /// Will follow `target`; connects when first asked. A token is asked for at each connection.
+    /// Creates a follower of `target`. It connects with the first call of [`Self::next`] and requests a token
+    /// for each connection.
     pub fn new(server: impl Into<String>, tokens: impl TokenSource, target: Target) -> Self {
         let last_seq = match &target {
             Target::Submit { .. } => 0,
@@ -69,7 +69,7 @@ impl Follower {
         }
     }
 
-    /// The name to come back with.
+    /// Returns the id with which the request can be watched again.
     #[must_use]
     pub fn request_id(&self) -> &str {
         match &self.target {
@@ -78,22 +78,23 @@ impl Follower {
         }
     }
 
-    /// Whether nothing will follow what was handed out.
+    /// Returns whether the last message was returned.
     #[must_use]
     pub fn has_ended(&self) -> bool {
         self.ended
     }
 
-    /// The last `seq` that was handed out.
+    /// Returns the `seq` of the last message that was returned.
     #[must_use]
     pub fn last_seq(&self) -> i64 {
         self.last_seq
     }
 
-    /// The next message about the request, each event once; `None` after the last.
+    /// Returns the next message about the request, each event once; `None` after the last.
     ///
     /// # Errors
-    /// When the server refuses, or cannot be reached for long.
+    /// Returns an error if the server rejects the call, stays unreachable after all retries, or skips events,
+    /// or if the output does not match its checksum.
     pub async fn next(&mut self) -> Result<Option<Message>, ClientError> {
         while !self.ended {
             match self.try_next().await {
@@ -102,11 +103,11 @@ impl Follower {
                     return Ok(Some(message));
                 }
                 Ok(None) => {}
-                Err(error) if error.is_transient() && self.backoff.failures() < MAX_FAILURES => {
+                Err(error) if error.is_transient() && self.backoff.failures() < MAX_RETRIES => {
                     self.session = None;
                     sleep(self.backoff.wait()).await;
                 }
-                // The connection may have lasted longer than its token.
+                // The token may have expired during the connection.
                 Err(error) if error.is_unauthenticated() && self.session.take().is_some() => {
                     if self.tokens.token().await? == self.token {
                         return Err(error);
@@ -122,16 +123,16 @@ impl Follower {
         let session = match &mut self.session {
             Some(session) => session,
             None => {
-                let opening = self.opening();
+                let first_message = self.first_message();
                 self.token = self.tokens.token().await?;
                 let mut session = Session::connect(&self.server, &self.token).await?;
-                session.send(opening).await?;
+                session.send(first_message).await?;
                 self.session.insert(session)
             }
         };
         let message = session.next().await?;
         if message.kind == "error" && message.seq.is_none() {
-            // Not the request's end: this call was refused, and may be made again if that helps.
+            // Without a `seq`, the error concerns this call and not the request's outcome.
             return Err(ClientError::Refused(message.error()));
         }
         if let Some(seq) = message.seq
@@ -141,23 +142,23 @@ impl Follower {
             let last_seq = self.last_seq;
             return Err(ClientError::Unexpected(format!("event {seq} follows event {last_seq}")));
         }
-        let message = self.take(message);
+        let message = self.accept(message);
         if let (Some(check), Some(message)) = (&mut self.check, &message) {
             message.check_output(check)?;
         }
         Ok(message)
     }
 
-    /// Whether the server is known to have the request.
+    /// Returns whether the server has accepted the request.
     #[must_use]
     pub fn is_accepted(&self) -> bool {
         self.last_seq > 0 || matches!(self.target, Target::Watch { .. })
     }
 
-    /// What to say on a new connection.
-    fn opening(&self) -> String {
+    /// Returns the first message of a new connection.
+    fn first_message(&self) -> String {
         match &self.target {
-            // Until the first event is seen, the submission may not have arrived.
+            // Until the first event is received, the submission may have been lost.
             Target::Submit { message, .. } if self.last_seq == 0 => message.clone(),
             _ => json!({
                 "type": "subscribe", "request_id": self.request_id(), "after_seq": self.last_seq,
@@ -166,8 +167,8 @@ impl Follower {
         }
     }
 
-    /// Passes over what is of no concern or was seen before.
-    fn take(&mut self, message: Message) -> Option<Message> {
+    /// Skips messages that do not concern the request and events that were received before.
+    fn accept(&mut self, message: Message) -> Option<Message> {
         match message.kind.as_str() {
             "connected" | "draining" | "auth_expiring" | "pong" | "message" => return None,
             "acknowledgment" if self.last_seq == 0 => self.last_seq = 1,
@@ -182,7 +183,7 @@ impl Follower {
         }
         self.ended = match message.kind.as_str() {
             "response" | "complete" | "cancelled" | "error" => true,
-            // Its end was seen before: nothing will follow.
+            // The terminal event was received before, so no message follows.
             "subscribed" => message.is_terminal() && message.last_seq <= Some(self.last_seq),
             _ => false,
         };

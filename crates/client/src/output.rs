@@ -1,56 +1,56 @@
-//! The proof that a reader has a request's whole output: pure bookkeeping over its events.
+//! Verifies that a reader received the whole output of a request, from its events alone.
 
 use streamer_core::{OutputDigest, output::hex};
 
-/// Counts and hashes the valid chunks of a log that is read from its beginning.
+/// Count and checksum of the valid chunks of a log that is read from its beginning.
 #[derive(Clone, Debug, Default)]
 pub struct OutputCheck {
     digest: OutputDigest,
-    /// The output as of the latest `started`, and its `seq`: where a rewind goes back to.
-    base: (i64, OutputDigest),
+    /// `seq` of the latest `started` event and the digest at that point, to which a rewind returns.
+    attempt_start: (i64, OutputDigest),
 }
 
-/// What was read is not what was written.
+/// The output that was read differs from the output that was written.
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
 #[error(
-    "the output does not match its proof: {chunks} chunks with SHA-256 {sha256} were read, \
-     {expected_chunks} with {expected_sha256} were written"
+    "output checksum mismatch: read {chunks} chunks with SHA-256 {sha256}, expected \
+     {expected_chunks} with {expected_sha256}"
 )]
 pub struct OutputMismatch {
-    /// Valid chunks that were read.
+    /// Number of valid chunks that were read.
     pub chunks: i64,
     /// Their SHA-256, in hexadecimal digits.
     pub sha256: String,
-    /// As the terminal event says.
+    /// Number of chunks according to the terminal event.
     pub expected_chunks: i64,
-    /// As the terminal event says.
+    /// SHA-256 according to the terminal event.
     pub expected_sha256: String,
 }
 
 impl OutputCheck {
-    /// An attempt started.
+    /// Records that an attempt started with the event `seq`.
     pub fn started(&mut self, seq: i64) {
-        self.base = (seq, self.digest.clone());
+        self.attempt_start = (seq, self.digest.clone());
     }
 
-    /// The next chunk.
+    /// Adds the next chunk.
     pub fn chunk(&mut self, data: &[u8]) {
         self.digest.push(data);
     }
 
-    /// Chunks after this `seq` are void; it is that of a `started` event, or 0.
+    /// Discards the chunks after `seq`, which is that of a `started` event, or 0.
     pub fn rewind(&mut self, seq: i64) {
-        self.digest = if seq > 0 && seq == self.base.0 {
-            self.base.1.clone()
+        self.digest = if seq > 0 && seq == self.attempt_start.0 {
+            self.attempt_start.1.clone()
         } else {
             OutputDigest::default()
         };
     }
 
-    /// Compares with what the terminal event says.
+    /// Compares the output with the number of chunks and the SHA-256 of the terminal event.
     ///
     /// # Errors
-    /// When it differs.
+    /// Returns an error if they differ.
     pub fn verify(&self, chunks: i64, sha256: &str) -> Result<(), OutputMismatch> {
         let read = hex(&self.digest.sha256());
         if self.digest.chunks() == chunks && read.eq_ignore_ascii_case(sha256) {
@@ -69,14 +69,14 @@ impl OutputCheck {
 mod tests {
     use super::*;
 
-    fn proof(chunks: &[&str]) -> (i64, String) {
+    fn summary(chunks: &[&str]) -> (i64, String) {
         let mut digest = OutputDigest::default();
         chunks.iter().for_each(|chunk| digest.push(chunk.as_bytes()));
         (digest.chunks(), hex(&digest.sha256()))
     }
 
     #[test]
-    fn what_an_attempt_put_out_is_void_after_its_failure() {
+    fn output_of_a_failed_attempt_is_discarded() {
         let mut check = OutputCheck::default();
         check.started(2);
         check.chunk(b"lost");
@@ -84,13 +84,13 @@ mod tests {
         check.started(5);
         check.chunk(b"a");
         check.chunk(b"b");
-        let (chunks, sha256) = proof(&["a", "b"]);
+        let (chunks, sha256) = summary(&["a", "b"]);
         assert_eq!(check.verify(chunks, &sha256), Ok(()));
-        let (chunks, sha256) = proof(&["a", "c"]);
+        let (chunks, sha256) = summary(&["a", "c"]);
         let mismatch = check.verify(chunks, &sha256).unwrap_err();
         assert_eq!((mismatch.chunks, mismatch.expected_chunks), (2, 2));
         check.rewind(0);
-        let (chunks, sha256) = proof(&[]);
+        let (chunks, sha256) = summary(&[]);
         assert_eq!(check.verify(chunks, &sha256), Ok(()));
     }
 }

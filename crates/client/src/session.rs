@@ -1,4 +1,4 @@
-//! One WebSocket.
+//! A WebSocket connection.
 
 use std::time::Duration;
 
@@ -20,52 +20,52 @@ use tokio_tungstenite::{
 
 use crate::{ClientError, OutputCheck};
 
-/// How long each step of opening a WebSocket may take.
+/// Timeout of each step of opening a WebSocket.
 const OPEN_TIMEOUT: Duration = Duration::from_secs(10);
-/// How long the first message may take.
-const FIRST_PATIENCE: Duration = Duration::from_secs(30);
-/// Given to a ping on its way.
-const GRACE: Duration = Duration::from_secs(5);
-/// Largest message that a client takes.
+/// Timeout of the first message.
+const FIRST_MESSAGE_TIMEOUT: Duration = Duration::from_secs(30);
+/// Added to the read timeout for network delay.
+const PING_GRACE: Duration = Duration::from_secs(5);
+/// Maximum size of a message.
 const MAX_MESSAGE_BYTES: usize = 256 * 1024 * 1024;
 
-/// What every client looks at first in a message of the server.
+/// A server message with the members that every client reads.
 #[derive(Clone, Debug, Default, Deserialize)]
 pub struct Message {
-    /// What it is.
+    /// Type of the message.
     #[serde(rename = "type")]
     pub kind: String,
-    /// Which request it is about.
+    /// Id of the request.
     #[serde(default)]
     pub request_id: Option<String>,
-    /// The server's id of that request.
+    /// Uid of the request, which the server assigned.
     #[serde(default)]
     pub uid: Option<String>,
-    /// Its place in the log.
+    /// Sequence number of the event in the log.
     #[serde(default)]
     pub seq: Option<i64>,
-    /// In a snapshot: the latest place in the log.
+    /// In a snapshot: sequence number of the latest event.
     #[serde(default)]
     pub last_seq: Option<i64>,
-    /// In a snapshot: where the request stands.
+    /// In a snapshot: state of the request.
     #[serde(default)]
     pub state: Option<String>,
-    /// The message as it came.
+    /// The message as received.
     #[serde(skip)]
     pub text: String,
 }
 
 impl Message {
-    /// What an `error` message says.
+    /// Returns the error of an `error` message.
     #[must_use]
     pub fn error(&self) -> RequestError {
         #[derive(Default, Deserialize)]
-        struct Said {
+        struct ErrorMessage {
             #[serde(default)]
-            error: Told,
+            error: ErrorBody,
         }
         #[derive(Default, Deserialize)]
-        struct Told {
+        struct ErrorBody {
             #[serde(default)]
             code: String,
             #[serde(default)]
@@ -74,7 +74,7 @@ impl Message {
             retryable: bool,
             details: Option<Box<RawValue>>,
         }
-        let Said { error } = serde_json::from_str(&self.text).unwrap_or_default();
+        let ErrorMessage { error } = serde_json::from_str(&self.text).unwrap_or_default();
         RequestError {
             code: ErrorCode::from_name(&error.code).unwrap_or(ErrorCode::InternalError),
             message: error.message,
@@ -83,20 +83,20 @@ impl Message {
         }
     }
 
-    /// Notes what this message of a log says of the request's output.
+    /// Updates `check` with this event, and verifies the output if the event is terminal.
     pub(crate) fn check_output(&self, check: &mut OutputCheck) -> Result<(), ClientError> {
         let unreadable = |error| ClientError::Unexpected(format!("{error} in {}", self.text));
-        let said = || serde_json::from_str::<OutputMembers<'_>>(&self.text).map_err(unreadable);
+        let parse = || serde_json::from_str::<OutputMembers<'_>>(&self.text).map_err(unreadable);
         match (self.kind.as_str(), self.seq) {
             ("started", Some(seq)) => check.started(seq),
-            ("output", _) => check.chunk(&said()?.chunk()?),
-            ("retrying", _) => check.rewind(said()?.rewind_to_seq),
+            ("output", _) => check.chunk(&parse()?.chunk()?),
+            ("retrying", _) => check.rewind(parse()?.rewind_to_seq),
             ("complete" | "error" | "cancelled", Some(_)) => {
-                let said = said()?;
+                let members = parse()?;
                 if self.kind == "error" {
-                    check.rewind(said.rewind_to_seq);
+                    check.rewind(members.rewind_to_seq);
                 }
-                if let Some(output) = said.output {
+                if let Some(output) = members.output {
                     check.verify(output.chunks, output.sha256)?;
                 }
             }
@@ -105,7 +105,7 @@ impl Message {
         Ok(())
     }
 
-    /// Whether it is a snapshot of a request that has ended.
+    /// Returns whether the message is a snapshot of a request that has ended.
     #[must_use]
     pub fn is_terminal(&self) -> bool {
         let state = self.state.as_deref().and_then(|state| state.parse().ok());
@@ -113,10 +113,10 @@ impl Message {
     }
 }
 
-/// What the messages of a log say of the output.
+/// Members of log messages that concern the output.
 #[derive(Deserialize)]
 struct OutputMembers<'a> {
-    /// As it stands there: JSON is hashed as the bytes that it is.
+    /// Raw text, since the checksum covers the JSON bytes as sent.
     #[serde(borrow)]
     data: Option<&'a RawValue>,
     #[serde(default)]
@@ -126,24 +126,24 @@ struct OutputMembers<'a> {
     #[serde(default)]
     rewind_to_seq: i64,
     #[serde(borrow)]
-    output: Option<Proof<'a>>,
+    output: Option<OutputSummary<'a>>,
 }
 
 #[derive(Deserialize)]
-struct Proof<'a> {
+struct OutputSummary<'a> {
     chunks: i64,
     sha256: &'a str,
 }
 
 impl OutputMembers<'_> {
-    /// The bytes of the chunk.
+    /// Returns the bytes of the chunk.
     fn chunk(&self) -> Result<Vec<u8>, ClientError> {
         let data = self.data.map_or("", RawValue::get);
         if self.content_type.is_none() {
             return Ok(data.as_bytes().to_vec());
         }
         let malformed = |error: &dyn std::fmt::Display| {
-            ClientError::Unexpected(format!("an output chunk: {error}"))
+            ClientError::Unexpected(format!("malformed output chunk: {error}"))
         };
         let text: String = serde_json::from_str(data).map_err(|error| malformed(&error))?;
         match self.encoding.as_deref() {
@@ -153,27 +153,28 @@ impl OutputMembers<'_> {
     }
 }
 
-/// An open WebSocket that speaks `streamer.v1.json`.
+/// An open WebSocket with the subprotocol `streamer.v1.json`.
 pub struct Session {
     socket: WebSocketStream<TcpStream>,
     server: String,
-    /// A server that says nothing for so long, not even a ping, is gone.
-    patience: Duration,
+    /// The connection is lost if neither a message nor a ping arrives for this long.
+    read_timeout: Duration,
 }
 
 impl Session {
     /// Opens a WebSocket at an `http://` URL. The first message is `connected`.
     ///
     /// # Errors
-    /// When the server cannot be reached or does not speak the protocol.
+    /// Returns an error if the URL or the token is malformed, or the handshake fails.
     pub async fn connect(server: &str, token: &str) -> Result<Self, ClientError> {
         Self::connect_with_buffers(server, token, 16 * 1024).await
     }
 
-    /// As [`Self::connect`], with a read buffer of this size: small for very many connections.
+    /// Opens a WebSocket like [`Self::connect`], with a read buffer of this size in bytes. A small buffer saves
+    /// memory with many connections.
     ///
     /// # Errors
-    /// As [`Self::connect`].
+    /// Returns the same errors as [`Self::connect`].
     pub async fn connect_with_buffers(
         server: &str,
         token: &str,
@@ -189,10 +190,10 @@ impl Session {
         let host = uri.host().ok_or_else(|| bad_url("must name a host"))?;
         let port = uri.port_u16().unwrap_or(80);
         let address = (host.trim_matches(['[', ']']), port);
-        let in_time = || unreachable(format!("no answer within {} s", OPEN_TIMEOUT.as_secs()));
+        let timed_out = || unreachable(format!("no answer within {} s", OPEN_TIMEOUT.as_secs()));
         let stream = timeout(OPEN_TIMEOUT, TcpStream::connect(address))
             .await
-            .map_err(|_| in_time())?
+            .map_err(|_| timed_out())?
             .map_err(|error| unreachable(error.to_string()))?;
         stream.set_nodelay(true).map_err(|error| unreachable(error.to_string()))?;
         let mut request = format!("ws://{host}:{port}/ws")
@@ -212,81 +213,81 @@ impl Session {
             .max_message_size(Some(MAX_MESSAGE_BYTES))
             .max_frame_size(Some(MAX_MESSAGE_BYTES));
         let opening = client_async_with_config(request, stream, Some(config));
-        let opened = timeout(OPEN_TIMEOUT, opening).await.map_err(|_| in_time())?;
+        let opened = timeout(OPEN_TIMEOUT, opening).await.map_err(|_| timed_out())?;
         let (socket, _) = opened.map_err(|error| unreachable(error.to_string()))?;
-        Ok(Self { socket, server: server.to_owned(), patience: FIRST_PATIENCE })
+        Ok(Self { socket, server: server.to_owned(), read_timeout: FIRST_MESSAGE_TIMEOUT })
     }
 
     /// Sends a message.
     ///
     /// # Errors
-    /// When the connection is lost.
+    /// Returns an error if the connection is lost.
     pub async fn send(&mut self, text: impl Into<String>) -> Result<(), ClientError> {
         let text: String = text.into();
         let sent = self.socket.send(tungstenite::Message::text(text)).await;
-        sent.map_err(|error| self.lost(&error))
+        sent.map_err(|error| self.connection_error(&error))
     }
 
-    /// Queues a message; [`Self::flush`] sends what is queued.
+    /// Queues a message, which [`Self::flush`] sends.
     ///
     /// # Errors
-    /// When the connection is lost.
+    /// Returns an error if the connection is lost.
     pub async fn feed(&mut self, text: impl Into<String>) -> Result<(), ClientError> {
         let text: String = text.into();
         let fed = self.socket.feed(tungstenite::Message::text(text)).await;
-        fed.map_err(|error| self.lost(&error))
+        fed.map_err(|error| self.connection_error(&error))
     }
 
-    /// Sends what is queued.
+    /// Sends the queued messages.
     ///
     /// # Errors
-    /// When the connection is lost.
+    /// Returns an error if the connection is lost.
     pub async fn flush(&mut self) -> Result<(), ClientError> {
         let flushed = self.socket.flush().await;
-        flushed.map_err(|error| self.lost(&error))
+        flushed.map_err(|error| self.connection_error(&error))
     }
 
-    /// The next message, as it came.
+    /// Returns the text of the next message.
     ///
     /// # Errors
-    /// When the connection is lost, or the server closes it.
+    /// Returns an error if the connection is lost or the server closes it.
     pub async fn next_text(&mut self) -> Result<tungstenite::Utf8Bytes, ClientError> {
         loop {
-            let Ok(message) = timeout(self.patience, self.socket.next()).await else {
-                let reason = format!("silent for {} s", self.patience.as_secs());
+            let Ok(message) = timeout(self.read_timeout, self.socket.next()).await else {
+                let reason = format!("no message for {} s", self.read_timeout.as_secs());
                 return Err(ClientError::Unreachable { server: self.server.clone(), reason });
             };
             match message {
                 Some(Ok(tungstenite::Message::Text(text))) => {
-                    self.learn_heartbeat(&text);
+                    self.apply_heartbeat(&text);
                     return Ok(text);
                 }
                 Some(Ok(tungstenite::Message::Close(frame))) => return Err(closed(frame)),
                 Some(Ok(_)) => {}
-                Some(Err(error)) => return Err(self.lost(&error)),
+                Some(Err(error)) => return Err(self.connection_error(&error)),
                 None => return Err(closed(None)),
             }
         }
     }
 
-    /// `connected` says how often the server pings who is silent.
-    fn learn_heartbeat(&mut self, text: &str) {
+    /// Sets the read timeout to twice the ping interval that `connected` announces.
+    fn apply_heartbeat(&mut self, text: &str) {
         #[derive(Deserialize)]
         struct Connected {
             heartbeat_ms: u64,
         }
-        if self.patience == FIRST_PATIENCE
+        if self.read_timeout == FIRST_MESSAGE_TIMEOUT
             && text.starts_with("{\"type\":\"connected\"")
             && let Ok(Connected { heartbeat_ms }) = serde_json::from_str(text)
         {
-            self.patience = Duration::from_millis(heartbeat_ms) * 2 + GRACE;
+            self.read_timeout = Duration::from_millis(heartbeat_ms) * 2 + PING_GRACE;
         }
     }
 
-    /// The next message.
+    /// Returns the next message.
     ///
     /// # Errors
-    /// When the connection is lost, the server closes it, or it sends no message of the protocol.
+    /// Returns an error if the connection is lost, the server closes it, or the message is malformed.
     pub async fn next(&mut self) -> Result<Message, ClientError> {
         let text = self.next_text().await?;
         let mut message: Message = serde_json::from_str(&text)
@@ -298,13 +299,13 @@ impl Session {
     /// Closes the connection.
     ///
     /// # Errors
-    /// When it is lost already.
+    /// Returns an error if the connection is already lost.
     pub async fn close(mut self) -> Result<(), ClientError> {
         let closing = self.socket.close(None).await;
-        closing.map_err(|error| self.lost(&error))
+        closing.map_err(|error| self.connection_error(&error))
     }
 
-    fn lost(&self, error: &tungstenite::Error) -> ClientError {
+    fn connection_error(&self, error: &tungstenite::Error) -> ClientError {
         ClientError::Unreachable { server: self.server.clone(), reason: error.to_string() }
     }
 }
@@ -314,7 +315,7 @@ fn closed(frame: Option<CloseFrame>) -> ClientError {
         Some(frame) => {
             ClientError::Closed { code: frame.code.into(), reason: frame.reason.to_string() }
         }
-        // RFC 6455 section 7.1.5: no status was there.
+        // RFC 6455 section 7.1.5: 1005 means that the close frame had no status.
         None => ClientError::Closed { code: 1005, reason: String::new() },
     }
 }

@@ -1,4 +1,4 @@
-//! Watching a request over gRPC, over as many calls as it takes.
+//! Watching a request over gRPC, with retries.
 
 use std::time::Duration;
 
@@ -16,20 +16,20 @@ use crate::{Api, ClientError, OutputCheck};
 
 const FIRST_BACKOFF: Duration = Duration::from_millis(100);
 const MAX_BACKOFF: Duration = Duration::from_secs(10);
-/// Calls in a row that brought nothing, after which it gives up.
-const MAX_FAILURES: u32 = 8;
+/// Maximum number of consecutive retries without a response.
+const MAX_RETRIES: u32 = 8;
 
 impl Api {
-    /// Asks for an action. Safe to repeat when an async one has an `id`.
+    /// Submits a request. A repeat is safe for an async action if the request has an `id`.
     ///
     /// # Errors
-    /// When the server refuses or cannot be reached.
+    /// Returns an error if the server rejects the call or cannot be reached.
     pub async fn submit(&self, request: SubmitRequest) -> Result<SubmitResponse, ClientError> {
-        let answer = self.router().submit(self.call(request)).await;
-        Ok(answer.map_err(|status| self.error(&status))?.into_inner())
+        let response = self.router().submit(self.call(request)).await;
+        Ok(response.map_err(|status| self.error(&status))?.into_inner())
     }
 
-    /// Follows a request from after this `seq`; 0 for all of its events.
+    /// Follows a request, starting after the event `after_seq`; 0 for all events.
     #[must_use]
     pub fn watch(&self, request_id: impl Into<String>, after_seq: i64) -> Watch {
         Watch {
@@ -37,96 +37,98 @@ impl Api {
             request_id: request_id.into(),
             last_seq: after_seq,
             stream: None,
-            waiting: Vec::new(),
+            pending: Vec::new(),
             ended: false,
             backoff: Backoff::new(FIRST_BACKOFF, MAX_BACKOFF),
             check: (after_seq == 0).then(OutputCheck::default),
         }
     }
 
-    /// Waits for a request to end, however long that takes.
+    /// Waits for a request to end, without a timeout.
     ///
     /// # Errors
-    /// When it cannot be watched.
+    /// Returns an error if the request cannot be watched.
     pub async fn wait(&self, request_id: impl Into<String>) -> Result<Completed, ClientError> {
         let request_id = request_id.into();
         let mut watch = self.watch(request_id.clone(), 0);
-        let mut last = None;
+        let mut last_event = None;
         while let Some(event) = watch.next().await? {
-            last = Some(event);
+            last_event = Some(event);
         }
-        last.and_then(completed).ok_or_else(|| {
-            ClientError::Unexpected(format!("the log of {request_id} ends without an outcome"))
+        last_event.and_then(completed).ok_or_else(|| {
+            ClientError::Unexpected(format!("the log of {request_id} has no terminal event"))
         })
     }
 
-    /// Asks that a request end; says where it stands.
+    /// Cancels a request and returns its state.
     ///
     /// # Errors
-    /// When the server refuses or cannot be reached.
+    /// Returns an error if the server rejects the call or cannot be reached.
     pub async fn cancel(
         &self,
         request_id: impl Into<String>,
         reason: impl Into<String>,
     ) -> Result<RequestState, ClientError> {
         let request = CancelRequest { request_id: request_id.into(), reason: reason.into() };
-        let answer = self.router().cancel(self.call(request)).await;
-        let answer = answer.map_err(|status| self.error(&status))?.into_inner();
-        Ok(answer.request.unwrap_or_default().state())
+        let response = self.router().cancel(self.call(request)).await;
+        let response = response.map_err(|status| self.error(&status))?.into_inner();
+        Ok(response.request.unwrap_or_default().state())
     }
 
-    /// Where a request stands.
+    /// Returns the state of a request.
     ///
     /// # Errors
-    /// When the server refuses or cannot be reached.
+    /// Returns an error if the server rejects the call or cannot be reached.
     pub async fn state(&self, request_id: impl Into<String>) -> Result<RequestState, ClientError> {
         let request = GetRequest { request_id: request_id.into(), ..GetRequest::default() };
-        let answer = self.router().get(self.call(request)).await;
-        let answer = answer.map_err(|status| self.error(&status))?.into_inner();
-        Ok(answer.request.unwrap_or_default().state())
+        let response = self.router().get(self.call(request)).await;
+        let response = response.map_err(|status| self.error(&status))?.into_inner();
+        Ok(response.request.unwrap_or_default().state())
     }
 }
 
-/// The events of one request, each once and in order; lost streams are opened again after the last
-/// one. At the end the output is compared with its proof, if all of it was read.
+/// Watch of one request: yields each event once and in order, and resumes lost streams after the last
+/// event. Verifies the output at the end if it was read from the beginning.
 pub struct Watch {
     api: Api,
     request_id: String,
     last_seq: i64,
     stream: Option<Streaming<WatchResponse>>,
-    /// In reverse.
-    waiting: Vec<Event>,
+    /// Received events, the last one first.
+    pending: Vec<Event>,
     ended: bool,
     backoff: Backoff,
     check: Option<OutputCheck>,
 }
 
 impl Watch {
-    /// The last `seq` that was handed out.
+    /// Returns the `seq` of the last event that was returned.
     #[must_use]
     pub fn last_seq(&self) -> i64 {
         self.last_seq
     }
 
-    /// The next event; `None` after the terminal one.
+    /// Returns the next event; `None` after the terminal one.
     ///
     /// # Errors
-    /// When the server refuses, cannot be reached for long, or sends what is not the log.
+    /// Returns an error if the server rejects the call, stays unreachable after all retries, or skips events,
+    /// or if the output does not match its checksum.
     pub async fn next(&mut self) -> Result<Option<Event>, ClientError> {
         loop {
-            if let Some(event) = self.waiting.pop() {
-                return self.take(event).map(Some);
+            if let Some(event) = self.pending.pop() {
+                return self.accept(event).map(Some);
             }
             if self.ended {
                 return Ok(None);
             }
             match self.fill().await {
                 Ok(()) => {}
-                Err(error) if error.is_transient() && self.backoff.failures() < MAX_FAILURES => {
+                Err(error) if error.is_transient() && self.backoff.failures() < MAX_RETRIES => {
                     self.stream = None;
                     sleep(self.backoff.wait()).await;
                 }
-                // A watch may last longer than its token. One that was refused at once stays so.
+                // The token may have expired during the stream. A token that was rejected before the
+                // stream opened is not renewed.
                 Err(error) if error.is_unauthenticated() && self.stream.take().is_some() => {
                     if !self.api.renew_token().await? {
                         return Err(error);
@@ -137,6 +139,7 @@ impl Watch {
         }
     }
 
+    /// Receives the next batch of events; opens the stream if there is none.
     async fn fill(&mut self) -> Result<(), ClientError> {
         let stream = match &mut self.stream {
             Some(stream) => stream,
@@ -154,17 +157,18 @@ impl Watch {
         match stream.message().await.map_err(|status| self.api.error(&status))? {
             Some(response) => {
                 self.backoff.reset();
-                self.waiting = response.events;
-                self.waiting.retain(|event| event.seq > self.last_seq);
-                self.waiting.reverse();
+                self.pending = response.events;
+                self.pending.retain(|event| event.seq > self.last_seq);
+                self.pending.reverse();
             }
-            // After the terminal event, which may have been seen before.
+            // The terminal event was received, or it is the event `after_seq`.
             None => self.ended = true,
         }
         Ok(())
     }
 
-    fn take(&mut self, event: Event) -> Result<Event, ClientError> {
+    /// Checks that the event is the next one and updates the output checksum.
+    fn accept(&mut self, event: Event) -> Result<Event, ClientError> {
         if event.seq != self.last_seq + 1 {
             return Err(ClientError::Unexpected(format!(
                 "event {} of {} follows event {}",
@@ -181,7 +185,7 @@ impl Watch {
 }
 
 fn verify(check: &mut OutputCheck, event: &Event) -> Result<(), ClientError> {
-    let proven = |check: &OutputCheck, output: Option<&OutputSummary>| match output {
+    let compare = |check: &OutputCheck, output: Option<&OutputSummary>| match output {
         Some(output) => check.verify(output.chunks, &hex(&output.sha256)).map_err(Into::into),
         None => Ok(()),
     };
@@ -191,16 +195,16 @@ fn verify(check: &mut OutputCheck, event: &Event) -> Result<(), ClientError> {
         Some(Kind::Retrying(retrying)) => check.rewind(retrying.rewind_to_seq),
         Some(Kind::Failed(failed)) => {
             check.rewind(failed.rewind_to_seq);
-            return proven(check, failed.output.as_ref());
+            return compare(check, failed.output.as_ref());
         }
-        Some(Kind::Succeeded(succeeded)) => return proven(check, succeeded.output.as_ref()),
-        Some(Kind::Cancelled(cancelled)) => return proven(check, cancelled.output.as_ref()),
+        Some(Kind::Succeeded(succeeded)) => return compare(check, succeeded.output.as_ref()),
+        Some(Kind::Cancelled(cancelled)) => return compare(check, cancelled.output.as_ref()),
         Some(Kind::Accepted(_) | Kind::Progress(_)) | None => {}
     }
     Ok(())
 }
 
-/// A JSON payload.
+/// Returns a JSON payload.
 #[must_use]
 pub fn json(text: impl Into<String>) -> Payload {
     Payload { content_type: String::new(), body: Some(Body::Data(text.into().into())) }

@@ -1,9 +1,10 @@
 //! Configuration of every Streamer process.
 //!
-//! Read once, at the edge, in this order, later ones winning: defaults, `streamer.toml`,
-//! environment (`OTEL_*` for section `trace`, then `STREAMER_<SECTION>_<OPTION>`), flags. All bad
-//! values are reported together. The committed `streamer.toml` holds every option with its default and
-//! is the documentation; a test holds it to this code.
+//! Binaries read it once, at start, from these sources, of which later ones override earlier ones:
+//! defaults, `streamer.toml`, environment (`OTEL_*` for section `trace`, then
+//! `STREAMER_<SECTION>_<OPTION>`), flags. All invalid values are reported together. The committed
+//! `streamer.toml` lists every option with its default and is the documentation; a test compares it with
+//! this code.
 
 mod opentelemetry;
 mod options;
@@ -20,18 +21,18 @@ pub use options::{
 };
 pub use tenants::Tenants;
 
-/// Where options come from, apart from the defaults.
+/// Sources of options besides the defaults.
 #[derive(Clone, Debug, Default)]
 pub struct Sources {
-    /// The configuration file; `None` for `streamer.toml` in the working folder, if it is there.
+    /// The configuration file; `None` for `streamer.toml` in the working folder, if it exists.
     pub file: Option<PathBuf>,
-    /// The environment.
+    /// Environment variables.
     pub environment: Vec<(String, String)>,
-    /// From flags: `section.option` and value.
+    /// Options set by flags, as `section.option` and value.
     pub flags: Vec<(String, String)>,
 }
 
-/// Everything that is wrong with a configuration.
+/// All errors in a configuration.
 #[derive(Debug, thiserror::Error)]
 pub struct ConfigError {
     problems: Vec<String>,
@@ -44,18 +45,18 @@ impl fmt::Display for ConfigError {
     }
 }
 
-/// Read from the working folder when no file is named, if it exists.
+/// The file that is read from the working folder, if it exists, when no file is named.
 pub const DEFAULT_FILE: &str = "streamer.toml";
 const PREFIX: &str = "STREAMER_";
-/// Environment variables of the command line that are no options of the configuration.
-const OTHER_VARIABLES: [&str; 4] =
+/// Environment variables of the command line, which are not configuration options.
+const CLI_VARIABLES: [&str; 4] =
     ["STREAMER_SERVER", "STREAMER_TOKEN", "STREAMER_CONFIG", "STREAMER_DATA"];
 
 impl Config {
-    /// Reads the configuration.
+    /// Reads the configuration from its sources.
     ///
     /// # Errors
-    /// Everything that is wrong, at once.
+    /// Reports all invalid options together.
     pub fn load(sources: &Sources) -> Result<Self, ConfigError> {
         let mut config = Self::default();
         let mut problems = Vec::new();
@@ -73,16 +74,16 @@ impl Config {
                 problems.push(format!("--set {name}: {problem}"));
             }
         }
-        config.check_together(&mut problems);
+        config.validate(&mut problems);
         if problems.is_empty() { Ok(config) } else { Err(ConfigError { problems }) }
     }
 }
 
 impl Trace {
-    /// Reads the standard variables of OpenTelemetry, for a process without a configuration file.
+    /// Reads the standard OpenTelemetry variables, for a process without a configuration file.
     ///
     /// # Errors
-    /// Everything that is wrong, at once.
+    /// Reports all invalid variables together.
     pub fn from_environment(environment: &[(String, String)]) -> Result<Self, ConfigError> {
         let mut config = Config::default();
         let mut problems = Vec::new();
@@ -123,22 +124,22 @@ fn read_file(config: &mut Config, file: Option<&Path>, problems: &mut Vec<String
 
 fn read_variable(config: &mut Config, name: &str, value: &str, problems: &mut Vec<String>) {
     let Some(rest) = name.strip_prefix(PREFIX) else { return };
-    if OTHER_VARIABLES.contains(&name) {
+    if CLI_VARIABLES.contains(&name) {
         return;
     }
     let rest = rest.to_lowercase();
-    // Kubernetes sets these in every pod beside services that are named `streamer…`.
+    // Kubernetes sets these in the pods of a namespace for each service named `streamer…`.
     let is_address = ["tcp://", "udp://", "sctp://"].iter().any(|kind| value.starts_with(kind));
-    let of_kubernetes = ((rest == "port" || rest.ends_with("_port")) && is_address)
+    let is_from_kubernetes = ((rest == "port" || rest.ends_with("_port")) && is_address)
         || rest.starts_with("port_")
         || rest.starts_with("service_")
         || ["_port_", "_service_host", "_service_port"].iter().any(|part| rest.contains(part));
-    if of_kubernetes {
+    if is_from_kubernetes {
         return;
     }
     let outcome = match rest.split_once('_') {
         None if rest == "log" => config.set_text("log", "filter", value),
-        None => Err("there is no such option".to_owned()),
+        None => Err("unknown option".to_owned()),
         Some((section, option)) => config.set_text(section, option, value),
     };
     if let Err(problem) = outcome {

@@ -1,12 +1,12 @@
-//! The standard variables of OpenTelemetry that stand for options of section `trace`:
+//! The standard OpenTelemetry variables that set options of section `trace`:
 //! <https://opentelemetry.io/docs/specs/otel/configuration/sdk-environment-variables/>.
 //!
-//! Names, headers and the timeout are read by OpenTelemetry's own library: `OTEL_SERVICE_NAME`,
+//! The OpenTelemetry library reads names, headers and the timeout: `OTEL_SERVICE_NAME`,
 //! `OTEL_RESOURCE_ATTRIBUTES`, `OTEL_EXPORTER_OTLP_HEADERS`, `OTEL_EXPORTER_OTLP_TIMEOUT`.
 
 use crate::Config;
 
-/// Reads them. They override the configuration file, as the environment does.
+/// Applies the variables, which override the configuration file.
 pub(crate) fn read(
     config: &mut Config,
     environment: &[(String, String)],
@@ -37,7 +37,7 @@ pub(crate) fn read(
         ));
     }
     let Some(sampler) = variable("OTEL_TRACES_SAMPLER") else { return };
-    // Whether the parent decides is trace.trust_callers.
+    // Option trace.trust_callers decides whether the parent's decision counts.
     match sampler.strip_prefix("parentbased_").unwrap_or(sampler) {
         "always_on" => trace.sample_ratio = 1.0,
         "always_off" => trace.sample_ratio = 0.0,

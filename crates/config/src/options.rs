@@ -1,4 +1,4 @@
-//! Every option: its type, default, range and meaning.
+//! All options: type, default, range and description.
 
 use std::{
     fmt::Display,
@@ -8,8 +8,8 @@ use std::{
 
 use crate::{setting::Setting, tenants::Tenants};
 
-/// Declares the sections and their options, in one place: struct, default, reading and the text of
-/// the committed file all come from here.
+/// Declares the sections and their options. Generates the structs, their defaults, the setters and the
+/// text of the committed file.
 macro_rules! options {
     ($(
         #[doc = $section_doc:literal]
@@ -38,7 +38,7 @@ macro_rules! options {
         #[derive(Clone, Debug, Default, PartialEq)]
         pub struct Config {
             $(#[doc = $section_doc] pub $section: $Section,)*
-            /// Limits of single tenants, in place of those in section `limits`.
+            /// Limits of single tenants, which override those in section `limits`.
             pub tenants: Tenants,
         }
 
@@ -56,7 +56,7 @@ macro_rules! options {
                         self.$section.$option = value;
                         Ok(())
                     })*)*
-                    _ => Err("there is no such option".into()),
+                    _ => Err("unknown option".into()),
                 }
             }
 
@@ -73,14 +73,14 @@ macro_rules! options {
                         self.$section.$option = value;
                         Ok(())
                     })*)*
-                    _ => Err("there is no such option".into()),
+                    _ => Err("unknown option".into()),
                 }
             }
 
-            /// This configuration as a file, with what every option means.
+            /// Returns this configuration as a file with a description of every option.
             #[must_use]
             pub fn to_toml(&self) -> String {
-                let mut text = String::from(FILE_HEAD);
+                let mut text = String::from(FILE_HEADER);
                 $(
                     text.push_str(&format!("\n#{}\n[{}]\n", $section_doc, stringify!($section)));
                     $(
@@ -97,75 +97,74 @@ macro_rules! options {
     };
 }
 
-const FILE_HEAD: &str = "# Every option of Streamer with its default. Copy what you change; what is \
-absent keeps its default.\n# The environment overrides this file \
-(STREAMER_<SECTION>_<OPTION>, lists separated by commas), flags\n# override both (--set \
+const FILE_HEADER: &str = "# All options of Streamer with their defaults. Copy the options that you \
+change; omitted options\n# keep their defaults. The environment overrides this file \
+(STREAMER_<SECTION>_<OPTION>, lists separated by\n# commas), and flags override both (--set \
 section.option=value).\n";
 
 options! {
-    /// Where the server listens and keeps its data.
+    /// Listener, connection limits and data folder.
     server: Server {
-        /// Address and port for everything: gRPC, WebSocket and HTTP. Beyond loopback only with keys
-        /// of your own (section auth), unless allow_dev_key_beyond_loopback says otherwise.
+        /// Address and port for gRPC, WebSocket and HTTP. An address other than loopback requires auth.keys or
+        /// auth.jwks_url, or auth.allow_dev_key_beyond_loopback.
         listen: SocketAddr = SocketAddr::from((Ipv4Addr::LOCALHOST, 8080));
-        /// Folder of the store and of the development key; made when it is not there.
+        /// Folder for the store and the development key. Created if it does not exist.
         data: PathBuf = PathBuf::from("./streamer-data");
-        /// How long stopping may take, in milliseconds: clients are sent away, running work ends.
+        /// Drain timeout on shutdown, in milliseconds: clients are disconnected, running attempts may finish.
         drain_timeout_ms: u64 = 10_000, in 0..=600_000;
-        /// Largest number of concurrent streams of one HTTP/2 connection.
+        /// Maximum number of concurrent streams per HTTP/2 connection.
         max_concurrent_streams: u64 = 1_024, in 1..=1_000_000;
-        /// TCP connections in all; 0 means as many as there are file descriptors for, but for a fifth of
-        /// them. Those without a valid token get half of them, and make room for each other.
+        /// Maximum number of open TCP connections; 0 means four fifths of the file descriptor limit.
+        /// Connections without a valid token may use half of them; at that limit, new ones replace the oldest.
         max_connections: u64 = 0, in 0..=10_000_000;
-        /// TCP connections from one address (an IPv6 address counts by its first 64 bits); 0 means nine
-        /// tenths of those in all.
+        /// Maximum number of open TCP connections per client address (per /64 prefix for IPv6); 0 means nine
+        /// tenths of max_connections.
         max_connections_per_address: u64 = 0, in 0..=10_000_000;
-        /// Bytes of unfinished gRPC messages in all: one token gets a quarter of them, calls without a
-        /// token a sixteenth together. Raised to four of the largest messages and 64 MiB. Only
-        /// processes with a gateway have this limit.
+        /// Maximum total size of incomplete gRPC messages, in bytes. One token may use a quarter of it, all calls
+        /// without a token together a sixteenth. Raised to at least four times the largest message plus 64 MiB.
+        /// Applies only to processes with a gateway.
         max_undecoded_bytes: u64 = 268_435_456, in 1_048_576..=2_147_483_647;
-        /// Within this time the message of a gRPC call must come; of a stream of messages, each one from
-        /// its first byte. In milliseconds.
+        /// Maximum time to receive the message of a gRPC call, in milliseconds. In a client stream it applies to
+        /// each message, from its first byte.
         body_timeout_ms: u64 = 30_000, in 100..=3_600_000;
-        /// Address and port for /metrics alone, like 127.0.0.1:9090; empty means that it is served with
-        /// everything else.
+        /// Separate address and port for /metrics, like 127.0.0.1:9090; empty serves it on the main address.
         metrics_listen: String = String::new();
-        /// Whether /metrics needs a token with permission operator.
+        /// Whether /metrics requires a token with permission operator.
         metrics_need_operator: bool = false;
     }
-    /// Where requests and their logs are kept.
+    /// Storage of requests and their logs.
     store: Store {
-        /// embedded: one file in the data folder, for one process. dynamodb: section dynamodb, for any
-        /// number of processes.
+        /// embedded: one file in the data folder, for a single process. dynamodb: the tables of section dynamodb,
+        /// for any number of processes.
         engine: String = String::from("embedded");
     }
-    /// The tables of engine dynamodb; `streamer tables create` makes them.
+    /// Tables of engine dynamodb; `streamer tables create` creates them.
     dynamodb: Dynamodb {
-        /// URL of the service, like http://127.0.0.1:8000; empty means AWS itself. Where
-        /// credentials come from: docs/dynamodb.md; an endpoint on this machine takes any.
+        /// URL of the service, like http://127.0.0.1:8000; empty means AWS. Sources of credentials:
+        /// docs/dynamodb.md. An endpoint on this machine accepts any credentials.
         endpoint: String = String::new();
-        /// AWS region; empty means what AWS_REGION or the AWS configuration says, and with an endpoint on
-        /// this machine any.
+        /// AWS region; empty uses AWS_REGION or the AWS configuration. Not required with an endpoint on this
+        /// machine.
         region: String = String::new();
-        /// What the names of all tables begin with.
+        /// Prefix of all table names.
         table_prefix: String = String::from("streamer-");
-        /// Over how many shards the queue is spread: each takes about 500 requests a second. The same
-        /// in every process; with fewer than before, what stands in the others is not found.
+        /// Number of queue shards; each handles about 500 requests per second. Must be the same in every process.
+        /// After a reduction, requests in the removed shards are not found.
         queue_shards: u64 = 4, in 1..=64;
-        /// How many operations of the store a process has under way at once, half of them for callers;
-        /// others wait for their turn, up to 10 s.
+        /// Maximum number of concurrent store operations per process, of which calls of clients may use half.
+        /// Others wait for up to 10 s.
         max_concurrent_operations: u64 = 128, in 1..=10_000;
-        /// How long requests are kept after they ended, in hours; 0 means for ever.
+        /// How long requests are kept after they end, in hours; 0 keeps them indefinitely.
         retention_hours: u64 = 0, in 0..=87_600;
-        /// Whether the stream of the requests table wakes processors, beside hints and polls.
+        /// Whether the stream of the requests table wakes processors, in addition to hints and polls.
         stream: bool = true;
-        /// URL of an object store for values beyond 64 KiB: s3://bucket/prefix, or file:///folder for
-        /// one machine. Empty means none; then no payload or chunk may be larger than 320 KiB.
+        /// URL of an object store for values larger than 64 KiB: s3://bucket/prefix, or file:///folder for a
+        /// single machine. If empty, payloads and chunks are limited to 320 KiB.
         objects: String = String::new();
     }
-    /// Where the other services are, when they are processes of their own.
+    /// Addresses of the other services when they run in separate processes.
     peers: Peers {
-        /// Gateways, each http://HOST:PORT; a name with several addresses stands for all of them.
+        /// Gateways, each as http://HOST:PORT; a host name with several addresses stands for all of them.
         gateway: Vec<String> = Vec::new();
         /// Routers.
         router: Vec<String> = Vec::new();
@@ -173,170 +172,167 @@ options! {
         processor: Vec<String> = Vec::new();
         /// Progress services.
         progress: Vec<String> = Vec::new();
-        /// ADDRESS:PORT under which the others reach this process; empty means where it listens.
+        /// ADDRESS:PORT at which other services reach this process; empty means its listening address.
         advertise: String = String::new();
-        /// File with a secret of at least 32 bytes that all services share. More lines hold other
-        /// secrets that are accepted while it is being changed. Needed beyond loopback; on loopback,
-        /// empty means service-token in the data folder, which is made when it is not there.
+        /// File with a secret of at least 32 bytes that all services share; further lines hold secrets that are
+        /// also accepted during rotation. Required on addresses other than loopback. On loopback, empty means
+        /// service-token in the data folder, which is created if it does not exist.
         secret_file: String = String::new();
-        /// How often names are resolved anew, in milliseconds.
+        /// How often host names are resolved again, in milliseconds.
         resolve_interval_ms: u64 = 5_000, in 100..=600_000;
     }
-    /// Whose tokens are accepted. Without keys, those of the development key in the data folder.
+    /// Accepted tokens. Without keys, those signed with the development key in the data folder.
     auth: Auth {
-        /// Public keys as ALGORITHM:FILE, the file in PEM: RS256, ES256 or EdDSA. HS256:FILE names a
-        /// shared secret of at least 32 bytes.
+        /// Public keys as ALGORITHM:FILE, the file in PEM: RS256, ES256 or EdDSA. HS256:FILE names a shared secret
+        /// of at least 32 bytes.
         keys: Vec<String> = Vec::new();
-        /// https:// URL of a JSON Web Key Set (http:// on this machine only); its RS256, ES256 and EdDSA
-        /// keys are accepted and refreshed.
+        /// https:// URL of a JSON Web Key Set (http:// on this machine only). Its RS256, ES256 and EdDSA keys are
+        /// accepted and refreshed.
         jwks_url: String = String::new();
-        /// How old fetched keys may be before they are fetched anew, so that withdrawn ones go, in
-        /// milliseconds.
+        /// Maximum age of fetched keys, in milliseconds. Older keys are fetched again, so that withdrawn keys are
+        /// rejected.
         jwks_max_age_ms: u64 = 600_000, in 1_000..=86_400_000;
-        /// A token with an unknown key id makes us fetch again, but not more often than this, in
-        /// milliseconds.
+        /// Minimum interval between fetches caused by tokens with an unknown key ID, in milliseconds.
         jwks_min_refresh_ms: u64 = 10_000, in 0..=3_600_000;
-        /// How long fetched keys count beyond jwks_max_age_ms while jwks_url cannot be fetched, in
+        /// How long fetched keys stay valid beyond jwks_max_age_ms while jwks_url cannot be fetched, in
         /// milliseconds.
         jwks_max_outage_ms: u64 = 3_600_000, in 0..=604_800_000;
-        /// Accepted values of claim iss. Needed with keys or jwks_url.
+        /// Accepted values of claim iss. Required with keys or jwks_url.
         issuers: Vec<String> = Vec::new();
-        /// Accepted values of claim aud. Needed with keys or jwks_url.
+        /// Accepted values of claim aud. Required with keys or jwks_url.
         audiences: Vec<String> = Vec::new();
-        /// Tenants that may call; empty means all.
+        /// Allowed tenants; empty means all.
         tenants: Vec<String> = Vec::new();
-        /// Which claim names the tenant; a.b is claim b in claim a, unless there is a claim a.b.
+        /// Claim that names the tenant; a.b is claim b in claim a, unless a claim a.b exists.
         tenant_claim: String = String::from("tenant_id");
-        /// Which claim lists the permissions, as an array, or as one text with spaces between them
-        /// (scope).
+        /// Claim that lists the permissions, as an array or as one space-separated string (like scope).
         permissions_claim: String = String::from("permissions");
-        /// Largest token, in bytes.
+        /// Maximum size of a token, in bytes.
         max_token_bytes: u64 = 8_192, in 512..=12_288;
-        /// How far clocks may differ when exp, nbf and iat are checked, in milliseconds.
+        /// Allowed clock skew when exp, nbf and iat are checked, in milliseconds.
         leeway_ms: u64 = 5_000, in 0..=300_000;
-        /// Accept the development key on an address that others can reach. Anybody who can read the
-        /// data folder can then be anybody.
+        /// Accept the development key on an address other than loopback. Anyone who can read the data folder can
+        /// then impersonate any user.
         allow_dev_key_beyond_loopback: bool = false;
     }
-    /// How much may come in and be stored, in all and of each tenant.
+    /// Limits on size, rate and storage, in total and per tenant.
     limits: Limits {
-        /// Largest payload of a request, in bytes. A result may be 1,024 bytes larger.
+        /// Maximum size of a request payload, in bytes. A result may be 1,024 bytes larger.
         max_payload_bytes: u64 = 4_194_304, in 1_024..=67_108_864;
-        /// Largest chunk of output, in bytes.
+        /// Maximum size of an output chunk, in bytes.
         max_output_chunk_bytes: u64 = 1_048_576, in 1_024..=16_777_216;
-        /// Submissions a second of one tenant, twice as many at once; 0 for no limit. More are refused with
-        /// RATE_LIMITED; several routers share it. This and the options below can be set for single tenants, and are read again on
-        /// SIGHUP: section tenants.
+        /// Submissions per second per tenant, with bursts of twice as many; 0 means no limit. Excess submissions
+        /// are rejected with RATE_LIMITED. Routers share the limit. Options whose names end in _per_tenant or
+        /// _per_user can be set for single tenants and are reloaded on SIGHUP: section tenants.
         submissions_per_second_per_tenant: u64 = 20_000, in 0..=1_000_000;
-        /// The same, of one user.
+        /// Submissions per second per user, likewise.
         submissions_per_second_per_user: u64 = 10_000, in 0..=1_000_000;
-        /// Requests of one tenant that are queued, also those that are not due yet; 0 for no limit. Over
-        /// DynamoDB they are counted with a delay: docs/dynamodb.md, "Limits".
+        /// Queued requests per tenant, including those not yet due; 0 means no limit. DynamoDB counts them with a
+        /// delay: docs/dynamodb.md, "Limits".
         queued_requests_per_tenant: u64 = 100_000, in 0..=1_000_000_000;
-        /// The same, of one user.
+        /// Queued requests per user, likewise.
         queued_requests_per_user: u64 = 10_000, in 0..=1_000_000_000;
-        /// Open watches and subscriptions of one tenant at one process; 0 for no limit.
+        /// Open watches and subscriptions per tenant in each process; 0 means no limit.
         watches_per_tenant: u64 = 50_000, in 0..=1_000_000_000;
-        /// The same, of one user.
+        /// Open watches and subscriptions per user, likewise.
         watches_per_user: u64 = 10_000, in 0..=1_000_000_000;
-        /// Bytes of messages beyond 16 KiB that watchers over gRPC have been sent and have not read, at each
-        /// process; raised to two of the largest. A user gets about half of it, and less while others use it
-        /// too; watches wait beyond that.
+        /// Maximum total size of messages over 16 KiB that gRPC watchers were sent and have not read, in bytes, in
+        /// each process; raised to at least two of the largest messages. One user gets about half of it, and less
+        /// while other users need it; beyond that, watches wait.
         max_unread_watch_bytes: u64 = 268_435_456, in 1_048_576..=2_147_483_647;
-        /// Bytes of payloads, metadata, events and checkpoints of one tenant's requests, beyond which it
-        /// cannot submit; running requests go on. 0 for no limit. Only with engine embedded.
+        /// Stored payloads, metadata, events and checkpoints per tenant, in bytes; 0 means no limit. At the limit,
+        /// submissions are rejected and running requests continue. Only with engine embedded.
         stored_bytes_per_tenant: u64 = 0, in 0..=9_000_000_000_000_000_000_u64;
     }
     /// WebSocket connections.
     gateway: Gateway {
-        /// Origins whose pages may connect, like https://app.example.com; empty means pages served
-        /// from this machine only, * means all.
+        /// Origins whose pages may connect, like https://app.example.com; empty allows only pages served from this
+        /// machine, * allows all.
         allowed_origins: Vec<String> = Vec::new();
-        /// Connections in all.
+        /// Maximum number of connections.
         max_connections: u64 = 50_000, in 1..=10_000_000;
-        /// Connections of one user.
+        /// Maximum number of connections per user.
         max_connections_per_user: u64 = 100, in 1..=10_000_000;
-        /// Connections from one address; an IPv6 address counts by its first 64 bits.
+        /// Maximum number of connections per client address (per /64 prefix for IPv6).
         max_connections_per_address: u64 = 10_000, in 1..=10_000_000;
-        /// Bytes of unfinished messages of clients in all; raised to two of the largest messages.
+        /// Maximum total size of incomplete client messages, in bytes; raised to at least two of the largest.
         max_buffered_bytes: u64 = 268_435_456, in 1_048_576..=2_147_483_647;
-        /// The same, of one user.
+        /// Maximum size of the incomplete messages of one user, in bytes; raised likewise.
         max_buffered_bytes_per_user: u64 = 16_777_216, in 65_536..=2_147_483_647;
-        /// How long a message of a client may take to come, once it has begun, in milliseconds.
+        /// Maximum time to receive a client message, from its first byte, in milliseconds.
         message_timeout_ms: u64 = 30_000, in 1_000..=3_600_000;
-        /// Subscriptions of one connection.
+        /// Maximum number of subscriptions per connection.
         max_subscriptions: u64 = 10_000, in 1..=1_000_000;
-        /// Unanswered calls of one connection; beyond that it is not read from until some are.
+        /// Maximum number of unanswered calls per connection; at the limit, the connection is not read.
         max_in_flight: u64 = 1_024, in 1..=100_000;
-        /// Messages a second from one connection, 0 for no limit; more are refused with RATE_LIMITED.
+        /// Messages per second per connection; 0 means no limit. Excess messages are rejected with RATE_LIMITED.
         messages_per_second: u64 = 10_000, in 0..=1_000_000;
-        /// Messages at once beyond that rate.
+        /// Number of messages allowed in a burst above that rate.
         message_burst: u64 = 20_000, in 1..=1_000_000;
-        /// A quiet client is pinged so often, in milliseconds, and dropped after twice that.
+        /// Interval at which silent clients are pinged, in milliseconds. They are disconnected after twice that.
         heartbeat_ms: u64 = 25_000, in 1_000..=600_000;
-        /// A socket that takes nothing for so long though something waits is closed with 4408, in
-        /// milliseconds.
+        /// How long a socket may accept no data while messages are pending, in milliseconds. The connection is then
+        /// closed with 4408.
         slow_consumer_timeout_ms: u64 = 30_000, in 1_000..=600_000;
-        /// How long a handshake may take, in milliseconds.
+        /// Maximum duration of a handshake, in milliseconds.
         handshake_timeout_ms: u64 = 10_000, in 100..=60_000;
-        /// Clients are told to come back within this after a drain, in milliseconds.
+        /// Time within which clients are asked to reconnect after a drain, in milliseconds.
         reconnect_after_ms: u64 = 5_000, in 0..=600_000;
     }
-    /// Running actions.
+    /// Execution of actions.
     execution: Execution {
-        /// Actions estimated faster than this are sync: answered at once and not stored, in
-        /// milliseconds. It also bounds a sync action that sets no limit of its own.
+        /// Actions with a shorter estimated duration are sync: answered directly and not stored. In milliseconds.
+        /// Also the timeout of sync actions that set none.
         sync_threshold_ms: u64 = 5_000, in 0..=600_000;
-        /// Async attempts that run at once.
+        /// Maximum number of concurrent async attempts.
         max_concurrent_attempts: u64 = 1_024, in 1..=1_000_000;
-        /// Percent of those, and of the slots of all workers, that one tenant gets at most: the rest
-        /// is there for whoever comes while one tenant floods.
+        /// Maximum percentage of those attempts, and of the slots of all workers, that one tenant may use. The
+        /// rest stays available to other tenants while one tenant floods.
         tenant_share_percent: u64 = 75, in 1..=100;
-        /// Sync actions that run at once.
+        /// Maximum number of concurrent sync actions.
         max_concurrent_sync: u64 = 4_096, in 1..=1_000_000;
-        /// Bytes of progress, output, checkpoints and results that are not stored yet, over all
-        /// attempts of a processor; at least four times the largest message of a worker. Handlers and
-        /// workers wait beyond that. A tenant gets about half of it, and less while others use it too.
+        /// Maximum total size of progress, output, checkpoints and results that are not yet stored, in bytes, over
+        /// all attempts of a processor; raised to at least four times the largest worker message. At the limit,
+        /// handlers and workers wait. One tenant gets about half of it, and less while other tenants need it.
         max_buffered_output_bytes: u64 = 268_435_456, in 1_048_576..=2_147_483_647;
-        /// Those of the built-in handlers that this server runs itself, by action; * for all,
-        /// empty for none. The others can be run by workers.
+        /// Built-in actions that this server runs itself; * means all, empty means none. Workers can run the
+        /// others.
         local_actions: Vec<String> = vec!["*".into()];
-        /// How long a processor that fell silent keeps its attempts, in milliseconds.
+        /// Lease duration, in milliseconds: how long a processor that stops renewing its leases keeps its attempts.
         lease_ms: u64 = 10_000, in 300..=3_600_000;
-        /// Whether routers tell processors of new requests.
+        /// Whether routers notify processors of new requests.
         hints: bool = true;
-        /// How often the store is asked for work that nobody told of, and for attempts whose
-        /// processors are gone, in milliseconds.
+        /// How often the store is polled for requests that were not announced, and for attempts whose processors
+        /// have failed, in milliseconds.
         poll_interval_ms: u64 = 1_000, in 10..=600_000;
-        /// Whether it is asked for such work at each of them: without, every 30 s, and otherwise it is
-        /// told of by hints or the stream.
+        /// Whether each poll reads the queue. If false, the queue is read every 30 s, and hints or the stream
+        /// announce new requests.
         poll_queue: bool = true;
-        /// How long a handler may go on after cancellation was asked for, in milliseconds.
+        /// How long a handler may continue after its cancellation is requested, in milliseconds.
         cancel_grace_ms: u64 = 10_000, in 0..=3_600_000;
     }
-    /// Which callers changed what, and which calls were refused: docs/security.md, "The audit log".
+    /// Audit log of changes and rejected calls, with their callers: docs/security.md, "The audit log".
     audit: Audit {
-        /// File that gets a line of JSON for each; - for standard error, empty for none.
+        /// File to which each record is appended as a line of JSON; - means standard error, empty means none.
         file: PathBuf = PathBuf::new();
     }
-    /// Logs, on standard error.
+    /// Logs, written to standard error.
     log: Log {
-        /// A level (error, warn, info, debug, trace) or directives like info,streamer_gateway=debug.
-        /// STREAMER_LOG sets it too.
+        /// A level (error, warn, info, debug, trace) or directives like info,streamer_gateway=debug. STREAMER_LOG
+        /// also sets it.
         filter: String = String::from("warn");
-        /// text for people, json for machines.
+        /// text, or json for one JSON object per line.
         format: String = String::from("text");
     }
-    /// Traces, sent to an OpenTelemetry collector. See docs/tracing.md.
+    /// Traces, exported to an OpenTelemetry collector: docs/tracing.md.
     trace: Trace {
-        /// OTLP over gRPC, like http://127.0.0.1:4317; empty for no traces. OTEL_EXPORTER_OTLP_ENDPOINT
-        /// and OTEL_EXPORTER_OTLP_TRACES_ENDPOINT set it too.
+        /// OTLP over gRPC, like http://127.0.0.1:4317; empty disables tracing. OTEL_EXPORTER_OTLP_ENDPOINT and
+        /// OTEL_EXPORTER_OTLP_TRACES_ENDPOINT also set it.
         endpoint: String = String::new();
-        /// Part of the requests that are traced. OTEL_TRACES_SAMPLER (always_on, always_off or
-        /// traceidratio, also with parentbased_) and OTEL_TRACES_SAMPLER_ARG set it too.
+        /// Fraction of requests that are traced. OTEL_TRACES_SAMPLER (always_on, always_off or traceidratio, also
+        /// with parentbased_) and OTEL_TRACES_SAMPLER_ARG also set it.
         sample_ratio: f64 = 1.0, in 0.0..=1.0;
-        /// Whether clients decide with the sampled flag of their traceparent; otherwise it is decided
-        /// here by sample_ratio.
+        /// Whether the sampled flag of a client's traceparent decides; otherwise sample_ratio decides.
         trust_callers: bool = false;
     }
 }
@@ -350,7 +346,7 @@ fn check_range<T: PartialOrd + Display + Copy>(value: T, low: T, high: T) -> Res
 }
 
 impl Auth {
-    /// Whether the development key is what tokens are signed with.
+    /// Returns whether tokens are verified with the development key.
     #[must_use]
     pub fn uses_dev_key(&self) -> bool {
         self.keys.is_empty() && self.jwks_url.is_empty()
@@ -370,8 +366,8 @@ impl Gateway {
                 || has_default_port
             {
                 problems.push(format!(
-                    "gateway.allowed_origins: {origin:?} is not an origin in the form that browsers send, \
-                     like https://app.example.com or http://localhost:3000, and would never match"
+                    "gateway.allowed_origins: {origin:?} never matches, since browsers send origins like \
+                     https://app.example.com or http://localhost:3000"
                 ));
             }
         }
@@ -383,7 +379,7 @@ impl Trace {
         let endpoint = &self.endpoint;
         if !endpoint.is_empty() && !endpoint.starts_with("http://") {
             problems.push(format!(
-                "trace.endpoint: must begin with http:// (a collector nearby can send on with TLS), is \
+                "trace.endpoint: must begin with http:// (use a local collector to forward over TLS), is \
                  {endpoint:?}"
             ));
         }
@@ -426,8 +422,8 @@ impl Config {
             ));
         }
         let prefix = &self.dynamodb.table_prefix;
-        let is_part = |c: char| c.is_ascii_alphanumeric() || "_.-".contains(c);
-        if prefix.len() > 200 || !prefix.chars().all(is_part) {
+        let is_allowed = |c: char| c.is_ascii_alphanumeric() || "_.-".contains(c);
+        if prefix.len() > 200 || !prefix.chars().all(is_allowed) {
             problems.push(format!(
                 "dynamodb.table_prefix: must be at most 200 letters, digits, _, . and -, is {prefix:?}"
             ));
@@ -440,25 +436,24 @@ impl Config {
             return;
         }
         let common = ("limits".to_owned(), self.limits.stored_bytes_per_tenant);
-        let of_tenants = self.tenants.values(option);
-        let of_tenants = of_tenants.map(|(tenant, bytes)| (format!("tenants.{tenant}"), bytes));
-        for (section, bytes) in std::iter::once(common).chain(of_tenants) {
+        let overrides = self.tenants.values(option);
+        let overrides = overrides.map(|(tenant, bytes)| (format!("tenants.{tenant}"), bytes));
+        for (section, bytes) in std::iter::once(common).chain(overrides) {
             if bytes > 0 {
-                problems
-                    .push(format!("{section}.{option}: is counted by store.engine embedded only"));
+                problems.push(format!("{section}.{option}: requires store.engine embedded"));
             }
         }
     }
 
-    /// Rules of more than one option, and of what a value looks like.
-    pub(crate) fn check_together(&self, problems: &mut Vec<String>) {
+    /// Checks the formats of values and the rules that involve several options.
+    pub(crate) fn validate(&self, problems: &mut Vec<String>) {
         let auth = &self.auth;
         if auth.uses_dev_key() {
             let loopback = self.server.listen.ip().is_loopback();
             if !loopback && !auth.allow_dev_key_beyond_loopback {
                 problems.push(format!(
-                    "server.listen: {} can be reached by others, and the development key is for \
-                     this machine; set auth.keys or auth.jwks_url (or, knowingly, \
+                    "server.listen: {} is not a loopback address, and the development key is for \
+                     local use only; set auth.keys or auth.jwks_url (or override with \
                      auth.allow_dev_key_beyond_loopback)",
                     self.server.listen
                 ));
@@ -478,8 +473,8 @@ impl Config {
         }
         if auth.jwks_min_refresh_ms > auth.jwks_max_age_ms {
             problems.push(format!(
-                "auth.jwks_min_refresh_ms: must be at most auth.jwks_max_age_ms, is {} of {}",
-                auth.jwks_min_refresh_ms, auth.jwks_max_age_ms
+                "auth.jwks_min_refresh_ms: must be at most auth.jwks_max_age_ms ({}), is {}",
+                auth.jwks_max_age_ms, auth.jwks_min_refresh_ms
             ));
         }
         if !matches!(self.store.engine.as_str(), "embedded" | "dynamodb") {

@@ -1,25 +1,25 @@
-//! The types that an option can have.
+//! Types of option values.
 
 use std::{net::SocketAddr, path::PathBuf};
 
-/// A type that options have.
+/// Type of an option value.
 pub(crate) trait Setting: Sized {
-    /// From a value in the file.
+    /// Converts a value from the configuration file.
     fn from_toml(value: &toml::Value) -> Result<Self, String>;
-    /// From the environment or a flag.
+    /// Parses the text of an environment variable or a flag.
     fn from_text(text: &str) -> Result<Self, String>;
-    /// As the file writes it.
+    /// Formats the value for the configuration file.
     fn to_toml(&self) -> String;
 }
 
 impl Setting for u64 {
     fn from_toml(value: &toml::Value) -> Result<Self, String> {
-        let number = value.as_integer().ok_or("must be a whole number")?;
+        let number = value.as_integer().ok_or("must be an integer")?;
         Self::try_from(number).map_err(|_| "must not be negative".into())
     }
 
     fn from_text(text: &str) -> Result<Self, String> {
-        text.parse().map_err(|_| "must be a whole number that is not negative".into())
+        text.parse().map_err(|_| "must be a non-negative integer".into())
     }
 
     fn to_toml(&self) -> String {
@@ -98,7 +98,7 @@ impl Setting for SocketAddr {
     }
 }
 
-/// In the environment and in flags: separated by commas.
+/// A comma-separated list in the environment and in flags.
 impl Setting for Vec<String> {
     fn from_toml(value: &toml::Value) -> Result<Self, String> {
         let list = value.as_array().ok_or("must be a list of strings")?;

@@ -5,23 +5,23 @@ use std::collections::BTreeMap;
 use crate::{Config, Limits, setting::Setting};
 
 pub(crate) const SECTION: &str = "tenants";
-/// Ends of the names of those options of section `limits` that a tenant can have of its own.
+/// Suffixes of the options of section `limits` that can be set for single tenants.
 const SUFFIXES: [&str; 2] = ["_per_tenant", "_per_user"];
 
-/// Describes the section in the file with all defaults.
+/// Describes the section in the default file.
 const EXAMPLE: &str = "
-# Limits of single tenants, in place of those of section limits whose names end in _per_tenant or _per_user.
-# SIGHUP makes a server read these and section limits again.
+# Limits of single tenants; override those options of section limits whose names end in _per_tenant or
+# _per_user. Both sections are reloaded on SIGHUP.
 #[tenants.\"acme\"]
 #queued_requests_per_tenant = 500000
 ";
 
-/// For each tenant that has limits of its own: options of section `limits`.
+/// Options of section `limits` that are overridden, by tenant.
 #[derive(Clone, Debug, Default, PartialEq)]
 pub struct Tenants(BTreeMap<String, BTreeMap<String, u64>>);
 
 impl Tenants {
-    /// Reads the section, whose every option is a table by the name of a tenant.
+    /// Reads the section, which holds one table for each tenant.
     pub(crate) fn read(&mut self, section: toml::Table, file: &str, problems: &mut Vec<String>) {
         for (tenant, options) in section {
             let toml::Value::Table(options) = options else {
@@ -32,7 +32,7 @@ impl Tenants {
             };
             let limits = self.0.entry(tenant.clone()).or_default();
             for (option, value) in options {
-                match read(&option, &value) {
+                match parse(&option, &value) {
                     Ok(value) => {
                         limits.insert(option, value);
                     }
@@ -44,31 +44,31 @@ impl Tenants {
         }
     }
 
-    /// Every tenant that sets this option, with its value.
+    /// Returns the tenants that override this option, with their values.
     pub(crate) fn values(&self, option: &str) -> impl Iterator<Item = (&str, u64)> {
         self.0
             .iter()
             .filter_map(move |(tenant, limits)| Some((tenant.as_str(), *limits.get(option)?)))
     }
 
-    /// How many tenants have limits of their own.
+    /// Returns the number of tenants with overrides.
     #[must_use]
     pub fn len(&self) -> usize {
         self.0.len()
     }
 
-    /// Whether no tenant has.
+    /// Returns whether no tenant has overrides.
     #[must_use]
     pub fn is_empty(&self) -> bool {
         self.0.is_empty()
     }
 
-    /// Each tenant with its limits, where those that it does not set are `common`.
+    /// Returns each tenant with its limits; those that it does not override are taken from `common`.
     pub fn limits(&self, common: &Limits) -> impl Iterator<Item = (&str, Limits)> {
         self.0.iter().map(move |(tenant, options)| {
             let mut config = Config { limits: common.clone(), ..Config::default() };
             for (option, value) in options {
-                // They were checked when they were read.
+                // The values were validated when they were read.
                 let set = config.set_text("limits", option, &value.to_string());
                 debug_assert_eq!(set, Ok(()));
             }
@@ -87,9 +87,9 @@ impl Tenants {
     }
 }
 
-fn read(option: &str, value: &toml::Value) -> Result<u64, String> {
+fn parse(option: &str, value: &toml::Value) -> Result<u64, String> {
     if !SUFFIXES.iter().any(|suffix| option.ends_with(suffix)) {
-        return Err("there is no such option of a tenant".into());
+        return Err("cannot be set for a tenant".into());
     }
     Config::default().set_toml("limits", option, value)?;
     u64::from_toml(value)

@@ -1,44 +1,44 @@
-//! What an action declares about itself.
+//! Declaration of an action.
 
 use std::time::Duration;
 
 use crate::RetryPolicy;
 
-/// Actions that take less than this are sync, unless the operator says otherwise.
+/// Default threshold: actions with a shorter estimated duration are sync.
 pub const DEFAULT_SYNC_THRESHOLD: Duration = Duration::from_secs(5);
 
-/// The declaration of an action.
+/// Declaration of an action.
 #[derive(Clone, Debug, PartialEq)]
 pub struct ActionSpec {
     /// `[a-z][a-z0-9_.-]{0,63}`
     pub name: String,
-    /// What it does, for people.
+    /// Human-readable description.
     pub description: String,
-    /// How long it usually takes: decides between sync and async.
+    /// Typical duration; decides between sync and async.
     pub estimated_duration: Duration,
-    /// How failed attempts are repeated; async only.
+    /// Retry policy of failed attempts; async only.
     pub retry: RetryPolicy,
-    /// Longest run of one attempt; `None` for no limit. A sync action without one is held to the
-    /// processor's own limit.
+    /// Time limit of one attempt; `None` for no limit. For a sync action without a limit, the
+    /// processor's limit applies.
     pub start_to_close: Option<Duration>,
-    /// Longest wait for the first attempt, from when the request is due; `None` for no limit.
+    /// Time limit from when the request is due to its first attempt; `None` for no limit.
     pub schedule_to_start: Option<Duration>,
-    /// Longest time for all attempts and the waits between them, from when the request is due;
+    /// Time limit of all attempts and the backoff between them, from when the request is due;
     /// `None` for no limit.
     pub schedule_to_close: Option<Duration>,
-    /// Longest silence of a running handler: without a report for so long, the attempt fails;
-    /// `None` for no limit.
+    /// Heartbeat timeout: an attempt whose handler reports nothing for this long fails; `None` for
+    /// no limit.
     pub heartbeat_timeout: Option<Duration>,
-    /// What the caller must be permitted; `None` for nothing.
+    /// Permission that the caller must have; `None` if any caller may submit the action.
     pub permission: Option<String>,
-    /// How many run at once on one processor; `None` for the processor's own limit.
+    /// Concurrency limit per processor; `None` for the processor's limit.
     pub max_concurrency: Option<u32>,
-    /// JSON Schema (2020-12) of the payload, as text.
+    /// JSON Schema (2020-12) of the payload, as a JSON text.
     pub payload_schema: Option<String>,
 }
 
 impl ActionSpec {
-    /// An async action with the defaults: 3 attempts, no time limit, for everybody.
+    /// Returns an async action with the defaults: 3 attempts, no time limits, no permission.
     pub fn new(name: impl Into<String>) -> Self {
         Self {
             name: name.into(),
@@ -55,7 +55,7 @@ impl ActionSpec {
         }
     }
 
-    /// A sync action: answered at once, never stored.
+    /// Returns a sync action: the caller waits for the result, and the request is never stored.
     pub fn sync(name: impl Into<String>) -> Self {
         Self {
             estimated_duration: Duration::from_millis(10),
@@ -64,56 +64,56 @@ impl ActionSpec {
         }
     }
 
-    /// Says what it does.
+    /// Sets the description.
     #[must_use]
     pub fn describe(mut self, description: impl Into<String>) -> Self {
         self.description = description.into();
         self
     }
 
-    /// Sets how failed attempts are repeated.
+    /// Sets the retry policy.
     #[must_use]
     pub fn retry(mut self, retry: RetryPolicy) -> Self {
         self.retry = retry;
         self
     }
 
-    /// Sets the longest run of one attempt.
+    /// Sets the time limit of one attempt.
     #[must_use]
     pub fn start_to_close(mut self, limit: Duration) -> Self {
         self.start_to_close = Some(limit);
         self
     }
 
-    /// Sets the longest wait for the first attempt.
+    /// Sets the time limit from when the request is due to its first attempt.
     #[must_use]
     pub fn schedule_to_start(mut self, limit: Duration) -> Self {
         self.schedule_to_start = Some(limit);
         self
     }
 
-    /// Sets the longest time for all attempts together.
+    /// Sets the time limit of all attempts together.
     #[must_use]
     pub fn schedule_to_close(mut self, limit: Duration) -> Self {
         self.schedule_to_close = Some(limit);
         self
     }
 
-    /// Sets the longest silence of a running handler.
+    /// Sets the heartbeat timeout.
     #[must_use]
     pub fn heartbeat_timeout(mut self, limit: Duration) -> Self {
         self.heartbeat_timeout = Some(limit);
         self
     }
 
-    /// Sets the permission that a caller needs.
+    /// Sets the permission that a caller must have.
     #[must_use]
     pub fn permission(mut self, permission: impl Into<String>) -> Self {
         self.permission = Some(permission.into());
         self
     }
 
-    /// Sets how many run at once on one processor.
+    /// Sets the concurrency limit per processor.
     #[must_use]
     pub fn max_concurrency(mut self, limit: u32) -> Self {
         self.max_concurrency = Some(limit);
@@ -127,7 +127,7 @@ impl ActionSpec {
         self
     }
 
-    /// Whether it is answered at once.
+    /// Returns whether the action is sync: estimated to take less than `threshold`.
     #[must_use]
     pub fn is_sync(&self, threshold: Duration) -> bool {
         self.estimated_duration < threshold

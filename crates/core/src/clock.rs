@@ -1,4 +1,4 @@
-//! Wall-clock time, handed in so that tests drive it.
+//! Wall-clock time, passed in as a dependency so that tests control it.
 
 use std::{
     fmt,
@@ -6,43 +6,43 @@ use std::{
     time::{Duration, SystemTime, UNIX_EPOCH},
 };
 
-/// A moment: milliseconds since the Unix epoch, UTC.
+/// Point in time: milliseconds since the Unix epoch, UTC.
 #[derive(Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash, Default)]
 pub struct Timestamp(i64);
 
 impl From<Timestamp> for SystemTime {
-    /// The Unix epoch for what lies before it.
+    /// Times before the Unix epoch become the Unix epoch.
     fn from(at: Timestamp) -> Self {
         UNIX_EPOCH + Duration::from_millis(u64::try_from(at.0).unwrap_or(0))
     }
 }
 
 impl Timestamp {
-    /// From milliseconds since the Unix epoch.
+    /// Returns the time that is `millis` milliseconds after the Unix epoch.
     #[must_use]
     pub const fn from_millis(millis: i64) -> Self {
         Self(millis)
     }
 
-    /// Milliseconds since the Unix epoch.
+    /// Returns the milliseconds since the Unix epoch.
     #[must_use]
     pub const fn as_millis(self) -> i64 {
         self.0
     }
 
-    /// This long after.
+    /// Returns the time `duration` later; saturates.
     #[must_use]
     pub fn plus(self, duration: Duration) -> Self {
         Self(self.0.saturating_add(i64::try_from(duration.as_millis()).unwrap_or(i64::MAX)))
     }
 
-    /// So much earlier.
+    /// Returns the time `duration` earlier; saturates.
     #[must_use]
     pub fn minus(self, duration: Duration) -> Self {
         Self(self.0.saturating_sub(i64::try_from(duration.as_millis()).unwrap_or(i64::MAX)))
     }
 
-    /// How long after `earlier`; zero when it is not.
+    /// Returns the time elapsed since `earlier`; zero if `earlier` is later.
     #[must_use]
     pub fn since(self, earlier: Self) -> Duration {
         Duration::from_millis(u64::try_from(self.0.saturating_sub(earlier.0)).unwrap_or(0))
@@ -69,7 +69,7 @@ impl fmt::Display for Timestamp {
     }
 }
 
-/// Days since 1970-01-01 as year, month, day of the proleptic Gregorian calendar.
+/// Converts days since 1970-01-01 to year, month and day of the proleptic Gregorian calendar.
 /// Method: Howard Hinnant, "chrono-compatible low-level date algorithms".
 fn civil_from_days(days: i64) -> (i64, i64, i64) {
     let shifted = days + 719_468;
@@ -84,36 +84,36 @@ fn civil_from_days(days: i64) -> (i64, i64, i64) {
     (year_of_era + era * 400 + i64::from(month <= 2), month, day)
 }
 
-/// Where wall-clock time comes from.
+/// Source of wall-clock time.
 pub trait Clock: Send + Sync + 'static {
-    /// This moment.
+    /// Returns the current time.
     fn now(&self) -> Timestamp;
 }
 
-/// The machine's clock.
+/// Clock of the operating system.
 #[derive(Debug, Clone, Copy, Default)]
 pub struct SystemClock;
 
 impl Clock for SystemClock {
-    #[expect(clippy::disallowed_methods, reason = "the one place where wall-clock time comes in")]
+    #[expect(clippy::disallowed_methods, reason = "the only place that reads wall-clock time")]
     fn now(&self) -> Timestamp {
         let since_epoch = SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default();
         Timestamp(i64::try_from(since_epoch.as_millis()).unwrap_or(i64::MAX))
     }
 }
 
-/// A clock that stands still until told otherwise: for tests.
+/// Clock for tests that advances only through [`ManualClock::advance`].
 #[derive(Debug, Default)]
 pub struct ManualClock(AtomicI64);
 
 impl ManualClock {
-    /// A clock that shows this moment.
+    /// Returns a clock that is set to `now`.
     #[must_use]
     pub fn at(now: Timestamp) -> Self {
         Self(AtomicI64::new(now.as_millis()))
     }
 
-    /// Moves it forward.
+    /// Advances the clock.
     pub fn advance(&self, by: Duration) {
         self.0.fetch_add(i64::try_from(by.as_millis()).unwrap_or(i64::MAX), Ordering::SeqCst);
     }
@@ -130,7 +130,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn moments_read_as_rfc_3339() {
+    fn timestamps_are_displayed_as_rfc_3339() {
         for (millis, text) in [
             (0, "1970-01-01T00:00:00.000Z"),
             (951_782_400_000, "2000-02-29T00:00:00.000Z"),
@@ -142,7 +142,7 @@ mod tests {
     }
 
     #[test]
-    fn a_manual_clock_moves_when_told() {
+    fn a_manual_clock_changes_only_when_advanced() {
         let clock = ManualClock::at(Timestamp::from_millis(5));
         clock.advance(Duration::from_millis(7));
         assert_eq!(clock.now().as_millis(), 12);

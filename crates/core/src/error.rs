@@ -1,33 +1,34 @@
-//! Why a request failed, in the words of the protocols.
+//! Errors of requests, with the codes that the protocols use.
 
 use std::{fmt, time::Duration};
 
-/// The kind of failure. The same words in gRPC (`ErrorInfo.reason`), WebSocket and log.
+/// Error code. The same names are used in gRPC (`ErrorInfo.reason`), WebSocket messages and the
+/// event log.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub enum ErrorCode {
-    /// The input breaks a rule.
+    /// The input violates a rule.
     ValidationError,
-    /// No such action.
+    /// The action does not exist.
     InvalidAction,
-    /// No valid token.
+    /// The token is missing or invalid.
     Unauthorized,
-    /// A valid token without the permission.
+    /// The token is valid but lacks the permission.
     Forbidden,
-    /// No such thing, or not the caller's.
+    /// The resource does not exist, or the caller may not see it.
     NotFound,
-    /// The key was used for something else, or the state forbids it.
+    /// The id is in use for a different request, or the state does not allow the operation.
     Conflict,
-    /// Too much at once.
+    /// A rate or quota limit is exceeded.
     RateLimited,
-    /// A time limit passed.
+    /// A time limit is exceeded.
     Timeout,
-    /// Cancelled before it ended by itself.
+    /// The request was cancelled before it completed.
     Cancelled,
     /// The handler failed.
     ProcessingFailed,
-    /// Something needed is down.
+    /// A dependency is unavailable.
     Unavailable,
-    /// A fault of the server.
+    /// A defect or failure of the server.
     InternalError,
 }
 
@@ -48,7 +49,7 @@ impl ErrorCode {
         Self::InternalError,
     ];
 
-    /// As the protocols write it: `VALIDATION_ERROR`.
+    /// Returns the name that the protocols use: `VALIDATION_ERROR`.
     #[must_use]
     pub const fn as_str(self) -> &'static str {
         match self {
@@ -67,40 +68,40 @@ impl ErrorCode {
         }
     }
 
-    /// The code that is written like this.
+    /// Returns the code with this name, if it exists.
     #[must_use]
     pub fn from_name(name: &str) -> Option<Self> {
         Self::ALL.into_iter().find(|code| code.as_str() == name)
     }
 
-    /// Whether the same request may succeed when sent again unchanged.
+    /// Returns whether the same request may succeed when it is sent again unchanged.
     #[must_use]
     pub const fn is_retryable(self) -> bool {
         matches!(self, Self::RateLimited | Self::Timeout | Self::Unavailable | Self::InternalError)
     }
 }
 
-/// Some of the kinds of failure.
+/// Set of error codes.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct ErrorCodes(u16);
 
 impl ErrorCodes {
-    /// No kind.
+    /// The empty set.
     pub const NONE: Self = Self(0);
 
-    /// These and one more.
+    /// Returns this set with `code` added.
     #[must_use]
     pub const fn with(self, code: ErrorCode) -> Self {
         Self(self.0 | 1 << code as u16)
     }
 
-    /// Whether it is one of them.
+    /// Returns whether the set contains `code`.
     #[must_use]
     pub const fn contains(self, code: ErrorCode) -> bool {
         self.0 & (1 << code as u16) != 0
     }
 
-    /// Each of them.
+    /// Returns the codes in the set.
     pub fn iter(self) -> impl Iterator<Item = ErrorCode> {
         ErrorCode::ALL.into_iter().filter(move |code| self.contains(*code))
     }
@@ -112,34 +113,34 @@ impl fmt::Display for ErrorCode {
     }
 }
 
-/// A failure as it is told to the caller and kept in the log.
+/// Error that is returned to the caller and stored in the event log.
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
 #[error("{code}: {message}")]
 pub struct RequestError {
-    /// The kind.
+    /// Error code.
     pub code: ErrorCode,
-    /// For people.
+    /// Human-readable message.
     pub message: String,
-    /// Whether the same request may succeed when sent again unchanged.
+    /// Whether the same request may succeed when it is sent again unchanged.
     pub retryable: bool,
-    /// A JSON object with more, as text.
+    /// Further details: a JSON object, as text.
     pub details: Option<String>,
 }
 
 impl RequestError {
-    /// A failure that is retryable when its kind is.
+    /// Returns an error that is retryable if its code is.
     pub fn new(code: ErrorCode, message: impl Into<String>) -> Self {
         Self { code, message: message.into(), retryable: code.is_retryable(), details: None }
     }
 
-    /// The caller does not have this permission.
+    /// Returns the error for a caller that lacks `permission`.
     #[must_use]
     pub fn forbidden(permission: &str) -> Self {
-        Self::new(ErrorCode::Forbidden, format!("permission {permission} is needed"))
+        Self::new(ErrorCode::Forbidden, format!("permission {permission} is required"))
     }
 
-    /// Too much of what the option `limit` bounds; come again after `retry_after`, if that is
-    /// known.
+    /// Returns the error for an exceeded limit, which the option `limit` sets; the caller should
+    /// retry after `retry_after`, if that is known.
     #[must_use]
     pub fn limited(limit: &str, message: &str, retry_after: Option<Duration>) -> Self {
         let wait = retry_after.map_or_else(String::new, |wait| {
@@ -157,13 +158,13 @@ mod tests {
     use super::*;
 
     #[test]
-    fn a_set_holds_what_was_put_in() {
-        let some = ErrorCodes::NONE.with(ErrorCode::Timeout).with(ErrorCode::InternalError);
-        assert_eq!(some.iter().collect::<Vec<_>>(), [ErrorCode::Timeout, ErrorCode::InternalError]);
+    fn a_set_contains_the_codes_that_were_added() {
+        let set = ErrorCodes::NONE.with(ErrorCode::Timeout).with(ErrorCode::InternalError);
+        assert_eq!(set.iter().collect::<Vec<_>>(), [ErrorCode::Timeout, ErrorCode::InternalError]);
     }
 
     #[test]
-    fn names_come_back() {
+    fn names_round_trip() {
         for code in ErrorCode::ALL {
             assert_eq!(ErrorCode::from_name(code.as_str()), Some(code));
         }

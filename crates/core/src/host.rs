@@ -3,16 +3,16 @@
 use std::net::{IpAddr, Ipv6Addr};
 
 /// Returns whether the host of a URL is this machine: `localhost`, or an address in 127.0.0.0/8 or `::1`.
-/// An IPv6 address may be in brackets. The whole host counts: `localhost.example.com` is a different one.
+/// An IPv6 address may be in brackets. The whole host must match: `localhost.example.com` does not.
 #[must_use]
 pub fn is_loopback_host(host: &str) -> bool {
     let address = host.trim_start_matches('[').trim_end_matches(']').parse::<IpAddr>();
     host == "localhost" || address.is_ok_and(|address| address.is_loopback())
 }
 
-/// Returns the address under which limits per address count a peer: an IPv4 address itself, also when it is
-/// mapped to IPv6, and of an IPv6 address the first 64 bits, because one host has all addresses that begin with
-/// them (RFC 4291 2.5.4, RFC 6177).
+/// Returns the key by which per-address limits count a peer: an IPv4 address (also if it is mapped to IPv6)
+/// as it is, or the first 64 bits of an IPv6 address, because one host owns all addresses with that prefix
+/// (RFC 4291 2.5.4, RFC 6177).
 #[must_use]
 pub fn limited_address(address: IpAddr) -> IpAddr {
     match address.to_canonical() {

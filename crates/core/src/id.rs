@@ -1,4 +1,4 @@
-//! Globally unique ids.
+//! Globally unique identifiers.
 
 use std::{fmt, str::FromStr};
 
@@ -6,49 +6,49 @@ use ulid::Ulid;
 
 use crate::Timestamp;
 
-/// Id that the server gives: a ULID. Sorts by time of creation; 26 characters of Crockford's
-/// base 32 as text, 16 bytes big-endian on the wire.
+/// Identifier that the server assigns: a ULID. Sorts by time of creation; 26 characters of
+/// Crockford's base 32 as text, 16 bytes big-endian on the wire.
 #[derive(Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash)]
 pub struct Uid(Ulid);
 
 impl Uid {
-    /// A new id of this moment, with 80 random bits.
+    /// Returns a new id with the timestamp `now` and 80 random bits.
     ///
     /// # Panics
-    /// When the operating system has no randomness to give, which leaves nothing to go on with.
+    /// Panics if the operating system cannot provide random bytes.
     #[must_use]
     pub fn new(now: Timestamp) -> Self {
         let mut random = [0; 16];
-        getrandom::fill(&mut random[..10]).expect("the operating system gives random bytes");
+        getrandom::fill(&mut random[..10]).expect("the operating system provides random bytes");
         let random = u128::from_le_bytes(random);
         Self(Ulid::from_parts(u64::try_from(now.as_millis()).unwrap_or(0), random))
     }
 
-    /// The smallest id of this moment: a bound for looking up by time.
+    /// Returns the smallest id with this timestamp: a bound for range queries by time.
     #[must_use]
     pub fn first_of(moment: Timestamp) -> Self {
         Self(Ulid::from_parts(u64::try_from(moment.as_millis()).unwrap_or(0), 0))
     }
 
-    /// The 16 bytes, big-endian: byte order is id order.
+    /// Returns the 16 bytes, big-endian: byte order is id order.
     #[must_use]
     pub fn to_bytes(self) -> [u8; 16] {
         self.0.to_bytes()
     }
 
-    /// From 16 bytes; `None` for any other length.
+    /// Returns the id with these 16 bytes; `None` for any other length.
     #[must_use]
     pub fn from_slice(bytes: &[u8]) -> Option<Self> {
         <[u8; 16]>::try_from(bytes).ok().map(|bytes| Self(Ulid::from_bytes(bytes)))
     }
 
-    /// When it was made.
+    /// Returns the creation time.
     #[must_use]
     pub fn time(self) -> Timestamp {
         Timestamp::from_millis(i64::try_from(self.0.timestamp_ms()).unwrap_or(i64::MAX))
     }
 
-    /// A number that spreads evenly: for shards.
+    /// Returns a uniformly distributed number, for sharding.
     #[must_use]
     pub fn spread(self) -> u64 {
         let low = self.to_bytes();
@@ -79,11 +79,11 @@ impl FromStr for Uid {
 
     fn from_str(text: &str) -> Result<Self, InvalidUid> {
         let uid = Ulid::from_string(text).map(Self).map_err(|_| InvalidUid)?;
-        // 26 characters can say more than 128 bits, and some letters stand for digits: only the text that is
-        // written for it, in either case, is accepted.
-        let mut written = [0; ulid::ULID_LEN];
-        let written = uid.0.array_to_str(&mut written);
-        if written.eq_ignore_ascii_case(text) { Ok(uid) } else { Err(InvalidUid) }
+        // 26 characters can encode more than 128 bits, and some letters are aliases of digits: only the canonical
+        // encoding is accepted, in either case.
+        let mut canonical = [0; ulid::ULID_LEN];
+        let canonical = uid.0.array_to_str(&mut canonical);
+        if canonical.eq_ignore_ascii_case(text) { Ok(uid) } else { Err(InvalidUid) }
     }
 }
 
@@ -92,7 +92,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn text_and_bytes_come_back() {
+    fn text_and_bytes_round_trip() {
         let uid = Uid::new(Timestamp::from_millis(1_700_000_000_123));
         assert_eq!(uid.to_string().parse::<Uid>().unwrap(), uid);
         assert_eq!(Uid::from_slice(&uid.to_bytes()), Some(uid));
@@ -109,14 +109,14 @@ mod tests {
     }
 
     #[test]
-    fn other_texts_are_refused() {
+    fn malformed_text_is_rejected() {
         for text in ["", "req-1", "01ARZ3NDEKTSV4RRFFQ69G5FA", "01ARZ3NDEKTSV4RRFFQ69G5FAVX"] {
             assert!(text.parse::<Uid>().is_err(), "{text}");
         }
     }
 
     #[test]
-    fn texts_that_are_not_canonical_but_for_case_are_refused() {
+    fn only_the_canonical_encoding_is_accepted_in_either_case() {
         assert!("7ZZZZZZZZZZZZZZZZZZZZZZZZZ".parse::<Uid>().is_ok());
         assert!("01arz3ndektsv4rrffq69g5fav".parse::<Uid>().is_ok());
         for text in [

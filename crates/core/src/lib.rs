@@ -1,7 +1,7 @@
-//! Streamer's words as types: ids, states, errors, limits, retry policy and clock.
+//! Domain types of Streamer: ids, states, errors, limits, retry policy and clock.
 //!
-//! Every other crate uses it. It does no I/O and starts no task; time and randomness come in
-//! through [`Clock`] and arguments, so that everything here can be tested by calling it.
+//! Every other crate uses it. It does no I/O and starts no task; time comes from a [`Clock`] or an
+//! argument, so that a test only has to call the function under test.
 
 pub mod action;
 pub mod clock;

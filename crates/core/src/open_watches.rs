@@ -1,4 +1,4 @@
-//! How many watches tenants and users have open.
+//! Counts and limits the open watches of tenants and users.
 
 use std::{
     collections::HashMap,
@@ -13,14 +13,13 @@ use parking_lot::Mutex;
 
 use crate::{LimitsByTenant, RequestError, TenantLimit};
 
-/// Unused entries are removed when there are twice as many entries as after the last removal, and at least this
-/// many.
+/// Unused entries are removed when the number of entries is twice that after the last removal, and at least this.
 const MIN_SWEEP: usize = 64;
 
-/// How long a caller that has too many should wait. Those of a connection that broke off may count for a while.
-const PAUSE: Duration = Duration::from_secs(1);
+/// Retry delay of a caller that has too many watches. Watches of a broken connection may count for a while.
+const RETRY_AFTER: Duration = Duration::from_secs(1);
 
-/// Counts watches in this process.
+/// Counts the open watches of this process.
 #[derive(Debug)]
 pub struct OpenWatches {
     limits: LimitsByTenant,
@@ -29,37 +28,37 @@ pub struct OpenWatches {
 
 #[derive(Debug, Default)]
 struct Entries {
-    tenants: HashMap<Arc<str>, Weak<OfTenant>>,
+    tenants: HashMap<Arc<str>, Weak<TenantWatches>>,
     users: HashMap<(Arc<str>, Arc<str>), Weak<WatchesOfUser>>,
     sweep_at: usize,
 }
 
 #[derive(Debug)]
-struct OfTenant {
+struct TenantWatches {
     name: Arc<str>,
     open: AtomicU64,
 }
 
-/// The watches of one user.
+/// Counts the open watches of one user.
 #[derive(Debug)]
 pub struct WatchesOfUser {
     limits: LimitsByTenant,
-    tenant: Arc<OfTenant>,
+    tenant: Arc<TenantWatches>,
     open: AtomicU64,
 }
 
-/// A watch that counts as open until this is dropped.
+/// Permit of one watch, which counts as open until this is dropped.
 #[derive(Debug)]
 pub struct OpenWatch(Arc<WatchesOfUser>);
 
 impl OpenWatches {
-    /// Makes the counts, all zero.
+    /// Returns counters that are all zero.
     #[must_use]
     pub fn new(limits: LimitsByTenant) -> Self {
         Self { limits, entries: Mutex::default() }
     }
 
-    /// Returns the watches of one user.
+    /// Returns the counter of one user.
     #[must_use]
     pub fn of(&self, tenant: &str, user: &str) -> Arc<WatchesOfUser> {
         let (tenant, user): (Arc<str>, Arc<str>) = (tenant.into(), user.into());
@@ -73,39 +72,39 @@ impl OpenWatches {
             entries.tenants.retain(|_, entry| entry.strong_count() > 0);
             entries.sweep_at = entries.users.len() * 2;
         }
-        let known = entries.tenants.get(&tenant).and_then(Weak::upgrade);
-        let of_tenant = known.unwrap_or_else(|| {
-            let made = Arc::new(OfTenant { name: tenant.clone(), open: AtomicU64::new(0) });
-            entries.tenants.insert(tenant, Arc::downgrade(&made));
-            made
+        let existing = entries.tenants.get(&tenant).and_then(Weak::upgrade);
+        let tenant = existing.unwrap_or_else(|| {
+            let created = Arc::new(TenantWatches { name: tenant.clone(), open: AtomicU64::new(0) });
+            entries.tenants.insert(tenant, Arc::downgrade(&created));
+            created
         });
         let limits = self.limits.clone();
-        let made = Arc::new(WatchesOfUser { limits, tenant: of_tenant, open: AtomicU64::new(0) });
-        entries.users.insert(key, Arc::downgrade(&made));
-        made
+        let created = Arc::new(WatchesOfUser { limits, tenant, open: AtomicU64::new(0) });
+        entries.users.insert(key, Arc::downgrade(&created));
+        created
     }
 }
 
 impl WatchesOfUser {
-    /// Opens one more, if the limits allow it.
+    /// Opens a watch, if the limits allow it.
     ///
     /// # Errors
-    /// `RATE_LIMITED` with the option that limits them.
+    /// Returns `RATE_LIMITED` with the option that sets the exceeded limit.
     pub fn open(self: &Arc<Self>) -> Result<OpenWatch, RequestError> {
-        // From here on it is counted, and its end takes it back.
+        // Created before the check: dropping it on an error decrements the counters.
         let watch = OpenWatch(self.clone());
         let of_user = self.open.fetch_add(1, Ordering::Relaxed) + 1;
         let of_tenant = self.tenant.open.fetch_add(1, Ordering::Relaxed) + 1;
         let limits = self.limits.of(&self.tenant.name);
-        for (limit, open, whose) in [
+        for (limit, open, scope) in [
             (TenantLimit::WatchesPerUser, of_user, "user"),
             (TenantLimit::WatchesPerTenant, of_tenant, "tenant"),
         ] {
             let allowed = limits.get(limit);
             self.limits.note_use(limit, open.min(allowed), allowed);
             if allowed > 0 && open > allowed {
-                let message = format!("more than {allowed} open watches of one {whose}");
-                return Err(RequestError::limited(limit.option(), &message, Some(PAUSE)));
+                let message = format!("a {scope} must have at most {allowed} open watches");
+                return Err(RequestError::limited(limit.option(), &message, Some(RETRY_AFTER)));
             }
         }
         Ok(watch)
@@ -134,17 +133,17 @@ mod tests {
     }
 
     #[test]
-    fn users_and_tenants_have_limits_of_their_own() {
+    fn users_and_tenants_have_separate_limits() {
         let watches = watches();
         let ann = watches.of("acme", "ann");
         let first = ann.open().unwrap();
         let second = watches.of("acme", "ann").open().unwrap();
-        let refused = ann.open().unwrap_err();
-        assert!(refused.message.contains("limits.watches_per_user"), "{refused}");
+        let error = ann.open().unwrap_err();
+        assert!(error.message.contains("limits.watches_per_user"), "{error}");
         let bob = watches.of("acme", "bob");
         let third = bob.open().unwrap();
-        let refused = bob.open().unwrap_err();
-        assert!(refused.message.contains("limits.watches_per_tenant"), "{refused}");
+        let error = bob.open().unwrap_err();
+        assert!(error.message.contains("limits.watches_per_tenant"), "{error}");
         assert!(watches.of("globex", "ann").open().is_ok());
         drop(first);
         let fourth = bob.open().unwrap();

@@ -1,10 +1,10 @@
-//! The proof that a reader has a request's whole output.
+//! Digest by which a reader verifies that it has the complete output of a request.
 
 use std::fmt;
 
 use sha2::{Digest, Sha256};
 
-/// Counts the valid chunks and hashes their bytes, one after the other.
+/// Number of output chunks, and SHA-256 of their concatenated bytes.
 #[derive(Clone, Default)]
 pub struct OutputDigest {
     chunks: i64,
@@ -12,19 +12,19 @@ pub struct OutputDigest {
 }
 
 impl OutputDigest {
-    /// Takes in the next chunk.
+    /// Adds the next chunk.
     pub fn push(&mut self, chunk: &[u8]) {
         self.chunks += 1;
         self.hash.update(chunk);
     }
 
-    /// How many chunks it took in.
+    /// Returns the number of chunks that were added.
     #[must_use]
     pub fn chunks(&self) -> i64 {
         self.chunks
     }
 
-    /// SHA-256 over their bytes.
+    /// Returns the SHA-256 of the concatenated chunks.
     #[must_use]
     pub fn sha256(&self) -> [u8; 32] {
         self.hash.clone().finalize().into()
@@ -37,7 +37,7 @@ impl fmt::Debug for OutputDigest {
     }
 }
 
-/// Bytes as lower-case hexadecimal digits.
+/// Returns the bytes as lowercase hexadecimal digits.
 #[must_use]
 pub fn hex(bytes: &[u8]) -> String {
     const DIGITS: &[u8; 16] = b"0123456789abcdef";
@@ -54,7 +54,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn the_hash_is_that_of_the_chunks_joined() {
+    fn the_hash_covers_the_concatenated_chunks() {
         let mut digest = OutputDigest::default();
         digest.push(b"a");
         digest.push(b"bc");

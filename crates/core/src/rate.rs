@@ -1,35 +1,35 @@
-//! A rate limit in one number: the generic cell rate algorithm (ITU-T I.371).
+//! Rate limiter with one number of state: the generic cell rate algorithm (ITU-T I.371).
 
 use std::time::Duration;
 
 use crate::Timestamp;
 
-/// Admits a number of events a second, and bursts beyond that.
+/// Admits events at a rate per second, with bursts.
 #[derive(Debug)]
 pub struct RateLimiter {
     per_second: u32,
     burst: u32,
-    /// When an evenly spaced sequence of everything admitted so far would be over, in nanoseconds.
+    /// End of the admitted events if they were evenly spaced, in nanoseconds since the Unix epoch.
     busy_until: i64,
 }
 
 impl RateLimiter {
-    /// `per_second` 0 means no limit.
+    /// Returns a limiter; `per_second` 0 means no limit.
     #[must_use]
     pub fn new(per_second: u32, burst: u32) -> Self {
         Self { per_second, burst: burst.max(1), busy_until: 0 }
     }
 
-    /// Sets another rate. What was admitted already counts by the rate of that time.
+    /// Changes the rate. Events that were admitted before count at the previous rate.
     pub fn set_rate(&mut self, per_second: u32, burst: u32) {
         self.per_second = per_second;
         self.burst = burst.max(1);
     }
 
-    /// Admits one more, or says how long to wait.
+    /// Admits one event.
     ///
     /// # Errors
-    /// The time to wait.
+    /// Returns how long to wait if the limit is exceeded.
     pub fn admit(&mut self, now: Timestamp) -> Result<(), Duration> {
         if self.per_second == 0 {
             return Ok(());
@@ -37,18 +37,18 @@ impl RateLimiter {
         let now = now.as_millis().saturating_mul(1_000_000);
         let spacing = i64::from((1_000_000_000 / self.per_second).max(1));
         let tolerance = spacing.saturating_mul(i64::from(self.burst) - 1);
-        // A wall clock that was set back must not refuse everything.
+        // Bounded, so that a wall clock that is set back does not make the limiter reject everything.
         let busy_until = self.busy_until.min(now.saturating_add(tolerance + spacing));
-        let begin = busy_until.max(now);
-        let too_early = begin - now - tolerance;
+        let start = busy_until.max(now);
+        let too_early = start - now - tolerance;
         if too_early > 0 {
             return Err(Duration::from_nanos(too_early.unsigned_abs()));
         }
-        self.busy_until = begin.saturating_add(spacing);
+        self.busy_until = start.saturating_add(spacing);
         Ok(())
     }
 
-    /// How much of the burst is used up, and how much there is, in nanoseconds.
+    /// Returns how much of the burst is used, and the size of the burst, both in nanoseconds.
     #[must_use]
     pub fn used_of_burst(&self, now: Timestamp) -> (u64, u64) {
         let now = now.as_millis().saturating_mul(1_000_000);
@@ -63,7 +63,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn a_burst_passes_and_then_the_rate_holds() {
+    fn a_burst_is_admitted_and_then_the_rate_applies() {
         let mut limiter = RateLimiter::new(10, 3);
         let at = Timestamp::from_millis;
         assert!((0..3).all(|_| limiter.admit(at(1000)).is_ok()));
@@ -76,7 +76,7 @@ mod tests {
     }
 
     #[test]
-    fn high_rates_hold_exactly() {
+    fn high_rates_are_enforced_exactly() {
         for rate in [30_000, 600_000] {
             let mut limiter = RateLimiter::new(rate, 1000);
             let admitted = (0..1000).map(|step| {
@@ -89,7 +89,7 @@ mod tests {
     }
 
     #[test]
-    fn another_rate_holds_from_now_on() {
+    fn a_changed_rate_applies_immediately() {
         let mut limiter = RateLimiter::new(10, 2);
         let at = Timestamp::from_millis;
         assert_eq!((0..9).filter(|_| limiter.admit(at(1000)).is_ok()).count(), 2);

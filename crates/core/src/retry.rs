@@ -1,19 +1,19 @@
-//! When a failed attempt is followed by another.
+//! Retry policy of attempts, and backoff with jitter.
 
 use std::time::Duration;
 
 use crate::ErrorCodes;
 
-/// How often and how soon a failed attempt is repeated.
+/// How many times and after which backoff a failed attempt is retried.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct RetryPolicy {
-    /// Attempts in all, at least 1.
+    /// Maximum number of attempts, at least 1.
     pub max_attempts: u32,
-    /// Upper bound of the wait after the first attempt; doubled after each further one.
+    /// Upper bound of the backoff after the first attempt; doubled after each further attempt.
     pub initial_backoff: Duration,
-    /// Upper bound of any wait.
+    /// Upper bound of every backoff.
     pub max_backoff: Duration,
-    /// Failures of these kinds are final, whatever the handler says.
+    /// Errors with these codes are never retried, even if the handler marks them as retryable.
     pub final_errors: ErrorCodes,
 }
 
@@ -29,7 +29,7 @@ impl Default for RetryPolicy {
 }
 
 impl RetryPolicy {
-    /// One attempt and no other.
+    /// Returns a policy with one attempt and no retries.
     #[must_use]
     pub const fn none() -> Self {
         Self {
@@ -40,8 +40,8 @@ impl RetryPolicy {
         }
     }
 
-    /// The wait after `failed_attempts` (from 1), or `None` when there is no attempt left. Full
-    /// jitter: evenly drawn from nothing to the bound by `random`, 0.0 to 1.0
+    /// Returns the backoff after `failed_attempts` (from 1), or `None` if no attempt is left. Full
+    /// jitter: `random`, uniformly distributed from 0.0 to 1.0, scales the upper bound
     /// (<https://aws.amazon.com/blogs/architecture/exponential-backoff-and-jitter/>).
     #[must_use]
     pub fn backoff(&self, failed_attempts: u32, random: f64) -> Option<Duration> {
@@ -54,8 +54,8 @@ impl RetryPolicy {
     }
 }
 
-/// Waits between attempts at something outside: a bound that doubles from the first to the longest,
-/// and a wait that is evenly drawn from nothing to it.
+/// Exponential backoff with full jitter for calls to other systems: the upper bound doubles from
+/// `first` to `longest`, and each delay is uniformly distributed from zero to the bound.
 #[derive(Clone, Copy, Debug)]
 pub struct Backoff {
     first: Duration,
@@ -64,19 +64,19 @@ pub struct Backoff {
 }
 
 impl Backoff {
-    /// Nothing has failed yet.
+    /// Returns a backoff without failures.
     #[must_use]
     pub const fn new(first: Duration, longest: Duration) -> Self {
         Self { first, longest, failures: 0 }
     }
 
-    /// How often it failed in a row.
+    /// Returns the number of consecutive failures.
     #[must_use]
     pub const fn failures(&self) -> u32 {
         self.failures
     }
 
-    /// It failed once more: how long to wait.
+    /// Records a failure and returns the delay before the next try.
     #[must_use]
     pub fn wait(&mut self) -> Duration {
         let bound = self.first.saturating_mul(1 << self.failures.min(31)).min(self.longest);
@@ -84,13 +84,13 @@ impl Backoff {
         bound.mul_f64(random_fraction())
     }
 
-    /// It went well.
+    /// Records a success: clears the failures.
     pub const fn reset(&mut self) {
         self.failures = 0;
     }
 }
 
-/// A random number from 0.0 to 1.0, for jitter.
+/// Returns a random number from 0.0 to 1.0, for jitter.
 #[must_use]
 pub fn random_fraction() -> f64 {
     let random = getrandom::u32().unwrap_or(u32::MAX / 2);
@@ -102,21 +102,21 @@ mod tests {
     use super::*;
 
     #[test]
-    fn waits_double_up_to_the_bound_and_end_with_the_attempts() {
+    fn backoff_doubles_up_to_the_maximum_until_no_attempt_is_left() {
         let policy = RetryPolicy {
             max_attempts: 5,
             initial_backoff: Duration::from_secs(1),
             max_backoff: Duration::from_secs(3),
             ..RetryPolicy::default()
         };
-        let waits: Vec<_> = (1..=5).map(|failed| policy.backoff(failed, 1.0)).collect();
+        let backoffs: Vec<_> = (1..=5).map(|failed| policy.backoff(failed, 1.0)).collect();
         let seconds = |n| Some(Duration::from_secs(n));
-        assert_eq!(waits, [seconds(1), seconds(2), seconds(3), seconds(3), None]);
+        assert_eq!(backoffs, [seconds(1), seconds(2), seconds(3), seconds(3), None]);
         assert_eq!(policy.backoff(3, 0.0), Some(Duration::ZERO));
     }
 
     #[test]
-    fn the_bound_of_a_wait_doubles_up_to_the_longest() {
+    fn the_bound_of_the_delay_doubles_up_to_the_longest() {
         let mut backoff = Backoff::new(Duration::from_millis(100), Duration::from_secs(1));
         for bound in [100, 200, 400, 800, 1000, 1000] {
             assert!(backoff.wait() <= Duration::from_millis(bound));

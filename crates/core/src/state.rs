@@ -1,34 +1,34 @@
-//! The states of a request and the moves between them.
+//! States of a request and the transitions between them.
 
 use std::{fmt, str::FromStr};
 
-/// Where a request stands.
+/// State of a request.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
 pub enum RequestState {
-    /// Durable and waiting.
+    /// Stored, and waiting to run.
     Queued,
     /// An attempt is running.
     Running,
-    /// Ended with a result.
+    /// Completed with a result.
     Succeeded,
-    /// Ended with an error.
+    /// Completed with an error.
     Failed,
-    /// Ended by a cancellation.
+    /// Cancelled.
     Cancelled,
 }
 
 impl RequestState {
-    /// Every state, in the order of a request's life.
+    /// Every state, in the order of a request's life cycle.
     pub const ALL: [Self; 5] =
         [Self::Queued, Self::Running, Self::Succeeded, Self::Failed, Self::Cancelled];
 
-    /// Whether nothing follows.
+    /// Returns whether no transition leaves this state.
     #[must_use]
     pub const fn is_terminal(self) -> bool {
         matches!(self, Self::Succeeded | Self::Failed | Self::Cancelled)
     }
 
-    /// Whether a request may go from here to `next`.
+    /// Returns whether a request may change from this state to `next`.
     #[must_use]
     pub const fn may_become(self, next: Self) -> bool {
         match self {
@@ -40,7 +40,7 @@ impl RequestState {
         }
     }
 
-    /// As the protocols write it: `QUEUED`.
+    /// Returns the name that the protocols use: `QUEUED`.
     #[must_use]
     pub const fn as_str(self) -> &'static str {
         match self {
@@ -59,7 +59,7 @@ impl fmt::Display for RequestState {
     }
 }
 
-/// The text names no state.
+/// The text is not the name of a state.
 #[derive(Debug, thiserror::Error)]
 #[error("is not a state: QUEUED, RUNNING, SUCCEEDED, FAILED or CANCELLED")]
 pub struct InvalidState;
@@ -80,15 +80,15 @@ mod tests {
     use super::*;
 
     #[test]
-    fn nothing_follows_a_terminal_state() {
+    fn no_transition_leaves_a_terminal_state() {
         for from in RequestState::ALL {
-            let goes_on = RequestState::ALL.into_iter().any(|next| from.may_become(next));
-            assert_eq!(goes_on, !from.is_terminal(), "{from}");
+            let has_transition = RequestState::ALL.into_iter().any(|next| from.may_become(next));
+            assert_eq!(has_transition, !from.is_terminal(), "{from}");
         }
     }
 
     #[test]
-    fn names_come_back() {
+    fn names_round_trip() {
         for state in RequestState::ALL {
             assert_eq!(state.as_str().parse::<RequestState>().unwrap(), state);
         }

@@ -1,4 +1,4 @@
-//! How much tenants and users may use, and how much of it they do use.
+//! Limits of tenants and users, and how much of each limit is used.
 
 use std::{
     collections::HashMap,
@@ -10,22 +10,22 @@ use std::{
 
 use parking_lot::RwLock;
 
-/// What is limited for each tenant or each user.
+/// Limit that applies to each tenant or each user.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum TenantLimit {
-    /// Submissions a second of a tenant.
+    /// Submissions per second of a tenant.
     SubmissionsPerTenant,
-    /// Submissions a second of a user.
+    /// Submissions per second of a user.
     SubmissionsPerUser,
-    /// Requests of a tenant that are queued.
+    /// Queued requests of a tenant.
     QueuedPerTenant,
-    /// Requests of a user that are queued.
+    /// Queued requests of a user.
     QueuedPerUser,
     /// Open watches of a tenant.
     WatchesPerTenant,
     /// Open watches of a user.
     WatchesPerUser,
-    /// Bytes of a tenant in the store.
+    /// Stored bytes of a tenant.
     StoredBytesPerTenant,
 }
 
@@ -41,7 +41,7 @@ impl TenantLimit {
         Self::StoredBytesPerTenant,
     ];
 
-    /// The option that sets it.
+    /// Returns the name of the option that sets the limit.
     #[must_use]
     pub const fn option(self) -> &'static str {
         match self {
@@ -56,25 +56,25 @@ impl TenantLimit {
     }
 }
 
-/// The limits of one tenant and of each of its users. 0 means no limit.
+/// Limits of one tenant and of each of its users. 0 means no limit.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct TenantLimits([u64; TenantLimit::ALL.len()]);
 
 impl TenantLimits {
-    /// Takes each limit from `limit`.
+    /// Returns the limits with the values that `limit` returns.
     #[must_use]
     pub fn new(limit: impl Fn(TenantLimit) -> u64) -> Self {
         Self(TenantLimit::ALL.map(limit))
     }
 
-    /// One of them; 0 means no limit.
+    /// Returns the value of a limit; 0 means no limit.
     #[must_use]
     pub const fn get(&self, limit: TenantLimit) -> u64 {
         self.0[limit as usize]
     }
 }
 
-/// The limits of all tenants, which can be replaced while the server runs. Clones share them.
+/// Limits of all tenants, which can be replaced while the server runs. Clones share the limits.
 #[derive(Clone, Debug, Default)]
 pub struct LimitsByTenant(Arc<Shared>);
 
@@ -86,11 +86,11 @@ struct Shared {
 
 #[derive(Debug, Default)]
 struct Table {
-    common: TenantLimits,
-    of_tenants: HashMap<String, TenantLimits>,
+    default: TenantLimits,
+    overrides: HashMap<String, TenantLimits>,
 }
 
-/// The highest share of a limit that was used, in millionths: since the last rotation, and before it.
+/// Highest used share of a limit, in millionths: since the last rotation, and in the interval before it.
 #[derive(Debug, Default)]
 struct HighestUse {
     current: AtomicU64,
@@ -100,48 +100,48 @@ struct HighestUse {
 const MILLION: u64 = 1_000_000;
 
 impl LimitsByTenant {
-    /// `common` for all but the tenants that have limits of their own.
+    /// Returns limits with `default` for the tenants that are not in `overrides`.
     #[must_use]
-    pub fn new(common: TenantLimits, of_tenants: HashMap<String, TenantLimits>) -> Self {
+    pub fn new(default: TenantLimits, overrides: HashMap<String, TenantLimits>) -> Self {
         let limits = Self::default();
-        limits.replace(common, of_tenants);
+        limits.replace(default, overrides);
         limits
     }
 
-    /// Sets all of them anew.
-    pub fn replace(&self, common: TenantLimits, of_tenants: HashMap<String, TenantLimits>) {
-        *self.0.table.write() = Table { common, of_tenants };
+    /// Replaces the limits of all tenants.
+    pub fn replace(&self, default: TenantLimits, overrides: HashMap<String, TenantLimits>) {
+        *self.0.table.write() = Table { default, overrides };
     }
 
-    /// Those of one tenant and its users.
+    /// Returns the limits of one tenant and its users.
     #[must_use]
     pub fn of(&self, tenant: &str) -> TenantLimits {
         let table = self.0.table.read();
-        *table.of_tenants.get(tenant).unwrap_or(&table.common)
+        *table.overrides.get(tenant).unwrap_or(&table.default)
     }
 
-    /// Notes that a tenant or user uses this much of a limit.
+    /// Records that a tenant or user uses `used` of a limit whose value is `of`.
     pub fn note_use(&self, limit: TenantLimit, used: u64, of: u64) {
         let Some(share) = used.saturating_mul(MILLION).checked_div(of) else { return };
         let current = &self.0.highest_use[limit as usize].current;
-        // Reading is cheaper than writing, and the highest share seldom changes.
+        // A read is cheaper than a write, and the highest share rarely changes.
         if share > current.load(Ordering::Relaxed) {
             current.fetch_max(share, Ordering::Relaxed);
         }
     }
 
-    /// The highest share of a limit that a tenant or user has used between the last two calls of
-    /// [`Self::rotate_use`], or since.
+    /// Returns the highest share of a limit that a tenant or user has used since the last but one call
+    /// of [`Self::rotate_use`].
     #[must_use]
     pub fn highest_use(&self, limit: TenantLimit) -> f64 {
         let HighestUse { current, previous } = &self.0.highest_use[limit as usize];
         let share = current.load(Ordering::Relaxed).max(previous.load(Ordering::Relaxed));
-        #[expect(clippy::cast_precision_loss, reason = "a share for people to look at")]
+        #[expect(clippy::cast_precision_loss, reason = "a share for display")]
         let share = share as f64;
         share / 1e6
     }
 
-    /// Forgets what was used before the last call.
+    /// Discards the use that was recorded before the previous call.
     pub fn rotate_use(&self) {
         for HighestUse { current, previous } in &self.0.highest_use {
             previous.store(current.swap(0, Ordering::Relaxed), Ordering::Relaxed);
@@ -154,19 +154,19 @@ mod tests {
     use super::*;
 
     #[test]
-    fn tenants_without_limits_of_their_own_have_the_common_ones() {
-        let common = TenantLimits::new(|_| 10);
-        let limits = LimitsByTenant::new(common, HashMap::new());
+    fn tenants_without_overrides_have_the_default_limits() {
+        let default = TenantLimits::new(|_| 10);
+        let limits = LimitsByTenant::new(default, HashMap::new());
         let shared = limits.clone();
         assert_eq!(shared.of("acme").get(TenantLimit::QueuedPerUser), 10);
-        let of_acme = TenantLimits::new(|limit| u64::from(limit == TenantLimit::WatchesPerUser));
-        limits.replace(common, HashMap::from([("acme".to_owned(), of_acme)]));
-        assert_eq!(shared.of("acme"), of_acme);
-        assert_eq!(shared.of("globex"), common);
+        let overridden = TenantLimits::new(|limit| u64::from(limit == TenantLimit::WatchesPerUser));
+        limits.replace(default, HashMap::from([("acme".to_owned(), overridden)]));
+        assert_eq!(shared.of("acme"), overridden);
+        assert_eq!(shared.of("globex"), default);
     }
 
     #[test]
-    fn the_highest_use_is_forgotten_after_two_rotations() {
+    fn the_highest_use_is_discarded_after_two_rotations() {
         let limits = LimitsByTenant::default();
         let highest = || limits.highest_use(TenantLimit::QueuedPerTenant);
         limits.note_use(TenantLimit::QueuedPerTenant, 1, 4);

@@ -1,23 +1,24 @@
-//! The header `traceparent` of W3C Trace Context (<https://www.w3.org/TR/trace-context/>).
+//! Header `traceparent` of W3C Trace Context (<https://www.w3.org/TR/trace-context/>).
 
 use std::fmt;
 
 /// Length of a `traceparent` of version 00, in bytes.
 const LENGTH: usize = 55;
 
-/// A place in a trace, as `traceparent` of version 00 writes it.
+/// Position in a trace: the content of `traceparent` version 00.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct TraceParent {
-    /// The trace; not all zeros.
+    /// Trace id; not all zeros.
     pub trace_id: [u8; 16],
-    /// The span; not all zeros.
+    /// Span id; not all zeros.
     pub span_id: [u8; 8],
     /// Whether spans are recorded.
     pub is_sampled: bool,
 }
 
 impl TraceParent {
-    /// Reads a header of version 00 with no flag but `sampled`; `None` for every other text.
+    /// Parses a header of version 00 with no flag other than `sampled`; returns `None` for any other
+    /// text.
     #[must_use]
     pub fn parse(text: &str) -> Option<Self> {
         let text: &[u8; LENGTH] = text.as_bytes().try_into().ok()?;
@@ -37,10 +38,10 @@ impl TraceParent {
         is_valid.then_some(Self { trace_id, span_id, is_sampled })
     }
 
-    /// The header: 55 characters.
+    /// Returns the header: 55 characters.
     #[must_use]
     pub fn to_text(self) -> String {
-        // Formatting it takes ten times as long, which counts for each request.
+        // `format!` takes ten times as long, which matters because this runs for each request.
         let mut text = *b"00-00000000000000000000000000000000-0000000000000000-00";
         write_hex(&mut text[3..35], &self.trace_id);
         write_hex(&mut text[36..52], &self.span_id);
@@ -48,7 +49,7 @@ impl TraceParent {
         ascii(&text)
     }
 
-    /// The trace id: 32 hexadecimal digits.
+    /// Returns the trace id: 32 hexadecimal digits.
     #[must_use]
     pub fn trace_id_text(self) -> String {
         let mut text = [0; 32];
@@ -67,7 +68,7 @@ fn ascii(text: &[u8]) -> String {
     std::str::from_utf8(text).unwrap_or_default().to_owned()
 }
 
-/// Each byte as two hexadecimal digits.
+/// Hexadecimal digits of each byte.
 const HEX: [[u8; 2]; 256] = {
     const DIGITS: &[u8; 16] = b"0123456789abcdef";
     let mut pairs = [[0; 2]; 256];
@@ -86,7 +87,7 @@ fn write_hex(text: &mut [u8], bytes: &[u8]) {
     }
 }
 
-/// Lower-case digits only, as W3C rules.
+/// Decodes lowercase digits only, as W3C requires.
 fn read_hex(text: &[u8], bytes: &mut [u8]) -> Option<()> {
     let digit = |byte: u8| match byte {
         b'0'..=b'9' => Some(byte - b'0'),
@@ -107,7 +108,7 @@ mod tests {
     const PARENT: &str = "00-0af7651916cd43dd8448eb211c80319c-b7ad6b7169203331-01";
 
     #[test]
-    fn what_is_written_is_read_again() {
+    fn headers_round_trip() {
         let parent = TraceParent::parse(PARENT).unwrap();
         assert!(parent.is_sampled);
         assert_eq!(parent.to_text(), PARENT);
@@ -117,7 +118,7 @@ mod tests {
     }
 
     #[test]
-    fn other_texts_are_refused() {
+    fn malformed_headers_are_rejected() {
         for text in [
             "",
             &PARENT[..54],

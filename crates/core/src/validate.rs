@@ -1,35 +1,36 @@
-//! The rules for what callers write, each told as a field and a rule.
+//! Validation rules of input, and their violations: a field and the rule that it violates.
 
 use std::fmt;
 
 use crate::limits;
 
-/// One rule that one field breaks.
+/// Rule that a field violates.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Violation {
     /// Path of the field: `payload`, `payload.rows[3]`.
     pub field: String,
-    /// The rule, and how it is broken.
+    /// The rule and the actual value.
     pub description: String,
 }
 
-/// Violations kept at most; the others are counted.
+/// Maximum number of violations that are kept; further ones are only counted.
 const MAX_KEPT: usize = 100;
-/// Their text at most, in bytes: statuses travel in headers, of which many clients take 8 KiB.
+/// Maximum size of their text, in bytes: statuses are sent in headers, and many clients accept at most 8 KiB
+/// of headers.
 const MAX_TEXT_BYTES: usize = 3 * 1024;
-/// Largest description, in bytes.
+/// Maximum size of a description, in bytes.
 const MAX_DESCRIPTION_BYTES: usize = 512;
 
-/// Every rule that an input breaks, gathered before anything is refused.
+/// All violations of an input, collected so that they are reported together.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct Violations {
     kept: Vec<Violation>,
     text_bytes: usize,
-    others: usize,
+    omitted: usize,
 }
 
 impl Violations {
-    /// Notes a broken rule.
+    /// Adds a violation.
     pub fn push(&mut self, field: impl Into<String>, description: impl Into<String>) {
         let violation = Violation {
             field: cut(field.into(), MAX_DESCRIPTION_BYTES),
@@ -37,27 +38,28 @@ impl Violations {
         };
         let bytes = violation.field.len() + violation.description.len();
         if self.kept.len() >= MAX_KEPT || self.text_bytes + bytes > MAX_TEXT_BYTES {
-            self.others += 1;
+            self.omitted += 1;
             return;
         }
         self.text_bytes += bytes;
         self.kept.push(violation);
     }
 
-    /// Notes what a check found.
+    /// Adds a violation if `outcome` is an error.
     pub fn check(&mut self, field: &str, outcome: Result<(), String>) {
         if let Err(description) = outcome {
             self.push(field, description);
         }
     }
 
-    /// Whether every rule is kept.
+    /// Returns whether no rule is violated.
     #[must_use]
     pub fn is_empty(&self) -> bool {
         self.kept.is_empty()
     }
 
-    /// The broken rules, in the order they were found; of very many, the first.
+    /// Returns the violations in the order in which they were added; if there are too many, only the
+    /// first ones.
     pub fn iter(&self) -> impl Iterator<Item = &Violation> {
         self.kept.iter()
     }
@@ -69,14 +71,14 @@ impl fmt::Display for Violations {
             let separator = if position == 0 { "" } else { "; " };
             write!(formatter, "{separator}{}: {}", violation.field, violation.description)?;
         }
-        if self.others > 0 {
-            write!(formatter, "; and {} more", self.others)?;
+        if self.omitted > 0 {
+            write!(formatter, "; and {} more", self.omitted)?;
         }
         Ok(())
     }
 }
 
-/// The text, or its beginning when it is longer than this.
+/// Returns the text, truncated if it is longer than `max_bytes`.
 #[must_use]
 pub fn cut(mut text: String, max_bytes: usize) -> String {
     const ELLIPSIS: &str = "…";
@@ -88,10 +90,10 @@ pub fn cut(mut text: String, max_bytes: usize) -> String {
     text
 }
 
-/// A request's id: 1 to 128 characters of `[A-Za-z0-9._:@/+=-]`.
+/// Checks the id of a request: 1 to 128 characters of `[A-Za-z0-9._:@/+=-]`.
 ///
 /// # Errors
-/// The rule, and how it is broken.
+/// Returns the violated rule and the actual value.
 pub fn request_id(id: &str) -> Result<(), String> {
     let length = id.chars().count();
     if length == 0 || length > limits::MAX_REQUEST_ID_CHARS {
@@ -110,10 +112,10 @@ pub fn request_id(id: &str) -> Result<(), String> {
     }
 }
 
-/// An action's name: `[a-z][a-z0-9_.-]{0,63}`.
+/// Checks the name of an action: `[a-z][a-z0-9_.-]{0,63}`.
 ///
 /// # Errors
-/// The rule, and how it is broken.
+/// Returns the violated rule.
 pub fn action_name(name: &str) -> Result<(), String> {
     if name.is_empty() {
         return Err("is required".into());
@@ -125,18 +127,18 @@ pub fn action_name(name: &str) -> Result<(), String> {
     if well_formed { Ok(()) } else { Err("must match [a-z][a-z0-9_.-]{0,63}".into()) }
 }
 
-/// A worker's id: as a request's.
+/// Checks the id of a worker, which has the format of a request's id.
 ///
 /// # Errors
-/// The rule, and how it is broken.
+/// Returns the violated rule and the actual value.
 pub fn worker_id(id: &str) -> Result<(), String> {
     request_id(id)
 }
 
-/// A number in a range.
+/// Checks that a number is in a range.
 ///
 /// # Errors
-/// The rule, and how it is broken.
+/// Returns the violated rule and the actual value.
 pub fn in_range(value: i64, low: i64, high: i64, unit: &str) -> Result<(), String> {
     if (low..=high).contains(&value) {
         Ok(())
@@ -145,10 +147,10 @@ pub fn in_range(value: i64, low: i64, high: i64, unit: &str) -> Result<(), Strin
     }
 }
 
-/// A size limit.
+/// Checks that a size is within a limit.
 ///
 /// # Errors
-/// The rule with the limit's name, and how it is broken.
+/// Returns the violated rule, with the name of the limit, and the actual size.
 pub fn at_most(bytes: usize, limit: usize, limit_name: &str) -> Result<(), String> {
     if bytes <= limit {
         Ok(())
@@ -162,7 +164,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn ids_keep_to_length_and_alphabet() {
+    fn ids_are_checked_for_length_and_characters() {
         assert!(request_id("req-1:user@host/x+y=z.w_").is_ok());
         assert!(request_id(&"x".repeat(128)).is_ok());
         assert_eq!(request_id("").unwrap_err(), "must have 1 to 128 characters, has 0");
@@ -175,7 +177,7 @@ mod tests {
     }
 
     #[test]
-    fn action_names_keep_to_their_pattern() {
+    fn action_names_must_match_the_pattern() {
         for good in ["a", "generate_report", "a.b-c_9"] {
             assert!(action_name(good).is_ok(), "{good}");
         }
@@ -185,7 +187,7 @@ mod tests {
     }
 
     #[test]
-    fn of_very_many_violations_the_first_are_told() {
+    fn only_the_first_of_too_many_violations_are_reported() {
         let mut violations = Violations::default();
         (0..1_000_000).for_each(|_| violations.push("states", "9 is no state"));
         assert_eq!(violations.iter().count(), 100);
@@ -196,7 +198,7 @@ mod tests {
     }
 
     #[test]
-    fn all_violations_are_told() {
+    fn all_violations_are_reported_together() {
         let mut violations = Violations::default();
         violations.check("id", request_id(""));
         violations.check("priority", in_range(10, 0, 9, ""));

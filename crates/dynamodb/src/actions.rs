@@ -1,4 +1,4 @@
-//! Declarations of actions, for when nobody offers them.
+//! Stored declarations of actions, for when no processor or worker offers them.
 
 use aws_sdk_dynamodb::{
     primitives::Blob,
@@ -10,10 +10,10 @@ use streamer_proto::common::v1::Action;
 use streamer_store::{DeclaredAction, StoreError};
 
 use crate::{
-    calls::{number_of, text_of},
     client::Dynamo,
-    error::{damaged, store_error},
+    error::{corrupt, store_error},
     expression::{key, number, text},
+    item_ops::{number_of, text_of},
 };
 
 const KIND: &str = "action";
@@ -40,7 +40,7 @@ impl Dynamo {
                 .send()
                 .await
                 .map_err(|error| store_error("saving actions", &error))?;
-            self.metrics.note_write(put.consumed_capacity());
+            self.metrics.record_write(put.consumed_capacity());
         }
         Ok(())
     }
@@ -56,10 +56,10 @@ impl Dynamo {
                 continue;
             }
             let Some(AttributeValue::B(declaration)) = item.get("declaration") else {
-                return Err(damaged(doing, "a declaration is not there"));
+                return Err(corrupt(doing, "a declaration is missing"));
             };
             let action =
-                Action::decode(declaration.as_ref()).map_err(|error| damaged(doing, error))?;
+                Action::decode(declaration.as_ref()).map_err(|error| corrupt(doing, error))?;
             let tenant = text_of(&item, "tenant")?;
             let tenant = Some(tenant.to_owned()).filter(|tenant| !tenant.is_empty());
             actions.push(DeclaredAction { tenant, action });

@@ -1,5 +1,5 @@
-//! How many operations a process has under way at once. More would not be answered faster: they would
-//! queue in DynamoDB until they time out there and are repeated, which makes the queue longer.
+//! Limit on the concurrent operations of a process. More would not finish earlier: they would queue
+//! in DynamoDB until they time out and are retried, which makes the queue longer.
 
 use std::{
     sync::atomic::{AtomicUsize, Ordering},
@@ -13,21 +13,21 @@ use tokio::{
     time::timeout,
 };
 
-/// How long an operation waits for its turn before it is refused.
+/// How long an operation waits for a permit before it is rejected.
 const MAX_WAIT: Duration = Duration::from_secs(10);
-/// For each operation that may be under way, this many may wait; more are refused at once.
-const WAITING_FOR_EACH: usize = 64;
+/// Maximum number of waiting operations per permit; further ones are rejected at once.
+const MAX_WAITING_PER_PERMIT: usize = 64;
 
-/// For whom an operation is.
+/// Purpose of an operation.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) enum Purpose {
-    /// A caller asked for it. All of these together leave room for the others.
+    /// On behalf of a caller. All of these together leave permits for execution.
     Caller,
-    /// Execution needs it.
+    /// Needed by execution.
     Execution,
 }
 
-/// Lets operations through in the order in which they come.
+/// Admits operations in the order of their arrival.
 pub(crate) struct Admission {
     all: Semaphore,
     callers: Semaphore,
@@ -36,16 +36,16 @@ pub(crate) struct Admission {
     gauge: Gauge,
 }
 
-/// An operation that is under way, until it is dropped.
-pub(crate) struct Turn<'a> {
+/// Permit of an operation, released when dropped.
+pub(crate) struct OperationPermit<'a> {
     _caller: Option<SemaphorePermit<'a>>,
     _permit: SemaphorePermit<'a>,
 }
 
-/// An operation that waits.
-struct Waiting<'a>(&'a Admission);
+/// Counts an operation as waiting until dropped.
+struct WaitingGuard<'a>(&'a Admission);
 
-impl Drop for Waiting<'_> {
+impl Drop for WaitingGuard<'_> {
     fn drop(&mut self) {
         self.0.waiting.fetch_sub(1, Ordering::Relaxed);
         self.0.gauge.dec();
@@ -53,21 +53,22 @@ impl Drop for Waiting<'_> {
 }
 
 impl Admission {
-    /// Allows this many operations at once, half of them for callers; `gauge` counts those that wait.
+    /// Allows this many concurrent operations, half of them for callers; `gauge` counts those that
+    /// wait.
     pub(crate) fn new(concurrent: usize, gauge: Gauge) -> Self {
         Self {
             all: Semaphore::new(concurrent),
             callers: Semaphore::new(concurrent.div_ceil(2)),
             waiting: AtomicUsize::new(0),
-            max_waiting: concurrent.saturating_mul(WAITING_FOR_EACH),
+            max_waiting: concurrent.saturating_mul(MAX_WAITING_PER_PERMIT),
             gauge,
         }
     }
 
-    /// Returns once the operation may begin.
-    pub(crate) async fn admit(&self, purpose: Purpose) -> Result<Turn<'_>, StoreError> {
-        if let Some(turn) = self.try_admit(purpose) {
-            return Ok(turn);
+    /// Waits for a permit.
+    pub(crate) async fn admit(&self, purpose: Purpose) -> Result<OperationPermit<'_>, StoreError> {
+        if let Some(permit) = self.try_admit(purpose) {
+            return Ok(permit);
         }
         let _waiting = self.wait()?;
         let admitted = async {
@@ -75,38 +76,38 @@ impl Admission {
                 Purpose::Caller => Some(self.callers.acquire().await.ok()?),
                 Purpose::Execution => None,
             };
-            Some(Turn { _caller: caller, _permit: self.all.acquire().await.ok()? })
+            Some(OperationPermit { _caller: caller, _permit: self.all.acquire().await.ok()? })
         };
         match timeout(MAX_WAIT, admitted).await {
-            Ok(Some(turn)) => Ok(turn),
+            Ok(Some(permit)) => Ok(permit),
             // The semaphores are never closed.
             Ok(None) | Err(_) => {
-                Err(overloaded(format!("it was not its turn within {} s", MAX_WAIT.as_secs())))
+                Err(overloaded(format!("none was available within {} s", MAX_WAIT.as_secs())))
             }
         }
     }
 
-    fn try_admit(&self, purpose: Purpose) -> Option<Turn<'_>> {
+    fn try_admit(&self, purpose: Purpose) -> Option<OperationPermit<'_>> {
         let caller = match purpose {
             Purpose::Caller => Some(self.callers.try_acquire().ok()?),
             Purpose::Execution => None,
         };
-        Some(Turn { _caller: caller, _permit: self.all.try_acquire().ok()? })
+        Some(OperationPermit { _caller: caller, _permit: self.all.try_acquire().ok()? })
     }
 
-    fn wait(&self) -> Result<Waiting<'_>, StoreError> {
+    fn wait(&self) -> Result<WaitingGuard<'_>, StoreError> {
         self.gauge.inc();
         let before = self.waiting.fetch_add(1, Ordering::Relaxed);
-        let waiting = Waiting(self);
+        let waiting = WaitingGuard(self);
         if before >= self.max_waiting {
-            return Err(overloaded(format!("{before} operations wait already")));
+            return Err(overloaded(format!("{before} operations are already waiting")));
         }
         Ok(waiting)
     }
 }
 
 fn overloaded(reason: String) -> StoreError {
-    StoreError::Overloaded { doing: "waiting for earlier operations", reason }
+    StoreError::Overloaded { doing: "waiting for a permit", reason }
 }
 
 #[cfg(test)]
@@ -114,7 +115,7 @@ mod tests {
     use super::*;
 
     #[tokio::test(start_paused = true)]
-    async fn operations_beyond_the_limit_wait_and_are_refused_after_a_time() {
+    async fn operations_beyond_the_limit_wait_and_are_rejected_after_a_timeout() {
         let waiting = Gauge::default();
         let admission = Admission::new(2, waiting.clone());
         let first = admission.admit(Purpose::Execution).await.unwrap();
@@ -145,12 +146,13 @@ mod tests {
     }
 
     #[tokio::test(start_paused = true)]
-    async fn what_would_wait_behind_very_many_is_refused_at_once() {
+    async fn operations_beyond_the_waiting_limit_are_rejected_at_once() {
         let admission = Admission::new(1, Gauge::default());
         let _running = admission.admit(Purpose::Execution).await.unwrap();
-        let waiting: Vec<_> = (0..WAITING_FOR_EACH).map(|_| admission.wait().unwrap()).collect();
-        let refused = admission.admit(Purpose::Execution).await.err().unwrap();
-        assert!(refused.to_string().contains("64 operations wait already"), "{refused}");
+        let waiting: Vec<_> =
+            (0..MAX_WAITING_PER_PERMIT).map(|_| admission.wait().unwrap()).collect();
+        let rejected = admission.admit(Purpose::Execution).await.err().unwrap();
+        assert!(rejected.to_string().contains("64 operations are already waiting"), "{rejected}");
         drop(waiting);
         assert_eq!(admission.gauge.get(), 0);
     }

@@ -1,4 +1,4 @@
-//! The client of the SDK: where it connects, how long it waits, how often it repeats.
+//! SDK client: endpoint, timeouts, retries.
 
 use std::{env, sync::Arc, time::Duration};
 
@@ -14,21 +14,24 @@ use streamer_store::StoreError;
 use streamer_telemetry::Metrics;
 use tokio::time::{Instant, sleep};
 
-use crate::{DynamoOptions, OpenError, crowd::Crowd, objects::Objects, quota::QueueCounts};
+use crate::{
+    DynamoOptions, OpenError, claim_jitter::ClaimJitter, large_objects::LargeObjects,
+    quota::QueueCounts,
+};
 
-/// DynamoDB answers in milliseconds; what takes longer is better asked again.
+/// DynamoDB responds in milliseconds; a call that takes longer is better retried.
 const ATTEMPT_TIMEOUT: Duration = Duration::from_secs(3);
 const CONNECT_TIMEOUT: Duration = Duration::from_secs(2);
-/// With all repetitions.
+/// Includes all retries.
 const CALL_TIMEOUT: Duration = Duration::from_secs(10);
-/// Calls of one operation at most, by the SDK, which also keeps a budget of repetitions for all.
+/// Maximum number of attempts of a call by the SDK, which also keeps a retry budget for all calls.
 const MAX_ATTEMPTS: u32 = 6;
 const FIRST_BACKOFF: Duration = Duration::from_millis(25);
 const MAX_BACKOFF: Duration = Duration::from_secs(1);
-/// How long a transaction that met another, or was throttled, is repeated.
-const TRANSACTION_PATIENCE: Duration = Duration::from_secs(5);
+/// How long a transaction is retried after a conflict or throttling.
+const TRANSACTION_RETRY_TIMEOUT: Duration = Duration::from_secs(5);
 
-/// What is on this machine is in no region, but calls have to name one.
+/// A local endpoint is in no region, but calls must name one.
 const LOCAL_REGION: Region = Region::from_static("us-east-1");
 
 /// Names of the tables.
@@ -54,15 +57,15 @@ impl TableNames {
     }
 }
 
-/// What every part of the engine works with.
+/// State that every part of the engine uses.
 #[derive(Clone)]
 pub(crate) struct Dynamo {
     pub(crate) client: Client,
     pub(crate) tables: Arc<TableNames>,
-    pub(crate) objects: Option<Arc<Objects>>,
+    pub(crate) objects: Option<Arc<LargeObjects>>,
     pub(crate) queue_shards: u32,
     pub(crate) retention: Option<Duration>,
-    pub(crate) crowd: Arc<Crowd>,
+    pub(crate) claim_jitter: Arc<ClaimJitter>,
     pub(crate) queue_counts: Arc<QueueCounts>,
     pub(crate) metrics: DynamoMetrics,
 }
@@ -81,26 +84,29 @@ impl DynamoMetrics {
         Self {
             read: metrics.counter(
                 "streamer_dynamodb_read_milliunits",
-                "Consumed read units, in thousandths",
+                "Consumed read capacity units, in thousandths",
             ),
             write: metrics.counter(
                 "streamer_dynamodb_write_milliunits",
-                "Consumed write units, in thousandths",
+                "Consumed write capacity units, in thousandths",
             ),
             throttled: metrics.counter(
                 "streamer_dynamodb_throttled",
-                "Calls that were still throttled after all repetitions",
+                "Calls that were still throttled after all retries",
             ),
             append_seconds: metrics
-                .latency("streamer_dynamodb_append_seconds", "Time of an append in the store"),
+                .latency("streamer_dynamodb_append_seconds", "Duration of an append in the store"),
         }
     }
 
-    pub(crate) fn note_read<'a>(&self, consumed: impl IntoIterator<Item = &'a ConsumedCapacity>) {
+    pub(crate) fn record_read<'a>(&self, consumed: impl IntoIterator<Item = &'a ConsumedCapacity>) {
         self.read.inc_by(milliunits(consumed));
     }
 
-    pub(crate) fn note_write<'a>(&self, consumed: impl IntoIterator<Item = &'a ConsumedCapacity>) {
+    pub(crate) fn record_write<'a>(
+        &self,
+        consumed: impl IntoIterator<Item = &'a ConsumedCapacity>,
+    ) {
         self.write.inc_by(milliunits(consumed));
     }
 }
@@ -113,7 +119,8 @@ fn milliunits<'a>(consumed: impl IntoIterator<Item = &'a ConsumedCapacity>) -> u
     milliunits
 }
 
-/// The SDK's configuration. Credentials come from the standard chain; a local endpoint takes any.
+/// Returns the SDK configuration. Credentials come from the standard chain; a local endpoint
+/// accepts any.
 pub(crate) async fn sdk_config(options: &DynamoOptions) -> Result<SdkConfig, OpenError> {
     let http = Builder::new().tls_provider(Provider::Rustls(CryptoMode::Ring)).build_https();
     let retries = RetryConfig::standard()
@@ -137,11 +144,11 @@ pub(crate) async fn sdk_config(options: &DynamoOptions) -> Result<SdkConfig, Ope
         let any = Credentials::new("local", "local", None, None, "streamer");
         loader = loader.credentials_provider(any);
     }
-    let is_named =
+    let has_environment_region =
         ["AWS_REGION", "AWS_DEFAULT_REGION"].iter().any(|name| env::var_os(name).is_some());
     match &options.region {
         Some(region) => loader = loader.region(Region::new(region.clone())),
-        None if is_local && !is_named => loader = loader.region(LOCAL_REGION),
+        None if is_local && !has_environment_region => loader = loader.region(LOCAL_REGION),
         None => {}
     }
     let config = loader.load().await;
@@ -159,26 +166,26 @@ fn is_local(endpoint: &str) -> bool {
     })
 }
 
-/// Waits between repetitions, with full jitter, for as long as patience lasts.
-pub(crate) struct Patience {
-    until: Instant,
-    wait: Duration,
+/// Exponential backoff with full jitter, up to a deadline.
+pub(crate) struct Backoff {
+    deadline: Instant,
+    delay: Duration,
 }
 
-impl Default for Patience {
+impl Default for Backoff {
     fn default() -> Self {
-        Self { until: Instant::now() + TRANSACTION_PATIENCE, wait: FIRST_BACKOFF }
+        Self { deadline: Instant::now() + TRANSACTION_RETRY_TIMEOUT, delay: FIRST_BACKOFF }
     }
 }
 
-impl Patience {
-    /// Waits; fails with `error` when patience is at its end, or when repeating does not help.
+impl Backoff {
+    /// Waits before a retry; returns `error` if the deadline is reached or a retry does not help.
     pub(crate) async fn wait(&mut self, error: StoreError) -> Result<(), StoreError> {
-        if !error.is_retryable() || Instant::now() + self.wait > self.until {
+        if !error.is_retryable() || Instant::now() + self.delay > self.deadline {
             return Err(error);
         }
-        sleep(self.wait.mul_f64(retry::random_fraction())).await;
-        self.wait = (self.wait * 2).min(MAX_BACKOFF);
+        sleep(self.delay.mul_f64(retry::random_fraction())).await;
+        self.delay = (self.delay * 2).min(MAX_BACKOFF);
         Ok(())
     }
 }

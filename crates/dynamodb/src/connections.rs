@@ -9,20 +9,20 @@ use streamer_core::{Timestamp, Uid};
 use streamer_store::{ConnectionPage, ConnectionRecord, Owner, StoreError};
 
 use crate::{
-    calls::{numbers, text_of},
-    client::{Dynamo, Patience},
-    error::{damaged, store_error},
+    client::{Backoff, Dynamo},
+    error::{corrupt, store_error},
     expression::{Expression, key, text},
     item::{decode, encode_item},
+    item_ops::{numbers_by_name, text_of},
 };
 
 const KIND: &str = "gateway";
-/// Writes of one call at most, as DynamoDB has it.
-const BATCH: usize = 25;
-/// Connections of a gateway that has been dead for so long are removed by others.
-const FORGET_AFTER: Duration = Duration::from_secs(600);
-/// Connections of dead gateways that are removed at once at most.
-const MAX_FORGOTTEN: usize = 500;
+/// Maximum number of writes in one call of `BatchWriteItem`.
+const MAX_BATCH_WRITES: usize = 25;
+/// How long a gateway must have been dead before others remove its connections.
+const REMOVE_AFTER: Duration = Duration::from_secs(600);
+/// Maximum number of connections of a dead gateway to remove at once.
+const MAX_REMOVED: usize = 500;
 
 #[derive(Serialize, Deserialize)]
 struct ConnectionItem {
@@ -39,7 +39,7 @@ struct ConnectionItem {
 impl ConnectionItem {
     fn into_record(self) -> Result<ConnectionRecord, StoreError> {
         Ok(ConnectionRecord {
-            id: self.id.parse().map_err(|error| damaged("reading a connection", error))?,
+            id: self.id.parse().map_err(|error| corrupt("reading a connection", error))?,
             owner: Owner { tenant: self.tenant, user: self.user },
             gateway: self.gateway,
             remote_address: self.remote_address,
@@ -55,7 +55,7 @@ impl Dynamo {
         opened: Vec<ConnectionRecord>,
         closed: Vec<Uid>,
     ) -> Result<(), StoreError> {
-        let doing = "noting connections";
+        let doing = "updating connections";
         let mut writes = Vec::with_capacity(opened.len() + closed.len());
         for connection in opened {
             if closed.contains(&connection.id) {
@@ -73,7 +73,7 @@ impl Dynamo {
                 connect_time: connection.connect_time.as_millis(),
             };
             let put = PutRequest::builder().set_item(Some(encode_item(&item)?)).build();
-            let put = put.map_err(|error| damaged(doing, error))?;
+            let put = put.map_err(|error| corrupt(doing, error))?;
             writes.push(WriteRequest::builder().put_request(put).build());
         }
         for id in closed {
@@ -83,10 +83,10 @@ impl Dynamo {
     }
 
     async fn write_connections(&self, writes: Vec<WriteRequest>) -> Result<(), StoreError> {
-        let doing = "noting connections";
-        for batch in writes.chunks(BATCH) {
+        let doing = "updating connections";
+        for batch in writes.chunks(MAX_BATCH_WRITES) {
             let mut left = batch.to_vec();
-            let mut patience = Patience::default();
+            let mut backoff = Backoff::default();
             while !left.is_empty() {
                 let written = self
                     .client
@@ -96,14 +96,14 @@ impl Dynamo {
                     .send()
                     .await
                     .map_err(|error| store_error(doing, &error))?;
-                self.metrics.note_write(written.consumed_capacity());
+                self.metrics.record_write(written.consumed_capacity());
                 left = written
                     .unprocessed_items
                     .and_then(|mut all| all.remove(&self.tables.connections))
                     .unwrap_or_default();
                 if !left.is_empty() {
                     let reason = "some items were not processed".into();
-                    patience.wait(StoreError::Overloaded { doing, reason }).await?;
+                    backoff.wait(StoreError::Overloaded { doing, reason }).await?;
                 }
             }
         }
@@ -116,17 +116,17 @@ impl Dynamo {
         until: Timestamp,
     ) -> Result<(), StoreError> {
         self.keep_alive(KIND, gateway, until).await?;
-        self.forget_dead_gateways(until).await
+        self.remove_dead_gateways(until).await
     }
 
-    /// What gateways that died have left.
-    async fn forget_dead_gateways(&self, now: Timestamp) -> Result<(), StoreError> {
-        let long_ago = now.minus(FORGET_AFTER).as_millis();
-        let gateways = numbers(&self.fleet(KIND).await?, "name", "alive_until");
-        for (gateway, until) in gateways.into_iter().filter(|(_, until)| *until < long_ago) {
+    /// Removes the connections of dead gateways.
+    async fn remove_dead_gateways(&self, now: Timestamp) -> Result<(), StoreError> {
+        let dead_since = now.minus(REMOVE_AFTER).as_millis();
+        let gateways = numbers_by_name(&self.fleet(KIND).await?, "name", "alive_until");
+        for (gateway, until) in gateways.into_iter().filter(|(_, until)| *until < dead_since) {
             let left = self.connections_of(&gateway).await?;
             if left.is_empty() {
-                self.forget_member(KIND, &gateway, until).await?;
+                self.remove_member(KIND, &gateway, until).await?;
                 continue;
             }
             let deletes: Result<Vec<_>, _> = left.iter().map(|id| delete_connection(id)).collect();
@@ -138,7 +138,7 @@ impl Dynamo {
     async fn connections_of(&self, gateway: &str) -> Result<Vec<String>, StoreError> {
         let condition = Expression::default().when("gateway", "=", text(gateway));
         let rows =
-            self.query_index(&self.tables.connections, "gateway", condition, MAX_FORGOTTEN).await?;
+            self.query_index(&self.tables.connections, "gateway", condition, MAX_REMOVED).await?;
         rows.iter().map(|row| text_of(row, "id").map(str::to_owned)).collect()
     }
 
@@ -150,7 +150,7 @@ impl Dynamo {
         limit: usize,
         now: Timestamp,
     ) -> Result<ConnectionPage, StoreError> {
-        let gateways = numbers(&self.fleet(KIND).await?, "name", "alive_until");
+        let gateways = numbers_by_name(&self.fleet(KIND).await?, "name", "alive_until");
         let mut after = after;
         let mut connections: Vec<ConnectionRecord> = Vec::new();
         let wanted = limit.saturating_add(1);
@@ -172,12 +172,12 @@ impl Dynamo {
                 found.push(decode::<ConnectionItem>("reading a connection", item)?.into_record()?);
             }
             found.sort_by_key(|connection| connection.id);
-            let whole = found.len() < wanted;
+            let is_last_page = found.len() < wanted;
             found.truncate(wanted);
             after = found.last().map(|connection| connection.id).or(after);
             connections.extend(found.into_iter().filter(|connection| {
-                let lives = |until: &i64| *until > now.as_millis();
-                gateways.get(&connection.gateway).is_some_and(lives)
+                let is_alive = |until: &i64| *until > now.as_millis();
+                gateways.get(&connection.gateway).is_some_and(is_alive)
                     && user.is_none_or(|user| connection.owner.user == user)
             }));
             if connections.len() > limit {
@@ -185,7 +185,7 @@ impl Dynamo {
                 let next = connections.last().map(|connection| connection.id);
                 return Ok(ConnectionPage { connections, next });
             }
-            if whole {
+            if is_last_page {
                 return Ok(ConnectionPage { connections, next: None });
             }
         }
@@ -194,6 +194,6 @@ impl Dynamo {
 
 fn delete_connection(id: &str) -> Result<WriteRequest, StoreError> {
     let delete = DeleteRequest::builder().set_key(Some(key([("id", id)]))).build();
-    let delete = delete.map_err(|error| damaged("noting connections", error))?;
+    let delete = delete.map_err(|error| corrupt("updating connections", error))?;
     Ok(WriteRequest::builder().delete_request(delete).build())
 }

@@ -1,4 +1,4 @@
-//! The credentials of the SDK, for the object store: so that both find them in the same places.
+//! SDK credentials for the object store, so that both use the same sources.
 
 use std::{
     sync::Arc,
@@ -11,9 +11,9 @@ use object_store::{CredentialProvider, aws::AwsCredential};
 use parking_lot::Mutex;
 use streamer_core::{Clock, SystemClock, Timestamp};
 
-/// Fresh ones are asked for so long before the old ones expire.
+/// How long before their expiry credentials are renewed.
 const RENEW_BEFORE: Duration = Duration::from_secs(300);
-/// Those that do not say when they expire are asked for again after so long, as the SDK does.
+/// Credentials without an expiry are renewed after this time, as the SDK does.
 const RENEW_AFTER: Duration = Duration::from_secs(900);
 
 #[derive(Debug)]
@@ -47,7 +47,7 @@ impl CredentialProvider for SdkCredentials {
             latest => match (self.provider.provide_credentials().await, latest) {
                 (Ok(found), _) => found,
                 (Err(error), Some(latest)) if latest.expires_at.is_none_or(|at| at > now) => {
-                    tracing::warn!(%error, "cannot renew the credentials for the object store yet");
+                    tracing::warn!(%error, "renewing the credentials of the object store failed");
                     return Ok(latest.credential);
                 }
                 (Err(error), _) => {
@@ -59,7 +59,7 @@ impl CredentialProvider for SdkCredentials {
         let expiry = found.expiry().and_then(|expiry| expiry.duration_since(UNIX_EPOCH).ok());
         let expires_at = expiry.map(|expiry| Timestamp::default().plus(expiry));
         let fresh_until = match expires_at {
-            // Of those that live for minutes, half of their life.
+            // Credentials that are valid for minutes are used for half of that time.
             Some(at) => at.minus(RENEW_BEFORE).max(now.plus(at.since(now) / 2)),
             None => now.plus(RENEW_AFTER),
         };

@@ -1,4 +1,4 @@
-//! What the errors of the SDK mean to the store.
+//! Conversion of SDK errors to store errors.
 
 use aws_sdk_dynamodb::{
     error::{ProvideErrorMetadata, SdkError},
@@ -6,24 +6,24 @@ use aws_sdk_dynamodb::{
 };
 use streamer_store::StoreError;
 
-/// Why the store cannot be opened.
+/// Error of opening the store or of managing its tables.
 #[derive(Debug, thiserror::Error)]
 pub enum OpenError {
-    /// Nothing says where the tables are.
+    /// No AWS region is configured.
     #[error(
         "dynamodb.region: is required, since neither AWS_REGION nor the AWS configuration names one"
     )]
     Region,
-    /// The object store's URL cannot be used.
+    /// The object store cannot be used.
     #[error("dynamodb.objects: {0}")]
     Objects(String),
-    /// The tables are not as they must be, or cannot be asked for.
+    /// A table cannot be described or created.
     #[error("{0}")]
     Tables(String),
 }
 
 impl OpenError {
-    /// Whether it is the configuration that is wrong.
+    /// Returns whether the configuration is wrong.
     #[must_use]
     pub fn is_usage(&self) -> bool {
         match self {
@@ -33,7 +33,7 @@ impl OpenError {
     }
 }
 
-/// Codes that mean "more than is provisioned or allowed": the same call may succeed a little later.
+/// Error codes of throttling: a retry may succeed a little later.
 const THROTTLED: [&str; 6] = [
     "ProvisionedThroughputExceededException",
     "ProvisionedThroughputExceeded",
@@ -42,7 +42,7 @@ const THROTTLED: [&str; 6] = [
     "Throttling",
     "RequestLimitExceeded",
 ];
-/// Codes that mean that two transactions met.
+/// Error codes of conflicting transactions.
 const CONFLICTS: [&str; 3] =
     ["TransactionConflict", "TransactionConflictException", "TransactionInProgressException"];
 
@@ -54,7 +54,7 @@ pub(crate) fn is_conflict(code: &str) -> bool {
     CONFLICTS.contains(&code)
 }
 
-/// A failed call, after the SDK has repeated it as often as it may.
+/// Converts the error of a call, after all retries of the SDK.
 pub(crate) fn store_error<E, R>(doing: &'static str, error: &SdkError<E, R>) -> StoreError
 where
     E: ProvideErrorMetadata + std::error::Error + Send + Sync + 'static,
@@ -63,13 +63,13 @@ where
     let code = error.code().unwrap_or_default().to_owned();
     let reason = match error.message() {
         Some(message) => format!("{code}: {message}"),
-        None => chain(error),
+        None => error_chain(error),
     };
-    of_code(doing, &code, reason)
+    error_for_code(doing, &code, reason)
 }
 
-/// What happened, down to its cause.
-pub(crate) fn chain(error: &dyn std::error::Error) -> String {
+/// Returns the message of an error with those of its causes.
+pub(crate) fn error_chain(error: &dyn std::error::Error) -> String {
     let mut reasons = vec![error.to_string()];
     let mut source = error.source();
     while let Some(reason) = source {
@@ -82,9 +82,9 @@ pub(crate) fn chain(error: &dyn std::error::Error) -> String {
     reasons.join(": ")
 }
 
-/// A transaction that did not happen, for the reason that counts.
-pub(crate) fn cancelled(doing: &'static str, reasons: &[CancellationReason]) -> StoreError {
-    let said: Vec<_> = reasons
+/// Converts the cancellation of a transaction, by its most relevant reason.
+pub(crate) fn transaction_error(doing: &'static str, reasons: &[CancellationReason]) -> StoreError {
+    let messages: Vec<_> = reasons
         .iter()
         .filter(|reason| !matches!(reason.code(), None | Some("None")))
         .map(|reason| {
@@ -93,10 +93,14 @@ pub(crate) fn cancelled(doing: &'static str, reasons: &[CancellationReason]) -> 
         .collect();
     let codes = || reasons.iter().filter_map(CancellationReason::code);
     let code = codes().find(|code| is_throttled(code)).or_else(|| codes().find(|c| *c != "None"));
-    of_code(doing, code.unwrap_or_default(), format!("transaction cancelled: {}", said.join(", ")))
+    error_for_code(
+        doing,
+        code.unwrap_or_default(),
+        format!("transaction cancelled: {}", messages.join(", ")),
+    )
 }
 
-fn of_code(doing: &'static str, code: &str, reason: String) -> StoreError {
+fn error_for_code(doing: &'static str, code: &str, reason: String) -> StoreError {
     if is_throttled(code) {
         return StoreError::Overloaded { doing, reason };
     }
@@ -106,14 +110,14 @@ fn of_code(doing: &'static str, code: &str, reason: String) -> StoreError {
         }
         "ResourceNotFoundException" => StoreError::Unavailable {
             doing,
-            reason: format!("{reason} (`streamer tables create` makes the tables)"),
+            reason: format!("{reason} (`streamer tables create` creates the tables)"),
         },
         _ => StoreError::Unavailable { doing, reason },
     }
 }
 
-/// What is stored cannot be read.
-pub(crate) fn damaged(doing: &'static str, reason: impl std::fmt::Display) -> StoreError {
+/// Returns an error for stored data that cannot be read.
+pub(crate) fn corrupt(doing: &'static str, reason: impl std::fmt::Display) -> StoreError {
     let reason = reason.to_string();
     StoreError::Corrupt { doing, reason }
 }

@@ -1,5 +1,5 @@
 //! Update and condition expressions. Every attribute is named through a placeholder, since many of
-//! ours are reserved words.
+//! our names are reserved words.
 
 use std::collections::HashMap;
 
@@ -15,7 +15,7 @@ pub(crate) fn number(value: impl Into<i64>) -> AttributeValue {
     AttributeValue::N(value.into().to_string())
 }
 
-/// What one write says.
+/// Expressions of one call, with their placeholders.
 #[derive(Clone, Debug, Default)]
 pub(crate) struct Expression {
     set: Vec<String>,
@@ -44,7 +44,7 @@ impl Expression {
         self
     }
 
-    /// Sets it, or removes it when there is nothing to set.
+    /// Sets the attribute, or removes it if the value is `None`.
     pub(crate) fn set_or_remove(self, attribute: &str, value: Option<AttributeValue>) -> Self {
         match value {
             Some(value) => self.set(attribute, value),
@@ -52,14 +52,14 @@ impl Expression {
         }
     }
 
-    /// Adds to a list that is there.
+    /// Appends to an existing list.
     pub(crate) fn extend(mut self, attribute: &str, list: AttributeValue) -> Self {
         let (name, value) = (self.name(attribute), self.value(list));
         self.set.push(format!("{name} = list_append({name}, {value})"));
         self
     }
 
-    /// Adds to a number, which counts as 0 when it is not there.
+    /// Adds to a number, which counts as 0 if it does not exist.
     pub(crate) fn add(mut self, attribute: &str, amount: i64) -> Self {
         let (name, amount) = (self.name(attribute), self.value(number(amount)));
         let zero = self.value(number(0));
@@ -87,7 +87,7 @@ impl Expression {
         self
     }
 
-    /// Holds also when the attribute is not there.
+    /// Also holds if the attribute does not exist.
     pub(crate) fn when_or_missing(
         mut self,
         attribute: &str,
@@ -106,13 +106,13 @@ impl Expression {
         self
     }
 
-    pub(crate) fn when_there(mut self, attribute: &str) -> Self {
+    pub(crate) fn when_exists(mut self, attribute: &str) -> Self {
         let name = self.name(attribute);
         self.conditions.push(format!("attribute_exists({name})"));
         self
     }
 
-    /// The same value as was seen, or still none.
+    /// Holds if the attribute still has the value that was read, or still does not exist.
     pub(crate) fn when_unchanged(self, attribute: &str, seen: Option<AttributeValue>) -> Self {
         match seen {
             Some(seen) => self.when(attribute, "=", seen),
@@ -144,12 +144,12 @@ impl Expression {
     }
 }
 
-/// Conditions on what is not part of a key, which share the placeholders of those that are.
+/// Conditions on attributes outside the key, which share the placeholders of the key condition.
 #[derive(Default)]
 pub(crate) struct Filter(Vec<String>);
 
 impl Filter {
-    /// Adds one, with its placeholders in `expression`.
+    /// Adds a condition, with its placeholders in `expression`.
     pub(crate) fn add(
         &mut self,
         mut expression: Expression,
@@ -166,7 +166,7 @@ impl Filter {
     }
 }
 
-/// A key of one or two text attributes.
+/// Returns a key of one or two text attributes.
 pub(crate) fn key<const N: usize>(attributes: [(&str, &str); N]) -> Attributes {
     attributes.into_iter().map(|(name, value)| (name.to_owned(), text(value))).collect()
 }

@@ -1,5 +1,5 @@
-//! What is stored, as items that a person can read: times are milliseconds since the Unix epoch,
-//! text is text, and only bytes that are no text are binary.
+//! Stored items, which a person can read: times are milliseconds since the Unix epoch, text is
+//! stored as text, and only bytes that are not text are binary.
 
 mod blob;
 mod event;
@@ -12,22 +12,22 @@ use streamer_store::StoreError;
 
 pub(crate) use blob::Blob;
 pub(crate) use event::{StoredEvent, StoredKind, StoredObject, StoredValue};
-pub(crate) use request::{Kept, RequestItem, RequestState, latest_progress};
+pub(crate) use request::{RequestItem, RequestState, StoredRef, latest_progress};
 pub(crate) use size::size;
 
-use crate::{error::damaged, expression::Attributes};
+use crate::{error::corrupt, expression::Attributes};
 
 pub(crate) fn encode(value: &impl Serialize) -> Result<AttributeValue, StoreError> {
-    serde_dynamo::to_attribute_value(value).map_err(|error| damaged("encoding an item", error))
+    serde_dynamo::to_attribute_value(value).map_err(|error| corrupt("encoding an item", error))
 }
 
 pub(crate) fn encode_item(value: &impl Serialize) -> Result<Attributes, StoreError> {
-    serde_dynamo::to_item(value).map_err(|error| damaged("encoding an item", error))
+    serde_dynamo::to_item(value).map_err(|error| corrupt("encoding an item", error))
 }
 
 pub(crate) fn decode<T: DeserializeOwned>(
     doing: &'static str,
     item: Attributes,
 ) -> Result<T, StoreError> {
-    serde_dynamo::from_item(item).map_err(|error| damaged(doing, error))
+    serde_dynamo::from_item(item).map_err(|error| corrupt(doing, error))
 }

@@ -1,4 +1,4 @@
-//! The log of a request: appending to it, with the change of state, and reading it.
+//! Log of a request: appends, with the state change, and reads.
 
 mod read;
 mod retention;
@@ -15,80 +15,84 @@ use streamer_core::{Timestamp, Uid};
 use streamer_store::{Append, Appended, EventPage, StoreError, Writer};
 
 use crate::{
-    client::{Dynamo, Patience},
-    error::{cancelled, damaged, store_error},
+    client::{Backoff, Dynamo},
+    error::{corrupt, store_error, transaction_error},
     expression::{Attributes, Expression, key, number, text},
-    holders::HOLDER,
     item::{
-        Blob, Kept, RequestItem, RequestState, StoredEvent, StoredKind, StoredValue, encode,
+        Blob, RequestItem, RequestState, StoredEvent, StoredKind, StoredRef, StoredValue, encode,
         latest_progress, size,
     },
-    requests::{Updated, WAITING, bytes_of, name_of, only_busy, reasons},
+    lease_holders::HOLDER,
+    requests::{
+        ConditionalUpdate, QUEUE_ATTRIBUTES, cancellation_reasons, client_id_key, events_size,
+        is_transient,
+    },
     tables::TIME_TO_LIVE,
 };
 
-/// Events stay in the request's item up to so many bytes: every write pays for the whole item, and
-/// moving them out costs as much as several writes.
-const MAX_EVENTS_BYTES: i64 = 2048;
-/// Events of one part: an item holds 400 KB.
-const PART_BYTES: usize = 350 * 1024;
-/// Events of one transaction, which could hold 4 MB: all of it goes to one partition, which takes
-/// 1,000 units a second and some more for a while.
-const TRANSACTION_BYTES: i64 = 1024 * 1024;
-/// Checkpoints up to this stay in the request's item.
+/// Bytes of events that stay in the request's item: every write pays for the whole item, and moving
+/// events out costs as much as several writes.
+const INLINE_EVENTS_BYTES: i64 = 2048;
+/// Maximum size of the events of one part: an item holds 400 KB.
+const MAX_PART_BYTES: usize = 350 * 1024;
+/// Maximum size of the events of one transaction, which could hold 4 MB: all of it goes to one
+/// partition, which takes 1,000 units a second, and some more for a while.
+const MAX_TRANSACTION_BYTES: i64 = 1024 * 1024;
+/// Maximum size of a checkpoint in the request's item.
 const INLINE_CHECKPOINT_BYTES: usize = 512;
-/// What belongs to a request goes after it: DynamoDB removes items within days, in no order.
-const PARTS_LATER: Duration = Duration::from_secs(7 * 24 * 3600);
+/// How long after a request its parts are removed: DynamoDB removes items within days, in no order.
+const PARTS_DELAY: Duration = Duration::from_secs(7 * 24 * 3600);
 const CHECKPOINT: &str = "checkpoint";
-/// Looks at a log that changes while it is read, before it is called damaged.
-const MAX_TRIES: u32 = 5;
-/// Parts of one page at most.
-const PAGE_PARTS: i32 = 16;
+/// Maximum number of rereads of a log that changes while it is read, before it is reported as
+/// corrupt.
+const MAX_REREADS: u32 = 5;
+/// Maximum number of parts of one page.
+const MAX_PAGE_PARTS: i32 = 16;
 
-/// What is to happen to a request.
+/// Change of a request.
 #[derive(Clone)]
 pub(crate) struct Change<'a> {
     pub(crate) writer: Writer,
     pub(crate) events: Vec<StoredEvent>,
-    /// What the events add to the item.
+    /// Size that the events add to the item.
     pub(crate) bytes: i64,
     pub(crate) checkpoint: Option<StoredValue>,
     pub(crate) retry_at: Option<Timestamp>,
     pub(crate) now: Timestamp,
-    /// Set with it.
+    /// Reason of a cancellation, set with the change.
     pub(crate) cancel_reason: Option<&'a str>,
 }
 
 impl Change<'_> {
-    /// One that appends events, and nothing else.
+    /// Returns a change that only appends events.
     pub(crate) fn new(
         writer: Writer,
         events: Vec<StoredEvent>,
         now: Timestamp,
     ) -> Result<Self, StoreError> {
-        let bytes = bytes_of(&events)?;
+        let bytes = events_size(&events)?;
         let (checkpoint, retry_at, cancel_reason) = (None, None, None);
         Ok(Self { writer, events, bytes, checkpoint, retry_at, now, cancel_reason })
     }
 
-    /// Whether another attempt follows.
-    fn retries(&self) -> bool {
+    /// Returns whether the change schedules a retry.
+    fn schedules_retry(&self) -> bool {
         let last = self.events.last().map(|event| &event.kind);
         matches!(last, Some(StoredKind::Retrying { .. }))
     }
 
-    /// Takes the first events out of a change that is too large; `None` when it is not.
+    /// Splits the first events off a change that is too large; returns `None` if it is not.
     fn split(&mut self) -> Result<Option<Self>, StoreError> {
-        if self.bytes <= TRANSACTION_BYTES {
+        if self.bytes <= MAX_TRANSACTION_BYTES {
             return Ok(None);
         }
         let mut bytes = 0;
         for position in 0..self.events.len() {
-            bytes += bytes_of(&self.events[position..=position])?;
-            if bytes > TRANSACTION_BYTES && position > 0 {
+            bytes += events_size(&self.events[position..=position])?;
+            if bytes > MAX_TRANSACTION_BYTES && position > 0 {
                 let rest = self.events.split_off(position);
                 let events = std::mem::replace(&mut self.events, rest);
-                self.bytes = bytes_of(&self.events)?;
+                self.bytes = events_size(&self.events)?;
                 return Self::new(self.writer, events, self.now).map(Some);
             }
         }
@@ -96,12 +100,12 @@ impl Change<'_> {
     }
 }
 
-/// What became of it.
-pub(crate) enum Tried {
-    /// Done; and why cancellation was asked for, when it was.
+/// Outcome of a change.
+pub(crate) enum ChangeOutcome {
+    /// The change is stored. `cancel_reason` is the reason of the cancellation request, if any.
     Applied { cancel_reason: Option<String> },
-    /// A condition did not hold: the request is like this, if it is there.
-    Refused(Option<Box<RequestItem>>),
+    /// A condition failed. The request, if it exists, is this one.
+    ConditionFailed(Option<Box<RequestItem>>),
 }
 
 impl Dynamo {
@@ -109,7 +113,7 @@ impl Dynamo {
         let uid = append.uid.to_string();
         let mut events =
             append.events.iter().map(StoredEvent::new).collect::<Result<Vec<_>, _>>()?;
-        // Never an object: each one replaces the one before, which an object would outlive.
+        // Never an object: a checkpoint replaces the previous one, and an object would outlive it.
         let checkpoint =
             append.checkpoint.clone().map(|data| StoredValue::of("", Some(Blob(data))));
         if let Some(objects) = &self.objects {
@@ -121,7 +125,7 @@ impl Dynamo {
             retry_at: append.retry_at,
             ..Change::new(append.writer, events, append.now)?
         };
-        // What is too large for one transaction goes in several: each is a log that could have been.
+        // A change that is too large for one transaction is split; the log is valid after each.
         while let Some(first) = change.split()? {
             match self.append_change(&uid, &first).await? {
                 Appended::Applied { .. } => {}
@@ -132,34 +136,34 @@ impl Dynamo {
     }
 
     async fn append_change(&self, uid: &str, change: &Change<'_>) -> Result<Appended, StoreError> {
-        let small = change.bytes <= MAX_EVENTS_BYTES / 2;
-        // Usually nobody else has written since, and reading first would be for nothing.
-        let mut known = match change.writer {
+        let small = change.bytes <= INLINE_EVENTS_BYTES / 2;
+        // Usually there was no other write since, so reading first would be useless.
+        let mut previous = match change.writer {
             Writer::Attempt(_) if small => None,
             _ => match self.get(uid).await? {
                 None => return Ok(Appended::NotFound),
                 found => found,
             },
         };
-        let mut patience = Patience::default();
+        let mut backoff = Backoff::default();
         loop {
-            if let Some(item) = &known
+            if let Some(item) = &previous
                 && let Some(outcome) = self.decide(item, change).await?
             {
                 return Ok(outcome);
             }
-            known = match self.change(uid, known.as_ref(), change).await? {
-                Tried::Applied { cancel_reason } => {
+            previous = match self.try_change(uid, previous.as_ref(), change).await? {
+                ChangeOutcome::Applied { cancel_reason } => {
                     return Ok(Appended::Applied { cancel_reason });
                 }
-                Tried::Refused(None) => return Ok(Appended::NotFound),
-                Tried::Refused(Some(item)) => {
-                    if known.is_some() {
-                        let busy = StoreError::Unavailable {
+                ChangeOutcome::ConditionFailed(None) => return Ok(Appended::NotFound),
+                ChangeOutcome::ConditionFailed(Some(item)) => {
+                    if previous.is_some() {
+                        let contention = StoreError::Unavailable {
                             doing: "appending events",
-                            reason: "the request changes all the time".into(),
+                            reason: "the request keeps changing".into(),
                         };
-                        patience.wait(busy).await?;
+                        backoff.wait(contention).await?;
                     }
                     Some(*item)
                 }
@@ -167,7 +171,8 @@ impl Dynamo {
         }
     }
 
-    /// Whether a change is done already or must not be done to this request; `None` when it may.
+    /// Returns the outcome if the change is already stored or not allowed; `None` if it may be
+    /// tried.
     async fn decide(
         &self,
         item: &RequestItem,
@@ -175,14 +180,14 @@ impl Dynamo {
     ) -> Result<Option<Appended>, StoreError> {
         if let (Some(first), Some(last)) = (change.events.first(), change.events.last())
             && last.seq <= item.last_seq
-            && self.stored(item, first.seq - 1, change.events.len()).await? == change.events
+            && self.stored_events(item, first.seq - 1, change.events.len()).await? == change.events
         {
             if let Some(retention) = self.retention
                 && is_terminal(last)
             {
-                // Whoever did it may not have come to this.
-                let at = change.now.plus(retention).plus(PARTS_LATER);
-                self.forget_later(&item.uid, Some(item), at);
+                // The earlier call may have failed before this step.
+                let at = change.now.plus(retention).plus(PARTS_DELAY);
+                self.expire_parts_in_background(&item.uid, Some(item), at);
             }
             return Ok(Some(Appended::Applied { cancel_reason: item.cancel_reason.clone() }));
         }
@@ -211,29 +216,30 @@ impl Dynamo {
         }))
     }
 
-    /// Tries a change once: on a request that is known to be like this, or else on one whose latest
-    /// event is the one before.
-    pub(crate) async fn change(
+    /// Tries a change once: on the request as read before, else on any request whose latest event
+    /// precedes the change.
+    pub(crate) async fn try_change(
         &self,
         uid: &str,
-        known: Option<&RequestItem>,
+        previous: Option<&RequestItem>,
         change: &Change<'_>,
-    ) -> Result<Tried, StoreError> {
-        if change.retries() && known.is_none() {
-            // Its place in the queue depends on what the request is.
-            return Ok(Tried::Refused(self.get(uid).await?.map(Box::new)));
+    ) -> Result<ChangeOutcome, StoreError> {
+        if change.schedules_retry() && previous.is_none() {
+            // The queue attributes depend on the request.
+            return Ok(ChangeOutcome::ConditionFailed(self.get(uid).await?.map(Box::new)));
         }
         let added = change.bytes;
-        let room = known.is_none_or(|item| item.events_bytes + added <= MAX_EVENTS_BYTES);
+        let fits_item =
+            previous.is_none_or(|item| item.events_bytes + added <= INLINE_EVENTS_BYTES);
         let mut expression = conditions(change)?;
-        if known.is_none() {
-            let most = (MAX_EVENTS_BYTES - added).max(0);
-            expression = expression.when("events_bytes", "<=", number(most));
+        if previous.is_none() {
+            let max_bytes = (INLINE_EVENTS_BYTES - added).max(0);
+            expression = expression.when("events_bytes", "<=", number(max_bytes));
         }
         let large_checkpoint = change.checkpoint.as_ref().is_some_and(is_large);
-        let update_suffices =
-            room && !large_checkpoint && !matches!(change.writer, Writer::ExpiredLease(_));
-        let outcome = if update_suffices {
+        let needs_no_transaction =
+            fits_item && !large_checkpoint && !matches!(change.writer, Writer::ExpiredLease(_));
+        let outcome = if needs_no_transaction {
             if !change.events.is_empty() {
                 expression =
                     expression.extend("events", encode(&change.events)?).add("events_bytes", added);
@@ -241,47 +247,52 @@ impl Dynamo {
             if refers_to_object(change) {
                 expression = expression.set("has_parts", AttributeValue::Bool(true));
             }
-            self.try_update(uid, self.moves(expression, change, known)?).await?
+            self.try_update(uid, self.state_transition_update(expression, change, previous)?)
+                .await?
         } else {
-            let Some(item) = known else {
-                // The request has to be known to be changed in a transaction.
-                return Ok(Tried::Refused(self.get(uid).await?.map(Box::new)));
+            let Some(item) = previous else {
+                // A transaction needs the request.
+                return Ok(ChangeOutcome::ConditionFailed(self.get(uid).await?.map(Box::new)));
             };
-            self.try_transaction(uid, item, room, expression, change).await?
+            self.try_transaction(uid, item, fits_item, expression, change).await?
         };
-        if let (Tried::Applied { .. }, Some(retention)) = (&outcome, self.retention)
+        if let (ChangeOutcome::Applied { .. }, Some(retention)) = (&outcome, self.retention)
             && change.events.last().is_some_and(is_terminal)
         {
-            // A transaction may have made parts that were not there before.
-            let before = known.filter(|_| update_suffices);
-            self.forget_later(uid, before, change.now.plus(retention).plus(PARTS_LATER));
+            // A transaction may have added parts to the request.
+            let unchanged = previous.filter(|_| needs_no_transaction);
+            self.expire_parts_in_background(
+                uid,
+                unchanged,
+                change.now.plus(retention).plus(PARTS_DELAY),
+            );
         }
         Ok(outcome)
     }
 
-    /// Moves the request to where its last event says it is.
-    fn moves(
+    /// Returns the update of the state that follows from the last event.
+    fn state_transition_update(
         &self,
         mut expression: Expression,
         change: &Change<'_>,
-        known: Option<&RequestItem>,
+        previous: Option<&RequestItem>,
     ) -> Result<Expression, StoreError> {
         if let Some(value) = change.checkpoint.as_ref().filter(|value| !is_large(value)) {
-            let kept = Kept { value: value.clone(), part: None };
-            expression = expression.set("checkpoint", encode(&kept)?);
+            let stored_ref = StoredRef { value: value.clone(), part: None };
+            expression = expression.set("checkpoint", encode(&stored_ref)?);
         }
         if let Some(reason) = change.cancel_reason {
             expression = expression.set("cancel_reason", text(reason));
         }
         let Some(last) = change.events.last() else { return Ok(expression) };
         expression = expression.set("last_seq", number(last.seq));
-        let end = |expression: Expression, state| -> Result<Expression, StoreError> {
+        let finish = |expression: Expression, state| -> Result<Expression, StoreError> {
             let mut expression = expression
                 .set("state", encode(&state)?)
                 .set("finish_time", number(change.now.as_millis()))
                 .remove(&["lease_until", "lease_holder", "worker"]);
             if matches!(change.writer, Writer::Queued(_)) {
-                expression = expression.remove(&WAITING);
+                expression = expression.remove(&QUEUE_ATTRIBUTES);
             }
             if let Some(retention) = self.retention {
                 let seconds = change.now.plus(retention).as_millis() / 1000;
@@ -292,28 +303,28 @@ impl Dynamo {
         match &last.kind {
             StoredKind::Succeeded { output, .. } => {
                 let output = output.as_ref().map(encode).transpose()?;
-                Ok(end(expression, RequestState::Succeeded)?.set_or_remove("output", output))
+                Ok(finish(expression, RequestState::Succeeded)?.set_or_remove("output", output))
             }
             StoredKind::Failed { error, output, .. } => {
                 let error = error.as_ref().map(encode).transpose()?;
                 let output = output.as_ref().map(encode).transpose()?;
-                Ok(end(expression, RequestState::Failed)?
+                Ok(finish(expression, RequestState::Failed)?
                     .set_or_remove("error", error)
                     .set_or_remove("output", output))
             }
             StoredKind::Cancelled { output, .. } => {
                 let output = output.as_ref().map(encode).transpose()?;
-                Ok(end(expression, RequestState::Cancelled)?.set_or_remove("output", output))
+                Ok(finish(expression, RequestState::Cancelled)?.set_or_remove("output", output))
             }
             StoredKind::Retrying { .. } => {
                 let retry_at = change.retry_at.unwrap_or(change.now);
-                let Some(item) = known else {
-                    return Err(damaged("appending events", "the request is not known"));
+                let Some(item) = previous else {
+                    return Err(corrupt("appending events", "the request was not read"));
                 };
                 let mut queued = item.clone();
                 queued.not_before = retry_at.as_millis();
                 queued.deadline = None;
-                self.enter_queue(&mut queued, change.now);
+                self.set_queue_attributes(&mut queued, change.now);
                 let delay_until = queued.delay_until.map(number);
                 let expire_at = queued.expire_at.map(number);
                 Ok(expression
@@ -331,15 +342,23 @@ impl Dynamo {
         }
     }
 
-    async fn try_update(&self, uid: &str, expression: Expression) -> Result<Tried, StoreError> {
+    async fn try_update(
+        &self,
+        uid: &str,
+        expression: Expression,
+    ) -> Result<ChangeOutcome, StoreError> {
         Ok(match self.update_request("appending events", uid, expression).await? {
-            Updated::Done(item) => Tried::Applied { cancel_reason: item.cancel_reason },
-            Updated::Refused(found) => Tried::Refused(found.map(Box::new)),
+            ConditionalUpdate::Applied(item) => {
+                ChangeOutcome::Applied { cancel_reason: item.cancel_reason }
+            }
+            ConditionalUpdate::ConditionFailed(found) => {
+                ChangeOutcome::ConditionFailed(found.map(Box::new))
+            }
         })
     }
 }
 
-/// What must hold for a change.
+/// Returns the conditions of a change.
 fn conditions(change: &Change<'_>) -> Result<Expression, StoreError> {
     let (state, attempt) = match change.writer {
         Writer::Attempt(attempt) | Writer::ExpiredLease(attempt) => {
@@ -362,7 +381,7 @@ fn is_large(value: &StoredValue) -> bool {
     value.data.as_ref().is_some_and(|data| data.0.len() > INLINE_CHECKPOINT_BYTES)
 }
 
-/// Whether some of its values are in the object store.
+/// Returns whether the change refers to the object store.
 fn refers_to_object(change: &Change<'_>) -> bool {
     change.checkpoint.as_ref().is_some_and(|value| value.object.is_some())
         || change.events.iter().any(has_object)
@@ -384,7 +403,7 @@ fn is_terminal(event: &StoredEvent) -> bool {
     )
 }
 
-/// Key of the part whose last event is this one: sorts by number.
-fn part_name(last_seq: i64) -> String {
+/// Returns the key of the part whose last event is this one; keys sort by number.
+fn event_part_key(last_seq: i64) -> String {
     format!("event {last_seq:019}")
 }

@@ -1,23 +1,23 @@
-//! What the operator sets.
+//! Options of the engine.
 
 use std::time::Duration;
 
-/// Where the tables are and how they are used.
+/// Location and use of the tables.
 #[derive(Clone, Debug)]
 pub struct DynamoOptions {
-    /// URL of the service; `None` for AWS's own of the region.
+    /// URL of the endpoint; `None` for the AWS endpoint of the region.
     pub endpoint: Option<String>,
-    /// AWS region; `None` for what the environment says.
+    /// AWS region; `None` for the region of the environment.
     pub region: Option<String>,
-    /// What the names of all tables begin with.
+    /// Prefix of all table names.
     pub table_prefix: String,
-    /// Over how many shards the queue is spread, 1 to 64: each takes about 500 requests a second.
+    /// Number of shards of the queue, 1 to 64: each handles about 500 requests a second.
     pub queue_shards: u32,
-    /// How many operations of the store are under way at once; others wait for their turn.
+    /// Maximum number of concurrent operations of the store; others wait.
     pub max_concurrent_operations: usize,
-    /// How long requests are kept after they ended; `None` for ever.
+    /// How long requests are kept after they ended; `None` to keep them forever.
     pub retention: Option<Duration>,
-    /// Whether the stream of the requests table wakes processors.
+    /// Whether the stream of the requests table notifies processors.
     pub stream: bool,
     /// URL of an object store for large values: `s3://bucket/prefix` or `file:///folder`.
     pub objects: Option<String>,

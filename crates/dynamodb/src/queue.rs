@@ -1,5 +1,5 @@
-//! What waits. The index is spread over shards; in each, requests stand in the order tenant, action,
-//! priority, due time, and reading skips what is not asked for.
+//! The queue. Its index is spread over shards; in each, requests are ordered by tenant, action,
+//! priority and due time, and reads skip what they do not need.
 
 use std::collections::VecDeque;
 
@@ -11,30 +11,30 @@ use streamer_store::{
 };
 
 use crate::{
-    calls::{number_of, text_of},
     client::Dynamo,
-    error::{damaged, store_error},
+    error::{corrupt, store_error},
     expression::{Expression, number, text},
     item::RequestItem,
+    item_ops::{number_of, text_of},
     requests::by_uid,
 };
 
-/// Between the fields of a rank. No tenant or action has control characters.
+/// Separates the fields of a rank. No tenant or action contains control characters.
 const SEPARATOR: char = '\t';
-/// Comes right after everything that begins with a field and the separator.
+/// Sorts after every key that begins with a field and the separator.
 const AFTER_SEPARATOR: char = '\n';
 const HIGHEST_PRIORITY: i32 = 9;
-/// Rows of the index read at once: somewhat more than are asked for, within these bounds.
+/// Bounds of the rows of the index to read at once, which is somewhat more than needed.
 const MIN_PAGE: usize = 32;
 const MAX_PAGE: usize = 256;
-/// Requests counted at most: a longer queue is only said to be as long as this.
+/// Maximum number of requests to count; a longer queue is reported as this long.
 const MAX_COUNTED: u64 = 5_000;
-/// Groups of tenant, action and priority that are looked into for the oldest request at most.
+/// Maximum number of groups of tenant, action and priority to search for the oldest request.
 const MAX_GROUPS: usize = 100;
-/// Tenants whose queues are counted at most.
+/// Maximum number of tenants whose queues are counted.
 const MAX_TENANTS: usize = 16;
 
-/// What a rank says.
+/// Parsed rank.
 #[derive(Clone, Debug)]
 struct Row {
     rank: String,
@@ -46,17 +46,17 @@ struct Row {
 }
 
 fn rank(tenant: &str, action: &str, priority: i32, not_before: i64, uid: &str) -> String {
-    // Of two times the earlier one sorts first, as text of one length does.
+    // Padded to a fixed length, so that the earlier of two times sorts first.
     let time = not_before.max(0);
-    format!("{}{time:015}{SEPARATOR}{uid}", group(tenant, action, priority))
+    format!("{}{time:015}{SEPARATOR}{uid}", group_prefix(tenant, action, priority))
 }
 
-/// What all ranks of one tenant, action and priority begin with. One character says the priority,
-/// the highest first; what would be lower than the lowest sorts behind it.
-fn group(tenant: &str, action: &str, priority: i32) -> String {
-    let turned = u8::try_from(HIGHEST_PRIORITY - priority).unwrap_or(0);
-    let turned = char::from(b'0' + turned);
-    format!("{tenant}{SEPARATOR}{action}{SEPARATOR}{turned}{SEPARATOR}")
+/// Returns the prefix of all ranks of one tenant, action and priority. One character encodes the
+/// priority, the highest first; a priority below the lowest sorts last.
+fn group_prefix(tenant: &str, action: &str, priority: i32) -> String {
+    let inverted = u8::try_from(HIGHEST_PRIORITY - priority).unwrap_or(0);
+    let inverted = char::from(b'0' + inverted);
+    format!("{tenant}{SEPARATOR}{action}{SEPARATOR}{inverted}{SEPARATOR}")
 }
 
 impl Row {
@@ -86,12 +86,12 @@ struct Cursor<'a> {
     shard: String,
     page: usize,
     rows: VecDeque<Row>,
-    /// Nothing comes after the rows that are here.
+    /// No row follows those in `rows`.
     exhausted: bool,
 }
 
 impl Cursor<'_> {
-    /// The first row at or after this key.
+    /// Returns the first row at or after this key.
     async fn seek(&mut self, from: &str) -> Result<Option<&Row>, StoreError> {
         while self.rows.front().is_some_and(|row| row.rank.as_str() < from) {
             self.rows.pop_front();
@@ -123,19 +123,19 @@ impl Cursor<'_> {
             .send()
             .await
             .map_err(|error| store_error(doing, &error))?;
-        self.dynamo.metrics.note_read(page.consumed_capacity());
+        self.dynamo.metrics.record_read(page.consumed_capacity());
         self.exhausted = page.last_evaluated_key.is_none();
         for item in page.items() {
             let rank = text_of(item, "queue_rank")?;
             let row =
-                Row::parse(rank).ok_or_else(|| damaged(doing, format!("{rank:?} is no rank")))?;
+                Row::parse(rank).ok_or_else(|| corrupt(doing, format!("invalid rank {rank:?}")))?;
             self.rows.push_back(row);
         }
         Ok(())
     }
 
-    /// Takes due rows of one tenant and action, at most so many.
-    async fn take_due(
+    /// Removes due rows of one tenant and action, at most `limit`, and adds them to `due`.
+    async fn pop_due(
         &mut self,
         (tenant, action): (&str, &str),
         now: i64,
@@ -151,40 +151,40 @@ impl Cursor<'_> {
             }
             if row.not_before <= now {
                 due.push(row.due());
-                from = after(&row.rank);
+                from = key_after(&row.rank);
                 taken += 1;
             } else {
-                from = group(tenant, action, row.priority - 1);
+                from = group_prefix(tenant, action, row.priority - 1);
             }
         }
         Ok(())
     }
 }
 
-/// The key right after this one.
-fn after(rank: &str) -> String {
+/// Returns the key right after this one.
+fn key_after(rank: &str) -> String {
     format!("{rank}\0")
 }
 
-/// What all ranks of a tenant begin with.
-pub(crate) fn of_tenant(tenant: &str) -> String {
+/// Returns the prefix of all ranks of a tenant.
+pub(crate) fn tenant_prefix(tenant: &str) -> String {
     format!("{tenant}{SEPARATOR}")
 }
 
-/// The key after everything of a tenant.
-fn after_tenant(tenant: &str) -> String {
+/// Returns the key after all ranks of a tenant.
+fn key_after_tenant(tenant: &str) -> String {
     format!("{tenant}{AFTER_SEPARATOR}")
 }
 
-/// The first tenant at or after this key, in any shard.
+/// Returns the first tenant at or after this key, in any shard.
 async fn next_tenant(cursors: &mut [Cursor<'_>], from: &str) -> Result<Option<String>, StoreError> {
     let firsts = try_join_all(cursors.iter_mut().map(|cursor| cursor.seek(from))).await?;
     Ok(firsts.into_iter().flatten().map(|row| row.tenant.clone()).min())
 }
 
 impl Dynamo {
-    /// Puts a request where those that wait are found.
-    pub(crate) fn enter_queue(&self, item: &mut RequestItem, now: Timestamp) {
+    /// Sets the attributes that put a request into the indexes of the queue.
+    pub(crate) fn set_queue_attributes(&self, item: &mut RequestItem, now: Timestamp) {
         let shard = self.shard_of(&item.uid).to_string();
         item.tenant_shard = format!("{}{SEPARATOR}{shard}", item.tenant);
         item.queue_rank =
@@ -206,7 +206,7 @@ impl Dynamo {
         (0..self.queue_shards.max(1)).map(|shard| shard.to_string())
     }
 
-    /// Cursors for reading about so many rows.
+    /// Returns cursors to read about `wanted` rows.
     fn cursors(&self, wanted: usize) -> Vec<Cursor<'_>> {
         let page = wanted.saturating_add(8).clamp(MIN_PAGE, MAX_PAGE);
         let cursor =
@@ -219,7 +219,7 @@ impl Dynamo {
         let mut cursors = self.cursors(query.per_tenant);
         let mut actions = query.actions.clone();
         actions.sort();
-        let mut from = query.after_tenant.as_deref().map_or(String::new(), after_tenant);
+        let mut from = query.after_tenant.as_deref().map_or(String::new(), key_after_tenant);
         for _ in 0..query.tenants {
             let Some(tenant) = next_tenant(&mut cursors, &from).await? else {
                 page.next_tenant = None;
@@ -227,7 +227,7 @@ impl Dynamo {
             };
             let limit = query.limits.get(&tenant).map_or(query.per_tenant, |limit| *limit);
             let first = page.requests.len();
-            let choice = self.crowd.choice(limit);
+            let candidates = self.claim_jitter.read_limit(limit);
             if limit > 0 {
                 for action in &actions {
                     if query.blocked.contains(&(tenant.clone(), action.clone())) {
@@ -236,7 +236,7 @@ impl Dynamo {
                     let found = try_join_all(cursors.iter_mut().map(async |cursor| {
                         let mut due = Vec::new();
                         let of = (tenant.as_str(), action.as_str());
-                        cursor.take_due(of, query.now.as_millis(), choice, &mut due).await?;
+                        cursor.pop_due(of, query.now.as_millis(), candidates, &mut due).await?;
                         Ok::<_, StoreError>(due)
                     }))
                     .await?;
@@ -245,11 +245,12 @@ impl Dynamo {
             }
             let of_tenant = &mut page.requests[first..];
             of_tenant.sort_by_cached_key(|request| {
-                let turn = request.not_before.as_millis() + self.crowd.reluctance_ms(request.uid);
-                (-request.priority, turn, request.uid)
+                let jitter_ms = self.claim_jitter.jitter_ms(request.uid);
+                let order = request.not_before.as_millis() + jitter_ms;
+                (-request.priority, order, request.uid)
             });
             page.requests.truncate(first + limit);
-            from = after_tenant(&tenant);
+            from = key_after_tenant(&tenant);
             page.next_tenant = Some(tenant);
         }
         Ok(page)
@@ -266,7 +267,7 @@ impl Dynamo {
         let mut from = String::new();
         for _ in 0..MAX_TENANTS {
             let Some(tenant) = next_tenant(&mut cursors, &from).await? else { break };
-            from = after_tenant(&tenant);
+            from = key_after_tenant(&tenant);
             let own = tenant == record.owner.tenant;
             let others = usize::try_from(ahead.others).unwrap_or(usize::MAX);
             let left = if own { limit } else { limit.saturating_sub(others) };
@@ -325,10 +326,10 @@ impl Dynamo {
         let mut items = by_uid(self.get_many(uids).await?);
         let mut records = Vec::new();
         for (_, uid) in rows {
-            // The index may show what has gone on since.
+            // The index may show a request that has progressed since.
             let Some(item) = items.remove(&uid) else { continue };
-            let waits = item.expire_at.is_some_and(|at| at <= now.as_millis());
-            if waits {
+            let is_overdue = item.expire_at.is_some_and(|at| at <= now.as_millis());
+            if is_overdue {
                 records.push(item.to_record()?);
             }
         }
@@ -367,7 +368,7 @@ impl Dynamo {
                 .send()
                 .await
                 .map_err(|error| store_error("counting the queue", &error))?;
-            self.metrics.note_read(page.consumed_capacity());
+            self.metrics.record_read(page.consumed_capacity());
             counted += u64::try_from(page.count).unwrap_or(0);
             start = page.last_evaluated_key;
             if counted >= MAX_COUNTED || start.is_none() {
@@ -377,7 +378,7 @@ impl Dynamo {
     }
 }
 
-/// Due rows of a tenant for the record's action that come before it.
+/// Counts the due rows of a tenant for the record's action that are ahead of it.
 async fn count_ahead(
     cursor: &mut Cursor<'_>,
     record: &RequestRecord,
@@ -396,15 +397,15 @@ async fn count_ahead(
         let before = (-row.priority, row.not_before, row.uid) < own;
         if row.not_before <= now.as_millis() && before {
             counted += 1;
-            from = after(&row.rank);
+            from = key_after(&row.rank);
         } else {
-            from = group(tenant, &record.action, row.priority - 1);
+            from = group_prefix(tenant, &record.action, row.priority - 1);
         }
     }
     Ok(counted as u64)
 }
 
-/// The first of each group is its oldest.
+/// Returns the earliest due time; the first row of each group is its oldest.
 async fn oldest_due(cursor: &mut Cursor<'_>, now: i64) -> Result<Option<i64>, StoreError> {
     let mut oldest = None;
     let mut from = String::new();
@@ -413,7 +414,7 @@ async fn oldest_due(cursor: &mut Cursor<'_>, now: i64) -> Result<Option<i64>, St
         if row.not_before <= now {
             oldest = Some(oldest.map_or(row.not_before, |known: i64| known.min(row.not_before)));
         }
-        from = group(&row.tenant, &row.action, row.priority - 1);
+        from = group_prefix(&row.tenant, &row.action, row.priority - 1);
     }
     Ok(oldest)
 }

@@ -1,6 +1,6 @@
-//! How many requests a tenant and its users have queued. No item holds these numbers, because every submission
-//! would have to write it. A process counts the rows of the tenant in the queue's index, adds what it submits
-//! itself, and counts again when that could reach a limit.
+//! Number of queued requests of tenants and users. No item holds these numbers, because every
+//! submission would have to write it. A process counts the rows of the tenant in the queue's index,
+//! adds its own submissions, and counts again when a limit may be reached.
 
 use std::{
     collections::HashMap,
@@ -20,42 +20,45 @@ use streamer_telemetry::Metrics;
 use tokio::sync::Semaphore;
 
 use crate::{
-    calls::text_of,
     client::Dynamo,
     error::store_error,
     expression::{Expression, text},
-    queue::of_tenant,
+    item_ops::text_of,
+    queue::tenant_prefix,
 };
 
-/// Tenants, and users, that are known at most; of one that is forgotten, what it submits counts anew.
+/// Maximum number of cached tenants and users. After an eviction, submissions count from zero
+/// again.
 const MAX_TENANTS: usize = 10_000;
 const MAX_USERS: usize = 100_000;
-/// A tenant is counted when the process has submitted this part of what it may still have, for it or for a user.
-const COUNTED_PART: u64 = 8;
-/// Of users that have less than this part of their limit, nothing is kept.
-const KEPT_PART: u64 = 16;
-/// Shortest time from the beginning of one count to the next: this, and the time that the count took, multiplied:
-/// by the first number, or by the second when a submission would be refused only because of what this process
-/// submitted since the count, which may have left the queue.
+/// A tenant is counted again when the process has submitted more than the remaining quota, of the
+/// tenant or of a user, divided by this.
+const RECOUNT_DIVISOR: u64 = 8;
+/// A count does not store users with at most their limit divided by this.
+const MIN_USER_DIVISOR: u64 = 16;
+/// Minimum time from the start of one count to the next: the duration of the count multiplied by a
+/// factor, within these bounds. The second factor applies when a submission would be rejected only
+/// because of submissions of this process since the count, which may have left the queue.
 const MIN_INTERVAL: Duration = Duration::from_secs(1);
-const INTERVAL_OF_COUNT: u32 = 20;
-const INTERVAL_OF_DOUBTFUL_COUNT: u32 = 2;
+const INTERVAL_FACTOR: u32 = 20;
+const DOUBTFUL_INTERVAL_FACTOR: u32 = 2;
 const MAX_INTERVAL: Duration = Duration::from_secs(20);
-/// The same after a count that failed.
+/// Minimum time after a failed count.
 const RETRY_INTERVAL: Duration = Duration::from_secs(5);
-/// While later counts fail, a count holds for this long.
-const COUNT_LIFE: Duration = Duration::from_secs(60);
-/// Counts at the same time; a submission that finds none free leaves the count to a later one.
+/// How long a count is valid while later counts fail.
+const COUNT_LIFETIME: Duration = Duration::from_secs(60);
+/// Maximum number of concurrent counts; a submission that finds no permit leaves the count to a
+/// later one.
 const MAX_COUNTS: usize = 4;
-/// Rows that are counted of a tenant without a limit of its own.
+/// Maximum number of rows to count of a tenant without a limit.
 const MAX_COUNTED: u64 = 1_000_000;
-/// Counts that fail are logged once in this time.
+/// Interval at which failed counts are logged.
 const LOG_INTERVAL: Duration = Duration::from_secs(60);
 
-/// What is known of the queues of tenants.
+/// Counts of the queues of tenants.
 pub(crate) struct QueueCounts {
     tenants: Cache<String, Arc<Mutex<TenantCount>>>,
-    /// By tenant and user, with a control character between them.
+    /// By tenant and user, separated by a control character.
     users: Cache<String, Arc<Mutex<UserCount>>>,
     counts: Arc<Semaphore>,
     failed: Counter,
@@ -70,19 +73,22 @@ impl QueueCounts {
             counts: Arc::new(Semaphore::new(MAX_COUNTS)),
             failed: metrics.counter(
                 "streamer_dynamodb_failed_queue_counts",
-                "Counts of a tenant's queued requests that failed; until one succeeds, its limits hold in part",
+                "Failed counts of a tenant's queue, which leave its limits partly enforced",
             ),
             logged_at: Mutex::default(),
         }
     }
 
-    fn note_failed(&self, error: &StoreError) {
+    fn record_failure(&self, error: &StoreError) {
         self.failed.inc();
         let now = Instant::now();
         let mut logged_at = self.logged_at.lock();
         if logged_at.is_none_or(|at| now - at >= LOG_INTERVAL) {
             *logged_at = Some(now);
-            tracing::warn!(%error, "could not count a tenant's queue, whose limits hold in part");
+            tracing::warn!(
+                %error,
+                "counting a tenant's queue failed; its limits are partly enforced"
+            );
         }
     }
 }
@@ -90,37 +96,38 @@ impl QueueCounts {
 #[derive(Debug, Default)]
 struct TenantCount {
     counted: u64,
-    /// Of those that have much.
-    of_users: HashMap<String, u64>,
-    /// Submitted here since the last count began.
+    /// Counts of users with many requests.
+    by_user: HashMap<String, u64>,
+    /// Submitted here since the last count started.
     added: u64,
-    /// While it is being counted: submitted here before that, since the count before.
+    /// While a count is in progress: submitted here between the start of the previous count and its
+    /// own.
     uncounted: u64,
     is_counting: bool,
-    /// The last count failed. Until one succeeds nothing is refused because of what this process submitted, which
-    /// may have left the queue long ago.
+    /// The last count failed. Until one succeeds, nothing is rejected because of submissions of
+    /// this process, which may have left the queue long ago.
     has_failed: bool,
-    /// When the last count that succeeded began.
+    /// When the last successful count started.
     counted_at: Option<Instant>,
-    /// How many counts have begun.
+    /// Number of counts started.
     generation: u64,
-    /// When the last count began, and how long it took.
+    /// When the last finished count started, and its duration.
     last_count: Option<(Instant, Duration)>,
 }
 
 #[derive(Debug, Default)]
 struct UserCount {
     generation: u64,
-    /// Submitted here in this generation, and in the one before.
+    /// Submitted here in this generation, and in the previous one.
     added: u64,
     added_before: u64,
 }
 
-/// What a submission may do.
+/// Decision about a submission.
 #[derive(Debug, PartialEq)]
 struct Decision {
     outcome: Result<QuotaUse, TenantLimit>,
-    /// The tenant has to be counted.
+    /// The tenant must be counted.
     count: bool,
 }
 
@@ -133,52 +140,52 @@ impl TenantCount {
         quota: &Quota,
         now: Instant,
     ) -> Decision {
-        user.enter(self.generation, self.is_counting);
+        user.advance_to(self.generation, self.is_counting);
         let counted = QuotaUse {
             queued_of_tenant: self.counted + 1,
-            queued_of_user: self.of_users.get(user_name).copied().unwrap_or_default() + 1,
+            queued_of_user: self.by_user.get(user_name).copied().unwrap_or_default() + 1,
             stored_bytes_of_tenant: 0,
         };
-        let unknown_of_user = user.added + if self.is_counting { user.added_before } else { 0 };
+        let uncounted_of_user = user.added + if self.is_counting { user.added_before } else { 0 };
         let used = QuotaUse {
             queued_of_tenant: counted.queued_of_tenant + self.uncounted + self.added,
-            queued_of_user: counted.queued_of_user + unknown_of_user,
+            queued_of_user: counted.queued_of_user + uncounted_of_user,
             ..counted
         };
         let exceeded = quota.exceeded_by(used);
-        let refused = if self.has_failed {
-            let is_recent = self.counted_at.is_some_and(|at| now - at < COUNT_LIFE);
+        let rejected = if self.has_failed {
+            let is_recent = self.counted_at.is_some_and(|at| now - at < COUNT_LIFETIME);
             quota.exceeded_by(counted).filter(|_| is_recent)
         } else {
             exceeded
         };
-        let outcome = refused.map_or(Ok(used), Err);
+        let outcome = rejected.map_or(Ok(used), Err);
         if outcome.is_ok() {
             self.added += 1;
             user.added += 1;
         }
-        let is_far = |added: u64, counted: u64, limit: u64| {
-            limit > 0 && added > limit.saturating_sub(counted) / COUNTED_PART
+        let has_grown = |added: u64, counted: u64, limit: u64| {
+            limit > 0 && added > limit.saturating_sub(counted) / RECOUNT_DIVISOR
         };
-        let is_wanted = self.generation == 0
+        let needs_count = self.generation == 0
             || self.has_failed
             || exceeded.is_some()
-            || is_far(self.added, counted.queued_of_tenant - 1, quota.queued_of_tenant)
-            || is_far(user.added, counted.queued_of_user - 1, quota.queued_of_user);
+            || has_grown(self.added, counted.queued_of_tenant - 1, quota.queued_of_tenant)
+            || has_grown(user.added, counted.queued_of_user - 1, quota.queued_of_user);
         let is_doubtful = exceeded.is_some() && quota.exceeded_by(counted).is_none();
-        let count = is_wanted && !self.is_counting && self.is_due(is_doubtful, now);
+        let count = needs_count && !self.is_counting && self.is_due(is_doubtful, now);
         Decision { outcome, count }
     }
 
     fn is_due(&self, is_doubtful: bool, now: Instant) -> bool {
         let Some((began, took)) = self.last_count else { return true };
-        let times = if is_doubtful { INTERVAL_OF_DOUBTFUL_COUNT } else { INTERVAL_OF_COUNT };
+        let times = if is_doubtful { DOUBTFUL_INTERVAL_FACTOR } else { INTERVAL_FACTOR };
         let interval = if self.has_failed {
             RETRY_INTERVAL
         } else {
             took.saturating_mul(times).clamp(MIN_INTERVAL, MAX_INTERVAL)
         };
-        // Others need the permits too.
+        // Other tenants need the permits too.
         now.saturating_duration_since(began) >= interval.max(took.saturating_mul(2))
     }
 
@@ -188,7 +195,7 @@ impl TenantCount {
         self.uncounted = std::mem::take(&mut self.added);
     }
 
-    /// Ends a count that took from `began` to `now`.
+    /// Records a count that lasted from `began` to `now`.
     fn finish(
         &mut self,
         counted: Option<HashMap<String, u64>>,
@@ -200,20 +207,20 @@ impl TenantCount {
         self.has_failed = counted.is_none();
         self.last_count = Some((began, now.saturating_duration_since(began)));
         let uncounted = std::mem::take(&mut self.uncounted);
-        let Some(mut of_users) = counted else {
+        let Some(mut by_user) = counted else {
             self.added += uncounted;
             return;
         };
-        self.counted = of_users.values().sum();
+        self.counted = by_user.values().sum();
         self.counted_at = Some(began);
-        let least = quota.queued_of_user / KEPT_PART;
-        of_users.retain(|_, count| quota.queued_of_user > 0 && *count > least);
-        self.of_users = of_users;
+        let least = quota.queued_of_user / MIN_USER_DIVISOR;
+        by_user.retain(|_, count| quota.queued_of_user > 0 && *count > least);
+        self.by_user = by_user;
     }
 }
 
 impl UserCount {
-    fn enter(&mut self, generation: u64, is_counting: bool) {
+    fn advance_to(&mut self, generation: u64, is_counting: bool) {
         if self.generation == generation {
             return;
         }
@@ -224,7 +231,7 @@ impl UserCount {
     }
 }
 
-/// The entry of this name, made if there is none.
+/// Returns the entry of this name, creating it if it does not exist.
 fn entry<T: Default>(cache: &Cache<String, Arc<Mutex<T>>>, name: &str) -> Arc<Mutex<T>> {
     match cache.get_or_insert_with(name, || Ok::<_, Infallible>(Arc::default())) {
         Ok(entry) => entry,
@@ -233,7 +240,7 @@ fn entry<T: Default>(cache: &Cache<String, Arc<Mutex<T>>>, name: &str) -> Arc<Mu
 }
 
 impl Dynamo {
-    /// Admits one more queued request, as far as is known.
+    /// Admits one more queued request, as far as this process knows.
     pub(crate) fn admit_queued(
         &self,
         owner: &Owner,
@@ -255,7 +262,7 @@ impl Dynamo {
                 let _permit = permit;
                 let counted = dynamo.count_queued(&name, quota.queued_of_tenant).await;
                 if let Err(error) = &counted {
-                    dynamo.queue_counts.note_failed(error);
+                    dynamo.queue_counts.record_failure(error);
                 }
                 tenant.lock().finish(counted.ok(), &quota, now, Instant::now());
             });
@@ -263,7 +270,8 @@ impl Dynamo {
         outcome
     }
 
-    /// Counts what each user of a tenant has queued, up to about `limit` in all, if there is a limit.
+    /// Counts the queued requests of each user of a tenant, up to about `limit` in total, if there
+    /// is a limit.
     async fn count_queued(
         &self,
         tenant: &str,
@@ -271,7 +279,7 @@ impl Dynamo {
     ) -> Result<HashMap<String, u64>, StoreError> {
         let limit = if limit == 0 { MAX_COUNTED } else { limit };
         let limit = limit.div_ceil(u64::from(self.queue_shards));
-        let counts = self.shards().map(|shard| self.count_queued_in(shard, tenant, limit));
+        let counts = self.shards().map(|shard| self.count_queued_in_shard(shard, tenant, limit));
         let mut counted: HashMap<String, u64> = HashMap::new();
         for (user, count) in try_join_all(counts).await?.into_iter().flatten() {
             *counted.entry(user).or_default() += count;
@@ -279,7 +287,7 @@ impl Dynamo {
         Ok(counted)
     }
 
-    async fn count_queued_in(
+    async fn count_queued_in_shard(
         &self,
         shard: String,
         tenant: &str,
@@ -287,7 +295,7 @@ impl Dynamo {
     ) -> Result<HashMap<String, u64>, StoreError> {
         let condition = Expression::default()
             .when("queue_shard", "=", text(shard))
-            .when_begins("queue_rank", &of_tenant(tenant));
+            .when_begins("queue_rank", &tenant_prefix(tenant));
         let mut counted: HashMap<String, u64> = HashMap::new();
         let mut total = 0;
         let mut start = None;
@@ -307,9 +315,9 @@ impl Dynamo {
                 .send()
                 .await
                 .map_err(|error| store_error("counting a tenant's queue", &error))?;
-            self.metrics.note_read(page.consumed_capacity());
+            self.metrics.record_read(page.consumed_capacity());
             for item in page.items() {
-                // An index that was made before it had users still says how many requests there are.
+                // An index created before it included users still has one row for each request.
                 let user = text_of(item, "user").unwrap_or_default();
                 match counted.get_mut(user) {
                     Some(count) => *count += 1,
@@ -318,7 +326,7 @@ impl Dynamo {
                 total += 1;
             }
             start = page.last_evaluated_key;
-            // Twice as many: not all shards hold the same number.
+            // Twice the limit, because shards do not hold equal numbers.
             if start.is_none() || total >= limit.saturating_mul(2) {
                 return Ok(counted);
             }
@@ -333,23 +341,23 @@ mod tests {
     const QUOTA: Quota =
         Quota { queued_of_tenant: 80, queued_of_user: 40, stored_bytes_of_tenant: 0 };
 
-    struct Subject {
+    struct Fixture {
         tenant: TenantCount,
         users: HashMap<&'static str, UserCount>,
         now: Instant,
     }
 
-    impl Subject {
+    impl Fixture {
         fn new() -> Self {
             Self { tenant: TenantCount::default(), users: HashMap::new(), now: Instant::now() }
         }
 
-        /// As the engine does, which has counted the tenant once.
+        /// Returns a fixture whose tenant was counted once, as by the engine.
         fn counted() -> Self {
-            let mut subject = Self::new();
-            assert!(subject.admit("eve").count, "a tenant that is not known is counted");
-            subject.finish(&[]);
-            subject
+            let mut fixture = Self::new();
+            assert!(fixture.admit("eve").count, "an unknown tenant is counted");
+            fixture.finish(&[]);
+            fixture
         }
 
         fn admit(&mut self, user: &'static str) -> Decision {
@@ -361,8 +369,8 @@ mod tests {
             decision
         }
 
-        /// Submits until a count is wanted; returns how many were admitted.
-        fn until_counting(&mut self, user: &'static str) -> usize {
+        /// Submits until a count is needed; returns the number of admitted requests.
+        fn admit_until_count(&mut self, user: &'static str) -> usize {
             let mut admitted = 0;
             loop {
                 let Decision { outcome, count } = self.admit(user);
@@ -370,7 +378,7 @@ mod tests {
                 if count {
                     return admitted;
                 }
-                assert!(admitted < 1000, "it is never counted");
+                assert!(admitted < 1000, "the tenant is never counted");
             }
         }
 
@@ -382,72 +390,72 @@ mod tests {
     }
 
     #[test]
-    fn a_tenant_is_counted_the_more_often_the_nearer_a_limit_is() {
-        let mut subject = Subject::counted();
-        assert_eq!(subject.until_counting("ann"), 6);
-        subject.finish(&[("ann", 6)]);
-        assert_eq!(subject.until_counting("ann"), 5);
-        subject.finish(&[("ann", 37), ("bob", 1)]);
-        assert_eq!(subject.until_counting("ann"), 1);
-        subject.finish(&[("ann", 38)]);
-        // It has left the queue meanwhile.
-        assert_eq!(subject.until_counting("bob"), 6);
-        subject.finish(&[]);
-        assert_eq!(subject.until_counting("ann"), 6);
+    fn a_tenant_is_counted_more_often_near_a_limit() {
+        let mut fixture = Fixture::counted();
+        assert_eq!(fixture.admit_until_count("ann"), 6);
+        fixture.finish(&[("ann", 6)]);
+        assert_eq!(fixture.admit_until_count("ann"), 5);
+        fixture.finish(&[("ann", 37), ("bob", 1)]);
+        assert_eq!(fixture.admit_until_count("ann"), 1);
+        fixture.finish(&[("ann", 38)]);
+        // The requests have left the queue meanwhile.
+        assert_eq!(fixture.admit_until_count("bob"), 6);
+        fixture.finish(&[]);
+        assert_eq!(fixture.admit_until_count("ann"), 6);
     }
 
     #[test]
-    fn what_is_submitted_while_it_is_counted_counts_too() {
-        let mut subject = Subject::counted();
-        assert_eq!(subject.until_counting("ann"), 6);
-        let admitted = (0..100).filter(|_| subject.admit("ann").outcome.is_ok()).count();
+    fn submissions_during_a_count_are_included() {
+        let mut fixture = Fixture::counted();
+        assert_eq!(fixture.admit_until_count("ann"), 6);
+        let admitted = (0..100).filter(|_| fixture.admit("ann").outcome.is_ok()).count();
         assert_eq!(admitted, 34);
-        assert_eq!(subject.admit("ann").outcome, Err(TenantLimit::QueuedPerUser));
-        let admitted = (0..100).filter(|_| subject.admit("bob").outcome.is_ok()).count();
+        assert_eq!(fixture.admit("ann").outcome, Err(TenantLimit::QueuedPerUser));
+        let admitted = (0..100).filter(|_| fixture.admit("bob").outcome.is_ok()).count();
         assert_eq!(admitted, 40);
-        assert_eq!(subject.admit("eve").outcome, Err(TenantLimit::QueuedPerTenant));
-        // What came after the count began is not in it.
-        subject.finish(&[("ann", 6)]);
-        assert_eq!(subject.admit("eve").outcome, Err(TenantLimit::QueuedPerTenant));
-        subject.finish(&[]);
-        assert!(subject.admit("eve").outcome.is_ok());
+        assert_eq!(fixture.admit("eve").outcome, Err(TenantLimit::QueuedPerTenant));
+        // The count does not include submissions after its start.
+        fixture.finish(&[("ann", 6)]);
+        assert_eq!(fixture.admit("eve").outcome, Err(TenantLimit::QueuedPerTenant));
+        fixture.finish(&[]);
+        assert!(fixture.admit("eve").outcome.is_ok());
     }
 
     #[test]
-    fn while_counts_fail_nothing_is_refused_but_what_the_last_one_refuses() {
-        let mut subject = Subject::counted();
-        subject.until_counting("ann");
-        subject.tenant.finish(None, &QUOTA, subject.now, subject.now);
-        let admitted = (0..100).filter(|_| subject.admit("ann").outcome.is_ok()).count();
+    fn while_counts_fail_only_the_last_successful_one_rejects() {
+        let mut fixture = Fixture::counted();
+        fixture.admit_until_count("ann");
+        fixture.tenant.finish(None, &QUOTA, fixture.now, fixture.now);
+        let admitted = (0..100).filter(|_| fixture.admit("ann").outcome.is_ok()).count();
         assert_eq!(admitted, 100);
-        assert!(!subject.tenant.is_counting, "it is not repeated at once");
-        subject.now += RETRY_INTERVAL;
-        assert!(subject.admit("ann").count);
-        subject.finish(&[("ann", 40)]);
-        let refused = Err(TenantLimit::QueuedPerUser);
-        assert_eq!(subject.admit("ann").outcome, refused);
-        // A count that shows a full queue holds for a while.
-        subject.tenant.finish(None, &QUOTA, subject.now, subject.now);
-        assert_eq!(subject.admit("ann").outcome, refused);
-        assert!(subject.admit("bob").outcome.is_ok());
-        subject.now += COUNT_LIFE;
-        assert!(subject.admit("ann").outcome.is_ok());
+        assert!(!fixture.tenant.is_counting, "the count is not repeated at once");
+        fixture.now += RETRY_INTERVAL;
+        assert!(fixture.admit("ann").count);
+        fixture.finish(&[("ann", 40)]);
+        let rejected = Err(TenantLimit::QueuedPerUser);
+        assert_eq!(fixture.admit("ann").outcome, rejected);
+        // A count that shows a full queue is valid for a while.
+        fixture.tenant.finish(None, &QUOTA, fixture.now, fixture.now);
+        assert_eq!(fixture.admit("ann").outcome, rejected);
+        assert!(fixture.admit("bob").outcome.is_ok());
+        fixture.now += COUNT_LIFETIME;
+        assert!(fixture.admit("ann").outcome.is_ok());
     }
 
     #[test]
-    fn a_slow_count_is_repeated_early_when_the_refusal_is_in_doubt() {
+    fn a_slow_count_is_repeated_early_when_the_rejection_is_doubtful() {
         let is_repeated = |counted: u64| {
-            let mut subject = Subject::counted();
-            subject.until_counting("ann");
-            let (began, took) = (subject.now, Duration::from_millis(900));
+            let mut fixture = Fixture::counted();
+            fixture.admit_until_count("ann");
+            let (began, took) = (fixture.now, Duration::from_millis(900));
             let counted = HashMap::from([("ann".to_owned(), counted)]);
-            subject.now += took;
-            subject.tenant.finish(Some(counted), &QUOTA, began, subject.now);
-            // What was submitted since then has left the queue, or not.
-            let refused = (0..100).find(|_| subject.admit("ann").outcome.is_err());
-            assert!(refused.is_some());
-            subject.now += took;
-            subject.admit("ann").count
+            fixture.now += took;
+            fixture.tenant.finish(Some(counted), &QUOTA, began, fixture.now);
+            // The requests submitted since then have left the queue, or not.
+            let rejected = (0..100).find(|_| fixture.admit("ann").outcome.is_err());
+            assert!(rejected.is_some());
+            fixture.now += took;
+            fixture.admit("ann").count
         };
         assert!(is_repeated(0));
         assert!(!is_repeated(40));

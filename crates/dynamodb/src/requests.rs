@@ -1,7 +1,7 @@
-//! Requests: creating, reading, claiming, cancelling, deleting.
+//! Requests: create, read, claim, cancel, delete.
 
 mod change;
-mod names;
+mod client_ids;
 mod read;
 mod values;
 
@@ -25,70 +25,72 @@ use streamer_store::{
 };
 
 use crate::{
-    calls::uid_of,
-    client::{Dynamo, Patience},
-    error::{cancelled, damaged, is_conflict, is_throttled, store_error},
+    client::{Backoff, Dynamo},
+    error::{corrupt, is_conflict, is_throttled, store_error, transaction_error},
     expression::{Expression, Filter, key, number, text},
     item::{
-        Blob, Kept, RequestItem, RequestState, StoredEvent, StoredValue, decode, encode,
+        Blob, RequestItem, RequestState, StoredEvent, StoredRef, StoredValue, decode, encode,
         encode_item, size,
     },
-    log::{Change, Tried},
+    item_ops::uid_of,
+    log::{Change, ChangeOutcome},
 };
 
-pub(crate) use names::name_of;
+pub(crate) use client_ids::client_id_key;
 pub(crate) use read::by_uid;
 
-/// Payloads up to this stay in the request's item; every write of the item pays for them.
+/// Maximum size of a payload in the request's item; every write of the item pays for it.
 const INLINE_PAYLOAD_BYTES: usize = 512;
-/// Times that one page of a list is looked for more at most.
+/// Maximum number of rounds of queries for one page of a list.
 const MAX_ROUNDS: usize = 10;
-/// Pages of the index that are looked at each time in each shard, and rows of a page where some are
-/// filtered out.
+/// Maximum number of pages of the index to read of each shard in a round, and rows of a page with a
+/// filter.
 const MAX_PAGES: usize = 4;
-const FILTERED_PAGE: usize = 1000;
-/// Items that one call reads at most, as DynamoDB has it.
-const BATCH: usize = 100;
-/// Calls of that kind at once.
-const BATCHES: usize = 4;
+const FILTERED_PAGE_ROWS: usize = 1000;
+/// Maximum number of items of one call of `BatchGetItem`.
+const MAX_BATCH_GET: usize = 100;
+/// Maximum number of concurrent calls of `BatchGetItem`.
+const MAX_CONCURRENT_BATCHES: usize = 4;
 
 /// Key of the part with the payload.
 const PAYLOAD: &str = "payload";
-/// What a request leaves in the indexes of those that wait.
-pub(crate) const WAITING: [&str; 6] =
+/// Attributes that put a request into the indexes of the queue.
+pub(crate) const QUEUE_ATTRIBUTES: [&str; 6] =
     ["queue_shard", "queue_rank", "delay_shard", "delay_until", "expiry_shard", "expire_at"];
 
 impl Dynamo {
     pub(crate) async fn create(&self, new: &NewRequest) -> Result<CreateOutcome, StoreError> {
         let doing = "creating a request";
         if let Some(client_id) = &new.client_id
-            && let Some(existing) = self.named(&new.owner, client_id).await?
+            && let Some(existing) = self.find_by_client_id(&new.owner, client_id).await?
         {
-            return compared(&existing, new);
+            return existing_or_conflict(&existing, new);
         }
         let used = match self.admit_queued(&new.owner, &new.quota) {
             Ok(used) => used,
             Err(limit) => return Ok(CreateOutcome::OverQuota(limit)),
         };
         let uid = new.uid.to_string();
-        let payload = self.keep_payload(&uid, &new.payload).await?;
+        let payload = self.store_payload(&uid, &new.payload).await?;
         let accepted =
             event(1, 0, new.create_time, Kind::Accepted(Accepted { action: new.action.clone() }));
         let stored = StoredEvent::new(&accepted)?;
         let mut item = RequestItem::new(new, payload, stored);
-        item.events_bytes = bytes_of(&item.events)?;
-        self.enter_queue(&mut item, new.create_time);
-        let mut patience = Patience::default();
+        item.events_bytes = events_size(&item.events)?;
+        self.set_queue_attributes(&mut item, new.create_time);
+        let mut backoff = Backoff::default();
         loop {
             let outcome = match &new.client_id {
                 None => self.put_request(doing, &item).await,
-                Some(client_id) => self.put_named_request(doing, &item, new, client_id).await,
+                Some(client_id) => {
+                    self.put_request_with_client_id(doing, &item, new, client_id).await
+                }
             };
             let found = match outcome {
                 Ok(found) => found,
-                Err(error) => match patience.wait(error).await {
+                Err(error) => match backoff.wait(error).await {
                     Ok(()) => continue,
-                    // An earlier try may have been carried out, and its answer lost.
+                    // An earlier attempt may have succeeded without a response.
                     Err(error) => match self.get(&uid).await {
                         Ok(Some(found)) => Some(found),
                         Ok(None) | Err(_) => return Err(error),
@@ -100,11 +102,11 @@ impl Dynamo {
                     let record = Box::new(item.to_record()?);
                     return Ok(CreateOutcome::Created(record, Box::new(accepted), used));
                 }
-                // Written by this very call, whose answer was lost on the way, or by an earlier
-                // one like it.
+                // Written by an earlier attempt of this call whose response was lost, or by an
+                // earlier identical call.
                 Some(existing) if existing.uid == uid => {
                     let record = Box::new(existing.to_record()?);
-                    // What is stored counts, not what this call would have stored.
+                    // Returns the stored event, not the one that this call would have stored.
                     let first = existing.events.first().filter(|_| existing.last_seq == 1);
                     return Ok(match first {
                         Some(first) => {
@@ -115,14 +117,14 @@ impl Dynamo {
                     });
                 }
                 Some(existing) => {
-                    self.drop_payload(&uid, &item.payload).await;
-                    return compared(&existing, new);
+                    self.delete_payload(&uid, &item.payload).await;
+                    return existing_or_conflict(&existing, new);
                 }
             }
         }
     }
 
-    /// Without a name of its own. What is there instead, when there is something.
+    /// Stores a request without a client id. Returns the existing request, if there is one.
     async fn put_request(
         &self,
         doing: &'static str,
@@ -138,7 +140,7 @@ impl Dynamo {
             .return_consumed_capacity(ReturnConsumedCapacity::Total);
         match put.send().await {
             Ok(done) => {
-                self.metrics.note_write(done.consumed_capacity());
+                self.metrics.record_write(done.consumed_capacity());
                 Ok(None)
             }
             Err(error) => match error.as_service_error() {
@@ -150,15 +152,16 @@ impl Dynamo {
         }
     }
 
-    /// With its name, in one transaction.
-    async fn put_named_request(
+    /// Stores a request and its client id in one transaction. Returns the existing request, if
+    /// there is one.
+    async fn put_request_with_client_id(
         &self,
         doing: &'static str,
         item: &RequestItem,
         new: &NewRequest,
         client_id: &str,
     ) -> Result<Option<RequestItem>, StoreError> {
-        let mut name = key([("name", name_of(&new.owner, client_id).as_str())]);
+        let mut name = key([("name", client_id_key(&new.owner, client_id).as_str())]);
         name.insert("uid".into(), text(item.uid.as_str()));
         let puts = [
             (&self.tables.names, name, "attribute_not_exists(#n)", Some(("#n", "name"))),
@@ -176,45 +179,50 @@ impl Dynamo {
             if let Some((placeholder, attribute)) = placeholder {
                 put = put.expression_attribute_names(placeholder, attribute);
             }
-            let put = put.build().map_err(|error| damaged(doing, error))?;
+            let put = put.build().map_err(|error| corrupt(doing, error))?;
             transaction = transaction.transact_items(TransactWriteItem::builder().put(put).build());
         }
         match transaction.send().await {
             Ok(done) => {
-                self.metrics.note_write(done.consumed_capacity());
+                self.metrics.record_write(done.consumed_capacity());
                 Ok(None)
             }
             Err(error) => {
-                let Some(reasons) = reasons(&error) else { return Err(store_error(doing, &error)) };
-                let busy = only_busy(reasons);
-                // Also when it met another: that may have been one of the same name.
-                let Some(target) = self.name_target(&new.owner, client_id).await? else {
-                    return Err(if busy {
-                        cancelled(doing, reasons)
+                let Some(reasons) = cancellation_reasons(&error) else {
+                    return Err(store_error(doing, &error));
+                };
+                let is_retryable = is_transient(reasons);
+                // Also after a conflict: the other transaction may have had the same client id.
+                let Some(target) = self.uid_of_client_id(&new.owner, client_id).await? else {
+                    return Err(if is_retryable {
+                        transaction_error(doing, reasons)
                     } else {
-                        StoreError::Unavailable { doing, reason: "its id was in use".into() }
+                        StoreError::Unavailable { doing, reason: "the client id was in use".into() }
                     });
                 };
                 match self.get(&target).await? {
                     Some(existing) => Ok(Some(existing)),
-                    // The name is left of a request that is gone.
+                    // The client id refers to a deleted request.
                     None => {
-                        self.free_name(&new.owner, client_id, &target).await?;
-                        Err(StoreError::Unavailable { doing, reason: "its id was in use".into() })
+                        self.release_client_id(&new.owner, client_id, &target).await?;
+                        Err(StoreError::Unavailable {
+                            doing,
+                            reason: "the client id was in use".into(),
+                        })
                     }
                 }
             }
         }
     }
 
-    /// Changes a request's item; with what is there instead when a condition does not hold.
+    /// Updates a request's item; returns the existing item if a condition failed.
     pub(crate) async fn update_request(
         &self,
         doing: &'static str,
         uid: &str,
         expression: Expression,
-    ) -> Result<Updated, StoreError> {
-        let mut patience = Patience::default();
+    ) -> Result<ConditionalUpdate, StoreError> {
+        let mut backoff = Backoff::default();
         loop {
             let update = self
                 .client
@@ -232,24 +240,24 @@ impl Dynamo {
                 .return_consumed_capacity(ReturnConsumedCapacity::Total);
             let error = match update.send().await {
                 Ok(mut done) => {
-                    self.metrics.note_write(done.consumed_capacity());
+                    self.metrics.record_write(done.consumed_capacity());
                     let item = done.attributes.take().unwrap_or_default();
-                    return Ok(Updated::Done(decode(doing, item)?));
+                    return Ok(ConditionalUpdate::Applied(decode(doing, item)?));
                 }
                 Err(error) => error,
             };
             match error.as_service_error() {
                 Some(UpdateItemError::ConditionalCheckFailedException(failed)) => {
-                    // Not every implementation tells what is there.
+                    // Not every implementation returns the existing item.
                     let found = match failed.item.clone() {
                         Some(item) => Some(decode(doing, item)?),
                         None => self.get(uid).await?,
                     };
-                    return Ok(Updated::Refused(found));
+                    return Ok(ConditionalUpdate::ConditionFailed(found));
                 }
-                // It met a transaction; the conditions make a repeat safe.
+                // The update conflicted with a transaction; the conditions make a retry safe.
                 _ if error.code().is_some_and(is_conflict) => {
-                    patience.wait(store_error(doing, &error)).await?;
+                    backoff.wait(store_error(doing, &error)).await?;
                 }
                 _ => return Err(store_error(doing, &error)),
             }
@@ -257,8 +265,8 @@ impl Dynamo {
     }
 }
 
-/// What these events add to the item.
-pub(crate) fn bytes_of(events: &[StoredEvent]) -> Result<i64, StoreError> {
+/// Returns the size that these events add to the item.
+pub(crate) fn events_size(events: &[StoredEvent]) -> Result<i64, StoreError> {
     let mut bytes = 0;
     for event in events {
         bytes += size(&encode(event)?) + 1;
@@ -266,16 +274,16 @@ pub(crate) fn bytes_of(events: &[StoredEvent]) -> Result<i64, StoreError> {
     Ok(i64::try_from(bytes).unwrap_or(i64::MAX))
 }
 
-/// What became of an update.
-pub(crate) enum Updated {
-    /// The item is like this now.
-    Done(RequestItem),
-    /// A condition did not hold: it is like this, if it is there.
-    Refused(Option<RequestItem>),
+/// Outcome of an update.
+pub(crate) enum ConditionalUpdate {
+    /// The update is stored, and this is the new item.
+    Applied(RequestItem),
+    /// A condition failed. The item, if it exists, is this one.
+    ConditionFailed(Option<RequestItem>),
 }
 
-/// Why a transaction was cancelled, when it was.
-pub(crate) fn reasons<R>(
+/// Returns the reasons of a cancelled transaction.
+pub(crate) fn cancellation_reasons<R>(
     error: &aws_sdk_dynamodb::error::SdkError<
         aws_sdk_dynamodb::operation::transact_write_items::TransactWriteItemsError,
         R,
@@ -290,14 +298,17 @@ pub(crate) fn reasons<R>(
     }
 }
 
-/// Whether all that stood in the way of a transaction passes by itself.
-pub(crate) fn only_busy(reasons: &[aws_sdk_dynamodb::types::CancellationReason]) -> bool {
+/// Returns whether a transaction failed only because of conflicts or throttling.
+pub(crate) fn is_transient(reasons: &[aws_sdk_dynamodb::types::CancellationReason]) -> bool {
     let mut codes =
         reasons.iter().filter_map(|reason| reason.code()).filter(|code| *code != "None");
     codes.all(|code| is_conflict(code) || is_throttled(code))
 }
 
-fn compared(existing: &RequestItem, new: &NewRequest) -> Result<CreateOutcome, StoreError> {
+fn existing_or_conflict(
+    existing: &RequestItem,
+    new: &NewRequest,
+) -> Result<CreateOutcome, StoreError> {
     let record = Box::new(existing.to_record()?);
     Ok(if existing.fingerprint.0[..] == new.fingerprint {
         CreateOutcome::Existing(record)

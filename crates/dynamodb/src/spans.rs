@@ -1,4 +1,4 @@
-//! Spans of the SDK's calls, with how often each was repeated and whether it was throttled.
+//! Spans of SDK calls, with the number of retries and whether the call was throttled.
 
 use std::sync::{
     Arc,
@@ -19,15 +19,15 @@ use aws_smithy_types::config_bag::{Storable, StoreReplace};
 use streamer_telemetry::trace_span;
 use tracing::{Span, field::Empty};
 
-/// Part of the names of DynamoDB's errors of calls that exceed a limit.
-const THROTTLING: [&[u8]; 3] =
+/// Substrings of the names of DynamoDB's throttling errors.
+const THROTTLING_ERRORS: [&[u8]; 3] =
     [b"Throttling", b"ProvisionedThroughputExceeded", b"RequestLimitExceeded"];
 
 /// Opens a span for each call in a sampled trace.
 #[derive(Debug)]
 pub(crate) struct CallSpans;
 
-/// The span of a call that is under way.
+/// Span of a call in progress.
 #[derive(Clone, Debug)]
 struct CallSpan(Arc<Call>);
 
@@ -35,13 +35,13 @@ struct CallSpan(Arc<Call>);
 struct Call {
     span: Span,
     attempts: AtomicU32,
-    is_answered: AtomicBool,
+    has_response: AtomicBool,
 }
 
 impl Drop for Call {
-    /// A call that takes too long is dropped.
+    /// Records an error for a call that was dropped because it took too long.
     fn drop(&mut self) {
-        if !*self.is_answered.get_mut() {
+        if !*self.has_response.get_mut() {
             self.span.record("otel.status_code", "ERROR");
         }
     }
@@ -74,8 +74,8 @@ impl Intercept for CallSpans {
         if span.is_disabled() {
             return Ok(());
         }
-        let is_answered = AtomicBool::new(false);
-        let call = Call { span, attempts: AtomicU32::new(0), is_answered };
+        let has_response = AtomicBool::new(false);
+        let call = Call { span, attempts: AtomicU32::new(0), has_response };
         config.interceptor_state().store_put(CallSpan(Arc::new(call)));
         Ok(())
     }
@@ -101,10 +101,13 @@ impl Intercept for CallSpans {
     ) -> Result<(), BoxError> {
         let Some(CallSpan(call)) = config.load::<CallSpan>() else { return Ok(()) };
         call.attempts.fetch_add(1, Ordering::Relaxed);
-        let refusal = context.response().filter(|response| response.status().as_u16() >= 400);
+        let error_response =
+            context.response().filter(|response| response.status().as_u16() >= 400);
         let is_throttled =
-            refusal.and_then(|response| response.body().bytes()).is_some_and(|body| {
-                THROTTLING.iter().any(|name| body.windows(name.len()).any(|part| part == *name))
+            error_response.and_then(|response| response.body().bytes()).is_some_and(|body| {
+                THROTTLING_ERRORS
+                    .iter()
+                    .any(|name| body.windows(name.len()).any(|part| part == *name))
             });
         if is_throttled {
             call.span.record("streamer.throttled", true);
@@ -119,19 +122,19 @@ impl Intercept for CallSpans {
         config: &mut ConfigBag,
     ) -> Result<(), BoxError> {
         let Some(CallSpan(call)) = config.load::<CallSpan>() else { return Ok(()) };
-        let repeats = call.attempts.load(Ordering::Relaxed).saturating_sub(1);
-        if repeats > 0 {
-            call.span.record("http.request.resend_count", repeats);
+        let retries = call.attempts.load(Ordering::Relaxed).saturating_sub(1);
+        if retries > 0 {
+            call.span.record("http.request.resend_count", retries);
         }
-        // A condition that does not hold is an answer.
-        let is_answer = context.response().is_some_and(|response| {
+        // A failed condition is a valid response.
+        let is_valid = context.response().is_some_and(|response| {
             response.status().is_success()
                 || response.body().bytes().is_some_and(|body| {
                     let name = b"ConditionalCheckFailed";
                     body.windows(name.len()).any(|part| part == name)
                 })
         });
-        call.is_answered.store(is_answer, Ordering::Relaxed);
+        call.has_response.store(is_valid, Ordering::Relaxed);
         Ok(())
     }
 }

@@ -1,4 +1,4 @@
-//! The engine behind the trait.
+//! Implementation of the trait.
 
 use std::sync::Arc;
 
@@ -16,35 +16,35 @@ use tokio::time::Instant;
 
 use crate::{
     DynamoOptions, OpenError,
-    admission::{Admission, Purpose, Turn},
+    admission::{Admission, OperationPermit, Purpose},
     client::{Dynamo, DynamoMetrics, TableNames, sdk_config},
     error::store_error,
     expression::{Expression, key},
-    holders::Holders,
-    objects::{MAX_INLINE_BYTES, Objects},
+    large_objects::{LargeObjects, MAX_INLINE_BYTES},
+    lease_holders::LeaseHolders,
     quota::QueueCounts,
     spans::CallSpans,
     stream::StreamTrigger,
 };
 
-/// The store over DynamoDB.
+/// The DynamoDB store.
 pub struct DynamoStore {
     dynamo: Dynamo,
-    holders: Holders,
+    holders: LeaseHolders,
     admission: Admission,
     trigger: Option<Arc<StreamTrigger>>,
 }
 
 impl DynamoStore {
-    /// Opens the store. The tables must be there (`streamer tables create`); that is found out with
-    /// the first call, or by [`Store::check`].
+    /// Opens the store. The tables must exist (`streamer tables create`); the first call, or
+    /// [`Store::check`], fails if they do not.
     ///
     /// # Errors
-    /// When the object store cannot be used, or nothing says in which region the tables are.
+    /// Returns an error if the object store cannot be used, or if no AWS region is configured.
     pub async fn open(options: &DynamoOptions, metrics: &Metrics) -> Result<Self, OpenError> {
         let config = sdk_config(options).await?;
         let objects = match &options.objects {
-            Some(url) => Some(Arc::new(Objects::open(url, &config)?)),
+            Some(url) => Some(Arc::new(LargeObjects::open(url, &config)?)),
             None => None,
         };
         let dynamo = Dynamo {
@@ -53,7 +53,7 @@ impl DynamoStore {
             objects,
             queue_shards: options.queue_shards.clamp(1, 64),
             retention: options.retention,
-            crowd: Arc::default(),
+            claim_jitter: Arc::default(),
             queue_counts: Arc::new(QueueCounts::new(metrics)),
             metrics: DynamoMetrics::new(metrics),
         };
@@ -63,25 +63,26 @@ impl DynamoStore {
         });
         let waiting = metrics.gauge(
             "streamer_dynamodb_waiting_operations",
-            "Operations that wait because dynamodb.max_concurrent_operations are under way",
+            "Operations that wait for a permit (dynamodb.max_concurrent_operations)",
         );
         let admission = Admission::new(options.max_concurrent_operations, waiting);
-        Ok(Self { dynamo, holders: Holders::default(), admission, trigger })
+        Ok(Self { dynamo, holders: LeaseHolders::default(), admission, trigger })
     }
 
-    /// The largest payload, result or chunk that it takes, in bytes; `None` with an object store.
+    /// Returns the maximum size in bytes of a payload, result or chunk; `None` with an object
+    /// store.
     #[must_use]
     pub fn max_value_bytes(&self) -> Option<usize> {
         self.dynamo.objects.is_none().then_some(MAX_INLINE_BYTES)
     }
 
-    /// Returns once an operation may begin.
-    async fn turn(&self, purpose: Purpose) -> Result<Turn<'_>, StoreError> {
-        self.noted(self.admission.admit(purpose).await)
+    /// Waits for a permit to run an operation.
+    async fn admit(&self, purpose: Purpose) -> Result<OperationPermit<'_>, StoreError> {
+        self.record_throttling(self.admission.admit(purpose).await)
     }
 
-    /// Says when calls are refused for being too many, which an operator has to know.
-    fn noted<T>(&self, outcome: Result<T, StoreError>) -> Result<T, StoreError> {
+    /// Counts the call as throttled if it failed because of overload.
+    fn record_throttling<T>(&self, outcome: Result<T, StoreError>) -> Result<T, StoreError> {
         if let Err(StoreError::Overloaded { .. }) = &outcome {
             self.dynamo.metrics.throttled.inc();
         }
@@ -92,13 +93,13 @@ impl DynamoStore {
 #[async_trait]
 impl Store for DynamoStore {
     async fn create_request(&self, new: NewRequest) -> Result<CreateOutcome, StoreError> {
-        let _turn = self.turn(Purpose::Caller).await?;
-        self.noted(self.dynamo.create(&new).await)
+        let _permit = self.admit(Purpose::Caller).await?;
+        self.record_throttling(self.dynamo.create(&new).await)
     }
 
     async fn get_request(&self, uid: Uid) -> Result<Option<RequestRecord>, StoreError> {
-        let _turn = self.turn(Purpose::Caller).await?;
-        let item = self.noted(self.dynamo.get(&uid.to_string()).await)?;
+        let _permit = self.admit(Purpose::Caller).await?;
+        let item = self.record_throttling(self.dynamo.get(&uid.to_string()).await)?;
         item.map(|item| item.to_record()).transpose()
     }
 
@@ -107,42 +108,42 @@ impl Store for DynamoStore {
         owner: Owner,
         client_id: String,
     ) -> Result<Option<RequestRecord>, StoreError> {
-        let _turn = self.turn(Purpose::Caller).await?;
-        self.noted(self.dynamo.find(&owner, &client_id).await)
+        let _permit = self.admit(Purpose::Caller).await?;
+        self.record_throttling(self.dynamo.find(&owner, &client_id).await)
     }
 
     async fn list_requests(&self, query: ListRequests) -> Result<RequestPage, StoreError> {
-        let _turn = self.turn(Purpose::Caller).await?;
-        self.noted(self.dynamo.list(&query).await)
+        let _permit = self.admit(Purpose::Caller).await?;
+        self.record_throttling(self.dynamo.list(&query).await)
     }
 
     async fn read_payload(&self, uid: Uid) -> Result<Option<StoredPayload>, StoreError> {
-        let _turn = self.turn(Purpose::Caller).await?;
-        self.noted(self.dynamo.read_payload(uid).await)
+        let _permit = self.admit(Purpose::Caller).await?;
+        self.record_throttling(self.dynamo.read_payload(uid).await)
     }
 
     async fn delete_request(&self, uid: Uid) -> Result<DeleteOutcome, StoreError> {
-        let _turn = self.turn(Purpose::Caller).await?;
-        self.noted(self.dynamo.delete(uid).await)
+        let _permit = self.admit(Purpose::Caller).await?;
+        self.record_throttling(self.dynamo.delete(uid).await)
     }
 
     async fn claim(&self, mut claim: Claim) -> Result<ClaimOutcome, StoreError> {
         let began = Instant::now();
-        let _turn = self.turn(Purpose::Execution).await?;
-        // The attempt begins after the wait, and so does its lease.
+        let _permit = self.admit(Purpose::Execution).await?;
+        // The attempt and its lease start after the wait.
         let waited = began.elapsed();
         claim.now = claim.now.plus(waited);
         claim.lease_until = claim.lease_until.plus(waited);
         let registered =
             self.holders.register(&self.dynamo, &claim.holder, claim.lease_until, claim.now).await;
-        self.noted(registered)?;
-        self.noted(self.dynamo.claim(&claim).await)
+        self.record_throttling(registered)?;
+        self.record_throttling(self.dynamo.claim(&claim).await)
     }
 
     async fn append(&self, append: Append) -> Result<Appended, StoreError> {
-        let _turn = self.turn(Purpose::Execution).await?;
+        let _permit = self.admit(Purpose::Execution).await?;
         let began = Instant::now();
-        let appended = self.noted(self.dynamo.append(&append).await);
+        let appended = self.record_throttling(self.dynamo.append(&append).await);
         self.dynamo.metrics.append_seconds.observe(began.elapsed().as_secs_f64());
         appended
     }
@@ -153,8 +154,8 @@ impl Store for DynamoStore {
         reason: String,
         now: Timestamp,
     ) -> Result<CancelOutcome, StoreError> {
-        let _turn = self.turn(Purpose::Caller).await?;
-        self.noted(self.dynamo.cancel(uid, &reason, now).await)
+        let _permit = self.admit(Purpose::Caller).await?;
+        self.record_throttling(self.dynamo.cancel(uid, &reason, now).await)
     }
 
     async fn renew_leases(
@@ -164,9 +165,11 @@ impl Store for DynamoStore {
         until: Timestamp,
         now: Timestamp,
     ) -> Result<Vec<Renewed>, StoreError> {
-        // Not behind calls that may wait: without it everything that runs here is lost.
-        let renewed = self.noted(self.dynamo.renew(&holder, &leases, until, now).await)?;
-        self.holders.note_alive(&holder, until);
+        // Needs no permit: a renewal that waits for other calls can lose every attempt that runs
+        // here.
+        let renewed =
+            self.record_throttling(self.dynamo.renew(&holder, &leases, until, now).await)?;
+        self.holders.set_alive(&holder, until);
         Ok(renewed)
     }
 
@@ -175,20 +178,20 @@ impl Store for DynamoStore {
         now: Timestamp,
         limit: usize,
     ) -> Result<Vec<RequestRecord>, StoreError> {
-        let _turn = self.turn(Purpose::Execution).await?;
-        self.noted(self.dynamo.expired(&self.holders, now, limit).await)
+        let _permit = self.admit(Purpose::Execution).await?;
+        self.record_throttling(self.dynamo.expired(&self.holders, now, limit).await)
     }
 
     async fn adopt(&self, mut adopt: Adopt) -> Result<Option<RequestRecord>, StoreError> {
         let began = Instant::now();
-        let _turn = self.turn(Purpose::Execution).await?;
+        let _permit = self.admit(Purpose::Execution).await?;
         let waited = began.elapsed();
         adopt.now = adopt.now.plus(waited);
         adopt.lease_until = adopt.lease_until.plus(waited);
         let registered =
             self.holders.register(&self.dynamo, &adopt.holder, adopt.lease_until, adopt.now).await;
-        self.noted(registered)?;
-        self.noted(self.dynamo.adopt(&adopt).await)
+        self.record_throttling(registered)?;
+        self.record_throttling(self.dynamo.adopt(&adopt).await)
     }
 
     async fn overdue_requests(
@@ -196,13 +199,13 @@ impl Store for DynamoStore {
         now: Timestamp,
         limit: usize,
     ) -> Result<Vec<RequestRecord>, StoreError> {
-        let _turn = self.turn(Purpose::Execution).await?;
-        self.noted(self.dynamo.overdue(now, limit).await)
+        let _permit = self.admit(Purpose::Execution).await?;
+        self.record_throttling(self.dynamo.overdue(now, limit).await)
     }
 
     async fn due_requests(&self, query: DueQuery) -> Result<DuePage, StoreError> {
-        let _turn = self.turn(Purpose::Execution).await?;
-        self.noted(self.dynamo.due(&query).await)
+        let _permit = self.admit(Purpose::Execution).await?;
+        self.record_throttling(self.dynamo.due(&query).await)
     }
 
     async fn queue_ahead(
@@ -211,18 +214,18 @@ impl Store for DynamoStore {
         now: Timestamp,
         limit: usize,
     ) -> Result<QueueAhead, StoreError> {
-        let _turn = self.turn(Purpose::Caller).await?;
-        self.noted(self.dynamo.ahead(&record, now, limit).await)
+        let _permit = self.admit(Purpose::Caller).await?;
+        self.record_throttling(self.dynamo.ahead(&record, now, limit).await)
     }
 
     async fn next_due(&self, now: Timestamp) -> Result<Option<Timestamp>, StoreError> {
-        let _turn = self.turn(Purpose::Execution).await?;
-        self.noted(self.dynamo.next_due(now).await)
+        let _permit = self.admit(Purpose::Execution).await?;
+        self.record_throttling(self.dynamo.next_due(now).await)
     }
 
     async fn queue_stats(&self, now: Timestamp) -> Result<QueueStats, StoreError> {
-        let _turn = self.turn(Purpose::Execution).await?;
-        self.noted(self.dynamo.stats(now).await)
+        let _permit = self.admit(Purpose::Execution).await?;
+        self.record_throttling(self.dynamo.stats(now).await)
     }
 
     async fn read_events(
@@ -232,8 +235,8 @@ impl Store for DynamoStore {
         max_events: usize,
         max_bytes: usize,
     ) -> Result<EventPage, StoreError> {
-        let _turn = self.turn(Purpose::Caller).await?;
-        self.noted(self.dynamo.read_events(uid, after_seq, max_events, max_bytes).await)
+        let _permit = self.admit(Purpose::Caller).await?;
+        self.record_throttling(self.dynamo.read_events(uid, after_seq, max_events, max_bytes).await)
     }
 
     async fn update_connections(
@@ -241,12 +244,12 @@ impl Store for DynamoStore {
         opened: Vec<ConnectionRecord>,
         closed: Vec<Uid>,
     ) -> Result<(), StoreError> {
-        let _turn = self.turn(Purpose::Caller).await?;
-        self.noted(self.dynamo.update_connections(opened, closed).await)
+        let _permit = self.admit(Purpose::Caller).await?;
+        self.record_throttling(self.dynamo.update_connections(opened, closed).await)
     }
 
     async fn renew_gateway(&self, gateway: String, until: Timestamp) -> Result<(), StoreError> {
-        self.noted(self.dynamo.renew_gateway(&gateway, until).await)
+        self.record_throttling(self.dynamo.renew_gateway(&gateway, until).await)
     }
 
     async fn list_connections(
@@ -258,8 +261,8 @@ impl Store for DynamoStore {
         now: Timestamp,
     ) -> Result<ConnectionPage, StoreError> {
         let listed = self.dynamo.list_connections(&tenant, user.as_deref(), after, limit, now);
-        let _turn = self.turn(Purpose::Caller).await?;
-        self.noted(listed.await)
+        let _permit = self.admit(Purpose::Caller).await?;
+        self.record_throttling(listed.await)
     }
 
     async fn save_actions(
@@ -267,13 +270,13 @@ impl Store for DynamoStore {
         actions: Vec<DeclaredAction>,
         now: Timestamp,
     ) -> Result<(), StoreError> {
-        let _turn = self.turn(Purpose::Caller).await?;
-        self.noted(self.dynamo.save_actions(&actions, now).await)
+        let _permit = self.admit(Purpose::Caller).await?;
+        self.record_throttling(self.dynamo.save_actions(&actions, now).await)
     }
 
     async fn list_actions(&self, since: Timestamp) -> Result<Vec<DeclaredAction>, StoreError> {
-        let _turn = self.turn(Purpose::Caller).await?;
-        self.noted(self.dynamo.list_actions(since).await)
+        let _permit = self.admit(Purpose::Caller).await?;
+        self.record_throttling(self.dynamo.list_actions(since).await)
     }
 
     fn queue_trigger(&self) -> Option<Arc<dyn QueueTrigger>> {

@@ -1,6 +1,6 @@
-//! The stream of the requests table as a trigger: what is queued is told to one of the processors,
-//! beside hints and polls. Its shards are leased between them; where one goes on after another, it
-//! begins after the last record that the other has noted.
+//! The stream of the requests table as a notifier: each queued request is reported to one
+//! processor, in addition to hints and polls. Processors lease the shards of the stream; a new
+//! reader of a shard starts after the last position that the previous one stored.
 
 use std::{
     collections::{BTreeMap, BTreeSet, HashMap},
@@ -20,51 +20,51 @@ use tokio::{sync::Notify, task::JoinHandle, time::sleep};
 use tokio_util::{sync::CancellationToken, task::AbortOnDropHandle};
 
 use crate::{
-    calls::{number_of, numbers, text_of},
     client::Dynamo,
-    error::{damaged, store_error},
+    error::{corrupt, store_error},
     expression::{Attributes, Expression, key, number, text},
+    item_ops::{number_of, numbers_by_name, text_of},
 };
 
-const SHARD: &str = "shard";
-const READER: &str = "reader";
-/// A shard belongs to its reader for so long after it said so last.
-const LEASE: Duration = Duration::from_secs(10);
-/// Shards are shared out anew, and their leases renewed, so often.
-const SHARE_OUT: Duration = Duration::from_secs(3);
+const SHARD_KIND: &str = "shard";
+const READER_KIND: &str = "reader";
+/// Duration of a shard's lease after its last renewal.
+const SHARD_LEASE: Duration = Duration::from_secs(10);
+/// Interval at which shards are rebalanced and their leases renewed.
+const REBALANCE_INTERVAL: Duration = Duration::from_secs(3);
 /// A shard may be read five times a second, by all readers together.
-const PAUSE: Duration = Duration::from_millis(400);
-/// Records that one call answers at most.
-const PAGE: usize = 1000;
-/// Shards are listed anew when one has ended, and after so long: all processors together may do so ten
-/// times a second.
-const LIST_AGAIN: Duration = Duration::from_secs(30);
-/// DynamoDB keeps records for a day; so are the notes of shards that have ended.
-const REMEMBER: Duration = Duration::from_secs(2 * 24 * 3600);
+const POLL_INTERVAL: Duration = Duration::from_millis(400);
+/// Maximum number of records of one response.
+const MAX_RECORDS: usize = 1000;
+/// Maximum age of the shard list. It is also renewed when a shard has ended; all processors
+/// together may list shards ten times a second.
+const MAX_LIST_AGE: Duration = Duration::from_secs(30);
+/// How long the state of an ended shard, or of a reader, is kept. DynamoDB keeps records for a day.
+const SHARD_STATE_TTL: Duration = Duration::from_secs(2 * 24 * 3600);
 
-/// Follows the stream.
+/// Reads the stream and reports queued requests.
 pub(crate) struct StreamTrigger {
     dynamo: Dynamo,
     client: Client,
 }
 
-/// The shards of the stream.
-struct Listed {
+/// List of the shards of the stream.
+struct ShardList {
     arn: String,
     shards: Vec<Shard>,
 }
 
-/// What is noted of a shard.
+/// Stored state of a shard.
 #[derive(Clone, Debug, Default)]
-struct Note {
+struct ShardState {
     holder: String,
     alive_until: i64,
-    /// Sequence number of the last record that was told.
+    /// Sequence number of the last reported record.
     position: Option<String>,
     ended: bool,
 }
 
-impl Note {
+impl ShardState {
     fn of(item: &Attributes) -> Option<Self> {
         let text = |name: &str| text_of(item, name).ok().map(str::to_owned);
         Some(Self {
@@ -82,7 +82,7 @@ impl StreamTrigger {
     }
 
     async fn stream_arn(&self) -> Result<String, StoreError> {
-        let doing = "looking for the stream";
+        let doing = "finding the stream";
         let table = self
             .dynamo
             .client
@@ -92,7 +92,7 @@ impl StreamTrigger {
             .await
             .map_err(|error| store_error(doing, &error))?;
         let arn = table.table.and_then(|table| table.latest_stream_arn);
-        arn.ok_or_else(|| damaged(doing, "the requests table has no stream"))
+        arn.ok_or_else(|| corrupt(doing, "the requests table has no stream"))
     }
 
     async fn shards(&self, arn: &str) -> Result<Vec<Shard>, StoreError> {
@@ -106,7 +106,7 @@ impl StreamTrigger {
                 .set_exclusive_start_shard_id(start)
                 .send()
                 .await
-                .map_err(|error| store_error("reading the stream's shards", &error))?;
+                .map_err(|error| store_error("reading the stream shards", &error))?;
             let Some(description) = found.stream_description else { return Ok(shards) };
             shards.extend(description.shards.unwrap_or_default());
             start = description.last_evaluated_shard_id;
@@ -116,43 +116,43 @@ impl StreamTrigger {
         }
     }
 
-    /// The shards as they were lately.
-    async fn listed<'a>(
+    /// Returns the shard list, renewed if it is older than its maximum age.
+    async fn shard_list<'a>(
         &self,
-        listed: &'a mut Option<(Timestamp, Listed)>,
+        shard_list: &'a mut Option<(Timestamp, ShardList)>,
         now: Timestamp,
-    ) -> Result<&'a Listed, StoreError> {
-        let fresh = listed.take().filter(|(at, _)| now.since(*at) < LIST_AGAIN);
+    ) -> Result<&'a ShardList, StoreError> {
+        let fresh = shard_list.take().filter(|(at, _)| now.since(*at) < MAX_LIST_AGE);
         let fresh = match fresh {
             Some(fresh) => fresh,
             None => {
                 let arn = self.stream_arn().await?;
                 let shards = self.shards(&arn).await?;
-                (now, Listed { arn, shards })
+                (now, ShardList { arn, shards })
             }
         };
-        Ok(&listed.insert(fresh).1)
+        Ok(&shard_list.insert(fresh).1)
     }
 
-    async fn notes(&self) -> Result<BTreeMap<String, Note>, StoreError> {
-        let items = self.dynamo.fleet(SHARD).await?;
-        let noted = items
-            .iter()
-            .filter_map(|item| Some((text_of(item, "name").ok()?.to_owned(), Note::of(item)?)));
-        Ok(noted.collect())
+    async fn shard_states(&self) -> Result<BTreeMap<String, ShardState>, StoreError> {
+        let items = self.dynamo.fleet(SHARD_KIND).await?;
+        let states = items.iter().filter_map(|item| {
+            Some((text_of(item, "name").ok()?.to_owned(), ShardState::of(item)?))
+        });
+        Ok(states.collect())
     }
 
-    /// Takes a shard, or keeps it; not when somebody else has it.
+    /// Acquires or renews the lease of a shard, unless the lease changed since `known` was read.
     async fn lease(
         &self,
         shard: &str,
         holder: &str,
-        known: Option<&Note>,
+        known: Option<&ShardState>,
         now: Timestamp,
     ) -> Result<bool, StoreError> {
         let update = Expression::default()
             .set("holder", text(holder))
-            .set("alive_until", number(now.plus(LEASE).as_millis()));
+            .set("alive_until", number(now.plus(SHARD_LEASE).as_millis()));
         let update = match known {
             None => update.when_missing("holder"),
             Some(known) => update.when("holder", "=", text(known.holder.as_str())).when(
@@ -161,19 +161,19 @@ impl StreamTrigger {
                 number(known.alive_until),
             ),
         };
-        self.note(shard, update).await
+        self.update_shard(shard, update).await
     }
 
-    /// Lets others take a shard, if it is still this reader's.
+    /// Releases the lease of a shard, if this reader still holds it.
     async fn release(&self, shard: &str, holder: &str) -> Result<(), StoreError> {
         let update =
             Expression::default().set("alive_until", number(0)).when("holder", "=", text(holder));
-        self.note(shard, update).await?;
+        self.update_shard(shard, update).await?;
         Ok(())
     }
 
-    /// Notes how far a shard has been told, if it is still this reader's.
-    async fn progress(
+    /// Stores the position in a shard, if this reader still holds its lease.
+    async fn store_position(
         &self,
         shard: &str,
         holder: &str,
@@ -182,33 +182,34 @@ impl StreamTrigger {
         now: Timestamp,
     ) -> Result<bool, StoreError> {
         let mut update = Expression::default()
-            .set("alive_until", number(now.plus(LEASE).as_millis()))
+            .set("alive_until", number(now.plus(SHARD_LEASE).as_millis()))
             .when("holder", "=", text(holder));
         if let Some(position) = position {
             update = update.set("position", text(position));
         }
         if ended {
-            let seconds = now.plus(REMEMBER).as_millis() / 1000;
+            let seconds = now.plus(SHARD_STATE_TTL).as_millis() / 1000;
             update =
                 update.set("ended", text("yes")).set(crate::tables::TIME_TO_LIVE, number(seconds));
         }
-        self.note(shard, update).await
+        self.update_shard(shard, update).await
     }
 
-    /// Whether the conditions held.
-    async fn note(&self, shard: &str, update: Expression) -> Result<bool, StoreError> {
-        let (table, key) = (&self.dynamo.tables.fleet, key([("kind", SHARD), ("name", shard)]));
+    /// Updates the state of a shard; returns whether the conditions held.
+    async fn update_shard(&self, shard: &str, update: Expression) -> Result<bool, StoreError> {
+        let (table, key) =
+            (&self.dynamo.tables.fleet, key([("kind", SHARD_KIND), ("name", shard)]));
         self.dynamo.update_item("leasing a shard", table, key, &update).await
     }
 
-    /// After this record, or from the first one that there still is.
+    /// Returns an iterator after this record, or from the oldest available one.
     async fn iterator(
         &self,
         arn: &str,
         shard: &str,
         position: Option<&str>,
     ) -> Result<Option<String>, StoreError> {
-        let ask = |position: Option<&str>| {
+        let request_iterator = |position: Option<&str>| {
             let from = match position {
                 Some(_) => ShardIteratorType::AfterSequenceNumber,
                 None => ShardIteratorType::TrimHorizon,
@@ -221,37 +222,40 @@ impl StreamTrigger {
                 .set_sequence_number(position.map(str::to_owned))
                 .send()
         };
-        let found = match ask(position).await {
-            // What was noted is older than a day.
-            Err(error) if error.code() == Some("TrimmedDataAccessException") => ask(None).await,
+        let found = match request_iterator(position).await {
+            // The stored position is older than a day.
+            Err(error) if error.code() == Some("TrimmedDataAccessException") => {
+                request_iterator(None).await
+            }
             found => found,
         };
         let found = found.map_err(|error| store_error("reading the stream", &error))?;
         Ok(found.shard_iterator)
     }
 
-    /// Takes this reader's share of the shards, and reads them.
-    async fn share_out(
+    /// Acquires this reader's share of the shards, and reads them.
+    async fn rebalance(
         self: &Arc<Self>,
         reader: &Reader,
         reading: &mut HashMap<String, AbortOnDropHandle<()>>,
-        listed: &mut Option<(Timestamp, Listed)>,
+        shard_list: &mut Option<(Timestamp, ShardList)>,
     ) -> Result<(), StoreError> {
         let now = reader.clock.now();
-        self.dynamo.keep_alive(READER, &reader.name, now.plus(LEASE)).await?;
-        let readers = numbers(&self.dynamo.fleet(READER).await?, "name", "alive_until");
+        self.dynamo.keep_alive(READER_KIND, &reader.name, now.plus(SHARD_LEASE)).await?;
+        let readers =
+            numbers_by_name(&self.dynamo.fleet(READER_KIND).await?, "name", "alive_until");
         let alive = readers.values().filter(|until| **until > now.as_millis()).count().max(1);
         for (name, until) in &readers {
-            if now.minus(REMEMBER).as_millis() > *until {
-                self.dynamo.forget_member(READER, name, *until).await?;
+            if now.minus(SHARD_STATE_TTL).as_millis() > *until {
+                self.dynamo.remove_member(READER_KIND, name, *until).await?;
             }
         }
-        let Listed { arn, shards } = self.listed(listed, now).await?;
-        let notes = self.notes().await?;
+        let ShardList { arn, shards } = self.shard_list(shard_list, now).await?;
+        let shard_states = self.shard_states().await?;
         let known: BTreeSet<&str> = shards.iter().filter_map(Shard::shard_id).collect();
-        let has_ended = |id: &str| notes.get(id).is_some_and(|note| note.ended);
-        // A shard comes after the one that it was split from.
-        let open: Vec<&Shard> = shards
+        let has_ended = |id: &str| shard_states.get(id).is_some_and(|state| state.ended);
+        // A shard may be read only after its parent has ended.
+        let readable: Vec<&Shard> = shards
             .iter()
             .filter(|shard| !shard.shard_id().is_none_or(has_ended))
             .filter(|shard| {
@@ -260,33 +264,33 @@ impl StreamTrigger {
             })
             .collect();
         reading.retain(|_, task| !task.is_finished());
-        let share = open.len().div_ceil(alive);
-        // Others have come, and get what is too much.
+        let share = readable.len().div_ceil(alive);
+        // Shards beyond the share are released for other readers.
         while reading.len() > share
             && let Some(id) = reading.keys().next().cloned()
         {
             drop(reading.remove(&id));
             self.release(&id, &reader.name).await?;
         }
-        for shard in open {
+        for shard in readable {
             let Some(id) = shard.shard_id() else { continue };
-            let note = notes.get(id);
-            let mine = note.is_some_and(|note| note.holder == reader.name);
-            let free = note.is_none_or(|note| note.alive_until <= now.as_millis());
-            if reading.contains_key(id) || !(mine || free) || reading.len() >= share {
+            let state = shard_states.get(id);
+            let is_own = state.is_some_and(|state| state.holder == reader.name);
+            let is_free = state.is_none_or(|state| state.alive_until <= now.as_millis());
+            if reading.contains_key(id) || !(is_own || is_free) || reading.len() >= share {
                 continue;
             }
-            if !self.lease(id, &reader.name, note, now).await? {
+            if !self.lease(id, &reader.name, state, now).await? {
                 continue;
             }
-            let position = note.and_then(|note| note.position.clone());
+            let position = state.and_then(|state| state.position.clone());
             let task = self.read(reader.clone(), arn.clone(), id.to_owned(), position);
             reading.insert(id.to_owned(), AbortOnDropHandle::new(task));
         }
-        // What comes after a shard that has ended is not in the list yet.
-        let goes_on = |id: &str| shards.iter().any(|shard| shard.parent_shard_id() == Some(id));
-        if known.iter().any(|id| has_ended(id) && !goes_on(id)) {
-            *listed = None;
+        // The list does not contain the children of an ended shard yet.
+        let has_child = |id: &str| shards.iter().any(|shard| shard.parent_shard_id() == Some(id));
+        if known.iter().any(|id| has_ended(id) && !has_child(id)) {
+            *shard_list = None;
         }
         Ok(())
     }
@@ -301,12 +305,12 @@ impl StreamTrigger {
         let trigger = self.clone();
         tokio::spawn(async move {
             if let Err(error) = trigger.read_shard(&reader, &arn, &shard, position).await {
-                tracing::warn!(%error, shard, "stopped reading a shard of the stream");
+                tracing::warn!(%error, shard, "reading a stream shard failed");
             }
         })
     }
 
-    /// Reads a shard to its end, or until it is another's.
+    /// Reads a shard until it ends, or until the lease is lost.
     async fn read_shard(
         &self,
         reader: &Reader,
@@ -315,11 +319,11 @@ impl StreamTrigger {
         mut position: Option<String>,
     ) -> Result<(), StoreError> {
         let mut iterator = self.iterator(arn, shard, position.as_deref()).await?;
-        let mut noted = reader.clock.now();
+        let mut stored_at = reader.clock.now();
         loop {
             let Some(current) = iterator.take() else {
                 let now = reader.clock.now();
-                self.progress(shard, &reader.name, position.as_deref(), true, now).await?;
+                self.store_position(shard, &reader.name, position.as_deref(), true, now).await?;
                 reader.shard_ended.notify_one();
                 return Ok(());
             };
@@ -335,7 +339,7 @@ impl StreamTrigger {
                         Some("ExpiredIteratorException" | "TrimmedDataAccessException")
                     ) =>
                 {
-                    sleep(PAUSE).await;
+                    sleep(POLL_INTERVAL).await;
                     iterator = self.iterator(arn, shard, position.as_deref()).await?;
                     continue;
                 }
@@ -344,33 +348,33 @@ impl StreamTrigger {
             if let Some(last) = records.last().and_then(|record| record.dynamodb.as_ref()) {
                 position = last.sequence_number.clone();
             }
-            let whole_page = records.len() >= PAGE;
-            for waiting in waiting(&records) {
-                (reader.told)(waiting);
+            let is_full_page = records.len() >= MAX_RECORDS;
+            for request in queued_requests(&records) {
+                (reader.notify)(request);
             }
             let now = reader.clock.now();
-            if now.since(noted) >= SHARE_OUT {
-                noted = now;
+            if now.since(stored_at) >= REBALANCE_INTERVAL {
+                stored_at = now;
                 let position = position.as_deref();
-                if !self.progress(shard, &reader.name, position, false, now).await? {
+                if !self.store_position(shard, &reader.name, position, false, now).await? {
                     return Ok(());
                 }
             }
-            if !whole_page {
-                // There is no call that waits for records.
-                sleep(PAUSE).await;
+            if !is_full_page {
+                // DynamoDB has no call that waits for records.
+                sleep(POLL_INTERVAL).await;
             }
         }
     }
 }
 
-/// Who reads.
+/// A reader of the stream.
 #[derive(Clone)]
 struct Reader {
     name: String,
     clock: Arc<dyn Clock>,
-    told: Told,
-    /// Those that come after it can be read.
+    notify: Told,
+    /// Notified when a shard has ended, so that its children can be read.
     shard_ended: Arc<Notify>,
 }
 
@@ -380,27 +384,27 @@ impl QueueTrigger for StreamTrigger {
         self: Arc<Self>,
         name: String,
         clock: Arc<dyn Clock>,
-        told: Told,
+        notify: Told,
         shutdown: CancellationToken,
     ) {
-        let reader = Reader { name, clock, told, shard_ended: Arc::default() };
+        let reader = Reader { name, clock, notify, shard_ended: Arc::default() };
         let mut reading = HashMap::new();
-        let mut listed = None;
+        let mut shard_list = None;
         loop {
-            if let Err(error) = self.share_out(&reader, &mut reading, &mut listed).await {
-                tracing::warn!(%error, "cannot share out the shards of the stream");
+            if let Err(error) = self.rebalance(&reader, &mut reading, &mut shard_list).await {
+                tracing::warn!(%error, "rebalancing the stream shards failed");
             }
             tokio::select! {
                 () = shutdown.cancelled() => return,
-                () = reader.shard_ended.notified() => listed = None,
-                () = sleep(SHARE_OUT) => {}
+                () = reader.shard_ended.notified() => shard_list = None,
+                () = sleep(REBALANCE_INTERVAL) => {}
             }
         }
     }
 }
 
-/// Those requests that were queued by these records and have not gone on in them.
-fn waiting(records: &[Record]) -> Vec<WaitingRequest> {
+/// Returns the requests that are queued according to their latest record.
+fn queued_requests(records: &[Record]) -> Vec<WaitingRequest> {
     let mut latest: BTreeMap<&str, &HashMap<String, AttributeValue>> = BTreeMap::new();
     for record in records {
         let image = record.dynamodb.as_ref().and_then(|change| change.new_image.as_ref());
@@ -410,10 +414,10 @@ fn waiting(records: &[Record]) -> Vec<WaitingRequest> {
             latest.insert(uid, image);
         }
     }
-    latest.into_values().filter_map(waiting_request).collect()
+    latest.into_values().filter_map(queued_request).collect()
 }
 
-fn waiting_request(image: &HashMap<String, AttributeValue>) -> Option<WaitingRequest> {
+fn queued_request(image: &HashMap<String, AttributeValue>) -> Option<WaitingRequest> {
     if image_text(image, "state")? != "QUEUED" {
         return None;
     }

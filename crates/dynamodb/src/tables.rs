@@ -1,5 +1,5 @@
-//! Which tables there are: the one place that creating, checking and the CloudFormation template
-//! all come from.
+//! Definition of the tables, from which they are created and checked and the CloudFormation
+//! template is generated.
 
 mod cloudformation;
 mod manage;
@@ -9,29 +9,29 @@ use aws_sdk_dynamodb::types::ScalarAttributeType;
 pub use cloudformation::cloudformation;
 pub use manage::{Difference, check, create};
 
-/// A table.
+/// Definition of a table.
 #[derive(Clone, Copy, Debug)]
 pub struct Table {
-    /// Its name, after the prefix.
+    /// Name without the prefix.
     pub name: &'static str,
-    /// What it holds.
+    /// Description of its items.
     pub holds: &'static str,
-    /// Name of the partition key and, if there is one, of the sort key. All are text.
+    /// Names of the partition key and, if there is one, of the sort key. All are text.
     pub key: &'static [&'static str],
-    /// Its global secondary indexes.
+    /// Global secondary indexes.
     pub indexes: &'static [Index],
-    /// Whether changes of its items go into a stream, with the new image.
+    /// Whether changes of items are written to a stream, with the new image.
     pub stream: bool,
 }
 
-/// A global secondary index.
+/// Definition of a global secondary index.
 #[derive(Clone, Copy, Debug)]
 pub struct Index {
-    /// Its name.
+    /// Name.
     pub name: &'static str,
-    /// Partition key (text), sort key and type of that.
+    /// Partition key (text), sort key and type of the sort key.
     pub key: (&'static str, &'static str, KeyType),
-    /// What it holds beside keys.
+    /// Projected attributes in addition to the keys.
     pub projection: Projection,
 }
 
@@ -44,18 +44,18 @@ pub enum KeyType {
     Number,
 }
 
-/// What an index holds beside keys.
+/// Projected attributes of an index in addition to the keys.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Projection {
-    /// Nothing.
+    /// None.
     KeysOnly,
     /// These attributes.
     Include(&'static [&'static str]),
-    /// Everything.
+    /// All attributes.
     All,
 }
 
-/// Attribute that says when an item may be removed: seconds since the Unix epoch.
+/// Name of the time-to-live attribute: seconds since the Unix epoch.
 pub const TIME_TO_LIVE: &str = "remove_after";
 
 const fn index(
@@ -95,14 +95,14 @@ pub const TABLES: [Table; 5] = [
     },
     Table {
         name: "parts",
-        holds: "what does not fit into a request's item: older events, payload, checkpoint",
+        holds: "values that do not fit into a request's item: older events, payload, checkpoint",
         key: &["uid", "part"],
         indexes: &[],
         stream: false,
     },
     Table {
         name: "names",
-        holds: "which request a caller's own id stands for",
+        holds: "the request that a client id identifies",
         key: &["name"],
         indexes: &[],
         stream: false,
@@ -119,7 +119,7 @@ pub const TABLES: [Table; 5] = [
     },
     Table {
         name: "fleet",
-        holds: "processors, gateways and what actions they declared",
+        holds: "processors, gateways, stream shards and declared actions",
         key: &["kind", "name"],
         indexes: &[],
         stream: false,
@@ -136,7 +136,7 @@ impl KeyType {
 }
 
 impl Table {
-    /// Every attribute that is part of a key, with its type, each once, by name.
+    /// Returns every key attribute once, with its type, in order of name.
     pub(crate) fn key_attributes(&self) -> Vec<(&'static str, ScalarAttributeType)> {
         let own = self.key.iter().map(|name| (*name, ScalarAttributeType::S));
         let of_indexes = self.indexes.iter().flat_map(|index| {

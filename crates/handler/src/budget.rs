@@ -1,4 +1,5 @@
-//! Bytes that the attempts of a process, or its watchers, may hold in memory, divided fairly between tenants or users.
+//! Budget of bytes that attempts, or watchers, of a process hold in memory, divided fairly between
+//! tenants or users.
 
 use std::{
     collections::{BTreeSet, HashMap, VecDeque},
@@ -11,18 +12,19 @@ use tokio::sync::oneshot;
 
 /// A number of bytes that many attempts share.
 ///
-/// A tenant may reserve bytes as long as it then holds no more than what is left for the others: alone
-/// it gets about half of the budget, one of n busy tenants about an (n + 1)th. So there is room for a tenant
-/// that comes later (dynamic thresholds: A. Choudhury and E. Hahne, "Dynamic Queue Length Thresholds for
-/// Shared-Memory Packet Switches", 1998). A tenant that holds nothing may reserve everything that is free. Among
-/// the tenants that wait, the one that holds the least is served first, and among equals the one that has waited
-/// longest; within a tenant the order is that of arrival.
+/// A tenant may reserve bytes as long as it then holds no more than what is left for the others:
+/// alone it gets about half of the budget, one of n busy tenants about an (n + 1)th. So a tenant
+/// that starts later finds room (dynamic thresholds: A. Choudhury and E. Hahne, "Dynamic Queue
+/// Length Thresholds for Shared-Memory Packet Switches", 1998). A tenant that holds nothing may
+/// reserve everything that is free. Among waiting tenants, the one that holds the least is served
+/// first, and among equals the one that has waited longest; within a tenant the order is that of
+/// arrival.
 pub struct OutputBudget {
     limit: usize,
     state: Mutex<State>,
 }
 
-/// Called with the number of bytes that are reserved, whenever it changes.
+/// Called with the number of reserved bytes whenever it changes.
 type Observer = Box<dyn Fn(usize) + Send + Sync>;
 
 #[derive(Default)]
@@ -36,7 +38,7 @@ struct State {
     next_waiter: u64,
 }
 
-/// The bytes that a tenant holds, and the number of its first waiter.
+/// Bytes that a tenant holds, and the number of its first waiter.
 type Rank = (usize, u64);
 
 #[derive(Default)]
@@ -59,7 +61,7 @@ impl fmt::Debug for OutputBudget {
 }
 
 impl OutputBudget {
-    /// A budget of `limit` bytes.
+    /// Creates a budget of `limit` bytes.
     #[must_use]
     pub fn new(limit: usize) -> Arc<Self> {
         Arc::new(Self { limit, state: Mutex::default() })
@@ -70,13 +72,13 @@ impl OutputBudget {
         self.state.lock().observer = Some(Box::new(observer));
     }
 
-    /// Bytes that are reserved.
+    /// Returns the number of reserved bytes.
     #[must_use]
     pub fn used(&self) -> usize {
         self.state.lock().used
     }
 
-    /// Bytes that this tenant could reserve now.
+    /// Returns the number of bytes that this tenant could reserve now.
     #[must_use]
     pub fn available_to(&self, tenant: &str) -> usize {
         let state = self.state.lock();
@@ -88,22 +90,22 @@ impl OutputBudget {
         }
     }
 
-    /// Reserves bytes for a tenant, if there is room now.
+    /// Reserves bytes for a tenant, if the budget has room now.
     pub fn try_reserve(self: &Arc<Self>, tenant: &Arc<str>, bytes: usize) -> Option<Reservation> {
         if bytes == 0 {
             return Some(Reservation::default());
         }
         let bytes = bytes.min(self.limit);
         let mut state = self.state.lock();
-        if !state.may_pass(tenant) || !state.has_room(tenant, bytes, self.limit) {
+        if !state.is_next(tenant) || !state.has_room(tenant, bytes, self.limit) {
             return None;
         }
         state.add(tenant, bytes);
         Some(self.reservation(tenant, bytes))
     }
 
-    /// Reserves bytes for a tenant; waits until there is room. More than the whole budget counts as all of
-    /// it.
+    /// Reserves bytes for a tenant; waits until the budget has room. More than the whole budget
+    /// counts as all of it.
     pub async fn reserve(self: &Arc<Self>, tenant: &Arc<str>, bytes: usize) -> Reservation {
         if bytes == 0 {
             return Reservation::default();
@@ -111,13 +113,13 @@ impl OutputBudget {
         let bytes = bytes.min(self.limit);
         let (number, granted) = {
             let mut state = self.state.lock();
-            if state.may_pass(tenant) && state.has_room(tenant, bytes, self.limit) {
+            if state.is_next(tenant) && state.has_room(tenant, bytes, self.limit) {
                 state.add(tenant, bytes);
                 return self.reservation(tenant, bytes);
             }
-            state.wait(tenant, bytes)
+            state.add_waiter(tenant, bytes)
         };
-        let _place = Place { budget: self, tenant, number };
+        let _guard = WaiterGuard { budget: self, tenant, number };
         // The sender is dropped only with the budget, which this call holds.
         granted.await.unwrap_or_default()
     }
@@ -132,13 +134,13 @@ impl OutputBudget {
         self.grant(&mut state);
     }
 
-    /// Serves waiters in their order while there is room.
+    /// Serves waiters in order while the budget has room.
     fn grant(self: &Arc<Self>, state: &mut State) {
         while let Some((_, first)) = state.waiting.first().cloned() {
             let Some(waiter) = state.next_waiter(&first, self.limit) else { return };
             let reservation = self.reservation(&first, waiter.bytes);
             match waiter.granted.send(reservation) {
-                // Its holder may drop it at once, which waits for the lock.
+                // The waiter may drop the reservation immediately, which blocks on the lock.
                 Ok(()) => state.add(&first, waiter.bytes),
                 Err(mut unwanted) => unwanted.bytes = 0,
             }
@@ -146,25 +148,25 @@ impl OutputBudget {
     }
 }
 
-/// The place of a call among the waiters.
-struct Place<'a> {
+/// Removes a waiter when its call is dropped.
+struct WaiterGuard<'a> {
     budget: &'a Arc<OutputBudget>,
     tenant: &'a Arc<str>,
     number: u64,
 }
 
-impl Drop for Place<'_> {
+impl Drop for WaiterGuard<'_> {
     fn drop(&mut self) {
         let mut state = self.budget.state.lock();
-        if state.leave(self.tenant, self.number) {
+        if state.remove_waiter(self.tenant, self.number) {
             self.budget.grant(&mut state);
         }
     }
 }
 
 impl State {
-    /// Whether a new reservation of this tenant comes before all that wait.
-    fn may_pass(&self, tenant: &Arc<str>) -> bool {
+    /// Returns whether a new reservation of this tenant precedes all waiters.
+    fn is_next(&self, tenant: &Arc<str>) -> bool {
         let (used, waits) = match self.tenants.get(tenant) {
             Some(tenant) => (tenant.used, tenant.waits()),
             None => (0, false),
@@ -180,7 +182,11 @@ impl State {
         }
     }
 
-    fn wait(&mut self, name: &Arc<str>, bytes: usize) -> (u64, oneshot::Receiver<Reservation>) {
+    fn add_waiter(
+        &mut self,
+        name: &Arc<str>,
+        bytes: usize,
+    ) -> (u64, oneshot::Receiver<Reservation>) {
         let (sender, granted) = oneshot::channel();
         let number = self.next_waiter;
         self.next_waiter += 1;
@@ -190,7 +196,7 @@ impl State {
         (number, granted)
     }
 
-    /// Takes the first waiter of a tenant, if there is room for it.
+    /// Removes and returns the first waiter of a tenant, if the budget has room for it.
     fn next_waiter(&mut self, name: &Arc<str>, limit: usize) -> Option<Waiter> {
         let bytes = self.tenants.get(name)?.waiters.front()?.bytes;
         if !self.has_room(name, bytes, limit) {
@@ -199,14 +205,14 @@ impl State {
         self.change(name, |tenant| tenant.waiters.pop_front())
     }
 
-    /// Removes a waiter; whether it still waited.
-    fn leave(&mut self, name: &Arc<str>, number: u64) -> bool {
+    /// Removes a waiter; returns whether it was waiting.
+    fn remove_waiter(&mut self, name: &Arc<str>, number: u64) -> bool {
         if !self.tenants.contains_key(name) {
             return false;
         }
         self.change(name, |tenant| {
-            let place = tenant.waiters.binary_search_by_key(&number, |waiter| waiter.number);
-            place.ok().and_then(|place| tenant.waiters.remove(place)).is_some()
+            let index = tenant.waiters.binary_search_by_key(&number, |waiter| waiter.number);
+            index.ok().and_then(|index| tenant.waiters.remove(index)).is_some()
         })
     }
 
@@ -227,7 +233,7 @@ impl State {
         }
     }
 
-    /// Changes a tenant and keeps its place among those that wait; forgets it when it is idle.
+    /// Changes a tenant and updates its rank among the waiting tenants; removes it when it is idle.
     fn change<T>(&mut self, name: &Arc<str>, change: impl FnOnce(&mut Tenant) -> T) -> T {
         let tenant = self.tenants.entry(name.clone()).or_default();
         let before = tenant.rank();
@@ -253,13 +259,13 @@ impl Tenant {
         !self.waiters.is_empty()
     }
 
-    /// Its place among the tenants that wait, if it does.
+    /// Returns its rank among the waiting tenants; `None` if it has no waiters.
     fn rank(&self) -> Option<Rank> {
         self.waiters.front().map(|first| (self.used, first.number))
     }
 }
 
-/// Bytes of an [`OutputBudget`], released when this is dropped.
+/// Bytes reserved in an [`OutputBudget`], released when dropped.
 #[derive(Debug, Default)]
 pub struct Reservation {
     of: Option<(Arc<OutputBudget>, Arc<str>)>,
@@ -267,7 +273,7 @@ pub struct Reservation {
 }
 
 impl Reservation {
-    /// How many bytes.
+    /// Returns the number of bytes.
     #[must_use]
     pub fn bytes(&self) -> usize {
         self.bytes
@@ -282,7 +288,7 @@ impl Reservation {
         }
     }
 
-    /// Takes off `bytes` of them, or all when they are fewer.
+    /// Splits off up to this many bytes.
     #[must_use]
     pub fn split(&mut self, bytes: usize) -> Self {
         let bytes = bytes.min(self.bytes);

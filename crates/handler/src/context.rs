@@ -1,4 +1,4 @@
-//! What a handler works with while it runs.
+//! Context of a running handler.
 
 use std::sync::Arc;
 
@@ -10,59 +10,59 @@ use tokio_util::sync::CancellationToken;
 
 use crate::{HandlerError, Report, ReportQueue};
 
-/// Spare room of buffers beyond this is given back, in bytes.
-const SHRUNK_BYTES: usize = 4096;
+/// Spare capacity of buffers larger than this is released, in bytes.
+const SHRINK_THRESHOLD_BYTES: usize = 4096;
 
-/// Which attempt of which request this is.
+/// Identifies an attempt and describes its request.
 #[derive(Clone, Debug)]
 pub struct AttemptInfo {
     /// The server's id of the request.
     pub uid: Uid,
-    /// The caller's id of it.
+    /// The client's id of the request.
     pub request_id: String,
-    /// Whose it is.
+    /// Tenant that owns the request.
     pub tenant: String,
-    /// Whose it is.
+    /// User who owns the request.
     pub user: String,
-    /// What was asked for.
+    /// Name of the action.
     pub action: String,
     /// IANA media type of the payload.
     pub content_type: String,
-    /// From 1.
+    /// Number of the attempt, from 1.
     pub attempt: u32,
-    /// What an earlier attempt left.
+    /// Checkpoint of an earlier attempt.
     pub checkpoint: Option<Bytes>,
-    /// W3C `traceparent` of this run, for what the handler calls.
+    /// W3C `traceparent` of this run, for calls that the handler makes.
     pub trace_parent: Option<TraceParent>,
-    /// W3C `tracestate` that goes with it.
+    /// W3C `tracestate` that belongs to it.
     pub trace_state: Option<String>,
-    /// The attempt is cut off when it has not ended by then.
+    /// The attempt is aborted if it has not finished by then.
     pub deadline: Option<Timestamp>,
 }
 
-/// One request of the tenant, for handlers that report on them.
+/// One request of the tenant, for handlers that report on requests.
 #[derive(Clone, Debug)]
 pub struct RequestSummary {
     /// The server's id.
     pub uid: Uid,
-    /// What was asked for.
+    /// Name of the action.
     pub action: String,
-    /// Where it stands.
+    /// Current state.
     pub state: RequestState,
-    /// Attempts so far.
+    /// Number of attempts so far.
     pub attempts: u32,
     /// When it was accepted.
     pub create_time: Timestamp,
-    /// When its latest attempt began.
+    /// When its latest attempt started.
     pub start_time: Option<Timestamp>,
-    /// When it ended.
+    /// When it finished.
     pub finish_time: Option<Timestamp>,
 }
 
-/// Where [`Context::requests`] reads.
+/// Source of [`Context::requests`].
 #[async_trait]
 pub trait RequestHistory: Send + Sync {
-    /// The requests of this user that were accepted in `from..until`, newest first, at most
+    /// Returns this user's requests that were accepted in `from..until`, newest first, at most
     /// `limit`.
     async fn requests(
         &self,
@@ -74,7 +74,7 @@ pub trait RequestHistory: Send + Sync {
     ) -> Result<Vec<RequestSummary>, HandlerError>;
 }
 
-/// Handed to every run of a handler.
+/// Passed to every run of a handler.
 pub struct Context {
     info: AttemptInfo,
     reports: Arc<ReportQueue>,
@@ -84,7 +84,7 @@ pub struct Context {
 }
 
 impl Context {
-    /// For whoever runs handlers.
+    /// Creates a context; called by the processor and by workers.
     #[must_use]
     pub fn new(
         info: AttemptInfo,
@@ -96,7 +96,7 @@ impl Context {
         Self { info, reports, cancellation, limits, history }
     }
 
-    /// For testing a handler without a server: what it reports is in the queue.
+    /// Creates a context for testing a handler without a server; its reports are in the queue.
     #[must_use]
     pub fn for_test(action: &str) -> (Self, Arc<ReportQueue>) {
         let reports = Arc::new(ReportQueue::default());
@@ -117,67 +117,68 @@ impl Context {
         (Self::new(info, reports.clone(), token, Limits::default(), None), reports)
     }
 
-    /// The server's id of the request.
+    /// Returns the server's id of the request.
     #[must_use]
     pub fn uid(&self) -> Uid {
         self.info.uid
     }
 
-    /// The caller's id of the request.
+    /// Returns the client's id of the request.
     #[must_use]
     pub fn request_id(&self) -> &str {
         &self.info.request_id
     }
 
-    /// The tenant that asks.
+    /// Returns the tenant that owns the request.
     #[must_use]
     pub fn tenant(&self) -> &str {
         &self.info.tenant
     }
 
-    /// The user who asks.
+    /// Returns the user who owns the request.
     #[must_use]
     pub fn user(&self) -> &str {
         &self.info.user
     }
 
-    /// IANA media type of the payload.
+    /// Returns the IANA media type of the payload.
     #[must_use]
     pub fn content_type(&self) -> &str {
         &self.info.content_type
     }
 
-    /// Which attempt this is, from 1.
+    /// Returns the number of the attempt, from 1.
     #[must_use]
     pub fn attempt(&self) -> u32 {
         self.info.attempt
     }
 
-    /// The attempt is cut off when it has not ended by then; `None` when it may take for ever.
+    /// Returns when the attempt is aborted unless it has finished; `None` if it has no time limit.
     #[must_use]
     pub fn deadline(&self) -> Option<Timestamp> {
         self.info.deadline
     }
 
-    /// W3C `traceparent` to send with calls that the handler makes, so that they are part of the
-    /// trace. `None` if the request came without one and is not traced here. While the handler runs,
-    /// the `tracing` span and the OpenTelemetry context of this place are current, too.
+    /// Returns the W3C `traceparent` to send with calls that the handler makes, so that they are
+    /// part of the trace. `None` if the request has none and is not traced here. While the handler
+    /// runs, the `tracing` span and the OpenTelemetry context are current, too.
     #[must_use]
     pub fn trace_parent(&self) -> Option<String> {
         self.info.trace_parent.map(TraceParent::to_text)
     }
 
-    /// W3C `tracestate` that goes with [`Self::trace_parent`].
+    /// Returns the W3C `tracestate` that belongs to [`Self::trace_parent`].
     #[must_use]
     pub fn trace_state(&self) -> Option<&str> {
         self.info.trace_state.as_deref()
     }
 
-    /// Says how far the work is, 0 to 100, and what is being done (at most 4,096 bytes). Watchers
-    /// see it once it is durable; this does not wait for that, only while very much is underway.
+    /// Reports progress, 0 to 100 percent, with a message (at most 4,096 bytes). Watchers receive
+    /// it once it is durable; this call does not wait for that, unless many reports are pending.
     ///
     /// # Errors
-    /// When a value is out of bounds, or the attempt is not this handler's any more.
+    /// Fails if a value is out of bounds, or if the attempt does not belong to this handler any
+    /// longer.
     pub async fn progress(
         &self,
         percentage: f64,
@@ -186,7 +187,7 @@ impl Context {
         self.push_progress(Some(percentage), message.into(), None).await
     }
 
-    /// As [`Self::progress`], with anything more (as JSON, at most 64 KiB).
+    /// As [`Self::progress`], with metadata (as JSON, at most 64 KiB).
     ///
     /// # Errors
     /// As [`Self::progress`].
@@ -200,11 +201,11 @@ impl Context {
         self.push_progress(Some(percentage), message.into(), Some(metadata.into())).await
     }
 
-    /// As [`Self::progress_with`], with the metadata as JSON text, and without a percentage when
-    /// there is no telling.
+    /// As [`Self::progress_with`], with the metadata as JSON text, and without a percentage if it
+    /// is unknown.
     ///
     /// # Errors
-    /// As [`Self::progress`], and when the metadata is not JSON.
+    /// As [`Self::progress`], and if the metadata is not JSON.
     pub async fn report_progress(
         &self,
         percentage: Option<f64>,
@@ -212,7 +213,7 @@ impl Context {
         metadata: Option<Bytes>,
     ) -> Result<(), HandlerError> {
         if let Some(metadata) = &metadata {
-            well_formed_json("progress.metadata", metadata)?;
+            check_json("progress.metadata", metadata)?;
         }
         self.push_progress(percentage, message, metadata).await
     }
@@ -230,61 +231,61 @@ impl Context {
                 "progress.percentage must be 0 to 100, is {percentage}"
             )));
         }
-        bounded("progress.message", message.len(), limits::MAX_PROGRESS_MESSAGE_BYTES)?;
+        check_size("progress.message", message.len(), limits::MAX_PROGRESS_MESSAGE_BYTES)?;
         let metadata_bytes = metadata.as_ref().map_or(0, Bytes::len);
-        bounded("progress.metadata", metadata_bytes, limits::MAX_PROGRESS_METADATA_BYTES)?;
+        check_size("progress.metadata", metadata_bytes, limits::MAX_PROGRESS_METADATA_BYTES)?;
         self.reports.push(Report::Progress { percentage, message, metadata }).await
     }
 
-    /// Says that the handler lives, when it has nothing else to say: for actions that declare a
-    /// heartbeat timeout.
+    /// Reports that the handler is alive, if it has nothing else to report: for actions that
+    /// declare a heartbeat timeout.
     ///
     /// # Errors
-    /// When the attempt is not this handler's any more.
+    /// Fails if the attempt no longer belongs to this handler.
     pub async fn heartbeat(&self) -> Result<(), HandlerError> {
         self.reports.push(Report::KeepAlive).await
     }
 
-    /// Puts out the next chunk of the result, as JSON.
+    /// Outputs the next chunk of the result, as JSON.
     ///
     /// # Errors
-    /// When it is larger than `limits.max_output_chunk_bytes`, or the attempt is not this
-    /// handler's any more.
+    /// Fails if it is larger than `limits.max_output_chunk_bytes`, or if the attempt no longer
+    /// belongs to this handler.
     pub async fn output(&self, chunk: &impl Serialize) -> Result<(), HandlerError> {
-        self.push_output("application/json", json(chunk)?).await
+        self.push_output("application/json", to_json(chunk)?).await
     }
 
-    /// Puts out the next chunk of the result, as bytes of this media type (at most 255 bytes).
+    /// Outputs the next chunk of the result, as bytes of this media type (at most 255 bytes).
     ///
     /// # Errors
-    /// As [`Self::output`], and when it is said to be JSON and is not.
+    /// As [`Self::output`], and if the media type is JSON and the chunk is not.
     pub async fn output_bytes(
         &self,
         content_type: &str,
         chunk: impl Into<Bytes>,
     ) -> Result<(), HandlerError> {
         let data = chunk.into();
-        bounded("output.content_type", content_type.len(), limits::MAX_CONTENT_TYPE_BYTES)?;
+        check_size("output.content_type", content_type.len(), limits::MAX_CONTENT_TYPE_BYTES)?;
         if content_type == "application/json" {
-            well_formed_json("output", &data)?;
+            check_json("output", &data)?;
         }
         self.push_output(content_type, data).await
     }
 
     async fn push_output(&self, content_type: &str, data: Bytes) -> Result<(), HandlerError> {
-        bounded("output chunk", data.len(), self.limits.max_output_chunk_bytes)?;
+        check_size("output chunk", data.len(), self.limits.max_output_chunk_bytes)?;
         self.reports.push(Report::Output { content_type: content_type.to_owned(), data }).await
     }
 
-    /// Leaves a note (as JSON, at most 256 KiB) that the next attempt begins from.
+    /// Saves a checkpoint (as JSON, at most 256 KiB) for the next attempt to start from.
     ///
     /// # Errors
-    /// When it is too large, or the attempt is not this handler's any more.
+    /// Fails if it is too large, or if the attempt no longer belongs to this handler.
     pub async fn save_checkpoint(&self, checkpoint: &impl Serialize) -> Result<(), HandlerError> {
-        self.save_checkpoint_bytes(json(checkpoint)?).await
+        self.save_checkpoint_bytes(to_json(checkpoint)?).await
     }
 
-    /// As [`Self::save_checkpoint`], with bytes of any kind.
+    /// As [`Self::save_checkpoint`], with arbitrary bytes.
     ///
     /// # Errors
     /// As [`Self::save_checkpoint`].
@@ -293,26 +294,26 @@ impl Context {
         checkpoint: impl Into<Bytes>,
     ) -> Result<(), HandlerError> {
         let data = checkpoint.into();
-        bounded("checkpoint", data.len(), limits::MAX_CHECKPOINT_BYTES)?;
+        check_size("checkpoint", data.len(), limits::MAX_CHECKPOINT_BYTES)?;
         self.reports.push(Report::Checkpoint(data)).await
     }
 
-    /// What an earlier attempt left, as it is.
+    /// Returns the checkpoint of an earlier attempt, as bytes.
     #[must_use]
     pub fn checkpoint_bytes(&self) -> Option<&Bytes> {
         self.info.checkpoint.as_ref()
     }
 
-    /// Which attempt of which request this is.
+    /// Returns the attempt and its request.
     #[must_use]
     pub fn info(&self) -> &AttemptInfo {
         &self.info
     }
 
-    /// What an earlier attempt left.
+    /// Returns the checkpoint of an earlier attempt.
     ///
     /// # Errors
-    /// When it is there and of another shape.
+    /// Fails if the checkpoint has a different type.
     pub fn checkpoint<T: DeserializeOwned>(&self) -> Result<Option<T>, HandlerError> {
         match &self.info.checkpoint {
             None => Ok(None),
@@ -320,22 +321,22 @@ impl Context {
         }
     }
 
-    /// Whether cancellation was asked for.
+    /// Returns whether cancellation is requested.
     #[must_use]
     pub fn is_cancelled(&self) -> bool {
         self.cancellation.is_cancelled()
     }
 
-    /// Returns once cancellation is asked for. A handler then ends as soon as it can, with
-    /// [`HandlerError::cancelled`]; one that does not is cut off.
+    /// Waits until cancellation is requested. The handler should then return as soon as possible,
+    /// with [`HandlerError::cancelled`]; one that does not is aborted.
     pub async fn cancelled(&self) {
         self.cancellation.cancelled().await;
     }
 
-    /// Sleeps, unless cancellation is asked for.
+    /// Sleeps, unless cancellation is requested.
     ///
     /// # Errors
-    /// [`HandlerError::cancelled`].
+    /// Fails with [`HandlerError::cancelled`] if cancellation is requested.
     pub async fn sleep(&self, duration: std::time::Duration) -> Result<(), HandlerError> {
         tokio::select! {
             () = self.cancelled() => Err(HandlerError::cancelled()),
@@ -343,11 +344,11 @@ impl Context {
         }
     }
 
-    /// The asking user's own requests that were accepted in `from..until`, newest first, at most
+    /// Returns the user's own requests that were accepted in `from..until`, newest first, at most
     /// `limit`.
     ///
     /// # Errors
-    /// When they cannot be read here or now.
+    /// Fails if they are not available here, or cannot be read now.
     pub async fn requests(
         &self,
         from: Timestamp,
@@ -361,24 +362,25 @@ impl Context {
     }
 }
 
-/// As JSON, without the spare room that a growing buffer has: it may be held for long, and counts by its length.
-pub(crate) fn json(value: &impl Serialize) -> Result<Bytes, serde_json::Error> {
+/// Serializes to JSON without spare capacity: the buffer may be held for long, and counts by its
+/// length.
+pub(crate) fn to_json(value: &impl Serialize) -> Result<Bytes, serde_json::Error> {
     let mut json = serde_json::to_vec(value)?;
-    if json.len() > SHRUNK_BYTES {
+    if json.len() > SHRINK_THRESHOLD_BYTES {
         json.shrink_to_fit();
     }
     Ok(json.into())
 }
 
-/// Looks only whether it is JSON, however deep it nests; builds nothing.
-fn well_formed_json(what: &str, data: &[u8]) -> Result<(), HandlerError> {
+/// Checks that the data is JSON, however deep it nests, without building a value.
+fn check_json(what: &str, data: &[u8]) -> Result<(), HandlerError> {
     match serde_json::from_slice::<&serde_json::value::RawValue>(data) {
         Ok(_) => Ok(()),
         Err(error) => Err(HandlerError::fatal(format!("{what} is not JSON: {error}"))),
     }
 }
 
-fn bounded(what: &str, bytes: usize, limit: usize) -> Result<(), HandlerError> {
+fn check_size(what: &str, bytes: usize, limit: usize) -> Result<(), HandlerError> {
     if bytes <= limit {
         Ok(())
     } else {

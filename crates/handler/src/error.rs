@@ -1,14 +1,13 @@
-//! How a handler says that it failed.
+//! Error of a handler.
 
 use std::{error::Error, fmt};
 
 use streamer_core::{ErrorCode, RequestError, Violations};
 
-/// Why an attempt failed, and whether another may do better.
+/// Reason why an attempt failed, and whether a retry may succeed.
 ///
-/// Any error turns into a retryable one by `?`; [`HandlerError::fatal`] and
-/// [`HandlerError::invalid`] say that repeating is of no use. (It is no `Error` itself, so that
-/// every `Error` can turn into it.)
+/// `?` converts any error to a retryable one; [`HandlerError::fatal`] and [`HandlerError::invalid`]
+/// are not retryable. (It does not implement `Error`, so that every `Error` converts to it.)
 #[derive(Clone, Debug)]
 pub struct HandlerError {
     error: RequestError,
@@ -16,18 +15,18 @@ pub struct HandlerError {
 }
 
 impl HandlerError {
-    /// Another attempt may succeed.
+    /// A retry may succeed.
     pub fn retryable(message: impl Into<String>) -> Self {
         let error = RequestError::new(ErrorCode::ProcessingFailed, message);
         Self::from_request_error(RequestError { retryable: true, ..error })
     }
 
-    /// Another attempt would fail in the same way.
+    /// A retry would fail in the same way.
     pub fn fatal(message: impl Into<String>) -> Self {
         Self::from_request_error(RequestError::new(ErrorCode::ProcessingFailed, message))
     }
 
-    /// The payload breaks a rule; no other attempt follows.
+    /// The payload violates a rule; it is not retried.
     pub fn invalid(field: impl Into<String>, rule: impl Into<String>) -> Self {
         let mut violations = Violations::default();
         violations.push(field, rule);
@@ -35,45 +34,45 @@ impl HandlerError {
         Self::from_request_error(RequestError::new(ErrorCode::ValidationError, message))
     }
 
-    /// The handler gave up because cancellation was asked for.
+    /// The handler stopped because cancellation was requested.
     #[must_use]
     pub fn cancelled() -> Self {
         Self::from_request_error(RequestError::new(ErrorCode::Cancelled, "cancelled"))
     }
 
-    /// The handler gives the attempt back unfinished, as when its process stops: another attempt
-    /// follows at once, even if this was the last.
+    /// The handler releases the attempt unfinished, for example because its process stops: the next
+    /// attempt starts immediately, even if this was the last.
     pub fn released(reason: impl Into<String>) -> Self {
         let error = RequestError::new(ErrorCode::Unavailable, reason);
         Self { error, released: true }
     }
 
-    /// Whether the attempt was given back, see [`HandlerError::released`].
+    /// Returns whether the attempt was released, see [`HandlerError::released`].
     #[must_use]
     pub fn is_released(&self) -> bool {
         self.released
     }
 
-    /// Adds a JSON value that tells more.
+    /// Adds details as a JSON value.
     #[must_use]
     pub fn with_details(mut self, details: &serde_json::Value) -> Self {
         self.error.details = Some(details.to_string());
         self
     }
 
-    /// With everything said: code, message and whether to retry.
+    /// Creates an error with this code, message and retryability.
     #[must_use]
     pub fn from_request_error(error: RequestError) -> Self {
         Self { error, released: false }
     }
 
-    /// As it is told to the caller.
+    /// Returns the error as its caller receives it.
     #[must_use]
     pub fn into_request_error(self) -> RequestError {
         self.error
     }
 
-    /// The kind of failure.
+    /// Returns the error code.
     #[must_use]
     pub fn code(&self) -> ErrorCode {
         self.error.code

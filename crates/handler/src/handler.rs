@@ -1,14 +1,14 @@
-//! The trait that actions are written with.
+//! The handler traits.
 
 use async_trait::async_trait;
 use bytes::Bytes;
 use serde::{Serialize, de::DeserializeOwned};
 use streamer_core::ActionSpec;
 
-use crate::{Context, HandlerError, context::json};
+use crate::{Context, HandlerError, context::to_json};
 
-/// One action: a typed payload in, a typed result out. Use `Box<serde_json::value::RawValue>` for
-/// JSON that shall pass untouched.
+/// One action: a typed payload as input, a typed result as output. Use
+/// `Box<serde_json::value::RawValue>` to pass JSON through unchanged.
 #[async_trait]
 pub trait Handler: Send + Sync + 'static {
     /// The payload.
@@ -16,10 +16,10 @@ pub trait Handler: Send + Sync + 'static {
     /// The result.
     type Output: Serialize + Send;
 
-    /// What it declares about itself.
+    /// Returns the declaration of the action.
     fn spec(&self) -> ActionSpec;
 
-    /// Does the work of one attempt.
+    /// Runs one attempt.
     async fn handle(
         &self,
         context: &Context,
@@ -27,13 +27,13 @@ pub trait Handler: Send + Sync + 'static {
     ) -> Result<Self::Output, HandlerError>;
 }
 
-/// A handler whose types are hidden: JSON bytes in, JSON bytes out.
+/// A handler with erased types: JSON bytes as input and output.
 #[async_trait]
 pub trait DynHandler: Send + Sync + 'static {
-    /// What it declares about itself.
+    /// Returns the declaration of the action.
     fn spec(&self) -> ActionSpec;
 
-    /// Does the work of one attempt.
+    /// Runs one attempt.
     async fn run(&self, context: &Context, payload: Bytes) -> Result<Bytes, HandlerError>;
 }
 
@@ -47,8 +47,8 @@ impl<H: Handler> DynHandler for H {
         let input = serde_json::from_slice(&payload)
             .map_err(|error| HandlerError::invalid("payload", error.to_string()))?;
         let output = self.handle(context, input).await?;
-        // A result that cannot be written as JSON will not become writable by trying again.
-        json(&output)
+        // Serialization would fail again in a retry.
+        to_json(&output)
             .map_err(|error| HandlerError::fatal(format!("the result is not JSON: {error}")))
     }
 }

@@ -1,9 +1,9 @@
-//! How an action is written: the [`Handler`] trait, the [`Context`] it works with, and the
-//! [`Handlers`] that a processor runs.
+//! Handler API: the [`Handler`] trait, the [`Context`] of a run, and the [`Handlers`] of a
+//! processor or worker.
 //!
 //! A handler takes a typed payload and returns a typed result; through its context it reports
-//! progress, puts out chunks of the result, leaves checkpoints and notices cancellation. It does
-//! not know where it runs. Execution is at least once: an attempt that died is followed by another,
+//! progress, outputs chunks of the result, saves checkpoints and observes cancellation. It does not
+//! depend on where it runs. Execution is at least once: a failed attempt is followed by another,
 //! which sees its number and the last checkpoint.
 //!
 //! ```
@@ -34,7 +34,7 @@ mod budget;
 mod context;
 mod error;
 mod handler;
-mod handlers;
+mod registry;
 mod report;
 
 pub use async_trait::async_trait;
@@ -42,6 +42,6 @@ pub use budget::{OutputBudget, Reservation};
 pub use context::{AttemptInfo, Context, RequestHistory, RequestSummary};
 pub use error::HandlerError;
 pub use handler::{DynHandler, Handler};
-pub use handlers::Handlers;
-pub use report::{PausedSource, Report, ReportBatch, ReportQueue, ReportSource};
+pub use registry::Handlers;
+pub use report::{PauseGuard, Report, ReportBatch, ReportQueue, ReportSource};
 pub use streamer_core::{ActionSpec, RetryPolicy};

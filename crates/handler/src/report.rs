@@ -1,4 +1,4 @@
-//! What a running attempt reports, on its way to the log.
+//! Queue of reports between a handler and the log.
 
 use std::{collections::VecDeque, pin::pin, sync::Arc};
 
@@ -12,13 +12,13 @@ use tokio::{
 
 use crate::{HandlerError, OutputBudget, Reservation};
 
-/// Bytes of waiting reports up to which none are reserved: most attempts never have more.
+/// Pending bytes that need no reservation: most attempts never have more.
 const UNRESERVED_BYTES: usize = 4 * 1024;
 
-/// One thing that an attempt reports.
+/// One report of an attempt.
 #[derive(Clone, Debug, PartialEq)]
 pub enum Report {
-    /// How far it is.
+    /// Progress of the attempt.
     Progress {
         /// 0 to 100.
         percentage: Option<f64>,
@@ -27,16 +27,16 @@ pub enum Report {
         /// JSON.
         metadata: Option<Bytes>,
     },
-    /// The next chunk of its output.
+    /// Next chunk of the output.
     Output {
         /// IANA media type.
         content_type: String,
-        /// The chunk.
+        /// Data of the chunk.
         data: Bytes,
     },
-    /// What the next attempt may begin from.
+    /// State that the next attempt may start from.
     Checkpoint(Bytes),
-    /// The handler lives and has nothing else to say.
+    /// The handler is alive and has nothing else to report.
     KeepAlive,
 }
 
@@ -54,45 +54,45 @@ impl Report {
             }
     }
 
-    /// Whether it becomes an event of the log.
+    /// Returns whether the report becomes an event of the log.
     #[must_use]
     pub fn is_event(&self) -> bool {
         matches!(self, Self::Progress { .. } | Self::Output { .. })
     }
 }
 
-/// Reports between a handler and the log: in order, bounded, taken in batches.
+/// Queue of reports between a handler and the log: ordered, bounded, read in batches.
 #[derive(Default)]
 pub struct ReportQueue {
     state: Mutex<State>,
-    /// Called when something was pushed.
+    /// Called after each push.
     hook: Option<Box<dyn Fn() + Send + Sync>>,
-    /// The budget that it shares with other attempts, and the tenant that uses it.
+    /// Budget that it shares with other attempts, and the tenant that uses it.
     budget: Option<(Arc<OutputBudget>, Arc<str>)>,
     filled: Notify,
     emptied: Notify,
     durable: watch::Sender<i64>,
 }
 
-/// Reports that were taken together.
+/// Reports that were taken from a queue together.
 #[derive(Debug, Default)]
 pub struct ReportBatch {
-    /// In order.
+    /// Reports, in order.
     pub reports: VecDeque<Report>,
-    /// For their bytes; to be dropped when the reports are.
+    /// Reservation of their bytes; to be dropped together with the reports.
     pub reserved: Reservation,
 }
 
 #[derive(Debug)]
 struct State {
-    waiting: ReportBatch,
+    pending: ReportBatch,
     bytes: usize,
     closed: bool,
     discarding: bool,
-    last_push: Instant,
-    /// How many calls wait for room.
+    last_activity: Instant,
+    /// Number of calls that wait for room.
     blocked: usize,
-    /// For the next report, which came from a worker and was reserved when it did.
+    /// Reservation for the next report of a worker, made when the report arrived.
     prepaid: Reservation,
     source: Option<Arc<ReportSource>>,
 }
@@ -100,11 +100,11 @@ struct State {
 impl Default for State {
     fn default() -> Self {
         Self {
-            waiting: ReportBatch::default(),
+            pending: ReportBatch::default(),
             bytes: 0,
             closed: false,
             discarding: false,
-            last_push: Instant::now(),
+            last_activity: Instant::now(),
             blocked: 0,
             prepaid: Reservation::default(),
             source: None,
@@ -114,25 +114,25 @@ impl Default for State {
 
 impl State {
     fn has_room(&self, bytes: usize) -> bool {
-        let reports = &self.waiting.reports;
+        let reports = &self.pending.reports;
         reports.is_empty()
             || (reports.len() < MAX_WAITING_REPORTS
                 && self.bytes + bytes <= MAX_WAITING_REPORT_BYTES)
     }
 
-    /// Whether a report of this size needs no reservation.
+    /// Returns whether a report of this size needs no reservation.
     fn is_unreserved(&self, bytes: usize) -> bool {
         self.bytes + bytes <= UNRESERVED_BYTES
     }
 
     fn push(&mut self, report: Report, bytes: usize, reserved: Reservation) {
-        self.waiting.reports.push_back(report);
-        self.waiting.reserved.merge(reserved);
+        self.pending.reports.push_back(report);
+        self.pending.reserved.merge(reserved);
         self.bytes += bytes;
     }
 }
 
-/// Where the reports of several queues come from. While it is paused, no queue counts as silent.
+/// Common source of the reports of several queues. While it is paused, no queue counts as silent.
 #[derive(Debug)]
 pub struct ReportSource {
     pauses: Mutex<Pauses>,
@@ -151,14 +151,14 @@ impl Default for ReportSource {
 }
 
 impl ReportSource {
-    /// Pauses it until the returned guard is dropped.
+    /// Pauses the source until the returned guard is dropped.
     #[must_use]
-    pub fn pause(self: &Arc<Self>) -> PausedSource {
+    pub fn pause(self: &Arc<Self>) -> PauseGuard {
         self.pauses.lock().times += 1;
-        PausedSource(self.clone())
+        PauseGuard(self.clone())
     }
 
-    /// When its last pause ended: now, while it is paused.
+    /// Returns when the last pause ended; now, while it is paused.
     #[must_use]
     pub fn paused_until(&self) -> Instant {
         let pauses = self.pauses.lock();
@@ -168,9 +168,9 @@ impl ReportSource {
 
 /// Pauses a [`ReportSource`] until it is dropped.
 #[derive(Debug)]
-pub struct PausedSource(Arc<ReportSource>);
+pub struct PauseGuard(Arc<ReportSource>);
 
-impl Drop for PausedSource {
+impl Drop for PauseGuard {
     fn drop(&mut self) {
         let mut pauses = self.0.pauses.lock();
         pauses.times -= 1;
@@ -178,32 +178,32 @@ impl Drop for PausedSource {
     }
 }
 
-/// A call that waits for room.
-struct Blocked<'a>(&'a ReportQueue);
+/// Counts a call that waits for room.
+struct BlockedPush<'a>(&'a ReportQueue);
 
-impl<'a> Blocked<'a> {
+impl<'a> BlockedPush<'a> {
     fn begin(queue: &'a ReportQueue) -> Self {
         queue.state.lock().blocked += 1;
         Self(queue)
     }
 }
 
-impl Drop for Blocked<'_> {
+impl Drop for BlockedPush<'_> {
     fn drop(&mut self) {
         let mut state = self.0.state.lock();
         state.blocked -= 1;
-        state.last_push = Instant::now();
+        state.last_activity = Instant::now();
     }
 }
 
 impl ReportQueue {
-    /// Reserves the bytes of its reports in a budget, for this tenant.
+    /// Creates a queue that reserves the bytes of its reports in a budget, for this tenant.
     #[must_use]
-    pub fn within(budget: Arc<OutputBudget>, tenant: &str) -> Self {
+    pub fn with_budget(budget: Arc<OutputBudget>, tenant: &str) -> Self {
         Self { budget: Some((budget, tenant.into())), ..Self::default() }
     }
 
-    /// Takes everything and keeps nothing: for sync actions, which have no log.
+    /// Creates a queue that discards all reports: for sync actions, which have no log.
     #[must_use]
     pub fn discarding() -> Self {
         let queue = Self::default();
@@ -211,7 +211,7 @@ impl ReportQueue {
         queue
     }
 
-    /// Calls `hook` whenever something was pushed: for who looks after many queues at once.
+    /// Creates a queue that calls `hook` after each push: for readers of many queues.
     #[must_use]
     pub fn with_hook(hook: impl Fn() + Send + Sync + 'static) -> Self {
         Self { hook: Some(Box::new(hook)), ..Self::default() }
@@ -220,7 +220,7 @@ impl ReportQueue {
     /// Adds a report; waits while the queue is full or the budget is used up.
     ///
     /// # Errors
-    /// When the attempt has been taken from this handler: nothing it reports counts any more.
+    /// Fails if the attempt no longer belongs to this handler: its reports are discarded.
     pub async fn push(&self, report: Report) -> Result<(), HandlerError> {
         let bytes = report.bytes();
         let mut report = Some(report);
@@ -229,7 +229,7 @@ impl ReportQueue {
             if state.closed {
                 return Err(HandlerError::cancelled());
             }
-            state.last_push = Instant::now();
+            state.last_activity = Instant::now();
             if state.discarding {
                 return Ok(());
             }
@@ -244,7 +244,7 @@ impl ReportQueue {
             }
         }
         if let Some(report) = report {
-            self.push_when_there_is_room(report, bytes).await?;
+            self.wait_and_push(report, bytes).await?;
         }
         self.filled.notify_one();
         if let Some(hook) = &self.hook {
@@ -253,16 +253,12 @@ impl ReportQueue {
         Ok(())
     }
 
-    async fn push_when_there_is_room(
-        &self,
-        report: Report,
-        bytes: usize,
-    ) -> Result<(), HandlerError> {
-        let _blocked = Blocked::begin(self);
+    async fn wait_and_push(&self, report: Report, bytes: usize) -> Result<(), HandlerError> {
+        let _blocked = BlockedPush::begin(self);
         let mut reserving = pin!(self.reserve_all(bytes));
         let mut reserved = None;
         loop {
-            // Registered before looking, so that no wake-up is missed.
+            // Registered before the check, so that no wake-up is missed.
             let emptied = self.emptied.notified();
             let has_room = {
                 let mut state = self.state.lock();
@@ -270,7 +266,7 @@ impl ReportQueue {
                     return Err(HandlerError::cancelled());
                 }
                 let has_room = state.has_room(bytes);
-                // A small report needs no reservation once the others were taken.
+                // A small report needs no reservation once the others are taken.
                 let covered = match reserved.take() {
                     None if state.is_unreserved(bytes) => Some(Reservation::default()),
                     reserved => reserved,
@@ -298,7 +294,7 @@ impl ReportQueue {
         if bytes <= UNRESERVED_BYTES {
             return Reservation::default();
         }
-        let _blocked = Blocked::begin(self);
+        let _blocked = BlockedPush::begin(self);
         self.reserve_all(bytes).await
     }
 
@@ -310,9 +306,9 @@ impl ReportQueue {
         }
     }
 
-    /// Takes over a reservation for the next report, or for the result.
+    /// Sets the reservation for the next report, or for the result.
     pub fn prepay(&self, reserved: Reservation) {
-        // The one before is released without the lock.
+        // The previous reservation is released without the lock.
         let unused = {
             let mut state = self.state.lock();
             if state.closed { reserved } else { std::mem::replace(&mut state.prepaid, reserved) }
@@ -320,19 +316,19 @@ impl ReportQueue {
         drop(unused);
     }
 
-    /// Takes everything that waits.
+    /// Takes all pending reports.
     #[must_use]
     pub fn take(&self) -> VecDeque<Report> {
         self.take_batch().reports
     }
 
-    /// Takes everything that waits, with what is reserved for it.
+    /// Takes all pending reports, with their reservation.
     #[must_use]
     pub fn take_batch(&self) -> ReportBatch {
         let taken = {
             let mut state = self.state.lock();
             state.bytes = 0;
-            std::mem::take(&mut state.waiting)
+            std::mem::take(&mut state.pending)
         };
         if !taken.reports.is_empty() {
             self.emptied.notify_waiters();
@@ -340,15 +336,15 @@ impl ReportQueue {
         taken
     }
 
-    /// Takes the next report, if one waits.
+    /// Takes the next report, if any.
     #[must_use]
     pub fn pop(&self) -> Option<Report> {
         let (report, reserved) = {
             let mut state = self.state.lock();
-            let report = state.waiting.reports.pop_front()?;
+            let report = state.pending.reports.pop_front()?;
             state.bytes -= report.bytes();
-            let is_last = state.waiting.reports.is_empty();
-            let reserved = is_last.then(|| std::mem::take(&mut state.waiting.reserved));
+            let is_last = state.pending.reports.is_empty();
+            let reserved = is_last.then(|| std::mem::take(&mut state.pending.reserved));
             (report, reserved)
         };
         drop(reserved);
@@ -356,43 +352,43 @@ impl ReportQueue {
         Some(report)
     }
 
-    /// Returns once there may be something to take.
+    /// Waits until reports may be pending.
     pub async fn filled(&self) {
         let filled = self.filled.notified();
-        if self.state.lock().waiting.reports.is_empty() {
+        if self.state.lock().pending.reports.is_empty() {
             filled.await;
         }
     }
 
-    /// Sets where its reports come from.
+    /// Sets the source of its reports.
     pub fn set_source(&self, source: Arc<ReportSource>) {
         self.state.lock().source = Some(source);
     }
 
-    /// When something was last pushed, or the queue was made. Now, while something waits for room here
-    /// or in its source.
+    /// Returns when the last report was pushed, or the queue was created; now, while a call waits
+    /// for room or the source is paused.
     #[must_use]
-    pub fn last_push(&self) -> Instant {
+    pub fn last_activity(&self) -> Instant {
         let state = self.state.lock();
         if state.blocked > 0 {
             return Instant::now();
         }
         let paused_until = state.source.as_ref().map(|source| source.paused_until());
-        paused_until.map_or(state.last_push, |until| until.max(state.last_push))
+        paused_until.map_or(state.last_activity, |until| until.max(state.last_activity))
     }
 
-    /// Notes how many reports of the attempt are durable events by now.
-    pub fn note_durable(&self, events: i64) {
+    /// Records how many reports of the attempt are durable events.
+    pub fn set_durable(&self, events: i64) {
         self.durable.send_if_modified(|known| std::mem::replace(known, events) != events);
     }
 
-    /// Follows how many reports of the attempt are durable events.
+    /// Follows the number of reports of the attempt that are durable events.
     #[must_use]
     pub fn durable(&self) -> watch::Receiver<i64> {
         self.durable.subscribe()
     }
 
-    /// Refuses everything from now on.
+    /// Rejects all reports from now on.
     pub fn close(&self) {
         let prepaid = {
             let mut state = self.state.lock();

@@ -1,22 +1,23 @@
-//! Declarations of actions as the schema writes them, and back.
+//! Conversion of action declarations to and from protobuf.
 
 use std::time::Duration;
 
 use streamer_core::{ActionSpec, ErrorCodes, RetryPolicy, Violations, validate};
 use streamer_proto::common::v1::{Action, ErrorCode as ProtoCode};
 
-use crate::convert::{code_from_proto, code_to_proto};
+use crate::proto_conversions::{code_from_proto, code_to_proto};
 
-/// Attempts that an action may ask for at most.
-const MAX_ATTEMPTS: i64 = 1_000_000;
-/// Longest time that an action may name, in milliseconds: a year.
+/// Maximum value of `max_attempts` and `max_concurrency`.
+const MAX_COUNT: i64 = 1_000_000;
+/// Maximum duration in a declaration, in milliseconds: a year.
 const MAX_MILLIS: i64 = 366 * 24 * 3600 * 1000;
-/// Largest description, in bytes.
+/// Maximum size of a description, in bytes.
 const MAX_DESCRIPTION_BYTES: usize = 4096;
-/// Largest payload schema, in bytes.
+/// Maximum size of a payload schema, in bytes.
 const MAX_SCHEMA_BYTES: usize = 256 * 1024;
 
-/// A declaration as the schema writes it; `threshold` decides whether it is sync.
+/// Converts a declaration to protobuf; the action is sync if it is estimated to take less than
+/// `threshold`.
 #[must_use]
 pub fn action_to_proto(spec: &ActionSpec, threshold: Duration) -> Action {
     let limit = |duration: Option<Duration>| duration.map_or(0, millis);
@@ -46,8 +47,8 @@ pub fn action_to_proto(spec: &ActionSpec, threshold: Duration) -> Action {
     }
 }
 
-/// A declaration, as somebody else wrote it; every broken rule is noted, under `field`. What is 0
-/// or empty takes its default.
+/// Converts a declaration from protobuf and adds every violation under `field`. Fields that are 0
+/// or empty take their default.
 #[must_use]
 pub fn action_from_proto(action: &Action, field: &str, violations: &mut Violations) -> ActionSpec {
     let mut check = |name: &str, outcome| violations.check(&format!("{field}.{name}"), outcome);
@@ -57,9 +58,9 @@ pub fn action_from_proto(action: &Action, field: &str, violations: &mut Violatio
     let schema = action.payload_schema.len();
     check("payload_schema", validate::at_most(schema, MAX_SCHEMA_BYTES, "payload_schema"));
     let attempts = i64::from(action.max_attempts);
-    check("max_attempts", validate::in_range(attempts, 0, MAX_ATTEMPTS, ""));
+    check("max_attempts", validate::in_range(attempts, 0, MAX_COUNT, ""));
     let concurrency = i64::from(action.max_concurrency);
-    check("max_concurrency", validate::in_range(concurrency, 0, MAX_ATTEMPTS, ""));
+    check("max_concurrency", validate::in_range(concurrency, 0, MAX_COUNT, ""));
     for (name, value) in [
         ("estimated_duration_ms", action.estimated_duration_ms),
         ("start_to_close_ms", action.start_to_close_ms),
@@ -84,7 +85,7 @@ pub fn action_from_proto(action: &Action, field: &str, violations: &mut Violatio
         estimated_duration: match time(action.estimated_duration_ms) {
             None if action.sync => ActionSpec::sync(String::new()).estimated_duration,
             None => defaults.estimated_duration,
-            Some(given) => given,
+            Some(duration) => duration,
         },
         retry: RetryPolicy {
             max_attempts: number(action.max_attempts).unwrap_or(defaults.retry.max_attempts),
@@ -115,7 +116,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn a_declaration_comes_back() {
+    fn a_declaration_round_trips() {
         let limit = Duration::from_millis(1234);
         let retry = RetryPolicy {
             max_attempts: 7,
@@ -133,20 +134,20 @@ mod tests {
             .max_concurrency(3)
             .payload_schema("{}");
         let mut violations = Violations::default();
-        let written = action_to_proto(&spec, Duration::from_secs(5));
-        assert_eq!(action_from_proto(&written, "actions[0]", &mut violations), spec);
+        let message = action_to_proto(&spec, Duration::from_secs(5));
+        assert_eq!(action_from_proto(&message, "actions[0]", &mut violations), spec);
         assert!(violations.is_empty(), "{violations}");
     }
 
     #[test]
-    fn broken_rules_name_their_fields() {
+    fn violations_name_their_fields() {
         let action = Action { name: "No".into(), heartbeat_timeout_ms: -1, ..Action::default() };
         let mut violations = Violations::default();
         drop(action_from_proto(&action, "actions[2]", &mut violations));
-        let told = violations.to_string();
+        let text = violations.to_string();
         assert!(
-            told.contains("actions[2].name:") && told.contains("actions[2].heartbeat_timeout_ms:"),
-            "{told}"
+            text.contains("actions[2].name:") && text.contains("actions[2].heartbeat_timeout_ms:"),
+            "{text}"
         );
     }
 }

@@ -1,4 +1,4 @@
-//! How one service reaches another: the same client, whether there is a network between them.
+//! Channels between services: the same generated client works in process and over the network.
 
 use std::{convert::Infallible, future::Future, net::SocketAddr, pin::Pin, sync::Arc};
 
@@ -8,10 +8,10 @@ use tower::{Service, ServiceExt, util::BoxCloneSyncService};
 
 use crate::spans::{ClientSpans, ServerSpans};
 
-/// What a generated client talks through. Its error is what the client then answers with.
+/// Transport of a generated client. The client returns its error to the caller.
 pub type Channel = BoxCloneSyncService<Request<Body>, Response<Body>, Status>;
 
-/// A channel to a server in this process: its calls are function calls, without sockets.
+/// Returns a channel to a server in this process: calls are function calls, without sockets.
 pub fn local<S>(server: S) -> Channel
 where
     S: Service<Request<Body>, Response = Response<Body>, Error = Infallible>
@@ -24,7 +24,7 @@ where
     BoxCloneSyncService::new(ServerSpans(server.map_err(|never| match never {})))
 }
 
-/// A channel to a server in a different process.
+/// Returns a channel to a server in a different process.
 pub fn remote<S>(server: S) -> Channel
 where
     S: Service<Request<Body>, Response = Response<Body>, Error = Status>
@@ -37,66 +37,68 @@ where
     BoxCloneSyncService::new(ClientSpans(server))
 }
 
-/// Header of a submission between services: the `uid` that the request shall have, so that repeating
-/// the call does no harm. Nobody else's is believed.
+/// Header of a submission between services: the `uid` to assign to the request, so that a repeated
+/// call is idempotent. Ignored in calls from clients.
 pub const REQUEST_UID: &str = "streamer-request-uid";
-/// Header of a call that may have been made before, with an unknown outcome.
+/// Header of a retry: an earlier call may have been executed, with an unknown outcome.
 pub const REPEATED: &str = "streamer-repeated";
-/// Header of every call between services: the token that they share.
+/// Header of every call between services: the token that all services share.
 pub const SERVICE_TOKEN: &str = "streamer-service-token";
-/// Metadata of a refusal between services: nothing was begun, and another instance may have room.
+/// Metadata of a rejection between services: nothing was executed, and a different instance may have
+/// capacity.
 pub const NOT_TAKEN: &str = "streamer-not-taken";
-/// Header of a call that another instance of the same service passes on: it goes no further.
+/// Header of a call that was forwarded by an instance of the same service: it is not forwarded again.
 pub const FORWARDED: &str = "streamer-forwarded";
 
-/// Header of a watch that a gateway opens for its subscribers, which it counts itself.
+/// Header of a watch that a gateway opens for its subscribers; the gateway counts their watches.
 pub const WATCH_COUNTED: &str = "streamer-watch-counted";
 
-/// Header of a call that a gateway makes or passes on for a client: the address of the client.
+/// Header of a call that a gateway makes or forwards for a client: the address of the client.
 pub const CLIENT_ADDRESS: &str = "streamer-client-address";
 
-/// The connection that a request came over; in its extensions.
+/// Connection that a request was received on; in the extensions of the request.
 #[derive(Clone)]
 pub struct Peer(Arc<dyn Connection>);
 
-/// An accepted TCP connection, as the services that handle its requests see it.
+/// Accepted TCP connection, as seen by the services that handle its requests.
 pub trait Connection: Send + Sync {
-    /// Where it comes from.
+    /// Returns the address of the peer.
     fn address(&self) -> SocketAddr;
 
-    /// A request that came over it had a valid token.
+    /// Records that a request on the connection had a valid token.
     fn authenticated(&self);
 
-    /// Returns once it has to make room for others, as it may before it is authenticated.
+    /// Returns when the connection must be closed in favor of others, which is possible until it is
+    /// authenticated.
     fn evicted(&self) -> Pin<Box<dyn Future<Output = ()> + Send>>;
 }
 
 impl Peer {
-    /// The other end of this connection, which counts as open as long as this lives.
+    /// Returns the peer of this connection, which counts as open until this is dropped.
     pub fn new(connection: Arc<dyn Connection>) -> Self {
         Self(connection)
     }
 
-    /// Where it comes from.
+    /// Returns the address of the peer.
     #[must_use]
     pub fn address(&self) -> SocketAddr {
         self.0.address()
     }
 
-    /// Returns once it has to make room for others.
+    /// Returns when the connection must be closed in favor of others.
     pub fn evicted(&self) -> Pin<Box<dyn Future<Output = ()> + Send>> {
         self.0.evicted()
     }
 
-    /// Says that a request that came over it had a valid token.
+    /// Records that a request on the connection had a valid token.
     pub fn authenticated(&self) {
         self.0.authenticated();
     }
 }
 
-/// A call in the name of whoever holds this token.
+/// Returns a call that is authenticated with this token.
 pub fn with_authorization<T>(message: T, authorization: HeaderValue) -> tonic::Request<T> {
-    // Those who call for a client add its address, and for a submission its uid.
+    // Room for the client's address, and for the uid of a submission.
     let mut headers = HeaderMap::with_capacity(3);
     headers.insert(AUTHORIZATION, authorization);
     let metadata = MetadataMap::from_headers(headers);

@@ -4,12 +4,12 @@ use bytes::Bytes;
 use prost::Message;
 use streamer_proto::common::v1::{Event, Request, event::Kind};
 
-/// Below this, bytes are copied before they are kept: the buffer that they are a slice of may be
-/// many times larger. Above, the buffer holds little else.
-const COPIED_BYTES: usize = 64 * 1024;
+/// Smaller byte strings are copied before they are retained, because the buffer that they are a slice
+/// of may be many times larger. For larger ones, the buffer holds little else.
+const COPY_BELOW_BYTES: usize = 64 * 1024;
 
-/// Copies an event. Where the original shares the buffer that it was received in, the copy has one of
-/// exactly its own size, so that keeping it keeps nothing else.
+/// Copies an event. If the original shares the buffer that it was received in, the copy has its own
+/// buffer of exactly its size, so that the copy does not retain the receive buffer.
 #[must_use]
 pub fn compact_event(event: &Event) -> Event {
     match &event.kind {
@@ -22,25 +22,25 @@ pub fn compact_event(event: &Event) -> Event {
             | Kind::Succeeded(_)
             | Kind::Failed(_)
             | Kind::Cancelled(_),
-        ) => reencoded(event),
+        ) => reencode(event),
     }
 }
 
-/// Copies a request, as [`compact_event`] does an event.
+/// Copies a request in the same way as [`compact_event`] copies an event.
 #[must_use]
 pub fn compact_request(request: &Request) -> Request {
-    reencoded(request)
+    reencode(request)
 }
 
-fn reencoded<M: Message + Default + Clone>(message: &M) -> M {
+fn reencode<M: Message + Default + Clone>(message: &M) -> M {
     let encoded = Bytes::from(message.encode_to_vec());
     M::decode(encoded).unwrap_or_else(|_| message.clone())
 }
 
-/// Bytes that may be kept: small ones are copied out of the buffer that they were received in.
+/// Returns bytes that may be retained: small ones are copied out of their receive buffer.
 #[must_use]
 pub fn compact_bytes(bytes: Bytes) -> Bytes {
-    if bytes.len() < COPIED_BYTES { Bytes::copy_from_slice(&bytes) } else { bytes }
+    if bytes.len() < COPY_BELOW_BYTES { Bytes::copy_from_slice(&bytes) } else { bytes }
 }
 
 #[cfg(test)]
@@ -51,7 +51,7 @@ mod tests {
 
     use super::*;
 
-    /// An event as a call receives it: one of several messages in a large buffer.
+    /// Returns the event as a call receives it: as a slice of a larger buffer.
     fn received(event: &Event) -> (Event, Bytes) {
         let mut buffer = event.encode_to_vec();
         let length = buffer.len();
@@ -65,7 +65,7 @@ mod tests {
     }
 
     #[test]
-    fn a_copy_of_an_event_shares_nothing_with_the_buffer_it_came_in() {
+    fn a_copied_event_does_not_retain_its_receive_buffer() {
         let data = Payload { body: Some(Body::Data("chunk".into())), ..Payload::default() };
         let kind = Kind::Output(Output { data: Some(data), chunk_index: 3 });
         let (event, buffer) = received(&Event { kind: Some(kind), ..Event::default() });
@@ -101,8 +101,8 @@ mod tests {
     }
 
     #[test]
-    fn small_bytes_are_copied_and_large_ones_shared() {
-        let large = Bytes::from(vec![1; COPIED_BYTES]);
+    fn small_byte_strings_are_copied_and_large_ones_are_shared() {
+        let large = Bytes::from(vec![1; COPY_BELOW_BYTES]);
         assert_eq!(compact_bytes(large.clone()).as_ptr(), large.as_ptr());
         let small = large.slice(..10);
         assert_ne!(compact_bytes(small.clone()).as_ptr(), small.as_ptr());

@@ -1,22 +1,22 @@
-//! Work that must not stop halfway because its caller stopped waiting.
+//! Work that must complete even if its caller stops waiting.
 
 use streamer_telemetry::{InScope, Scope};
 use tonic::Status;
 use tracing::Instrument;
 
-/// Starts `work` in a task of its own; the future that is returned waits for its result.
+/// Spawns `work` in a dedicated task and returns a future of its result.
 ///
-/// tonic drops the future of a call when the client goes away or its deadline passes. For a change
-/// with more than one step, such as storing an event and then notifying watchers, that would leave the
-/// first step without the second. Dropping the returned future leaves `work` running to its end, unless
-/// the process ends before.
+/// tonic drops the future of a call when the client disconnects or its deadline expires. A change with
+/// several steps, such as storing an event and then notifying watchers, could then stop after the first
+/// step. If the returned future is dropped, `work` still runs to completion, unless the process exits
+/// first.
 ///
 /// # Errors
-/// The error of `work`. INTERNAL if it panicked, UNAVAILABLE if the process is shutting down.
+/// Returns the error of `work`, INTERNAL if it panics, or UNAVAILABLE if the process is shutting down.
 pub fn run_to_completion<T: Send + 'static>(
     work: impl Future<Output = Result<T, Status>> + Send + 'static,
 ) -> impl Future<Output = Result<T, Status>> + Send + 'static {
-    // Boxed, because tokio copies a task several times on its way to the heap.
+    // Boxed because tokio copies a future several times before it is on the heap.
     let task = tokio::spawn(Box::pin(work).in_current_span().in_scope(Scope::current()));
     async move {
         match task.await {
@@ -57,7 +57,7 @@ mod tests {
     async fn a_panic_is_reported_to_the_caller() {
         let fails = true;
         let work = run_to_completion(async move {
-            assert!(!fails, "on purpose");
+            assert!(!fails, "intentional");
             Ok(())
         });
         assert_eq!(work.await.unwrap_err().code(), tonic::Code::Internal);

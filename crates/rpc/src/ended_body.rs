@@ -1,4 +1,4 @@
-//! Response bodies that end before the server that sends them does.
+//! Response bodies that can be ended early with a status.
 
 use bytes::Bytes;
 use futures_util::{StreamExt, stream};
@@ -9,20 +9,21 @@ use tonic::{Status, body::Body};
 
 type BoxError = Box<dyn std::error::Error + Send + Sync>;
 
-/// Passes the frames of a response body on until `ended`, then ends it with that status, in trailers as
-/// a server would: the client learns why, and can watch again. Also a body that always has a frame ends.
+/// Forwards the frames of a response body until `ended`, then ends the body with that status, in
+/// trailers: the client receives the reason and can watch again. A body that always has a frame ready
+/// ends too.
 pub fn end_when<B>(body: B, ended: impl Future<Output = Status> + Send + 'static) -> Body
 where
     B: HttpBody<Data = Bytes> + Send + 'static,
     B::Error: Into<BoxError>,
 {
-    // A refusal without a body: its status is in the headers, and the stream must end with those.
+    // A trailers-only response: its status is in the headers, and the stream must end with them.
     if body.is_end_stream() {
         return Body::new(body);
     }
     let frames = Box::pin(BodyStream::new(body));
     let state = Some((frames, Box::pin(ended)));
-    let answer = stream::unfold(state, move |state| async move {
+    let stream = stream::unfold(state, move |state| async move {
         let (mut frames, mut ended) = state?;
         tokio::select! {
             biased;
@@ -38,7 +39,7 @@ where
             }
         }
     });
-    Body::new(StreamBody::new(answer))
+    Body::new(StreamBody::new(stream))
 }
 
 #[cfg(test)]
@@ -50,15 +51,15 @@ mod tests {
     use super::*;
 
     #[tokio::test]
-    async fn a_refusal_stays_without_a_body() {
-        let refusal = Status::not_found("no such request").into_http::<Body>();
-        let refusal = refusal.map(|body| end_when(body, std::future::pending()));
-        assert!(refusal.body().is_end_stream());
-        assert_eq!(refusal.headers()["grpc-status"], "5");
+    async fn a_response_without_a_body_is_unchanged() {
+        let response = Status::not_found("no such request").into_http::<Body>();
+        let response = response.map(|body| end_when(body, std::future::pending()));
+        assert!(response.body().is_end_stream());
+        assert_eq!(response.headers()["grpc-status"], "5");
     }
 
     #[tokio::test]
-    async fn a_body_that_always_has_a_frame_ends() {
+    async fn a_body_that_always_has_a_frame_ready_ends() {
         let frames = std::iter::repeat_with(|| Ok::<_, BoxError>(Frame::data("x".into())));
         let busy = StreamBody::new(tokio_stream::iter(frames));
         let (end, ended) = oneshot::channel::<Status>();
@@ -71,7 +72,7 @@ mod tests {
     }
 
     #[tokio::test]
-    async fn a_silent_body_ends_with_the_status() {
+    async fn an_idle_body_ends_with_the_status() {
         let (frames, received) = mpsc::channel::<Result<Frame<Bytes>, BoxError>>(1);
         let (end, ended) = oneshot::channel::<Status>();
         let body = StreamBody::new(ReceiverStream::new(received));

@@ -1,26 +1,26 @@
-//! Payloads: opaque bytes inside, protobuf JSON for people at the edges.
+//! Payloads: opaque bytes within the system, protobuf JSON on request at its edges.
 
 use bytes::Bytes;
 use prost_types::{Struct, Value, value::Kind};
 use serde_json::{Map, Number};
 use streamer_proto::common::v1::{Event, Payload, PayloadEncoding, event, payload::Body};
 
-/// Content type of a payload that names none.
+/// Content type of a payload without one.
 pub const JSON: &str = "application/json";
 
-/// The payload of a caller that sends none.
+/// Returns the payload of a request without one.
 #[must_use]
 pub fn empty_object() -> Bytes {
     Bytes::from_static(b"{}")
 }
 
-/// A JSON payload.
+/// Returns a JSON payload.
 #[must_use]
 pub fn json_payload(data: impl Into<Bytes>) -> Payload {
     Payload { content_type: JSON.to_owned(), body: Some(Body::Data(data.into())) }
 }
 
-/// Content type and bytes of what came in.
+/// Returns the content type and the bytes of a received payload.
 #[must_use]
 pub fn payload_into_parts(payload: Option<Payload>) -> (String, Bytes) {
     let Some(payload) = payload else { return (JSON.to_owned(), empty_object()) };
@@ -34,7 +34,7 @@ pub fn payload_into_parts(payload: Option<Payload>) -> (String, Bytes) {
     (content_type, data)
 }
 
-/// The bytes of a payload that services of ours made, which always holds bytes.
+/// Returns the bytes of a payload from a Streamer service, which always contains bytes.
 #[must_use]
 pub fn payload_bytes(payload: Option<&Payload>) -> Bytes {
     match payload.and_then(|payload| payload.body.as_ref()) {
@@ -44,13 +44,13 @@ pub fn payload_bytes(payload: Option<&Payload>) -> Bytes {
     }
 }
 
-/// Larger bodies stay bytes: as typed values they would outgrow what a message may be.
+/// Larger bodies stay bytes: as typed values they would exceed the message limit.
 const MAX_TYPED_BYTES: usize = 256 * 1024;
-/// Deeper bodies stay bytes: protobuf libraries give up at 100 messages inside each other, and a
-/// level of JSON is up to three.
+/// Deeper bodies stay bytes: protobuf libraries reject more than 100 nested messages, and a level of
+/// JSON is up to three.
 const MAX_TYPED_DEPTH: usize = 24;
 
-/// Turns a payload into what the caller asked for.
+/// Converts a payload to the requested encoding.
 pub fn encode_payload(payload: &mut Payload, encoding: PayloadEncoding) {
     let is_json = payload.content_type.is_empty() || payload.content_type == JSON;
     if encoding != PayloadEncoding::JsonValue || !is_json {
@@ -77,7 +77,7 @@ fn is_shallow(value: &serde_json::Value, levels: usize) -> bool {
     }
 }
 
-/// Turns the payloads of an event into what the caller asked for.
+/// Converts the payloads of an event to the requested encoding.
 pub fn encode_event(event: &mut Event, encoding: PayloadEncoding) {
     use event::Kind;
     let payload = match &mut event.kind {
@@ -111,7 +111,7 @@ fn to_json(value: &Value) -> serde_json::Value {
     }
 }
 
-/// Whole numbers that a double holds exactly are written without a fraction.
+/// Writes integers that a double represents exactly without a fraction.
 fn json_number(number: f64) -> serde_json::Value {
     const EXACT: f64 = 9_007_199_254_740_992.0;
     if number.fract() == 0.0 && number.abs() <= EXACT {
@@ -144,7 +144,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn typed_json_becomes_json_bytes_and_back() {
+    fn typed_json_round_trips_through_bytes() {
         let json = serde_json::json!({"a": [1, 2.5, null, true], "b": {"c": "é😀"}, "n": -3});
         let payload = Payload {
             content_type: String::new(),
@@ -153,20 +153,20 @@ mod tests {
         let (content_type, data) = payload_into_parts(Some(payload));
         assert_eq!(content_type, JSON);
         assert_eq!(serde_json::from_slice::<serde_json::Value>(&data).unwrap(), json);
-        let mut back = json_payload(data);
-        encode_payload(&mut back, PayloadEncoding::JsonValue);
-        let Some(Body::Json(value)) = back.body else { panic!("not typed JSON") };
+        let mut typed = json_payload(data);
+        encode_payload(&mut typed, PayloadEncoding::JsonValue);
+        let Some(Body::Json(value)) = typed.body else { panic!("not typed JSON") };
         assert_eq!(to_json(&value), json);
     }
 
     #[test]
-    fn absent_means_an_empty_object() {
+    fn an_absent_payload_is_an_empty_object() {
         assert_eq!(payload_into_parts(None), (JSON.to_owned(), empty_object()));
         assert_eq!(payload_into_parts(Some(Payload::default())).1, empty_object());
     }
 
     #[test]
-    fn what_is_not_json_stays_bytes() {
+    fn bytes_that_are_not_json_stay_bytes() {
         let mut payload = json_payload("\u{0}not json");
         encode_payload(&mut payload, PayloadEncoding::JsonValue);
         assert!(matches!(payload.body, Some(Body::Data(_))));

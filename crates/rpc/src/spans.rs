@@ -1,7 +1,7 @@
-//! Spans of calls, and the context that a call carries: one layer for clients, one for servers.
+//! Spans of calls, and propagation of the trace context: one layer for clients, one for servers.
 //!
-//! A call outside a sampled trace has no span; its context is passed on. A call that is marked
-//! [`Untraced`] is outside: those that come once per event.
+//! A call outside a sampled trace has no span; its context is propagated. Calls that are marked
+//! [`Untraced`], such as those made once per event, have neither.
 
 use std::{
     pin::Pin,
@@ -15,15 +15,15 @@ use tonic::{Code, Status};
 use tower::Service;
 use tracing::Span;
 
-/// W3C headers.
+/// Headers of W3C Trace Context.
 const TRACE_PARENT: &str = "traceparent";
 const TRACE_STATE: &str = "tracestate";
 
-/// Extension of a request that has no span and carries no context.
+/// Extension of a request that has no span and does not propagate the context.
 #[derive(Clone, Copy, Debug)]
 pub struct Untraced;
 
-/// Span of a call: name in the code, kind, and method.
+/// Opens the span of a call.
 macro_rules! rpc_span {
     ($name:literal, $kind:literal, $method:expr) => {
         trace_span!(
@@ -39,23 +39,23 @@ macro_rules! rpc_span {
     };
 }
 
-/// The context that a call brings, if it is valid.
+/// Returns the trace context in the headers of a call, if it is valid.
 #[must_use]
 pub fn trace_context(headers: &HeaderMap) -> Option<TraceContext> {
     let text = |name: &str| headers.get(name).and_then(|value| value.to_str().ok());
     TraceContext::parse(text(TRACE_PARENT)?, text(TRACE_STATE))
 }
 
-/// Client side of a channel to a different process.
+/// Opens spans on the client side of a channel to a different process.
 #[derive(Clone)]
 pub(crate) struct ClientSpans<S>(pub(crate) S);
 
-/// Server side of a channel within a process, where the context follows the future: there, a span of the
-/// client would say the same again. Calls that enter the process use [`enter`].
+/// Opens spans on the server side of a channel within a process, where the context follows the future: a
+/// client span would be redundant. Calls from outside the process use [`enter`].
 #[derive(Clone)]
 pub(crate) struct ServerSpans<S>(pub(crate) S);
 
-/// The future of an untraced call as it is, or that of a traced one.
+/// Future of an untraced call, or of a traced one.
 type Traced<F, T, E> = Either<F, Pin<Box<dyn Future<Output = Result<T, E>> + Send>>>;
 
 impl<S, B, C, E> Service<Request<B>> for ClientSpans<S>
@@ -82,7 +82,7 @@ where
         }
         let method = method(&request);
         let scope = Scope::inline(rpc_span!("rpc.client", "client", method));
-        put(&scope.trace_context().unwrap_or(context), request.headers_mut());
+        inject(&scope.trace_context().unwrap_or(context), request.headers_mut());
         let span = scope.span();
         if span.is_disabled() {
             return Either::Left(self.0.call(request));
@@ -123,8 +123,8 @@ where
     }
 }
 
-/// Admits a call that enters this process. A service has decided whether it is traced; for others it is
-/// decided here.
+/// Returns the scope of a call from outside the process. If the caller is a service, it has decided
+/// whether the call is traced; otherwise that is decided here.
 #[must_use]
 pub fn enter<B>(traces: &Traces, request: &Request<B>, is_service: bool) -> Scope {
     let caller = trace_context(request.headers());
@@ -134,8 +134,8 @@ pub fn enter<B>(traces: &Traces, request: &Request<B>, is_service: bool) -> Scop
     traces.admit(caller, is_service, || server_span(method(request)))
 }
 
-/// Waits for the answer, and records its status in the span. `is_error` says for which codes the span
-/// failed.
+/// Waits for the response and records its status in the span. `is_error` returns which codes mark the
+/// span as failed.
 pub async fn recorded<F, C, E>(
     call: F,
     span: Span,
@@ -144,8 +144,8 @@ pub async fn recorded<F, C, E>(
 where
     F: Future<Output = Result<Response<C>, E>>,
 {
-    let answer = call.await;
-    let code = match &answer {
+    let result = call.await;
+    let code = match &result {
         Ok(response) => match Status::from_header_map(response.headers()) {
             Some(status) => status.code(),
             None if response.status().is_success() => Code::Ok,
@@ -161,10 +161,10 @@ where
     if is_error(code) {
         span.record("otel.status_code", "ERROR");
     }
-    answer
+    result
 }
 
-/// Whether a server is at fault, by OpenTelemetry's conventions for gRPC.
+/// Returns whether a code is a server error, by the OpenTelemetry conventions for gRPC.
 #[must_use]
 pub fn is_server_error(code: Code) -> bool {
     matches!(
@@ -190,7 +190,7 @@ fn method<B>(request: &Request<B>) -> &str {
     request.uri().path().trim_start_matches('/')
 }
 
-fn put(context: &TraceContext, headers: &mut HeaderMap) {
+fn inject(context: &TraceContext, headers: &mut HeaderMap) {
     if let Ok(value) = HeaderValue::try_from(context.trace_parent()) {
         headers.insert(TRACE_PARENT, value);
     }
@@ -200,7 +200,7 @@ fn put(context: &TraceContext, headers: &mut HeaderMap) {
     }
 }
 
-/// Name of a code, as the gRPC documentation writes it.
+/// Returns the name of a code as in the gRPC documentation.
 #[must_use]
 pub fn code_name(code: Code) -> &'static str {
     match code {

@@ -1,4 +1,4 @@
-//! Failures as gRPC statuses with `google.rpc` details, and back.
+//! Conversion of errors to and from gRPC statuses with `google.rpc` details.
 
 use std::{collections::HashMap, time::Duration};
 
@@ -8,19 +8,19 @@ use streamer_store::StoreError;
 use tonic::{Code, Status};
 use tonic_types::{ErrorDetails, FieldViolation, StatusExt};
 
-/// Statuses travel in headers, of which many clients take 8 KiB in all.
+/// Statuses are sent in headers, and many clients accept at most 8 KiB of headers.
 const MAX_MESSAGE_BYTES: usize = 2048;
 const MAX_DETAILS_BYTES: usize = 2048;
-/// `ErrorInfo.domain` of everything that Streamer refuses.
+/// `ErrorInfo.domain` of Streamer's errors.
 const DOMAIN: &str = "streamer";
-/// Key of `ErrorInfo.metadata` under which further details travel.
+/// Key of `ErrorInfo.metadata` that contains further details.
 const DETAILS: &str = "details";
-/// When the store could not do something, its callers should wait for so long.
-const STORE_PAUSE: Duration = Duration::from_secs(1);
-/// Key of `ErrorInfo.metadata` that says whether to try again.
+/// Retry delay that callers receive when the store is unavailable or overloaded.
+const STORE_RETRY_DELAY: Duration = Duration::from_secs(1);
+/// Key of `ErrorInfo.metadata` that contains whether to retry.
 const RETRYABLE: &str = "retryable";
 
-/// A failure as a status: `ErrorInfo` carries its code as reason.
+/// Converts an error to a status, with its code as `ErrorInfo.reason`.
 #[must_use]
 pub fn status(error: &RequestError) -> Status {
     let mut metadata = HashMap::from([(RETRYABLE.to_owned(), error.retryable.to_string())]);
@@ -39,7 +39,7 @@ pub fn status(error: &RequestError) -> Status {
     Status::with_error_details(grpc_code(error.code), message, details)
 }
 
-/// What the details of an error say about coming again.
+/// Limit and retry delay in the details of an error.
 #[derive(Default, Deserialize)]
 struct Quota {
     limit: Option<String>,
@@ -50,12 +50,12 @@ impl Quota {
     fn of(error: &RequestError) -> Self {
         let temporary = matches!(error.code, ErrorCode::RateLimited | ErrorCode::Unavailable);
         let details = error.details.as_deref().filter(|_| temporary);
-        // A handler's own details may have any shape.
+        // Details from a handler may have any shape.
         details.and_then(|details| serde_json::from_str(details).ok()).unwrap_or_default()
     }
 }
 
-/// Every broken rule at once: `INVALID_ARGUMENT` with `BadRequest`.
+/// Returns `INVALID_ARGUMENT` with all violations in `BadRequest`.
 #[must_use]
 pub fn validation_status(violations: &Violations) -> Status {
     let fields: Vec<_> = violations
@@ -68,13 +68,13 @@ pub fn validation_status(violations: &Violations) -> Status {
     Status::with_error_details(Code::InvalidArgument, violations.to_string(), details)
 }
 
-/// The broken rules as the JSON object that `Error.details` holds.
+/// Returns the violations as the JSON object in `Error.details`.
 #[must_use]
 pub fn violations_details(violations: &Violations) -> String {
-    fields_details(violations.iter().map(|one| (one.field.as_str(), one.description.as_str())))
+    violations_json(violations.iter().map(|one| (one.field.as_str(), one.description.as_str())))
 }
 
-fn fields_details<'a>(fields: impl Iterator<Item = (&'a str, &'a str)>) -> String {
+fn violations_json<'a>(fields: impl Iterator<Item = (&'a str, &'a str)>) -> String {
     let list: Vec<_> = fields
         .map(|(field, description)| {
             serde_json::json!({ "field": field, "description": description })
@@ -83,48 +83,51 @@ fn fields_details<'a>(fields: impl Iterator<Item = (&'a str, &'a str)>) -> Strin
     serde_json::json!({ "violations": list }).to_string()
 }
 
-/// The answer for what is not there, and for what is not the caller's: they look the same.
+/// Returns the status for a request that does not exist or that the caller may not see: callers cannot
+/// distinguish the two.
 #[must_use]
 pub fn not_found(name: &str) -> Status {
     let shown: String = name.chars().take(140).collect();
-    status(&RequestError::new(ErrorCode::NotFound, format!("there is no request {shown:?}")))
+    status(&RequestError::new(ErrorCode::NotFound, format!("request not found: {shown:?}")))
 }
 
-/// A failure of the store. It is told here, where the engine's words end: they are for operators.
+/// Converts a store error to a status. It logs the engine's message, which is for operators, and omits it
+/// from the status.
 #[must_use]
 pub fn store_status(error: &StoreError) -> Status {
     let (code, message) = match error {
         StoreError::Unavailable { .. } => {
-            tracing::warn!(%error, "a call failed");
+            tracing::warn!(%error, "store call failed");
             let message = "the store is unavailable; try again";
             let mut error = RequestError::new(ErrorCode::Unavailable, message);
-            error.details = Some(format!("{{\"retry_after_ms\":{}}}", STORE_PAUSE.as_millis()));
+            error.details =
+                Some(format!("{{\"retry_after_ms\":{}}}", STORE_RETRY_DELAY.as_millis()));
             return status(&error);
         }
         StoreError::Overloaded { .. } => {
-            tracing::warn!(%error, "a call failed");
-            let message = "the store has too much to do; try again";
-            return status(&RequestError::limited("store", message, Some(STORE_PAUSE)));
+            tracing::warn!(%error, "store call failed");
+            let message = "the store is overloaded; try again";
+            return status(&RequestError::limited("store", message, Some(STORE_RETRY_DELAY)));
         }
         StoreError::Refused { .. } => {
-            tracing::error!(%error, "a call failed");
-            (ErrorCode::ValidationError, "the store does not take this")
+            tracing::error!(%error, "store call failed");
+            (ErrorCode::ValidationError, "rejected by storage")
         }
         StoreError::Corrupt { .. } | StoreError::Locked { .. } | StoreError::TooNew { .. } => {
-            tracing::error!(%error, "a call failed");
-            (ErrorCode::InternalError, "the store is damaged; its operator has to look")
+            tracing::error!(%error, "store call failed");
+            (ErrorCode::InternalError, "storage is corrupt or unusable; contact the operator")
         }
     };
     status(&RequestError::new(code, message))
 }
 
-/// What a status says, in the words of the protocols: Streamer's own code where it carries one,
-/// else the nearest.
+/// Converts a status to an error: with the Streamer code that it contains, or else with the nearest
+/// one.
 #[must_use]
 pub fn request_error(status: &Status) -> RequestError {
     let info = status.get_details_error_info().filter(|info| info.domain == DOMAIN);
     let own_code = info.as_ref().and_then(|info| ErrorCode::from_name(&info.reason));
-    let code = own_code.unwrap_or_else(|| nearest(status.code()));
+    let code = own_code.unwrap_or_else(|| nearest_error_code(status.code()));
     let metadata = info.map(|info| info.metadata).unwrap_or_default();
     RequestError {
         code,
@@ -133,28 +136,28 @@ pub fn request_error(status: &Status) -> RequestError {
         details: metadata.get(DETAILS).cloned().or_else(|| {
             let rules = status.get_details_bad_request()?.field_violations;
             let fields = rules.iter().map(|one| (one.field.as_str(), one.description.as_str()));
-            Some(fields_details(fields))
+            Some(violations_json(fields))
         }),
     }
 }
 
-/// Tonic's own refusal of a message beyond `limit` bytes, which comes before any of our code, in
-/// our words; every other answer as it is.
+/// Replaces tonic's rejection of a message larger than `limit` bytes, which does not reach our code, by
+/// a validation error; returns every other response unchanged.
 #[must_use]
 pub fn name_message_limit<B>(response: http::Response<B>, limit: usize) -> http::Response<B>
 where
     B: Default,
 {
-    // We never answer OUT_OF_RANGE ourselves.
-    let refused = Status::from_header_map(response.headers())
+    // No Streamer service returns OUT_OF_RANGE.
+    let is_too_large = Status::from_header_map(response.headers())
         .is_some_and(|status| status.code() == Code::OutOfRange);
-    if !refused {
+    if !is_too_large {
         return response;
     }
     let mut violations = Violations::default();
     violations.push(
         "message",
-        format!("must be at most {limit} bytes (limits.max_payload_bytes and some for the rest)"),
+        format!("must be at most {limit} bytes (limits.max_payload_bytes plus overhead)"),
     );
     validation_status(&violations).into_http()
 }
@@ -175,7 +178,7 @@ fn grpc_code(code: ErrorCode) -> Code {
     }
 }
 
-fn nearest(code: Code) -> ErrorCode {
+fn nearest_error_code(code: Code) -> ErrorCode {
     match code {
         Code::InvalidArgument | Code::OutOfRange => ErrorCode::ValidationError,
         Code::NotFound => ErrorCode::NotFound,
@@ -198,19 +201,19 @@ mod tests {
     use super::*;
 
     #[test]
-    fn failures_come_back_from_statuses() {
+    fn errors_round_trip_through_statuses() {
         for code in ErrorCode::ALL {
             let error = RequestError {
                 retryable: !code.is_retryable(),
                 details: Some("{\"a\":1}".into()),
-                ..RequestError::new(code, "because")
+                ..RequestError::new(code, "reason")
             };
             assert_eq!(request_error(&status(&error)), error);
         }
     }
 
     #[test]
-    fn limits_are_told_as_google_rpc_does() {
+    fn exceeded_limits_have_google_rpc_details() {
         let wait = Duration::from_millis(1500);
         let status = status(&RequestError::limited("a.b", "too many", Some(wait)));
         assert_eq!(status.message(), "too many (a.b)");
@@ -219,7 +222,7 @@ mod tests {
     }
 
     #[test]
-    fn violations_stand_in_bad_request_and_in_details() {
+    fn violations_are_in_bad_request_and_in_details() {
         let mut violations = Violations::default();
         violations.push("id", "is too long");
         let status = validation_status(&violations);

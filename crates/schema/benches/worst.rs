@@ -1,4 +1,4 @@
-//! Times the most expensive schemas and payloads that are accepted: how long is the longest validation?
+//! Measures the longest validations among the most expensive accepted schemas and payloads.
 
 use std::{
     sync::Arc,
@@ -15,7 +15,7 @@ fn main() {
             run(name, &schema, &payload);
         }
     });
-    worker.expect("a thread starts").join().expect("no case panics");
+    worker.expect("the thread starts").join().expect("no case panics");
 }
 
 fn run(name: &str, schema: &Value, payload: &dyn Fn(usize) -> Value) {
@@ -24,13 +24,13 @@ fn run(name: &str, schema: &Value, payload: &dyn Fn(usize) -> Value) {
     let schema = match PayloadSchema::compile(&text) {
         Ok(schema) => Arc::new(schema),
         Err(error) => {
-            println!("{name:32} refused in {:.1?}: {error}", start.elapsed());
+            println!("{name:32} rejected in {:.1?}: {error}", start.elapsed());
             return;
         }
     };
     let compiled = start.elapsed();
     let runtime = tokio::runtime::Builder::new_current_thread().enable_time().build();
-    let (runtime, pool) = (runtime.expect("a runtime starts"), Pool::new(1));
+    let (runtime, pool) = (runtime.expect("the runtime starts"), Pool::new(1));
     let (mut worst, mut at) = (Duration::ZERO, 0);
     let mut size = 1;
     while size < 1 << 20 {

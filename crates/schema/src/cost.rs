@@ -1,14 +1,14 @@
-//! How many steps a validation takes at most, for a value at each depth of a payload.
+//! Upper bound of the steps of a validation, for a value at each depth of a payload.
 //!
 //! A step is one keyword applied to one value, or one comparison with a literal: some tens of
-//! nanoseconds. Which subschemas are applied to a value is known only when it is validated. How
-//! many applications there can be is known from the schema: a subschema that is applied n times to
-//! an object applies each of its own subschemas n times to each property. This is counted here,
-//! depth by depth, taking at each depth the most that any property or item can get.
+//! nanoseconds. Which subschemas are applied to a value is known only at validation. The maximum
+//! number of applications follows from the schema: a subschema that is applied n times to an object
+//! applies each of its subschemas n times to each property. This module counts applications depth by
+//! depth, and uses at each depth the maximum over all properties and items.
 //!
-//! The validator visits a value in three ways, and each is counted for itself: to find out whether
-//! it is valid, to collect violations (which first finds out whether the value is valid, again at
-//! every depth), and to mark what `unevaluatedProperties` and `unevaluatedItems` leave out.
+//! The validator visits a value in three modes, which are counted separately: to decide whether it is
+//! valid, to collect violations (which first decides whether the value is valid, again at every
+//! depth), and to mark the evaluated parts for `unevaluatedProperties` and `unevaluatedItems`.
 
 use std::collections::{HashMap, HashSet};
 
@@ -19,92 +19,93 @@ use crate::{
     graph::{Edge, Graph, Part},
 };
 
-/// Deepest payload that is parsed; `serde_json` refuses deeper ones.
+/// Maximum depth of a payload; `serde_json` rejects deeper ones.
 pub(crate) const MAX_DEPTH: usize = 128;
-/// Steps that `uniqueItems` takes for each value below an array, and in sixteenths for each byte.
+/// Steps of `uniqueItems` for each value below an array, and in sixteenths for each byte.
 const UNIQUE_STEPS: u64 = 4;
-/// Applications of a subschema are not counted beyond this.
-const MANY: i64 = 1 << 40;
-/// Subschemas that are applied to one value, one by the other, at most.
+/// Limit at which counts of applications saturate.
+const MAX_COUNT: i64 = 1 << 40;
+/// Maximum length of a chain of subschemas that are applied to one value.
 const MAX_CHAIN: usize = 64;
-/// Subschemas that are applied on the way to the deepest value at most: what the stack holds.
+/// Maximum number of subschemas on the path to the deepest value, which bounds the stack.
 const MAX_PATH: usize = 2048;
-/// Subschemas that one applies to the same value, counted along every way, at most.
+/// Maximum number of subschemas that a subschema applies to the same value, counted along every path.
 const MAX_EXPANSION: u64 = 5_000;
-/// The same over all subschemas of a schema, which bounds the work to compile it.
-const MAX_EXPANSION_IN_ALL: u64 = 200_000;
-/// Names and keywords of those subschemas, counted along every way, over all subschemas of a schema: the
-/// validator may copy them for each.
-const MAX_NAMES_IN_ALL: u64 = 1_000_000;
-/// The same over those with `unevaluatedProperties` or `unevaluatedItems`, for which it always does.
+/// The same limit for the sum over all subschemas, which bounds the work to compile a schema.
+const MAX_TOTAL_EXPANSION: u64 = 200_000;
+/// Maximum number of names and keywords of those subschemas, counted along every path and summed over all
+/// subschemas: the validator may copy them for each.
+const MAX_TOTAL_NAMES: u64 = 1_000_000;
+/// The same limit for subschemas with `unevaluatedProperties` or `unevaluatedItems`, for which the validator
+/// always copies them.
 const MAX_UNEVALUATED_NAMES: u64 = 200_000;
-/// Conditions whose outcomes the validator may need several times: it makes at most this many groups
-/// of what they decide, and asks for each group anew.
+/// Maximum number of groups into which the validator divides the subschemas that conditions select; it evaluates
+/// the conditions again for each group.
 const MAX_GROUPS: u64 = 64;
 /// A value down to this depth ...
 const COMMON_DEPTH: usize = 8;
-/// ... must not take more steps than this, or the schema is refused when it is declared.
+/// ... must take at most this many steps, otherwise the schema is rejected at declaration.
 const MAX_STEPS_AT_COMMON_DEPTH: u64 = 100_000;
 
-/// Ways to visit a value.
-const VALID: usize = 0;
-const VIOLATIONS: usize = 1;
+/// Modes in which the validator visits a value.
+const DECIDE: usize = 0;
+const EXPLAIN: usize = 1;
 const MARK: usize = 2;
-const WAYS: usize = 3;
+const MODES: usize = 3;
 
-/// What a value at some depth costs.
+/// Cost of a value at one depth.
 #[derive(Clone, Copy, Default, PartialEq, Eq, Debug)]
 pub(crate) struct Rate {
     /// Steps for the value.
     pub(crate) value: u64,
-    /// Sixteenths of a step for each byte of it when it is a string, and of its name.
+    /// Sixteenths of a step for each byte of a string value, and of the name of the value.
     pub(crate) byte: u64,
 }
 
-/// Upper bounds of what validations with one schema cost.
+/// Upper bounds of the cost of validations with one schema.
 #[derive(Debug)]
 pub(crate) struct Bound {
-    /// To find out whether a payload is valid, by depth.
-    valid: Vec<Rate>,
-    /// To collect its violations, by depth.
-    violations: Vec<Rate>,
+    /// Rates to decide whether a payload is valid, by depth.
+    decide: Vec<Rate>,
+    /// Rates to collect its violations, by depth.
+    explain: Vec<Rate>,
 }
 
 impl Bound {
-    /// Counts, and refuses a schema that no useful payload could be validated with.
+    /// Computes the bounds of a schema; rejects a schema that could not validate any useful payload.
     pub(crate) fn of(graph: &Graph) -> Result<Self, SchemaError> {
-        let order = graph.in_order()?;
+        let order = graph.topological_order()?;
         let expansions = expansions(graph, &order)?;
         check_paths(graph, &order)?;
         let counter = Counter::new(graph, order, expansions);
-        let valid = counter.rates(VALID);
+        let decide = counter.rates(DECIDE);
         for depth in 0..=COMMON_DEPTH {
-            let steps = rate_at(&valid, depth).value;
+            let steps = rate_at(&decide, depth).value;
             if steps > MAX_STEPS_AT_COMMON_DEPTH {
                 let max = MAX_STEPS_AT_COMMON_DEPTH;
                 return Err(SchemaError::TooExpensive { steps, depth, max });
             }
         }
-        Ok(Self { valid, violations: counter.rates(VIOLATIONS) })
+        Ok(Self { decide, explain: counter.rates(EXPLAIN) })
     }
 
-    /// Steps to find out whether a payload of this shape is valid.
+    /// Returns the maximum steps to decide whether a payload of this shape is valid.
     pub(crate) fn steps_to_decide(&self, shape: &Shape) -> u64 {
-        shape.steps(&self.valid)
+        shape.steps(&self.decide)
     }
 
-    /// Steps to collect the violations of a payload of this shape.
+    /// Returns the maximum steps to collect the violations of a payload of this shape.
     pub(crate) fn steps_to_explain(&self, shape: &Shape) -> u64 {
-        shape.steps(&self.violations)
+        shape.steps(&self.explain)
     }
 }
 
-/// Rates do not change beyond the last depth that was counted.
+/// Returns the rate at a depth. Rates do not change beyond the last counted depth.
 fn rate_at(rates: &[Rate], depth: usize) -> Rate {
     rates.get(depth).or(rates.last()).copied().unwrap_or_default()
 }
 
-/// How many values a payload has at each depth, and how many bytes of strings and names.
+/// Numbers of values, and of bytes of strings and names, at each depth of a payload.
 #[derive(Debug)]
 pub(crate) struct Shape {
     depths: Vec<(u64, u64)>,
@@ -140,7 +141,7 @@ impl Shape {
         }
     }
 
-    /// Depth of the deepest value; the payload itself has depth 0.
+    /// Returns the depth of the deepest value; the payload itself has depth 0.
     pub(crate) fn depth(&self) -> usize {
         self.depths.len().saturating_sub(1)
     }
@@ -154,12 +155,12 @@ impl Shape {
     }
 }
 
-/// How many subschemas each node applies to the same value, counted along every way.
+/// Returns the number of subschemas that each node applies to the same value, counted along every path.
 fn expansions(graph: &Graph, order: &[usize]) -> Result<Vec<u64>, SchemaError> {
     let mut expansions = vec![1_u64; graph.nodes.len()];
     let mut names: Vec<u64> = graph.nodes.iter().map(|node| node.steps).collect();
     let mut chains = vec![1_usize; graph.nodes.len()];
-    let (mut all, mut all_names, mut unevaluated_names) = (0_u64, 0_u64, 0_u64);
+    let (mut total, mut total_names, mut unevaluated_names) = (0_u64, 0_u64, 0_u64);
     for node in order.iter().rev().copied() {
         let edges = graph.nodes[node].edges.iter().filter(|edge| edge.is_in_place());
         for edge in edges {
@@ -167,8 +168,8 @@ fn expansions(graph: &Graph, order: &[usize]) -> Result<Vec<u64>, SchemaError> {
             names[node] = names[node].saturating_add(names[edge.to]);
             chains[node] = chains[node].max(chains[edge.to] + 1);
         }
-        all = all.saturating_add(expansions[node]);
-        all_names = all_names.saturating_add(names[node]);
+        total = total.saturating_add(expansions[node]);
+        total_names = total_names.saturating_add(names[node]);
         if graph.nodes[node].unevaluated {
             unevaluated_names = unevaluated_names.saturating_add(names[node]);
         }
@@ -177,8 +178,8 @@ fn expansions(graph: &Graph, order: &[usize]) -> Result<Vec<u64>, SchemaError> {
             return Err(SchemaError::TooLongChain { location: location(), max: MAX_CHAIN });
         }
         if expansions[node] > MAX_EXPANSION
-            || all > MAX_EXPANSION_IN_ALL
-            || all_names > MAX_NAMES_IN_ALL
+            || total > MAX_TOTAL_EXPANSION
+            || total_names > MAX_TOTAL_NAMES
             || unevaluated_names > MAX_UNEVALUATED_NAMES
         {
             return Err(SchemaError::TooManyAlternatives { location: location() });
@@ -187,9 +188,9 @@ fn expansions(graph: &Graph, order: &[usize]) -> Result<Vec<u64>, SchemaError> {
     Ok(expansions)
 }
 
-/// Refuses a schema whose recursion takes too much stack for the deepest payload.
+/// Rejects a schema whose recursion takes too much stack for the deepest payload.
 fn check_paths(graph: &Graph, order: &[usize]) -> Result<(), SchemaError> {
-    // Longest way to an application of each node at the present depth; 0 means none.
+    // Longest path to an application of each node at the current depth; 0 means none.
     let mut lengths = vec![0_usize; graph.nodes.len()];
     lengths[0] = 1;
     for _ in 0..MAX_DEPTH {
@@ -213,7 +214,7 @@ fn check_paths(graph: &Graph, order: &[usize]) -> Result<(), SchemaError> {
     Ok(())
 }
 
-/// One way in which a node passes on its applications to a property or an item.
+/// An edge along which a node applies another to a property or an item.
 #[derive(Clone, Copy)]
 struct Flow {
     from: usize,
@@ -222,40 +223,40 @@ struct Flow {
     marks: bool,
 }
 
-/// What distinguishes the property of one name, or the item at one index, from others.
+/// Flows by which the property of one name, or the item at one index, differs from others.
 #[derive(Default)]
-struct Named {
+struct NamedPart {
     is_item: bool,
-    /// In addition to what flows to any property or item; counts may be negative.
+    /// Added to the flows to any property or item; counts may be negative.
     flows: Vec<Flow>,
-    /// The nodes that these reach, in order.
+    /// The nodes that these flows reach, in order.
     reached: Vec<usize>,
 }
 
-/// How often each node is applied to a value, by way.
-type Counts = Vec<[i64; WAYS]>;
+/// Number of applications of each node to a value, by mode.
+type Counts = Vec<[i64; MODES]>;
 
 /// Counts applications of nodes, depth by depth.
 struct Counter<'a> {
     graph: &'a Graph,
     order: Vec<usize>,
     expansions: Vec<u64>,
-    /// What flows to any property, whatever its name.
+    /// Flows to any property.
     properties: Vec<Flow>,
-    /// What flows to any item.
+    /// Flows to any item.
     items: Vec<Flow>,
-    named: Vec<Named>,
+    named: Vec<NamedPart>,
 }
 
 impl<'a> Counter<'a> {
     fn new(graph: &'a Graph, order: Vec<usize>, expansions: Vec<u64>) -> Self {
         let (mut properties, mut items) = (Vec::new(), Vec::new());
-        let mut by_part: HashMap<Part, Named> = HashMap::new();
+        let mut by_part: HashMap<Part, NamedPart> = HashMap::new();
         for (from, node) in graph.nodes.iter().enumerate() {
             let parts: HashSet<Part> = node.edges.iter().map(|edge| edge.part).collect();
             for &Edge { to, part, marks } in &node.edges {
                 let flow = |count| Flow { from, to, count, marks };
-                let mut take_from = |is_item: bool| {
+                let mut subtract_named = |is_item: bool| {
                     for part in parts.iter().filter(|part| part.is_named(is_item)) {
                         by_part.entry(*part).or_default().flows.push(flow(-1));
                     }
@@ -266,11 +267,11 @@ impl<'a> Counter<'a> {
                     Part::AnyItem => items.push(flow(1)),
                     Part::OtherProperties => {
                         properties.push(flow(1));
-                        take_from(false);
+                        subtract_named(false);
                     }
                     Part::OtherItems => {
                         items.push(flow(1));
-                        take_from(true);
+                        subtract_named(true);
                     }
                     Part::Property(_) | Part::Item(_) => {
                         by_part.entry(part).or_default().flows.push(flow(1));
@@ -293,64 +294,64 @@ impl<'a> Counter<'a> {
             }
             let mut reached: Vec<usize> = reached.into_iter().collect();
             reached.sort_unstable_by_key(|node| positions[*node]);
-            Named { is_item: part.is_named(true), reached, ..named }
+            NamedPart { is_item: part.is_named(true), reached, ..named }
         });
         let named = named.collect();
         Self { graph, order, expansions, properties, items, named }
     }
 
-    /// The rates of validations that begin in this way.
-    fn rates(&self, way: usize) -> Vec<Rate> {
-        let mut counts: Counts = vec![[0; WAYS]; self.graph.nodes.len()];
-        counts[0][way] = 1;
+    /// Returns the rates of validations in this mode.
+    fn rates(&self, mode: usize) -> Vec<Rate> {
+        let mut counts: Counts = vec![[0; MODES]; self.graph.nodes.len()];
+        counts[0][mode] = 1;
         self.apply_in_place(&mut counts, &self.order);
         let mut own = self.charge(&counts, &self.order);
-        // What the values above bring along: they read everything below them.
-        let mut read = 0_u64;
+        // Added by values above, whose `uniqueItems` reads everything below them.
+        let mut from_unique = 0_u64;
         let mut from_parent = Rate::default();
         let mut rates = Vec::new();
         for _ in 0..=MAX_DEPTH {
             rates.push(Rate {
-                value: own.value.saturating_add(from_parent.value).saturating_add(read),
-                byte: own.byte.saturating_add(from_parent.byte).saturating_add(read),
+                value: own.value.saturating_add(from_parent.value).saturating_add(from_unique),
+                byte: own.byte.saturating_add(from_parent.byte).saturating_add(from_unique),
             });
             let (next, next_own) = self.descend(&counts);
-            let (for_children, reading) = self.charge_children(&counts);
-            if reading == 0 && for_children == from_parent && next == counts {
+            let (for_children, unique_steps) = self.charge_children(&counts);
+            if unique_steps == 0 && for_children == from_parent && next == counts {
                 break;
             }
-            read = read.saturating_add(reading);
+            from_unique = from_unique.saturating_add(unique_steps);
             from_parent = for_children;
             (counts, own) = (next, next_own);
         }
         rates
     }
 
-    /// Passes on applications to subschemas of the same value.
+    /// Propagates applications to subschemas of the same value.
     fn apply_in_place(&self, counts: &mut Counts, order: &[usize]) {
         for from in order.iter().copied() {
             let node = &self.graph.nodes[from];
             if node.unevaluated {
-                let visits = add(counts[from][VALID], counts[from][VIOLATIONS]);
+                let visits = add(counts[from][DECIDE], counts[from][EXPLAIN]);
                 counts[from][MARK] = add(counts[from][MARK], visits);
             }
-            let [valid, violations, mark] = counts[from];
+            let [decide, explain, mark] = counts[from];
             for edge in node.edges.iter().filter(|edge| edge.is_in_place()) {
                 let times = match edge.part {
                     Part::Condition => self.expansions[from].min(MAX_GROUPS),
                     _ => 1,
                 };
-                let marking = mark.saturating_mul(i64::try_from(times).unwrap_or(MANY));
+                let marking = mark.saturating_mul(i64::try_from(times).unwrap_or(MAX_COUNT));
                 let reached = &mut counts[edge.to];
-                let decided = add(valid, add(add(violations, violations), marking));
-                reached[VALID] = add(reached[VALID], decided);
-                reached[VIOLATIONS] = add(reached[VIOLATIONS], violations);
+                let decisions = add(decide, add(add(explain, explain), marking));
+                reached[DECIDE] = add(reached[DECIDE], decisions);
+                reached[EXPLAIN] = add(reached[EXPLAIN], explain);
                 reached[MARK] = add(reached[MARK], mark);
             }
         }
     }
 
-    /// Cost of a value to which these nodes are applied this many times.
+    /// Returns the cost of a value to which these nodes are applied this many times.
     fn charge(&self, counts: &Counts, nodes: &[usize]) -> Rate {
         let mut rate = Rate::default();
         for (node, times) in
@@ -362,65 +363,66 @@ impl<'a> Counter<'a> {
         rate
     }
 
-    /// What each member of a value costs in addition; and the number of times that everything below it is read.
+    /// Returns the additional cost of each member of a value, and the steps that `uniqueItems` adds to each value
+    /// below it.
     fn charge_children(&self, counts: &Counts) -> (Rate, u64) {
-        let (mut rate, mut reading) = (Rate::default(), 0_u64);
+        let (mut rate, mut unique_steps) = (Rate::default(), 0_u64);
         for (node, times) in self.graph.nodes.iter().zip(counts.iter().map(total)) {
             let steps = node.property_steps + u64::from(node.unevaluated);
             rate.value = rate.value.saturating_add(times.saturating_mul(steps));
             rate.byte = rate.byte.saturating_add(times.saturating_mul(node.name_byte_cost));
             let steps = if node.reads_all { UNIQUE_STEPS } else { 0 };
-            reading = reading.saturating_add(times.saturating_mul(steps));
+            unique_steps = unique_steps.saturating_add(times.saturating_mul(steps));
         }
-        (rate, reading)
+        (rate, unique_steps)
     }
 
-    /// The most applications of each node to any property or item, and the most that one costs.
+    /// Returns the maximum applications of each node to any property or item, and the maximum cost of one.
     fn descend(&self, counts: &Counts) -> (Counts, Rate) {
-        let none = || vec![[0; WAYS]; counts.len()];
+        let zero = || vec![[0; MODES]; counts.len()];
         let flow = |flows: &[Flow], into: &mut Counts| {
             for flow in flows {
-                let [valid, violations, mark] = counts[flow.from];
+                let [decide, explain, mark] = counts[flow.from];
                 let marking = if flow.marks { mark } else { 0 };
-                let decided = add(valid, add(add(violations, violations), marking));
+                let decisions = add(decide, add(add(explain, explain), marking));
                 let reached = &mut into[flow.to];
-                reached[VALID] = add(reached[VALID], decided.saturating_mul(flow.count));
-                reached[VIOLATIONS] =
-                    add(reached[VIOLATIONS], violations.saturating_mul(flow.count));
+                reached[DECIDE] = add(reached[DECIDE], decisions.saturating_mul(flow.count));
+                reached[EXPLAIN] = add(reached[EXPLAIN], explain.saturating_mul(flow.count));
             }
         };
         let [of_properties, of_items] = [&self.properties, &self.items].map(|flows| {
-            let mut any = none();
+            let mut any = zero();
             flow(flows, &mut any);
             self.apply_in_place(&mut any, &self.order);
             any
         });
         let rates = [&of_properties, &of_items].map(|any| self.charge(any, &self.order));
-        let mut rate = rates[0].or(rates[1]);
-        let mut most: Counts = of_properties.iter().zip(&of_items).map(larger).collect();
-        let mut more = none();
+        let mut rate = rates[0].max(rates[1]);
+        let mut max_counts: Counts = of_properties.iter().zip(&of_items).map(larger).collect();
+        let mut named_counts = zero();
         for named in &self.named {
             let any = if named.is_item { &of_items } else { &of_properties };
-            flow(&named.flows, &mut more);
-            self.apply_in_place(&mut more, &named.reached);
+            flow(&named.flows, &mut named_counts);
+            self.apply_in_place(&mut named_counts, &named.reached);
             let without = self.charge(any, &named.reached);
             for node in named.reached.iter().copied() {
-                more[node] = std::array::from_fn(|way| add(any[node][way], more[node][way]));
-                most[node] = larger((&most[node], &more[node]));
+                named_counts[node] =
+                    std::array::from_fn(|mode| add(any[node][mode], named_counts[node][mode]));
+                max_counts[node] = larger((&max_counts[node], &named_counts[node]));
             }
-            let with = self.charge(&more, &named.reached);
-            rate = rate.or(rates[usize::from(named.is_item)].replacing(without, with));
+            let with = self.charge(&named_counts, &named.reached);
+            rate = rate.max(rates[usize::from(named.is_item)].replacing(without, with));
             for node in &named.reached {
-                more[*node] = [0; WAYS];
+                named_counts[*node] = [0; MODES];
             }
         }
-        (most, rate)
+        (max_counts, rate)
     }
 }
 
 impl Rate {
-    /// The larger one of each.
-    fn or(self, other: Self) -> Self {
+    /// Returns the maximum of each part.
+    fn max(self, other: Self) -> Self {
         Self { value: self.value.max(other.value), byte: self.byte.max(other.byte) }
     }
 
@@ -432,16 +434,16 @@ impl Rate {
     }
 }
 
-/// Applications in all ways.
-fn total(ways: &[i64; WAYS]) -> u64 {
-    u64::try_from(ways.iter().copied().fold(0, add)).unwrap_or(0)
+/// Returns the applications in all modes.
+fn total(modes: &[i64; MODES]) -> u64 {
+    u64::try_from(modes.iter().copied().fold(0, add)).unwrap_or(0)
 }
 
-fn larger((one, other): (&[i64; WAYS], &[i64; WAYS])) -> [i64; WAYS] {
-    std::array::from_fn(|way| one[way].max(other[way]))
+fn larger((one, other): (&[i64; MODES], &[i64; MODES])) -> [i64; MODES] {
+    std::array::from_fn(|mode| one[mode].max(other[mode]))
 }
 
-/// The sum, up to [`MANY`] either way.
+/// Returns the sum, limited to [`MAX_COUNT`] and its negative.
 fn add(one: i64, other: i64) -> i64 {
-    one.saturating_add(other).clamp(-MANY, MANY)
+    one.saturating_add(other).clamp(-MAX_COUNT, MAX_COUNT)
 }

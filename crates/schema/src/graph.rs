@@ -1,4 +1,4 @@
-//! A schema as a graph: its subschemas, and which of them each applies to which part of a value.
+//! A schema as a graph: its subschemas, and the parts of a value to which each applies others.
 
 use std::collections::HashMap;
 
@@ -6,14 +6,14 @@ use serde_json::{Map, Value};
 
 use crate::{SchemaError, pattern::Patterns};
 
-/// Subschemas of one schema at most; each takes some hundred bytes once compiled.
+/// Maximum number of subschemas of a schema; each takes some hundred bytes once compiled.
 const MAX_SUBSCHEMAS: usize = 10_000;
-/// Bytes of the locations of all subschemas and of their keywords at most: the validator keeps each,
-/// and a long property name is a part of every location below it.
+/// Maximum bytes of the locations of all subschemas and their keywords: the validator stores each, and a
+/// long property name is part of every location below it.
 const MAX_LOCATION_BYTES: u64 = 16 << 20;
 /// Steps for each byte of a string whose content is decoded and parsed.
 const CONTENT_BYTE_COST: u64 = 16;
-/// Drafts whose keywords are known here.
+/// Supported drafts.
 const DRAFTS: [&str; 5] = [
     "https://json-schema.org/draft/2020-12/schema",
     "https://json-schema.org/draft/2019-09/schema",
@@ -22,16 +22,16 @@ const DRAFTS: [&str; 5] = [
     "http://json-schema.org/draft-04/schema",
 ];
 
-/// Which part of a value an edge leads to.
+/// Part of a value that an edge leads to.
 #[derive(Clone, Copy, PartialEq, Eq, Hash, Debug)]
 pub(crate) enum Part {
     /// The value itself.
     Same,
     /// The value itself, to choose between two other subschemas.
     Condition,
-    /// The property of this name; names are numbered.
+    /// The property with this name; names are numbered.
     Property(u32),
-    /// Any property, or any name of one.
+    /// Any property, or the name of any property.
     AnyProperty,
     /// Any property that the same subschema does not name.
     OtherProperties,
@@ -39,7 +39,7 @@ pub(crate) enum Part {
     Item(u32),
     /// Any item.
     AnyItem,
-    /// Any item at an index for which the same subschema has no subschema of its own.
+    /// Any item at an index for which the same subschema has no separate subschema.
     OtherItems,
 }
 
@@ -47,7 +47,7 @@ pub(crate) enum Part {
 pub(crate) struct Edge {
     pub(crate) to: usize,
     pub(crate) part: Part,
-    /// It is also followed to find out which properties or items were evaluated.
+    /// Whether it is also followed to find out which properties or items were evaluated.
     pub(crate) marks: bool,
 }
 
@@ -56,28 +56,28 @@ pub(crate) struct Edge {
 pub(crate) struct Node {
     /// JSON Pointer of the subschema.
     pub(crate) location: String,
-    /// For each value that it is applied to.
+    /// Steps for each value that it is applied to.
     pub(crate) steps: u64,
-    /// For each byte of a string, in sixteenths.
+    /// Sixteenths of a step for each byte of a string.
     pub(crate) byte_cost: u64,
-    /// For each property of an object.
+    /// Steps for each property of an object.
     pub(crate) property_steps: u64,
-    /// For each byte of a property's name, in sixteenths.
+    /// Sixteenths of a step for each byte of a property name.
     pub(crate) name_byte_cost: u64,
-    /// Reads everything below the value (`uniqueItems`).
+    /// Whether it reads everything below the value (`uniqueItems`).
     pub(crate) reads_all: bool,
-    /// Has `unevaluatedProperties` or `unevaluatedItems`.
+    /// Whether it has `unevaluatedProperties` or `unevaluatedItems`.
     pub(crate) unevaluated: bool,
     pub(crate) edges: Vec<Edge>,
 }
 
-/// The subschemas of a schema; the first is the schema itself.
+/// The subschemas of a schema; the first one is the schema itself.
 pub(crate) struct Graph {
     pub(crate) nodes: Vec<Node>,
 }
 
 impl Graph {
-    /// Reads a schema and refuses what cannot be bounded.
+    /// Reads a schema; rejects one whose cost has no bound.
     pub(crate) fn read(schema: &Value) -> Result<Self, SchemaError> {
         if let Some(draft) = schema.get("$schema") {
             let known = draft.as_str().is_some_and(|d| DRAFTS.contains(&d.trim_end_matches('#')));
@@ -109,7 +109,7 @@ struct Reader<'a> {
     root: &'a Value,
     is_draft_4: bool,
     nodes: Vec<Node>,
-    /// Nodes by the address of the subschema, which stays where it is while it is read.
+    /// Nodes by the address of the subschema, which does not move during the read.
     by_address: HashMap<*const Value, usize>,
     names: HashMap<&'a str, u32>,
     unread: Vec<(usize, &'a Value)>,
@@ -140,7 +140,7 @@ impl<'a> Reader<'a> {
     ) -> Result<(), SchemaError> {
         let location = self.nodes[index].location.clone();
         if index != 0 {
-            // Draft 4 has `id` for `$id`; in other drafts it is no keyword.
+            // Draft 4 uses `id` for `$id`; in other drafts `id` is not a keyword.
             let id = if self.is_draft_4 { "id" } else { "$id" };
             for keyword in [id, "$schema"] {
                 if keywords.get(keyword).is_some_and(Value::is_string) {
@@ -149,7 +149,7 @@ impl<'a> Reader<'a> {
             }
         }
         for (keyword, value) in keywords {
-            let at = Position { index, location: &location, keyword };
+            let at = KeywordLocation { index, location: &location, keyword };
             self.read_keyword(&at, value, keywords)?;
         }
         let node = &mut self.nodes[index];
@@ -168,7 +168,7 @@ impl<'a> Reader<'a> {
 
     fn read_keyword(
         &mut self,
-        at: &Position<'_>,
+        at: &KeywordLocation<'_>,
         value: &'a Value,
         keywords: &'a Map<String, Value>,
     ) -> Result<(), SchemaError> {
@@ -187,7 +187,7 @@ impl<'a> Reader<'a> {
             "dependentSchemas" | "dependencies" => {
                 for (name, entry) in members(value) {
                     if entry.is_array() {
-                        self.nodes[node].steps += literal(entry);
+                        self.nodes[node].steps += literal_steps(entry);
                     } else {
                         self.edge(at, entry, at.below(name), Part::Same)?;
                     }
@@ -226,7 +226,7 @@ impl<'a> Reader<'a> {
                 self.nodes[node].unevaluated = true;
                 self.one(at, value, Part::OtherItems)?;
             }
-            // They are not applied unless something refers to them, but are checked with the others.
+            // Definitions are applied only where referenced, but are checked like other subschemas.
             "$defs" | "definitions" => {
                 for (name, entry) in members(value) {
                     self.node(entry, at.below(name))?;
@@ -244,20 +244,25 @@ impl<'a> Reader<'a> {
                 self.nodes[node].byte_cost += CONTENT_BYTE_COST;
             }
             "enum" | "const" | "required" | "dependentRequired" => {
-                self.nodes[node].steps += literal(value);
+                self.nodes[node].steps += literal_steps(value);
             }
             _ => {}
         }
         Ok(())
     }
 
-    fn one(&mut self, at: &Position<'_>, value: &'a Value, part: Part) -> Result<(), SchemaError> {
+    fn one(
+        &mut self,
+        at: &KeywordLocation<'_>,
+        value: &'a Value,
+        part: Part,
+    ) -> Result<(), SchemaError> {
         self.edge(at, value, format!("{}/{}", at.location, at.keyword), part)
     }
 
     fn list(
         &mut self,
-        at: &Position<'_>,
+        at: &KeywordLocation<'_>,
         value: &'a Value,
         part: impl Fn(u32) -> Part,
     ) -> Result<(), SchemaError> {
@@ -270,7 +275,7 @@ impl<'a> Reader<'a> {
 
     fn edge(
         &mut self,
-        at: &Position<'_>,
+        at: &KeywordLocation<'_>,
         value: &'a Value,
         location: String,
         part: Part,
@@ -281,41 +286,41 @@ impl<'a> Reader<'a> {
         Ok(())
     }
 
-    /// The subschema that a reference names. Only this document is looked at.
+    /// Returns the subschema that a reference points to, and its location. Only this document is searched.
     fn resolve(
         &self,
-        at: &Position<'_>,
+        at: &KeywordLocation<'_>,
         reference: &Value,
     ) -> Result<(&'a Value, String), SchemaError> {
-        let wrong = || SchemaError::Reference {
+        let invalid = || SchemaError::Reference {
             location: at.location.to_owned(),
             reference: reference.to_string(),
         };
         let fragment = reference.as_str().and_then(|text| text.strip_prefix('#'));
-        let fragment = fragment.ok_or_else(wrong)?;
+        let fragment = fragment.ok_or_else(invalid)?;
         let pointer = percent_encoding::percent_decode_str(fragment).decode_utf8();
-        let pointer = pointer.map_err(|_| wrong())?;
-        // Another document within this one would change what references below it mean.
+        let pointer = pointer.map_err(|_| invalid())?;
+        // An embedded document would change the meaning of references below it.
         for (end, _) in pointer.match_indices('/').skip(1) {
-            let passed = self.root.pointer(&pointer[..end]).ok_or_else(wrong)?;
-            if ["$id", "id"].iter().any(|id| passed.get(id).is_some_and(Value::is_string)) {
+            let ancestor = self.root.pointer(&pointer[..end]).ok_or_else(invalid)?;
+            if ["$id", "id"].iter().any(|id| ancestor.get(id).is_some_and(Value::is_string)) {
                 return Err(SchemaError::unsupported(&pointer[..end], "$id"));
             }
         }
-        let target = self.root.pointer(&pointer).ok_or_else(wrong)?;
+        let target = self.root.pointer(&pointer).ok_or_else(invalid)?;
         Ok((target, pointer.into_owned()))
     }
 }
 
-/// Where a keyword stands.
-struct Position<'a> {
+/// Location of a keyword.
+struct KeywordLocation<'a> {
     index: usize,
     location: &'a str,
     keyword: &'a str,
 }
 
-impl Position<'_> {
-    /// Pointer to an entry of the keyword's value.
+impl KeywordLocation<'_> {
+    /// Returns the pointer to an entry of the keyword's value.
     fn below(&self, entry: &str) -> String {
         let entry = entry.replace('~', "~0").replace('/', "~1");
         format!("{}/{}/{entry}", self.location, self.keyword)
@@ -326,13 +331,16 @@ fn members(value: &Value) -> impl Iterator<Item = (&String, &Value)> {
     value.as_object().into_iter().flatten()
 }
 
-/// Steps to compare a value with a literal, or to look up its names: one for each value in it, and
-/// one for each 16 bytes of text.
-fn literal(value: &Value) -> u64 {
+/// Returns the steps to compare a value with a literal, or to look up its names: one for each value in
+/// it, and one for each 16 bytes of text.
+fn literal_steps(value: &Value) -> u64 {
     match value {
-        Value::Array(items) => 1 + items.iter().map(literal).sum::<u64>(),
+        Value::Array(items) => 1 + items.iter().map(literal_steps).sum::<u64>(),
         Value::Object(members) => {
-            1 + members.iter().map(|(name, value)| text_steps(name) + literal(value)).sum::<u64>()
+            1 + members
+                .iter()
+                .map(|(name, value)| text_steps(name) + literal_steps(value))
+                .sum::<u64>()
         }
         Value::String(text) => 1 + text_steps(text),
         Value::Null | Value::Bool(_) | Value::Number(_) => 1,
@@ -344,35 +352,35 @@ fn text_steps(text: &str) -> u64 {
 }
 
 impl Graph {
-    /// The nodes in an order in which every node comes before those that it applies to the same
+    /// Returns the nodes in an order in which every node precedes those that it applies to the same
     /// value.
-    pub(crate) fn in_order(&self) -> Result<Vec<usize>, SchemaError> {
+    pub(crate) fn topological_order(&self) -> Result<Vec<usize>, SchemaError> {
         #[derive(Clone, Copy, PartialEq)]
-        enum Mark {
+        enum Visit {
             New,
             Open,
             Done,
         }
-        let mut marks = vec![Mark::New; self.nodes.len()];
+        let mut visits = vec![Visit::New; self.nodes.len()];
         let mut order = Vec::with_capacity(self.nodes.len());
         for start in 0..self.nodes.len() {
-            // Each entry is a node, and how many of its edges were followed.
+            // Each entry is a node and the number of its edges that were followed.
             let mut path = vec![(start, 0)];
             while let Some((node, followed)) = path.pop() {
                 if followed == 0 {
-                    if marks[node] == Mark::Done {
+                    if visits[node] == Visit::Done {
                         continue;
                     }
-                    marks[node] = Mark::Open;
+                    visits[node] = Visit::Open;
                 }
                 let Some(edge) = self.nodes[node].edges.get(followed) else {
-                    marks[node] = Mark::Done;
+                    visits[node] = Visit::Done;
                     order.push(node);
                     continue;
                 };
                 path.push((node, followed + 1));
-                if edge.is_in_place() && marks[edge.to] != Mark::Done {
-                    if marks[edge.to] == Mark::Open {
+                if edge.is_in_place() && visits[edge.to] != Visit::Done {
+                    if visits[edge.to] == Visit::Open {
                         let location = self.nodes[edge.to].location.clone();
                         return Err(SchemaError::EndlessReference { location });
                     }
@@ -386,14 +394,14 @@ impl Graph {
 }
 
 impl Part {
-    /// Whether it is the item at one index, or the property of one name.
+    /// Whether this is the item at one index, or the property with one name.
     pub(crate) fn is_named(self, is_item: bool) -> bool {
         matches!((self, is_item), (Self::Item(_), true) | (Self::Property(_), false))
     }
 }
 
 impl Edge {
-    /// Whether it leads to the same value.
+    /// Whether the edge leads to the same value.
     pub(crate) fn is_in_place(&self) -> bool {
         matches!(self.part, Part::Same | Part::Condition)
     }

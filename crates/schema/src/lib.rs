@@ -1,15 +1,15 @@
-//! JSON Schemas that users declare, checked and run at a bounded cost.
+//! Compiles user-declared JSON Schemas and validates payloads at a bounded cost.
 //!
 //! A schema is a program that a user writes, and a payload is its input. The processor compiles
-//! each schema when it is declared, to refuse what is wrong; the router compiles it again and
-//! validates payloads with it. The validator is the crate `jsonschema`. It has no limit of its own:
-//! 200 bytes of schema and 50 bytes of payload can keep it busy for years, or overflow its stack.
+//! each schema when it is declared, to reject invalid ones; the router compiles it again and
+//! validates payloads with it. The validator is the crate `jsonschema`, which has no limits:
+//! 200 bytes of schema and 50 bytes of payload can keep it busy for years or overflow its stack.
 //!
 //! Invariants:
-//! - [`PayloadSchema::compile`] refuses schemas whose compilation, stack or memory has no bound.
-//! - A payload is validated only if the steps that this takes at most, computed from the schema
-//!   and the shape of the payload ([`cost`]), are within [`MAX_STEPS`].
-//! - What may take long runs on threads of its own, of which a tenant uses one ([`pool`]).
+//! - [`PayloadSchema::compile`] rejects schemas whose compilation, stack or memory has no bound.
+//! - A payload is validated only if the maximum number of steps, computed from the schema and the
+//!   shape of the payload ([`cost`]), is within [`MAX_STEPS`].
+//! - Long validations run on dedicated threads, of which a tenant uses one at a time ([`pool`]).
 
 mod cost;
 mod graph;
@@ -31,25 +31,25 @@ use crate::{
     unique::UniqueItems,
 };
 
-/// Steps that a validation takes at most: some tenths of a second.
+/// Maximum steps of a validation: some tenths of a second.
 pub const MAX_STEPS: u64 = 20_000_000;
-/// Steps that are spent on collecting all violations at most; a step costs more than otherwise, and
-/// violations take memory. Beyond it a payload is just reported as not matching.
+/// Maximum steps to collect all violations, which takes more time per step and uses memory. Beyond it a
+/// payload is reported as not matching, without the violations.
 const MAX_STEPS_TO_EXPLAIN: u64 = 200_000;
-/// A validation is short below this many steps ...
+/// A validation is short up to this many steps ...
 const SHORT_STEPS: u64 = 20_000;
-/// ... when the payload is not nested deeper than this: the stack of the caller is enough.
+/// ... if the payload is nested at most this deep, so that the stack of the caller suffices.
 const SHORT_DEPTH: usize = 8;
-/// Larger payloads, in bytes, are parsed on a thread of the pool too.
+/// Larger payloads, in bytes, are also parsed on a thread of the pool.
 const SHORT_BYTES: usize = 16 << 10;
-/// Violations that are reported at most.
+/// Maximum number of reported violations.
 const MAX_VIOLATIONS: usize = 50;
-/// Longest path and longest text of a rule, in bytes.
+/// Maximum length of a path and of the text of a rule, in bytes.
 const MAX_TEXT_BYTES: usize = 512;
-/// Cache of a regular expression for the states that it has seen, in bytes.
+/// Size of the state cache of a regular expression, in bytes.
 const PATTERN_CACHE_BYTES: usize = 256 << 10;
 
-/// Why a schema is refused.
+/// Why a schema is rejected.
 #[derive(Debug, thiserror::Error, PartialEq, Eq)]
 #[allow(missing_docs)]
 pub enum SchemaError {
@@ -61,18 +61,20 @@ pub enum SchemaError {
     UnknownDraft(String),
     #[error("{location:?} has {keyword}, which is not supported")]
     Unsupported { location: String, keyword: String },
-    #[error("{location:?} refers to {reference}, which is not '#' or '#/…' of a place in it")]
+    #[error(
+        "{location:?} refers to {reference}, which is not '#' or '#/…' of an existing location"
+    )]
     Reference { location: String, reference: String },
     #[error("a pattern of {location:?} {rule}")]
     Pattern { location: String, rule: String },
     #[error("has more than {max} subschemas")]
     TooManySubschemas { max: usize },
     #[error(
-        "has locations (JSON Pointers) of subschemas and keywords longer than {max} bytes in all: \
+        "has locations (JSON Pointers) of subschemas and keywords longer than {max} bytes in total: \
          shorten the names of properties, or nest them less"
     )]
     TooLongLocations { max: u64 },
-    #[error("{location:?} applies itself to the same value again, without end")]
+    #[error("{location:?} applies itself to the same value without end")]
     EndlessReference { location: String },
     #[error("{location:?} starts a chain of more than {max} subschemas for the same value")]
     TooLongChain { location: String, max: usize },
@@ -82,7 +84,7 @@ pub enum SchemaError {
     TooDeepRecursion { location: String, max: usize },
     #[error(
         "may take {steps} steps for one value nested {depth} deep, {max} are allowed: its \
-         subschemas refer back to it along several ways"
+         subschemas refer back to it along several paths"
     )]
     TooExpensive { steps: u64, depth: usize, max: u64 },
 }
@@ -98,7 +100,7 @@ impl SchemaError {
 pub struct Mismatch {
     /// JSON Pointer to the value.
     pub path: String,
-    /// The rule that it breaks; the value itself is left out.
+    /// The violated rule, without the value.
     pub rule: String,
 }
 
@@ -108,7 +110,7 @@ pub struct PayloadSchema {
     bound: Bound,
 }
 
-/// A payload that is parsed and measured, not validated yet.
+/// A payload that is parsed and measured, but not validated.
 struct Measured {
     payload: Value,
     shape: Shape,
@@ -116,14 +118,14 @@ struct Measured {
 }
 
 impl PayloadSchema {
-    /// Compiles a schema, given as JSON text.
+    /// Compiles a schema from JSON text.
     ///
     /// Takes up to some tenths of a second and some megabytes of stack for the largest schemas: call
     /// it in a [`Pool`].
     ///
     /// # Errors
     ///
-    /// The schema is not one, uses what is not supported, or has no bound.
+    /// The schema is invalid, uses unsupported keywords, or has no bound.
     pub fn compile(text: &str) -> Result<Self, SchemaError> {
         let schema =
             serde_json::from_str(text).map_err(|error| SchemaError::NotJson(error.to_string()))?;
@@ -133,7 +135,7 @@ impl PayloadSchema {
             .dfa_size_limit(PATTERN_CACHE_BYTES);
         let validator = jsonschema::options()
             .with_pattern_options(patterns)
-            // As drafts since 2019-09 have it: most formats have no bound of their own.
+            // Drafts since 2019-09 do not validate formats by default, and most formats have no bound.
             .should_validate_formats(false)
             .with_keyword("uniqueItems", unique_items)
             .build(&schema)
@@ -141,12 +143,12 @@ impl PayloadSchema {
         Ok(Self { validator, bound })
     }
 
-    /// Finds how a payload does not match; nothing when it does. What may take long runs in the
-    /// pool, on behalf of the tenant.
+    /// Returns the violations of a payload; empty if it matches. A long validation runs in the pool, on
+    /// behalf of the tenant.
     ///
     /// # Errors
     ///
-    /// The tenant uses too much of the pool.
+    /// The pool has no capacity for the tenant, or the job failed.
     pub async fn check(
         self: &Arc<Self>,
         payload: &Bytes,
@@ -168,15 +170,15 @@ impl PayloadSchema {
         }
     }
 
-    /// Parses a payload and computes what its validation takes at most.
+    /// Parses a payload and computes the maximum steps of its validation.
     fn measure(&self, payload: &[u8]) -> Result<Measured, Mismatch> {
-        let broken = |rule| Mismatch { path: String::new(), rule };
+        let mismatch = |rule| Mismatch { path: String::new(), rule };
         let payload: Value = serde_json::from_slice(payload)
-            .map_err(|error| broken(format!("is not JSON: {error}")))?;
+            .map_err(|error| mismatch(format!("is not JSON: {error}")))?;
         let shape = Shape::of(&payload);
         let steps = self.bound.steps_to_decide(&shape);
         if steps > MAX_STEPS {
-            return Err(broken(format!(
+            return Err(mismatch(format!(
                 "is too large or nested too deep for the schema of this action: validating it may \
                  take {steps} steps, {MAX_STEPS} are allowed"
             )));
@@ -190,15 +192,15 @@ impl PayloadSchema {
             return Vec::new();
         }
         if self.bound.steps_to_explain(shape) > MAX_STEPS_TO_EXPLAIN {
-            let rule = "does not match the schema of this action, and is too large to say where";
+            let rule = "does not match the schema of this action, and is too large to locate the violations";
             return vec![Mismatch { path: String::new(), rule: rule.into() }];
         }
         let errors = self.validator.iter_errors(payload).take(MAX_VIOLATIONS);
-        let mismatch = errors.map(|error| Mismatch {
+        let mismatches = errors.map(|error| Mismatch {
             path: cut(error.instance_path().to_string(), MAX_TEXT_BYTES),
             rule: cut(error.masked().to_string(), MAX_TEXT_BYTES),
         });
-        mismatch.collect()
+        mismatches.collect()
     }
 }
 
@@ -214,7 +216,7 @@ fn unique_items<'a>(
 }
 
 impl Measured {
-    /// Whether the validation is so short, and needs so little stack, that it can run anywhere.
+    /// Whether the time and stack of the validation are small enough for any thread.
     fn is_short(&self) -> bool {
         self.steps <= SHORT_STEPS && self.shape.depth() <= SHORT_DEPTH
     }

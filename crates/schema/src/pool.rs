@@ -1,4 +1,4 @@
-//! Threads for what takes long: their number is bounded, and a tenant uses one at a time.
+//! Threads for long jobs. Their number is limited, and a tenant uses one at a time.
 
 use std::{
     collections::HashMap,
@@ -14,27 +14,27 @@ use tokio::{
     time::{Instant, timeout_at},
 };
 
-/// Stack of a thread, in bytes. Only what is used takes memory.
+/// Stack size of a thread, in bytes. Only the used part takes memory.
 const STACK_BYTES: usize = 64 << 20;
-/// Jobs of one tenant that wait at most.
-const MAX_WAITING: usize = 64;
-/// Longest wait for a thread.
-const MAX_WAIT: Duration = Duration::from_secs(10);
+/// Maximum number of waiting and running jobs of a tenant.
+const MAX_JOBS: usize = 64;
+/// Maximum wait for a thread.
+const THREAD_TIMEOUT: Duration = Duration::from_secs(10);
 
-/// A caller with too many jobs should wait for this long.
-const BUSY_PAUSE: Duration = Duration::from_secs(1);
+/// Retry delay for a tenant with too many jobs.
+const BUSY_RETRY_DELAY: Duration = Duration::from_secs(1);
 
-/// Why a job was not run.
+/// Why a job has no result.
 #[derive(Debug, thiserror::Error, PartialEq, Eq)]
 pub enum Busy {
-    /// The tenant has too many jobs, or one that took too long.
+    /// The tenant has too many jobs, or its earlier jobs took too long.
     #[error("too many schemas or large payloads of this tenant are being checked; try again later")]
     Tenant,
-    /// Jobs of others took all threads for too long.
+    /// Jobs of other tenants occupied all threads for too long.
     #[error("too many schemas or large payloads are being checked; try again later")]
     All,
-    /// No thread could be started, or it broke down.
-    #[error("a check of a schema or a payload broke down")]
+    /// The thread could not be started, or the job panicked.
+    #[error("checking a schema or a payload failed")]
     Broken,
 }
 
@@ -42,47 +42,49 @@ impl From<&Busy> for RequestError {
     fn from(busy: &Busy) -> Self {
         let message = busy.to_string();
         match busy {
-            Busy::Tenant => Self::limited("validations of a tenant", &message, Some(BUSY_PAUSE)),
+            Busy::Tenant => {
+                Self::limited("validations of a tenant", &message, Some(BUSY_RETRY_DELAY))
+            }
             Busy::All => Self::new(ErrorCode::Unavailable, message),
             Busy::Broken => Self::new(ErrorCode::InternalError, message),
         }
     }
 }
 
-/// Threads that run jobs of tenants, taking turns.
+/// Thread pool that is shared fairly between tenants.
 ///
-/// A job first waits for the earlier ones of its tenant, and then for a thread. So at most one job of
-/// a tenant waits for a thread, and threads go to tenants in turn.
+/// A job first waits for the earlier jobs of its tenant, and then for a thread. At most one job of each
+/// tenant waits for a thread, so that tenants get threads in turn.
 pub struct Pool {
     threads: Arc<Semaphore>,
     tenants: Mutex<Tenants>,
 }
 
-/// Tenants with jobs; those that have none any longer are removed from time to time.
+/// Tenants with jobs. Tenants without jobs are removed periodically.
 #[derive(Default)]
 struct Tenants {
-    turns: HashMap<String, Weak<Turns>>,
-    /// Those without jobs are removed when there are this many.
+    queues: HashMap<String, Weak<TenantQueue>>,
+    /// Number of tenants at which those without jobs are removed.
     clean_at: usize,
 }
 
-/// Turns of one tenant.
-struct Turns {
-    /// One permit: a job of the tenant is next, or running.
-    turn: Semaphore,
-    /// Jobs that are waiting or running.
+/// Permits of one tenant.
+struct TenantQueue {
+    /// One permit, for the job that waits for a thread or runs.
+    active: Semaphore,
+    /// Permits for waiting and running jobs.
     jobs: Semaphore,
 }
 
 impl Default for Pool {
-    /// As many threads as there are processors.
+    /// Creates a pool with one thread for each processor.
     fn default() -> Self {
         Self::new(thread::available_parallelism().map_or(1, usize::from))
     }
 }
 
 impl Pool {
-    /// Runs at most this many jobs at once.
+    /// Creates a pool that runs at most this many jobs concurrently.
     #[must_use]
     pub fn new(threads: usize) -> Self {
         Self { threads: Arc::new(Semaphore::new(threads.max(1))), tenants: Mutex::default() }
@@ -90,20 +92,21 @@ impl Pool {
 
     /// Runs a job of a tenant.
     ///
-    /// A job that has begun runs to its end even if the caller goes away.
+    /// A started job runs to completion even if the caller is dropped.
     ///
     /// # Errors
     ///
-    /// The tenant has too many jobs, or waited 10 s; or the job panicked.
+    /// The tenant has too many jobs, the wait for a thread exceeds 10 s, no thread could be started, or
+    /// the job panicked.
     pub async fn run<T: Send + 'static>(
         &self,
         tenant: &str,
         job: impl FnOnce() -> T + Send + 'static,
     ) -> Result<T, Busy> {
-        let turns = self.tenants.lock().turns_of(tenant);
-        let end = Instant::now() + MAX_WAIT;
-        let permits = self.permits(turns, end).await?;
-        on_own_thread(move || {
+        let queue = self.tenants.lock().queue_of(tenant);
+        let deadline = Instant::now() + THREAD_TIMEOUT;
+        let permits = self.acquire(queue, deadline).await?;
+        run_on_new_thread(move || {
             let outcome = job();
             drop(permits);
             outcome
@@ -111,60 +114,61 @@ impl Pool {
         .await
     }
 
-    async fn permits(&self, turns: Arc<Turns>, end: Instant) -> Result<Permits, Busy> {
-        let place = turns.jobs.try_acquire().map_err(|_| Busy::Tenant)?;
-        let turn = timeout_at(end, turns.turn.acquire()).await.map_err(|_| Busy::Tenant)?;
-        let thread = timeout_at(end, self.threads.clone().acquire_owned()).await;
-        // These are never closed.
+    async fn acquire(&self, queue: Arc<TenantQueue>, deadline: Instant) -> Result<Permits, Busy> {
+        let job = queue.jobs.try_acquire().map_err(|_| Busy::Tenant)?;
+        let active = timeout_at(deadline, queue.active.acquire()).await;
+        let active = active.map_err(|_| Busy::Tenant)?;
+        let thread = timeout_at(deadline, self.threads.clone().acquire_owned()).await;
+        // The semaphores are never closed.
         let thread = thread.map_err(|_| Busy::All)?.map_err(|_| Busy::Broken)?;
-        let turn = turn.map_err(|_| Busy::Broken)?;
-        place.forget();
-        turn.forget();
-        Ok(Permits { turns, _thread: thread })
+        let active = active.map_err(|_| Busy::Broken)?;
+        job.forget();
+        active.forget();
+        Ok(Permits { queue, _thread: thread })
     }
 }
 
 impl Tenants {
-    fn turns_of(&mut self, tenant: &str) -> Arc<Turns> {
-        if let Some(turns) = self.turns.get(tenant).and_then(Weak::upgrade) {
-            return turns;
+    fn queue_of(&mut self, tenant: &str) -> Arc<TenantQueue> {
+        if let Some(queue) = self.queues.get(tenant).and_then(Weak::upgrade) {
+            return queue;
         }
-        if self.turns.len() >= self.clean_at {
-            self.turns.retain(|_, turns| turns.strong_count() > 0);
-            self.clean_at = 2 * self.turns.len() + 64;
+        if self.queues.len() >= self.clean_at {
+            self.queues.retain(|_, queue| queue.strong_count() > 0);
+            self.clean_at = 2 * self.queues.len() + 64;
         }
-        let (turn, jobs) = (Semaphore::new(1), Semaphore::new(MAX_WAITING));
-        let turns = Arc::new(Turns { turn, jobs });
-        self.turns.insert(tenant.to_owned(), Arc::downgrade(&turns));
-        turns
+        let (active, jobs) = (Semaphore::new(1), Semaphore::new(MAX_JOBS));
+        let queue = Arc::new(TenantQueue { active, jobs });
+        self.queues.insert(tenant.to_owned(), Arc::downgrade(&queue));
+        queue
     }
 }
 
-/// What a running job holds.
+/// Permits of a running job.
 struct Permits {
-    turns: Arc<Turns>,
+    queue: Arc<TenantQueue>,
     _thread: OwnedSemaphorePermit,
 }
 
 impl Drop for Permits {
     fn drop(&mut self) {
-        self.turns.jobs.add_permits(1);
-        self.turns.turn.add_permits(1);
+        self.queue.jobs.add_permits(1);
+        self.queue.active.add_permits(1);
     }
 }
 
-/// Runs a job on a thread of its own, with a stack for the deepest schemas and payloads. The caller
-/// bounds how many run at once.
+/// Runs a job on a new thread, with a stack for the deepest schemas and payloads. The caller limits the number of
+/// threads.
 ///
 /// # Errors
 ///
 /// No thread could be started, or the job panicked.
-async fn on_own_thread<T: Send + 'static>(
+async fn run_on_new_thread<T: Send + 'static>(
     job: impl FnOnce() -> T + Send + 'static,
 ) -> Result<T, Busy> {
     let (sender, receiver) = oneshot::channel();
     let run = move || {
-        // The caller may have gone away.
+        // Fails if the caller was dropped.
         let _ = sender.send(job());
     };
     let thread = thread::Builder::new().name("schema".into()).stack_size(STACK_BYTES);
@@ -181,7 +185,7 @@ mod tests {
     use super::*;
 
     #[tokio::test]
-    async fn a_tenant_uses_one_thread_and_others_get_theirs() {
+    async fn a_tenant_uses_one_thread_while_other_tenants_use_the_rest() {
         let pool = Pool::new(2);
         let (release, blocked) = mpsc::channel::<()>();
         let mut first = Box::pin(pool.run("a", move || blocked.recv().unwrap_or_default()));
@@ -196,19 +200,18 @@ mod tests {
     }
 
     #[tokio::test]
-    async fn too_many_jobs_of_a_tenant_are_refused_and_others_are_not() {
+    async fn excess_jobs_of_one_tenant_are_rejected_and_other_tenants_are_unaffected() {
         let pool = Pool::new(2);
         let (release, blocked) = mpsc::channel::<()>();
         let mut first = Box::pin(pool.run("a", move || blocked.recv().unwrap_or_default()));
         assert!(poll!(&mut first).is_pending());
-        let mut waiting: Vec<_> =
-            (1..MAX_WAITING).map(|_| Box::pin(pool.run("a", || ()))).collect();
+        let mut waiting: Vec<_> = (1..MAX_JOBS).map(|_| Box::pin(pool.run("a", || ()))).collect();
         for job in &mut waiting {
             assert!(poll!(job).is_pending());
         }
         assert_eq!(pool.run("a", || ()).await, Err(Busy::Tenant));
         assert_eq!(pool.run("b", || ()).await, Ok(()));
-        // Those that leave make room.
+        // A dropped job returns its permit.
         waiting.pop();
         let mut late = Box::pin(pool.run("a", || ()));
         assert!(poll!(&mut late).is_pending());
@@ -221,7 +224,7 @@ mod tests {
     }
 
     #[tokio::test(start_paused = true)]
-    async fn a_wait_for_a_thread_is_bounded() {
+    async fn a_wait_for_a_thread_times_out() {
         let pool = Pool::new(1);
         let (release, blocked) = mpsc::channel::<()>();
         let mut first = Box::pin(pool.run("a", move || blocked.recv().unwrap_or_default()));
@@ -233,19 +236,22 @@ mod tests {
     }
 
     #[tokio::test]
-    async fn a_job_that_panics_gives_back_its_permits() {
+    async fn a_panicking_job_returns_its_permits() {
         let pool = Pool::new(1);
-        assert_eq!(pool.run("a", || panic!("as it must")).await, Err::<(), _>(Busy::Broken));
+        assert_eq!(
+            pool.run("a", || panic!("expected by the test")).await,
+            Err::<(), _>(Busy::Broken)
+        );
         assert_eq!(pool.run("a", || 1).await, Ok(1));
-        assert_eq!(pool.tenants.lock().turns_of("a").jobs.available_permits(), MAX_WAITING);
+        assert_eq!(pool.tenants.lock().queue_of("a").jobs.available_permits(), MAX_JOBS);
     }
 
     #[tokio::test]
-    async fn tenants_without_jobs_are_forgotten() {
+    async fn tenants_without_jobs_are_removed() {
         let pool = Pool::new(1);
         for tenant in 0..1000 {
             assert_eq!(pool.run(&tenant.to_string(), || ()).await, Ok(()));
         }
-        assert!(pool.tenants.lock().turns.len() <= 65);
+        assert!(pool.tenants.lock().queues.len() <= 65);
     }
 }

@@ -1,15 +1,14 @@
-//! The keyword `uniqueItems`, in time proportional to the items.
+//! The keyword `uniqueItems`, in time proportional to the size of the items.
 //!
-//! The validator's own compares items pair by pair where their hashes agree, and it is easy to write
-//! items whose hashes agree.
+//! The implementation in `jsonschema` compares items with equal hashes pair by pair, and a client can easily
+//! construct items with equal hashes.
 
 use std::hash::{BuildHasher, Hasher, RandomState};
 
 use jsonschema::{Keyword, ValidationError};
 use serde_json::{Number, Value};
 
-/// Two keyed hashes of a value together: that two values agree in both is out of reach for those who do
-/// not know the keys.
+/// Two keyed hashes of a value. Without the keys it is infeasible to construct two values that agree in both.
 type Digest = [u64; 2];
 
 /// `uniqueItems: true`.
@@ -49,7 +48,7 @@ impl UniqueItems {
                 })
             }
             Value::Object(members) => {
-                // In whatever order they stand.
+                // Independent of the order of the members.
                 let members = members.iter().map(|(name, member)| {
                     let member = self.digest(member);
                     digest(&|hasher| {
@@ -71,7 +70,7 @@ impl UniqueItems {
     }
 }
 
-/// Numbers are equal when their values are: 1 and 1.0.
+/// Hashes a number by its value, so that 1 and 1.0 are equal.
 fn write_number(hasher: &mut dyn Hasher, number: &Number) {
     if let Some(integer) = integer(number) {
         hasher.write_u8(2);
@@ -90,7 +89,7 @@ fn integer(number: &Number) -> Option<i128> {
         return Some(value.into());
     }
     let value = number.as_f64()?;
-    // Beyond this, each number is one of its own whichever way it is written.
+    // Larger numbers have the same floating-point value in every notation.
     let is_integer = value.fract() == 0.0 && value.abs() < 1e30;
     #[expect(clippy::cast_possible_truncation, reason = "it is an integer in range")]
     is_integer.then_some(value as i128)
@@ -133,7 +132,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn items_are_equal_when_their_values_are() {
+    fn items_are_unique_unless_their_values_are_equal() {
         let unique = UniqueItems::new();
         let large = u64::MAX;
         for items in [
@@ -159,7 +158,7 @@ mod tests {
     }
 
     #[test]
-    fn values_on_which_the_hashes_of_the_validator_agree_differ() {
+    fn values_with_equal_hashes_in_the_validator_are_unique() {
         let trees = (0..2000).map(|size| Value::Array(vec![json!([]); size]));
         assert!(UniqueItems::new().is_valid(&trees.collect()));
         let near: Vec<u64> = (0..2000).map(|step| u64::MAX - step).collect();

@@ -1,59 +1,61 @@
-//! What can go wrong in a store.
+//! Errors of a store.
 
-/// Why the store could not do something. What a caller may meet in the normal course (not found,
-/// not the current attempt, …) is in the answers of the methods, not here.
+/// Error of a store. Expected results (not found, not the current attempt, …) are in the outcomes
+/// of the methods, not here.
 #[derive(Clone, Debug, thiserror::Error)]
 pub enum StoreError {
-    /// It cannot do it now: busy, full, out of reach or being closed.
+    /// Temporarily unavailable: busy, disk full, unreachable or closing.
     #[error("the store is unavailable while {doing}: {reason}")]
     Unavailable {
-        /// What was being done.
+        /// Operation that failed.
         doing: &'static str,
-        /// What the engine said.
+        /// Reason reported by the engine.
         reason: String,
     },
-    /// It has too much to do; the same call may succeed a little later.
+    /// Overloaded; a retry may succeed a little later.
     #[error("the store is overloaded while {doing}: {reason}")]
     Overloaded {
-        /// What was being done.
+        /// Operation that failed.
         doing: &'static str,
-        /// What the engine said.
+        /// Reason reported by the engine.
         reason: String,
     },
-    /// It does not take what it is given, however often.
-    #[error("the store refuses, while {doing}: {reason}")]
+    /// Input that the engine rejects; a retry does not help.
+    #[error("the store rejected the input while {doing}: {reason}")]
     Refused {
-        /// What was being done.
+        /// Operation that failed.
         doing: &'static str,
-        /// What the engine said.
+        /// Reason reported by the engine.
         reason: String,
     },
-    /// What is stored is damaged.
-    #[error("the store is damaged, seen while {doing}: {reason}")]
+    /// Stored data is corrupt.
+    #[error("the store is corrupt, detected while {doing}: {reason}")]
     Corrupt {
-        /// What was being done.
+        /// Operation that failed.
         doing: &'static str,
-        /// What the engine said.
+        /// Reason reported by the engine.
         reason: String,
     },
-    /// Another process has it open.
+    /// Another process has the store open.
     #[error("{path} is in use by another process")]
     Locked {
-        /// The folder.
+        /// Data folder.
         path: String,
     },
-    /// A newer Streamer wrote it.
-    #[error("the store has schema version {found}, this Streamer knows up to {known}")]
+    /// A newer version of Streamer wrote the store.
+    #[error(
+        "the store has schema version {found}; this version of Streamer supports up to {known}"
+    )]
     TooNew {
-        /// What the file says.
+        /// Schema version of the file.
         found: i64,
-        /// What this program knows.
+        /// Highest schema version that this program supports.
         known: i64,
     },
 }
 
 impl StoreError {
-    /// Whether the same call may succeed later.
+    /// Returns whether a retry may succeed.
     #[must_use]
     pub fn is_retryable(&self) -> bool {
         match self {

@@ -1,4 +1,4 @@
-//! What goes into the store and comes out of it.
+//! Input and output types of the store.
 
 use std::collections::{HashMap, HashSet};
 
@@ -6,73 +6,73 @@ use bytes::Bytes;
 use streamer_core::{RequestState, TenantLimit, Timestamp, Uid};
 use streamer_proto::common::v1::{Action, Error, Event, OutputSummary, Progress};
 
-/// The scope of an idempotency key, and who may see a request.
+/// Owner of a request: the scope of its idempotency key and of access to it.
 #[derive(Clone, Debug, PartialEq, Eq, Hash)]
 pub struct Owner {
-    /// The tenant.
+    /// Tenant.
     pub tenant: String,
-    /// The user.
+    /// User.
     pub user: String,
 }
 
-/// Opaque bytes and what they are.
+/// Opaque bytes with their media type.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct StoredPayload {
     /// IANA media type.
     pub content_type: String,
-    /// The bytes.
+    /// Bytes.
     pub data: Bytes,
 }
 
-/// A request to be stored.
+/// A request to store.
 #[derive(Clone, Debug)]
 pub struct NewRequest {
-    /// Its id.
+    /// Unique id.
     pub uid: Uid,
-    /// The caller's own id for it, which makes the submission idempotent.
+    /// Id chosen by the caller, which makes the submission idempotent.
     pub client_id: Option<String>,
-    /// Whose it is.
+    /// Owner.
     pub owner: Owner,
-    /// What is asked for.
+    /// Name of the action.
     pub action: String,
-    /// Its input.
+    /// Input.
     pub payload: StoredPayload,
-    /// A JSON object kept with it.
+    /// JSON object stored with the request.
     pub metadata: Option<Bytes>,
-    /// 0 to 9.
+    /// Priority, 0 to 9.
     pub priority: i32,
-    /// Now.
+    /// Current time.
     pub create_time: Timestamp,
-    /// It is due from then on.
+    /// When the request becomes due.
     pub not_before: Timestamp,
-    /// It must have started by then.
+    /// Time by which the request must have started.
     pub deadline: Option<Timestamp>,
-    /// It must have ended by then.
+    /// Time by which the request must have ended.
     pub close_by: Option<Timestamp>,
-    /// The request it repeats.
+    /// Request that this one repeats.
     pub redrive_of: Option<Uid>,
     /// W3C `traceparent` of the submission.
     pub trace_parent: Option<String>,
     /// W3C `tracestate` of the submission.
     pub trace_state: Option<String>,
-    /// Hash of action and payload: what the same `client_id` must stand for.
+    /// Hash of action and payload; a submission with the same `client_id` must have the same one.
     pub fingerprint: [u8; 32],
-    /// What its owner may have, with this request.
+    /// Limits of the owner, which include this request.
     pub quota: Quota,
 }
 
-/// How much an owner may have in the store; 0 means no limit.
+/// Limits of an owner in the store; 0 means no limit.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct Quota {
     /// Queued requests of the tenant.
     pub queued_of_tenant: u64,
     /// Queued requests of the user.
     pub queued_of_user: u64,
-    /// Bytes of the tenant's requests and logs. Engines that do not count them ignore it.
+    /// Bytes of the tenant's requests and logs. Engines that do not count them ignore this limit.
     pub stored_bytes_of_tenant: u64,
 }
 
-/// How much an owner has in the store.
+/// Use of the store by an owner.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct QuotaUse {
     /// Queued requests of the tenant.
@@ -84,7 +84,7 @@ pub struct QuotaUse {
 }
 
 impl Quota {
-    /// Which part of it this use goes beyond, if any.
+    /// Returns the limit that this use exceeds, if any.
     #[must_use]
     pub fn exceeded_by(&self, used: QuotaUse) -> Option<TenantLimit> {
         let is_over = |used: u64, limit: u64| limit > 0 && used > limit;
@@ -100,63 +100,63 @@ impl Quota {
     }
 }
 
-/// What became of a submission.
+/// Outcome of a submission.
 #[derive(Clone, Debug)]
 pub enum CreateOutcome {
-    /// It is stored, with this first event. With it, its owner has this much.
+    /// The request is stored, with this first event and this use by its owner, which includes it.
     Created(Box<RequestRecord>, Box<Event>, QuotaUse),
-    /// The same was submitted before.
+    /// The same request was submitted before.
     Existing(Box<RequestRecord>),
-    /// The `client_id` stands for something else.
+    /// The `client_id` identifies a different request.
     Conflict(Box<RequestRecord>),
-    /// Its owner would have more than this limit allows.
+    /// The owner would exceed this limit.
     OverQuota(TenantLimit),
 }
 
 /// A stored request, without payload and result.
 #[derive(Clone, Debug, PartialEq)]
 pub struct RequestRecord {
-    /// Its id.
+    /// Unique id.
     pub uid: Uid,
-    /// The caller's own id for it.
+    /// Id chosen by the caller.
     pub client_id: Option<String>,
-    /// Whose it is.
+    /// Owner.
     pub owner: Owner,
-    /// What was asked for.
+    /// Name of the action.
     pub action: String,
-    /// Where it stands.
+    /// State.
     pub state: RequestState,
-    /// The latest attempt, from 1; 0 before the first.
+    /// Number of the latest attempt, from 1; 0 before the first.
     pub attempt: u32,
-    /// `seq` of its latest event.
+    /// `seq` of the latest event.
     pub last_seq: i64,
     /// `seq` of the `started` event of the latest attempt; 0 before the first.
     pub attempt_seq: i64,
-    /// 0 to 9.
+    /// Priority, 0 to 9.
     pub priority: i32,
-    /// When it was stored.
+    /// When the request was stored.
     pub create_time: Timestamp,
-    /// When its latest attempt began.
+    /// When the latest attempt started.
     pub start_time: Option<Timestamp>,
-    /// When it ended.
+    /// When the request ended.
     pub finish_time: Option<Timestamp>,
-    /// It is due from then on.
+    /// When the request becomes due.
     pub not_before: Timestamp,
-    /// It must have started by then.
+    /// Time by which the request must have started.
     pub deadline: Option<Timestamp>,
-    /// It must have ended by then.
+    /// Time by which the request must have ended.
     pub close_by: Option<Timestamp>,
     /// Latest progress of the latest attempt.
     pub progress: Option<Progress>,
-    /// A JSON object kept with it.
+    /// JSON object stored with the request.
     pub metadata: Option<Bytes>,
-    /// Why cancellation was asked for, when it was.
+    /// Reason of the cancellation request, if any.
     pub cancel_reason: Option<String>,
-    /// Why it ended, when not well.
+    /// Error of a failed request.
     pub error: Option<Error>,
-    /// Proof of its output, once it ended.
+    /// Chunk count and digest of the output, once the request has ended.
     pub output: Option<OutputSummary>,
-    /// The request it repeats.
+    /// Request that this one repeats.
     pub redrive_of: Option<Uid>,
     /// W3C `traceparent` of the submission.
     pub trace_parent: Option<String>,
@@ -165,13 +165,13 @@ pub struct RequestRecord {
 }
 
 impl RequestRecord {
-    /// The id by which its owner knows it.
+    /// Returns the id that the owner uses: the client id, else the uid.
     #[must_use]
     pub fn request_id(&self) -> String {
         self.client_id.clone().unwrap_or_else(|| self.uid.to_string())
     }
 
-    /// Whether it should have started, or ended, before now.
+    /// Returns whether the time limit to start, or to end, has passed at `now`.
     #[must_use]
     pub fn is_overdue(&self, now: Timestamp) -> bool {
         let passed = |limit: Option<Timestamp>| limit.is_some_and(|limit| limit <= now);
@@ -179,303 +179,304 @@ impl RequestRecord {
     }
 }
 
-/// Asks for the right to run the next attempt.
+/// Claim of the lease to run the next attempt.
 #[derive(Clone, Debug)]
 pub struct Claim {
-    /// Of this request.
+    /// Request to run.
     pub uid: Uid,
-    /// Who asks: one run of one processor.
+    /// Holder of the lease: one run of one processor.
     pub holder: String,
-    /// The worker that will run it, when the processor does not itself.
+    /// Worker that will run the attempt, unless the processor runs it itself.
     pub worker: Option<AssignedWorker>,
-    /// Now.
+    /// Current time.
     pub now: Timestamp,
-    /// The right lasts until then, unless renewed.
+    /// When the lease expires, unless renewed.
     pub lease_until: Timestamp,
 }
 
-/// A worker that gets an attempt.
+/// Worker that an attempt is assigned to.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct AssignedWorker {
     /// Stored with the lease: only a worker that proves this identity can resume the attempt.
     pub identity: String,
-    /// What event `started` shows to the owner of the request, who may be of a different tenant.
+    /// Name in event `started`, which the owner of the request sees; the owner may be of a
+    /// different tenant.
     pub display_name: String,
 }
 
 impl Claim {
-    /// What event `started` shows.
+    /// Returns the worker name for event `started`.
     #[must_use]
     pub fn shown_worker(&self) -> &str {
         self.worker.as_ref().map_or(&self.holder, |worker| &worker.display_name)
     }
 
-    /// What the lease stores of the worker.
+    /// Returns the worker identity to store with the lease.
     #[must_use]
     pub fn worker_identity(&self) -> Option<&str> {
         self.worker.as_ref().map(|worker| &*worker.identity)
     }
 }
 
-/// What became of a claim.
+/// Outcome of a claim.
 #[derive(Clone, Debug)]
 pub enum ClaimOutcome {
-    /// The attempt is the caller's.
+    /// The caller holds the lease of the attempt.
     Claimed(Box<Claimed>),
-    /// It should have started, or ended, before now; it is still queued.
+    /// The time limit to start, or to end, has passed; the request is still queued.
     Overdue(Box<RequestRecord>),
-    /// It is not there, not queued or not due.
+    /// The request does not exist, is not queued or is not due.
     NotClaimable,
 }
 
-/// Asks to go on with an attempt that another processor had given to a worker.
+/// Takeover of an attempt that a different processor assigned to a worker.
 #[derive(Clone, Debug)]
 pub struct Adopt {
-    /// The attempt.
+    /// Attempt to take over.
     pub lease: Lease,
-    /// Who asks: one run of one processor.
+    /// New holder of the lease: one run of one processor.
     pub holder: String,
     /// [`AssignedWorker::identity`] of the worker that runs it.
     pub worker_identity: String,
-    /// Now.
+    /// Current time.
     pub now: Timestamp,
-    /// The right lasts until then, unless renewed.
+    /// When the lease expires, unless renewed.
     pub lease_until: Timestamp,
 }
 
-/// An attempt to run.
+/// A claimed attempt.
 #[derive(Clone, Debug)]
 pub struct Claimed {
-    /// The request, running.
+    /// The request, in state running.
     pub record: RequestRecord,
-    /// Its input.
+    /// Input.
     pub payload: StoredPayload,
-    /// What an earlier attempt left.
+    /// Checkpoint of an earlier attempt.
     pub checkpoint: Option<Bytes>,
-    /// The stored `started` event.
+    /// Stored `started` event.
     pub started: Event,
 }
 
-/// In which capacity somebody appends to a log.
+/// Role in which a writer appends to a log.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Writer {
-    /// As the holder of this attempt: the request must be running it.
+    /// Holder of this attempt: the request must be running it.
     Attempt(u32),
-    /// On behalf of a request that waits: it must be queued, after this attempt.
+    /// Writer without a lease: the request must be queued, after this attempt.
     Queued(u32),
-    /// Over the head of a holder that is gone: it must be running this attempt, with a lease that
-    /// ended by `now`.
+    /// Writer in place of a lost holder: the request must be running this attempt, with a lease
+    /// that expired by `now`.
     ExpiredLease(u32),
 }
 
-/// Appends events, and moves the request to the state that the last of them tells.
+/// Events to append. The last of them determines the new state of the request.
 #[derive(Clone, Debug)]
 pub struct Append {
-    /// To the log of this request.
+    /// Request whose log to append to.
     pub uid: Uid,
-    /// By whom.
+    /// Role of the writer.
     pub writer: Writer,
-    /// Contiguous and numbered; `retrying` and terminal ones only at the end. May be empty, to store
-    /// a checkpoint alone.
+    /// Contiguous, numbered events; `retrying` and terminal ones only at the end. May be empty, to
+    /// store only a checkpoint.
     pub events: Vec<Event>,
     /// New checkpoint.
     pub checkpoint: Option<Bytes>,
-    /// With `retrying`: when the next attempt is due.
+    /// When the next attempt is due, with event `retrying`.
     pub retry_at: Option<Timestamp>,
-    /// Now.
+    /// Current time.
     pub now: Timestamp,
 }
 
-/// What became of an append.
+/// Outcome of an append.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum Appended {
-    /// The events are stored, by this call or by an earlier one like it.
+    /// The events are stored, by this call or by an earlier identical one.
     Applied {
-        /// Why cancellation has been asked for, when it has.
+        /// Reason of the cancellation request, if any.
         cancel_reason: Option<String>,
     },
-    /// The writer has no right to write (any more), or the events do not follow the log.
+    /// The writer may not, or no longer, append, or the events do not follow the log.
     Fenced {
-        /// Where the request stands.
+        /// State of the request.
         state: RequestState,
-        /// Its current attempt.
+        /// Current attempt.
         attempt: u32,
-        /// `seq` of its latest event.
+        /// `seq` of the latest event.
         last_seq: i64,
     },
-    /// There is no such request.
+    /// The request does not exist.
     NotFound,
 }
 
-/// What became of a cancellation.
+/// Outcome of a cancellation.
 #[derive(Clone, Debug)]
 pub enum CancelOutcome {
-    /// It was queued and is cancelled, with this event.
+    /// The request was queued and is now cancelled, with this event.
     Cancelled(Box<RequestRecord>, Box<Event>),
-    /// It is running; its holder has to notice.
+    /// The request is running; its holder must handle the cancellation.
     Requested(Box<RequestRecord>),
-    /// It had ended.
+    /// The request had already ended.
     Ended(Box<RequestRecord>),
-    /// There is no such request.
+    /// The request does not exist.
     NotFound,
 }
 
-/// What became of a deletion.
+/// Outcome of a deletion.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum DeleteOutcome {
-    /// It is gone, or was not there.
+    /// The request is deleted, or did not exist.
     Deleted,
-    /// It has not ended.
+    /// The request has not ended.
     NotEnded,
 }
 
-/// Asks for requests that may start, of several tenants.
+/// Query for due requests of several tenants.
 #[derive(Clone, Debug)]
 pub struct DueQuery {
-    /// For these actions.
+    /// Actions to include.
     pub actions: Vec<String>,
-    /// Due by then.
+    /// Current time, by which the requests must be due.
     pub now: Timestamp,
-    /// Of tenants after this one, in the order of their names.
+    /// Last tenant of the previous page; tenants are read in the order of their names.
     pub after_tenant: Option<String>,
-    /// Of so many tenants at most.
+    /// Maximum number of tenants.
     pub tenants: usize,
-    /// Of each tenant so many at most.
+    /// Maximum number of requests of each tenant.
     pub per_tenant: usize,
-    /// Of these tenants so many instead; a tenant with none is passed over.
+    /// Limits that replace `per_tenant` for these tenants; 0 skips the tenant.
     pub limits: HashMap<String, usize>,
-    /// These actions of these tenants are passed over.
+    /// Pairs of tenant and action to skip.
     pub blocked: HashSet<(String, String)>,
 }
 
-/// A declaration of an action.
+/// Declaration of an action.
 #[derive(Clone, Debug, PartialEq)]
 pub struct DeclaredAction {
-    /// For this tenant; `None` for all.
+    /// Tenant that it applies to; `None` for all.
     pub tenant: Option<String>,
-    /// What it declares.
+    /// Declared action.
     pub action: Action,
 }
 
-/// Requests that may start.
+/// A page of due requests.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct DuePage {
-    /// Tenant by tenant, each in the order in which they should start.
+    /// Grouped by tenant, each group in start order.
     pub requests: Vec<DueRequest>,
-    /// Where the next page begins: the last tenant that was looked at.
+    /// `after_tenant` of the next page: the last tenant that was read.
     pub next_tenant: Option<String>,
 }
 
-/// How many due requests for the same action are before one.
+/// Number of due requests for the same action that are ahead of a request.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct QueueAhead {
-    /// Of the same tenant.
+    /// Requests of the same tenant.
     pub own: u64,
-    /// Of the others.
+    /// Requests of other tenants.
     pub others: u64,
 }
 
-/// A request that waits and may start.
+/// A queued request that is due.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct DueRequest {
-    /// Its id.
+    /// Unique id.
     pub uid: Uid,
-    /// What was asked for.
+    /// Name of the action.
     pub action: String,
-    /// By which tenant.
+    /// Tenant of the owner.
     pub tenant: String,
-    /// 0 to 9.
+    /// Priority, 0 to 9.
     pub priority: i32,
-    /// Since when it is due.
+    /// When the request became due.
     pub not_before: Timestamp,
 }
 
-/// The right to run an attempt.
+/// Lease of one attempt.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub struct Lease {
-    /// Of this request.
+    /// Request.
     pub uid: Uid,
-    /// This attempt.
+    /// Attempt number.
     pub attempt: u32,
 }
 
-/// What became of a renewal.
+/// Outcome of a lease renewal.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Renewed {
-    /// Of this lease.
+    /// Lease to renew.
     pub lease: Lease,
-    /// Whether it is still held.
+    /// Whether the lease is still held.
     pub held: bool,
-    /// Why cancellation has been asked for, when it has.
+    /// Reason of the cancellation request, if any.
     pub cancel_reason: Option<String>,
 }
 
-/// Asks for a page of requests, newest first.
+/// Query for a page of requests, newest first.
 #[derive(Clone, Debug)]
 pub struct ListRequests {
-    /// Of this tenant.
+    /// Tenant.
     pub tenant: String,
-    /// Of this user only.
+    /// User, or `None` for all users.
     pub user: Option<String>,
-    /// In these states; empty for all.
+    /// States to include; empty for all.
     pub states: Vec<RequestState>,
-    /// For this action only.
+    /// Action, or `None` for all actions.
     pub action: Option<String>,
-    /// Older than this.
+    /// Only requests older than this one.
     pub before: Option<Uid>,
-    /// At most so many.
+    /// Maximum number of requests.
     pub limit: usize,
 }
 
 /// A page of requests.
 #[derive(Clone, Debug)]
 pub struct RequestPage {
-    /// Newest first.
+    /// Requests, newest first.
     pub requests: Vec<RequestRecord>,
-    /// Where the next page begins.
+    /// `before` of the next page.
     pub next: Option<Uid>,
 }
 
 /// A page of a log.
 #[derive(Clone, Debug)]
 pub struct EventPage {
-    /// In order, contiguous.
+    /// Contiguous events, in order.
     pub events: Vec<Event>,
-    /// Whether there are more.
+    /// Whether more events follow.
     pub more: bool,
 }
 
 /// A live connection.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct ConnectionRecord {
-    /// Its id.
+    /// Unique id.
     pub id: Uid,
-    /// Whose it is.
+    /// Owner.
     pub owner: Owner,
-    /// The gateway that holds it.
+    /// Gateway that holds the connection.
     pub gateway: String,
     /// Address of the peer.
     pub remote_address: String,
-    /// What it calls itself.
+    /// User agent that the client reports.
     pub user_agent: String,
-    /// When it opened.
+    /// When the connection was opened.
     pub connect_time: Timestamp,
 }
 
 /// A page of connections.
 #[derive(Clone, Debug)]
 pub struct ConnectionPage {
-    /// Oldest first.
+    /// Connections, oldest first.
     pub connections: Vec<ConnectionRecord>,
-    /// Where the next page begins.
+    /// `after` of the next page.
     pub next: Option<Uid>,
 }
 
-/// How the queue stands.
+/// Statistics of the queue.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct QueueStats {
-    /// Requests that wait.
+    /// Number of queued requests.
     pub queued: u64,
-    /// When the one that has been due longest became due.
+    /// When the request that has been due longest became due.
     pub oldest_due: Option<Timestamp>,
 }

@@ -1,8 +1,8 @@
-//! The embedded engine: SQLite in write-ahead-log mode, `synchronous=FULL`.
+//! SQLite engine: write-ahead-log mode, `synchronous=FULL`.
 //!
-//! One thread writes. It takes every operation that waits, applies them in one transaction and
-//! answers them all after the one fsync of its commit: group commit. Reads have connections of
-//! their own and see the last commit.
+//! One thread writes. It applies all queued operations in one transaction and returns their results
+//! after the one fsync of its commit (group commit). Reads use separate connections and see the
+//! last commit.
 
 mod actions;
 mod checkpointer;
@@ -35,22 +35,22 @@ use crate::{
     Store, StoreError, StoredPayload,
 };
 use checkpointer::Checkpointer;
-use files::Files;
+use files::FileIdentities;
 use writer::{Cost, Payer, WriterThread};
 
-/// Readers beyond this wait for one to be free.
+/// Maximum number of reader connections; further reads wait for a free one.
 const MAX_READERS: usize = 4;
-/// Of those, this many may read pages of events, payloads and lists at once: the others are for what execution
-/// and each request need.
+/// Maximum number of readers of pages of events, payloads and lists; the others are reserved for
+/// execution and for reads of single requests.
 const MAX_PAGE_READERS: usize = 3;
-/// An estimate of the bytes that an operation writes that frees a whole log.
-const LARGE: usize = 128 * 1024;
+/// Estimate of the bytes that a deletion writes, which frees a whole log.
+const DELETION_BYTES: usize = 128 * 1024;
 
-/// SQLite in a folder of its own.
+/// SQLite store in a data folder.
 pub struct SqliteStore {
     writer: WriterThread,
     readers: std::sync::Arc<Readers>,
-    /// Held as long as the store is open; the operating system lets go of it when the process dies.
+    /// Held as long as the store is open; the operating system releases it when the process exits.
     _lock: File,
 }
 
@@ -62,13 +62,13 @@ struct Readers {
 }
 
 impl SqliteStore {
-    /// Opens the store in `data`, making what is not there.
+    /// Opens the store in `data`, creating the folder and the files that do not exist.
     ///
     /// # Errors
-    /// As [`crate::open`].
+    /// Returns an error in the same cases as [`crate::open`].
     pub fn open(data: &Path) -> Result<Self, StoreError> {
         let doing = "opening the data folder";
-        let lock = files::make_folder(data)
+        let lock = files::create_folder(data)
             .and_then(|()| files::open_private(&data.join("lock")))
             .map_err(|error| io_error(doing, data, &error))?;
         match lock.try_lock() {
@@ -80,14 +80,14 @@ impl SqliteStore {
         }
         let path = data.join("streamer.db");
         files::open_private(&path).map_err(|error| io_error(doing, &path, &error))?;
-        let connection =
-            schema::open_for_writing(&path).map_err(|error| sqlite_error("opening", &error))?;
+        let connection = schema::open_for_writing(&path)
+            .map_err(|error| sqlite_error("opening the database", &error))?;
         schema::check_size(&connection, &path)?;
         schema::migrate(&connection)?;
-        schema::forget_previous_process(&connection)
-            .map_err(|error| sqlite_error("opening", &error))?;
+        schema::reset_after_restart(&connection)
+            .map_err(|error| sqlite_error("opening the database", &error))?;
         let checkpointer = Checkpointer::start(&path)?;
-        let files = Files::of(&path).map_err(|error| io_error(doing, &path, &error))?;
+        let files = FileIdentities::read(&path).map_err(|error| io_error(doing, &path, &error))?;
         let readers = Readers {
             idle: Mutex::new(Vec::new()),
             permits: tokio::sync::Semaphore::new(MAX_READERS),
@@ -101,15 +101,15 @@ impl SqliteStore {
         })
     }
 
-    /// As [`Self::read`], for what may read much.
+    /// Like [`Self::read`], for queries that may read a lot of data.
     async fn read_page<T: Send + 'static>(
         &self,
         doing: &'static str,
         query: impl FnOnce(&Connection) -> rusqlite::Result<T> + Send + 'static,
     ) -> Result<T, StoreError> {
         let permit = self.readers.page_permits.acquire().await;
-        let _permit =
-            permit.map_err(|_| StoreError::Unavailable { doing, reason: "it is closed".into() })?;
+        let _permit = permit
+            .map_err(|_| StoreError::Unavailable { doing, reason: "the store is closed".into() })?;
         self.read(doing, query).await
     }
 
@@ -121,21 +121,21 @@ impl SqliteStore {
         let unavailable =
             |reason: &str| StoreError::Unavailable { doing, reason: reason.to_owned() };
         let _permit =
-            self.readers.permits.acquire().await.map_err(|_| unavailable("it is closed"))?;
+            self.readers.permits.acquire().await.map_err(|_| unavailable("the store is closed"))?;
         let readers = self.readers.clone();
-        let answer = tokio::task::spawn_blocking(move || {
+        let result = tokio::task::spawn_blocking(move || {
             let idle = readers.idle.lock().pop();
             let connection = match idle {
                 Some(connection) => connection,
                 None => schema::open_for_reading(&readers.path)?,
             };
-            let answer = query(&connection);
+            let output = query(&connection);
             readers.idle.lock().push(connection);
-            answer
+            output
         });
-        match answer.await {
-            Ok(answer) => answer.map_err(|error| sqlite_error(doing, &error)),
-            Err(_) => Err(unavailable("the reader was stopped")),
+        match result.await {
+            Ok(output) => output.map_err(|error| sqlite_error(doing, &error)),
+            Err(_) => Err(unavailable("the reader task failed")),
         }
     }
 }
@@ -192,7 +192,7 @@ impl Store for SqliteStore {
     }
 
     async fn delete_request(&self, uid: Uid) -> Result<DeleteOutcome, StoreError> {
-        let cost = Cost::new(LARGE, Payer::OwnerOf(uid));
+        let cost = Cost::new(DELETION_BYTES, Payer::OwnerOf(uid));
         self.writer.run("deleting a request", cost, move |db| requests::delete(db, uid)).await
     }
 
@@ -241,7 +241,7 @@ impl Store for SqliteStore {
         now: Timestamp,
         limit: usize,
     ) -> Result<Vec<RequestRecord>, StoreError> {
-        self.read("looking for expired leases", move |db| requests::expired(db, now, limit)).await
+        self.read("reading expired leases", move |db| requests::expired(db, now, limit)).await
     }
 
     async fn adopt(&self, adopt: Adopt) -> Result<Option<RequestRecord>, StoreError> {
@@ -255,7 +255,7 @@ impl Store for SqliteStore {
         now: Timestamp,
         limit: usize,
     ) -> Result<Vec<RequestRecord>, StoreError> {
-        self.read("looking for overdue requests", move |db| queue::overdue(db, now, limit)).await
+        self.read("reading overdue requests", move |db| queue::overdue(db, now, limit)).await
     }
 
     async fn due_requests(&self, query: DueQuery) -> Result<DuePage, StoreError> {
@@ -276,7 +276,7 @@ impl Store for SqliteStore {
     }
 
     async fn queue_stats(&self, now: Timestamp) -> Result<QueueStats, StoreError> {
-        self.read("measuring the queue", move |db| queue::stats(db, now)).await
+        self.read("reading queue statistics", move |db| queue::stats(db, now)).await
     }
 
     async fn read_events(
@@ -300,7 +300,7 @@ impl Store for SqliteStore {
         let bytes = Cost::SMALL.bytes * (opened.len() + closed.len());
         let cost = Cost::new(bytes, Payer::Server);
         self.writer
-            .run("noting connections", cost, move |db| connections::update(db, &opened, &closed))
+            .run("updating connections", cost, move |db| connections::update(db, &opened, &closed))
             .await
     }
 
@@ -341,6 +341,6 @@ impl Store for SqliteStore {
     }
 
     async fn check(&self) -> Result<(), StoreError> {
-        self.writer.run("checking the store", Cost::SMALL, |db| schema::touch(db)).await
+        self.writer.run("checking the store", Cost::SMALL, |db| schema::write_probe(db)).await
     }
 }

@@ -1,4 +1,4 @@
-//! The contract that every engine keeps.
+//! Contract of every engine.
 
 use std::sync::Arc;
 
@@ -12,21 +12,22 @@ use crate::{
     RequestRecord, StoreError, StoredPayload,
 };
 
-/// Everything durable. Each method says its precondition and what a repeat does; each is durable
-/// when it answers, or changed nothing when it fails with [`StoreError`] (after `Unavailable` the
-/// outcome is unknown: repeat it).
+/// All durable state. Each method documents its precondition and the effect of a repeat. When a
+/// method returns, its change is durable; when it fails with [`StoreError`], it changed nothing,
+/// except that after `Unavailable` the outcome is unknown: retry.
 #[async_trait]
 pub trait Store: Send + Sync + 'static {
-    /// Stores a request with its `accepted` event. With a `client_id` that the owner has used, it
-    /// changes nothing and says what that stands for. Otherwise, when the owner would have more than
-    /// `quota` allows, it changes nothing either; engines that several processes share count with a delay.
-    /// A repeat is `Existing`, or `Created` where it looks like the first call.
+    /// Stores a request with its `accepted` event. If the owner has used `client_id` before,
+    /// changes nothing and returns the request that it identifies. Otherwise, if the owner would
+    /// exceed `quota`, changes nothing; engines that several processes share count with a delay. A
+    /// repeat returns `Existing`, or `Created` where it cannot be distinguished from the first
+    /// call.
     async fn create_request(&self, new: NewRequest) -> Result<CreateOutcome, StoreError>;
 
     /// Reads a request.
     async fn get_request(&self, uid: Uid) -> Result<Option<RequestRecord>, StoreError>;
 
-    /// Reads the request that its owner knows as `client_id`.
+    /// Reads the request that its owner submitted as `client_id`.
     async fn find_request(
         &self,
         owner: Owner,
@@ -39,19 +40,19 @@ pub trait Store: Send + Sync + 'static {
     /// Reads a request's input.
     async fn read_payload(&self, uid: Uid) -> Result<Option<StoredPayload>, StoreError>;
 
-    /// Removes a request that has ended, with its log. A repeat changes nothing.
+    /// Deletes a request that has ended, with its log. A repeat changes nothing.
     async fn delete_request(&self, uid: Uid) -> Result<DeleteOutcome, StoreError>;
 
-    /// Starts the next attempt: the request must be queued and due. It becomes running, with the
-    /// next attempt number and a `started` event. A repeat is `NotClaimable`.
+    /// Starts the next attempt. The request must be queued and due; it becomes running, with the
+    /// next attempt number and a `started` event. A repeat returns `NotClaimable`.
     async fn claim(&self, claim: Claim) -> Result<ClaimOutcome, StoreError>;
 
-    /// Appends events and moves the state with them: the writer must be the current one and the
-    /// events must follow the log. A repeat of what is stored is `Applied` and changes nothing.
+    /// Appends events and updates the state accordingly. The writer must be the current one and the
+    /// events must follow the log. A repeat of stored events returns `Applied` and changes nothing.
     async fn append(&self, append: Append) -> Result<Appended, StoreError>;
 
-    /// Cancels a queued request, or notes that cancellation of a running one is asked for. A
-    /// repeat changes nothing; the first reason stays.
+    /// Cancels a queued request, or records that cancellation of a running one is requested. A
+    /// repeat changes nothing; the first reason is kept.
     async fn cancel(
         &self,
         uid: Uid,
@@ -59,8 +60,7 @@ pub trait Store: Send + Sync + 'static {
         now: Timestamp,
     ) -> Result<CancelOutcome, StoreError>;
 
-    /// Prolongs leases that `holder` still holds; what else is under its name ends. A repeat is
-    /// harmless.
+    /// Extends the leases that `holder` still holds; its other leases end. A repeat is harmless.
     async fn renew_leases(
         &self,
         holder: String,
@@ -69,33 +69,32 @@ pub trait Store: Send + Sync + 'static {
         now: Timestamp,
     ) -> Result<Vec<Renewed>, StoreError>;
 
-    /// Reads running requests whose lease ended by `now`, longest expired first.
+    /// Reads running requests whose lease expired by `now`, longest expired first.
     async fn expired_leases(
         &self,
         now: Timestamp,
         limit: usize,
     ) -> Result<Vec<RequestRecord>, StoreError>;
 
-    /// Goes on with a running attempt that its worker still has: the request must be running it,
-    /// given to that worker, whoever held the lease. The holder before is fenced by the log: the
-    /// events that it still appends collide; its checkpoints alone do not, so it must stop first where
-    /// several processors share the store. `None` when the attempt is not that worker's. A repeat is
-    /// harmless.
+    /// Takes over a running attempt that its worker still has. The request must be running this
+    /// attempt, assigned to this worker; the previous holder does not matter. The log fences that
+    /// holder: events that it still appends collide. A checkpoint without events does not, so the
+    /// holder must stop first where several processors share the store. Returns `None` when the
+    /// attempt is not that worker's. A repeat is harmless.
     async fn adopt(&self, adopt: Adopt) -> Result<Option<RequestRecord>, StoreError>;
 
-    /// Reads queued requests that should have started, or ended, by `now`, the longest overdue
-    /// first.
+    /// Reads queued requests that should have started, or ended, by `now`, longest overdue first.
     async fn overdue_requests(
         &self,
         now: Timestamp,
         limit: usize,
     ) -> Result<Vec<RequestRecord>, StoreError>;
 
-    /// Reads queued requests that are due, of several tenants: of each the highest priority first,
-    /// then the oldest. What tenants have queued beyond that costs nothing.
+    /// Reads due requests of several tenants: of each tenant the highest priority first, then the
+    /// oldest. The cost does not depend on how many more requests a tenant has queued.
     async fn due_requests(&self, query: DueQuery) -> Result<DuePage, StoreError>;
 
-    /// Counts the due requests for the same action that come before this one, each count up to
+    /// Counts the due requests for the same action that are ahead of this one, each count up to
     /// `limit`.
     async fn queue_ahead(
         &self,
@@ -104,14 +103,14 @@ pub trait Store: Send + Sync + 'static {
         limit: usize,
     ) -> Result<QueueAhead, StoreError>;
 
-    /// Reads when the next queued request that is not due at `now` becomes due.
+    /// Returns when the next queued request that is not due at `now` becomes due.
     async fn next_due(&self, now: Timestamp) -> Result<Option<Timestamp>, StoreError>;
 
-    /// Reads how the queue stands at `now`.
+    /// Returns statistics of the queue at `now`.
     async fn queue_stats(&self, now: Timestamp) -> Result<QueueStats, StoreError>;
 
-    /// Reads events after `after_seq`: at most `max_events`, and no more once `max_bytes` are
-    /// reached, but at least one when there is one.
+    /// Reads events after `after_seq`: at most `max_events`, stopping once `max_bytes` are reached,
+    /// but at least one if one exists.
     async fn read_events(
         &self,
         uid: Uid,
@@ -120,17 +119,18 @@ pub trait Store: Send + Sync + 'static {
         max_bytes: usize,
     ) -> Result<EventPage, StoreError>;
 
-    /// Notes live connections and forgets closed ones. A repeat is harmless.
+    /// Stores live connections and deletes closed ones. A repeat is harmless.
     async fn update_connections(
         &self,
         opened: Vec<ConnectionRecord>,
         closed: Vec<Uid>,
     ) -> Result<(), StoreError>;
 
-    /// Says that a gateway, and with it its connections, lives until then. A repeat is harmless.
+    /// Records that a gateway, and with it its connections, is alive until `until`. A repeat is
+    /// harmless.
     async fn renew_gateway(&self, gateway: String, until: Timestamp) -> Result<(), StoreError>;
 
-    /// Reads a tenant's connections on gateways that live at `now`, oldest first.
+    /// Reads a tenant's connections on gateways that are alive at `now`, oldest first.
     async fn list_connections(
         &self,
         tenant: String,
@@ -140,8 +140,8 @@ pub trait Store: Send + Sync + 'static {
         now: Timestamp,
     ) -> Result<ConnectionPage, StoreError>;
 
-    /// Keeps declarations of actions for the time when nobody offers them, in place of earlier ones
-    /// of the same names for the same tenants. A repeat is harmless.
+    /// Stores declarations of actions, which apply while no processor or worker offers them;
+    /// replaces earlier ones of the same names and tenants. A repeat is harmless.
     async fn save_actions(
         &self,
         actions: Vec<DeclaredAction>,
@@ -151,11 +151,11 @@ pub trait Store: Send + Sync + 'static {
     /// Reads the declarations that were saved at or after `since`.
     async fn list_actions(&self, since: Timestamp) -> Result<Vec<DeclaredAction>, StoreError>;
 
-    /// Who tells of requests that wait, where the engine has such a thing.
+    /// Returns the notifier of queued requests, if the engine has one.
     fn queue_trigger(&self) -> Option<Arc<dyn QueueTrigger>> {
         None
     }
 
-    /// Proves that it can write durably.
+    /// Verifies that the store can write durably.
     async fn check(&self) -> Result<(), StoreError>;
 }

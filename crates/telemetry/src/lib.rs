@@ -1,4 +1,4 @@
-//! Logs, metrics and traces: set up once by a binary, handed to the services.
+//! Logs, metrics and traces: a binary initializes them once and passes the handles to the services.
 
 mod logs;
 mod metrics;

@@ -20,18 +20,18 @@ use tracing_subscriber::{
 
 use crate::traces::{TRACE_TARGET, TraceContext, TraceOptions, Traces, start};
 
-/// How log lines are written.
+/// Format of log lines.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Default)]
 pub enum LogFormat {
-    /// For people.
+    /// Human-readable text.
     #[default]
     Text,
-    /// One JSON object a line.
+    /// One JSON object per line.
     Json,
 }
 
 impl LogFormat {
-    /// As it is written in the configuration.
+    /// Returns the name that the configuration uses.
     #[must_use]
     pub const fn as_str(self) -> &'static str {
         match self {
@@ -53,36 +53,36 @@ impl FromStr for LogFormat {
     }
 }
 
-/// Why logs or traces could not be set up.
+/// Error of initializing logs or traces.
 #[derive(Debug, thiserror::Error)]
 pub enum TelemetryError {
-    /// The filter cannot be read.
+    /// The filter cannot be parsed.
     #[error("log filter {filter:?} is malformed: {reason}")]
     Filter {
-        /// As configured.
+        /// Configured filter.
         filter: String,
-        /// What is wrong.
+        /// Reason.
         reason: String,
     },
     /// Traces cannot be sent to this endpoint.
     #[error("cannot send traces to {endpoint:?}: {reason}")]
     Traces {
-        /// As configured.
+        /// Configured endpoint.
         endpoint: String,
-        /// What is wrong.
+        /// Reason.
         reason: String,
     },
-    /// Logging was set up before.
-    #[error("logging is set up already: {0}")]
+    /// Logging is already initialized.
+    #[error("logging is already initialized: {0}")]
     Twice(String),
 }
 
-/// Sends logs to standard error, and spans to a collector. `filter` is a level (`info`) or directives
-/// (`info,streamer_gateway=debug`) for logs. A line that belongs to a trace ends with its `trace_id`,
-/// and with `span_id` if this process records a span for it.
+/// Initializes logs to standard error, and spans to a collector. `filter` is a level (`info`) or
+/// directives (`info,streamer_gateway=debug`) for logs. A line that belongs to a trace ends with its
+/// `trace_id`, and with `span_id` if this process records a span for it.
 ///
 /// # Errors
-/// When the filter or the endpoint cannot be used, or logging was set up before.
+/// Returns an error if the filter or the endpoint is invalid, or logging is already initialized.
 pub fn init(
     filter: &str,
     format: LogFormat,
@@ -96,8 +96,8 @@ pub fn init(
     let parsed = EnvFilter::try_new(filter).map_err(malformed)?.add_directive(no_spans);
     let (traces, tracer) = start(traces)?;
     let outcome = match tracer {
-        // A filter for all layers costs less than one for each.
-        None => registry().with(parsed).with(log_lines(format)).try_init(),
+        // One filter for all layers costs less than a filter per layer.
+        None => registry().with(parsed).with(stderr_layer(format)).try_init(),
         Some(tracer) => {
             let spans = OpenTelemetryLayer::new(tracer)
                 .with_location(false)
@@ -105,15 +105,15 @@ pub fn init(
                 .with_tracked_inactivity(false)
                 .with_target(false)
                 .with_filter(Targets::new().with_target(TRACE_TARGET, Level::INFO));
-            registry().with(spans).with(log_lines(format).with_filter(parsed)).try_init()
+            registry().with(spans).with(stderr_layer(format).with_filter(parsed)).try_init()
         }
     };
     outcome.map_err(|error| TelemetryError::Twice(error.to_string()))?;
     Ok(traces)
 }
 
-/// Writes events to standard error.
-fn log_lines<S>(format: LogFormat) -> Box<dyn Layer<S> + Send + Sync>
+/// Returns the layer that writes events to standard error.
+fn stderr_layer<S>(format: LogFormat) -> Box<dyn Layer<S> + Send + Sync>
 where
     S: Subscriber + for<'a> LookupSpan<'a>,
 {
@@ -122,13 +122,13 @@ where
         LogFormat::Text => lines
             .map_event_format(|inner| {
                 let inner = inner.with_ansi(uses_colors());
-                WithTrace { inner, format }
+                AppendTraceIds { inner, format }
             })
             .boxed(),
         LogFormat::Json => lines
             .json()
             .flatten_event(true)
-            .map_event_format(|inner| WithTrace { inner, format })
+            .map_event_format(|inner| AppendTraceIds { inner, format })
             .boxed(),
     }
 }
@@ -139,13 +139,13 @@ fn uses_colors() -> bool {
     stderr().is_terminal() && env::var_os("NO_COLOR").is_none_or(|value| value.is_empty())
 }
 
-/// Adds where an event belongs to in a trace.
-struct WithTrace<F> {
+/// Appends the trace and span id of an event.
+struct AppendTraceIds<F> {
     inner: F,
     format: LogFormat,
 }
 
-impl<S, N, F> FormatEvent<S, N> for WithTrace<F>
+impl<S, N, F> FormatEvent<S, N> for AppendTraceIds<F>
 where
     S: Subscriber + for<'a> LookupSpan<'a>,
     N: for<'a> FormatFields<'a> + 'static,
@@ -162,11 +162,11 @@ where
         };
         let mut line = String::new();
         self.inner.format_event(context, Writer::new(&mut line), event)?;
-        writer.write_str(&with_trace(&line, &trace, self.format))
+        writer.write_str(&append_trace_ids(&line, &trace, self.format))
     }
 }
 
-fn with_trace(line: &str, trace: &TraceContext, format: LogFormat) -> String {
+fn append_trace_ids(line: &str, trace: &TraceContext, format: LogFormat) -> String {
     let (id, line) = (trace.trace_id(), line.trim_end());
     match (format, trace.local_span_id()) {
         (LogFormat::Text, None) => format!("{line} trace_id={id}\n"),
@@ -184,13 +184,13 @@ mod tests {
     use super::*;
 
     #[test]
-    fn a_line_ends_with_its_place_in_the_trace() {
+    fn lines_of_a_trace_end_with_its_id() {
         let parent = "00-0af7651916cd43dd8448eb211c80319c-b7ad6b7169203331-01";
         let trace = TraceContext::parse(parent, None).unwrap();
         let id = "0af7651916cd43dd8448eb211c80319c";
-        let text = with_trace(" INFO hello\n", &trace, LogFormat::Text);
+        let text = append_trace_ids(" INFO hello\n", &trace, LogFormat::Text);
         assert_eq!(text, format!(" INFO hello trace_id={id}\n"));
-        let json = with_trace("{\"message\":\"hello\"}\n", &trace, LogFormat::Json);
+        let json = append_trace_ids("{\"message\":\"hello\"}\n", &trace, LogFormat::Json);
         assert_eq!(json, format!("{{\"message\":\"hello\",\"trace_id\":\"{id}\"}}\n"));
     }
 }

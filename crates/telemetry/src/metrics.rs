@@ -1,4 +1,4 @@
-//! The registry that services put their metrics into.
+//! Metrics registry of a process.
 
 use std::{fmt, sync::Arc};
 
@@ -10,59 +10,59 @@ use prometheus_client::{
     registry::{Metric, Registry},
 };
 
-/// Bounds of latency histograms, in seconds: 0.1 ms to 10 s.
+/// Bucket bounds of latency histograms, in seconds: 0.1 ms to 10 s.
 const LATENCY_BOUNDS: [f64; 12] =
     [0.0001, 0.00025, 0.0005, 0.001, 0.0025, 0.005, 0.01, 0.025, 0.1, 0.5, 2.0, 10.0];
 
-/// A handle to the metrics of this process.
+/// Handle to the metrics of this process.
 #[derive(Clone, Default)]
 pub struct Metrics {
     registry: Arc<Mutex<Registry>>,
 }
 
 impl Metrics {
-    /// No metrics yet.
+    /// Returns an empty registry.
     #[must_use]
     pub fn new() -> Self {
         Self::default()
     }
 
-    /// Registers a metric under `name`, which ends in its unit or `_total`'s stem.
+    /// Registers a metric under `name`, which ends in its unit; the name of a counter omits `_total`.
     pub fn register<M: Metric + Clone>(&self, name: &str, help: &str, metric: M) -> M {
         self.registry.lock().register(name, help, metric.clone());
         metric
     }
 
-    /// Registers what is collected each time that metrics are read.
+    /// Registers a collector, which runs each time the metrics are read.
     pub fn collect(&self, collector: impl Collector + 'static) {
         self.registry.lock().register_collector(Box::new(collector));
     }
 
-    /// A counter; `_total` is added to its name.
+    /// Registers a counter; `_total` is appended to its name.
     #[must_use]
     pub fn counter(&self, name: &str, help: &str) -> Counter {
         self.register(name, help, Counter::default())
     }
 
-    /// A gauge.
+    /// Registers a gauge.
     #[must_use]
     pub fn gauge(&self, name: &str, help: &str) -> Gauge {
         self.register(name, help, Gauge::default())
     }
 
-    /// A histogram of seconds.
+    /// Registers a histogram of durations in seconds.
     #[must_use]
     pub fn latency(&self, name: &str, help: &str) -> Histogram {
         self.register(name, help, Histogram::new(LATENCY_BOUNDS))
     }
 
-    /// Everything, in the OpenMetrics text format that Prometheus reads.
+    /// Returns all metrics in the OpenMetrics text format, which Prometheus reads.
     #[must_use]
     pub fn encode(&self) -> String {
         let mut text = String::new();
         match encode(&mut text, &self.registry.lock()) {
             Ok(()) => text,
-            // Writing to a string fails only when a metric's own encoding does.
+            // Writing to a string cannot fail: only the encoding of a metric can.
             Err(fmt::Error) => String::from("# EOF\n"),
         }
     }

@@ -1,9 +1,9 @@
-//! Traces: the context of a request, and how work runs in it.
+//! Traces: the context of a request, and running work in it.
 //!
-//! A request whose trace is sampled has spans; all others have only a context, whose trace id their log
-//! lines carry. Services open spans with [`trace_span!`](crate::trace_span), which does nothing where no
-//! sampled context is current. A context follows a future with [`InScope::in_scope`], and crosses
-//! processes as W3C `traceparent` and `tracestate` (<https://www.w3.org/TR/trace-context/>).
+//! A request whose trace is sampled has spans; every other request has only a context, whose trace id is in
+//! its log lines. Services open spans with [`trace_span!`](crate::trace_span), which does nothing if the
+//! current context is not sampled. [`InScope::in_scope`] attaches a context to a future; between processes
+//! it is propagated as W3C `traceparent` and `tracestate` (<https://www.w3.org/TR/trace-context/>).
 
 mod context;
 mod pipeline;
@@ -30,17 +30,17 @@ pub use context::{MAX_TRACE_STATE_BYTES, TraceContext};
 use pipeline::Pipeline;
 pub(crate) use pipeline::start;
 
-/// Target of all spans that are exported; logs show none of them.
+/// Target of all exported spans; logs exclude it.
 pub const TRACE_TARGET: &str = "streamer::trace";
 
-/// Where spans are sent, and which.
+/// Options of tracing.
 #[derive(Clone, Debug, Default, PartialEq)]
 pub struct TraceOptions {
-    /// OTLP over gRPC, an `http://` URL; without one there are no spans.
+    /// `http://` URL of an OTLP/gRPC collector; `None` disables spans.
     pub endpoint: Option<String>,
-    /// Part of the requests that are traced, 0 to 1, unless the caller's decision is trusted.
+    /// Ratio of requests that are traced, 0 to 1, unless the caller's decision is trusted.
     pub sample_ratio: f64,
-    /// Callers decide whether their requests are traced.
+    /// Whether callers decide which of their requests are traced.
     pub trust_callers: bool,
     /// `service.name`, unless `OTEL_SERVICE_NAME` is set.
     pub service: &'static str,
@@ -48,8 +48,8 @@ pub struct TraceOptions {
     pub version: &'static str,
 }
 
-/// Opens a span below the current one, as `tracing::info_span!` does: a name, and fields. Without a
-/// sampled trace it is `Span::none()`, and the fields are not evaluated.
+/// Opens a child of the current span, with a name and fields as in `tracing::info_span!`. Outside a
+/// sampled trace it returns `Span::none()` without evaluating the fields.
 #[macro_export]
 macro_rules! trace_span {
     ($name:literal $($fields:tt)*) => {
@@ -61,7 +61,7 @@ macro_rules! trace_span {
     };
 }
 
-/// Whether a sampled trace is current.
+/// Returns whether the current trace is sampled.
 #[must_use]
 pub fn is_sampled() -> bool {
     Context::map_current(|context| {
@@ -69,7 +69,7 @@ pub fn is_sampled() -> bool {
     })
 }
 
-/// What a future runs in: a span, a context without one, or neither.
+/// Scope of a future: a span, a context without a span, or neither.
 #[derive(Clone, Debug, Default)]
 pub struct Scope(Inner);
 
@@ -82,7 +82,7 @@ enum Inner {
 }
 
 impl Scope {
-    /// What runs now, for work that continues in a task of its own.
+    /// Returns the current context, for work that continues in a separate task.
     #[must_use]
     pub fn current() -> Self {
         if Context::map_current(Context::has_active_span) {
@@ -92,31 +92,31 @@ impl Scope {
         }
     }
 
-    /// A span; where it is disabled, nothing: for work in the same task.
+    /// Returns the scope of a span, or an empty scope if the span is disabled: for work in the same task.
     #[must_use]
     pub fn inline(span: Span) -> Self {
         if span.is_disabled() { Self::default() } else { Self(Inner::Span(span)) }
     }
 
-    /// A span; where it is disabled, what runs now.
+    /// Returns the scope of a span, or the current context if the span is disabled.
     #[must_use]
     pub fn of(span: Span) -> Self {
         if span.is_disabled() { Self::current() } else { Self(Inner::Span(span)) }
     }
 
-    /// No trace, whatever runs now.
+    /// Returns a scope outside any trace, regardless of the current context.
     #[must_use]
     pub fn outside() -> Self {
         Self(Inner::Context(Context::new()))
     }
 
-    /// A place in the trace of a different process, without a span here.
+    /// Returns a scope in the trace of a different process, without a span in this process.
     #[must_use]
     pub fn within(context: &TraceContext) -> Self {
         Self(Inner::Context(context.context()))
     }
 
-    /// Work that a different process asked for: a span if it is sampled.
+    /// Returns the scope of work that a different process requests, with a span if the trace is sampled.
     #[must_use]
     pub fn follow(caller: &TraceContext, span: impl FnOnce() -> Span) -> Self {
         if caller.is_sampled()
@@ -128,14 +128,14 @@ impl Scope {
     }
 
     fn child_of(parent: Context, span: impl FnOnce() -> Span) -> Option<Self> {
-        // A span that is not sampled is not opened: the macro asks for the current context.
+        // Attached while the span is opened: the macro checks whether the current context is sampled.
         let guard = parent.attach();
         let span = span();
         drop(guard);
         (!span.is_disabled()).then_some(Self(Inner::Span(span)))
     }
 
-    /// Its place in the trace.
+    /// Returns the trace context of the scope.
     #[must_use]
     pub fn trace_context(&self) -> Option<TraceContext> {
         match &self.0 {
@@ -145,7 +145,7 @@ impl Scope {
         }
     }
 
-    /// Its span, disabled where there is none.
+    /// Returns the span of the scope, which is disabled if the scope has none.
     #[must_use]
     pub fn span(&self) -> Span {
         match &self.0 {
@@ -154,7 +154,7 @@ impl Scope {
         }
     }
 
-    /// Runs work that does not wait.
+    /// Runs synchronous work in the scope.
     pub fn run<T>(&self, work: impl FnOnce() -> T) -> T {
         match &self.0 {
             Inner::None => work(),
@@ -169,7 +169,7 @@ impl Scope {
 
 /// Runs futures in a [`Scope`].
 pub trait InScope: Future + Sized {
-    /// Runs this future in `scope`.
+    /// Returns this future, running in `scope`.
     fn in_scope(self, scope: Scope) -> Scoped<Self> {
         Scoped { future: self, scope }
     }
@@ -178,7 +178,7 @@ pub trait InScope: Future + Sized {
 impl<F: Future> InScope for F {}
 
 pin_project! {
-    /// A future in its scope.
+    /// Future that runs in a scope.
     #[must_use = "futures do nothing unless polled"]
     pub struct Scoped<F> {
         #[pin]
@@ -193,14 +193,14 @@ impl<F: Future> Future for Scoped<F> {
     fn poll(self: Pin<&mut Self>, task: &mut std::task::Context<'_>) -> Poll<F::Output> {
         let this = self.project();
         let output = ready!(this.scope.run(|| this.future.poll(task)));
-        // The span ends with its work, not when the future is dropped.
+        // The span ends when the future completes, not when it is dropped.
         *this.scope = Scope::default();
         Poll::Ready(output)
     }
 }
 
-/// Decides which requests are traced, and exports their spans. Cheap to clone; the default traces
-/// nothing.
+/// Decides which requests are traced, and exports their spans. Cheap to clone; the default is
+/// disabled.
 #[derive(Clone, Default)]
 pub struct Traces {
     pipeline: Option<Pipeline>,
@@ -208,38 +208,38 @@ pub struct Traces {
     trust_callers: bool,
 }
 
-/// An attempt of a request, for [`Traces::attempt`].
+/// Attempt of a request, for [`Traces::attempt`].
 #[derive(Clone, Copy, Debug)]
 pub struct AttemptSpan<'a> {
-    /// The request.
+    /// `uid` of the request.
     pub uid: Uid,
     /// Number of the attempt, from 1.
     pub attempt: u32,
-    /// The submission.
+    /// Trace context of the submission.
     pub submission: &'a TraceContext,
-    /// How it waited. `None` when a different process began the attempt.
+    /// Time in the queue; `None` if a different process started the attempt.
     pub waited: Option<Waited>,
-    /// What is done.
+    /// Action of the request.
     pub action: &'a str,
     /// Tenant of the request.
     pub tenant: &'a str,
-    /// Id that the client gave to the request.
+    /// Id that the client assigned to the request.
     pub request_id: &'a str,
 }
 
-/// How an attempt waited until it ran.
+/// Time that an attempt waited in the queue, and the duration of its claim.
 #[derive(Clone, Copy, Debug)]
 pub struct Waited {
-    /// It was due.
+    /// When the attempt was due.
     pub since: SystemTime,
-    /// Its claim began.
+    /// When its claim began.
     pub until: SystemTime,
-    /// How long the claim took.
+    /// Duration of the claim.
     pub claim: Duration,
 }
 
 impl Traces {
-    /// Makes its counters visible.
+    /// Registers the counters of the exporter.
     pub fn register(&self, metrics: &Metrics) {
         if let Some(pipeline) = &self.pipeline {
             pipeline.register(metrics);
@@ -247,8 +247,8 @@ impl Traces {
     }
 
     /// Admits a request to the system: decides, once for all its hops and attempts, whether it is traced.
-    /// `caller` is where it comes from, if it says so; `is_service` if that is a service, which has
-    /// decided.
+    /// `caller` is the trace context that the caller sent, if any; `is_service` is whether the caller is a
+    /// service, which has already decided.
     #[must_use]
     pub fn admit(
         &self,
@@ -257,7 +257,7 @@ impl Traces {
         span: impl FnOnce() -> Span,
     ) -> Scope {
         if self.pipeline.is_none() {
-            // What follows, here or in other processes, must not take a stranger's word.
+            // Later hops, in this and other processes, must not trust the decision of an untrusted caller.
             let is_trusted = is_service || self.trust_callers;
             let caller =
                 caller.map(|caller| caller.with_sampled(is_trusted && caller.is_sampled()));
@@ -268,7 +268,7 @@ impl Traces {
             Some(caller) if is_service || self.trust_callers => caller.is_sampled(),
             _ => is_within(self.sample_ratio, u64::from_be_bytes(ids.new_span_id().to_bytes())),
         };
-        // No span has this id: the context carries the decision to the macro.
+        // No span has this id: the context only passes the decision to the macro.
         let root = || {
             let (trace, span) = (ids.new_trace_id(), ids.new_span_id());
             TraceContext(SpanContext::new(trace, span, flags(sampled), true, TraceState::NONE))
@@ -278,7 +278,7 @@ impl Traces {
             None if sampled => {
                 let scope = Scope::child_of(root().into_context(), || {
                     let span = span();
-                    // Fails only where the span is disabled.
+                    // Fails only if the span is disabled.
                     drop(span.set_parent(Context::new()));
                     span
                 });
@@ -288,8 +288,8 @@ impl Traces {
         }
     }
 
-    /// Opens the trace of an attempt, if its submission is sampled. Its ids follow from the request and
-    /// the number of the attempt, so that later attempts and gateways can refer to it.
+    /// Opens the trace of an attempt, if its submission is sampled. Its ids are derived from the request
+    /// and the number of the attempt, so that later attempts and gateways can refer to it.
     #[must_use]
     pub fn attempt(&self, attempt: &AttemptSpan<'_>) -> Scope {
         let Some(pipeline) = self.pipeline.as_ref().filter(|_| attempt.submission.is_sampled())
@@ -318,7 +318,7 @@ impl Traces {
             Some(Waited { since, until, claim }) => {
                 let since = since.min(until);
                 builder = builder.with_links(links).with_start_time(since);
-                let span = pipeline.build_as(&root.0, builder);
+                let span = pipeline.build_with_ids(&root.0, builder);
                 let context = Context::new().with_span(span);
                 self.record("queue.wait", &context, (since, until));
                 self.record("store.claim", &context, (until, until + claim));
@@ -334,8 +334,8 @@ impl Traces {
         Scope(Inner::Context(context))
     }
 
-    /// Records a span of a sampled request that has ended: the delivery of an event to a client, from
-    /// when it was stored. Its parent is the attempt that the event belongs to.
+    /// Records the completed span of the delivery of an event to a client, from when the event was
+    /// stored, if the request is sampled. Its parent is the attempt that the event belongs to.
     pub fn delivery(
         &self,
         uid: Uid,
@@ -361,7 +361,7 @@ impl Traces {
         span.end_with_timestamp(end.max(start));
     }
 
-    /// Exports what is waiting, within this time.
+    /// Exports all pending spans, at most for `timeout`.
     pub async fn flush(&self, timeout: Duration) {
         if let Some(pipeline) = &self.pipeline {
             pipeline.flush(timeout).await;
@@ -370,7 +370,7 @@ impl Traces {
 }
 
 impl Scope {
-    /// Ends the span of an attempt: with an error, or well.
+    /// Ends the span of an attempt, with the error if it failed.
     pub fn end_attempt(&self, outcome: &'static str, error: Option<&'static str>) {
         let Inner::Context(context) = &self.0 else { return };
         let span = context.span();
@@ -385,17 +385,17 @@ impl Scope {
     }
 }
 
-/// Where an attempt is in its own trace.
+/// Returns the context of the root span of an attempt's trace.
 fn attempt_context(uid: [u8; 16], attempt: u32) -> TraceContext {
     let (trace, span) = pipeline::attempt_ids(uid, attempt);
     TraceContext(SpanContext::new(trace, span, TraceFlags::SAMPLED, true, TraceState::NONE))
 }
 
-/// Whether a random number is in this part of all numbers.
+/// Returns whether a random number falls into this ratio of all numbers.
 fn is_within(ratio: f64, random: u64) -> bool {
-    #[expect(clippy::cast_precision_loss, reason = "the last bits do not matter")]
-    let part = random as f64 / u64::MAX as f64;
-    part < ratio || ratio >= 1.0
+    #[expect(clippy::cast_precision_loss, reason = "the low bits do not matter")]
+    let fraction = random as f64 / u64::MAX as f64;
+    fraction < ratio || ratio >= 1.0
 }
 
 #[cfg(test)]

@@ -1,4 +1,4 @@
-//! One attempt in this worker: its handler, in a task of its own, and what it has to say.
+//! One attempt in this worker: its handler, in a separate task, and its reports.
 
 use std::{panic::AssertUnwindSafe, sync::Arc};
 
@@ -19,28 +19,28 @@ use tokio_util::{sync::CancellationToken, task::AbortOnDropHandle};
 use tracing::field::Empty;
 
 use crate::{
-    outgoing::{Outgoing, Window},
-    ready::{Flag, Ready},
+    ready_set::{ReadyFlag, ReadySet},
+    send_window::{SendWindow, WindowLimits},
 };
 
 /// Request and attempt number: the fencing token.
-pub(crate) type Key = (Uid, u32);
+pub(crate) type AttemptKey = (Uid, u32);
 
-/// What the handler returned, once it has.
+/// Result of the handler, once it has returned.
 type Returned = Arc<Mutex<Option<Result<Bytes, HandlerError>>>>;
 
 pub(crate) struct Attempt {
-    key: Key,
+    key: AttemptKey,
     pub(crate) sync: bool,
     reports: Arc<ReportQueue>,
-    outgoing: Outgoing,
-    /// How many bytes may be unacknowledged, since the server said so on this stream.
+    send_window: SendWindow,
+    /// Maximum unacknowledged bytes, if the server has set it on this stream.
     window_bytes: Option<usize>,
-    /// How often the server asked for dropped reports on this stream.
+    /// Number of `resend` messages for this attempt on this stream.
     resends: i32,
     cancellation: CancellationToken,
     returned: Returned,
-    flag: Arc<Flag>,
+    ready_flag: Arc<ReadyFlag>,
     max_payload_bytes: usize,
     handler: Option<AbortOnDropHandle<()>>,
 }
@@ -48,38 +48,38 @@ pub(crate) struct Attempt {
 impl Attempt {
     /// Starts the handler.
     pub(crate) fn start(
-        key: Key,
+        key: AttemptKey,
         task: proto::Task,
         handler: Arc<dyn DynHandler>,
         limits: Limits,
-        ready: &Arc<Ready>,
+        ready: &Arc<ReadySet>,
     ) -> Self {
-        let flag = Arc::new(Flag::default());
-        let note = {
-            let (ready, flag) = (ready.clone(), flag.clone());
-            move || ready.note(key, &flag)
+        let ready_flag = Arc::new(ReadyFlag::default());
+        let mark_ready = {
+            let (ready, ready_flag) = (ready.clone(), ready_flag.clone());
+            move || ready.insert(key, &ready_flag)
         };
         let reports = if task.sync {
             ReportQueue::discarding()
         } else {
-            ReportQueue::with_hook(note.clone())
+            ReportQueue::with_hook(mark_ready.clone())
         };
         let reports = Arc::new(reports);
         let cancellation = CancellationToken::new();
-        let (info, payload, sync) = read(key, task);
+        let (info, payload, sync) = parse_task(key, task);
         let context = Context::new(info, reports.clone(), cancellation.clone(), limits, None);
         let scope = scope(&context);
         let span = scope.span();
         let returned = Returned::default();
-        let place = returned.clone();
+        let slot = returned.clone();
         let running = async move {
             let run = AssertUnwindSafe(handler.run(&context, payload)).catch_unwind();
             let ended = run.await.unwrap_or_else(|_| Err(panicked()));
             if ended.is_err() {
                 span.record("otel.status_code", "ERROR");
             }
-            *place.lock() = Some(ended);
-            note();
+            *slot.lock() = Some(ended);
+            mark_ready();
         }
         .in_scope(scope);
         let running = tokio::spawn(running);
@@ -87,74 +87,75 @@ impl Attempt {
             key,
             sync,
             reports,
-            outgoing: Outgoing::default(),
+            send_window: SendWindow::default(),
             window_bytes: None,
             resends: 0,
             cancellation,
             returned,
-            flag,
+            ready_flag,
             max_payload_bytes: limits.max_payload_bytes,
             handler: Some(AbortOnDropHandle::new(running)),
         }
     }
 
-    /// Whether the handler has not returned yet.
+    /// Returns whether the handler is running.
     pub(crate) fn is_running(&self) -> bool {
-        !self.outgoing.has_ended()
+        !self.send_window.has_ended()
     }
 
-    /// Tells the handler that cancellation was asked for.
+    /// Notifies the handler that cancellation is requested.
     pub(crate) fn cancel(&self) {
         self.cancellation.cancel();
     }
 
-    /// Stops the handler and hands the attempt back.
+    /// Stops the handler and releases the attempt.
     pub(crate) fn release(&mut self, reason: &str) {
         if self.is_running() {
             self.handler = None;
             self.reports.close();
-            // What it reported is void, but for what the next attempt begins from.
+            // Its reports are void, except for the checkpoint that the next attempt starts from.
             let left = std::iter::from_fn(|| self.reports.pop());
             if let Some(checkpoint) =
                 left.filter(|r| matches!(r, HandlerReport::Checkpoint(_))).last()
             {
-                self.outgoing.push(checkpoint);
+                self.send_window.push(checkpoint);
             }
-            self.outgoing.end(Kind::Release(Release { reason: reason.to_owned() }));
+            self.send_window.end(Kind::Release(Release { reason: reason.to_owned() }));
         }
     }
 
-    /// Reports up to this number are durable, and `window_bytes` may be unacknowledged (0: unchanged).
+    /// Records that reports up to this number are durable, and that `window_bytes` may be
+    /// unacknowledged (0: unchanged).
     pub(crate) fn acknowledge(&mut self, number: i64, window_bytes: usize) {
         if window_bytes > 0 {
             self.window_bytes = Some(window_bytes);
         }
-        self.outgoing.acknowledge(number);
+        self.send_window.acknowledge(number);
     }
 
     pub(crate) fn resume(&mut self, number: i64) {
         self.window_bytes = None;
         self.resends = 0;
-        self.outgoing.resume(number);
+        self.send_window.resume(number);
     }
 
     /// Sends reports again that the server has dropped.
     pub(crate) fn resend(&mut self, number: i64, resends: i32) {
         self.resends = resends;
-        self.outgoing.resend(number);
+        self.send_window.resend(number);
     }
 
-    /// Takes from the handler what there is room for; returns what is to be sent now.
-    pub(crate) fn collect(&mut self, window: Window) -> Vec<Report> {
+    /// Takes reports from the handler while the window has room; returns the reports to send.
+    pub(crate) fn collect(&mut self, window: WindowLimits) -> Vec<Report> {
         let bytes = self.window_bytes.unwrap_or(window.bytes).min(window.bytes);
-        let window = Window { bytes, ..window };
-        self.flag.clear();
-        // Looked at first: what was reported before the handler returned is in the queue by then.
+        let window = WindowLimits { bytes, ..window };
+        self.ready_flag.clear();
+        // Read first: once it is set, all reports of the handler are in the queue.
         let has_returned = self.returned.lock().is_some();
         let mut drained = false;
-        while self.outgoing.has_room(window) {
+        while self.send_window.has_room(window) {
             match self.reports.pop() {
-                Some(report) => self.outgoing.push(report),
+                Some(report) => self.send_window.push(report),
                 None => {
                     drained = true;
                     break;
@@ -165,7 +166,7 @@ impl Attempt {
             && drained
             && let Some(returned) = self.returned.lock().take()
         {
-            self.outgoing.end(self.ending(returned));
+            self.send_window.end(self.final_report(returned));
         }
         let ((uid, attempt), resends) = (self.key, self.resends);
         let report = |(number, kind)| Report {
@@ -175,10 +176,10 @@ impl Attempt {
             kind: Some(kind),
             resends,
         };
-        std::iter::from_fn(|| self.outgoing.next(window)).map(report).collect()
+        std::iter::from_fn(|| self.send_window.next(window)).map(report).collect()
     }
 
-    fn ending(&self, returned: Result<Bytes, HandlerError>) -> Kind {
+    fn final_report(&self, returned: Result<Bytes, HandlerError>) -> Kind {
         let error = match returned {
             Ok(result) if result.len() <= self.max_payload_bytes => {
                 return Kind::Result(json_payload(result));
@@ -202,14 +203,14 @@ impl Attempt {
 }
 
 impl Drop for Attempt {
-    /// Nothing that the handler still reports counts.
+    /// Later reports of the handler are discarded.
     fn drop(&mut self) {
         self.cancellation.cancel();
         self.reports.close();
     }
 }
 
-fn read((uid, attempt): Key, task: proto::Task) -> (AttemptInfo, Bytes, bool) {
+fn parse_task((uid, attempt): AttemptKey, task: proto::Task) -> (AttemptInfo, Bytes, bool) {
     let (content_type, payload) = payload_into_parts(task.payload);
     let trace_parent = TraceParent::parse(&task.trace_parent);
     let info = AttemptInfo {
@@ -226,11 +227,11 @@ fn read((uid, attempt): Key, task: proto::Task) -> (AttemptInfo, Bytes, bool) {
             .filter(|state| trace_parent.is_some() && !state.is_empty()),
         deadline: task.deadline.as_ref().map(|at| Timestamp::from_millis(millis(at))),
     };
-    // They live as long as the attempt; the buffer that they came in does not have to.
+    // They live as long as the attempt; the receive buffer need not.
     (info, compact_bytes(payload), task.sync)
 }
 
-/// A span of the handler, if the attempt is traced; else its place in the trace.
+/// Returns a span for the handler if the attempt is traced; otherwise only the trace context.
 fn scope(context: &Context) -> Scope {
     let parent = context.trace_parent();
     match parent.and_then(|parent| TraceContext::parse(&parent, context.trace_state())) {
@@ -250,6 +251,6 @@ fn scope(context: &Context) -> Scope {
 }
 
 fn panicked() -> HandlerError {
-    tracing::error!("a handler panicked");
+    tracing::error!("handler panicked");
     HandlerError::retryable("the handler panicked")
 }

@@ -1,4 +1,4 @@
-//! Every attempt of this worker; they outlive the streams that they are reported on.
+//! All attempts of this worker; they outlive the streams that carry their reports.
 
 use std::{collections::HashMap, sync::Arc};
 
@@ -7,15 +7,15 @@ use streamer_handler::Handlers;
 use streamer_proto::processor::v1::{self as proto, Acknowledgment, Report, Resend, Revoke};
 
 use crate::{
-    attempt::{Attempt, Key},
-    outgoing::Window,
-    ready::Ready,
+    attempt::{Attempt, AttemptKey},
+    ready_set::ReadySet,
+    send_window::WindowLimits,
 };
 
 pub(crate) struct Attempts {
     handlers: Handlers,
-    by_key: HashMap<Key, Attempt>,
-    pub(crate) ready: Arc<Ready>,
+    by_key: HashMap<AttemptKey, Attempt>,
+    pub(crate) ready: Arc<ReadySet>,
 }
 
 impl Attempts {
@@ -31,18 +31,18 @@ impl Attempts {
         self.by_key.is_empty()
     }
 
-    /// As the server names them.
-    pub(crate) fn named(&self) -> Vec<proto::Attempt> {
-        let name = |(uid, attempt): &Key| proto::Attempt {
+    /// Returns the ids of all attempts.
+    pub(crate) fn ids(&self) -> Vec<proto::Attempt> {
+        let name = |(uid, attempt): &AttemptKey| proto::Attempt {
             uid: uid.to_string(),
             attempt: i32::try_from(*attempt).unwrap_or(i32::MAX),
         };
         self.by_key.keys().map(name).collect()
     }
 
-    /// Starts a task; says whether there is a handler for it.
+    /// Starts a task; returns false if no handler is registered for its action.
     pub(crate) fn start(&mut self, task: proto::Task, limits: Limits) -> bool {
-        let Some(key) = key(&task.uid, task.attempt) else { return false };
+        let Some(key) = parse_key(&task.uid, task.attempt) else { return false };
         if self.by_key.contains_key(&key) {
             return true;
         }
@@ -53,45 +53,58 @@ impl Attempts {
     }
 
     pub(crate) fn cancel(&self, uid: &str, attempt: i32) {
-        if let Some(attempt) = key(uid, attempt).and_then(|key| self.by_key.get(&key)) {
+        if let Some(attempt) = parse_key(uid, attempt).and_then(|key| self.by_key.get(&key)) {
             attempt.cancel();
         }
     }
 
-    /// Stops an attempt that is not this worker's any more.
+    /// Stops an attempt that does not belong to this worker.
     pub(crate) fn revoke(&mut self, revoke: &Revoke) {
         let Revoke { uid, attempt, reason } = revoke;
-        if key(uid, *attempt).and_then(|key| self.by_key.remove(&key)).is_some() {
-            tracing::warn!(uid, attempt, reason, "an attempt was taken away");
+        if parse_key(uid, *attempt).and_then(|key| self.by_key.remove(&key)).is_some() {
+            tracing::warn!(uid, attempt, reason, "attempt revoked");
         }
     }
 
-    /// What is durable is forgotten, which may make room for more: returns what is to be sent.
-    pub(crate) fn acknowledge(&mut self, said: &Acknowledgment, window: Window) -> Vec<Report> {
-        let Some(key) = key(&said.uid, said.attempt) else { return Vec::new() };
-        if said.ended {
+    /// Drops reports that are durable, which may open the window; returns the reports to send.
+    pub(crate) fn acknowledge(
+        &mut self,
+        acknowledgment: &Acknowledgment,
+        window: WindowLimits,
+    ) -> Vec<Report> {
+        let Some(key) = parse_key(&acknowledgment.uid, acknowledgment.attempt) else {
+            return Vec::new();
+        };
+        if acknowledgment.ended {
             self.by_key.remove(&key);
             return Vec::new();
         }
         let Some(attempt) = self.by_key.get_mut(&key) else { return Vec::new() };
-        attempt
-            .acknowledge(said.number, usize::try_from(said.max_unacknowledged_bytes).unwrap_or(0));
+        attempt.acknowledge(
+            acknowledgment.number,
+            usize::try_from(acknowledgment.max_unacknowledged_bytes).unwrap_or(0),
+        );
         attempt.collect(window)
     }
 
-    /// Returns what is to be sent now that the server has dropped reports.
-    pub(crate) fn resend(&mut self, resend: &Resend, window: Window) -> Vec<Report> {
-        let Some(key) = key(&resend.uid, resend.attempt) else { return Vec::new() };
+    /// Handles the server's request to resend dropped reports; returns the reports to send.
+    pub(crate) fn resend(&mut self, resend: &Resend, window: WindowLimits) -> Vec<Report> {
+        let Some(key) = parse_key(&resend.uid, resend.attempt) else { return Vec::new() };
         let Some(attempt) = self.by_key.get_mut(&key) else { return Vec::new() };
         attempt.resend(resend.number, resend.resends);
         attempt.collect(window)
     }
 
-    /// Goes on with those that the server names, and stops the others.
+    /// Resumes the attempts that the server names, and stops the others.
     pub(crate) fn resume(&mut self, resumed: &[Acknowledgment]) {
-        let numbers: HashMap<Key, i64> = resumed
+        let numbers: HashMap<AttemptKey, i64> = resumed
             .iter()
-            .filter_map(|said| Some((key(&said.uid, said.attempt)?, said.number)))
+            .filter_map(|acknowledgment| {
+                Some((
+                    parse_key(&acknowledgment.uid, acknowledgment.attempt)?,
+                    acknowledgment.number,
+                ))
+            })
             .collect();
         self.by_key.retain(|key, attempt| match numbers.get(key) {
             Some(number) => {
@@ -99,34 +112,34 @@ impl Attempts {
                 true
             }
             None => {
-                let reason = "the server does not go on with it here";
-                tracing::warn!(uid = %key.0, attempt = key.1, reason, "an attempt was taken away");
+                let reason = "the server did not resume it";
+                tracing::warn!(uid = %key.0, attempt = key.1, reason, "attempt revoked");
                 false
             }
         });
     }
 
-    /// What an attempt has to say now.
-    pub(crate) fn collect(&mut self, key: Key, window: Window) -> Vec<Report> {
+    /// Returns the reports of an attempt that can be sent now.
+    pub(crate) fn collect(&mut self, key: AttemptKey, window: WindowLimits) -> Vec<Report> {
         self.by_key.get_mut(&key).map(|attempt| attempt.collect(window)).unwrap_or_default()
     }
 
-    /// What all of them have to say now.
-    pub(crate) fn collect_all(&mut self, window: Window) -> Vec<Report> {
+    /// Returns the reports of all attempts that can be sent now.
+    pub(crate) fn collect_all(&mut self, window: WindowLimits) -> Vec<Report> {
         self.by_key.values_mut().flat_map(|attempt| attempt.collect(window)).collect()
     }
 
-    /// Hands back what still runs.
+    /// Releases all running attempts.
     pub(crate) fn release_all(&mut self, reason: &str) {
         self.by_key.values_mut().for_each(|attempt| attempt.release(reason));
     }
 
-    /// Sync tasks end with their stream: nobody waits for them any more.
+    /// Stops sync tasks: their callers do not wait beyond the end of the stream.
     pub(crate) fn drop_sync(&mut self) {
         self.by_key.retain(|_, attempt| !attempt.sync);
     }
 }
 
-fn key(uid: &str, attempt: i32) -> Option<Key> {
+fn parse_key(uid: &str, attempt: i32) -> Option<AttemptKey> {
     Some((uid.parse().ok()?, u32::try_from(attempt).ok()?))
 }

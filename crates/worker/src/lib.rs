@@ -1,10 +1,10 @@
-//! Runs handlers in a process of their own, for a processor that it reaches over gRPC: the same
-//! [`Handler`] trait as in the processor, so that moving a handler out changes one line.
+//! Worker SDK: runs handlers in a separate process, for a processor that it reaches over gRPC. The
+//! [`Handler`] trait is the processor's, so moving a handler out of the processor changes one line.
 //!
-//! The conversation is that of `docs/worker-protocol.md`. Invariants: what a handler reports is kept
-//! until the server says that it is durable, and sent again after a broken stream; what waits is
-//! bounded, and a handler that is faster than the log waits; an attempt that is taken away is
-//! stopped and says nothing any more.
+//! Implements `docs/worker-protocol.md`. Invariants: reports are kept until the server acknowledges
+//! them as durable, and are sent again after a stream is lost; pending reports are bounded, so a
+//! handler that is faster than the log waits; a revoked attempt is stopped and reports nothing
+//! afterwards.
 //!
 //! ```no_run
 //! use streamer_worker::{Handlers, Worker};
@@ -18,8 +18,8 @@
 
 mod attempt;
 mod attempts;
-mod outgoing;
-mod ready;
+mod ready_set;
+mod send_window;
 mod session;
 
 use std::{sync::Arc, time::Duration};
@@ -44,44 +44,44 @@ pub use streamer_rpc::{TokenError, TokenFile, TokenSource};
 
 use crate::{
     attempts::Attempts,
-    session::{Ended, Identity, Session},
+    session::{Identity, Session, SessionEnd},
 };
 
-/// Largest task that is taken, in bytes.
+/// Largest message of the server, in bytes.
 const MAX_MESSAGE_BYTES: usize = 256 * 1024 * 1024;
 const CONNECT_TIMEOUT: Duration = Duration::from_secs(10);
-/// A connection on which nothing comes back for so long is given up.
+/// Interval of HTTP/2 keep-alive pings, and time limit for their acknowledgment.
 const KEEP_ALIVE: Duration = Duration::from_secs(10);
 const FIRST_BACKOFF: Duration = Duration::from_millis(100);
 const MAX_BACKOFF: Duration = Duration::from_secs(10);
 
-/// Why a worker does not go on.
+/// Reason why a worker stopped.
 #[derive(Debug, thiserror::Error)]
 pub enum WorkerError {
-    /// The server's URL cannot be used.
+    /// The server's URL is invalid.
     #[error("server URL {0:?} must be like http://127.0.0.1:8080")]
     Url(String),
-    /// There is no token, or it cannot be sent.
+    /// The token is missing or invalid.
     #[error(transparent)]
     Token(#[from] TokenError),
-    /// There is nothing to run.
+    /// The worker has no handlers.
     #[error("a worker needs at least one handler")]
     NoHandlers,
-    /// The token has expired, and there is no other.
+    /// The token has expired, and no other is available.
     #[error(
         "the token has expired and cannot be renewed; give a file with it (--token-file) or a \
          TokenSource, and keep that up to date"
     )]
     TokenExpired,
-    /// The server refuses this worker; trying again as it is would not help.
-    #[error("the server refuses this worker: {0}")]
+    /// The server rejects this worker; a retry would fail too.
+    #[error("the server rejected this worker: {0}")]
     Refused(RequestError),
-    /// Signals cannot be listened for.
+    /// The signal handlers cannot be installed.
     #[error("cannot listen for signals: {0}")]
     Signal(std::io::Error),
 }
 
-/// A worker that is ready to run.
+/// A worker, ready to run.
 pub struct Worker {
     server: String,
     token: Arc<dyn TokenSource>,
@@ -92,8 +92,8 @@ pub struct Worker {
 }
 
 impl Worker {
-    /// Will run these handlers for the server at an `http://` URL. The token needs permission
-    /// `worker:<action>` for each of them.
+    /// Creates a worker that runs these handlers for the server at an `http://` URL. The token
+    /// needs permission `worker:<action>` for each of them.
     pub fn new(server: impl Into<String>, token: impl TokenSource, handlers: Handlers) -> Self {
         Self {
             server: server.into(),
@@ -105,30 +105,30 @@ impl Worker {
         }
     }
 
-    /// Sets how many attempts run at once: 1 to 10,000, by default 8.
+    /// Sets the maximum number of concurrent attempts: 1 to 10,000, by default 8.
     #[must_use]
     pub fn slots(mut self, slots: u32) -> Self {
         self.slots = slots;
         self
     }
 
-    /// Sets how long running attempts may go on when the worker stops, by default 30 s; what is
-    /// left then is handed back.
+    /// Sets how long running attempts may take to finish when the worker stops, by default 30 s;
+    /// the remaining ones are released.
     #[must_use]
     pub fn drain_timeout(mut self, timeout: Duration) -> Self {
         self.drain_timeout = timeout;
         self
     }
 
-    /// Sets what the worker says of its build, for people: at most 128 bytes.
+    /// Sets the version of the worker's build, for people: at most 128 bytes.
     #[must_use]
     pub fn version(mut self, version: impl Into<String>) -> Self {
         self.version = version.into();
         self
     }
 
-    /// Runs until SIGTERM or SIGINT, then drains. A second signal ends the drain at once; attempts
-    /// that still run are retried when their leases expire.
+    /// Runs until SIGTERM or SIGINT, then drains. A second signal ends the drain immediately;
+    /// attempts that are still running are retried when their leases expire.
     ///
     /// # Errors
     /// As [`Self::run`].
@@ -154,11 +154,11 @@ impl Worker {
         }
     }
 
-    /// Runs until `shutdown`, connecting again whenever the stream is lost; then lets running
-    /// attempts end within the drain timeout, hands the rest back, and returns.
+    /// Runs until `shutdown`, reconnecting whenever the stream is lost; then drains running
+    /// attempts within the drain timeout, releases the remaining ones, and returns.
     ///
     /// # Errors
-    /// When going on would not help: the server refuses the worker or its token.
+    /// Fails if the server rejects the worker or its token, and a retry would fail too.
     pub async fn run(self, shutdown: CancellationToken) -> Result<(), WorkerError> {
         if self.handlers.is_empty() {
             return Err(WorkerError::NoHandlers);
@@ -180,36 +180,36 @@ impl Worker {
                 drain_at: &mut drain_at,
                 drain_timeout: self.drain_timeout,
             };
-            let lost = match session.run(client).await? {
-                Ended::Drained => return Ok(()),
-                Ended::TokenExpired => return Err(WorkerError::TokenExpired),
-                Ended::Before(status) if is_final(&status) => {
+            let status = match session.run(client).await? {
+                SessionEnd::Drained => return Ok(()),
+                SessionEnd::TokenExpired => return Err(WorkerError::TokenExpired),
+                SessionEnd::BeforeWelcome(status) if is_permanent(&status) => {
                     return Err(WorkerError::Refused(request_error(&status)));
                 }
-                Ended::Before(status) => status,
-                // Two of one name would only push each other out.
-                Ended::After(status) | Ended::AfterGood(status)
+                SessionEnd::BeforeWelcome(status) => status,
+                // Two workers of the same name would only replace each other.
+                SessionEnd::AfterWelcome(status) | SessionEnd::AfterHeartbeat(status)
                     if status.code() == Code::AlreadyExists =>
                 {
                     return Err(WorkerError::Refused(request_error(&status)));
                 }
-                Ended::After(status) | Ended::AfterGood(status)
+                SessionEnd::AfterWelcome(status) | SessionEnd::AfterHeartbeat(status)
                     if status.code() == Code::InvalidArgument =>
                 {
-                    tracing::error!(status = %status.message(), "this worker broke the protocol");
+                    tracing::error!(status = %status.message(), "the worker violated the protocol");
                     status
                 }
-                Ended::After(status) => status,
-                Ended::AfterGood(status) => {
+                SessionEnd::AfterWelcome(status) => status,
+                SessionEnd::AfterHeartbeat(status) => {
                     backoff.reset();
                     status
                 }
             };
             attempts.drop_sync();
             let wait = backoff.wait();
-            tracing::warn!(status = %lost.message(), ?wait, "lost the stream to the server");
+            tracing::warn!(status = %status.message(), ?wait, "stream to the server lost");
             if shutdown.is_cancelled() {
-                // Somebody else takes over what cannot be handed back.
+                // Attempts that cannot be released are recovered when their leases expire.
                 let at = *drain_at.get_or_insert_with(|| Instant::now() + self.drain_timeout);
                 if attempts.is_empty() || timeout_at(at, sleep(wait)).await.is_err() {
                     return Ok(());
@@ -239,8 +239,8 @@ impl Worker {
     }
 }
 
-/// Before `welcome`, these do not go away by themselves.
-fn is_final(status: &Status) -> bool {
+/// Returns whether an error before `welcome` is permanent.
+fn is_permanent(status: &Status) -> bool {
     matches!(
         request_error(status).code,
         ErrorCode::Unauthorized | ErrorCode::Forbidden | ErrorCode::ValidationError

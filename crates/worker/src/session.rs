@@ -25,21 +25,22 @@ use tokio_stream::wrappers::ReceiverStream;
 use tokio_util::sync::CancellationToken;
 use tonic::{Code, Status, Streaming, transport::Channel};
 
-use crate::{TokenError, TokenSource, WorkerError, attempts::Attempts, outgoing::Window};
+use crate::{TokenError, TokenSource, WorkerError, attempts::Attempts, send_window::WindowLimits};
 
-/// Messages that wait to be sent at most; then reading waits too.
+/// Maximum number of messages queued to be sent; when it is reached, reading waits too.
 const OUTBOX: usize = 1024;
-/// How long the server may take to say `welcome`.
+/// Time limit for `welcome`.
 const WELCOME_TIMEOUT: Duration = Duration::from_secs(30);
-/// A fresh token is asked for so long before the one in use ends, or at half of what is left.
-const REFRESH_BEFORE: Duration = Duration::from_secs(60);
-/// How long acknowledgments may take after everything was handed back.
+/// Time before the token's expiry at which a new one is requested, or at half of the remaining
+/// time.
+const REFRESH_LEAD: Duration = Duration::from_secs(60);
+/// Time limit for acknowledgments after all attempts were released.
 const RELEASE_TIMEOUT: Duration = Duration::from_secs(5);
 
-/// What a worker says of itself on each of its streams.
+/// Fields of `hello` that are the same on every stream.
 pub(crate) struct Identity {
     worker_id: String,
-    /// What its attempts are bound to; empty before the first `welcome`.
+    /// Secret that its attempts are bound to; empty before the first `welcome`.
     secret: Bytes,
     display_name: String,
     version: String,
@@ -48,12 +49,12 @@ pub(crate) struct Identity {
 }
 
 impl Identity {
-    /// A new one for each run.
+    /// Creates the identity of one run.
     pub(crate) fn new(slots: u32, version: String, handlers: &Handlers) -> Self {
         let host = std::env::var("HOSTNAME").unwrap_or_else(|_| "worker".into());
         let host: String = host.chars().filter(char::is_ascii_alphanumeric).take(64).collect();
         let actions = handlers.specs().map(|spec| {
-            // What takes less than this on the server is sync there, whatever is said here.
+            // The server applies its own threshold.
             action_to_proto(spec, streamer_core::action::DEFAULT_SYNC_THRESHOLD)
         });
         let random = Uid::new(SystemClock.now());
@@ -75,7 +76,7 @@ impl Identity {
             sdk: concat!("rust/", env!("CARGO_PKG_VERSION")).to_owned(),
             slots: i32::try_from(slots).unwrap_or(i32::MAX),
             actions: self.actions.clone(),
-            attempts: attempts.named(),
+            attempts: attempts.ids(),
             session_secret: self.secret.clone(),
             display_name: self.display_name.clone(),
         }
@@ -83,17 +84,17 @@ impl Identity {
 }
 
 /// How a stream ended.
-pub(crate) enum Ended {
-    /// The worker has nothing left to do.
+pub(crate) enum SessionEnd {
+    /// The worker is drained.
     Drained,
-    /// The token, which cannot be renewed, is about to expire, and everything was handed back.
+    /// The token is about to expire and cannot be renewed; all attempts were released.
     TokenExpired,
-    /// Before the server had said `welcome`.
-    Before(Status),
-    /// After that.
-    After(Status),
-    /// After the server had answered a heartbeat too: the stream was a good one.
-    AfterGood(Status),
+    /// Before `welcome`.
+    BeforeWelcome(Status),
+    /// After `welcome`.
+    AfterWelcome(Status),
+    /// After a reply to a heartbeat: the stream was healthy.
+    AfterHeartbeat(Status),
 }
 
 pub(crate) struct Session<'a> {
@@ -101,7 +102,7 @@ pub(crate) struct Session<'a> {
     pub(crate) token: &'a dyn TokenSource,
     pub(crate) attempts: &'a mut Attempts,
     pub(crate) shutdown: &'a CancellationToken,
-    /// When what still runs is handed back, once the worker stops; the same on every stream.
+    /// When the remaining attempts are released, once the worker stops; the same on every stream.
     pub(crate) drain_at: &'a mut Option<Instant>,
     pub(crate) drain_timeout: Duration,
 }
@@ -110,40 +111,42 @@ impl Session<'_> {
     pub(crate) async fn run(
         self,
         mut client: WorkerServiceClient<Channel>,
-    ) -> Result<Ended, WorkerError> {
+    ) -> Result<SessionEnd, WorkerError> {
         let token = self.token.token().await?;
         let authorization = HeaderValue::try_from(format!("Bearer {token}"))
-            .map_err(|_| TokenError("it is not visible ASCII".into()))?;
+            .map_err(|_| TokenError("the token must be visible ASCII".into()))?;
         let (outbound, messages) = mpsc::channel(OUTBOX);
         let hello = work_request::Message::Hello(
             self.identity.hello(self.attempts, self.shutdown.is_cancelled()),
         );
         let hello = WorkRequest { message: Some(hello) };
         if outbound.send(hello).await.is_err() {
-            return Ok(Ended::Before(Status::unavailable("the stream was not opened")));
+            return Ok(SessionEnd::BeforeWelcome(Status::unavailable("the stream was not opened")));
         }
         let call = with_authorization(ReceiverStream::new(messages), authorization);
         let opening = async {
             let mut inbound = client.work(call).await?.into_inner();
             match inbound.message().await?.and_then(|first| first.message) {
                 Some(work_response::Message::Welcome(welcome)) => Ok((inbound, welcome)),
-                _ => Err(Status::internal("the server did not begin with welcome")),
+                _ => Err(Status::internal("the first message of the server must be welcome")),
             }
         };
-        let late = Err(Status::deadline_exceeded("the server did not say welcome in time"));
-        let nothing_left = async {
+        let timed_out = Err(Status::deadline_exceeded(format!(
+            "the server did not send welcome within {WELCOME_TIMEOUT:?}"
+        )));
+        let already_drained = async {
             self.shutdown.cancelled().await;
             if !self.attempts.is_empty() {
                 std::future::pending::<()>().await;
             }
         };
         let opened = tokio::select! {
-            opened = timeout(WELCOME_TIMEOUT, opening) => opened.unwrap_or(late),
-            () = nothing_left => return Ok(Ended::Drained),
+            opened = timeout(WELCOME_TIMEOUT, opening) => opened.unwrap_or(timed_out),
+            () = already_drained => return Ok(SessionEnd::Drained),
         };
         let (inbound, welcome) = match opened {
             Ok(opened) => opened,
-            Err(status) => return Ok(Ended::Before(status)),
+            Err(status) => return Ok(SessionEnd::BeforeWelcome(status)),
         };
         tracing::info!(processor = welcome.processor, "connected");
         // An older server sends none.
@@ -154,43 +157,43 @@ impl Session<'_> {
         let heartbeat = duration(welcome.heartbeat_ms).max(Duration::from_millis(1));
         let mut heartbeats = interval(heartbeat);
         heartbeats.set_missed_tick_behavior(MissedTickBehavior::Delay);
-        let conversation = Conversation {
+        let connection = Connection {
             outbound: Some(outbound),
             inbound,
-            terms: Terms::of(&welcome),
+            limits: ServerLimits::of(&welcome),
             heartbeats,
-            heard_at: Instant::now(),
-            doubted: false,
-            answered: false,
+            last_message_at: Instant::now(),
+            was_silent: false,
+            heartbeat_answered: false,
             refresh_at: None,
             refreshing: None,
-            token_ends_at: None,
+            release_at: None,
             token,
-            drain: Drain::Not,
+            drain: Drain::Inactive,
             session: self,
         };
-        Ok(conversation.run().await)
+        Ok(connection.run().await)
     }
 }
 
-/// What `welcome` says.
+/// Limits from `welcome`.
 #[derive(Clone, Copy)]
-struct Terms {
-    limits: Limits,
-    window: Window,
+struct ServerLimits {
+    payload_limits: Limits,
+    window: WindowLimits,
     lease: Duration,
 }
 
-impl Terms {
+impl ServerLimits {
     fn of(welcome: &Welcome) -> Self {
         let size = |value: i64| usize::try_from(value).unwrap_or(usize::MAX);
         Self {
-            limits: Limits {
+            payload_limits: Limits {
                 payload_rule: streamer_core::limits::PAYLOAD_OPTION,
                 max_payload_bytes: size(welcome.max_payload_bytes),
                 max_output_chunk_bytes: size(welcome.max_output_chunk_bytes),
             },
-            window: Window {
+            window: WindowLimits {
                 reports: size(welcome.max_unacknowledged.into()),
                 bytes: size(welcome.max_unacknowledged_bytes),
             },
@@ -199,157 +202,159 @@ impl Terms {
     }
 }
 
-/// How far the worker is with stopping.
+/// State of the drain.
 #[derive(Clone, Copy)]
 enum Drain {
-    Not,
-    /// No more tasks; what runs may end until then.
-    Ending(Instant),
-    /// Everything was handed back; acknowledgments may come until then.
+    Inactive,
+    /// The worker accepts no tasks; running attempts may finish until then.
+    Waiting(Instant),
+    /// All attempts were released; acknowledgments may arrive until then.
     Released(Instant),
-    /// The same, because the token is about to expire.
-    TokenEnds(Instant),
+    /// As `Released`, because the token is about to expire.
+    TokenExpiring(Instant),
 }
 
-struct Conversation<'a> {
+struct Connection<'a> {
     session: Session<'a>,
     outbound: Option<mpsc::Sender<WorkRequest>>,
     inbound: Streaming<WorkResponse>,
-    terms: Terms,
+    limits: ServerLimits,
     heartbeats: Interval,
-    /// When the server last said something.
-    heard_at: Instant,
-    /// At the last heartbeat, it had not said anything for a lease.
-    doubted: bool,
-    /// The server has answered a heartbeat.
-    answered: bool,
+    /// When the last message of the server arrived.
+    last_message_at: Instant,
+    /// Whether the server was silent for a lease at the last heartbeat.
+    was_silent: bool,
+    /// Whether the server has replied to a heartbeat.
+    heartbeat_answered: bool,
     refresh_at: Option<Instant>,
     refreshing: Option<BoxFuture<'a, Result<String, TokenError>>>,
     token: String,
-    /// When everything is handed back, because the token cannot be renewed.
-    token_ends_at: Option<Instant>,
+    /// When all attempts are released, because the token cannot be renewed.
+    release_at: Option<Instant>,
     drain: Drain,
 }
 
-impl Conversation<'_> {
-    /// Goes on until the worker is drained, or the stream is lost.
-    async fn run(mut self) -> Ended {
-        let ended = self.converse().await;
+impl Connection<'_> {
+    /// Handles events until the worker is drained or the stream is lost.
+    async fn run(mut self) -> SessionEnd {
+        let ended = self.run_until_drained().await;
         match ended {
-            Ok(()) if matches!(self.drain, Drain::TokenEnds(_)) => Ended::TokenExpired,
-            // Not acknowledged in time, or not before the token had expired.
+            Ok(()) if matches!(self.drain, Drain::TokenExpiring(_)) => SessionEnd::TokenExpired,
+            // Not acknowledged in time, or before the token expired.
             Err(status)
-                if matches!(self.drain, Drain::TokenEnds(_))
+                if matches!(self.drain, Drain::TokenExpiring(_))
                     && matches!(status.code(), Code::DeadlineExceeded | Code::Unauthenticated) =>
             {
-                Ended::TokenExpired
+                SessionEnd::TokenExpired
             }
-            Ok(()) => Ended::Drained,
-            Err(status) if self.answered => Ended::AfterGood(status),
-            Err(status) => Ended::After(status),
+            Ok(()) => SessionEnd::Drained,
+            Err(status) if self.heartbeat_answered => SessionEnd::AfterHeartbeat(status),
+            Err(status) => SessionEnd::AfterWelcome(status),
         }
     }
 
-    async fn converse(&mut self) -> Result<(), Status> {
-        let left = self.session.attempts.collect_all(self.terms.window);
+    async fn run_until_drained(&mut self) -> Result<(), Status> {
+        let left = self.session.attempts.collect_all(self.limits.window);
         self.report(left).await?;
         loop {
             if self.is_drained() {
-                return self.leave().await;
+                return self.close().await;
             }
             let ready = self.session.attempts.ready.clone();
-            let step = {
+            let event = {
                 let refresh = OptionFuture::from(self.refresh_at.map(sleep_until));
                 let refreshed = OptionFuture::from(self.refreshing.as_mut());
-                let drain_step = OptionFuture::from(self.drain.until().map(sleep_until));
-                let token_ends = OptionFuture::from(self.token_ends_at.map(sleep_until));
+                let drain_deadline = OptionFuture::from(self.drain.until().map(sleep_until));
+                let release_due = OptionFuture::from(self.release_at.map(sleep_until));
                 tokio::select! {
-                    message = self.inbound.message() => Step::Heard(message?.map(Box::new)),
-                    keys = ready.take() => Step::Ready(keys),
-                    _ = self.heartbeats.tick() => Step::Heartbeat,
-                    Some(()) = refresh => Step::Refresh,
-                    Some(token) = refreshed => Step::Refreshed(token),
-                    Some(()) = drain_step => Step::DrainOn,
-                    Some(()) = token_ends => Step::TokenEnds,
-                    () = self.session.shutdown.cancelled(), if matches!(self.drain, Drain::Not) => {
-                        Step::BeginDrain
+                    message = self.inbound.message() => Event::Message(message?.map(Box::new)),
+                    keys = ready.take() => Event::Ready(keys),
+                    _ = self.heartbeats.tick() => Event::Heartbeat,
+                    Some(()) = refresh => Event::Refresh,
+                    Some(token) = refreshed => Event::Refreshed(token),
+                    Some(()) = drain_deadline => Event::DrainDeadline,
+                    Some(()) = release_due => Event::TokenExpiring,
+                    () = self.session.shutdown.cancelled(), if matches!(self.drain, Drain::Inactive) => {
+                        Event::BeginDrain
                     }
                 }
             };
-            self.take(step).await?;
+            self.handle_event(event).await?;
         }
     }
 
-    async fn take(&mut self, step: Step) -> Result<(), Status> {
-        match step {
-            Step::Heard(None) => Err(Status::unavailable("the server ended the stream")),
-            Step::Heard(Some(response)) => {
-                self.heard_at = Instant::now();
-                self.hear(*response).await
+    async fn handle_event(&mut self, event: Event) -> Result<(), Status> {
+        match event {
+            Event::Message(None) => Err(Status::unavailable("the server ended the stream")),
+            Event::Message(Some(response)) => {
+                self.last_message_at = Instant::now();
+                self.handle_message(*response).await
             }
-            Step::Ready(keys) => {
+            Event::Ready(keys) => {
                 for key in keys {
-                    let reports = self.session.attempts.collect(key, self.terms.window);
+                    let reports = self.session.attempts.collect(key, self.limits.window);
                     self.report(reports).await?;
                 }
                 Ok(())
             }
-            Step::Heartbeat => {
-                // It may be this process that stood still: what has come meanwhile is read first.
-                let silent = self.heard_at.elapsed() > self.terms.lease;
-                if std::mem::replace(&mut self.doubted, silent) && silent {
-                    return Err(Status::unavailable("the server was not heard of for a lease"));
+            Event::Heartbeat => {
+                // This process may have been suspended: pending messages are read first.
+                let silent = self.last_message_at.elapsed() > self.limits.lease;
+                if std::mem::replace(&mut self.was_silent, silent) && silent {
+                    return Err(Status::unavailable("the server was silent for a lease"));
                 }
-                let attempts = self.session.attempts.named();
+                let attempts = self.session.attempts.ids();
                 self.send(work_request::Message::Heartbeat(Heartbeat { attempts })).await
             }
-            Step::Refresh => {
+            Event::Refresh => {
                 self.refresh_at = None;
                 self.refreshing = Some(self.session.token.token());
                 Ok(())
             }
-            Step::Refreshed(token) => self.refreshed(token).await,
-            Step::BeginDrain => {
+            Event::Refreshed(token) => self.refreshed(token).await,
+            Event::BeginDrain => {
                 tracing::info!(running = self.session.attempts.len(), "draining");
                 let timeout = self.session.drain_timeout;
                 let at = *self.session.drain_at.get_or_insert_with(|| Instant::now() + timeout);
-                self.drain = Drain::Ending(at);
+                self.drain = Drain::Waiting(at);
                 self.send(work_request::Message::Capacity(Capacity { slots: 0 })).await
             }
-            Step::DrainOn => match self.drain {
-                Drain::Released(_) | Drain::TokenEnds(_) => {
-                    Err(Status::deadline_exceeded("not acknowledged in time"))
+            Event::DrainDeadline => match self.drain {
+                Drain::Released(_) | Drain::TokenExpiring(_) => {
+                    Err(Status::deadline_exceeded(format!(
+                        "the released attempts were not acknowledged within {RELEASE_TIMEOUT:?}"
+                    )))
                 }
-                Drain::Not | Drain::Ending(_) => {
+                Drain::Inactive | Drain::Waiting(_) => {
                     self.drain = Drain::Released(Instant::now() + RELEASE_TIMEOUT);
                     self.release_all("the worker stops").await
                 }
             },
-            // It stops already.
-            Step::TokenEnds if matches!(self.drain, Drain::Released(_)) => {
-                self.token_ends_at = None;
+            // The worker is stopping already.
+            Event::TokenExpiring if matches!(self.drain, Drain::Released(_)) => {
+                self.release_at = None;
                 Ok(())
             }
-            Step::TokenEnds => {
-                self.token_ends_at = None;
-                self.drain = Drain::TokenEnds(Instant::now() + RELEASE_TIMEOUT);
+            Event::TokenExpiring => {
+                self.release_at = None;
+                self.drain = Drain::TokenExpiring(Instant::now() + RELEASE_TIMEOUT);
                 self.send(work_request::Message::Capacity(Capacity { slots: 0 })).await?;
-                self.release_all("the token of the worker expires").await
+                self.release_all("the worker's token is about to expire").await
             }
         }
     }
 
-    async fn hear(&mut self, response: WorkResponse) -> Result<(), Status> {
+    async fn handle_message(&mut self, response: WorkResponse) -> Result<(), Status> {
         use work_response::Message;
         let attempts = &mut *self.session.attempts;
         match response.message {
             Some(Message::Task(task)) => self.start(task).await,
-            Some(Message::Acknowledgment(said)) => {
-                let reports = attempts.acknowledge(&said, self.terms.window);
+            Some(Message::Acknowledgment(acknowledgment)) => {
+                let reports = attempts.acknowledge(&acknowledgment, self.limits.window);
                 self.report(reports).await
             }
             Some(Message::Resend(resend)) => {
-                let reports = attempts.resend(&resend, self.terms.window);
+                let reports = attempts.resend(&resend, self.limits.window);
                 self.report(reports).await
             }
             Some(Message::Cancel(cancel)) => {
@@ -361,7 +366,7 @@ impl Conversation<'_> {
                 Ok(())
             }
             Some(Message::HeartbeatReply(reply)) => {
-                self.answered = true;
+                self.heartbeat_answered = true;
                 for cancel in &reply.cancelled {
                     attempts.cancel(&cancel.uid, cancel.attempt);
                 }
@@ -369,19 +374,19 @@ impl Conversation<'_> {
                 Ok(())
             }
             Some(Message::TokenStatus(status)) => {
-                self.note_expiry(&status);
+                self.schedule_expiry(&status);
                 Ok(())
             }
             Some(Message::Drain(_)) => {
-                tracing::info!("the server stops; what runs goes on");
+                tracing::info!("the server is shutting down; running attempts continue");
                 Ok(())
             }
             Some(Message::Welcome(_)) | None => Ok(()),
         }
     }
 
-    /// Plans what comes before the token expires.
-    fn note_expiry(&mut self, status: &TokenStatus) {
+    /// Schedules the renewal of the token, or the release of all attempts before it expires.
+    fn schedule_expiry(&mut self, status: &TokenStatus) {
         let Some(expires) = &status.expire_time else { return };
         let expires_at = Timestamp::from_millis(millis(expires));
         let left = match duration(status.time_left_ms) {
@@ -389,7 +394,7 @@ impl Conversation<'_> {
             left => left,
         };
         if !self.session.token.is_fixed() {
-            self.refresh_at = Some(Instant::now() + before(left, REFRESH_BEFORE));
+            self.refresh_at = Some(Instant::now() + delay_before_expiry(left, REFRESH_LEAD));
             return;
         }
         tracing::warn!(
@@ -397,18 +402,18 @@ impl Conversation<'_> {
             "the token cannot be renewed: before it expires, the worker releases its running attempts \
              and exits; a token that is renewed avoids this (--token-file, TokenSource)"
         );
-        self.token_ends_at = Some(Instant::now() + before(left, RELEASE_TIMEOUT));
+        self.release_at = Some(Instant::now() + delay_before_expiry(left, RELEASE_TIMEOUT));
     }
 
     async fn release_all(&mut self, reason: &str) -> Result<(), Status> {
         self.session.attempts.release_all(reason);
-        let reports = self.session.attempts.collect_all(self.terms.window);
+        let reports = self.session.attempts.collect_all(self.limits.window);
         self.report(reports).await
     }
 
     async fn start(&mut self, task: streamer_proto::processor::v1::Task) -> Result<(), Status> {
         let (uid, attempt, action) = (task.uid.clone(), task.attempt, task.action.clone());
-        if self.session.attempts.start(task, self.terms.limits) {
+        if self.session.attempts.start(task, self.limits.payload_limits) {
             return Ok(());
         }
         let message = format!("this worker has no handler for {action:?}");
@@ -420,29 +425,29 @@ impl Conversation<'_> {
     async fn refreshed(&mut self, token: Result<String, TokenError>) -> Result<(), Status> {
         self.refreshing = None;
         match token {
-            // It cannot be renewed; the server ends the stream when it is over.
+            // It cannot be renewed; the server ends the stream when it expires.
             Ok(token) if token == self.token => Ok(()),
             Ok(token) => {
                 self.token.clone_from(&token);
                 self.send(work_request::Message::RefreshToken(RefreshToken { token })).await
             }
             Err(error) => {
-                tracing::warn!(%error, "could not renew the token, will try again");
-                self.refresh_at = Some(Instant::now() + REFRESH_BEFORE / 10);
+                tracing::warn!(%error, "renewing the token failed, retrying");
+                self.refresh_at = Some(Instant::now() + REFRESH_LEAD / 10);
                 Ok(())
             }
         }
     }
 
     fn is_drained(&self) -> bool {
-        !matches!(self.drain, Drain::Not) && self.session.attempts.is_empty()
+        !matches!(self.drain, Drain::Inactive) && self.session.attempts.is_empty()
     }
 
-    /// Closes our side, and waits until the server has taken in everything.
-    async fn leave(&mut self) -> Result<(), Status> {
+    /// Closes the sending side, and waits until the server has read everything.
+    async fn close(&mut self) -> Result<(), Status> {
         self.outbound = None;
         let rest = async { while let Ok(Some(_)) = self.inbound.message().await {} };
-        // The acknowledgments are here: nothing depends on the rest.
+        // All acknowledgments have arrived, so the rest is not needed.
         if timeout(RELEASE_TIMEOUT, rest).await.is_err() {
             tracing::debug!("the server did not end the stream");
         }
@@ -463,29 +468,29 @@ impl Conversation<'_> {
     }
 }
 
-/// What happened.
-enum Step {
-    Heard(Option<Box<WorkResponse>>),
-    Ready(Vec<crate::attempt::Key>),
+/// Events of the stream's loop.
+enum Event {
+    Message(Option<Box<WorkResponse>>),
+    Ready(Vec<crate::attempt::AttemptKey>),
     Heartbeat,
     Refresh,
     Refreshed(Result<String, TokenError>),
     BeginDrain,
-    DrainOn,
-    TokenEnds,
+    DrainDeadline,
+    TokenExpiring,
 }
 
 impl Drain {
     fn until(self) -> Option<Instant> {
         match self {
-            Self::Not => None,
-            Self::Ending(at) | Self::Released(at) | Self::TokenEnds(at) => Some(at),
+            Self::Inactive => None,
+            Self::Waiting(at) | Self::Released(at) | Self::TokenExpiring(at) => Some(at),
         }
     }
 }
 
-/// Time until `lead` before the end, or until half of what is left.
-fn before(left: Duration, lead: Duration) -> Duration {
+/// Returns the time until `lead` before the expiry, but at least half of the remaining time.
+fn delay_before_expiry(left: Duration, lead: Duration) -> Duration {
     left.saturating_sub(lead).max(left / 2)
 }
 

@@ -1,8 +1,8 @@
-//! A worker to copy: two handlers, unchanged, in a process of their own.
+//! Example worker: runs two of the handlers, unchanged, in a separate process.
 //!
-//! Start the server with `--set execution.local_actions=echo,health,echo_async`, so that it leaves
-//! them to workers, then this with `STREAMER_SERVER`, and with `STREAMER_TOKEN_FILE` or
-//! `STREAMER_TOKEN` (permission `worker:*`).
+//! Start the server with `--set execution.local_actions=echo,health,echo_async`, so that it does not
+//! run these two actions itself. Then start this worker with `STREAMER_SERVER`, and with
+//! `STREAMER_TOKEN_FILE` or `STREAMER_TOKEN` (permission `worker:*`).
 
 use std::env;
 
@@ -13,7 +13,7 @@ use streamer_worker::{Handlers, TokenFile, Worker, WorkerError};
 async fn main() -> Result<(), WorkerError> {
     let server = env::var("STREAMER_SERVER").unwrap_or_else(|_| "http://127.0.0.1:8080".into());
     let handlers = Handlers::new().with(ProcessData).with(GenerateReport);
-    println!("Running process_data and generate_report for {server}; Ctrl-C drains.");
+    println!("Running process_data and generate_report for {server}; press Ctrl-C to drain.");
     let worker = match env::var_os("STREAMER_TOKEN_FILE") {
         Some(path) => Worker::new(server, TokenFile(path.into()), handlers),
         None => Worker::new(server, env::var("STREAMER_TOKEN").unwrap_or_default(), handlers),

@@ -2,24 +2,23 @@
 
 use crate::generate_report::html::{count, escape};
 
-/// One bar of a histogram.
+/// Bar of a histogram.
 pub(super) struct Bar {
-    /// Where it stands, as text.
+    /// Label of its position.
     pub(super) label: String,
-    /// How high it is.
+    /// Height of the bar.
     pub(super) count: u64,
 }
 
 const WIDTH: f64 = 600.0;
 const HEIGHT: f64 = 120.0;
-/// Share of its place that a bar leaves free.
+/// Share of its slot that a bar leaves empty.
 const GAP: f64 = 0.12;
 
-/// A histogram with a caption and the two ends of its axis. `description` stands for the picture
-/// where it cannot be seen; all are plain text.
+/// Returns a histogram with a caption and the labels of both ends of its axis. `description` is the
+/// alternative text; all are plain text.
 ///
-/// The picture is stretched to the width there is, so it holds bars only: text in it would be
-/// stretched too.
+/// The SVG is stretched to the available width, so it contains only bars: text would be stretched too.
 pub(super) fn histogram(
     caption: &str,
     description: &str,
@@ -27,11 +26,11 @@ pub(super) fn histogram(
     bars: &[Bar],
 ) -> String {
     let highest = bars.iter().map(|bar| bar.count).max().unwrap_or(0);
-    let place = WIDTH / bars.len().max(1) as f64;
+    let slot = WIDTH / bars.len().max(1) as f64;
     let rects: String = bars
         .iter()
         .enumerate()
-        .map(|(position, bar)| rect(position as f64 * place, place, bar, highest))
+        .map(|(position, bar)| rect(position as f64 * slot, slot, bar, highest))
         .collect();
     format!(
         "<figure>\n<figcaption>{}</figcaption>\n\
@@ -45,18 +44,18 @@ pub(super) fn histogram(
     )
 }
 
-fn rect(left: f64, place: f64, bar: &Bar, highest: u64) -> String {
+fn rect(left: f64, slot: f64, bar: &Bar, highest: u64) -> String {
     if bar.count == 0 {
         return String::new();
     }
-    // A few of very many would otherwise be too flat to see.
+    // A minimum height keeps small counts visible.
     let height = (HEIGHT * bar.count as f64 / highest as f64).max(1.0);
     format!(
         "<rect x=\"{:.2}\" y=\"{:.2}\" width=\"{:.2}\" height=\"{height:.2}\"><title>{}: {}</title>\
          </rect>\n",
-        left + place * GAP / 2.0,
+        left + slot * GAP / 2.0,
         HEIGHT - height,
-        place * (1.0 - GAP),
+        slot * (1.0 - GAP),
         escape(&bar.label),
         count(bar.count),
     )
@@ -72,7 +71,7 @@ mod tests {
     }
 
     #[test]
-    fn bars_are_as_high_as_their_share_of_the_highest() {
+    fn heights_are_relative_to_the_highest_bar() {
         let chart = chart(&[50, 0, 100]);
         assert_eq!(chart.matches("<rect").count(), 2);
         assert!(chart.contains(r#"x="12.00" y="60.00" width="176.00" height="60.00""#), "{chart}");
@@ -82,7 +81,7 @@ mod tests {
     }
 
     #[test]
-    fn nothing_to_draw_draws_nothing() {
+    fn empty_histograms_have_no_bars() {
         assert!(!chart(&[]).contains("<rect"));
         assert!(!chart(&[0, 0]).contains("NaN"));
     }

@@ -1,9 +1,9 @@
-//! The pieces every page is made of, and how text and numbers are written in it.
+//! HTML building blocks of the pages, and formatting of text and numbers.
 
-/// The page's look. Inlined, since the page must not need another file.
+/// Style sheet. Inlined because the page must be self-contained.
 const STYLE: &str = include_str!("page.css");
 
-/// Everything up to the first section.
+/// Returns everything before the first section.
 pub(super) fn head(title: &str, lead: &str) -> String {
     let (title, lead) = (escape(title), escape(lead));
     format!(
@@ -14,13 +14,13 @@ pub(super) fn head(title: &str, lead: &str) -> String {
     )
 }
 
-/// Everything after the last section.
+/// Returns everything after the last section.
 pub(super) fn foot() -> String {
     "</main>\n<footer>\n<p>Written by <code>generate_report</code>.</p>\n</footer>\n</body>\n</html>\n"
         .into()
 }
 
-/// Text so that it is nothing but text, between tags as well as in a quoted attribute.
+/// Escapes text for use between tags and in quoted attributes.
 pub(super) fn escape(text: &str) -> String {
     let mut escaped = String::with_capacity(text.len());
     for c in text.chars() {
@@ -30,7 +30,7 @@ pub(super) fn escape(text: &str) -> String {
             '>' => escaped.push_str("&gt;"),
             '"' => escaped.push_str("&quot;"),
             '\'' => escaped.push_str("&#39;"),
-            // No page may have them.
+            // Not allowed in HTML.
             _ if c.is_control() && !c.is_whitespace() => escaped.push('\u{fffd}'),
             _ => escaped.push(c),
         }
@@ -38,7 +38,7 @@ pub(super) fn escape(text: &str) -> String {
     escaped
 }
 
-/// A list of facts, each a name and a value; both are plain text.
+/// Returns a list of facts, each a name and a value, both plain text.
 pub(super) fn facts(facts: &[(&str, String)]) -> String {
     let fact = |(name, value): &(&str, String)| {
         format!("<div><dt>{}</dt><dd>{}</dd></div>\n", escape(name), escape(value))
@@ -46,8 +46,8 @@ pub(super) fn facts(facts: &[(&str, String)]) -> String {
     format!("<dl class=\"facts\">\n{}</dl>\n", facts.iter().map(fact).collect::<String>())
 }
 
-/// A table with these column heads (plain text, the first for the rows' heads) and rows (HTML, as
-/// [`row`] writes them). Scrolls by itself where it is too wide, by keyboard as well.
+/// Returns a table with these column headers (plain text, the first for the row headers) and rows
+/// (HTML from [`row`]). A table that is too wide scrolls separately, also by keyboard.
 pub(super) fn table(caption: &str, heads: &[&str], rows: &str) -> String {
     let caption = escape(caption);
     let head = |name: &&str| format!("<th scope=\"col\">{}</th>", escape(name));
@@ -59,19 +59,19 @@ pub(super) fn table(caption: &str, heads: &[&str], rows: &str) -> String {
     )
 }
 
-/// A row of a table: its head and its cells, all HTML.
+/// Returns a table row: its header and its cells, all HTML.
 pub(super) fn row(head: &str, cells: &[String]) -> String {
     let cells: String = cells.iter().map(|cell| format!("<td>{cell}</td>")).collect();
     format!("<tr><th scope=\"row\">{head}</th>{cells}</tr>\n")
 }
 
-/// A share as text with a bar below it; HTML.
+/// Returns a share as text with a bar below it, as HTML.
 pub(super) fn share_bar(part: u64, whole: u64) -> String {
     let percent = percentage(part, whole);
     format!("{}<div class=\"bar\" style=\"width:{percent:.1}%\"></div>", share(part, whole))
 }
 
-/// `12.5 %`, or a dash when there is no whole.
+/// Formats a share: `12.5 %`, or a dash if the whole is zero.
 pub(super) fn share(part: u64, whole: u64) -> String {
     if whole == 0 { "–".into() } else { format!("{:.1} %", percentage(part, whole)) }
 }
@@ -80,7 +80,7 @@ fn percentage(part: u64, whole: u64) -> f64 {
     if whole == 0 { 0.0 } else { (100.0 * part as f64 / whole as f64).min(100.0) }
 }
 
-/// How many: `12,345`.
+/// Formats a count: `12,345`.
 pub(super) fn count(count: u64) -> String {
     let digits = count.to_string();
     let mut grouped = String::with_capacity(digits.len() + digits.len() / 3);
@@ -93,17 +93,18 @@ pub(super) fn count(count: u64) -> String {
     grouped
 }
 
-/// How many of something: `1 row`, `2 rows`.
+/// Formats a count with its noun: `1 row`, `2 rows`.
 pub(super) fn count_of(number: u64, noun: &str) -> String {
     let plural = if number == 1 { "" } else { "s" };
     format!("{} {noun}{plural}", count(number))
 }
 
-/// A measured value to six digits, whole ones in full. Not grouped: it may be a year.
+/// Formats a value with six significant digits, integers in full. Digits are not grouped: the value
+/// may be a year.
 pub(super) fn number(value: f64) -> String {
     const DIGITS: i32 = 6;
     if value.fract() == 0.0 && value.abs() < 1e15 {
-        // Minus zero becomes zero.
+        // Turns negative zero into zero.
         return format!("{:.0}", value + 0.0);
     }
     let magnitude = value.abs().log10().floor();
@@ -115,7 +116,7 @@ pub(super) fn number(value: f64) -> String {
     if decimals == 0 { text } else { text.trim_end_matches('0').trim_end_matches('.').into() }
 }
 
-/// A duration given in milliseconds, in the unit that suits it.
+/// Formats a duration in milliseconds, in a suitable unit.
 pub(super) fn duration(millis: f64) -> String {
     const SECOND: f64 = 1000.0;
     const MINUTE: f64 = 60.0 * SECOND;
@@ -133,7 +134,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn text_stays_text() {
+    fn text_is_escaped() {
         assert_eq!(
             escape("<b title=\"x\" id='y'>&amp;\u{0}\n"),
             "&lt;b title=&quot;x&quot; id=&#39;y&#39;&gt;&amp;amp;\u{fffd}\n"
@@ -141,7 +142,7 @@ mod tests {
     }
 
     #[test]
-    fn numbers_are_written_for_people() {
+    fn numbers_are_human_readable() {
         for (value, text) in [
             (4_201.754_385_964_9, "4201.75"),
             (2007.0, "2007"),
@@ -166,7 +167,7 @@ mod tests {
     }
 
     #[test]
-    fn shares_and_durations_have_their_units() {
+    fn shares_and_durations_have_units() {
         assert_eq!((share(1, 8), share(0, 0)), ("12.5 %".into(), "–".into()));
         let durations = [999.0, 1500.0, 90_000.0, 5_400_000.0].map(duration);
         assert_eq!(durations, ["999 ms", "1.5 s", "1.5 min", "1.5 h"]);

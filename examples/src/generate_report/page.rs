@@ -1,4 +1,4 @@
-//! A page on its way out, piece by piece.
+//! Page that is streamed in chunks.
 
 use streamer_handler::{Context, HandlerError};
 
@@ -6,7 +6,7 @@ use crate::generate_report::{ReportSummary, html};
 
 const CONTENT_TYPE: &str = "text/html; charset=utf-8";
 
-/// A page of which the head is written.
+/// Page whose head is written.
 pub(super) struct Page<'a> {
     context: &'a Context,
     title: String,
@@ -16,7 +16,7 @@ pub(super) struct Page<'a> {
 }
 
 impl<'a> Page<'a> {
-    /// Writes the head of a page that will have so many sections.
+    /// Writes the head of a page with this number of sections.
     pub(super) async fn begin(
         context: &'a Context,
         title: String,
@@ -25,24 +25,24 @@ impl<'a> Page<'a> {
     ) -> Result<Self, HandlerError> {
         let head = html::head(&title, lead);
         let mut page = Self { context, title, sections, chunks: 0, bytes: 0 };
-        page.put_out(head, "head").await?;
+        page.emit(head, "head").await?;
         Ok(page)
     }
 
     /// Writes the next section, which is HTML.
     pub(super) async fn section(&mut self, section: String) -> Result<(), HandlerError> {
-        // The head came before the sections, so the chunks so far are the number of this one.
-        let doing = format!("section {} of {}", self.chunks, self.sections);
-        self.put_out(section, &doing).await
+        // The head is a chunk too, so the number of chunks so far is the number of this section.
+        let message = format!("section {} of {}", self.chunks, self.sections);
+        self.emit(section, &message).await
     }
 
     /// Writes the foot.
     pub(super) async fn end(mut self) -> Result<ReportSummary, HandlerError> {
-        self.put_out(html::foot(), "foot").await?;
+        self.emit(html::foot(), "foot").await?;
         Ok(ReportSummary { title: self.title, bytes: self.bytes, chunks: self.chunks })
     }
 
-    async fn put_out(&mut self, chunk: String, doing: &str) -> Result<(), HandlerError> {
+    async fn emit(&mut self, chunk: String, message: &str) -> Result<(), HandlerError> {
         if self.context.is_cancelled() {
             return Err(HandlerError::cancelled());
         }
@@ -50,8 +50,8 @@ impl<'a> Page<'a> {
         self.chunks += 1;
         self.context.output_bytes(CONTENT_TYPE, chunk).await?;
         let total = self.sections + 2;
-        self.context.progress(100.0 * self.chunks as f64 / total as f64, doing).await?;
-        // Writing a section is computing; others get a turn before the next.
+        self.context.progress(100.0 * self.chunks as f64 / total as f64, message).await?;
+        // Writing a section is CPU-bound: yield to other tasks before the next.
         tokio::task::yield_now().await;
         Ok(())
     }

@@ -1,4 +1,4 @@
-//! The report on a table: an overview of its columns, then a section for each.
+//! Report on a table: an overview of its columns, then a section for each column.
 
 use streamer_handler::{Context, HandlerError};
 
@@ -51,18 +51,18 @@ fn overview(profile: &Profile) -> String {
     )
 }
 
-/// The position, not the name, makes the section's address: it is safe to write anywhere.
+/// Returns the section of a column. Its id is derived from the position, which needs no escaping.
 fn column_section(position: usize, column: &ColumnProfile) -> String {
     let name = escape(&column.name);
     let kind = column.kind.as_str();
-    let mut told = vec![
+    let mut rows = vec![
         ("Values", count(column.count)),
         ("Missing", missing(column)),
         ("Distinct", distinct(column)),
     ];
     let chart = match &column.numbers {
         Some(numbers) => {
-            told.extend(numeric_facts(numbers));
+            rows.extend(numeric_facts(numbers));
             column_histogram(&column.name, column.count, &numbers.histogram)
         }
         None => String::new(),
@@ -71,7 +71,7 @@ fn column_section(position: usize, column: &ColumnProfile) -> String {
         "<section id=\"column-{position}\" aria-labelledby=\"name-{position}\">\n\
          <h2 id=\"name-{position}\">{name} <span class=\"kind\">{kind}</span></h2>\n{}{chart}{}\
          </section>\n",
-        facts(&told),
+        facts(&rows),
         top_values(column),
     )
 }

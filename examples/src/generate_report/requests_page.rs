@@ -1,4 +1,4 @@
-//! The report on a user's own requests of some days: totals, days, actions.
+//! Report on a user's own requests in a period: totals, days, actions.
 
 use streamer_core::RequestState;
 use streamer_handler::{Context, HandlerError};
@@ -13,15 +13,15 @@ use crate::generate_report::{
 
 const SECTIONS: u64 = 3;
 
-/// Writes the page. `cut_off` says that there may be more requests than were read.
+/// Writes the page. `is_truncated` is whether more requests may exist than were read.
 pub(super) async fn write(
     context: &Context,
     usage: &Usage,
-    cut_off: bool,
+    is_truncated: bool,
 ) -> Result<ReportSummary, HandlerError> {
     let title = format!("Requests from {} to {}", usage.from, usage.to);
-    let lead = if cut_off {
-        format!("The newest {} of {}", count(MAX_REQUESTS as u64), context.user())
+    let lead = if is_truncated {
+        format!("The newest {} requests of {}", count(MAX_REQUESTS as u64), context.user())
     } else {
         format!("{} of {}", count_of(usage.total.requests(), "request"), context.user())
     };
@@ -33,22 +33,22 @@ pub(super) async fn write(
 }
 
 fn totals_section(total: &Totals) -> String {
-    let mut told = vec![
+    let mut rows = vec![
         ("Requests", count(total.requests())),
         ("Success rate", success_rate(total)),
-        ("Mean duration", told_duration(total.mean_duration())),
-        ("95 % within", told_duration(total.p95_duration())),
+        ("Mean duration", optional_duration(total.mean_duration())),
+        ("95 % within", optional_duration(total.p95_duration())),
         ("Attempts", count(total.attempts)),
     ];
     for state in RequestState::ALL {
-        told.push((state_name(state), count(total.in_state(state))));
+        rows.push((state_name(state), count(total.in_state(state))));
     }
     format!(
         "<section aria-labelledby=\"totals\">\n<h2 id=\"totals\">Totals</h2>\n{}\
-         <p class=\"note\">The success rate is that of requests that succeeded or failed. Durations \
-         are those of requests that ended, from being accepted to the end. Days are days of UTC.</p>\n\
+         <p class=\"note\">The success rate covers requests that succeeded or failed. Durations \
+         cover finished requests, from acceptance to the end. Days are in UTC.</p>\n\
          </section>\n",
-        facts(&told),
+        facts(&rows),
     )
 }
 
@@ -57,7 +57,7 @@ fn days_section(usage: &Usage) -> String {
         usage.per_day.iter().map(|&(day, count)| Bar { label: day.to_string(), count }).collect();
     let (from, to) = (usage.from.to_string(), usage.to.to_string());
     let total = count_of(usage.total.requests(), "request");
-    // The first of several days that are equally busy.
+    // The earliest of several equally busy days.
     let busiest = bars.iter().rev().max_by_key(|bar| bar.count).filter(|bar| bar.count > 0);
     let most = busiest.map_or("no requests on any day".into(), |bar| {
         format!("most, {}, on {}", count(bar.count), bar.label)
@@ -101,8 +101,8 @@ fn action_row(action: &str, totals: &Totals) -> String {
             0 => success_rate(totals),
             decided => share_bar(totals.in_state(RequestState::Succeeded), decided),
         },
-        told_duration(totals.mean_duration()),
-        told_duration(totals.p95_duration()),
+        optional_duration(totals.mean_duration()),
+        optional_duration(totals.p95_duration()),
         number((attempts * 100.0).round() / 100.0),
     ]);
     row(&escape(action), &cells)
@@ -112,7 +112,7 @@ fn success_rate(totals: &Totals) -> String {
     share(totals.in_state(RequestState::Succeeded), totals.succeeded_or_failed())
 }
 
-fn told_duration(millis: Option<f64>) -> String {
+fn optional_duration(millis: Option<f64>) -> String {
     millis.map_or("–".into(), duration)
 }
 

@@ -1,4 +1,4 @@
-//! What a report holds, and that it is a page as it should be.
+//! Tests of the content of reports, and of the validity of their HTML.
 
 use std::{sync::Arc, time::Duration};
 
@@ -13,7 +13,7 @@ use crate::{
     testing::{Reported, TestContext, run},
 };
 
-/// Runs the handler and puts the page together as a receiver does.
+/// Runs the handler and assembles the page as a receiver does.
 async fn report(test: TestContext, payload: &Value) -> (Value, String, Reported) {
     let (context, reports) = test.build();
     let summary = run(&GenerateReport, &context, payload).await.unwrap();
@@ -24,7 +24,7 @@ async fn report(test: TestContext, payload: &Value) -> (Value, String, Reported)
     assert!(reported.output.iter().all(|(kind, _)| kind == "text/html; charset=utf-8"));
     assert!(reported.progress.is_sorted_by_key(|(percentage, ..)| *percentage));
     assert_eq!(reported.progress.last().unwrap().0, 100.0);
-    assert_proper_page(&page);
+    assert_valid_page(&page);
     (summary, page, reported)
 }
 
@@ -35,13 +35,13 @@ async fn report_on_csv(csv: &str, name: &str) -> (Value, String, Reported) {
     report(TestContext::default(), &json!({ "profile": profile })).await
 }
 
-/// Every tag is closed in order, what must be there is there, and nothing is loaded or run.
-fn assert_proper_page(page: &str) {
+/// Asserts that tags are balanced, required attributes exist, and nothing is loaded or executed.
+fn assert_valid_page(page: &str) {
     const VOID: [&str; 2] = ["meta", "!DOCTYPE"];
     assert!(page.starts_with("<!DOCTYPE html>\n<html lang=\"en\">"));
     let mut open = Vec::new();
     for tag in page.split('<').skip(1) {
-        let (tag, _) = tag.split_once('>').expect("a tag ends");
+        let (tag, _) = tag.split_once('>').expect("tags are terminated");
         let name = tag.split_whitespace().next().unwrap();
         assert!(tag.matches('"').count().is_multiple_of(2), "{tag}");
         let unquoted: String = tag.split('"').step_by(2).collect();
@@ -68,7 +68,7 @@ fn assert_proper_page(page: &str) {
 }
 
 #[tokio::test]
-async fn a_profile_becomes_a_page_with_a_chunk_for_each_column() {
+async fn a_report_on_a_profile_has_a_chunk_per_column() {
     let (summary, page, reported) = report_on_csv(PENGUINS, "penguins.csv").await;
     assert_eq!(summary["title"], "Profile of penguins.csv");
     // Head, overview, eight columns, foot.
@@ -86,7 +86,7 @@ async fn a_profile_becomes_a_page_with_a_chunk_for_each_column() {
 }
 
 #[tokio::test]
-async fn whatever_a_table_holds_is_shown_as_text() {
+async fn the_content_of_a_table_is_escaped() {
     let csv = "<script>alert(1)</script>,\"\"\" onload=\"\"x\"\n1,</td>&amp;\n2,'<img>\n";
     let (summary, page, _) = report_on_csv(csv, "</title><script>").await;
     assert_eq!(summary["title"], "Profile of </title><script>");
@@ -98,18 +98,18 @@ async fn whatever_a_table_holds_is_shown_as_text() {
 }
 
 #[tokio::test]
-async fn empty_columns_and_tables_make_proper_pages_too() {
+async fn empty_columns_and_tables_produce_valid_pages() {
     let (_, page, _) = report_on_csv("a,b\n,1\n", "x").await;
     assert!(page.contains("There are no values."));
     assert!(page.contains("<p>1 row in 2 columns</p>"));
     report_on_csv("a", "x").await;
 }
 
-/// Answers with what it was made of, and checks what is asked.
-struct History(Vec<RequestSummary>);
+/// Returns fixed requests, and asserts the arguments.
+struct FixedHistory(Vec<RequestSummary>);
 
 #[async_trait]
-impl RequestHistory for History {
+impl RequestHistory for FixedHistory {
     async fn requests(
         &self,
         tenant: &str,
@@ -126,7 +126,7 @@ impl RequestHistory for History {
 }
 
 fn request(action: &str, state: RequestState, day: &str, seconds: u64) -> RequestSummary {
-    let created = day.parse::<Day>().unwrap().start();
+    let created = day.parse::<Date>().unwrap().start();
     let finished = created.plus(Duration::from_secs(seconds));
     RequestSummary {
         uid: Uid::new(created),
@@ -140,7 +140,8 @@ fn request(action: &str, state: RequestState, day: &str, seconds: u64) -> Reques
 }
 
 async fn report_on_january(requests: Vec<RequestSummary>) -> String {
-    let test = TestContext { history: Some(Arc::new(History(requests))), ..Default::default() };
+    let test =
+        TestContext { history: Some(Arc::new(FixedHistory(requests))), ..Default::default() };
     let payload = json!({ "from": "2026-01-01", "to": "2026-01-31" });
     let (summary, page, _) = report(test, &payload).await;
     assert_eq!(summary["title"], "Requests from 2026-01-01 to 2026-01-31");
@@ -149,7 +150,7 @@ async fn report_on_january(requests: Vec<RequestSummary>) -> String {
 }
 
 #[tokio::test]
-async fn a_period_becomes_a_page_about_its_requests() {
+async fn a_report_on_a_period_covers_its_requests() {
     let page = report_on_january(vec![
         request("<b>", RequestState::Running, "2026-01-31", 0),
         request("echo_async", RequestState::Failed, "2026-01-02", 3),
@@ -169,33 +170,33 @@ async fn a_period_becomes_a_page_about_its_requests() {
 }
 
 #[tokio::test]
-async fn a_period_without_requests_says_so() {
+async fn a_report_on_a_period_without_requests_says_so() {
     let page = report_on_january(Vec::new()).await;
     assert!(page.contains("no requests on any day"));
     assert!(page.contains("There are no requests in this period."));
 }
 
 #[tokio::test]
-async fn a_period_with_too_many_requests_says_so() {
+async fn a_report_on_too_many_requests_says_so() {
     let one = request("a", RequestState::Succeeded, "2026-01-02", 1);
     let page = report_on_january(vec![one; MAX_REQUESTS]).await;
-    assert!(page.contains("<p>The newest 10,000 of test</p>"));
+    assert!(page.contains("<p>The newest 10,000 requests of test</p>"));
 }
 
 #[tokio::test]
-async fn what_cannot_be_reported_on_is_refused_for_good() {
+async fn invalid_payloads_are_rejected_without_a_retry() {
     let profile = json!({ "name": "x", "rows": 0, "columns": 0, "delimiter": ",", "profile": [] });
     for (payload, message) in [
-        (json!({}), "payload: must have either profile, or from and to; has neither"),
+        (json!({}), "payload: must contain either profile, or from and to; contains neither"),
         (
             json!({ "profile": profile, "from": "2026-01-01" }),
-            "payload: must have either profile, or from and to; has both",
+            "payload: must contain either profile, or from and to; contains both",
         ),
         (json!({ "from": "2026-01-01" }), "payload.to: is required with from"),
         (json!({ "to": "2026-01-01" }), "payload.from: is required with to"),
         (
             json!({ "from": "2026-01-01", "to": "2026-02-30" }),
-            "payload.to: must be a day of the calendar, written as 2026-01-31",
+            "payload.to: must be a date, such as 2026-01-31",
         ),
         (
             json!({ "from": "2026-01-02", "to": "2026-01-01" }),
@@ -217,7 +218,7 @@ async fn what_cannot_be_reported_on_is_refused_for_good() {
 }
 
 #[tokio::test]
-async fn cancellation_is_noticed() {
+async fn cancellation_stops_the_handler() {
     let profile = json!({ "name": "x", "rows": 0, "columns": 0, "delimiter": ",", "profile": [] });
     let (context, reports) = TestContext { cancelled: true, ..Default::default() }.build();
     let payload = json!({ "profile": profile });

@@ -1,4 +1,4 @@
-//! What a user's requests of some days add up to.
+//! Aggregation of a user's requests in a period.
 
 use std::collections::BTreeMap;
 
@@ -6,29 +6,29 @@ use streamer_core::RequestState;
 use streamer_handler::RequestSummary;
 
 use crate::{
-    day::Day,
+    date::Date,
     statistics::{Moments, quantile},
 };
 
-/// The requests of a period, added up.
+/// Aggregated requests of a period.
 pub(super) struct Usage {
     /// First day.
-    pub(super) from: Day,
-    /// Last day, itself included.
-    pub(super) to: Day,
-    /// Of all requests.
+    pub(super) from: Date,
+    /// Last day, inclusive.
+    pub(super) to: Date,
+    /// Totals of all requests.
     pub(super) total: Totals,
-    /// Of the requests for each action.
+    /// Totals per action.
     pub(super) by_action: BTreeMap<String, Totals>,
-    /// Requests accepted on each day of the period.
-    pub(super) per_day: Vec<(Day, u64)>,
+    /// Number of requests accepted on each day of the period.
+    pub(super) per_day: Vec<(Date, u64)>,
 }
 
-/// What some requests add up to.
+/// Totals of a set of requests.
 #[derive(Default)]
 pub(super) struct Totals {
     by_state: BTreeMap<RequestState, u64>,
-    /// Attempts of all of them.
+    /// Number of attempts of all requests.
     pub(super) attempts: u64,
     durations: Durations,
 }
@@ -36,13 +36,13 @@ pub(super) struct Totals {
 #[derive(Default)]
 struct Durations {
     moments: Moments,
-    /// In milliseconds; ascending once everything is added.
+    /// In milliseconds; sorted in ascending order once all are added.
     sorted: Vec<f64>,
 }
 
 impl Usage {
-    /// Adds up requests that were accepted from the first to the last day.
-    pub(super) fn of(requests: &[RequestSummary], from: Day, to: Day) -> Self {
+    /// Aggregates requests that were accepted from the first to the last day.
+    pub(super) fn of(requests: &[RequestSummary], from: Date, to: Date) -> Self {
         let days = to.since(from) + 1;
         let mut usage = Self {
             from,
@@ -54,7 +54,7 @@ impl Usage {
         for request in requests {
             usage.total.add(request);
             usage.by_action.entry(request.action.clone()).or_default().add(request);
-            let day = usize::try_from(Day::of(request.create_time).since(from));
+            let day = usize::try_from(Date::of(request.create_time).since(from));
             if let Some((_, count)) = day.ok().and_then(|day| usage.per_day.get_mut(day)) {
                 *count += 1;
             }
@@ -77,27 +77,28 @@ impl Totals {
         }
     }
 
-    /// How many requests there are.
+    /// Returns the number of requests.
     pub(super) fn requests(&self) -> u64 {
         self.by_state.values().sum()
     }
 
-    /// How many of them are in this state.
+    /// Returns the number of requests in this state.
     pub(super) fn in_state(&self, state: RequestState) -> u64 {
         self.by_state.get(&state).copied().unwrap_or(0)
     }
 
-    /// Those that succeeded or failed. A cancellation is neither: the user wanted it.
+    /// Returns the number of requests that succeeded or failed. A cancelled request is neither.
     pub(super) fn succeeded_or_failed(&self) -> u64 {
         self.in_state(RequestState::Succeeded) + self.in_state(RequestState::Failed)
     }
 
-    /// Mean time from being accepted to the end, in milliseconds; `None` while nothing has ended.
+    /// Returns the mean time from acceptance to the end, in milliseconds; `None` if no request has
+    /// ended.
     pub(super) fn mean_duration(&self) -> Option<f64> {
         self.durations.moments.mean()
     }
 
-    /// The time within which 95 % of those that ended did so, in milliseconds.
+    /// Returns the time within which 95 % of the finished requests ended, in milliseconds.
     pub(super) fn p95_duration(&self) -> Option<f64> {
         quantile(&self.durations.sorted, 0.95)
     }
@@ -111,7 +112,7 @@ mod tests {
 
     use super::*;
 
-    fn day(text: &str) -> Day {
+    fn date(text: &str) -> Date {
         text.parse().unwrap()
     }
 
@@ -129,11 +130,11 @@ mod tests {
 
     #[test]
     fn requests_are_counted_by_day_action_and_state() {
-        let (from, to) = (day("2026-01-30"), day("2026-02-01"));
-        let last_moment = Timestamp::from_millis(to.plus(1).start().as_millis() - 1);
+        let (from, to) = (date("2026-01-30"), date("2026-02-01"));
+        let last_millisecond = Timestamp::from_millis(to.plus(1).start().as_millis() - 1);
         let usage = Usage::of(
             &[
-                request("b", RequestState::Running, last_moment),
+                request("b", RequestState::Running, last_millisecond),
                 request("a", RequestState::Failed, from.start()),
                 request("a", RequestState::Succeeded, from.start()),
                 request("a", RequestState::Cancelled, from.start()),
@@ -142,7 +143,7 @@ mod tests {
             to,
         );
         let per_day: Vec<_> = usage.per_day.iter().map(|(day, count)| (*day, *count)).collect();
-        assert_eq!(per_day, [(from, 3), (day("2026-01-31"), 0), (to, 1)]);
+        assert_eq!(per_day, [(from, 3), (date("2026-01-31"), 0), (to, 1)]);
         assert_eq!((usage.total.requests(), usage.total.attempts), (4, 4));
         let a = &usage.by_action["a"];
         assert_eq!((a.requests(), a.in_state(RequestState::Failed)), (3, 1));
@@ -151,13 +152,13 @@ mod tests {
     }
 
     #[test]
-    fn durations_run_from_acceptance_to_the_end() {
-        let (from, to) = (day("2026-01-01"), day("2026-01-01"));
-        let lasting = |millis| RequestSummary {
+    fn durations_are_measured_from_acceptance_to_the_end() {
+        let (from, to) = (date("2026-01-01"), date("2026-01-01"));
+        let with_duration = |millis| RequestSummary {
             finish_time: Some(from.start().plus(Duration::from_millis(millis))),
             ..request("a", RequestState::Succeeded, from.start())
         };
-        let requests = [lasting(300), lasting(100), lasting(200)];
+        let requests = [with_duration(300), with_duration(100), with_duration(200)];
         let usage = Usage::of(&requests, from, to);
         assert_eq!(usage.total.mean_duration(), Some(200.0));
         assert_eq!(usage.total.p95_duration(), Some(290.0));

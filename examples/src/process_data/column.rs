@@ -1,36 +1,36 @@
-//! One column's profile, built value by value.
+//! Incremental profile of one column.
 
 use std::{cmp::Reverse, collections::HashMap};
 
 use crate::{
-    day::Day,
+    date::Date,
     process_data::profile::{ColumnProfile, ColumnType, ValueCount},
     statistics::NumericSummary,
 };
 
-/// So many different values are told apart; a bound on memory.
+/// Maximum number of distinct values that are counted, which bounds memory.
 const MAX_DISTINCT: usize = 10_000;
-/// So many of the most frequent values are told.
+/// Number of most frequent values in a profile.
 const TOP_VALUES: usize = 5;
-/// Longer values are cut off when told, in characters.
-const MAX_TOLD_CHARS: usize = 100;
-/// Larger numbers count as text: the squares of millions of them could not be added up.
+/// Maximum length of a value in a profile, in characters; longer ones are truncated.
+const MAX_VALUE_CHARS: usize = 100;
+/// Larger numbers are treated as text: the sum of their squares could overflow.
 const MAX_MAGNITUDE: f64 = 1e150;
 
-/// A column of which some values have been seen.
+/// Builds the profile of a column from its values.
 pub(super) struct ColumnProfiler {
     name: String,
     count: u64,
     missing: u64,
-    /// How often each of the first [`MAX_DISTINCT`] different values occurs.
+    /// Number of occurrences of each of the first [`MAX_DISTINCT`] distinct values.
     occurrences: HashMap<String, u64>,
-    more_distinct: bool,
+    has_more_distinct: bool,
     possible: PossibleTypes,
-    /// Every value, as long as all are numbers.
+    /// All values, while every value is a number.
     numbers: Vec<f64>,
 }
 
-/// Which types fit all values seen so far.
+/// Types that match all values so far.
 struct PossibleTypes {
     integer: bool,
     number: bool,
@@ -39,21 +39,21 @@ struct PossibleTypes {
 }
 
 impl ColumnProfiler {
-    /// Nothing seen yet.
+    /// Returns a profiler without values.
     pub(super) fn new(name: String) -> Self {
         Self {
             name,
             count: 0,
             missing: 0,
             occurrences: HashMap::new(),
-            more_distinct: false,
+            has_more_distinct: false,
             possible: PossibleTypes { integer: true, number: true, boolean: true, date: true },
             numbers: Vec::new(),
         }
     }
 
-    /// Takes the field of one more row in.
-    pub(super) fn see(&mut self, field: &str) {
+    /// Adds the field of a row.
+    pub(super) fn add(&mut self, field: &str) {
         if is_missing(field) {
             self.missing += 1;
             return;
@@ -74,11 +74,11 @@ impl ColumnProfiler {
         } else if self.occurrences.len() < MAX_DISTINCT {
             self.occurrences.insert(value.to_owned(), 1);
         } else {
-            self.more_distinct = true;
+            self.has_more_distinct = true;
         }
     }
 
-    /// The profile of all that was seen.
+    /// Returns the profile of the added values.
     pub(super) fn finish(self) -> ColumnProfile {
         ColumnProfile {
             kind: if self.count == 0 { ColumnType::Empty } else { self.possible.narrowest() },
@@ -86,7 +86,7 @@ impl ColumnProfiler {
             count: self.count,
             missing: self.missing,
             distinct: self.occurrences.len() as u64,
-            distinct_is_lower_bound: self.more_distinct,
+            distinct_is_lower_bound: self.has_more_distinct,
             top: most_frequent(self.occurrences),
             numbers: NumericSummary::of(self.numbers),
         }
@@ -98,7 +98,7 @@ impl PossibleTypes {
         self.integer = self.integer && is_integer(value);
         self.number = self.number && is_number;
         self.boolean = self.boolean && is_boolean(value);
-        self.date = self.date && value.parse::<Day>().is_ok();
+        self.date = self.date && value.parse::<Date>().is_ok();
     }
 
     fn narrowest(&self) -> ColumnType {
@@ -113,7 +113,8 @@ impl PossibleTypes {
 }
 
 fn is_missing(field: &str) -> bool {
-    field.is_empty() || ["na", "n/a", "null", "nan"].iter().any(|no| field.eq_ignore_ascii_case(no))
+    field.is_empty()
+        || ["na", "n/a", "null", "nan"].iter().any(|name| field.eq_ignore_ascii_case(name))
 }
 
 fn is_boolean(value: &str) -> bool {
@@ -125,7 +126,7 @@ fn is_integer(value: &str) -> bool {
     !digits.is_empty() && digits.bytes().all(|byte| byte.is_ascii_digit())
 }
 
-/// A decimal number; `inf` and the like, which Rust would read too, are text.
+/// Parses a decimal number; `inf` and `nan`, which Rust parses too, are text.
 fn parse_number(value: &str) -> Option<f64> {
     let decimal = |byte: u8| byte.is_ascii_digit() || b"+-.eE".contains(&byte);
     if !value.bytes().all(decimal) {
@@ -139,12 +140,12 @@ fn most_frequent(occurrences: HashMap<String, u64>) -> Vec<ValueCount> {
     by_frequency.sort_unstable_by(|(value, count), (other_value, other_count)| {
         (Reverse(count), value).cmp(&(Reverse(other_count), other_value))
     });
-    let told = by_frequency.into_iter().take(TOP_VALUES);
-    told.map(|(value, count)| ValueCount { value: shortened(value), count }).collect()
+    let top = by_frequency.into_iter().take(TOP_VALUES);
+    top.map(|(value, count)| ValueCount { value: truncated(value), count }).collect()
 }
 
-fn shortened(mut value: String) -> String {
-    if let Some((end, _)) = value.char_indices().nth(MAX_TOLD_CHARS) {
+fn truncated(mut value: String) -> String {
+    if let Some((end, _)) = value.char_indices().nth(MAX_VALUE_CHARS) {
         value.truncate(end);
         value.push('…');
     }
@@ -157,12 +158,12 @@ mod tests {
 
     fn profile(values: &[&str]) -> ColumnProfile {
         let mut profiler = ColumnProfiler::new("x".into());
-        values.iter().for_each(|value| profiler.see(value));
+        values.iter().for_each(|value| profiler.add(value));
         profiler.finish()
     }
 
     #[test]
-    fn the_narrowest_type_that_fits_all_values_is_found() {
+    fn the_type_is_the_narrowest_that_matches_all_values() {
         for (values, kind) in [
             (&["1", "-2", "+3", "007"][..], ColumnType::Integer),
             (&["1", "2.5", "-1e3", ".5"], ColumnType::Number),
@@ -183,7 +184,7 @@ mod tests {
     }
 
     #[test]
-    fn missing_values_are_counted_apart() {
+    fn missing_values_are_counted_separately() {
         let column = profile(&["NA", "N/a", "Null", "NaN", "", "1", "nap"]);
         assert_eq!((column.count, column.missing, column.distinct), (2, 5, 2));
     }
@@ -196,39 +197,39 @@ mod tests {
     }
 
     #[test]
-    fn the_largest_numbers_still_make_numbers() {
+    fn statistics_of_the_largest_numbers_are_finite() {
         let numbers = profile(&["1e150", "-1e150", "1e-300"]).numbers.unwrap();
         assert!(numbers.standard_deviation.unwrap().is_finite());
         assert!(numbers.mean.is_finite());
     }
 
     #[test]
-    fn equally_frequent_values_are_told_in_order() {
+    fn equally_frequent_values_are_sorted_by_value() {
         let column = profile(&["b", "c", "a", "c", "f", "e", "d"]);
         let top: Vec<_> = column.top.iter().map(|top| (top.value.as_str(), top.count)).collect();
         assert_eq!(top, [("c", 2), ("a", 1), ("b", 1), ("d", 1), ("e", 1)]);
     }
 
     #[test]
-    fn beyond_ten_thousand_different_values_the_number_is_a_lower_bound() {
+    fn the_distinct_count_is_a_lower_bound_beyond_ten_thousand_values() {
         let mut profiler = ColumnProfiler::new("x".into());
         for number in 0..MAX_DISTINCT {
-            profiler.see(&number.to_string());
+            profiler.add(&number.to_string());
         }
-        profiler.see("9999");
-        assert!(!profiler.more_distinct);
-        profiler.see("another");
-        profiler.see("9999");
+        profiler.add("9999");
+        assert!(!profiler.has_more_distinct);
+        profiler.add("another");
+        profiler.add("9999");
         let column = profiler.finish();
         assert_eq!((column.distinct, column.distinct_is_lower_bound), (10_000, true));
         assert_eq!((column.count, column.top[0].count), (10_003, 3));
     }
 
     #[test]
-    fn long_values_are_cut_off() {
+    fn long_values_are_truncated() {
         let column = profile(&["é".repeat(101).as_str(), "é".repeat(100).as_str()]);
-        let told: Vec<_> = column.top.iter().map(|top| top.value.chars().count()).collect();
-        assert_eq!(told, [100, 101]);
+        let lengths: Vec<_> = column.top.iter().map(|top| top.value.chars().count()).collect();
+        assert_eq!(lengths, [100, 101]);
         assert!(column.top[1].value.ends_with("é…"));
     }
 }

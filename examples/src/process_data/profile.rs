@@ -1,68 +1,68 @@
-//! What is told of a table: the result of `process_data`, and what `generate_report` reads.
+//! Profile of a table: the result of `process_data`, and an input of `generate_report`.
 
 use serde::{Deserialize, Serialize};
 
 use crate::statistics::NumericSummary;
 
-/// The profile of a table.
+/// Profile of a table.
 #[derive(Clone, Debug, PartialEq, Deserialize, Serialize)]
 pub struct Profile {
-    /// What the table is called.
+    /// Name of the table.
     pub name: String,
-    /// Rows, without the header.
+    /// Number of rows, without the header.
     pub rows: u64,
-    /// Columns.
+    /// Number of columns.
     pub columns: u64,
-    /// What stands between the fields of a row.
+    /// Separator of the fields of a row.
     pub delimiter: String,
-    /// Each column, in the table's order.
+    /// Profiles of the columns, in the order of the table.
     pub profile: Vec<ColumnProfile>,
 }
 
-/// The profile of one column.
+/// Profile of one column.
 #[derive(Clone, Debug, PartialEq, Deserialize, Serialize)]
 pub struct ColumnProfile {
-    /// Its name, unique in the table.
+    /// Name of the column, unique in the table.
     pub name: String,
-    /// What all its values are.
+    /// Type of all values.
     #[serde(rename = "type")]
     pub kind: ColumnType,
-    /// Values that are there.
+    /// Number of values that are present.
     pub count: u64,
-    /// Values that are missing: empty, `NA`, `N/A`, `null` or `NaN`, in any case.
+    /// Number of missing values: empty, `NA`, `N/A`, `null` or `NaN`, in any case.
     pub missing: u64,
-    /// How many different values there are.
+    /// Number of distinct values.
     pub distinct: u64,
-    /// Whether there are more different values than were told apart.
+    /// Whether `distinct` is a lower bound because there are too many distinct values to count.
     #[serde(default)]
     pub distinct_is_lower_bound: bool,
-    /// The most frequent values, the most frequent first, equally frequent ones in order of value.
+    /// Most frequent values, by descending frequency; equally frequent ones in order of value.
     pub top: Vec<ValueCount>,
-    /// For columns of numbers only.
+    /// Statistics, for numeric columns only.
     #[serde(flatten)]
     pub numbers: Option<NumericSummary>,
 }
 
-/// What all values of a column are: the narrowest type that fits.
+/// Type of a column: the narrowest one that matches all values.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Deserialize, Serialize)]
 #[serde(rename_all = "lowercase")]
 pub enum ColumnType {
-    /// Whole numbers.
+    /// Integers.
     Integer,
-    /// Decimal numbers, some of them not whole.
+    /// Decimal numbers, not all of them integers.
     Number,
     /// `true` or `false`, in any case.
     Boolean,
-    /// Days as `2026-01-31`.
+    /// Dates such as `2026-01-31`.
     Date,
     /// Anything else.
     Text,
-    /// There are no values.
+    /// No values.
     Empty,
 }
 
 impl ColumnType {
-    /// As the result writes it.
+    /// Returns the name that the result uses.
     #[must_use]
     pub const fn as_str(self) -> &'static str {
         match self {
@@ -76,11 +76,11 @@ impl ColumnType {
     }
 }
 
-/// A value and how often it occurs.
+/// Value and its number of occurrences.
 #[derive(Clone, Debug, PartialEq, Eq, Deserialize, Serialize)]
 pub struct ValueCount {
-    /// The value; a very long one is cut off and ends in `…`.
+    /// The value; a long one is truncated and ends in `…`.
     pub value: String,
-    /// How often it occurs.
+    /// Number of occurrences.
     pub count: u64,
 }

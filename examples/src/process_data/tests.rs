@@ -1,4 +1,4 @@
-//! What profiling a table tells, and when.
+//! Tests of the profile of a table, and of its progress and output.
 
 use serde_json::{Value, json};
 use streamer_core::ErrorCode;
@@ -25,7 +25,7 @@ fn assert_close(value: &Value, expected: f64) {
 }
 
 #[tokio::test]
-async fn penguins_have_the_statistics_that_are_published() {
+async fn the_profile_matches_the_published_statistics() {
     let profile = profile_of(PENGUINS).await;
     assert_eq!(profile["rows"], 344);
     assert_eq!(profile["columns"], 8);
@@ -65,7 +65,7 @@ async fn penguins_have_the_statistics_that_are_published() {
 }
 
 #[tokio::test]
-async fn progress_never_goes_back_and_each_column_is_put_out_once_ready() {
+async fn progress_is_monotonic_and_each_column_is_an_output_chunk() {
     let (context, reports) = Context::for_test("process_data");
     let payload = json!({ "csv": PENGUINS, "name": "penguins.csv" });
     let result = run(&ProcessData, &context, &payload).await.unwrap();
@@ -87,7 +87,7 @@ async fn progress_never_goes_back_and_each_column_is_put_out_once_ready() {
 }
 
 #[tokio::test]
-async fn a_table_without_rows_has_empty_columns() {
+async fn the_columns_of_a_table_without_rows_are_empty() {
     let profile = profile_of("a;b").await;
     assert_eq!((&profile["rows"], &profile["delimiter"]), (&json!(0), &json!(";")));
     assert_eq!(column(&profile, "b")["type"], "empty");
@@ -95,7 +95,7 @@ async fn a_table_without_rows_has_empty_columns() {
 }
 
 #[tokio::test]
-async fn a_profile_can_be_read_again() {
+async fn profiles_round_trip() {
     let json = profile_of("a,b,c\n1,x,\n2.5,y,\n").await;
     let profile: Profile = serde_json::from_value(json.clone()).unwrap();
     assert_eq!(profile.profile[0].numbers.as_ref().unwrap().mean, 1.75);
@@ -104,14 +104,17 @@ async fn a_profile_can_be_read_again() {
 }
 
 #[tokio::test]
-async fn what_cannot_be_profiled_is_refused_for_good_before_anything_is_reported() {
+async fn invalid_payloads_are_rejected_before_anything_is_reported() {
     let malformed = "a,b,c,d,e,f,g,h\n".to_owned() + &"1,2,3,4,5,6,7,8\n".repeat(6) + "1,2,3\n";
     for (payload, message) in [
         (json!({ "csv": malformed }), "payload.csv: row 7 (line 8) has 3 fields, the header has 8"),
-        (json!({ "csv": "" }), "payload.csv: has no header: its first line must name the columns"),
+        (
+            json!({ "csv": "" }),
+            "payload.csv: has no header: the first line must contain the column names",
+        ),
         (
             json!({ "csv": "a", "delimiter": "ab" }),
-            "payload.delimiter: must be one ASCII character that is no quotation mark and no line break",
+            "payload.delimiter: must be one ASCII character other than a quotation mark or a line break",
         ),
         (
             json!({ "csv": "a", "name": "x".repeat(257) }),
@@ -129,7 +132,7 @@ async fn what_cannot_be_profiled_is_refused_for_good_before_anything_is_reported
 }
 
 #[tokio::test]
-async fn cancellation_is_noticed() {
+async fn cancellation_stops_the_handler() {
     let (context, reports) = TestContext { cancelled: true, ..Default::default() }.build();
     let error = run(&ProcessData, &context, &json!({ "csv": PENGUINS })).await.unwrap_err();
     assert_eq!(error.code(), ErrorCode::Cancelled);
@@ -137,15 +140,15 @@ async fn cancellation_is_noticed() {
 }
 
 #[tokio::test]
-async fn others_get_their_turn_while_a_large_table_is_read() {
+async fn other_tasks_run_while_a_large_table_is_read() {
     let csv = "a\n".to_owned() + &"1\n".repeat(10_000);
     let (context, _) = Context::for_test("process_data");
     let payload = json!({ "csv": csv });
-    let mut turns = 0;
+    let mut yields = 0;
     tokio::select! {
         biased;
         result = run(&ProcessData, &context, &payload) => assert_eq!(result.unwrap()["rows"], 10_000),
-        () = async { loop { turns += 1; tokio::task::yield_now().await; } } => {}
+        () = async { loop { yields += 1; tokio::task::yield_now().await; } } => {}
     }
-    assert!(turns >= 2 * (10_000 / 256), "{turns}");
+    assert!(yields >= 2 * (10_000 / 256), "{yields}");
 }

@@ -1,4 +1,4 @@
-//! What a client asks for: each message becomes a call, each call a reply.
+//! Calls of a connection: each client message starts a call, and each call returns a reply.
 
 use std::{borrow::Cow, sync::Arc};
 
@@ -23,38 +23,38 @@ use tracing::field::Empty;
 
 use super::{Call, Session, delivery::Subscription};
 use crate::{
-    handle::close_code,
-    hub::Opened,
-    messages::{self, Names},
-    protocol::{ClientMessage, RequestMessage},
-    topic::Link,
-    ws::outbox::Outbox,
+    client_message::{ClientMessage, RequestMessage},
+    connection_handle::close_code,
+    fanout::OpenedWatch,
+    server_message::{self, RequestIds},
+    topic::Subscriber,
+    ws::send_buffer::SendBuffer,
 };
 
-/// What became of a call.
+/// Result of a call.
 pub(crate) enum Reply {
-    /// To be sent as it is.
+    /// A frame to send unchanged.
     Frame(Bytes),
-    /// A request was submitted; its events are wanted from now on.
+    /// A request was submitted; its events are delivered from now on.
     Submitted {
         outcome: Result<Box<SubmitResponse>, Status>,
-        name: String,
+        request_id: String,
         latest: bool,
         trace: Option<Box<TraceContext>>,
     },
-    /// A request was opened for a subscription.
-    Opened { outcome: Result<Box<Opened>, Status>, name: String, latest: bool },
+    /// A watch was opened for a subscription.
+    Opened { outcome: Result<Box<OpenedWatch>, Status>, request_id: String, latest: bool },
     /// A page of a log was read.
-    CaughtUp(Arc<Link>, Result<Vec<Event>, Status>),
-    /// A fresh token was verified.
+    LogPage(Arc<Subscriber>, Result<Vec<Event>, Status>),
+    /// A new token was verified.
     Authenticated(Caller),
     /// A call failed.
     Failed { request_id: Option<String>, error: RequestError },
 }
 
 impl Session {
-    /// Begins to do what a message asks for.
-    pub(crate) fn begin(&mut self, message: ClientMessage<'_>, now: Timestamp) -> Call {
+    /// Starts the call that a message requests.
+    pub(crate) fn start_call(&mut self, message: ClientMessage<'_>, now: Timestamp) -> Call {
         match message {
             ClientMessage::Request(request) => self.submit(&request),
             ClientMessage::Subscribe { request_id, after_seq, latest } => {
@@ -71,32 +71,32 @@ impl Session {
             }
             ClientMessage::Auth { token } => self.authenticate(token),
             ClientMessage::Ping => {
-                let pong = messages::pong(now);
+                let pong = server_message::pong(now);
                 Box::pin(std::future::ready(Reply::Frame(pong)))
             }
         }
     }
 
-    /// Notes that a subscription is on its way, if one more is allowed.
-    fn may_open(&mut self, name: &str) -> Result<(), Call> {
+    /// Reserves a subscription that is about to open. Returns a failed call if a limit is reached.
+    fn reserve_subscription(&mut self, request_id: &str) -> Result<(), Call> {
         let limit = self.gateway.options.max_subscriptions;
         if self.subscriptions.count() >= limit {
             let message = format!("more than {limit} subscriptions of one connection");
             let error = RequestError::limited("gateway.max_subscriptions", &message, None);
-            return Err(refused(name, error));
+            return Err(rejected_call(request_id, error));
         }
         let watches = self.watches.get_or_insert_with(|| {
             let owner = self.handle.owner();
             self.gateway.open_watches.of(&owner.tenant, &owner.user)
         });
-        let watch = watches.open().map_err(|error| refused(name, error))?;
-        self.subscriptions.begin_opening(name, watch);
+        let watch = watches.open().map_err(|error| rejected_call(request_id, error))?;
+        self.subscriptions.add_pending(request_id, watch);
         Ok(())
     }
 
     fn submit(&mut self, message: &RequestMessage<'_>) -> Call {
-        if let Err(refusal) = self.may_open(&message.id) {
-            return refusal;
+        if let Err(rejected) = self.reserve_subscription(&message.id) {
+            return rejected;
         }
         let payload = |raw: &RawValue| json_payload(Bytes::copy_from_slice(raw.get().as_bytes()));
         let millis = |millis: i64| (millis > 0).then(|| duration(millis));
@@ -111,10 +111,10 @@ impl Session {
             ..SubmitRequest::default()
         };
         let latest = message.latest;
-        let name = request.id.clone();
-        let mut router = self.gateway.peers.router();
+        let request_id = request.id.clone();
+        let mut router = self.gateway.upstreams.router();
         let mut request = self.handle.call(request);
-        // A repeat by the channel is then the same request.
+        // Makes a retry by the channel the same request.
         let uid = Uid::new(self.gateway.clock.now()).to_string();
         if let Ok(uid) = uid.parse() {
             request.metadata_mut().insert(REQUEST_UID, uid);
@@ -140,12 +140,12 @@ impl Session {
                 .as_ref()
                 .is_ok_and(|response| matches!(response.outcome, Some(Outcome::Acknowledgment(_))));
             let trace = if is_stored { TraceContext::current().map(Box::new) } else { None };
-            Reply::Submitted { outcome, name, latest, trace }
+            Reply::Submitted { outcome, request_id, latest, trace }
         };
         Box::pin(call.in_scope(scope))
     }
 
-    /// Admits a request: decides whether it is traced.
+    /// Opens the trace scope of a submission, which decides whether it is traced.
     fn trace(&self, message: &RequestMessage<'_>) -> Scope {
         let caller = message.trace.as_ref().or(self.trace.as_deref());
         self.gateway.traces.admit(caller.cloned(), false, || {
@@ -162,43 +162,43 @@ impl Session {
         })
     }
 
-    fn subscribe(&mut self, name: String, after_seq: Option<i64>, latest: bool) -> Call {
-        if let Err(refusal) = self.may_open(&name) {
-            return refusal;
+    fn subscribe(&mut self, request_id: String, after_seq: Option<i64>, latest: bool) -> Call {
+        if let Err(rejected) = self.reserve_subscription(&request_id) {
+            return rejected;
         }
-        let hub = self.gateway.hub.clone();
+        let fanout = self.gateway.fanout.clone();
         let authorization = self.handle.authorization();
         Box::pin(async move {
-            let outcome = hub.open(name.clone(), after_seq, authorization).await.map(Box::new);
-            Reply::Opened { outcome, name, latest }
+            let outcome =
+                fanout.open(request_id.clone(), after_seq, authorization).await.map(Box::new);
+            Reply::Opened { outcome, request_id, latest }
         })
     }
 
-    fn end_subscription(&mut self, name: &str) -> Call {
-        if let Some(uid) = self.subscriptions.find(name) {
+    fn end_subscription(&mut self, request_id: &str) -> Call {
+        if let Some(uid) = self.subscriptions.find(request_id) {
             self.unsubscribe(uid);
         }
-        self.subscriptions.cancel_opening(name);
-        let frame = messages::unsubscribed(name, self.gateway.clock.now());
+        self.subscriptions.cancel_pending(request_id);
+        let frame = server_message::unsubscribed(request_id, self.gateway.clock.now());
         Box::pin(std::future::ready(Reply::Frame(frame)))
     }
 
     fn cancel(&self, request_id: String, reason: String) -> Call {
-        let mut router = self.gateway.peers.router();
+        let mut router = self.gateway.upstreams.router();
         let clock = self.gateway.clock.clone();
-        let name = request_id.clone();
-        let call = self.handle.call(CancelRequest { request_id, reason });
+        let call = self.handle.call(CancelRequest { request_id: request_id.clone(), reason });
         Box::pin(async move {
             match router.cancel(call).await {
                 Ok(response) => {
                     let request = response.into_inner().request.unwrap_or_default();
                     let (status, message) = if request.cancel_requested {
-                        ("cancelling".to_owned(), "cancellation was asked for")
+                        ("cancelling".to_owned(), "cancellation was requested")
                     } else {
-                        (state_name(&request), "the request has ended")
+                        (state_name(&request), "the request has already ended")
                     };
-                    let names = names(&request);
-                    let said = messages::Acknowledged {
+                    let ids = request_ids(&request);
+                    let content = server_message::Acknowledgment {
                         status: &status,
                         message,
                         duplicate: false,
@@ -206,31 +206,31 @@ impl Session {
                         queue_position: None,
                         trace_id: None,
                     };
-                    Reply::Frame(messages::acknowledgment(&names, &said, clock.now()))
+                    Reply::Frame(server_message::acknowledgment(&ids, &content, clock.now()))
                 }
-                Err(status) => failed(name, &status),
+                Err(status) => failed(request_id, &status),
             }
         })
     }
 
     fn get(&self, request_id: String) -> Call {
-        let mut router = self.gateway.peers.router();
+        let mut router = self.gateway.upstreams.router();
         let clock = self.gateway.clock.clone();
-        let name = request_id.clone();
-        let call = self.handle.call(GetRequest { request_id, ..GetRequest::default() });
+        let get = GetRequest { request_id: request_id.clone(), ..GetRequest::default() };
+        let call = self.handle.call(get);
         Box::pin(async move {
             match router.get(call).await {
                 Ok(response) => {
                     let request = response.into_inner().request.unwrap_or_default();
-                    Reply::Frame(messages::request(&request, clock.now()))
+                    Reply::Frame(server_message::request(&request, clock.now()))
                 }
-                Err(status) => failed(name, &status),
+                Err(status) => failed(request_id, &status),
             }
         })
     }
 
     fn list(&self, states: Vec<i32>, page_size: i32, page_token: String) -> Call {
-        let mut router = self.gateway.peers.router();
+        let mut router = self.gateway.upstreams.router();
         let clock = self.gateway.clock.clone();
         let list = ListRequest { states, page_size, page_token, ..ListRequest::default() };
         let call = self.handle.call(list);
@@ -239,7 +239,7 @@ impl Session {
                 Ok(response) => {
                     let page = response.into_inner();
                     let next = page.next_page_token;
-                    Reply::Frame(messages::requests(&page.requests, &next, clock.now()))
+                    Reply::Frame(server_message::requests(&page.requests, &next, clock.now()))
                 }
                 Err(status) => Reply::Failed { request_id: None, error: request_error(&status) },
             }
@@ -261,42 +261,50 @@ impl Session {
         call.boxed()
     }
 
-    /// Sends what a call has brought. Returns code and reason when the connection has to close.
-    pub(crate) fn conclude(&mut self, reply: Reply, out: &mut Outbox) -> Option<(u16, String)> {
+    /// Queues the reply of a call. Returns code and reason when the connection must be closed.
+    pub(crate) fn finish_call(
+        &mut self,
+        reply: Reply,
+        out: &mut SendBuffer,
+    ) -> Option<(u16, String)> {
         let now = self.gateway.clock.now();
         match reply {
             Reply::Frame(frame) => out.push(frame),
             Reply::Failed { request_id, error } => {
-                out.push(messages::error(request_id.as_deref(), &error, now));
+                out.push(server_message::error(request_id.as_deref(), &error, now));
             }
-            Reply::CaughtUp(link, page) => self.caught_up(&link, page, out),
-            Reply::Submitted { outcome, name, latest, trace } => {
-                let watch = self.subscriptions.finish_opening(&name);
+            Reply::LogPage(subscriber, page) => self.handle_log_page(&subscriber, page, out),
+            Reply::Submitted { outcome, request_id, latest, trace } => {
+                let watch = self.subscriptions.take_pending(&request_id);
                 match outcome {
                     Ok(response) => self.submitted(*response, watch, latest, trace, out),
                     Err(status) => {
-                        let name = (!name.is_empty()).then_some(name.as_str());
-                        out.push(messages::error(name, &request_error(&status), now));
+                        let request_id = (!request_id.is_empty()).then_some(request_id.as_str());
+                        out.push(server_message::error(request_id, &request_error(&status), now));
                     }
                 }
             }
-            Reply::Opened { outcome, name, latest } => {
-                let watch = self.subscriptions.finish_opening(&name);
+            Reply::Opened { outcome, request_id, latest } => {
+                let watch = self.subscriptions.take_pending(&request_id);
                 match (outcome, watch) {
                     (Ok(opened), Some(watch)) => self.opened(*opened, watch, latest, out),
                     (Ok(_), None) => {}
                     (Err(status), _) => {
-                        out.push(messages::error(Some(&name), &request_error(&status), now));
+                        out.push(server_message::error(
+                            Some(&request_id),
+                            &request_error(&status),
+                            now,
+                        ));
                     }
                 }
             }
             Reply::Authenticated(credentials) => {
                 let (old, new) = (self.handle.principal(), &credentials.principal);
                 if (&old.tenant, &old.user) != (&new.tenant, &new.user) {
-                    let reason = "the fresh token is another user's".to_owned();
+                    let reason = "token subject does not match this connection".to_owned();
                     return Some((close_code::FORBIDDEN, reason));
                 }
-                out.push(messages::authenticated(new.expires_at, now));
+                out.push(server_message::authenticated(new.expires_at, now));
                 self.handle.set_credentials(credentials);
             }
         }
@@ -309,28 +317,28 @@ impl Session {
         watch: Option<OpenWatch>,
         latest: bool,
         trace: Option<Box<TraceContext>>,
-        out: &mut Outbox,
+        out: &mut SendBuffer,
     ) {
         let now = self.gateway.clock.now();
-        let names = Names { request_id: response.request_id, uid: response.uid };
+        let ids = RequestIds { request_id: response.request_id, uid: response.uid };
         let acknowledgment = match response.outcome {
             Some(Outcome::Acknowledgment(acknowledgment)) => acknowledgment,
             Some(Outcome::Completed(completed)) => {
-                out.push(messages::completed(&names, &completed, now));
+                out.push(server_message::completed(&ids, &completed, now));
                 return;
             }
             None => return,
         };
-        // A request that was submitted before belongs to the trace of that time.
+        // A duplicate belongs to the trace of the first submission.
         let trace = trace.filter(|_| !acknowledgment.duplicate);
         let state = state_from_proto(acknowledgment.state);
         let status = state.map_or("unknown", streamer_core::RequestState::as_str).to_lowercase();
         let message = if acknowledgment.duplicate {
-            "this id was submitted before; nothing new was started"
+            "this id was submitted before; no new request was started"
         } else {
-            "accepted; it will run"
+            "accepted for execution"
         };
-        let said = messages::Acknowledged {
+        let content = server_message::Acknowledgment {
             status: &status,
             message,
             duplicate: acknowledgment.duplicate,
@@ -338,46 +346,53 @@ impl Session {
             queue_position: acknowledgment.queue_position.as_ref(),
             trace_id: trace.as_ref().map(|trace| trace.trace_id()),
         };
-        out.push(messages::acknowledgment(&names, &said, now));
-        let Ok(uid) = names.uid.parse::<Uid>() else { return };
-        // One that has brought everything makes room for the replay.
-        if self.subscriptions.get(uid).is_some_and(Subscription::is_over) {
+        out.push(server_message::acknowledgment(&ids, &content, now));
+        let Ok(uid) = ids.uid.parse::<Uid>() else { return };
+        // A complete subscription is replaced, so that the events are replayed.
+        if self.subscriptions.get(uid).is_some_and(Subscription::is_complete) {
             self.unsubscribe(uid);
         }
         let Some(watch) = watch.filter(|_| self.subscriptions.get(uid).is_none()) else { return };
-        // The acknowledgement stands for the first event; everything after it follows, also for
-        // somebody who submits again because the acknowledgement was lost.
+        // The acknowledgment stands for the first event. All later events follow, also when a client
+        // submits again because the acknowledgment was lost.
         let cursor = 1;
-        let link = Link::new(uid, self.handle.clone());
-        let topic = self.gateway.hub.join_submitted(uid, names, cursor, link.clone());
-        let subscription = Subscription::new(topic, link, watch, cursor, latest).traced(trace);
+        let subscriber = Subscriber::new(uid, self.handle.clone());
+        let topic = self.gateway.fanout.join_submitted(uid, ids, cursor, subscriber.clone());
+        let subscription =
+            Subscription::new(topic, subscriber, watch, cursor, latest).with_trace(trace);
         self.subscriptions.insert(uid, subscription);
         self.ready.push(uid);
     }
 
-    fn opened(&mut self, opened: Opened, watch: OpenWatch, latest: bool, out: &mut Outbox) {
+    fn opened(
+        &mut self,
+        opened: OpenedWatch,
+        watch: OpenWatch,
+        latest: bool,
+        out: &mut SendBuffer,
+    ) {
         let uid = opened.uid;
-        out.push(messages::subscribed(&opened.snapshot, self.gateway.clock.now()));
-        // Subscribing again moves the cursor.
+        out.push(server_message::subscribed(&opened.snapshot, self.gateway.clock.now()));
+        // A repeated subscription moves the cursor.
         self.unsubscribe(uid);
-        let link = Link::new(uid, self.handle.clone());
-        let (topic, cursor) = self.gateway.hub.join(opened, link.clone());
-        self.subscriptions.insert(uid, Subscription::new(topic, link, watch, cursor, latest));
+        let subscriber = Subscriber::new(uid, self.handle.clone());
+        let (topic, cursor) = self.gateway.fanout.join(opened, subscriber.clone());
+        self.subscriptions.insert(uid, Subscription::new(topic, subscriber, watch, cursor, latest));
         self.ready.push(uid);
     }
 }
 
-fn refused(name: &str, error: RequestError) -> Call {
-    let request_id = (!name.is_empty()).then(|| name.to_owned());
+fn rejected_call(request_id: &str, error: RequestError) -> Call {
+    let request_id = (!request_id.is_empty()).then(|| request_id.to_owned());
     Box::pin(std::future::ready(Reply::Failed { request_id, error }))
 }
 
-fn failed(name: String, status: &Status) -> Reply {
-    Reply::Failed { request_id: Some(name), error: request_error(status) }
+fn failed(request_id: String, status: &Status) -> Reply {
+    Reply::Failed { request_id: Some(request_id), error: request_error(status) }
 }
 
-fn names(request: &Request) -> Names {
-    Names { request_id: request.request_id.clone(), uid: request.uid.clone() }
+fn request_ids(request: &Request) -> RequestIds {
+    RequestIds { request_id: request.request_id.clone(), uid: request.uid.clone() }
 }
 
 fn state_name(request: &Request) -> String {

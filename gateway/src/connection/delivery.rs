@@ -1,4 +1,4 @@
-//! Events on their way to one connection: a cursor for each subscription.
+//! Delivers events to one connection: a cursor for each subscription.
 
 use std::sync::Arc;
 
@@ -12,31 +12,31 @@ use tonic::{Code, Status};
 
 use super::{Call, Session, calls::Reply};
 use crate::{
-    hub::LATEST_INTERVAL,
-    messages,
-    server::Gateway,
-    topic::{Link, Next, Segment, Topic},
-    ws::outbox::Outbox,
+    fanout::LATEST_INTERVAL,
+    server_message,
+    topic::{Next, Segment, Subscriber, Topic},
+    upgrade::Gateway,
+    ws::send_buffer::SendBuffer,
 };
 
-/// Reads of logs that one connection has underway at most.
-const MAX_CATCHING_UP: usize = 4;
+/// Maximum number of pending log reads of one connection.
+const MAX_LOG_READS: usize = 4;
 
-/// One connection's interest in one request.
+/// Subscription of one connection to one request.
 pub(crate) struct Subscription {
     pub(crate) topic: Arc<Topic>,
-    pub(crate) link: Arc<Link>,
+    pub(crate) subscriber: Arc<Subscriber>,
     _watch: OpenWatch,
-    /// `seq` of the last event that was sent or passed over.
+    /// `seq` of the last event that was sent or skipped.
     cursor: i64,
     latest: Option<Latest>,
     /// A page of the log is being read.
-    catching_up: bool,
-    /// The submission, if it is traced: then so is the delivery of the outcome.
+    reading_log: bool,
+    /// Trace context of the submission, if it is traced: the delivery of the outcome is traced too.
     trace: Option<Box<TraceContext>>,
 }
 
-/// For those who want only the newest progress, not too often.
+/// State of mode `latest`, which sends only the newest progress and limits its rate.
 #[derive(Default)]
 struct Latest {
     sent_at: Option<Instant>,
@@ -46,27 +46,27 @@ struct Latest {
 impl Subscription {
     pub(crate) fn new(
         topic: Arc<Topic>,
-        link: Arc<Link>,
+        subscriber: Arc<Subscriber>,
         watch: OpenWatch,
         cursor: i64,
         latest: bool,
     ) -> Self {
         let latest = latest.then(Latest::default);
-        Self { topic, link, _watch: watch, cursor, latest, catching_up: false, trace: None }
+        Self { topic, subscriber, _watch: watch, cursor, latest, reading_log: false, trace: None }
     }
 
-    /// The subscription of the connection that made this submission.
-    pub(crate) fn traced(self, trace: Option<Box<TraceContext>>) -> Self {
+    /// Attaches the trace context of the submission that created this subscription.
+    pub(crate) fn with_trace(self, trace: Option<Box<TraceContext>>) -> Self {
         Self { trace: trace.filter(|trace| trace.is_sampled()), ..self }
     }
 
-    /// Whether the terminal event has been sent.
-    pub(crate) fn is_over(&self) -> bool {
-        !self.catching_up && matches!(self.topic.next(self.cursor), Next::Ended)
+    /// Returns whether the terminal event has been sent.
+    pub(crate) fn is_complete(&self) -> bool {
+        !self.reading_log && matches!(self.topic.next(self.cursor), Next::Ended)
     }
 
-    /// Takes a segment that follows the cursor.
-    fn take(&mut self, segment: &Segment, out: &mut Outbox) {
+    /// Queues the events of a segment after the cursor.
+    fn queue_segment(&mut self, segment: &Segment, out: &mut SendBuffer) {
         match &mut self.latest {
             None => out.push(segment.after(self.cursor)),
             Some(latest) => {
@@ -74,7 +74,7 @@ impl Subscription {
                     if droppable {
                         latest.held = Some(frame);
                     } else {
-                        // What is held comes before this one, and may be the newest for long.
+                        // Held progress precedes this event and may stay the newest for a long time.
                         if let Some(held) = latest.held.take() {
                             latest.sent_at = Some(Instant::now());
                             out.push(held);
@@ -89,14 +89,14 @@ impl Subscription {
 
     /// Records the time from when the outcome was stored until now, when it is queued for the socket.
     fn record_delivery(&mut self, segment: &Segment, gateway: &Gateway) {
-        let Some(outcome) = &segment.outcome else { return };
+        let Some(terminal) = &segment.terminal else { return };
         let Some(trace) = self.trace.take() else { return };
-        let (stored, now) = (outcome.time.into(), gateway.clock.now().into());
-        gateway.traces.delivery(self.topic.uid, outcome.attempt, &trace, (stored, now));
+        let (stored, now) = (terminal.time.into(), gateway.clock.now().into());
+        gateway.traces.delivery(self.topic.uid, terminal.attempt, &trace, (stored, now));
     }
 
-    /// Sends held progress when its time has come; says whether it has to wait.
-    fn release(&mut self, out: &mut Outbox) -> bool {
+    /// Sends held progress if the interval has ended. Returns whether it has to wait.
+    fn send_held_progress(&mut self, out: &mut SendBuffer) -> bool {
         let Some(latest) = &mut self.latest else { return false };
         if latest.held.is_none() {
             return false;
@@ -114,9 +114,9 @@ impl Subscription {
 }
 
 impl Session {
-    /// Moves ready subscriptions on, until there is enough to write. Returns reads of the log that
-    /// have to be made.
-    pub(crate) fn deliver(&mut self, out: &mut Outbox, high_water: usize) -> Vec<Call> {
+    /// Advances ready subscriptions until the high-water mark is reached. Returns the log reads that
+    /// must be started.
+    pub(crate) fn deliver(&mut self, out: &mut SendBuffer, high_water: usize) -> Vec<Call> {
         let mut reads = Vec::new();
         let mut waiting = Vec::new();
         for uid in std::mem::take(&mut self.ready) {
@@ -132,32 +132,32 @@ impl Session {
         reads
     }
 
-    /// Says whether there is more that has to wait for room.
+    /// Advances one subscription. Returns whether more events wait for buffer space.
     fn deliver_one(
         &mut self,
         uid: Uid,
-        out: &mut Outbox,
+        out: &mut SendBuffer,
         high_water: usize,
         reads: &mut Vec<Call>,
     ) -> bool {
         let Some(subscription) = self.subscriptions.get_mut(uid) else { return false };
-        subscription.link.looked();
-        if let Some(refusal) = subscription.link.take_refusal() {
-            self.drop_subscription(uid, &request_error(&refusal), out);
+        subscription.subscriber.clear_notification();
+        if let Some(rejection) = subscription.subscriber.take_rejection() {
+            self.drop_subscription(uid, &request_error(&rejection), out);
             return false;
         }
-        if subscription.catching_up {
+        if subscription.reading_log {
             return false;
         }
         loop {
             match subscription.topic.next(subscription.cursor) {
                 Next::Segment(segment) => {
-                    subscription.take(&segment, out);
+                    subscription.queue_segment(&segment, out);
                     subscription.record_delivery(&segment, &self.gateway);
                 }
                 Next::UpToDate => {
-                    if subscription.release(out) {
-                        self.gateway.hub.defer(subscription.link.clone());
+                    if subscription.send_held_progress(out) {
+                        self.gateway.fanout.defer(subscription.subscriber.clone());
                     }
                     return false;
                 }
@@ -165,16 +165,16 @@ impl Session {
                     self.unsubscribe(uid);
                     return false;
                 }
-                Next::InLog if self.catching_up >= MAX_CATCHING_UP => return true,
+                Next::InLog if self.log_reads >= MAX_LOG_READS => return true,
                 Next::InLog => {
-                    self.catching_up += 1;
-                    subscription.catching_up = true;
-                    let (hub, cursor) = (self.gateway.hub.clone(), subscription.cursor);
+                    self.log_reads += 1;
+                    subscription.reading_log = true;
+                    let (fanout, cursor) = (self.gateway.fanout.clone(), subscription.cursor);
                     let authorization = self.handle.authorization();
-                    let link = subscription.link.clone();
+                    let subscriber = subscription.subscriber.clone();
                     reads.push(Box::pin(async move {
-                        let page = hub.catch_up(uid, cursor, authorization).await;
-                        Reply::CaughtUp(link, page)
+                        let page = fanout.read_log(uid, cursor, authorization).await;
+                        Reply::LogPage(subscriber, page)
                     }));
                     return false;
                 }
@@ -185,26 +185,26 @@ impl Session {
         }
     }
 
-    /// Takes in a page of the log, if the subscription that it was read for is still there.
-    pub(crate) fn caught_up(
+    /// Queues a page of the log, if the subscription that it was read for still exists.
+    pub(crate) fn handle_log_page(
         &mut self,
-        link: &Arc<Link>,
+        subscriber: &Arc<Subscriber>,
         page: Result<Vec<Event>, Status>,
-        out: &mut Outbox,
+        out: &mut SendBuffer,
     ) {
-        self.catching_up -= 1;
-        let uid = link.uid;
+        self.log_reads -= 1;
+        let uid = subscriber.uid;
         let Some(subscription) = self.subscriptions.get_mut(uid) else { return };
-        if !Arc::ptr_eq(&subscription.link, link) {
+        if !Arc::ptr_eq(&subscription.subscriber, subscriber) {
             return;
         }
-        subscription.catching_up = false;
+        subscription.reading_log = false;
         let events = match page {
             Ok(events) => events,
             Err(status) if is_transient(status.code()) => {
-                // The sweep of deferred connections brings us back here.
-                tracing::warn!(%uid, %status, "could not read a log, will try again");
-                self.gateway.hub.defer(subscription.link.clone());
+                // Retried when deferred subscribers are notified.
+                tracing::warn!(%uid, %status, "failed to read a log; retrying");
+                self.gateway.fanout.defer(subscription.subscriber.clone());
                 return;
             }
             Err(status) => {
@@ -213,13 +213,13 @@ impl Session {
             }
         };
         let Some(last) = events.last() else {
-            let gone = RequestError::new(ErrorCode::NotFound, "the request is not there any more");
-            self.drop_subscription(uid, &gone, out);
+            let error = RequestError::new(ErrorCode::NotFound, "request not found (deleted)");
+            self.drop_subscription(uid, &error, out);
             return;
         };
         let ended = is_terminal(last);
-        let segment = Segment::encode(&events, &subscription.topic.names);
-        subscription.take(&segment, out);
+        let segment = Segment::encode(&events, &subscription.topic.ids);
+        subscription.queue_segment(&segment, out);
         subscription.record_delivery(&segment, &self.gateway);
         if ended {
             self.unsubscribe(uid);
@@ -228,19 +228,19 @@ impl Session {
         }
     }
 
-    fn drop_subscription(&mut self, uid: Uid, error: &RequestError, out: &mut Outbox) {
+    fn drop_subscription(&mut self, uid: Uid, error: &RequestError, out: &mut SendBuffer) {
         if let Some(subscription) = self.subscriptions.get(uid) {
-            let request_id = subscription.topic.names.request_id.clone();
-            out.push(messages::error(Some(&request_id), error, self.gateway.clock.now()));
+            let request_id = subscription.topic.ids.request_id.clone();
+            out.push(server_message::error(Some(&request_id), error, self.gateway.clock.now()));
         }
         self.unsubscribe(uid);
     }
 
-    /// Ends a subscription; says whether there was one.
+    /// Ends a subscription. Returns whether it existed.
     pub(crate) fn unsubscribe(&mut self, uid: Uid) -> bool {
         match self.subscriptions.remove(uid) {
             Some(subscription) => {
-                self.gateway.hub.leave(&subscription.topic, self.handle.id);
+                self.gateway.fanout.leave(&subscription.topic, self.handle.id);
                 true
             }
             None => false,
@@ -248,7 +248,7 @@ impl Session {
     }
 }
 
-/// Whether the same call may succeed a little later.
+/// Returns whether a retry may succeed.
 fn is_transient(code: Code) -> bool {
     matches!(
         code,
@@ -257,7 +257,7 @@ fn is_transient(code: Code) -> bool {
             | Code::DeadlineExceeded
             | Code::Cancelled
             | Code::Aborted
-            // What a connection that breaks off in the middle of an answer comes out as.
+            // The result of a connection that breaks during a response.
             | Code::Unknown
     )
 }

@@ -1,4 +1,4 @@
-//! Calls that are underway for a connection, and what they weigh.
+//! Pending calls of a connection, and their cost.
 
 use std::{
     future::Future,
@@ -10,7 +10,7 @@ use super::calls::Reply;
 
 pub(super) type Call = Pin<Box<dyn Future<Output = Reply> + Send>>;
 
-/// A call that is underway, and what it weighs.
+/// A pending call and its cost.
 pub(super) struct InFlight {
     pub(super) call: Call,
     pub(super) cost: Cost,
@@ -25,12 +25,12 @@ impl Future for InFlight {
     }
 }
 
-/// What a call holds while it is underway.
+/// Resources that a pending call holds.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub(super) struct Cost {
     pub(super) calls: usize,
     pub(super) bytes: usize,
-    /// Its answer may be large.
+    /// Calls whose replies may be large.
     pub(super) large: usize,
 }
 
@@ -41,7 +41,7 @@ impl Cost {
         self.large += other.large;
     }
 
-    pub(super) fn take_off(&mut self, other: Self) {
+    pub(super) fn subtract(&mut self, other: Self) {
         self.calls -= other.calls;
         self.bytes -= other.bytes;
         self.large -= other.large;

@@ -1,5 +1,5 @@
-//! The requests that a connection is subscribed to, and those that it will be: each found by any of
-//! its names in the same time, however many there are.
+//! Subscriptions of a connection, open and pending, indexed by `request_id` and uid, so that a lookup
+//! does not scan them.
 
 use std::collections::{BTreeSet, HashMap};
 
@@ -10,23 +10,23 @@ use super::delivery::Subscription;
 #[derive(Default)]
 pub(crate) struct Subscriptions {
     by_uid: HashMap<Uid, Subscription>,
-    /// By `request_id`, where that is not the `uid`; requests of colleagues may have the same one.
-    by_name: BTreeSet<(Box<str>, Uid)>,
-    opening: Opening,
+    /// By `request_id`, if it is not the uid; requests of different users may share one.
+    by_request_id: BTreeSet<(Box<str>, Uid)>,
+    pending: Pending,
 }
 
-/// Calls that will become subscriptions.
+/// Subscriptions that are not open yet.
 #[derive(Default)]
-struct Opening {
-    /// By the name that was given; those without a watch are not wanted any longer.
-    by_name: HashMap<Box<str>, Vec<Option<OpenWatch>>>,
+struct Pending {
+    /// By the identifier that the client sent; those without a watch were cancelled.
+    by_request_id: HashMap<Box<str>, Vec<Option<OpenWatch>>>,
     count: usize,
 }
 
 impl Subscriptions {
-    /// How many are open or opening.
+    /// Returns the number of open and pending subscriptions.
     pub(crate) fn count(&self) -> usize {
-        self.by_uid.len() + self.opening.count
+        self.by_uid.len() + self.pending.count
     }
 
     pub(crate) fn get(&self, uid: Uid) -> Option<&Subscription> {
@@ -42,49 +42,51 @@ impl Subscriptions {
     }
 
     pub(crate) fn insert(&mut self, uid: Uid, subscription: Subscription) {
-        let names = &subscription.topic.names;
-        if names.request_id != names.uid {
-            self.by_name.insert((names.request_id.as_str().into(), uid));
+        let ids = &subscription.topic.ids;
+        if ids.request_id != ids.uid {
+            self.by_request_id.insert((ids.request_id.as_str().into(), uid));
         }
         self.by_uid.insert(uid, subscription);
     }
 
     pub(crate) fn remove(&mut self, uid: Uid) -> Option<Subscription> {
         let subscription = self.by_uid.remove(&uid)?;
-        self.by_name.remove(&(subscription.topic.names.request_id.as_str().into(), uid));
+        self.by_request_id.remove(&(subscription.topic.ids.request_id.as_str().into(), uid));
         Some(subscription)
     }
 
-    /// The request of this name, if there is a subscription to it.
-    pub(crate) fn find(&self, name: &str) -> Option<Uid> {
-        let first = (name.into(), Uid::first_of(Timestamp::default()));
-        let named = self.by_name.range(first..).next().filter(|(found, _)| **found == *name);
-        named
+    /// Returns the subscribed request with this `request_id` or uid.
+    pub(crate) fn find(&self, request_id: &str) -> Option<Uid> {
+        let first = (request_id.into(), Uid::first_of(Timestamp::default()));
+        let matching =
+            self.by_request_id.range(first..).next().filter(|(found, _)| **found == *request_id);
+        matching
             .map(|(_, uid)| *uid)
-            .or_else(|| name.parse().ok().filter(|uid| self.by_uid.contains_key(uid)))
+            .or_else(|| request_id.parse().ok().filter(|uid| self.by_uid.contains_key(uid)))
     }
 
-    /// Counts a subscription under this name that is opening.
-    pub(crate) fn begin_opening(&mut self, name: &str, watch: OpenWatch) {
-        self.opening.by_name.entry(name.into()).or_default().push(Some(watch));
-        self.opening.count += 1;
+    /// Adds a pending subscription with this identifier.
+    pub(crate) fn add_pending(&mut self, request_id: &str, watch: OpenWatch) {
+        self.pending.by_request_id.entry(request_id.into()).or_default().push(Some(watch));
+        self.pending.count += 1;
     }
 
-    /// Ends the oldest opening under this name; returns its watch if the subscription is still wanted.
-    pub(crate) fn finish_opening(&mut self, name: &str) -> Option<OpenWatch> {
-        let opening = self.opening.by_name.get_mut(name)?;
-        self.opening.count -= 1;
-        let watch = opening.remove(0);
-        if opening.is_empty() {
-            self.opening.by_name.remove(name);
+    /// Removes the oldest pending subscription with this identifier. Returns its watch unless it was
+    /// cancelled.
+    pub(crate) fn take_pending(&mut self, request_id: &str) -> Option<OpenWatch> {
+        let pending = self.pending.by_request_id.get_mut(request_id)?;
+        self.pending.count -= 1;
+        let watch = pending.remove(0);
+        if pending.is_empty() {
+            self.pending.by_request_id.remove(request_id);
         }
         watch
     }
 
-    /// Marks those that are opening under this name as not wanted.
-    pub(crate) fn cancel_opening(&mut self, name: &str) {
-        let opening = self.opening.by_name.get_mut(name).into_iter().flatten();
-        opening.for_each(|watch| *watch = None);
+    /// Cancels the pending subscriptions with this identifier.
+    pub(crate) fn cancel_pending(&mut self, request_id: &str) {
+        let pending = self.pending.by_request_id.get_mut(request_id).into_iter().flatten();
+        pending.for_each(|watch| *watch = None);
     }
 }
 
@@ -95,22 +97,22 @@ mod tests {
     use super::*;
 
     #[test]
-    fn what_is_given_up_while_it_is_on_its_way_is_not_wanted() {
+    fn cancelled_pending_subscriptions_return_no_watch() {
         let watches = OpenWatches::new(LimitsByTenant::default()).of("acme", "ann");
-        let begin = |subscriptions: &mut Subscriptions, name| {
-            subscriptions.begin_opening(name, watches.open().unwrap());
+        let begin = |subscriptions: &mut Subscriptions, request_id| {
+            subscriptions.add_pending(request_id, watches.open().unwrap());
         };
         let mut subscriptions = Subscriptions::default();
         begin(&mut subscriptions, "a");
         begin(&mut subscriptions, "a");
         begin(&mut subscriptions, "b");
-        subscriptions.cancel_opening("a");
-        subscriptions.cancel_opening("unknown");
+        subscriptions.cancel_pending("a");
+        subscriptions.cancel_pending("unknown");
         begin(&mut subscriptions, "a");
         assert_eq!(subscriptions.count(), 4);
-        let wanted = ["a", "a", "a", "b", "unknown"]
-            .map(|name| subscriptions.finish_opening(name).is_some());
-        assert_eq!(wanted, [false, false, true, true, false]);
-        assert!(subscriptions.count() == 0 && subscriptions.opening.by_name.is_empty());
+        let has_watch = ["a", "a", "a", "b", "unknown"]
+            .map(|request_id| subscriptions.take_pending(request_id).is_some());
+        assert_eq!(has_watch, [false, false, true, true, false]);
+        assert!(subscriptions.count() == 0 && subscriptions.pending.by_request_id.is_empty());
     }
 }

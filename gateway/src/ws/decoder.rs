@@ -1,41 +1,41 @@
-//! Frames received: RFC 6455 section 5, as a pure function over bytes.
+//! Decodes client frames: RFC 6455 section 5, as a pure function over bytes.
 
-/// A frame header and a mask.
+/// Largest header of a client frame, including the mask.
 const MAX_HEADER: usize = 14;
 const MAX_CONTROL: usize = 125;
 
-/// What a client sent, in the buffer that it was read into.
+/// A client message, borrowed from the buffer that it was read into.
 #[derive(Debug, PartialEq, Eq)]
 pub(crate) enum Message<'a> {
-    /// A whole text message.
+    /// A complete text message.
     Text(&'a str),
-    /// A whole binary message; its content does not matter.
+    /// A complete binary message; its content is ignored.
     Binary,
     /// A ping, with its payload.
     Ping(&'a [u8]),
     /// A pong.
     Pong,
-    /// The client closes, with this code if it gave one.
+    /// A close frame, with its code if it has one.
     Close(Option<u16>),
 }
 
-/// Whether to go on with what came in.
+/// Whether to continue with the input.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) enum Flow {
-    /// With the next message.
-    Next,
-    /// Not now: what is left is kept, for when [`Decoder::feed`] is called again.
+    /// Continue with the next message.
+    Continue,
+    /// Pause: the remaining input is kept until [`Decoder::feed`] is called again.
     Pause,
-    /// Never: what is left is thrown away.
+    /// Stop: the remaining input is discarded.
     Stop,
 }
 
-/// The client broke the protocol; the connection cannot go on.
+/// A violation of the protocol by the client; the connection must be closed.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub(crate) struct Violation {
     /// Close code.
     pub(crate) code: u16,
-    /// For people.
+    /// Human-readable reason.
     pub(crate) reason: String,
 }
 
@@ -49,28 +49,28 @@ impl Violation {
     }
 }
 
-/// Takes frames out of a byte stream. Holds bytes only while a frame or a fragmented message is
+/// Decodes frames from a byte stream. Buffers bytes only while a frame or a fragmented message is
 /// incomplete.
 pub(crate) struct Decoder {
     max_message_bytes: usize,
-    /// The beginning of a frame that has not come whole.
+    /// The beginning of an incomplete frame.
     partial: Vec<u8>,
-    /// `partial` may hold whole frames.
+    /// `partial` may contain complete frames.
     paused: bool,
-    /// The fragments of a message so far.
+    /// The fragments received of a message.
     fragments: Option<Fragments>,
 }
 
 struct Fragments {
     bytes: Vec<u8>,
     is_text: bool,
-    /// Bytes of whole characters.
+    /// Length of the prefix that is valid UTF-8.
     checked: usize,
 }
 
 impl Fragments {
-    /// Appends a fragment of a message of at most `max` bytes; text that can never become UTF-8 is
-    /// refused at once.
+    /// Appends a fragment of a message of at most `max` bytes. Rejects text as soon as it cannot
+    /// become valid UTF-8.
     fn extend(&mut self, payload: &[u8], max: usize) -> Result<(), Violation> {
         let length = self.bytes.len() + payload.len();
         if self.bytes.capacity() < length {
@@ -103,24 +103,24 @@ impl Decoder {
         Self { max_message_bytes, partial: Vec::new(), paused: false, fragments: None }
     }
 
-    /// Bytes of memory for a message that is not whole.
-    pub(crate) fn held(&self) -> usize {
+    /// Returns the bytes of memory that an incomplete message uses.
+    pub(crate) fn buffered_bytes(&self) -> usize {
         let fragments = self.fragments.as_ref().map_or(0, |fragments| fragments.bytes.capacity());
         self.partial.capacity() + fragments
     }
 
-    /// Whether a message has begun that is not whole.
+    /// Returns whether a message is incomplete.
     pub(crate) fn is_in_message(&self) -> bool {
         !self.partial.is_empty() || self.fragments.is_some()
     }
 
-    /// Whether there is something to go on with without reading more.
+    /// Returns whether input remains that can be decoded without reading more.
     pub(crate) fn is_paused(&self) -> bool {
         self.paused
     }
 
-    /// Takes in what was read, and hands every message that is whole to `on_message`, until that
-    /// says otherwise. `input` is unmasked in place.
+    /// Decodes input and passes every complete message to `on_message`, until it returns a value
+    /// other than [`Flow::Continue`]. Unmasks `input` in place.
     pub(crate) fn feed(
         &mut self,
         input: &mut [u8],
@@ -128,38 +128,38 @@ impl Decoder {
     ) -> Result<(), Violation> {
         self.paused = false;
         if self.partial.is_empty() {
-            let (used, whole) = self.decode(input, &mut on_message)?;
+            let (used, frame_bytes) = self.decode(input, &mut on_message)?;
             if used < input.len() {
-                self.keep(Vec::new(), &input[used..], whole);
+                self.keep(Vec::new(), &input[used..], frame_bytes);
             }
             return Ok(());
         }
-        let mut held = std::mem::take(&mut self.partial);
-        held.extend_from_slice(input);
-        let (used, whole) = self.decode(&mut held, &mut on_message)?;
+        let mut buffered = std::mem::take(&mut self.partial);
+        buffered.extend_from_slice(input);
+        let (used, frame_bytes) = self.decode(&mut buffered, &mut on_message)?;
         if used == 0 {
-            self.keep(held, &[], whole);
-        } else if used < held.len() {
-            // A new one, since the old one may be much larger than what is left.
-            self.keep(Vec::new(), &held[used..], whole);
+            self.keep(buffered, &[], frame_bytes);
+        } else if used < buffered.len() {
+            // A new buffer, since the old one may be much larger than the remaining bytes.
+            self.keep(Vec::new(), &buffered[used..], frame_bytes);
         }
         Ok(())
     }
 
-    /// Keeps the beginning of a frame of this size, in memory that grows with what has come of it.
-    fn keep(&mut self, mut partial: Vec<u8>, rest: &[u8], whole: usize) {
+    /// Buffers the beginning of a frame of this size, in memory that grows with the bytes received.
+    fn keep(&mut self, mut partial: Vec<u8>, rest: &[u8], frame_bytes: usize) {
         let length = partial.len() + rest.len();
-        // In growing steps: each read would copy everything before it otherwise.
-        if partial.capacity() < whole.min(length.saturating_add(length / 2)) {
-            let grown = length.saturating_mul(2).min(whole);
+        // In growing steps, since otherwise each read would copy all bytes before it.
+        if partial.capacity() < frame_bytes.min(length.saturating_add(length / 2)) {
+            let grown = length.saturating_mul(2).min(frame_bytes);
             partial.reserve_exact(grown.saturating_sub(partial.len()));
         }
         partial.extend_from_slice(rest);
         self.partial = partial;
     }
 
-    /// Returns how many bytes were whole frames, and the size of the frame that follows them, if
-    /// it is known.
+    /// Returns the number of bytes decoded, and the size of the incomplete frame that follows, or 0
+    /// if it is unknown.
     fn decode(
         &mut self,
         buffer: &mut [u8],
@@ -174,7 +174,7 @@ impl Decoder {
             unmask(payload, header.mask);
             used = begin + header.length;
             match self.frame(&header, payload, on_message)? {
-                Flow::Next => {}
+                Flow::Continue => {}
                 Flow::Pause => {
                     self.paused = used < buffer.len();
                     return Ok((used, 0));
@@ -205,7 +205,7 @@ impl Decoder {
             short => (u64::from(short), 2, 0),
         };
         if length < least {
-            return Err(Violation::protocol("a length must be in its shortest form"));
+            return Err(Violation::protocol("a length must have its shortest encoding"));
         }
         let (fin, opcode) = (first & 0x80 != 0, first & 0x0f);
         self.check(fin, opcode, length)?;
@@ -213,12 +213,12 @@ impl Decoder {
             return Ok(None);
         };
         debug_assert!(at + 4 <= MAX_HEADER);
-        // Checked against the limit, so it fits.
+        // It fits, since `check` compares it with the limit.
         let length = usize::try_from(length).unwrap_or(usize::MAX);
         Ok(Some(Header { fin, opcode, mask, size: at + 4, length }))
     }
 
-    /// What can be refused before the payload has come.
+    /// Rejects an invalid frame before its payload arrives.
     fn check(&self, fin: bool, opcode: u8, length: u64) -> Result<(), Violation> {
         match opcode {
             0x8..=0xA if !fin => {
@@ -232,7 +232,7 @@ impl Decoder {
                 return Err(Violation::protocol("a continuation must follow a first fragment"));
             }
             0x1 | 0x2 if self.fragments.is_some() => {
-                return Err(Violation::protocol("a fragmented message must be continued"));
+                return Err(Violation::protocol("a fragmented message must be completed first"));
             }
             0x0..=0x2 => {}
             _ => return Err(Violation::protocol("the opcode is not defined")),
@@ -243,8 +243,8 @@ impl Decoder {
             return Err(Violation {
                 code: 1009,
                 reason: format!(
-                    "a message must be at most {} bytes (limits.max_payload_bytes and what goes with \
-                     it), this is {total}",
+                    "a message must be at most {} bytes (limits.max_payload_bytes and overhead), is \
+                     {total}",
                     self.max_message_bytes
                 ),
             });
@@ -265,18 +265,18 @@ impl Decoder {
                 let is_text = opcode == 0x1;
                 let fragments = Fragments { bytes: Vec::new(), is_text, checked: 0 };
                 self.fragments.insert(fragments).extend(payload, self.max_message_bytes)?;
-                Ok(Flow::Next)
+                Ok(Flow::Continue)
             }
             (0x0, fin) => {
                 if let Some(fragments) = &mut self.fragments {
                     fragments.extend(payload, self.max_message_bytes)?;
                 }
                 match self.fragments.take_if(|_| fin) {
-                    Some(whole) if whole.is_text => {
-                        Ok(on_message(Message::Text(utf8(&whole.bytes)?)))
+                    Some(message) if message.is_text => {
+                        Ok(on_message(Message::Text(utf8(&message.bytes)?)))
                     }
                     Some(_) => Ok(on_message(Message::Binary)),
-                    None => Ok(Flow::Next),
+                    None => Ok(Flow::Continue),
                 }
             }
             (0x8, _) => {
@@ -297,18 +297,18 @@ fn close_code(payload: &[u8]) -> Result<Option<u16>, Violation> {
     let (code, reason) = match *payload {
         [] => return Ok(None),
         [high, low, ref reason @ ..] => (u16::from_be_bytes([high, low]), reason),
-        [_] => return Err(Violation::protocol("a close frame holds a code of two bytes")),
+        [_] => return Err(Violation::protocol("a close code must have two bytes")),
     };
     // RFC 6455 section 7.4 and the IANA registry of close codes.
     let valid = matches!(code, 1000..=1003 | 1007..=1014 | 3000..=4999);
     if !valid {
-        return Err(Violation::protocol("the close code is not one that may be sent"));
+        return Err(Violation::protocol("the close code must not be sent by a client"));
     }
     utf8(reason)?;
     Ok(Some(code))
 }
 
-/// Eight bytes at a time, which the compiler turns into wide instructions.
+/// Unmasks eight bytes at a time, which the compiler vectorizes.
 fn unmask(payload: &mut [u8], mask: [u8; 4]) {
     let wide = u64::from_ne_bytes([
         mask[0], mask[1], mask[2], mask[3], mask[0], mask[1], mask[2], mask[3],

@@ -1,10 +1,10 @@
-//! Frames to send: RFC 6455 section 5.2, unmasked as a server's are.
+//! Encodes server frames: RFC 6455 section 5.2, unmasked.
 
 use bytes::Bytes;
 
-/// Largest header of a frame that a server sends: two bytes and a 64-bit length.
+/// Largest header of a server frame: two bytes and a 64-bit length.
 const MAX_HEADER: usize = 10;
-/// Largest reason in a close frame: a control frame holds 125 bytes, two are the code.
+/// Largest reason in a close frame: a control frame holds 125 bytes, of which two are the code.
 const MAX_CLOSE_REASON: usize = 123;
 
 const FIN: u8 = 0x80;
@@ -15,7 +15,7 @@ const PONG: u8 = 0xA;
 /// A ping without a payload.
 pub(crate) const PING: Bytes = Bytes::from_static(&[0x89, 0]);
 
-/// A text frame that is written in place: room for the header comes first.
+/// A text frame that is written in place, after space for the header.
 pub(crate) struct TextFrame {
     buffer: Vec<u8>,
 }
@@ -27,7 +27,7 @@ impl TextFrame {
         Self { buffer }
     }
 
-    /// Where the text goes; must become valid UTF-8.
+    /// Returns the buffer to which the text is appended; it must become valid UTF-8.
     pub(crate) fn text(&mut self) -> &mut Vec<u8> {
         &mut self.buffer
     }
@@ -41,12 +41,12 @@ impl TextFrame {
     }
 }
 
-/// A pong with the ping's payload, at most 125 bytes.
+/// Encodes a pong with the ping's payload, at most 125 bytes.
 pub(crate) fn pong(payload: &[u8]) -> Bytes {
     control(PONG, payload)
 }
 
-/// A close frame; a reason that is too long is cut at a character boundary.
+/// Encodes a close frame. A reason that is too long is truncated at a character boundary.
 pub(crate) fn close(code: u16, reason: &str) -> Bytes {
     let mut end = reason.len().min(MAX_CLOSE_REASON);
     while !reason.is_char_boundary(end) {
@@ -92,7 +92,7 @@ mod tests {
     }
 
     #[test]
-    fn lengths_are_written_in_the_shortest_form() {
+    fn lengths_have_the_shortest_encoding() {
         assert_eq!(&text_of(125)[..3], [0x81, 125, b'x']);
         assert_eq!(&text_of(126)[..5], [0x81, 126, 0, 126, b'x']);
         assert_eq!(&text_of(65_535)[..5], [0x81, 126, 0xff, 0xff, b'x']);
@@ -100,7 +100,7 @@ mod tests {
     }
 
     #[test]
-    fn close_reasons_are_cut_at_a_character() {
+    fn close_reasons_are_truncated_at_a_character_boundary() {
         let frame = close(4400, &"é".repeat(100));
         assert_eq!(frame[0], 0x88);
         assert_eq!(usize::from(frame[1]), 2 + 122);

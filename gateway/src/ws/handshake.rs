@@ -1,4 +1,4 @@
-//! The opening handshake: RFC 6455 section 4.2, and where the token comes from.
+//! Opening handshake (RFC 6455 section 4.2) and the sources of the token.
 
 use std::borrow::Cow;
 
@@ -7,7 +7,7 @@ use http::{HeaderMap, HeaderName, Method, StatusCode, Uri, header};
 use percent_encoding::percent_decode_str;
 use sha1::{Digest, Sha1};
 
-/// The subprotocol spoken here, and the default.
+/// The supported subprotocol, and the default.
 pub(crate) const JSON_PROTOCOL: &str = "streamer.v1.json";
 const BEARER_PROTOCOL: &str = "bearer.";
 /// RFC 6455 section 1.3.
@@ -18,12 +18,12 @@ const MAGIC: &str = "258EAFA5-E914-47DA-95CA-C5AB0DC85B11";
 pub(crate) struct Handshake {
     /// Value of `Sec-WebSocket-Accept`.
     pub(crate) accept: String,
-    /// Subprotocol to answer with; `None` when the client asked for none. A browser fails the handshake, and
-    /// shows no close code, unless the answer is one of those that it asked for.
+    /// Subprotocol of the response; `None` when the client requested none. A browser fails the handshake, and
+    /// exposes no close code, unless the response selects a subprotocol that it requested.
     pub(crate) protocol: Option<String>,
-    /// The client asked for subprotocols, and for none of ours.
+    /// The client requested subprotocols, none of which is supported.
     pub(crate) unknown_protocol: bool,
-    /// The token, wherever it stood.
+    /// The token, from any of its sources.
     pub(crate) token: Option<String>,
     /// Value of `Origin`.
     pub(crate) origin: Option<String>,
@@ -31,10 +31,10 @@ pub(crate) struct Handshake {
     pub(crate) user_agent: String,
 }
 
-/// Reads a request.
+/// Parses a request.
 ///
 /// # Errors
-/// The HTTP status and reason to answer with when it asks for no WebSocket.
+/// HTTP status and reason of the response when the request is not a valid handshake.
 pub(crate) fn read(
     method: &Method,
     uri: &Uri,
@@ -42,21 +42,21 @@ pub(crate) fn read(
 ) -> Result<Handshake, (StatusCode, &'static str)> {
     let bad = |reason| Err((StatusCode::BAD_REQUEST, reason));
     if method != Method::GET {
-        return Err((StatusCode::METHOD_NOT_ALLOWED, "a WebSocket is opened with GET"));
+        return Err((StatusCode::METHOD_NOT_ALLOWED, "a WebSocket handshake must use GET"));
     }
     if !has_token(headers, &header::UPGRADE, "websocket")
         || !has_token(headers, &header::CONNECTION, "upgrade")
     {
         return Err((
             StatusCode::UPGRADE_REQUIRED,
-            "this is a WebSocket: send `Connection: Upgrade` and `Upgrade: websocket`",
+            "this is a WebSocket endpoint: send `Connection: Upgrade` and `Upgrade: websocket`",
         ));
     }
     if text(headers, &header::SEC_WEBSOCKET_VERSION) != Some("13") {
         return Err((StatusCode::UPGRADE_REQUIRED, "Sec-WebSocket-Version must be 13"));
     }
-    if has_many(headers, &header::HOST) || has_many(headers, &header::SEC_WEBSOCKET_KEY) {
-        return bad("Host and Sec-WebSocket-Key must be given once");
+    if is_repeated(headers, &header::HOST) || is_repeated(headers, &header::SEC_WEBSOCKET_KEY) {
+        return bad("Host and Sec-WebSocket-Key must appear once");
     }
     if headers.get(header::HOST).is_none() && uri.authority().is_none() {
         return bad("Host is required");
@@ -68,16 +68,16 @@ pub(crate) fn read(
         return bad("Sec-WebSocket-Key must be 16 bytes in base64");
     }
     let protocols: Vec<&str> = tokens(headers, &header::SEC_WEBSOCKET_PROTOCOL).collect();
-    let ours = protocols.contains(&JSON_PROTOCOL);
-    // A token is answered only if there is nothing else: logs may have the headers of answers.
+    let is_supported = protocols.contains(&JSON_PROTOCOL);
+    // A token is selected only if nothing else was requested, since response headers may be logged.
     let other = protocols.iter().find(|protocol| !protocol.starts_with(BEARER_PROTOCOL));
-    let answered = if ours { Some(&JSON_PROTOCOL) } else { other.or(protocols.first()) };
+    let selected = if is_supported { Some(&JSON_PROTOCOL) } else { other.or(protocols.first()) };
     Ok(Handshake {
         accept: STANDARD.encode(Sha1::new().chain_update(key).chain_update(MAGIC).finalize()),
-        protocol: answered.map(|protocol| (*protocol).to_owned()),
-        unknown_protocol: other.is_some() && !ours,
+        protocol: selected.map(|protocol| (*protocol).to_owned()),
+        unknown_protocol: other.is_some() && !is_supported,
         token: find_token(uri, headers, &protocols),
-        // One that cannot be read is one that is not allowed.
+        // An invalid value is kept, so that it matches no allowed origin.
         origin: headers
             .get(header::ORIGIN)
             .map(|origin| String::from_utf8_lossy(origin.as_bytes()).into_owned()),
@@ -89,11 +89,11 @@ pub(crate) fn read(
     })
 }
 
-/// From `Authorization`, else from subprotocol `bearer.<token>`, else from query parameter `token`
-/// or `Authorization`.
+/// Returns the token from `Authorization`, else from subprotocol `bearer.<token>`, else from query
+/// parameter `token` or `Authorization`.
 fn find_token(uri: &Uri, headers: &HeaderMap, protocols: &[&str]) -> Option<String> {
-    // Browsers add a `Basic` one by themselves where a proxy asks for it.
-    // What is no text is no token either, and is refused as such.
+    // Browsers add `Basic` credentials when a proxy requires them; these are skipped.
+    // A value that is not text is kept and rejected as an invalid token.
     let authorization = headers.get(header::AUTHORIZATION);
     let authorization = authorization.map(|value| String::from_utf8_lossy(value.as_bytes()));
     if let Some(token) = authorization.as_deref().and_then(bearer) {
@@ -111,7 +111,7 @@ fn find_token(uri: &Uri, headers: &HeaderMap, protocols: &[&str]) -> Option<Stri
 }
 
 fn decode_parameter(value: &str) -> Cow<'_, str> {
-    // In a query, `+` stands for a space; a token has neither.
+    // In a query, `+` means a space; a token contains neither.
     let spaced = value.replace('+', " ");
     Cow::Owned(percent_decode_str(&spaced).decode_utf8_lossy().into_owned())
 }
@@ -129,7 +129,7 @@ fn text<'a>(headers: &'a HeaderMap, name: &HeaderName) -> Option<&'a str> {
     headers.get(name)?.to_str().ok()
 }
 
-fn has_many(headers: &HeaderMap, name: &HeaderName) -> bool {
+fn is_repeated(headers: &HeaderMap, name: &HeaderName) -> bool {
     headers.get_all(name).into_iter().nth(1).is_some()
 }
 
@@ -138,8 +138,8 @@ fn tokens<'a>(headers: &'a HeaderMap, name: &HeaderName) -> impl Iterator<Item =
     values.flat_map(|value| value.split(',')).map(str::trim).filter(|token| !token.is_empty())
 }
 
-fn has_token(headers: &HeaderMap, name: &HeaderName, wanted: &str) -> bool {
-    tokens(headers, name).any(|token| token.eq_ignore_ascii_case(wanted))
+fn has_token(headers: &HeaderMap, name: &HeaderName, expected: &str) -> bool {
+    tokens(headers, name).any(|token| token.eq_ignore_ascii_case(expected))
 }
 
 #[cfg(test)]
@@ -147,7 +147,7 @@ mod tests {
     use super::*;
 
     fn headers(extra: &[(&'static str, &str)]) -> HeaderMap {
-        let usual = [
+        let required = [
             ("host", "127.0.0.1"),
             ("connection", "keep-alive, Upgrade"),
             ("upgrade", "WebSocket"),
@@ -155,7 +155,7 @@ mod tests {
             ("sec-websocket-key", "dGhlIHNhbXBsZSBub25jZQ=="),
         ];
         let mut headers = HeaderMap::new();
-        for (name, value) in usual.iter().chain(extra) {
+        for (name, value) in required.iter().chain(extra) {
             headers.insert(HeaderName::from_static(name), value.parse().unwrap());
         }
         headers
@@ -166,13 +166,13 @@ mod tests {
     }
 
     #[test]
-    fn the_key_is_answered_as_in_the_rfc() {
+    fn the_accept_key_matches_the_example_of_the_rfc() {
         // RFC 6455 section 1.3.
         assert_eq!(handshake("/ws", &[]).accept, "s3pPLMBiTxaQ9kYGzzhZRbK+xOo=");
     }
 
     #[test]
-    fn the_token_is_found_wherever_it_stands() {
+    fn the_token_is_read_from_every_source() {
         let token = |uri, extra: &[_]| handshake(uri, extra).token;
         assert_eq!(token("/ws", &[("authorization", "Bearer a.b.c")]).as_deref(), Some("a.b.c"));
         let protocols = ("sec-websocket-protocol", "streamer.v1.json, bearer.a.b.c");
@@ -186,22 +186,22 @@ mod tests {
     }
 
     #[test]
-    fn a_subprotocol_that_was_asked_for_is_answered() {
-        let asked = |value| {
+    fn the_response_selects_a_requested_subprotocol() {
+        let selected = |value| {
             let handshake = handshake("/ws", &[("sec-websocket-protocol", value)]);
             (handshake.protocol.unwrap(), handshake.unknown_protocol)
         };
-        assert_eq!(asked("graphql-ws, streamer.v1.json"), (JSON_PROTOCOL.into(), false));
-        assert_eq!(asked("bearer.x, streamer.v1.json"), (JSON_PROTOCOL.into(), false));
-        assert_eq!(asked("bearer.x"), ("bearer.x".into(), false));
-        // A close code follows, which a browser shows only after this.
-        assert_eq!(asked("bearer.x, other"), ("other".into(), true));
-        assert_eq!(asked("graphql-ws, other"), ("graphql-ws".into(), true));
+        assert_eq!(selected("graphql-ws, streamer.v1.json"), (JSON_PROTOCOL.into(), false));
+        assert_eq!(selected("bearer.x, streamer.v1.json"), (JSON_PROTOCOL.into(), false));
+        assert_eq!(selected("bearer.x"), ("bearer.x".into(), false));
+        // A close code follows, which a browser exposes only after this selection.
+        assert_eq!(selected("bearer.x, other"), ("other".into(), true));
+        assert_eq!(selected("graphql-ws, other"), ("graphql-ws".into(), true));
         assert_eq!(handshake("/ws", &[]).protocol, None);
     }
 
     #[test]
-    fn a_host_and_a_key_are_given_once() {
+    fn host_and_key_must_appear_once() {
         for name in ["host", "sec-websocket-key"] {
             let mut twice = headers(&[]);
             let value = twice[name].clone();
@@ -209,20 +209,20 @@ mod tests {
             let mut missing = headers(&[]);
             missing.remove(name);
             for headers in [twice, missing] {
-                let refused = read(&Method::GET, &"/ws".parse().unwrap(), &headers).unwrap_err();
-                assert_eq!(refused.0, StatusCode::BAD_REQUEST, "{name}");
+                let rejected = read(&Method::GET, &"/ws".parse().unwrap(), &headers).unwrap_err();
+                assert_eq!(rejected.0, StatusCode::BAD_REQUEST, "{name}");
             }
         }
     }
 
     #[test]
-    fn other_requests_are_refused() {
-        let refused = |method, headers: &HeaderMap| {
+    fn other_requests_are_rejected() {
+        let rejected = |method, headers: &HeaderMap| {
             read(&method, &"/ws".parse().unwrap(), headers).unwrap_err().0
         };
-        assert_eq!(refused(Method::POST, &headers(&[])), StatusCode::METHOD_NOT_ALLOWED);
-        assert_eq!(refused(Method::GET, &HeaderMap::new()), StatusCode::UPGRADE_REQUIRED);
+        assert_eq!(rejected(Method::POST, &headers(&[])), StatusCode::METHOD_NOT_ALLOWED);
+        assert_eq!(rejected(Method::GET, &HeaderMap::new()), StatusCode::UPGRADE_REQUIRED);
         let short = headers(&[("sec-websocket-key", "c2hvcnQ=")]);
-        assert_eq!(refused(Method::GET, &short), StatusCode::BAD_REQUEST);
+        assert_eq!(rejected(Method::GET, &short), StatusCode::BAD_REQUEST);
     }
 }

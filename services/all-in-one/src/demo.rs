@@ -1,4 +1,4 @@
-//! `streamer demo`: the main job, from nothing to a report, in one command.
+//! `streamer demo`: starts a server, profiles a CSV file and writes a report, in one command.
 
 use std::{
     fs,
@@ -20,7 +20,7 @@ use streamer_telemetry::Traces;
 use tempfile::TempDir;
 
 pub(crate) async fn run(arguments: &DemoArguments) -> ExitCode {
-    match Box::pin(show(arguments)).await {
+    match Box::pin(run_demo(arguments)).await {
         Ok(()) => Exit::Done.code(),
         Err(error) => {
             eprintln!("error: {error:#}");
@@ -29,9 +29,9 @@ pub(crate) async fn run(arguments: &DemoArguments) -> ExitCode {
     }
 }
 
-async fn show(arguments: &DemoArguments) -> anyhow::Result<()> {
+async fn run_demo(arguments: &DemoArguments) -> anyhow::Result<()> {
     let (name, csv) = read(arguments.file.as_deref())?;
-    let data = TempDir::with_prefix("streamer-demo-").context("making a data folder")?;
+    let data = TempDir::with_prefix("streamer-demo-").context("creating a data folder")?;
     let mut config = Config::default();
     config.server.listen = SocketAddr::from(([127, 0, 0, 1], 0));
     config.server.data = data.path().to_owned();
@@ -46,7 +46,7 @@ async fn show(arguments: &DemoArguments) -> anyhow::Result<()> {
     };
     let token = server.dev_token(&token).context("signing a token")?;
     println!(
-        "A server is up at {url}: gateway, router, processor, progress and store in one process."
+        "Server running at {url}: gateway, router, processor, progress and store in one process."
     );
     println!("Profiling {name} over a WebSocket:\n");
 
@@ -64,12 +64,12 @@ async fn show(arguments: &DemoArguments) -> anyhow::Result<()> {
     );
     server.stop().await;
     println!(
-        "\nWhat next:
+        "\nNext steps:
   streamer demo my.csv                   the same with your own data
-  streamer up                            a server that stays; prints a token
+  streamer up                            start a server; prints a token
   streamer submit echo_async --payload '{{\"steps\":50,\"delay_ms\":100}}'
-                                         live progress; leave with Ctrl-C, come back with `watch`
-  streamer actions                       what can be asked for"
+                                         live progress; stop with Ctrl-C, resume with `watch`
+  streamer actions                       list the available actions"
     );
     Ok(())
 }
@@ -83,7 +83,7 @@ fn read(file: Option<&Path>) -> anyhow::Result<(String, String)> {
     Ok((name.unwrap_or_default(), csv))
 }
 
-/// What a request came to.
+/// Outcome of a request.
 struct Outcome {
     result: Value,
     /// The text of its output chunks.
@@ -99,17 +99,17 @@ async fn follow(url: &str, token: &str, action: &str, payload: &Value) -> anyhow
     let mut outcome = Outcome { result: Value::Null, text: String::new(), events: 0 };
     while let Some(message) = follower.next().await? {
         outcome.events += 1;
-        take(&message, &mut outcome)?;
+        apply_message(&message, &mut outcome)?;
     }
     Ok(outcome)
 }
 
-fn take(message: &Message, outcome: &mut Outcome) -> anyhow::Result<()> {
+fn apply_message(message: &Message, outcome: &mut Outcome) -> anyhow::Result<()> {
     let value: Value = serde_json::from_str(&message.text)?;
     match message.kind.as_str() {
         "progress" => {
             let percentage = value["percentage"].as_f64().unwrap_or(0.0);
-            draw(percentage, value["message"].as_str().unwrap_or(""));
+            draw_progress(percentage, value["message"].as_str().unwrap_or(""));
         }
         "output" => outcome.text.push_str(value["data"].as_str().unwrap_or("")),
         "retrying" => outcome.text.clear(),
@@ -124,20 +124,20 @@ fn take(message: &Message, outcome: &mut Outcome) -> anyhow::Result<()> {
     Ok(())
 }
 
-fn draw(percentage: f64, what: &str) {
+fn draw_progress(percentage: f64, message: &str) {
     const WIDTH: usize = 30;
     #[expect(clippy::cast_possible_truncation, clippy::cast_sign_loss, reason = "0 to WIDTH")]
     let full = (percentage / 100.0 * WIDTH as f64).round() as usize;
     let full = full.min(WIDTH);
     let line =
-        format!("  {}{} {percentage:5.1} %  {what}", "█".repeat(full), "░".repeat(WIDTH - full));
+        format!("  {}{} {percentage:5.1} %  {message}", "█".repeat(full), "░".repeat(WIDTH - full));
     if io::stdout().is_terminal() {
-        // In place: back to the beginning of the line, and clear it.
+        // Redraws the line in place.
         print!("\r\x1b[2K{line}");
         if percentage >= 100.0 {
             println!();
         }
-        // A bar that is drawn late is no failure.
+        // A failed flush only delays the bar.
         drop(io::stdout().flush());
     } else {
         println!("{line}");

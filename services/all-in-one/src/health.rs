@@ -1,4 +1,4 @@
-//! `streamer health`: for probes where there is no shell.
+//! `streamer health`: a health check for probes of containers without a shell.
 
 use std::{process::ExitCode, time::Duration};
 
@@ -9,10 +9,10 @@ use tonic_health::pb::{
     HealthCheckRequest, health_check_response::ServingStatus, health_client::HealthClient,
 };
 
-const PATIENCE: Duration = Duration::from_secs(5);
+const CHECK_TIMEOUT: Duration = Duration::from_secs(5);
 
 pub(crate) async fn run(arguments: &HealthArguments) -> ExitCode {
-    match timeout(PATIENCE, ask(arguments)).await {
+    match timeout(CHECK_TIMEOUT, check(arguments)).await {
         Ok(Ok(ServingStatus::Serving)) => {
             println!("serving");
             Exit::Done.code()
@@ -26,13 +26,13 @@ pub(crate) async fn run(arguments: &HealthArguments) -> ExitCode {
             Exit::Unreachable.code()
         }
         Err(_) => {
-            eprintln!("error: {} does not answer", arguments.server);
+            eprintln!("error: {} does not respond", arguments.server);
             Exit::Unreachable.code()
         }
     }
 }
 
-async fn ask(arguments: &HealthArguments) -> anyhow::Result<ServingStatus> {
+async fn check(arguments: &HealthArguments) -> anyhow::Result<ServingStatus> {
     let channel = Endpoint::from_shared(arguments.server.clone())?.connect().await?;
     let request = HealthCheckRequest { service: arguments.service.clone() };
     Ok(HealthClient::new(channel).check(request).await?.into_inner().status())

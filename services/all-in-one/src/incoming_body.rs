@@ -1,7 +1,7 @@
-//! Bodies of gRPC calls: messages that are not whole yet are bounded in bytes and in time.
+//! Bodies of gRPC calls: limits the bytes of incomplete messages and the time to receive them.
 //!
-//! A message is decoded once it is whole; until then its bytes are kept. A caller that sends
-//! all of a message but its last byte, in many calls at once, would fill the memory.
+//! A message is decoded once it is complete; until then its bytes are buffered. Without a limit, a
+//! caller that sends all but the last byte of many messages could exhaust the memory.
 
 use std::{
     collections::{HashMap, HashSet},
@@ -27,30 +27,30 @@ use streamer_telemetry::Metrics;
 use tokio::time::{Instant, Sleep, sleep};
 use tonic::Status;
 
-/// Approximate memory of an unfinished message beyond its bytes.
+/// Approximate memory of an incomplete message beyond its bytes.
 const OVERHEAD_BYTES: usize = 32 * 1024;
-/// Paths of the services that anyone may call begin with this: health and reflection.
-const FOR_ANYONE: &str = "/grpc.";
-/// Before each message: whether it is compressed, and its length.
+/// Path prefix of the unauthenticated services: health and reflection.
+const UNAUTHENTICATED_PREFIX: &str = "/grpc.";
+/// Prefix of each message: compression flag and length.
 const PREFIX_BYTES: usize = 5;
-/// Paths of the methods that take one message: all of it must come in time.
+/// Paths of the methods whose request is one message, all of which must arrive in time.
 static UNARY: LazyLock<HashSet<String>> = LazyLock::new(|| {
     let unary = public_methods().into_iter().filter(|method| !method.client_streaming);
     unary.map(|method| method.path).chain(["/grpc.health.v1.Health/Check".into()]).collect()
 });
 
-/// Bytes of unfinished messages, over all calls of a server.
+/// Budget of bytes of incomplete messages, over all calls of a server.
 #[derive(Clone)]
-pub(crate) struct Undecoded(Arc<Budget>);
+pub(crate) struct UndecodedBudget(Arc<Budget>);
 
 struct Budget {
     bytes: AtomicUsize,
     max: usize,
-    patience: Duration,
+    timeout: Duration,
     gauge: Gauge,
-    /// Of the services that anyone may call.
-    anyone: Arc<Share>,
-    /// Of each token, by its hash, as long as something is held in its name.
+    /// Share of calls without a token.
+    unauthenticated: Arc<Share>,
+    /// Share of each token, by its hash, while it holds bytes.
     tokens: Mutex<Tokens>,
     hasher: RandomState,
 }
@@ -58,8 +58,8 @@ struct Budget {
 #[derive(Default)]
 struct Tokens {
     shares: HashMap<u64, Weak<Share>>,
-    /// Shares that are no longer in use are removed when there are this many.
-    clean_at: usize,
+    /// Number of shares at which unused ones are removed.
+    cleanup_threshold: usize,
 }
 
 /// A part of the budget.
@@ -68,10 +68,10 @@ struct Share {
     max: usize,
 }
 
-impl Undecoded {
-    /// At most this many bytes in all, a quarter of them in the name of one token, and a sixteenth without
-    /// one; a message must be whole within `patience`.
-    pub(crate) fn new(max: usize, patience: Duration, metrics: &Metrics) -> Self {
+impl UndecodedBudget {
+    /// Limits the bytes to `max` in total, a quarter of it per token, and a sixteenth without a token. A
+    /// message must be complete within `timeout`.
+    pub(crate) fn new(max: usize, timeout: Duration, metrics: &Metrics) -> Self {
         let limit = metrics.gauge(
             "streamer_server_undecoded_bytes_limit",
             "Limit of streamer_server_undecoded_bytes (server.max_undecoded_bytes)",
@@ -79,15 +79,15 @@ impl Undecoded {
         limit.set(i64::try_from(max).unwrap_or(i64::MAX));
         let gauge = metrics.gauge(
             "streamer_server_undecoded_bytes",
-            "Bytes of messages of calls that are not whole yet, and of what keeps them",
+            "Bytes of incomplete messages of calls, with their overhead",
         );
-        let anyone = Arc::new(Share { bytes: AtomicUsize::new(0), max: max / 16 });
+        let unauthenticated = Arc::new(Share { bytes: AtomicUsize::new(0), max: max / 16 });
         Self(Arc::new(Budget {
             bytes: AtomicUsize::new(0),
             max,
-            patience,
+            timeout,
             gauge,
-            anyone,
+            unauthenticated,
             tokens: Mutex::default(),
             hasher: RandomState::new(),
         }))
@@ -95,22 +95,22 @@ impl Undecoded {
 }
 
 impl Budget {
-    fn show(&self) {
+    fn update_gauge(&self) {
         let bytes = i64::try_from(self.bytes.load(Ordering::Relaxed)).unwrap_or(i64::MAX);
         self.gauge.set(bytes);
     }
 
     /// Returns the share of this token. All calls without a token have one share.
     fn share(&self, authorization: Option<&HeaderValue>) -> Arc<Share> {
-        let Some(token) = authorization else { return self.anyone.clone() };
+        let Some(token) = authorization else { return self.unauthenticated.clone() };
         let hash = self.hasher.hash_one(token.as_bytes());
         let mut tokens = self.tokens.lock();
         if let Some(share) = tokens.shares.get(&hash).and_then(Weak::upgrade) {
             return share;
         }
-        if tokens.shares.len() >= tokens.clean_at {
+        if tokens.shares.len() >= tokens.cleanup_threshold {
             tokens.shares.retain(|_, share| share.strong_count() > 0);
-            tokens.clean_at = 2 * tokens.shares.len() + 64;
+            tokens.cleanup_threshold = 2 * tokens.shares.len() + 64;
         }
         let share = Arc::new(Share { bytes: AtomicUsize::new(0), max: self.max / 4 });
         tokens.shares.insert(hash, Arc::downgrade(&share));
@@ -118,23 +118,23 @@ impl Budget {
     }
 }
 
-/// Where a stream of messages stands.
+/// Position in a stream of messages.
 #[derive(Debug, Default, PartialEq, Eq)]
 struct Framing {
     prefix: [u8; PREFIX_BYTES],
     prefix_bytes: usize,
-    /// Bytes of the message that came, and that are still to come.
-    came: usize,
-    to_come: usize,
+    /// Bytes of the message that were received, and that remain.
+    received: usize,
+    remaining: usize,
 }
 
 impl Framing {
-    /// Bytes of the message that is not whole yet.
-    fn held(&self) -> usize {
-        self.prefix_bytes + self.came
+    /// Returns the bytes buffered of an incomplete message.
+    fn buffered(&self) -> usize {
+        self.prefix_bytes + self.received
     }
 
-    /// Reads data; says whether a message began in it that is not whole.
+    /// Reads data. Returns whether a message began in it that is incomplete.
     fn feed(&mut self, mut data: &[u8]) -> bool {
         let mut is_new = false;
         while !data.is_empty() {
@@ -148,13 +148,13 @@ impl Framing {
                     break;
                 }
                 let [_, length @ ..] = self.prefix;
-                self.to_come = usize::try_from(u32::from_be_bytes(length)).unwrap_or(usize::MAX);
+                self.remaining = usize::try_from(u32::from_be_bytes(length)).unwrap_or(usize::MAX);
             }
-            let count = data.len().min(self.to_come);
-            self.came += count;
-            self.to_come -= count;
+            let count = data.len().min(self.remaining);
+            self.received += count;
+            self.remaining -= count;
             data = &data[count..];
-            if self.to_come == 0 {
+            if self.remaining == 0 {
                 *self = Self::default();
                 is_new = false;
             }
@@ -163,17 +163,17 @@ impl Framing {
     }
 }
 
-/// The body of a call.
+/// Body of a call.
 pub(crate) struct IncomingBody {
     body: hyper::body::Incoming,
     framing: Framing,
-    budget: Undecoded,
-    /// Whose share of the budget it takes, once it takes any.
+    budget: UndecodedBudget,
+    /// Share of the budget that it uses, once it uses any.
     share: Option<Arc<Share>>,
     authorization: Option<HeaderValue>,
-    /// What is counted of this body.
-    counted: usize,
-    /// The whole body is to come in time, not just each message that has begun.
+    /// Bytes reserved for this body.
+    reserved: usize,
+    /// Whether the whole body must arrive in time, not only each message that has begun.
     is_unary: bool,
     /// Time spent waiting for the message, without the current wait.
     waited: Duration,
@@ -186,65 +186,65 @@ struct Wait {
 }
 
 impl IncomingBody {
-    pub(crate) fn new(body: hyper::body::Incoming, head: &Parts, budget: Undecoded) -> Self {
+    pub(crate) fn new(body: hyper::body::Incoming, head: &Parts, budget: UndecodedBudget) -> Self {
         let path = head.uri.path();
-        // What anyone may call is not counted in the name of a token that is not looked at.
-        let is_for_anyone = path.starts_with(FOR_ANYONE);
-        let authorization = head.headers.get(header::AUTHORIZATION).filter(|_| !is_for_anyone);
+        // Unauthenticated services do not verify the token, so it gets no share.
+        let is_unauthenticated = path.starts_with(UNAUTHENTICATED_PREFIX);
+        let authorization = head.headers.get(header::AUTHORIZATION).filter(|_| !is_unauthenticated);
         Self {
             body,
             framing: Framing::default(),
             budget,
             share: None,
             authorization: authorization.cloned(),
-            counted: 0,
+            reserved: 0,
             is_unary: UNARY.contains(path),
             waited: Duration::ZERO,
             wait: None,
         }
     }
 
-    /// Counts what is held now.
-    fn count(&mut self, held: usize) -> Result<(), Status> {
-        let held = if held == 0 { 0 } else { held.saturating_add(OVERHEAD_BYTES) };
-        if held == self.counted {
+    /// Reserves the bytes that are buffered now.
+    fn reserve(&mut self, buffered: usize) -> Result<(), Status> {
+        let buffered = if buffered == 0 { 0 } else { buffered.saturating_add(OVERHEAD_BYTES) };
+        if buffered == self.reserved {
             return Ok(());
         }
-        let Undecoded(all) = &self.budget;
-        let share = self.share.get_or_insert_with(|| all.share(self.authorization.as_ref()));
-        let before = std::mem::replace(&mut self.counted, held);
-        if held < before {
-            all.bytes.fetch_sub(before - held, Ordering::Relaxed);
-            share.bytes.fetch_sub(before - held, Ordering::Relaxed);
-            all.show();
-            if held == 0 {
+        let UndecodedBudget(budget) = &self.budget;
+        let share = self.share.get_or_insert_with(|| budget.share(self.authorization.as_ref()));
+        let before = std::mem::replace(&mut self.reserved, buffered);
+        if buffered < before {
+            budget.bytes.fetch_sub(before - buffered, Ordering::Relaxed);
+            share.bytes.fetch_sub(before - buffered, Ordering::Relaxed);
+            budget.update_gauge();
+            if buffered == 0 {
                 self.share = None;
             }
             return Ok(());
         }
-        let more = held - before;
-        let in_all = all.bytes.fetch_add(more, Ordering::Relaxed).saturating_add(more);
+        let more = buffered - before;
+        let total = budget.bytes.fetch_add(more, Ordering::Relaxed).saturating_add(more);
         let of_share = share.bytes.fetch_add(more, Ordering::Relaxed).saturating_add(more);
-        all.show();
-        if in_all <= all.max && of_share <= share.max {
+        budget.update_gauge();
+        if total <= budget.max && of_share <= share.max {
             return Ok(());
         }
-        let message = "too many bytes of messages that are not whole yet";
+        let message = "too many bytes of incomplete messages";
         let pause = Some(Duration::from_secs(1));
         Err(status(&RequestError::limited("server.max_undecoded_bytes", message, pause)))
     }
 
-    /// Waits for more; refuses what takes too long. Time in which nothing is read does not count.
+    /// Waits for more data, up to the timeout. Time in which nothing is read does not count.
     fn wait(&mut self, context: &mut Context<'_>) -> Poll<Status> {
-        let patience = self.budget.0.patience;
-        let left = patience.saturating_sub(self.waited);
+        let timeout = self.budget.0.timeout;
+        let left = timeout.saturating_sub(self.waited);
         let wait = self
             .wait
             .get_or_insert_with(|| Wait { since: Instant::now(), timer: Box::pin(sleep(left)) });
         ready!(wait.timer.as_mut().poll(context));
         let rule = format!(
-            "the message was not whole within {} s (server.body_timeout_ms)",
-            patience.as_secs_f64()
+            "the message was not complete within {} s (server.body_timeout_ms)",
+            timeout.as_secs_f64()
         );
         Poll::Ready(status(&RequestError::new(ErrorCode::Timeout, rule)))
     }
@@ -260,7 +260,7 @@ impl Body for IncomingBody {
     ) -> Poll<Option<Result<Frame<Bytes>, axum::Error>>> {
         let this = self.get_mut();
         let Poll::Ready(next) = Pin::new(&mut this.body).poll_frame(context) else {
-            if !this.is_unary && this.framing.held() == 0 {
+            if !this.is_unary && this.framing.buffered() == 0 {
                 return Poll::Pending;
             }
             let late = ready!(this.wait(context));
@@ -273,11 +273,11 @@ impl Body for IncomingBody {
         let frame = frame.map_err(axum::Error::new)?;
         if let Some(data) = frame.data_ref() {
             let is_new = this.framing.feed(data.chunk());
-            let held = this.framing.held();
-            if !this.is_unary && (is_new || held == 0) {
+            let buffered = this.framing.buffered();
+            if !this.is_unary && (is_new || buffered == 0) {
                 this.waited = Duration::ZERO;
             }
-            this.count(held).map_err(axum::Error::new)?;
+            this.reserve(buffered).map_err(axum::Error::new)?;
         }
         Poll::Ready(Some(Ok(frame)))
     }
@@ -293,8 +293,8 @@ impl Body for IncomingBody {
 
 impl Drop for IncomingBody {
     fn drop(&mut self) {
-        let released = self.count(0);
-        debug_assert!(released.is_ok(), "less is never refused");
+        let released = self.reserve(0);
+        debug_assert!(released.is_ok(), "a smaller reservation never fails");
     }
 }
 
@@ -310,7 +310,7 @@ mod tests {
     }
 
     #[test]
-    fn what_is_not_whole_is_counted_whatever_the_pieces() {
+    fn incomplete_messages_are_counted_however_the_input_is_split() {
         let all = [message(0), message(3), message(300), message(0), message(7)].concat();
         let ends: HashSet<usize> = [5, 13, 318, 323, 335].into();
         let mut last = 0;
@@ -318,7 +318,7 @@ mod tests {
         for (position, byte) in all.iter().enumerate() {
             framing.feed(std::slice::from_ref(byte));
             last = if ends.contains(&(position + 1)) { position + 1 } else { last };
-            assert_eq!(framing.held(), position + 1 - last, "{position}");
+            assert_eq!(framing.buffered(), position + 1 - last, "{position}");
         }
         for size in [2, 3, 7, 100, 1000] {
             let mut framing = Framing::default();
@@ -330,7 +330,7 @@ mod tests {
     }
 
     #[test]
-    fn a_message_that_begins_is_noticed() {
+    fn the_start_of_an_incomplete_message_is_reported() {
         let mut framing = Framing::default();
         assert!(framing.feed(&message(10)[..7]));
         assert!(!framing.feed(b"xxx"));

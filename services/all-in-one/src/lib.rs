@@ -1,17 +1,17 @@
-//! Every service in one process, or one of them: wiring only.
+//! Assembles all services in one process, or runs a single one.
 //!
-//! The services are built by the same constructors that separate processes use and meet as
-//! generated clients over in-process channels; nothing here knows how any of them works.
+//! One process and separate processes use the same constructors of services; in one process the
+//! services call each other as generated clients over in-process channels.
 
-mod connections;
-mod edge;
-mod http;
+mod assembly;
+mod connection_limiter;
+mod discovery;
+mod grpc_middleware;
 mod incoming_body;
-mod peers;
-mod sections;
-mod serve;
+mod listener;
+mod routes;
+mod service_options;
 mod tenant_limits;
-mod wiring;
 
 use std::{io, net::SocketAddr, path::PathBuf, sync::Arc, time::Duration};
 
@@ -30,58 +30,58 @@ use tokio::{
 use tokio_util::sync::CancellationToken;
 
 use crate::{
-    connections::{ConnectionLimits, Connections},
-    serve::Server,
-    wiring::{Plan, Services},
+    assembly::{Plan, Services},
+    connection_limiter::{ConnectionLimiter, ConnectionLimits},
+    listener::Server,
 };
 
-pub use sections::dynamo_options;
+pub use service_options::dynamo_options;
 
-/// Connections to the address of the metrics.
-const METRICS_CONNECTIONS: ConnectionLimits = ConnectionLimits { all: 128, from_one_address: 64 };
-/// Longest wait for the last audit records to be written.
+/// Limits of connections to the metrics address.
+const METRICS_CONNECTIONS: ConnectionLimits = ConnectionLimits { total: 128, per_address: 64 };
+/// Timeout for writing the last audit records.
 const AUDIT_FLUSH_TIMEOUT: Duration = Duration::from_secs(1);
 
-/// Which services a process is.
+/// Services that a process runs.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Role {
-    /// All of them.
+    /// All services.
     All,
-    /// The edge.
+    /// The gateway, which serves clients.
     Gateway,
-    /// Admission.
+    /// Admission of requests.
     Router,
-    /// Execution.
+    /// Execution of requests.
     Processor,
     /// The event log.
     Progress,
 }
 
 impl Role {
-    /// Whether this service is among them.
+    /// Returns whether the process runs this service.
     fn has(self, service: Self) -> bool {
         self == Self::All || self == service
     }
 }
 
-/// Why the server does not start.
+/// Why the server cannot start.
 #[derive(Debug)]
 pub enum StartError {
     /// The store cannot be opened.
     Store(StoreError),
     /// The store over DynamoDB cannot be opened.
     Open(OpenError),
-    /// The secret of the services cannot be used.
+    /// The service token cannot be loaded.
     Secret(String),
-    /// Processes cannot share the embedded engine.
+    /// Separate processes cannot share the embedded engine.
     Engine,
-    /// A service is neither here nor elsewhere.
+    /// A required service runs neither in this process nor at a configured peer.
     Peers(&'static str),
     /// A key cannot be used.
     Key(KeyError),
     /// The development key cannot be used.
     DevKey(DevKeyError),
-    /// `server.metrics_listen` is no address.
+    /// `server.metrics_listen` is not an address.
     MetricsAddress(String),
     /// The threads for handlers cannot be started.
     Threads(io::Error),
@@ -89,9 +89,9 @@ pub enum StartError {
     Listen(SocketAddr, io::Error),
     /// The audit log cannot be opened.
     Audit(PathBuf, io::Error),
-    /// It cannot do its job, though everything could be opened.
+    /// The server is not ready, although everything could be opened.
     Unhealthy(String),
-    /// The schema for reflection cannot be read, which a build that passed its tests rules out.
+    /// The schema for reflection cannot be read; the tests of a build rule this out.
     Reflection(String),
 }
 
@@ -102,7 +102,7 @@ impl std::fmt::Display for StartError {
             Self::Open(error) => write!(formatter, "cannot open the store: {error}"),
             Self::Secret(error) => write!(formatter, "peers.secret_file: {error}"),
             Self::Engine => formatter
-                .write_str("store.engine: must be dynamodb for services in processes of their own"),
+                .write_str("store.engine: must be dynamodb for services in separate processes"),
             Self::Peers(service) => write!(formatter, "peers.{service}: is required"),
             Self::Key(error) => write!(formatter, "auth.keys, auth.jwks_url: {error}"),
             Self::DevKey(error) => write!(formatter, "{error}"),
@@ -123,7 +123,7 @@ impl std::fmt::Display for StartError {
 }
 
 impl StartError {
-    /// Whether it is the configuration that is wrong.
+    /// Returns whether the configuration is at fault.
     #[must_use]
     pub fn is_usage(&self) -> bool {
         match self {
@@ -155,29 +155,29 @@ pub struct AllInOne {
     services: Arc<Services>,
     drain_timeout: Duration,
     shutdown: Shutdown,
-    /// Ends when the last connection has.
+    /// Ends with the last connection.
     serving: JoinHandle<()>,
     tasks: Vec<JoinHandle<()>>,
 }
 
-/// The steps of stopping, in their order.
+/// Steps of the shutdown, in order.
 #[derive(Clone, Default)]
 pub(crate) struct Shutdown {
-    /// Take no more connections; let open calls end.
+    /// Accept no more connections; let pending calls complete.
     pub(crate) accepting: CancellationToken,
-    /// Take no more work; let what runs end.
+    /// Accept no more work; let running attempts complete.
     pub(crate) working: CancellationToken,
     /// End everything that is left.
     pub(crate) serving: CancellationToken,
-    /// Nothing is left that calls others.
+    /// No caller of other services is left.
     pub(crate) ended: CancellationToken,
 }
 
 impl AllInOne {
-    /// Opens the store, builds the services and serves them; returns once they can do their job.
+    /// Opens the store, builds the services and serves them. Returns once the server is ready.
     ///
     /// # Errors
-    /// When something it needs cannot be had.
+    /// When a required resource is unavailable.
     pub async fn start(
         config: &Config,
         handlers: Handlers,
@@ -185,7 +185,7 @@ impl AllInOne {
         traces: Traces,
     ) -> Result<Self, StartError> {
         check_role(config, role)?;
-        // The port first: the commonest obstacle, and nothing is touched when it is taken.
+        // The port first: it fails most often, and nothing has been changed by then.
         let (listener, address) = listen(config.server.listen).await?;
         let metrics_listener = match config.server.metrics_listen.as_str() {
             "" => None,
@@ -197,11 +197,11 @@ impl AllInOne {
         let clock: Arc<dyn Clock> = Arc::new(SystemClock);
         let shutdown = Shutdown::default();
         let own_address = match config.peers.advertise.as_str() {
-            "" => reached_at(address, config).await.to_string(),
-            // As the addresses of peers are written.
-            advertised => match advertised.parse::<SocketAddr>() {
+            "" => advertised_address(address, config).await.to_string(),
+            // In the format of the addresses of peers.
+            text => match text.parse::<SocketAddr>() {
                 Ok(advertised) => advertised.to_string(),
-                Err(_) => advertised.to_owned(),
+                Err(_) => text.to_owned(),
             },
         };
         let plan = Plan { config, role, handlers, clock: clock.clone(), own_address, traces };
@@ -212,22 +212,22 @@ impl AllInOne {
             router.ready().await;
         }
         let healthy = match role {
-            Role::All => services.health.look().await,
-            // The others need not be there yet.
+            Role::All => services.health.check_now().await,
+            // Other services may not be running yet.
             _ => services.health.check_store().await,
         };
         healthy.map_err(StartError::Unhealthy)?;
-        let router = services.http()?;
+        let router = services.routes()?;
         let server = services.server(config);
         let serving =
-            tokio::spawn(serve::serve(listener, router, server.clone(), shutdown.clone()));
+            tokio::spawn(listener::serve(listener, router, server.clone(), shutdown.clone()));
         let metrics_address = metrics_listener.as_ref().map(|(_, address)| *address);
         if let Some((listener, _)) = metrics_listener {
-            let router = services.metrics();
-            // Those to the public address take no places of these.
-            let connections = Connections::new(METRICS_CONNECTIONS, &Metrics::new());
+            let router = services.metrics_routes();
+            // Connections to the public address do not count towards this limit.
+            let connections = ConnectionLimiter::new(METRICS_CONNECTIONS, &Metrics::new());
             let server = Server { connections, ..server };
-            tasks.push(tokio::spawn(serve::serve(listener, router, server, shutdown.clone())));
+            tasks.push(tokio::spawn(listener::serve(listener, router, server, shutdown.clone())));
         }
         let drain_timeout = Duration::from_millis(config.server.drain_timeout_ms);
         Ok(Self {
@@ -243,31 +243,31 @@ impl AllInOne {
         })
     }
 
-    /// Where it listens.
+    /// Returns the address that the server listens on.
     #[must_use]
     pub fn address(&self) -> SocketAddr {
         self.address
     }
 
-    /// Where metrics are served, if not there.
+    /// Returns the address of the metrics, if they have a separate one.
     #[must_use]
     pub fn metrics_address(&self) -> Option<SocketAddr> {
         self.metrics_address
     }
 
-    /// A token signed with the development key; `None` when other keys are in use.
+    /// Returns a token signed with the development key; `None` when other keys are in use.
     #[must_use]
     pub fn dev_token(&self, token: &NewToken) -> Option<String> {
         let dev_key = self.dev_key.as_ref()?;
         dev_key.sign(token, self.clock.now()).ok()
     }
 
-    /// Sets the limits of tenants as this configuration does; its other options change nothing.
+    /// Replaces the tenant limits with those of this configuration; its other options have no effect.
     pub fn replace_limits(&self, config: &Config) {
         tenant_limits::replace(&self.services.tenant_limits, config);
     }
 
-    /// Sends clients away, lets running work end within the drain timeout, and closes the store.
+    /// Disconnects clients, lets running work complete within the drain timeout, and closes the store.
     pub async fn stop(mut self) {
         self.shutdown.accepting.cancel();
         self.services.health.not_serving().await;
@@ -278,21 +278,21 @@ impl AllInOne {
         if let Some(progress) = &self.services.progress {
             progress.drain();
         }
-        // Calls that are under way end by themselves, or are cut off in the end.
-        let cut_off = timeout(self.drain_timeout, &mut self.serving).await.is_err();
+        // Pending calls complete, or are cancelled after the timeout.
+        let timed_out = timeout(self.drain_timeout, &mut self.serving).await.is_err();
         self.shutdown.serving.cancel();
-        if cut_off {
-            tracing::warn!("some calls did not end in time");
+        if timed_out {
+            tracing::warn!("some calls did not complete in time");
             self.tasks.push(self.serving);
         }
         for task in self.tasks {
             if let Err(error) = task.await {
-                tracing::error!(%error, "a part of the server failed while stopping");
+                tracing::error!(%error, "a task failed during shutdown");
             }
         }
         self.shutdown.ended.cancel();
         let audit = self.services.auth.audit().clone();
-        // It only waits for the thread that writes.
+        // It only waits for the writer thread.
         drop(tokio::task::spawn_blocking(move || audit.flush(AUDIT_FLUSH_TIMEOUT)).await);
     }
 }
@@ -304,14 +304,15 @@ async fn listen(address: SocketAddr) -> Result<(TcpListener, SocketAddr), StartE
     Ok((listener, bound))
 }
 
-/// Where others reach what listens on `address`. When that is every address, it is the one from
-/// which this host reaches the outside; a datagram socket knows without sending anything.
-async fn reached_at(address: SocketAddr, config: &Config) -> SocketAddr {
+/// Returns the address at which other processes reach a listener on `address`. If that is
+/// unspecified, returns the source address of the route to them, which a datagram socket reveals
+/// without sending anything.
+async fn advertised_address(address: SocketAddr, config: &Config) -> SocketAddr {
     if !address.ip().is_unspecified() {
         return address;
     }
-    // Peers first: it is them who come here. The last one is an address of no machine, for the default
-    // route.
+    // Peers first, since they connect to this process. The last address belongs to no machine and
+    // selects the default route.
     let endpoint = config.dynamodb.endpoint.trim_start_matches("http://");
     let peers = config.peers.progress.iter().map(|peer| peer.trim_start_matches("http://"));
     for other in peers.chain([endpoint, "192.0.2.1:9"]) {
@@ -326,7 +327,7 @@ async fn reached_at(address: SocketAddr, config: &Config) -> SocketAddr {
     address
 }
 
-/// What a service that is a process of its own needs.
+/// Checks the options that a service in a separate process requires.
 fn check_role(config: &Config, role: Role) -> Result<(), StartError> {
     if role == Role::All {
         return Ok(());
@@ -335,7 +336,7 @@ fn check_role(config: &Config, role: Role) -> Result<(), StartError> {
         return Err(StartError::Engine);
     }
     if config.peers.secret_file.is_empty() && !config.server.listen.ip().is_loopback() {
-        let reason = "is required where others can reach this process".to_owned();
+        let reason = "is required unless server.listen is a loopback address".to_owned();
         return Err(StartError::Secret(reason));
     }
     let peers = &config.peers;

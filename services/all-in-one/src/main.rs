@@ -1,9 +1,9 @@
-//! The `streamer` binary: configuration, build, run, drain, exit code.
+//! The `streamer` binary: parses the command line, runs the command and returns its exit code.
 
 mod demo;
 mod health;
+mod serve_command;
 mod tables;
-mod up;
 mod worker;
 
 use std::process::ExitCode;
@@ -12,8 +12,8 @@ use clap::Parser;
 use streamer_all_in_one::Role;
 use streamer_cli::{Cli, Command, Exit};
 
-/// Returns memory to the system promptly and keeps small objects small: at 10,000 connections the
-/// system's allocator holds half as much again.
+/// Returns memory to the system promptly and has little overhead for small objects: at 10,000
+/// connections the system's allocator holds half as much again.
 #[global_allocator]
 static ALLOCATOR: mimalloc::MiMalloc = mimalloc::MiMalloc;
 
@@ -28,16 +28,16 @@ fn main() -> ExitCode {
     };
     runtime.block_on(async {
         match command {
-            Command::Up(arguments) => up::run(&arguments, Role::All).await,
-            Command::Gateway(arguments) => up::run(&arguments, Role::Gateway).await,
-            Command::Router(arguments) => up::run(&arguments, Role::Router).await,
-            Command::Processor(arguments) => up::run(&arguments, Role::Processor).await,
-            Command::Progress(arguments) => up::run(&arguments, Role::Progress).await,
+            Command::Up(arguments) => serve_command::run(&arguments, Role::All).await,
+            Command::Gateway(arguments) => serve_command::run(&arguments, Role::Gateway).await,
+            Command::Router(arguments) => serve_command::run(&arguments, Role::Router).await,
+            Command::Processor(arguments) => serve_command::run(&arguments, Role::Processor).await,
+            Command::Progress(arguments) => serve_command::run(&arguments, Role::Progress).await,
             Command::Health(arguments) => health::run(&arguments).await,
             Command::Tables(arguments) => tables::run(&arguments).await,
             Command::Demo(arguments) => demo::run(&arguments).await,
             Command::Worker(arguments) => worker::run(arguments).await,
-            Command::Config(arguments) => up::show_config(&arguments),
+            Command::Config(arguments) => serve_command::show_config(&arguments),
             other => streamer_cli::run(other).await,
         }
     })

@@ -1,4 +1,4 @@
-//! `streamer tables`: the tables of engine dynamodb.
+//! `streamer tables`: manages the tables of engine dynamodb.
 
 use std::process::ExitCode;
 
@@ -10,7 +10,7 @@ use streamer_dynamodb::{
     tables::{self, Difference},
 };
 
-use crate::up::sources;
+use crate::serve_command::sources;
 
 pub(crate) async fn run(arguments: &TablesArguments) -> ExitCode {
     let (TablesCommand::Create(from)
@@ -41,7 +41,7 @@ async fn create(options: &DynamoOptions) -> ExitCode {
                 println!("created {name}");
             }
             if created.is_empty() && differences.is_empty() {
-                println!("all tables are there already; nothing was changed");
+                println!("all tables exist; nothing was changed");
             }
             report(&differences)
         }
@@ -53,7 +53,7 @@ async fn check(options: &DynamoOptions) -> ExitCode {
     match tables::check(options).await {
         Ok(differences) => {
             if differences.is_empty() {
-                println!("all tables are as they should be");
+                println!("all tables match the expected schema");
             }
             report(&differences)
         }
@@ -65,7 +65,7 @@ fn report(differences: &[Difference]) -> ExitCode {
     if differences.is_empty() {
         return Exit::Done.code();
     }
-    eprintln!("these tables are not as they should be, and were not changed:");
+    eprintln!("these tables differ from the expected schema and were not changed:");
     for difference in differences {
         eprintln!("  {difference}");
     }

@@ -1,4 +1,4 @@
-//! Limits of tenants: from the configuration, and as metrics.
+//! Limits of tenants: their configuration and their metric.
 
 use std::time::Duration;
 
@@ -13,24 +13,24 @@ use streamer_telemetry::Metrics;
 use tokio::time::{MissedTickBehavior, interval};
 use tokio_util::sync::CancellationToken;
 
-/// The highest use is that of between one and two of these.
+/// The reported use is the highest of the last one to two intervals.
 const USE_INTERVAL: Duration = Duration::from_secs(30);
 
-/// The limits that the configuration sets.
+/// Returns the limits of a configuration.
 pub(crate) fn new(config: &Config) -> LimitsByTenant {
     let limits = LimitsByTenant::default();
     replace(&limits, config);
     limits
 }
 
-/// Sets all of them as the configuration does.
+/// Replaces all limits with those of a configuration.
 pub(crate) fn replace(limits: &LimitsByTenant, config: &Config) {
     let of_tenants = config.tenants.limits(&config.limits);
-    let of_tenants = of_tenants.map(|(tenant, limits)| (tenant.to_owned(), of(&limits)));
-    limits.replace(of(&config.limits), of_tenants.collect());
+    let of_tenants = of_tenants.map(|(tenant, limits)| (tenant.to_owned(), tenant_limits(&limits)));
+    limits.replace(tenant_limits(&config.limits), of_tenants.collect());
 }
 
-fn of(limits: &Limits) -> TenantLimits {
+fn tenant_limits(limits: &Limits) -> TenantLimits {
     TenantLimits::new(|limit| match limit {
         TenantLimit::SubmissionsPerTenant => limits.submissions_per_second_per_tenant,
         TenantLimit::SubmissionsPerUser => limits.submissions_per_second_per_user,
@@ -42,14 +42,14 @@ fn of(limits: &Limits) -> TenantLimits {
     })
 }
 
-/// Shows how near the limits are.
+/// Reports how close the use of the limits is to them.
 #[derive(Debug)]
 struct LimitUse(LimitsByTenant);
 
 impl Collector for LimitUse {
     fn encode(&self, mut encoder: DescriptorEncoder<'_>) -> Result<(), std::fmt::Error> {
-        let help = "Largest part of a limit that a tenant or user had used when it last asked for more, within 30 to \
-                    60 s, by the option that sets the limit: 1 means that it was reached.";
+        let help = "Highest fraction of a limit that a tenant or user had used when it last requested more, within 30 \
+                    to 60 s, by the option that sets the limit: 1 means that it was reached.";
         let name = "streamer_tenant_limit_use_ratio";
         let mut family = encoder.encode_descriptor(name, help, None, MetricType::Gauge)?;
         for limit in TenantLimit::ALL {
@@ -65,7 +65,7 @@ pub(crate) fn register(limits: &LimitsByTenant, metrics: &Metrics) {
     metrics.collect(LimitUse(limits.clone()));
 }
 
-/// Lets what was used long ago be forgotten, until `shutdown`.
+/// Discards old use at an interval, until `shutdown`.
 pub(crate) async fn rotate_use(limits: LimitsByTenant, shutdown: CancellationToken) {
     let mut ticks = interval(USE_INTERVAL);
     ticks.set_missed_tick_behavior(MissedTickBehavior::Delay);

@@ -1,4 +1,4 @@
-//! `streamer worker`: the example handlers in a process of their own.
+//! `streamer worker`: runs the example handlers in a separate process.
 
 use std::{process::ExitCode, time::Duration};
 
@@ -8,9 +8,9 @@ use streamer_core::ErrorCode;
 use streamer_telemetry::{LogFormat, TraceOptions, Traces, init};
 use streamer_worker::{Worker, WorkerError};
 
-/// What a worker logs unless `STREAMER_LOG` says otherwise.
+/// Log filter of a worker unless `STREAMER_LOG` sets one.
 const LOG_FILTER: &str = "info";
-/// How long the last spans may take to be exported.
+/// Timeout for exporting the last spans.
 const FLUSH_TIMEOUT: Duration = Duration::from_secs(1);
 
 pub(crate) async fn run(arguments: WorkerArguments) -> ExitCode {
@@ -25,9 +25,9 @@ pub(crate) async fn run(arguments: WorkerArguments) -> ExitCode {
     let all = streamer_examples::all();
     let actions = match &arguments.actions[..] {
         [] => vec!["*".to_owned()],
-        some => some.to_vec(),
+        names => names.to_vec(),
     };
-    let handlers = match super::up::some_of(all, &actions) {
+    let handlers = match super::serve_command::select_handlers(all, &actions) {
         Ok(handlers) => handlers,
         Err(error) => {
             eprintln!("error: --actions: {error}");
@@ -39,21 +39,21 @@ pub(crate) async fn run(arguments: WorkerArguments) -> ExitCode {
         .slots(arguments.slots)
         .drain_timeout(arguments.drain_timeout)
         .version(env!("CARGO_PKG_VERSION"));
-    let ended = worker.run_until_terminated().await;
+    let result = worker.run_until_terminated().await;
     traces.flush(FLUSH_TIMEOUT).await;
-    match ended {
+    match result {
         Ok(()) => Exit::Done.code(),
         Err(error) => {
             eprintln!("error: {error}");
-            exit_of(&error).code()
+            exit_code_of(&error).code()
         }
     }
 }
 
-/// A worker is configured by OpenTelemetry's variables. It decides nothing: a request is traced if its
-/// submission is.
+/// Configures tracing from OpenTelemetry's variables. A worker makes no sampling decision: a request is
+/// traced if its submission is.
 fn traces(filter: &str) -> anyhow::Result<Traces> {
-    let trace = Trace::from_environment(&super::up::environment())?;
+    let trace = Trace::from_environment(&super::serve_command::environment())?;
     let options = TraceOptions {
         endpoint: (!trace.endpoint.is_empty()).then_some(trace.endpoint),
         service: "streamer-worker",
@@ -63,7 +63,7 @@ fn traces(filter: &str) -> anyhow::Result<Traces> {
     Ok(init(filter, LogFormat::default(), &options)?)
 }
 
-fn exit_of(error: &WorkerError) -> Exit {
+fn exit_code_of(error: &WorkerError) -> Exit {
     match error {
         WorkerError::Refused(error) => match error.code {
             ErrorCode::Unauthorized | ErrorCode::Forbidden => Exit::NotPermitted,

@@ -1,4 +1,5 @@
-//! One attempt: runs the handler and brings what it reports into the log, in order, in batches.
+//! Driver of one attempt: runs the handler and appends its reports to the log, in order, in
+//! batches.
 
 mod handle;
 mod time_limit;
@@ -34,59 +35,59 @@ use tonic::{Code, Status};
 use tracing::{Span, field::Empty};
 
 use crate::{
-    log_client::LogClient,
-    outcome::{Ended, Outcome, conclude, event},
+    event_log_client::EventLogClient,
+    outcome::{AttemptSummary, Outcome, event, final_event},
 };
 
 pub(crate) use handle::AttemptHandle;
 use time_limit::TimeLimit;
 
-/// First wait after a publish call that failed; doubled up to [`MAX_PUBLISH_BACKOFF`].
+/// Backoff after the first failed publish call; doubled up to [`MAX_PUBLISH_BACKOFF`].
 const PUBLISH_BACKOFF: Duration = Duration::from_millis(20);
 const MAX_PUBLISH_BACKOFF: Duration = Duration::from_secs(1);
 
-/// What an attempt runs with.
+/// Shared dependencies of attempts.
 pub(crate) struct Environment {
     pub(crate) clock: Arc<dyn Clock>,
-    pub(crate) log: LogClient,
-    /// Where handlers of this process run.
+    pub(crate) log: EventLogClient,
+    /// Runtime for the handlers of this process.
     pub(crate) handlers: Handle,
     pub(crate) history: Arc<dyn RequestHistory>,
     pub(crate) limits: Limits,
     pub(crate) cancel_grace: Duration,
 }
 
-/// An attempt to run, or to go on with.
-pub(crate) struct Launch {
+/// An attempt to start or to resume.
+pub(crate) struct AttemptSpec {
     pub(crate) record: RequestRecord,
     pub(crate) spec: Arc<ActionSpec>,
     pub(crate) handler: Arc<dyn DynHandler>,
     pub(crate) reports: Arc<ReportQueue>,
     pub(crate) payload: StoredPayload,
     pub(crate) checkpoint: Option<Bytes>,
-    /// The stored `started` event; absent when the attempt has been running elsewhere.
+    /// The stored `started` event; absent when the attempt is resumed.
     pub(crate) started: Option<Event>,
-    /// What it has put out so far.
+    /// Output so far.
     pub(crate) output: OutputDigest,
-    /// Runs in a worker.
+    /// Whether a worker runs it.
     pub(crate) is_remote: bool,
 }
 
-/// How an attempt left the stage.
-pub(crate) enum Finished {
-    /// With this last event; another attempt is due at the given time when it is `retrying`. And why
-    /// cancellation was asked for, when it was.
-    Concluded(Kind, Option<Timestamp>, Option<String>),
-    /// It was taken over, or left to whoever will.
-    Lost,
+/// How an attempt left this processor.
+pub(crate) enum AttemptResult {
+    /// With this final event, the time of the next attempt if it is `retrying`, and the reason of
+    /// the cancellation if one was requested.
+    Recorded(Kind, Option<Timestamp>, Option<String>),
+    /// Another holder has the attempt, or will recover it.
+    Fenced,
 }
 
-impl Finished {
-    /// Its outcome, for traces.
+impl AttemptResult {
+    /// Returns the outcome, for traces.
     pub(crate) fn outcome(&self) -> &'static str {
         match self {
-            Self::Lost => "lost",
-            Self::Concluded(kind, ..) => match kind {
+            Self::Fenced => "lost",
+            Self::Recorded(kind, ..) => match kind {
                 Kind::Succeeded(_) => "succeeded",
                 Kind::Failed(_) => "failed",
                 Kind::Cancelled(_) => "cancelled",
@@ -98,30 +99,39 @@ impl Finished {
         }
     }
 
-    /// Code of the error that it ended with.
+    /// Returns the code of the error that the attempt finished with.
     pub(crate) fn error(&self) -> Option<&'static str> {
         let error = match self {
-            Self::Lost => return Some(ErrorCode::Unavailable.as_str()),
-            Self::Concluded(Kind::Failed(failed), ..) => failed.error.as_ref(),
-            Self::Concluded(Kind::Retrying(retrying), ..) => retrying.error.as_ref(),
-            Self::Concluded(..) => return None,
+            Self::Fenced => return Some(ErrorCode::Unavailable.as_str()),
+            Self::Recorded(Kind::Failed(failed), ..) => failed.error.as_ref(),
+            Self::Recorded(Kind::Retrying(retrying), ..) => retrying.error.as_ref(),
+            Self::Recorded(..) => return None,
         };
         error.map(|error| error_from_proto(error).code.as_str())
     }
 }
 
-/// Runs an attempt to its end.
+/// Runs an attempt until it finishes.
 pub(crate) async fn run(
     environment: &Environment,
-    launch: Launch,
+    attempt_spec: AttemptSpec,
     handle: Arc<AttemptHandle>,
-) -> Finished {
-    let Launch { record, spec, handler, reports, payload, checkpoint, started, output, is_remote } =
-        launch;
+) -> AttemptResult {
+    let AttemptSpec {
+        record,
+        spec,
+        handler,
+        reports,
+        payload,
+        checkpoint,
+        started,
+        output,
+        is_remote,
+    } = attempt_spec;
     let scope = Scope::of(handler_span(is_remote));
     let trace = scope.trace_context();
     let now = environment.clock.now();
-    let (began, limit) = (record.start_time.unwrap_or(now), spec.start_to_close);
+    let (start_time, limit) = (record.start_time.unwrap_or(now), spec.start_to_close);
     let context = Context::new(
         AttemptInfo {
             uid: record.uid,
@@ -134,7 +144,7 @@ pub(crate) async fn run(
             checkpoint,
             trace_parent: trace.as_ref().map(TraceContext::header),
             trace_state: trace.as_ref().and_then(TraceContext::trace_state),
-            deadline: [limit.map(|limit| began.plus(limit)), record.close_by]
+            deadline: [limit.map(|limit| start_time.plus(limit)), record.close_by]
                 .into_iter()
                 .flatten()
                 .min(),
@@ -144,15 +154,15 @@ pub(crate) async fn run(
         environment.limits,
         Some(environment.history.clone()),
     );
-    // A task of its own: one that panics fails alone.
+    // A separate task isolates panics.
     let span = scope.span();
     let work = async move {
         let ended = handler.run(&context, payload.data).await;
-        note_failure(&span, &ended);
+        record_failure(&span, &ended);
         ended
     };
     let work = work.in_scope(scope);
-    // What a worker does is only passed on here.
+    // For a worker's attempt, the task only forwards messages.
     let work = if is_remote { tokio::spawn(work) } else { environment.handlers.spawn(work) };
     let work = AbortOnDropHandle::new(work);
     let attempt = Attempt {
@@ -165,7 +175,7 @@ pub(crate) async fn run(
         digest: output,
         reports,
         handle,
-        deadline: TimeLimit::nearest(&record, &spec, now),
+        deadline: TimeLimit::earliest(&record, &spec, now),
         close_by: record.close_by,
         published_at: Instant::now(),
         spec,
@@ -174,13 +184,13 @@ pub(crate) async fn run(
 }
 
 /// Marks the span of a handler that failed.
-pub(crate) fn note_failure<T>(span: &Span, ended: &Result<T, HandlerError>) {
+pub(crate) fn record_failure<T>(span: &Span, ended: &Result<T, HandlerError>) {
     if ended.is_err() {
         span.record("otel.status_code", "ERROR");
     }
 }
 
-/// What a handler runs in, here or in a worker.
+/// Returns the span of a handler, local or in a worker.
 pub(crate) fn handler_span(is_remote: bool) -> Span {
     if is_remote {
         trace_span!("worker.task", otel.kind = "client", otel.status_code = Empty)
@@ -210,56 +220,56 @@ struct Attempt<'a> {
 }
 
 impl Attempt<'_> {
-    async fn drive(mut self, started: Option<Event>, mut work: Work) -> Finished {
+    async fn drive(mut self, started: Option<Event>, mut work: Work) -> AttemptResult {
         let mut sending = match started {
             Some(started) => self.announce(started),
             None => Fuse::terminated(),
         };
-        let mut working = true;
+        let mut handler_running = true;
         let mut outcome = None;
-        // Room for the result. The handler has ended by then, so that no time limit applies.
+        // Reservation for the result. The handler has returned by then, so no time limit applies.
         let mut reserving: Reserving = Fuse::terminated();
         let mut result_reserved = Reservation::default();
         let mut last = None;
-        let mut cut_off: Option<Instant> = None;
+        let mut abort_at: Option<Instant> = None;
         loop {
             let deadline =
                 OptionFuture::from(self.deadline.as_ref().map(|limit| sleep_until(limit.at)));
-            let silent_at = self.silent_at(!sending.is_terminated());
-            let silence = OptionFuture::from(silent_at.map(sleep_until));
-            let grace = OptionFuture::from(cut_off.map(sleep_until));
+            let heartbeat_deadline = self.heartbeat_deadline(!sending.is_terminated());
+            let heartbeat_expired = OptionFuture::from(heartbeat_deadline.map(sleep_until));
+            let grace = OptionFuture::from(abort_at.map(sleep_until));
             tokio::select! {
                 biased;
-                () = self.handle.until_lost() => {}
+                () = self.handle.fenced() => {}
                 sent = &mut sending, if !sending.is_terminated() => match sent {
                     Ok(cancel_reason) => {
                         self.published_at = Instant::now();
-                        // The last event of an attempt is no report of its handler.
-                        let ending = i64::from(last.is_some());
-                        self.reports.note_durable(self.next_seq - 1 - self.attempt_seq - ending);
+                        // The final event of an attempt is not a report of its handler.
+                        let final_events = i64::from(last.is_some());
+                        self.reports.set_durable(self.next_seq - 1 - self.attempt_seq - final_events);
                         if let Some(reason) = cancel_reason {
                             self.handle.cancel(&reason);
                         }
                     }
                     Err(status) => {
-                        tracing::info!(uid = %self.uid, attempt = self.number, %status, "lost an attempt");
-                        self.handle.lose();
+                        tracing::info!(uid = %self.uid, attempt = self.number, %status, "attempt fenced");
+                        self.handle.fence();
                     }
                 },
-                ended = &mut work, if working => {
-                    working = false;
+                ended = &mut work, if handler_running => {
+                    handler_running = false;
                     let ended = match ended {
                         Ok(ended) => self.check(ended),
                         Err(error) if error.is_cancelled() => Outcome::Released(RequestError::new(
                             ErrorCode::Unavailable,
-                            "the processor stops",
+                            "the processor is shutting down",
                         )),
                         Err(panic) => Outcome::Failed(panicked(&panic)),
                     };
                     if let Outcome::Succeeded(result) = &ended {
                         let mut reserve = self.reserve(result.len());
                         match (&mut reserve).now_or_never() {
-                            // So that its event goes with the last reports.
+                            // Reserved already, so that the final event joins the last batch.
                             Some(reserved) => result_reserved = reserved,
                             None => reserving = reserve,
                         }
@@ -269,15 +279,15 @@ impl Attempt<'_> {
                 reserved = &mut reserving, if !reserving.is_terminated() => {
                     result_reserved = reserved;
                 }
-                Some(()) = deadline, if working => {
-                    working = false;
+                Some(()) = deadline, if handler_running => {
+                    handler_running = false;
                     work.abort();
                     outcome = self.deadline.take().map(|limit| Outcome::Failed(limit.error));
                 }
-                Some(()) = silence, if working => {
-                    // It may have reported since the timer was set.
-                    if self.silent_at(false).is_some_and(|at| at <= Instant::now()) {
-                        working = false;
+                Some(()) = heartbeat_expired, if handler_running => {
+                    // The handler may have reported since the timer was set.
+                    if self.heartbeat_deadline(false).is_some_and(|at| at <= Instant::now()) {
+                        handler_running = false;
                         work.abort();
                         outcome = Some(Outcome::Failed(RequestError::new(
                             ErrorCode::Timeout,
@@ -285,43 +295,43 @@ impl Attempt<'_> {
                         )));
                     }
                 }
-                reason = self.handle.released(), if working => {
-                    working = false;
+                reason = self.handle.released(), if handler_running => {
+                    handler_running = false;
                     work.abort();
                     outcome = Some(Outcome::Released(RequestError::new(ErrorCode::Unavailable, reason)));
                 }
-                () = self.handle.cancellation.cancelled(), if cut_off.is_none() => {
-                    cut_off = Some(Instant::now() + self.environment.cancel_grace);
+                () = self.handle.cancellation.cancelled(), if abort_at.is_none() => {
+                    abort_at = Some(Instant::now() + self.environment.cancel_grace);
                 }
-                Some(()) = grace, if working => {
-                    working = false;
+                Some(()) = grace, if handler_running => {
+                    handler_running = false;
                     work.abort();
                     outcome = Some(Outcome::Failed(HandlerError::cancelled().into_request_error()));
                 }
-                () = self.reports.filled(), if sending.is_terminated() && working => {}
+                () = self.reports.filled(), if sending.is_terminated() && handler_running => {}
             }
-            if self.handle.is_lost() {
+            if self.handle.is_fenced() {
                 self.reports.close();
                 drop(self.reports.take_batch());
-                return Finished::Lost;
+                return AttemptResult::Fenced;
             }
             if !sending.is_terminated() {
                 continue;
             }
             if let Some((kind, retry_at)) = last.take() {
-                return Finished::Concluded(kind, retry_at, self.handle.cancel_reason());
+                return AttemptResult::Recorded(kind, retry_at, self.handle.cancel_reason());
             }
             let mut batch = self.new_batch();
             let mut reserved = self.add_reports(&mut batch);
             if reserving.is_terminated()
                 && let Some(outcome) = outcome.take()
             {
-                // Nothing that is reported from here on counts.
+                // Later reports are discarded.
                 self.reports.close();
-                self.handle.note_ending();
+                self.handle.mark_finishing();
                 reserved.merge(self.add_reports(&mut batch));
                 reserved.merge(std::mem::take(&mut result_reserved));
-                last = Some(self.add_ending(&mut batch, outcome));
+                last = Some(self.add_final_event(&mut batch, outcome));
             }
             if !batch.events.is_empty() || batch.checkpoint.is_some() {
                 sending = self.publish(batch, reserved);
@@ -345,7 +355,7 @@ impl Attempt<'_> {
         announced.boxed().fuse()
     }
 
-    /// A result beyond the limit is a failure that no repetition cures.
+    /// Checks the size of the result; a retry would exceed the limit again.
     fn check(&self, ended: Result<Bytes, HandlerError>) -> Outcome {
         match ended {
             Ok(result) => match self.environment.limits.check_result(result.len()) {
@@ -357,11 +367,11 @@ impl Attempt<'_> {
         }
     }
 
-    /// When the handler will have been silent for too long. While what it reported is on its way to
-    /// the log, it may be waiting for that.
-    fn silent_at(&self, sending: bool) -> Option<Instant> {
+    /// Returns when the heartbeat timeout expires. None applies while reports are being published:
+    /// the handler may be waiting for that.
+    fn heartbeat_deadline(&self, sending: bool) -> Option<Instant> {
         let limit = self.spec.heartbeat_timeout.filter(|_| !sending)?;
-        Some(self.reports.last_push().max(self.published_at) + limit)
+        Some(self.reports.last_activity().max(self.published_at) + limit)
     }
 
     fn new_batch(&self) -> PublishRequest {
@@ -374,7 +384,7 @@ impl Attempt<'_> {
         }
     }
 
-    /// Adds what was reported; returns what is reserved for it.
+    /// Adds pending reports to the batch; returns their reservation.
     fn add_reports(&mut self, batch: &mut PublishRequest) -> Reservation {
         let ReportBatch { reports, reserved } = self.reports.take_batch();
         for report in reports {
@@ -401,12 +411,12 @@ impl Attempt<'_> {
         reserved
     }
 
-    fn add_ending(
+    fn add_final_event(
         &mut self,
         batch: &mut PublishRequest,
         outcome: Outcome,
     ) -> (Kind, Option<Timestamp>) {
-        let ended = Ended {
+        let summary = AttemptSummary {
             attempt: self.number,
             attempt_seq: self.attempt_seq,
             output: &self.digest,
@@ -416,10 +426,10 @@ impl Attempt<'_> {
             now: self.environment.clock.now(),
             random: retry::random_fraction(),
         };
-        let ending = conclude(outcome, &ended);
-        batch.retry_at = ending.retry_at.map(|at| timestamp(at.as_millis()));
-        batch.events.push(self.next_event(ending.kind.clone()));
-        (ending.kind, ending.retry_at)
+        let final_event = final_event(outcome, &summary);
+        batch.retry_at = final_event.retry_at.map(|at| timestamp(at.as_millis()));
+        batch.events.push(self.next_event(final_event.kind.clone()));
+        (final_event.kind, final_event.retry_at)
     }
 
     fn next_event(&mut self, kind: Kind) -> Event {
@@ -428,8 +438,8 @@ impl Attempt<'_> {
         event(seq, self.number, self.environment.clock.now(), kind)
     }
 
-    /// Sends a batch, again and again until it is stored or this attempt may not write any more.
-    /// The numbers of its events make repeating safe.
+    /// Publishes a batch with retries until it is stored or the attempt is fenced. The sequence
+    /// numbers of the events make retries idempotent.
     fn publish(&self, batch: PublishRequest, reserved: Reservation) -> Sending {
         let log = self.environment.log.clone();
         let (uid, tenant) = (self.uid, self.tenant.clone());
@@ -439,10 +449,10 @@ impl Attempt<'_> {
             loop {
                 match log.publish(&tenant, batch.clone()).await {
                     Ok(cancel_reason) => return Ok(cancel_reason),
-                    // Another's, or such that no repetition helps: whoever takes it over ends it.
-                    Err(status) if is_final(&status) => return Err(status),
+                    // Fenced, or not retryable: lease recovery finishes the attempt.
+                    Err(status) if is_permanent(&status) => return Err(status),
                     Err(status) => {
-                        tracing::warn!(%uid, %status, ?wait, "could not publish, will try again");
+                        tracing::warn!(%uid, %status, ?wait, "publish failed, retrying");
                         sleep(wait.mul_f64(retry::random_fraction())).await;
                         wait = (wait * 2).min(MAX_PUBLISH_BACKOFF);
                     }
@@ -453,7 +463,7 @@ impl Attempt<'_> {
     }
 }
 
-fn is_final(status: &Status) -> bool {
+fn is_permanent(status: &Status) -> bool {
     match status.code() {
         Code::Aborted
         | Code::InvalidArgument
@@ -476,7 +486,7 @@ fn is_final(status: &Status) -> bool {
 }
 
 fn panicked(error: &tokio::task::JoinError) -> RequestError {
-    tracing::error!(%error, "a handler panicked");
+    tracing::error!(%error, "handler panicked");
     let error = RequestError::new(ErrorCode::ProcessingFailed, "the handler panicked");
     RequestError { retryable: true, ..error }
 }

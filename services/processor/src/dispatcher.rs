@@ -1,9 +1,9 @@
-//! Finds requests that may start, and starts them while there is room.
+//! Dispatcher: finds requests that are due and starts them while permits are available.
 
-mod adoption;
 mod leases;
 mod queue;
-mod run;
+mod resume;
+mod start;
 
 use std::{collections::HashMap, sync::Arc, time::Duration};
 
@@ -21,37 +21,37 @@ use tokio_util::{
 
 use crate::{
     ProcessorOptions,
-    actions::{Actions, Declared, RememberError, Runner},
+    actions::{Actions, Declaration, Runner, SaveDeclarationsError},
     attempt::{AttemptHandle, Environment},
-    durations::Durations,
-    fair::Turns,
-    log_client::LogClient,
+    backlog::Backlog,
+    concurrency_limiter::{ConcurrencyLimiter, ConcurrencyPermit},
+    event_log_client::EventLogClient,
+    fair_queue::FairQueue,
     metrics::ProcessorMetrics,
-    set_aside::SetAside,
-    signal::Signal,
-    slots::{Slot, Slots},
-    waiting::Waiting,
-    worker::Worker,
-    workers::Key,
+    quarantine::Quarantine,
+    runtime_estimates::RuntimeEstimates,
+    wakeup::Wakeup,
+    worker_pool::ActionKey,
+    worker_session::WorkerSession,
 };
 
-/// How long handing back what runs may take when the processor stops.
+/// Maximum time to release running attempts when the processor stops.
 const RELEASE_TIMEOUT: Duration = Duration::from_secs(2);
-/// How often the queue is looked at without `poll_queue`: a hint that came before the index showed
-/// its request, or to a processor that cannot run it, is lost.
-const SLOW_POLL: Duration = Duration::from_secs(30);
-/// How often the queue is measured.
+/// Interval between scans of the queue when `poll_queue` is off. A hint is lost if it arrives
+/// before the index shows its request, or at a processor that cannot run it.
+const FALLBACK_SCAN_INTERVAL: Duration = Duration::from_secs(30);
+/// Interval between measurements of the queue.
 const MEASURE_INTERVAL: Duration = Duration::from_secs(5);
 
-/// What a dispatcher is made of.
+/// Dependencies of the dispatcher.
 pub(crate) struct Parts {
     pub(crate) name: String,
     pub(crate) store: Arc<dyn Store>,
     pub(crate) history: Arc<dyn RequestHistory>,
     pub(crate) clock: Arc<dyn Clock>,
     pub(crate) actions: Arc<Actions>,
-    pub(crate) signal: Arc<Signal>,
-    pub(crate) log: LogClient,
+    pub(crate) wakeup: Arc<Wakeup>,
+    pub(crate) log: EventLogClient,
     pub(crate) output_budget: Arc<OutputBudget>,
     pub(crate) handlers: Handle,
     pub(crate) metrics: ProcessorMetrics,
@@ -60,55 +60,55 @@ pub(crate) struct Parts {
 }
 
 pub(crate) struct Dispatcher {
-    /// The holder's name in leases.
+    /// Name of the lease holder.
     name: String,
     store: Arc<dyn Store>,
     actions: Arc<Actions>,
     environment: Environment,
-    /// What the attempts that run here have reported, and is not stored yet.
+    /// Budget of reports that are not durable yet, shared by the attempts that run here.
     output_budget: Arc<OutputBudget>,
     metrics: ProcessorMetrics,
     traces: Traces,
     options: ProcessorOptions,
-    slots: Arc<Slots>,
-    running: Mutex<HashMap<Uid, Running>>,
-    signal: Arc<Signal>,
+    limiter: Arc<ConcurrencyLimiter>,
+    running: Mutex<HashMap<Uid, RunningAttempt>>,
+    wakeup: Arc<Wakeup>,
     stopping: CancellationToken,
-    /// When the earliest known delayed request becomes due.
+    /// When the earliest known delayed request is due.
     next_due: Mutex<Option<Timestamp>>,
-    /// Where the next look at the queue begins, when there are more tenants than one look takes.
+    /// Tenant after which the next scan continues; a scan reads a limited number of tenants.
     after_tenant: Mutex<Option<String>>,
-    durations: Durations,
-    turns: Turns,
-    waiting: Waiting,
-    set_aside: SetAside,
+    runtime_estimates: RuntimeEstimates,
+    fair_queue: FairQueue,
+    backlog: Backlog,
+    quarantine: Quarantine,
     tasks: TaskTracker,
-    /// Sync calls that workers answer.
+    /// Sync calls that workers execute.
     calls: TaskTracker,
 }
 
-/// How long a request will wait, as far as can be told here.
-pub(crate) struct Outlook {
-    /// It does not wait.
+/// Estimate of the time that a request waits.
+pub(crate) struct QueueEstimate {
+    /// Whether the request is running already.
     pub(crate) started: bool,
-    /// How many for its action can run at once.
+    /// Number of requests for the action that can run concurrently.
     pub(crate) slots: u32,
-    /// How long they took lately.
-    pub(crate) usual_run: Option<Duration>,
+    /// Mean duration of recent attempts.
+    pub(crate) mean_run_duration: Option<Duration>,
 }
 
-struct Running {
-    /// 0 until its claim is durable.
+struct RunningAttempt {
+    /// 0 until the claim is durable.
     attempt: u32,
     tenant: String,
     handle: Arc<AttemptHandle>,
     remote: bool,
 }
 
-/// Room for one attempt.
-struct Place {
-    slot: Slot,
-    declared: Declared,
+/// Permit and runner for one attempt.
+struct Placement {
+    permit: ConcurrencyPermit,
+    declared: Declaration,
     runner: Runner,
 }
 
@@ -120,7 +120,7 @@ impl Dispatcher {
             history,
             clock,
             actions,
-            signal,
+            wakeup,
             log,
             output_budget,
             handlers,
@@ -128,7 +128,8 @@ impl Dispatcher {
             traces,
             options,
         } = parts;
-        let slots = Slots::new(options.max_concurrent_attempts, options.tenant_share);
+        let limiter =
+            ConcurrencyLimiter::new(options.max_concurrent_attempts, options.tenant_share);
         Self {
             name,
             store,
@@ -145,16 +146,16 @@ impl Dispatcher {
             metrics,
             traces,
             options,
-            slots: Arc::new(slots),
+            limiter: Arc::new(limiter),
             running: Mutex::default(),
-            signal,
+            wakeup,
             stopping: CancellationToken::new(),
             next_due: Mutex::default(),
             after_tenant: Mutex::default(),
-            durations: Durations::default(),
-            turns: Turns::default(),
-            waiting: Waiting::default(),
-            set_aside: SetAside::default(),
+            runtime_estimates: RuntimeEstimates::default(),
+            fair_queue: FairQueue::default(),
+            backlog: Backlog::default(),
+            quarantine: Quarantine::default(),
             tasks: TaskTracker::new(),
             calls: TaskTracker::new(),
         }
@@ -164,65 +165,70 @@ impl Dispatcher {
         self.environment.clock.now()
     }
 
-    /// What the attempts that run here have reported, and is not stored yet.
+    /// Returns the budget of reports that are not durable yet, shared by the attempts that run
+    /// here.
     pub(crate) fn output_budget(&self) -> &Arc<OutputBudget> {
         &self.output_budget
     }
 
-    /// Learns what was declared before this process was started.
+    /// Loads the declarations that were saved before this process started.
     pub(crate) async fn load_actions(&self, shutdown: &CancellationToken) {
         while let Err(error) = self.actions.load(&*self.store, &*self.environment.clock).await {
-            tracing::warn!(%error, "could not read the declared actions, will try again");
+            tracing::warn!(%error, "loading the declared actions failed, retrying");
             tokio::select! {
                 () = shutdown.cancelled() => return,
                 () = tokio::time::sleep(self.options.poll_interval) => {}
             }
         }
         if self.options.shared
-            && let Err(error) = self.remember_local().await
+            && let Err(error) = self.save_local_actions().await
         {
-            tracing::warn!(%error, "could not save what this processor can run");
+            tracing::warn!(%error, "saving the actions of this processor failed");
         }
     }
 
-    async fn remember_local(&self) -> Result<(), RememberError> {
+    async fn save_local_actions(&self) -> Result<(), SaveDeclarationsError> {
         let local = self.actions.local().map(|spec| {
-            let key = Key { action: spec.name.clone(), tenant: None };
+            let key = ActionKey { action: spec.name.clone(), tenant: None };
             (key, spec.clone())
         });
         let local = local.collect();
-        self.actions.remember(local, &*self.store, &*self.environment.clock).await
+        self.actions.save(local, &*self.store, &*self.environment.clock).await
     }
 
-    /// Keeps what a worker declares, for the time when nobody offers it.
-    pub(crate) async fn remember_actions(&self, worker: &Worker) -> Result<(), RememberError> {
-        let declared = worker.declared();
-        self.actions.remember(declared, &*self.store, &*self.environment.clock).await
+    /// Saves a worker's declarations for the time when no worker offers the actions.
+    pub(crate) async fn save_declarations(
+        &self,
+        worker: &WorkerSession,
+    ) -> Result<(), SaveDeclarationsError> {
+        let declared = worker.declarations();
+        self.actions.save(declared, &*self.store, &*self.environment.clock).await
     }
 
-    /// A hint that a request waits: starts it when nothing waits before it and there is room.
-    pub(crate) fn wake(
+    /// Handles a hint that a request is queued: starts it if a permit is available and no request
+    /// of its tenant is queued before it.
+    pub(crate) fn notify_queued(
         self: &Arc<Self>,
         uid: Uid,
         action: &str,
         tenant: &str,
         not_before: Option<Timestamp>,
-    ) -> Outlook {
+    ) -> QueueEstimate {
         let started = match not_before {
             Some(not_before) if not_before > self.now() => {
-                self.note_due(not_before);
+                self.record_due(not_before);
                 false
             }
             _ => self.start_or_queue(uid, action, tenant),
         };
-        Outlook {
+        QueueEstimate {
             started,
             slots: self.actions.slots(action, tenant, self.options.max_concurrent_attempts),
-            usual_run: self.durations.usual(tenant, action),
+            mean_run_duration: self.runtime_estimates.mean(tenant, action),
         }
     }
 
-    /// Whether it was started, or runs already.
+    /// Returns whether the request was started, or is running already.
     fn start_or_queue(self: &Arc<Self>, uid: Uid, action: &str, tenant: &str) -> bool {
         if self.running.lock().contains_key(&uid) {
             return true;
@@ -230,138 +236,139 @@ impl Dispatcher {
         if self.is_stopping() {
             return false;
         }
-        // Nothing overtakes what waits of the same tenant, also while the queue is being read and a slot
-        // is free; work of others waits for slots of its own.
-        let behind = self.waiting.may_have(tenant);
-        let place = if behind { None } else { self.place(action, tenant) };
-        match place {
-            Some(place) => {
-                self.turns.took(tenant);
-                self.start(uid, tenant, place);
+        // No request overtakes queued requests of the same tenant, also during a scan with a free
+        // slot; requests of other tenants wait for their own slots.
+        let behind = self.backlog.may_contain(tenant);
+        let placement = if behind { None } else { self.find_placement(action, tenant) };
+        match placement {
+            Some(placement) => {
+                self.fair_queue.charge(tenant);
+                self.start(uid, tenant, placement);
                 true
             }
             None => {
-                self.waiting.note(tenant);
-                self.signal.look_at_all();
+                self.backlog.insert(tenant);
+                self.wakeup.request_scan();
                 false
             }
         }
     }
 
-    /// A hint that cancellation of a request was asked for.
+    /// Handles a hint that cancellation of a request was requested.
     pub(crate) fn signal_cancel(&self, uid: Uid, reason: &str) {
         if let Some(running) = self.running.lock().get(&uid) {
             running.handle.cancel(reason);
         }
     }
 
-    /// Dispatches until `shutdown`, then lets what runs end, within the drain timeout.
+    /// Dispatches until `shutdown`, then drains running attempts within the drain timeout.
     pub(crate) async fn run(self: &Arc<Self>, shutdown: CancellationToken) {
-        // At once, whatever is being done when it comes.
+        // In a separate task, so that it takes effect while the loop below is busy.
         let stopping = self.stopping.clone();
-        let told = shutdown.clone();
-        let _stops = AbortOnDropHandle::new(tokio::spawn(async move {
-            told.cancelled().await;
+        let stop_requested = shutdown.clone();
+        let _stopper = AbortOnDropHandle::new(tokio::spawn(async move {
+            stop_requested.cancelled().await;
             stopping.cancel();
         }));
-        let telling = self.follow_trigger(shutdown.clone());
-        let keeping = CancellationToken::new();
-        let keeper = tokio::spawn(self.clone().keep_leases(keeping.clone()));
+        let notifications = self.follow_queue_trigger(shutdown.clone());
+        let stop_renewal = CancellationToken::new();
+        let lease_renewal = tokio::spawn(self.clone().renew_leases_until(stop_renewal.clone()));
         let mut polls = interval(self.options.poll_interval);
         polls.set_missed_tick_behavior(MissedTickBehavior::Delay);
-        let mut measured: Option<Instant> = None;
-        let mut looked_at = Instant::now();
+        let mut last_measured: Option<Instant> = None;
+        let mut last_scan = Instant::now();
         loop {
             let delay = self.until_next_due();
             tokio::select! {
                 () = shutdown.cancelled() => break,
-                () = self.signal.wanted() => {}
-                () = tokio::time::sleep(delay) => self.signal.note_backlog(),
+                () = self.wakeup.notified() => {}
+                () = tokio::time::sleep(delay) => self.wakeup.mark_scan_pending(),
                 _ = polls.tick() => {
-                    if self.options.poll_queue || looked_at.elapsed() >= SLOW_POLL {
-                        looked_at = Instant::now();
-                        self.signal.note_backlog();
+                    if self.options.poll_queue || last_scan.elapsed() >= FALLBACK_SCAN_INTERVAL {
+                        last_scan = Instant::now();
+                        self.wakeup.mark_scan_pending();
                     }
-                    self.take_over_expired().await;
+                    self.recover_expired_leases().await;
                     self.fail_overdue().await;
-                    if measured.is_none_or(|at| at.elapsed() >= MEASURE_INTERVAL) {
-                        measured = Some(Instant::now());
+                    if last_measured.is_none_or(|at| at.elapsed() >= MEASURE_INTERVAL) {
+                        last_measured = Some(Instant::now());
                         self.measure_queue().await;
                     }
                 }
             }
             if let Err(error) = self.dispatch().await {
-                tracing::warn!(%error, "could not read the queue");
+                tracing::warn!(%error, "scanning the queue failed");
             }
         }
-        drop(telling);
+        drop(notifications);
         self.stop().await;
-        keeping.cancel();
-        if let Err(error) = keeper.await {
-            tracing::error!(%error, "the lease keeper failed");
+        stop_renewal.cancel();
+        if let Err(error) = lease_renewal.await {
+            tracing::error!(%error, "the lease renewal task failed");
         }
     }
 
-    /// Listens to whoever else tells of requests that wait.
-    fn follow_trigger(
+    /// Follows the store's notifications of queued requests.
+    fn follow_queue_trigger(
         self: &Arc<Self>,
         shutdown: CancellationToken,
     ) -> Option<AbortOnDropHandle<()>> {
         let trigger = self.store.queue_trigger()?;
         let dispatcher = self.clone();
-        let told = Arc::new(move |waiting: WaitingRequest| {
-            let WaitingRequest { uid, action, tenant, not_before } = waiting;
-            dispatcher.wake(uid, &action, &tenant, Some(not_before));
+        let on_queued = Arc::new(move |request: WaitingRequest| {
+            let WaitingRequest { uid, action, tenant, not_before } = request;
+            dispatcher.notify_queued(uid, &action, &tenant, Some(not_before));
         });
         let (name, clock) = (self.name.clone(), self.environment.clock.clone());
-        let following = trigger.follow(name, clock, told, shutdown);
+        let following = trigger.follow(name, clock, on_queued, shutdown);
         Some(AbortOnDropHandle::new(tokio::spawn(following)))
     }
 
-    /// Lets what runs here end, and hands back what does not in time. What workers run is left to
-    /// them: they connect elsewhere, or here again, and go on.
+    /// Drains running attempts, and releases those that do not finish in time. Attempts on workers
+    /// continue: the workers reconnect to this or another processor.
     async fn stop(&self) {
         self.stopping.cancel();
         self.tasks.close();
         let deadline = self.now().plus(self.options.drain_timeout);
         let until = Instant::now() + self.options.drain_timeout;
-        // Sync calls end with the streams of the workers that answer them, so those come last.
+        // Sync calls end with the streams of their workers, so those streams close last.
         self.actions.workers.drain(deadline, |worker| !worker.answers_calls());
         self.calls.close();
         if timeout_at(until, self.calls.wait()).await.is_err() {
-            tracing::warn!("stopping with calls that workers have not answered in time");
+            tracing::warn!("drain timed out with sync calls in progress");
         }
         self.actions.workers.drain(deadline, |_| true);
-        self.leave_to_workers();
+        self.detach_remote_attempts();
         if timeout_at(until, self.tasks.wait()).await.is_ok() {
             return;
         }
         for running in self.running.lock().values() {
-            running.handle.release("the processor stops");
+            running.handle.release("the processor is shutting down");
         }
         if timeout(RELEASE_TIMEOUT, self.tasks.wait()).await.is_err() {
             let left = self.running.lock().len();
-            tracing::warn!(left, "stopping with attempts still running; their leases will run out");
+            tracing::warn!(left, "drain timed out with running attempts; their leases will expire");
         }
     }
 
-    /// What workers run is theirs to bring along; what they have not been given is handed back.
-    fn leave_to_workers(&self) {
+    /// Leaves running attempts to their workers, which resume them on another processor; releases
+    /// those that were not assigned yet.
+    fn detach_remote_attempts(&self) {
         for running in self.running.lock().values().filter(|running| running.remote) {
             if running.attempt == 0 {
-                running.handle.release("the processor stops");
+                running.handle.release("the processor is shutting down");
             } else {
-                running.handle.lose();
+                running.handle.fence();
             }
         }
     }
 
-    /// What this worker has brought along it may bring elsewhere.
-    pub(crate) fn leave_to(&self, worker: &Worker) {
+    /// Leaves this worker's resumed attempts to it, to be resumed on another processor.
+    pub(crate) fn detach_attempts_of(&self, worker: &WorkerSession) {
         let tasks = worker.tasks();
         let running = self.running.lock();
         for running in tasks.iter().filter_map(|task| running.get(&task.uid)) {
-            running.handle.lose();
+            running.handle.fence();
         }
     }
 
@@ -369,51 +376,57 @@ impl Dispatcher {
         self.stopping.is_cancelled()
     }
 
-    /// What holds up the end of workers' streams while one of them answers a call; `None` once they end.
-    pub(crate) fn call(&self) -> Option<TaskTrackerToken> {
+    /// Returns a token that keeps workers' streams open during a call; `None` once the processor is
+    /// stopping.
+    pub(crate) fn track_call(&self) -> Option<TaskTrackerToken> {
         let call = self.calls.token();
         (!self.is_stopping()).then_some(call)
     }
 
-    /// Once the processor takes on nothing more.
+    /// Waits until the processor is stopping.
     pub(crate) fn stopped(&self) -> WaitForCancellationFutureOwned {
         self.stopping.clone().cancelled_owned()
     }
 
-    /// Room for one attempt of this action for this tenant, if there is.
-    fn place(&self, action: &str, tenant: &str) -> Option<Place> {
+    /// Returns a placement for one attempt of this action and tenant, if one is available.
+    fn find_placement(&self, action: &str, tenant: &str) -> Option<Placement> {
         let declared = self.actions.find(action, tenant)?;
-        let slot = self.slots.take(&declared, tenant)?;
+        let permit = self.limiter.try_acquire(&declared, tenant)?;
         let runner = self.actions.runner(action, tenant)?;
-        Some(Place { slot, declared, runner })
+        Some(Placement { permit, declared, runner })
     }
 
-    /// Claims a request and runs the attempt, in a task of its own.
-    fn start(self: &Arc<Self>, uid: Uid, tenant: &str, place: Place) {
+    /// Claims a request and runs the attempt, in a separate task.
+    fn start(self: &Arc<Self>, uid: Uid, tenant: &str, placement: Placement) {
         let handle = Arc::new(AttemptHandle::default());
-        let remote = matches!(place.runner, Runner::Remote(_));
-        if !self.enter(
+        let remote = matches!(placement.runner, Runner::Remote(_));
+        if !self.register(
             uid,
-            Running { attempt: 0, tenant: tenant.to_owned(), handle: handle.clone(), remote },
+            RunningAttempt {
+                attempt: 0,
+                tenant: tenant.to_owned(),
+                handle: handle.clone(),
+                remote,
+            },
         ) {
             return;
         }
-        let Place { slot, declared, runner } = place;
+        let Placement { permit, declared, runner } = placement;
         let spec = declared.spec;
-        let started = Started { dispatcher: self.clone(), uid, slot: Some(slot) };
+        let guard = RunningGuard { dispatcher: self.clone(), uid, permit: Some(permit) };
         // Boxed, because tokio copies a task several times on its way to the heap.
         self.tasks.spawn(Box::pin(async move {
-            started.dispatcher.claim_and_run(uid, spec, runner, handle).await;
+            guard.dispatcher.claim_and_run(uid, spec, runner, handle).await;
         }));
     }
 
-    /// Notes that an attempt of this request runs here, unless one does.
-    fn enter(&self, uid: Uid, running: Running) -> bool {
-        let mut all = self.running.lock();
-        if all.contains_key(&uid) {
+    /// Registers the running attempt of a request; returns false if it has one already.
+    fn register(&self, uid: Uid, running: RunningAttempt) -> bool {
+        let mut running_attempts = self.running.lock();
+        if running_attempts.contains_key(&uid) {
             return false;
         }
-        all.insert(uid, running);
+        running_attempts.insert(uid, running);
         true
     }
 
@@ -424,36 +437,37 @@ impl Dispatcher {
                 let age = stats.oldest_due.map_or(Duration::ZERO, |due| self.now().since(due));
                 self.metrics.queue_age_ms.set(i64::try_from(age.as_millis()).unwrap_or(i64::MAX));
             }
-            Err(error) => tracing::warn!(%error, "could not measure the queue"),
+            Err(error) => tracing::warn!(%error, "measuring the queue failed"),
         }
     }
 
-    fn note_due(&self, at: Timestamp) {
+    fn record_due(&self, at: Timestamp) {
         let mut next_due = self.next_due.lock();
-        if next_due.is_none_or(|known| at < known) {
+        if next_due.is_none_or(|due| at < due) {
             *next_due = Some(at);
-            self.signal.wake();
+            self.wakeup.notify();
         }
     }
 
     fn until_next_due(&self) -> Duration {
-        // Without a known one the poll comes first anyway.
+        // If none is known, the poll timer fires first.
         let next_due = *self.next_due.lock();
         next_due.map_or(self.options.poll_interval * 2, |due| due.since(self.now()))
     }
 }
 
-/// A started request; gives its slot back and looks for the next one when it ends.
-struct Started {
+/// Entry of a running attempt; when dropped, removes it, releases the permit and wakes the
+/// dispatcher.
+struct RunningGuard {
     dispatcher: Arc<Dispatcher>,
     uid: Uid,
-    slot: Option<Slot>,
+    permit: Option<ConcurrencyPermit>,
 }
 
-impl Drop for Started {
+impl Drop for RunningGuard {
     fn drop(&mut self) {
         self.dispatcher.running.lock().remove(&self.uid);
-        drop(self.slot.take());
-        self.dispatcher.signal.room();
+        drop(self.permit.take());
+        self.dispatcher.wakeup.slot_freed();
     }
 }

@@ -25,22 +25,22 @@ use tonic::{Request, Response, Status, metadata::MetadataValue};
 use crate::{
     ProcessorOptions,
     actions::{Actions, Runner},
-    attempt::{handler_span, note_failure},
+    attempt::{handler_span, record_failure},
+    concurrency_limiter::ConcurrencyLimiter,
     dispatcher::Dispatcher,
     metrics::ProcessorMetrics,
-    remote::{Assignment, RemoteHandler},
+    remote_handler::{Assignment, RemoteHandler},
     remote_task::RemoteTask,
-    slots::Slots,
-    workers::Seat,
+    worker_pool::WorkerSlotPermit,
 };
 
-/// Bytes of one message of a list of actions, unless a single action is larger.
-const PIECE_BYTES: usize = 256 * 1024;
-/// When to come again while all sync slots are taken: sync actions are short.
+/// Maximum bytes of one message of the action list, unless a single action is larger.
+const MAX_LIST_MESSAGE_BYTES: usize = 256 * 1024;
+/// Retry delay while all sync slots are in use: sync actions are short.
 const SYNC_RETRY_AFTER: Duration = Duration::from_millis(100);
 
-/// A call that a worker runs, in this slot of its.
-type InWorker = (Arc<RemoteHandler>, Seat);
+/// A call that a worker executes, with the worker's slot.
+type RemoteCall = (Arc<RemoteHandler>, WorkerSlotPermit);
 
 /// Serves routers.
 pub struct ExecutionApi {
@@ -49,7 +49,7 @@ pub struct ExecutionApi {
     authenticator: Arc<Authenticator>,
     metrics: ProcessorMetrics,
     options: ProcessorOptions,
-    sync_slots: Arc<Slots>,
+    sync_limiter: Arc<ConcurrencyLimiter>,
 }
 
 impl ExecutionApi {
@@ -61,8 +61,8 @@ impl ExecutionApi {
         options: ProcessorOptions,
     ) -> Self {
         let total = u32::try_from(options.max_concurrent_sync).unwrap_or(u32::MAX);
-        let sync_slots = Arc::new(Slots::new(total, options.tenant_share));
-        Self { dispatcher, actions, authenticator, metrics, options, sync_slots }
+        let sync_limiter = Arc::new(ConcurrencyLimiter::new(total, options.tenant_share));
+        Self { dispatcher, actions, authenticator, metrics, options, sync_limiter }
     }
 
     async fn execute_now(&self, request: Request<ExecuteRequest>) -> Result<bytes::Bytes, Status> {
@@ -70,20 +70,22 @@ impl ExecutionApi {
         let request = request.into_inner();
         let declared = self.actions.find(&request.action, &caller.principal.tenant);
         let Some(declared) = declared else {
-            let message = format!("nobody runs {:?} at present", request.action);
-            return Err(not_taken(refusal(ErrorCode::Unavailable, message)));
+            let message =
+                format!("no handler or worker is available for action {:?}", request.action);
+            return Err(not_admitted(error_status(ErrorCode::Unavailable, message)));
         };
-        let Some(_slot) = self.sync_slots.take(&declared, &caller.principal.tenant) else {
-            return Err(not_taken(status(&RequestError::limited(
+        let Some(_permit) = self.sync_limiter.try_acquire(&declared, &caller.principal.tenant)
+        else {
+            return Err(not_admitted(status(&RequestError::limited(
                 "execution.max_concurrent_sync, execution.tenant_share_percent, max_concurrency",
-                "too many sync actions run at once",
+                "too many concurrent sync actions",
                 Some(SYNC_RETRY_AFTER),
             ))));
         };
         let spec = declared.spec;
         let limit = spec.start_to_close.unwrap_or(self.options.sync_timeout);
         let cancellation = CancellationToken::new();
-        // A handler that runs on after its time, on another task, learns that nobody waits.
+        // Notifies a handler that still runs on another task after the timeout.
         let _cancelled_on_drop = cancellation.clone().drop_guard();
         let (content_type, payload) = payload_into_parts(request.payload);
         let scope = if is_sampled() {
@@ -106,18 +108,21 @@ impl ExecutionApi {
                 trace_state: trace.as_ref().and_then(TraceContext::trace_state),
                 deadline: Some(self.dispatcher.now().plus(limit)),
             },
-            // A sync action has no log: what it reports beside its result goes nowhere.
+            // A sync action has no log: its reports are discarded.
             Arc::new(ReportQueue::discarding()),
             cancellation,
             self.options.limits,
             None,
         );
-        let (handler, remote) = self.handler(&spec, &context)?;
-        // Only those that workers answer depend on anything but their own connection.
+        let (handler, remote) = self.select_handler(&spec, &context)?;
+        // Calls that workers execute also depend on the worker's stream.
         let _call = match &remote {
             None => None,
-            Some(_) => Some(self.dispatcher.call().ok_or_else(|| {
-                not_taken(refusal(ErrorCode::Unavailable, "the processor stops".into()))
+            Some(_) => Some(self.dispatcher.track_call().ok_or_else(|| {
+                not_admitted(error_status(
+                    ErrorCode::Unavailable,
+                    "the processor is shutting down".into(),
+                ))
             })?),
         };
         let running = AssertUnwindSafe(handler.run(&context, payload)).catch_unwind();
@@ -125,57 +130,60 @@ impl ExecutionApi {
         let running = running.in_scope(scope);
         let ended = timeout(limit, running).await;
         if let (Ok(_), Some((remote, _))) = (&ended, &remote) {
-            remote.ended();
+            remote.send_ended();
         }
         if let Ok(Ok(ended)) = &ended {
-            note_failure(&span, ended);
+            record_failure(&span, ended);
         }
         drop(span);
         let result = match ended {
             Ok(Ok(Ok(result))) => result,
             Ok(Ok(Err(error))) => return Err(status(&error.into_request_error())),
             Ok(Err(_)) => {
-                tracing::error!(action = spec.name, "a handler panicked");
-                return Err(refusal(ErrorCode::ProcessingFailed, "the handler panicked".into()));
+                tracing::error!(action = spec.name, "handler panicked");
+                return Err(error_status(
+                    ErrorCode::ProcessingFailed,
+                    "the handler panicked".into(),
+                ));
             }
             Err(_) => {
-                let message = format!("it took longer than {} ms", limit.as_millis());
-                return Err(refusal(ErrorCode::Timeout, message));
+                let message = format!("the action took longer than {} ms", limit.as_millis());
+                return Err(error_status(ErrorCode::Timeout, message));
             }
         };
         let checked = self.options.limits.check_result(result.len());
-        checked.map_err(|rule| refusal(ErrorCode::ProcessingFailed, rule))?;
+        checked.map_err(|rule| error_status(ErrorCode::ProcessingFailed, rule))?;
         Ok(result)
     }
 }
 
 impl ExecutionApi {
-    /// Whoever runs this call, with the worker's slot if it is one.
-    fn handler(
+    /// Returns the handler for this call, with the worker's slot if it is remote.
+    fn select_handler(
         &self,
         spec: &Arc<ActionSpec>,
         context: &Context,
-    ) -> Result<(Arc<dyn DynHandler>, Option<InWorker>), Status> {
+    ) -> Result<(Arc<dyn DynHandler>, Option<RemoteCall>), Status> {
         match self.actions.runner(&spec.name, context.tenant()) {
             Some(Runner::Local(handler)) => Ok((handler, None)),
-            Some(Runner::Remote(seat)) => {
+            Some(Runner::Remote(permit)) => {
                 let budget = self.dispatcher.output_budget();
                 let task = RemoteTask::sync(context.uid(), &spec.name, context.tenant(), budget);
                 let remote = Arc::new(RemoteHandler::new(
-                    seat.worker.clone(),
+                    permit.worker.clone(),
                     spec.clone(),
                     task,
                     Some(Assignment { sync: true }),
                     None,
                     Duration::ZERO,
                 ));
-                Ok((remote.clone(), Some((remote, seat))))
+                Ok((remote.clone(), Some((remote, permit))))
             }
             None if self.actions.slots(&spec.name, context.tenant(), u32::MAX) == 0 => {
-                let message = format!("no worker offers {:?} at present", spec.name);
-                Err(not_taken(refusal(ErrorCode::Unavailable, message)))
+                let message = format!("no worker is available for action {:?}", spec.name);
+                Err(not_admitted(error_status(ErrorCode::Unavailable, message)))
             }
-            None => Err(not_taken(status(&RequestError::limited(
+            None => Err(not_admitted(status(&RequestError::limited(
                 "worker slots",
                 "all workers are busy",
                 Some(SYNC_RETRY_AFTER),
@@ -206,13 +214,14 @@ impl ExecutionService for ExecutionApi {
         let request = request.into_inner();
         let not_before = request.not_before.map(|at| Timestamp::from_millis(millis(&at)));
         let uid = parse_uid(&request.uid)?;
-        let outlook = self.dispatcher.wake(uid, &request.action, &request.tenant_id, not_before);
+        let estimate =
+            self.dispatcher.notify_queued(uid, &request.action, &request.tenant_id, not_before);
         Ok(Response::new(WakeResponse {
-            started: outlook.started,
-            slots: i32::try_from(outlook.slots).unwrap_or(i32::MAX),
-            usual_run_ms: outlook
-                .usual_run
-                .map(|usual| i64::try_from(usual.as_millis()).unwrap_or(i64::MAX)),
+            started: estimate.started,
+            slots: i32::try_from(estimate.slots).unwrap_or(i32::MAX),
+            usual_run_ms: estimate
+                .mean_run_duration
+                .map(|mean| i64::try_from(mean.as_millis()).unwrap_or(i64::MAX)),
         }))
     }
 
@@ -238,48 +247,50 @@ impl ExecutionService for ExecutionApi {
         &self,
         _: Request<WatchActionsRequest>,
     ) -> Result<Response<Self::WatchActionsStream>, Status> {
-        // An incomplete list would have requests refused for actions that are known.
+        // An incomplete list would make routers refuse requests for declared actions.
         self.actions.loaded().await;
         let actions = self.actions.clone();
-        let changes = WatchStream::new(self.actions.workers.changes());
-        // Routers that follow must not hold up the processor when it stops.
+        let changes = WatchStream::new(self.actions.workers.subscribe_changes());
+        // Routers that watch must not delay the shutdown.
         let lists = changes
-            .flat_map(move |_| tokio_stream::iter(pieces(actions.list())))
+            .flat_map(move |_| tokio_stream::iter(split_list(actions.list())))
             .take_until(self.dispatcher.stopped());
         Ok(Response::new(Box::pin(lists)))
     }
 }
 
-/// A list in messages of bounded size: declarations can be large, and many.
-fn pieces(actions: Vec<OfferedAction>) -> Vec<Result<WatchActionsResponse, Status>> {
-    let mut pieces = vec![WatchActionsResponse::default()];
+/// Splits a list into messages of bounded size: declarations can be large and numerous.
+fn split_list(actions: Vec<OfferedAction>) -> Vec<Result<WatchActionsResponse, Status>> {
+    let mut messages = vec![WatchActionsResponse::default()];
     let mut bytes = 0;
     for action in actions {
         bytes += action.encoded_len();
-        if bytes > PIECE_BYTES && pieces.last().is_some_and(|piece| !piece.actions.is_empty()) {
+        if bytes > MAX_LIST_MESSAGE_BYTES
+            && messages.last().is_some_and(|message| !message.actions.is_empty())
+        {
             bytes = action.encoded_len();
-            pieces.push(WatchActionsResponse::default());
+            messages.push(WatchActionsResponse::default());
         }
-        if let Some(piece) = pieces.last_mut() {
-            piece.actions.push(action);
+        if let Some(message) = messages.last_mut() {
+            message.actions.push(action);
         }
     }
-    let last = pieces.len() - 1;
-    pieces.iter_mut().take(last).for_each(|piece| piece.more = true);
-    pieces.into_iter().map(Ok).collect()
+    let last = messages.len() - 1;
+    messages.iter_mut().take(last).for_each(|message| message.more = true);
+    messages.into_iter().map(Ok).collect()
 }
 
 fn parse_uid(bytes: &[u8]) -> Result<Uid, Status> {
     Uid::from_slice(bytes)
-        .ok_or_else(|| refusal(ErrorCode::ValidationError, "uid must be 16 bytes".into()))
+        .ok_or_else(|| error_status(ErrorCode::ValidationError, "uid must be 16 bytes".into()))
 }
 
-/// Marks a refusal before anything was begun.
-fn not_taken(mut status: Status) -> Status {
+/// Marks an error that occurred before the call was admitted.
+fn not_admitted(mut status: Status) -> Status {
     status.metadata_mut().insert(NOT_TAKEN, MetadataValue::from_static("1"));
     status
 }
 
-fn refusal(code: ErrorCode, message: String) -> Status {
+fn error_status(code: ErrorCode, message: String) -> Status {
     status(&RequestError::new(code, message))
 }

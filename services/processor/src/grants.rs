@@ -1,10 +1,10 @@
-//! What a token lets a worker run.
+//! Actions that a token allows a worker to run.
 
 use std::collections::{BTreeSet, HashMap};
 
 use streamer_auth::Principal;
 
-/// Which actions of which tenants a token allows: permissions `worker:<action>` (of the token's own
+/// Actions and tenants that a token allows: permissions `worker:<action>` (of the token's own
 /// tenant), `worker:<action>@<tenant>` and `worker:<action>@*`; `*` stands for every action.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub(crate) struct Grants {
@@ -12,7 +12,7 @@ pub(crate) struct Grants {
     by_action: HashMap<String, Tenants>,
 }
 
-/// For whom an action may be run. A wildcard is not a name: no tenant can be called like it.
+/// Tenants for which an action may be run. A wildcard is not a name: no tenant has it as its name.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 struct Tenants {
     all: bool,
@@ -30,10 +30,10 @@ impl Tenants {
 }
 
 impl Grants {
-    pub(crate) fn of(principal: &Principal) -> Self {
+    pub(crate) fn from_principal(principal: &Principal) -> Self {
         let mut grants = Self::default();
         for permission in &principal.permissions {
-            // `*` is everything, in the token's own tenant.
+            // `*` grants everything, in the token's own tenant.
             let grant = match permission.as_str() {
                 "*" => "*",
                 other => match other.strip_prefix("worker:") {
@@ -41,7 +41,7 @@ impl Grants {
                     None => continue,
                 },
             };
-            // No name of an action contains `@`; one of a tenant may.
+            // No action name contains `@`; a tenant's name may.
             let (action, tenant) = match grant.split_once('@') {
                 Some((action, tenant)) => (action, Some(tenant)),
                 None => (grant, None),
@@ -52,7 +52,7 @@ impl Grants {
             };
             match tenant {
                 Some("*") => tenants.all = true,
-                // There is no such tenant.
+                // No tenant has an empty name.
                 Some("") => {}
                 Some(tenant) => drop(tenants.named.insert(tenant.to_owned())),
                 None => drop(tenants.named.insert(principal.tenant.clone())),
@@ -61,32 +61,32 @@ impl Grants {
         grants
     }
 
-    fn of_action(&self, action: &str) -> impl Iterator<Item = &Tenants> {
+    fn tenants_of(&self, action: &str) -> impl Iterator<Item = &Tenants> {
         self.by_action.get(action).into_iter().chain([&self.every_action])
     }
 
-    /// Whether it may run this action for any tenant.
-    pub(crate) fn names(&self, action: &str) -> bool {
-        self.of_action(action).any(|tenants| !tenants.is_empty())
+    /// Returns whether the worker may run this action for at least one tenant.
+    pub(crate) fn allows_any_tenant(&self, action: &str) -> bool {
+        self.tenants_of(action).any(|tenants| !tenants.is_empty())
     }
 
-    /// Whether it may run this action for every tenant.
-    pub(crate) fn is_for_all(&self, action: &str) -> bool {
-        self.of_action(action).any(|tenants| tenants.all)
+    /// Returns whether the worker may run this action for every tenant.
+    pub(crate) fn allows_all_tenants(&self, action: &str) -> bool {
+        self.tenants_of(action).any(|tenants| tenants.all)
     }
 
-    /// For which tenants it may run this action; `None` for all of them.
+    /// Returns the tenants for which the worker may run this action; `None` for all of them.
     pub(crate) fn tenants(&self, action: &str) -> Option<BTreeSet<&str>> {
-        if self.is_for_all(action) {
+        if self.allows_all_tenants(action) {
             return None;
         }
-        let named = self.of_action(action).flat_map(|tenants| &tenants.named);
+        let named = self.tenants_of(action).flat_map(|tenants| &tenants.named);
         Some(named.map(String::as_str).collect())
     }
 
-    /// Whether it may run this action for this tenant.
-    pub(crate) fn allow(&self, action: &str, tenant: &str) -> bool {
-        self.of_action(action).any(|tenants| tenants.contains(tenant))
+    /// Returns whether the worker may run this action for this tenant.
+    pub(crate) fn allows(&self, action: &str, tenant: &str) -> bool {
+        self.tenants_of(action).any(|tenants| tenants.contains(tenant))
     }
 }
 
@@ -97,7 +97,7 @@ mod tests {
     use super::*;
 
     fn grants_in(tenant: &str, permissions: &[&str]) -> Grants {
-        Grants::of(&Principal {
+        Grants::from_principal(&Principal {
             tenant: tenant.into(),
             user: "worker".into(),
             permissions: permissions.iter().map(ToString::to_string).collect(),
@@ -112,40 +112,44 @@ mod tests {
     #[test]
     fn a_token_allows_named_actions_of_named_tenants_only() {
         let some = grants(&["worker:report", "worker:resize@other", "requests:read"]);
-        assert!(some.allow("report", "acme") && !some.allow("report", "other"));
-        assert!(some.allow("resize", "other") && !some.allow("resize", "acme"));
-        assert!(!some.names("echo") && !some.allow("echo", "acme"));
+        assert!(some.allows("report", "acme") && !some.allows("report", "other"));
+        assert!(some.allows("resize", "other") && !some.allows("resize", "acme"));
+        assert!(!some.allows_any_tenant("echo") && !some.allows("echo", "acme"));
     }
 
     #[test]
-    fn stars_stand_for_all() {
-        assert!(grants(&["worker:*"]).allow("any", "acme"));
-        assert!(!grants(&["worker:*"]).allow("any", "other"));
-        assert!(grants(&["worker:*@*"]).allow("any", "other"));
-        assert!(grants(&["worker:report@*"]).allow("report", "other"));
-        assert!(grants(&["*"]).allow("any", "acme") && !grants(&["*"]).allow("any", "other"));
-        assert!(!grants(&[]).names("any"));
+    fn wildcards_allow_every_action_or_tenant() {
+        assert!(grants(&["worker:*"]).allows("any", "acme"));
+        assert!(!grants(&["worker:*"]).allows("any", "other"));
+        assert!(grants(&["worker:*@*"]).allows("any", "other"));
+        assert!(grants(&["worker:report@*"]).allows("report", "other"));
+        assert!(grants(&["*"]).allows("any", "acme") && !grants(&["*"]).allows("any", "other"));
+        assert!(!grants(&[]).allows_any_tenant("any"));
     }
 
     #[test]
-    fn a_name_is_never_taken_for_a_wildcard_or_a_separator() {
+    fn names_are_not_parsed_as_wildcards_or_separators() {
         let names = ["*", "*@*", "acme", "acme@other", "@", "worker:*", "worker:x@*", ":", "a b"];
         for own in names {
             for permissions in [&["worker:*"][..], &["*"], &["worker:report"]] {
                 let grants = grants_in(own, permissions);
                 assert_eq!(grants.tenants("report"), Some(BTreeSet::from([own])), "{own:?}");
                 for tenant in names {
-                    assert_eq!(grants.allow("report", tenant), own == tenant, "{own:?} {tenant:?}");
+                    assert_eq!(
+                        grants.allows("report", tenant),
+                        own == tenant,
+                        "{own:?} {tenant:?}"
+                    );
                 }
             }
             let named = format!("worker:report@{own}");
             let grants = grants(&[&named]);
             for tenant in names {
                 let is_allowed = own == "*" || own == tenant;
-                assert_eq!(grants.allow("report", tenant), is_allowed, "{named:?} {tenant:?}");
+                assert_eq!(grants.allows("report", tenant), is_allowed, "{named:?} {tenant:?}");
             }
         }
         let no_tenant = grants(&["worker:report@"]);
-        assert!(!no_tenant.names("report") && !no_tenant.allow("report", ""));
+        assert!(!no_tenant.allows_any_tenant("report") && !no_tenant.allows("report", ""));
     }
 }

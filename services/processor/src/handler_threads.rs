@@ -1,27 +1,28 @@
-//! Threads for the handlers of this process. One that computes without a pause takes processor time from
-//! others, but never the threads that serve calls, renew leases and deliver events.
+//! Threads for the handlers of this process. A handler that computes without yielding slows down
+//! other handlers, but not the threads that serve calls, renew leases and deliver events.
 
 use std::io;
 
 use tokio::runtime::{Builder, Handle, Runtime};
 
-/// As many threads as there are processors. They end when this is dropped, each once its handler yields.
+/// As many threads as the machine has processors. They end when this is dropped, each once its
+/// handler yields.
 pub struct HandlerThreads {
     handle: Handle,
     runtime: Option<Runtime>,
 }
 
 impl HandlerThreads {
-    /// Starts them.
+    /// Starts the threads.
     ///
     /// # Errors
-    /// When the system cannot create them.
+    /// Fails if the system cannot create them.
     pub fn start() -> io::Result<Self> {
         let runtime = Builder::new_multi_thread().thread_name("handler").enable_all().build()?;
         Ok(Self { handle: runtime.handle().clone(), runtime: Some(runtime) })
     }
 
-    /// Where to spawn handlers.
+    /// Returns the runtime to spawn handlers on.
     pub(crate) fn handle(&self) -> Handle {
         self.handle.clone()
     }
@@ -30,7 +31,7 @@ impl HandlerThreads {
 impl Drop for HandlerThreads {
     fn drop(&mut self) {
         if let Some(runtime) = self.runtime.take() {
-            // Dropping it would block, which asynchronous code must not.
+            // Dropping the runtime would block, which is not allowed in async code.
             runtime.shutdown_background();
         }
     }

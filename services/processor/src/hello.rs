@@ -1,4 +1,4 @@
-//! The first message of a worker's stream: who it is, and what it offers.
+//! Validation of `hello`, the first message of a worker's stream.
 
 use streamer_auth::{Caller, Principal};
 use streamer_core::{ActionSpec, ErrorCode, Violations, validate};
@@ -11,27 +11,27 @@ use crate::{
     actions::Actions,
     grants::Grants,
     session_secret::{SECRET_BYTES, SessionSecret},
-    worker::Worker,
-    worker_service::{MAX_SLOTS, broken, refusal},
+    worker_service::{MAX_SLOTS, error_status, violation},
+    worker_session::WorkerSession,
 };
 
-/// Actions of one worker at most.
+/// Maximum number of actions of one worker.
 const MAX_ACTIONS: usize = 1000;
-/// Those, each for every tenant that the token names, at most.
-const MAX_DECLARED: usize = 10_000;
-/// Longest text with which a worker describes itself, in bytes.
+/// Maximum number of declarations: one per action and tenant that the token names.
+const MAX_DECLARATIONS: usize = 10_000;
+/// Maximum length of a text that describes the worker, in bytes.
 const MAX_TEXT_BYTES: usize = 128;
-/// Shown in place of a worker that gives itself no name to be shown.
-const UNNAMED: &str = "worker";
+/// Display name of a worker that sends none.
+const DEFAULT_DISPLAY_NAME: &str = "worker";
 
-/// The worker that this introduces, if it may come in. The schemas that it declares are checked after
-/// that, since that takes longer.
-pub(crate) fn introduce(
+/// Validates `hello` and returns the worker. The schemas that it declares are validated afterwards,
+/// since that takes longer.
+pub(crate) fn validate_hello(
     hello: &Hello,
     secret: &SessionSecret,
     caller: &Caller,
     offered: &Actions,
-) -> Result<Worker, Status> {
+) -> Result<WorkerSession, Status> {
     let mut violations = Violations::default();
     violations.check("hello.worker_id", validate::worker_id(&hello.worker_id));
     let texts =
@@ -42,16 +42,16 @@ pub(crate) fn introduce(
     }
     let slots = i64::from(hello.slots);
     violations.check("hello.slots", validate::in_range(slots, 0, MAX_SLOTS, ""));
-    let specs = declared(&hello.actions, offered, &mut violations);
+    let specs = parse_actions(&hello.actions, offered, &mut violations);
     if !violations.is_empty() {
         return Err(validation_status(&violations));
     }
-    let grants = Grants::of(&caller.principal);
+    let grants = Grants::from_principal(&caller.principal);
     for spec in &specs {
-        if !grants.names(&spec.name) {
-            return Err(refusal(
+        if !grants.allows_any_tenant(&spec.name) {
+            return Err(error_status(
                 ErrorCode::Forbidden,
-                format!("permission worker:{} is needed", spec.name),
+                format!("permission worker:{} is required", spec.name),
             ));
         }
     }
@@ -61,23 +61,28 @@ pub(crate) fn introduce(
     let assigned = AssignedWorker {
         identity: secret.identity(&principal),
         display_name: match hello.display_name.as_str() {
-            "" => UNNAMED.to_owned(),
+            "" => DEFAULT_DISPLAY_NAME.to_owned(),
             name => name.to_owned(),
         },
     };
-    let worker = Worker::new(hello.worker_id.clone(), principal, assigned, specs, grants, slots);
-    let declared = worker.declared().len();
-    if declared > MAX_DECLARED {
+    let worker =
+        WorkerSession::new(hello.worker_id.clone(), principal, assigned, specs, grants, slots);
+    let declared = worker.declarations().len();
+    if declared > MAX_DECLARATIONS {
         let rule = format!(
-            "must be at most {MAX_DECLARED} counting each for every tenant that the token is \
+            "must be at most {MAX_DECLARATIONS} counting each for every tenant that the token is \
              for, are {declared}"
         );
-        return Err(broken("hello.actions", &rule));
+        return Err(violation("hello.actions", &rule));
     }
     Ok(worker)
 }
 
-fn declared(actions: &[Action], offered: &Actions, violations: &mut Violations) -> Vec<ActionSpec> {
+fn parse_actions(
+    actions: &[Action],
+    offered: &Actions,
+    violations: &mut Violations,
+) -> Vec<ActionSpec> {
     if actions.is_empty() || actions.len() > MAX_ACTIONS {
         let rule = format!("must have 1 to {MAX_ACTIONS} entries, has {}", actions.len());
         violations.push("hello.actions", rule);
@@ -87,7 +92,7 @@ fn declared(actions: &[Action], offered: &Actions, violations: &mut Violations) 
         let field = format!("hello.actions[{index}]");
         let spec = action_from_proto(action, &field, violations);
         if offered.is_local(&spec.name) {
-            let rule = format!("{:?} is run by the processor itself", spec.name);
+            let rule = format!("{:?} is a built-in action of the processor", spec.name);
             violations.push(format!("{field}.name"), rule);
         }
         if specs.iter().any(|earlier| earlier.name == spec.name) {
@@ -98,16 +103,19 @@ fn declared(actions: &[Action], offered: &Actions, violations: &mut Violations) 
     specs
 }
 
-/// The secret that it repeats, or a new one on its first stream.
-pub(crate) fn secret_of(hello: &Hello) -> Result<SessionSecret, Status> {
+/// Returns the secret that the worker repeats, or a new one on its first stream.
+pub(crate) fn session_secret(hello: &Hello) -> Result<SessionSecret, Status> {
     if hello.session_secret.is_empty() {
         return SessionSecret::generate().map_err(|error| {
-            tracing::error!(%error, "no random bytes for a worker's secret");
-            refusal(ErrorCode::InternalError, "the processor has no random bytes".into())
+            tracing::error!(%error, "generating a session secret failed");
+            error_status(
+                ErrorCode::InternalError,
+                "the processor cannot generate random bytes".into(),
+            )
         });
     }
-    SessionSecret::repeated(&hello.session_secret).ok_or_else(|| {
+    SessionSecret::from_bytes(&hello.session_secret).ok_or_else(|| {
         let length = hello.session_secret.len();
-        broken("hello.session_secret", &format!("must have {SECRET_BYTES} bytes, has {length}"))
+        violation("hello.session_secret", &format!("must have {SECRET_BYTES} bytes, has {length}"))
     })
 }

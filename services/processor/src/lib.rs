@@ -1,37 +1,38 @@
-//! Execution: claim, lease, dispatch to handlers, retry, time out.
+//! Execution service: claims and leases requests, runs handlers, retries attempts and enforces time
+//! limits.
 //!
-//! Sync actions run at once, for the router that calls. Async requests are claimed from the store,
-//! which makes their attempt number the fencing token for everything they report; what they
-//! report goes to the progress service. Hints from the router start a claim at once, a slow poll
-//! finds whatever hints did not reach. A lease that is not renewed in time is taken over by
-//! whoever finds it.
+//! Sync actions run immediately, within the router's call. Async requests are claimed from the
+//! store; the claim assigns the attempt number, which is the fencing token of everything that the
+//! attempt reports to the progress service. A hint from the router triggers a claim immediately; a
+//! slow poll finds requests whose hint was lost. A lease that is not renewed in time is recovered
+//! by the first processor that finds it.
 
 mod actions;
 mod attempt;
+mod backlog;
+mod concurrency_limiter;
 mod dispatcher;
-mod durations;
+mod event_log_client;
 mod execution_service;
-mod fair;
+mod fair_queue;
 mod grants;
 mod handler_threads;
 mod hello;
-mod history;
-mod log_client;
-mod mailbox;
+mod lease_recovery;
 mod metrics;
 mod outcome;
-mod remote;
+mod quarantine;
+mod remote_handler;
 mod remote_task;
+mod report_buffer;
+mod request_history;
+mod runtime_estimates;
 mod schema_checks;
 mod session_secret;
-mod set_aside;
-mod signal;
-mod slots;
-mod takeover;
-mod waiting;
-mod worker;
+mod wakeup;
+mod worker_pool;
 mod worker_service;
-mod workers;
+mod worker_session;
 
 use std::{sync::Arc, time::Duration};
 
@@ -51,82 +52,82 @@ use tokio_util::{sync::CancellationToken, task::AbortOnDropHandle};
 pub use handler_threads::HandlerThreads;
 
 use crate::{
-    actions::Actions, dispatcher::Dispatcher, execution_service::ExecutionApi,
-    history::StoredHistory, log_client::LogClient, metrics::ProcessorMetrics, signal::Signal,
-    worker_service::WorkerApi, workers::Workers,
+    actions::Actions, dispatcher::Dispatcher, event_log_client::EventLogClient,
+    execution_service::ExecutionApi, metrics::ProcessorMetrics, request_history::StoredHistory,
+    wakeup::Wakeup, worker_pool::WorkerPool, worker_service::WorkerApi,
 };
 
-/// What the operator sets.
+/// Settings of the operator.
 #[derive(Clone, Copy, Debug)]
 pub struct ProcessorOptions {
-    /// Async attempts that run at once at most.
+    /// Maximum number of async attempts that run concurrently.
     pub max_concurrent_attempts: u32,
-    /// Percent of those, and of the slots of all workers, that one tenant gets at most.
+    /// Maximum percentage of those, and of the slots of all workers, that one tenant uses.
     pub tenant_share: u32,
-    /// Sync actions that run at once at most.
+    /// Maximum number of sync actions that run concurrently.
     pub max_concurrent_sync: usize,
-    /// Longest run of a sync action that sets no limit of its own.
+    /// Timeout of a sync action that declares none.
     pub sync_timeout: Duration,
-    /// How long a lease lasts unless renewed.
+    /// Duration of a lease; it expires unless renewed.
     pub lease: Duration,
-    /// How long a handler may go on after cancellation was asked for.
+    /// Time that a handler has to finish after cancellation is requested.
     pub cancel_grace: Duration,
-    /// How often the store is asked for work that no hint told of.
+    /// Interval between polls of the store for requests whose hint was lost.
     pub poll_interval: Duration,
-    /// How long running attempts may go on when the processor stops.
+    /// Time that running attempts have to finish when the processor stops.
     pub drain_timeout: Duration,
-    /// Bytes of reports and results that are not stored yet, over all attempts.
+    /// Maximum bytes of reports and results that are not durable yet, over all attempts.
     pub max_buffered_output_bytes: usize,
-    /// Sizes that bound payloads, results and chunks.
+    /// Limits of payloads, results and chunks.
     pub limits: Limits,
-    /// Actions faster than this are sync.
+    /// Actions that take less than this are sync.
     pub sync_threshold: Duration,
-    /// Whether the queue is looked at again and again, also when nobody told of anything.
+    /// Whether the queue is scanned at every poll, also without a hint.
     pub poll_queue: bool,
-    /// Whether others work on the same store: they are told what this one can run, for the time
-    /// when it is gone.
+    /// Whether other processors share the store: the actions of this one are then saved for the
+    /// time when it is unavailable.
     pub shared: bool,
 }
 
-/// What the processor needs.
+/// Dependencies of the processor.
 pub struct Dependencies {
-    /// Where requests wait.
+    /// Store of the request queue.
     pub store: Arc<dyn Store>,
-    /// For timestamps.
+    /// Clock for timestamps.
     pub clock: Arc<dyn Clock>,
-    /// Verifies the tokens of those who ask for sync actions, and of workers.
+    /// Verifies the tokens of callers of sync actions, and of workers.
     pub authenticator: Arc<Authenticator>,
-    /// The same, in front of gRPC services, with the audit log.
+    /// Authentication layer of gRPC services, with the audit log.
     pub auth: AuthLayer,
-    /// What it can run.
+    /// Handlers that run in this process.
     pub handlers: Handlers,
-    /// Where it runs those.
+    /// Threads that those run on.
     pub handler_threads: HandlerThreads,
-    /// To the progress service.
+    /// Channel to the progress service.
     pub progress: Channel,
-    /// Where metrics go.
+    /// Metrics registry.
     pub metrics: Metrics,
-    /// Where traces go.
+    /// Tracing.
     pub traces: Traces,
-    /// What the operator sets.
+    /// Settings of the operator.
     pub options: ProcessorOptions,
 }
 
-/// The processor, ready to be served.
+/// The processor service, ready to be served.
 pub struct Processor {
-    /// For the router: `streamer.internal.v1`.
+    /// Internal service for routers: `streamer.internal.v1`.
     pub internal: ExecutionServiceServer<ExecutionApi>,
-    /// For workers.
+    /// Public service for workers.
     pub workers: AuthService<WorkerServiceServer<WorkerApi>>,
     dispatcher: Arc<Dispatcher>,
-    /// They live as long as this.
+    /// Handlers run on these until the processor is dropped.
     _handler_threads: HandlerThreads,
-    registry: Arc<Workers>,
+    worker_pool: Arc<WorkerPool>,
     sweep_interval: Duration,
 }
 
 impl Processor {
-    /// Wires the service.
+    /// Builds the service.
     #[must_use]
     pub fn build(dependencies: Dependencies) -> Self {
         let Dependencies {
@@ -144,9 +145,10 @@ impl Processor {
         let metrics = ProcessorMetrics::new(&metrics);
         let max_message_bytes = options.limits.max_message_bytes();
         let name = name(clock.now());
-        let signal = Arc::new(Signal::default());
-        let registry = Arc::new(Workers::new(signal.clone(), options.lease, options.tenant_share));
-        let actions = Arc::new(Actions::new(handlers, registry.clone(), options.sync_threshold));
+        let wakeup = Arc::new(Wakeup::default());
+        let worker_pool =
+            Arc::new(WorkerPool::new(wakeup.clone(), options.lease, options.tenant_share));
+        let actions = Arc::new(Actions::new(handlers, worker_pool.clone(), options.sync_threshold));
         let output_budget = OutputBudget::new(options.max_buffered_output_bytes);
         metrics.watch_output(&output_budget, options.max_buffered_output_bytes);
         let dispatcher = Arc::new(Dispatcher::new(dispatcher::Parts {
@@ -155,8 +157,8 @@ impl Processor {
             store,
             clock: clock.clone(),
             actions: actions.clone(),
-            signal,
-            log: LogClient::new(progress, options.limits.max_batch_bytes()),
+            wakeup,
+            log: EventLogClient::new(progress, options.limits.max_batch_bytes()),
             output_budget,
             handlers: handler_threads.handle(),
             metrics: metrics.clone(),
@@ -185,29 +187,29 @@ impl Processor {
             workers: auth.wrap(workers),
             dispatcher,
             _handler_threads: handler_threads,
-            registry,
+            worker_pool,
             sweep_interval: options.lease / 10,
         }
     }
 
-    /// Learns which actions were declared before, then claims and runs requests until `shutdown`;
-    /// then lets running ones end, for as long as the options say.
+    /// Loads the saved action declarations, then claims and runs requests until `shutdown`; then
+    /// drains running attempts within the drain timeout.
     pub async fn run(&self, shutdown: CancellationToken) {
-        let registry = self.registry.clone();
+        let worker_pool = self.worker_pool.clone();
         let mut ticks = interval(self.sweep_interval);
         ticks.set_missed_tick_behavior(MissedTickBehavior::Delay);
-        let sweeping = AbortOnDropHandle::new(tokio::spawn(async move {
+        let sweeper = AbortOnDropHandle::new(tokio::spawn(async move {
             loop {
-                registry.sweep(ticks.tick().await);
+                worker_pool.sweep(ticks.tick().await);
             }
         }));
         self.dispatcher.load_actions(&shutdown).await;
         self.dispatcher.run(shutdown).await;
-        drop(sweeping);
+        drop(sweeper);
     }
 }
 
-/// One run of one processor, in leases and `started` events.
+/// Returns the name of this run of the processor, for leases and `started` events.
 fn name(now: Timestamp) -> String {
     format!("processor-{}", Uid::new(now))
 }

@@ -1,4 +1,4 @@
-//! The metrics of this service.
+//! Metrics of this service.
 
 use prometheus_client::metrics::{counter::Counter, gauge::Gauge, histogram::Histogram};
 use streamer_handler::OutputBudget;
@@ -28,34 +28,44 @@ impl ProcessorMetrics {
     pub(crate) fn new(metrics: &Metrics) -> Self {
         let counter = |name, help| metrics.counter(name, help);
         Self {
-            running: metrics.gauge("streamer_processor_running", "Attempts that run now"),
-            succeeded: counter("streamer_processor_succeeded", "Requests that succeeded here"),
-            failed: counter("streamer_processor_failed", "Requests that failed here"),
-            cancelled: counter("streamer_processor_cancelled", "Requests that were cancelled here"),
-            retried: counter("streamer_processor_retried", "Attempts that are followed by another"),
-            lost: counter("streamer_processor_lost", "Attempts that were taken over by others"),
+            running: metrics.gauge("streamer_processor_running", "Attempts in progress"),
+            succeeded: counter(
+                "streamer_processor_succeeded",
+                "Requests that succeeded on this processor",
+            ),
+            failed: counter("streamer_processor_failed", "Requests that failed on this processor"),
+            cancelled: counter(
+                "streamer_processor_cancelled",
+                "Requests that were cancelled on this processor",
+            ),
+            retried: counter("streamer_processor_retried", "Attempts that are retried"),
+            lost: counter("streamer_processor_lost", "Attempts that were fenced"),
             claims_missed: counter(
                 "streamer_processor_claims_missed",
-                "Claims that came too late: others had the request already",
+                "Claims that failed because the request was claimed already",
             ),
             lease_expiries: counter(
                 "streamer_processor_lease_expiries",
-                "Attempts of others whose lease ran out, found here",
+                "Expired leases that this processor recovered",
             ),
-            run_seconds: metrics
-                .latency("streamer_processor_run_seconds", "From claim to outcome of an attempt"),
-            wait_seconds: metrics
-                .latency("streamer_processor_wait_seconds", "From being due to being claimed"),
-            sync_calls: counter("streamer_processor_sync_calls", "Sync actions that were run"),
-            sync_failures: counter("streamer_processor_sync_failures", "Sync actions that failed"),
-            queue_depth: metrics.gauge("streamer_processor_queue_depth", "Requests that wait"),
+            run_seconds: metrics.latency(
+                "streamer_processor_run_seconds",
+                "Time from the claim to the final event of an attempt",
+            ),
+            wait_seconds: metrics.latency(
+                "streamer_processor_wait_seconds",
+                "Time from when a request is due to its claim",
+            ),
+            sync_calls: counter("streamer_processor_sync_calls", "Sync calls"),
+            sync_failures: counter("streamer_processor_sync_failures", "Sync calls that failed"),
+            queue_depth: metrics.gauge("streamer_processor_queue_depth", "Queued requests"),
             queue_age_ms: metrics.gauge(
                 "streamer_processor_queue_age_milliseconds",
-                "How long the request that has been due longest waits",
+                "Age of the oldest due request",
             ),
             output_bytes: metrics.gauge(
                 "streamer_processor_buffered_output_bytes",
-                "Bytes of reports and results that are not stored yet",
+                "Bytes of reports and results that are not durable yet",
             ),
             output_bytes_limit: metrics.gauge(
                 "streamer_processor_buffered_output_bytes_limit",
@@ -65,7 +75,7 @@ impl ProcessorMetrics {
         }
     }
 
-    /// Shows how much of the budget is used.
+    /// Exports the usage of the budget.
     pub(crate) fn watch_output(&self, budget: &OutputBudget, limit: usize) {
         let number = |bytes: usize| i64::try_from(bytes).unwrap_or(i64::MAX);
         self.output_bytes_limit.set(number(limit));

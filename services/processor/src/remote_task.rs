@@ -1,4 +1,4 @@
-//! A task that a worker has, as the processor knows it.
+//! Task of a worker, on the processor's side.
 
 mod arrivals;
 
@@ -12,7 +12,7 @@ use std::{
 
 use parking_lot::Mutex;
 use streamer_core::Uid;
-use streamer_handler::{OutputBudget, PausedSource, ReportQueue, ReportSource, Reservation};
+use streamer_handler::{OutputBudget, PauseGuard, ReportQueue, ReportSource, Reservation};
 use streamer_proto::processor::v1::{Acknowledgment, Cancel, Report, Resend, Revoke, report};
 use streamer_store::RequestRecord;
 use tokio::{
@@ -23,57 +23,57 @@ use tokio_util::sync::CancellationToken;
 use tonic::Status;
 
 use self::arrivals::{Arrival, Arrivals};
-use crate::mailbox::Mailbox;
+use crate::report_buffer::ReportBuffer;
 
-/// A worker's end of one attempt.
+/// One attempt on a worker.
 pub(crate) struct RemoteTask {
     pub(crate) uid: Uid,
     pub(crate) attempt: u32,
-    /// Which action it runs.
+    /// Name of the action.
     pub(crate) action: String,
-    /// For whom.
+    /// Tenant of the request.
     pub(crate) tenant: String,
     /// A sync task ends with its worker's stream.
     pub(crate) sync: bool,
-    since: Instant,
-    pub(crate) mailbox: Mailbox,
+    created_at: Instant,
+    pub(crate) buffer: ReportBuffer,
     arrivals: Mutex<Arrivals>,
-    /// Reports were dropped.
+    /// Signals that reports were dropped.
     dropped: Notify,
-    /// Paused while dropped reports have not come again.
+    /// Paused until dropped reports are sent again.
     source: Arc<ReportSource>,
-    paused: Mutex<Option<PausedSource>>,
-    /// The worker no longer runs it; why.
-    lost: CancellationToken,
-    lost_reason: Mutex<Option<String>>,
-    never_arrived: AtomicBool,
+    paused: Mutex<Option<PauseGuard>>,
+    /// Signals that the worker no longer runs the attempt.
+    revoked: CancellationToken,
+    revoke_reason: Mutex<Option<String>>,
+    never_started: AtomicBool,
     cancel: Mutex<Option<Cancel>>,
     reports: Arc<ReportQueue>,
 }
 
 impl RemoteTask {
-    /// Of an attempt of this request whose first `received` reports are durable.
+    /// Creates the task of an attempt whose first `received` reports are durable.
     pub(crate) fn new(
         record: &RequestRecord,
         received: i64,
         reports: Arc<ReportQueue>,
         budget: &Arc<OutputBudget>,
     ) -> Self {
-        reports.note_durable(received);
+        reports.set_durable(received);
         let arrivals = Mutex::new(Arrivals::new(received));
         let (action, tenant) = (&record.action, &record.owner.tenant);
-        let mailbox = Mailbox::new(budget.clone(), tenant);
+        let buffer = ReportBuffer::new(budget.clone(), tenant);
         Self {
             arrivals,
-            ..Self::begin(record.uid, record.attempt, action, tenant, reports, mailbox)
+            ..Self::begin(record.uid, record.attempt, action, tenant, reports, buffer)
         }
     }
 
-    /// Of a call of a sync action.
+    /// Creates the task of a sync call.
     pub(crate) fn sync(uid: Uid, action: &str, tenant: &str, budget: &Arc<OutputBudget>) -> Self {
         let reports = Arc::new(ReportQueue::discarding());
-        let mailbox = Mailbox::new(budget.clone(), tenant);
-        Self { sync: true, ..Self::begin(uid, 1, action, tenant, reports, mailbox) }
+        let buffer = ReportBuffer::new(budget.clone(), tenant);
+        Self { sync: true, ..Self::begin(uid, 1, action, tenant, reports, buffer) }
     }
 
     fn begin(
@@ -82,7 +82,7 @@ impl RemoteTask {
         action: &str,
         tenant: &str,
         reports: Arc<ReportQueue>,
-        mailbox: Mailbox,
+        buffer: ReportBuffer,
     ) -> Self {
         let source = Arc::<ReportSource>::default();
         reports.set_source(source.clone());
@@ -92,69 +92,69 @@ impl RemoteTask {
             action: action.to_owned(),
             tenant: tenant.to_owned(),
             sync: false,
-            since: Instant::now(),
-            mailbox,
+            created_at: Instant::now(),
+            buffer,
             arrivals: Mutex::default(),
             dropped: Notify::new(),
             source,
             paused: Mutex::default(),
-            lost: CancellationToken::new(),
-            lost_reason: Mutex::default(),
-            never_arrived: AtomicBool::new(false),
+            revoked: CancellationToken::new(),
+            revoke_reason: Mutex::default(),
+            never_started: AtomicBool::new(false),
             cancel: Mutex::default(),
             reports,
         }
     }
 
-    /// Reports up to this one are durable.
+    /// Returns an acknowledgment of all durable reports.
     pub(crate) fn acknowledgment(&self, ended: bool) -> Acknowledgment {
         Acknowledgment {
             uid: self.uid.to_string(),
             attempt: i32::try_from(self.attempt).unwrap_or(i32::MAX),
             number: *self.reports.durable().borrow(),
             ended,
-            max_unacknowledged_bytes: i64::try_from(self.mailbox.window()).unwrap_or(i64::MAX),
+            max_unacknowledged_bytes: i64::try_from(self.buffer.window()).unwrap_or(i64::MAX),
         }
     }
 
-    /// Follows how many reports are durable.
+    /// Follows the number of durable reports.
     pub(crate) fn durable(&self) -> watch::Receiver<i64> {
         self.reports.durable()
     }
 
-    pub(crate) fn revoke(&self, reason: impl Into<String>) -> Revoke {
+    pub(crate) fn revocation(&self, reason: impl Into<String>) -> Revoke {
         let attempt = i32::try_from(self.attempt).unwrap_or(i32::MAX);
         Revoke { uid: self.uid.to_string(), attempt, reason: reason.into() }
     }
 
-    /// For the reports of the worker, on their way to the log.
+    /// Sets the reservation for the worker's next report.
     pub(crate) fn prepay(&self, reserved: Reservation) {
         self.reports.prepay(reserved);
     }
 
-    /// A new stream of its worker begins; the one before must be over.
+    /// Begins a new stream of the worker; the previous one must have ended.
     pub(crate) fn restart(&self) {
         self.arrivals.lock().restart();
         *self.paused.lock() = None;
     }
 
-    /// Delivers a report of the worker. When there is no room for it, it is dropped, with those that follow it,
-    /// until [`Self::ask_again`]. So is one whose stream is over by now.
+    /// Delivers a report of the worker. Without room, it is dropped together with all later ones
+    /// until [`Self::request_resend`]. A report of an ended stream is dropped too.
     ///
     /// # Errors
-    /// When it breaks the rules of the protocol.
+    /// Fails if the report violates the protocol.
     pub(crate) fn deliver(
         &self,
         report: &Report,
         kind: report::Kind,
-        is_over: impl FnOnce() -> bool,
+        stream_has_ended: impl FnOnce() -> bool,
     ) -> Result<(), Status> {
-        // Held to the end: reports of an old stream may still be on their way.
+        // Held to the end, because reports of an old stream may still arrive.
         let mut arrivals = self.arrivals.lock();
-        if is_over() {
+        if stream_has_ended() {
             return Ok(());
         }
-        match arrivals.take(&self.mailbox, report.number, report.resends, kind)? {
+        match arrivals.accept(&self.buffer, report.number, report.resends, kind)? {
             Arrival::Delivered => *self.paused.lock() = None,
             Arrival::Dropped => {
                 self.paused.lock().get_or_insert_with(|| self.source.pause());
@@ -165,54 +165,54 @@ impl RemoteTask {
         Ok(())
     }
 
-    /// Returns once there is room for dropped reports, with the message that asks for them.
-    pub(crate) async fn ask_again(&self) -> Resend {
+    /// Waits until there is room for dropped reports; returns the message that requests them.
+    pub(crate) async fn request_resend(&self) -> Resend {
         loop {
-            let wanted = self.arrivals.lock().wanted();
-            let Some(wanted) = wanted else {
+            let needed = self.arrivals.lock().bytes_to_reserve();
+            let Some(needed) = needed else {
                 self.dropped.notified().await;
                 continue;
             };
-            let reserved = self.mailbox.reserve(wanted).await;
-            if let Some((number, resends)) = self.arrivals.lock().ask_again(reserved) {
+            let reserved = self.buffer.reserve(needed).await;
+            if let Some((number, resends)) = self.arrivals.lock().request_resend(reserved) {
                 let attempt = i32::try_from(self.attempt).unwrap_or(i32::MAX);
                 return Resend { uid: self.uid.to_string(), attempt, number, resends };
             }
         }
     }
 
-    /// The worker does not run it, or no longer.
-    pub(crate) fn lose(&self, reason: impl Into<String>) {
-        self.lost_reason.lock().get_or_insert_with(|| reason.into());
-        self.lost.cancel();
+    /// Revokes the attempt: the worker no longer runs it.
+    pub(crate) fn revoke(&self, reason: impl Into<String>) {
+        self.revoke_reason.lock().get_or_insert_with(|| reason.into());
+        self.revoked.cancel();
     }
 
-    /// The worker, which lives, does not know the task: its stream may have died with it. When it has
-    /// said nothing of it, the attempt costs none.
-    pub(crate) fn forgotten(&self, reason: impl Into<String>) {
+    /// Records that a healthy worker does not know the task: it may have been lost with its stream.
+    /// If the worker has not reported anything, the attempt is not counted.
+    pub(crate) fn lost_on_worker(&self, reason: impl Into<String>) {
         if self.arrivals.lock().received() == 0 {
-            self.never_arrived.store(true, Ordering::SeqCst);
+            self.never_started.store(true, Ordering::SeqCst);
         }
-        self.lose(reason);
+        self.revoke(reason);
     }
 
-    pub(crate) fn may_have_begun(&self) -> bool {
-        !self.never_arrived.load(Ordering::SeqCst)
+    pub(crate) fn may_have_started(&self) -> bool {
+        !self.never_started.load(Ordering::SeqCst)
     }
 
-    /// Why the worker no longer runs it, if so.
-    pub(crate) fn lost_reason(&self) -> Option<String> {
-        self.lost_reason.lock().clone()
+    /// Returns the reason if the attempt is revoked.
+    pub(crate) fn revoke_reason(&self) -> Option<String> {
+        self.revoke_reason.lock().clone()
     }
 
-    /// Returns why, once the worker no longer runs it.
-    pub(crate) async fn lost(&self) -> String {
-        self.lost.cancelled().await;
-        self.lost_reason.lock().clone().unwrap_or_default()
+    /// Waits until the attempt is revoked; returns the reason.
+    pub(crate) async fn revoked(&self) -> String {
+        self.revoked.cancelled().await;
+        self.revoke_reason.lock().clone().unwrap_or_default()
     }
 
-    /// Notes that cancellation was asked for, so that heartbeats repeat it.
-    pub(crate) fn note_cancel(&self, reason: String, grace: Duration) -> Cancel {
+    /// Records the cancellation, so that heartbeat replies repeat it.
+    pub(crate) fn set_cancel(&self, reason: String, grace: Duration) -> Cancel {
         let cancel = Cancel {
             uid: self.uid.to_string(),
             attempt: i32::try_from(self.attempt).unwrap_or(i32::MAX),
@@ -227,9 +227,9 @@ impl RemoteTask {
         self.cancel.lock().clone()
     }
 
-    /// Whether a heartbeat that does not name it means that the worker has lost it, and not only
-    /// that the task had not arrived.
-    pub(crate) fn should_be_named(&self, heartbeat: Duration) -> bool {
-        self.since.elapsed() > heartbeat
+    /// Returns whether a heartbeat that does not name the attempt means that the worker has lost
+    /// it, rather than that the task had not arrived.
+    pub(crate) fn past_heartbeat_grace(&self, grace: Duration) -> bool {
+        self.created_at.elapsed() > grace
     }
 }

@@ -1,4 +1,4 @@
-//! Checks the payload schemas that workers declare.
+//! Validation of the payload schemas that workers declare.
 
 use quick_cache::sync::Cache;
 use sha2::{Digest, Sha256};
@@ -9,33 +9,34 @@ use streamer_schema::{PayloadSchema, Pool};
 use tonic::Status;
 
 use crate::{
-    actions::MAX_KEPT_BYTES,
-    worker_service::{broken, refusal},
+    actions::MAX_DECLARATION_BYTES,
+    worker_service::{error_status, violation},
 };
 
-/// Schemas that were accepted and need no second check, at most.
-const MAX_ACCEPTED: usize = 10_000;
+/// Maximum number of accepted schemas in the cache.
+const MAX_CACHED_SCHEMAS: usize = 10_000;
 
 pub(crate) struct SchemaChecks {
     pool: Pool,
-    /// SHA-256 of schemas that were accepted: workers that reconnect repeat theirs.
+    /// SHA-256 of accepted schemas: workers repeat theirs when they reconnect.
     accepted: Cache<[u8; 32], ()>,
 }
 
 impl Default for SchemaChecks {
     fn default() -> Self {
-        Self { pool: Pool::default(), accepted: Cache::new(MAX_ACCEPTED) }
+        Self { pool: Pool::default(), accepted: Cache::new(MAX_CACHED_SCHEMAS) }
     }
 }
 
 impl SchemaChecks {
-    /// Checks the schemas of these actions, one by one; the first that breaks a rule is refused. What
-    /// else they declare has been checked.
+    /// Validates the schemas of these actions in order; returns the first violation. The rest of
+    /// the declarations is valid already.
     pub(crate) async fn check(&self, tenant: &str, actions: &[Action]) -> Result<(), Status> {
         let bytes = actions.iter().map(|action| action.payload_schema.len()).sum::<usize>();
-        if bytes > MAX_KEPT_BYTES {
-            let rule = format!("must have at most {MAX_KEPT_BYTES} bytes of schemas, have {bytes}");
-            return Err(refusal(ErrorCode::RateLimited, format!("hello.actions: {rule}")));
+        if bytes > MAX_DECLARATION_BYTES {
+            let rule =
+                format!("must have at most {MAX_DECLARATION_BYTES} bytes of schemas, have {bytes}");
+            return Err(error_status(ErrorCode::RateLimited, format!("hello.actions: {rule}")));
         }
         for (index, action) in actions.iter().enumerate() {
             let text = &action.payload_schema;
@@ -49,7 +50,7 @@ impl SchemaChecks {
             let outcome = outcome.map_err(|busy| status(&RequestError::from(&busy)))?;
             if let Err(error) = outcome {
                 let field = format!("hello.actions[{index}].payload_schema");
-                return Err(broken(&field, &error.to_string()));
+                return Err(violation(&field, &error.to_string()));
             }
             self.accepted.insert(hash, ());
         }

@@ -1,4 +1,4 @@
-//! `streamer.processor.v1.WorkerService`: the conversation with workers.
+//! `streamer.processor.v1.WorkerService`: the stream protocol of workers.
 
 use std::{collections::HashSet, sync::Arc, time::Duration};
 
@@ -27,27 +27,27 @@ use tonic::{Request, Response, Status, Streaming};
 
 use crate::{
     ProcessorOptions,
-    actions::{Actions, RememberError},
+    actions::{Actions, SaveDeclarationsError},
     dispatcher::Dispatcher,
     grants::Grants,
-    hello, mailbox,
+    hello, report_buffer,
     schema_checks::SchemaChecks,
     session_secret::SessionSecret,
-    worker::{StreamEnd, Worker},
+    worker_session::{StreamEnd, WorkerSession},
 };
 
-/// Messages that wait for a worker at most.
+/// Maximum number of messages queued for a worker.
 const OUTBOX: usize = 4096;
-/// How long the first message may take.
+/// Time limit for the first message.
 const HELLO_TIMEOUT: Duration = Duration::from_secs(10);
-/// Slots of one worker at most.
+/// Maximum number of slots of one worker.
 pub(crate) const MAX_SLOTS: i64 = 10_000;
-/// Attempts that a worker brings along at most: as many as it has slots, running or ended.
+/// Maximum number of attempts that a worker resumes: as many as it has slots, running or finished.
 const MAX_ATTEMPTS: usize = 20_000;
-/// Revocations in one reply at most: replies wait in memory for a worker that does not read.
+/// Maximum number of revocations in one reply: replies stay in memory if the worker does not read.
 const MAX_REVOKED: usize = 64;
-/// Attempts that are adopted at once.
-const ADOPTIONS: usize = 64;
+/// Number of attempts that are resumed concurrently.
+const MAX_CONCURRENT_RESUMES: usize = 64;
 
 /// Serves workers.
 pub struct WorkerApi {
@@ -89,54 +89,54 @@ impl WorkerService for WorkerApi {
         request: Request<Streaming<WorkRequest>>,
     ) -> Result<Response<Self::WorkStream>, Status> {
         let Some(caller) = request.extensions().get::<Caller>().cloned() else {
-            return Err(refusal(ErrorCode::Unauthorized, "a token is required".into()));
+            return Err(error_status(ErrorCode::Unauthorized, "a token is required".into()));
         };
         let mut inbound = request.into_inner();
-        let first = timeout(HELLO_TIMEOUT, inbound.message())
-            .await
-            .map_err(|_| Status::deadline_exceeded("hello did not come in time"))??;
+        let first = timeout(HELLO_TIMEOUT, inbound.message()).await.map_err(|_| {
+            Status::deadline_exceeded(format!("hello did not arrive within {HELLO_TIMEOUT:?}"))
+        })??;
         let Some(work_request::Message::Hello(hello)) = first.and_then(|first| first.message)
         else {
-            return Err(broken("message", "the first one must be hello"));
+            return Err(violation("message", "the first message must be hello"));
         };
-        let secret = hello::secret_of(&hello)?;
-        let worker = hello::introduce(&hello, &secret, &caller, &self.shared.actions)?;
+        let secret = hello::session_secret(&hello)?;
+        let worker = hello::validate_hello(&hello, &secret, &caller, &self.shared.actions)?;
         let tenant = &caller.principal.tenant;
         self.shared.schema_checks.check(tenant, &hello.actions).await?;
-        let kept = self.shared.dispatcher.remember_actions(&worker).await;
-        kept.map_err(|error| remember_status(&error))?;
-        self.shared.check_open()?;
+        let saved = self.shared.dispatcher.save_declarations(&worker).await;
+        saved.map_err(|error| save_status(&error))?;
+        self.shared.check_accepting()?;
         if hello.session_secret.is_empty() {
             self.shared.actions.workers.supersede(&worker);
         }
-        let worker = self.shared.actions.workers.enter(worker);
-        // From here on it gets no tasks, so that none is missed below.
+        let worker = self.shared.actions.workers.register(worker);
+        // Without a stream it receives no tasks, so that none is missed below.
         worker.detach();
         let resumed = self.shared.resume(&worker, &hello.attempts).await?;
-        if let Err(stopping) = self.shared.check_open() {
-            self.shared.dispatcher.leave_to(&worker);
+        if let Err(stopping) = self.shared.check_accepting() {
+            self.shared.dispatcher.detach_attempts_of(&worker);
             return Err(stopping);
         }
         let (outbox, outgoing) = mpsc::channel(OUTBOX);
-        for message in self.shared.greeting(&secret, resumed, &caller) {
-            // There is room for these.
+        for message in self.shared.welcome_messages(&secret, resumed, &caller) {
+            // The channel is empty and has capacity.
             drop(outbox.try_send(Ok(WorkResponse { message: Some(message) })));
         }
-        let (stream, end) = self.shared.actions.workers.connect(&worker, outbox.clone());
+        let (stream_number, end) = self.shared.actions.workers.connect(&worker, outbox.clone());
         for task in worker.tasks() {
-            // What became durable in between was acknowledged to nobody.
+            // No acknowledgment was sent for reports that became durable in between.
             worker.send(Message::Acknowledgment(task.acknowledgment(false)));
         }
-        tracing::info!(worker = worker.id, hello.sdk, hello.version, "a worker came");
-        let mut conversation =
-            Conversation { shared: self.shared.clone(), worker, caller, inbound };
+        tracing::info!(worker = worker.id, hello.sdk, hello.version, "worker connected");
+        let mut worker_stream =
+            WorkerStream { shared: self.shared.clone(), worker, caller, inbound };
         tokio::spawn(async move {
-            let ending = conversation.run(&end).await;
-            conversation.worker.disconnect(stream);
-            conversation.shared.actions.workers.changed();
-            tracing::info!(worker = conversation.worker.id, ?ending, "a worker's stream ended");
+            let ending = worker_stream.run(&end).await;
+            worker_stream.worker.disconnect(stream_number);
+            worker_stream.shared.actions.workers.notify_changed();
+            tracing::info!(worker = worker_stream.worker.id, ?ending, "worker disconnected");
             if let Err(status) = ending {
-                // The worker may be gone already.
+                // The worker may have disconnected already.
                 drop(outbox.try_send(Err(status)));
             }
         });
@@ -145,50 +145,53 @@ impl WorkerService for WorkerApi {
 }
 
 impl Shared {
-    /// Goes on with the attempts that the worker says it has, and gives up those it does not name.
+    /// Resumes the attempts that the worker names, and abandons those it does not name.
     async fn resume(
         &self,
-        worker: &Arc<Worker>,
+        worker: &Arc<WorkerSession>,
         attempts: &[Attempt],
     ) -> Result<Vec<Acknowledgment>, Status> {
         if attempts.len() > MAX_ATTEMPTS {
             let rule = format!("must have at most {MAX_ATTEMPTS} entries, has {}", attempts.len());
-            return Err(broken("hello.attempts", &rule));
+            return Err(violation("hello.attempts", &rule));
         }
         let named: HashSet<(Uid, u32)> = attempts
             .iter()
-            .map(|attempt| identity(&attempt.uid, attempt.attempt))
+            .map(|attempt| parse_attempt(&attempt.uid, attempt.attempt))
             .collect::<Result<_, _>>()?;
         for task in worker.tasks() {
             if !named.contains(&(task.uid, task.attempt)) {
-                task.forgotten("the worker came back without the attempt");
+                task.lost_on_worker("the worker reconnected without the attempt");
             }
         }
         let resuming = named.into_iter().map(|(uid, number)| async move {
-            worker.seen();
+            worker.record_activity();
             match worker.task(uid, number) {
                 Some(task) => {
                     task.restart();
                     Ok(Some(task))
                 }
-                None => self.dispatcher.adopt(worker, uid, number).await,
+                None => self.dispatcher.resume_attempt(worker, uid, number).await,
             }
         });
-        let resumed = stream::iter(resuming).buffer_unordered(ADOPTIONS);
+        let resumed = stream::iter(resuming).buffer_unordered(MAX_CONCURRENT_RESUMES);
         let tasks: Vec<_> =
             resumed.try_collect().await.map_err(|error: StoreError| store_status(&error))?;
         Ok(tasks.into_iter().flatten().map(|task| task.acknowledgment(false)).collect())
     }
 
-    /// Whether workers may still come.
-    fn check_open(&self) -> Result<(), Status> {
+    /// Returns an error if the processor is stopping.
+    fn check_accepting(&self) -> Result<(), Status> {
         if self.dispatcher.is_stopping() {
-            return Err(refusal(ErrorCode::Unavailable, "the processor stops".into()));
+            return Err(error_status(
+                ErrorCode::Unavailable,
+                "the processor is shutting down".into(),
+            ));
         }
         Ok(())
     }
 
-    fn greeting(
+    fn welcome_messages(
         &self,
         secret: &SessionSecret,
         resumed: Vec<Acknowledgment>,
@@ -204,8 +207,8 @@ impl Shared {
             lease_ms: millis(self.options.lease),
             max_payload_bytes: number(limits.max_result_bytes()),
             max_output_chunk_bytes: number(limits.max_output_chunk_bytes),
-            max_unacknowledged: i32::try_from(mailbox::MAX_REPORTS).unwrap_or(i32::MAX),
-            max_unacknowledged_bytes: number(mailbox::MAX_BYTES),
+            max_unacknowledged: i32::try_from(report_buffer::MAX_REPORTS).unwrap_or(i32::MAX),
+            max_unacknowledged_bytes: number(report_buffer::MAX_BYTES),
             resumed,
             session_secret: secret.to_bytes(),
         };
@@ -218,15 +221,16 @@ impl Shared {
 }
 
 /// One stream of one worker.
-struct Conversation {
+struct WorkerStream {
     shared: Arc<Shared>,
-    worker: Arc<Worker>,
+    worker: Arc<WorkerSession>,
     caller: Caller,
     inbound: Streaming<WorkRequest>,
 }
 
-impl Conversation {
-    /// Goes on until the worker ends it, or breaks a rule, or another stream takes its place.
+impl WorkerStream {
+    /// Handles messages until the worker ends the stream, violates the protocol, or is replaced by
+    /// another stream.
     async fn run(&mut self, end: &StreamEnd) -> Result<(), Status> {
         loop {
             let accepted_until = self.shared.authenticator.accepted_until(&self.caller);
@@ -235,20 +239,24 @@ impl Conversation {
                 biased;
                 status = end.ended() => return Err(status),
                 () = sleep_until(Instant::now() + left) => {
-                    return Err(refusal(ErrorCode::Unauthorized, "the token has expired".into()));
+                    return Err(error_status(ErrorCode::Unauthorized, "the token has expired".into()));
                 }
                 message = self.inbound.message() => match message? {
-                    Some(message) => self.hear(message, end).await?,
+                    Some(message) => self.handle_message(message, end).await?,
                     None => return Ok(()),
                 }
             }
         }
     }
 
-    async fn hear(&mut self, request: WorkRequest, end: &StreamEnd) -> Result<(), Status> {
-        if self.worker.seen() {
-            tracing::info!(worker = self.worker.id, "a silent worker is heard of again");
-            self.shared.actions.workers.changed();
+    async fn handle_message(
+        &mut self,
+        request: WorkRequest,
+        end: &StreamEnd,
+    ) -> Result<(), Status> {
+        if self.worker.record_activity() {
+            tracing::info!(worker = self.worker.id, "worker recovered");
+            self.shared.actions.workers.notify_changed();
         }
         match request.message {
             Some(work_request::Message::Report(report)) => self.report(report, end),
@@ -257,21 +265,23 @@ impl Conversation {
             Some(work_request::Message::RefreshToken(refresh)) => {
                 self.refresh_token(&refresh.token, end).await
             }
-            Some(work_request::Message::Hello(_)) => Err(broken("hello", "comes once, first")),
-            None => Err(broken("message", "is required, or of a kind that is not known here")),
+            Some(work_request::Message::Hello(_)) => {
+                Err(violation("hello", "must be the first message only"))
+            }
+            None => Err(violation("message", "is missing or of an unknown kind")),
         }
     }
 
     fn report(&self, mut report: Report, end: &StreamEnd) -> Result<(), Status> {
-        let (uid, attempt) = identity(&report.uid, report.attempt)?;
+        let (uid, attempt) = parse_attempt(&report.uid, report.attempt)?;
         let Some(kind) = report.kind.take() else {
-            return Err(broken("report.kind", "is required"));
+            return Err(violation("report.kind", "is required"));
         };
         self.check_sizes(&kind)?;
         match self.worker.task(uid, attempt) {
-            Some(task) => task.deliver(&report, kind, || end.is_over()),
+            Some(task) => task.deliver(&report, kind, || end.has_ended()),
             None => {
-                self.worker.send(Message::Revoke(not_yours(report.uid, report.attempt)));
+                self.worker.send(Message::Revoke(revoke_unowned(report.uid, report.attempt)));
                 Ok(())
             }
         }
@@ -301,7 +311,7 @@ impl Conversation {
         if size <= limit {
             return Ok(());
         }
-        Err(broken(
+        Err(violation(
             &format!("report.{field}"),
             &format!("must be at most {limit} bytes, is {size}"),
         ))
@@ -311,27 +321,27 @@ impl Conversation {
         if heartbeat.attempts.len() > MAX_ATTEMPTS {
             let count = heartbeat.attempts.len();
             let rule = format!("must have at most {MAX_ATTEMPTS} entries, has {count}");
-            return Err(broken("heartbeat.attempts", &rule));
+            return Err(violation("heartbeat.attempts", &rule));
         }
         let mut reply = HeartbeatReply::default();
         let mut named = HashSet::with_capacity(heartbeat.attempts.len());
         for attempt in &heartbeat.attempts {
-            let (uid, number) = identity(&attempt.uid, attempt.attempt)?;
+            let (uid, number) = parse_attempt(&attempt.uid, attempt.attempt)?;
             if !named.insert((uid, number)) {
                 continue;
             }
             match self.worker.task(uid, number) {
                 Some(task) => reply.cancelled.extend(task.cancel()),
-                // The next heartbeat names the others again.
+                // The next heartbeat names the rest again.
                 None if reply.revoked.len() >= MAX_REVOKED => {}
-                None => reply.revoked.push(not_yours(attempt.uid.clone(), attempt.attempt)),
+                None => reply.revoked.push(revoke_unowned(attempt.uid.clone(), attempt.attempt)),
             }
         }
         for task in self.worker.tasks() {
             if !named.contains(&(task.uid, task.attempt))
-                && task.should_be_named(self.shared.heartbeat() * 2)
+                && task.past_heartbeat_grace(self.shared.heartbeat() * 2)
             {
-                task.forgotten("the worker no longer runs the attempt");
+                task.lost_on_worker("the worker no longer runs the attempt");
             }
         }
         self.worker.send(Message::HeartbeatReply(reply));
@@ -341,27 +351,27 @@ impl Conversation {
     fn capacity(&self, capacity: &Capacity) -> Result<(), Status> {
         let slots = i64::from(capacity.slots);
         if let Err(rule) = validate::in_range(slots, 0, MAX_SLOTS, "") {
-            return Err(broken("capacity.slots", &rule));
+            return Err(violation("capacity.slots", &rule));
         }
         self.worker.set_slots(u32::try_from(capacity.slots).unwrap_or(0));
-        self.shared.actions.workers.changed();
+        self.shared.actions.workers.notify_changed();
         Ok(())
     }
 
     async fn refresh_token(&mut self, token: &str, end: &StreamEnd) -> Result<(), Status> {
         let fresh = self.shared.authenticator.authenticate(token).await;
-        let fresh = fresh.map_err(|error| refusal(error.code(), error.to_string()))?;
+        let fresh = fresh.map_err(|error| error_status(error.code(), error.to_string()))?;
         let same = |of: &Caller| (of.principal.tenant.clone(), of.principal.user.clone());
         if same(&fresh) != same(&self.caller) {
             let rule = "must be for the same tenant and user";
-            return Err(broken("refresh_token.token", rule));
+            return Err(violation("refresh_token.token", rule));
         }
-        if end.is_over() {
-            // A newer stream has a token of its own.
+        if end.has_ended() {
+            // A newer stream has its own token.
             return Ok(());
         }
-        self.worker.set_grants(Grants::of(&fresh.principal));
-        self.shared.actions.workers.changed();
+        self.worker.set_grants(Grants::from_principal(&fresh.principal));
+        self.shared.actions.workers.notify_changed();
         self.caller = fresh;
         let now = self.shared.clock.now();
         self.worker.send(token_status(&self.caller, now));
@@ -369,10 +379,12 @@ impl Conversation {
     }
 }
 
-fn remember_status(error: &RememberError) -> Status {
+fn save_status(error: &SaveDeclarationsError) -> Status {
     match error {
-        RememberError::Store(error) => store_status(error),
-        RememberError::TooMuch(_) => refusal(ErrorCode::RateLimited, error.to_string()),
+        SaveDeclarationsError::Store(error) => store_status(error),
+        SaveDeclarationsError::TooMany(_) => {
+            error_status(ErrorCode::RateLimited, error.to_string())
+        }
     }
 }
 
@@ -383,26 +395,26 @@ fn token_status(caller: &Caller, now: Timestamp) -> Message {
     Message::TokenStatus(TokenStatus { expire_time, time_left_ms: left.max(1) })
 }
 
-fn not_yours(uid: String, attempt: i32) -> Revoke {
-    let reason = "the attempt is not this worker's: its lease ran out, it has ended, or it was \
-                  never given here";
+fn revoke_unowned(uid: String, attempt: i32) -> Revoke {
+    let reason = "the attempt does not belong to this worker: its lease expired, it has ended, or it \
+                  was never assigned here";
     Revoke { uid, attempt, reason: reason.into() }
 }
 
-fn identity(uid: &str, attempt: i32) -> Result<(Uid, u32), Status> {
-    let uid = uid.parse().map_err(|_| broken("uid", "must be a ULID of 26 characters"))?;
+fn parse_attempt(uid: &str, attempt: i32) -> Result<(Uid, u32), Status> {
+    let uid = uid.parse().map_err(|_| violation("uid", "must be a ULID of 26 characters"))?;
     match u32::try_from(attempt) {
         Ok(attempt) if attempt > 0 => Ok((uid, attempt)),
-        _ => Err(broken("attempt", &format!("must be at least 1, is {attempt}"))),
+        _ => Err(violation("attempt", &format!("must be at least 1, is {attempt}"))),
     }
 }
 
-pub(crate) fn broken(field: &str, rule: &str) -> Status {
+pub(crate) fn violation(field: &str, rule: &str) -> Status {
     let mut violations = Violations::default();
     violations.push(field, rule);
     validation_status(&violations)
 }
 
-pub(crate) fn refusal(code: ErrorCode, message: String) -> Status {
+pub(crate) fn error_status(code: ErrorCode, message: String) -> Status {
     status(&RequestError::new(code, message))
 }

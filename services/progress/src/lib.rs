@@ -1,16 +1,16 @@
-//! The event log: append, replay, live server-streaming to watchers.
+//! Event log: appends, replays and streams events to watchers.
 //!
-//! Processors publish here, gateways and clients watch here. An event reaches a watcher only once
-//! it is durable. A watcher is a cursor: it takes the event after the last one it has, from the
-//! tail in memory when that is there, else from the store. So replay joins live without a gap or
-//! a repeat, whatever is in memory, and a slow watcher costs only itself.
+//! Processors publish events; gateways and clients watch them. An event reaches a watcher only once
+//! it is durable. A watcher is a cursor: it reads the events after the last one that it has, from the
+//! tail in memory if that has them, otherwise from the store. Replay therefore joins live delivery
+//! without a gap or a duplicate, and a slow watcher delays no other watcher.
 
 mod log_service;
 mod metrics;
 #[cfg(test)]
 mod testing;
 mod topics;
-mod unread;
+mod unread_budget;
 mod watch_service;
 mod watcher;
 
@@ -34,57 +34,57 @@ use crate::{
     log_service::LogService, metrics::ProgressMetrics, topics::Topics, watch_service::WatchService,
 };
 
-/// What the progress service needs.
+/// Dependencies of the progress service.
 pub struct Dependencies {
-    /// Where logs are.
+    /// The store of the logs.
     pub store: Arc<dyn Store>,
-    /// For timestamps.
+    /// The source of timestamps.
     pub clock: Arc<dyn Clock>,
-    /// In front of the public service.
+    /// Authenticates calls to the public service.
     pub auth: AuthLayer,
-    /// Where metrics go.
+    /// The metrics registry.
     pub metrics: Metrics,
-    /// Sizes that bound payloads, results and chunks.
+    /// Size limits for payloads, results and chunks.
     pub limits: Limits,
-    /// Where this instance stands among others; `None` when it is the only one.
+    /// All instances of this service; `None` if this is the only one.
     pub ring: Option<Ring>,
-    /// How many watches tenants and users have open in this process.
+    /// Open watches of tenants and users in this process.
     pub open_watches: Arc<OpenWatches>,
-    /// Bytes of messages that watchers have been sent and have not read, over all of them.
+    /// Maximum bytes of messages that were sent to watchers and not read, over all watchers.
     pub max_unread_bytes: usize,
     /// Whether other processes write to the store.
     pub is_shared: bool,
 }
 
-/// All instances of this service. Each request belongs to one of them, where its events are
-/// published first. That only makes things fast: what an instance is not told, it finds in the store.
+/// All instances of this service. Each request belongs to one of them, to which its events are
+/// published first. This only reduces latency: an instance finds unannounced events in the store.
 #[derive(Clone)]
 pub struct Ring {
-    /// The name of this one among the members.
+    /// Name of this instance among the members.
     pub own: String,
-    /// All of them.
+    /// All instances, including this one.
     pub members: Members,
-    /// Whether this one can do its job. While it cannot, it serves no watches: what it does not learn
-    /// itself, another member does.
+    /// Whether this instance is ready. While it is not, it rejects watches, which other members
+    /// serve instead.
     pub serving: watch::Receiver<bool>,
 }
 
 impl Ring {
-    /// To the instance that a request belongs to; `None` when that is this one.
+    /// Returns the instance that a request belongs to; `None` if that is this one.
     fn owner(&self, uid: Uid) -> Option<Member> {
         self.members.owner(uid).filter(|member| *member.name != *self.own)
     }
 
-    /// UNAVAILABLE while this instance cannot do its job.
+    /// Returns `UNAVAILABLE` while this instance is not ready.
     fn check_serving(&self) -> Result<(), Status> {
         if *self.serving.borrow() { Ok(()) } else { Err(not_serving()) }
     }
 
-    /// Returns once this instance cannot do its job.
-    async fn stops_serving(&self) {
+    /// Returns once this instance is not ready.
+    async fn until_not_serving(&self) {
         let mut serving = self.serving.clone();
         if serving.wait_for(|serving| !serving).await.is_err() {
-            // The server has ended, and with it all streams.
+            // The sender is dropped when the server exits, which ends all streams.
             std::future::pending::<()>().await;
         }
     }
@@ -96,15 +96,15 @@ fn not_serving() -> Status {
 
 /// The progress service, ready to be served.
 pub struct Progress {
-    /// For everybody: `streamer.progress.v1`.
+    /// The public API `streamer.progress.v1`.
     pub public: AuthService<ProgressServiceServer<WatchService>>,
-    /// For router and processor: `streamer.internal.v1`.
+    /// The API for routers and processors, `streamer.internal.v1`.
     pub internal: EventLogServiceServer<LogService>,
     topics: Arc<Topics>,
 }
 
 impl Progress {
-    /// Wires the service.
+    /// Builds the service from its dependencies.
     #[must_use]
     pub fn build(dependencies: Dependencies) -> Self {
         let Dependencies {
@@ -119,7 +119,7 @@ impl Progress {
             is_shared,
         } = dependencies;
         let unread = OutputBudget::new(max_unread_bytes);
-        metrics::watch_unread(&metrics, &unread, max_unread_bytes);
+        metrics::observe_unread(&metrics, &unread, max_unread_bytes);
         let metrics = ProgressMetrics::new(&metrics);
         let topics = Arc::new(Topics::new(store.clone(), metrics.clone(), ring.clone(), is_shared));
         let watch =
@@ -132,12 +132,12 @@ impl Progress {
         Self { public: auth.wrap(public), internal, topics }
     }
 
-    /// Ends every watch: whoever watches goes on elsewhere.
+    /// Ends all watches; watchers continue at another instance.
     pub fn drain(&self) {
         self.topics.draining.cancel();
     }
 
-    /// Keeps the tails small and looks after watchers whose hints were lost, until `shutdown`.
+    /// Evicts tails, and compares watched requests with the store in case a hint was lost, until `shutdown`.
     pub async fn run(&self, shutdown: CancellationToken) {
         self.topics.maintain(shutdown).await;
     }

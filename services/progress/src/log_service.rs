@@ -1,4 +1,4 @@
-//! `streamer.internal.v1.EventLogService`.
+//! Implementation of `streamer.internal.v1.EventLogService`.
 
 use std::sync::Arc;
 
@@ -20,7 +20,7 @@ use tracing::Instrument;
 
 use crate::{metrics::ProgressMetrics, topics::Topics};
 
-/// Serves processors and routers.
+/// The event log API for processors and routers.
 #[derive(Clone)]
 pub struct LogService {
     topics: Arc<Topics>,
@@ -41,7 +41,7 @@ impl LogService {
 }
 
 impl LogService {
-    /// Appends to the log and delivers to watchers. Must run to its end: events that are stored but not
+    /// Appends to the log and delivers to watchers. Must run to completion: events that are stored but not
     /// pushed are found only by comparing the topic with the store.
     async fn append(
         &self,
@@ -49,7 +49,7 @@ impl LogService {
         attempt: u32,
         request: PublishRequest,
     ) -> Result<PublishResponse, Status> {
-        let began = Instant::now();
+        let start = Instant::now();
         let appended = self
             .store
             .append(Append {
@@ -66,7 +66,7 @@ impl LogService {
         match appended {
             Appended::Applied { cancel_reason } => {
                 self.metrics.events.inc_by(request.events.len() as u64);
-                self.metrics.append_seconds.observe(began.elapsed().as_secs_f64());
+                self.metrics.append_seconds.observe(start.elapsed().as_secs_f64());
                 self.topics.push(uid, &request.events);
                 Ok(PublishResponse { cancel_reason })
             }
@@ -75,7 +75,7 @@ impl LogService {
                 Err(Status::new(
                     Code::Aborted,
                     format!(
-                        "attempt {attempt} may not write: the request is {state}, at attempt \
+                        "attempt {attempt} is fenced: the request is {state}, at attempt \
                          {current} and seq {last_seq}"
                     ),
                 ))
@@ -131,7 +131,7 @@ fn check_contiguous(events: &[Event]) -> Result<(), Status> {
     let contiguous = events.windows(2).all(|pair| pair[1].seq == pair[0].seq + 1);
     match events.first() {
         Some(first) if contiguous && first.seq > 0 => Ok(()),
-        Some(_) => Err(invalid("events must be numbered one after the other, from 1")),
+        Some(_) => Err(invalid("events must have consecutive sequence numbers, from 1")),
         None => Err(invalid("events must not be empty")),
     }
 }

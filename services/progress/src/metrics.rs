@@ -1,4 +1,4 @@
-//! The metrics of this service.
+//! Metrics of the progress service.
 
 use std::sync::atomic::AtomicU64;
 
@@ -20,12 +20,12 @@ pub(crate) struct ProgressMetrics {
     pub(crate) undelivered_seconds: Gauge<f64, AtomicU64>,
 }
 
-/// Shows how much of the budget is used.
-pub(crate) fn watch_unread(metrics: &Metrics, budget: &OutputBudget, limit: usize) {
+/// Exports the use and the limit of the budget for unread messages.
+pub(crate) fn observe_unread(metrics: &Metrics, budget: &OutputBudget, limit: usize) {
     let number = |bytes: usize| i64::try_from(bytes).unwrap_or(i64::MAX);
     let name = "streamer_progress_unread_watch_bytes";
     let gauge =
-        metrics.gauge(name, "Bytes of large messages that watchers were sent and have not read");
+        metrics.gauge(name, "Bytes of large messages that were sent to watchers and not read");
     let limit_name = "streamer_progress_unread_watch_bytes_limit";
     let help = "Limit of streamer_progress_unread_watch_bytes (limits.max_unread_watch_bytes)";
     metrics.gauge(limit_name, help).set(number(limit));
@@ -40,32 +40,32 @@ impl ProgressMetrics {
             events: metrics.counter("streamer_progress_events", "Events appended by publishers"),
             append_seconds: metrics.latency(
                 "streamer_progress_append_seconds",
-                "From a publish call to its events being durable",
+                "Time from a publish call until its events are durable",
             ),
             fenced: metrics.counter(
                 "streamer_progress_fenced",
-                "Publish calls of attempts that are not current",
+                "Publish calls of attempts that are fenced",
             ),
             watchers: metrics.gauge("streamer_progress_watchers", "Open watch streams"),
             topics: metrics.gauge("streamer_progress_topics", "Requests with a tail in memory"),
             tail_bytes: metrics.gauge(
                 "streamer_progress_tail_bytes",
-                "Memory of the latest events of all requests",
+                "Bytes of the latest events of all requests in memory",
             ),
             missed: metrics.counter(
                 "streamer_progress_missed_events",
-                "Events of watched requests that were found by comparing with the store, and whose \
-                 announcement did not arrive within 5 s of the first that was found",
+                "Events of watched requests that were found by comparing with the store and not \
+                 announced within 5 s of the first one found",
             ),
             unannounced: metrics.gauge(
                 "streamer_progress_unannounced_events",
-                "Events of watched requests that were found by comparing with the store, and whose \
-                 announcement may still arrive",
+                "Events of watched requests that were found by comparing with the store and may still be \
+                 announced",
             ),
             undelivered_seconds: metrics.register(
                 "streamer_progress_undelivered_age_seconds",
-                "Age of the newest event that a watcher, up to date before, does not have yet; the \
-                 largest of all watched requests",
+                "Age of the newest event that a watcher which was up to date has not received; the \
+                 maximum over all watched requests",
                 Gauge::default(),
             ),
             replayed: metrics.counter(

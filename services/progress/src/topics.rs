@@ -1,9 +1,9 @@
-//! The requests whose latest events are in memory.
+//! Requests whose latest events are in memory.
 
 mod delivery;
+mod pending_announcements;
 mod tail;
 mod topic;
-mod unannounced;
 
 use std::{
     collections::{HashMap, HashSet},
@@ -29,79 +29,79 @@ pub(crate) use delivery::Position;
 pub(crate) use tail::Read;
 pub(crate) use topic::{Subscription, Topic};
 
-/// Bytes of all events in memory, beyond which they are cut to half as many: unwatched topics are
-/// dropped, and watched ones keep an equal share.
+/// Maximum bytes of all events in memory. Beyond it they are reduced to half: unwatched topics are
+/// dropped, and watched topics keep an equal share.
 const MAX_TOTAL_BYTES: usize = 64 * 1024 * 1024;
-/// Topics beyond which unwatched ones go at once.
+/// Number of topics beyond which unwatched topics are dropped at once.
 const MAX_TOPICS: usize = 32_768;
-/// Requests noted as missed in one round at most.
+/// Maximum number of requests recorded as missed in one round.
 const MAX_MISSED: usize = 65_536;
-/// Where every event is stored by this process, which announces it.
-const ALONE: Pace = Pace { round: Duration::from_secs(5), unwatched_rounds: 2, compare_rounds: 3 };
-/// Where other processes write to the same store: one that dies between storing an event and announcing
-/// it, or does not know this one, leaves watchers here without the event. Each comparison is one read of
-/// an item.
-const SHARED: Pace =
-    Pace { round: Duration::from_secs(1), unwatched_rounds: 10, compare_rounds: 4 };
-/// Topics that are compared with the store at the same time.
-const COMPARED_AT_ONCE: usize = 32;
+/// For a store to which only this process writes, so that each event is announced.
+const EXCLUSIVE_STORE: Maintenance =
+    Maintenance { round: Duration::from_secs(5), unwatched_rounds: 2, compare_rounds: 3 };
+/// For a store to which other processes write: a process that crashes between storing an event and announcing
+/// it, or does not know this instance, leaves watchers here without the event. Each comparison reads one item.
+const SHARED_STORE: Maintenance =
+    Maintenance { round: Duration::from_secs(1), unwatched_rounds: 10, compare_rounds: 4 };
+/// Maximum number of concurrent comparisons with the store.
+const MAX_CONCURRENT_COMPARISONS: usize = 32;
 
-/// How often topics are maintained.
-struct Pace {
+/// Schedule of the maintenance of topics.
+struct Maintenance {
     /// Time between two rounds of maintenance.
     round: Duration,
-    /// Rounds that an unwatched topic without news survives.
+    /// Rounds after which an unwatched topic without new events is dropped.
     unwatched_rounds: u32,
-    /// Rounds without news after which a watched topic is compared with the store, each time anew.
+    /// Rounds without new events between two comparisons of a watched topic with the store.
     compare_rounds: u32,
 }
 
-/// Those of this round of maintenance and of the one before: a call that is under way takes less.
+/// Requests missed in this and the previous round of maintenance, which together outlast any pending call.
 #[derive(Default)]
 struct Missed {
-    now: HashSet<Uid>,
-    before: HashSet<Uid>,
+    current: HashSet<Uid>,
+    previous: HashSet<Uid>,
 }
 
 impl Missed {
-    fn note(&mut self, uid: Uid) {
-        if self.now.len() >= MAX_MISSED {
-            self.turn();
+    fn insert(&mut self, uid: Uid) {
+        if self.current.len() >= MAX_MISSED {
+            self.rotate();
         }
-        self.now.insert(uid);
+        self.current.insert(uid);
     }
 
-    fn has(&self, uid: Uid) -> bool {
-        self.now.contains(&uid) || self.before.contains(&uid)
+    fn contains(&self, uid: Uid) -> bool {
+        self.current.contains(&uid) || self.previous.contains(&uid)
     }
 
-    fn turn(&mut self) {
-        self.before = std::mem::take(&mut self.now);
+    fn rotate(&mut self) {
+        self.previous = std::mem::take(&mut self.current);
     }
 }
 
 /// All requests in memory.
 pub(crate) struct Topics {
     by_uid: Mutex<HashMap<Uid, Arc<Topic>>>,
-    /// Requests of which events came lately while they were not in memory. Changed only while
+    /// Requests of which events arrived recently while they were not in memory. Changes only while
     /// `by_uid` is locked.
     missed: Mutex<Missed>,
-    /// How many topics there may be before unwatched ones are looked for.
+    /// Number of topics at which unwatched ones are dropped.
     prune_at: AtomicUsize,
     /// Bytes of the events of all tails.
     total_bytes: Arc<AtomicUsize>,
-    /// Held while tails are cut down.
+    /// Held while tails are shrunk.
     shrinking: Mutex<()>,
     store: Arc<dyn Store>,
     metrics: ProgressMetrics,
     ring: Option<Ring>,
-    pace: &'static Pace,
-    /// Watches end.
+    maintenance: &'static Maintenance,
+    /// Cancelled when watches must end.
     pub(crate) draining: CancellationToken,
 }
 
 impl Topics {
-    /// `is_shared` if other processes write to the store.
+    /// Creates an empty registry; `is_shared` if other processes write to the store.
     pub(crate) fn new(
         store: Arc<dyn Store>,
         metrics: ProgressMetrics,
@@ -109,7 +109,7 @@ impl Topics {
         is_shared: bool,
     ) -> Self {
         Self {
-            pace: if is_shared { &SHARED } else { &ALONE },
+            maintenance: if is_shared { &SHARED_STORE } else { &EXCLUSIVE_STORE },
             ring,
             draining: CancellationToken::new(),
             by_uid: Mutex::default(),
@@ -126,11 +126,11 @@ impl Topics {
         &self.metrics
     }
 
-    /// Returns with the reason once watches here must end, so that they continue at another instance.
-    pub(crate) async fn watches_end(&self) -> Status {
-        let stops_serving = async {
+    /// Returns the reason once watches must end, so that they continue at another instance.
+    pub(crate) async fn until_watches_end(&self) -> Status {
+        let not_serving = async {
             match &self.ring {
-                Some(ring) => ring.stops_serving().await,
+                Some(ring) => ring.until_not_serving().await,
                 None => std::future::pending().await,
             }
         };
@@ -138,22 +138,22 @@ impl Topics {
             () = self.draining.cancelled() => {
                 Status::unavailable("the progress service is stopping")
             }
-            () = stops_serving => crate::not_serving(),
+            () = not_serving => crate::not_serving(),
         }
     }
 
-    /// Subscribes to a request, if it is in memory and knows its request.
-    pub(crate) fn loaded(&self, uid: Uid) -> Option<Subscription> {
-        // Under the lock, so that the topic cannot be dropped between being found and being kept.
+    /// Subscribes to a request if it is in memory with its snapshot.
+    pub(crate) fn subscribe_loaded(&self, uid: Uid) -> Option<Subscription> {
+        // Under the lock, so that the topic is not dropped before the subscription holds it.
         let by_uid = self.by_uid.lock();
         let topic = by_uid.get(&uid)?;
         topic.is_loaded().then(|| Subscription::new(topic))
     }
 
-    /// Subscribes to a request, bringing it into memory when it is not there.
+    /// Subscribes to a request and loads it into memory if necessary; `None` if it does not exist.
     pub(crate) async fn load(&self, uid: Uid) -> Result<Option<Subscription>, StoreError> {
-        // In the map before the store is read: what is published from now on reaches it, and what
-        // was published before is in the store.
+        // In the map before the store is read: later events are pushed to it, and earlier ones are in
+        // the store.
         let subscription = self.subscribe(uid);
         let topic = subscription.topic.clone();
         let loading = topic.load_once(async {
@@ -169,57 +169,58 @@ impl Topics {
         match loading.await {
             Ok(_) => {
                 if subscription.topic.snapshot().is_none() {
-                    // Events came that did not follow those here.
-                    self.compare(&subscription.topic).await?;
+                    // Events arrived that do not follow those in memory.
+                    self.catch_up(&subscription.topic).await?;
                 }
                 Ok(Some(subscription))
             }
-            // The entry stays for others who may hold it; unwatched ones are swept.
+            // The entry remains, as other callers may hold it; unwatched entries are swept.
             Err(error) => error.map_or(Ok(None), Err),
         }
     }
 
-    /// A request begins: its first event is durable. It may have been found in the queue, and run,
-    /// before this is told: then what is told here is old, and watchers read the store.
+    /// Adds a new request, whose first event is durable. A processor may have started it before this
+    /// call: the events are then stale, and watchers read the store.
     pub(crate) fn create(&self, uid: Uid, created: &Request, events: &[Event]) {
         let topic = {
             let mut by_uid = self.by_uid.lock();
-            if self.missed.lock().has(uid) {
+            if self.missed.lock().contains(uid) {
                 return;
             }
             self.subscribe_in(&mut by_uid, uid).topic
         };
-        self.announced(&topic, events);
+        self.push_to(&topic, events);
         topic.load(created);
         topic.set_loaded();
         self.shrink_if_full();
     }
 
-    /// Delivers durable events to whoever watches; when nobody does, the store has them.
+    /// Delivers durable events to watchers. Events of a request that is not in memory are dropped, as the store
+    /// has them.
     pub(crate) fn push(&self, uid: Uid, events: &[Event]) {
         let topic = {
             let by_uid = self.by_uid.lock();
             let topic = by_uid.get(&uid).cloned();
             if topic.is_none() {
-                self.missed.lock().note(uid);
+                self.missed.lock().insert(uid);
             }
             topic
         };
         if let Some(topic) = topic {
-            self.announced(&topic, events);
+            self.push_to(&topic, events);
             self.shrink_if_full();
         }
     }
 
-    fn announced(&self, topic: &Topic, events: &[Event]) {
+    fn push_to(&self, topic: &Topic, events: &[Event]) {
         let found_before = topic.push(events);
         if found_before > 0 {
             self.metrics.unannounced.dec_by(found_before);
         }
     }
 
-    /// Cuts tails down once all of them together hold too much. It costs a look at every topic, which
-    /// comes once for each half of the limit that was pushed.
+    /// Shrinks tails once their total exceeds the limit. This visits every topic, once for each half of the
+    /// limit that is pushed.
     fn shrink_if_full(&self) {
         if self.total_bytes.load(Ordering::Relaxed) <= MAX_TOTAL_BYTES {
             return;
@@ -233,13 +234,14 @@ impl Topics {
         }
     }
 
-    /// An announcement of such a request may still come, and is then older than what is stored.
+    /// Drops unwatched topics and records them as missed: a later announcement of one of these requests
+    /// may be older than the stored state.
     fn drop_unwatched(&self, by_uid: &mut HashMap<Uid, Arc<Topic>>) {
         let mut missed = self.missed.lock();
         by_uid.retain(|uid, topic| {
             let is_needed = topic.is_needed();
             if !is_needed {
-                missed.note(*uid);
+                missed.insert(*uid);
             }
             is_needed
         });
@@ -252,7 +254,7 @@ impl Topics {
     fn subscribe_in(&self, by_uid: &mut HashMap<Uid, Arc<Topic>>, uid: Uid) -> Subscription {
         if by_uid.len() >= self.prune_at.load(Ordering::Relaxed) && !by_uid.contains_key(&uid) {
             self.drop_unwatched(by_uid);
-            // Where most are watched, looking each time would find nothing at a high price.
+            // If most topics are watched, a scan for each new one would be expensive and find nothing.
             let prune_at = (by_uid.len() + by_uid.len() / 8).max(MAX_TOPICS);
             self.prune_at.store(prune_at, Ordering::Relaxed);
         }
@@ -262,10 +264,10 @@ impl Topics {
         Subscription::new(topic)
     }
 
-    /// Drops tails that are not needed and compares quiet watched ones with the store, in case a
+    /// Drops unneeded topics, and compares watched topics without new events with the store in case a
     /// hint was lost.
     pub(crate) async fn maintain(&self, shutdown: CancellationToken) {
-        let mut ticks = interval(self.pace.round);
+        let mut ticks = interval(self.maintenance.round);
         ticks.set_missed_tick_behavior(MissedTickBehavior::Delay);
         loop {
             tokio::select! {
@@ -273,23 +275,23 @@ impl Topics {
                 _ = ticks.tick() => {}
             }
             stream::iter(self.sweep(Instant::now()))
-                .for_each_concurrent(COMPARED_AT_ONCE, |topic| async move {
-                    if let Err(error) = self.check(&topic).await {
-                        tracing::warn!(%error, uid = %topic.uid, "could not compare with the store");
+                .for_each_concurrent(MAX_CONCURRENT_COMPARISONS, |topic| async move {
+                    if let Err(error) = self.reconcile(&topic).await {
+                        tracing::warn!(%error, uid = %topic.uid, "comparing with the store failed");
                     }
                 })
                 .await;
         }
     }
 
-    /// Compares a topic with the store.
-    async fn check(&self, topic: &Arc<Topic>) -> Result<(), StoreError> {
+    /// Compares a topic with the store and counts unannounced events.
+    async fn reconcile(&self, topic: &Arc<Topic>) -> Result<(), StoreError> {
         let Some(record) = self.store.get_request(topic.uid).await? else {
-            // Deleted: a watcher would wait for ever.
+            // The request was deleted: its watches would never end.
             topic.end();
             return Ok(());
         };
-        if self.is_notified_of(topic.uid) {
+        if self.receives_announcements_of(topic.uid) {
             self.metrics.unannounced.inc_by(topic.expect_announcement(&record));
         } else {
             topic.catch_up(&record);
@@ -297,36 +299,36 @@ impl Topics {
         Ok(())
     }
 
-    /// Drops what is not needed; returns what should be compared with the store.
+    /// Drops unneeded topics; returns those that must be compared with the store.
     fn sweep(&self, now: Instant) -> Vec<Arc<Topic>> {
         let mut by_uid = self.by_uid.lock();
-        self.missed.lock().turn();
+        self.missed.lock().rotate();
         let mut undelivered = Duration::ZERO;
-        let mut all_lost = 0;
+        let mut total_lost = 0;
         let mut compare = Vec::new();
         by_uid.retain(|_, topic| {
-            let quiet = topic.next_round();
+            let idle_rounds = topic.next_round();
             let lost = topic.take_lost_announcements(now);
             if lost > 0 {
                 tracing::debug!(uid = %topic.uid, lost, "events were not announced");
-                all_lost += lost;
+                total_lost += lost;
             }
             if !topic.is_watched() {
-                return quiet < self.pace.unwatched_rounds || topic.is_needed();
+                return idle_rounds < self.maintenance.unwatched_rounds || topic.is_needed();
             }
             undelivered = undelivered.max(topic.undelivered_for(now));
-            if self.is_to_compare(topic.uid, quiet) && !topic.has_ended() {
+            if self.must_compare(topic.uid, idle_rounds) && !topic.has_ended() {
                 compare.push(topic.clone());
             }
             true
         });
-        if all_lost > 0 {
+        if total_lost > 0 {
             tracing::warn!(
-                events = all_lost,
+                events = total_lost,
                 "stored events of watched requests were not announced"
             );
-            self.metrics.unannounced.dec_by(all_lost);
-            self.metrics.missed.inc_by(all_lost.unsigned_abs());
+            self.metrics.unannounced.dec_by(total_lost);
+            self.metrics.missed.inc_by(total_lost.unsigned_abs());
         }
         self.metrics.topics.set(count(by_uid.len()));
         self.metrics.tail_bytes.set(count(self.total_bytes.load(Ordering::Relaxed)));
@@ -334,19 +336,21 @@ impl Topics {
         compare
     }
 
-    /// Whether a topic without news for so many rounds is compared with the store.
-    fn is_to_compare(&self, uid: Uid, quiet: u32) -> bool {
-        quiet > 0 && (quiet.is_multiple_of(self.pace.compare_rounds) || !self.is_notified_of(uid))
+    /// Whether to compare a topic that has had no new events for this number of rounds.
+    fn must_compare(&self, uid: Uid, idle_rounds: u32) -> bool {
+        idle_rounds > 0
+            && (idle_rounds.is_multiple_of(self.maintenance.compare_rounds)
+                || !self.receives_announcements_of(uid))
     }
 
-    /// Whether events of this request are published here. A request that belongs to another instance is
-    /// served here only while that one cannot be reached, and its events are found by comparing.
-    fn is_notified_of(&self, uid: Uid) -> bool {
+    /// Whether events of this request are published to this instance. A request of another instance is served
+    /// here only while that instance is unreachable, and its events are found by comparing.
+    fn receives_announcements_of(&self, uid: Uid) -> bool {
         self.ring.as_ref().is_none_or(|ring| ring.owner(uid).is_none())
     }
 
-    /// Brings a topic up to date with the store.
-    pub(crate) async fn compare(&self, topic: &Topic) -> Result<(), StoreError> {
+    /// Updates a topic from the store.
+    pub(crate) async fn catch_up(&self, topic: &Topic) -> Result<(), StoreError> {
         if let Some(record) = self.store.get_request(topic.uid).await? {
             topic.catch_up(&record);
         }

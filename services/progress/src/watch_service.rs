@@ -1,4 +1,4 @@
-//! `streamer.progress.v1.ProgressService`.
+//! Implementation of `streamer.progress.v1.ProgressService`.
 
 use std::{
     collections::HashMap,
@@ -29,19 +29,19 @@ use tonic::{Code, Request, Response, Status, metadata::MetadataValue};
 use crate::{
     Ring,
     topics::{Read, Subscription, Topics},
-    unread::{UnreadBudget, relay},
+    unread_budget::{UnreadBudget, relay},
     watcher::Watcher,
 };
 
-/// How long another instance may take to begin a stream, before it is served here.
-const PASS_ON_TIMEOUT: Duration = Duration::from_secs(3);
-/// Names looked up at once, beyond which entries that nobody needs are looked for.
-const MAX_FINDING: usize = 1024;
+/// Time in which another instance must start a stream, before this instance serves it.
+const FORWARD_TIMEOUT: Duration = Duration::from_secs(3);
+/// Number of pending lookups beyond which abandoned ones are removed.
+const MAX_PENDING_LOOKUPS: usize = 1024;
 const MAX_PAGE: i32 = 1000;
 const DEFAULT_PAGE: usize = 100;
 const MAX_PAGE_BYTES: usize = 1024 * 1024;
 
-/// Serves watchers.
+/// The public API for watchers.
 pub struct WatchService {
     topics: Arc<Topics>,
     store: Arc<dyn Store>,
@@ -49,15 +49,15 @@ pub struct WatchService {
     limits: Limits,
     open_watches: Arc<OpenWatches>,
     unread: Arc<OutputBudget>,
-    finding: Finding,
+    lookups: PendingLookups,
 }
 
-/// Names that are being looked up: who asks for the same one at the same time shares the answer.
-type Finding = Mutex<HashMap<(Owner, String), Weak<OnceCell<Option<Found>>>>>;
+/// Pending lookups of request ids; concurrent calls for the same id share one lookup.
+type PendingLookups = Mutex<HashMap<(Owner, String), Weak<OnceCell<Option<ResolvedRequest>>>>>;
 
-/// What a name stands for.
+/// The request that an id refers to.
 #[derive(Clone)]
-struct Found {
+struct ResolvedRequest {
     uid: Uid,
     owner: Owner,
 }
@@ -71,23 +71,23 @@ impl WatchService {
         open_watches: Arc<OpenWatches>,
         unread: Arc<OutputBudget>,
     ) -> Self {
-        Self { topics, store, ring, limits, open_watches, unread, finding: Mutex::default() }
+        Self { topics, store, ring, limits, open_watches, unread, lookups: Mutex::default() }
     }
 
-    /// Passes a watch on to the instance that the request belongs to, where its events come first;
-    /// `None` when that is this one, or cannot be reached.
-    async fn pass_on(
+    /// Forwards a watch to the instance that the request belongs to, where its events arrive first. Returns
+    /// `None` if that is this instance or it is unreachable.
+    async fn forward(
         &self,
         caller: &Caller,
         request: &WatchRequest,
     ) -> Result<Option<BoxStream<'static, Result<WatchResponse, Status>>>, Status> {
         let Some(ring) = &self.ring else { return Ok(None) };
-        // An own id that looks like a uid may lead to another instance, which serves it too.
+        // A client id that parses as a uid may select a different instance, which can serve it too.
         let mut watch = request.clone();
         let uid = match request.request_id.parse::<Uid>() {
             Ok(uid) => uid,
             Err(_) => {
-                let uid = self.find(&caller.principal, &request.request_id).await?;
+                let uid = self.resolve(&caller.principal, &request.request_id).await?;
                 watch.request_id = uid.to_string();
                 uid
             }
@@ -97,7 +97,7 @@ impl WatchService {
         watch.metadata_mut().insert(FORWARDED, MetadataValue::from_static("1"));
         let mut client = ProgressServiceClient::new(owner.watch_channel())
             .max_decoding_message_size(self.limits.max_message_bytes().saturating_mul(2));
-        match timeout(PASS_ON_TIMEOUT, client.watch(watch)).await {
+        match timeout(FORWARD_TIMEOUT, client.watch(watch)).await {
             Ok(Ok(response)) => Ok(Some(Box::pin(response.into_inner()))),
             Ok(Err(status)) if status.code() == Code::Unavailable => {
                 owner.note(false);
@@ -111,58 +111,60 @@ impl WatchService {
         }
     }
 
-    /// Subscribes to the request that `name` stands for, if the caller may read it.
+    /// Subscribes to the request with this `uid` or client id, if the caller may read it.
     async fn subscribe(&self, principal: &Principal, name: &str) -> Result<Subscription, Status> {
         if let Ok(uid) = name.parse::<Uid>()
-            && let Some(subscription) = self.topics.loaded(uid)
+            && let Some(subscription) = self.topics.subscribe_loaded(uid)
             && let Some(request) = subscription.topic.snapshot()
             && principal.may_read(&request.tenant_id, &request.user_id)
         {
             return Ok(subscription);
         }
-        let uid = self.find(principal, name).await?;
+        let uid = self.resolve(principal, name).await?;
         let subscription = self.topics.load(uid).await.map_err(|error| store_status(&error))?;
         subscription.ok_or_else(|| not_found(name))
     }
 
-    async fn find(&self, principal: &Principal, name: &str) -> Result<Uid, Status> {
+    /// Returns the `uid` of the request with this `uid` or client id, if the caller may read it.
+    async fn resolve(&self, principal: &Principal, name: &str) -> Result<Uid, Status> {
         let owner = Owner { tenant: principal.tenant.clone(), user: principal.user.clone() };
         let key = (owner, name.to_owned());
-        let (asking, joined) = {
-            let mut finding = self.finding.lock();
-            match finding.get(&key).and_then(Weak::upgrade) {
-                Some(asking) => (asking, true),
+        let (lookup, is_joined) = {
+            let mut lookups = self.lookups.lock();
+            match lookups.get(&key).and_then(Weak::upgrade) {
+                Some(lookup) => (lookup, true),
                 None => {
-                    // Of those who gave up, the entries stay.
-                    if finding.len() >= MAX_FINDING {
-                        finding.retain(|_, asking| asking.strong_count() > 0);
+                    // Abandoned lookups leave their entries.
+                    if lookups.len() >= MAX_PENDING_LOOKUPS {
+                        lookups.retain(|_, lookup| lookup.strong_count() > 0);
                     }
-                    let asking = Arc::new(OnceCell::new());
-                    finding.insert(key.clone(), Arc::downgrade(&asking));
-                    (asking, false)
+                    let lookup = Arc::new(OnceCell::new());
+                    lookups.insert(key.clone(), Arc::downgrade(&lookup));
+                    (lookup, false)
                 }
             }
         };
-        let look_up = || async {
+        let query = || async {
             let record = find_by_name(&*self.store, &key.0, name).await?;
-            let found = |record: RequestRecord| Found { uid: record.uid, owner: record.owner };
-            Ok::<_, StoreError>(record.map(found))
+            let resolved =
+                |record: RequestRecord| ResolvedRequest { uid: record.uid, owner: record.owner };
+            Ok::<_, StoreError>(record.map(resolved))
         };
-        let mut found = asking.get_or_try_init(look_up).await.cloned();
-        if joined && matches!(found, Ok(None)) {
-            // The others may have looked before it was there.
-            found = look_up().await;
+        let mut result = lookup.get_or_try_init(query).await.cloned();
+        if is_joined && matches!(result, Ok(None)) {
+            // The shared lookup may have started before the request existed.
+            result = query().await;
         }
         {
-            // The last one of those who ask together takes the entry away.
-            let mut finding = self.finding.lock();
-            if Arc::strong_count(&asking) == 1
-                && finding.get(&key).is_some_and(|known| known.ptr_eq(&Arc::downgrade(&asking)))
+            // The last of the concurrent callers removes the entry.
+            let mut lookups = self.lookups.lock();
+            if Arc::strong_count(&lookup) == 1
+                && lookups.get(&key).is_some_and(|entry| entry.ptr_eq(&Arc::downgrade(&lookup)))
             {
-                finding.remove(&key);
+                lookups.remove(&key);
             }
         }
-        match found.map_err(|error| store_status(&error))? {
+        match result.map_err(|error| store_status(&error))? {
             Some(found) if principal.may_read(&found.owner.tenant, &found.owner.user) => {
                 Ok(found.uid)
             }
@@ -170,20 +172,20 @@ impl WatchService {
         }
     }
 
-    /// A page of a log that is in memory, if its reader may read it.
-    fn in_memory(
+    /// Returns a page of the log if it is in memory and the caller may read it.
+    fn read_in_memory(
         &self,
         principal: &Principal,
         request: &ListEventsRequest,
-        wanted: usize,
+        limit: usize,
     ) -> Option<Vec<Event>> {
         let uid = request.request_id.parse().ok()?;
-        let topic = self.topics.loaded(uid)?.topic;
+        let topic = self.topics.subscribe_loaded(uid)?.topic;
         let snapshot = topic.snapshot()?;
         if !principal.may_read(&snapshot.tenant_id, &snapshot.user_id) {
             return None;
         }
-        match topic.read(request.after_seq, wanted, MAX_PAGE_BYTES) {
+        match topic.read(request.after_seq, limit, MAX_PAGE_BYTES) {
             Read::Events(events) => Some(events),
             Read::InStore | Read::UpToDate | Read::Ended => None,
         }
@@ -199,32 +201,32 @@ impl ProgressService for WatchService {
         request: Request<WatchRequest>,
     ) -> Result<Response<Self::WatchStream>, Status> {
         let caller = caller(&request)?;
-        let forwarded = request.metadata().contains_key(FORWARDED);
-        // A gateway reads for all of its subscribers, and counts them itself.
-        let of_gateway = request.metadata().contains_key(WATCH_COUNTED);
+        let is_forwarded = request.metadata().contains_key(FORWARDED);
+        // A gateway watches on behalf of its subscribers and counts them itself.
+        let is_from_gateway = request.metadata().contains_key(WATCH_COUNTED);
         let request = request.into_inner();
-        let mut violations = check_name(&request.request_id);
+        let mut violations = check_request_id(&request.request_id);
         if let Some(after_seq) = request.after_seq {
             violations.check("after_seq", validate::in_range(after_seq, 0, i64::MAX, ""));
         }
-        refuse(&violations)?;
+        ensure_valid(&violations)?;
         if let Some(ring) = &self.ring {
             ring.check_serving()?;
         }
         let principal = &caller.principal;
-        let unread = (!of_gateway).then(|| UnreadBudget::of(&self.unread, principal));
-        let counted = if forwarded || of_gateway {
+        let unread = (!is_from_gateway).then(|| UnreadBudget::for_user(&self.unread, principal));
+        let open_watch = if is_forwarded || is_from_gateway {
             None
         } else {
             let of_user = self.open_watches.of(&principal.tenant, &principal.user);
             Some(of_user.open().map_err(|error| status(&error))?)
         };
-        if !forwarded && let Some(stream) = self.pass_on(&caller, &request).await? {
-            return Ok(Response::new(relay(stream, counted, unread)));
+        if !is_forwarded && let Some(stream) = self.forward(&caller, &request).await? {
+            return Ok(Response::new(relay(stream, open_watch, unread)));
         }
         let subscription = self.subscribe(principal, &request.request_id).await?;
         let (topics, store) = (self.topics.clone(), self.store.clone());
-        let watcher = Watcher::new(subscription, topics, store, &request, (counted, unread));
+        let watcher = Watcher::new(subscription, topics, store, &request, (open_watch, unread));
         Ok(Response::new(watcher.into_stream()))
     }
 
@@ -234,22 +236,22 @@ impl ProgressService for WatchService {
     ) -> Result<Response<ListEventsResponse>, Status> {
         let caller = caller(&request)?;
         let request = request.into_inner();
-        let mut violations = check_name(&request.request_id);
+        let mut violations = check_request_id(&request.request_id);
         let page_size = i64::from(request.page_size);
         violations.check("page_size", validate::in_range(page_size, 0, i64::from(MAX_PAGE), ""));
         violations.check("after_seq", validate::in_range(request.after_seq, 0, i64::MAX, ""));
-        refuse(&violations)?;
-        let wanted = match request.page_size {
+        ensure_valid(&violations)?;
+        let limit = match request.page_size {
             0 => DEFAULT_PAGE,
             size => usize::try_from(size).unwrap_or(DEFAULT_PAGE),
         };
         let encoding = request.payload_encoding();
-        let mut events = match self.in_memory(&caller.principal, &request, wanted) {
+        let mut events = match self.read_in_memory(&caller.principal, &request, limit) {
             Some(events) => events,
             None => {
-                let uid = self.find(&caller.principal, &request.request_id).await?;
+                let uid = self.resolve(&caller.principal, &request.request_id).await?;
                 let page =
-                    self.store.read_events(uid, request.after_seq, wanted, MAX_PAGE_BYTES).await;
+                    self.store.read_events(uid, request.after_seq, limit, MAX_PAGE_BYTES).await;
                 page.map_err(|error| store_status(&error))?.events
             }
         };
@@ -262,15 +264,15 @@ impl ProgressService for WatchService {
 
 fn caller<T>(request: &Request<T>) -> Result<Caller, Status> {
     let caller = request.extensions().get::<Caller>().cloned();
-    caller.ok_or_else(|| Status::internal("the service is wired without authentication"))
+    caller.ok_or_else(|| Status::internal("the service runs without its authentication layer"))
 }
 
-fn check_name(name: &str) -> Violations {
+fn check_request_id(name: &str) -> Violations {
     let mut violations = Violations::default();
     violations.check("request_id", validate::request_id(name));
     violations
 }
 
-fn refuse(violations: &Violations) -> Result<(), Status> {
+fn ensure_valid(violations: &Violations) -> Result<(), Status> {
     if violations.is_empty() { Ok(()) } else { Err(validation_status(violations)) }
 }

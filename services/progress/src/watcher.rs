@@ -1,4 +1,4 @@
-//! One watch stream: a cursor that moves along a request's log.
+//! One watch stream: a cursor in the log of a request.
 
 use std::sync::Arc;
 
@@ -16,14 +16,15 @@ use tonic::Status;
 
 use crate::{
     topics::{Position, Read, Subscription, Topics},
-    unread::UnreadBudget,
+    unread_budget::UnreadBudget,
 };
 
-/// Events of one message at most.
+/// Maximum number of events of a message.
 const MAX_EVENTS: usize = 512;
-/// Bytes of one message, roughly, at most; a single event may be larger.
+/// Approximate maximum bytes of a message; a single event may be larger.
 const MAX_BYTES: usize = 256 * 1024;
 
+/// One watch of a request.
 pub(crate) struct Watcher {
     subscription: Subscription,
     topics: Arc<Topics>,
@@ -31,43 +32,43 @@ pub(crate) struct Watcher {
     cursor: i64,
     position: Position,
     encoding: PayloadEncoding,
-    /// Of the events, only the terminal one is wanted.
+    /// Whether to send only the terminal event.
     outcome_only: bool,
     snapshot_sent: bool,
     ended: bool,
-    _counted: Counted,
-    /// Counts it as one of its user; `None` when its gateway counts it.
-    _open: Option<OpenWatch>,
-    /// `None` when a gateway reads.
+    _gauge: GaugeGuard,
+    /// Counts as an open watch of the user; `None` if a gateway counts it.
+    _open_watch: Option<OpenWatch>,
+    /// `None` for a watch of a gateway.
     budget: Option<UnreadBudget>,
-    /// For the last message, which its client may not have read.
+    /// Reservation of the last message, which the client may not have read.
     unread: Reservation,
 }
 
 impl Drop for Watcher {
     fn drop(&mut self) {
-        self.subscription.topic.leave(self.position);
+        self.subscription.topic.remove_watcher(self.position);
     }
 }
 
-/// Counts an open stream for as long as it lives.
-struct Counted(Gauge);
+/// Counts an open stream while it exists.
+struct GaugeGuard(Gauge);
 
-impl Drop for Counted {
+impl Drop for GaugeGuard {
     fn drop(&mut self) {
         self.0.dec();
     }
 }
 
 impl Watcher {
-    /// From `request.after_seq` on; without one, from the snapshot on (with the terminal event if that has
-    /// passed).
+    /// Creates a watch that starts after `request.after_seq`, or at the snapshot if that is absent. A watch that
+    /// starts at the snapshot of an ended request also sends the terminal event.
     pub(crate) fn new(
         subscription: Subscription,
         topics: Arc<Topics>,
         store: Arc<dyn Store>,
         request: &WatchRequest,
-        (open, budget): (Option<OpenWatch>, Option<UnreadBudget>),
+        (open_watch, budget): (Option<OpenWatch>, Option<UnreadBudget>),
     ) -> Self {
         let watchers = topics.metrics().watchers.clone();
         watchers.inc();
@@ -81,8 +82,8 @@ impl Watcher {
             outcome_only: request.outcome_only,
             snapshot_sent: false,
             ended: false,
-            _counted: Counted(watchers),
-            _open: open,
+            _gauge: GaugeGuard(watchers),
+            _open_watch: open_watch,
             budget,
             unread: Reservation::default(),
         }
@@ -90,16 +91,17 @@ impl Watcher {
 
     pub(crate) fn into_stream(self) -> BoxStream<'static, Result<WatchResponse, Status>> {
         Box::pin(stream::unfold(self, |mut watcher| async move {
-            let item = watcher.next_when_read().await?;
+            let item = watcher.next_within_budget().await?;
             watcher.ended |= item.is_err();
             Some((item, watcher))
         }))
     }
 
-    /// The next message. It is asked for when the one before was read.
-    async fn next_when_read(&mut self) -> Option<Result<WatchResponse, Status>> {
+    /// Returns the next message once the budget has room for it. The stream calls this after the client has read the
+    /// previous message.
+    async fn next_within_budget(&mut self) -> Option<Result<WatchResponse, Status>> {
         self.unread = Reservation::default();
-        let before = (self.cursor, self.snapshot_sent, self.ended);
+        let checkpoint = (self.cursor, self.snapshot_sent, self.ended);
         let item = self.next().await?;
         let (Ok(message), Some(budget)) = (&item, &self.budget) else { return Some(item) };
         let bytes = match budget.try_reserve(message) {
@@ -109,12 +111,12 @@ impl Watcher {
             }
             Err(bytes) => bytes,
         };
-        // Those who wait hold no message: it is read again.
+        // A waiting watcher holds no message; it reads the message again.
         drop(item);
-        (self.cursor, self.snapshot_sent, self.ended) = before;
+        (self.cursor, self.snapshot_sent, self.ended) = checkpoint;
         tokio::select! {
             unread = budget.reserve(bytes) => self.unread = unread,
-            status = self.topics.watches_end() => return Some(Err(status)),
+            status = self.topics.until_watches_end() => return Some(Err(status)),
         }
         self.next().await
     }
@@ -134,12 +136,12 @@ impl Watcher {
         }
     }
 
-    /// The snapshot, with the events that are there already.
+    /// Returns the snapshot with the events that are available.
     async fn first_message(&mut self) -> Result<WatchResponse, Status> {
         if self.subscription.topic.snapshot().is_none() {
-            // Events came in the meantime that did not follow those in memory.
-            let compared = self.topics.compare(&self.subscription.topic).await;
-            compared.map_err(|error| store_status(&error))?;
+            // Events have arrived that do not follow those in memory.
+            let result = self.topics.catch_up(&self.subscription.topic).await;
+            result.map_err(|error| store_status(&error))?;
         }
         let snapshot = self.subscription.topic.snapshot();
         if let (Some(snapshot), -1) = (&snapshot, self.cursor) {
@@ -162,28 +164,28 @@ impl Watcher {
         WatchResponse { snapshot: None, events }
     }
 
-    /// Waits for the next events; empty when none will come.
+    /// Waits for the next events; empty if no event will follow.
     async fn next_events(&mut self) -> Result<Vec<Event>, Status> {
         loop {
             if let Some(events) = self.read().await? {
                 return Ok(events);
             }
             tokio::select! {
-                changed = self.subscription.news.changed() => {
+                changed = self.subscription.updates.changed() => {
                     changed.map_err(|_| Status::unavailable("the progress service is stopping"))?;
                 }
-                status = self.topics.watches_end() => return Err(status),
+                status = self.topics.until_watches_end() => return Err(status),
             }
         }
     }
 
-    /// The next wanted events that are there; `None` when there are none yet, empty when none will come.
+    /// Reads the next events to send; `None` if no newer event exists yet, empty if no event will follow.
     async fn read(&mut self) -> Result<Option<Vec<Event>>, Status> {
         if !self.outcome_only {
             return self.read_all().await;
         }
         loop {
-            // The terminal event is the last one.
+            // Only the last event can be terminal.
             self.cursor = self.cursor.max(self.subscription.topic.last_seq() - 1);
             let Some(mut events) = self.read_all().await? else { return Ok(None) };
             let Some(last) = events.pop() else { return Ok(Some(events)) };
@@ -195,10 +197,10 @@ impl Watcher {
     }
 
     async fn read_all(&mut self) -> Result<Option<Vec<Event>>, Status> {
-        // Marked as seen before reading, so that what comes in between wakes us.
-        self.subscription.news.borrow_and_update();
+        // Marked as seen before the read, so that an event in between wakes this watcher.
+        self.subscription.updates.borrow_and_update();
         let topic = &self.subscription.topic;
-        match topic.read_as(&mut self.position, self.cursor, MAX_EVENTS, MAX_BYTES) {
+        match topic.read_for_watcher(&mut self.position, self.cursor, MAX_EVENTS, MAX_BYTES) {
             Read::Events(events) => Ok(Some(events)),
             Read::UpToDate => Ok(None),
             Read::Ended => Ok(Some(Vec::new())),
@@ -210,7 +212,7 @@ impl Watcher {
                     .map_err(|error| store_status(&error))?;
                 self.topics.metrics().replayed.inc_by(page.events.len() as u64);
                 if page.events.is_empty() {
-                    // The request was deleted under the watcher.
+                    // The request was deleted during the watch.
                     return Err(streamer_rpc::not_found(&topic.uid.to_string()));
                 }
                 Ok(Some(page.events))
@@ -235,7 +237,7 @@ mod tests {
     }
 
     #[tokio::test]
-    async fn a_watcher_of_the_outcome_gets_nothing_else() {
+    async fn an_outcome_only_watch_receives_only_the_terminal_event() {
         let data = tempfile::tempdir().unwrap();
         let store = open(&Engine::Embedded { data: data.path().to_owned() }).unwrap();
         let metrics = ProgressMetrics::new(&Metrics::new());
@@ -244,7 +246,7 @@ mod tests {
         let accepted = event(1, Kind::Accepted(Accepted::default()));
         topics.create(uid, &Request { last_seq: 1, ..Request::default() }, &[accepted]);
         let request = WatchRequest { outcome_only: true, ..WatchRequest::default() };
-        let subscription = topics.loaded(uid).unwrap();
+        let subscription = topics.subscribe_loaded(uid).unwrap();
         let mut watch =
             Watcher::new(subscription, topics.clone(), store, &request, (None, None)).into_stream();
         let first = watch.next().await.unwrap().unwrap();

@@ -1,4 +1,4 @@
-//! The rules that a submission keeps to.
+//! Validation of submissions.
 
 use std::ops::RangeInclusive;
 
@@ -10,7 +10,7 @@ use streamer_proto::{millis, router::v1::SubmitRequest};
 use streamer_rpc::{JSON, payload_into_parts};
 use streamer_store::StoredPayload;
 
-/// A submission whose every rule but the action's own has been checked.
+/// A submission that has passed every check except those of its action.
 pub(crate) struct Submission {
     pub(crate) client_id: Option<String>,
     pub(crate) action: String,
@@ -20,12 +20,12 @@ pub(crate) struct Submission {
     pub(crate) priority: i32,
     pub(crate) delay_ms: i64,
     pub(crate) deadline: Option<Timestamp>,
-    /// The id that it shall have, when another service has given it one.
+    /// The `uid` that the calling service has assigned.
     pub(crate) uid: Option<Uid>,
 }
 
-/// Reads a submission, noting every rule that it breaks.
-pub(crate) fn read(
+/// Parses a submission and records every violation.
+pub(crate) fn parse(
     request: SubmitRequest,
     server_limits: &Limits,
     now: Timestamp,
@@ -65,7 +65,7 @@ pub(crate) fn read(
     }
     let deadline = request.deadline.map(|deadline| Timestamp::from_millis(millis(&deadline)));
     if deadline.is_some_and(|deadline| deadline <= now) {
-        violations.push("deadline", format!("must be in the future, it is {now} now"));
+        violations.push("deadline", format!("must be in the future, the current time is {now}"));
     }
     Submission {
         client_id,
@@ -80,7 +80,7 @@ pub(crate) fn read(
     }
 }
 
-/// What the same `client_id` must stand for.
+/// Returns the hash that all submissions with the same `client_id` must have.
 pub(crate) fn fingerprint(action: &str, payload: &StoredPayload) -> [u8; 32] {
     let mut hash = Sha256::new();
     for part in [action.as_bytes(), payload.content_type.as_bytes(), &payload.data[..]] {
@@ -90,7 +90,7 @@ pub(crate) fn fingerprint(action: &str, payload: &StoredPayload) -> [u8; 32] {
     hash.finalize().into()
 }
 
-/// Scans without building anything, however deep it nests.
+/// Validates JSON of any depth without building a value.
 fn well_formed_json(data: &[u8]) -> Result<&RawValue, String> {
     serde_json::from_slice(data).map_err(|error| format!("is not JSON: {error}"))
 }
@@ -104,7 +104,7 @@ fn check_metadata(metadata: &[u8]) -> Result<(), String> {
     }
 }
 
-/// The range of `google.protobuf.Timestamp`.
+/// Checks the range of `google.protobuf.Timestamp`.
 pub(crate) fn well_formed_time(time: &prost_types::Timestamp) -> Result<(), String> {
     const YEARS_1_TO_9999: RangeInclusive<i64> = -62_135_596_800..=253_402_300_799;
     if YEARS_1_TO_9999.contains(&time.seconds) && (0..1_000_000_000).contains(&time.nanos) {
@@ -128,13 +128,13 @@ mod tests {
     fn violations_of(request: SubmitRequest) -> String {
         let mut violations = Violations::default();
         let limits = Limits { max_payload_bytes: 10, ..Limits::default() };
-        read(request, &limits, Timestamp::from_millis(0), &mut violations);
+        parse(request, &limits, Timestamp::from_millis(0), &mut violations);
         violations.to_string()
     }
 
     #[test]
-    fn every_broken_rule_is_told_at_once() {
-        let told = violations_of(SubmitRequest {
+    fn all_violations_are_reported_together() {
+        let violations = violations_of(SubmitRequest {
             id: "a b".into(),
             action: "Nope".into(),
             payload: Some(json_payload("[1,2,3,4,5,6")),
@@ -156,12 +156,12 @@ mod tests {
             "delay:",
             "deadline:",
         ] {
-            assert!(told.contains(field), "{field} is missing in {told}");
+            assert!(violations.contains(field), "{field} is missing in {violations}");
         }
     }
 
     #[test]
-    fn times_are_in_the_years_that_protobuf_has() {
+    fn times_outside_the_protobuf_range_are_rejected() {
         let deadline = |seconds, nanos| SubmitRequest {
             action: "echo".into(),
             deadline: Some(prost_types::Timestamp { seconds, nanos }),
@@ -180,13 +180,13 @@ mod tests {
     }
 
     #[test]
-    fn a_plain_submission_breaks_no_rule() {
+    fn a_minimal_submission_is_valid() {
         let request = SubmitRequest { action: "echo".into(), ..SubmitRequest::default() };
         assert_eq!(violations_of(request), "");
     }
 
     #[test]
-    fn the_fingerprint_tells_action_and_payload_apart() {
+    fn fingerprints_differ_by_action_and_payload() {
         let payload = |data: &'static str| StoredPayload {
             content_type: JSON.into(),
             data: Bytes::from_static(data.as_bytes()),

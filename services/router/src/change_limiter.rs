@@ -1,4 +1,4 @@
-//! Bounds changes that run to their end after their callers have gone away.
+//! Bounds the number of changes that run to completion after their callers disconnect.
 
 use std::sync::Arc;
 
@@ -6,11 +6,11 @@ use streamer_rpc::run_to_completion;
 use tokio::sync::Semaphore;
 use tonic::Status;
 
-/// Permits of all changes that are under way: one for each change, and one for each KiB that it stores.
-/// While the store is slow, clients that submit and disconnect must not fill the memory.
+/// Permits of all running changes: one for each change, and one for each KiB that it stores.
+/// Clients that submit and disconnect must not exhaust memory while the store is slow.
 const PERMITS: u32 = 64 * 1024;
 
-/// Runs changes, as many at the same time as there are permits for.
+/// Runs changes concurrently, within a fixed number of permits.
 pub(crate) struct ChangeLimiter(Arc<Semaphore>);
 
 impl Default for ChangeLimiter {
@@ -20,8 +20,8 @@ impl Default for ChangeLimiter {
 }
 
 impl ChangeLimiter {
-    /// Waits for permits, then runs a change that stores so many bytes to its end. A caller that goes away
-    /// while it waits takes the change with it.
+    /// Waits for permits, then runs a change that stores `bytes` to completion. If the caller disconnects while
+    /// it waits, the change does not run.
     pub(crate) async fn run<T: Send + 'static>(
         &self,
         bytes: usize,
@@ -46,22 +46,21 @@ mod tests {
     use super::*;
 
     #[tokio::test]
-    async fn a_change_waits_for_permits_and_its_caller_may_leave_meanwhile() {
+    async fn a_started_change_keeps_its_permits_after_its_caller_disconnects() {
         let limiter = ChangeLimiter::default();
-        let everything = usize::MAX;
-        let mut first = Box::pin(limiter.run(everything, std::future::pending::<Result<(), _>>()));
+        let all_permits = usize::MAX;
+        let mut first = Box::pin(limiter.run(all_permits, std::future::pending::<Result<(), _>>()));
         assert!(poll!(&mut first).is_pending());
         let mut second = Box::pin(limiter.run(0, async { Ok(2) }));
         assert!(poll!(&mut second).is_pending());
         drop(second);
-        // The first one keeps its permits although its caller has left.
         drop(first);
         tokio::task::yield_now().await;
         assert_eq!(limiter.0.available_permits(), 0);
     }
 
     #[tokio::test]
-    async fn permits_come_back() {
+    async fn permits_are_returned_after_a_change() {
         let limiter = ChangeLimiter::default();
         for _ in 0..3 {
             assert_eq!(limiter.run(usize::MAX, async { Ok(1) }).await.unwrap(), 1);

@@ -1,4 +1,4 @@
-//! Schemas of payloads, compiled when they are needed.
+//! Payload schemas, compiled on first use.
 
 use std::{
     sync::{
@@ -19,28 +19,28 @@ use streamer_schema::{Busy, PayloadSchema, Pool};
 use tokio::time::timeout;
 use tonic::Status;
 
-use crate::refusal::failed_precondition;
+use crate::error::failed_precondition;
 
-/// Text of the schemas that are kept compiled, in bytes; the others are compiled again when they are needed.
-/// Compiled, they take many times as much.
+/// Maximum text size of the cached compiled schemas, in bytes; other schemas are compiled again on use. A compiled
+/// schema is many times larger than its text.
 const MAX_BYTES: u64 = 4 * 1024 * 1024;
-/// What a compiled schema counts at least.
+/// Minimum size that a compiled schema counts for.
 const MIN_SCHEMA_BYTES: usize = 1024;
-/// Longest wait for a schema to be compiled.
-const MAX_COMPILE: Duration = Duration::from_secs(15);
+/// Maximum wait for the compilation of a schema.
+const COMPILE_TIMEOUT: Duration = Duration::from_secs(15);
 
-/// A schema of an action that is known. Most are never needed here.
+/// The declared schema of a catalog entry. Most are never compiled by this router.
 pub(crate) struct DeclaredSchema {
-    /// Tenant for which it is declared; empty for every tenant.
+    /// Tenant for which the schema is declared; empty for all tenants.
     tenant: String,
-    /// Names it among all of this router.
-    number: u64,
-    /// It was logged that it cannot be used.
-    is_reported: AtomicBool,
+    /// Identifies the schema in this router.
+    id: u64,
+    /// Whether its compilation error has been logged.
+    is_error_logged: AtomicBool,
 }
 
 struct CompiledSchema {
-    /// The schema, or why it is refused, as one may be that an earlier version stored.
+    /// The schema, or why it is rejected; an earlier version may have stored a schema that this one rejects.
     outcome: Result<Arc<PayloadSchema>, String>,
     text_bytes: usize,
 }
@@ -54,11 +54,11 @@ impl Weighter<u64, Arc<CompiledSchema>> for TextBytes {
     }
 }
 
-/// Validates payloads; keeps the schemas that were needed lately.
+/// Validates payloads and caches recently used schemas.
 pub(crate) struct CompiledSchemas {
     pool: Pool,
     compiled: Cache<u64, Arc<CompiledSchema>, TextBytes>,
-    next_number: AtomicU64,
+    next_id: AtomicU64,
 }
 
 impl Default for CompiledSchemas {
@@ -70,7 +70,7 @@ impl Default for CompiledSchemas {
 impl CompiledSchemas {
     fn new(max_bytes: u64) -> Self {
         let items = usize::try_from(max_bytes).unwrap_or(usize::MAX) / MIN_SCHEMA_BYTES;
-        // In one shard, half of it for schemas that are new, so that a large one finds room.
+        // One shard, half of it for new schemas, so that a large schema fits.
         let options = OptionsBuilder::new()
             .shards(1)
             .hot_allocation(0.5)
@@ -84,19 +84,19 @@ impl CompiledSchemas {
                 DefaultHashBuilder::default(),
                 DefaultLifecycle::default(),
             ),
-            // Both capacities are given.
+            // Unreachable: both capacities are set.
             Err(_) => Cache::with_weighter(items, max_bytes, TextBytes),
         };
-        Self { pool: Pool::default(), compiled, next_number: AtomicU64::new(0) }
+        Self { pool: Pool::default(), compiled, next_id: AtomicU64::new(0) }
     }
 
-    /// A schema that was declared for this tenant.
+    /// Returns a new schema that is declared for this tenant.
     pub(crate) fn declare(&self, tenant: &str) -> DeclaredSchema {
-        let number = self.next_number.fetch_add(1, Ordering::Relaxed);
-        DeclaredSchema { tenant: tenant.to_owned(), number, is_reported: AtomicBool::new(false) }
+        let id = self.next_id.fetch_add(1, Ordering::Relaxed);
+        DeclaredSchema { tenant: tenant.to_owned(), id, is_error_logged: AtomicBool::new(false) }
     }
 
-    /// Checks a JSON payload of `tenant` against the schema of an action; notes how it does not match.
+    /// Validates a JSON payload of `tenant` against the schema of an action and records the violations.
     pub(crate) async fn check(
         &self,
         schema: &DeclaredSchema,
@@ -112,7 +112,7 @@ impl CompiledSchemas {
             Err(rule) => {
                 let name = &action.name;
                 return Err(failed_precondition(format!(
-                    "the payload schema of action {name:?} cannot be used, declare a new one: {rule}"
+                    "the payload schema of action {name:?} is invalid, declare a new one: {rule}"
                 )));
             }
         };
@@ -130,19 +130,19 @@ impl CompiledSchemas {
         let compile = async {
             let text = action.payload_schema.clone();
             let text_bytes = text.len();
-            // On behalf of who declared it: other callers wait for the outcome too.
+            // On behalf of the declaring tenant: callers of other tenants wait for the same compilation.
             let compiled = self.pool.run(&schema.tenant, move || PayloadSchema::compile(&text));
             let outcome = compiled.await?.map(Arc::new).map_err(|error| {
-                if !schema.is_reported.swap(true, Ordering::Relaxed) {
+                if !schema.is_error_logged.swap(true, Ordering::Relaxed) {
                     let action = &action.name;
-                    tracing::error!(action, %error, "a payload schema cannot be used");
+                    tracing::error!(action, %error, "a payload schema is invalid");
                 }
                 error.to_string()
             });
             Ok(Arc::new(CompiledSchema { outcome, text_bytes }))
         };
-        let compiled = self.compiled.get_or_insert_async(&schema.number, compile);
-        timeout(MAX_COMPILE, compiled).await.unwrap_or(Err(Busy::All))
+        let compiled = self.compiled.get_or_insert_async(&schema.id, compile);
+        timeout(COMPILE_TIMEOUT, compiled).await.unwrap_or(Err(Busy::All))
     }
 }
 
@@ -151,7 +151,7 @@ mod tests {
     use super::*;
 
     #[tokio::test]
-    async fn schemas_that_were_not_needed_lately_are_compiled_again() {
+    async fn evicted_schemas_are_compiled_again() {
         let schemas = CompiledSchemas::new(40 * 1024);
         let action = Action {
             name: "work".into(),
@@ -172,6 +172,6 @@ mod tests {
         };
         let schema = schemas.declare("acme");
         schemas.get(&schema, &large).await.unwrap();
-        assert!(schemas.compiled.get(&schema.number).is_some());
+        assert!(schemas.compiled.get(&schema.id).is_some());
     }
 }

@@ -1,24 +1,25 @@
-//! Admission: authenticate, authorise, validate, run now or queue; queries; cancel.
+//! Request admission: authenticates, authorises and validates requests, then runs or queues them. Also
+//! serves queries, cancellation and redrive.
 //!
-//! The router writes the request to the store itself, so that work is accepted and kept while
-//! every processor is down; what it tells processor and progress afterwards are hints. It refuses
-//! bad input with every broken rule at once, and then nothing has changed.
+//! The router writes the request to the store, so that requests are accepted while every processor
+//! is down; its later notifications to processors and progress are hints. It rejects invalid input with
+//! all violations at once, before it changes any state.
 
 mod admission;
+mod await_outcome;
 mod catalog;
 mod change_limiter;
 mod compiled_schemas;
-mod front;
+mod error;
 mod metrics;
 mod operations;
-mod peers;
-mod queue;
+mod queue_position;
 mod quota;
 mod redrive;
-mod refusal;
+mod request_service;
 mod router_service;
 mod submission_rates;
-mod wait;
+mod upstreams;
 
 use std::{sync::Arc, time::Duration};
 
@@ -38,67 +39,67 @@ use tokio_util::sync::CancellationToken;
 use crate::{
     catalog::Catalog,
     change_limiter::ChangeLimiter,
-    front::Front,
     metrics::RouterMetrics,
     operations::OperationsApi,
-    peers::Peers,
+    request_service::RequestService,
     router_service::RouterApi,
-    submission_rates::{SubmissionRates, exchange},
+    submission_rates::{SubmissionRates, exchange_reports},
+    upstreams::Upstreams,
 };
 
 pub use submission_rates::{AdmissionApi, OtherRouters};
 
-/// What the router needs.
+/// Dependencies of the router.
 pub struct Dependencies {
-    /// Where requests are kept.
+    /// The request store.
     pub store: Arc<dyn Store>,
-    /// For timestamps.
+    /// The source of timestamps.
     pub clock: Arc<dyn Clock>,
-    /// In front of the public services.
+    /// Authenticates calls to the public services.
     pub auth: AuthLayer,
     /// The processors' internal services.
     pub processors: Members,
-    /// To the progress service's internal service.
+    /// Channel to the internal service of progress.
     pub event_log: Channel,
-    /// To the progress service's public service.
+    /// Channel to the public service of progress.
     pub progress: Channel,
-    /// Where metrics go.
+    /// The metrics registry.
     pub metrics: Metrics,
-    /// Sizes that bound payloads and results.
+    /// Size limits for payloads and results.
     pub limits: Limits,
-    /// How much tenants and users may submit and have.
+    /// Rate limits and quotas of tenants and users.
     pub tenant_limits: LimitsByTenant,
-    /// All routers, where there are others.
+    /// All routers; `None` if this is the only one.
     pub others: Option<OtherRouters>,
-    /// Whether processors are told of new requests.
+    /// Whether processors are notified of new requests.
     pub hints: bool,
 }
 
-/// The largest list of actions, in bytes: 1 MiB of schemas of the tenant, as much for all tenants,
-/// and what else is declared.
+/// Maximum size of a `ListActions` response beyond the payload limit: 1 MiB of schemas of the tenant, 1 MiB
+/// of schemas shared by all tenants, and the other fields.
 const ACTIONS_BYTES: usize = 3 * 1024 * 1024;
 
-/// What nobody has offered for so long is not known any more, as the processors have it.
-const ACTION_MEMORY: Duration = Duration::from_secs(30 * 24 * 3600);
+/// An action that no processor has offered for this long is forgotten. Processors use the same period.
+const ACTION_RETENTION: Duration = Duration::from_secs(30 * 24 * 3600);
 
 /// The router, ready to be served.
 pub struct Router {
-    /// For everybody: `streamer.router.v1`.
+    /// The public API `streamer.router.v1`.
     pub public: AuthService<RouterServiceServer<RouterApi>>,
-    /// For everybody: `google.longrunning`.
+    /// The public API `google.longrunning`.
     pub operations: AuthService<OperationsServer<OperationsApi>>,
-    /// For other routers: `streamer.internal.v1`.
+    /// The API for other routers, `streamer.internal.v1`.
     pub internal: AdmissionServiceServer<AdmissionApi>,
     others: Option<OtherRouters>,
-    front: Arc<Front>,
+    service: Arc<RequestService>,
 }
 
 impl Router {
-    /// Wires the service.
+    /// Builds the service from its dependencies.
     #[must_use]
     pub fn build(dependencies: Dependencies) -> Self {
         let max_message_bytes = dependencies.limits.max_message_bytes();
-        let peers = Arc::new(Peers::new(
+        let upstreams = Arc::new(Upstreams::new(
             dependencies.processors,
             dependencies.event_log,
             dependencies.progress,
@@ -106,16 +107,16 @@ impl Router {
             dependencies.hints,
         ));
         let submissions = Arc::new(SubmissionRates::new(dependencies.tenant_limits.clone()));
-        let own = dependencies.others.as_ref().map(|others| others.own.clone());
+        let own_name = dependencies.others.as_ref().map(|others| others.own.clone());
         let admission = AdmissionApi::new(
             submissions.clone(),
             dependencies.clock.clone(),
-            own.unwrap_or_default(),
+            own_name.unwrap_or_default(),
         );
-        let front = Arc::new(Front {
+        let service = Arc::new(RequestService {
             store: dependencies.store,
             clock: dependencies.clock,
-            peers,
+            upstreams,
             catalog: Arc::new(Catalog::default()),
             metrics: RouterMetrics::new(&dependencies.metrics),
             limits: dependencies.limits,
@@ -123,12 +124,12 @@ impl Router {
             submissions,
             tenant_limits: dependencies.tenant_limits,
         });
-        let public = RouterServiceServer::new(RouterApi::new(front.clone()))
+        let public = RouterServiceServer::new(RouterApi::new(service.clone()))
             .max_decoding_message_size(max_message_bytes)
             .max_encoding_message_size(
                 max_message_bytes.saturating_mul(2).saturating_add(ACTIONS_BYTES),
             );
-        let operations = OperationsServer::new(OperationsApi::new(front.clone()))
+        let operations = OperationsServer::new(OperationsApi::new(service.clone()))
             .max_encoding_message_size(max_message_bytes.saturating_mul(2));
         let auth = dependencies.auth;
         Self {
@@ -136,28 +137,28 @@ impl Router {
             operations: auth.wrap(operations),
             internal: AdmissionServiceServer::new(admission),
             others: dependencies.others,
-            front,
+            service,
         }
     }
 
-    /// Learns which actions there are, and follows their changes until `shutdown`.
+    /// Follows the action lists of all processors, and exchanges rate reports, until `shutdown`.
     pub async fn run(&self, shutdown: CancellationToken) {
-        let Front { catalog, peers, store, clock, submissions, .. } = &*self.front;
-        let since = clock.now().minus(ACTION_MEMORY);
+        let RequestService { catalog, upstreams, store, clock, submissions, .. } = &*self.service;
+        let since = clock.now().minus(ACTION_RETENTION);
         let others = self.others.clone();
-        let reports = others.map(|others| exchange(submissions, others, shutdown.clone()));
-        let catalog = catalog.follow(peers, &**store, since, shutdown);
+        let reports = others.map(|others| exchange_reports(submissions, others, shutdown.clone()));
+        let catalog = catalog.follow(upstreams, &**store, since, shutdown);
         tokio::join!(catalog, OptionFuture::from(reports));
     }
 
-    /// Tells whether the actions are known.
+    /// Returns a check of whether the action catalog is loaded.
     pub fn readiness(&self) -> impl Fn() -> bool + Send + Sync + 'static {
-        let catalog = self.front.catalog.clone();
+        let catalog = self.service.catalog.clone();
         move || catalog.is_loaded()
     }
 
-    /// Returns once the actions are known.
+    /// Returns once the action catalog is loaded.
     pub async fn ready(&self) {
-        self.front.catalog.ready().await;
+        self.service.catalog.ready().await;
     }
 }

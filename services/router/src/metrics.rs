@@ -1,4 +1,4 @@
-//! The metrics of this service.
+//! Metrics of the router.
 
 use prometheus_client::metrics::{counter::Counter, histogram::Histogram};
 use streamer_telemetry::Metrics;
@@ -15,15 +15,15 @@ impl RouterMetrics {
     pub(crate) fn new(metrics: &Metrics) -> Self {
         Self {
             submitted_sync: metrics
-                .counter("streamer_router_submitted_sync", "Sync requests that were admitted"),
+                .counter("streamer_router_submitted_sync", "Admitted sync requests"),
             submitted_async: metrics
-                .counter("streamer_router_submitted_async", "Async requests that were stored"),
+                .counter("streamer_router_submitted_async", "Stored async requests"),
             duplicates: metrics
-                .counter("streamer_router_duplicates", "Submissions of an id that was known"),
-            refused: metrics.counter("streamer_router_refused", "Submissions that were refused"),
+                .counter("streamer_router_duplicates", "Submissions with the id of an existing request"),
+            refused: metrics.counter("streamer_router_refused", "Rejected submissions"),
             submit_seconds: metrics.latency(
                 "streamer_router_submit_seconds",
-                "From an async submission to its acknowledgement, without waiting for the outcome",
+                "Time from an async submission to its acknowledgement, without waiting for the outcome",
             ),
         }
     }

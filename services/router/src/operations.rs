@@ -1,4 +1,4 @@
-//! `google.longrunning.Operations`: the same requests, for clients that know AIP-151.
+//! Implementation of `google.longrunning.Operations` (AIP-151): each request is an operation.
 
 use std::{sync::Arc, time::Duration};
 
@@ -20,29 +20,31 @@ use streamer_store::{ListRequests, RequestRecord};
 use tonic::{Request, Response, Status};
 
 use crate::{
-    front::{Access, Front},
-    refusal::refuse,
-    router_service::{PageBytes, caller, next_page_token, read_page_size, read_page_token, whose},
-    wait,
+    await_outcome,
+    error::ensure_valid,
+    request_service::{Access, RequestService},
+    router_service::{
+        PageBytes, caller, list_scope, next_page_token, read_page_size, read_page_token,
+    },
 };
 
 const COLLECTION: &str = "operations";
 
-/// Serves everybody.
+/// The public operations API.
 pub struct OperationsApi {
-    front: Arc<Front>,
+    service: Arc<RequestService>,
 }
 
 impl OperationsApi {
-    pub(crate) fn new(front: Arc<Front>) -> Self {
-        Self { front }
+    pub(crate) fn new(service: Arc<RequestService>) -> Self {
+        Self { service }
     }
 
     async fn operation(&self, record: &RequestRecord) -> Result<Operation, Status> {
         let request = request_to_proto(record);
         let result = match (record.state, &request.error) {
             (RequestState::Succeeded, _) => {
-                let mut result = self.front.result(record).await?;
+                let mut result = self.service.result(record).await?;
                 if let Some(result) = &mut result {
                     encode_payload(result, PayloadEncoding::JsonValue);
                 }
@@ -96,15 +98,15 @@ impl Operations for OperationsApi {
         let states = RequestState::ALL.into_iter().filter(in_filter).collect();
         let before = read_page_token(&request.page_token, &mut violations);
         let limit = read_page_size(request.page_size, &mut violations);
-        refuse(&violations)?;
-        let (tenant, user) = whose(&caller, String::new())?;
+        ensure_valid(&violations)?;
+        let (tenant, user) = list_scope(&caller, String::new())?;
         let query = ListRequests { tenant, user, states, action: None, before, limit };
-        let page = self.front.list(query).await?;
-        let mut answer = PageBytes::default();
+        let page = self.service.list(query).await?;
+        let mut page_bytes = PageBytes::default();
         let mut operations = Vec::with_capacity(page.requests.len());
         for record in &page.requests {
             let operation = self.operation(record).await?;
-            if !answer.has_room(&operation) {
+            if !page_bytes.has_room(&operation) {
                 break;
             }
             operations.push(operation);
@@ -119,7 +121,7 @@ impl Operations for OperationsApi {
     ) -> Result<Response<Operation>, Status> {
         let caller = caller(&request)?;
         let name = request_name(&request.get_ref().name)?;
-        let record = self.front.find(&caller, name, Access::Read).await?;
+        let record = self.service.find(&caller, name, Access::Read).await?;
         Ok(Response::new(self.operation(&record).await?))
     }
 
@@ -128,7 +130,7 @@ impl Operations for OperationsApi {
         request: Request<DeleteOperationRequest>,
     ) -> Result<Response<()>, Status> {
         let caller = caller(&request)?;
-        self.front.delete(&caller, request_name(&request.get_ref().name)?).await?;
+        self.service.delete(&caller, request_name(&request.get_ref().name)?).await?;
         Ok(Response::new(()))
     }
 
@@ -138,7 +140,7 @@ impl Operations for OperationsApi {
     ) -> Result<Response<()>, Status> {
         let caller = caller(&request)?;
         let name = request_name(&request.get_ref().name)?;
-        self.front.cancel(&caller, name, String::new()).await?;
+        self.service.cancel(&caller, name, String::new()).await?;
         Ok(Response::new(()))
     }
 
@@ -149,26 +151,26 @@ impl Operations for OperationsApi {
         let caller = caller(&request)?;
         let request = request.into_inner();
         let name = request_name(&request.name)?;
-        let record = self.front.find(&caller, name, Access::Read).await?;
+        let record = self.service.find(&caller, name, Access::Read).await?;
         let limit = wait_limit(request.timeout.as_ref())?;
         if !record.state.is_terminal() {
-            let front = &self.front;
-            wait::for_terminal_event(&front.peers, &caller, record.uid, limit).await?;
+            let service = &self.service;
+            await_outcome::terminal_event(&service.upstreams, &caller, record.uid, limit).await?;
         }
         let uid = record.uid.to_string();
-        let record = self.front.find(&caller, &uid, Access::Read).await?;
+        let record = self.service.find(&caller, &uid, Access::Read).await?;
         Ok(Response::new(self.operation(&record).await?))
     }
 }
 
 fn wait_limit(timeout: Option<&prost_types::Duration>) -> Result<Duration, Status> {
-    let longest = Duration::from_millis(limits::MAX_WAIT_MS.unsigned_abs());
-    let Some(timeout) = timeout else { return Ok(longest) };
-    // Before the conversion, which overflows for the smallest number of seconds.
+    let max_wait = Duration::from_millis(limits::MAX_WAIT_MS.unsigned_abs());
+    let Some(timeout) = timeout else { return Ok(max_wait) };
+    // Checked before the conversion, which overflows for the smallest number of seconds.
     let is_negative = timeout.seconds < 0 || timeout.nanos < 0;
     let timeout = (!is_negative).then(|| Duration::try_from(*timeout).ok()).flatten();
     match timeout {
-        Some(timeout) => Ok(timeout.min(longest)),
+        Some(timeout) => Ok(timeout.min(max_wait)),
         None => {
             let mut violations = Violations::default();
             violations.push("timeout", "must not be negative");
@@ -177,12 +179,12 @@ fn wait_limit(timeout: Option<&prost_types::Duration>) -> Result<Duration, Statu
     }
 }
 
-/// The request that an operation's name stands for.
+/// Returns the request id or uid in an operation name.
 fn request_name(name: &str) -> Result<&str, Status> {
     let request = name.strip_prefix(COLLECTION).and_then(|rest| rest.strip_prefix('/'));
     request.ok_or_else(|| {
         let mut violations = Violations::default();
-        violations.push("name", "must be \"operations/\" and a request's uid or id");
+        violations.push("name", "must be \"operations/\" followed by the uid or id of a request");
         validation_status(&violations)
     })
 }
@@ -196,12 +198,12 @@ mod tests {
     use super::*;
 
     #[test]
-    fn a_wait_is_not_negative_and_has_an_end() {
+    fn a_negative_timeout_is_rejected_and_a_long_one_is_capped() {
         let wait =
             |seconds, nanos| wait_limit(Some(&prost_types::Duration { seconds, nanos })).ok();
         assert_eq!(wait(1, 5), Some(Duration::new(1, 5)));
-        let longest = Duration::from_millis(limits::MAX_WAIT_MS.unsigned_abs());
-        assert_eq!((wait(i64::MAX, 0), wait_limit(None).ok()), (Some(longest), Some(longest)));
+        let max_wait = Duration::from_millis(limits::MAX_WAIT_MS.unsigned_abs());
+        assert_eq!((wait(i64::MAX, 0), wait_limit(None).ok()), (Some(max_wait), Some(max_wait)));
         for (seconds, nanos) in [(-1, 0), (0, -1), (i64::MIN, 0), (i64::MIN, i32::MIN)] {
             assert_eq!(wait(seconds, nanos), None, "{seconds} {nanos}");
         }

@@ -1,4 +1,4 @@
-//! How much of what tenants and users have in the store their limits allow.
+//! Quotas of tenants and users in the store.
 
 use std::time::Duration;
 
@@ -7,11 +7,11 @@ use streamer_rpc::status;
 use streamer_store::{Quota, QuotaUse};
 use tonic::Status;
 
-/// How long a caller should wait when its queue is full.
-const QUEUE_PAUSE: Duration = Duration::from_secs(1);
+/// Retry delay that a caller with a full queue receives.
+const QUEUE_FULL_RETRY_DELAY: Duration = Duration::from_secs(1);
 
-/// What the tenant and its users may have.
-pub(crate) fn of(limits: &LimitsByTenant, tenant: &str) -> Quota {
+/// Returns the quota of a tenant and its users.
+pub(crate) fn for_tenant(limits: &LimitsByTenant, tenant: &str) -> Quota {
     let limits = limits.of(tenant);
     Quota {
         queued_of_tenant: limits.get(TenantLimit::QueuedPerTenant),
@@ -20,8 +20,8 @@ pub(crate) fn of(limits: &LimitsByTenant, tenant: &str) -> Quota {
     }
 }
 
-/// Notes how much of it is used.
-pub(crate) fn note_use(limits: &LimitsByTenant, quota: &Quota, used: QuotaUse) {
+/// Records how much of a quota is used.
+pub(crate) fn record_usage(limits: &LimitsByTenant, quota: &Quota, used: QuotaUse) {
     let QuotaUse { queued_of_tenant, queued_of_user, stored_bytes_of_tenant } = used;
     limits.note_use(TenantLimit::QueuedPerTenant, queued_of_tenant, quota.queued_of_tenant);
     limits.note_use(TenantLimit::QueuedPerUser, queued_of_user, quota.queued_of_user);
@@ -29,13 +29,13 @@ pub(crate) fn note_use(limits: &LimitsByTenant, quota: &Quota, used: QuotaUse) {
     limits.note_use(TenantLimit::StoredBytesPerTenant, stored_bytes_of_tenant, of);
 }
 
-/// Refuses a request beyond the quota.
-pub(crate) fn refusal(limit: TenantLimit, quota: &Quota) -> Status {
+/// Returns the status for a request that exceeds the quota.
+pub(crate) fn exceeded(limit: TenantLimit, quota: &Quota) -> Status {
     let error = match limit {
         TenantLimit::StoredBytesPerTenant => {
             let allowed = quota.stored_bytes_of_tenant;
             let message = format!(
-                "requests and logs of the tenant would take more than {allowed} bytes; delete some that have ended"
+                "requests and logs of the tenant would exceed {allowed} bytes; delete ended requests"
             );
             RequestError {
                 retryable: false,
@@ -43,12 +43,12 @@ pub(crate) fn refusal(limit: TenantLimit, quota: &Quota) -> Status {
             }
         }
         _ => {
-            let (allowed, whose) = match limit {
+            let (allowed, scope) = match limit {
                 TenantLimit::QueuedPerUser => (quota.queued_of_user, "user"),
                 _ => (quota.queued_of_tenant, "tenant"),
             };
-            let message = format!("more than {allowed} queued requests of one {whose}");
-            RequestError::limited(limit.option(), &message, Some(QUEUE_PAUSE))
+            let message = format!("more than {allowed} queued requests of one {scope}");
+            RequestError::limited(limit.option(), &message, Some(QUEUE_FULL_RETRY_DELAY))
         }
     };
     status(&error)

@@ -1,4 +1,4 @@
-//! Running ended requests again, each as a new one: a log that has ended stays as it is.
+//! Redrive: runs ended requests again, each as a new request. The log of an ended request never changes.
 
 use std::sync::Arc;
 
@@ -18,13 +18,13 @@ use tonic::{Code, Status};
 
 use crate::{
     admission::{Submission, well_formed_time},
-    front::{Access, Created, Front},
-    refusal::{failed_precondition, permitted, refuse},
+    error::{check_permission, ensure_valid, failed_precondition},
+    request_service::{Access, RequestService, StoredRequest},
     router_service::{read_page_size, read_page_token},
 };
 
-impl Front {
-    /// Runs an ended request again.
+impl RequestService {
+    /// Redrives one failed or cancelled request.
     pub(crate) async fn redrive(
         self: &Arc<Self>,
         caller: &Caller,
@@ -35,48 +35,49 @@ impl Front {
         if !id.is_empty() {
             violations.check("id", validate::request_id(&id));
         }
-        refuse(&violations)?;
+        ensure_valid(&violations)?;
         let old = self.find(caller, name, Access::Write).await?;
         if !is_redrivable(old.state) {
             return Err(failed_precondition(format!(
-                "only a FAILED or CANCELLED request is redriven, this one is {}",
+                "only a FAILED or CANCELLED request can be redriven, this one is {}",
                 old.state
             )));
         }
         self.submissions.admit(&caller.principal, self.clock.now())?;
-        let created = self.repeat(caller, &old, (!id.is_empty()).then_some(id)).await?;
-        if created.record.redrive_of != Some(old.uid) {
-            let (name, uid) = (created.record.request_id(), created.record.uid);
-            let message = format!("id {name:?} was used before, by request {uid}");
+        let stored = self.create_redrive(caller, &old, (!id.is_empty()).then_some(id)).await?;
+        if stored.record.redrive_of != Some(old.uid) {
+            let (name, uid) = (stored.record.request_id(), stored.record.uid);
+            let message = format!("id {name:?} was used by request {uid}");
             return Err(status(&RequestError::new(ErrorCode::Conflict, message)));
         }
-        Ok(created.record)
+        Ok(stored.record)
     }
 
-    /// Runs a page of ended requests again.
+    /// Redrives a page of failed or cancelled requests.
     pub(crate) async fn redrive_many(
         self: &Arc<Self>,
         caller: &Caller,
         request: RedriveManyRequest,
     ) -> Result<RedriveManyResponse, Status> {
-        let (query, from) = read(caller, &request)?;
+        let (query, from) = parse_query(caller, &request)?;
         let page = self.store.list_requests(query).await.map_err(|error| store_status(&error))?;
-        // Newest first: what is older than the bound ends the listing.
-        let reached = |record: &RequestRecord| from.is_some_and(|from| record.create_time < from);
-        let mut next = page.next.filter(|_| !page.requests.last().is_some_and(reached));
+        // Newest first: the first request older than the bound ends the listing.
+        let is_too_old =
+            |record: &RequestRecord| from.is_some_and(|from| record.create_time < from);
+        let mut next = page.next.filter(|_| !page.requests.last().is_some_and(is_too_old));
         let mut redriven = Vec::new();
         let mut last = None;
-        for old in page.requests.iter().filter(|record| !reached(record)) {
+        for old in page.requests.iter().filter(|record| !is_too_old(record)) {
             let uid = old.uid.to_string();
             if request.dry_run {
                 redriven.push(Redriven { uid, ..Redriven::default() });
                 continue;
             }
             self.submissions.wait(&caller.principal, &*self.clock).await;
-            match self.repeat_once(caller, old).await {
+            match self.redrive_once(caller, old).await {
                 Ok(None) => {}
                 Ok(request) => redriven.push(Redriven { uid, request, error: None }),
-                // Neither is the fault of this request: the caller asks again, from here on.
+                // The cause is not this request: the caller retries from here.
                 Err(status) if is_temporary(&status) && last.is_none() => return Err(status),
                 Err(status) if is_temporary(&status) => {
                     next = last;
@@ -93,25 +94,25 @@ impl Front {
         Ok(RedriveManyResponse { redriven, next_page_token })
     }
 
-    /// The new request; `None` when this has been done before.
-    async fn repeat_once(
+    /// Returns the new request; `None` if this request has been redriven before.
+    async fn redrive_once(
         self: &Arc<Self>,
         caller: &Caller,
         old: &RequestRecord,
     ) -> Result<Option<Request>, Status> {
-        let created = self.repeat(caller, old, Some(format!("redrive:{}", old.uid))).await?;
-        Ok((!created.duplicate).then(|| request_to_proto(&created.record)))
+        let stored = self.create_redrive(caller, old, Some(format!("redrive:{}", old.uid))).await?;
+        Ok((!stored.duplicate).then(|| request_to_proto(&stored.record)))
     }
 
-    async fn repeat(
+    async fn create_redrive(
         self: &Arc<Self>,
         caller: &Caller,
         old: &RequestRecord,
         client_id: Option<String>,
-    ) -> Result<Created, Status> {
+    ) -> Result<StoredRequest, Status> {
         let tenant = &old.owner.tenant;
-        let known = self.catalog.find_or_ask(&old.action, tenant, &self.peers).await?;
-        permitted(caller, &known)?;
+        let entry = self.catalog.find_or_query(&old.action, tenant, &self.upstreams).await?;
+        check_permission(caller, &entry)?;
         let payload =
             self.store.read_payload(old.uid).await.map_err(|error| store_status(&error))?;
         let submission = Submission {
@@ -129,7 +130,7 @@ impl Front {
     }
 }
 
-/// The store is away, or the queue is full.
+/// Whether a retry may succeed: the store is unavailable, or the queue is full.
 fn is_temporary(status: &Status) -> bool {
     matches!(status.code(), Code::Unavailable | Code::ResourceExhausted)
 }
@@ -138,8 +139,8 @@ fn is_redrivable(state: RequestState) -> bool {
     matches!(state, RequestState::Failed | RequestState::Cancelled)
 }
 
-/// The requests that are meant, and the moment before which they do not count.
-fn read(
+/// Parses a request into a query and the lower bound of `create_time`.
+fn parse_query(
     caller: &Caller,
     request: &RedriveManyRequest,
 ) -> Result<(ListRequests, Option<Timestamp>), Status> {
@@ -170,12 +171,12 @@ fn read(
     }
     let time = |time: &prost_types::Timestamp| Timestamp::from_millis(millis(time));
     let until = request.create_time_until.as_ref().map(time).map(Uid::first_of);
-    refuse(&violations)?;
+    ensure_valid(&violations)?;
     let principal = &caller.principal;
-    let everybody = principal.may(permissions::REQUESTS_WRITE);
+    let is_tenant_wide = principal.may(permissions::REQUESTS_WRITE);
     let query = ListRequests {
         tenant: principal.tenant.clone(),
-        user: (!everybody).then(|| principal.user.clone()),
+        user: (!is_tenant_wide).then(|| principal.user.clone()),
         states,
         action,
         before: [before, until].into_iter().flatten().min(),

@@ -1,4 +1,4 @@
-//! `streamer.router.v1.RouterService`.
+//! Implementation of `streamer.router.v1.RouterService`.
 
 use std::sync::Arc;
 
@@ -23,23 +23,23 @@ use streamer_store::{ListRequests, RequestPage};
 use tonic::{Request, Response, Status};
 
 use crate::{
-    front::{Access, Front, GivenUid},
-    refusal::{forbidden, refuse},
+    error::{ensure_valid, forbidden},
+    request_service::{Access, PreassignedUid, RequestService},
 };
 
 pub(crate) const MAX_PAGE: i32 = 500;
 pub(crate) const DEFAULT_PAGE: usize = 50;
-/// A page ends here, unless its first entry is larger.
+/// Maximum size of a page, unless its first entry is larger.
 const MAX_PAGE_BYTES: usize = 1024 * 1024;
 
-/// Serves everybody.
+/// The public request API.
 pub struct RouterApi {
-    front: Arc<Front>,
+    service: Arc<RequestService>,
 }
 
 impl RouterApi {
-    pub(crate) fn new(front: Arc<Front>) -> Self {
-        Self { front }
+    pub(crate) fn new(service: Arc<RequestService>) -> Self {
+        Self { service }
     }
 }
 
@@ -52,8 +52,8 @@ impl RouterService for RouterApi {
         request: Request<SubmitRequest>,
     ) -> Result<Response<SubmitResponse>, Status> {
         let caller = caller(&request)?;
-        let uid = given_uid(&request);
-        let response = self.front.submit(&caller, request.into_inner(), uid).await?;
+        let uid = preassigned_uid(&request);
+        let response = self.service.submit(&caller, request.into_inner(), uid).await?;
         Ok(Response::new(response))
     }
 
@@ -62,7 +62,7 @@ impl RouterService for RouterApi {
         request: Request<SubmitAndWatchRequest>,
     ) -> Result<Response<Self::SubmitAndWatchStream>, Status> {
         let caller = caller(&request)?;
-        let uid = given_uid(&request);
+        let uid = preassigned_uid(&request);
         let Some(mut submit) = request.into_inner().request else {
             let mut violations = Violations::default();
             violations.push("request", "is required");
@@ -70,7 +70,7 @@ impl RouterService for RouterApi {
         };
         submit.wait = None;
         let payload_encoding = submit.payload_encoding;
-        let submitted = self.front.submit(&caller, submit, uid).await?;
+        let submitted = self.service.submit(&caller, submit, uid).await?;
         let uid = submitted.uid.clone();
         let stored_uid = uid.parse().ok();
         let is_async = matches!(submitted.outcome, Some(Outcome::Acknowledgment(_)));
@@ -89,12 +89,12 @@ impl RouterService for RouterApi {
         if let Some(uid) = stored_uid {
             watch.extensions_mut().insert(RouteKey(uid));
         }
-        // It is stored and will run: whatever becomes of the watch, the caller must learn that.
-        let events = match self.front.peers.progress().watch(watch).await {
+        // The request is stored and will run: the caller gets the acknowledgement even if the watch fails.
+        let events = match self.service.upstreams.progress().watch(watch).await {
             Ok(events) => events.into_inner().boxed(),
             Err(status) => stream::once(std::future::ready(Err(status))).boxed(),
         };
-        let events = events.filter_map(|response| std::future::ready(events_of(response)));
+        let events = events.filter_map(|response| std::future::ready(into_events(response)));
         Ok(Response::new(first.chain(events).boxed()))
     }
 
@@ -102,8 +102,8 @@ impl RouterService for RouterApi {
         let caller = caller(&request)?;
         let request = request.into_inner();
         let encoding = request.payload_encoding();
-        let record = self.front.find(&caller, &request.request_id, Access::Read).await?;
-        let mut request = self.front.with_payloads(&record).await?;
+        let record = self.service.find(&caller, &request.request_id, Access::Read).await?;
+        let mut request = self.service.with_payloads(&record).await?;
         let payloads = [&mut request.payload, &mut request.result, &mut request.metadata];
         for payload in payloads.into_iter().flatten() {
             encode_payload(payload, encoding);
@@ -120,7 +120,7 @@ impl RouterService for RouterApi {
             match state_from_proto(state) {
                 Some(state) if states.contains(&state) => {}
                 Some(state) => states.push(state),
-                None => violations.push("states", format!("{state} is no state")),
+                None => violations.push("states", format!("{state} is not a state")),
             }
         }
         let action = (!request.action.is_empty()).then_some(request.action);
@@ -129,15 +129,15 @@ impl RouterService for RouterApi {
         }
         let before = read_page_token(&request.page_token, &mut violations);
         let limit = read_page_size(request.page_size, &mut violations);
-        refuse(&violations)?;
-        let (tenant, user) = whose(&caller, request.tenant_id)?;
+        ensure_valid(&violations)?;
+        let (tenant, user) = list_scope(&caller, request.tenant_id)?;
         let query = ListRequests { tenant, user, states, action, before, limit };
-        let page = self.front.list(query).await?;
-        let mut answer = PageBytes::default();
+        let page = self.service.list(query).await?;
+        let mut page_bytes = PageBytes::default();
         let mut requests = Vec::with_capacity(page.requests.len());
         for record in &page.requests {
             let request = request_to_proto(record);
-            if !answer.has_room(&request) {
+            if !page_bytes.has_room(&request) {
                 break;
             }
             requests.push(request);
@@ -152,7 +152,7 @@ impl RouterService for RouterApi {
     ) -> Result<Response<CancelResponse>, Status> {
         let caller = caller(&request)?;
         let CancelRequest { request_id, reason } = request.into_inner();
-        let record = self.front.cancel(&caller, &request_id, reason).await?;
+        let record = self.service.cancel(&caller, &request_id, reason).await?;
         Ok(Response::new(CancelResponse { request: Some(request_to_proto(&record)) }))
     }
 
@@ -162,7 +162,7 @@ impl RouterService for RouterApi {
     ) -> Result<Response<RedriveResponse>, Status> {
         let caller = caller(&request)?;
         let RedriveRequest { request_id, id } = request.into_inner();
-        let record = self.front.redrive(&caller, &request_id, id).await?;
+        let record = self.service.redrive(&caller, &request_id, id).await?;
         Ok(Response::new(RedriveResponse { request: Some(request_to_proto(&record)) }))
     }
 
@@ -171,7 +171,7 @@ impl RouterService for RouterApi {
         request: Request<RedriveManyRequest>,
     ) -> Result<Response<RedriveManyResponse>, Status> {
         let caller = caller(&request)?;
-        Ok(Response::new(self.front.redrive_many(&caller, request.into_inner()).await?))
+        Ok(Response::new(self.service.redrive_many(&caller, request.into_inner()).await?))
     }
 
     async fn list_actions(
@@ -179,17 +179,20 @@ impl RouterService for RouterApi {
         request: Request<ListActionsRequest>,
     ) -> Result<Response<ListActionsResponse>, Status> {
         let tenant = &caller(&request)?.principal.tenant;
-        Ok(Response::new(ListActionsResponse { actions: self.front.catalog.list(tenant) }))
+        Ok(Response::new(ListActionsResponse { actions: self.service.catalog.list(tenant) }))
     }
 }
 
-/// Tenant and user whose requests a caller lists: its own, with permission those of its tenant, and an
-/// operator those of the tenant that it names.
-pub(crate) fn whose(caller: &Caller, tenant: String) -> Result<(String, Option<String>), Status> {
+/// Returns the tenant and user whose requests a caller may list: its own, all of its tenant with
+/// `requests:read`, or all of the named tenant for an operator.
+pub(crate) fn list_scope(
+    caller: &Caller,
+    tenant: String,
+) -> Result<(String, Option<String>), Status> {
     let Principal { tenant: own, user, .. } = &*caller.principal;
     if tenant.is_empty() {
-        let everybody = caller.principal.may(permissions::REQUESTS_READ);
-        return Ok((own.clone(), (!everybody).then(|| user.clone())));
+        let is_tenant_wide = caller.principal.may(permissions::REQUESTS_READ);
+        return Ok((own.clone(), (!is_tenant_wide).then(|| user.clone())));
     }
     caller.note_subject(|| Subject::named(&tenant));
     if caller.principal.may(permissions::OPERATOR) {
@@ -199,12 +202,12 @@ pub(crate) fn whose(caller: &Caller, tenant: String) -> Result<(String, Option<S
     }
 }
 
-/// What a page holds so far, in bytes.
+/// Bytes of the entries of a page so far.
 #[derive(Default)]
 pub(crate) struct PageBytes(usize);
 
 impl PageBytes {
-    /// Whether one more entry may go in; the first always may.
+    /// Counts an entry and returns whether the page has room for it; the first entry always fits.
     pub(crate) fn has_room(&mut self, entry: &impl prost::Message) -> bool {
         let bytes = self.0.saturating_add(entry.encoded_len());
         let room = self.0 == 0 || bytes <= MAX_PAGE_BYTES;
@@ -213,7 +216,7 @@ impl PageBytes {
     }
 }
 
-/// Where the page after this one begins, of which so many entries were sent.
+/// Returns the token of the next page, after a response with the first `sent` entries of this one.
 pub(crate) fn next_page_token(page: &RequestPage, sent: usize) -> String {
     let next = if sent < page.requests.len() {
         sent.checked_sub(1).map(|last| page.requests[last].uid)
@@ -223,10 +226,10 @@ pub(crate) fn next_page_token(page: &RequestPage, sent: usize) -> String {
     next.map(|uid| uid.to_string()).unwrap_or_default()
 }
 
-/// Who calls; the authentication in front of the service has put it there.
+/// Returns the caller, which the authentication layer has added to the request.
 pub(crate) fn caller<T>(request: &Request<T>) -> Result<Caller, Status> {
     let caller = request.extensions().get::<Caller>().cloned();
-    caller.ok_or_else(|| Status::internal("the service is wired without authentication"))
+    caller.ok_or_else(|| Status::internal("the service runs without its authentication layer"))
 }
 
 pub(crate) fn read_page_token(token: &str, violations: &mut Violations) -> Option<Uid> {
@@ -235,7 +238,7 @@ pub(crate) fn read_page_token(token: &str, violations: &mut Violations) -> Optio
     }
     let uid = token.parse().ok();
     if uid.is_none() {
-        violations.push("page_token", "must be a next_page_token of an earlier answer");
+        violations.push("page_token", "must be the next_page_token of an earlier response");
     }
     uid
 }
@@ -249,8 +252,8 @@ pub(crate) fn read_page_size(size: i32, violations: &mut Violations) -> usize {
     }
 }
 
-/// The snapshot that a watch begins with is of no use to somebody who gets the whole log.
-fn events_of(
+/// Drops the snapshot at the start of a watch: the stream contains the whole log.
+fn into_events(
     response: Result<WatchResponse, Status>,
 ) -> Option<Result<SubmitAndWatchResponse, Status>> {
     match response {
@@ -262,8 +265,9 @@ fn events_of(
     }
 }
 
-/// The `uid` that another service has given to the request. The server's edge lets nobody else's in.
-fn given_uid<T>(request: &Request<T>) -> Option<GivenUid> {
+/// Returns the `uid` that the calling service has assigned to the request. The server removes the header from
+/// calls of other callers.
+fn preassigned_uid<T>(request: &Request<T>) -> Option<PreassignedUid> {
     let uid = request.metadata().get(REQUEST_UID)?.to_str().ok()?.parse().ok()?;
-    Some(GivenUid { uid, repeated: request.metadata().contains_key(REPEATED) })
+    Some(PreassignedUid { uid, is_retry: request.metadata().contains_key(REPEATED) })
 }

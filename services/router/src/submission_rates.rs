@@ -1,7 +1,7 @@
-//! How many submissions a second a tenant and a user may make.
+//! Submission rate limits of tenants and users.
 //!
-//! Each router admits its share of what a limit allows: an equal part, or what the other routers leave free,
-//! whichever is more. They report to each other once a second what they admitted.
+//! Each router admits its share of a limit: an equal part, or the part that the other routers do not use,
+//! whichever is larger. Routers report to each other once a second how much they admitted.
 
 mod reports;
 
@@ -24,52 +24,52 @@ use streamer_rpc::status;
 use tokio::time::sleep;
 use tonic::Status;
 
-pub(crate) use reports::exchange;
+pub(crate) use reports::exchange_reports;
 pub use reports::{AdmissionApi, OtherRouters};
 
-/// Tenants, and users, whose rates are known at most; one that is forgotten begins anew.
-const MAX_KNOWN: usize = 100_000;
-/// Submissions at once: as many as are allowed in this many seconds.
+/// Maximum number of tenants, and of users, whose rates are tracked. An evicted one restarts with a full burst.
+const MAX_TRACKED: usize = 100_000;
+/// Burst size, in seconds of the rate.
 const BURST_SECONDS: u32 = 2;
-/// The most that another router has reported counts for this long, so that floods which come in pulses do not get
-/// the whole rate at each router again and again.
-const REPORT_LIFE: Duration = Duration::from_secs(10);
-/// Less than this part of a router's share is not reported.
-const REPORTED_PART: u64 = 8;
+/// The highest count that another router has reported is valid for this long, so that recurring bursts do not get
+/// the whole rate at each router each time.
+const REPORT_TTL: Duration = Duration::from_secs(10);
+/// A count of at most the share of a router divided by this is not reported.
+const REPORT_DIVISOR: u64 = 8;
 
-type Entries = Cache<Name, Arc<Mutex<Entry>>>;
+type Entries = Cache<RateKey, Arc<Mutex<Entry>>>;
 
 /// A user, or a tenant as a whole.
 #[derive(Clone, Debug, PartialEq, Eq, Hash)]
-struct Name {
+struct RateKey {
     tenant: String,
     /// Empty for the tenant as a whole: no user has an empty name.
     user: String,
 }
 
-/// The rates at which tenants and users submit, whichever way their submissions come.
+/// Rates at which tenants and users submit, over all APIs.
 pub(crate) struct SubmissionRates {
     limits: LimitsByTenant,
     tenants: Entries,
     users: Entries,
-    /// Routers that are alive, with this one.
+    /// Healthy routers, including this one.
     routers: AtomicU32,
-    /// Those of which something was admitted since the last report; empty where there is one router.
-    active: Mutex<Vec<(Name, Arc<Mutex<Entry>>)>>,
+    /// Entries with submissions admitted since the last report; empty if there is only one router.
+    active: Mutex<Vec<(RateKey, Arc<Mutex<Entry>>)>>,
 }
 
-/// One user, or tenant.
+/// Rate of one user or tenant.
 #[derive(Debug)]
 struct Entry {
     limiter: RateLimiter,
-    /// Since the last report.
+    /// Admitted since the last report.
     admitted: u32,
-    of_others: Vec<OfOther>,
+    reports: Vec<Report>,
 }
 
-/// The most that another router has admitted in a second lately.
+/// The highest recent count of a different router, admitted in a second.
 #[derive(Debug)]
-struct OfOther {
+struct Report {
     router: Arc<str>,
     count: u32,
     reported_at: Timestamp,
@@ -77,23 +77,24 @@ struct OfOther {
 
 impl Entry {
     fn new() -> Self {
-        Self { limiter: RateLimiter::new(0, 1), admitted: 0, of_others: Vec::new() }
+        Self { limiter: RateLimiter::new(0, 1), admitted: 0, reports: Vec::new() }
     }
 
-    /// How many submissions a second this router may admit, of `whole`.
-    fn share(&mut self, whole: u32, routers: u32, now: Timestamp) -> u32 {
-        self.of_others.retain(|other| now.since(other.reported_at) < REPORT_LIFE);
-        let of_others = self.of_others.iter().map(|other| other.count);
-        let free = whole.saturating_sub(of_others.fold(0, u32::saturating_add));
-        free.max(whole.div_ceil(routers.max(1)))
+    /// Returns how many submissions of `limit` per second this router may admit.
+    fn share(&mut self, limit: u32, routers: u32, now: Timestamp) -> u32 {
+        self.reports.retain(|report| now.since(report.reported_at) < REPORT_TTL);
+        let counts = self.reports.iter().map(|report| report.count);
+        let free = limit.saturating_sub(counts.fold(0, u32::saturating_add));
+        free.max(limit.div_ceil(routers.max(1)))
     }
 
-    fn note_other(&mut self, router: &Arc<str>, count: u32, now: Timestamp) {
-        let is_over = |other: &OfOther| now.since(other.reported_at) >= REPORT_LIFE;
-        self.of_others
-            .retain(|other| other.router != *router || (other.count > count && !is_over(other)));
-        if self.of_others.iter().all(|other| other.router != *router) {
-            self.of_others.push(OfOther { router: router.clone(), count, reported_at: now });
+    fn record_report(&mut self, router: &Arc<str>, count: u32, now: Timestamp) {
+        let is_expired = |report: &Report| now.since(report.reported_at) >= REPORT_TTL;
+        self.reports.retain(|report| {
+            report.router != *router || (report.count > count && !is_expired(report))
+        });
+        if self.reports.iter().all(|report| report.router != *router) {
+            self.reports.push(Report { router: router.clone(), count, reported_at: now });
         }
     }
 }
@@ -102,21 +103,21 @@ impl SubmissionRates {
     pub(crate) fn new(limits: LimitsByTenant) -> Self {
         Self {
             limits,
-            tenants: Cache::new(MAX_KNOWN),
-            users: Cache::new(MAX_KNOWN),
+            tenants: Cache::new(MAX_TRACKED),
+            users: Cache::new(MAX_TRACKED),
             routers: AtomicU32::new(1),
             active: Mutex::default(),
         }
     }
 
-    /// Waits until one more submission is admitted, for work that is done for its caller in a loop.
+    /// Waits until one more submission is admitted, for batch operations on behalf of a caller.
     pub(crate) async fn wait(&self, principal: &Principal, clock: &dyn Clock) {
         while let Err(excess) = self.try_admit(principal, clock.now()) {
             sleep(excess.wait).await;
         }
     }
 
-    /// Admits one more submission, or names the option that bounds them and when to retry.
+    /// Admits one submission, or returns a status with the exceeded limit and the retry delay.
     pub(crate) fn admit(&self, principal: &Principal, now: Timestamp) -> Result<(), Status> {
         self.try_admit(principal, now).map_err(|Excess { limit, per_second, share, wait }| {
             let message = if share < per_second {
@@ -131,13 +132,13 @@ impl SubmissionRates {
     fn try_admit(&self, principal: &Principal, now: Timestamp) -> Result<(), Excess> {
         let Principal { tenant, user, .. } = principal;
         let limits = self.limits.of(tenant);
-        // The user first: what is refused there takes nothing of the tenant's.
+        // The user first: a submission rejected there does not consume the tenant's rate.
         for (entries, user, limit) in [
             (&self.users, user.as_str(), TenantLimit::SubmissionsPerUser),
             (&self.tenants, "", TenantLimit::SubmissionsPerTenant),
         ] {
             if limits.get(limit) > 0 {
-                let name = Name { tenant: tenant.clone(), user: user.to_owned() };
+                let name = RateKey { tenant: tenant.clone(), user: user.to_owned() };
                 self.admit_by(entries, name, limits, limit, now)?;
             }
         }
@@ -147,12 +148,12 @@ impl SubmissionRates {
     fn admit_by(
         &self,
         entries: &Entries,
-        name: Name,
+        name: RateKey,
         limits: TenantLimits,
         limit: TenantLimit,
         now: Timestamp,
     ) -> Result<(), Excess> {
-        let shared = entry(entries, &name);
+        let shared = get_or_create(entries, &name);
         let mut entry = shared.lock();
         let per_second = u32::try_from(limits.get(limit)).unwrap_or(u32::MAX);
         let routers = self.routers.load(Ordering::Relaxed);
@@ -172,19 +173,19 @@ impl SubmissionRates {
         Ok(())
     }
 
-    /// Notes how many routers are alive, with this one.
-    fn note_routers(&self, alive: u32) {
-        self.routers.store(alive.max(1), Ordering::Relaxed);
+    /// Sets the number of healthy routers, including this one.
+    fn set_router_count(&self, healthy: u32) {
+        self.routers.store(healthy.max(1), Ordering::Relaxed);
     }
 
-    /// Notes what another router has admitted of a user, or of a tenant if `user` is empty.
-    fn note_other(&self, router: &Arc<str>, name: &Name, count: u32, now: Timestamp) {
+    /// Records the count of a different router for a user, or for a tenant if `user` is empty.
+    fn record_report(&self, router: &Arc<str>, name: &RateKey, count: u32, now: Timestamp) {
         let entries = if name.user.is_empty() { &self.tenants } else { &self.users };
-        entry(entries, name).lock().note_other(router, count, now);
+        get_or_create(entries, name).lock().record_report(router, count, now);
     }
 
-    /// Takes what was admitted since the last call, of those with more than a small part of a limit.
-    fn take_admitted(&self) -> Vec<(Name, u32)> {
+    /// Returns and resets the counts since the last call, without those that are a small part of a limit.
+    fn take_admitted(&self) -> Vec<(RateKey, u32)> {
         let active = std::mem::take(&mut *self.active.lock());
         let routers = u64::from(self.routers.load(Ordering::Relaxed));
         let admitted = active.into_iter().filter_map(|(name, entry)| {
@@ -193,16 +194,16 @@ impl SubmissionRates {
                 "" => TenantLimit::SubmissionsPerTenant,
                 _ => TenantLimit::SubmissionsPerUser,
             };
-            let whole = self.limits.of(&name.tenant).get(limit);
-            let is_reported = u64::from(admitted) * routers * REPORTED_PART > whole;
+            let limit = self.limits.of(&name.tenant).get(limit);
+            let is_reported = u64::from(admitted) * routers * REPORT_DIVISOR > limit;
             is_reported.then_some((name, admitted))
         });
         admitted.collect()
     }
 }
 
-/// The entry of this name, made if it is missing.
-fn entry(entries: &Entries, name: &Name) -> Arc<Mutex<Entry>> {
+/// Returns the entry of this name; creates a missing one.
+fn get_or_create(entries: &Entries, name: &RateKey) -> Arc<Mutex<Entry>> {
     let new = || Ok::<_, Infallible>(Arc::new(Mutex::new(Entry::new())));
     match entries.get_or_insert_with(name, new) {
         Ok(entry) => entry,
@@ -210,11 +211,11 @@ fn entry(entries: &Entries, name: &Name) -> Arc<Mutex<Entry>> {
     }
 }
 
-/// A submission beyond a rate.
+/// A submission that exceeds a rate.
 struct Excess {
     limit: TenantLimit,
     per_second: u32,
-    /// Of those, at this router.
+    /// The part of `per_second` of this router.
     share: u32,
     wait: Duration,
 }

@@ -16,8 +16,8 @@ fn output(seq: i64, attempt: i64, index: i64, data: &str) -> Value {
     event(seq, attempt, "output", more)
 }
 
-/// Two attempts; the output of the first is void.
-fn good() -> Vec<Value> {
+/// Returns a valid history with two attempts; the output of the first is discarded.
+fn valid_history() -> Vec<Value> {
     let sha256 = "fb8e20fc2e4c3f248c60c39bd652f3c1347298bb977b8b4d5903b85055620603"; // of "ab"
     let log = vec![
         event(1, 0, "accepted", json!({})),
@@ -39,8 +39,9 @@ fn good() -> Vec<Value> {
         json!({"record": "acknowledged", "id": "r", "uid": "U"}),
         json!({"record": "opened", "watcher": "w", "id": "r", "after_seq": 1}),
     ];
-    history
-        .extend(log.iter().skip(1).map(|e| json!({"record": "seen", "watcher": "w", "event": e})));
+    history.extend(
+        log.iter().skip(1).map(|e| json!({"record": "received", "watcher": "w", "event": e})),
+    );
     history.push(json!({"record": "log", "uid": "U", "events": log}));
     history
 }
@@ -49,61 +50,64 @@ fn log(history: &mut [Value]) -> &mut Vec<Value> {
     history.last_mut().unwrap()["events"].as_array_mut().unwrap()
 }
 
-/// The faults of the good history with this changed.
-fn faults(change: impl FnOnce(&mut Vec<Value>)) -> String {
-    let mut history = good();
+/// Returns the violations of the valid history after this change.
+fn violations(change: impl FnOnce(&mut Vec<Value>)) -> String {
+    let mut history = valid_history();
     change(&mut history);
-    check(&history).faults.join("\n")
+    check(&history).violations.join("\n")
 }
 
 #[test]
-fn a_good_history_breaks_nothing() {
-    assert_eq!(faults(|_| {}), "");
+fn a_valid_history_has_no_violations() {
+    assert_eq!(violations(|_| {}), "");
 }
 
 #[test]
-fn what_is_lost_is_noticed() {
-    assert!(faults(|history| drop(history.pop())).contains("acknowledged and has no log"));
-    assert!(faults(|history| drop(log(history).remove(5))).contains("has seq 7"));
-    assert!(faults(|history| drop(log(history).pop())).contains("0 terminal events"));
-    assert!(faults(|history| drop(history.remove(4))).contains("was sent seq 5 after 3"));
-    assert!(faults(|history| drop(history.remove(9))).contains("did not see the end"));
+fn lost_events_are_detected() {
+    assert!(violations(|history| drop(history.pop())).contains("acknowledged and has no log"));
+    assert!(violations(|history| drop(log(history).remove(5))).contains("has seq 7"));
+    assert!(violations(|history| drop(log(history).pop())).contains("0 terminal events"));
+    assert!(violations(|history| drop(history.remove(4))).contains("received seq 5 after 3"));
+    assert!(
+        violations(|history| drop(history.remove(9)))
+            .contains("did not receive the terminal event")
+    );
 }
 
 #[test]
-fn what_is_missing_at_the_beginning_or_sent_twice_is_noticed() {
-    assert!(faults(|history| drop(history.remove(2))).contains("was sent seq 3 after 1"));
-    let twice = faults(|history| history.insert(4, history[3].clone()));
-    assert!(twice.contains("was sent seq 3 after 3"), "{twice}");
-    let refused = json!({"record": "refused", "watcher": "w", "why": "NOT_FOUND"});
-    assert!(faults(|history| history.insert(2, refused)).contains("was refused"));
-    let first = faults(|history| log(history)[0]["type"] = "progress".into());
+fn missing_first_and_repeated_events_are_detected() {
+    assert!(violations(|history| drop(history.remove(2))).contains("received seq 3 after 1"));
+    let twice = violations(|history| history.insert(4, history[3].clone()));
+    assert!(twice.contains("received seq 3 after 3"), "{twice}");
+    let rejected = json!({"record": "rejected", "watcher": "w", "error": "NOT_FOUND"});
+    assert!(violations(|history| history.insert(2, rejected)).contains("was rejected"));
+    let first = violations(|history| log(history)[0]["type"] = "progress".into());
     assert!(first.contains("seq 1 is progress"), "{first}");
 }
 
 #[test]
-fn what_is_doubled_or_reordered_is_noticed() {
+fn duplicates_and_reordered_events_are_detected() {
     let again = json!({"record": "acknowledged", "id": "r", "uid": "V"});
-    assert!(faults(|history| history.insert(1, again)).contains("stands for U and for V"));
-    assert!(faults(|history| history.swap(3, 4)).contains("was sent seq 4 after 2"));
-    let doubled = faults(|history| {
-        let end = log(history)[8].clone();
-        log(history).push(end);
+    assert!(violations(|history| history.insert(1, again)).contains("two requests, U and V"));
+    assert!(violations(|history| history.swap(3, 4)).contains("received seq 4 after 2"));
+    let duplicated = violations(|history| {
+        let terminal = log(history)[8].clone();
+        log(history).push(terminal);
     });
-    assert!(doubled.contains("2 terminal events"), "{doubled}");
+    assert!(duplicated.contains("2 terminal events"), "{duplicated}");
 }
 
 #[test]
-fn what_is_taken_back_or_changed_is_noticed() {
-    let changed = faults(|history| history[6]["event"]["percentage"] = 7.into());
+fn changed_events_are_detected() {
+    let changed = violations(|history| history[6]["event"]["percentage"] = 7.into());
     assert!(changed.contains("the log has"), "{changed}");
 }
 
 #[test]
-fn a_stale_attempt_that_writes_is_noticed() {
-    let stale = faults(|history| log(history)[5]["attempt"] = 1.into());
-    assert!(stale.contains("is of attempt 1, attempt 2 has it"), "{stale}");
-    let skipped = faults(|history| {
+fn writes_of_a_stale_attempt_are_detected() {
+    let stale = violations(|history| log(history)[5]["attempt"] = 1.into());
+    assert!(stale.contains("is of attempt 1, current is 2"), "{stale}");
+    let skipped = violations(|history| {
         for event in log(history).iter_mut().skip(4) {
             event["attempt"] = 3.into();
         }
@@ -112,11 +116,11 @@ fn a_stale_attempt_that_writes_is_noticed() {
 }
 
 #[test]
-fn a_wrong_proof_rewind_or_result_is_noticed() {
-    let proof = faults(|history| log(history)[8]["output"]["chunks"] = 3.into());
-    assert!(proof.contains("the proof tells 3 chunks"), "{proof}");
-    let rewind = faults(|history| log(history)[3]["rewind_to_seq"] = 3.into());
+fn a_wrong_digest_rewind_or_result_is_detected() {
+    let digest = violations(|history| log(history)[8]["output"]["chunks"] = 3.into());
+    assert!(digest.contains("reported output 3 chunks"), "{digest}");
+    let rewind = violations(|history| log(history)[3]["rewind_to_seq"] = 3.into());
     assert!(rewind.contains("rewinds to 3"), "{rewind}");
-    let result = faults(|history| log(history)[8]["result"]["id"] = "s".into());
+    let result = violations(|history| log(history)[8]["result"]["id"] = "s".into());
     assert!(result.contains("has the result"), "{result}");
 }

@@ -1,7 +1,7 @@
-"""Streamer for Python: run actions (`Worker`), ask for them (`Client`).
+"""Streamer for Python: `Worker` runs actions, `Client` submits requests over gRPC.
 
-`streamer.websocket` is the client for the outside, over one WebSocket; `streamer.testing` runs
-handlers without a server; `streamer.events` are the events of a request's log.
+`streamer.websocket` is a client over one WebSocket, `streamer.testing` runs handlers without a
+server, and `streamer.events` defines the events of a request's log.
 """
 
 from streamer import events

@@ -1,4 +1,4 @@
-"""Waits between tries, with full jitter."""
+"""Exponential backoff with full jitter."""
 
 from __future__ import annotations
 
@@ -6,20 +6,20 @@ import random
 
 
 class Backoff:
-    """Evenly drawn between 0 and a bound that doubles with each failure up to a maximum."""
+    """Delays drawn uniformly between 0 and a bound that doubles with each failure."""
 
     def __init__(self, initial: float = 0.1, maximum: float = 10.0) -> None:
-        """Both in seconds."""
+        """Takes the first and the largest bound, in seconds."""
         self._initial = initial
         self._maximum = maximum
         self._bound = initial
 
     def next(self) -> float:
-        """How long to wait now, in seconds; the bound doubles."""
-        wait = random.uniform(0, self._bound)
+        """Returns the next delay in seconds, and doubles the bound."""
+        delay = random.uniform(0, self._bound)
         self._bound = min(self._bound * 2, self._maximum)
-        return wait
+        return delay
 
     def reset(self) -> None:
-        """It worked: the bound begins anew."""
+        """Resets the bound after a success."""
         self._bound = self._initial

@@ -1,4 +1,4 @@
-"""Functions that callers hand in to hear of events."""
+"""Callbacks for the events of a request."""
 
 from __future__ import annotations
 
@@ -16,14 +16,14 @@ OnRetry: TypeAlias = "Callable[[Retrying], Awaitable[None] | None]"
 
 @dataclass(frozen=True)
 class Callbacks:
-    """What to call for which events; plain or async functions, called one after the other."""
+    """One callback for each kind of event: plain or async functions, called one at a time."""
 
     on_progress: OnProgress | None = None
     on_output: OnOutput | None = None
     on_retry: OnRetry | None = None
 
-    async def tell(self, event: Event) -> None:
-        """Calls the function for this event, if there is one."""
+    async def notify(self, event: Event) -> None:
+        """Calls the callback for this kind of event, if one is set."""
         if isinstance(event, Progress):
             await _call(self.on_progress, event)
         elif isinstance(event, Output):
@@ -34,6 +34,6 @@ class Callbacks:
 
 async def _call(function: Callable[[Any], Any] | None, event: Event) -> None:
     if function is not None:
-        outcome = function(event)
-        if inspect.isawaitable(outcome):
-            await outcome
+        returned = function(event)
+        if inspect.isawaitable(returned):
+            await returned

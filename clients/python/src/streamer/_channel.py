@@ -1,4 +1,4 @@
-"""The gRPC channel: where the server is, which calls there are, and what its errors mean."""
+"""The gRPC channel: server address, methods, and error mapping."""
 
 from __future__ import annotations
 
@@ -15,22 +15,22 @@ from streamer._proto import progress_pb2, router_pb2, worker_pb2
 from streamer.errors import ErrorCode, ServiceError, Violation
 
 _OPTIONS: list[tuple[str, int]] = [
-    # The server bounds its messages; ours are bounded before they are sent.
+    # The server limits its messages, and this package checks sizes before it sends.
     ("grpc.max_receive_message_length", -1),
     ("grpc.max_send_message_length", -1),
-    # A lost connection is looked for again soon: our own waits have jitter.
+    # Reconnect quickly: the delays of this package have jitter.
     ("grpc.initial_reconnect_backoff_ms", 100),
-    # Despite its name, this is how long gRPC waits at least for a connection to be made: a server
-    # that is further away than that is never reached.
+    # Despite its name, this is the minimum connection timeout: a server that takes longer to accept
+    # a connection is never reached.
     ("grpc.min_reconnect_backoff_ms", 10_000),
     ("grpc.max_reconnect_backoff_ms", 1000),
-    # A link that has gone silent is noticed, also while nothing is said.
+    # Detect a dead connection, also while it is idle.
     ("grpc.keepalive_time_ms", 30_000),
     ("grpc.keepalive_timeout_ms", 10_000),
-    # For pings that measure the link, while which are under way there are no others.
+    # Timeout of bandwidth probes; gRPC sends no keepalive ping while one is pending.
     ("grpc.http2.ping_timeout_ms", 10_000),
     ("grpc.http2.max_pings_without_data", 0),
-    # Channels do not share connections, nor their troubles.
+    # One connection for each channel, so that a broken one affects no other channel.
     ("grpc.use_local_subchannel_pool", 1),
 ]
 
@@ -50,25 +50,25 @@ _CODES = {
 
 @dataclass(frozen=True)
 class Address:
-    """Where a server is."""
+    """Address of a server."""
 
     target: str
     secure: bool
 
 
 def parse_server(server: str) -> Address:
-    """Reads `http://host:port`, `https://host:port` or `host:port` (which is the former). Raises
+    """Parses `http://host:port`, `https://host:port` or `host:port` (short for `http`). Raises
     ValueError."""
     url = urlsplit(server if "://" in server else f"http://{server}")
     if url.scheme not in ("http", "https") or not url.hostname or url.path not in ("", "/"):
-        raise ValueError(f"server: must look like http://host:port, is {server!r}")
+        raise ValueError(f"server: must be http://host:port or https://host:port, is {server!r}")
     host = f"[{url.hostname}]" if ":" in url.hostname else url.hostname
     secure = url.scheme == "https"
     return Address(f"{host}:{url.port or (443 if secure else 80)}", secure)
 
 
 def open_channel(address: Address) -> grpc.aio.Channel:
-    """A channel; it connects when it is first used."""
+    """Returns a channel that connects on its first call."""
     if address.secure:
         credentials = grpc.ssl_channel_credentials()
         return grpc.aio.secure_channel(address.target, credentials, _OPTIONS)
@@ -76,11 +76,11 @@ def open_channel(address: Address) -> grpc.aio.Channel:
 
 
 class Calls:
-    """The calls of a channel that clients make."""
+    """The methods that clients call on one channel."""
 
     def __init__(self, channel: grpc.aio.Channel) -> None:
         self.closed = False
-        """Whether the client was closed."""
+        """Whether the client is closed."""
         router = "/streamer.router.v1.RouterService/"
         self.submit = channel.unary_unary(
             f"{router}Submit",
@@ -123,7 +123,7 @@ WorkCall = grpc.aio.StreamStreamCall[worker_pb2.WorkRequest, worker_pb2.WorkResp
 
 
 def open_work(channel: grpc.aio.Channel, metadata: tuple[tuple[str, str], ...]) -> WorkCall:
-    """Opens a worker's stream."""
+    """Opens the stream of a worker."""
     work = channel.stream_stream(
         "/streamer.processor.v1.WorkerService/Work",
         _serialize,
@@ -137,32 +137,34 @@ def _serialize(request: worker_pb2.WorkRequest) -> bytes:
 
 
 def service_error(error: grpc.aio.AioRpcError) -> ServiceError:
-    """What a failed call says, with the `google.rpc` details of its status."""
+    """Returns the error of a failed call, with the `google.rpc` details of its status."""
     code = _CODES.get(error.code(), ErrorCode.INTERNAL_ERROR)
     violations: list[Violation] = []
     retry_after: float | None = None
     for packed in _details(error):
         info = error_details_pb2.ErrorInfo()
-        bad = error_details_pb2.BadRequest()
+        bad_request = error_details_pb2.BadRequest()
         retry = error_details_pb2.RetryInfo()
         if packed.Unpack(info):
             if info.domain == "streamer" and info.reason in ErrorCode.__members__:
                 code = ErrorCode(info.reason)
-        elif packed.Unpack(bad):
-            violations.extend(Violation(one.field, one.description) for one in bad.field_violations)
+        elif packed.Unpack(bad_request):
+            violations.extend(
+                Violation(one.field, one.description) for one in bad_request.field_violations
+            )
         elif packed.Unpack(retry):
             retry_after = retry.retry_delay.ToTimedelta().total_seconds()
-    if code is ErrorCode.TIMEOUT and away(error):
+    if code is ErrorCode.TIMEOUT and is_unreachable(error):
         code = ErrorCode.UNAVAILABLE
     message = error.details() or error.code().name
     return ServiceError(code, message, violations=tuple(violations), retry_after=retry_after)
 
 
-def away(error: grpc.aio.AioRpcError) -> bool:
-    """Whether the server could not be reached, or did not answer in time. (That a sync action took
-    too long is told with the same status, but by the server, with details.)"""
-    late = error.code() is grpc.StatusCode.DEADLINE_EXCEEDED and not _details(error)
-    return late or error.code() is grpc.StatusCode.UNAVAILABLE
+def is_unreachable(error: grpc.aio.AioRpcError) -> bool:
+    """Returns whether the server could not be reached or did not respond in time. (A sync action
+    that times out has the same status, but with details.)"""
+    timed_out = error.code() is grpc.StatusCode.DEADLINE_EXCEEDED and not _details(error)
+    return timed_out or error.code() is grpc.StatusCode.UNAVAILABLE
 
 
 def _details(error: grpc.aio.AioRpcError) -> list[Any_]:

@@ -1,4 +1,4 @@
-"""Runs a handler, and says how it ended."""
+"""Runs a handler and returns its result or error."""
 
 from __future__ import annotations
 
@@ -20,49 +20,48 @@ _logger = logging.getLogger("streamer.worker")
 
 
 @dataclass(frozen=True)
-class Ending:
-    """How a handler ended: with a result, which is JSON, or with an error."""
+class HandlerResult:
+    """Result of one handler run: JSON, or an error."""
 
     result: bytes = b""
     error: HandlerError | None = None
 
 
-async def run(handler: Handler, context: Context) -> Ending:
-    """Runs a handler. Raises `asyncio.CancelledError` when it was interrupted by that, else
-    nothing: an exception that is no `HandlerError` becomes a retryable PROCESSING_FAILED."""
+async def run(handler: Handler, context: Context) -> HandlerResult:
+    """Runs a handler. Raises only `asyncio.CancelledError`, when the handler was interrupted with
+    it. An exception that is not a `HandlerError` becomes a retryable PROCESSING_FAILED."""
     try:
         result = await handler(context, _parse(context))
-        return Ending(result=_encode(result, context))
+        return HandlerResult(result=_encode(result, context))
     except HandlerError as error:
-        return Ending(error=error)
+        return HandlerResult(error=error)
     except asyncio.CancelledError:
         raise
     except Exception as error:
         _logger.warning("handler of %s failed on %s", context.action, context.uid, exc_info=True)
-        wrapped = HandlerError(_told(error))
+        wrapped = HandlerError(_describe(error))
         wrapped.__cause__ = error
-        return Ending(error=wrapped)
+        return HandlerResult(error=wrapped)
 
 
-def interrupted() -> HandlerError:
-    """Why an attempt failed whose handler raised `asyncio.CancelledError` though nobody asked it
-    to."""
+def interrupted_error() -> HandlerError:
+    """Error of an attempt whose handler raised `asyncio.CancelledError` without being cancelled."""
     return HandlerError("the handler ended with asyncio.CancelledError")
 
 
-def cut_short() -> HandlerError:
-    """Why an attempt failed whose handler was interrupted because the request was cancelled."""
+def cancelled_error() -> HandlerError:
+    """Error of an attempt whose handler was interrupted because the request was cancelled."""
     message = "the handler was interrupted: the request was cancelled"
     return FatalError(message, code=ErrorCode.CANCELLED)
 
 
-def _told(error: Exception) -> str:
+def _describe(error: Exception) -> str:
     name = type(error).__name__
     try:
         return f"{name}: {error}"
     except Exception:
-        # It is the handler's own code that says what its errors are.
-        _logger.warning("a %s cannot say what it is", name, exc_info=True)
+        # `__str__` is code of the application and may raise.
+        _logger.warning("str() of a %s failed", name, exc_info=True)
         return name
 
 
@@ -77,7 +76,7 @@ def _encode(result: Any, context: Context) -> bytes:
     try:
         data = payload.encode_json(result)
     except (TypeError, ValueError) as error:
-        raise FatalError(f"result: cannot be written as JSON: {error}") from error
+        raise FatalError(f"result: cannot be encoded as JSON: {error}") from error
     limit = context.reporter.limits.max_payload_bytes
     check("result", len(data), limit, "welcome.max_payload_bytes")
     return data

@@ -1,4 +1,4 @@
-"""The sizes that bound what a handler reports, checked before anything is sent."""
+"""Size limits of reports, checked before anything is sent."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ MAX_ERROR_DETAILS_BYTES = 64 * 1024
 
 @dataclass(frozen=True)
 class Limits:
-    """The limits that the operator of a server sets; the defaults are the server's."""
+    """Limits that the operator of a server sets; the defaults are the server's defaults."""
 
     max_payload_bytes: int = 4 * 1024 * 1024
     max_output_chunk_bytes: int = 1024 * 1024
@@ -27,23 +27,23 @@ class Limits:
 
     @classmethod
     def of(cls, welcome: worker_pb2.Welcome) -> Limits:
-        """Those that a server tells."""
-        standard = cls()
+        """Returns the limits in a server's `welcome`."""
+        defaults = cls()
         return cls(
-            welcome.max_payload_bytes or standard.max_payload_bytes,
-            welcome.max_output_chunk_bytes or standard.max_output_chunk_bytes,
-            welcome.max_unacknowledged or standard.max_unacknowledged,
-            welcome.max_unacknowledged_bytes or standard.max_unacknowledged_bytes,
+            welcome.max_payload_bytes or defaults.max_payload_bytes,
+            welcome.max_output_chunk_bytes or defaults.max_output_chunk_bytes,
+            welcome.max_unacknowledged or defaults.max_unacknowledged,
+            welcome.max_unacknowledged_bytes or defaults.max_unacknowledged_bytes,
         )
 
 
 def check(field: str, size: int, limit: int, limit_name: str) -> None:
-    """Raises `LimitExceeded` when `size` is more than `limit`, both in bytes."""
+    """Raises `LimitExceeded` if `size` exceeds `limit`, both in bytes."""
     if size > limit:
         raise LimitExceeded(field, size, limit, limit_name)
 
 
-def shorten(text: str, limit: int) -> str:
-    """The beginning of `text` that fits `limit` bytes of UTF-8."""
+def truncate(text: str, limit: int) -> str:
+    """Returns the longest prefix of `text` that fits in `limit` bytes of UTF-8."""
     encoded = text.encode("utf-8", "replace")
     return encoded[:limit].decode("utf-8", "ignore")

@@ -1,4 +1,4 @@
-"""Repeats calls that failed because the server could not be reached."""
+"""Retries calls that failed because the server could not be reached."""
 
 from __future__ import annotations
 
@@ -12,18 +12,18 @@ import grpc
 import grpc.aio
 
 from streamer._backoff import Backoff
-from streamer._channel import Calls, away, service_error
-from streamer._tokens import BadToken, TokenSource
+from streamer._channel import Calls, is_unreachable, service_error
+from streamer._tokens import InvalidToken, TokenSource
 from streamer.errors import ErrorCode, ServiceError
 
-_Question = TypeVar("_Question")
-_Answer = TypeVar("_Answer")
+_RequestT = TypeVar("_RequestT")
+_ResponseT = TypeVar("_ResponseT")
 
-UNARY_SECONDS = 30.0
-"""How long a call may take that has nothing to wait for."""
+UNARY_TIMEOUT = 30.0
+"""Default timeout of one call, in seconds."""
 
-# How a stream ends when what is between it and the server breaks.
-_LOST = {
+# Status codes of a stream that was lost, rather than rejected.
+_RETRYABLE_CODES = {
     grpc.StatusCode.UNAVAILABLE,
     grpc.StatusCode.UNKNOWN,
     grpc.StatusCode.INTERNAL,
@@ -34,23 +34,23 @@ _LOST = {
 }
 
 
-class Patience:
-    """How long a server that cannot be reached is tried again: full jitter between the tries."""
+class RetryBudget:
+    """Time limit for retries while a server cannot be reached, with full jitter between them."""
 
     def __init__(self, limit: float | None) -> None:
-        """`limit` in seconds of failure without a break; None for ever."""
+        """`limit` is the longest time of uninterrupted failure, in seconds; None means no limit."""
         self._limit = limit
         self._backoff = Backoff()
         self._since: float | None = None
 
-    def worked(self) -> None:
-        """It can be reached."""
+    def reset(self) -> None:
+        """Restores the full budget after a success."""
         self._since = None
         self._backoff.reset()
 
     async def wait(self, at_least: float = 0.0) -> bool:
-        """Waits before the next try, so many seconds at least; False, at once, when it has been
-        long enough."""
+        """Waits at least `at_least` seconds before the next retry and returns True; returns False
+        at once if the budget is exhausted."""
         now = time.monotonic()
         if self._since is None:
             self._since = now
@@ -62,52 +62,51 @@ class Patience:
 
 async def unary(
     calls: Calls,
-    call: grpc.aio.UnaryUnaryMultiCallable[_Question, _Answer],
-    question: _Question,
+    call: grpc.aio.UnaryUnaryMultiCallable[_RequestT, _ResponseT],
+    request: _RequestT,
     tokens: TokenSource,
-    patience: Patience,
+    budget: RetryBudget,
     *,
     repeat: bool,
-    timeout: float = UNARY_SECONDS,
-) -> _Answer:
-    """Makes a call; when `repeat`, until it is answered. `timeout` is that of one try, in seconds.
-    Raises `ServiceError`."""
+    timeout: float = UNARY_TIMEOUT,
+) -> _ResponseT:
+    """Makes a call and, if `repeat` is set, retries it until the server responds or the budget is
+    exhausted. `timeout` applies to each attempt, in seconds. Raises `ServiceError`."""
     while True:
-        metadata = await metadata_of(tokens)
+        metadata = await call_metadata(tokens)
         try:
-            with closing(calls):
-                return await call(question, metadata=metadata, timeout=timeout)
+            with raises_if_closed(calls):
+                return await call(request, metadata=metadata, timeout=timeout)
         except grpc.aio.AioRpcError as error:
-            if not (repeat and away(error) and await patience.wait()):
+            if not (repeat and is_unreachable(error) and await budget.wait()):
                 raise service_error(error) from error
 
 
-async def metadata_of(tokens: TokenSource) -> tuple[tuple[str, str], ...]:
-    """The metadata of a call. Raises `ServiceError` when the token cannot be one."""
+async def call_metadata(tokens: TokenSource) -> tuple[tuple[str, str], ...]:
+    """Returns the metadata of a call. Raises `ServiceError` if the token is malformed."""
     try:
         return await tokens.metadata()
-    except BadToken as error:
+    except InvalidToken as error:
         raise ServiceError(ErrorCode.UNAUTHORIZED, str(error)) from error
 
 
 @contextmanager
-def closing(calls: Calls) -> Iterator[None]:
-    """Around what waits for a call: raises `ServiceError` when the client is closed meanwhile, or
-    was before."""
+def raises_if_closed(calls: Calls) -> Iterator[None]:
+    """Raises `ServiceError` if the client is closed before or during the call in the block."""
     try:
         yield
     except (asyncio.CancelledError, grpc.aio.AioRpcError, grpc.aio.UsageError) as error:
         if not calls.closed or _is_cancelled():
             raise
-        raise ServiceError(ErrorCode.CANCELLED, "the client was closed") from error
+        raise ServiceError(ErrorCode.CANCELLED, "the client is closed") from error
 
 
 def _is_cancelled() -> bool:
-    """Whether it is the task that was cancelled, rather than the call. Python 3.10 cannot tell."""
+    """Returns whether the task, not the call, was cancelled; always False on Python 3.10."""
     cancelling = getattr(asyncio.current_task(), "cancelling", None)
     return cancelling is not None and cancelling() > 0
 
 
-def is_lost(error: grpc.aio.AioRpcError) -> bool:
-    """Whether a stream that ended so is to be opened again."""
-    return error.code() in _LOST
+def is_retryable(error: grpc.aio.AioRpcError) -> bool:
+    """Returns whether a stream that ended with this error can be reopened."""
+    return error.code() in _RETRYABLE_CODES

@@ -1,7 +1,7 @@
-"""OpenTelemetry, where the application has it installed (`pip install streamer-client[tracing]`).
+"""OpenTelemetry, if it is installed (`pip install streamer-client[tracing]`).
 
-The kit uses the API alone: spans go where the application's SDK sends them. Without an SDK, the
-context is passed on all the same.
+This package uses only the API: the application's SDK exports the spans. Without an SDK, the trace
+context is still propagated.
 """
 
 from __future__ import annotations
@@ -23,7 +23,8 @@ else:
 
 
 def headers() -> dict[str, str]:
-    """The current trace as W3C `traceparent` and `tracestate`; empty outside one."""
+    """Returns the current trace context as W3C `traceparent` and `tracestate`; empty outside a
+    trace."""
     carrier: dict[str, str] = {}
     if _installed:
         TraceContextTextMapPropagator().inject(carrier)
@@ -32,15 +33,15 @@ def headers() -> dict[str, str]:
 
 @contextmanager
 def handler_span(context: Context) -> Iterator[Callable[[], None]]:
-    """Around the run of a handler: a span below the server's, as the attempt is sampled. What is
-    yielded marks it as failed."""
+    """Runs the block in a span that is a child of the server's span and shares its sampling
+    decision. Yields a function that marks the span as failed."""
     if not (_installed and context.trace_parent):
         yield lambda: None
         return
     carrier = {"traceparent": context.trace_parent, "tracestate": context.trace_state}
     parent = TraceContextTextMapPropagator().extract(carrier)
     tracer = trace.get_tracer("streamer")
-    # Messages of exceptions may hold parts of the payload.
+    # Exceptions are not recorded: their messages may contain parts of the payload.
     with tracer.start_as_current_span(
         "handler",
         context=parent,

@@ -1,4 +1,4 @@
-"""Watches a request over as many streams as it takes."""
+"""Watches a request and reopens lost streams."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import grpc.aio
 from streamer import events
 from streamer._channel import Calls, service_error
 from streamer._proto import common_pb2, progress_pb2
-from streamer._retry import Patience, closing, is_lost, metadata_of
+from streamer._retry import RetryBudget, call_metadata, is_retryable, raises_if_closed
 from streamer._tokens import TokenSource
 from streamer.errors import ErrorCode, ServiceError
 from streamer.events import Event
@@ -19,13 +19,13 @@ from streamer.output import LogVerifier, contiguous
 
 
 async def watch(
-    calls: Calls, tokens: TokenSource, patience: Patience, request_id: str, after_seq: int
+    calls: Calls, tokens: TokenSource, budget: RetryBudget, request_id: str, after_seq: int
 ) -> AsyncGenerator[Event, None]:
     """See `Client.watch`."""
     verifier = LogVerifier() if after_seq == 0 else None
     last_seq = after_seq
     while True:
-        stream = _stream(calls, tokens, patience, request_id, last_seq)
+        stream = _stream(calls, tokens, budget, request_id, last_seq)
         try:
             async for response in stream:
                 for message in response.events:
@@ -43,11 +43,13 @@ async def watch(
             await stream.aclose()
 
 
-async def wait(calls: Calls, tokens: TokenSource, patience: Patience, request_id: str) -> Completed:
+async def wait(
+    calls: Calls, tokens: TokenSource, budget: RetryBudget, request_id: str
+) -> Completed:
     """See `Client.wait`."""
     uid = ""
     while True:
-        stream = _stream(calls, tokens, patience, request_id, None)
+        stream = _stream(calls, tokens, budget, request_id, None)
         try:
             async for response in stream:
                 if response.HasField("snapshot"):
@@ -61,31 +63,33 @@ async def wait(calls: Calls, tokens: TokenSource, patience: Patience, request_id
 
 
 async def _stream(
-    calls: Calls, tokens: TokenSource, patience: Patience, request_id: str, after_seq: int | None
+    calls: Calls, tokens: TokenSource, budget: RetryBudget, request_id: str, after_seq: int | None
 ) -> AsyncGenerator[progress_pb2.WatchResponse, None]:
-    """One stream: ends when it is lost, after a wait; raises when repeating does not help."""
+    """Yields the responses of one stream. Returns after a delay if the stream is lost; raises if a
+    retry cannot succeed."""
     request = progress_pb2.WatchRequest(request_id=request_id, after_seq=after_seq)
-    metadata = await metadata_of(tokens)
-    with closing(calls):
+    metadata = await call_metadata(tokens)
+    with raises_if_closed(calls):
         call = calls.watch(request, metadata=metadata)
-    heard = False
+    received = False
     try:
         while True:
-            with closing(calls):
+            with raises_if_closed(calls):
                 response = await call.read()
             if not isinstance(response, progress_pb2.WatchResponse):
                 break
-            heard = True
-            patience.worked()
+            received = True
+            budget.reset()
             yield response
     except grpc.aio.AioRpcError as error:
-        # A stream may outlive its token.
-        expired = error.code() is grpc.StatusCode.UNAUTHENTICATED and heard and tokens.renewable
-        if not ((is_lost(error) or expired) and await patience.wait()):
+        # The token of a long stream may expire while the stream is open.
+        expired = error.code() is grpc.StatusCode.UNAUTHENTICATED and received and tokens.renewable
+        if not ((is_retryable(error) or expired) and await budget.wait()):
             raise service_error(error) from error
     else:
-        if not await patience.wait():
-            raise ServiceError(ErrorCode.UNAVAILABLE, "the server ends every watch before its end")
+        if not await budget.wait():
+            message = "the server closes every watch before the terminal event"
+            raise ServiceError(ErrorCode.UNAVAILABLE, message)
     finally:
         call.cancel()
 

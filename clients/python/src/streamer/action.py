@@ -1,4 +1,4 @@
-"""What an action declares about itself."""
+"""Declarations of actions."""
 
 from __future__ import annotations
 
@@ -12,26 +12,26 @@ from streamer._proto import common_pb2
 from streamer.errors import ErrorCode
 
 Seconds: TypeAlias = "float | timedelta"
-"""A length of time: a number of seconds, or a timedelta."""
+"""A duration: a number of seconds, or a timedelta."""
 
 
 @dataclass(frozen=True)
 class Action:
-    """The declaration of an action. Times are in seconds; None is the server's default: 3 attempts,
-    backoff from 1 s to 1 min, and no limit for everything else."""
+    """Declaration of an action. Times are in seconds; None selects the server's default: 3
+    attempts, backoff from 1 s to 1 min, and no limit for everything else."""
 
     name: str
     """`[a-z][a-z0-9_.-]{0,63}`"""
     description: str = ""
     sync: bool = False
-    """Answered at once and not stored, rather than queued and logged."""
+    """Whether the call returns the result and nothing is stored, rather than queued and logged."""
     estimated_duration: Seconds | None = None
-    """How long it usually takes. Under the server's threshold (5 s) an action is sync."""
+    """Usual duration of a run. Below the server's threshold (5 s) an action is sync."""
     max_attempts: int | None = None
     start_to_close: Seconds | None = None
     """Longest run of one attempt."""
     heartbeat_timeout: Seconds | None = None
-    """Longest silence of a running handler; then the attempt fails."""
+    """Longest time without a report from a running handler; then the attempt fails."""
     schedule_to_start: Seconds | None = None
     """Longest wait for the first attempt, from when the request is due."""
     schedule_to_close: Seconds | None = None
@@ -40,21 +40,21 @@ class Action:
     """Bound of the wait before the second attempt; doubled each time, with full jitter."""
     max_backoff: Seconds | None = None
     final_errors: tuple[ErrorCode, ...] = ()
-    """Failures of these kinds are final: no other attempt follows."""
+    """Error codes that are not retried."""
     permission: str = ""
     """Permission that a caller needs; empty means none."""
     max_concurrency: int | None = None
-    """How many run at once on one processor."""
+    """Most runs at the same time on one processor."""
     payload_schema: str = ""
-    """JSON Schema (2020-12) of the payload, as JSON text; empty when any payload will do."""
+    """JSON Schema (2020-12) of the payload, as JSON text; empty if any payload is valid."""
     workers: int = 0
-    """How many workers offer it now; 0 when the processor runs it itself, or nobody does. Told by
-    the server; ignored in a declaration."""
+    """Number of workers that offer the action; 0 if the processor runs it itself, or if it is not
+    available. Set by the server; ignored in a declaration."""
     available: bool = True
-    """Whether somebody offers it now. Told by the server; ignored in a declaration."""
+    """Whether a worker or a processor offers it. Set by the server; ignored in a declaration."""
 
     def to_proto(self) -> common_pb2.Action:
-        """As it is declared to the server."""
+        """Returns the declaration as a message."""
         return common_pb2.Action(
             name=self.name,
             description=self.description,
@@ -75,7 +75,7 @@ class Action:
 
     @classmethod
     def from_proto(cls, action: common_pb2.Action) -> Action:
-        """As the server tells it."""
+        """Returns the action in a message of the server."""
         return cls(
             name=action.name,
             description=action.description,
@@ -98,24 +98,25 @@ class Action:
 
 
 def schema_text(schema: Any) -> str:
-    """A JSON Schema as text: given as text already, or as what `json.dumps` takes."""
+    """Returns a JSON Schema as text, from text or from a value that `json.dumps` accepts."""
     if schema is None or isinstance(schema, str):
         return schema or ""
     return payload.encode_json(schema).decode()
 
 
 def codes(names: Iterable[ErrorCode | str]) -> tuple[ErrorCode, ...]:
-    """Error codes by name. Raises ValueError for a name that there is not."""
+    """Returns error codes by name. Raises ValueError for an unknown name."""
     return tuple(ErrorCode(name) for name in names)
 
 
 def code_to_proto(code: ErrorCode) -> str:
-    """An error code by its name in the schema."""
+    """Returns the name of an error code in the schema."""
     return f"ERROR_CODE_{code.value}"
 
 
 def code_from_proto(number: int) -> ErrorCode:
-    """The error code of a number; one of a newer server is told as INTERNAL_ERROR."""
+    """Returns the error code of a number; INTERNAL_ERROR for one that this version does not
+    know."""
     try:
         name = common_pb2.ErrorCode.Name(number)
         return ErrorCode(name.removeprefix("ERROR_CODE_"))
@@ -124,7 +125,7 @@ def code_from_proto(number: int) -> ErrorCode:
 
 
 def seconds(time: Seconds) -> float:
-    """A length of time in seconds."""
+    """Returns a duration in seconds."""
     return time.total_seconds() if isinstance(time, timedelta) else time
 
 
@@ -133,7 +134,7 @@ def _millis(time: Seconds | None) -> int:
         return 0
     millis = round(seconds(time) * 1000)
     if millis <= 0:
-        raise ValueError(f"a time limit must be at least a millisecond, is {time}")
+        raise ValueError(f"a time limit must be at least 1 ms, is {time}")
     return millis
 
 

@@ -1,4 +1,4 @@
-"""The gRPC client: submits requests, watches them, and sees them to their end."""
+"""The gRPC client: submits, watches and manages requests."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from streamer import _watch, events, model, payload
 from streamer._callbacks import Callbacks, OnOutput, OnProgress, OnRetry
 from streamer._channel import Calls, open_channel, parse_server
 from streamer._proto import router_pb2
-from streamer._retry import UNARY_SECONDS, Patience, unary
+from streamer._retry import UNARY_TIMEOUT, RetryBudget, unary
 from streamer._tokens import Token, TokenSource
 from streamer.action import Action, Seconds, seconds
 from streamer.errors import ServiceError, sync_failure
@@ -24,21 +24,21 @@ from streamer.model import Completed, Page, Request, RequestState, Submitted
 
 Actions: TypeAlias = list[Action]
 
-_Question = TypeVar("_Question")
-_Answer = TypeVar("_Answer")
+_RequestT = TypeVar("_RequestT")
+_ResponseT = TypeVar("_ResponseT")
 
-# How long a sync action may take before its call is given up.
-_SUBMIT_SECONDS = 600.0
+# Timeout of a submission; a sync action runs within the call.
+_SUBMIT_TIMEOUT = 600.0
 
 
 @final
 class Client:
-    """A client of one server; use it as an async context manager, for any number of requests.
+    """A client of one server, for any number of requests; use it as an async context manager.
 
-    `server` is `http://host:port` or `https://host:port`; `token` a JWT, or an async callable that
-    returns a fresh one for every call. Calls that are safe to repeat are repeated, with full
-    jitter, while the server cannot be reached, for `retry_for` seconds (None: for ever).
-    Every method raises `ServiceError` when the server refuses or stays away.
+    `server` is `http://host:port` or `https://host:port`; `token` is a JWT, or an async callable
+    that returns a fresh one for every call. While the server cannot be reached, calls that are safe
+    to repeat are retried with full jitter, for `retry_for` seconds (None: without limit). Every
+    method raises `ServiceError` if the server rejects the call or cannot be reached.
     """
 
     def __init__(self, server: str, token: Token, *, retry_for: float | None = 60.0) -> None:
@@ -59,8 +59,7 @@ class Client:
         await self.close()
 
     async def close(self) -> None:
-        """Ends the calls that are under way, which raise `ServiceError`. Requests on the server go
-        on."""
+        """Ends pending calls, which raise `ServiceError`. Requests on the server continue."""
         self._calls.closed = True
         await self._channel.close()
 
@@ -76,21 +75,21 @@ class Client:
         deadline: datetime | None = None,
         metadata: dict[str, Any] | None = None,
     ) -> Submitted:
-        """Asks for an action. A sync one is answered with its end; an async one is durable on
-        return, and has its end too when it comes within `wait` (up to 300 s).
+        """Submits a request for an action. A sync action returns its result; an async request is
+        durable on return, and has its result if it ends within `wait` (up to 300 s).
 
-        `payload` is anything JSON can write, or `RawJson`; None means `{}`. `id` is the idempotency
-        and correlation key: the same `id` gives the same request, which makes the call safe to
-        repeat, so that it is repeated while the server cannot be reached. `priority` is 0 to 9,
-        higher runs first; it starts no earlier than after `delay`, and fails unrun when not started
-        by `deadline`. `metadata` is kept with the request. Those four are for async actions.
+        `payload` is a JSON-encodable value or `RawJson`; None means `{}`. `id` is the idempotency
+        and correlation key: the same `id` returns the same request. A call with an `id` is safe to
+        repeat, and is retried while the server cannot be reached. `priority` is 0 to 9, higher runs
+        first. The request starts after `delay` at the earliest, and fails without a run if it has
+        not started by `deadline`. `metadata` is stored with the request. Those four are for async
+        actions.
         """
         request = router_pb2.SubmitRequest(id=id or "", action=action, priority=priority)
         _fill(request, payload, metadata, wait, delay)
         if deadline is not None:
             request.deadline.CopyFrom(model.timestamp(deadline))
-        # A sync action is answered when it has ended.
-        timeout = _SUBMIT_SECONDS + (0 if wait is None else seconds(wait))
+        timeout = _SUBMIT_TIMEOUT + (0 if wait is None else seconds(wait))
         response = await self._unary(
             self._calls.submit, request, repeat=id is not None, timeout=timeout
         )
@@ -110,12 +109,12 @@ class Client:
         deadline: datetime | None = None,
         metadata: dict[str, Any] | None = None,
     ) -> Any:
-        """Asks for an action, sees it to its end, and returns its result.
+        """Submits a request, watches it until it ends, and returns its result.
 
-        The callbacks may be plain or async functions. When an attempt fails and another follows,
-        `on_retry` tells: chunks with a `seq` greater than its `rewind_to_seq` are void, and come
-        anew. Cancelling this call does not cancel the request. Raises `RequestFailed`,
-        `RequestCancelled`, and `BrokenLog` when events or output are missing.
+        Callbacks may be plain or async functions. `on_retry` is called when an attempt fails and
+        another follows: chunks with a `seq` greater than `rewind_to_seq` are void, and are produced
+        again. Cancelling this call does not cancel the request. Raises `RequestFailed`,
+        `RequestCancelled`, and `BrokenLog` if events or output are missing.
         """
         request_id = id or uuid.uuid4().hex
         try:
@@ -134,29 +133,30 @@ class Client:
             return submitted.completed.unwrap()
         callbacks = Callbacks(on_progress, on_output, on_retry)
         async for event in self.watch(submitted.uid):
-            await callbacks.tell(event)
+            await callbacks.notify(event)
             if isinstance(event, events.Terminal):
                 ended = events.completed(event, submitted.request_id, submitted.uid)
                 return ended.unwrap()
         raise AssertionError("a watch ends with a terminal event")
 
     def watch(self, request_id: str, after_seq: int = 0) -> AsyncGenerator[Event, None]:
-        """The events of a request after `after_seq`, past and to come, up to its terminal one.
+        """Yields the events of a request after `after_seq`, past and future, up to the terminal
+        one.
 
-        A lost stream is opened again where it broke, with full jitter. `seq` is checked to be
-        contiguous and, when all events are read (`after_seq` 0), the output is checked against the
-        proof in the terminal event: raises `BrokenLog` otherwise. Ending it cancels nothing.
+        A lost stream is reopened after the last event, with full jitter. Raises `BrokenLog` if an
+        event is missing or, when all events are read (`after_seq` 0), if the output does not match
+        the digest in the terminal event. Closing the iterator does not cancel the request.
         """
-        patience = Patience(self._retry_for)
-        return _watch.watch(self._calls, self._tokens, patience, request_id, after_seq)
+        budget = RetryBudget(self._retry_for)
+        return _watch.watch(self._calls, self._tokens, budget, request_id, after_seq)
 
     async def wait(self, request_id: str) -> Completed:
-        """Waits for the end of a request, however long it takes."""
-        patience = Patience(self._retry_for)
-        return await _watch.wait(self._calls, self._tokens, patience, request_id)
+        """Waits until a request ends, without a time limit, and returns its result or failure."""
+        budget = RetryBudget(self._retry_for)
+        return await _watch.wait(self._calls, self._tokens, budget, request_id)
 
     async def get(self, request_id: str) -> Request:
-        """One request, with its payload and result."""
+        """Returns a request, with its payload and result."""
         request = router_pb2.GetRequest(request_id=request_id)
         response = await self._unary(self._calls.get, request, repeat=True)
         return model.request(response.request)
@@ -169,8 +169,9 @@ class Client:
         page_size: int = 0,
         page_token: str = "",
     ) -> Page:
-        """A page of the caller's requests (with permission `requests:read`, of the tenant's),
-        newest first, without payloads and results. `page_size` is 1 to 500; 0 means 50."""
+        """Returns a page of the caller's requests (with permission `requests:read`, of all requests
+        of the tenant), newest first, without payloads and results. `page_size` is 1 to 500; 0
+        means 50."""
         request = router_pb2.ListRequest(
             states=[model.state_to_proto(RequestState(state)) for state in states],
             action=action,
@@ -181,20 +182,20 @@ class Client:
         return Page([model.request(one) for one in response.requests], response.next_page_token)
 
     async def cancel(self, request_id: str, reason: str = "") -> Request:
-        """Asks that a request end. A queued one is cancelled at once; a running one when its
-        handler notices: look at the state. Cancelling what has ended changes nothing."""
+        """Requests cancellation. A queued request is cancelled at once, a running one when its
+        handler stops: check `state`. Cancelling a request that has ended has no effect."""
         request = router_pb2.CancelRequest(request_id=request_id, reason=reason)
         response = await self._unary(self._calls.cancel, request, repeat=True)
         return model.request(response.request)
 
     async def redrive(self, request_id: str, *, id: str | None = None) -> Request:
-        """Runs a failed or cancelled request again, as a new request, under the new `id`."""
+        """Submits a failed or cancelled request again, as a new request with the given `id`."""
         request = router_pb2.RedriveRequest(request_id=request_id, id=id or "")
         response = await self._unary(self._calls.redrive, request, repeat=id is not None)
         return model.request(response.request)
 
     async def actions(self) -> Actions:
-        """What can be asked for, by name."""
+        """Returns the actions that can be requested, ordered by name."""
         response = await self._unary(
             self._calls.list_actions, router_pb2.ListActionsRequest(), repeat=True
         )
@@ -202,15 +203,15 @@ class Client:
 
     async def _unary(
         self,
-        call: UnaryUnaryMultiCallable[_Question, _Answer],
-        question: _Question,
+        call: UnaryUnaryMultiCallable[_RequestT, _ResponseT],
+        request: _RequestT,
         *,
         repeat: bool,
-        timeout: float = UNARY_SECONDS,
-    ) -> _Answer:
-        patience = Patience(self._retry_for)
+        timeout: float = UNARY_TIMEOUT,
+    ) -> _ResponseT:
+        budget = RetryBudget(self._retry_for)
         return await unary(
-            self._calls, call, question, self._tokens, patience, repeat=repeat, timeout=timeout
+            self._calls, call, request, self._tokens, budget, repeat=repeat, timeout=timeout
         )
 
 

@@ -1,4 +1,4 @@
-"""What a handler sees of its attempt, and how it reports."""
+"""The context of a handler: its attempt, and the methods that report."""
 
 from __future__ import annotations
 
@@ -14,65 +14,65 @@ from streamer.errors import Cancelled
 
 
 class Reporter(Protocol):
-    """Where reports go: to a server, or to a test."""
+    """Receives the reports of a handler: a worker, or the recorder of a test."""
 
     limits: Limits
 
     async def progress(self, progress: common_pb2.Progress) -> None:
-        """Takes in how far it is."""
+        """Reports progress."""
 
     async def output(self, chunk: common_pb2.Payload) -> None:
-        """Takes in the next chunk."""
+        """Reports the next chunk of output."""
 
     async def checkpoint(self, data: bytes) -> None:
-        """Takes in a checkpoint."""
+        """Stores a checkpoint."""
 
     async def keep_alive(self) -> None:
-        """Takes in a sign of life."""
+        """Reports that the handler is alive."""
 
 
 @dataclass(eq=False)
 class Context:
     """One attempt, as its handler sees it.
 
-    Reports are sent in order, survive a lost connection, and wait only while too many of them are
-    not yet durable. After the attempt has ended, they raise `Cancelled`. Those of a sync action are
-    not kept: nobody sees them.
+    Reports are sent in order, survive a lost connection, and block only while too many of them are
+    not durable. They raise `Cancelled` once the attempt has ended. Reports of a sync action are
+    discarded.
     """
 
     uid: str
-    """The server's id of the request: the idempotency key for effects elsewhere."""
+    """The server's id of the request: the idempotency key for side effects in other systems."""
     request_id: str
-    """The caller's own id of it."""
+    """The caller's id of the request."""
     tenant_id: str
     user_id: str
     action: str
     attempt: int
     """From 1. Execution is at least once."""
     payload_bytes: bytes
-    """The payload as it was sent."""
+    """The exact bytes of the payload."""
     content_type: str
-    """Of the payload; `application/json` as a rule."""
+    """Content type of the payload, usually `application/json`."""
     checkpoint_bytes: bytes | None
-    """What an earlier attempt left; None when nothing."""
+    """Checkpoint that an earlier attempt saved; None if there is none."""
     deadline: datetime | None
-    """The attempt is cut off then; None when it may take for ever."""
+    """When the attempt times out; None if it has no time limit."""
     trace_parent: str
-    """W3C `traceparent` to send with calls that the handler makes; empty when the request is not part
-    of a trace. With `opentelemetry-api` installed, this place is the current context, too."""
+    """W3C `traceparent` to send with calls that the handler makes; empty if the request is not part
+    of a trace. With `opentelemetry-api` installed, it is also the current context."""
     reporter: Reporter = field(repr=False)
     trace_state: str = ""
-    """W3C `tracestate` that goes with `trace_parent`."""
+    """W3C `tracestate` that belongs to `trace_parent`."""
     cancelled: asyncio.Event = field(default_factory=asyncio.Event, repr=False)
-    """Set once somebody has cancelled the request: end soon, by raising `Cancelled`. A handler that
-    does not is interrupted by `asyncio.CancelledError` after the server's grace."""
+    """Set when the request is cancelled: the handler should then raise `Cancelled`. After the
+    server's grace period it is interrupted with `asyncio.CancelledError`."""
     cancel_reason: str = ""
-    """Why, as the canceller said."""
+    """Reason given with the cancellation."""
 
     @property
     def checkpoint(self) -> Any:
-        """What an earlier attempt left, parsed; None when nothing. Raises ValueError when it is not
-        JSON: see `checkpoint_bytes` then."""
+        """Checkpoint that an earlier attempt saved, parsed; None if there is none. Raises
+        ValueError if it is not JSON: use `checkpoint_bytes`."""
         if self.checkpoint_bytes is None:
             return None
         return payload.decode_json(self.checkpoint_bytes)
@@ -80,8 +80,8 @@ class Context:
     async def progress(
         self, percentage: float | None = None, message: str = "", metadata: Any = None
     ) -> None:
-        """Says how far it is: 0 to 100 or None, a message for people of up to 4,096 bytes, and up
-        to 64 KiB of anything JSON can write."""
+        """Reports progress: a percentage from 0 to 100 or None, a message for people of up to 4,096
+        bytes, and JSON-encodable metadata of up to 64 KiB."""
         if percentage is not None and not 0 <= percentage <= 100:
             raise ValueError(f"percentage: must be 0 to 100, is {percentage}")
         size = len(message.encode())
@@ -95,8 +95,8 @@ class Context:
         await self.reporter.progress(progress)
 
     async def output(self, chunk: Any) -> None:
-        """Puts out the next chunk: str as `text/plain`, bytes as `application/octet-stream`,
-        anything else as JSON. Raises `LimitExceeded` beyond the server's
+        """Sends the next chunk of output: str as `text/plain`, bytes as `application/octet-stream`,
+        anything else as JSON. Raises `LimitExceeded` above the server's
         `max_output_chunk_bytes`."""
         content_type, data = payload.encode_chunk(chunk)
         limit = self.reporter.limits.max_output_chunk_bytes
@@ -104,15 +104,15 @@ class Context:
         await self.reporter.output(payload.to_proto(data, content_type))
 
     async def save_checkpoint(self, value: Any) -> None:
-        """Leaves what the next attempt begins from, in place of the one before: bytes as they are,
-        anything else as JSON. Raises `LimitExceeded` beyond 256 KiB."""
+        """Saves the state that the next attempt starts from, replacing the previous checkpoint:
+        bytes unchanged, anything else as JSON. Raises `LimitExceeded` above 256 KiB."""
         data = bytes(value) if isinstance(value, (bytes, bytearray)) else payload.encode_json(value)
         check("checkpoint", len(data), _limits.MAX_CHECKPOINT_BYTES, "256 KiB")
         await self.reporter.checkpoint(data)
 
     async def heartbeat(self) -> None:
-        """Says that the handler lives, when it has nothing else to report: for actions with a
-        `heartbeat_timeout`. Every other report says so as well."""
+        """Reports that the handler is alive, for actions with a `heartbeat_timeout`. Every other
+        report counts as a heartbeat, too."""
         await self.reporter.keep_alive()
 
     async def sleep(self, seconds: float) -> None:
@@ -124,6 +124,6 @@ class Context:
         raise Cancelled(self.cancel_reason or "the request was cancelled")
 
     def raise_if_cancelled(self) -> None:
-        """Raises `Cancelled` when the request is cancelled."""
+        """Raises `Cancelled` if the request is cancelled."""
         if self.cancelled.is_set():
             raise Cancelled(self.cancel_reason or "the request was cancelled")

@@ -1,4 +1,4 @@
-"""What can go wrong: errors that handlers raise, and errors that clients and workers meet."""
+"""Errors that handlers raise, and errors that clients and workers raise."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from typing import Any
 
 
 class ErrorCode(str, Enum):
-    """What went wrong, in one word; the words of the gRPC and of the WebSocket protocol."""
+    """Error codes, the same in the gRPC and the WebSocket protocol."""
 
     VALIDATION_ERROR = "VALIDATION_ERROR"
     INVALID_ACTION = "INVALID_ACTION"
@@ -26,28 +26,28 @@ class ErrorCode(str, Enum):
 
 @dataclass(frozen=True)
 class Failure:
-    """Why a request or an attempt failed, as its log tells it."""
+    """Failure of a request or an attempt, as recorded in its log."""
 
     code: ErrorCode
     message: str
     retryable: bool = False
-    """Whether the same request may succeed when sent again unchanged."""
+    """Whether the same request may succeed when it is sent again unchanged."""
     details: Any = None
-    """A JSON object with more, or None."""
+    """A JSON object with details, or None."""
 
     def __str__(self) -> str:
         return f"{self.code.value}: {self.message}"
 
 
 class StreamerError(Exception):
-    """Every error of this package."""
+    """Base class of all errors of this package."""
 
 
 # Raised by handlers.
 
 
 class HandlerError(StreamerError):
-    """A handler says that its attempt failed. `retryable`: another attempt may do better."""
+    """The attempt failed. `retryable` says whether another attempt may succeed."""
 
     def __init__(
         self,
@@ -57,23 +57,23 @@ class HandlerError(StreamerError):
         code: ErrorCode | str = ErrorCode.PROCESSING_FAILED,
         details: Any = None,
     ) -> None:
-        """`code` may be given by its name; raises ValueError when there is none of that name."""
+        """`code` is an `ErrorCode` or its name; raises ValueError for an unknown name."""
         super().__init__(message)
         self.failure = Failure(ErrorCode(code), str(message), bool(retryable), details)
 
     @property
     def code(self) -> ErrorCode:
-        """The kind of failure."""
+        """The error code."""
         return self.failure.code
 
     @property
     def retryable(self) -> bool:
-        """Whether another attempt may do better."""
+        """Whether another attempt may succeed."""
         return self.failure.retryable
 
 
 class FatalError(HandlerError):
-    """The attempt failed, and no other would do better."""
+    """The attempt failed, and no other attempt can succeed."""
 
     def __init__(
         self,
@@ -86,7 +86,7 @@ class FatalError(HandlerError):
 
 
 class InvalidPayload(FatalError):
-    """The payload breaks a rule: which field (`payload.rows[3]`), and which rule."""
+    """The payload is invalid: `field` (such as `payload.rows[3]`) violates `rule`."""
 
     def __init__(self, field: str, rule: str) -> None:
         violation = {"field": field, "description": rule}
@@ -98,7 +98,7 @@ class InvalidPayload(FatalError):
 
 
 class LimitExceeded(FatalError):
-    """Something is larger than the server takes. It was not sent."""
+    """A value exceeds a size limit of the server; it was not sent."""
 
     def __init__(self, field: str, size: int, limit: int, limit_name: str) -> None:
         super().__init__(f"{field}: must be at most {limit} bytes ({limit_name}), is {size}")
@@ -108,25 +108,25 @@ class LimitExceeded(FatalError):
 
 
 class Cancelled(FatalError):
-    """The attempt is to stop: somebody cancelled it, or it is not this worker's any more."""
+    """The attempt must stop: it was cancelled, or this worker no longer owns it."""
 
     def __init__(self, message: str = "the attempt was cancelled") -> None:
         super().__init__(message, code=ErrorCode.CANCELLED)
 
 
-# Met by clients and workers.
+# Raised by clients and workers.
 
 
 @dataclass(frozen=True)
 class Violation:
-    """One rule that one field of a call breaks."""
+    """One rule that a field of a call violates."""
 
     field: str
     description: str
 
 
 class ServiceError(StreamerError):
-    """The server refused a call, or could not be reached (`code` is then UNAVAILABLE)."""
+    """The server rejected a call, or could not be reached (`code` is then UNAVAILABLE)."""
 
     def __init__(
         self,
@@ -140,17 +140,17 @@ class ServiceError(StreamerError):
         self.code = code
         self.message = message
         self.violations = violations
-        """Every rule that the call breaks."""
+        """Every rule that the call violates."""
         self.retry_after = retry_after
-        """When to try again, in seconds from now, if the server said."""
+        """Seconds to wait before a retry; None if the server did not say."""
 
 
 class WorkerRefused(StreamerError):
-    """The server does not take this worker, and repeating would not help."""
+    """The server rejected this worker, and a retry cannot succeed."""
 
 
 class RequestFailed(StreamerError):
-    """The request has ended in failure."""
+    """The request failed."""
 
     def __init__(self, request_id: str, failure: Failure) -> None:
         super().__init__(f"request {request_id} failed: {failure}")
@@ -168,13 +168,13 @@ class RequestCancelled(StreamerError):
 
 
 class BrokenLog(StreamerError):
-    """What was received is not the request's whole log: an event is missing, or the output is
-    not the one that the terminal event proves."""
+    """The received log is incomplete: an event is missing, or the output does not match the digest
+    in the terminal event."""
 
 
 def sync_failure(error: ServiceError, request_id: str) -> StreamerError:
-    """What a refusal means to somebody who waits for a result: a sync action, which has no log,
-    that failed is told so."""
+    """Returns the error for a caller that waits for a result: `RequestFailed` if a sync action,
+    which has no log, failed."""
     if error.code in (ErrorCode.PROCESSING_FAILED, ErrorCode.TIMEOUT):
         return RequestFailed(request_id, Failure(error.code, error.message))
     return error

@@ -1,7 +1,7 @@
 """The events of a request's log.
 
 Every log begins with `Accepted` (seq 1) and ends with one terminal event: `Succeeded`, `Failed` or
-`Cancelled`. Events are numbered without gaps, and one that was seen is never changed or taken back.
+`Cancelled`. Events are numbered without gaps and never change.
 """
 
 from __future__ import annotations
@@ -19,23 +19,23 @@ from streamer.model import Completed, OutputSummary, RequestState
 @dataclass(frozen=True)
 class _Event:
     seq: int
-    """Its position in the log, from 1."""
+    """Position in the log, from 1."""
     attempt: int
     """The attempt it belongs to, from 1; 0 before the first."""
     time: datetime
-    """When it was reported, by the server's clock."""
+    """When it was reported, according to the server's clock."""
 
 
 @dataclass(frozen=True)
 class Accepted(_Event):
-    """The request was stored and will be run."""
+    """The request is stored and will run."""
 
     action: str
 
 
 @dataclass(frozen=True)
 class Started(_Event):
-    """An attempt began."""
+    """An attempt started."""
 
     worker: str
     """The processor or worker that runs it."""
@@ -43,18 +43,18 @@ class Started(_Event):
 
 @dataclass(frozen=True)
 class Progress(_Event):
-    """How far the attempt is."""
+    """Progress of the attempt."""
 
     percentage: float | None
-    """0 to 100; None when the handler cannot tell."""
+    """0 to 100; None if unknown."""
     message: str
     metadata: Any = None
 
 
 @dataclass(frozen=True)
 class Output(_Event):
-    """The next chunk of the result, as it is produced. Void after a `Retrying` or `Failed` whose
-    `rewind_to_seq` is smaller than its `seq`."""
+    """The next chunk of output. It is void after a `Retrying` or `Failed` event whose
+    `rewind_to_seq` is less than its `seq`."""
 
     data: bytes
     """The chunk, as the handler reported it."""
@@ -70,7 +70,7 @@ class Output(_Event):
 
 @dataclass(frozen=True)
 class Retrying(_Event):
-    """The attempt failed, and another will follow. Output after `rewind_to_seq` is void."""
+    """The attempt failed, and another follows. Output after `rewind_to_seq` is void."""
 
     retry_at: datetime
     rewind_to_seq: int
@@ -79,17 +79,17 @@ class Retrying(_Event):
 
 @dataclass(frozen=True)
 class Succeeded(_Event):
-    """Terminal: the request ended well."""
+    """Terminal: the request succeeded."""
 
     result: Any
     output: OutputSummary
     result_bytes: bytes = b""
-    """The result as it was sent."""
+    """The exact bytes of the result."""
 
 
 @dataclass(frozen=True)
 class Failed(_Event):
-    """Terminal: the request ended in failure. Output after `rewind_to_seq` is void."""
+    """Terminal: the request failed. Output after `rewind_to_seq` is void."""
 
     failure: Failure
     rewind_to_seq: int
@@ -98,7 +98,7 @@ class Failed(_Event):
 
 @dataclass(frozen=True)
 class Cancelled(_Event):
-    """Terminal: the request was cancelled. Its output stays valid."""
+    """Terminal: the request was cancelled. Its output remains valid."""
 
     reason: str
     output: OutputSummary
@@ -106,7 +106,7 @@ class Cancelled(_Event):
 
 @dataclass(frozen=True)
 class Unknown(_Event):
-    """An event of a kind that only a newer version of this package knows."""
+    """An event of a kind that this version of the package does not know."""
 
 
 Event: TypeAlias = (
@@ -116,7 +116,7 @@ Terminal: TypeAlias = Succeeded | Failed | Cancelled
 
 
 def from_proto(event: common_pb2.Event) -> Event:
-    """An event, as gRPC brings it."""
+    """Returns the event in a gRPC message."""
     seq, attempt, time = event.seq, event.attempt, model.moment(event.time)
     kind = event.WhichOneof("kind")
     if kind == "accepted":
@@ -124,8 +124,8 @@ def from_proto(event: common_pb2.Event) -> Event:
     if kind == "started":
         return Started(seq, attempt, time, event.started.worker)
     if kind == "progress":
-        far = model.progress(event.progress)
-        return Progress(seq, attempt, time, far.percentage, far.message, far.metadata)
+        info = model.progress(event.progress)
+        return Progress(seq, attempt, time, info.percentage, info.message, info.metadata)
     if kind == "output":
         chunk = event.output
         content_type = chunk.data.content_type or payload.JSON
@@ -154,7 +154,7 @@ def _terminal(event: common_pb2.Event, seq: int, attempt: int, time: datetime) -
 
 
 def completed(event: Terminal, request_id: str, uid: str) -> Completed:
-    """What a terminal event says of its request."""
+    """Returns the result or failure in a terminal event."""
     summary, seq = event.output, event.seq
     if isinstance(event, Succeeded):
         return Completed(

@@ -1,4 +1,4 @@
-"""Requests and their outcomes, as the server tells them."""
+"""Requests and their results, as returned by the server."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from streamer.errors import Failure, RequestCancelled, RequestFailed
 
 
 class RequestState(str, Enum):
-    """Where a request stands."""
+    """State of a request."""
 
     QUEUED = "QUEUED"
     RUNNING = "RUNNING"
@@ -32,17 +32,17 @@ class RequestState(str, Enum):
 
 @dataclass(frozen=True)
 class ProgressInfo:
-    """How far a running attempt is."""
+    """Progress of a running attempt."""
 
     percentage: float | None
-    """0 to 100; None when the handler cannot tell."""
+    """0 to 100; None if unknown."""
     message: str
     metadata: Any = None
 
 
 @dataclass(frozen=True)
 class OutputSummary:
-    """Proof of the output: how many chunks are valid, and SHA-256 over their bytes."""
+    """Summary of the output: the number of valid chunks, and SHA-256 over their bytes."""
 
     chunks: int
     sha256: bytes
@@ -50,24 +50,24 @@ class OutputSummary:
 
 @dataclass(frozen=True)
 class Completed:
-    """How a request ended."""
+    """Result or failure of a request that has ended."""
 
     request_id: str
     uid: str
     state: RequestState
     result: Any = None
-    """The result when it succeeded."""
+    """The result, if it succeeded."""
     failure: Failure | None = None
-    """Why, when it did not."""
+    """The failure, if it did not succeed."""
     output: OutputSummary | None = None
     """None for a sync action, which has no log."""
     seq: int = 0
     """The `seq` of the terminal event; 0 for a sync action."""
     result_bytes: bytes = b""
-    """The result as it was sent."""
+    """The exact bytes of the result."""
 
     def unwrap(self) -> Any:
-        """The result. Raises `RequestFailed` or `RequestCancelled`."""
+        """Returns the result. Raises `RequestFailed` or `RequestCancelled`."""
         if self.state is RequestState.SUCCEEDED:
             return self.result
         if self.state is RequestState.CANCELLED:
@@ -79,37 +79,37 @@ class Completed:
 
 @dataclass(frozen=True)
 class QueuePosition:
-    """How much waits before a queued request: a range, since tenants take turns."""
+    """Position of a queued request: a range, because tenants share the queue fairly."""
 
     earliest: int
-    """From 1, if no other tenant's work comes first."""
+    """From 1, if no request of another tenant runs first."""
     latest: int
-    """From 1, if all other tenants' work comes first."""
+    """From 1, if all requests of other tenants run first."""
     estimated_start_time: datetime | None
-    """From how long such requests took lately; None when that cannot be told."""
+    """Estimated from recent requests; None if no estimate is available."""
 
 
 @dataclass(frozen=True)
 class Submitted:
-    """The answer to a submission: the request is durable, or has ended already."""
+    """Response to a submission: the request is durable, or has ended."""
 
     request_id: str
-    """The caller's `id`, or the `uid` when it gave none."""
+    """The caller's `id`, or the `uid` if none was given."""
     uid: str
     duplicate: bool
-    """This `id` had been submitted before: nothing new was started."""
+    """Whether this `id` was submitted before; no new request was created."""
     state: RequestState
     last_seq: int
-    """The `seq` of its latest event; 0 for a sync action."""
+    """The `seq` of the latest event; 0 for a sync action."""
     completed: Completed | None
-    """Its end: of a sync action, or of an async one within `wait`."""
+    """Result or failure of a sync action, or of an async request that ended within `wait`."""
     queue_position: QueuePosition | None = None
-    """Where it stands in the queue; None unless it is queued and due."""
+    """Position in the queue; None unless the request is queued and due."""
 
 
 @dataclass(frozen=True)
 class Request:
-    """One request. Payload, metadata and result are None where the call does not tell them."""
+    """One request. Payload, metadata and result are None if the call does not return them."""
 
     uid: str
     request_id: str
@@ -134,7 +134,7 @@ class Request:
     output: OutputSummary | None
     redrive_of: str
     queue_position: QueuePosition | None
-    """Only when it is queued and due, and not in lists."""
+    """Set only if the request is queued and due; not in lists."""
 
 
 @dataclass(frozen=True)
@@ -143,68 +143,68 @@ class Page:
 
     requests: list[Request]
     next_page_token: str
-    """Empty when there are no more."""
+    """Empty on the last page."""
 
 
 def timestamp(time: datetime) -> Timestamp:
-    """A point in time; one without a zone is taken for local time."""
+    """Returns a datetime as a message; one without a time zone is local time."""
     stamp = Timestamp()
     stamp.FromDatetime(time.astimezone(timezone.utc))
     return stamp
 
 
 def moment(stamp: Timestamp) -> datetime:
-    """A point in time, in UTC."""
+    """Returns a timestamp as a datetime in UTC."""
     return stamp.ToDatetime(timezone.utc)
 
 
 def state(number: int) -> RequestState:
-    """The state of a number. Raises ValueError for one that is not known."""
+    """Returns the state of a number. Raises ValueError for an unknown one."""
     name = common_pb2.RequestState.Name(number)
     return RequestState(name.removeprefix("REQUEST_STATE_"))
 
 
 def state_to_proto(one: RequestState) -> str:
-    """A state by its name in the schema."""
+    """Returns the name of a state in the schema."""
     return f"REQUEST_STATE_{one.value}"
 
 
 def failure(error: common_pb2.Error) -> Failure:
-    """Why something failed."""
+    """Returns the failure in a message."""
     details = payload.value(error.details) if error.HasField("details") else None
     return Failure(code_from_proto(error.code), error.message, error.retryable, details)
 
 
 def progress(one: common_pb2.Progress) -> ProgressInfo:
-    """How far it is."""
+    """Returns the progress in a message."""
     percentage = one.percentage if one.HasField("percentage") else None
     metadata = payload.value(one.metadata) if one.HasField("metadata") else None
     return ProgressInfo(percentage, one.message, metadata)
 
 
 def output_summary(summary: common_pb2.OutputSummary) -> OutputSummary:
-    """The proof of an output."""
+    """Returns the output summary in a message."""
     return OutputSummary(summary.chunks, summary.sha256)
 
 
 def queue_position(position: common_pb2.QueuePosition) -> QueuePosition:
-    """Where a request stands in the queue."""
-    told = position.HasField("estimated_start_time")
-    start = moment(position.estimated_start_time) if told else None
+    """Returns the queue position in a message."""
+    has_estimate = position.HasField("estimated_start_time")
+    start = moment(position.estimated_start_time) if has_estimate else None
     return QueuePosition(position.earliest, position.latest, start)
 
 
 def submitted(response: router_pb2.SubmitResponse) -> Submitted:
-    """The answer to a submission."""
+    """Returns the submission in a response."""
     request_id, uid = response.request_id, response.uid
     if not response.HasField("completed"):
         acknowledged = response.acknowledgment
-        stands = state(acknowledged.state)
+        current = state(acknowledged.state)
         last_seq = acknowledged.last_seq
         queued = acknowledged.HasField("queue_position")
         position = queue_position(acknowledged.queue_position) if queued else None
         duplicate = acknowledged.duplicate
-        return Submitted(request_id, uid, duplicate, stands, last_seq, None, position)
+        return Submitted(request_id, uid, duplicate, current, last_seq, None, position)
     ended = response.completed
     completed = Completed(
         request_id,
@@ -220,7 +220,7 @@ def submitted(response: router_pb2.SubmitResponse) -> Submitted:
 
 
 def request(one: common_pb2.Request) -> Request:
-    """One request."""
+    """Returns the request in a message."""
 
     def time(name: str) -> datetime | None:
         return moment(getattr(one, name)) if one.HasField(name) else None

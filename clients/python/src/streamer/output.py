@@ -1,4 +1,4 @@
-"""A request's output: which chunks are valid, and the proof that they are all there."""
+"""Output of a request: its valid chunks, and the check that none is missing."""
 
 from __future__ import annotations
 
@@ -11,14 +11,14 @@ from streamer.events import Cancelled, Event, Failed, Output, Retrying, Succeede
 
 
 class OutputCollector:
-    """Keeps the valid chunks of a log: feed it every event, in order."""
+    """Collects the valid chunks of a log; pass every event to `apply`, in order."""
 
     def __init__(self) -> None:
         self.chunks: list[Output] = []
         """The valid chunks so far."""
 
     def apply(self, event: Event) -> None:
-        """Takes in the next event: a chunk is added, a rewind drops what it voids."""
+        """Applies the next event: adds a chunk, or drops the chunks that a rewind makes void."""
         if isinstance(event, Output):
             self.chunks.append(event)
         elif isinstance(event, (Retrying, Failed)):
@@ -32,13 +32,13 @@ class OutputCollector:
 
     @property
     def data(self) -> bytes:
-        """The bytes of the valid chunks, one after the other."""
+        """The concatenated bytes of the valid chunks."""
         return b"".join(chunk.data for chunk in self.chunks)
 
 
 @dataclass
 class _Mark:
-    """How it stood before an attempt's first chunk."""
+    """State before the first chunk of an attempt."""
 
     first_seq: int
     attempt: int
@@ -47,8 +47,8 @@ class _Mark:
 
 
 class LogVerifier:
-    """Checks a log that is read from its beginning: no event may be missing, and the output must be
-    the one that the terminal event proves. It keeps no chunks, one hash an attempt."""
+    """Verifies a log that is read from the beginning: no event may be missing, and the output must
+    match the digest in the terminal event. Keeps one hash per attempt, and no chunks."""
 
     def __init__(self) -> None:
         self._last_seq = 0
@@ -57,7 +57,7 @@ class LogVerifier:
         self._marks: list[_Mark] = []
 
     def apply(self, event: Event) -> None:
-        """Takes in the next event. Raises `BrokenLog`."""
+        """Verifies the next event. Raises `BrokenLog`."""
         contiguous(self._last_seq, event.seq)
         self._last_seq = event.seq
         if isinstance(event, Output):
@@ -65,10 +65,10 @@ class LogVerifier:
         elif isinstance(event, (Retrying, Failed)):
             self._rewind(event.rewind_to_seq)
         if isinstance(event, (Succeeded, Failed, Cancelled)):
-            self._prove(event.output.chunks, event.output.sha256)
+            self._verify(event.output.chunks, event.output.sha256)
 
     def skip_first(self) -> None:
-        """The first event, which tells nothing of the output, is known without having been read."""
+        """Skips the first event, which contains no output and was acknowledged instead of read."""
         self._last_seq = 1
 
     def _add(self, chunk: Output) -> None:
@@ -79,21 +79,20 @@ class LogVerifier:
         self._hash.update(chunk.data)
 
     def _rewind(self, seq: int) -> None:
-        """An attempt's output is void as a whole, so that marks at their beginnings are enough."""
+        """Restores the state before void output; a rewind always covers whole attempts."""
         while self._marks and self._marks[-1].first_seq > seq:
             mark = self._marks.pop()
             self._chunks, self._hash = mark.chunks, mark.hash
 
-    def _prove(self, chunks: int, sha256: bytes) -> None:
+    def _verify(self, chunks: int, sha256: bytes) -> None:
         if (chunks, sha256) != (self._chunks, self._hash.digest()):
             raise BrokenLog(
-                f"the output received is not the request's: {self._chunks} chunks with SHA-256 "
-                f"{self._hash.hexdigest()}, where the terminal event proves {chunks} with "
-                f"{sha256.hex()}"
+                f"output mismatch: received {self._chunks} chunks with SHA-256 "
+                f"{self._hash.hexdigest()}, the terminal event has {chunks} with {sha256.hex()}"
             )
 
 
 def contiguous(last_seq: int, seq: int) -> None:
-    """Raises `BrokenLog` when an event is missing between the two."""
+    """Raises `BrokenLog` if an event is missing between `last_seq` and `seq`."""
     if seq != last_seq + 1:
-        raise BrokenLog(f"event {seq} came after event {last_seq}: the log must have no gaps")
+        raise BrokenLog(f"received event {seq} after event {last_seq}: the log must have no gaps")

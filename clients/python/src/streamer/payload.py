@@ -1,4 +1,4 @@
-"""Payloads: JSON and other bytes, as they cross the system untouched."""
+"""Payloads: JSON and other bytes, which the server passes through unchanged."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ BYTES = "application/octet-stream"
 
 @dataclass(frozen=True)
 class RawJson:
-    """Bytes that are JSON already and go out as they are. Raises ValueError if they are not."""
+    """JSON text that is sent unchanged. Raises ValueError if it is not JSON."""
 
     data: bytes
 
@@ -24,7 +24,7 @@ class RawJson:
 
 
 def encode_json(value: Any) -> bytes:
-    """A value as JSON. Raises TypeError or ValueError for what JSON cannot write."""
+    """Encodes a value as JSON. Raises TypeError or ValueError if it cannot be encoded."""
     if isinstance(value, RawJson):
         return value.data
     text = json.dumps(value, ensure_ascii=False, allow_nan=False, separators=(",", ":"))
@@ -32,15 +32,15 @@ def encode_json(value: Any) -> bytes:
 
 
 def decode_json(data: bytes | str) -> Any:
-    """The value of JSON; integers of any size stay exact. Raises ValueError if it is not JSON."""
+    """Decodes JSON; integers of any size remain exact. Raises ValueError if it is not JSON."""
     try:
         return json.loads(data, parse_constant=_refuse_constant)
     except RecursionError:
-        raise ValueError("it is nested too deeply to be read") from None
+        raise ValueError("the JSON is nested too deeply") from None
 
 
 def encode_chunk(chunk: Any) -> tuple[str, bytes]:
-    """Content type and bytes of a chunk: text, bytes, or anything else as JSON."""
+    """Returns the content type and bytes of a chunk: text, bytes, or anything else as JSON."""
     if isinstance(chunk, str):
         return TEXT, chunk.encode()
     if isinstance(chunk, (bytes, bytearray, memoryview)):
@@ -49,7 +49,7 @@ def encode_chunk(chunk: Any) -> tuple[str, bytes]:
 
 
 def decode(content_type: str, data: bytes) -> Any:
-    """The value of a payload: parsed JSON, str for `text/…`, bytes for everything else."""
+    """Decodes a payload: parsed JSON, str for `text/…`, bytes for everything else."""
     if is_json(content_type):
         return decode_json(data)
     if content_type.startswith("text/"):
@@ -58,22 +58,22 @@ def decode(content_type: str, data: bytes) -> Any:
 
 
 def is_json(content_type: str) -> bool:
-    """Whether a content type is that of JSON."""
+    """Returns whether a content type is JSON."""
     return content_type in ("", JSON)
 
 
 def to_proto(data: bytes, content_type: str = JSON) -> common_pb2.Payload:
-    """Bytes as a payload."""
+    """Returns bytes as a payload message."""
     return common_pb2.Payload(content_type=content_type, data=data)
 
 
 def body(payload: common_pb2.Payload) -> bytes:
-    """The bytes of a payload; absent means an empty JSON object."""
+    """Returns the bytes of a payload; absent data means an empty JSON object."""
     return payload.data if payload.HasField("data") else b"{}"
 
 
 def value(payload: common_pb2.Payload) -> Any:
-    """The value of a payload."""
+    """Returns the decoded value of a payload."""
     return decode(payload.content_type, body(payload))
 
 

@@ -1,4 +1,4 @@
-"""Runs a handler without a server, and tells what it reported.
+"""Runs a handler without a server, and records its reports.
 
 run = await run_handler(handler, {"rows": 3})
 assert run.result == {"sum": 6}
@@ -26,7 +26,7 @@ __all__ = ["HandlerRun", "Limits", "run_handler"]
 
 @dataclass
 class HandlerRun:
-    """What a handler reported, in order, and how it ended."""
+    """Reports of a handler, in order, and its result or error."""
 
     progress: list[ProgressInfo] = field(default_factory=list)
     output: list[Any] = field(default_factory=list)
@@ -34,19 +34,19 @@ class HandlerRun:
     checkpoints: list[Any] = field(default_factory=list)
     """Every checkpoint: parsed JSON, or bytes that are not JSON."""
     heartbeats: int = 0
-    """How often it said only that it lives."""
+    """Number of heartbeats."""
     result: Any = None
     error: HandlerError | None = None
-    """Why it failed; an exception of another kind is its `__cause__`."""
+    """Why it failed; an exception of another type is its `__cause__`."""
 
     @property
     def checkpoint(self) -> Any:
-        """The last checkpoint; None when there was none."""
+        """The last checkpoint; None if none was saved."""
         return self.checkpoints[-1] if self.checkpoints else None
 
     @property
     def cancelled(self) -> bool:
-        """Whether it ended because it was cancelled."""
+        """Whether it ended because of a cancellation."""
         return self.error is not None and self.error.code is ErrorCode.CANCELLED
 
 
@@ -65,13 +65,12 @@ async def run_handler(
     deadline: datetime | None = None,
     limits: Limits | None = None,
 ) -> HandlerRun:
-    """Runs one attempt of `handler` with the payload `content` (None means `{}`), as what a server
-    would hand out: `checkpoint` is what an earlier attempt left (bytes, or anything JSON can
-    write).
+    """Runs one attempt of `handler` with the payload `content` (None means `{}`). `checkpoint` is
+    the checkpoint of an earlier attempt (bytes, or a JSON-encodable value).
 
-    `cancel_when` is asked before the handler starts and after each of its reports; once it says
-    True, the request is cancelled: `context.cancelled` is set, and a handler that has not ended
-    `cancel_grace` seconds later is interrupted. Never raises what the handler raised: see `error`.
+    `cancel_when` is called before the handler starts and after each report. When it returns True,
+    the request is cancelled: `context.cancelled` is set, and the handler is interrupted if it has
+    not ended `cancel_grace` seconds later. Exceptions of the handler are not raised: see `error`.
     """
     reporter = _Recorder(limits or Limits(), cancel_when, cancel_grace)
     context = Context(
@@ -92,7 +91,7 @@ async def run_handler(
 
 
 class _Recorder:
-    """The `Reporter` that keeps what is reported."""
+    """A `Reporter` that records reports."""
 
     def __init__(
         self,
@@ -105,38 +104,39 @@ class _Recorder:
         self._cancel_grace = cancel_grace
         self._run = HandlerRun()
         self._context: Context | None = None
-        self._running: asyncio.Task[_handlers.Ending] | None = None
+        self._running: asyncio.Task[_handlers.HandlerResult] | None = None
 
     async def observe(self, handler: Handler, context: Context) -> HandlerRun:
-        """Runs the handler to its end."""
+        """Runs the handler and returns the recorded run."""
         self._context = context
         self._running = asyncio.ensure_future(_handlers.run(handler, context))
         try:
-            self._look()
-            ending = await asyncio.shield(self._running)
-            self._run.error = ending.error
-            self._run.result = payload.decode_json(ending.result) if ending.result else None
+            self._cancel_if_due()
+            outcome = await asyncio.shield(self._running)
+            self._run.error = outcome.error
+            self._run.result = payload.decode_json(outcome.result) if outcome.result else None
         except asyncio.CancelledError:
             if not self._running.done():
-                # Whoever runs the test was cancelled, not the handler.
+                # The test was cancelled, not the handler.
                 self._running.cancel()
                 raise
-            told = context.cancelled.is_set()
-            self._run.error = _handlers.cut_short() if told else _handlers.interrupted()
+            cancelled = context.cancelled.is_set()
+            error = _handlers.cancelled_error() if cancelled else _handlers.interrupted_error()
+            self._run.error = error
         return self._run
 
     async def progress(self, progress: common_pb2.Progress) -> None:
-        """Keeps it."""
+        """Records progress."""
         self._run.progress.append(model.progress(progress))
         await self._reported()
 
     async def output(self, chunk: common_pb2.Payload) -> None:
-        """Keeps it."""
+        """Records a chunk of output."""
         self._run.output.append(payload.value(chunk))
         await self._reported()
 
     async def checkpoint(self, data: bytes) -> None:
-        """Keeps it."""
+        """Records a checkpoint."""
         try:
             self._run.checkpoints.append(payload.decode_json(data))
         except ValueError:
@@ -144,20 +144,20 @@ class _Recorder:
         await self._reported()
 
     async def keep_alive(self) -> None:
-        """Counts it."""
+        """Counts a heartbeat."""
         self._run.heartbeats += 1
         await self._reported()
 
     async def _reported(self) -> None:
-        self._look()
+        self._cancel_if_due()
         await asyncio.sleep(0)
 
-    def _look(self) -> None:
+    def _cancel_if_due(self) -> None:
         context, running = self._context, self._running
         if self._cancel_when is None or context is None or running is None:
             return
         if not context.cancelled.is_set() and self._cancel_when(self._run):
-            context.cancel_reason = "the test cancelled it"
+            context.cancel_reason = "cancelled by the test"
             context.cancelled.set()
             asyncio.get_running_loop().call_later(self._cancel_grace, running.cancel)
 

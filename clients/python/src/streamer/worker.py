@@ -1,8 +1,8 @@
-"""The worker kit: declare actions, run them for a server.
+"""Workers: declare actions and run them for a server.
 
-A worker speaks docs/worker-protocol.md. Its attempts outlive its connection: when a stream breaks,
-the handlers run on, another stream is opened, and what is not durable is sent again, without
-duplicates.
+A worker implements docs/worker-protocol.md. Attempts survive a lost connection: handlers keep
+running while the worker opens a new stream, and reports that are not durable are sent again,
+without duplicates.
 """
 
 from __future__ import annotations
@@ -21,30 +21,30 @@ from typing import Any, TypeVar
 from streamer._handlers import Handler
 from streamer._proto import worker_pb2
 from streamer._tokens import Token, TokenSource
-from streamer._worker.core import Core
-from streamer._worker.link import Link
+from streamer._worker.connection import Connection
+from streamer._worker.registry import AttemptRegistry
 from streamer.action import Action, Seconds, codes, schema_text
 from streamer.errors import ErrorCode
 
 DEFAULT_GRACE = 20.0
-"""How long handlers may run on when a worker is stopped, in seconds."""
-_ACKNOWLEDGE_SECONDS = 10.0
+"""How long handlers may keep running when a worker stops, in seconds."""
+_ACKNOWLEDGMENT_TIMEOUT = 10.0
 _MAX_SLOTS = 10_000
 
 _Function = TypeVar("_Function", bound=Handler)
 
 
 class Worker:
-    """Runs actions for a server, until it is stopped. One object is one run: it cannot be
-    restarted.
+    """Runs actions for a server until it is stopped. A worker runs once and cannot be restarted.
 
     `server` is `http://host:port` or `https://host:port`. `token` is a JWT with permission
-    `worker:<action>` for every action, or an async callable that returns a fresh one: it is asked
-    for each stream, and before the stream's token expires; before a plain one expires, what runs is
-    handed back and `serve` raises `WorkerRefused`. `slots` is how many tasks run at once, 1
-    to 10,000. `worker_id` names this run in the logs of the server; by default the host name and 80
-    random bits. `display_name` is shown to the owners of the requests that run here, who may be of
-    other tenants; by default the host name. `version` is the build of the program, for people.
+    `worker:<action>` for every action, or an async callable that returns a fresh one: it is called
+    for each stream, and before the stream's token expires. Before a plain token expires, running
+    attempts are released and `serve` raises `WorkerRefused`. `slots` is the number of tasks that
+    run at the same time, 1 to 10,000. `worker_id` identifies this run in the logs of the server; by
+    default the host name and 80 random bits. `display_name` is shown to the owners of the requests
+    that this worker runs, who may belong to other tenants; by default the host name. `version` is
+    the build of the program, for people.
     """
 
     def __init__(
@@ -65,14 +65,14 @@ class Worker:
         self._version = version
         self._actions: dict[str, Action] = {}
         self._handlers: dict[str, Handler] = {}
-        self._core = Core(self._handlers)
-        self._link = Link(server, TokenSource(token), self._core, self._hello)
+        self._registry = AttemptRegistry(self._handlers)
+        self._connection = Connection(server, TokenSource(token), self._registry, self._hello)
         self._serving = False
 
     @property
     def connected(self) -> asyncio.Event:
-        """Set while the server listens to this worker; to be looked at and waited for only."""
-        return self._core.connected
+        """Set while the worker is connected. Do not modify it."""
+        return self._registry.connected
 
     def action(
         self,
@@ -95,10 +95,10 @@ class Worker:
     ) -> Callable[[_Function], _Function]:
         """Declares an action; decorates the `async def handler(context, payload)` that runs it.
 
-        `payload` is the parsed JSON, and what is returned is written as JSON (or is `RawJson`). A
-        handler fails by raising `HandlerError`, `FatalError` or `InvalidPayload`; any other
-        exception is a failure that another attempt may not have. See `Action` for what the
-        arguments mean; `payload_schema` is a JSON Schema, as text or as a dict.
+        `payload` is the parsed JSON; the return value is encoded as JSON, or is `RawJson`. To fail,
+        a handler raises `HandlerError`, `FatalError` or `InvalidPayload`; any other exception is a
+        retryable failure. `Action` describes the arguments; `payload_schema` is a JSON Schema, as
+        text or as a dict.
         """
         declared = Action(
             name=name,
@@ -123,42 +123,42 @@ class Worker:
         if re.fullmatch(r"[a-z][a-z0-9_.-]{0,63}", action.name) is None:
             raise ValueError(f"name: must match [a-z][a-z0-9_.-]{{0,63}}, is {action.name!r}")
         if action.name in self._actions:
-            raise ValueError(f"name: {action.name!r} is declared already")
+            raise ValueError(f"name: {action.name!r} is already declared")
         is_async: bool = iscoroutinefunction(handler)
         if not is_async:
             raise TypeError(f"the handler of {action.name!r} must be an async function")
-        action.to_proto()  # raises for what cannot be declared
+        action.to_proto()  # raises if a value is invalid
         self._actions[action.name] = action
         self._handlers[action.name] = handler
         return handler
 
     def run(self, grace: float = DEFAULT_GRACE) -> None:
-        """Serves until SIGTERM or SIGINT, then stops as `stop(grace)` does; a second signal ends
-        the grace. For programs that do nothing else. Raises `WorkerRefused`."""
+        """Serves until SIGTERM or SIGINT, then calls `stop(grace)`; a second signal ends the grace
+        period. For programs that do nothing else. Raises `WorkerRefused`."""
         asyncio.run(self._run(grace))
 
     async def serve(self) -> None:
-        """Serves until `stop` is called, over as many streams as it takes. Raises `WorkerRefused`
-        when the server does not take this worker, and repeating would not help."""
+        """Serves until `stop` is called, and reconnects when necessary. Raises `WorkerRefused` if
+        the server rejects this worker and a retry cannot succeed."""
         if self._serving:
-            raise RuntimeError("a worker serves once")
+            raise RuntimeError("a worker can serve only once")
         if not self._actions:
             raise RuntimeError("a worker needs at least one action")
         self._serving = True
         try:
-            await self._link.run()
+            await self._connection.run()
         finally:
-            self._core.close()
+            self._registry.close()
 
     async def stop(self, grace: float = DEFAULT_GRACE) -> None:
-        """Takes no more tasks, lets handlers run on for `grace` seconds, interrupts and releases
-        the rest (another attempt follows at once, with the last checkpoint), waits until that is
-        durable, and ends the stream."""
-        self._core.stop_taking()
-        await self._core.handlers_done(grace)
-        await self._core.hand_back()
-        await self._core.all_ended(_ACKNOWLEDGE_SECONDS)
-        self._core.close()
+        """Stops in order: accepts no more tasks, waits up to `grace` seconds for handlers, releases
+        the remaining attempts (each is retried at once from its last checkpoint), waits for the
+        acknowledgments, and closes the stream."""
+        self._registry.stop_accepting()
+        await self._registry.wait_for_handlers(grace)
+        await self._registry.release_all()
+        await self._registry.wait_until_empty(_ACKNOWLEDGMENT_TIMEOUT)
+        self._registry.close()
 
     async def _run(self, grace: float) -> None:
         serving = asyncio.ensure_future(self.serve())
@@ -182,10 +182,10 @@ class Worker:
             worker_id=self.worker_id,
             version=self._version,
             sdk=_sdk(),
-            slots=0 if self._core.stopping else self._slots,
+            slots=0 if self._registry.stopping else self._slots,
             actions=[action.to_proto() for action in self._actions.values()],
-            attempts=self._core.resumable(),
-            session_secret=self._core.session_secret,
+            attempts=self._registry.resumable(),
+            session_secret=self._registry.session_secret,
             display_name=self._display_name,
         )
 

@@ -1,16 +1,16 @@
-/** A processor that a test plays by hand, to be where a real one is rarely. */
+/** A fake processor, driven by the test. */
 
 import { Server, ServerCredentials } from '@grpc/grpc-js';
 
 import { WorkerService } from '../../src/schema.js';
-import { within } from './wait.js';
+import { withTimeout } from './wait.js';
 
 export const UID = '01J00000000000000000000000';
 
-/** One stream of a worker, seen from the server. */
+/** The server side of one worker stream. */
 export class FakeStream {
   /** @type {any[]} */
-  #heard = [];
+  #received = [];
   #wake = () => {};
   ended = false;
 
@@ -18,7 +18,7 @@ export class FakeStream {
   constructor(call) {
     this.call = call;
     call.on('data', (/** @type {any} */ message) => {
-      this.#heard.push(message);
+      this.#received.push(message);
       this.#wake();
     });
     call.on('end', () => {
@@ -34,7 +34,7 @@ export class FakeStream {
   }
 
   /** @param {object} message */
-  say(message) {
+  send(message) {
     this.call.write(message);
   }
 
@@ -45,7 +45,7 @@ export class FakeStream {
 
   /** @param {object} [more] */
   welcome(more = {}) {
-    this.say({
+    this.send({
       welcome: {
         processor: 'fake',
         heartbeatMs: 30_000,
@@ -61,36 +61,36 @@ export class FakeStream {
   /** @param {object} [more] */
   task(more = {}) {
     const payload = { contentType: 'application/json', data: Buffer.from('{}') };
-    this.say({ task: { uid: UID, attempt: 1, requestId: 'r', action: 'act', payload, ...more } });
+    this.send({ task: { uid: UID, attempt: 1, requestId: 'r', action: 'act', payload, ...more } });
   }
 
   /**
-   * The next message of a kind; those before it are passed over.
+   * Returns the next message of a kind, and discards the messages before it.
    * @param {string} kind
    * @returns {Promise<any>}
    */
-  async hear(kind) {
+  async receive(kind) {
     const find = async () => {
       for (;;) {
-        while (this.#heard.length > 0) {
-          const message = this.#heard.shift();
+        while (this.#received.length > 0) {
+          const message = this.#received.shift();
           if (message.message === kind) return message[kind];
         }
         if (this.ended) throw new Error(`the stream ended before ${kind}`);
         await this.#change();
       }
     };
-    return within(find(), kind);
+    return withTimeout(find(), kind);
   }
 
   /**
-   * So many reports, each as `kind number`.
+   * Returns the next `count` reports, each as `kind number`.
    * @param {number} count
    */
   async reports(count) {
     const reports = [];
     while (reports.length < count) {
-      const report = await this.hear('report');
+      const report = await this.receive('report');
       reports.push(`${report.kind} ${report.number}`);
     }
     return reports;
@@ -100,7 +100,7 @@ export class FakeStream {
     const ended = async () => {
       while (!this.ended) await this.#change();
     };
-    await within(ended(), 'the stream to end');
+    await withTimeout(ended(), 'the stream to end');
   }
 
   #change() {
@@ -110,7 +110,7 @@ export class FakeStream {
   }
 }
 
-/** Takes in workers. */
+/** Accepts workers. */
 export class FakeProcessor {
   #server = new Server();
   /** @type {FakeStream[]} */
@@ -149,6 +149,6 @@ export class FakeProcessor {
         });
       }
     };
-    return within(next(), 'a stream');
+    return withTimeout(next(), 'a stream');
   }
 }

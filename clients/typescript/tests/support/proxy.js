@@ -1,4 +1,4 @@
-/** A TCP proxy that can cut its connections, or refuse new ones for a while. */
+/** A TCP proxy that can break its connections, and reject new ones. */
 
 import { once } from 'node:events';
 import { connect, createServer } from 'node:net';
@@ -9,22 +9,22 @@ export class Proxy {
   #blocked = false;
   #muted = false;
   #server;
-  /** How many connections came. */
+  /** Number of connections accepted so far. */
   connections = 0;
 
-  /** @param {string} url Of the server. */
+  /** @param {string} url URL of the server. */
   constructor(url) {
     const { hostname, port } = new URL(url);
     this.#server = createServer((client) => {
       this.connections += 1;
       if (this.#blocked) return client.destroy();
       const upstream = connect(Number(port), hostname);
-      this.#join(client, upstream, () => true);
-      this.#join(upstream, client, () => !this.#muted);
+      this.#forward(client, upstream, () => true);
+      this.#forward(upstream, client, () => !this.#muted);
     });
   }
 
-  /** @param {string} url Of the server. */
+  /** @param {string} url URL of the server. */
   static async start(url) {
     const proxy = new Proxy(url);
     proxy.#server.listen(0, '127.0.0.1');
@@ -40,11 +40,11 @@ export class Proxy {
   /**
    * @param {import('node:net').Socket} from
    * @param {import('node:net').Socket} to
-   * @param {() => boolean} passes Whether what comes is passed on.
+   * @param {() => boolean} forwards Whether data is forwarded.
    */
-  #join(from, to, passes) {
+  #forward(from, to, forwards) {
     this.#sockets.add(from);
-    from.on('data', (bytes) => passes() && to.write(bytes));
+    from.on('data', (bytes) => forwards() && to.write(bytes));
     from.on('error', () => {});
     from.on('close', () => {
       this.#sockets.delete(from);
@@ -52,21 +52,21 @@ export class Proxy {
     });
   }
 
-  /** Ends every connection, without a word. */
-  cut() {
+  /** Breaks every connection. */
+  disconnect() {
     this.#muted = false;
     for (const socket of this.#sockets) socket.destroy();
   }
 
-  /** Swallows what the server says, until the next {@link cut}. */
+  /** Discards data from the server, until the next {@link disconnect}. */
   mute() {
     this.#muted = true;
   }
 
-  /** Ends every connection, and those that come, until {@link unblock}. */
+  /** Breaks every connection, and rejects new ones until {@link unblock}. */
   block() {
     this.#blocked = true;
-    this.cut();
+    this.disconnect();
   }
 
   unblock() {

@@ -1,6 +1,6 @@
 /**
- * A real server for the tests: the binary that `STREAMER_TESTS_BINARY` names, with a loopback
- * address and a data folder of its own. It can be killed and started again on the same.
+ * A real server for the tests: runs the binary `STREAMER_TESTS_BINARY` with its own loopback
+ * address and data folder, and can be killed and restarted with the same ones.
  */
 
 import { execFileSync, spawn } from 'node:child_process';
@@ -11,26 +11,26 @@ import { tmpdir } from 'node:os';
 import { join } from 'node:path';
 import { createInterface } from 'node:readline';
 
-import { within } from './wait.js';
+import { withTimeout } from './wait.js';
 
 const binary = process.env.STREAMER_TESTS_BINARY ?? '';
-if (!binary) throw new Error('STREAMER_TESTS_BINARY must name the streamer binary');
+if (!binary) throw new Error('STREAMER_TESTS_BINARY must be the path of the streamer binary');
 
-/** Every `STREAMER_…` variable would be an option of the server. */
+/** The environment without `STREAMER_…` variables, which configure the server. */
 const env = Object.fromEntries(
   Object.entries(process.env).filter(([name]) => !name.startsWith('STREAMER_')),
 );
 
-/** Short times, so that what is lost is found soon. */
+/** Short times, so that lost attempts and requests are recovered quickly. */
 const SETTINGS = ['execution.lease_ms=1500', 'execution.poll_interval_ms=50', 'log.filter=warn'];
 
-/** Held on an address for as long as it is claimed, as in tests/harness/loopback.rs. */
+/** Port that is bound on an address while it is claimed, as in tests/harness/loopback.rs. */
 const CLAIM_PORT = 10_000;
-/** Of a server: below the ports that the system hands out to connections. */
+/** Port of a server, below the ephemeral ports of the system. */
 const SERVER_PORT = 10_001;
 
-/** Before a command: the kernel ends the process when the test process ends, however that ends. */
-export const ENDS_WITH_TESTS = ['setpriv', '--pdeathsig', 'KILL', '--'];
+/** Command prefix: the kernel kills the process when the test process exits. */
+export const KILLED_WITH_TESTS = ['setpriv', '--pdeathsig', 'KILL', '--'];
 
 let candidates = process.pid * 64;
 
@@ -69,7 +69,7 @@ export class Server {
     this.settings = settings;
   }
 
-  /** @param {string[]} settings More of them. */
+  /** @param {string[]} settings Additional settings. */
   static async start(...settings) {
     const server = new Server([...SETTINGS, ...settings], await claimLoopbackAddress());
     await server.start();
@@ -79,7 +79,7 @@ export class Server {
   async start() {
     const settings = this.settings.flatMap((setting) => ['--set', setting]);
     const args = ['up', '--listen', this.#address, '--data', this.data, ...settings];
-    const [program, ...rest] = [...ENDS_WITH_TESTS, binary, ...args];
+    const [program, ...rest] = [...KILLED_WITH_TESTS, binary, ...args];
     const child = spawn(program, rest, { env, stdio: ['ignore', 'pipe', 'inherit'] });
     this.#process = child;
     const lines = createInterface({ input: /** @type {any} */ (child.stdout) });
@@ -88,9 +88,9 @@ export class Server {
         if (line.startsWith(`Streamer is ready: ${this.url} `)) resolve(undefined);
       });
       child.on('error', reject);
-      child.on('exit', (code) => reject(new Error(`the server ended with ${code}`)));
+      child.on('exit', (code) => reject(new Error(`the server exited with code ${code}`)));
     });
-    await within(ready, 'the server to be ready');
+    await withTimeout(ready, 'the server to be ready');
   }
 
   get url() {
@@ -118,7 +118,7 @@ export class Server {
     if (!child || child.exitCode !== null || child.signalCode !== null) return;
     const exit = once(child, 'exit');
     child.kill(signal);
-    await within(exit, 'the server to end');
+    await withTimeout(exit, 'the server to exit');
   }
 
   async stop() {

@@ -1,34 +1,34 @@
-/** Waiting on events: generous limits that only a failure reaches. */
+/** Waits with a timeout that only a failure reaches. */
 
-const LIMIT_MS = 30_000;
+const TIMEOUT_MS = 30_000;
 
 /**
  * @template T
  * @param {Promise<T>} promise
- * @param {string} what Waited for, for the error.
+ * @param {string} description Used in the error message.
  * @returns {Promise<T>}
  */
-export async function within(promise, what) {
+export async function withTimeout(promise, description) {
   /** @type {ReturnType<typeof setTimeout> | undefined} */
   let timer;
-  const limit = new Promise((_, reject) => {
-    timer = setTimeout(() => reject(new Error(`waited too long for ${what}`)), LIMIT_MS);
+  const timeout = new Promise((_, reject) => {
+    timer = setTimeout(() => reject(new Error(`timeout waiting for ${description}`)), TIMEOUT_MS);
   });
   try {
-    return await Promise.race([promise, /** @type {Promise<never>} */ (limit)]);
+    return await Promise.race([promise, /** @type {Promise<never>} */ (timeout)]);
   } finally {
     clearTimeout(timer);
   }
 }
 
-/** Something that will be known once. */
-export class Once {
+/** A promise that the test resolves. */
+export class Deferred {
   /** @type {(value?: any) => void} */
   resolve = () => {};
 
-  /** @param {string} what */
-  constructor(what) {
-    this.what = what;
+  /** @param {string} description */
+  constructor(description) {
+    this.description = description;
     /** @type {Promise<any>} */
     this.promise = new Promise((resolve) => {
       this.resolve = resolve;
@@ -37,6 +37,6 @@ export class Once {
 
   /** @returns {Promise<any>} */
   wait() {
-    return within(this.promise, this.what);
+    return withTimeout(this.promise, this.description);
   }
 }

@@ -1,7 +1,7 @@
 /**
- * A worker in a process of its own: `node worker-process.js URL TOKEN`. Its action `steps` makes
- * one chunk of output and one checkpoint a step, then says `at <step>` on standard output, and
- * waits before the step `hold` until it is stopped or cancelled.
+ * A worker program: `node worker-process.js URL TOKEN`. For each step, its action `steps` sends one
+ * chunk of output, saves a checkpoint, and prints `at <step>`. Its first attempt waits before the
+ * step `hold` until it is stopped or cancelled.
  */
 
 import { Worker } from '../../src/index.js';

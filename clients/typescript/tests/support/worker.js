@@ -1,4 +1,4 @@
-/** Workers that say nothing of their connections. */
+/** Workers that do not log. */
 
 import { Worker } from '../../src/index.js';
 

@@ -3,11 +3,11 @@ use streamer_core::{Clock, SystemClock};
 use super::*;
 use crate::{DEV_AUDIENCE, DEV_ISSUER, DevKey, NewToken, TokenRules};
 
-/// Never answers.
+/// Service that never responds.
 #[derive(Clone)]
-struct Silent;
+struct NeverResponds;
 
-impl Service<Request<()>> for Silent {
+impl Service<Request<()>> for NeverResponds {
     type Response = Response<Body>;
     type Error = Infallible;
     type Future = Pin<Box<dyn Future<Output = Result<Response<Body>, Infallible>> + Send>>;
@@ -26,7 +26,7 @@ impl Service<Request<()>> for Silent {
 }
 
 #[tokio::test]
-async fn a_call_whose_caller_leaves_is_recorded_all_the_same() {
+async fn a_call_is_recorded_even_if_its_caller_disconnects() {
     let folder = tempfile::tempdir().unwrap();
     let clock: Arc<dyn Clock> = Arc::new(SystemClock);
     let key = DevKey::load_or_create(folder.path()).unwrap();
@@ -45,8 +45,8 @@ async fn a_call_whose_caller_leaves_is_recorded_all_the_same() {
     let keys = vec![key.verification_key().unwrap()];
     let authenticator = Arc::new(Authenticator::new(keys, None, rules, clock.clone()));
     let path = folder.path().join("audit.jsonl");
-    let audit = Audit::open(&path, clock, || panic!("none is dropped")).unwrap();
-    let mut service = AuthLayer::new(authenticator, audit.clone()).wrap(Silent);
+    let audit = Audit::open(&path, clock, || panic!("no record may be dropped")).unwrap();
+    let mut service = AuthLayer::new(authenticator, audit.clone()).wrap(NeverResponds);
     for _ in 0..2 {
         let request = Request::post("/streamer.router.v1.RouterService/Cancel")
             .header(AUTHORIZATION, format!("Bearer {token}"));
@@ -58,25 +58,22 @@ async fn a_call_whose_caller_leaves_is_recorded_all_the_same() {
     assert_eq!(text.lines().count(), 2, "{text}");
     for line in text.lines() {
         let record: serde_json::Value = serde_json::from_str(line).unwrap();
-        let said = ["outcome", "user", "subject"].map(|name| record[name].as_str().unwrap());
-        assert_eq!(said, ["CANCELLED", "ann", "r"]);
+        let values = ["outcome", "user", "subject"].map(|name| record[name].as_str().unwrap());
+        assert_eq!(values, ["CANCELLED", "ann", "r"]);
     }
 }
 
 #[test]
-fn every_method_that_is_not_recorded_exists() {
+fn unaudited_methods_exist_and_all_others_are_audited() {
     let methods: Vec<_> = public_methods().into_iter().map(|method| method.path).collect();
-    for unrecorded in UNRECORDED {
-        assert!(
-            methods.iter().any(|path| path.ends_with(&format!(".{unrecorded}"))),
-            "{unrecorded}"
-        );
+    for unaudited in UNAUDITED {
+        assert!(methods.iter().any(|path| path.ends_with(&format!(".{unaudited}"))), "{unaudited}");
     }
-    let recorded = METHODS.iter().filter(|(_, rules)| rules.is_recorded);
-    let mut recorded: Vec<_> = recorded.map(|(path, _)| path.rsplit('.').next().unwrap()).collect();
-    recorded.sort_unstable();
+    let audited = METHODS.iter().filter(|(_, rules)| rules.is_audited);
+    let mut audited: Vec<_> = audited.map(|(path, _)| path.rsplit('.').next().unwrap()).collect();
+    audited.sort_unstable();
     assert_eq!(
-        recorded,
+        audited,
         [
             "ConnectionsService/Broadcast",
             "ConnectionsService/Disconnect",

@@ -1,16 +1,16 @@
-//! From asking for cancellation to the end of a running request, as its submitter sees it.
+//! Time from a cancellation to the end of the running request, as its submitter observes it.
 
 use anyhow::bail;
 use streamer_client::Session;
 use tokio::time::Instant;
 
 use super::{
-    Report, Subject,
+    LoadTarget, Report,
     report::{histogram, record},
 };
 
-pub(super) async fn run(subject: &Subject, count: usize) -> anyhow::Result<Report> {
-    let mut session = Session::connect(&subject.url, &subject.token).await?;
+pub(super) async fn run(target: &LoadTarget, count: usize) -> anyhow::Result<Report> {
+    let mut session = Session::connect(&target.url, &target.token).await?;
     session.next_text().await?;
     let mut latencies = histogram();
     for number in 0..count {
@@ -20,11 +20,11 @@ pub(super) async fn run(subject: &Subject, count: usize) -> anyhow::Result<Repor
                 r#"{{"id":"{id}","action":"echo_async","payload":{{"steps":1,"delay_ms":3600000}}}}"#
             ))
             .await?;
-        until(&mut session, "started").await?;
-        let asked = Instant::now();
+        read_until(&mut session, "started").await?;
+        let cancel_time = Instant::now();
         session.send(format!(r#"{{"type":"cancel","request_id":"{id}"}}"#)).await?;
-        until(&mut session, "cancelled").await?;
-        record(&mut latencies, asked.elapsed());
+        read_until(&mut session, "cancelled").await?;
+        record(&mut latencies, cancel_time.elapsed());
     }
     let mut report = Report::new("cancel");
     report.figure("requests", count, "");
@@ -32,14 +32,15 @@ pub(super) async fn run(subject: &Subject, count: usize) -> anyhow::Result<Repor
     Ok(report)
 }
 
-async fn until(session: &mut Session, kind: &str) -> anyhow::Result<()> {
+/// Reads messages until one of this kind.
+async fn read_until(session: &mut Session, kind: &str) -> anyhow::Result<()> {
     loop {
         let message = session.next().await?;
         if message.kind == kind {
             return Ok(());
         }
         if matches!(message.kind.as_str(), "error" | "complete") {
-            bail!("{} came instead of {kind}", message.text);
+            bail!("expected {kind}, received {}", message.text);
         }
     }
 }

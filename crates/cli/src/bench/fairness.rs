@@ -1,5 +1,5 @@
-//! How long tenants wait for a start: alone, while another one submits as fast as it can, and beside
-//! the queue that this leaves.
+//! Time from submission to start: without load, while one tenant floods the queue, and with the resulting
+//! queue.
 
 use std::{collections::HashMap, sync::Arc, time::Duration};
 
@@ -14,16 +14,17 @@ use tokio::{
 };
 
 use super::{
-    Report, Subject,
+    LoadTarget, Report,
     report::{histogram, record},
     text_after,
 };
 
-/// Calls of the flood that are underway at once.
+/// Maximum number of concurrent calls of the flood.
 const FLOOD_CALLS: usize = 128;
-/// The others are measured once so much of the flood is in the queue.
-const FLOODED: usize = 10_000;
-const PATIENCE: Duration = Duration::from_secs(60);
+/// Number of flood requests that are queued before the measurement starts.
+const MIN_FLOODED: usize = 10_000;
+/// Timeout for the last requests to start.
+const START_TIMEOUT: Duration = Duration::from_secs(60);
 
 #[derive(Clone, Copy)]
 pub(super) struct Load {
@@ -33,34 +34,35 @@ pub(super) struct Load {
     pub(super) duration: Duration,
 }
 
-pub(super) async fn run(subject: &Subject, load: Load) -> anyhow::Result<Report> {
-    let own = subject.own.as_ref().context("it needs a server of its own")?;
+pub(super) async fn run(target: &LoadTarget, load: Load) -> anyhow::Result<Report> {
+    let process = target.process.as_ref().context("bench fairness does not support --server")?;
     let tokens: Vec<String> = (1..load.tenants)
-        .map(|number| own.token(&format!("tenant-{number}")))
+        .map(|number| process.token(&format!("tenant-{number}")))
         .collect::<anyhow::Result<_>>()?;
-    let alone = measure(subject, &tokens, load, "alone").await?;
-    let api = Arc::new(Api::new(&subject.url, &own.token("flooder")?)?);
+    let alone = measure(target, &tokens, load, "alone").await?;
+    let api = Arc::new(Api::new(&target.url, &process.token("flooder")?)?);
     let flooded = Arc::new(Semaphore::new(0));
     let flooding = tokio::spawn(flood(api, load.flood, flooded.clone()));
-    let enough = u32::try_from(FLOODED.min(load.flood)).unwrap_or(u32::MAX);
-    drop(flooded.acquire_many(enough).await?);
-    let during = measure(subject, &tokens, load, "during").await?;
+    let min_flooded = u32::try_from(MIN_FLOODED.min(load.flood)).unwrap_or(u32::MAX);
+    drop(flooded.acquire_many(min_flooded).await?);
+    let during = measure(target, &tokens, load, "during").await?;
     let accepted = flooding.await??;
-    let beside = measure(subject, &tokens, load, "beside").await?;
-    let (before, after) = (alone.value_at_quantile(0.5), beside.value_at_quantile(0.5));
+    let beside = measure(target, &tokens, load, "beside").await?;
+    let (median_alone, median_beside) =
+        (alone.value_at_quantile(0.5), beside.value_at_quantile(0.5));
     let mut report = Report::new("fairness");
     report.figure("tenants", load.tenants, "");
     report.figure("flood", accepted, "");
     report.figure("waits measured alone", alone.len(), "");
-    report.figure("median wait alone", before, "µs");
+    report.figure("median wait alone", median_alone, "µs");
     report.figure("p99 wait alone", alone.value_at_quantile(0.99), "µs");
     report.figure("median wait while it submits", during.value_at_quantile(0.5), "µs");
     report.figure("p99 wait while it submits", during.value_at_quantile(0.99), "µs");
     report.figure("waits measured beside", beside.len(), "");
-    report.figure("median wait beside", after, "µs");
+    report.figure("median wait beside", median_beside, "µs");
     report.figure("p99 wait beside", beside.value_at_quantile(0.99), "µs");
     #[expect(clippy::cast_precision_loss, reason = "far below 2^52")]
-    let ratio = after as f64 / before.max(1) as f64;
+    let ratio = median_beside as f64 / median_alone.max(1) as f64;
     for waits in [&alone, &during, &beside] {
         report.check_latencies(waits);
     }
@@ -68,7 +70,7 @@ pub(super) async fn run(subject: &Subject, load: Load) -> anyhow::Result<Report>
     Ok(report)
 }
 
-/// Submits everything as fast as the server takes it.
+/// Submits `count` requests as fast as the server accepts them, and returns how many it accepted.
 async fn flood(api: Arc<Api>, count: usize, flooded: Arc<Semaphore>) -> anyhow::Result<usize> {
     let mut calls = JoinSet::new();
     let mut accepted = 0;
@@ -95,22 +97,22 @@ async fn flood(api: Arc<Api>, count: usize, flooded: Arc<Semaphore>) -> anyhow::
     Ok(accepted)
 }
 
-/// The waits of all the others, from when each was due to be submitted to its start.
+/// Measures the time from when each request was due to its start, for the tenants with these tokens.
 async fn measure(
-    subject: &Subject,
+    target: &LoadTarget,
     tokens: &[String],
     load: Load,
     name: &str,
 ) -> anyhow::Result<Histogram<u64>> {
-    let every = Duration::from_secs_f64(1.0 / load.rate.max(1) as f64);
+    let interval = Duration::from_secs_f64(1.0 / load.rate.max(1) as f64);
     let end = Instant::now() + load.duration;
     let mut drivers = JoinSet::new();
     for (position, token) in tokens.iter().enumerate() {
-        let mut session = Session::connect(&subject.url, token).await?;
+        let mut session = Session::connect(&target.url, token).await?;
         session.next_text().await?;
-        // Spread over one interval.
-        let begin = Instant::now() + every.mul_f64(position as f64 / tokens.len() as f64);
-        drivers.spawn(drive(session, name.to_owned(), begin, end, every));
+        // Tenants start spread over one interval.
+        let begin = Instant::now() + interval.mul_f64(position as f64 / tokens.len() as f64);
+        drivers.spawn(drive(session, name.to_owned(), begin, end, interval));
     }
     let mut waits = histogram();
     while let Some(driven) = drivers.join_next().await {
@@ -119,18 +121,19 @@ async fn measure(
     Ok(waits)
 }
 
+/// Submits requests on schedule, and returns the times from when each was due to its start.
 async fn drive(
     mut session: Session,
     name: String,
     begin: Instant,
     end: Instant,
-    every: Duration,
+    interval: Duration,
 ) -> anyhow::Result<Histogram<u64>> {
     let mut waits = histogram();
     let mut due_at = begin;
     let mut waiting: HashMap<String, Instant> = HashMap::new();
     let mut count = 0;
-    while due_at < end || (!waiting.is_empty() && Instant::now() < end + PATIENCE) {
+    while due_at < end || (!waiting.is_empty() && Instant::now() < end + START_TIMEOUT) {
         tokio::select! {
             () = sleep_until(due_at), if due_at < end => {
                 let id = format!("{name}-{count}");
@@ -141,15 +144,15 @@ async fn drive(
                     ))
                     .await?;
                 waiting.insert(id, due_at);
-                due_at += every;
+                due_at += interval;
             }
             message = session.next_text() => {
                 let message = message?;
                 if message.starts_with("{\"type\":\"started\"")
                     && let Some(id) = text_after(&message, "\"request_id\":\"")
-                    && let Some(since) = waiting.remove(id)
+                    && let Some(due_at) = waiting.remove(id)
                 {
-                    record(&mut waits, since.elapsed());
+                    record(&mut waits, due_at.elapsed());
                 }
             }
         }

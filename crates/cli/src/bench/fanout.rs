@@ -1,4 +1,4 @@
-//! Events of running requests to those who watch.
+//! Delivery of events of running requests to watchers.
 
 use std::time::Duration;
 
@@ -6,14 +6,15 @@ use anyhow::bail;
 use streamer_client::{ClientError, Session};
 use tokio::time::{Instant, sleep, timeout};
 
-use super::{Report, Subject, report::MAX_LATENCY, seq_of};
+use super::{LoadTarget, Report, report::MAX_LATENCY, seq_of};
 use crate::server_process::ServerProcess;
 
-/// Requests begin so long after they are submitted, and longer by as much for each watcher: all
-/// have subscribed by then.
-const HEAD_START: Duration = Duration::from_millis(500);
-const HEAD_START_EACH: Duration = Duration::from_micros(500);
-const PATIENCE: Duration = Duration::from_secs(120);
+/// Delay of each request, to which `START_DELAY_PER_WATCHER` is added for each watcher, so that all watchers
+/// have subscribed before it starts.
+const START_DELAY: Duration = Duration::from_millis(500);
+const START_DELAY_PER_WATCHER: Duration = Duration::from_micros(500);
+/// Timeout of each event.
+const EVENT_TIMEOUT: Duration = Duration::from_secs(120);
 
 #[derive(Clone, Copy)]
 pub(super) struct Load {
@@ -26,66 +27,68 @@ pub(super) struct Load {
 }
 
 impl Load {
-    /// Progress and output, `started` and the terminal event.
-    fn events_of_each(self) -> u64 {
+    /// Returns the number of events of a request: progress, output, `started` and the terminal event.
+    fn events_per_request(self) -> u64 {
         u64::from(self.events) + u64::from(self.output_chunks) + 2
     }
 }
 
-/// Resident memory of a server of our own, in bytes.
+/// Resident memory of the server, in bytes.
 struct Memory {
     before: u64,
     peak: u64,
     after: u64,
 }
 
-/// After the end, for as long as it takes the server to drop what was watched.
+/// Time for the server to free the topics of ended requests.
 const SETTLE: Duration = Duration::from_secs(12);
 
-pub(super) async fn run(subject: &Subject, load: Load) -> anyhow::Result<Report> {
+pub(super) async fn run(target: &LoadTarget, load: Load) -> anyhow::Result<Report> {
     let total = load.requests * load.watchers;
     let mut sessions = Vec::with_capacity(total);
     for _ in 0..total {
-        let mut session = Session::connect(&subject.url, &subject.token).await?;
+        let mut session = Session::connect(&target.url, &target.token).await?;
         session.next_text().await?;
         sessions.push(session);
     }
-    let head_start =
-        HEAD_START + HEAD_START_EACH * u32::try_from(total + load.requests * 4).unwrap_or(u32::MAX);
-    let resident = subject.own.as_ref().map(ServerProcess::resident_bytes).transpose()?;
-    submit_all(subject, load, head_start).await?;
-    let before = subject.processor_ms();
+    let start_delay = START_DELAY
+        + START_DELAY_PER_WATCHER * u32::try_from(total + load.requests * 4).unwrap_or(u32::MAX);
+    let resident = target.process.as_ref().map(ServerProcess::resident_bytes).transpose()?;
+    submit_all(target, load, start_delay).await?;
+    let before = target.processor_ms();
     let mut tasks = Vec::with_capacity(total);
     for (position, session) in sessions.into_iter().enumerate() {
         let request = position % load.requests;
         let pause = Duration::from_millis(u64::from(load.delay_ms));
         tasks.push(tokio::spawn(watch(session, format!("fanout-{request}"), pause)));
     }
-    let mut seen = Seen::default();
+    let mut delivered = Deliveries::default();
     for task in tasks {
-        seen.add(&task.await??);
+        delivered.add(&task.await??);
     }
-    let spent = subject.processor_ms().saturating_sub(before);
-    let memory = match (&subject.own, resident) {
-        (Some(own), Some(before)) => {
-            let peak = own.peak_resident_bytes()?;
+    let processor_ms = target.processor_ms().saturating_sub(before);
+    let memory = match (&target.process, resident) {
+        (Some(process), Some(before)) => {
+            let peak = process.peak_resident_bytes()?;
             sleep(SETTLE).await;
-            Some(Memory { before, peak, after: own.resident_bytes()? })
+            Some(Memory { before, peak, after: process.resident_bytes()? })
         }
         _ => None,
     };
-    let (Some(first), Some(last)) = (seen.first, seen.last) else { bail!("nothing was delivered") };
+    let (Some(first), Some(last)) = (delivered.first, delivered.last) else {
+        bail!("no event was delivered")
+    };
     let mut report = Report::new("fanout");
     report.figure("requests", load.requests, "");
     report.figure("watchers each", load.watchers, "");
-    let expected = load.events_of_each() * total as u64;
-    report.figure("deliveries", seen.events, "");
-    report.rate("deliveries", seen.events, last - first);
-    report.rate("durable events", load.events_of_each() * load.requests as u64, last - first);
-    report.processor(spent, seen.events);
-    let silence = u64::try_from(seen.silence.as_micros()).unwrap_or(u64::MAX);
+    let expected = load.events_per_request() * total as u64;
+    report.figure("deliveries", delivered.events, "");
+    report.rate("deliveries", delivered.events, last - first);
+    report.rate("durable events", load.events_per_request() * load.requests as u64, last - first);
+    report.processor(processor_ms, delivered.events);
+    let silence = u64::try_from(delivered.silence.as_micros()).unwrap_or(u64::MAX);
     report.figure("longest silence", silence, "µs");
-    report.add_faults(seen.faults + expected.abs_diff(seen.events));
+    report.add_faults(delivered.faults + expected.abs_diff(delivered.events));
     if let Some(memory) = memory {
         report.figure("resident before", memory.before / 1024, "KiB");
         report.figure("resident at the peak", memory.peak / 1024, "KiB");
@@ -94,14 +97,15 @@ pub(super) async fn run(subject: &Subject, load: Load) -> anyhow::Result<Report>
     Ok(report)
 }
 
-async fn submit_all(subject: &Subject, load: Load, head_start: Duration) -> anyhow::Result<()> {
-    let mut session = Session::connect(&subject.url, &subject.token).await?;
+/// Submits the requests, which start after `start_delay`.
+async fn submit_all(target: &LoadTarget, load: Load, start_delay: Duration) -> anyhow::Result<()> {
+    let mut session = Session::connect(&target.url, &target.token).await?;
     session.next_text().await?;
     for request in 0..load.requests {
         session
             .feed(format!(
                 r#"{{"id":"fanout-{request}","action":"echo_async","delay_ms":{},"payload":{{"steps":{},"delay_ms":{},"output_chunks":{},"chunk_bytes":{}}}}}"#,
-                head_start.as_millis(),
+                start_delay.as_millis(),
                 load.events,
                 load.delay_ms,
                 load.output_chunks,
@@ -111,16 +115,17 @@ async fn submit_all(subject: &Subject, load: Load, head_start: Duration) -> anyh
     }
     session.flush().await?;
     for _ in 0..load.requests {
-        let answer = session.next_text().await?;
-        if !answer.contains("\"acknowledgment\"") {
-            bail!("the server refused: {answer}");
+        let response = session.next_text().await?;
+        if !response.contains("\"acknowledgment\"") {
+            bail!("the server rejected a request: {response}");
         }
     }
     Ok(session.close().await?)
 }
 
+/// Events that watchers received.
 #[derive(Default)]
-struct Seen {
+struct Deliveries {
     events: u64,
     faults: u64,
     first: Option<Instant>,
@@ -129,7 +134,7 @@ struct Seen {
     silence: Duration,
 }
 
-impl Seen {
+impl Deliveries {
     fn add(&mut self, other: &Self) {
         self.events += other.events;
         self.faults += other.faults;
@@ -139,39 +144,38 @@ impl Seen {
     }
 }
 
-/// Watches one request from its second event on, which is when it starts. Its handler pauses for as
-/// long as `pause` between two events.
+/// Watches one request from its second event, `started`, to its end. Its handler sends an event every `pause`.
 async fn watch(
     mut session: Session,
     request_id: String,
     pause: Duration,
-) -> Result<Seen, ClientError> {
+) -> Result<Deliveries, ClientError> {
     session
         .send(format!(r#"{{"type":"subscribe","request_id":"{request_id}","after_seq":1}}"#))
         .await?;
-    let mut seen = Seen::default();
+    let mut delivered = Deliveries::default();
     let mut expected = 2;
     loop {
-        let Ok(message) = timeout(PATIENCE, session.next_text()).await else {
-            seen.faults += 1;
-            return Ok(seen);
+        let Ok(message) = timeout(EVENT_TIMEOUT, session.next_text()).await else {
+            delivered.faults += 1;
+            return Ok(delivered);
         };
         let message = message?;
         let Some(seq) = seq_of(&message) else { continue };
         if seq != expected {
-            seen.faults += 1;
+            delivered.faults += 1;
         }
         expected = seq + 1;
-        seen.events += 1;
+        delivered.events += 1;
         let now = Instant::now();
-        seen.first.get_or_insert(now);
-        if let Some(before) = seen.last.replace(now) {
+        delivered.first.get_or_insert(now);
+        if let Some(before) = delivered.last.replace(now) {
             let silence = now - before;
-            seen.silence = seen.silence.max(silence);
-            seen.faults += u64::from(silence > pause + MAX_LATENCY);
+            delivered.silence = delivered.silence.max(silence);
+            delivered.faults += u64::from(silence > pause + MAX_LATENCY);
         }
         if message.starts_with("{\"type\":\"complete\"") {
-            return Ok(seen);
+            return Ok(delivered);
         }
     }
 }

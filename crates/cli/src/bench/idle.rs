@@ -1,4 +1,4 @@
-//! Memory of connections that do nothing.
+//! Memory of idle connections.
 
 use std::time::Duration;
 
@@ -6,23 +6,24 @@ use anyhow::Context;
 use streamer_client::{ClientError, Session};
 use tokio::{task::JoinSet, time::sleep};
 
-use super::{Report, Subject};
+use super::{LoadTarget, Report};
 
-/// Connections that are being opened at once.
-const AT_ONCE: usize = 64;
-/// Small, since nothing is read.
+/// Maximum number of concurrent handshakes.
+const MAX_OPENING: usize = 64;
+/// Size of the client's read buffer in bytes; small, since almost nothing is read.
 const READ_BUFFER: usize = 512;
-/// What the server did to open them is over by then.
+/// Time for the server to free the memory of handshakes.
 const SETTLE: Duration = Duration::from_secs(2);
-/// Opened and closed beforehand, so that what the server keeps for good is there already.
-const REHEARSAL: usize = 200;
+/// Connections opened and closed before the measurement, so that the server has allocated the memory that it
+/// never frees.
+const WARM_UP_CONNECTIONS: usize = 200;
 
-pub(super) async fn run(subject: &Subject, connections: usize) -> anyhow::Result<Report> {
-    let server = subject.own.as_ref().context("memory is measured of a server of our own only")?;
-    drop(open(subject, REHEARSAL).await?);
+pub(super) async fn run(target: &LoadTarget, connections: usize) -> anyhow::Result<Report> {
+    let server = target.process.as_ref().context("bench idle does not support --server")?;
+    drop(open(target, WARM_UP_CONNECTIONS).await?);
     sleep(SETTLE).await;
     let before = server.resident_bytes()?;
-    let mut sessions = open(subject, connections).await?;
+    let mut sessions = open(target, connections).await?;
     sleep(SETTLE).await;
     let after = server.resident_bytes()?;
     let mut report = Report::new("idle");
@@ -34,7 +35,7 @@ pub(super) async fn run(subject: &Subject, connections: usize) -> anyhow::Result
         after.saturating_sub(before) / connections.max(1) as u64,
         "bytes",
     );
-    // They are there and answer.
+    // Verify that all connections are still open.
     let mut faults = 0;
     for session in &mut sessions {
         session.send(r#"{"type":"ping"}"#).await?;
@@ -46,16 +47,16 @@ pub(super) async fn run(subject: &Subject, connections: usize) -> anyhow::Result
     Ok(report)
 }
 
-async fn open(subject: &Subject, connections: usize) -> anyhow::Result<Vec<Session>> {
+async fn open(target: &LoadTarget, connections: usize) -> anyhow::Result<Vec<Session>> {
     let mut opening: JoinSet<Result<Session, ClientError>> = JoinSet::new();
     let mut sessions = Vec::with_capacity(connections);
     for _ in 0..connections {
-        if opening.len() == AT_ONCE
+        if opening.len() == MAX_OPENING
             && let Some(opened) = opening.join_next().await
         {
             sessions.push(opened??);
         }
-        let (url, token) = (subject.url.clone(), subject.token.clone());
+        let (url, token) = (target.url.clone(), target.token.clone());
         opening.spawn(async move {
             let mut session = Session::connect_with_buffers(&url, &token, READ_BUFFER).await?;
             session.next_text().await?;

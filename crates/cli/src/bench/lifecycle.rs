@@ -1,4 +1,4 @@
-//! Whole lives of async requests.
+//! Complete async requests, from submission to result.
 
 use std::{collections::HashMap, time::Duration};
 
@@ -7,15 +7,15 @@ use streamer_client::{ClientError, Session};
 use tokio::time::{Instant, sleep, sleep_until, timeout_at};
 
 use super::{
-    Report, Subject, WARM_UP,
+    LoadTarget, Report, WARM_UP,
     report::{SUCCEEDED, histogram, record},
     seq_of, text_after,
 };
 
-/// After the last request has ended, for as long as its attempt may take to be counted.
+/// Time for the server to count the last attempt after its request has ended.
 const SETTLE: Duration = Duration::from_millis(200);
-/// How long the last requests may take to end.
-const PATIENCE: Duration = Duration::from_secs(30);
+/// Timeout for the last requests to end.
+const END_TIMEOUT: Duration = Duration::from_secs(30);
 
 #[derive(Clone, Copy)]
 pub(super) struct Load {
@@ -26,11 +26,11 @@ pub(super) struct Load {
     pub(super) duration: Duration,
 }
 
-pub(super) async fn run(subject: &Subject, load: Load) -> anyhow::Result<Report> {
+pub(super) async fn run(target: &LoadTarget, load: Load) -> anyhow::Result<Report> {
     let connections = load.connections.clamp(1, load.in_flight.max(1));
     let mut sessions = Vec::with_capacity(connections);
     for _ in 0..connections {
-        let mut session = Session::connect(&subject.url, &subject.token).await?;
+        let mut session = Session::connect(&target.url, &target.token).await?;
         session.next_text().await?;
         sessions.push(session);
     }
@@ -38,16 +38,16 @@ pub(super) async fn run(subject: &Subject, load: Load) -> anyhow::Result<Report>
     let end = begin + load.duration;
     let mut tasks = Vec::with_capacity(connections);
     for (position, session) in sessions.into_iter().enumerate() {
-        // The remainder goes to the first ones.
+        // The first connections share the remainder.
         let window =
             load.in_flight / connections + usize::from(position < load.in_flight % connections);
-        let every =
+        let interval =
             (load.rate > 0).then(|| Duration::from_secs_f64(connections as f64 / load.rate as f64));
         let driver = Driver {
             session,
             name: format!("c{position}"),
             window,
-            every,
+            interval,
             steps: load.steps,
             begin,
             end,
@@ -60,29 +60,29 @@ pub(super) async fn run(subject: &Subject, load: Load) -> anyhow::Result<Report>
         tasks.push(tokio::spawn(driver.drive()));
     }
     sleep_until(begin).await;
-    let before = subject.processor_ms();
+    let before = target.processor_ms();
     sleep_until(end).await;
-    let spent = subject.processor_ms().saturating_sub(before);
+    let processor_ms = target.processor_ms().saturating_sub(before);
     let mut latencies = histogram();
     let (mut completed, mut submitted, mut faults) = (0, 0, 0);
     for task in tasks {
-        let driven: Driver = task.await??;
-        latencies.add(driven.latencies)?;
-        completed += driven.completed;
-        submitted += driven.submitted;
-        faults += driven.faults;
+        let driver: Driver = task.await??;
+        latencies.add(driver.latencies)?;
+        completed += driver.completed;
+        submitted += driver.submitted;
+        faults += driver.faults;
     }
     let mut report = Report::new("lifecycle");
     report.figure("in flight", load.in_flight, "");
     report.figure("durable events each", load.steps + 3, "");
     report.rate("completed", completed, load.duration);
     report.latencies(&latencies);
-    report.processor(spent, completed);
+    report.processor(processor_ms, completed);
     report.add_faults(faults);
-    if let Some(own) = &subject.own {
-        // A client sees the last event a little before the attempt that appended it is counted.
+    if let Some(process) = &target.process {
+        // A client receives the last event shortly before the server counts the attempt.
         sleep(SETTLE).await;
-        let succeeded: u64 = own.metric(SUCCEEDED).await?;
+        let succeeded: u64 = process.metric(SUCCEEDED).await?;
         report.figure("submitted", submitted, "");
         report.figure("succeeded on the server", succeeded, "");
         report.add_faults(succeeded.abs_diff(submitted));
@@ -90,15 +90,18 @@ pub(super) async fn run(subject: &Subject, load: Load) -> anyhow::Result<Report>
     Ok(report)
 }
 
+/// Load of one connection.
 struct Driver {
     session: Session,
     name: String,
+    /// Number of concurrent requests of a closed loop.
     window: usize,
-    every: Option<Duration>,
+    /// Interval between submissions of an open loop.
+    interval: Option<Duration>,
     steps: u32,
     begin: Instant,
     end: Instant,
-    /// When each was due, and the last event that was seen.
+    /// Time when each request was due, and `seq` of its last event, by id.
     running: HashMap<String, (Instant, i64)>,
     submitted: u64,
     latencies: Histogram<u64>,
@@ -108,19 +111,19 @@ struct Driver {
 
 impl Driver {
     async fn drive(mut self) -> Result<Self, ClientError> {
-        match self.every {
+        match self.interval {
             None => {
                 for _ in 0..self.window {
                     self.submit(Instant::now()).await?;
                 }
                 self.session.flush().await?;
             }
-            Some(every) => self.drive_open(every).await?,
+            Some(interval) => self.drive_open(interval).await?,
         }
-        let last = self.end + PATIENCE;
+        let deadline = self.end + END_TIMEOUT;
         while !self.running.is_empty() {
-            let Ok(message) = timeout_at(last, self.session.next_text()).await else { break };
-            if self.take(&message?) && self.every.is_none() && Instant::now() < self.end {
+            let Ok(message) = timeout_at(deadline, self.session.next_text()).await else { break };
+            if self.handle(&message?) && self.interval.is_none() && Instant::now() < self.end {
                 self.submit(Instant::now()).await?;
                 self.session.flush().await?;
             }
@@ -129,8 +132,8 @@ impl Driver {
         Ok(self)
     }
 
-    /// Submits when due, whatever is still underway.
-    async fn drive_open(&mut self, every: Duration) -> Result<(), ClientError> {
+    /// Submits requests on schedule, regardless of those that are in flight.
+    async fn drive_open(&mut self, interval: Duration) -> Result<(), ClientError> {
         let mut due = Instant::now();
         while due < self.end {
             tokio::select! {
@@ -138,11 +141,11 @@ impl Driver {
                 () = sleep_until(due) => {
                     self.submit(due).await?;
                     self.session.flush().await?;
-                    due += every;
+                    due += interval;
                 }
                 message = self.session.next_text() => {
                     let message = message?;
-                    self.take(&message);
+                    self.handle(&message);
                 }
             }
         }
@@ -160,8 +163,8 @@ impl Driver {
         self.session.feed(message).await
     }
 
-    /// Says whether a request has ended.
-    fn take(&mut self, message: &str) -> bool {
+    /// Handles a message. Returns whether a request ended with it.
+    fn handle(&mut self, message: &str) -> bool {
         let Some(id) = text_after(message, "\"request_id\":\"") else {
             self.faults += 1;
             return false;
@@ -186,8 +189,8 @@ impl Driver {
             self.faults += 1;
         }
         let now = Instant::now();
-        // Throughput counts what ended in the measured time, latency what was due in it: also
-        // what ended later.
+        // Throughput covers requests that ended within the measurement, latency those that were due within
+        // it, even if they ended later.
         self.completed += u64::from(now >= self.begin && now < self.end);
         if *due >= self.begin && *due < self.end {
             record(&mut self.latencies, now - *due);

@@ -1,5 +1,5 @@
-//! What a tenant's small requests take: alone, and while another tenant goes beyond a limit. Each limit has a
-//! server of its own.
+//! Latency of small requests while a second tenant exceeds a limit, and without that load. Each limit is
+//! measured with a separate server.
 
 use std::{
     sync::{
@@ -16,11 +16,11 @@ use tokio::{
     time::{Instant, sleep, sleep_until},
 };
 
-use super::{BenchCommon, Report, Subject, small_requests::measure};
+use super::{BenchCommon, LoadTarget, Report, small_requests::measure};
 
-/// WebSockets of the tenant that goes beyond limits.
+/// Number of WebSocket connections of the tenant that exceeds a limit.
 const CONNECTIONS: u64 = 8;
-/// Messages that one of them sends at once.
+/// Number of messages that each connection sends in one burst.
 const BURST: u64 = 10;
 
 pub(super) struct Load {
@@ -29,17 +29,18 @@ pub(super) struct Load {
     pub(super) duration: Duration,
 }
 
-/// A limit, and what goes beyond it.
+/// A limit, and the load that exceeds it.
 struct Case {
     settings: &'static [&'static str],
     flood: Flood,
-    /// Names of the figures: p50 and p99 alone, p50 and p99 beside the flood, refused messages.
+    /// Names of the figures: p50 and p99 alone, p50 and p99 beside the flood, rejected messages.
     figures: [&'static str; 5],
 }
 
 enum Flood {
-    /// Makes the message of this number; each has one answer.
+    /// Sends messages, each of which has one response. The function returns the message with this number.
     Messages(fn(u64) -> String),
+    /// Opens connections.
     Connections,
 }
 
@@ -100,28 +101,28 @@ pub(super) async fn run(load: &Load, set: &[String]) -> anyhow::Result<Report> {
     for Case { settings, flood, figures } in CASES {
         let common = BenchCommon { server: None, token: None, set: set.to_vec(), json: false };
         let settings: Vec<_> = settings.iter().map(ToString::to_string).collect();
-        let subject = Subject::open_with(&common, &settings)?;
-        let own = subject.own.as_ref().context("it needs a server of its own")?;
-        let small = own.token("small")?;
-        let alone = measure(&subject, &small, load.rate, load.duration, "alone").await?;
-        let (stop, refused) = (Arc::new(AtomicBool::new(false)), Arc::new(AtomicU64::new(0)));
+        let target = LoadTarget::open_with(&common, &settings)?;
+        let process = target.process.as_ref().context("bench limits does not support --server")?;
+        let small = process.token("small")?;
+        let alone = measure(&target, &small, load.rate, load.duration, "alone").await?;
+        let (stop, rejected) = (Arc::new(AtomicBool::new(false)), Arc::new(AtomicU64::new(0)));
         let mut flooding = JoinSet::new();
-        let token = own.token("flooder")?;
+        let token = process.token("flooder")?;
         for connection in 0..CONNECTIONS {
             let flooder = Flooder {
-                url: subject.url.clone(),
+                url: target.url.clone(),
                 token: token.clone(),
                 first: connection,
                 per_second: load.flood_rate.div_ceil(CONNECTIONS),
                 stop: stop.clone(),
-                refused: refused.clone(),
+                rejected: rejected.clone(),
             };
             match flood {
                 Flood::Messages(message) => flooding.spawn(flooder.send(message)),
                 Flood::Connections => flooding.spawn(flooder.connect()),
             };
         }
-        let beside = measure(&subject, &small, load.rate, load.duration, "beside").await;
+        let beside = measure(&target, &small, load.rate, load.duration, "beside").await;
         stop.store(true, Ordering::Relaxed);
         while let Some(flooded) = flooding.join_next().await {
             flooded??;
@@ -132,59 +133,59 @@ pub(super) async fn run(load: &Load, set: &[String]) -> anyhow::Result<Report> {
             report.figure(figures[position * 2 + 1], latencies.value_at_quantile(0.99), "µs");
             report.check_latencies(latencies);
         }
-        report.figure(figures[4], refused.load(Ordering::Relaxed), "");
-        let checked = subject.check(Report::new("limits")).await?;
+        report.figure(figures[4], rejected.load(Ordering::Relaxed), "");
+        let checked = target.check(Report::new("limits")).await?;
         report.add_faults(checked.faults());
     }
     Ok(report)
 }
 
-/// One of those who go beyond a limit together.
+/// One of the connections that exceed a limit together.
 struct Flooder {
     url: String,
     token: String,
-    /// Number of its first message; the others follow in steps of [`CONNECTIONS`].
+    /// Number of its first message; the numbers of the others follow in steps of [`CONNECTIONS`].
     first: u64,
     per_second: u64,
     stop: Arc<AtomicBool>,
-    refused: Arc<AtomicU64>,
+    rejected: Arc<AtomicU64>,
 }
 
 impl Flooder {
-    /// Sends messages, some at once, and reads their answers.
+    /// Sends messages in bursts and reads the responses.
     async fn send(self, message: fn(u64) -> String) -> anyhow::Result<()> {
         let mut session = Session::connect(&self.url, &self.token).await?;
         session.next_text().await?;
         let mut number = self.first;
-        let every = Duration::from_secs_f64(BURST as f64 / self.per_second.max(1) as f64);
+        let interval = Duration::from_secs_f64(BURST as f64 / self.per_second.max(1) as f64);
         while !self.stop.load(Ordering::Relaxed) {
-            let next = Instant::now() + every;
+            let next = Instant::now() + interval;
             for _ in 0..BURST {
                 session.send(message(number)).await?;
                 number += CONNECTIONS;
             }
             for _ in 0..BURST {
-                let answer = session.next_text().await?;
-                let is_refusal = answer.starts_with("{\"type\":\"error\"");
-                self.refused.fetch_add(u64::from(is_refusal), Ordering::Relaxed);
+                let response = session.next_text().await?;
+                let is_rejected = response.starts_with("{\"type\":\"error\"");
+                self.rejected.fetch_add(u64::from(is_rejected), Ordering::Relaxed);
             }
             sleep_until(next).await;
         }
         Ok(())
     }
 
-    /// Opens connections, and keeps those that are let in.
+    /// Opens connections and keeps those that the server accepts.
     async fn connect(self) -> anyhow::Result<()> {
         let mut open = Vec::new();
-        let every = Duration::from_secs_f64(10.0 / self.per_second.max(1) as f64);
+        let interval = Duration::from_secs_f64(10.0 / self.per_second.max(1) as f64);
         while !self.stop.load(Ordering::Relaxed) {
             let mut session = Session::connect(&self.url, &self.token).await?;
             if session.next_text().await.is_ok() {
                 open.push(session);
             } else {
-                self.refused.fetch_add(1, Ordering::Relaxed);
+                self.rejected.fetch_add(1, Ordering::Relaxed);
             }
-            sleep(every).await;
+            sleep(interval).await;
         }
         Ok(())
     }

@@ -1,4 +1,4 @@
-//! What a measurement found, for people and for programs.
+//! Report of a benchmark, as text or JSON.
 
 use std::time::Duration;
 
@@ -8,23 +8,23 @@ use tokio::time::sleep;
 
 use crate::server_process::ServerProcess;
 
-/// The counter of requests that succeeded.
+/// Counter of succeeded requests.
 pub(crate) const SUCCEEDED: &str = "streamer_processor_succeeded_total";
-/// Whatever takes longer is a fault, however many others are fast: a stored event reaches its watchers
-/// within this.
+/// Maximum latency: a stored event must reach its watchers within this time, and every longer latency is a
+/// fault.
 pub(crate) const MAX_LATENCY: Duration = Duration::from_secs(5);
 
-/// Latencies, in microseconds: up to a minute, to three digits.
+/// Returns a histogram for latencies in microseconds, up to a minute, with three significant digits.
 pub(crate) fn histogram() -> Histogram<u64> {
     Histogram::new_with_bounds(1, 60_000_000, 3).expect("the bounds are valid")
 }
 
-/// Notes a latency.
+/// Records a latency.
 pub(crate) fn record(histogram: &mut Histogram<u64>, latency: Duration) {
     histogram.saturating_record(u64::try_from(latency.as_micros()).unwrap_or(u64::MAX));
 }
 
-/// Figures by name, in order.
+/// Figures of a benchmark, in the order in which they were added.
 pub(crate) struct Report {
     name: &'static str,
     figures: Vec<(&'static str, Value, &'static str)>,
@@ -36,6 +36,7 @@ impl Report {
         Self { name, figures: Vec::new(), faults: 0 }
     }
 
+    /// Adds a figure.
     pub(crate) fn figure(
         &mut self,
         name: &'static str,
@@ -45,13 +46,14 @@ impl Report {
         self.figures.push((name, value.into(), unit));
     }
 
-    /// So many in so long.
+    /// Adds the rate of `count` in `elapsed`, per second.
     pub(crate) fn rate(&mut self, name: &'static str, count: u64, elapsed: Duration) {
         #[expect(clippy::cast_precision_loss, reason = "far below 2^52")]
         let rate = count as f64 / elapsed.as_secs_f64();
         self.figure(name, rate.round(), "/s");
     }
 
+    /// Adds quantiles of the latencies, and counts those above [`MAX_LATENCY`] as faults.
     pub(crate) fn latencies(&mut self, histogram: &Histogram<u64>) {
         for (name, quantile) in
             [("p50", 0.5), ("p90", 0.9), ("p99", 0.99), ("p99.9", 0.999), ("max", 1.0)]
@@ -61,16 +63,16 @@ impl Report {
         self.check_latencies(histogram);
     }
 
-    /// Counts what took longer than [`MAX_LATENCY`] as faults.
+    /// Counts latencies above [`MAX_LATENCY`] as faults.
     pub(crate) fn check_latencies(&mut self, histogram: &Histogram<u64>) {
         let limit = u64::try_from(MAX_LATENCY.as_micros()).unwrap_or(u64::MAX);
         self.faults += histogram.count_between(limit + 1, u64::MAX);
     }
 
-    /// Counts what a server of our own found only by comparing with its store, and attempts that it lost:
-    /// neither happens in one healthy process.
+    /// Adds the events that the server delivered only after a comparison with its store, and the attempts that
+    /// it lost, as faults: neither happens in a single healthy process.
     pub(crate) async fn check_delivery(&mut self, server: &ServerProcess) -> anyhow::Result<()> {
-        // An announcement that is late may still come; until then the gauge counts it.
+        // Wait for late announcements, which the gauge counts until they arrive.
         while server.metric::<i64>("streamer_progress_unannounced_events").await? > 0 {
             sleep(Duration::from_millis(100)).await;
         }
@@ -85,7 +87,7 @@ impl Report {
         Ok(())
     }
 
-    /// What the server spent on each of so many.
+    /// Adds the server's processor time per request or event.
     pub(crate) fn processor(&mut self, milliseconds: u64, count: u64) {
         if milliseconds > 0 && count > 0 {
             #[expect(clippy::cast_precision_loss, reason = "far below 2^52")]
@@ -94,7 +96,7 @@ impl Report {
         }
     }
 
-    /// Adds lost, repeated or wrong messages; the measurement fails when there are any.
+    /// Adds lost, repeated or wrong messages. A benchmark with faults fails.
     pub(crate) fn add_faults(&mut self, faults: u64) {
         self.faults += faults;
     }

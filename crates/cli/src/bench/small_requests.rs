@@ -1,4 +1,4 @@
-//! Small requests of one tenant, whose times show what others do to it.
+//! Latency of one tenant's small requests, which shows the effect of other tenants.
 
 use std::time::Duration;
 
@@ -8,24 +8,24 @@ use streamer_client::Session;
 use tokio::time::{Instant, sleep_until, timeout};
 
 use super::{
-    Subject,
+    LoadTarget,
     report::{histogram, record},
 };
 
-/// How long one of them may take.
-const PATIENCE: Duration = Duration::from_secs(60);
+/// Timeout of each request.
+const REQUEST_TIMEOUT: Duration = Duration::from_secs(60);
 
-/// The times from the submission of each small request to its end. They come one after the other, at most
-/// `rate` a second.
+/// Measures the time from the submission of each request to its end. Requests run one after the other, at
+/// most `rate` per second.
 pub(super) async fn measure(
-    subject: &Subject,
+    target: &LoadTarget,
     token: &str,
     rate: u64,
     duration: Duration,
     name: &str,
 ) -> anyhow::Result<Histogram<u64>> {
-    let every = Duration::from_secs_f64(1.0 / rate.max(1) as f64);
-    let mut session = Session::connect(&subject.url, token).await?;
+    let interval = Duration::from_secs_f64(1.0 / rate.max(1) as f64);
+    let mut session = Session::connect(&target.url, token).await?;
     session.next_text().await?;
     let end = Instant::now() + duration;
     let mut latencies = histogram();
@@ -37,17 +37,19 @@ pub(super) async fn measure(
         let request = format!(r#"{{"id":"{id}","action":"echo_async","payload":{payload}}}"#);
         session.send(request).await?;
         loop {
-            let message = timeout(PATIENCE, session.next_text()).await.context("waiting")??;
+            let message = timeout(REQUEST_TIMEOUT, session.next_text())
+                .await
+                .context("waiting for the outcome")??;
             if message.starts_with("{\"type\":\"complete\"") {
                 break;
             }
             if message.starts_with("{\"type\":\"error\"") {
-                bail!("the server refused: {message}");
+                bail!("the request failed: {message}");
             }
         }
         record(&mut latencies, begin.elapsed());
         count += 1;
-        sleep_until(begin + every).await;
+        sleep_until(begin + interval).await;
     }
     Ok(latencies)
 }

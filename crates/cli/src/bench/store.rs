@@ -1,4 +1,4 @@
-//! Start-up and claims over a store that holds much: filled directly, then served.
+//! Start-up and claims on a large store, which is filled directly before the server starts.
 
 use std::{path::Path, sync::Arc, time::Duration};
 
@@ -21,11 +21,11 @@ use tokio::{
 use super::{Report, report::SUCCEEDED};
 use crate::server_process::ServerProcess;
 
-/// Operations on the store that are underway at once while it is filled.
+/// Number of concurrent store operations while the store is filled.
 const WRITERS: usize = 256;
-/// Claims are counted for so long.
-const COUNTED: Duration = Duration::from_secs(3);
-/// Starts of the server, of which the median counts.
+/// How long claims are counted.
+const CLAIM_PERIOD: Duration = Duration::from_secs(3);
+/// Number of server starts, of which the median is reported.
 const STARTS: usize = 5;
 
 pub(super) async fn run(
@@ -33,18 +33,18 @@ pub(super) async fn run(
     queued: usize,
     settings: &[String],
 ) -> anyhow::Result<Report> {
-    let data = TempDir::with_prefix("streamer-bench-").context("making a data folder")?;
-    let filling = Instant::now();
+    let data = TempDir::with_prefix("streamer-bench-").context("creating a data folder")?;
+    let began = Instant::now();
     fill(data.path(), finished, queued).await?;
-    let filling = filling.elapsed();
+    let fill_time = began.elapsed();
     let size = data.path().join("streamer.db").metadata()?.len();
 
-    let nothing_runs = [settings, &["execution.local_actions=echo".to_owned()]].concat();
+    let no_async_actions = [settings, &["execution.local_actions=echo".to_owned()]].concat();
     let mut starts = Vec::with_capacity(STARTS);
     let mut folder = data;
     for _ in 0..STARTS {
         let began = Instant::now();
-        let server = ServerProcess::start_in(folder, &nothing_runs)?;
+        let server = ServerProcess::start_in(folder, &no_async_actions)?;
         starts.push(began.elapsed());
         folder = server.stop()?;
     }
@@ -53,34 +53,35 @@ pub(super) async fn run(
     let server = ServerProcess::start_in(folder, settings)?;
     let before = server.processor_ms()?;
     let began = Instant::now();
-    sleep(COUNTED).await;
+    sleep(CLAIM_PERIOD).await;
     let claimed: u64 = server.metric(SUCCEEDED).await?;
-    let (elapsed, spent) = (began.elapsed(), server.processor_ms()?.saturating_sub(before));
+    let (elapsed, processor_ms) = (began.elapsed(), server.processor_ms()?.saturating_sub(before));
     if claimed >= queued as u64 {
-        bail!("the {queued} queued requests were done within {elapsed:?}: queue more");
+        bail!("all {queued} queued requests ended within {elapsed:?}; increase --queued");
     }
     let mut report = Report::new("store");
     report.figure("finished", finished, "");
     report.figure("queued", queued, "");
     report.figure("file", size / 1024 / 1024, "MiB");
-    report.figure("filling it took", filling.as_secs(), "s");
+    report.figure("filling it took", fill_time.as_secs(), "s");
     let median = starts[starts.len() / 2].as_micros();
     report.figure("start until ready", u64::try_from(median)?, "µs");
     report.rate("claimed and completed", claimed, elapsed);
-    report.processor(spent, claimed);
+    report.processor(processor_ms, claimed);
     report.check_delivery(&server).await?;
     Ok(report)
 }
 
+/// Creates the requests in the store, with several writers.
 async fn fill(data: &Path, finished: usize, queued: usize) -> anyhow::Result<()> {
     let store = streamer_store::open(&Engine::Embedded { data: data.to_owned() })?;
     let mut writers = JoinSet::new();
     for position in 0..WRITERS {
-        let share = |of: usize| of / WRITERS + usize::from(position < of % WRITERS);
+        let share = |total: usize| total / WRITERS + usize::from(position < total % WRITERS);
         let (store, finished, queued) = (store.clone(), share(finished), share(queued));
         writers.spawn(async move {
             for _ in 0..finished {
-                live(&store).await?;
+                create_finished(&store).await?;
             }
             for number in 0..queued {
                 let mut request = new_request();
@@ -96,8 +97,8 @@ async fn fill(data: &Path, finished: usize, queued: usize) -> anyhow::Result<()>
     Ok(())
 }
 
-/// A whole life.
-async fn live(store: &Arc<dyn Store>) -> anyhow::Result<()> {
+/// Creates a request, claims it and appends its terminal event.
+async fn create_finished(store: &Arc<dyn Store>) -> anyhow::Result<()> {
     let (request, now) = (new_request(), SystemClock.now());
     let uid = request.uid;
     store.create_request(request).await?;
@@ -109,10 +110,10 @@ async fn live(store: &Arc<dyn Store>) -> anyhow::Result<()> {
         lease_until: now.plus(Duration::from_secs(60)),
     };
     let ClaimOutcome::Claimed(claimed) = store.claim(claim).await? else {
-        bail!("a new request cannot be claimed")
+        bail!("a new request could not be claimed")
     };
-    let nothing = OutputDigest::default();
-    let output = OutputSummary { chunks: 0, sha256: nothing.sha256().to_vec().into() };
+    let empty = OutputDigest::default();
+    let output = OutputSummary { chunks: 0, sha256: empty.sha256().to_vec().into() };
     let end = Event {
         seq: claimed.record.last_seq + 1,
         attempt: 1,

@@ -7,27 +7,27 @@ use streamer_client::{ClientError, Session};
 use tokio::time::{Instant, sleep_until};
 
 use super::{
-    Report, Subject, WARM_UP,
+    LoadTarget, Report, WARM_UP,
     report::{histogram, record},
 };
 
 const MESSAGE: &str = r#"{"action":"echo","payload":{"hello":"world","n":9223372036854775807}}"#;
-const ANSWER: &str = r#""data":{"echo":{"hello":"world","n":9223372036854775807}}"#;
+const EXPECTED_DATA: &str = r#""data":{"echo":{"hello":"world","n":9223372036854775807}}"#;
 
 pub(super) async fn run(
-    subject: &Subject,
+    target: &LoadTarget,
     connections: usize,
     rate: u64,
     duration: Duration,
 ) -> anyhow::Result<Report> {
     let mut sessions = Vec::with_capacity(connections);
     for _ in 0..connections {
-        let mut session = Session::connect(&subject.url, &subject.token).await?;
+        let mut session = Session::connect(&target.url, &target.token).await?;
         session.next_text().await?;
         sessions.push(session);
     }
-    // One connection's share of the rate.
-    let every = (rate > 0).then(|| {
+    // Interval between the requests of one connection.
+    let interval = (rate > 0).then(|| {
         Duration::from_secs_f64(
             f64::from(u32::try_from(connections).unwrap_or(u32::MAX)) / rate as f64,
         )
@@ -38,30 +38,33 @@ pub(super) async fn run(
         .into_iter()
         .enumerate()
         .map(|(position, session)| {
-            // Spread over one interval, so that they are not all due at once.
-            let offset = every.map(|every| every.mul_f64(position as f64 / connections as f64));
-            tokio::spawn(drive(session, begin, end, every.zip(offset)))
+            // Connections start spread over one interval, so that requests are not all due at once.
+            let offset =
+                interval.map(|interval| interval.mul_f64(position as f64 / connections as f64));
+            tokio::spawn(drive(session, begin, end, interval.zip(offset)))
         })
         .collect();
     sleep_until(begin).await;
-    let before = subject.processor_ms();
+    let before = target.processor_ms();
     let mut latencies = histogram();
     let mut faults = 0;
     for task in tasks {
-        let (of_connection, wrong) = task.await??;
-        latencies.add(of_connection)?;
-        faults += wrong;
+        let (connection_latencies, connection_faults) = task.await??;
+        latencies.add(connection_latencies)?;
+        faults += connection_faults;
     }
-    let spent = subject.processor_ms().saturating_sub(before);
+    let processor_ms = target.processor_ms().saturating_sub(before);
     let mut report = Report::new("sync");
     report.figure("connections", connections, "");
     report.rate("requests", latencies.len(), duration);
     report.latencies(&latencies);
-    report.processor(spent, latencies.len());
+    report.processor(processor_ms, latencies.len());
     report.add_faults(faults);
     Ok(report)
 }
 
+/// Sends requests until `end`, and returns the latencies since `begin` and the number of faults. `schedule` is
+/// the interval and the first offset of an open loop.
 async fn drive(
     mut session: Session,
     begin: Instant,
@@ -83,14 +86,14 @@ async fn drive(
             return Ok((latencies, faults));
         }
         session.send(MESSAGE).await?;
-        let answer = session.next_text().await?;
+        let response = session.next_text().await?;
         let now = Instant::now();
-        if !answer.contains(ANSWER) {
+        if !response.contains(EXPECTED_DATA) {
             faults += 1;
         }
         if intended >= begin {
             record(&mut latencies, now - intended);
         }
-        due = due.zip(schedule).map(|(due, (every, _))| due + every);
+        due = due.zip(schedule).map(|(due, (interval, _))| due + interval);
     }
 }

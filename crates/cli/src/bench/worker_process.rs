@@ -1,4 +1,4 @@
-//! Workers in processes of their own.
+//! Workers in separate processes.
 
 use std::{
     env,
@@ -11,56 +11,64 @@ use streamer_client::Api;
 use streamer_proto::router::v1::ListActionsRequest;
 use tokio::time::{Instant, sleep};
 
-use super::Subject;
+use super::LoadTarget;
 
-/// How long they may take to connect.
-const PATIENCE: Duration = Duration::from_secs(30);
-const ASK_AGAIN: Duration = Duration::from_millis(50);
+/// Timeout for all workers to connect.
+const CONNECT_TIMEOUT: Duration = Duration::from_secs(30);
+const POLL_INTERVAL: Duration = Duration::from_millis(50);
 
-/// A worker that ends when this is dropped.
+/// A worker process, which is killed on drop.
 pub(super) struct WorkerProcess(Child);
 
 impl Drop for WorkerProcess {
     fn drop(&mut self) {
-        // It may have ended by itself.
+        // The process may have exited already.
         if self.0.kill().is_ok() {
             drop(self.0.wait());
         }
     }
 }
 
-/// Starts so many workers of `echo_async`, and waits until the server has seen them all.
+/// Starts `count` workers of `echo_async` and waits until all of them have connected.
 pub(super) async fn start(
-    subject: &Subject,
+    target: &LoadTarget,
     count: usize,
     slots: usize,
     command: Option<&str>,
 ) -> anyhow::Result<Vec<WorkerProcess>> {
     let mut workers = Vec::with_capacity(count);
     for _ in 0..count {
-        workers.push(spawn(subject, slots, command)?);
+        workers.push(spawn(target, slots, command)?);
     }
     if count == 0 {
         return Ok(workers);
     }
-    let deadline = Instant::now() + PATIENCE;
-    let api = Api::new(&subject.url, &subject.token)?;
+    let deadline = Instant::now() + CONNECT_TIMEOUT;
+    let api = Api::new(&target.url, &target.token)?;
     loop {
         let call = api.call(ListActionsRequest {});
         let listed = api.router().list_actions(call).await.map_err(|status| api.error(&status))?;
         let mut actions = listed.into_inner().actions.into_iter();
-        let seen = actions.find(|action| action.name == "echo_async").map_or(0, |a| a.workers);
-        if usize::try_from(seen).is_ok_and(|seen| seen >= count) {
+        let connected =
+            actions.find(|action| action.name == "echo_async").map_or(0, |action| action.workers);
+        if usize::try_from(connected).is_ok_and(|connected| connected >= count) {
             return Ok(workers);
         }
         if Instant::now() > deadline {
-            bail!("only {seen} of {count} workers of echo_async have connected");
+            bail!(
+                "only {connected} of {count} workers of echo_async connected within {} s",
+                CONNECT_TIMEOUT.as_secs()
+            );
         }
-        sleep(ASK_AGAIN).await;
+        sleep(POLL_INTERVAL).await;
     }
 }
 
-fn spawn(subject: &Subject, slots: usize, command: Option<&str>) -> anyhow::Result<WorkerProcess> {
+fn spawn(
+    target: &LoadTarget,
+    slots: usize,
+    command: Option<&str>,
+) -> anyhow::Result<WorkerProcess> {
     let mut process = match command {
         Some(command) => {
             let mut shell = Command::new("sh");
@@ -68,14 +76,14 @@ fn spawn(subject: &Subject, slots: usize, command: Option<&str>) -> anyhow::Resu
             shell
         }
         None => {
-            let mut own = Command::new(env::current_exe().context("finding this program")?);
-            own.args(["worker", "--actions", "echo_async", "--slots", &slots.to_string()]);
-            own
+            let mut worker = Command::new(env::current_exe().context("finding this program")?);
+            worker.args(["worker", "--actions", "echo_async", "--slots", &slots.to_string()]);
+            worker
         }
     };
     let child = process
-        .env("STREAMER_SERVER", &subject.url)
-        .env("STREAMER_TOKEN", &subject.token)
+        .env("STREAMER_SERVER", &target.url)
+        .env("STREAMER_TOKEN", &target.token)
         .env("STREAMER_SLOTS", slots.to_string())
         .env("STREAMER_LOG", "warn")
         .stdin(Stdio::null())

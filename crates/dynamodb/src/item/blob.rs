@@ -1,4 +1,4 @@
-//! Bytes, kept as text where they are text.
+//! Bytes, stored as text if they are text.
 
 use std::fmt;
 

@@ -1,4 +1,4 @@
-//! Events as they are stored.
+//! Stored form of events.
 
 use serde::{Deserialize, Serialize};
 use streamer_proto::{
@@ -20,7 +20,7 @@ pub(crate) struct StoredValue {
     pub(crate) content_type: Option<String>,
     #[serde(skip_serializing_if = "Option::is_none", default)]
     pub(crate) data: Option<Blob>,
-    /// Where the data is when it is not here.
+    /// Reference to the data if it is in the object store.
     #[serde(skip_serializing_if = "Option::is_none", default)]
     pub(crate) object: Option<StoredObject>,
 }
@@ -34,7 +34,7 @@ pub(crate) struct StoredObject {
 
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 pub(crate) struct StoredProgress {
-    /// As text: DynamoDB's numbers have other limits.
+    /// As text: DynamoDB's numbers have different limits.
     #[serde(skip_serializing_if = "Option::is_none", default)]
     percentage: Option<String>,
     #[serde(skip_serializing_if = "String::is_empty", default)]
@@ -52,7 +52,7 @@ pub(crate) struct StoredError {
     details: Option<StoredValue>,
 }
 
-/// Proof of output.
+/// Chunk count and digest of output.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 pub(crate) struct StoredOutput {
     chunks: i64,
@@ -114,14 +114,14 @@ pub(crate) struct StoredEvent {
 
 impl StoredEvent {
     pub(crate) fn new(event: &Event) -> Result<Self, StoreError> {
-        let refused =
+        let rejected =
             |reason: &str| StoreError::Refused { doing: "storing an event", reason: reason.into() };
-        let Some(kind) = &event.kind else { return Err(refused("the event has no kind")) };
+        let Some(kind) = &event.kind else { return Err(rejected("the event has no kind")) };
         Ok(Self {
             seq: event.seq,
             attempt: event.attempt,
             time: event.time.as_ref().map(millis),
-            kind: StoredKind::new(kind).ok_or_else(|| refused("a payload is not bytes"))?,
+            kind: StoredKind::new(kind).ok_or_else(|| rejected("a payload is not bytes"))?,
         })
     }
 
@@ -134,7 +134,7 @@ impl StoredEvent {
         }
     }
 
-    /// Its values that may be large.
+    /// Returns the value that may be large.
     pub(crate) fn value_mut(&mut self) -> Option<&mut StoredValue> {
         match &mut self.kind {
             StoredKind::Output { data: value, .. }
@@ -145,7 +145,7 @@ impl StoredEvent {
 }
 
 impl StoredKind {
-    /// `None` when a payload is not bytes.
+    /// Returns `None` if a payload is not bytes.
     fn new(kind: &Kind) -> Option<Self> {
         Some(match kind {
             Kind::Accepted(accepted) => Self::Accepted { action: accepted.action.clone() },
@@ -206,7 +206,7 @@ impl StoredKind {
     }
 }
 
-/// `None` only when there is something that cannot be stored.
+/// Returns `None` only if the value cannot be stored.
 fn optional<T, S>(value: Option<&T>, store: impl FnOnce(&T) -> Option<S>) -> Option<Option<S>> {
     match value {
         Some(value) => store(value).map(Some),

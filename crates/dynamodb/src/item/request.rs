@@ -1,4 +1,4 @@
-//! The item of a request.
+//! Item of a request.
 
 use serde::{Deserialize, Serialize};
 use streamer_core::{Timestamp, Uid};
@@ -8,9 +8,9 @@ use super::{
     Blob, StoredKind, StoredValue,
     event::{StoredError, StoredEvent, StoredOutput, StoredProgress},
 };
-use crate::error::damaged;
+use crate::error::corrupt;
 
-/// As it is written: `QUEUED`.
+/// Serialized in upper case: `QUEUED`.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "SCREAMING_SNAKE_CASE")]
 pub(crate) enum RequestState {
@@ -33,9 +33,9 @@ impl From<RequestState> for streamer_core::RequestState {
     }
 }
 
-/// Where a value of a request is kept: here, in a part of its own, or in the object store.
+/// Reference to a value of a request: in the item, in a part, or in the object store.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
-pub(crate) struct Kept {
+pub(crate) struct StoredRef {
     #[serde(flatten)]
     pub(crate) value: StoredValue,
     /// Key of the part.
@@ -43,7 +43,7 @@ pub(crate) struct Kept {
     pub(crate) part: Option<String>,
 }
 
-/// Everything about a request but the older part of its log and what is too large for an item.
+/// Everything about a request except the older part of its log and values too large for an item.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 pub(crate) struct RequestItem {
     pub(crate) uid: String,
@@ -85,24 +85,24 @@ pub(crate) struct RequestItem {
     pub(crate) trace_state: Option<String>,
     /// SHA-256 of action and payload.
     pub(crate) fingerprint: Blob,
-    pub(crate) payload: Kept,
+    pub(crate) payload: StoredRef,
     #[serde(skip_serializing_if = "Option::is_none", default)]
-    pub(crate) checkpoint: Option<Kept>,
-    /// The latest events; the ones before are in parts.
+    pub(crate) checkpoint: Option<StoredRef>,
+    /// Latest events; earlier ones are in parts.
     pub(crate) events: Vec<StoredEvent>,
-    /// Size of those events.
+    /// Size of `events` in bytes.
     pub(crate) events_bytes: i64,
-    /// Whether some have been moved to parts, or there are other parts or objects.
+    /// Whether the request has parts or objects.
     #[serde(skip_serializing_if = "Option::is_none", default)]
     pub(crate) has_parts: Option<bool>,
-    /// Latest progress of the latest attempt, when its event is in a part.
+    /// Latest progress of the latest attempt, if its event is in a part.
     #[serde(skip_serializing_if = "Option::is_none", default)]
     pub(crate) progress: Option<StoredProgress>,
     #[serde(skip_serializing_if = "Option::is_none", default)]
     pub(crate) error: Option<StoredError>,
     #[serde(skip_serializing_if = "Option::is_none", default)]
     pub(crate) output: Option<StoredOutput>,
-    // What the indexes are made of.
+    // Keys of the indexes.
     pub(crate) tenant_shard: String,
     #[serde(skip_serializing_if = "Option::is_none", default)]
     pub(crate) queue_shard: Option<String>,
@@ -119,7 +119,7 @@ pub(crate) struct RequestItem {
 }
 
 impl RequestItem {
-    pub(crate) fn new(new: &NewRequest, payload: Kept, accepted: StoredEvent) -> Self {
+    pub(crate) fn new(new: &NewRequest, payload: StoredRef, accepted: StoredEvent) -> Self {
         let millis = |time: Option<Timestamp>| time.map(Timestamp::as_millis);
         Self {
             uid: new.uid.to_string(),
@@ -166,7 +166,7 @@ impl RequestItem {
     }
 
     pub(crate) fn parsed_uid(&self) -> Result<Uid, StoreError> {
-        self.uid.parse().map_err(|error| damaged("reading a request", error))
+        self.uid.parse().map_err(|error| corrupt("reading a request", error))
     }
 
     pub(crate) fn owner(&self) -> Owner {
@@ -177,7 +177,7 @@ impl RequestItem {
         self.state.into()
     }
 
-    /// Progress belongs to an attempt and goes when that ends in another one.
+    /// Returns the progress of the latest attempt. A later attempt discards it.
     pub(crate) fn latest_progress(&self) -> Option<StoredProgress> {
         latest_progress(&self.events, self.progress.as_ref())
     }
@@ -206,14 +206,14 @@ impl RequestItem {
             cancel_reason: self.cancel_reason.clone(),
             error: self.error.clone().map(StoredError::into_error),
             output: self.output.clone().map(StoredOutput::into_summary),
-            redrive_of: redrive_of.map_err(|error| damaged("reading a request", error))?,
+            redrive_of: redrive_of.map_err(|error| corrupt("reading a request", error))?,
             trace_parent: self.trace_parent.clone(),
             trace_state: self.trace_state.clone(),
         })
     }
 }
 
-/// The latest progress after these events, if it was this before them.
+/// Returns the latest progress after these events, given the one before them.
 pub(crate) fn latest_progress(
     events: &[StoredEvent],
     before: Option<&StoredProgress>,

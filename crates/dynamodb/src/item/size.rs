@@ -1,8 +1,9 @@
-//! How large DynamoDB counts a value.
+//! Size of a value as DynamoDB counts it.
 
 use aws_sdk_dynamodb::types::AttributeValue;
 
-/// Bytes, by the rules of the Amazon DynamoDB Developer Guide, "DynamoDB item sizes and formats".
+/// Returns the size in bytes, by the rules of the Amazon DynamoDB Developer Guide, "DynamoDB item
+/// sizes and formats".
 pub(crate) fn size(value: &AttributeValue) -> usize {
     match value {
         AttributeValue::S(text) => text.len(),

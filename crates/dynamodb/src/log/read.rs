@@ -1,4 +1,4 @@
-//! Reading a log.
+//! Reads of a log.
 
 use super::*;
 
@@ -14,43 +14,43 @@ impl Dynamo {
         let uid = uid.to_string();
         let mut bytes = 0;
         let mut after = after_seq;
-        let mut tries = 0;
-        // First the item, then the parts: events only ever move from the one to the others.
+        let mut rereads = 0;
+        // The item is read before the parts: events move only from the item to parts.
         let Some(mut item) = self.get(&uid).await? else { return Ok(page) };
         loop {
             let (events, more) = self.events_after(&item, after).await?;
-            let mut wanted = Vec::new();
+            let mut selected = Vec::new();
             let (mut full, mut gap) = (false, after < item.last_seq && events.is_empty() && !more);
             for mut event in events {
                 if event.seq <= after || event.seq > item.last_seq {
                     continue;
                 }
                 gap = event.seq != after + 1;
-                full = page.events.len() + wanted.len() >= max_events
-                    || (bytes >= max_bytes && !(page.events.is_empty() && wanted.is_empty()));
+                full = page.events.len() + selected.len() >= max_events
+                    || (bytes >= max_bytes && !(page.events.is_empty() && selected.is_empty()));
                 if gap || full {
                     break;
                 }
                 after = event.seq;
-                bytes = bytes.saturating_add(bytes_in(&mut event));
-                wanted.push(event);
+                bytes = bytes.saturating_add(event_size(&mut event));
+                selected.push(event);
             }
-            let nothing = wanted.is_empty();
-            let values = wanted.iter_mut().filter_map(StoredEvent::value_mut).collect();
+            let is_empty = selected.is_empty();
+            let values = selected.iter_mut().filter_map(StoredEvent::value_mut).collect();
             self.restore(values).await?;
-            page.events.extend(wanted.into_iter().map(StoredEvent::into_event));
+            page.events.extend(selected.into_iter().map(StoredEvent::into_event));
             if full || (!gap && after >= item.last_seq) {
                 page.more = full;
                 return Ok(page);
             }
-            // Nothing may have come but what is newer than the item.
-            if gap || nothing {
-                // Parts that were written while they were read: the item tells what there is now.
-                tries += 1;
+            // All events read may be newer than the item.
+            if gap || is_empty {
+                // Parts were written during the read: the item shows the current state.
+                rereads += 1;
                 item = match self.get(&uid).await? {
-                    Some(_) if tries > MAX_TRIES => {
+                    Some(_) if rereads > MAX_REREADS => {
                         let reason = format!("request {uid} has no event {}", after + 1);
-                        return Err(damaged("reading events", reason));
+                        return Err(corrupt("reading events", reason));
                     }
                     Some(item) => item,
                     None => return Ok(page),
@@ -59,7 +59,7 @@ impl Dynamo {
         }
     }
 
-    /// Events after this one, as far as one call reads, and whether parts hold more.
+    /// Returns the events after this one, as far as one call reads, and whether parts contain more.
     pub(crate) async fn events_after(
         &self,
         item: &RequestItem,
@@ -76,7 +76,8 @@ impl Dynamo {
         Ok((events, next.is_some()))
     }
 
-    /// Some parts with events after `after`, in order, and where to go on.
+    /// Reads some parts with events after `after`, in order; returns the key to continue from, if
+    /// any.
     pub(crate) async fn read_parts(
         &self,
         uid: &str,
@@ -90,28 +91,28 @@ impl Dynamo {
             .table_name(&self.tables.parts)
             .key_condition_expression("uid = :u AND part BETWEEN :f AND :t")
             .expression_attribute_values(":u", text(uid))
-            .expression_attribute_values(":f", text(part_name(after.saturating_add(1))))
-            .expression_attribute_values(":t", text(part_name(i64::MAX)))
+            .expression_attribute_values(":f", text(event_part_key(after.saturating_add(1))))
+            .expression_attribute_values(":t", text(event_part_key(i64::MAX)))
             .consistent_read(true)
-            .limit(PAGE_PARTS)
+            .limit(MAX_PAGE_PARTS)
             .set_exclusive_start_key(start)
             .return_consumed_capacity(ReturnConsumedCapacity::Total)
             .send()
             .await
             .map_err(|error| store_error(doing, &error))?;
-        self.metrics.note_read(page.consumed_capacity());
+        self.metrics.record_read(page.consumed_capacity());
         let mut events = Vec::new();
         for mut item in page.items.unwrap_or_default() {
             let list = item.remove("events").unwrap_or(AttributeValue::L(Vec::new()));
             let list: Vec<StoredEvent> =
-                serde_dynamo::from_attribute_value(list).map_err(|error| damaged(doing, error))?;
+                serde_dynamo::from_attribute_value(list).map_err(|error| corrupt(doing, error))?;
             events.extend(list);
         }
         Ok((events, page.last_evaluated_key))
     }
 
-    /// So many events after this one, as they are stored.
-    pub(crate) async fn stored(
+    /// Returns up to `count` events after this one, in stored form.
+    pub(crate) async fn stored_events(
         &self,
         item: &RequestItem,
         after: i64,
@@ -121,8 +122,8 @@ impl Dynamo {
         if item.events.first().is_none_or(|first| first.seq > after + 1) {
             let mut start = None;
             loop {
-                let (some, next) = self.read_parts(&item.uid, after, start).await?;
-                events.extend(some);
+                let (part_events, next) = self.read_parts(&item.uid, after, start).await?;
+                events.extend(part_events);
                 if next.is_none() || events.len() >= count {
                     break;
                 }
@@ -135,8 +136,8 @@ impl Dynamo {
         Ok(events)
     }
 
-    /// Names of all parts of a request.
-    pub(crate) async fn part_names(&self, uid: &str) -> Result<Vec<String>, StoreError> {
+    /// Returns the keys of all parts of a request.
+    pub(crate) async fn part_keys(&self, uid: &str) -> Result<Vec<String>, StoreError> {
         let doing = "reading parts";
         let mut names = Vec::new();
         let mut start = None;
@@ -166,8 +167,8 @@ impl Dynamo {
     }
 }
 
-/// Roughly what an event takes when it is read.
-fn bytes_in(event: &mut StoredEvent) -> usize {
+/// Returns the approximate size of an event.
+fn event_size(event: &mut StoredEvent) -> usize {
     let large = event.value_mut().and_then(|value| value.object.as_ref()).map(|o| o.bytes);
     match large {
         Some(bytes) => usize::try_from(bytes).unwrap_or(usize::MAX),

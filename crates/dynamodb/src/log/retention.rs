@@ -1,41 +1,46 @@
-//! What goes with a request that has ended.
+//! Expiry of the parts and the client id of a request that has ended.
 
 use super::*;
 
 impl Dynamo {
-    /// Lets the parts and the name of a request that has ended go with it. Nobody waits for this; what
-    /// it does not reach, because the process ends, stays.
-    pub(crate) fn forget_later(&self, uid: &str, known: Option<&RequestItem>, at: Timestamp) {
-        if known.is_some_and(|item| item.has_parts.is_none() && item.client_id.is_none()) {
+    /// Sets the expiry of the parts and the client id of a request that has ended, in the
+    /// background. If the process exits before that, they remain.
+    pub(crate) fn expire_parts_in_background(
+        &self,
+        uid: &str,
+        item: Option<&RequestItem>,
+        at: Timestamp,
+    ) {
+        if item.is_some_and(|item| item.has_parts.is_none() && item.client_id.is_none()) {
             return;
         }
         let (dynamo, uid) = (self.clone(), uid.to_owned());
         tokio::spawn(async move {
-            if let Err(error) = dynamo.forget_parts(&uid, at).await {
-                tracing::warn!(%error, uid, "could not set when the parts of a request go");
+            if let Err(error) = dynamo.expire_parts(&uid, at).await {
+                tracing::warn!(%error, uid, "setting the expiry of request parts failed");
             }
         });
     }
 
-    pub(crate) async fn forget_parts(&self, uid: &str, at: Timestamp) -> Result<(), StoreError> {
+    pub(crate) async fn expire_parts(&self, uid: &str, at: Timestamp) -> Result<(), StoreError> {
         let Some(item) = self.get(uid).await? else { return Ok(()) };
         let mut keys = Vec::new();
         if let Some(client_id) = &item.client_id {
-            let name = name_of(&item.owner(), client_id);
-            // It may stand for another request by now.
+            let name = client_id_key(&item.owner(), client_id);
+            // The client id may identify a different request by now.
             let own = Expression::default().when("uid", "=", text(uid));
             keys.push((&self.tables.names, key([("name", name.as_str())]), own));
         }
         if item.has_parts == Some(true) {
-            for part in self.part_names(uid).await? {
-                let there = Expression::default().when_there("uid");
-                keys.push((&self.tables.parts, key([("uid", uid), ("part", &part)]), there));
+            for part in self.part_keys(uid).await? {
+                let exists = Expression::default().when_exists("uid");
+                keys.push((&self.tables.parts, key([("uid", uid), ("part", &part)]), exists));
             }
         }
         for (table, key, condition) in keys {
             let update = condition.set(TIME_TO_LIVE, number(at.as_millis() / 1000));
-            // It may be gone already.
-            self.update_item("forgetting a request", table, key, &update).await?;
+            // The item may be deleted already.
+            self.update_item("setting the expiry of a request", table, key, &update).await?;
         }
         Ok(())
     }

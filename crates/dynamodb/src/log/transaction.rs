@@ -3,23 +3,23 @@
 use super::*;
 
 impl Dynamo {
-    /// The same in a transaction: with events that move into parts, a checkpoint of its own, or the
-    /// proof that the holder's lease has ended.
+    /// Tries a change in a transaction: with events that move to parts, a checkpoint in a separate
+    /// part, or a check that the holder's lease has expired.
     pub(crate) async fn try_transaction(
         &self,
         uid: &str,
         item: &RequestItem,
-        room: bool,
+        fits_item: bool,
         expression: Expression,
         change: &Change<'_>,
-    ) -> Result<Tried, StoreError> {
+    ) -> Result<ChangeOutcome, StoreError> {
         let doing = "appending events";
-        // The answer tells what was asked for, so that must not change meanwhile.
+        // The result contains the cancellation reason, which must not change meanwhile.
         let mut expression = expression
             .when_unchanged("cancel_reason", item.cancel_reason.as_deref().map(text))
             .when("last_seq", "=", number(item.last_seq));
         let mut writes = Vec::new();
-        if room {
+        if fits_item {
             if !change.events.is_empty() {
                 expression = expression
                     .extend("events", encode(&change.events)?)
@@ -27,12 +27,12 @@ impl Dynamo {
             }
         } else {
             let moved = item.events.iter().chain(&change.events);
-            writes.extend(parts(uid, moved.clone())?);
+            writes.extend(split_into_parts(uid, moved.clone())?);
             let progress = latest_progress(&change.events, item.latest_progress().as_ref());
             expression = expression
                 .set("events", AttributeValue::L(Vec::new()))
                 .set("events_bytes", number(0));
-            if !change.retries() {
+            if !change.schedules_retry() {
                 let progress = progress.as_ref().map(encode).transpose()?;
                 expression = expression.set_or_remove("progress", progress);
             }
@@ -42,28 +42,28 @@ impl Dynamo {
             part.insert("data".into(), encode(&value.data)?);
             writes.push((part, false));
             let value = StoredValue { data: None, ..value.clone() };
-            let kept = Kept { value, part: Some(CHECKPOINT.into()) };
-            expression = expression.set("checkpoint", encode(&kept)?);
+            let stored_ref = StoredRef { value, part: Some(CHECKPOINT.into()) };
+            expression = expression.set("checkpoint", encode(&stored_ref)?);
         }
-        let mut checks = None;
+        let mut lease_check = None;
         if matches!(change.writer, Writer::ExpiredLease(_)) {
             expression = expression
                 .when_or_missing("lease_until", "<=", number(change.now.as_millis()))
                 .when_unchanged("lease_holder", item.lease_holder.as_deref().map(text));
-            checks = item.lease_holder.as_deref().map(|holder| {
-                let ended = Expression::default().when_or_missing(
+            lease_check = item.lease_holder.as_deref().map(|holder| {
+                let condition = Expression::default().when_or_missing(
                     "alive_until",
                     "<=",
                     number(change.now.as_millis()),
                 );
-                (holder, ended)
+                (holder, condition)
             });
         }
         if !writes.is_empty() || refers_to_object(change) {
             expression = expression.set("has_parts", AttributeValue::Bool(true));
         }
-        let expression = self.moves(expression, change, Some(item))?;
-        let mut patience = Patience::default();
+        let expression = self.state_transition_update(expression, change, Some(item))?;
+        let mut backoff = Backoff::default();
         loop {
             let update = Update::builder()
                 .table_name(&self.tables.requests)
@@ -76,7 +76,7 @@ impl Dynamo {
                     ReturnValuesOnConditionCheckFailure::AllOld,
                 )
                 .build()
-                .map_err(|error| damaged(doing, error))?;
+                .map_err(|error| corrupt(doing, error))?;
             let mut transaction = self
                 .client
                 .transact_write_items()
@@ -88,43 +88,45 @@ impl Dynamo {
                 if *new {
                     put = put.condition_expression("attribute_not_exists(uid)");
                 }
-                let put = put.build().map_err(|error| damaged(doing, error))?;
+                let put = put.build().map_err(|error| corrupt(doing, error))?;
                 transaction =
                     transaction.transact_items(TransactWriteItem::builder().put(put).build());
             }
-            if let Some((holder, ended)) = &checks {
+            if let Some((holder, condition)) = &lease_check {
                 let check = ConditionCheck::builder()
                     .table_name(&self.tables.fleet)
                     .set_key(Some(key([("kind", HOLDER), ("name", *holder)])))
-                    .set_condition_expression(ended.condition())
-                    .set_expression_attribute_names(ended.names())
-                    .set_expression_attribute_values(ended.values())
+                    .set_condition_expression(condition.condition())
+                    .set_expression_attribute_names(condition.names())
+                    .set_expression_attribute_values(condition.values())
                     .build()
-                    .map_err(|error| damaged(doing, error))?;
+                    .map_err(|error| corrupt(doing, error))?;
                 transaction = transaction
                     .transact_items(TransactWriteItem::builder().condition_check(check).build());
             }
             let error = match transaction.send().await {
                 Ok(done) => {
-                    self.metrics.note_write(done.consumed_capacity());
+                    self.metrics.record_write(done.consumed_capacity());
                     let asked = change.cancel_reason.map(str::to_owned);
                     let cancel_reason = asked.or_else(|| item.cancel_reason.clone());
-                    return Ok(Tried::Applied { cancel_reason });
+                    return Ok(ChangeOutcome::Applied { cancel_reason });
                 }
                 Err(error) => error,
             };
-            let error = match reasons(&error) {
-                Some(reasons) if only_busy(reasons) => cancelled(doing, reasons),
-                Some(_) => return Ok(Tried::Refused(self.get(uid).await?.map(Box::new))),
+            let error = match cancellation_reasons(&error) {
+                Some(reasons) if is_transient(reasons) => transaction_error(doing, reasons),
+                Some(_) => {
+                    return Ok(ChangeOutcome::ConditionFailed(self.get(uid).await?.map(Box::new)));
+                }
                 None => store_error(doing, &error),
             };
-            patience.wait(error).await?;
+            backoff.wait(error).await?;
         }
     }
 }
 
-/// Events as parts, none of them too large; each must be new.
-fn parts<'a>(
+/// Splits events into parts below the size limit; each part must be new.
+fn split_into_parts<'a>(
     uid: &str,
     events: impl Iterator<Item = &'a StoredEvent>,
 ) -> Result<Vec<(Attributes, bool)>, StoreError> {
@@ -132,14 +134,14 @@ fn parts<'a>(
     let mut list = Vec::new();
     let (mut bytes, mut last_seq) = (0, 0);
     let finish = |list: &mut Vec<AttributeValue>, last_seq: i64| {
-        let mut part = key([("uid", uid), ("part", part_name(last_seq).as_str())]);
+        let mut part = key([("uid", uid), ("part", event_part_key(last_seq).as_str())]);
         part.insert("events".into(), AttributeValue::L(std::mem::take(list)));
         (part, true)
     };
     for event in events {
         let value = encode(event)?;
         let added = size(&value) + 1;
-        if bytes + added > PART_BYTES && !list.is_empty() {
+        if bytes + added > MAX_PART_BYTES && !list.is_empty() {
             parts.push(finish(&mut list, last_seq));
             bytes = 0;
         }

@@ -1,4 +1,4 @@
-//! Claiming, adopting, cancelling and deleting.
+//! Claims, takeovers, cancellations and deletions.
 
 use super::*;
 
@@ -14,11 +14,14 @@ impl Dynamo {
         if record.is_overdue(claim.now) {
             return Ok(ClaimOutcome::Overdue(Box::new(record)));
         }
-        // Before the change: they cannot change while it waits, and after it nothing may fail.
-        let payload = self.kept(&uid, &item.payload).await?;
-        let payload = payload.ok_or_else(|| damaged(doing, "its payload is not there"))?;
+        // Read before the update: the values do not change while the request is queued, and after
+        // the update nothing may fail.
+        let payload = self.load_value(&uid, &item.payload).await?;
+        let payload = payload.ok_or_else(|| corrupt(doing, "the payload is missing"))?;
         let checkpoint = match &item.checkpoint {
-            Some(kept) => self.kept(&uid, kept).await?.map(|checkpoint| checkpoint.data),
+            Some(stored_ref) => {
+                self.load_value(&uid, stored_ref).await?.map(|checkpoint| checkpoint.data)
+            }
             None => None,
         };
         let (attempt, seq) = (item.attempt + 1, item.last_seq + 1);
@@ -35,15 +38,15 @@ impl Dynamo {
             .set("lease_holder", text(claim.holder.as_str()))
             .set_or_remove("worker", claim.worker_identity().map(text))
             .extend("events", encode(&events)?)
-            .add("events_bytes", bytes_of(&events)?)
-            .remove(&WAITING)
+            .add("events_bytes", events_size(&events)?)
+            .remove(&QUEUE_ATTRIBUTES)
             .remove(&["progress"])
             .when("state", "=", encode(&RequestState::Queued)?)
             .when("last_seq", "=", number(item.last_seq));
         let claimed = match self.update_request(doing, &uid, update).await? {
-            Updated::Done(item) => item,
-            // Claimed by this holder, in this call or an earlier one whose answer was lost.
-            Updated::Refused(Some(found))
+            ConditionalUpdate::Applied(item) => item,
+            // Claimed by this holder, in this call or in an earlier one whose response was lost.
+            ConditionalUpdate::ConditionFailed(Some(found))
                 if found.state == RequestState::Running
                     && found.attempt == attempt
                     && found.lease_holder.as_deref() == Some(claim.holder.as_str())
@@ -51,10 +54,10 @@ impl Dynamo {
             {
                 found
             }
-            Updated::Refused(_) => return Ok(ClaimOutcome::NotClaimable),
+            ConditionalUpdate::ConditionFailed(_) => return Ok(ClaimOutcome::NotClaimable),
         };
-        // What is stored counts, not what this call would have stored.
-        let stored = self.stored(&claimed, seq - 1, 1).await?.into_iter().next();
+        // Returns the stored event, not the one that this call would have stored.
+        let stored = self.stored_events(&claimed, seq - 1, 1).await?.into_iter().next();
         let started = stored.map_or(started, StoredEvent::into_event);
         let record = claimed.to_record()?;
         Ok(ClaimOutcome::Claimed(Box::new(Claimed { record, payload, checkpoint, started })))
@@ -70,8 +73,8 @@ impl Dynamo {
             .when("attempt", "=", number(adopt.lease.attempt))
             .when("worker", "=", text(adopt.worker_identity.as_str()));
         match self.update_request("adopting an attempt", &uid, update).await? {
-            Updated::Done(item) => item.to_record().map(Some),
-            Updated::Refused(_) => Ok(None),
+            ConditionalUpdate::Applied(item) => item.to_record().map(Some),
+            ConditionalUpdate::ConditionFailed(_) => Ok(None),
         }
     }
 
@@ -82,9 +85,9 @@ impl Dynamo {
         now: Timestamp,
     ) -> Result<CancelOutcome, StoreError> {
         let doing = "cancelling a request";
-        let name = uid.to_string();
-        let mut found = self.get(&name).await?;
-        let mut patience = Patience::default();
+        let uid = uid.to_string();
+        let mut found = self.get(&uid).await?;
+        let mut backoff = Backoff::default();
         loop {
             let Some(item) = found else { return Ok(CancelOutcome::NotFound) };
             let record = item.to_record()?;
@@ -101,18 +104,18 @@ impl Dynamo {
                         .when("state", "=", encode(&RequestState::Running)?)
                         .when("attempt", "=", number(item.attempt))
                         .when_missing("cancel_reason");
-                    match self.update_request(doing, &name, update).await? {
-                        Updated::Done(item) => {
+                    match self.update_request(doing, &uid, update).await? {
+                        ConditionalUpdate::Applied(item) => {
                             return Ok(CancelOutcome::Requested(Box::new(item.to_record()?)));
                         }
-                        Updated::Refused(found) => found,
+                        ConditionalUpdate::ConditionFailed(found) => found,
                     }
                 }
                 State::Queued => {
-                    // Whatever earlier attempts put out is void, so nothing is left.
-                    let nothing = OutputDigest::default();
+                    // Output of earlier attempts is void, so the final output is empty.
+                    let empty = OutputDigest::default();
                     let output =
-                        OutputSummary { chunks: 0, sha256: nothing.sha256().to_vec().into() };
+                        OutputSummary { chunks: 0, sha256: empty.sha256().to_vec().into() };
                     let kind = Kind::Cancelled(Cancelled {
                         reason: reason.to_owned(),
                         output: Some(output.clone()),
@@ -126,18 +129,19 @@ impl Dynamo {
                             now,
                         )?
                     };
-                    match self.change(&name, Some(&item), &change).await? {
-                        Tried::Applied { .. } => {
+                    match self.try_change(&uid, Some(&item), &change).await? {
+                        ChangeOutcome::Applied { .. } => {
                             let record =
                                 Box::new(cancelled_record(record, &event, now, reason, output));
                             return Ok(CancelOutcome::Cancelled(record, Box::new(event)));
                         }
-                        Tried::Refused(found) => {
+                        ChangeOutcome::ConditionFailed(found) => {
                             let found = found.map(|found| *found);
                             let done =
                                 |found: &RequestItem| found.events.last() == change.events.last();
                             if found.as_ref().is_some_and(done) {
-                                // This very call, whose first answer was lost on the way.
+                                // Stored by an earlier attempt of this call whose response was
+                                // lost.
                                 let record =
                                     Box::new(cancelled_record(record, &event, now, reason, output));
                                 return Ok(CancelOutcome::Cancelled(record, Box::new(event)));
@@ -147,27 +151,28 @@ impl Dynamo {
                     }
                 }
             };
-            let busy = StoreError::Unavailable { doing, reason: "it changes all the time".into() };
-            patience.wait(busy).await?;
+            let contention =
+                StoreError::Unavailable { doing, reason: "the request keeps changing".into() };
+            backoff.wait(contention).await?;
         }
     }
 
     pub(crate) async fn delete(&self, uid: Uid) -> Result<DeleteOutcome, StoreError> {
         let doing = "deleting a request";
-        let name = uid.to_string();
-        let Some(item) = self.get(&name).await? else { return Ok(DeleteOutcome::Deleted) };
+        let uid = uid.to_string();
+        let Some(item) = self.get(&uid).await? else { return Ok(DeleteOutcome::Deleted) };
         if !item.core_state().is_terminal() {
             return Ok(DeleteOutcome::NotEnded);
         }
-        // First, so that a deletion that breaks off can be repeated.
-        self.delete_parts(&name).await?;
-        let mut deletes = vec![(&self.tables.requests, key([("uid", name.as_str())]))];
+        // Parts are deleted first, so that an interrupted deletion can be repeated.
+        self.delete_parts(&uid).await?;
+        let mut deletes = vec![(&self.tables.requests, key([("uid", uid.as_str())]))];
         if let Some(client_id) = &item.client_id {
-            let id = name_of(&item.owner(), client_id);
+            let id = client_id_key(&item.owner(), client_id);
             deletes.push((&self.tables.names, key([("name", id.as_str())])));
         }
-        let own = Expression::default().when_or_missing("uid", "=", text(name.as_str()));
-        let mut patience = Patience::default();
+        let own = Expression::default().when_or_missing("uid", "=", text(uid.as_str()));
+        let mut backoff = Backoff::default();
         loop {
             let mut transaction = self.client.transact_write_items();
             for (table, key) in &deletes {
@@ -178,24 +183,24 @@ impl Dynamo {
                     .set_expression_attribute_names(own.names())
                     .set_expression_attribute_values(own.values())
                     .build()
-                    .map_err(|error| damaged(doing, error))?;
+                    .map_err(|error| corrupt(doing, error))?;
                 transaction =
                     transaction.transact_items(TransactWriteItem::builder().delete(delete).build());
             }
             match transaction.send().await {
                 Ok(_) => break,
                 Err(error) => {
-                    let error = match reasons(&error) {
-                        Some(reasons) if only_busy(reasons) => cancelled(doing, reasons),
-                        // Its name stands for another request by now.
+                    let error = match cancellation_reasons(&error) {
+                        Some(reasons) if is_transient(reasons) => transaction_error(doing, reasons),
+                        // The client id identifies a different request by now.
                         Some(_) if deletes.len() > 1 => {
                             deletes.truncate(1);
                             continue;
                         }
-                        Some(reasons) => cancelled(doing, reasons),
+                        Some(reasons) => transaction_error(doing, reasons),
                         None => store_error(doing, &error),
                     };
-                    patience.wait(error).await?;
+                    backoff.wait(error).await?;
                 }
             }
         }
@@ -203,7 +208,7 @@ impl Dynamo {
     }
 }
 
-/// As it is once it was cancelled while it waited.
+/// Returns the record of a queued request after its cancellation.
 fn cancelled_record(
     record: RequestRecord,
     event: &Event,

@@ -1,4 +1,4 @@
-//! Reading requests: one, many, a page of a tenant.
+//! Reads of requests: one, many, a page of a tenant.
 
 use super::*;
 
@@ -8,7 +8,7 @@ impl Dynamo {
         owner: &Owner,
         client_id: &str,
     ) -> Result<Option<RequestRecord>, StoreError> {
-        self.named(owner, client_id).await?.map(|item| item.to_record()).transpose()
+        self.find_by_client_id(owner, client_id).await?.map(|item| item.to_record()).transpose()
     }
 
     pub(crate) async fn get(&self, uid: &str) -> Result<Option<RequestItem>, StoreError> {
@@ -17,19 +17,19 @@ impl Dynamo {
         found.map(|item| decode(doing, item)).transpose()
     }
 
-    /// Reads many, in no order; what is not there is left out.
+    /// Reads many requests, in no order; omits those that do not exist.
     pub(crate) async fn get_many(&self, uids: Vec<String>) -> Result<Vec<RequestItem>, StoreError> {
-        // The same key twice is refused.
+        // DynamoDB rejects duplicate keys.
         let mut uids = uids;
         uids.sort_unstable();
         uids.dedup();
         let mut items = Vec::with_capacity(uids.len());
-        for some in uids.chunks(BATCH * BATCHES) {
-            let mut together = Vec::with_capacity(BATCHES);
-            for batch in some.chunks(BATCH) {
-                together.push(self.get_batch(batch));
+        for some in uids.chunks(MAX_BATCH_GET * MAX_CONCURRENT_BATCHES) {
+            let mut reads = Vec::with_capacity(MAX_CONCURRENT_BATCHES);
+            for batch in some.chunks(MAX_BATCH_GET) {
+                reads.push(self.get_batch(batch));
             }
-            items.extend(try_join_all(together).await?.into_iter().flatten());
+            items.extend(try_join_all(reads).await?.into_iter().flatten());
         }
         Ok(items)
     }
@@ -38,13 +38,13 @@ impl Dynamo {
         let doing = "reading requests";
         let mut keys: Vec<_> = uids.iter().map(|uid| key([("uid", uid.as_str())])).collect();
         let mut items = Vec::with_capacity(keys.len());
-        let mut patience = Patience::default();
+        let mut backoff = Backoff::default();
         loop {
             let wanted = KeysAndAttributes::builder()
                 .set_keys(Some(keys))
                 .consistent_read(true)
                 .build()
-                .map_err(|error| damaged(doing, error))?;
+                .map_err(|error| corrupt(doing, error))?;
             let mut found = self
                 .client
                 .batch_get_item()
@@ -53,19 +53,21 @@ impl Dynamo {
                 .send()
                 .await
                 .map_err(|error| store_error(doing, &error))?;
-            self.metrics.note_read(found.consumed_capacity());
-            let here = found.responses.as_mut().and_then(|all| all.remove(&self.tables.requests));
-            for item in here.unwrap_or_default() {
+            self.metrics.record_read(found.consumed_capacity());
+            let responses =
+                found.responses.as_mut().and_then(|all| all.remove(&self.tables.requests));
+            for item in responses.unwrap_or_default() {
                 items.push(decode(doing, item)?);
             }
-            let left = found.unprocessed_keys.and_then(|mut all| all.remove(&self.tables.requests));
-            match left {
-                Some(left) if !left.keys().is_empty() => keys = left.keys,
+            let unprocessed =
+                found.unprocessed_keys.and_then(|mut all| all.remove(&self.tables.requests));
+            match unprocessed {
+                Some(unprocessed) if !unprocessed.keys().is_empty() => keys = unprocessed.keys,
                 _ => return Ok(items),
             }
             let throttled =
                 StoreError::Overloaded { doing, reason: "some keys were not processed".into() };
-            patience.wait(throttled).await?;
+            backoff.wait(throttled).await?;
         }
     }
 
@@ -74,8 +76,8 @@ impl Dynamo {
         let mut before = query.before;
         let wanted = query.limit.saturating_add(1);
         for _ in 0..MAX_ROUNDS {
-            let page_size = if query.states.is_empty() { wanted } else { BATCH * 2 };
-            let (uids, next) = self.listed(query, before, page_size).await?;
+            let page_size = if query.states.is_empty() { wanted } else { MAX_BATCH_GET * 2 };
+            let (uids, next) = self.list_uids(query, before, page_size).await?;
             let names = uids.iter().map(ToString::to_string).collect();
             let mut items = self.get_many(names).await?;
             items.sort_by(|one, other| other.uid.cmp(&one.uid));
@@ -94,13 +96,13 @@ impl Dynamo {
                 break;
             }
         }
-        // A page may be short, or empty, where what is asked for is rare.
+        // A page may be short, or empty, if matching requests are rare.
         Ok(RequestPage { requests: found, next: before })
     }
 
-    /// Ids of a tenant's requests, newest first, merged from all shards; and the id before which to
-    /// go on, if there may be more.
-    pub(crate) async fn listed(
+    /// Returns uids of a tenant's requests, newest first, merged from all shards, and the uid to
+    /// continue before, if more may follow.
+    pub(crate) async fn list_uids(
         &self,
         query: &ListRequests,
         before: Option<Uid>,
@@ -108,10 +110,10 @@ impl Dynamo {
     ) -> Result<(Vec<Uid>, Option<Uid>), StoreError> {
         let shards = self.shards().map(|shard| {
             let partition = format!("{}\t{shard}", query.tenant);
-            self.listed_in(query, partition, before, limit)
+            self.list_uids_in_shard(query, partition, before, limit)
         });
         let found = try_join_all(shards).await?;
-        // What is older than where the first shard stopped is not known of all of them.
+        // Uids older than the end of the shard that stopped first may be missing from other shards.
         let mut next = found.iter().filter_map(|(_, stopped)| *stopped).max();
         let mut uids: Vec<_> = found.into_iter().flat_map(|(uids, _)| uids).collect();
         uids.retain(|uid| next.is_none_or(|next| *uid >= next));
@@ -123,8 +125,8 @@ impl Dynamo {
         Ok((uids, next))
     }
 
-    /// Those of one shard, and the id at which it stopped before the end.
-    pub(crate) async fn listed_in(
+    /// Returns the uids of one shard, and the uid at which it stopped before the end.
+    pub(crate) async fn list_uids_in_shard(
         &self,
         query: &ListRequests,
         partition: String,
@@ -146,7 +148,8 @@ impl Dynamo {
                 condition = filter.add(condition, attribute, text(value.as_str()));
             }
         }
-        let page_size = if is_filtered { FILTERED_PAGE } else { limit.clamp(1, FILTERED_PAGE) };
+        let page_size =
+            if is_filtered { FILTERED_PAGE_ROWS } else { limit.clamp(1, FILTERED_PAGE_ROWS) };
         let mut uids = Vec::new();
         let mut start = None;
         for _ in 0..MAX_PAGES {
@@ -166,7 +169,7 @@ impl Dynamo {
                 .send()
                 .await
                 .map_err(|error| store_error(doing, &error))?;
-            self.metrics.note_read(page.consumed_capacity());
+            self.metrics.record_read(page.consumed_capacity());
             for item in page.items() {
                 uids.push(uid_of(item)?);
             }
@@ -185,7 +188,7 @@ impl Dynamo {
     }
 }
 
-/// Items by uid.
+/// Returns items by uid.
 pub(crate) fn by_uid(items: Vec<RequestItem>) -> HashMap<String, RequestItem> {
     items.into_iter().map(|item| (item.uid.clone(), item)).collect()
 }

@@ -1,30 +1,30 @@
-//! Payloads and checkpoints: in the item, in parts, in the object store.
+//! Payloads and checkpoints: in the item, in parts or in the object store.
 
 use futures_util::{TryStreamExt, stream};
 
 use super::*;
 
-/// Parts that are deleted at a time.
-const DELETED_AT_ONCE: usize = 16;
+/// Maximum number of parts that are deleted concurrently.
+const MAX_CONCURRENT_DELETES: usize = 16;
 
 impl Dynamo {
-    /// Keeps a payload where it belongs by its size.
-    pub(crate) async fn keep_payload(
+    /// Stores a payload in the place that fits its size.
+    pub(crate) async fn store_payload(
         &self,
         uid: &str,
         payload: &StoredPayload,
-    ) -> Result<Kept, StoreError> {
+    ) -> Result<StoredRef, StoreError> {
         let mut value = StoredValue::of(&payload.content_type, Some(Blob(payload.data.clone())));
         if payload.data.len() <= INLINE_PAYLOAD_BYTES {
-            return Ok(Kept { value, part: None });
+            return Ok(StoredRef { value, part: None });
         }
         if let Some(objects) = &self.objects {
             objects.offload(uid, vec![&mut value]).await?;
         }
-        let Some(data) = value.data.take() else { return Ok(Kept { value, part: None }) };
+        let Some(data) = value.data.take() else { return Ok(StoredRef { value, part: None }) };
         let mut item = key([("uid", uid), ("part", PAYLOAD)]);
         item.insert("data".into(), encode(&data)?);
-        // What is there already is of an earlier call like this one, and is never replaced.
+        // An existing part is from an earlier identical call, and is never replaced.
         let put = self
             .client
             .put_item()
@@ -35,33 +35,33 @@ impl Dynamo {
             .send()
             .await;
         match put {
-            Ok(put) => self.metrics.note_write(put.consumed_capacity()),
+            Ok(put) => self.metrics.record_write(put.consumed_capacity()),
             Err(error) if error.code() == Some("ConditionalCheckFailedException") => {}
             Err(error) => return Err(store_error("storing a payload", &error)),
         }
-        Ok(Kept { value, part: Some(PAYLOAD.to_owned()) })
+        Ok(StoredRef { value, part: Some(PAYLOAD.to_owned()) })
     }
 
-    /// Of a submission that was not the first of its id. What cannot be removed is only in the way.
-    pub(crate) async fn drop_payload(&self, uid: &str, kept: &Kept) {
-        let outcome = match (&kept.part, &self.objects, &kept.value.object) {
+    /// Deletes the payload of a duplicate submission. A payload that cannot be deleted is harmless.
+    pub(crate) async fn delete_payload(&self, uid: &str, stored_ref: &StoredRef) {
+        let outcome = match (&stored_ref.part, &self.objects, &stored_ref.value.object) {
             (Some(part), _, _) => self.delete_part(uid, part).await,
             (None, Some(objects), Some(_)) => objects.delete_all(uid).await,
             _ => Ok(()),
         };
         if let Err(error) = outcome {
-            tracing::warn!(%error, uid, "could not remove a payload that is not needed");
+            tracing::warn!(%error, uid, "deleting an unused payload failed");
         }
     }
 
-    /// The value, from wherever it is.
-    pub(crate) async fn kept(
+    /// Reads a value from where it is stored.
+    pub(crate) async fn load_value(
         &self,
         uid: &str,
-        kept: &Kept,
+        stored_ref: &StoredRef,
     ) -> Result<Option<StoredPayload>, StoreError> {
-        let mut value = kept.value.clone();
-        if let Some(part) = &kept.part {
+        let mut value = stored_ref.value.clone();
+        if let Some(part) = &stored_ref.part {
             value.data = self.read_part(uid, part).await?;
         }
         self.restore(vec![&mut value]).await?;
@@ -79,7 +79,7 @@ impl Dynamo {
         let mut found = self.get_item(doing, &self.tables.parts, key).await?;
         let data = found.as_mut().and_then(|item| item.remove("data"));
         data.map(|data| {
-            serde_dynamo::from_attribute_value(data).map_err(|error| damaged(doing, error))
+            serde_dynamo::from_attribute_value(data).map_err(|error| corrupt(doing, error))
         })
         .transpose()
     }
@@ -87,15 +87,15 @@ impl Dynamo {
     pub(crate) async fn read_payload(&self, uid: Uid) -> Result<Option<StoredPayload>, StoreError> {
         let uid = uid.to_string();
         match self.get(&uid).await? {
-            Some(item) => self.kept(&uid, &item.payload).await,
+            Some(item) => self.load_value(&uid, &item.payload).await,
             None => Ok(None),
         }
     }
 
     pub(crate) async fn delete_parts(&self, uid: &str) -> Result<(), StoreError> {
-        let parts = self.part_names(uid).await?.into_iter().map(Ok);
+        let parts = self.part_keys(uid).await?.into_iter().map(Ok);
         stream::iter(parts)
-            .try_for_each_concurrent(DELETED_AT_ONCE, async |part: String| {
+            .try_for_each_concurrent(MAX_CONCURRENT_DELETES, async |part: String| {
                 self.delete_part(uid, &part).await
             })
             .await?;
@@ -123,7 +123,7 @@ impl Dynamo {
             Some(objects) => objects.restore(values).await,
             None => Err(StoreError::Unavailable {
                 doing: "reading a large value",
-                reason: "it is in an object store, and dynamodb.objects is not set".into(),
+                reason: "it is in an object store, but dynamodb.objects is not set".into(),
             }),
         }
     }

@@ -1,11 +1,11 @@
-//! The tables as a CloudFormation template.
+//! CloudFormation template of the tables.
 
 use serde_json::{Map, Value, json};
 
 use super::{Projection, TABLES, TIME_TO_LIVE, Table};
 
-/// The template, as JSON: on-demand tables with stream, time to live, point-in-time recovery,
-/// encryption and alarms; they are kept when the stack is deleted.
+/// Returns the template as JSON: on-demand tables with stream, time to live, point-in-time
+/// recovery, encryption and alarms; the tables are kept when the stack is deleted.
 #[must_use]
 pub fn cloudformation(default_prefix: &str) -> String {
     let mut resources = Map::new();
@@ -19,13 +19,13 @@ pub fn cloudformation(default_prefix: &str) -> String {
         );
         outputs.insert(
             format!("{id}Arn"),
-            json!({ "Description": format!("For policies: {}", table.holds),
+            json!({ "Description": format!("ARN for policies: {}", table.holds),
                     "Value": { "Fn::GetAtt": [id, "Arn"] } }),
         );
         if table.stream {
             outputs.insert(
                 format!("{id}StreamArn"),
-                json!({ "Description": "The stream that wakes processors",
+                json!({ "Description": "Stream that notifies processors",
                         "Value": { "Fn::GetAtt": [id, "StreamArn"] } }),
             );
         }
@@ -39,19 +39,19 @@ pub fn cloudformation(default_prefix: &str) -> String {
                 "Type": "String",
                 "Default": default_prefix,
                 "AllowedPattern": "[A-Za-z0-9_.-]{0,200}",
-                "Description": "What the names of all tables begin with (dynamodb.table_prefix)",
+                "Description": "Prefix of all table names (dynamodb.table_prefix)",
             },
             "AlarmTopicArn": {
                 "Type": "String",
                 "Default": "",
-                "Description": "SNS topic that is told of alarms; empty for none",
+                "Description": "SNS topic that receives alarms; empty for none",
             },
             "MaxUnitsPerSecond": {
                 "Type": "Number",
                 "Default": 0,
                 "MinValue": 0,
-                "Description": "Bound of the read and of the write units of each table and index, so \
-                    that a mistake cannot cost without end; 0 for none",
+                "Description": "Maximum read and write units of each table and index, which \
+                    bounds the cost of a mistake; 0 for none",
             },
         },
         "Conditions": {
@@ -74,8 +74,8 @@ fn full_name(table: &Table) -> Value {
 }
 
 fn throughput() -> Value {
-    let most = json!({ "Ref": "MaxUnitsPerSecond" });
-    let bounds = json!({ "MaxReadRequestUnits": most, "MaxWriteRequestUnits": most });
+    let maximum = json!({ "Ref": "MaxUnitsPerSecond" });
+    let bounds = json!({ "MaxReadRequestUnits": maximum, "MaxWriteRequestUnits": maximum });
     json!({ "Fn::If": ["IsBounded", bounds, { "Ref": "AWS::NoValue" }] })
 }
 

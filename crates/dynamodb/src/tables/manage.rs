@@ -1,4 +1,4 @@
-//! Creating the tables, and comparing what is there with what should be.
+//! Creates the tables, and compares existing ones with their definition.
 
 use std::{collections::BTreeMap, time::Duration};
 
@@ -19,28 +19,28 @@ use super::{Projection, TABLES, TIME_TO_LIVE, Table};
 use crate::{
     DynamoOptions,
     client::sdk_config,
-    error::{OpenError, chain},
+    error::{OpenError, error_chain},
 };
 
-/// Code of what an implementation for tests does not have.
-const NO_SUCH_OPERATION: &str = "UnknownOperationException";
+/// Error code of an operation that a test implementation does not have.
+const UNKNOWN_OPERATION: &str = "UnknownOperationException";
 /// A new table takes seconds.
-const PATIENCE: Duration = Duration::from_secs(300);
-const LOOK_AGAIN: Duration = Duration::from_millis(300);
+const READY_TIMEOUT: Duration = Duration::from_secs(300);
+const POLL_INTERVAL: Duration = Duration::from_millis(300);
 
-/// How a table differs from what it should be.
+/// Difference between a table and its definition.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum Difference {
-    /// It is not there.
+    /// The table does not exist.
     Missing {
         /// Full name of the table.
         table: String,
     },
-    /// It is there, and not as it should be.
+    /// The table exists and differs.
     Other {
         /// Full name of the table.
         table: String,
-        /// What.
+        /// Description of the difference.
         what: String,
     },
 }
@@ -48,17 +48,17 @@ pub enum Difference {
 impl std::fmt::Display for Difference {
     fn fmt(&self, formatter: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
         match self {
-            Self::Missing { table } => write!(formatter, "{table}: is not there"),
+            Self::Missing { table } => write!(formatter, "{table}: does not exist"),
             Self::Other { table, what } => write!(formatter, "{table}: {what}"),
         }
     }
 }
 
-/// Creates the tables that are not there and waits until they can be used; returns their names, and
-/// how those that were there differ from what they should be. Those are not changed.
+/// Creates the tables that do not exist and waits until they are active. Returns their names, and
+/// how the existing tables differ from their definition. Existing tables are not changed.
 ///
 /// # Errors
-/// When DynamoDB cannot be asked or refuses.
+/// Returns an error if a call to DynamoDB fails.
 pub async fn create(options: &DynamoOptions) -> Result<(Vec<String>, Vec<Difference>), OpenError> {
     let client = Client::new(&sdk_config(options).await?);
     let mut created = Vec::new();
@@ -66,7 +66,7 @@ pub async fn create(options: &DynamoOptions) -> Result<(Vec<String>, Vec<Differe
     for table in &TABLES {
         let name = format!("{}{}", options.table_prefix, table.name);
         match describe(&client, &name).await? {
-            // Somebody else creates it at this moment.
+            // A different process is creating the table.
             Some(found) if found.table_status() == Some(&TableStatus::Creating) => {
                 await_active(&client, &name).await?;
             }
@@ -77,7 +77,7 @@ pub async fn create(options: &DynamoOptions) -> Result<(Vec<String>, Vec<Differe
             }
         }
     }
-    // What fails for one table is done for the others all the same.
+    // A failure of one table does not affect the others.
     let mut outcome = Ok(());
     for name in &created {
         let finished = match await_active(&client, name).await {
@@ -90,10 +90,10 @@ pub async fn create(options: &DynamoOptions) -> Result<(Vec<String>, Vec<Differe
     Ok((created, differences))
 }
 
-/// Compares all tables with what they should be.
+/// Compares all tables with their definition.
 ///
 /// # Errors
-/// When DynamoDB cannot be asked.
+/// Returns an error if a call to DynamoDB fails.
 pub async fn check(options: &DynamoOptions) -> Result<Vec<Difference>, OpenError> {
     let client = Client::new(&sdk_config(options).await?);
     let mut differences = Vec::new();
@@ -107,14 +107,14 @@ pub async fn check(options: &DynamoOptions) -> Result<Vec<Difference>, OpenError
     Ok(differences)
 }
 
-fn failed<E, R>(doing: &str, name: &str, error: &SdkError<E, R>) -> OpenError
+fn table_error<E, R>(doing: &str, name: &str, error: &SdkError<E, R>) -> OpenError
 where
     E: ProvideErrorMetadata + std::error::Error + Send + Sync + 'static,
     R: std::fmt::Debug + Send + Sync + 'static,
 {
     let reason = match (error.code(), error.message()) {
         (Some(code), Some(message)) => format!("{code}: {message}"),
-        _ => chain(error),
+        _ => error_chain(error),
     };
     OpenError::Tables(format!("cannot {doing} table {name}: {reason}"))
 }
@@ -124,7 +124,7 @@ async fn describe(client: &Client, name: &str) -> Result<Option<TableDescription
         Ok(found) => Ok(found.table),
         Err(error) => match error.as_service_error() {
             Some(service) if service.is_resource_not_found_exception() => Ok(None),
-            _ => Err(failed("describe", name, &error)),
+            _ => Err(table_error("describe", name, &error)),
         },
     }
 }
@@ -168,7 +168,7 @@ async fn create_table(client: &Client, table: &Table, name: &str) -> Result<(), 
     }
     match create.send().await {
         Ok(_) => Ok(()),
-        // Somebody else creates it at this moment.
+        // A different process is creating the table.
         Err(error)
             if error
                 .as_service_error()
@@ -176,7 +176,7 @@ async fn create_table(client: &Client, table: &Table, name: &str) -> Result<(), 
         {
             Ok(())
         }
-        Err(error) => Err(failed("create", name, &error)),
+        Err(error) => Err(table_error("create", name, &error)),
     }
 }
 
@@ -193,30 +193,30 @@ fn key_schema(names: &[&str]) -> Result<Vec<KeySchemaElement>, OpenError> {
 }
 
 async fn await_active(client: &Client, name: &str) -> Result<(), OpenError> {
-    let until = Instant::now() + PATIENCE;
+    let deadline = Instant::now() + READY_TIMEOUT;
     loop {
         let status = describe(client, name).await?.and_then(|table| table.table_status);
         if status == Some(TableStatus::Active) {
             return Ok(());
         }
-        if Instant::now() > until {
-            return Err(OpenError::Tables(format!("table {name} does not become active")));
+        if Instant::now() > deadline {
+            return Err(OpenError::Tables(format!("table {name} did not become active in time")));
         }
         // DynamoDB has no call that waits for this.
-        sleep(LOOK_AGAIN).await;
+        sleep(POLL_INTERVAL).await;
     }
 }
 
-/// What can be set only once the table is there. An implementation that does not know backups is
-/// one for tests.
+/// Sets the options that require an existing table. An implementation without backups is one for
+/// tests.
 async fn finish_table(client: &Client, name: &str) -> Result<(), OpenError> {
     let spec = TimeToLiveSpecification::builder().enabled(true).attribute_name(TIME_TO_LIVE);
     let spec = spec.build().map_err(|error| OpenError::Tables(error.to_string()))?;
     let set = client.update_time_to_live().table_name(name).time_to_live_specification(spec);
     if let Err(error) = set.send().await {
-        // It may be set already, by whoever created the table at the same time.
+        // A different process that creates the table may have set it already.
         if !has_time_to_live(client, name).await? {
-            return Err(failed("set the time to live of", name, &error));
+            return Err(table_error("set the time to live of", name, &error));
         }
     }
     let spec = PointInTimeRecoverySpecification::builder().point_in_time_recovery_enabled(true);
@@ -225,32 +225,35 @@ async fn finish_table(client: &Client, name: &str) -> Result<(), OpenError> {
         .update_continuous_backups()
         .table_name(name)
         .point_in_time_recovery_specification(spec);
-    let until = Instant::now() + PATIENCE;
+    let deadline = Instant::now() + READY_TIMEOUT;
     loop {
         match set.clone().send().await {
             Ok(_) => return Ok(()),
-            Err(error) if error.code() == Some(NO_SUCH_OPERATION) => {
-                tracing::warn!(table = name, "this DynamoDB has no point-in-time recovery");
+            Err(error) if error.code() == Some(UNKNOWN_OPERATION) => {
+                tracing::warn!(
+                    table = name,
+                    "this DynamoDB implementation has no point-in-time recovery"
+                );
                 return Ok(());
             }
-            // A new table's backups are about to be enabled.
+            // The backups of a new table are not enabled yet.
             Err(error)
                 if error.code() == Some("ContinuousBackupsUnavailableException")
-                    && Instant::now() < until =>
+                    && Instant::now() < deadline =>
             {
-                sleep(LOOK_AGAIN).await;
+                sleep(POLL_INTERVAL).await;
             }
-            Err(error) => return Err(failed("set point-in-time recovery of", name, &error)),
+            Err(error) => return Err(table_error("set point-in-time recovery of", name, &error)),
         }
     }
 }
 
-/// `None` when this implementation does not know of it.
+/// Returns `None` if the implementation does not support it.
 async fn has_recovery(client: &Client, name: &str) -> Result<Option<bool>, OpenError> {
     let found = match client.describe_continuous_backups().table_name(name).send().await {
         Ok(found) => found,
-        Err(error) if error.code() == Some(NO_SUCH_OPERATION) => return Ok(None),
-        Err(error) => return Err(failed("describe the backups of", name, &error)),
+        Err(error) if error.code() == Some(UNKNOWN_OPERATION) => return Ok(None),
+        Err(error) => return Err(table_error("describe the backups of", name, &error)),
     };
     let status = found
         .continuous_backups_description
@@ -261,7 +264,7 @@ async fn has_recovery(client: &Client, name: &str) -> Result<Option<bool>, OpenE
 
 async fn has_time_to_live(client: &Client, name: &str) -> Result<bool, OpenError> {
     let found = client.describe_time_to_live().table_name(name).send().await;
-    let found = found.map_err(|error| failed("describe the time to live of", name, &error))?;
+    let found = found.map_err(|error| table_error("describe the time to live of", name, &error))?;
     let Some(found) = found.time_to_live_description else { return Ok(false) };
     let enabled = matches!(
         found.time_to_live_status,
@@ -277,12 +280,12 @@ async fn compare(
     found: &TableDescription,
 ) -> Result<Vec<Difference>, OpenError> {
     let mut differences = Vec::new();
-    let mut note = |what: String| {
+    let mut report = |what: String| {
         differences.push(Difference::Other { table: name.to_owned(), what });
     };
-    let keys = names_of(found.key_schema());
+    let keys = key_names(found.key_schema());
     if keys != table.key {
-        note(format!("its key is {}, should be {}", keys.join(" + "), table.key.join(" + ")));
+        report(format!("its key is {}, should be {}", keys.join(" + "), table.key.join(" + ")));
     }
     let found_indexes: BTreeMap<_, _> = found
         .global_secondary_indexes()
@@ -297,19 +300,19 @@ async fn compare(
         .collect();
     for (attribute, kind) in table.key_attributes() {
         if let Some(found) = types.get(attribute).filter(|found| **found != &kind) {
-            note(format!("key {attribute} has type {found}, should be {kind}"));
+            report(format!("key {attribute} has type {found}, should be {kind}"));
         }
     }
     for index in table.indexes {
         let Some(found) = found_indexes.get(index.name) else {
-            note(format!("index {} is not there", index.name));
+            report(format!("index {} does not exist", index.name));
             continue;
         };
         let (partition, sort, _) = index.key;
-        let keys = names_of(found.key_schema());
+        let keys = key_names(found.key_schema());
         if keys != [partition, sort] {
             let keys = keys.join(" + ");
-            note(format!("index {} has key {keys}, should be {partition} + {sort}", index.name));
+            report(format!("index {} has key {keys}, should be {partition} + {sort}", index.name));
         }
         let projection = found.projection();
         let kind = projection.and_then(|projection| projection.projection_type());
@@ -317,18 +320,18 @@ async fn compare(
             .map(|projection| projection.non_key_attributes().to_vec())
             .unwrap_or_default();
         included.sort();
-        let as_wanted = match index.projection {
+        let is_expected = match index.projection {
             Projection::KeysOnly => kind == Some(&ProjectionType::KeysOnly),
             Projection::All => kind == Some(&ProjectionType::All),
-            Projection::Include(wanted) => {
-                let mut wanted = wanted.to_vec();
-                wanted.sort_unstable();
-                kind == Some(&ProjectionType::Include) && included == wanted
+            Projection::Include(expected_attributes) => {
+                let mut expected_attributes = expected_attributes.to_vec();
+                expected_attributes.sort_unstable();
+                kind == Some(&ProjectionType::Include) && included == expected_attributes
             }
         };
-        if !as_wanted {
+        if !is_expected {
             let found = kind.map_or("nothing", ProjectionType::as_str);
-            note(format!(
+            report(format!(
                 "index {} projects {found} {included:?}, should be {:?}",
                 index.name, index.projection
             ));
@@ -340,12 +343,12 @@ async fn compare(
         && !matches!(view, Some(StreamViewType::NewImage | StreamViewType::NewAndOldImages))
     {
         let view = view.map_or("none", StreamViewType::as_str);
-        note(format!("its stream is {view}, should be NEW_IMAGE"));
+        report(format!("its stream is {view}, should be NEW_IMAGE"));
     }
     if !has_time_to_live(client, name).await? {
         differences.push(Difference::Other {
             table: name.to_owned(),
-            what: format!("its time to live is not attribute {TIME_TO_LIVE}"),
+            what: format!("time to live is not enabled on attribute {TIME_TO_LIVE}"),
         });
     }
     if has_recovery(client, name).await? == Some(false) {
@@ -357,8 +360,8 @@ async fn compare(
     Ok(differences)
 }
 
-/// Partition key first.
-fn names_of(schema: &[KeySchemaElement]) -> Vec<&str> {
+/// Returns the names of the keys, partition key first.
+fn key_names(schema: &[KeySchemaElement]) -> Vec<&str> {
     let mut elements: Vec<_> = schema.iter().collect();
     elements.sort_by_key(|element| element.key_type() != &KeyType::Hash);
     elements.into_iter().map(KeySchemaElement::attribute_name).collect()

@@ -10,46 +10,50 @@ fn tenants() -> [Arc<str>; 2] {
     ["acme".into(), "globex".into()]
 }
 
-/// A reservation that waits.
-type Waiting = Pin<Box<dyn Future<Output = Reservation> + Send>>;
+/// A reservation that has to wait.
+type PendingReservation = Pin<Box<dyn Future<Output = Reservation> + Send>>;
 
-/// Begins to reserve.
-fn begin(budget: &Arc<OutputBudget>, tenant: &Arc<str>, bytes: usize) -> Waiting {
+/// Starts a reservation that has to wait.
+fn start_waiting(
+    budget: &Arc<OutputBudget>,
+    tenant: &Arc<str>,
+    bytes: usize,
+) -> PendingReservation {
     let (budget, tenant) = (budget.clone(), tenant.clone());
     let mut reserving = Box::pin(async move { budget.reserve(&tenant, bytes).await });
-    assert!((&mut reserving).now_or_never().is_none(), "there is room");
+    assert!((&mut reserving).now_or_never().is_none(), "the budget has room");
     reserving
 }
 
-fn now(budget: &Arc<OutputBudget>, tenant: &Arc<str>, bytes: usize) -> Reservation {
-    budget.reserve(tenant, bytes).now_or_never().expect("there is room")
+fn reserve_now(budget: &Arc<OutputBudget>, tenant: &Arc<str>, bytes: usize) -> Reservation {
+    budget.reserve(tenant, bytes).now_or_never().expect("the budget has room")
 }
 
 #[test]
-fn one_tenant_gets_half_and_another_has_room() {
+fn one_tenant_gets_half_and_leaves_room_for_another() {
     let budget = OutputBudget::new(100);
     let [acme, globex] = tenants();
-    let first = now(&budget, &acme, 50);
-    let mut waiting = begin(&budget, &acme, 1);
-    let other = now(&budget, &globex, 20);
+    let first = reserve_now(&budget, &acme, 50);
+    let mut waiting = start_waiting(&budget, &acme, 1);
+    let other = reserve_now(&budget, &globex, 20);
     assert!((&mut waiting).now_or_never().is_none());
     drop(first);
     let granted = waiting.now_or_never().unwrap();
     assert_eq!((granted.bytes(), budget.used()), (1, 21));
     drop((granted, other));
     assert_eq!(budget.used(), 0);
-    assert!(budget.state.lock().tenants.is_empty(), "nothing is kept of idle tenants");
+    assert!(budget.state.lock().tenants.is_empty(), "idle tenants are removed");
 }
 
 #[test]
-fn the_tenant_with_the_least_bytes_is_first_and_is_not_overtaken() {
+fn the_tenant_with_the_least_bytes_is_served_first() {
     let budget = OutputBudget::new(100);
     let [acme, globex] = tenants();
     let third: Arc<str> = "initech".into();
-    let (held, small) = (now(&budget, &acme, 40), now(&budget, &third, 10));
-    let mut first = begin(&budget, &globex, 60);
-    // There would be room for this one, but not for the one before it, whose tenant holds less.
-    let mut second = begin(&budget, &third, 1);
+    let (held, small) = (reserve_now(&budget, &acme, 40), reserve_now(&budget, &third, 10));
+    let mut first = start_waiting(&budget, &globex, 60);
+    // The budget has room for this one, but not for the earlier one, whose tenant holds less.
+    let mut second = start_waiting(&budget, &third, 1);
     drop(held);
     assert_eq!((&mut first).now_or_never().map(|granted| granted.bytes()), Some(60));
     assert_eq!((&mut second).now_or_never().map(|granted| granted.bytes()), Some(1));
@@ -60,16 +64,16 @@ fn the_tenant_with_the_least_bytes_is_first_and_is_not_overtaken() {
 fn a_dropped_waiter_does_not_block_others() {
     let budget = OutputBudget::new(100);
     let [acme, globex] = tenants();
-    let held = now(&budget, &globex, 60);
-    let large = begin(&budget, &acme, 100);
-    let mut small = begin(&budget, &acme, 30);
-    // The one behind it is served at once, and nothing is left of it.
+    let held = reserve_now(&budget, &globex, 60);
+    let large = start_waiting(&budget, &acme, 100);
+    let mut small = start_waiting(&budget, &acme, 30);
+    // The next waiter is served immediately, and the dropped one leaves nothing behind.
     drop(large);
     let granted = (&mut small).now_or_never().unwrap();
     assert_eq!((granted.bytes(), budget.used()), (30, 90));
     assert_eq!(budget.available_to("initech"), 10);
-    // One that is granted and then dropped gives its bytes back.
-    let again = begin(&budget, &acme, 50);
+    // A reservation that is granted and then dropped releases its bytes.
+    let again = start_waiting(&budget, &acme, 50);
     drop((granted, held));
     assert_eq!(budget.used(), 50);
     drop(again);
@@ -79,24 +83,24 @@ fn a_dropped_waiter_does_not_block_others() {
 }
 
 #[test]
-fn tenants_that_hold_the_same_are_served_in_turn() {
+fn tenants_with_equal_bytes_are_served_in_arrival_order() {
     let budget = OutputBudget::new(100);
     let [acme, globex] = tenants();
-    let held = now(&budget, &acme, 60);
-    let mut other = begin(&budget, &globex, 60);
-    let mut again = begin(&budget, &acme, 60);
+    let held = reserve_now(&budget, &acme, 60);
+    let mut other = start_waiting(&budget, &globex, 60);
+    let mut again = start_waiting(&budget, &acme, 60);
     drop(held);
-    let granted = (&mut other).now_or_never().expect("it came first");
+    let granted = (&mut other).now_or_never().expect("it was first");
     assert!((&mut again).now_or_never().is_none());
     drop(granted);
     assert!((&mut again).now_or_never().is_some());
 }
 
 #[test]
-fn parts_of_a_reservation_are_released_alone() {
+fn parts_of_a_reservation_are_released_separately() {
     let budget = OutputBudget::new(100);
     let [acme, _] = tenants();
-    let mut whole = now(&budget, &acme, 60);
+    let mut whole = reserve_now(&budget, &acme, 60);
     let part = whole.split(20);
     assert_eq!((whole.bytes(), part.bytes(), budget.used()), (40, 20, 60));
     drop(part);
@@ -106,15 +110,15 @@ fn parts_of_a_reservation_are_released_alone() {
 }
 
 #[test]
-fn more_than_the_whole_budget_is_all_of_it() {
+fn a_reservation_is_capped_at_the_whole_budget() {
     let budget = OutputBudget::new(100);
     let [acme, globex] = tenants();
-    let all = now(&budget, &acme, 1000);
+    let all = reserve_now(&budget, &acme, 1000);
     assert_eq!(
         (all.bytes(), budget.available_to(&acme), budget.available_to(&globex)),
         (100, 0, 0)
     );
-    let mut waiting = begin(&budget, &globex, 1);
+    let mut waiting = start_waiting(&budget, &globex, 1);
     drop(all);
     assert_eq!((&mut waiting).now_or_never().unwrap().bytes(), 1);
 }

@@ -16,21 +16,21 @@ fn output(bytes: usize) -> Report {
     Report::Output { content_type: String::new(), data: vec![0; bytes].into() }
 }
 
-/// Whether a future is ready now.
+/// Returns whether a future is ready now.
 fn is_ready<T>(future: Pin<&mut impl Future<Output = T>>) -> bool {
     future.now_or_never().is_some()
 }
 
 #[tokio::test]
-async fn large_reports_wait_for_the_budget_and_small_ones_do_not() {
+async fn only_large_reports_wait_for_the_budget() {
     let budget = OutputBudget::new(2 * LARGE);
-    let [first, second] = [(); 2].map(|()| ReportQueue::within(budget.clone(), "acme"));
+    let [first, second] = [(); 2].map(|()| ReportQueue::with_budget(budget.clone(), "acme"));
     first.push(output(LARGE - 100)).await.unwrap();
     let mut waiting = pin!(second.push(output(LARGE / 2)));
     assert!(!is_ready(waiting.as_mut()));
-    let small = ReportQueue::within(budget.clone(), "acme");
+    let small = ReportQueue::with_budget(budget.clone(), "acme");
     small.push(output(1000)).await.unwrap();
-    // What was taken is held until it is dropped.
+    // Taken reports hold their reservation until they are dropped.
     let batch = first.take_batch();
     assert!(!is_ready(waiting.as_mut()));
     drop(batch);
@@ -40,9 +40,9 @@ async fn large_reports_wait_for_the_budget_and_small_ones_do_not() {
 }
 
 #[tokio::test]
-async fn a_prepaid_report_reserves_nothing_more() {
+async fn a_prepaid_report_uses_its_reservation() {
     let budget = OutputBudget::new(3 * LARGE);
-    let queue = ReportQueue::within(budget.clone(), "acme");
+    let queue = ReportQueue::with_budget(budget.clone(), "acme");
     queue.prepay(budget.reserve(&"acme".into(), LARGE).await);
     queue.push(output(LARGE - 64)).await.unwrap();
     assert_eq!(budget.used(), LARGE);
@@ -53,24 +53,24 @@ async fn a_prepaid_report_reserves_nothing_more() {
 }
 
 #[tokio::test]
-async fn a_small_report_that_waited_behind_others_goes_on_once_they_are_taken() {
+async fn a_small_report_behind_others_is_pushed_once_they_are_taken() {
     let budget = OutputBudget::new(2 * LARGE);
-    let queue = ReportQueue::within(budget.clone(), "acme");
+    let queue = ReportQueue::with_budget(budget.clone(), "acme");
     queue.push(output(LARGE / 2)).await.unwrap();
     let _all = budget.reserve(&"globex".into(), LARGE).await;
     let _rest = budget.reserve(&"initech".into(), LARGE / 2 - 64).await;
     let mut waiting = pin!(queue.push(output(1000)));
     assert!(!is_ready(waiting.as_mut()));
-    // Still held, as by a batch that is on its way.
+    // Still held, as by a batch in transit.
     let _batch = queue.take_batch();
     waiting.await.unwrap();
 }
 
 #[tokio::test]
-async fn closing_a_queue_ends_the_wait_for_room() {
+async fn close_fails_waiting_pushes() {
     let budget = OutputBudget::new(LARGE);
     let _all = budget.reserve(&"acme".into(), LARGE).await;
-    let queue = ReportQueue::within(budget.clone(), "acme");
+    let queue = ReportQueue::with_budget(budget.clone(), "acme");
     let mut waiting = pin!(queue.push(output(LARGE / 2)));
     assert!(!is_ready(waiting.as_mut()));
     queue.close();
@@ -78,16 +78,16 @@ async fn closing_a_queue_ends_the_wait_for_room() {
 }
 
 #[tokio::test(start_paused = true)]
-async fn a_queue_that_waits_for_room_is_not_silent() {
+async fn a_blocked_or_paused_queue_is_not_silent() {
     let budget = OutputBudget::new(LARGE);
     let all = budget.reserve(&"acme".into(), LARGE).await;
-    let queue = ReportQueue::within(budget.clone(), "acme");
+    let queue = ReportQueue::with_budget(budget.clone(), "acme");
     let minute = Duration::from_secs(60);
     {
         let mut waiting = pin!(queue.push(output(LARGE / 2)));
         assert!(!is_ready(waiting.as_mut()));
         advance(minute).await;
-        assert_eq!(queue.last_push(), Instant::now());
+        assert_eq!(queue.last_activity(), Instant::now());
         drop(all);
         waiting.await.unwrap();
     }
@@ -95,8 +95,8 @@ async fn a_queue_that_waits_for_room_is_not_silent() {
     queue.set_source(source.clone());
     let paused = source.pause();
     advance(minute).await;
-    assert_eq!(queue.last_push(), Instant::now());
+    assert_eq!(queue.last_activity(), Instant::now());
     drop(paused);
     advance(minute).await;
-    assert_eq!(queue.last_push(), Instant::now() - minute);
+    assert_eq!(queue.last_activity(), Instant::now() - minute);
 }

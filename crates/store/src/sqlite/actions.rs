@@ -1,4 +1,4 @@
-//! Declarations of actions, for when nobody offers them.
+//! Stored declarations of actions, for when no processor or worker offers them.
 
 use prost::Message;
 use rusqlite::{Connection, params};

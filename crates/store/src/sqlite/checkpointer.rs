@@ -1,5 +1,5 @@
-//! Moves what was committed from the write-ahead log into the database file, beside the writer: doing that in
-//! a commit would make everything that waits for it wait for the database file as well.
+//! Checkpoints the write-ahead log on a separate thread: a checkpoint in a commit would make all
+//! waiting operations wait for the database file as well.
 
 use std::{
     path::Path,
@@ -12,45 +12,45 @@ use rusqlite::Connection;
 use super::{schema, sqlite_error};
 use crate::StoreError;
 
-/// Pages of the log after which they are moved, as SQLite's own default.
-const PAGES: usize = 1000;
+/// Pages in the log after which to checkpoint, SQLite's own default.
+const CHECKPOINT_PAGES: usize = 1000;
 /// Bytes of a page.
 const PAGE_BYTES: usize = 4096;
-/// An estimate of the pages that an operation writes beside its values: of tables and of indexes.
-const PAGES_OF_EACH: usize = 4;
+/// Estimate of the table and index pages that an operation writes in addition to its values.
+const PAGES_PER_OPERATION: usize = 4;
 
-/// The thread that does it. Dropping it waits for its end.
+/// The checkpointer thread. Dropping it waits until the thread has exited.
 pub(super) struct Checkpointer {
-    /// An estimate of the pages that were written since the thread was woken.
-    written: usize,
+    /// Estimate of the pages written since the last wakeup of the thread.
+    pages_written: usize,
     wake: Option<SyncSender<()>>,
     thread: Option<JoinHandle<()>>,
 }
 
 impl Checkpointer {
-    /// Starts it for the database at this path.
+    /// Starts the thread for the database at this path.
     pub(super) fn start(path: &Path) -> Result<Self, StoreError> {
         let connection = schema::open_for_checkpoints(path)
-            .map_err(|error| sqlite_error("opening for checkpoints", &error))?;
-        let (wake, wanted) = sync_channel(1);
+            .map_err(|error| sqlite_error("opening the database for checkpoints", &error))?;
+        let (wake, requests) = sync_channel(1);
         let thread = thread::Builder::new()
             .name("store-checkpointer".into())
-            .spawn(move || checkpoint_when_wanted(&connection, &wanted))
+            .spawn(move || checkpoint_on_request(&connection, &requests))
             .map_err(|error| StoreError::Unavailable {
                 doing: "starting the checkpointer",
                 reason: error.to_string(),
             })?;
-        Ok(Self { written: 0, wake: Some(wake), thread: Some(thread) })
+        Ok(Self { pages_written: 0, wake: Some(wake), thread: Some(thread) })
     }
 
-    /// Notes that operations with these bytes of values were committed.
-    pub(super) fn note_written(&mut self, operations: usize, bytes: usize) {
-        self.written += operations * PAGES_OF_EACH + bytes / PAGE_BYTES;
-        if self.written >= PAGES
+    /// Records that operations with this many bytes of values were committed.
+    pub(super) fn record_written(&mut self, operations: usize, bytes: usize) {
+        self.pages_written += operations * PAGES_PER_OPERATION + bytes / PAGE_BYTES;
+        if self.pages_written >= CHECKPOINT_PAGES
             && let Some(wake) = &self.wake
         {
-            self.written = 0;
-            // Full: it is awake, or about to be.
+            self.pages_written = 0;
+            // A full channel means that the thread is awake, or about to be.
             let _: Result<_, _> = wake.try_send(());
         }
     }
@@ -62,17 +62,17 @@ impl Drop for Checkpointer {
         if let Some(thread) = self.thread.take()
             && thread.join().is_err()
         {
-            tracing::error!("the store's checkpointer had panicked");
+            tracing::error!("the store's checkpointer thread panicked");
         }
     }
 }
 
-fn checkpoint_when_wanted(db: &Connection, wanted: &Receiver<()>) {
-    while wanted.recv().is_ok() {
-        // Passive: it neither waits for readers nor blocks the writer. What it leaves is moved the next time, or
-        // by a commit once the log is several times as long.
+fn checkpoint_on_request(db: &Connection, requests: &Receiver<()>) {
+    while requests.recv().is_ok() {
+        // Passive: neither waits for readers nor blocks the writer. The next checkpoint moves the
+        // remainder, or a commit does once the log is several times as long.
         if let Err(error) = db.execute_batch("PRAGMA wal_checkpoint(PASSIVE)") {
-            tracing::debug!(%error, "could not move the write-ahead log into the store file");
+            tracing::debug!(%error, "checkpointing the write-ahead log failed");
         }
     }
 }

@@ -1,12 +1,11 @@
-//! CRC-32 of what is stored, with the key that it is stored under: SQLite notices a damaged
-//! structure, not a damaged value.
+//! CRC-32 of stored values and their keys: SQLite detects a corrupt structure, not a corrupt value.
 
 use crc32fast::Hasher;
 use streamer_core::{Timestamp, Uid};
 
 use crate::RequestRecord;
 
-/// Of a value that belongs to a request.
+/// Returns the checksum of a value that belongs to a request.
 pub(super) fn of_value(uid: Uid, number: i64, value: &[u8]) -> u32 {
     let mut hasher = Hasher::new();
     hasher.update(&uid.to_bytes());
@@ -15,11 +14,11 @@ pub(super) fn of_value(uid: Uid, number: i64, value: &[u8]) -> u32 {
     hasher.finalize()
 }
 
-/// Of what never changes in a request.
+/// Returns the checksum of the immutable fields of a request.
 pub(super) fn of_request(record: &RequestRecord) -> u32 {
     let mut hasher = Hasher::new();
     let mut part = |bytes: Option<&[u8]>| {
-        // The length too, so that no byte can move from one to the next.
+        // Includes the length, so that no byte can move from one field to the next.
         let length = bytes.map_or(-1, |bytes| i64::try_from(bytes.len()).unwrap_or(i64::MAX));
         hasher.update(&length.to_be_bytes());
         hasher.update(bytes.unwrap_or_default());
@@ -39,7 +38,7 @@ pub(super) fn of_request(record: &RequestRecord) -> u32 {
                 .map(<[u8; 8]>::as_slice),
         );
     }
-    // Rows that version 2 wrote have none.
+    // Absent in rows that version 2 wrote.
     if let Some(state) = &record.trace_state {
         part(Some(state.as_bytes()));
     }

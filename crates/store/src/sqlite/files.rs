@@ -1,4 +1,5 @@
-//! The files of the store in the file system: made for their owner only, and found again where they were.
+//! Files of the store: created with access for their owner only, and checked for removal and
+//! replacement.
 
 use std::{
     fs::{self, DirBuilder, File, OpenOptions},
@@ -9,14 +10,15 @@ use std::{
 #[cfg(unix)]
 use std::os::unix::fs::{DirBuilderExt, MetadataExt, OpenOptionsExt, PermissionsExt};
 
-/// Read and write for the owner, nothing for others. SQLite gives the same to the files beside it.
+/// Read and write access for the owner, none for others. SQLite creates its other files with the
+/// same mode.
 #[cfg(unix)]
 const PRIVATE_FILE: u32 = 0o600;
 #[cfg(unix)]
 const PRIVATE_FOLDER: u32 = 0o700;
 
-/// Makes the data folder if it does not exist.
-pub(super) fn make_folder(data: &Path) -> io::Result<()> {
+/// Creates the data folder if it does not exist.
+pub(super) fn create_folder(data: &Path) -> io::Result<()> {
     if data.is_dir() {
         return Ok(());
     }
@@ -45,24 +47,28 @@ pub(super) fn open_private(path: &Path) -> io::Result<File> {
     if file.metadata()?.permissions().mode() & 0o077 != 0
         && let Err(error) = file.set_permissions(fs::Permissions::from_mode(PRIVATE_FILE))
     {
-        // Only the owner of a file can change its mode; the store works all the same.
-        tracing::warn!(path = %path.display(), %error, "others can read a file of the store");
+        // Only the owner of a file can change its mode; the store works without the change.
+        tracing::warn!(
+            path = %path.display(),
+            %error,
+            "a store file is readable by other users; its mode should be 600"
+        );
     }
     Ok(file)
 }
 
-/// The database and its write-ahead log, as they were when the store was opened. What is written to a file
-/// that was removed is gone when the process ends.
-pub(super) struct Files(Vec<(PathBuf, Identity)>);
+/// Identities of the database and its write-ahead log at the time the store was opened. Data
+/// written to a removed file is lost when the process exits.
+pub(super) struct FileIdentities(Vec<(PathBuf, Identity)>);
 
 #[cfg(unix)]
 type Identity = (u64, u64);
 #[cfg(not(unix))]
 type Identity = ();
 
-impl Files {
-    /// Of this database, which is open and has been written to.
-    pub(super) fn of(database: &Path) -> io::Result<Self> {
+impl FileIdentities {
+    /// Reads the identities of the files of this database, which is open and has been written to.
+    pub(super) fn read(database: &Path) -> io::Result<Self> {
         let mut log = database.as_os_str().to_owned();
         log.push("-wal");
         let paths = [database.to_owned(), log.into()];
@@ -70,13 +76,13 @@ impl Files {
         files.collect::<io::Result<_>>().map(Self)
     }
 
-    /// Fails with the reason when one of them was removed or replaced.
+    /// Returns the reason as an error if one of them was removed or replaced.
     pub(super) fn check(&self) -> Result<(), String> {
         for (path, expected) in &self.0 {
             match identity(path) {
                 Ok(found) if found == *expected => {}
                 Ok(_) => return Err(format!("{} was replaced", path.display())),
-                Err(error) => return Err(format!("{} is gone: {error}", path.display())),
+                Err(error) => return Err(format!("{} is missing: {error}", path.display())),
             }
         }
         Ok(())
@@ -96,15 +102,15 @@ mod tests {
     use super::*;
 
     #[test]
-    fn a_folder_is_made_for_its_owner_and_an_existing_one_stays() {
+    fn a_new_folder_is_private_and_an_existing_one_keeps_its_mode() {
         let base = std::env::temp_dir().join(format!("streamer-folder-{}", std::process::id()));
-        let (old, made) = (base.join("old"), base.join("a/b"));
+        let (old, created) = (base.join("old"), base.join("a/b"));
         fs::create_dir_all(&old).unwrap();
         fs::set_permissions(&old, fs::Permissions::from_mode(0o750)).unwrap();
-        make_folder(&old).unwrap();
-        make_folder(&made).unwrap();
+        create_folder(&old).unwrap();
+        create_folder(&created).unwrap();
         let mode = |path: &Path| fs::metadata(path).unwrap().permissions().mode() & 0o777;
-        assert_eq!((mode(&old), mode(&made)), (0o750, 0o700));
+        assert_eq!((mode(&old), mode(&created)), (0o750, 0o700));
         fs::remove_dir_all(&base).unwrap();
     }
 }

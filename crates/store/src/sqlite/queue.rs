@@ -1,15 +1,17 @@
-//! Questions about what waits. Each steps into an index; none depends on how much waits or ended.
+//! Queries of the queue. Each steps into an index; its cost does not depend on how many requests
+//! are queued or have ended.
 
 use rusqlite::{Connection, OptionalExtension, params};
 use streamer_core::Timestamp;
 
-use super::{requests::count, row};
+use super::{requests::sql_count, row};
 use crate::{DuePage, DueQuery, DueRequest, QueueAhead, QueueStats, RequestRecord};
 
-/// Queued requests counted at most: the exact length of a long queue is worth less than its cost.
+/// Maximum number of queued requests to count: the exact length of a long queue is worth less than
+/// its cost.
 const MAX_COUNTED: usize = 1_000_000;
 
-/// Tenants whose queues are counted at most.
+/// Maximum number of tenants whose queues are counted.
 const MAX_TENANTS: usize = 256;
 
 pub(super) fn due(db: &Connection, query: &DueQuery) -> rusqlite::Result<DuePage> {
@@ -23,12 +25,12 @@ pub(super) fn due(db: &Connection, query: &DueQuery) -> rusqlite::Result<DuePage
         let first = page.requests.len();
         let limit = query.limits.get(&tenant).map_or(query.per_tenant, |limit| *limit);
         if limit > 0 {
-            let open = |action: &&String| {
+            let is_included = |action: &&String| {
                 let pair = (tenant.clone(), (*action).clone());
                 query.blocked.is_empty() || !query.blocked.contains(&pair)
             };
-            for action in query.actions.iter().filter(open) {
-                due_of(db, (&tenant, action), query.now, limit, &mut page.requests)?;
+            for action in query.actions.iter().filter(is_included) {
+                push_due(db, (&tenant, action), query.now, limit, &mut page.requests)?;
             }
         }
         let of_tenant = &mut page.requests[first..];
@@ -40,7 +42,7 @@ pub(super) fn due(db: &Connection, query: &DueQuery) -> rusqlite::Result<DuePage
     Ok(page)
 }
 
-/// The next tenant that has something queued, due or not.
+/// Returns the next tenant with queued requests, due or not.
 fn next_tenant(db: &Connection, after: Option<&str>) -> rusqlite::Result<Option<String>> {
     // No tenant has an empty name.
     db.prepare_cached(
@@ -50,8 +52,9 @@ fn next_tenant(db: &Connection, after: Option<&str>) -> rusqlite::Result<Option<
     .optional()
 }
 
-/// One step into the index for each priority that is there: what is not due is never read.
-fn due_of(
+/// Steps into the index once for each priority that occurs: requests that are not due are never
+/// read.
+fn push_due(
     db: &Connection,
     (tenant, action): (&str, &str),
     now: Timestamp,
@@ -67,13 +70,13 @@ fn due_of(
          WHERE state = 0 AND tenant = ?1 AND action = ?2 AND priority = ?3 AND not_before <= ?4
          ORDER BY not_before, uid LIMIT ?5",
     )?;
-    let mut wanted = limit;
+    let mut remaining = limit;
     let mut below = i32::MAX;
-    while wanted > 0 {
+    while remaining > 0 {
         let found: Option<i32> =
             highest.query_row(params![tenant, action, below], |row| row.get(0))?;
         let Some(priority) = found else { break };
-        let bounds = params![tenant, action, priority, now.as_millis(), count(wanted)];
+        let bounds = params![tenant, action, priority, now.as_millis(), sql_count(remaining)];
         let rows = requests.query_map(bounds, |row| {
             Ok(DueRequest {
                 uid: row::uid(row, 0)?,
@@ -85,7 +88,7 @@ fn due_of(
         })?;
         for request in rows {
             due.push(request?);
-            wanted -= 1;
+            remaining -= 1;
         }
         below = priority;
     }
@@ -101,7 +104,7 @@ pub(super) fn overdue(
         "SELECT {} FROM requests WHERE state = 0 AND expire_at <= ?1 ORDER BY expire_at LIMIT ?2",
         row::COLUMNS
     ))?
-    .query_map(params![now.as_millis(), count(limit)], row::record)?
+    .query_map(params![now.as_millis(), sql_count(limit)], row::record)?
     .collect()
 }
 
@@ -152,7 +155,7 @@ fn ahead_of_tenant(
                 record.priority,
                 record.not_before.as_millis(),
                 record.uid.to_bytes(),
-                count(limit)
+                sql_count(limit)
             ],
             |row| row.get(0),
         )?;
@@ -169,7 +172,7 @@ pub(super) fn next_due(db: &Connection, now: Timestamp) -> rusqlite::Result<Opti
 pub(super) fn stats(db: &Connection, now: Timestamp) -> rusqlite::Result<QueueStats> {
     let queued: i64 = db
         .prepare_cached("SELECT COUNT(*) FROM (SELECT 1 FROM requests WHERE state = 0 LIMIT ?1)")?
-        .query_row([count(MAX_COUNTED)], |row| row.get(0))?;
+        .query_row([sql_count(MAX_COUNTED)], |row| row.get(0))?;
     let oldest_due: Option<i64> = db
         .prepare_cached(
             "SELECT MIN(not_before) FROM requests WHERE state = 0 AND not_before <= ?1",

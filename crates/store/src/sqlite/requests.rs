@@ -1,4 +1,4 @@
-//! Requests and their logs: every change of state, each as one read and the writes it allows.
+//! Requests and their logs: every state change, each as one read and the writes it allows.
 
 mod read;
 
@@ -16,10 +16,10 @@ use crate::{
     Adopt, Append, Appended, CancelOutcome, Claim, ClaimOutcome, Claimed, CreateOutcome,
     DeleteOutcome, Lease, NewRequest, Owner, Renewed, RequestRecord, StoredPayload, Writer,
 };
-pub(super) use read::{count, events, expired, find, get, list, payload, tenant};
+pub(super) use read::{events, expired, find, get, list, payload, sql_count, tenant};
 
 pub(super) fn create(db: &Db<'_>, new: &NewRequest) -> rusqlite::Result<CreateOutcome> {
-    if let Some(existing) = existing(db, new)? {
+    if let Some(existing) = find_existing(db, new)? {
         let (record, fingerprint) = existing;
         return Ok(if fingerprint == new.fingerprint {
             CreateOutcome::Existing(Box::new(record))
@@ -102,8 +102,9 @@ pub(super) fn create(db: &Db<'_>, new: &NewRequest) -> rusqlite::Result<CreateOu
     Ok(CreateOutcome::Created(Box::new(record), Box::new(accepted), used))
 }
 
-/// What this submission stands for already: by the caller's id, or by its own when it is repeated.
-fn existing(
+/// Returns the stored request of a repeated submission: the one with its client id, else the one
+/// with its uid.
+fn find_existing(
     db: &Connection,
     new: &NewRequest,
 ) -> rusqlite::Result<Option<(RequestRecord, Vec<u8>)>> {
@@ -195,8 +196,8 @@ pub(super) fn adopt(db: &Connection, adopt: &Adopt) -> rusqlite::Result<Option<R
     if changed == 1 { get(db, adopt.lease.uid) } else { Ok(None) }
 }
 
-/// The columns that decide whether an append is right.
-struct Standing {
+/// Columns that decide whether an append is allowed.
+struct LogHead {
     state: RequestState,
     attempt: u32,
     last_seq: i64,
@@ -206,13 +207,13 @@ struct Standing {
     bytes: i64,
 }
 
-fn standing(db: &Connection, uid: Uid) -> rusqlite::Result<Option<Standing>> {
+fn log_head(db: &Connection, uid: Uid) -> rusqlite::Result<Option<LogHead>> {
     db.prepare_cached(
         "SELECT state, attempt, last_seq, lease_until, cancel_reason, tenant, user, bytes
          FROM requests WHERE uid = ?1",
     )?
     .query_row([uid.to_bytes()], |row| {
-        Ok(Standing {
+        Ok(LogHead {
             state: row::state(row, 0)?,
             attempt: row.get(1)?,
             last_seq: row.get(2)?,
@@ -226,33 +227,29 @@ fn standing(db: &Connection, uid: Uid) -> rusqlite::Result<Option<Standing>> {
 }
 
 pub(super) fn append(db: &Db<'_>, append: &Append) -> rusqlite::Result<Appended> {
-    let Some(standing) = standing(db, append.uid)? else { return Ok(Appended::NotFound) };
-    let applied = || Appended::Applied { cancel_reason: standing.cancel_reason.clone() };
+    let Some(head) = log_head(db, append.uid)? else { return Ok(Appended::NotFound) };
+    let applied = || Appended::Applied { cancel_reason: head.cancel_reason.clone() };
     if let Some(last) = append.events.last()
-        && last.seq <= standing.last_seq
+        && last.seq <= head.last_seq
         && is_stored(db, append.uid, &append.events)?
     {
         return Ok(applied());
     }
     let may_write = match append.writer {
-        Writer::Attempt(attempt) => {
-            standing.state == RequestState::Running && standing.attempt == attempt
-        }
-        Writer::Queued(attempt) => {
-            standing.state == RequestState::Queued && standing.attempt == attempt
-        }
+        Writer::Attempt(attempt) => head.state == RequestState::Running && head.attempt == attempt,
+        Writer::Queued(attempt) => head.state == RequestState::Queued && head.attempt == attempt,
         Writer::ExpiredLease(attempt) => {
-            standing.state == RequestState::Running
-                && standing.attempt == attempt
-                && standing.lease_until <= append.now.as_millis()
+            head.state == RequestState::Running
+                && head.attempt == attempt
+                && head.lease_until <= append.now.as_millis()
         }
     };
-    let follows = append.events.first().is_none_or(|first| first.seq == standing.last_seq + 1);
+    let follows = append.events.first().is_none_or(|first| first.seq == head.last_seq + 1);
     if !may_write || !follows {
         return Ok(Appended::Fenced {
-            state: standing.state,
-            attempt: standing.attempt,
-            last_seq: standing.last_seq,
+            state: head.state,
+            attempt: head.attempt,
+            last_seq: head.last_seq,
         });
     }
     let mut bytes = insert_events(db, append.uid, &append.events)?;
@@ -261,44 +258,44 @@ pub(super) fn append(db: &Db<'_>, append: &Append) -> rusqlite::Result<Appended>
     }
     let is_queued = match append.events.last() {
         Some(last) => {
-            advance(db, append, last, bytes)?;
+            set_state(db, append, last, bytes)?;
             match last.kind {
                 Some(Kind::Retrying(_)) => true,
                 Some(Kind::Succeeded(_) | Kind::Failed(_) | Kind::Cancelled(_)) => false,
-                _ => standing.state == RequestState::Queued,
+                _ => head.state == RequestState::Queued,
             }
         }
         None => {
             db.prepare_cached("UPDATE requests SET bytes = bytes + ?2 WHERE uid = ?1")?
                 .execute(params![append.uid.to_bytes(), bytes])?;
-            standing.state == RequestState::Queued
+            head.state == RequestState::Queued
         }
     };
-    let queued = i64::from(is_queued) - i64::from(standing.state == RequestState::Queued);
-    db.change_usage(&standing.owner, queued, bytes)?;
+    let queued = i64::from(is_queued) - i64::from(head.state == RequestState::Queued);
+    db.change_usage(&head.owner, queued, bytes)?;
     Ok(applied())
 }
 
-/// Returns by how many bytes it is larger than the one before.
+/// Stores the checkpoint and returns by how many bytes it is larger than the previous one.
 fn replace_checkpoint(db: &Connection, uid: Uid, checkpoint: &Bytes) -> rusqlite::Result<i64> {
-    let before = db
+    let previous = db
         .prepare_cached("SELECT LENGTH(data) FROM checkpoints WHERE uid = ?1")?
         .query_row([uid.to_bytes()], |row| row.get::<_, i64>(0))
         .optional()?;
     db.prepare_cached("INSERT OR REPLACE INTO checkpoints VALUES (?1, ?2, ?3)")?.execute(
         params![uid.to_bytes(), &checkpoint[..], checksum::of_value(uid, 0, checkpoint)],
     )?;
-    Ok(signed(checkpoint.len()) - before.unwrap_or(0))
+    Ok(signed(checkpoint.len()) - previous.unwrap_or(0))
 }
 
-/// Moves the request to where its last event says it is. It grows by this many bytes, with its log.
-fn advance(db: &Connection, append: &Append, last: &Event, bytes: i64) -> rusqlite::Result<()> {
+/// Sets the state that follows from the last event, and adds `bytes` to the size of the request.
+fn set_state(db: &Connection, append: &Append, last: &Event, bytes: i64) -> rusqlite::Result<()> {
     let uid = append.uid.to_bytes();
     let progress = append.events.iter().rev().find_map(|event| match &event.kind {
         Some(Kind::Progress(progress)) => Some(progress.encode_to_vec()),
         _ => None,
     });
-    let end = |state, error: Option<Vec<u8>>, output: Option<&OutputSummary>| {
+    let finish = |state, error: Option<Vec<u8>>, output: Option<&OutputSummary>| {
         db.prepare_cached(
             "UPDATE requests SET state = ?2, last_seq = ?3, finish_time = ?4, error = ?5,
                  output_chunks = ?6, output_sha256 = ?7, progress = COALESCE(?8, progress),
@@ -319,14 +316,14 @@ fn advance(db: &Connection, append: &Append, last: &Event, bytes: i64) -> rusqli
     };
     match &last.kind {
         Some(Kind::Succeeded(succeeded)) => {
-            end(RequestState::Succeeded, None, succeeded.output.as_ref())?
+            finish(RequestState::Succeeded, None, succeeded.output.as_ref())?
         }
         Some(Kind::Failed(failed)) => {
             let error = failed.error.as_ref().map(Message::encode_to_vec);
-            end(RequestState::Failed, error, failed.output.as_ref())?
+            finish(RequestState::Failed, error, failed.output.as_ref())?
         }
         Some(Kind::Cancelled(cancelled)) => {
-            end(RequestState::Cancelled, None, cancelled.output.as_ref())?
+            finish(RequestState::Cancelled, None, cancelled.output.as_ref())?
         }
         Some(Kind::Retrying(_)) => {
             let retry_at = append.retry_at.unwrap_or(append.now);
@@ -369,9 +366,9 @@ pub(super) fn cancel(
             Ok(CancelOutcome::Requested(Box::new(record)))
         }
         RequestState::Queued => {
-            // Whatever earlier attempts put out is void, so nothing is left.
-            let nothing = OutputDigest::default();
-            let output = OutputSummary { chunks: 0, sha256: nothing.sha256().to_vec().into() };
+            // Output of earlier attempts is void, so the final output is empty.
+            let empty = OutputDigest::default();
+            let output = OutputSummary { chunks: 0, sha256: empty.sha256().to_vec().into() };
             let cancelled = event(
                 record.last_seq + 1,
                 record.attempt,
@@ -390,7 +387,7 @@ pub(super) fn cancel(
                 now,
             };
             let bytes = insert_events(db, uid, &append.events)?;
-            advance(db, &append, &cancelled, bytes)?;
+            set_state(db, &append, &cancelled, bytes)?;
             db.change_usage(&record.owner, -1, bytes)?;
             db.prepare_cached("UPDATE requests SET cancel_reason = ?2 WHERE uid = ?1")?
                 .execute(params![uid.to_bytes(), reason])?;
@@ -422,18 +419,18 @@ pub(super) fn renew(
             holder,
             until.as_millis()
         ])?;
-        let cancel_reason = standing(db, lease.uid)?.and_then(|standing| standing.cancel_reason);
+        let cancel_reason = log_head(db, lease.uid)?.and_then(|head| head.cancel_reason);
         renewed.push(Renewed { lease: *lease, held: changed == 1, cancel_reason });
     }
     Ok(renewed)
 }
 
 pub(super) fn delete(db: &Db<'_>, uid: Uid) -> rusqlite::Result<DeleteOutcome> {
-    let Some(standing) = standing(db, uid)? else { return Ok(DeleteOutcome::Deleted) };
-    if !standing.state.is_terminal() {
+    let Some(head) = log_head(db, uid)? else { return Ok(DeleteOutcome::Deleted) };
+    if !head.state.is_terminal() {
         return Ok(DeleteOutcome::NotEnded);
     }
-    db.change_usage(&standing.owner, 0, -standing.bytes)?;
+    db.change_usage(&head.owner, 0, -head.bytes)?;
     for statement in [
         "DELETE FROM events WHERE uid = ?1",
         "DELETE FROM payloads WHERE uid = ?1",
@@ -454,7 +451,7 @@ fn event(seq: i64, attempt: u32, time: Timestamp, kind: Kind) -> Event {
     }
 }
 
-/// Returns how many bytes they take.
+/// Stores a batch of events and returns its size in bytes.
 fn insert_events(db: &Connection, uid: Uid, events: &[Event]) -> rusqlite::Result<i64> {
     let Some(last) = events.last() else { return Ok(0) };
     let batch = encode_batch(events);
@@ -462,7 +459,7 @@ fn insert_events(db: &Connection, uid: Uid, events: &[Event]) -> rusqlite::Resul
     Ok(signed(BATCH_BYTES + batch.len()))
 }
 
-/// An `EventBatch`, written field by field so that the events need not be copied into one.
+/// Encodes an `EventBatch` field by field, so that the events need not be copied.
 fn encode_batch(events: &[Event]) -> Vec<u8> {
     let mut batch = Vec::new();
     for event in events {
@@ -478,14 +475,14 @@ fn insert_batch(db: &Connection, uid: Uid, last_seq: i64, batch: &[u8]) -> rusql
         .map(drop)
 }
 
-/// Whether exactly these events are in the log: an append that is repeated.
+/// Returns whether exactly these events are in the log, as after an earlier identical append.
 fn is_stored(db: &Connection, uid: Uid, events: &[Event]) -> rusqlite::Result<bool> {
     let Some(first) = events.first() else { return Ok(true) };
     let page = read::events(db, uid, first.seq - 1, events.len(), usize::MAX)?;
     Ok(page.events == events)
 }
 
-/// What a payload row holds.
+/// Reads columns `content_type`, `data` and `crc`.
 fn stored_payload(row: &rusqlite::Row<'_>, uid: Uid) -> rusqlite::Result<StoredPayload> {
     let data = row.get::<_, Vec<u8>>(1)?;
     row::verify(row, 2, || checksum::of_value(uid, 0, &data))?;

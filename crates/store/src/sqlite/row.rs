@@ -1,4 +1,4 @@
-//! Rows to records and back.
+//! Conversion of rows to records and back.
 
 use bytes::Bytes;
 use prost::Message;
@@ -9,7 +9,7 @@ use streamer_proto::{common::v1::OutputSummary, internal::v1::EventBatch};
 use super::checksum;
 use crate::{Owner, RequestRecord};
 
-/// The columns that [`record`] reads, in its order.
+/// Columns that [`record`] reads, in this order.
 pub(super) const COLUMNS: &str = "uid, client_id, tenant, user, action, state, attempt, last_seq, attempt_seq, priority, \
      create_time, start_time, finish_time, not_before, deadline, progress, metadata, \
      cancel_reason, error, output_chunks, output_sha256, redrive_of, trace_parent, close_by, \
@@ -51,7 +51,7 @@ pub(super) fn record(row: &Row<'_>) -> rusqlite::Result<RequestRecord> {
     Ok(record)
 }
 
-/// Compares with the checksum that the row holds, if it holds one.
+/// Verifies the checksum of the row, if it has one.
 pub(super) fn verify(
     row: &Row<'_>,
     column: usize,
@@ -59,7 +59,7 @@ pub(super) fn verify(
 ) -> rusqlite::Result<()> {
     match row.get::<_, Option<u32>>(column)? {
         Some(expected) if expected != checksum() => {
-            Err(damaged(column, Type::Blob, "its checksum is another".into()))
+            Err(corrupt(column, Type::Blob, "checksum mismatch".into()))
         }
         _ => Ok(()),
     }
@@ -80,23 +80,23 @@ pub(super) fn state(row: &Row<'_>, column: usize) -> rusqlite::Result<RequestSta
     RequestState::ALL
         .into_iter()
         .find(|state| state_number(*state) == number)
-        .ok_or_else(|| damaged(column, Type::Integer, format!("{number} is no state")))
+        .ok_or_else(|| corrupt(column, Type::Integer, format!("invalid state {number}")))
 }
 
 pub(super) fn uid(row: &Row<'_>, column: usize) -> rusqlite::Result<Uid> {
     let bytes = row.get_ref(column)?.as_blob()?;
     Uid::from_slice(bytes)
-        .ok_or_else(|| damaged(column, Type::Blob, format!("{} bytes are no id", bytes.len())))
+        .ok_or_else(|| corrupt(column, Type::Blob, format!("invalid id of {} bytes", bytes.len())))
 }
 
-/// From columns `batch`, `last_seq` and `crc`.
+/// Reads columns `batch`, `last_seq` and `crc`.
 pub(super) fn batch(row: &Row<'_>, uid: Uid) -> rusqlite::Result<EventBatch> {
     let column = 0;
     let bytes = row.get_ref(column)?.as_blob()?;
     let last_seq = row.get(1)?;
     verify(row, 2, || checksum::of_value(uid, last_seq, bytes))?;
     let bytes = Bytes::copy_from_slice(bytes);
-    EventBatch::decode(bytes).map_err(|error| damaged(column, Type::Blob, error.to_string()))
+    EventBatch::decode(bytes).map_err(|error| corrupt(column, Type::Blob, error.to_string()))
 }
 
 pub(super) fn message<M: Message + Default>(
@@ -105,7 +105,7 @@ pub(super) fn message<M: Message + Default>(
 ) -> rusqlite::Result<Option<M>> {
     let Some(bytes) = row.get_ref(column)?.as_blob_or_null()? else { return Ok(None) };
     let decoded =
-        M::decode(bytes).map_err(|error| damaged(column, Type::Blob, error.to_string()))?;
+        M::decode(bytes).map_err(|error| corrupt(column, Type::Blob, error.to_string()))?;
     Ok(Some(decoded))
 }
 
@@ -113,6 +113,6 @@ fn optional_time(row: &Row<'_>, column: usize) -> rusqlite::Result<Option<Timest
     Ok(row.get::<_, Option<i64>>(column)?.map(Timestamp::from_millis))
 }
 
-fn damaged(column: usize, kind: Type, reason: String) -> rusqlite::Error {
+fn corrupt(column: usize, kind: Type, reason: String) -> rusqlite::Error {
     rusqlite::Error::FromSqlConversionFailure(column, kind, reason.into())
 }

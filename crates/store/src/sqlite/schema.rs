@@ -1,4 +1,4 @@
-//! The file: how it is opened, its tables, its version.
+//! The database file: how it is opened, its tables, its version.
 
 use std::path::Path;
 
@@ -9,10 +9,11 @@ use crate::StoreError;
 
 const VERSION: i64 = 4;
 
-/// Payload, events and hot columns are apart, so that a change of state rewrites a small row
-/// however large the payload is. Times are milliseconds since the Unix epoch; `uid` is a
-/// big-endian ULID, so that rows are written in order; `state` as in `row.rs`; `crc` as in
-/// `checksum.rs`, absent in rows that version 1 wrote; in `actions`, no tenant is every tenant.
+/// Payload, events and hot columns are in separate tables, so that a state change rewrites a small
+/// row whatever the size of the payload. Times are milliseconds since the Unix epoch; `uid` is a
+/// big-endian ULID, so that rows are written in order; `state` is defined in `row.rs`; `crc` is
+/// defined in `checksum.rs` and absent in rows that version 1 wrote; in `actions`, an empty tenant
+/// means every tenant.
 const TABLES: &str = "
 CREATE TABLE requests (
     uid BLOB PRIMARY KEY,
@@ -107,8 +108,8 @@ CREATE TABLE health (only_row INTEGER PRIMARY KEY CHECK (only_row = 1), checks I
 INSERT INTO health VALUES (1, 0);
 ";
 
-/// What each tenant has (in its row without a user), and each user: queued requests, and bytes of requests with
-/// their payloads, metadata, events and checkpoints.
+/// Usage of each tenant (the row with an empty user) and of each user: queued requests, and bytes
+/// of requests with their payloads, metadata, events and checkpoints.
 pub(super) const USAGE: &str = "
 CREATE TABLE usage (
     tenant TEXT NOT NULL,
@@ -119,7 +120,7 @@ CREATE TABLE usage (
 ) WITHOUT ROWID;
 ";
 
-/// What version 2 has beyond version 1.
+/// Changes from version 1 to version 2.
 const FROM_1_TO_2: &str = "
 ALTER TABLE requests ADD COLUMN close_by INTEGER;
 ALTER TABLE requests ADD COLUMN expire_at INTEGER;
@@ -142,10 +143,10 @@ CREATE TABLE actions (
 ) WITHOUT ROWID;
 ";
 
-/// What version 3 has beyond version 2.
+/// Changes from version 2 to version 3.
 const FROM_2_TO_3: &str = "ALTER TABLE requests ADD COLUMN trace_state TEXT;";
 
-/// What version 4 has beyond version 3, but for table `usage`.
+/// Changes from version 3 to version 4, without table `usage`.
 const FROM_3_TO_4: &str = "
 ALTER TABLE requests ADD COLUMN bytes INTEGER NOT NULL DEFAULT 0;
 UPDATE requests SET bytes = 1024 + COALESCE(LENGTH(metadata), 0)
@@ -170,7 +171,7 @@ pub(super) fn open_for_writing(path: &Path) -> rusqlite::Result<Connection> {
     Ok(connection)
 }
 
-/// For the one thread that only moves what was committed.
+/// Opens the connection of the checkpointer thread.
 pub(super) fn open_for_checkpoints(path: &Path) -> rusqlite::Result<Connection> {
     let connection = Connection::open(path)?;
     connection.execute_batch(
@@ -188,12 +189,11 @@ pub(super) fn open_for_reading(path: &Path) -> rusqlite::Result<Connection> {
     Ok(connection)
 }
 
-/// Folds what the process before left in the write-ahead log into the file, and sees whether the
-/// file is whole.
+/// Checkpoints the write-ahead log of the previous process, and verifies that the file is complete.
 pub(super) fn check_size(connection: &Connection, path: &Path) -> Result<(), StoreError> {
-    let doing = "looking at the size of the file";
-    let fold = |error: &rusqlite::Error| sqlite_error("folding the write-ahead log", error);
-    connection.execute_batch("PRAGMA wal_checkpoint(TRUNCATE)").map_err(|e| fold(&e))?;
+    let doing = "checking the file size";
+    let failed = |error: &rusqlite::Error| sqlite_error("checkpointing the write-ahead log", error);
+    connection.execute_batch("PRAGMA wal_checkpoint(TRUNCATE)").map_err(|e| failed(&e))?;
     let number = |name: &str| -> Result<u64, StoreError> {
         let number = connection.pragma_query_value(None, name, |row| row.get::<_, i64>(0));
         number.map(|number| u64::try_from(number).unwrap_or(0)).map_err(|e| sqlite_error(doing, &e))
@@ -201,13 +201,13 @@ pub(super) fn check_size(connection: &Connection, path: &Path) -> Result<(), Sto
     let expected = number("page_count")? * number("page_size")?;
     let found = path.metadata().map_or(0, |metadata| metadata.len());
     if found < expected {
-        let reason = format!("{} has {found} bytes instead of {expected}", path.display());
+        let reason = format!("{} has {found} bytes, expected {expected}", path.display());
         return Err(StoreError::Corrupt { doing, reason });
     }
     Ok(())
 }
 
-/// Brings the file to this program's version.
+/// Migrates the schema to this program's version.
 pub(super) fn migrate(connection: &Connection) -> Result<(), StoreError> {
     let doing = "reading the schema version";
     let found: i64 = connection
@@ -223,12 +223,13 @@ pub(super) fn migrate(connection: &Connection) -> Result<(), StoreError> {
     };
     connection
         .execute_batch(&format!("BEGIN; {steps} PRAGMA user_version = {VERSION}; COMMIT;"))
-        .map_err(|error| sqlite_error("bringing the tables up to date", &error))
+        .map_err(|error| sqlite_error("migrating the schema", &error))
 }
 
-/// One process at a time has this file, so nothing that the one before held is held any more, but
-/// for what it had given to workers: those come back and go on, or lose their leases in time.
-pub(super) fn forget_previous_process(connection: &Connection) -> rusqlite::Result<()> {
+/// Resets the state of the previous process. Only one process has this file open, so the leases of
+/// the previous one are void, except for attempts of workers: a worker reconnects and resumes its
+/// attempt, or its lease expires.
+pub(super) fn reset_after_restart(connection: &Connection) -> rusqlite::Result<()> {
     connection.execute_batch(
         "BEGIN;
          UPDATE requests SET lease_until = 0 WHERE state = 1 AND worker IS NULL;
@@ -238,8 +239,8 @@ pub(super) fn forget_previous_process(connection: &Connection) -> rusqlite::Resu
     )
 }
 
-/// Writes, to prove that it can.
-pub(super) fn touch(db: &Connection) -> rusqlite::Result<()> {
+/// Writes a row, to verify that the store is writable.
+pub(super) fn write_probe(db: &Connection) -> rusqlite::Result<()> {
     db.prepare_cached("UPDATE health SET checks = checks + 1")?.execute([]).map(drop)
 }
 
@@ -251,7 +252,7 @@ mod tests {
     };
 
     #[test]
-    fn the_migration_counts_as_the_writer_does() {
+    fn the_migration_uses_the_size_estimates_of_the_writer() {
         for (part, bytes) in [
             (format!("bytes = {REQUEST_BYTES} +"), REQUEST_BYTES),
             (format!("SUM({BATCH_BYTES} +"), BATCH_BYTES),
@@ -261,12 +262,12 @@ mod tests {
     }
 
     #[test]
-    fn a_file_of_version_2_is_brought_up_to_date() {
+    fn a_version_2_file_is_migrated() {
         let db = Connection::open_in_memory().unwrap();
         let mut tables = TABLES.to_owned();
-        for later in ["    trace_state TEXT,\n", "    bytes INTEGER NOT NULL DEFAULT 0,\n"] {
-            assert!(tables.contains(later));
-            tables = tables.replace(later, "");
+        for column in ["    trace_state TEXT,\n", "    bytes INTEGER NOT NULL DEFAULT 0,\n"] {
+            assert!(tables.contains(column));
+            tables = tables.replace(column, "");
         }
         db.execute_batch(&tables).unwrap();
         db.execute_batch(

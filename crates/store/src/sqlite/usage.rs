@@ -1,5 +1,5 @@
-//! How much tenants and users have in the store. Table `usage` holds it; the writer keeps what it has read
-//! of it in memory, and stores what has changed once for each group of operations.
+//! Usage of the store by tenants and users. Table `usage` holds it; the writer caches the rows that
+//! it has read, and stores changed rows once for each group of operations.
 
 use std::{cell::RefCell, collections::HashMap, ops::Deref, sync::Arc};
 
@@ -7,16 +7,17 @@ use rusqlite::{Connection, OptionalExtension, params};
 
 use crate::{Owner, QuotaUse};
 
-/// Size of the rows and index entries of a request without its payload, metadata, events and checkpoint, in bytes;
-/// and of the row of a batch without its events. `schema.rs` has both numbers too.
+/// Size in bytes of the rows and index entries of a request without its payload, metadata, events
+/// and checkpoint, and of the row of a batch without its events. `schema.rs` contains both numbers
+/// too.
 pub(super) const REQUEST_BYTES: usize = 1024;
 pub(super) const BATCH_BYTES: usize = 64;
-/// Rows kept in memory at most, between groups.
+/// Maximum number of cached rows between groups.
 const MAX_ROWS: usize = 10_000;
-/// In place of the user, in the row of a whole tenant. No user has an empty name.
+/// User in the row of a whole tenant. No user has an empty name.
 const WHOLE_TENANT: &str = "";
 
-/// What an operation of the writer works on: the open transaction, and what its owner has.
+/// Context of a writer operation: the open transaction, and the usage of owners.
 pub(super) struct Db<'a> {
     pub(super) connection: &'a Connection,
     pub(super) usage: &'a Usage,
@@ -31,7 +32,7 @@ impl Deref for Db<'_> {
 }
 
 impl Db<'_> {
-    /// What the owner has.
+    /// Returns the usage of an owner.
     pub(super) fn usage_of(&self, owner: &Owner) -> rusqlite::Result<QuotaUse> {
         let mut rows = self.usage.rows.borrow_mut();
         let tenant = *rows.get(self, &owner.tenant, WHOLE_TENANT)?;
@@ -43,7 +44,7 @@ impl Db<'_> {
         })
     }
 
-    /// Adds to the queued requests and to the bytes of the owner; negative numbers take away.
+    /// Adds to the queued requests and the bytes of an owner; the numbers may be negative.
     pub(super) fn change_usage(
         &self,
         owner: &Owner,
@@ -59,7 +60,7 @@ impl Db<'_> {
     }
 }
 
-/// Rows of table `usage`.
+/// Cached rows of table `usage`.
 #[derive(Default)]
 pub(super) struct Usage {
     rows: RefCell<Rows>,
@@ -67,9 +68,9 @@ pub(super) struct Usage {
 
 #[derive(Default)]
 struct Rows {
-    of_tenants: HashMap<Arc<str>, HashMap<Arc<str>, Row>>,
+    by_tenant: HashMap<Arc<str>, HashMap<Arc<str>, Row>>,
     count: usize,
-    /// Tenant and user of those that are not stored yet.
+    /// Tenant and user of the rows that are not stored yet.
     changed: Vec<(Arc<str>, Arc<str>)>,
 }
 
@@ -82,12 +83,12 @@ struct Row {
 }
 
 impl Usage {
-    /// Stores what has changed, in the transaction of the changes.
+    /// Stores the changed rows, in the transaction of the changes.
     pub(super) fn store(&self, db: &Connection) -> rusqlite::Result<()> {
         let mut rows = self.rows.borrow_mut();
-        let Rows { of_tenants, changed, .. } = &mut *rows;
+        let Rows { by_tenant, changed, .. } = &mut *rows;
         for (tenant, user) in changed.drain(..) {
-            let Some(row) = of_tenants.get_mut(&tenant).and_then(|users| users.get_mut(&user))
+            let Some(row) = by_tenant.get_mut(&tenant).and_then(|users| users.get_mut(&user))
             else {
                 continue;
             };
@@ -105,14 +106,14 @@ impl Usage {
         Ok(())
     }
 
-    /// Forgets what is in memory. What is stored after a rollback is read anew.
-    pub(super) fn forget(&self) {
+    /// Clears the cache, so that after a rollback the stored rows are read again.
+    pub(super) fn clear_cache(&self) {
         *self.rows.borrow_mut() = Rows::default();
     }
 
     fn trim(&self, max_rows: usize) {
         if self.rows.borrow().count > max_rows {
-            self.forget();
+            self.clear_cache();
         }
     }
 }
@@ -120,7 +121,7 @@ impl Usage {
 impl Rows {
     fn get(&mut self, db: &Connection, tenant: &str, user: &str) -> rusqlite::Result<&mut Row> {
         // Looked up twice: a borrow that is returned from one branch would last through the other.
-        if !self.of_tenants.get(tenant).is_some_and(|users| users.contains_key(user)) {
+        if !self.by_tenant.get(tenant).is_some_and(|users| users.contains_key(user)) {
             let row = db
                 .prepare_cached("SELECT queued, bytes FROM usage WHERE tenant = ?1 AND user = ?2")?
                 .query_row(params![tenant, user], |row| {
@@ -128,10 +129,10 @@ impl Rows {
                 })
                 .optional()?;
             self.count += 1;
-            let users = self.of_tenants.entry(tenant.into()).or_default();
+            let users = self.by_tenant.entry(tenant.into()).or_default();
             users.insert(user.into(), row.unwrap_or_default());
         }
-        let row = self.of_tenants.get_mut(tenant).and_then(|users| users.get_mut(user));
+        let row = self.by_tenant.get_mut(tenant).and_then(|users| users.get_mut(user));
         row.ok_or(rusqlite::Error::QueryReturnedNoRows)
     }
 
@@ -157,7 +158,7 @@ fn unsigned(count: i64) -> u64 {
     u64::try_from(count).unwrap_or(0)
 }
 
-/// A size as the table holds it.
+/// Converts a size to SQLite's integer type.
 pub(super) fn signed(bytes: usize) -> i64 {
     i64::try_from(bytes).unwrap_or(i64::MAX)
 }
@@ -177,7 +178,7 @@ mod tests {
     }
 
     #[test]
-    fn what_was_stored_is_found_again_and_what_was_not_is_forgotten() {
+    fn clearing_the_cache_discards_only_changes_that_are_not_stored() {
         let (connection, usage) = (table(), Usage::default());
         let db = Db { connection: &connection, usage: &usage };
         let used = |user: &str| {
@@ -189,12 +190,12 @@ mod tests {
         assert_eq!((used("ann"), used("bob")), ((3, 2, 110), (3, 1, 110)));
         usage.store(&connection).unwrap();
         db.change_usage(&owner("ann"), 5, 5).unwrap();
-        usage.forget();
+        usage.clear_cache();
         assert_eq!((used("ann"), used("bob")), ((3, 2, 110), (3, 1, 110)));
     }
 
     #[test]
-    fn nothing_is_kept_of_those_who_have_nothing() {
+    fn rows_without_usage_are_deleted() {
         let (connection, usage) = (table(), Usage::default());
         let db = Db { connection: &connection, usage: &usage };
         db.change_usage(&owner("ann"), 1, 100).unwrap();

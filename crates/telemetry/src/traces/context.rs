@@ -1,4 +1,4 @@
-//! The place of a piece of work in a trace, as W3C writes it.
+//! Position of a piece of work in a trace, in the format of W3C Trace Context.
 
 use opentelemetry::{
     Context,
@@ -8,14 +8,14 @@ use opentelemetry::{
 use opentelemetry_sdk::propagation::TraceContextPropagator;
 use streamer_core::TraceParent;
 
-/// A `tracestate` beyond this is ignored. W3C asks for at least 512 characters to be propagated.
+/// A larger `tracestate` is ignored. W3C requires at least 512 characters to be propagated.
 pub const MAX_TRACE_STATE_BYTES: usize = 512;
 /// Length of a `traceparent` of version 00.
 const TRACE_PARENT_BYTES: usize = 55;
-/// Later versions of `traceparent` may be longer.
+/// Maximum length of a `traceparent`; later versions may be longer than version 00.
 pub(super) const MAX_TRACE_PARENT_BYTES: usize = 256;
 
-/// The place of a piece of work in a trace.
+/// Position of a piece of work in a trace.
 #[derive(Clone, Debug, PartialEq)]
 pub struct TraceContext(pub(super) SpanContext);
 
@@ -36,14 +36,14 @@ impl Extractor for Headers<'_> {
 }
 
 impl TraceContext {
-    /// Reads the W3C headers. An invalid `traceparent` is none; an invalid or long `tracestate` is
-    /// ignored, as W3C rules.
+    /// Parses the W3C headers. Returns `None` if `traceparent` is invalid; an invalid or too long
+    /// `tracestate` is ignored, as W3C requires.
     #[must_use]
     pub fn parse(trace_parent: &str, trace_state: Option<&str>) -> Option<Self> {
         if let (Some(parent), None) = (TraceParent::parse(trace_parent), trace_state) {
             return Some(Self::from_header(parent, TraceState::NONE));
         }
-        // The propagator takes shorter fields, too.
+        // Checked here because the propagator accepts shorter fields.
         let is_of_version_00 = trace_parent.starts_with("00-");
         if trace_parent.len() > MAX_TRACE_PARENT_BYTES
             || (is_of_version_00 && trace_parent.len() != TRACE_PARENT_BYTES)
@@ -56,7 +56,7 @@ impl TraceContext {
         Self::of(&context)
     }
 
-    /// The context of the work that runs now.
+    /// Returns the current context.
     #[must_use]
     pub fn current() -> Option<Self> {
         Context::map_current(Self::of)
@@ -70,13 +70,13 @@ impl TraceContext {
         span.is_valid().then_some(Self(span))
     }
 
-    /// W3C `traceparent`, 55 characters.
+    /// Returns the W3C `traceparent`, 55 characters.
     #[must_use]
     pub fn trace_parent(&self) -> String {
         self.header().to_text()
     }
 
-    /// What `traceparent` says.
+    /// Returns the content of `traceparent`.
     #[must_use]
     pub fn header(&self) -> TraceParent {
         TraceParent {
@@ -93,32 +93,32 @@ impl TraceContext {
         Self(SpanContext::new(trace, span, flags, true, state))
     }
 
-    /// W3C `tracestate`, at most [`MAX_TRACE_STATE_BYTES`].
+    /// Returns the W3C `tracestate`, at most [`MAX_TRACE_STATE_BYTES`].
     #[must_use]
     pub fn trace_state(&self) -> Option<String> {
         let state = self.0.trace_state().header();
         (!state.is_empty()).then_some(state)
     }
 
-    /// 32 hexadecimal digits.
+    /// Returns the trace id: 32 hexadecimal digits.
     #[must_use]
     pub fn trace_id(&self) -> String {
         self.header().trace_id_text()
     }
 
-    /// 16 hexadecimal digits, if this process records a span here.
+    /// Returns the span id, 16 hexadecimal digits, if this process records the span.
     pub(crate) fn local_span_id(&self) -> Option<String> {
         let is_local = self.0.is_sampled() && !self.0.is_remote();
         is_local.then(|| self.0.span_id().to_string())
     }
 
-    /// Whether spans are recorded.
+    /// Returns whether the trace is sampled.
     #[must_use]
     pub fn is_sampled(&self) -> bool {
         self.0.is_sampled()
     }
 
-    /// The same place, with this decision.
+    /// Returns the same position with this sampling decision.
     pub(super) fn with_sampled(&self, sampled: bool) -> Self {
         let state = self.0.trace_state().clone();
         Self(SpanContext::new(self.0.trace_id(), self.0.span_id(), flags(sampled), true, state))

@@ -1,6 +1,7 @@
-//! From ended spans to the collector, on a thread and a runtime of its own.
+//! Export of ended spans to the collector, on a dedicated thread and runtime.
 //!
-//! A collector that is slow, refuses or is gone costs spans, which are counted, and nothing else.
+//! If the collector is slow, rejects spans or is unavailable, spans are dropped and counted; nothing else is
+//! affected.
 
 use std::{cell::Cell, thread, time::Duration};
 
@@ -28,17 +29,17 @@ use tokio::{
 use super::{TraceOptions, Traces};
 use crate::{Metrics, TelemetryError};
 
-/// Spans that wait to be exported; beyond it, spans are dropped. About 500 bytes each.
-const MAX_WAITING: usize = 32_768;
-/// Spans in one call to the collector: the default of `OTEL_BSP_MAX_EXPORT_BATCH_SIZE` in the
+/// Maximum number of spans waiting for export; further spans are dropped. A span is about 500 bytes.
+const QUEUE_CAPACITY: usize = 32_768;
+/// Maximum number of spans per export: the default of `OTEL_BSP_MAX_EXPORT_BATCH_SIZE` in the
 /// OpenTelemetry specification.
-const BATCH: usize = 512;
-/// How long an export may take, connecting included.
+const BATCH_SIZE: usize = 512;
+/// Timeout of an export, including connecting.
 const EXPORT_TIMEOUT: Duration = Duration::from_secs(10);
-/// How long the first span of a batch waits for others.
+/// How long the first span of a batch waits for further spans.
 const LINGER: Duration = Duration::from_secs(1);
 
-/// The running exporter.
+/// Handle to the exporter.
 #[derive(Clone)]
 pub(super) struct Pipeline {
     tracer: SdkTracer,
@@ -59,9 +60,9 @@ impl Pipeline {
     }
 
     /// Starts a root span with these ids and this `tracestate`.
-    pub(super) fn build_as(&self, ids: &SpanContext, builder: SpanBuilder) -> Span {
+    pub(super) fn build_with_ids(&self, ids: &SpanContext, builder: SpanBuilder) -> Span {
         NEXT_IDS.set(Some((ids.trace_id(), ids.span_id())));
-        // The ids of a parent that is not valid do not count, but its state does.
+        // The SDK ignores the ids of an invalid parent, but uses its `tracestate`.
         let (flags, state) = (ids.trace_flags(), ids.trace_state().clone());
         let parent = SpanContext::new(TraceId::INVALID, SpanId::INVALID, flags, true, state);
         let parent = Context::new().with_remote_span_context(parent);
@@ -72,15 +73,19 @@ impl Pipeline {
 
     pub(super) fn register(&self, metrics: &Metrics) {
         let Counters { exported, dropped, failed } = self.counters.clone();
-        metrics.register("streamer_trace_spans_exported", "Spans the collector took", exported);
+        metrics.register(
+            "streamer_trace_spans_exported",
+            "Spans accepted by the collector",
+            exported,
+        );
         metrics.register(
             "streamer_trace_spans_dropped",
-            "Spans dropped because 32,768 were waiting to be exported",
+            "Spans dropped because 32,768 were waiting for export",
             dropped,
         );
         metrics.register(
             "streamer_trace_spans_failed",
-            "Spans dropped because the collector could not be reached or refused them",
+            "Spans dropped because the collector was unreachable or rejected them",
             failed,
         );
     }
@@ -89,24 +94,24 @@ impl Pipeline {
         let (done, is_done) = oneshot::channel();
         let flush = async {
             if self.flushes.send(done).await.is_ok() {
-                // It fails if the exporter has ended: then nothing waits.
+                // Fails if the exporter has exited: no spans are pending then.
                 drop(is_done.await);
             }
         };
         if timeout(limit, flush).await.is_err() {
-            tracing::warn!("the collector did not take all spans in time");
+            tracing::warn!("timed out exporting the remaining spans");
         }
     }
 }
 
-/// Starts the exporter, if there is an endpoint.
+/// Starts the exporter, if an endpoint is configured.
 pub(crate) fn start(options: &TraceOptions) -> Result<(Traces, Option<SdkTracer>), TelemetryError> {
-    let off = Traces {
+    let disabled = Traces {
         pipeline: None,
         sample_ratio: options.sample_ratio,
         trust_callers: options.trust_callers,
     };
-    let Some(endpoint) = &options.endpoint else { return Ok((off, None)) };
+    let Some(endpoint) = &options.endpoint else { return Ok((disabled, None)) };
     let failed = |reason: String| TelemetryError::Traces { endpoint: endpoint.clone(), reason };
     let runtime = runtime::Builder::new_current_thread().enable_all().build();
     let runtime = runtime.map_err(|error| failed(error.to_string()))?;
@@ -118,7 +123,7 @@ pub(crate) fn start(options: &TraceOptions) -> Result<(Traces, Option<SdkTracer>
     let mut exporter = exporter.map_err(|error| failed(error.to_string()))?;
     let resource = resource(options);
     exporter.set_resource(&resource);
-    let (spans, ended) = mpsc::channel(MAX_WAITING);
+    let (spans, ended) = mpsc::channel(QUEUE_CAPACITY);
     let (flushes, flush) = mpsc::channel(1);
     let counters = Counters::default();
     let worker = Exporter { exporter, ended, flush, counters: counters.clone(), is_failing: false };
@@ -127,15 +132,15 @@ pub(crate) fn start(options: &TraceOptions) -> Result<(Traces, Option<SdkTracer>
         .spawn(move || runtime.block_on(worker.run()))
         .map_err(|error| failed(error.to_string()))?;
     let provider = SdkTracerProvider::builder()
-        .with_span_processor(Queue { spans, dropped: counters.dropped.clone() })
-        .with_id_generator(Ids::default())
-        // The decision is made before a span is opened.
+        .with_span_processor(SpanQueue { spans, dropped: counters.dropped.clone() })
+        .with_id_generator(PresetIds::default())
+        // The sampling decision is made before a span is opened.
         .with_sampler(Sampler::AlwaysOn)
         .with_resource(resource)
         .build();
     let tracer = provider.tracer("streamer");
     let pipeline = Pipeline { tracer: tracer.clone(), flushes, counters };
-    Ok((Traces { pipeline: Some(pipeline), ..off }, Some(tracer)))
+    Ok((Traces { pipeline: Some(pipeline), ..disabled }, Some(tracer)))
 }
 
 fn resource(options: &TraceOptions) -> Resource {
@@ -150,14 +155,14 @@ fn resource(options: &TraceOptions) -> Resource {
     resource.build()
 }
 
-/// Takes ended spans from where they end.
+/// Span processor that queues ended spans for the exporter.
 #[derive(Debug)]
-struct Queue {
+struct SpanQueue {
     spans: mpsc::Sender<SpanData>,
     dropped: Counter,
 }
 
-impl SpanProcessor for Queue {
+impl SpanProcessor for SpanQueue {
     fn on_start(&self, _: &mut Span, _: &Context) {}
 
     fn on_end(&self, span: SpanData) {
@@ -185,11 +190,11 @@ struct Exporter {
 
 impl Exporter {
     async fn run(mut self) {
-        let mut batch = Vec::with_capacity(BATCH);
+        let mut batch = Vec::with_capacity(BATCH_SIZE);
         loop {
             let mut due = None;
-            let flushed = loop {
-                let room = BATCH - batch.len();
+            let flush_done = loop {
+                let room = BATCH_SIZE - batch.len();
                 let linger = async {
                     match due {
                         Some(at) => sleep_until(at).await,
@@ -201,7 +206,7 @@ impl Exporter {
                     Some(done) = self.flush.recv() => break Some(done),
                     () = linger => break None,
                     count = self.ended.recv_many(&mut batch, room) => {
-                        if count == 0 || batch.len() == BATCH {
+                        if count == 0 || batch.len() == BATCH_SIZE {
                             break None;
                         }
                         due.get_or_insert_with(|| Instant::now() + LINGER);
@@ -209,16 +214,16 @@ impl Exporter {
                 }
             };
             self.export(&mut batch).await;
-            if let Some(done) = flushed {
+            if let Some(done) = flush_done {
                 while let Ok(span) = self.ended.try_recv() {
                     batch.push(span);
-                    if batch.len() == BATCH {
+                    if batch.len() == BATCH_SIZE {
                         self.export(&mut batch).await;
                     }
                 }
                 self.export(&mut batch).await;
                 if done.send(()).is_err() {
-                    tracing::debug!("spans were exported after the time to wait for it");
+                    tracing::debug!("spans were exported after the flush timed out");
                 }
             } else if self.ended.is_closed() && self.ended.is_empty() {
                 return;
@@ -231,19 +236,19 @@ impl Exporter {
         if count == 0 {
             return;
         }
-        let spans = std::mem::replace(batch, Vec::with_capacity(BATCH));
+        let spans = std::mem::replace(batch, Vec::with_capacity(BATCH_SIZE));
         let exported = timeout(EXPORT_TIMEOUT, self.exporter.export(spans)).await;
         match exported.unwrap_or(Err(OTelSdkError::Timeout(EXPORT_TIMEOUT))) {
             Ok(()) => {
                 self.counters.exported.inc_by(count);
                 if std::mem::take(&mut self.is_failing) {
-                    tracing::info!("the trace collector takes spans again");
+                    tracing::info!("trace export recovered");
                 }
             }
             Err(error) => {
                 self.counters.failed.inc_by(count);
                 if !std::mem::replace(&mut self.is_failing, true) {
-                    tracing::warn!(%error, "cannot export traces; spans are dropped");
+                    tracing::warn!(%error, "exporting traces failed; spans are dropped");
                 }
             }
         }
@@ -255,11 +260,11 @@ thread_local! {
     static NEXT_IDS: Cell<Option<(TraceId, SpanId)>> = const { Cell::new(None) };
 }
 
-/// Random ids, unless others were set.
+/// Id generator that returns preset ids, or else random ids.
 #[derive(Debug, Default)]
-struct Ids(RandomIdGenerator);
+struct PresetIds(RandomIdGenerator);
 
-impl IdGenerator for Ids {
+impl IdGenerator for PresetIds {
     fn new_trace_id(&self) -> TraceId {
         NEXT_IDS.get().map_or_else(|| self.0.new_trace_id(), |(trace, _)| trace)
     }
@@ -269,7 +274,7 @@ impl IdGenerator for Ids {
     }
 }
 
-/// The ids of an attempt's trace and of its root span.
+/// Returns the ids of an attempt's trace and of its root span.
 pub(super) fn attempt_ids(uid: [u8; 16], attempt: u32) -> (TraceId, SpanId) {
     let hash = Sha256::new_with_prefix(uid).chain_update(attempt.to_be_bytes()).finalize();
     let mut trace = [0; 16];

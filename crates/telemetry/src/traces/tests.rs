@@ -1,11 +1,11 @@
-//! Contexts without a collector.
+//! Trace contexts without a collector.
 
 use super::{context::MAX_TRACE_PARENT_BYTES, *};
 
 const PARENT: &str = "00-0af7651916cd43dd8448eb211c80319c-b7ad6b7169203331-01";
 
 #[test]
-fn a_context_is_read_and_written_as_w3c_rules() {
+fn contexts_are_parsed_and_written_as_w3c_requires() {
     let context = TraceContext::parse(PARENT, Some("vendor=1,other=2")).unwrap();
     assert!(context.is_sampled());
     assert_eq!(context.trace_parent(), PARENT);
@@ -32,22 +32,22 @@ fn a_context_is_read_and_written_as_w3c_rules() {
 }
 
 #[test]
-fn without_an_endpoint_a_callers_context_is_passed_on() {
+fn without_an_endpoint_the_context_of_the_caller_is_propagated() {
     let traces = Traces::default();
     let caller = TraceContext::parse(PARENT, None);
     let scope = traces.admit(caller.clone(), true, || trace_span!("never"));
     assert_eq!(scope.trace_context(), caller);
-    let stranger = traces.admit(caller.clone(), false, || trace_span!("never"));
-    let stranger = stranger.trace_context().unwrap();
-    assert_eq!(stranger.trace_id(), caller.unwrap().trace_id());
-    assert!(!stranger.is_sampled(), "other processes do not take its word either");
+    let untrusted = traces.admit(caller.clone(), false, || trace_span!("never"));
+    let untrusted = untrusted.trace_context().unwrap();
+    assert_eq!(untrusted.trace_id(), caller.unwrap().trace_id());
+    assert!(!untrusted.is_sampled(), "other processes do not trust its decision either");
     assert!(scope.span().is_disabled());
     let none = traces.admit(None, true, || unreachable!("no span without a context"));
     assert_eq!(none.trace_context(), None);
 }
 
 #[test]
-fn a_future_runs_in_its_scope_and_nothing_else_does() {
+fn only_the_future_runs_in_its_scope() {
     let caller = TraceContext::parse(PARENT, None).unwrap();
     let seen = async { TraceContext::current() }.in_scope(Scope::within(&caller));
     let mut seen = Box::pin(seen);
@@ -57,13 +57,13 @@ fn a_future_runs_in_its_scope_and_nothing_else_does() {
 }
 
 #[test]
-fn the_ratio_is_a_part_of_all_numbers() {
+fn the_ratio_selects_that_share_of_all_numbers() {
     assert!(!is_within(0.0, 0) && is_within(1.0, u64::MAX));
     assert!(is_within(0.5, u64::MAX / 2 - 10_000) && !is_within(0.5, u64::MAX / 2 + 10_000));
 }
 
 #[test]
-fn each_attempt_has_ids_of_its_own_that_anyone_can_derive() {
+fn each_attempt_has_distinct_derivable_ids() {
     let first = attempt_context([7; 16], 1);
     assert_eq!(first, attempt_context([7; 16], 1));
     assert_ne!(first.trace_id(), attempt_context([7; 16], 2).trace_id());

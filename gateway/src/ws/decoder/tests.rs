@@ -22,7 +22,7 @@ fn frame(first: u8, payload: &[u8]) -> Vec<u8> {
     bytes
 }
 
-fn told(message: &Message<'_>) -> String {
+fn describe(message: &Message<'_>) -> String {
     match message {
         Message::Text(text) if text.len() > 20 => format!("text of {}", text.len()),
         other => format!("{other:?}"),
@@ -35,8 +35,8 @@ fn decode(bytes: &[u8], size: usize) -> (Vec<String>, Option<Violation>) {
     let mut messages = Vec::new();
     for piece in bytes.chunks(size) {
         let fed = decoder.feed(&mut piece.to_vec(), |message| {
-            messages.push(told(&message));
-            Flow::Next
+            messages.push(describe(&message));
+            Flow::Continue
         });
         if let Err(violation) = fed {
             return (messages, Some(violation));
@@ -52,7 +52,7 @@ fn violation(bytes: &[u8]) -> (u16, String) {
 }
 
 #[test]
-fn messages_come_out_however_the_bytes_are_cut() {
+fn messages_are_decoded_however_the_input_is_split() {
     let mut bytes = frame(0x81, b"Hello");
     bytes.extend(frame(0x01, "f\u{e9}".as_bytes()));
     bytes.extend(frame(0x89, b"p"));
@@ -77,14 +77,14 @@ fn messages_come_out_however_the_bytes_are_cut() {
 }
 
 #[test]
-fn a_character_may_be_cut_between_fragments() {
+fn a_character_may_span_two_fragments() {
     let mut bytes = frame(0x01, &[0xc3]);
     bytes.extend(frame(0x80, &[0xa9]));
     assert_eq!(decode(&bytes, bytes.len()).0, ["Text(\"\u{e9}\")"]);
 }
 
 #[test]
-fn broken_frames_are_told_apart() {
+fn invalid_frames_are_rejected_with_the_standard_code() {
     assert_eq!(violation(&[0x81, 0x01, b'x']).0, 1002);
     assert_eq!(violation(&frame(0xc1, b"x")).0, 1002);
     assert_eq!(violation(&frame(0x83, b"x")).0, 1002);
@@ -98,7 +98,7 @@ fn broken_frames_are_told_apart() {
 }
 
 #[test]
-fn a_message_over_the_limit_is_refused_before_it_has_come() {
+fn a_message_over_the_limit_is_rejected_before_its_payload_arrives() {
     let mut header = vec![0x81, 0x80 | 127];
     header.extend(u64::MAX.to_be_bytes());
     let (code, reason) = violation(&header);
@@ -109,8 +109,8 @@ fn a_message_over_the_limit_is_refused_before_it_has_come() {
 }
 
 #[test]
-fn whatever_comes_is_answered_or_refused() {
-    // A small generator with a fixed seed (Numerical Recipes' LCG): the same frames every time.
+fn random_input_is_decoded_or_rejected() {
+    // A generator with a fixed seed (Numerical Recipes' LCG) makes the frames reproducible.
     let mut state = 1_u32;
     let mut random = || {
         state = state.wrapping_mul(1_664_525).wrapping_add(1_013_904_223);
@@ -125,7 +125,7 @@ fn whatever_comes_is_answered_or_refused() {
         let size = usize::from(random() % 40) + 1;
         let mut decoder = Decoder::new(1000);
         for piece in bytes.chunks(size) {
-            if decoder.feed(&mut piece.to_vec(), |_| Flow::Next).is_err() {
+            if decoder.feed(&mut piece.to_vec(), |_| Flow::Continue).is_err() {
                 break;
             }
         }
@@ -134,7 +134,7 @@ fn whatever_comes_is_answered_or_refused() {
 }
 
 #[test]
-fn what_is_left_at_a_pause_comes_out_later() {
+fn input_after_a_pause_is_decoded_later() {
     let bytes: Vec<u8> = (0..5).flat_map(|n| frame(0x81, format!("{n}").as_bytes())).collect();
     let (head, tail) = bytes.split_at(bytes.len() - 3);
     let mut decoder = Decoder::new(100);
@@ -148,7 +148,7 @@ fn what_is_left_at_a_pause_comes_out_later() {
         }
         decoder
             .feed(&mut input, |message| {
-                messages.push(told(&message));
+                messages.push(describe(&message));
                 Flow::Pause
             })
             .unwrap();
@@ -157,26 +157,26 @@ fn what_is_left_at_a_pause_comes_out_later() {
 }
 
 #[test]
-fn what_is_kept_takes_no_more_memory_than_twice_its_bytes() {
+fn buffered_input_uses_at_most_twice_its_bytes() {
     let large = frame(0x81, &vec![b'x'; 1 << 20]);
-    // A large frame that comes in two pieces, and the first byte of the next one.
+    // A large frame in two pieces, and the first byte of the next one.
     let mut input = [&large[..], &large[..1]].concat();
     let (first, rest) = input.split_at_mut(1 << 19);
     let (mut decoder, mut count) = (Decoder::new(1 << 22), 0);
     for piece in [first, rest] {
         let message = |_: Message<'_>| {
             count += 1;
-            Flow::Next
+            Flow::Continue
         };
         decoder.feed(piece, message).unwrap();
-        assert!(decoder.held() <= 2 << 19, "{}", decoder.held());
+        assert!(decoder.buffered_bytes() <= 2 << 19, "{}", decoder.buffered_bytes());
     }
     assert_eq!(count, 1);
-    assert!(decoder.held() < 4096 && decoder.is_in_message());
+    assert!(decoder.buffered_bytes() < 4096 && decoder.is_in_message());
 }
 
 #[test]
-fn memory_of_a_message_grows_in_few_steps_and_not_beyond_it() {
+fn memory_of_a_message_grows_in_few_steps_up_to_its_size() {
     let payload = vec![b'x'; 1 << 20];
     let fragments: Vec<Vec<u8>> = payload.chunks(1 << 10).map(|part| frame(0, part)).collect();
     let fragmented = [frame(0x01, b""), fragments.concat()].concat();
@@ -184,12 +184,16 @@ fn memory_of_a_message_grows_in_few_steps_and_not_beyond_it() {
         let mut decoder = Decoder::new(1 << 20);
         let (mut last, mut changes) = (0, 0);
         for piece in bytes.chunks(1 << 10) {
-            decoder.feed(&mut piece.to_vec(), |_| Flow::Next).unwrap();
+            decoder.feed(&mut piece.to_vec(), |_| Flow::Continue).unwrap();
             let fragments = decoder.fragments.as_ref().map_or(0, |one| one.bytes.capacity());
-            let held = if fragments > 0 { fragments } else { decoder.held() };
-            changes += usize::from(held != last);
-            last = held;
-            assert!(decoder.held() <= (1 << 20) + (4 << 10), "{}", decoder.held());
+            let buffered = if fragments > 0 { fragments } else { decoder.buffered_bytes() };
+            changes += usize::from(buffered != last);
+            last = buffered;
+            assert!(
+                decoder.buffered_bytes() <= (1 << 20) + (4 << 10),
+                "{}",
+                decoder.buffered_bytes()
+            );
         }
         assert!(changes <= 40, "{changes} changes");
     }

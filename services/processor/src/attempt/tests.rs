@@ -1,4 +1,4 @@
-//! Attempts against an event log that answers when the test does.
+//! Attempts with an event log that responds when the test says so.
 
 use std::sync::Arc;
 
@@ -23,7 +23,7 @@ use super::*;
 
 type Answer = Result<PublishResponse, Status>;
 
-/// Hands every batch to the test, with the way to answer it.
+/// Passes each batch to the test, with a sender for the response.
 struct ScriptedLog(mpsc::UnboundedSender<(PublishRequest, oneshot::Sender<Answer>)>);
 
 #[tonic::async_trait]
@@ -61,11 +61,11 @@ impl RequestHistory for NoHistory {
     }
 }
 
-/// Succeeds once it is allowed to.
-struct Waits(CancellationToken);
+/// Succeeds once the token is cancelled.
+struct WaitsForToken(CancellationToken);
 
 #[async_trait]
-impl DynHandler for Waits {
+impl DynHandler for WaitsForToken {
     fn spec(&self) -> ActionSpec {
         ActionSpec::new("waits")
     }
@@ -76,19 +76,19 @@ impl DynHandler for Waits {
     }
 }
 
-struct Scene {
+struct Fixture {
     handle: Arc<AttemptHandle>,
     may_end: CancellationToken,
     batches: mpsc::UnboundedReceiver<(PublishRequest, oneshot::Sender<Answer>)>,
-    running: JoinHandle<Finished>,
+    running: JoinHandle<AttemptResult>,
 }
 
-fn start() -> Scene {
+fn start() -> Fixture {
     let (sender, batches) = mpsc::unbounded_channel();
     let log = local(EventLogServiceServer::new(ScriptedLog(sender)));
     let environment = Environment {
         clock: Arc::new(ManualClock::at(Timestamp::default())),
-        log: LogClient::new(log, usize::MAX),
+        log: EventLogClient::new(log, usize::MAX),
         handlers: Handle::current(),
         history: Arc::new(NoHistory),
         limits: Limits {
@@ -99,10 +99,10 @@ fn start() -> Scene {
         cancel_grace: Duration::from_secs(10),
     };
     let may_end = CancellationToken::new();
-    let launch = Launch {
+    let attempt_spec = AttemptSpec {
         record: record(),
         spec: Arc::new(ActionSpec::new("waits")),
-        handler: Arc::new(Waits(may_end.clone())),
+        handler: Arc::new(WaitsForToken(may_end.clone())),
         reports: Arc::default(),
         payload: StoredPayload { content_type: String::new(), data: Bytes::new() },
         checkpoint: None,
@@ -113,9 +113,9 @@ fn start() -> Scene {
     let handle = Arc::new(AttemptHandle::default());
     let running = tokio::spawn({
         let handle = handle.clone();
-        async move { run(&environment, launch, handle).await }
+        async move { run(&environment, attempt_spec, handle).await }
     });
-    Scene { handle, may_end, batches, running }
+    Fixture { handle, may_end, batches, running }
 }
 
 fn record() -> RequestRecord {
@@ -147,45 +147,45 @@ fn record() -> RequestRecord {
 }
 
 #[tokio::test]
-async fn a_lease_that_is_missing_while_the_last_event_is_being_stored_is_no_loss() {
-    let mut scene = start();
-    scene.may_end.cancel();
-    let (batch, answer) = scene.batches.recv().await.unwrap();
+async fn a_missing_lease_during_the_final_append_does_not_fence_the_attempt() {
+    let mut fixture = start();
+    fixture.may_end.cancel();
+    let (batch, answer) = fixture.batches.recv().await.unwrap();
     assert!(matches!(batch.events[0].kind, Some(Kind::Succeeded(_))));
-    // The store has committed the event, which ended the lease; a renewal finds that out before the
+    // The store has committed the event, which ended the lease; a renewal sees that before the
     // attempt does.
-    scene.handle.note_lease_missing();
+    fixture.handle.record_missing_lease();
     tokio::task::yield_now().await;
-    assert!(!scene.handle.is_lost());
+    assert!(!fixture.handle.is_fenced());
     answer.send(Ok(PublishResponse::default())).unwrap();
-    let finished = scene.running.await.unwrap();
-    assert!(matches!(finished, Finished::Concluded(Kind::Succeeded(_), None, None)));
+    let finished = fixture.running.await.unwrap();
+    assert!(matches!(finished, AttemptResult::Recorded(Kind::Succeeded(_), None, None)));
 }
 
 #[tokio::test]
-async fn a_last_event_that_comes_too_late_is_refused_and_the_attempt_is_lost() {
-    let mut scene = start();
-    scene.may_end.cancel();
-    let (_, answer) = scene.batches.recv().await.unwrap();
-    scene.handle.note_lease_missing();
+async fn a_rejected_final_event_fences_the_attempt() {
+    let mut fixture = start();
+    fixture.may_end.cancel();
+    let (_, answer) = fixture.batches.recv().await.unwrap();
+    fixture.handle.record_missing_lease();
     answer.send(Err(Status::aborted("attempt 2 runs"))).unwrap();
-    assert!(matches!(scene.running.await.unwrap(), Finished::Lost));
+    assert!(matches!(fixture.running.await.unwrap(), AttemptResult::Fenced));
 }
 
 #[tokio::test]
-async fn a_last_event_that_is_neither_stored_nor_refused_is_given_up_after_a_lease() {
-    let mut scene = start();
-    scene.may_end.cancel();
-    let (_, _unanswered) = scene.batches.recv().await.unwrap();
-    for _ in 0..=handle::MAX_MISSING {
-        scene.handle.note_lease_missing();
+async fn an_unanswered_final_append_is_abandoned_after_a_lease() {
+    let mut fixture = start();
+    fixture.may_end.cancel();
+    let (_, _unanswered) = fixture.batches.recv().await.unwrap();
+    for _ in 0..=handle::MAX_MISSED_RENEWALS {
+        fixture.handle.record_missing_lease();
     }
-    assert!(matches!(scene.running.await.unwrap(), Finished::Lost));
+    assert!(matches!(fixture.running.await.unwrap(), AttemptResult::Fenced));
 }
 
 #[tokio::test]
-async fn a_lease_that_is_missing_before_the_end_is_a_loss() {
-    let scene = start();
-    scene.handle.note_lease_missing();
-    assert!(matches!(scene.running.await.unwrap(), Finished::Lost));
+async fn a_missing_lease_before_the_final_append_fences_the_attempt() {
+    let fixture = start();
+    fixture.handle.record_missing_lease();
+    assert!(matches!(fixture.running.await.unwrap(), AttemptResult::Fenced));
 }

@@ -1,28 +1,31 @@
-//! The time limits of an attempt.
+//! Time limits of an attempt.
 
 use streamer_core::{ActionSpec, ErrorCode, RequestError, Timestamp};
 use streamer_store::RequestRecord;
 use tokio::time::Instant;
 
-/// When an attempt must have ended, and why.
+/// Earliest time limit of an attempt, and the error to fail with.
 pub(super) struct TimeLimit {
     pub(super) at: Instant,
     pub(super) error: RequestError,
 }
 
 impl TimeLimit {
-    pub(super) fn nearest(
+    pub(super) fn earliest(
         record: &RequestRecord,
         spec: &ActionSpec,
         now: Timestamp,
     ) -> Option<Self> {
-        let began = record.start_time.unwrap_or(now);
+        let start_time = record.start_time.unwrap_or(now);
         let timeout = |at: Timestamp, message: &str| Self {
             at: Instant::now() + at.since(now),
             error: RequestError::new(ErrorCode::Timeout, message),
         };
         let attempt = spec.start_to_close.map(|limit| {
-            timeout(began.plus(limit), "the attempt took longer than its start-to-close timeout")
+            timeout(
+                start_time.plus(limit),
+                "the attempt took longer than its start-to-close timeout",
+            )
         });
         let all = record.close_by.map(|at| {
             let message = "the request took longer than its schedule-to-close timeout";

@@ -1,4 +1,4 @@
-//! Leases: keeping those of what runs here, and ending what others left or nobody took.
+//! Leases: renewal for the attempts that run here, and recovery of expired ones.
 
 use std::sync::Arc;
 
@@ -9,20 +9,20 @@ use tokio::time::{MissedTickBehavior, interval};
 use tokio_util::sync::CancellationToken;
 
 use super::Dispatcher;
-use crate::{outcome, takeover};
+use crate::{lease_recovery, outcome};
 
-/// Requests taken from an index at a time.
+/// Requests read from an index per page.
 const PAGE: usize = 256;
 
 impl Dispatcher {
-    /// Ends a request that has waited for too long.
-    pub(super) async fn fail_unrun(&self, record: &RequestRecord) {
+    /// Fails a request that waited too long.
+    pub(super) async fn fail_unstarted(&self, record: &RequestRecord) {
         let kind = outcome::overdue(record, self.now());
-        self.conclude(record, Writer::Queued(record.attempt), kind, None).await;
+        self.append_final_event(record, Writer::Queued(record.attempt), kind, None).await;
     }
 
-    /// Appends the last event of an attempt that nobody runs, and delivers it.
-    async fn conclude(
+    /// Appends the final event of an attempt that no processor runs, and delivers it.
+    async fn append_final_event(
         &self,
         record: &RequestRecord,
         writer: Writer,
@@ -44,35 +44,35 @@ impl Dispatcher {
                 self.count(&kind);
                 self.environment.log.announce(record.uid, vec![event]).await;
                 if let Some(retry_at) = retry_at {
-                    self.note_due(retry_at);
+                    self.record_due(retry_at);
                 }
             }
-            // Somebody else was first.
+            // Another processor was first.
             Ok(_) => {}
             Err(error) => {
-                tracing::warn!(%error, uid = %record.uid, "could not end an attempt; it will be found again");
+                tracing::warn!(%error, uid = %record.uid, "finishing an attempt failed; it will be retried");
             }
         }
     }
 
-    /// Ends requests that have waited for too long, also those that nobody here could run.
+    /// Fails requests that waited too long, also those that this processor cannot run.
     pub(super) async fn fail_overdue(&self) {
         match self.store.overdue_requests(self.now(), PAGE).await {
             Ok(overdue) => {
                 for record in overdue {
-                    self.fail_unrun(&record).await;
+                    self.fail_unstarted(&record).await;
                 }
             }
-            Err(error) => tracing::warn!(%error, "could not look for overdue requests"),
+            Err(error) => tracing::warn!(%error, "reading overdue requests failed"),
         }
     }
 
-    /// Ends attempts whose holder is gone.
-    pub(super) async fn take_over_expired(&self) {
+    /// Finishes attempts whose lease expired.
+    pub(super) async fn recover_expired_leases(&self) {
         let expired = match self.store.expired_leases(self.now(), PAGE).await {
             Ok(expired) => expired,
             Err(error) => {
-                tracing::warn!(%error, "could not look for expired leases");
+                tracing::warn!(%error, "reading expired leases failed");
                 return;
             }
         };
@@ -85,27 +85,27 @@ impl Dispatcher {
                 // It may have been declared to another processor since.
                 if let Err(error) = self.actions.load(&*self.store, &*self.environment.clock).await
                 {
-                    tracing::warn!(%error, "could not read the declared actions");
+                    tracing::warn!(%error, "loading the declared actions failed");
                     return;
                 }
                 declared = self.actions.find(&record.action, &record.owner.tenant);
             }
             let policy = declared.map_or_else(RetryPolicy::default, |declared| declared.spec.retry);
-            match takeover::conclude(&*self.store, &record, policy, self.now()).await {
-                Ok(ending) => {
+            match lease_recovery::final_event(&*self.store, &record, policy, self.now()).await {
+                Ok(event) => {
                     self.metrics.lease_expiries.inc();
                     let writer = Writer::ExpiredLease(record.attempt);
-                    self.conclude(&record, writer, ending.kind, ending.retry_at).await;
+                    self.append_final_event(&record, writer, event.kind, event.retry_at).await;
                 }
                 Err(error) => {
-                    tracing::warn!(%error, uid = %record.uid, "could not take over an attempt");
+                    tracing::warn!(%error, uid = %record.uid, "recovering an attempt failed");
                 }
             }
         }
     }
 
-    /// Prolongs the leases of everything that runs here, one timer for all.
-    pub(super) async fn keep_leases(self: Arc<Self>, stop: CancellationToken) {
+    /// Renews the leases of all attempts that run here, with one timer, until `stop`.
+    pub(super) async fn renew_leases_until(self: Arc<Self>, stop: CancellationToken) {
         let mut ticks = interval(self.options.lease / 3);
         ticks.set_missed_tick_behavior(MissedTickBehavior::Delay);
         loop {
@@ -126,13 +126,13 @@ impl Dispatcher {
             let now = self.now();
             let until = now.plus(self.options.lease);
             match self.store.renew_leases(self.name.clone(), leases, until, now).await {
-                Ok(renewed) => renewed.into_iter().for_each(|renewed| self.note_renewal(&renewed)),
-                Err(error) => tracing::warn!(%error, "could not renew leases"),
+                Ok(renewed) => renewed.into_iter().for_each(|renewed| self.apply_renewal(&renewed)),
+                Err(error) => tracing::warn!(%error, "renewing leases failed"),
             }
         }
     }
 
-    fn note_renewal(&self, renewed: &Renewed) {
+    fn apply_renewal(&self, renewed: &Renewed) {
         let running = self.running.lock();
         let Some(running) = running.get(&renewed.lease.uid) else { return };
         if running.attempt != renewed.lease.attempt {
@@ -142,7 +142,7 @@ impl Dispatcher {
             running.handle.cancel(reason);
         }
         if !renewed.held {
-            running.handle.note_lease_missing();
+            running.handle.record_missing_lease();
         }
     }
 }

@@ -1,4 +1,4 @@
-//! Looking at the queue: what is due, and whom there is room for.
+//! Scan of the queue: starts requests that are due and have capacity.
 
 use std::{
     collections::{HashMap, HashSet},
@@ -9,99 +9,99 @@ use streamer_store::{DueQuery, StoreError};
 
 use super::Dispatcher;
 
-/// Requests of one tenant taken from the queue's index at a time.
+/// Requests of one tenant read from the queue's index per page.
 const PER_TENANT: usize = 256;
-/// Tenants whose queues are looked at at a time.
+/// Tenants read per page.
 const TENANTS: usize = 256;
 
 impl Dispatcher {
-    /// Starts what is due while there is room.
+    /// Starts requests that are due while capacity is available.
     pub(super) async fn dispatch(self: &Arc<Self>) -> Result<(), StoreError> {
-        let mut looked_at = self.now();
-        // What is noted from here on is compared with what the store says at the end.
-        if self.next_due.lock().take().is_some_and(|due| due <= looked_at) {
-            self.signal.note_backlog();
+        let mut scanned_at = self.now();
+        // Due times recorded from here on are compared with the store's at the end.
+        if self.next_due.lock().take().is_some_and(|due| due <= scanned_at) {
+            self.wakeup.mark_scan_pending();
         }
-        // What could not be started does not hide what is queued behind it.
+        // Requests that could not start do not hide those queued behind them.
         let mut blocked = HashSet::new();
-        while !self.is_stopping() && self.signal.take_backlog() {
-            let freed = self.signal.freed();
-            let (actions, full) = self.with_room();
+        while !self.is_stopping() && self.wakeup.take_pending_scan() {
+            let freed = self.wakeup.freed_slots();
+            let (actions, full) = self.startable_actions();
             if full {
-                // A slot that is given back looks again.
-                self.signal.note_backlog();
+                // A released slot starts another scan.
+                self.wakeup.mark_scan_pending();
             }
             if actions.is_empty() {
-                if self.signal.freed() != freed {
+                if self.wakeup.freed_slots() != freed {
                     continue;
                 }
                 break;
             }
-            looked_at = self.now();
-            let known = blocked.len();
-            let (started, left) = match self.start_due(&actions, full, &mut blocked).await {
+            scanned_at = self.now();
+            let blocked_before = blocked.len();
+            let (started, remaining) = match self.start_due(&actions, full, &mut blocked).await {
                 Ok(outcome) => outcome,
                 Err(error) => {
-                    self.signal.note_backlog();
+                    self.wakeup.mark_scan_pending();
                     return Err(error);
                 }
             };
-            if left {
-                self.signal.note_backlog();
+            if remaining {
+                self.wakeup.mark_scan_pending();
             }
-            let may_find_more = blocked.len() > known && self.slots.free() > 0;
-            if started == 0 && !may_find_more && self.signal.freed() == freed {
+            let may_find_more = blocked.len() > blocked_before && self.limiter.available() > 0;
+            if started == 0 && !may_find_more && self.wakeup.freed_slots() == freed {
                 break;
             }
-            if self.signal.freed() != freed {
+            if self.wakeup.freed_slots() != freed {
                 blocked.clear();
             }
         }
-        // What has become due since then was not seen.
-        let due = self.store.next_due(looked_at).await?;
-        let mut noted = self.next_due.lock();
-        *noted = [*noted, due].into_iter().flatten().min();
+        // The scans did not see requests that became due since.
+        let due = self.store.next_due(scanned_at).await?;
+        let mut next_due = self.next_due.lock();
+        *next_due = [*next_due, due].into_iter().flatten().min();
         Ok(())
     }
 
-    /// The names of everything that one more may run of, and whether something is offered that
-    /// nobody has room for at present.
-    fn with_room(&self) -> (Vec<String>, bool) {
+    /// Returns the actions with capacity for one more attempt, and whether an offered action has
+    /// none at present.
+    fn startable_actions(&self) -> (Vec<String>, bool) {
         let mut full = false;
-        let mut open = Vec::new();
-        let mut note = |name: &str, room: bool| {
+        let mut startable = Vec::new();
+        let mut add = |name: &str, room: bool| {
             if room {
-                open.push(name.to_owned());
+                startable.push(name.to_owned());
             }
             full |= !room;
         };
         for spec in self.actions.local() {
             let declared = self.actions.find(&spec.name, "");
-            note(&spec.name, declared.is_some_and(|declared| self.slots.has_room(&declared)));
+            add(&spec.name, declared.is_some_and(|declared| self.limiter.has_capacity(&declared)));
         }
-        let any = self.slots.free() > 0;
-        for (name, free) in self.actions.workers.names() {
-            note(&name, free && any);
+        let any = self.limiter.available() > 0;
+        for (name, free) in self.actions.workers.offered_actions() {
+            add(&name, free && any);
         }
-        (open, full)
+        (startable, full)
     }
 
-    /// Looks at the queue once, for these actions, which are not all if others are `full`; says how many
-    /// were started, and whether more may be waiting.
+    /// Scans the queue once for these actions; others are excluded if `full`. Returns how many
+    /// requests were started, and whether more may be queued.
     async fn start_due(
         self: &Arc<Self>,
         actions: &[String],
         full: bool,
         blocked: &mut HashSet<(String, String)>,
     ) -> Result<(usize, bool), StoreError> {
-        // What is set aside comes with the rest, and takes nobody's place.
-        let set_aside = self.set_aside.count(self.now());
+        // Quarantined requests appear in the page; the limits leave room for them.
+        let quarantined = self.quarantine.count(self.now());
         let mut limits = self.limits();
-        limits.values_mut().filter(|limit| **limit > 0).for_each(|limit| *limit += set_aside);
-        let room = usize::try_from(self.slots.free()).unwrap_or(usize::MAX);
-        let per_tenant = room.clamp(1, PER_TENANT) + set_aside;
+        limits.values_mut().filter(|limit| **limit > 0).for_each(|limit| *limit += quarantined);
+        let room = usize::try_from(self.limiter.available()).unwrap_or(usize::MAX);
+        let per_tenant = room.clamp(1, PER_TENANT) + quarantined;
         let after_tenant = self.after_tenant.lock().take();
-        let from_the_first = after_tenant.is_none();
+        let is_first_page = after_tenant.is_none();
         let query = DueQuery {
             actions: actions.to_vec(),
             now: self.now(),
@@ -111,64 +111,65 @@ impl Dispatcher {
             limits: limits.clone(),
             blocked: blocked.clone(),
         };
-        self.waiting.look();
+        self.backlog.begin_scan();
         let page = self.store.due_requests(query).await?;
-        let whole = page.next_tenant.is_none() && from_the_first;
+        let is_complete = page.next_tenant.is_none() && is_first_page;
         *self.after_tenant.lock() = page.next_tenant;
-        // Whoever has no room, or more due than was asked for, has something left.
+        // Tenants without capacity, or with as many due requests as the limit, may have more.
         let mut counts: HashMap<String, usize> = HashMap::new();
         for request in &page.requests {
             *counts.entry(request.tenant.clone()).or_insert(0) += 1;
         }
         let limit = |tenant: &str| limits.get(tenant).map_or(per_tenant, |limit| *limit);
         let more = counts.iter().filter(|(tenant, count)| **count >= limit(tenant));
-        let mut left: HashSet<String> = more.map(|(tenant, _)| tenant.clone()).collect();
-        left.extend(blocked.iter().map(|(tenant, _)| tenant.clone()));
-        left.extend(limits.iter().filter(|(_, limit)| **limit == 0).map(|(name, _)| name.clone()));
+        let mut remaining: HashSet<String> = more.map(|(tenant, _)| tenant.clone()).collect();
+        remaining.extend(blocked.iter().map(|(tenant, _)| tenant.clone()));
+        remaining
+            .extend(limits.iter().filter(|(_, limit)| **limit == 0).map(|(name, _)| name.clone()));
         let mut started = 0;
-        for request in self.turns.order(page.requests, &self.slots.by_tenant()) {
-            if set_aside > 0 && self.set_aside.contains(request.uid) {
-                left.insert(request.tenant);
+        for request in self.fair_queue.order(page.requests, &self.limiter.running_by_tenant()) {
+            if quarantined > 0 && self.quarantine.contains(request.uid) {
+                remaining.insert(request.tenant);
                 continue;
             }
             let attempt = self.running.lock().get(&request.uid).map(|running| running.attempt);
             match attempt {
                 None => {}
-                // The index does not show yet that it is claimed.
+                // The index does not show the claim yet.
                 Some(0) => continue,
-                // An attempt has ended and is about to leave; then the next one may start.
+                // A finished attempt is being removed; the next one may start then.
                 Some(_) => {
-                    left.insert(request.tenant);
+                    remaining.insert(request.tenant);
                     continue;
                 }
             }
-            match self.place(&request.action, &request.tenant) {
-                Some(place) => {
-                    self.turns.took(&request.tenant);
-                    self.start(request.uid, &request.tenant, place);
+            match self.find_placement(&request.action, &request.tenant) {
+                Some(placement) => {
+                    self.fair_queue.charge(&request.tenant);
+                    self.start(request.uid, &request.tenant, placement);
                     started += 1;
                 }
                 None => {
-                    left.insert(request.tenant.clone());
+                    remaining.insert(request.tenant.clone());
                     blocked.insert((request.tenant, request.action));
                 }
             }
         }
-        let any_left = !whole || !left.is_empty();
-        if whole && full {
-            self.waiting.were_left_too(left);
-        } else if whole {
-            self.waiting.were_left(left);
+        let any_remaining = !is_complete || !remaining.is_empty();
+        if is_complete && full {
+            self.backlog.finish_partial_scan(remaining);
+        } else if is_complete {
+            self.backlog.finish_scan(remaining);
         } else {
-            self.waiting.forget();
+            self.backlog.reset();
         }
-        Ok((started, any_left))
+        Ok((started, any_remaining))
     }
 
-    /// How many are wanted of each tenant that has something running. The index still shows what is
-    /// being claimed, so that as many more are asked for.
+    /// Returns how many requests to read for each tenant with running attempts. The index still
+    /// shows requests that are being claimed, so the limits include those.
     fn limits(&self) -> HashMap<String, usize> {
-        let mut limits = self.slots.tenant_room();
+        let mut limits = self.limiter.available_by_tenant();
         let running = self.running.lock();
         for claiming in running.values().filter(|running| running.attempt == 0) {
             if let Some(limit) = limits.get_mut(&claiming.tenant).filter(|limit| **limit > 0) {

@@ -1,4 +1,5 @@
-//! Which reports of a remote attempt have arrived, and which were dropped and must come again.
+//! Tracks which reports of a remote attempt have arrived, and which were dropped and must be sent
+//! again.
 
 use std::mem;
 
@@ -6,46 +7,46 @@ use streamer_handler::Reservation;
 use streamer_proto::processor::v1::report::Kind;
 use tonic::Status;
 
-use crate::mailbox::{
-    Full, MAX_BYTES, MAX_REPORTS, MIN_WINDOW_BYTES, Mailbox, compact, held_bytes,
+use crate::report_buffer::{
+    Full, MAX_BYTES, MAX_REPORTS, MIN_WINDOW_BYTES, ReportBuffer, compact, payload_size,
 };
 
-/// What became of a report.
+/// What happened to a report.
 #[derive(Debug, PartialEq, Eq)]
 pub(super) enum Arrival {
-    /// It is in the mailbox.
+    /// Added to the buffer.
     Delivered,
-    /// There was no room for it: it and all that follow are dropped until they are asked for again.
+    /// No room: this report and all later ones are dropped until they are requested again.
     Dropped,
-    /// It has arrived before, or what went before it was dropped.
+    /// A duplicate, or a report that follows a dropped one.
     Ignored,
 }
 
 #[derive(Debug, Default)]
 pub(super) struct Arrivals {
-    /// Progress and output reports that have arrived.
+    /// Number of progress and output reports that have arrived.
     received: i64,
-    /// How often reports were dropped on this stream.
+    /// Number of times that reports were dropped on this stream.
     resends: i32,
     dropped: Option<Dropped>,
-    /// For the dropped reports when they come again.
+    /// Reservation for the dropped reports.
     reserved: Reservation,
 }
 
-/// Reports that were dropped since there was no room for one.
+/// Reports dropped since the first one without room.
 #[derive(Debug)]
 struct Dropped {
-    /// What must be reserved before they are asked for again; 0 afterwards.
-    wanted: usize,
-    /// The largest of their numbers.
+    /// Bytes to reserve before they are requested again; 0 afterwards.
+    to_reserve: usize,
+    /// Highest number among them.
     last_number: i64,
-    /// Progress and output reports among them, and their bytes.
+    /// Number and bytes of progress and output reports among them.
     events: usize,
     bytes: usize,
 }
 
 impl Arrivals {
-    /// Of an attempt whose first `received` reports have arrived.
+    /// State of an attempt whose first `received` reports have arrived.
     pub(super) fn new(received: i64) -> Self {
         Self { received, ..Self::default() }
     }
@@ -54,31 +55,33 @@ impl Arrivals {
         self.received
     }
 
-    /// A new stream begins: the worker sends again what is not durable.
+    /// Begins a new stream: the worker sends again what is not durable.
     pub(super) fn restart(&mut self) {
         *self = Self::new(self.received);
     }
 
-    /// How many bytes must be reserved before dropped reports are asked for again; `None` while they need not be.
-    pub(super) fn wanted(&self) -> Option<usize> {
-        self.dropped.as_ref().map(|dropped| dropped.wanted).filter(|wanted| *wanted > 0)
+    /// Returns the bytes to reserve before dropped reports are requested again; `None` if none are
+    /// pending.
+    pub(super) fn bytes_to_reserve(&self) -> Option<usize> {
+        self.dropped.as_ref().map(|dropped| dropped.to_reserve).filter(|bytes| *bytes > 0)
     }
 
-    /// The reports after the first number can be sent again, with the second number; `None` when they need not be.
-    pub(super) fn ask_again(&mut self, reserved: Reservation) -> Option<(i64, i32)> {
-        let dropped = self.dropped.as_mut().filter(|dropped| dropped.wanted > 0)?;
-        dropped.wanted = 0;
+    /// Returns the number after which reports can be sent again, and the number of resends; `None`
+    /// if none are pending.
+    pub(super) fn request_resend(&mut self, reserved: Reservation) -> Option<(i64, i32)> {
+        let dropped = self.dropped.as_mut().filter(|dropped| dropped.to_reserve > 0)?;
+        dropped.to_reserve = 0;
         self.reserved = reserved;
         Some((self.received, self.resends))
     }
 
-    /// Takes a report that the worker sent after it had been asked `resends` times.
+    /// Accepts a report that the worker sent after `resends` requests to resend.
     ///
     /// # Errors
-    /// When it breaks the rules of the protocol.
-    pub(super) fn take(
+    /// Fails if the report violates the protocol.
+    pub(super) fn accept(
         &mut self,
-        mailbox: &Mailbox,
+        buffer: &ReportBuffer,
         number: i64,
         resends: i32,
         kind: Kind,
@@ -89,18 +92,18 @@ impl Arrivals {
             }
             return Ok(Arrival::Ignored);
         }
-        if self.is_repeated(number, &kind)? {
+        if self.is_repeat(number, &kind)? {
             return Ok(Arrival::Ignored);
         }
-        let needed = mailbox.needs_reserved(&kind);
-        let Some(reserved) = self.reserve(mailbox, needed) else {
+        let needed = buffer.bytes_to_reserve(&kind);
+        let Some(reserved) = self.reserve(buffer, needed) else {
             let mut dropped = Dropped::new(needed);
             dropped.add(number, &kind)?;
             self.dropped = Some(dropped);
             self.resends += 1;
             return Ok(Arrival::Dropped);
         };
-        mailbox.push(compact(kind), reserved).map_err(full)?;
+        buffer.push(compact(kind), reserved).map_err(full)?;
         self.received = self.received.max(number);
         if self.dropped.as_ref().is_some_and(|dropped| dropped.last_number <= number) {
             self.dropped = None;
@@ -109,8 +112,8 @@ impl Arrivals {
         Ok(Arrival::Delivered)
     }
 
-    /// Whether a report has arrived before.
-    fn is_repeated(&self, number: i64, kind: &Kind) -> Result<bool, Status> {
+    /// Returns whether a report has arrived before.
+    fn is_repeat(&self, number: i64, kind: &Kind) -> Result<bool, Status> {
         let received = self.received;
         if is_event(kind) {
             if number <= received && number > 0 {
@@ -127,30 +130,30 @@ impl Arrivals {
                 return Ok(true);
             }
             return Err(Status::invalid_argument(format!(
-                "report.number: {received} progress and output reports went before, not {number}"
+                "report.number: must be {received}, the last progress or output report, is {number}"
             )));
         }
         Ok(false)
     }
 
-    /// Reserves bytes for a report, of what is reserved for dropped reports first.
-    fn reserve(&mut self, mailbox: &Mailbox, bytes: usize) -> Option<Reservation> {
+    /// Reserves bytes for a report, from the reservation for dropped reports first.
+    fn reserve(&mut self, buffer: &ReportBuffer, bytes: usize) -> Option<Reservation> {
         if self.reserved.bytes() >= bytes {
             return Some(self.reserved.split(bytes));
         }
-        // What holds a part while it waits for the whole may wait for others that do the same.
+        // Attempts that hold a part while they wait for the whole could wait for each other.
         drop(mem::take(&mut self.reserved));
-        mailbox.try_reserve(bytes)
+        buffer.try_reserve(bytes)
     }
 }
 
 impl Dropped {
     fn new(needed: usize) -> Self {
-        // Room for a report alone would make each one that follows it be sent again once more.
-        Self { wanted: needed.max(MIN_WINDOW_BYTES), last_number: 0, events: 0, bytes: 0 }
+        // With room for this report alone, each report after it would be dropped again.
+        Self { to_reserve: needed.max(MIN_WINDOW_BYTES), last_number: 0, events: 0, bytes: 0 }
     }
 
-    /// Counts a dropped report. A worker has no more of them under way than may be unacknowledged.
+    /// Counts a dropped report. A worker has no more in transit than may be unacknowledged.
     fn add(&mut self, number: i64, kind: &Kind) -> Result<(), Status> {
         self.last_number = self.last_number.max(number);
         if is_event(kind) {
@@ -158,7 +161,7 @@ impl Dropped {
                 return Err(full(Full));
             }
             self.events += 1;
-            self.bytes += held_bytes(kind);
+            self.bytes += payload_size(kind);
         }
         Ok(())
     }
@@ -199,47 +202,49 @@ mod tests {
     }
 
     #[tokio::test]
-    async fn a_report_without_room_is_dropped_with_those_after_it_and_asked_for_once_there_is_room()
-    {
+    async fn a_report_without_room_is_dropped_with_later_ones_and_resent_once_there_is_room() {
         let budget = OutputBudget::new(BUDGET);
         let other = budget.try_reserve(&"globex".into(), BUDGET).unwrap();
-        let mailbox = Mailbox::new(budget.clone(), "acme");
+        let buffer = ReportBuffer::new(budget.clone(), "acme");
         let mut arrivals = Arrivals::default();
-        assert_eq!(arrivals.take(&mailbox, 1, 0, small()).unwrap(), Arrival::Delivered);
-        assert_eq!(arrivals.take(&mailbox, 2, 0, output(100_000)).unwrap(), Arrival::Dropped);
-        assert_eq!(arrivals.wanted(), Some(100_000));
+        assert_eq!(arrivals.accept(&buffer, 1, 0, small()).unwrap(), Arrival::Delivered);
+        assert_eq!(arrivals.accept(&buffer, 2, 0, output(100_000)).unwrap(), Arrival::Dropped);
+        assert_eq!(arrivals.bytes_to_reserve(), Some(100_000));
         for (number, kind) in [(3, small()), (3, checkpoint())] {
-            assert_eq!(arrivals.take(&mailbox, number, 0, kind).unwrap(), Arrival::Ignored);
+            assert_eq!(arrivals.accept(&buffer, number, 0, kind).unwrap(), Arrival::Ignored);
         }
         drop(other);
-        let reserved = mailbox.reserve(100_000).await;
-        assert_eq!(arrivals.ask_again(reserved), Some((1, 1)));
-        assert_eq!(arrivals.wanted(), None);
-        assert_eq!(arrivals.take(&mailbox, 4, 0, small()).unwrap(), Arrival::Ignored, "under way");
+        let reserved = buffer.reserve(100_000).await;
+        assert_eq!(arrivals.request_resend(reserved), Some((1, 1)));
+        assert_eq!(arrivals.bytes_to_reserve(), None);
+        assert_eq!(
+            arrivals.accept(&buffer, 4, 0, small()).unwrap(),
+            Arrival::Ignored,
+            "in transit"
+        );
         for (number, kind) in [(2, output(100_000)), (3, small()), (3, checkpoint())] {
-            assert_eq!(arrivals.take(&mailbox, number, 1, kind).unwrap(), Arrival::Delivered);
+            assert_eq!(arrivals.accept(&buffer, number, 1, kind).unwrap(), Arrival::Delivered);
         }
-        assert_eq!(arrivals.take(&mailbox, 4, 1, small()).unwrap(), Arrival::Delivered);
+        assert_eq!(arrivals.accept(&buffer, 4, 1, small()).unwrap(), Arrival::Delivered);
         assert_eq!((arrivals.received(), budget.used()), (4, 103_000));
     }
 
     #[tokio::test]
-    async fn what_is_reserved_for_dropped_reports_serves_those_that_follow_and_is_released_after_them()
-     {
+    async fn a_resend_reservation_covers_all_dropped_reports_and_is_released_after_them() {
         let budget = OutputBudget::new(BUDGET);
         let other = budget.try_reserve(&"globex".into(), BUDGET).unwrap();
-        let mailbox = Mailbox::new(budget.clone(), "acme");
+        let buffer = ReportBuffer::new(budget.clone(), "acme");
         let mut arrivals = Arrivals::default();
-        assert_eq!(arrivals.take(&mailbox, 1, 0, output(5000)).unwrap(), Arrival::Dropped);
-        assert_eq!(arrivals.take(&mailbox, 2, 0, output(5000)).unwrap(), Arrival::Ignored);
-        assert_eq!(arrivals.wanted(), Some(MIN_WINDOW_BYTES));
+        assert_eq!(arrivals.accept(&buffer, 1, 0, output(5000)).unwrap(), Arrival::Dropped);
+        assert_eq!(arrivals.accept(&buffer, 2, 0, output(5000)).unwrap(), Arrival::Ignored);
+        assert_eq!(arrivals.bytes_to_reserve(), Some(MIN_WINDOW_BYTES));
         drop(other);
-        let reserved = mailbox.reserve(MIN_WINDOW_BYTES).await;
-        assert_eq!(arrivals.ask_again(reserved), Some((0, 1)));
+        let reserved = buffer.reserve(MIN_WINDOW_BYTES).await;
+        assert_eq!(arrivals.request_resend(reserved), Some((0, 1)));
         let _full = budget.try_reserve(&"globex".into(), BUDGET - MIN_WINDOW_BYTES).unwrap();
         for number in [1, 2] {
             assert_eq!(
-                arrivals.take(&mailbox, number, 1, output(5000)).unwrap(),
+                arrivals.accept(&buffer, number, 1, output(5000)).unwrap(),
                 Arrival::Delivered
             );
         }
@@ -247,43 +252,46 @@ mod tests {
     }
 
     #[test]
-    fn a_worker_that_sends_on_beyond_its_window_breaks_a_rule() {
+    fn a_worker_that_exceeds_its_window_is_rejected() {
         let budget = OutputBudget::new(BUDGET);
         let _all = budget.try_reserve(&"globex".into(), BUDGET).unwrap();
-        let mailbox = Mailbox::new(budget, "acme");
+        let buffer = ReportBuffer::new(budget, "acme");
         let mut arrivals = Arrivals::default();
-        assert_eq!(arrivals.take(&mailbox, 1, 0, output(MAX_BYTES - 1)).unwrap(), Arrival::Dropped);
-        assert_eq!(arrivals.take(&mailbox, 2, 0, output(5000)).unwrap(), Arrival::Ignored);
-        let refused = arrivals.take(&mailbox, 3, 0, output(5000)).unwrap_err();
+        assert_eq!(
+            arrivals.accept(&buffer, 1, 0, output(MAX_BYTES - 1)).unwrap(),
+            Arrival::Dropped
+        );
+        assert_eq!(arrivals.accept(&buffer, 2, 0, output(5000)).unwrap(), Arrival::Ignored);
+        let refused = arrivals.accept(&buffer, 3, 0, output(5000)).unwrap_err();
         assert_eq!(refused.code(), Code::ResourceExhausted);
     }
 
     #[test]
-    fn a_new_stream_begins_without_dropped_reports() {
+    fn a_new_stream_forgets_dropped_reports() {
         let budget = OutputBudget::new(BUDGET);
         let all = budget.try_reserve(&"globex".into(), BUDGET).unwrap();
-        let mailbox = Mailbox::new(budget.clone(), "acme");
+        let buffer = ReportBuffer::new(budget.clone(), "acme");
         let mut arrivals = Arrivals::new(7);
-        assert_eq!(arrivals.take(&mailbox, 8, 0, output(5000)).unwrap(), Arrival::Dropped);
+        assert_eq!(arrivals.accept(&buffer, 8, 0, output(5000)).unwrap(), Arrival::Dropped);
         arrivals.restart();
-        assert_eq!(arrivals.ask_again(Reservation::default()), None);
+        assert_eq!(arrivals.request_resend(Reservation::default()), None);
         drop(all);
         assert_eq!(
-            arrivals.take(&mailbox, 7, 0, output(5000)).unwrap(),
+            arrivals.accept(&buffer, 7, 0, output(5000)).unwrap(),
             Arrival::Ignored,
             "repeated"
         );
-        assert_eq!(arrivals.take(&mailbox, 8, 0, output(5000)).unwrap(), Arrival::Delivered);
+        assert_eq!(arrivals.accept(&buffer, 8, 0, output(5000)).unwrap(), Arrival::Delivered);
     }
 
     #[test]
-    fn numbers_have_no_gaps() {
-        let mailbox = Mailbox::new(OutputBudget::new(BUDGET), "acme");
+    fn gaps_in_report_numbers_are_rejected() {
+        let buffer = ReportBuffer::new(OutputBudget::new(BUDGET), "acme");
         let mut arrivals = Arrivals::new(2);
         for (number, kind) in [(4, small()), (0, small()), (3, checkpoint())] {
-            let refused = arrivals.take(&mailbox, number, 0, kind).unwrap_err();
+            let refused = arrivals.accept(&buffer, number, 0, kind).unwrap_err();
             assert_eq!(refused.code(), Code::InvalidArgument);
         }
-        assert_eq!(arrivals.take(&mailbox, 1, 0, checkpoint()).unwrap(), Arrival::Ignored);
+        assert_eq!(arrivals.accept(&buffer, 1, 0, checkpoint()).unwrap(), Arrival::Ignored);
     }
 }

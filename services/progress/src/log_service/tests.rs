@@ -1,4 +1,4 @@
-//! Appends whose caller goes away.
+//! Appends whose caller disconnects.
 
 use futures_util::poll;
 use streamer_core::SystemClock;
@@ -11,7 +11,7 @@ use super::*;
 use crate::{testing::running_request, topics::Read};
 
 #[tokio::test]
-async fn an_append_whose_caller_goes_away_still_reaches_watchers() {
+async fn an_append_reaches_watchers_after_its_caller_disconnects() {
     let data = TempDir::new().unwrap();
     let store = open(&Engine::Embedded { data: data.path().to_owned() }).unwrap();
     let metrics = ProgressMetrics::new(&Metrics::new());
@@ -19,8 +19,8 @@ async fn an_append_whose_caller_goes_away_still_reaches_watchers() {
     let clock = Arc::new(SystemClock);
     let (uid, now) = (Uid::new(clock.now()), clock.now());
     running_request(&*store, uid, now).await;
-    let mut watching = topics.load(uid).await.unwrap().unwrap();
-    watching.news.borrow_and_update();
+    let mut subscription = topics.load(uid).await.unwrap().unwrap();
+    subscription.updates.borrow_and_update();
 
     let service = LogService::new(topics, store, clock, metrics);
     let last =
@@ -32,11 +32,13 @@ async fn an_append_whose_caller_goes_away_still_reaches_watchers() {
         ..PublishRequest::default()
     };
     {
-        // The append is with the store's writer when the call is dropped.
+        // The store's writer has the append when the call is dropped.
         let mut call = Box::pin(service.publish(Request::new(batch)));
         assert!(poll!(&mut call).is_pending());
         tokio::task::yield_now().await;
     }
-    watching.news.changed().await.unwrap();
-    assert!(matches!(watching.topic.read(2, 10, 1000), Read::Events(events) if events.len() == 1));
+    subscription.updates.changed().await.unwrap();
+    assert!(
+        matches!(subscription.topic.read(2, 10, 1000), Read::Events(events) if events.len() == 1)
+    );
 }

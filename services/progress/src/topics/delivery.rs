@@ -1,4 +1,4 @@
-//! Which watchers of a topic have its newest event: a pure count.
+//! Counts which watchers of a topic have its newest event, without I/O.
 
 use std::time::Duration;
 
@@ -9,20 +9,20 @@ use tokio::time::Instant;
 pub(crate) struct Delivery {
     newest_seq: i64,
     newest_at: Option<Instant>,
-    /// Those that have the newest event.
+    /// Watchers that have the newest event.
     up_to_date: usize,
-    /// Those that had all events at some time, and lack the newest.
+    /// Watchers that were up to date and lack the newest event.
     behind: usize,
 }
 
-/// One watcher's part in a [`Delivery`]: the newest event at the time when the watcher had all of them;
-/// `None` while it replays the log for the first time.
+/// State of one watcher in a [`Delivery`]: the newest event when the watcher was last up to date; `None` during
+/// its initial replay.
 #[derive(Clone, Copy, Debug, Default)]
 pub(crate) struct Position(Option<i64>);
 
 impl Delivery {
-    /// The topic has events up to `seq`.
-    pub(crate) fn note_newest(&mut self, seq: i64, now: Instant) {
+    /// Records that the topic has events up to `seq`.
+    pub(crate) fn record_newest(&mut self, seq: i64, now: Instant) {
         if seq > self.newest_seq {
             self.newest_seq = seq;
             self.newest_at = Some(now);
@@ -30,8 +30,8 @@ impl Delivery {
         }
     }
 
-    /// A watcher has every event up to `seq`.
-    pub(crate) fn note_delivered(&mut self, position: &mut Position, seq: i64) {
+    /// Records that a watcher has all events up to `seq`.
+    pub(crate) fn record_delivered(&mut self, position: &mut Position, seq: i64) {
         if seq < self.newest_seq || position.0 == Some(self.newest_seq) {
             return;
         }
@@ -42,8 +42,8 @@ impl Delivery {
         position.0 = Some(self.newest_seq);
     }
 
-    /// A watcher leaves.
-    pub(crate) fn leave(&mut self, position: Position) {
+    /// Removes a watcher.
+    pub(crate) fn remove(&mut self, position: Position) {
         match position.0 {
             None => {}
             Some(seq) if seq == self.newest_seq => self.up_to_date -= 1,
@@ -51,7 +51,7 @@ impl Delivery {
         }
     }
 
-    /// For how long the newest event has been waiting for a watcher; zero when all have it.
+    /// Returns for how long the newest event has been undelivered to a watcher; zero if all have it.
     pub(crate) fn undelivered_for(&self, now: Instant) -> Duration {
         match self.newest_at {
             Some(at) if self.behind > 0 => now.saturating_duration_since(at),
@@ -65,31 +65,35 @@ mod tests {
     use super::*;
 
     #[test]
-    fn the_newest_event_waits_from_its_arrival_until_every_watcher_has_it() {
+    fn the_newest_event_is_undelivered_from_its_arrival_until_every_watcher_has_it() {
         let start = Instant::now();
         let at = |seconds| start + Duration::from_secs(seconds);
         let mut delivery = Delivery::default();
         let (mut one, mut other, mut replaying) = Default::default();
-        delivery.note_newest(1, start);
-        delivery.note_delivered(&mut one, 1);
-        delivery.note_delivered(&mut other, 1);
-        delivery.note_delivered(&mut replaying, 0);
-        assert_eq!(delivery.undelivered_for(at(9)), Duration::ZERO, "a replay is no delay");
+        delivery.record_newest(1, start);
+        delivery.record_delivered(&mut one, 1);
+        delivery.record_delivered(&mut other, 1);
+        delivery.record_delivered(&mut replaying, 0);
+        assert_eq!(
+            delivery.undelivered_for(at(9)),
+            Duration::ZERO,
+            "a replay does not count as delay"
+        );
 
-        delivery.note_newest(3, at(10));
+        delivery.record_newest(3, at(10));
         assert_eq!(delivery.undelivered_for(at(12)), Duration::from_secs(2));
-        delivery.note_delivered(&mut one, 2);
-        delivery.note_delivered(&mut one, 3);
-        delivery.note_delivered(&mut one, 3);
+        delivery.record_delivered(&mut one, 2);
+        delivery.record_delivered(&mut one, 3);
+        delivery.record_delivered(&mut one, 3);
         assert_eq!(delivery.undelivered_for(at(13)), Duration::from_secs(3));
-        delivery.leave(other);
+        delivery.remove(other);
         assert_eq!(delivery.undelivered_for(at(14)), Duration::ZERO);
 
-        delivery.note_delivered(&mut replaying, 3);
-        delivery.leave(one);
-        delivery.note_newest(4, at(20));
+        delivery.record_delivered(&mut replaying, 3);
+        delivery.remove(one);
+        delivery.record_newest(4, at(20));
         assert_eq!(delivery.undelivered_for(at(21)), Duration::from_secs(1));
-        delivery.leave(replaying);
+        delivery.remove(replaying);
         assert_eq!((delivery.up_to_date, delivery.behind), (0, 0));
     }
 }

@@ -1,4 +1,4 @@
-//! The latest events of one request, in memory: a pure data structure.
+//! The latest events of one request in memory, without I/O.
 
 use std::collections::VecDeque;
 
@@ -6,28 +6,28 @@ use prost::Message;
 use streamer_proto::common::v1::{Event, Request};
 use streamer_rpc::{apply_event, compact_event, compact_request, is_terminal};
 
-/// Events kept at most.
+/// Maximum number of events.
 const MAX_EVENTS: usize = 1024;
-/// Bytes kept at most, unless a single event is larger.
+/// Maximum bytes of events, unless a single event is larger.
 const MAX_BYTES: usize = 256 * 1024;
 
-/// What a reader finds.
+/// Result of a read.
 #[derive(Debug, PartialEq)]
 pub(crate) enum Read {
-    /// These come next.
+    /// The next events.
     Events(Vec<Event>),
-    /// What comes next is not in memory (any more): read it from the store.
+    /// The next events are not in memory: read them from the store.
     InStore,
-    /// Nothing is newer yet.
+    /// No newer event exists yet.
     UpToDate,
-    /// Nothing will follow.
+    /// No event will follow.
     Ended,
 }
 
 /// A contiguous run of events that ends with the latest known one.
 #[derive(Debug, Default)]
 pub(crate) struct Tail {
-    /// The request as of the latest event; `None` until it is read from the store.
+    /// The request as of the latest event; `None` until it is loaded.
     snapshot: Option<Request>,
     events: VecDeque<Event>,
     bytes: usize,
@@ -37,7 +37,7 @@ pub(crate) struct Tail {
 }
 
 impl Tail {
-    /// The request as of the latest event.
+    /// Returns the request as of the latest event.
     pub(crate) fn snapshot(&self) -> Option<&Request> {
         self.snapshot.as_ref()
     }
@@ -46,7 +46,7 @@ impl Tail {
         self.last_seq
     }
 
-    /// What the events hold, in bytes.
+    /// Returns the bytes of the events.
     pub(crate) fn bytes(&self) -> usize {
         self.bytes
     }
@@ -55,16 +55,16 @@ impl Tail {
         self.ended
     }
 
-    /// Replaces the snapshot by the request as it is stored. It may be older than the events here.
+    /// Replaces the snapshot by the stored request, which may be older than the events in memory.
     pub(crate) fn load(&mut self, request: &Request) {
         use streamer_core::RequestState;
         let next = self.events.front().map_or(self.last_seq + 1, |first| first.seq);
         if request.last_seq + 1 < next {
-            // It is older than what came before the events here.
+            // Events are missing between the stored request and the events in memory.
             return;
         }
         if request.last_seq > self.last_seq {
-            // The store is ahead: what lies between is read from there.
+            // The store is ahead: readers read the missing events from it.
             self.clear();
             self.last_seq = request.last_seq;
         }
@@ -77,8 +77,8 @@ impl Tail {
         self.snapshot = Some(request);
     }
 
-    /// Adds events that are durable. What is here already is passed over; after a gap, what came
-    /// before it is dropped, and readers find it in the store.
+    /// Adds durable events. Known events are skipped; after a gap, the events before it are dropped, and
+    /// readers read them from the store.
     pub(crate) fn push(&mut self, events: &[Event]) {
         for event in events {
             if event.seq <= self.last_seq {
@@ -86,7 +86,7 @@ impl Tail {
             }
             if event.seq != self.last_seq + 1 {
                 self.clear();
-                // What was missed may have changed more than this event tells.
+                // The missing events may have changed fields that this event does not contain.
                 self.snapshot = None;
             }
             let event = compact_event(event);
@@ -95,7 +95,7 @@ impl Tail {
             }
             self.last_seq = event.seq;
             self.ended |= is_terminal(&event);
-            self.bytes += held_bytes(&event);
+            self.bytes += memory_bytes(&event);
             self.events.push_back(event);
         }
         while self.events.len() > 1 && (self.events.len() > MAX_EVENTS || self.bytes > MAX_BYTES) {
@@ -103,8 +103,8 @@ impl Tail {
         }
     }
 
-    /// Drops the oldest events until those that are left hold at most `bytes`. Readers find dropped
-    /// events in the store.
+    /// Drops the oldest events until the rest have at most `bytes`. Readers read dropped events from the
+    /// store.
     pub(crate) fn shrink_to(&mut self, bytes: usize) {
         while self.bytes > bytes {
             self.drop_oldest();
@@ -114,17 +114,17 @@ impl Tail {
 
     fn drop_oldest(&mut self) {
         match self.events.pop_front() {
-            Some(dropped) => self.bytes -= held_bytes(&dropped),
+            Some(dropped) => self.bytes -= memory_bytes(&dropped),
             None => self.bytes = 0,
         }
     }
 
-    /// The request was deleted: nothing will follow.
+    /// Marks the log as ended because the request was deleted.
     pub(crate) fn end(&mut self) {
         self.ended = true;
     }
 
-    /// What comes after `after_seq`: at most `max_events`, ending once `max_bytes` are reached.
+    /// Reads the events after `after_seq`: at most `max_events`, ending once `max_bytes` are reached.
     pub(crate) fn read(&self, after_seq: i64, max_events: usize, max_bytes: usize) -> Read {
         if after_seq >= self.last_seq {
             return if self.ended { Read::Ended } else { Read::UpToDate };
@@ -153,8 +153,8 @@ impl Tail {
     }
 }
 
-/// Memory of an event that shares none: its fields, and what they point to.
-fn held_bytes(event: &Event) -> usize {
+/// Memory of an event that shares no buffers: its fields and what they point to.
+fn memory_bytes(event: &Event) -> usize {
     size_of::<Event>() + event.encoded_len()
 }
 
@@ -182,7 +182,7 @@ mod tests {
     }
 
     #[test]
-    fn a_reader_gets_what_comes_after_its_cursor() {
+    fn a_read_returns_the_events_after_the_cursor() {
         let mut tail = loaded(2);
         tail.push(&[progress(3), progress(4), progress(5)]);
         assert_eq!(seqs(&tail.read(2, 10, 1000)), [3, 4, 5]);
@@ -192,7 +192,7 @@ mod tests {
     }
 
     #[test]
-    fn repeats_are_passed_over_and_gaps_send_readers_to_the_store() {
+    fn duplicates_are_skipped_and_gaps_are_read_from_the_store() {
         let mut tail = loaded(0);
         tail.push(&[progress(1), progress(2)]);
         tail.push(&[progress(2), progress(3)]);
@@ -203,7 +203,7 @@ mod tests {
     }
 
     #[test]
-    fn old_events_are_dropped_beyond_the_bound() {
+    fn the_oldest_events_are_dropped_beyond_the_limit() {
         let mut tail = loaded(0);
         for seq in 1..=2000 {
             tail.push(&[progress(seq)]);
@@ -213,10 +213,10 @@ mod tests {
     }
 
     #[test]
-    fn a_tail_that_is_shrunk_sends_readers_to_the_store() {
+    fn events_dropped_by_shrinking_are_read_from_the_store() {
         let mut tail = loaded(0);
         tail.push(&[progress(1), progress(2), progress(3)]);
-        tail.shrink_to(held_bytes(&progress(3)));
+        tail.shrink_to(memory_bytes(&progress(3)));
         assert_eq!(tail.read(1, 10, 1000), Read::InStore);
         assert_eq!(seqs(&tail.read(2, 10, 1000)), [3]);
         tail.shrink_to(0);
@@ -227,7 +227,7 @@ mod tests {
     }
 
     #[test]
-    fn events_that_came_before_the_store_was_read_are_kept() {
+    fn events_pushed_before_the_load_are_kept() {
         let mut tail = Tail::default();
         tail.push(&[progress(4), progress(5)]);
         tail.load(&Request { last_seq: 4, state: 2, ..Request::default() });
@@ -239,7 +239,7 @@ mod tests {
     }
 
     #[test]
-    fn a_terminal_event_ends_it() {
+    fn a_terminal_event_ends_the_log() {
         let mut tail = loaded(1);
         let kind = Some(Kind::Succeeded(Succeeded::default()));
         tail.push(&[Event { seq: 2, attempt: 1, time: None, kind }]);

@@ -1,4 +1,4 @@
-//! Tails of many requests.
+//! Topics of several requests.
 
 use streamer_core::Timestamp;
 use streamer_proto::common::v1::{Accepted, Output, Payload, Started, event::Kind, payload::Body};
@@ -13,7 +13,7 @@ fn event(seq: i64, kind: Kind) -> Event {
 }
 
 #[tokio::test]
-async fn a_late_announcement_of_a_request_that_runs_already_is_not_believed() {
+async fn a_stale_announcement_of_a_running_request_is_ignored() {
     let data = tempfile::tempdir().unwrap();
     let store = open(&Engine::Embedded { data: data.path().to_owned() }).unwrap();
     let topics = Topics::new(store, ProgressMetrics::new(&Metrics::new()), None, false);
@@ -22,15 +22,15 @@ async fn a_late_announcement_of_a_request_that_runs_already_is_not_believed() {
     let (early, late) = (Uid::new(Timestamp::default()), Uid::new(Timestamp::default()));
 
     topics.create(early, &created(early), std::slice::from_ref(&accepted));
-    assert!(topics.loaded(early).is_some());
+    assert!(topics.subscribe_loaded(early).is_some());
 
     topics.push(late, &[event(2, Kind::Started(Started::default()))]);
     topics.create(late, &created(late), std::slice::from_ref(&accepted));
-    assert!(topics.loaded(late).is_none(), "watchers read the store, which knows more");
+    assert!(topics.subscribe_loaded(late).is_none(), "watchers read the store, which is newer");
 }
 
 #[tokio::test]
-async fn all_tails_together_stay_within_their_limit() {
+async fn the_total_of_all_tails_stays_within_its_limit() {
     const CHUNK: usize = 1024 * 1024;
     let data = tempfile::tempdir().unwrap();
     let store = open(&Engine::Embedded { data: data.path().to_owned() }).unwrap();
@@ -42,20 +42,24 @@ async fn all_tails_together_stay_within_their_limit() {
     let small = Uid::new(Timestamp::default());
     let accepted = event(1, Kind::Accepted(Accepted::default()));
     topics.create(small, &Request::default(), &[accepted]);
-    let kept = topics.loaded(small).unwrap();
+    let kept = topics.subscribe_loaded(small).unwrap();
     let watched: Vec<_> = (0..100)
         .map(|_| {
             let uid = Uid::new(Timestamp::default());
             topics.create(uid, &Request::default(), &[chunk(1)]);
-            topics.loaded(uid)
+            topics.subscribe_loaded(uid)
         })
         .collect();
     let total = topics.total_bytes.load(Ordering::Relaxed);
     assert!(total <= MAX_TOTAL_BYTES + CHUNK, "{total}");
     let first = watched[0].as_ref().unwrap();
-    assert_eq!(first.topic.read(0, 10, CHUNK), Read::InStore, "its share is less than a chunk");
-    let read = topics.loaded(small).unwrap().topic.read(0, 10, CHUNK);
-    assert!(matches!(read, Read::Events(_)), "small tails keep what they have");
+    assert_eq!(
+        first.topic.read(0, 10, CHUNK),
+        Read::InStore,
+        "the share of a topic is less than a chunk"
+    );
+    let read = topics.subscribe_loaded(small).unwrap().topic.read(0, 10, CHUNK);
+    assert!(matches!(read, Read::Events(_)), "small tails keep their events");
 
     drop(watched);
     let last = Uid::new(Timestamp::default());
@@ -78,7 +82,7 @@ async fn only_events_that_are_never_announced_count_as_missed() {
     let topics = Topics::new(store.clone(), metrics.clone(), None, false);
     let uid = Uid::new(Timestamp::default());
     running_request(&*store, uid, Timestamp::default()).await;
-    let mut watching = topics.load(uid).await.unwrap().unwrap();
+    let mut subscription = topics.load(uid).await.unwrap().unwrap();
     let append = async |seq| {
         let chunk = Output { data: Some(Payload::default()), chunk_index: seq - 3 };
         let events = vec![Event { attempt: 1, ..event(seq, Kind::Output(chunk)) }];
@@ -96,35 +100,39 @@ async fn only_events_that_are_never_announced_count_as_missed() {
     let counts = || (metrics.unannounced.get(), metrics.missed.get());
 
     let late = append(3).await;
-    topics.check(&watching.topic).await.unwrap();
-    assert_eq!(*watching.news.borrow_and_update(), 3, "watchers do not wait for the announcement");
+    topics.reconcile(&subscription.topic).await.unwrap();
+    assert_eq!(
+        *subscription.updates.borrow_and_update(),
+        3,
+        "watchers receive the event without its announcement"
+    );
     assert_eq!(counts(), (1, 0));
     topics.push(uid, &late);
     assert_eq!(counts(), (0, 0));
 
     append(4).await;
-    topics.check(&watching.topic).await.unwrap();
-    drop(watching);
+    topics.reconcile(&subscription.topic).await.unwrap();
+    drop(subscription);
     topics.sweep(Instant::now() + Duration::from_secs(5));
-    assert_eq!(counts(), (0, 1), "also if its watchers have left");
+    assert_eq!(counts(), (0, 1), "also after its watchers have disconnected");
 }
 
 #[tokio::test]
-async fn a_comparison_without_news_does_not_put_off_the_next_one() {
+async fn a_comparison_that_finds_nothing_does_not_delay_the_next_one() {
     let data = tempfile::tempdir().unwrap();
     let store = open(&Engine::Embedded { data: data.path().to_owned() }).unwrap();
     let metrics = ProgressMetrics::new(&Metrics::new());
     let topics = Topics::new(store.clone(), metrics, None, true);
     let uid = Uid::new(Timestamp::default());
     running_request(&*store, uid, Timestamp::default()).await;
-    let watching = topics.load(uid).await.unwrap().unwrap();
+    let subscription = topics.load(uid).await.unwrap().unwrap();
     let mut compared = Vec::new();
     for round in 0..9 {
         for topic in topics.sweep(Instant::now()) {
-            topics.check(&topic).await.unwrap();
+            topics.reconcile(&topic).await.unwrap();
             compared.push(round);
         }
     }
     assert_eq!(compared, [4, 8], "every 4 rounds of 1 s");
-    drop(watching);
+    drop(subscription);
 }

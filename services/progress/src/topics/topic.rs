@@ -1,4 +1,4 @@
-//! One request in memory, and the notification of its watchers.
+//! One request in memory, with the notification of its watchers.
 
 use std::{
     sync::{
@@ -20,20 +20,20 @@ use tokio::{
 
 use super::{
     delivery::{Delivery, Position},
+    pending_announcements::PendingAnnouncements,
     tail::{Read, Tail},
-    unannounced::Unannounced,
 };
 
 /// One request in memory.
 pub(crate) struct Topic {
     pub(crate) uid: Uid,
     state: Mutex<TopicState>,
-    /// `last_seq`; wakes watchers when it changes.
-    news: watch::Sender<i64>,
+    /// Publishes `last_seq`, which wakes watchers when it changes.
+    updates: watch::Sender<i64>,
     loaded: OnceCell<()>,
-    /// Rounds of maintenance since there was news.
-    quiet_rounds: AtomicU32,
-    /// Bytes of the events of all tails.
+    /// Rounds of maintenance since the last new event.
+    idle_rounds: AtomicU32,
+    /// Bytes of the events of all tails, including this one.
     total_bytes: Arc<AtomicUsize>,
 }
 
@@ -41,39 +41,39 @@ pub(crate) struct Topic {
 struct TopicState {
     tail: Tail,
     delivery: Delivery,
-    unannounced: Unannounced,
+    unannounced: PendingAnnouncements,
 }
 
 impl Topic {
-    /// A topic whose bytes count towards `total_bytes`.
+    /// Creates an empty topic, whose bytes count towards `total_bytes`.
     pub(super) fn new(uid: Uid, total_bytes: Arc<AtomicUsize>) -> Self {
         Self {
             uid,
             state: Mutex::default(),
-            news: watch::Sender::new(0),
+            updates: watch::Sender::new(0),
             loaded: OnceCell::new(),
-            quiet_rounds: AtomicU32::new(0),
+            idle_rounds: AtomicU32::new(0),
             total_bytes,
         }
     }
 
-    /// The request as of the latest event here.
+    /// Returns the request as of the latest event in memory.
     pub(crate) fn snapshot(&self) -> Option<Request> {
         self.state.lock().tail.snapshot().cloned()
     }
 
-    /// The number of its latest event.
+    /// Returns the `seq` of the latest event.
     pub(crate) fn last_seq(&self) -> i64 {
         self.state.lock().tail.last_seq()
     }
 
-    /// What comes after `after_seq`.
+    /// Reads the events after `after_seq`.
     pub(crate) fn read(&self, after_seq: i64, max_events: usize, max_bytes: usize) -> Read {
         self.state.lock().tail.read(after_seq, max_events, max_bytes)
     }
 
-    /// What comes after `after_seq`, for a watcher that has everything up to there.
-    pub(crate) fn read_as(
+    /// Reads the events after `after_seq` for a watcher that has all events up to there.
+    pub(crate) fn read_for_watcher(
         &self,
         position: &mut Position,
         after_seq: i64,
@@ -86,44 +86,46 @@ impl Topic {
             Read::Events(events) => events.last().map_or(after_seq, |last| last.seq),
             Read::InStore | Read::UpToDate | Read::Ended => after_seq,
         };
-        state.delivery.note_delivered(position, delivered);
+        state.delivery.record_delivered(position, delivered);
         read
     }
 
-    /// A watcher stops reading.
-    pub(crate) fn leave(&self, position: Position) {
-        self.state.lock().delivery.leave(position);
+    /// Removes a watcher.
+    pub(crate) fn remove_watcher(&self, position: Position) {
+        self.state.lock().delivery.remove(position);
     }
 
-    /// Adds events that were announced. Returns how many of them had been found in the store before.
+    /// Adds announced events. Returns how many of them had been found in the store before.
     pub(super) fn push(&self, events: &[Event]) -> i64 {
         self.change(|state| {
-            self.counted(&mut state.tail, |tail| tail.push(events));
+            self.track_bytes(&mut state.tail, |tail| tail.push(events));
             match (events.first(), events.last()) {
-                (Some(first), Some(last)) => state.unannounced.note_announced(first.seq, last.seq),
+                (Some(first), Some(last)) => {
+                    state.unannounced.record_announced(first.seq, last.seq)
+                }
                 _ => 0,
             }
         })
     }
 
-    /// Takes over the request as it is stored.
+    /// Loads the stored request.
     pub(super) fn load(&self, request: &Request) {
-        self.change(|state| self.counted(&mut state.tail, |tail| tail.load(request)));
+        self.change(|state| self.track_bytes(&mut state.tail, |tail| tail.load(request)));
     }
 
-    /// Takes over the request as it is stored, if that is newer. Returns how many events it is ahead.
+    /// Loads the stored request if it is newer. Returns the number of events by which it is ahead.
     pub(super) fn catch_up(&self, record: &RequestRecord) -> i64 {
         self.change(|state| self.catch_up_in(state, record))
     }
 
-    /// Takes over the request as it is stored, if that is newer, and expects the announcement of the
-    /// events that it is ahead. Returns how many those are.
+    /// Loads the stored request if it is newer, and expects the announcement of the events by which it is
+    /// ahead. Returns their number.
     pub(super) fn expect_announcement(&self, record: &RequestRecord) -> i64 {
         self.change(|state| {
             let known = state.tail.last_seq();
             match self.catch_up_in(state, record) {
                 0 => 0,
-                _ => state.unannounced.note_found(known, record.last_seq, Instant::now()),
+                _ => state.unannounced.record_found(known, record.last_seq, Instant::now()),
             }
         })
     }
@@ -131,44 +133,44 @@ impl Topic {
     fn catch_up_in(&self, state: &mut TopicState, record: &RequestRecord) -> i64 {
         let ahead = record.last_seq - state.tail.last_seq();
         if ahead > 0 || state.tail.snapshot().is_none() {
-            self.counted(&mut state.tail, |tail| tail.load(&request_to_proto(record)));
+            self.track_bytes(&mut state.tail, |tail| tail.load(&request_to_proto(record)));
         }
         ahead.max(0)
     }
 
-    /// Returns how many events were found in the store and not announced in time.
+    /// Returns and resets the number of events that were found in the store and not announced in time.
     pub(super) fn take_lost_announcements(&self, now: Instant) -> i64 {
         self.state.lock().unannounced.take_lost(now)
     }
 
-    /// Changes the topic, and wakes watchers if it has newer events then.
+    /// Changes the topic, and wakes watchers if that adds newer events.
     fn change<T>(&self, change: impl FnOnce(&mut TopicState) -> T) -> T {
         let (result, last_seq) = {
             let mut state = self.state.lock();
             let result = change(&mut state);
             let last_seq = state.tail.last_seq();
-            state.delivery.note_newest(last_seq, Instant::now());
+            state.delivery.record_newest(last_seq, Instant::now());
             (result, last_seq)
         };
-        let is_newer = self.news.send_if_modified(|known| {
+        let is_newer = self.updates.send_if_modified(|known| {
             let is_newer = last_seq > *known;
             *known = last_seq.max(*known);
             is_newer
         });
         if is_newer {
-            self.quiet_rounds.store(0, Ordering::Relaxed);
+            self.idle_rounds.store(0, Ordering::Relaxed);
         }
         result
     }
 
-    /// The request was deleted: ends its watches.
+    /// Ends the watches of the request because it was deleted.
     pub(super) fn end(&self) {
         self.state.lock().tail.end();
-        self.news.send_modify(|_| {});
+        self.updates.send_modify(|_| {});
     }
 
-    /// Keeps the total of all tails up to date.
-    fn counted(&self, tail: &mut Tail, change: impl FnOnce(&mut Tail)) {
+    /// Changes a tail and adjusts the total of all tails.
+    fn track_bytes(&self, tail: &mut Tail, change: impl FnOnce(&mut Tail)) {
         let before = tail.bytes();
         change(tail);
         let after = tail.bytes();
@@ -179,32 +181,32 @@ impl Topic {
         }
     }
 
-    /// Drops the oldest events until the rest hold at most `bytes`.
+    /// Drops the oldest events until the rest have at most `bytes`.
     pub(super) fn shrink_to(&self, bytes: usize) {
-        self.counted(&mut self.state.lock().tail, |tail| tail.shrink_to(bytes));
+        self.track_bytes(&mut self.state.lock().tail, |tail| tail.shrink_to(bytes));
     }
 
-    /// For how long the newest event has been waiting for a watcher.
+    /// Returns for how long the newest event has been undelivered to a watcher.
     pub(super) fn undelivered_for(&self, now: Instant) -> Duration {
         self.state.lock().delivery.undelivered_for(now)
     }
 
-    /// Begins a round of maintenance; returns how many went before it since there was news.
+    /// Starts a round of maintenance. Returns the number of rounds before it since the last new event.
     pub(super) fn next_round(&self) -> u32 {
-        self.quiet_rounds.fetch_add(1, Ordering::Relaxed)
+        self.idle_rounds.fetch_add(1, Ordering::Relaxed)
     }
 
     pub(super) fn is_loaded(&self) -> bool {
         self.loaded.initialized()
     }
 
-    /// The request has been read from the store, or announced.
+    /// Marks the request as loaded: it has been read from the store, or announced.
     pub(super) fn set_loaded(&self) {
-        // Fails only when another call has loaded it, which is as good.
+        // Fails only if another call has loaded it, with the same effect.
         drop(self.loaded.set(()));
     }
 
-    /// Waits for `load` unless the request has been read before; runs one of several at the same time.
+    /// Runs `load` unless the request is loaded. Concurrent calls wait for one of them.
     pub(super) async fn load_once<E>(
         &self,
         load: impl Future<Output = Result<(), E>>,
@@ -217,10 +219,10 @@ impl Topic {
     }
 
     pub(super) fn is_watched(&self) -> bool {
-        self.news.receiver_count() > 0
+        self.updates.receiver_count() > 0
     }
 
-    /// Whether it must stay in memory: it is watched, or an announcement is expected.
+    /// Whether the topic must stay in memory: it is watched, or an announcement is expected.
     pub(super) fn is_needed(&self) -> bool {
         self.is_watched() || self.state.lock().unannounced.is_pending()
     }
@@ -233,15 +235,15 @@ impl Drop for Topic {
     }
 }
 
-/// A topic that stays in memory as long as this lives.
+/// Keeps a topic in memory while it exists.
 pub(crate) struct Subscription {
     pub(crate) topic: Arc<Topic>,
-    /// Changes with `last_seq`.
-    pub(crate) news: watch::Receiver<i64>,
+    /// The `last_seq` of the topic.
+    pub(crate) updates: watch::Receiver<i64>,
 }
 
 impl Subscription {
     pub(super) fn new(topic: &Arc<Topic>) -> Self {
-        Self { topic: topic.clone(), news: topic.news.subscribe() }
+        Self { topic: topic.clone(), updates: topic.updates.subscribe() }
     }
 }

@@ -1,4 +1,4 @@
-//! What routers report to each other.
+//! Reports of admitted submissions between routers.
 
 use std::{sync::Arc, time::Duration};
 
@@ -13,31 +13,31 @@ use tokio::time::{MissedTickBehavior, interval, timeout};
 use tokio_util::sync::CancellationToken;
 use tonic::{Request, Response, Status};
 
-use super::{Name, SubmissionRates};
+use super::{RateKey, SubmissionRates};
 
 const REPORT_INTERVAL: Duration = Duration::from_secs(1);
 const REPORT_TIMEOUT: Duration = Duration::from_secs(1);
-/// Bytes of one report at most, the largest counts first.
+/// Maximum size of a report; the largest counts come first.
 const MAX_REPORT_BYTES: usize = 1024 * 1024;
-/// Entries of a report that are looked at.
-const MAX_REPORTED: usize = 20_000;
-/// What an entry of a report takes beside its names, in bytes.
+/// Maximum number of entries that are read from a report.
+const MAX_REPORT_ENTRIES: usize = 20_000;
+/// Size of an entry without its names, in bytes.
 const ENTRY_BYTES: usize = 32;
 
-/// The routers beside this one.
+/// This router and its peers.
 #[derive(Clone)]
 pub struct OtherRouters {
-    /// The name of this one among the members.
+    /// Name of this router among the members.
     pub own: String,
-    /// All of them.
+    /// All routers, including this one.
     pub members: Members,
 }
 
-/// Takes the reports of other routers.
+/// Receives the reports of other routers.
 pub struct AdmissionApi {
     rates: Arc<SubmissionRates>,
     clock: Arc<dyn Clock>,
-    /// The name of this router among the others.
+    /// Name of this router among the members.
     own: String,
 }
 
@@ -59,21 +59,21 @@ impl AdmissionService for AdmissionApi {
         }
         let (router, now): (Arc<str>, _) = (router.into(), self.clock.now());
         if *router == *self.own {
-            // An address of its own that it does not know as such.
+            // This router reported to itself, through an address that it does not recognise.
             return Ok(Response::new(ReportSubmissionsResponse {}));
         }
         for AdmittedSubmissions { tenant_id, user_id, count } in
-            admitted.into_iter().take(MAX_REPORTED)
+            admitted.into_iter().take(MAX_REPORT_ENTRIES)
         {
-            let name = Name { tenant: tenant_id, user: user_id };
-            self.rates.note_other(&router, &name, count, now);
+            let name = RateKey { tenant: tenant_id, user: user_id };
+            self.rates.record_report(&router, &name, count, now);
         }
         Ok(Response::new(ReportSubmissionsResponse {}))
     }
 }
 
-/// Reports to the other routers what this one admitted, until `shutdown`.
-pub(crate) async fn exchange(
+/// Reports the submissions that this router admitted to the other routers, until `shutdown`.
+pub(crate) async fn exchange_reports(
     rates: &SubmissionRates,
     others: OtherRouters,
     shutdown: CancellationToken,
@@ -86,9 +86,9 @@ pub(crate) async fn exchange(
             _ = ticks.tick() => {}
         }
         let all = others.members.all();
-        let alive: Vec<&Member> =
+        let healthy: Vec<&Member> =
             all.iter().filter(|member| *member.name != *others.own && member.seems_up()).collect();
-        rates.note_routers(u32::try_from(alive.len() + 1).unwrap_or(u32::MAX));
+        rates.set_router_count(u32::try_from(healthy.len() + 1).unwrap_or(u32::MAX));
         let mut admitted = rates.take_admitted();
         if admitted.is_empty() {
             continue;
@@ -99,24 +99,24 @@ pub(crate) async fn exchange(
             bytes += name.tenant.len() + name.user.len() + ENTRY_BYTES;
             bytes <= MAX_REPORT_BYTES
         });
-        let admitted = reported.map(|(Name { tenant, user }, count)| AdmittedSubmissions {
+        let admitted = reported.map(|(RateKey { tenant, user }, count)| AdmittedSubmissions {
             tenant_id: tenant,
             user_id: user,
             count,
         });
         let report =
             ReportSubmissionsRequest { router: others.own.clone(), admitted: admitted.collect() };
-        join_all(alive.into_iter().map(|member| send(member, report.clone()))).await;
+        join_all(healthy.into_iter().map(|member| send(member, report.clone()))).await;
     }
 }
 
-/// A report that is lost is as good as one that says nothing.
+/// Sends a report. A lost report has the same effect as an empty one.
 async fn send(member: &Member, report: ReportSubmissionsRequest) {
     let mut client = AdmissionServiceClient::new(member.channel.clone());
     let name = &*member.name;
     match timeout(REPORT_TIMEOUT, client.report_submissions(report)).await {
         Ok(Ok(_)) => {}
-        Ok(Err(status)) => tracing::debug!(%status, name, "could not report submissions"),
-        Err(_) => tracing::debug!(name, "could not report submissions in time"),
+        Ok(Err(status)) => tracing::debug!(%status, name, "reporting submissions failed"),
+        Err(_) => tracing::debug!(name, "reporting submissions timed out"),
     }
 }

@@ -1,3 +1,3 @@
-"""The WebSocket protocol `streamer.v1.json`, from the inside out: `rawjson` (values and the very
-text they stand for), `frames` (what the server says), `follow` (one request, no I/O), `session`
-(the connection, and all requests that are followed over it)."""
+"""The client side of the WebSocket protocol `streamer.v1.json`, from low to high level: `rawjson`
+(JSON values with their source text), `frames` (parsing), `follower` (one request, no
+I/O), `session` (all requests of a client, no I/O), `connection` (connecting and reconnecting)."""

@@ -1,4 +1,4 @@
-"""What the server says: frames of `streamer.v1.json`."""
+"""Parses the server's messages of `streamer.v1.json`."""
 
 from __future__ import annotations
 
@@ -17,45 +17,45 @@ from streamer.model import OutputSummary
 
 @dataclass(frozen=True)
 class Frame:
-    """One message of the server."""
+    """One message from the server."""
 
     members: dict[str, Member]
 
     def get(self, name: str, otherwise: Any = None) -> Any:
-        """The value of a member."""
+        """Returns the value of a member, or `otherwise` if it is missing."""
         member = self.members.get(name)
         return otherwise if member is None else member.value
 
     @property
     def type(self) -> str:
-        """What it is."""
+        """The type of the message."""
         return str(self.get("type", ""))
 
 
 def parse(text: str) -> Frame:
-    """Reads a message. Raises ValueError when it is no JSON object."""
+    """Parses a message. Raises ValueError if it is not a JSON object."""
     return Frame(rawjson.members(text))
 
 
 def event(frame: Frame) -> Event:
-    """An event of a request's log. Raises ValueError or KeyError when a field is missing or
-    wrong."""
+    """Returns an event of a request's log. Raises ValueError or KeyError if a field is missing or
+    invalid."""
     seq, attempt = int(frame.get("seq")), int(frame.get("attempt", 0))
-    time, kind = _moment(frame.get("timestamp")), frame.type
+    time, kind = _timestamp(frame.get("timestamp")), frame.type
     if kind == "accepted":
         return events.Accepted(seq, attempt, time, str(frame.get("action", "")))
     if kind == "started":
         return events.Started(seq, attempt, time, str(frame.get("worker", "")))
     if kind == "progress":
-        percentage, message = frame.get("percentage"), str(frame.get("message", ""))
-        far = None if percentage is None else float(percentage)
-        return events.Progress(seq, attempt, time, far, message, frame.get("metadata"))
+        value, message = frame.get("percentage"), str(frame.get("message", ""))
+        percentage = None if value is None else float(value)
+        return events.Progress(seq, attempt, time, percentage, message, frame.get("metadata"))
     if kind == "output":
         content_type, data = content(frame, "data")
         index = int(frame.get("chunk_index", 0))
         return events.Output(seq, attempt, time, data, content_type, index)
     if kind == "retrying":
-        retry_at, rewind = _moment(frame.get("retry_at")), int(frame.get("rewind_to_seq"))
+        retry_at, rewind = _timestamp(frame.get("retry_at")), int(frame.get("rewind_to_seq"))
         return events.Retrying(seq, attempt, time, retry_at, rewind, failure(frame))
     return _terminal(frame, seq, attempt, time)
 
@@ -76,8 +76,8 @@ def _terminal(frame: Frame, seq: int, attempt: int, time: datetime) -> Event:
 
 
 def content(frame: Frame, name: str) -> tuple[str, bytes]:
-    """Content type and bytes of a payload: JSON is the text of the member as it stands, text is a
-    string, everything else base64."""
+    """Returns the content type and bytes of a payload: JSON is the source text of the member, text
+    is a string, everything else is base64."""
     member = frame.members[name]
     content_type = str(frame.get("content_type", payload.JSON))
     if payload.is_json(content_type):
@@ -88,25 +88,25 @@ def content(frame: Frame, name: str) -> tuple[str, bytes]:
 
 
 def failure(frame: Frame) -> Failure:
-    """The `error` of a frame."""
-    told = frame.get("error") or {}
+    """Returns the `error` of an event."""
+    error = frame.get("error") or {}
     return Failure(
-        _code(told.get("code")),
-        str(told.get("message", "")),
-        bool(told.get("retryable", False)),
-        told.get("details"),
+        _code(error.get("code")),
+        str(error.get("message", "")),
+        bool(error.get("retryable", False)),
+        error.get("details"),
     )
 
 
-def refusal(frame: Frame) -> ServiceError:
-    """The `error` of a frame that refuses a message."""
-    told = failure(frame)
-    details = told.details if isinstance(told.details, dict) else {}
+def service_error(frame: Frame) -> ServiceError:
+    """Returns the `error` of a message that rejects one of the client's messages."""
+    error = failure(frame)
+    details = error.details if isinstance(error.details, dict) else {}
     violations = [
         Violation(str(one.get("field", "")), str(one.get("description", "")))
         for one in details.get("violations", ())
     ]
-    return ServiceError(told.code, told.message, violations=tuple(violations))
+    return ServiceError(error.code, error.message, violations=tuple(violations))
 
 
 def _code(name: object) -> ErrorCode:
@@ -117,10 +117,10 @@ def _code(name: object) -> ErrorCode:
 
 
 def _summary(frame: Frame) -> OutputSummary:
-    told = frame.get("output") or {}
-    return OutputSummary(int(told.get("chunks", 0)), bytes.fromhex(told.get("sha256", "")))
+    summary = frame.get("output") or {}
+    return OutputSummary(int(summary.get("chunks", 0)), bytes.fromhex(summary.get("sha256", "")))
 
 
-def _moment(text: object) -> datetime:
-    # Python 3.10 does not know the Z.
+def _timestamp(text: object) -> datetime:
+    # Python 3.10 does not parse the suffix Z.
     return datetime.fromisoformat(str(text).replace("Z", "+00:00"))

@@ -1,5 +1,5 @@
-"""Reads a JSON object and keeps, for each member, the text that it stands as: a digest is over
-those bytes, and writing a value anew would not give the same ones."""
+"""Parses a JSON object and keeps the source text of each member: the digest of the output is over
+those bytes, and encoding a parsed value again may give different ones."""
 
 from __future__ import annotations
 
@@ -14,26 +14,26 @@ from streamer import payload
 _SPACE = re.compile(r"[ \t\n\r]*")
 _STRING = r'"[^"\\]*(?:\\.[^"\\]*)*"'
 _NAME = re.compile(_STRING, re.DOTALL)
-# What counts on the way to the end of a value: strings, as they may have brackets in them.
+# The tokens that matter for finding the end of a value; strings, because they may contain brackets.
 _MARK = re.compile(rf"{_STRING}|[{{}}\[\],]", re.DOTALL)
 
 
 @dataclass(frozen=True)
 class Member:
-    """A member of an object."""
+    """Value of a member, parsed on first use."""
 
     text: str
-    """Everything between its colon and the comma or brace after it, white space included."""
+    """Everything between the colon and the comma or brace that follows, including white space."""
 
     @cached_property
     def value(self) -> Any:
-        """Its value. Raises ValueError when there is none to be read."""
+        """The parsed value. Raises ValueError if the text is not valid JSON."""
         return payload.decode_json(self.text)
 
 
 def members(text: str) -> dict[str, Member]:
-    """The members of the JSON object that `text` is. Raises ValueError when it is none. The values
-    are not read before they are asked for: what is wrong with one of them is not noticed here."""
+    """Returns the members of the JSON object in `text`. Raises ValueError if it is not an object.
+    Values are parsed lazily: an invalid one raises when it is read, not here."""
     found: dict[str, Member] = {}
     at = _expect(text, 0, "{")
     if text[at : at + 1] == "}":
@@ -41,14 +41,14 @@ def members(text: str) -> dict[str, Member]:
     while True:
         name = _NAME.match(text, at)
         if name is None:
-            raise ValueError(f"a name was expected at {at}")
+            raise ValueError(f"expected a name at {at}")
         begin = _skip(text, name.end())
         if text[begin : begin + 1] != ":":
-            raise ValueError(f"':' was expected at {begin}")
+            raise ValueError(f"expected ':' at {begin}")
         end = _value_end(text, begin + 1)
         member = Member(text[begin + 1 : end])
         if not member.text.strip(" \t\n\r"):
-            raise ValueError(f"a value was expected at {begin + 1}")
+            raise ValueError(f"expected a value at {begin + 1}")
         found[json.loads(name.group())] = member
         if text[end] == "}":
             return found
@@ -56,7 +56,7 @@ def members(text: str) -> dict[str, Member]:
 
 
 def _value_end(text: str, at: int) -> int:
-    """Where the comma or the brace after a value is."""
+    """Returns the position of the comma or brace after a value."""
     depth = 0
     for mark in _MARK.finditer(text, at):
         character = mark.group()
@@ -66,7 +66,7 @@ def _value_end(text: str, at: int) -> int:
             depth -= 1
         elif not depth and character in (",", "}"):
             return mark.start()
-    raise ValueError(f"the value at {at} has no end")
+    raise ValueError(f"the value at {at} is not terminated")
 
 
 def _skip(text: str, at: int) -> int:
@@ -77,5 +77,5 @@ def _skip(text: str, at: int) -> int:
 def _expect(text: str, at: int, character: str) -> int:
     at = _skip(text, at)
     if text[at : at + 1] != character:
-        raise ValueError(f"{character!r} was expected at {at}")
+        raise ValueError(f"expected {character!r} at {at}")
     return _skip(text, at + 1)

@@ -1,4 +1,4 @@
-"""All requests that are followed over one connection, and what its messages mean for them."""
+"""Requests followed over one connection, and the dispatch of its messages. No I/O."""
 
 from __future__ import annotations
 
@@ -9,10 +9,10 @@ from collections import deque
 from collections.abc import Coroutine
 from typing import Any
 
-from streamer._retry import Patience
+from streamer._retry import RetryBudget
 from streamer._tokens import TokenSource
 from streamer._websocket import frames
-from streamer._websocket.follow import Follow, Phase
+from streamer._websocket.follower import Follower, Phase
 from streamer._websocket.frames import Frame
 from streamer.errors import (
     BrokenLog,
@@ -23,318 +23,320 @@ from streamer.errors import (
     StreamerError,
 )
 
-# Messages about requests that are no events.
-_ABOUT_REQUESTS = ("acknowledgment", "subscribed", "response", "cancelled")
+# Messages about a request that are not events of its log.
+_REQUEST_MESSAGES = ("acknowledgment", "subscribed", "response", "cancelled")
 
 _logger = logging.getLogger("streamer.websocket")
 
 
 class Session:
-    """What the client wants of the server, and what is to be said for it."""
+    """Followed requests and pending cancellations of a client, across reconnects."""
 
     def __init__(self, tokens: TokenSource, retry_for: float | None) -> None:
         self.outbox: deque[str] = deque()
-        """What waits to be written to the connection."""
+        """Messages to write to the connection."""
         self.changed = asyncio.Event()
-        """Something waits to be written, or a connection is wanted."""
+        """Set when `outbox` is not empty or a connection is needed."""
         self.reconnect_after = 0.0
-        """The server stops: come back within so many seconds."""
+        """Set while the server drains: reconnect within this many seconds."""
         self._tokens = tokens
         self._retry_for = retry_for
-        # In the order in which they began.
-        self._follows: dict[str, Follow] = {}
-        # Submissions that were sent, and are followed by nobody any more, until they are answered:
-        # what is said of their requests must not overtake them.
-        self._left: dict[str, Follow] = {}
-        # Cancellations that are not answered yet.
+        # In the order in which they started.
+        self._followers: dict[str, Follower] = {}
+        # Submissions that were sent and have no reader, until the server responds: later messages
+        # about the same request must not overtake them.
+        self._detached: dict[str, Follower] = {}
+        # Cancellations without a response.
         self._cancels: dict[str, tuple[str, asyncio.Future[None]]] = {}
         self._connected = False
         self._max_message_bytes: int | None = None
-        self._over: Exception | None = None
-        self._helpers: set[asyncio.Task[None]] = set()
+        self._close_error: Exception | None = None
+        self._tasks: set[asyncio.Task[None]] = set()
 
     @property
-    def wants_connection(self) -> bool:
-        """Whether there is anything to be had from the server."""
-        return bool(self._follows or self._left or self._cancels)
+    def needs_connection(self) -> bool:
+        """Whether a request or a cancellation waits for the server."""
+        return bool(self._followers or self._detached or self._cancels)
 
     @property
     def connected(self) -> bool:
-        """Whether the server has said hello on the connection of now."""
+        """Whether the server has sent `connected` on the current connection."""
         return self._connected
 
-    # What the client asks for.
+    # Calls of the client.
 
-    def follow(self, request_id: str, submission: str | None, after_seq: int) -> Follow:
-        """Begins to follow a request. Raises when the connection has ended for good, and ValueError
-        when the request is followed already."""
-        if self._over is not None:
-            raise self._over
-        if request_id in self._follows:
-            raise ValueError(f"request {request_id} is followed by this client already")
-        follow = Follow(request_id, submission, after_seq, Patience(self._retry_for))
-        self._follows[request_id] = follow
-        self._open(follow)
-        return follow
+    def follow(self, request_id: str, submission: str | None, after_seq: int) -> Follower:
+        """Starts to follow a request. Raises the error of a closed session, and ValueError if this
+        client follows the request already."""
+        if self._close_error is not None:
+            raise self._close_error
+        if request_id in self._followers:
+            raise ValueError(f"request {request_id} is already followed by this client")
+        follower = Follower(request_id, submission, after_seq, RetryBudget(self._retry_for))
+        self._followers[request_id] = follower
+        self._open(follower)
+        return follower
 
-    def unfollow(self, follow: Follow) -> None:
-        """Ends to follow a request, which goes on."""
-        name = follow.request_id
-        if self._follows.get(name) is not follow:
+    def unfollow(self, follower: Follower) -> None:
+        """Stops following a request; the request itself continues."""
+        request_id = follower.request_id
+        if self._followers.get(request_id) is not follower:
             return
-        del self._follows[name]
-        if follow.phase is Phase.ENDED:
+        del self._followers[request_id]
+        if follower.phase is Phase.ENDED:
             return
-        if follow.is_submitting and follow.was_sent:
-            self._left[name] = follow
+        if follower.is_submitting and follower.was_sent:
+            self._detached[request_id] = follower
             return
-        self._unsubscribe(follow)
-        if follow.phase is Phase.OPENING:
-            self._say_cancel(name)
+        self._send_unsubscribe(follower)
+        if follower.phase is Phase.OPENING:
+            self._send_cancel(request_id)
 
-    def caught_up(self, follow: Follow) -> None:
-        """The reader of a paused request has taken everything: events are wanted again."""
-        follow.phase = Phase.OPENING
-        self._open(follow)
+    def resume(self, follower: Follower) -> None:
+        """Subscribes again for a paused follower whose reader has caught up."""
+        follower.phase = Phase.OPENING
+        self._open(follower)
 
     async def cancel(self, request_id: str, reason: str) -> None:
-        """Asks that a request end, and waits until the server has heard it."""
-        if self._over is not None:
-            raise self._over
+        """Requests cancellation, and waits until the server acknowledges it."""
+        if self._close_error is not None:
+            raise self._close_error
         if request_id not in self._cancels:
             message = {"type": "cancel", "request_id": request_id, "reason": reason}
             answered = asyncio.get_running_loop().create_future()
             answered.add_done_callback(lambda _: self._cancels.pop(request_id))
             self._cancels[request_id] = (json.dumps(message), answered)
-            self._say_cancel(request_id)
+            self._send_cancel(request_id)
         await asyncio.shield(self._cancels[request_id][1])
 
-    # What becomes of the connection.
+    # Changes of the connection.
 
-    def lost(self) -> None:
-        """The connection is lost: what was said may not have arrived."""
+    def on_disconnect(self) -> None:
+        """Handles the loss of the connection: messages that were sent may not have arrived."""
         self._connected = False
         self.outbox.clear()
-        for follow in self._follows.values():
-            follow.reopen()
+        for follower in self._followers.values():
+            follower.reopen()
 
-    def give_up(self, error: Exception) -> None:
-        """The server stays away: whoever waits for it is told."""
-        for follow in list(self._follows.values()):
-            follow.fail(error)
-        self._follows.clear()
-        self._left.clear()
+    def fail_all(self, error: Exception) -> None:
+        """Fails every request and cancellation, because the server cannot be reached."""
+        for follower in list(self._followers.values()):
+            follower.fail(error)
+        self._followers.clear()
+        self._detached.clear()
         for _, answered in list(self._cancels.values()):
             if not answered.done():
                 answered.set_exception(error)
 
-    def end(self, error: Exception) -> None:
-        """The server does not want us, or the client was closed: nothing is possible any more."""
-        self._over = error
-        self.give_up(error)
-        for helper in self._helpers:
-            helper.cancel()
+    def close(self, error: Exception) -> None:
+        """Closes the session after a fatal error, or with the client; later calls raise `error`."""
+        self._close_error = error
+        self.fail_all(error)
+        for task in self._tasks:
+            task.cancel()
 
-    # What the server says.
+    # Messages of the server.
 
-    def hear(self, text: str) -> None:
-        """Takes in one message. Raises ValueError when it is none. What cannot be read of a request
-        is that request's trouble alone."""
+    def handle_message(self, text: str) -> None:
+        """Dispatches one message. Raises ValueError if it is malformed. A message that is malformed
+        for one request fails that request only."""
         frame = frames.parse(text)
         kind = frame.type
         if kind == "connected":
             self._on_connected(frame)
         elif kind == "auth_expiring":
-            self._help(self._refresh_token())
+            self._spawn(self._refresh_token())
         elif kind == "draining":
             self.reconnect_after = int(frame.get("reconnect_after_ms", 0)) / 1000
         elif kind == "error" and "seq" not in frame.members:
-            self._on_refusal(frame)
-        elif kind in _ABOUT_REQUESTS or "seq" in frame.members:
-            follow = self._followed(frame)
-            if follow is not None:
-                self._try_to_tell(follow, frame)
+            self._on_error(frame)
+        elif kind in _REQUEST_MESSAGES or "seq" in frame.members:
+            follower = self._follower_of(frame)
+            if follower is not None:
+                self._deliver(follower, frame)
             elif kind == "acknowledgment":
-                self._on_cancelling(*_names(frame))
+                self._on_cancel_acknowledged(*_request_ids(frame))
 
     def _on_connected(self, frame: Frame) -> None:
         self._connected = True
         self._max_message_bytes = frame.get("max_message_bytes")
-        for follow in [*self._left.values(), *self._follows.values()]:
-            if follow.phase is Phase.OPENING:
-                self._open(follow)
+        for follower in [*self._detached.values(), *self._followers.values()]:
+            if follower.phase is Phase.OPENING:
+                self._open(follower)
         for request_id in self._cancels:
-            self._say_cancel(request_id)
+            self._send_cancel(request_id)
 
-    def _followed(self, frame: Frame) -> Follow | None:
-        """Whose message this is. A request that is followed under both of its names is the
-        first one's: the other is told so once the server has answered it."""
-        request_id, uid = _names(frame)
-        if request_id in self._left:
-            return self._left[request_id]
-        by_name, by_uid = self._follows.get(request_id), self._follows.get(uid)
-        if by_name is None or by_uid is None or by_name is by_uid:
-            return by_name or by_uid
-        first, second = sorted((by_name, by_uid), key=list(self._follows.values()).index)
+    def _follower_of(self, frame: Frame) -> Follower | None:
+        """Returns the follower that a message is for. Of two followers of one request, by `id` and
+        by `uid`, the first gets the messages; the second fails once the server has responded."""
+        request_id, uid = _request_ids(frame)
+        if request_id in self._detached:
+            return self._detached[request_id]
+        by_id, by_uid = self._followers.get(request_id), self._followers.get(uid)
+        if by_id is None or by_uid is None or by_id is by_uid:
+            return by_id or by_uid
+        first, second = sorted((by_id, by_uid), key=list(self._followers.values()).index)
         if frame.type == "subscribed":
-            told = f"request {second.request_id} is followed by this client already"
-            self._fail(second, ValueError(f"{told}, as {first.request_id}"), heard=True)
-            del self._follows[second.request_id]
+            message = f"request {second.request_id} is already followed by this client"
+            error = ValueError(f"{message}, as {first.request_id}")
+            self._fail(second, error, acknowledged=True)
+            del self._followers[second.request_id]
             if first.phase is Phase.PAUSED:
-                self._unsubscribe(first)
+                self._send_unsubscribe(first)
         return first
 
-    def _try_to_tell(self, follow: Follow, frame: Frame) -> None:
+    def _deliver(self, follower: Follower, frame: Frame) -> None:
         try:
-            self._tell(follow, frame)
+            self._dispatch(follower, frame)
         except StreamerError as error:
-            self._fail(follow, error)
-            self._unsubscribe(follow)
+            self._fail(follower, error)
+            self._send_unsubscribe(follower)
         except Exception as error:
-            _logger.warning("what came of %s cannot be read", follow.request_id, exc_info=True)
-            self._fail(follow, BrokenLog(f"what came cannot be read: {error}"))
-            self._unsubscribe(follow)
+            _logger.warning("malformed message for %s", follower.request_id, exc_info=True)
+            self._fail(follower, BrokenLog(f"malformed message: {error}"))
+            self._send_unsubscribe(follower)
 
-    def _tell(self, follow: Follow, frame: Frame) -> None:
+    def _dispatch(self, follower: Follower, frame: Frame) -> None:
         kind = frame.type
         if "seq" in frame.members:
-            was_live = follow.phase is Phase.LIVE
-            if not follow.on_event(frame):
-                self._unsubscribe(follow)
-            elif was_live and follow.phase is Phase.OPENING:
-                self._open(follow)
-        elif kind == "acknowledgment" and not follow.is_submitting:
-            self._on_cancelling(follow.request_id, *_names(frame))
+            was_live = follower.phase is Phase.LIVE
+            if not follower.on_event(frame):
+                self._send_unsubscribe(follower)
+            elif was_live and follower.phase is Phase.OPENING:
+                self._open(follower)
+        elif kind == "acknowledgment" and not follower.is_submitting:
+            self._on_cancel_acknowledged(follower.request_id, *_request_ids(frame))
         elif kind == "acknowledgment":
-            follow.on_acknowledgment()
-            self._forget(follow)
-            self._say_cancel(follow.request_id)
+            follower.on_acknowledgment()
+            self._release_detached(follower)
+            self._send_cancel(follower.request_id)
         elif kind == "subscribed":
-            follow.on_subscribed(frame)
-            self._say_cancel(follow.request_id)
+            follower.on_subscribed(frame)
+            self._send_cancel(follower.request_id)
         else:
-            # A sync action has ended: there is nothing left to be cancelled.
-            self._on_cancelling(follow.request_id)
+            # A sync action has ended: its cancellation has no further effect.
+            self._on_cancel_acknowledged(follower.request_id)
             if kind == "cancelled":
                 reason = str(frame.get("reason", ""))
-                follow.fail(RequestCancelled(follow.request_id, reason))
+                follower.fail(RequestCancelled(follower.request_id, reason))
             else:
-                follow.on_response(frame)
-            self._forget(follow)
+                follower.on_response(frame)
+            self._release_detached(follower)
 
-    def _fail(self, follow: Follow, error: Exception, *, heard: bool = False) -> None:
-        """It cannot go on. Unless the server has `heard` of the request, its cancellation, which
-        waited for that, cannot either."""
-        waits = follow.phase is Phase.OPENING
-        follow.fail(error)
-        self._forget(follow)
-        if waits and heard:
-            self._say_cancel(follow.request_id)
-        elif waits:
-            _, answered = self._cancels.get(follow.request_id, (None, None))
+    def _fail(self, follower: Follower, error: Exception, *, acknowledged: bool = False) -> None:
+        """Fails a follower. A cancellation that waits for its opening message is sent if the server
+        has `acknowledged` that message, and fails otherwise."""
+        opening = follower.phase is Phase.OPENING
+        follower.fail(error)
+        self._release_detached(follower)
+        if opening and acknowledged:
+            self._send_cancel(follower.request_id)
+        elif opening:
+            _, answered = self._cancels.get(follower.request_id, (None, None))
             if answered is not None and not answered.done():
                 answered.set_exception(error)
 
-    def _forget(self, follow: Follow) -> None:
-        """The submission is answered: if nobody follows it any more, that was all, and whoever asks
-        for the same request has his turn."""
-        name = follow.request_id
-        if self._left.get(name) is follow:
-            del self._left[name]
-            if follow.phase is not Phase.ENDED:
-                self._unsubscribe(follow)
-            if name in self._follows:
-                self._open(self._follows[name])
+    def _release_detached(self, follower: Follower) -> None:
+        """Drops a detached submission once the server has responded to it, and opens the follower
+        that waits for the same request."""
+        request_id = follower.request_id
+        if self._detached.get(request_id) is follower:
+            del self._detached[request_id]
+            if follower.phase is not Phase.ENDED:
+                self._send_unsubscribe(follower)
+            if request_id in self._followers:
+                self._open(self._followers[request_id])
 
-    def _on_cancelling(self, *names: str) -> None:
-        for name in names:
-            answered = self._cancels[name][1] if name in self._cancels else None
+    def _on_cancel_acknowledged(self, *ids: str) -> None:
+        for request_id in ids:
+            answered = self._cancels[request_id][1] if request_id in self._cancels else None
             if answered is not None and not answered.done():
                 answered.set_result(None)
 
-    def _on_refusal(self, frame: Frame) -> None:
-        refusal = _refusal(frame)
-        follow = self._followed(frame)
+    def _on_error(self, frame: Frame) -> None:
+        error = _parse_error(frame)
+        follower = self._follower_of(frame)
         _, answered = self._cancels.get(str(frame.get("request_id")), (None, None))
-        # While a request is being opened, its cancellation has not been sent.
-        opening = follow is not None and follow.phase is Phase.OPENING
+        # The cancellation of a request is not sent while its follower is OPENING.
+        opening = follower is not None and follower.phase is Phase.OPENING
         if answered is not None and not opening:
             if not answered.done():
-                answered.set_exception(refusal)
-        elif follow is None:
-            _logger.warning("a message was refused: %s", refusal)
-        elif _is_passing(refusal):
-            follow.reopen()
-            self._help(self._open_later(follow, refusal))
+                answered.set_exception(error)
+        elif follower is None:
+            _logger.warning("the server rejected a message: %s", error)
+        elif _is_transient(error):
+            follower.reopen()
+            self._spawn(self._retry_open(follower, error))
         else:
-            self._fail(follow, refusal)
+            self._fail(follower, error)
 
-    async def _open_later(self, follow: Follow, refusal: ServiceError) -> None:
-        if not await follow.patience.wait(refusal.retry_after or 0.0):
-            self._fail(follow, refusal)
-        elif follow.phase is Phase.OPENING and self._is_wanted(follow):
-            self._open(follow)
+    async def _retry_open(self, follower: Follower, error: ServiceError) -> None:
+        if not await follower.retry_budget.wait(error.retry_after or 0.0):
+            self._fail(follower, error)
+        elif follower.phase is Phase.OPENING and self._is_current(follower):
+            self._open(follower)
 
-    def _is_wanted(self, follow: Follow) -> bool:
-        name = follow.request_id
-        return follow in (self._left.get(name), self._follows.get(name))
+    def _is_current(self, follower: Follower) -> bool:
+        request_id = follower.request_id
+        return follower in (self._detached.get(request_id), self._followers.get(request_id))
 
     async def _refresh_token(self) -> None:
         if self._tokens.renewable:
-            self._say(json.dumps({"type": "auth", "token": await self._tokens.get()}))
+            self._send(json.dumps({"type": "auth", "token": await self._tokens.get()}))
 
-    # What is said to the server: nothing before it has said hello.
+    # Messages to the server: none before it has sent `connected`.
 
-    def _open(self, follow: Follow) -> None:
-        if self._left.get(follow.request_id, follow) is not follow:
-            return  # another submission of the same request is to be answered first
-        text = follow.opening()
+    def _open(self, follower: Follower) -> None:
+        if self._detached.get(follower.request_id, follower) is not follower:
+            return  # waits for the response to a detached submission of the same request
+        text = follower.opening_message()
         limit, size = self._max_message_bytes, len(text.encode())
         if self._connected and limit is not None and size > limit:
             error = LimitExceeded("message", size, limit, "connected.max_message_bytes")
-            self._fail(follow, error)
+            self._fail(follower, error)
             return
-        self._say(text)
-        follow.was_sent = follow.was_sent or self._connected
+        self._send(text)
+        follower.was_sent = follower.was_sent or self._connected
 
-    def _say_cancel(self, request_id: str) -> None:
-        follow = self._left.get(request_id) or self._follows.get(request_id)
-        if request_id in self._cancels and (follow is None or follow.phase is not Phase.OPENING):
-            self._say(self._cancels[request_id][0])
+    def _send_cancel(self, request_id: str) -> None:
+        follower = self._detached.get(request_id) or self._followers.get(request_id)
+        opening = follower is not None and follower.phase is Phase.OPENING
+        if request_id in self._cancels and not opening:
+            self._send(self._cancels[request_id][0])
 
-    def _unsubscribe(self, follow: Follow) -> None:
-        self._say(json.dumps({"type": "unsubscribe", "request_id": follow.request_id}))
+    def _send_unsubscribe(self, follower: Follower) -> None:
+        self._send(json.dumps({"type": "unsubscribe", "request_id": follower.request_id}))
 
-    def _say(self, text: str) -> None:
+    def _send(self, text: str) -> None:
         if self._connected:
             self.outbox.append(text)
         self.changed.set()
 
-    def _help(self, work: Coroutine[Any, Any, None]) -> None:
-        helper = asyncio.ensure_future(work)
-        self._helpers.add(helper)
-        helper.add_done_callback(self._helped)
+    def _spawn(self, work: Coroutine[Any, Any, None]) -> None:
+        task = asyncio.ensure_future(work)
+        self._tasks.add(task)
+        task.add_done_callback(self._on_task_done)
 
-    def _helped(self, helper: asyncio.Task[None]) -> None:
-        self._helpers.discard(helper)
-        if not helper.cancelled() and helper.exception() is not None:
-            _logger.warning("getting a fresh token failed", exc_info=helper.exception())
+    def _on_task_done(self, task: asyncio.Task[None]) -> None:
+        self._tasks.discard(task)
+        if not task.cancelled() and task.exception() is not None:
+            _logger.warning("getting a fresh token failed", exc_info=task.exception())
 
 
-def _names(frame: Frame) -> tuple[str, str]:
-    """How the request of a message is named: by its caller, and by the server."""
+def _request_ids(frame: Frame) -> tuple[str, str]:
+    """Returns the ids of the request that a message is about: the caller's `id` and the `uid`."""
     return str(frame.get("request_id")), str(frame.get("uid"))
 
 
-def _is_passing(refusal: ServiceError) -> bool:
-    """Whether the same message may be taken later: of limits, the server says when."""
-    if refusal.code is ErrorCode.RATE_LIMITED:
-        return refusal.retry_after is not None
-    return refusal.code is ErrorCode.UNAVAILABLE
+def _is_transient(error: ServiceError) -> bool:
+    """Returns whether the same message may succeed later; a rate limit must come with a delay."""
+    if error.code is ErrorCode.RATE_LIMITED:
+        return error.retry_after is not None
+    return error.code is ErrorCode.UNAVAILABLE
 
 
-def _refusal(frame: Frame) -> ServiceError:
+def _parse_error(frame: Frame) -> ServiceError:
     try:
-        return frames.refusal(frame)
+        return frames.service_error(frame)
     except (AttributeError, TypeError, ValueError) as error:
-        return ServiceError(ErrorCode.INTERNAL_ERROR, f"a refusal cannot be read: {error}")
+        return ServiceError(ErrorCode.INTERNAL_ERROR, f"malformed error message: {error}")

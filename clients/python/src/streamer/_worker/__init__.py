@@ -1,3 +1,3 @@
-"""The worker's side of docs/worker-protocol.md, from the inside out: `reports` (what one attempt
-has to say), `attempt` (one handler and its reports), `core` (all attempts, no I/O), `conversation`
-(one stream), `link` (one stream after another)."""
+"""The worker side of docs/worker-protocol.md, from low to high level: `report_queue` (the reports
+of one attempt, no I/O), `attempt` (one handler and its reports), `registry` (all attempts, no I/O),
+`stream` (one stream), `connection` (connecting and reconnecting)."""

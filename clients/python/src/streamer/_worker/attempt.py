@@ -1,4 +1,4 @@
-"""One attempt in this worker: its handler, its context, and its reports."""
+"""One attempt: its handler, context and reports."""
 
 from __future__ import annotations
 
@@ -14,202 +14,204 @@ from streamer._limits import (
     MAX_ERROR_MESSAGE_BYTES,
     MAX_REASON_BYTES,
     Limits,
-    shorten,
+    truncate,
 )
 from streamer._proto import common_pb2, worker_pb2
-from streamer._worker.reports import ReportLog
+from streamer._worker.report_queue import ReportQueue
 from streamer.action import code_to_proto
 from streamer.context import Context
 from streamer.errors import Cancelled, ErrorCode, FatalError, HandlerError
 
 Key = tuple[str, int]
-"""What names an attempt: `uid` and number."""
+"""Identifies an attempt: `uid` and attempt number."""
 
 _logger = logging.getLogger("streamer.worker")
 
 
 class Attempt:
-    """Runs one handler; takes in its reports as the `Reporter` of its context."""
+    """Runs one handler; receives its reports as the `Reporter` of the context."""
 
     def __init__(
         self,
         task: worker_pb2.Task,
         handler: Handler,
         limits: Limits,
-        changed: Callable[[Attempt], None],
+        on_change: Callable[[Attempt], None],
     ) -> None:
         self.key: Key = (task.uid, task.attempt)
         self.sync = task.sync
-        self.log = ReportLog(task.uid, task.attempt)
+        self.reports = ReportQueue(task.uid, task.attempt)
         self.limits = limits
         self.context = _context(task, self)
         self._handler = handler
-        self._changed = changed
-        self._room = asyncio.Event()
-        # Why it is not ours any more; nothing is reported then.
-        self._dropped: str | None = None
-        # Why it is to be handed back.
-        self._release: str | None = None
+        self._on_change = on_change
+        self._room_available = asyncio.Event()
+        # Why the attempt was dropped. A dropped attempt sends no reports.
+        self._drop_reason: str | None = None
+        # Why the attempt is released.
+        self._release_reason: str | None = None
         self._interruption: asyncio.TimerHandle | None = None
-        self._running: asyncio.Task[None] | None = None
+        self._task: asyncio.Task[None] | None = None
 
-    # What the server and the worker have to say to it.
+    # Calls of the registry.
 
     def start(self) -> asyncio.Task[None]:
         """Starts the handler."""
         uid, number = self.key
         name = f"{self.context.action} {uid}/{number}"
-        self._running = asyncio.create_task(self._run(), name=name)
-        return self._running
+        self._task = asyncio.create_task(self._run(), name=name)
+        return self._task
 
     def acknowledge(self, number: int, max_unacknowledged_bytes: int = 0) -> None:
-        """Reports up to this one are durable; the second number is how many bytes may be
-        unacknowledged from now on, 0 for no change."""
+        """Removes durable reports: those up to `number`. `max_unacknowledged_bytes` replaces the
+        limit; 0 keeps it."""
         if max_unacknowledged_bytes > 0:
             self.limits = replace(self.limits, max_unacknowledged_bytes=max_unacknowledged_bytes)
-        self.log.acknowledge(number)
-        self._room.set()
-        # There may be more than a server that came back with smaller limits takes at once.
-        self._changed(self)
+        self.reports.acknowledge(number)
+        self._room_available.set()
+        # Reports may be waiting for room in the send window.
+        self._on_change(self)
 
     def resume(self, number: int, limits: Limits) -> None:
-        """A new stream goes on after this report."""
+        """Continues on a new stream after report `number`."""
         self.limits = limits
-        self.log.resume(number)
-        self._room.set()
-        self._changed(self)
+        self.reports.resume(number)
+        self._room_available.set()
+        self._on_change(self)
 
     def resend(self, number: int, resends: int) -> None:
-        """The server has dropped the reports after this one."""
-        self.log.resend(number, resends)
-        self._changed(self)
+        """Sends the reports after `number` again, which the server dropped."""
+        self.reports.resend(number, resends)
+        self._on_change(self)
 
     def next_report(self) -> worker_pb2.Report | None:
-        """The next report to send."""
-        return self.log.next_unsent(self.limits)
+        """Returns the next report to send."""
+        return self.reports.next_unsent(self.limits)
 
     def cancel(self, reason: str, grace: float) -> None:
-        """Somebody cancelled the request: the handler is told, and interrupted after the grace, in
-        seconds. A repeat changes nothing."""
-        if self.context.cancelled.is_set() or self._running is None:
+        """Notifies the handler of the cancellation, and interrupts it after `grace` seconds. A
+        repeated call has no effect."""
+        if self.context.cancelled.is_set() or self._task is None:
             return
         self.context.cancel_reason = reason
         self.context.cancelled.set()
         loop = asyncio.get_running_loop()
-        self._interruption = loop.call_later(grace, self._running.cancel)
+        self._interruption = loop.call_later(grace, self._task.cancel)
 
-    def drop(self, why: str) -> None:
-        """It is not ours any more: the handler is interrupted, and nothing is reported."""
-        self._dropped = why
-        self._stop()
+    def drop(self, reason: str) -> None:
+        """Interrupts the handler and sends no further reports: this worker no longer owns the
+        attempt."""
+        self._drop_reason = reason
+        self._interrupt()
 
-    def hand_back(self, why: str) -> None:
-        """The handler is interrupted, and the attempt released, unless it has ended by itself."""
-        self._release = why
-        if self._running is None:
-            self._finish_with(None)
+    def release(self, reason: str) -> None:
+        """Interrupts the handler and releases the attempt, unless it has ended."""
+        self._release_reason = reason
+        if self._task is None:
+            self._finish(None)
         else:
-            self._stop()
+            self._interrupt()
 
-    def give_up_waiting(self) -> None:
-        """The handler does not heed its interruption: the attempt is released all the same."""
-        self._finish_with(None)
+    def force_release(self) -> None:
+        """Releases the attempt of a handler that ignored the interruption."""
+        self._finish(None)
 
-    # What its context has to say: see `Reporter`.
+    # Implementation of `Reporter`.
 
     async def progress(self, progress: common_pb2.Progress) -> None:
-        """Makes a progress report, once there is room."""
+        """Queues a progress report, once there is room."""
         await self._wait_for_room()
         if not self.sync:
-            self.log.add_progress(progress)
-            self._changed(self)
+            self.reports.add_progress(progress)
+            self._on_change(self)
 
     async def output(self, chunk: common_pb2.Payload) -> None:
-        """Makes an output report, once there is room."""
+        """Queues an output report, once there is room."""
         await self._wait_for_room()
         if not self.sync:
-            self.log.add_output(chunk)
-            self._changed(self)
+            self.reports.add_output(chunk)
+            self._on_change(self)
 
     async def checkpoint(self, data: bytes) -> None:
-        """Leaves a checkpoint."""
+        """Queues a checkpoint."""
         self._check_running()
         if not self.sync:
-            self.log.add_checkpoint(data)
-            self._changed(self)
+            self.reports.add_checkpoint(data)
+            self._on_change(self)
         await asyncio.sleep(0)
 
     async def keep_alive(self) -> None:
-        """Says that the handler lives."""
+        """Queues a keep-alive."""
         self._check_running()
         if not self.sync:
-            self.log.add_keep_alive()
-            self._changed(self)
+            self.reports.add_keep_alive()
+            self._on_change(self)
         await asyncio.sleep(0)
 
     async def _wait_for_room(self) -> None:
-        # A handler that never waits for anything lets the worker send all the same.
+        # Yield to the event loop, so that the worker can send while a busy handler reports.
         await asyncio.sleep(0)
         self._check_running()
-        while not self.log.has_room(self.limits):
-            self._room.clear()
-            await self._room.wait()
+        while not self.reports.has_room(self.limits):
+            self._room_available.clear()
+            await self._room_available.wait()
             self._check_running()
 
     def _check_running(self) -> None:
-        if self._dropped is not None:
-            raise Cancelled(f"the attempt is not this worker's any more: {self._dropped}")
-        if self.log.finished:
-            raise Cancelled("the attempt has ended: nothing can be reported any more")
+        if self._drop_reason is not None:
+            raise Cancelled(f"this worker no longer owns the attempt: {self._drop_reason}")
+        if self.reports.finished:
+            raise Cancelled("the attempt has ended and accepts no more reports")
 
     async def _run(self) -> None:
         try:
             with _tracing.handler_span(self.context) as failed:
-                ending = await _handlers.run(self._handler, self.context)
-                if ending.error is not None:
+                outcome = await _handlers.run(self._handler, self.context)
+                if outcome.error is not None:
                     failed()
         except asyncio.CancelledError:
-            told = self.context.cancelled.is_set()
-            error = _handlers.cut_short() if told else _handlers.interrupted()
-            ending = _handlers.Ending(error=error)
+            cancelled = self.context.cancelled.is_set()
+            error = _handlers.cancelled_error() if cancelled else _handlers.interrupted_error()
+            outcome = _handlers.HandlerResult(error=error)
         try:
-            self._finish_with(ending)
+            self._finish(outcome)
         except Exception:
-            # An attempt without an end would hang for ever.
-            _logger.exception("the end of %s on %s/%s", self.context.action, *self.key)
-            unknown = HandlerError("the error could not be reported")
-            self._finish_with(_handlers.Ending(error=unknown))
+            # Without a final report the attempt would never end.
+            _logger.exception("reporting the end of %s on %s/%s", self.context.action, *self.key)
+            fallback = HandlerError("the error could not be reported")
+            self._finish(_handlers.HandlerResult(error=fallback))
 
-    def _finish_with(self, ending: _handlers.Ending | None) -> None:
+    def _finish(self, outcome: _handlers.HandlerResult | None) -> None:
         if self._interruption is not None:
             self._interruption.cancel()
-        if self._dropped is not None or self.log.finished:
+        if self._drop_reason is not None or self.reports.finished:
             return
-        if ending is not None and ending.error is None:
-            self.log.finish(result=ending.result)
-        elif self._release is None:
-            assert ending is not None and ending.error is not None
-            self.log.finish(error=_error(ending.error))
+        if outcome is not None and outcome.error is None:
+            self.reports.finish(result=outcome.result)
+        elif self._release_reason is None:
+            assert outcome is not None and outcome.error is not None
+            self.reports.finish(error=_error(outcome.error))
         elif self.sync:
-            # Its caller waits for an answer, and may ask again.
-            error = HandlerError(self._release, code=ErrorCode.UNAVAILABLE)
-            self.log.finish(error=_error(error))
+            # A sync action cannot be released: its caller gets an error and may retry.
+            error = HandlerError(self._release_reason, code=ErrorCode.UNAVAILABLE)
+            self.reports.finish(error=_error(error))
         else:
-            reason = shorten(self._release, MAX_REASON_BYTES)
-            self.log.finish(release=worker_pb2.Release(reason=reason))
-        self._changed(self)
+            reason = truncate(self._release_reason, MAX_REASON_BYTES)
+            self.reports.finish(release=worker_pb2.Release(reason=reason))
+        self._on_change(self)
 
-    def _stop(self) -> None:
+    def _interrupt(self) -> None:
         if self._interruption is not None:
             self._interruption.cancel()
-        self._room.set()
-        if self._running is not None:
-            self._running.cancel()
+        self._room_available.set()
+        if self._task is not None:
+            self._task.cancel()
 
 
-async def refuse_action(context: Context, payload: object) -> None:
-    """The handler of an action that was not declared."""
-    raise FatalError(f"this worker has no action {context.action!r}", code=ErrorCode.INVALID_ACTION)
+async def handle_unknown_action(context: Context, payload: object) -> None:
+    """Handler for actions that this worker did not declare."""
+    message = f"this worker does not declare action {context.action!r}"
+    raise FatalError(message, code=ErrorCode.INVALID_ACTION)
 
 
 def _context(task: worker_pb2.Task, attempt: Attempt) -> Context:
@@ -232,27 +234,28 @@ def _context(task: worker_pb2.Task, attempt: Attempt) -> Context:
 
 def _error(error: HandlerError) -> common_pb2.Error:
     failure = error.failure
-    told = common_pb2.Error(
+    message = common_pb2.Error(
         code=code_to_proto(failure.code),
-        message=shorten(failure.message, MAX_ERROR_MESSAGE_BYTES),
+        message=truncate(failure.message, MAX_ERROR_MESSAGE_BYTES),
         retryable=failure.retryable,
     )
     details = _details(failure.details)
     if details is not None:
-        told.details.CopyFrom(payload.to_proto(details))
-    return told
+        message.details.CopyFrom(payload.to_proto(details))
+    return message
 
 
 def _details(details: object) -> bytes | None:
-    """Details of an error as JSON; those that cannot be told are left out [26]."""
+    """Returns the details of an error as JSON; None if they cannot be sent [26]."""
     if details is None:
         return None
     try:
         data = payload.encode_json(details)
     except Exception:
-        _logger.warning("details of an error cannot be written as JSON", exc_info=True)
+        _logger.warning("error details omitted: not encodable as JSON", exc_info=True)
         return None
     if len(data) > MAX_ERROR_DETAILS_BYTES:
-        _logger.warning("details of an error are left out: %d bytes are too many", len(data))
+        limit = MAX_ERROR_DETAILS_BYTES
+        _logger.warning("error details omitted: %d bytes, the limit is %d", len(data), limit)
         return None
     return data

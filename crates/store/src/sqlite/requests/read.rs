@@ -1,4 +1,4 @@
-//! Questions about requests: they change nothing.
+//! Read-only queries of requests.
 
 use prost::Message;
 use rusqlite::{Connection, OptionalExtension, params, params_from_iter, types::Value};
@@ -60,12 +60,12 @@ pub(in crate::sqlite) fn list(
         values.push(action.clone().into());
     }
     if !query.states.is_empty() {
-        let marks = vec!["?"; query.states.len()].join(", ");
-        sql.push_str(&format!(" AND state IN ({marks})"));
+        let placeholders = vec!["?"; query.states.len()].join(", ");
+        sql.push_str(&format!(" AND state IN ({placeholders})"));
         values.extend(query.states.iter().map(|state| row::state_number(*state).into()));
     }
     sql.push_str(" ORDER BY uid DESC LIMIT ?");
-    values.push(count(query.limit.saturating_add(1)).into());
+    values.push(sql_count(query.limit.saturating_add(1)).into());
 
     let mut statement = db.prepare_cached(&sql)?;
     let rows = statement.query_map(params_from_iter(values), row::record)?;
@@ -86,7 +86,7 @@ pub(in crate::sqlite) fn expired(
          ORDER BY lease_until LIMIT ?2",
         row::COLUMNS
     ))?
-    .query_map(params![now.as_millis(), count(limit)], row::record)?
+    .query_map(params![now.as_millis(), sql_count(limit)], row::record)?
     .collect()
 }
 
@@ -119,7 +119,7 @@ pub(in crate::sqlite) fn events(
     Ok(page)
 }
 
-/// A count as SQLite takes it.
-pub(in crate::sqlite) fn count(number: usize) -> i64 {
+/// Converts a count to SQLite's integer type.
+pub(in crate::sqlite) fn sql_count(number: usize) -> i64 {
     i64::try_from(number).unwrap_or(i64::MAX)
 }

@@ -1,31 +1,33 @@
 //! Decides which operations the writer commits next.
 //!
-//! Small operations, such as the renewal of a lease or the end of a small request, wait for at most one group of
-//! large ones. After such a group they have the writer for at least as long as it took: the steps of a small
-//! request follow each other by less than a millisecond, and each would otherwise wait for a group of its own.
-//! Large operations take turns by tenant (start-time fair queueing over bytes), and keep half of the writer's time.
+//! Small operations, such as the renewal of a lease or the end of a small request, wait for at most
+//! one group of large ones. After such a group they have the writer for at least as long as the
+//! group took: the steps of a small request follow each other by less than a millisecond, and
+//! otherwise each would wait for a separate group. Large operations take turns by tenant
+//! (start-time fair queueing over bytes), and keep half of the writer's time.
 
 use std::{
     collections::{BTreeMap, HashMap, VecDeque},
     time::{Duration, Instant},
 };
 
-/// Operations of one commit at most: bounds how long the first of them waits.
-const GROUP: usize = 512;
-/// Bytes of the operations of one commit, but for the last of them.
-const GROUP_BYTES: usize = 256 * 1024;
-/// How long the writer waits for the next step of a small request before it begins with large operations.
-const NEXT_STEP: Duration = Duration::from_millis(1);
+/// Maximum number of operations of one commit, which bounds how long the first of them waits.
+const MAX_GROUP_OPERATIONS: usize = 512;
+/// Bytes after which a group is complete; its last operation may exceed them.
+const MAX_GROUP_BYTES: usize = 256 * 1024;
+/// Time that the writer waits for the next step of a small request before it starts large
+/// operations.
+const NEXT_STEP_WAIT: Duration = Duration::from_millis(1);
 
-/// Operations in the order in which they are committed. A group is committed before the next one is asked for.
+/// Operations in commit order. A group must be committed before the next one is requested.
 pub(super) struct Schedule<T> {
     small: VecDeque<(T, usize)>,
     large: FairQueue<T>,
     /// The group that is being committed.
     current: Option<Group>,
-    /// When the last group of large operations ended, and how long it took.
+    /// When the last group of large operations ended, and its duration.
     last_large: Option<(Instant, Duration)>,
-    /// When the last group of small operations ended, if that was after the large ones.
+    /// When the last group of small operations ended, if that was after the last large one.
     last_small: Option<Instant>,
 }
 
@@ -35,14 +37,14 @@ struct Group {
     since: Instant,
 }
 
-/// What the writer does next.
+/// Next step of the writer.
 #[derive(Debug, PartialEq, Eq)]
 pub(super) enum Next {
     /// Commit the group.
     Group,
-    /// Ask again after this time, or when an operation was added.
+    /// Call again after this time, or when an operation was added.
     Wait(Duration),
-    /// Ask again when an operation was added.
+    /// Call again when an operation was added.
     Nothing,
 }
 
@@ -67,17 +69,17 @@ impl<T> Schedule<T> {
         self.large.push(tenant, bytes, operation);
     }
 
-    /// Number of small operations.
-    pub(super) fn small(&self) -> usize {
+    /// Returns the number of small operations.
+    pub(super) fn small_len(&self) -> usize {
         self.small.len()
     }
 
-    /// Number of large operations.
-    pub(super) fn large(&self) -> usize {
+    /// Returns the number of large operations.
+    pub(super) fn large_len(&self) -> usize {
         self.large.len
     }
 
-    /// Moves the next group into `group`, if it is time for one.
+    /// Moves the next group into `group`, if one is due.
     pub(super) fn next(&mut self, now: Instant, group: &mut Vec<T>) -> Next {
         let is_large = match (self.small.is_empty(), self.large.len == 0) {
             (true, true) => return Next::Nothing,
@@ -89,10 +91,10 @@ impl<T> Schedule<T> {
                 true
             }
             (false, true) => false,
-            (false, false) => self.is_turn_of_large(now),
+            (false, false) => self.is_large_turn(now),
         };
         let mut bytes = 0;
-        while group.len() < GROUP && bytes < GROUP_BYTES {
+        while group.len() < MAX_GROUP_OPERATIONS && bytes < MAX_GROUP_BYTES {
             let first = if is_large { self.large.pop() } else { self.small.pop_front() };
             let Some((operation, size)) = first else { break };
             bytes += size;
@@ -102,8 +104,8 @@ impl<T> Schedule<T> {
         Next::Group
     }
 
-    /// The last group was committed.
-    pub(super) fn finished(&mut self, now: Instant) {
+    /// Records that the last group was committed.
+    pub(super) fn group_committed(&mut self, now: Instant) {
         match self.current.take() {
             Some(Group { is_large: true, since }) => {
                 self.last_large = Some((now, now.saturating_duration_since(since)));
@@ -114,14 +116,14 @@ impl<T> Schedule<T> {
         }
     }
 
-    /// Until when a small operation may still come before the large ones.
+    /// Returns until when the writer is reserved for small operations.
     fn reserved_until(&self) -> Option<Instant> {
         let (ended, took) = self.last_large?;
-        self.last_small.map(|last| (last + NEXT_STEP).min(ended + took))
+        self.last_small.map(|last| (last + NEXT_STEP_WAIT).min(ended + took))
     }
 
-    /// Whether large operations come before the small ones that wait.
-    fn is_turn_of_large(&self, now: Instant) -> bool {
+    /// Returns whether waiting large operations come before waiting small ones.
+    fn is_large_turn(&self, now: Instant) -> bool {
         match (self.last_large, self.last_small) {
             (Some((ended, took)), Some(_)) => now >= ended + took,
             (None, Some(_)) => true,
@@ -130,14 +132,14 @@ impl<T> Schedule<T> {
     }
 }
 
-/// Operations of tenants that take turns: the one that has had the fewest bytes since it has operations here
-/// comes first (P. Goyal, H. Vin and H. Cheng, "Start-time Fair Queueing", 1996).
+/// Operations of tenants that take turns. The tenant that has received the fewest bytes since it
+/// has operations here is next (P. Goyal, H. Vin and H. Cheng, "Start-time Fair Queueing", 1996).
 struct FairQueue<T> {
     len: usize,
     tenants: HashMap<String, VecDeque<(T, usize)>>,
-    /// Names of the tenants with operations, by the start of the first one and the order of arrival.
+    /// Names of the tenants with operations, by start tag of the first one and order of arrival.
     order: BTreeMap<(u64, u64), String>,
-    /// The start of the operation that was taken last.
+    /// Start tag of the last dequeued operation.
     virtual_time: u64,
     arrivals: u64,
 }
@@ -201,48 +203,56 @@ mod tests {
     fn small_operations_wait_for_one_group_of_large_ones() {
         let (mut schedule, now) = (Schedule::default(), Instant::now());
         for number in 0..4 {
-            schedule.add_large("acme".into(), GROUP_BYTES / 2, number);
+            schedule.add_large("acme".into(), MAX_GROUP_BYTES / 2, number);
         }
         schedule.add_small(1, 10);
         schedule.add_small(1, 11);
         assert_eq!(next(&mut schedule, now), (Next::Group, vec![10, 11]));
-        schedule.finished(now);
+        schedule.group_committed(now);
         schedule.add_small(1, 12);
         assert_eq!(next(&mut schedule, now), (Next::Group, vec![0, 1]));
-        schedule.finished(now + 5 * MS);
+        schedule.group_committed(now + 5 * MS);
         assert_eq!(next(&mut schedule, now + 5 * MS), (Next::Group, vec![12]));
     }
 
     #[test]
-    fn after_large_operations_small_ones_have_the_writer_for_as_long() {
+    fn small_operations_get_as_much_time_as_the_large_group_before_them() {
         let (mut schedule, now) = (Schedule::default(), Instant::now());
         for number in 0..2 {
-            schedule.add_large("acme".into(), GROUP_BYTES, number);
+            schedule.add_large("acme".into(), MAX_GROUP_BYTES, number);
         }
         assert_eq!(next(&mut schedule, now), (Next::Group, vec![0]));
         let ended = now + 5 * MS;
-        schedule.finished(ended);
+        schedule.group_committed(ended);
         schedule.add_small(1, 10);
         assert_eq!(next(&mut schedule, ended), (Next::Group, vec![10]));
-        schedule.finished(ended + MS);
-        assert_eq!(next(&mut schedule, ended + MS), (Next::Wait(NEXT_STEP), vec![]));
+        schedule.group_committed(ended + MS);
+        assert_eq!(next(&mut schedule, ended + MS), (Next::Wait(NEXT_STEP_WAIT), vec![]));
         schedule.add_small(1, 11);
-        assert_eq!(next(&mut schedule, ended + MS), (Next::Group, vec![11]), "its next step");
-        schedule.finished(ended + 5 * MS);
+        assert_eq!(
+            next(&mut schedule, ended + MS),
+            (Next::Group, vec![11]),
+            "the next step of the small request"
+        );
+        schedule.group_committed(ended + 5 * MS);
         schedule.add_small(1, 12);
-        assert_eq!(next(&mut schedule, ended + 5 * MS), (Next::Group, vec![1]), "their half");
+        assert_eq!(
+            next(&mut schedule, ended + 5 * MS),
+            (Next::Group, vec![1]),
+            "large operations keep half of the time"
+        );
     }
 
     #[test]
-    fn large_operations_do_not_wait_when_no_small_ones_come() {
+    fn large_operations_do_not_wait_without_small_ones() {
         let (mut schedule, now) = (Schedule::default(), Instant::now());
         for number in 0..2 {
-            schedule.add_large("acme".into(), GROUP_BYTES, number);
+            schedule.add_large("acme".into(), MAX_GROUP_BYTES, number);
         }
         assert_eq!(next(&mut schedule, now), (Next::Group, vec![0]));
-        schedule.finished(now + 5 * MS);
+        schedule.group_committed(now + 5 * MS);
         assert_eq!(next(&mut schedule, now + 5 * MS), (Next::Group, vec![1]));
-        schedule.finished(now + 10 * MS);
+        schedule.group_committed(now + 10 * MS);
         assert_eq!(next(&mut schedule, now + 10 * MS), (Next::Nothing, vec![]));
     }
 

@@ -1,0 +1,53 @@
+//! Registry of handlers.
+
+use std::{collections::BTreeMap, sync::Arc};
+
+use streamer_core::ActionSpec;
+
+use crate::DynHandler;
+
+/// Handlers by the name of their action.
+#[derive(Clone, Default)]
+pub struct Handlers {
+    by_action: BTreeMap<String, (Arc<ActionSpec>, Arc<dyn DynHandler>)>,
+}
+
+impl Handlers {
+    /// Creates an empty registry.
+    #[must_use]
+    pub fn new() -> Self {
+        Self::default()
+    }
+
+    /// Adds a handler; it replaces an earlier one for the same action.
+    #[must_use]
+    pub fn with(mut self, handler: impl DynHandler) -> Self {
+        let spec = handler.spec();
+        self.by_action.insert(spec.name.clone(), (Arc::new(spec), Arc::new(handler)));
+        self
+    }
+
+    /// Returns the handler of this action.
+    #[must_use]
+    pub fn get(&self, action: &str) -> Option<(&Arc<ActionSpec>, &Arc<dyn DynHandler>)> {
+        self.by_action.get(action).map(|(spec, handler)| (spec, handler))
+    }
+
+    /// Returns whether the registry is empty.
+    #[must_use]
+    pub fn is_empty(&self) -> bool {
+        self.by_action.is_empty()
+    }
+
+    /// Keeps only the handlers of these actions.
+    #[must_use]
+    pub fn only(mut self, actions: &[impl AsRef<str>]) -> Self {
+        self.by_action.retain(|name, _| actions.iter().any(|wanted| wanted.as_ref() == name));
+        self
+    }
+
+    /// Returns the declarations of the actions, by name.
+    pub fn specs(&self) -> impl Iterator<Item = &Arc<ActionSpec>> {
+        self.by_action.values().map(|(spec, _)| spec)
+    }
+}

@@ -1,0 +1,498 @@
+//! Client-side load balancing over the instances of a service.
+//!
+//! Within a process there is one instance, and a call is a function call. Between processes a call
+//! goes to the instance that ranks first for the request's key (rendezvous hashing), or to each in
+//! turn if it has no key. If that instance is unreachable and a retry is safe, the call is retried at
+//! the next one, within a retry budget.
+
+use std::{
+    convert::Infallible,
+    sync::{
+        Arc,
+        atomic::{AtomicBool, AtomicUsize, Ordering},
+    },
+    task::{Context, Poll},
+    time::Duration,
+};
+
+use bytes::Bytes;
+use futures_util::future::BoxFuture;
+use http::{Extensions, HeaderMap, HeaderValue, Request, Response, Uri, Version};
+use http_body_util::{BodyExt, Full, LengthLimitError, Limited};
+use streamer_core::Uid;
+use tokio::{sync::watch, time::timeout};
+use tonic::{Code, ConnectError, Status, body::Body};
+use tower::{
+    Service, ServiceExt,
+    retry::budget::{Budget, TpsBudget},
+    util::BoxCloneSyncService,
+};
+
+use crate::{Channel, REPEATED, ended_body::end_when};
+
+/// Maximum number of instances that a call is tried at.
+const MAX_TRIES: usize = 3;
+/// Timeout of a unary call between services.
+const INTERNAL_TIMEOUT: Duration = Duration::from_secs(5);
+/// Timeout of a public unary call that reads or writes one resource.
+const SHORT_TIMEOUT: Duration = Duration::from_secs(10);
+/// Timeout for receiving a complete request message.
+const MESSAGE_TIMEOUT: Duration = Duration::from_secs(30);
+/// Size of the prefix of a gRPC message.
+const FRAME_BYTES: usize = 5;
+/// Retries as a share of all calls; ten per second are always allowed.
+const RETRY_RATIO: f32 = 0.2;
+
+/// Request that a call is about: calls with the same key go to the same instance while it exists.
+#[derive(Clone, Copy, Debug)]
+pub struct RouteKey(pub Uid);
+
+/// One instance of a service.
+#[derive(Clone)]
+pub struct Member {
+    /// Address, which identifies the instance.
+    pub name: Arc<str>,
+    /// Channel to the instance.
+    pub channel: Channel,
+    unreachable: Arc<AtomicBool>,
+    /// Whether the instance may serve watches.
+    healthy: Arc<watch::Sender<bool>>,
+}
+
+impl Member {
+    /// Returns an instance that is reachable and healthy.
+    #[must_use]
+    pub fn new(name: &str, channel: Channel) -> Self {
+        let healthy = Arc::new(watch::Sender::new(true));
+        Self { name: name.into(), channel, unreachable: Arc::default(), healthy }
+    }
+
+    /// Returns whether the last call reached the instance. The owner of the list probes unreachable
+    /// instances.
+    #[must_use]
+    pub fn seems_up(&self) -> bool {
+        !self.unreachable.load(Ordering::Relaxed)
+    }
+
+    /// Records whether a call reached the instance.
+    pub fn note(&self, reached: bool) {
+        self.unreachable.store(!reached, Ordering::Relaxed);
+    }
+
+    /// Sets whether the instance may serve watches. If not, its watches end with UNAVAILABLE, so that
+    /// they continue at a different instance.
+    pub fn set_healthy(&self, healthy: bool) {
+        self.healthy.send_if_modified(|current| std::mem::replace(current, healthy) != healthy);
+    }
+
+    /// Returns a channel for watches: they end when the instance becomes unhealthy.
+    #[must_use]
+    pub fn watch_channel(&self) -> Channel {
+        let member = self.clone();
+        BoxCloneSyncService::new(tower::service_fn(move |request: Request<Body>| {
+            let member = member.clone();
+            async move {
+                let response = member.channel.clone().oneshot(request).await?;
+                Ok(response.map(|body| member.end_when_unhealthy(body)))
+            }
+        }))
+    }
+
+    fn end_when_unhealthy(&self, body: Body) -> Body {
+        let unhealthy = self.wait_until_unhealthy();
+        end_when(body, async move {
+            unhealthy.await;
+            Status::unavailable("the instance that served this watch is down; watch again")
+        })
+    }
+
+    /// Returns when the instance may not serve watches.
+    fn wait_until_unhealthy(&self) -> impl Future<Output = ()> + Send + 'static {
+        let mut healthy = self.healthy.subscribe();
+        async move {
+            if healthy.wait_for(|healthy| !healthy).await.is_err() {
+                // Removed from the list and no longer probed: the watch ends with its connection.
+                std::future::pending::<()>().await;
+            }
+        }
+    }
+
+    /// Returns the rendezvous weight for a key, which is the same in every process.
+    fn weight(&self, key: Uid) -> u64 {
+        let mut hash = 0xcbf2_9ce4_8422_2325_u64;
+        for byte in self.name.bytes() {
+            hash = (hash ^ u64::from(byte)).wrapping_mul(0x0100_0000_01b3);
+        }
+        // Finalizer of SplitMix64: every input bit affects every output bit.
+        let mut mixed = hash ^ key.spread();
+        mixed = (mixed ^ (mixed >> 30)).wrapping_mul(0xbf58_476d_1ce4_e5b9);
+        mixed = (mixed ^ (mixed >> 27)).wrapping_mul(0x94d0_49bb_1331_11eb);
+        mixed ^ (mixed >> 31)
+    }
+}
+
+/// Currently known instances of a service.
+#[derive(Clone)]
+pub struct Members {
+    list: watch::Receiver<Arc<[Member]>>,
+    /// The only instance, if it runs in this process.
+    local: Option<Channel>,
+    service: &'static str,
+}
+
+impl Members {
+    /// Returns the single instance in this process.
+    #[must_use]
+    pub fn one(service: &'static str, channel: Channel) -> Self {
+        let list: Arc<[Member]> = Arc::new([Member::new("local", channel.clone())]);
+        Self { list: watch::channel(list).1, local: Some(channel), service }
+    }
+
+    /// Returns the instances of a list that changes.
+    #[must_use]
+    pub fn of(service: &'static str, list: watch::Receiver<Arc<[Member]>>) -> Self {
+        Self { list, local: None, service }
+    }
+
+    /// Returns whether the service runs in this process.
+    #[must_use]
+    pub fn is_local(&self) -> bool {
+        self.local.is_some()
+    }
+
+    /// Returns the name of the service.
+    #[must_use]
+    pub fn service(&self) -> &'static str {
+        self.service
+    }
+
+    /// Returns the currently known instances.
+    #[must_use]
+    pub fn all(&self) -> Arc<[Member]> {
+        self.list.borrow().clone()
+    }
+
+    /// Waits until the list changes; never returns if it cannot change.
+    pub async fn changed(&mut self) {
+        if self.list.changed().await.is_err() {
+            std::future::pending::<()>().await;
+        }
+    }
+
+    /// Returns the instance that ranks first for the key, whether or not it is reachable.
+    #[must_use]
+    pub fn owner(&self, key: Uid) -> Option<Member> {
+        self.all().iter().max_by_key(|member| member.weight(key)).cloned()
+    }
+
+    /// Returns a channel for calls with one request message of at most `max_bytes`, which can be
+    /// retried at a different instance.
+    #[must_use]
+    pub fn channel(&self, max_bytes: usize) -> Channel {
+        self.load_balanced(Some(max_bytes))
+    }
+
+    /// Returns a channel for calls with streams of request messages, which are never retried.
+    #[must_use]
+    pub fn streaming_channel(&self) -> Channel {
+        self.load_balanced(None)
+    }
+
+    fn load_balanced(&self, max_message_bytes: Option<usize>) -> Channel {
+        if let Some(local) = &self.local {
+            return local.clone();
+        }
+        BoxCloneSyncService::new(LoadBalancer {
+            members: self.clone(),
+            round_robin: Arc::default(),
+            budget: Arc::new(TpsBudget::new(Duration::from_secs(10), 10, RETRY_RATIO)),
+            max_message_bytes,
+        })
+    }
+
+    /// Returns the instances in the order in which to try them.
+    fn ranked(&self, key: Option<RouteKey>, round_robin: &AtomicUsize) -> Vec<Member> {
+        let mut members = self.all().to_vec();
+        match key {
+            Some(RouteKey(key)) => {
+                members.sort_by_key(|member| std::cmp::Reverse(member.weight(key)));
+            }
+            None if !members.is_empty() => {
+                let first = round_robin.fetch_add(1, Ordering::Relaxed) % members.len();
+                members.rotate_left(first);
+            }
+            None => {}
+        }
+        // A stable sort: unreachable instances are last, in the same order.
+        members.sort_by_key(|member| !member.seems_up());
+        members
+    }
+}
+
+#[derive(Clone)]
+struct LoadBalancer {
+    members: Members,
+    round_robin: Arc<AtomicUsize>,
+    budget: Arc<TpsBudget>,
+    /// Maximum size of the request message; `None` for streams of messages.
+    max_message_bytes: Option<usize>,
+}
+
+impl Service<Request<Body>> for LoadBalancer {
+    type Response = Response<Body>;
+    type Error = Status;
+    type Future = BoxFuture<'static, Result<Response<Body>, Status>>;
+
+    fn poll_ready(&mut self, _: &mut Context<'_>) -> Poll<Result<(), Status>> {
+        Poll::Ready(Ok(()))
+    }
+
+    fn call(&mut self, request: Request<Body>) -> Self::Future {
+        let balancer = self.clone();
+        Box::pin(async move {
+            match balancer.max_message_bytes {
+                Some(max_bytes) => balancer.call_buffered(request, max_bytes).await,
+                None => balancer.call_streaming(request).await,
+            }
+        })
+    }
+}
+
+impl LoadBalancer {
+    fn candidates(&self, extensions: &Extensions) -> Result<Vec<Member>, Status> {
+        let key = extensions.get::<RouteKey>().copied();
+        let members = self.members.ranked(key, &self.round_robin);
+        if members.is_empty() {
+            let service = self.members.service;
+            return Err(Status::unavailable(format!("no instance of {service} is known")));
+        }
+        Ok(members)
+    }
+
+    async fn call_streaming(&self, request: Request<Body>) -> Result<Response<Body>, Status> {
+        let members = self.candidates(request.extensions())?;
+        let Some(member) = members.into_iter().next() else {
+            return Err(Status::unavailable("no healthy instance"));
+        };
+        let outcome = member.channel.clone().oneshot(request).await;
+        member.note(outcome.is_ok());
+        outcome
+    }
+
+    async fn call_buffered(
+        &self,
+        request: Request<Body>,
+        max_bytes: usize,
+    ) -> Result<Response<Body>, Status> {
+        let members = self.candidates(request.extensions())?;
+        let (parts, body) = request.into_parts();
+        let message = BufferedRequest {
+            uri: parts.uri,
+            headers: parts.headers,
+            extensions: parts.extensions,
+            body: read_message(body, max_bytes).await?,
+        };
+        let policy = MethodPolicy::of(message.uri.path());
+        self.budget.deposit();
+        let mut last = None;
+        for (position, member) in members.iter().take(MAX_TRIES).enumerate() {
+            if position > 0 && !self.budget.withdraw() {
+                break;
+            }
+            let call = member.channel.clone().oneshot(message.request(position > 0));
+            let outcome = match policy.timeout {
+                Some(limit) => timeout(limit, call)
+                    .await
+                    .unwrap_or_else(|_| Err(Status::deadline_exceeded("the call timed out"))),
+                None => call.await,
+            };
+            match outcome {
+                Ok(response) => {
+                    if policy.retry_if_unavailable && is_unavailable(response.headers()) {
+                        last = Some(Ok(response));
+                        continue;
+                    }
+                    member.note(true);
+                    return Ok(if policy.is_watch {
+                        response.map(|body| member.end_when_unhealthy(body))
+                    } else {
+                        response
+                    });
+                }
+                Err(status) => {
+                    let unsent = is_unsent(&status);
+                    member.note(false);
+                    if !unsent && !policy.idempotent {
+                        return Err(status);
+                    }
+                    last = Some(Err(status));
+                }
+            }
+        }
+        last.unwrap_or_else(|| Err(Status::unavailable("no healthy instance")))
+    }
+}
+
+/// Reads the complete message.
+async fn read_message(body: Body, max_bytes: usize) -> Result<Bytes, Status> {
+    let whole = Limited::new(body, max_bytes.saturating_add(FRAME_BYTES)).collect();
+    match timeout(MESSAGE_TIMEOUT, whole).await {
+        Ok(Ok(message)) => Ok(message.to_bytes()),
+        Ok(Err(error)) if error.is::<LengthLimitError>() => {
+            Err(Status::out_of_range(format!("a message must be at most {max_bytes} bytes")))
+        }
+        Ok(Err(error)) => Err(Status::from_error(error)),
+        Err(_) => Err(Status::deadline_exceeded("timed out waiting for the request message")),
+    }
+}
+
+/// Request that can be sent again.
+struct BufferedRequest {
+    uri: Uri,
+    headers: HeaderMap,
+    extensions: Extensions,
+    body: Bytes,
+}
+
+impl BufferedRequest {
+    fn request(&self, is_retry: bool) -> Request<Body> {
+        let body = Full::new(self.body.clone()).map_err(|never: Infallible| match never {});
+        let mut request = Request::new(Body::new(body));
+        *request.method_mut() = http::Method::POST;
+        *request.version_mut() = Version::HTTP_2;
+        *request.uri_mut() = self.uri.clone();
+        *request.headers_mut() = self.headers.clone();
+        *request.extensions_mut() = self.extensions.clone();
+        if is_retry {
+            request.headers_mut().insert(REPEATED, HeaderValue::from_static("1"));
+        }
+        request
+    }
+}
+
+/// Retry policy and timeout of a method.
+struct MethodPolicy {
+    /// A retry is safe even if the first call may have been executed.
+    idempotent: bool,
+    /// The call is retried at a different instance if one responds with UNAVAILABLE.
+    retry_if_unavailable: bool,
+    /// The response is a stream that lasts while a request runs and can be opened again at a different
+    /// instance. A submission's stream cannot: its first message reports what was stored.
+    is_watch: bool,
+    timeout: Option<Duration>,
+}
+
+impl MethodPolicy {
+    fn of(path: &str) -> Self {
+        let method = path.rsplit('/').next().unwrap_or_default();
+        // Each call of these has an effect.
+        let not_idempotent = ["Execute", "Redrive", "RedriveMany", "Send", "Broadcast"];
+        // A submission identifies its request, but a sync action may have run without having been
+        // stored.
+        let submissions = ["Submit", "SubmitAndWatch"];
+        let short = ["Get", "List", "ListEvents", "ListActions", "Cancel", "GetOperation"];
+        let internal = ["Publish", "Announce", "Wake", "SignalCancel"];
+        let is_one_of = |names: &[&str]| names.contains(&method);
+        Self {
+            idempotent: !is_one_of(&not_idempotent),
+            retry_if_unavailable: !is_one_of(&not_idempotent) && !is_one_of(&submissions),
+            is_watch: method == "Watch",
+            timeout: if is_one_of(&internal) {
+                Some(INTERNAL_TIMEOUT)
+            } else {
+                is_one_of(&short).then_some(SHORT_TIMEOUT)
+            },
+        }
+    }
+}
+
+/// Returns whether a call was not executed: it was not sent, or the peer was shutting down and did not
+/// process it. It can then be retried even if it is not idempotent (gRPC calls this a transparent
+/// retry).
+#[must_use]
+pub fn is_unsent(status: &Status) -> bool {
+    let mut source = std::error::Error::source(status);
+    while let Some(error) = source {
+        let unsent = error.is::<ConnectError>()
+            || error.downcast_ref::<hyper::Error>().is_some_and(hyper::Error::is_canceled)
+            || error.downcast_ref::<h2::Error>().is_some_and(is_refused);
+        if unsent {
+            return true;
+        }
+        source = error.source();
+    }
+    false
+}
+
+/// RFC 9113, 8.7: refused streams and streams beyond the last one of a GOAWAY were not processed.
+fn is_refused(error: &h2::Error) -> bool {
+    let is_beyond_goaway = error.is_go_away() && error.reason() == Some(h2::Reason::NO_ERROR);
+    error.is_remote() && (is_beyond_goaway || error.reason() == Some(h2::Reason::REFUSED_STREAM))
+}
+
+/// Returns whether a response is trailers-only with UNAVAILABLE.
+fn is_unavailable(headers: &HeaderMap) -> bool {
+    let unavailable = i32::from(Code::Unavailable).to_string();
+    headers.get("grpc-status").is_some_and(|status| status.as_bytes() == unavailable.as_bytes())
+}
+
+/// Returns a call that is routed by this request.
+pub fn with_route<T>(message: T, uid: Uid) -> tonic::Request<T> {
+    let mut request = tonic::Request::new(message);
+    request.extensions_mut().insert(RouteKey(uid));
+    request
+}
+
+#[cfg(test)]
+mod tests {
+    use std::collections::HashMap;
+
+    use streamer_core::Timestamp;
+
+    use super::*;
+
+    fn members(names: &[&str]) -> Members {
+        let channel = || {
+            BoxCloneSyncService::new(tower::service_fn(|_: Request<Body>| async {
+                Err(Status::unimplemented("in tests"))
+            }))
+        };
+        let list: Vec<_> = names.iter().map(|name| Member::new(name, channel())).collect();
+        Members::of("test", watch::channel(list.into()).1)
+    }
+
+    #[test]
+    fn keys_are_distributed_evenly_and_keep_their_instance_when_others_leave() {
+        let three = members(&["10.0.0.1:80", "10.0.0.2:80", "10.0.0.3:80"]);
+        let two = members(&["10.0.0.1:80", "10.0.0.3:80"]);
+        let mut counts: HashMap<Arc<str>, u32> = HashMap::new();
+        for _ in 0..3000 {
+            let key = Uid::new(Timestamp::default());
+            let owner = three.owner(key).unwrap().name;
+            if &*owner != "10.0.0.2:80" {
+                assert_eq!(two.owner(key).unwrap().name, owner);
+            }
+            *counts.entry(owner).or_default() += 1;
+        }
+        assert!(counts.values().all(|count| (900..1100).contains(count)), "{counts:?}");
+    }
+
+    #[test]
+    fn unreachable_instances_rank_last() {
+        let three = members(&["a", "b", "c"]);
+        let key = RouteKey(Uid::new(Timestamp::default()));
+        let round_robin = AtomicUsize::new(0);
+        let names = |members: Vec<Member>| members.into_iter().map(|m| m.name).collect::<Vec<_>>();
+        let before = names(three.ranked(Some(key), &round_robin));
+        three.all().iter().find(|member| member.name == before[0]).unwrap().note(false);
+        let after = names(three.ranked(Some(key), &round_robin));
+        assert_eq!(after, [before[1].clone(), before[2].clone(), before[0].clone()]);
+    }
+
+    #[tokio::test]
+    async fn calls_without_an_instance_are_unavailable() {
+        let none = members(&[]);
+        let status = none.channel(1000).oneshot(Request::new(Body::empty())).await.unwrap_err();
+        assert_eq!(status.message(), "no instance of test is known");
+    }
+}

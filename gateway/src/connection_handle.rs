@@ -1,0 +1,178 @@
+//! Handle through which the rest of the gateway controls a connection.
+
+use std::{
+    net::IpAddr,
+    sync::{
+        Arc,
+        atomic::{AtomicBool, AtomicU32, Ordering},
+    },
+};
+
+use bytes::Bytes;
+use futures_util::task::AtomicWaker;
+use http::HeaderValue;
+use parking_lot::Mutex;
+use streamer_auth::{Caller, Principal};
+use streamer_core::{Timestamp, Uid};
+use streamer_rpc::{CLIENT_ADDRESS, with_authorization};
+use streamer_store::Owner;
+use tonic::metadata::{Ascii, MetadataValue};
+
+/// Maximum number of pushed bytes pending for a connection; beyond that it is a slow consumer.
+const MAX_PUSHED_BYTES: usize = 1024 * 1024;
+
+/// Close codes of the protocol (DESIGN §8).
+pub(crate) mod close_code {
+    pub(crate) const GOING_AWAY: u16 = 1001;
+    pub(crate) const POLICY: u16 = 1008;
+    pub(crate) const PROTOCOL_ERROR: u16 = 4400;
+    pub(crate) const UNAUTHENTICATED: u16 = 4401;
+    pub(crate) const FORBIDDEN: u16 = 4403;
+    pub(crate) const TRY_AGAIN_LATER: u16 = 1013;
+    pub(crate) const SLOW_CONSUMER: u16 = 4408;
+    pub(crate) const LIMIT_EXCEEDED: u16 = 4429;
+}
+
+/// The shared part of a connection.
+pub(crate) struct ConnectionHandle {
+    pub(crate) id: Uid,
+    pub(crate) remote_address: Option<IpAddr>,
+    /// The same address, as metadata of calls.
+    address_value: Option<MetadataValue<Ascii>>,
+    pub(crate) user_agent: Box<str>,
+    pub(crate) connect_time: Timestamp,
+    credentials: Mutex<Caller>,
+    pub(crate) waker: AtomicWaker,
+    inbox: Mutex<Inbox>,
+    pub(crate) liveness: Liveness,
+}
+
+/// Liveness of a connection, in seconds of the registry's clock; read by its sweep.
+#[derive(Default)]
+pub(crate) struct Liveness {
+    /// When the last frame was received.
+    pub(crate) last_frame: AtomicU32,
+    /// When the last ping was sent.
+    pub(crate) last_ping: AtomicU32,
+    /// Since when pending output has made no progress; 0 when it is not blocked.
+    pub(crate) blocked_since: AtomicU32,
+    /// Whether the connection reads; if not, the client is not to blame for silence.
+    pub(crate) reading: AtomicBool,
+    /// Since when a message is incomplete; 0 when none is.
+    pub(crate) partial_since: AtomicU32,
+    /// Since when the connection is closing; 0 when it is not.
+    pub(crate) closing_since: AtomicU32,
+    /// Whether the client was notified that its token expires.
+    pub(crate) expiry_notified: AtomicBool,
+}
+
+/// Pending items for a connection.
+#[derive(Default)]
+pub(crate) struct Inbox {
+    /// Requests with new events.
+    pub(crate) ready: Vec<Uid>,
+    /// Complete frames.
+    pub(crate) frames: Vec<Bytes>,
+    frame_bytes: usize,
+    /// Code and reason of the close that follows the frames.
+    pub(crate) close: Option<(u16, String)>,
+    /// Whether to drop the connection immediately.
+    pub(crate) abort: bool,
+}
+
+impl ConnectionHandle {
+    pub(crate) fn new(
+        id: Uid,
+        remote_address: Option<IpAddr>,
+        user_agent: String,
+        connect_time: Timestamp,
+        credentials: Caller,
+    ) -> Self {
+        Self {
+            id,
+            remote_address,
+            address_value: remote_address.and_then(|address| address.to_string().parse().ok()),
+            user_agent: user_agent.into(),
+            connect_time,
+            credentials: Mutex::new(credentials),
+            waker: AtomicWaker::new(),
+            inbox: Mutex::default(),
+            liveness: Liveness::default(),
+        }
+    }
+
+    pub(crate) fn principal(&self) -> Arc<Principal> {
+        self.credentials.lock().principal.clone()
+    }
+
+    /// Returns tenant and user, which a new token does not change.
+    pub(crate) fn owner(&self) -> Owner {
+        let principal = self.principal();
+        Owner { tenant: principal.tenant.clone(), user: principal.user.clone() }
+    }
+
+    pub(crate) fn authorization(&self) -> HeaderValue {
+        self.credentials.lock().authorization.clone()
+    }
+
+    /// Returns a call with the user's token.
+    pub(crate) fn call<T>(&self, message: T) -> tonic::Request<T> {
+        let mut request = with_authorization(message, self.authorization());
+        if let Some(address) = &self.address_value {
+            request.metadata_mut().insert(CLIENT_ADDRESS, address.clone());
+        }
+        request
+    }
+
+    pub(crate) fn set_credentials(&self, credentials: Caller) {
+        *self.credentials.lock() = credentials;
+        self.liveness.expiry_notified.store(false, Ordering::Relaxed);
+    }
+
+    /// Notifies the connection of new events of this request.
+    pub(crate) fn notify(&self, uid: Uid) {
+        self.inbox.lock().ready.push(uid);
+        self.waker.wake();
+    }
+
+    /// Queues a frame. Closes the connection if too many pushed bytes are pending.
+    pub(crate) fn push(&self, frame: Bytes) {
+        {
+            let mut inbox = self.inbox.lock();
+            if inbox.frame_bytes + frame.len() > MAX_PUSHED_BYTES {
+                let reason = "slow consumer: too many pushed bytes are pending".to_owned();
+                inbox.close.get_or_insert((close_code::SLOW_CONSUMER, reason));
+            } else {
+                inbox.frame_bytes += frame.len();
+                inbox.frames.push(frame);
+            }
+        }
+        self.waker.wake();
+    }
+
+    /// Closes the connection; the first reason wins.
+    pub(crate) fn close(&self, code: u16, reason: &str) {
+        self.inbox.lock().close.get_or_insert_with(|| (code, reason.to_owned()));
+        self.waker.wake();
+    }
+
+    /// Drops the connection without a close frame, since the client does not read.
+    pub(crate) fn abort(&self) {
+        self.inbox.lock().abort = true;
+        self.waker.wake();
+    }
+
+    /// Takes the pending items. Frames stay unless `with_frames`.
+    pub(crate) fn take_inbox(&self, with_frames: bool) -> Inbox {
+        let mut inbox = self.inbox.lock();
+        if with_frames {
+            return std::mem::take(&mut *inbox);
+        }
+        Inbox {
+            ready: std::mem::take(&mut inbox.ready),
+            close: inbox.close.take(),
+            abort: inbox.abort,
+            ..Inbox::default()
+        }
+    }
+}

@@ -1,0 +1,241 @@
+//! `streamer.connections.v1.ConnectionsService`.
+
+use std::sync::Arc;
+
+use streamer_auth::{Caller, Principal, Subject, permissions};
+use streamer_core::{ErrorCode, RequestError, Timestamp, Uid, Violations, limits, validate};
+use streamer_proto::{
+    common::v1::Payload,
+    connections::v1::{
+        BroadcastRequest, BroadcastResponse, Connection, DisconnectRequest, DisconnectResponse,
+        ListRequest, ListResponse, SendRequest, SendResponse,
+        connections_service_server::ConnectionsService, send_request::Target,
+    },
+    timestamp,
+};
+use streamer_rpc::{JSON, payload_bytes, status, store_status, validation_status};
+use streamer_store::{ConnectionRecord, Store};
+use tonic::{Request, Response, Status};
+
+use crate::{
+    OtherGateways,
+    connection_handle::close_code,
+    peer_gateways::{PeerRequest, PeerResponses, is_forwarded, response_or_error},
+    server_message,
+    upgrade::Gateway,
+};
+
+const MAX_PAGE: i32 = 1000;
+const DEFAULT_PAGE: usize = 100;
+/// Maximum size of the reason in a close frame.
+const MAX_REASON_BYTES: usize = 123;
+
+/// Service for sending messages to connected users.
+pub struct ConnectionsApi {
+    gateway: Arc<Gateway>,
+    store: Arc<dyn Store>,
+    others: Option<OtherGateways>,
+}
+
+impl ConnectionsApi {
+    pub(crate) fn new(
+        gateway: Arc<Gateway>,
+        store: Arc<dyn Store>,
+        others: Option<OtherGateways>,
+    ) -> Self {
+        Self { gateway, store, others }
+    }
+
+    /// Returns the other gateways, unless one of them forwarded this call.
+    fn others<T>(&self, request: &Request<T>) -> Option<OtherGateways> {
+        self.others.clone().filter(|_| !is_forwarded(request))
+    }
+
+    fn now(&self) -> Timestamp {
+        self.gateway.clock.now()
+    }
+}
+
+#[tonic::async_trait]
+impl ConnectionsService for ConnectionsApi {
+    async fn list(&self, request: Request<ListRequest>) -> Result<Response<ListResponse>, Status> {
+        let principal = authorized_principal(&request, permissions::CONNECTIONS_READ)?;
+        let request = request.into_inner();
+        let mut violations = Violations::default();
+        let range = validate::in_range(request.page_size.into(), 0, MAX_PAGE.into(), "");
+        violations.check("page_size", range);
+        let after = request.page_token.parse().ok();
+        if after.is_none() && !request.page_token.is_empty() {
+            violations.push("page_token", "must be the next_page_token of an earlier response");
+        }
+        ensure_valid(&violations)?;
+        let limit = match usize::try_from(request.page_size) {
+            Ok(size) if size > 0 => size,
+            _ => DEFAULT_PAGE,
+        };
+        let user = (!request.user_id.is_empty()).then_some(request.user_id);
+        let tenant = principal.tenant.clone();
+        let page = self.store.list_connections(tenant, user, after, limit, self.now()).await;
+        let page = page.map_err(|error| store_status(&error))?;
+        Ok(Response::new(ListResponse {
+            connections: page.connections.into_iter().map(to_proto).collect(),
+            next_page_token: page.next.map(|id| id.to_string()).unwrap_or_default(),
+        }))
+    }
+
+    async fn send(&self, request: Request<SendRequest>) -> Result<Response<SendResponse>, Status> {
+        let caller = authorized_caller(&request, permissions::CONNECTIONS_SEND)?;
+        let (principal, others) = (caller.principal.clone(), self.others(&request));
+        let is_one = matches!(request.get_ref().target, Some(Target::ConnectionId(_)));
+        let peer_request = PeerRequest::Send(request.get_ref().clone());
+        let SendRequest { target, topic, data } = request.into_inner();
+        let mut violations = Violations::default();
+        check_message(&topic, data.as_ref(), &mut violations);
+        caller.note_subject(|| match &target {
+            Some(Target::UserId(name) | Target::ConnectionId(name)) => Subject::named(name),
+            None => Subject::default(),
+        });
+        let Some(target) = target else {
+            violations.push("target", "is required: connection_id or user_id");
+            return Err(validation_status(&violations));
+        };
+        ensure_valid(&violations)?;
+        let frame = server_message::push(&topic, data.as_ref(), self.now());
+        let (recipients, description) = match target {
+            Target::UserId(user) => {
+                let pushed = self.gateway.registry.push(&principal.tenant, Some(&user), &frame);
+                (pushed, format!("user {user:?}"))
+            }
+            Target::ConnectionId(id) => {
+                let handle = id.parse().ok().and_then(|id: Uid| self.gateway.registry.get(id));
+                let handle = handle.filter(|handle| handle.principal().tenant == principal.tenant);
+                if let Some(handle) = &handle {
+                    handle.push(frame);
+                }
+                (usize::from(handle.is_some()), format!("connection {id:?}"))
+            }
+        };
+        let responses = match &others {
+            Some(others) if !(is_one && recipients > 0) => {
+                others.call_all(&caller, peer_request).await
+            }
+            _ => PeerResponses::default(),
+        };
+        let all = recipients + responses.recipients;
+        let response = SendResponse { recipients: i32::try_from(all).unwrap_or(i32::MAX) };
+        response_or_error(&responses, || not_connected(&description), response, all)
+    }
+
+    async fn broadcast(
+        &self,
+        request: Request<BroadcastRequest>,
+    ) -> Result<Response<BroadcastResponse>, Status> {
+        let caller = authorized_caller(&request, permissions::CONNECTIONS_SEND)?;
+        let (principal, others) = (caller.principal.clone(), self.others(&request));
+        let peer_request = PeerRequest::Broadcast(request.get_ref().clone());
+        let BroadcastRequest { topic, data } = request.into_inner();
+        let mut violations = Violations::default();
+        check_message(&topic, data.as_ref(), &mut violations);
+        ensure_valid(&violations)?;
+        let frame = server_message::push(&topic, data.as_ref(), self.now());
+        let mut recipients = self.gateway.registry.push(&principal.tenant, None, &frame);
+        if let Some(others) = others {
+            let responses = others.call_all(&caller, peer_request).await;
+            recipients += responses.recipients;
+            if recipients == 0 && responses.unreachable > 0 {
+                let reason = "a gateway is unreachable, and no client is connected to the others";
+                return Err(Status::unavailable(reason));
+            }
+        }
+        let recipients = i32::try_from(recipients).unwrap_or(i32::MAX);
+        Ok(Response::new(BroadcastResponse { recipients }))
+    }
+
+    async fn disconnect(
+        &self,
+        request: Request<DisconnectRequest>,
+    ) -> Result<Response<DisconnectResponse>, Status> {
+        let caller = authorized_caller(&request, permissions::CONNECTIONS_DISCONNECT)?;
+        let (principal, others) = (caller.principal.clone(), self.others(&request));
+        let peer_request = PeerRequest::Disconnect(request.get_ref().clone());
+        let DisconnectRequest { connection_id, reason } = request.into_inner();
+        let mut violations = Violations::default();
+        caller.note_subject(|| Subject::named(&connection_id));
+        violations.check("reason", validate::at_most(reason.len(), MAX_REASON_BYTES, "reason"));
+        ensure_valid(&violations)?;
+        let handle = connection_id.parse().ok().and_then(|id| self.gateway.registry.get(id));
+        match handle.filter(|handle| handle.principal().tenant == principal.tenant) {
+            Some(handle) => {
+                handle.close(close_code::POLICY, &reason);
+                Ok(Response::new(DisconnectResponse {}))
+            }
+            None => {
+                let responses = match others {
+                    Some(others) => others.call_all(&caller, peer_request).await,
+                    None => PeerResponses::default(),
+                };
+                let not_connected = || not_connected(&format!("connection {connection_id:?}"));
+                response_or_error(
+                    &responses,
+                    not_connected,
+                    DisconnectResponse {},
+                    responses.recipients,
+                )
+            }
+        }
+    }
+}
+
+fn authorized_principal<T>(
+    request: &Request<T>,
+    permission: &str,
+) -> Result<Arc<Principal>, Status> {
+    authorized_caller(request, permission).map(|caller| caller.principal)
+}
+
+fn authorized_caller<T>(request: &Request<T>, permission: &str) -> Result<Caller, Status> {
+    let caller = request.extensions().get::<Caller>();
+    let caller = caller
+        .ok_or_else(|| Status::internal("the service runs without its authentication layer"))?;
+    if caller.principal.may(permission) {
+        return Ok(caller.clone());
+    }
+    Err(status(&RequestError::forbidden(permission)))
+}
+
+fn check_message(topic: &str, data: Option<&Payload>, violations: &mut Violations) {
+    if topic.is_empty() {
+        violations.push("topic", "is required");
+    }
+    violations.check("topic", validate::at_most(topic.len(), limits::MAX_TOPIC_BYTES, "topic"));
+    let Some(data) = data else { return };
+    let bytes = payload_bytes(Some(data));
+    violations.check("data", validate::at_most(bytes.len(), limits::MAX_PUSH_BYTES, "data"));
+    if !(data.content_type.is_empty() || data.content_type == JSON) {
+        violations.push("data.content_type", "must be application/json");
+    }
+    if let Err(error) = serde_json::from_slice::<&serde_json::value::RawValue>(&bytes) {
+        violations.push("data", format!("is not JSON: {error}"));
+    }
+}
+
+fn ensure_valid(violations: &Violations) -> Result<(), Status> {
+    if violations.is_empty() { Ok(()) } else { Err(validation_status(violations)) }
+}
+
+fn not_connected(description: &str) -> Status {
+    let truncated: String = description.chars().take(160).collect();
+    status(&RequestError::new(ErrorCode::NotFound, format!("{truncated} is not connected")))
+}
+
+fn to_proto(record: ConnectionRecord) -> Connection {
+    Connection {
+        connection_id: record.id.to_string(),
+        tenant_id: record.owner.tenant,
+        user_id: record.owner.user,
+        gateway: record.gateway,
+        remote_address: record.remote_address,
+        user_agent: record.user_agent,
+        connect_time: Some(timestamp(record.connect_time.as_millis())),
+    }
+}

@@ -1,0 +1,393 @@
+//! Local fan-out: one upstream watch per request, however many connections subscribe to it.
+
+use std::{collections::HashMap, sync::Arc, time::Duration};
+
+use http::HeaderValue;
+use parking_lot::Mutex;
+use streamer_core::{RequestState, Uid, retry};
+use streamer_proto::{
+    common::v1::{Event, Output, Payload, Request, event::Kind, payload::Body},
+    progress::v1::{ListEventsRequest, WatchRequest, WatchResponse},
+};
+use streamer_rpc::{RouteKey, WATCH_COUNTED, state_from_proto, with_authorization};
+use tokio::{
+    sync::Notify,
+    time::{Instant, sleep, timeout},
+};
+use tokio_util::sync::CancellationToken;
+use tonic::{Code, Status, Streaming, metadata::MetadataValue};
+
+use crate::{
+    large_segments::LargeSegments,
+    metrics::GatewayMetrics,
+    server_message::RequestIds,
+    topic::{Subscriber, Topic},
+    upstreams::Upstreams,
+};
+
+/// Events per page that a connection behind its topic reads from the log.
+const LOG_PAGE: i32 = 500;
+/// Maximum number of attempts to open a watch before a subscription fails.
+const MAX_OPEN_ATTEMPTS: u32 = 4;
+/// Maximum backoff before a lost upstream watch is reopened, with full jitter.
+const MAX_BACKOFF: Duration = Duration::from_secs(1);
+/// A watch that has received a message of more than this many bytes keeps buffers of that size, at both ends. It is
+/// reopened without them when no event arrives for [`RELEASE_AFTER`].
+const LARGE_BYTES: usize = 64 * 1024;
+/// Minimum; jitter extends it up to twice, since many watches may have received the same message.
+const RELEASE_AFTER: Duration = Duration::from_secs(1);
+/// Lost watches are logged as a warning at most once per interval.
+const LOST_LOG_INTERVAL: Duration = Duration::from_secs(10);
+/// Minimum interval between progress events of a request in mode `latest`: 10 per second.
+pub(crate) const LATEST_INTERVAL: Duration = Duration::from_millis(100);
+
+pub(crate) struct Fanout {
+    topics: Mutex<HashMap<Uid, Arc<Topic>>>,
+    upstreams: Arc<Upstreams>,
+    metrics: GatewayMetrics,
+    large_segments: LargeSegments,
+    /// Subscribers whose progress is held until the interval ends.
+    deferred: Mutex<Vec<Arc<Subscriber>>>,
+    deferred_queued: Notify,
+    /// When a lost upstream watch was last logged as a warning.
+    lost_logged_at: Mutex<Option<Instant>>,
+}
+
+/// A watch that was opened for a subscription.
+pub(crate) struct OpenedWatch {
+    pub(crate) uid: Uid,
+    pub(crate) snapshot: Request,
+    events: Vec<Event>,
+    stream: Streaming<WatchResponse>,
+    /// `seq` after which the subscription starts.
+    cursor: i64,
+    /// `seq` after which the stream starts.
+    stream_after: i64,
+}
+
+impl Fanout {
+    pub(crate) fn new(upstreams: Arc<Upstreams>, metrics: GatewayMetrics) -> Self {
+        Self {
+            topics: Mutex::default(),
+            upstreams,
+            metrics,
+            large_segments: LargeSegments::default(),
+            deferred: Mutex::default(),
+            deferred_queued: Notify::new(),
+            lost_logged_at: Mutex::default(),
+        }
+    }
+
+    /// Opens a watch of a request, given its `request_id` or uid, with the caller's token.
+    pub(crate) async fn open(
+        &self,
+        request_id: String,
+        after_seq: Option<i64>,
+        authorization: HeaderValue,
+    ) -> Result<OpenedWatch, Status> {
+        let mut attempts = 1;
+        let (stream, first) = loop {
+            let mut stream =
+                self.watch(request_id.clone(), after_seq, authorization.clone()).await?;
+            match stream.message().await {
+                Ok(first) => break (stream, first),
+                // The instance failed before its first response; a different one may succeed.
+                Err(status) if is_lost(&status) && attempts < MAX_OPEN_ATTEMPTS => {
+                    attempts += 1;
+                    self.metrics.upstream_lost.inc();
+                }
+                Err(status) => return Err(status),
+            }
+        };
+        let malformed = || Status::internal("the progress service sent no snapshot");
+        let WatchResponse { snapshot, events } = first.ok_or_else(malformed)?;
+        let snapshot = snapshot.ok_or_else(malformed)?;
+        let uid = snapshot.uid.parse().map_err(|_| malformed())?;
+        let from = events.first().map_or(snapshot.last_seq, |event| event.seq - 1);
+        let after = after_seq.unwrap_or(from);
+        Ok(OpenedWatch { uid, events, stream, cursor: after, stream_after: after, snapshot })
+    }
+
+    async fn watch(
+        &self,
+        request_id: String,
+        after_seq: Option<i64>,
+        authorization: HeaderValue,
+    ) -> Result<Streaming<WatchResponse>, Status> {
+        let key = request_id.parse().ok();
+        let watch = WatchRequest { request_id, after_seq, ..WatchRequest::default() };
+        let mut watch = with_authorization(watch, authorization);
+        if let Some(uid) = key {
+            watch.extensions_mut().insert(RouteKey(uid));
+        }
+        watch.metadata_mut().insert(WATCH_COUNTED, MetadataValue::from_static("1"));
+        Ok(self.upstreams.progress().watch(watch).await?.into_inner())
+    }
+
+    /// Subscribes to the topic of an opened watch; its stream becomes the upstream of a new topic.
+    /// Returns the topic and the `seq` after which the subscription starts.
+    pub(crate) fn join(
+        self: &Arc<Self>,
+        opened: OpenedWatch,
+        subscriber: Arc<Subscriber>,
+    ) -> (Arc<Topic>, i64) {
+        let OpenedWatch { uid, snapshot, events, stream, cursor, stream_after } = opened;
+        let mut topics = self.topics.lock();
+        if let Some(topic) = topics.get(&uid) {
+            topic.subscribe(subscriber);
+            return (topic.clone(), cursor);
+        }
+        let last_seq = snapshot.last_seq;
+        let ids = RequestIds { request_id: snapshot.request_id, uid: snapshot.uid };
+        // A client may name an `after_seq` that does not exist yet. The topic also serves other
+        // subscribers, so it must not start beyond the last event.
+        let upstream = UpstreamWatch { stream, is_large: has_large_output(&events) };
+        let (begin, upstream) = if stream_after <= last_seq {
+            (stream_after, Some(upstream))
+        } else {
+            (last_seq, None)
+        };
+        let topic = Arc::new(Topic::new(uid, ids, begin));
+        topic.subscribe(subscriber);
+        self.publish(&topic, &events);
+        topics.insert(uid, topic.clone());
+        if has_ended(snapshot.state) && topic.last_seq() >= last_seq {
+            topic.end();
+        } else {
+            self.follow(&topic, upstream);
+        }
+        (topic, cursor)
+    }
+
+    /// Subscribes to a request that this gateway has just submitted, known up to `last_seq`.
+    pub(crate) fn join_submitted(
+        self: &Arc<Self>,
+        uid: Uid,
+        ids: RequestIds,
+        last_seq: i64,
+        subscriber: Arc<Subscriber>,
+    ) -> Arc<Topic> {
+        let mut topics = self.topics.lock();
+        if let Some(topic) = topics.get(&uid) {
+            topic.subscribe(subscriber);
+            return topic.clone();
+        }
+        let topic = Arc::new(Topic::new(uid, ids, last_seq));
+        topic.subscribe(subscriber);
+        topics.insert(uid, topic.clone());
+        self.follow(&topic, None);
+        topic
+    }
+
+    /// Unsubscribes a connection; the last one closes the upstream watch.
+    pub(crate) fn leave(&self, topic: &Topic, connection: Uid) {
+        let mut topics = self.topics.lock();
+        if topic.unsubscribe(connection) && is_registered(&topics, topic) {
+            topics.remove(&topic.uid);
+        }
+    }
+
+    /// Removes a topic that has no subscribers. Returns whether it had none.
+    fn remove_if_unused(&self, topic: &Topic) -> bool {
+        let mut topics = self.topics.lock();
+        // A later subscriber creates a new topic.
+        let is_unused = topic.any_subscriber().is_none();
+        if is_unused && is_registered(&topics, topic) {
+            topics.remove(&topic.uid);
+        }
+        is_unused
+    }
+
+    /// Reads a page of the log, for a connection that is behind the events in memory.
+    pub(crate) async fn read_log(
+        &self,
+        uid: Uid,
+        after_seq: i64,
+        authorization: HeaderValue,
+    ) -> Result<Vec<Event>, Status> {
+        self.metrics.log_reads.inc();
+        let list = ListEventsRequest {
+            request_id: uid.to_string(),
+            after_seq,
+            page_size: LOG_PAGE,
+            ..ListEventsRequest::default()
+        };
+        let list = with_authorization(list, authorization);
+        Ok(self.upstreams.progress().list_events(list).await?.into_inner().events)
+    }
+
+    /// Notifies this subscriber again when the interval ends.
+    pub(crate) fn defer(&self, subscriber: Arc<Subscriber>) {
+        self.deferred.lock().push(subscriber);
+        self.deferred_queued.notify_one();
+    }
+
+    /// Notifies deferred subscribers until `shutdown`, with one timer for all of them.
+    pub(crate) async fn run(&self, shutdown: CancellationToken) {
+        loop {
+            tokio::select! {
+                () = shutdown.cancelled() => return,
+                () = self.deferred_queued.notified() => {}
+            }
+            sleep(LATEST_INTERVAL).await;
+            let deferred = std::mem::take(&mut *self.deferred.lock());
+            deferred.iter().for_each(|subscriber| subscriber.notify());
+        }
+    }
+
+    fn follow(self: &Arc<Self>, topic: &Arc<Topic>, upstream: Option<UpstreamWatch>) {
+        let (fanout, followed) = (self.clone(), topic.clone());
+        let task =
+            tokio::spawn(async move { fanout.follow_until_terminal(&followed, upstream).await });
+        topic.set_upstream(task.abort_handle());
+    }
+
+    /// Publishes upstream events to the topic until the terminal one. Reopens a lost stream after
+    /// the last event received, with the token of any current subscriber.
+    async fn follow_until_terminal(&self, topic: &Arc<Topic>, mut upstream: Option<UpstreamWatch>) {
+        while !topic.has_ended() {
+            let outcome = match upstream.take() {
+                Some(upstream) => self.receive(topic, upstream).await,
+                None => {
+                    let Some(subscriber) = topic.any_subscriber() else {
+                        if self.remove_if_unused(topic) {
+                            return;
+                        }
+                        continue;
+                    };
+                    match self.reopen(topic, &subscriber).await {
+                        Ok(stream) => {
+                            upstream = Some(UpstreamWatch { stream, is_large: false });
+                            continue;
+                        }
+                        Err(status) if concerns_caller(&status) => {
+                            topic.reject(&subscriber, status);
+                            continue;
+                        }
+                        Err(status) => Err(status),
+                    }
+                }
+            };
+            match outcome {
+                Ok(WatchEnd::Idle) => continue,
+                // The token that opened the watch has expired; other subscribers may have a valid one.
+                Err(status) if status.code() == Code::Unauthenticated => continue,
+                Err(status) => self.log_lost_watch(topic.uid, &status),
+                Ok(WatchEnd::Ended) => {}
+            }
+            if !topic.has_ended() {
+                sleep(MAX_BACKOFF.mul_f64(retry::random_fraction())).await;
+            }
+        }
+    }
+
+    fn publish(&self, topic: &Arc<Topic>, events: &[Event]) {
+        if let Some(published) = topic.publish(events) {
+            self.large_segments.record(topic, published, std::time::Instant::now());
+        }
+    }
+
+    /// Counts and logs a lost watch. One progress service that fails can end thousands of them, so the
+    /// warning is rate-limited.
+    fn log_lost_watch(&self, uid: Uid, status: &Status) {
+        self.metrics.upstream_lost.inc();
+        let now = Instant::now();
+        let logged_recently = {
+            let mut logged_at = self.lost_logged_at.lock();
+            let logged_recently = logged_at.is_some_and(|at| now - at < LOST_LOG_INTERVAL);
+            if !logged_recently {
+                *logged_at = Some(now);
+            }
+            logged_recently
+        };
+        if logged_recently {
+            tracing::debug!(%uid, %status, "upstream watch lost; reopening");
+        } else {
+            tracing::warn!(%uid, %status, "upstream watches lost; reopening");
+        }
+    }
+
+    async fn reopen(
+        &self,
+        topic: &Topic,
+        subscriber: &Subscriber,
+    ) -> Result<Streaming<WatchResponse>, Status> {
+        let after_seq = Some(topic.last_seq());
+        self.watch(topic.uid.to_string(), after_seq, subscriber.handle.authorization()).await
+    }
+
+    async fn receive(
+        &self,
+        topic: &Arc<Topic>,
+        upstream: UpstreamWatch,
+    ) -> Result<WatchEnd, Status> {
+        let UpstreamWatch { mut stream, mut is_large } = upstream;
+        loop {
+            let next = if is_large {
+                let release_after = RELEASE_AFTER.mul_f64(1.0 + retry::random_fraction());
+                match timeout(release_after, stream.message()).await {
+                    Ok(next) => next?,
+                    Err(_) => return Ok(WatchEnd::Idle),
+                }
+            } else {
+                stream.message().await?
+            };
+            let Some(response) = next else { return Ok(WatchEnd::Ended) };
+            is_large |= has_large_output(&response.events);
+            self.metrics.upstream_events.inc_by(response.events.len() as u64);
+            self.publish(topic, &response.events);
+            let ended = |snapshot: &Request| {
+                has_ended(snapshot.state) && snapshot.last_seq <= topic.last_seq()
+            };
+            if response.snapshot.as_ref().is_some_and(ended) {
+                topic.end();
+            }
+        }
+    }
+}
+
+/// An upstream watch, and whether it has large buffers.
+struct UpstreamWatch {
+    stream: Streaming<WatchResponse>,
+    is_large: bool,
+}
+
+/// Returns whether the output of these events exceeds [`LARGE_BYTES`]. No other event is as large, except a result,
+/// which ends the watch.
+fn has_large_output(events: &[Event]) -> bool {
+    let bytes = events.iter().map(|event| match &event.kind {
+        Some(Kind::Output(Output {
+            data: Some(Payload { body: Some(Body::Data(data)), .. }),
+            ..
+        })) => data.len(),
+        _ => 0,
+    });
+    bytes.sum::<usize>() > LARGE_BYTES
+}
+
+/// Why receiving from a watch stopped.
+enum WatchEnd {
+    /// The request has ended, or the service closed the watch.
+    Ended,
+    /// The watch has large buffers and receives no events.
+    Idle,
+}
+
+fn is_registered(topics: &HashMap<Uid, Arc<Topic>>, topic: &Topic) -> bool {
+    topics.get(&topic.uid).is_some_and(|known| std::ptr::eq(Arc::as_ptr(known), topic))
+}
+
+fn has_ended(state: i32) -> bool {
+    state_from_proto(state).is_some_and(RequestState::is_terminal)
+}
+
+/// Returns whether the instance failed: it ends watches with UNAVAILABLE when it stops, and a broken
+/// connection ends them with UNKNOWN.
+fn is_lost(status: &Status) -> bool {
+    matches!(status.code(), Code::Unavailable | Code::Unknown)
+}
+
+/// Returns whether the error concerns only this caller, so that a different one may succeed.
+fn concerns_caller(status: &Status) -> bool {
+    matches!(status.code(), Code::NotFound | Code::PermissionDenied | Code::Unauthenticated)
+}

@@ -1,0 +1,240 @@
+//! WebSocket upgrade: handshake, authentication and admission.
+
+use std::{net::IpAddr, sync::Arc};
+
+use axum::{
+    body::Body,
+    extract::{Request, State},
+    response::{IntoResponse, Response},
+};
+use bytes::Bytes;
+use futures_util::future::OptionFuture;
+use http::{HeaderValue, StatusCode, header};
+use hyper::upgrade::OnUpgrade;
+use hyper_util::rt::TokioIo;
+use streamer_auth::{Audit, Authenticator};
+use streamer_core::{Clock, ErrorCode, OpenWatches, Timestamp, Uid, is_loopback_host};
+use streamer_rpc::{Peer, trace_context};
+use streamer_telemetry::{TraceContext, Traces};
+use tokio::{io::AsyncWriteExt, net::TcpStream, time::timeout};
+
+use crate::{
+    GatewayOptions,
+    connection::Connection,
+    connection_handle::{ConnectionHandle, close_code},
+    connection_registry::{AdmissionError, ConnectionRegistry},
+    fanout::Fanout,
+    metrics::GatewayMetrics,
+    upstreams::Upstreams,
+    ws::{
+        frame,
+        handshake::{self, Handshake, JSON_PROTOCOL},
+    },
+};
+
+/// State shared by all connections.
+pub(crate) struct Gateway {
+    pub(crate) options: Arc<GatewayOptions>,
+    pub(crate) clock: Arc<dyn Clock>,
+    pub(crate) authenticator: Arc<Authenticator>,
+    pub(crate) upstreams: Arc<Upstreams>,
+    pub(crate) fanout: Arc<Fanout>,
+    pub(crate) registry: Arc<ConnectionRegistry>,
+    pub(crate) metrics: GatewayMetrics,
+    pub(crate) audit: Audit,
+    pub(crate) traces: Traces,
+    pub(crate) open_watches: Arc<OpenWatches>,
+}
+
+/// Why a connection is closed right after the handshake. Browsers expose close codes to pages, but
+/// not HTTP statuses.
+struct Rejection {
+    code: u16,
+    reason: String,
+}
+
+/// `GET /ws`
+pub(crate) async fn open(State(gateway): State<Arc<Gateway>>, mut request: Request) -> Response {
+    let handshake = match handshake::read(request.method(), request.uri(), request.headers()) {
+        Ok(handshake) => handshake,
+        Err((status, reason)) => return http_error(status, reason),
+    };
+    let Some(upgrade) = request.extensions_mut().remove::<OnUpgrade>() else {
+        return http_error(StatusCode::UPGRADE_REQUIRED, "this connection cannot be upgraded");
+    };
+    let peer = request.extensions_mut().remove::<Peer>();
+    let trace = trace_context(request.headers());
+    let response = switch_protocols(&handshake);
+    let evicted = peer.as_ref().map(Peer::evicted);
+    let serving = Box::pin(serve(gateway, handshake, peer, trace, upgrade));
+    tokio::spawn(async move {
+        tokio::select! {
+            () = serving => {}
+            Some(()) = OptionFuture::from(evicted) => {}
+        }
+    });
+    response
+}
+
+fn switch_protocols(handshake: &Handshake) -> Response {
+    let mut response = StatusCode::SWITCHING_PROTOCOLS.into_response();
+    let headers = response.headers_mut();
+    headers.insert(header::UPGRADE, HeaderValue::from_static("websocket"));
+    headers.insert(header::CONNECTION, HeaderValue::from_static("Upgrade"));
+    if let Ok(accept) = HeaderValue::from_str(&handshake.accept) {
+        headers.insert(header::SEC_WEBSOCKET_ACCEPT, accept);
+    }
+    if let Some(Ok(protocol)) = handshake.protocol.as_deref().map(HeaderValue::from_str) {
+        headers.insert(header::SEC_WEBSOCKET_PROTOCOL, protocol);
+    }
+    response
+}
+
+fn http_error(status: StatusCode, reason: &'static str) -> Response {
+    let mut response = Response::new(Body::from(format!("{reason}\n")));
+    *response.status_mut() = status;
+    let headers = response.headers_mut();
+    if status == StatusCode::METHOD_NOT_ALLOWED {
+        headers.insert(header::ALLOW, HeaderValue::from_static("GET"));
+    }
+    if status == StatusCode::UPGRADE_REQUIRED {
+        headers.insert(header::CONNECTION, HeaderValue::from_static("Upgrade"));
+        headers.insert(header::UPGRADE, HeaderValue::from_static("websocket"));
+        headers.insert(header::SEC_WEBSOCKET_VERSION, HeaderValue::from_static("13"));
+    }
+    response
+}
+
+async fn serve(
+    gateway: Arc<Gateway>,
+    handshake: Handshake,
+    peer: Option<Peer>,
+    trace: Option<TraceContext>,
+    upgrade: OnUpgrade,
+) {
+    let Ok(upgraded) = upgrade.await else { return };
+    let Ok(parts) =
+        hyper_util::server::conn::auto::upgrade::downcast::<TokioIo<TcpStream>>(upgraded)
+    else {
+        tracing::error!("WebSocket upgrade on a connection that is not TCP");
+        return;
+    };
+    let socket = parts.io.into_inner();
+    // Copied, since even an empty slice would keep hyper's whole read buffer alive.
+    let early = Bytes::copy_from_slice(&parts.read_buf);
+    drop(parts.read_buf);
+    let address = peer.as_ref().map(|peer| peer.address().ip());
+    match admit(&gateway, handshake, address).await {
+        Ok(handle) => {
+            if let Some(peer) = &peer {
+                peer.authenticated();
+            }
+            let mut connection = Connection::new(socket, early, gateway, handle, trace, peer);
+            connection.send_connected();
+            // A separate task, which does not keep the state of the handshake.
+            tokio::spawn(connection);
+        }
+        Err(rejection) => {
+            gateway.metrics.rejected.inc();
+            let code = match rejection.code {
+                close_code::UNAUTHENTICATED => Some(tonic::Code::Unauthenticated),
+                close_code::FORBIDDEN => Some(tonic::Code::PermissionDenied),
+                _ => None,
+            };
+            if let Some(code) = code {
+                gateway.audit.refused_connection(code, &rejection.reason, address);
+            }
+            send_rejection(&gateway, socket, &rejection).await;
+        }
+    }
+}
+
+/// Authenticates the client and checks the limits.
+async fn admit(
+    gateway: &Arc<Gateway>,
+    handshake: Handshake,
+    address: Option<IpAddr>,
+) -> Result<Arc<ConnectionHandle>, Rejection> {
+    let rejection = |code, reason: String| Rejection { code, reason };
+    if handshake.unknown_protocol {
+        let reason = format!("unsupported subprotocol: use {JSON_PROTOCOL}");
+        return Err(rejection(close_code::PROTOCOL_ERROR, reason));
+    }
+    if let Some(origin) = &handshake.origin
+        && !gateway.options.allows_origin(origin)
+    {
+        let reason = format!("origin {origin} is not allowed (gateway.allowed_origins)");
+        return Err(rejection(close_code::FORBIDDEN, reason));
+    }
+    let token = handshake.token.unwrap_or_default();
+    if token.is_empty() {
+        let reason = "a token is required: header Authorization, subprotocol bearer.<token> or \
+                      query parameter token";
+        return Err(rejection(close_code::UNAUTHENTICATED, reason.into()));
+    }
+    let caller = gateway.authenticator.authenticate(&token).await.map_err(|error| {
+        // Without the keys the token cannot be verified: the client should retry.
+        let unavailable = error.code() == ErrorCode::Unavailable;
+        let code =
+            if unavailable { close_code::TRY_AGAIN_LATER } else { close_code::UNAUTHENTICATED };
+        rejection(code, error.to_string())
+    })?;
+    let now = gateway.clock.now();
+    let handle =
+        Arc::new(ConnectionHandle::new(Uid::new(now), address, handshake.user_agent, now, caller));
+    match gateway.registry.add(&handle) {
+        Ok(()) => Ok(handle),
+        Err(AdmissionError::User(limit)) => Err(rejection(
+            close_code::LIMIT_EXCEEDED,
+            format!("more than {limit} connections of one user (gateway.max_connections_per_user)"),
+        )),
+        Err(AdmissionError::Address(limit)) => Err(rejection(
+            close_code::LIMIT_EXCEEDED,
+            format!(
+                "more than {limit} connections from one address \
+                 (gateway.max_connections_per_address)"
+            ),
+        )),
+        Err(AdmissionError::Total(limit)) => Err(rejection(
+            close_code::LIMIT_EXCEEDED,
+            format!("more than {limit} connections (gateway.max_connections)"),
+        )),
+        Err(AdmissionError::Draining) => {
+            Err(rejection(close_code::GOING_AWAY, "the gateway is stopping".into()))
+        }
+    }
+}
+
+/// Sends a close frame and closes the socket, keeping no other state of the client.
+async fn send_rejection(gateway: &Gateway, mut socket: TcpStream, rejection: &Rejection) {
+    let frame = frame::close(rejection.code, &rejection.reason);
+    let closing = async {
+        socket.write_all(&frame).await?;
+        socket.shutdown().await?;
+        // Closing before the client does could discard the frame before it is read.
+        let mut rest = [0; 256];
+        while tokio::io::AsyncReadExt::read(&mut socket, &mut rest).await? > 0 {}
+        std::io::Result::Ok(())
+    };
+    if timeout(gateway.options.handshake_timeout, closing).await.is_err() {
+        tracing::debug!("rejected client did not close in time");
+    }
+}
+
+impl GatewayOptions {
+    /// Returns whether a page of this origin may connect. Without a list, only pages served from
+    /// this machine may.
+    fn allows_origin(&self, origin: &str) -> bool {
+        if self.allowed_origins.is_empty() {
+            let host = origin.split_once("://").map_or(origin, |(_, rest)| rest);
+            let name = host.rsplit_once(':').map_or(host, |(name, _)| name);
+            return is_loopback_host(name) || is_loopback_host(host);
+        }
+        self.allowed_origins.iter().any(|allowed| allowed == "*" || allowed == origin)
+    }
+}
+
+/// Returns a unique name for a gateway that starts now.
+pub(crate) fn gateway_name(now: Timestamp) -> String {
+    format!("gateway-{}", Uid::new(now))
+}

@@ -1,0 +1,299 @@
+//! Discovery of services in other processes: resolved by name, called over HTTP/2.
+
+use std::{
+    collections::{BTreeMap, HashMap},
+    fs, io,
+    net::SocketAddr,
+    path::Path,
+    sync::Arc,
+    time::Duration,
+};
+
+use futures_util::future::join_all;
+use http::{HeaderName, HeaderValue, Request};
+use streamer_auth::{create_private_file, warn_if_others_can_read};
+use streamer_rpc::{Channel, Member, Members, SERVICE_TOKEN, remote};
+use subtle::{Choice, ConstantTimeEq};
+use tokio::{
+    net::lookup_host,
+    sync::watch,
+    time::{MissedTickBehavior, interval, timeout},
+};
+use tokio_util::{sync::CancellationToken, task::AbortOnDropHandle};
+use tonic::{Code, Status, body::Body, transport::Endpoint};
+use tonic_health::pb::{
+    HealthCheckRequest, health_check_response::ServingStatus, health_client::HealthClient,
+};
+use tower::{Service, ServiceExt};
+
+use crate::listener::MAX_HTTP2_WINDOW;
+
+const CONNECT_TIMEOUT: Duration = Duration::from_secs(1);
+/// Time after which a silent peer is pinged; the connection is closed when it does not respond.
+const KEEP_ALIVE: Duration = Duration::from_secs(2);
+const KEEP_ALIVE_TIMEOUT: Duration = Duration::from_secs(6);
+/// Interval of health probes of peers.
+const PROBE_INTERVAL: Duration = Duration::from_secs(1);
+const PROBE_TIMEOUT: Duration = Duration::from_millis(1500);
+/// Consecutive failed probes after which watches at a peer end. Together with the times above, less than 5 s.
+const MAX_FAILED_PROBES: u32 = 2;
+/// Window of one stream. The connection has the maximum window, so that a stream that is not read
+/// does not block the others.
+const HTTP2_WINDOW: u32 = 512 * 1024;
+const RESOLVE_TIMEOUT: Duration = Duration::from_secs(3);
+const MIN_SECRET_BYTES: usize = 32;
+/// Name of the secret file in the data folder.
+const SECRET_FILE: &str = "service-token";
+
+/// Secret that the services share.
+#[derive(Clone)]
+pub(crate) struct ServiceToken {
+    /// Secret that this process sends.
+    own: HeaderValue,
+    /// Secrets that it accepts: its own and, during a rotation, others.
+    accepted: Arc<[HeaderValue]>,
+}
+
+impl ServiceToken {
+    /// Loads the secret from this file; without one, from the data folder, where it is created if it
+    /// does not exist.
+    pub(crate) fn load(file: &str, data: &Path) -> Result<Self, String> {
+        if !file.is_empty() {
+            return Self::read(Path::new(file));
+        }
+        let path = data.join(SECRET_FILE);
+        let failed = |reason: String| format!("{}: {reason}", path.display());
+        if !path.exists() {
+            let mut secret = [0; MIN_SECRET_BYTES];
+            getrandom::fill(&mut secret).map_err(|error| failed(error.to_string()))?;
+            let text: String = secret.iter().map(|byte| format!("{byte:02x}")).collect();
+            create_private_file(&path, text.as_bytes())
+                .map_err(|error| failed(error.to_string()))?;
+        }
+        Self::read(&path)
+    }
+
+    fn read(file: &Path) -> Result<Self, String> {
+        let failed = |reason: String| format!("{}: {reason}", file.display());
+        warn_if_others_can_read(file);
+        let text = fs::read_to_string(file).map_err(|error| failed(error.to_string()))?;
+        let mut accepted = Vec::new();
+        for secret in text.lines().map(str::trim).filter(|line| !line.is_empty()) {
+            if secret.len() < MIN_SECRET_BYTES {
+                return Err(failed(format!(
+                    "a secret must have at least {MIN_SECRET_BYTES} bytes"
+                )));
+            }
+            let value = HeaderValue::from_str(secret);
+            let mut value =
+                value.map_err(|_| failed("must hold visible ASCII characters only".to_owned()))?;
+            value.set_sensitive(true);
+            accepted.push(value);
+        }
+        let own = accepted.first().cloned().ok_or_else(|| failed("holds no secret".to_owned()))?;
+        Ok(Self { own, accepted: accepted.into() })
+    }
+
+    /// Returns whether this secret is accepted. The time does not depend on its content.
+    pub(crate) fn is_accepted(&self, given: &[u8]) -> bool {
+        let matches = |secret: &HeaderValue| secret.as_bytes().ct_eq(given);
+        self.accepted.iter().map(matches).fold(Choice::from(0), |any, one| any | one).into()
+    }
+}
+
+/// Tracks the instances of one service.
+pub(crate) struct PeerList {
+    service: &'static str,
+    /// HOST:PORT of each entry.
+    entries: Vec<String>,
+    token: ServiceToken,
+    resolve_interval: Duration,
+    list: watch::Sender<Arc<[Member]>>,
+}
+
+impl PeerList {
+    pub(crate) fn new(
+        service: &'static str,
+        entries: &[String],
+        token: ServiceToken,
+        resolve_interval: Duration,
+    ) -> Self {
+        let entries = entries.iter().map(|entry| entry.trim_start_matches("http://").to_owned());
+        let list = watch::Sender::new(Arc::from([]));
+        Self { service, entries: entries.collect(), token, resolve_interval, list }
+    }
+
+    pub(crate) fn members(&self) -> Members {
+        Members::of(self.service, self.list.subscribe())
+    }
+
+    /// Resolves the names at an interval, and probes the instances, until `shutdown`.
+    pub(crate) async fn run(self, shutdown: CancellationToken) {
+        let probing = AbortOnDropHandle::new(tokio::spawn(probe_all(self.list.subscribe())));
+        self.resolve_all(shutdown).await;
+        drop(probing);
+    }
+
+    async fn resolve_all(self, shutdown: CancellationToken) {
+        let mut known: HashMap<String, Vec<SocketAddr>> = HashMap::new();
+        let mut ticks = interval(self.resolve_interval);
+        ticks.set_missed_tick_behavior(MissedTickBehavior::Delay);
+        loop {
+            tokio::select! {
+                () = shutdown.cancelled() => return,
+                _ = ticks.tick() => {}
+            }
+            for entry in &self.entries {
+                match resolve(entry).await {
+                    Ok(addresses) => {
+                        known.insert(entry.clone(), addresses);
+                    }
+                    // The known addresses stay: the name may resolve later, and probes detect instances that are down.
+                    Err(error) => {
+                        let service = self.service;
+                        tracing::warn!(%error, service, entry, "failed to resolve the name of a peer");
+                    }
+                }
+            }
+            self.publish(known.values().flatten().copied());
+        }
+    }
+
+    /// Publishes the members; those that stay keep their channels.
+    fn publish(&self, addresses: impl Iterator<Item = SocketAddr>) {
+        let before = self.list.borrow().clone();
+        let names: BTreeMap<String, SocketAddr> =
+            addresses.map(|address| (address.to_string(), address)).collect();
+        let unchanged = before.len() == names.len()
+            && before.iter().all(|member| names.contains_key(&*member.name));
+        if unchanged {
+            return;
+        }
+        let mut members = Vec::with_capacity(names.len());
+        for (name, address) in names {
+            match before.iter().find(|member| *member.name == *name) {
+                Some(member) => members.push(member.clone()),
+                None => match connect(address, self.token.clone()) {
+                    Ok(channel) => members.push(Member::new(&name, channel)),
+                    Err(error) => tracing::error!(%error, name, "invalid peer address"),
+                },
+            }
+        }
+        let service = self.service;
+        let names: Vec<_> = members.iter().map(|member| &*member.name).collect();
+        tracing::info!(service, ?names, "peer set changed");
+        self.list.send_replace(members.into());
+    }
+}
+
+async fn resolve(entry: &str) -> io::Result<Vec<SocketAddr>> {
+    match timeout(RESOLVE_TIMEOUT, lookup_host(entry)).await {
+        Ok(found) => Ok(found?.collect()),
+        Err(_) => Err(io::ErrorKind::TimedOut.into()),
+    }
+}
+
+/// Probes every peer until dropped, so that an unresponsive peer is detected before calls to it are lost, and
+/// is called again once it responds.
+async fn probe_all(list: watch::Receiver<Arc<[Member]>>) {
+    let mut ticks = interval(PROBE_INTERVAL);
+    ticks.set_missed_tick_behavior(MissedTickBehavior::Delay);
+    let mut failures: HashMap<Arc<str>, u32> = HashMap::new();
+    loop {
+        ticks.tick().await;
+        let members = list.borrow().clone();
+        let probes = join_all(members.iter().map(probe)).await;
+        failures.retain(|name, _| members.iter().any(|member| member.name == *name));
+        let any_healthy = probes.contains(&Probe::Serving);
+        for (member, probe) in members.iter().zip(probes) {
+            member.note(probe == Probe::Serving);
+            let failed = failures.entry(member.name.clone()).or_default();
+            *failed = match probe {
+                Probe::Serving => 0,
+                Probe::NotServing => MAX_FAILED_PROBES,
+                Probe::Failed => *failed + 1,
+            };
+            // When all probes fail, or this process is at fault, watches cannot move to a better peer.
+            member.set_healthy(*failed < MAX_FAILED_PROBES || !any_healthy);
+        }
+    }
+}
+
+#[derive(Clone, Copy, PartialEq, Eq)]
+enum Probe {
+    Serving,
+    NotServing,
+    Failed,
+}
+
+async fn probe(member: &Member) -> Probe {
+    let mut client = HealthClient::new(member.channel.clone());
+    let response = timeout(PROBE_TIMEOUT, client.check(HealthCheckRequest::default())).await;
+    match response {
+        Ok(Ok(response)) if response.get_ref().status() == ServingStatus::Serving => Probe::Serving,
+        Ok(Ok(_)) => Probe::NotServing,
+        Ok(Err(status)) => {
+            if status.code() == Code::Unauthenticated && member.seems_up() {
+                let name = &*member.name;
+                tracing::error!(%status, name, "a peer has a different secret (peers.secret_file)");
+            }
+            Probe::Failed
+        }
+        Err(_) => Probe::Failed,
+    }
+}
+
+/// Returns a channel that connects on first use and reconnects as needed.
+fn connect(address: SocketAddr, token: ServiceToken) -> Result<Channel, tonic::transport::Error> {
+    let channel = Endpoint::from_shared(format!("http://{address}"))?
+        .connect_timeout(CONNECT_TIMEOUT)
+        .tcp_nodelay(true)
+        .http2_keep_alive_interval(KEEP_ALIVE)
+        .keep_alive_timeout(KEEP_ALIVE_TIMEOUT)
+        .keep_alive_while_idle(true)
+        .initial_stream_window_size(HTTP2_WINDOW)
+        .initial_connection_window_size(MAX_HTTP2_WINDOW)
+        .connect_lazy();
+    let name = HeaderName::from_static(SERVICE_TOKEN);
+    let service = tower::service_fn(move |mut request: Request<Body>| {
+        request.headers_mut().insert(name.clone(), token.own.clone());
+        let mut channel = channel.clone();
+        async move {
+            let channel = channel.ready().await.map_err(unavailable)?;
+            channel.call(request).await.map_err(unavailable)
+        }
+    });
+    Ok(remote(service))
+}
+
+/// Returns a status that hides the address of the service from callers; logs show the source.
+fn unavailable(error: tonic::transport::Error) -> Status {
+    let mut status = Status::unavailable("a service is unreachable; try again");
+    status.set_source(Arc::new(error));
+    status
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn secrets_can_be_rotated() {
+        let data = tempfile::tempdir().unwrap();
+        let file = data.path().join("secrets");
+        let (new, old) = ("n".repeat(32), "o".repeat(40));
+        fs::write(&file, format!("{new}\n\n{old}\n")).unwrap();
+        let token = ServiceToken::load(file.to_str().unwrap(), data.path()).unwrap();
+        assert_eq!(token.own, new);
+        assert!(token.is_accepted(new.as_bytes()) && token.is_accepted(old.as_bytes()));
+        assert!(!token.is_accepted("x".repeat(32).as_bytes()) && !token.is_accepted(b""));
+        for (text, rule) in [("short\n", "at least 32 bytes"), ("\n", "holds no secret")] {
+            fs::write(&file, text).unwrap();
+            let error = ServiceToken::load(file.to_str().unwrap(), data.path()).err().unwrap();
+            assert!(error.contains(rule), "{error}");
+        }
+        // The first process creates the secret for all.
+        let made = ServiceToken::load("", data.path()).unwrap();
+        assert!(ServiceToken::load("", data.path()).unwrap().is_accepted(made.own.as_bytes()));
+    }
+}

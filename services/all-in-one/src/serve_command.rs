@@ -1,0 +1,292 @@
+//! `streamer up`, `gateway`, `router`, `processor` and `progress`: run a server until a signal stops
+//! it.
+
+use std::{
+    env,
+    io::{self, IsTerminal, Write},
+    path::Path,
+    process::ExitCode,
+    time::Duration,
+};
+
+use rustix::process::{Resource, getrlimit, setrlimit};
+use streamer_all_in_one::{AllInOne, Role};
+use streamer_auth::NewToken;
+use streamer_cli::{ConfigArguments, ConfigSources, Exit, READY, UpArguments};
+use streamer_config::{Config, ConfigError, DEFAULT_FILE, Sources};
+use streamer_handler::Handlers;
+use streamer_telemetry::{TraceOptions, init};
+use tokio::{
+    signal::unix::{Signal, SignalKind, signal},
+    time::Instant,
+};
+
+/// Minimum time to export the last spans, however long the rest of the shutdown took.
+const MIN_FLUSH_TIMEOUT: Duration = Duration::from_secs(1);
+/// Lifetime of the printed token.
+const TOKEN_LIFETIME: Duration = Duration::from_secs(24 * 3600);
+
+pub(crate) async fn run(arguments: &UpArguments, role: Role) -> ExitCode {
+    let had_file = Path::new(DEFAULT_FILE).exists();
+    let config = match load(arguments) {
+        Ok(config) => config,
+        Err(error) => {
+            eprintln!("error: {error}");
+            return Exit::Usage.code();
+        }
+    };
+    let format = config.log.format.parse().unwrap_or_default();
+    raise_descriptors();
+    let traces = match init(&config.log.filter, format, &trace_options(&config, role)) {
+        Ok(traces) => traces,
+        Err(error) => {
+            eprintln!("error: {error}");
+            return Exit::Usage.code();
+        }
+    };
+    let handlers = match select_handlers(streamer_examples::all(), &config.execution.local_actions)
+    {
+        Ok(handlers) => handlers,
+        Err(error) => {
+            eprintln!("error: execution.local_actions: {error}");
+            return Exit::Usage.code();
+        }
+    };
+    let server = match AllInOne::start(&config, handlers, role, traces.clone()).await {
+        Ok(server) => server,
+        Err(error) => {
+            eprintln!("error: {error}");
+            return if error.is_usage() { Exit::Usage.code() } else { Exit::Failed.code() };
+        }
+    };
+    let mut signals = match Signals::listen() {
+        Ok(signals) => signals,
+        Err(error) => {
+            eprintln!("error: cannot listen for signals: {error}");
+            return Exit::Failed.code();
+        }
+    };
+    announce(&server, &config, role);
+    while signals.next().await == ServerSignal::Reload {
+        reload(&server, arguments, had_file);
+    }
+    print_to_stderr(&format!(
+        "Stopping: running work has {} s to complete. A second signal stops immediately.",
+        config.server.drain_timeout_ms / 1000
+    ));
+    let deadline = Instant::now() + Duration::from_millis(config.server.drain_timeout_ms);
+    let stop = async {
+        server.stop().await;
+        let left = deadline.saturating_duration_since(Instant::now());
+        traces.flush(left.max(MIN_FLUSH_TIMEOUT)).await;
+    };
+    tokio::select! {
+        () = stop => {}
+        // Interrupted work continues after a restart, or at other processors.
+        () = signals.stop() => {}
+    }
+    Exit::Done.code()
+}
+
+/// Reloads the tenant limits. An error in the configuration changes nothing.
+fn reload(server: &AllInOne, arguments: &UpArguments, had_file: bool) {
+    let mut arguments = arguments.clone();
+    // A file that was deleted since the start is an error, not a configuration without overrides.
+    if had_file && arguments.config.config.is_none() {
+        arguments.config.config = Some(DEFAULT_FILE.into());
+    }
+    match load(&arguments) {
+        Ok(config) => {
+            server.replace_limits(&config);
+            print_to_stderr(&format!(
+                "Tenant limits reloaded; {} tenant(s) have separate limits. Other options require a \
+                 restart.",
+                config.tenants.len()
+            ));
+        }
+        Err(error) => {
+            print_to_stderr(&format!("error: tenant limits not changed: {error}"));
+        }
+    }
+}
+
+/// Prints a line to standard error. If that is closed, the server must continue.
+fn print_to_stderr(text: &str) {
+    if let Err(error) = writeln!(io::stderr(), "{text}") {
+        tracing::debug!(%error, text, "cannot write to standard error");
+    }
+}
+
+/// Raises the limit of open file descriptors to the maximum that the system allows.
+fn raise_descriptors() {
+    let mut limit = getrlimit(Resource::Nofile);
+    limit.current = limit.maximum;
+    if let Err(error) = setrlimit(Resource::Nofile, limit) {
+        eprintln!("warning: failed to raise the limit of open files: {error}");
+    }
+}
+
+fn trace_options(config: &Config, role: Role) -> TraceOptions {
+    let trace = &config.trace;
+    TraceOptions {
+        endpoint: (!trace.endpoint.is_empty()).then(|| trace.endpoint.clone()),
+        sample_ratio: trace.sample_ratio,
+        trust_callers: trace.trust_callers,
+        service: match role {
+            Role::All => "streamer",
+            Role::Gateway => "streamer-gateway",
+            Role::Router => "streamer-router",
+            Role::Processor => "streamer-processor",
+            Role::Progress => "streamer-progress",
+        },
+        version: env!("CARGO_PKG_VERSION"),
+    }
+}
+
+/// Returns the handlers of these actions; all of them for `*`.
+pub(crate) fn select_handlers(all: Handlers, actions: &[String]) -> Result<Handlers, String> {
+    if actions.iter().any(|action| action == "*") {
+        return Ok(all);
+    }
+    let names: Vec<_> = all.specs().map(|spec| spec.name.clone()).collect();
+    match actions.iter().find(|action| !names.contains(action)) {
+        None => Ok(all.only(actions)),
+        Some(unknown) => {
+            Err(format!("unknown built-in handler {unknown:?}; available: {}", names.join(", ")))
+        }
+    }
+}
+
+pub(crate) fn show_config(arguments: &ConfigArguments) -> ExitCode {
+    let config = if arguments.default {
+        Ok(Config::default())
+    } else {
+        Config::load(&sources(&arguments.sources, Vec::new()))
+    };
+    match config {
+        Ok(config) => {
+            print!("{}", config.to_toml());
+            Exit::Done.code()
+        }
+        Err(error) => {
+            eprintln!("error: {error}");
+            Exit::Usage.code()
+        }
+    }
+}
+
+fn load(arguments: &UpArguments) -> Result<Config, ConfigError> {
+    let mut flags = Vec::new();
+    if let Some(listen) = arguments.listen {
+        flags.push(("server.listen".to_owned(), listen.to_string()));
+    }
+    if let Some(data) = &arguments.data {
+        flags.push(("server.data".to_owned(), data.display().to_string()));
+    }
+    Config::load(&sources(&arguments.config, flags))
+}
+
+pub(crate) fn sources(from: &ConfigSources, mut flags: Vec<(String, String)>) -> Sources {
+    flags.extend(from.set.iter().map(|setting| match setting.split_once('=') {
+        Some((name, value)) => (name.to_owned(), value.to_owned()),
+        None => (setting.clone(), String::new()),
+    }));
+    Sources { file: from.config.clone(), environment: environment(), flags }
+}
+
+/// Returns the environment variables that are valid text.
+pub(crate) fn environment() -> Vec<(String, String)> {
+    env::vars_os()
+        .filter_map(|(name, value)| Some((name.into_string().ok()?, value.into_string().ok()?)))
+        .collect()
+}
+
+/// Prints the addresses and the token in one write, so that a reader that exits after the first line
+/// does not end the server.
+fn announce(server: &AllInOne, config: &Config, role: Role) {
+    let metrics =
+        server.metrics_address().map(|address| format!("Metrics: http://{address}/metrics\n"));
+    let metrics = metrics.unwrap_or_default();
+    if role != Role::All {
+        return print_to_stdout(&format!(
+            "{READY}http://{} ({role:?})\n{metrics}",
+            server.address()
+        ));
+    }
+    let token = NewToken {
+        user: "dev".into(),
+        tenant: "dev".into(),
+        permissions: vec!["*".into()],
+        expires_in: TOKEN_LIFETIME,
+    };
+    let token = server.dev_token(&token).map_or_else(String::new, |token| {
+        format!(
+            "Token: {token}\n       (user dev of tenant dev, all permissions, valid for 24 hours)\n"
+        )
+    });
+    let text = format!(
+        "{READY}http://{} (gRPC, WebSocket at /ws, HTTP)\nData:  {}\n{metrics}{token}\
+         Try:   streamer submit echo_async --payload '{{\"steps\":20,\"delay_ms\":100}}'\n",
+        server.address(),
+        config.server.data.display(),
+    );
+    print_to_stdout(&text);
+}
+
+fn print_to_stdout(text: &str) {
+    let mut out = io::stdout().lock();
+    if let Err(error) = out.write_all(text.as_bytes()).and_then(|()| out.flush()) {
+        tracing::warn!(%error, "cannot write to standard output");
+    }
+}
+
+/// Action that a signal requests.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum ServerSignal {
+    Stop,
+    Reload,
+}
+
+/// Listens for SIGTERM, Ctrl-C and SIGHUP all the time, so that no second signal is missed.
+struct Signals {
+    terminate: Signal,
+    interrupt: Signal,
+    hang_up: Signal,
+    /// Which standard streams are terminals: closing a terminal sends SIGHUP too.
+    terminals: [bool; 3],
+}
+
+impl Signals {
+    fn listen() -> io::Result<Self> {
+        Ok(Self {
+            terminate: signal(SignalKind::terminate())?,
+            interrupt: signal(SignalKind::interrupt())?,
+            hang_up: signal(SignalKind::hangup())?,
+            terminals: terminals(),
+        })
+    }
+
+    /// Waits for the next signal.
+    async fn next(&mut self) -> ServerSignal {
+        tokio::select! {
+            _ = self.terminate.recv() => ServerSignal::Stop,
+            _ = self.interrupt.recv() => ServerSignal::Stop,
+            _ = self.hang_up.recv() => {
+                // A stream to a closed terminal is not a terminal.
+                if self.terminals == terminals() { ServerSignal::Reload } else { ServerSignal::Stop }
+            }
+        }
+    }
+
+    /// Waits for the next SIGTERM or Ctrl-C. A terminal may send more than one SIGHUP when it closes.
+    async fn stop(&mut self) {
+        tokio::select! {
+            _ = self.terminate.recv() => {}
+            _ = self.interrupt.recv() => {}
+        }
+    }
+}
+
+fn terminals() -> [bool; 3] {
+    [io::stdin().is_terminal(), io::stdout().is_terminal(), io::stderr().is_terminal()]
+}

@@ -1,0 +1,99 @@
+//! Converts sections of the configuration to options of the services.
+
+use std::time::Duration;
+
+use streamer_config::Config;
+use streamer_core::{Limits, limits::PAYLOAD_OPTION};
+use streamer_dynamodb::DynamoOptions;
+use streamer_gateway::GatewayOptions;
+use streamer_processor::ProcessorOptions;
+
+/// Converts section `dynamodb`.
+#[must_use]
+pub fn dynamo_options(config: &Config) -> DynamoOptions {
+    let dynamodb = &config.dynamodb;
+    let given = |text: &String| (!text.is_empty()).then(|| text.clone());
+    let hours = dynamodb.retention_hours;
+    DynamoOptions {
+        endpoint: given(&dynamodb.endpoint),
+        region: given(&dynamodb.region),
+        table_prefix: dynamodb.table_prefix.clone(),
+        queue_shards: number(dynamodb.queue_shards),
+        max_concurrent_operations: size(dynamodb.max_concurrent_operations),
+        retention: (hours > 0).then(|| Duration::from_secs(hours * 3600)),
+        stream: dynamodb.stream,
+        objects: given(&dynamodb.objects),
+    }
+}
+
+/// Named in errors when the engine limits values; the option allows larger ones.
+const ENGINE_RULE: &str = "store.engine dynamodb without dynamodb.objects";
+
+/// Returns the limits of payloads and results for a store whose values have at most `largest` bytes.
+pub(crate) fn limits(config: &Config, largest: Option<usize>) -> Limits {
+    let max_payload_bytes = size(config.limits.max_payload_bytes);
+    let max_output_chunk_bytes = size(config.limits.max_output_chunk_bytes);
+    let largest = largest.unwrap_or(usize::MAX);
+    Limits {
+        max_payload_bytes: max_payload_bytes.min(largest),
+        max_output_chunk_bytes: max_output_chunk_bytes.min(largest),
+        payload_rule: if max_payload_bytes <= largest { PAYLOAD_OPTION } else { ENGINE_RULE },
+    }
+}
+
+/// Converts section `execution`; `shared` when other processes write to the store.
+pub(crate) fn processor_options(config: &Config, limits: Limits, shared: bool) -> ProcessorOptions {
+    let execution = &config.execution;
+    // A tenant gets half of it, and its reports may wait for a pending batch.
+    let least_output = limits.max_worker_message_bytes().saturating_mul(4);
+    ProcessorOptions {
+        max_concurrent_attempts: number(execution.max_concurrent_attempts),
+        tenant_share: number(execution.tenant_share_percent),
+        max_concurrent_sync: size(execution.max_concurrent_sync),
+        sync_timeout: Duration::from_millis(execution.sync_threshold_ms.max(1)),
+        lease: Duration::from_millis(execution.lease_ms),
+        cancel_grace: Duration::from_millis(execution.cancel_grace_ms),
+        poll_interval: Duration::from_millis(execution.poll_interval_ms),
+        drain_timeout: Duration::from_millis(config.server.drain_timeout_ms),
+        max_buffered_output_bytes: size(execution.max_buffered_output_bytes).max(least_output),
+        limits,
+        sync_threshold: Duration::from_millis(execution.sync_threshold_ms),
+        shared,
+        poll_queue: execution.poll_queue,
+    }
+}
+
+/// Converts section `gateway`.
+pub(crate) fn gateway_options(config: &Config, limits: Limits) -> GatewayOptions {
+    let gateway = &config.gateway;
+    // A message of the maximum size must fit: its fragments and the next frame.
+    let largest_message = limits.max_message_bytes().saturating_mul(2);
+    GatewayOptions {
+        allowed_origins: gateway.allowed_origins.clone(),
+        max_connections: size(gateway.max_connections),
+        max_connections_per_user: size(gateway.max_connections_per_user),
+        max_connections_per_address: size(gateway.max_connections_per_address),
+        max_subscriptions: size(gateway.max_subscriptions),
+        max_in_flight: size(gateway.max_in_flight),
+        messages_per_second: number(gateway.messages_per_second),
+        message_burst: number(gateway.message_burst),
+        max_message_bytes: limits.max_message_bytes(),
+        max_buffered_bytes: size(gateway.max_buffered_bytes).max(largest_message),
+        max_buffered_bytes_per_user: size(gateway.max_buffered_bytes_per_user).max(largest_message),
+        message_timeout: Duration::from_millis(gateway.message_timeout_ms),
+        heartbeat: Duration::from_millis(gateway.heartbeat_ms),
+        slow_consumer_timeout: Duration::from_millis(gateway.slow_consumer_timeout_ms),
+        handshake_timeout: Duration::from_millis(gateway.handshake_timeout_ms),
+        reconnect_after: Duration::from_millis(gateway.reconnect_after_ms),
+    }
+}
+
+/// Converts an option to 32 bits, saturating.
+fn number(value: u64) -> u32 {
+    u32::try_from(value).unwrap_or(u32::MAX)
+}
+
+/// Converts a size or count, saturating.
+pub(crate) fn size(value: u64) -> usize {
+    usize::try_from(value).unwrap_or(usize::MAX)
+}

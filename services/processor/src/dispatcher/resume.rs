@@ -1,0 +1,99 @@
+//! Resumption of attempts that workers still run, started by another processor or before a restart.
+
+use std::sync::Arc;
+
+use bytes::Bytes;
+use streamer_core::Uid;
+use streamer_store::{Adopt, Lease, StoreError, StoredPayload};
+
+use super::{Dispatcher, RunningAttempt, RunningGuard};
+use crate::{
+    attempt::{AttemptHandle, AttemptSpec},
+    lease_recovery,
+    remote_handler::RemoteHandler,
+    remote_task::RemoteTask,
+    worker_session::WorkerSession,
+};
+
+impl Dispatcher {
+    /// Resumes an attempt that this worker has; returns `None` if the attempt does not belong to
+    /// the worker. The task knows how many of its reports are durable.
+    pub(crate) async fn resume_attempt(
+        self: &Arc<Self>,
+        worker: &Arc<WorkerSession>,
+        uid: Uid,
+        attempt: u32,
+    ) -> Result<Option<Arc<RemoteTask>>, StoreError> {
+        if self.is_stopping() {
+            return Ok(None);
+        }
+        let Some(record) = self.store.get_request(uid).await? else { return Ok(None) };
+        if !worker.may_run(&record.action, &record.owner.tenant) {
+            return Ok(None);
+        }
+        if self.running.lock().contains_key(&uid) {
+            return Ok(None);
+        }
+        let now = self.now();
+        let adopt = Adopt {
+            lease: Lease { uid, attempt },
+            holder: self.name.clone(),
+            worker_identity: worker.assigned.identity.clone(),
+            now,
+            lease_until: now.plus(self.options.lease),
+        };
+        let Some(record) = self.store.adopt(adopt).await? else { return Ok(None) };
+        let handle = Arc::new(AttemptHandle::default());
+        // Only once the lease is held, because an entry blocks other workers from resuming it.
+        let tenant = record.owner.tenant.clone();
+        if !self
+            .register(uid, RunningAttempt { attempt, tenant, handle: handle.clone(), remote: true })
+        {
+            return Ok(None);
+        }
+        // Removes the entry on an early return.
+        let guard = RunningGuard { dispatcher: self.clone(), uid, permit: None };
+        if self.is_stopping() {
+            return Ok(None);
+        }
+        let declared = self.actions.find(&record.action, &record.owner.tenant);
+        let Some(spec) = declared.map(|declared| declared.spec) else { return Ok(None) };
+        let output = lease_recovery::read_output(&*self.store, &record).await?;
+        let reports = Arc::new(self.report_queue(&record));
+        let durable = record.last_seq - record.attempt_seq;
+        let task = RemoteTask::new(&record, durable, reports.clone(), &self.output_budget);
+        let permit =
+            self.actions.workers.acquire_slot_for_running(worker.clone(), &record.owner.tenant);
+        if let Some(reason) = &record.cancel_reason {
+            handle.cancel(reason);
+        }
+        let grace = self.options.cancel_grace;
+        let remote = Arc::new(RemoteHandler::new(
+            worker.clone(),
+            spec.clone(),
+            task,
+            None,
+            Some(handle.clone()),
+            grace,
+        ));
+        let resumed = remote.task.clone();
+        let attempt_spec = AttemptSpec {
+            spec,
+            handler: remote.clone(),
+            reports,
+            // The worker has the payload.
+            payload: StoredPayload { content_type: String::new(), data: Bytes::new() },
+            checkpoint: None,
+            started: None,
+            output,
+            record,
+            is_remote: true,
+        };
+        self.tasks.spawn(async move {
+            // Held until the attempt finishes.
+            let _permit = permit;
+            guard.dispatcher.run_remote(attempt_spec, &remote, handle, None).await;
+        });
+        Ok(Some(resumed))
+    }
+}

@@ -1,0 +1,234 @@
+//! Claim of a request and execution of the attempt, in this process or in a worker.
+
+use std::{sync::Arc, time::Duration};
+
+use streamer_core::{ActionSpec, OutputDigest, Timestamp, Uid};
+use streamer_handler::{DynHandler, ReportQueue};
+use streamer_proto::common::v1::event::Kind;
+use streamer_store::{CancelOutcome, Claim, ClaimOutcome, Claimed, RequestRecord, StoreError};
+use streamer_telemetry::{AttemptSpan, InScope, Scope, TraceContext, Waited};
+use tokio::time::Instant;
+use tracing::Instrument;
+
+use super::Dispatcher;
+use crate::{
+    actions::Runner,
+    attempt::{self, AttemptHandle, AttemptResult, AttemptSpec},
+    remote_handler::{Assignment, RemoteHandler},
+    remote_task::RemoteTask,
+};
+
+/// When an attempt was claimed.
+#[derive(Clone, Copy)]
+pub(super) struct ClaimTiming {
+    started_at: Timestamp,
+    duration: Duration,
+}
+
+impl Dispatcher {
+    pub(super) async fn claim_and_run(
+        &self,
+        uid: Uid,
+        spec: Arc<ActionSpec>,
+        runner: Runner,
+        handle: Arc<AttemptHandle>,
+    ) {
+        let now = self.now();
+        let claim = Claim {
+            uid,
+            holder: self.name.clone(),
+            worker: match &runner {
+                Runner::Local(_) => None,
+                Runner::Remote(permit) => Some(permit.worker.assigned.clone()),
+            },
+            now,
+            lease_until: now.plus(self.options.lease),
+        };
+        let started_at = Instant::now();
+        match self.store.claim(claim).await {
+            Ok(ClaimOutcome::Claimed(claimed)) => {
+                if let Some(running) = self.running.lock().get_mut(&uid) {
+                    running.attempt = claimed.record.attempt;
+                }
+                self.metrics
+                    .wait_seconds
+                    .observe(now.since(claimed.record.not_before).as_secs_f64());
+                let claim_timing = ClaimTiming { started_at: now, duration: started_at.elapsed() };
+                self.run_claimed(*claimed, spec, runner, handle, claim_timing).await;
+            }
+            Ok(ClaimOutcome::Overdue(record)) => self.fail_unstarted(&record).await,
+            Ok(ClaimOutcome::NotClaimable) => {
+                self.metrics.claims_missed.inc();
+            }
+            Err(error) => {
+                if matches!(error, StoreError::Corrupt { .. }) {
+                    tracing::error!(%error, %uid, "claim failed: the stored request is corrupt");
+                    self.quarantine.insert(uid, now);
+                } else {
+                    tracing::warn!(%error, %uid, "claim failed; the request stays queued");
+                }
+                self.wakeup.mark_scan_pending();
+            }
+        }
+    }
+
+    /// Returns a queue for the reports of an attempt.
+    pub(super) fn report_queue(&self, record: &RequestRecord) -> ReportQueue {
+        ReportQueue::with_budget(self.output_budget.clone(), &record.owner.tenant)
+    }
+
+    async fn run_claimed(
+        &self,
+        claimed: Claimed,
+        spec: Arc<ActionSpec>,
+        runner: Runner,
+        handle: Arc<AttemptHandle>,
+        claim_timing: ClaimTiming,
+    ) {
+        let Claimed { record, payload, checkpoint, started } = claimed;
+        if let Some(reason) = &record.cancel_reason {
+            handle.cancel(reason);
+        }
+        let reports = Arc::new(self.report_queue(&record));
+        let is_remote = matches!(runner, Runner::Remote(_));
+        let attempt_spec = |handler: Arc<dyn DynHandler>| AttemptSpec {
+            spec: spec.clone(),
+            handler,
+            reports: reports.clone(),
+            payload,
+            checkpoint,
+            started: Some(started),
+            output: OutputDigest::default(),
+            record: record.clone(),
+            is_remote,
+        };
+        match runner {
+            Runner::Local(handler) => {
+                self.run_attempt(attempt_spec(handler), handle, Some(claim_timing)).await;
+            }
+            Runner::Remote(permit) => {
+                let task = RemoteTask::new(&record, 0, reports.clone(), &self.output_budget);
+                let assignment = Some(Assignment { sync: false });
+                let remote = Arc::new(RemoteHandler::new(
+                    permit.worker.clone(),
+                    spec.clone(),
+                    task,
+                    assignment,
+                    Some(handle.clone()),
+                    self.options.cancel_grace,
+                ));
+                let attempt_spec = attempt_spec(remote.clone());
+                self.run_remote(attempt_spec, &remote, handle, Some(claim_timing)).await;
+            }
+        }
+    }
+
+    pub(super) async fn run_remote(
+        &self,
+        attempt_spec: AttemptSpec,
+        remote: &RemoteHandler,
+        handle: Arc<AttemptHandle>,
+        claim_timing: Option<ClaimTiming>,
+    ) {
+        if self.run_attempt(attempt_spec, handle, claim_timing).await {
+            remote.send_ended();
+        } else if self.is_stopping() {
+            // The worker still has the attempt, and will resume it on another processor.
+            remote.worker.unassign(&remote.task);
+        } else {
+            remote.send_revoke("the attempt has a different owner");
+        }
+    }
+
+    /// Runs an attempt; returns whether this processor recorded its end durably.
+    async fn run_attempt(
+        &self,
+        attempt_spec: AttemptSpec,
+        handle: Arc<AttemptHandle>,
+        claim_timing: Option<ClaimTiming>,
+    ) -> bool {
+        let record = &attempt_spec.record;
+        let scope = self.trace(record, claim_timing);
+        let span = tracing::info_span!(
+            "attempt",
+            request_id = record.request_id(),
+            uid = %record.uid,
+            tenant_id = record.owner.tenant,
+            action = record.action,
+            attempt = record.attempt,
+        );
+        let started_at = Instant::now();
+        let (uid, action) = (record.uid, record.action.clone());
+        let tenant = record.owner.tenant.clone();
+        self.metrics.running.inc();
+        let running = attempt::run(&self.environment, attempt_spec, handle);
+        let result = Box::pin(running).instrument(span).in_scope(scope.clone()).await;
+        scope.end_attempt(result.outcome(), result.error());
+        self.metrics.running.dec();
+        self.metrics.run_seconds.observe(started_at.elapsed().as_secs_f64());
+        match result {
+            AttemptResult::Recorded(kind, retry_at, cancel_reason) => {
+                self.runtime_estimates.record(&tenant, &action, started_at.elapsed());
+                self.count(&kind);
+                match (retry_at, cancel_reason) {
+                    // Requested after the final event was decided.
+                    (Some(_), Some(reason)) => self.cancel_queued(uid, reason).await,
+                    (Some(retry_at), None) => self.record_due(retry_at),
+                    (None, _) => {}
+                }
+                true
+            }
+            AttemptResult::Fenced => {
+                self.metrics.lost.inc();
+                false
+            }
+        }
+    }
+
+    /// Returns the trace of an attempt: a separate one if the submission is sampled.
+    fn trace(&self, record: &RequestRecord, claim_timing: Option<ClaimTiming>) -> Scope {
+        let Some(parent) = &record.trace_parent else { return Scope::default() };
+        let submission = TraceContext::parse(parent, record.trace_state.as_deref());
+        let Some(submission) = submission else { return Scope::default() };
+        // Most requests are not sampled, and need no id.
+        let request_id = if submission.is_sampled() { record.request_id() } else { String::new() };
+        self.traces.attempt(&AttemptSpan {
+            uid: record.uid,
+            attempt: record.attempt,
+            submission: &submission,
+            waited: claim_timing.map(|claim_timing| Waited {
+                since: record.not_before.into(),
+                until: claim_timing.started_at.into(),
+                claim: claim_timing.duration,
+            }),
+            action: &record.action,
+            tenant: &record.owner.tenant,
+            request_id: &request_id,
+        })
+    }
+
+    /// Cancels a request that waits for its next attempt.
+    async fn cancel_queued(&self, uid: Uid, reason: String) {
+        match self.store.cancel(uid, reason, self.now()).await {
+            Ok(CancelOutcome::Cancelled(record, event)) => {
+                self.metrics.cancelled.inc();
+                self.environment.log.announce(record.uid, vec![*event]).await;
+            }
+            // It is running again, and the attempt will be notified.
+            Ok(_) => {}
+            Err(error) => {
+                tracing::warn!(%error, %uid, "cancelling failed; the next attempt will be notified");
+            }
+        }
+    }
+
+    pub(super) fn count(&self, kind: &Kind) {
+        match kind {
+            Kind::Succeeded(_) => self.metrics.succeeded.inc(),
+            Kind::Failed(_) => self.metrics.failed.inc(),
+            Kind::Cancelled(_) => self.metrics.cancelled.inc(),
+            Kind::Retrying(_) => self.metrics.retried.inc(),
+            Kind::Accepted(_) | Kind::Started(_) | Kind::Progress(_) | Kind::Output(_) => return,
+        };
+    }
+}

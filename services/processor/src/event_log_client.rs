@@ -1,0 +1,83 @@
+//! Client of the event log, an internal service of the progress service.
+
+use std::sync::Arc;
+
+use prost::Message;
+use streamer_core::Uid;
+use streamer_handler::OutputBudget;
+use streamer_proto::{
+    common::v1::{Event, event::Kind},
+    internal::v1::{
+        AnnounceRequest, PublishRequest, event_log_service_client::EventLogServiceClient,
+    },
+};
+use streamer_rpc::{Channel, Untraced, is_terminal, run_to_completion, with_route};
+use streamer_telemetry::is_sampled;
+use tonic::Status;
+
+/// Maximum bytes of large batches in transit. A batch is held several times: as reports, encoded
+/// for the call, decoded, and encoded for the store. A higher limit would not store them faster,
+/// and would delay all other tasks behind the copies.
+const MAX_LARGE_BATCHES_BYTES: usize = 8 * 1024 * 1024;
+/// Batches up to this size do not wait for large ones.
+const SMALL_BATCH_BYTES: usize = 64 * 1024;
+
+#[derive(Clone)]
+pub(crate) struct EventLogClient {
+    client: EventLogServiceClient<Channel>,
+    /// Budget of large batches in transit.
+    large: Arc<OutputBudget>,
+}
+
+impl EventLogClient {
+    pub(crate) fn new(progress: Channel, max_batch_bytes: usize) -> Self {
+        let client =
+            EventLogServiceClient::new(progress).max_encoding_message_size(max_batch_bytes);
+        // Two tenants with the largest batches at the same time.
+        let large =
+            OutputBudget::new(MAX_LARGE_BATCHES_BYTES.max(max_batch_bytes.saturating_mul(2)));
+        Self { client, large }
+    }
+
+    /// Appends events of a tenant's request; returns the reason of the cancellation if one was
+    /// requested.
+    pub(crate) async fn publish(
+        &self,
+        tenant: &Arc<str>,
+        request: PublishRequest,
+    ) -> Result<Option<String>, Status> {
+        let Some(uid) = Uid::from_slice(&request.uid) else {
+            return Err(Status::invalid_argument("uid must be 16 bytes"));
+        };
+        let _reserved = match request.encoded_len() {
+            0..=SMALL_BATCH_BYTES => None,
+            large => Some(self.large.reserve(tenant, large).await),
+        };
+        // Calls that occur once per event are not traced.
+        let is_untraced = is_sampled() && !request.events.last().is_some_and(ends_attempt);
+        let mut call = with_route(request, uid);
+        if is_untraced {
+            call.extensions_mut().insert(Untraced);
+        }
+        let response = self.client.clone().publish(call).await?;
+        Ok(response.into_inner().cancel_reason)
+    }
+
+    /// Delivers durable events, even when the caller stops waiting. A hint: if it fails, watchers
+    /// read the events from the store.
+    pub(crate) async fn announce(&self, uid: Uid, events: Vec<Event>) {
+        let uid_bytes = uid.to_bytes().to_vec().into();
+        let request = AnnounceRequest { uid: uid_bytes, events, created: None };
+        let mut client = self.client.clone();
+        let announced =
+            run_to_completion(async move { client.announce(with_route(request, uid)).await });
+        if let Err(status) = announced.await {
+            tracing::warn!(%uid, %status, "announcing events failed");
+        }
+    }
+}
+
+/// Returns whether the event is the last of its attempt.
+fn ends_attempt(event: &Event) -> bool {
+    is_terminal(event) || matches!(event.kind, Some(Kind::Retrying(_)))
+}

@@ -1,0 +1,93 @@
+//! Waits for the outcome of an async request.
+
+use std::time::Duration;
+
+use streamer_auth::Caller;
+use streamer_core::{TenantLimit, Uid, retry};
+use streamer_proto::{
+    common::v1::Event,
+    progress::v1::{WatchRequest, WatchResponse},
+};
+use streamer_rpc::{RouteKey, is_terminal, with_authorization};
+use tokio::time::{sleep, timeout};
+use tonic::{Code, Status, Streaming};
+use tonic_types::StatusExt;
+
+use crate::upstreams::Upstreams;
+
+/// Backoff between watches, with full jitter.
+const INITIAL_BACKOFF: Duration = Duration::from_millis(20);
+const MAX_BACKOFF: Duration = Duration::from_secs(1);
+
+/// Returns the terminal event of a request; `None` if it does not occur within `limit`.
+pub(crate) async fn terminal_event(
+    upstreams: &Upstreams,
+    caller: &Caller,
+    uid: Uid,
+    limit: Duration,
+) -> Result<Option<Event>, Status> {
+    match timeout(limit, watch_until_terminal(upstreams, caller, uid)).await {
+        Ok(event) => event.map(Some),
+        Err(_) => Ok(None),
+    }
+}
+
+/// Watches a request until its terminal event; restarts a watch that fails.
+async fn watch_until_terminal(
+    upstreams: &Upstreams,
+    caller: &Caller,
+    uid: Uid,
+) -> Result<Event, Status> {
+    let mut backoff = INITIAL_BACKOFF;
+    loop {
+        let watch = WatchRequest {
+            request_id: uid.to_string(),
+            outcome_only: true,
+            ..WatchRequest::default()
+        };
+        let mut watch = with_authorization(watch, caller.authorization.clone());
+        watch.extensions_mut().insert(RouteKey(uid));
+        let outcome = match upstreams.progress().watch(watch).await {
+            Ok(response) => read_terminal_event(response.into_inner()).await,
+            Err(status) => Err(status),
+        };
+        match outcome {
+            Ok(Some(event)) => return Ok(event),
+            Ok(None) => {}
+            Err(status) if is_permanent(&status) => return Err(status),
+            Err(status) => tracing::debug!(%uid, %status, "a watch failed and is restarted"),
+        }
+        sleep(backoff.mul_f64(retry::random_fraction())).await;
+        backoff = (backoff * 2).min(MAX_BACKOFF);
+    }
+}
+
+/// Reads a watch to the terminal event; `None` if the stream ends without one.
+async fn read_terminal_event(
+    mut stream: Streaming<WatchResponse>,
+) -> Result<Option<Event>, Status> {
+    while let Some(response) = stream.message().await? {
+        if let Some(last) = response.events.into_iter().last()
+            && is_terminal(&last)
+        {
+            return Ok(Some(last));
+        }
+    }
+    Ok(None)
+}
+
+/// Whether a new watch would fail in the same way.
+fn is_permanent(status: &Status) -> bool {
+    matches!(status.code(), Code::NotFound | Code::PermissionDenied | Code::Unauthenticated)
+        || is_over_watch_limit(status)
+}
+
+/// Whether the caller has too many open watches. `RESOURCE_EXHAUSTED` of an overloaded store is retried instead.
+pub(crate) fn is_over_watch_limit(status: &Status) -> bool {
+    let limits = [TenantLimit::WatchesPerUser, TenantLimit::WatchesPerTenant];
+    let quota = status.get_details_quota_failure();
+    quota.is_some_and(|quota| {
+        let mut subjects = quota.violations.iter().map(|violation| violation.subject.as_str());
+        subjects.any(|subject| limits.iter().any(|limit| limit.option() == subject))
+    })
+}

@@ -1,0 +1,44 @@
+//! Error statuses of the router.
+
+use streamer_auth::Caller;
+use streamer_core::{ErrorCode, RequestError, Violations};
+use streamer_rpc::{status, validation_status};
+use tonic::Status;
+
+use crate::catalog::CatalogEntry;
+
+/// Checks that the caller has the permission that the action requires.
+pub(crate) fn check_permission(caller: &Caller, entry: &CatalogEntry) -> Result<(), Status> {
+    let permission = &entry.action.permission;
+    if permission.is_empty() || caller.principal.may(permission) {
+        Ok(())
+    } else {
+        Err(forbidden(permission))
+    }
+}
+
+pub(crate) fn action_not_found(action: &str) -> Status {
+    let message = format!("action {action:?} not found");
+    status(&RequestError::new(ErrorCode::InvalidAction, message))
+}
+
+pub(crate) fn forbidden(permission: &str) -> Status {
+    status(&RequestError::forbidden(permission))
+}
+
+/// Returns `FAILED_PRECONDITION`: the state of the request or action does not allow the call.
+pub(crate) fn failed_precondition(message: String) -> Status {
+    // The protocols' error code is CONFLICT; its gRPC code here is FAILED_PRECONDITION.
+    let conflict = status(&RequestError::new(ErrorCode::Conflict, message));
+    Status::with_details_and_metadata(
+        tonic::Code::FailedPrecondition,
+        conflict.message(),
+        bytes::Bytes::copy_from_slice(conflict.details()),
+        conflict.metadata().clone(),
+    )
+}
+
+/// Returns a validation error if there are violations.
+pub(crate) fn ensure_valid(violations: &Violations) -> Result<(), Status> {
+    if violations.is_empty() { Ok(()) } else { Err(validation_status(violations)) }
+}

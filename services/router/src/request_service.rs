@@ -1,0 +1,494 @@
+//! Operations on requests, independent of the API through which they are called.
+
+use std::{sync::Arc, time::Duration};
+
+use streamer_auth::{Caller, Principal, Subject};
+use streamer_core::{
+    Clock, ErrorCode, Limits, LimitsByTenant, RequestError, Timestamp, Uid, Violations, limits,
+    validate,
+};
+use streamer_proto::{
+    common::v1::{
+        Action, Payload, QueuePosition, Request, RequestState, event::Kind, payload::Body,
+    },
+    internal::v1::{ExecuteRequest, WakeResponse},
+    router::v1::{
+        Acknowledgment, Completed, SubmitRequest, SubmitResponse, submit_response::Outcome,
+    },
+};
+use streamer_rpc::{
+    completed, encode_payload, not_found, request_to_proto, state_to_proto, status, store_status,
+};
+use streamer_store::{
+    CancelOutcome, CreateOutcome, DeleteOutcome, ListRequests, NewRequest, Owner, RequestPage,
+    RequestRecord, Store, StoredPayload, find_by_name,
+};
+use streamer_telemetry::{TraceContext, trace_span};
+use tokio::time::Instant;
+use tonic::Status;
+use tracing::Instrument;
+
+use crate::{
+    admission::{self, Submission},
+    await_outcome,
+    catalog::{Catalog, CatalogEntry},
+    change_limiter::ChangeLimiter,
+    error::{check_permission, ensure_valid, failed_precondition, forbidden},
+    metrics::RouterMetrics,
+    queue_position::{self, MAX_AHEAD, MAX_AHEAD_OF_NEW},
+    quota,
+    submission_rates::SubmissionRates,
+    upstreams::Upstreams,
+};
+
+/// A `uid` that the calling service has assigned to a submission.
+#[derive(Clone, Copy)]
+pub(crate) struct PreassignedUid {
+    pub(crate) uid: Uid,
+    /// Whether the call is a retry, so that an earlier call may have stored the request.
+    pub(crate) is_retry: bool,
+}
+
+/// Submits, queries, cancels, redrives and deletes requests.
+pub(crate) struct RequestService {
+    pub(crate) store: Arc<dyn Store>,
+    pub(crate) clock: Arc<dyn Clock>,
+    pub(crate) upstreams: Arc<Upstreams>,
+    pub(crate) catalog: Arc<Catalog>,
+    pub(crate) metrics: RouterMetrics,
+    pub(crate) limits: Limits,
+    pub(crate) changes: ChangeLimiter,
+    pub(crate) submissions: Arc<SubmissionRates>,
+    pub(crate) tenant_limits: LimitsByTenant,
+}
+
+/// A request that is stored, with what its acknowledgement reports.
+pub(crate) struct StoredRequest {
+    pub(crate) record: RequestRecord,
+    /// Whether an earlier submission stored it.
+    pub(crate) duplicate: bool,
+    /// Estimate of the processors; `None` if none was asked or none answered.
+    pub(crate) queue_estimate: Option<WakeResponse>,
+}
+
+/// The access to a request that a caller needs.
+#[derive(Clone, Copy, PartialEq, Eq)]
+pub(crate) enum Access {
+    Read,
+    Write,
+}
+
+impl RequestService {
+    /// Admits a submission, then runs or stores it.
+    pub(crate) async fn submit(
+        self: &Arc<Self>,
+        caller: &Caller,
+        request: SubmitRequest,
+        uid: Option<PreassignedUid>,
+    ) -> Result<SubmitResponse, Status> {
+        let encoding = request.payload_encoding();
+        let mut response = self.admit(caller, request, uid).await?;
+        if let Some(Outcome::Completed(completed)) = &mut response.outcome
+            && let Some(result) = &mut completed.result
+        {
+            encode_payload(result, encoding);
+        }
+        Ok(response)
+    }
+
+    async fn admit(
+        self: &Arc<Self>,
+        caller: &Caller,
+        request: SubmitRequest,
+        uid: Option<PreassignedUid>,
+    ) -> Result<SubmitResponse, Status> {
+        let now = self.clock.now();
+        let mut violations = Violations::default();
+        let mut submission = admission::parse(request, &self.limits, now, &mut violations);
+        submission.uid = uid.map(|preassigned| preassigned.uid);
+        // An acknowledged request is not validated again: the clock and the catalog may have changed.
+        if let Some(preassigned) = uid.filter(|preassigned| preassigned.is_retry)
+            && let Some(record) = self.find_stored(caller, preassigned.uid).await?
+        {
+            let stored = self.notify_again(record).await;
+            return self.acknowledge(caller, stored, submission.wait_ms, now).await;
+        }
+        let count_rejected = |_: &Status| {
+            self.metrics.refused.inc();
+        };
+        // A retry was counted when it was first sent.
+        if !uid.is_some_and(|preassigned| preassigned.is_retry) {
+            self.submissions.admit(&caller.principal, now).inspect_err(count_rejected)?;
+        }
+        ensure_valid(&violations).inspect_err(count_rejected)?;
+        let Principal { tenant, .. } = &*caller.principal;
+        let entry = self.catalog.find_or_query(&submission.action, tenant, &self.upstreams).await;
+        let entry = entry.inspect_err(count_rejected)?;
+        check_permission(caller, &entry)?;
+        let payload = &submission.payload.data;
+        let checked = self.catalog.check_payload(&entry, tenant, payload, &mut violations).await;
+        checked.inspect_err(count_rejected)?;
+        ensure_valid(&violations).inspect_err(count_rejected)?;
+        if entry.action.sync {
+            self.run_now(caller, submission, now, &entry.offered_by).await
+        } else {
+            self.store_and_notify(caller, submission, now).await
+        }
+    }
+
+    async fn run_now(
+        &self,
+        caller: &Caller,
+        submission: Submission,
+        now: Timestamp,
+        processors: &[Arc<str>],
+    ) -> Result<SubmitResponse, Status> {
+        self.metrics.submitted_sync.inc();
+        let uid = Uid::new(now).to_string();
+        let request_id = submission.client_id.unwrap_or_else(|| uid.clone());
+        let StoredPayload { content_type, data } = submission.payload;
+        let execute = ExecuteRequest {
+            action: submission.action,
+            payload: Some(Payload { content_type, body: Some(Body::Data(data)) }),
+            uid: uid.clone(),
+            request_id: request_id.clone(),
+        };
+        let result =
+            self.upstreams.execute(caller.authorization.clone(), execute, processors).await?;
+        let state = RequestState::Succeeded.into();
+        let completed = Completed { state, result, ..Completed::default() };
+        Ok(SubmitResponse { request_id, uid, outcome: Some(Outcome::Completed(completed)) })
+    }
+
+    async fn store_and_notify(
+        self: &Arc<Self>,
+        caller: &Caller,
+        submission: Submission,
+        now: Timestamp,
+    ) -> Result<SubmitResponse, Status> {
+        let start = Instant::now();
+        let wait_ms = submission.wait_ms;
+        let stored = self.create(owner(caller), submission, now, None).await?;
+        self.metrics.submit_seconds.observe(start.elapsed().as_secs_f64());
+        self.acknowledge(caller, stored, wait_ms, now).await
+    }
+
+    /// Returns the stored request with this `uid`, if it belongs to the caller.
+    async fn find_stored(
+        &self,
+        caller: &Caller,
+        uid: Uid,
+    ) -> Result<Option<RequestRecord>, Status> {
+        let record = self.store.get_request(uid).await.map_err(|error| store_status(&error))?;
+        Ok(record.filter(|record| record.owner == owner(caller)))
+    }
+
+    /// Notifies processors again of a request that an earlier call stored and whose response was lost.
+    async fn notify_again(&self, record: RequestRecord) -> StoredRequest {
+        let entry = self.catalog.get(&record.action, &record.owner.tenant);
+        let offered_by = entry.as_ref().map_or(&[][..], |entry| &entry.offered_by);
+        let queue_estimate =
+            self.upstreams.notify_queued(&record, Some(record.not_before), offered_by).await;
+        StoredRequest { record, duplicate: false, queue_estimate }
+    }
+
+    async fn acknowledge(
+        &self,
+        caller: &Caller,
+        stored: StoredRequest,
+        wait_ms: i64,
+        now: Timestamp,
+    ) -> Result<SubmitResponse, Status> {
+        let queue_position = self.position_of_new(&stored, now).await;
+        let StoredRequest { record, duplicate, .. } = stored;
+        let mut response = SubmitResponse {
+            request_id: record.request_id(),
+            uid: record.uid.to_string(),
+            outcome: Some(Outcome::Acknowledgment(Acknowledgment {
+                state: state_to_proto(record.state).into(),
+                duplicate,
+                last_seq: record.last_seq,
+                queue_position,
+            })),
+        };
+        if wait_ms > 0 {
+            let limit = Duration::from_millis(u64::try_from(wait_ms).unwrap_or(0));
+            // The request is stored and will run, so an error while waiting is not returned.
+            match await_outcome::terminal_event(&self.upstreams, caller, record.uid, limit).await {
+                Ok(Some(event)) => {
+                    let completed =
+                        completed(event).map(|completed| Completed { duplicate, ..completed });
+                    response.outcome = completed.map(Outcome::Completed);
+                }
+                Ok(None) => {}
+                Err(status) if await_outcome::is_over_watch_limit(&status) => {
+                    tracing::debug!(uid = %record.uid, %status, "no watch left to wait for the outcome");
+                }
+                Err(status) => {
+                    tracing::warn!(uid = %record.uid, %status, "waiting for the outcome failed");
+                }
+            }
+        }
+        Ok(response)
+    }
+
+    /// Returns the queue position of a new request. An error is only logged: the request is stored.
+    async fn position_of_new(
+        &self,
+        stored: &StoredRequest,
+        now: Timestamp,
+    ) -> Option<QueuePosition> {
+        let estimate = stored.queue_estimate.as_ref();
+        match queue_position::compute(&*self.store, &stored.record, estimate, now, MAX_AHEAD_OF_NEW)
+            .await
+        {
+            Ok(position) => position,
+            Err(error) => {
+                let uid = stored.record.uid;
+                tracing::warn!(%error, %uid, "computing the queue position failed");
+                None
+            }
+        }
+    }
+
+    /// Stores a request, then announces it to progress and notifies a processor.
+    pub(crate) async fn create(
+        self: &Arc<Self>,
+        owner: Owner,
+        submission: Submission,
+        now: Timestamp,
+        redrive_of: Option<Uid>,
+    ) -> Result<StoredRequest, Status> {
+        let delay = Duration::from_millis(u64::try_from(submission.delay_ms).unwrap_or(0));
+        let not_before = now.plus(delay);
+        let entry = self.catalog.get(&submission.action, &owner.tenant);
+        let limit = |millis: fn(&Action) -> i64| {
+            let millis = entry.as_ref().map_or(0, |entry| millis(&entry.action));
+            let millis = u64::try_from(millis).ok().filter(|millis| *millis > 0)?;
+            Some(not_before.plus(Duration::from_millis(millis)))
+        };
+        let trace = TraceContext::current();
+        let start_by = limit(|action| action.schedule_to_start_ms);
+        let uid = submission.uid.unwrap_or_else(|| Uid::new(now));
+        let new = NewRequest {
+            uid,
+            client_id: submission.client_id,
+            owner: owner.clone(),
+            fingerprint: admission::fingerprint(&submission.action, &submission.payload),
+            action: submission.action,
+            payload: submission.payload,
+            metadata: submission.metadata,
+            priority: submission.priority,
+            create_time: now,
+            not_before,
+            deadline: [submission.deadline, start_by].into_iter().flatten().min(),
+            close_by: limit(|action| action.schedule_to_close_ms),
+            redrive_of,
+            trace_parent: trace.as_ref().map(TraceContext::trace_parent),
+            trace_state: trace.as_ref().and_then(TraceContext::trace_state),
+            quota: quota::for_tenant(&self.tenant_limits, &owner.tenant),
+        };
+        // A stored request must be announced even if its client disconnects.
+        let service = self.clone();
+        let bytes = new.payload.data.len();
+        self.changes.run(bytes, async move { service.store_new(new, owner, entry).await }).await
+    }
+
+    async fn store_new(
+        &self,
+        new: NewRequest,
+        owner: Owner,
+        entry: Option<Arc<CatalogEntry>>,
+    ) -> Result<StoredRequest, Status> {
+        let (uid, is_delayed, quota) = (new.uid, new.not_before > new.create_time, new.quota);
+        let created =
+            self.store.create_request(new).instrument(trace_span!("store.create_request"));
+        match created.await.map_err(|error| store_status(&error))? {
+            CreateOutcome::Created(record, ..) | CreateOutcome::Existing(record)
+                if record.owner != owner =>
+            {
+                tracing::error!(%uid, "the uid belongs to a request of a different owner");
+                Err(status(&RequestError::new(ErrorCode::InternalError, "the uid is in use")))
+            }
+            // A retry between services, whose first response was lost.
+            CreateOutcome::Existing(record) if record.uid == uid => {
+                Ok(self.notify_again(*record).await)
+            }
+            CreateOutcome::Created(record, accepted, used) => {
+                self.metrics.submitted_async.inc();
+                quota::record_usage(&self.tenant_limits, &quota, used);
+                // In this order: the log must exist before a processor writes to it.
+                self.upstreams
+                    .announce(record.uid, *accepted, Some(request_to_proto(&record)))
+                    .await;
+                let not_before = is_delayed.then_some(record.not_before);
+                let offered_by = entry.as_ref().map_or(&[][..], |entry| &entry.offered_by);
+                let queue_estimate =
+                    self.upstreams.notify_queued(&record, not_before, offered_by).await;
+                Ok(StoredRequest { record: *record, duplicate: false, queue_estimate })
+            }
+            CreateOutcome::Existing(record) => {
+                self.metrics.duplicates.inc();
+                Ok(StoredRequest { record: *record, duplicate: true, queue_estimate: None })
+            }
+            CreateOutcome::OverQuota(limit) => {
+                self.metrics.refused.inc();
+                self.tenant_limits.note_use(limit, 1, 1);
+                Err(quota::exceeded(limit, &quota))
+            }
+            CreateOutcome::Conflict(record) => Err(status(&RequestError::new(
+                ErrorCode::Conflict,
+                format!(
+                    "id {:?} was used with a different action or payload, in request {}",
+                    record.request_id(),
+                    record.uid
+                ),
+            ))),
+        }
+    }
+
+    /// Returns the request with this `uid` or client id, if the caller has the access.
+    pub(crate) async fn find(
+        &self,
+        caller: &Caller,
+        name: &str,
+        access: Access,
+    ) -> Result<RequestRecord, Status> {
+        caller.note_subject(|| Subject::named(name));
+        let mut violations = Violations::default();
+        violations.check("request_id", validate::request_id(name));
+        ensure_valid(&violations)?;
+        let found = find_by_name(&*self.store, &owner(caller), name).await;
+        let principal = &caller.principal;
+        let Some(record) = found.map_err(|error| store_status(&error))? else {
+            return Err(not_found(name));
+        };
+        let Owner { tenant, user } = &record.owner;
+        let may_write = principal.may_write(tenant, user);
+        // A caller with write access may learn that the request exists.
+        let may_see = principal.may_read(tenant, user) || access == Access::Write && may_write;
+        if !may_see {
+            return Err(not_found(name));
+        }
+        caller.note_subject(|| Subject { owner: Some(user.clone()), ..Subject::named(name) });
+        if access == Access::Write && !may_write {
+            return Err(forbidden("requests:write"));
+        }
+        Ok(record)
+    }
+
+    /// Returns a request with its payload, its result if it has one, and its queue position.
+    pub(crate) async fn with_payloads(&self, record: &RequestRecord) -> Result<Request, Status> {
+        let mut request = request_to_proto(record);
+        let payload = self.store.read_payload(record.uid).await;
+        request.payload = payload.map_err(|error| store_status(&error))?.map(|payload| Payload {
+            content_type: payload.content_type,
+            body: Some(Body::Data(payload.data)),
+        });
+        request.result = self.result(record).await?;
+        request.queue_position = self.current_position(record).await?;
+        Ok(request)
+    }
+
+    async fn current_position(
+        &self,
+        record: &RequestRecord,
+    ) -> Result<Option<QueuePosition>, Status> {
+        let now = self.clock.now();
+        if record.state != streamer_core::RequestState::Queued || record.not_before > now {
+            return Ok(None);
+        }
+        // The response carries the estimate; an additional notification is harmless.
+        let entry = self.catalog.get(&record.action, &record.owner.tenant);
+        let offered_by = entry.as_ref().map_or(&[][..], |entry| &entry.offered_by);
+        let estimate = self.upstreams.notify_queued(record, None, offered_by).await;
+        let position =
+            queue_position::compute(&*self.store, record, estimate.as_ref(), now, MAX_AHEAD).await;
+        position.map_err(|error| store_status(&error))
+    }
+
+    /// Returns the result of a request that succeeded, from the last event of its log.
+    pub(crate) async fn result(&self, record: &RequestRecord) -> Result<Option<Payload>, Status> {
+        if record.state != streamer_core::RequestState::Succeeded {
+            return Ok(None);
+        }
+        let last = self.store.read_events(record.uid, record.last_seq - 1, 1, usize::MAX).await;
+        let last = last.map_err(|error| store_status(&error))?.events.pop();
+        Ok(last.and_then(|event| match event.kind {
+            Some(Kind::Succeeded(succeeded)) => succeeded.result,
+            _ => None,
+        }))
+    }
+
+    /// Reads a page of requests. The caller must have checked access.
+    pub(crate) async fn list(&self, query: ListRequests) -> Result<RequestPage, Status> {
+        self.store.list_requests(query).await.map_err(|error| store_status(&error))
+    }
+
+    /// Requests the cancellation of a request.
+    pub(crate) async fn cancel(
+        self: &Arc<Self>,
+        caller: &Caller,
+        name: &str,
+        reason: String,
+    ) -> Result<RequestRecord, Status> {
+        let mut violations = Violations::default();
+        violations
+            .check("reason", validate::at_most(reason.len(), limits::MAX_REASON_BYTES, "reason"));
+        ensure_valid(&violations)?;
+        let uid = self.find(caller, name, Access::Write).await?.uid;
+        // A stored cancellation must reach watchers and processors even if the client disconnects.
+        let service = self.clone();
+        let cancelled = self.changes.run(0, async move { service.store_cancel(uid, reason).await });
+        cancelled.await?.ok_or_else(|| not_found(name))
+    }
+
+    /// Returns the request after the change; `None` if it does not exist.
+    async fn store_cancel(
+        &self,
+        uid: Uid,
+        reason: String,
+    ) -> Result<Option<RequestRecord>, Status> {
+        let cancelled = self.store.cancel(uid, reason, self.clock.now()).await;
+        match cancelled.map_err(|error| store_status(&error))? {
+            CancelOutcome::Cancelled(record, event) => {
+                self.upstreams.announce(uid, *event, None).await;
+                Ok(Some(*record))
+            }
+            CancelOutcome::Requested(record) => {
+                let reason = record.cancel_reason.clone().unwrap_or_default();
+                self.upstreams.signal_cancel(uid, &reason).await;
+                Ok(Some(*record))
+            }
+            CancelOutcome::Ended(record) => Ok(Some(*record)),
+            CancelOutcome::NotFound => Ok(None),
+        }
+    }
+
+    /// Deletes an ended request.
+    pub(crate) async fn delete(
+        self: &Arc<Self>,
+        caller: &Caller,
+        name: &str,
+    ) -> Result<(), Status> {
+        let record = self.find(caller, name, Access::Write).await?;
+        let (store, uid) = (self.store.clone(), record.uid);
+        let deleted = self.changes.run(0, async move {
+            store.delete_request(uid).await.map_err(|error| store_status(&error))
+        });
+        match deleted.await? {
+            DeleteOutcome::Deleted => Ok(()),
+            DeleteOutcome::NotEnded => Err(failed_precondition(format!(
+                "only an ended request can be deleted, this one is {}; cancel it first",
+                record.state
+            ))),
+        }
+    }
+}
+
+pub(crate) fn owner(caller: &Caller) -> Owner {
+    Owner { tenant: caller.principal.tenant.clone(), user: caller.principal.user.clone() }
+}
+
+#[cfg(test)]
+mod tests;

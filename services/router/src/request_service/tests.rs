@@ -1,0 +1,143 @@
+//! Changes whose caller disconnects.
+
+use futures_util::poll;
+use streamer_auth::Principal;
+use streamer_core::{RequestState, SystemClock};
+use streamer_proto::internal::v1::{
+    AnnounceRequest, AnnounceResponse, PublishRequest, PublishResponse,
+    event_log_service_server::{EventLogService, EventLogServiceServer},
+};
+use streamer_rpc::{Members, local};
+use streamer_store::{Engine, open};
+use streamer_telemetry::Metrics;
+use tempfile::TempDir;
+use tokio::sync::{Semaphore, mpsc};
+use tonic::{Request, Response};
+
+use super::*;
+
+/// Forwards announcements to the test, each once `gate` has a permit.
+struct Announcements {
+    gate: Arc<Semaphore>,
+    announced: mpsc::UnboundedSender<AnnounceRequest>,
+}
+
+#[tonic::async_trait]
+impl EventLogService for Announcements {
+    async fn publish(
+        &self,
+        _: Request<PublishRequest>,
+    ) -> Result<Response<PublishResponse>, Status> {
+        Err(Status::unimplemented("the router does not publish"))
+    }
+
+    async fn announce(
+        &self,
+        request: Request<AnnounceRequest>,
+    ) -> Result<Response<AnnounceResponse>, Status> {
+        self.gate.acquire().await.unwrap().forget();
+        self.announced.send(request.into_inner()).unwrap();
+        Ok(Response::new(AnnounceResponse {}))
+    }
+}
+
+struct Fixture {
+    service: Arc<RequestService>,
+    gate: Arc<Semaphore>,
+    announced: mpsc::UnboundedReceiver<AnnounceRequest>,
+    caller: Caller,
+    _data: TempDir,
+}
+
+fn fixture() -> Fixture {
+    let data = TempDir::new().unwrap();
+    let store = open(&Engine::Embedded { data: data.path().to_owned() }).unwrap();
+    let (sender, announced) = mpsc::unbounded_channel();
+    let gate = Arc::new(Semaphore::new(0));
+    let announcements = Announcements { gate: gate.clone(), announced: sender };
+    let log = local(EventLogServiceServer::new(announcements));
+    let limits = Limits {
+        max_payload_bytes: 1024,
+        max_output_chunk_bytes: 1024,
+        payload_rule: limits::PAYLOAD_OPTION,
+    };
+    let processors = Members::one("processor", log.clone());
+    let service = Arc::new(RequestService {
+        store,
+        clock: Arc::new(SystemClock),
+        upstreams: Arc::new(Upstreams::new(processors, log.clone(), log, limits, false)),
+        catalog: Arc::default(),
+        metrics: RouterMetrics::new(&Metrics::new()),
+        limits,
+        changes: ChangeLimiter::default(),
+        submissions: Arc::new(SubmissionRates::new(LimitsByTenant::default())),
+        tenant_limits: LimitsByTenant::default(),
+    });
+    let principal = Principal {
+        tenant: "acme".into(),
+        user: "ann".into(),
+        permissions: Vec::new(),
+        expires_at: Timestamp::default(),
+    };
+    let authorization = http::HeaderValue::from_static("Bearer t");
+    let caller = Caller::new(Arc::new(principal), authorization);
+    Fixture { service, gate, announced, caller, _data: data }
+}
+
+fn submission() -> Submission {
+    Submission {
+        client_id: Some("one".into()),
+        action: "a".into(),
+        payload: StoredPayload { content_type: String::new(), data: "1".into() },
+        metadata: None,
+        wait_ms: 0,
+        priority: 0,
+        delay_ms: 0,
+        deadline: None,
+        uid: None,
+    }
+}
+
+impl Fixture {
+    fn now(&self) -> Timestamp {
+        self.service.clock.now()
+    }
+}
+
+#[tokio::test]
+async fn a_stored_submission_is_announced_after_its_caller_disconnects() {
+    let mut fixture = fixture();
+    {
+        let (owner, now) = (owner(&fixture.caller), fixture.now());
+        let mut call = Box::pin(fixture.service.create(owner, submission(), now, None));
+        assert!(poll!(&mut call).is_pending());
+        tokio::task::yield_now().await;
+    }
+    fixture.gate.add_permits(1);
+    let announced = fixture.announced.recv().await.unwrap();
+    assert_eq!(announced.events[0].seq, 1);
+    assert_eq!(announced.created.unwrap().request_id, "one");
+}
+
+#[tokio::test]
+async fn a_stored_cancellation_is_announced_after_its_caller_disconnects() {
+    let mut fixture = fixture();
+    let (owner, now) = (owner(&fixture.caller), fixture.now());
+    fixture.gate.add_permits(1);
+    fixture.service.create(owner, submission(), now, None).await.unwrap();
+    fixture.announced.recv().await.unwrap();
+    {
+        let mut call = Box::pin(fixture.service.cancel(&fixture.caller, "one", "enough".into()));
+        // Polls until the cancellation is stored; the gate holds its announcement.
+        let mut is_cancelled = false;
+        while !is_cancelled {
+            assert!(poll!(&mut call).is_pending());
+            tokio::task::yield_now().await;
+            let found = fixture.service.find(&fixture.caller, "one", Access::Read).await.unwrap();
+            is_cancelled = found.state == RequestState::Cancelled;
+        }
+    }
+    fixture.gate.add_permits(1);
+    let announced = fixture.announced.recv().await.unwrap();
+    assert!(matches!(announced.events[0].kind, Some(Kind::Cancelled(_))));
+}

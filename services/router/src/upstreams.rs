@@ -1,0 +1,244 @@
+//! Clients of the services that the router calls.
+
+use std::{
+    sync::{
+        Arc,
+        atomic::{AtomicUsize, Ordering},
+    },
+    time::Duration,
+};
+
+use futures_util::{
+    future::join_all,
+    stream::{FuturesUnordered, StreamExt},
+};
+use http::HeaderValue;
+use streamer_core::{Limits, Timestamp, Uid};
+use streamer_proto::{
+    common::v1::{Event, Payload, Request},
+    internal::v1::{
+        AnnounceRequest, ExecuteRequest, FindActionRequest, SignalCancelRequest, WakeRequest,
+        WakeResponse, event_log_service_client::EventLogServiceClient,
+        execution_service_client::ExecutionServiceClient,
+    },
+    progress::v1::progress_service_client::ProgressServiceClient,
+    timestamp,
+};
+use streamer_rpc::{
+    Channel, Member, Members, NOT_TAKEN, is_unsent, with_authorization, with_route,
+};
+use streamer_store::RequestRecord;
+use tokio::{sync::Semaphore, time::timeout};
+use tonic::{Code, Status};
+
+/// Timeout of a hint. A lost hint only delays: its receiver also polls the store.
+const HINT_TIMEOUT: Duration = Duration::from_secs(2);
+
+/// Maximum number of concurrent lookups of unknown actions.
+const MAX_CONCURRENT_LOOKUPS: usize = 64;
+
+/// Maximum number of processors that are notified of one queued request.
+const MAX_NOTIFIED: usize = 3;
+
+/// Processors and progress, as the router calls them.
+pub(crate) struct Upstreams {
+    pub(crate) processors: Members,
+    event_log: EventLogServiceClient<Channel>,
+    progress: ProgressServiceClient<Channel>,
+    limits: Limits,
+    hints: bool,
+    rotation: AtomicUsize,
+    /// Permits for lookups of unknown actions.
+    lookup_permits: Semaphore,
+}
+
+impl Upstreams {
+    pub(crate) fn new(
+        processors: Members,
+        event_log: Channel,
+        progress: Channel,
+        limits: Limits,
+        hints: bool,
+    ) -> Self {
+        Self {
+            processors,
+            event_log: EventLogServiceClient::new(event_log),
+            progress: ProgressServiceClient::new(progress)
+                .max_decoding_message_size(limits.max_message_bytes().saturating_mul(2)),
+            limits,
+            hints,
+            rotation: AtomicUsize::new(0),
+            lookup_permits: Semaphore::new(MAX_CONCURRENT_LOOKUPS),
+        }
+    }
+
+    pub(crate) fn processor(&self, member: &Member) -> ExecutionServiceClient<Channel> {
+        ExecutionServiceClient::new(member.channel.clone())
+            // A declared action may be larger than a payload.
+            .max_decoding_message_size(self.limits.max_worker_message_bytes())
+            .max_encoding_message_size(self.limits.max_message_bytes())
+    }
+
+    /// Returns the processors with these names, or all if none matches, in the order in which to call
+    /// them.
+    fn candidates(&self, names: &[Arc<str>]) -> Vec<Member> {
+        let all = self.processors.all();
+        if all.len() == 1 {
+            return all.to_vec();
+        }
+        let named = all.iter().filter(|member| names.contains(&member.name));
+        let mut found: Vec<_> = named.cloned().collect();
+        if found.is_empty() {
+            found = all.to_vec();
+        }
+        if found.len() > 1 {
+            let start = self.rotation.fetch_add(1, Ordering::Relaxed) % found.len();
+            found.rotate_left(start);
+            // Unhealthy processors are called only if none is healthy.
+            if found.iter().any(Member::seems_up) {
+                found.retain(Member::seems_up);
+            }
+        }
+        found
+    }
+
+    pub(crate) fn progress(&self) -> ProgressServiceClient<Channel> {
+        self.progress.clone()
+    }
+
+    /// Runs a sync action on one of these processors, with the caller's token.
+    pub(crate) async fn execute(
+        &self,
+        authorization: HeaderValue,
+        request: ExecuteRequest,
+        processors: &[Arc<str>],
+    ) -> Result<Option<Payload>, Status> {
+        let mut last = None;
+        let mut members = self.candidates(processors).into_iter().peekable();
+        let mut request = Some(request);
+        while let Some(member) = members.next() {
+            // The last candidate does not need a copy.
+            let message = if members.peek().is_some() { request.clone() } else { request.take() };
+            let Some(message) = message else { break };
+            let call = with_authorization(message, authorization.clone());
+            match self.processor(&member).execute(call).await {
+                Ok(response) => return Ok(response.into_inner().result),
+                Err(status) if is_unsent(&status) => {
+                    member.note(false);
+                    last = Some(status);
+                }
+                Err(mut status) if status.metadata().contains_key(NOT_TAKEN) => {
+                    status.metadata_mut().remove(NOT_TAKEN);
+                    last = Some(status);
+                }
+                Err(status) => return Err(status),
+            }
+        }
+        Err(last.unwrap_or_else(|| Status::unavailable("no processor is available")))
+    }
+
+    /// Returns whether any processor reports that this action is declared for this tenant; `None` if none does and
+    /// some did not answer.
+    pub(crate) async fn is_declared(&self, action: &str, tenant: &str) -> Option<bool> {
+        let _permit = self.lookup_permits.acquire().await.ok()?;
+        let request = FindActionRequest { action: action.to_owned(), tenant_id: tenant.to_owned() };
+        let members = self.candidates(&[]);
+        let answers = members.iter().map(|member| {
+            let (mut client, request) = (self.processor(member), request.clone());
+            async move { timeout(HINT_TIMEOUT, client.find_action(request)).await }
+        });
+        let mut answers: FuturesUnordered<_> = answers.collect();
+        let mut all_answered = true;
+        while let Some(answer) = answers.next().await {
+            match answer {
+                Ok(Ok(answer)) if answer.get_ref().declared => return Some(true),
+                Ok(Ok(_)) => {}
+                // An earlier version, which declares exactly the actions of its list.
+                Ok(Err(status)) if status.code() == Code::Unimplemented => {}
+                Ok(Err(_)) | Err(_) => all_answered = false,
+            }
+        }
+        all_answered.then_some(false)
+    }
+
+    /// Announces a durable event to progress, as a hint.
+    pub(crate) async fn announce(&self, uid: Uid, event: Event, created: Option<Request>) {
+        let uid_bytes = uid.to_bytes().to_vec().into();
+        let request = AnnounceRequest { uid: uid_bytes, events: vec![event], created };
+        let request = with_route(request, uid);
+        match timeout(HINT_TIMEOUT, self.event_log.clone().announce(request)).await {
+            Ok(Ok(_)) => {}
+            Ok(Err(status)) => tracing::warn!(%uid, %status, "announcing an event failed"),
+            Err(_) => tracing::warn!(%uid, "announcing an event timed out"),
+        }
+    }
+
+    /// Notifies up to [`MAX_NOTIFIED`] of these processors of a queued request, as a hint, until one starts it.
+    /// Returns their estimate.
+    pub(crate) async fn notify_queued(
+        &self,
+        record: &RequestRecord,
+        not_before: Option<Timestamp>,
+        processors: &[Arc<str>],
+    ) -> Option<WakeResponse> {
+        if !self.hints {
+            return None;
+        }
+        let uid = record.uid;
+        let request = WakeRequest {
+            uid: uid.to_bytes().to_vec().into(),
+            action: record.action.clone(),
+            tenant_id: record.owner.tenant.clone(),
+            not_before: not_before.map(|at| timestamp(at.as_millis())),
+        };
+        let mut estimate: Option<WakeResponse> = None;
+        for member in self.candidates(processors).into_iter().take(MAX_NOTIFIED) {
+            match timeout(HINT_TIMEOUT, self.processor(&member).wake(request.clone())).await {
+                Ok(Ok(response)) => {
+                    let response = response.into_inner();
+                    let done = response.started || not_before.is_some();
+                    estimate = Some(merge_estimates(estimate, response));
+                    if done {
+                        break;
+                    }
+                }
+                Ok(Err(status)) => {
+                    tracing::warn!(%uid, %status, "notifying a processor failed; a poll finds the request");
+                    member.note(false);
+                }
+                Err(_) => {
+                    tracing::warn!(%uid, "notifying a processor timed out; a poll finds the request");
+                    member.note(false);
+                }
+            }
+        }
+        estimate
+    }
+
+    /// Notifies all processors of a requested cancellation, as a hint.
+    pub(crate) async fn signal_cancel(&self, uid: Uid, reason: &str) {
+        let uid_bytes = uid.to_bytes().to_vec().into();
+        let request = SignalCancelRequest { uid: uid_bytes, reason: reason.to_owned() };
+        let members = self.candidates(&[]);
+        join_all(members.iter().map(|member| {
+            let (mut client, request) = (self.processor(member), request.clone());
+            async move {
+                let outcome = timeout(HINT_TIMEOUT, client.signal_cancel(request)).await;
+                if !matches!(outcome, Ok(Ok(_))) {
+                    tracing::warn!(%uid, "signalling a cancellation failed; a lease renewal reports it");
+                }
+            }
+        }))
+        .await;
+    }
+}
+
+/// Merges the estimates of several processors.
+fn merge_estimates(merged: Option<WakeResponse>, response: WakeResponse) -> WakeResponse {
+    let Some(merged) = merged else { return response };
+    WakeResponse {
+        started: merged.started || response.started,
+        slots: merged.slots.saturating_add(response.slots),
+        usual_run_ms: response.usual_run_ms.or(merged.usual_run_ms),
+    }
+}
