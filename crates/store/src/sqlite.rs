@@ -9,6 +9,7 @@ mod checkpointer;
 mod checksum;
 mod connections;
 mod files;
+mod large_values;
 mod queue;
 mod requests;
 mod row;

@@ -9,7 +9,7 @@ use streamer_core::{OutputDigest, RequestState, Timestamp, Uid};
 use streamer_proto::common::v1::{Accepted, Cancelled, Event, OutputSummary, Started, event::Kind};
 
 use super::{
-    checksum, row,
+    checksum, large_values, row,
     usage::{BATCH_BYTES, Db, REQUEST_BYTES, signed},
 };
 use crate::{
@@ -91,11 +91,13 @@ pub(super) fn create(db: &Db<'_>, new: &NewRequest) -> rusqlite::Result<CreateOu
         checksum::of_request(&record),
         signed(bytes),
     ])?;
-    db.prepare_cached("INSERT INTO payloads VALUES (?1, ?2, ?3, ?4)")?.execute(params![
+    let payload = large_values::insert(db, &new.payload.data)?;
+    db.prepare_cached("INSERT INTO payloads VALUES (?1, ?2, ?3, ?4, ?5)")?.execute(params![
         new.uid.to_bytes(),
         new.payload.content_type,
-        &new.payload.data[..],
+        payload.inline,
         checksum::of_value(new.uid, 0, &new.payload.data),
+        payload.large,
     ])?;
     insert_batch(db, new.uid, 1, &batch)?;
     db.change_usage(&new.owner, 1, signed(bytes))?;
@@ -165,7 +167,10 @@ pub(super) fn claim(db: &Db<'_>, claim: &Claim) -> rusqlite::Result<ClaimOutcome
     ])?;
     db.change_usage(&record.owner, -1, bytes)?;
     let checkpoint = db
-        .prepare_cached("SELECT data, crc FROM checkpoints WHERE uid = ?1")?
+        .prepare_cached(
+            "SELECT COALESCE((SELECT data FROM large_values WHERE id = large), data), crc
+             FROM checkpoints WHERE uid = ?1",
+        )?
         .query_row([claim.uid.to_bytes()], |row| {
             let data = row.get::<_, Vec<u8>>(0)?;
             row::verify(row, 1, || checksum::of_value(claim.uid, 0, &data))?;
@@ -278,12 +283,10 @@ pub(super) fn append(db: &Db<'_>, append: &Append) -> rusqlite::Result<Appended>
 
 /// Stores the checkpoint and returns by how many bytes it is larger than the previous one.
 fn replace_checkpoint(db: &Connection, uid: Uid, checkpoint: &Bytes) -> rusqlite::Result<i64> {
-    let previous = db
-        .prepare_cached("SELECT LENGTH(data) FROM checkpoints WHERE uid = ?1")?
-        .query_row([uid.to_bytes()], |row| row.get::<_, i64>(0))
-        .optional()?;
-    db.prepare_cached("INSERT OR REPLACE INTO checkpoints VALUES (?1, ?2, ?3)")?.execute(
-        params![uid.to_bytes(), &checkpoint[..], checksum::of_value(uid, 0, checkpoint)],
+    let previous = large_values::delete_of_checkpoint(db, uid)?;
+    let value = large_values::insert(db, checkpoint)?;
+    db.prepare_cached("INSERT OR REPLACE INTO checkpoints VALUES (?1, ?2, ?3, ?4)")?.execute(
+        params![uid.to_bytes(), value.inline, checksum::of_value(uid, 0, checkpoint), value.large],
     )?;
     Ok(signed(checkpoint.len()) - previous.unwrap_or(0))
 }
@@ -431,6 +434,7 @@ pub(super) fn delete(db: &Db<'_>, uid: Uid) -> rusqlite::Result<DeleteOutcome> {
         return Ok(DeleteOutcome::NotEnded);
     }
     db.change_usage(&head.owner, 0, -head.bytes)?;
+    large_values::delete_of_request(db, uid)?;
     for statement in [
         "DELETE FROM events WHERE uid = ?1",
         "DELETE FROM payloads WHERE uid = ?1",
@@ -470,8 +474,9 @@ fn encode_batch(events: &[Event]) -> Vec<u8> {
 
 fn insert_batch(db: &Connection, uid: Uid, last_seq: i64, batch: &[u8]) -> rusqlite::Result<()> {
     let crc = checksum::of_value(uid, last_seq, batch);
-    db.prepare_cached("INSERT INTO events VALUES (?1, ?2, ?3, ?4)")?
-        .execute(params![uid.to_bytes(), last_seq, batch, crc])
+    let batch = large_values::insert(db, batch)?;
+    db.prepare_cached("INSERT INTO events VALUES (?1, ?2, ?3, ?4, ?5)")?
+        .execute(params![uid.to_bytes(), last_seq, batch.inline, crc, batch.large])
         .map(drop)
 }
 

@@ -7,7 +7,7 @@ use rusqlite::{Connection, OpenFlags};
 use super::sqlite_error;
 use crate::StoreError;
 
-const VERSION: i64 = 4;
+const VERSION: i64 = 5;
 
 /// Payload, events and hot columns are in separate tables, so that a state change rewrites a small
 /// row whatever the size of the payload. Times are milliseconds since the Unix epoch; `uid` is a
@@ -63,13 +63,15 @@ CREATE TABLE payloads (
     uid BLOB PRIMARY KEY,
     content_type TEXT NOT NULL,
     data BLOB NOT NULL,
-    crc INTEGER
+    crc INTEGER,
+    large INTEGER
 ) WITHOUT ROWID;
 
 CREATE TABLE checkpoints (
     uid BLOB PRIMARY KEY,
     data BLOB NOT NULL,
-    crc INTEGER
+    crc INTEGER,
+    large INTEGER
 ) WITHOUT ROWID;
 
 CREATE TABLE events (
@@ -77,6 +79,7 @@ CREATE TABLE events (
     last_seq INTEGER NOT NULL,
     batch BLOB NOT NULL,
     crc INTEGER,
+    large INTEGER,
     PRIMARY KEY (uid, last_seq)
 ) WITHOUT ROWID;
 
@@ -158,6 +161,21 @@ INSERT INTO usage SELECT tenant, user, COUNT(*), 0 FROM requests WHERE state = 0
     GROUP BY tenant, user;
 ";
 
+/// Values that are too large for their row; see `large_values.rs`.
+const LARGE_VALUES: &str = "
+CREATE TABLE large_values (
+    id INTEGER PRIMARY KEY,
+    data BLOB NOT NULL
+);
+";
+
+/// Changes from version 4 to version 5, without table `large_values`. Values of before stay where they are.
+const FROM_4_TO_5: &str = "
+ALTER TABLE payloads ADD COLUMN large INTEGER;
+ALTER TABLE checkpoints ADD COLUMN large INTEGER;
+ALTER TABLE events ADD COLUMN large INTEGER;
+";
+
 pub(super) fn open_for_writing(path: &Path) -> rusqlite::Result<Connection> {
     let connection = Connection::open(path)?;
     connection.execute_batch(
@@ -214,10 +232,13 @@ pub(super) fn migrate(connection: &Connection) -> Result<(), StoreError> {
         .pragma_query_value(None, "user_version", |row| row.get(0))
         .map_err(|error| sqlite_error(doing, &error))?;
     let steps = match found {
-        0 => format!("{TABLES} {USAGE}"),
-        1 => format!("{FROM_1_TO_2} {FROM_2_TO_3} {USAGE} {FROM_3_TO_4}"),
-        2 => format!("{FROM_2_TO_3} {USAGE} {FROM_3_TO_4}"),
-        3 => format!("{USAGE} {FROM_3_TO_4}"),
+        0 => format!("{TABLES} {USAGE} {LARGE_VALUES}"),
+        1 => format!(
+            "{FROM_1_TO_2} {FROM_2_TO_3} {USAGE} {FROM_3_TO_4} {LARGE_VALUES} {FROM_4_TO_5}"
+        ),
+        2 => format!("{FROM_2_TO_3} {USAGE} {FROM_3_TO_4} {LARGE_VALUES} {FROM_4_TO_5}"),
+        3 => format!("{USAGE} {FROM_3_TO_4} {LARGE_VALUES} {FROM_4_TO_5}"),
+        4 => format!("{LARGE_VALUES} {FROM_4_TO_5}"),
         VERSION => return Ok(()),
         _ => return Err(StoreError::TooNew { found, known: VERSION }),
     };

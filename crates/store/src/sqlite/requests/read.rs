@@ -36,9 +36,12 @@ pub(in crate::sqlite) fn payload(
     db: &Connection,
     uid: Uid,
 ) -> rusqlite::Result<Option<StoredPayload>> {
-    db.prepare_cached("SELECT content_type, data, crc FROM payloads WHERE uid = ?1")?
-        .query_row([uid.to_bytes()], |row| super::stored_payload(row, uid))
-        .optional()
+    db.prepare_cached(
+        "SELECT content_type, COALESCE((SELECT data FROM large_values WHERE id = large), data), crc
+         FROM payloads WHERE uid = ?1",
+    )?
+    .query_row([uid.to_bytes()], |row| super::stored_payload(row, uid))
+    .optional()
 }
 
 pub(in crate::sqlite) fn list(
@@ -98,7 +101,8 @@ pub(in crate::sqlite) fn events(
     max_bytes: usize,
 ) -> rusqlite::Result<EventPage> {
     let mut query = db.prepare_cached(
-        "SELECT batch, last_seq, crc FROM events WHERE uid = ?1 AND last_seq > ?2 ORDER BY last_seq",
+        "SELECT COALESCE((SELECT data FROM large_values WHERE id = large), batch), last_seq, crc
+         FROM events WHERE uid = ?1 AND last_seq > ?2 ORDER BY last_seq",
     )?;
     let mut rows = query.query(params![uid.to_bytes(), after_seq])?;
     let mut page = EventPage { events: Vec::new(), more: false };
