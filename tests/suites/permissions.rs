@@ -1,6 +1,6 @@
-//! Every public method and every WebSocket message, called by every kind of caller on what belongs to
-//! one user. The same table runs in one process and over separate services. A method or a message
-//! without a row fails the suite.
+//! Calls every public method and every WebSocket message as every kind of caller on objects of one user,
+//! against one process and against separate services. A method or a message without a row fails the
+//! suite.
 #![allow(clippy::unwrap_used, reason = "in tests, a panic is the report")]
 
 #[path = "permissions/table.rs"]
@@ -59,8 +59,8 @@ fn sign(tenant: &str, user: &str, permissions: &[&str], lasts_s: i64) -> String 
     encode(&Header::new(Algorithm::HS256), &claims, &key).unwrap()
 }
 
-/// Replaces the names of the object, which the caller knows, and removes what varies between answers:
-/// other ids, times and numbers.
+/// Replaces the names of the object, and removes other ids, times and numbers, which differ between
+/// replies.
 fn normalized(answer: &str, object: &Object) -> String {
     let Object { uid, ended, request_id, user, connection, action, .. } = object;
     let names = [uid, ended, request_id, user, connection, action];
@@ -70,7 +70,8 @@ fn normalized(answer: &str, object: &Object) -> String {
 }
 
 impl Row {
-    async fn ask(&self, urls: &Urls, token: &str, object: &Object) -> String {
+    /// Makes the call of the row; returns the text of the reply.
+    async fn perform(&self, urls: &Urls, token: &str, object: &Object) -> String {
         let (object, gateway) = (object.clone(), &urls.gateway);
         match self.call {
             Call::Method(call) => {
@@ -95,11 +96,11 @@ impl Row {
     }
 }
 
-/// Where the services of a deployment are called.
+/// URLs of the services of a deployment.
 #[derive(Clone)]
 struct Urls {
     name: &'static str,
-    /// The owner's gateway.
+    /// Gateway of the owner.
     home: String,
     gateway: String,
     router: String,
@@ -118,14 +119,14 @@ impl Urls {
         }
     }
 
-    /// All services behind one URL.
+    /// Returns the URLs of a deployment with all services behind one URL.
     fn one(name: &'static str, url: &str, all_routers: Vec<String>) -> Self {
         let url = || url.to_owned();
         let (home, gateway, router) = (url(), url(), url());
         Self { name, home, gateway, router, progress: url(), processor: url(), all_routers }
     }
 
-    /// Runs the table. Returns the answers that differ from it.
+    /// Runs the table; returns the replies that differ from it.
     async fn differences(&self) -> Vec<String> {
         let rows = stream::iter(rows().into_iter().enumerate());
         let checks = rows.map(|(number, row)| {
@@ -136,7 +137,7 @@ impl Urls {
     }
 }
 
-/// One row, with tenants of its own.
+/// One row, with separate tenants.
 struct Scene<'a> {
     urls: &'a Urls,
     name: String,
@@ -147,8 +148,8 @@ impl Scene<'_> {
     fn token(&self, caller: Caller) -> String {
         let permissions = self.row.permissions;
         match caller {
-            // For its own requests the owner needs none.
-            Caller::Owner if permissions.iter().any(|one| one.starts_with("requests:")) => {
+            // The owner needs no permissions for its own requests.
+            Caller::Owner if permissions.iter().any(|name| name.starts_with("requests:")) => {
                 self.sign("acme", OWNER, &[])
             }
             Caller::Owner => self.sign("acme", OWNER, permissions),
@@ -163,7 +164,7 @@ impl Scene<'_> {
         sign(&format!("{tenant}-{}", self.name), user, permissions, HOUR_S)
     }
 
-    /// Makes an object, which lasts as long as its worker and its connection.
+    /// Creates an object, which exists as long as its worker and its connection.
     async fn object(&self) -> (Object, Streaming<WorkResponse>, Client) {
         let url = &self.urls.home;
         let permissions = ["reports:run", "worker:private-report", "connections:read"];
@@ -186,7 +187,7 @@ impl Scene<'_> {
         let mut router = Router::new(channel(url));
         let submit = router::SubmitRequest { delay: None, ..delayed(&object) };
         object.uid = router.submit(authorized(submit, &token)).await.unwrap().into_inner().uid;
-        object.again = loop {
+        object.resume_hello = loop {
             if let Message::Task(task) = next(&mut worker).await.unwrap() {
                 break hello_again(&first, &welcome, &[&task]);
             }
@@ -202,7 +203,7 @@ impl Scene<'_> {
         (object, worker, client)
     }
 
-    /// Returns once the list of connections, which lags behind them, is not empty.
+    /// Waits until the list of connections, which is eventually consistent, is not empty.
     async fn until_listed(&self, token: &str) {
         let mut connections = Connections::new(channel(&self.urls.home));
         loop {
@@ -221,67 +222,67 @@ impl Scene<'_> {
         format!("{:?}", listed.into_inner().requests)
     }
 
-    /// Returns how the answer to this caller differs from the row, if it does.
+    /// Returns how the reply to this caller differs from the row, if it does.
     async fn difference(&self, caller: Caller, object: &Object) -> Option<String> {
         let token = self.token(caller);
-        let answer = self.row.ask(self.urls, &token, object).await;
-        let (Sees(text) | Hidden(text)) = self.row.answers[caller as usize];
+        let answer = self.row.perform(self.urls, &token, object).await;
+        let (Sees(text) | Hidden(text)) = self.row.expected[caller as usize];
         if !answer.contains(text) {
-            return Some(format!("{caller:?}: {answer} instead of {text}"));
+            return Some(format!("{caller:?}: {answer}, expected {text}"));
         }
-        if let Hidden(_) = self.row.answers[caller as usize] {
+        if let Hidden(_) = self.row.expected[caller as usize] {
             let absent = absent();
-            let other = self.row.ask(self.urls, &token, &absent).await;
+            let other = self.row.perform(self.urls, &token, &absent).await;
             if normalized(&answer, object) != normalized(&other, &absent) {
-                return Some(format!("{caller:?}: {answer}, but {other} if it does not exist"));
+                return Some(format!("{caller:?}: {answer}, but {other} for a missing object"));
             }
         }
         None
     }
 
-    /// Returns the answers that differ from the row.
+    /// Returns the replies that differ from the row.
     async fn differences(self) -> Vec<String> {
         let row = &self.row;
         let (object, _worker, mut client) = self.object().await;
         let before = self.state().await;
         assert!(before.contains(&object.uid) && before.contains(&object.ended), "{before}");
-        let mut found = Vec::new();
+        let mut differences = Vec::new();
         for caller in [Caller::WithoutPermission, Caller::OtherTenant, Caller::Operator] {
-            found.extend(self.difference(caller, &object).await);
+            differences.extend(self.difference(caller, &object).await);
         }
         let expired = sign(&format!("acme-{}", self.name), OWNER, row.permissions, -60);
         let wildcard = sign("*", OWNER, &["*", "operator"], HOUR_S);
-        let mut refused = vec![
+        let mut invalid = vec![
             ("expired token", expired, ["Unauthenticated", "4401"]),
             ("tenant *", wildcard, ["Unauthenticated", "4401"]),
         ];
         if row.permissions == WRITE {
             let reader = self.sign("acme", "reader", READ);
-            refused.push(("reader", reader, ["PermissionDenied", "FORBIDDEN"]));
+            invalid.push(("reader", reader, ["PermissionDenied", "FORBIDDEN"]));
         }
-        for (who, token, codes) in refused {
-            let answer = row.ask(self.urls, &token, &object).await;
+        for (name, token, codes) in invalid {
+            let answer = row.perform(self.urls, &token, &object).await;
             if !codes.iter().any(|code| answer.contains(code)) {
-                found.push(format!("{who}: {answer}"));
+                differences.push(format!("{name}: {answer}"));
             }
         }
         let after = self.state().await;
         if before != after {
-            found.push(format!("the state changed from {before} to {after}"));
+            differences.push(format!("the state changed from {before} to {after}"));
         }
         client.send(json!({"type": "ping"})).await;
         let answer = client.try_next().await;
         if !answer.as_ref().is_ok_and(|answer| answer["type"] == "pong") {
-            found.push(format!("the owner's connection got {answer:?}"));
+            differences.push(format!("the owner's connection received {answer:?}"));
         }
-        found.extend(self.difference(Caller::Owner, &object).await);
-        let is_changed = row.permissions.iter().any(|one| one.ends_with("write"))
+        differences.extend(self.difference(Caller::Owner, &object).await);
+        let is_changed = row.permissions.iter().any(|name| name.ends_with("write"))
             || row.permissions == ["connections:disconnect"];
         let second = if is_changed { Some(self.object().await) } else { None };
         let object = second.as_ref().map_or(&object, |(second, ..)| second);
-        found.extend(self.difference(Caller::Permitted, object).await);
-        let row = |what| format!("{}, {}, {what}", self.urls.name, row.name);
-        found.into_iter().map(row).collect()
+        differences.extend(self.difference(Caller::Permitted, object).await);
+        let describe = |text| format!("{}, {}, {text}", self.urls.name, row.name);
+        differences.into_iter().map(describe).collect()
     }
 }
 
@@ -289,7 +290,7 @@ impl Scene<'_> {
 fn absent() -> Object {
     Object {
         uid: new_uid(),
-        again: Hello {
+        resume_hello: Hello {
             attempts: vec![Attempt { uid: new_uid(), attempt: 1 }],
             session_secret: vec![1; 32].into(),
             ..hello("absent", 1, vec![declare("absent-report")])
@@ -305,7 +306,7 @@ fn absent() -> Object {
 
 /// Returns the types of the messages that a client can send.
 fn message_types() -> BTreeSet<String> {
-    let source = Path::new(env!("CARGO_MANIFEST_DIR")).join("../gateway/src/protocol.rs");
+    let source = Path::new(env!("CARGO_MANIFEST_DIR")).join("../gateway/src/client_message.rs");
     let text = fs::read_to_string(source).unwrap();
     let (_, rest) = text.split_once("enum ClientMessage<'a> {\n").unwrap();
     let lines =
@@ -325,10 +326,10 @@ fn every_public_method_and_every_client_message_has_a_row() {
     let missing: Vec<_> = expected.difference(&rows).collect();
     let unknown: Vec<_> = rows.difference(&expected).collect();
     assert!(missing.is_empty(), "without a row: {missing:?}");
-    assert!(unknown.is_empty(), "rows of what does not exist: {unknown:?}");
+    assert!(unknown.is_empty(), "unknown rows: {unknown:?}");
 }
 
-/// Returns settings under which tokens of this suite are valid.
+/// Returns settings that accept the tokens of this suite.
 fn settings(folder: &TempDir) -> Vec<String> {
     let secret = folder.path().join("secret");
     fs::write(&secret, SECRET).unwrap();
@@ -344,20 +345,20 @@ fn settings(folder: &TempDir) -> Vec<String> {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn answers_of_one_process() {
+async fn replies_of_one_process_match_the_table() {
     let folder = TempDir::with_prefix("streamer-permissions-").unwrap();
     let settings = settings(&folder);
-    let server = Server::start(&settings.iter().map(|one| &**one).collect::<Vec<_>>());
+    let server = Server::start(&settings.iter().map(|setting| &**setting).collect::<Vec<_>>());
     let urls = Urls::one("one process", &server.url, vec![server.url.clone()]);
     let differences = urls.differences().await;
     assert!(differences.is_empty(), "{}", differences.join("\n"));
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn answers_of_separate_services() {
+async fn replies_of_separate_services_match_the_table() {
     let folder = TempDir::with_prefix("streamer-permissions-").unwrap();
     let settings = settings(&folder);
-    let settings: Vec<_> = settings.iter().map(|one| &**one).collect();
+    let settings: Vec<_> = settings.iter().map(|setting| &**setting).collect();
     let dynamodb = endpoint(Implementation::DynamoDbLocal);
     let cluster = Cluster::start(dynamodb, &settings, |_, _, _| Vec::new()).await;
     let all_routers = (0..2).map(|number| cluster.url(Service::Router, number)).collect();

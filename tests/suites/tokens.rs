@@ -1,14 +1,14 @@
-//! The token matrix: each row of `tokens.json` describes a token and the answer that it gets, over
-//! gRPC and over WebSocket. The members of a row:
+//! The token matrix: each row of `tokens.json` describes a token and its expected outcome, over gRPC and
+//! over WebSocket. The members of a row:
 //!
 //! - `server`: see [`Scene::start`]; `keys` if absent. `key`: see [`Keys::new`]; `none` for an empty
 //!   signature, `ed25519` if absent. `signed`: the algorithm of the signature, if not that of the key.
-//! - `header`, `claims`: members to set, see [`Scene::value`]. `…_without`: members to leave out.
+//! - `header`, `claims`: members to set, see [`Scene::value`]. `…_without`: members to omit.
 //! - `…_text`: the JSON text, in which `$MEMBERS` stands for the members and `$EXP` for a time in the
-//!   future. `…_encoding`: see [`encoded`]. `…_part`: the segment as it is.
-//! - `edits`: changes after signing, see [`Scene::edit`]. `size`: the length, to check the row.
-//! - `answer`: `accepted`, or a part of the message that names the broken rule. `lists_connections`:
-//!   whether the accepted token has permission `connections:read`.
+//!   future. `…_encoding`: see [`encoded`]. `…_part`: the complete segment.
+//! - `edits`: changes after signing, see [`Scene::edit`]. `size`: the length, which is checked.
+//! - `expected`: `accepted`, or a part of the message with the violated rule. `lists_connections`: whether
+//!   the accepted token has permission `connections:read`.
 #![allow(clippy::unwrap_used, reason = "in tests, a panic is the report")]
 
 use std::collections::{BTreeSet, HashMap};
@@ -30,7 +30,7 @@ use tonic::{Code, Request, Status};
 
 const MEMBERS: &str = "name server key signed header header_without header_text header_part \
                        header_encoding claims claims_without claims_text claims_part \
-                       claims_encoding edits size lists_connections answer";
+                       claims_encoding edits size lists_connections expected";
 const SECRET: &[u8] = b"0123456789abcdef0123456789abcdef";
 
 fn rows() -> Vec<Value> {
@@ -38,25 +38,25 @@ fn rows() -> Vec<Value> {
 }
 
 #[test]
-fn the_matrix_has_250_rows_with_unique_names_and_known_members() {
+fn the_matrix_has_at_least_250_rows_with_unique_names_and_known_members() {
     let (rows, members) = (rows(), MEMBERS.split(' ').collect::<BTreeSet<_>>());
     assert!(rows.len() >= 250, "{}", rows.len());
     let mut names = BTreeSet::new();
     for row in &rows {
         assert!(names.insert(row["name"].as_str().unwrap()), "two rows have the name of {row}");
-        assert!(row["answer"].is_string(), "{row}");
+        assert!(row["expected"].is_string(), "{row}");
         let unknown = row.as_object().unwrap().keys().find(|name| !members.contains(&***name));
         assert_eq!(unknown, None, "{row}");
     }
 }
 
 #[tokio::test]
-async fn each_token_gets_its_answer() {
+async fn each_token_gets_the_expected_outcome() {
     let (scene, rows) = (Scene::start().await, rows());
     let differences = stream::iter(&rows).map(|row| scene.differences(row));
     let differences = differences.buffered(16).concat().await;
-    assert!(differences.is_empty(), "answers that differ:\n{}", differences.join("\n"));
-    assert_eq!(scene.site.served("foreign.json"), 0, "a server fetched a URL that a token names");
+    assert!(differences.is_empty(), "unexpected outcomes:\n{}", differences.join("\n"));
+    assert_eq!(scene.site.fetches("foreign.json"), 0, "a server fetched a URL from a token");
 }
 
 struct Keys {
@@ -65,7 +65,7 @@ struct Keys {
 }
 
 impl Keys {
-    /// Makes key pairs with OpenSSL, and what an attacker makes of a public key: a shared secret.
+    /// Generates key pairs with OpenSSL, and shared secrets from the public keys, as an attacker would.
     fn new() -> Self {
         let folder = TempDir::with_prefix("streamer-tokens-").unwrap();
         let mut keys = Self { folder, by_name: HashMap::new() };
@@ -74,27 +74,27 @@ impl Keys {
             ("rsa", Algorithm::RS256, "RSA -pkeyopt rsa_keygen_bits:2048"),
             ("p256", Algorithm::ES256, "EC -pkeyopt ec_paramgen_curve:P-256"),
         ] {
-            keys.make(name, algorithm, kind);
-            keys.make(&format!("foreign {name}"), algorithm, kind);
+            keys.generate(name, algorithm, kind);
+            keys.generate(&format!("foreign {name}"), algorithm, kind);
         }
         for name in ["ed25519", "rsa", "p256"] {
             let pem = fs::read_to_string(keys.path(name, "pub")).unwrap();
             let body: String = pem.lines().filter(|line| !line.starts_with('-')).collect();
             keys.share(&format!("{name} DER"), &STANDARD.decode(body).unwrap());
             keys.share(&format!("{name} PEM"), pem.as_bytes());
-            keys.share(&format!("{name} PEM without its line end"), pem.trim_end().as_bytes());
+            keys.share(&format!("{name} PEM without its final newline"), pem.trim_end().as_bytes());
             keys.share(&format!("{name} JWK"), keys.jwk(name).to_string().as_bytes());
         }
         fs::write(keys.path("secret", "pub"), SECRET).unwrap();
         keys.share("secret", SECRET);
-        keys.share("secret with a line end", &[SECRET, b"\n"].concat());
+        keys.share("secret with a newline", &[SECRET, b"\n"].concat());
         keys.share("half of the secret", &SECRET[..16]);
         keys.share("empty secret", b"");
         keys.share("foreign secret", b"a different secret of 32 or more bytes");
         keys
     }
 
-    fn make(&mut self, name: &str, algorithm: Algorithm, kind: &str) {
+    fn generate(&mut self, name: &str, algorithm: Algorithm, kind: &str) {
         let (private, public) = (self.path(name, "pem"), self.path(name, "pub"));
         let kind: Vec<_> = kind.split(' ').collect();
         openssl(&[&["genpkey", "-out", &private, "-algorithm"], &*kind].concat());
@@ -129,8 +129,8 @@ fn openssl(arguments: &[&str]) {
     assert!(output.status.success(), "{}", String::from_utf8_lossy(&output.stderr));
 }
 
-/// The tenant and the user of an accepted token, or the code and the message of a refusal.
-type Answer = Result<(String, String), (String, String)>;
+/// Tenant and user of an accepted token, or code and message of a rejection.
+type Outcome = Result<(String, String), (String, String)>;
 
 struct Scene {
     keys: Keys,
@@ -139,8 +139,8 @@ struct Scene {
 }
 
 impl Scene {
-    /// Starts the servers: `keys` with one key for each algorithm and the longest leeway, `set` with a
-    /// key set at a URL, `options` with one key, claims of other names, few tenants and no leeway.
+    /// Starts the servers: `keys` with one key per algorithm and the maximum leeway, `set` with a key set
+    /// at a URL, `options` with one key, different claim names, two tenants and no leeway.
     async fn start() -> Self {
         let (keys, site) = (Keys::new(), Site::start().await);
         let set = |names: &[&str]| {
@@ -173,31 +173,33 @@ impl Scene {
         Self { keys, site, servers }
     }
 
-    /// Tries a token; returns the answers that differ from the expected one.
+    /// Tries a token; returns the outcomes that differ from the expected one.
     async fn differences(&self, row: &Value) -> Vec<String> {
-        let expected = row["answer"].as_str().unwrap();
+        let expected = row["expected"].as_str().unwrap();
         let (api, Server { url, .. }) = &self.servers[row["server"].as_str().unwrap_or("keys")];
         let token = self.token(row);
-        let answers = if token.contains(|character: char| character.is_control()) {
-            // No header can carry it, but a message can.
-            let good = self.token(&json!({"server": row["server"]}));
-            vec![("auth message", "UNAUTHORIZED", in_message(url, &good, &token).await)]
+        let outcomes = if token.contains(|character: char| character.is_control()) {
+            // A header cannot contain it, but a message can.
+            let valid = self.token(&json!({"server": row["server"]}));
+            vec![("auth message", "UNAUTHORIZED", in_message(url, &valid, &token).await)]
         } else {
             vec![
                 ("gRPC", "Unauthenticated", self.over_grpc(row, api, &token).await),
                 ("WebSocket", "4401", over_websocket(url, &token).await),
             ]
         };
-        let differing = answers.into_iter().filter(|(_, refused, answer)| match answer {
+        let differing = outcomes.into_iter().filter(|(_, rejection_code, outcome)| match outcome {
             Ok(owner) => expected != "accepted" || *owner != self.owner(row),
-            Err((code, message)) => code != refused || !message.contains(expected),
+            Err((code, message)) => code != rejection_code || !message.contains(expected),
         });
         let name = &row["name"];
-        let report = |(how, _, answer)| format!("{name} over {how}: {answer:?}, not {expected:?}");
+        let report = |(transport, _, outcome)| {
+            format!("{name} over {transport}: {outcome:?}, not {expected:?}")
+        };
         differing.map(report).collect()
     }
 
-    async fn over_grpc(&self, row: &Value, api: &Api, token: &str) -> Answer {
+    async fn over_grpc(&self, row: &Value, api: &Api, token: &str) -> Outcome {
         let refused = |status: Status| (format!("{:?}", status.code()), status.message().into());
         api.router().list_actions(call(ListActionsRequest {}, token)).await.map_err(refused)?;
         let Some(permitted) = row["lists_connections"].as_bool() else {
@@ -205,11 +207,11 @@ impl Scene {
         };
         let listed = api.connections().list(call(ListRequest::default(), token)).await;
         let code = listed.err().map_or(Code::Ok, |status| status.code());
-        let is_right = code == if permitted { Code::Ok } else { Code::PermissionDenied };
-        is_right.then(|| self.owner(row)).ok_or_else(|| ("List".into(), format!("{code:?}")))
+        let is_expected = code == if permitted { Code::Ok } else { Code::PermissionDenied };
+        is_expected.then(|| self.owner(row)).ok_or_else(|| ("List".into(), format!("{code:?}")))
     }
 
-    /// The tenant and the user of an accepted token.
+    /// Returns tenant and user of an accepted token.
     fn owner(&self, row: &Value) -> (String, String) {
         let claim = |pointer: &str, default: &str| {
             let value = row.pointer(pointer).map(|value| self.value(value));
@@ -252,7 +254,7 @@ impl Scene {
         members
     }
 
-    /// The value that a value of a row stands for: itself, or the one that its `$` member makes.
+    /// Evaluates a value of a row: a `$` member is replaced by the value that it describes.
     fn value(&self, value: &Value) -> Value {
         let members = match value {
             Value::Array(items) => return items.iter().map(|item| self.value(item)).collect(),
@@ -276,7 +278,7 @@ impl Scene {
         }
     }
 
-    /// Changes a signed token: its text, its segments, or the signature.
+    /// Changes the text, the segments or the signature of a signed token.
     fn edit(&self, token: &str, edit: &str, argument: &Value, second: &str) -> String {
         let mut segments: Vec<_> = token.split('.').map(str::to_owned).collect();
         let text = argument.as_str().unwrap_or_default();
@@ -313,7 +315,7 @@ fn call<T>(message: T, token: &str) -> Request<T> {
     request
 }
 
-async fn over_websocket(url: &str, token: &str) -> Answer {
+async fn over_websocket(url: &str, token: &str) -> Outcome {
     match Client::try_connect(url, token).await {
         Ok(Client { connected, .. }) => {
             let text = |name: &str| connected[name].as_str().unwrap().to_owned();
@@ -324,9 +326,9 @@ async fn over_websocket(url: &str, token: &str) -> Answer {
     }
 }
 
-/// Sends a token in an `auth` message on a connection that a good one opened.
-async fn in_message(url: &str, good: &str, token: &str) -> Answer {
-    let mut client = Client::connect(url, good).await;
+/// Sends a token in an `auth` message on a connection that a valid token opened.
+async fn in_message(url: &str, valid: &str, token: &str) -> Outcome {
+    let mut client = Client::connect(url, valid).await;
     let answer = client.ask(json!({"type": "auth", "token": token})).await;
     let code = answer["error"]["code"].as_str().unwrap_or_default();
     Err((code.into(), answer.to_string()))
@@ -340,7 +342,7 @@ fn number(value: &Value) -> usize {
     usize::try_from(value.as_u64().unwrap()).unwrap()
 }
 
-/// The segment of the header or of the claims.
+/// Returns the segment of the header or of the claims.
 fn part(row: &Value, what: &str, members: &Value) -> String {
     let given = |name: &str| row[format!("{what}_{name}")].as_str();
     if let Some(part) = given("part") {
@@ -352,22 +354,22 @@ fn part(row: &Value, what: &str, members: &Value) -> String {
     encoded(text.as_bytes(), given("encoding").unwrap_or_default())
 }
 
-/// Base64 as in RFC 7515 if `how` is empty, else in a different form.
-fn encoded(bytes: &[u8], how: &str) -> String {
-    let right = URL_SAFE_NO_PAD.encode(bytes);
-    let encoded = match how {
-        "" => return right,
+/// Encodes as base64 of RFC 7515 if `form` is empty, otherwise in a different form.
+fn encoded(bytes: &[u8], form: &str) -> String {
+    let valid = URL_SAFE_NO_PAD.encode(bytes);
+    let encoded = match form {
+        "" => return valid,
         "padded" => URL_SAFE.encode(bytes),
         "standard" => STANDARD_NO_PAD.encode(bytes),
-        // The last character has bits that belong to no byte; one is set here.
+        // Sets a bit of the last character that belongs to no byte.
         "spare bit" => {
-            assert_ne!(right.len() % 4, 0, "there are no spare bits");
-            let (rest, last) = right.split_at(right.len() - 1);
+            assert_ne!(valid.len() % 4, 0, "the text has no spare bits");
+            let (rest, last) = valid.split_at(valid.len() - 1);
             format!("{rest}{}", char::from(last.as_bytes()[0] + 1))
         }
-        other => panic!("there is no encoding {other}"),
+        other => panic!("unknown encoding {other}"),
     };
-    assert_ne!(encoded, right, "{how}: this text has the same form");
+    assert_ne!(encoded, valid, "{form}: the encoding does not differ");
     encoded
 }
 
@@ -383,12 +385,12 @@ fn edit_signature(signature: &str, edit: &str, argument: &Value) -> String {
         "rotate" => bytes.rotate_left(number(argument)),
         "ASN.1" => bytes = [&[48, 70, 2, 33, 0], &bytes[..32], &[2, 33, 0], &bytes[32..]].concat(),
         "add the order" => add_order(&mut bytes[32..]),
-        other => panic!("there is no edit {other}"),
+        other => panic!("unknown edit {other}"),
     }
     URL_SAFE_NO_PAD.encode(bytes)
 }
 
-/// Adds the order of the group of Ed25519, so that `s` has a second form, which RFC 8032 forbids.
+/// Adds the order of the Ed25519 group to `s`: a second representation, which RFC 8032 forbids.
 fn add_order(s: &mut [u8]) {
     let order = [0x14de_f9de_a2f7_9cd6_5812_631a_5cf5_d3ed_u128, 1 << 124];
     let mut carry = 0;

@@ -1,4 +1,4 @@
-//! Traces, as a collector gets them from real processes.
+//! Traces that real processes export to a collector.
 #![allow(clippy::unwrap_used, reason = "in tests, a panic is the report")]
 
 use std::{
@@ -14,7 +14,7 @@ use streamer_proto::{processor::v1::report::Kind, router::v1::GetRequest};
 use streamer_rpc::json_payload;
 use streamer_tests::{
     Client, Cluster, Log, Process, ScriptedWorker, Server,
-    collector::{Answer, Collector, Span, dangling, tree},
+    collector::{Behavior, Collector, Span, dangling, tree},
     declare,
     dynamodb::{self, Implementation, endpoint},
     dynamodb_settings, hello, metrics, offered_at, tool,
@@ -24,7 +24,7 @@ use tonic::Code;
 const PARENT: &str = "00-0af7651916cd43dd8448eb211c80319c-b7ad6b7169203331-01";
 const TRACE_ID: &str = "0af7651916cd43dd8448eb211c80319c";
 /// Appears in payloads, metadata, results and errors only.
-const SECRET: &str = "tell-no-collector";
+const SECRET: &str = "never-exported";
 
 /// Submits a request whose first attempt fails; returns once it has succeeded.
 async fn submit(client: &mut Client, id: &str) -> Value {
@@ -41,7 +41,7 @@ async fn submit(client: &mut Client, id: &str) -> Value {
     acknowledgment
 }
 
-/// The spans with this name, in order of their start.
+/// Returns the spans with this name, ordered by start.
 fn named<'a>(spans: &'a [Span], name: &str) -> Vec<&'a Span> {
     let mut found: Vec<_> = spans.iter().filter(|span| span.name == name).collect();
     found.sort_by_key(|span| span.start);
@@ -52,9 +52,9 @@ fn has(spans: &[Span], name: &str, count: usize) -> bool {
     named(spans, name).len() >= count
 }
 
-/// Checks the picture of one request of [`submit`]: the submission, then each attempt with a trace of its
-/// own, linked to the submission and to the attempt before.
-fn check_picture(spans: &[Span]) {
+/// Checks the spans of one request of [`submit`]: each attempt has a separate trace, linked to the
+/// submission and to the previous attempt.
+fn check_spans(spans: &[Span]) {
     assert_eq!(dangling(spans, &[]), Vec::<String>::new(), "{}", tree(spans));
     let submission = named(spans, "websocket.request")[0];
     assert_eq!(submission.parent_id, "");
@@ -77,17 +77,17 @@ fn check_picture(spans: &[Span]) {
     let waits = named(spans, "queue.wait").into_iter().zip(claims);
     for ((wait, claim), attempt) in waits.zip([first, second]) {
         assert_eq!((&wait.trace_id, &wait.parent_id), (&attempt.trace_id, &attempt.span_id));
-        assert_eq!(wait.start, attempt.start, "an attempt begins when it is due");
-        assert_eq!(wait.end, claim.start, "it waits until it is claimed");
+        assert_eq!(wait.start, attempt.start, "an attempt starts when it is due");
+        assert_eq!(wait.end, claim.start, "the wait ends with the claim");
     }
     let delivery = named(spans, "delivery")[0];
     assert_eq!((&delivery.trace_id, &delivery.parent_id), (&second.trace_id, &second.span_id));
 }
 
-/// Nothing that clients send or handlers return leaves the process.
+/// Checks that no data of clients or handlers is exported.
 fn check_secrets(collector: &mut Collector, token: &str) {
     for message in collector.exported() {
-        for secret in [SECRET, token, "Bearer", "as asked"] {
+        for secret in [SECRET, token, "Bearer", "as requested"] {
             let found = message.windows(secret.len()).any(|part| part == secret.as_bytes());
             assert!(!found, "{secret} was exported");
         }
@@ -95,14 +95,14 @@ fn check_secrets(collector: &mut Collector, token: &str) {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn a_request_that_fails_once_is_one_picture() {
-    let mut collector = Collector::start(Answer::Takes);
+async fn the_traces_of_a_retried_request_are_linked() {
+    let mut collector = Collector::start(Behavior::Accept);
     let server = Server::start(&[&collector.setting()]);
     let token = server.token("acme", "ann", &[]);
     let mut client = Client::connect(&server.url, &token).await;
     let acknowledgment = submit(&mut client, "r").await;
     let spans = collector.spans_when(|spans| has(spans, "delivery", 1)).await;
-    check_picture(&spans);
+    check_spans(&spans);
     let submission = named(&spans, "websocket.request")[0];
     assert_eq!(acknowledgment["trace_id"], *submission.trace_id);
     assert_eq!(submission.attributes["streamer.tenant"], "acme");
@@ -114,7 +114,7 @@ async fn a_request_that_fails_once_is_one_picture() {
     check_independently(&mut collector, spans.len());
 }
 
-/// OpenTelemetry's own decoder reads the same spans.
+/// Checks that OpenTelemetry's own decoder reads the same spans.
 fn check_independently(collector: &mut Collector, count: usize) {
     let mut command = Process::command(tool("STREAMER_TESTS_PYTHON"));
     command.arg(script("decode.py")).stdin(Stdio::piped()).stdout(Stdio::piped());
@@ -127,21 +127,21 @@ fn check_independently(collector: &mut Collector, count: usize) {
     drop(input);
     let names = std::io::read_to_string(decoder.stdout()).unwrap();
     assert!(decoder.wait().success());
-    let theirs: BTreeSet<_> = names.lines().map(str::to_owned).collect();
-    let ours = collector.spans().into_iter().map(|span| {
+    let decoded: BTreeSet<_> = names.lines().map(str::to_owned).collect();
+    let received = collector.spans().into_iter().map(|span| {
         let parent = if span.parent_id.is_empty() { "-".to_owned() } else { span.parent_id };
         format!("{} {} {parent} {}", span.trace_id, span.span_id, span.name)
     });
-    // More may have come since.
-    let ours: BTreeSet<_> = ours.collect();
-    assert!(theirs.len() >= count && theirs.is_subset(&ours), "{theirs:?}\n{ours:?}");
+    // Spans may have arrived since.
+    let received: BTreeSet<_> = received.collect();
+    assert!(decoded.len() >= count && decoded.is_subset(&received), "{decoded:?}\n{received:?}");
 }
 
 fn script(name: &str) -> std::path::PathBuf {
     Path::new(env!("CARGO_MANIFEST_DIR")).join("suites/tracing").join(name)
 }
 
-/// A worker of examples/workers in this language, with OpenTelemetry's SDK.
+/// Starts a worker of examples/workers in this language, with OpenTelemetry's SDK.
 fn worker(language: &str, url: &str, token: &str, collector: &Collector) -> Process {
     let examples = Path::new(env!("CARGO_MANIFEST_DIR")).join("../examples/workers");
     let mut command = match language {
@@ -166,7 +166,7 @@ fn worker(language: &str, url: &str, token: &str, collector: &Collector) -> Proc
     Process::spawn(&mut command)
 }
 
-/// The handlers of this language are below the attempts that they run.
+/// Checks that the handler spans of this language are in the traces of their attempts.
 fn check_handlers(spans: &[Span], language: &str) {
     let handlers: Vec<_> =
         named(spans, "handler").into_iter().filter(|span| span.service == language).collect();
@@ -180,7 +180,7 @@ fn check_handlers(spans: &[Span], language: &str) {
 }
 
 async fn check_worker(language: &str) {
-    let mut collector = Collector::start(Answer::Takes);
+    let mut collector = Collector::start(Behavior::Accept);
     let server = Server::start(&[&collector.setting(), "execution.local_actions=echo"]);
     let token = server.token("acme", "ann", &["worker:*"]);
     let _worker = worker(language, &server.url, &token, &collector);
@@ -189,24 +189,24 @@ async fn check_worker(language: &str) {
     submit(&mut client, "r").await;
     let spans =
         collector.spans_when(|spans| has(spans, "delivery", 1) && has(spans, "handler", 2)).await;
-    check_picture(&spans);
+    check_spans(&spans);
     check_handlers(&spans, language);
     check_secrets(&mut collector, &token);
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn a_worker_in_python_is_part_of_the_picture() {
+async fn spans_of_a_python_worker_are_in_the_trace_of_the_attempt() {
     check_worker("python").await;
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn a_worker_in_javascript_is_part_of_the_picture() {
+async fn spans_of_a_javascript_worker_are_in_the_trace_of_the_attempt() {
     check_worker("javascript").await;
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn services_apart_and_their_workers_are_one_picture() {
-    let mut collector = Collector::start(Answer::Takes);
+async fn spans_of_separate_services_and_workers_are_linked() {
+    let mut collector = Collector::start(Behavior::Accept);
     let settings = ["execution.local_actions=echo", &collector.setting()];
     let dynamodb = endpoint(Implementation::DynamoDbLocal);
     let cluster = Cluster::start(dynamodb, &settings, |_, _, _| Vec::new()).await;
@@ -243,7 +243,7 @@ async fn services_apart_and_their_workers_are_one_picture() {
             })
             .await;
         let spans = of_request(&spans);
-        check_picture(&spans);
+        check_spans(&spans);
         check_handlers(&spans, language);
         let services: BTreeSet<_> = spans.iter().map(|span| &*span.service).collect();
         for service in ["gateway", "router", "processor", "progress"] {
@@ -257,8 +257,8 @@ async fn services_apart_and_their_workers_are_one_picture() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn a_trace_that_a_client_began_is_continued() {
-    let mut collector = Collector::start(Answer::Takes);
+async fn the_trace_of_a_client_message_is_continued() {
+    let mut collector = Collector::start(Behavior::Accept);
     let server = Server::start(&[&collector.setting()]);
     let mut client = Client::connect(&server.url, &server.token("acme", "ann", &[])).await;
     let request = json!({"action": "echo_async", "traceparent": PARENT, "tracestate": "vendor=1"});
@@ -274,8 +274,8 @@ async fn a_trace_that_a_client_began_is_continued() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn a_trace_that_the_handshake_names_is_continued() {
-    let mut collector = Collector::start(Answer::Takes);
+async fn the_trace_of_the_handshake_is_continued() {
+    let mut collector = Collector::start(Behavior::Accept);
     let server = Server::start(&[&collector.setting()]);
     let mut command = Process::command(tool("STREAMER_TESTS_PYTHON"));
     let url = format!("{}/ws", server.url.replace("http://", "ws://"));
@@ -289,9 +289,9 @@ async fn a_trace_that_the_handshake_names_is_continued() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn a_log_line_names_its_trace_and_span() {
+async fn log_lines_contain_trace_and_span_ids() {
     for format in ["text", "json"] {
-        let mut collector = Collector::start(Answer::Takes);
+        let mut collector = Collector::start(Behavior::Accept);
         let mut engine = dynamodb::start(Implementation::Dynoxide);
         let objects = tempfile::TempDir::with_prefix("streamer-test-").unwrap();
         let mut settings = dynamodb_settings(engine.endpoint(), objects.path());
@@ -305,7 +305,7 @@ async fn a_log_line_names_its_trace_and_span() {
         let refused = api.router().get(call).await.unwrap_err();
         assert_eq!(refused.code(), Code::Unavailable, "{refused}");
         let mut lines = log.lines().map(Result::unwrap);
-        let line = lines.find(|line| line.contains("a call failed")).unwrap();
+        let line = lines.find(|line| line.contains("store call failed")).unwrap();
         let spans = collector
             .spans_when(|spans| spans.iter().any(|span| span.name.ends_with("RouterService/Get")))
             .await;
@@ -314,12 +314,12 @@ async fn a_log_line_names_its_trace_and_span() {
             _ => format!(r#""trace_id":"{TRACE_ID}","span_id":"{}""#, span.span_id),
         });
         assert!(ids.into_iter().any(|ids| line.contains(&ids)), "{line}\n{}", tree(&spans));
-        // While its log can be written.
+        // Before its log is closed.
         drop(server);
     }
 }
 
-/// The trace id of the acknowledgment of a request with this `traceparent`.
+/// Submits a request with this `traceparent`; returns the trace id of the acknowledgment.
 async fn trace_of(client: &mut Client, trace_parent: Value) -> Value {
     let request = json!({"action": "echo_async", "traceparent": trace_parent});
     let acknowledgment = client.ask(request).await;
@@ -329,8 +329,8 @@ async fn trace_of(client: &mut Client, trace_parent: Value) -> Value {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn a_client_decides_on_sampling_only_where_it_is_trusted() {
-    let mut collector = Collector::start(Answer::Takes);
+async fn only_trusted_clients_decide_on_sampling() {
+    let mut collector = Collector::start(Behavior::Accept);
     let setting = collector.setting();
     for trusted in [false, true] {
         let trust = format!("trace.trust_callers={trusted}");
@@ -345,7 +345,7 @@ async fn a_client_decides_on_sampling_only_where_it_is_trusted() {
         assert_eq!(traces.contains(TRACE_ID), trusted);
         assert!(!traces.contains(own.as_str().unwrap()));
     }
-    // Without a collector, a context is passed on and nothing is made up.
+    // Without a collector, a context is propagated and none is created.
     let server = Server::start(&[]);
     let mut client = Client::connect(&server.url, &server.token("acme", "ann", &[])).await;
     assert_eq!(trace_of(&mut client, PARENT.into()).await, TRACE_ID);
@@ -354,7 +354,7 @@ async fn a_client_decides_on_sampling_only_where_it_is_trusted() {
     assert_eq!(refused["error"]["details"]["violations"][0]["field"], "traceparent", "{refused}");
 }
 
-/// Value of a counter.
+/// Returns the value of a counter.
 async fn count(server: &Server, name: &str) -> u64 {
     let metrics = metrics(&server.url).await;
     let line = metrics.lines().find_map(|line| line.strip_prefix(name)?.strip_prefix(' '));
@@ -362,16 +362,16 @@ async fn count(server: &Server, name: &str) -> u64 {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn a_collector_that_does_not_take_spans_costs_requests_nothing() {
+async fn a_failing_collector_does_not_affect_requests() {
     const CALLS: usize = 9_000;
-    let refusing = Collector::start(Answer::Refuses);
-    let hanging = Collector::start(Answer::Hangs);
+    let rejecting = Collector::start(Behavior::Reject);
+    let hanging = Collector::start(Behavior::Hang);
     // Nothing listens on the discard port.
     let absent = "trace.endpoint=http://127.0.0.1:9".to_owned();
     for (setting, calls, counter) in [
-        (refusing.setting(), 10, "streamer_trace_spans_failed_total"),
+        (rejecting.setting(), 10, "streamer_trace_spans_failed_total"),
         (absent, 10, "streamer_trace_spans_failed_total"),
-        // More spans than may wait.
+        // More spans than the export queue can contain.
         (hanging.setting(), CALLS, "streamer_trace_spans_dropped_total"),
     ] {
         let mut server = Server::start(&[&setting, "server.drain_timeout_ms=1000"]);
@@ -386,24 +386,24 @@ async fn a_collector_that_does_not_take_spans_costs_requests_nothing() {
             assert_eq!(client.ask(json!({"action": "echo"})).await["type"], "response");
         }
         drop(client);
-        assert_eq!(server.stop(), Some(0), "it does not wait for the collector");
+        assert_eq!(server.stop(), Some(0), "the server does not wait for the collector");
     }
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn spans_of_the_last_request_arrive_when_the_server_stops() {
-    let mut collector = Collector::start(Answer::Takes);
+async fn pending_spans_are_exported_when_the_server_stops() {
+    let mut collector = Collector::start(Behavior::Accept);
     let mut server = Server::start(&[&collector.setting()]);
     let mut client = Client::connect(&server.url, &server.token("acme", "ann", &[])).await;
     submit(&mut client, "last").await;
     drop(client);
     assert_eq!(server.stop(), Some(0));
-    check_picture(&collector.spans());
+    check_spans(&collector.spans());
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn a_collector_that_is_killed_and_comes_back_gets_spans_again() {
-    let mut collector = Collector::start(Answer::Takes);
+async fn export_resumes_when_the_collector_restarts() {
+    let mut collector = Collector::start(Behavior::Accept);
     let server = Server::start(&[&collector.setting()]);
     let mut client = Client::connect(&server.url, &server.token("acme", "ann", &[])).await;
     submit(&mut client, "before").await;
@@ -412,7 +412,7 @@ async fn a_collector_that_is_killed_and_comes_back_gets_spans_again() {
     while count(&server, "streamer_trace_spans_failed_total").await == 0 {
         assert_eq!(client.ask(json!({"action": "echo"})).await["type"], "response");
     }
-    let mut collector = Collector::start_at(address, Answer::Takes);
+    let mut collector = Collector::start_at(address, Behavior::Accept);
     collector.spans_when(|spans| !spans.is_empty()).await;
     submit(&mut client, "after").await;
     let spans = collector.spans_when(|spans| has(spans, "delivery", 1)).await;
@@ -421,8 +421,8 @@ async fn a_collector_that_is_killed_and_comes_back_gets_spans_again() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn a_worker_gets_the_place_of_its_attempt_and_the_clients_state() {
-    let mut collector = Collector::start(Answer::Takes);
+async fn a_worker_receives_the_context_of_its_attempt_and_the_clients_trace_state() {
+    let mut collector = Collector::start(Behavior::Accept);
     let server = Server::start(&[&collector.setting()]);
     let token = server.token("acme", "ann", &["worker:*"]);
     let first = hello("w", 1, vec![declare("work")]);
@@ -435,7 +435,7 @@ async fn a_worker_gets_the_place_of_its_attempt_and_the_clients_state() {
     assert_eq!(first["trace_id"], TRACE_ID);
     let task = worker.task().await;
     assert_eq!(task.trace_state, "vendor=1");
-    assert_ne!(&task.trace_parent[3..35], TRACE_ID, "an attempt is a trace of its own");
+    assert_ne!(&task.trace_parent[3..35], TRACE_ID, "an attempt has a separate trace");
     client.send(request).await;
     let again = loop {
         let message = client.next().await;
@@ -446,13 +446,13 @@ async fn a_worker_gets_the_place_of_its_attempt_and_the_clients_state() {
     assert_eq!((&again["duplicate"], &again["trace_id"]), (&json!(true), &Value::Null));
     worker.report(&task, 0, Kind::Result(json_payload("1"))).await;
     let spans = collector.spans_when(|spans| has(spans, "attempt", 1)).await;
-    let seen = named(&spans, "worker.task")[0];
-    assert_eq!(task.trace_parent, format!("00-{}-{}-01", seen.trace_id, seen.span_id));
+    let span = named(&spans, "worker.task")[0];
+    assert_eq!(task.trace_parent, format!("00-{}-{}-01", span.trace_id, span.span_id));
 }
 
 #[tokio::test(flavor = "multi_thread")]
 async fn a_grpc_call_continues_the_trace_of_its_metadata() {
-    let mut collector = Collector::start(Answer::Takes);
+    let mut collector = Collector::start(Behavior::Accept);
     let server = Server::start(&[&collector.setting()]);
     let authorization = format!("authorization: Bearer {}", server.token("acme", "ann", &[]));
     let call = |method: &str| {

@@ -1,4 +1,4 @@
-//! The WebSocket protocol, as any client meets it: real server, real sockets.
+//! The WebSocket protocol, with a real server and real sockets.
 #![allow(clippy::unwrap_used, reason = "in tests, a panic is the report")]
 
 use serde_json::{Value, json};
@@ -16,7 +16,7 @@ fn code(answer: &Value) -> &str {
 }
 
 #[tokio::test]
-async fn the_first_message_says_who_and_what() {
+async fn the_first_message_describes_the_connection() {
     let (_server, client) = open().await;
     let connected = &client.connected;
     assert_eq!((&connected["user_id"], &connected["tenant_id"]), (&json!("ann"), &json!("acme")));
@@ -37,7 +37,7 @@ async fn a_message_needs_neither_type_nor_id_and_may_have_unknown_fields() {
 }
 
 #[tokio::test]
-async fn payloads_come_back_byte_for_byte() {
+async fn payloads_are_returned_byte_for_byte() {
     let (_server, mut client) = open().await;
     let deep = format!("{}{}", "[".repeat(5_000), "]".repeat(5_000));
     let large = format!("\"{}\"", "x".repeat(1_000_000));
@@ -51,7 +51,7 @@ async fn payloads_come_back_byte_for_byte() {
 }
 
 #[tokio::test]
-async fn bad_input_is_told_precisely_and_the_connection_goes_on() {
+async fn invalid_input_is_reported_precisely_and_the_connection_stays_open() {
     let (_server, mut client) = open().await;
     let long = "x".repeat(129);
     for (text, expected, part) in [
@@ -60,14 +60,14 @@ async fn bad_input_is_told_precisely_and_the_connection_goes_on() {
         (r#"{"type":"dance"}"#, "VALIDATION_ERROR", "type: must be request, subscribe"),
         (r#"{"payload":1}"#, "VALIDATION_ERROR", "action: is required"),
         (r#"{"action":"No Way"}"#, "VALIDATION_ERROR", "action: must match"),
-        (r#"{"action":"unknown"}"#, "INVALID_ACTION", "there is no action \"unknown\""),
+        (r#"{"action":"unknown"}"#, "INVALID_ACTION", "action \"unknown\" not found"),
         (
             &format!(r#"{{"id":"{long}","action":"echo"}}"#),
             "VALIDATION_ERROR",
             "id: must have 1 to 128",
         ),
-        (r#"{"type":"get","request_id":"nope"}"#, "NOT_FOUND", "there is no request"),
-        (r#"{"type":"subscribe","request_id":"nope"}"#, "NOT_FOUND", "there is no request"),
+        (r#"{"type":"get","request_id":"nope"}"#, "NOT_FOUND", "request not found"),
+        (r#"{"type":"subscribe","request_id":"nope"}"#, "NOT_FOUND", "request not found"),
         (r#"{"type":"cancel"}"#, "VALIDATION_ERROR", "request_id: is required"),
         (
             r#"{"action":"echo_async","payload":{"steps":-1,"delay_ms":"x","chunk_bytes":0}}"#,
@@ -90,7 +90,7 @@ async fn bad_input_is_told_precisely_and_the_connection_goes_on() {
 }
 
 #[tokio::test]
-async fn what_is_too_large_names_the_limit() {
+async fn messages_over_the_limit_report_the_option() {
     let server =
         Server::start(&["limits.max_payload_bytes=2048", "limits.max_output_chunk_bytes=2048"]);
     let token = server.token("acme", "ann", &[]);
@@ -108,7 +108,7 @@ async fn what_is_too_large_names_the_limit() {
 }
 
 #[tokio::test]
-async fn an_async_request_is_acknowledged_followed_and_can_be_seen_again() {
+async fn an_async_request_is_acknowledged_followed_and_replayed() {
     let (_server, mut client) = open().await;
     let payload = json!({"steps": 4, "output_chunks": 2, "result": {"done": true}});
     let acknowledgment = client.submit("job", "echo_async", payload).await;
@@ -135,7 +135,7 @@ async fn an_async_request_is_acknowledged_followed_and_can_be_seen_again() {
     assert_eq!(again.events[0]["type"], "accepted");
     assert_eq!(again.events[1..], log.events);
 
-    // Without after_seq, the end is told to whoever comes late.
+    // Without after_seq, a late subscriber receives only the terminal event.
     client.send(json!({"type": "subscribe", "request_id": acknowledgment["uid"]})).await;
     assert_eq!(client.next().await["last_seq"], log.last_seq());
     assert_eq!(client.next().await, *complete);
@@ -150,7 +150,7 @@ async fn an_async_request_is_acknowledged_followed_and_can_be_seen_again() {
 }
 
 #[tokio::test]
-async fn waiting_answers_with_the_outcome_on_the_same_connection() {
+async fn a_submission_with_wait_returns_the_outcome() {
     let (_server, mut client) = open().await;
     let wait = json!({"id": "w", "action": "echo_async", "wait_ms": 20_000,
         "payload": {"steps": 2, "result": 5}});
@@ -159,11 +159,11 @@ async fn waiting_answers_with_the_outcome_on_the_same_connection() {
         assert_eq!((&answer["type"], &answer["data"]), (&json!("response"), &json!(5)), "{answer}");
     }
     let list = client.ask(json!({"type": "list"})).await;
-    assert_eq!(list["requests"].as_array().unwrap().len(), 1, "it ran once");
+    assert_eq!(list["requests"].as_array().unwrap().len(), 1, "the request ran once");
 }
 
 #[tokio::test]
-async fn the_same_id_with_another_payload_is_a_conflict() {
+async fn the_same_id_with_a_different_payload_is_a_conflict() {
     let (_server, mut client) = open().await;
     client.submit("k", "echo_async", json!({"steps": 1})).await;
     client.follow(Log::after(1)).await;
@@ -173,7 +173,7 @@ async fn the_same_id_with_another_payload_is_a_conflict() {
 }
 
 #[tokio::test]
-async fn cancellation_reaches_the_running_handler_and_what_waits() {
+async fn cancellation_ends_running_and_queued_requests() {
     let (_server, mut client) = open().await;
     client.submit("run", "echo_async", json!({"steps": 1000, "delay_ms": 3_600_000})).await;
     assert_eq!(client.next().await["type"], "started");
@@ -215,31 +215,31 @@ async fn a_failed_attempt_is_retried_and_its_output_rewound() {
 }
 
 #[tokio::test]
-async fn one_tenant_neither_sees_nor_cancels_anothers_requests() {
+async fn other_users_and_tenants_neither_see_nor_cancel_requests() {
     let (server, mut client) = open().await;
     let acknowledgment = client.submit("mine", "echo_async", json!({"steps": 1})).await;
     client.follow(Log::after(1)).await;
     for (tenant, user) in [("other", "ann"), ("acme", "bob")] {
-        let mut stranger = Client::connect(&server.url, &server.token(tenant, user, &[])).await;
+        let mut other = Client::connect(&server.url, &server.token(tenant, user, &[])).await;
         for name in [json!("mine"), acknowledgment["uid"].clone()] {
             for kind in ["get", "subscribe", "cancel"] {
-                let answer = stranger.ask(json!({"type": kind, "request_id": name})).await;
+                let answer = other.ask(json!({"type": kind, "request_id": name})).await;
                 assert_eq!(code(&answer), "NOT_FOUND", "{answer}");
             }
         }
-        let list = stranger.ask(json!({"type": "list"})).await;
+        let list = other.ask(json!({"type": "list"})).await;
         assert_eq!(list["requests"], json!([]));
     }
     let manager = server.token("acme", "boss", &["requests:read"]);
     let mut manager = Client::connect(&server.url, &manager).await;
-    let seen = manager.ask(json!({"type": "get", "request_id": acknowledgment["uid"]})).await;
-    assert_eq!(seen["user_id"], "ann");
+    let request = manager.ask(json!({"type": "get", "request_id": acknowledgment["uid"]})).await;
+    assert_eq!(request["user_id"], "ann");
     let refused = manager.ask(json!({"type": "cancel", "request_id": acknowledgment["uid"]})).await;
     assert_eq!(code(&refused), "FORBIDDEN");
 }
 
 #[tokio::test]
-async fn ten_thousand_random_and_mutated_messages_leave_the_server_well() {
+async fn ten_thousand_mutated_messages_do_not_affect_the_server() {
     let (server, mut client) = open().await;
     let seeds = [
         r#"{"type":"request","id":"a","action":"echo","payload":{"a":[1,2,{"b":null}]}}"#,
@@ -247,7 +247,7 @@ async fn ten_thousand_random_and_mutated_messages_leave_the_server_well() {
         r#"{"type":"list","states":["RUNNING"],"limit":50,"page_token":""}"#,
         r#"{"type":"cancel","request_id":"a","reason":"x"}"#,
     ];
-    // Numerical Recipes' generator with a fixed seed: the same messages every time.
+    // The generator of Numerical Recipes with a fixed seed: the same messages in every run.
     let mut state = 7_u32;
     let mut random = move |below: usize| {
         state = state.wrapping_mul(1_664_525).wrapping_add(1_013_904_223);

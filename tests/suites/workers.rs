@@ -1,4 +1,4 @@
-//! Workers: what they run, what becomes of it when they or the server stop, and what they may not do.
+//! Workers: execution, recovery after they or the server stop, and the rules of their messages.
 #![allow(clippy::unwrap_used, reason = "in tests, a panic is the report")]
 
 use serde_json::{Value, json};
@@ -18,7 +18,7 @@ use streamer_tests::{
 use tokio::net::TcpStream;
 use tonic::Code;
 
-/// A server that leaves `echo_async` to workers.
+/// Starts a server that runs `echo_async` only in workers.
 fn server(settings: &[&str]) -> Server {
     let settings = [&["execution.local_actions=echo"], settings].concat();
     Server::start(&settings)
@@ -45,7 +45,7 @@ fn kinds(log: &Log) -> Vec<&str> {
 }
 
 #[tokio::test]
-async fn a_worker_runs_what_it_offers() {
+async fn a_worker_runs_its_declared_actions() {
     let server = server(&[]);
     let token = worker_token(&server);
     let _worker = WorkerProcess::start(&server, &token, "echo_async", &[]);
@@ -62,10 +62,10 @@ async fn a_worker_runs_what_it_offers() {
 }
 
 #[tokio::test]
-async fn a_suspended_worker_loses_its_lease_and_what_it_says_later_is_refused() {
+async fn a_suspended_worker_loses_its_lease_and_its_later_reports_are_rejected() {
     let server = server(&["execution.lease_ms=600", "execution.poll_interval_ms=50"]);
     let token = worker_token(&server);
-    let mut sleeper = WorkerProcess::start(&server, &token, "echo_async", &["--slots", "1"]);
+    let mut suspended = WorkerProcess::start(&server, &token, "echo_async", &["--slots", "1"]);
     offered(&server, &token, "echo_async", 1).await;
     let mut client = client(&server).await;
     client.submit("r", "echo_async", json!({"steps": 30, "delay_ms": 20, "result": 1})).await;
@@ -73,26 +73,26 @@ async fn a_suspended_worker_loses_its_lease_and_what_it_says_later_is_refused() 
     while log.count("progress") < 3 {
         log.push(client.next().await);
     }
-    sleeper.signal(Signal::STOP);
+    suspended.signal(Signal::STOP);
     let _other = WorkerProcess::start(&server, &token, "echo_async", &["--slots", "1"]);
     while log.count("started") < 2 {
         log.push(client.next().await);
     }
-    sleeper.signal(Signal::CONT);
-    sleeper.wait_for("an attempt was taken away");
+    suspended.signal(Signal::CONT);
+    suspended.wait_for("attempt revoked");
     let log = client.follow(log).await;
     assert_eq!((log.count("retrying"), log.count("started")), (1, 2));
     assert_eq!(log.last_type(), "complete");
     let retrying = log.events.iter().position(|event| event["type"] == "retrying").unwrap();
     let message = log.events[retrying]["error"]["message"].as_str().unwrap();
-    assert!(message.contains("was not heard of"), "{message}");
+    assert!(message.contains("was silent for"), "{message}");
     assert!(log.events[..=retrying].iter().all(|event| event["attempt"] == 1));
     assert!(log.events[retrying + 1..].iter().all(|event| event["attempt"] == 2));
     assert_eq!(log.events[retrying + 1..].iter().filter(|e| e["type"] == "progress").count(), 30);
 }
 
 #[tokio::test]
-async fn the_server_is_killed_and_the_attempt_goes_on() {
+async fn an_attempt_continues_when_the_server_is_killed() {
     let mut server = server(&["execution.lease_ms=120000"]);
     let token = worker_token(&server);
     let _worker = WorkerProcess::start(&server, &token, "echo_async", &[]);
@@ -115,7 +115,7 @@ async fn the_server_is_killed_and_the_attempt_goes_on() {
 }
 
 #[tokio::test]
-async fn a_worker_that_is_told_to_stop_hands_its_work_back() {
+async fn a_stopping_worker_releases_its_attempts() {
     let server = server(&[]);
     let token = worker_token(&server);
     let mut first = WorkerProcess::start(&server, &token, "echo_async", &["--drain-timeout", "1s"]);
@@ -140,7 +140,7 @@ async fn a_worker_that_is_told_to_stop_hands_its_work_back() {
 }
 
 #[tokio::test]
-async fn a_second_signal_stops_a_worker_that_drains() {
+async fn a_second_signal_stops_a_draining_worker() {
     let server = server(&[]);
     let token = worker_token(&server);
     let mut worker =
@@ -173,14 +173,14 @@ async fn cancellation_reaches_the_handler() {
 }
 
 #[tokio::test]
-async fn a_handler_that_does_not_heed_cancellation_is_cut_off() {
+async fn a_handler_that_ignores_cancellation_is_revoked() {
     let server = server(&["execution.cancel_grace_ms=100"]);
     let token = worker_token(&server);
     let mut worker =
-        ScriptedWorker::come(&server, &token, hello("w", 1, vec![declare("deaf")])).await;
-    offered(&server, &token, "deaf", 1).await;
+        ScriptedWorker::come(&server, &token, hello("w", 1, vec![declare("stubborn")])).await;
+    offered(&server, &token, "stubborn", 1).await;
     let mut client = client(&server).await;
-    client.submit("r", "deaf", json!({})).await;
+    client.submit("r", "stubborn", json!({})).await;
     let task = worker.task().await;
     client.send(json!({"type": "cancel", "request_id": "r", "reason": "enough"})).await;
     let Ok(Message::Cancel(cancel)) = worker.next().await else { panic!("no cancel") };
@@ -194,7 +194,7 @@ async fn a_handler_that_does_not_heed_cancellation_is_cut_off() {
 }
 
 #[tokio::test]
-async fn a_server_that_stops_waits_for_calls_that_workers_answer() {
+async fn a_stopping_server_waits_for_sync_calls_in_workers() {
     let mut server = server(&[]);
     let token = worker_token(&server);
     let quick = Action { estimated_duration_ms: 1, ..declare("quick") };
@@ -207,7 +207,7 @@ async fn a_server_that_stops_waits_for_calls_that_workers_answer() {
     });
     let task = worker.task().await;
     server.terminate();
-    // It has begun to stop once nobody new is let in.
+    // The server is stopping once it rejects new connections.
     let address = server.url.trim_start_matches("http://").to_owned();
     while TcpStream::connect(&address).await.is_ok() {
         tokio::task::yield_now().await;
@@ -220,7 +220,7 @@ async fn a_server_that_stops_waits_for_calls_that_workers_answer() {
 }
 
 #[tokio::test]
-async fn what_is_sent_again_after_a_broken_stream_is_stored_once() {
+async fn reports_resent_after_a_reconnect_are_stored_once() {
     let server = server(&[]);
     let token = worker_token(&server);
     let first = hello("w", 1, vec![declare("work")]);
@@ -233,7 +233,7 @@ async fn what_is_sent_again_after_a_broken_stream_is_stored_once() {
     worker.report(&task, 2, progress("two")).await;
     loop {
         match worker.next().await.unwrap() {
-            Message::Acknowledgment(said) if said.number == 2 => break,
+            Message::Acknowledgment(reply) if reply.number == 2 => break,
             _ => {}
         }
     }
@@ -252,7 +252,7 @@ async fn what_is_sent_again_after_a_broken_stream_is_stored_once() {
 }
 
 #[tokio::test]
-async fn an_attempt_that_the_worker_comes_back_without_is_given_to_another() {
+async fn an_attempt_that_a_reconnected_worker_does_not_resume_is_retried() {
     let server = server(&[]);
     let token = worker_token(&server);
     let first = hello("w", 1, vec![declare("work")]);
@@ -268,7 +268,7 @@ async fn an_attempt_that_the_worker_comes_back_without_is_given_to_another() {
 }
 
 #[tokio::test]
-async fn tasks_go_only_into_free_slots() {
+async fn tasks_are_assigned_only_to_free_slots() {
     let server = server(&["execution.tenant_share_percent=100"]);
     let token = worker_token(&server);
     let mut worker =
@@ -289,7 +289,7 @@ async fn tasks_go_only_into_free_slots() {
     worker.report(&first, 1, result("1")).await;
     worker.ended(&first).await;
     let third = worker.task().await;
-    // The first two were started at once.
+    // The first two were started in any order.
     let mut names = [&*first.request_id, &*second.request_id];
     names.sort_unstable();
     assert_eq!((names, &*third.request_id), (["a", "b"], "c"));
@@ -301,8 +301,7 @@ async fn tasks_go_only_into_free_slots() {
 }
 
 #[tokio::test]
-async fn the_next_attempt_begins_from_the_checkpoint_and_an_attempt_that_is_handed_back_costs_none()
-{
+async fn the_next_attempt_starts_from_the_checkpoint_and_a_released_attempt_does_not_count() {
     let server = server(&[]);
     let token = worker_token(&server);
     let action = Action { max_attempts: 2, initial_backoff_ms: 1, ..declare("work") };
@@ -315,7 +314,7 @@ async fn the_next_attempt_begins_from_the_checkpoint_and_an_attempt_that_is_hand
     worker.report(&task, 0, Kind::Checkpoint("half".into())).await;
     let error = Error {
         code: ErrorCode::ProcessingFailed.into(),
-        message: "a bad day".into(),
+        message: "failed".into(),
         retryable: true,
         details: None,
     };
@@ -333,7 +332,7 @@ async fn the_next_attempt_begins_from_the_checkpoint_and_an_attempt_that_is_hand
 }
 
 #[tokio::test]
-async fn a_silent_handler_times_out_though_its_worker_lives() {
+async fn a_silent_handler_times_out_while_its_worker_is_alive() {
     let server = server(&[]);
     let token = worker_token(&server);
     let action = Action { heartbeat_timeout_ms: 300, max_attempts: 1, ..declare("work") };
@@ -351,7 +350,7 @@ async fn a_silent_handler_times_out_though_its_worker_lives() {
 }
 
 #[tokio::test]
-async fn a_sync_action_runs_in_a_worker_and_fails_with_its_stream() {
+async fn a_sync_action_runs_in_a_worker_and_fails_when_its_stream_ends() {
     let server = server(&[]);
     let token = worker_token(&server);
     let action = Action { sync: true, ..declare("quick") };
@@ -376,7 +375,7 @@ async fn a_sync_action_runs_in_a_worker_and_fails_with_its_stream() {
 }
 
 #[tokio::test]
-async fn work_is_accepted_and_waits_while_its_workers_are_away() {
+async fn requests_are_queued_while_no_worker_is_connected() {
     let mut server = server(&[]);
     let token = worker_token(&server);
     let first = hello("w", 1, vec![Action { permission: "work:run".into(), ..declare("work") }]);
@@ -385,12 +384,12 @@ async fn work_is_accepted_and_waits_while_its_workers_are_away() {
     server.kill_and_restart();
     let mut forbidden = client(&server).await;
     let answer = forbidden.ask(json!({"id": "x", "action": "work"})).await;
-    assert_eq!(answer["error"]["code"], "FORBIDDEN", "the declaration is remembered: {answer}");
+    assert_eq!(answer["error"]["code"], "FORBIDDEN", "the declaration is stored: {answer}");
     let permitted = server.token("acme", "ann", &["work:run"]);
     let mut client = Client::connect(&server.url, &permitted).await;
-    let said = client.submit("r", "work", json!({})).await;
-    assert_eq!(said["status"], "queued");
-    assert_eq!(said["queue_position"]["earliest"], 1);
+    let answer = client.submit("r", "work", json!({})).await;
+    assert_eq!(answer["status"], "queued");
+    assert_eq!(answer["queue_position"]["earliest"], 1);
     let mut worker = ScriptedWorker::come(&server, &token, first).await;
     let task = worker.task().await;
     worker.report(&task, 0, result("1")).await;
@@ -398,24 +397,25 @@ async fn work_is_accepted_and_waits_while_its_workers_are_away() {
 }
 
 #[tokio::test]
-async fn one_tenants_workers_are_nothing_to_another_tenant() {
+async fn workers_of_a_tenant_do_not_affect_other_tenants() {
     let server = server(&[]);
-    let theirs = server.token("other", "worker", &["worker:*"]);
+    let other_token = server.token("other", "worker", &["worker:*"]);
     let declared = |permission: &str| Action { permission: permission.into(), ..declare("work") };
-    let ours = worker_token(&server);
-    let mut our_worker =
-        ScriptedWorker::come(&server, &ours, hello("ours", 1, vec![declared("work:run")])).await;
-    let _their_worker =
-        ScriptedWorker::come(&server, &theirs, hello("theirs", 8, vec![declared("")])).await;
-    offered(&server, &theirs, "work", 1).await;
-    offered(&server, &ours, "work", 1).await;
+    let own_token = worker_token(&server);
+    let mut own =
+        ScriptedWorker::come(&server, &own_token, hello("own", 1, vec![declared("work:run")]))
+            .await;
+    let _other =
+        ScriptedWorker::come(&server, &other_token, hello("other", 8, vec![declared("")])).await;
+    offered(&server, &other_token, "work", 1).await;
+    offered(&server, &own_token, "work", 1).await;
     let mut client = client(&server).await;
     let answer = client.ask(json!({"id": "x", "action": "work"})).await;
-    assert_eq!(answer["error"]["code"], "FORBIDDEN", "by our own declaration: {answer}");
+    assert_eq!(answer["error"]["code"], "FORBIDDEN", "by the declaration of the tenant: {answer}");
     let permitted = server.token("acme", "ann", &["work:run"]);
     let mut client = Client::connect(&server.url, &permitted).await;
     client.submit("r", "work", json!({})).await;
-    assert_eq!(our_worker.task().await.tenant_id, "acme");
+    assert_eq!(own.task().await.tenant_id, "acme");
     let third = server.token("third", "cat", &[]);
     let mut client = Client::connect(&server.url, &third).await;
     let answer = client.ask(json!({"id": "x", "action": "work"})).await;
@@ -423,7 +423,7 @@ async fn one_tenants_workers_are_nothing_to_another_tenant() {
 }
 
 #[tokio::test]
-async fn a_token_opens_the_stream_for_what_it_names_only() {
+async fn a_worker_token_is_limited_to_its_permissions() {
     let server = server(&[]);
     for (permissions, code) in [
         (vec![], Code::PermissionDenied),
@@ -442,7 +442,7 @@ async fn a_token_opens_the_stream_for_what_it_names_only() {
 }
 
 #[tokio::test]
-async fn a_broken_rule_of_the_first_message_is_named() {
+async fn violations_in_the_first_message_are_reported() {
     let server = server(&[]);
     let token = worker_token(&server);
     let good = hello("w", 1, vec![declare("work")]);
@@ -474,7 +474,7 @@ async fn a_broken_rule_of_the_first_message_is_named() {
 }
 
 #[tokio::test]
-async fn a_broken_rule_of_a_report_ends_the_stream_and_not_the_attempt() {
+async fn an_invalid_report_ends_the_stream_but_not_the_attempt() {
     let server = server(&["limits.max_output_chunk_bytes=1024"]);
     let token = worker_token(&server);
     let first = hello("w", 1, vec![declare("work")]);
@@ -502,7 +502,7 @@ async fn a_broken_rule_of_a_report_ends_the_stream_and_not_the_attempt() {
         assert!(ended.message().starts_with(field), "{}", ended.message());
         let again = hello_again(&first, &worker.welcome, &[&task]);
         worker = ScriptedWorker::come(&server, &token, again).await;
-        assert_eq!(worker.welcome.resumed.len(), 1, "the attempt goes on");
+        assert_eq!(worker.welcome.resumed.len(), 1, "the attempt continues");
     }
     worker.report(&task, 0, result("not JSON")).await;
     worker.ended(&task).await;
@@ -512,7 +512,7 @@ async fn a_broken_rule_of_a_report_ends_the_stream_and_not_the_attempt() {
 }
 
 #[tokio::test]
-async fn a_newer_stream_of_the_same_worker_takes_the_place_of_the_one_before() {
+async fn a_newer_stream_of_a_worker_replaces_the_older_one() {
     let server = server(&[]);
     let token = worker_token(&server);
     let first = hello("w", 1, vec![declare("work")]);
@@ -523,8 +523,8 @@ async fn a_newer_stream_of_the_same_worker_takes_the_place_of_the_one_before() {
 }
 
 #[tokio::test]
-async fn a_worker_takes_over_where_it_stands_when_the_server_drains() {
-    // However long the worker waits before it comes back.
+async fn an_attempt_continues_when_the_server_drains_and_restarts() {
+    // The lease does not expire before the worker reconnects.
     let mut server = server(&["execution.lease_ms=120000"]);
     let token = worker_token(&server);
     let _worker = WorkerProcess::start(&server, &token, "echo_async", &[]);
@@ -548,20 +548,19 @@ async fn a_worker_takes_over_where_it_stands_when_the_server_drains() {
 }
 
 #[tokio::test]
-async fn large_declarations_of_one_tenant_are_bounded_and_harm_nobody() {
+async fn declarations_of_one_tenant_are_bounded_and_do_not_affect_others() {
     let mut server =
         server(&["limits.max_payload_bytes=1024", "limits.max_output_chunk_bytes=1024"]);
     let token = worker_token(&server);
-    let _ours =
-        ScriptedWorker::come(&server, &token, hello("ours", 1, vec![declare("work")])).await;
-    let theirs = server.token("other", "worker", &["worker:*"]);
+    let _own = ScriptedWorker::come(&server, &token, hello("own", 1, vec![declare("work")])).await;
+    let other_token = server.token("other", "worker", &["worker:*"]);
     let schema = format!("{{\"description\":\"{}\"}}", "x".repeat(200 * 1024));
     let large = |name: String| Action { payload_schema: schema.clone(), ..declare(&name) };
     let mut refused = None;
     for number in 0..8 {
         let actions = vec![large(format!("large-{number}"))];
         let first = work_request::Message::Hello(hello(&format!("w{number}"), 1, actions));
-        if let Err(status) = ScriptedWorker::open(&server, &theirs, first).await {
+        if let Err(status) = ScriptedWorker::open(&server, &other_token, first).await {
             refused = Some(status);
             break;
         }
@@ -569,8 +568,8 @@ async fn large_declarations_of_one_tenant_are_bounded_and_harm_nobody() {
     let refused = refused.expect("1 MiB is the limit");
     assert_eq!(refused.code(), Code::ResourceExhausted);
     assert!(refused.message().contains("\"other\""), "{}", refused.message());
-    // The list is larger than any payload may be, and known all the same, also after a restart.
-    offered(&server, &theirs, "large-0", 0).await;
+    // The list exceeds the payload limit, and is available also after a restart.
+    offered(&server, &other_token, "large-0", 0).await;
     offered(&server, &token, "work", 1).await;
     server.kill_and_restart();
     let mut client = client(&server).await;
@@ -578,7 +577,7 @@ async fn large_declarations_of_one_tenant_are_bounded_and_harm_nobody() {
 }
 
 #[tokio::test]
-async fn a_task_holds_the_largest_payload_and_the_largest_checkpoint_together() {
+async fn a_task_can_contain_the_largest_payload_and_the_largest_checkpoint() {
     let server = server(&["limits.max_payload_bytes=65536"]);
     let token = worker_token(&server);
     let action = Action { initial_backoff_ms: 1, max_attempts: 2, ..declare("work") };

@@ -26,16 +26,14 @@ use streamer_proto::{
 use streamer_rpc::{error_from_proto, json_payload};
 use streamer_store::{RequestRecord, StoredPayload};
 use streamer_telemetry::{InScope, Scope, TraceContext, trace_span};
-use tokio::{
-    runtime::Handle,
-    time::{Instant, sleep, sleep_until},
-};
+use tokio::time::{Instant, sleep, sleep_until};
 use tokio_util::task::AbortOnDropHandle;
 use tonic::{Code, Status};
 use tracing::{Span, field::Empty};
 
 use crate::{
     event_log_client::EventLogClient,
+    handler_threads::HandlerSpawner,
     outcome::{AttemptSummary, Outcome, event, final_event},
 };
 
@@ -50,8 +48,8 @@ const MAX_PUBLISH_BACKOFF: Duration = Duration::from_secs(1);
 pub(crate) struct Environment {
     pub(crate) clock: Arc<dyn Clock>,
     pub(crate) log: EventLogClient,
-    /// Runtime for the handlers of this process.
-    pub(crate) handlers: Handle,
+    /// Spawns the handlers of this process.
+    pub(crate) handlers: HandlerSpawner,
     pub(crate) history: Arc<dyn RequestHistory>,
     pub(crate) limits: Limits,
     pub(crate) cancel_grace: Duration,
@@ -162,13 +160,18 @@ pub(crate) async fn run(
         ended
     };
     let work = work.in_scope(scope);
+    let tenant: Arc<str> = record.owner.tenant.as_str().into();
     // For a worker's attempt, the task only forwards messages.
-    let work = if is_remote { tokio::spawn(work) } else { environment.handlers.spawn(work) };
+    let work = if is_remote {
+        tokio::spawn(work)
+    } else {
+        environment.handlers.spawn(tenant.clone(), work)
+    };
     let work = AbortOnDropHandle::new(work);
     let attempt = Attempt {
         environment,
         uid: record.uid,
-        tenant: record.owner.tenant.as_str().into(),
+        tenant,
         number: record.attempt,
         attempt_seq: record.attempt_seq,
         next_seq: record.last_seq + 1,

@@ -12,7 +12,6 @@ use streamer_core::{Clock, Timestamp, Uid};
 use streamer_handler::{OutputBudget, RequestHistory};
 use streamer_store::{Store, WaitingRequest};
 use streamer_telemetry::Traces;
-use tokio::runtime::Handle;
 use tokio::time::{Instant, MissedTickBehavior, interval, timeout, timeout_at};
 use tokio_util::{
     sync::{CancellationToken, WaitForCancellationFutureOwned},
@@ -27,6 +26,7 @@ use crate::{
     concurrency_limiter::{ConcurrencyLimiter, ConcurrencyPermit},
     event_log_client::EventLogClient,
     fair_queue::FairQueue,
+    handler_threads::HandlerSpawner,
     metrics::ProcessorMetrics,
     quarantine::Quarantine,
     runtime_estimates::RuntimeEstimates,
@@ -53,7 +53,7 @@ pub(crate) struct Parts {
     pub(crate) wakeup: Arc<Wakeup>,
     pub(crate) log: EventLogClient,
     pub(crate) output_budget: Arc<OutputBudget>,
-    pub(crate) handlers: Handle,
+    pub(crate) handlers: HandlerSpawner,
     pub(crate) metrics: ProcessorMetrics,
     pub(crate) traces: Traces,
     pub(crate) options: ProcessorOptions,

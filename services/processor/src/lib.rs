@@ -17,6 +17,7 @@ mod execution_service;
 mod fair_queue;
 mod grants;
 mod handler_threads;
+mod handler_turns;
 mod hello;
 mod lease_recovery;
 mod metrics;
@@ -160,7 +161,7 @@ impl Processor {
             wakeup,
             log: EventLogClient::new(progress, options.limits.max_batch_bytes()),
             output_budget,
-            handlers: handler_threads.handle(),
+            handlers: handler_threads.spawner(),
             metrics: metrics.clone(),
             traces,
             options,

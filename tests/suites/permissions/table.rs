@@ -1,4 +1,4 @@
-//! The table: the answer to each kind of caller, by method and by message.
+//! The table: the expected reply to each kind of caller, by method and by message.
 
 use futures_util::{StreamExt, future::BoxFuture, stream};
 use serde_json::{Value, json};
@@ -27,11 +27,11 @@ pub(crate) const ACTION: &str = "private-report";
 pub(crate) const READ: &[&str] = &["requests:read"];
 pub(crate) const WRITE: &[&str] = &["requests:read", "requests:write"];
 
-/// A text that an answer contains.
+/// A text that the reply contains.
 #[derive(Clone, Copy)]
 pub(crate) enum Expected {
     Sees(&'static str),
-    /// The answer is also the same as for an object that does not exist.
+    /// The reply is also the same as for an object that does not exist.
     Hidden(&'static str),
 }
 pub(crate) use Expected::{Hidden, Sees};
@@ -46,7 +46,7 @@ pub(crate) enum Caller {
     Permitted,
     /// A different user of the tenant, without permissions.
     WithoutPermission,
-    /// A user of the same name in a different tenant, with permission `*`.
+    /// A user with the same name in a different tenant, with permission `*`.
     OtherTenant,
     /// A user of a third tenant, with permission `operator`.
     Operator,
@@ -56,8 +56,8 @@ pub(crate) struct Row {
     /// Path of a method, or type of a WebSocket message.
     pub(crate) name: String,
     pub(crate) permissions: &'static [&'static str],
-    /// By caller.
-    pub(crate) answers: [Expected; 5],
+    /// Expected reply by caller.
+    pub(crate) expected: [Expected; 5],
     pub(crate) call: Call,
 }
 
@@ -66,13 +66,13 @@ pub(crate) enum Call {
     Message(fn(Object) -> Value),
 }
 
-/// What belongs to the owner, or does not exist.
+/// Object of the owner, or an object that does not exist.
 #[derive(Clone)]
 pub(crate) struct Object {
     /// A running request.
     pub(crate) uid: String,
     /// First message with which its worker resumes it.
-    pub(crate) again: Hello,
+    pub(crate) resume_hello: Hello,
     /// A cancelled request.
     pub(crate) ended: String,
     /// The owner's own id of the cancelled request.
@@ -83,35 +83,35 @@ pub(crate) struct Object {
     pub(crate) token: String,
 }
 
-/// Answers about what belongs to the owner: permitted users of the tenant see it too.
-const fn hidden(seen: &'static str, answer: &'static str) -> [Expected; 5] {
-    [Sees(seen), Sees(seen), Hidden(answer), Hidden(answer), Hidden(answer)]
+/// Expects that the owner and permitted users of the tenant see an object.
+const fn hidden(seen: &'static str, hidden: &'static str) -> [Expected; 5] {
+    [Sees(seen), Sees(seen), Hidden(hidden), Hidden(hidden), Hidden(hidden)]
 }
 
-/// Answers about what needs a permission in every tenant.
+/// Expects that a call requires a permission in every tenant.
 const fn denied(seen: &'static str, other_tenant: &'static str) -> [Expected; 5] {
     [Sees(seen), Sees(seen), DENIED, Hidden(other_tenant), DENIED]
 }
 
-/// Answers about what every user of the tenant may know of.
-const fn shared(seen: &'static str, denied: &'static str, answer: &'static str) -> [Expected; 5] {
-    [Sees(seen), Sees(seen), Sees(denied), Hidden(answer), Hidden(answer)]
+/// Expects that all users of the tenant see that an object exists.
+const fn shared(seen: &'static str, denied: &'static str, hidden: &'static str) -> [Expected; 5] {
+    [Sees(seen), Sees(seen), Sees(denied), Hidden(hidden), Hidden(hidden)]
 }
 
-/// Answers about what the owner cannot share.
-const fn own(seen: &'static str, answer: &'static str) -> [Expected; 5] {
-    [Sees(seen), Hidden(answer), Hidden(answer), Hidden(answer), Hidden(answer)]
+/// Expects that only the owner sees an object.
+const fn own(seen: &'static str, hidden: &'static str) -> [Expected; 5] {
+    [Sees(seen), Hidden(hidden), Hidden(hidden), Hidden(hidden), Hidden(hidden)]
 }
 
-/// Rows of methods: name, permissions, answers, and the message about an object. `first` stands for the
-/// first message of a stream.
+/// Rows of methods: name, permissions, expected replies, and the message about an object. `first` selects
+/// the first message of a stream.
 macro_rules! methods {
     ($service:literal, $client:ident: $($name:ident.$method:ident $(.$first:ident)?,
-        $permissions:expr, $answers:expr, |$it:pat_param| $message:expr;)*) => {
+        $permissions:expr, $expected:expr, |$it:pat_param| $message:expr;)*) => {
         vec![$(Row {
             name: format!("/{}/{}", $service, stringify!($name)),
             permissions: $permissions,
-            answers: $answers,
+            expected: $expected,
             call: Call::Method(|$it, channel, token| Box::pin(async move {
                 let answer = $client::new(channel).$method(authorized($message, &token)).await?;
                 let answer = answer.into_inner();
@@ -124,11 +124,11 @@ macro_rules! methods {
 
 /// Rows of WebSocket messages.
 macro_rules! messages {
-    ($($name:literal, $permissions:expr, $answers:expr, |$it:pat_param| {$($message:tt)*};)*) => {
+    ($($name:literal, $permissions:expr, $expected:expr, |$it:pat_param| {$($message:tt)*};)*) => {
         vec![$(Row {
             name: $name.into(),
             permissions: $permissions,
-            answers: $answers,
+            expected: $expected,
             call: Call::Message(|$it| json!({"type": $name, $($message)*})),
         }),*]
     };
@@ -207,21 +207,21 @@ pub(crate) fn rows() -> Vec<Row> {
     let work = Row {
         name: "/streamer.processor.v1.WorkerService/Work".into(),
         permissions: &["worker:*"],
-        answers: [Sees("resumed"), Hidden("revoked"), DENIED, Hidden("revoked"), DENIED],
+        expected: [Sees("resumed"), Hidden("revoked"), DENIED, Hidden("revoked"), DENIED],
         call: Call::Method(|it, channel, token| Box::pin(resume(it, channel, token))),
     };
     let all = [router, progress, connections, operations, messages, vec![work]];
     all.into_iter().flatten().collect()
 }
 
-/// A submission that repeats one of the owner.
+/// Returns a submission that repeats one of the owner.
 pub(crate) fn repeat(object: &Object) -> router::SubmitRequest {
     let (id, action) = (object.request_id.clone(), "echo_async".into());
     let payload = Some(json_payload(r#"{"steps":1}"#));
     router::SubmitRequest { id, action, payload, ..delayed(object) }
 }
 
-/// A submission of the object's action that does not run within an hour.
+/// Returns a submission of the object's action that does not start within an hour.
 pub(crate) fn delayed(object: &Object) -> router::SubmitRequest {
     let action = object.action.clone();
     let mut submission = router::SubmitRequest { action, ..Default::default() };
@@ -239,10 +239,10 @@ async fn first<T>(mut stream: Streaming<T>) -> Result<Option<T>, Status> {
 
 /// Resumes the attempt as its worker does, and reports its result.
 async fn resume(object: Object, channel: Channel, token: String) -> Result<String, Status> {
-    let Attempt { uid, attempt } = object.again.attempts[0].clone();
+    let Attempt { uid, attempt } = object.resume_hello.attempts[0].clone();
     let kind = Some(Kind::Result(json_payload("0")));
     let report = Report { uid, attempt, number: 0, kind, resends: 0 };
-    let mut stream = work(channel, &token, object.again, Some(report)).await?;
+    let mut stream = work(channel, &token, object.resume_hello, Some(report)).await?;
     let Message::Welcome(welcome) = next(&mut stream).await? else { panic!("no welcome") };
     if !welcome.resumed.is_empty() {
         return Ok("resumed".into());
@@ -251,7 +251,7 @@ async fn resume(object: Object, channel: Channel, token: String) -> Result<Strin
     Ok("revoked".into())
 }
 
-/// Opens the stream of a worker, with these messages.
+/// Opens the stream of a worker and sends these messages.
 pub(crate) async fn work(
     channel: Channel,
     token: &str,

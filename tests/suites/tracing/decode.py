@@ -1,4 +1,4 @@
-"""Decodes OTLP messages, one a line in hexadecimal digits on standard input, with OpenTelemetry's own
+"""Decodes OTLP messages, one per line in hexadecimal digits on standard input, with OpenTelemetry's own
 protocol buffers; prints trace, span, parent and name of each span."""
 
 import sys

@@ -15,9 +15,9 @@ async def main(url: str, token: str, trace_parent: str) -> None:
     async with connect(url, subprotocols=protocols, additional_headers=headers) as socket:
         await socket.send(json.dumps({"action": "echo_async"}))
         async for message in socket:
-            answer = json.loads(message)
-            if answer["type"] == "acknowledgment":
-                print(answer["trace_id"])
+            reply = json.loads(message)
+            if reply["type"] == "acknowledgment":
+                print(reply["trace_id"])
                 return
 
 

@@ -1,5 +1,5 @@
-// Loaded before a worker of examples/workers: OpenTelemetry's SDK, which sends spans to the collector
-// that OTEL_EXPORTER_OTLP_ENDPOINT names. Its packages are in the folder STREAMER_TESTS_MODULES.
+// Loaded before a worker of examples/workers: OpenTelemetry's SDK, which exports spans to the collector at
+// OTEL_EXPORTER_OTLP_ENDPOINT. Its packages are in the folder STREAMER_TESTS_MODULES.
 
 import { createRequire } from 'node:module';
 

@@ -1,5 +1,5 @@
-"""Runs a worker of examples/workers with OpenTelemetry's SDK, which sends spans to the collector that
-OTEL_EXPORTER_OTLP_ENDPOINT names."""
+"""Runs a worker of examples/workers with OpenTelemetry's SDK, which exports spans to the collector at
+OTEL_EXPORTER_OTLP_ENDPOINT."""
 
 import runpy
 import sys

@@ -12,6 +12,7 @@ use streamer_proto::internal::v1::{
 use streamer_rpc::local;
 use streamer_store::Owner;
 use tokio::{
+    runtime::Handle,
     sync::{mpsc, oneshot},
     task::JoinHandle,
 };
@@ -89,7 +90,7 @@ fn start() -> Fixture {
     let environment = Environment {
         clock: Arc::new(ManualClock::at(Timestamp::default())),
         log: EventLogClient::new(log, usize::MAX),
-        handlers: Handle::current(),
+        handlers: HandlerSpawner::new(Handle::current(), 1, 1),
         history: Arc::new(NoHistory),
         limits: Limits {
             max_payload_bytes: 1024,
