@@ -3,7 +3,7 @@
  * sets the number of progress reports and output chunks, their interval, the number of failing
  * attempts, and the result.
  *
- *     streamer up --set execution.local_actions=echo
+ *     streamer up --set execution.builtin_actions=echo
  *     export STREAMER_TOKEN=$(streamer token --permissions 'worker:*')
  *     node examples/workers/echo_async.js
  *

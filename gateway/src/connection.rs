@@ -310,7 +310,7 @@ impl<S: AsyncRead + AsyncWrite + Unpin> Connection<S> {
             gateway.metrics.rate_limited.inc();
             let limit = gateway.options.messages_per_second;
             let error = RequestError::limited(
-                "gateway.messages_per_second",
+                "gateway.rate_limit",
                 &format!("more than {limit} messages per second"),
                 Some(wait),
             );

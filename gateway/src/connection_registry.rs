@@ -281,7 +281,7 @@ impl ConnectionRegistry {
                 let _unchanged = partial.compare_exchange(begun, now, relaxed, relaxed);
             }
             begun if since(begun) > limit => {
-                let rule = "a message was not complete in time (gateway.message_timeout_ms)";
+                let rule = "a message was not complete in time (gateway.message_timeout)";
                 handle.close(close_code::POLICY, rule);
                 return;
             }
@@ -290,7 +290,7 @@ impl ConnectionRegistry {
         let slow = u32::try_from(self.options.slow_consumer_timeout.as_secs()).unwrap_or(30).max(1);
         let blocked = liveness.blocked_since.load(Ordering::Relaxed);
         if blocked != 0 && since(blocked) >= slow {
-            let reason = "slow consumer: send buffer full (gateway.slow_consumer_timeout_ms)";
+            let reason = "slow consumer: send buffer full (gateway.slow_consumer_timeout)";
             handle.close(close_code::SLOW_CONSUMER, reason);
             return;
         }

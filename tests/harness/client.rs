@@ -101,9 +101,9 @@ impl Client {
     /// Panics if the request is rejected.
     pub async fn submit(&mut self, id: &str, action: &str, payload: Value) -> Value {
         let message = json!({ "id": id, "action": action, "payload": payload });
-        let answer = self.ask(message).await;
-        assert_eq!(answer["type"], "acknowledgment", "{answer}");
-        answer
+        let reply = self.request(message).await;
+        assert_eq!(reply["type"], "acknowledgment", "{reply}");
+        reply
     }
 
     /// Follows a log to its terminal event.

@@ -97,7 +97,7 @@ impl Cluster {
             let number = position % INSTANCES;
             let mut settings = common.clone();
             if *service == Service::Progress {
-                settings.push(format!("peers.advertise={}", proxies[number].address));
+                settings.push(format!("peers.advertise_address={}", proxies[number].address));
             }
             settings.extend(overrides(*service, number, &proxies));
             let process = spawn_service(

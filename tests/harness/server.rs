@@ -307,7 +307,7 @@ pub fn dynamodb_settings(endpoint: &str, data: &Path) -> Vec<String> {
         "store.engine=dynamodb".to_owned(),
         format!("dynamodb.endpoint={endpoint}"),
         format!("dynamodb.table_prefix=t-{}-", Uid::new(SystemClock.now())),
-        format!("dynamodb.objects=file://{}/objects", data.display()),
+        format!("dynamodb.object_store_url=file://{}/objects", data.display()),
         // More concurrent operations do not increase the throughput of these servers.
         "dynamodb.max_concurrent_operations=32".to_owned(),
     ];

@@ -4,7 +4,7 @@ use std::time::Duration;
 
 use tokio::time::timeout;
 
-/// Sufficient on a slow and busy machine, and shorter than the timeout of a whole suite, so that the
+/// Long enough for any event on a slow and busy machine, and shorter than the timeout of a suite, so that the
 /// failure names the test.
 const TIMEOUT: Duration = Duration::from_secs(240);
 

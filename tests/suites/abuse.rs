@@ -18,7 +18,7 @@ use streamer_proto::{
 use streamer_rpc::json_payload;
 use streamer_store::{DeclaredAction, Engine};
 use streamer_tests::{
-    Client, Log, ScriptedWorker, Server, declare, hello, in_time, metrics, offered,
+    Client, Log, ScriptedWorker, Server, declare, hello, metrics, wait_for_workers, within_timeout,
 };
 use tokio::{
     io::{AsyncReadExt, AsyncWriteExt},
@@ -95,9 +95,9 @@ async fn schemas_with_unbounded_cost_are_rejected_at_declaration() {
     ] {
         let first = hello("w", 1, vec![declare("good"), with_schema("bomb", &schema)]);
         let first = work_request::Message::Hello(first);
-        let refused = ScriptedWorker::open(&server, &token, first).await.err().unwrap();
-        assert_eq!(refused.code(), Code::InvalidArgument, "{refused}");
-        let message = refused.message();
+        let rejected = ScriptedWorker::try_connect(&server, &token, first).await.err().unwrap();
+        assert_eq!(rejected.code(), Code::InvalidArgument, "{rejected}");
+        let message = rejected.message();
         assert!(message.starts_with("hello.actions[1].payload_schema: "), "{message}");
         assert!(message.contains(rule), "{message}");
     }
@@ -115,17 +115,17 @@ async fn deep_payloads_are_validated_and_expensive_ones_are_rejected() {
         with_schema("deep", &chain(6)),
         with_schema("wide", &json!({ "anyOf": [items, items, { "type": "null" }] })),
     ];
-    let mut worker = ScriptedWorker::come(&server, &token, hello("w", 4, actions)).await;
-    offered(&server, &token, "wide", 1).await;
-    let refused = submit(&server, "acme", "wide", nested(100)).await.err().unwrap();
-    assert_eq!(refused.code(), Code::InvalidArgument);
+    let mut worker = ScriptedWorker::connect(&server, &token, hello("w", 4, actions)).await;
+    wait_for_workers(&server, &token, "wide", 1).await;
+    let rejected = submit(&server, "acme", "wide", nested(100)).await.err().unwrap();
+    assert_eq!(rejected.code(), Code::InvalidArgument);
     let rule = "payload: is too large or nested too deep for the schema of this action";
-    assert!(refused.message().starts_with(rule), "{refused}");
+    assert!(rejected.message().starts_with(rule), "{rejected}");
     submit(&server, "acme", "wide", nested(8)).await.unwrap();
     submit(&server, "acme", "deep", nested(120)).await.unwrap();
-    for task in [worker.task().await, worker.task().await] {
+    for task in [worker.next_task().await, worker.next_task().await] {
         worker.report(&task, 0, Kind::Result(json_payload("1"))).await;
-        worker.ended(&task).await;
+        worker.wait_for_end(&task).await;
     }
 }
 
@@ -139,15 +139,15 @@ async fn payloads_are_rejected_while_the_stored_schema_is_invalid() {
     store.save_actions(declared, SystemClock.now()).await.unwrap();
     drop(store);
     let server = Server::start_in(data, &[]);
-    let refused = submit(&server, "acme", "work", nested(120)).await.err().unwrap();
-    assert_eq!(refused.code(), Code::FailedPrecondition, "{refused}");
+    let rejected = submit(&server, "acme", "work", nested(120)).await.err().unwrap();
+    assert_eq!(rejected.code(), Code::FailedPrecondition, "{rejected}");
     let rule = "the payload schema of action \"work\" is invalid, declare a new one: ";
-    assert!(refused.message().starts_with(rule), "{refused}");
+    assert!(rejected.message().starts_with(rule), "{rejected}");
     // A new declaration replaces it.
     let token = server.token("acme", "worker", &["worker:*"]);
     let action = with_schema("work", &json!({ "type": "array" }));
-    let _worker = ScriptedWorker::come(&server, &token, hello("w", 1, vec![action])).await;
-    offered(&server, &token, "work", 1).await;
+    let _worker = ScriptedWorker::connect(&server, &token, hello("w", 1, vec![action])).await;
+    wait_for_workers(&server, &token, "work", 1).await;
     submit(&server, "acme", "work", nested(120)).await.unwrap();
     let user = server.token("acme", "ann", &[]);
     let mut client = Client::connect(&server.url, &user).await;
@@ -211,7 +211,7 @@ async fn send(stream: &mut SendStream<Bytes>, mut data: Bytes) {
 
 /// Returns code and message of the gRPC status of a response.
 async fn status_of(response: ResponseFuture) -> (Code, String) {
-    let response = in_time("a response", response).await.unwrap();
+    let response = within_timeout("a response", response).await.unwrap();
     let status = Status::from_header_map(response.headers()).expect("the status is in the headers");
     (status.code(), status.message().to_owned())
 }
@@ -239,7 +239,7 @@ async fn unauthenticated_calls_use_bounded_memory() {
 
 #[tokio::test]
 async fn incomplete_grpc_messages_time_out() {
-    let server = Server::start(&["server.body_timeout_ms=300"]);
+    let server = Server::start(&["server.body_timeout=300ms"]);
     let token = server.token("acme", "ann", &[]);
     let mut raw = RawGrpc::connect(&server).await;
     for data in [Bytes::new(), incomplete(1000, 0), incomplete(1000, 999)] {
@@ -248,7 +248,7 @@ async fn incomplete_grpc_messages_time_out() {
             send(&mut stream, data.clone()).await;
             let (code, message) = status_of(response).await;
             assert_eq!(code, Code::DeadlineExceeded, "{message}");
-            assert!(message.contains("server.body_timeout_ms"), "{message}");
+            assert!(message.contains("server.body_timeout"), "{message}");
         }
     }
 }
@@ -258,7 +258,7 @@ async fn incomplete_messages_of_one_token_are_bounded_and_do_not_affect_others()
     let server = Server::start(&["server.max_undecoded_bytes=1048576"]);
     let token = server.token("acme", "ann", &[]);
     let mut raw = RawGrpc::connect(&server).await;
-    let (mut open, mut refused) = (Vec::new(), None);
+    let (mut open, mut rejected) = (Vec::new(), None);
     for _ in 0..16 {
         let (response, mut stream) = raw.call(SUBMIT, &token).await;
         send(&mut stream, incomplete(4 << 20, 3 << 20)).await;
@@ -266,18 +266,19 @@ async fn incomplete_messages_of_one_token_are_bounded_and_do_not_affect_others()
         let mut response = Box::pin(status_of(response));
         // Waits until the metric includes the last bytes, or the call is rejected.
         let counted = || metric(&server, "streamer_server_undecoded_bytes");
-        let read =
-            in_time("all bytes", async { while counted().await < open.len() * (3 << 20) {} });
+        let read = within_timeout("all bytes", async {
+            while counted().await < open.len() * (3 << 20) {}
+        });
         tokio::select! {
             status = &mut response => {
-                refused = Some(status);
+                rejected = Some(status);
                 break;
             }
             () = read => {}
         }
         tokio::spawn(response);
     }
-    let (code, message) = refused.expect("the limit applies");
+    let (code, message) = rejected.expect("the limit applies");
     assert_eq!(code, Code::ResourceExhausted, "{message}");
     assert!(message.contains("server.max_undecoded_bytes"), "{message}");
     // Several frames, so that it is incomplete for some time.
@@ -290,11 +291,11 @@ async fn http(server: &Server, request: &str) -> (StatusCode, String) {
     let mut socket = TcpStream::connect(server.url.trim_start_matches("http://")).await.unwrap();
     // The server may respond and close the connection before it has read the whole request.
     socket.write_all(request.as_bytes()).await.ok();
-    let mut answer = Vec::new();
-    in_time("a response", socket.read_to_end(&mut answer)).await.ok();
-    let answer = String::from_utf8_lossy(&answer).into_owned();
-    let status = answer.split(' ').nth(1).unwrap_or_else(|| panic!("{answer:?}"));
-    (status.parse().unwrap(), answer.to_ascii_lowercase())
+    let mut reply = Vec::new();
+    within_timeout("a response", socket.read_to_end(&mut reply)).await.ok();
+    let reply = String::from_utf8_lossy(&reply).into_owned();
+    let status = reply.split(' ').nth(1).unwrap_or_else(|| panic!("{reply:?}"));
+    (status.parse().unwrap(), reply.to_ascii_lowercase())
 }
 
 #[tokio::test]
@@ -302,18 +303,18 @@ async fn plain_http_requests_get_exact_status_codes() {
     let server = Server::start(&[]);
     let tail = "Host: a\r\nConnection: close\r\n\r\n";
     for path in ["/", "/metrics/", "/ws/", "/streamer.router.v1.RouterService/Submit2"] {
-        let (status, answer) = http(&server, &format!("GET {path} HTTP/1.1\r\n{tail}")).await;
-        assert_eq!(status, StatusCode::NOT_FOUND, "{path}: {answer}");
-        assert!(!answer.contains("grpc-status"), "{answer}");
+        let (status, reply) = http(&server, &format!("GET {path} HTTP/1.1\r\n{tail}")).await;
+        assert_eq!(status, StatusCode::NOT_FOUND, "{path}: {reply}");
+        assert!(!reply.contains("grpc-status"), "{reply}");
     }
     for (request, status, header) in [
         ("POST /ws", StatusCode::METHOD_NOT_ALLOWED, "allow: get"),
         ("POST /healthz", StatusCode::METHOD_NOT_ALLOWED, "allow: get"),
         ("GET /ws", StatusCode::UPGRADE_REQUIRED, "connection: upgrade"),
     ] {
-        let (found, answer) = http(&server, &format!("{request} HTTP/1.1\r\n{tail}")).await;
+        let (found, reply) = http(&server, &format!("{request} HTTP/1.1\r\n{tail}")).await;
         assert_eq!(found, status, "{request}");
-        assert!(answer.contains(header), "{answer}");
+        assert!(reply.contains(header), "{reply}");
     }
     let large = format!("GET /healthz HTTP/1.1\r\nX: {}\r\n{tail}", "x".repeat(70_000));
     let (status, _) = http(&server, &large).await;
@@ -326,7 +327,7 @@ async fn unauthenticated_connections_do_not_keep_clients_out() {
         "server.max_connections=64",
         "server.max_connections_per_address=64",
         // No handshake times out.
-        "gateway.handshake_timeout_ms=60000",
+        "gateway.handshake_timeout=60000ms",
     ]);
     let token = server.token("acme", "ann", &[]);
     let mut client = Client::connect(&server.url, &token).await;
@@ -337,14 +338,14 @@ async fn unauthenticated_connections_do_not_keep_clients_out() {
         let mut socket =
             TcpStream::connect(server.url.trim_start_matches("http://")).await.unwrap();
         socket.write_all(b"GET /healthz HTTP/1.1\r\nHost: a\r\n\r\n").await.unwrap();
-        let mut answer = [0; 12];
-        socket.read_exact(&mut answer).await.unwrap();
-        assert_eq!(&answer, b"HTTP/1.1 200");
+        let mut reply = [0; 12];
+        socket.read_exact(&mut reply).await.unwrap();
+        assert_eq!(&reply, b"HTTP/1.1 200");
         unauthenticated.push(socket);
     }
     let mut second = Client::connect(&server.url, &token).await;
     for client in [&mut client, &mut second] {
-        assert_eq!(client.ask(json!({ "type": "ping" })).await["type"], "pong");
+        assert_eq!(client.request(json!({ "type": "ping" })).await["type"], "pong");
     }
     let evicted = metric(&server, "streamer_server_evicted_connections_total").await;
     assert!(evicted >= 50, "{evicted}");
@@ -352,7 +353,7 @@ async fn unauthenticated_connections_do_not_keep_clients_out() {
 
 /// Returns the value of a metric of the server.
 async fn metric(server: &Server, name: &str) -> usize {
-    let text = in_time("the metrics", metrics(&server.url)).await;
+    let text = within_timeout("the metrics", metrics(&server.url)).await;
     let line = text.lines().find_map(|line| line.strip_prefix(name)?.strip_prefix(' '));
     line.unwrap().parse().unwrap()
 }
@@ -385,7 +386,7 @@ async fn raw_socket(server: &Server, token: &str) -> TcpStream {
 /// Returns code and reason of the close frame of the server.
 async fn close_of(mut socket: TcpStream) -> (u16, String) {
     let mut all = Vec::new();
-    in_time("the close frame", socket.read_to_end(&mut all)).await.ok();
+    within_timeout("the close frame", socket.read_to_end(&mut all)).await.ok();
     let at = all.windows(2).rposition(|pair| pair[0] == 0x88).expect("a close frame");
     let payload = &all[at + 2..];
     let code = u16::from_be_bytes([payload[0], payload[1]]);
@@ -394,16 +395,16 @@ async fn close_of(mut socket: TcpStream) -> (u16, String) {
 
 #[tokio::test]
 async fn incomplete_websocket_messages_time_out() {
-    let server = Server::start(&["gateway.message_timeout_ms=1000"]);
+    let server = Server::start(&["gateway.message_timeout=1000ms"]);
     let token = server.token("acme", "ann", &[]);
     let socket = partial_message(&server, &token, 1000, 10).await;
     let (code, reason) = close_of(socket).await;
-    assert_eq!((code, reason.contains("gateway.message_timeout_ms")), (1008, true), "{reason}");
+    assert_eq!((code, reason.contains("gateway.message_timeout")), (1008, true), "{reason}");
 }
 
 #[tokio::test]
 async fn pings_do_not_extend_the_message_timeout() {
-    let server = Server::start(&["gateway.message_timeout_ms=1000"]);
+    let server = Server::start(&["gateway.message_timeout=1000ms"]);
     let token = server.token("acme", "ann", &[]);
     let mut socket = partial_message(&server, &token, 1000, 0).await;
     // Completes this message and starts the next one with a fragment.
@@ -418,9 +419,9 @@ async fn pings_do_not_extend_the_message_timeout() {
         server
     });
     let mut all = Vec::new();
-    in_time("the close frame", read.read_to_end(&mut all)).await.ok();
+    within_timeout("the close frame", read.read_to_end(&mut all)).await.ok();
     let text = String::from_utf8_lossy(&all);
-    assert!(text.contains("gateway.message_timeout_ms"), "{text}");
+    assert!(text.contains("gateway.message_timeout"), "{text}");
     drop(pings.await.unwrap());
 }
 
@@ -432,18 +433,18 @@ async fn incomplete_messages_of_one_user_are_bounded_and_do_not_affect_others() 
     let buffered = async || metric(&server, "streamer_gateway_buffered_bytes").await;
     for number in 1..5 {
         open.push(partial_message(&server, &token, 4 << 20, (4 << 20) - 1).await);
-        in_time("all bytes", async { while buffered().await < number * (4 << 20) {} }).await;
+        within_timeout("all bytes", async { while buffered().await < number * (4 << 20) {} }).await;
     }
     let last = partial_message(&server, &token, 4 << 20, (4 << 20) - 1).await;
     let (code, reason) = close_of(last).await;
     let option = "gateway.max_buffered_bytes_per_user";
     assert_eq!((code, reason.contains(option)), (4429, true), "{reason}");
     let mut other = Client::connect(&server.url, &server.token("acme", "bob", &[])).await;
-    let answer = other.ask(json!({ "action": "echo", "payload": "x".repeat(3 << 20) })).await;
-    assert_eq!(answer["type"], "response");
+    let reply = other.request(json!({ "action": "echo", "payload": "x".repeat(3 << 20) })).await;
+    assert_eq!(reply["type"], "response");
     // Closed connections are no longer counted.
     drop(open);
-    in_time("their close", async { while buffered().await > 0 {} }).await;
+    within_timeout("their close", async { while buffered().await > 0 {} }).await;
 }
 
 #[tokio::test]
@@ -452,25 +453,25 @@ async fn submissions_of_one_user_are_rate_limited_across_protocols() {
     let mut client = Client::connect(&server.url, &server.token("acme", "ann", &[])).await;
     let option = "limits.submissions_per_second_per_user";
     let mut admitted = 0;
-    let refused = loop {
-        let answer = client.ask(json!({ "action": "echo", "payload": 1 })).await;
-        if answer["type"] != "response" {
-            break answer;
+    let rejected = loop {
+        let reply = client.request(json!({ "action": "echo", "payload": 1 })).await;
+        if reply["type"] != "response" {
+            break reply;
         }
         admitted += 1;
     };
     assert!(admitted >= 2, "{admitted}");
-    assert_eq!(refused["error"]["code"], "RATE_LIMITED");
-    assert!(refused["error"]["message"].as_str().unwrap().contains(option), "{refused}");
-    assert!(refused["error"]["details"]["retry_after_ms"].as_i64().unwrap() > 0, "{refused}");
+    assert_eq!(rejected["error"]["code"], "RATE_LIMITED");
+    assert!(rejected["error"]["message"].as_str().unwrap().contains(option), "{rejected}");
+    assert!(rejected["error"]["details"]["retry_after_ms"].as_i64().unwrap() > 0, "{rejected}");
     // Submissions over gRPC count as well; those of other tenants do not.
-    let refused = loop {
-        if let Err(refused) = submit(&server, "acme", "echo_async", "{}".into()).await {
-            break refused;
+    let rejected = loop {
+        if let Err(rejected) = submit(&server, "acme", "echo_async", "{}".into()).await {
+            break rejected;
         }
     };
-    assert_eq!(refused.code(), Code::ResourceExhausted, "{refused}");
-    assert!(refused.message().contains(option), "{refused}");
+    assert_eq!(rejected.code(), Code::ResourceExhausted, "{rejected}");
+    assert!(rejected.message().contains(option), "{rejected}");
     submit(&server, "globex", "echo_async", "{}".into()).await.unwrap();
 }
 
@@ -508,14 +509,14 @@ async fn a_burst_of_messages_is_served_or_rejected_and_does_not_delay_others() {
     });
     let mut client = Client::connect(&server.url, &server.token("acme", "ann", &[])).await;
     let mut served = Occurrences { text: r#"{"type":"response""#, count: 0 };
-    let mut refused = Occurrences { text: r#""code":"RATE_LIMITED""#, count: 0 };
+    let mut rejected = Occurrences { text: r#""code":"RATE_LIMITED""#, count: 0 };
     let (mut tail, mut buffer) = (Vec::new(), vec![0; 256 * 1024]);
     let mut reads = 0;
-    while served.count + refused.count < MESSAGES {
-        let new = in_time("responses", receiving.read(&mut buffer)).await.unwrap();
+    while served.count + rejected.count < MESSAGES {
+        let new = within_timeout("responses", receiving.read(&mut buffer)).await.unwrap();
         assert!(new > 0, "the connection was closed");
         tail.extend_from_slice(&buffer[..new]);
-        for occurrences in [&mut served, &mut refused] {
+        for occurrences in [&mut served, &mut rejected] {
             occurrences.count(&tail, new);
         }
         tail.drain(..tail.len().saturating_sub(64));
@@ -524,10 +525,10 @@ async fn a_burst_of_messages_is_served_or_rejected_and_does_not_delay_others() {
             continue;
         }
         // Other clients are served in between.
-        assert_eq!(client.ask(json!({"type": "ping"})).await["type"], "pong");
+        assert_eq!(client.request(json!({"type": "ping"})).await["type"], "pong");
     }
     drop(flood.await.unwrap());
-    // At least `gateway.message_burst`.
+    // At least `gateway.rate_limit_burst`.
     assert!(served.count >= 20_000, "{}", served.count);
     let peak = server.peak_resident_bytes();
     assert!(peak < 250 << 20, "{peak}");
@@ -538,7 +539,7 @@ async fn repeated_subscriptions_do_not_leak() {
     const ROUNDS: usize = 1_000;
     let server = Server::start(&[]);
     let mut client = Client::connect(&server.url, &server.token("acme", "ann", &[])).await;
-    client.ask(json!({"id": "r", "action": "echo_async", "delay_ms": 3_600_000})).await;
+    client.request(json!({"id": "r", "action": "echo_async", "delay_ms": 3_600_000})).await;
     let churn = async |client: &mut Client| {
         for _ in 0..ROUNDS {
             client.send(json!({"type": "subscribe", "request_id": "r"})).await;
@@ -555,10 +556,10 @@ async fn repeated_subscriptions_do_not_leak() {
     churn(&mut client).await;
     let grown = server.peak_resident_bytes().saturating_sub(before);
     assert!(grown < 16 << 20, "{grown}");
-    assert_eq!(client.ask(json!({"type": "ping"})).await["type"], "pong");
+    assert_eq!(client.request(json!({"type": "ping"})).await["type"], "pong");
     client.send(json!({"type": "unsubscribe", "request_id": "r"})).await;
     let watchers = || metric(&server, "streamer_progress_watchers");
-    in_time("the end of all watches", async { while watchers().await > 0 {} }).await;
+    within_timeout("the end of all watches", async { while watchers().await > 0 {} }).await;
 }
 
 /// Limits for tests of output; the server holds several copies of each byte.
@@ -568,7 +569,8 @@ const SMALL_OUTPUT_BUDGET: [&str; 2] =
 #[tokio::test]
 async fn output_of_one_tenant_is_bounded_and_does_not_delay_others() {
     const FLOOD: usize = 50;
-    let server = Server::start(&[&SMALL_OUTPUT_BUDGET[..], &["execution.lease_ms=3000"]].concat());
+    let server =
+        Server::start(&[&SMALL_OUTPUT_BUDGET[..], &["execution.lease_duration=3000ms"]].concat());
     let flood = json!({ "steps": 1, "output_chunks": 10, "chunk_bytes": 1_000_000 });
     for _ in 0..FLOOD {
         submit(&server, "evil", "echo_async", flood.to_string()).await.unwrap();
@@ -601,22 +603,22 @@ async fn reports_beyond_the_budget_are_resent_and_do_not_delay_other_tenants() {
     const CHUNKS: i64 = 17;
     let server = Server::start(&[
         // The scripted worker sends no heartbeats.
-        "execution.lease_ms=60000",
+        "execution.lease_duration=60000ms",
         "execution.max_buffered_output_bytes=1048576",
         "limits.max_payload_bytes=65536",
         "limits.max_output_chunk_bytes=65536",
     ]);
     let token = server.token("shared", "worker", &["worker:*@*"]);
     let action = declare("flood");
-    let mut worker = ScriptedWorker::come(&server, &token, hello("w", 100, vec![action])).await;
-    offered(&server, &server.token("evil", "eve", &[]), "flood", 1).await;
+    let mut worker = ScriptedWorker::connect(&server, &token, hello("w", 100, vec![action])).await;
+    wait_for_workers(&server, &server.token("evil", "eve", &[]), "flood", 1).await;
     for _ in 0..TASKS {
         submit(&server, "evil", "flood", "{}".into()).await.unwrap();
     }
     submit(&server, "acme", "flood", "{}".into()).await.unwrap();
     let mut tasks = HashMap::new();
     while tasks.len() <= TASKS {
-        let task = worker.task().await;
+        let task = worker.next_task().await;
         tasks.insert(task.uid.clone(), task);
     }
     let chunk = json_payload(json!("x".repeat(65_000)).to_string());
@@ -651,9 +653,9 @@ async fn reports_beyond_the_budget_are_resent_and_do_not_delay_other_tenants() {
                 let task = &tasks[&resend.uid];
                 for number in resend.number + 1..=CHUNKS {
                     let output = Kind::Output(chunk.clone());
-                    worker.report_again(task, resend.resends, number, output).await;
+                    worker.report_after_resends(task, resend.resends, number, output).await;
                 }
-                worker.report_again(task, resend.resends, CHUNKS, last()).await;
+                worker.report_after_resends(task, resend.resends, CHUNKS, last()).await;
                 resends += 1;
             }
             Message::Revoke(revoke) => panic!("revoked: {revoke:?}"),
@@ -691,14 +693,14 @@ async fn slow_watchers_use_bounded_memory_and_do_not_delay_others() {
         open.push(eve.progress().watch(eve.call(watch())).await.unwrap().into_inner());
     }
     let unread = "streamer_progress_unread_watch_bytes";
-    in_time("unread messages up to the limit", async {
+    within_timeout("unread messages up to the limit", async {
         while metric(&server, unread).await < 7_000_000 {}
     })
     .await;
     let bob = api("bob");
     let mut read = bob.progress().watch(bob.call(watch())).await.unwrap().into_inner();
     let mut bytes = 0;
-    while let Some(message) = in_time("a message", read.message()).await.unwrap() {
+    while let Some(message) = within_timeout("a message", read.message()).await.unwrap() {
         bytes += prost::Message::encoded_len(&message);
     }
     assert!(bytes > 10_000_000, "{bytes}");
@@ -706,7 +708,8 @@ async fn slow_watchers_use_bounded_memory_and_do_not_delay_others() {
     let peak = server.peak_resident_bytes();
     assert!(peak < 300 << 20, "{peak}");
     drop(open);
-    in_time("the end of the watches", async { while metric(&server, unread).await > 0 {} }).await;
+    within_timeout("the end of the watches", async { while metric(&server, unread).await > 0 {} })
+        .await;
 }
 
 /// HTTP/2 frames that are created while they are sent.
@@ -773,7 +776,7 @@ async fn exchange(
         }
     }
     write.write_all(&pending).await.ok();
-    in_time("a frame or the end of the connection", reading).await.unwrap().is_ok()
+    within_timeout("a frame or the end of the connection", reading).await.unwrap().is_ok()
 }
 
 #[tokio::test]
@@ -820,8 +823,8 @@ async fn frame_floods_use_bounded_memory_and_do_not_affect_clients() {
     for (name, frames) in floods {
         let last = frame(PING, 0, 0, LAST);
         exchange(&server, frames.chain([last]), (PING, LAST)).await;
-        let answer = client.ask(json!({ "action": "echo", "payload": name })).await;
-        assert_eq!(answer["type"], "response", "{name}");
+        let reply = client.request(json!({ "action": "echo", "payload": name })).await;
+        assert_eq!(reply["type"], "response", "{name}");
         let peak = server.peak_resident_bytes();
         assert!(peak < 200 << 20, "{name}: {peak}");
     }
@@ -927,16 +930,16 @@ async fn hostile_messages_are_rejected_individually() {
     for text in hostile_texts() {
         let excerpt: String = text.chars().take(80).collect();
         client.send_text(text).await;
-        let answer = client.next().await;
-        assert_eq!(answer["type"], "error", "{excerpt}: {answer}");
-        let code = answer["error"]["code"].as_str().unwrap().to_owned();
+        let reply = client.next().await;
+        assert_eq!(reply["type"], "error", "{excerpt}: {reply}");
+        let code = reply["error"]["code"].as_str().unwrap().to_owned();
         assert!(
             ["VALIDATION_ERROR", "INVALID_ACTION", "NOT_FOUND", "UNAUTHORIZED"].contains(&&*code),
-            "{excerpt}: {answer}"
+            "{excerpt}: {reply}"
         );
-        assert!(answer.to_string().len() < 4096, "{excerpt}: the reply is short");
+        assert!(reply.to_string().len() < 4096, "{excerpt}: the reply is short");
     }
-    assert_eq!(client.ask(json!({ "type": "ping" })).await["type"], "pong");
+    assert_eq!(client.request(json!({ "type": "ping" })).await["type"], "pong");
     let peak = server.peak_resident_bytes();
     assert!(peak < 250 << 20, "{peak}");
 }

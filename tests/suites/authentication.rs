@@ -166,13 +166,13 @@ async fn only_a_fresh_token_of_the_same_user_extends_a_connection() {
             other => panic!("{other}"),
         }
     }
-    let refused = loop {
-        let answer = client.ask(json!({"type": "auth", "token": "x.y.z"})).await;
-        if answer["type"] != "auth_expiring" {
-            break answer;
+    let rejected = loop {
+        let reply = client.request(json!({"type": "auth", "token": "x.y.z"})).await;
+        if reply["type"] != "auth_expiring" {
+            break reply;
         }
     };
-    assert_eq!(refused["error"]["code"], "UNAUTHORIZED");
+    assert_eq!(rejected["error"]["code"], "UNAUTHORIZED");
     client.send(json!({"type": "auth", "token": server.token("acme", "bob", &[])})).await;
     let closed = client.try_next().await;
     assert!(matches!(closed, Err(ClientError::Closed { code: 4403, .. })), "{closed:?}");

@@ -17,7 +17,7 @@ use streamer_tests::{
     Client, Cluster, Load, Log, LoopbackAddress, Process, Proxy, ScriptedWorker, Service,
     WorkerProcess, declare,
     dynamodb::{Implementation, endpoint},
-    hello, in_time, offered_at, tool,
+    hello, tool, wait_for_action, within_timeout,
 };
 use tokio::sync::{Mutex, MutexGuard};
 use tokio_util::sync::CancellationToken;
@@ -27,10 +27,10 @@ use tonic::{Code, Streaming, metadata::MetadataValue, transport::Endpoint};
 static ONE_AT_A_TIME: Mutex<()> = Mutex::const_new(());
 
 const SETTINGS: [&str; 4] = [
-    "execution.lease_ms=1000",
-    "execution.poll_interval_ms=100",
-    "execution.tenant_share_percent=100",
-    "peers.resolve_interval_ms=500",
+    "execution.lease_duration=1000ms",
+    "execution.poll_interval=100ms",
+    "execution.max_tenant_share_percent=100",
+    "peers.dns_refresh_interval=500ms",
 ];
 
 async fn cluster(
@@ -41,7 +41,7 @@ async fn cluster(
     let cluster = Cluster::start(dynamodb, &SETTINGS, overrides).await;
     let token = cluster.token("acme", "ann", &["worker:*"]);
     for url in &cluster.urls {
-        offered_at(url, &token, "echo_async").await;
+        wait_for_action(url, &token, "echo_async").await;
     }
     (cluster, guard)
 }
@@ -53,14 +53,14 @@ async fn clients_resume_when_one_of_each_service_is_killed_in_turn() {
     let load = Load::start(&cluster.urls, &token, 1, true);
     for number in 0..2 {
         for service in Service::ALL {
-            load.more(200).await;
+            load.wait_for_messages(200).await;
             cluster.kill(service, number);
-            load.more(100).await;
+            load.wait_for_messages(100).await;
             cluster.restart(service, number).await;
         }
     }
-    load.more(200).await;
-    load.judge("cluster-kills").await;
+    load.wait_for_messages(200).await;
+    load.verify("cluster-kills").await;
 }
 
 #[tokio::test(flavor = "multi_thread")]
@@ -75,16 +75,16 @@ async fn clients_resume_when_one_of_each_service_is_stopped_in_turn() {
         let done = done.clone();
         async move {
             while !done.is_cancelled() {
-                let answer = client.ask(json!({"action": "echo", "payload": 1})).await;
-                assert_eq!(answer["data"]["echo"], 1, "{answer}");
+                let reply = client.request(json!({"action": "echo", "payload": 1})).await;
+                assert_eq!(reply["data"]["echo"], 1, "{reply}");
             }
         }
     });
     let mut client = Client::connect(&cluster.urls[1], &token).await;
     let later = json!({"id": "later", "action": "echo_async", "delay_ms": 3_600_000});
-    let later = client.ask(later).await["uid"].as_str().unwrap().to_owned();
+    let later = client.request(later).await["uid"].as_str().unwrap().to_owned();
     for service in Service::ALL {
-        load.more(200).await;
+        load.wait_for_messages(200).await;
         // A watch of the stopped service ends, and does not delay the shutdown.
         let mut watching = None;
         if matches!(service, Service::Progress | Service::Gateway) {
@@ -98,13 +98,13 @@ async fn clients_resume_when_one_of_each_service_is_stopped_in_turn() {
             let status = watch.message().await.unwrap_err();
             assert_eq!(status.code(), Code::Unavailable, "{service:?}: {status}");
         }
-        load.more(100).await;
+        load.wait_for_messages(100).await;
         cluster.restart(service, 0).await;
     }
-    load.more(200).await;
+    load.wait_for_messages(200).await;
     done.cancel();
     calls.await.unwrap();
-    load.judge("cluster-stops").await;
+    load.verify("cluster-stops").await;
 }
 
 #[tokio::test(flavor = "multi_thread")]
@@ -120,7 +120,7 @@ async fn slow_watchers_do_not_delay_others_when_one_peer_serves_many_watches() {
     let url = &cluster.urls[0];
     let mut client = Client::connect(url, &token).await;
     let later = json!({"id": "later", "action": "echo_async", "delay_ms": 3_600_000});
-    let later = client.ask(later).await["uid"].as_str().unwrap().to_owned();
+    let later = client.request(later).await["uid"].as_str().unwrap().to_owned();
     let chunks = json!({"steps": 1, "output_chunks": 32, "chunk_bytes": 60_000});
     client.submit("large", "echo_async", chunks).await;
     let log = client.follow(Log::after(1)).await;
@@ -157,8 +157,8 @@ async fn watch(api: &Api, request_id: &str) -> Streaming<WatchResponse> {
 /// Follows a log to its end; returns the last `seq`.
 async fn last_seq(mut watch: Streaming<WatchResponse>) -> i64 {
     let mut last_seq = 0;
-    while let Some(answer) = watch.message().await.unwrap() {
-        for event in answer.events {
+    while let Some(reply) = watch.message().await.unwrap() {
+        for event in reply.events {
             assert_eq!(event.seq, last_seq + 1);
             last_seq = event.seq;
         }
@@ -172,14 +172,14 @@ async fn clients_resume_when_a_progress_service_is_partitioned() {
     let token = cluster.token("acme", "ann", &[]);
     let load = Load::start(&cluster.urls, &token, 2, true);
     for number in 0..2 {
-        load.more(200).await;
+        load.wait_for_messages(200).await;
         cluster.partition(number);
         // More than can be in transit at the start of the partition.
-        load.more(1000).await;
+        load.wait_for_messages(1000).await;
         cluster.heal(number);
     }
-    load.more(200).await;
-    load.judge("cluster-partition").await;
+    load.wait_for_messages(200).await;
+    load.verify("cluster-partition").await;
 }
 
 #[tokio::test(flavor = "multi_thread")]
@@ -216,8 +216,8 @@ async fn watches_move_to_a_different_progress_service_when_the_store_is_unreacha
 
 #[tokio::test(flavor = "multi_thread")]
 async fn logs_are_consistent_when_instances_have_different_peer_sets() {
-    // Each instance knows only one progress service; they do not know the same one, and each progress
-    // service knows only itself.
+    // Each instance knows one progress service only, and not all know the same one; each progress service
+    // knows only itself.
     let (cluster, _guard) = cluster(|service, number, proxies| {
         let known = match service {
             Service::Gateway | Service::Progress => number,
@@ -228,8 +228,8 @@ async fn logs_are_consistent_when_instances_have_different_peer_sets() {
     .await;
     let token = cluster.token("acme", "ann", &[]);
     let load = Load::start(&cluster.urls, &token, 3, true);
-    load.more(400).await;
-    load.judge("cluster-peers").await;
+    load.wait_for_messages(400).await;
+    load.verify("cluster-peers").await;
 }
 
 #[tokio::test(flavor = "multi_thread")]
@@ -283,27 +283,27 @@ async fn messages_reach_users_on_every_gateway() {
     cluster.kill(Service::Gateway, 0);
     let mut second = Client::connect(&cluster.urls[1], &token).await;
     let subscribe = json!({"type": "subscribe", "request_id": "long", "after_seq": log.last_seq()});
-    assert_eq!(second.ask(subscribe).await["type"], "subscribed");
+    assert_eq!(second.request(subscribe).await["type"], "subscribed");
     assert_eq!(second.follow(log).await.last_seq(), 53);
 }
 
 #[tokio::test(flavor = "multi_thread")]
 async fn workers_and_sync_calls_use_a_gateway_and_internal_calls_require_the_service_token() {
     let (mut cluster, _guard) = cluster(|service, _, _| match service {
-        Service::Processor => vec!["execution.local_actions=echo,echo_async".into()],
+        Service::Processor => vec!["execution.builtin_actions=echo,echo_async".into()],
         _ => Vec::new(),
     })
     .await;
     let token = cluster.token("acme", "ann", &["*"]);
     let _worker =
         WorkerProcess::spawn_at(&cluster.urls[0], &token, "generate_report", &["--slots", "2"]);
-    offered_at(&cluster.urls[1], &token, "generate_report").await;
+    wait_for_action(&cluster.urls[1], &token, "generate_report").await;
     cluster.kill(Service::Processor, 0);
     let mut client = Client::connect(&cluster.urls[1], &token).await;
     for number in 0..20 {
         let echo = json!({"id": format!("e{number}"), "action": "echo", "payload": {"n": number}});
-        let answer = client.ask(echo).await;
-        assert_eq!(answer["data"]["echo"], json!({"n": number}), "{answer}");
+        let reply = client.request(echo).await;
+        assert_eq!(reply["data"]["echo"], json!({"n": number}), "{reply}");
     }
 
     let progress = cluster.url(Service::Progress, 0);
@@ -326,13 +326,13 @@ async fn workers_and_sync_calls_use_a_gateway_and_internal_calls_require_the_ser
     // Clients that do not use tonic receive the status of a rejected watch as well.
     let authorization = format!("authorization: Bearer {token}");
     let gateway = cluster.urls[1].trim_start_matches("http://").to_owned();
-    let refused = tokio::task::spawn_blocking(move || {
+    let rejected = tokio::task::spawn_blocking(move || {
         let mut grpcurl = Process::command(tool("STREAMER_TESTS_GRPCURL"));
         grpcurl.args(["-plaintext", "-H", &authorization, "-d", r#"{"request_id":"unknown"}"#]);
         Process::output(grpcurl.args([&gateway, "streamer.progress.v1.ProgressService/Watch"]))
     });
-    let refused = refused.await.unwrap();
-    let text = String::from_utf8_lossy(&refused.stderr);
+    let rejected = rejected.await.unwrap();
+    let text = String::from_utf8_lossy(&rejected.stderr);
     assert!(text.contains("Code: NotFound"), "{text}");
 
     // Other callers cannot choose the uid of a request.
@@ -341,8 +341,8 @@ async fn workers_and_sync_calls_use_a_gateway_and_internal_calls_require_the_ser
     let submit = SubmitRequest { action: "echo_async".into(), ..SubmitRequest::default() };
     let mut call = api.call(submit);
     call.metadata_mut().insert("streamer-request-uid", MetadataValue::from_static(chosen));
-    let answer = api.router().submit(call).await.unwrap().into_inner();
-    assert_ne!(answer.uid, chosen);
+    let reply = api.router().submit(call).await.unwrap().into_inner();
+    assert_ne!(reply.uid, chosen);
 }
 
 #[tokio::test(flavor = "multi_thread")]
@@ -360,11 +360,11 @@ async fn routers_share_the_submission_rate_of_a_tenant() {
     };
     // The gateway calls the routers in turn.
     let share = "more than 20 submissions a second, 10 at this router";
-    in_time("a rejection that reports the share", async {
+    within_timeout("a rejection that reports the share", async {
         loop {
             match api.router().submit(api.call(submit.clone())).await {
-                Err(refused) if refused.message().contains(share) => return,
-                Err(refused) => assert_eq!(refused.code(), Code::ResourceExhausted, "{refused}"),
+                Err(rejected) if rejected.message().contains(share) => return,
+                Err(rejected) => assert_eq!(rejected.code(), Code::ResourceExhausted, "{rejected}"),
                 Ok(_) => {}
             }
         }
@@ -382,7 +382,7 @@ async fn every_router_knows_declared_actions_once_the_worker_is_welcomed() {
         let hello = hello(&action, 1, vec![declare(&action)]);
         let url = &cluster.urls[number % 2];
         let first = work_request::Message::Hello(hello);
-        workers.push(ScriptedWorker::open_at(url, &token, first).await.unwrap());
+        workers.push(ScriptedWorker::try_connect_at(url, &token, first).await.unwrap());
         for router in 0..2 {
             let api = Api::new(&cluster.url(Service::Router, router), &token).unwrap();
             let submit = SubmitRequest { action: action.clone(), ..SubmitRequest::default() };

@@ -61,9 +61,9 @@ fn a_submission_starts_or_continues_a_trace() {
     let parent = "00-0af7651916cd43dd8448eb211c80319c-b7ad6b7169203331-01";
     let continued = submit(Some(parent));
     assert_eq!(continued.stderr, b"trace 0af7651916cd43dd8448eb211c80319c\n");
-    let refused = submit(Some("nonsense"));
-    assert_eq!(refused.status.code(), Some(2));
-    let reason = String::from_utf8(refused.stderr).unwrap();
+    let rejected = submit(Some("nonsense"));
+    assert_eq!(rejected.status.code(), Some(2));
+    let reason = String::from_utf8(rejected.stderr).unwrap();
     assert!(reason.contains("TRACEPARENT must be a W3C traceparent"), "{reason}");
 }
 

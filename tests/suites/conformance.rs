@@ -230,8 +230,8 @@ async fn fill(
     for _ in 0..count {
         created.push(create_within_quota(store, &new).await);
     }
-    let refused = store.create_request(new()).await.unwrap();
-    assert!(matches!(refused, CreateOutcome::OverQuota(found) if found == limit), "{refused:?}");
+    let rejected = store.create_request(new()).await.unwrap();
+    assert!(matches!(rejected, CreateOutcome::OverQuota(found) if found == limit), "{rejected:?}");
     created
 }
 
@@ -301,10 +301,10 @@ async fn the_embedded_engine_limits_the_stored_bytes_of_a_tenant() {
         store.cancel(*uid, "enough".into(), at(2000)).await.unwrap();
         store.delete_request(*uid).await.unwrap();
     }
-    let refused = store.create_request(new(100)).await.unwrap();
+    let rejected = store.create_request(new(100)).await.unwrap();
     assert!(
-        matches!(refused, CreateOutcome::OverQuota(TenantLimit::StoredBytesPerTenant)),
-        "{refused:?}"
+        matches!(rejected, CreateOutcome::OverQuota(TenantLimit::StoredBytesPerTenant)),
+        "{rejected:?}"
     );
     store.delete_request(uids[0]).await.unwrap();
     store.delete_request(uids[0]).await.unwrap();

@@ -7,7 +7,7 @@
 
 use std::env;
 
-use streamer_tests::{Load, Random, Server, WorkerProcess, offered};
+use streamer_tests::{Load, Random, Server, WorkerProcess, wait_for_workers};
 
 #[tokio::test(flavor = "multi_thread")]
 async fn guarantees_hold_when_the_server_is_killed() {
@@ -23,10 +23,10 @@ async fn guarantees_hold_when_server_and_workers_are_killed() {
 
 fn server(local_actions: &str) -> Server {
     Server::start(&[
-        &format!("execution.local_actions={local_actions}"),
-        "execution.lease_ms=500",
-        "execution.poll_interval_ms=50",
-        "execution.tenant_share_percent=100",
+        &format!("execution.builtin_actions={local_actions}"),
+        "execution.lease_duration=500ms",
+        "execution.poll_interval=50ms",
+        "execution.max_tenant_share_percent=100",
     ])
 }
 
@@ -40,11 +40,11 @@ async fn run(name: &str, mut server: Server, workers: usize, kills: usize) {
     let token = server.token("acme", "ann", &["worker:*"]);
     let mut workers: Vec<_> = (0..workers).map(|_| worker(&server, &token)).collect();
     let all = i32::try_from(workers.len()).unwrap();
-    offered(&server, &token, "echo_async", all).await;
+    wait_for_workers(&server, &token, "echo_async", all).await;
     let load = Load::start(std::slice::from_ref(&server.url), &token, seed, false);
     let mut killed = 0;
     while killed < kills {
-        load.more(random.below(60)).await;
+        load.wait_for_messages(random.below(60)).await;
         let victim = random.below(workers.len() * 2 + 1);
         if victim < workers.len() {
             let replacement = worker(&server, &token);
@@ -56,7 +56,7 @@ async fn run(name: &str, mut server: Server, workers: usize, kills: usize) {
         killed += 1;
     }
     println!("{name}: {killed} kills, seed {seed}");
-    load.judge(name).await;
+    load.verify(name).await;
 }
 
 fn worker(server: &Server, token: &str) -> WorkerProcess {

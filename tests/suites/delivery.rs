@@ -21,12 +21,12 @@ async fn a_hundred_concurrent_submissions_of_one_id_create_one_request() {
                 client.send(submit.clone()).await;
             }
             let (mut acknowledgments, mut log, mut uids) = (0, Log::after(1), Vec::new());
-            while acknowledgments < 10 || !log.ended() {
+            while acknowledgments < 10 || !log.has_ended() {
                 let message = client.next().await;
                 if message["type"] == "acknowledgment" {
                     acknowledgments += 1;
                     uids.push(message["uid"].clone());
-                } else if log.ended() {
+                } else if log.has_ended() {
                     // A repeated submission after the end replays the same log.
                     let at = usize::try_from(message["seq"].as_i64().unwrap() - 2).unwrap();
                     assert_eq!(log.events[at], message);
@@ -43,7 +43,7 @@ async fn a_hundred_concurrent_submissions_of_one_id_create_one_request() {
     assert!(all.iter().all(|received| *received == all[0]), "all clients receive the same log");
     assert_eq!((all[0].1.count("started"), all[0].1.last_type()), (1, "complete"));
     let mut client = Client::connect(&server.url, &token).await;
-    let list = client.ask(json!({"type": "list"})).await;
+    let list = client.request(json!({"type": "list"})).await;
     assert_eq!(list["requests"].as_array().unwrap().len(), 1);
 }
 
@@ -52,7 +52,7 @@ async fn a_thousand_watchers_that_join_late_and_reconnect_receive_exactly_the_lo
     const WATCHERS: usize = 1000;
     const STEPS: i64 = 300;
     // On a busy machine, a thousand concurrent handshakes may take longer than the default of 10 s.
-    let settings = ["gateway.handshake_timeout_ms=60000", "gateway.max_connections_per_user=5000"];
+    let settings = ["gateway.handshake_timeout=60000ms", "gateway.max_connections_per_user=5000"];
     let server = Server::start(&settings);
     let token: Arc<str> = server.token("acme", "ann", &[]).into();
     let mut owner = Client::connect(&server.url, &token).await;
@@ -78,13 +78,13 @@ async fn a_thousand_watchers_that_join_late_and_reconnect_receive_exactly_the_lo
 async fn watch(url: &str, token: &str, number: usize) -> Log {
     let mut log = Log::default();
     let mut leave_at = if number.is_multiple_of(3) { number % 50 + 2 } else { usize::MAX };
-    while !log.ended() {
+    while !log.has_ended() {
         let mut client = Client::connect(url, token).await;
         let after_seq = log.last_seq();
         client
             .send(json!({"type": "subscribe", "request_id": "shared", "after_seq": after_seq}))
             .await;
-        while !log.ended() && log.events.len() < leave_at {
+        while !log.has_ended() && log.events.len() < leave_at {
             log.push(client.next().await);
         }
         leave_at = usize::MAX;
@@ -99,7 +99,7 @@ async fn mode_latest_drops_only_progress() {
     let mut client = Client::connect(&server.url, &token).await;
     let payload = json!({"steps": 5000, "output_chunks": 10});
     let submit = json!({"id": "l", "action": "echo_async", "payload": payload, "mode": "latest"});
-    assert_eq!(client.ask(submit).await["type"], "acknowledgment");
+    assert_eq!(client.request(submit).await["type"], "acknowledgment");
     let (mut progress, mut output, mut last_seq) = (0, 0, 1);
     loop {
         let message = client.next().await;
@@ -136,18 +136,18 @@ async fn messages_are_sent_only_to_connected_users_of_the_tenant() {
     let message = ann.next_text().await;
     assert!(message.contains(r#""topic":"news","data":{"n":9223372036854775807}"#), "{message}");
     let foreign = other.connected["connection_id"].as_str().unwrap().to_owned();
-    let refused = api.connections().send(api.call(send(Target::ConnectionId(foreign)))).await;
-    assert_eq!(refused.unwrap_err().code(), tonic::Code::NotFound);
+    let rejected = api.connections().send(api.call(send(Target::ConnectionId(foreign)))).await;
+    assert_eq!(rejected.unwrap_err().code(), tonic::Code::NotFound);
     let all = BroadcastRequest { topic: "all".into(), data: None };
     api.connections().broadcast(api.call(all)).await.unwrap();
     assert_eq!(ann.next().await["topic"], "all");
     assert_eq!(
-        other.ask(json!({"type": "ping"})).await["type"],
+        other.request(json!({"type": "ping"})).await["type"],
         "pong",
         "no message before the pong"
     );
     let unpermitted = Api::new(&server.url, &server.token("acme", "x", &[])).unwrap();
-    let refused =
+    let rejected =
         unpermitted.connections().send(unpermitted.call(send(Target::UserId("ann".into())))).await;
-    assert_eq!(refused.unwrap_err().code(), tonic::Code::PermissionDenied);
+    assert_eq!(rejected.unwrap_err().code(), tonic::Code::PermissionDenied);
 }

@@ -15,14 +15,14 @@ use std::{
 };
 
 use serde_json::json;
-use streamer_tests::{Client, Process, Random, Server, binary, in_time, refusal_to_start};
+use streamer_tests::{Client, Process, Random, Server, binary, start_error, within_timeout};
 use tempfile::TempDir;
 
 const PAGE: usize = 4096;
 const WAL_HEADER: usize = 32;
 const FRAME: usize = 24 + PAGE;
 /// Disables polling, so that the server writes only on requests.
-const QUIET: [&str; 1] = ["execution.poll_interval_ms=60000"];
+const QUIET: [&str; 1] = ["execution.poll_interval=60000ms"];
 
 /// Submits requests that stay queued; returns their names.
 async fn submit(server: &Server, names: impl Iterator<Item = String>) -> Vec<String> {
@@ -33,8 +33,8 @@ async fn submit(server: &Server, names: impl Iterator<Item = String>) -> Vec<Str
         let message = json!({
             "id": name, "action": "echo_async", "payload": payload, "delay_ms": 3_600_000,
         });
-        let answer = client.ask(message).await;
-        assert_eq!(answer["type"], "acknowledgment", "{answer}");
+        let reply = client.request(message).await;
+        assert_eq!(reply["type"], "acknowledgment", "{reply}");
         acknowledged.push(name);
     }
     acknowledged
@@ -44,7 +44,7 @@ async fn submit(server: &Server, names: impl Iterator<Item = String>) -> Vec<Str
 async fn check(server: &Server, acknowledged: &[String]) {
     let mut client = Client::connect(&server.url, &server.token("acme", "ann", &[])).await;
     for name in acknowledged {
-        let request = client.ask(json!({"type": "get", "request_id": name})).await;
+        let request = client.request(json!({"type": "get", "request_id": name})).await;
         assert_eq!(request["payload"]["result"], **name, "{request}");
         assert_eq!((&request["state"], &request["last_seq"]), (&json!("QUEUED"), &json!(1)));
     }
@@ -178,12 +178,12 @@ async fn a_value_corrupted_on_disk_is_reported_and_not_served() {
         let server = Server::start_in(corrupt, &QUIET);
         let token = server.token("acme", "ann", &["requests:read"]);
         let mut client = Client::connect(&server.url, &token).await;
-        let answer = client.ask(json!({"type": "get", "request_id": MARKER})).await;
+        let reply = client.request(json!({"type": "get", "request_id": MARKER})).await;
         // A request with a corrupt index entry is not found; served values are intact.
-        match answer["type"].as_str().unwrap() {
-            "error" if answer["error"]["code"] == "INTERNAL_ERROR" => reported += 1,
-            "error" => assert_eq!(answer["error"]["code"], "NOT_FOUND", "{answer}"),
-            _ => assert_eq!(answer["payload"]["result"], MARKER, "{answer}"),
+        match reply["type"].as_str().unwrap() {
+            "error" if reply["error"]["code"] == "INTERNAL_ERROR" => reported += 1,
+            "error" => assert_eq!(reply["error"]["code"], "NOT_FOUND", "{reply}"),
+            _ => assert_eq!(reply["payload"]["result"], MARKER, "{reply}"),
         }
     }
     assert!(reported >= 2, "row and payload are checked: {reported}");
@@ -197,11 +197,11 @@ async fn the_server_does_not_start_with_a_corrupt_store() {
     let truncated = copy(data.path());
     let path = truncated.path().join("streamer.db");
     OpenOptions::new().write(true).open(path).unwrap().set_len(half as u64).unwrap();
-    let error = refusal_to_start(truncated.path());
+    let error = start_error(truncated.path());
     assert!(error.contains("corrupt"), "{error}");
     let foreign = copy(data.path());
     overwrite(&foreign.path().join("streamer.db"), 0, &[b'x'; 4096]);
-    let error = refusal_to_start(foreign.path());
+    let error = start_error(foreign.path());
     assert!(error.contains("corrupt"), "{error}");
 }
 
@@ -223,16 +223,16 @@ async fn submissions_are_rejected_when_store_files_are_missing() {
         let moved = server.data().with_extension("moved");
         let mut client = Client::connect(&server.url, &server.token("acme", "ann", &[])).await;
         let request = json!({"action": "echo_async", "delay_ms": 3_600_000});
-        assert_eq!(client.ask(request.clone()).await["type"], "acknowledgment");
+        assert_eq!(client.request(request.clone()).await["type"], "acknowledgment");
         lose(server.data());
-        let refused = client.ask(request).await;
-        assert_eq!(refused["error"]["code"], "UNAVAILABLE", "{refused}");
+        let rejected = client.request(request).await;
+        assert_eq!(rejected["error"]["code"], "UNAVAILABLE", "{rejected}");
         let not_ready = async {
             while is_ready(&server.url) {
                 tokio::task::yield_now().await;
             }
         };
-        in_time("the readiness check to fail", not_ready).await;
+        within_timeout("the readiness check to fail", not_ready).await;
         drop(server);
         if moved.exists() {
             fs::remove_dir_all(moved).unwrap();

@@ -25,7 +25,7 @@ struct Received {
 #[tokio::test(flavor = "multi_thread")]
 async fn every_acknowledged_request_survives_a_kill() {
     const ROUNDS: usize = 3;
-    let mut server = Server::start(&["execution.lease_ms=1000"]);
+    let mut server = Server::start(&["execution.lease_duration=1000ms"]);
     let token = server.token("acme", "ann", &[]);
     for round in 0..ROUNDS {
         let enough = Arc::new(Notify::new());
@@ -91,8 +91,8 @@ async fn check(server: &Server, token: &str, received: Received) {
     let mut client = Client::connect(&server.url, token).await;
     for id in received.acknowledged {
         let subscribe = json!({"type": "subscribe", "request_id": id, "after_seq": 0});
-        let answer = client.ask(subscribe).await;
-        assert_eq!(answer["type"], "subscribed", "{answer}");
+        let reply = client.request(subscribe).await;
+        assert_eq!(reply["type"], "subscribed", "{reply}");
         let log = client.follow(Log::default()).await;
         assert_eq!(log.last_type(), "complete");
         if let Some(events) = received.ended.get(&id) {
@@ -103,7 +103,7 @@ async fn check(server: &Server, token: &str, received: Received) {
 
 #[tokio::test]
 async fn a_stopping_server_closes_connections_and_exits_successfully() {
-    let mut server = Server::start(&["server.drain_timeout_ms=5000"]);
+    let mut server = Server::start(&["server.drain_timeout=5000ms"]);
     let token = server.token("acme", "ann", &[]);
     let mut client = Client::connect(&server.url, &token).await;
     let stopping = tokio::task::spawn_blocking(move || server.stop());
@@ -119,7 +119,7 @@ async fn a_stopping_server_closes_connections_and_exits_successfully() {
 
 #[tokio::test]
 async fn a_second_signal_stops_a_draining_server() {
-    let mut server = Server::start(&["server.drain_timeout_ms=600000"]);
+    let mut server = Server::start(&["server.drain_timeout=600000ms"]);
     let token = server.token("acme", "ann", &[]);
     let mut client = Client::connect(&server.url, &token).await;
     client.submit("long", "echo_async", json!({"steps": 2, "delay_ms": 3_600_000})).await;
@@ -127,7 +127,7 @@ async fn a_second_signal_stops_a_draining_server() {
     server.terminate();
     while client.next().await["type"] != "draining" {}
     server.terminate();
-    assert_eq!(server.ended(), Some(0));
+    assert_eq!(server.wait(), Some(0));
     server.restart();
     let mut client = Client::connect(&server.url, &token).await;
     client.send(json!({"type": "cancel", "request_id": "long"})).await;

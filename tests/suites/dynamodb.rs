@@ -11,7 +11,7 @@ use serde_json::{Value, json};
 use streamer_tests::{
     Client, Load, Log, Process, Resharding, Server, Throttle, Throttling, binary,
     dynamodb::{Implementation, endpoint},
-    dynamodb_settings, tables, tool,
+    dynamodb_settings, run_tables, tool,
 };
 use tempfile::TempDir;
 
@@ -52,10 +52,10 @@ fn python(script: &str, endpoint: &str, arguments: &[&str]) -> Output {
 fn tables_are_created_once_and_differences_are_reported_but_not_changed() {
     let data = folder();
     let settings = dynamodb_settings(local(), data.path());
-    let again = tables("create", &settings, data.path());
+    let again = run_tables("create", &settings, data.path());
     assert!(again.status.success(), "{again:?}");
     assert_eq!(lines(&again.stdout), ["all tables exist; nothing was changed"]);
-    let checked = tables("check", &settings, data.path());
+    let checked = run_tables("check", &settings, data.path());
     assert_eq!(lines(&checked.stdout), ["all tables match the expected schema"]);
 
     // Like tables of an older version: a missing index, a different key and no time to live.
@@ -69,7 +69,7 @@ fn tables_are_created_once_and_differences_are_reported_but_not_changed() {
         GlobalSecondaryIndexUpdates=[{'Delete': {'IndexName': 'expiring'}}])\n";
     python(script, local(), &[prefix]);
     for command in ["create", "check"] {
-        let output = tables(command, &settings, data.path());
+        let output = run_tables(command, &settings, data.path());
         assert_eq!(output.status.code(), Some(1), "{output:?}");
         let expected = [
             "these tables differ from the expected schema and were not changed:".to_owned(),
@@ -80,10 +80,13 @@ fn tables_are_created_once_and_differences_are_reported_but_not_changed() {
         assert_eq!(lines(&output.stderr), expected);
     }
     let unreachable =
-        tables("check", &["dynamodb.endpoint=http://127.0.0.1:9".into()], data.path());
+        run_tables("check", &["dynamodb.endpoint=http://127.0.0.1:9".into()], data.path());
     assert_eq!(unreachable.status.code(), Some(3), "{unreachable:?}");
-    let no_region =
-        tables("check", &["dynamodb.endpoint=http://dynamodb.invalid:8000".into()], data.path());
+    let no_region = run_tables(
+        "check",
+        &["dynamodb.endpoint=http://dynamodb.invalid:8000".into()],
+        data.path(),
+    );
     assert_eq!(no_region.status.code(), Some(2), "{no_region:?}");
     let rule = "error: dynamodb.region: is required, since neither AWS_REGION nor the AWS \
                 configuration names one";
@@ -120,7 +123,7 @@ impl Moto {
 #[tokio::test]
 async fn the_cloudformation_template_is_valid_and_its_tables_work() {
     let data = folder();
-    let printed = tables("cloudformation", &["dynamodb.table_prefix=cf-".into()], data.path());
+    let printed = run_tables("cloudformation", &["dynamodb.table_prefix=cf-".into()], data.path());
     assert!(printed.status.success(), "{printed:?}");
     let template = data.path().join("tables.json");
     std::fs::File::create(&template).unwrap().write_all(&printed.stdout).unwrap();
@@ -145,9 +148,10 @@ async fn the_cloudformation_template_is_valid_and_its_tables_work() {
         d.update_continuous_backups(TableName=name, PointInTimeRecoverySpecification=pitr)\n";
     python(script, &moto.endpoint, &[template.to_str().unwrap()]);
     let endpoint = format!("dynamodb.endpoint={}", moto.endpoint);
-    let settings = [endpoint.as_str(), "dynamodb.table_prefix=cf-", "dynamodb.stream=false"];
+    let settings =
+        [endpoint.as_str(), "dynamodb.table_prefix=cf-", "dynamodb.streams_enabled=false"];
     let owned: Vec<String> = settings.iter().map(ToString::to_string).collect();
-    let checked = tables("check", &owned, data.path());
+    let checked = run_tables("check", &owned, data.path());
     assert!(checked.status.success(), "{}", String::from_utf8_lossy(&checked.stderr));
 
     let mut all = vec!["store.engine=dynamodb"];
@@ -162,17 +166,17 @@ async fn the_cloudformation_template_is_valid_and_its_tables_work() {
 #[tokio::test(flavor = "multi_thread")]
 async fn throttling_loses_no_request() {
     let throttle = Throttle::start(local()).await;
-    let server = server(&throttle.endpoint, &["execution.poll_interval_ms=100"]);
+    let server = server(&throttle.endpoint, &["execution.poll_interval=100ms"]);
     let token = server.token("acme", "ann", &[]);
     let load = Load::start(std::slice::from_ref(&server.url), &token, 4, false);
-    load.more(100).await;
+    load.wait_for_messages(100).await;
     throttle.set(Throttling::EveryThird);
     // The number of calls per message depends on batching.
     while throttle.rejected() <= 100 {
-        load.more(100).await;
+        load.wait_for_messages(100).await;
     }
     throttle.set(Throttling::Off);
-    load.judge("throttled").await;
+    load.verify("throttled").await;
 }
 
 #[tokio::test(flavor = "multi_thread")]
@@ -182,12 +186,12 @@ async fn throttled_submissions_are_rejected_with_a_retry_delay() {
     let mut client = Client::connect(&server.url, &server.token("acme", "ann", &[])).await;
     throttle.set(Throttling::All);
     let message = json!({"id": "one", "action": "echo_async", "payload": {"steps": 1}});
-    let refused = client.ask(message.clone()).await;
-    let error = &refused["error"];
+    let rejected = client.request(message.clone()).await;
+    let error = &rejected["error"];
     assert_eq!((&error["code"], &error["retryable"]), (&json!("RATE_LIMITED"), &json!(true)));
-    assert_eq!(error["details"]["retry_after_ms"], 1000, "{refused}");
+    assert_eq!(error["details"]["retry_after_ms"], 1000, "{rejected}");
     throttle.set(Throttling::Off);
-    let accepted = client.ask(message).await;
+    let accepted = client.request(message).await;
     assert_eq!(accepted["type"], "acknowledgment", "{accepted}");
     assert_eq!(client.follow(Log::after(1)).await.last_type(), "complete");
 }
@@ -218,18 +222,18 @@ async fn a_missing_payload_does_not_block_other_requests() {
     let server = server(local(), &["execution.max_concurrent_attempts=1"]);
     let mut client = Client::connect(&server.url, &server.token("acme", "ann", &[])).await;
     let submit = |id: &str, payload: Value| json!({"id": id, "action": "echo_async", "payload": payload, "delay_ms": 500});
-    let lost = client.ask(submit("lost", large(100_000))).await;
+    let lost = client.request(submit("lost", large(100_000))).await;
     assert_eq!(lost["type"], "acknowledgment", "{lost}");
     std::fs::remove_dir_all(server.data().join("objects")).unwrap();
-    let intact = client.ask(submit("intact", json!({"steps": 1}))).await;
+    let intact = client.request(submit("intact", json!({"steps": 1}))).await;
     assert_eq!(intact["type"], "acknowledgment", "{intact}");
     let mut log = Log::after(1);
-    while !log.ended() {
+    while !log.has_ended() {
         let message = client.next().await;
         assert_eq!(message["request_id"], "intact", "{message}");
         log.push(message);
     }
-    let queued = client.ask(json!({"type": "list", "states": ["QUEUED"]})).await;
+    let queued = client.request(json!({"type": "list", "states": ["QUEUED"]})).await;
     assert_eq!(queued["requests"][0]["request_id"], "lost", "{queued}");
 }
 
@@ -242,8 +246,11 @@ async fn objects_can_be_stored_in_s3() {
     let mut settings = dynamodb_settings(local(), data.path());
     // An address that is not treated as local, so that credentials and region are read from a profile.
     let remote = format!("dynamodb.endpoint={}", local().replace("127.0.0.1", "127.0.0.2"));
-    let objects =
-        ["dynamodb.objects=s3://large/streamer", "limits.max_payload_bytes=16777216", &remote];
+    let objects = [
+        "dynamodb.object_store_url=s3://large/streamer",
+        "limits.max_payload_bytes=16777216",
+        &remote,
+    ];
     settings.extend(objects.map(str::to_owned));
     let settings: Vec<&str> = settings.iter().map(String::as_str).collect();
     let profile = data.path().join("profile");
@@ -262,7 +269,7 @@ async fn objects_can_be_stored_in_s3() {
     client.follow(Log::after(1)).await;
     server.kill_and_restart();
     let mut client = Client::connect(&server.url, &server.token("acme", "ann", &[])).await;
-    let request = client.ask(json!({"type": "get", "request_id": "ten"})).await;
+    let request = client.request(json!({"type": "get", "request_id": "ten"})).await;
     assert_eq!(request["result"].as_str().unwrap().len(), 10_000_000);
     let script = "o = client('s3').list_objects_v2(Bucket='large')['Contents']\n\
         assert len(o) == 2 and all(x['Key'].startswith('streamer/') for x in o), o\n";
@@ -271,13 +278,14 @@ async fn objects_can_be_stored_in_s3() {
 
 #[tokio::test]
 async fn without_an_object_store_large_values_are_rejected() {
-    let server = server(local(), &["dynamodb.objects="]);
+    let server = server(local(), &["dynamodb.object_store_url="]);
     let mut client = Client::connect(&server.url, &server.token("acme", "ann", &[])).await;
     let message = json!({"id": "big", "action": "echo_async", "payload": large(340_000)});
-    let refused = client.ask(message).await;
-    let text = refused["error"]["message"].as_str().unwrap();
-    let rule = "must be at most 327680 bytes (store.engine dynamodb without dynamodb.objects)";
-    assert!(text.contains(rule), "{refused}");
+    let rejected = client.request(message).await;
+    let text = rejected["error"]["message"].as_str().unwrap();
+    let rule =
+        "must be at most 327680 bytes (store.engine dynamodb without dynamodb.object_store_url)";
+    assert!(text.contains(rule), "{rejected}");
     // Smaller values need no object store.
     client.submit("fits", "echo_async", large(300_000)).await;
     let log = client.follow(Log::after(1)).await;
@@ -287,7 +295,7 @@ async fn without_an_object_store_large_values_are_rejected() {
 
 #[tokio::test]
 async fn ended_requests_expire_with_all_their_items() {
-    let server = server(local(), &["dynamodb.retention_hours=24"]);
+    let server = server(local(), &["dynamodb.retention=24"]);
     let mut client = Client::connect(&server.url, &server.token("acme", "ann", &[])).await;
     let payload = json!({"steps": 40, "output_chunks": 20, "chunk_bytes": 400, "delay_ms": 1});
     client.submit("kept", "echo_async", payload).await;
@@ -311,9 +319,9 @@ async fn ended_requests_expire_with_all_their_items() {
 async fn hints_stream_and_polling_each_suffice() {
     let switches = |hints: bool, stream: bool, poll: bool| {
         [
-            format!("execution.hints={hints}"),
-            format!("dynamodb.stream={stream}"),
-            format!("execution.poll_queue={poll}"),
+            format!("execution.push_notifications={hints}"),
+            format!("dynamodb.streams_enabled={stream}"),
+            format!("execution.queue_polling={poll}"),
         ]
     };
     for implementation in [Implementation::DynamoDbLocal, Implementation::Dynoxide] {
@@ -335,7 +343,7 @@ async fn hints_stream_and_polling_each_suffice() {
 #[tokio::test(flavor = "multi_thread")]
 async fn the_stream_continues_after_shards_are_split_and_records_trimmed() {
     let streams = Resharding::start(local()).await;
-    let settings = ["execution.hints=false", "execution.poll_queue=false"];
+    let settings = ["execution.push_notifications=false", "execution.queue_polling=false"];
     let mut first = server(&streams.endpoint, &settings);
     first.share_store();
     let mut client = Client::connect(&first.url, &first.token("acme", "ann", &[])).await;
@@ -397,7 +405,7 @@ fn a_separate_service_reports_missing_options() {
     assert!(error("router", &[]).contains("store.engine: must be dynamodb"));
     assert!(error("gateway", &[engine]).contains("peers.router: is required"));
     assert!(error("processor", &[engine]).contains("peers.progress: is required"));
-    let all = "auth.allow_dev_key_beyond_loopback=true";
+    let all = "auth.allow_dev_key_on_public_address=true";
     let open = ["server.listen=0.0.0.0:0", engine, all, "peers.progress=http://127.0.0.1:1"];
     let mut command = Process::command(binary());
     command.args(["processor", "--data"]).arg(data.path());
@@ -406,5 +414,5 @@ fn a_separate_service_reports_missing_options() {
     }
     let output = Process::output(command.env_clear().current_dir(data.path()));
     let text = lines(&output.stderr).join("\n");
-    assert!(text.contains("peers.secret_file: is required"), "{text}");
+    assert!(text.contains("peers.shared_secret_file: is required"), "{text}");
 }

@@ -10,7 +10,7 @@ use streamer_proto::{
 };
 use streamer_rpc::json_payload;
 use streamer_tests::{
-    Client, Log, ScriptedWorker, Server, declare, hello, in_time, metrics, offered,
+    Client, Log, ScriptedWorker, Server, declare, hello, metrics, wait_for_workers, within_timeout,
 };
 
 struct Scene {
@@ -29,22 +29,22 @@ impl Scene {
         let server = Server::start(settings);
         let token = server.token("acme", "worker", &["worker:*@*"]);
         let name = actions[0].name.clone();
-        let worker = ScriptedWorker::come(&server, &token, hello("w", slots, actions)).await;
-        offered(&server, &token, &name, 1).await;
+        let worker = ScriptedWorker::connect(&server, &token, hello("w", slots, actions)).await;
+        wait_for_workers(&server, &token, &name, 1).await;
         let client = Client::connect(&server.url, &server.token("acme", "ann", &[])).await;
         Self { server, worker, client }
     }
 
     async fn succeed(&mut self, task: &Task) {
         self.worker.report(task, 0, Kind::Result(json_payload("1"))).await;
-        self.worker.ended(task).await;
+        self.worker.wait_for_end(task).await;
     }
 
     async fn fail(&mut self, task: &Task, code: ErrorCode, retryable: bool) {
         let message = "no".into();
         let error = Error { code: code.into(), message, retryable, details: None };
         self.worker.report(task, 0, Kind::Error(error)).await;
-        self.worker.ended(task).await;
+        self.worker.wait_for_end(task).await;
     }
 
     /// Submits, and waits for the acknowledgment; skips other messages.
@@ -74,7 +74,7 @@ impl Scene {
     async fn error(&mut self) -> Value {
         let client = &mut self.client;
         let mut log = Log::after(1);
-        while !log.ended() {
+        while !log.has_ended() {
             log.push(client.next().await);
         }
         log.events.last().unwrap()["error"].clone()
@@ -92,12 +92,12 @@ async fn each_timeout_ends_a_request() {
     for (limit, blocked, expected) in limits {
         let mut action = Action { max_attempts: 1, ..declare("work") };
         limit(&mut action);
-        let settings = ["execution.poll_interval_ms=50", "execution.tenant_share_percent=100"];
+        let settings = ["execution.poll_interval=50ms", "execution.max_tenant_share_percent=100"];
         let mut scene = Scene::with(&settings, 1, vec![action, declare("block")]).await;
         if blocked {
             // Occupies the only slot.
             scene.submit(json!({"id": "b", "action": "block"})).await;
-            scene.worker.task().await;
+            scene.worker.next_task().await;
         }
         let bob = scene.server.token("acme", "bob", &[]);
         scene.client = Client::connect(&scene.server.url, &bob).await;
@@ -111,13 +111,13 @@ async fn each_timeout_ends_a_request() {
 #[tokio::test]
 async fn the_schedule_to_close_timeout_ends_a_request_between_attempts() {
     let action = Action { schedule_to_close_ms: 2_000, initial_backoff_ms: 1, ..declare("work") };
-    let mut scene = Scene::new(&["execution.poll_interval_ms=50"], 1, action).await;
+    let mut scene = Scene::new(&["execution.poll_interval=50ms"], 1, action).await;
     scene.client.submit("r", "work", json!({})).await;
-    let task = scene.worker.task().await;
+    let task = scene.worker.next_task().await;
     assert!(task.deadline.is_some());
     // The next attempt is due immediately, but no slot is free.
     let none = work_request::Message::Capacity(Capacity { slots: 0 });
-    scene.worker.say(none).await;
+    scene.worker.send(none).await;
     scene.fail(&task, ErrorCode::ProcessingFailed, true).await;
     let error = scene.error().await;
     assert_eq!(error["code"], "TIMEOUT", "{error}");
@@ -131,17 +131,17 @@ async fn final_errors_of_an_action_are_not_retried() {
     let action = Action { final_errors, max_attempts: 5, ..declare("work") };
     let mut scene = Scene::new(&[], 1, action).await;
     scene.client.submit("r", "work", json!({})).await;
-    let task = scene.worker.task().await;
+    let task = scene.worker.next_task().await;
     scene.fail(&task, ErrorCode::Unavailable, true).await;
     assert_eq!(scene.error().await["code"], "UNAVAILABLE");
 }
 
 #[tokio::test]
 async fn higher_priority_starts_first_and_tenants_alternate() {
-    let settings = ["execution.tenant_share_percent=100"];
+    let settings = ["execution.max_tenant_share_percent=100"];
     let mut scene = Scene::new(&settings, 1, declare("work")).await;
     scene.client.submit("first", "work", json!({})).await;
-    let first = scene.worker.task().await;
+    let first = scene.worker.next_task().await;
     let other = scene.server.token("other", "oli", &[]);
     let mut other = Client::connect(&scene.server.url, &other).await;
     for id in ["a1", "a2", "a3"] {
@@ -160,12 +160,12 @@ async fn higher_priority_starts_first_and_tenants_alternate() {
             }
         }
     };
-    in_time("the queue position behind the urgent request", updated).await;
+    within_timeout("the queue position behind the urgent request", updated).await;
     let mut order = Vec::new();
     let mut task = first;
     for _ in 0..5 {
         scene.succeed(&task).await;
-        task = scene.worker.task().await;
+        task = scene.worker.next_task().await;
         order.push(task.request_id.clone());
     }
     assert_eq!(order[0], "urgent");
@@ -176,28 +176,28 @@ async fn higher_priority_starts_first_and_tenants_alternate() {
 
 #[tokio::test]
 async fn a_flooding_tenant_leaves_slots_to_other_tenants() {
-    let settings = ["execution.tenant_share_percent=75"];
+    let settings = ["execution.max_tenant_share_percent=75"];
     let mut scene = Scene::new(&settings, 4, declare("work")).await;
     for number in 0..20 {
         scene.client.send(json!({"id": format!("f{number}"), "action": "work"})).await;
     }
     for _ in 0..3 {
-        assert_eq!(scene.worker.task().await.tenant_id, "acme");
+        assert_eq!(scene.worker.next_task().await.tenant_id, "acme");
     }
     let other = scene.server.token("other", "oli", &[]);
     let mut other = Client::connect(&scene.server.url, &other).await;
     other.submit("o", "work", json!({})).await;
-    let fourth = scene.worker.task().await;
+    let fourth = scene.worker.next_task().await;
     assert_eq!(fourth.tenant_id, "other", "a tenant gets three of four slots");
 }
 
 #[tokio::test]
 async fn a_queued_request_has_a_queue_position() {
-    let settings = ["execution.tenant_share_percent=100"];
+    let settings = ["execution.max_tenant_share_percent=100"];
     let mut scene = Scene::new(&settings, 1, declare("work")).await;
     let acknowledgment = scene.client.submit("first", "work", json!({})).await;
     assert_eq!(acknowledgment["queue_position"]["latest"], 1, "{acknowledgment}");
-    let first = scene.worker.task().await;
+    let first = scene.worker.next_task().await;
     let acknowledgment = scene.submit(json!({"id": "a", "action": "work"})).await;
     assert_eq!(
         (
@@ -222,7 +222,7 @@ async fn a_queued_request_has_a_queue_position() {
         "no attempt was measured"
     );
     scene.succeed(&first).await;
-    scene.worker.task().await;
+    scene.worker.next_task().await;
     let api = Api::new(&scene.server.url, &scene.server.token("acme", "ann", &[])).unwrap();
     let mut api_other =
         Api::new(&scene.server.url, &scene.server.token("other", "oli", &[])).unwrap();
@@ -249,10 +249,10 @@ async fn failed_requests_are_redriven_by_filter_and_only_once() {
     let mut scene = Scene::new(&[], 1, action).await;
     for id in ["a", "b", "c"] {
         scene.client.submit(id, "work", json!({"id": id})).await;
-        let task = scene.worker.task().await;
+        let task = scene.worker.next_task().await;
         scene.fail(&task, ErrorCode::ProcessingFailed, true).await;
         let mut log = Log::after(1);
-        while !log.ended() {
+        while !log.has_ended() {
             log.push(scene.client.next().await);
         }
     }
@@ -276,7 +276,7 @@ async fn failed_requests_are_redriven_by_filter_and_only_once() {
     assert!(again.redriven.is_empty(), "{again:?}");
     let mut payloads = Vec::new();
     for _ in 0..3 {
-        let task = scene.worker.task().await;
+        let task = scene.worker.next_task().await;
         payloads.push(streamer_rpc::payload_bytes(task.payload.as_ref()));
         scene.succeed(&task).await;
     }
@@ -291,7 +291,7 @@ async fn failed_requests_are_redriven_by_filter_and_only_once() {
 async fn an_action_at_its_limit_does_not_block_requests_queued_behind_it() {
     let one = Action { max_concurrency: 1, ..declare("one") };
     // The worker sends nothing while the requests are stored, which is slow with some engines.
-    let settings = ["execution.tenant_share_percent=100", "execution.lease_ms=120000"];
+    let settings = ["execution.max_tenant_share_percent=100", "execution.lease_duration=120000ms"];
     let mut scene = Scene::with(&settings, 10, vec![one, declare("other")]).await;
     // In batches: with a slow store, requests that wait for long are rejected.
     for batch in 0..10 {
@@ -303,53 +303,56 @@ async fn an_action_at_its_limit_does_not_block_requests_queued_behind_it() {
             scene.acknowledgment().await;
         }
     }
-    let first = scene.worker.task().await;
+    let first = scene.worker.next_task().await;
     assert_eq!(first.action, "one");
     scene.submit(json!({"id": "other", "action": "other"})).await;
-    let second = scene.worker.task().await;
+    let second = scene.worker.next_task().await;
     assert_eq!(second.action, "other", "299 requests wait for the only slot of the first action");
     scene.succeed(&first).await;
-    assert_eq!(scene.worker.task().await.action, "one");
+    assert_eq!(scene.worker.next_task().await.action, "one");
 }
 
 #[tokio::test]
 async fn a_slot_released_by_a_sync_action_is_reused_immediately() {
     // No poll occurs during the test.
-    let settings = ["execution.poll_interval_ms=60000", "execution.tenant_share_percent=100"];
+    let settings = ["execution.poll_interval=60000ms", "execution.max_tenant_share_percent=100"];
     let quick = Action { sync: true, ..declare("quick") };
     let mut scene = Scene::with(&settings, 1, vec![declare("work"), quick]).await;
     scene.client.send(json!({"id": "q", "action": "quick"})).await;
-    let quick = scene.worker.task().await;
+    let quick = scene.worker.next_task().await;
     scene.submit(json!({"id": "w", "action": "work"})).await;
     scene.succeed(&quick).await;
-    assert_eq!(scene.worker.task().await.action, "work");
+    assert_eq!(scene.worker.next_task().await.action, "work");
 }
 
 #[tokio::test]
 async fn an_immediate_retry_does_not_wait_for_the_poll() {
     let action =
         Action { initial_backoff_ms: 1, max_backoff_ms: 3, max_attempts: 50, ..declare("work") };
-    let mut scene = Scene::new(&["execution.poll_interval_ms=60000"], 1, action).await;
+    let mut scene = Scene::new(&["execution.poll_interval=60000ms"], 1, action).await;
     scene.client.submit("r", "work", json!({})).await;
     for attempt in 1..=20 {
-        let task = scene.worker.task().await;
+        let task = scene.worker.next_task().await;
         assert_eq!(task.attempt, attempt);
         scene.fail(&task, ErrorCode::ProcessingFailed, true).await;
     }
-    let task = scene.worker.task().await;
+    let task = scene.worker.next_task().await;
     scene.succeed(&task).await;
 }
 
 #[tokio::test]
 async fn sync_calls_beyond_max_concurrency_are_rejected() {
     let quick = Action { sync: true, max_concurrency: 1, ..declare("quick") };
-    let settings = ["execution.tenant_share_percent=100"];
+    let settings = ["execution.max_tenant_share_percent=100"];
     let mut scene = Scene::with(&settings, 4, vec![quick]).await;
     scene.client.send(json!({"id": "a", "action": "quick"})).await;
-    let first = scene.worker.task().await;
-    let refused = scene.client.ask(json!({"id": "b", "action": "quick"})).await;
-    assert_eq!(refused["error"]["code"], "RATE_LIMITED", "{refused}");
-    assert!(refused["error"]["message"].as_str().unwrap().contains("max_concurrency"), "{refused}");
+    let first = scene.worker.next_task().await;
+    let rejected = scene.client.request(json!({"id": "b", "action": "quick"})).await;
+    assert_eq!(rejected["error"]["code"], "RATE_LIMITED", "{rejected}");
+    assert!(
+        rejected["error"]["message"].as_str().unwrap().contains("max_concurrency"),
+        "{rejected}"
+    );
     scene.succeed(&first).await;
 }
 
@@ -360,7 +363,7 @@ async fn requests_that_end_during_lease_renewal_are_neither_lost_nor_delayed() {
     let (requests, in_flight, settings): (usize, usize, &[&str]) =
         match std::env::var("STREAMER_TESTS_ENGINE").as_deref() {
             Err(_) | Ok("embedded") => {
-                (2000, 256, &["execution.lease_ms=300", "execution.poll_interval_ms=600000"])
+                (2000, 256, &["execution.lease_duration=300ms", "execution.poll_interval=600000ms"])
             }
             Ok(_) => (300, 32, &[]),
         };

@@ -22,8 +22,8 @@ use streamer_proto::{
 };
 use streamer_rpc::json_payload;
 use streamer_tests::{
-    Client, Log, ScriptedWorker, Server, WorkerProcess, declare, hello, hello_again, in_time,
-    offered,
+    Client, Log, ScriptedWorker, Server, WorkerProcess, declare, hello, resume_hello,
+    wait_for_workers, within_timeout,
 };
 use tonic::{Code, Streaming};
 
@@ -47,23 +47,23 @@ struct Scene {
 impl Scene {
     async fn new() -> Self {
         // The silent worker keeps its lease during the test.
-        let server = Server::start(&["execution.lease_ms=120000", "auth.leeway_ms=0"]);
+        let server = Server::start(&["execution.lease_duration=120000ms", "auth.leeway=0ms"]);
         let token = server.token("provider", "worker", &["worker:work@acme"]);
         let first =
             Hello { display_name: "displayed".into(), ..hello("w", 4, vec![declare("work")]) };
-        let mut worker = ScriptedWorker::come(&server, &token, first.clone()).await;
+        let mut worker = ScriptedWorker::connect(&server, &token, first.clone()).await;
         let user = server.token("acme", "ann", &[]);
-        offered(&server, &user, "work", 1).await;
+        wait_for_workers(&server, &user, "work", 1).await;
         let mut client = Client::connect(&server.url, &user).await;
         client.submit("r", "work", json!({})).await;
-        let task = worker.task().await;
+        let task = worker.next_task().await;
         Self { server, token, first, worker, client, task }
     }
 
     /// Checks that the request ends with the result of its own worker, after one attempt.
     async fn check_success(mut self) {
         self.worker.report(&self.task, 0, result(r#""ours""#)).await;
-        self.worker.ended(&self.task).await;
+        self.worker.wait_for_end(&self.task).await;
         let log = self.client.follow(Log::after(1)).await;
         let types: Vec<_> = log.events.iter().map(|event| event["type"].clone()).collect();
         assert_eq!(types, ["started", "complete"]);
@@ -73,7 +73,7 @@ impl Scene {
 
 /// Checks that a worker with this token and `hello` can neither resume the task nor report on it.
 async fn check_intrusion(server: &Server, token: &str, hello: Hello, task: &Task) {
-    let mut intruder = ScriptedWorker::come(server, token, hello).await;
+    let mut intruder = ScriptedWorker::connect(server, token, hello).await;
     assert_eq!(intruder.welcome.resumed, [], "{token}");
     intruder.report(task, 0, result(r#""theirs""#)).await;
     let Message::Revoke(revoked) = intruder.next().await.unwrap() else { panic!() };
@@ -85,7 +85,7 @@ async fn no_other_caller_can_resume_a_workers_attempt() {
     let scene = Scene::new().await;
     let (server, welcome, task) = (&scene.server, &scene.worker.welcome, &scene.task);
     assert_eq!(welcome.session_secret.len(), 32);
-    let with_secret = hello_again(&scene.first, welcome, &[task]);
+    let with_secret = resume_hello(&scene.first, welcome, &[task]);
     let without = Hello { session_secret: Vec::new().into(), ..with_secret.clone() };
     let guessed = Hello { session_secret: vec![0; 32].into(), ..with_secret.clone() };
     let everything = ["worker:*@*", "*"];
@@ -110,7 +110,7 @@ async fn no_other_caller_can_resume_a_workers_attempt() {
 #[tokio::test]
 async fn workers_that_name_a_foreign_attempt_do_not_block_its_worker_from_resuming() {
     let Scene { mut server, token, first, mut worker, task, .. } = Scene::new().await;
-    let again = hello_again(&first, &worker.welcome, &[&task]);
+    let again = resume_hello(&first, &worker.welcome, &[&task]);
     for _ in 0..3 {
         server.kill_and_restart();
         // The same token, with wrong secrets.
@@ -119,15 +119,15 @@ async fn workers_that_name_a_foreign_attempt_do_not_block_its_worker_from_resumi
             session_secret: vec![number; 32].into(),
             ..again.clone()
         });
-        let others = join_all(others.map(|other| ScriptedWorker::come(&server, &token, other)));
-        let own = ScriptedWorker::come(&server, &token, again.clone());
+        let others = join_all(others.map(|other| ScriptedWorker::connect(&server, &token, other)));
+        let own = ScriptedWorker::connect(&server, &token, again.clone());
         let (others, own) = tokio::join!(others, own);
         worker = own;
         assert!(others.iter().all(|other| other.welcome.resumed.is_empty()));
         assert_eq!(worker.welcome.resumed.len(), 1);
     }
     worker.report(&task, 0, result(r#""ours""#)).await;
-    worker.ended(&task).await;
+    worker.wait_for_end(&task).await;
     let mut client = Client::connect(&server.url, &server.token("acme", "ann", &[])).await;
     client.send(json!({"type": "subscribe", "request_id": "r", "after_seq": 1})).await;
     let log = client.follow(Log::after(1)).await;
@@ -138,17 +138,17 @@ async fn workers_that_name_a_foreign_attempt_do_not_block_its_worker_from_resumi
 #[tokio::test]
 async fn a_worker_with_the_same_id_replaces_the_first_and_its_attempts_are_retried() {
     let mut scene = Scene::new().await;
-    let mut newer = ScriptedWorker::come(&scene.server, &scene.token, scene.first.clone()).await;
+    let mut newer = ScriptedWorker::connect(&scene.server, &scene.token, scene.first.clone()).await;
     let ended = loop {
         if let Err(status) = scene.worker.next().await {
             break status;
         }
     };
     assert_eq!(ended.code(), Code::AlreadyExists, "{ended:?}");
-    let task = newer.task().await;
+    let task = newer.next_task().await;
     assert_eq!((&task.uid, task.attempt), (&scene.task.uid, 2));
     newer.report(&task, 0, result("1")).await;
-    newer.ended(&task).await;
+    newer.wait_for_end(&task).await;
 }
 
 #[tokio::test]
@@ -159,9 +159,9 @@ async fn session_secrets_of_wrong_length_are_rejected() {
         let session_secret = vec![1; length].into();
         let hello = Hello { session_secret, ..hello("w", 1, vec![declare("work")]) };
         let first = work_request::Message::Hello(hello);
-        let refused = ScriptedWorker::open(&server, &token, first).await.err().unwrap();
-        assert_eq!(refused.code(), Code::InvalidArgument);
-        assert!(refused.message().starts_with("hello.session_secret"), "{refused}");
+        let rejected = ScriptedWorker::try_connect(&server, &token, first).await.err().unwrap();
+        assert_eq!(rejected.code(), Code::InvalidArgument);
+        assert!(rejected.message().starts_with("hello.session_secret"), "{rejected}");
     }
 }
 
@@ -171,7 +171,7 @@ async fn owners_see_the_display_name_of_a_worker_and_not_its_id() {
     let started = scene.client.next().await;
     assert_eq!((&started["type"], &started["worker"]), (&json!("started"), &json!("displayed")));
     scene.worker.report(&scene.task, 0, result("1")).await;
-    scene.worker.ended(&scene.task).await;
+    scene.worker.wait_for_end(&scene.task).await;
 }
 
 #[tokio::test]
@@ -179,18 +179,18 @@ async fn a_fresh_token_with_fewer_permissions_revokes_attempts() {
     let mut scene = Scene::new().await;
     let restricted = scene.server.token("provider", "worker", &["worker:work"]);
     let refresh = RefreshToken { token: restricted };
-    scene.worker.say(work_request::Message::RefreshToken(refresh)).await;
+    scene.worker.send(work_request::Message::RefreshToken(refresh)).await;
     let Message::Revoke(revoked) = scene.worker.next().await.unwrap() else { panic!() };
     assert_eq!((&revoked.uid, revoked.attempt), (&scene.task.uid, 1));
     scene.worker.report(&scene.task, 0, result(r#""late""#)).await;
     // The next attempt goes to a permitted worker.
-    let mut other = ScriptedWorker::come(
+    let mut other = ScriptedWorker::connect(
         &scene.server,
         &scene.token,
         Hello { worker_id: "other".into(), ..scene.first.clone() },
     )
     .await;
-    let task = other.task().await;
+    let task = other.next_task().await;
     assert_eq!(task.attempt, 2);
     other.report(&task, 0, result(r#""ours""#)).await;
     let log = scene.client.follow(Log::after(1)).await;
@@ -201,7 +201,7 @@ async fn a_fresh_token_with_fewer_permissions_revokes_attempts() {
 async fn a_reconnect_with_fewer_permissions_resumes_no_attempts() {
     let mut scene = Scene::new().await;
     let restricted = scene.server.token("provider", "worker", &["worker:work"]);
-    let again = hello_again(&scene.first, &scene.worker.welcome, &[&scene.task]);
+    let again = resume_hello(&scene.first, &scene.worker.welcome, &[&scene.task]);
     check_intrusion(&scene.server, &restricted, again, &scene.task).await;
     let types =
         [scene.client.next().await, scene.client.next().await].map(|event| event["type"].clone());
@@ -278,7 +278,7 @@ async fn watches_continue_with_fresh_tokens() {
             tokio::task::yield_now().await;
         }
         worker.report(&task, 0, result("1")).await;
-        worker.ended(&task).await;
+        worker.wait_for_end(&task).await;
     };
     let over_grpc = async {
         let mut count = 0;
@@ -305,48 +305,50 @@ async fn watches_continue_with_fresh_tokens() {
 
 #[tokio::test]
 async fn requests_admitted_by_a_tenants_own_declaration_run_only_on_its_workers() {
-    let server = Server::start(&["execution.lease_ms=120000"]);
+    let server = Server::start(&["execution.lease_duration=120000ms"]);
     let render = Action { permission: "render:run".into(), ..declare("render") };
     let provider = server.token("provider", "worker", &["worker:render@*"]);
-    let mut provider = ScriptedWorker::come(&server, &provider, hello("p", 4, vec![render])).await;
+    let mut provider =
+        ScriptedWorker::connect(&server, &provider, hello("p", 4, vec![render])).await;
     let user = server.token("evil", "joe", &[]);
-    offered(&server, &user, "render", 1).await;
+    wait_for_workers(&server, &user, "render", 1).await;
     let mut joe = Client::connect(&server.url, &user).await;
-    let refused = joe.ask(json!({"action": "render"})).await;
-    assert_eq!(refused["error"]["code"], "FORBIDDEN", "{refused}");
+    let rejected = joe.request(json!({"action": "render"})).await;
+    assert_eq!(rejected["error"]["code"], "FORBIDDEN", "{rejected}");
     // Requires no permission, and has no slot.
     let own = hello("e", 0, vec![declare("render")]);
     let token = server.token("evil", "worker", &["worker:render"]);
-    let mut own = ScriptedWorker::come(&server, &token, own).await;
+    let mut own = ScriptedWorker::connect(&server, &token, own).await;
     let accepted = async {
         loop {
-            let answer = joe.ask(json!({"id": "joes", "action": "render"})).await;
-            if answer["type"] == "acknowledgment" {
+            let reply = joe.request(json!({"id": "joes", "action": "render"})).await;
+            if reply["type"] == "acknowledgment" {
                 return;
             }
         }
     };
-    in_time("the acknowledgment", accepted).await;
+    within_timeout("the acknowledgment", accepted).await;
     let permitted = server.token("acme", "ann", &["render:run"]);
     let mut ann = Client::connect(&server.url, &permitted).await;
     ann.submit("anns", "render", json!({})).await;
-    let task = provider.task().await;
+    let task = provider.next_task().await;
     assert_eq!((&*task.tenant_id, &*task.request_id), ("acme", "anns"));
-    own.say(work_request::Message::Capacity(Capacity { slots: 1 })).await;
-    let task = own.task().await;
+    own.send(work_request::Message::Capacity(Capacity { slots: 1 })).await;
+    let task = own.next_task().await;
     assert_eq!((&*task.tenant_id, &*task.request_id), ("evil", "joes"));
 }
 
 #[tokio::test]
 async fn a_worker_whose_token_cannot_be_renewed_releases_its_attempts_and_reports_the_cause() {
-    let server = Server::start(&["execution.local_actions=echo", "execution.lease_ms=120000"]);
+    let server =
+        Server::start(&["execution.builtin_actions=echo", "execution.lease_duration=120000ms"]);
     let short = server.token_for("acme", "worker", &["worker:*"], Duration::from_secs(3));
     let mut worker = WorkerProcess::start(&server, &short, "echo_async", &[]);
     let user = server.token("acme", "ann", &[]);
-    offered(&server, &user, "echo_async", 1).await;
+    wait_for_workers(&server, &user, "echo_async", 1).await;
     let mut client = Client::connect(&server.url, &user).await;
     client.submit("r", "echo_async", json!({"steps": 1, "delay_ms": 600_000})).await;
-    worker.wait_for("error: the token has expired and cannot be renewed");
+    worker.wait_for_log("error: the token has expired and cannot be renewed");
     assert_eq!(worker.wait(), Some(4));
     // Before the lease expires, which is longer than the timeout of the test.
     let lasting = server.token("acme", "worker", &["worker:*"]);

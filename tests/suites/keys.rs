@@ -10,7 +10,7 @@ use jsonwebtoken::{
 use serde_json::{Value, json};
 use streamer_client::ClientError;
 use streamer_core::{Clock, SystemClock};
-use streamer_tests::{Client, Process, Server, Site, in_time};
+use streamer_tests::{Client, Process, Server, Site, within_timeout};
 use tempfile::TempDir;
 
 /// A folder with keys that OpenSSL generates, as for an operator.
@@ -135,8 +135,10 @@ async fn a_key_set_is_fetched_once_and_refetched_for_an_unknown_key() {
     let site = Site::start().await;
     let one = ("first", Algorithm::ES256, &first.private);
     site.put("jwks.json", "application/json", key_set(&[one]));
-    let server =
-        start(&[&format!("auth.jwks_url={}/jwks.json", site.url), "auth.jwks_min_refresh_ms=0"]);
+    let server = start(&[
+        &format!("auth.jwks_url={}/jwks.json", site.url),
+        "auth.jwks_min_refresh_interval=0ms",
+    ]);
 
     let token = sign(Algorithm::ES256, Some("first"), &first.private);
     for _ in 0..3 {
@@ -176,7 +178,7 @@ impl Issuer {
         let set = key_set(&[("first", Algorithm::EdDSA, &key.private)]);
         site.put("jwks.json", "application/json", set);
         let url = format!("auth.jwks_url={}/jwks.json", site.url);
-        let common = [&*url, "auth.jwks_min_refresh_ms=0", "auth.jwks_max_age_ms=1000"];
+        let common = [&*url, "auth.jwks_min_refresh_interval=0ms", "auth.jwks_max_age=1000ms"];
         let server = start(&[&common, settings].concat());
         let token = sign(Algorithm::EdDSA, Some("first"), &key.private);
         Client::connect(&server.url, &token).await;
@@ -185,14 +187,14 @@ impl Issuer {
 
     /// Waits until the token is rejected; returns the code.
     async fn rejection_code(&self) -> u16 {
-        let refused = async {
+        let rejected = async {
             loop {
                 if let Some((code, _)) = try_connect(&self.server, &self.token).await {
                     return code;
                 }
             }
         };
-        in_time("the rejection", refused).await
+        within_timeout("the rejection", rejected).await
     }
 }
 
@@ -227,7 +229,7 @@ async fn cached_keys_stay_valid_for_a_bounded_time_if_fetching_fails() {
         }
     }
     assert_eq!(issuer.site.fetches("redirected.json"), 0, "redirects are not followed");
-    let issuer = Issuer::start(&["auth.jwks_max_outage_ms=0"]).await;
+    let issuer = Issuer::start(&["auth.jwks_max_stale=0ms"]).await;
     issuer.site.put("jwks.json", "text/plain", "out of order");
     assert_eq!(issuer.rejection_code().await, 1013, "the error is temporary");
 }
@@ -252,7 +254,7 @@ async fn a_malformed_key_in_a_set_does_not_affect_the_others() {
     issuer.site.put("jwks.json", "application/json", set.to_string());
     let token = |id| sign(Algorithm::ES256, Some(id), &second.private);
     let accepted = async { while try_connect(&issuer.server, &token("second")).await.is_some() {} };
-    in_time("the new key", accepted).await;
+    within_timeout("the new key", accepted).await;
     for id in ["short", "empty", "point", "small"] {
         let forged =
             sign(Algorithm::EdDSA, Some(id), &issuer.keys.generate(id, Algorithm::EdDSA).private);
@@ -264,19 +266,19 @@ async fn a_malformed_key_in_a_set_does_not_affect_the_others() {
 #[tokio::test]
 async fn an_unknown_key_is_a_temporary_error_until_the_keys_are_refetched() {
     let issuer =
-        Issuer::start(&["auth.jwks_max_age_ms=3000", "auth.jwks_min_refresh_ms=3000"]).await;
+        Issuer::start(&["auth.jwks_max_age=3000ms", "auth.jwks_min_refresh_interval=3000ms"]).await;
     let second = issuer.keys.generate("second", Algorithm::ES256);
     let unknown = sign(Algorithm::ES256, Some("second"), &second.private);
     let (code, reason) = try_connect(&issuer.server, &unknown).await.unwrap();
-    assert_eq!((code, reason.contains("auth.jwks_min_refresh_ms")), (1013, true), "{reason}");
+    assert_eq!((code, reason.contains("auth.jwks_min_refresh_interval")), (1013, true), "{reason}");
     assert_eq!(issuer.site.fetches("jwks.json"), 1, "the minimum interval has not elapsed");
-    let refused = async {
+    let rejected = async {
         loop {
             if let Some((4401, _)) = try_connect(&issuer.server, &unknown).await {
                 return;
             }
         }
     };
-    in_time("the refetch", refused).await;
+    within_timeout("the refetch", rejected).await;
     assert_eq!(issuer.site.fetches("jwks.json"), 2);
 }

@@ -5,7 +5,9 @@ use serde_json::json;
 use streamer_client::{Api, ClientError};
 use streamer_proto::{processor::v1::report::Kind, router::v1::SubmitRequest};
 use streamer_rpc::json_payload;
-use streamer_tests::{Client, Log, ScriptedWorker, Server, declare, hello, in_time, metrics};
+use streamer_tests::{
+    Client, Log, ScriptedWorker, Server, declare, hello, metrics, within_timeout,
+};
 use tokio::{
     io::{AsyncReadExt, AsyncWriteExt},
     net::{TcpSocket, TcpStream},
@@ -13,21 +15,21 @@ use tokio::{
 
 #[tokio::test]
 async fn messages_beyond_the_rate_are_rejected_individually() {
-    let server = Server::start(&["gateway.messages_per_second=1", "gateway.message_burst=3"]);
+    let server = Server::start(&["gateway.rate_limit=1", "gateway.rate_limit_burst=3"]);
     let mut client = Client::connect(&server.url, &server.token("acme", "ann", &[])).await;
     for _ in 0..3 {
-        let answer = client.ask(json!({"action": "echo", "payload": 1})).await;
-        assert_eq!(answer["type"], "response");
+        let reply = client.request(json!({"action": "echo", "payload": 1})).await;
+        assert_eq!(reply["type"], "response");
     }
-    let refused = client.ask(json!({"id": "too-many", "action": "echo"})).await;
+    let rejected = client.request(json!({"id": "too-many", "action": "echo"})).await;
     assert_eq!(
-        (&refused["error"]["code"], &refused["error"]["retryable"]),
+        (&rejected["error"]["code"], &rejected["error"]["retryable"]),
         (&json!("RATE_LIMITED"), &json!(true))
     );
-    assert_eq!(refused["request_id"], "too-many");
-    assert!(refused["error"]["details"]["retry_after_ms"].as_i64().unwrap() > 0, "{refused}");
-    let message = refused["error"]["message"].as_str().unwrap();
-    assert!(message.contains("gateway.messages_per_second"), "{message}");
+    assert_eq!(rejected["request_id"], "too-many");
+    assert!(rejected["error"]["details"]["retry_after_ms"].as_i64().unwrap() > 0, "{rejected}");
+    let message = rejected["error"]["message"].as_str().unwrap();
+    assert!(message.contains("gateway.rate_limit"), "{message}");
 }
 
 #[tokio::test]
@@ -47,7 +49,7 @@ async fn connections_are_limited_per_address_and_in_total() {
             Err(other) => panic!("{other}"),
             Ok(_) => panic!("the server accepted the connection"),
         }
-        assert_eq!(first.ask(json!({"type": "ping"})).await["type"], "pong");
+        assert_eq!(first.request(json!({"type": "ping"})).await["type"], "pong");
         // A closed connection no longer counts.
         drop(second);
         while Client::try_connect(&server.url, &token("c")).await.is_err() {}
@@ -60,16 +62,16 @@ async fn subscriptions_of_one_connection_are_limited() {
     let mut client = Client::connect(&server.url, &server.token("acme", "ann", &[])).await;
     for id in ["a", "b", "c"] {
         let submit = json!({"id": id, "action": "echo_async", "delay_ms": 3_600_000});
-        let answer = client.ask(submit).await;
+        let reply = client.request(submit).await;
         if id == "c" {
-            assert_eq!(answer["error"]["code"], "RATE_LIMITED", "{answer}");
-            let message = answer["error"]["message"].as_str().unwrap();
+            assert_eq!(reply["error"]["code"], "RATE_LIMITED", "{reply}");
+            let message = reply["error"]["message"].as_str().unwrap();
             assert!(message.contains("gateway.max_subscriptions"), "{message}");
         }
     }
-    client.ask(json!({"type": "unsubscribe", "request_id": "a"})).await;
+    client.request(json!({"type": "unsubscribe", "request_id": "a"})).await;
     assert_eq!(
-        client.ask(json!({"type": "get", "request_id": "c"})).await["error"]["code"],
+        client.request(json!({"type": "get", "request_id": "c"})).await["error"]["code"],
         "NOT_FOUND"
     );
     client.submit("c", "echo_async", json!({"steps": 1})).await;
@@ -93,7 +95,7 @@ async fn raw_connection(server: &Server) -> TcpStream {
 
 #[tokio::test]
 async fn a_silent_client_is_pinged_and_disconnected() {
-    let server = Server::start(&["gateway.heartbeat_ms=1000"]);
+    let server = Server::start(&["gateway.ping_interval=1000ms"]);
     let mut socket = raw_connection(&server).await;
     let mut all = Vec::new();
     // Until the server closes the connection.
@@ -107,7 +109,7 @@ async fn a_silent_client_is_pinged_and_disconnected() {
 
 #[tokio::test]
 async fn an_incomplete_handshake_times_out() {
-    let server = Server::start(&["gateway.handshake_timeout_ms=100"]);
+    let server = Server::start(&["gateway.handshake_timeout=100ms"]);
     let address = server.url.trim_start_matches("http://");
     let mut socket = TcpStream::connect(address).await.unwrap();
     socket.write_all(b"GET /ws HTTP/1.1\r\nHost: x\r\n").await.unwrap();
@@ -118,7 +120,7 @@ async fn an_incomplete_handshake_times_out() {
 
 #[tokio::test]
 async fn a_slow_consumer_is_disconnected_and_can_resume() {
-    let server = Server::start(&["gateway.slow_consumer_timeout_ms=1000"]);
+    let server = Server::start(&["gateway.slow_consumer_timeout=1000ms"]);
     let token = server.token("acme", "ann", &[]);
     let mut client = Client::connect(&server.url, &token).await;
     // More than the socket buffers can contain.
@@ -160,8 +162,8 @@ async fn a_grpc_message_over_the_limit_reports_the_option() {
             payload: Some(json_payload(format!("\"{}\"", "x".repeat(size)))),
             ..SubmitRequest::default()
         };
-        let refused = api.router().submit(api.call(submit)).await.unwrap_err();
-        assert!(refused.message().contains("limits.max_payload_bytes"), "{size}: {refused}");
+        let rejected = api.router().submit(api.call(submit)).await.unwrap_err();
+        assert!(rejected.message().contains("limits.max_payload_bytes"), "{size}: {rejected}");
     }
 }
 
@@ -171,10 +173,10 @@ async fn the_largest_payload_can_be_echoed() {
     let token = server.token("acme", "ann", &[]);
     let mut client = Client::connect(&server.url, &token).await;
     let text = "x".repeat(4094);
-    let answer = client.ask(json!({"action": "echo", "payload": text})).await;
-    assert_eq!(answer["data"]["echo"], json!(text), "{answer}");
-    let refused = client.ask(json!({"action": "echo", "payload": format!("{text}x")})).await;
-    let message = refused["error"]["message"].as_str().unwrap();
+    let reply = client.request(json!({"action": "echo", "payload": text})).await;
+    assert_eq!(reply["data"]["echo"], json!(text), "{reply}");
+    let rejected = client.request(json!({"action": "echo", "payload": format!("{text}x")})).await;
+    let message = rejected["error"]["message"].as_str().unwrap();
     assert!(message.contains("must be at most 4096 bytes (limits.max_payload_bytes)"), "{message}");
 }
 
@@ -183,13 +185,13 @@ async fn watches_of_running_requests_release_the_memory_of_large_chunks() {
     const REQUESTS: usize = 75;
     // Worker and client send no heartbeats.
     let server = Server::start(&[
-        "execution.tenant_share_percent=100",
-        "execution.lease_ms=600000",
-        "gateway.heartbeat_ms=600000",
+        "execution.max_tenant_share_percent=100",
+        "execution.lease_duration=600000ms",
+        "gateway.ping_interval=600000ms",
     ]);
     let token = server.token("acme", "ann", &["worker:work"]);
     let hello = hello("w", 100, vec![declare("work")]);
-    let mut worker = ScriptedWorker::come(&server, &token, hello).await;
+    let mut worker = ScriptedWorker::connect(&server, &token, hello).await;
     let before = server.resident_bytes();
     let mut client = Client::connect(&server.url, &token).await;
     for _ in 0..REQUESTS {
@@ -197,7 +199,7 @@ async fn watches_of_running_requests_release_the_memory_of_large_chunks() {
     }
     let chunk = json_payload(format!("\"{}\"", "x".repeat(1_000_000)));
     for _ in 0..REQUESTS {
-        let task = worker.task().await;
+        let task = worker.next_task().await;
         worker.report(&task, 1, Kind::Output(chunk.clone())).await;
     }
     let mut chunks = 0;
@@ -206,7 +208,7 @@ async fn watches_of_running_requests_release_the_memory_of_large_chunks() {
     }
     // The requests are still running. The last events take 64 MiB in the progress service and 75 MB in the
     // gateway; buffers of the watches would take 225 MB more.
-    in_time("the release of memory", async {
+    within_timeout("the release of memory", async {
         // The allocator releases memory only while the server is active.
         while server.resident_bytes() > before + 200 * 1024 * 1024 {
             metrics(&server.url).await;

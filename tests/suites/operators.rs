@@ -24,7 +24,7 @@ fn audited_server() -> Server {
     let file = data.path().join("audit.jsonl");
     Server::start_in(
         data,
-        &[&format!("audit.file={}", file.display()), "server.drain_timeout_ms=500"],
+        &[&format!("audit.file={}", file.display()), "server.drain_timeout=500ms"],
     )
 }
 
@@ -49,9 +49,9 @@ fn api(server: &Server, tenant: &str, user: &str, permissions: &[&str]) -> Api {
 fn get(address: &str, path: &str, token: &str) -> (u16, String) {
     let mut socket = TcpStream::connect(address.trim_start_matches("http://")).unwrap();
     write!(socket, "GET {path} HTTP/1.1\r\nHost: a\r\nConnection: close\r\n{token}\r\n").unwrap();
-    let mut answer = String::new();
-    socket.read_to_string(&mut answer).unwrap();
-    let (head, body) = answer.split_once("\r\n\r\n").unwrap();
+    let mut reply = String::new();
+    socket.read_to_string(&mut reply).unwrap();
+    let (head, body) = reply.split_once("\r\n\r\n").unwrap();
     (head.split(' ').nth(1).unwrap().parse().unwrap(), body.to_owned())
 }
 
@@ -65,9 +65,9 @@ async fn only_an_operator_can_list_the_requests_of_other_tenants() {
         [("acme", vec!["*"]), ("evil", vec!["*"]), ("evil", vec!["operator:*", "requests:*"])]
     {
         let other = api(&server, tenant, "eve", &permissions);
-        let refused = other.router().list(other.call(of_acme())).await.unwrap_err();
-        assert_eq!(refused.code(), Code::PermissionDenied);
-        assert_eq!(refused.message(), "permission operator is required");
+        let rejected = other.router().list(other.call(of_acme())).await.unwrap_err();
+        assert_eq!(rejected.code(), Code::PermissionDenied);
+        assert_eq!(rejected.message(), "permission operator is required");
     }
     let operator = api(&server, "ops", "olga", &["operator"]);
     let page = operator.router().list(operator.call(of_acme())).await.unwrap().into_inner();
@@ -78,18 +78,18 @@ async fn only_an_operator_can_list_the_requests_of_other_tenants() {
     );
     // Other actions are not permitted.
     let cancel = CancelRequest { request_id: request.uid.clone(), reason: String::new() };
-    let refused = operator.router().cancel(operator.call(cancel)).await.unwrap_err();
-    assert_eq!(refused.code(), Code::NotFound);
+    let rejected = operator.router().cancel(operator.call(cancel)).await.unwrap_err();
+    assert_eq!(rejected.code(), Code::NotFound);
     let records = records(server);
     let list = "/streamer.router.v1.RouterService/List";
-    let refused = json!({
+    let rejected = json!({
         "call": list, "outcome": "PERMISSION_DENIED", "reason": "permission operator is required",
         "tenant": "evil", "user": "eve", "from": "127.0.0.1",
     });
     assert_eq!(records[1]["from"].as_str().unwrap().split('.').next(), Some("127"));
     let mut second = records[1].clone();
     second["from"] = json!("127.0.0.1");
-    assert_eq!(second, refused);
+    assert_eq!(second, rejected);
     let audited: Vec<_> = records[3..]
         .iter()
         .map(|record| {
@@ -191,7 +191,7 @@ async fn metrics_can_use_a_separate_address_and_require_an_operator() {
     let separate = claim.next().to_string();
     let server = Server::start(&[
         &format!("server.metrics_listen={separate}"),
-        "server.metrics_need_operator=true",
+        "server.metrics_require_operator=true",
     ]);
     assert_eq!(get(&server.url, "/metrics", "").0, 404);
     assert_eq!(get(&separate, "/healthz", "").0, 404);
@@ -211,7 +211,7 @@ async fn a_service_token_is_rejected_with_an_explanation_by_a_single_process() {
     let api = api(&server, "acme", "ann", &[]);
     let mut call = api.call(ListRequest::default());
     call.metadata_mut().insert("streamer-service-token", "0".repeat(64).parse().unwrap());
-    let refused = api.router().list(call).await.unwrap_err();
-    assert_eq!(refused.code(), Code::Unauthenticated);
-    assert!(refused.message().contains("all services in one process"), "{refused}");
+    let rejected = api.router().list(call).await.unwrap_err();
+    assert_eq!(rejected.code(), Code::Unauthenticated);
+    assert!(rejected.message().contains("all services in one process"), "{rejected}");
 }

@@ -26,7 +26,7 @@ use streamer_rpc::request_error;
 use streamer_tests::{
     Client, Cluster, Server, Service, declare,
     dynamodb::{Implementation, endpoint},
-    hello, hello_again, in_time, offered_at,
+    hello, resume_hello, wait_for_action, within_timeout,
 };
 use tempfile::TempDir;
 use tonic::{
@@ -61,10 +61,10 @@ fn sign(tenant: &str, user: &str, permissions: &[&str], lasts_s: i64) -> String 
 
 /// Replaces the names of the object, and removes other ids, times and numbers, which differ between
 /// replies.
-fn normalized(answer: &str, object: &Object) -> String {
+fn normalized(reply: &str, object: &Object) -> String {
     let Object { uid, ended, request_id, user, connection, action, .. } = object;
     let names = [uid, ended, request_id, user, connection, action];
-    let named = names.into_iter().fold(answer.to_owned(), |text, name| text.replace(name, "NAME"));
+    let named = names.into_iter().fold(reply.to_owned(), |text, name| text.replace(name, "NAME"));
     let words = named.split(|c: char| !c.is_ascii_alphanumeric());
     words.filter(|word| !word.contains(|c: char| c.is_ascii_digit())).collect::<Vec<_>>().join(" ")
 }
@@ -75,19 +75,19 @@ impl Row {
         let (object, gateway) = (object.clone(), &urls.gateway);
         match self.call {
             Call::Method(call) => {
-                let answer = call(object, channel(urls.of(&self.name)), token.into());
-                in_time(&self.name, answer).await.unwrap_or_else(|status| {
+                let reply = call(object, channel(urls.of(&self.name)), token.into());
+                within_timeout(&self.name, reply).await.unwrap_or_else(|status| {
                     format!("{:?} {:?}", status.code(), request_error(&status))
                 })
             }
             Call::Message(message) => {
-                let answer = async {
+                let reply = async {
                     let mut client = Client::try_connect(gateway, token).await?;
                     client.send(message(object)).await;
                     client.try_next().await
                 };
-                match answer.await {
-                    Ok(answer) => answer.to_string(),
+                match reply.await {
+                    Ok(reply) => reply.to_string(),
                     Err(ClientError::Closed { code, reason }) => format!("{code} {reason}"),
                     Err(error) => panic!("{}: {error}", self.name),
                 }
@@ -174,7 +174,7 @@ impl Scene<'_> {
         let mut worker = work(channel(url), &token, first.clone(), None).await.unwrap();
         let Message::Welcome(welcome) = next(&mut worker).await.unwrap() else { panic!() };
         for router in &self.urls.all_routers {
-            offered_at(router, &token, ACTION).await;
+            wait_for_action(router, &token, ACTION).await;
         }
         let client = Client::connect(url, &token).await;
         let mut object = Object {
@@ -189,7 +189,7 @@ impl Scene<'_> {
         object.uid = router.submit(authorized(submit, &token)).await.unwrap().into_inner().uid;
         object.resume_hello = loop {
             if let Message::Task(task) = next(&mut worker).await.unwrap() {
-                break hello_again(&first, &welcome, &[&task]);
+                break resume_hello(&first, &welcome, &[&task]);
             }
         };
         let submit = repeat(&object);
@@ -198,7 +198,7 @@ impl Scene<'_> {
         let cancel = router::CancelRequest { request_id, ..Default::default() };
         router.cancel(authorized(cancel, &token)).await.unwrap();
         if self.row.permissions == ["connections:read"] {
-            in_time("the connection in the list", self.until_listed(&token)).await;
+            within_timeout("the connection in the list", self.until_listed(&token)).await;
         }
         (object, worker, client)
     }
@@ -225,16 +225,16 @@ impl Scene<'_> {
     /// Returns how the reply to this caller differs from the row, if it does.
     async fn difference(&self, caller: Caller, object: &Object) -> Option<String> {
         let token = self.token(caller);
-        let answer = self.row.perform(self.urls, &token, object).await;
+        let reply = self.row.perform(self.urls, &token, object).await;
         let (Sees(text) | Hidden(text)) = self.row.expected[caller as usize];
-        if !answer.contains(text) {
-            return Some(format!("{caller:?}: {answer}, expected {text}"));
+        if !reply.contains(text) {
+            return Some(format!("{caller:?}: {reply}, expected {text}"));
         }
         if let Hidden(_) = self.row.expected[caller as usize] {
             let absent = absent();
             let other = self.row.perform(self.urls, &token, &absent).await;
-            if normalized(&answer, object) != normalized(&other, &absent) {
-                return Some(format!("{caller:?}: {answer}, but {other} for a missing object"));
+            if normalized(&reply, object) != normalized(&other, &absent) {
+                return Some(format!("{caller:?}: {reply}, but {other} for a missing object"));
             }
         }
         None
@@ -261,9 +261,9 @@ impl Scene<'_> {
             invalid.push(("reader", reader, ["PermissionDenied", "FORBIDDEN"]));
         }
         for (name, token, codes) in invalid {
-            let answer = row.perform(self.urls, &token, &object).await;
-            if !codes.iter().any(|code| answer.contains(code)) {
-                differences.push(format!("{name}: {answer}"));
+            let reply = row.perform(self.urls, &token, &object).await;
+            if !codes.iter().any(|code| reply.contains(code)) {
+                differences.push(format!("{name}: {reply}"));
             }
         }
         let after = self.state().await;
@@ -271,9 +271,9 @@ impl Scene<'_> {
             differences.push(format!("the state changed from {before} to {after}"));
         }
         client.send(json!({"type": "ping"})).await;
-        let answer = client.try_next().await;
-        if !answer.as_ref().is_ok_and(|answer| answer["type"] == "pong") {
-            differences.push(format!("the owner's connection received {answer:?}"));
+        let reply = client.try_next().await;
+        if !reply.as_ref().is_ok_and(|reply| reply["type"] == "pong") {
+            differences.push(format!("the owner's connection received {reply:?}"));
         }
         differences.extend(self.difference(Caller::Owner, &object).await);
         let is_changed = row.permissions.iter().any(|name| name.ends_with("write"))
@@ -338,9 +338,9 @@ fn settings(folder: &TempDir) -> Vec<String> {
         format!("auth.keys=HS256:{}", secret.display()),
         "auth.issuers=https://issuer.example".into(),
         "auth.audiences=streamer".into(),
-        "execution.tenant_share_percent=100".into(),
+        "execution.max_tenant_share_percent=100".into(),
         // The workers of the suite send no heartbeats.
-        "execution.lease_ms=600000".into(),
+        "execution.lease_duration=600000ms".into(),
     ]
 }
 

@@ -13,7 +13,7 @@ use streamer_proto::{
     },
 };
 use streamer_rpc::json_payload;
-use streamer_tests::{Client, Server, in_time, metrics};
+use streamer_tests::{Client, Server, metrics, within_timeout};
 use tempfile::TempDir;
 use tonic::{Code, Status};
 use tonic_types::StatusExt;
@@ -34,9 +34,9 @@ fn delayed(id: &str) -> Value {
 }
 
 /// Returns the violated quota of a rejection.
-fn quota(refused: &Status) -> String {
-    assert_eq!(refused.code(), Code::ResourceExhausted, "{refused}");
-    let quota = refused.get_details_quota_failure().unwrap();
+fn quota(rejected: &Status) -> String {
+    assert_eq!(rejected.code(), Code::ResourceExhausted, "{rejected}");
+    let quota = rejected.get_details_quota_failure().unwrap();
     quota.violations[0].subject.clone()
 }
 
@@ -51,24 +51,24 @@ async fn queued_requests_are_limited_across_protocols() {
     let ann = api("acme", "ann");
     let mut client = Client::connect(&server.url, &token("acme", "ann")).await;
     let first = submit_delayed(&ann, "{}".into()).await.unwrap();
-    assert_eq!(client.ask(delayed("a")).await["type"], "acknowledgment");
-    assert_eq!(client.ask(delayed("b")).await["type"], "acknowledgment");
-    let refused = client.ask(delayed("c")).await;
-    assert_eq!(refused["error"]["code"], "RATE_LIMITED", "{refused}");
+    assert_eq!(client.request(delayed("a")).await["type"], "acknowledgment");
+    assert_eq!(client.request(delayed("b")).await["type"], "acknowledgment");
+    let rejected = client.request(delayed("c")).await;
+    assert_eq!(rejected["error"]["code"], "RATE_LIMITED", "{rejected}");
     let option = "limits.queued_requests_per_user";
-    assert_eq!(refused["error"]["details"]["limit"], option);
-    assert_eq!(refused["error"]["details"]["retry_after_ms"], 1000);
+    assert_eq!(rejected["error"]["details"]["limit"], option);
+    assert_eq!(rejected["error"]["details"]["retry_after_ms"], 1000);
     // A repeated submission is acknowledged, not rejected.
-    assert_eq!(client.ask(delayed("b")).await["type"], "acknowledgment");
+    assert_eq!(client.request(delayed("b")).await["type"], "acknowledgment");
 
-    let refused = submit_delayed(&ann, "{}".into()).await.unwrap_err();
-    assert_eq!(quota(&refused), option);
-    assert!(refused.get_details_retry_info().unwrap().retry_delay.is_some());
+    let rejected = submit_delayed(&ann, "{}".into()).await.unwrap_err();
+    assert_eq!(quota(&rejected), option);
+    assert!(rejected.get_details_retry_info().unwrap().retry_delay.is_some());
     let bob = api("acme", "bob");
     submit_delayed(&bob, "{}".into()).await.unwrap();
     submit_delayed(&bob, "{}".into()).await.unwrap();
-    let refused = submit_delayed(&bob, "{}".into()).await.unwrap_err();
-    assert_eq!(quota(&refused), "limits.queued_requests_per_tenant");
+    let rejected = submit_delayed(&bob, "{}".into()).await.unwrap_err();
+    assert_eq!(quota(&rejected), "limits.queued_requests_per_tenant");
     submit_delayed(&api("globex", "ann"), "{}".into()).await.unwrap();
     let metrics = metrics(&server.url).await;
     let usage_of = |option: &str| {
@@ -81,11 +81,11 @@ async fn queued_requests_are_limited_across_protocols() {
 
     // Requests that leave the queue no longer count, and a redrive counts as well.
     let cancel = json!({"type": "cancel", "request_id": first});
-    assert_eq!(client.ask(cancel).await["type"], "acknowledgment");
-    assert_eq!(client.ask(delayed("c")).await["type"], "acknowledgment");
+    assert_eq!(client.request(cancel).await["type"], "acknowledgment");
+    assert_eq!(client.request(delayed("c")).await["type"], "acknowledgment");
     let redrive = RedriveRequest { request_id: first, ..RedriveRequest::default() };
-    let refused = ann.router().redrive(ann.call(redrive)).await.unwrap_err();
-    assert_eq!(quota(&refused), option);
+    let rejected = ann.router().redrive(ann.call(redrive)).await.unwrap_err();
+    assert_eq!(quota(&rejected), option);
 }
 
 #[tokio::test]
@@ -117,8 +117,8 @@ async fn a_page_of_redriven_requests_ends_where_the_queue_is_full() {
         states: vec![RequestState::Cancelled.into()],
         ..RedriveManyRequest::default()
     };
-    let refused = api.router().redrive_many(api.call(redrive.clone())).await.unwrap_err();
-    assert_eq!(quota(&refused), "limits.queued_requests_per_user");
+    let rejected = api.router().redrive_many(api.call(redrive.clone())).await.unwrap_err();
+    assert_eq!(quota(&rejected), "limits.queued_requests_per_user");
     cancel(queued.remove(0)).await;
     let page = api.router().redrive_many(api.call(redrive.clone())).await.unwrap().into_inner();
     assert_eq!(page.redriven.len(), 1);
@@ -140,8 +140,8 @@ async fn queued_requests_count_after_a_restart() {
     }
     server.kill_and_restart();
     let api = Api::new(&server.url, &token).unwrap();
-    let refused = submit_delayed(&api, "{}".into()).await.unwrap_err();
-    assert_eq!(quota(&refused), "limits.queued_requests_per_user");
+    let rejected = submit_delayed(&api, "{}".into()).await.unwrap_err();
+    assert_eq!(quota(&rejected), "limits.queued_requests_per_user");
 }
 
 #[tokio::test]
@@ -152,9 +152,9 @@ async fn stored_bytes_are_limited_by_the_option() {
     let large = || json!({"result": "x".repeat(40_000)}).to_string();
     submit_delayed(&acme, large()).await.unwrap();
     submit_delayed(&acme, large()).await.unwrap();
-    let refused = submit_delayed(&acme, large()).await.unwrap_err();
-    assert_eq!(quota(&refused), "limits.stored_bytes_per_tenant");
-    assert!(refused.get_details_retry_info().is_none(), "a retry cannot succeed");
+    let rejected = submit_delayed(&acme, large()).await.unwrap_err();
+    assert_eq!(quota(&rejected), "limits.stored_bytes_per_tenant");
+    assert!(rejected.get_details_retry_info().is_none(), "a retry cannot succeed");
     submit_delayed(&globex, large()).await.unwrap();
 }
 
@@ -165,8 +165,8 @@ async fn watches_of_a_user_are_limited_across_connections() {
     let api = Api::new(&server.url, &token).unwrap();
     let mut first = Client::connect(&server.url, &token).await;
     let mut second = Client::connect(&server.url, &token).await;
-    first.ask(delayed("a")).await;
-    second.ask(delayed("b")).await;
+    first.request(delayed("a")).await;
+    second.request(delayed("b")).await;
     let watch = |name: &str| {
         let watch = WatchRequest { request_id: name.into(), ..WatchRequest::default() };
         let (mut progress, call) = (api.progress(), api.call(watch));
@@ -176,9 +176,9 @@ async fn watches_of_a_user_are_limited_across_connections() {
     open.message().await.unwrap().unwrap();
     let option = "limits.watches_per_user";
     assert_eq!(quota(&watch("b").await.unwrap_err()), option);
-    let refused = first.ask(json!({"type": "subscribe", "request_id": "b"})).await;
-    assert_eq!(refused["error"]["details"]["limit"], option, "{refused}");
-    assert_eq!(refused["error"]["details"]["retry_after_ms"], 1000);
+    let rejected = first.request(json!({"type": "subscribe", "request_id": "b"})).await;
+    assert_eq!(rejected["error"]["details"]["limit"], option, "{rejected}");
+    assert_eq!(rejected["error"]["details"]["retry_after_ms"], 1000);
     // Headers of services are ignored in calls of clients.
     for header in ["streamer-watch-counted", "streamer-forwarded"] {
         let watch = WatchRequest { request_id: "b".into(), ..WatchRequest::default() };
@@ -193,20 +193,20 @@ async fn watches_of_a_user_are_limited_across_connections() {
         wait: Some(prost_types::Duration { seconds: 60, nanos: 0 }),
         ..SubmitRequest::default()
     };
-    let answer = api.router().submit(api.call(submit)).await.unwrap().into_inner();
-    assert!(matches!(answer.outcome, Some(Outcome::Acknowledgment(_))), "{answer:?}");
-    let refused = second.ask(delayed("c")).await;
-    assert_eq!(refused["error"]["details"]["limit"], option, "{refused}");
+    let reply = api.router().submit(api.call(submit)).await.unwrap().into_inner();
+    assert!(matches!(reply.outcome, Some(Outcome::Acknowledgment(_))), "{reply:?}");
+    let rejected = second.request(delayed("c")).await;
+    assert_eq!(rejected["error"]["details"]["limit"], option, "{rejected}");
 
     // Ended watches no longer count.
-    second.ask(json!({"type": "unsubscribe", "request_id": "b"})).await;
-    assert_eq!(second.ask(delayed("c")).await["type"], "acknowledgment");
+    second.request(json!({"type": "unsubscribe", "request_id": "b"})).await;
+    assert_eq!(second.request(delayed("c")).await["type"], "acknowledgment");
     drop(open);
-    in_time("a watch within the limit", async { while watch("a").await.is_err() {} }).await;
+    within_timeout("a watch within the limit", async { while watch("a").await.is_err() {} }).await;
     drop(second);
     let subscribe = json!({"type": "subscribe", "request_id": "b"});
-    in_time("a subscription within the limit", async {
-        while first.ask(subscribe.clone()).await["type"] != "subscribed" {}
+    within_timeout("a subscription within the limit", async {
+        while first.request(subscribe.clone()).await["type"] != "subscribed" {}
     })
     .await;
 }
@@ -248,6 +248,8 @@ async fn tenant_limits_are_reloaded_on_sighup() {
     drop(log);
     write(&format!("{limits}queued_requests_per_user = 3\n"));
     server.reload();
-    in_time("the new limit", async { while submit_delayed(&acme, "{}".into()).await.is_err() {} })
-        .await;
+    within_timeout("the new limit", async {
+        while submit_delayed(&acme, "{}".into()).await.is_err() {}
+    })
+    .await;
 }

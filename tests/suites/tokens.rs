@@ -158,15 +158,15 @@ impl Scene {
             let server = Server::start(&settings);
             (Api::new(&server.url, "").unwrap(), server)
         };
-        let several = format!("auth.keys={ed25519},{} auth.leeway_ms=300000", others.join(","));
+        let several = format!("auth.keys={ed25519},{} auth.leeway=300000ms", others.join(","));
         let set = format!(
-            "auth.jwks_url={}/jwks.json auth.jwks_min_refresh_ms=0 \
+            "auth.jwks_url={}/jwks.json auth.jwks_min_refresh_interval=0ms \
              auth.permissions_claim=realm_access.roles",
             site.url
         );
         let options = format!(
             "auth.keys={ed25519} auth.tenants=acme,globex auth.tenant_claim=org.id \
-             auth.permissions_claim=scope auth.leeway_ms=0 auth.max_token_bytes=12288"
+             auth.permissions_claim=scope auth.leeway=0ms auth.max_token_bytes=12288"
         );
         let servers = [("keys", several), ("set", set), ("options", options)];
         let servers = servers.map(|(name, settings)| (name, start(settings))).into();
@@ -200,8 +200,8 @@ impl Scene {
     }
 
     async fn over_grpc(&self, row: &Value, api: &Api, token: &str) -> Outcome {
-        let refused = |status: Status| (format!("{:?}", status.code()), status.message().into());
-        api.router().list_actions(call(ListActionsRequest {}, token)).await.map_err(refused)?;
+        let rejection = |status: Status| (format!("{:?}", status.code()), status.message().into());
+        api.router().list_actions(call(ListActionsRequest {}, token)).await.map_err(rejection)?;
         let Some(permitted) = row["lists_connections"].as_bool() else {
             return Ok(self.owner(row));
         };
@@ -329,9 +329,9 @@ async fn over_websocket(url: &str, token: &str) -> Outcome {
 /// Sends a token in an `auth` message on a connection that a valid token opened.
 async fn in_message(url: &str, valid: &str, token: &str) -> Outcome {
     let mut client = Client::connect(url, valid).await;
-    let answer = client.ask(json!({"type": "auth", "token": token})).await;
-    let code = answer["error"]["code"].as_str().unwrap_or_default();
-    Err((code.into(), answer.to_string()))
+    let reply = client.request(json!({"type": "auth", "token": token})).await;
+    let code = reply["error"]["code"].as_str().unwrap_or_default();
+    Err((code.into(), reply.to_string()))
 }
 
 fn now() -> i64 {

@@ -17,7 +17,7 @@ use streamer_tests::{
     collector::{Behavior, Collector, Span, dangling, tree},
     declare,
     dynamodb::{self, Implementation, endpoint},
-    dynamodb_settings, hello, metrics, offered_at, tool,
+    dynamodb_settings, hello, metrics, tool, wait_for_action,
 };
 use tonic::Code;
 
@@ -34,7 +34,7 @@ async fn submit(client: &mut Client, id: &str) -> Value {
     let request = json!({
         "id": id, "action": "echo_async", "payload": payload, "metadata": {"note": SECRET},
     });
-    let acknowledgment = client.ask(request).await;
+    let acknowledgment = client.request(request).await;
     assert_eq!(acknowledgment["type"], "acknowledgment", "{acknowledgment}");
     let log = client.follow(Log::after(1)).await;
     assert_eq!((log.count("retrying"), log.last_type()), (1, "complete"));
@@ -69,7 +69,7 @@ fn check_spans(spans: &[Span]) {
     assert!(first.links.iter().all(|(trace, _)| *trace == submission.trace_id));
     assert_eq!(second.links.len(), 2);
     assert_eq!(second.links[0].0, submission.trace_id);
-    assert_eq!(second.links[1], first.place());
+    assert_eq!(second.links[1], first.context());
     let traces: BTreeSet<_> =
         [submission, first, second].map(|span| span.trace_id.clone()).into_iter().collect();
     assert_eq!(traces.len(), 3);
@@ -101,14 +101,14 @@ async fn the_traces_of_a_retried_request_are_linked() {
     let token = server.token("acme", "ann", &[]);
     let mut client = Client::connect(&server.url, &token).await;
     let acknowledgment = submit(&mut client, "r").await;
-    let spans = collector.spans_when(|spans| has(spans, "delivery", 1)).await;
+    let spans = collector.wait_for_spans(|spans| has(spans, "delivery", 1)).await;
     check_spans(&spans);
     let submission = named(&spans, "websocket.request")[0];
     assert_eq!(acknowledgment["trace_id"], *submission.trace_id);
     assert_eq!(submission.attributes["streamer.tenant"], "acme");
     let handlers = named(&spans, "handler");
     assert_eq!([handlers[0].failed, handlers[1].failed], [true, false]);
-    let again = client.ask(json!({"id": "r", "action": "echo_async"})).await;
+    let again = client.request(json!({"id": "r", "action": "echo_async"})).await;
     assert_eq!(again["error"]["code"], "CONFLICT", "{again}");
     check_secrets(&mut collector, &token);
     check_independently(&mut collector, spans.len());
@@ -181,14 +181,15 @@ fn check_handlers(spans: &[Span], language: &str) {
 
 async fn check_worker(language: &str) {
     let mut collector = Collector::start(Behavior::Accept);
-    let server = Server::start(&[&collector.setting(), "execution.local_actions=echo"]);
+    let server = Server::start(&[&collector.setting(), "execution.builtin_actions=echo"]);
     let token = server.token("acme", "ann", &["worker:*"]);
     let _worker = worker(language, &server.url, &token, &collector);
-    offered_at(&server.url, &token, "echo_async").await;
+    wait_for_action(&server.url, &token, "echo_async").await;
     let mut client = Client::connect(&server.url, &token).await;
     submit(&mut client, "r").await;
-    let spans =
-        collector.spans_when(|spans| has(spans, "delivery", 1) && has(spans, "handler", 2)).await;
+    let spans = collector
+        .wait_for_spans(|spans| has(spans, "delivery", 1) && has(spans, "handler", 2))
+        .await;
     check_spans(&spans);
     check_handlers(&spans, language);
     check_secrets(&mut collector, &token);
@@ -207,7 +208,7 @@ async fn spans_of_a_javascript_worker_are_in_the_trace_of_the_attempt() {
 #[tokio::test(flavor = "multi_thread")]
 async fn spans_of_separate_services_and_workers_are_linked() {
     let mut collector = Collector::start(Behavior::Accept);
-    let settings = ["execution.local_actions=echo", &collector.setting()];
+    let settings = ["execution.builtin_actions=echo", &collector.setting()];
     let dynamodb = endpoint(Implementation::DynamoDbLocal);
     let cluster = Cluster::start(dynamodb, &settings, |_, _, _| Vec::new()).await;
     let token = cluster.token("acme", "ann", &["worker:*"]);
@@ -215,7 +216,7 @@ async fn spans_of_separate_services_and_workers_are_linked() {
     for language in ["python", "javascript"] {
         let mut worker = worker(language, url, &token, &collector);
         for url in &cluster.urls {
-            offered_at(url, &token, "echo_async").await;
+            wait_for_action(url, &token, "echo_async").await;
         }
         let mut client = Client::connect(url, &token).await;
         submit(&mut client, language).await;
@@ -233,7 +234,7 @@ async fn spans_of_separate_services_and_workers_are_linked() {
             spans.iter().filter(|span| traces.contains(&span.trace_id)).cloned().collect()
         };
         let spans = collector
-            .spans_when(|spans| {
+            .wait_for_spans(|spans| {
                 let spans = of_request(spans);
                 has(&spans, "delivery", 1)
                     && has(&spans, "handler", 2)
@@ -262,12 +263,12 @@ async fn the_trace_of_a_client_message_is_continued() {
     let server = Server::start(&[&collector.setting()]);
     let mut client = Client::connect(&server.url, &server.token("acme", "ann", &[])).await;
     let request = json!({"action": "echo_async", "traceparent": PARENT, "tracestate": "vendor=1"});
-    let acknowledgment = client.ask(request).await;
+    let acknowledgment = client.request(request).await;
     assert_eq!(acknowledgment["trace_id"], TRACE_ID);
     client.follow(Log::after(1)).await;
-    let spans = collector.spans_when(|spans| has(spans, "delivery", 1)).await;
+    let spans = collector.wait_for_spans(|spans| has(spans, "delivery", 1)).await;
     let submission = named(&spans, "websocket.request")[0];
-    assert_eq!(submission.place().0, TRACE_ID);
+    assert_eq!(submission.context().0, TRACE_ID);
     assert_eq!(submission.parent_id, "b7ad6b7169203331");
     let caller = (TRACE_ID.to_owned(), "b7ad6b7169203331".to_owned());
     assert_eq!(dangling(&spans, &[caller]), Vec::<String>::new());
@@ -282,9 +283,9 @@ async fn the_trace_of_the_handshake_is_continued() {
     command.arg(script("handshake.py")).arg(url);
     let output = Process::output(command.args([&server.token("acme", "ann", &[]), PARENT]));
     assert_eq!(String::from_utf8_lossy(&output.stdout).trim(), TRACE_ID, "{output:?}");
-    let spans = collector.spans_when(|spans| has(spans, "websocket.request", 1)).await;
+    let spans = collector.wait_for_spans(|spans| has(spans, "websocket.request", 1)).await;
     let submission = named(&spans, "websocket.request")[0];
-    assert_eq!(submission.place().0, TRACE_ID);
+    assert_eq!(submission.context().0, TRACE_ID);
     assert_eq!(submission.parent_id, "b7ad6b7169203331");
 }
 
@@ -302,12 +303,14 @@ async fn log_lines_contain_trace_and_span_ids() {
         let api = Api::new(&server.url, &server.token("acme", "ann", &[])).unwrap();
         let mut call = api.call(GetRequest { request_id: "r".into(), ..GetRequest::default() });
         call.metadata_mut().insert("traceparent", PARENT.parse().unwrap());
-        let refused = api.router().get(call).await.unwrap_err();
-        assert_eq!(refused.code(), Code::Unavailable, "{refused}");
+        let rejected = api.router().get(call).await.unwrap_err();
+        assert_eq!(rejected.code(), Code::Unavailable, "{rejected}");
         let mut lines = log.lines().map(Result::unwrap);
         let line = lines.find(|line| line.contains("store call failed")).unwrap();
         let spans = collector
-            .spans_when(|spans| spans.iter().any(|span| span.name.ends_with("RouterService/Get")))
+            .wait_for_spans(|spans| {
+                spans.iter().any(|span| span.name.ends_with("RouterService/Get"))
+            })
             .await;
         let ids = spans.iter().map(|span| match format {
             "text" => format!("trace_id={TRACE_ID} span_id={}", span.span_id),
@@ -322,7 +325,7 @@ async fn log_lines_contain_trace_and_span_ids() {
 /// Submits a request with this `traceparent`; returns the trace id of the acknowledgment.
 async fn trace_of(client: &mut Client, trace_parent: Value) -> Value {
     let request = json!({"action": "echo_async", "traceparent": trace_parent});
-    let acknowledgment = client.ask(request).await;
+    let acknowledgment = client.request(request).await;
     assert_eq!(acknowledgment["type"], "acknowledgment", "{acknowledgment}");
     client.follow(Log::after(1)).await;
     acknowledgment["trace_id"].clone()
@@ -350,8 +353,8 @@ async fn only_trusted_clients_decide_on_sampling() {
     let mut client = Client::connect(&server.url, &server.token("acme", "ann", &[])).await;
     assert_eq!(trace_of(&mut client, PARENT.into()).await, TRACE_ID);
     assert_eq!(trace_of(&mut client, "nonsense".into()).await, Value::Null);
-    let refused = client.ask(json!({"action": "echo_async", "traceparent": 5})).await;
-    assert_eq!(refused["error"]["details"]["violations"][0]["field"], "traceparent", "{refused}");
+    let rejected = client.request(json!({"action": "echo_async", "traceparent": 5})).await;
+    assert_eq!(rejected["error"]["details"]["violations"][0]["field"], "traceparent", "{rejected}");
 }
 
 /// Returns the value of a counter.
@@ -374,7 +377,7 @@ async fn a_failing_collector_does_not_affect_requests() {
         // More spans than the export queue can contain.
         (hanging.setting(), CALLS, "streamer_trace_spans_dropped_total"),
     ] {
-        let mut server = Server::start(&[&setting, "server.drain_timeout_ms=1000"]);
+        let mut server = Server::start(&[&setting, "server.drain_timeout=1000ms"]);
         let mut client = Client::connect(&server.url, &server.token("acme", "ann", &[])).await;
         for _ in 0..calls {
             client.send(json!({"action": "echo", "payload": 1})).await;
@@ -383,7 +386,7 @@ async fn a_failing_collector_does_not_affect_requests() {
             assert_eq!(client.next().await["type"], "response");
         }
         while count(&server, counter).await == 0 {
-            assert_eq!(client.ask(json!({"action": "echo"})).await["type"], "response");
+            assert_eq!(client.request(json!({"action": "echo"})).await["type"], "response");
         }
         drop(client);
         assert_eq!(server.stop(), Some(0), "the server does not wait for the collector");
@@ -407,15 +410,15 @@ async fn export_resumes_when_the_collector_restarts() {
     let server = Server::start(&[&collector.setting()]);
     let mut client = Client::connect(&server.url, &server.token("acme", "ann", &[])).await;
     submit(&mut client, "before").await;
-    collector.spans_when(|spans| has(spans, "delivery", 1)).await;
+    collector.wait_for_spans(|spans| has(spans, "delivery", 1)).await;
     let address = collector.kill();
     while count(&server, "streamer_trace_spans_failed_total").await == 0 {
-        assert_eq!(client.ask(json!({"action": "echo"})).await["type"], "response");
+        assert_eq!(client.request(json!({"action": "echo"})).await["type"], "response");
     }
     let mut collector = Collector::start_at(address, Behavior::Accept);
-    collector.spans_when(|spans| !spans.is_empty()).await;
+    collector.wait_for_spans(|spans| !spans.is_empty()).await;
     submit(&mut client, "after").await;
-    let spans = collector.spans_when(|spans| has(spans, "delivery", 1)).await;
+    let spans = collector.wait_for_spans(|spans| has(spans, "delivery", 1)).await;
     let after: Vec<_> = named(&spans, "attempt");
     assert_eq!(after.last().unwrap().attributes["streamer.request_id"], "after");
 }
@@ -426,14 +429,14 @@ async fn a_worker_receives_the_context_of_its_attempt_and_the_clients_trace_stat
     let server = Server::start(&[&collector.setting()]);
     let token = server.token("acme", "ann", &["worker:*"]);
     let first = hello("w", 1, vec![declare("work")]);
-    let mut worker = ScriptedWorker::come(&server, &token, first).await;
+    let mut worker = ScriptedWorker::connect(&server, &token, first).await;
     let mut client = Client::connect(&server.url, &token).await;
     let request = json!({
         "id": "r", "action": "work", "traceparent": PARENT, "tracestate": "vendor=1",
     });
-    let first = client.ask(request.clone()).await;
+    let first = client.request(request.clone()).await;
     assert_eq!(first["trace_id"], TRACE_ID);
-    let task = worker.task().await;
+    let task = worker.next_task().await;
     assert_eq!(task.trace_state, "vendor=1");
     assert_ne!(&task.trace_parent[3..35], TRACE_ID, "an attempt has a separate trace");
     client.send(request).await;
@@ -445,7 +448,7 @@ async fn a_worker_receives_the_context_of_its_attempt_and_the_clients_trace_stat
     };
     assert_eq!((&again["duplicate"], &again["trace_id"]), (&json!(true), &Value::Null));
     worker.report(&task, 0, Kind::Result(json_payload("1"))).await;
-    let spans = collector.spans_when(|spans| has(spans, "attempt", 1)).await;
+    let spans = collector.wait_for_spans(|spans| has(spans, "attempt", 1)).await;
     let span = named(&spans, "worker.task")[0];
     assert_eq!(task.trace_parent, format!("00-{}-{}-01", span.trace_id, span.span_id));
 }
@@ -463,7 +466,7 @@ async fn a_grpc_call_continues_the_trace_of_its_metadata() {
     };
     let output = call("streamer.router.v1.RouterService/Submit");
     assert!(output.status.success(), "{output:?}");
-    let spans = collector.spans_when(|spans| has(spans, "handler", 1)).await;
+    let spans = collector.wait_for_spans(|spans| has(spans, "handler", 1)).await;
     let submit = named(&spans, "streamer.router.v1.RouterService/Submit")[0];
     assert_eq!((&*submit.trace_id, &*submit.parent_id), (TRACE_ID, "b7ad6b7169203331"));
     assert_eq!(submit.attributes["rpc.response.status_code"], "OK");

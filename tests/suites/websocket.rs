@@ -11,8 +11,8 @@ async fn open() -> (Server, Client) {
     (server, client)
 }
 
-fn code(answer: &Value) -> &str {
-    answer["error"]["code"].as_str().unwrap_or("")
+fn code(reply: &Value) -> &str {
+    reply["error"]["code"].as_str().unwrap_or("")
 }
 
 #[tokio::test]
@@ -28,12 +28,13 @@ async fn the_first_message_describes_the_connection() {
 #[tokio::test]
 async fn a_message_needs_neither_type_nor_id_and_may_have_unknown_fields() {
     let (_server, mut client) = open().await;
-    let answer = client.ask(json!({"action": "echo", "payload": {"a": 1}, "x": {"y": []}})).await;
-    assert_eq!(answer["type"], "response");
-    assert_eq!((&answer["success"], &answer["data"]["echo"]["a"]), (&json!(true), &json!(1)));
-    assert_eq!(answer["request_id"], answer["uid"]);
-    let answer = client.ask(json!({"type": "request", "id": "mine", "action": "echo"})).await;
-    assert_eq!((&answer["request_id"], &answer["data"]["echo"]), (&json!("mine"), &json!({})));
+    let reply =
+        client.request(json!({"action": "echo", "payload": {"a": 1}, "x": {"y": []}})).await;
+    assert_eq!(reply["type"], "response");
+    assert_eq!((&reply["success"], &reply["data"]["echo"]["a"]), (&json!(true), &json!(1)));
+    assert_eq!(reply["request_id"], reply["uid"]);
+    let reply = client.request(json!({"type": "request", "id": "mine", "action": "echo"})).await;
+    assert_eq!((&reply["request_id"], &reply["data"]["echo"]), (&json!("mine"), &json!({})));
 }
 
 #[tokio::test]
@@ -44,9 +45,9 @@ async fn payloads_are_returned_byte_for_byte() {
     let tricky = r#"{"n":9223372036854775807, "s":"\u0000 é 😀","f":1.10,"e":1e400}"#;
     for payload in [tricky, &deep, &large, "null", "7", " [1 , 2] "] {
         client.send_text(format!(r#"{{"action":"echo","payload":{payload}}}"#)).await;
-        let answer = client.next_text().await;
+        let reply = client.next_text().await;
         let expected = format!(r#""data":{{"echo":{}}}}}"#, payload.trim());
-        assert!(answer.ends_with(&expected), "{}", &answer[..answer.len().min(300)]);
+        assert!(reply.ends_with(&expected), "{}", &reply[..reply.len().min(300)]);
     }
 }
 
@@ -76,17 +77,17 @@ async fn invalid_input_is_reported_precisely_and_the_connection_stays_open() {
         ),
     ] {
         client.send_text(text).await;
-        let answer = client.next().await;
-        assert_eq!((&answer["type"], code(&answer)), (&json!("error"), expected), "{answer}");
-        let message = answer["error"]["message"].as_str().unwrap();
+        let reply = client.next().await;
+        assert_eq!((&reply["type"], code(&reply)), (&json!("error"), expected), "{reply}");
+        let message = reply["error"]["message"].as_str().unwrap();
         assert!(message.contains(part), "{part} is missing in {message}");
     }
     // Every violation of the schema is listed.
-    let answer = client
-        .ask(json!({"action": "echo_async", "payload": {"steps": -1, "chunk_bytes": 0}}))
+    let reply = client
+        .request(json!({"action": "echo_async", "payload": {"steps": -1, "chunk_bytes": 0}}))
         .await;
-    assert_eq!(answer["error"]["details"]["violations"].as_array().unwrap().len(), 2, "{answer}");
-    assert_eq!(client.ask(json!({"type": "ping"})).await["type"], "pong");
+    assert_eq!(reply["error"]["details"]["violations"].as_array().unwrap().len(), 2, "{reply}");
+    assert_eq!(client.request(json!({"type": "ping"})).await["type"], "pong");
 }
 
 #[tokio::test]
@@ -95,8 +96,8 @@ async fn messages_over_the_limit_report_the_option() {
         Server::start(&["limits.max_payload_bytes=2048", "limits.max_output_chunk_bytes=2048"]);
     let token = server.token("acme", "ann", &[]);
     let mut client = Client::connect(&server.url, &token).await;
-    let answer = client.ask(json!({"action": "echo", "payload": "x".repeat(3000)})).await;
-    let message = answer["error"]["message"].as_str().unwrap();
+    let reply = client.request(json!({"action": "echo", "payload": "x".repeat(3000)})).await;
+    let message = reply["error"]["message"].as_str().unwrap();
     assert!(message.contains("at most 2048 bytes (limits.max_payload_bytes)"), "{message}");
     client.send(json!({"action": "echo", "payload": "x".repeat(100_000)})).await;
     match client.try_next().await {
@@ -140,12 +141,12 @@ async fn an_async_request_is_acknowledged_followed_and_replayed() {
     assert_eq!(client.next().await["last_seq"], log.last_seq());
     assert_eq!(client.next().await, *complete);
 
-    let request = client.ask(json!({"type": "get", "request_id": "job"})).await;
+    let request = client.request(json!({"type": "get", "request_id": "job"})).await;
     assert_eq!(
         (&request["state"], &request["result"]["done"]),
         (&json!("SUCCEEDED"), &json!(true))
     );
-    let list = client.ask(json!({"type": "list", "states": ["SUCCEEDED"], "limit": 5})).await;
+    let list = client.request(json!({"type": "list", "states": ["SUCCEEDED"], "limit": 5})).await;
     assert_eq!(list["requests"][0]["request_id"], "job");
 }
 
@@ -155,10 +156,10 @@ async fn a_submission_with_wait_returns_the_outcome() {
     let wait = json!({"id": "w", "action": "echo_async", "wait_ms": 20_000,
         "payload": {"steps": 2, "result": 5}});
     for _ in 0..2 {
-        let answer = client.ask(wait.clone()).await;
-        assert_eq!((&answer["type"], &answer["data"]), (&json!("response"), &json!(5)), "{answer}");
+        let reply = client.request(wait.clone()).await;
+        assert_eq!((&reply["type"], &reply["data"]), (&json!("response"), &json!(5)), "{reply}");
     }
-    let list = client.ask(json!({"type": "list"})).await;
+    let list = client.request(json!({"type": "list"})).await;
     assert_eq!(list["requests"].as_array().unwrap().len(), 1, "the request ran once");
 }
 
@@ -167,9 +168,9 @@ async fn the_same_id_with_a_different_payload_is_a_conflict() {
     let (_server, mut client) = open().await;
     client.submit("k", "echo_async", json!({"steps": 1})).await;
     client.follow(Log::after(1)).await;
-    let answer =
-        client.ask(json!({"id": "k", "action": "echo_async", "payload": {"steps": 2}})).await;
-    assert_eq!((code(&answer), &answer["request_id"]), ("CONFLICT", &json!("k")), "{answer}");
+    let reply =
+        client.request(json!({"id": "k", "action": "echo_async", "payload": {"steps": 2}})).await;
+    assert_eq!((code(&reply), &reply["request_id"]), ("CONFLICT", &json!("k")), "{reply}");
 }
 
 #[tokio::test]
@@ -184,7 +185,7 @@ async fn cancellation_ends_running_and_queued_requests() {
     assert_eq!(log.events.last().unwrap()["reason"], "enough");
 
     let later = json!({"id": "later", "action": "echo_async", "delay_ms": 3_600_000});
-    assert_eq!(client.ask(later).await["type"], "acknowledgment");
+    assert_eq!(client.request(later).await["type"], "acknowledgment");
     client.send(json!({"type": "cancel", "request_id": "later"})).await;
     let log = client.follow(Log::after(1)).await;
     assert_eq!((log.last_type(), log.last_seq()), ("cancelled", 2));
@@ -223,19 +224,21 @@ async fn other_users_and_tenants_neither_see_nor_cancel_requests() {
         let mut other = Client::connect(&server.url, &server.token(tenant, user, &[])).await;
         for name in [json!("mine"), acknowledgment["uid"].clone()] {
             for kind in ["get", "subscribe", "cancel"] {
-                let answer = other.ask(json!({"type": kind, "request_id": name})).await;
-                assert_eq!(code(&answer), "NOT_FOUND", "{answer}");
+                let reply = other.request(json!({"type": kind, "request_id": name})).await;
+                assert_eq!(code(&reply), "NOT_FOUND", "{reply}");
             }
         }
-        let list = other.ask(json!({"type": "list"})).await;
+        let list = other.request(json!({"type": "list"})).await;
         assert_eq!(list["requests"], json!([]));
     }
     let manager = server.token("acme", "boss", &["requests:read"]);
     let mut manager = Client::connect(&server.url, &manager).await;
-    let request = manager.ask(json!({"type": "get", "request_id": acknowledgment["uid"]})).await;
+    let request =
+        manager.request(json!({"type": "get", "request_id": acknowledgment["uid"]})).await;
     assert_eq!(request["user_id"], "ann");
-    let refused = manager.ask(json!({"type": "cancel", "request_id": acknowledgment["uid"]})).await;
-    assert_eq!(code(&refused), "FORBIDDEN");
+    let rejected =
+        manager.request(json!({"type": "cancel", "request_id": acknowledgment["uid"]})).await;
+    assert_eq!(code(&rejected), "FORBIDDEN");
 }
 
 #[tokio::test]
@@ -266,9 +269,9 @@ async fn ten_thousand_mutated_messages_do_not_affect_the_server() {
                 bytes.push(b'{');
             }
         }
-        let answer = client.ask_text(String::from_utf8_lossy(&bytes).into_owned()).await;
-        assert!(answer["type"].is_string());
+        let reply = client.request_text(String::from_utf8_lossy(&bytes).into_owned()).await;
+        assert!(reply["type"].is_string());
     }
     let mut other = Client::connect(&server.url, &server.token("acme", "bob", &[])).await;
-    assert_eq!(other.ask(json!({"action": "echo", "payload": 1})).await["data"]["echo"], 1);
+    assert_eq!(other.request(json!({"action": "echo", "payload": 1})).await["data"]["echo"], 1);
 }

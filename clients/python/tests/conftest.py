@@ -14,7 +14,7 @@ from streamer import Client, Worker
 @pytest.fixture(scope="session")
 def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
     """The server shared by most tests."""
-    server = Server(tmp_path_factory.mktemp("server"), execution__cancel_grace_ms=300)
+    server = Server(tmp_path_factory.mktemp("server"), execution__cancellation_grace_period="300ms")
     server.start()
     yield server
     server.close()

@@ -178,7 +178,7 @@ async def test_an_attempt_survives_a_killed_server(new_server: NewServer) -> Non
 
 
 async def test_a_stream_without_heartbeat_replies_is_abandoned(new_server: NewServer) -> None:
-    server = new_server(execution__lease_ms=900)
+    server = new_server(execution__lease_duration="900ms")
     began, proceed = asyncio.Event(), asyncio.Event()
     async with Proxy(server.url) as proxy:
         worker = Worker(proxy.url, server.token("worker:*"))

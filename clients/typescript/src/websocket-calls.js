@@ -19,7 +19,7 @@ const MAX_RETRIES = 6;
  */
 const MAX_SUBSCRIBE_RETRIES = 30;
 /** Name of the limit whose error means that the server did not process the message. */
-const MESSAGE_RATE = 'gateway.messages_per_second';
+const MESSAGE_RATE = 'gateway.rate_limit';
 
 /** @typedef {import('./websocket-server-messages.js').Message} Message */
 /** @typedef {'submit' | 'subscribe' | 'unsubscribe' | 'cancel' | 'get' | 'list' | 'auth'} Kind */

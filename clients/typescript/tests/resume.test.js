@@ -21,7 +21,7 @@ let client;
 
 before(async () => {
   // Longer than a restart of the server takes.
-  server = await Server.start('execution.lease_ms=10000');
+  server = await Server.start('execution.lease_duration=10000ms');
   client = new Client({ server: server.url, token: server.token('') });
 });
 after(async () => {

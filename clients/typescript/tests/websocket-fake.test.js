@@ -148,7 +148,7 @@ test('a message above the rate limit is sent again', async (t) => {
   let times = 0;
   const { socket } = await startFake(t, (message, send) => {
     times += 1;
-    const details = { limit: 'gateway.messages_per_second', retry_after_ms: 1 };
+    const details = { limit: 'gateway.rate_limit', retry_after_ms: 1 };
     const error = { code: 'RATE_LIMITED', message: '', retryable: true, details };
     if (times < 3) send({ type: 'error', request_id: message.id, error });
     else send({ type: 'response', request_id: message.id, uid: 'U', success: true, data: 5 });

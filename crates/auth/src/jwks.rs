@@ -209,7 +209,7 @@ impl JwksSource {
         }
         // Short enough for the reason of a WebSocket close frame.
         Err(format!(
-            "its key is unknown, retry later (auth.jwks_min_refresh_ms is {})",
+            "its key is unknown, retry later (auth.jwks_min_refresh_interval is {})",
             self.refresh.min_interval.as_millis()
         ))
     }

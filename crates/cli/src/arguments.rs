@@ -34,23 +34,23 @@ pub enum Command {
     /// Start only a gateway, which serves WebSocket connections and forwards public gRPC calls.
     ///
     /// Requires store.engine=dynamodb, peers.router and peers.progress; peers.processor for workers that
-    /// connect here, peers.gateway to reach connections of other gateways, and peers.secret_file on an
+    /// connect here, peers.gateway to reach connections of other gateways, and peers.shared_secret_file on an
     /// address other than loopback.
     Gateway(UpArguments),
     /// Start only a router, which admits requests and announces them to processors.
     ///
-    /// Requires store.engine=dynamodb, peers.processor and peers.progress, and peers.secret_file on an
+    /// Requires store.engine=dynamodb, peers.processor and peers.progress, and peers.shared_secret_file on an
     /// address other than loopback.
     Router(UpArguments),
     /// Start only a processor, which runs requests or assigns them to workers.
     ///
-    /// Requires store.engine=dynamodb and peers.progress, and peers.secret_file on an address other than
+    /// Requires store.engine=dynamodb and peers.progress, and peers.shared_secret_file on an address other than
     /// loopback.
     Processor(UpArguments),
     /// Start only a progress service, which stores and streams event logs.
     ///
     /// Requires store.engine=dynamodb and peers.progress (all of them, including this one), and
-    /// peers.secret_file on an address other than loopback.
+    /// peers.shared_secret_file on an address other than loopback.
     Progress(UpArguments),
     /// Create, check or print the tables of engine dynamodb.
     Tables(TablesArguments),
@@ -202,7 +202,7 @@ pub struct DemoArguments {
 /// `streamer worker`
 #[derive(Args, Clone, Debug)]
 #[command(after_help = "The server must not run the actions itself:
-  streamer up --set execution.local_actions=echo,health
+  streamer up --set execution.builtin_actions=echo,health
   streamer worker --actions process_data,generate_report
 
 On SIGTERM, running attempts may finish within the drain timeout; the others are returned to the

@@ -255,7 +255,7 @@ impl LoadTarget {
             return Ok(Self { url: url.clone(), token: token.clone(), process: None });
         }
         let mut settings: Vec<String> = [
-            "gateway.messages_per_second=0",
+            "gateway.rate_limit=0",
             "limits.submissions_per_second_per_tenant=0",
             "limits.submissions_per_second_per_user=0",
             "limits.queued_requests_per_tenant=0",
@@ -369,7 +369,7 @@ pub(crate) async fn run(arguments: BenchArguments) -> anyhow::Result<Exit> {
 /// Returns the setting that leaves `echo_async` to workers, if any are started.
 fn local_actions(workers: usize) -> String {
     let local = if workers > 0 { "echo,health" } else { "*" };
-    format!("execution.local_actions={local}")
+    format!("execution.builtin_actions={local}")
 }
 
 /// Duration of the load before the measurement starts.

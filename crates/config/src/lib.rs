@@ -19,6 +19,7 @@ use std::{
 pub use options::{
     Auth, Config, Dynamodb, Execution, Gateway, Limits, Log, Peers, Server, Store, Trace,
 };
+pub use setting::{ByteSize, LogFormat, StoreEngine};
 pub use tenants::Tenants;
 
 /// Sources of options besides the defaults.
@@ -49,8 +50,14 @@ impl fmt::Display for ConfigError {
 pub const DEFAULT_FILE: &str = "streamer.toml";
 const PREFIX: &str = "STREAMER_";
 /// Environment variables of the command line, which are not configuration options.
-const CLI_VARIABLES: [&str; 4] =
-    ["STREAMER_SERVER", "STREAMER_TOKEN", "STREAMER_CONFIG", "STREAMER_DATA"];
+const CLI_VARIABLES: [&str; 6] = [
+    "STREAMER_CONFIG",
+    "STREAMER_DATA",
+    "STREAMER_SERVER",
+    "STREAMER_SLOTS",
+    "STREAMER_TOKEN",
+    "STREAMER_TOKEN_FILE",
+];
 
 impl Config {
     /// Reads the configuration from its sources.

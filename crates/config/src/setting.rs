@@ -1,6 +1,6 @@
 //! Types of option values.
 
-use std::{net::SocketAddr, path::PathBuf};
+use std::{cmp::Ordering, fmt, net::SocketAddr, path::PathBuf, str::FromStr, time::Duration};
 
 /// Type of an option value.
 pub(crate) trait Setting: Sized {
@@ -10,6 +10,163 @@ pub(crate) trait Setting: Sized {
     fn from_text(text: &str) -> Result<Self, String>;
     /// Formats the value for the configuration file.
     fn to_toml(&self) -> String;
+}
+
+/// Verifies that a value is in the range of its option, whose bounds are written as in the configuration file.
+pub(crate) fn check_range<T: Setting + PartialOrd>(
+    value: &T,
+    low: impl fmt::Display,
+    high: impl fmt::Display,
+) -> Result<(), String> {
+    let bound = |text: String| T::from_text(&text).ok();
+    let is_in_range = match (bound(low.to_string()), bound(high.to_string())) {
+        (Some(low), Some(high)) => {
+            value.partial_cmp(&low).is_some_and(Ordering::is_ge)
+                && value.partial_cmp(&high).is_some_and(Ordering::is_le)
+        }
+        _ => false,
+    };
+    if is_in_range {
+        return Ok(());
+    }
+    let text = value.to_toml();
+    Err(format!("must be {low} to {high}, is {}", text.trim_matches('"')))
+}
+
+/// Number of bytes.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, PartialOrd, Ord)]
+pub struct ByteSize(pub u64);
+
+const BYTE_UNITS: [(&str, u32); 4] = [("TiB", 40), ("GiB", 30), ("MiB", 20), ("KiB", 10)];
+
+impl ByteSize {
+    /// Returns a size of `number` KiB.
+    #[must_use]
+    pub const fn kib(number: u64) -> Self {
+        Self(number << 10)
+    }
+
+    /// Returns a size of `number` MiB.
+    #[must_use]
+    pub const fn mib(number: u64) -> Self {
+        Self(number << 20)
+    }
+}
+
+impl fmt::Display for ByteSize {
+    fn fmt(&self, formatter: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let is_multiple = |shift: u32| self.0 > 0 && self.0.is_multiple_of(1 << shift);
+        match BYTE_UNITS.into_iter().find(|(_, shift)| is_multiple(*shift)) {
+            Some((unit, shift)) => write!(formatter, "{}{unit}", self.0 >> shift),
+            None => write!(formatter, "{}", self.0),
+        }
+    }
+}
+
+impl FromStr for ByteSize {
+    type Err = String;
+
+    fn from_str(text: &str) -> Result<Self, String> {
+        let rule = || "must be a size in bytes, like 65536, 512KiB or 4MiB".to_owned();
+        let (number, shift) = BYTE_UNITS
+            .into_iter()
+            .find_map(|(unit, shift)| Some((text.strip_suffix(unit)?, shift)))
+            .unwrap_or((text.strip_suffix('B').unwrap_or(text), 0));
+        let number: u64 = number.trim_end().parse().map_err(|_| rule())?;
+        number.checked_mul(1 << shift).map(Self).ok_or_else(rule)
+    }
+}
+
+impl Setting for ByteSize {
+    fn from_toml(value: &toml::Value) -> Result<Self, String> {
+        match value {
+            toml::Value::Integer(_) => u64::from_toml(value).map(Self),
+            toml::Value::String(text) => text.parse(),
+            _ => Err("must be an integer or a size like \"4MiB\"".into()),
+        }
+    }
+
+    fn from_text(text: &str) -> Result<Self, String> {
+        text.parse()
+    }
+
+    fn to_toml(&self) -> String {
+        let is_plain = BYTE_UNITS.iter().all(|(unit, _)| !self.to_string().ends_with(unit));
+        if is_plain { self.to_string() } else { self.to_string().to_toml() }
+    }
+}
+
+impl Setting for Duration {
+    fn from_toml(value: &toml::Value) -> Result<Self, String> {
+        let text = value.as_str().ok_or("must be a duration with its unit, like \"10s\"")?;
+        Self::from_text(text)
+    }
+
+    fn from_text(text: &str) -> Result<Self, String> {
+        let duration = humantime::parse_duration(text);
+        let duration = duration.map_err(|error| {
+            format!("must be a duration like 500ms, 10s or 1h 30m, is {text:?} ({error})")
+        })?;
+        if duration.subsec_nanos().is_multiple_of(1_000_000) {
+            Ok(duration)
+        } else {
+            Err(format!("must be in whole milliseconds, is {text:?}"))
+        }
+    }
+
+    fn to_toml(&self) -> String {
+        humantime::format_duration(*self).to_string().to_toml()
+    }
+}
+
+/// Declares an option type with named values.
+macro_rules! named_values {
+    ($(#[$attribute:meta])* $Type:ident { $($(#[doc = $doc:literal])+ $Variant:ident = $name:literal,)+ }) => {
+        $(#[$attribute])*
+        #[derive(Clone, Copy, Debug, PartialEq, Eq)]
+        pub enum $Type {
+            $($(#[doc = $doc])+ $Variant,)+
+        }
+
+        impl Setting for $Type {
+            fn from_toml(value: &toml::Value) -> Result<Self, String> {
+                Self::from_text(&String::from_toml(value)?)
+            }
+
+            fn from_text(text: &str) -> Result<Self, String> {
+                match text {
+                    $($name => Ok(Self::$Variant),)+
+                    _ => Err(format!("must be {}, is {text:?}", [$($name),+].join(" or "))),
+                }
+            }
+
+            fn to_toml(&self) -> String {
+                match self {
+                    $(Self::$Variant => $name.to_owned().to_toml(),)+
+                }
+            }
+        }
+    };
+}
+
+named_values! {
+    /// Where requests and their logs are stored.
+    StoreEngine {
+        /// One file in the data folder, for a single process.
+        Sqlite = "sqlite",
+        /// Tables of DynamoDB, for any number of processes.
+        Dynamodb = "dynamodb",
+    }
+}
+
+named_values! {
+    /// Format of log lines.
+    LogFormat {
+        /// Text.
+        Text = "text",
+        /// One JSON object per line.
+        Json = "json",
+    }
 }
 
 impl Setting for u64 {
@@ -113,5 +270,51 @@ impl Setting for Vec<String> {
     fn to_toml(&self) -> String {
         let items: Vec<_> = self.iter().map(Setting::to_toml).collect();
         format!("[{}]", items.join(", "))
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn sizes_are_parsed_and_formatted_exactly() {
+        for (text, bytes, formatted) in [
+            ("0", 0, "0"),
+            ("1000", 1000, "1000"),
+            ("8B", 8, "8"),
+            ("8KiB", 8192, "\"8KiB\""),
+            ("1024 MiB", 1 << 30, "\"1GiB\""),
+            ("16TiB", 1 << 44, "\"16TiB\""),
+        ] {
+            let size = ByteSize::from_text(text).unwrap();
+            assert_eq!((size.0, size.to_toml().as_str()), (bytes, formatted));
+        }
+        for text in ["", "MiB", "1.5MiB", "-1", "4 mb", "99999999999999TiB"] {
+            let error = ByteSize::from_text(text).unwrap_err();
+            assert_eq!(error, "must be a size in bytes, like 65536, 512KiB or 4MiB", "{text}");
+        }
+    }
+
+    #[test]
+    fn durations_need_a_unit() {
+        let parse = Duration::from_text;
+        assert_eq!(parse("1h 30m"), Ok(Duration::from_secs(5400)));
+        assert_eq!(parse("250ms").map(|duration| duration.to_toml()), Ok("\"250ms\"".into()));
+        for text in ["", "10", "10 parsecs", "99999999999999999999s"] {
+            assert!(parse(text).unwrap_err().starts_with("must be a duration"), "{text}");
+        }
+        assert!(parse("1us").unwrap_err().starts_with("must be in whole milliseconds"));
+        let integer = Duration::from_toml(&toml::Value::Integer(10));
+        assert_eq!(integer, Err("must be a duration with its unit, like \"10s\"".into()));
+    }
+
+    #[test]
+    fn values_outside_their_range_are_reported_as_written() {
+        let error = check_range(&Duration::from_millis(10), "1s", "1h");
+        assert_eq!(error, Err("must be 1s to 1h, is 10ms".into()));
+        assert_eq!(check_range(&ByteSize::kib(2), "1KiB", "2KiB"), Ok(()));
+        assert_eq!(check_range(&7, 1, 6), Err("must be 1 to 6, is 7".into()));
+        assert!(check_range(&f64::NAN, 0.0, 1.0).is_err());
     }
 }

@@ -2,7 +2,7 @@
 
 use std::collections::BTreeMap;
 
-use crate::{Config, Limits, setting::Setting};
+use crate::{ByteSize, Config, Limits, setting::Setting};
 
 pub(crate) const SECTION: &str = "tenants";
 /// Suffixes of the options of section `limits` that can be set for single tenants.
@@ -92,5 +92,5 @@ fn parse(option: &str, value: &toml::Value) -> Result<u64, String> {
         return Err("cannot be set for a tenant".into());
     }
     Config::default().set_toml("limits", option, value)?;
-    u64::from_toml(value)
+    ByteSize::from_toml(value).map(|value| value.0)
 }

@@ -15,12 +15,12 @@ fn flags_override_the_environment_which_overrides_defaults() {
         ("STREAMER_GATEWAY_MAX_CONNECTIONS", "7"),
         ("STREAMER_LIMITS_MAX_PAYLOAD_BYTES", "2048"),
         ("STREAMER_LOG", "debug"),
-        ("STREAMER_TOKEN", "not an option"),
+        ("STREAMER_TOKEN_FILE", "not an option"),
         ("PATH", "/bin"),
     ];
     let config = load(&environment, &[("gateway.max_connections", "8")]).unwrap();
     assert_eq!(config.gateway.max_connections, 8);
-    assert_eq!(config.limits.max_payload_bytes, 2048);
+    assert_eq!(config.limits.max_payload_bytes, ByteSize(2048));
     assert_eq!(config.log.filter, "debug");
     assert_eq!(config.execution, Execution::default());
 }
@@ -32,14 +32,14 @@ fn all_invalid_values_are_reported_together() {
         ("STREAMER_GATEWAY_NOPE", "1"),
         ("STREAMER_SERVER_LISTEN", "0.0.0.0:80"),
     ];
-    let flags = [("execution.lease_ms", "1"), ("log.format", "xml"), ("nonsense", "1")];
+    let flags = [("execution.lease_duration", "1ms"), ("log.format", "xml"), ("nonsense", "1")];
     let error = load(&environment, &flags).unwrap_err().to_string();
     for part in [
         "6 error(s)",
         "STREAMER_GATEWAY_MAX_CONNECTIONS: must be a non-negative integer",
         "STREAMER_GATEWAY_NOPE: unknown option",
         "server.listen: 0.0.0.0:80 is not a loopback address",
-        "execution.lease_ms: must be 300 to 3600000, is 1",
+        "execution.lease_duration: must be 300ms to 1h, is 1ms",
         "log.format: must be text or json",
         "nonsense: must be section.option=value",
     ] {
@@ -81,12 +81,14 @@ fn load_file(text: &str) -> Result<Config, ConfigError> {
 #[test]
 fn tenants_override_limits() {
     let text = "[limits]\nwatches_per_user = 5\n[tenants.acme]\nqueued_requests_per_user = 7\n\
-                [tenants.\"a b.c\"]\nwatches_per_user = 0\n";
+                stored_bytes_per_tenant = \"1GiB\"\n[tenants.\"a b.c\"]\nwatches_per_user = 0\n";
     let config = load_file(text).unwrap();
     let limits: Vec<_> = config.tenants.limits(&config.limits).collect();
     let common = config.limits.clone();
     assert_eq!(limits[0], ("a b.c", Limits { watches_per_user: 0, ..common.clone() }));
-    assert_eq!(limits[1], ("acme", Limits { queued_requests_per_user: 7, ..common }));
+    let (queued_requests_per_user, stored_bytes_per_tenant) = (7, ByteSize::mib(1024));
+    let acme = Limits { queued_requests_per_user, stored_bytes_per_tenant, ..common };
+    assert_eq!(limits[1], ("acme", acme));
     assert_eq!(load_file(&config.to_toml()).unwrap(), config);
 }
 

@@ -15,7 +15,7 @@ pub enum OpenError {
     )]
     Region,
     /// The object store cannot be used.
-    #[error("dynamodb.objects: {0}")]
+    #[error("dynamodb.object_store_url: {0}")]
     Objects(String),
     /// A table cannot be described or created.
     #[error("{0}")]

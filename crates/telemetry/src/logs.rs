@@ -3,7 +3,6 @@
 use std::{
     env, fmt,
     io::{IsTerminal, stderr},
-    str::FromStr,
 };
 
 use tracing::{Event, Level, Subscriber};
@@ -28,29 +27,6 @@ pub enum LogFormat {
     Text,
     /// One JSON object per line.
     Json,
-}
-
-impl LogFormat {
-    /// Returns the name that the configuration uses.
-    #[must_use]
-    pub const fn as_str(self) -> &'static str {
-        match self {
-            Self::Text => "text",
-            Self::Json => "json",
-        }
-    }
-}
-
-impl FromStr for LogFormat {
-    type Err = String;
-
-    fn from_str(text: &str) -> Result<Self, String> {
-        match text {
-            "text" => Ok(Self::Text),
-            "json" => Ok(Self::Json),
-            _ => Err("must be text or json".into()),
-        }
-    }
 }
 
 /// Error of initializing logs or traces.

@@ -1,6 +1,6 @@
 //! Example worker: runs two of the handlers, unchanged, in a separate process.
 //!
-//! Start the server with `--set execution.local_actions=echo,health,echo_async`, so that it does not
+//! Start the server with `--set execution.builtin_actions=echo,health,echo_async`, so that it does not
 //! run these two actions itself. Then start this worker with `STREAMER_SERVER`, and with
 //! `STREAMER_TOKEN_FILE` or `STREAMER_TOKEN` (permission `worker:*`).
 

@@ -1,12 +1,12 @@
 //! Builds the services from a configuration and connects them.
 
-use std::{sync::Arc, time::Duration};
+use std::sync::Arc;
 
 use streamer_auth::{
     Audit, AuthLayer, Authenticator, DEV_AUDIENCE, DEV_ISSUER, DevKey, JwksRefresh, JwksSource,
     TokenRules, VerificationKey,
 };
-use streamer_config::Config;
+use streamer_config::{Config, StoreEngine};
 use streamer_core::{Clock, LimitsByTenant, OpenWatches};
 use streamer_dynamodb::DynamoStore;
 use streamer_gateway::{GatewayServer, OtherGateways};
@@ -79,7 +79,7 @@ struct RemotePeers {
 impl RemotePeers {
     fn new(config: &Config, role: Role, token: &ServiceToken) -> Self {
         let peers = &config.peers;
-        let interval = Duration::from_millis(peers.resolve_interval_ms);
+        let interval = peers.dns_refresh_interval;
         // Peers that this process does not call are not probed.
         let list = |service, entries: &[String], called_by: &[Role]| {
             let entries = if called_by.contains(&role) { entries } else { &[] };
@@ -117,7 +117,7 @@ impl Services {
         tenant_limits::register(&tenant_limits, &metrics);
         let open_watches = Arc::new(OpenWatches::new(tenant_limits.clone()));
         let single_process = role == Role::All;
-        let load = || ServiceToken::load(&config.peers.secret_file, &config.server.data);
+        let load = || ServiceToken::load(&config.peers.shared_secret_file, &config.server.data_dir);
         let token = (!single_process).then(load).transpose().map_err(StartError::Secret)?;
         let remote_peers = token.as_ref().map(|token| RemotePeers::new(config, role, token));
 
@@ -136,9 +136,9 @@ impl Services {
                 }),
                 open_watches: open_watches.clone(),
                 // A message of the maximum size must fit.
-                max_unread_bytes: size(config.limits.max_unread_watch_bytes)
+                max_unread_bytes: size(config.limits.max_unread_watch_bytes.0)
                     .max(limits.max_message_bytes().saturating_mul(2)),
-                is_shared: config.store.engine == "dynamodb",
+                is_shared: config.store.engine == StoreEngine::Dynamodb,
             })
         });
         let (event_log, progress_channel) = match (&progress, &remote_peers) {
@@ -189,7 +189,7 @@ impl Services {
                     own: own_address.clone(),
                     members: all.router.clone(),
                 }),
-                hints: config.execution.hints,
+                hints: config.execution.push_notifications,
             })
         });
         let router_channel = match (&router, &remote_peers) {
@@ -254,7 +254,7 @@ impl Services {
             auth,
             metrics_access: MetricsAccess {
                 has_separate_address: !config.server.metrics_listen.is_empty(),
-                needs_operator: config.server.metrics_need_operator,
+                needs_operator: config.server.metrics_require_operator,
             },
             max_message_bytes: limits.max_message_bytes(),
             tenant_limits,
@@ -277,12 +277,12 @@ impl Services {
         let connections = ConnectionLimiter::new(limits, &self.metrics);
         let undecoded = match self.role {
             // A message of the maximum size must fit.
-            Role::All | Role::Gateway => size(section.max_undecoded_bytes)
+            Role::All | Role::Gateway => size(section.max_undecoded_bytes.0)
                 .max(self.max_message_bytes.saturating_mul(4).saturating_add(UNDECODED_MARGIN)),
             // Other services limit what they send.
             Role::Router | Role::Processor | Role::Progress => usize::MAX,
         };
-        let timeout = Duration::from_millis(section.body_timeout_ms);
+        let timeout = section.body_timeout;
         Server {
             options: Options::new(config, self.role),
             connections,
@@ -368,13 +368,13 @@ async fn open_store(
     config: &Config,
     metrics: &Metrics,
 ) -> Result<(Arc<dyn Store>, Option<usize>), StartError> {
-    if config.store.engine == "dynamodb" {
+    if config.store.engine == StoreEngine::Dynamodb {
         let options = dynamo_options(config);
         let store = DynamoStore::open(&options, metrics).await.map_err(StartError::Open)?;
         let largest = store.max_value_bytes();
         return Ok((Arc::new(store), largest));
     }
-    let engine = Engine::Embedded { data: config.server.data.clone() };
+    let engine = Engine::Embedded { data: config.server.data_dir.clone() };
     Ok((streamer_store::open(&engine).map_err(StartError::Store)?, None))
 }
 
@@ -383,16 +383,17 @@ fn authenticator(
     clock: Arc<dyn Clock>,
 ) -> Result<(Arc<Authenticator>, Option<DevKey>), StartError> {
     let auth = &config.auth;
-    let leeway = Duration::from_millis(auth.leeway_ms);
+    let leeway = auth.leeway;
     if auth.uses_dev_key() {
-        let dev_key = DevKey::load_or_create(&config.server.data).map_err(StartError::DevKey)?;
+        let dev_key =
+            DevKey::load_or_create(&config.server.data_dir).map_err(StartError::DevKey)?;
         let key = dev_key.verification_key().map_err(StartError::Key)?;
         let rules = TokenRules {
             issuers: vec![DEV_ISSUER.to_owned()],
             audiences: vec![DEV_AUDIENCE.to_owned()],
             tenants: auth.tenants.clone(),
             leeway,
-            max_token_bytes: size(auth.max_token_bytes),
+            max_token_bytes: size(auth.max_token_bytes.0),
             ..TokenRules::default()
         };
         let authenticator = Authenticator::new(vec![key], None, rules, clock);
@@ -408,9 +409,9 @@ fn authenticator(
         "" => None,
         url => {
             let refresh = JwksRefresh {
-                max_age: Duration::from_millis(auth.jwks_max_age_ms),
-                min_interval: Duration::from_millis(auth.jwks_min_refresh_ms),
-                max_outage: Duration::from_millis(auth.jwks_max_outage_ms),
+                max_age: auth.jwks_max_age,
+                min_interval: auth.jwks_min_refresh_interval,
+                max_outage: auth.jwks_max_stale,
             };
             Some(JwksSource::new(url, refresh).map_err(StartError::Key)?)
         }
@@ -422,7 +423,7 @@ fn authenticator(
         tenant_claim: auth.tenant_claim.clone(),
         permissions_claim: auth.permissions_claim.clone(),
         leeway,
-        max_token_bytes: size(auth.max_token_bytes),
+        max_token_bytes: size(auth.max_token_bytes.0),
     };
     Ok((Arc::new(Authenticator::new(keys, jwks, rules, clock)), None))
 }

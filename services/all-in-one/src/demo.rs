@@ -34,7 +34,7 @@ async fn run_demo(arguments: &DemoArguments) -> anyhow::Result<()> {
     let data = TempDir::with_prefix("streamer-demo-").context("creating a data folder")?;
     let mut config = Config::default();
     config.server.listen = SocketAddr::from(([127, 0, 0, 1], 0));
-    config.server.data = data.path().to_owned();
+    config.server.data_dir = data.path().to_owned();
     let server =
         AllInOne::start(&config, streamer_examples::all(), Role::All, Traces::default()).await?;
     let url = format!("http://{}", server.address());

@@ -235,7 +235,7 @@ async fn probe(member: &Member) -> Probe {
         Ok(Err(status)) => {
             if status.code() == Code::Unauthenticated && member.seems_up() {
                 let name = &*member.name;
-                tracing::error!(%status, name, "a peer has a different secret (peers.secret_file)");
+                tracing::error!(%status, name, "a peer has a different secret (peers.shared_secret_file)");
             }
             Probe::Failed
         }

@@ -58,7 +58,8 @@ async fn authenticate_service(
             }
         }
         (Some(_), Some(_)) => {
-            let text = "invalid service token: it must match peers.secret_file of this process";
+            let text =
+                "invalid service token: it must match peers.shared_secret_file of this process";
             return reject(request, text, &auth);
         }
         (None, Some(_)) => {
@@ -134,7 +135,7 @@ async fn require_service(request: Request, next: Next) -> Response {
         return next.run(request).await;
     }
     let status = Status::unauthenticated(
-        "only services may call this method: a service token (peers.secret_file) is required",
+        "only services may call this method: a service token (peers.shared_secret_file) is required",
     );
     status.into_http::<Body>()
 }

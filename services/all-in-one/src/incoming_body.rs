@@ -243,7 +243,7 @@ impl IncomingBody {
             .get_or_insert_with(|| Wait { since: Instant::now(), timer: Box::pin(sleep(left)) });
         ready!(wait.timer.as_mut().poll(context));
         let rule = format!(
-            "the message was not complete within {} s (server.body_timeout_ms)",
+            "the message was not complete within {} s (server.body_timeout)",
             timeout.as_secs_f64()
         );
         Poll::Ready(status(&RequestError::new(ErrorCode::Timeout, rule)))

@@ -16,7 +16,7 @@ mod tenant_limits;
 use std::{io, net::SocketAddr, path::PathBuf, sync::Arc, time::Duration};
 
 use streamer_auth::{DevKey, DevKeyError, KeyError, NewToken};
-use streamer_config::Config;
+use streamer_config::{Config, StoreEngine};
 use streamer_core::{Clock, SystemClock};
 use streamer_dynamodb::OpenError;
 use streamer_handler::Handlers;
@@ -100,7 +100,7 @@ impl std::fmt::Display for StartError {
         match self {
             Self::Store(error) => write!(formatter, "cannot open the store: {error}"),
             Self::Open(error) => write!(formatter, "cannot open the store: {error}"),
-            Self::Secret(error) => write!(formatter, "peers.secret_file: {error}"),
+            Self::Secret(error) => write!(formatter, "peers.shared_secret_file: {error}"),
             Self::Engine => formatter
                 .write_str("store.engine: must be dynamodb for services in separate processes"),
             Self::Peers(service) => write!(formatter, "peers.{service}: is required"),
@@ -196,7 +196,7 @@ impl AllInOne {
         };
         let clock: Arc<dyn Clock> = Arc::new(SystemClock);
         let shutdown = Shutdown::default();
-        let own_address = match config.peers.advertise.as_str() {
+        let own_address = match config.peers.advertise_address.as_str() {
             "" => advertised_address(address, config).await.to_string(),
             // In the format of the addresses of peers.
             text => match text.parse::<SocketAddr>() {
@@ -229,7 +229,7 @@ impl AllInOne {
             let server = Server { connections, ..server };
             tasks.push(tokio::spawn(listener::serve(listener, router, server, shutdown.clone())));
         }
-        let drain_timeout = Duration::from_millis(config.server.drain_timeout_ms);
+        let drain_timeout = config.server.drain_timeout;
         Ok(Self {
             address,
             metrics_address,
@@ -332,10 +332,10 @@ fn check_role(config: &Config, role: Role) -> Result<(), StartError> {
     if role == Role::All {
         return Ok(());
     }
-    if config.store.engine != "dynamodb" {
+    if config.store.engine != StoreEngine::Dynamodb {
         return Err(StartError::Engine);
     }
-    if config.peers.secret_file.is_empty() && !config.server.listen.ip().is_loopback() {
+    if config.peers.shared_secret_file.is_empty() && !config.server.listen.ip().is_loopback() {
         let reason = "is required unless server.listen is a loopback address".to_owned();
         return Err(StartError::Secret(reason));
     }

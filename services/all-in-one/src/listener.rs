@@ -61,14 +61,14 @@ impl Options {
         // must not block the others.
         if !matches!(role, Role::All | Role::Gateway) {
             return Self {
-                header_timeout: Duration::from_millis(config.gateway.handshake_timeout_ms),
+                header_timeout: config.gateway.handshake_timeout,
                 max_concurrent_streams: u32::MAX,
                 connection_window: MAX_HTTP2_WINDOW,
             };
         }
         Self {
             connection_window: HTTP2_WINDOW,
-            header_timeout: Duration::from_millis(config.gateway.handshake_timeout_ms),
+            header_timeout: config.gateway.handshake_timeout,
             max_concurrent_streams: u32::try_from(config.server.max_concurrent_streams)
                 .unwrap_or(u32::MAX),
         }

@@ -60,7 +60,7 @@ const SERVICES: [(&str, Option<Role>); 6] = [
 pub(crate) struct MetricsAccess {
     /// They have a separate address (`server.metrics_listen`).
     pub(crate) has_separate_address: bool,
-    /// They require the token of an operator (`server.metrics_need_operator`).
+    /// They require the token of an operator (`server.metrics_require_operator`).
     pub(crate) needs_operator: bool,
 }
 

@@ -15,7 +15,7 @@ use streamer_auth::NewToken;
 use streamer_cli::{ConfigArguments, ConfigSources, Exit, READY, UpArguments};
 use streamer_config::{Config, ConfigError, DEFAULT_FILE, Sources};
 use streamer_handler::Handlers;
-use streamer_telemetry::{TraceOptions, init};
+use streamer_telemetry::{LogFormat, TraceOptions, init};
 use tokio::{
     signal::unix::{Signal, SignalKind, signal},
     time::Instant,
@@ -35,7 +35,10 @@ pub(crate) async fn run(arguments: &UpArguments, role: Role) -> ExitCode {
             return Exit::Usage.code();
         }
     };
-    let format = config.log.format.parse().unwrap_or_default();
+    let format = match config.log.format {
+        streamer_config::LogFormat::Text => LogFormat::Text,
+        streamer_config::LogFormat::Json => LogFormat::Json,
+    };
     raise_descriptors();
     let traces = match init(&config.log.filter, format, &trace_options(&config, role)) {
         Ok(traces) => traces,
@@ -44,14 +47,14 @@ pub(crate) async fn run(arguments: &UpArguments, role: Role) -> ExitCode {
             return Exit::Usage.code();
         }
     };
-    let handlers = match select_handlers(streamer_examples::all(), &config.execution.local_actions)
-    {
-        Ok(handlers) => handlers,
-        Err(error) => {
-            eprintln!("error: execution.local_actions: {error}");
-            return Exit::Usage.code();
-        }
-    };
+    let handlers =
+        match select_handlers(streamer_examples::all(), &config.execution.builtin_actions) {
+            Ok(handlers) => handlers,
+            Err(error) => {
+                eprintln!("error: execution.builtin_actions: {error}");
+                return Exit::Usage.code();
+            }
+        };
     let server = match AllInOne::start(&config, handlers, role, traces.clone()).await {
         Ok(server) => server,
         Err(error) => {
@@ -72,9 +75,9 @@ pub(crate) async fn run(arguments: &UpArguments, role: Role) -> ExitCode {
     }
     print_to_stderr(&format!(
         "Stopping: running work has {} s to complete. A second signal stops immediately.",
-        config.server.drain_timeout_ms / 1000
+        config.server.drain_timeout.as_secs()
     ));
-    let deadline = Instant::now() + Duration::from_millis(config.server.drain_timeout_ms);
+    let deadline = Instant::now() + config.server.drain_timeout;
     let stop = async {
         server.stop().await;
         let left = deadline.saturating_duration_since(Instant::now());
@@ -181,7 +184,7 @@ fn load(arguments: &UpArguments) -> Result<Config, ConfigError> {
         flags.push(("server.listen".to_owned(), listen.to_string()));
     }
     if let Some(data) = &arguments.data {
-        flags.push(("server.data".to_owned(), data.display().to_string()));
+        flags.push(("server.data_dir".to_owned(), data.display().to_string()));
     }
     Config::load(&sources(&arguments.config, flags))
 }
@@ -228,7 +231,7 @@ fn announce(server: &AllInOne, config: &Config, role: Role) {
         "{READY}http://{} (gRPC, WebSocket at /ws, HTTP)\nData:  {}\n{metrics}{token}\
          Try:   streamer submit echo_async --payload '{{\"steps\":20,\"delay_ms\":100}}'\n",
         server.address(),
-        config.server.data.display(),
+        config.server.data_dir.display(),
     );
     print_to_stdout(&text);
 }

@@ -13,26 +13,25 @@ use streamer_processor::ProcessorOptions;
 pub fn dynamo_options(config: &Config) -> DynamoOptions {
     let dynamodb = &config.dynamodb;
     let given = |text: &String| (!text.is_empty()).then(|| text.clone());
-    let hours = dynamodb.retention_hours;
     DynamoOptions {
         endpoint: given(&dynamodb.endpoint),
         region: given(&dynamodb.region),
         table_prefix: dynamodb.table_prefix.clone(),
         queue_shards: number(dynamodb.queue_shards),
         max_concurrent_operations: size(dynamodb.max_concurrent_operations),
-        retention: (hours > 0).then(|| Duration::from_secs(hours * 3600)),
-        stream: dynamodb.stream,
-        objects: given(&dynamodb.objects),
+        retention: Some(dynamodb.retention).filter(|retention| !retention.is_zero()),
+        stream: dynamodb.streams_enabled,
+        objects: given(&dynamodb.object_store_url),
     }
 }
 
 /// Named in errors when the engine limits values; the option allows larger ones.
-const ENGINE_RULE: &str = "store.engine dynamodb without dynamodb.objects";
+const ENGINE_RULE: &str = "store.engine dynamodb without dynamodb.object_store_url";
 
 /// Returns the limits of payloads and results for a store whose values have at most `largest` bytes.
 pub(crate) fn limits(config: &Config, largest: Option<usize>) -> Limits {
-    let max_payload_bytes = size(config.limits.max_payload_bytes);
-    let max_output_chunk_bytes = size(config.limits.max_output_chunk_bytes);
+    let max_payload_bytes = size(config.limits.max_payload_bytes.0);
+    let max_output_chunk_bytes = size(config.limits.max_output_chunk_bytes.0);
     let largest = largest.unwrap_or(usize::MAX);
     Limits {
         max_payload_bytes: max_payload_bytes.min(largest),
@@ -48,18 +47,18 @@ pub(crate) fn processor_options(config: &Config, limits: Limits, shared: bool) -
     let least_output = limits.max_worker_message_bytes().saturating_mul(4);
     ProcessorOptions {
         max_concurrent_attempts: number(execution.max_concurrent_attempts),
-        tenant_share: number(execution.tenant_share_percent),
+        tenant_share: number(execution.max_tenant_share_percent),
         max_concurrent_sync: size(execution.max_concurrent_sync),
-        sync_timeout: Duration::from_millis(execution.sync_threshold_ms.max(1)),
-        lease: Duration::from_millis(execution.lease_ms),
-        cancel_grace: Duration::from_millis(execution.cancel_grace_ms),
-        poll_interval: Duration::from_millis(execution.poll_interval_ms),
-        drain_timeout: Duration::from_millis(config.server.drain_timeout_ms),
-        max_buffered_output_bytes: size(execution.max_buffered_output_bytes).max(least_output),
+        sync_timeout: execution.sync_threshold.max(Duration::from_millis(1)),
+        lease: execution.lease_duration,
+        cancel_grace: execution.cancellation_grace_period,
+        poll_interval: execution.poll_interval,
+        drain_timeout: config.server.drain_timeout,
+        max_buffered_output_bytes: size(execution.max_buffered_output_bytes.0).max(least_output),
         limits,
-        sync_threshold: Duration::from_millis(execution.sync_threshold_ms),
+        sync_threshold: execution.sync_threshold,
         shared,
-        poll_queue: execution.poll_queue,
+        poll_queue: execution.queue_polling,
     }
 }
 
@@ -74,17 +73,18 @@ pub(crate) fn gateway_options(config: &Config, limits: Limits) -> GatewayOptions
         max_connections_per_user: size(gateway.max_connections_per_user),
         max_connections_per_address: size(gateway.max_connections_per_address),
         max_subscriptions: size(gateway.max_subscriptions),
-        max_in_flight: size(gateway.max_in_flight),
-        messages_per_second: number(gateway.messages_per_second),
-        message_burst: number(gateway.message_burst),
+        max_in_flight: size(gateway.max_in_flight_requests),
+        messages_per_second: number(gateway.rate_limit),
+        message_burst: number(gateway.rate_limit_burst),
         max_message_bytes: limits.max_message_bytes(),
-        max_buffered_bytes: size(gateway.max_buffered_bytes).max(largest_message),
-        max_buffered_bytes_per_user: size(gateway.max_buffered_bytes_per_user).max(largest_message),
-        message_timeout: Duration::from_millis(gateway.message_timeout_ms),
-        heartbeat: Duration::from_millis(gateway.heartbeat_ms),
-        slow_consumer_timeout: Duration::from_millis(gateway.slow_consumer_timeout_ms),
-        handshake_timeout: Duration::from_millis(gateway.handshake_timeout_ms),
-        reconnect_after: Duration::from_millis(gateway.reconnect_after_ms),
+        max_buffered_bytes: size(gateway.max_buffered_bytes.0).max(largest_message),
+        max_buffered_bytes_per_user: size(gateway.max_buffered_bytes_per_user.0)
+            .max(largest_message),
+        message_timeout: gateway.message_timeout,
+        heartbeat: gateway.ping_interval,
+        slow_consumer_timeout: gateway.slow_consumer_timeout,
+        handshake_timeout: gateway.handshake_timeout,
+        reconnect_after: gateway.reconnect_after,
     }
 }
 

@@ -38,7 +38,7 @@ fn tenant_limits(limits: &Limits) -> TenantLimits {
         TenantLimit::QueuedPerUser => limits.queued_requests_per_user,
         TenantLimit::WatchesPerTenant => limits.watches_per_tenant,
         TenantLimit::WatchesPerUser => limits.watches_per_user,
-        TenantLimit::StoredBytesPerTenant => limits.stored_bytes_per_tenant,
+        TenantLimit::StoredBytesPerTenant => limits.stored_bytes_per_tenant.0,
     })
 }
 

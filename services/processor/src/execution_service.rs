@@ -77,7 +77,7 @@ impl ExecutionApi {
         let Some(_permit) = self.sync_limiter.try_acquire(&declared, &caller.principal.tenant)
         else {
             return Err(not_admitted(status(&RequestError::limited(
-                "execution.max_concurrent_sync, execution.tenant_share_percent, max_concurrency",
+                "execution.max_concurrent_sync, execution.max_tenant_share_percent, max_concurrency",
                 "too many concurrent sync actions",
                 Some(SYNC_RETRY_AFTER),
             ))));

@@ -17,7 +17,7 @@ use streamer_proto::{
     router::v1::{self as router, router_service_client::RouterServiceClient as Router},
 };
 use streamer_rpc::{json_payload, with_authorization};
-use streamer_tests::in_time;
+use streamer_tests::within_timeout;
 use tonic::{Request, Status, Streaming, transport::Channel};
 
 pub(crate) const HOUR_S: i64 = 3600;
@@ -113,10 +113,10 @@ macro_rules! methods {
             permissions: $permissions,
             expected: $expected,
             call: Call::Method(|$it, channel, token| Box::pin(async move {
-                let answer = $client::new(channel).$method(authorized($message, &token)).await?;
-                let answer = answer.into_inner();
-                $(let answer = $first(answer).await?;)?
-                Ok(format!("{answer:?}"))
+                let reply = $client::new(channel).$method(authorized($message, &token)).await?;
+                let reply = reply.into_inner();
+                $(let reply = $first(reply).await?;)?
+                Ok(format!("{reply:?}"))
             })),
         }),*]
     };
@@ -268,7 +268,7 @@ pub(crate) async fn work(
 }
 
 pub(crate) async fn next(stream: &mut Streaming<WorkResponse>) -> Result<Message, Status> {
-    let response = in_time("a message to the worker", stream.message()).await?;
+    let response = within_timeout("a message to the worker", stream.message()).await?;
     Ok(response.and_then(|response| response.message).expect("the stream is open"))
 }
 

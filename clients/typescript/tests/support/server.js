@@ -22,7 +22,7 @@ const env = Object.fromEntries(
 );
 
 /** Short times, so that lost attempts and requests are recovered quickly. */
-const SETTINGS = ['execution.lease_ms=1500', 'execution.poll_interval_ms=50', 'log.filter=warn'];
+const SETTINGS = ['execution.lease_duration=1500ms', 'execution.poll_interval=50ms', 'log.filter=warn'];
 
 /** Port that is bound on an address while it is claimed, as in tests/harness/loopback.rs. */
 const CLAIM_PORT = 10_000;

@@ -78,7 +78,7 @@ const CASES: [Case; 6] = [
         figures: figures!("watches"),
     },
     Case {
-        settings: &["gateway.messages_per_second=100", "gateway.message_burst=100"],
+        settings: &["gateway.rate_limit=100", "gateway.rate_limit_burst=100"],
         flood: Flood::Messages(|_| r#"{"type":"ping"}"#.to_owned()),
         figures: figures!("messages"),
     },

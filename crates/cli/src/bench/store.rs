@@ -39,7 +39,7 @@ pub(super) async fn run(
     let fill_time = began.elapsed();
     let size = data.path().join("streamer.db").metadata()?.len();
 
-    let no_async_actions = [settings, &["execution.local_actions=echo".to_owned()]].concat();
+    let no_async_actions = [settings, &["execution.builtin_actions=echo".to_owned()]].concat();
     let mut starts = Vec::with_capacity(STARTS);
     let mut folder = data;
     for _ in 0..STARTS {

@@ -123,7 +123,7 @@ impl Dynamo {
             Some(objects) => objects.restore(values).await,
             None => Err(StoreError::Unavailable {
                 doing: "reading a large value",
-                reason: "it is in an object store, but dynamodb.objects is not set".into(),
+                reason: "it is in an object store, but dynamodb.object_store_url is not set".into(),
             }),
         }
     }

@@ -20,7 +20,7 @@ pub(super) struct RowValue<'a> {
     pub(super) large: Option<i64>,
 }
 
-/// Stores a value, if it is large, and returns what its row holds.
+/// Inserts the value into the table if it is large. Returns what its row stores.
 pub(super) fn insert<'a>(db: &Connection, value: &'a [u8]) -> rusqlite::Result<RowValue<'a>> {
     if value.len() <= MAX_INLINE_BYTES {
         return Ok(RowValue { inline: value, large: None });
@@ -54,4 +54,41 @@ pub(super) fn delete_of_checkpoint(db: &Connection, uid: Uid) -> rusqlite::Resul
         db.prepare_cached("DELETE FROM large_values WHERE id = ?1")?.execute([id])?;
     }
     Ok(found.map(|(bytes, _)| bytes))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn count(db: &Connection) -> i64 {
+        db.query_row("SELECT COUNT(*) FROM large_values", [], |row| row.get(0)).unwrap()
+    }
+
+    #[test]
+    fn large_values_are_stored_and_deleted_with_their_rows() {
+        let db = Connection::open_in_memory().unwrap();
+        super::super::schema::migrate(&db).unwrap();
+        let uid = Uid::from_slice(&[1; 16]).unwrap();
+        let (small, large) = ([1; MAX_INLINE_BYTES], [2; MAX_INLINE_BYTES + 1]);
+        let inline = insert(&db, &small).unwrap();
+        assert_eq!((inline.inline.len(), inline.large, count(&db)), (MAX_INLINE_BYTES, None, 0));
+        for sql in [
+            "INSERT INTO payloads VALUES (?1, '', ?2, 0, ?3)",
+            "INSERT INTO checkpoints VALUES (?1, ?2, 0, ?3)",
+            "INSERT INTO events VALUES (?1, 1, ?2, 0, ?3)",
+            "INSERT INTO events VALUES (?1, 2, ?2, 0, ?3)",
+        ] {
+            let value = insert(&db, &large).unwrap();
+            assert!(value.inline.is_empty());
+            db.execute(sql, (uid.to_bytes(), value.inline, value.large)).unwrap();
+        }
+        let payload = crate::sqlite::requests::payload(&db, uid).unwrap_err();
+        assert!(payload.to_string().contains("checksum"), "it was read: {payload}");
+        assert_eq!(count(&db), 4);
+        let bytes = i64::try_from(large.len()).unwrap();
+        assert_eq!(delete_of_checkpoint(&db, uid), Ok(Some(bytes)));
+        assert_eq!(count(&db), 3);
+        delete_of_request(&db, uid).unwrap();
+        assert_eq!(count(&db), 0);
+    }
 }

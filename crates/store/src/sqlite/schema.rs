@@ -161,7 +161,7 @@ INSERT INTO usage SELECT tenant, user, COUNT(*), 0 FROM requests WHERE state = 0
     GROUP BY tenant, user;
 ";
 
-/// Values that are too large for their row; see `large_values.rs`.
+/// Large values of payloads, checkpoints and events; `large_values.rs` explains it.
 const LARGE_VALUES: &str = "
 CREATE TABLE large_values (
     id INTEGER PRIMARY KEY,
@@ -169,7 +169,7 @@ CREATE TABLE large_values (
 );
 ";
 
-/// Changes from version 4 to version 5, without table `large_values`. Values of before stay where they are.
+/// Changes from version 4 to version 5, without table `large_values`. Existing values stay in their rows.
 const FROM_4_TO_5: &str = "
 ALTER TABLE payloads ADD COLUMN large INTEGER;
 ALTER TABLE checkpoints ADD COLUMN large INTEGER;
@@ -286,7 +286,11 @@ mod tests {
     fn a_version_2_file_is_migrated() {
         let db = Connection::open_in_memory().unwrap();
         let mut tables = TABLES.to_owned();
-        for column in ["    trace_state TEXT,\n", "    bytes INTEGER NOT NULL DEFAULT 0,\n"] {
+        for column in [
+            "    trace_state TEXT,\n",
+            "    bytes INTEGER NOT NULL DEFAULT 0,\n",
+            ",\n    large INTEGER",
+        ] {
             assert!(tables.contains(column));
             tables = tables.replace(column, "");
         }
@@ -303,6 +307,8 @@ mod tests {
         )
         .unwrap();
         migrate(&db).unwrap();
+        let large = db.query_row("SELECT large FROM events WHERE last_seq = 2", [], |row| row.get(0));
+        assert_eq!(large, Ok(None::<i64>));
         let version: i64 = db.pragma_query_value(None, "user_version", |row| row.get(0)).unwrap();
         assert_eq!(version, VERSION);
         let state = db
