@@ -10,7 +10,7 @@ pub struct Echo;
 
 /// Result of [`Echo`].
 #[derive(Debug, Serialize)]
-pub struct EchoAnswer {
+pub struct EchoResult {
     /// The payload as received: parsing and serializing it could change numbers, the order of keys
     /// or white space.
     pub echo: Box<RawValue>,
@@ -19,7 +19,7 @@ pub struct EchoAnswer {
 #[async_trait]
 impl Handler for Echo {
     type Input = Box<RawValue>;
-    type Output = EchoAnswer;
+    type Output = EchoResult;
 
     fn spec(&self) -> ActionSpec {
         ActionSpec::sync("echo").describe("Returns the payload unchanged")
@@ -29,8 +29,8 @@ impl Handler for Echo {
         &self,
         _context: &Context,
         payload: Box<RawValue>,
-    ) -> Result<EchoAnswer, HandlerError> {
-        Ok(EchoAnswer { echo: payload })
+    ) -> Result<EchoResult, HandlerError> {
+        Ok(EchoResult { echo: payload })
     }
 }
 

@@ -10,7 +10,7 @@ pub struct Health;
 
 /// Result of [`Health`].
 #[derive(Debug, Serialize)]
-pub struct HealthAnswer {
+pub struct HealthResult {
     /// Always `ok`: an unhealthy server does not respond.
     pub status: &'static str,
     /// `health`
@@ -27,7 +27,7 @@ pub struct HealthAnswer {
 impl Handler for Health {
     /// Any JSON; ignored.
     type Input = Box<RawValue>;
-    type Output = HealthAnswer;
+    type Output = HealthResult;
 
     fn spec(&self) -> ActionSpec {
         ActionSpec::sync("health").describe("Returns ok, and the identity of the caller")
@@ -37,8 +37,8 @@ impl Handler for Health {
         &self,
         context: &Context,
         _payload: Box<RawValue>,
-    ) -> Result<HealthAnswer, HandlerError> {
-        Ok(HealthAnswer {
+    ) -> Result<HealthResult, HandlerError> {
+        Ok(HealthResult {
             status: "ok",
             action: "health",
             version: env!("CARGO_PKG_VERSION"),

@@ -255,7 +255,7 @@ def read_arguments() -> argparse.Namespace:
     return arguments
 
 
-async def printed_by(command: str) -> str:
+async def command_output(command: str) -> str:
     """Returns the output of a shell command. Raises RuntimeError if it fails."""
     shell = await asyncio.create_subprocess_shell(command, stdout=asyncio.subprocess.PIPE)
     output, _ = await shell.communicate()
@@ -267,7 +267,7 @@ async def printed_by(command: str) -> str:
 def token_from(arguments: argparse.Namespace) -> Token:
     """Returns the source of tokens, or the configured token."""
     if arguments.token_command:
-        return partial(printed_by, arguments.token_command)
+        return partial(command_output, arguments.token_command)
     file = os.environ.get("STREAMER_TOKEN_FILE")
     return token_file(file) if file else os.environ["STREAMER_TOKEN"]
 

@@ -20,7 +20,7 @@ use std::{
 
 use bytes::Bytes;
 use futures_util::{StreamExt, stream::FuturesUnordered};
-use streamer_core::{ErrorCode, RateLimiter, RequestError, Uid, WatchesOfUser};
+use streamer_core::{ErrorCode, RateLimiter, RequestError, Uid, UserWatches};
 use streamer_rpc::Peer;
 use streamer_telemetry::TraceContext;
 use tokio::io::{AsyncRead, AsyncWrite, ReadBuf};
@@ -87,7 +87,7 @@ pub(crate) struct Session {
     pub(crate) handle: Arc<ConnectionHandle>,
     pub(crate) subscriptions: Subscriptions,
     /// Open watches of the user, over all connections.
-    watches: Option<Arc<WatchesOfUser>>,
+    watches: Option<Arc<UserWatches>>,
     /// Requests with events to send, in order.
     pub(crate) ready: Vec<Uid>,
     /// Number of pending log reads.
@@ -113,7 +113,7 @@ impl<S: AsyncRead + AsyncWrite + Unpin> Connection<S> {
     ) -> Self {
         let options = &gateway.options;
         let decoder = Decoder::new(options.max_message_bytes);
-        let rate = RateLimiter::new(options.messages_per_second, options.message_burst);
+        let rate = RateLimiter::new(options.rate_limit, options.rate_limit_burst);
         Self {
             socket,
             early,
@@ -296,7 +296,7 @@ impl<S: AsyncRead + AsyncWrite + Unpin> Connection<S> {
     /// Returns whether the connection accepts more work.
     fn has_room(&self) -> bool {
         let Cost { calls, bytes, large } = self.pending;
-        calls < self.session.gateway.options.max_in_flight
+        calls < self.session.gateway.options.max_in_flight_requests
             && bytes < MAX_PENDING_BYTES
             && large < MAX_LARGE_CALLS
             && self.out.bytes() < HIGH_WATER
@@ -308,7 +308,7 @@ impl<S: AsyncRead + AsyncWrite + Unpin> Connection<S> {
         let now = gateway.clock.now();
         if let Err(wait) = self.session.rate.admit(now) {
             gateway.metrics.rate_limited.inc();
-            let limit = gateway.options.messages_per_second;
+            let limit = gateway.options.rate_limit;
             let error = RequestError::limited(
                 "gateway.rate_limit",
                 &format!("more than {limit} messages per second"),
@@ -378,9 +378,9 @@ impl<S: AsyncRead + AsyncWrite + Unpin> Connection<S> {
     /// has ended.
     fn iterate(&mut self, context: &mut Context<'_>) -> Poll<bool> {
         let Some(mut progressed) = self.drain_inbox() else { return Poll::Ready(false) };
-        let may_read = self.phase != Phase::Open || self.has_room();
-        self.session.handle.liveness.reading.store(may_read, Ordering::Relaxed);
-        if may_read && self.phase != Phase::Closed {
+        let can_read = self.phase != Phase::Open || self.has_room();
+        self.session.handle.liveness.reading.store(can_read, Ordering::Relaxed);
+        if can_read && self.phase != Phase::Closed {
             match self.read(context) {
                 Poll::Ready(Ok(())) => progressed = true,
                 Poll::Ready(Err(_)) => return Poll::Ready(false),

@@ -13,7 +13,7 @@ use std::{
 
 use bytes::Bytes;
 use parking_lot::Mutex;
-use streamer_core::{Clock, Timestamp, Uid, limited_address};
+use streamer_core::{Clock, Timestamp, Uid, rate_limit_key};
 use streamer_store::{ConnectionRecord, Owner, Store};
 use tokio::{
     sync::Notify,
@@ -157,7 +157,7 @@ impl ConnectionRegistry {
         }
         if let Some(address) = handle.remote_address {
             let of_address =
-                connections.count_by_address.entry(limited_address(address)).or_insert(0);
+                connections.count_by_address.entry(rate_limit_key(address)).or_insert(0);
             if *of_address >= options.max_connections_per_address {
                 return Err(AdmissionError::Address(options.max_connections_per_address));
             }
@@ -190,7 +190,7 @@ impl ConnectionRegistry {
         }
         connections.remove_from_user(&handle.owner(), handle.id);
         if let Some(address) = handle.remote_address {
-            decrement(&mut connections.count_by_address, &limited_address(address));
+            decrement(&mut connections.count_by_address, &rate_limit_key(address));
         }
         let empty = connections.by_id.is_empty();
         drop(connections);

@@ -18,7 +18,7 @@ use streamer_store::{ConnectionRecord, Store};
 use tonic::{Request, Response, Status};
 
 use crate::{
-    OtherGateways,
+    PeerGateways,
     connection_handle::close_code,
     peer_gateways::{PeerRequest, PeerResponses, is_forwarded, response_or_error},
     server_message,
@@ -34,20 +34,20 @@ const MAX_REASON_BYTES: usize = 123;
 pub struct ConnectionsApi {
     gateway: Arc<Gateway>,
     store: Arc<dyn Store>,
-    others: Option<OtherGateways>,
+    others: Option<PeerGateways>,
 }
 
 impl ConnectionsApi {
     pub(crate) fn new(
         gateway: Arc<Gateway>,
         store: Arc<dyn Store>,
-        others: Option<OtherGateways>,
+        others: Option<PeerGateways>,
     ) -> Self {
         Self { gateway, store, others }
     }
 
     /// Returns the other gateways, unless one of them forwarded this call.
-    fn others<T>(&self, request: &Request<T>) -> Option<OtherGateways> {
+    fn others<T>(&self, request: &Request<T>) -> Option<PeerGateways> {
         self.others.clone().filter(|_| !is_forwarded(request))
     }
 
@@ -91,7 +91,7 @@ impl ConnectionsService for ConnectionsApi {
         let SendRequest { target, topic, data } = request.into_inner();
         let mut violations = Violations::default();
         check_message(&topic, data.as_ref(), &mut violations);
-        caller.note_subject(|| match &target {
+        caller.set_audit_subject(|| match &target {
             Some(Target::UserId(name) | Target::ConnectionId(name)) => Subject::named(name),
             None => Subject::default(),
         });
@@ -160,7 +160,7 @@ impl ConnectionsService for ConnectionsApi {
         let peer_request = PeerRequest::Disconnect(request.get_ref().clone());
         let DisconnectRequest { connection_id, reason } = request.into_inner();
         let mut violations = Violations::default();
-        caller.note_subject(|| Subject::named(&connection_id));
+        caller.set_audit_subject(|| Subject::named(&connection_id));
         violations.check("reason", validate::at_most(reason.len(), MAX_REASON_BYTES, "reason"));
         ensure_valid(&violations)?;
         let handle = connection_id.parse().ok().and_then(|id| self.gateway.registry.get(id));
@@ -197,7 +197,7 @@ fn authorized_caller<T>(request: &Request<T>, permission: &str) -> Result<Caller
     let caller = request.extensions().get::<Caller>();
     let caller = caller
         .ok_or_else(|| Status::internal("the service runs without its authentication layer"))?;
-    if caller.principal.may(permission) {
+    if caller.principal.has_permission(permission) {
         return Ok(caller.clone());
     }
     Err(status(&RequestError::forbidden(permission)))

@@ -29,7 +29,7 @@ use axum::routing::any;
 use streamer_auth::{AuthLayer, AuthService, Authenticator};
 use streamer_core::{Clock, OpenWatches};
 use streamer_proto::connections::v1::connections_service_server::ConnectionsServiceServer;
-use streamer_rpc::{Channel, Members};
+use streamer_rpc::{Channel, Instances};
 use streamer_store::Store;
 use streamer_telemetry::{Metrics, Traces};
 use tokio::time::timeout;
@@ -54,11 +54,11 @@ pub struct GatewayOptions {
     /// Maximum number of subscriptions of one connection.
     pub max_subscriptions: usize,
     /// Maximum number of pending calls of one connection; at the limit it is not read from.
-    pub max_in_flight: usize,
+    pub max_in_flight_requests: usize,
     /// Maximum rate of messages from one connection, per second; 0 disables the limit.
-    pub messages_per_second: u32,
+    pub rate_limit: u32,
     /// Messages accepted in a burst beyond that rate.
-    pub message_burst: u32,
+    pub rate_limit_burst: u32,
     /// Maximum number of bytes buffered for incomplete client messages.
     pub max_buffered_bytes: usize,
     /// Maximum number of bytes buffered for incomplete messages of one user.
@@ -92,7 +92,7 @@ pub struct Dependencies {
     /// Channel to the progress service.
     pub progress: Channel,
     /// All gateways, if this process is not the only one.
-    pub others: Option<OtherGateways>,
+    pub others: Option<PeerGateways>,
     /// Registry of metrics.
     pub metrics: Metrics,
     /// Exports traces and decides which requests are traced.
@@ -105,11 +105,11 @@ pub struct Dependencies {
 
 /// The other gateways of the deployment.
 #[derive(Clone)]
-pub struct OtherGateways {
+pub struct PeerGateways {
     /// Name of this gateway among the members.
     pub own: String,
     /// All gateways, including this one.
-    pub members: Members,
+    pub members: Instances,
 }
 
 /// Services of the gateway, ready to be served.

@@ -27,8 +27,14 @@ impl GatewayMetrics {
         Self {
             connections: metrics
                 .gauge("streamer_gateway_connections", "Open WebSocket connections"),
-            accepted: counter("streamer_gateway_opened", "WebSocket connections accepted"),
-            rejected: counter("streamer_gateway_refused", "WebSocket connections rejected"),
+            accepted: counter(
+                "streamer_gateway_connections_accepted",
+                "WebSocket connections accepted",
+            ),
+            rejected: counter(
+                "streamer_gateway_connections_rejected",
+                "WebSocket connections rejected",
+            ),
             messages_in: counter(
                 "streamer_gateway_messages_received",
                 "Messages received from clients",
@@ -50,7 +56,7 @@ impl GatewayMetrics {
                 "Limit of streamer_gateway_buffered_bytes (gateway.max_buffered_bytes)",
             ),
             log_reads: counter(
-                "streamer_gateway_catch_ups",
+                "streamer_gateway_log_reads",
                 "Log pages read for connections that were behind",
             ),
             upstream_events: counter(

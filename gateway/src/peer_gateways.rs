@@ -13,7 +13,7 @@ use streamer_rpc::{Channel, FORWARDED, with_authorization};
 use tokio::time::timeout;
 use tonic::{Code, Request, Response, Status, metadata::MetadataValue};
 
-use crate::OtherGateways;
+use crate::PeerGateways;
 
 /// Timeout of a call to a gateway.
 const CALL_TIMEOUT: Duration = Duration::from_secs(3);
@@ -58,14 +58,14 @@ impl PeerRequest {
     }
 }
 
-impl OtherGateways {
+impl PeerGateways {
     /// Calls all other gateways concurrently.
     pub(crate) async fn call_all(&self, caller: &Caller, request: PeerRequest) -> PeerResponses {
         let mut calls = Vec::new();
         let mut responses = PeerResponses::default();
         for member in self.members.all().iter().filter(|member| *member.name != *self.own) {
             // An unhealthy gateway may still hold connections, but callers should not wait long for it.
-            let limit = if member.seems_up() { CALL_TIMEOUT } else { UNREACHABLE_CALL_TIMEOUT };
+            let limit = if member.is_reachable() { CALL_TIMEOUT } else { UNREACHABLE_CALL_TIMEOUT };
             let call = request.clone().send(member.channel.clone(), caller.authorization.clone());
             let gateway = member.name.clone();
             calls.push(async move {

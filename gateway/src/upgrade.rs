@@ -142,7 +142,7 @@ async fn serve(
                 _ => None,
             };
             if let Some(code) = code {
-                gateway.audit.refused_connection(code, &rejection.reason, address);
+                gateway.audit.record_rejected_connection(code, &rejection.reason, address);
             }
             send_rejection(&gateway, socket, &rejection).await;
         }

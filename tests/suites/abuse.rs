@@ -133,7 +133,7 @@ async fn deep_payloads_are_validated_and_expensive_ones_are_rejected() {
 async fn payloads_are_rejected_while_the_stored_schema_is_invalid() {
     let data = tempfile::tempdir().unwrap();
     // Earlier versions accepted this schema.
-    let store = streamer_store::open(&Engine::Embedded { data: data.path().to_owned() }).unwrap();
+    let store = streamer_store::open(&Engine::Sqlite { data: data.path().to_owned() }).unwrap();
     let action = with_schema("work", &chain(20));
     let declared = vec![DeclaredAction { tenant: Some("acme".into()), action }];
     store.save_actions(declared, SystemClock.now()).await.unwrap();
@@ -587,7 +587,7 @@ async fn output_of_one_tenant_is_bounded_and_does_not_delay_others() {
         rounds += 1;
     }
     assert!(rounds > 1, "other requests complete during the flood");
-    for counter in ["lease_expiries_total", "lost_total", "retried_total", "buffered_output_bytes"]
+    for counter in ["lease_expiries_total", "attempts_fenced_total", "retried_total", "buffered_output_bytes"]
     {
         assert_eq!(metric(&server, &format!("streamer_processor_{counter}")).await, 0, "{counter}");
     }

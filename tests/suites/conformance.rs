@@ -16,10 +16,10 @@ use streamer_proto::common::v1::{
     event::Kind, payload::Body,
 };
 use streamer_store::{
-    Adopt, Append, Appended, AssignedWorker, CancelOutcome, Claim, ClaimOutcome, Claimed,
+    Adopt, Append, AppendOutcome, AssignedWorker, CancelOutcome, Claim, ClaimOutcome, Claimed,
     ConnectionRecord, CreateOutcome, DeclaredAction, DeleteOutcome, DuePage, DueQuery, Engine,
     Lease, ListRequests, NewRequest, Owner, Quota, Store, StoreError, StoredPayload, Writer,
-    find_by_name, open,
+    find_by_client_id_or_uid, open,
 };
 use streamer_telemetry::Metrics;
 use streamer_tests::dynamodb::{Implementation, endpoint};
@@ -36,7 +36,7 @@ struct Subject {
 /// Returns all engines, each with an empty store.
 async fn engines() -> impl Iterator<Item = Subject> {
     let data = TempDir::new().unwrap();
-    let store = open(&Engine::Embedded { data: data.path().into() }).unwrap();
+    let store = open(&Engine::Sqlite { data: data.path().into() }).unwrap();
     let embedded = ("embedded", Subject { store, is_exact: true, _data: data });
     let local = ("DynamoDB Local", dynamodb(Implementation::DynamoDbLocal).await);
     let dynoxide = ("dynoxide", dynamodb(Implementation::Dynoxide).await);
@@ -136,11 +136,11 @@ fn append_as(uid: Uid, writer: Writer, events: Vec<Event>) -> Append {
     Append { uid, writer, events, checkpoint: None, retry_at: None, now: at(5000) }
 }
 
-async fn append(store: &dyn Store, uid: Uid, attempt: u32, events: Vec<Event>) -> Appended {
+async fn append(store: &dyn Store, uid: Uid, attempt: u32, events: Vec<Event>) -> AppendOutcome {
     store.append(append_as(uid, Writer::Attempt(attempt), events)).await.unwrap()
 }
 
-const APPLIED: Appended = Appended::Applied { cancel_reason: None };
+const APPLIED: AppendOutcome = AppendOutcome::Applied { cancel_reason: None };
 
 async fn seqs(store: &dyn Store, uid: Uid, after: i64) -> Vec<i64> {
     let page = store.read_events(uid, after, 1000, usize::MAX).await.unwrap();
@@ -279,7 +279,7 @@ async fn queued_requests_of_an_owner_are_limited_by_its_quota() {
 #[tokio::test]
 async fn the_embedded_engine_limits_the_stored_bytes_of_a_tenant() {
     let data = TempDir::new().unwrap();
-    let engine = Engine::Embedded { data: data.path().into() };
+    let engine = Engine::Sqlite { data: data.path().into() };
     let mut store = open(&engine).unwrap();
     let limit = 26_000;
     let new = |bytes: usize| NewRequest {
@@ -317,7 +317,9 @@ async fn a_request_is_found_by_client_id_and_by_uid() {
         let uid = create(&*store, new_request(Some("req-1"))).await;
         let find = |name: String| {
             let store = store.clone();
-            async move { find_by_name(&*store, &owner(), &name).await.unwrap().map(|r| r.uid) }
+            async move {
+                find_by_client_id_or_uid(&*store, &owner(), &name).await.unwrap().map(|r| r.uid)
+            }
         };
         assert_eq!(find("req-1".into()).await, Some(uid));
         assert_eq!(find(uid.to_string()).await, Some(uid));
@@ -338,7 +340,8 @@ async fn one_claim_succeeds_and_its_attempt_fences_other_writers() {
         assert_eq!(claimed.started.seq, 2);
         assert!(matches!(try_claim(&*store, uid, 2000).await, ClaimOutcome::NotClaimable));
         assert_eq!(append(&*store, uid, 1, vec![progress(3, 1), progress(4, 1)]).await, APPLIED);
-        let fenced = Appended::Fenced { state: RequestState::Running, attempt: 1, last_seq: 4 };
+        let fenced =
+            AppendOutcome::Fenced { state: RequestState::Running, attempt: 1, last_seq: 4 };
         assert_eq!(append(&*store, uid, 2, vec![progress(5, 2)]).await, fenced);
         assert_eq!(append(&*store, uid, 1, vec![progress(6, 1)]).await, fenced, "a gap");
         assert_eq!(
@@ -378,7 +381,8 @@ async fn appends_after_a_terminal_event_are_fenced() {
         assert_eq!(record.state, RequestState::Succeeded);
         assert_eq!(record.finish_time, Some(at(5000)));
         assert_eq!(record.output.unwrap().chunks, 1);
-        let fenced = Appended::Fenced { state: RequestState::Succeeded, attempt: 1, last_seq: 3 };
+        let fenced =
+            AppendOutcome::Fenced { state: RequestState::Succeeded, attempt: 1, last_seq: 3 };
         assert_eq!(append(&*store, uid, 1, vec![progress(4, 1)]).await, fenced);
         assert!(matches!(try_claim(&*store, uid, 9000).await, ClaimOutcome::NotClaimable));
         let cancelled = store.cancel(uid, "late".into(), at(9000)).await.unwrap();
@@ -402,7 +406,7 @@ async fn a_retry_is_claimable_when_due_and_has_the_checkpoint() {
             ..append_as(uid, Writer::Attempt(1), vec![retrying(3, 1)])
         };
         assert_eq!(store.append(retry).await.unwrap(), APPLIED);
-        assert!(matches!(store.append(checkpoint).await.unwrap(), Appended::Fenced { .. }));
+        assert!(matches!(store.append(checkpoint).await.unwrap(), AppendOutcome::Fenced { .. }));
         assert!(matches!(try_claim(&*store, uid, 7999).await, ClaimOutcome::NotClaimable));
         assert_eq!(store.next_due(at(5000)).await.unwrap(), Some(at(8000)));
         let again = claim(&*store, uid, 8000).await;
@@ -411,7 +415,7 @@ async fn a_retry_is_claimable_when_due_and_has_the_checkpoint() {
         // The first attempt is fenced.
         assert!(matches!(
             append(&*store, uid, 1, vec![progress(5, 1)]).await,
-            Appended::Fenced { attempt: 2, .. }
+            AppendOutcome::Fenced { attempt: 2, .. }
         ));
     }
 }
@@ -433,7 +437,7 @@ async fn cancel_ends_queued_requests_and_marks_running_ones() {
             let CancelOutcome::Requested(record) = cancelled else { panic!("{cancelled:?}") };
             assert_eq!(record.cancel_reason.as_deref(), Some("first"));
         }
-        let applied = Appended::Applied { cancel_reason: Some("first".into()) };
+        let applied = AppendOutcome::Applied { cancel_reason: Some("first".into()) };
         assert_eq!(append(&*store, running, 1, vec![progress(3, 1)]).await, applied);
         let unknown = store.cancel(Uid::new(at(1)), String::new(), at(1)).await.unwrap();
         assert!(matches!(unknown, CancelOutcome::NotFound));
@@ -462,11 +466,14 @@ async fn leases_are_renewed_only_by_their_holder_and_expire() {
             retry_at: Some(at(now)),
             ..append_as(uid, Writer::ExpiredLease(1), vec![retrying(3, 1)])
         };
-        assert!(matches!(store.append(recovery(3999)).await.unwrap(), Appended::Fenced { .. }));
+        assert!(matches!(
+            store.append(recovery(3999)).await.unwrap(),
+            AppendOutcome::Fenced { .. }
+        ));
         assert_eq!(store.append(recovery(4000)).await.unwrap(), APPLIED);
         assert!(!renew("p1", 9000).await, "recovered");
         let late = append(&*store, uid, 1, vec![progress(4, 1)]).await;
-        assert!(matches!(late, Appended::Fenced { state: RequestState::Queued, .. }));
+        assert!(matches!(late, AppendOutcome::Fenced { state: RequestState::Queued, .. }));
     }
 }
 
@@ -773,7 +780,7 @@ async fn checkpoints_and_events_of_any_size_are_appended_together() {
         assert_eq!(again.checkpoint.unwrap().len(), 20);
         let cancel = store.cancel(uid, "enough".into(), at(6500)).await.unwrap();
         assert!(matches!(cancel, CancelOutcome::Requested(_)));
-        let applied = Appended::Applied { cancel_reason: Some("enough".into()) };
+        let applied = AppendOutcome::Applied { cancel_reason: Some("enough".into()) };
         let next = again.record.last_seq + 1;
         let large = vec![chunk(next, 2, 5000), chunk(next + 1, 2, 5000)];
         assert_eq!(append(&*store, uid, 2, large).await, applied);
@@ -932,7 +939,7 @@ async fn connections_are_listed_while_their_gateway_is_alive() {
 #[tokio::test]
 async fn the_embedded_store_is_exclusive_to_one_process() {
     let data = TempDir::new().unwrap();
-    let engine = Engine::Embedded { data: data.path().into() };
+    let engine = Engine::Sqlite { data: data.path().into() };
     let first = open(&engine).unwrap();
     assert!(matches!(open(&engine), Err(StoreError::Locked { .. })));
     drop(first);
@@ -942,7 +949,7 @@ async fn the_embedded_store_is_exclusive_to_one_process() {
 #[tokio::test]
 async fn a_reopened_store_is_complete_and_its_leases_have_expired() {
     let data = TempDir::new().unwrap();
-    let engine = Engine::Embedded { data: data.path().into() };
+    let engine = Engine::Sqlite { data: data.path().into() };
     let store = open(&engine).unwrap();
     let uid = create(&*store, new_request(Some("kept"))).await;
     claim(&*store, uid, 2000).await;
@@ -957,7 +964,7 @@ async fn a_reopened_store_is_complete_and_its_leases_have_expired() {
 async fn an_invalid_store_file_is_reported_as_corrupt() {
     let data = TempDir::new().unwrap();
     std::fs::write(data.path().join("streamer.db"), vec![b'x'; 8192]).unwrap();
-    let opened = open(&Engine::Embedded { data: data.path().into() });
+    let opened = open(&Engine::Sqlite { data: data.path().into() });
     let Err(StoreError::Corrupt { reason, .. }) = opened else { panic!("the store was opened") };
     assert!(reason.contains("not a database"), "{reason}");
 }

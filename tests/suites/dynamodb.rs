@@ -295,7 +295,7 @@ async fn without_an_object_store_large_values_are_rejected() {
 
 #[tokio::test]
 async fn ended_requests_expire_with_all_their_items() {
-    let server = server(local(), &["dynamodb.retention=24"]);
+    let server = server(local(), &["dynamodb.retention=24h"]);
     let mut client = Client::connect(&server.url, &server.token("acme", "ann", &[])).await;
     let payload = json!({"steps": 40, "output_chunks": 20, "chunk_bytes": 400, "delay_ms": 1});
     client.submit("kept", "echo_async", payload).await;

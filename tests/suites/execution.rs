@@ -382,7 +382,8 @@ async fn requests_that_end_during_lease_renewal_are_neither_lost_nor_delayed() {
     }
     // A client can receive the last event before the attempt that appended it is counted.
     let counts = |metrics: &str| {
-        let names = ["streamer_processor_succeeded_total ", "streamer_processor_lost_total "];
+        let names =
+            ["streamer_processor_succeeded_total ", "streamer_processor_attempts_fenced_total "];
         let counts = names.map(|name| {
             let count = metrics.lines().find_map(|line| line.strip_prefix(name)).unwrap();
             count.parse::<usize>().unwrap()

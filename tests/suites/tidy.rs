@@ -3,6 +3,7 @@
 
 use std::{collections::BTreeSet, path::PathBuf};
 
+use regex::bytes::Regex;
 use serde_json::Value;
 use streamer_tests::Process;
 
@@ -107,4 +108,49 @@ fn spans_and_their_attributes_are_documented() {
     let text = std::fs::read_to_string(root().join("docs/tracing.md")).unwrap();
     assert_eq!(documented(&text, "## Spans"), spans);
     assert_eq!(documented(&text, "## Attributes"), attributes);
+}
+
+/// Files whose text is not ours, or not prose.
+fn is_exempt_from_phrases(file: &str) -> bool {
+    let extension = file.rsplit_once('.').map_or("", |(_, extension)| extension);
+    file.starts_with("proto/google/")
+        || matches!(extension, "lock" | "csv" | "css")
+        || ["LICENSE", "tests/phrases.txt"].contains(&file)
+        || file.ends_with("package-lock.json")
+}
+
+#[test]
+fn texts_are_plain_technical_english() {
+    let list = std::fs::read_to_string(root().join("tests/phrases.txt")).unwrap();
+    let lines = list.lines().filter(|line| !line.starts_with('#'));
+    let (exceptions, phrases): (Vec<_>, Vec<_>) = lines.partition(|line| line.starts_with('!'));
+    let exceptions: Vec<_> =
+        exceptions.iter().map(|line| line[1..].split('\t').collect::<Vec<_>>()).collect();
+    let phrases: Vec<_> =
+        phrases.iter().map(|line| line.split_once('\t').unwrap().0).map(str::to_owned).collect();
+    // The first character excludes methods, like `queue.front()`. Lines are joined, as phrases may span two.
+    let phrases = phrases.join("|").replace(' ', r"\s+(?:[/#*!]+\s*)?");
+    let regex = Regex::new(&format!(r"(?i-u)(?:^|[^.\w])((?:{phrases})\b)")).unwrap();
+    let (mut found, mut used) = (String::new(), BTreeSet::new());
+    for file in sources("*").into_iter().filter(|file| !is_exempt_from_phrases(file)) {
+        let text = std::fs::read(root().join(&file)).unwrap();
+        for phrase in regex.captures_iter(&text).filter_map(|captures| captures.get(1)) {
+            let start = text[..phrase.start()].iter().rposition(|byte| *byte == b'\n');
+            let rest = &text[start.map_or(0, |at| at + 1)..];
+            let line = rest.split(|byte| *byte == b'\n').next().unwrap();
+            let line = String::from_utf8_lossy(line);
+            let is_exception = |entry: &&Vec<&str>| {
+                entry[0] == file && line.contains(entry[1]) && !entry[2].is_empty()
+            };
+            if let Some(exception) = exceptions.iter().find(is_exception) {
+                used.insert(exception);
+                continue;
+            }
+            let number = text[..phrase.start()].iter().filter(|byte| **byte == b'\n').count() + 1;
+            let phrase = String::from_utf8_lossy(phrase.as_bytes());
+            found.push_str(&format!("{file}:{number}: {phrase:?} in {:?}\n", line.trim()));
+        }
+    }
+    assert!(found.is_empty(), "tests/phrases.txt names the terms to use instead of:\n{found}");
+    assert_eq!(used.len(), exceptions.len(), "an exception is unused");
 }

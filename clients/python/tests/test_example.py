@@ -57,9 +57,9 @@ async def test_the_summary_is_the_same_after_a_resume_from_a_checkpoint() -> Non
 
 
 async def test_a_failing_token_command_raises() -> None:
-    assert await load().printed_by("echo token") == "token"
+    assert await load().command_output("echo token") == "token"
     with pytest.raises(RuntimeError, match="status 3"):
-        await load().printed_by("echo token; exit 3")
+        await load().command_output("echo token; exit 3")
 
 
 async def test_it_serves_until_sigterm(server: Server, client: Client) -> None:

@@ -25,7 +25,7 @@ use streamer_core::{Clock, Timestamp, validate::cut};
 use streamer_rpc::code_name;
 use tonic::Code;
 
-use crate::warn_if_others_can_read;
+use crate::warn_if_readable_by_others;
 
 /// Maximum number of records that are waiting to be written.
 const QUEUE_CAPACITY: usize = 4096;
@@ -137,7 +137,7 @@ impl Audit {
             #[cfg(unix)]
             std::os::unix::fs::OpenOptionsExt::mode(&mut options, 0o600);
             let file = options.open(path)?;
-            warn_if_others_can_read(path);
+            warn_if_readable_by_others(path);
             Box::new(file)
         };
         let (lines, queued) = sync_channel(QUEUE_CAPACITY);
@@ -172,7 +172,7 @@ impl Audit {
     }
 
     /// Records a rejected WebSocket handshake.
-    pub fn refused_connection(&self, code: Code, reason: &str, from: Option<IpAddr>) {
+    pub fn record_rejected_connection(&self, code: Code, reason: &str, from: Option<IpAddr>) {
         let (tenant, user, subject) = (None, None, None);
         let (call, outcome, reason) = ("/ws", code_name(code), Some(reason));
         self.record_rejection(Record { call, outcome, reason, tenant, user, subject, from });

@@ -14,7 +14,7 @@ use jsonwebtoken::{Algorithm, EncodingKey, Header};
 use serde::Serialize;
 use streamer_core::Timestamp;
 
-use crate::{KeyError, VerificationKey, create_private_file, warn_if_others_can_read};
+use crate::{KeyError, VerificationKey, create_private_file, warn_if_readable_by_others};
 
 /// Claim `iss` of development tokens.
 pub const DEV_ISSUER: &str = "streamer-dev";
@@ -86,7 +86,7 @@ impl DevKey {
     /// # Errors
     /// Returns an error if the file cannot be read or written, or does not contain a key.
     pub fn load_or_create(data: &Path) -> Result<Self, DevKeyError> {
-        warn_if_others_can_read(&data.join(FILE));
+        warn_if_readable_by_others(&data.join(FILE));
         match Self::load(data) {
             Err(DevKeyError::File { .. }) if !data.join(FILE).exists() => {
                 create(data)?;

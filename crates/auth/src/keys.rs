@@ -4,7 +4,7 @@ use std::{fs, path::Path};
 
 use jsonwebtoken::{Algorithm, DecodingKey};
 
-use crate::warn_if_others_can_read;
+use crate::warn_if_readable_by_others;
 
 /// Reason why a key cannot be used.
 #[derive(Debug, thiserror::Error)]
@@ -49,7 +49,7 @@ impl VerificationKey {
     pub fn from_file(algorithm: &str, path: &Path) -> Result<Self, KeyError> {
         let shown = path.display().to_string();
         if algorithm == "HS256" {
-            warn_if_others_can_read(path);
+            warn_if_readable_by_others(path);
         }
         let bytes = fs::read(path).map_err(|error| KeyError::Unreadable {
             path: shown.clone(),

@@ -83,7 +83,7 @@ impl Caller {
     }
 
     /// Records the object of the call, for the audit log.
-    pub fn note_subject(&self, subject: impl FnOnce() -> Subject) {
+    pub fn set_audit_subject(&self, subject: impl FnOnce() -> Subject) {
         if let Some(recorded) = &self.subject {
             *recorded.lock() = Some(subject());
         }
@@ -118,7 +118,7 @@ impl AuthLayer {
         // Not trusted here: no service makes this request on behalf of a client.
         request.headers.remove(CLIENT_ADDRESS);
         let caller = self.caller_of(&request).await?;
-        if caller.principal.may(permissions::OPERATOR) {
+        if caller.principal.has_permission(permissions::OPERATOR) {
             return Ok(());
         }
         let status = streamer_rpc::status(&RequestError::forbidden(permissions::OPERATOR));
@@ -256,7 +256,7 @@ fn accept<B>(
     let time_left = rules.ends_at_expiry.then(|| authenticator.time_left(&caller));
     let entry = audit.is_enabled().then(|| {
         let mut entry = AuditEntry::new(&request, audit);
-        let is_operator = caller.principal.may(permissions::OPERATOR);
+        let is_operator = caller.principal.has_permission(permissions::OPERATOR);
         // A forwarded call was recorded by the instance of the same service that forwarded it.
         let is_first_hop = !request.headers().contains_key(FORWARDED);
         if is_first_hop && (rules.is_audited || is_operator) {

@@ -25,4 +25,4 @@ pub use jwks::{JwksRefresh, JwksSource};
 pub use keys::{KeyError, VerificationKey};
 pub use layer::{AuthLayer, AuthService, Caller, caller_of};
 pub use principal::{Principal, permissions};
-pub use private_file::{create_private_file, warn_if_others_can_read};
+pub use private_file::{create_private_file, warn_if_readable_by_others};

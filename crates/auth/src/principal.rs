@@ -36,7 +36,7 @@ impl Principal {
     /// Returns whether the permission is granted: by name, by `area:*`, or by `*`;
     /// [`permissions::OPERATOR`] by name only.
     #[must_use]
-    pub fn may(&self, permission: &str) -> bool {
+    pub fn has_permission(&self, permission: &str) -> bool {
         if permission == permissions::OPERATOR {
             return self.permissions.iter().any(|granted| granted == permission);
         }
@@ -50,14 +50,16 @@ impl Principal {
 
     /// Returns whether the caller may read this owner's requests.
     #[must_use]
-    pub fn may_read(&self, tenant: &str, user: &str) -> bool {
-        self.tenant == tenant && (self.user == user || self.may(permissions::REQUESTS_READ))
+    pub fn can_read(&self, tenant: &str, user: &str) -> bool {
+        self.tenant == tenant
+            && (self.user == user || self.has_permission(permissions::REQUESTS_READ))
     }
 
     /// Returns whether the caller may change this owner's requests.
     #[must_use]
-    pub fn may_write(&self, tenant: &str, user: &str) -> bool {
-        self.tenant == tenant && (self.user == user || self.may(permissions::REQUESTS_WRITE))
+    pub fn can_write(&self, tenant: &str, user: &str) -> bool {
+        self.tenant == tenant
+            && (self.user == user || self.has_permission(permissions::REQUESTS_WRITE))
     }
 }
 
@@ -76,30 +78,30 @@ mod tests {
 
     #[test]
     fn permissions_match_by_name_area_and_wildcard() {
-        assert!(with(&["reports:run"]).may("reports:run"));
-        assert!(with(&["reports:*"]).may("reports:run"));
-        assert!(with(&["*"]).may("reports:run"));
-        assert!(!with(&["reports"]).may("reports:run"));
-        assert!(!with(&["report:*"]).may("reports:run"));
-        assert!(!with(&[]).may("reports:run"));
+        assert!(with(&["reports:run"]).has_permission("reports:run"));
+        assert!(with(&["reports:*"]).has_permission("reports:run"));
+        assert!(with(&["*"]).has_permission("reports:run"));
+        assert!(!with(&["reports"]).has_permission("reports:run"));
+        assert!(!with(&["report:*"]).has_permission("reports:run"));
+        assert!(!with(&[]).has_permission("reports:run"));
     }
 
     #[test]
     fn only_the_exact_name_grants_operator() {
         for others in [&["*"][..], &["operator:*"], &["*:*"], &["Operator"], &["operators"], &[]] {
-            assert!(!with(others).may("operator"), "{others:?}");
+            assert!(!with(others).has_permission("operator"), "{others:?}");
         }
-        assert!(with(&["operator"]).may("operator"));
-        assert!(!with(&["operator"]).may("requests:read"));
-        assert!(!with(&["operator"]).may_read("acme", "bob"));
+        assert!(with(&["operator"]).has_permission("operator"));
+        assert!(!with(&["operator"]).has_permission("requests:read"));
+        assert!(!with(&["operator"]).can_read("acme", "bob"));
     }
 
     #[test]
     fn no_permission_grants_access_to_other_tenants() {
-        assert!(with(&[]).may_read("acme", "ann"));
-        assert!(!with(&[]).may_read("acme", "bob"));
-        assert!(with(&["requests:read"]).may_read("acme", "bob"));
-        assert!(!with(&["requests:read"]).may_write("acme", "bob"));
-        assert!(!with(&["*"]).may_read("other", "ann"));
+        assert!(with(&[]).can_read("acme", "ann"));
+        assert!(!with(&[]).can_read("acme", "bob"));
+        assert!(with(&["requests:read"]).can_read("acme", "bob"));
+        assert!(!with(&["requests:read"]).can_write("acme", "bob"));
+        assert!(!with(&["*"]).can_read("other", "ann"));
     }
 }

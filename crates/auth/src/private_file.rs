@@ -32,7 +32,7 @@ pub fn create_private_file(path: &Path, bytes: &[u8]) -> io::Result<()> {
 }
 
 /// Logs a warning if users other than the owner can read a file that contains a secret.
-pub fn warn_if_others_can_read(path: &Path) {
+pub fn warn_if_readable_by_others(path: &Path) {
     #[cfg(unix)]
     {
         use std::os::unix::fs::PermissionsExt;

@@ -30,28 +30,28 @@ pub struct Cli {
 #[derive(Debug, Subcommand)]
 pub enum Command {
     /// Start a server with all services in one process, on one port.
-    Up(UpArguments),
+    Up(ServerArguments),
     /// Start only a gateway, which serves WebSocket connections and forwards public gRPC calls.
     ///
     /// Requires store.engine=dynamodb, peers.router and peers.progress; peers.processor for workers that
     /// connect here, peers.gateway to reach connections of other gateways, and peers.shared_secret_file on an
     /// address other than loopback.
-    Gateway(UpArguments),
+    Gateway(ServerArguments),
     /// Start only a router, which admits requests and announces them to processors.
     ///
     /// Requires store.engine=dynamodb, peers.processor and peers.progress, and peers.shared_secret_file on an
     /// address other than loopback.
-    Router(UpArguments),
+    Router(ServerArguments),
     /// Start only a processor, which runs requests or assigns them to workers.
     ///
     /// Requires store.engine=dynamodb and peers.progress, and peers.shared_secret_file on an address other than
     /// loopback.
-    Processor(UpArguments),
+    Processor(ServerArguments),
     /// Start only a progress service, which stores and streams event logs.
     ///
     /// Requires store.engine=dynamodb and peers.progress (all of them, including this one), and
     /// peers.shared_secret_file on an address other than loopback.
-    Progress(UpArguments),
+    Progress(ServerArguments),
     /// Create, check or print the tables of engine dynamodb.
     Tables(TablesArguments),
     /// Check whether a server is ready; exit with code 0 if it is.
@@ -120,7 +120,7 @@ pub struct CommonArguments {
 #[command(after_help = "--set accepts every configuration option:
   streamer up --set gateway.max_connections=100 --set log.filter=info
 `streamer config --default` lists all options with their descriptions.")]
-pub struct UpArguments {
+pub struct ServerArguments {
     /// Address and port; port 0 selects a free port [default: 127.0.0.1:8080].
     #[arg(long, value_name = "ADDRESS")]
     pub listen: Option<SocketAddr>,

@@ -82,13 +82,15 @@ fn exit_of(error: &anyhow::Error) -> Exit {
     match error.downcast_ref::<ClientError>() {
         Some(ClientError::Unreachable { .. }) => Exit::Unreachable,
         Some(ClientError::Closed { code: 4401 | 4403, .. }) => Exit::NotPermitted,
-        Some(ClientError::Closed { code: 1009 | 4400, .. } | ClientError::Token) => Exit::Usage,
+        Some(ClientError::Closed { code: 1009 | 4400, .. } | ClientError::MalformedToken) => {
+            Exit::Usage
+        }
         Some(ClientError::Closed { .. }) => Exit::Unreachable,
-        Some(ClientError::Refused(error)) if error.code == ErrorCode::Unavailable => {
+        Some(ClientError::Rejected(error)) if error.code == ErrorCode::Unavailable => {
             Exit::Unreachable
         }
-        Some(ClientError::Refused(error)) => Exit::from_error_code(Some(error.code)),
-        Some(ClientError::Url { .. } | ClientError::NoToken(_)) => Exit::Usage,
-        Some(ClientError::Unexpected(_) | ClientError::Output(_)) | None => Exit::Failed,
+        Some(ClientError::Rejected(error)) => Exit::from_error_code(Some(error.code)),
+        Some(ClientError::InvalidUrl { .. } | ClientError::TokenSource(_)) => Exit::Usage,
+        Some(ClientError::Protocol(_) | ClientError::OutputMismatch(_)) | None => Exit::Failed,
     }
 }

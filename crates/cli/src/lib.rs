@@ -18,8 +18,8 @@ use std::process::ExitCode;
 use clap::CommandFactory;
 
 pub use arguments::{
-    Cli, Command, ConfigArguments, ConfigSources, DemoArguments, HealthArguments, TablesArguments,
-    TablesCommand, UpArguments, WorkerArguments,
+    Cli, Command, ConfigArguments, ConfigSources, DemoArguments, HealthArguments, ServerArguments,
+    TablesArguments, TablesCommand, WorkerArguments,
 };
 pub use exit::Exit;
 pub use follow::{Screen, follow};

@@ -265,7 +265,7 @@ async fn exchange(
             return Ok(response);
         }
         if response.kind == "error" {
-            return Err(ClientError::Refused(response.error()).into());
+            return Err(ClientError::Rejected(response.error()).into());
         }
     }
 }

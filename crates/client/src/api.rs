@@ -37,10 +37,11 @@ impl Api {
     /// # Errors
     /// Returns an error if the URL or the token is malformed.
     pub fn new(server: &str, token: &str) -> Result<Self, ClientError> {
-        let endpoint = Endpoint::from_shared(server.to_owned()).map_err(|_| ClientError::Url {
-            url: server.to_owned(),
-            rule: "must be like http://127.0.0.1:8080",
-        })?;
+        let endpoint =
+            Endpoint::from_shared(server.to_owned()).map_err(|_| ClientError::InvalidUrl {
+                url: server.to_owned(),
+                rule: "must be like http://127.0.0.1:8080",
+            })?;
         Ok(Self {
             channel: endpoint.connect_lazy(),
             server: server.to_owned(),
@@ -113,11 +114,11 @@ impl Api {
                 reason: status.message().to_owned(),
             };
         }
-        ClientError::Refused(request_error(status))
+        ClientError::Rejected(request_error(status))
     }
 }
 
 fn authorization(token: &str) -> Result<Option<HeaderValue>, ClientError> {
     let value = (!token.is_empty()).then(|| HeaderValue::try_from(format!("Bearer {token}")));
-    value.transpose().map_err(|_| ClientError::Token)
+    value.transpose().map_err(|_| ClientError::MalformedToken)
 }

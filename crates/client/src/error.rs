@@ -27,10 +27,10 @@ pub enum ClientError {
     },
     /// The server rejected the call.
     #[error("{0}")]
-    Refused(RequestError),
+    Rejected(RequestError),
     /// The server's URL is invalid.
     #[error("server URL {url:?} {rule}")]
-    Url {
+    InvalidUrl {
         /// The invalid URL.
         url: String,
         /// The rule that it violates.
@@ -38,16 +38,16 @@ pub enum ClientError {
     },
     /// The token contains characters that a header cannot carry.
     #[error("malformed token: must be a JWT in visible ASCII characters")]
-    Token,
+    MalformedToken,
     /// The token source failed.
     #[error(transparent)]
-    NoToken(#[from] TokenError),
+    TokenSource(#[from] TokenError),
     /// The output that was read differs from the output that was written.
     #[error(transparent)]
-    Output(#[from] OutputMismatch),
+    OutputMismatch(#[from] OutputMismatch),
     /// The server violated the protocol.
     #[error("unexpected response from the server: {0}")]
-    Unexpected(String),
+    Protocol(String),
 }
 
 impl ClientError {
@@ -60,12 +60,12 @@ impl ClientError {
             Self::Closed { code, .. } => {
                 !matches!(code, 1002 | 1003 | 1007 | 1008 | 1009 | 4400 | 4401 | 4403)
             }
-            Self::Refused(error) => error.retryable,
-            Self::Url { .. }
-            | Self::Token
-            | Self::NoToken(_)
-            | Self::Output(_)
-            | Self::Unexpected(_) => false,
+            Self::Rejected(error) => error.retryable,
+            Self::InvalidUrl { .. }
+            | Self::MalformedToken
+            | Self::TokenSource(_)
+            | Self::OutputMismatch(_)
+            | Self::Protocol(_) => false,
         }
     }
 
@@ -74,7 +74,7 @@ impl ClientError {
     pub fn is_unauthenticated(&self) -> bool {
         match self {
             Self::Closed { code, .. } => *code == 4401,
-            Self::Refused(error) => error.code == ErrorCode::Unauthorized,
+            Self::Rejected(error) => error.code == ErrorCode::Unauthorized,
             _ => false,
         }
     }

@@ -7,7 +7,7 @@ use streamer_core::retry::Backoff;
 use streamer_rpc::TokenSource;
 use tokio::time::sleep;
 
-use crate::{ClientError, Message, OutputCheck, Session};
+use crate::{ClientError, Message, OutputVerifier, Session};
 
 const FIRST_BACKOFF: Duration = Duration::from_millis(200);
 const MAX_BACKOFF: Duration = Duration::from_secs(10);
@@ -45,7 +45,7 @@ pub struct Follower {
     backoff: Backoff,
     ended: bool,
     /// Present only if the log is read from the beginning.
-    check: Option<OutputCheck>,
+    check: Option<OutputVerifier>,
 }
 
 impl Follower {
@@ -65,7 +65,7 @@ impl Follower {
             last_seq,
             backoff: Backoff::new(FIRST_BACKOFF, MAX_BACKOFF),
             ended: false,
-            check: (last_seq == 0).then(OutputCheck::default),
+            check: (last_seq == 0).then(OutputVerifier::default),
         }
     }
 
@@ -133,14 +133,14 @@ impl Follower {
         let message = session.next().await?;
         if message.kind == "error" && message.seq.is_none() {
             // Without a `seq`, the error concerns this call and not the request's outcome.
-            return Err(ClientError::Refused(message.error()));
+            return Err(ClientError::Rejected(message.error()));
         }
         if let Some(seq) = message.seq
             && message.kind != "response"
             && seq > self.last_seq.max(1) + 1
         {
             let last_seq = self.last_seq;
-            return Err(ClientError::Unexpected(format!("event {seq} follows event {last_seq}")));
+            return Err(ClientError::Protocol(format!("event {seq} follows event {last_seq}")));
         }
         let message = self.accept(message);
         if let (Some(check), Some(message)) = (&mut self.check, &message) {

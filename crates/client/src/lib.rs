@@ -15,7 +15,7 @@ mod watch;
 pub use api::Api;
 pub use error::ClientError;
 pub use follower::{Follower, Target};
-pub use output::{OutputCheck, OutputMismatch};
+pub use output::{OutputMismatch, OutputVerifier};
 pub use session::{Message, Session};
 pub use streamer_rpc::{TokenError, TokenFile, TokenSource};
 pub use watch::{Watch, json};

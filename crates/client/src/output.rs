@@ -4,7 +4,7 @@ use streamer_core::{OutputDigest, output::hex};
 
 /// Count and checksum of the valid chunks of a log that is read from its beginning.
 #[derive(Clone, Debug, Default)]
-pub struct OutputCheck {
+pub struct OutputVerifier {
     digest: OutputDigest,
     /// `seq` of the latest `started` event and the digest at that point, to which a rewind returns.
     attempt_start: (i64, OutputDigest),
@@ -27,7 +27,7 @@ pub struct OutputMismatch {
     pub expected_sha256: String,
 }
 
-impl OutputCheck {
+impl OutputVerifier {
     /// Records that an attempt started with the event `seq`.
     pub fn started(&mut self, seq: i64) {
         self.attempt_start = (seq, self.digest.clone());
@@ -77,7 +77,7 @@ mod tests {
 
     #[test]
     fn output_of_a_failed_attempt_is_discarded() {
-        let mut check = OutputCheck::default();
+        let mut check = OutputVerifier::default();
         check.started(2);
         check.chunk(b"lost");
         check.rewind(2);

@@ -18,7 +18,7 @@ use tokio_tungstenite::{
     },
 };
 
-use crate::{ClientError, OutputCheck};
+use crate::{ClientError, OutputVerifier};
 
 /// Timeout of each step of opening a WebSocket.
 const OPEN_TIMEOUT: Duration = Duration::from_secs(10);
@@ -84,8 +84,8 @@ impl Message {
     }
 
     /// Updates `check` with this event, and verifies the output if the event is terminal.
-    pub(crate) fn check_output(&self, check: &mut OutputCheck) -> Result<(), ClientError> {
-        let unreadable = |error| ClientError::Unexpected(format!("{error} in {}", self.text));
+    pub(crate) fn check_output(&self, check: &mut OutputVerifier) -> Result<(), ClientError> {
+        let unreadable = |error| ClientError::Protocol(format!("{error} in {}", self.text));
         let parse = || serde_json::from_str::<OutputMembers<'_>>(&self.text).map_err(unreadable);
         match (self.kind.as_str(), self.seq) {
             ("started", Some(seq)) => check.started(seq),
@@ -113,7 +113,7 @@ impl Message {
     }
 }
 
-/// Members of log messages that concern the output.
+/// Instances of log messages that concern the output.
 #[derive(Deserialize)]
 struct OutputMembers<'a> {
     /// Raw text, since the checksum covers the JSON bytes as sent.
@@ -143,7 +143,7 @@ impl OutputMembers<'_> {
             return Ok(data.as_bytes().to_vec());
         }
         let malformed = |error: &dyn std::fmt::Display| {
-            ClientError::Unexpected(format!("malformed output chunk: {error}"))
+            ClientError::Protocol(format!("malformed output chunk: {error}"))
         };
         let text: String = serde_json::from_str(data).map_err(|error| malformed(&error))?;
         match self.encoding.as_deref() {
@@ -167,7 +167,7 @@ impl Session {
     /// # Errors
     /// Returns an error if the URL or the token is malformed, or the handshake fails.
     pub async fn connect(server: &str, token: &str) -> Result<Self, ClientError> {
-        Self::connect_with_buffers(server, token, 16 * 1024).await
+        Self::connect_with_read_buffer(server, token, 16 * 1024).await
     }
 
     /// Opens a WebSocket like [`Self::connect`], with a read buffer of this size in bytes. A small buffer saves
@@ -175,12 +175,12 @@ impl Session {
     ///
     /// # Errors
     /// Returns the same errors as [`Self::connect`].
-    pub async fn connect_with_buffers(
+    pub async fn connect_with_read_buffer(
         server: &str,
         token: &str,
         read_buffer: usize,
     ) -> Result<Self, ClientError> {
-        let bad_url = |rule| ClientError::Url { url: server.to_owned(), rule };
+        let bad_url = |rule| ClientError::InvalidUrl { url: server.to_owned(), rule };
         let unreachable =
             |reason: String| ClientError::Unreachable { server: server.to_owned(), reason };
         let uri: Uri = server.parse().map_err(|_| bad_url("is not a URL"))?;
@@ -203,8 +203,8 @@ impl Session {
         let protocol = HeaderValue::from_static("streamer.v1.json");
         headers.insert(http::header::SEC_WEBSOCKET_PROTOCOL, protocol);
         if !token.is_empty() {
-            let bearer =
-                HeaderValue::try_from(format!("Bearer {token}")).map_err(|_| ClientError::Token)?;
+            let bearer = HeaderValue::try_from(format!("Bearer {token}"))
+                .map_err(|_| ClientError::MalformedToken)?;
             headers.insert(AUTHORIZATION, bearer);
         }
         let config = WebSocketConfig::default()
@@ -291,7 +291,7 @@ impl Session {
     pub async fn next(&mut self) -> Result<Message, ClientError> {
         let text = self.next_text().await?;
         let mut message: Message = serde_json::from_str(&text)
-            .map_err(|error| ClientError::Unexpected(format!("{error} in {text}")))?;
+            .map_err(|error| ClientError::Protocol(format!("{error} in {text}")))?;
         message.text = text.as_str().to_owned();
         Ok(message)
     }

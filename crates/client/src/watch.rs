@@ -12,7 +12,7 @@ use streamer_rpc::{completed, is_terminal, payload_bytes};
 use tokio::time::sleep;
 use tonic::Streaming;
 
-use crate::{Api, ClientError, OutputCheck};
+use crate::{Api, ClientError, OutputVerifier};
 
 const FIRST_BACKOFF: Duration = Duration::from_millis(100);
 const MAX_BACKOFF: Duration = Duration::from_secs(10);
@@ -40,7 +40,7 @@ impl Api {
             pending: Vec::new(),
             ended: false,
             backoff: Backoff::new(FIRST_BACKOFF, MAX_BACKOFF),
-            check: (after_seq == 0).then(OutputCheck::default),
+            check: (after_seq == 0).then(OutputVerifier::default),
         }
     }
 
@@ -56,7 +56,7 @@ impl Api {
             last_event = Some(event);
         }
         last_event.and_then(completed).ok_or_else(|| {
-            ClientError::Unexpected(format!("the log of {request_id} has no terminal event"))
+            ClientError::Protocol(format!("the log of {request_id} has no terminal event"))
         })
     }
 
@@ -98,7 +98,7 @@ pub struct Watch {
     pending: Vec<Event>,
     ended: bool,
     backoff: Backoff,
-    check: Option<OutputCheck>,
+    check: Option<OutputVerifier>,
 }
 
 impl Watch {
@@ -170,7 +170,7 @@ impl Watch {
     /// Checks that the event is the next one and updates the output checksum.
     fn accept(&mut self, event: Event) -> Result<Event, ClientError> {
         if event.seq != self.last_seq + 1 {
-            return Err(ClientError::Unexpected(format!(
+            return Err(ClientError::Protocol(format!(
                 "event {} of {} follows event {}",
                 event.seq, self.request_id, self.last_seq
             )));
@@ -184,8 +184,8 @@ impl Watch {
     }
 }
 
-fn verify(check: &mut OutputCheck, event: &Event) -> Result<(), ClientError> {
-    let compare = |check: &OutputCheck, output: Option<&OutputSummary>| match output {
+fn verify(check: &mut OutputVerifier, event: &Event) -> Result<(), ClientError> {
+    let compare = |check: &OutputVerifier, output: Option<&OutputSummary>| match output {
         Some(output) => check.verify(output.chunks, &hex(&output.sha256)).map_err(Into::into),
         None => Ok(()),
     };

@@ -20,7 +20,7 @@ pub use options::{
     Auth, Config, Dynamodb, Execution, Gateway, Limits, Log, Peers, Server, Store, Trace,
 };
 pub use setting::{ByteSize, LogFormat, StoreEngine};
-pub use tenants::Tenants;
+pub use tenants::TenantOverrides;
 
 /// Sources of options besides the defaults.
 #[derive(Clone, Debug, Default)]

@@ -9,7 +9,7 @@ use std::{
 use crate::{
     ByteSize, LogFormat, StoreEngine,
     setting::{Setting, check_range},
-    tenants::Tenants,
+    tenants::TenantOverrides,
 };
 
 /// Declares the sections and their options. Generates the structs, their defaults, the setters and the
@@ -43,7 +43,7 @@ macro_rules! options {
         pub struct Config {
             $(#[doc = $section_doc] pub $section: $Section,)*
             /// Limits of single tenants, which override those in section `limits`.
-            pub tenants: Tenants,
+            pub tenants: TenantOverrides,
         }
 
         impl Config {
@@ -159,7 +159,7 @@ options! {
         /// Maximum number of concurrent store operations per process, of which calls of clients may use half.
         /// Others wait for up to 10 s.
         max_concurrent_operations: u64 = 128, in 1..=10_000;
-        /// How long requests are kept after they end, in whole hours; 0s keeps them indefinitely.
+        /// How long requests are kept after they end; 0s keeps them indefinitely.
         retention: Duration = Duration::ZERO, in "0s"..="87600h";
         /// Whether the stream of the requests table wakes processors, in addition to hints and polls.
         streams_enabled: bool = true;

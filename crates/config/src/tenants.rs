@@ -18,9 +18,9 @@ const EXAMPLE: &str = "
 
 /// Options of section `limits` that are overridden, by tenant.
 #[derive(Clone, Debug, Default, PartialEq)]
-pub struct Tenants(BTreeMap<String, BTreeMap<String, u64>>);
+pub struct TenantOverrides(BTreeMap<String, BTreeMap<String, u64>>);
 
-impl Tenants {
+impl TenantOverrides {
     /// Reads the section, which holds one table for each tenant.
     pub(crate) fn read(&mut self, section: toml::Table, file: &str, problems: &mut Vec<String>) {
         for (tenant, options) in section {

@@ -14,7 +14,7 @@ pub fn is_loopback_host(host: &str) -> bool {
 /// as it is, or the first 64 bits of an IPv6 address, because one host owns all addresses with that prefix
 /// (RFC 4291 2.5.4, RFC 6177).
 #[must_use]
-pub fn limited_address(address: IpAddr) -> IpAddr {
+pub fn rate_limit_key(address: IpAddr) -> IpAddr {
     match address.to_canonical() {
         IpAddr::V4(address) => IpAddr::V4(address),
         IpAddr::V6(address) => {
@@ -42,7 +42,7 @@ mod tests {
 
     #[test]
     fn addresses_of_one_network_count_as_one() {
-        let counted = |text: &str| limited_address(text.parse().unwrap()).to_string();
+        let counted = |text: &str| rate_limit_key(text.parse().unwrap()).to_string();
         assert_eq!(counted("192.0.2.1"), "192.0.2.1");
         assert_eq!(counted("::ffff:192.0.2.1"), "192.0.2.1");
         assert_eq!(counted("2001:db8:0:1:2:3:4:5"), "2001:db8:0:1::");

@@ -29,9 +29,9 @@ pub const MAX_TOPIC_BYTES: usize = 128;
 /// Maximum size of the reports pending between a handler and the log, in bytes; a larger report is pending
 /// alone. As many bytes may be in flight at the same time, in several copies, and are stored in one commit, which
 /// blocks other commits.
-pub const MAX_WAITING_REPORT_BYTES: usize = 256 * 1024;
+pub const MAX_PENDING_REPORT_BYTES: usize = 256 * 1024;
 /// Maximum number of reports pending between a handler and the log.
-pub const MAX_WAITING_REPORTS: usize = 1024;
+pub const MAX_PENDING_REPORTS: usize = 1024;
 /// Maximum size of an error's message, in bytes; a longer one is truncated.
 pub const MAX_ERROR_MESSAGE_BYTES: usize = 4096;
 /// Maximum size of an error's details, in bytes; larger ones are omitted.
@@ -44,7 +44,7 @@ pub const ENVELOPE_BYTES: usize = 64 * 1024;
 pub const WORKER_ENVELOPE_BYTES: usize = 1024 * 1024;
 
 /// How much larger than the maximum payload a result may be, in bytes: a result may wrap its payload.
-pub const RESULT_ROOM_BYTES: usize = 1024;
+pub const RESULT_OVERHEAD_BYTES: usize = 1024;
 
 /// Limits that the operator configures.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -54,7 +54,7 @@ pub struct Limits {
     /// Maximum size of an output chunk, in bytes.
     pub max_output_chunk_bytes: usize,
     /// Name of the option that sets `max_payload_bytes`, for error messages.
-    pub payload_rule: &'static str,
+    pub payload_option: &'static str,
 }
 
 /// Option that sets the maximum size of a payload.
@@ -64,7 +64,7 @@ impl Limits {
     /// Returns the maximum size of a result, in bytes.
     #[must_use]
     pub const fn max_result_bytes(&self) -> usize {
-        self.max_payload_bytes.saturating_add(RESULT_ROOM_BYTES)
+        self.max_payload_bytes.saturating_add(RESULT_OVERHEAD_BYTES)
     }
 
     /// Checks that a result of this many bytes is not too large.
@@ -76,9 +76,9 @@ impl Limits {
         if bytes <= limit {
             return Ok(());
         }
-        let rule = self.payload_rule;
+        let rule = self.payload_option;
         Err(format!(
-            "the result must be at most {limit} bytes ({RESULT_ROOM_BYTES} more than {rule} allows), is {bytes}"
+            "the result must be at most {limit} bytes ({RESULT_OVERHEAD_BYTES} more than {rule} allows), is {bytes}"
         ))
     }
 
@@ -95,9 +95,9 @@ impl Limits {
     pub const fn max_batch_bytes(&self) -> usize {
         /// Encoded size of an event's fields that its report's size does not include.
         const EVENT_BYTES: usize = 512;
-        let reports = MAX_WAITING_REPORT_BYTES
+        let reports = MAX_PENDING_REPORT_BYTES
             .saturating_add(self.max_output_chunk_bytes)
-            .saturating_add(MAX_WAITING_REPORTS * EVENT_BYTES);
+            .saturating_add(MAX_PENDING_REPORTS * EVENT_BYTES);
         reports
             .saturating_mul(2)
             .saturating_add(self.max_result_bytes())
@@ -122,7 +122,7 @@ impl Default for Limits {
         Self {
             max_payload_bytes: 4 * 1024 * 1024,
             max_output_chunk_bytes: 1024 * 1024,
-            payload_rule: PAYLOAD_OPTION,
+            payload_option: PAYLOAD_OPTION,
         }
     }
 }

@@ -29,7 +29,7 @@ pub struct OpenWatches {
 #[derive(Debug, Default)]
 struct Entries {
     tenants: HashMap<Arc<str>, Weak<TenantWatches>>,
-    users: HashMap<(Arc<str>, Arc<str>), Weak<WatchesOfUser>>,
+    users: HashMap<(Arc<str>, Arc<str>), Weak<UserWatches>>,
     sweep_at: usize,
 }
 
@@ -41,7 +41,7 @@ struct TenantWatches {
 
 /// Counts the open watches of one user.
 #[derive(Debug)]
-pub struct WatchesOfUser {
+pub struct UserWatches {
     limits: LimitsByTenant,
     tenant: Arc<TenantWatches>,
     open: AtomicU64,
@@ -49,7 +49,7 @@ pub struct WatchesOfUser {
 
 /// Permit of one watch, which counts as open until this is dropped.
 #[derive(Debug)]
-pub struct OpenWatch(Arc<WatchesOfUser>);
+pub struct WatchPermit(Arc<UserWatches>);
 
 impl OpenWatches {
     /// Returns counters that are all zero.
@@ -60,7 +60,7 @@ impl OpenWatches {
 
     /// Returns the counter of one user.
     #[must_use]
-    pub fn of(&self, tenant: &str, user: &str) -> Arc<WatchesOfUser> {
+    pub fn of(&self, tenant: &str, user: &str) -> Arc<UserWatches> {
         let (tenant, user): (Arc<str>, Arc<str>) = (tenant.into(), user.into());
         let mut entries = self.entries.lock();
         let key = (tenant.clone(), user);
@@ -79,20 +79,20 @@ impl OpenWatches {
             created
         });
         let limits = self.limits.clone();
-        let created = Arc::new(WatchesOfUser { limits, tenant, open: AtomicU64::new(0) });
+        let created = Arc::new(UserWatches { limits, tenant, open: AtomicU64::new(0) });
         entries.users.insert(key, Arc::downgrade(&created));
         created
     }
 }
 
-impl WatchesOfUser {
+impl UserWatches {
     /// Opens a watch, if the limits allow it.
     ///
     /// # Errors
     /// Returns `RATE_LIMITED` with the option that sets the exceeded limit.
-    pub fn open(self: &Arc<Self>) -> Result<OpenWatch, RequestError> {
+    pub fn open(self: &Arc<Self>) -> Result<WatchPermit, RequestError> {
         // Created before the check: dropping it on an error decrements the counters.
-        let watch = OpenWatch(self.clone());
+        let watch = WatchPermit(self.clone());
         let of_user = self.open.fetch_add(1, Ordering::Relaxed) + 1;
         let of_tenant = self.tenant.open.fetch_add(1, Ordering::Relaxed) + 1;
         let limits = self.limits.of(&self.tenant.name);
@@ -101,7 +101,7 @@ impl WatchesOfUser {
             (TenantLimit::WatchesPerTenant, of_tenant, "tenant"),
         ] {
             let allowed = limits.get(limit);
-            self.limits.note_use(limit, open.min(allowed), allowed);
+            self.limits.record_usage(limit, open.min(allowed), allowed);
             if allowed > 0 && open > allowed {
                 let message = format!("a {scope} must have at most {allowed} open watches");
                 return Err(RequestError::limited(limit.option(), &message, Some(RETRY_AFTER)));
@@ -111,7 +111,7 @@ impl WatchesOfUser {
     }
 }
 
-impl Drop for OpenWatch {
+impl Drop for WatchPermit {
     fn drop(&mut self) {
         self.0.open.fetch_sub(1, Ordering::Relaxed);
         self.0.tenant.open.fetch_sub(1, Ordering::Relaxed);

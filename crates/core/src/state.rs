@@ -30,7 +30,7 @@ impl RequestState {
 
     /// Returns whether a request may change from this state to `next`.
     #[must_use]
-    pub const fn may_become(self, next: Self) -> bool {
+    pub const fn can_transition_to(self, next: Self) -> bool {
         match self {
             Self::Queued => matches!(next, Self::Running | Self::Failed | Self::Cancelled),
             Self::Running => {
@@ -82,7 +82,8 @@ mod tests {
     #[test]
     fn no_transition_leaves_a_terminal_state() {
         for from in RequestState::ALL {
-            let has_transition = RequestState::ALL.into_iter().any(|next| from.may_become(next));
+            let has_transition =
+                RequestState::ALL.into_iter().any(|next| from.can_transition_to(next));
             assert_eq!(has_transition, !from.is_terminal(), "{from}");
         }
     }

@@ -81,7 +81,7 @@ pub struct LimitsByTenant(Arc<Shared>);
 #[derive(Debug, Default)]
 struct Shared {
     table: RwLock<Table>,
-    highest_use: [HighestUse; TenantLimit::ALL.len()],
+    highest_usage: [HighestUse; TenantLimit::ALL.len()],
 }
 
 #[derive(Debug, Default)]
@@ -121,9 +121,9 @@ impl LimitsByTenant {
     }
 
     /// Records that a tenant or user uses `used` of a limit whose value is `of`.
-    pub fn note_use(&self, limit: TenantLimit, used: u64, of: u64) {
+    pub fn record_usage(&self, limit: TenantLimit, used: u64, of: u64) {
         let Some(share) = used.saturating_mul(MILLION).checked_div(of) else { return };
-        let current = &self.0.highest_use[limit as usize].current;
+        let current = &self.0.highest_usage[limit as usize].current;
         // A read is cheaper than a write, and the highest share rarely changes.
         if share > current.load(Ordering::Relaxed) {
             current.fetch_max(share, Ordering::Relaxed);
@@ -133,8 +133,8 @@ impl LimitsByTenant {
     /// Returns the highest share of a limit that a tenant or user has used since the last but one call
     /// of [`Self::rotate_use`].
     #[must_use]
-    pub fn highest_use(&self, limit: TenantLimit) -> f64 {
-        let HighestUse { current, previous } = &self.0.highest_use[limit as usize];
+    pub fn highest_usage(&self, limit: TenantLimit) -> f64 {
+        let HighestUse { current, previous } = &self.0.highest_usage[limit as usize];
         let share = current.load(Ordering::Relaxed).max(previous.load(Ordering::Relaxed));
         #[expect(clippy::cast_precision_loss, reason = "a share for display")]
         let share = share as f64;
@@ -143,7 +143,7 @@ impl LimitsByTenant {
 
     /// Discards the use that was recorded before the previous call.
     pub fn rotate_use(&self) {
-        for HighestUse { current, previous } in &self.0.highest_use {
+        for HighestUse { current, previous } in &self.0.highest_usage {
             previous.store(current.swap(0, Ordering::Relaxed), Ordering::Relaxed);
         }
     }
@@ -168,11 +168,11 @@ mod tests {
     #[test]
     fn the_highest_use_is_discarded_after_two_rotations() {
         let limits = LimitsByTenant::default();
-        let highest = || limits.highest_use(TenantLimit::QueuedPerTenant);
-        limits.note_use(TenantLimit::QueuedPerTenant, 1, 4);
-        limits.note_use(TenantLimit::QueuedPerTenant, 3, 4);
-        limits.note_use(TenantLimit::QueuedPerTenant, 2, 4);
-        limits.note_use(TenantLimit::QueuedPerTenant, 9, 0);
+        let highest = || limits.highest_usage(TenantLimit::QueuedPerTenant);
+        limits.record_usage(TenantLimit::QueuedPerTenant, 1, 4);
+        limits.record_usage(TenantLimit::QueuedPerTenant, 3, 4);
+        limits.record_usage(TenantLimit::QueuedPerTenant, 2, 4);
+        limits.record_usage(TenantLimit::QueuedPerTenant, 9, 0);
         assert!((highest() - 0.75).abs() < 1e-9);
         limits.rotate_use();
         assert!((highest() - 0.75).abs() < 1e-9);

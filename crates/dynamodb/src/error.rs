@@ -106,7 +106,7 @@ fn error_for_code(doing: &'static str, code: &str, reason: String) -> StoreError
     }
     match code {
         "ValidationException" | "ValidationError" | "ItemCollectionSizeLimitExceededException" => {
-            StoreError::Refused { doing, reason }
+            StoreError::Rejected { doing, reason }
         }
         "ResourceNotFoundException" => StoreError::Unavailable {
             doing,

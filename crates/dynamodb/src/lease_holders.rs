@@ -10,7 +10,7 @@ use std::{
 use aws_sdk_dynamodb::{error::ProvideErrorMetadata, types::ReturnConsumedCapacity};
 use parking_lot::Mutex;
 use streamer_core::Timestamp;
-use streamer_store::{Lease, Renewed, RequestRecord, StoreError};
+use streamer_store::{Lease, LeaseRenewal, RequestRecord, StoreError};
 
 use crate::{
     client::Dynamo,
@@ -166,7 +166,7 @@ impl Dynamo {
         leases: &[Lease],
         until: Timestamp,
         now: Timestamp,
-    ) -> Result<Vec<Renewed>, StoreError> {
+    ) -> Result<Vec<LeaseRenewal>, StoreError> {
         self.keep_alive(HOLDER, holder, until).await?;
         // Some sixty rows of the index cost as much as one item. A row may be slightly stale, which
         // is harmless; a lease without a row may be too new for the index.
@@ -186,7 +186,7 @@ impl Dynamo {
         let renewed = leases.iter().map(|lease| {
             let uid = lease.uid.to_string();
             if let Some(reason) = reasons.get(&(uid.as_str(), i64::from(lease.attempt))) {
-                return Renewed { lease: *lease, held: true, cancel_reason: reason.clone() };
+                return LeaseRenewal { lease: *lease, held: true, cancel_reason: reason.clone() };
             }
             let item = items.get(&uid);
             let held = item.is_some_and(|item| {
@@ -195,7 +195,7 @@ impl Dynamo {
                     && item.lease_holder.as_deref() == Some(holder)
             });
             let cancel_reason = item.and_then(|item| item.cancel_reason.clone());
-            Renewed { lease: *lease, held, cancel_reason }
+            LeaseRenewal { lease: *lease, held, cancel_reason }
         });
         let renewed = renewed.collect();
         let shown = reasons.keys().map(|(uid, _)| (*uid).to_owned());

@@ -12,7 +12,7 @@ use aws_sdk_dynamodb::types::{
 };
 use prost::Message;
 use streamer_core::{Timestamp, Uid};
-use streamer_store::{Append, Appended, EventPage, StoreError, Writer};
+use streamer_store::{Append, AppendOutcome, EventPage, StoreError, Writer};
 
 use crate::{
     client::{Backoff, Dynamo},
@@ -109,7 +109,7 @@ pub(crate) enum ChangeOutcome {
 }
 
 impl Dynamo {
-    pub(crate) async fn append(&self, append: &Append) -> Result<Appended, StoreError> {
+    pub(crate) async fn append(&self, append: &Append) -> Result<AppendOutcome, StoreError> {
         let uid = append.uid.to_string();
         let mut events =
             append.events.iter().map(StoredEvent::new).collect::<Result<Vec<_>, _>>()?;
@@ -128,20 +128,24 @@ impl Dynamo {
         // A change that is too large for one transaction is split; the log is valid after each.
         while let Some(first) = change.split()? {
             match self.append_change(&uid, &first).await? {
-                Appended::Applied { .. } => {}
+                AppendOutcome::Applied { .. } => {}
                 other => return Ok(other),
             }
         }
         self.append_change(&uid, &change).await
     }
 
-    async fn append_change(&self, uid: &str, change: &Change<'_>) -> Result<Appended, StoreError> {
+    async fn append_change(
+        &self,
+        uid: &str,
+        change: &Change<'_>,
+    ) -> Result<AppendOutcome, StoreError> {
         let small = change.bytes <= INLINE_EVENTS_BYTES / 2;
         // Usually there was no other write since, so reading first would be useless.
         let mut previous = match change.writer {
             Writer::Attempt(_) if small => None,
             _ => match self.get(uid).await? {
-                None => return Ok(Appended::NotFound),
+                None => return Ok(AppendOutcome::NotFound),
                 found => found,
             },
         };
@@ -154,9 +158,9 @@ impl Dynamo {
             }
             previous = match self.try_change(uid, previous.as_ref(), change).await? {
                 ChangeOutcome::Applied { cancel_reason } => {
-                    return Ok(Appended::Applied { cancel_reason });
+                    return Ok(AppendOutcome::Applied { cancel_reason });
                 }
-                ChangeOutcome::ConditionFailed(None) => return Ok(Appended::NotFound),
+                ChangeOutcome::ConditionFailed(None) => return Ok(AppendOutcome::NotFound),
                 ChangeOutcome::ConditionFailed(Some(item)) => {
                     if previous.is_some() {
                         let contention = StoreError::Unavailable {
@@ -177,7 +181,7 @@ impl Dynamo {
         &self,
         item: &RequestItem,
         change: &Change<'_>,
-    ) -> Result<Option<Appended>, StoreError> {
+    ) -> Result<Option<AppendOutcome>, StoreError> {
         if let (Some(first), Some(last)) = (change.events.first(), change.events.last())
             && last.seq <= item.last_seq
             && self.stored_events(item, first.seq - 1, change.events.len()).await? == change.events
@@ -189,10 +193,10 @@ impl Dynamo {
                 let at = change.now.plus(retention).plus(PARTS_DELAY);
                 self.expire_parts_in_background(&item.uid, Some(item), at);
             }
-            return Ok(Some(Appended::Applied { cancel_reason: item.cancel_reason.clone() }));
+            return Ok(Some(AppendOutcome::Applied { cancel_reason: item.cancel_reason.clone() }));
         }
         let now = change.now.as_millis();
-        let may_write = match change.writer {
+        let can_write = match change.writer {
             Writer::Attempt(attempt) => {
                 item.state == RequestState::Running && item.attempt == attempt
             }
@@ -206,10 +210,10 @@ impl Dynamo {
             }
         };
         let follows = change.events.first().is_none_or(|first| first.seq == item.last_seq + 1);
-        if may_write && follows {
+        if can_write && follows {
             return Ok(None);
         }
-        Ok(Some(Appended::Fenced {
+        Ok(Some(AppendOutcome::Fenced {
             state: item.core_state(),
             attempt: item.attempt,
             last_seq: item.last_seq,

@@ -15,7 +15,7 @@ use parking_lot::Mutex;
 use prometheus_client::metrics::counter::Counter;
 use quick_cache::sync::Cache;
 use streamer_core::TenantLimit;
-use streamer_store::{Owner, Quota, QuotaUse, StoreError};
+use streamer_store::{Owner, Quota, QuotaUsage, StoreError};
 use streamer_telemetry::Metrics;
 use tokio::sync::Semaphore;
 
@@ -126,7 +126,7 @@ struct UserCount {
 /// Decision about a submission.
 #[derive(Debug, PartialEq)]
 struct Decision {
-    outcome: Result<QuotaUse, TenantLimit>,
+    outcome: Result<QuotaUsage, TenantLimit>,
     /// The tenant must be counted.
     count: bool,
 }
@@ -141,13 +141,13 @@ impl TenantCount {
         now: Instant,
     ) -> Decision {
         user.advance_to(self.generation, self.is_counting);
-        let counted = QuotaUse {
+        let counted = QuotaUsage {
             queued_of_tenant: self.counted + 1,
             queued_of_user: self.by_user.get(user_name).copied().unwrap_or_default() + 1,
             stored_bytes_of_tenant: 0,
         };
         let uncounted_of_user = user.added + if self.is_counting { user.added_before } else { 0 };
-        let used = QuotaUse {
+        let used = QuotaUsage {
             queued_of_tenant: counted.queued_of_tenant + self.uncounted + self.added,
             queued_of_user: counted.queued_of_user + uncounted_of_user,
             ..counted
@@ -245,9 +245,9 @@ impl Dynamo {
         &self,
         owner: &Owner,
         quota: &Quota,
-    ) -> Result<QuotaUse, TenantLimit> {
+    ) -> Result<QuotaUsage, TenantLimit> {
         if quota.queued_of_tenant == 0 && quota.queued_of_user == 0 {
-            return Ok(QuotaUse::default());
+            return Ok(QuotaUsage::default());
         }
         let tenant = entry(&self.queue_counts.tenants, &owner.tenant);
         let user = entry(&self.queue_counts.users, &format!("{}\n{}", owner.tenant, owner.user));

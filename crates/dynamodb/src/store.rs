@@ -6,10 +6,10 @@ use async_trait::async_trait;
 use aws_sdk_dynamodb::{Client, config::Builder};
 use streamer_core::{Timestamp, Uid};
 use streamer_store::{
-    Adopt, Append, Appended, CancelOutcome, Claim, ClaimOutcome, ConnectionPage, ConnectionRecord,
-    CreateOutcome, DeclaredAction, DeleteOutcome, DuePage, DueQuery, EventPage, Lease,
-    ListRequests, NewRequest, Owner, QueueAhead, QueueStats, QueueTrigger, Renewed, RequestPage,
-    RequestRecord, Store, StoreError, StoredPayload,
+    Adopt, Append, AppendOutcome, CancelOutcome, Claim, ClaimOutcome, ConnectionPage,
+    ConnectionRecord, CreateOutcome, DeclaredAction, DeleteOutcome, DuePage, DueQuery, EventPage,
+    Lease, LeaseRenewal, ListRequests, NewRequest, Owner, QueueAhead, QueueNotifier, QueueStats,
+    RequestPage, RequestRecord, Store, StoreError, StoredPayload,
 };
 use streamer_telemetry::Metrics;
 use tokio::time::Instant;
@@ -24,7 +24,7 @@ use crate::{
     lease_holders::LeaseHolders,
     quota::QueueCounts,
     spans::CallSpans,
-    stream::StreamTrigger,
+    stream::StreamNotifier,
 };
 
 /// The DynamoDB store.
@@ -32,7 +32,7 @@ pub struct DynamoStore {
     dynamo: Dynamo,
     holders: LeaseHolders,
     admission: Admission,
-    trigger: Option<Arc<StreamTrigger>>,
+    trigger: Option<Arc<StreamNotifier>>,
 }
 
 impl DynamoStore {
@@ -59,7 +59,7 @@ impl DynamoStore {
         };
         let trigger = options.stream.then(|| {
             let client = aws_sdk_dynamodbstreams::Client::new(&config);
-            Arc::new(StreamTrigger::new(dynamo.clone(), client))
+            Arc::new(StreamNotifier::new(dynamo.clone(), client))
         });
         let waiting = metrics.gauge(
             "streamer_dynamodb_waiting_operations",
@@ -140,7 +140,7 @@ impl Store for DynamoStore {
         self.record_throttling(self.dynamo.claim(&claim).await)
     }
 
-    async fn append(&self, append: Append) -> Result<Appended, StoreError> {
+    async fn append(&self, append: Append) -> Result<AppendOutcome, StoreError> {
         let _permit = self.admit(Purpose::Execution).await?;
         let began = Instant::now();
         let appended = self.record_throttling(self.dynamo.append(&append).await);
@@ -164,7 +164,7 @@ impl Store for DynamoStore {
         leases: Vec<Lease>,
         until: Timestamp,
         now: Timestamp,
-    ) -> Result<Vec<Renewed>, StoreError> {
+    ) -> Result<Vec<LeaseRenewal>, StoreError> {
         // Needs no permit: a renewal that waits for other calls can lose every attempt that runs
         // here.
         let renewed =
@@ -279,8 +279,8 @@ impl Store for DynamoStore {
         self.record_throttling(self.dynamo.list_actions(since).await)
     }
 
-    fn queue_trigger(&self) -> Option<Arc<dyn QueueTrigger>> {
-        self.trigger.clone().map(|trigger| trigger as Arc<dyn QueueTrigger>)
+    fn queue_notifier(&self) -> Option<Arc<dyn QueueNotifier>> {
+        self.trigger.clone().map(|trigger| trigger as Arc<dyn QueueNotifier>)
     }
 
     async fn check(&self) -> Result<(), StoreError> {

@@ -15,7 +15,7 @@ use aws_sdk_dynamodbstreams::{
     types::{AttributeValue, Record, Shard, ShardIteratorType},
 };
 use streamer_core::{Clock, Timestamp, Uid};
-use streamer_store::{QueueTrigger, StoreError, Told, WaitingRequest};
+use streamer_store::{QueueCallback, QueueNotifier, QueuedRequest, StoreError};
 use tokio::{sync::Notify, task::JoinHandle, time::sleep};
 use tokio_util::{sync::CancellationToken, task::AbortOnDropHandle};
 
@@ -43,7 +43,7 @@ const MAX_LIST_AGE: Duration = Duration::from_secs(30);
 const SHARD_STATE_TTL: Duration = Duration::from_secs(2 * 24 * 3600);
 
 /// Reads the stream and reports queued requests.
-pub(crate) struct StreamTrigger {
+pub(crate) struct StreamNotifier {
     dynamo: Dynamo,
     client: Client,
 }
@@ -76,7 +76,7 @@ impl ShardState {
     }
 }
 
-impl StreamTrigger {
+impl StreamNotifier {
     pub(crate) fn new(dynamo: Dynamo, client: Client) -> Self {
         Self { dynamo, client }
     }
@@ -373,18 +373,18 @@ impl StreamTrigger {
 struct Reader {
     name: String,
     clock: Arc<dyn Clock>,
-    notify: Told,
+    notify: QueueCallback,
     /// Notified when a shard has ended, so that its children can be read.
     shard_ended: Arc<Notify>,
 }
 
 #[async_trait]
-impl QueueTrigger for StreamTrigger {
+impl QueueNotifier for StreamNotifier {
     async fn follow(
         self: Arc<Self>,
         name: String,
         clock: Arc<dyn Clock>,
-        notify: Told,
+        notify: QueueCallback,
         shutdown: CancellationToken,
     ) {
         let reader = Reader { name, clock, notify, shard_ended: Arc::default() };
@@ -404,7 +404,7 @@ impl QueueTrigger for StreamTrigger {
 }
 
 /// Returns the requests that are queued according to their latest record.
-fn queued_requests(records: &[Record]) -> Vec<WaitingRequest> {
+fn queued_requests(records: &[Record]) -> Vec<QueuedRequest> {
     let mut latest: BTreeMap<&str, &HashMap<String, AttributeValue>> = BTreeMap::new();
     for record in records {
         let image = record.dynamodb.as_ref().and_then(|change| change.new_image.as_ref());
@@ -417,12 +417,12 @@ fn queued_requests(records: &[Record]) -> Vec<WaitingRequest> {
     latest.into_values().filter_map(queued_request).collect()
 }
 
-fn queued_request(image: &HashMap<String, AttributeValue>) -> Option<WaitingRequest> {
+fn queued_request(image: &HashMap<String, AttributeValue>) -> Option<QueuedRequest> {
     if image_text(image, "state")? != "QUEUED" {
         return None;
     }
     let Some(AttributeValue::N(not_before)) = image.get("not_before") else { return None };
-    Some(WaitingRequest {
+    Some(QueuedRequest {
         uid: image_text(image, "uid")?.parse::<Uid>().ok()?,
         action: image_text(image, "action")?.to_owned(),
         tenant: image_text(image, "tenant")?.to_owned(),

@@ -19,7 +19,7 @@ use tokio::sync::oneshot;
 /// reserve everything that is free. Among waiting tenants, the one that holds the least is served
 /// first, and among equals the one that has waited longest; within a tenant the order is that of
 /// arrival.
-pub struct OutputBudget {
+pub struct MemoryBudget {
     limit: usize,
     state: Mutex<State>,
 }
@@ -54,13 +54,13 @@ struct Waiter {
     granted: oneshot::Sender<Reservation>,
 }
 
-impl fmt::Debug for OutputBudget {
+impl fmt::Debug for MemoryBudget {
     fn fmt(&self, formatter: &mut fmt::Formatter<'_>) -> fmt::Result {
-        formatter.debug_struct("OutputBudget").field("limit", &self.limit).finish_non_exhaustive()
+        formatter.debug_struct("MemoryBudget").field("limit", &self.limit).finish_non_exhaustive()
     }
 }
 
-impl OutputBudget {
+impl MemoryBudget {
     /// Creates a budget of `limit` bytes.
     #[must_use]
     pub fn new(limit: usize) -> Arc<Self> {
@@ -150,7 +150,7 @@ impl OutputBudget {
 
 /// Removes a waiter when its call is dropped.
 struct WaiterGuard<'a> {
-    budget: &'a Arc<OutputBudget>,
+    budget: &'a Arc<MemoryBudget>,
     tenant: &'a Arc<str>,
     number: u64,
 }
@@ -265,10 +265,10 @@ impl Tenant {
     }
 }
 
-/// Bytes reserved in an [`OutputBudget`], released when dropped.
+/// Bytes reserved in an [`MemoryBudget`], released when dropped.
 #[derive(Debug, Default)]
 pub struct Reservation {
-    of: Option<(Arc<OutputBudget>, Arc<str>)>,
+    of: Option<(Arc<MemoryBudget>, Arc<str>)>,
     bytes: usize,
 }
 

@@ -38,7 +38,7 @@ mod registry;
 mod report;
 
 pub use async_trait::async_trait;
-pub use budget::{OutputBudget, Reservation};
+pub use budget::{MemoryBudget, Reservation};
 pub use context::{AttemptInfo, Context, RequestHistory, RequestSummary};
 pub use error::HandlerError;
 pub use handler::{DynHandler, Handler};

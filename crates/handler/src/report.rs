@@ -4,13 +4,13 @@ use std::{collections::VecDeque, pin::pin, sync::Arc};
 
 use bytes::Bytes;
 use parking_lot::Mutex;
-use streamer_core::limits::{MAX_WAITING_REPORT_BYTES, MAX_WAITING_REPORTS};
+use streamer_core::limits::{MAX_PENDING_REPORT_BYTES, MAX_PENDING_REPORTS};
 use tokio::{
     sync::{Notify, watch},
     time::Instant,
 };
 
-use crate::{HandlerError, OutputBudget, Reservation};
+use crate::{HandlerError, MemoryBudget, Reservation};
 
 /// Pending bytes that need no reservation: most attempts never have more.
 const UNRESERVED_BYTES: usize = 4 * 1024;
@@ -68,7 +68,7 @@ pub struct ReportQueue {
     /// Called after each push.
     hook: Option<Box<dyn Fn() + Send + Sync>>,
     /// Budget that it shares with other attempts, and the tenant that uses it.
-    budget: Option<(Arc<OutputBudget>, Arc<str>)>,
+    budget: Option<(Arc<MemoryBudget>, Arc<str>)>,
     filled: Notify,
     emptied: Notify,
     durable: watch::Sender<i64>,
@@ -116,8 +116,8 @@ impl State {
     fn has_room(&self, bytes: usize) -> bool {
         let reports = &self.pending.reports;
         reports.is_empty()
-            || (reports.len() < MAX_WAITING_REPORTS
-                && self.bytes + bytes <= MAX_WAITING_REPORT_BYTES)
+            || (reports.len() < MAX_PENDING_REPORTS
+                && self.bytes + bytes <= MAX_PENDING_REPORT_BYTES)
     }
 
     /// Returns whether a report of this size needs no reservation.
@@ -199,7 +199,7 @@ impl Drop for BlockedPush<'_> {
 impl ReportQueue {
     /// Creates a queue that reserves the bytes of its reports in a budget, for this tenant.
     #[must_use]
-    pub fn with_budget(budget: Arc<OutputBudget>, tenant: &str) -> Self {
+    pub fn with_budget(budget: Arc<MemoryBudget>, tenant: &str) -> Self {
         Self { budget: Some((budget, tenant.into())), ..Self::default() }
     }
 

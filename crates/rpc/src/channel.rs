@@ -41,12 +41,12 @@ where
 /// call is idempotent. Ignored in calls from clients.
 pub const REQUEST_UID: &str = "streamer-request-uid";
 /// Header of a retry: an earlier call may have been executed, with an unknown outcome.
-pub const REPEATED: &str = "streamer-repeated";
+pub const PREVIOUS_ATTEMPTS: &str = "grpc-previous-rpc-attempts";
 /// Header of every call between services: the token that all services share.
 pub const SERVICE_TOKEN: &str = "streamer-service-token";
 /// Metadata of a rejection between services: nothing was executed, and a different instance may have
 /// capacity.
-pub const NOT_TAKEN: &str = "streamer-not-taken";
+pub const NOT_ADMITTED: &str = "streamer-not-admitted";
 /// Header of a call that was forwarded by an instance of the same service: it is not forwarded again.
 pub const FORWARDED: &str = "streamer-forwarded";
 

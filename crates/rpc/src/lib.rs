@@ -15,13 +15,13 @@ mod token_source;
 
 pub use action::{action_from_proto, action_to_proto};
 pub use channel::{
-    CLIENT_ADDRESS, Channel, Connection, FORWARDED, NOT_TAKEN, Peer, REPEATED, REQUEST_UID,
-    SERVICE_TOKEN, WATCH_COUNTED, local, remote, with_authorization,
+    CLIENT_ADDRESS, Channel, Connection, FORWARDED, NOT_ADMITTED, PREVIOUS_ATTEMPTS, Peer,
+    REQUEST_UID, SERVICE_TOKEN, WATCH_COUNTED, local, remote, with_authorization,
 };
 pub use compact::{compact_bytes, compact_event, compact_request};
 pub use completion::run_to_completion;
 pub use ended_body::end_when;
-pub use load_balancer::{Member, Members, RouteKey, is_unsent, with_route};
+pub use load_balancer::{Instance, Instances, RouteKey, is_safe_to_retry, with_route};
 pub use payload::{
     JSON, empty_object, encode_event, encode_payload, json_payload, payload_bytes,
     payload_into_parts,
@@ -32,7 +32,7 @@ pub use proto_conversions::{
 };
 pub use spans::{Untraced, code_name, enter, is_server_error, recorded, trace_context};
 pub use status::{
-    name_message_limit, not_found, request_error, status, store_status, validation_status,
+    map_message_too_large, not_found, request_error, status, store_status, validation_status,
     violations_details,
 };
 pub use token_source::{TokenError, TokenFile, TokenSource};

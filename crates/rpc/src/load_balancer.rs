@@ -28,7 +28,7 @@ use tower::{
     util::BoxCloneSyncService,
 };
 
-use crate::{Channel, REPEATED, ended_body::end_when};
+use crate::{Channel, PREVIOUS_ATTEMPTS, ended_body::end_when};
 
 /// Maximum number of instances that a call is tried at.
 const MAX_TRIES: usize = 3;
@@ -49,7 +49,7 @@ pub struct RouteKey(pub Uid);
 
 /// One instance of a service.
 #[derive(Clone)]
-pub struct Member {
+pub struct Instance {
     /// Address, which identifies the instance.
     pub name: Arc<str>,
     /// Channel to the instance.
@@ -59,7 +59,7 @@ pub struct Member {
     healthy: Arc<watch::Sender<bool>>,
 }
 
-impl Member {
+impl Instance {
     /// Returns an instance that is reachable and healthy.
     #[must_use]
     pub fn new(name: &str, channel: Channel) -> Self {
@@ -70,7 +70,7 @@ impl Member {
     /// Returns whether the last call reached the instance. The owner of the list probes unreachable
     /// instances.
     #[must_use]
-    pub fn seems_up(&self) -> bool {
+    pub fn is_reachable(&self) -> bool {
         !self.unreachable.load(Ordering::Relaxed)
     }
 
@@ -133,24 +133,24 @@ impl Member {
 
 /// Currently known instances of a service.
 #[derive(Clone)]
-pub struct Members {
-    list: watch::Receiver<Arc<[Member]>>,
+pub struct Instances {
+    list: watch::Receiver<Arc<[Instance]>>,
     /// The only instance, if it runs in this process.
     local: Option<Channel>,
     service: &'static str,
 }
 
-impl Members {
+impl Instances {
     /// Returns the single instance in this process.
     #[must_use]
     pub fn one(service: &'static str, channel: Channel) -> Self {
-        let list: Arc<[Member]> = Arc::new([Member::new("local", channel.clone())]);
+        let list: Arc<[Instance]> = Arc::new([Instance::new("local", channel.clone())]);
         Self { list: watch::channel(list).1, local: Some(channel), service }
     }
 
     /// Returns the instances of a list that changes.
     #[must_use]
-    pub fn of(service: &'static str, list: watch::Receiver<Arc<[Member]>>) -> Self {
+    pub fn of(service: &'static str, list: watch::Receiver<Arc<[Instance]>>) -> Self {
         Self { list, local: None, service }
     }
 
@@ -168,7 +168,7 @@ impl Members {
 
     /// Returns the currently known instances.
     #[must_use]
-    pub fn all(&self) -> Arc<[Member]> {
+    pub fn all(&self) -> Arc<[Instance]> {
         self.list.borrow().clone()
     }
 
@@ -181,7 +181,7 @@ impl Members {
 
     /// Returns the instance that ranks first for the key, whether or not it is reachable.
     #[must_use]
-    pub fn owner(&self, key: Uid) -> Option<Member> {
+    pub fn owner(&self, key: Uid) -> Option<Instance> {
         self.all().iter().max_by_key(|member| member.weight(key)).cloned()
     }
 
@@ -211,7 +211,7 @@ impl Members {
     }
 
     /// Returns the instances in the order in which to try them.
-    fn ranked(&self, key: Option<RouteKey>, round_robin: &AtomicUsize) -> Vec<Member> {
+    fn ranked(&self, key: Option<RouteKey>, round_robin: &AtomicUsize) -> Vec<Instance> {
         let mut members = self.all().to_vec();
         match key {
             Some(RouteKey(key)) => {
@@ -224,14 +224,14 @@ impl Members {
             None => {}
         }
         // A stable sort: unreachable instances are last, in the same order.
-        members.sort_by_key(|member| !member.seems_up());
+        members.sort_by_key(|member| !member.is_reachable());
         members
     }
 }
 
 #[derive(Clone)]
 struct LoadBalancer {
-    members: Members,
+    members: Instances,
     round_robin: Arc<AtomicUsize>,
     budget: Arc<TpsBudget>,
     /// Maximum size of the request message; `None` for streams of messages.
@@ -259,7 +259,7 @@ impl Service<Request<Body>> for LoadBalancer {
 }
 
 impl LoadBalancer {
-    fn candidates(&self, extensions: &Extensions) -> Result<Vec<Member>, Status> {
+    fn candidates(&self, extensions: &Extensions) -> Result<Vec<Instance>, Status> {
         let key = extensions.get::<RouteKey>().copied();
         let members = self.members.ranked(key, &self.round_robin);
         if members.is_empty() {
@@ -320,7 +320,7 @@ impl LoadBalancer {
                     });
                 }
                 Err(status) => {
-                    let unsent = is_unsent(&status);
+                    let unsent = is_safe_to_retry(&status);
                     member.note(false);
                     if !unsent && !policy.idempotent {
                         return Err(status);
@@ -364,7 +364,7 @@ impl BufferedRequest {
         *request.headers_mut() = self.headers.clone();
         *request.extensions_mut() = self.extensions.clone();
         if is_retry {
-            request.headers_mut().insert(REPEATED, HeaderValue::from_static("1"));
+            request.headers_mut().insert(PREVIOUS_ATTEMPTS, HeaderValue::from_static("1"));
         }
         request
     }
@@ -391,7 +391,7 @@ impl MethodPolicy {
         // stored.
         let submissions = ["Submit", "SubmitAndWatch"];
         let short = ["Get", "List", "ListEvents", "ListActions", "Cancel", "GetOperation"];
-        let internal = ["Publish", "Announce", "Wake", "SignalCancel"];
+        let internal = ["Publish", "Announce", "NotifyQueued", "SignalCancel"];
         let is_one_of = |names: &[&str]| names.contains(&method);
         Self {
             idempotent: !is_one_of(&not_idempotent),
@@ -410,7 +410,7 @@ impl MethodPolicy {
 /// process it. It can then be retried even if it is not idempotent (gRPC calls this a transparent
 /// retry).
 #[must_use]
-pub fn is_unsent(status: &Status) -> bool {
+pub fn is_safe_to_retry(status: &Status) -> bool {
     let mut source = std::error::Error::source(status);
     while let Some(error) = source {
         let unsent = error.is::<ConnectError>()
@@ -451,14 +451,14 @@ mod tests {
 
     use super::*;
 
-    fn members(names: &[&str]) -> Members {
+    fn members(names: &[&str]) -> Instances {
         let channel = || {
             BoxCloneSyncService::new(tower::service_fn(|_: Request<Body>| async {
                 Err(Status::unimplemented("in tests"))
             }))
         };
-        let list: Vec<_> = names.iter().map(|name| Member::new(name, channel())).collect();
-        Members::of("test", watch::channel(list.into()).1)
+        let list: Vec<_> = names.iter().map(|name| Instance::new(name, channel())).collect();
+        Instances::of("test", watch::channel(list.into()).1)
     }
 
     #[test]
@@ -482,7 +482,8 @@ mod tests {
         let three = members(&["a", "b", "c"]);
         let key = RouteKey(Uid::new(Timestamp::default()));
         let round_robin = AtomicUsize::new(0);
-        let names = |members: Vec<Member>| members.into_iter().map(|m| m.name).collect::<Vec<_>>();
+        let names =
+            |members: Vec<Instance>| members.into_iter().map(|m| m.name).collect::<Vec<_>>();
         let before = names(three.ranked(Some(key), &round_robin));
         three.all().iter().find(|member| member.name == before[0]).unwrap().note(false);
         let after = names(three.ranked(Some(key), &round_robin));

@@ -109,11 +109,13 @@ pub fn store_status(error: &StoreError) -> Status {
             let message = "the store is overloaded; try again";
             return status(&RequestError::limited("store", message, Some(STORE_RETRY_DELAY)));
         }
-        StoreError::Refused { .. } => {
+        StoreError::Rejected { .. } => {
             tracing::error!(%error, "store call failed");
             (ErrorCode::ValidationError, "rejected by storage")
         }
-        StoreError::Corrupt { .. } | StoreError::Locked { .. } | StoreError::TooNew { .. } => {
+        StoreError::Corrupt { .. }
+        | StoreError::Locked { .. }
+        | StoreError::UnsupportedVersion { .. } => {
             tracing::error!(%error, "store call failed");
             (ErrorCode::InternalError, "storage is corrupt or unusable; contact the operator")
         }
@@ -144,7 +146,7 @@ pub fn request_error(status: &Status) -> RequestError {
 /// Replaces tonic's rejection of a message larger than `limit` bytes, which does not reach our code, by
 /// a validation error; returns every other response unchanged.
 #[must_use]
-pub fn name_message_limit<B>(response: http::Response<B>, limit: usize) -> http::Response<B>
+pub fn map_message_too_large<B>(response: http::Response<B>, limit: usize) -> http::Response<B>
 where
     B: Default,
 {

@@ -22,7 +22,7 @@ pub enum StoreError {
     },
     /// Input that the engine rejects; a retry does not help.
     #[error("the store rejected the input while {doing}: {reason}")]
-    Refused {
+    Rejected {
         /// Operation that failed.
         doing: &'static str,
         /// Reason reported by the engine.
@@ -46,7 +46,7 @@ pub enum StoreError {
     #[error(
         "the store has schema version {found}; this version of Streamer supports up to {known}"
     )]
-    TooNew {
+    UnsupportedVersion {
         /// Schema version of the file.
         found: i64,
         /// Highest schema version that this program supports.
@@ -60,10 +60,10 @@ impl StoreError {
     pub fn is_retryable(&self) -> bool {
         match self {
             Self::Unavailable { .. } | Self::Overloaded { .. } => true,
-            Self::Refused { .. }
+            Self::Rejected { .. }
             | Self::Corrupt { .. }
             | Self::Locked { .. }
-            | Self::TooNew { .. } => false,
+            | Self::UnsupportedVersion { .. } => false,
         }
     }
 }

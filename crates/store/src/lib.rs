@@ -18,14 +18,14 @@ mod store;
 use std::{path::PathBuf, sync::Arc};
 
 pub use error::StoreError;
-pub use lookup::find_by_name;
+pub use lookup::find_by_client_id_or_uid;
 pub use model::{
-    Adopt, Append, Appended, AssignedWorker, CancelOutcome, Claim, ClaimOutcome, Claimed,
+    Adopt, Append, AppendOutcome, AssignedWorker, CancelOutcome, Claim, ClaimOutcome, Claimed,
     ConnectionPage, ConnectionRecord, CreateOutcome, DeclaredAction, DeleteOutcome, DuePage,
-    DueQuery, DueRequest, EventPage, Lease, ListRequests, NewRequest, Owner, QueueAhead,
-    QueueStats, Quota, QuotaUse, Renewed, RequestPage, RequestRecord, StoredPayload, Writer,
+    DueQuery, DueRequest, EventPage, Lease, LeaseRenewal, ListRequests, NewRequest, Owner,
+    QueueAhead, QueueStats, Quota, QuotaUsage, RequestPage, RequestRecord, StoredPayload, Writer,
 };
-pub use queue_notifier::{QueueTrigger, Told, WaitingRequest};
+pub use queue_notifier::{QueueCallback, QueueNotifier, QueuedRequest};
 pub use sqlite::SqliteStore;
 pub use store::Store;
 
@@ -34,7 +34,7 @@ pub use store::Store;
 pub enum Engine {
     /// SQLite in this process: one database file in a data folder that one process can open at a
     /// time.
-    Embedded {
+    Sqlite {
         /// Data folder; created if it does not exist.
         data: PathBuf,
     },
@@ -47,6 +47,6 @@ pub enum Engine {
 /// is corrupt or has a newer schema version.
 pub fn open(engine: &Engine) -> Result<Arc<dyn Store>, StoreError> {
     match engine {
-        Engine::Embedded { data } => Ok(Arc::new(SqliteStore::open(data)?)),
+        Engine::Sqlite { data } => Ok(Arc::new(SqliteStore::open(data)?)),
     }
 }

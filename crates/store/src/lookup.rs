@@ -9,7 +9,7 @@ use crate::{Owner, RequestRecord, Store, StoreError};
 ///
 /// # Errors
 /// Returns an error if the store cannot be read.
-pub async fn find_by_name(
+pub async fn find_by_client_id_or_uid(
     store: &dyn Store,
     owner: &Owner,
     name: &str,

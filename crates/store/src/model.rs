@@ -74,7 +74,7 @@ pub struct Quota {
 
 /// Use of the store by an owner.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
-pub struct QuotaUse {
+pub struct QuotaUsage {
     /// Queued requests of the tenant.
     pub queued_of_tenant: u64,
     /// Queued requests of the user.
@@ -86,7 +86,7 @@ pub struct QuotaUse {
 impl Quota {
     /// Returns the limit that this use exceeds, if any.
     #[must_use]
-    pub fn exceeded_by(&self, used: QuotaUse) -> Option<TenantLimit> {
+    pub fn exceeded_by(&self, used: QuotaUsage) -> Option<TenantLimit> {
         let is_over = |used: u64, limit: u64| limit > 0 && used > limit;
         if is_over(used.queued_of_user, self.queued_of_user) {
             Some(TenantLimit::QueuedPerUser)
@@ -104,7 +104,7 @@ impl Quota {
 #[derive(Clone, Debug)]
 pub enum CreateOutcome {
     /// The request is stored, with this first event and this use by its owner, which includes it.
-    Created(Box<RequestRecord>, Box<Event>, QuotaUse),
+    Created(Box<RequestRecord>, Box<Event>, QuotaUsage),
     /// The same request was submitted before.
     Existing(Box<RequestRecord>),
     /// The `client_id` identifies a different request.
@@ -207,7 +207,7 @@ pub struct AssignedWorker {
 impl Claim {
     /// Returns the worker name for event `started`.
     #[must_use]
-    pub fn shown_worker(&self) -> &str {
+    pub fn worker_display_name(&self) -> &str {
         self.worker.as_ref().map_or(&self.holder, |worker| &worker.display_name)
     }
 
@@ -289,7 +289,7 @@ pub struct Append {
 
 /// Outcome of an append.
 #[derive(Clone, Debug, PartialEq, Eq)]
-pub enum Appended {
+pub enum AppendOutcome {
     /// The events are stored, by this call or by an earlier identical one.
     Applied {
         /// Reason of the cancellation request, if any.
@@ -402,7 +402,7 @@ pub struct Lease {
 
 /// Outcome of a lease renewal.
 #[derive(Clone, Debug, PartialEq, Eq)]
-pub struct Renewed {
+pub struct LeaseRenewal {
     /// Lease to renew.
     pub lease: Lease,
     /// Whether the lease is still held.

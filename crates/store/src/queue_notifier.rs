@@ -8,7 +8,7 @@ use tokio_util::sync::CancellationToken;
 
 /// A queued request.
 #[derive(Clone, Debug, PartialEq, Eq)]
-pub struct WaitingRequest {
+pub struct QueuedRequest {
     /// Id of the request.
     pub uid: Uid,
     /// Name of the action.
@@ -20,18 +20,18 @@ pub struct WaitingRequest {
 }
 
 /// Callback that receives each queued request.
-pub type Told = Arc<dyn Fn(WaitingRequest) + Send + Sync>;
+pub type QueueCallback = Arc<dyn Fn(QueuedRequest) + Send + Sync>;
 
 /// Notifies processors of queued requests. A notification is a hint: it may be missing, late or
 /// repeated.
 #[async_trait]
-pub trait QueueTrigger: Send + Sync + 'static {
+pub trait QueueNotifier: Send + Sync + 'static {
     /// Passes this processor, named `name`, its share of the queued requests until `shutdown`.
     async fn follow(
         self: Arc<Self>,
         name: String,
         clock: Arc<dyn Clock>,
-        notify: Told,
+        notify: QueueCallback,
         shutdown: CancellationToken,
     );
 }

@@ -30,10 +30,10 @@ use rusqlite::Connection;
 use streamer_core::{Timestamp, Uid};
 
 use crate::{
-    Adopt, Append, Appended, CancelOutcome, Claim, ClaimOutcome, ConnectionPage, ConnectionRecord,
-    CreateOutcome, DeclaredAction, DeleteOutcome, DuePage, DueQuery, EventPage, Lease,
-    ListRequests, NewRequest, Owner, QueueAhead, QueueStats, Renewed, RequestPage, RequestRecord,
-    Store, StoreError, StoredPayload,
+    Adopt, Append, AppendOutcome, CancelOutcome, Claim, ClaimOutcome, ConnectionPage,
+    ConnectionRecord, CreateOutcome, DeclaredAction, DeleteOutcome, DuePage, DueQuery, EventPage,
+    Lease, LeaseRenewal, ListRequests, NewRequest, Owner, QueueAhead, QueueStats, RequestPage,
+    RequestRecord, Store, StoreError, StoredPayload,
 };
 use checkpointer::Checkpointer;
 use files::FileIdentities;
@@ -203,7 +203,7 @@ impl Store for SqliteStore {
             .await
     }
 
-    async fn append(&self, append: Append) -> Result<Appended, StoreError> {
+    async fn append(&self, append: Append) -> Result<AppendOutcome, StoreError> {
         let checkpoint = append.checkpoint.as_ref().map_or(0, bytes::Bytes::len);
         let bytes = checkpoint + append.events.iter().map(Message::encoded_len).sum::<usize>();
         let cost = Cost::new(bytes, Payer::OwnerOf(append.uid));
@@ -229,7 +229,7 @@ impl Store for SqliteStore {
         leases: Vec<Lease>,
         until: Timestamp,
         _now: Timestamp,
-    ) -> Result<Vec<Renewed>, StoreError> {
+    ) -> Result<Vec<LeaseRenewal>, StoreError> {
         self.writer
             .run("renewing leases", Cost::SMALL, move |db| {
                 requests::renew(db, &holder, &leases, until)

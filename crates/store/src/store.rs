@@ -6,10 +6,10 @@ use async_trait::async_trait;
 use streamer_core::{Timestamp, Uid};
 
 use crate::{
-    Adopt, Append, Appended, CancelOutcome, Claim, ClaimOutcome, ConnectionPage, ConnectionRecord,
-    CreateOutcome, DeclaredAction, DeleteOutcome, DuePage, DueQuery, EventPage, Lease,
-    ListRequests, NewRequest, Owner, QueueAhead, QueueStats, QueueTrigger, Renewed, RequestPage,
-    RequestRecord, StoreError, StoredPayload,
+    Adopt, Append, AppendOutcome, CancelOutcome, Claim, ClaimOutcome, ConnectionPage,
+    ConnectionRecord, CreateOutcome, DeclaredAction, DeleteOutcome, DuePage, DueQuery, EventPage,
+    Lease, LeaseRenewal, ListRequests, NewRequest, Owner, QueueAhead, QueueNotifier, QueueStats,
+    RequestPage, RequestRecord, StoreError, StoredPayload,
 };
 
 /// All durable state. Each method documents its precondition and the effect of a repeat. When a
@@ -49,7 +49,7 @@ pub trait Store: Send + Sync + 'static {
 
     /// Appends events and updates the state accordingly. The writer must be the current one and the
     /// events must follow the log. A repeat of stored events returns `Applied` and changes nothing.
-    async fn append(&self, append: Append) -> Result<Appended, StoreError>;
+    async fn append(&self, append: Append) -> Result<AppendOutcome, StoreError>;
 
     /// Cancels a queued request, or records that cancellation of a running one is requested. A
     /// repeat changes nothing; the first reason is kept.
@@ -67,7 +67,7 @@ pub trait Store: Send + Sync + 'static {
         leases: Vec<Lease>,
         until: Timestamp,
         now: Timestamp,
-    ) -> Result<Vec<Renewed>, StoreError>;
+    ) -> Result<Vec<LeaseRenewal>, StoreError>;
 
     /// Reads running requests whose lease expired by `now`, longest expired first.
     async fn expired_leases(
@@ -152,7 +152,7 @@ pub trait Store: Send + Sync + 'static {
     async fn list_actions(&self, since: Timestamp) -> Result<Vec<DeclaredAction>, StoreError>;
 
     /// Returns the notifier of queued requests, if the engine has one.
-    fn queue_trigger(&self) -> Option<Arc<dyn QueueTrigger>> {
+    fn queue_notifier(&self) -> Option<Arc<dyn QueueNotifier>> {
         None
     }
 

@@ -75,7 +75,7 @@ pub enum WorkerError {
     TokenExpired,
     /// The server rejects this worker; a retry would fail too.
     #[error("the server rejected this worker: {0}")]
-    Refused(RequestError),
+    Rejected(RequestError),
     /// The signal handlers cannot be installed.
     #[error("cannot listen for signals: {0}")]
     Signal(std::io::Error),
@@ -184,14 +184,14 @@ impl Worker {
                 SessionEnd::Drained => return Ok(()),
                 SessionEnd::TokenExpired => return Err(WorkerError::TokenExpired),
                 SessionEnd::BeforeWelcome(status) if is_permanent(&status) => {
-                    return Err(WorkerError::Refused(request_error(&status)));
+                    return Err(WorkerError::Rejected(request_error(&status)));
                 }
                 SessionEnd::BeforeWelcome(status) => status,
                 // Two workers of the same name would only replace each other.
                 SessionEnd::AfterWelcome(status) | SessionEnd::AfterHeartbeat(status)
                     if status.code() == Code::AlreadyExists =>
                 {
-                    return Err(WorkerError::Refused(request_error(&status)));
+                    return Err(WorkerError::Rejected(request_error(&status)));
                 }
                 SessionEnd::AfterWelcome(status) | SessionEnd::AfterHeartbeat(status)
                     if status.code() == Code::InvalidArgument =>

@@ -189,7 +189,7 @@ impl ServerLimits {
         let size = |value: i64| usize::try_from(value).unwrap_or(usize::MAX);
         Self {
             payload_limits: Limits {
-                payload_rule: streamer_core::limits::PAYLOAD_OPTION,
+                payload_option: streamer_core::limits::PAYLOAD_OPTION,
                 max_payload_bytes: size(welcome.max_payload_bytes),
                 max_output_chunk_bytes: size(welcome.max_output_chunk_bytes),
             },

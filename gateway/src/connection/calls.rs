@@ -6,7 +6,7 @@ use bytes::Bytes;
 use futures_util::FutureExt;
 use serde_json::value::RawValue;
 use streamer_auth::Caller;
-use streamer_core::{OpenWatch, RequestError, Timestamp, Uid};
+use streamer_core::{RequestError, Timestamp, Uid, WatchPermit};
 use streamer_proto::{
     common::v1::{Event, Request},
     router::v1::{
@@ -314,7 +314,7 @@ impl Session {
     fn submitted(
         &mut self,
         response: SubmitResponse,
-        watch: Option<OpenWatch>,
+        watch: Option<WatchPermit>,
         latest: bool,
         trace: Option<Box<TraceContext>>,
         out: &mut SendBuffer,
@@ -367,7 +367,7 @@ impl Session {
     fn opened(
         &mut self,
         opened: OpenedWatch,
-        watch: OpenWatch,
+        watch: WatchPermit,
         latest: bool,
         out: &mut SendBuffer,
     ) {

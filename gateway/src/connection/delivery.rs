@@ -3,7 +3,7 @@
 use std::sync::Arc;
 
 use bytes::Bytes;
-use streamer_core::{ErrorCode, OpenWatch, RequestError, Uid};
+use streamer_core::{ErrorCode, RequestError, Uid, WatchPermit};
 use streamer_proto::common::v1::Event;
 use streamer_rpc::{is_terminal, request_error};
 use streamer_telemetry::TraceContext;
@@ -26,7 +26,7 @@ const MAX_LOG_READS: usize = 4;
 pub(crate) struct Subscription {
     pub(crate) topic: Arc<Topic>,
     pub(crate) subscriber: Arc<Subscriber>,
-    _watch: OpenWatch,
+    _watch: WatchPermit,
     /// `seq` of the last event that was sent or skipped.
     cursor: i64,
     latest: Option<Latest>,
@@ -47,7 +47,7 @@ impl Subscription {
     pub(crate) fn new(
         topic: Arc<Topic>,
         subscriber: Arc<Subscriber>,
-        watch: OpenWatch,
+        watch: WatchPermit,
         cursor: i64,
         latest: bool,
     ) -> Self {

@@ -3,7 +3,7 @@
 
 use std::collections::{BTreeSet, HashMap};
 
-use streamer_core::{OpenWatch, Timestamp, Uid};
+use streamer_core::{Timestamp, Uid, WatchPermit};
 
 use super::delivery::Subscription;
 
@@ -19,7 +19,7 @@ pub(crate) struct Subscriptions {
 #[derive(Default)]
 struct Pending {
     /// By the identifier that the client sent; those without a watch were cancelled.
-    by_request_id: HashMap<Box<str>, Vec<Option<OpenWatch>>>,
+    by_request_id: HashMap<Box<str>, Vec<Option<WatchPermit>>>,
     count: usize,
 }
 
@@ -66,14 +66,14 @@ impl Subscriptions {
     }
 
     /// Adds a pending subscription with this identifier.
-    pub(crate) fn add_pending(&mut self, request_id: &str, watch: OpenWatch) {
+    pub(crate) fn add_pending(&mut self, request_id: &str, watch: WatchPermit) {
         self.pending.by_request_id.entry(request_id.into()).or_default().push(Some(watch));
         self.pending.count += 1;
     }
 
     /// Removes the oldest pending subscription with this identifier. Returns its watch unless it was
     /// cancelled.
-    pub(crate) fn take_pending(&mut self, request_id: &str) -> Option<OpenWatch> {
+    pub(crate) fn take_pending(&mut self, request_id: &str) -> Option<WatchPermit> {
         let pending = self.pending.by_request_id.get_mut(request_id)?;
         self.pending.count -= 1;
         let watch = pending.remove(0);

@@ -9,12 +9,12 @@ use streamer_auth::{
 use streamer_config::{Config, StoreEngine};
 use streamer_core::{Clock, LimitsByTenant, OpenWatches};
 use streamer_dynamodb::DynamoStore;
-use streamer_gateway::{GatewayServer, OtherGateways};
+use streamer_gateway::{GatewayServer, PeerGateways};
 use streamer_handler::Handlers;
 use streamer_processor::{HandlerThreads, Processor};
 use streamer_progress::{Progress, Ring};
-use streamer_router::{OtherRouters, Router};
-use streamer_rpc::{Member, Members, local};
+use streamer_router::{PeerRouters, Router};
+use streamer_rpc::{Instance, Instances, local};
 use streamer_store::{Engine, Store};
 use streamer_telemetry::{Metrics, Traces};
 use tokio::{sync::watch, task::JoinHandle};
@@ -70,10 +70,10 @@ pub(crate) struct Plan<'a> {
 /// Services that run in other processes.
 struct RemotePeers {
     lists: Vec<PeerList>,
-    gateway: Members,
-    router: Members,
-    processor: Members,
-    progress: Members,
+    gateway: Instances,
+    router: Instances,
+    processor: Instances,
+    progress: Instances,
 }
 
 impl RemotePeers {
@@ -170,7 +170,7 @@ impl Services {
         let processors = match (&processor, &remote_peers) {
             (_, Some(all)) => all.processor.clone(),
             (Some(local_service), None) => {
-                Members::one("processor", local(local_service.internal.clone()))
+                Instances::one("processor", local(local_service.internal.clone()))
             }
             (None, None) => return Err(StartError::Peers("processor")),
         };
@@ -185,7 +185,7 @@ impl Services {
                 metrics: metrics.clone(),
                 limits,
                 tenant_limits: tenant_limits.clone(),
-                others: remote_peers.as_ref().map(|all| OtherRouters {
+                others: remote_peers.as_ref().map(|all| PeerRouters {
                     own: own_address.clone(),
                     members: all.router.clone(),
                 }),
@@ -205,7 +205,7 @@ impl Services {
                 auth: auth.clone(),
                 router: router_channel.clone(),
                 progress: progress_channel.clone(),
-                others: remote_peers.as_ref().map(|all| OtherGateways {
+                others: remote_peers.as_ref().map(|all| PeerGateways {
                     own: own_address.clone(),
                     members: all.gateway.clone(),
                 }),
@@ -224,7 +224,7 @@ impl Services {
         });
         let mut readiness_checks: Vec<ReadinessCheck> = Vec::new();
         if let Some(all) = &remote_peers {
-            let needed: &[&Members] = match role {
+            let needed: &[&Instances] = match role {
                 Role::Gateway => &[&all.router, &all.progress],
                 Role::Router | Role::Processor => &[&all.progress],
                 Role::Progress | Role::All => &[],
@@ -349,14 +349,14 @@ fn audit(config: &Config, clock: &Arc<dyn Clock>, metrics: &Metrics) -> Result<A
 }
 
 /// Returns a check that passes when at least one instance of a service is known and healthy.
-fn any_healthy(members: Members) -> ReadinessCheck {
+fn any_healthy(members: Instances) -> ReadinessCheck {
     Box::new(move || {
         let all = members.all();
         let service = members.service();
         if all.is_empty() {
             return Err(format!("no {service} is known"));
         }
-        if all.iter().any(Member::seems_up) {
+        if all.iter().any(Instance::is_reachable) {
             return Ok(());
         }
         Err(format!("no {service} is reachable"))
@@ -374,7 +374,7 @@ async fn open_store(
         let largest = store.max_value_bytes();
         return Ok((Arc::new(store), largest));
     }
-    let engine = Engine::Embedded { data: config.server.data_dir.clone() };
+    let engine = Engine::Sqlite { data: config.server.data_dir.clone() };
     Ok((streamer_store::open(&engine).map_err(StartError::Store)?, None))
 }
 

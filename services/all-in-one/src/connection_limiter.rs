@@ -23,7 +23,7 @@ use std::{
 
 use parking_lot::Mutex;
 use prometheus_client::metrics::{counter::Counter, gauge::Gauge};
-use streamer_core::limited_address;
+use streamer_core::rate_limit_key;
 use streamer_rpc::Connection;
 use streamer_telemetry::Metrics;
 use tokio::time::Instant;
@@ -135,7 +135,7 @@ impl ConnectionLimiter {
                 "Open TCP connections without a valid token; they get half of the limit",
             ),
             rejected: metrics.counter(
-                "streamer_server_refused_connections",
+                "streamer_server_rejected_connections",
                 "TCP connections rejected by the limit in total or per address",
             ),
             evicted: metrics.counter(
@@ -153,7 +153,7 @@ impl ConnectionLimiter {
     /// The name of the option whose limit is reached.
     pub(crate) fn admit(&self, address: SocketAddr) -> Result<Arc<OpenConnection>, &'static str> {
         let Shared { limits, metrics, .. } = &*self.0;
-        let ip = limited_address(address.ip());
+        let ip = rate_limit_key(address.ip());
         let max_unauthenticated = (limits.total / 2).max(1);
         let mut state = self.0.state.lock();
         let of_address = state.by_address.get(&ip);
@@ -246,7 +246,7 @@ impl Connection for OpenConnection {
 
 impl Drop for OpenConnection {
     fn drop(&mut self) {
-        let ip = limited_address(self.address.ip());
+        let ip = rate_limit_key(self.address.ip());
         let mut state = self.shared.state.lock();
         state.remove_unauthenticated(self.number);
         state.count -= 1;

@@ -11,8 +11,8 @@ use std::{
 
 use futures_util::future::join_all;
 use http::{HeaderName, HeaderValue, Request};
-use streamer_auth::{create_private_file, warn_if_others_can_read};
-use streamer_rpc::{Channel, Member, Members, SERVICE_TOKEN, remote};
+use streamer_auth::{create_private_file, warn_if_readable_by_others};
+use streamer_rpc::{Channel, Instance, Instances, SERVICE_TOKEN, remote};
 use subtle::{Choice, ConstantTimeEq};
 use tokio::{
     net::lookup_host,
@@ -75,7 +75,7 @@ impl ServiceToken {
 
     fn read(file: &Path) -> Result<Self, String> {
         let failed = |reason: String| format!("{}: {reason}", file.display());
-        warn_if_others_can_read(file);
+        warn_if_readable_by_others(file);
         let text = fs::read_to_string(file).map_err(|error| failed(error.to_string()))?;
         let mut accepted = Vec::new();
         for secret in text.lines().map(str::trim).filter(|line| !line.is_empty()) {
@@ -108,7 +108,7 @@ pub(crate) struct PeerList {
     entries: Vec<String>,
     token: ServiceToken,
     resolve_interval: Duration,
-    list: watch::Sender<Arc<[Member]>>,
+    list: watch::Sender<Arc<[Instance]>>,
 }
 
 impl PeerList {
@@ -123,8 +123,8 @@ impl PeerList {
         Self { service, entries: entries.collect(), token, resolve_interval, list }
     }
 
-    pub(crate) fn members(&self) -> Members {
-        Members::of(self.service, self.list.subscribe())
+    pub(crate) fn members(&self) -> Instances {
+        Instances::of(self.service, self.list.subscribe())
     }
 
     /// Resolves the names at an interval, and probes the instances, until `shutdown`.
@@ -174,7 +174,7 @@ impl PeerList {
             match before.iter().find(|member| *member.name == *name) {
                 Some(member) => members.push(member.clone()),
                 None => match connect(address, self.token.clone()) {
-                    Ok(channel) => members.push(Member::new(&name, channel)),
+                    Ok(channel) => members.push(Instance::new(&name, channel)),
                     Err(error) => tracing::error!(%error, name, "invalid peer address"),
                 },
             }
@@ -195,7 +195,7 @@ async fn resolve(entry: &str) -> io::Result<Vec<SocketAddr>> {
 
 /// Probes every peer until dropped, so that an unresponsive peer is detected before calls to it are lost, and
 /// is called again once it responds.
-async fn probe_all(list: watch::Receiver<Arc<[Member]>>) {
+async fn probe_all(list: watch::Receiver<Arc<[Instance]>>) {
     let mut ticks = interval(PROBE_INTERVAL);
     ticks.set_missed_tick_behavior(MissedTickBehavior::Delay);
     let mut failures: HashMap<Arc<str>, u32> = HashMap::new();
@@ -226,14 +226,14 @@ enum Probe {
     Failed,
 }
 
-async fn probe(member: &Member) -> Probe {
+async fn probe(member: &Instance) -> Probe {
     let mut client = HealthClient::new(member.channel.clone());
     let response = timeout(PROBE_TIMEOUT, client.check(HealthCheckRequest::default())).await;
     match response {
         Ok(Ok(response)) if response.get_ref().status() == ServingStatus::Serving => Probe::Serving,
         Ok(Ok(_)) => Probe::NotServing,
         Ok(Err(status)) => {
-            if status.code() == Code::Unauthenticated && member.seems_up() {
+            if status.code() == Code::Unauthenticated && member.is_reachable() {
                 let name = &*member.name;
                 tracing::error!(%status, name, "a peer has a different secret (peers.shared_secret_file)");
             }

@@ -16,8 +16,8 @@ use streamer_auth::AuthLayer;
 use streamer_core::{Clock, Uid};
 use streamer_proto::public_methods;
 use streamer_rpc::{
-    CLIENT_ADDRESS, Channel, FORWARDED, Peer, REPEATED, REQUEST_UID, SERVICE_TOKEN, WATCH_COUNTED,
-    end_when, enter, is_server_error, recorded,
+    CLIENT_ADDRESS, Channel, FORWARDED, PREVIOUS_ATTEMPTS, Peer, REQUEST_UID, SERVICE_TOKEN,
+    WATCH_COUNTED, end_when, enter, is_server_error, recorded,
 };
 use streamer_telemetry::{InScope, Traces};
 use tokio::time::timeout;
@@ -67,7 +67,8 @@ async fn authenticate_service(
             return reject(request, text, &auth);
         }
         (_, None) => {
-            for header in [REQUEST_UID, REPEATED, FORWARDED, WATCH_COUNTED, CLIENT_ADDRESS] {
+            for header in [REQUEST_UID, PREVIOUS_ATTEMPTS, FORWARDED, WATCH_COUNTED, CLIENT_ADDRESS]
+            {
                 request.headers_mut().remove(header);
             }
         }

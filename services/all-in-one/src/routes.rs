@@ -11,7 +11,7 @@ use axum::{
     routing::get,
 };
 use streamer_proto::PUBLIC_DESCRIPTOR_SET;
-use streamer_rpc::name_message_limit;
+use streamer_rpc::map_message_too_large;
 use streamer_store::Store;
 use tokio::{
     sync::{Mutex, watch},
@@ -262,7 +262,7 @@ impl Services {
             grpc = grpc.merge(grpc_middleware::services_only(internal));
         }
         let grpc = grpc.layer(MapResponseLayer::new(move |response: Response| {
-            name_message_limit(response, limit)
+            map_message_too_large(response, limit)
         }));
         let open = open.into_axum_router().reset_fallback();
         let mut grpc = grpc.merge(open).layer(middleware::from_fn(grpc_only));

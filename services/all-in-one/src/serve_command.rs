@@ -12,7 +12,7 @@ use std::{
 use rustix::process::{Resource, getrlimit, setrlimit};
 use streamer_all_in_one::{AllInOne, Role};
 use streamer_auth::NewToken;
-use streamer_cli::{ConfigArguments, ConfigSources, Exit, READY, UpArguments};
+use streamer_cli::{ConfigArguments, ConfigSources, Exit, READY, ServerArguments};
 use streamer_config::{Config, ConfigError, DEFAULT_FILE, Sources};
 use streamer_handler::Handlers;
 use streamer_telemetry::{LogFormat, TraceOptions, init};
@@ -26,7 +26,7 @@ const MIN_FLUSH_TIMEOUT: Duration = Duration::from_secs(1);
 /// Lifetime of the printed token.
 const TOKEN_LIFETIME: Duration = Duration::from_secs(24 * 3600);
 
-pub(crate) async fn run(arguments: &UpArguments, role: Role) -> ExitCode {
+pub(crate) async fn run(arguments: &ServerArguments, role: Role) -> ExitCode {
     let had_file = Path::new(DEFAULT_FILE).exists();
     let config = match load(arguments) {
         Ok(config) => config,
@@ -92,7 +92,7 @@ pub(crate) async fn run(arguments: &UpArguments, role: Role) -> ExitCode {
 }
 
 /// Reloads the tenant limits. An error in the configuration changes nothing.
-fn reload(server: &AllInOne, arguments: &UpArguments, had_file: bool) {
+fn reload(server: &AllInOne, arguments: &ServerArguments, had_file: bool) {
     let mut arguments = arguments.clone();
     // A file that was deleted since the start is an error, not a configuration without overrides.
     if had_file && arguments.config.config.is_none() {
@@ -178,7 +178,7 @@ pub(crate) fn show_config(arguments: &ConfigArguments) -> ExitCode {
     }
 }
 
-fn load(arguments: &UpArguments) -> Result<Config, ConfigError> {
+fn load(arguments: &ServerArguments) -> Result<Config, ConfigError> {
     let mut flags = Vec::new();
     if let Some(listen) = arguments.listen {
         flags.push(("server.listen".to_owned(), listen.to_string()));

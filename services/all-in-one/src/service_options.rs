@@ -36,7 +36,7 @@ pub(crate) fn limits(config: &Config, largest: Option<usize>) -> Limits {
     Limits {
         max_payload_bytes: max_payload_bytes.min(largest),
         max_output_chunk_bytes: max_output_chunk_bytes.min(largest),
-        payload_rule: if max_payload_bytes <= largest { PAYLOAD_OPTION } else { ENGINE_RULE },
+        payload_option: if max_payload_bytes <= largest { PAYLOAD_OPTION } else { ENGINE_RULE },
     }
 }
 
@@ -51,14 +51,14 @@ pub(crate) fn processor_options(config: &Config, limits: Limits, shared: bool) -
         max_concurrent_sync: size(execution.max_concurrent_sync),
         sync_timeout: execution.sync_threshold.max(Duration::from_millis(1)),
         lease: execution.lease_duration,
-        cancel_grace: execution.cancellation_grace_period,
+        cancellation_grace_period: execution.cancellation_grace_period,
         poll_interval: execution.poll_interval,
         drain_timeout: config.server.drain_timeout,
         max_buffered_output_bytes: size(execution.max_buffered_output_bytes.0).max(least_output),
         limits,
         sync_threshold: execution.sync_threshold,
         shared,
-        poll_queue: execution.queue_polling,
+        queue_polling: execution.queue_polling,
     }
 }
 
@@ -73,9 +73,9 @@ pub(crate) fn gateway_options(config: &Config, limits: Limits) -> GatewayOptions
         max_connections_per_user: size(gateway.max_connections_per_user),
         max_connections_per_address: size(gateway.max_connections_per_address),
         max_subscriptions: size(gateway.max_subscriptions),
-        max_in_flight: size(gateway.max_in_flight_requests),
-        messages_per_second: number(gateway.rate_limit),
-        message_burst: number(gateway.rate_limit_burst),
+        max_in_flight_requests: size(gateway.max_in_flight_requests),
+        rate_limit: number(gateway.rate_limit),
+        rate_limit_burst: number(gateway.rate_limit_burst),
         max_message_bytes: limits.max_message_bytes(),
         max_buffered_bytes: size(gateway.max_buffered_bytes.0).max(largest_message),
         max_buffered_bytes_per_user: size(gateway.max_buffered_bytes_per_user.0)

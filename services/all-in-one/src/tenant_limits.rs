@@ -53,7 +53,7 @@ impl Collector for LimitUse {
         let name = "streamer_tenant_limit_use_ratio";
         let mut family = encoder.encode_descriptor(name, help, None, MetricType::Gauge)?;
         for limit in TenantLimit::ALL {
-            let highest = ConstGauge::new(self.0.highest_use(limit));
+            let highest = ConstGauge::new(self.0.highest_usage(limit));
             highest.encode(family.encode_family(&[("limit", limit.option())])?)?;
         }
         Ok(())

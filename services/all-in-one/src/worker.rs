@@ -65,7 +65,7 @@ fn traces(filter: &str) -> anyhow::Result<Traces> {
 
 fn exit_code_of(error: &WorkerError) -> Exit {
     match error {
-        WorkerError::Refused(error) => match error.code {
+        WorkerError::Rejected(error) => match error.code {
             ErrorCode::Unauthorized | ErrorCode::Forbidden => Exit::NotPermitted,
             _ => Exit::Usage,
         },

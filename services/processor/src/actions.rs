@@ -10,7 +10,7 @@ use std::{
 use parking_lot::Mutex;
 use streamer_core::{ActionSpec, Clock, Timestamp, Violations};
 use streamer_handler::{DynHandler, Handlers};
-use streamer_proto::{common::v1::Action, internal::v1::OfferedAction};
+use streamer_proto::{common::v1::Action, internal::v1::ActionDeclaration};
 use streamer_rpc::{action_from_proto, action_to_proto};
 use streamer_store::{DeclaredAction, Store, StoreError};
 use tokio::sync::watch;
@@ -217,7 +217,7 @@ impl Actions {
     }
 
     /// Lists all actions, for routers.
-    pub(crate) fn list(&self) -> Vec<OfferedAction> {
+    pub(crate) fn list(&self) -> Vec<ActionDeclaration> {
         let declare = |spec: &ActionSpec| action_to_proto(spec, self.sync_threshold);
         let mut all: BTreeMap<ActionKey, Action> = {
             let saved = self.saved.lock();
@@ -233,7 +233,7 @@ impl Actions {
             let key = ActionKey { action: spec.name.clone(), tenant: None };
             all.insert(key, Action { available: true, ..declare(spec) });
         }
-        let offer = |(key, action): (ActionKey, _)| OfferedAction {
+        let offer = |(key, action): (ActionKey, _)| ActionDeclaration {
             action: Some(action),
             tenant_id: key.tenant.unwrap_or_default(),
         };

@@ -52,7 +52,7 @@ pub(crate) struct Environment {
     pub(crate) handlers: HandlerSpawner,
     pub(crate) history: Arc<dyn RequestHistory>,
     pub(crate) limits: Limits,
-    pub(crate) cancel_grace: Duration,
+    pub(crate) cancellation_grace_period: Duration,
 }
 
 /// An attempt to start or to resume.
@@ -304,7 +304,7 @@ impl Attempt<'_> {
                     outcome = Some(Outcome::Released(RequestError::new(ErrorCode::Unavailable, reason)));
                 }
                 () = self.handle.cancellation.cancelled(), if abort_at.is_none() => {
-                    abort_at = Some(Instant::now() + self.environment.cancel_grace);
+                    abort_at = Some(Instant::now() + self.environment.cancellation_grace_period);
                 }
                 Some(()) = grace, if handler_running => {
                     handler_running = false;

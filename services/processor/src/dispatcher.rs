@@ -9,8 +9,8 @@ use std::{collections::HashMap, sync::Arc, time::Duration};
 
 use parking_lot::Mutex;
 use streamer_core::{Clock, Timestamp, Uid};
-use streamer_handler::{OutputBudget, RequestHistory};
-use streamer_store::{Store, WaitingRequest};
+use streamer_handler::{MemoryBudget, RequestHistory};
+use streamer_store::{QueuedRequest, Store};
 use streamer_telemetry::Traces;
 use tokio::time::{Instant, MissedTickBehavior, interval, timeout, timeout_at};
 use tokio_util::{
@@ -37,7 +37,7 @@ use crate::{
 
 /// Maximum time to release running attempts when the processor stops.
 const RELEASE_TIMEOUT: Duration = Duration::from_secs(2);
-/// Interval between scans of the queue when `poll_queue` is off. A hint is lost if it arrives
+/// Interval between scans of the queue when `queue_polling` is off. A hint is lost if it arrives
 /// before the index shows its request, or at a processor that cannot run it.
 const FALLBACK_SCAN_INTERVAL: Duration = Duration::from_secs(30);
 /// Interval between measurements of the queue.
@@ -52,7 +52,7 @@ pub(crate) struct Parts {
     pub(crate) actions: Arc<Actions>,
     pub(crate) wakeup: Arc<Wakeup>,
     pub(crate) log: EventLogClient,
-    pub(crate) output_budget: Arc<OutputBudget>,
+    pub(crate) output_budget: Arc<MemoryBudget>,
     pub(crate) handlers: HandlerSpawner,
     pub(crate) metrics: ProcessorMetrics,
     pub(crate) traces: Traces,
@@ -66,7 +66,7 @@ pub(crate) struct Dispatcher {
     actions: Arc<Actions>,
     environment: Environment,
     /// Budget of reports that are not durable yet, shared by the attempts that run here.
-    output_budget: Arc<OutputBudget>,
+    output_budget: Arc<MemoryBudget>,
     metrics: ProcessorMetrics,
     traces: Traces,
     options: ProcessorOptions,
@@ -140,7 +140,7 @@ impl Dispatcher {
                 handlers,
                 history,
                 limits: options.limits,
-                cancel_grace: options.cancel_grace,
+                cancellation_grace_period: options.cancellation_grace_period,
             },
             output_budget,
             metrics,
@@ -167,7 +167,7 @@ impl Dispatcher {
 
     /// Returns the budget of reports that are not durable yet, shared by the attempts that run
     /// here.
-    pub(crate) fn output_budget(&self) -> &Arc<OutputBudget> {
+    pub(crate) fn output_budget(&self) -> &Arc<MemoryBudget> {
         &self.output_budget
     }
 
@@ -270,7 +270,7 @@ impl Dispatcher {
             stop_requested.cancelled().await;
             stopping.cancel();
         }));
-        let notifications = self.follow_queue_trigger(shutdown.clone());
+        let notifications = self.follow_queue_notifications(shutdown.clone());
         let stop_renewal = CancellationToken::new();
         let lease_renewal = tokio::spawn(self.clone().renew_leases_until(stop_renewal.clone()));
         let mut polls = interval(self.options.poll_interval);
@@ -284,7 +284,7 @@ impl Dispatcher {
                 () = self.wakeup.notified() => {}
                 () = tokio::time::sleep(delay) => self.wakeup.mark_scan_pending(),
                 _ = polls.tick() => {
-                    if self.options.poll_queue || last_scan.elapsed() >= FALLBACK_SCAN_INTERVAL {
+                    if self.options.queue_polling || last_scan.elapsed() >= FALLBACK_SCAN_INTERVAL {
                         last_scan = Instant::now();
                         self.wakeup.mark_scan_pending();
                     }
@@ -309,14 +309,14 @@ impl Dispatcher {
     }
 
     /// Follows the store's notifications of queued requests.
-    fn follow_queue_trigger(
+    fn follow_queue_notifications(
         self: &Arc<Self>,
         shutdown: CancellationToken,
     ) -> Option<AbortOnDropHandle<()>> {
-        let trigger = self.store.queue_trigger()?;
+        let trigger = self.store.queue_notifier()?;
         let dispatcher = self.clone();
-        let on_queued = Arc::new(move |request: WaitingRequest| {
-            let WaitingRequest { uid, action, tenant, not_before } = request;
+        let on_queued = Arc::new(move |request: QueuedRequest| {
+            let QueuedRequest { uid, action, tenant, not_before } = request;
             dispatcher.notify_queued(uid, &action, &tenant, Some(not_before));
         });
         let (name, clock) = (self.name.clone(), self.environment.clock.clone());

@@ -4,7 +4,7 @@ use std::sync::Arc;
 
 use prost::Message;
 use streamer_core::Uid;
-use streamer_handler::OutputBudget;
+use streamer_handler::MemoryBudget;
 use streamer_proto::{
     common::v1::{Event, event::Kind},
     internal::v1::{
@@ -26,7 +26,7 @@ const SMALL_BATCH_BYTES: usize = 64 * 1024;
 pub(crate) struct EventLogClient {
     client: EventLogServiceClient<Channel>,
     /// Budget of large batches in transit.
-    large: Arc<OutputBudget>,
+    large: Arc<MemoryBudget>,
 }
 
 impl EventLogClient {
@@ -35,7 +35,7 @@ impl EventLogClient {
             EventLogServiceClient::new(progress).max_encoding_message_size(max_batch_bytes);
         // Two tenants with the largest batches at the same time.
         let large =
-            OutputBudget::new(MAX_LARGE_BATCHES_BYTES.max(max_batch_bytes.saturating_mul(2)));
+            MemoryBudget::new(MAX_LARGE_BATCHES_BYTES.max(max_batch_bytes.saturating_mul(2)));
         Self { client, large }
     }
 

@@ -9,13 +9,13 @@ use streamer_core::{ActionSpec, ErrorCode, RequestError, Timestamp, Uid};
 use streamer_handler::{AttemptInfo, Context, DynHandler, ReportQueue};
 use streamer_proto::{
     internal::v1::{
-        ExecuteRequest, ExecuteResponse, FindActionRequest, FindActionResponse, OfferedAction,
-        SignalCancelRequest, SignalCancelResponse, WakeRequest, WakeResponse, WatchActionsRequest,
-        WatchActionsResponse, execution_service_server::ExecutionService,
+        ActionDeclaration, ExecuteRequest, ExecuteResponse, FindActionRequest, FindActionResponse,
+        NotifyQueuedRequest, NotifyQueuedResponse, SignalCancelRequest, SignalCancelResponse,
+        WatchActionsRequest, WatchActionsResponse, execution_service_server::ExecutionService,
     },
     millis,
 };
-use streamer_rpc::{NOT_TAKEN, json_payload, payload_into_parts, status};
+use streamer_rpc::{NOT_ADMITTED, json_payload, payload_into_parts, status};
 use streamer_telemetry::{InScope, Scope, TraceContext, is_sampled};
 use tokio::time::timeout;
 use tokio_stream::wrappers::WatchStream;
@@ -210,16 +210,19 @@ impl ExecutionService for ExecutionApi {
         }
     }
 
-    async fn wake(&self, request: Request<WakeRequest>) -> Result<Response<WakeResponse>, Status> {
+    async fn notify_queued(
+        &self,
+        request: Request<NotifyQueuedRequest>,
+    ) -> Result<Response<NotifyQueuedResponse>, Status> {
         let request = request.into_inner();
         let not_before = request.not_before.map(|at| Timestamp::from_millis(millis(&at)));
         let uid = parse_uid(&request.uid)?;
         let estimate =
             self.dispatcher.notify_queued(uid, &request.action, &request.tenant_id, not_before);
-        Ok(Response::new(WakeResponse {
+        Ok(Response::new(NotifyQueuedResponse {
             started: estimate.started,
             slots: i32::try_from(estimate.slots).unwrap_or(i32::MAX),
-            usual_run_ms: estimate
+            mean_run_ms: estimate
                 .mean_run_duration
                 .map(|mean| i64::try_from(mean.as_millis()).unwrap_or(i64::MAX)),
         }))
@@ -260,7 +263,7 @@ impl ExecutionService for ExecutionApi {
 }
 
 /// Splits a list into messages of bounded size: declarations can be large and numerous.
-fn split_list(actions: Vec<OfferedAction>) -> Vec<Result<WatchActionsResponse, Status>> {
+fn split_list(actions: Vec<ActionDeclaration>) -> Vec<Result<WatchActionsResponse, Status>> {
     let mut messages = vec![WatchActionsResponse::default()];
     let mut bytes = 0;
     for action in actions {
@@ -287,7 +290,7 @@ fn parse_uid(bytes: &[u8]) -> Result<Uid, Status> {
 
 /// Marks an error that occurred before the call was admitted.
 fn not_admitted(mut status: Status) -> Status {
-    status.metadata_mut().insert(NOT_TAKEN, MetadataValue::from_static("1"));
+    status.metadata_mut().insert(NOT_ADMITTED, MetadataValue::from_static("1"));
     status
 }
 

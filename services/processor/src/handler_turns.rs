@@ -239,8 +239,7 @@ mod tests {
     /// Ends a turn. Returns the number of the handler that is granted the next one.
     fn next(state: &mut State, name: &Arc<str>, took: Duration) -> Option<u64> {
         state.end(name, took);
-        let granted = state.granted.drain().next();
-        granted
+        state.granted.drain().next()
     }
 
     #[test]

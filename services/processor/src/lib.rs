@@ -39,7 +39,7 @@ use std::{sync::Arc, time::Duration};
 
 use streamer_auth::{AuthLayer, AuthService, Authenticator};
 use streamer_core::{Clock, Limits, Timestamp, Uid};
-use streamer_handler::{Handlers, OutputBudget};
+use streamer_handler::{Handlers, MemoryBudget};
 use streamer_proto::{
     internal::v1::execution_service_server::ExecutionServiceServer,
     processor::v1::worker_service_server::WorkerServiceServer,
@@ -72,7 +72,7 @@ pub struct ProcessorOptions {
     /// Duration of a lease; it expires unless renewed.
     pub lease: Duration,
     /// Time that a handler has to finish after cancellation is requested.
-    pub cancel_grace: Duration,
+    pub cancellation_grace_period: Duration,
     /// Interval between polls of the store for requests whose hint was lost.
     pub poll_interval: Duration,
     /// Time that running attempts have to finish when the processor stops.
@@ -84,7 +84,7 @@ pub struct ProcessorOptions {
     /// Actions that take less than this are sync.
     pub sync_threshold: Duration,
     /// Whether the queue is scanned at every poll, also without a hint.
-    pub poll_queue: bool,
+    pub queue_polling: bool,
     /// Whether other processors share the store: the actions of this one are then saved for the
     /// time when it is unavailable.
     pub shared: bool,
@@ -150,7 +150,7 @@ impl Processor {
         let worker_pool =
             Arc::new(WorkerPool::new(wakeup.clone(), options.lease, options.tenant_share));
         let actions = Arc::new(Actions::new(handlers, worker_pool.clone(), options.sync_threshold));
-        let output_budget = OutputBudget::new(options.max_buffered_output_bytes);
+        let output_budget = MemoryBudget::new(options.max_buffered_output_bytes);
         metrics.watch_output(&output_budget, options.max_buffered_output_bytes);
         let dispatcher = Arc::new(Dispatcher::new(dispatcher::Parts {
             name: name.clone(),

@@ -1,7 +1,7 @@
 //! Metrics of this service.
 
 use prometheus_client::metrics::{counter::Counter, gauge::Gauge, histogram::Histogram};
-use streamer_handler::OutputBudget;
+use streamer_handler::MemoryBudget;
 use streamer_telemetry::Metrics;
 
 #[derive(Clone)]
@@ -28,7 +28,8 @@ impl ProcessorMetrics {
     pub(crate) fn new(metrics: &Metrics) -> Self {
         let counter = |name, help| metrics.counter(name, help);
         Self {
-            running: metrics.gauge("streamer_processor_running", "Attempts in progress"),
+            running: metrics
+                .gauge("streamer_processor_attempts_in_progress", "Attempts in progress"),
             succeeded: counter(
                 "streamer_processor_succeeded",
                 "Requests that succeeded on this processor",
@@ -39,9 +40,9 @@ impl ProcessorMetrics {
                 "Requests that were cancelled on this processor",
             ),
             retried: counter("streamer_processor_retried", "Attempts that are retried"),
-            lost: counter("streamer_processor_lost", "Attempts that were fenced"),
+            lost: counter("streamer_processor_attempts_fenced", "Attempts that were fenced"),
             claims_missed: counter(
-                "streamer_processor_claims_missed",
+                "streamer_processor_claim_conflicts",
                 "Claims that failed because the request was claimed already",
             ),
             lease_expiries: counter(
@@ -49,11 +50,11 @@ impl ProcessorMetrics {
                 "Expired leases that this processor recovered",
             ),
             run_seconds: metrics.latency(
-                "streamer_processor_run_seconds",
+                "streamer_processor_attempt_duration_seconds",
                 "Time from the claim to the final event of an attempt",
             ),
             wait_seconds: metrics.latency(
-                "streamer_processor_wait_seconds",
+                "streamer_processor_queue_wait_seconds",
                 "Time from when a request is due to its claim",
             ),
             sync_calls: counter("streamer_processor_sync_calls", "Sync calls"),
@@ -76,7 +77,7 @@ impl ProcessorMetrics {
     }
 
     /// Exports the usage of the budget.
-    pub(crate) fn watch_output(&self, budget: &OutputBudget, limit: usize) {
+    pub(crate) fn watch_output(&self, budget: &MemoryBudget, limit: usize) {
         let number = |bytes: usize| i64::try_from(bytes).unwrap_or(i64::MAX);
         self.output_bytes_limit.set(number(limit));
         let gauge = self.output_bytes.clone();

@@ -26,7 +26,7 @@ pub(crate) struct RemoteHandler {
     assignment: Option<Assignment>,
     /// Holds the reason of a cancellation; `None` for sync actions.
     handle: Option<Arc<AttemptHandle>>,
-    cancel_grace: Duration,
+    cancellation_grace_period: Duration,
 }
 
 /// Fields of a task that its context does not contain.
@@ -41,11 +41,11 @@ impl RemoteHandler {
         task: RemoteTask,
         assignment: Option<Assignment>,
         handle: Option<Arc<AttemptHandle>>,
-        cancel_grace: Duration,
+        cancellation_grace_period: Duration,
     ) -> Self {
         let task = Arc::new(task);
         worker.assign(task.clone());
-        Self { worker, task, spec, assignment, handle, cancel_grace }
+        Self { worker, task, spec, assignment, handle, cancellation_grace_period }
     }
 
     fn assign(&self, context: &Context, payload: Bytes, assignment: &Assignment) -> bool {
@@ -139,7 +139,8 @@ impl RemoteHandler {
     async fn forward_cancellation(&self, context: &Context) {
         context.cancelled().await;
         let reason = self.handle.as_ref().and_then(|handle| handle.cancel_reason());
-        let cancel = self.task.set_cancel(reason.unwrap_or_default(), self.cancel_grace);
+        let cancel =
+            self.task.set_cancel(reason.unwrap_or_default(), self.cancellation_grace_period);
         self.worker.send(Message::Cancel(cancel));
         std::future::pending::<()>().await;
     }

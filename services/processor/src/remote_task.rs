@@ -12,7 +12,7 @@ use std::{
 
 use parking_lot::Mutex;
 use streamer_core::Uid;
-use streamer_handler::{OutputBudget, PauseGuard, ReportQueue, ReportSource, Reservation};
+use streamer_handler::{MemoryBudget, PauseGuard, ReportQueue, ReportSource, Reservation};
 use streamer_proto::processor::v1::{Acknowledgment, Cancel, Report, Resend, Revoke, report};
 use streamer_store::RequestRecord;
 use tokio::{
@@ -57,7 +57,7 @@ impl RemoteTask {
         record: &RequestRecord,
         received: i64,
         reports: Arc<ReportQueue>,
-        budget: &Arc<OutputBudget>,
+        budget: &Arc<MemoryBudget>,
     ) -> Self {
         reports.set_durable(received);
         let arrivals = Mutex::new(Arrivals::new(received));
@@ -70,7 +70,7 @@ impl RemoteTask {
     }
 
     /// Creates the task of a sync call.
-    pub(crate) fn sync(uid: Uid, action: &str, tenant: &str, budget: &Arc<OutputBudget>) -> Self {
+    pub(crate) fn sync(uid: Uid, action: &str, tenant: &str, budget: &Arc<MemoryBudget>) -> Self {
         let reports = Arc::new(ReportQueue::discarding());
         let buffer = ReportBuffer::new(budget.clone(), tenant);
         Self { sync: true, ..Self::begin(uid, 1, action, tenant, reports, buffer) }

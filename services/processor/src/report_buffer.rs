@@ -4,8 +4,8 @@
 use std::{collections::VecDeque, sync::Arc};
 
 use parking_lot::Mutex;
-use streamer_core::limits::{MAX_CONTENT_TYPE_BYTES, MAX_WAITING_REPORTS};
-use streamer_handler::{OutputBudget, Reservation};
+use streamer_core::limits::{MAX_CONTENT_TYPE_BYTES, MAX_PENDING_REPORTS};
+use streamer_handler::{MemoryBudget, Reservation};
 use streamer_proto::{
     common::v1::{Error, Payload, Progress, payload::Body},
     processor::v1::report::Kind,
@@ -14,7 +14,7 @@ use streamer_rpc::{compact_bytes, payload_bytes};
 use tokio::sync::Notify;
 
 /// Maximum number of pending progress and output reports.
-pub(crate) const MAX_REPORTS: usize = MAX_WAITING_REPORTS;
+pub(crate) const MAX_REPORTS: usize = MAX_PENDING_REPORTS;
 /// Bytes of those at which no more are accepted.
 pub(crate) const MAX_BYTES: usize = 1024 * 1024;
 /// Bytes of checkpoints between them at which no more are accepted.
@@ -30,7 +30,7 @@ pub(crate) struct ReportBuffer {
     state: Mutex<State>,
     filled: Notify,
     /// Budget shared by all attempts, and the tenant that uses it.
-    budget: Arc<OutputBudget>,
+    budget: Arc<MemoryBudget>,
     tenant: Arc<str>,
 }
 
@@ -63,7 +63,7 @@ pub(crate) struct Full;
 
 impl ReportBuffer {
     /// Creates a buffer that reserves the bytes of pending reports in `budget`, for this tenant.
-    pub(crate) fn new(budget: Arc<OutputBudget>, tenant: &str) -> Self {
+    pub(crate) fn new(budget: Arc<MemoryBudget>, tenant: &str) -> Self {
         Self { state: Mutex::default(), filled: Notify::new(), budget, tenant: tenant.into() }
     }
 
@@ -228,7 +228,7 @@ mod tests {
     }
 
     fn new_buffer() -> ReportBuffer {
-        ReportBuffer::new(OutputBudget::new(1 << 28), "acme")
+        ReportBuffer::new(MemoryBudget::new(1 << 28), "acme")
     }
 
     fn push(buffer: &ReportBuffer, kind: Kind) -> Result<(), Full> {
@@ -252,7 +252,7 @@ mod tests {
 
     #[tokio::test]
     async fn only_large_pending_reports_are_reserved() {
-        let budget = OutputBudget::new(1 << 28);
+        let budget = MemoryBudget::new(1 << 28);
         let buffer = ReportBuffer::new(budget.clone(), "acme");
         let large = progress(&"x".repeat(100_000));
         let checkpoint = Kind::Checkpoint(vec![0; 50_000].into());

@@ -18,12 +18,12 @@ use std::sync::Arc;
 
 use streamer_auth::{AuthLayer, AuthService};
 use streamer_core::{Clock, Limits, OpenWatches, Uid};
-use streamer_handler::OutputBudget;
+use streamer_handler::MemoryBudget;
 use streamer_proto::{
     internal::v1::event_log_service_server::EventLogServiceServer,
     progress::v1::progress_service_server::ProgressServiceServer,
 };
-use streamer_rpc::{Member, Members};
+use streamer_rpc::{Instance, Instances};
 use streamer_store::Store;
 use streamer_telemetry::Metrics;
 use tokio::sync::watch;
@@ -63,7 +63,7 @@ pub struct Ring {
     /// Name of this instance among the members.
     pub own: String,
     /// All instances, including this one.
-    pub members: Members,
+    pub members: Instances,
     /// Whether this instance is ready. While it is not, it rejects watches, which other members
     /// serve instead.
     pub serving: watch::Receiver<bool>,
@@ -71,7 +71,7 @@ pub struct Ring {
 
 impl Ring {
     /// Returns the instance that a request belongs to; `None` if that is this one.
-    fn owner(&self, uid: Uid) -> Option<Member> {
+    fn owner(&self, uid: Uid) -> Option<Instance> {
         self.members.owner(uid).filter(|member| *member.name != *self.own)
     }
 
@@ -118,7 +118,7 @@ impl Progress {
             max_unread_bytes,
             is_shared,
         } = dependencies;
-        let unread = OutputBudget::new(max_unread_bytes);
+        let unread = MemoryBudget::new(max_unread_bytes);
         metrics::observe_unread(&metrics, &unread, max_unread_bytes);
         let metrics = ProgressMetrics::new(&metrics);
         let topics = Arc::new(Topics::new(store.clone(), metrics.clone(), ring.clone(), is_shared));

@@ -12,7 +12,7 @@ use streamer_proto::{
     millis,
 };
 use streamer_rpc::{run_to_completion, status, store_status};
-use streamer_store::{Append, Appended, Store, Writer};
+use streamer_store::{Append, AppendOutcome, Store, Writer};
 use streamer_telemetry::trace_span;
 use tokio::time::Instant;
 use tonic::{Code, Request, Response, Status};
@@ -64,13 +64,13 @@ impl LogService {
             .await
             .map_err(|error| store_status(&error))?;
         match appended {
-            Appended::Applied { cancel_reason } => {
+            AppendOutcome::Applied { cancel_reason } => {
                 self.metrics.events.inc_by(request.events.len() as u64);
                 self.metrics.append_seconds.observe(start.elapsed().as_secs_f64());
                 self.topics.push(uid, &request.events);
                 Ok(PublishResponse { cancel_reason })
             }
-            Appended::Fenced { state, attempt: current, last_seq } => {
+            AppendOutcome::Fenced { state, attempt: current, last_seq } => {
                 self.metrics.fenced.inc();
                 Err(Status::new(
                     Code::Aborted,
@@ -80,7 +80,7 @@ impl LogService {
                     ),
                 ))
             }
-            Appended::NotFound => {
+            AppendOutcome::NotFound => {
                 self.metrics.fenced.inc();
                 Err(Status::new(Code::Aborted, "request not found (deleted)"))
             }

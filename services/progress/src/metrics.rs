@@ -3,7 +3,7 @@
 use std::sync::atomic::AtomicU64;
 
 use prometheus_client::metrics::{counter::Counter, gauge::Gauge, histogram::Histogram};
-use streamer_handler::OutputBudget;
+use streamer_handler::MemoryBudget;
 use streamer_telemetry::Metrics;
 
 #[derive(Clone)]
@@ -21,7 +21,7 @@ pub(crate) struct ProgressMetrics {
 }
 
 /// Exports the use and the limit of the budget for unread messages.
-pub(crate) fn observe_unread(metrics: &Metrics, budget: &OutputBudget, limit: usize) {
+pub(crate) fn observe_unread(metrics: &Metrics, budget: &MemoryBudget, limit: usize) {
     let number = |bytes: usize| i64::try_from(bytes).unwrap_or(i64::MAX);
     let name = "streamer_progress_unread_watch_bytes";
     let gauge =

@@ -7,8 +7,8 @@ use std::sync::Arc;
 use futures_util::stream::{self, BoxStream, StreamExt};
 use prost::Message;
 use streamer_auth::Principal;
-use streamer_core::OpenWatch;
-use streamer_handler::{OutputBudget, Reservation};
+use streamer_core::WatchPermit;
+use streamer_handler::{MemoryBudget, Reservation};
 use streamer_proto::progress::v1::WatchResponse;
 use tonic::Status;
 
@@ -17,12 +17,12 @@ const UNCOUNTED_BYTES: usize = 16 * 1024;
 
 /// Budget of one watcher for unread messages. All watchers of a user share one part of the total budget.
 pub(crate) struct UnreadBudget {
-    budget: Arc<OutputBudget>,
+    budget: Arc<MemoryBudget>,
     user: Arc<str>,
 }
 
 impl UnreadBudget {
-    pub(crate) fn for_user(budget: &Arc<OutputBudget>, principal: &Principal) -> Self {
+    pub(crate) fn for_user(budget: &Arc<MemoryBudget>, principal: &Principal) -> Self {
         // Neither name contains control characters.
         let user = format!("{}\n{}", principal.tenant, principal.user);
         Self { budget: budget.clone(), user: user.into() }
@@ -45,7 +45,7 @@ impl UnreadBudget {
 /// Relays a watch of another instance, which counts as open while this stream exists.
 pub(crate) fn relay(
     watch: BoxStream<'static, Result<WatchResponse, Status>>,
-    open_watch: Option<OpenWatch>,
+    open_watch: Option<WatchPermit>,
     budget: Option<UnreadBudget>,
 ) -> BoxStream<'static, Result<WatchResponse, Status>> {
     let state = (watch, open_watch, budget, Reservation::default());

@@ -10,7 +10,7 @@ use futures_util::stream::BoxStream;
 use parking_lot::Mutex;
 use streamer_auth::{Caller, Principal};
 use streamer_core::{Limits, OpenWatches, Uid, Violations, validate};
-use streamer_handler::OutputBudget;
+use streamer_handler::MemoryBudget;
 use streamer_proto::{
     common::v1::Event,
     progress::v1::{
@@ -19,10 +19,10 @@ use streamer_proto::{
     },
 };
 use streamer_rpc::{
-    FORWARDED, Member, WATCH_COUNTED, encode_event, not_found, status, store_status,
+    FORWARDED, Instance, WATCH_COUNTED, encode_event, not_found, status, store_status,
     validation_status, with_authorization,
 };
-use streamer_store::{Owner, RequestRecord, Store, StoreError, find_by_name};
+use streamer_store::{Owner, RequestRecord, Store, StoreError, find_by_client_id_or_uid};
 use tokio::{sync::OnceCell, time::timeout};
 use tonic::{Code, Request, Response, Status, metadata::MetadataValue};
 
@@ -48,7 +48,7 @@ pub struct WatchService {
     ring: Option<Ring>,
     limits: Limits,
     open_watches: Arc<OpenWatches>,
-    unread: Arc<OutputBudget>,
+    unread: Arc<MemoryBudget>,
     lookups: PendingLookups,
 }
 
@@ -69,7 +69,7 @@ impl WatchService {
         ring: Option<Ring>,
         limits: Limits,
         open_watches: Arc<OpenWatches>,
-        unread: Arc<OutputBudget>,
+        unread: Arc<MemoryBudget>,
     ) -> Self {
         Self { topics, store, ring, limits, open_watches, unread, lookups: Mutex::default() }
     }
@@ -92,7 +92,7 @@ impl WatchService {
                 uid
             }
         };
-        let Some(owner) = ring.owner(uid).filter(Member::seems_up) else { return Ok(None) };
+        let Some(owner) = ring.owner(uid).filter(Instance::is_reachable) else { return Ok(None) };
         let mut watch = with_authorization(watch, caller.authorization.clone());
         watch.metadata_mut().insert(FORWARDED, MetadataValue::from_static("1"));
         let mut client = ProgressServiceClient::new(owner.watch_channel())
@@ -116,7 +116,7 @@ impl WatchService {
         if let Ok(uid) = name.parse::<Uid>()
             && let Some(subscription) = self.topics.subscribe_loaded(uid)
             && let Some(request) = subscription.topic.snapshot()
-            && principal.may_read(&request.tenant_id, &request.user_id)
+            && principal.can_read(&request.tenant_id, &request.user_id)
         {
             return Ok(subscription);
         }
@@ -145,7 +145,7 @@ impl WatchService {
             }
         };
         let query = || async {
-            let record = find_by_name(&*self.store, &key.0, name).await?;
+            let record = find_by_client_id_or_uid(&*self.store, &key.0, name).await?;
             let resolved =
                 |record: RequestRecord| ResolvedRequest { uid: record.uid, owner: record.owner };
             Ok::<_, StoreError>(record.map(resolved))
@@ -165,7 +165,7 @@ impl WatchService {
             }
         }
         match result.map_err(|error| store_status(&error))? {
-            Some(found) if principal.may_read(&found.owner.tenant, &found.owner.user) => {
+            Some(found) if principal.can_read(&found.owner.tenant, &found.owner.user) => {
                 Ok(found.uid)
             }
             _ => Err(not_found(name)),
@@ -182,7 +182,7 @@ impl WatchService {
         let uid = request.request_id.parse().ok()?;
         let topic = self.topics.subscribe_loaded(uid)?.topic;
         let snapshot = topic.snapshot()?;
-        if !principal.may_read(&snapshot.tenant_id, &snapshot.user_id) {
+        if !principal.can_read(&snapshot.tenant_id, &snapshot.user_id) {
             return None;
         }
         match topic.read(request.after_seq, limit, MAX_PAGE_BYTES) {

@@ -4,7 +4,7 @@ use std::sync::Arc;
 
 use futures_util::stream::{self, BoxStream};
 use prometheus_client::metrics::gauge::Gauge;
-use streamer_core::OpenWatch;
+use streamer_core::WatchPermit;
 use streamer_handler::Reservation;
 use streamer_proto::{
     common::v1::{Event, PayloadEncoding},
@@ -38,7 +38,7 @@ pub(crate) struct Watcher {
     ended: bool,
     _gauge: GaugeGuard,
     /// Counts as an open watch of the user; `None` if a gateway counts it.
-    _open_watch: Option<OpenWatch>,
+    _open_watch: Option<WatchPermit>,
     /// `None` for a watch of a gateway.
     budget: Option<UnreadBudget>,
     /// Reservation of the last message, which the client may not have read.
@@ -68,7 +68,7 @@ impl Watcher {
         topics: Arc<Topics>,
         store: Arc<dyn Store>,
         request: &WatchRequest,
-        (open_watch, budget): (Option<OpenWatch>, Option<UnreadBudget>),
+        (open_watch, budget): (Option<WatchPermit>, Option<UnreadBudget>),
     ) -> Self {
         let watchers = topics.metrics().watchers.clone();
         watchers.inc();
@@ -239,7 +239,7 @@ mod tests {
     #[tokio::test]
     async fn an_outcome_only_watch_receives_only_the_terminal_event() {
         let data = tempfile::tempdir().unwrap();
-        let store = open(&Engine::Embedded { data: data.path().to_owned() }).unwrap();
+        let store = open(&Engine::Sqlite { data: data.path().to_owned() }).unwrap();
         let metrics = ProgressMetrics::new(&Metrics::new());
         let topics = Arc::new(Topics::new(store.clone(), metrics, None, false));
         let uid = Uid::new(Timestamp::default());

@@ -44,8 +44,10 @@ pub(crate) fn parse(
         validate::at_most(content_type.len(), content_type_limit, "content type"),
     );
     let payload_limit = server_limits.max_payload_bytes;
-    violations
-        .check("payload", validate::at_most(data.len(), payload_limit, server_limits.payload_rule));
+    violations.check(
+        "payload",
+        validate::at_most(data.len(), payload_limit, server_limits.payload_option),
+    );
     if content_type == JSON {
         violations.check("payload", well_formed_json(&data).map(drop));
     }

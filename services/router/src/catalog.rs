@@ -11,9 +11,9 @@ use parking_lot::{Mutex, RwLock};
 use streamer_core::{ErrorCode, RequestError, Timestamp, Violations, retry};
 use streamer_proto::{
     common::v1::Action,
-    internal::v1::{OfferedAction, WatchActionsRequest},
+    internal::v1::{ActionDeclaration, WatchActionsRequest},
 };
-use streamer_rpc::{Member, status};
+use streamer_rpc::{Instance, status};
 use streamer_store::{DeclaredAction, Store};
 use tokio::{
     sync::watch,
@@ -194,7 +194,7 @@ impl Catalog {
             Ok(declared) => {
                 let offered = declared.into_iter().map(|DeclaredAction { tenant, action }| {
                     let tenant_id = tenant.unwrap_or_default();
-                    OfferedAction { action: Some(action), tenant_id }
+                    ActionDeclaration { action: Some(action), tenant_id }
                 });
                 self.record_list(&STORED_LIST.into(), offered.collect());
             }
@@ -213,7 +213,7 @@ impl Catalog {
     fn follow_member(
         self: &Arc<Self>,
         upstreams: Arc<Upstreams>,
-        member: Member,
+        member: Instance,
     ) -> JoinHandle<()> {
         let catalog = self.clone();
         tokio::spawn(async move {
@@ -242,7 +242,7 @@ impl Catalog {
         })
     }
 
-    async fn follow_once(&self, upstreams: &Upstreams, member: &Member) -> Result<(), Status> {
+    async fn follow_once(&self, upstreams: &Upstreams, member: &Instance) -> Result<(), Status> {
         let mut client = upstreams.processor(member);
         let mut lists = client.watch_actions(WatchActionsRequest {}).await?.into_inner();
         let mut actions = Vec::new();
@@ -273,7 +273,7 @@ impl Catalog {
 
     /// Moves the actions of removed processors to the stored list: they remain declared and become
     /// unavailable.
-    fn retire_removed(&self, all: &[Member]) {
+    fn retire_removed(&self, all: &[Instance]) {
         let mut lists = self.lists.lock();
         let is_known =
             |name: &str| name == STORED_LIST || all.iter().any(|member| *member.name == *name);
@@ -304,9 +304,9 @@ impl Catalog {
     }
 
     /// Replaces the list of a processor.
-    fn record_list(&self, from: &Arc<str>, list: Vec<OfferedAction>) {
+    fn record_list(&self, from: &Arc<str>, list: Vec<ActionDeclaration>) {
         let by_name = self.by_name.read().clone();
-        let listed = list.into_iter().filter_map(|OfferedAction { action, tenant_id }| {
+        let listed = list.into_iter().filter_map(|ActionDeclaration { action, tenant_id }| {
             let action = action?;
             let entry = by_name.get(&action.name).and_then(|by_tenant| by_tenant.get(&tenant_id));
             let schema = self.schema_of(&action, &tenant_id, entry.map(|entry| &**entry));
@@ -419,9 +419,9 @@ mod tests {
 
     use super::*;
 
-    fn offered(name: &str) -> OfferedAction {
+    fn offered(name: &str) -> ActionDeclaration {
         let action = Action { name: name.into(), available: true, ..Action::default() };
-        OfferedAction { action: Some(action), tenant_id: String::new() }
+        ActionDeclaration { action: Some(action), tenant_id: String::new() }
     }
 
     #[tokio::test(start_paused = true)]

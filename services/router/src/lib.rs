@@ -31,7 +31,7 @@ use streamer_proto::{
     longrunning::operations_server::OperationsServer,
     router::v1::router_service_server::RouterServiceServer,
 };
-use streamer_rpc::{Channel, Members};
+use streamer_rpc::{Channel, Instances};
 use streamer_store::Store;
 use streamer_telemetry::Metrics;
 use tokio_util::sync::CancellationToken;
@@ -47,7 +47,7 @@ use crate::{
     upstreams::Upstreams,
 };
 
-pub use submission_rates::{AdmissionApi, OtherRouters};
+pub use submission_rates::{AdmissionApi, PeerRouters};
 
 /// Dependencies of the router.
 pub struct Dependencies {
@@ -58,7 +58,7 @@ pub struct Dependencies {
     /// Authenticates calls to the public services.
     pub auth: AuthLayer,
     /// The processors' internal services.
-    pub processors: Members,
+    pub processors: Instances,
     /// Channel to the internal service of progress.
     pub event_log: Channel,
     /// Channel to the public service of progress.
@@ -70,7 +70,7 @@ pub struct Dependencies {
     /// Rate limits and quotas of tenants and users.
     pub tenant_limits: LimitsByTenant,
     /// All routers; `None` if this is the only one.
-    pub others: Option<OtherRouters>,
+    pub others: Option<PeerRouters>,
     /// Whether processors are notified of new requests.
     pub hints: bool,
 }
@@ -90,7 +90,7 @@ pub struct Router {
     pub operations: AuthService<OperationsServer<OperationsApi>>,
     /// The API for other routers, `streamer.internal.v1`.
     pub internal: AdmissionServiceServer<AdmissionApi>,
-    others: Option<OtherRouters>,
+    others: Option<PeerRouters>,
     service: Arc<RequestService>,
 }
 

@@ -3,7 +3,7 @@
 use std::time::Duration;
 
 use streamer_core::{RequestState, Timestamp};
-use streamer_proto::{common::v1::QueuePosition, internal::v1::WakeResponse, timestamp};
+use streamer_proto::{common::v1::QueuePosition, internal::v1::NotifyQueuedResponse, timestamp};
 use streamer_store::{QueueAhead, RequestRecord, Store, StoreError};
 
 /// Maximum number of preceding requests that a query counts: of the same tenant, and of all other tenants.
@@ -15,7 +15,7 @@ pub(crate) const MAX_AHEAD_OF_NEW: usize = 100;
 pub(crate) async fn compute(
     store: &dyn Store,
     record: &RequestRecord,
-    estimate: Option<&WakeResponse>,
+    estimate: Option<&NotifyQueuedResponse>,
     now: Timestamp,
     max_ahead: usize,
 ) -> Result<Option<QueuePosition>, StoreError> {
@@ -31,7 +31,7 @@ pub(crate) async fn compute(
 
 fn to_proto(
     ahead: QueueAhead,
-    estimate: Option<&WakeResponse>,
+    estimate: Option<&NotifyQueuedResponse>,
     now: Timestamp,
     max_ahead: usize,
 ) -> QueuePosition {
@@ -47,7 +47,11 @@ fn to_proto(
 
 /// Estimates the wait, assuming that half of the other tenants' requests start first and that the slots share the
 /// work equally.
-fn estimate_wait(ahead: QueueAhead, estimate: &WakeResponse, max_ahead: usize) -> Option<Duration> {
+fn estimate_wait(
+    ahead: QueueAhead,
+    estimate: &NotifyQueuedResponse,
+    max_ahead: usize,
+) -> Option<Duration> {
     if estimate.started {
         return Some(Duration::ZERO);
     }
@@ -56,7 +60,7 @@ fn estimate_wait(ahead: QueueAhead, estimate: &WakeResponse, max_ahead: usize) -
     if ahead.own >= counted || ahead.others >= counted {
         return None;
     }
-    let mean_run = Duration::from_millis(u64::try_from(estimate.usual_run_ms?).unwrap_or(0));
+    let mean_run = Duration::from_millis(u64::try_from(estimate.mean_run_ms?).unwrap_or(0));
     // All slots are occupied: half a run on average remains, followed by the preceding requests.
     let before = ahead.own as f64 + ahead.others as f64 / 2.0;
     Some(mean_run.mul_f64(0.5 + before / f64::from(slots)))
@@ -66,8 +70,8 @@ fn estimate_wait(ahead: QueueAhead, estimate: &WakeResponse, max_ahead: usize) -
 mod tests {
     use super::*;
 
-    fn estimate(started: bool, slots: i32, usual_run_ms: Option<i64>) -> WakeResponse {
-        WakeResponse { started, slots, usual_run_ms }
+    fn estimate(started: bool, slots: i32, mean_run_ms: Option<i64>) -> NotifyQueuedResponse {
+        NotifyQueuedResponse { started, slots, mean_run_ms }
     }
 
     #[test]

@@ -4,7 +4,7 @@ use std::time::Duration;
 
 use streamer_core::{LimitsByTenant, RequestError, TenantLimit};
 use streamer_rpc::status;
-use streamer_store::{Quota, QuotaUse};
+use streamer_store::{Quota, QuotaUsage};
 use tonic::Status;
 
 /// Retry delay that a caller with a full queue receives.
@@ -21,12 +21,12 @@ pub(crate) fn for_tenant(limits: &LimitsByTenant, tenant: &str) -> Quota {
 }
 
 /// Records how much of a quota is used.
-pub(crate) fn record_usage(limits: &LimitsByTenant, quota: &Quota, used: QuotaUse) {
-    let QuotaUse { queued_of_tenant, queued_of_user, stored_bytes_of_tenant } = used;
-    limits.note_use(TenantLimit::QueuedPerTenant, queued_of_tenant, quota.queued_of_tenant);
-    limits.note_use(TenantLimit::QueuedPerUser, queued_of_user, quota.queued_of_user);
+pub(crate) fn record_usage(limits: &LimitsByTenant, quota: &Quota, used: QuotaUsage) {
+    let QuotaUsage { queued_of_tenant, queued_of_user, stored_bytes_of_tenant } = used;
+    limits.record_usage(TenantLimit::QueuedPerTenant, queued_of_tenant, quota.queued_of_tenant);
+    limits.record_usage(TenantLimit::QueuedPerUser, queued_of_user, quota.queued_of_user);
     let of = quota.stored_bytes_of_tenant;
-    limits.note_use(TenantLimit::StoredBytesPerTenant, stored_bytes_of_tenant, of);
+    limits.record_usage(TenantLimit::StoredBytesPerTenant, stored_bytes_of_tenant, of);
 }
 
 /// Returns the status for a request that exceeds the quota.

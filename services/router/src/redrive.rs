@@ -173,7 +173,7 @@ fn parse_query(
     let until = request.create_time_until.as_ref().map(time).map(Uid::first_of);
     ensure_valid(&violations)?;
     let principal = &caller.principal;
-    let is_tenant_wide = principal.may(permissions::REQUESTS_WRITE);
+    let is_tenant_wide = principal.has_permission(permissions::REQUESTS_WRITE);
     let query = ListRequests {
         tenant: principal.tenant.clone(),
         user: (!is_tenant_wide).then(|| principal.user.clone()),

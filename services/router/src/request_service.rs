@@ -11,7 +11,7 @@ use streamer_proto::{
     common::v1::{
         Action, Payload, QueuePosition, Request, RequestState, event::Kind, payload::Body,
     },
-    internal::v1::{ExecuteRequest, WakeResponse},
+    internal::v1::{ExecuteRequest, NotifyQueuedResponse},
     router::v1::{
         Acknowledgment, Completed, SubmitRequest, SubmitResponse, submit_response::Outcome,
     },
@@ -21,7 +21,7 @@ use streamer_rpc::{
 };
 use streamer_store::{
     CancelOutcome, CreateOutcome, DeleteOutcome, ListRequests, NewRequest, Owner, RequestPage,
-    RequestRecord, Store, StoredPayload, find_by_name,
+    RequestRecord, Store, StoredPayload, find_by_client_id_or_uid,
 };
 use streamer_telemetry::{TraceContext, trace_span};
 use tokio::time::Instant;
@@ -68,7 +68,7 @@ pub(crate) struct StoredRequest {
     /// Whether an earlier submission stored it.
     pub(crate) duplicate: bool,
     /// Estimate of the processors; `None` if none was asked or none answered.
-    pub(crate) queue_estimate: Option<WakeResponse>,
+    pub(crate) queue_estimate: Option<NotifyQueuedResponse>,
 }
 
 /// The access to a request that a caller needs.
@@ -333,7 +333,7 @@ impl RequestService {
             }
             CreateOutcome::OverQuota(limit) => {
                 self.metrics.refused.inc();
-                self.tenant_limits.note_use(limit, 1, 1);
+                self.tenant_limits.record_usage(limit, 1, 1);
                 Err(quota::exceeded(limit, &quota))
             }
             CreateOutcome::Conflict(record) => Err(status(&RequestError::new(
@@ -354,24 +354,24 @@ impl RequestService {
         name: &str,
         access: Access,
     ) -> Result<RequestRecord, Status> {
-        caller.note_subject(|| Subject::named(name));
+        caller.set_audit_subject(|| Subject::named(name));
         let mut violations = Violations::default();
         violations.check("request_id", validate::request_id(name));
         ensure_valid(&violations)?;
-        let found = find_by_name(&*self.store, &owner(caller), name).await;
+        let found = find_by_client_id_or_uid(&*self.store, &owner(caller), name).await;
         let principal = &caller.principal;
         let Some(record) = found.map_err(|error| store_status(&error))? else {
             return Err(not_found(name));
         };
         let Owner { tenant, user } = &record.owner;
-        let may_write = principal.may_write(tenant, user);
+        let can_write = principal.can_write(tenant, user);
         // A caller with write access may learn that the request exists.
-        let may_see = principal.may_read(tenant, user) || access == Access::Write && may_write;
+        let may_see = principal.can_read(tenant, user) || access == Access::Write && can_write;
         if !may_see {
             return Err(not_found(name));
         }
-        caller.note_subject(|| Subject { owner: Some(user.clone()), ..Subject::named(name) });
-        if access == Access::Write && !may_write {
+        caller.set_audit_subject(|| Subject { owner: Some(user.clone()), ..Subject::named(name) });
+        if access == Access::Write && !can_write {
             return Err(forbidden("requests:write"));
         }
         Ok(record)

@@ -16,7 +16,7 @@ use streamer_proto::{
     },
 };
 use streamer_rpc::{
-    REPEATED, REQUEST_UID, RouteKey, encode_payload, request_to_proto, state_from_proto,
+    PREVIOUS_ATTEMPTS, REQUEST_UID, RouteKey, encode_payload, request_to_proto, state_from_proto,
     validation_status, with_authorization,
 };
 use streamer_store::{ListRequests, RequestPage};
@@ -191,11 +191,11 @@ pub(crate) fn list_scope(
 ) -> Result<(String, Option<String>), Status> {
     let Principal { tenant: own, user, .. } = &*caller.principal;
     if tenant.is_empty() {
-        let is_tenant_wide = caller.principal.may(permissions::REQUESTS_READ);
+        let is_tenant_wide = caller.principal.has_permission(permissions::REQUESTS_READ);
         return Ok((own.clone(), (!is_tenant_wide).then(|| user.clone())));
     }
-    caller.note_subject(|| Subject::named(&tenant));
-    if caller.principal.may(permissions::OPERATOR) {
+    caller.set_audit_subject(|| Subject::named(&tenant));
+    if caller.principal.has_permission(permissions::OPERATOR) {
         Ok((tenant, None))
     } else {
         Err(forbidden(permissions::OPERATOR))
@@ -269,5 +269,5 @@ fn into_events(
 /// calls of other callers.
 fn preassigned_uid<T>(request: &Request<T>) -> Option<PreassignedUid> {
     let uid = request.metadata().get(REQUEST_UID)?.to_str().ok()?.parse().ok()?;
-    Some(PreassignedUid { uid, is_retry: request.metadata().contains_key(REPEATED) })
+    Some(PreassignedUid { uid, is_retry: request.metadata().contains_key(PREVIOUS_ATTEMPTS) })
 }

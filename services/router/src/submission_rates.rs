@@ -25,7 +25,7 @@ use tokio::time::sleep;
 use tonic::Status;
 
 pub(crate) use reports::exchange_reports;
-pub use reports::{AdmissionApi, OtherRouters};
+pub use reports::{AdmissionApi, PeerRouters};
 
 /// Maximum number of tenants, and of users, whose rates are tracked. An evicted one restarts with a full burst.
 const MAX_TRACKED: usize = 100_000;
@@ -161,7 +161,7 @@ impl SubmissionRates {
         entry.limiter.set_rate(share, share.saturating_mul(BURST_SECONDS));
         let admitted = entry.limiter.admit(now);
         let (used, of) = entry.limiter.used_of_burst(now);
-        self.limits.note_use(limit, used, of);
+        self.limits.record_usage(limit, used, of);
         admitted.map_err(|wait| Excess { limit, per_second, share, wait })?;
         if routers > 1 {
             entry.admitted = entry.admitted.saturating_add(1);

@@ -17,15 +17,15 @@ use streamer_core::{Limits, Timestamp, Uid};
 use streamer_proto::{
     common::v1::{Event, Payload, Request},
     internal::v1::{
-        AnnounceRequest, ExecuteRequest, FindActionRequest, SignalCancelRequest, WakeRequest,
-        WakeResponse, event_log_service_client::EventLogServiceClient,
+        AnnounceRequest, ExecuteRequest, FindActionRequest, NotifyQueuedRequest,
+        NotifyQueuedResponse, SignalCancelRequest, event_log_service_client::EventLogServiceClient,
         execution_service_client::ExecutionServiceClient,
     },
     progress::v1::progress_service_client::ProgressServiceClient,
     timestamp,
 };
 use streamer_rpc::{
-    Channel, Member, Members, NOT_TAKEN, is_unsent, with_authorization, with_route,
+    Channel, Instance, Instances, NOT_ADMITTED, is_safe_to_retry, with_authorization, with_route,
 };
 use streamer_store::RequestRecord;
 use tokio::{sync::Semaphore, time::timeout};
@@ -42,7 +42,7 @@ const MAX_NOTIFIED: usize = 3;
 
 /// Processors and progress, as the router calls them.
 pub(crate) struct Upstreams {
-    pub(crate) processors: Members,
+    pub(crate) processors: Instances,
     event_log: EventLogServiceClient<Channel>,
     progress: ProgressServiceClient<Channel>,
     limits: Limits,
@@ -54,7 +54,7 @@ pub(crate) struct Upstreams {
 
 impl Upstreams {
     pub(crate) fn new(
-        processors: Members,
+        processors: Instances,
         event_log: Channel,
         progress: Channel,
         limits: Limits,
@@ -72,7 +72,7 @@ impl Upstreams {
         }
     }
 
-    pub(crate) fn processor(&self, member: &Member) -> ExecutionServiceClient<Channel> {
+    pub(crate) fn processor(&self, member: &Instance) -> ExecutionServiceClient<Channel> {
         ExecutionServiceClient::new(member.channel.clone())
             // A declared action may be larger than a payload.
             .max_decoding_message_size(self.limits.max_worker_message_bytes())
@@ -81,7 +81,7 @@ impl Upstreams {
 
     /// Returns the processors with these names, or all if none matches, in the order in which to call
     /// them.
-    fn candidates(&self, names: &[Arc<str>]) -> Vec<Member> {
+    fn candidates(&self, names: &[Arc<str>]) -> Vec<Instance> {
         let all = self.processors.all();
         if all.len() == 1 {
             return all.to_vec();
@@ -95,8 +95,8 @@ impl Upstreams {
             let start = self.rotation.fetch_add(1, Ordering::Relaxed) % found.len();
             found.rotate_left(start);
             // Unhealthy processors are called only if none is healthy.
-            if found.iter().any(Member::seems_up) {
-                found.retain(Member::seems_up);
+            if found.iter().any(Instance::is_reachable) {
+                found.retain(Instance::is_reachable);
             }
         }
         found
@@ -123,12 +123,12 @@ impl Upstreams {
             let call = with_authorization(message, authorization.clone());
             match self.processor(&member).execute(call).await {
                 Ok(response) => return Ok(response.into_inner().result),
-                Err(status) if is_unsent(&status) => {
+                Err(status) if is_safe_to_retry(&status) => {
                     member.note(false);
                     last = Some(status);
                 }
-                Err(mut status) if status.metadata().contains_key(NOT_TAKEN) => {
-                    status.metadata_mut().remove(NOT_TAKEN);
+                Err(mut status) if status.metadata().contains_key(NOT_ADMITTED) => {
+                    status.metadata_mut().remove(NOT_ADMITTED);
                     last = Some(status);
                 }
                 Err(status) => return Err(status),
@@ -180,20 +180,22 @@ impl Upstreams {
         record: &RequestRecord,
         not_before: Option<Timestamp>,
         processors: &[Arc<str>],
-    ) -> Option<WakeResponse> {
+    ) -> Option<NotifyQueuedResponse> {
         if !self.hints {
             return None;
         }
         let uid = record.uid;
-        let request = WakeRequest {
+        let request = NotifyQueuedRequest {
             uid: uid.to_bytes().to_vec().into(),
             action: record.action.clone(),
             tenant_id: record.owner.tenant.clone(),
             not_before: not_before.map(|at| timestamp(at.as_millis())),
         };
-        let mut estimate: Option<WakeResponse> = None;
+        let mut estimate: Option<NotifyQueuedResponse> = None;
         for member in self.candidates(processors).into_iter().take(MAX_NOTIFIED) {
-            match timeout(HINT_TIMEOUT, self.processor(&member).wake(request.clone())).await {
+            match timeout(HINT_TIMEOUT, self.processor(&member).notify_queued(request.clone()))
+                .await
+            {
                 Ok(Ok(response)) => {
                     let response = response.into_inner();
                     let done = response.started || not_before.is_some();
@@ -234,11 +236,14 @@ impl Upstreams {
 }
 
 /// Merges the estimates of several processors.
-fn merge_estimates(merged: Option<WakeResponse>, response: WakeResponse) -> WakeResponse {
+fn merge_estimates(
+    merged: Option<NotifyQueuedResponse>,
+    response: NotifyQueuedResponse,
+) -> NotifyQueuedResponse {
     let Some(merged) = merged else { return response };
-    WakeResponse {
+    NotifyQueuedResponse {
         started: merged.started || response.started,
         slots: merged.slots.saturating_add(response.slots),
-        usual_run_ms: response.usual_run_ms.or(merged.usual_run_ms),
+        mean_run_ms: response.mean_run_ms.or(merged.mean_run_ms),
     }
 }

@@ -19,7 +19,7 @@ impl Service<Request<()>> for NeverResponds {
     fn call(&mut self, request: Request<()>) -> Self::Future {
         let caller = request.extensions().get::<Caller>().cloned();
         Box::pin(async move {
-            caller.unwrap().note_subject(|| Subject::named("r"));
+            caller.unwrap().set_audit_subject(|| Subject::named("r"));
             std::future::pending().await
         })
     }

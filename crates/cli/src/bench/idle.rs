@@ -58,7 +58,7 @@ async fn open(target: &LoadTarget, connections: usize) -> anyhow::Result<Vec<Ses
         }
         let (url, token) = (target.url.clone(), target.token.clone());
         opening.spawn(async move {
-            let mut session = Session::connect_with_buffers(&url, &token, READ_BUFFER).await?;
+            let mut session = Session::connect_with_read_buffer(&url, &token, READ_BUFFER).await?;
             session.next_text().await?;
             Ok(session)
         });

@@ -78,7 +78,7 @@ impl Report {
         }
         for (name, counter) in [
             ("events delivered late", "streamer_progress_missed_events_total"),
-            ("attempts lost", "streamer_processor_lost_total"),
+            ("attempts lost", "streamer_processor_attempts_fenced_total"),
         ] {
             let count: u64 = server.metric(counter).await?;
             self.figure(name, count, "");

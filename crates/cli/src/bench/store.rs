@@ -74,7 +74,7 @@ pub(super) async fn run(
 
 /// Creates the requests in the store, with several writers.
 async fn fill(data: &Path, finished: usize, queued: usize) -> anyhow::Result<()> {
-    let store = streamer_store::open(&Engine::Embedded { data: data.to_owned() })?;
+    let store = streamer_store::open(&Engine::Sqlite { data: data.to_owned() })?;
     let mut writers = JoinSet::new();
     for position in 0..WRITERS {
         let share = |total: usize| total / WRITERS + usize::from(position < total % WRITERS);

@@ -114,8 +114,10 @@ pub(crate) struct StoredEvent {
 
 impl StoredEvent {
     pub(crate) fn new(event: &Event) -> Result<Self, StoreError> {
-        let rejected =
-            |reason: &str| StoreError::Refused { doing: "storing an event", reason: reason.into() };
+        let rejected = |reason: &str| StoreError::Rejected {
+            doing: "storing an event",
+            reason: reason.into(),
+        };
         let Some(kind) = &event.kind else { return Err(rejected("the event has no kind")) };
         Ok(Self {
             seq: event.seq,

@@ -25,7 +25,7 @@ impl Dynamo {
             None => None,
         };
         let (attempt, seq) = (item.attempt + 1, item.last_seq + 1);
-        let worker = claim.shown_worker().to_owned();
+        let worker = claim.worker_display_name().to_owned();
         let started = event(seq, attempt, claim.now, Kind::Started(Started { worker }));
         let events = [StoredEvent::new(&started)?];
         let update = Expression::default()

@@ -15,7 +15,7 @@ type PendingReservation = Pin<Box<dyn Future<Output = Reservation> + Send>>;
 
 /// Starts a reservation that has to wait.
 fn start_waiting(
-    budget: &Arc<OutputBudget>,
+    budget: &Arc<MemoryBudget>,
     tenant: &Arc<str>,
     bytes: usize,
 ) -> PendingReservation {
@@ -25,13 +25,13 @@ fn start_waiting(
     reserving
 }
 
-fn reserve_now(budget: &Arc<OutputBudget>, tenant: &Arc<str>, bytes: usize) -> Reservation {
+fn reserve_now(budget: &Arc<MemoryBudget>, tenant: &Arc<str>, bytes: usize) -> Reservation {
     budget.reserve(tenant, bytes).now_or_never().expect("the budget has room")
 }
 
 #[test]
 fn one_tenant_gets_half_and_leaves_room_for_another() {
-    let budget = OutputBudget::new(100);
+    let budget = MemoryBudget::new(100);
     let [acme, globex] = tenants();
     let first = reserve_now(&budget, &acme, 50);
     let mut waiting = start_waiting(&budget, &acme, 1);
@@ -47,7 +47,7 @@ fn one_tenant_gets_half_and_leaves_room_for_another() {
 
 #[test]
 fn the_tenant_with_the_least_bytes_is_served_first() {
-    let budget = OutputBudget::new(100);
+    let budget = MemoryBudget::new(100);
     let [acme, globex] = tenants();
     let third: Arc<str> = "initech".into();
     let (held, small) = (reserve_now(&budget, &acme, 40), reserve_now(&budget, &third, 10));
@@ -62,7 +62,7 @@ fn the_tenant_with_the_least_bytes_is_served_first() {
 
 #[test]
 fn a_dropped_waiter_does_not_block_others() {
-    let budget = OutputBudget::new(100);
+    let budget = MemoryBudget::new(100);
     let [acme, globex] = tenants();
     let held = reserve_now(&budget, &globex, 60);
     let large = start_waiting(&budget, &acme, 100);
@@ -84,7 +84,7 @@ fn a_dropped_waiter_does_not_block_others() {
 
 #[test]
 fn tenants_with_equal_bytes_are_served_in_arrival_order() {
-    let budget = OutputBudget::new(100);
+    let budget = MemoryBudget::new(100);
     let [acme, globex] = tenants();
     let held = reserve_now(&budget, &acme, 60);
     let mut other = start_waiting(&budget, &globex, 60);
@@ -98,7 +98,7 @@ fn tenants_with_equal_bytes_are_served_in_arrival_order() {
 
 #[test]
 fn parts_of_a_reservation_are_released_separately() {
-    let budget = OutputBudget::new(100);
+    let budget = MemoryBudget::new(100);
     let [acme, _] = tenants();
     let mut whole = reserve_now(&budget, &acme, 60);
     let part = whole.split(20);
@@ -111,7 +111,7 @@ fn parts_of_a_reservation_are_released_separately() {
 
 #[test]
 fn a_reservation_is_capped_at_the_whole_budget() {
-    let budget = OutputBudget::new(100);
+    let budget = MemoryBudget::new(100);
     let [acme, globex] = tenants();
     let all = reserve_now(&budget, &acme, 1000);
     assert_eq!(

@@ -23,7 +23,7 @@ fn is_ready<T>(future: Pin<&mut impl Future<Output = T>>) -> bool {
 
 #[tokio::test]
 async fn only_large_reports_wait_for_the_budget() {
-    let budget = OutputBudget::new(2 * LARGE);
+    let budget = MemoryBudget::new(2 * LARGE);
     let [first, second] = [(); 2].map(|()| ReportQueue::with_budget(budget.clone(), "acme"));
     first.push(output(LARGE - 100)).await.unwrap();
     let mut waiting = pin!(second.push(output(LARGE / 2)));
@@ -41,7 +41,7 @@ async fn only_large_reports_wait_for_the_budget() {
 
 #[tokio::test]
 async fn a_prepaid_report_uses_its_reservation() {
-    let budget = OutputBudget::new(3 * LARGE);
+    let budget = MemoryBudget::new(3 * LARGE);
     let queue = ReportQueue::with_budget(budget.clone(), "acme");
     queue.prepay(budget.reserve(&"acme".into(), LARGE).await);
     queue.push(output(LARGE - 64)).await.unwrap();
@@ -54,7 +54,7 @@ async fn a_prepaid_report_uses_its_reservation() {
 
 #[tokio::test]
 async fn a_small_report_behind_others_is_pushed_once_they_are_taken() {
-    let budget = OutputBudget::new(2 * LARGE);
+    let budget = MemoryBudget::new(2 * LARGE);
     let queue = ReportQueue::with_budget(budget.clone(), "acme");
     queue.push(output(LARGE / 2)).await.unwrap();
     let _all = budget.reserve(&"globex".into(), LARGE).await;
@@ -68,7 +68,7 @@ async fn a_small_report_behind_others_is_pushed_once_they_are_taken() {
 
 #[tokio::test]
 async fn close_fails_waiting_pushes() {
-    let budget = OutputBudget::new(LARGE);
+    let budget = MemoryBudget::new(LARGE);
     let _all = budget.reserve(&"acme".into(), LARGE).await;
     let queue = ReportQueue::with_budget(budget.clone(), "acme");
     let mut waiting = pin!(queue.push(output(LARGE / 2)));
@@ -79,7 +79,7 @@ async fn close_fails_waiting_pushes() {
 
 #[tokio::test(start_paused = true)]
 async fn a_blocked_or_paused_queue_is_not_silent() {
-    let budget = OutputBudget::new(LARGE);
+    let budget = MemoryBudget::new(LARGE);
     let all = budget.reserve(&"acme".into(), LARGE).await;
     let queue = ReportQueue::with_budget(budget.clone(), "acme");
     let minute = Duration::from_secs(60);

@@ -13,8 +13,8 @@ use super::{
     usage::{BATCH_BYTES, Db, REQUEST_BYTES, signed},
 };
 use crate::{
-    Adopt, Append, Appended, CancelOutcome, Claim, ClaimOutcome, Claimed, CreateOutcome,
-    DeleteOutcome, Lease, NewRequest, Owner, Renewed, RequestRecord, StoredPayload, Writer,
+    Adopt, Append, AppendOutcome, CancelOutcome, Claim, ClaimOutcome, Claimed, CreateOutcome,
+    DeleteOutcome, Lease, LeaseRenewal, NewRequest, Owner, RequestRecord, StoredPayload, Writer,
 };
 pub(super) use read::{events, expired, find, get, list, payload, sql_count, tenant};
 
@@ -146,7 +146,7 @@ pub(super) fn claim(db: &Db<'_>, claim: &Claim) -> rusqlite::Result<ClaimOutcome
         record.last_seq,
         record.attempt,
         claim.now,
-        Kind::Started(Started { worker: claim.shown_worker().to_owned() }),
+        Kind::Started(Started { worker: claim.worker_display_name().to_owned() }),
     );
     let bytes = insert_events(db, claim.uid, std::slice::from_ref(&started))?;
     db.prepare_cached(
@@ -231,16 +231,16 @@ fn log_head(db: &Connection, uid: Uid) -> rusqlite::Result<Option<LogHead>> {
     .optional()
 }
 
-pub(super) fn append(db: &Db<'_>, append: &Append) -> rusqlite::Result<Appended> {
-    let Some(head) = log_head(db, append.uid)? else { return Ok(Appended::NotFound) };
-    let applied = || Appended::Applied { cancel_reason: head.cancel_reason.clone() };
+pub(super) fn append(db: &Db<'_>, append: &Append) -> rusqlite::Result<AppendOutcome> {
+    let Some(head) = log_head(db, append.uid)? else { return Ok(AppendOutcome::NotFound) };
+    let applied = || AppendOutcome::Applied { cancel_reason: head.cancel_reason.clone() };
     if let Some(last) = append.events.last()
         && last.seq <= head.last_seq
         && is_stored(db, append.uid, &append.events)?
     {
         return Ok(applied());
     }
-    let may_write = match append.writer {
+    let can_write = match append.writer {
         Writer::Attempt(attempt) => head.state == RequestState::Running && head.attempt == attempt,
         Writer::Queued(attempt) => head.state == RequestState::Queued && head.attempt == attempt,
         Writer::ExpiredLease(attempt) => {
@@ -250,8 +250,8 @@ pub(super) fn append(db: &Db<'_>, append: &Append) -> rusqlite::Result<Appended>
         }
     };
     let follows = append.events.first().is_none_or(|first| first.seq == head.last_seq + 1);
-    if !may_write || !follows {
-        return Ok(Appended::Fenced {
+    if !can_write || !follows {
+        return Ok(AppendOutcome::Fenced {
             state: head.state,
             attempt: head.attempt,
             last_seq: head.last_seq,
@@ -409,7 +409,7 @@ pub(super) fn renew(
     holder: &str,
     leases: &[Lease],
     until: Timestamp,
-) -> rusqlite::Result<Vec<Renewed>> {
+) -> rusqlite::Result<Vec<LeaseRenewal>> {
     let mut update = db.prepare_cached(
         "UPDATE requests SET lease_until = MAX(lease_until, ?4)
          WHERE uid = ?1 AND state = 1 AND attempt = ?2 AND lease_holder = ?3",
@@ -423,7 +423,7 @@ pub(super) fn renew(
             until.as_millis()
         ])?;
         let cancel_reason = log_head(db, lease.uid)?.and_then(|head| head.cancel_reason);
-        renewed.push(Renewed { lease: *lease, held: changed == 1, cancel_reason });
+        renewed.push(LeaseRenewal { lease: *lease, held: changed == 1, cancel_reason });
     }
     Ok(renewed)
 }

@@ -240,7 +240,7 @@ pub(super) fn migrate(connection: &Connection) -> Result<(), StoreError> {
         3 => format!("{USAGE} {FROM_3_TO_4} {LARGE_VALUES} {FROM_4_TO_5}"),
         4 => format!("{LARGE_VALUES} {FROM_4_TO_5}"),
         VERSION => return Ok(()),
-        _ => return Err(StoreError::TooNew { found, known: VERSION }),
+        _ => return Err(StoreError::UnsupportedVersion { found, known: VERSION }),
     };
     connection
         .execute_batch(&format!("BEGIN; {steps} PRAGMA user_version = {VERSION}; COMMIT;"))
@@ -307,7 +307,8 @@ mod tests {
         )
         .unwrap();
         migrate(&db).unwrap();
-        let large = db.query_row("SELECT large FROM events WHERE last_seq = 2", [], |row| row.get(0));
+        let large =
+            db.query_row("SELECT large FROM events WHERE last_seq = 2", [], |row| row.get(0));
         assert_eq!(large, Ok(None::<i64>));
         let version: i64 = db.pragma_query_value(None, "user_version", |row| row.get(0)).unwrap();
         assert_eq!(version, VERSION);

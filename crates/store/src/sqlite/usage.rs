@@ -5,7 +5,7 @@ use std::{cell::RefCell, collections::HashMap, ops::Deref, sync::Arc};
 
 use rusqlite::{Connection, OptionalExtension, params};
 
-use crate::{Owner, QuotaUse};
+use crate::{Owner, QuotaUsage};
 
 /// Size in bytes of the rows and index entries of a request without its payload, metadata, events
 /// and checkpoint, and of the row of a batch without its events. `schema.rs` contains both numbers
@@ -33,11 +33,11 @@ impl Deref for Db<'_> {
 
 impl Db<'_> {
     /// Returns the usage of an owner.
-    pub(super) fn usage_of(&self, owner: &Owner) -> rusqlite::Result<QuotaUse> {
+    pub(super) fn usage_of(&self, owner: &Owner) -> rusqlite::Result<QuotaUsage> {
         let mut rows = self.usage.rows.borrow_mut();
         let tenant = *rows.get(self, &owner.tenant, WHOLE_TENANT)?;
         let user = *rows.get(self, &owner.tenant, &owner.user)?;
-        Ok(QuotaUse {
+        Ok(QuotaUsage {
             queued_of_tenant: unsigned(tenant.queued),
             queued_of_user: unsigned(user.queued),
             stored_bytes_of_tenant: unsigned(tenant.bytes),

@@ -95,9 +95,9 @@ fn start() -> Fixture {
         limits: Limits {
             max_payload_bytes: 1024,
             max_output_chunk_bytes: 1024,
-            payload_rule: streamer_core::limits::PAYLOAD_OPTION,
+            payload_option: streamer_core::limits::PAYLOAD_OPTION,
         },
-        cancel_grace: Duration::from_secs(10),
+        cancellation_grace_period: Duration::from_secs(10),
     };
     let may_end = CancellationToken::new();
     let attempt_spec = AttemptSpec {

@@ -4,7 +4,7 @@ use std::sync::Arc;
 
 use streamer_core::{RetryPolicy, Timestamp};
 use streamer_proto::common::v1::event::Kind;
-use streamer_store::{Append, Appended, Lease, Renewed, RequestRecord, Writer};
+use streamer_store::{Append, AppendOutcome, Lease, LeaseRenewal, RequestRecord, Writer};
 use tokio::time::{MissedTickBehavior, interval};
 use tokio_util::sync::CancellationToken;
 
@@ -40,7 +40,7 @@ impl Dispatcher {
             now,
         };
         match self.store.append(append).await {
-            Ok(Appended::Applied { .. }) => {
+            Ok(AppendOutcome::Applied { .. }) => {
                 self.count(&kind);
                 self.environment.log.announce(record.uid, vec![event]).await;
                 if let Some(retry_at) = retry_at {
@@ -132,7 +132,7 @@ impl Dispatcher {
         }
     }
 
-    fn apply_renewal(&self, renewed: &Renewed) {
+    fn apply_renewal(&self, renewed: &LeaseRenewal) {
         let running = self.running.lock();
         let Some(running) = running.get(&renewed.lease.uid) else { return };
         if running.attempt != renewed.lease.attempt {

@@ -67,7 +67,7 @@ impl Dispatcher {
         if let Some(reason) = &record.cancel_reason {
             handle.cancel(reason);
         }
-        let grace = self.options.cancel_grace;
+        let grace = self.options.cancellation_grace_period;
         let remote = Arc::new(RemoteHandler::new(
             worker.clone(),
             spec.clone(),

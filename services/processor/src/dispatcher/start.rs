@@ -115,7 +115,7 @@ impl Dispatcher {
                     task,
                     assignment,
                     Some(handle.clone()),
-                    self.options.cancel_grace,
+                    self.options.cancellation_grace_period,
                 ));
                 let attempt_spec = attempt_spec(remote.clone());
                 self.run_remote(attempt_spec, &remote, handle, Some(claim_timing)).await;

@@ -180,7 +180,7 @@ fn full(Full: Full) -> Status {
 
 #[cfg(test)]
 mod tests {
-    use streamer_handler::OutputBudget;
+    use streamer_handler::MemoryBudget;
     use streamer_proto::common::v1::{Payload, Progress, payload::Body};
     use tonic::Code;
 
@@ -203,7 +203,7 @@ mod tests {
 
     #[tokio::test]
     async fn a_report_without_room_is_dropped_with_later_ones_and_resent_once_there_is_room() {
-        let budget = OutputBudget::new(BUDGET);
+        let budget = MemoryBudget::new(BUDGET);
         let other = budget.try_reserve(&"globex".into(), BUDGET).unwrap();
         let buffer = ReportBuffer::new(budget.clone(), "acme");
         let mut arrivals = Arrivals::default();
@@ -231,7 +231,7 @@ mod tests {
 
     #[tokio::test]
     async fn a_resend_reservation_covers_all_dropped_reports_and_is_released_after_them() {
-        let budget = OutputBudget::new(BUDGET);
+        let budget = MemoryBudget::new(BUDGET);
         let other = budget.try_reserve(&"globex".into(), BUDGET).unwrap();
         let buffer = ReportBuffer::new(budget.clone(), "acme");
         let mut arrivals = Arrivals::default();
@@ -253,7 +253,7 @@ mod tests {
 
     #[test]
     fn a_worker_that_exceeds_its_window_is_rejected() {
-        let budget = OutputBudget::new(BUDGET);
+        let budget = MemoryBudget::new(BUDGET);
         let _all = budget.try_reserve(&"globex".into(), BUDGET).unwrap();
         let buffer = ReportBuffer::new(budget, "acme");
         let mut arrivals = Arrivals::default();
@@ -268,7 +268,7 @@ mod tests {
 
     #[test]
     fn a_new_stream_forgets_dropped_reports() {
-        let budget = OutputBudget::new(BUDGET);
+        let budget = MemoryBudget::new(BUDGET);
         let all = budget.try_reserve(&"globex".into(), BUDGET).unwrap();
         let buffer = ReportBuffer::new(budget.clone(), "acme");
         let mut arrivals = Arrivals::new(7);
@@ -286,7 +286,7 @@ mod tests {
 
     #[test]
     fn gaps_in_report_numbers_are_rejected() {
-        let buffer = ReportBuffer::new(OutputBudget::new(BUDGET), "acme");
+        let buffer = ReportBuffer::new(MemoryBudget::new(BUDGET), "acme");
         let mut arrivals = Arrivals::new(2);
         for (number, kind) in [(4, small()), (0, small()), (3, checkpoint())] {
             let refused = arrivals.accept(&buffer, number, 0, kind).unwrap_err();

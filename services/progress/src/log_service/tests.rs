@@ -13,7 +13,7 @@ use crate::{testing::running_request, topics::Read};
 #[tokio::test]
 async fn an_append_reaches_watchers_after_its_caller_disconnects() {
     let data = TempDir::new().unwrap();
-    let store = open(&Engine::Embedded { data: data.path().to_owned() }).unwrap();
+    let store = open(&Engine::Sqlite { data: data.path().to_owned() }).unwrap();
     let metrics = ProgressMetrics::new(&Metrics::new());
     let topics = Arc::new(Topics::new(store.clone(), metrics.clone(), None, false));
     let clock = Arc::new(SystemClock);

@@ -7,7 +7,7 @@ use streamer_proto::internal::v1::{
     AnnounceRequest, AnnounceResponse, PublishRequest, PublishResponse,
     event_log_service_server::{EventLogService, EventLogServiceServer},
 };
-use streamer_rpc::{Members, local};
+use streamer_rpc::{Instances, local};
 use streamer_store::{Engine, open};
 use streamer_telemetry::Metrics;
 use tempfile::TempDir;
@@ -51,7 +51,7 @@ struct Fixture {
 
 fn fixture() -> Fixture {
     let data = TempDir::new().unwrap();
-    let store = open(&Engine::Embedded { data: data.path().to_owned() }).unwrap();
+    let store = open(&Engine::Sqlite { data: data.path().to_owned() }).unwrap();
     let (sender, announced) = mpsc::unbounded_channel();
     let gate = Arc::new(Semaphore::new(0));
     let announcements = Announcements { gate: gate.clone(), announced: sender };
@@ -59,9 +59,9 @@ fn fixture() -> Fixture {
     let limits = Limits {
         max_payload_bytes: 1024,
         max_output_chunk_bytes: 1024,
-        payload_rule: limits::PAYLOAD_OPTION,
+        payload_option: limits::PAYLOAD_OPTION,
     };
-    let processors = Members::one("processor", log.clone());
+    let processors = Instances::one("processor", log.clone());
     let service = Arc::new(RequestService {
         store,
         clock: Arc::new(SystemClock),

@@ -8,7 +8,7 @@ use streamer_proto::internal::v1::{
     AdmittedSubmissions, ReportSubmissionsRequest, ReportSubmissionsResponse,
     admission_service_client::AdmissionServiceClient, admission_service_server::AdmissionService,
 };
-use streamer_rpc::{Member, Members};
+use streamer_rpc::{Instance, Instances};
 use tokio::time::{MissedTickBehavior, interval, timeout};
 use tokio_util::sync::CancellationToken;
 use tonic::{Request, Response, Status};
@@ -26,11 +26,11 @@ const ENTRY_BYTES: usize = 32;
 
 /// This router and its peers.
 #[derive(Clone)]
-pub struct OtherRouters {
+pub struct PeerRouters {
     /// Name of this router among the members.
     pub own: String,
     /// All routers, including this one.
-    pub members: Members,
+    pub members: Instances,
 }
 
 /// Receives the reports of other routers.
@@ -75,7 +75,7 @@ impl AdmissionService for AdmissionApi {
 /// Reports the submissions that this router admitted to the other routers, until `shutdown`.
 pub(crate) async fn exchange_reports(
     rates: &SubmissionRates,
-    others: OtherRouters,
+    others: PeerRouters,
     shutdown: CancellationToken,
 ) {
     let mut ticks = interval(REPORT_INTERVAL);
@@ -86,8 +86,10 @@ pub(crate) async fn exchange_reports(
             _ = ticks.tick() => {}
         }
         let all = others.members.all();
-        let healthy: Vec<&Member> =
-            all.iter().filter(|member| *member.name != *others.own && member.seems_up()).collect();
+        let healthy: Vec<&Instance> = all
+            .iter()
+            .filter(|member| *member.name != *others.own && member.is_reachable())
+            .collect();
         rates.set_router_count(u32::try_from(healthy.len() + 1).unwrap_or(u32::MAX));
         let mut admitted = rates.take_admitted();
         if admitted.is_empty() {
@@ -111,7 +113,7 @@ pub(crate) async fn exchange_reports(
 }
 
 /// Sends a report. A lost report has the same effect as an empty one.
-async fn send(member: &Member, report: ReportSubmissionsRequest) {
+async fn send(member: &Instance, report: ReportSubmissionsRequest) {
     let mut client = AdmissionServiceClient::new(member.channel.clone());
     let name = &*member.name;
     match timeout(REPORT_TIMEOUT, client.report_submissions(report)).await {
