@@ -10,12 +10,12 @@ ROOT = Path(__file__).resolve().parent.parent
 
 
 def crate(file: Path) -> Path:
-    """Returns the folder of the crate that a source file belongs to."""
+    """Returns the folder of the crate to which a source file belongs."""
     return next(folder for folder in file.parents if (folder / "Cargo.toml").exists())
 
 
 def main() -> None:
-    """Prints the table for the file that the first argument names."""
+    """Prints the table for the file named by the first argument."""
     files = json.loads(Path(sys.argv[1]).read_text())["data"][0]["files"]
     covered: defaultdict[str, int] = defaultdict(int)
     total: defaultdict[str, int] = defaultdict(int)

@@ -1,7 +1,7 @@
 """Build hook: generates `streamer/_proto` from the protobuf schema, so that the repository contains
 no generated code.
 
-In the repository the schema is in `../../proto` and the licence in `../../LICENSE`; a source
+In the repository, the schema is in `../../proto` and the license in `../../LICENSE`; a source
 distribution contains copies in `proto` and `LICENSE`.
 """
 
@@ -44,14 +44,14 @@ class SchemaHook(BuildHookInterface):  # type: ignore[type-arg]
 
 
 def add_license(root: Path, target: str, build_data: dict[str, Any]) -> None:
-    """Adds the licence of the repository; in a source distribution hatchling finds the copy."""
+    """Adds the license of the repository. In a source distribution, hatchling finds the copy."""
     if not (root / "LICENSE").is_file():
         source = (root / ".." / ".." / "LICENSE").resolve()
         build_data["force_include"][str(source)] = target
 
 
 def generate(schema: Path, target: Path) -> None:
-    """Generates the modules of the schema in the folder `target`, as package `streamer._proto`."""
+    """Generates package `streamer._proto` from the schema, in the folder `target`."""
     target.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory() as scratch:
         arguments = [f"-I{schema}", f"--python_out={scratch}", f"--pyi_out={scratch}", *SCHEMA]

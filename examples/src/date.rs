@@ -11,7 +11,7 @@ const MILLIS_PER_DAY: i64 = 86_400_000;
 pub(crate) struct Date(i64);
 
 impl Date {
-    /// Returns the date of this time.
+    /// Returns the date of the given time.
     pub(crate) fn of(time: Timestamp) -> Self {
         Self(time.as_millis().div_euclid(MILLIS_PER_DAY))
     }
@@ -21,7 +21,7 @@ impl Date {
         Timestamp::from_millis(self.0 * MILLIS_PER_DAY)
     }
 
-    /// Returns the date `days` later.
+    /// Returns the date that is `days` days later.
     pub(crate) fn plus(self, days: i64) -> Self {
         Self(self.0 + days)
     }
@@ -63,9 +63,9 @@ impl fmt::Display for Date {
     }
 }
 
-/// Converts year, month and day to days since 1970-01-01. Method of this and the next function:
-/// Howard Hinnant, "chrono-compatible low-level date algorithms". Years begin in March, so that the
-/// leap day is last; the calendar repeats with each era of 400 years.
+/// Converts a year, month and day to the number of days since 1970-01-01. This function and the next one use
+/// the method of Howard Hinnant, "chrono-compatible low-level date algorithms". Years begin in March, so that
+/// the leap day is the last day; the calendar repeats with each era of 400 years.
 fn days_from_civil(year: i64, month: i64, day: i64) -> i64 {
     let year = if month <= 2 { year - 1 } else { year };
     let (era, year_of_era) = (year.div_euclid(400), year.rem_euclid(400));

@@ -11,7 +11,7 @@ pub struct Echo;
 /// Result of [`Echo`].
 #[derive(Debug, Serialize)]
 pub struct EchoResult {
-    /// The payload as received: parsing and serializing it could change numbers, the order of keys
+    /// Payload as received: parsing and serializing the payload could change numbers, the order of keys
     /// or white space.
     pub echo: Box<RawValue>,
 }

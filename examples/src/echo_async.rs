@@ -1,6 +1,5 @@
-//! `echo_async`: works for a while, then returns the result in its payload. It demonstrates
-//! everything that an async handler can do. Tests and load generators set the amount of each in the
-//! payload.
+//! `echo_async`: runs a number of steps, and then returns the result in its payload. The handler demonstrates
+//! every feature of an async handler. Tests and load generators set the amount of each in the payload.
 
 use std::{ops::RangeInclusive, time::Duration};
 
@@ -17,7 +16,7 @@ const FAIL_ATTEMPTS: RangeInclusive<u64> = 0..=100;
 /// Number of reports after which the handler yields to other tasks.
 const REPORTS_PER_YIELD: u64 = 64;
 
-/// Size above which a chunk takes long enough to yield after each one.
+/// Size of a chunk, in bytes, above which the handler yields after each chunk.
 const LARGE_CHUNK_BYTES: u64 = 64 * 1024;
 
 /// Runs the number of steps, and fails the number of attempts, that the payload specifies.
@@ -63,7 +62,7 @@ impl Handler for EchoAsync {
     fn spec(&self) -> ActionSpec {
         ActionSpec {
             estimated_duration: Duration::from_secs(60),
-            // Many retries with a short backoff, so that a test of retries is fast.
+            // Many retries with a short backoff make tests of retries fast.
             retry: RetryPolicy {
                 max_attempts: 10,
                 initial_backoff: Duration::from_millis(100),
@@ -158,7 +157,7 @@ async fn work(
         emit_chunks(context, emitted..due, payload.chunk_bytes).await?;
         emitted = due;
     }
-    // Without steps, no chunk was emitted so far.
+    // If there are no steps, no chunk has been emitted yet.
     emit_chunks(context, emitted..chunks, payload.chunk_bytes).await
 }
 
@@ -177,8 +176,8 @@ async fn emit_chunks(
     Ok(())
 }
 
-/// Checks for cancellation, and periodically yields to other tasks: reporting awaits only if many
-/// reports are pending, so a loop that only reports may never yield its thread.
+/// Checks for cancellation, and periodically yields to other tasks: a report waits only if many reports are
+/// pending, so a loop that only sends reports may never yield its thread.
 async fn yield_periodically(context: &Context, count: u64) -> Result<(), HandlerError> {
     if context.is_cancelled() {
         return Err(HandlerError::cancelled());
@@ -189,8 +188,8 @@ async fn yield_periodically(context: &Context, count: u64) -> Result<(), Handler
     Ok(())
 }
 
-/// Returns `bytes` ASCII characters that start with the index: equal for every attempt, so that a
-/// receiver can detect missing, duplicate and corrupt chunks.
+/// Returns `bytes` ASCII characters that start with the index. The text is the same for every attempt, so that
+/// a receiver can detect missing, duplicate and corrupt chunks.
 fn chunk(index: u64, bytes: u64) -> String {
     let filler = ('a'..='z').cycle().skip((index % 26) as usize);
     format!("{index}:").chars().chain(filler).take(bytes as usize).collect()

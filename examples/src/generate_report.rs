@@ -2,7 +2,7 @@
 //! about the user's own requests in a period.
 //!
 //! The page is one self-contained file without scripts. It is streamed in chunks, so that a reader
-//! can display it while the rest is written; the concatenated chunks are the file.
+//! can display the page while the remainder is written; the concatenated chunks are the file.
 
 mod chart;
 mod html;
@@ -19,7 +19,8 @@ use crate::{date::Date, process_data::Profile};
 
 /// Maximum period of a report, in days: each day is a bar of the histogram.
 const MAX_DAYS: i64 = 366;
-/// Maximum number of requests in a report; if there are more, it covers the newest ones and says so.
+/// Maximum number of requests in a report; if more requests exist, the report covers the newest ones and
+/// states this.
 const MAX_REQUESTS: usize = 10_000;
 
 /// Writes a report as a web page.
@@ -80,7 +81,7 @@ impl Handler for GenerateReport {
 /// Subject of a report.
 enum Subject {
     Table(Profile),
-    /// Both days are inclusive.
+    /// Requests that were accepted in a period, of which both days are inclusive.
     Requests {
         from: Date,
         to: Date,

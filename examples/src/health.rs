@@ -13,7 +13,7 @@ pub struct Health;
 pub struct HealthResult {
     /// Always `ok`: an unhealthy server does not respond.
     pub status: &'static str,
-    /// `health`
+    /// Name of the action: `health`.
     pub action: &'static str,
     /// Version of the handler crate.
     pub version: &'static str,
@@ -25,7 +25,7 @@ pub struct HealthResult {
 
 #[async_trait]
 impl Handler for Health {
-    /// Any JSON; ignored.
+    /// Any JSON, which is ignored.
     type Input = Box<RawValue>;
     type Output = HealthResult;
 

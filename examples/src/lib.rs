@@ -3,12 +3,12 @@
 //! | Action | Kind | Shows |
 //! |---|---|---|
 //! | [`echo`] | sync | the smallest handler; JSON that is passed through unchanged |
-//! | [`health`] | sync | what a handler knows about the caller |
+//! | [`health`] | sync | the information about the caller that a handler receives |
 //! | [`echo_async`] | async | progress, output, cancellation, retries; a load generator for tests |
 //! | [`process_data`] | async | long computation without blocking other tasks; precise validation errors |
 //! | [`generate_report`] | async | streaming a file; reading the user's own requests |
 //!
-//! The all-in-one server runs [`all`] of them, so that actions are available immediately.
+//! The all-in-one server runs [`all`] handlers, so that actions are available immediately.
 
 pub mod echo;
 pub mod echo_async;
@@ -28,7 +28,7 @@ pub use health::Health;
 pub use process_data::ProcessData;
 use streamer_handler::Handlers;
 
-/// Measurements of 344 penguins as CSV, sample input of [`ProcessData`]; see `data/README.md`.
+/// Measurements of 344 penguins as CSV, for use as sample input of [`ProcessData`]; see `data/README.md`.
 pub const PENGUINS: &str = include_str!("../data/penguins.csv");
 
 /// Returns every handler of this crate.

@@ -2,7 +2,7 @@
 //!
 //! The table is read twice: first to check its shape and count its rows, so that an invalid table is
 //! rejected immediately and progress is relative to the number of rows; then to profile it. The
-//! profile of each column is emitted as an output chunk when it is complete; the result contains all.
+//! profile of each column is emitted as an output chunk when it is complete; the result contains all profiles.
 
 mod column;
 mod profile;
@@ -22,7 +22,7 @@ pub use profile::{ColumnProfile, ColumnType, Profile, ValueCount};
 const ROWS_PER_YIELD: u64 = 256;
 /// Approximate number of progress reports while rows are read.
 const ROW_REPORTS: u64 = 50;
-/// Share of the time that reading rows takes, in percent (estimate).
+/// Estimated share of the time that reading rows takes, in percent.
 const ROWS_PERCENTAGE: f64 = 90.0;
 /// Maximum length of a table's name, in characters.
 const MAX_NAME_CHARS: usize = 256;
@@ -34,12 +34,12 @@ pub struct ProcessData;
 /// Payload of [`ProcessData`].
 #[derive(Debug, Deserialize)]
 pub struct ProcessDataPayload {
-    /// The table; its first line contains the names of the columns.
+    /// Table, whose first line contains the names of the columns.
     pub csv: String,
     /// Name of the table, for display; `table` if absent.
     pub name: Option<String>,
-    /// One ASCII character; if absent, the most frequent of comma, semicolon, tab and vertical bar in
-    /// the first line.
+    /// Separator of fields, one ASCII character; if absent, the most frequent of comma, semicolon, tab and
+    /// vertical bar in the first line.
     pub delimiter: Option<String>,
 }
 
@@ -137,7 +137,7 @@ async fn read_rows(
     Ok(profilers)
 }
 
-/// Completes and emits the profile of each column; completing it sorts the values.
+/// Completes and emits the profile of each column; the completion of a profile sorts the values.
 async fn emit_columns(
     context: &Context,
     profilers: Vec<ColumnProfiler>,
@@ -156,8 +156,8 @@ async fn emit_columns(
     Ok(columns)
 }
 
-/// Checks for cancellation, and periodically yields to other tasks: the computation never awaits and
-/// would otherwise block its thread until it completes.
+/// Checks for cancellation, and periodically yields to other tasks: the computation itself never yields and
+/// would block its thread until it completes.
 async fn yield_periodically(context: &Context, rows: u64) -> Result<(), HandlerError> {
     if context.is_cancelled() {
         return Err(HandlerError::cancelled());

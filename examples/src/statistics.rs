@@ -5,14 +5,14 @@ use serde::{Deserialize, Serialize};
 /// Number of bins of a [`Histogram`].
 pub(crate) const BINS: usize = 20;
 
-/// Number of values in each of several bins of equal width.
+/// Histogram: the number of values in each of several bins of equal width.
 #[derive(Clone, Debug, PartialEq, Deserialize, Serialize)]
 pub struct Histogram {
     /// Lower edge of the first bin.
     pub from: f64,
     /// Upper edge of the last bin.
     pub to: f64,
-    /// Number of values per bin. A bin includes its lower edge but not its upper edge; the last includes
+    /// Number of values per bin. A bin includes its lower edge but not its upper edge; the last bin includes
     /// both.
     pub counts: Vec<u64>,
 }
@@ -39,7 +39,7 @@ pub struct NumericSummary {
 }
 
 impl NumericSummary {
-    /// Returns the statistics of these values, in any order; `None` without values. All values and
+    /// Returns the statistics of the given values, in any order; `None` if there are no values. All values and
     /// their squares must be finite.
     pub(crate) fn of(mut values: Vec<f64>) -> Option<Self> {
         let mut moments = Moments::default();
@@ -61,17 +61,17 @@ impl NumericSummary {
 }
 
 impl Histogram {
-    /// Returns the histogram of values in ascending order; `None` without values.
+    /// Returns the histogram of values in ascending order; `None` if there are no values.
     fn of(sorted: &[f64]) -> Option<Self> {
         let (mut from, mut to) = (*sorted.first()?, *sorted.last()?);
         if from == to {
-            // Bins need a width; this range centers the single value, as NumPy does.
+            // Bins require a width; the new range centers the single value, as in NumPy.
             (from, to) = (from - 0.5, to + 0.5);
         }
         let mut counts = vec![0; BINS];
         for value in sorted {
-            // The maximum would be beyond the last bin. (If the width is lost to rounding, this is
-            // NaN, which becomes the first bin.)
+            // The maximum would be beyond the last bin. (If the width is lost to rounding, the bin is
+            // NaN, which is converted to the first bin.)
             let bin = (value - from) / (to - from) * BINS as f64;
             counts[(bin as usize).min(BINS - 1)] += 1;
         }
@@ -79,7 +79,7 @@ impl Histogram {
     }
 }
 
-/// Mean and variance in one pass, by Welford's method: a sum of squares would lose the significant
+/// Computes mean and variance in one pass with Welford's method: a sum of squares would lose the significant
 /// digits of values that are large and close together.
 #[derive(Clone, Copy, Debug, Default)]
 pub(crate) struct Moments {
@@ -97,7 +97,7 @@ impl Moments {
         self.squared_distances += distance * (value - self.mean);
     }
 
-    /// Returns the mean; `None` without values.
+    /// Returns the mean; `None` if there are no values.
     pub(crate) fn mean(&self) -> Option<f64> {
         (self.count > 0).then_some(self.mean)
     }
@@ -108,9 +108,9 @@ impl Moments {
     }
 }
 
-/// Returns the value below which this share of the values lies, interpolated linearly between neighbors
-/// (Hyndman and Fan's type 7, the default of R and NumPy). The values are in ascending order; `None`
-/// without values.
+/// Returns the value below which the given share of the values lies, interpolated linearly between neighbors
+/// (Hyndman and Fan's type 7, the default of R and NumPy); `None` if there are no values. The values must be in
+/// ascending order.
 pub(crate) fn quantile(sorted: &[f64], share: f64) -> Option<f64> {
     let position = sorted.len().checked_sub(1)? as f64 * share;
     let (below, fraction) = (position.floor() as usize, position.fract());
@@ -182,7 +182,7 @@ mod tests {
         let histogram = Histogram::of(&[3.0, 3.0]).unwrap();
         assert_eq!((histogram.from, histogram.to), (2.5, 3.5));
         assert_eq!(histogram.counts[10], 2);
-        // So large that adding 0.5 has no effect.
+        // The value is so large that adding 0.5 has no effect.
         assert_eq!(Histogram::of(&[1e30]).unwrap().counts.iter().sum::<u64>(), 1);
     }
 

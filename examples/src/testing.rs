@@ -1,4 +1,4 @@
-//! Helpers of the handler tests.
+//! Helpers for tests of handlers.
 
 use std::sync::Arc;
 
@@ -53,7 +53,7 @@ pub(crate) async fn run(
     Ok(serde_json::from_slice(&result).unwrap())
 }
 
-/// Reports of a handler, by kind, in order.
+/// Reports of a handler by kind, each in order.
 #[derive(Default)]
 pub(crate) struct Reported {
     pub(crate) progress: Vec<(f64, String, Option<Value>)>,

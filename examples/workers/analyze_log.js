@@ -2,9 +2,9 @@
  * JavaScript worker of the action `analyze_log`: analyzes the access log of a web server (Common or
  * Combined Log Format) and reports traffic, hours, paths and clients.
  *
- * Each section of the report is emitted as an output chunk when it is complete. A checkpoint stores
- * the completed sections, so that a later attempt does not count them again; it emits them again,
- * because the output of a failed attempt is void.
+ * Each section of the report is emitted as an output chunk when it is complete. A checkpoint contains
+ * the completed sections, so that a later attempt does not count them again; the attempt emits them
+ * again, because the output of a failed attempt is void.
  */
 
 import { realpathSync } from 'node:fs';
@@ -20,13 +20,13 @@ Usage: streamer token --permissions 'worker:*' > worker.token
        node analyze_log.js --sample 1000 | streamer submit analyze_log -
 
 Options:
-      --server <URL>    The server [env: STREAMER_SERVER] [default: http://127.0.0.1:8080]
+      --server <URL>    URL of the server [env: STREAMER_SERVER] [default: http://127.0.0.1:8080]
       --slots <N>       Number of concurrent logs [default: 4]
       --sample <LINES>  Print a payload with a generated log, and exit
   -h, --help            Print help
 
 The token file is read whenever a token is needed. Alternatively, set STREAMER_TOKEN to a token; the
-worker exits before it expires.
+worker exits before the token expires.
 
 Payload: {"log": <text of the log>, "top": <length of each list, 1 to 100, default 10>}
 `;
@@ -43,8 +43,8 @@ const LINE = new RegExp(String.raw`^(\S+) \S+ \S.* \[${TIME}\] ${QUOTED} (\d{3})
 /**
  * @typedef {object} Entry Request that the web server handled.
  * @property {string} client
- * @property {string} hour Such as `2024-05-31T14`, in the time zone of the web server.
- * @property {string} path Without the query.
+ * @property {string} hour Hour, such as `2024-05-31T14`, in the time zone of the web server.
+ * @property {string} path Path of the request, without the query.
  * @property {number} status
  * @property {number} bytes
  */
@@ -90,9 +90,9 @@ class Tally {
   }
 }
 
-/** @typedef {{add(entry: Entry | null): void, done(): object}} Section Counts entries. */
+/** @typedef {{add(entry: Entry | null): void, done(): object}} Section Counter of entries. */
 
-/** @type {Record<string, (top: number) => Section>} In the order of the report. */
+/** @type {Record<string, (top: number) => Section>} Sections, in the order of the report. */
 const SECTIONS = {
   traffic() {
     const statuses = new Tally();
@@ -132,7 +132,7 @@ const SECTIONS = {
 };
 
 /**
- * Handler of the action.
+ * Handles the action `analyze_log`.
  * @param {import('../../clients/typescript/src/index.js').Context} context
  * @param {any} payload
  * @returns {Promise<object>} All sections, by name.
@@ -167,7 +167,8 @@ export async function analyzeLog(context, payload) {
  * @param {import('../../clients/typescript/src/index.js').Context} context
  * @param {string[]} lines
  * @param {Section} section
- * @param {(part: number) => {percentage: number, message: string}} progress Of a fraction, 0 to 1.
+ * @param {(part: number) => {percentage: number, message: string}} progress Returns the report for
+ *   a completed fraction, 0 to 1.
  */
 async function count(context, lines, section, progress) {
   for (let begin = 0; begin < lines.length; begin += LINES_PER_REPORT) {
@@ -179,7 +180,7 @@ async function count(context, lines, section, progress) {
   return section.done();
 }
 
-/** @param {number} count @returns {string} A log with this number of lines, always the same. */
+/** @param {number} count @returns {string} The same log for every call, with `count` lines. */
 export function sampleLog(count) {
   const paths = ['/', '/about', '/search?q=late+trains', '/img/logo.svg', '/api/orders', '/admin'];
   const statuses = [200, 200, 200, 304, 200, 404, 200, 500];

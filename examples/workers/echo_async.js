@@ -29,7 +29,7 @@ async function echoAsync(context, payload) {
     await context.progress({ percentage: (100 * step) / steps, message: `step ${step} of ${steps}` });
     for (; emitted < Math.floor((chunks * step) / steps); emitted += 1) await context.output([text]);
   }
-  // Without steps, no chunk was emitted so far.
+  // If there are no steps, no chunk has been emitted yet.
   for (; emitted < Math.floor(chunks * part); emitted += 1) {
     context.signal.throwIfAborted();
     await context.output([text]);

@@ -54,8 +54,8 @@ MAX_CANDIDATES = 500
 WORDS_PER_MINUTE = 238
 
 WORD = re.compile(r"[^\W\d_]+(?:['’][^\W\d_]+)*")
-# A sentence ends at . ! or ? (and a closing quote or bracket) before the start of the next one, and
-# at an empty line.
+# A sentence ends at . ! or ? (and a closing quote or bracket) before the start of the next
+# sentence, and at an empty line.
 SENTENCE_END = re.compile(r"(?<=[.!?])[\"'”’)\]]*\s+(?=[\"'“‘(\[]*[A-Z0-9])|\n\s*\n")
 ABBREVIATION = re.compile(
     r"(?:\b(?:Mr|Mrs|Ms|Dr|Prof|St|Jr|Sr|vs|etc|e\.g|i\.e|cf|No|Fig|approx)|\b[A-Z])\.$"
@@ -86,11 +86,11 @@ class Candidate(NamedTuple):
 
 
 async def summarize_text(context: Context, payload: dict[str, Any]) -> dict[str, Any]:
-    """Handler of the action."""
+    """Handles the action `summarize_text`."""
     text, limit = payload.get("text"), int(payload.get("sentences", 3))
     if not isinstance(text, str) or not text.strip():
         raise InvalidPayload("payload.text", "must be a non-empty string")
-    # In a thread: it takes a second for a text of megabytes and would block the worker.
+    # Runs in a thread, because a text of megabytes takes a second and would block the worker.
     sentences = await asyncio.to_thread(split_sentences, text)
     frequencies = await asyncio.to_thread(count_terms, sentences)
     pause = payload.get("pause_ms", 0) / 1000
@@ -113,7 +113,7 @@ async def rank(
     context: Context, sentences: list[str], frequencies: Counter[str], pause: float
 ) -> list[Candidate]:
     """Returns the best sentences by the mean frequency of their terms, with a small bonus for those
-    near the beginning. A later attempt resumes from the checkpoint of the previous one."""
+    near the beginning. A later attempt resumes from the checkpoint of the previous attempt."""
     checkpoint = context.checkpoint or {"next": 0, "best": []}
     best = [Candidate(score, index) for score, index in checkpoint["best"]]
     heapq.heapify(best)
@@ -151,8 +151,8 @@ def mean(weights: list[float]) -> float:
 def select(
     candidates: list[Candidate], sentences: list[str], frequencies: Counter[str], limit: int
 ) -> list[int]:
-    """Returns the sentences of the summary. Each selection reduces the weights of its terms, so
-    that the next sentence covers other terms."""
+    """Returns the indexes of the sentences of the summary. The selection of a sentence reduces the
+    weights of its terms, so that the next sentence covers other terms."""
     total = frequencies.total() or 1
     weights = {term: count / total for term, count in frequencies.items()}
     remaining = set(candidates)
@@ -240,12 +240,12 @@ def read_arguments() -> argparse.Namespace:
         type=float,
         default=20.0,
         metavar="SECONDS",
-        help="how long running attempts may continue after SIGTERM; default: %(default)s",
+        help="time limit for running attempts after SIGTERM; default: %(default)s",
     )
     parser.add_argument(
         "--token-command",
         metavar="COMMAND",
-        help="command that prints a valid token, run whenever one is needed; without it, the file"
+        help="command that prints a valid token, run whenever one is required; without it, the file"
         " STREAMER_TOKEN_FILE is read each time, or STREAMER_TOKEN is used until it expires",
     )
     arguments = parser.parse_args()

@@ -7,10 +7,10 @@ use streamer_store::Owner;
 
 use crate::metrics::GatewayMetrics;
 
-/// Reservations change in steps of this many bytes; smaller changes are not counted.
+/// Granularity of reservations, in bytes. Smaller changes are not counted.
 const STEP: usize = 4096;
 
-/// Limits the bytes that all connections buffer.
+/// Limits the number of bytes that all connections buffer.
 pub(crate) struct BufferBudget {
     max: usize,
     max_per_user: usize,
@@ -24,12 +24,12 @@ struct Usage {
     by_user: HashMap<Owner, usize>,
 }
 
-/// Bytes reserved by one connection.
+/// Number of bytes reserved by one connection.
 #[derive(Default)]
 pub(crate) struct Reservation(usize);
 
 impl Reservation {
-    /// Returns whether the reservation for this many bytes is a different one.
+    /// Returns whether the reservation must change to cover `bytes` bytes.
     pub(crate) fn differs(&self, bytes: usize) -> bool {
         bytes / STEP * STEP != self.0
     }
@@ -41,10 +41,10 @@ impl BufferBudget {
         Self { max, max_per_user, usage: Mutex::default(), metrics }
     }
 
-    /// Sets the reservation of a connection of this user.
+    /// Sets the reservation of a connection of the given user to `bytes`.
     ///
     /// # Errors
-    /// The name of the option whose limit is exceeded. The caller must then drop the buffered bytes.
+    /// Returns the name of the option whose limit is exceeded. The caller must then drop the buffered bytes.
     pub(crate) fn update(
         &self,
         owner: &Owner,

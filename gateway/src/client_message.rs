@@ -18,11 +18,11 @@ pub(crate) enum ClientMessage<'a> {
     Unsubscribe { request_id: Cow<'a, str> },
     /// Cancels a request.
     Cancel { request_id: Cow<'a, str>, reason: Cow<'a, str> },
-    /// Gets one request.
+    /// Gets a request.
     Get { request_id: Cow<'a, str> },
     /// Lists a page of requests.
     List { states: Vec<RequestState>, limit: i32, page_token: Cow<'a, str> },
-    /// Renews the token.
+    /// Replaces the token of the connection.
     Auth { token: Cow<'a, str> },
     /// Requests a `pong`.
     Ping,
@@ -46,21 +46,21 @@ pub(crate) struct RequestMessage<'a> {
     pub(crate) priority: i32,
     pub(crate) delay_ms: i64,
     pub(crate) latest: bool,
-    /// W3C `traceparent` and `tracestate`, for clients that cannot set headers.
+    /// Trace context from the fields `traceparent` and `tracestate` (W3C), for clients that cannot set headers.
     pub(crate) trace: Option<TraceContext>,
 }
 
-/// A message that is rejected.
+/// A rejected message.
 #[derive(Debug)]
 pub(crate) struct InvalidMessage {
-    /// Request that the message refers to, if it could be read.
+    /// `request_id` of the message, if it could be read.
     pub(crate) request_id: Option<String>,
     /// All violated rules.
     pub(crate) violations: Violations,
 }
 
-/// All fields of all messages; the type determines which are used. Values stay raw JSON, so that a
-/// violation can name the field that has the wrong JSON type.
+/// Fields of all message types; the type of a message determines which of them are used. Values remain raw
+/// JSON, so that a violation can name the field that has the wrong JSON type.
 #[derive(Deserialize)]
 struct Fields<'a> {
     #[serde(rename = "type", borrow)]
@@ -108,7 +108,7 @@ impl Fields<'_> {
     }
 }
 
-/// Keeps a payload of `null`, which differs from a missing payload.
+/// Deserializes a payload of `null` as present, to distinguish it from a missing payload.
 fn present<'de, D: Deserializer<'de>>(deserializer: D) -> Result<Option<&'de RawValue>, D::Error> {
     <&RawValue>::deserialize(deserializer).map(Some)
 }
@@ -116,10 +116,10 @@ fn present<'de, D: Deserializer<'de>>(deserializer: D) -> Result<Option<&'de Raw
 /// Parses a message.
 ///
 /// # Errors
-/// All rules that the message violates.
+/// Returns all rules that the message violates.
 pub(crate) fn parse(text: &str) -> Result<ClientMessage<'_>, InvalidMessage> {
     if !text.trim_start().starts_with('{') {
-        // Checked before parsing, so that any other JSON value is reported as not an object.
+        // Checked before parsing, so that the error for any other JSON value is that it is not an object.
         let rule = match serde_json::from_str::<&RawValue>(text) {
             Ok(_) => "must be a JSON object".to_owned(),
             Err(error) => format!("is not JSON: {error}"),
@@ -136,7 +136,7 @@ pub(crate) fn parse(text: &str) -> Result<ClientMessage<'_>, InvalidMessage> {
     }
 }
 
-/// Returns the request that a message refers to, if it can be read.
+/// Returns the `request_id` of a message, if it can be read.
 pub(crate) fn request_id(text: &str) -> Option<String> {
     serde_json::from_str::<Fields<'_>>(text).ok()?.request_id()
 }
@@ -275,7 +275,7 @@ impl Reader {
 
     fn text<'a>(&mut self, field: &str, value: Option<&'a RawValue>) -> Option<Cow<'a, str>> {
         let json = value?.get();
-        // Without escapes, the text between the quotes is the value.
+        // If the string contains no escapes, the text between the quotes is its value.
         let plain = json.strip_prefix('"').and_then(|rest| rest.strip_suffix('"'));
         if let Some(plain) = plain.filter(|plain| !plain.contains('\\')) {
             return Some(Cow::Borrowed(plain));

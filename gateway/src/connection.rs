@@ -1,9 +1,10 @@
 //! One WebSocket connection: a state machine driven by its socket, its calls and its inbox.
 //!
-//! It is one future without timers and, while idle, without buffers. Input is read into a buffer
-//! shared by the thread and handled immediately; a sync action that completes immediately is
-//! answered in the same iteration. Pending output is bounded: above the high-water mark the
-//! connection stops taking events (they stay in the topic, then in the log) and stops reading.
+//! A connection is one future without timers and, while idle, without buffers. Input is read into a
+//! buffer that all connections of a thread share, and handled immediately; the reply of a sync action
+//! that completes immediately is sent in the same iteration. Pending output is bounded: above the
+//! high-water mark, the connection stops accepting events, which remain in the topic or the log, and
+//! stops reading.
 
 mod calls;
 mod delivery;
@@ -41,17 +42,17 @@ use calls::Reply;
 use in_flight::{Call, Cost, InFlight};
 use subscriptions::Subscriptions;
 
-/// Size of the read buffer that the connections of a thread share.
+/// Size of the read buffer that the connections of a thread share, in bytes.
 const READ_BUFFER_BYTES: usize = 64 * 1024;
-/// Bytes of pending output above which a connection accepts no more work.
+/// Number of bytes of pending output at which a connection stops accepting work.
 const HIGH_WATER: usize = 64 * 1024;
-/// Bytes of messages with pending calls above which a connection accepts no more work.
+/// Number of bytes of messages with pending calls at which a connection stops accepting work.
 const MAX_PENDING_BYTES: usize = 16 * 1024 * 1024;
 /// Maximum number of pending calls whose replies may be large.
 const MAX_LARGE_CALLS: usize = 8;
-/// Consecutive rejected messages after which the connection is closed.
+/// Maximum number of consecutive rejected messages. A connection that exceeds it is closed.
 const MAX_CONSECUTIVE_REJECTIONS: u32 = 20_000;
-/// Iterations of the loop before it yields to other tasks.
+/// Maximum number of iterations before a connection yields to other tasks.
 const MAX_ITERATIONS: u32 = 32;
 
 thread_local! {
@@ -60,24 +61,24 @@ thread_local! {
 
 pub(crate) struct Connection<S> {
     socket: S,
-    /// Bytes that were read before the upgrade completed.
+    /// Input that was read before the upgrade completed.
     early: Bytes,
     decoder: Decoder,
     out: SendBuffer,
     calls: FuturesUnordered<InFlight>,
-    /// Cost of all pending calls.
+    /// Total cost of the pending calls.
     pending: Cost,
     session: Session,
     phase: Phase,
 }
 
-/// Phase in the life of a connection.
+/// Phase of a connection.
 #[derive(Clone, Copy, PartialEq, Eq)]
 enum Phase {
     Open,
-    /// The close frame is queued or sent; input is discarded until the client's close frame.
+    /// A close frame is queued or sent. Input is discarded until the client's close frame arrives.
     Closing,
-    /// The client has closed; pending output is written, then the connection ends.
+    /// The client has sent a close frame. The connection ends after its pending output is written.
     Closed,
 }
 
@@ -86,19 +87,19 @@ pub(crate) struct Session {
     pub(crate) gateway: Arc<Gateway>,
     pub(crate) handle: Arc<ConnectionHandle>,
     pub(crate) subscriptions: Subscriptions,
-    /// Open watches of the user, over all connections.
+    /// Open watches of the user, across all its connections.
     watches: Option<Arc<UserWatches>>,
-    /// Requests with events to send, in order.
+    /// Identifiers of the requests with events to send, in order.
     pub(crate) ready: Vec<Uid>,
     /// Number of pending log reads.
     pub(crate) log_reads: usize,
     rate: RateLimiter,
     consecutive_rejections: u32,
-    /// Bytes reserved for an incomplete message.
+    /// Reservation of bytes for an incomplete message.
     reservation: Reservation,
-    /// Keeps this connection counted as open by the server.
+    /// Keeps the connection counted as open in the server's connection limit.
     _peer: Option<Peer>,
-    /// Trace context of the handshake, for requests that have none.
+    /// Trace context of the handshake, for requests without a trace context.
     trace: Option<Box<TraceContext>>,
 }
 
@@ -138,7 +139,7 @@ impl<S: AsyncRead + AsyncWrite + Unpin> Connection<S> {
         }
     }
 
-    /// Queues message `connected`.
+    /// Queues the message `connected`.
     pub(crate) fn send_connected(&mut self) {
         let frame = {
             let Session { gateway, handle, .. } = &self.session;
@@ -162,7 +163,7 @@ impl<S: AsyncRead + AsyncWrite + Unpin> Connection<S> {
         self.out.push(frame);
     }
 
-    /// Queues a close frame and starts to close.
+    /// Queues a close frame and starts the closing handshake.
     pub(crate) fn close(&mut self, code: u16, reason: &str) {
         if self.phase == Phase::Open {
             if code == close_code::SLOW_CONSUMER {
@@ -175,8 +176,8 @@ impl<S: AsyncRead + AsyncWrite + Unpin> Connection<S> {
         }
     }
 
-    /// Handles the items of the inbox. Returns whether it held any, or `None` when the connection
-    /// must be dropped.
+    /// Handles the items of the inbox. Returns whether the inbox contained any items; `None` if the
+    /// connection must be dropped.
     fn drain_inbox(&mut self) -> Option<bool> {
         let inbox = self.session.handle.take_inbox(self.out.bytes() < HIGH_WATER);
         if inbox.abort {
@@ -193,7 +194,7 @@ impl<S: AsyncRead + AsyncWrite + Unpin> Connection<S> {
         Some(anything)
     }
 
-    /// Reads once and handles the input.
+    /// Reads from the socket once and handles the input.
     fn read(&mut self, context: &mut Context<'_>) -> Poll<std::io::Result<()>> {
         if self.decoder.is_paused() {
             self.feed(&mut [], context);
@@ -246,7 +247,7 @@ impl<S: AsyncRead + AsyncWrite + Unpin> Connection<S> {
         }
     }
 
-    /// Reserves the bytes of an incomplete message; `is_new` if the previous one has ended.
+    /// Reserves the bytes of an incomplete message. `is_new` states that the previous message has ended.
     fn reserve_buffered(&mut self, is_new: bool) -> Result<(), Violation> {
         let Session { gateway, handle, reservation, .. } = &mut self.session;
         let buffered = self.decoder.buffered_bytes();
@@ -279,7 +280,7 @@ impl<S: AsyncRead + AsyncWrite + Unpin> Connection<S> {
             Message::Ping(payload) => self.send(frame::pong(payload)),
             Message::Pong => {}
             Message::Binary => {
-                let rule = "streamer.v1.json has no binary messages: send text";
+                let rule = "streamer.v1.json does not support binary messages: send text";
                 self.reject(None, &RequestError::new(ErrorCode::ValidationError, rule));
             }
             Message::Text(text) => self.on_text(text, context),
@@ -287,7 +288,7 @@ impl<S: AsyncRead + AsyncWrite + Unpin> Connection<S> {
         match self.phase {
             Phase::Open if self.has_room() => Flow::Continue,
             Phase::Open => Flow::Pause,
-            // The client's close frame may be in the remaining input.
+            // The remaining input may contain the client's close frame.
             Phase::Closing => Flow::Continue,
             Phase::Closed => Flow::Stop,
         }
@@ -363,7 +364,7 @@ impl<S: AsyncRead + AsyncWrite + Unpin> Connection<S> {
 
     fn handle_reply(&mut self, reply: Reply) {
         if self.phase != Phase::Open {
-            return; // nothing may follow a close frame
+            return; // no frame may follow a close frame
         }
         let before = self.out.bytes();
         let close = self.session.finish_call(reply, &mut self.out);
@@ -374,7 +375,7 @@ impl<S: AsyncRead + AsyncWrite + Unpin> Connection<S> {
         }
     }
 
-    /// Runs one iteration. Returns `true` when there may be more to do, `false` when the connection
+    /// Runs one iteration. Returns `true` if another iteration is required, `false` if the connection
     /// has ended.
     fn iterate(&mut self, context: &mut Context<'_>) -> Poll<bool> {
         let Some(mut progressed) = self.drain_inbox() else { return Poll::Ready(false) };
@@ -387,7 +388,7 @@ impl<S: AsyncRead + AsyncWrite + Unpin> Connection<S> {
                 Poll::Pending => {}
             }
         }
-        // Calls are not polled while their replies cannot be sent.
+        // Calls are polled only while their replies can be queued.
         while self.out.bytes() < HIGH_WATER
             && let Poll::Ready(Some((reply, cost))) = self.calls.poll_next_unpin(context)
         {
@@ -408,7 +409,7 @@ impl<S: AsyncRead + AsyncWrite + Unpin> Connection<S> {
         if progressed { Poll::Ready(true) } else { Poll::Pending }
     }
 
-    /// Queues events. Returns whether there are new calls, which must be polled.
+    /// Queues events. Returns whether it started calls, which must be polled.
     fn deliver(&mut self) -> bool {
         let before = self.out.bytes();
         let calls = self.session.deliver(&mut self.out, HIGH_WATER);
@@ -423,7 +424,7 @@ impl<S: AsyncRead + AsyncWrite + Unpin> Connection<S> {
         any
     }
 
-    /// Writes pending output. Returns whether some was written and there is room for more.
+    /// Writes pending output. Returns whether any output was written and the buffer accepts more.
     fn write(&mut self, context: &mut Context<'_>) -> std::io::Result<bool> {
         if self.out.is_empty() {
             return Ok(false);
@@ -450,7 +451,7 @@ impl<S: AsyncRead + AsyncWrite + Unpin> Future for Connection<S> {
 
     fn poll(self: Pin<&mut Self>, context: &mut Context<'_>) -> Poll<()> {
         let connection = self.get_mut();
-        // Registered before the inbox is read, so that every later change wakes this task.
+        // The waker is registered before the inbox is read, so that every later change wakes this task.
         connection.session.handle.waker.register(context.waker());
         for _ in 0..MAX_ITERATIONS {
             match connection.iterate(context) {

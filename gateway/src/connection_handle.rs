@@ -1,4 +1,4 @@
-//! Handle through which the rest of the gateway controls a connection.
+//! Handle through which other parts of the gateway control a connection.
 
 use std::{
     net::IpAddr,
@@ -18,10 +18,10 @@ use streamer_rpc::{CLIENT_ADDRESS, with_authorization};
 use streamer_store::Owner;
 use tonic::metadata::{Ascii, MetadataValue};
 
-/// Maximum number of pushed bytes pending for a connection; beyond that it is a slow consumer.
+/// Maximum number of pending pushed bytes of a connection. A connection that exceeds it is a slow consumer.
 const MAX_PUSHED_BYTES: usize = 1024 * 1024;
 
-/// Close codes of the protocol (DESIGN §8).
+/// Close codes of the subprotocol `streamer.v1.json`.
 pub(crate) mod close_code {
     pub(crate) const GOING_AWAY: u16 = 1001;
     pub(crate) const POLICY: u16 = 1008;
@@ -33,11 +33,11 @@ pub(crate) mod close_code {
     pub(crate) const LIMIT_EXCEEDED: u16 = 4429;
 }
 
-/// The shared part of a connection.
+/// Shared state of a connection.
 pub(crate) struct ConnectionHandle {
     pub(crate) id: Uid,
     pub(crate) remote_address: Option<IpAddr>,
-    /// The same address, as metadata of calls.
+    /// `remote_address` as a metadata value for calls.
     address_value: Option<MetadataValue<Ascii>>,
     pub(crate) user_agent: Box<str>,
     pub(crate) connect_time: Timestamp,
@@ -47,34 +47,34 @@ pub(crate) struct ConnectionHandle {
     pub(crate) liveness: Liveness,
 }
 
-/// Liveness of a connection, in seconds of the registry's clock; read by its sweep.
+/// Liveness of a connection, checked by the registry's sweep. Times are in seconds of the registry's clock.
 #[derive(Default)]
 pub(crate) struct Liveness {
-    /// When the last frame was received.
+    /// Time at which the last frame was received.
     pub(crate) last_frame: AtomicU32,
-    /// When the last ping was sent.
+    /// Time at which the last ping was sent.
     pub(crate) last_ping: AtomicU32,
-    /// Since when pending output has made no progress; 0 when it is not blocked.
+    /// Time since which pending output has made no progress; 0 if it is not blocked.
     pub(crate) blocked_since: AtomicU32,
-    /// Whether the connection reads; if not, the client is not to blame for silence.
+    /// Whether the gateway reads from the connection. If not, missing frames do not indicate an unresponsive client.
     pub(crate) reading: AtomicBool,
-    /// Since when a message is incomplete; 0 when none is.
+    /// Time since which a message has been incomplete; 0 if no message is incomplete.
     pub(crate) partial_since: AtomicU32,
-    /// Since when the connection is closing; 0 when it is not.
+    /// Time since which the connection has been closing; 0 if it is not closing.
     pub(crate) closing_since: AtomicU32,
-    /// Whether the client was notified that its token expires.
+    /// Whether the client has been notified that its token expires soon.
     pub(crate) expiry_notified: AtomicBool,
 }
 
 /// Pending items for a connection.
 #[derive(Default)]
 pub(crate) struct Inbox {
-    /// Requests with new events.
+    /// Identifiers of the requests with new events.
     pub(crate) ready: Vec<Uid>,
-    /// Complete frames.
+    /// Complete frames to send.
     pub(crate) frames: Vec<Bytes>,
     frame_bytes: usize,
-    /// Code and reason of the close that follows the frames.
+    /// Code and reason of the close frame that follows `frames`.
     pub(crate) close: Option<(u16, String)>,
     /// Whether to drop the connection immediately.
     pub(crate) abort: bool,
@@ -105,7 +105,7 @@ impl ConnectionHandle {
         self.credentials.lock().principal.clone()
     }
 
-    /// Returns tenant and user, which a new token does not change.
+    /// Returns the tenant and user, which a new token does not change.
     pub(crate) fn owner(&self) -> Owner {
         let principal = self.principal();
         Owner { tenant: principal.tenant.clone(), user: principal.user.clone() }
@@ -115,7 +115,7 @@ impl ConnectionHandle {
         self.credentials.lock().authorization.clone()
     }
 
-    /// Returns a call with the user's token.
+    /// Returns a gRPC request with the user's token.
     pub(crate) fn call<T>(&self, message: T) -> tonic::Request<T> {
         let mut request = with_authorization(message, self.authorization());
         if let Some(address) = &self.address_value {
@@ -129,7 +129,7 @@ impl ConnectionHandle {
         self.liveness.expiry_notified.store(false, Ordering::Relaxed);
     }
 
-    /// Notifies the connection of new events of this request.
+    /// Notifies the connection of new events of the given request.
     pub(crate) fn notify(&self, uid: Uid) {
         self.inbox.lock().ready.push(uid);
         self.waker.wake();
@@ -150,19 +150,19 @@ impl ConnectionHandle {
         self.waker.wake();
     }
 
-    /// Closes the connection; the first reason wins.
+    /// Closes the connection. If it is called repeatedly, the first code and reason apply.
     pub(crate) fn close(&self, code: u16, reason: &str) {
         self.inbox.lock().close.get_or_insert_with(|| (code, reason.to_owned()));
         self.waker.wake();
     }
 
-    /// Drops the connection without a close frame, since the client does not read.
+    /// Drops the connection without a close frame, because the client does not read.
     pub(crate) fn abort(&self) {
         self.inbox.lock().abort = true;
         self.waker.wake();
     }
 
-    /// Takes the pending items. Frames stay unless `with_frames`.
+    /// Removes and returns the pending items. Frames remain pending unless `with_frames` is set.
     pub(crate) fn take_inbox(&self, with_frames: bool) -> Inbox {
         let mut inbox = self.inbox.lock();
         if with_frames {

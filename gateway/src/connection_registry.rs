@@ -30,17 +30,18 @@ use crate::{
     ws::frame,
 };
 
-/// Seconds within which a client must answer a close frame.
+/// Time within which a client must respond to a close frame, in seconds.
 const CLOSE_TIMEOUT: u32 = 5;
-/// A client is notified this long before its token expires.
+/// Time before the expiry of a token at which the client is notified.
 const EXPIRY_NOTICE: Duration = Duration::from_secs(60);
 /// Interval at which the gateway renews its lease in the store; the lease lasts three intervals.
 const LEASE_RENEWAL_INTERVAL: Duration = Duration::from_secs(20);
-/// Maximum number of records that one write adds, and that it removes.
+/// Maximum number of records that one write adds, and maximum number that it removes.
 const WRITE_BATCH: usize = 1000;
-/// Maximum number of pending removals. Beyond that the oldest are dropped; their records expire with
-/// the gateway's lease.
+/// Maximum number of pending removals. Above it, the oldest removals are dropped; their records expire
+/// with the gateway's lease.
 const MAX_PENDING_REMOVALS: usize = 100_000;
+/// Delay before a failed write is retried.
 const WRITE_RETRY_DELAY: Duration = Duration::from_secs(1);
 
 pub(crate) struct ConnectionRegistry {
@@ -50,9 +51,9 @@ pub(crate) struct ConnectionRegistry {
     write_queued: Notify,
     /// Notified when the last connection is removed.
     emptied: Notify,
-    /// Budget of incomplete messages.
+    /// Budget of bytes for incomplete messages.
     pub(crate) buffer_budget: BufferBudget,
-    /// Seconds since the start, beginning at 1.
+    /// Time since the gateway started, in seconds, beginning at 1.
     seconds: AtomicU32,
     store: Arc<dyn Store>,
     clock: Arc<dyn Clock>,
@@ -63,7 +64,7 @@ pub(crate) struct ConnectionRegistry {
 #[derive(Default)]
 struct Connections {
     by_id: HashMap<Uid, Arc<ConnectionHandle>>,
-    /// The same connections, by tenant and user.
+    /// The connections of `by_id`, indexed by tenant and user.
     by_tenant: HashMap<String, HashMap<String, HashMap<Uid, Arc<ConnectionHandle>>>>,
     count_by_address: HashMap<IpAddr, usize>,
     draining: bool,
@@ -91,17 +92,17 @@ impl Connections {
 #[derive(Default)]
 struct PendingWrites {
     opened: HashMap<Uid, ConnectionRecord>,
-    /// Oldest first.
+    /// Identifiers of closed connections, oldest first.
     closed: BTreeSet<Uid>,
 }
 
-/// Reason why a connection is rejected.
+/// Reason for the rejection of a connection.
 pub(crate) enum AdmissionError {
-    /// The user has too many connections.
+    /// The user has reached the given maximum number of connections.
     User(usize),
-    /// The address has too many connections.
+    /// The address has reached the given maximum number of connections.
     Address(usize),
-    /// The gateway has too many connections.
+    /// The gateway has reached the given maximum number of connections.
     Total(usize),
     /// The gateway is draining.
     Draining,
@@ -168,7 +169,7 @@ impl ConnectionRegistry {
         of_user.insert(handle.id, handle.clone());
         connections.by_id.insert(handle.id, handle.clone());
         drop(connections);
-        // Spreads the pings of all connections over the interval.
+        // Spreads the pings of all connections over the heartbeat interval.
         let heartbeat = u32::try_from(options.heartbeat.as_secs()).unwrap_or(25).max(1);
         let spread = u32::try_from(handle.id.spread() % u64::from(heartbeat)).unwrap_or(0);
         let now = self.seconds();
@@ -199,7 +200,7 @@ impl ConnectionRegistry {
         }
         self.metrics.connections.dec();
         self.queue_write(|pending| {
-            // A record that was not written yet needs no removal.
+            // A record that has not been written yet does not need to be removed.
             if pending.opened.remove(&handle.id).is_none() {
                 pending.closed.insert(handle.id);
                 if pending.closed.len() > MAX_PENDING_REMOVALS {
@@ -213,7 +214,7 @@ impl ConnectionRegistry {
         self.connections.lock().by_id.get(&id).cloned()
     }
 
-    /// Pushes a frame to every connection of a tenant, or of one of its users. Returns their number.
+    /// Pushes a frame to every connection of a tenant, or of one of its users. Returns the number of recipients.
     pub(crate) fn push(&self, tenant: &str, user: Option<&str>, frame: &Bytes) -> usize {
         let recipients: Vec<_> = {
             let connections = self.connections.lock();
@@ -232,7 +233,7 @@ impl ConnectionRegistry {
         recipients.len()
     }
 
-    /// Checks the liveness of every connection once a second, with one timer for all of them.
+    /// Checks the liveness of every connection once per second, with one timer for all connections.
     pub(crate) async fn sweep(&self, shutdown: CancellationToken) {
         let mut ticks = interval(Duration::from_secs(1));
         ticks.set_missed_tick_behavior(MissedTickBehavior::Delay);
@@ -274,9 +275,9 @@ impl ConnectionRegistry {
         let limit = u32::try_from(limit).unwrap_or(u32::MAX);
         match partial.load(Ordering::Relaxed) {
             0 => {}
-            // The gateway does not read from it, so the delay is not the client's.
+            // The gateway does not read from the connection, so the client does not cause the delay.
             begun if !liveness.reading.load(Ordering::Relaxed) => {
-                // Fails if the message has been completed meanwhile.
+                // The exchange fails if the message has been completed in the meantime.
                 let relaxed = Ordering::Relaxed;
                 let _unchanged = partial.compare_exchange(begun, now, relaxed, relaxed);
             }
@@ -308,7 +309,7 @@ impl ConnectionRegistry {
         }
     }
 
-    /// Asks every client to reconnect, closes the connections and rejects new ones.
+    /// Requests that every client reconnect, closes all connections and rejects new ones.
     pub(crate) fn drain(&self, reconnect_after: Duration) {
         let all: Vec<_> = {
             let mut connections = self.connections.lock();
@@ -323,7 +324,7 @@ impl ConnectionRegistry {
         }
     }
 
-    /// Waits until no connection is left.
+    /// Waits until all connections are removed.
     pub(crate) async fn wait_until_empty(&self) {
         loop {
             let emptied = self.emptied.notified();
@@ -334,7 +335,7 @@ impl ConnectionRegistry {
         }
     }
 
-    /// Writes changes to the store in batches, and renews the gateway's lease.
+    /// Writes changes to the store in batches and renews the gateway's lease until `shutdown` is cancelled.
     pub(crate) async fn flush_registrations(&self, shutdown: CancellationToken) {
         let mut renewals = interval(LEASE_RENEWAL_INTERVAL);
         renewals.set_missed_tick_behavior(MissedTickBehavior::Delay);
@@ -354,7 +355,7 @@ impl ConnectionRegistry {
                 if let Err(error) = self.store.update_connections(opened, closed).await {
                     tracing::warn!(%error, "failed to write connection records; retrying");
                     self.requeue(batch);
-                    // Retries after the delay, together with changes made meanwhile.
+                    // The batch is retried after the delay, together with changes made in the meantime.
                     self.write_queued.notify_one();
                     tokio::select! {
                         () = shutdown.cancelled() => return,
@@ -380,7 +381,7 @@ impl ConnectionRegistry {
     fn requeue(&self, (opened, closed): (Vec<ConnectionRecord>, Vec<Uid>)) {
         self.queue_write(|pending| {
             for record in opened {
-                // If it was closed meanwhile, the failed write may still have stored it: keep the removal.
+                // If the connection has been closed, its removal is kept: the failed write may have stored the record.
                 if !pending.closed.contains(&record.id) {
                     pending.opened.insert(record.id, record);
                 }

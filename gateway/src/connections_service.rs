@@ -1,4 +1,4 @@
-//! `streamer.connections.v1.ConnectionsService`.
+//! Implementation of `streamer.connections.v1.ConnectionsService`.
 
 use std::sync::Arc;
 
@@ -27,10 +27,10 @@ use crate::{
 
 const MAX_PAGE: i32 = 1000;
 const DEFAULT_PAGE: usize = 100;
-/// Maximum size of the reason in a close frame.
+/// Maximum size of the reason in a close frame, in bytes.
 const MAX_REASON_BYTES: usize = 123;
 
-/// Service for sending messages to connected users.
+/// Implements the API for sending messages to connected users.
 pub struct ConnectionsApi {
     gateway: Arc<Gateway>,
     store: Arc<dyn Store>,
@@ -46,7 +46,7 @@ impl ConnectionsApi {
         Self { gateway, store, others }
     }
 
-    /// Returns the other gateways, unless one of them forwarded this call.
+    /// Returns the gateways to which to forward a call; `None` if a gateway forwarded it.
     fn others<T>(&self, request: &Request<T>) -> Option<PeerGateways> {
         self.others.clone().filter(|_| !is_forwarded(request))
     }

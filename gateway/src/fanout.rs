@@ -1,4 +1,4 @@
-//! Local fan-out: one upstream watch per request, however many connections subscribe to it.
+//! Local fan-out: one upstream watch per request for any number of subscribed connections.
 
 use std::{collections::HashMap, sync::Arc, time::Duration};
 
@@ -25,18 +25,19 @@ use crate::{
     upstreams::Upstreams,
 };
 
-/// Events per page that a connection behind its topic reads from the log.
+/// Maximum number of events per page that a connection behind its topic reads from the log.
 const LOG_PAGE: i32 = 500;
 /// Maximum number of attempts to open a watch before a subscription fails.
 const MAX_OPEN_ATTEMPTS: u32 = 4;
 /// Maximum backoff before a lost upstream watch is reopened, with full jitter.
 const MAX_BACKOFF: Duration = Duration::from_secs(1);
-/// A watch that has received a message of more than this many bytes keeps buffers of that size, at both ends. It is
-/// reopened without them when no event arrives for [`RELEASE_AFTER`].
+/// Size above which a message is large, in bytes. A watch that has received a large message keeps buffers of that
+/// size at both ends. It is reopened without them if no event arrives for [`RELEASE_AFTER`].
 const LARGE_BYTES: usize = 64 * 1024;
-/// Minimum; jitter extends it up to twice, since many watches may have received the same message.
+/// Minimum idle time after which a watch with large buffers is reopened. Jitter extends it up to twice the value,
+/// because many watches may have received the same message.
 const RELEASE_AFTER: Duration = Duration::from_secs(1);
-/// Lost watches are logged as a warning at most once per interval.
+/// Minimum interval between warnings about lost watches.
 const LOST_LOG_INTERVAL: Duration = Duration::from_secs(10);
 /// Minimum interval between progress events of a request in mode `latest`: 10 per second.
 pub(crate) const LATEST_INTERVAL: Duration = Duration::from_millis(100);
@@ -46,10 +47,10 @@ pub(crate) struct Fanout {
     upstreams: Arc<Upstreams>,
     metrics: GatewayMetrics,
     large_segments: LargeSegments,
-    /// Subscribers whose progress is held until the interval ends.
+    /// Subscribers that are notified again at the end of [`LATEST_INTERVAL`].
     deferred: Mutex<Vec<Arc<Subscriber>>>,
     deferred_queued: Notify,
-    /// When a lost upstream watch was last logged as a warning.
+    /// Time at which a lost upstream watch was last logged as a warning.
     lost_logged_at: Mutex<Option<Instant>>,
 }
 
@@ -78,7 +79,7 @@ impl Fanout {
         }
     }
 
-    /// Opens a watch of a request, given its `request_id` or uid, with the caller's token.
+    /// Opens a watch of the request with the given `request_id` or uid, authenticated with the caller's token.
     pub(crate) async fn open(
         &self,
         request_id: String,
@@ -91,7 +92,7 @@ impl Fanout {
                 self.watch(request_id.clone(), after_seq, authorization.clone()).await?;
             match stream.message().await {
                 Ok(first) => break (stream, first),
-                // The instance failed before its first response; a different one may succeed.
+                // The instance failed before its first response; a different instance may succeed.
                 Err(status) if is_lost(&status) && attempts < MAX_OPEN_ATTEMPTS => {
                     attempts += 1;
                     self.metrics.upstream_lost.inc();
@@ -124,7 +125,7 @@ impl Fanout {
         Ok(self.upstreams.progress().watch(watch).await?.into_inner())
     }
 
-    /// Subscribes to the topic of an opened watch; its stream becomes the upstream of a new topic.
+    /// Subscribes to the topic of an opened watch. If the topic is new, the stream of the watch becomes its upstream.
     /// Returns the topic and the `seq` after which the subscription starts.
     pub(crate) fn join(
         self: &Arc<Self>,
@@ -139,8 +140,8 @@ impl Fanout {
         }
         let last_seq = snapshot.last_seq;
         let ids = RequestIds { request_id: snapshot.request_id, uid: snapshot.uid };
-        // A client may name an `after_seq` that does not exist yet. The topic also serves other
-        // subscribers, so it must not start beyond the last event.
+        // A client may send an `after_seq` that does not exist yet. The topic also serves other
+        // subscribers, so it must not start after the last event.
         let upstream = UpstreamWatch { stream, is_large: has_large_output(&events) };
         let (begin, upstream) = if stream_after <= last_seq {
             (stream_after, Some(upstream))
@@ -159,7 +160,7 @@ impl Fanout {
         (topic, cursor)
     }
 
-    /// Subscribes to a request that this gateway has just submitted, known up to `last_seq`.
+    /// Subscribes to a request that this gateway has just submitted and whose events are known up to `last_seq`.
     pub(crate) fn join_submitted(
         self: &Arc<Self>,
         uid: Uid,
@@ -179,7 +180,7 @@ impl Fanout {
         topic
     }
 
-    /// Unsubscribes a connection; the last one closes the upstream watch.
+    /// Unsubscribes a connection. The upstream watch is closed with the last subscription.
     pub(crate) fn leave(&self, topic: &Topic, connection: Uid) {
         let mut topics = self.topics.lock();
         if topic.unsubscribe(connection) && is_registered(&topics, topic) {
@@ -187,7 +188,7 @@ impl Fanout {
         }
     }
 
-    /// Removes a topic that has no subscribers. Returns whether it had none.
+    /// Removes the topic if it has no subscribers. Returns whether it has none.
     fn remove_if_unused(&self, topic: &Topic) -> bool {
         let mut topics = self.topics.lock();
         // A later subscriber creates a new topic.
@@ -198,7 +199,7 @@ impl Fanout {
         is_unused
     }
 
-    /// Reads a page of the log, for a connection that is behind the events in memory.
+    /// Reads a page of the log for a connection that is behind the events in memory.
     pub(crate) async fn read_log(
         &self,
         uid: Uid,
@@ -216,13 +217,13 @@ impl Fanout {
         Ok(self.upstreams.progress().list_events(list).await?.into_inner().events)
     }
 
-    /// Notifies this subscriber again when the interval ends.
+    /// Notifies the subscriber again after [`LATEST_INTERVAL`].
     pub(crate) fn defer(&self, subscriber: Arc<Subscriber>) {
         self.deferred.lock().push(subscriber);
         self.deferred_queued.notify_one();
     }
 
-    /// Notifies deferred subscribers until `shutdown`, with one timer for all of them.
+    /// Notifies deferred subscribers until `shutdown` is cancelled, with one timer for all of them.
     pub(crate) async fn run(&self, shutdown: CancellationToken) {
         loop {
             tokio::select! {
@@ -242,8 +243,8 @@ impl Fanout {
         topic.set_upstream(task.abort_handle());
     }
 
-    /// Publishes upstream events to the topic until the terminal one. Reopens a lost stream after
-    /// the last event received, with the token of any current subscriber.
+    /// Publishes upstream events to the topic up to the terminal event. Reopens a lost stream after
+    /// the last received event, with the token of any current subscriber.
     async fn follow_until_terminal(&self, topic: &Arc<Topic>, mut upstream: Option<UpstreamWatch>) {
         while !topic.has_ended() {
             let outcome = match upstream.take() {
@@ -270,7 +271,7 @@ impl Fanout {
             };
             match outcome {
                 Ok(WatchEnd::Idle) => continue,
-                // The token that opened the watch has expired; other subscribers may have a valid one.
+                // The token that opened the watch has expired; another subscriber may have a valid token.
                 Err(status) if status.code() == Code::Unauthenticated => continue,
                 Err(status) => self.log_lost_watch(topic.uid, &status),
                 Ok(WatchEnd::Ended) => {}
@@ -287,8 +288,8 @@ impl Fanout {
         }
     }
 
-    /// Counts and logs a lost watch. One progress service that fails can end thousands of them, so the
-    /// warning is rate-limited.
+    /// Counts and logs a lost watch. The failure of one progress service can end thousands of watches, so
+    /// the warning is rate-limited.
     fn log_lost_watch(&self, uid: Uid, status: &Status) {
         self.metrics.upstream_lost.inc();
         let now = Instant::now();
@@ -346,14 +347,14 @@ impl Fanout {
     }
 }
 
-/// An upstream watch, and whether it has large buffers.
+/// Stream of an upstream watch, and whether the watch has large buffers.
 struct UpstreamWatch {
     stream: Streaming<WatchResponse>,
     is_large: bool,
 }
 
-/// Returns whether the output of these events exceeds [`LARGE_BYTES`]. No other event is as large, except a result,
-/// which ends the watch.
+/// Returns whether the output of the given events exceeds [`LARGE_BYTES`]. Of the other events, only a result can be
+/// as large, and it ends the watch.
 fn has_large_output(events: &[Event]) -> bool {
     let bytes = events.iter().map(|event| match &event.kind {
         Some(Kind::Output(Output {
@@ -365,11 +366,11 @@ fn has_large_output(events: &[Event]) -> bool {
     bytes.sum::<usize>() > LARGE_BYTES
 }
 
-/// Why receiving from a watch stopped.
+/// Reason why receiving from a watch stopped.
 enum WatchEnd {
     /// The request has ended, or the service closed the watch.
     Ended,
-    /// The watch has large buffers and receives no events.
+    /// The watch has large buffers and has received no events for some time.
     Idle,
 }
 
@@ -381,13 +382,13 @@ fn has_ended(state: i32) -> bool {
     state_from_proto(state).is_some_and(RequestState::is_terminal)
 }
 
-/// Returns whether the instance failed: it ends watches with UNAVAILABLE when it stops, and a broken
-/// connection ends them with UNKNOWN.
+/// Returns whether the progress service failed. An instance that stops ends its watches with UNAVAILABLE; a
+/// broken connection ends them with UNKNOWN.
 fn is_lost(status: &Status) -> bool {
     matches!(status.code(), Code::Unavailable | Code::Unknown)
 }
 
-/// Returns whether the error concerns only this caller, so that a different one may succeed.
+/// Returns whether the error is specific to the caller, so that a different caller may succeed.
 fn concerns_caller(status: &Status) -> bool {
     matches!(status.code(), Code::NotFound | Code::PermissionDenied | Code::Unauthenticated)
 }

@@ -13,7 +13,7 @@ pub(crate) struct JsonWriter {
 }
 
 impl JsonWriter {
-    /// Starts an object with `{"type":…,"timestamp":…`, as in every message.
+    /// Starts a message with `{"type":…,"timestamp":…`.
     pub(crate) fn message(kind: &str, now: Timestamp, capacity: usize) -> Self {
         let mut frame = TextFrame::with_capacity(capacity + 96);
         let text = frame.text();
@@ -24,26 +24,26 @@ impl JsonWriter {
         Self { frame }
     }
 
-    /// `"name":"text"`
+    /// Writes `"name":"text"`.
     pub(crate) fn text(mut self, name: &str, text: &str) -> Self {
         self.name(name);
         write_text(self.frame.text(), text);
         self
     }
 
-    /// `"name":"text"`, omitted if empty.
+    /// Writes `"name":"text"` unless `text` is empty.
     pub(crate) fn text_unless_empty(self, name: &str, text: &str) -> Self {
         if text.is_empty() { self } else { self.text(name, text) }
     }
 
-    /// `"name":number`
+    /// Writes `"name":number`.
     pub(crate) fn number(mut self, name: &str, number: i64) -> Self {
         self.name(name);
         write(self.frame.text(), format_args!("{number}"));
         self
     }
 
-    /// `"name":number`; a number that JSON cannot represent becomes `null`.
+    /// Writes `"name":number`, or `null` for a number that JSON cannot represent.
     pub(crate) fn float(mut self, name: &str, number: f64) -> Self {
         self.name(name);
         if number.is_finite() {
@@ -54,21 +54,21 @@ impl JsonWriter {
         self
     }
 
-    /// `"name":true`
+    /// Writes `"name":true` or `"name":false`.
     pub(crate) fn boolean(mut self, name: &str, value: bool) -> Self {
         self.name(name);
         self.frame.text().extend_from_slice(if value { b"true" } else { b"false" });
         self
     }
 
-    /// `"name":` followed by serialized JSON.
+    /// Writes `"name":` followed by serialized JSON.
     pub(crate) fn raw(mut self, name: &str, json: &[u8]) -> Self {
         self.name(name);
         self.frame.text().extend_from_slice(json);
         self
     }
 
-    /// `"name":{…}`
+    /// Writes `"name":{…}`.
     pub(crate) fn object(mut self, name: &str, members: impl FnOnce(Self) -> Self) -> Self {
         self.name(name);
         self.frame.text().push(b'{');
@@ -77,7 +77,7 @@ impl JsonWriter {
         inner
     }
 
-    /// `"name":[{…},…]`
+    /// Writes `"name":[{…},…]`.
     pub(crate) fn list<T>(
         mut self,
         name: &str,

@@ -10,16 +10,17 @@ use parking_lot::Mutex;
 
 use crate::topic::{Published, Topic};
 
-/// Segments of more bytes than this are large.
+/// Size above which a segment is large, in bytes.
 const LARGE_BYTES: usize = 64 * 1024;
-/// Bytes of recent large segments that are retained; subscribers further behind read from the log.
+/// Maximum total size of the retained large segments, in bytes. Subscribers further behind read from the log.
 const MAX_BYTES: usize = 64 * 1024 * 1024;
-/// Segments younger than [`MIN_RETENTION`] are retained beyond that, up to this many bytes, so that subscribers that
-/// read immediately find them whatever is published to other topics.
+/// Maximum total size including segments younger than [`MIN_RETENTION`], in bytes. It exceeds [`MAX_BYTES`], so that
+/// subscribers that read immediately find new segments regardless of the events published to other topics.
 const MAX_TOTAL_BYTES: usize = 4 * MAX_BYTES;
+/// Age up to which [`MAX_TOTAL_BYTES`] applies to a segment.
 const MIN_RETENTION: Duration = Duration::from_secs(1);
 
-/// The most recent large segments, oldest first.
+/// Tracks the most recent large segments, oldest first.
 #[derive(Default)]
 pub(crate) struct LargeSegments(Mutex<Retained>);
 
@@ -36,7 +37,7 @@ struct LargeSegment {
 }
 
 impl LargeSegments {
-    /// Records a published segment. Drops the oldest large segments from their topics when the limit is exceeded.
+    /// Records a published segment. Drops the oldest large segments from their topics if the limit is exceeded.
     pub(crate) fn record(&self, topic: &Arc<Topic>, published: Published, now: Instant) {
         if published.bytes <= LARGE_BYTES {
             return;
@@ -48,7 +49,7 @@ impl LargeSegments {
         }
     }
 
-    /// Adds a segment and returns those that exceed the limit.
+    /// Adds a segment and returns the segments that exceed the limit.
     fn push(&self, topic: &Arc<Topic>, published: Published, now: Instant) -> Vec<LargeSegment> {
         let mut retained = self.0.lock();
         retained.bytes += published.bytes;

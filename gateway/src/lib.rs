@@ -1,10 +1,10 @@
 //! Gateway from WebSocket to gRPC.
 //!
-//! Clients connect with subprotocol `streamer.v1.json` (DESIGN §8). The gateway is an ordinary
-//! client of the router and progress services and sends the user's token with every call. It keeps
-//! no durable state: a client whose gateway fails reconnects to a different one and resumes with
-//! `after_seq`. All local subscribers of a request share one upstream watch; each is a cursor over
-//! frames that are encoded once, so that a slow one delays only itself.
+//! Clients connect with the subprotocol `streamer.v1.json`. The gateway is a regular client of the
+//! router and progress services and sends the user's token with every call. It has no durable state:
+//! a client whose gateway fails reconnects to a different gateway and resumes with `after_seq`. All
+//! local subscribers of a request share one upstream watch. Each subscriber is a cursor over frames
+//! that are encoded once, so that a slow subscriber delays only itself.
 
 mod buffer_budget;
 mod client_message;
@@ -43,45 +43,45 @@ use crate::{
 /// Gateway options.
 #[derive(Clone, Debug)]
 pub struct GatewayOptions {
-    /// Origins whose pages may connect. Empty allows only pages of this machine; `*` allows all.
+    /// Origins whose pages may connect. An empty list allows only pages served from this machine; `*` allows all.
     pub allowed_origins: Vec<String>,
     /// Maximum number of connections.
     pub max_connections: usize,
-    /// Maximum number of connections of one user.
+    /// Maximum number of connections per user.
     pub max_connections_per_user: usize,
-    /// Maximum number of connections from one address.
+    /// Maximum number of connections per client address.
     pub max_connections_per_address: usize,
-    /// Maximum number of subscriptions of one connection.
+    /// Maximum number of subscriptions per connection.
     pub max_subscriptions: usize,
-    /// Maximum number of pending calls of one connection; at the limit it is not read from.
+    /// Maximum number of pending calls per connection. The gateway does not read from a connection at the limit.
     pub max_in_flight_requests: usize,
-    /// Maximum rate of messages from one connection, per second; 0 disables the limit.
+    /// Maximum number of messages per second from one connection; 0 disables the limit.
     pub rate_limit: u32,
-    /// Messages accepted in a burst beyond that rate.
+    /// Maximum number of messages that one connection may send in a burst above `rate_limit`.
     pub rate_limit_burst: u32,
-    /// Maximum number of bytes buffered for incomplete client messages.
+    /// Maximum number of bytes buffered for incomplete client messages of all connections.
     pub max_buffered_bytes: usize,
     /// Maximum number of bytes buffered for incomplete messages of one user.
     pub max_buffered_bytes_per_user: usize,
-    /// Time within which a message must be complete, once it has begun.
+    /// Maximum time from the start of a message to its end.
     pub message_timeout: Duration,
-    /// Maximum size of a client message.
+    /// Maximum size of a client message, in bytes.
     pub max_message_bytes: usize,
-    /// Interval at which a silent client is pinged; it is dropped after twice the interval.
+    /// Interval at which the gateway pings a silent client. The connection is dropped after twice the interval.
     pub heartbeat: Duration,
     /// Time after which a connection is closed if its pending output makes no progress.
     pub slow_consumer_timeout: Duration,
-    /// Timeout for closing a rejected connection.
+    /// Timeout for the closing handshake of a rejected connection.
     pub handshake_timeout: Duration,
-    /// Maximum time that clients wait before they reconnect after a drain.
+    /// Maximum delay before a client reconnects after a drain.
     pub reconnect_after: Duration,
 }
 
 /// Dependencies of the gateway.
 pub struct Dependencies {
-    /// Stores connection records.
+    /// The store of the connection records.
     pub store: Arc<dyn Store>,
-    /// Provides timestamps.
+    /// The source of timestamps.
     pub clock: Arc<dyn Clock>,
     /// Verifies tokens.
     pub authenticator: Arc<Authenticator>,
@@ -91,19 +91,19 @@ pub struct Dependencies {
     pub router: Channel,
     /// Channel to the progress service.
     pub progress: Channel,
-    /// All gateways, if this process is not the only one.
+    /// This gateway and its peers; `None` if this gateway is the only one.
     pub others: Option<PeerGateways>,
-    /// Registry of metrics.
+    /// The metrics registry.
     pub metrics: Metrics,
     /// Exports traces and decides which requests are traced.
     pub traces: Traces,
     /// Gateway options.
     pub options: GatewayOptions,
-    /// Open watches of tenants and users in this process.
+    /// Registry of the open watches of tenants and users in this process.
     pub open_watches: Arc<OpenWatches>,
 }
 
-/// The other gateways of the deployment.
+/// This gateway and its peers.
 #[derive(Clone)]
 pub struct PeerGateways {
     /// Name of this gateway among the members.
@@ -112,17 +112,17 @@ pub struct PeerGateways {
     pub members: Instances,
 }
 
-/// Services of the gateway, ready to be served.
+/// The gateway's HTTP and gRPC services and background tasks.
 pub struct GatewayServer {
-    /// `GET /ws`. Must be served over plain TCP by hyper-util's auto server, with upgrades.
+    /// The route `GET /ws`. It must be served over plain TCP by hyper-util's auto server, with upgrades.
     pub http: axum::Router,
-    /// `streamer.connections.v1`, for services that send messages to connected users.
+    /// The API `streamer.connections.v1`, for services that send messages to connected users.
     pub connections: AuthService<ConnectionsServiceServer<ConnectionsApi>>,
     gateway: Arc<Gateway>,
 }
 
 impl GatewayServer {
-    /// Builds the gateway.
+    /// Creates a gateway from its dependencies.
     #[must_use]
     pub fn build(dependencies: Dependencies) -> Self {
         let Dependencies {
@@ -166,7 +166,7 @@ impl GatewayServer {
         Self { http, connections: auth.wrap(api), gateway }
     }
 
-    /// Runs the background tasks until `shutdown`.
+    /// Runs the background tasks until `shutdown` is cancelled.
     pub async fn run(&self, shutdown: CancellationToken) {
         let Gateway { registry, fanout, .. } = &*self.gateway;
         tokio::join!(
@@ -176,7 +176,7 @@ impl GatewayServer {
         );
     }
 
-    /// Closes every connection. Returns once all clients have disconnected, or after `limit`.
+    /// Closes every connection and waits until all clients have disconnected, at most for `limit`.
     pub async fn drain(&self, limit: Duration) {
         self.gateway.registry.drain(self.gateway.options.reconnect_after);
         if timeout(limit, self.gateway.registry.wait_until_empty()).await.is_err() {

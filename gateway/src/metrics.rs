@@ -45,7 +45,7 @@ impl GatewayMetrics {
             rate_limited: counter("streamer_gateway_rate_limited", "Messages over the rate limit"),
             slow_consumers: counter(
                 "streamer_gateway_slow_consumers",
-                "Slow consumers closed with code 4408",
+                "Connections of slow consumers closed with code 4408",
             ),
             buffered_bytes: metrics.gauge(
                 "streamer_gateway_buffered_bytes",
@@ -57,11 +57,11 @@ impl GatewayMetrics {
             ),
             log_reads: counter(
                 "streamer_gateway_log_reads",
-                "Log pages read for connections that were behind",
+                "Log pages read for connections behind the events in memory",
             ),
             upstream_events: counter(
                 "streamer_gateway_upstream_events",
-                "Events received from upstream",
+                "Events received from progress services",
             ),
             upstream_lost: counter(
                 "streamer_gateway_upstream_lost",

@@ -1,4 +1,4 @@
-//! Calls to the other gateways about the connections that they hold.
+//! Calls to other gateways about their connections.
 
 use std::time::Duration;
 
@@ -17,19 +17,19 @@ use crate::PeerGateways;
 
 /// Timeout of a call to a gateway.
 const CALL_TIMEOUT: Duration = Duration::from_secs(3);
-/// Timeout of a call to a gateway that was unreachable last time.
+/// Timeout of a call to a gateway that was unreachable at the last attempt.
 const UNREACHABLE_CALL_TIMEOUT: Duration = Duration::from_millis(500);
 
 /// Combined responses of the other gateways.
 #[derive(Default)]
 pub(crate) struct PeerResponses {
-    /// Number of connections reached.
+    /// Number of connections that received the request.
     pub(crate) recipients: usize,
     /// Number of unreachable gateways.
     pub(crate) unreachable: usize,
 }
 
-/// Request to the other gateways.
+/// Request that is sent to the other gateways.
 #[derive(Clone)]
 pub(crate) enum PeerRequest {
     Send(SendRequest),
@@ -38,7 +38,7 @@ pub(crate) enum PeerRequest {
 }
 
 impl PeerRequest {
-    /// Calls one gateway. Returns the number of connections it reached.
+    /// Calls a gateway. Returns the number of connections that received the request.
     async fn send(self, channel: Channel, authorization: HeaderValue) -> Result<usize, Status> {
         let mut client = ConnectionsServiceClient::new(channel);
         recipient_count(match self {
@@ -64,7 +64,7 @@ impl PeerGateways {
         let mut calls = Vec::new();
         let mut responses = PeerResponses::default();
         for member in self.members.all().iter().filter(|member| *member.name != *self.own) {
-            // An unhealthy gateway may still hold connections, but callers should not wait long for it.
+            // An unhealthy gateway may still have connections, but callers should not wait long for it.
             let limit = if member.is_reachable() { CALL_TIMEOUT } else { UNREACHABLE_CALL_TIMEOUT };
             let call = request.clone().send(member.channel.clone(), caller.authorization.clone());
             let gateway = member.name.clone();
@@ -101,12 +101,12 @@ fn recipient_count(response: Result<i32, Status>) -> Result<usize, Status> {
     }
 }
 
-/// Returns whether a gateway forwarded this call.
+/// Returns whether a gateway forwarded the call.
 pub(crate) fn is_forwarded<T>(request: &Request<T>) -> bool {
     request.metadata().contains_key(FORWARDED)
 }
 
-/// Returns the response if a connection was reached, otherwise an error.
+/// Returns the response if a connection received the request, otherwise an error.
 pub(crate) fn response_or_error<T>(
     responses: &PeerResponses,
     not_connected: impl FnOnce() -> Status,

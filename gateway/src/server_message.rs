@@ -75,12 +75,12 @@ pub(crate) fn event(event: &Event, ids: &RequestIds) -> Bytes {
             let object = from_log("cancelled", 256).text("reason", &cancelled.reason);
             output_summary(object, cancelled.output.as_ref()).finish()
         }
-        // A kind written by a newer server: the client still needs its `seq`.
+        // The event kind was written by a newer server; the client still needs the `seq`.
         None => from_log("unknown", 0).finish(),
     }
 }
 
-/// The first message of every connection.
+/// Content of `connected`, the first message of every connection.
 pub(crate) struct Connected<'a> {
     pub(crate) connection_id: &'a str,
     pub(crate) user_id: &'a str,
@@ -101,7 +101,7 @@ pub(crate) fn connected(connected: &Connected<'_>, now: Timestamp) -> Bytes {
         .finish()
 }
 
-/// Content of an acknowledgment.
+/// Content of an `acknowledgment` message.
 pub(crate) struct Acknowledgment<'a> {
     pub(crate) status: &'a str,
     pub(crate) message: &'a str,
@@ -111,7 +111,7 @@ pub(crate) struct Acknowledgment<'a> {
     pub(crate) trace_id: Option<String>,
 }
 
-/// Acknowledges a durable request.
+/// Encodes the acknowledgment of a durable request.
 pub(crate) fn acknowledgment(
     ids: &RequestIds,
     content: &Acknowledgment<'_>,
@@ -141,7 +141,7 @@ fn queue_position(object: JsonWriter, position: Option<&QueuePosition>) -> JsonW
     })
 }
 
-/// Result of a sync action, or of an async action that ended in time.
+/// Encodes the result of a sync action, or of an async action that ended within the wait time.
 pub(crate) fn completed(ids: &RequestIds, completed: &Completed, now: Timestamp) -> Bytes {
     let cancelled = completed.state() == RequestState::Cancelled;
     let object = match &completed.error {
@@ -162,7 +162,7 @@ pub(crate) fn completed(ids: &RequestIds, completed: &Completed, now: Timestamp)
     output_summary(object, completed.output.as_ref()).finish()
 }
 
-/// Confirms a subscription and describes the request.
+/// Encodes the confirmation of a subscription, which describes the request.
 pub(crate) fn subscribed(request: &Request, now: Timestamp) -> Bytes {
     let ids = RequestIds { request_id: request.request_id.clone(), uid: request.uid.clone() };
     let mut object = request_object("subscribed", &ids, now, 384)
@@ -176,18 +176,18 @@ pub(crate) fn subscribed(request: &Request, now: Timestamp) -> Bytes {
     object.finish()
 }
 
-/// Confirms the end of a subscription.
+/// Encodes the confirmation of the end of a subscription.
 pub(crate) fn unsubscribed(request_id: &str, now: Timestamp) -> Bytes {
     JsonWriter::message("unsubscribed", now, 64).text("request_id", request_id).finish()
 }
 
-/// One request, in reply to `get`.
+/// Encodes a request, in reply to `get`.
 pub(crate) fn request(request: &Request, now: Timestamp) -> Bytes {
     let capacity = size(request.payload.as_ref()) + size(request.result.as_ref()) + 768;
     request_members(JsonWriter::message("request", now, capacity), request).finish()
 }
 
-/// A page of requests, in reply to `list`.
+/// Encodes a page of requests, in reply to `list`.
 pub(crate) fn requests(requests: &[Request], next_page_token: &str, now: Timestamp) -> Bytes {
     JsonWriter::message("requests", now, requests.len() * 512)
         .list("requests", requests, request_members)
@@ -203,7 +203,7 @@ fn within_limit(request_id: &str) -> &str {
     }
 }
 
-/// Error of a message or call, which is not an event of a log.
+/// Encodes the error of a message or call, which is not an event of a log.
 pub(crate) fn error(request_id: Option<&str>, failure: &RequestError, now: Timestamp) -> Bytes {
     let mut object = JsonWriter::message("error", now, failure.message.len() + 256);
     if let Some(request_id) = request_id.map(within_limit) {
@@ -212,34 +212,34 @@ pub(crate) fn error(request_id: Option<&str>, failure: &RequestError, now: Times
     object.object("error", |object| error_members(object, failure)).finish()
 }
 
-/// Message pushed by a service.
+/// Encodes a message pushed by a service.
 pub(crate) fn push(topic: &str, data: Option<&Payload>, now: Timestamp) -> Bytes {
     let object = JsonWriter::message("message", now, size(data) + topic.len() + 64);
     payload(object.text("topic", topic), "data", data).finish()
 }
 
-/// Confirms a new token.
+/// Encodes the confirmation of a new token.
 pub(crate) fn authenticated(expires_at: Timestamp, now: Timestamp) -> Bytes {
     JsonWriter::message("authenticated", now, 64)
         .text("expires_at", &expires_at.to_string())
         .finish()
 }
 
-/// Warns that the token expires soon.
+/// Encodes the warning that the token expires soon.
 pub(crate) fn auth_expiring(expires_at: Timestamp, now: Timestamp) -> Bytes {
     JsonWriter::message("auth_expiring", now, 64)
         .text("expires_at", &expires_at.to_string())
         .finish()
 }
 
-/// Announces that the gateway is about to close the connection.
+/// Encodes the announcement that the gateway is about to close the connection.
 pub(crate) fn draining(reconnect_after_ms: i64, now: Timestamp) -> Bytes {
     JsonWriter::message("draining", now, 64)
         .number("reconnect_after_ms", reconnect_after_ms)
         .finish()
 }
 
-/// Reply to `ping`.
+/// Encodes the reply to `ping`.
 pub(crate) fn pong(now: Timestamp) -> Bytes {
     JsonWriter::message("pong", now, 0).finish()
 }
@@ -330,8 +330,8 @@ fn size(payload: Option<&Payload>) -> usize {
     }
 }
 
-/// Writes JSON unchanged, text as a string and any other payload as base64. If the payload is not
-/// JSON, also writes its `content_type`.
+/// Writes a payload: JSON unchanged, text as a string, and any other content as base64. If the payload is
+/// not JSON, also writes its `content_type`.
 fn payload(object: JsonWriter, name: &str, payload: Option<&Payload>) -> JsonWriter {
     let Some(payload) = payload else { return object.raw(name, b"null") };
     let data = streamer_rpc::payload_bytes(Some(payload));

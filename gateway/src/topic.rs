@@ -1,4 +1,4 @@
-//! Topic of one watched request: its most recent events as frames, and its subscribers.
+//! Topic of a watched request: the most recent events of the request as frames, and its subscribers.
 
 use std::{
     collections::{HashMap, VecDeque},
@@ -24,17 +24,17 @@ use crate::{
     server_message::{self, RequestIds},
 };
 
-/// Maximum bytes of frames in memory, unless a single segment is larger. Subscribers further behind
-/// read from the log.
+/// Maximum number of bytes of frames in memory, unless a single segment is larger. Subscribers further
+/// behind read from the log.
 const MAX_BYTES: usize = 256 * 1024;
 
-/// Events that arrived together, as consecutive frames: encoded once, sent to any number of
+/// Events that arrived together, as consecutive frames. They are encoded once and sent to any number of
 /// sockets.
 pub(crate) struct Segment {
     first_seq: i64,
     frames: Bytes,
     index: Vec<FrameEnd>,
-    /// The last event, if it is terminal.
+    /// Data of the last event, if it is terminal.
     pub(crate) terminal: Option<TerminalEvent>,
 }
 
@@ -46,12 +46,12 @@ pub(crate) struct TerminalEvent {
 
 struct FrameEnd {
     end: usize,
-    /// It is progress: in mode `latest` only the newest is sent.
+    /// Whether the event is progress, of which only the newest is sent in mode `latest`.
     droppable: bool,
 }
 
 impl Segment {
-    /// Encodes contiguous events, of which there must be at least one.
+    /// Encodes contiguous events. `events` must not be empty.
     pub(crate) fn encode(events: &[Event], ids: &RequestIds) -> Self {
         let mut frames = Vec::with_capacity(events.len());
         let mut index = Vec::with_capacity(events.len());
@@ -91,7 +91,7 @@ impl Segment {
         }
     }
 
-    /// Returns the frames after `cursor` one by one, each with whether it may be dropped.
+    /// Returns an iterator over the frames after `cursor`, each with a flag that is set if it may be dropped.
     pub(crate) fn each_after(&self, cursor: i64) -> impl Iterator<Item = (Bytes, bool)> {
         let skip = usize::try_from(cursor + 1 - self.first_seq).unwrap_or(0);
         (skip..self.index.len()).map(|position| {
@@ -108,15 +108,15 @@ pub(crate) struct Published {
     pub(crate) bytes: usize,
 }
 
-/// What follows the cursor of a subscriber.
+/// Describes what follows the cursor of a subscriber.
 pub(crate) enum Next {
     /// The segment that contains the next event.
     Segment(Arc<Segment>),
     /// The next event is not in memory and must be read from the log.
     InLog,
-    /// No newer event yet.
+    /// No newer event exists yet.
     UpToDate,
-    /// No event follows.
+    /// The topic has ended; no event will follow.
     Ended,
 }
 
@@ -124,9 +124,9 @@ pub(crate) enum Next {
 pub(crate) struct Subscriber {
     pub(crate) uid: Uid,
     pub(crate) handle: Arc<ConnectionHandle>,
-    /// The connection was notified and has not read yet.
+    /// Whether the connection has been notified and has not read the events yet.
     notified: AtomicBool,
-    /// Set when this connection may no longer receive the events.
+    /// Status with which the subscription ends, if the connection may no longer receive the events.
     rejection: Mutex<Option<Status>>,
 }
 
@@ -205,7 +205,7 @@ impl Topic {
         let published = Published { last_seq: last.seq, bytes: segment.frames.len() };
         let mut state = self.state.lock();
         if segment.first_seq != state.last_seq + 1 {
-            // The events in between are only in the log.
+            // The missing events are only in the log.
             state.segments.clear();
             state.bytes = 0;
         }
@@ -256,7 +256,7 @@ impl Topic {
         self.state.lock().subscribers.insert(subscriber.handle.id, subscriber);
     }
 
-    /// Removes a subscriber. Returns whether none is left.
+    /// Removes a subscriber. Returns whether no subscribers remain.
     pub(crate) fn unsubscribe(&self, connection: Uid) -> bool {
         let mut state = self.state.lock();
         state.subscribers.remove(&connection);
@@ -267,12 +267,12 @@ impl Topic {
         is_unused
     }
 
-    /// Returns any current subscriber, whose token can open the upstream.
+    /// Returns any current subscriber, whose token can open the upstream watch.
     pub(crate) fn any_subscriber(&self) -> Option<Arc<Subscriber>> {
         self.state.lock().subscribers.values().next().cloned()
     }
 
-    /// Removes a subscriber that may not receive the events, and notifies it.
+    /// Removes a subscriber that may no longer receive the events, and notifies it.
     pub(crate) fn reject(&self, subscriber: &Arc<Subscriber>, rejection: Status) {
         {
             let mut state = self.state.lock();

@@ -46,14 +46,14 @@ pub(crate) struct Gateway {
     pub(crate) open_watches: Arc<OpenWatches>,
 }
 
-/// Why a connection is closed right after the handshake. Browsers expose close codes to pages, but
-/// not HTTP statuses.
+/// Close code and reason of a connection that is closed immediately after the handshake. Browsers expose
+/// close codes to pages, but not HTTP statuses.
 struct Rejection {
     code: u16,
     reason: String,
 }
 
-/// `GET /ws`
+/// Handles `GET /ws`.
 pub(crate) async fn open(State(gateway): State<Arc<Gateway>>, mut request: Request) -> Response {
     let handshake = match handshake::read(request.method(), request.uri(), request.headers()) {
         Ok(handshake) => handshake,
@@ -116,11 +116,11 @@ async fn serve(
     let Ok(parts) =
         hyper_util::server::conn::auto::upgrade::downcast::<TokioIo<TcpStream>>(upgraded)
     else {
-        tracing::error!("WebSocket upgrade on a connection that is not TCP");
+        tracing::error!("received a WebSocket upgrade on a connection that is not TCP");
         return;
     };
     let socket = parts.io.into_inner();
-    // Copied, since even an empty slice would keep hyper's whole read buffer alive.
+    // The input is copied, because even an empty slice would keep hyper's whole read buffer allocated.
     let early = Bytes::copy_from_slice(&parts.read_buf);
     drop(parts.read_buf);
     let address = peer.as_ref().map(|peer| peer.address().ip());
@@ -131,7 +131,7 @@ async fn serve(
             }
             let mut connection = Connection::new(socket, early, gateway, handle, trace, peer);
             connection.send_connected();
-            // A separate task, which does not keep the state of the handshake.
+            // The connection runs in a separate task, which does not keep the state of the handshake.
             tokio::spawn(connection);
         }
         Err(rejection) => {
@@ -173,7 +173,7 @@ async fn admit(
         return Err(rejection(close_code::UNAUTHENTICATED, reason.into()));
     }
     let caller = gateway.authenticator.authenticate(&token).await.map_err(|error| {
-        // Without the keys the token cannot be verified: the client should retry.
+        // The token cannot be verified without the keys; the client should retry.
         let unavailable = error.code() == ErrorCode::Unavailable;
         let code =
             if unavailable { close_code::TRY_AGAIN_LATER } else { close_code::UNAUTHENTICATED };
@@ -205,25 +205,25 @@ async fn admit(
     }
 }
 
-/// Sends a close frame and closes the socket, keeping no other state of the client.
+/// Sends a close frame and closes the socket, without keeping other state of the client.
 async fn send_rejection(gateway: &Gateway, mut socket: TcpStream, rejection: &Rejection) {
     let frame = frame::close(rejection.code, &rejection.reason);
     let closing = async {
         socket.write_all(&frame).await?;
         socket.shutdown().await?;
-        // Closing before the client does could discard the frame before it is read.
+        // The client closes first: closing earlier could discard the frame before the client reads it.
         let mut rest = [0; 256];
         while tokio::io::AsyncReadExt::read(&mut socket, &mut rest).await? > 0 {}
         std::io::Result::Ok(())
     };
     if timeout(gateway.options.handshake_timeout, closing).await.is_err() {
-        tracing::debug!("rejected client did not close in time");
+        tracing::debug!("a rejected client did not close the connection in time");
     }
 }
 
 impl GatewayOptions {
-    /// Returns whether a page of this origin may connect. Without a list, only pages served from
-    /// this machine may.
+    /// Returns whether a page of the given origin may connect. If the list is empty, only pages served
+    /// from this machine may connect.
     fn allows_origin(&self, origin: &str) -> bool {
         if self.allowed_origins.is_empty() {
             let host = origin.split_once("://").map_or(origin, |(_, rest)| rest);
@@ -234,7 +234,7 @@ impl GatewayOptions {
     }
 }
 
-/// Returns a unique name for a gateway that starts now.
+/// Returns a unique name for a gateway that starts at `now`.
 pub(crate) fn gateway_name(now: Timestamp) -> String {
     format!("gateway-{}", Uid::new(now))
 }

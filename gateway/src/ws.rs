@@ -1,8 +1,8 @@
 //! Server side of WebSocket (RFC 6455).
 //!
-//! Not a library, because of the requirements of delivery (DESIGN §11): a frame is encoded once
-//! however many sockets it is sent to, all pending output of a socket is sent in one vectored
-//! write, and an idle connection holds no buffer.
+//! The gateway does not use a library, because of the requirements of event delivery: a frame is encoded
+//! once for any number of sockets, all pending output of a socket is sent in one vectored write, and an
+//! idle connection has no buffer. See `docs/adr/0001-our-own-websocket-framing.md`.
 
 pub(crate) mod decoder;
 pub(crate) mod frame;

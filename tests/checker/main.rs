@@ -9,7 +9,7 @@
 //! - `{"record":"rejected","watcher":…,"error":{…}}`: the watch or the submission was rejected.
 //! - `{"record":"log","uid":…,"events":[…]}`: the final log, from its first event.
 //!
-//! Exit codes: 0 no violations, 1 violations, 2 the file cannot be read.
+//! Exit codes: 0 if there are no violations, 1 if there are violations, 2 if the file cannot be read.
 
 mod rules;
 

@@ -1,4 +1,4 @@
-//! The guarantees, as rules over a history.
+//! Checks the guarantees, which are expressed as rules about a history.
 
 use std::collections::{BTreeMap, HashMap};
 
@@ -21,7 +21,7 @@ impl Violations {
         self.0.push(violation);
     }
 
-    /// Adds a violation unless the condition holds.
+    /// Adds a violation unless `holds` is true.
     fn expect(&mut self, holds: bool, violation: impl FnOnce() -> String) {
         if !holds {
             self.push(violation());
@@ -46,7 +46,7 @@ pub(crate) fn check(history: &[Value]) -> Report {
     let mut violations = Violations::default();
     let mut uid_of = BTreeMap::new();
     let mut logs: HashMap<&str, &[Value]> = HashMap::new();
-    // The watches of each watcher, in the order in which they were opened.
+    // Watches by watcher, in the order in which they were opened.
     let mut watches: BTreeMap<&str, Vec<Watch<'_>>> = BTreeMap::new();
     for record in history {
         match text(record, "record") {
@@ -118,8 +118,8 @@ pub(crate) fn check(history: &[Value]) -> Report {
     Report { summary, violations: violations.0 }
 }
 
-/// Checks that a log has no gaps and one terminal event, that its attempts do not overlap, and that its
-/// output digest and result match.
+/// Checks that a log has no gaps and exactly one terminal event, that its attempts do not overlap, and that its
+/// output digest and result are correct.
 fn check_log(id: &str, log: &[Value], violations: &mut Violations) {
     for (position, event) in log.iter().enumerate() {
         let seq = number(event, "seq");
@@ -222,7 +222,7 @@ fn bytes(event: &Value) -> Vec<u8> {
     }
 }
 
-/// Checks the result, which is `{"id": <id of the request>}` for requests of the load.
+/// Checks the result, which must be `{"id": <id of the request>}` for requests of the load.
 fn check_outcome(id: &str, log: &[Value], violations: &mut Violations) {
     let Some(terminal) = log.last().filter(|event| is_terminal(event)) else { return };
     match text(terminal, "type") {
@@ -236,14 +236,14 @@ fn check_outcome(id: &str, log: &[Value], violations: &mut Violations) {
     }
 }
 
-/// One watch of a request.
+/// Watch of a request.
 struct Watch<'a> {
     id: &'a str,
     after: i64,
     events: Vec<&'a Value>,
 }
 
-/// Checks that a watcher received the log after its position, without gaps or repeats.
+/// Checks that a watcher received the log after the position of the watch, without gaps or repetitions.
 fn check_watch(watcher: &str, watch: &Watch<'_>, log: &[Value], violations: &mut Violations) {
     let mut last = watch.after;
     for event in &watch.events {

@@ -1,4 +1,4 @@
-//! A real browser in headless mode.
+//! Runs a real browser in headless mode.
 
 use std::process::Stdio;
 
@@ -9,7 +9,7 @@ use crate::{Process, tool};
 /// Chromium with one page; closed on drop.
 pub struct Browser {
     _process: Process,
-    // Dropped, and so removed, after the process.
+    // Dropped after the process, which removes the profile.
     _profile: TempDir,
 }
 
@@ -26,7 +26,7 @@ impl Browser {
             .args(["--headless", "--no-sandbox", "--disable-gpu", "--disable-quic"])
             .args(["--no-first-run", "--disable-background-networking", "--disable-sync"])
             .args(["--disable-component-update", "--disable-dev-shm-usage"])
-            // Keeps the browser open until it is closed.
+            // Keeps the browser running until it is closed.
             .arg("--remote-debugging-port=0")
             .arg(format!("--user-data-dir={}", profile.path().display()))
             .arg(url)

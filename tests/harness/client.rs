@@ -8,12 +8,12 @@ use crate::timeout::within_timeout;
 /// A connected WebSocket client.
 pub struct Client {
     session: Session,
-    /// The `connected` message, which is the first.
+    /// `connected`, the first message from the server.
     pub connected: Value,
 }
 
 impl Client {
-    /// Connects.
+    /// Connects to the server at `url`.
     ///
     /// # Panics
     /// Panics if the server rejects the connection.
@@ -21,7 +21,7 @@ impl Client {
         Self::try_connect(url, token).await.expect("the server accepts the connection")
     }
 
-    /// Connects.
+    /// Connects to the server at `url`.
     ///
     /// # Errors
     /// Returns an error if the server rejects the connection.
@@ -95,7 +95,7 @@ impl Client {
         self.next().await
     }
 
-    /// Submits an async request and returns its acknowledgement.
+    /// Submits an async request and returns its acknowledgment.
     ///
     /// # Panics
     /// Panics if the request is rejected.
@@ -106,7 +106,7 @@ impl Client {
         reply
     }
 
-    /// Follows a log to its terminal event.
+    /// Reads the events of `log` up to the terminal event.
     pub async fn follow(&mut self, mut log: Log) -> Log {
         while !log.has_ended() {
             log.push(self.next().await);
@@ -115,16 +115,16 @@ impl Client {
     }
 }
 
-/// The events of one request: contiguous, and none after the terminal event.
+/// Events of one request. They are contiguous, and none follows the terminal event.
 #[derive(Debug, Default, PartialEq)]
 pub struct Log {
     after_seq: i64,
-    /// The events in the order in which they arrived.
+    /// Events in the order in which they arrived.
     pub events: Vec<Value>,
 }
 
 impl Log {
-    /// Creates an empty log that expects the event after `after_seq` next.
+    /// Creates an empty log whose first event must follow `after_seq`.
     #[must_use]
     pub fn after(after_seq: i64) -> Self {
         Self { after_seq, events: Vec::new() }
@@ -133,7 +133,7 @@ impl Log {
     /// Adds an event; ignores other messages.
     ///
     /// # Panics
-    /// Panics if it is not the next event, or an error.
+    /// Panics if the message is not the next event, or is an error.
     pub fn push(&mut self, message: Value) {
         let Some(seq) = message["seq"].as_i64() else {
             assert_ne!(message["type"], "error", "{message}");
@@ -162,7 +162,7 @@ impl Log {
         matches!(self.last_type(), "complete" | "error" | "cancelled")
     }
 
-    /// Returns the number of events of this type.
+    /// Returns the number of events of the given type.
     #[must_use]
     pub fn count(&self, kind: &str) -> usize {
         self.events.iter().filter(|event| event["type"] == kind).count()

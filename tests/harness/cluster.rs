@@ -1,4 +1,4 @@
-//! Two instances of every service, each in a separate process, with one DynamoDB.
+//! Runs two instances of every service, each in a separate process, with one DynamoDB server.
 
 use std::{fs, net::SocketAddr, process::Stdio, time::Duration};
 
@@ -13,7 +13,7 @@ use crate::{
 
 const INSTANCES: usize = 2;
 
-/// One of the services.
+/// Service of a cluster.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Service {
     /// Stores and streams event logs.
@@ -22,7 +22,7 @@ pub enum Service {
     Processor,
     /// Admits requests.
     Router,
-    /// Accepts connections of clients.
+    /// Accepts connections from clients.
     Gateway,
 }
 
@@ -59,8 +59,8 @@ struct Instance {
 }
 
 impl Cluster {
-    /// Starts a cluster with the DynamoDB at this endpoint and these settings. `overrides` returns settings
-    /// of a single instance, by service and number.
+    /// Starts a cluster with the given DynamoDB endpoint and settings. `overrides` returns additional settings
+    /// of a single instance, given its service and number.
     ///
     /// # Panics
     /// Panics if the cluster does not start.
@@ -133,7 +133,7 @@ impl Cluster {
         self.instance(service, number).process.kill();
     }
 
-    /// Sends SIGTERM to an instance and waits for it to exit; returns its exit code.
+    /// Sends SIGTERM to an instance and waits until it exits; returns its exit code.
     ///
     /// # Panics
     /// Panics if the instance does not exist.
@@ -144,7 +144,7 @@ impl Cluster {
     /// Restarts an instance that has exited, on the same address; returns once it is ready.
     ///
     /// # Panics
-    /// Panics if it does not start.
+    /// Panics if the instance does not start.
     pub async fn restart(&mut self, service: Service, number: usize) {
         let data = self.data.path().to_owned();
         let instance = self.instance(service, number);
@@ -171,7 +171,7 @@ impl Cluster {
         format!("http://{}", instance.address)
     }
 
-    /// Partitions a progress service from all other services; it still reaches the store.
+    /// Partitions a progress service from all other services, but not from the store.
     pub fn partition(&self, number: usize) {
         self.proxies[number].pause();
     }
@@ -184,14 +184,14 @@ impl Cluster {
     /// Returns the token with which services authenticate to each other.
     ///
     /// # Panics
-    /// Panics if it cannot be read.
+    /// Panics if the token cannot be read.
     #[must_use]
     pub fn service_token(&self) -> String {
         fs::read_to_string(self.data.path().join("service-token"))
             .expect("a service has created it")
     }
 
-    /// Returns a token of the development key that is valid for an hour.
+    /// Returns a token that is signed with the development key and valid for an hour.
     ///
     /// # Panics
     /// Panics if the key cannot be read.
@@ -220,7 +220,7 @@ impl Drop for Cluster {
     }
 }
 
-/// Returns the setting with the addresses of a service.
+/// Returns the setting that lists the addresses of a service.
 fn peers(service: &str, addresses: &[SocketAddr]) -> String {
     let urls: Vec<_> = addresses.iter().map(|address| format!("http://{address}")).collect();
     format!("peers.{service}={}", urls.join(","))

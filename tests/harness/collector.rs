@@ -40,26 +40,26 @@ pub struct Span {
     pub service: String,
     /// Name of the span.
     pub name: String,
-    /// Id of its trace.
+    /// ID of the trace.
     pub trace_id: String,
-    /// Id of the span.
+    /// ID of the span.
     pub span_id: String,
-    /// Id of the parent span; empty for a root.
+    /// ID of the parent span; empty for a root span.
     pub parent_id: String,
-    /// Trace and span id of each link.
+    /// Trace ID and span ID of each link.
     pub links: Vec<(String, String)>,
-    /// Start in nanoseconds since 1970.
+    /// Start time, in nanoseconds since the Unix epoch.
     pub start: u64,
-    /// End in nanoseconds since 1970.
+    /// End time, in nanoseconds since the Unix epoch.
     pub end: u64,
-    /// Attributes with their values as text.
+    /// Attributes by name, with their values as text.
     pub attributes: BTreeMap<String, String>,
-    /// Whether it ended with an error.
+    /// Whether the span ended with an error.
     pub failed: bool,
 }
 
 impl Span {
-    /// Returns trace and span id, as in links.
+    /// Returns the trace ID and the span ID, as in links.
     #[must_use]
     pub fn context(&self) -> (String, String) {
         (self.trace_id.clone(), self.span_id.clone())
@@ -112,7 +112,7 @@ impl Collector {
         Self::start_at(SocketAddr::from(([127, 0, 0, 1], 0)), behavior)
     }
 
-    /// Starts a collector on this address.
+    /// Starts a collector on the given address.
     ///
     /// # Panics
     /// Panics if the address cannot be bound.
@@ -148,16 +148,16 @@ impl Collector {
         format!("http://{}", self.address)
     }
 
-    /// Returns the setting with which a server exports to this collector.
+    /// Returns the setting with which a server exports spans to this collector.
     #[must_use]
     pub fn setting(&self) -> String {
         format!("trace.endpoint={}", self.url())
     }
 
-    /// Waits until the received spans satisfy the condition; returns all of them.
+    /// Waits until the received spans satisfy `condition`; returns all received spans.
     ///
     /// # Panics
-    /// Panics if the collector stops before.
+    /// Panics if the collector stops before that.
     pub async fn wait_for_spans(&mut self, condition: impl Fn(&[Span]) -> bool) -> Vec<Span> {
         loop {
             let spans = self.spans();
@@ -179,7 +179,7 @@ impl Collector {
     }
 }
 
-/// Describes the parents and links that are neither among these spans nor in `known`.
+/// Describes the parents and links that are neither in `spans` nor in `known`.
 #[must_use]
 pub fn dangling(spans: &[Span], known: &[(String, String)]) -> Vec<String> {
     let mut contexts: BTreeSet<(String, String)> = spans.iter().map(Span::context).collect();
@@ -197,7 +197,7 @@ pub fn dangling(spans: &[Span], known: &[(String, String)]) -> Vec<String> {
     dangling
 }
 
-/// Formats the traces as trees for failure messages: each root with its descendants, ordered by start.
+/// Formats traces as trees for failure messages: each root with its descendants, ordered by start time.
 #[must_use]
 pub fn tree(spans: &[Span]) -> String {
     let mut text = String::new();

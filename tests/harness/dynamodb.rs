@@ -1,4 +1,4 @@
-//! Local DynamoDB servers: AWS's DynamoDB Local, and dynoxide, an independent implementation.
+//! Local DynamoDB servers: DynamoDB Local by AWS, and dynoxide, an independent implementation.
 //!
 //! tests/run installs both. They accept any credentials, but DynamoDB Local requires an access key of
 //! letters and digits. Their standard error is forwarded to that of the test.
@@ -21,12 +21,12 @@ use tempfile::TempDir;
 
 use crate::{Process, loopback::WildcardPort, tool};
 
-/// Starting the Java virtual machine takes 4 s on an idle machine of two cores.
+/// Timeout of the start of a server; the Java virtual machine takes 4 s on an idle machine with two cores.
 const START_TIMEOUT: Duration = Duration::from_secs(90);
-/// Number of ports that are tried: a process that is not a test may bind one before the server does.
+/// Maximum number of ports to try: a process that is not a test may bind a port before the server does.
 const PORT_ATTEMPTS: usize = 5;
 
-/// Dynoxide requires a signature and a date, but does not verify them.
+/// Request that lists the tables. dynoxide requires a signature and a date, but does not verify them.
 const LIST_TABLES: &str = "POST / HTTP/1.1\r\n\
     Host: 127.0.0.1\r\n\
     Connection: close\r\n\
@@ -42,13 +42,13 @@ const LIST_TABLES: &str = "POST / HTTP/1.1\r\n\
 /// Implementation of DynamoDB.
 #[derive(Clone, Copy, Debug)]
 pub enum Implementation {
-    /// DynamoDB Local of AWS, in Java.
+    /// DynamoDB Local by AWS, in Java.
     DynamoDbLocal,
     /// dynoxide, in Rust.
     Dynoxide,
 }
 
-/// Returns the endpoint of an in-memory server, like `http://127.0.0.1:20123`, once it is ready. The
+/// Returns the endpoint of an in-memory server, such as `http://127.0.0.1:20123`, once the server is ready. The
 /// tests of one process share one server per implementation.
 ///
 /// # Panics
@@ -97,7 +97,7 @@ impl Server {
         panic!("{implementation:?} does not start; the reason is on its standard error");
     }
 
-    /// `http://127.0.0.1:PORT`
+    /// Returns the endpoint of the server: `http://127.0.0.1:PORT`.
     #[must_use]
     pub fn endpoint(&self) -> &str {
         &self.endpoint
@@ -119,7 +119,7 @@ impl Server {
     }
 }
 
-/// Starts a server; returns it once it responds, or `None` if it exits before or the port is in use.
+/// Starts a server and waits until it responds. Returns `None` if it exits first or its port is in use.
 fn start_process(
     implementation: Implementation,
     port: u16,
@@ -131,7 +131,7 @@ fn start_process(
     let started = Instant::now();
     loop {
         let is_ready = lists_tables(port).unwrap_or(false);
-        // Checked after a response too, which may come from a different server on the port.
+        // Also checked after a response, which may come from a different server on the port.
         let has_exited = process.wait_timeout(POLL_INTERVAL).is_some();
         if has_exited || port_in_use.load(Ordering::Relaxed) {
             return None;
@@ -165,13 +165,13 @@ fn command(implementation: Implementation, port: u16, data: Option<&Path>) -> Co
         Implementation::DynamoDbLocal => {
             let mut command = Process::command("java");
             command.current_dir(tool("STREAMER_TESTS_DYNAMODB_LOCAL")).args([
-                // Suppresses a warning about an optional library at every start.
+                // Suppresses a warning about an optional library, which is logged at every start.
                 "-Djava.util.logging.config.file=/dev/null",
                 "-Djava.library.path=DynamoDBLocal_lib",
                 "-jar",
                 "DynamoDBLocal.jar",
                 "-disableTelemetry",
-                // Otherwise every access key and region has separate tables.
+                // Without this option, every access key and region has separate tables.
                 "-sharedDb",
             ]);
             match data {

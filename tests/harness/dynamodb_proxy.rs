@@ -40,7 +40,7 @@ pub(crate) async fn start(handler: Arc<impl Handler>) -> String {
             stream.set_nodelay(true).expect("the option can be set");
             let (server, service) = (server.clone(), service.clone());
             tokio::spawn(async move {
-                // Ignores errors of clients that disconnect.
+                // Ignores errors, which occur when clients disconnect.
                 drop(server.serve_connection(TokioIo::new(stream), service).await);
             });
         }
@@ -73,7 +73,7 @@ impl Upstream {
     }
 }
 
-/// Returns an error response of DynamoDB.
+/// Returns a DynamoDB error response with the given exception.
 pub(crate) fn exception(name: &str) -> Response {
     let body = format!(
         r#"{{"__type":"com.amazonaws.dynamodb.v20120810#{name}","message":"by the test"}}"#

@@ -21,7 +21,7 @@ use crate::{Process, Random, checker};
 /// Number of concurrent requests.
 const IN_FLIGHT: usize = 12;
 
-/// Recorded messages, which the test also uses for pacing.
+/// Records of messages, whose number the test also uses for pacing.
 #[derive(Default)]
 struct History {
     records: Mutex<Vec<Value>>,
@@ -68,8 +68,8 @@ pub struct Load {
 }
 
 impl Load {
-    /// Starts clients that rotate through these servers. `strict` records every error that is not the
-    /// terminal event of a request.
+    /// Starts clients that rotate through the given servers. If `strict` is set, every error that is not the
+    /// terminal event of a request is recorded.
     #[must_use]
     pub fn start(urls: &[String], token: &str, seed: u64, strict: bool) -> Self {
         let history = Arc::new(History { strict, ..History::default() });
@@ -104,7 +104,7 @@ impl Load {
     }
 }
 
-/// Submits requests sequentially and follows each to its terminal event.
+/// Submits requests sequentially, and follows each request to its terminal event.
 async fn submit_on(
     urls: Vec<String>,
     token: String,
@@ -150,9 +150,9 @@ async fn submit_on(
     }
 }
 
-/// A watch of one request up to its terminal event.
+/// Watch of one request up to its terminal event.
 struct Watch {
-    /// Used in rotation.
+    /// URLs of the servers, which are used in rotation.
     urls: Vec<String>,
     connects: usize,
     token: String,
@@ -163,15 +163,15 @@ struct Watch {
     acknowledged: bool,
 }
 
-/// Reconnects until the terminal event arrives. Records each subscription and every received event, also
-/// unexpected ones, which the checker detects.
+/// Reconnects until the terminal event arrives. Records each subscription and every received event, including
+/// unexpected events, which the checker detects.
 async fn follow(mut watch: Watch, submission: Option<Value>, history: &History) {
     while !follow_once(&mut watch, submission.as_ref(), history).await {
         tokio::task::yield_now().await;
     }
 }
 
-/// Follows on one connection; returns false if it is lost before the terminal event.
+/// Follows a request on one connection; returns false if the connection is lost before the terminal event.
 async fn follow_once(watch: &mut Watch, submission: Option<&Value>, history: &History) -> bool {
     let url = &watch.urls[watch.connects % watch.urls.len()];
     watch.connects += 1;
@@ -182,7 +182,7 @@ async fn follow_once(watch: &mut Watch, submission: Option<&Value>, history: &Hi
             "type": "subscribe", "request_id": watch.id, "after_seq": last_seq,
         }),
     };
-    // Read before the message is sent.
+    // The state is read before the message is sent.
     let acknowledged = watch.acknowledged || history.is_acknowledged(&watch.id);
     if session.send(opening.to_string()).await.is_err() {
         return false;
@@ -199,7 +199,7 @@ async fn follow_once(watch: &mut Watch, submission: Option<&Value>, history: &Hi
         let Ok(message) = session.next().await else { return false };
         let value: Value = serde_json::from_str(&message.text).unwrap();
         match (message.kind.as_str(), message.seq) {
-            // The acknowledgment stands for the first event; the later events follow.
+            // The acknowledgment replaces the first event; the later events follow.
             ("acknowledgment", _) => {
                 let (id, uid) = (&value["request_id"], &value["uid"]);
                 history.record(opened(1));
@@ -220,8 +220,8 @@ async fn follow_once(watch: &mut Watch, submission: Option<&Value>, history: &Hi
                 if code == "NOT_FOUND" && !acknowledged {
                     return false;
                 }
-                // No progress service can serve a watch while one is killed and the other cannot reach its
-                // store on a busy machine; clients retry.
+                // On a busy machine, no progress service can serve a watch while one is killed and the other cannot
+                // reach its store; clients retry.
                 let message = value["error"]["message"].as_str().unwrap_or_default();
                 if code == "UNAVAILABLE" && message.contains("cannot reach its store") {
                     return false;

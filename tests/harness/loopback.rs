@@ -1,8 +1,8 @@
 //! Addresses and ports that no other test uses at the same time, in any process.
 //!
-//! A port that a test obtains through port 0, releases and uses later can be taken by any process in
-//! between: the system assigns such ports to outgoing connections as well. Ports below the ephemeral
-//! range are never assigned; on a loopback address that only one test uses they stay free.
+//! If a test binds port 0, releases the assigned port and uses it later, any process can bind the port in the
+//! meantime: the system also assigns such ports to outgoing connections. Ports below the ephemeral range are
+//! never assigned; on a loopback address that only one test uses, they remain free.
 
 use std::{
     io,
@@ -18,7 +18,7 @@ const PORTS: std::ops::Range<u16> = 10_001..20_000;
 /// Ports for servers that listen on every address; disjoint from [`PORTS`], which they would block.
 const WILDCARD_PORTS: std::ops::Range<u16> = 20_000..32_000;
 
-/// An IPv4 loopback address with one owner.
+/// IPv4 loopback address that only one test uses.
 pub struct LoopbackAddress {
     ip: Ipv4Addr,
     next_port: AtomicU16,
@@ -42,7 +42,7 @@ impl LoopbackAddress {
         claims.next().unwrap_or_else(|| panic!("port {CLAIM_PORT} is in use on every address"))
     }
 
-    /// Returns the address with a free port that was not returned before.
+    /// Returns a socket address with a free port that was not returned before.
     ///
     /// # Panics
     /// Panics if all ports have been returned.
@@ -51,7 +51,7 @@ impl LoopbackAddress {
         loop {
             let port = self.next_port.fetch_add(1, Ordering::Relaxed);
             assert!(PORTS.contains(&port), "all ports of {} are in use", self.ip);
-            // Fails if a process listens on this port of every address.
+            // Fails if a process listens on the port of every address.
             if TcpListener::bind((self.ip, port)).is_ok() {
                 return (self.ip, port).into();
             }
@@ -67,7 +67,7 @@ impl LoopbackAddress {
     }
 }
 
-/// A port for a server that listens on every address, claimed through the loopback address whose last two
+/// Port for a server that listens on every address. It is claimed through the loopback address whose last two
 /// bytes are the port.
 pub(crate) struct WildcardPort {
     pub(crate) number: u16,
@@ -75,8 +75,8 @@ pub(crate) struct WildcardPort {
 }
 
 impl WildcardPort {
-    /// Claims a port that is free on every address. A process that is not a test can still bind it before the
-    /// server does.
+    /// Claims a port that is free on every address. A process that is not a test can still bind the port before
+    /// the server does.
     pub(crate) fn claim() -> Self {
         let count = u32::from(WILDCARD_PORTS.end - WILDCARD_PORTS.start);
         let mut claims = candidates().take(1_000).filter_map(|candidate| {
@@ -91,7 +91,7 @@ impl WildcardPort {
     }
 }
 
-/// Returns numbers in an order that differs between processes and threads.
+/// Returns candidate numbers in an order that differs between processes and threads.
 fn candidates() -> impl Iterator<Item = u32> {
     const PER_PROCESS: u32 = 64;
     static NEXT: AtomicU32 = AtomicU32::new(0);

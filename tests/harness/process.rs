@@ -1,7 +1,7 @@
 //! Child processes that end with the test that starts them, even if it panics or is killed.
 //!
-//! Each child leads a separate process group. Dropping its [`Process`] kills the group, so a panic does
-//! too. If the test process itself is killed, the kernel kills the child (`PR_SET_PDEATHSIG`, which
+//! Each child leads a separate process group. The group is killed when its [`Process`] is dropped, even during
+//! a panic. If the test process itself is killed, the kernel kills the child (`PR_SET_PDEATHSIG`, which
 //! `setpriv` of util-linux sets). The kernel does so when the *thread* that started the child ends;
 //! therefore one thread, which lives as long as the test process, starts all children.
 
@@ -33,19 +33,19 @@ use rustix::{
 
 pub use rustix::process::Signal;
 
-/// Variable with the file to which instrumented binaries of a coverage build write their profiles.
+/// Environment variable that names the file to which instrumented binaries of a coverage build write profiles.
 const PROFILE: &str = "LLVM_PROFILE_FILE";
 
-/// Time that a process may drain after SIGTERM before a second SIGTERM stops it immediately.
+/// Maximum time for which a process may drain after SIGTERM before a second SIGTERM stops it immediately.
 const DRAIN_TIMEOUT: Duration = Duration::from_secs(1);
 
-/// Time that a process may take to exit after the second SIGTERM.
+/// Maximum time that a process may take to exit after the second SIGTERM.
 const STOP_TIMEOUT: Duration = Duration::from_secs(30);
 
 /// A running child process and its process group.
 pub struct Process {
     child: Child,
-    /// Set once the child has been reaped; its id may then belong to a different process.
+    /// Exit status, set once the child has been reaped. Its process ID may then belong to a different process.
     status: Option<ExitStatus>,
 }
 
@@ -59,7 +59,7 @@ impl Process {
     }
 
     /// Starts a command that [`Process::command`] returned. If the program cannot be started, the child
-    /// reports the reason on its standard error and exits with 127.
+    /// reports the reason on its standard error and exits with code 127.
     ///
     /// # Panics
     /// Panics if `setpriv` cannot be started.
@@ -78,7 +78,7 @@ impl Process {
     /// Runs a command that [`Process::command`] returned, without input, and returns its output.
     ///
     /// # Panics
-    /// Panics if it cannot be started or its output cannot be read.
+    /// Panics if the command cannot be started or its output cannot be read.
     #[must_use]
     pub fn output(command: &mut Command) -> Output {
         command.stdin(Stdio::null()).stdout(Stdio::piped()).stderr(Stdio::piped());
@@ -91,7 +91,7 @@ impl Process {
         Output { status: process.wait(), stdout, stderr }
     }
 
-    /// Returns its standard input, once.
+    /// Returns the standard input of the process. Can be called once.
     ///
     /// # Panics
     /// Panics if the standard input is not a pipe or was returned before.
@@ -100,7 +100,7 @@ impl Process {
         self.child.stdin.take().expect("the standard input is a pipe")
     }
 
-    /// Returns its standard output, once.
+    /// Returns the standard output of the process. Can be called once.
     ///
     /// # Panics
     /// Panics if the standard output is not a pipe or was returned before.
@@ -109,7 +109,7 @@ impl Process {
         self.child.stdout.take().expect("the standard output is a pipe")
     }
 
-    /// Returns its standard error, once.
+    /// Returns the standard error of the process. Can be called once.
     ///
     /// # Panics
     /// Panics if the standard error is not a pipe or was returned before.
@@ -151,7 +151,7 @@ impl Process {
         self.status.is_none() && self.wait_timeout(Duration::ZERO).is_none()
     }
 
-    /// Sends a signal to the process, not to the rest of its group.
+    /// Sends a signal to the process, but not to the rest of its group.
     ///
     /// # Panics
     /// Panics if the process has been waited for.
@@ -160,12 +160,12 @@ impl Process {
         kill_process(self.pid(), signal).expect("a child that is not reaped accepts signals");
     }
 
-    /// Waits for the process to exit, and kills the rest of its group.
+    /// Waits until the process exits, and kills the rest of its group.
     ///
     /// # Panics
     /// Panics if the process cannot be waited for.
     pub fn wait(&mut self) -> ExitStatus {
-        // Otherwise a process that reads its whole input never exits.
+        // Without this, a process that reads its whole input would never exit.
         drop(self.child.stdin.take());
         if self.status.is_none() {
             let options = WaitIdOptions::EXITED | WaitIdOptions::NOWAIT;
@@ -175,7 +175,7 @@ impl Process {
         self.reap()
     }
 
-    /// Waits for the process to exit, for at most `timeout`.
+    /// Waits until the process exits, for at most `timeout`.
     ///
     /// # Panics
     /// Panics if the process cannot be waited for.
@@ -194,19 +194,19 @@ impl Process {
         Some(self.reap())
     }
 
-    /// Sends SIGTERM and waits for the process to exit; returns its exit code.
+    /// Sends SIGTERM and waits until the process exits; returns its exit code.
     pub fn stop(&mut self) -> Option<i32> {
         self.signal(Signal::TERM);
         self.wait().code()
     }
 
-    /// Kills the whole group with SIGKILL; returns once the process has exited.
+    /// Kills the process group with SIGKILL; returns once the process has exited.
     pub fn kill(&mut self) {
         self.reap();
     }
 
-    /// Stops processes that are no longer needed: with SIGTERM, and a second SIGTERM if they drain for
-    /// longer than [`DRAIN_TIMEOUT`]. Kills them if the test panics.
+    /// Stops processes with SIGTERM, and with a second SIGTERM if they drain for longer than [`DRAIN_TIMEOUT`].
+    /// Kills the processes if the test panics.
     ///
     /// # Panics
     /// Panics if one of them does not exit.
@@ -220,7 +220,7 @@ impl Process {
             running.retain(|process| process.status.is_none());
             for process in &running {
                 process.signal(Signal::TERM);
-                // The test may have suspended it.
+                // The test may have suspended the process.
                 process.signal(Signal::CONT);
             }
             for process in &mut running {
@@ -231,10 +231,10 @@ impl Process {
         assert!(running.is_empty(), "a process does not exit after SIGTERM");
     }
 
-    /// Kills the group, and reaps the process.
+    /// Kills the process group, and reaps the process.
     fn reap(&mut self) -> ExitStatus {
         *self.status.get_or_insert_with(|| {
-            // Before the process is reaped, while its id still identifies its group.
+            // Before the process is reaped, while its process ID still identifies its group.
             kill_process_group(Pid::from_child(&self.child), Signal::KILL)
                 .expect("the group of a child can be killed");
             self.child.wait().expect("the process is a child")
@@ -252,7 +252,7 @@ impl Drop for Process {
     }
 }
 
-/// Request to the spawner.
+/// Request to the thread that starts children.
 struct Spawn {
     command: Command,
     reply: SyncSender<io::Result<Child>>,
@@ -276,9 +276,9 @@ fn spawner() -> &'static Sender<Spawn> {
 
 /// Exits with an error if the tests of this process have not finished after a timeout.
 fn exit_when_hung() {
-    // Suite `cluster` takes 140 s on two idle cores, and over 300 s on busy ones.
+    // Suite `cluster` takes 140 s on two idle cores, and over 300 s on two busy cores.
     const TIMEOUT: Duration = Duration::from_secs(900);
-    // The crash suite takes longer with more kills.
+    // Suite `crash` takes longer with more kills.
     let kills = env::var("STREAMER_TESTS_KILLS").ok().and_then(|text| text.parse().ok());
     let timeout = TIMEOUT + Duration::from_secs(kills.unwrap_or(0));
     thread::spawn(move || {

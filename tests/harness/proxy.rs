@@ -1,4 +1,4 @@
-//! A TCP proxy that can be paused: then it forwards no data in either direction and closes no connection.
+//! A TCP proxy that can be paused. While it is paused, it forwards no data and closes no connection.
 
 use std::net::SocketAddr;
 
@@ -13,13 +13,13 @@ use tokio::{
 
 /// A running proxy.
 pub struct Proxy {
-    /// Address on which it listens.
+    /// Address on which the proxy listens.
     pub address: SocketAddr,
     running: watch::Sender<bool>,
 }
 
 impl Proxy {
-    /// Starts a proxy of `target`, which may start later, on `address`.
+    /// Starts a proxy on `address` that forwards connections to `target`, which may start later.
     ///
     /// # Panics
     /// Panics if the address is in use.
@@ -30,7 +30,7 @@ impl Proxy {
             while let Ok((client, _)) = listener.accept().await {
                 let is_running = is_running.clone();
                 tokio::spawn(async move {
-                    // The connection waits, as to a host that does not respond.
+                    // The connection waits, like a connection to a host that does not respond.
                     let mut resumed = is_running.clone();
                     if resumed.wait_for(|running| *running).await.is_err() {
                         return;
@@ -50,12 +50,12 @@ impl Proxy {
         Self { address, running }
     }
 
-    /// Stops forwarding.
+    /// Stops forwarding data.
     pub fn pause(&self) {
         self.running.send_replace(false);
     }
 
-    /// Resumes forwarding, also of the data that arrived during the pause.
+    /// Resumes forwarding, including data that arrived during the pause.
     pub fn resume(&self) {
         self.running.send_replace(true);
     }

@@ -1,11 +1,11 @@
 //! Pseudorandom numbers from a seed, so that a run can be repeated.
 
-/// SplitMix64 (Steele, Lea and Flood, 2014).
+/// SplitMix64 generator (Steele, Lea and Flood, 2014).
 #[derive(Clone, Debug)]
 pub struct Random(u64);
 
 impl Random {
-    /// Creates a generator with this seed.
+    /// Creates a generator with the given seed.
     #[must_use]
     pub fn new(seed: u64) -> Self {
         Self(seed)
@@ -20,7 +20,7 @@ impl Random {
         mixed ^ (mixed >> 31)
     }
 
-    /// Returns the next number, from 0 to below `bound`.
+    /// Returns the next number, which is at least 0 and less than `bound`.
     #[expect(clippy::cast_possible_truncation, reason = "less than a usize")]
     pub fn below(&mut self, bound: usize) -> usize {
         (self.draw() % bound.max(1) as u64) as usize

@@ -1,5 +1,5 @@
-//! A DynamoDB proxy that simulates resharding: it splits the only shard of a stream into two, and fails calls
-//! of readers with expired iterators and trimmed records.
+//! A DynamoDB proxy that simulates resharding: it splits the only shard of a stream into two, and rejects calls
+//! of readers because of expired iterators or trimmed records.
 
 use std::{
     collections::BTreeSet,
@@ -36,18 +36,18 @@ struct Inner {
 #[derive(Default)]
 struct State {
     split: bool,
-    /// Sequence number of the last record of the parent, once it has been read completely.
+    /// Sequence number of the last record of the parent shard; set once the parent has been read completely.
     parent_end: Option<Option<String>>,
-    /// Sequence number of the last record that was read from the parent.
+    /// Sequence number of the last record that was read from the parent shard.
     last: Option<String>,
     /// Shards from which a record was read.
     read: BTreeSet<String>,
-    /// Exceptions that the next calls return, with their operation.
+    /// Exceptions that the next calls return, each with its operation.
     exceptions: Vec<(&'static str, &'static str)>,
 }
 
 impl Resharding {
-    /// Starts a proxy of this endpoint.
+    /// Starts a proxy of the endpoint `target`.
     pub async fn start(target: &str) -> Self {
         let inner = Arc::new(Inner { upstream: Upstream::new(target), state: Mutex::default() });
         Self { endpoint: dynamodb_proxy::start(inner.clone()).await, inner }
@@ -61,7 +61,7 @@ impl Resharding {
         self.inner.state.lock().expect("no call panicked").split = true;
     }
 
-    /// Makes the next iterator expire.
+    /// Causes the next iterator to expire.
     ///
     /// # Panics
     /// Panics if a call has panicked.
@@ -70,7 +70,7 @@ impl Resharding {
         state.exceptions.push(("GetRecords", "ExpiredIteratorException"));
     }
 
-    /// Makes the next reader find its records and its position trimmed.
+    /// Causes the next reader to find its records and its position trimmed.
     ///
     /// # Panics
     /// Panics if a call has panicked.
@@ -153,7 +153,7 @@ impl Inner {
         };
         let mut all = vec![shard(PARENT, None)];
         if split {
-            // Out of order.
+            // The children are listed before the parent, that is, out of order.
             all.splice(0..0, CHILDREN.map(|child| shard(child, Some(PARENT))));
         }
         *shards = all.into();
@@ -187,7 +187,7 @@ impl Inner {
         let iterator = call.body["ShardIterator"].as_str().expect("an iterator").to_owned();
         let (shard, untagged) = iterator.split_once('~').expect("the iterator is tagged");
         call.body["ShardIterator"] = untagged.into();
-        // Records that arrive during the call belong to the children.
+        // Records that arrive during the call belong to the child shards.
         let ends = shard == PARENT && self.with_state(|state| state.split);
         let mut response = self.forward(call).await;
         let records = response["Records"].as_array_mut().expect("a list of records");
@@ -242,13 +242,13 @@ impl Inner {
     }
 }
 
-/// Returns the child to which a record belongs.
+/// Returns the index of the child shard to which a record belongs.
 fn child_of(record: &Value) -> usize {
     let uid = record["dynamodb"]["Keys"]["uid"]["S"].as_str().expect("the key of a request");
     uid.bytes().map(usize::from).sum::<usize>() % CHILDREN.len()
 }
 
-/// Adds the shard to its iterator.
+/// Adds the name of a shard to its iterator.
 fn tag(iterator: &mut Value, shard: &str) {
     if let Some(untagged) = iterator.as_str() {
         *iterator = format!("{shard}~{untagged}").into();

@@ -1,4 +1,4 @@
-//! The `streamer` binary in a separate process.
+//! Runs the `streamer` binary in a separate process.
 
 use std::{
     env,
@@ -25,7 +25,7 @@ const READY: &str = "Streamer is ready: ";
 /// Returns the path of the `streamer` binary of this build.
 ///
 /// # Panics
-/// Panics if it has not been built.
+/// Panics if the binary has not been built.
 #[must_use]
 pub fn binary() -> PathBuf {
     build_output("streamer")
@@ -34,7 +34,7 @@ pub fn binary() -> PathBuf {
 /// Returns the path of the `check-history` binary of this build.
 ///
 /// # Panics
-/// Panics if it has not been built.
+/// Panics if the binary has not been built.
 #[must_use]
 pub fn checker() -> PathBuf {
     build_output("check-history")
@@ -56,7 +56,7 @@ fn build_output(name: &str) -> PathBuf {
     binary
 }
 
-/// Returns the path of a tool that tests/run installs, from this environment variable.
+/// Returns the path of a tool that tests/run installs, from the given environment variable.
 ///
 /// # Panics
 /// Panics if the variable is not set, so that no test is skipped silently.
@@ -78,43 +78,43 @@ pub struct Server {
     /// Whether a different server writes to the same store.
     shares_store: bool,
     _claim: LoopbackAddress,
-    /// `http://127.X.Y.Z:PORT`
+    /// URL of the server: `http://127.X.Y.Z:PORT`.
     pub url: String,
 }
 
 impl Server {
-    /// Starts a server with these settings (`section.option=value`).
+    /// Starts a server with the given settings (`section.option=value`).
     ///
     /// # Panics
-    /// Panics if it does not start.
+    /// Panics if the server does not start.
     #[must_use]
     pub fn start(settings: &[&str]) -> Self {
         let data = TempDir::with_prefix("streamer-test-").expect("a temporary folder");
         Self::start_in(data, settings)
     }
 
-    /// Starts a server with this data folder.
+    /// Starts a server with the given data folder.
     ///
     /// # Panics
-    /// Panics if it does not start.
+    /// Panics if the server does not start.
     #[must_use]
     pub fn start_in(data: TempDir, settings: &[&str]) -> Self {
         Self::start_with(data, settings, &[])
     }
 
-    /// Starts a server with this data folder, these environment variables and no others.
+    /// Starts a server with the given data folder and environment variables, and without other variables.
     ///
     /// # Panics
-    /// Panics if it does not start.
+    /// Panics if the server does not start.
     #[must_use]
     pub fn start_with(data: TempDir, settings: &[&str], environment: &[(&str, &str)]) -> Self {
         Self::launch(data, settings, environment, Stdio::inherit())
     }
 
-    /// Starts a server with these settings; returns its log as well.
+    /// Starts a server with the given settings; also returns its log.
     ///
     /// # Panics
-    /// Panics if it does not start.
+    /// Panics if the server does not start.
     #[must_use]
     pub fn start_logged(settings: &[&str]) -> (Self, BufReader<ChildStderr>) {
         let data = TempDir::with_prefix("streamer-test-").expect("a temporary folder");
@@ -123,10 +123,10 @@ impl Server {
         (server, log)
     }
 
-    /// Starts a server with this data folder and these environment variables; returns its log as well.
+    /// Starts a server with the given data folder and environment variables; also returns its log.
     ///
     /// # Panics
-    /// Panics if it does not start.
+    /// Panics if the server does not start.
     #[must_use]
     pub fn start_logged_with(
         data: TempDir,
@@ -169,7 +169,7 @@ impl Server {
         self.restart();
     }
 
-    /// Restarts the server, after it has exited, on the same address with the same data.
+    /// Restarts the server after it has exited, on the same address with the same data.
     pub fn restart(&mut self) {
         let (data, environment) = (self.data.path(), &self.environment);
         let stderr = Stdio::inherit();
@@ -191,12 +191,12 @@ impl Server {
         self.process.signal(Signal::TERM);
     }
 
-    /// Waits for the server to exit; returns its exit code.
+    /// Waits until the server exits; returns its exit code.
     pub fn wait(&mut self) -> Option<i32> {
         self.process.wait().code()
     }
 
-    /// Sends SIGTERM and waits for the server to exit; returns its exit code.
+    /// Sends SIGTERM and waits until the server exits; returns its exit code.
     pub fn stop(&mut self) -> Option<i32> {
         self.process.stop()
     }
@@ -219,25 +219,25 @@ impl Server {
         self.shares_store = true;
     }
 
-    /// Returns the settings with which it was started.
+    /// Returns the settings with which the server was started.
     #[must_use]
     pub fn settings(&self) -> &[String] {
         &self.settings
     }
 
-    /// Returns its data folder.
+    /// Returns the data folder of the server.
     #[must_use]
     pub fn data(&self) -> &Path {
         self.data.path()
     }
 
-    /// Returns a token of its development key that is valid for an hour.
+    /// Returns a token that is signed with the development key and valid for an hour.
     #[must_use]
     pub fn token(&self, tenant: &str, user: &str, permissions: &[&str]) -> String {
         self.token_for(tenant, user, permissions, Duration::from_secs(3600))
     }
 
-    /// Returns a token of its development key.
+    /// Returns a token that is signed with the development key.
     ///
     /// # Panics
     /// Panics if the key does not exist.
@@ -264,8 +264,8 @@ impl Drop for Server {
     /// Stops the server.
     ///
     /// # Panics
-    /// Panics if it delivered events only because it compared watched requests with its store: in one
-    /// process every stored event is announced.
+    /// Panics if the server delivered events only because it compared watched requests with its store: in one
+    /// process, every stored event is announced.
     fn drop(&mut self) {
         let is_checked = !self.shares_store && !thread::panicking();
         let missed =
@@ -284,11 +284,11 @@ fn missed_events(address: SocketAddr) -> u64 {
     value(address, "streamer_progress_missed_events_total").unwrap_or(0)
 }
 
-/// Returns settings for the engine that `STREAMER_TESTS_ENGINE` selects, by default `embedded`. Other
+/// Returns settings for the engine that `STREAMER_TESTS_ENGINE` selects, by default `sqlite`. Other
 /// engines get separate tables.
 fn engine_settings(data: &TempDir) -> Vec<String> {
     let implementation = match env::var("STREAMER_TESTS_ENGINE").as_deref() {
-        Err(_) | Ok("embedded") => return Vec::new(),
+        Err(_) | Ok("sqlite") => return Vec::new(),
         Ok("dynamodb-local") => Implementation::DynamoDbLocal,
         Ok("dynoxide") => Implementation::Dynoxide,
         Ok(other) => panic!("STREAMER_TESTS_ENGINE: unknown engine {other}"),
@@ -296,7 +296,7 @@ fn engine_settings(data: &TempDir) -> Vec<String> {
     dynamodb_settings(endpoint(implementation), data.path())
 }
 
-/// Creates separate tables at this endpoint and returns settings for them; large values are stored in the
+/// Creates separate tables at the given endpoint, and returns settings for them. Large values are stored in the
 /// folder `data`.
 ///
 /// # Panics
@@ -316,13 +316,13 @@ pub fn dynamodb_settings(endpoint: &str, data: &Path) -> Vec<String> {
     settings
 }
 
-/// Disables the instance metadata of EC2, which must not affect the tests.
+/// Environment variable that disables EC2 instance metadata, which must not affect the tests.
 const NO_METADATA: (&str, &str) = ("AWS_EC2_METADATA_DISABLED", "true");
 
 /// Runs `streamer tables`.
 ///
 /// # Panics
-/// Panics if it cannot be run.
+/// Panics if the command cannot be run.
 #[must_use]
 pub fn run_tables(command: &str, settings: &[String], folder: &Path) -> Output {
     let mut tables = Process::command(binary());
@@ -333,10 +333,10 @@ pub fn run_tables(command: &str, settings: &[String], folder: &Path) -> Output {
     Process::output(tables.env_clear().envs([NO_METADATA]).current_dir(folder))
 }
 
-/// Returns the standard error of a server that fails to start with this data folder.
+/// Returns the standard error of a server that fails to start with the given data folder.
 ///
 /// # Panics
-/// Panics if it starts.
+/// Panics if the server starts.
 #[must_use]
 pub fn start_error(data: &Path) -> String {
     let mut command = Process::command(binary());
@@ -346,7 +346,7 @@ pub fn start_error(data: &Path) -> String {
     String::from_utf8_lossy(&output.stderr).into_owned()
 }
 
-/// Starts a service on this address; returns once it reports that it is ready.
+/// Starts a service on the given address; returns once the service reports that it is ready.
 pub(crate) fn spawn_service(
     service: &str,
     data: &Path,

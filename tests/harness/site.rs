@@ -18,7 +18,7 @@ use tokio_util::task::AbortOnDropHandle;
 
 /// A running server; stopped on drop.
 pub struct Site {
-    /// `http://127.0.0.1:PORT`
+    /// URL of the server: `http://127.0.0.1:PORT`.
     pub url: String,
     documents: Arc<Mutex<HashMap<String, Document>>>,
     reports: mpsc::Receiver<Bytes>,
@@ -46,7 +46,7 @@ struct Shared {
 }
 
 impl Site {
-    /// Starts on a free port.
+    /// Starts a server on a free port.
     ///
     /// # Panics
     /// Panics if no port is free.
@@ -79,12 +79,12 @@ impl Site {
         self.set_reply(path, Reply::Body(content_type, body.into()));
     }
 
-    /// Redirects requests for this document to a different document.
+    /// Redirects requests for the document `path` to the document `to`.
     pub fn redirect(&self, path: &str, to: &str) {
         self.set_reply(path, Reply::Redirect(format!("{}/{to}", self.url)));
     }
 
-    /// Makes requests for this document hang.
+    /// Sends no response to requests for the document `path`.
     pub fn hang(&self, path: &str) {
         self.set_reply(path, Reply::Hang);
     }
@@ -94,7 +94,7 @@ impl Site {
         self.documents.lock().expect("unpoisoned").insert(path.to_owned(), document);
     }
 
-    /// Returns the number of fetches of this document since it was set.
+    /// Returns the number of times that the document `path` was fetched since it was set.
     ///
     /// # Panics
     /// Panics if a thread panicked while it held the lock of the documents.

@@ -9,7 +9,7 @@ use axum::{extract::Request, response::Response};
 
 use crate::dynamodb_proxy::{self, Handler, Upstream, exception};
 
-/// Calls that are rejected.
+/// Specifies the calls that are rejected.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Throttling {
     /// No call.
@@ -35,7 +35,7 @@ struct Inner {
 }
 
 impl Throttle {
-    /// Starts a proxy of this endpoint.
+    /// Starts a proxy of the endpoint `target`.
     pub async fn start(target: &str) -> Self {
         let state = Arc::new(Inner {
             upstream: Upstream::new(target),
@@ -46,7 +46,7 @@ impl Throttle {
         Self { endpoint: dynamodb_proxy::start(state.clone()).await, state }
     }
 
-    /// Sets which calls are rejected from now on.
+    /// Sets the calls that are rejected from now on.
     pub fn set(&self, throttling: Throttling) {
         self.state.throttling.store(throttling as u8, Ordering::SeqCst);
     }

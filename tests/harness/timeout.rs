@@ -4,8 +4,8 @@ use std::time::Duration;
 
 use tokio::time::timeout;
 
-/// Long enough for any event on a slow and busy machine, and shorter than the timeout of a suite, so that the
-/// failure names the test.
+/// Maximum time to wait for an event. It is sufficient for any event on a slow and busy machine, and shorter than
+/// the timeout of a suite, so that the failure names the test.
 const TIMEOUT: Duration = Duration::from_secs(240);
 
 /// Waits for a future; `what` describes its result.

@@ -1,4 +1,4 @@
-//! Workers: the `streamer worker` process, and one that a test scripts.
+//! Workers: the `streamer worker` process, and a worker that is scripted by a test.
 
 use std::{
     io::{BufRead, BufReader},
@@ -28,10 +28,10 @@ pub struct WorkerProcess {
 }
 
 impl WorkerProcess {
-    /// Starts a worker with these actions; returns once it has connected.
+    /// Starts a worker with the given actions; returns once the worker has connected.
     ///
     /// # Panics
-    /// Panics if its log ends before.
+    /// Panics if the log of the worker ends before that.
     #[must_use]
     pub fn start(server: &Server, token: &str, actions: &str, arguments: &[&str]) -> Self {
         let mut command = command(&server.url, token, actions, arguments);
@@ -42,23 +42,23 @@ impl WorkerProcess {
         worker
     }
 
-    /// Starts a worker with these actions without waiting for its connection.
+    /// Starts a worker with the given actions, without waiting until it has connected.
     #[must_use]
     pub fn spawn(server: &Server, token: &str, actions: &str, arguments: &[&str]) -> Self {
         Self::spawn_at(&server.url, token, actions, arguments)
     }
 
-    /// Starts a worker of the server with this URL without waiting for its connection.
+    /// Starts a worker of the server at `url`, without waiting until it has connected.
     #[must_use]
     pub fn spawn_at(url: &str, token: &str, actions: &str, arguments: &[&str]) -> Self {
         let mut command = command(url, token, actions, arguments);
         Self { process: Process::spawn(command.stderr(Stdio::null())), log: None }
     }
 
-    /// Reads its log up to a line that contains `text`.
+    /// Reads the log of the worker up to a line that contains `text`.
     ///
     /// # Panics
-    /// Panics if the log ends before.
+    /// Panics if the log ends before that.
     pub fn wait_for_log(&mut self, text: &str) {
         let mut read = String::new();
         loop {
@@ -82,12 +82,12 @@ impl WorkerProcess {
         self.process.kill();
     }
 
-    /// Waits for the worker to exit; returns its exit code.
+    /// Waits until the worker exits; returns its exit code.
     pub fn wait(&mut self) -> Option<i32> {
         self.process.wait().code()
     }
 
-    /// Sends SIGTERM and waits for the worker to exit; returns its exit code.
+    /// Sends SIGTERM and waits until the worker exits; returns its exit code.
     pub fn stop(&mut self) -> Option<i32> {
         self.process.stop()
     }
@@ -111,7 +111,7 @@ impl Drop for WorkerProcess {
     }
 }
 
-/// Waits until the action list of this caller shows `workers` workers for an action.
+/// Waits until the caller's list of actions shows `workers` workers for an action.
 ///
 /// # Panics
 /// Panics if the actions cannot be listed.
@@ -128,7 +128,7 @@ pub async fn wait_for_workers(server: &Server, token: &str, action: &str, worker
     }
 }
 
-/// Waits until the server with this URL lists an action as available.
+/// Waits until the server at `url` lists an action as available.
 ///
 /// # Panics
 /// Panics if the actions cannot be listed.
@@ -144,27 +144,27 @@ pub async fn wait_for_action(url: &str, token: &str, action: &str) {
     }
 }
 
-/// A worker whose messages the test sends.
+/// Worker whose messages are sent by the test.
 pub struct ScriptedWorker {
     outbound: mpsc::Sender<WorkRequest>,
     inbound: Streaming<WorkResponse>,
-    /// First message of the server.
+    /// First message from the server.
     pub welcome: Welcome,
 }
 
-/// Returns the first message of a worker.
+/// Returns `hello`, the first message from a worker.
 #[must_use]
 pub fn hello(id: &str, slots: i32, actions: Vec<Action>) -> Hello {
     Hello { worker_id: id.into(), slots, actions, ..Hello::default() }
 }
 
-/// Returns a declaration with default values.
+/// Returns a declaration of an action with default values.
 #[must_use]
 pub fn declare(name: &str) -> Action {
     Action { name: name.into(), ..Action::default() }
 }
 
-/// Returns the first message with which a worker that connected with `first` resumes these tasks on a new
+/// Returns the first message with which a worker that connected with `first` resumes the given tasks on a new
 /// stream.
 #[must_use]
 pub fn resume_hello(first: &Hello, welcome: &Welcome, tasks: &[&Task]) -> Hello {
@@ -177,13 +177,13 @@ pub fn resume_hello(first: &Hello, welcome: &Welcome, tasks: &[&Task]) -> Hello 
 }
 
 impl ScriptedWorker {
-    /// Opens a stream with this first message.
+    /// Opens a stream with the given first message.
     ///
     /// # Errors
-    /// Returns an error if the server rejects it.
+    /// Returns an error if the server rejects the stream.
     ///
     /// # Panics
-    /// Panics if the first message of the server is not `welcome`.
+    /// Panics if the first message from the server is not `welcome`.
     pub async fn try_connect(
         server: &Server,
         token: &str,
@@ -192,13 +192,13 @@ impl ScriptedWorker {
         Self::try_connect_at(&server.url, token, first).await
     }
 
-    /// Opens a stream to the server with this URL with this first message.
+    /// Opens a stream to the server at `url` with the given first message.
     ///
     /// # Errors
-    /// Returns an error if the server rejects it.
+    /// Returns an error if the server rejects the stream.
     ///
     /// # Panics
-    /// Panics if the first message of the server is not `welcome`.
+    /// Panics if the first message from the server is not `welcome`.
     pub async fn try_connect_at(
         url: &str,
         token: &str,
@@ -216,10 +216,10 @@ impl ScriptedWorker {
         Ok(Self { outbound, inbound, welcome })
     }
 
-    /// Opens a stream with this `hello`.
+    /// Opens a stream with the given `hello`.
     ///
     /// # Panics
-    /// Panics if the server rejects it.
+    /// Panics if the server rejects the stream.
     pub async fn connect(server: &Server, token: &str, hello: Hello) -> Self {
         let first = work_request::Message::Hello(hello);
         Self::try_connect(server, token, first).await.expect("the server accepts the worker")
@@ -234,19 +234,19 @@ impl ScriptedWorker {
         self.outbound.send(request).await.expect("the stream is open");
     }
 
-    /// Reports on a task.
+    /// Sends a report about a task.
     pub async fn report(&self, task: &Task, number: i64, kind: Kind) {
         self.report_after_resends(task, 0, number, kind).await;
     }
 
-    /// Reports on a task after the server has requested this number of resends.
+    /// Sends a report about a task after the server has requested the given number of resends.
     pub async fn report_after_resends(&self, task: &Task, resends: i32, number: i64, kind: Kind) {
         let Task { uid, attempt, .. } = task.clone();
         let report = Report { uid, attempt, number, kind: Some(kind), resends };
         self.send(work_request::Message::Report(report)).await;
     }
 
-    /// Returns the next message; skips those about the token.
+    /// Returns the next message; skips messages about the token.
     ///
     /// # Errors
     /// Returns an error if the server ends the stream.

@@ -16,7 +16,7 @@ use streamer_proto::{
     router::v1::{SubmitRequest, submit_response::Outcome},
 };
 use streamer_rpc::json_payload;
-use streamer_store::{DeclaredAction, Engine};
+use streamer_store::DeclaredAction;
 use streamer_tests::{
     Client, Log, ScriptedWorker, Server, declare, hello, metrics, wait_for_workers, within_timeout,
 };
@@ -26,7 +26,7 @@ use tokio::{
 };
 use tonic::{Code, Status};
 
-/// Returns a schema with a chain of references for one value that recurses into its items.
+/// Returns a schema with a chain of references for one value, which recurses into the items of the value.
 fn chain(length: usize) -> Value {
     let mut definitions = Map::new();
     for step in 0..length {
@@ -37,7 +37,7 @@ fn chain(length: usize) -> Value {
     json!({ "$ref": "#/$defs/d0", "$defs": definitions })
 }
 
-/// Returns a schema with definitions that each apply the next one twice to the same value.
+/// Returns a schema with definitions, each of which applies the next definition twice to the same value.
 fn doubling(length: usize) -> Value {
     let mut definitions = Map::new();
     for step in 0..length {
@@ -133,7 +133,7 @@ async fn deep_payloads_are_validated_and_expensive_ones_are_rejected() {
 async fn payloads_are_rejected_while_the_stored_schema_is_invalid() {
     let data = tempfile::tempdir().unwrap();
     // Earlier versions accepted this schema.
-    let store = streamer_store::open(&Engine::Sqlite { data: data.path().to_owned() }).unwrap();
+    let store = streamer_store_sqlite::open(data.path()).unwrap();
     let action = with_schema("work", &chain(20));
     let declared = vec![DeclaredAction { tenant: Some("acme".into()), action }];
     store.save_actions(declared, SystemClock.now()).await.unwrap();
@@ -143,7 +143,7 @@ async fn payloads_are_rejected_while_the_stored_schema_is_invalid() {
     assert_eq!(rejected.code(), Code::FailedPrecondition, "{rejected}");
     let rule = "the payload schema of action \"work\" is invalid, declare a new one: ";
     assert!(rejected.message().starts_with(rule), "{rejected}");
-    // A new declaration replaces it.
+    // A new declaration replaces the stored declaration.
     let token = server.token("acme", "worker", &["worker:*"]);
     let action = with_schema("work", &json!({ "type": "array" }));
     let _worker = ScriptedWorker::connect(&server, &token, hello("w", 1, vec![action])).await;
@@ -186,7 +186,7 @@ impl RawGrpc {
     }
 }
 
-/// Returns a message header with this length and the first `sent` bytes of the message.
+/// Returns a message header with the given length, and the first `sent` bytes of the message.
 fn incomplete(length: u32, sent: usize) -> Bytes {
     let mut message = vec![0];
     message.extend(length.to_be_bytes());
@@ -194,7 +194,7 @@ fn incomplete(length: u32, sent: usize) -> Bytes {
     message.into()
 }
 
-/// Sends data until the peer stops accepting it.
+/// Sends data until the peer stops accepting data.
 async fn send(stream: &mut SendStream<Bytes>, mut data: Bytes) {
     while !data.is_empty() {
         stream.reserve_capacity(data.len());
@@ -209,7 +209,7 @@ async fn send(stream: &mut SendStream<Bytes>, mut data: Bytes) {
     }
 }
 
-/// Returns code and message of the gRPC status of a response.
+/// Returns the code and the message of the gRPC status of a response.
 async fn status_of(response: ResponseFuture) -> (Code, String) {
     let response = within_timeout("a response", response).await.unwrap();
     let status = Status::from_header_map(response.headers()).expect("the status is in the headers");
@@ -232,7 +232,7 @@ async fn unauthenticated_calls_use_bounded_memory() {
             assert!(matches!(code, Code::OutOfRange | Code::ResourceExhausted), "{message}");
         }
     }
-    // A debug build uses 50 MB when idle; before the limit, this test took 1.4 GB.
+    // A debug build uses 50 MB when idle; without the limit, the server used 1.4 GB in this test.
     let peak = server.peak_resident_bytes();
     assert!(peak < 300 << 20, "{peak}");
 }
@@ -281,12 +281,12 @@ async fn incomplete_messages_of_one_token_are_bounded_and_do_not_affect_others()
     let (code, message) = rejected.expect("the limit applies");
     assert_eq!(code, Code::ResourceExhausted, "{message}");
     assert!(message.contains("server.max_undecoded_bytes"), "{message}");
-    // Several frames, so that it is incomplete for some time.
+    // The payload is sent in several frames, so that it is incomplete for some time.
     let large = json!({ "result": "x".repeat(1 << 20) }).to_string();
     assert!(submit(&server, "other", "echo_async", large).await.is_ok());
 }
 
-/// Returns status and headers of the response to a plain HTTP request.
+/// Returns the status and the headers of the response to a plain HTTP request.
 async fn http(server: &Server, request: &str) -> (StatusCode, String) {
     let mut socket = TcpStream::connect(server.url.trim_start_matches("http://")).await.unwrap();
     // The server may respond and close the connection before it has read the whole request.
@@ -326,12 +326,12 @@ async fn unauthenticated_connections_do_not_keep_clients_out() {
     let server = Server::start(&[
         "server.max_connections=64",
         "server.max_connections_per_address=64",
-        // No handshake times out.
+        // Prevents handshakes from timing out.
         "gateway.handshake_timeout=60000ms",
     ]);
     let token = server.token("acme", "ann", &[]);
     let mut client = Client::connect(&server.url, &token).await;
-    // Each has sent a request and stays open.
+    // Each connection has sent a request and stays open.
     let mut unauthenticated = Vec::new();
     for _ in 0..40 {
         unauthenticated.push(partial_message(&server, "no-token", 10, 1).await);
@@ -370,7 +370,7 @@ async fn partial_message(server: &Server, token: &str, length: u32, sent: usize)
     socket
 }
 
-/// Opens a WebSocket without reading from it.
+/// Opens a WebSocket, but does not read from it.
 async fn raw_socket(server: &Server, token: &str) -> TcpStream {
     let address = server.url.trim_start_matches("http://");
     let mut socket = TcpStream::connect(address).await.unwrap();
@@ -383,7 +383,7 @@ async fn raw_socket(server: &Server, token: &str) -> TcpStream {
     socket
 }
 
-/// Returns code and reason of the close frame of the server.
+/// Returns the code and the reason of the close frame from the server.
 async fn close_of(mut socket: TcpStream) -> (u16, String) {
     let mut all = Vec::new();
     within_timeout("the close frame", socket.read_to_end(&mut all)).await.ok();
@@ -407,7 +407,7 @@ async fn pings_do_not_extend_the_message_timeout() {
     let server = Server::start(&["gateway.message_timeout=1000ms"]);
     let token = server.token("acme", "ann", &[]);
     let mut socket = partial_message(&server, &token, 1000, 0).await;
-    // Completes this message and starts the next one with a fragment.
+    // Completes the message, and starts the next message with a fragment.
     let mut rest = vec![b' '; 1000];
     rest.extend([0x01, 0x81, 0, 0, 0, 0, b'x']);
     socket.write_all(&rest).await.unwrap();
@@ -464,7 +464,7 @@ async fn submissions_of_one_user_are_rate_limited_across_protocols() {
     assert_eq!(rejected["error"]["code"], "RATE_LIMITED");
     assert!(rejected["error"]["message"].as_str().unwrap().contains(option), "{rejected}");
     assert!(rejected["error"]["details"]["retry_after_ms"].as_i64().unwrap() > 0, "{rejected}");
-    // Submissions over gRPC count as well; those of other tenants do not.
+    // Submissions over gRPC also count; submissions of other tenants do not.
     let rejected = loop {
         if let Err(rejected) = submit(&server, "acme", "echo_async", "{}".into()).await {
             break rejected;
@@ -482,7 +482,7 @@ struct Occurrences {
 }
 
 impl Occurrences {
-    /// Counts in the last `new` bytes of `data`; the bytes before them were counted earlier.
+    /// Counts occurrences in the last `new` bytes of `data`; the bytes before them were counted earlier.
     fn count(&mut self, data: &[u8], new: usize) {
         let counted = data.len() - new;
         let begin = counted.saturating_sub(self.text.len() - 1);
@@ -524,11 +524,11 @@ async fn a_burst_of_messages_is_served_or_rejected_and_does_not_delay_others() {
         if reads % 64 != 1 {
             continue;
         }
-        // Other clients are served in between.
+        // The server serves other clients at the same time.
         assert_eq!(client.request(json!({"type": "ping"})).await["type"], "pong");
     }
     drop(flood.await.unwrap());
-    // At least `gateway.rate_limit_burst`.
+    // The server processes at least `gateway.rate_limit_burst` messages.
     assert!(served.count >= 20_000, "{}", served.count);
     let peak = server.peak_resident_bytes();
     assert!(peak < 250 << 20, "{peak}");
@@ -562,7 +562,7 @@ async fn repeated_subscriptions_do_not_leak() {
     within_timeout("the end of all watches", async { while watchers().await > 0 {} }).await;
 }
 
-/// Limits for tests of output; the server holds several copies of each byte.
+/// Limits for tests of output; the server keeps several copies of each byte in memory.
 const SMALL_OUTPUT_BUDGET: [&str; 2] =
     ["execution.max_buffered_output_bytes=33554432", "limits.max_payload_bytes=1048576"];
 
@@ -587,7 +587,8 @@ async fn output_of_one_tenant_is_bounded_and_does_not_delay_others() {
         rounds += 1;
     }
     assert!(rounds > 1, "other requests complete during the flood");
-    for counter in ["lease_expiries_total", "attempts_fenced_total", "retried_total", "buffered_output_bytes"]
+    for counter in
+        ["lease_expiries_total", "attempts_fenced_total", "retried_total", "buffered_output_bytes"]
     {
         assert_eq!(metric(&server, &format!("streamer_processor_{counter}")).await, 0, "{counter}");
     }
@@ -625,7 +626,7 @@ async fn reports_beyond_the_budget_are_resent_and_do_not_delay_other_tenants() {
     let last = || Kind::Result(json_payload("1"));
     let (small, large): (Vec<_>, Vec<_>) =
         tasks.values().partition(|task| task.tenant_id == "acme");
-    // Exceeds the budget many times before any acknowledgment.
+    // The reports exceed the budget many times before the first acknowledgment.
     for number in 1..=CHUNKS {
         for task in &large {
             worker.report(task, number, Kind::Output(chunk.clone())).await;
@@ -639,7 +640,7 @@ async fn reports_beyond_the_budget_are_resent_and_do_not_delay_other_tenants() {
     while ended <= TASKS {
         match worker.next().await.unwrap() {
             Message::Acknowledgment(acknowledgment) => {
-                // A budget of this size leaves each attempt less than the default window.
+                // With this budget, the window of each attempt is smaller than the default.
                 let window = 1..worker.welcome.max_unacknowledged_bytes;
                 let is_small = acknowledgment.uid == small[0].uid;
                 let bytes = acknowledgment.max_unacknowledged_bytes;
@@ -686,7 +687,7 @@ async fn slow_watchers_use_bounded_memory_and_do_not_delay_others() {
     let uid = eve.router().submit(eve.call(submit)).await.unwrap().into_inner().uid;
     let watch =
         || WatchRequest { request_id: uid.clone(), after_seq: Some(0), ..WatchRequest::default() };
-    // Each has a separate connection, whose window is a fraction of a chunk.
+    // Each watch has a separate connection, whose window is a fraction of a chunk.
     let mut open = Vec::new();
     for _ in 0..WATCHERS {
         let eve = api("eve");
@@ -734,8 +735,7 @@ const CONTINUATION: u8 = 9;
 const END_STREAM: u8 = 1;
 const END_HEADERS: u8 = 4;
 
-/// Encodes the headers of a call to `Health/Check`: indexed `:method POST` and `:scheme http`, then
-/// literals.
+/// Encodes the headers of a call of `Health/Check`: indexed `:method POST` and `:scheme http`, then literals.
 fn headers() -> Vec<u8> {
     let mut headers = vec![0x83, 0x86, 0x04, u8::try_from(HEALTH.len()).unwrap()];
     headers.extend(HEALTH.as_bytes());
@@ -743,7 +743,7 @@ fn headers() -> Vec<u8> {
     headers
 }
 
-/// Sends HTTP/2 frames while reading, until a frame of this type whose payload starts with these bytes
+/// Sends HTTP/2 frames while reading, until a frame of the given type whose payload starts with the given bytes
 /// arrives or the server closes the connection. Returns whether the frame arrived.
 async fn exchange(
     server: &Server,
@@ -785,7 +785,7 @@ async fn frame_floods_use_bounded_memory_and_do_not_affect_clients() {
     const LAST: &[u8] = b"the last";
     let server = Server::start(&[]);
     let mut client = Client::connect(&server.url, &server.token("acme", "ann", &[])).await;
-    // A valid call, which gets a response.
+    // A valid call, which receives a response.
     let call = [frame(HEADERS, END_HEADERS, 1, &headers()), frame(DATA, END_STREAM, 1, &[0; 5])];
     assert!(exchange(&server, call.into_iter(), (HEADERS, &[])).await);
     let streams = (1..).step_by(2);

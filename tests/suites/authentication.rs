@@ -1,4 +1,4 @@
-//! Authentication: the rules of tokens and of fresh tokens.
+//! Authentication: the rules for tokens and for fresh tokens.
 #![allow(clippy::unwrap_used, reason = "in tests, a panic is the report")]
 
 use std::{fs, time::Duration};
@@ -121,7 +121,7 @@ async fn the_algorithm_is_not_taken_from_the_token() {
         let unsigned = format!("{}.{}.", part(&json!({"alg": name, "typ": "JWT"})), part(&claims));
         assert_eq!(rejection(&server, &unsigned).await.0, 4401);
     }
-    // Algorithm confusion: signed with the public key as a shared secret.
+    // Algorithm confusion: the token is signed with the public key as a shared secret.
     let confused = EncodingKey::from_secret(public.as_bytes());
     let confused = encode(&Header::new(Algorithm::HS256), &claims, &confused).unwrap();
     let (code, reason) = rejection(&server, &confused).await;

@@ -1,4 +1,4 @@
-//! The WebSocket protocol from a page in a real browser, without a client library.
+//! Tests of the WebSocket protocol from a page in a real browser, without a client library.
 #![allow(clippy::unwrap_used, reason = "in tests, a panic is the report")]
 
 use serde_json::{Value, json};

@@ -1,5 +1,5 @@
-//! Two instances of every service in separate processes with DynamoDB Local: killed, partitioned and with
-//! different peer sets, under load. `check-history` checks the messages that clients receive.
+//! Two instances of every service in separate processes with DynamoDB Local, which are killed, partitioned and
+//! configured with different peer sets under load. `check-history` checks the messages that clients receive.
 #![allow(clippy::unwrap_used, reason = "in tests, a panic is the report")]
 
 use futures_util::future::join_all;
@@ -23,7 +23,7 @@ use tokio::sync::{Mutex, MutexGuard};
 use tokio_util::sync::CancellationToken;
 use tonic::{Code, Streaming, metadata::MetadataValue, transport::Endpoint};
 
-/// Runs one cluster at a time: two cores suffice for one only.
+/// Lock that limits the tests to one cluster at a time: two cores are sufficient for only one cluster.
 static ONE_AT_A_TIME: Mutex<()> = Mutex::const_new(());
 
 const SETTINGS: [&str; 4] = [
@@ -85,7 +85,7 @@ async fn clients_resume_when_one_of_each_service_is_stopped_in_turn() {
     let later = client.request(later).await["uid"].as_str().unwrap().to_owned();
     for service in Service::ALL {
         load.wait_for_messages(200).await;
-        // A watch of the stopped service ends, and does not delay the shutdown.
+        // A watch of the stopped service ends and does not delay the shutdown.
         let mut watching = None;
         if matches!(service, Service::Progress | Service::Gateway) {
             let api = Api::new(&cluster.url(service, 0), &token).unwrap();
@@ -109,10 +109,10 @@ async fn clients_resume_when_one_of_each_service_is_stopped_in_turn() {
 
 #[tokio::test(flavor = "multi_thread")]
 async fn slow_watchers_do_not_delay_others_when_one_peer_serves_many_watches() {
-    // More than a server allows one client to open.
+    // More watches than a server allows one client to open.
     const WATCHES: usize = 1_100;
     const WATCHES_PER_CLIENT: usize = 100;
-    // All services know one progress service only.
+    // All services know only one progress service.
     let (cluster, _guard) =
         cluster(|_, _, proxies| vec![format!("peers.progress=http://{}", proxies[0].address)])
             .await;
@@ -143,7 +143,7 @@ async fn slow_watchers_do_not_delay_others_when_one_peer_serves_many_watches() {
     assert_eq!(client.follow(Log::after(1)).await.last_type(), "complete");
     let small = watch(&Api::new(url, &token).unwrap(), "small").await;
     assert_eq!(last_seq(small).await, 6);
-    // A slow watcher that starts to read receives everything.
+    // A slow watcher receives all events once it starts reading.
     assert_eq!(last_seq(slow.remove(0)).await, log.last_seq());
 }
 
@@ -154,7 +154,7 @@ async fn watch(api: &Api, request_id: &str) -> Streaming<WatchResponse> {
     api.progress().watch(api.call(watch)).await.unwrap().into_inner()
 }
 
-/// Follows a log to its end; returns the last `seq`.
+/// Reads a watch to its end; returns the `seq` of the last event.
 async fn last_seq(mut watch: Streaming<WatchResponse>) -> i64 {
     let mut last_seq = 0;
     while let Some(reply) = watch.message().await.unwrap() {
@@ -174,7 +174,7 @@ async fn clients_resume_when_a_progress_service_is_partitioned() {
     for number in 0..2 {
         load.wait_for_messages(200).await;
         cluster.partition(number);
-        // More than can be in transit at the start of the partition.
+        // More messages than can be in transit at the start of the partition.
         load.wait_for_messages(1000).await;
         cluster.heal(number);
     }
@@ -208,7 +208,7 @@ async fn watches_move_to_a_different_progress_service_when_the_store_is_unreacha
     });
     let watchers = join_all(watchers).await;
     store.pause();
-    // The store stays unreachable until every watcher has received the terminal event.
+    // The store remains unreachable until every watcher has received the terminal event.
     for (mut client, log) in watchers {
         assert_eq!(client.follow(log).await.last_type(), "complete");
     }
@@ -216,7 +216,7 @@ async fn watches_move_to_a_different_progress_service_when_the_store_is_unreacha
 
 #[tokio::test(flavor = "multi_thread")]
 async fn logs_are_consistent_when_instances_have_different_peer_sets() {
-    // Each instance knows one progress service only, and not all know the same one; each progress service
+    // Each instance knows only one progress service, which differs between instances; each progress service
     // knows only itself.
     let (cluster, _guard) = cluster(|service, number, proxies| {
         let known = match service {
@@ -275,7 +275,7 @@ async fn messages_reach_users_on_every_gateway() {
     assert_eq!(gateways.len(), 2);
     assert_ne!(gateways[0], gateways[1]);
 
-    // A client whose gateway fails continues on the other one.
+    // A client whose gateway fails continues on the other gateway.
     let running = json!({"steps": 50, "delay_ms": 20});
     clients[0].submit("long", "echo_async", running).await;
     let mut log = Log::after(1);
@@ -323,7 +323,7 @@ async fn workers_and_sync_calls_use_a_gateway_and_internal_calls_require_the_ser
     let right = cluster.service_token();
     assert_eq!(publish(Some(&right)).await, Code::InvalidArgument);
 
-    // Clients that do not use tonic receive the status of a rejected watch as well.
+    // Clients that do not use tonic also receive the status of a rejected watch.
     let authorization = format!("authorization: Bearer {token}");
     let gateway = cluster.urls[1].trim_start_matches("http://").to_owned();
     let rejected = tokio::task::spawn_blocking(move || {
@@ -358,7 +358,7 @@ async fn routers_share_the_submission_rate_of_a_tenant() {
         payload: Some(json_payload("1")),
         ..SubmitRequest::default()
     };
-    // The gateway calls the routers in turn.
+    // The gateway distributes calls over the routers in round-robin order.
     let share = "more than 20 submissions a second, 10 at this router";
     within_timeout("a rejection that reports the share", async {
         loop {

@@ -1,4 +1,4 @@
-//! The `streamer` binary as scripts use it: output, exit codes, invalid flags, no server.
+//! The `streamer` binary as scripts use it: output, exit codes, invalid flags, unavailable server.
 #![allow(clippy::unwrap_used, reason = "in tests, a panic is the report")]
 
 use std::{

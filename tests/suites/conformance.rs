@@ -10,22 +10,23 @@ use std::{
 
 use bytes::Bytes;
 use streamer_core::{RequestState, TenantLimit, Timestamp, Uid};
-use streamer_dynamodb::{DynamoOptions, DynamoStore, tables};
 use streamer_proto::common::v1::{
     Action, Event, Failed, Output, OutputSummary, Payload, Progress, Retrying, Succeeded,
     event::Kind, payload::Body,
 };
 use streamer_store::{
     Adopt, Append, AppendOutcome, AssignedWorker, CancelOutcome, Claim, ClaimOutcome, Claimed,
-    ConnectionRecord, CreateOutcome, DeclaredAction, DeleteOutcome, DuePage, DueQuery, Engine,
-    Lease, ListRequests, NewRequest, Owner, Quota, Store, StoreError, StoredPayload, Writer,
-    find_by_client_id_or_uid, open,
+    ConnectionRecord, CreateOutcome, DeclaredAction, DeleteOutcome, DuePage, DueQuery, Lease,
+    ListRequests, NewRequest, Owner, Quota, Store, StoreError, StoredPayload, Writer,
+    find_by_client_id_or_uid,
 };
+use streamer_store_dynamodb::{DynamoOptions, DynamoStore, tables};
+use streamer_store_sqlite::open;
 use streamer_telemetry::Metrics;
 use streamer_tests::dynamodb::{Implementation, endpoint};
 use tempfile::TempDir;
 
-/// One engine under test, with its data.
+/// Engine under test, with its data.
 struct Subject {
     store: Arc<dyn Store>,
     /// Whether quotas are exact, since no other process writes to the store.
@@ -36,7 +37,7 @@ struct Subject {
 /// Returns all engines, each with an empty store.
 async fn engines() -> impl Iterator<Item = Subject> {
     let data = TempDir::new().unwrap();
-    let store = open(&Engine::Sqlite { data: data.path().into() }).unwrap();
+    let store = open(data.path()).unwrap();
     let embedded = ("embedded", Subject { store, is_exact: true, _data: data });
     let local = ("DynamoDB Local", dynamodb(Implementation::DynamoDbLocal).await);
     let dynoxide = ("dynoxide", dynamodb(Implementation::Dynoxide).await);
@@ -47,7 +48,7 @@ async fn engines() -> impl Iterator<Item = Subject> {
     })
 }
 
-/// Returns a store with separate tables on this server.
+/// Returns a store with separate tables on the given server.
 async fn dynamodb(implementation: Implementation) -> Subject {
     let data = TempDir::new().unwrap();
     let options = DynamoOptions {
@@ -173,7 +174,7 @@ async fn a_repeated_id_returns_the_request_or_a_conflict() {
         let other = NewRequest { fingerprint: [8; 32], ..new_request(Some("req-1")) };
         let conflict = store.create_request(other).await.unwrap();
         assert!(matches!(conflict, CreateOutcome::Conflict(record) if record.uid == uid));
-        // The same id of a different user, and a missing id, create separate requests.
+        // The same ID of a different user, and a missing ID, create separate requests.
         let bob = Owner { tenant: "acme".into(), user: "bob".into() };
         create(&*store, NewRequest { owner: bob.clone(), ..new_request(Some("req-1")) }).await;
         create(&*store, new_request(None)).await;
@@ -204,7 +205,7 @@ async fn concurrent_submissions_of_one_id_create_one_request() {
     }
 }
 
-/// Retries a submission until the quota allows it: engines that several processes share count with a
+/// Retries a submission until the quota allows it: engines that several processes share count requests with a
 /// delay.
 async fn create_within_quota(store: &dyn Store, new: impl Fn() -> NewRequest) -> Uid {
     let mut ticks = tokio::time::interval(Duration::from_millis(100));
@@ -219,7 +220,7 @@ async fn create_within_quota(store: &dyn Store, new: impl Fn() -> NewRequest) ->
     panic!("the quota stays exhausted");
 }
 
-/// Submits `count` requests; asserts that the next one exceeds this limit.
+/// Submits `count` requests; asserts that the next request exceeds `limit`.
 async fn fill(
     store: &dyn Store,
     new: impl Fn() -> NewRequest,
@@ -259,7 +260,7 @@ async fn queued_requests_of_an_owner_are_limited_by_its_quota() {
         claim(&*store, uids[0], 2000).await;
         fill(&*store, bob, 1, TenantLimit::QueuedPerTenant).await;
         if !is_exact {
-            // Each step waits for a count, and counts have an interval.
+            // Each step waits for a count of the requests, which is updated at an interval.
             continue;
         }
         store.cancel(uids[1], "enough".into(), at(2000)).await.unwrap();
@@ -268,7 +269,7 @@ async fn queued_requests_of_an_owner_are_limited_by_its_quota() {
         let overdue = append_as(of_bob[0], Writer::Queued(0), vec![failed]);
         assert_eq!(store.append(overdue).await.unwrap(), APPLIED);
         fill(&*store, bob, 1, TenantLimit::QueuedPerTenant).await;
-        // A retry is never rejected, and counts again.
+        // A retry is never rejected, but counts again.
         assert_eq!(append(&*store, uids[0], 1, vec![retrying(3, 1)]).await, APPLIED);
         claim(&*store, of_bob[1], 2000).await;
         fill(&*store, ann, 0, TenantLimit::QueuedPerUser).await;
@@ -279,8 +280,7 @@ async fn queued_requests_of_an_owner_are_limited_by_its_quota() {
 #[tokio::test]
 async fn the_embedded_engine_limits_the_stored_bytes_of_a_tenant() {
     let data = TempDir::new().unwrap();
-    let engine = Engine::Sqlite { data: data.path().into() };
-    let mut store = open(&engine).unwrap();
+    let mut store = open(data.path()).unwrap();
     let limit = 26_000;
     let new = |bytes: usize| NewRequest {
         payload: StoredPayload { content_type: String::new(), data: vec![7; bytes].into() },
@@ -291,12 +291,12 @@ async fn the_embedded_engine_limits_the_stored_bytes_of_a_tenant() {
     let other = Owner { tenant: "globex".into(), user: "ann".into() };
     create(&*store, NewRequest { owner: other, ..new(19_000) }).await;
 
-    // Output counts but is not rejected; data from before a restart counts as well.
+    // Output counts but is not rejected; data from before a restart also counts.
     claim(&*store, uids[0], 2000).await;
     let events = vec![chunk(3, 1, 9_000), succeeded(4, 1)];
     assert_eq!(append(&*store, uids[0], 1, events).await, APPLIED);
     drop(store);
-    store = open(&engine).unwrap();
+    store = open(data.path()).unwrap();
     for uid in &uids[1..3] {
         store.cancel(*uid, "enough".into(), at(2000)).await.unwrap();
         store.delete_request(*uid).await.unwrap();
@@ -324,7 +324,7 @@ async fn a_request_is_found_by_client_id_and_by_uid() {
         assert_eq!(find("req-1".into()).await, Some(uid));
         assert_eq!(find(uid.to_string()).await, Some(uid));
         assert_eq!(find("req-2".into()).await, None);
-        // A client id with the format of a uid is found as a client id.
+        // A client ID with the format of a uid is found as a client ID.
         let shaped = Uid::new(at(77)).to_string();
         let other = create(&*store, new_request(Some(&shaped))).await;
         assert_eq!(find(shaped).await, Some(other));
@@ -689,7 +689,7 @@ async fn a_log_is_read_from_any_position_within_limits() {
     }
 }
 
-/// Returns an output event with a chunk of this size.
+/// Returns an output event with a chunk of `bytes` bytes.
 fn chunk(seq: i64, attempt: i32, bytes: usize) -> Event {
     let data = Payload {
         content_type: "text/plain".into(),
@@ -705,7 +705,7 @@ async fn a_long_log_is_read_completely_for_all_event_and_batch_sizes() {
         claim(&*store, uid, 2000).await;
         let mut expected = Vec::new();
         let mut seq = 3;
-        // Small and large batches, and some events that do not share an item with others.
+        // Small and large batches, and some events that do not share an item with other events.
         for round in 0..60 {
             let sizes: &[usize] = match round % 6 {
                 0 => &[10],
@@ -737,7 +737,7 @@ async fn a_long_log_is_read_completely_for_all_event_and_batch_sizes() {
         let last = store.read_events(uid, seq - 2, 10, 1000).await.unwrap();
         assert!(last.events[..] == expected[expected.len() - 1..]);
         assert!(store.read_events(uid, i64::MAX, 10, 1000).await.unwrap().events.is_empty());
-        // More than one transaction of any engine can contain.
+        // More data than one transaction of any engine can contain.
         let large: Vec<_> = (seq..seq + 30).map(|seq| chunk(seq, 1, 60_000)).collect();
         for _ in 0..2 {
             assert_eq!(append(&*store, uid, 1, large.clone()).await, APPLIED);
@@ -939,23 +939,21 @@ async fn connections_are_listed_while_their_gateway_is_alive() {
 #[tokio::test]
 async fn the_embedded_store_is_exclusive_to_one_process() {
     let data = TempDir::new().unwrap();
-    let engine = Engine::Sqlite { data: data.path().into() };
-    let first = open(&engine).unwrap();
-    assert!(matches!(open(&engine), Err(StoreError::Locked { .. })));
+    let first = open(data.path()).unwrap();
+    assert!(matches!(open(data.path()), Err(StoreError::Locked { .. })));
     drop(first);
-    open(&engine).unwrap();
+    open(data.path()).unwrap();
 }
 
 #[tokio::test]
 async fn a_reopened_store_is_complete_and_its_leases_have_expired() {
     let data = TempDir::new().unwrap();
-    let engine = Engine::Sqlite { data: data.path().into() };
-    let store = open(&engine).unwrap();
+    let store = open(data.path()).unwrap();
     let uid = create(&*store, new_request(Some("kept"))).await;
     claim(&*store, uid, 2000).await;
     append(&*store, uid, 1, vec![progress(3, 1)]).await;
     drop(store);
-    let store = open(&engine).unwrap();
+    let store = open(data.path()).unwrap();
     assert_eq!(seqs(&*store, uid, 0).await, [1, 2, 3]);
     assert_eq!(store.expired_leases(at(0), 10).await.unwrap()[0].uid, uid);
 }
@@ -964,7 +962,7 @@ async fn a_reopened_store_is_complete_and_its_leases_have_expired() {
 async fn an_invalid_store_file_is_reported_as_corrupt() {
     let data = TempDir::new().unwrap();
     std::fs::write(data.path().join("streamer.db"), vec![b'x'; 8192]).unwrap();
-    let opened = open(&Engine::Sqlite { data: data.path().into() });
+    let opened = open(data.path());
     let Err(StoreError::Corrupt { reason, .. }) = opened else { panic!("the store was opened") };
     assert!(reason.contains("not a database"), "{reason}");
 }

@@ -1,8 +1,8 @@
 //! Kills the server and its workers with `kill -9` at random times under load. `check-history`, a separate
 //! program, checks the messages that clients receive.
 //!
-//! `STREAMER_TESTS_KILLS` sets the number of kills (200), `STREAMER_TESTS_SEED` the seed of their times; a
-//! failed run prints its seed and keeps its history.
+//! `STREAMER_TESTS_KILLS` sets the number of kills (default 200), `STREAMER_TESTS_SEED` the seed of their times.
+//! A failed run prints its seed and keeps its history.
 #![allow(clippy::unwrap_used, reason = "in tests, a panic is the report")]
 
 use std::env;

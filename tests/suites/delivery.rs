@@ -1,4 +1,4 @@
-//! Delivery: every watcher receives exactly the log, also across reconnects.
+//! Delivery: every watcher receives exactly the log, even across reconnects.
 #![allow(clippy::unwrap_used, reason = "in tests, a panic is the report")]
 
 use std::sync::Arc;
@@ -74,7 +74,7 @@ async fn a_thousand_watchers_that_join_late_and_reconnect_receive_exactly_the_lo
     assert_eq!(finished, WATCHERS);
 }
 
-/// Follows the log; every third watcher reconnects after some events.
+/// Watches the log; every third watcher reconnects after some events.
 async fn watch(url: &str, token: &str, number: usize) -> Log {
     let mut log = Log::default();
     let mut leave_at = if number.is_multiple_of(3) { number % 50 + 2 } else { usize::MAX };

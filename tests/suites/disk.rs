@@ -21,10 +21,10 @@ use tempfile::TempDir;
 const PAGE: usize = 4096;
 const WAL_HEADER: usize = 32;
 const FRAME: usize = 24 + PAGE;
-/// Disables polling, so that the server writes only on requests.
+/// Setting that disables polling, so that the server writes only because of requests.
 const QUIET: [&str; 1] = ["execution.poll_interval=60000ms"];
 
-/// Submits requests that stay queued; returns their names.
+/// Submits requests that remain queued; returns their names.
 async fn submit(server: &Server, names: impl Iterator<Item = String>) -> Vec<String> {
     let mut client = Client::connect(&server.url, &server.token("acme", "ann", &[])).await;
     let mut acknowledged = Vec::new();
@@ -88,11 +88,11 @@ async fn a_torn_log_loses_no_acknowledged_request() {
         let log = torn.path().join("streamer.db-wal");
         let at = synced + random.below(end - synced);
         match round % 3 {
-            // Truncated, as if the file had not grown yet.
+            // The file is truncated, as if it had not grown yet.
             0 => OpenOptions::new().write(true).open(&log).unwrap().set_len(at as u64).unwrap(),
-            // Zeros, as if the file had grown before the data was written.
+            // The file contains zeros, as if it had grown before the data was written.
             1 => overwrite(&log, at, &vec![0; end - at]),
-            // Partially written.
+            // The data is partially written.
             _ => {
                 let noise: Vec<u8> = (0..512).map(|_| random.below(256) as u8).collect();
                 overwrite(&log, at, &noise[..512.min(end - at)]);
@@ -107,7 +107,7 @@ async fn a_torn_log_loses_no_acknowledged_request() {
 async fn pages_half_written_by_a_checkpoint_are_recovered_from_the_log() {
     let mut server = Server::start(&QUIET);
     let mut acknowledged = submit(&server, (0..30).map(|n| format!("early-{n}"))).await;
-    // Opening the store writes the log into the file: from now on both contain pages.
+    // Opening the store writes pages from the log to the file: from now on, both contain pages.
     server.kill_and_restart();
     acknowledged.extend(submit(&server, (0..30).map(|n| format!("kept-{n}"))).await);
     server.kill();
@@ -140,7 +140,7 @@ async fn pages_half_written_by_a_checkpoint_are_recovered_from_the_log() {
     }
 }
 
-/// Returns a cleanly closed store with one request whose id and payload contain this marker.
+/// Returns a cleanly closed store with one request whose ID and payload contain `marker`.
 async fn closed_store_with(marker: &str) -> TempDir {
     let mut server = Server::start(&QUIET);
     submit(&server, std::iter::once(marker.to_owned())).await;
@@ -149,8 +149,8 @@ async fn closed_store_with(marker: &str) -> TempDir {
     copy(server.data())
 }
 
-/// Returns the offsets of the marker in the file; in the row of the request, the offset of its action,
-/// since SQLite reads the id from the index.
+/// Returns the offsets of `marker` in the file. In the row of the request, returns the offset of the action
+/// instead, because SQLite reads the ID from the index.
 fn offsets(data: &TempDir, marker: &str) -> Vec<usize> {
     const ACTION: &[u8] = b"echo_async";
     let file = fs::read(data.path().join("streamer.db")).unwrap();

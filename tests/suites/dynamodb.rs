@@ -36,7 +36,7 @@ fn lines(output: &[u8]) -> Vec<String> {
     String::from_utf8_lossy(output).lines().map(str::to_owned).collect()
 }
 
-/// Runs Python with boto3 clients for this endpoint.
+/// Runs a Python script with boto3 clients for the given endpoint.
 fn python(script: &str, endpoint: &str, arguments: &[&str]) -> Output {
     let head = "import boto3, json, sys\n\
         def client(name):\n    return boto3.client(name, endpoint_url=sys.argv[1], \
@@ -58,7 +58,7 @@ fn tables_are_created_once_and_differences_are_reported_but_not_changed() {
     let checked = run_tables("check", &settings, data.path());
     assert_eq!(lines(&checked.stdout), ["all tables match the expected schema"]);
 
-    // Like tables of an older version: a missing index, a different key and no time to live.
+    // The tables are like those of an older version: a missing index, a different key and no time to live.
     let prefix = settings.iter().find_map(|s| s.strip_prefix("dynamodb.table_prefix=")).unwrap();
     let script = "c = client('dynamodb'); p = sys.argv[2]\n\
         c.delete_table(TableName=p + 'names')\n\
@@ -93,7 +93,7 @@ fn tables_are_created_once_and_differences_are_reported_but_not_changed() {
     assert_eq!(lines(&no_region.stderr).last().map(String::as_str), Some(rule));
 }
 
-/// moto, an emulator of AWS that includes CloudFormation and S3.
+/// A running moto server, an emulator of AWS that includes CloudFormation and S3.
 struct Moto {
     _process: Process,
     endpoint: String,
@@ -244,7 +244,7 @@ async fn objects_can_be_stored_in_s3() {
     python(script, &moto.endpoint, &[]);
     let data = folder();
     let mut settings = dynamodb_settings(local(), data.path());
-    // An address that is not treated as local, so that credentials and region are read from a profile.
+    // The address is not treated as local, so that the credentials and the region are read from a profile.
     let remote = format!("dynamodb.endpoint={}", local().replace("127.0.0.1", "127.0.0.2"));
     let objects = [
         "dynamodb.object_store_url=s3://large/streamer",
@@ -286,7 +286,7 @@ async fn without_an_object_store_large_values_are_rejected() {
     let rule =
         "must be at most 327680 bytes (store.engine dynamodb without dynamodb.object_store_url)";
     assert!(text.contains(rule), "{rejected}");
-    // Smaller values need no object store.
+    // Smaller values require no object store.
     client.submit("fits", "echo_async", large(300_000)).await;
     let log = client.follow(Log::after(1)).await;
     let result = log.events.last().unwrap()["result"].as_str().unwrap();
@@ -302,7 +302,7 @@ async fn ended_requests_expire_with_all_their_items() {
     client.follow(Log::after(1)).await;
     let settings = server.settings();
     let prefix = settings.iter().find_map(|s| s.strip_prefix("dynamodb.table_prefix=")).unwrap();
-    // The expiry of the request is set with its end; that of its parts follows in the background.
+    // The expiry of a request is set when it ends; the expiry of its parts is set in the background.
     let script = "c = client('dynamodb'); p = sys.argv[2]\n\
         rows = lambda t: c.scan(TableName=p + t)['Items']\n\
         request = rows('requests')[0]\n\
@@ -365,7 +365,7 @@ async fn the_stream_continues_after_shards_are_split_and_records_trimmed() {
         run_one(&mut client, &mut count).await;
     }
 
-    // A second server gets its share of the shards.
+    // A second server receives its share of the shards.
     let shared: Vec<&str> = first.settings().iter().map(String::as_str).collect();
     let _second = Server::start_in(folder(), &shared);
     let prefix = shared.iter().find_map(|s| s.strip_prefix("dynamodb.table_prefix=")).unwrap();

@@ -47,7 +47,7 @@ impl Scene {
         self.worker.wait_for_end(task).await;
     }
 
-    /// Submits, and waits for the acknowledgment; skips other messages.
+    /// Submits a request and returns its acknowledgment; skips other messages.
     async fn submit(&mut self, request: Value) -> Value {
         let id = request["id"].clone();
         self.client.send(request).await;
@@ -95,7 +95,7 @@ async fn each_timeout_ends_a_request() {
         let settings = ["execution.poll_interval=50ms", "execution.max_tenant_share_percent=100"];
         let mut scene = Scene::with(&settings, 1, vec![action, declare("block")]).await;
         if blocked {
-            // Occupies the only slot.
+            // This request occupies the only slot.
             scene.submit(json!({"id": "b", "action": "block"})).await;
             scene.worker.next_task().await;
         }
@@ -149,7 +149,7 @@ async fn higher_priority_starts_first_and_tenants_alternate() {
     }
     other.submit("o1", "work", json!({})).await;
     scene.submit(json!({"id": "urgent", "action": "work", "priority": 9})).await;
-    // Indexes of DynamoDB are eventually consistent: until the update, the order differs.
+    // DynamoDB indexes are eventually consistent: until they are updated, the order differs.
     let api = Api::new(&scene.server.url, &scene.server.token("acme", "ann", &[])).unwrap();
     let updated = async {
         loop {
@@ -293,7 +293,7 @@ async fn an_action_at_its_limit_does_not_block_requests_queued_behind_it() {
     // The worker sends nothing while the requests are stored, which is slow with some engines.
     let settings = ["execution.max_tenant_share_percent=100", "execution.lease_duration=120000ms"];
     let mut scene = Scene::with(&settings, 10, vec![one, declare("other")]).await;
-    // In batches: with a slow store, requests that wait for long are rejected.
+    // Requests are submitted in batches: with a slow store, requests that wait too long are rejected.
     for batch in 0..10 {
         for number in 0..30 {
             let id = format!("one-{batch}-{number}");
@@ -358,11 +358,11 @@ async fn sync_calls_beyond_max_concurrency_are_rejected() {
 
 #[tokio::test(flavor = "multi_thread")]
 async fn requests_that_end_during_lease_renewal_are_neither_lost_nor_delayed() {
-    // Leases are renewed every 100 ms. Without polls no lease expires, even on a slow machine. DynamoDB needs
-    // polls, since its indexes are eventually consistent, and its engines reject more concurrent requests.
+    // Leases are renewed every 100 ms. Without polling, no lease expires, even on a slow machine. DynamoDB requires
+    // polling, because its indexes are eventually consistent, and its engines reject more concurrent requests.
     let (requests, in_flight, settings): (usize, usize, &[&str]) =
         match std::env::var("STREAMER_TESTS_ENGINE").as_deref() {
-            Err(_) | Ok("embedded") => {
+            Err(_) | Ok("sqlite") => {
                 (2000, 256, &["execution.lease_duration=300ms", "execution.poll_interval=600000ms"])
             }
             Ok(_) => (300, 32, &[]),

@@ -1,4 +1,4 @@
-//! The harness: processes end with their test, and addresses are used by one test at a time.
+//! Tests of the harness: processes end with their test, and each address is used by one test at a time.
 #![allow(clippy::unwrap_used, reason = "in tests, a panic is the report")]
 
 use std::{
@@ -11,10 +11,10 @@ use std::{
 
 use streamer_tests::{LoopbackAddress, Process, Server};
 
-/// Set for the helper process of [`a_killed_test_process_leaves_no_process_behind`].
+/// Environment variable of the helper process of [`a_killed_test_process_leaves_no_process_behind`].
 const HELPER: &str = "STREAMER_TESTS_HELPER";
 
-/// Reads lines up to this one.
+/// Reads lines up to `line`.
 fn read_up_to(line: &str, from: impl Read) {
     let mut lines = BufReader::new(from).lines();
     assert!(lines.any(|read| read.unwrap() == line), "the output ended before {line:?}");
@@ -22,7 +22,7 @@ fn read_up_to(line: &str, from: impl Read) {
 
 #[test]
 fn a_panic_kills_a_process_and_its_group() {
-    // Reaches its end once every process that inherited the other side has exited.
+    // The pipe reaches its end once every process that inherited the other side has exited.
     let (mut inherited, pipe) = io::pipe().unwrap();
     let panicked = catch_unwind(|| {
         let mut command = Process::command("sh");
@@ -63,12 +63,12 @@ fn a_killed_test_process_leaves_no_process_behind() {
     command.args(["--exact", "helper_that_starts_a_server", "--nocapture"]).env(HELPER, "1");
     let mut helper = Process::spawn(command.stdout(Stdio::piped()).stderr(pipe));
     read_up_to("started", helper.stdout());
-    // The server is in a separate group, which this signal does not reach.
+    // The server is in a separate process group, which this signal does not reach.
     helper.kill();
     inherited.read_to_end(&mut Vec::new()).unwrap();
 }
 
-/// Helper, not a test: starts a server and waits to be killed.
+/// Helper process, not a test: starts a server and waits until it is killed.
 #[test]
 fn helper_that_starts_a_server() {
     if env::var_os(HELPER).is_none() {

@@ -34,7 +34,7 @@ fn result(json: &'static str) -> Kind {
 /// Lifetime of tokens that expire during a test.
 const SHORT_LIFETIME: Duration = Duration::from_secs(2);
 
-/// A worker of tenant `provider` that runs a request for action `work` of tenant `acme`.
+/// A worker of tenant `provider` that runs a request of tenant `acme` for action `work`.
 struct Scene {
     server: Server,
     token: String,
@@ -46,7 +46,7 @@ struct Scene {
 
 impl Scene {
     async fn new() -> Self {
-        // The silent worker keeps its lease during the test.
+        // The worker, which sends no heartbeats, keeps its lease during the test.
         let server = Server::start(&["execution.lease_duration=120000ms", "auth.leeway=0ms"]);
         let token = server.token("provider", "worker", &["worker:work@acme"]);
         let first =
@@ -71,7 +71,7 @@ impl Scene {
     }
 }
 
-/// Checks that a worker with this token and `hello` can neither resume the task nor report on it.
+/// Checks that a worker with the given token and `hello` can neither resume the task nor report on it.
 async fn check_intrusion(server: &Server, token: &str, hello: Hello, task: &Task) {
     let mut intruder = ScriptedWorker::connect(server, token, hello).await;
     assert_eq!(intruder.welcome.resumed, [], "{token}");
@@ -90,7 +90,7 @@ async fn no_other_caller_can_resume_a_workers_attempt() {
     let guessed = Hello { session_secret: vec![0; 32].into(), ..with_secret.clone() };
     let everything = ["worker:*@*", "*"];
     for (tenant, user, hellos) in [
-        // A different tenant, which may run the action for all tenants; also with a stolen secret.
+        // A different tenant, which may run the action for all tenants, even with a stolen secret.
         ("evil", "worker", vec![&without, &guessed, &with_secret]),
         // A different user of the same tenant.
         ("provider", "mallory", vec![&without, &guessed, &with_secret]),
@@ -242,7 +242,7 @@ async fn a_stream_ends_when_its_token_expires() {
     scene.check_success().await;
 }
 
-/// Issues tokens with a short lifetime.
+/// Source of tokens with a short lifetime.
 struct ShortLivedTokens {
     server: Arc<Server>,
     issued: Arc<AtomicUsize>,
@@ -252,7 +252,7 @@ struct ShortLivedTokens {
 impl TokenSource for ShortLivedTokens {
     async fn token(&self) -> Result<String, TokenError> {
         let number = self.issued.fetch_add(1, Ordering::SeqCst);
-        // Without it, two tokens of the same caller and second are identical.
+        // Without this permission, two tokens for the same caller within a second would be identical.
         let permission = format!("token:{number}");
         Ok(self.server.token_for("acme", "ann", &[&permission], SHORT_LIFETIME))
     }
@@ -273,7 +273,7 @@ async fn watches_continue_with_fresh_tokens() {
     let target = Target::Watch { request_id: "r".into(), after_seq: 0 };
     let mut follower = Follower::new(&server.url, tokens(&counts[1]), target);
     let report = async {
-        // Both have used several tokens.
+        // Waits until both watches have used several tokens.
         while counts.iter().any(|issued| issued.load(Ordering::SeqCst) < 3) {
             tokio::task::yield_now().await;
         }
@@ -297,7 +297,7 @@ async fn watches_continue_with_fresh_tokens() {
     let ((), count, types) = tokio::join!(report, over_grpc, over_websocket);
     assert_eq!(count, 3);
     assert_eq!(types.last().unwrap(), "complete");
-    // An expired fixed token ends the watch.
+    // A watch with a fixed token ends when the token expires.
     let short = server.token_for("acme", "ann", &[], SHORT_LIFETIME);
     let mut expiring = Api::new(&server.url, &short).unwrap().watch("absent", 0);
     assert!(expiring.next().await.is_err());
@@ -315,7 +315,7 @@ async fn requests_admitted_by_a_tenants_own_declaration_run_only_on_its_workers(
     let mut joe = Client::connect(&server.url, &user).await;
     let rejected = joe.request(json!({"action": "render"})).await;
     assert_eq!(rejected["error"]["code"], "FORBIDDEN", "{rejected}");
-    // Requires no permission, and has no slot.
+    // This declaration requires no permission, and its worker has no slot.
     let own = hello("e", 0, vec![declare("render")]);
     let token = server.token("evil", "worker", &["worker:render"]);
     let mut own = ScriptedWorker::connect(&server, &token, own).await;
@@ -350,7 +350,7 @@ async fn a_worker_whose_token_cannot_be_renewed_releases_its_attempts_and_report
     client.submit("r", "echo_async", json!({"steps": 1, "delay_ms": 600_000})).await;
     worker.wait_for_log("error: the token has expired and cannot be renewed");
     assert_eq!(worker.wait(), Some(4));
-    // Before the lease expires, which is longer than the timeout of the test.
+    // The next attempt starts before the lease expires, which takes longer than the timeout of the test.
     let lasting = server.token("acme", "worker", &["worker:*"]);
     let _other = WorkerProcess::start(&server, &lasting, "echo_async", &[]);
     let mut log = Log::after(1);

@@ -1,4 +1,4 @@
-//! Keys of the operator: PEM files, a shared secret, and a JWKS URL whose keys change.
+//! Keys that an operator configures: PEM files, a shared secret, and a JWKS URL whose keys change.
 #![allow(clippy::unwrap_used, reason = "in tests, a panic is the report")]
 
 use std::{fs, path::PathBuf};
@@ -13,7 +13,7 @@ use streamer_core::{Clock, SystemClock};
 use streamer_tests::{Client, Process, Server, Site, within_timeout};
 use tempfile::TempDir;
 
-/// A folder with keys that OpenSSL generates, as for an operator.
+/// A folder with keys that are generated with OpenSSL, as by an operator.
 struct KeyFolder(TempDir);
 
 struct KeyPair {
@@ -74,7 +74,7 @@ fn start(settings: &[&str]) -> Server {
     Server::start(&[settings, &common].concat())
 }
 
-/// Returns code and reason of the rejection of a token, or `None` if it is accepted.
+/// Returns the code and the reason with which a token is rejected, or `None` if the token is accepted.
 async fn try_connect(server: &Server, token: &str) -> Option<(u16, String)> {
     match Client::try_connect(&server.url, token).await {
         Err(ClientError::Closed { code, reason }) => Some((code, reason)),
@@ -155,7 +155,7 @@ async fn a_key_set_is_fetched_once_and_refetched_for_an_unknown_key() {
         key_set(&[one, ("second", Algorithm::RS256, &second.private)]),
     );
     Client::connect(&server.url, &rotated).await;
-    // The issuer is unavailable: known keys stay valid, and unknown ones are a temporary error.
+    // The issuer is unavailable: known keys remain valid, and unknown keys are a temporary error.
     site.put("jwks.json", "text/plain", "out of order");
     Client::connect(&server.url, &sign(Algorithm::RS256, Some("second"), &second.private)).await;
     let third = sign(Algorithm::RS256, Some("third"), &second.private);
@@ -185,7 +185,7 @@ impl Issuer {
         Self { site, keys, server, token }
     }
 
-    /// Waits until the token is rejected; returns the code.
+    /// Waits until the token is rejected; returns the close code.
     async fn rejection_code(&self) -> u16 {
         let rejected = async {
             loop {
@@ -203,7 +203,7 @@ async fn tokens_of_a_removed_key_are_rejected() {
     let issuer = Issuer::start(&[]).await;
     let second = issuer.keys.generate("second", Algorithm::ES256);
     let rest = key_set(&[("second", Algorithm::ES256, &second.private)]);
-    // Including an empty set, which is well-formed.
+    // The second key set is empty, but well-formed.
     for set in [rest, json!({"keys": []}).to_string()] {
         issuer.site.put("jwks.json", "application/json", set);
         assert_eq!(issuer.rejection_code().await, 4401);

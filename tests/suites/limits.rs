@@ -77,7 +77,7 @@ async fn subscriptions_of_one_connection_are_limited() {
     client.submit("c", "echo_async", json!({"steps": 1})).await;
 }
 
-/// Opens a WebSocket without reading from it.
+/// Opens a WebSocket, but does not read from it.
 async fn raw_connection(server: &Server) -> TcpStream {
     let address = server.url.trim_start_matches("http://");
     let socket = TcpSocket::new_v4().unwrap();
@@ -98,7 +98,7 @@ async fn a_silent_client_is_pinged_and_disconnected() {
     let server = Server::start(&["gateway.ping_interval=1000ms"]);
     let mut socket = raw_connection(&server).await;
     let mut all = Vec::new();
-    // Until the server closes the connection.
+    // Reads until the server closes the connection.
     socket.read_to_end(&mut all).await.ok();
     assert!(String::from_utf8_lossy(&all).contains(r#""type":"connected""#));
     assert!(
@@ -123,7 +123,7 @@ async fn a_slow_consumer_is_disconnected_and_can_resume() {
     let server = Server::start(&["gateway.slow_consumer_timeout=1000ms"]);
     let token = server.token("acme", "ann", &[]);
     let mut client = Client::connect(&server.url, &token).await;
-    // More than the socket buffers can contain.
+    // More data than the socket buffers can contain.
     let payload = json!({"steps": 0, "output_chunks": 16, "chunk_bytes": 1_000_000});
     client.submit("big", "echo_async", payload).await;
     let mut slow = raw_connection(&server).await;
@@ -132,20 +132,20 @@ async fn a_slow_consumer_is_disconnected_and_can_resume() {
         .unwrap();
     let log = client.follow(Log::after(1)).await;
 
-    // Reads nothing until the metrics report the disconnect.
+    // The client reads nothing until the metrics report the disconnect.
     while !metrics(&server.url).await.contains("streamer_gateway_slow_consumers_total 1") {
         tokio::task::yield_now().await;
     }
     let mut all = Vec::new();
     slow.read_to_end(&mut all).await.ok();
     assert!(!String::from_utf8_lossy(&all).contains(r#""type":"complete""#));
-    // Other clients are not affected, and a resumed watch receives everything.
+    // Other clients are not affected, and a resumed watch receives all events.
     assert_eq!((log.count("output"), log.last_type()), (16, "complete"));
     client.send(json!({"type": "subscribe", "request_id": "big", "after_seq": 1})).await;
     assert_eq!(client.follow(Log::after(1)).await, log);
 }
 
-/// Returns a masked text frame of at most 125 bytes with a mask of zeros.
+/// Returns a text frame of at most 125 bytes, masked with zeros.
 fn text_frame(text: &str) -> Vec<u8> {
     let length = u8::try_from(text.len()).unwrap();
     [&[0x81, 0x80 | length, 0, 0, 0, 0], text.as_bytes()].concat()
@@ -183,7 +183,7 @@ async fn the_largest_payload_can_be_echoed() {
 #[tokio::test]
 async fn watches_of_running_requests_release_the_memory_of_large_chunks() {
     const REQUESTS: usize = 75;
-    // Worker and client send no heartbeats.
+    // The worker and the client send no heartbeats.
     let server = Server::start(&[
         "execution.max_tenant_share_percent=100",
         "execution.lease_duration=600000ms",
@@ -206,8 +206,8 @@ async fn watches_of_running_requests_release_the_memory_of_large_chunks() {
     while chunks < REQUESTS {
         chunks += usize::from(client.next().await["type"] == "output");
     }
-    // The requests are still running. The last events take 64 MiB in the progress service and 75 MB in the
-    // gateway; buffers of the watches would take 225 MB more.
+    // The requests are still running. Their latest events use 64 MiB in the progress service and 75 MB in the
+    // gateway; buffers of the watches would use an additional 225 MB.
     within_timeout("the release of memory", async {
         // The allocator releases memory only while the server is active.
         while server.resident_bytes() > before + 200 * 1024 * 1024 {
@@ -225,7 +225,7 @@ async fn small_chunks_of_running_requests_use_little_memory() {
     let mut client = Client::connect(&server.url, &server.token("acme", "ann", &[])).await;
     let before = server.peak_resident_bytes();
     for _ in 0..REQUESTS {
-        // Paced, so that each chunk arrives in a separate message.
+        // The delay causes each chunk to arrive in a separate message.
         let payload = json!({"steps": CHUNKS, "delay_ms": 10, "output_chunks": CHUNKS,
             "chunk_bytes": 150});
         client.send(json!({"action": "echo_async", "payload": payload})).await;
@@ -235,6 +235,6 @@ async fn small_chunks_of_running_requests_use_little_memory() {
         completed += usize::from(client.next().await["type"] == "complete");
     }
     let grown = server.peak_resident_bytes().saturating_sub(before);
-    // The events take 20 MB; the receive buffer of each would take 240 MB more.
+    // The events use 20 MB; with their receive buffers, they would use an additional 240 MB.
     assert!(grown < 128 * 1024 * 1024, "{} MiB", grown / 1024 / 1024);
 }

@@ -28,7 +28,7 @@ fn audited_server() -> Server {
     )
 }
 
-/// Stops the server; returns the records of its audit log without their times.
+/// Stops the server; returns the records of its audit log without timestamps.
 fn records(mut server: Server) -> Vec<Value> {
     assert_eq!(server.stop(), Some(0));
     let text = fs::read_to_string(server.data().join("audit.jsonl")).unwrap();
@@ -45,7 +45,7 @@ fn api(server: &Server, tenant: &str, user: &str, permissions: &[&str]) -> Api {
     Api::new(&server.url, &server.token(tenant, user, permissions)).unwrap()
 }
 
-/// Returns status and body of the response to a plain HTTP request.
+/// Returns the status and the body of the response to a plain HTTP request.
 fn get(address: &str, path: &str, token: &str) -> (u16, String) {
     let mut socket = TcpStream::connect(address.trim_start_matches("http://")).unwrap();
     write!(socket, "GET {path} HTTP/1.1\r\nHost: a\r\nConnection: close\r\n{token}\r\n").unwrap();

@@ -1,6 +1,5 @@
-//! Calls every public method and every WebSocket message as every kind of caller on objects of one user,
-//! against one process and against separate services. A method or a message without a row fails the
-//! suite.
+//! Makes every public call and sends every WebSocket message as every kind of caller, for objects of one user, to
+//! one process and to separate services. A method or a message without a row fails the suite.
 #![allow(clippy::unwrap_used, reason = "in tests, a panic is the report")]
 
 #[path = "permissions/table.rs"]
@@ -39,7 +38,7 @@ use table::{
     delayed, next, repeat, rows, work,
 };
 
-/// Rows that run at the same time.
+/// Maximum number of rows that run concurrently.
 const CONCURRENT_ROWS: usize = 8;
 const SECRET: &str = "a shared secret of more than 32 bytes";
 
@@ -59,8 +58,7 @@ fn sign(tenant: &str, user: &str, permissions: &[&str], lasts_s: i64) -> String 
     encode(&Header::new(Algorithm::HS256), &claims, &key).unwrap()
 }
 
-/// Replaces the names of the object, and removes other ids, times and numbers, which differ between
-/// replies.
+/// Replaces the names of the object, and removes other IDs, times and numbers, which differ between replies.
 fn normalized(reply: &str, object: &Object) -> String {
     let Object { uid, ended, request_id, user, connection, action, .. } = object;
     let names = [uid, ended, request_id, user, connection, action];
@@ -96,11 +94,11 @@ impl Row {
     }
 }
 
-/// URLs of the services of a deployment.
+/// URLs of the services in a deployment.
 #[derive(Clone)]
 struct Urls {
     name: &'static str,
-    /// Gateway of the owner.
+    /// URL of the gateway to which the owner is connected.
     home: String,
     gateway: String,
     router: String,
@@ -126,7 +124,7 @@ impl Urls {
         Self { name, home, gateway, router, progress: url(), processor: url(), all_routers }
     }
 
-    /// Runs the table; returns the replies that differ from it.
+    /// Runs all rows of the table; returns the replies that differ from it.
     async fn differences(&self) -> Vec<String> {
         let rows = stream::iter(rows().into_iter().enumerate());
         let checks = rows.map(|(number, row)| {
@@ -137,7 +135,7 @@ impl Urls {
     }
 }
 
-/// One row, with separate tenants.
+/// Runs one row, with separate tenants.
 struct Scene<'a> {
     urls: &'a Urls,
     name: String,
@@ -148,7 +146,7 @@ impl Scene<'_> {
     fn token(&self, caller: Caller) -> String {
         let permissions = self.row.permissions;
         match caller {
-            // The owner needs no permissions for its own requests.
+            // The owner requires no permissions for its own requests.
             Caller::Owner if permissions.iter().any(|name| name.starts_with("requests:")) => {
                 self.sign("acme", OWNER, &[])
             }
@@ -164,7 +162,7 @@ impl Scene<'_> {
         sign(&format!("{tenant}-{}", self.name), user, permissions, HOUR_S)
     }
 
-    /// Creates an object, which exists as long as its worker and its connection.
+    /// Creates an object, which exists until its worker or its connection is dropped.
     async fn object(&self) -> (Object, Streaming<WorkResponse>, Client) {
         let url = &self.urls.home;
         let permissions = ["reports:run", "worker:private-report", "connections:read"];
@@ -215,14 +213,14 @@ impl Scene<'_> {
         }
     }
 
-    /// Returns the owner's requests.
+    /// Returns the state of the owner's requests.
     async fn state(&self) -> String {
         let list = authorized(router::ListRequest::default(), &self.token(Caller::Owner));
         let listed = Router::new(channel(&self.urls.home)).list(list).await.unwrap();
         format!("{:?}", listed.into_inner().requests)
     }
 
-    /// Returns how the reply to this caller differs from the row, if it does.
+    /// Returns the difference between the reply to `caller` and the row, if any.
     async fn difference(&self, caller: Caller, object: &Object) -> Option<String> {
         let token = self.token(caller);
         let reply = self.row.perform(self.urls, &token, object).await;
@@ -329,7 +327,7 @@ fn every_public_method_and_every_client_message_has_a_row() {
     assert!(unknown.is_empty(), "unknown rows: {unknown:?}");
 }
 
-/// Returns settings that accept the tokens of this suite.
+/// Returns settings with which a server accepts the tokens of this suite.
 fn settings(folder: &TempDir) -> Vec<String> {
     let secret = folder.path().join("secret");
     fs::write(&secret, SECRET).unwrap();

@@ -18,7 +18,7 @@ use tempfile::TempDir;
 use tonic::{Code, Status};
 use tonic_types::StatusExt;
 
-/// Submits a request that stays queued; returns its uid.
+/// Submits a request that remains queued; returns its uid.
 async fn submit_delayed(api: &Api, payload: String) -> Result<String, Status> {
     let request = SubmitRequest {
         action: "echo_async".into(),
@@ -33,7 +33,7 @@ fn delayed(id: &str) -> Value {
     json!({"id": id, "action": "echo_async", "delay_ms": 3_600_000})
 }
 
-/// Returns the violated quota of a rejection.
+/// Returns the quota that caused a rejection.
 fn quota(rejected: &Status) -> String {
     assert_eq!(rejected.code(), Code::ResourceExhausted, "{rejected}");
     let quota = rejected.get_details_quota_failure().unwrap();
@@ -79,7 +79,7 @@ async fn queued_requests_are_limited_across_protocols() {
     assert!((usage_of(option) - 1.0).abs() < 1e-9, "{metrics}");
     assert!(usage_of("limits.watches_per_user") < 0.01);
 
-    // Requests that leave the queue no longer count, and a redrive counts as well.
+    // Requests that leave the queue no longer count, and a redrive also counts.
     let cancel = json!({"type": "cancel", "request_id": first});
     assert_eq!(client.request(cancel).await["type"], "acknowledgment");
     assert_eq!(client.request(delayed("c")).await["type"], "acknowledgment");
@@ -94,7 +94,7 @@ async fn a_page_of_redriven_requests_ends_where_the_queue_is_full() {
         "limits.queued_requests_per_user=3",
         "execution.max_concurrent_attempts=1",
     ]);
-    // Occupies the only slot, so that redriven requests stay queued.
+    // This request occupies the only slot, so that redriven requests remain queued.
     let mut other = Client::connect(&server.url, &server.token("globex", "ann", &[])).await;
     other.submit("long", "echo_async", json!({"steps": 1, "delay_ms": 3_600_000})).await;
     assert_eq!(other.next().await["type"], "started");
@@ -179,7 +179,7 @@ async fn watches_of_a_user_are_limited_across_connections() {
     let rejected = first.request(json!({"type": "subscribe", "request_id": "b"})).await;
     assert_eq!(rejected["error"]["details"]["limit"], option, "{rejected}");
     assert_eq!(rejected["error"]["details"]["retry_after_ms"], 1000);
-    // Headers of services are ignored in calls of clients.
+    // Headers that services use are ignored in calls of clients.
     for header in ["streamer-watch-counted", "streamer-forwarded"] {
         let watch = WatchRequest { request_id: "b".into(), ..WatchRequest::default() };
         let mut call = api.call(watch);
@@ -198,7 +198,7 @@ async fn watches_of_a_user_are_limited_across_connections() {
     let rejected = second.request(delayed("c")).await;
     assert_eq!(rejected["error"]["details"]["limit"], option, "{rejected}");
 
-    // Ended watches no longer count.
+    // Watches that have ended no longer count.
     second.request(json!({"type": "unsubscribe", "request_id": "b"})).await;
     assert_eq!(second.request(delayed("c")).await["type"], "acknowledgment");
     drop(open);
@@ -238,13 +238,13 @@ async fn tenant_limits_are_reloaded_on_sighup() {
     submit_delayed(&acme, "{}".into()).await.unwrap_err();
     submit_delayed(&globex, "{}".into()).await.unwrap_err();
 
-    // An error changes nothing.
+    // An invalid file changes no limit.
     write(&format!("{limits}queued_requests_per_user = -1\n"));
     let line = reload();
     assert!(line.contains("tenant limits not changed"), "{line}");
     submit_delayed(&acme, "{}".into()).await.unwrap_err();
 
-    // Standard error is closed.
+    // Closes standard error of the server.
     drop(log);
     write(&format!("{limits}queued_requests_per_user = 3\n"));
     server.reload();

@@ -1,4 +1,4 @@
-//! Rules of the repository that a program can check.
+//! Checks rules of the repository.
 #![allow(clippy::unwrap_used, reason = "in tests, a panic is the report")]
 
 use std::{collections::BTreeSet, path::PathBuf};
@@ -57,7 +57,7 @@ fn source_files_have_module_docs_and_at_most_500_lines() {
     }
 }
 
-/// Other processes outlive a test that panics or is killed.
+/// Processes that are started in a different way outlive a test that panics or is killed.
 #[test]
 fn tests_start_processes_through_the_harness() {
     for file in sources("tests/*.rs") {
@@ -67,7 +67,7 @@ fn tests_start_processes_through_the_harness() {
     }
 }
 
-/// Returns the backquoted names in the first column of the tables below this heading.
+/// Returns the backquoted names in the first column of the tables below `heading`.
 fn documented(text: &str, heading: &str) -> BTreeSet<String> {
     let part = text.split_once(heading).unwrap().1.split("\n## ").next().unwrap();
     let rows = part.lines().filter_map(|line| line.strip_prefix("| `"));
@@ -110,7 +110,7 @@ fn spans_and_their_attributes_are_documented() {
     assert_eq!(documented(&text, "## Attributes"), attributes);
 }
 
-/// Files whose text is not ours, or not prose.
+/// Returns whether the text of a file is not prose, or not from this project.
 fn is_exempt_from_phrases(file: &str) -> bool {
     let extension = file.rsplit_once('.').map_or("", |(_, extension)| extension);
     file.starts_with("proto/google/")
@@ -128,7 +128,7 @@ fn texts_are_plain_technical_english() {
         exceptions.iter().map(|line| line[1..].split('\t').collect::<Vec<_>>()).collect();
     let phrases: Vec<_> =
         phrases.iter().map(|line| line.split_once('\t').unwrap().0).map(str::to_owned).collect();
-    // The first character excludes methods, like `queue.front()`. Lines are joined, as phrases may span two.
+    // The first character excludes methods, such as `queue.front()`. Phrases may span two lines.
     let phrases = phrases.join("|").replace(' ', r"\s+(?:[/#*!]+\s*)?");
     let regex = Regex::new(&format!(r"(?i-u)(?:^|[^.\w])((?:{phrases})\b)")).unwrap();
     let (mut found, mut used) = (String::new(), BTreeSet::new());

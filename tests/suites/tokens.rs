@@ -1,12 +1,12 @@
-//! The token matrix: each row of `tokens.json` describes a token and its expected outcome, over gRPC and
-//! over WebSocket. The members of a row:
+//! Matrix of tokens: each row of `tokens.json` describes a token and its expected outcome over gRPC and over
+//! WebSocket. A row has the following members:
 //!
-//! - `server`: see [`Scene::start`]; `keys` if absent. `key`: see [`Keys::new`]; `none` for an empty
-//!   signature, `ed25519` if absent. `signed`: the algorithm of the signature, if not that of the key.
+//! - `server`: see [`Scene::start`]; default `keys`. `key`: see [`Keys::new`]; `none` means an empty signature;
+//!   default `ed25519`. `signed`: the algorithm of the signature; default that of the key.
 //! - `header`, `claims`: members to set, see [`Scene::value`]. `…_without`: members to omit.
-//! - `…_text`: the JSON text, in which `$MEMBERS` stands for the members and `$EXP` for a time in the
+//! - `…_text`: the JSON text, in which `$MEMBERS` is replaced with the members and `$EXP` with a time in the
 //!   future. `…_encoding`: see [`encoded`]. `…_part`: the complete segment.
-//! - `edits`: changes after signing, see [`Scene::edit`]. `size`: the length, which is checked.
+//! - `edits`: changes after signing, see [`Scene::edit`]. `size`: the expected length of the token.
 //! - `expected`: `accepted`, or a part of the message with the violated rule. `lists_connections`: whether
 //!   the accepted token has permission `connections:read`.
 #![allow(clippy::unwrap_used, reason = "in tests, a panic is the report")]
@@ -65,7 +65,7 @@ struct Keys {
 }
 
 impl Keys {
-    /// Generates key pairs with OpenSSL, and shared secrets from the public keys, as an attacker would.
+    /// Generates key pairs with OpenSSL, and derives shared secrets from the public keys, as an attacker would.
     fn new() -> Self {
         let folder = TempDir::with_prefix("streamer-tokens-").unwrap();
         let mut keys = Self { folder, by_name: HashMap::new() };
@@ -129,7 +129,7 @@ fn openssl(arguments: &[&str]) {
     assert!(output.status.success(), "{}", String::from_utf8_lossy(&output.stderr));
 }
 
-/// Tenant and user of an accepted token, or code and message of a rejection.
+/// Outcome of a token: tenant and user if it is accepted, code and message if it is rejected.
 type Outcome = Result<(String, String), (String, String)>;
 
 struct Scene {
@@ -173,13 +173,13 @@ impl Scene {
         Self { keys, site, servers }
     }
 
-    /// Tries a token; returns the outcomes that differ from the expected one.
+    /// Tries a token; returns the outcomes that differ from the expected outcome.
     async fn differences(&self, row: &Value) -> Vec<String> {
         let expected = row["expected"].as_str().unwrap();
         let (api, Server { url, .. }) = &self.servers[row["server"].as_str().unwrap_or("keys")];
         let token = self.token(row);
         let outcomes = if token.contains(|character: char| character.is_control()) {
-            // A header cannot contain it, but a message can.
+            // A header cannot contain this token, but a message can.
             let valid = self.token(&json!({"server": row["server"]}));
             vec![("auth message", "UNAUTHORIZED", in_message(url, &valid, &token).await)]
         } else {
@@ -211,7 +211,7 @@ impl Scene {
         is_expected.then(|| self.owner(row)).ok_or_else(|| ("List".into(), format!("{code:?}")))
     }
 
-    /// Returns tenant and user of an accepted token.
+    /// Returns the tenant and the user of an accepted token.
     fn owner(&self, row: &Value) -> (String, String) {
         let claim = |pointer: &str, default: &str| {
             let value = row.pointer(pointer).map(|value| self.value(value));
@@ -254,7 +254,7 @@ impl Scene {
         members
     }
 
-    /// Evaluates a value of a row: a `$` member is replaced by the value that it describes.
+    /// Evaluates a value of a row: replaces a `$` member with the value that it describes.
     fn value(&self, value: &Value) -> Value {
         let members = match value {
             Value::Array(items) => return items.iter().map(|item| self.value(item)).collect(),
@@ -354,14 +354,14 @@ fn part(row: &Value, what: &str, members: &Value) -> String {
     encoded(text.as_bytes(), given("encoding").unwrap_or_default())
 }
 
-/// Encodes as base64 of RFC 7515 if `form` is empty, otherwise in a different form.
+/// Encodes bytes in base64 as defined by RFC 7515 if `form` is empty, otherwise in the given form.
 fn encoded(bytes: &[u8], form: &str) -> String {
     let valid = URL_SAFE_NO_PAD.encode(bytes);
     let encoded = match form {
         "" => return valid,
         "padded" => URL_SAFE.encode(bytes),
         "standard" => STANDARD_NO_PAD.encode(bytes),
-        // Sets a bit of the last character that belongs to no byte.
+        // Sets a bit in the last character that is not part of any byte.
         "spare bit" => {
             assert_ne!(valid.len() % 4, 0, "the text has no spare bits");
             let (rest, last) = valid.split_at(valid.len() - 1);

@@ -23,7 +23,7 @@ use tonic::Code;
 
 const PARENT: &str = "00-0af7651916cd43dd8448eb211c80319c-b7ad6b7169203331-01";
 const TRACE_ID: &str = "0af7651916cd43dd8448eb211c80319c";
-/// Appears in payloads, metadata, results and errors only.
+/// Text that must appear only in payloads, metadata, results and errors.
 const SECRET: &str = "never-exported";
 
 /// Submits a request whose first attempt fails; returns once it has succeeded.
@@ -41,7 +41,7 @@ async fn submit(client: &mut Client, id: &str) -> Value {
     acknowledgment
 }
 
-/// Returns the spans with this name, ordered by start.
+/// Returns the spans with the given name, ordered by start time.
 fn named<'a>(spans: &'a [Span], name: &str) -> Vec<&'a Span> {
     let mut found: Vec<_> = spans.iter().filter(|span| span.name == name).collect();
     found.sort_by_key(|span| span.start);
@@ -52,7 +52,7 @@ fn has(spans: &[Span], name: &str, count: usize) -> bool {
     named(spans, name).len() >= count
 }
 
-/// Checks the spans of one request of [`submit`]: each attempt has a separate trace, linked to the
+/// Checks the spans of one request of [`submit`]: each attempt has a separate trace, which is linked to the
 /// submission and to the previous attempt.
 fn check_spans(spans: &[Span]) {
     assert_eq!(dangling(spans, &[]), Vec::<String>::new(), "{}", tree(spans));
@@ -132,7 +132,7 @@ fn check_independently(collector: &mut Collector, count: usize) {
         let parent = if span.parent_id.is_empty() { "-".to_owned() } else { span.parent_id };
         format!("{} {} {parent} {}", span.trace_id, span.span_id, span.name)
     });
-    // Spans may have arrived since.
+    // More spans may have arrived in the meantime.
     let received: BTreeSet<_> = received.collect();
     assert!(decoded.len() >= count && decoded.is_subset(&received), "{decoded:?}\n{received:?}");
 }
@@ -141,7 +141,7 @@ fn script(name: &str) -> std::path::PathBuf {
     Path::new(env!("CARGO_MANIFEST_DIR")).join("suites/tracing").join(name)
 }
 
-/// Starts a worker of examples/workers in this language, with OpenTelemetry's SDK.
+/// Starts a worker of examples/workers in the given language, with OpenTelemetry's SDK.
 fn worker(language: &str, url: &str, token: &str, collector: &Collector) -> Process {
     let examples = Path::new(env!("CARGO_MANIFEST_DIR")).join("../examples/workers");
     let mut command = match language {
@@ -166,7 +166,7 @@ fn worker(language: &str, url: &str, token: &str, collector: &Collector) -> Proc
     Process::spawn(&mut command)
 }
 
-/// Checks that the handler spans of this language are in the traces of their attempts.
+/// Checks that the handler spans of a worker in the given language are in the traces of their attempts.
 fn check_handlers(spans: &[Span], language: &str) {
     let handlers: Vec<_> =
         named(spans, "handler").into_iter().filter(|span| span.service == language).collect();
@@ -317,12 +317,12 @@ async fn log_lines_contain_trace_and_span_ids() {
             _ => format!(r#""trace_id":"{TRACE_ID}","span_id":"{}""#, span.span_id),
         });
         assert!(ids.into_iter().any(|ids| line.contains(&ids)), "{line}\n{}", tree(&spans));
-        // Before its log is closed.
+        // The server is dropped before its log is closed.
         drop(server);
     }
 }
 
-/// Submits a request with this `traceparent`; returns the trace id of the acknowledgment.
+/// Submits a request with the given `traceparent`; returns the trace ID in the acknowledgment.
 async fn trace_of(client: &mut Client, trace_parent: Value) -> Value {
     let request = json!({"action": "echo_async", "traceparent": trace_parent});
     let acknowledgment = client.request(request).await;
@@ -348,7 +348,7 @@ async fn only_trusted_clients_decide_on_sampling() {
         assert_eq!(traces.contains(TRACE_ID), trusted);
         assert!(!traces.contains(own.as_str().unwrap()));
     }
-    // Without a collector, a context is propagated and none is created.
+    // Without a collector, trace contexts are propagated, but not created.
     let server = Server::start(&[]);
     let mut client = Client::connect(&server.url, &server.token("acme", "ann", &[])).await;
     assert_eq!(trace_of(&mut client, PARENT.into()).await, TRACE_ID);
@@ -369,7 +369,7 @@ async fn a_failing_collector_does_not_affect_requests() {
     const CALLS: usize = 9_000;
     let rejecting = Collector::start(Behavior::Reject);
     let hanging = Collector::start(Behavior::Hang);
-    // Nothing listens on the discard port.
+    // No process listens on the discard port.
     let absent = "trace.endpoint=http://127.0.0.1:9".to_owned();
     for (setting, calls, counter) in [
         (rejecting.setting(), 10, "streamer_trace_spans_failed_total"),

@@ -1,4 +1,4 @@
-//! The WebSocket protocol, with a real server and real sockets.
+//! Tests of the WebSocket protocol, with a real server and real sockets.
 #![allow(clippy::unwrap_used, reason = "in tests, a panic is the report")]
 
 use serde_json::{Value, json};
@@ -250,7 +250,7 @@ async fn ten_thousand_mutated_messages_do_not_affect_the_server() {
         r#"{"type":"list","states":["RUNNING"],"limit":50,"page_token":""}"#,
         r#"{"type":"cancel","request_id":"a","reason":"x"}"#,
     ];
-    // The generator of Numerical Recipes with a fixed seed: the same messages in every run.
+    // Generator from Numerical Recipes; the fixed seed yields the same messages in every run.
     let mut state = 7_u32;
     let mut random = move |below: usize| {
         state = state.wrapping_mul(1_664_525).wrapping_add(1_013_904_223);

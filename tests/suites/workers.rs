@@ -1,4 +1,4 @@
-//! Workers: execution, recovery after they or the server stop, and the rules of their messages.
+//! Workers: execution, recovery after a worker or the server stops, and the rules for their messages.
 #![allow(clippy::unwrap_used, reason = "in tests, a panic is the report")]
 
 use serde_json::{Value, json};
@@ -289,7 +289,7 @@ async fn tasks_are_assigned_only_to_free_slots() {
     worker.report(&first, 1, result("1")).await;
     worker.wait_for_end(&first).await;
     let third = worker.next_task().await;
-    // The first two were started in any order.
+    // The first two tasks can start in either order.
     let mut names = [&*first.request_id, &*second.request_id];
     names.sort_unstable();
     assert_eq!((names, &*third.request_id), (["a", "b"], "c"));
@@ -569,7 +569,7 @@ async fn declarations_of_one_tenant_are_bounded_and_do_not_affect_others() {
     let rejected = rejected.expect("1 MiB is the limit");
     assert_eq!(rejected.code(), Code::ResourceExhausted);
     assert!(rejected.message().contains("\"other\""), "{}", rejected.message());
-    // The list exceeds the payload limit, and is available also after a restart.
+    // The list exceeds the payload limit, and is also available after a restart.
     wait_for_workers(&server, &other_token, "large-0", 0).await;
     wait_for_workers(&server, &token, "work", 1).await;
     server.kill_and_restart();

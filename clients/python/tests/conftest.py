@@ -13,7 +13,7 @@ from streamer import Client, Worker
 
 @pytest.fixture(scope="session")
 def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
-    """The server shared by most tests."""
+    """Starts the server that most tests share."""
     server = Server(tmp_path_factory.mktemp("server"), execution__cancellation_grace_period="300ms")
     server.start()
     yield server
@@ -22,7 +22,7 @@ def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
 
 @pytest.fixture
 def new_server(tmp_path: Path) -> Iterator[Callable[..., Server]]:
-    """Starts servers for tests that stop them or need other options."""
+    """Starts servers for tests that stop them or require different options."""
     servers: list[Server] = []
 
     def start(**options: object) -> Server:
@@ -38,12 +38,12 @@ def new_server(tmp_path: Path) -> Iterator[Callable[..., Server]]:
 
 @pytest.fixture
 async def client(server: Server) -> AsyncIterator[Client]:
-    """A client of the shared server."""
+    """Opens a client of the shared server."""
     async with Client(server.url, server.token()) as client:
         yield client
 
 
 @pytest.fixture
 def new_worker(server: Server) -> Callable[[], Worker]:
-    """Creates workers for the shared server."""
+    """Creates workers that connect to the shared server."""
     return lambda: Worker(server.url, server.token("worker:*"))

@@ -1,4 +1,4 @@
-"""A real server, a proxy that can break connections, and waiting with a timeout."""
+"""Real servers, a proxy that can break connections, and waits with a timeout."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from streamer import Client, Worker
 
 _Result = TypeVar("_Result")
 
-# Timeout of every wait, in seconds; only a failure reaches it.
+# Timeout of every wait, in seconds; reached only if a test fails.
 TIMEOUT = 30.0
 
 
@@ -30,7 +30,7 @@ def binary() -> str:
 
 
 def environment() -> dict[str, str]:
-    """Returns the environment without variables that configure the server."""
+    """Returns the environment without the variables that configure the server."""
     return {name: text for name, text in os.environ.items() if not name.startswith("STREAMER_")}
 
 
@@ -44,7 +44,7 @@ KILLED_WITH_TESTS = ("setpriv", "--pdeathsig", "KILL", "--")
 
 
 def claim_loopback_address() -> tuple[str, socket.socket]:
-    """Returns a loopback address that no other test uses until the socket is closed."""
+    """Claims a loopback address, which no other test uses until the returned socket is closed."""
     for attempt in range(100):
         number = (os.getpid() * 64 + attempt) % (254 << 16)
         host = f"127.{(number >> 16) + 1}.{number >> 8 & 255}.{number & 255}"
@@ -57,7 +57,7 @@ def claim_loopback_address() -> tuple[str, socket.socket]:
 
 
 class Server:
-    """A server process with its own data folder and loopback address."""
+    """A server process with a separate data folder and loopback address."""
 
     def __init__(self, data: Path, **options: object) -> None:
         self._data = data
@@ -110,7 +110,7 @@ class Server:
             self._process = None
 
     def token(self, permissions: str = "*", user: str = "u", expires: str = "1h") -> str:
-        """Returns a token of tenant `dev`."""
+        """Returns a token for tenant `dev`."""
         command = [binary(), "token", "--data", str(self._data), "--tenant", "dev"]
         command += ["--user", user, "--permissions", permissions, "--expires", expires]
         result = subprocess.run(
@@ -121,7 +121,7 @@ class Server:
 
 @final
 class Proxy:
-    """Forwards TCP connections to a server; can break them, and pause the server's data."""
+    """Forwards TCP connections to a server; can break them, and pause data from the server."""
 
     def __init__(self, url: str) -> None:
         target = urlsplit(url)
@@ -162,11 +162,11 @@ class Proxy:
         self._running.clear()
 
     def resume(self) -> None:
-        """Forwards data from the server again."""
+        """Resumes forwarding data from the server."""
         self._running.set()
 
     def disconnect(self) -> None:
-        """Breaks every connection; data held back by `pause` is lost."""
+        """Breaks every connection; data that was not forwarded because of `pause` is lost."""
         for writer in self._writers:
             writer.transport.abort()
         self._writers.clear()
@@ -208,7 +208,7 @@ class Proxy:
 
 @contextlib.asynccontextmanager
 async def serving(worker: Worker, server: Server) -> AsyncIterator[Worker]:
-    """Runs a worker; the body starts once the server lists the worker's actions."""
+    """Runs a worker; the `with` block starts once the server lists the actions of the worker."""
     running = asyncio.create_task(worker.serve())
     try:
         await within_timeout(worker.connected.wait())

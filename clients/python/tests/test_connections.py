@@ -270,7 +270,7 @@ async def test_a_call_that_times_out_is_retried(
 
 def test_connection_timeout_and_keepalive_are_set() -> None:
     options = dict(_channel._OPTIONS)
-    # Despite its name, the minimum connection timeout.
+    # Despite its name, this option is the minimum connection timeout.
     assert options["grpc.min_reconnect_backoff_ms"] >= 10_000
     assert options["grpc.keepalive_time_ms"] == 30_000
     assert worker_connection._PROTOCOL_ERROR_CODES >= {

@@ -1,4 +1,4 @@
-"""The example worker of the repository, alone and against a real server."""
+"""The example worker of the repository, without and with a real server."""
 
 from __future__ import annotations
 

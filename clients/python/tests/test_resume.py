@@ -53,7 +53,7 @@ async def test_a_broken_stream_is_resumed_without_duplicates(
 
         async with serving(worker, server):
             running = asyncio.ensure_future(client.run("broken", on_output=on_output))
-            # The server has stored all of them, and the worker has no acknowledgment.
+            # The server has stored all output, and the worker has received no acknowledgment.
             await within_timeout(seen.wait())
             proxy.disconnect()
             proceed.set()

@@ -33,7 +33,7 @@ def event(seq: int) -> dict[str, Any]:
 
 
 class SessionDriver:
-    """A connected session, driven without I/O."""
+    """Drives a connected session without I/O."""
 
     def __init__(self) -> None:
         self.session = Session(TokenSource("token"), None)
@@ -132,7 +132,7 @@ async def test_a_request_is_not_followed_under_both_of_its_ids() -> None:
         with pytest.raises(ValueError, match="already followed by this client"):
             await within_timeout(later.next())
         driver.sent()
-        # The second subscription moved the server's position: the missing event is requested.
+        # The second subscription moved the server's position, so the missing event is requested.
         driver.receive(event(4))
         assert driver.sent() == ["subscribe"]
         driver.receive({"type": "subscribed", **NAMES, "state": "RUNNING", "last_seq": 4})
@@ -140,7 +140,7 @@ async def test_a_request_is_not_followed_under_both_of_its_ids() -> None:
             driver.receive(event(seq))
         received = [await within_timeout(earlier.next()) for _ in range(4)]
         assert [getattr(one, "seq", None) for one in received] == [1, 2, 3, 4]
-        # An event that is still missing after the second request is lost.
+        # An event that is still missing after the second request counts as lost.
         for _ in range(2):
             driver.receive(event(6))
             driver.receive({"type": "subscribed", **NAMES, "state": "RUNNING", "last_seq": 6})
@@ -180,7 +180,7 @@ async def test_a_malformed_message_fails_one_request_only() -> None:
 async def served(
     handler: Callable[[ServerConnection], Awaitable[None]], **options: Any
 ) -> AsyncIterator[WebSocketClient]:
-    """Runs a server with `handler`; yields a client of it."""
+    """Runs a server with `handler`; yields a client of the server."""
     async with serve(handler, "127.0.0.1", 0, subprotocols=[connection._PROTOCOL]) as server:
         port = next(iter(server.sockets)).getsockname()[1]
         async with WebSocketClient(f"ws://127.0.0.1:{port}/ws", "token", **options) as client:

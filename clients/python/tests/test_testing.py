@@ -1,4 +1,4 @@
-"""`streamer.testing`."""
+"""Tests of `streamer.testing`."""
 
 from __future__ import annotations
 

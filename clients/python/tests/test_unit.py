@@ -60,7 +60,7 @@ def test_reports_that_are_not_durable_are_sent_again() -> None:
     log.acknowledge(1)
     log.resume(2)
     assert drain(log) == [("progress", 3), ("progress", 4), ("checkpoint", 4), ("error", 4)]
-    # A checkpoint with exactly that number is sent again, too.
+    # A checkpoint with exactly that number is also sent again.
     log.resume(4)
     assert drain(log) == [("checkpoint", 4), ("error", 4)]
 

@@ -46,7 +46,7 @@ async def test_progress_output_and_result_are_received(
     progress: list[events.Progress] = []
     output: list[events.Output] = []
     async with serving(worker, server):
-        # The client verifies the digest, which is over the exact bytes of the handler.
+        # The client verifies the digest, which is computed over the exact bytes from the handler.
         result = await websocket.request(
             "ws-report", {"n": 2**63 - 1}, on_progress=progress.append, on_output=output.append
         )
@@ -135,7 +135,7 @@ async def test_an_unacknowledged_submission_is_sent_again(server: Server, client
         task = {"steps": 2, "output_chunks": 2, "result": "once"}
         request = websocket.request("echo_async", task, id="sent-twice")
         running = asyncio.ensure_future(request)
-        # The request has ended on the server, and the client has no acknowledgment.
+        # The request has ended on the server, and the client has received no acknowledgment.
         await within_timeout(_ended(client, "sent-twice"))
         proxy.disconnect()
         assert await within_timeout(running) == "once"
@@ -228,7 +228,7 @@ async def test_a_slow_reader_gets_every_event_and_delays_no_other_request(
         await within_timeout(websocket.request("ws-floods", id="flood"))
     watch = websocket.watch("flood")
     seqs = [(await watch.__anext__()).seq]
-    # A request is answered while the watch is not read.
+    # The server responds to a request while the watch is not read.
     assert (await within_timeout(websocket.request("echo", {"a": 1})))["echo"] == {"a": 1}
     seqs += [event.seq async for event in watch]
     assert seqs == list(range(1, 3004))

@@ -372,7 +372,7 @@ async def test_running_attempts_are_released_before_a_plain_token_expires(
             await asyncio.Event().wait()
         return context.attempt
 
-    # Declares the action beyond the lifetime of the short token.
+    # This declaration of the action outlives the token with the short lifetime.
     earlier = Worker(server.url, server.token("worker:*"))
     earlier.action("brief")(brief)
     async with serving(earlier, server):

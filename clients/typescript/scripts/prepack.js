@@ -1,6 +1,6 @@
 /**
  * Creates the files of the published package that are not in the source tree: the protocol buffers,
- * the licence and the TypeScript declarations. `--clean` removes them.
+ * the license and the TypeScript declarations. `--clean` removes them.
  */
 
 import { execFileSync } from 'node:child_process';

@@ -3,15 +3,15 @@
  * doubles with each failure. No dependencies; runs in browsers.
  */
 
-/** Longest delay of a timer, in milliseconds. */
+/** Maximum delay of a timer, in milliseconds. */
 const MAX_TIMER_MS = 2 ** 31 - 1;
 
-/** Delays between the retries of one operation. */
+/** Generates the delays between the retries of one operation. */
 export class Backoff {
   /**
    * @param {object} [options]
-   * @param {number} [options.initialMs] First bound, in milliseconds; default 100.
-   * @param {number} [options.maxMs] Largest bound, in milliseconds; default 10,000.
+   * @param {number} [options.initialMs] Initial bound, in milliseconds; default 100.
+   * @param {number} [options.maxMs] Maximum bound, in milliseconds; default 10,000.
    * @param {() => number} [options.random] Returns uniformly distributed numbers from 0 to 1.
    */
   constructor({ initialMs = 100, maxMs = 10_000, random = Math.random } = {}) {
@@ -21,7 +21,7 @@ export class Backoff {
     this.failures = 0;
   }
 
-  /** Resets the bound after a success. */
+  /** Resets the bound to its initial value after a success. */
   reset() {
     this.failures = 0;
   }
@@ -36,7 +36,7 @@ export class Backoff {
 
 /**
  * Resolves after a delay.
- * @param {number} ms Milliseconds.
+ * @param {number} ms Delay, in milliseconds.
  * @param {AbortSignal} [signal] Ends the delay early.
  * @returns {Promise<void>} Rejects with the signal's reason when it aborts.
  */

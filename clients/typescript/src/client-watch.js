@@ -5,7 +5,7 @@ import { eventFrom, stateFrom } from './proto-conversions.js';
 import { callError } from './grpc.js';
 
 /**
- * @param {() => Promise<any>} open Opens a stream after the reader's last event.
+ * @param {() => Promise<any>} open Opens a stream after the last event that the reader accepted.
  * @param {import('./log-reader.js').LogReader} reader
  * @param {string} requestId `requestId` or `uid`.
  * @param {AbortSignal} [signal]
@@ -39,9 +39,9 @@ export async function* watchEvents(open, reader, requestId, signal) {
 }
 
 /**
- * @param {any} snapshot The request at the start of the stream; in its first message only.
+ * @param {any} snapshot The request at the start of the stream; set only in its first message.
  * @param {import('./log-reader.js').LogReader} reader
- * @returns {boolean} Whether the reader starts after the terminal event: no events follow.
+ * @returns {boolean} Whether the reader is past the terminal event, so that no events follow.
  */
 function hasNoEventsLeft(snapshot, reader) {
   if (!snapshot || reader.lastSeq === null || Number(snapshot.lastSeq) > reader.lastSeq)
@@ -56,7 +56,7 @@ function hasNoEventsLeft(snapshot, reader) {
  */
 async function* responses(call, signal) {
   const onAbort = () => call.cancel();
-  // Ignore errors after the caller has stopped iterating.
+  // Ignores errors that occur after the caller has stopped iterating.
   call.on('error', () => {});
   signal?.addEventListener('abort', onAbort, { once: true });
   try {
@@ -79,6 +79,6 @@ function isCallFailure(thrown) {
 function isRetryable(thrown, received) {
   if (!isCallFailure(thrown)) return false;
   const error = callError(thrown);
-  // The token of a long watch may expire while the stream is open; each stream gets a fresh one.
+  // The token of a long watch may expire while the stream is open; a new stream uses a fresh token.
   return error.transient || (received && error.code === 'UNAUTHORIZED');
 }

@@ -1,5 +1,5 @@
 /**
- * The gRPC client, for Node: submits, watches and manages requests. It reopens lost streams, and
+ * The gRPC client for Node: submits, watches and manages requests. It reopens lost streams, and
  * delivers every event exactly once.
  */
 
@@ -36,34 +36,37 @@ import { ProgressService, RouterService } from './schema.js';
 
 /**
  * @typedef {object} SubmitOptions
- * @property {string} [id] Idempotency and correlation key: 1 to 128 of `[A-Za-z0-9._:@/+=-]`.
- *   Random by default, so that the call can be retried safely.
- * @property {number} [waitMs] How long to wait for the result, 0 to 300,000 ms; default 0.
- * @property {number} [priority] 0 (default) to 9; higher runs first.
- * @property {number} [delayMs] Delay before the earliest start: 0 to 30 days, in ms.
- * @property {Date | number} [deadline] The request fails without a run if it has not started by
- *   then; a number is milliseconds since 1970.
- * @property {object | import('./payload.js').RawJson} [metadata] Stored with the request; at most
- *   16 KiB of JSON.
+ * @property {string} [id] Idempotency and correlation key: 1 to 128 characters from
+ *   `[A-Za-z0-9._:@/+=-]`. Random by default, so that the call can be retried safely.
+ * @property {number} [waitMs] Maximum time to wait for the result, 0 to 300,000 ms; default 0.
+ * @property {number} [priority] Priority, 0 (default) to 9; a higher priority runs first.
+ * @property {number} [delayMs] Delay before the earliest start: 0 to 30 days, in milliseconds.
+ * @property {Date | number} [deadline] Time by which the request must start; otherwise it fails
+ *   without being run. A number is in milliseconds since the Unix epoch.
+ * @property {object | import('./payload.js').RawJson} [metadata] Metadata to store with the
+ *   request; at most 16 KiB of JSON.
  */
 
 /**
  * Response to a submission.
  * @typedef {object} Submission
- * @property {string} requestId The `id`.
- * @property {string} uid The server's id.
+ * @property {string} requestId The `id` of the request.
+ * @property {string} uid The server's ID of the request.
  * @property {RequestState} state State of the request.
- * @property {boolean} duplicate Whether this `id` was submitted before; no new request was created.
+ * @property {boolean} duplicate Whether the `id` was submitted before, so that no new request was
+ *   created.
  * @property {number} lastSeq `seq` of the latest event; 0 for a sync action, which has no log.
- * @property {import('./events.js').QueuePosition | null} queuePosition Set while queued and due.
+ * @property {import('./events.js').QueuePosition | null} queuePosition Position in the queue;
+ *   `null` unless the request is queued and due.
  * @property {import('./payload.js').Payload | null} result The result, if the request succeeded.
- * @property {import('./errors.js').StreamerError | null} error The error, if it ended otherwise.
+ * @property {import('./errors.js').StreamerError | null} error The error, if the request failed or
+ *   was cancelled.
  */
 
 /**
  * @typedef {object} ResultOptions
- * @property {boolean} [raw] Returns the result as JSON text, in which no number loses digits,
- *   instead of parsing it; default `false`.
+ * @property {boolean} [raw] Whether to return the result as JSON text, in which numbers keep their
+ *   full precision, instead of the parsed value; default `false`.
  */
 
 /** A client of one server. */
@@ -97,7 +100,7 @@ export class Client {
    * with the same `id` while the server cannot be reached; a sync action may then run more than
    * once.
    * @param {string} action
-   * @param {unknown} [payload] A JSON value; a `RawJson`; or bytes. Default `{}`.
+   * @param {unknown} [payload] A JSON value, a `RawJson`, or bytes; default `{}`.
    * @param {SubmitOptions & CallOptions} [options]
    * @returns {Promise<Submission>}
    */
@@ -172,7 +175,7 @@ export class Client {
   /**
    * Waits until a request ends, without reading its events.
    * @param {string} requestId `requestId` or `uid`.
-   * @param {{signal?: AbortSignal} & ResultOptions} [options] Aborting `signal` ends the wait only.
+   * @param {{signal?: AbortSignal} & ResultOptions} [options] Aborting `signal` ends only the wait.
    * @returns {Promise<any>} The result; throws the same errors as {@link run}.
    */
   wait(requestId, { signal, raw = false } = {}) {
@@ -180,13 +183,14 @@ export class Client {
   }
 
   /**
-   * Yields the events of a request, past and future, up to the terminal one. A lost stream is
-   * reopened after the last event; each event is yielded once. Ending the iteration does not cancel
-   * the request.
+   * Yields the events of a request, past and future, up to the terminal event. A lost stream is
+   * reopened after the last event received; each event is yielded once. Ending the iteration does
+   * not cancel the request.
    * @param {string} requestId `requestId` or `uid`.
    * @param {object} [options]
-   * @param {number | null} [options.afterSeq] Yields events after this `seq`. Default 0: all
-   *   events, and the output is verified at the end. `null`: only new events and the terminal one.
+   * @param {number | null} [options.afterSeq] `seq` after which events are yielded. 0 (default)
+   *   yields all events, and the output is verified at the end; `null` yields only new events and
+   *   the terminal event.
    * @param {AbortSignal} [options.signal] Ends the watch.
    * @returns {AsyncGenerator<import('./events.js').Event, void, void>} Throws `IntegrityError` if
    *   events or output are missing.
@@ -202,8 +206,8 @@ export class Client {
   }
 
   /**
-   * Requests cancellation. A queued request is cancelled at once, a running one when its handler
-   * stops. Safe to repeat.
+   * Requests cancellation. A queued request is cancelled immediately, a running request when its
+   * handler stops. Safe to repeat.
    * @param {string} requestId `requestId` or `uid`.
    * @param {string} [reason] At most 1,024 bytes.
    * @param {CallOptions} [options]
@@ -227,9 +231,9 @@ export class Client {
   /**
    * Returns a page of the caller's requests, newest first, without payloads and results.
    * @param {object} [options]
-   * @param {RequestState[]} [options.states] Requests in these states; default all.
-   * @param {string} [options.action] Requests for this action; default all.
-   * @param {number} [options.pageSize] 1 to 500; default 50.
+   * @param {RequestState[]} [options.states] States of the requests to return; default all.
+   * @param {string} [options.action] Action of the requests to return; default all.
+   * @param {number} [options.pageSize] Number of requests per page, 1 to 500; default 50.
    * @param {string} [options.pageToken] `nextPageToken` of the previous page.
    * @param {AbortSignal} [options.signal]
    * @param {number} [options.timeoutMs]
@@ -270,17 +274,19 @@ export class Client {
    * the remaining requests unchanged. Safe to repeat: a request that was redriven this way is not
    * redriven again.
    * @param {object} [options]
-   * @param {('FAILED' | 'CANCELLED')[]} [options.states] Default `FAILED` only.
-   * @param {string} [options.action] Requests for this action; default all.
-   * @param {Date | number} [options.since] Requests accepted at or after this time; a number is
-   *   milliseconds since 1970.
-   * @param {Date | number} [options.until] Requests accepted before this time.
-   * @param {boolean} [options.dryRun] Lists the requests without redriving them; default `false`.
-   * @param {number} [options.pageSize] 1 to 500; default 50.
+   * @param {('FAILED' | 'CANCELLED')[]} [options.states] States of the requests; default `FAILED`
+   *   only.
+   * @param {string} [options.action] Action of the requests; default all.
+   * @param {Date | number} [options.since] Start of the time range in which requests were accepted,
+   *   inclusive. A number is in milliseconds since the Unix epoch.
+   * @param {Date | number} [options.until] End of the time range, exclusive.
+   * @param {boolean} [options.dryRun] Whether to list the requests without redriving them; default
+   *   `false`.
+   * @param {number} [options.pageSize] Number of requests per page, 1 to 500; default 50.
    * @param {AbortSignal} [options.signal]
    * @param {number} [options.timeoutMs] Timeout of each page.
    * @returns {AsyncGenerator<import('./proto-conversions.js').Redriven[], void, void>} Pages; a
-   *   page may be empty although more follow.
+   *   page may be empty although more pages follow.
    */
   async *redriveAll(options = {}) {
     const { states = [], action = '', since, until, dryRun = false, pageSize = 0 } = options;
@@ -344,7 +350,7 @@ export class Client {
 
 /**
  * @param {LogReader} reader
- * @returns {{afterSeq?: number}} Where a watch resumes.
+ * @returns {{afterSeq?: number}} Position at which a watch resumes.
  */
 function resumePosition(reader) {
   return reader.lastSeq === null ? {} : { afterSeq: reader.lastSeq };

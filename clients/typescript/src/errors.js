@@ -6,17 +6,17 @@
 
 /**
  * @typedef {object} ErrorInit
- * @property {string} [code] Default `INTERNAL_ERROR`.
+ * @property {string} [code] Error code; default `INTERNAL_ERROR`.
  * @property {boolean} [retryable] Whether the same call may succeed later; default `false`.
  * @property {unknown} [details] Details from the server or the handler.
- * @property {number} [retryAfterMs] Milliseconds to wait before a retry, as set by the server.
+ * @property {number} [retryAfterMs] Milliseconds to wait before a retry, if the server specified it.
  * @property {unknown} [cause] The error that caused this one.
  */
 
-/** Base class of all errors of this package. */
+/** Base class of all errors in this package. */
 export class StreamerError extends Error {
   /**
-   * @param {string} message For people.
+   * @param {string} message Human-readable message.
    * @param {ErrorInit} [init]
    */
   constructor(message, init = {}) {
@@ -28,12 +28,12 @@ export class StreamerError extends Error {
     this.retryable = init.retryable ?? false;
     /** @type {any} Details as a JSON value, or `null`. */
     this.details = init.details ?? null;
-    /** @type {number | null} Milliseconds to wait before a retry; `null` if the server set none. */
+    /** @type {number | null} Milliseconds to wait before a retry; `null` if not specified. */
     this.retryAfterMs = init.retryAfterMs ?? this.details?.retry_after_ms ?? null;
   }
 
   /**
-   * Every violation of a `VALIDATION_ERROR`; empty for other errors.
+   * Violations of a `VALIDATION_ERROR`; empty for other errors.
    * @returns {{field: string, description: string}[]}
    */
   get violations() {
@@ -49,9 +49,9 @@ export class RequestFailed extends StreamerError {
    */
   constructor(message, init = {}) {
     super(message, init);
-    /** The caller's id of the request. */
+    /** The caller's ID of the request. */
     this.requestId = init.requestId ?? '';
-    /** The server's id of the request; empty if it is unknown. */
+    /** The server's ID of the request; empty if it is unknown. */
     this.uid = init.uid ?? '';
   }
 }
@@ -75,12 +75,12 @@ export class IntegrityError extends StreamerError {
   }
 }
 
-/** A value exceeds a size limit of the server; it was not sent. */
+/** A value exceeds a size limit of the server, and was not sent. */
 export class LimitError extends StreamerError {
   /**
    * @param {string} field Name of the value.
    * @param {number} size Size, in bytes.
-   * @param {number} limit Largest allowed size, in bytes.
+   * @param {number} limit Maximum size, in bytes.
    */
   constructor(field, size, limit) {
     super(`${field} must be at most ${limit} bytes, is ${size}`, {
@@ -112,10 +112,10 @@ export class ConnectionClosed extends StreamerError {
 }
 
 /**
- * Throws a {@link LimitError} if a value is too large.
+ * Throws a {@link LimitError} if a value exceeds its maximum size.
  * @param {string} field
- * @param {number} size In bytes.
- * @param {number} limit In bytes.
+ * @param {number} size Size of the value, in bytes.
+ * @param {number} limit Maximum size, in bytes.
  */
 export function checkSize(field, size, limit) {
   if (size > limit) throw new LimitError(field, size, limit);

@@ -7,35 +7,37 @@ import { RequestCancelled, RequestFailed, StreamerError } from './errors.js';
 import { Payload } from './payload.js';
 
 /**
- * Summary of the output, to verify that it is complete.
+ * Summary of the output, used to verify that the output is complete.
  * @typedef {object} OutputSummary
- * @property {number} chunks Number of valid output chunks, after every rewind.
- * @property {string} sha256 SHA-256 over their bytes, in hexadecimal digits.
+ * @property {number} chunks Number of valid output chunks, without those that rewinds made void.
+ * @property {string} sha256 SHA-256 of the bytes of these chunks, in hexadecimal digits.
  */
 
 /**
  * Position of a queued request: a range, because tenants share the queue fairly.
  * @typedef {object} QueuePosition
- * @property {number} earliest From 1, if no request of another tenant runs first.
- * @property {number} latest From 1, if all requests of other tenants run first.
- * @property {Date | null} estimatedStartTime `null` if no estimate is available.
+ * @property {number} earliest Position if no request of another tenant runs first, from 1.
+ * @property {number} latest Position if all requests of other tenants run first, from 1.
+ * @property {Date | null} estimatedStartTime Estimated start time; `null` if no estimate is
+ *   available.
  */
 
 /**
  * @typedef {object} Progress
- * @property {number | null} percentage 0 to 100; `null` if unknown.
- * @property {string} message Current step, for people.
+ * @property {number | null} percentage From 0 to 100; `null` if unknown.
+ * @property {string} message Human-readable description of the current step.
  * @property {any} metadata Metadata from the handler, or `null`.
  */
 
 /**
  * Fields of every event of a request's log.
  * @typedef {object} EventHead
- * @property {string} requestId The caller's id of the request.
- * @property {string} uid The server's id of it.
+ * @property {string} requestId The caller's ID of the request.
+ * @property {string} uid The server's ID of the request.
  * @property {number} seq Position in the log, from 1 without gaps.
- * @property {number} attempt The attempt it belongs to, from 1; 0 before the first.
- * @property {Date} time When it was reported, according to the server's clock.
+ * @property {number} attempt Number of the attempt to which the event belongs, from 1; 0 before the
+ *   first attempt.
+ * @property {Date} time Time at which the event was reported, according to the server's clock.
  */
 
 /** @typedef {EventHead & {type: 'accepted', action: string}} AcceptedEvent */
@@ -59,7 +61,7 @@ import { Payload } from './payload.js';
  * @typedef {EventHead & {type: 'cancelled', reason: string, summary: OutputSummary}}
  *   CancelledEvent
  */
-/** @typedef {EventHead & {type: 'unknown'}} UnknownEvent Of a type from a newer server. */
+/** @typedef {EventHead & {type: 'unknown'}} UnknownEvent Event of an unknown type. */
 /** @typedef {SucceededEvent | FailedEvent | CancelledEvent} TerminalEvent */
 /**
  * @typedef {AcceptedEvent | StartedEvent | ProgressEvent | OutputEvent | RetryingEvent |
@@ -71,15 +73,16 @@ import { Payload } from './payload.js';
  * callback ends the watch, not the request.
  * @typedef {object} Observer
  * @property {(progress: Progress, event: ProgressEvent) => void} [onProgress]
- * @property {(chunk: any, event: OutputEvent) => void} [onOutput] Gets a chunk: parsed JSON, text
- *   as a string, anything else as bytes. `event.chunk` has the exact bytes and text.
+ * @property {(chunk: any, event: OutputEvent) => void} [onOutput] Receives a chunk: parsed JSON,
+ *   text as a string, anything else as bytes. `event.chunk` contains the exact bytes and text.
  * @property {(rewindToSeq: number, event: RetryingEvent) => void} [onRetrying] Called when an
- *   attempt failed and another follows: output with a `seq` greater than `rewindToSeq` is void.
- * @property {(event: Event) => void} [onEvent] Gets every event, before the callbacks above.
+ *   attempt has failed and another follows: output with a `seq` greater than `rewindToSeq` is void.
+ * @property {(event: Event) => void} [onEvent] Receives every event, before the other callbacks are
+ *   called.
  * @property {OutputBuffer} [output] Collects the valid output.
  */
 
-/** Collects the output of a request in memory, and drops void chunks. */
+/** Collects the output of a request in memory, and removes void chunks. */
 export class OutputBuffer {
   /** @type {{seq: number, chunk: Payload}[]} */
   #entries = [];
@@ -126,7 +129,7 @@ export function notify(observer, event) {
 
 /**
  * @param {Event} event
- * @returns {event is TerminalEvent} Whether it is the last event of the log.
+ * @returns {event is TerminalEvent} Whether the event is the last event of the log.
  */
 export function isTerminal(event) {
   return event.type === 'succeeded' || event.type === 'failed' || event.type === 'cancelled';

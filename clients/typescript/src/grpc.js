@@ -1,4 +1,4 @@
-/** Shared by the gRPC client and the worker: channels, tokens, and error mapping. */
+/** Channels, tokens and error mapping for the gRPC client and the worker. */
 
 import { readFile } from 'node:fs/promises';
 
@@ -17,7 +17,7 @@ import { traceHeaders } from './tracing.js';
  *   the system's certificate authorities.
  */
 
-/** Error codes for gRPC statuses without `google.rpc.ErrorInfo`. */
+/** Error codes for gRPC status codes without `google.rpc.ErrorInfo`. */
 const CODES = /** @type {Record<number, string>} */ ({
   [status.CANCELLED]: 'CANCELLED',
   [status.INVALID_ARGUMENT]: 'VALIDATION_ERROR',
@@ -32,7 +32,7 @@ const CODES = /** @type {Record<number, string>} */ ({
   [status.UNAVAILABLE]: 'UNAVAILABLE',
 });
 
-/** Statuses after which a retry cannot succeed. */
+/** gRPC status codes after which a retry cannot succeed. */
 const NON_RETRYABLE = new Set([
   status.INVALID_ARGUMENT,
   status.OUT_OF_RANGE,
@@ -66,7 +66,7 @@ export class CallError extends StreamerError {
 /**
  * @param {string} server
  * @returns {{address: string, secure: boolean}}
- * @throws {TypeError} If it is not an `http://` or `https://` URL.
+ * @throws {TypeError} If `server` is not an `http://` or `https://` URL.
  */
 export function parseServer(server) {
   const url = URL.canParse(server) ? new URL(server) : null;
@@ -100,8 +100,8 @@ export function connect(Service, endpoint, options = {}) {
 }
 
 /**
- * Returns a token source that reads a file whenever a token is needed, for a file that a sidecar or
- * a mounted secret keeps fresh.
+ * Returns a token source that reads a file each time a token is needed. Use it for a file that a
+ * sidecar or a mounted secret keeps up to date.
  * @param {string | URL} path
  * @returns {() => Promise<string>}
  */
@@ -111,7 +111,7 @@ export function tokenFile(path) {
 
 /**
  * @param {TokenSource} source
- * @returns {Promise<string>} The token to use now.
+ * @returns {Promise<string>} The current token.
  * @throws {CallError} `UNAUTHENTICATED` if the token is malformed. Unlike the error of grpc-js, the
  *   message does not contain the token.
  */
@@ -130,7 +130,7 @@ export async function freshToken(source) {
 
 /**
  * @param {TokenSource} source
- * @returns {Promise<Metadata>} The metadata of a call.
+ * @returns {Promise<Metadata>} The metadata of a call: the token and the trace context.
  */
 export async function authorization(source) {
   const metadata = new Metadata();
@@ -175,7 +175,7 @@ function parse(text) {
 
 /**
  * @param {any} error
- * @returns {Record<string, any>} The details of known types, by type.
+ * @returns {Record<string, any>} The status details of known types, by type.
  */
 function readDetails(error) {
   const found = /** @type {Record<string, any>} */ ({});
@@ -183,7 +183,7 @@ function readDetails(error) {
   if (!(bytes instanceof Uint8Array)) return found;
   try {
     for (const any of decode('google.rpc.Status', bytes).details) {
-      // The `Any` of the loader keeps the field name of the schema.
+      // The loader does not convert the field names of `Any` to camel case.
       const type = any.type_url.split('/').pop();
       if (/^google\.rpc\.(ErrorInfo|RetryInfo|BadRequest)$/.test(type)) {
         found[type] = decode(type, any.value);

@@ -15,16 +15,16 @@ import { Sha256, hex } from './sha256.js';
 /**
  * State before the first chunk of an attempt.
  * @typedef {object} Mark
- * @property {number} before `seq` of the last chunk before it; 0 if there is none.
- * @property {number} first `seq` of the first chunk after it.
- * @property {number} attempt The attempt whose output starts here.
- * @property {number} chunks Number of chunks before it.
- * @property {Hash} hash Hash of those chunks.
+ * @property {number} before `seq` of the last chunk before the attempt; 0 if there is none.
+ * @property {number} first `seq` of the first chunk of the attempt.
+ * @property {number} attempt Number of the attempt.
+ * @property {number} chunks Number of valid chunks before the attempt.
+ * @property {Hash} hash Hash of the valid chunks before the attempt.
  */
 
 /** Reads one log from `afterSeq` to its terminal event. */
 export class LogReader {
-  /** @type {Mark[]} One for each attempt that has valid output. */
+  /** @type {Mark[]} Marks of the attempts that have valid output. */
   #marks = [];
   /** @type {Hash} */
   #hash;
@@ -40,7 +40,7 @@ export class LogReader {
   constructor({ afterSeq = 0, allowGaps = false, createHash = () => new Sha256() } = {}) {
     /** `seq` of the last accepted event; `null` before the first one if the position is unknown. */
     this.lastSeq = afterSeq;
-    /** Whether the output can be verified at the end, that is, whether all of it was read. */
+    /** Whether all output was read, so that it can be verified at the end. */
     this.verifiable = afterSeq === 0;
     /** Whether the terminal event was accepted. */
     this.ended = false;
@@ -52,14 +52,14 @@ export class LogReader {
 
   /**
    * Skips events that contain no output.
-   * @param {number} seq `seq` of the last one.
+   * @param {number} seq `seq` of the last event to skip.
    */
   skipTo(seq) {
     this.lastSeq = Math.max(this.lastSeq ?? 0, seq);
   }
 
   /**
-   * Returns whether events are missing between the last one and this one.
+   * Returns whether events are missing between the last accepted event and `event`.
    * @param {{seq: number}} event
    */
   hasGapBefore(event) {
@@ -69,7 +69,7 @@ export class LogReader {
   /**
    * Reads the next event.
    * @param {import('./events.js').Event} event
-   * @returns {boolean} Whether it is new; `false` for a duplicate.
+   * @returns {boolean} Whether the event is new; `false` for a duplicate.
    * @throws {IntegrityError} If an event is missing, or the output does not match the digest in the
    *   terminal event.
    */
@@ -101,7 +101,7 @@ export class LogReader {
     this.chunks += 1;
   }
 
-  /** @param {number} seq Chunks after it are void. */
+  /** @param {number} seq `seq` after which chunks are void. */
   #rewind(seq) {
     while (this.#lastChunkSeq > seq) {
       const mark = this.#marks.pop();

@@ -1,6 +1,6 @@
 /**
  * Payloads: bytes with a content type, which the server passes through unchanged. JSON numbers
- * above 2^53 lose digits in JavaScript, so every payload can also be read as text, and JSON text
+ * above 2^53 lose precision in JavaScript, so every payload can also be read as text, and JSON text
  * can be sent unchanged. No dependencies; runs in browsers.
  */
 
@@ -15,7 +15,7 @@ const decoder = new TextDecoder('utf-8', { ignoreBOM: true });
 export class RawJson {
   /**
    * @param {string} text Well-formed JSON.
-   * @throws {SyntaxError} If it is not well-formed.
+   * @throws {SyntaxError} If `text` is not well-formed.
    */
   constructor(text) {
     JSON.parse(text);
@@ -23,7 +23,7 @@ export class RawJson {
   }
 }
 
-/** One payload, as received. */
+/** Payload: bytes with a content type. */
 export class Payload {
   /**
    * @param {string} contentType IANA media type; empty means `application/json`.
@@ -41,7 +41,7 @@ export class Payload {
   }
 
   /**
-   * The value: parsed JSON, text as a string, anything else as bytes.
+   * The decoded value: parsed JSON, text as a string, anything else as bytes.
    * @returns {any}
    * @throws {SyntaxError} If the content type is JSON and the bytes are not.
    */
@@ -64,7 +64,7 @@ export function utf8(text) {
  * @param {unknown} value A value that `JSON.stringify` accepts, or a {@link RawJson}.
  * @param {string} [name] Name of the value in error messages.
  * @returns {string}
- * @throws {TypeError} If it cannot be encoded as JSON.
+ * @throws {TypeError} If the value cannot be encoded as JSON.
  */
 export function toJson(value, name = 'value') {
   if (value === undefined) return 'null';

@@ -6,40 +6,44 @@ import { Payload, toPayload } from './payload.js';
 /** @typedef {'QUEUED' | 'RUNNING' | 'SUCCEEDED' | 'FAILED' | 'CANCELLED'} RequestState */
 
 /**
- * One request. Times are `null` where they do not apply.
+ * One request. Times are `null` if they do not apply.
  * @typedef {object} Request
- * @property {string} uid The server's globally unique id.
- * @property {string} requestId The id under which the caller submitted it.
+ * @property {string} uid The server's globally unique ID of the request.
+ * @property {string} requestId The caller's ID of the request.
  * @property {string} tenantId
  * @property {string} userId
  * @property {string} action
  * @property {RequestState} state
- * @property {number} attempt Latest attempt, from 1; 0 before the first.
+ * @property {number} attempt Number of the latest attempt, from 1; 0 before the first attempt.
  * @property {number} lastSeq `seq` of the latest event.
  * @property {Date | null} createTime
- * @property {Date | null} startTime Start of the latest attempt.
+ * @property {Date | null} startTime Start time of the latest attempt.
  * @property {Date | null} finishTime
- * @property {Date | null} notBefore Earliest start.
- * @property {Date | null} deadline The request fails without a run if it has not started by then.
- * @property {Date | null} closeBy The request fails if it has not ended by then.
- * @property {number} priority 0 to 9; higher runs first.
+ * @property {Date | null} notBefore Earliest start time.
+ * @property {Date | null} deadline Time by which the request must start; otherwise it fails without
+ *   being run.
+ * @property {Date | null} closeBy Time by which the request must end; otherwise it fails.
+ * @property {number} priority Priority, 0 to 9; a higher priority runs first.
  * @property {import('./events.js').Progress | null} progress Progress of the latest attempt.
  * @property {boolean} cancelRequested
  * @property {Payload | null} metadata Metadata of the caller.
- * @property {Payload | null} payload Input; returned by `get` only.
- * @property {Payload | null} result Result, if it succeeded; returned by `get` only.
- * @property {StreamerError | null} error Failure or cancellation; `null` otherwise.
- * @property {import('./events.js').OutputSummary | null} output Summary of the output, once ended.
- * @property {string} redriveOf `uid` of the redriven request; empty if this is not a redrive.
- * @property {import('./events.js').QueuePosition | null} queuePosition Set while queued and due.
+ * @property {Payload | null} payload Payload; returned only by `get`.
+ * @property {Payload | null} result Result, if the request succeeded; returned only by `get`.
+ * @property {StreamerError | null} error Error of a failed or cancelled request; `null` otherwise.
+ * @property {import('./events.js').OutputSummary | null} output Summary of the output of an
+ *   ended request; `null` before.
+ * @property {string} redriveOf `uid` of the redriven request; empty if the request is not a
+ *   redrive.
+ * @property {import('./events.js').QueuePosition | null} queuePosition Position in the queue;
+ *   `null` unless the request is queued and due.
  */
 
 /**
- * An action that can be requested. Times are milliseconds; 0 means no limit.
+ * An action that can be requested. Times are in milliseconds; 0 means no limit.
  * @typedef {object} Action
  * @property {string} name
  * @property {string} description
- * @property {boolean} sync Whether the call returns the result and nothing is stored.
+ * @property {boolean} sync Whether a call returns the result directly, and nothing is stored.
  * @property {number} estimatedDurationMs
  * @property {number} maxAttempts
  * @property {number} startToCloseMs
@@ -49,12 +53,12 @@ import { Payload, toPayload } from './payload.js';
  * @property {number} initialBackoffMs
  * @property {number} maxBackoffMs
  * @property {string[]} finalErrors
- * @property {string} permission Permission that a caller needs; empty for none.
+ * @property {string} permission Permission that a caller requires; empty if none is required.
  * @property {number} maxConcurrency
  * @property {any} payloadSchema JSON Schema; `null` if any payload is valid.
- * @property {number} workers Number of workers that offer it; 0 if the processor runs it itself, or
- *   if it is not available.
- * @property {boolean} available Whether a worker or a processor offers it.
+ * @property {number} workers Number of workers that offer the action; 0 if the processor runs it
+ *   itself or if the action is not available.
+ * @property {boolean} available Whether a worker or a processor offers the action.
  */
 
 /**
@@ -75,7 +79,7 @@ export function dateOrNull(timestamp) {
 }
 
 /**
- * @param {Date | number} time A date, or milliseconds since 1970.
+ * @param {Date | number} time A date, or milliseconds since the Unix epoch.
  * @returns {{seconds: number, nanos: number}}
  */
 export function timestamp(time) {
@@ -90,7 +94,7 @@ export function duration(millis) {
   return timestamp(millis);
 }
 
-/** @param {any} payload @returns {Payload} Absent data is `{}`. */
+/** @param {any} payload @returns {Payload} The payload; absent data means `{}`. */
 export function payloadFrom(payload) {
   return new Payload(payload?.contentType ?? '', payload?.data ?? Buffer.from('{}'));
 }

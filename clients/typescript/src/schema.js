@@ -1,6 +1,6 @@
 /**
  * Loads the protocol buffers at run time: from `proto/` in the published package, otherwise from
- * the source tree. int64 values are strings, bytes are Buffers.
+ * the source tree. Values of type int64 are strings, values of type bytes are Buffers.
  */
 
 import { existsSync } from 'node:fs';
@@ -33,14 +33,16 @@ const definition = loadSync(FILES, {
 });
 const root = /** @type {any} */ (loadPackageDefinition(definition)).streamer;
 
-/** Client classes of the services. */
+/** Client class of the router service. */
 export const RouterService = root.router.v1.RouterService;
+/** Client class of the progress service. */
 export const ProgressService = root.progress.v1.ProgressService;
+/** Client class of the worker service. */
 export const WorkerService = root.processor.v1.WorkerService;
 
 /**
  * Decodes one message.
- * @param {string} type Full name of its type.
+ * @param {string} type Full name of the message type.
  * @param {Uint8Array} bytes
  * @returns {any}
  */

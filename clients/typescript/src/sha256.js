@@ -1,6 +1,6 @@
 /**
- * Incremental SHA-256 (FIPS 180-4). WebCrypto has no incremental hash, and does not exist on
- * insecure origins. No dependencies; runs in browsers.
+ * Incremental SHA-256 (FIPS 180-4). WebCrypto has no incremental hash, and is not available
+ * on insecure origins. No dependencies; runs in browsers.
  */
 
 const K = new Int32Array(64);
@@ -80,7 +80,7 @@ function compress(state, block, at) {
   state[7] += h;
 }
 
-/** An incremental hash; `copy` saves a state to return to. */
+/** Incremental SHA-256 hash. `copy` saves the current state, so that it can be restored. */
 export class Sha256 {
   #state = INITIAL.slice();
   #block = new Uint8Array(64);

@@ -8,8 +8,8 @@ import { Cancelled, handlerError } from './worker-errors.js';
  * @typedef {object} RunOptions
  * @property {unknown} [checkpoint] Checkpoint of an earlier attempt: bytes unchanged, anything else
  *   as JSON.
- * @property {number} [attempt] From 1; default 1.
- * @property {AbortSignal} [signal] Aborting it cancels the run.
+ * @property {number} [attempt] Number of the attempt, from 1; default 1.
+ * @property {AbortSignal} [signal] Signal that cancels the run when it is aborted.
  * @property {string} [action]
  * @property {string} [uid]
  * @property {string} [requestId]
@@ -17,10 +17,10 @@ import { Cancelled, handlerError } from './worker-errors.js';
  * @property {string} [userId]
  * @property {Date} [deadline]
  * @property {string} [traceParent]
- * @property {number} [maxOutputChunkBytes] Largest chunk of output; default 1 MiB.
+ * @property {number} [maxOutputChunkBytes] Maximum size of an output chunk in bytes; default 1 MiB.
  */
 
-/** Reports of a handler, in order. */
+/** Reports of a handler, in order, and its result or error. */
 export class Recording {
   /** @type {any} The result; `undefined` if the handler threw. */
   result = undefined;
@@ -51,9 +51,9 @@ export class Recording {
 /**
  * Runs a handler once.
  * @param {import('./worker-actions.js').Handler} handler
- * @param {unknown} [payload] A JSON value; a `RawJson`; or bytes. Default `{}`.
+ * @param {unknown} [payload] A JSON value, a `RawJson`, or bytes; default `{}`.
  * @param {RunOptions} [options]
- * @returns {Promise<Recording>} Resolves also if the handler throws: see `error`.
+ * @returns {Promise<Recording>} Also resolves if the handler throws: see `error`.
  */
 export async function runHandler(handler, payload = {}, options = {}) {
   const recording = new Recording();

@@ -1,13 +1,13 @@
 /**
- * OpenTelemetry, if `@opentelemetry/api` is installed. This package uses only the API: the
- * application's SDK exports the spans, and the context is active if the application has registered
- * a context manager, as SDKs do.
+ * Integration with OpenTelemetry, if `@opentelemetry/api` is installed. This package uses only the
+ * API: the application's SDK exports the spans, and the context is active if the application has
+ * registered a context manager, as SDKs do.
  */
 
 /** @type {typeof import('@opentelemetry/api') | null} */
 const api = await import('@opentelemetry/api').catch(() => null);
 
-/** @returns {{traceparent?: string, tracestate?: string}} Empty outside a trace. */
+/** @returns {{traceparent?: string, tracestate?: string}} W3C headers; empty outside a trace. */
 export function traceHeaders() {
   const span = api?.trace.getSpanContext(api.context.active());
   if (!api || !span || !api.isSpanContextValid(span)) return {};

@@ -1,21 +1,21 @@
 /**
- * Calls: messages of the client that the server answers. The protocol has no correlation id for
- * them: an answer contains the id of its request. At most one call per request is in flight, and at
- * most one that is about no request. Unanswered calls are sent again on the next connection. No
- * dependencies; runs in browsers.
+ * Calls: messages from the client to which the server responds. The protocol has no correlation ID
+ * for calls: a response contains the ID of its request. At most one call per request is in flight,
+ * and at most one call without a request. Calls without a response are sent again on the next
+ * connection. No dependencies; runs in browsers.
  */
 
 import { Backoff } from './backoff.js';
 import { RequestCancelled } from './errors.js';
 import { errorFrom } from './websocket-server-messages.js';
 
-/** Most unanswered messages on one connection. */
+/** Maximum number of calls without a response on one connection. */
 const MAX_IN_FLIGHT = 64;
-/** Most retries of a call after transient errors. */
+/** Maximum number of retries of a call after transient errors. */
 const MAX_RETRIES = 6;
 /**
- * Most retries of a subscription above the limit of watches: the watches of a broken connection
- * count for 50 s.
+ * Maximum number of retries of a subscription that exceeds the limit of watches: the watches of a
+ * broken connection count for 50 s.
  */
 const MAX_SUBSCRIBE_RETRIES = 30;
 /** Name of the limit whose error means that the server did not process the message. */
@@ -27,16 +27,16 @@ const MESSAGE_RATE = 'gateway.rate_limit';
 /**
  * @typedef {object} Call
  * @property {Kind} kind
- * @property {string} requestId The request that it is about; empty if none.
+ * @property {string} requestId ID of the request that the call is about; empty if none.
  * @property {() => string} frame Returns the message to send.
- * @property {boolean} sent Whether it waits for an answer on this connection.
- * @property {number} times How many times it was sent.
+ * @property {boolean} sent Whether the call waits for a response on the current connection.
+ * @property {number} times Number of times that the message was sent.
  * @property {Backoff} backoff
  * @property {(message: Message) => void} resolve
  * @property {(error: unknown) => void} reject
  */
 
-/** The kinds of calls that each type of message answers; an error answers any. */
+/** Kinds of calls to which each type of message responds; an error responds to any call. */
 const ANSWERS = /** @type {Record<string, Kind[]>} */ ({
   acknowledgment: ['submit', 'cancel'],
   response: ['submit'],
@@ -47,17 +47,17 @@ const ANSWERS = /** @type {Record<string, Kind[]>} */ ({
   authenticated: ['auth'],
 });
 
-/** The calls of one client, across reconnects. */
+/** Sends the calls of one client, across reconnects. */
 export class Calls {
-  /** @type {Map<string, Call[]>} By request; the first of each queue is in flight or sendable. */
+  /** @type {Map<string, Call[]>} By request; the first call of a queue is in flight or sendable. */
   #queues = new Map();
   /** @type {Set<Call>} */
   #sendable = new Set();
   #inFlight = 0;
 
   /**
-   * @param {(frame: string) => boolean} send Returns whether the message was sent; throws if it can
-   *   never be sent.
+   * @param {(frame: string) => boolean} send Sends a message. Returns whether the message was sent;
+   *   throws if it can never be sent.
    */
   constructor(send) {
     this.send = send;
@@ -68,8 +68,9 @@ export class Calls {
    * @param {Kind} kind
    * @param {string} requestId
    * @param {() => string} frame
-   * @param {(message: Message) => void} resolve Gets the answer, before any message after it.
-   * @param {(error: unknown) => void} reject Gets the server's error.
+   * @param {(message: Message) => void} resolve Receives the response, before any later message is
+   *   handled.
+   * @param {(error: unknown) => void} reject Receives the error from the server.
    */
   add(kind, requestId, frame, resolve, reject) {
     const backoff = new Backoff({ initialMs: 200 });
@@ -87,7 +88,7 @@ export class Calls {
   /**
    * Withdraws a submission that was never sent.
    * @param {string} requestId
-   * @returns {boolean} Whether one was withdrawn.
+   * @returns {boolean} Whether a submission was withdrawn.
    */
   withdraw(requestId) {
     const queue = this.#queues.get(requestId) ?? [];
@@ -116,7 +117,7 @@ export class Calls {
     }
   }
 
-  /** Handles the loss of the connection: unanswered calls are sent again. */
+  /** Handles the loss of the connection: calls without a response are sent again. */
   onDisconnect() {
     this.#inFlight = 0;
     for (const [call] of this.#queues.values()) {
@@ -126,9 +127,9 @@ export class Calls {
   }
 
   /**
-   * Passes an answer to its call.
+   * Passes a response to its call.
    * @param {Message} message
-   * @returns {boolean} Whether it answers a call.
+   * @returns {boolean} Whether the message is the response to a call.
    */
   onMessage(message) {
     const { type, seq, request_id: requestId, uid } = message.body;
@@ -163,7 +164,7 @@ export class Calls {
    */
   #onError(call, error) {
     const unprocessed = error.details?.limit === MESSAGE_RATE;
-    // The watches of a broken connection count for a while, and so may those that replace them.
+    // The watches of a broken connection count for a while, as may the watches that replace them.
     const delayed = call.kind === 'subscribe' && error.retryAfterMs !== undefined;
     const limited = error.code === 'RATE_LIMITED' && (call.times > 1 || delayed);
     const transient = error.code === 'UNAVAILABLE' || limited;

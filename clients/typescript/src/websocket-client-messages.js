@@ -5,23 +5,25 @@ import { toJson } from './payload.js';
 /**
  * @typedef {object} Accepted
  * @property {string} requestId
- * @property {string} uid The server's id.
- * @property {boolean} duplicate Whether this `id` was submitted before; no new request was created.
- * @property {import('./events.js').QueuePosition | null} queuePosition Set while queued and due.
+ * @property {string} uid The server's ID of the request.
+ * @property {boolean} duplicate Whether the `id` was submitted before, so that no new request was
+ *   created.
+ * @property {import('./events.js').QueuePosition | null} queuePosition Position in the queue;
+ *   `null` unless the request is queued and due.
  */
 
 /**
  * @typedef {object} RequestOptions
- * @property {string} [id] Idempotency and correlation key: 1 to 128 of `[A-Za-z0-9._:@/+=-]`.
- *   Random by default.
- * @property {number} [priority] 0 (default) to 9; higher runs first.
+ * @property {string} [id] Idempotency and correlation key: 1 to 128 characters from
+ *   `[A-Za-z0-9._:@/+=-]`. Random by default.
+ * @property {number} [priority] Priority, 0 (default) to 9; a higher priority runs first.
  * @property {string} [traceparent] W3C trace context of the caller.
- * @property {string} [tracestate] W3C `tracestate` that belongs to it.
- * @property {number} [delayMs] Delay before the earliest start: 0 to 30 days, in ms.
- * @property {object | import('./payload.js').RawJson} [metadata] Stored with the request; at most
- *   16 KiB of JSON.
- * @property {AbortSignal} [signal] Aborting requests cancellation; the promise still settles when
- *   the request ends.
+ * @property {string} [tracestate] W3C `tracestate` that belongs to `traceparent`.
+ * @property {number} [delayMs] Delay before the earliest start: 0 to 30 days, in milliseconds.
+ * @property {object | import('./payload.js').RawJson} [metadata] Metadata to store with the
+ *   request; at most 16 KiB of JSON.
+ * @property {AbortSignal} [signal] Aborting it requests cancellation; the promise still settles
+ *   when the request ends.
  * @property {(accepted: Accepted) => void} [onAccepted] Called when the request is durable. Not
  *   called for a sync action.
  */
@@ -40,7 +42,7 @@ export function message(type, members) {
  * @param {string} action
  * @param {unknown} payload
  * @param {RequestOptions & {mode?: string}} options
- * @returns {string} The message, with `RawJson` unchanged.
+ * @returns {string} The message, in which `RawJson` values are unchanged.
  */
 export function requestFrame(id, action, payload, options) {
   const { metadata, priority, delayMs, mode, traceparent, tracestate } = options;

@@ -6,14 +6,14 @@
 import { Backoff } from './backoff.js';
 import { ConnectionClosed } from './errors.js';
 
-/** How long the server may take to send `connected`, in milliseconds. */
+/** Time within which the server must send `connected`, in milliseconds. */
 const CONNECT_TIMEOUT_MS = 20_000;
-/** A connection that stays open for this long, in milliseconds, resets the backoff. */
+/** Time for which a connection must stay open to reset the backoff, in milliseconds. */
 const STABLE_MS = 5000;
-/** Additional delay after the close code for too many connections, in milliseconds. */
+/** Additional delay before a reconnect after close code `RATE_LIMITED`, in milliseconds. */
 const RATE_LIMITED_DELAY_MS = 1000;
 
-/** The characters of a subprotocol, and therefore of a token. */
+/** Matches the characters that a subprotocol, and therefore a token, may contain. */
 const TOKEN = /^[\w!#$%&'*+.^`|~-]+$/;
 
 const BAD_PROTOCOL = 4400;
@@ -24,23 +24,25 @@ const RATE_LIMITED = 4429;
 /**
  * A change of the connection's state.
  * @typedef {object} StateChange
- * @property {'connecting' | 'open' | 'waiting' | 'closed'} state `waiting`: until the next
- *   reconnect; `closed`: permanently.
+ * @property {'connecting' | 'open' | 'waiting' | 'closed'} state `waiting` lasts until the
+ *   next reconnect; `closed` is permanent.
  * @property {Error} [error] Reason for `waiting` or `closed`.
- * @property {number} [retryInMs] Delay before the next reconnect, in milliseconds; only `waiting`.
+ * @property {number} [retryInMs] Delay before the next reconnect, in milliseconds; set only in
+ *   state `waiting`.
  */
 
 /**
  * Callbacks of a connection.
  * @typedef {object} Listener
- * @property {(greeting: any) => void} onOpen The server has sent `connected`.
+ * @property {(greeting: any) => void} onOpen Called when the server has sent `connected`.
  * @property {(message: import('./websocket-server-messages.js').Message) => void} onMessage
- * @property {() => void} onDisconnect The connection is lost; a reconnect may follow.
- * @property {(error: ConnectionClosed) => void} onClose The connection is permanently closed.
+ * @property {() => void} onDisconnect Called when the connection is lost; a reconnect may follow.
+ * @property {(error: ConnectionClosed) => void} onClose Called when the connection is permanently
+ *   closed.
  * @property {(change: StateChange) => void} onStateChange
  */
 
-/** One WebSocket at a time, across reconnects. */
+/** Maintains one WebSocket at a time, across reconnects. */
 export class Connection {
   /** @type {any} The current WebSocket; `null` while disconnected. */
   #socket = null;
@@ -56,7 +58,7 @@ export class Connection {
   #timer;
   /** @type {ReturnType<typeof setInterval> | undefined} */
   #livenessTimer;
-  /** Intervals of the liveness check without a message. */
+  /** Number of consecutive liveness checks without a message in between. */
   #silentIntervals = 0;
 
   /**
@@ -85,7 +87,7 @@ export class Connection {
     if (this.#closed) return;
     const bearer = typeof value === 'string' ? value.trim() : '';
     if (!TOKEN.test(bearer)) {
-      // The error message of the browser would contain the token.
+      // The browser's error message would contain the token.
       const rule = 'token must be a JWT, or a function that returns one';
       this.#closePermanently(new ConnectionClosed(rule, UNAUTHENTICATED));
       return;
@@ -128,7 +130,7 @@ export class Connection {
     socket.addEventListener('close', (/** @type {any} */ event) => {
       this.#onSocketClosed(socket, event.code, String(event.reason ?? ''));
     });
-    // The close event that follows has the reason.
+    // The close event that follows contains the reason.
     socket.addEventListener('error', () => {});
   }
 
@@ -197,7 +199,7 @@ export class Connection {
     try {
       socket?.close(1000);
     } catch {
-      // The socket never opened.
+      // The socket was never open.
     }
   }
 

@@ -15,22 +15,22 @@ import { LogReader } from './log-reader.js';
 
 /**
  * @typedef {object} FollowOptions
- * @property {'all' | 'latest'} [mode] `latest`: at most 10 progress events per second, always the
- *   newest. Default `all`.
- * @property {boolean} [raw] Returns the result as JSON text, in which no number loses digits,
- *   instead of parsing it; default `false`.
+ * @property {'all' | 'latest'} [mode] Progress events to receive: `all` (default), or `latest` for
+ *   at most 10 per second, always the newest.
+ * @property {boolean} [raw] Whether to return the result as JSON text, in which numbers keep their
+ *   full precision, instead of the parsed value; default `false`.
  */
 
-/** State of one followed request. */
+/** Follows one request, and settles a promise with its result. */
 export class Follower {
-  /** Whether the server has a subscription for it, or had one before a reconnect. */
+  /** Whether the request is subscribed, or was subscribed before a reconnect. */
   subscribed = false;
-  /** Whether a subscription is requested and not answered. */
+  /** Whether a subscription was requested and not confirmed yet. */
   subscribing = false;
-  /** The server's id; empty while unknown. */
+  /** The server's ID of the request; empty while unknown. */
   uid = '';
   settled = false;
-  /** @type {number | null} `seq` after which missing events were requested. */
+  /** @type {number | null} `seq` after which missing events were last requested. */
   #gapRequestedAfter = null;
   /** @type {(result: any) => void} */
   #resolve = () => {};
@@ -47,7 +47,7 @@ export class Follower {
     this.options = options;
     this.latest = options.mode === 'latest';
     this.reader = new LogReader({ afterSeq, allowGaps: this.latest });
-    /** Settles with the result. */
+    /** Promise of the result. */
     this.promise = new Promise((resolve, reject) => {
       this.#resolve = resolve;
       this.#reject = reject;
@@ -56,7 +56,7 @@ export class Follower {
 
   /**
    * @param {{request_id?: string, uid?: string}} ids
-   * @returns {boolean} Whether they identify this request.
+   * @returns {boolean} Whether the IDs identify the followed request.
    */
   matches({ request_id: requestId, uid }) {
     if (requestId === this.requestId || uid === this.requestId) return true;
@@ -74,7 +74,7 @@ export class Follower {
   /**
    * Handles the start of the subscription.
    * @param {{uid: string, last_seq: number, state: string}} snapshot
-   * @param {number} [afterSeq] The requested position.
+   * @param {number} [afterSeq] `seq` after which events were requested.
    * @returns {boolean} Whether the terminal event must be requested separately: the request has
    *   ended, and the requested position is at or after its last event.
    */
@@ -135,7 +135,7 @@ export class Follower {
 /**
  * @param {unknown} error The error of a call.
  * @param {string} requestId
- * @returns {unknown} The error for the caller: `RequestFailed` for an error of the server.
+ * @returns {unknown} The error for the caller: `RequestFailed` for an error from the server.
  */
 export function followerError(error, requestId) {
   const local =

@@ -1,6 +1,6 @@
 /**
- * Finds the source text of the members of a JSON object. The digest of the output is over the bytes
- * of the chunks, and a number may have more digits than JavaScript keeps, so encoding parsed values
+ * Finds the source text of the members of a JSON object. The digest of the output is computed over
+ * the bytes of the chunks, and numbers may lose precision in JavaScript, so encoding parsed values
  * again is not sufficient. No dependencies; runs in browsers.
  */
 
@@ -15,7 +15,8 @@ const CLOSE_BRACE = 0x7d;
 
 /**
  * Returns the members of an object, each with everything between its colon and the comma or brace
- * that follows, including white space. Of members with the same name, the last one is returned.
+ * that follows, including white space. If several members have the same name, the last one is
+ * returned.
  * @param {string} text Well-formed JSON.
  * @returns {Map<string, string>} Empty if the text is not an object.
  */

@@ -1,6 +1,6 @@
 /**
- * Converts the server's messages of `streamer.v1.json` to the objects of the client API. No
- * dependencies; runs in browsers.
+ * Converts messages from the server in protocol `streamer.v1.json` to the objects of the client
+ * API. No dependencies; runs in browsers.
  */
 
 import { StreamerError } from './errors.js';
@@ -15,14 +15,14 @@ import { rawElements, rawMembers } from './websocket-json.js';
  */
 
 /**
- * One request, as returned by `get` and `list`. Times are `null` where they do not apply.
+ * One request, as returned by `get` and `list`. Times are `null` if they do not apply.
  * @typedef {object} RequestInfo
  * @property {string} requestId
  * @property {string} uid
  * @property {string} userId
  * @property {string} action
  * @property {'QUEUED' | 'RUNNING' | 'SUCCEEDED' | 'FAILED' | 'CANCELLED'} state
- * @property {number} attempt Latest attempt, from 1; 0 before the first.
+ * @property {number} attempt Number of the latest attempt, from 1; 0 before the first attempt.
  * @property {number} lastSeq `seq` of the latest event.
  * @property {number} priority
  * @property {boolean} cancelRequested
@@ -31,13 +31,14 @@ import { rawElements, rawMembers } from './websocket-json.js';
  * @property {Date | null} finishTime
  * @property {Date | null} notBefore
  * @property {Date | null} deadline
- * @property {Date | null} closeBy The request fails if it has not ended by then.
- * @property {import('./events.js').QueuePosition | null} queuePosition Set while queued and due.
+ * @property {Date | null} closeBy Time by which the request must end; otherwise it fails.
+ * @property {import('./events.js').QueuePosition | null} queuePosition Position in the queue;
+ *   `null` unless the request is queued and due.
  * @property {string} redriveOf
  * @property {import('./events.js').Progress | null} progress
  * @property {Payload | null} metadata Metadata of the caller.
- * @property {Payload | null} payload Input; returned by `get` only.
- * @property {Payload | null} result Result, if it succeeded; returned by `get` only.
+ * @property {Payload | null} payload Payload; returned only by `get`.
+ * @property {Payload | null} result Result, if the request succeeded; returned only by `get`.
  * @property {StreamerError | null} error
  * @property {import('./events.js').OutputSummary | null} output
  */
@@ -52,8 +53,8 @@ export function errorFrom(error) {
 }
 
 /**
- * Returns the payload in a member: JSON as its source text, text as a string, anything else in
- * base64.
+ * Returns the payload in a member, which contains JSON as its source text, text as a string, and
+ * all other payloads in base64.
  * @param {Message} message
  * @param {string} name Name of the member.
  * @returns {Payload}

@@ -1,6 +1,6 @@
 /**
  * The WebSocket client, for browsers and Node: requests, their progress and their results over one
- * connection, with automatic reconnects. A plain ES module without dependencies: a page needs only
+ * connection, with automatic reconnects. An ES module without dependencies: a page requires only
  * `import { StreamerSocket } from './websocket.js'`.
  */
 
@@ -51,13 +51,14 @@ export {
  * @property {string} url `ws://host:port/ws`, or `wss://…` for TLS.
  * @property {string | (() => string | Promise<string>)} token A JWT, or a function that returns
  *   one; it is called for each connection and before the token expires.
- * @property {any} [WebSocket] The class to use if the platform has none: that of `ws` in Node.
+ * @property {any} [WebSocket] WebSocket class to use if the platform has none, such as that of
+ *   package `ws` in Node.
  * @property {(change: import('./websocket-connection.js').StateChange) => void} [onStateChange]
- * @property {(message: {topic: string, data: any, payload: Payload}) => void} [onMessage] Gets
- *   messages that a service pushes through the Connections API.
+ * @property {(message: {topic: string, data: any, payload: Payload}) => void} [onMessage]
+ *   Receives messages that a service sends through the Connections API.
  */
 
-/** A client of one server. */
+/** A client of one server, over one WebSocket. */
 export class StreamerSocket {
   #options;
   #connection;
@@ -76,7 +77,7 @@ export class StreamerSocket {
     const WebSocket = options.WebSocket ?? globalThis.WebSocket;
     if (!WebSocket) throw new TypeError('WebSocket is not defined: pass the class of package `ws`');
     this.#options = options;
-    /** Identity of this connection, as reported by the server; `null` until it is connected. */
+    /** Identity of the connection, as reported by the server; `null` before it is connected. */
     this.identity = /** @type {{connectionId: string, userId: string, tenantId: string} | null} */ (
       null
     );
@@ -131,8 +132,9 @@ export class StreamerSocket {
    * Follows an existing request until it ends.
    * @param {string} requestId `request_id` or `uid`.
    * @param {{afterSeq?: number | null, signal?: AbortSignal} & FollowOptions & Observer} [options]
-   *   Delivers events after `afterSeq`; default 0: all events, and the output is verified at the
-   *   end. `null`: only new events. Aborting `signal` ends the watch, not the request.
+   *   `afterSeq` is the `seq` after which events are delivered: 0 (default) delivers all events,
+   *   and the output is verified at the end; `null` delivers only new events. Aborting `signal`
+   *   ends the watch, not the request.
    * @returns {Promise<any>} The result; throws the same errors as {@link request}.
    */
   watch(requestId, options = {}) {
@@ -150,8 +152,8 @@ export class StreamerSocket {
   }
 
   /**
-   * Requests cancellation. A queued request is cancelled at once, a running one when its handler
-   * stops. Safe to repeat.
+   * Requests cancellation. A queued request is cancelled immediately, a running request when its
+   * handler stops. Safe to repeat.
    * @param {string} requestId `request_id` or `uid`.
    * @param {string} [reason] At most 1,024 bytes.
    * @returns {Promise<string>} `cancelling`, or the terminal state of the request.
@@ -175,8 +177,9 @@ export class StreamerSocket {
   /**
    * Returns a page of the caller's requests, newest first.
    * @param {object} [options]
-   * @param {RequestInfo['state'][]} [options.states] Requests in these states; default all.
-   * @param {number} [options.limit] 1 to 500; default 50.
+   * @param {RequestInfo['state'][]} [options.states] States of the requests to return; default
+   *   all.
+   * @param {number} [options.limit] Number of requests per page, 1 to 500; default 50.
    * @param {string} [options.pageToken] `nextPageToken` of the previous page.
    * @returns {Promise<{requests: RequestInfo[], nextPageToken: string}>} The token is empty on the
    *   last page.
@@ -186,7 +189,7 @@ export class StreamerSocket {
     return pageFrom(await this.#call('list', '', frame));
   }
 
-  /** Closes the connection. Promises reject with `ConnectionClosed`; requests continue. */
+  /** Closes the connection. Pending promises reject with `ConnectionClosed`; requests continue. */
   close() {
     this.#connection.close();
   }
@@ -216,7 +219,7 @@ export class StreamerSocket {
   }
 
   /**
-   * Settles a follower, once.
+   * Settles a follower unless it is settled, and removes it.
    * @param {Follower} follower
    * @param {() => void} settle
    */
@@ -226,7 +229,7 @@ export class StreamerSocket {
   }
 
   /**
-   * Subscribes to the events after those that the follower has.
+   * Subscribes to the events after those that the follower has received.
    * @param {Follower} follower
    * @param {boolean} [terminalOnly] Whether only the terminal event is missing.
    */
@@ -276,7 +279,7 @@ export class StreamerSocket {
       this.#settle(follower, () => follower.fail(error));
       return;
     }
-    // The server sends an event once per connection: other followers may have received it before.
+    // The server sends an event once per connection: other followers may have received it.
     if (duplicate) this.#subscribe(follower);
   }
 

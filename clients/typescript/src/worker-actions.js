@@ -1,4 +1,4 @@
-/** Declarations of actions. The server checks the remaining rules. */
+/** Declarations of actions. The server checks the rules that this module does not check. */
 
 import { checkSize } from './errors.js';
 
@@ -11,26 +11,26 @@ import { checkSize } from './errors.js';
  */
 
 /**
- * Declaration of an action. Times are milliseconds.
+ * Declaration of an action. Times are in milliseconds.
  * @typedef {object} ActionOptions
- * @property {string} [description] Description for people.
- * @property {boolean} [sync] Whether the call returns the result, without log, retry and resume.
- *   Default `false`.
- * @property {number} [estimatedDurationMs] Usual duration of a run; default 60,000, or 10 if
- *   `sync`. Below the server's threshold (5,000 by default) an action is sync.
- * @property {number} [maxAttempts] Default 3.
- * @property {number} [startToCloseMs] Longest run of one attempt; default no limit.
- * @property {number} [heartbeatTimeoutMs] Longest time without a report from a running handler;
+ * @property {string} [description] Human-readable description.
+ * @property {boolean} [sync] Whether a call returns the result directly, without a log, retries or
+ *   resumption; default `false`.
+ * @property {number} [estimatedDurationMs] Typical duration of a run; default 60,000, or 10 if
+ *   `sync`. If it is below the server's threshold (5,000 by default), the action is sync.
+ * @property {number} [maxAttempts] Maximum number of attempts; default 3.
+ * @property {number} [startToCloseMs] Maximum duration of one attempt; default no limit.
+ * @property {number} [heartbeatTimeoutMs] Maximum time between reports of a running handler;
  *   default no limit.
- * @property {number} [scheduleToStartMs] Longest wait for the first attempt; default no limit.
- * @property {number} [scheduleToCloseMs] Longest time for all attempts together; default no limit.
- * @property {number} [initialBackoffMs] Bound of the first wait between attempts, doubled each
- *   time; default set by the server.
- * @property {number} [maxBackoffMs] Largest bound of such a wait.
+ * @property {number} [scheduleToStartMs] Maximum time before the first attempt; default no limit.
+ * @property {number} [scheduleToCloseMs] Maximum total time of all attempts; default no limit.
+ * @property {number} [initialBackoffMs] Initial bound of the wait between attempts, which doubles
+ *   after each attempt; default set by the server.
+ * @property {number} [maxBackoffMs] Maximum bound of the wait between attempts.
  * @property {string[]} [finalErrors] Error codes that are not retried.
- * @property {string} [permission] Permission that a caller needs; default none.
- * @property {number} [maxConcurrency] Most runs at the same time on one processor; default no
- *   limit.
+ * @property {string} [permission] Permission that a caller requires; default none.
+ * @property {number} [maxConcurrency] Maximum number of concurrent runs on one processor; default
+ *   no limit.
  * @property {object | string} [payloadSchema] JSON Schema (2020-12) that payloads must match.
  */
 
@@ -46,12 +46,12 @@ const NUMBERS = /** @type {const} */ ([
   'maxConcurrency',
 ]);
 
-/** Longest description, in bytes. */
+/** Maximum length of a description, in bytes. */
 const MAX_DESCRIPTION_BYTES = 4096;
-/** Largest JSON Schema, in bytes. */
+/** Maximum size of a JSON Schema, in bytes. */
 const MAX_SCHEMA_BYTES = 256 * 1024;
 
-/** Default threshold of the server from which an action is async, in milliseconds. */
+/** Default of the server's sync threshold, from which an action is async, in milliseconds. */
 const SYNC_THRESHOLD_MS = 5000;
 
 /**

@@ -1,4 +1,4 @@
-/** One attempt: its handler and its reports. */
+/** Runs one attempt: its handler and its reports. */
 
 import { checkSize } from './errors.js';
 import { JSON_TYPE, toJson } from './payload.js';
@@ -7,11 +7,11 @@ import { Context } from './worker-context.js';
 import { Cancelled, errorReport, handlerError } from './worker-errors.js';
 import { ReportQueue } from './worker-report-queue.js';
 
-/** Longest interval between keep-alives, in milliseconds. */
+/** Maximum interval between keep-alives, in milliseconds. */
 const MAX_KEEP_ALIVE_MS = 1000;
 
 /**
- * Limits in the server's `welcome`; sizes are bytes, times are milliseconds.
+ * Limits in the server's `welcome`. Sizes are in bytes, times in milliseconds.
  * @typedef {object} Limits
  * @property {number} heartbeatMs
  * @property {number} leaseMs
@@ -22,21 +22,21 @@ const MAX_KEEP_ALIVE_MS = 1000;
  */
 
 /**
- * @typedef {object} PendingReport A report that waits for room, or for a report before it.
- * @property {'counted' | 'other' | 'final'} kind Only `counted` reports (progress and output) need
- *   room.
+ * @typedef {object} PendingReport Report that waits for queue capacity, or for an earlier report.
+ * @property {'counted' | 'other' | 'final'} kind Only `counted` reports (progress and output)
+ *   require capacity.
  * @property {() => void} add
  * @property {() => void} resolve
  * @property {(reason: unknown) => void} reject
  */
 
-/** An attempt, from its task to the acknowledgment of its end; the `Reporter` of its context. */
+/** Runs the handler of an attempt, and sends its reports as `Reporter` of its context. */
 export class Attempt {
   #controller = new AbortController();
   /** @type {PendingReport[]} */
   #pending = [];
   #reports = new ReportQueue();
-  /** Whether the attempt was stopped: no more reports are sent, and the handler should end. */
+  /** Whether the attempt was stopped, so that it sends no more reports. */
   #stopped = false;
   #cancelled = false;
   #onChange;
@@ -62,7 +62,7 @@ export class Attempt {
     return this.#controller.signal;
   }
 
-  /** Identifies the attempt in the protocol. */
+  /** Identity of the attempt in the protocol. */
   get id() {
     return { uid: this.info.uid, attempt: this.info.attempt };
   }
@@ -114,7 +114,8 @@ export class Attempt {
   }
 
   /**
-   * Aborts the handler and sends no further reports: this worker no longer owns the attempt.
+   * Aborts the handler and sends no further reports, because this worker no longer owns the
+   * attempt.
    * @param {string} reason
    */
   stop(reason) {
@@ -129,7 +130,7 @@ export class Attempt {
   }
 
   /**
-   * Sends reports again that the server dropped.
+   * Resends reports that the server dropped.
    * @param {number} number Number of the last report that was not dropped.
    * @param {number} resends Number of `resend` messages on the current stream.
    */
@@ -155,7 +156,7 @@ export class Attempt {
   }
 
   /**
-   * Continues on a new stream.
+   * Continues on a new stream, on which the reports that are not durable are sent.
    * @param {number} number Number of the last durable report.
    * @param {Limits} limits
    */
@@ -180,7 +181,7 @@ export class Attempt {
     return this.#enqueue('other', () => this.#reports.addCheckpoint(bytes));
   }
 
-  /** Queues a keep-alive; calls within one interval are merged into one at its end. */
+  /** Queues a keep-alive. Calls within an interval are merged into one keep-alive at its end. */
   async keepAlive() {
     if (this.#stopped) throw this.signal.reason;
     const delay = this.#keepAliveAt + this.#keepAliveMs - performance.now();
@@ -203,7 +204,7 @@ export class Attempt {
    * @param {any} body
    */
   #end(kind, body) {
-    // Reports that the handler did not await are sent first. Rejected after `release` or `stop`.
+    // Reports that the handler did not await are sent first. Rejects after `release` or `stop`.
     this.#enqueue('final', () => this.#reports.addFinal(kind, body)).catch(() => {});
   }
 
@@ -220,13 +221,13 @@ export class Attempt {
     });
   }
 
-  /** Moves pending reports to the queue, in order, while there is room. */
+  /** Moves pending reports to the queue, in order, while the queue has capacity. */
   #queuePending() {
     let first = this.#pending[0];
     for (; first && !this.#reports.ended; first = this.#pending[0]) {
       if (first.kind === 'counted' && !this.#reports.hasRoom(this.limits)) break;
       this.#pending.shift();
-      // Of a sync action only the final report is sent.
+      // For a sync action, only the final report is sent.
       if (!this.info.sync || first.kind === 'final') first.add();
       first.resolve();
     }

@@ -8,19 +8,19 @@ import { checkSize } from './errors.js';
 import { JSON_TYPE, Payload, toChunk, toJson } from './payload.js';
 import { InvalidPayload } from './worker-errors.js';
 
-/** Longest message of a progress report, in bytes. */
+/** Maximum length of the message of a progress report, in bytes. */
 const MAX_PROGRESS_MESSAGE_BYTES = 4096;
-/** Largest metadata of a progress report, in bytes. */
+/** Maximum size of the metadata of a progress report, in bytes. */
 const MAX_PROGRESS_METADATA_BYTES = 64 * 1024;
-/** Largest checkpoint, in bytes. */
+/** Maximum size of a checkpoint, in bytes. */
 const MAX_CHECKPOINT_BYTES = 256 * 1024;
-/** Largest content type, in bytes. */
+/** Maximum length of a content type, in bytes. */
 const MAX_CONTENT_TYPE_BYTES = 255;
-/** Longest time for which reports do not yield to the event loop, in milliseconds. */
+/** Maximum time that reports take before they yield to the event loop, in milliseconds. */
 const YIELD_INTERVAL_MS = 10;
 
 /**
- * Data of an attempt.
+ * Describes an attempt.
  * @typedef {object} AttemptInfo
  * @property {string} uid
  * @property {string} requestId
@@ -39,14 +39,14 @@ const YIELD_INTERVAL_MS = 10;
  * Receives the reports of a handler.
  * @typedef {object} Reporter
  * @property {AbortSignal} signal
- * @property {{maxOutputChunkBytes: number}} limits In bytes.
+ * @property {{maxOutputChunkBytes: number}} limits Limits, in bytes.
  * @property {(kind: 'progress' | 'output', body: any, bytes: number) => Promise<void>} report
- *   Resolves once there is room; rejects if this worker no longer owns the attempt.
+ *   Resolves once the report is queued; rejects if this worker no longer owns the attempt.
  * @property {(bytes: Uint8Array) => Promise<void>} checkpoint
  * @property {() => Promise<void>} keepAlive
  */
 
-/** When the process last yielded to the event loop. */
+/** Time at which the process last yielded to the event loop. */
 let lastYield = performance.now();
 
 /** Yields to the event loop, so that heartbeats are sent while a busy handler reports. */
@@ -56,7 +56,7 @@ async function yieldToEventLoop() {
   lastYield = performance.now();
 }
 
-/** Argument of every run of a handler. */
+/** Context of a handler: describes its attempt, and sends its reports. */
 export class Context {
   #reporter;
   #payload;
@@ -68,9 +68,9 @@ export class Context {
   constructor(info, reporter) {
     this.#reporter = reporter;
     this.#payload = info.payload;
-    /** The server's id of the request: the idempotency key for side effects in other systems. */
+    /** The server's ID of the request; the idempotency key for side effects in other systems. */
     this.uid = info.uid;
-    /** The caller's id of the request. */
+    /** The caller's ID of the request. */
     this.requestId = info.requestId;
     /** The tenant of the caller. */
     this.tenantId = info.tenantId;
@@ -82,7 +82,7 @@ export class Context {
     this.attempt = info.attempt;
     /** Exact bytes of the checkpoint of an earlier attempt; `null` if there is none. */
     this.checkpointBytes = info.checkpoint;
-    /** When the attempt fails with `TIMEOUT`; `null` if it has no time limit. */
+    /** Time at which the attempt fails with `TIMEOUT`; `null` if it has no time limit. */
     this.deadline = info.deadline;
     /**
      * W3C `traceparent` to send with calls that the handler makes; empty if the request is not part
@@ -92,8 +92,8 @@ export class Context {
     /** W3C `tracestate` that belongs to `traceParent`. */
     this.traceState = info.traceState ?? '';
     /**
-     * Aborted when the handler should end: the request was cancelled, or this worker no longer owns
-     * the attempt. The reason is a `Cancelled`.
+     * Signal that is aborted when the handler should end, because the request was cancelled or this
+     * worker no longer owns the attempt. The reason is a `Cancelled`.
      */
     this.signal = reporter.signal;
   }
@@ -103,7 +103,7 @@ export class Context {
     return this.#payload.bytes;
   }
 
-  /** The payload as text, in which no number has lost digits. */
+  /** The payload as text, in which numbers keep their full precision. */
   get payloadText() {
     return this.#payload.text;
   }
@@ -138,13 +138,13 @@ export class Context {
   /**
    * Reports progress. Blocks only while too many reports are not durable.
    * @param {number | {percentage?: number, message?: string, metadata?: unknown}} report A
-   *   percentage from 0 to 100; or an object with a percentage, a message for people (at most 4,096
-   *   bytes) and JSON-encodable metadata (at most 64 KiB).
+   *   percentage from 0 to 100; or an object with a percentage, a human-readable message (at most
+   *   4,096 bytes) and JSON-encodable metadata (at most 64 KiB).
    * @returns {Promise<void>}
    * @throws {RangeError} If the percentage is out of range.
    * @throws {import('./errors.js').LimitError} If a value is too large.
-   * @throws {import('./worker-errors.js').Cancelled} If this worker no longer owns the attempt. The
-   *   methods below throw it, too.
+   * @throws {import('./worker-errors.js').Cancelled} If this worker no longer owns the attempt. All
+   *   methods that report throw this error.
    */
   progress(report) {
     return this.#report(() => {
@@ -178,7 +178,7 @@ export class Context {
    *   `Payload` (unchanged), or anything else as JSON. At most the server's
    *   `limits.max_output_chunk_bytes` (1 MiB by default).
    * @returns {Promise<void>}
-   * @throws {import('./errors.js').LimitError} If it is too large.
+   * @throws {import('./errors.js').LimitError} If the chunk is too large.
    */
   output(chunk) {
     return this.#report(() => {
@@ -191,11 +191,11 @@ export class Context {
   }
 
   /**
-   * Saves the state that the next attempt starts from, replacing the previous checkpoint. The
+   * Saves the state from which the next attempt starts, replacing the previous checkpoint. The
    * output of a failed attempt is void: the next attempt must send it again.
-   * @param {unknown} value Bytes unchanged, anything else as JSON; at most 256 KiB.
+   * @param {unknown} value Bytes are saved unchanged, any other value as JSON; at most 256 KiB.
    * @returns {Promise<void>}
-   * @throws {import('./errors.js').LimitError} If it is too large.
+   * @throws {import('./errors.js').LimitError} If the checkpoint is too large.
    */
   saveCheckpoint(value) {
     return this.#report(() => {
@@ -207,7 +207,7 @@ export class Context {
 
   /**
    * Reports that the handler is alive, for actions with `heartbeatTimeoutMs`. Every other report
-   * counts as a heartbeat, too.
+   * also counts as a heartbeat.
    * @returns {Promise<void>}
    */
   heartbeat() {
@@ -216,7 +216,7 @@ export class Context {
 
   /**
    * Resolves after a delay.
-   * @param {number} ms Milliseconds.
+   * @param {number} ms Delay, in milliseconds.
    * @returns {Promise<void>} Rejects with a `Cancelled` when the handler should end.
    */
   sleep(ms) {

@@ -19,15 +19,15 @@ const CODES = new Set([
   'INTERNAL_ERROR',
 ]);
 
-/** Longest message of an error, in bytes; longer ones are truncated. */
+/** Maximum length of an error message, in bytes; longer messages are truncated. */
 const MAX_MESSAGE_BYTES = 4096;
-/** Largest details of an error, in bytes; larger ones are omitted. */
+/** Maximum size of the details of an error, in bytes; larger details are omitted. */
 const MAX_DETAILS_BYTES = 64 * 1024;
 
-/** The attempt failed. It is retryable by default. */
+/** The attempt failed. The error is retryable by default. */
 export class HandlerError extends StreamerError {
   /**
-   * @param {string} message For people; it is stored with the request and shown to the caller.
+   * @param {string} message Human-readable message; stored in the request and shown to the caller.
    * @param {object} [options]
    * @param {boolean} [options.retryable] Whether another attempt may succeed; default `true`.
    * @param {string} [options.code] One of the error codes; default `PROCESSING_FAILED`.
@@ -71,7 +71,7 @@ export class InvalidPayload extends HandlerError {
 
 /**
  * The handler must end, or has ended: the request was cancelled, or this worker no longer owns the
- * attempt. It is the reason of `context.signal`.
+ * attempt. This error is the reason of `context.signal`.
  */
 export class Cancelled extends HandlerError {
   /** @param {string} [reason] */
@@ -137,7 +137,7 @@ function detailsOf({ details }) {
 function truncate(text) {
   const bytes = Buffer.from(text);
   if (bytes.length <= MAX_MESSAGE_BYTES) return text.toWellFormed();
-  // Drops an incomplete character at the end.
+  // Removes an incomplete character at the end.
   return bytes
     .subarray(0, MAX_MESSAGE_BYTES)
     .toString()

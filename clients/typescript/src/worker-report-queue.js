@@ -1,10 +1,11 @@
 /**
- * Reports of one attempt that are not known to be durable: numbered, in order, bounded, and sent
- * again on every new stream. No I/O. Implements rules 11 to 18 of docs/worker-protocol.md.
+ * Queue of the reports of one attempt that are not known to be durable. It is ordered and bounded;
+ * its reports are numbered, and sent again on every new stream. No I/O. Implements rules 11 to 18
+ * of docs/worker-protocol.md.
  */
 
 /**
- * Limits of unacknowledged progress and output reports; at either of them the handler waits.
+ * Limits of unacknowledged progress and output reports. The handler waits while a limit is reached.
  * @typedef {object} Window
  * @property {number} maxUnacknowledged
  * @property {number} maxUnacknowledgedBytes
@@ -19,11 +20,11 @@
  * @property {boolean} counted Whether it is a progress or output report.
  */
 
-/** Unacknowledged reports, oldest first. */
+/** Queues the unacknowledged reports of one attempt, oldest first. */
 export class ReportQueue {
   /** @type {Report[]} */
   #reports = [];
-  /** How many of them, from the oldest, were sent on this stream. */
+  /** Number of queued reports, from the oldest, that were sent on the current stream. */
   #sent = 0;
   #unacknowledged = { count: 0, bytes: 0 };
   #inFlight = { count: 0, bytes: 0 };
@@ -38,7 +39,7 @@ export class ReportQueue {
   resends = 0;
 
   /**
-   * Returns whether another progress or output report may be added.
+   * Returns whether the limits allow another progress or output report.
    * @param {Window} window
    */
   hasRoom(window) {
@@ -49,7 +50,7 @@ export class ReportQueue {
    * Adds a progress or output report.
    * @param {'progress' | 'output'} kind
    * @param {any} body
-   * @param {number} bytes Counted size.
+   * @param {number} bytes Counted size, in bytes.
    */
   addCounted(kind, body, bytes) {
     this.number += 1;
@@ -68,7 +69,7 @@ export class ReportQueue {
     this.#add('checkpoint', body);
   }
 
-  /** Adds a keep-alive, unless an unsent report exists: every report counts as one. */
+  /** Adds a keep-alive unless an unsent report exists: every report counts as a keep-alive. */
   addKeepAlive() {
     if (this.#sent === this.#reports.length) this.#add('keepAlive', {});
   }
@@ -84,8 +85,8 @@ export class ReportQueue {
   }
 
   /**
-   * Returns the next report to send, and marks it as sent; `null` if there is none, or the window
-   * is full.
+   * Returns the next report to send, and marks it as sent; `null` if all reports were sent or the
+   * window is full.
    * @param {Window} window
    * @returns {Report | null}
    */
@@ -105,9 +106,9 @@ export class ReportQueue {
   }
 
   /**
-   * Removes durable reports: progress and output up to this number, and checkpoints before it. A
-   * checkpoint with exactly this number may not be durable.
-   * @param {number} number
+   * Removes durable reports: progress and output up to report `number`, and checkpoints before it.
+   * A checkpoint with exactly this number may not be durable.
+   * @param {number} number Number of the last durable report.
    */
   acknowledge(number) {
     this.acknowledged = Math.max(this.acknowledged, Math.min(number, this.number));
@@ -123,8 +124,8 @@ export class ReportQueue {
   }
 
   /**
-   * Continues on a new stream after this number.
-   * @param {number} number
+   * Continues on a new stream, on which the reports after report `number` are sent.
+   * @param {number} number Number of the last durable report.
    */
   resume(number) {
     this.#sent = 0;
@@ -135,7 +136,7 @@ export class ReportQueue {
   }
 
   /**
-   * Sends reports again that the server dropped.
+   * Resends reports that the server dropped.
    * @param {number} number Number of the last report that was not dropped.
    * @param {number} resends Number of `resend` messages on the current stream.
    */

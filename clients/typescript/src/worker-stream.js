@@ -1,6 +1,6 @@
 /**
- * One stream of a worker, from `hello` to its end: sends the reports of the attempts, and
- * dispatches the messages of the server to them.
+ * Runs one stream of a worker, from `hello` to its end: sends the reports of the attempts, and
+ * dispatches messages from the server to the attempts.
  */
 
 import { status } from '@grpc/grpc-js';
@@ -9,27 +9,35 @@ import { authorization, callError, connect, freshToken } from './grpc.js';
 import { WorkerService } from './schema.js';
 import { dateOrNull, payloadFrom } from './proto-conversions.js';
 
-/** How long the server may take to send `welcome`, in milliseconds. */
+/** Time within which the server must send `welcome`, in milliseconds. */
 const WELCOME_TIMEOUT_MS = 20_000;
-/** Default if `welcome` has no limit of unacknowledged bytes. */
+/** Limit of unacknowledged bytes if `welcome` does not specify one. */
 const DEFAULT_UNACKNOWLEDGED_BYTES = 1024 * 1024;
-/** A token is renewed at a fifth of its remaining time, but at most this long before it expires. */
+/**
+ * Maximum time between the renewal of a token and its expiry, in milliseconds. A token is renewed
+ * after four fifths of its remaining lifetime if that is later.
+ */
 const MAX_TOKEN_LEAD_MS = 60_000;
-/** Running attempts are released this long before a token that cannot be renewed expires. */
+/**
+ * Time between the release of the running attempts and the expiry of a token that cannot be
+ * renewed, in milliseconds.
+ */
 export const RELEASE_LEAD_MS = 5000;
-/** Delay between failed renewals of a token, in milliseconds. */
+/** Minimum delay before the renewal of a token, in milliseconds. */
 const TOKEN_RETRY_MS = 1000;
+/** Maximum delay of a timer, in milliseconds. */
 const MAX_TIMER_MS = 2 ** 31 - 1;
 
 /** @typedef {import('./worker-attempt.js').Attempt} Attempt */
 /** @typedef {import('./worker-attempt.js').Limits} Limits */
 
 /**
- * The worker, as its stream uses it.
+ * Interface through which a stream uses its worker.
  * @typedef {object} StreamHost
  * @property {import('./grpc.js').Endpoint} endpoint
  * @property {import('./grpc.js').TokenSource} token
- * @property {() => object} hello Returns the message; its `attempts` are those of `attempts()`.
+ * @property {() => object} hello Returns the `hello` message, which lists the attempts of
+ *   `attempts()`.
  * @property {() => Attempt[]} attempts Returns the attempts that run or whose end is not
  *   acknowledged.
  * @property {(limits: Limits, resumed: Map<string, number>, secret: Uint8Array) => void} onWelcome
@@ -47,11 +55,11 @@ const MAX_TIMER_MS = 2 ** 31 - 1;
  * @typedef {object} StreamResult
  * @property {boolean} welcomed Whether the server had sent `welcome`.
  * @property {boolean} answered Whether the server had answered a heartbeat.
- * @property {import('./grpc.js').CallError | null} error Why the stream ended; `null` if it was
- *   closed in order.
+ * @property {import('./grpc.js').CallError | null} error Reason why the stream ended; `null` if it
+ *   was closed normally.
  */
 
-/** One bidirectional call. */
+/** Runs one bidirectional call. */
 export class WorkStream {
   /** @type {any} */
   #service = null;
@@ -59,7 +67,7 @@ export class WorkStream {
   #call = null;
   #welcomed = false;
   #answered = false;
-  /** Whether every attempt has resumed: reports may be sent. */
+  /** Whether every attempt has resumed, so that reports may be sent. */
   #canReport = false;
   #ended = false;
   #cancellation = new AbortController();
@@ -70,7 +78,7 @@ export class WorkStream {
   #timers = new Set();
   /** @type {ReturnType<typeof setTimeout> | undefined} */
   #renewal;
-  /** When the oldest heartbeat without a reply was sent; 0 if there is none. */
+  /** Time at which the oldest heartbeat without a reply was sent; 0 if there is none. */
   #unanswered = 0;
   /** @type {Limits | null} */
   #limits = null;
@@ -103,7 +111,7 @@ export class WorkStream {
   }
 
   /**
-   * Sends the reports of an attempt.
+   * Sends the pending reports of an attempt.
    * @param {Attempt} attempt
    */
   ready(attempt) {
@@ -131,7 +139,7 @@ export class WorkStream {
 
   /**
    * @param {import('@grpc/grpc-js').Metadata} metadata
-   * @returns {Promise<void>} Rejects with the status if it is not OK.
+   * @returns {Promise<void>} Rejects with the status of the call if it is not OK.
    */
   #exchange(metadata) {
     return new Promise((resolve, reject) => {
@@ -157,7 +165,7 @@ export class WorkStream {
     try {
       this.#handleMessage(message);
     } catch (error) {
-      this.host.log('error', `handling a message failed: ${error}`);
+      this.host.log('error', `failed to handle a message: ${error}`);
       this.cancel();
     }
   }
@@ -185,7 +193,7 @@ export class WorkStream {
       case 'tokenStatus':
         return this.#renewToken(tokenExpiry(body));
       default:
-        // A message type of a newer server.
+        // A message type that only newer servers use.
         return undefined;
     }
   }
@@ -264,7 +272,7 @@ export class WorkStream {
     if (reply.draining) this.host.onDraining();
   }
 
-  /** Sends a heartbeat and schedules the next; cancels the stream if none is answered. */
+  /** Sends a heartbeat and schedules the next one; cancels the stream if replies are missing. */
   #heartbeat() {
     const { heartbeatMs, leaseMs } = /** @type {Limits} */ (this.#limits);
     const now = performance.now();
@@ -275,13 +283,13 @@ export class WorkStream {
     }
     this.#unanswered ||= now;
     this.#write({ heartbeat: { attempts: this.host.attempts().map(({ id }) => id) } });
-    // Early enough even if the process is busy.
+    // Earlier than required, so that heartbeats are in time even if the process is busy.
     this.#after((heartbeatMs * 2) / 3, () => this.#heartbeat());
   }
 
   /**
    * Schedules the renewal of the token, or the release of the attempts if it cannot be renewed.
-   * @param {Date | null} expireTime When the token of the stream expires.
+   * @param {Date | null} expireTime Time at which the token of the stream expires.
    */
   #renewToken(expireTime) {
     if (this.#renewal) clearTimeout(this.#renewal);
@@ -308,13 +316,13 @@ export class WorkStream {
         const token = await freshToken(this.host.token);
         if (!this.#ended) this.#write({ refreshToken: { token } });
       } catch (error) {
-        this.host.log('error', `getting a fresh token failed: ${error}`);
+        this.host.log('error', `failed to get a fresh token: ${error}`);
         if (!this.#ended) this.#renewToken(expireTime);
       }
     });
   }
 
-  /** Sends reports, round-robin over the attempts. */
+  /** Sends reports, in round-robin order of the attempts. */
   #flush() {
     while (this.#canReport && !this.#ended && this.#writable && this.#ready.size > 0) {
       const [attempt] = this.#ready;
@@ -355,7 +363,7 @@ export class WorkStream {
 
 /**
  * @param {any} status
- * @returns {Date | null} When the token expires, according to the local clock.
+ * @returns {Date | null} Time at which the token expires, according to the local clock.
  */
 function tokenExpiry({ timeLeftMs, expireTime }) {
   const remaining = Number(timeLeftMs);
@@ -370,9 +378,9 @@ export function attemptKey({ uid, attempt }) {
   return `${uid}/${attempt}`;
 }
 
-/** Statuses before `welcome` after which a retry cannot succeed. */
+/** Status codes that mean, before `welcome`, that a retry cannot succeed. */
 const FATAL = new Set([status.UNAUTHENTICATED, status.PERMISSION_DENIED, status.INVALID_ARGUMENT]);
-/** Statuses that a message of the worker may have caused; the next stream sends it again. */
+/** Status codes that a message may have caused; the next stream sends that message again. */
 const PROTOCOL_ERRORS = new Set([
   status.INVALID_ARGUMENT,
   status.INTERNAL,
@@ -386,7 +394,7 @@ const PROTOCOL_ERRORS = new Set([
  */
 export function isFatal({ welcomed, error }) {
   if (!error) return false;
-  // Another program uses the id of this worker.
+  // Another program uses the ID of this worker.
   if (error.status === status.ALREADY_EXISTS) return true;
   return !welcomed && FATAL.has(error.status);
 }

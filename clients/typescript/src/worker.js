@@ -24,7 +24,7 @@ import {
 
 const { version } = createRequire(import.meta.url)('../package.json');
 const SDK = `streamer-client/${version} (JavaScript)`;
-/** How long the server may take to acknowledge released attempts, in milliseconds. */
+/** Time to wait for the acknowledgment of released attempts, in milliseconds. */
 const RELEASE_TIMEOUT_MS = 10_000;
 
 /** @typedef {import('./worker-actions.js').ActionOptions} ActionOptions */
@@ -38,18 +38,21 @@ const RELEASE_TIMEOUT_MS = 10_000;
  *   every action, or a function that returns one. A function is called for each connection, and
  *   before the token expires. Before a string expires, running attempts are released and `serve`
  *   rejects.
- * @property {number} [slots] Number of tasks that run at the same time, 1 to 10,000; default 10.
+ * @property {number} [slots] Maximum number of concurrent tasks, 1 to 10,000; default 10.
  * @property {string} [workerId] Identifies one run of the program in the logs of the server:
- *   unique, 1 to 128 of `[A-Za-z0-9._:@/+=-]`. The host name and random digits by default.
- * @property {string} [displayName] Shown to the owners of the requests that this worker runs, who
- *   may belong to other tenants; at most 128 bytes. The host name by default.
- * @property {string} [version] Build of the program, for people; at most 128 bytes.
- * @property {Log} [log] Logs changes of the connection; writes to standard error by default.
+ *   unique, 1 to 128 characters from `[A-Za-z0-9._:@/+=-]`. By default, it consists of the host
+ *   name and random digits.
+ * @property {string} [displayName] Name that is shown to the owners of the requests that this
+ *   worker runs, who may belong to other tenants; at most 128 bytes. By default, it is the host
+ *   name.
+ * @property {string} [version] Human-readable version of the program; at most 128 bytes.
+ * @property {Log} [log] Function that logs changes of the connection; by default, it writes to
+ *   standard error.
  * @property {import('@grpc/grpc-js').ChannelCredentials} [credentials] TLS credentials that replace
  *   the system's certificate authorities.
  */
 
-/** Runs actions. */
+/** Runs actions for a server until it is stopped. */
 export class Worker {
   /** @type {Map<string, {declared: object, handler: Handler, heartbeatTimeoutMs?: number}>} */
   #actions = new Map();
@@ -60,7 +63,7 @@ export class Worker {
   /** @type {Promise<void> | null} */
   #serving = null;
   /**
-   * Authenticates later streams as this worker's; empty before the first `welcome`.
+   * Secret that identifies later streams as this worker's; empty before the first `welcome`.
    *
    * @type {Uint8Array}
    */
@@ -80,9 +83,9 @@ export class Worker {
     if (typeof options.token !== 'string' && typeof options.token !== 'function') {
       throw new TypeError('token must be a string, or a function that returns one');
     }
-    /** Identifies this run of the program. */
+    /** ID of this run of the program. */
     this.workerId = options.workerId ?? `${hostname()}-${randomBytes(10).toString('hex')}`;
-    /** Number of tasks that run at the same time. */
+    /** Maximum number of concurrent tasks. */
     this.slots = options.slots ?? 10;
     if (!Number.isInteger(this.slots) || this.slots < 1 || this.slots > 10_000) {
       throw new TypeError(`slots must be 1 to 10000, is ${this.slots}`);
@@ -120,10 +123,10 @@ export class Worker {
   }
 
   /**
-   * Serves until SIGTERM or SIGINT, then stops in order: accepts no more tasks, waits for running
-   * handlers, and releases the remaining attempts. A second signal releases them at once.
+   * Serves until SIGTERM or SIGINT, then stops gracefully: stops accepting tasks, waits for running
+   * handlers, and releases the remaining attempts. A second signal releases them immediately.
    * @param {object} [options]
-   * @param {number} [options.graceMs] How long to wait for running handlers, in milliseconds;
+   * @param {number} [options.graceMs] Maximum time to wait for running handlers, in milliseconds;
    *   default 30,000.
    * @returns {Promise<void>} Rejects if the server permanently rejects the worker.
    */
@@ -142,7 +145,7 @@ export class Worker {
   }
 
   /**
-   * Serves until {@link stop}.
+   * Serves until {@link stop} is called.
    * @returns {Promise<void>} Rejects with a `CallError` if the server permanently rejects the
    *   worker because of its token, permissions or declarations.
    */
@@ -153,14 +156,14 @@ export class Worker {
   }
 
   /**
-   * Stops in order.
-   * @param {number} [graceMs] How long to wait for running handlers, in milliseconds; then their
-   *   attempts are released, and another worker resumes from their checkpoints. Default 30,000.
-   *   Call `stop` again to shorten it.
-   * @param {number} [releaseMs] How long to wait after that for acknowledgments, in milliseconds;
-   *   default 10,000.
-   * @returns {Promise<void>} Resolves once everything is acknowledged and the stream is closed, or
-   *   the time has expired.
+   * Stops gracefully.
+   * @param {number} [graceMs] Maximum time to wait for running handlers, in milliseconds; then
+   *   their attempts are released, and another worker resumes from their checkpoints. Default
+   *   30,000. Call `stop` again to shorten this time.
+   * @param {number} [releaseMs] Maximum time to wait for acknowledgments after that, in
+   *   milliseconds; default 10,000.
+   * @returns {Promise<void>} Resolves once all reports are acknowledged and the stream is closed,
+   *   or once both times have passed.
    */
   async stop(graceMs = 30_000, releaseMs = RELEASE_TIMEOUT_MS) {
     if (!this.#stopping && !this.#stopped) {
@@ -317,7 +320,7 @@ export class Worker {
   #release(attempt) {
     const reason = 'the worker stops';
     if (!attempt.info.sync) return attempt.release(reason);
-    // A sync action cannot be released: its caller gets an error and may retry.
+    // A sync action cannot be released: its caller receives an error and may retry.
     attempt.cancel(reason);
     attempt.fail(new HandlerError(reason, { code: 'UNAVAILABLE' }));
   }
@@ -337,7 +340,7 @@ export class Worker {
   /** @param {import('./worker-stream.js').StreamResult} result */
   #logStreamEnd({ welcomed, error }) {
     const reason = error ? `${error.code}: ${error.message}` : 'closed by the server';
-    this.#log('warn', `${welcomed ? 'stream ended' : 'connecting failed'}: ${reason}`);
+    this.#log('warn', `${welcomed ? 'stream ended' : 'failed to connect'}: ${reason}`);
   }
 
   /**

@@ -1,4 +1,4 @@
-/** The example worker `examples/workers/analyze_log.js`, without a server. */
+/** Tests of the example worker `examples/workers/analyze_log.js`, without a server. */
 
 import assert from 'node:assert/strict';
 import { test } from 'node:test';

@@ -1,4 +1,4 @@
-/** Rules of docs/worker-protocol.md, against a fake processor. */
+/** Tests of the rules of docs/worker-protocol.md, with a fake processor. */
 
 import assert from 'node:assert/strict';
 import { test } from 'node:test';
@@ -13,7 +13,7 @@ import { quietWorker } from './support/worker.js';
 const id = { uid: UID, attempt: 1 };
 
 /**
- * Starts a worker with one action; returns it with its first stream, after `hello`.
+ * Starts a worker with one action; returns the worker and its first stream, after `hello`.
  * @param {import('node:test').TestContext} t
  * @param {import('../src/worker-actions.js').Handler} handler
  * @param {Partial<import('../src/worker.js').WorkerOptions>} [options]
@@ -106,7 +106,7 @@ test('several attempts resume on a new stream, each from its own position', asyn
   const second = await processor.stream();
   await second.receive('hello');
   gate.resolve();
-  // Reports made before `welcome` are not sent before the reports that precede them.
+  // Reports that are made before `welcome` are not sent before earlier reports.
   await new Promise((resolve) => setImmediate(resolve));
   second.welcome({ resumed: [1, 2].map((attempt) => ({ uid: UID, attempt, number: 0 })) });
   const received = /** @type {any[]} */ ([]);

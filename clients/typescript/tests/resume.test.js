@@ -1,4 +1,4 @@
-/** Attempts survive broken streams, a killed server and a stopped worker. */
+/** Tests that attempts survive broken streams, a killed server and a stopped worker. */
 
 import assert from 'node:assert/strict';
 import { spawn } from 'node:child_process';
@@ -20,7 +20,7 @@ let server;
 let client;
 
 before(async () => {
-  // Longer than a restart of the server takes.
+  // The lease is longer than a restart of the server.
   server = await Server.start('execution.lease_duration=10000ms');
   client = new Client({ server: server.url, token: server.token('') });
 });
@@ -30,8 +30,8 @@ after(async () => {
 });
 
 /**
- * Starts a worker whose action waits for a gate between two parts of its output; stops it after the
- * test.
+ * Starts a worker whose action waits for a gate between two parts of its output; stops the worker
+ * after the test.
  * @param {import('node:test').TestContext} t
  * @param {string} url
  * @param {string} action
@@ -142,7 +142,7 @@ test('many attempts and their callers survive repeated disconnects', async (t) =
   };
   const runs = Array.from({ length: 10 }, async () => {
     const output = new OutputBuffer();
-    // A task that is lost with the stream before the worker receives it costs an attempt.
+    // A task that is lost with the stream before the worker receives it counts as an attempt.
     assert.ok((await caller.run('through', {}, { output, onOutput })) >= 1);
     assert.equal(output.text, forty);
   });

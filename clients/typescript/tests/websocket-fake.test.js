@@ -1,4 +1,4 @@
-/** The WebSocket client against a fake server. */
+/** Tests of the WebSocket client with a fake server. */
 
 import assert from 'node:assert/strict';
 import { createHash } from 'node:crypto';

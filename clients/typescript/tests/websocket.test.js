@@ -1,4 +1,4 @@
-/** The WebSocket client against a real server, with disconnects. */
+/** Tests of the WebSocket client with a real server and disconnects. */
 
 import assert from 'node:assert/strict';
 import { after, before, test } from 'node:test';

@@ -1,4 +1,4 @@
-/** Handlers in a worker, and their callers over gRPC. */
+/** Tests of handlers in a worker, and of their callers over gRPC. */
 
 import assert from 'node:assert/strict';
 import { after, before, test } from 'node:test';

@@ -1,9 +1,9 @@
-//! Audit log: which caller changed what, from where, and which calls were rejected.
+//! Audit log of changes, with their callers and the callers' addresses, and of rejected calls.
 //!
-//! It records calls that change something other than by submitting the caller's own work (cancel, redrive,
+//! The log records calls that make changes other than submissions of the caller's own work (cancel, redrive,
 //! delete, send, disconnect), every gRPC call of an operator, and every call that is rejected because its
-//! token is invalid or a permission is missing. Each record is one line of JSON, written by a dedicated
-//! thread, so that a slow disk delays no call. Records are dropped and counted if that thread falls behind.
+//! token is invalid or a permission is missing. Each record is one line of JSON. A dedicated thread writes the
+//! records, so that a slow disk does not delay calls. If the thread falls behind, records are dropped and counted.
 
 use std::{
     collections::HashMap,
@@ -29,17 +29,17 @@ use crate::warn_if_readable_by_others;
 
 /// Maximum number of records that are waiting to be written.
 const QUEUE_CAPACITY: usize = 4096;
-/// Maximum number of rejections that are recorded per second and tenant, and per second for callers without
-/// a valid token, so that no caller can fill the disk or suppress the records of others.
+/// Maximum number of rejections that are recorded per second for each tenant, and for all callers without a
+/// valid token together, so that no caller can fill the disk or suppress the records of other callers.
 const MAX_REJECTIONS: u32 = 50;
 /// Maximum number of tenants whose rejections are recorded per second.
 const MAX_TENANTS: usize = 100;
 /// Maximum size of text from a caller in a record, in bytes.
 const MAX_TEXT_BYTES: usize = 256;
-/// Path that stands for standard error.
+/// Path that represents standard error.
 const STANDARD_ERROR: &str = "-";
 
-/// Handle to the audit log; clones share it.
+/// Handle to the audit log. Clones share the log.
 #[derive(Clone)]
 pub struct Audit(Option<Arc<Writer>>);
 
@@ -52,16 +52,16 @@ struct Writer {
 
 enum Line {
     Record(Vec<u8>),
-    /// Drops the sender once all earlier records are written.
+    /// Request to drop the sender when all earlier records are written.
     Flush(SyncSender<()>),
 }
 
-/// Counts the rejections of the current second by tenant; `None` stands for callers without a valid token.
+/// Counts the rejections of the current second by tenant; `None` represents callers without a valid token.
 #[derive(Default)]
 struct RejectionLimiter {
     second: i64,
     counts: HashMap<Option<String>, u32>,
-    /// Rejections that were not recorded since the last one that was.
+    /// Number of rejections that were suppressed since the last recorded one.
     suppressed: u64,
 }
 
@@ -84,10 +84,10 @@ pub(crate) struct Record<'a> {
     pub(crate) from: Option<IpAddr>,
 }
 
-/// Object of a call.
+/// Object that a call concerns.
 #[derive(Clone, Debug, Default, PartialEq, Eq, Serialize)]
 pub struct Subject {
-    /// Id of the request, connection or user, as specified by the caller.
+    /// ID of the request, connection or user, as specified by the caller.
     pub subject: String,
     /// Owner of the object, if known.
     #[serde(skip_serializing_if = "Option::is_none")]
@@ -115,9 +115,8 @@ impl Audit {
         Self(None)
     }
 
-    /// Opens the audit log for appending, in a file that only its owner can read; `-` stands for
-    /// standard error, and an empty path disables the log. `on_dropped` is called for each dropped
-    /// record.
+    /// Opens the audit log for appending, in a file that only its owner can read; `-` means standard
+    /// error, and an empty path disables the log. `on_dropped` is called for each dropped record.
     ///
     /// # Errors
     /// Returns an error if the file cannot be opened.
@@ -178,7 +177,7 @@ impl Audit {
         self.record_rejection(Record { call, outcome, reason, tenant, user, subject, from });
     }
 
-    /// Waits until all earlier records are written, at most for `timeout`.
+    /// Waits until all earlier records are written, or until the timeout expires.
     pub fn flush(&self, timeout: Duration) {
         let Some(writer) = &self.0 else { return };
         let (written, is_written) = sync_channel::<()>(0);
@@ -206,7 +205,8 @@ impl Writer {
 }
 
 impl RejectionLimiter {
-    /// Counts a rejection. Returns how many were suppressed before it, or `None` if it is suppressed too.
+    /// Counts a rejection. Returns the number of rejections that were suppressed before it, or `None` if it is
+    /// also suppressed.
     fn admit(&mut self, tenant: Option<&str>, now: Timestamp) -> Option<u64> {
         let second = now.as_millis().div_euclid(1000);
         if self.second != second {
@@ -230,7 +230,7 @@ impl RejectionLimiter {
 }
 
 impl Subject {
-    /// Returns the object with this id; a very long id is truncated.
+    /// Returns the object with the given ID; a very long ID is truncated.
     #[must_use]
     pub fn named(name: &str) -> Self {
         Self { subject: cut(name.to_owned(), MAX_TEXT_BYTES), owner: None }
@@ -257,7 +257,7 @@ fn write_lines(mut output: Box<dyn Write + Send>, lines: &Receiver<Line>, on_dro
             drop(output.write_all(b"\n"));
         }
         if let (Err(error), false) = (&outcome, is_failing) {
-            tracing::error!(%error, "writing the audit log failed; records are dropped");
+            tracing::error!(%error, "failed to write the audit log; records are dropped");
         }
         is_failing = outcome.is_err();
         drop(flushed);

@@ -30,7 +30,7 @@ pub enum AuthError {
     /// No configured key has the token's algorithm.
     #[error("the token's algorithm is not accepted")]
     Algorithm,
-    /// No configured key signed it.
+    /// No configured key signed the token.
     #[error("the token's signature does not match any accepted key")]
     Signature,
     /// The token has expired.
@@ -47,7 +47,7 @@ pub enum AuthError {
         /// Violated rule.
         rule: String,
     },
-    /// The keys, or the one that signed the token, are temporarily unavailable.
+    /// The keys, or the key that signed the token, are temporarily unavailable.
     #[error("the token cannot be verified now: {0}")]
     KeysUnavailable(String),
 }
@@ -63,11 +63,11 @@ pub struct Authenticator {
 
 struct Verified {
     principal: Arc<Principal>,
-    /// Shared by all callers with this token.
+    /// Header with the token, shared by all callers with the same token.
     authorization: HeaderValue,
     valid_from: Timestamp,
-    /// [`KeySet::digest`](crate::jwks::KeySet) of the set whose key signed the token; `None` for a
-    /// configured key. If the set changes, the token is verified again.
+    /// [`KeySet::digest`](crate::jwks::KeySet) of the set whose key signed the token; `None` if the key was
+    /// configured. If the set changes, the token is verified again.
     key_set: Option<u64>,
 }
 
@@ -96,13 +96,13 @@ impl Authenticator {
         Self { keys: Arc::new(keys), jwks, rules, clock, verified: Cache::new(CACHED_TOKENS) }
     }
 
-    /// Returns when this caller's token stops being accepted.
+    /// Returns the time until which the token of `caller` is accepted.
     #[must_use]
     pub fn accepted_until(&self, caller: &Caller) -> Timestamp {
         caller.principal.expires_at.plus(self.rules.leeway)
     }
 
-    /// Returns for how long this caller's token is still accepted.
+    /// Returns the remaining duration for which the token of `caller` is accepted.
     #[must_use]
     pub fn time_left(&self, caller: &Caller) -> Duration {
         self.accepted_until(caller).since(self.clock.now())
@@ -111,7 +111,7 @@ impl Authenticator {
     /// Verifies a token and returns its caller.
     ///
     /// # Errors
-    /// Returns why the token is not accepted.
+    /// Returns the reason why the token is not accepted.
     pub async fn authenticate(&self, token: &str) -> Result<Caller, AuthError> {
         if let Some(cached) = self.cached(token) {
             return cached;
@@ -119,7 +119,7 @@ impl Authenticator {
         if let Some(jwks) = &self.jwks
             && self.verified.get(token).is_some_and(|verified| verified.key_set.is_some())
         {
-            // The cached keys may only be stale. If none are available, `verify` returns the reason.
+            // The cached keys may be stale. If no keys are available, `verify` returns the reason.
             drop(jwks.current().await);
             if let Some(cached) = self.cached(token) {
                 return cached;
@@ -133,8 +133,8 @@ impl Authenticator {
         Ok(caller)
     }
 
-    /// Returns the same as [`Self::authenticate`] for a cached token, and `None` for any other. The hot
-    /// path: verifies no signature, does not await.
+    /// Returns the same result as [`Self::authenticate`] for a cached token, and `None` for any other token.
+    /// This is the hot path: it verifies no signature and does not wait.
     #[must_use]
     pub fn cached(&self, token: &str) -> Option<Result<Caller, AuthError>> {
         let verified = self.verified.get(token)?;
@@ -157,7 +157,7 @@ impl Authenticator {
             ErrorKind::Json(_) | ErrorKind::InvalidAlgorithmName => AuthError::Algorithm,
             _ => AuthError::Malformed(error.to_string()),
         })?;
-        // Configured keys first: they do not depend on the JWKS server.
+        // Configured keys are tried first: they do not depend on the JWKS server.
         match verify_with(&self.keys, &header, token) {
             Ok(claims) => return Ok(Verification { claims, key_set: None }),
             Err(AuthError::Algorithm | AuthError::Signature) if self.jwks.is_some() => {}
@@ -201,10 +201,10 @@ impl Authenticator {
     }
 }
 
-/// Name of a member, name of its type, and whether a value has that type.
+/// Name of a member, name of its type, and function that returns whether a value has that type.
 type MemberRule = (&'static str, &'static str, fn(&Value) -> bool);
 
-/// Header members and their types, by RFC 7515 section 4.1.
+/// Header members and their types, as specified in RFC 7515 section 4.1.
 const HEADER_MEMBERS: [MemberRule; 7] = [
     ("kid", "a string", Value::is_string),
     ("typ", "a string", Value::is_string),
@@ -215,7 +215,8 @@ const HEADER_MEMBERS: [MemberRule; 7] = [
     ("x5c", "an array", Value::is_array),
 ];
 
-/// Checks what `jsonwebtoken` does not: duplicate members of the header, their types, and extensions.
+/// Checks the header for problems that `jsonwebtoken` does not detect: duplicate members, wrong types of
+/// members, and extensions.
 fn check_header(token: &str) -> Result<(), AuthError> {
     let malformed = |error: String| AuthError::Malformed(format!("header: {error}"));
     let encoded = token.split('.').next().unwrap_or_default();
@@ -242,7 +243,7 @@ fn check_header(token: &str) -> Result<(), AuthError> {
     Ok(())
 }
 
-/// Verifies a token with the keys that match its header. The header is not trusted: it only selects
+/// Verifies a token with the keys that match the token's header. The header is not trusted: it only selects
 /// keys, and each key has a fixed algorithm.
 fn verify_with(
     keys: &[VerificationKey],

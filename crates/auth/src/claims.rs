@@ -15,11 +15,11 @@ const ANY_TENANT: &str = "*";
 /// Rules for the claims of a token.
 #[derive(Clone, Debug)]
 pub struct TokenRules {
-    /// Claim `iss` must be one of these.
+    /// Accepted values of claim `iss`.
     pub issuers: Vec<String>,
-    /// Claim `aud` must contain one of these.
+    /// Accepted audiences, of which claim `aud` must contain one.
     pub audiences: Vec<String>,
-    /// Tenants that are accepted; empty for all.
+    /// Accepted tenants; empty for all.
     pub tenants: Vec<String>,
     /// Claim that contains the tenant.
     pub tenant_claim: String,
@@ -27,7 +27,7 @@ pub struct TokenRules {
     pub permissions_claim: String,
     /// Allowed clock skew.
     pub leeway: Duration,
-    /// Larger tokens are rejected without being parsed.
+    /// Maximum size of a token; larger tokens are rejected without being parsed.
     pub max_token_bytes: usize,
 }
 
@@ -49,7 +49,7 @@ impl Default for TokenRules {
 /// Claims of a token. A duplicate claim is rejected: different readers could use different values.
 pub(crate) struct Claims(Map<String, Value>);
 
-/// Result of validated claims.
+/// Result of the validation of claims.
 #[derive(Debug)]
 pub(crate) struct AcceptedClaims {
     pub(crate) principal: Principal,
@@ -104,7 +104,8 @@ impl Claims {
         })
     }
 
-    /// Returns the claim with this name, or else the claim at this dot-separated path through objects.
+    /// Returns the claim with the given name, or otherwise the claim at the given dot-separated path through
+    /// objects.
     fn get(&self, name: &str) -> Option<&Value> {
         if let Some(value) = self.0.get(name) {
             return Some(value);
@@ -122,7 +123,7 @@ impl Claims {
         }
     }
 
-    /// NumericDate of RFC 7519: seconds since the Unix epoch, possibly with a fraction.
+    /// Returns a claim that is a NumericDate of RFC 7519: seconds since the Unix epoch, possibly with a fraction.
     fn date(&self, name: &'static str) -> Result<Option<Timestamp>, AuthError> {
         match self.0.get(name) {
             None => Ok(None),

@@ -44,7 +44,7 @@ pub enum DevKeyError {
         /// Reason.
         reason: String,
     },
-    /// Signing a token failed.
+    /// A token cannot be signed.
     #[error("cannot sign a token: {0}")]
     Sign(String),
 }
@@ -81,7 +81,7 @@ pub struct DevKey {
 }
 
 impl DevKey {
-    /// Loads the key from the folder `data`, or creates one.
+    /// Loads the key from the folder `data`, or creates a key if none exists.
     ///
     /// # Errors
     /// Returns an error if the file cannot be read or written, or does not contain a key.

@@ -7,9 +7,10 @@ use serde_json::Value;
 
 use crate::VerificationKey;
 
-/// NIST and RFC 7518 section 3.3 require at least 2048 bits; the signature library supports at most 4096.
+/// Allowed sizes of an RSA modulus, in bytes: NIST and RFC 7518 section 3.3 require at least 2048 bits, and the
+/// signature library supports at most 4096 bits.
 const RSA_BYTES: std::ops::RangeInclusive<usize> = 256..=512;
-/// Public exponents are 3 to 65537 in practice.
+/// Maximum size of a public exponent, in bytes; in practice, public exponents are 3 to 65537.
 const MAX_EXPONENT_BYTES: usize = 4;
 const P256_COORDINATE_BYTES: usize = 32;
 const ED25519_BYTES: usize = 32;

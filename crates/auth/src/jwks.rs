@@ -28,19 +28,20 @@ use crate::{KeyError, VerificationKey, jwk::verification_key};
 
 const FETCH_TIMEOUT: Duration = Duration::from_secs(5);
 const MAX_SET_BYTES: usize = 1024 * 1024;
-/// Maximum number of keys of a set: a token may be verified with several.
+/// Maximum number of keys in a set: a token may be verified with several of them.
 const MAX_KEYS: usize = 256;
-/// Maximum number of unknown key ids that are remembered.
+/// Maximum number of unknown key IDs that are stored.
 const MAX_UNKNOWN_IDS: usize = 1024;
 
-/// When the keys are fetched again.
+/// Rules for when the keys are fetched again.
 #[derive(Clone, Copy, Debug)]
 pub struct JwksRefresh {
-    /// Keys older than this are fetched again when they are needed, so that revoked keys are dropped.
+    /// Maximum age of the keys. Older keys are fetched again when they are needed, so that revoked keys are
+    /// dropped.
     pub max_age: Duration,
-    /// Minimum interval between fetches, also for tokens with an unknown key id.
+    /// Minimum interval between fetches, including fetches for tokens with an unknown key ID.
     pub min_interval: Duration,
-    /// How long keys older than `max_age` are used while fetching fails.
+    /// Maximum time for which keys older than `max_age` are used while they cannot be fetched.
     pub max_outage: Duration,
 }
 
@@ -50,9 +51,9 @@ pub struct JwksSource {
     refresh: JwksRefresh,
     client: Client<HttpsConnector<HttpConnector>, Empty<Bytes>>,
     cache: RwLock<CachedSet>,
-    /// Held by the fetch in progress.
+    /// Lock of the fetch in progress.
     fetching: Arc<Mutex<()>>,
-    /// When a token with a key id that the set did not contain was first received, by the hash of the key id.
+    /// Time when a token with an unknown key ID was first received, by the hash of the key ID.
     unknown_ids: Cache<u64, Instant>,
     hasher: RandomState,
 }
@@ -60,18 +61,18 @@ pub struct JwksSource {
 #[derive(Clone, Default)]
 struct CachedSet {
     set: Arc<KeySet>,
-    /// When the fetch of the cached set began.
+    /// Time when the fetch of the cached set began.
     fetched_at: Option<Instant>,
     last_attempt_at: Option<Instant>,
-    /// Why the last fetch failed.
+    /// Reason why the last fetch failed; `None` if it succeeded.
     failure: Option<String>,
 }
 
-/// Keys that were published at one time.
+/// Keys that the issuer published at one time.
 #[derive(Default)]
 pub(crate) struct KeySet {
     pub(crate) keys: Vec<VerificationKey>,
-    /// Equal for sets with the same keys.
+    /// Digest of the keys, which is equal for sets with the same keys.
     pub(crate) digest: u64,
 }
 
@@ -94,8 +95,8 @@ enum CacheState {
 }
 
 impl JwksSource {
-    /// Returns a source that fetches from this `https:` URL when keys are first needed; `http:` is
-    /// allowed for this machine only (a sidecar, a test).
+    /// Returns a source that fetches from the given `https:` URL when keys are first needed; `http:` is
+    /// allowed for this machine only (for example a sidecar or a test).
     ///
     /// # Errors
     /// Returns an error if the URL is invalid, or if the machine has no root certificates.
@@ -133,10 +134,10 @@ impl JwksSource {
         })
     }
 
-    /// Returns the current keys; fetches them if the cached ones are stale.
+    /// Returns the current keys; fetches them if the cached keys are stale.
     ///
     /// # Errors
-    /// Returns an error if no keys are available, or only expired ones.
+    /// Returns an error if no keys are available, or only expired keys.
     pub(crate) async fn current(self: &Arc<Self>) -> Result<Arc<KeySet>, String> {
         match self.state() {
             CacheState::Usable(set) => return Ok(set),
@@ -167,8 +168,8 @@ impl JwksSource {
         }
     }
 
-    /// Returns a set that was fetched after a token with this unknown key id was first received; `None`
-    /// if the cached set is such a set, so that the issuer does not have the key.
+    /// Returns a set that was fetched after a token with the given unknown key ID was first received; `None`
+    /// if the cached set is already such a set, which proves that the issuer does not have the key.
     ///
     /// # Errors
     /// Returns an error if no such set is available now: the key may be new and the token valid.
@@ -198,7 +199,7 @@ impl JwksSource {
         }
     }
 
-    /// Returns whether the cached set proves that the issuer lacks a key id that was first received at
+    /// Returns whether the cached set proves that the issuer does not have a key whose ID was first received at
     /// `first_seen`; `false` if a newer set may be fetched.
     fn is_conclusive(&self, first_seen: Instant) -> Result<bool, String> {
         if !self.is_attempted_recently(&self.cache.read()) {
@@ -207,7 +208,7 @@ impl JwksSource {
         if self.is_fetched_after(first_seen) {
             return Ok(true);
         }
-        // Short enough for the reason of a WebSocket close frame.
+        // The message is short enough for the reason of a WebSocket close frame.
         Err(format!(
             "its key is unknown, retry later (auth.jwks_min_refresh_interval is {})",
             self.refresh.min_interval.as_millis()
@@ -228,7 +229,7 @@ impl JwksSource {
         }
     }
 
-    /// Returns what is usable while no keys can be fetched.
+    /// Returns the state of the cached keys while no keys can be fetched.
     fn fallback(&self, cache: &CachedSet) -> CacheState {
         let limit = self.refresh.max_age.saturating_add(self.refresh.max_outage);
         if cache.fetched_at.is_some_and(|at| at.elapsed() < limit) {
@@ -292,7 +293,7 @@ impl JwksSource {
                 Ok(cache.set.clone())
             }
             Err(reason) => {
-                tracing::warn!(url = %self.url, reason, "fetching the signing keys failed");
+                tracing::warn!(url = %self.url, reason, "failed to fetch the signing keys");
                 cache.failure = Some(reason);
                 match self.fallback(&cache) {
                     CacheState::Usable(set) => Ok(set),
@@ -338,7 +339,7 @@ impl JwksSource {
             }
         }
         if keys.is_empty() {
-            // An empty set replaces the cached keys too: it is what the issuer publishes.
+            // An empty set also replaces the cached keys, because the issuer published it.
             tracing::warn!(url = %self.url, "the key set has no RS256, ES256 or EdDSA key");
         }
         texts.sort_unstable();

@@ -17,7 +17,7 @@ pub enum KeyError {
         /// Error of the operating system.
         reason: String,
     },
-    /// The data is not a key of this algorithm.
+    /// The data is not a key of the configured algorithm.
     #[error("{path} is not a {algorithm} key: {reason}")]
     Malformed {
         /// Origin of the key.
@@ -32,7 +32,7 @@ pub enum KeyError {
     Algorithm(String),
 }
 
-/// Key and the only algorithm that it is used with.
+/// Key, with the only algorithm that it is used with.
 #[derive(Clone)]
 pub struct VerificationKey {
     pub(crate) id: Option<String>,
@@ -58,7 +58,7 @@ impl VerificationKey {
         Self::from_bytes(algorithm, &bytes, &shown)
     }
 
-    /// Parses a key in the same way as [`Self::from_file`]; `origin` is its source, for errors.
+    /// Parses a key in the same way as [`Self::from_file`]. Errors contain `origin`, the source of the key.
     ///
     /// # Errors
     /// Returns an error if the bytes are not such a key.

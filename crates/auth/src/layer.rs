@@ -57,14 +57,14 @@ const UNAUDITED: [&str; 12] = [
 
 #[derive(Clone, Copy, Default)]
 struct MethodRules {
-    /// The response ends when the token expires: true for response streams, except those of bidirectional
-    /// methods, which renew the token themselves.
+    /// Whether the response ends when the token expires: true for response streams, except those of
+    /// bidirectional methods, which renew the token themselves.
     ends_at_expiry: bool,
-    /// Each call is recorded in the audit log.
+    /// Whether each call is recorded in the audit log.
     is_audited: bool,
 }
 
-/// Caller of a request; in the extensions of every request that [`AuthService`] accepts.
+/// Caller of a request; stored in the extensions of every request that [`AuthService`] accepts.
 #[derive(Clone)]
 pub struct Caller {
     /// Identity and permissions from the token.
@@ -76,7 +76,7 @@ pub struct Caller {
 }
 
 impl Caller {
-    /// Returns the caller with this token.
+    /// Returns the caller with the given identity and `authorization` header.
     #[must_use]
     pub fn new(principal: Arc<Principal>, authorization: HeaderValue) -> Self {
         Self { principal, authorization, subject: None }
@@ -98,7 +98,7 @@ pub struct AuthLayer {
 }
 
 impl AuthLayer {
-    /// Returns a layer with this authenticator and audit log.
+    /// Returns a layer with the given authenticator and audit log.
     #[must_use]
     pub fn new(authenticator: Arc<Authenticator>, audit: Audit) -> Self {
         Self { authenticator, audit }
@@ -110,12 +110,12 @@ impl AuthLayer {
         &self.audit
     }
 
-    /// Checks that the caller of this HTTP request is an operator.
+    /// Checks that the caller of an HTTP request is an operator.
     ///
     /// # Errors
     /// Returns `UNAUTHENTICATED`, `PERMISSION_DENIED`, or `UNAVAILABLE` if the keys are unavailable.
     pub async fn check_operator(&self, mut request: Parts) -> Result<(), Status> {
-        // Not trusted here: no service makes this request on behalf of a client.
+        // The header is not trusted: no service makes such a request on behalf of a client.
         request.headers.remove(CLIENT_ADDRESS);
         let caller = self.caller_of(&request).await?;
         if caller.principal.has_permission(permissions::OPERATOR) {
@@ -126,8 +126,7 @@ impl AuthLayer {
         Err(status)
     }
 
-    /// Returns the caller of this HTTP request. Marks its connection as authenticated if its token is
-    /// valid.
+    /// Returns the caller of an HTTP request. Marks the connection as authenticated if the token is valid.
     ///
     /// # Errors
     /// Returns `UNAUTHENTICATED`, or `UNAVAILABLE` if the keys are unavailable.
@@ -245,7 +244,7 @@ where
     }
 }
 
-/// Adds the caller to the request, and returns what to do with the response.
+/// Adds the caller to the request, and returns the actions for the response.
 fn accept<B>(
     mut request: Request<B>,
     mut caller: Caller,
@@ -273,7 +272,7 @@ fn accept<B>(
     (request, OnResponse { time_left, entry })
 }
 
-/// Returns the caller that sends these headers, without a record in the audit log: for calls between
+/// Returns the caller with the given headers, without a record in the audit log. Used for calls between
 /// services.
 ///
 /// # Errors
@@ -371,7 +370,7 @@ impl AuditEntry {
     }
 }
 
-/// What to do with the response of a call.
+/// Actions for the response of a call.
 pub struct OnResponse {
     /// Time after which a response stream ends.
     time_left: Option<Duration>,
@@ -387,7 +386,7 @@ impl OnResponse {
     }
 }
 
-/// Ends a response stream with `UNAUTHENTICATED` after this time.
+/// Ends a response stream with `UNAUTHENTICATED` after `time_left`.
 fn end_at_expiry(response: Response<Body>, time_left: Option<Duration>) -> Response<Body> {
     let Some(time_left) = time_left else { return response };
     let expired = async move {

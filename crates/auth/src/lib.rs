@@ -2,7 +2,7 @@
 //!
 //! [`Authenticator`] verifies JSON Web Tokens against keys that the operator configures: the
 //! algorithm belongs to the key and is never chosen by the token. [`AuthLayer`] wraps a gRPC service
-//! with it; every service is wrapped, so that no hop trusts the previous one. Verified tokens are
+//! with it; every service is wrapped, so that no hop trusts the previous hop. Verified tokens are
 //! cached until they expire, in a bounded cache. No token is ever logged.
 
 mod audit;

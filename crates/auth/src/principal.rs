@@ -2,7 +2,7 @@
 
 use streamer_core::Timestamp;
 
-/// Permissions that Streamer itself requires. Actions may require others.
+/// Permissions that Streamer itself requires. Actions may require other permissions.
 pub mod permissions {
     /// Read the requests of all users of the tenant.
     pub const REQUESTS_READ: &str = "requests:read";
@@ -34,7 +34,7 @@ pub struct Principal {
 
 impl Principal {
     /// Returns whether the permission is granted: by name, by `area:*`, or by `*`;
-    /// [`permissions::OPERATOR`] by name only.
+    /// [`permissions::OPERATOR`] is granted by name only.
     #[must_use]
     pub fn has_permission(&self, permission: &str) -> bool {
         if permission == permissions::OPERATOR {
@@ -48,14 +48,14 @@ impl Principal {
         })
     }
 
-    /// Returns whether the caller may read this owner's requests.
+    /// Returns whether the caller may read the requests of the given owner.
     #[must_use]
     pub fn can_read(&self, tenant: &str, user: &str) -> bool {
         self.tenant == tenant
             && (self.user == user || self.has_permission(permissions::REQUESTS_READ))
     }
 
-    /// Returns whether the caller may change this owner's requests.
+    /// Returns whether the caller may change the requests of the given owner.
     #[must_use]
     pub fn can_write(&self, tenant: &str, user: &str) -> bool {
         self.tenant == tenant

@@ -8,8 +8,8 @@ use std::{
     sync::atomic::{AtomicU32, Ordering},
 };
 
-/// Creates a file that only its owner can read, atomically, unless it exists: if several processes call
-/// this at the same time, one creates the file and the others find it.
+/// Atomically creates a file that only its owner can read, unless it exists: if several processes call this
+/// function at the same time, one process creates the file and the others find it.
 ///
 /// # Errors
 /// Returns an error if the file cannot be written.

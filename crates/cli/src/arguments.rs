@@ -1,4 +1,4 @@
-//! Arguments of the command line.
+//! Command-line arguments.
 
 use std::{net::SocketAddr, path::PathBuf};
 
@@ -26,7 +26,7 @@ pub struct Cli {
     pub command: Command,
 }
 
-/// Commands of the binary.
+/// Commands of the `streamer` binary.
 #[derive(Debug, Subcommand)]
 pub enum Command {
     /// Start a server with all services in one process, on one port.
@@ -34,23 +34,23 @@ pub enum Command {
     /// Start only a gateway, which serves WebSocket connections and forwards public gRPC calls.
     ///
     /// Requires store.engine=dynamodb, peers.router and peers.progress; peers.processor for workers that
-    /// connect here, peers.gateway to reach connections of other gateways, and peers.shared_secret_file on an
-    /// address other than loopback.
+    /// connect to this gateway, peers.gateway to reach connections of other gateways, and
+    /// peers.shared_secret_file to listen on an address other than loopback.
     Gateway(ServerArguments),
     /// Start only a router, which admits requests and announces them to processors.
     ///
-    /// Requires store.engine=dynamodb, peers.processor and peers.progress, and peers.shared_secret_file on an
-    /// address other than loopback.
+    /// Requires store.engine=dynamodb, peers.processor and peers.progress, and peers.shared_secret_file to
+    /// listen on an address other than loopback.
     Router(ServerArguments),
     /// Start only a processor, which runs requests or assigns them to workers.
     ///
-    /// Requires store.engine=dynamodb and peers.progress, and peers.shared_secret_file on an address other than
-    /// loopback.
+    /// Requires store.engine=dynamodb and peers.progress, and peers.shared_secret_file to listen on an address
+    /// other than loopback.
     Processor(ServerArguments),
     /// Start only a progress service, which stores and streams event logs.
     ///
-    /// Requires store.engine=dynamodb and peers.progress (all of them, including this one), and
-    /// peers.shared_secret_file on an address other than loopback.
+    /// Requires store.engine=dynamodb and peers.progress (the URLs of all progress services, including this
+    /// one), and peers.shared_secret_file to listen on an address other than loopback.
     Progress(ServerArguments),
     /// Create, check or print the tables of engine dynamodb.
     Tables(TablesArguments),
@@ -68,7 +68,7 @@ pub enum Command {
     List(ListArguments),
     /// Cancel a request.
     Cancel(CancelArguments),
-    /// Run a failed or cancelled request again, as a new one.
+    /// Run a failed or cancelled request again, as a new request.
     Redrive(RedriveArguments),
     /// Run the built-in handlers in this process, as a worker of a server.
     Worker(WorkerArguments),
@@ -89,7 +89,7 @@ pub enum Command {
     },
 }
 
-/// Server and credentials.
+/// Arguments for the server and the credentials.
 #[derive(Args, Clone, Debug)]
 pub struct CommonArguments {
     /// URL of the server.
@@ -104,10 +104,10 @@ pub struct CommonArguments {
     /// development key in the data folder.
     #[arg(long, env = "STREAMER_TOKEN", hide_env_values = true, value_name = "TOKEN")]
     pub token: Option<String>,
-    /// File with the token; read for each connection and when the token expires.
+    /// File that contains the token; read for each connection and when the token expires.
     #[arg(long, env = "STREAMER_TOKEN_FILE", value_name = "FILE", conflicts_with = "token")]
     pub token_file: Option<PathBuf>,
-    /// Data folder of the server, which holds the development key.
+    /// Data folder of the server, which contains the development key.
     #[arg(long, env = "STREAMER_DATA", default_value = "./streamer-data", value_name = "DIR")]
     pub data: PathBuf,
     /// Print one JSON object per line, even on a terminal.
@@ -115,7 +115,7 @@ pub struct CommonArguments {
     pub json: bool,
 }
 
-/// `streamer up`
+/// Arguments of `streamer up` and of the commands that start a single service.
 #[derive(Args, Clone, Debug)]
 #[command(after_help = "--set accepts every configuration option:
   streamer up --set gateway.max_connections=100 --set log.filter=info
@@ -143,7 +143,7 @@ pub struct ConfigSources {
     pub set: Vec<String>,
 }
 
-/// `streamer tables`
+/// Arguments of `streamer tables`.
 #[derive(Args, Clone, Debug)]
 pub struct TablesArguments {
     /// The command to run.
@@ -162,7 +162,7 @@ pub enum TablesCommand {
     Cloudformation(ConfigSources),
 }
 
-/// `streamer health`
+/// Arguments of `streamer health`.
 #[derive(Args, Clone, Debug)]
 pub struct HealthArguments {
     /// URL of the server.
@@ -173,12 +173,12 @@ pub struct HealthArguments {
         value_name = "URL"
     )]
     pub server: String,
-    /// Service to check, like streamer.router.v1.RouterService; empty means the whole server.
+    /// Service to check, such as streamer.router.v1.RouterService; empty means the whole server.
     #[arg(long, default_value = "", value_name = "NAME")]
     pub service: String,
 }
 
-/// `streamer config`
+/// Arguments of `streamer config`.
 #[derive(Args, Clone, Debug)]
 pub struct ConfigArguments {
     /// Print the defaults and ignore file, environment and flags.
@@ -189,7 +189,7 @@ pub struct ConfigArguments {
     pub sources: ConfigSources,
 }
 
-/// `streamer demo`
+/// Arguments of `streamer demo`.
 #[derive(Args, Clone, Debug)]
 pub struct DemoArguments {
     /// CSV file with a header line [default: a built-in penguin data set].
@@ -199,7 +199,7 @@ pub struct DemoArguments {
     pub report: PathBuf,
 }
 
-/// `streamer worker`
+/// Arguments of `streamer worker`.
 #[derive(Args, Clone, Debug)]
 #[command(after_help = "The server must not run the actions itself:
   streamer up --set execution.builtin_actions=echo,health
@@ -214,7 +214,7 @@ pub struct WorkerArguments {
     /// Maximum number of concurrent attempts.
     #[arg(long, default_value_t = 8, value_parser = clap::value_parser!(u32).range(1..=10_000))]
     pub slots: u32,
-    /// How long running attempts may continue on shutdown: a number and s, m, h or d.
+    /// Time limit for running attempts on shutdown: a number followed by s, m, h or d.
     #[arg(long, default_value = "30s", value_parser = crate::token::parse_duration)]
     pub drain_timeout: std::time::Duration,
     #[command(flatten)]
@@ -222,7 +222,7 @@ pub struct WorkerArguments {
     pub common: CommonArguments,
 }
 
-/// `streamer submit`
+/// Arguments of `streamer submit`.
 #[derive(Args, Clone, Debug)]
 #[command(after_help = "Examples:
   streamer submit echo --payload '{\"hello\":\"world\"}'
@@ -243,7 +243,7 @@ pub struct SubmitArguments {
     /// File with the payload.
     #[arg(long, value_name = "FILE")]
     pub payload_file: Option<PathBuf>,
-    /// Id of the request. Submitting the same request with the same id again has no effect.
+    /// ID of the request. Submitting the same request with the same ID again has no effect.
     #[arg(long)]
     pub id: Option<String>,
     /// Print only the outcome.
@@ -255,11 +255,11 @@ pub struct SubmitArguments {
     /// Priority, 0 to 9; requests with a higher priority run first.
     #[arg(long, default_value_t = 0, value_parser = clap::value_parser!(i32).range(0..=9))]
     pub priority: i32,
-    /// Delay the start of the request by at least this many milliseconds.
+    /// Minimum delay before the request starts, in milliseconds.
     #[arg(long, default_value_t = 0, value_name = "MS")]
     pub delay_ms: u64,
-    /// Start a trace, or continue that of the environment variable TRACEPARENT, and print its id to
-    /// standard error. The server decides whether to record spans (trace.trust_callers).
+    /// Start a trace, or continue the trace in the environment variable TRACEPARENT, and print the trace ID
+    /// to standard error. The server decides whether to record spans (trace.trust_callers).
     #[arg(long)]
     pub trace: bool,
     #[command(flatten)]
@@ -267,12 +267,12 @@ pub struct SubmitArguments {
     pub common: CommonArguments,
 }
 
-/// `streamer watch`
+/// Arguments of `streamer watch`.
 #[derive(Args, Clone, Debug)]
 pub struct WatchArguments {
-    /// Id or uid of the request.
+    /// ID or UID of the request.
     pub id: String,
-    /// Start after this event; 0 prints all events.
+    /// Sequence number of the event after which to start; 0 prints all events.
     #[arg(long, default_value_t = 0, value_name = "N", value_parser = clap::value_parser!(i64).range(0..))]
     pub after_seq: i64,
     #[command(flatten)]
@@ -280,17 +280,17 @@ pub struct WatchArguments {
     pub common: CommonArguments,
 }
 
-/// `streamer get`
+/// Arguments of `streamer get`.
 #[derive(Args, Clone, Debug)]
 pub struct GetArguments {
-    /// Id or uid of the request.
+    /// ID or UID of the request.
     pub id: String,
     #[command(flatten)]
     #[allow(missing_docs)]
     pub common: CommonArguments,
 }
 
-/// `streamer list`
+/// Arguments of `streamer list`.
 #[derive(Args, Clone, Debug)]
 pub struct ListArguments {
     /// List only requests in this state: QUEUED, RUNNING, SUCCEEDED, FAILED or CANCELLED; may be repeated.
@@ -299,10 +299,10 @@ pub struct ListArguments {
     /// Maximum number of requests to list.
     #[arg(long, default_value_t = 50, value_parser = clap::value_parser!(i32).range(1..=500))]
     pub limit: i32,
-    /// Page token that an earlier list printed.
+    /// Page token that a previous `streamer list` printed.
     #[arg(long, default_value = "", value_name = "PAGE_TOKEN")]
     pub page_token: String,
-    /// List all requests of this tenant; requires permission `operator`.
+    /// List the requests of all users of the given tenant; requires permission `operator`.
     #[arg(long, default_value = "", value_name = "TENANT", hide_default_value = true)]
     pub tenant: String,
     #[command(flatten)]
@@ -310,12 +310,12 @@ pub struct ListArguments {
     pub common: CommonArguments,
 }
 
-/// `streamer cancel`
+/// Arguments of `streamer cancel`.
 #[derive(Args, Clone, Debug)]
 pub struct CancelArguments {
-    /// Id or uid of the request.
+    /// ID or UID of the request.
     pub id: String,
-    /// Reason, which is stored in the log.
+    /// Reason for the cancellation, which is stored in the event log.
     #[arg(long, default_value = "")]
     pub reason: String,
     #[command(flatten)]
@@ -323,7 +323,7 @@ pub struct CancelArguments {
     pub common: CommonArguments,
 }
 
-/// `streamer redrive`
+/// Arguments of `streamer redrive`.
 #[derive(Args, Clone, Debug)]
 #[command(after_help = "Examples:
   streamer redrive nightly-1
@@ -332,25 +332,27 @@ pub struct CancelArguments {
 
 With --all, requests that were already redriven with --all are skipped.")]
 pub struct RedriveArguments {
-    /// Id or uid of the failed or cancelled request.
+    /// ID or UID of the failed or cancelled request.
     #[arg(required_unless_present = "all", conflicts_with = "all")]
     pub id: Option<String>,
-    /// Id of the new request.
+    /// ID of the new request.
     #[arg(long, default_value = "", conflicts_with = "all")]
     pub new_id: String,
     /// Redrive all failed requests that match the other options.
     #[arg(long)]
     pub all: bool,
-    /// With --all: only requests in this state, FAILED or CANCELLED; may be repeated [default: FAILED].
+    /// With --all: redrive only requests in this state, FAILED or CANCELLED; may be repeated [default:
+    /// FAILED].
     #[arg(long = "state", value_name = "STATE", requires = "all")]
     pub states: Vec<streamer_core::RequestState>,
-    /// With --all: only requests for this action.
+    /// With --all: redrive only requests for this action.
     #[arg(long, default_value = "", requires = "all")]
     pub action: String,
-    /// With --all: only requests accepted within this time before now: a number and s, m, h or d.
+    /// With --all: redrive only requests accepted within this period before now: a number followed by s, m, h
+    /// or d.
     #[arg(long, requires = "all", value_parser = crate::token::parse_duration)]
     pub since: Option<std::time::Duration>,
-    /// With --all: print the requests that would be redriven, and change nothing.
+    /// With --all: print the requests that would be redriven, without redriving them.
     #[arg(long, requires = "all")]
     pub dry_run: bool,
     #[command(flatten)]
@@ -358,7 +360,7 @@ pub struct RedriveArguments {
     pub common: CommonArguments,
 }
 
-/// `streamer connections`
+/// Arguments of `streamer connections`.
 #[derive(Args, Clone, Debug)]
 pub struct ConnectionsArguments {
     /// The command to run.
@@ -371,7 +373,7 @@ pub struct ConnectionsArguments {
 pub enum ConnectionsCommand {
     /// List the tenant's connections.
     List {
-        /// List only connections of this user.
+        /// List only the connections of the given user.
         #[arg(long, default_value = "")]
         user: String,
         #[command(flatten)]
@@ -385,10 +387,10 @@ pub enum ConnectionsCommand {
         /// Message, as JSON.
         #[arg(id = "message")]
         data: String,
-        /// User to send to.
+        /// User to send the message to.
         #[arg(long, required_unless_present = "connection", conflicts_with = "connection")]
         user: Option<String>,
-        /// Id of the connection to send to.
+        /// ID of the connection to send the message to.
         #[arg(long)]
         connection: Option<String>,
         #[command(flatten)]
@@ -408,9 +410,9 @@ pub enum ConnectionsCommand {
     },
     /// Close a connection.
     Disconnect {
-        /// Id of the connection.
+        /// ID of the connection.
         connection: String,
-        /// Reason, which is sent to the client.
+        /// Reason to send to the client.
         #[arg(long, default_value = "")]
         reason: String,
         #[command(flatten)]
@@ -419,19 +421,19 @@ pub enum ConnectionsCommand {
     },
 }
 
-/// `streamer token`
+/// Arguments of `streamer token`.
 #[derive(Args, Clone, Debug)]
 pub struct TokenArguments {
-    /// Claim `sub`.
+    /// Value of the claim `sub`.
     #[arg(long, default_value = "dev")]
     pub user: String,
-    /// Claim `tenant_id`.
+    /// Value of the claim `tenant_id`.
     #[arg(long, default_value = "dev")]
     pub tenant: String,
-    /// Claim `permissions`, separated by commas; `*` for all.
+    /// Permissions in the claim `permissions`, separated by commas; `*` for all.
     #[arg(long, default_value = "", value_delimiter = ',')]
     pub permissions: Vec<String>,
-    /// Lifetime of the token: a number and s, m, h or d.
+    /// Lifetime of the token: a number followed by s, m, h or d.
     #[arg(long, default_value = "1h", value_parser = crate::token::parse_duration)]
     pub expires: std::time::Duration,
     /// Data folder of the development key, which is created if it does not exist.

@@ -1,8 +1,8 @@
 //! `streamer bench`: loads a server and measures throughput, latency and resource use.
 //!
-//! Latency is measured from the time when a request was due, not from when the generator sent it, so
-//! that a server that stalls is charged for all requests that waited meanwhile (no coordinated
-//! omission). Only verified requests count: every log must be received without a gap.
+//! Latency is measured from the time when a request was due, not from the time when the generator sent it, so
+//! that the results include the wait of all requests that were due while the server stalled (no coordinated
+//! omission). Only verified requests count: the client must receive every event log without a gap.
 
 mod cancel;
 mod fairness;
@@ -24,7 +24,7 @@ use clap::{Args, Subcommand};
 use crate::{Exit, server_process::ServerProcess, token::parse_duration};
 use report::Report;
 
-/// `streamer bench`
+/// Arguments of `streamer bench`.
 #[derive(Args, Clone, Debug)]
 #[command(
     after_help = "Without --server, a server is started for the measurement: this program in a
@@ -57,8 +57,8 @@ pub enum Bench {
         /// Number of WebSocket connections.
         #[arg(long, default_value_t = 256)]
         connections: usize,
-        /// Total requests per second, sent on schedule even if the server is slow (open loop); 0
-        /// sends each request after the response to the one before (closed loop).
+        /// Total number of requests per second, sent on schedule even if the server is slow (open loop); 0
+        /// sends each request after the response to the previous request (closed loop).
         #[arg(long, default_value_t = 0)]
         rate: u64,
         /// Duration of the measurement, after a warm-up of one second.
@@ -79,8 +79,8 @@ pub enum Bench {
         /// Number of progress events per request.
         #[arg(long, default_value_t = 10)]
         steps: u32,
-        /// Total submissions per second, sent on schedule even if the server is slow (open loop); 0
-        /// submits the next request when one ends (closed loop).
+        /// Total number of submissions per second, sent on schedule even if the server is slow (open loop); 0
+        /// submits the next request when a previous request ends (closed loop).
         #[arg(long, default_value_t = 0)]
         rate: u64,
         /// Duration of the measurement, after a warm-up of one second.
@@ -90,7 +90,7 @@ pub enum Bench {
         #[arg(long, default_value_t = 0)]
         workers: usize,
         /// Command that starts a worker for echo_async, with STREAMER_SERVER, STREAMER_TOKEN and
-        /// STREAMER_SLOTS set [default: `worker` of this program].
+        /// STREAMER_SLOTS set [default: command `worker` of this program].
         #[arg(long, value_name = "COMMAND", requires = "workers")]
         worker_command: Option<String>,
         #[command(flatten)]
@@ -111,7 +111,7 @@ pub enum Bench {
         /// Milliseconds between two events of a request; 0 sends them as fast as they can be stored.
         #[arg(long, default_value_t = 1)]
         delay_ms: u32,
-        /// Number of output chunks per request, spread evenly among its events.
+        /// Number of output chunks per request, distributed evenly among its events.
         #[arg(long, default_value_t = 0)]
         output_chunks: u32,
         /// Number of characters per chunk.
@@ -123,7 +123,7 @@ pub enum Bench {
     },
     /// Measure the time from a cancellation to the end of the running request.
     Cancel {
-        /// Number of requests, which run one after the other.
+        /// Number of requests, which run sequentially.
         #[arg(long, default_value_t = 200)]
         count: usize,
         /// Number of worker processes that run the handlers; 0 runs them in the server.
@@ -136,8 +136,7 @@ pub enum Bench {
         #[allow(missing_docs)]
         common: BenchCommon,
     },
-    /// Measure how long requests wait to start while one tenant floods the queue, and without the
-    /// flood.
+    /// Measure the time that requests wait to start, with and without one tenant that floods the queue.
     Fairness {
         /// Number of tenants, one of which floods the queue.
         #[arg(long, default_value_t = 10)]
@@ -145,7 +144,7 @@ pub enum Bench {
         /// Number of requests of the flooding tenant.
         #[arg(long, default_value_t = 100_000)]
         flood: usize,
-        /// Requests per second of each of the other tenants.
+        /// Number of requests per second of each of the other tenants.
         #[arg(long, default_value_t = 20)]
         rate: u64,
         /// Duration of each measurement.
@@ -155,8 +154,7 @@ pub enum Bench {
         #[allow(missing_docs)]
         common: BenchCommon,
     },
-    /// Measure the latency of small requests while the output of a second tenant floods the store, and
-    /// without the flood.
+    /// Measure the latency of small requests, with and without a second tenant whose output floods the store.
     Output {
         /// Number of concurrent attempts of the flooding tenant.
         #[arg(long, default_value_t = 50)]
@@ -167,7 +165,7 @@ pub enum Bench {
         /// Number of characters per chunk.
         #[arg(long, default_value_t = 1_000_000)]
         chunk_bytes: u32,
-        /// Small requests per second.
+        /// Number of small requests per second.
         #[arg(long, default_value_t = 20)]
         rate: u64,
         /// Duration of each of the two measurements.
@@ -177,13 +175,14 @@ pub enum Bench {
         #[allow(missing_docs)]
         common: BenchCommon,
     },
-    /// Measure the latency of small requests while a second tenant exceeds each limit in turn, and
-    /// without that load.
+    /// Measure the latency of small requests, with and without a second tenant that exceeds each limit in
+    /// turn.
     Limits {
-        /// Messages per second of the tenant that exceeds limits; it opens a tenth as many connections.
+        /// Number of messages per second from the tenant that exceeds the limits; the number of connections
+        /// that it opens per second is a tenth of this value.
         #[arg(long, default_value_t = 2000)]
         flood_rate: u64,
-        /// Small requests per second.
+        /// Number of small requests per second.
         #[arg(long, default_value_t = 20)]
         rate: u64,
         /// Duration of each measurement.
@@ -219,7 +218,7 @@ pub enum Bench {
     },
 }
 
-/// Server under load and output format.
+/// Arguments for the server under load and the output format.
 #[derive(Args, Clone, Debug)]
 pub struct BenchCommon {
     /// URL of a running server; requires --token.
@@ -240,7 +239,8 @@ pub struct BenchCommon {
 pub(crate) struct LoadTarget {
     pub(crate) url: String,
     pub(crate) token: String,
-    /// The server process if this program started it; its memory and processor time can be read.
+    /// Server process, for readings of its memory and processor time; `None` if this program did not start
+    /// the server.
     pub(crate) process: Option<ServerProcess>,
 }
 
@@ -278,7 +278,7 @@ impl LoadTarget {
         })
     }
 
-    /// Adds the delivery faults that a server started by this program counted.
+    /// Adds to the report the delivery faults that the server counted, if this program started the server.
     async fn check(&self, mut report: Report) -> anyhow::Result<Report> {
         if let Some(process) = &self.process {
             report.check_delivery(process).await?;
@@ -286,7 +286,8 @@ impl LoadTarget {
         Ok(report)
     }
 
-    /// Returns the processor time used so far by a server that this program started, or 0.
+    /// Returns the processor time that the server has used, in milliseconds, or 0 if this program did not
+    /// start the server.
     pub(crate) fn processor_ms(&self) -> u64 {
         let process = self.process.as_ref().map(ServerProcess::processor_ms);
         process.and_then(Result::ok).unwrap_or(0)
@@ -366,7 +367,8 @@ pub(crate) async fn run(arguments: BenchArguments) -> anyhow::Result<Exit> {
     Ok(exit)
 }
 
-/// Returns the setting that leaves `echo_async` to workers, if any are started.
+/// Returns the setting for the actions that the server runs itself: without `echo_async` if workers are
+/// started, otherwise all.
 fn local_actions(workers: usize) -> String {
     let local = if workers > 0 { "echo,health" } else { "*" };
     format!("execution.builtin_actions={local}")
@@ -375,20 +377,20 @@ fn local_actions(workers: usize) -> String {
 /// Duration of the load before the measurement starts.
 const WARM_UP: Duration = Duration::from_secs(1);
 
-/// Returns the number after `"seq":`. Messages are not parsed, since the generator must use less processor
-/// time than the server.
+/// Returns the number that follows `"seq":`. The message is not parsed, because the generator must use less
+/// processor time than the server.
 pub(crate) fn seq_of(message: &str) -> Option<i64> {
     number_after(message, "\"seq\":")
 }
 
-/// Returns the number that follows `name`.
+/// Returns the number that follows `name` in the message.
 pub(crate) fn number_after(message: &str, name: &str) -> Option<i64> {
     let digits = &message[message.find(name)? + name.len()..];
     let end = digits.find(|c: char| !c.is_ascii_digit()).unwrap_or(digits.len());
     digits[..end].parse().ok()
 }
 
-/// Returns the text that follows `name`, up to the next quotation mark.
+/// Returns the text that follows `name` in the message, up to the next quotation mark.
 pub(crate) fn text_after<'a>(message: &'a str, name: &str) -> Option<&'a str> {
     let rest = &message[message.find(name)? + name.len()..];
     rest.split('"').next()

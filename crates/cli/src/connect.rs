@@ -24,7 +24,7 @@ pub enum CommandTokenSource {
     Fixed(String),
     /// A file that is read for each token.
     File(TokenFile),
-    /// The development key in this data folder, if it exists.
+    /// The development key in the given data folder, if it exists.
     DevKey(PathBuf),
 }
 
@@ -44,8 +44,8 @@ impl TokenSource for CommandTokenSource {
 }
 
 impl CommonArguments {
-    /// Returns the token source: the token or file of the arguments, or the development key of a server on
-    /// this machine.
+    /// Returns the token source: the token or token file from the arguments, or the development key of a server
+    /// on this machine.
     #[must_use]
     pub fn tokens(&self) -> CommandTokenSource {
         match (&self.token, &self.token_file) {
@@ -60,7 +60,7 @@ impl CommonArguments {
         Ok(Api::with_tokens(&self.server, Arc::new(self.tokens())).await?)
     }
 
-    /// Returns whether to print JSON: on request, or if standard output is not a terminal.
+    /// Returns whether to print JSON: if requested, or if standard output is not a terminal.
     pub(crate) fn prints_json(&self) -> bool {
         self.json || !std::io::stdout().is_terminal()
     }
@@ -73,7 +73,7 @@ fn dev_token(data: &Path) -> String {
         permissions: vec!["*".into()],
         expires_in: DEV_TOKEN_LIFETIME,
     };
-    // Without a key, the server answers that a token is required.
+    // Without a key, no token is sent, and the server responds that a token is required.
     let signed = DevKey::load(data).and_then(|key| key.sign(&token, SystemClock.now()));
     signed.unwrap_or_default()
 }

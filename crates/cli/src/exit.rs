@@ -41,7 +41,7 @@ impl Exit {
         })
     }
 
-    /// Returns the exit code for a request that ended with this error.
+    /// Returns the exit code for a request that ended with the given error code.
     pub(crate) fn from_error_code(code: Option<ErrorCode>) -> Self {
         match code {
             Some(ErrorCode::Unauthorized | ErrorCode::Forbidden) => Self::NotPermitted,
@@ -56,7 +56,7 @@ impl Exit {
 pub(crate) fn report(outcome: anyhow::Result<Exit>) -> ExitCode {
     match outcome {
         Ok(exit) => exit.code(),
-        // The reader closed the pipe because it needs no more output.
+        // The reader closed the pipe because it needs no further output.
         Err(error) if is_broken_pipe(&error) => Exit::Done.code(),
         Err(error) => {
             print_error_line(&format!("error: {error:#}"));
@@ -65,7 +65,7 @@ pub(crate) fn report(outcome: anyhow::Result<Exit>) -> ExitCode {
     }
 }
 
-/// Invalid usage that is found only when the command runs.
+/// Usage error that is detected only when the command runs.
 #[derive(Debug, thiserror::Error)]
 #[error("{0}")]
 pub(crate) struct UsageError(pub(crate) String);

@@ -1,4 +1,4 @@
-//! `streamer submit` and `streamer watch`: follow a request to its end.
+//! Commands `streamer submit` and `streamer watch`, which follow a request to its end.
 
 use std::{
     env, fs,
@@ -34,7 +34,7 @@ pub enum Screen {
 pub(crate) async fn submit(arguments: SubmitArguments) -> anyhow::Result<Exit> {
     let common = &arguments.common;
     let payload = read_payload(&arguments)?;
-    // With an id, the request can be submitted again after a connection is lost.
+    // With an ID, the request can be submitted again after a connection is lost.
     let id = arguments.id.clone().unwrap_or_else(|| Uid::new(SystemClock.now()).to_string());
     let mut message = json!({
         "type": "request",
@@ -82,7 +82,7 @@ pub async fn follow(follower: &mut Follower, screen: Screen) -> anyhow::Result<E
         let message = tokio::select! {
             message = follower.next() => message?,
             interrupted = tokio::signal::ctrl_c() => {
-                interrupted.context("waiting for Ctrl-C")?;
+                interrupted.context("failed to wait for Ctrl-C")?;
                 printer.bar.finish_and_clear();
                 let (id, seq) = (follower.request_id(), follower.last_seq());
                 if follower.is_accepted() {
@@ -91,7 +91,7 @@ pub async fn follow(follower: &mut Follower, screen: Screen) -> anyhow::Result<E
                          streamer watch {id} --after-seq {seq}"
                     );
                 } else {
-                    eprintln!("Interrupted before the server answered.");
+                    eprintln!("Interrupted before the server responded.");
                 }
                 return Ok(Exit::Interrupted);
             }
@@ -114,7 +114,7 @@ async fn print_first(follower: &mut Follower) -> anyhow::Result<Exit> {
     }
 }
 
-/// Returns the exit code if the message holds an outcome. `is_last`: no message follows.
+/// Returns the exit code if the message contains an outcome. `is_last` states that no message follows.
 fn exit_of(message: &Message, is_last: bool) -> Option<Exit> {
     match message.kind.as_str() {
         "response" | "complete" => Some(Exit::Done),
@@ -136,7 +136,7 @@ fn trace(parent: Option<&str>) -> anyhow::Result<TraceContext> {
     let new = || {
         let hex = |bytes: &[u8]| bytes.iter().map(|byte| format!("{byte:02x}")).collect::<String>();
         let [trace, span] = [(); 2].map(|()| Uid::new(SystemClock.now()).to_bytes());
-        // The second half of an id is random; the first one is mostly the time.
+        // The second half of an ID is random; the first half consists mostly of the time.
         format!("00-{}-{}-01", hex(&trace), hex(&span[8..]))
     };
     let text = parent.map_or_else(new, str::to_owned);
@@ -149,11 +149,13 @@ fn trace(parent: Option<&str>) -> anyhow::Result<TraceContext> {
 fn read_payload(arguments: &SubmitArguments) -> anyhow::Result<Box<RawValue>> {
     let text = if arguments.stdin.is_some() {
         let mut text = String::new();
-        io::stdin().read_to_string(&mut text).context("reading the payload from standard input")?;
+        io::stdin()
+            .read_to_string(&mut text)
+            .context("failed to read the payload from standard input")?;
         text
     } else if let Some(file) = &arguments.payload_file {
         fs::read_to_string(file)
-            .map_err(|error| UsageError(format!("reading {}: {error}", file.display())))?
+            .map_err(|error| UsageError(format!("failed to read {}: {error}", file.display())))?
     } else {
         arguments.payload.clone().unwrap_or_else(|| "{}".to_owned())
     };
@@ -161,7 +163,7 @@ fn read_payload(arguments: &SubmitArguments) -> anyhow::Result<Box<RawValue>> {
     parsed.map_err(|error| UsageError(format!("the payload is not JSON: {error}")).into())
 }
 
-/// Printer of the messages of a followed request.
+/// Prints the messages of a followed request.
 struct Printer {
     screen: Screen,
     bar: ProgressBar,

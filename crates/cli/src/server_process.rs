@@ -29,13 +29,14 @@ pub(crate) struct ServerProcess {
 impl ServerProcess {
     /// Starts this program as a server on a free port, with a new data folder.
     pub(crate) fn start(settings: &[String]) -> anyhow::Result<Self> {
-        let data = TempDir::with_prefix("streamer-bench-").context("creating a data folder")?;
+        let data =
+            TempDir::with_prefix("streamer-bench-").context("failed to create a data folder")?;
         Self::start_in(data, settings)
     }
 
-    /// Starts a server like [`Self::start`], with an existing data folder.
+    /// Starts this program as a server on a free port, with an existing data folder.
     pub(crate) fn start_in(data: TempDir, settings: &[String]) -> anyhow::Result<Self> {
-        let mut command = Command::new(env::current_exe().context("finding this program")?);
+        let mut command = Command::new(env::current_exe().context("failed to find this program")?);
         command.args(["up", "--listen", "127.0.0.1:0", "--data"]).arg(data.path());
         for setting in settings {
             command.args(["--set", setting]);
@@ -44,10 +45,10 @@ impl ServerProcess {
             .stdin(Stdio::null())
             .stdout(Stdio::piped())
             .spawn()
-            .context("starting a server")?;
+            .context("failed to start a server")?;
         let Some(stdout) = child.stdout.take() else { bail!("the server has no standard output") };
         let mut first_line = String::new();
-        BufReader::new(stdout).read_line(&mut first_line).context("waiting for the server")?;
+        BufReader::new(stdout).read_line(&mut first_line).context("no output from the server")?;
         let Some(url) = first_line.trim().strip_prefix(READY) else {
             bail!("the server did not start: {first_line}");
         };
@@ -62,12 +63,13 @@ impl ServerProcess {
             bail!("cannot stop the server: kill: {status}");
         }
         let mut this = self;
-        this.child.wait().context("waiting for the server to stop")?;
-        let empty = TempDir::with_prefix("streamer-bench-").context("creating a data folder")?;
+        this.child.wait().context("failed to wait for the server to stop")?;
+        let empty =
+            TempDir::with_prefix("streamer-bench-").context("failed to create a data folder")?;
         Ok(std::mem::replace(&mut this.data, empty))
     }
 
-    /// Returns a token of this tenant with all permissions.
+    /// Returns a token for the given tenant with all permissions.
     pub(crate) fn token(&self, tenant: &str) -> anyhow::Result<String> {
         let token = NewToken {
             user: "bench".into(),
@@ -78,26 +80,26 @@ impl ServerProcess {
         Ok(DevKey::load(self.data.path())?.sign(&token, SystemClock.now())?)
     }
 
-    /// Returns the resident memory, in bytes.
+    /// Returns the resident memory of the server, in bytes.
     pub(crate) fn resident_bytes(&self) -> anyhow::Result<u64> {
         self.status_bytes("VmRSS:")
     }
 
-    /// Returns the peak resident memory, in bytes.
+    /// Returns the peak resident memory of the server, in bytes.
     pub(crate) fn peak_resident_bytes(&self) -> anyhow::Result<u64> {
         self.status_bytes("VmHWM:")
     }
 
     fn status_bytes(&self, field: &str) -> anyhow::Result<u64> {
         let status = fs::read_to_string(format!("/proc/{}/status", self.child.id()))
-            .context("reading the server's memory")?;
+            .context("failed to read the server's memory")?;
         let line = status.lines().find_map(|line| line.strip_prefix(field));
         let kilobytes = line.and_then(|rest| rest.split_whitespace().next());
-        let kilobytes: u64 = kilobytes.with_context(|| format!("finding {field}"))?.parse()?;
+        let kilobytes: u64 = kilobytes.with_context(|| format!("{field} is missing"))?.parse()?;
         Ok(kilobytes * 1024)
     }
 
-    /// Returns the value of the counter or gauge with this name in /metrics.
+    /// Returns the value of the counter or gauge `name` from /metrics.
     pub(crate) async fn metric<T>(&self, name: &str) -> anyhow::Result<T>
     where
         T: FromStr<Err: std::error::Error + Send + Sync + 'static>,
@@ -110,10 +112,10 @@ impl ServerProcess {
         let mut text = String::new();
         stream.read_to_string(&mut text).await?;
         let value = text.lines().find_map(|line| line.strip_prefix(name)?.strip_prefix(' '));
-        Ok(value.with_context(|| format!("finding {name}"))?.parse()?)
+        Ok(value.with_context(|| format!("{name} is missing"))?.parse()?)
     }
 
-    /// Returns the processor time used so far, in milliseconds.
+    /// Returns the processor time that the server has used, in milliseconds.
     pub(crate) fn processor_ms(&self) -> anyhow::Result<u64> {
         /// /proc counts 100 clock ticks per second on all supported Linux platforms.
         const MS_PER_TICK: u64 = 10;

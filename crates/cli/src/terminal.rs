@@ -1,5 +1,5 @@
 //! Output to standard output and standard error. On a terminal, control characters are escaped: data from a
-//! server may contain input of other users, which could move the cursor, hide text or write to the clipboard.
+//! server may contain input from other users, which could move the cursor, hide text or write to the clipboard.
 
 use std::{
     borrow::Cow,
@@ -40,7 +40,7 @@ pub(crate) fn printable(text: &str) -> Cow<'_, str> {
     let mut escaped = String::with_capacity(text.len() + 16);
     for c in text.chars() {
         if is_control(c) {
-            // Four digits suffice: all of these are below U+10000.
+            // Four digits suffice: all escaped characters are below U+10000.
             let _: Result<(), std::fmt::Error> = write!(escaped, "\\u{:04x}", u32::from(c));
         } else {
             escaped.push(c);

@@ -1,4 +1,4 @@
-//! `streamer token`
+//! Command `streamer token`.
 
 use std::time::Duration;
 

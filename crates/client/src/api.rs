@@ -20,19 +20,19 @@ use crate::ClientError;
 /// Maximum size of a response.
 const MAX_MESSAGE_BYTES: usize = 256 * 1024 * 1024;
 
-/// Client of the gRPC services. Calls carry the token of its user.
+/// Client of the gRPC services. Its calls carry the user's token.
 #[derive(Clone)]
 pub struct Api {
     channel: Channel,
     server: String,
     authorization: Arc<RwLock<Option<HeaderValue>>>,
-    /// Source of fresh tokens.
+    /// Source of fresh tokens; `None` if the token is never renewed.
     tokens: Option<Arc<dyn TokenSource>>,
 }
 
 impl Api {
-    /// Creates a client of the server at an `http://` URL, with a token that is never renewed. It connects
-    /// with the first call.
+    /// Creates a client of the server at an `http://` URL, with a token that is never renewed. The client
+    /// connects on the first call.
     ///
     /// # Errors
     /// Returns an error if the URL or the token is malformed.
@@ -50,8 +50,8 @@ impl Api {
         })
     }
 
-    /// Creates a client like [`Self::new`], with tokens from a source: one is requested now, and a fresh one
-    /// when a watch ends because its token expired.
+    /// Creates a client that gets its tokens from a token source: one immediately, and a fresh one when a
+    /// watch ends because its token expired.
     ///
     /// # Errors
     /// Returns an error if the URL or the token is malformed, or the token source fails.
@@ -96,7 +96,7 @@ impl Api {
         ConnectionsServiceClient::new(self.channel.clone())
     }
 
-    /// Returns a call that carries the token.
+    /// Returns a gRPC request that carries the token.
     pub fn call<T>(&self, message: T) -> Request<T> {
         match &*self.authorization.read() {
             Some(authorization) => with_authorization(message, authorization.clone()),
@@ -107,7 +107,7 @@ impl Api {
     /// Converts the status of a failed call to an error.
     #[must_use]
     pub fn error(&self, status: &Status) -> ClientError {
-        // A status that the server sent has no source; one that the transport made has.
+        // A status from the server has no source; a status that the transport created has one.
         if std::error::Error::source(status).is_some() {
             return ClientError::Unreachable {
                 server: self.server.clone(),

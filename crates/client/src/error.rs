@@ -51,8 +51,8 @@ pub enum ClientError {
 }
 
 impl ClientError {
-    /// Returns whether the call may succeed on a new connection. After close codes 4400, 4401 and 4403 it
-    /// does not (DESIGN §8).
+    /// Returns whether the call may succeed on a new connection. It cannot succeed after the close codes
+    /// 4400, 4401 and 4403.
     #[must_use]
     pub fn is_transient(&self) -> bool {
         match self {
@@ -69,7 +69,7 @@ impl ClientError {
         }
     }
 
-    /// Returns whether the server rejected the token. The call may succeed with a fresh one.
+    /// Returns whether the server rejected the token. The call may succeed with a fresh token.
     #[must_use]
     pub fn is_unauthenticated(&self) -> bool {
         match self {

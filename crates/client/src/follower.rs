@@ -1,4 +1,4 @@
-//! Following one request to its end over WebSocket, with reconnects.
+//! Follows one request to its end over WebSocket, with reconnects.
 
 use std::{sync::Arc, time::Duration};
 
@@ -14,43 +14,43 @@ const MAX_BACKOFF: Duration = Duration::from_secs(10);
 /// Maximum number of consecutive retries without a message.
 const MAX_RETRIES: u32 = 8;
 
-/// The request to follow.
+/// Request to follow.
 #[derive(Clone, Debug)]
 pub enum Target {
     /// A request to submit.
     Submit {
-        /// The request's `id`, which makes repeated submissions safe.
+        /// `id` of the request, which makes repeated submissions idempotent.
         id: String,
-        /// The complete `request` message, with that `id`.
+        /// Complete `request` message, with the same `id`.
         message: String,
     },
     /// An existing request.
     Watch {
-        /// Its `request_id` or `uid`.
+        /// `request_id` or `uid` of the request.
         request_id: String,
-        /// The `seq` after which to start; 0 for all events.
+        /// `seq` of the event after which to start; 0 for all events.
         after_seq: i64,
     },
 }
 
-/// Follower of one request.
+/// Follows one request to its end.
 pub struct Follower {
     server: String,
     tokens: Arc<dyn TokenSource>,
-    /// The token of the latest connection.
+    /// Token of the latest connection.
     token: String,
     target: Target,
     session: Option<Session>,
     last_seq: i64,
     backoff: Backoff,
     ended: bool,
-    /// Present only if the log is read from the beginning.
+    /// Verifier of the output; `None` if the log is not read from its beginning.
     check: Option<OutputVerifier>,
 }
 
 impl Follower {
-    /// Creates a follower of `target`. It connects with the first call of [`Self::next`] and requests a token
-    /// for each connection.
+    /// Creates a follower of `target`. The follower connects on the first call of [`Self::next`] and requests a
+    /// token for each connection.
     pub fn new(server: impl Into<String>, tokens: impl TokenSource, target: Target) -> Self {
         let last_seq = match &target {
             Target::Submit { .. } => 0,
@@ -69,7 +69,7 @@ impl Follower {
         }
     }
 
-    /// Returns the id with which the request can be watched again.
+    /// Returns the ID with which the request can be watched again.
     #[must_use]
     pub fn request_id(&self) -> &str {
         match &self.target {
@@ -78,19 +78,19 @@ impl Follower {
         }
     }
 
-    /// Returns whether the last message was returned.
+    /// Returns whether [`Self::next`] has returned the last message.
     #[must_use]
     pub fn has_ended(&self) -> bool {
         self.ended
     }
 
-    /// Returns the `seq` of the last message that was returned.
+    /// Returns the `seq` of the last message that [`Self::next`] returned.
     #[must_use]
     pub fn last_seq(&self) -> i64 {
         self.last_seq
     }
 
-    /// Returns the next message about the request, each event once; `None` after the last.
+    /// Returns the next message about the request, with each event exactly once; `None` after the last message.
     ///
     /// # Errors
     /// Returns an error if the server rejects the call, stays unreachable after all retries, or skips events,
@@ -167,7 +167,7 @@ impl Follower {
         }
     }
 
-    /// Skips messages that do not concern the request and events that were received before.
+    /// Skips messages that do not concern the request, and events that were already received.
     fn accept(&mut self, message: Message) -> Option<Message> {
         match message.kind.as_str() {
             "connected" | "draining" | "auth_expiring" | "pong" | "message" => return None,
@@ -183,7 +183,7 @@ impl Follower {
         }
         self.ended = match message.kind.as_str() {
             "response" | "complete" | "cancelled" | "error" => true,
-            // The terminal event was received before, so no message follows.
+            // The terminal event was already received, so no message follows.
             "subscribed" => message.is_terminal() && message.last_seq <= Some(self.last_seq),
             _ => false,
         };

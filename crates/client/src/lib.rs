@@ -1,9 +1,9 @@
 //! Client library: submit, watch and manage requests.
 //!
-//! [`Session`] is one WebSocket connection. [`Follower`] follows one request to its end over WebSocket,
-//! reconnecting as often as needed and resuming after the last event that it received. [`Api`] is the
-//! gRPC client: submit, [`Watch`], wait, cancel and all other calls. `Follower` and `Watch` verify a
-//! request's output against its checksum.
+//! [`Session`] is one WebSocket connection. [`Follower`] follows one request to its end over WebSocket; it
+//! reconnects when a connection is lost, and resumes after the last event that it received. [`Api`] is the gRPC
+//! client: submit, [`Watch`], wait, cancel and all other calls. `Follower` and `Watch` verify a request's output
+//! against its checksum.
 
 mod api;
 mod error;

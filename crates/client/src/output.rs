@@ -1,4 +1,4 @@
-//! Verifies that a reader received the whole output of a request, from its events alone.
+//! Verifies, from the events of a request alone, that a reader received the complete output.
 
 use streamer_core::{OutputDigest, output::hex};
 
@@ -6,7 +6,7 @@ use streamer_core::{OutputDigest, output::hex};
 #[derive(Clone, Debug, Default)]
 pub struct OutputVerifier {
     digest: OutputDigest,
-    /// `seq` of the latest `started` event and the digest at that point, to which a rewind returns.
+    /// `seq` of the latest `started` event, and the digest at that event, to which a rewind returns.
     attempt_start: (i64, OutputDigest),
 }
 
@@ -19,7 +19,7 @@ pub struct OutputVerifier {
 pub struct OutputMismatch {
     /// Number of valid chunks that were read.
     pub chunks: i64,
-    /// Their SHA-256, in hexadecimal digits.
+    /// SHA-256 of the valid chunks that were read, in hexadecimal digits.
     pub sha256: String,
     /// Number of chunks according to the terminal event.
     pub expected_chunks: i64,
@@ -38,7 +38,7 @@ impl OutputVerifier {
         self.digest.push(data);
     }
 
-    /// Discards the chunks after `seq`, which is that of a `started` event, or 0.
+    /// Discards the chunks after `seq`, which is the sequence number of a `started` event, or 0.
     pub fn rewind(&mut self, seq: i64) {
         self.digest = if seq > 0 && seq == self.attempt_start.0 {
             self.attempt_start.1.clone()
@@ -47,7 +47,7 @@ impl OutputVerifier {
         };
     }
 
-    /// Compares the output with the number of chunks and the SHA-256 of the terminal event.
+    /// Compares the output with the number of chunks and the SHA-256 from the terminal event.
     ///
     /// # Errors
     /// Returns an error if they differ.

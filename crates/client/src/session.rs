@@ -20,25 +20,25 @@ use tokio_tungstenite::{
 
 use crate::{ClientError, OutputVerifier};
 
-/// Timeout of each step of opening a WebSocket.
+/// Timeout for each step of opening a WebSocket.
 const OPEN_TIMEOUT: Duration = Duration::from_secs(10);
-/// Timeout of the first message.
+/// Timeout for the first message.
 const FIRST_MESSAGE_TIMEOUT: Duration = Duration::from_secs(30);
-/// Added to the read timeout for network delay.
+/// Time added to the read timeout to allow for network delay.
 const PING_GRACE: Duration = Duration::from_secs(5);
 /// Maximum size of a message.
 const MAX_MESSAGE_BYTES: usize = 256 * 1024 * 1024;
 
-/// A server message with the members that every client reads.
+/// Message from the server, with the members that every client reads.
 #[derive(Clone, Debug, Default, Deserialize)]
 pub struct Message {
     /// Type of the message.
     #[serde(rename = "type")]
     pub kind: String,
-    /// Id of the request.
+    /// ID of the request.
     #[serde(default)]
     pub request_id: Option<String>,
-    /// Uid of the request, which the server assigned.
+    /// UID of the request, which the server assigned.
     #[serde(default)]
     pub uid: Option<String>,
     /// Sequence number of the event in the log.
@@ -83,7 +83,7 @@ impl Message {
         }
     }
 
-    /// Updates `check` with this event, and verifies the output if the event is terminal.
+    /// Updates `check` with the event, and verifies the output if the event is terminal.
     pub(crate) fn check_output(&self, check: &mut OutputVerifier) -> Result<(), ClientError> {
         let unreadable = |error| ClientError::Protocol(format!("{error} in {}", self.text));
         let parse = || serde_json::from_str::<OutputMembers<'_>>(&self.text).map_err(unreadable);
@@ -113,10 +113,10 @@ impl Message {
     }
 }
 
-/// Instances of log messages that concern the output.
+/// Members of event messages that concern the output.
 #[derive(Deserialize)]
 struct OutputMembers<'a> {
-    /// Raw text, since the checksum covers the JSON bytes as sent.
+    /// Output chunk as raw text, because the checksum covers the JSON bytes as sent.
     #[serde(borrow)]
     data: Option<&'a RawValue>,
     #[serde(default)]
@@ -157,12 +157,12 @@ impl OutputMembers<'_> {
 pub struct Session {
     socket: WebSocketStream<TcpStream>,
     server: String,
-    /// The connection is lost if neither a message nor a ping arrives for this long.
+    /// Maximum time without a message or a ping, after which the connection is considered lost.
     read_timeout: Duration,
 }
 
 impl Session {
-    /// Opens a WebSocket at an `http://` URL. The first message is `connected`.
+    /// Opens a WebSocket to the server at an `http://` URL. The first message is `connected`.
     ///
     /// # Errors
     /// Returns an error if the URL or the token is malformed, or the handshake fails.
@@ -170,8 +170,8 @@ impl Session {
         Self::connect_with_read_buffer(server, token, 16 * 1024).await
     }
 
-    /// Opens a WebSocket like [`Self::connect`], with a read buffer of this size in bytes. A small buffer saves
-    /// memory with many connections.
+    /// Opens a WebSocket in the same way as [`Self::connect`], with a read buffer of the given size in bytes. A
+    /// small buffer saves memory with many connections.
     ///
     /// # Errors
     /// Returns the same errors as [`Self::connect`].
@@ -190,7 +190,7 @@ impl Session {
         let host = uri.host().ok_or_else(|| bad_url("must name a host"))?;
         let port = uri.port_u16().unwrap_or(80);
         let address = (host.trim_matches(['[', ']']), port);
-        let timed_out = || unreachable(format!("no answer within {} s", OPEN_TIMEOUT.as_secs()));
+        let timed_out = || unreachable(format!("no response within {} s", OPEN_TIMEOUT.as_secs()));
         let stream = timeout(OPEN_TIMEOUT, TcpStream::connect(address))
             .await
             .map_err(|_| timed_out())?

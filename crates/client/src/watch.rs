@@ -1,4 +1,4 @@
-//! Watching a request over gRPC, with retries.
+//! Watches a request over gRPC, with retries.
 
 use std::time::Duration;
 
@@ -20,7 +20,7 @@ const MAX_BACKOFF: Duration = Duration::from_secs(10);
 const MAX_RETRIES: u32 = 8;
 
 impl Api {
-    /// Submits a request. A repeat is safe for an async action if the request has an `id`.
+    /// Submits a request. For an async action, the call can be repeated safely if the request has an `id`.
     ///
     /// # Errors
     /// Returns an error if the server rejects the call or cannot be reached.
@@ -88,13 +88,13 @@ impl Api {
 }
 
 /// Watch of one request: yields each event once and in order, and resumes lost streams after the last
-/// event. Verifies the output at the end if it was read from the beginning.
+/// event. Verifies the output at the end if the log was read from its beginning.
 pub struct Watch {
     api: Api,
     request_id: String,
     last_seq: i64,
     stream: Option<Streaming<WatchResponse>>,
-    /// Received events, the last one first.
+    /// Received events that are not returned yet, the last one first.
     pending: Vec<Event>,
     ended: bool,
     backoff: Backoff,
@@ -102,13 +102,13 @@ pub struct Watch {
 }
 
 impl Watch {
-    /// Returns the `seq` of the last event that was returned.
+    /// Returns the `seq` of the last event that [`Self::next`] returned.
     #[must_use]
     pub fn last_seq(&self) -> i64 {
         self.last_seq
     }
 
-    /// Returns the next event; `None` after the terminal one.
+    /// Returns the next event; `None` after the terminal event.
     ///
     /// # Errors
     /// Returns an error if the server rejects the call, stays unreachable after all retries, or skips events,
@@ -139,7 +139,7 @@ impl Watch {
         }
     }
 
-    /// Receives the next batch of events; opens the stream if there is none.
+    /// Receives the next batch of events; opens the stream if none is open.
     async fn fill(&mut self) -> Result<(), ClientError> {
         let stream = match &mut self.stream {
             Some(stream) => stream,
@@ -167,7 +167,7 @@ impl Watch {
         Ok(())
     }
 
-    /// Checks that the event is the next one and updates the output checksum.
+    /// Checks that the event is the next event of the log, and updates the output checksum.
     fn accept(&mut self, event: Event) -> Result<Event, ClientError> {
         if event.seq != self.last_seq + 1 {
             return Err(ClientError::Protocol(format!(

@@ -1,10 +1,11 @@
 //! Configuration of every Streamer process.
 //!
-//! Binaries read it once, at start, from these sources, of which later ones override earlier ones:
-//! defaults, `streamer.toml`, environment (`OTEL_*` for section `trace`, then
+//! Binaries read the configuration once, at start, from the following sources, in which later sources override
+//! earlier ones: defaults, `streamer.toml`, environment (`OTEL_*` for section `trace`, then
 //! `STREAMER_<SECTION>_<OPTION>`), flags. All invalid values are reported together. The committed
 //! `streamer.toml` lists every option with its default and is the documentation; a test compares it with
-//! this code.
+//! the code.
+#![allow(rustdoc::bare_urls, reason = "descriptions of options are also the text of the file")]
 
 mod opentelemetry;
 mod options;
@@ -22,10 +23,10 @@ pub use options::{
 pub use setting::{ByteSize, LogFormat, StoreEngine};
 pub use tenants::TenantOverrides;
 
-/// Sources of options besides the defaults.
+/// Sources of options, other than the defaults.
 #[derive(Clone, Debug, Default)]
 pub struct Sources {
-    /// The configuration file; `None` for `streamer.toml` in the working folder, if it exists.
+    /// Configuration file; `None` for `streamer.toml` in the working folder, if it exists.
     pub file: Option<PathBuf>,
     /// Environment variables.
     pub environment: Vec<(String, String)>,
@@ -46,7 +47,7 @@ impl fmt::Display for ConfigError {
     }
 }
 
-/// The file that is read from the working folder, if it exists, when no file is named.
+/// Name of the configuration file that is read from the working folder, if it exists and no file is specified.
 pub const DEFAULT_FILE: &str = "streamer.toml";
 const PREFIX: &str = "STREAMER_";
 /// Environment variables of the command line, which are not configuration options.
@@ -63,7 +64,7 @@ impl Config {
     /// Reads the configuration from its sources.
     ///
     /// # Errors
-    /// Reports all invalid options together.
+    /// Returns an error that lists all invalid options.
     pub fn load(sources: &Sources) -> Result<Self, ConfigError> {
         let mut config = Self::default();
         let mut problems = Vec::new();
@@ -90,7 +91,7 @@ impl Trace {
     /// Reads the standard OpenTelemetry variables, for a process without a configuration file.
     ///
     /// # Errors
-    /// Reports all invalid variables together.
+    /// Returns an error that lists all invalid variables.
     pub fn from_environment(environment: &[(String, String)]) -> Result<Self, ConfigError> {
         let mut config = Config::default();
         let mut problems = Vec::new();
@@ -135,7 +136,7 @@ fn read_variable(config: &mut Config, name: &str, value: &str, problems: &mut Ve
         return;
     }
     let rest = rest.to_lowercase();
-    // Kubernetes sets these in the pods of a namespace for each service named `streamer…`.
+    // Kubernetes sets such variables in the pods of a namespace for each service whose name starts with `streamer`.
     let is_address = ["tcp://", "udp://", "sctp://"].iter().any(|kind| value.starts_with(kind));
     let is_from_kubernetes = ((rest == "port" || rest.ends_with("_port")) && is_address)
         || rest.starts_with("port_")

@@ -1,7 +1,7 @@
-//! The standard OpenTelemetry variables that set options of section `trace`:
+//! Standard OpenTelemetry variables that set options of section `trace`:
 //! <https://opentelemetry.io/docs/specs/otel/configuration/sdk-environment-variables/>.
 //!
-//! The OpenTelemetry library reads names, headers and the timeout: `OTEL_SERVICE_NAME`,
+//! The OpenTelemetry library reads the variables for names, headers and the timeout: `OTEL_SERVICE_NAME`,
 //! `OTEL_RESOURCE_ATTRIBUTES`, `OTEL_EXPORTER_OTLP_HEADERS`, `OTEL_EXPORTER_OTLP_TIMEOUT`.
 
 use crate::Config;
@@ -37,7 +37,7 @@ pub(crate) fn read(
         ));
     }
     let Some(sampler) = variable("OTEL_TRACES_SAMPLER") else { return };
-    // Option trace.trust_callers decides whether the parent's decision counts.
+    // Option trace.trust_callers decides whether the sampling decision of the parent applies.
     match sampler.strip_prefix("parentbased_").unwrap_or(sampler) {
         "always_on" => trace.sample_ratio = 1.0,
         "always_off" => trace.sample_ratio = 0.0,

@@ -12,7 +12,7 @@ pub(crate) trait Setting: Sized {
     fn to_toml(&self) -> String;
 }
 
-/// Verifies that a value is in the range of its option, whose bounds are written as in the configuration file.
+/// Verifies that a value is in the range of its option. The bounds have the format of the configuration file.
 pub(crate) fn check_range<T: Setting + PartialOrd>(
     value: &T,
     low: impl fmt::Display,
@@ -96,6 +96,8 @@ impl Setting for ByteSize {
     }
 }
 
+const DURATION_UNITS: [&str; 7] = ["ms", "s", "m", "h", "d", "day", "days"];
+
 impl Setting for Duration {
     fn from_toml(value: &toml::Value) -> Result<Self, String> {
         let text = value.as_str().ok_or("must be a duration with its unit, like \"10s\"")?;
@@ -103,15 +105,17 @@ impl Setting for Duration {
     }
 
     fn from_text(text: &str) -> Result<Self, String> {
+        // Humantime also accepts months and years, of which `M` is easily mistaken for minutes.
+        let units = text.split(|c: char| !c.is_ascii_alphabetic()).filter(|unit| !unit.is_empty());
+        if let Some(unit) = units.into_iter().find(|unit| !DURATION_UNITS.contains(unit)) {
+            let known = DURATION_UNITS.join(", ");
+            return Err(format!("must be a duration in {known}, has unit {unit:?}"));
+        }
         let duration = humantime::parse_duration(text);
         let duration = duration.map_err(|error| {
             format!("must be a duration like 500ms, 10s or 1h 30m, is {text:?} ({error})")
         })?;
-        if duration.subsec_nanos().is_multiple_of(1_000_000) {
-            Ok(duration)
-        } else {
-            Err(format!("must be in whole milliseconds, is {text:?}"))
-        }
+        Ok(duration)
     }
 
     fn to_toml(&self) -> String {
@@ -301,10 +305,12 @@ mod tests {
         let parse = Duration::from_text;
         assert_eq!(parse("1h 30m"), Ok(Duration::from_secs(5400)));
         assert_eq!(parse("250ms").map(|duration| duration.to_toml()), Ok("\"250ms\"".into()));
-        for text in ["", "10", "10 parsecs", "99999999999999999999s"] {
+        for text in ["", "10", "10 parsecs", "6M", "1year", "99999999999999999999s"] {
             assert!(parse(text).unwrap_err().starts_with("must be a duration"), "{text}");
         }
-        assert!(parse("1us").unwrap_err().starts_with("must be in whole milliseconds"));
+        assert!(parse("1us").unwrap_err().contains("has unit \"us\""));
+        let week = Duration::from_secs(7 * 24 * 3600);
+        assert_eq!(parse(week.to_toml().trim_matches('"')), Ok(week));
         let integer = Duration::from_toml(&toml::Value::Integer(10));
         assert_eq!(integer, Err("must be a duration with its unit, like \"10s\"".into()));
     }

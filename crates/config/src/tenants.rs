@@ -1,16 +1,16 @@
-//! Section `tenants`: limits of single tenants.
+//! Section `tenants`: limits of individual tenants.
 
 use std::collections::BTreeMap;
 
 use crate::{ByteSize, Config, Limits, setting::Setting};
 
 pub(crate) const SECTION: &str = "tenants";
-/// Suffixes of the options of section `limits` that can be set for single tenants.
+/// Suffixes of the options of section `limits` that can be set for individual tenants.
 const SUFFIXES: [&str; 2] = ["_per_tenant", "_per_user"];
 
-/// Describes the section in the default file.
+/// Description of the section in the default file.
 const EXAMPLE: &str = "
-# Limits of single tenants; override those options of section limits whose names end in _per_tenant or
+# Limits of individual tenants; they override the options of section limits whose names end in _per_tenant or
 # _per_user. Both sections are reloaded on SIGHUP.
 #[tenants.\"acme\"]
 #queued_requests_per_tenant = 500000
@@ -21,7 +21,7 @@ const EXAMPLE: &str = "
 pub struct TenantOverrides(BTreeMap<String, BTreeMap<String, u64>>);
 
 impl TenantOverrides {
-    /// Reads the section, which holds one table for each tenant.
+    /// Reads the section, which contains one table for each tenant.
     pub(crate) fn read(&mut self, section: toml::Table, file: &str, problems: &mut Vec<String>) {
         for (tenant, options) in section {
             let toml::Value::Table(options) = options else {
@@ -44,7 +44,7 @@ impl TenantOverrides {
         }
     }
 
-    /// Returns the tenants that override this option, with their values.
+    /// Returns the tenants that override the given option, with their values.
     pub(crate) fn values(&self, option: &str) -> impl Iterator<Item = (&str, u64)> {
         self.0
             .iter()
@@ -63,7 +63,7 @@ impl TenantOverrides {
         self.0.is_empty()
     }
 
-    /// Returns each tenant with its limits; those that it does not override are taken from `common`.
+    /// Returns each tenant with its limits; limits without an override are taken from `common`.
     pub fn limits(&self, common: &Limits) -> impl Iterator<Item = (&str, Limits)> {
         self.0.iter().map(move |(tenant, options)| {
             let mut config = Config { limits: common.clone(), ..Config::default() };

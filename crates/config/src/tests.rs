@@ -4,7 +4,7 @@ fn load(environment: &[(&str, &str)], flags: &[(&str, &str)]) -> Result<Config, 
     let owned = |pairs: &[(&str, &str)]| {
         pairs.iter().map(|(name, value)| ((*name).to_owned(), (*value).to_owned())).collect()
     };
-    // An empty file, so that a file in the working folder is not read.
+    // An empty file prevents a file in the working folder from being read.
     let file = Some(PathBuf::from("/dev/null"));
     Config::load(&Sources { file, environment: owned(environment), flags: owned(flags) })
 }

@@ -4,41 +4,40 @@ use std::time::Duration;
 
 use crate::RetryPolicy;
 
-/// Default threshold: actions with a shorter estimated duration are sync.
+/// Default sync threshold: actions with a shorter estimated duration are sync.
 pub const DEFAULT_SYNC_THRESHOLD: Duration = Duration::from_secs(5);
 
 /// Declaration of an action.
 #[derive(Clone, Debug, PartialEq)]
 pub struct ActionSpec {
-    /// `[a-z][a-z0-9_.-]{0,63}`
+    /// Name, which must match `[a-z][a-z0-9_.-]{0,63}`.
     pub name: String,
     /// Human-readable description.
     pub description: String,
-    /// Typical duration; decides between sync and async.
+    /// Typical duration, which determines whether the action is sync or async.
     pub estimated_duration: Duration,
-    /// Retry policy of failed attempts; async only.
+    /// Retry policy for failed attempts; applies only to async actions.
     pub retry: RetryPolicy,
     /// Time limit of one attempt; `None` for no limit. For a sync action without a limit, the
     /// processor's limit applies.
     pub start_to_close: Option<Duration>,
-    /// Time limit from when the request is due to its first attempt; `None` for no limit.
+    /// Maximum time between the due time of the request and the start of its first attempt; `None` for no limit.
     pub schedule_to_start: Option<Duration>,
-    /// Time limit of all attempts and the backoff between them, from when the request is due;
-    /// `None` for no limit.
-    pub schedule_to_close: Option<Duration>,
-    /// Heartbeat timeout: an attempt whose handler reports nothing for this long fails; `None` for
+    /// Maximum time for all attempts and the backoff between them, starting at the due time of the request; `None` for
     /// no limit.
+    pub schedule_to_close: Option<Duration>,
+    /// Heartbeat timeout: an attempt fails if its handler reports nothing for this duration; `None` for no limit.
     pub heartbeat_timeout: Option<Duration>,
     /// Permission that the caller must have; `None` if any caller may submit the action.
     pub permission: Option<String>,
-    /// Concurrency limit per processor; `None` for the processor's limit.
+    /// Maximum number of concurrent attempts per processor; `None` for the limit of the processor.
     pub max_concurrency: Option<u32>,
-    /// JSON Schema (2020-12) of the payload, as a JSON text.
+    /// JSON Schema (2020-12) of the payload, as JSON text.
     pub payload_schema: Option<String>,
 }
 
 impl ActionSpec {
-    /// Returns an async action with the defaults: 3 attempts, no time limits, no permission.
+    /// Returns an async action with the defaults: 3 attempts, no time limits, no required permission.
     pub fn new(name: impl Into<String>) -> Self {
         Self {
             name: name.into(),
@@ -85,14 +84,14 @@ impl ActionSpec {
         self
     }
 
-    /// Sets the time limit from when the request is due to its first attempt.
+    /// Sets the maximum time between the due time of the request and the start of its first attempt.
     #[must_use]
     pub fn schedule_to_start(mut self, limit: Duration) -> Self {
         self.schedule_to_start = Some(limit);
         self
     }
 
-    /// Sets the time limit of all attempts together.
+    /// Sets the maximum time for all attempts and the backoff between them.
     #[must_use]
     pub fn schedule_to_close(mut self, limit: Duration) -> Self {
         self.schedule_to_close = Some(limit);
@@ -113,7 +112,7 @@ impl ActionSpec {
         self
     }
 
-    /// Sets the concurrency limit per processor.
+    /// Sets the maximum number of concurrent attempts per processor.
     #[must_use]
     pub fn max_concurrency(mut self, limit: u32) -> Self {
         self.max_concurrency = Some(limit);
@@ -127,7 +126,7 @@ impl ActionSpec {
         self
     }
 
-    /// Returns whether the action is sync: estimated to take less than `threshold`.
+    /// Returns whether the action is sync: its estimated duration is less than `threshold`.
     #[must_use]
     pub fn is_sync(&self, threshold: Duration) -> bool {
         self.estimated_duration < threshold

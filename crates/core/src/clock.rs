@@ -1,4 +1,4 @@
-//! Wall-clock time, passed in as a dependency so that tests control it.
+//! Wall-clock time, passed as a dependency so that tests can control it.
 
 use std::{
     fmt,
@@ -30,13 +30,13 @@ impl Timestamp {
         self.0
     }
 
-    /// Returns the time `duration` later; saturates.
+    /// Returns the time `duration` later, saturating on overflow.
     #[must_use]
     pub fn plus(self, duration: Duration) -> Self {
         Self(self.0.saturating_add(i64::try_from(duration.as_millis()).unwrap_or(i64::MAX)))
     }
 
-    /// Returns the time `duration` earlier; saturates.
+    /// Returns the time `duration` earlier, saturating on overflow.
     #[must_use]
     pub fn minus(self, duration: Duration) -> Self {
         Self(self.0.saturating_sub(i64::try_from(duration.as_millis()).unwrap_or(i64::MAX)))
@@ -55,7 +55,7 @@ impl fmt::Debug for Timestamp {
     }
 }
 
-/// RFC 3339 with milliseconds, UTC.
+/// Formats the time as RFC 3339 with milliseconds, in UTC.
 impl fmt::Display for Timestamp {
     fn fmt(&self, formatter: &mut fmt::Formatter<'_>) -> fmt::Result {
         let (days, millis) = (self.0.div_euclid(86_400_000), self.0.rem_euclid(86_400_000));
@@ -69,8 +69,8 @@ impl fmt::Display for Timestamp {
     }
 }
 
-/// Converts days since 1970-01-01 to year, month and day of the proleptic Gregorian calendar.
-/// Method: Howard Hinnant, "chrono-compatible low-level date algorithms".
+/// Converts days since 1970-01-01 to year, month and day of the proleptic Gregorian calendar. Algorithm: Howard
+/// Hinnant, "chrono-compatible low-level date algorithms".
 fn civil_from_days(days: i64) -> (i64, i64, i64) {
     let shifted = days + 719_468;
     let era = shifted.div_euclid(146_097);
@@ -107,7 +107,7 @@ impl Clock for SystemClock {
 pub struct ManualClock(AtomicI64);
 
 impl ManualClock {
-    /// Returns a clock that is set to `now`.
+    /// Creates a clock that is set to `now`.
     #[must_use]
     pub fn at(now: Timestamp) -> Self {
         Self(AtomicI64::new(now.as_millis()))

@@ -16,7 +16,7 @@ pub enum ErrorCode {
     Forbidden,
     /// The resource does not exist, or the caller may not see it.
     NotFound,
-    /// The id is in use for a different request, or the state does not allow the operation.
+    /// The ID is already used for a different request, or the state does not allow the operation.
     Conflict,
     /// A rate or quota limit is exceeded.
     RateLimited,
@@ -33,7 +33,7 @@ pub enum ErrorCode {
 }
 
 impl ErrorCode {
-    /// Every code.
+    /// All codes.
     pub const ALL: [Self; 12] = [
         Self::ValidationError,
         Self::InvalidAction,
@@ -49,7 +49,7 @@ impl ErrorCode {
         Self::InternalError,
     ];
 
-    /// Returns the name that the protocols use: `VALIDATION_ERROR`.
+    /// Returns the name that the protocols use, such as `VALIDATION_ERROR`.
     #[must_use]
     pub const fn as_str(self) -> &'static str {
         match self {
@@ -68,13 +68,13 @@ impl ErrorCode {
         }
     }
 
-    /// Returns the code with this name, if it exists.
+    /// Returns the code with the given name, if it exists.
     #[must_use]
     pub fn from_name(name: &str) -> Option<Self> {
         Self::ALL.into_iter().find(|code| code.as_str() == name)
     }
 
-    /// Returns whether the same request may succeed when it is sent again unchanged.
+    /// Returns whether the same request may succeed if it is sent again unchanged.
     #[must_use]
     pub const fn is_retryable(self) -> bool {
         matches!(self, Self::RateLimited | Self::Timeout | Self::Unavailable | Self::InternalError)
@@ -121,14 +121,14 @@ pub struct RequestError {
     pub code: ErrorCode,
     /// Human-readable message.
     pub message: String,
-    /// Whether the same request may succeed when it is sent again unchanged.
+    /// Whether the same request may succeed if it is sent again unchanged.
     pub retryable: bool,
-    /// Further details: a JSON object, as text.
+    /// Additional details: a JSON object, as text.
     pub details: Option<String>,
 }
 
 impl RequestError {
-    /// Returns an error that is retryable if its code is.
+    /// Returns an error that is retryable if `code` is retryable.
     pub fn new(code: ErrorCode, message: impl Into<String>) -> Self {
         Self { code, message: message.into(), retryable: code.is_retryable(), details: None }
     }
@@ -139,8 +139,8 @@ impl RequestError {
         Self::new(ErrorCode::Forbidden, format!("permission {permission} is required"))
     }
 
-    /// Returns the error for an exceeded limit, which the option `limit` sets; the caller should
-    /// retry after `retry_after`, if that is known.
+    /// Returns the error for an exceeded limit. `limit` is the name of the option that sets the limit; `retry_after` is
+    /// the time after which the caller should retry, if it is known.
     #[must_use]
     pub fn limited(limit: &str, message: &str, retry_after: Option<Duration>) -> Self {
         let wait = retry_after.map_or_else(String::new, |wait| {

@@ -1,17 +1,17 @@
-//! Hosts of URLs, and addresses.
+//! Functions for the hosts of URLs and for IP addresses.
 
 use std::net::{IpAddr, Ipv6Addr};
 
-/// Returns whether the host of a URL is this machine: `localhost`, or an address in 127.0.0.0/8 or `::1`.
-/// An IPv6 address may be in brackets. The whole host must match: `localhost.example.com` does not.
+/// Returns whether the host of a URL refers to this machine: `localhost`, an address in 127.0.0.0/8, or `::1`. An IPv6
+/// address may be in brackets. The whole host must match: `localhost.example.com` does not.
 #[must_use]
 pub fn is_loopback_host(host: &str) -> bool {
     let address = host.trim_start_matches('[').trim_end_matches(']').parse::<IpAddr>();
     host == "localhost" || address.is_ok_and(|address| address.is_loopback())
 }
 
-/// Returns the key by which per-address limits count a peer: an IPv4 address (also if it is mapped to IPv6)
-/// as it is, or the first 64 bits of an IPv6 address, because one host owns all addresses with that prefix
+/// Returns the key that per-address limits use for a peer: the whole address for IPv4 (including IPv4 addresses that
+/// are mapped to IPv6), or the first 64 bits of an IPv6 address, because one host owns all addresses with that prefix
 /// (RFC 4291 2.5.4, RFC 6177).
 #[must_use]
 pub fn rate_limit_key(address: IpAddr) -> IpAddr {

@@ -6,13 +6,13 @@ use ulid::Ulid;
 
 use crate::Timestamp;
 
-/// Identifier that the server assigns: a ULID. Sorts by time of creation; 26 characters of
-/// Crockford's base 32 as text, 16 bytes big-endian on the wire.
+/// Identifier that the server assigns: a ULID. Identifiers sort by creation time. The text form consists of 26
+/// characters of Crockford's Base32; the binary form consists of 16 bytes, big-endian.
 #[derive(Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash)]
 pub struct Uid(Ulid);
 
 impl Uid {
-    /// Returns a new id with the timestamp `now` and 80 random bits.
+    /// Returns a new ID with the timestamp `now` and 80 random bits.
     ///
     /// # Panics
     /// Panics if the operating system cannot provide random bytes.
@@ -24,19 +24,19 @@ impl Uid {
         Self(Ulid::from_parts(u64::try_from(now.as_millis()).unwrap_or(0), random))
     }
 
-    /// Returns the smallest id with this timestamp: a bound for range queries by time.
+    /// Returns the smallest ID with the timestamp `moment`, for use as a bound of range queries by time.
     #[must_use]
     pub fn first_of(moment: Timestamp) -> Self {
         Self(Ulid::from_parts(u64::try_from(moment.as_millis()).unwrap_or(0), 0))
     }
 
-    /// Returns the 16 bytes, big-endian: byte order is id order.
+    /// Returns the 16 bytes of the ID, big-endian. The bytes sort in the same order as the IDs.
     #[must_use]
     pub fn to_bytes(self) -> [u8; 16] {
         self.0.to_bytes()
     }
 
-    /// Returns the id with these 16 bytes; `None` for any other length.
+    /// Returns the ID with the given 16 bytes; `None` if the length is not 16.
     #[must_use]
     pub fn from_slice(bytes: &[u8]) -> Option<Self> {
         <[u8; 16]>::try_from(bytes).ok().map(|bytes| Self(Ulid::from_bytes(bytes)))
@@ -48,7 +48,7 @@ impl Uid {
         Timestamp::from_millis(i64::try_from(self.0.timestamp_ms()).unwrap_or(i64::MAX))
     }
 
-    /// Returns a uniformly distributed number, for sharding.
+    /// Returns a uniformly distributed number that is derived from the ID, for sharding.
     #[must_use]
     pub fn spread(self) -> u64 {
         let low = self.to_bytes();
@@ -69,7 +69,7 @@ impl fmt::Debug for Uid {
     }
 }
 
-/// The text is not a ULID.
+/// Error returned for a text that is not a ULID.
 #[derive(Debug, thiserror::Error)]
 #[error("is not a ULID: 26 characters of Crockford's base 32")]
 pub struct InvalidUid;
@@ -79,8 +79,8 @@ impl FromStr for Uid {
 
     fn from_str(text: &str) -> Result<Self, InvalidUid> {
         let uid = Ulid::from_string(text).map(Self).map_err(|_| InvalidUid)?;
-        // 26 characters can encode more than 128 bits, and some letters are aliases of digits: only the canonical
-        // encoding is accepted, in either case.
+        // 26 characters can encode more than 128 bits, and some letters are aliases of digits. Only the canonical
+        // encoding is accepted, in upper or lower case.
         let mut canonical = [0; ulid::ULID_LEN];
         let canonical = uid.0.array_to_str(&mut canonical);
         if canonical.eq_ignore_ascii_case(text) { Ok(uid) } else { Err(InvalidUid) }

@@ -1,7 +1,7 @@
-//! Domain types of Streamer: ids, states, errors, limits, retry policy and clock.
+//! Domain types of Streamer: IDs, states, errors, limits, retry policy and clock.
 //!
-//! Every other crate uses it. It does no I/O and starts no task; time comes from a [`Clock`] or an
-//! argument, so that a test only has to call the function under test.
+//! All other crates use this crate. It performs no I/O and starts no tasks. Time comes from a [`Clock`] or an argument,
+//! so that a test can call any function directly.
 
 pub mod action;
 pub mod clock;

@@ -1,4 +1,4 @@
-//! Size limits of everything that a caller or handler can send.
+//! Limits on the size of everything that a caller or handler can send.
 
 /// Maximum length of a request's `id`, in characters.
 pub const MAX_REQUEST_ID_CHARS: usize = 128;
@@ -26,24 +26,24 @@ pub const MAX_CHECKPOINT_BYTES: usize = 256 * 1024;
 pub const MAX_PUSH_BYTES: usize = 128 * 1024;
 /// Maximum size of a pushed message's topic, in bytes.
 pub const MAX_TOPIC_BYTES: usize = 128;
-/// Maximum size of the reports pending between a handler and the log, in bytes; a larger report is pending
-/// alone. As many bytes may be in flight at the same time, in several copies, and are stored in one commit, which
-/// blocks other commits.
+/// Maximum total size of the reports that are pending between a handler and the log, in bytes. A larger report is
+/// pending alone. The same number of bytes can be in flight at the same time, in several copies, and is stored in one
+/// commit, which blocks other commits.
 pub const MAX_PENDING_REPORT_BYTES: usize = 256 * 1024;
-/// Maximum number of reports pending between a handler and the log.
+/// Maximum number of reports that are pending between a handler and the log.
 pub const MAX_PENDING_REPORTS: usize = 1024;
-/// Maximum size of an error's message, in bytes; a longer one is truncated.
+/// Maximum size of an error's message, in bytes; a longer message is truncated.
 pub const MAX_ERROR_MESSAGE_BYTES: usize = 4096;
-/// Maximum size of an error's details, in bytes; larger ones are omitted.
+/// Maximum size of an error's details, in bytes; larger details are omitted.
 pub const MAX_ERROR_DETAILS_BYTES: usize = 64 * 1024;
 /// Allowance for the fields of a message other than its payload, in bytes.
 pub const ENVELOPE_BYTES: usize = 64 * 1024;
 
-/// Allowance for the fields of a worker's message other than its payload, in bytes: a checkpoint, or
-/// the schemas of the declared actions.
+/// Allowance for the fields of a worker's message other than its payload, in bytes, such as a checkpoint or the schemas
+/// of the declared actions.
 pub const WORKER_ENVELOPE_BYTES: usize = 1024 * 1024;
 
-/// How much larger than the maximum payload a result may be, in bytes: a result may wrap its payload.
+/// Number of bytes by which a result may exceed the maximum size of a payload, because a result may wrap its payload.
 pub const RESULT_OVERHEAD_BYTES: usize = 1024;
 
 /// Limits that the operator configures.
@@ -57,7 +57,7 @@ pub struct Limits {
     pub payload_option: &'static str,
 }
 
-/// Option that sets the maximum size of a payload.
+/// Name of the option that sets the maximum size of a payload.
 pub const PAYLOAD_OPTION: &str = "limits.max_payload_bytes";
 
 impl Limits {
@@ -67,7 +67,7 @@ impl Limits {
         self.max_payload_bytes.saturating_add(RESULT_OVERHEAD_BYTES)
     }
 
-    /// Checks that a result of this many bytes is not too large.
+    /// Checks that a result of `bytes` bytes does not exceed the maximum size.
     ///
     /// # Errors
     /// Returns the violated rule and the actual size.
@@ -82,18 +82,18 @@ impl Limits {
         ))
     }
 
-    /// Returns the maximum size of a message between a worker and a processor, in bytes: a payload
-    /// or a chunk, and the other fields of the message.
+    /// Returns the maximum size of a message between a worker and a processor, in bytes: a payload or a chunk, and the
+    /// other fields of the message.
     #[must_use]
     pub const fn max_worker_message_bytes(&self) -> usize {
         self.max_message_bytes().saturating_add(WORKER_ENVELOPE_BYTES)
     }
 
-    /// Returns the maximum size of a batch of events that an attempt publishes, in bytes: the
-    /// pending reports, those that arrive while the handler ends, its checkpoint and its result.
+    /// Returns the maximum size of a batch of events that an attempt publishes, in bytes. The batch contains the
+    /// pending reports, the reports that arrive while the handler ends, its checkpoint and its result.
     #[must_use]
     pub const fn max_batch_bytes(&self) -> usize {
-        /// Encoded size of an event's fields that its report's size does not include.
+        /// Encoded size of the fields of an event that the size of its report does not include, in bytes.
         const EVENT_BYTES: usize = 512;
         let reports = MAX_PENDING_REPORT_BYTES
             .saturating_add(self.max_output_chunk_bytes)

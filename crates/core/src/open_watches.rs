@@ -13,13 +13,15 @@ use parking_lot::Mutex;
 
 use crate::{LimitsByTenant, RequestError, TenantLimit};
 
-/// Unused entries are removed when the number of entries is twice that after the last removal, and at least this.
+/// Minimum number of entries at which unused entries are removed. They are removed when the number of entries has
+/// doubled since the last removal.
 const MIN_SWEEP: usize = 64;
 
-/// Retry delay of a caller that has too many watches. Watches of a broken connection may count for a while.
+/// Retry delay for a caller that has too many open watches. Watches of a broken connection may still be counted for
+/// some time.
 const RETRY_AFTER: Duration = Duration::from_secs(1);
 
-/// Counts the open watches of this process.
+/// Counts the open watches of all tenants and users in this process.
 #[derive(Debug)]
 pub struct OpenWatches {
     limits: LimitsByTenant,
@@ -47,18 +49,18 @@ pub struct UserWatches {
     open: AtomicU64,
 }
 
-/// Permit of one watch, which counts as open until this is dropped.
+/// Permit for one watch. The watch counts as open until the permit is dropped.
 #[derive(Debug)]
 pub struct WatchPermit(Arc<UserWatches>);
 
 impl OpenWatches {
-    /// Returns counters that are all zero.
+    /// Creates an instance that enforces `limits`, without open watches.
     #[must_use]
     pub fn new(limits: LimitsByTenant) -> Self {
         Self { limits, entries: Mutex::default() }
     }
 
-    /// Returns the counter of one user.
+    /// Returns the counter of the given user.
     #[must_use]
     pub fn of(&self, tenant: &str, user: &str) -> Arc<UserWatches> {
         let (tenant, user): (Arc<str>, Arc<str>) = (tenant.into(), user.into());
@@ -89,9 +91,9 @@ impl UserWatches {
     /// Opens a watch, if the limits allow it.
     ///
     /// # Errors
-    /// Returns `RATE_LIMITED` with the option that sets the exceeded limit.
+    /// Returns a `RATE_LIMITED` error with the name of the option that sets the exceeded limit.
     pub fn open(self: &Arc<Self>) -> Result<WatchPermit, RequestError> {
-        // Created before the check: dropping it on an error decrements the counters.
+        // Created before the check, because dropping it after an error decrements the counters.
         let watch = WatchPermit(self.clone());
         let of_user = self.open.fetch_add(1, Ordering::Relaxed) + 1;
         let of_tenant = self.tenant.open.fetch_add(1, Ordering::Relaxed) + 1;

@@ -1,10 +1,10 @@
-//! Digest by which a reader verifies that it has the complete output of a request.
+//! Digest that a reader uses to verify that it has the complete output of a request.
 
 use std::fmt;
 
 use sha2::{Digest, Sha256};
 
-/// Number of output chunks, and SHA-256 of their concatenated bytes.
+/// Number of output chunks, and SHA-256 hash of their concatenated bytes.
 #[derive(Clone, Default)]
 pub struct OutputDigest {
     chunks: i64,
@@ -24,7 +24,7 @@ impl OutputDigest {
         self.chunks
     }
 
-    /// Returns the SHA-256 of the concatenated chunks.
+    /// Returns the SHA-256 hash of the concatenated chunks.
     #[must_use]
     pub fn sha256(&self) -> [u8; 32] {
         self.hash.clone().finalize().into()

@@ -1,26 +1,27 @@
-//! Rate limiter with one number of state: the generic cell rate algorithm (ITU-T I.371).
+//! Rate limiter that uses the generic cell rate algorithm (ITU-T I.371), whose state is a single number.
 
 use std::time::Duration;
 
 use crate::Timestamp;
 
-/// Admits events at a rate per second, with bursts.
+/// Admits events up to a maximum rate per second, with bursts.
 #[derive(Debug)]
 pub struct RateLimiter {
     per_second: u32,
     burst: u32,
-    /// End of the admitted events if they were evenly spaced, in nanoseconds since the Unix epoch.
+    /// Time at which the admitted events would end if they were evenly spaced, in nanoseconds since the Unix epoch.
     busy_until: i64,
 }
 
 impl RateLimiter {
-    /// Returns a limiter; `per_second` 0 means no limit.
+    /// Creates a limiter for `per_second` events per second, with bursts of up to `burst` events. A `per_second` of 0
+    /// means no limit.
     #[must_use]
     pub fn new(per_second: u32, burst: u32) -> Self {
         Self { per_second, burst: burst.max(1), busy_until: 0 }
     }
 
-    /// Changes the rate. Events that were admitted before count at the previous rate.
+    /// Changes the rate. Events that were admitted earlier count at the previous rate.
     pub fn set_rate(&mut self, per_second: u32, burst: u32) {
         self.per_second = per_second;
         self.burst = burst.max(1);
@@ -29,7 +30,7 @@ impl RateLimiter {
     /// Admits one event.
     ///
     /// # Errors
-    /// Returns how long to wait if the limit is exceeded.
+    /// Returns the time to wait if the limit is exceeded.
     pub fn admit(&mut self, now: Timestamp) -> Result<(), Duration> {
         if self.per_second == 0 {
             return Ok(());
@@ -37,7 +38,7 @@ impl RateLimiter {
         let now = now.as_millis().saturating_mul(1_000_000);
         let spacing = i64::from((1_000_000_000 / self.per_second).max(1));
         let tolerance = spacing.saturating_mul(i64::from(self.burst) - 1);
-        // Bounded, so that a wall clock that is set back does not make the limiter reject everything.
+        // Bounded, so that the limiter does not reject all events after the wall clock is set back.
         let busy_until = self.busy_until.min(now.saturating_add(tolerance + spacing));
         let start = busy_until.max(now);
         let too_early = start - now - tolerance;
@@ -48,7 +49,7 @@ impl RateLimiter {
         Ok(())
     }
 
-    /// Returns how much of the burst is used, and the size of the burst, both in nanoseconds.
+    /// Returns the used part of the burst and the size of the burst, both in nanoseconds.
     #[must_use]
     pub fn used_of_burst(&self, now: Timestamp) -> (u64, u64) {
         let now = now.as_millis().saturating_mul(1_000_000);

@@ -4,16 +4,16 @@ use std::time::Duration;
 
 use crate::ErrorCodes;
 
-/// How many times and after which backoff a failed attempt is retried.
+/// Policy that determines the number of attempts and the backoff between them.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct RetryPolicy {
     /// Maximum number of attempts, at least 1.
     pub max_attempts: u32,
-    /// Upper bound of the backoff after the first attempt; doubled after each further attempt.
+    /// Initial upper bound of the backoff, which doubles after each further attempt.
     pub initial_backoff: Duration,
-    /// Upper bound of every backoff.
+    /// Maximum upper bound of the backoff.
     pub max_backoff: Duration,
-    /// Errors with these codes are never retried, even if the handler marks them as retryable.
+    /// Codes of the errors that are never retried, even if the handler marks them as retryable.
     pub final_errors: ErrorCodes,
 }
 
@@ -40,8 +40,8 @@ impl RetryPolicy {
         }
     }
 
-    /// Returns the backoff after `failed_attempts` (from 1), or `None` if no attempt is left. Full
-    /// jitter: `random`, uniformly distributed from 0.0 to 1.0, scales the upper bound
+    /// Returns the backoff after `failed_attempts` failed attempts, at least 1; `None` if no attempts remain. Applies
+    /// full jitter: multiplies the upper bound by `random`, a uniformly distributed number from 0.0 to 1.0
     /// (<https://aws.amazon.com/blogs/architecture/exponential-backoff-and-jitter/>).
     #[must_use]
     pub fn backoff(&self, failed_attempts: u32, random: f64) -> Option<Duration> {
@@ -54,8 +54,8 @@ impl RetryPolicy {
     }
 }
 
-/// Exponential backoff with full jitter for calls to other systems: the upper bound doubles from
-/// `first` to `longest`, and each delay is uniformly distributed from zero to the bound.
+/// Exponential backoff with full jitter for calls to other systems. The upper bound doubles from `first` to `longest`;
+/// each delay is uniformly distributed between zero and the upper bound.
 #[derive(Clone, Copy, Debug)]
 pub struct Backoff {
     first: Duration,
@@ -64,7 +64,7 @@ pub struct Backoff {
 }
 
 impl Backoff {
-    /// Returns a backoff without failures.
+    /// Creates a backoff without failures.
     #[must_use]
     pub const fn new(first: Duration, longest: Duration) -> Self {
         Self { first, longest, failures: 0 }
@@ -76,7 +76,7 @@ impl Backoff {
         self.failures
     }
 
-    /// Records a failure and returns the delay before the next try.
+    /// Records a failure and returns the delay before the next retry.
     #[must_use]
     pub fn wait(&mut self) -> Duration {
         let bound = self.first.saturating_mul(1 << self.failures.min(31)).min(self.longest);
@@ -84,7 +84,7 @@ impl Backoff {
         bound.mul_f64(random_fraction())
     }
 
-    /// Records a success: clears the failures.
+    /// Records a success, which resets the number of failures.
     pub const fn reset(&mut self) {
         self.failures = 0;
     }

@@ -18,11 +18,11 @@ pub enum RequestState {
 }
 
 impl RequestState {
-    /// Every state, in the order of a request's life cycle.
+    /// All states, in the order of a request's life cycle.
     pub const ALL: [Self; 5] =
         [Self::Queued, Self::Running, Self::Succeeded, Self::Failed, Self::Cancelled];
 
-    /// Returns whether no transition leaves this state.
+    /// Returns whether the state is terminal: no transition leaves it.
     #[must_use]
     pub const fn is_terminal(self) -> bool {
         matches!(self, Self::Succeeded | Self::Failed | Self::Cancelled)
@@ -40,7 +40,7 @@ impl RequestState {
         }
     }
 
-    /// Returns the name that the protocols use: `QUEUED`.
+    /// Returns the name that the protocols use, such as `QUEUED`.
     #[must_use]
     pub const fn as_str(self) -> &'static str {
         match self {
@@ -59,7 +59,7 @@ impl fmt::Display for RequestState {
     }
 }
 
-/// The text is not the name of a state.
+/// Error returned for a text that is not the name of a state.
 #[derive(Debug, thiserror::Error)]
 #[error("is not a state: QUEUED, RUNNING, SUCCEEDED, FAILED or CANCELLED")]
 pub struct InvalidState;

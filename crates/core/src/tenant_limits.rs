@@ -1,4 +1,4 @@
-//! Limits of tenants and users, and how much of each limit is used.
+//! Limits of tenants and users, and their usage.
 
 use std::{
     collections::HashMap,
@@ -13,24 +13,24 @@ use parking_lot::RwLock;
 /// Limit that applies to each tenant or each user.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum TenantLimit {
-    /// Submissions per second of a tenant.
+    /// Maximum number of submissions per second of a tenant.
     SubmissionsPerTenant,
-    /// Submissions per second of a user.
+    /// Maximum number of submissions per second of a user.
     SubmissionsPerUser,
-    /// Queued requests of a tenant.
+    /// Maximum number of queued requests of a tenant.
     QueuedPerTenant,
-    /// Queued requests of a user.
+    /// Maximum number of queued requests of a user.
     QueuedPerUser,
-    /// Open watches of a tenant.
+    /// Maximum number of open watches of a tenant.
     WatchesPerTenant,
-    /// Open watches of a user.
+    /// Maximum number of open watches of a user.
     WatchesPerUser,
-    /// Stored bytes of a tenant.
+    /// Maximum number of stored bytes of a tenant.
     StoredBytesPerTenant,
 }
 
 impl TenantLimit {
-    /// Every limit.
+    /// All limits.
     pub const ALL: [Self; 7] = [
         Self::SubmissionsPerTenant,
         Self::SubmissionsPerUser,
@@ -61,7 +61,7 @@ impl TenantLimit {
 pub struct TenantLimits([u64; TenantLimit::ALL.len()]);
 
 impl TenantLimits {
-    /// Returns the limits with the values that `limit` returns.
+    /// Creates limits with the values that `limit` returns.
     #[must_use]
     pub fn new(limit: impl Fn(TenantLimit) -> u64) -> Self {
         Self(TenantLimit::ALL.map(limit))
@@ -74,7 +74,7 @@ impl TenantLimits {
     }
 }
 
-/// Limits of all tenants, which can be replaced while the server runs. Clones share the limits.
+/// Limits of all tenants. The limits can be replaced while the server runs. Clones share the limits.
 #[derive(Clone, Debug, Default)]
 pub struct LimitsByTenant(Arc<Shared>);
 
@@ -90,17 +90,19 @@ struct Table {
     overrides: HashMap<String, TenantLimits>,
 }
 
-/// Highest used share of a limit, in millionths: since the last rotation, and in the interval before it.
+/// Highest share of a limit that a tenant or user has used, in millionths of the limit.
 #[derive(Debug, Default)]
 struct HighestUse {
+    /// Highest share since the last rotation.
     current: AtomicU64,
+    /// Highest share in the interval before the last rotation.
     previous: AtomicU64,
 }
 
 const MILLION: u64 = 1_000_000;
 
 impl LimitsByTenant {
-    /// Returns limits with `default` for the tenants that are not in `overrides`.
+    /// Creates limits that apply `default` to the tenants that are not in `overrides`.
     #[must_use]
     pub fn new(default: TenantLimits, overrides: HashMap<String, TenantLimits>) -> Self {
         let limits = Self::default();
@@ -113,14 +115,14 @@ impl LimitsByTenant {
         *self.0.table.write() = Table { default, overrides };
     }
 
-    /// Returns the limits of one tenant and its users.
+    /// Returns the limits of the given tenant and its users.
     #[must_use]
     pub fn of(&self, tenant: &str) -> TenantLimits {
         let table = self.0.table.read();
         *table.overrides.get(tenant).unwrap_or(&table.default)
     }
 
-    /// Records that a tenant or user uses `used` of a limit whose value is `of`.
+    /// Records that a tenant or user uses `used` of `limit`, whose value is `of`.
     pub fn record_usage(&self, limit: TenantLimit, used: u64, of: u64) {
         let Some(share) = used.saturating_mul(MILLION).checked_div(of) else { return };
         let current = &self.0.highest_usage[limit as usize].current;
@@ -130,8 +132,8 @@ impl LimitsByTenant {
         }
     }
 
-    /// Returns the highest share of a limit that a tenant or user has used since the last but one call
-    /// of [`Self::rotate_use`].
+    /// Returns the highest share of a limit that a tenant or user has used since the second-to-last call of
+    /// [`Self::rotate_use`].
     #[must_use]
     pub fn highest_usage(&self, limit: TenantLimit) -> f64 {
         let HighestUse { current, previous } = &self.0.highest_usage[limit as usize];
@@ -141,7 +143,7 @@ impl LimitsByTenant {
         share / 1e6
     }
 
-    /// Discards the use that was recorded before the previous call.
+    /// Discards the usage that was recorded before the previous call.
     pub fn rotate_use(&self) {
         for HighestUse { current, previous } in &self.0.highest_usage {
             previous.store(current.swap(0, Ordering::Relaxed), Ordering::Relaxed);

@@ -1,18 +1,18 @@
-//! Header `traceparent` of W3C Trace Context (<https://www.w3.org/TR/trace-context/>).
+//! `traceparent` header of W3C Trace Context (<https://www.w3.org/TR/trace-context/>).
 
 use std::fmt;
 
 /// Length of a `traceparent` of version 00, in bytes.
 const LENGTH: usize = 55;
 
-/// Position in a trace: the content of `traceparent` version 00.
+/// Position in a trace: the content of a `traceparent` header of version 00.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct TraceParent {
-    /// Trace id; not all zeros.
+    /// Trace ID; not all zeros.
     pub trace_id: [u8; 16],
-    /// Span id; not all zeros.
+    /// Span ID; not all zeros.
     pub span_id: [u8; 8],
-    /// Whether spans are recorded.
+    /// Whether the spans of the trace are recorded (flag `sampled`).
     pub is_sampled: bool,
 }
 
@@ -38,10 +38,10 @@ impl TraceParent {
         is_valid.then_some(Self { trace_id, span_id, is_sampled })
     }
 
-    /// Returns the header: 55 characters.
+    /// Returns the header, which has 55 characters.
     #[must_use]
     pub fn to_text(self) -> String {
-        // `format!` takes ten times as long, which matters because this runs for each request.
+        // `format!` takes ten times as long, and this function is called for each request.
         let mut text = *b"00-00000000000000000000000000000000-0000000000000000-00";
         write_hex(&mut text[3..35], &self.trace_id);
         write_hex(&mut text[36..52], &self.span_id);
@@ -49,7 +49,7 @@ impl TraceParent {
         ascii(&text)
     }
 
-    /// Returns the trace id: 32 hexadecimal digits.
+    /// Returns the trace ID as 32 hexadecimal digits.
     #[must_use]
     pub fn trace_id_text(self) -> String {
         let mut text = [0; 32];
@@ -68,7 +68,7 @@ fn ascii(text: &[u8]) -> String {
     std::str::from_utf8(text).unwrap_or_default().to_owned()
 }
 
-/// Hexadecimal digits of each byte.
+/// Two hexadecimal digits for each byte value.
 const HEX: [[u8; 2]; 256] = {
     const DIGITS: &[u8; 16] = b"0123456789abcdef";
     let mut pairs = [[0; 2]; 256];
@@ -87,7 +87,7 @@ fn write_hex(text: &mut [u8], bytes: &[u8]) {
     }
 }
 
-/// Decodes lowercase digits only, as W3C requires.
+/// Decodes hexadecimal digits. Only lowercase digits are valid, as W3C requires.
 fn read_hex(text: &[u8], bytes: &mut [u8]) -> Option<()> {
     let digit = |byte: u8| match byte {
         b'0'..=b'9' => Some(byte - b'0'),

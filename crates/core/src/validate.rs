@@ -1,27 +1,27 @@
-//! Validation rules of input, and their violations: a field and the rule that it violates.
+//! Validation rules for input, and violations of these rules.
 
 use std::fmt;
 
 use crate::limits;
 
-/// Rule that a field violates.
+/// Violation of a rule by a field.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Violation {
-    /// Path of the field: `payload`, `payload.rows[3]`.
+    /// Path of the field, such as `payload` or `payload.rows[3]`.
     pub field: String,
-    /// The rule and the actual value.
+    /// Description of the rule and the actual value.
     pub description: String,
 }
 
-/// Maximum number of violations that are kept; further ones are only counted.
+/// Maximum number of violations that are kept; further violations are only counted.
 const MAX_KEPT: usize = 100;
-/// Maximum size of their text, in bytes: statuses are sent in headers, and many clients accept at most 8 KiB
-/// of headers.
+/// Maximum size of the text of the violations, in bytes. A gRPC status is sent in headers, and many clients accept at
+/// most 8 KiB of headers.
 const MAX_TEXT_BYTES: usize = 3 * 1024;
-/// Maximum size of a description, in bytes.
+/// Maximum size of the field path and of the description of a violation, in bytes each.
 const MAX_DESCRIPTION_BYTES: usize = 512;
 
-/// All violations of an input, collected so that they are reported together.
+/// Violations of the rules for an input, collected so that all of them are reported together.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct Violations {
     kept: Vec<Violation>,
@@ -58,8 +58,7 @@ impl Violations {
         self.kept.is_empty()
     }
 
-    /// Returns the violations in the order in which they were added; if there are too many, only the
-    /// first ones.
+    /// Returns the violations in the order in which they were added, without those that were only counted.
     pub fn iter(&self) -> impl Iterator<Item = &Violation> {
         self.kept.iter()
     }
@@ -78,7 +77,7 @@ impl fmt::Display for Violations {
     }
 }
 
-/// Returns the text, truncated if it is longer than `max_bytes`.
+/// Returns `text`, truncated if it is longer than `max_bytes`.
 #[must_use]
 pub fn cut(mut text: String, max_bytes: usize) -> String {
     const ELLIPSIS: &str = "…";
@@ -90,7 +89,7 @@ pub fn cut(mut text: String, max_bytes: usize) -> String {
     text
 }
 
-/// Checks the id of a request: 1 to 128 characters of `[A-Za-z0-9._:@/+=-]`.
+/// Checks the ID of a request: 1 to 128 characters from `[A-Za-z0-9._:@/+=-]`.
 ///
 /// # Errors
 /// Returns the violated rule and the actual value.
@@ -127,7 +126,7 @@ pub fn action_name(name: &str) -> Result<(), String> {
     if well_formed { Ok(()) } else { Err("must match [a-z][a-z0-9_.-]{0,63}".into()) }
 }
 
-/// Checks the id of a worker, which has the format of a request's id.
+/// Checks the ID of a worker, which has the same format as the ID of a request.
 ///
 /// # Errors
 /// Returns the violated rule and the actual value.
@@ -135,7 +134,7 @@ pub fn worker_id(id: &str) -> Result<(), String> {
     request_id(id)
 }
 
-/// Checks that a number is in a range.
+/// Checks that `value` is between `low` and `high`, inclusive.
 ///
 /// # Errors
 /// Returns the violated rule and the actual value.
@@ -147,7 +146,7 @@ pub fn in_range(value: i64, low: i64, high: i64, unit: &str) -> Result<(), Strin
     }
 }
 
-/// Checks that a size is within a limit.
+/// Checks that a size does not exceed a limit.
 ///
 /// # Errors
 /// Returns the violated rule, with the name of the limit, and the actual size.

@@ -1,5 +1,5 @@
-//! Budget of bytes that attempts, or watchers, of a process hold in memory, divided fairly between
-//! tenants or users.
+//! Budget for the bytes that the attempts or watchers of a process keep in memory, divided fairly between tenants or
+//! users.
 
 use std::{
     collections::{BTreeSet, HashMap, VecDeque},
@@ -10,21 +10,20 @@ use std::{
 use parking_lot::Mutex;
 use tokio::sync::oneshot;
 
-/// A number of bytes that many attempts share.
+/// Memory budget in bytes that many attempts share.
 ///
-/// A tenant may reserve bytes as long as it then holds no more than what is left for the others:
-/// alone it gets about half of the budget, one of n busy tenants about an (n + 1)th. So a tenant
-/// that starts later finds room (dynamic thresholds: A. Choudhury and E. Hahne, "Dynamic Queue
-/// Length Thresholds for Shared-Memory Packet Switches", 1998). A tenant that holds nothing may
-/// reserve everything that is free. Among waiting tenants, the one that holds the least is served
-/// first, and among equals the one that has waited longest; within a tenant the order is that of
-/// arrival.
+/// A tenant may reserve bytes while its total does not exceed the bytes that it leaves free for the others: a single
+/// busy tenant gets about half of the budget, each of n busy tenants about 1/(n + 1) of it. A tenant that starts later
+/// therefore finds free capacity (dynamic thresholds: A. Choudhury and E. Hahne, "Dynamic Queue Length Thresholds for
+/// Shared-Memory Packet Switches", 1998). A tenant without reservations may reserve all free bytes. Among waiting
+/// tenants, the tenant with the fewest reserved bytes is served first and, among equals, the tenant that has waited the
+/// longest. The waiters of one tenant are served in the order of their arrival.
 pub struct MemoryBudget {
     limit: usize,
     state: Mutex<State>,
 }
 
-/// Called with the number of reserved bytes whenever it changes.
+/// Callback that receives the number of reserved bytes whenever it changes.
 type Observer = Box<dyn Fn(usize) + Send + Sync>;
 
 #[derive(Default)]
@@ -32,19 +31,19 @@ struct State {
     used: usize,
     observer: Option<Observer>,
     tenants: HashMap<Arc<str>, Tenant>,
-    /// Tenants with waiters, by [`Tenant::rank`].
+    /// Tenants with waiters, ordered by [`Tenant::rank`].
     waiting: BTreeSet<(Rank, Arc<str>)>,
     /// Number of the next waiter.
     next_waiter: u64,
 }
 
-/// Bytes that a tenant holds, and the number of its first waiter.
+/// Number of reserved bytes of a tenant, and number of its first waiter.
 type Rank = (usize, u64);
 
 #[derive(Default)]
 struct Tenant {
     used: usize,
-    /// In order of their numbers.
+    /// Waiters, in the order of their numbers.
     waiters: VecDeque<Waiter>,
 }
 
@@ -67,7 +66,7 @@ impl MemoryBudget {
         Arc::new(Self { limit, state: Mutex::default() })
     }
 
-    /// Calls `observer` with the number of reserved bytes whenever it changes; it must not block.
+    /// Calls `observer` with the number of reserved bytes whenever it changes. `observer` must not block.
     pub fn observe(&self, observer: impl Fn(usize) + Send + Sync + 'static) {
         self.state.lock().observer = Some(Box::new(observer));
     }
@@ -78,7 +77,7 @@ impl MemoryBudget {
         self.state.lock().used
     }
 
-    /// Returns the number of bytes that this tenant could reserve now.
+    /// Returns the number of bytes that `tenant` can reserve now.
     #[must_use]
     pub fn available_to(&self, tenant: &str) -> usize {
         let state = self.state.lock();
@@ -90,7 +89,7 @@ impl MemoryBudget {
         }
     }
 
-    /// Reserves bytes for a tenant, if the budget has room now.
+    /// Reserves bytes for a tenant if the budget has capacity now; returns `None` otherwise.
     pub fn try_reserve(self: &Arc<Self>, tenant: &Arc<str>, bytes: usize) -> Option<Reservation> {
         if bytes == 0 {
             return Some(Reservation::default());
@@ -104,8 +103,8 @@ impl MemoryBudget {
         Some(self.reservation(tenant, bytes))
     }
 
-    /// Reserves bytes for a tenant; waits until the budget has room. More than the whole budget
-    /// counts as all of it.
+    /// Reserves bytes for a tenant, and waits until the budget has capacity. A reservation that is larger than the
+    /// budget is reduced to the whole budget.
     pub async fn reserve(self: &Arc<Self>, tenant: &Arc<str>, bytes: usize) -> Reservation {
         if bytes == 0 {
             return Reservation::default();
@@ -120,7 +119,7 @@ impl MemoryBudget {
             state.add_waiter(tenant, bytes)
         };
         let _guard = WaiterGuard { budget: self, tenant, number };
-        // The sender is dropped only with the budget, which this call holds.
+        // The sender is dropped only together with the budget, which `self` keeps alive.
         granted.await.unwrap_or_default()
     }
 
@@ -134,13 +133,14 @@ impl MemoryBudget {
         self.grant(&mut state);
     }
 
-    /// Serves waiters in order while the budget has room.
+    /// Serves waiters in order while the budget has capacity.
     fn grant(self: &Arc<Self>, state: &mut State) {
         while let Some((_, first)) = state.waiting.first().cloned() {
             let Some(waiter) = state.next_waiter(&first, self.limit) else { return };
             let reservation = self.reservation(&first, waiter.bytes);
             match waiter.granted.send(reservation) {
-                // The waiter may drop the reservation immediately, which blocks on the lock.
+                // The waiter may drop the reservation immediately; the drop waits for the lock until the bytes are
+                // added.
                 Ok(()) => state.add(&first, waiter.bytes),
                 Err(mut unwanted) => unwanted.bytes = 0,
             }
@@ -165,7 +165,7 @@ impl Drop for WaiterGuard<'_> {
 }
 
 impl State {
-    /// Returns whether a new reservation of this tenant precedes all waiters.
+    /// Returns whether a new reservation of `tenant` precedes all waiters.
     fn is_next(&self, tenant: &Arc<str>) -> bool {
         let (used, waits) = match self.tenants.get(tenant) {
             Some(tenant) => (tenant.used, tenant.waits()),
@@ -196,7 +196,7 @@ impl State {
         (number, granted)
     }
 
-    /// Removes and returns the first waiter of a tenant, if the budget has room for it.
+    /// Removes and returns the first waiter of a tenant, if the budget has capacity for it.
     fn next_waiter(&mut self, name: &Arc<str>, limit: usize) -> Option<Waiter> {
         let bytes = self.tenants.get(name)?.waiters.front()?.bytes;
         if !self.has_room(name, bytes, limit) {
@@ -205,7 +205,7 @@ impl State {
         self.change(name, |tenant| tenant.waiters.pop_front())
     }
 
-    /// Removes a waiter; returns whether it was waiting.
+    /// Removes a waiter. Returns whether it was waiting.
     fn remove_waiter(&mut self, name: &Arc<str>, number: u64) -> bool {
         if !self.tenants.contains_key(name) {
             return false;
@@ -233,7 +233,7 @@ impl State {
         }
     }
 
-    /// Changes a tenant and updates its rank among the waiting tenants; removes it when it is idle.
+    /// Changes a tenant and updates its rank among the waiting tenants. Removes the tenant if it is idle.
     fn change<T>(&mut self, name: &Arc<str>, change: impl FnOnce(&mut Tenant) -> T) -> T {
         let tenant = self.tenants.entry(name.clone()).or_default();
         let before = tenant.rank();
@@ -259,13 +259,13 @@ impl Tenant {
         !self.waiters.is_empty()
     }
 
-    /// Returns its rank among the waiting tenants; `None` if it has no waiters.
+    /// Returns the rank of the tenant among the waiting tenants; `None` if it has no waiters.
     fn rank(&self) -> Option<Rank> {
         self.waiters.front().map(|first| (self.used, first.number))
     }
 }
 
-/// Bytes reserved in an [`MemoryBudget`], released when dropped.
+/// Bytes reserved in a [`MemoryBudget`], released when dropped.
 #[derive(Debug, Default)]
 pub struct Reservation {
     of: Option<(Arc<MemoryBudget>, Arc<str>)>,
@@ -273,13 +273,13 @@ pub struct Reservation {
 }
 
 impl Reservation {
-    /// Returns the number of bytes.
+    /// Returns the number of reserved bytes.
     #[must_use]
     pub fn bytes(&self) -> usize {
         self.bytes
     }
 
-    /// Adds the bytes of a reservation of the same tenant in the same budget.
+    /// Adds the bytes of `other`, a reservation of the same tenant in the same budget.
     pub fn merge(&mut self, mut other: Self) {
         if self.of.is_none() {
             *self = other;
@@ -288,7 +288,7 @@ impl Reservation {
         }
     }
 
-    /// Splits off up to this many bytes.
+    /// Splits off up to `bytes` bytes into a separate reservation.
     #[must_use]
     pub fn split(&mut self, bytes: usize) -> Self {
         let bytes = bytes.min(self.bytes);

@@ -10,15 +10,15 @@ use tokio_util::sync::CancellationToken;
 
 use crate::{HandlerError, Report, ReportQueue};
 
-/// Spare capacity of buffers larger than this is released, in bytes.
+/// Size above which the spare capacity of a buffer is released, in bytes.
 const SHRINK_THRESHOLD_BYTES: usize = 4096;
 
 /// Identifies an attempt and describes its request.
 #[derive(Clone, Debug)]
 pub struct AttemptInfo {
-    /// The server's id of the request.
+    /// ID that the server assigned to the request.
     pub uid: Uid,
-    /// The client's id of the request.
+    /// ID that the client specified for the request.
     pub request_id: String,
     /// Tenant that owns the request.
     pub tenant: String,
@@ -28,22 +28,22 @@ pub struct AttemptInfo {
     pub action: String,
     /// IANA media type of the payload.
     pub content_type: String,
-    /// Number of the attempt, from 1.
+    /// Number of the attempt, starting at 1.
     pub attempt: u32,
-    /// Checkpoint of an earlier attempt.
+    /// Checkpoint that an earlier attempt saved, if any.
     pub checkpoint: Option<Bytes>,
-    /// W3C `traceparent` of this run, for calls that the handler makes.
+    /// W3C `traceparent` of the attempt, for calls that the handler makes.
     pub trace_parent: Option<TraceParent>,
-    /// W3C `tracestate` that belongs to it.
+    /// W3C `tracestate` that belongs to `trace_parent`.
     pub trace_state: Option<String>,
-    /// The attempt is aborted if it has not finished by then.
+    /// Time at which the attempt is aborted if it has not finished; `None` for no time limit.
     pub deadline: Option<Timestamp>,
 }
 
-/// One request of the tenant, for handlers that report on requests.
+/// Summary of a request, for handlers that report on requests.
 #[derive(Clone, Debug)]
 pub struct RequestSummary {
-    /// The server's id.
+    /// ID that the server assigned to the request.
     pub uid: Uid,
     /// Name of the action.
     pub action: String,
@@ -51,19 +51,18 @@ pub struct RequestSummary {
     pub state: RequestState,
     /// Number of attempts so far.
     pub attempts: u32,
-    /// When it was accepted.
+    /// Time at which the request was accepted.
     pub create_time: Timestamp,
-    /// When its latest attempt started.
+    /// Time at which its latest attempt started.
     pub start_time: Option<Timestamp>,
-    /// When it finished.
+    /// Time at which the request finished.
     pub finish_time: Option<Timestamp>,
 }
 
-/// Source of [`Context::requests`].
+/// Provides the requests that [`Context::requests`] returns.
 #[async_trait]
 pub trait RequestHistory: Send + Sync {
-    /// Returns this user's requests that were accepted in `from..until`, newest first, at most
-    /// `limit`.
+    /// Returns up to `limit` requests of the given user that were accepted in `from..until`, newest first.
     async fn requests(
         &self,
         tenant: &str,
@@ -74,7 +73,7 @@ pub trait RequestHistory: Send + Sync {
     ) -> Result<Vec<RequestSummary>, HandlerError>;
 }
 
-/// Passed to every run of a handler.
+/// Context of an attempt, which is passed to its handler.
 pub struct Context {
     info: AttemptInfo,
     reports: Arc<ReportQueue>,
@@ -96,7 +95,7 @@ impl Context {
         Self { info, reports, cancellation, limits, history }
     }
 
-    /// Creates a context for testing a handler without a server; its reports are in the queue.
+    /// Creates a context for testing a handler without a server. The reports of the handler are in the returned queue.
     #[must_use]
     pub fn for_test(action: &str) -> (Self, Arc<ReportQueue>) {
         let reports = Arc::new(ReportQueue::default());
@@ -117,13 +116,13 @@ impl Context {
         (Self::new(info, reports.clone(), token, Limits::default(), None), reports)
     }
 
-    /// Returns the server's id of the request.
+    /// Returns the ID that the server assigned to the request.
     #[must_use]
     pub fn uid(&self) -> Uid {
         self.info.uid
     }
 
-    /// Returns the client's id of the request.
+    /// Returns the ID that the client specified for the request.
     #[must_use]
     pub fn request_id(&self) -> &str {
         &self.info.request_id
@@ -147,21 +146,21 @@ impl Context {
         &self.info.content_type
     }
 
-    /// Returns the number of the attempt, from 1.
+    /// Returns the number of the attempt, starting at 1.
     #[must_use]
     pub fn attempt(&self) -> u32 {
         self.info.attempt
     }
 
-    /// Returns when the attempt is aborted unless it has finished; `None` if it has no time limit.
+    /// Returns the time at which the attempt is aborted if it has not finished; `None` for no time limit.
     #[must_use]
     pub fn deadline(&self) -> Option<Timestamp> {
         self.info.deadline
     }
 
-    /// Returns the W3C `traceparent` to send with calls that the handler makes, so that they are
-    /// part of the trace. `None` if the request has none and is not traced here. While the handler
-    /// runs, the `tracing` span and the OpenTelemetry context are current, too.
+    /// Returns the W3C `traceparent` to send with calls that the handler makes, so that they are part of the trace.
+    /// Returns `None` if the request has no `traceparent` and is not traced in this process. While the handler runs,
+    /// the `tracing` span and the OpenTelemetry context are also current.
     #[must_use]
     pub fn trace_parent(&self) -> Option<String> {
         self.info.trace_parent.map(TraceParent::to_text)
@@ -173,12 +172,11 @@ impl Context {
         self.info.trace_state.as_deref()
     }
 
-    /// Reports progress, 0 to 100 percent, with a message (at most 4,096 bytes). Watchers receive
-    /// it once it is durable; this call does not wait for that, unless many reports are pending.
+    /// Reports progress, from 0 to 100 percent, with a message of at most 4,096 bytes. Watchers receive the report
+    /// after it is durable. This call returns earlier, unless many reports are pending.
     ///
     /// # Errors
-    /// Fails if a value is out of bounds, or if the attempt does not belong to this handler any
-    /// longer.
+    /// Returns an error if a value is out of range, or if the attempt no longer belongs to this handler.
     pub async fn progress(
         &self,
         percentage: f64,
@@ -187,10 +185,10 @@ impl Context {
         self.push_progress(Some(percentage), message.into(), None).await
     }
 
-    /// As [`Self::progress`], with metadata (as JSON, at most 64 KiB).
+    /// Like [`Self::progress`], with metadata (at most 64 KiB as JSON).
     ///
     /// # Errors
-    /// As [`Self::progress`].
+    /// Returns the same errors as [`Self::progress`].
     pub async fn progress_with(
         &self,
         percentage: f64,
@@ -201,11 +199,10 @@ impl Context {
         self.push_progress(Some(percentage), message.into(), Some(metadata.into())).await
     }
 
-    /// As [`Self::progress_with`], with the metadata as JSON text, and without a percentage if it
-    /// is unknown.
+    /// Like [`Self::progress_with`], with the metadata as JSON text, and with `None` for an unknown percentage.
     ///
     /// # Errors
-    /// As [`Self::progress`], and if the metadata is not JSON.
+    /// Returns the same errors as [`Self::progress`], and an error if the metadata is not JSON.
     pub async fn report_progress(
         &self,
         percentage: Option<f64>,
@@ -237,11 +234,11 @@ impl Context {
         self.reports.push(Report::Progress { percentage, message, metadata }).await
     }
 
-    /// Reports that the handler is alive, if it has nothing else to report: for actions that
-    /// declare a heartbeat timeout.
+    /// Reports that the handler is alive when it has nothing else to report. Use it for actions that declare a
+    /// heartbeat timeout.
     ///
     /// # Errors
-    /// Fails if the attempt no longer belongs to this handler.
+    /// Returns an error if the attempt no longer belongs to this handler.
     pub async fn heartbeat(&self) -> Result<(), HandlerError> {
         self.reports.push(Report::KeepAlive).await
     }
@@ -249,16 +246,16 @@ impl Context {
     /// Outputs the next chunk of the result, as JSON.
     ///
     /// # Errors
-    /// Fails if it is larger than `limits.max_output_chunk_bytes`, or if the attempt no longer
+    /// Returns an error if the chunk is larger than `limits.max_output_chunk_bytes`, or if the attempt no longer
     /// belongs to this handler.
     pub async fn output(&self, chunk: &impl Serialize) -> Result<(), HandlerError> {
         self.push_output("application/json", to_json(chunk)?).await
     }
 
-    /// Outputs the next chunk of the result, as bytes of this media type (at most 255 bytes).
+    /// Outputs the next chunk of the result, as bytes with the media type `content_type` (at most 255 bytes).
     ///
     /// # Errors
-    /// As [`Self::output`], and if the media type is JSON and the chunk is not.
+    /// Returns the same errors as [`Self::output`], and an error if the media type is JSON and the chunk is not.
     pub async fn output_bytes(
         &self,
         content_type: &str,
@@ -277,18 +274,18 @@ impl Context {
         self.reports.push(Report::Output { content_type: content_type.to_owned(), data }).await
     }
 
-    /// Saves a checkpoint (as JSON, at most 256 KiB) for the next attempt to start from.
+    /// Saves a checkpoint from which the next attempt can continue (at most 256 KiB as JSON).
     ///
     /// # Errors
-    /// Fails if it is too large, or if the attempt no longer belongs to this handler.
+    /// Returns an error if the checkpoint is too large, or if the attempt no longer belongs to this handler.
     pub async fn save_checkpoint(&self, checkpoint: &impl Serialize) -> Result<(), HandlerError> {
         self.save_checkpoint_bytes(to_json(checkpoint)?).await
     }
 
-    /// As [`Self::save_checkpoint`], with arbitrary bytes.
+    /// Like [`Self::save_checkpoint`], with arbitrary bytes.
     ///
     /// # Errors
-    /// As [`Self::save_checkpoint`].
+    /// Returns the same errors as [`Self::save_checkpoint`].
     pub async fn save_checkpoint_bytes(
         &self,
         checkpoint: impl Into<Bytes>,
@@ -298,22 +295,22 @@ impl Context {
         self.reports.push(Report::Checkpoint(data)).await
     }
 
-    /// Returns the checkpoint of an earlier attempt, as bytes.
+    /// Returns the checkpoint that an earlier attempt saved, if any, as bytes.
     #[must_use]
     pub fn checkpoint_bytes(&self) -> Option<&Bytes> {
         self.info.checkpoint.as_ref()
     }
 
-    /// Returns the attempt and its request.
+    /// Returns information about the attempt and its request.
     #[must_use]
     pub fn info(&self) -> &AttemptInfo {
         &self.info
     }
 
-    /// Returns the checkpoint of an earlier attempt.
+    /// Returns the checkpoint that an earlier attempt saved, if any.
     ///
     /// # Errors
-    /// Fails if the checkpoint has a different type.
+    /// Returns an error if the checkpoint has a different type.
     pub fn checkpoint<T: DeserializeOwned>(&self) -> Result<Option<T>, HandlerError> {
         match &self.info.checkpoint {
             None => Ok(None),
@@ -327,16 +324,16 @@ impl Context {
         self.cancellation.is_cancelled()
     }
 
-    /// Waits until cancellation is requested. The handler should then return as soon as possible,
-    /// with [`HandlerError::cancelled`]; one that does not is aborted.
+    /// Waits until cancellation is requested. The handler should then return as soon as possible, with
+    /// [`HandlerError::cancelled`]; otherwise, it is aborted.
     pub async fn cancelled(&self) {
         self.cancellation.cancelled().await;
     }
 
-    /// Sleeps, unless cancellation is requested.
+    /// Sleeps for `duration`, or until cancellation is requested.
     ///
     /// # Errors
-    /// Fails with [`HandlerError::cancelled`] if cancellation is requested.
+    /// Returns [`HandlerError::cancelled`] if cancellation is requested.
     pub async fn sleep(&self, duration: std::time::Duration) -> Result<(), HandlerError> {
         tokio::select! {
             () = self.cancelled() => Err(HandlerError::cancelled()),
@@ -344,11 +341,10 @@ impl Context {
         }
     }
 
-    /// Returns the user's own requests that were accepted in `from..until`, newest first, at most
-    /// `limit`.
+    /// Returns up to `limit` requests of the same user that were accepted in `from..until`, newest first.
     ///
     /// # Errors
-    /// Fails if they are not available here, or cannot be read now.
+    /// Returns an error if the request history is not available in this process, or if it cannot be read.
     pub async fn requests(
         &self,
         from: Timestamp,
@@ -357,13 +353,15 @@ impl Context {
     ) -> Result<Vec<RequestSummary>, HandlerError> {
         match &self.history {
             Some(history) => history.requests(self.tenant(), self.user(), from, until, limit).await,
-            None => Err(HandlerError::fatal("request history is not available here")),
+            None => {
+                Err(HandlerError::fatal("the request history is not available in this process"))
+            }
         }
     }
 }
 
-/// Serializes to JSON without spare capacity: the buffer may be held for long, and counts by its
-/// length.
+/// Serializes to JSON without spare capacity, because the buffer may be kept for a long time and only its length is
+/// counted.
 pub(crate) fn to_json(value: &impl Serialize) -> Result<Bytes, serde_json::Error> {
     let mut json = serde_json::to_vec(value)?;
     if json.len() > SHRINK_THRESHOLD_BYTES {
@@ -372,7 +370,7 @@ pub(crate) fn to_json(value: &impl Serialize) -> Result<Bytes, serde_json::Error
     Ok(json.into())
 }
 
-/// Checks that the data is JSON, however deep it nests, without building a value.
+/// Checks that the data is JSON of any nesting depth, without building a value.
 fn check_json(what: &str, data: &[u8]) -> Result<(), HandlerError> {
     match serde_json::from_slice::<&serde_json::value::RawValue>(data) {
         Ok(_) => Ok(()),

@@ -6,8 +6,9 @@ use streamer_core::{ErrorCode, RequestError, Violations};
 
 /// Reason why an attempt failed, and whether a retry may succeed.
 ///
-/// `?` converts any error to a retryable one; [`HandlerError::fatal`] and [`HandlerError::invalid`]
-/// are not retryable. (It does not implement `Error`, so that every `Error` converts to it.)
+/// The `?` operator converts any error to a retryable error; [`HandlerError::fatal`] and [`HandlerError::invalid`]
+/// return errors that are not retryable. This type does not implement `Error`, so that every `Error` can be converted
+/// to it.
 #[derive(Clone, Debug)]
 pub struct HandlerError {
     error: RequestError,
@@ -15,18 +16,18 @@ pub struct HandlerError {
 }
 
 impl HandlerError {
-    /// A retry may succeed.
+    /// Returns an error after which a retry may succeed.
     pub fn retryable(message: impl Into<String>) -> Self {
         let error = RequestError::new(ErrorCode::ProcessingFailed, message);
         Self::from_request_error(RequestError { retryable: true, ..error })
     }
 
-    /// A retry would fail in the same way.
+    /// Returns an error that is not retried, because a retry would fail in the same way.
     pub fn fatal(message: impl Into<String>) -> Self {
         Self::from_request_error(RequestError::new(ErrorCode::ProcessingFailed, message))
     }
 
-    /// The payload violates a rule; it is not retried.
+    /// Returns an error for a payload in which `field` violates `rule`; it is not retried.
     pub fn invalid(field: impl Into<String>, rule: impl Into<String>) -> Self {
         let mut violations = Violations::default();
         violations.push(field, rule);
@@ -34,20 +35,20 @@ impl HandlerError {
         Self::from_request_error(RequestError::new(ErrorCode::ValidationError, message))
     }
 
-    /// The handler stopped because cancellation was requested.
+    /// Returns the error of a handler that stopped because cancellation was requested.
     #[must_use]
     pub fn cancelled() -> Self {
         Self::from_request_error(RequestError::new(ErrorCode::Cancelled, "cancelled"))
     }
 
-    /// The handler releases the attempt unfinished, for example because its process stops: the next
-    /// attempt starts immediately, even if this was the last.
+    /// Returns the error of a handler that releases an unfinished attempt, for example because its process is shutting
+    /// down. The next attempt starts immediately, even if this attempt was the last.
     pub fn released(reason: impl Into<String>) -> Self {
         let error = RequestError::new(ErrorCode::Unavailable, reason);
         Self { error, released: true }
     }
 
-    /// Returns whether the attempt was released, see [`HandlerError::released`].
+    /// Returns whether the attempt was released; see [`HandlerError::released`].
     #[must_use]
     pub fn is_released(&self) -> bool {
         self.released
@@ -60,13 +61,13 @@ impl HandlerError {
         self
     }
 
-    /// Creates an error with this code, message and retryability.
+    /// Creates an error with the code, message and retryability of `error`.
     #[must_use]
     pub fn from_request_error(error: RequestError) -> Self {
         Self { error, released: false }
     }
 
-    /// Returns the error as its caller receives it.
+    /// Returns the error in the form that the caller of the request receives.
     #[must_use]
     pub fn into_request_error(self) -> RequestError {
         self.error

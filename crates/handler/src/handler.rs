@@ -7,13 +7,13 @@ use streamer_core::ActionSpec;
 
 use crate::{Context, HandlerError, context::to_json};
 
-/// One action: a typed payload as input, a typed result as output. Use
+/// Handler of one action, with a typed payload as input and a typed result as output. Use
 /// `Box<serde_json::value::RawValue>` to pass JSON through unchanged.
 #[async_trait]
 pub trait Handler: Send + Sync + 'static {
-    /// The payload.
+    /// Type of the payload.
     type Input: DeserializeOwned + Send;
-    /// The result.
+    /// Type of the result.
     type Output: Serialize + Send;
 
     /// Returns the declaration of the action.
@@ -27,7 +27,7 @@ pub trait Handler: Send + Sync + 'static {
     ) -> Result<Self::Output, HandlerError>;
 }
 
-/// A handler with erased types: JSON bytes as input and output.
+/// Handler with erased types, whose input and output are JSON bytes.
 #[async_trait]
 pub trait DynHandler: Send + Sync + 'static {
     /// Returns the declaration of the action.
@@ -47,7 +47,7 @@ impl<H: Handler> DynHandler for H {
         let input = serde_json::from_slice(&payload)
             .map_err(|error| HandlerError::invalid("payload", error.to_string()))?;
         let output = self.handle(context, input).await?;
-        // Serialization would fail again in a retry.
+        // Not retried, because serialization would fail again.
         to_json(&output)
             .map_err(|error| HandlerError::fatal(format!("the result is not JSON: {error}")))
     }

@@ -1,10 +1,10 @@
 //! Handler API: the [`Handler`] trait, the [`Context`] of a run, and the [`Handlers`] of a
 //! processor or worker.
 //!
-//! A handler takes a typed payload and returns a typed result; through its context it reports
-//! progress, outputs chunks of the result, saves checkpoints and observes cancellation. It does not
-//! depend on where it runs. Execution is at least once: a failed attempt is followed by another,
-//! which sees its number and the last checkpoint.
+//! A handler receives a typed payload and returns a typed result. It uses its context to report progress, output chunks
+//! of the result, save checkpoints and detect cancellation. It does not depend on the process in which it runs.
+//! Execution is at least once: after a failed attempt, the next attempt receives its attempt number and the last
+//! checkpoint.
 //!
 //! ```
 //! use streamer_handler::{ActionSpec, Context, Handler, HandlerError, Handlers, async_trait};

@@ -6,7 +6,7 @@ use streamer_core::ActionSpec;
 
 use crate::DynHandler;
 
-/// Handlers by the name of their action.
+/// Handlers, indexed by the name of their action.
 #[derive(Clone, Default)]
 pub struct Handlers {
     by_action: BTreeMap<String, (Arc<ActionSpec>, Arc<dyn DynHandler>)>,
@@ -19,7 +19,7 @@ impl Handlers {
         Self::default()
     }
 
-    /// Adds a handler; it replaces an earlier one for the same action.
+    /// Adds a handler, which replaces any earlier handler for the same action.
     #[must_use]
     pub fn with(mut self, handler: impl DynHandler) -> Self {
         let spec = handler.spec();
@@ -27,7 +27,7 @@ impl Handlers {
         self
     }
 
-    /// Returns the handler of this action.
+    /// Returns the declaration and the handler of the given action.
     #[must_use]
     pub fn get(&self, action: &str) -> Option<(&Arc<ActionSpec>, &Arc<dyn DynHandler>)> {
         self.by_action.get(action).map(|(spec, handler)| (spec, handler))
@@ -39,14 +39,14 @@ impl Handlers {
         self.by_action.is_empty()
     }
 
-    /// Keeps only the handlers of these actions.
+    /// Keeps only the handlers of the given actions.
     #[must_use]
     pub fn only(mut self, actions: &[impl AsRef<str>]) -> Self {
         self.by_action.retain(|name, _| actions.iter().any(|wanted| wanted.as_ref() == name));
         self
     }
 
-    /// Returns the declarations of the actions, by name.
+    /// Returns the declarations of the actions, sorted by name.
     pub fn specs(&self) -> impl Iterator<Item = &Arc<ActionSpec>> {
         self.by_action.values().map(|(spec, _)| spec)
     }

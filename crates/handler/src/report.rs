@@ -12,19 +12,19 @@ use tokio::{
 
 use crate::{HandlerError, MemoryBudget, Reservation};
 
-/// Pending bytes that need no reservation: most attempts never have more.
+/// Maximum number of pending bytes that need no reservation; most attempts never exceed it.
 const UNRESERVED_BYTES: usize = 4 * 1024;
 
-/// One report of an attempt.
+/// Report of an attempt.
 #[derive(Clone, Debug, PartialEq)]
 pub enum Report {
     /// Progress of the attempt.
     Progress {
-        /// 0 to 100.
+        /// Completed percentage, from 0 to 100, if known.
         percentage: Option<f64>,
-        /// For people.
+        /// Human-readable message.
         message: String,
-        /// JSON.
+        /// Metadata, as JSON.
         metadata: Option<Bytes>,
     },
     /// Next chunk of the output.
@@ -34,7 +34,7 @@ pub enum Report {
         /// Data of the chunk.
         data: Bytes,
     },
-    /// State that the next attempt may start from.
+    /// State from which the next attempt can continue.
     Checkpoint(Bytes),
     /// The handler is alive and has nothing else to report.
     KeepAlive,
@@ -61,25 +61,25 @@ impl Report {
     }
 }
 
-/// Queue of reports between a handler and the log: ordered, bounded, read in batches.
+/// Ordered, bounded queue of reports between a handler and the log, which is read in batches.
 #[derive(Default)]
 pub struct ReportQueue {
     state: Mutex<State>,
-    /// Called after each push.
+    /// Callback that is called after each push.
     hook: Option<Box<dyn Fn() + Send + Sync>>,
-    /// Budget that it shares with other attempts, and the tenant that uses it.
+    /// Budget that the queue shares with other attempts, and the tenant that the bytes are reserved for.
     budget: Option<(Arc<MemoryBudget>, Arc<str>)>,
     filled: Notify,
     emptied: Notify,
     durable: watch::Sender<i64>,
 }
 
-/// Reports that were taken from a queue together.
+/// Batch of reports taken from a queue.
 #[derive(Debug, Default)]
 pub struct ReportBatch {
     /// Reports, in order.
     pub reports: VecDeque<Report>,
-    /// Reservation of their bytes; to be dropped together with the reports.
+    /// Reservation of the bytes of the reports; must be dropped together with them.
     pub reserved: Reservation,
 }
 
@@ -90,7 +90,7 @@ struct State {
     closed: bool,
     discarding: bool,
     last_activity: Instant,
-    /// Number of calls that wait for room.
+    /// Number of calls that wait for capacity.
     blocked: usize,
     /// Reservation for the next report of a worker, made when the report arrived.
     prepaid: Reservation,
@@ -120,7 +120,7 @@ impl State {
                 && self.bytes + bytes <= MAX_PENDING_REPORT_BYTES)
     }
 
-    /// Returns whether a report of this size needs no reservation.
+    /// Returns whether a report of `bytes` bytes needs no reservation.
     fn is_unreserved(&self, bytes: usize) -> bool {
         self.bytes + bytes <= UNRESERVED_BYTES
     }
@@ -132,7 +132,7 @@ impl State {
     }
 }
 
-/// Common source of the reports of several queues. While it is paused, no queue counts as silent.
+/// Common source of the reports of several queues. While the source is paused, none of the queues counts as silent.
 #[derive(Debug)]
 pub struct ReportSource {
     pauses: Mutex<Pauses>,
@@ -158,7 +158,7 @@ impl ReportSource {
         PauseGuard(self.clone())
     }
 
-    /// Returns when the last pause ended; now, while it is paused.
+    /// Returns the time at which the last pause ended, or the current time while the source is paused.
     #[must_use]
     pub fn paused_until(&self) -> Instant {
         let pauses = self.pauses.lock();
@@ -178,7 +178,7 @@ impl Drop for PauseGuard {
     }
 }
 
-/// Counts a call that waits for room.
+/// Counts a call as waiting for capacity until dropped.
 struct BlockedPush<'a>(&'a ReportQueue);
 
 impl<'a> BlockedPush<'a> {
@@ -197,13 +197,13 @@ impl Drop for BlockedPush<'_> {
 }
 
 impl ReportQueue {
-    /// Creates a queue that reserves the bytes of its reports in a budget, for this tenant.
+    /// Creates a queue that reserves the bytes of its reports in `budget`, for the given tenant.
     #[must_use]
     pub fn with_budget(budget: Arc<MemoryBudget>, tenant: &str) -> Self {
         Self { budget: Some((budget, tenant.into())), ..Self::default() }
     }
 
-    /// Creates a queue that discards all reports: for sync actions, which have no log.
+    /// Creates a queue that discards all reports, for sync actions, which have no log.
     #[must_use]
     pub fn discarding() -> Self {
         let queue = Self::default();
@@ -211,16 +211,16 @@ impl ReportQueue {
         queue
     }
 
-    /// Creates a queue that calls `hook` after each push: for readers of many queues.
+    /// Creates a queue that calls `hook` after each push, for readers of many queues.
     #[must_use]
     pub fn with_hook(hook: impl Fn() + Send + Sync + 'static) -> Self {
         Self { hook: Some(Box::new(hook)), ..Self::default() }
     }
 
-    /// Adds a report; waits while the queue is full or the budget is used up.
+    /// Adds a report, and waits while the queue is full or the budget is exhausted.
     ///
     /// # Errors
-    /// Fails if the attempt no longer belongs to this handler: its reports are discarded.
+    /// Returns an error if the attempt no longer belongs to this handler; its reports are then discarded.
     pub async fn push(&self, report: Report) -> Result<(), HandlerError> {
         let bytes = report.bytes();
         let mut report = Some(report);
@@ -266,7 +266,7 @@ impl ReportQueue {
                     return Err(HandlerError::cancelled());
                 }
                 let has_room = state.has_room(bytes);
-                // A small report needs no reservation once the others are taken.
+                // A small report needs no reservation after the earlier reports are taken.
                 let covered = match reserved.take() {
                     None if state.is_unreserved(bytes) => Some(Reservation::default()),
                     reserved => reserved,
@@ -289,7 +289,7 @@ impl ReportQueue {
         }
     }
 
-    /// Reserves the bytes of a result.
+    /// Reserves bytes for a result.
     pub async fn reserve(&self, bytes: usize) -> Reservation {
         if bytes <= UNRESERVED_BYTES {
             return Reservation::default();
@@ -308,7 +308,7 @@ impl ReportQueue {
 
     /// Sets the reservation for the next report, or for the result.
     pub fn prepay(&self, reserved: Reservation) {
-        // The previous reservation is released without the lock.
+        // The previous reservation is released after the lock.
         let unused = {
             let mut state = self.state.lock();
             if state.closed { reserved } else { std::mem::replace(&mut state.prepaid, reserved) }
@@ -316,13 +316,13 @@ impl ReportQueue {
         drop(unused);
     }
 
-    /// Takes all pending reports.
+    /// Removes and returns all pending reports.
     #[must_use]
     pub fn take(&self) -> VecDeque<Report> {
         self.take_batch().reports
     }
 
-    /// Takes all pending reports, with their reservation.
+    /// Removes and returns all pending reports, with their reservation.
     #[must_use]
     pub fn take_batch(&self) -> ReportBatch {
         let taken = {
@@ -336,7 +336,7 @@ impl ReportQueue {
         taken
     }
 
-    /// Takes the next report, if any.
+    /// Removes and returns the next report, if any.
     #[must_use]
     pub fn pop(&self) -> Option<Report> {
         let (report, reserved) = {
@@ -360,13 +360,13 @@ impl ReportQueue {
         }
     }
 
-    /// Sets the source of its reports.
+    /// Sets the source of the reports of this queue.
     pub fn set_source(&self, source: Arc<ReportSource>) {
         self.state.lock().source = Some(source);
     }
 
-    /// Returns when the last report was pushed, or the queue was created; now, while a call waits
-    /// for room or the source is paused.
+    /// Returns the time at which the last report was pushed or, before the first report, the queue was created. Returns
+    /// the current time while a call waits for capacity or the source is paused.
     #[must_use]
     pub fn last_activity(&self) -> Instant {
         let state = self.state.lock();
@@ -377,18 +377,18 @@ impl ReportQueue {
         paused_until.map_or(state.last_activity, |until| until.max(state.last_activity))
     }
 
-    /// Records how many reports of the attempt are durable events.
+    /// Records the number of reports of the attempt that are durable events.
     pub fn set_durable(&self, events: i64) {
         self.durable.send_if_modified(|known| std::mem::replace(known, events) != events);
     }
 
-    /// Follows the number of reports of the attempt that are durable events.
+    /// Returns a receiver of the number of reports of the attempt that are durable events.
     #[must_use]
     pub fn durable(&self) -> watch::Receiver<i64> {
         self.durable.subscribe()
     }
 
-    /// Rejects all reports from now on.
+    /// Closes the queue, which then rejects all further reports.
     pub fn close(&self) {
         let prepaid = {
             let mut state = self.state.lock();

@@ -48,7 +48,7 @@ pub fn action_to_proto(spec: &ActionSpec, threshold: Duration) -> Action {
 }
 
 /// Converts a declaration from protobuf and adds every violation under `field`. Fields that are 0
-/// or empty take their default.
+/// or empty get their default value.
 #[must_use]
 pub fn action_from_proto(action: &Action, field: &str, violations: &mut Violations) -> ActionSpec {
     let mut check = |name: &str, outcome| violations.check(&format!("{field}.{name}"), outcome);

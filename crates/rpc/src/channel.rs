@@ -8,7 +8,7 @@ use tower::{Service, ServiceExt, util::BoxCloneSyncService};
 
 use crate::spans::{ClientSpans, ServerSpans};
 
-/// Transport of a generated client. The client returns its error to the caller.
+/// Transport of a generated client. The client returns the transport's error to the caller.
 pub type Channel = BoxCloneSyncService<Request<Body>, Response<Body>, Status>;
 
 /// Returns a channel to a server in this process: calls are function calls, without sockets.
@@ -40,7 +40,7 @@ where
 /// Header of a submission between services: the `uid` to assign to the request, so that a repeated
 /// call is idempotent. Ignored in calls from clients.
 pub const REQUEST_UID: &str = "streamer-request-uid";
-/// Header of a retry: an earlier call may have been executed, with an unknown outcome.
+/// Header of a retry: an earlier call, whose outcome is unknown, may have been executed.
 pub const PREVIOUS_ATTEMPTS: &str = "grpc-previous-rpc-attempts";
 /// Header of every call between services: the token that all services share.
 pub const SERVICE_TOKEN: &str = "streamer-service-token";
@@ -56,7 +56,7 @@ pub const WATCH_COUNTED: &str = "streamer-watch-counted";
 /// Header of a call that a gateway makes or forwards for a client: the address of the client.
 pub const CLIENT_ADDRESS: &str = "streamer-client-address";
 
-/// Connection that a request was received on; in the extensions of the request.
+/// Connection that a request was received on; stored in the extensions of the request.
 #[derive(Clone)]
 pub struct Peer(Arc<dyn Connection>);
 
@@ -68,13 +68,13 @@ pub trait Connection: Send + Sync {
     /// Records that a request on the connection had a valid token.
     fn authenticated(&self);
 
-    /// Returns when the connection must be closed in favor of others, which is possible until it is
-    /// authenticated.
+    /// Returns a future that completes when the connection must be closed in favor of other connections, which
+    /// is possible until it is authenticated.
     fn evicted(&self) -> Pin<Box<dyn Future<Output = ()> + Send>>;
 }
 
 impl Peer {
-    /// Returns the peer of this connection, which counts as open until this is dropped.
+    /// Returns the peer of the given connection, which counts as open until the peer is dropped.
     pub fn new(connection: Arc<dyn Connection>) -> Self {
         Self(connection)
     }
@@ -85,7 +85,7 @@ impl Peer {
         self.0.address()
     }
 
-    /// Returns when the connection must be closed in favor of others.
+    /// Returns a future that completes when the connection must be closed in favor of other connections.
     pub fn evicted(&self) -> Pin<Box<dyn Future<Output = ()> + Send>> {
         self.0.evicted()
     }
@@ -96,9 +96,9 @@ impl Peer {
     }
 }
 
-/// Returns a call that is authenticated with this token.
+/// Returns a gRPC request with the given `authorization` header.
 pub fn with_authorization<T>(message: T, authorization: HeaderValue) -> tonic::Request<T> {
-    // Room for the client's address, and for the uid of a submission.
+    // Capacity for two more headers: the client's address and the UID of a submission.
     let mut headers = HeaderMap::with_capacity(3);
     headers.insert(AUTHORIZATION, authorization);
     let metadata = MetadataMap::from_headers(headers);

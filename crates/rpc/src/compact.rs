@@ -4,8 +4,8 @@ use bytes::Bytes;
 use prost::Message;
 use streamer_proto::common::v1::{Event, Request, event::Kind};
 
-/// Smaller byte strings are copied before they are retained, because the buffer that they are a slice
-/// of may be many times larger. For larger ones, the buffer holds little else.
+/// Size below which byte strings are copied before they are retained, because the buffer that they are a
+/// slice of may be many times larger. The buffer of a larger byte string contains little else.
 const COPY_BELOW_BYTES: usize = 64 * 1024;
 
 /// Copies an event. If the original shares the buffer that it was received in, the copy has its own
@@ -37,7 +37,7 @@ fn reencode<M: Message + Default + Clone>(message: &M) -> M {
     M::decode(encoded).unwrap_or_else(|_| message.clone())
 }
 
-/// Returns bytes that may be retained: small ones are copied out of their receive buffer.
+/// Returns bytes that can be retained: small byte strings are copied out of their receive buffer.
 #[must_use]
 pub fn compact_bytes(bytes: Bytes) -> Bytes {
     if bytes.len() < COPY_BELOW_BYTES { Bytes::copy_from_slice(&bytes) } else { bytes }

@@ -4,7 +4,7 @@ use streamer_telemetry::{InScope, Scope};
 use tonic::Status;
 use tracing::Instrument;
 
-/// Spawns `work` in a dedicated task and returns a future of its result.
+/// Spawns `work` in a dedicated task and returns a future that resolves to its result.
 ///
 /// tonic drops the future of a call when the client disconnects or its deadline expires. A change with
 /// several steps, such as storing an event and then notifying watchers, could then stop after the first

@@ -1,5 +1,5 @@
-//! Shared by every gRPC server and client of Streamer: status mapping, payload conversion,
-//! channels. Used by all services; holds no state.
+//! Code that all gRPC servers and clients of Streamer share: status mapping, payload conversion,
+//! channels. Used by all services; has no state.
 
 mod action;
 mod channel;

@@ -1,9 +1,9 @@
 //! Client-side load balancing over the instances of a service.
 //!
-//! Within a process there is one instance, and a call is a function call. Between processes a call
-//! goes to the instance that ranks first for the request's key (rendezvous hashing), or to each in
-//! turn if it has no key. If that instance is unreachable and a retry is safe, the call is retried at
-//! the next one, within a retry budget.
+//! Within a process, a service has one instance, and a call is a function call. Between processes, a call goes
+//! to the instance that ranks first for the call's key (rendezvous hashing), or to the instances in turn if it
+//! has no key. If that instance is unreachable and a retry is safe, the call is retried at the next instance,
+//! within a retry budget.
 
 use std::{
     convert::Infallible,
@@ -30,7 +30,7 @@ use tower::{
 
 use crate::{Channel, PREVIOUS_ATTEMPTS, ended_body::end_when};
 
-/// Maximum number of instances that a call is tried at.
+/// Maximum number of instances to which a call is sent.
 const MAX_TRIES: usize = 3;
 /// Timeout of a unary call between services.
 const INTERNAL_TIMEOUT: Duration = Duration::from_secs(5);
@@ -40,10 +40,10 @@ const SHORT_TIMEOUT: Duration = Duration::from_secs(10);
 const MESSAGE_TIMEOUT: Duration = Duration::from_secs(30);
 /// Size of the prefix of a gRPC message.
 const FRAME_BYTES: usize = 5;
-/// Retries as a share of all calls; ten per second are always allowed.
+/// Maximum ratio of retries to calls; ten retries per second are always allowed.
 const RETRY_RATIO: f32 = 0.2;
 
-/// Request that a call is about: calls with the same key go to the same instance while it exists.
+/// UID of the request that a call concerns: calls with the same key go to the same instance while it exists.
 #[derive(Clone, Copy, Debug)]
 pub struct RouteKey(pub Uid);
 
@@ -85,7 +85,7 @@ impl Instance {
         self.healthy.send_if_modified(|current| std::mem::replace(current, healthy) != healthy);
     }
 
-    /// Returns a channel for watches: they end when the instance becomes unhealthy.
+    /// Returns a channel for watches, which end when the instance becomes unhealthy.
     #[must_use]
     pub fn watch_channel(&self) -> Channel {
         let member = self.clone();
@@ -106,12 +106,12 @@ impl Instance {
         })
     }
 
-    /// Returns when the instance may not serve watches.
+    /// Returns a future that completes when the instance may no longer serve watches.
     fn wait_until_unhealthy(&self) -> impl Future<Output = ()> + Send + 'static {
         let mut healthy = self.healthy.subscribe();
         async move {
             if healthy.wait_for(|healthy| !healthy).await.is_err() {
-                // Removed from the list and no longer probed: the watch ends with its connection.
+                // The instance was removed and is not probed: the watch ends with its connection.
                 std::future::pending::<()>().await;
             }
         }
@@ -135,7 +135,7 @@ impl Instance {
 #[derive(Clone)]
 pub struct Instances {
     list: watch::Receiver<Arc<[Instance]>>,
-    /// The only instance, if it runs in this process.
+    /// Channel to the only instance, if it runs in this process.
     local: Option<Channel>,
     service: &'static str,
 }
@@ -148,7 +148,7 @@ impl Instances {
         Self { list: watch::channel(list).1, local: Some(channel), service }
     }
 
-    /// Returns the instances of a list that changes.
+    /// Returns the instances in a list that can change.
     #[must_use]
     pub fn of(service: &'static str, list: watch::Receiver<Arc<[Instance]>>) -> Self {
         Self { list, local: None, service }
@@ -179,7 +179,7 @@ impl Instances {
         }
     }
 
-    /// Returns the instance that ranks first for the key, whether or not it is reachable.
+    /// Returns the instance that ranks first for the key, even if it is unreachable.
     #[must_use]
     pub fn owner(&self, key: Uid) -> Option<Instance> {
         self.all().iter().max_by_key(|member| member.weight(key)).cloned()
@@ -223,7 +223,7 @@ impl Instances {
             }
             None => {}
         }
-        // A stable sort: unreachable instances are last, in the same order.
+        // The sort is stable: unreachable instances are last, in the same order.
         members.sort_by_key(|member| !member.is_reachable());
         members
     }
@@ -372,12 +372,12 @@ impl BufferedRequest {
 
 /// Retry policy and timeout of a method.
 struct MethodPolicy {
-    /// A retry is safe even if the first call may have been executed.
+    /// Whether a retry is safe even if the first call may have been executed.
     idempotent: bool,
-    /// The call is retried at a different instance if one responds with UNAVAILABLE.
+    /// Whether the call is retried at a different instance if an instance responds with UNAVAILABLE.
     retry_if_unavailable: bool,
-    /// The response is a stream that lasts while a request runs and can be opened again at a different
-    /// instance. A submission's stream cannot: its first message reports what was stored.
+    /// Whether the response is a stream that lasts while a request runs and can be opened again at a different
+    /// instance. The stream of a submission cannot: its first message reports what was stored.
     is_watch: bool,
     timeout: Option<Duration>,
 }
@@ -385,10 +385,9 @@ struct MethodPolicy {
 impl MethodPolicy {
     fn of(path: &str) -> Self {
         let method = path.rsplit('/').next().unwrap_or_default();
-        // Each call of these has an effect.
+        // Each call of these methods has an effect.
         let not_idempotent = ["Execute", "Redrive", "RedriveMany", "Send", "Broadcast"];
-        // A submission identifies its request, but a sync action may have run without having been
-        // stored.
+        // A submission identifies its request, but a sync action may have run without being stored.
         let submissions = ["Submit", "SubmitAndWatch"];
         let short = ["Get", "List", "ListEvents", "ListActions", "Cancel", "GetOperation"];
         let internal = ["Publish", "Announce", "NotifyQueued", "SignalCancel"];
@@ -424,7 +423,7 @@ pub fn is_safe_to_retry(status: &Status) -> bool {
     false
 }
 
-/// RFC 9113, 8.7: refused streams and streams beyond the last one of a GOAWAY were not processed.
+/// RFC 9113, section 8.7: refused streams and streams after the last stream of a GOAWAY were not processed.
 fn is_refused(error: &h2::Error) -> bool {
     let is_beyond_goaway = error.is_go_away() && error.reason() == Some(h2::Reason::NO_ERROR);
     error.is_remote() && (is_beyond_goaway || error.reason() == Some(h2::Reason::REFUSED_STREAM))
@@ -436,7 +435,7 @@ fn is_unavailable(headers: &HeaderMap) -> bool {
     headers.get("grpc-status").is_some_and(|status| status.as_bytes() == unavailable.as_bytes())
 }
 
-/// Returns a call that is routed by this request.
+/// Returns a gRPC request that is routed by the given UID.
 pub fn with_route<T>(message: T, uid: Uid) -> tonic::Request<T> {
     let mut request = tonic::Request::new(message);
     request.extensions_mut().insert(RouteKey(uid));

@@ -1,14 +1,14 @@
-//! Payloads: opaque bytes within the system, protobuf JSON on request at its edges.
+//! Payloads: opaque bytes within the system, and protobuf JSON at its edges if requested.
 
 use bytes::Bytes;
 use prost_types::{Struct, Value, value::Kind};
 use serde_json::{Map, Number};
 use streamer_proto::common::v1::{Event, Payload, PayloadEncoding, event, payload::Body};
 
-/// Content type of a payload without one.
+/// Content type of payloads that do not specify one.
 pub const JSON: &str = "application/json";
 
-/// Returns the payload of a request without one.
+/// Returns the payload of requests that do not specify one.
 #[must_use]
 pub fn empty_object() -> Bytes {
     Bytes::from_static(b"{}")
@@ -44,10 +44,11 @@ pub fn payload_bytes(payload: Option<&Payload>) -> Bytes {
     }
 }
 
-/// Larger bodies stay bytes: as typed values they would exceed the message limit.
+/// Maximum size of a body that is converted to typed values, in bytes: larger typed values would exceed the
+/// message limit.
 const MAX_TYPED_BYTES: usize = 256 * 1024;
-/// Deeper bodies stay bytes: protobuf libraries reject more than 100 nested messages, and a level of
-/// JSON is up to three.
+/// Maximum nesting depth of a body that is converted to typed values: protobuf libraries reject more than 100
+/// nested messages, and a level of JSON requires up to three.
 const MAX_TYPED_DEPTH: usize = 24;
 
 /// Converts a payload to the requested encoding.
@@ -111,7 +112,7 @@ fn to_json(value: &Value) -> serde_json::Value {
     }
 }
 
-/// Writes integers that a double represents exactly without a fraction.
+/// Converts a double to JSON; an integer that a double represents exactly has no fraction.
 fn json_number(number: f64) -> serde_json::Value {
     const EXACT: f64 = 9_007_199_254_740_992.0;
     if number.fract() == 0.0 && number.abs() <= EXACT {

@@ -1,7 +1,7 @@
 //! Spans of calls, and propagation of the trace context: one layer for clients, one for servers.
 //!
-//! A call outside a sampled trace has no span; its context is propagated. Calls that are marked
-//! [`Untraced`], such as those made once per event, have neither.
+//! A call outside a sampled trace has no span, but its context is propagated. A call that is marked
+//! [`Untraced`], such as a call made for each event, has no span, and its context is not propagated.
 
 use std::{
     pin::Pin,
@@ -55,7 +55,7 @@ pub(crate) struct ClientSpans<S>(pub(crate) S);
 #[derive(Clone)]
 pub(crate) struct ServerSpans<S>(pub(crate) S);
 
-/// Future of an untraced call, or of a traced one.
+/// Future of an untraced or a traced call.
 type Traced<F, T, E> = Either<F, Pin<Box<dyn Future<Output = Result<T, E>> + Send>>>;
 
 impl<S, B, C, E> Service<Request<B>> for ClientSpans<S>
@@ -123,8 +123,8 @@ where
     }
 }
 
-/// Returns the scope of a call from outside the process. If the caller is a service, it has decided
-/// whether the call is traced; otherwise that is decided here.
+/// Returns the scope of a call from outside the process. If the caller is a service, it has already decided
+/// whether the call is traced; otherwise this function decides.
 #[must_use]
 pub fn enter<B>(traces: &Traces, request: &Request<B>, is_service: bool) -> Scope {
     let caller = trace_context(request.headers());
@@ -134,7 +134,7 @@ pub fn enter<B>(traces: &Traces, request: &Request<B>, is_service: bool) -> Scop
     traces.admit(caller, is_service, || server_span(method(request)))
 }
 
-/// Waits for the response and records its status in the span. `is_error` returns which codes mark the
+/// Waits for the response and records its status in the span. `is_error` returns whether a code marks the
 /// span as failed.
 pub async fn recorded<F, C, E>(
     call: F,

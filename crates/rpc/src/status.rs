@@ -8,7 +8,8 @@ use streamer_store::StoreError;
 use tonic::{Code, Status};
 use tonic_types::{ErrorDetails, FieldViolation, StatusExt};
 
-/// Statuses are sent in headers, and many clients accept at most 8 KiB of headers.
+/// Maximum size of a status message, in bytes. Statuses are sent in headers, and many clients accept at most
+/// 8 KiB of headers.
 const MAX_MESSAGE_BYTES: usize = 2048;
 const MAX_DETAILS_BYTES: usize = 2048;
 /// `ErrorInfo.domain` of Streamer's errors.
@@ -123,8 +124,8 @@ pub fn store_status(error: &StoreError) -> Status {
     status(&RequestError::new(code, message))
 }
 
-/// Converts a status to an error: with the Streamer code that it contains, or else with the nearest
-/// one.
+/// Converts a status to an error with the Streamer code that the status contains, or otherwise with the
+/// nearest code.
 #[must_use]
 pub fn request_error(status: &Status) -> RequestError {
     let info = status.get_details_error_info().filter(|info| info.domain == DOMAIN);
@@ -143,8 +144,8 @@ pub fn request_error(status: &Status) -> RequestError {
     }
 }
 
-/// Replaces tonic's rejection of a message larger than `limit` bytes, which does not reach our code, by
-/// a validation error; returns every other response unchanged.
+/// Replaces tonic's rejection of a message larger than `limit` bytes, which does not reach the service, with
+/// a validation error; returns all other responses unchanged.
 #[must_use]
 pub fn map_message_too_large<B>(response: http::Response<B>, limit: usize) -> http::Response<B>
 where

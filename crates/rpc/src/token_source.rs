@@ -16,8 +16,8 @@ pub struct TokenError(
 /// renewed.
 #[async_trait]
 pub trait TokenSource: Send + Sync + 'static {
-    /// Returns a currently valid token. Called for each connection, and again when the token in use
-    /// expires or shortly before.
+    /// Returns a currently valid token. Called for each connection, and again when the token in use has expired
+    /// or is about to expire.
     ///
     /// # Errors
     /// Returns an error if no token is available; when connecting, this ends the client or worker.

@@ -1,10 +1,10 @@
-//! Upper bound of the steps of a validation, for a value at each depth of a payload.
+//! Upper bound on the number of steps of a validation, for a value at each depth of a payload.
 //!
-//! A step is one keyword applied to one value, or one comparison with a literal: some tens of
-//! nanoseconds. Which subschemas are applied to a value is known only at validation. The maximum
+//! A step is the application of one keyword to one value, or one comparison with a literal, and takes some
+//! tens of nanoseconds. The subschemas that are applied to a value are known only at validation. The maximum
 //! number of applications follows from the schema: a subschema that is applied n times to an object
-//! applies each of its subschemas n times to each property. This module counts applications depth by
-//! depth, and uses at each depth the maximum over all properties and items.
+//! applies each of its subschemas n times to each property. This module counts applications at each
+//! depth, and uses the maximum over all properties and items at that depth.
 //!
 //! The validator visits a value in three modes, which are counted separately: to decide whether it is
 //! valid, to collect violations (which first decides whether the value is valid, again at every
@@ -19,9 +19,9 @@ use crate::{
     graph::{Edge, Graph, Part},
 };
 
-/// Maximum depth of a payload; `serde_json` rejects deeper ones.
+/// Maximum depth of a payload; `serde_json` rejects deeper payloads.
 pub(crate) const MAX_DEPTH: usize = 128;
-/// Steps of `uniqueItems` for each value below an array, and in sixteenths for each byte.
+/// Number of steps of `uniqueItems` for each value below an array, and of sixteenths of a step for each byte.
 const UNIQUE_STEPS: u64 = 4;
 /// Limit at which counts of applications saturate.
 const MAX_COUNT: i64 = 1 << 40;
@@ -31,34 +31,37 @@ const MAX_CHAIN: usize = 64;
 const MAX_PATH: usize = 2048;
 /// Maximum number of subschemas that a subschema applies to the same value, counted along every path.
 const MAX_EXPANSION: u64 = 5_000;
-/// The same limit for the sum over all subschemas, which bounds the work to compile a schema.
+/// Maximum sum of these numbers over all subschemas, which bounds the work to compile a schema.
 const MAX_TOTAL_EXPANSION: u64 = 200_000;
-/// Maximum number of names and keywords of those subschemas, counted along every path and summed over all
-/// subschemas: the validator may copy them for each.
+/// Maximum number of names and keywords of the applied subschemas, counted along every path and summed over all
+/// subschemas: the validator may copy them for each subschema.
 const MAX_TOTAL_NAMES: u64 = 1_000_000;
-/// The same limit for subschemas with `unevaluatedProperties` or `unevaluatedItems`, for which the validator
-/// always copies them.
+/// Maximum number of names and keywords that subschemas with `unevaluatedProperties` or `unevaluatedItems` apply,
+/// counted in the same way: for these subschemas, the validator always copies them.
 const MAX_UNEVALUATED_NAMES: u64 = 200_000;
 /// Maximum number of groups into which the validator divides the subschemas that conditions select; it evaluates
 /// the conditions again for each group.
 const MAX_GROUPS: u64 = 64;
-/// A value down to this depth ...
+/// Maximum depth of the values to which [`MAX_STEPS_AT_COMMON_DEPTH`] applies.
 const COMMON_DEPTH: usize = 8;
-/// ... must take at most this many steps, otherwise the schema is rejected at declaration.
+/// Maximum number of steps for a value down to [`COMMON_DEPTH`]; a schema above it is rejected at declaration.
 const MAX_STEPS_AT_COMMON_DEPTH: u64 = 100_000;
 
-/// Modes in which the validator visits a value.
+/// Mode that decides whether a value is valid.
 const DECIDE: usize = 0;
+/// Mode that collects the violations of a value.
 const EXPLAIN: usize = 1;
+/// Mode that marks the evaluated parts of a value.
 const MARK: usize = 2;
+/// Number of modes in which the validator visits a value.
 const MODES: usize = 3;
 
 /// Cost of a value at one depth.
 #[derive(Clone, Copy, Default, PartialEq, Eq, Debug)]
 pub(crate) struct Rate {
-    /// Steps for the value.
+    /// Number of steps for the value.
     pub(crate) value: u64,
-    /// Sixteenths of a step for each byte of a string value, and of the name of the value.
+    /// Number of sixteenths of a step for each byte of a string value, and of the name of the value.
     pub(crate) byte: u64,
 }
 
@@ -67,7 +70,7 @@ pub(crate) struct Rate {
 pub(crate) struct Bound {
     /// Rates to decide whether a payload is valid, by depth.
     decide: Vec<Rate>,
-    /// Rates to collect its violations, by depth.
+    /// Rates to collect the violations of a payload, by depth.
     explain: Vec<Rate>,
 }
 
@@ -89,12 +92,12 @@ impl Bound {
         Ok(Self { decide, explain: counter.rates(EXPLAIN) })
     }
 
-    /// Returns the maximum steps to decide whether a payload of this shape is valid.
+    /// Returns the maximum number of steps to decide whether a payload of the given shape is valid.
     pub(crate) fn steps_to_decide(&self, shape: &Shape) -> u64 {
         shape.steps(&self.decide)
     }
 
-    /// Returns the maximum steps to collect the violations of a payload of this shape.
+    /// Returns the maximum number of steps to collect the violations of a payload of the given shape.
     pub(crate) fn steps_to_explain(&self, shape: &Shape) -> u64 {
         shape.steps(&self.explain)
     }
@@ -105,7 +108,7 @@ fn rate_at(rates: &[Rate], depth: usize) -> Rate {
     rates.get(depth).or(rates.last()).copied().unwrap_or_default()
 }
 
-/// Numbers of values, and of bytes of strings and names, at each depth of a payload.
+/// Number of values, and number of bytes of strings and names, at each depth of a payload.
 #[derive(Debug)]
 pub(crate) struct Shape {
     depths: Vec<(u64, u64)>,
@@ -188,7 +191,7 @@ fn expansions(graph: &Graph, order: &[usize]) -> Result<Vec<u64>, SchemaError> {
     Ok(expansions)
 }
 
-/// Rejects a schema whose recursion takes too much stack for the deepest payload.
+/// Rejects a schema whose recursion uses too much stack for the deepest payload.
 fn check_paths(graph: &Graph, order: &[usize]) -> Result<(), SchemaError> {
     // Longest path to an application of each node at the current depth; 0 means none.
     let mut lengths = vec![0_usize; graph.nodes.len()];
@@ -214,7 +217,7 @@ fn check_paths(graph: &Graph, order: &[usize]) -> Result<(), SchemaError> {
     Ok(())
 }
 
-/// An edge along which a node applies another to a property or an item.
+/// Edge along which a node applies another node to a property or an item.
 #[derive(Clone, Copy)]
 struct Flow {
     from: usize,
@@ -223,20 +226,21 @@ struct Flow {
     marks: bool,
 }
 
-/// Flows by which the property of one name, or the item at one index, differs from others.
+/// Difference between the flows to the property with one name, or to the item at one index, and the flows to
+/// any property or item.
 #[derive(Default)]
 struct NamedPart {
     is_item: bool,
-    /// Added to the flows to any property or item; counts may be negative.
+    /// Flows to add to the flows to any property or item; counts may be negative.
     flows: Vec<Flow>,
-    /// The nodes that these flows reach, in order.
+    /// Nodes that `flows` reach, in order.
     reached: Vec<usize>,
 }
 
 /// Number of applications of each node to a value, by mode.
 type Counts = Vec<[i64; MODES]>;
 
-/// Counts applications of nodes, depth by depth.
+/// Counts applications of nodes at each depth.
 struct Counter<'a> {
     graph: &'a Graph,
     order: Vec<usize>,
@@ -300,13 +304,13 @@ impl<'a> Counter<'a> {
         Self { graph, order, expansions, properties, items, named }
     }
 
-    /// Returns the rates of validations in this mode.
+    /// Returns the rates of validations in the given mode.
     fn rates(&self, mode: usize) -> Vec<Rate> {
         let mut counts: Counts = vec![[0; MODES]; self.graph.nodes.len()];
         counts[0][mode] = 1;
         self.apply_in_place(&mut counts, &self.order);
         let mut own = self.charge(&counts, &self.order);
-        // Added by values above, whose `uniqueItems` reads everything below them.
+        // Steps that the `uniqueItems` of values above adds, which reads everything below them.
         let mut from_unique = 0_u64;
         let mut from_parent = Rate::default();
         let mut rates = Vec::new();
@@ -351,7 +355,7 @@ impl<'a> Counter<'a> {
         }
     }
 
-    /// Returns the cost of a value to which these nodes are applied this many times.
+    /// Returns the cost of a value to which `nodes` are applied as often as `counts` specifies.
     fn charge(&self, counts: &Counts, nodes: &[usize]) -> Rate {
         let mut rate = Rate::default();
         for (node, times) in
@@ -377,7 +381,8 @@ impl<'a> Counter<'a> {
         (rate, unique_steps)
     }
 
-    /// Returns the maximum applications of each node to any property or item, and the maximum cost of one.
+    /// Returns the maximum number of applications of each node to any property or item, and the maximum cost of a
+    /// property or item.
     fn descend(&self, counts: &Counts) -> (Counts, Rate) {
         let zero = || vec![[0; MODES]; counts.len()];
         let flow = |flows: &[Flow], into: &mut Counts| {
@@ -421,7 +426,7 @@ impl<'a> Counter<'a> {
 }
 
 impl Rate {
-    /// Returns the maximum of each part.
+    /// Returns the maximum of each field.
     fn max(self, other: Self) -> Self {
         Self { value: self.value.max(other.value), byte: self.byte.max(other.byte) }
     }
@@ -434,7 +439,7 @@ impl Rate {
     }
 }
 
-/// Returns the applications in all modes.
+/// Returns the number of applications in all modes.
 fn total(modes: &[i64; MODES]) -> u64 {
     u64::try_from(modes.iter().copied().fold(0, add)).unwrap_or(0)
 }
@@ -443,7 +448,7 @@ fn larger((one, other): (&[i64; MODES], &[i64; MODES])) -> [i64; MODES] {
     std::array::from_fn(|mode| one[mode].max(other[mode]))
 }
 
-/// Returns the sum, limited to [`MAX_COUNT`] and its negative.
+/// Returns the sum, clamped to the range from -[`MAX_COUNT`] to [`MAX_COUNT`].
 fn add(one: i64, other: i64) -> i64 {
     one.saturating_add(other).clamp(-MAX_COUNT, MAX_COUNT)
 }

@@ -1,4 +1,4 @@
-//! A schema as a graph: its subschemas, and the parts of a value to which each applies others.
+//! Graph of a schema: its subschemas, and the parts of a value to which each subschema applies others.
 
 use std::collections::HashMap;
 
@@ -6,12 +6,12 @@ use serde_json::{Map, Value};
 
 use crate::{SchemaError, pattern::Patterns};
 
-/// Maximum number of subschemas of a schema; each takes some hundred bytes once compiled.
+/// Maximum number of subschemas of a schema; each uses some hundred bytes when compiled.
 const MAX_SUBSCHEMAS: usize = 10_000;
-/// Maximum bytes of the locations of all subschemas and their keywords: the validator stores each, and a
-/// long property name is part of every location below it.
+/// Maximum total size of the locations of all subschemas and their keywords, in bytes: the validator stores each
+/// location, and a long property name is part of every location below it.
 const MAX_LOCATION_BYTES: u64 = 16 << 20;
-/// Steps for each byte of a string whose content is decoded and parsed.
+/// Number of sixteenths of a step for each byte of a string whose content is decoded and parsed.
 const CONTENT_BYTE_COST: u64 = 16;
 /// Supported drafts.
 const DRAFTS: [&str; 5] = [
@@ -29,13 +29,13 @@ pub(crate) enum Part {
     Same,
     /// The value itself, to choose between two other subschemas.
     Condition,
-    /// The property with this name; names are numbered.
+    /// The property with the given name; names are numbered.
     Property(u32),
     /// Any property, or the name of any property.
     AnyProperty,
     /// Any property that the same subschema does not name.
     OtherProperties,
-    /// The item at this index.
+    /// The item at the given index.
     Item(u32),
     /// Any item.
     AnyItem,
@@ -47,37 +47,37 @@ pub(crate) enum Part {
 pub(crate) struct Edge {
     pub(crate) to: usize,
     pub(crate) part: Part,
-    /// Whether it is also followed to find out which properties or items were evaluated.
+    /// Whether the edge is also followed to determine which properties or items were evaluated.
     pub(crate) marks: bool,
 }
 
-/// A subschema. Costs are in steps; see [`crate::cost`].
+/// Subschema of a schema. Costs are in steps; see [`crate::cost`].
 #[derive(Default, Debug)]
 pub(crate) struct Node {
     /// JSON Pointer of the subschema.
     pub(crate) location: String,
-    /// Steps for each value that it is applied to.
+    /// Number of steps for each value to which the subschema is applied.
     pub(crate) steps: u64,
-    /// Sixteenths of a step for each byte of a string.
+    /// Number of sixteenths of a step for each byte of a string.
     pub(crate) byte_cost: u64,
-    /// Steps for each property of an object.
+    /// Number of steps for each property of an object.
     pub(crate) property_steps: u64,
-    /// Sixteenths of a step for each byte of a property name.
+    /// Number of sixteenths of a step for each byte of a property name.
     pub(crate) name_byte_cost: u64,
-    /// Whether it reads everything below the value (`uniqueItems`).
+    /// Whether the subschema reads everything below the value (`uniqueItems`).
     pub(crate) reads_all: bool,
-    /// Whether it has `unevaluatedProperties` or `unevaluatedItems`.
+    /// Whether the subschema has `unevaluatedProperties` or `unevaluatedItems`.
     pub(crate) unevaluated: bool,
     pub(crate) edges: Vec<Edge>,
 }
 
-/// The subschemas of a schema; the first one is the schema itself.
+/// Subschemas of a schema; the first one is the schema itself.
 pub(crate) struct Graph {
     pub(crate) nodes: Vec<Node>,
 }
 
 impl Graph {
-    /// Reads a schema; rejects one whose cost has no bound.
+    /// Reads a schema; rejects a schema whose cost has no bound.
     pub(crate) fn read(schema: &Value) -> Result<Self, SchemaError> {
         if let Some(draft) = schema.get("$schema") {
             let known = draft.as_str().is_some_and(|d| DRAFTS.contains(&d.trim_end_matches('#')));
@@ -109,7 +109,7 @@ struct Reader<'a> {
     root: &'a Value,
     is_draft_4: bool,
     nodes: Vec<Node>,
-    /// Nodes by the address of the subschema, which does not move during the read.
+    /// Nodes by the address of the subschema, which does not change during the read.
     by_address: HashMap<*const Value, usize>,
     names: HashMap<&'a str, u32>,
     unread: Vec<(usize, &'a Value)>,
@@ -286,7 +286,7 @@ impl<'a> Reader<'a> {
         Ok(())
     }
 
-    /// Returns the subschema that a reference points to, and its location. Only this document is searched.
+    /// Returns the subschema that a reference points to, and its location. Only the schema itself is searched.
     fn resolve(
         &self,
         at: &KeywordLocation<'_>,
@@ -331,8 +331,8 @@ fn members(value: &Value) -> impl Iterator<Item = (&String, &Value)> {
     value.as_object().into_iter().flatten()
 }
 
-/// Returns the steps to compare a value with a literal, or to look up its names: one for each value in
-/// it, and one for each 16 bytes of text.
+/// Returns the number of steps to compare a value with a literal, or to look up the names in the literal: one
+/// for each value in the literal, and one for each 16 bytes of text.
 fn literal_steps(value: &Value) -> u64 {
     match value {
         Value::Array(items) => 1 + items.iter().map(literal_steps).sum::<u64>(),
@@ -394,14 +394,14 @@ impl Graph {
 }
 
 impl Part {
-    /// Whether this is the item at one index, or the property with one name.
+    /// Returns whether the part is the item at one index, or the property with one name.
     pub(crate) fn is_named(self, is_item: bool) -> bool {
         matches!((self, is_item), (Self::Item(_), true) | (Self::Property(_), false))
     }
 }
 
 impl Edge {
-    /// Whether the edge leads to the same value.
+    /// Returns whether the edge leads to the same value.
     pub(crate) fn is_in_place(&self) -> bool {
         matches!(self.part, Part::Same | Part::Condition)
     }

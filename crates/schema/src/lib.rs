@@ -8,8 +8,8 @@
 //! Invariants:
 //! - [`PayloadSchema::compile`] rejects schemas whose compilation, stack or memory has no bound.
 //! - A payload is validated only if the maximum number of steps, computed from the schema and the
-//!   shape of the payload ([`cost`]), is within [`MAX_STEPS`].
-//! - Long validations run on dedicated threads, of which a tenant uses one at a time ([`pool`]).
+//!   shape of the payload (`cost.rs`), is within [`MAX_STEPS`].
+//! - Long validations run on dedicated threads, of which a tenant uses one at a time (`pool.rs`).
 
 mod cost;
 mod graph;
@@ -31,16 +31,17 @@ use crate::{
     unique::UniqueItems,
 };
 
-/// Maximum steps of a validation: some tenths of a second.
+/// Maximum number of steps of a validation, which take some tenths of a second.
 pub const MAX_STEPS: u64 = 20_000_000;
-/// Maximum steps to collect all violations, which takes more time per step and uses memory. Beyond it a
-/// payload is reported as not matching, without the violations.
+/// Maximum number of steps to collect all violations, which takes more time per step and uses memory. If more
+/// steps are required, a payload is reported as not matching, without the violations.
 const MAX_STEPS_TO_EXPLAIN: u64 = 200_000;
-/// A validation is short up to this many steps ...
+/// Maximum number of steps of a validation that does not require a thread of the pool.
 const SHORT_STEPS: u64 = 20_000;
-/// ... if the payload is nested at most this deep, so that the stack of the caller suffices.
+/// Maximum depth of a payload whose validation does not require a thread of the pool: the stack of the caller
+/// suffices.
 const SHORT_DEPTH: usize = 8;
-/// Larger payloads, in bytes, are also parsed on a thread of the pool.
+/// Maximum size of a payload, in bytes, that is not parsed on a thread of the pool.
 const SHORT_BYTES: usize = 16 << 10;
 /// Maximum number of reported violations.
 const MAX_VIOLATIONS: usize = 50;
@@ -49,7 +50,7 @@ const MAX_TEXT_BYTES: usize = 512;
 /// Size of the state cache of a regular expression, in bytes.
 const PATTERN_CACHE_BYTES: usize = 256 << 10;
 
-/// Why a schema is rejected.
+/// Reason why a schema is rejected.
 #[derive(Debug, thiserror::Error, PartialEq, Eq)]
 #[allow(missing_docs)]
 pub enum SchemaError {
@@ -95,22 +96,22 @@ impl SchemaError {
     }
 }
 
-/// Why a payload does not match.
+/// Reason why a payload does not match.
 #[derive(Debug, PartialEq, Eq)]
 pub struct Mismatch {
     /// JSON Pointer to the value.
     pub path: String,
-    /// The violated rule, without the value.
+    /// Violated rule, without the value.
     pub rule: String,
 }
 
-/// A schema that payloads are validated with.
+/// Schema against which payloads are validated.
 pub struct PayloadSchema {
     validator: Validator,
     bound: Bound,
 }
 
-/// A payload that is parsed and measured, but not validated.
+/// Payload that is parsed and measured, but not validated.
 struct Measured {
     payload: Value,
     shape: Shape,
@@ -120,12 +121,12 @@ struct Measured {
 impl PayloadSchema {
     /// Compiles a schema from JSON text.
     ///
-    /// Takes up to some tenths of a second and some megabytes of stack for the largest schemas: call
+    /// Requires up to some tenths of a second and some megabytes of stack for the largest schemas: call
     /// it in a [`Pool`].
     ///
     /// # Errors
     ///
-    /// The schema is invalid, uses unsupported keywords, or has no bound.
+    /// Returns an error if the schema is invalid, uses unsupported keywords, or has no bound.
     pub fn compile(text: &str) -> Result<Self, SchemaError> {
         let schema =
             serde_json::from_str(text).map_err(|error| SchemaError::NotJson(error.to_string()))?;
@@ -148,7 +149,7 @@ impl PayloadSchema {
     ///
     /// # Errors
     ///
-    /// The pool has no capacity for the tenant, or the job failed.
+    /// Returns an error if the pool has no capacity for the tenant, or the job failed.
     pub async fn check(
         self: &Arc<Self>,
         payload: &Bytes,
@@ -170,7 +171,7 @@ impl PayloadSchema {
         }
     }
 
-    /// Parses a payload and computes the maximum steps of its validation.
+    /// Parses a payload and computes the maximum number of steps of its validation.
     fn measure(&self, payload: &[u8]) -> Result<Measured, Mismatch> {
         let mismatch = |rule| Mismatch { path: String::new(), rule };
         let payload: Value = serde_json::from_slice(payload)
@@ -216,7 +217,7 @@ fn unique_items<'a>(
 }
 
 impl Measured {
-    /// Whether the time and stack of the validation are small enough for any thread.
+    /// Returns whether the time and stack of the validation are small enough for any thread.
     fn is_short(&self) -> bool {
         self.steps <= SHORT_STEPS && self.shape.depth() <= SHORT_DEPTH
     }

@@ -14,10 +14,10 @@ const MAX_TOTAL_BYTES: usize = 16 << 10;
 pub(crate) const MAX_SIZE: usize = 512 << 10;
 /// Maximum total size of the compiled patterns of one schema, in bytes.
 const MAX_TOTAL_SIZE: usize = 2 << 20;
-/// Maximum number of Unicode classes (`\p{…}`) in the patterns of one schema: each takes as long to compile as
-/// thousands of other characters.
+/// Maximum number of Unicode classes (`\p{…}`) in the patterns of one schema: the compilation of each takes as
+/// long as that of thousands of other characters.
 const MAX_UNICODE_CLASSES: usize = 64;
-/// Approximate size of a state of a compiled pattern.
+/// Approximate size of a state of a compiled pattern, in bytes.
 const STATE_BYTES: u64 = 32;
 
 /// Patterns of one schema.
@@ -30,10 +30,10 @@ pub(crate) struct Patterns {
 }
 
 impl Patterns {
-    /// Returns the sixteenths of a step that matching takes for each byte of a text in the worst case.
+    /// Returns the cost of matching each byte of a text in the worst case, in sixteenths of a step.
     ///
-    /// The time is proportional to the length of the text times the active states of the pattern. All states are
-    /// rarely active at once, but an attacker can arrange it.
+    /// The time is proportional to the length of the text times the number of active states of the pattern. All
+    /// states are rarely active at once, but an attacker can construct such a case.
     pub(crate) fn byte_cost(&mut self, pattern: &str, location: &str) -> Result<u64, SchemaError> {
         if let Some(cost) = self.costs.get(pattern) {
             return Ok(*cost);
@@ -88,8 +88,8 @@ impl Patterns {
     }
 }
 
-/// Rejects expensive groups that only recent editions of ECMA-262 have: flags (`(?i)`), which fold the
-/// case of whole classes, and look-around.
+/// Rejects expensive groups that only recent editions of ECMA-262 define: flags (`(?i)`), which fold the
+/// case of entire classes, and look-around.
 fn check_groups(pattern: &str) -> Result<(), String> {
     let mut rest = pattern;
     let mut is_in_class = false;

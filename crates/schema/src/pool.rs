@@ -1,4 +1,4 @@
-//! Threads for long jobs. Their number is limited, and a tenant uses one at a time.
+//! Threads for long jobs. The number of threads is limited, and a tenant uses one at a time.
 
 use std::{
     collections::HashMap,
@@ -14,17 +14,17 @@ use tokio::{
     time::{Instant, timeout_at},
 };
 
-/// Stack size of a thread, in bytes. Only the used part takes memory.
+/// Stack size of a thread, in bytes. Only the used part occupies memory.
 const STACK_BYTES: usize = 64 << 20;
 /// Maximum number of waiting and running jobs of a tenant.
 const MAX_JOBS: usize = 64;
-/// Maximum wait for a thread.
+/// Maximum time that a job waits for a thread.
 const THREAD_TIMEOUT: Duration = Duration::from_secs(10);
 
 /// Retry delay for a tenant with too many jobs.
 const BUSY_RETRY_DELAY: Duration = Duration::from_secs(1);
 
-/// Why a job has no result.
+/// Reason why a job has no result.
 #[derive(Debug, thiserror::Error, PartialEq, Eq)]
 pub enum Busy {
     /// The tenant has too many jobs, or its earlier jobs took too long.
@@ -34,7 +34,7 @@ pub enum Busy {
     #[error("too many schemas or large payloads are being checked; try again later")]
     All,
     /// The thread could not be started, or the job panicked.
-    #[error("checking a schema or a payload failed")]
+    #[error("failed to check a schema or a payload")]
     Broken,
 }
 
@@ -64,15 +64,15 @@ pub struct Pool {
 #[derive(Default)]
 struct Tenants {
     queues: HashMap<String, Weak<TenantQueue>>,
-    /// Number of tenants at which those without jobs are removed.
+    /// Number of tenants at which tenants without jobs are removed.
     clean_at: usize,
 }
 
 /// Permits of one tenant.
 struct TenantQueue {
-    /// One permit, for the job that waits for a thread or runs.
+    /// Semaphore with one permit, for the job that waits for a thread or runs.
     active: Semaphore,
-    /// Permits for waiting and running jobs.
+    /// Semaphore with [`MAX_JOBS`] permits, for waiting and running jobs.
     jobs: Semaphore,
 }
 
@@ -84,7 +84,7 @@ impl Default for Pool {
 }
 
 impl Pool {
-    /// Creates a pool that runs at most this many jobs concurrently.
+    /// Creates a pool that runs at most `threads` jobs concurrently.
     #[must_use]
     pub fn new(threads: usize) -> Self {
         Self { threads: Arc::new(Semaphore::new(threads.max(1))), tenants: Mutex::default() }
@@ -96,8 +96,8 @@ impl Pool {
     ///
     /// # Errors
     ///
-    /// The tenant has too many jobs, the wait for a thread exceeds 10 s, no thread could be started, or
-    /// the job panicked.
+    /// Returns an error if the tenant has too many jobs, the wait for a thread exceeds 10 s, no thread can be
+    /// started, or the job panics.
     pub async fn run<T: Send + 'static>(
         &self,
         tenant: &str,
@@ -162,13 +162,13 @@ impl Drop for Permits {
 ///
 /// # Errors
 ///
-/// No thread could be started, or the job panicked.
+/// Returns an error if no thread can be started, or the job panics.
 async fn run_on_new_thread<T: Send + 'static>(
     job: impl FnOnce() -> T + Send + 'static,
 ) -> Result<T, Busy> {
     let (sender, receiver) = oneshot::channel();
     let run = move || {
-        // Fails if the caller was dropped.
+        // This fails if the caller was dropped.
         let _ = sender.send(job());
     };
     let thread = thread::Builder::new().name("schema".into()).stack_size(STACK_BYTES);

@@ -13,7 +13,7 @@ thread_local! {
     static VISITS: Cell<u64> = const { Cell::new(0) };
 }
 
-/// Counts the applications of the subschemas that contain it.
+/// Keyword that counts the applications of the subschemas that contain it.
 struct Count;
 
 impl<'i> Keyword<'i> for Count {
@@ -261,7 +261,7 @@ impl Random {
         ["a", "b", "c"][usize::try_from(self.below(3)).unwrap()].to_owned()
     }
 
-    /// Returns a counting subschema with nested subschemas up to this depth.
+    /// Returns a counting subschema with nested subschemas up to the given depth.
     fn schema(&mut self, depth: u64) -> Value {
         if self.below(3) == 0 {
             return json!({ "x-count": true, "$ref": format!("#/$defs/{}", self.name()) });

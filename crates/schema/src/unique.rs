@@ -1,4 +1,4 @@
-//! The keyword `uniqueItems`, in time proportional to the size of the items.
+//! Implements the keyword `uniqueItems` in time proportional to the size of the items.
 //!
 //! The implementation in `jsonschema` compares items with equal hashes pair by pair, and a client can easily
 //! construct items with equal hashes.
@@ -8,10 +8,10 @@ use std::hash::{BuildHasher, Hasher, RandomState};
 use jsonschema::{Keyword, ValidationError};
 use serde_json::{Number, Value};
 
-/// Two keyed hashes of a value. Without the keys it is infeasible to construct two values that agree in both.
+/// Two keyed hashes of a value. Without the keys, constructing two values that have equal hashes is infeasible.
 type Digest = [u64; 2];
 
-/// `uniqueItems: true`.
+/// Validator of `uniqueItems: true`.
 pub(crate) struct UniqueItems {
     keys: [RandomState; 2],
 }
@@ -48,7 +48,7 @@ impl UniqueItems {
                 })
             }
             Value::Object(members) => {
-                // Independent of the order of the members.
+                // The sum of the hashes is independent of the order of the members.
                 let members = members.iter().map(|(name, member)| {
                     let member = self.digest(member);
                     digest(&|hasher| {
@@ -112,7 +112,7 @@ impl<'i> Keyword<'i> for UniqueItems {
     }
 }
 
-/// `uniqueItems: false`.
+/// Validator of `uniqueItems: false`.
 pub(crate) struct AnyItems;
 
 impl<'i> Keyword<'i> for AnyItems {

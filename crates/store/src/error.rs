@@ -1,10 +1,10 @@
-//! Errors of a store.
+//! Errors of store operations.
 
-/// Error of a store. Expected results (not found, not the current attempt, …) are in the outcomes
-/// of the methods, not here.
+/// Error of a store operation. Expected outcomes, such as a missing request or an outdated attempt, are not errors:
+/// they are part of the return types of the methods.
 #[derive(Clone, Debug, thiserror::Error)]
 pub enum StoreError {
-    /// Temporarily unavailable: busy, disk full, unreachable or closing.
+    /// The store is temporarily unavailable: it is busy, out of disk space, unreachable or closing.
     #[error("the store is unavailable while {doing}: {reason}")]
     Unavailable {
         /// Operation that failed.
@@ -12,7 +12,7 @@ pub enum StoreError {
         /// Reason reported by the engine.
         reason: String,
     },
-    /// Overloaded; a retry may succeed a little later.
+    /// The store is overloaded; a retry after a short delay may succeed.
     #[error("the store is overloaded while {doing}: {reason}")]
     Overloaded {
         /// Operation that failed.
@@ -20,7 +20,7 @@ pub enum StoreError {
         /// Reason reported by the engine.
         reason: String,
     },
-    /// Input that the engine rejects; a retry does not help.
+    /// The engine rejects the input; a retry fails in the same way.
     #[error("the store rejected the input while {doing}: {reason}")]
     Rejected {
         /// Operation that failed.
@@ -39,7 +39,7 @@ pub enum StoreError {
     /// Another process has the store open.
     #[error("{path} is in use by another process")]
     Locked {
-        /// Data folder.
+        /// Path of the data folder.
         path: String,
     },
     /// A newer version of Streamer wrote the store.
@@ -47,7 +47,7 @@ pub enum StoreError {
         "the store has schema version {found}; this version of Streamer supports up to {known}"
     )]
     UnsupportedVersion {
-        /// Schema version of the file.
+        /// Schema version of the stored data.
         found: i64,
         /// Highest schema version that this program supports.
         known: i64,

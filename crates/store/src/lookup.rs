@@ -1,11 +1,11 @@
-//! Lookup of a request by client id or uid.
+//! Lookup of a request by client ID or UID.
 
 use streamer_core::Uid;
 
 use crate::{Owner, RequestRecord, Store, StoreError};
 
-/// Returns the request that `name` identifies: by the owner's client id, else by uid. The caller
-/// must check access, because a uid identifies a request of any tenant.
+/// Returns the request that `name` identifies, as a client ID of `owner` or as a UID. The caller must check access,
+/// because a UID can identify a request of any tenant.
 ///
 /// # Errors
 /// Returns an error if the store cannot be read.
@@ -15,8 +15,8 @@ pub async fn find_by_client_id_or_uid(
     name: &str,
 ) -> Result<Option<RequestRecord>, StoreError> {
     let uid = name.parse::<Uid>().ok();
-    // Most names in the format of a uid are uids, so the uid is tried first; a client id in that
-    // format is found as well.
+    // Most names in the format of a UID are UIDs, so the lookup by UID is first; a client ID in that format is also
+    // found.
     if let Some(uid) = uid
         && let Some(record) = store.get_request(uid).await?
         && record.owner == *owner

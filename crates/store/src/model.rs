@@ -6,12 +6,12 @@ use bytes::Bytes;
 use streamer_core::{RequestState, TenantLimit, Timestamp, Uid};
 use streamer_proto::common::v1::{Action, Error, Event, OutputSummary, Progress};
 
-/// Owner of a request: the scope of its idempotency key and of access to it.
+/// Owner of a request, which is the scope of its client ID and of access to it.
 #[derive(Clone, Debug, PartialEq, Eq, Hash)]
 pub struct Owner {
-    /// Tenant.
+    /// Name of the tenant.
     pub tenant: String,
-    /// User.
+    /// Name of the user.
     pub user: String,
 }
 
@@ -20,71 +20,71 @@ pub struct Owner {
 pub struct StoredPayload {
     /// IANA media type.
     pub content_type: String,
-    /// Bytes.
+    /// Content, which the store does not interpret.
     pub data: Bytes,
 }
 
-/// A request to store.
+/// Request to store.
 #[derive(Clone, Debug)]
 pub struct NewRequest {
-    /// Unique id.
+    /// Unique ID.
     pub uid: Uid,
-    /// Id chosen by the caller, which makes the submission idempotent.
+    /// ID that the caller specified, which makes the submission idempotent.
     pub client_id: Option<String>,
-    /// Owner.
+    /// Owner of the request.
     pub owner: Owner,
     /// Name of the action.
     pub action: String,
-    /// Input.
+    /// Input of the action.
     pub payload: StoredPayload,
-    /// JSON object stored with the request.
+    /// Metadata of the caller: a JSON object stored with the request.
     pub metadata: Option<Bytes>,
-    /// Priority, 0 to 9.
+    /// Priority, from 0 (lowest) to 9 (highest).
     pub priority: i32,
-    /// Current time.
+    /// Time at which the request is created.
     pub create_time: Timestamp,
-    /// When the request becomes due.
+    /// Time at which the request becomes due.
     pub not_before: Timestamp,
-    /// Time by which the request must have started.
+    /// Time by which the first attempt must have started.
     pub deadline: Option<Timestamp>,
     /// Time by which the request must have ended.
     pub close_by: Option<Timestamp>,
-    /// Request that this one repeats.
+    /// UID of the original request, if this request is a redrive.
     pub redrive_of: Option<Uid>,
     /// W3C `traceparent` of the submission.
     pub trace_parent: Option<String>,
     /// W3C `tracestate` of the submission.
     pub trace_state: Option<String>,
-    /// Hash of action and payload; a submission with the same `client_id` must have the same one.
+    /// Hash of the action and the payload. Submissions with the same `client_id` must have the same fingerprint.
     pub fingerprint: [u8; 32],
-    /// Limits of the owner, which include this request.
+    /// Limits of the owner, which apply to its usage including this request.
     pub quota: Quota,
 }
 
-/// Limits of an owner in the store; 0 means no limit.
+/// Limits on the usage of the store by an owner; 0 means no limit.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct Quota {
-    /// Queued requests of the tenant.
+    /// Maximum number of queued requests of the tenant.
     pub queued_of_tenant: u64,
-    /// Queued requests of the user.
+    /// Maximum number of queued requests of the user.
     pub queued_of_user: u64,
-    /// Bytes of the tenant's requests and logs. Engines that do not count them ignore this limit.
+    /// Maximum number of bytes in the tenant's requests and logs. Engines that do not count bytes ignore this limit.
     pub stored_bytes_of_tenant: u64,
 }
 
-/// Use of the store by an owner.
+/// Usage of the store by an owner.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct QuotaUsage {
-    /// Queued requests of the tenant.
+    /// Number of queued requests of the tenant.
     pub queued_of_tenant: u64,
-    /// Queued requests of the user.
+    /// Number of queued requests of the user.
     pub queued_of_user: u64,
-    /// Bytes of the tenant's requests and logs.
+    /// Number of bytes in the tenant's requests and logs.
     pub stored_bytes_of_tenant: u64,
 }
 
 impl Quota {
-    /// Returns the limit that this use exceeds, if any.
+    /// Returns the limit that `used` exceeds, if any.
     #[must_use]
     pub fn exceeded_by(&self, used: QuotaUsage) -> Option<TenantLimit> {
         let is_over = |used: u64, limit: u64| limit > 0 && used > limit;
@@ -103,60 +103,60 @@ impl Quota {
 /// Outcome of a submission.
 #[derive(Clone, Debug)]
 pub enum CreateOutcome {
-    /// The request is stored, with this first event and this use by its owner, which includes it.
+    /// The request is stored. Contains its record, its first event, and the usage of its owner including this request.
     Created(Box<RequestRecord>, Box<Event>, QuotaUsage),
     /// The same request was submitted before.
     Existing(Box<RequestRecord>),
     /// The `client_id` identifies a different request.
     Conflict(Box<RequestRecord>),
-    /// The owner would exceed this limit.
+    /// The request would exceed the given limit of its owner.
     OverQuota(TenantLimit),
 }
 
-/// A stored request, without payload and result.
+/// Stored request, without its payload and result.
 #[derive(Clone, Debug, PartialEq)]
 pub struct RequestRecord {
-    /// Unique id.
+    /// Unique ID.
     pub uid: Uid,
-    /// Id chosen by the caller.
+    /// ID that the caller specified.
     pub client_id: Option<String>,
-    /// Owner.
+    /// Owner of the request.
     pub owner: Owner,
     /// Name of the action.
     pub action: String,
-    /// State.
+    /// Current state.
     pub state: RequestState,
-    /// Number of the latest attempt, from 1; 0 before the first.
+    /// Number of the latest attempt, starting at 1; 0 before the first attempt.
     pub attempt: u32,
     /// `seq` of the latest event.
     pub last_seq: i64,
-    /// `seq` of the `started` event of the latest attempt; 0 before the first.
+    /// `seq` of the `started` event of the latest attempt; 0 before the first attempt.
     pub attempt_seq: i64,
-    /// Priority, 0 to 9.
+    /// Priority, from 0 (lowest) to 9 (highest).
     pub priority: i32,
-    /// When the request was stored.
+    /// Time at which the request was created.
     pub create_time: Timestamp,
-    /// When the latest attempt started.
+    /// Time at which the latest attempt started.
     pub start_time: Option<Timestamp>,
-    /// When the request ended.
+    /// Time at which the request ended.
     pub finish_time: Option<Timestamp>,
-    /// When the request becomes due.
+    /// Time at which the request becomes due.
     pub not_before: Timestamp,
-    /// Time by which the request must have started.
+    /// Time by which the first attempt must have started.
     pub deadline: Option<Timestamp>,
     /// Time by which the request must have ended.
     pub close_by: Option<Timestamp>,
     /// Latest progress of the latest attempt.
     pub progress: Option<Progress>,
-    /// JSON object stored with the request.
+    /// Metadata of the caller: a JSON object stored with the request.
     pub metadata: Option<Bytes>,
-    /// Reason of the cancellation request, if any.
+    /// Reason given in the cancellation request, if any.
     pub cancel_reason: Option<String>,
-    /// Error of a failed request.
+    /// Error of the request, if it failed.
     pub error: Option<Error>,
     /// Chunk count and digest of the output, once the request has ended.
     pub output: Option<OutputSummary>,
-    /// Request that this one repeats.
+    /// UID of the original request, if this request is a redrive.
     pub redrive_of: Option<Uid>,
     /// W3C `traceparent` of the submission.
     pub trace_parent: Option<String>,
@@ -165,13 +165,14 @@ pub struct RequestRecord {
 }
 
 impl RequestRecord {
-    /// Returns the id that the owner uses: the client id, else the uid.
+    /// Returns the ID that the owner uses: the client ID or, if the request has none, the UID.
     #[must_use]
     pub fn request_id(&self) -> String {
         self.client_id.clone().unwrap_or_else(|| self.uid.to_string())
     }
 
-    /// Returns whether the time limit to start, or to end, has passed at `now`.
+    /// Returns whether the time limit for the start of the first attempt, or for the end of the request, has passed at
+    /// `now`.
     #[must_use]
     pub fn is_overdue(&self, now: Timestamp) -> bool {
         let passed = |limit: Option<Timestamp>| limit.is_some_and(|limit| limit <= now);
@@ -179,33 +180,32 @@ impl RequestRecord {
     }
 }
 
-/// Claim of the lease to run the next attempt.
+/// Claim of the lease for the next attempt of a request.
 #[derive(Clone, Debug)]
 pub struct Claim {
-    /// Request to run.
+    /// UID of the request to run.
     pub uid: Uid,
-    /// Holder of the lease: one run of one processor.
+    /// Holder of the lease, which identifies one run of a processor.
     pub holder: String,
-    /// Worker that will run the attempt, unless the processor runs it itself.
+    /// Worker that will run the attempt; `None` if the processor runs it.
     pub worker: Option<AssignedWorker>,
     /// Current time.
     pub now: Timestamp,
-    /// When the lease expires, unless renewed.
+    /// Time at which the lease expires unless it is renewed.
     pub lease_until: Timestamp,
 }
 
 /// Worker that an attempt is assigned to.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct AssignedWorker {
-    /// Stored with the lease: only a worker that proves this identity can resume the attempt.
+    /// Identity, stored with the lease. Only a worker that proves this identity can resume the attempt.
     pub identity: String,
-    /// Name in event `started`, which the owner of the request sees; the owner may be of a
-    /// different tenant.
+    /// Name in the `started` event. The owner of the request, who may belong to a different tenant, can see it.
     pub display_name: String,
 }
 
 impl Claim {
-    /// Returns the worker name for event `started`.
+    /// Returns the worker name for the `started` event.
     #[must_use]
     pub fn worker_display_name(&self) -> &str {
         self.worker.as_ref().map_or(&self.holder, |worker| &worker.display_name)
@@ -223,7 +223,7 @@ impl Claim {
 pub enum ClaimOutcome {
     /// The caller holds the lease of the attempt.
     Claimed(Box<Claimed>),
-    /// The time limit to start, or to end, has passed; the request is still queued.
+    /// The time limit for the start or the end has passed; the request is still queued.
     Overdue(Box<RequestRecord>),
     /// The request does not exist, is not queued or is not due.
     NotClaimable,
@@ -232,26 +232,26 @@ pub enum ClaimOutcome {
 /// Takeover of an attempt that a different processor assigned to a worker.
 #[derive(Clone, Debug)]
 pub struct Adopt {
-    /// Attempt to take over.
+    /// Lease of the attempt to take over.
     pub lease: Lease,
-    /// New holder of the lease: one run of one processor.
+    /// New holder of the lease, which identifies one run of a processor.
     pub holder: String,
-    /// [`AssignedWorker::identity`] of the worker that runs it.
+    /// [`AssignedWorker::identity`] of the worker that runs the attempt.
     pub worker_identity: String,
     /// Current time.
     pub now: Timestamp,
-    /// When the lease expires, unless renewed.
+    /// Time at which the lease expires unless it is renewed.
     pub lease_until: Timestamp,
 }
 
-/// A claimed attempt.
+/// Claimed attempt.
 #[derive(Clone, Debug)]
 pub struct Claimed {
-    /// The request, in state running.
+    /// Record of the request, in state [`RequestState::Running`].
     pub record: RequestRecord,
-    /// Input.
+    /// Input of the action.
     pub payload: StoredPayload,
-    /// Checkpoint of an earlier attempt.
+    /// Checkpoint that an earlier attempt saved, if any.
     pub checkpoint: Option<Bytes>,
     /// Stored `started` event.
     pub started: Event,
@@ -260,28 +260,28 @@ pub struct Claimed {
 /// Role in which a writer appends to a log.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Writer {
-    /// Holder of this attempt: the request must be running it.
+    /// Holder of the lease of the given attempt. The request must be running this attempt.
     Attempt(u32),
-    /// Writer without a lease: the request must be queued, after this attempt.
+    /// Writer without a lease. The request must be queued, and its latest attempt must be the given one.
     Queued(u32),
-    /// Writer in place of a lost holder: the request must be running this attempt, with a lease
-    /// that expired by `now`.
+    /// Writer that replaces a lost holder. The request must be running the given attempt, with a lease that has expired
+    /// at `now`.
     ExpiredLease(u32),
 }
 
-/// Events to append. The last of them determines the new state of the request.
+/// Events to append to a log. The last event determines the new state of the request.
 #[derive(Clone, Debug)]
 pub struct Append {
-    /// Request whose log to append to.
+    /// UID of the request whose log the events are appended to.
     pub uid: Uid,
     /// Role of the writer.
     pub writer: Writer,
-    /// Contiguous, numbered events; `retrying` and terminal ones only at the end. May be empty, to
-    /// store only a checkpoint.
+    /// Events with contiguous numbers. Only the last event can be `retrying` or terminal. Empty to store only a
+    /// checkpoint.
     pub events: Vec<Event>,
-    /// New checkpoint.
+    /// New checkpoint, if any.
     pub checkpoint: Option<Bytes>,
-    /// When the next attempt is due, with event `retrying`.
+    /// Time at which the next attempt is due, if the last event is `retrying`.
     pub retry_at: Option<Timestamp>,
     /// Current time.
     pub now: Timestamp,
@@ -290,16 +290,16 @@ pub struct Append {
 /// Outcome of an append.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum AppendOutcome {
-    /// The events are stored, by this call or by an earlier identical one.
+    /// The events are stored, by this call or by an earlier identical call.
     Applied {
-        /// Reason of the cancellation request, if any.
+        /// Reason given in the cancellation request, if any.
         cancel_reason: Option<String>,
     },
-    /// The writer may not, or no longer, append, or the events do not follow the log.
+    /// The writer may not append, or the events do not directly follow the log.
     Fenced {
         /// State of the request.
         state: RequestState,
-        /// Current attempt.
+        /// Number of the current attempt.
         attempt: u32,
         /// `seq` of the latest event.
         last_seq: i64,
@@ -311,9 +311,9 @@ pub enum AppendOutcome {
 /// Outcome of a cancellation.
 #[derive(Clone, Debug)]
 pub enum CancelOutcome {
-    /// The request was queued and is now cancelled, with this event.
+    /// The request was queued and is now cancelled. Contains its record and the stored event.
     Cancelled(Box<RequestRecord>, Box<Event>),
-    /// The request is running; its holder must handle the cancellation.
+    /// The request is running; the holder of its lease must handle the cancellation.
     Requested(Box<RequestRecord>),
     /// The request had already ended.
     Ended(Box<RequestRecord>),
@@ -324,7 +324,7 @@ pub enum CancelOutcome {
 /// Outcome of a deletion.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum DeleteOutcome {
-    /// The request is deleted, or did not exist.
+    /// The request is deleted or did not exist.
     Deleted,
     /// The request has not ended.
     NotEnded,
@@ -335,86 +335,87 @@ pub enum DeleteOutcome {
 pub struct DueQuery {
     /// Actions to include.
     pub actions: Vec<String>,
-    /// Current time, by which the requests must be due.
+    /// Current time. Only requests that are due at this time are returned.
     pub now: Timestamp,
-    /// Last tenant of the previous page; tenants are read in the order of their names.
+    /// Last tenant of the previous page, if any. Tenants are read in the order of their names.
     pub after_tenant: Option<String>,
-    /// Maximum number of tenants.
+    /// Maximum number of tenants to read.
     pub tenants: usize,
-    /// Maximum number of requests of each tenant.
+    /// Maximum number of requests per tenant.
     pub per_tenant: usize,
-    /// Limits that replace `per_tenant` for these tenants; 0 skips the tenant.
+    /// Limits that replace `per_tenant` for individual tenants; 0 skips the tenant.
     pub limits: HashMap<String, usize>,
     /// Pairs of tenant and action to skip.
     pub blocked: HashSet<(String, String)>,
 }
 
-/// Declaration of an action.
+/// Declaration of an action, and the tenant that it applies to.
 #[derive(Clone, Debug, PartialEq)]
 pub struct DeclaredAction {
-    /// Tenant that it applies to; `None` for all.
+    /// Tenant that the declaration applies to; `None` for all tenants.
     pub tenant: Option<String>,
     /// Declared action.
     pub action: Action,
 }
 
-/// A page of due requests.
+/// Page of due requests.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct DuePage {
-    /// Grouped by tenant, each group in start order.
+    /// Requests, grouped by tenant. Each group is in the order in which its requests start.
     pub requests: Vec<DueRequest>,
-    /// `after_tenant` of the next page: the last tenant that was read.
+    /// Value of [`DueQuery::after_tenant`] for the next page: the last tenant that was read; `None` if no tenant
+    /// follows.
     pub next_tenant: Option<String>,
 }
 
-/// Number of due requests for the same action that are ahead of a request.
+/// Numbers of due requests for the same action that precede a request in the queue.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct QueueAhead {
-    /// Requests of the same tenant.
+    /// Number of requests of the same tenant.
     pub own: u64,
-    /// Requests of other tenants.
+    /// Number of requests of other tenants.
     pub others: u64,
 }
 
-/// A queued request that is due.
+/// Queued request that is due.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct DueRequest {
-    /// Unique id.
+    /// Unique ID.
     pub uid: Uid,
     /// Name of the action.
     pub action: String,
     /// Tenant of the owner.
     pub tenant: String,
-    /// Priority, 0 to 9.
+    /// Priority, from 0 (lowest) to 9 (highest).
     pub priority: i32,
-    /// When the request became due.
+    /// Time at which the request became due.
     pub not_before: Timestamp,
 }
 
 /// Lease of one attempt.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub struct Lease {
-    /// Request.
+    /// UID of the request.
     pub uid: Uid,
-    /// Attempt number.
+    /// Number of the attempt.
     pub attempt: u32,
 }
 
 /// Outcome of a lease renewal.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct LeaseRenewal {
-    /// Lease to renew.
+    /// Lease that was to be renewed.
     pub lease: Lease,
-    /// Whether the lease is still held.
+    /// Whether the holder still holds the lease.
     pub held: bool,
-    /// Reason of the cancellation request, if any.
+    /// Reason given in the cancellation request, if any.
     pub cancel_reason: Option<String>,
 }
 
 /// Query for a page of requests, newest first.
 #[derive(Clone, Debug)]
 pub struct ListRequests {
-    /// Tenant.
+    /// Tenant whose requests are listed.
     pub tenant: String,
     /// User, or `None` for all users.
     pub user: Option<String>,
@@ -422,22 +423,22 @@ pub struct ListRequests {
     pub states: Vec<RequestState>,
     /// Action, or `None` for all actions.
     pub action: Option<String>,
-    /// Only requests older than this one.
+    /// UID before which the page starts: only older requests are included; `None` for the first page.
     pub before: Option<Uid>,
     /// Maximum number of requests.
     pub limit: usize,
 }
 
-/// A page of requests.
+/// Page of requests.
 #[derive(Clone, Debug)]
 pub struct RequestPage {
     /// Requests, newest first.
     pub requests: Vec<RequestRecord>,
-    /// `before` of the next page.
+    /// Value of [`ListRequests::before`] for the next page; `None` if no page follows.
     pub next: Option<Uid>,
 }
 
-/// A page of a log.
+/// Page of a log.
 #[derive(Clone, Debug)]
 pub struct EventPage {
     /// Contiguous events, in order.
@@ -446,29 +447,29 @@ pub struct EventPage {
     pub more: bool,
 }
 
-/// A live connection.
+/// Live connection of a client.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct ConnectionRecord {
-    /// Unique id.
+    /// Unique ID.
     pub id: Uid,
-    /// Owner.
+    /// Tenant and user of the client.
     pub owner: Owner,
-    /// Gateway that holds the connection.
+    /// Gateway that serves the connection.
     pub gateway: String,
     /// Address of the peer.
     pub remote_address: String,
     /// User agent that the client reports.
     pub user_agent: String,
-    /// When the connection was opened.
+    /// Time at which the connection was opened.
     pub connect_time: Timestamp,
 }
 
-/// A page of connections.
+/// Page of connections.
 #[derive(Clone, Debug)]
 pub struct ConnectionPage {
     /// Connections, oldest first.
     pub connections: Vec<ConnectionRecord>,
-    /// `after` of the next page.
+    /// Value of `after` for the next page; `None` if no page follows.
     pub next: Option<Uid>,
 }
 
@@ -477,6 +478,6 @@ pub struct ConnectionPage {
 pub struct QueueStats {
     /// Number of queued requests.
     pub queued: u64,
-    /// When the request that has been due longest became due.
+    /// Earliest due time of the queued requests that are due; `None` if no request is due.
     pub oldest_due: Option<Timestamp>,
 }

@@ -1,4 +1,4 @@
-//! Notification of queued requests, in addition to hints and polls.
+//! Notifies processors of queued requests, in addition to hints and polling.
 
 use std::sync::Arc;
 
@@ -6,27 +6,26 @@ use async_trait::async_trait;
 use streamer_core::{Clock, Timestamp, Uid};
 use tokio_util::sync::CancellationToken;
 
-/// A queued request.
+/// Queued request.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct QueuedRequest {
-    /// Id of the request.
+    /// UID of the request.
     pub uid: Uid,
     /// Name of the action.
     pub action: String,
     /// Tenant of the owner.
     pub tenant: String,
-    /// When the request becomes due.
+    /// Time at which the request becomes due.
     pub not_before: Timestamp,
 }
 
 /// Callback that receives each queued request.
 pub type QueueCallback = Arc<dyn Fn(QueuedRequest) + Send + Sync>;
 
-/// Notifies processors of queued requests. A notification is a hint: it may be missing, late or
-/// repeated.
+/// Notifies processors of queued requests. A notification is a hint: it may be lost, delayed or repeated.
 #[async_trait]
 pub trait QueueNotifier: Send + Sync + 'static {
-    /// Passes this processor, named `name`, its share of the queued requests until `shutdown`.
+    /// Calls `notify` for the share of queued requests of the processor named `name`, until `shutdown` is cancelled.
     async fn follow(
         self: Arc<Self>,
         name: String,

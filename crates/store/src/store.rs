@@ -1,4 +1,4 @@
-//! Contract of every engine.
+//! The [`Store`] trait: the contract of every engine.
 
 use std::sync::Arc;
 
@@ -12,22 +12,21 @@ use crate::{
     RequestPage, RequestRecord, StoreError, StoredPayload,
 };
 
-/// All durable state. Each method documents its precondition and the effect of a repeat. When a
-/// method returns, its change is durable; when it fails with [`StoreError`], it changed nothing,
-/// except that after `Unavailable` the outcome is unknown: retry.
+/// Store of all durable state. Each method documents its precondition and the effect of a repeated call. When a method
+/// returns, its change is durable. When it fails with a [`StoreError`], it has changed nothing. The exception is
+/// `Unavailable`, after which the outcome is unknown and the caller should retry.
 #[async_trait]
 pub trait Store: Send + Sync + 'static {
-    /// Stores a request with its `accepted` event. If the owner has used `client_id` before,
-    /// changes nothing and returns the request that it identifies. Otherwise, if the owner would
-    /// exceed `quota`, changes nothing; engines that several processes share count with a delay. A
-    /// repeat returns `Existing`, or `Created` where it cannot be distinguished from the first
-    /// call.
+    /// Stores a request with its `accepted` event. If the owner has already used `client_id`, changes nothing and
+    /// returns the request that the client ID identifies. Otherwise, if the owner would exceed `quota`, changes
+    /// nothing; engines that several processes share may count the usage with a delay. A repeated call returns
+    /// `Existing`, or `Created` if the engine cannot distinguish it from the first call.
     async fn create_request(&self, new: NewRequest) -> Result<CreateOutcome, StoreError>;
 
     /// Reads a request.
     async fn get_request(&self, uid: Uid) -> Result<Option<RequestRecord>, StoreError>;
 
-    /// Reads the request that its owner submitted as `client_id`.
+    /// Reads the request that `owner` submitted with the given `client_id`.
     async fn find_request(
         &self,
         owner: Owner,
@@ -37,22 +36,22 @@ pub trait Store: Send + Sync + 'static {
     /// Reads a page of a tenant's requests, newest first.
     async fn list_requests(&self, query: ListRequests) -> Result<RequestPage, StoreError>;
 
-    /// Reads a request's input.
+    /// Reads the payload of a request.
     async fn read_payload(&self, uid: Uid) -> Result<Option<StoredPayload>, StoreError>;
 
-    /// Deletes a request that has ended, with its log. A repeat changes nothing.
+    /// Deletes a request that has ended, together with its log. A repeated call changes nothing.
     async fn delete_request(&self, uid: Uid) -> Result<DeleteOutcome, StoreError>;
 
-    /// Starts the next attempt. The request must be queued and due; it becomes running, with the
-    /// next attempt number and a `started` event. A repeat returns `NotClaimable`.
+    /// Starts the next attempt of a request. The request must be queued and due; it becomes running, with the next
+    /// attempt number and a `started` event. A repeated call returns `NotClaimable`.
     async fn claim(&self, claim: Claim) -> Result<ClaimOutcome, StoreError>;
 
-    /// Appends events and updates the state accordingly. The writer must be the current one and the
-    /// events must follow the log. A repeat of stored events returns `Applied` and changes nothing.
+    /// Appends events and updates the state of the request accordingly. The writer must be the current one, and the
+    /// events must directly follow the log. A repeated call with stored events changes nothing and returns `Applied`.
     async fn append(&self, append: Append) -> Result<AppendOutcome, StoreError>;
 
-    /// Cancels a queued request, or records that cancellation of a running one is requested. A
-    /// repeat changes nothing; the first reason is kept.
+    /// Cancels a queued request, or records that cancellation of a running request is requested. A repeated call
+    /// changes nothing; the first reason is kept.
     async fn cancel(
         &self,
         uid: Uid,
@@ -60,7 +59,8 @@ pub trait Store: Send + Sync + 'static {
         now: Timestamp,
     ) -> Result<CancelOutcome, StoreError>;
 
-    /// Extends the leases that `holder` still holds; its other leases end. A repeat is harmless.
+    /// Extends those of the given leases that `holder` still holds; other leases of `holder` expire. A repeated call is
+    /// harmless.
     async fn renew_leases(
         &self,
         holder: String,
@@ -69,33 +69,32 @@ pub trait Store: Send + Sync + 'static {
         now: Timestamp,
     ) -> Result<Vec<LeaseRenewal>, StoreError>;
 
-    /// Reads running requests whose lease expired by `now`, longest expired first.
+    /// Reads running requests whose leases have expired at `now`, starting with the lease that expired first.
     async fn expired_leases(
         &self,
         now: Timestamp,
         limit: usize,
     ) -> Result<Vec<RequestRecord>, StoreError>;
 
-    /// Takes over a running attempt that its worker still has. The request must be running this
-    /// attempt, assigned to this worker; the previous holder does not matter. The log fences that
-    /// holder: events that it still appends collide. A checkpoint without events does not, so the
-    /// holder must stop first where several processors share the store. Returns `None` when the
-    /// attempt is not that worker's. A repeat is harmless.
+    /// Takes over a running attempt that its worker is still executing. The request must be running the given attempt,
+    /// and the attempt must be assigned to the given worker; the previous holder of the lease is not checked. The log
+    /// fences the previous holder: events that it still appends are rejected, because their numbers are already in use.
+    /// A checkpoint without events is not rejected, so if several processors share the store, the previous holder must
+    /// stop first. Returns `None` if the attempt is not assigned to the worker. A repeated call is harmless.
     async fn adopt(&self, adopt: Adopt) -> Result<Option<RequestRecord>, StoreError>;
 
-    /// Reads queued requests that should have started, or ended, by `now`, longest overdue first.
+    /// Reads queued requests whose time limit for the start or the end has passed at `now`, longest overdue first.
     async fn overdue_requests(
         &self,
         now: Timestamp,
         limit: usize,
     ) -> Result<Vec<RequestRecord>, StoreError>;
 
-    /// Reads due requests of several tenants: of each tenant the highest priority first, then the
-    /// oldest. The cost does not depend on how many more requests a tenant has queued.
+    /// Reads due requests of several tenants, for each tenant in the order of priority (highest first) and age (oldest
+    /// first). The cost does not depend on the number of other requests that a tenant has queued.
     async fn due_requests(&self, query: DueQuery) -> Result<DuePage, StoreError>;
 
-    /// Counts the due requests for the same action that are ahead of this one, each count up to
-    /// `limit`.
+    /// Counts the due requests for the same action that precede `record` in the queue, each count up to `limit`.
     async fn queue_ahead(
         &self,
         record: RequestRecord,
@@ -103,14 +102,14 @@ pub trait Store: Send + Sync + 'static {
         limit: usize,
     ) -> Result<QueueAhead, StoreError>;
 
-    /// Returns when the next queued request that is not due at `now` becomes due.
+    /// Returns the time at which the next queued request that is not due at `now` becomes due.
     async fn next_due(&self, now: Timestamp) -> Result<Option<Timestamp>, StoreError>;
 
     /// Returns statistics of the queue at `now`.
     async fn queue_stats(&self, now: Timestamp) -> Result<QueueStats, StoreError>;
 
-    /// Reads events after `after_seq`: at most `max_events`, stopping once `max_bytes` are reached,
-    /// but at least one if one exists.
+    /// Reads the events after `after_seq`: at most `max_events`, and no further events once `max_bytes` is reached, but
+    /// at least one event if one exists.
     async fn read_events(
         &self,
         uid: Uid,
@@ -119,15 +118,14 @@ pub trait Store: Send + Sync + 'static {
         max_bytes: usize,
     ) -> Result<EventPage, StoreError>;
 
-    /// Stores live connections and deletes closed ones. A repeat is harmless.
+    /// Stores opened connections and deletes closed connections. A repeated call is harmless.
     async fn update_connections(
         &self,
         opened: Vec<ConnectionRecord>,
         closed: Vec<Uid>,
     ) -> Result<(), StoreError>;
 
-    /// Records that a gateway, and with it its connections, is alive until `until`. A repeat is
-    /// harmless.
+    /// Records that `gateway`, and with it its connections, is alive until `until`. A repeated call is harmless.
     async fn renew_gateway(&self, gateway: String, until: Timestamp) -> Result<(), StoreError>;
 
     /// Reads a tenant's connections on gateways that are alive at `now`, oldest first.
@@ -140,8 +138,8 @@ pub trait Store: Send + Sync + 'static {
         now: Timestamp,
     ) -> Result<ConnectionPage, StoreError>;
 
-    /// Stores declarations of actions, which apply while no processor or worker offers them;
-    /// replaces earlier ones of the same names and tenants. A repeat is harmless.
+    /// Stores declarations of actions, which apply while no processor or worker offers the actions. They replace
+    /// earlier declarations with the same name and tenant. A repeated call is harmless.
     async fn save_actions(
         &self,
         actions: Vec<DeclaredAction>,

@@ -29,7 +29,7 @@ pub enum LogFormat {
     Json,
 }
 
-/// Error of initializing logs or traces.
+/// Error from the initialization of logs or traces.
 #[derive(Debug, thiserror::Error)]
 pub enum TelemetryError {
     /// The filter cannot be parsed.
@@ -40,7 +40,7 @@ pub enum TelemetryError {
         /// Reason.
         reason: String,
     },
-    /// Traces cannot be sent to this endpoint.
+    /// Traces cannot be sent to the configured endpoint.
     #[error("cannot send traces to {endpoint:?}: {reason}")]
     Traces {
         /// Configured endpoint.
@@ -115,7 +115,7 @@ fn uses_colors() -> bool {
     stderr().is_terminal() && env::var_os("NO_COLOR").is_none_or(|value| value.is_empty())
 }
 
-/// Appends the trace and span id of an event.
+/// Appends the trace ID and span ID of an event to its line.
 struct AppendTraceIds<F> {
     inner: F,
     format: LogFormat,

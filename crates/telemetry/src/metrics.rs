@@ -14,7 +14,7 @@ use prometheus_client::{
 const LATENCY_BOUNDS: [f64; 12] =
     [0.0001, 0.00025, 0.0005, 0.001, 0.0025, 0.005, 0.01, 0.025, 0.1, 0.5, 2.0, 10.0];
 
-/// Handle to the metrics of this process.
+/// Handle to the metrics of a process.
 #[derive(Clone, Default)]
 pub struct Metrics {
     registry: Arc<Mutex<Registry>>,
@@ -27,7 +27,7 @@ impl Metrics {
         Self::default()
     }
 
-    /// Registers a metric under `name`, which ends in its unit; the name of a counter omits `_total`.
+    /// Registers a metric under `name`, which ends with the unit; the name of a counter omits `_total`.
     pub fn register<M: Metric + Clone>(&self, name: &str, help: &str, metric: M) -> M {
         self.registry.lock().register(name, help, metric.clone());
         metric

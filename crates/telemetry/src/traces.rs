@@ -1,6 +1,6 @@
-//! Traces: the context of a request, and running work in it.
+//! Traces: the trace context of a request, and the execution of work within that context.
 //!
-//! A request whose trace is sampled has spans; every other request has only a context, whose trace id is in
+//! A request whose trace is sampled has spans; every other request has only a context, whose trace ID is in
 //! its log lines. Services open spans with [`trace_span!`](crate::trace_span), which does nothing if the
 //! current context is not sampled. [`InScope::in_scope`] attaches a context to a future; between processes
 //! it is propagated as W3C `traceparent` and `tracestate` (<https://www.w3.org/TR/trace-context/>).
@@ -42,9 +42,9 @@ pub struct TraceOptions {
     pub sample_ratio: f64,
     /// Whether callers decide which of their requests are traced.
     pub trust_callers: bool,
-    /// `service.name`, unless `OTEL_SERVICE_NAME` is set.
+    /// Value of `service.name`, unless `OTEL_SERVICE_NAME` is set.
     pub service: &'static str,
-    /// `service.version`.
+    /// Value of `service.version`.
     pub version: &'static str,
 }
 
@@ -92,7 +92,7 @@ impl Scope {
         }
     }
 
-    /// Returns the scope of a span, or an empty scope if the span is disabled: for work in the same task.
+    /// Returns the scope of a span for work in the same task, or an empty scope if the span is disabled.
     #[must_use]
     pub fn inline(span: Span) -> Self {
         if span.is_disabled() { Self::default() } else { Self(Inner::Span(span)) }
@@ -128,7 +128,7 @@ impl Scope {
     }
 
     fn child_of(parent: Context, span: impl FnOnce() -> Span) -> Option<Self> {
-        // Attached while the span is opened: the macro checks whether the current context is sampled.
+        // The parent is attached while the span is opened: the macro checks whether the current context is sampled.
         let guard = parent.attach();
         let span = span();
         drop(guard);
@@ -169,7 +169,7 @@ impl Scope {
 
 /// Runs futures in a [`Scope`].
 pub trait InScope: Future + Sized {
-    /// Returns this future, running in `scope`.
+    /// Returns a future that runs this future in `scope`.
     fn in_scope(self, scope: Scope) -> Scoped<Self> {
         Scoped { future: self, scope }
     }
@@ -208,7 +208,7 @@ pub struct Traces {
     trust_callers: bool,
 }
 
-/// Attempt of a request, for [`Traces::attempt`].
+/// Description of an attempt of a request, for [`Traces::attempt`].
 #[derive(Clone, Copy, Debug)]
 pub struct AttemptSpan<'a> {
     /// `uid` of the request.
@@ -223,16 +223,16 @@ pub struct AttemptSpan<'a> {
     pub action: &'a str,
     /// Tenant of the request.
     pub tenant: &'a str,
-    /// Id that the client assigned to the request.
+    /// ID that the client assigned to the request.
     pub request_id: &'a str,
 }
 
 /// Time that an attempt waited in the queue, and the duration of its claim.
 #[derive(Clone, Copy, Debug)]
 pub struct Waited {
-    /// When the attempt was due.
+    /// Time when the attempt was due.
     pub since: SystemTime,
-    /// When its claim began.
+    /// Time when the claim of the attempt began.
     pub until: SystemTime,
     /// Duration of the claim.
     pub claim: Duration,
@@ -247,7 +247,7 @@ impl Traces {
     }
 
     /// Admits a request to the system: decides, once for all its hops and attempts, whether it is traced.
-    /// `caller` is the trace context that the caller sent, if any; `is_service` is whether the caller is a
+    /// `caller` is the trace context that the caller sent, if any. If `is_service` is true, the caller is a
     /// service, which has already decided.
     #[must_use]
     pub fn admit(
@@ -268,7 +268,7 @@ impl Traces {
             Some(caller) if is_service || self.trust_callers => caller.is_sampled(),
             _ => is_within(self.sample_ratio, u64::from_be_bytes(ids.new_span_id().to_bytes())),
         };
-        // No span has this id: the context only passes the decision to the macro.
+        // No span has this ID: the context only passes the decision to the macro.
         let root = || {
             let (trace, span) = (ids.new_trace_id(), ids.new_span_id());
             TraceContext(SpanContext::new(trace, span, flags(sampled), true, TraceState::NONE))
@@ -278,7 +278,7 @@ impl Traces {
             None if sampled => {
                 let scope = Scope::child_of(root().into_context(), || {
                     let span = span();
-                    // Fails only if the span is disabled.
+                    // This fails only if the span is disabled.
                     drop(span.set_parent(Context::new()));
                     span
                 });
@@ -288,8 +288,8 @@ impl Traces {
         }
     }
 
-    /// Opens the trace of an attempt, if its submission is sampled. Its ids are derived from the request
-    /// and the number of the attempt, so that later attempts and gateways can refer to it.
+    /// Opens the trace of an attempt, if the submission is sampled. The IDs of the trace are derived from the
+    /// request and the number of the attempt, so that later attempts and gateways can refer to the trace.
     #[must_use]
     pub fn attempt(&self, attempt: &AttemptSpan<'_>) -> Scope {
         let Some(pipeline) = self.pipeline.as_ref().filter(|_| attempt.submission.is_sampled())
@@ -334,8 +334,8 @@ impl Traces {
         Scope(Inner::Context(context))
     }
 
-    /// Records the completed span of the delivery of an event to a client, from when the event was
-    /// stored, if the request is sampled. Its parent is the attempt that the event belongs to.
+    /// Records the completed span of the delivery of an event to a client, if the request is sampled. The span
+    /// begins when the event was stored, and its parent is the attempt that the event belongs to.
     pub fn delivery(
         &self,
         uid: Uid,
@@ -361,7 +361,7 @@ impl Traces {
         span.end_with_timestamp(end.max(start));
     }
 
-    /// Exports all pending spans, at most for `timeout`.
+    /// Exports all pending spans, or returns when the timeout expires.
     pub async fn flush(&self, timeout: Duration) {
         if let Some(pipeline) = &self.pipeline {
             pipeline.flush(timeout).await;
@@ -391,7 +391,7 @@ fn attempt_context(uid: [u8; 16], attempt: u32) -> TraceContext {
     TraceContext(SpanContext::new(trace, span, TraceFlags::SAMPLED, true, TraceState::NONE))
 }
 
-/// Returns whether a random number falls into this ratio of all numbers.
+/// Returns whether a random number is within the given ratio of all numbers.
 fn is_within(ratio: f64, random: u64) -> bool {
     #[expect(clippy::cast_precision_loss, reason = "the low bits do not matter")]
     let fraction = random as f64 / u64::MAX as f64;

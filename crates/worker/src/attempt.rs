@@ -1,4 +1,4 @@
-//! One attempt in this worker: its handler, in a separate task, and its reports.
+//! An attempt that runs in this worker: its handler, which runs in a separate task, and its reports.
 
 use std::{panic::AssertUnwindSafe, sync::Arc};
 
@@ -23,10 +23,10 @@ use crate::{
     send_window::{SendWindow, WindowLimits},
 };
 
-/// Request and attempt number: the fencing token.
+/// Key of an attempt: the `uid` of its request, and the attempt number, which is the fencing token.
 pub(crate) type AttemptKey = (Uid, u32);
 
-/// Result of the handler, once it has returned.
+/// Slot for the result of the handler; `None` until the handler returns.
 type Returned = Arc<Mutex<Option<Result<Bytes, HandlerError>>>>;
 
 pub(crate) struct Attempt {
@@ -34,9 +34,9 @@ pub(crate) struct Attempt {
     pub(crate) sync: bool,
     reports: Arc<ReportQueue>,
     send_window: SendWindow,
-    /// Maximum unacknowledged bytes, if the server has set it on this stream.
+    /// Maximum bytes of unacknowledged reports; `None` until the server sets it on the current stream.
     window_bytes: Option<usize>,
-    /// Number of `resend` messages for this attempt on this stream.
+    /// Number of `resend` messages received for this attempt on the current stream.
     resends: i32,
     cancellation: CancellationToken,
     returned: Returned,
@@ -46,7 +46,7 @@ pub(crate) struct Attempt {
 }
 
 impl Attempt {
-    /// Starts the handler.
+    /// Creates an attempt and starts its handler.
     pub(crate) fn start(
         key: AttemptKey,
         task: proto::Task,
@@ -98,22 +98,22 @@ impl Attempt {
         }
     }
 
-    /// Returns whether the handler is running.
+    /// Returns whether the attempt is running: its last report has not been added to the send window.
     pub(crate) fn is_running(&self) -> bool {
         !self.send_window.has_ended()
     }
 
-    /// Notifies the handler that cancellation is requested.
+    /// Notifies the handler that cancellation was requested.
     pub(crate) fn cancel(&self) {
         self.cancellation.cancel();
     }
 
-    /// Stops the handler and releases the attempt.
+    /// Stops the handler and releases the attempt for the given reason, if it is running.
     pub(crate) fn release(&mut self, reason: &str) {
         if self.is_running() {
             self.handler = None;
             self.reports.close();
-            // Its reports are void, except for the checkpoint that the next attempt starts from.
+            // Discard pending reports, except the latest checkpoint, from which the next attempt starts.
             let left = std::iter::from_fn(|| self.reports.pop());
             if let Some(checkpoint) =
                 left.filter(|r| matches!(r, HandlerReport::Checkpoint(_))).last()
@@ -124,8 +124,8 @@ impl Attempt {
         }
     }
 
-    /// Records that reports up to this number are durable, and that `window_bytes` may be
-    /// unacknowledged (0: unchanged).
+    /// Records that reports up to `number` are durable, and that at most `window_bytes` may be unacknowledged (0 leaves
+    /// the limit unchanged).
     pub(crate) fn acknowledge(&mut self, number: i64, window_bytes: usize) {
         if window_bytes > 0 {
             self.window_bytes = Some(window_bytes);
@@ -139,18 +139,18 @@ impl Attempt {
         self.send_window.resume(number);
     }
 
-    /// Sends reports again that the server has dropped.
+    /// Resends the reports after `number`, which the server has dropped.
     pub(crate) fn resend(&mut self, number: i64, resends: i32) {
         self.resends = resends;
         self.send_window.resend(number);
     }
 
-    /// Takes reports from the handler while the window has room; returns the reports to send.
+    /// Moves reports from the handler to the send window while the window has capacity; returns the reports to send.
     pub(crate) fn collect(&mut self, window: WindowLimits) -> Vec<Report> {
         let bytes = self.window_bytes.unwrap_or(window.bytes).min(window.bytes);
         let window = WindowLimits { bytes, ..window };
         self.ready_flag.clear();
-        // Read first: once it is set, all reports of the handler are in the queue.
+        // Read before the queue: once the handler has returned, the queue contains all its reports.
         let has_returned = self.returned.lock().is_some();
         let mut drained = false;
         while self.send_window.has_room(window) {
@@ -203,7 +203,7 @@ impl Attempt {
 }
 
 impl Drop for Attempt {
-    /// Later reports of the handler are discarded.
+    /// Cancels the handler and discards its later reports.
     fn drop(&mut self) {
         self.cancellation.cancel();
         self.reports.close();
@@ -227,11 +227,11 @@ fn parse_task((uid, attempt): AttemptKey, task: proto::Task) -> (AttemptInfo, By
             .filter(|state| trace_parent.is_some() && !state.is_empty()),
         deadline: task.deadline.as_ref().map(|at| Timestamp::from_millis(millis(at))),
     };
-    // They live as long as the attempt; the receive buffer need not.
+    // Copied, so that a payload and a checkpoint, which live as long as the attempt, do not keep the receive buffer.
     (info, compact_bytes(payload), task.sync)
 }
 
-/// Returns a span for the handler if the attempt is traced; otherwise only the trace context.
+/// Returns the scope of the handler: with a span if the attempt is sampled, otherwise with the trace context only.
 fn scope(context: &Context) -> Scope {
     let parent = context.trace_parent();
     match parent.and_then(|parent| TraceContext::parse(&parent, context.trace_state())) {

@@ -1,4 +1,4 @@
-//! All attempts of this worker; they outlive the streams that carry their reports.
+//! All attempts of this worker. An attempt outlives the streams that carry its reports.
 
 use std::{collections::HashMap, sync::Arc};
 
@@ -31,7 +31,7 @@ impl Attempts {
         self.by_key.is_empty()
     }
 
-    /// Returns the ids of all attempts.
+    /// Returns the IDs of all attempts.
     pub(crate) fn ids(&self) -> Vec<proto::Attempt> {
         let name = |(uid, attempt): &AttemptKey| proto::Attempt {
             uid: uid.to_string(),
@@ -40,7 +40,7 @@ impl Attempts {
         self.by_key.keys().map(name).collect()
     }
 
-    /// Starts a task; returns false if no handler is registered for its action.
+    /// Starts a task; returns `false` if no handler is registered for its action.
     pub(crate) fn start(&mut self, task: proto::Task, limits: Limits) -> bool {
         let Some(key) = parse_key(&task.uid, task.attempt) else { return false };
         if self.by_key.contains_key(&key) {
@@ -58,7 +58,7 @@ impl Attempts {
         }
     }
 
-    /// Stops an attempt that does not belong to this worker.
+    /// Stops and removes an attempt that no longer belongs to this worker.
     pub(crate) fn revoke(&mut self, revoke: &Revoke) {
         let Revoke { uid, attempt, reason } = revoke;
         if parse_key(uid, *attempt).and_then(|key| self.by_key.remove(&key)).is_some() {
@@ -66,7 +66,7 @@ impl Attempts {
         }
     }
 
-    /// Drops reports that are durable, which may open the window; returns the reports to send.
+    /// Removes reports that are durable, which may free capacity in the window; returns the reports to send.
     pub(crate) fn acknowledge(
         &mut self,
         acknowledgment: &Acknowledgment,
@@ -95,7 +95,7 @@ impl Attempts {
         attempt.collect(window)
     }
 
-    /// Resumes the attempts that the server names, and stops the others.
+    /// Resumes the attempts in `resumed`, and stops all others.
     pub(crate) fn resume(&mut self, resumed: &[Acknowledgment]) {
         let numbers: HashMap<AttemptKey, i64> = resumed
             .iter()
@@ -112,14 +112,14 @@ impl Attempts {
                 true
             }
             None => {
-                let reason = "the server did not resume it";
+                let reason = "the server did not resume the attempt";
                 tracing::warn!(uid = %key.0, attempt = key.1, reason, "attempt revoked");
                 false
             }
         });
     }
 
-    /// Returns the reports of an attempt that can be sent now.
+    /// Returns the reports of the given attempt that can be sent now.
     pub(crate) fn collect(&mut self, key: AttemptKey, window: WindowLimits) -> Vec<Report> {
         self.by_key.get_mut(&key).map(|attempt| attempt.collect(window)).unwrap_or_default()
     }
@@ -134,7 +134,7 @@ impl Attempts {
         self.by_key.values_mut().for_each(|attempt| attempt.release(reason));
     }
 
-    /// Stops sync tasks: their callers do not wait beyond the end of the stream.
+    /// Stops sync tasks, because their callers do not wait after the stream has ended.
     pub(crate) fn drop_sync(&mut self) {
         self.by_key.retain(|_, attempt| !attempt.sync);
     }

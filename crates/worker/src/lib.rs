@@ -1,10 +1,9 @@
-//! Worker SDK: runs handlers in a separate process, for a processor that it reaches over gRPC. The
-//! [`Handler`] trait is the processor's, so moving a handler out of the processor changes one line.
+//! Worker SDK: runs handlers in a separate process, which connects to a processor over gRPC. The [`Handler`] trait is
+//! the same as in the processor, so moving a handler from the processor to a worker changes one line.
 //!
-//! Implements `docs/worker-protocol.md`. Invariants: reports are kept until the server acknowledges
-//! them as durable, and are sent again after a stream is lost; pending reports are bounded, so a
-//! handler that is faster than the log waits; a revoked attempt is stopped and reports nothing
-//! afterwards.
+//! Implements `docs/worker-protocol.md`. Invariants: reports are kept until the server acknowledges them as durable,
+//! and are resent after a stream is lost; the number of pending reports is limited, so a handler that produces reports
+//! faster than the server stores them waits; a revoked attempt is stopped and sends no further reports.
 //!
 //! ```no_run
 //! use streamer_worker::{Handlers, Worker};
@@ -47,19 +46,19 @@ use crate::{
     session::{Identity, Session, SessionEnd},
 };
 
-/// Largest message of the server, in bytes.
+/// Maximum size of a message to or from the server, in bytes.
 const MAX_MESSAGE_BYTES: usize = 256 * 1024 * 1024;
 const CONNECT_TIMEOUT: Duration = Duration::from_secs(10);
-/// Interval of HTTP/2 keep-alive pings, and time limit for their acknowledgment.
+/// Interval between HTTP/2 keep-alive pings, and timeout for their acknowledgment.
 const KEEP_ALIVE: Duration = Duration::from_secs(10);
 const FIRST_BACKOFF: Duration = Duration::from_millis(100);
 const MAX_BACKOFF: Duration = Duration::from_secs(10);
 
-/// Reason why a worker stopped.
+/// Error that stops a worker.
 #[derive(Debug, thiserror::Error)]
 pub enum WorkerError {
-    /// The server's URL is invalid.
-    #[error("server URL {0:?} must be like http://127.0.0.1:8080")]
+    /// The server URL is invalid.
+    #[error("invalid server URL {0:?}: must have the form http://127.0.0.1:8080")]
     Url(String),
     /// The token is missing or invalid.
     #[error(transparent)]
@@ -67,21 +66,21 @@ pub enum WorkerError {
     /// The worker has no handlers.
     #[error("a worker needs at least one handler")]
     NoHandlers,
-    /// The token has expired, and no other is available.
+    /// The token has expired and cannot be renewed.
     #[error(
-        "the token has expired and cannot be renewed; give a file with it (--token-file) or a \
-         TokenSource, and keep that up to date"
+        "the token has expired and cannot be renewed; use a token file that is \
+         kept up to date (--token-file), or a TokenSource"
     )]
     TokenExpired,
-    /// The server rejects this worker; a retry would fail too.
+    /// The server rejected this worker, and a retry cannot succeed.
     #[error("the server rejected this worker: {0}")]
     Rejected(RequestError),
     /// The signal handlers cannot be installed.
-    #[error("cannot listen for signals: {0}")]
+    #[error("failed to install the signal handlers: {0}")]
     Signal(std::io::Error),
 }
 
-/// A worker, ready to run.
+/// Configures and runs a worker.
 pub struct Worker {
     server: String,
     token: Arc<dyn TokenSource>,
@@ -92,8 +91,8 @@ pub struct Worker {
 }
 
 impl Worker {
-    /// Creates a worker that runs these handlers for the server at an `http://` URL. The token
-    /// needs permission `worker:<action>` for each of them.
+    /// Creates a worker that runs `handlers` for the server at the given `http://` URL. For the action of each handler,
+    /// the token needs the permission `worker:<action>`.
     pub fn new(server: impl Into<String>, token: impl TokenSource, handlers: Handlers) -> Self {
         Self {
             server: server.into(),
@@ -105,33 +104,33 @@ impl Worker {
         }
     }
 
-    /// Sets the maximum number of concurrent attempts: 1 to 10,000, by default 8.
+    /// Sets the maximum number of concurrent attempts, from 1 to 10,000. The default is 8.
     #[must_use]
     pub fn slots(mut self, slots: u32) -> Self {
         self.slots = slots;
         self
     }
 
-    /// Sets how long running attempts may take to finish when the worker stops, by default 30 s;
-    /// the remaining ones are released.
+    /// Sets the time that running attempts have to finish when the worker stops; the remaining ones are then released.
+    /// The default is 30 s.
     #[must_use]
     pub fn drain_timeout(mut self, timeout: Duration) -> Self {
         self.drain_timeout = timeout;
         self
     }
 
-    /// Sets the version of the worker's build, for people: at most 128 bytes.
+    /// Sets the human-readable version of the worker's build, at most 128 bytes.
     #[must_use]
     pub fn version(mut self, version: impl Into<String>) -> Self {
         self.version = version.into();
         self
     }
 
-    /// Runs until SIGTERM or SIGINT, then drains. A second signal ends the drain immediately;
+    /// Runs until the process receives SIGTERM or SIGINT, then drains. A second signal ends the drain immediately;
     /// attempts that are still running are retried when their leases expire.
     ///
     /// # Errors
-    /// As [`Self::run`].
+    /// Fails in the same cases as [`Self::run`], or if the signal handlers cannot be installed.
     pub async fn run_until_terminated(self) -> Result<(), WorkerError> {
         let mut terminate = signal(SignalKind::terminate()).map_err(WorkerError::Signal)?;
         let mut interrupt = signal(SignalKind::interrupt()).map_err(WorkerError::Signal)?;
@@ -154,11 +153,12 @@ impl Worker {
         }
     }
 
-    /// Runs until `shutdown`, reconnecting whenever the stream is lost; then drains running
-    /// attempts within the drain timeout, releases the remaining ones, and returns.
+    /// Runs until `shutdown` is cancelled, and reconnects whenever the stream is lost. Then drains running attempts
+    /// within the drain timeout, releases the remaining ones, and returns.
     ///
     /// # Errors
-    /// Fails if the server rejects the worker or its token, and a retry would fail too.
+    /// Fails if the configuration or the token is invalid, or if the server rejects the worker and a retry cannot
+    /// succeed.
     pub async fn run(self, shutdown: CancellationToken) -> Result<(), WorkerError> {
         if self.handlers.is_empty() {
             return Err(WorkerError::NoHandlers);
@@ -187,7 +187,7 @@ impl Worker {
                     return Err(WorkerError::Rejected(request_error(&status)));
                 }
                 SessionEnd::BeforeWelcome(status) => status,
-                // Two workers of the same name would only replace each other.
+                // After a retry, two workers with the same ID would only replace each other.
                 SessionEnd::AfterWelcome(status) | SessionEnd::AfterHeartbeat(status)
                     if status.code() == Code::AlreadyExists =>
                 {
@@ -207,7 +207,7 @@ impl Worker {
             };
             attempts.drop_sync();
             let wait = backoff.wait();
-            tracing::warn!(status = %status.message(), ?wait, "stream to the server lost");
+            tracing::warn!(status = %status.message(), ?wait, "lost the stream to the server");
             if shutdown.is_cancelled() {
                 // Attempts that cannot be released are recovered when their leases expire.
                 let at = *drain_at.get_or_insert_with(|| Instant::now() + self.drain_timeout);

@@ -1,4 +1,4 @@
-//! Set of attempts that have something to send: each is contained at most once.
+//! Set of attempts that have reports to send, without duplicates.
 
 use std::sync::atomic::{AtomicBool, Ordering};
 
@@ -13,12 +13,12 @@ pub(crate) struct ReadySet {
     notify: Notify,
 }
 
-/// Whether an attempt is in the set.
+/// Flag that is set while an attempt is in the set.
 #[derive(Default)]
 pub(crate) struct ReadyFlag(AtomicBool);
 
 impl ReadySet {
-    /// Inserts an attempt, unless it is in the set already.
+    /// Inserts an attempt unless the set already contains it.
     pub(crate) fn insert(&self, key: AttemptKey, flag: &ReadyFlag) {
         if !flag.0.swap(true, Ordering::AcqRel) {
             self.keys.lock().push(key);
@@ -26,7 +26,7 @@ impl ReadySet {
         }
     }
 
-    /// Removes and returns all attempts; waits until the set is not empty.
+    /// Waits until the set is not empty, then removes and returns all attempts.
     pub(crate) async fn take(&self) -> Vec<AttemptKey> {
         loop {
             let keys = std::mem::take(&mut *self.keys.lock());
@@ -39,8 +39,8 @@ impl ReadySet {
 }
 
 impl ReadyFlag {
-    /// Marks the attempt as removed; called before its reports are collected, so that later ones
-    /// insert it again.
+    /// Marks the attempt as removed. Must be called before the reports of the attempt are collected, so that later
+    /// reports insert the attempt again.
     pub(crate) fn clear(&self) {
         self.0.store(false, Ordering::Release);
     }

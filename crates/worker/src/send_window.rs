@@ -1,4 +1,4 @@
-//! Reports of an attempt that the server has not acknowledged: numbers and sizes, without I/O.
+//! Window of the reports of one attempt that the server has not acknowledged. Performs no I/O.
 
 use std::collections::VecDeque;
 
@@ -9,7 +9,7 @@ use streamer_proto::{
 };
 use streamer_rpc::json_payload;
 
-/// Limits of unacknowledged reports, from `welcome`.
+/// Limits on the unacknowledged reports of one attempt, from `welcome`.
 #[derive(Clone, Copy, Debug)]
 pub(crate) struct WindowLimits {
     pub(crate) reports: usize,
@@ -19,18 +19,19 @@ pub(crate) struct WindowLimits {
 #[derive(Debug, Default)]
 pub(crate) struct SendWindow {
     entries: VecDeque<Entry>,
-    /// Number of entries, from the oldest, that were sent on the current stream.
+    /// Number of entries sent on the current stream, counted from the oldest.
     sent: usize,
-    /// Progress and output reports among the entries, and among those that were sent.
+    /// Totals of the progress and output reports in `entries`.
     events: EventTotals,
+    /// Totals of the progress and output reports that were sent on the current stream.
     sent_events: EventTotals,
-    /// Number of the last progress or output report.
+    /// Number of the latest progress or output report.
     last_number: i64,
     keep_alive: bool,
     ended: bool,
 }
 
-/// Number and bytes of progress and output reports.
+/// Number and total bytes of progress and output reports.
 #[derive(Clone, Copy, Debug, Default)]
 struct EventTotals {
     reports: usize,
@@ -71,12 +72,12 @@ impl Entry {
 }
 
 impl SendWindow {
-    /// Returns whether the window has room for another report of the handler.
+    /// Returns whether the window has capacity for another report from the handler.
     pub(crate) fn has_room(&self, limits: WindowLimits) -> bool {
         !self.ended && self.events.fits(limits)
     }
 
-    /// Adds a report of the handler.
+    /// Adds a report from the handler.
     pub(crate) fn push(&mut self, report: Report) {
         let (kind, bytes) = match report {
             Report::Progress { percentage, message, metadata } => {
@@ -106,7 +107,7 @@ impl SendWindow {
         self.entries.push_back(entry);
     }
 
-    /// Of two consecutive checkpoints, the later one counts.
+    /// Removes the newest entry if it is a checkpoint, because a later checkpoint replaces it.
     fn drop_superseded_checkpoint(&mut self) {
         if matches!(self.entries.back(), Some(Entry { kind: Kind::Checkpoint(_), .. })) {
             self.entries.pop_back();
@@ -114,7 +115,7 @@ impl SendWindow {
         }
     }
 
-    /// Adds the last report; later ones are discarded.
+    /// Adds the last report of the attempt, unless it was added before.
     pub(crate) fn end(&mut self, kind: Kind) {
         if !self.ended {
             self.ended = true;
@@ -126,8 +127,8 @@ impl SendWindow {
         self.ended
     }
 
-    /// Returns the next report to send on the current stream, with its number, as far as the limits
-    /// allow: they may be lower than when the report was added.
+    /// Returns the next report to send on the current stream, with its number. Returns `None` if no report is pending,
+    /// or if `limits`, which may be lower than when the report was added, do not allow it.
     pub(crate) fn next(&mut self, limits: WindowLimits) -> Option<(i64, Kind)> {
         if let Some(entry) = self.entries.get(self.sent) {
             if entry.is_event() && !self.sent_events.fits(limits) {
@@ -142,7 +143,7 @@ impl SendWindow {
             .then(|| (self.last_number, Kind::KeepAlive(KeepAlive {})))
     }
 
-    /// Drops reports up to this number, which are durable.
+    /// Removes reports up to the given number, which are durable.
     pub(crate) fn acknowledge(&mut self, number: i64) {
         while let Some(first) = self.entries.front() {
             // A checkpoint that follows the last durable report may not be durable itself.
@@ -163,14 +164,15 @@ impl SendWindow {
         }
     }
 
-    /// Resumes on a new stream after this number: all remaining reports are sent again.
+    /// Prepares the window for a new stream: removes reports up to the given number, and marks the remaining ones as
+    /// unsent.
     pub(crate) fn resume(&mut self, number: i64) {
         self.acknowledge(number);
         self.sent = 0;
         self.sent_events = EventTotals::default();
     }
 
-    /// Sends the reports after this number again: the server has dropped them.
+    /// Marks the reports after the given number as unsent, because the server has dropped them.
     pub(crate) fn resend(&mut self, number: i64) {
         let has_arrived = |entry: &Entry| {
             if entry.is_event() { entry.number <= number } else { entry.number < number }

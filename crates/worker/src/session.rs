@@ -1,4 +1,4 @@
-//! One stream, from `hello` to its end.
+//! Session of a worker: one stream to the server, from `hello` to its end.
 
 use std::time::Duration;
 
@@ -27,20 +27,19 @@ use tonic::{Code, Status, Streaming, transport::Channel};
 
 use crate::{TokenError, TokenSource, WorkerError, attempts::Attempts, send_window::WindowLimits};
 
-/// Maximum number of messages queued to be sent; when it is reached, reading waits too.
+/// Maximum number of queued outgoing messages; while the queue is full, incoming messages are not read.
 const OUTBOX: usize = 1024;
-/// Time limit for `welcome`.
+/// Timeout for the arrival of `welcome`.
 const WELCOME_TIMEOUT: Duration = Duration::from_secs(30);
-/// Time before the token's expiry at which a new one is requested, or at half of the remaining
-/// time.
+/// Time between the request for a new token and the expiry of the current one; at most half of the remaining time.
 const REFRESH_LEAD: Duration = Duration::from_secs(60);
-/// Time limit for acknowledgments after all attempts were released.
+/// Timeout for the acknowledgments after all attempts were released.
 const RELEASE_TIMEOUT: Duration = Duration::from_secs(5);
 
 /// Fields of `hello` that are the same on every stream.
 pub(crate) struct Identity {
     worker_id: String,
-    /// Secret that its attempts are bound to; empty before the first `welcome`.
+    /// Secret that the attempts of the worker are bound to; empty before the first `welcome`.
     secret: Bytes,
     display_name: String,
     version: String,
@@ -49,7 +48,7 @@ pub(crate) struct Identity {
 }
 
 impl Identity {
-    /// Creates the identity of one run.
+    /// Creates the identity of one run of the worker.
     pub(crate) fn new(slots: u32, version: String, handlers: &Handlers) -> Self {
         let host = std::env::var("HOSTNAME").unwrap_or_else(|_| "worker".into());
         let host: String = host.chars().filter(char::is_ascii_alphanumeric).take(64).collect();
@@ -83,17 +82,17 @@ impl Identity {
     }
 }
 
-/// How a stream ended.
+/// Reason why a session ended.
 pub(crate) enum SessionEnd {
     /// The worker is drained.
     Drained,
     /// The token is about to expire and cannot be renewed; all attempts were released.
     TokenExpired,
-    /// Before `welcome`.
+    /// The stream failed before `welcome`.
     BeforeWelcome(Status),
-    /// After `welcome`.
+    /// The stream failed after `welcome`, and before a reply to a heartbeat.
     AfterWelcome(Status),
-    /// After a reply to a heartbeat: the stream was healthy.
+    /// The stream failed after a reply to a heartbeat: it was healthy before.
     AfterHeartbeat(Status),
 }
 
@@ -102,7 +101,7 @@ pub(crate) struct Session<'a> {
     pub(crate) token: &'a dyn TokenSource,
     pub(crate) attempts: &'a mut Attempts,
     pub(crate) shutdown: &'a CancellationToken,
-    /// When the remaining attempts are released, once the worker stops; the same on every stream.
+    /// Time at which a stopping worker releases its remaining attempts; the same on every stream.
     pub(crate) drain_at: &'a mut Option<Instant>,
     pub(crate) drain_timeout: Duration,
 }
@@ -114,21 +113,21 @@ impl Session<'_> {
     ) -> Result<SessionEnd, WorkerError> {
         let token = self.token.token().await?;
         let authorization = HeaderValue::try_from(format!("Bearer {token}"))
-            .map_err(|_| TokenError("the token must be visible ASCII".into()))?;
+            .map_err(|_| TokenError("the token must consist of visible ASCII".into()))?;
         let (outbound, messages) = mpsc::channel(OUTBOX);
         let hello = work_request::Message::Hello(
             self.identity.hello(self.attempts, self.shutdown.is_cancelled()),
         );
         let hello = WorkRequest { message: Some(hello) };
         if outbound.send(hello).await.is_err() {
-            return Ok(SessionEnd::BeforeWelcome(Status::unavailable("the stream was not opened")));
+            return Ok(SessionEnd::BeforeWelcome(Status::unavailable("failed to open the stream")));
         }
         let call = with_authorization(ReceiverStream::new(messages), authorization);
         let opening = async {
             let mut inbound = client.work(call).await?.into_inner();
             match inbound.message().await?.and_then(|first| first.message) {
                 Some(work_response::Message::Welcome(welcome)) => Ok((inbound, welcome)),
-                _ => Err(Status::internal("the first message of the server must be welcome")),
+                _ => Err(Status::internal("the first message from the server must be welcome")),
             }
         };
         let timed_out = Err(Status::deadline_exceeded(format!(
@@ -149,7 +148,7 @@ impl Session<'_> {
             Err(status) => return Ok(SessionEnd::BeforeWelcome(status)),
         };
         tracing::info!(processor = welcome.processor, "connected");
-        // An older server sends none.
+        // An older server sends no secret.
         if !welcome.session_secret.is_empty() {
             self.identity.secret = welcome.session_secret.clone();
         }
@@ -176,7 +175,7 @@ impl Session<'_> {
     }
 }
 
-/// Limits from `welcome`.
+/// Limits that the server sends in `welcome`.
 #[derive(Clone, Copy)]
 struct ServerLimits {
     payload_limits: Limits,
@@ -206,11 +205,11 @@ impl ServerLimits {
 #[derive(Clone, Copy)]
 enum Drain {
     Inactive,
-    /// The worker accepts no tasks; running attempts may finish until then.
+    /// The worker accepts no tasks; running attempts may finish until the given time.
     Waiting(Instant),
-    /// All attempts were released; acknowledgments may arrive until then.
+    /// All attempts were released; acknowledgments may arrive until the given time.
     Released(Instant),
-    /// As `Released`, because the token is about to expire.
+    /// Same as `Released`, but the reason is that the token is about to expire.
     TokenExpiring(Instant),
 }
 
@@ -220,16 +219,16 @@ struct Connection<'a> {
     inbound: Streaming<WorkResponse>,
     limits: ServerLimits,
     heartbeats: Interval,
-    /// When the last message of the server arrived.
+    /// Time at which the last message from the server arrived.
     last_message_at: Instant,
-    /// Whether the server was silent for a lease at the last heartbeat.
+    /// Whether the server had been silent for a lease duration at the last heartbeat.
     was_silent: bool,
     /// Whether the server has replied to a heartbeat.
     heartbeat_answered: bool,
     refresh_at: Option<Instant>,
     refreshing: Option<BoxFuture<'a, Result<String, TokenError>>>,
     token: String,
-    /// When all attempts are released, because the token cannot be renewed.
+    /// Time at which all attempts are released because the token cannot be renewed.
     release_at: Option<Instant>,
     drain: Drain,
 }
@@ -240,7 +239,7 @@ impl Connection<'_> {
         let ended = self.run_until_drained().await;
         match ended {
             Ok(()) if matches!(self.drain, Drain::TokenExpiring(_)) => SessionEnd::TokenExpired,
-            // Not acknowledged in time, or before the token expired.
+            // The release was not acknowledged in time, or before the token expired.
             Err(status)
                 if matches!(self.drain, Drain::TokenExpiring(_))
                     && matches!(status.code(), Code::DeadlineExceeded | Code::Unauthenticated) =>
@@ -298,10 +297,10 @@ impl Connection<'_> {
                 Ok(())
             }
             Event::Heartbeat => {
-                // This process may have been suspended: pending messages are read first.
+                // This process may have been suspended: read pending messages before the stream is considered lost.
                 let silent = self.last_message_at.elapsed() > self.limits.lease;
                 if std::mem::replace(&mut self.was_silent, silent) && silent {
-                    return Err(Status::unavailable("the server was silent for a lease"));
+                    return Err(Status::unavailable("the server was silent for a lease duration"));
                 }
                 let attempts = self.session.attempts.ids();
                 self.send(work_request::Message::Heartbeat(Heartbeat { attempts })).await
@@ -330,7 +329,7 @@ impl Connection<'_> {
                     self.release_all("the worker stops").await
                 }
             },
-            // The worker is stopping already.
+            // The worker is already stopping.
             Event::TokenExpiring if matches!(self.drain, Drain::Released(_)) => {
                 self.release_at = None;
                 Ok(())
@@ -385,7 +384,7 @@ impl Connection<'_> {
         }
     }
 
-    /// Schedules the renewal of the token, or the release of all attempts before it expires.
+    /// Schedules the renewal of the token or, if it cannot be renewed, the release of all attempts before it expires.
     fn schedule_expiry(&mut self, status: &TokenStatus) {
         let Some(expires) = &status.expire_time else { return };
         let expires_at = Timestamp::from_millis(millis(expires));
@@ -399,8 +398,8 @@ impl Connection<'_> {
         }
         tracing::warn!(
             %expires_at,
-            "the token cannot be renewed: before it expires, the worker releases its running attempts \
-             and exits; a token that is renewed avoids this (--token-file, TokenSource)"
+            "the token cannot be renewed: the worker releases its running attempts and exits before the token \
+             expires; to avoid this, use a token that can be renewed (--token-file, TokenSource)"
         );
         self.release_at = Some(Instant::now() + delay_before_expiry(left, RELEASE_TIMEOUT));
     }
@@ -425,14 +424,14 @@ impl Connection<'_> {
     async fn refreshed(&mut self, token: Result<String, TokenError>) -> Result<(), Status> {
         self.refreshing = None;
         match token {
-            // It cannot be renewed; the server ends the stream when it expires.
+            // The token cannot be renewed; the server ends the stream when the token expires.
             Ok(token) if token == self.token => Ok(()),
             Ok(token) => {
                 self.token.clone_from(&token);
                 self.send(work_request::Message::RefreshToken(RefreshToken { token })).await
             }
             Err(error) => {
-                tracing::warn!(%error, "renewing the token failed, retrying");
+                tracing::warn!(%error, "failed to renew the token, retrying");
                 self.refresh_at = Some(Instant::now() + REFRESH_LEAD / 10);
                 Ok(())
             }
@@ -443,13 +442,13 @@ impl Connection<'_> {
         !matches!(self.drain, Drain::Inactive) && self.session.attempts.is_empty()
     }
 
-    /// Closes the sending side, and waits until the server has read everything.
+    /// Closes the sending side, and waits until the server ends the stream.
     async fn close(&mut self) -> Result<(), Status> {
         self.outbound = None;
         let rest = async { while let Ok(Some(_)) = self.inbound.message().await {} };
-        // All acknowledgments have arrived, so the rest is not needed.
+        // All acknowledgments have arrived, so later messages are ignored.
         if timeout(RELEASE_TIMEOUT, rest).await.is_err() {
-            tracing::debug!("the server did not end the stream");
+            tracing::debug!("the server did not end the stream in time");
         }
         Ok(())
     }
@@ -468,7 +467,7 @@ impl Connection<'_> {
     }
 }
 
-/// Events of the stream's loop.
+/// Events that the loop of a session handles.
 enum Event {
     Message(Option<Box<WorkResponse>>),
     Ready(Vec<crate::attempt::AttemptKey>),
@@ -489,7 +488,7 @@ impl Drain {
     }
 }
 
-/// Returns the time until `lead` before the expiry, but at least half of the remaining time.
+/// Returns the delay until `lead` before the expiry, but at least half of `left`, the time until the expiry.
 fn delay_before_expiry(left: Duration, lead: Duration) -> Duration {
     left.saturating_sub(lead).max(left / 2)
 }

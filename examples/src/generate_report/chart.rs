@@ -4,7 +4,7 @@ use crate::generate_report::html::{count, escape};
 
 /// Bar of a histogram.
 pub(super) struct Bar {
-    /// Label of its position.
+    /// Label of the bar's position.
     pub(super) label: String,
     /// Height of the bar.
     pub(super) count: u64,
@@ -12,13 +12,13 @@ pub(super) struct Bar {
 
 const WIDTH: f64 = 600.0;
 const HEIGHT: f64 = 120.0;
-/// Share of its slot that a bar leaves empty.
+/// Fraction of a bar's slot that is empty.
 const GAP: f64 = 0.12;
 
 /// Returns a histogram with a caption and the labels of both ends of its axis. `description` is the
-/// alternative text; all are plain text.
+/// alternative text. All texts are plain text.
 ///
-/// The SVG is stretched to the available width, so it contains only bars: text would be stretched too.
+/// The SVG is stretched to the available width, so it contains only bars: text would also be stretched.
 pub(super) fn histogram(
     caption: &str,
     description: &str,

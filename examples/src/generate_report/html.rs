@@ -1,9 +1,9 @@
 //! HTML building blocks of the pages, and formatting of text and numbers.
 
-/// Style sheet. Inlined because the page must be self-contained.
+/// Style sheet, which is inlined because the page must be self-contained.
 const STYLE: &str = include_str!("page.css");
 
-/// Returns everything before the first section.
+/// Returns the HTML before the first section.
 pub(super) fn head(title: &str, lead: &str) -> String {
     let (title, lead) = (escape(title), escape(lead));
     format!(
@@ -14,7 +14,7 @@ pub(super) fn head(title: &str, lead: &str) -> String {
     )
 }
 
-/// Returns everything after the last section.
+/// Returns the HTML after the last section.
 pub(super) fn foot() -> String {
     "</main>\n<footer>\n<p>Written by <code>generate_report</code>.</p>\n</footer>\n</body>\n</html>\n"
         .into()
@@ -30,7 +30,7 @@ pub(super) fn escape(text: &str) -> String {
             '>' => escaped.push_str("&gt;"),
             '"' => escaped.push_str("&quot;"),
             '\'' => escaped.push_str("&#39;"),
-            // Not allowed in HTML.
+            // Control characters are not allowed in HTML.
             _ if c.is_control() && !c.is_whitespace() => escaped.push('\u{fffd}'),
             _ => escaped.push(c),
         }
@@ -46,8 +46,8 @@ pub(super) fn facts(facts: &[(&str, String)]) -> String {
     format!("<dl class=\"facts\">\n{}</dl>\n", facts.iter().map(fact).collect::<String>())
 }
 
-/// Returns a table with these column headers (plain text, the first for the row headers) and rows
-/// (HTML from [`row`]). A table that is too wide scrolls separately, also by keyboard.
+/// Returns a table with the given column headers (plain text, the first for the row headers) and rows
+/// (HTML from [`row`]). A table that is too wide can be scrolled separately, also with the keyboard.
 pub(super) fn table(caption: &str, heads: &[&str], rows: &str) -> String {
     let caption = escape(caption);
     let head = |name: &&str| format!("<th scope=\"col\">{}</th>", escape(name));
@@ -99,12 +99,12 @@ pub(super) fn count_of(number: u64, noun: &str) -> String {
     format!("{} {noun}{plural}", count(number))
 }
 
-/// Formats a value with six significant digits, integers in full. Digits are not grouped: the value
-/// may be a year.
+/// Formats an integer with all digits, and any other value with six significant digits. Digits are not grouped,
+/// because the value may be a year.
 pub(super) fn number(value: f64) -> String {
     const DIGITS: i32 = 6;
     if value.fract() == 0.0 && value.abs() < 1e15 {
-        // Turns negative zero into zero.
+        // Converts negative zero to zero.
         return format!("{:.0}", value + 0.0);
     }
     let magnitude = value.abs().log10().floor();

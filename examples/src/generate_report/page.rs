@@ -6,7 +6,7 @@ use crate::generate_report::{ReportSummary, html};
 
 const CONTENT_TYPE: &str = "text/html; charset=utf-8";
 
-/// Page whose head is written.
+/// Page whose head has been written.
 pub(super) struct Page<'a> {
     context: &'a Context,
     title: String,
@@ -16,7 +16,7 @@ pub(super) struct Page<'a> {
 }
 
 impl<'a> Page<'a> {
-    /// Writes the head of a page with this number of sections.
+    /// Writes the head of a page with the given number of sections.
     pub(super) async fn begin(
         context: &'a Context,
         title: String,
@@ -31,12 +31,12 @@ impl<'a> Page<'a> {
 
     /// Writes the next section, which is HTML.
     pub(super) async fn section(&mut self, section: String) -> Result<(), HandlerError> {
-        // The head is a chunk too, so the number of chunks so far is the number of this section.
+        // The head is also a chunk, so the number of chunks so far is the number of the section.
         let message = format!("section {} of {}", self.chunks, self.sections);
         self.emit(section, &message).await
     }
 
-    /// Writes the foot.
+    /// Writes the foot of the page.
     pub(super) async fn end(mut self) -> Result<ReportSummary, HandlerError> {
         self.emit(html::foot(), "foot").await?;
         Ok(ReportSummary { title: self.title, bytes: self.bytes, chunks: self.chunks })
@@ -51,7 +51,7 @@ impl<'a> Page<'a> {
         self.context.output_bytes(CONTENT_TYPE, chunk).await?;
         let total = self.sections + 2;
         self.context.progress(100.0 * self.chunks as f64 / total as f64, message).await?;
-        // Writing a section is CPU-bound: yield to other tasks before the next.
+        // Writing a section is CPU-bound: yield to other tasks before the next section.
         tokio::task::yield_now().await;
         Ok(())
     }

@@ -51,7 +51,7 @@ fn overview(profile: &Profile) -> String {
     )
 }
 
-/// Returns the section of a column. Its id is derived from the position, which needs no escaping.
+/// Returns the section of a column. The section's ID is derived from the position, which requires no escaping.
 fn column_section(position: usize, column: &ColumnProfile) -> String {
     let name = escape(&column.name);
     let kind = column.kind.as_str();

@@ -13,7 +13,7 @@ use crate::generate_report::{
 
 const SECTIONS: u64 = 3;
 
-/// Writes the page. `is_truncated` is whether more requests may exist than were read.
+/// Writes the page. `is_truncated` states whether more requests may exist than were read.
 pub(super) async fn write(
     context: &Context,
     usage: &Usage,
@@ -57,7 +57,7 @@ fn days_section(usage: &Usage) -> String {
         usage.per_day.iter().map(|&(day, count)| Bar { label: day.to_string(), count }).collect();
     let (from, to) = (usage.from.to_string(), usage.to.to_string());
     let total = count_of(usage.total.requests(), "request");
-    // The earliest of several equally busy days.
+    // Selects the earliest of several equally busy days.
     let busiest = bars.iter().rev().max_by_key(|bar| bar.count).filter(|bar| bar.count > 0);
     let most = busiest.map_or("no requests on any day".into(), |bar| {
         format!("most, {}, on {}", count(bar.count), bar.label)

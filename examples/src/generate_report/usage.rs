@@ -12,9 +12,9 @@ use crate::{
 
 /// Aggregated requests of a period.
 pub(super) struct Usage {
-    /// First day.
+    /// First day of the period.
     pub(super) from: Date,
-    /// Last day, inclusive.
+    /// Last day of the period, inclusive.
     pub(super) to: Date,
     /// Totals of all requests.
     pub(super) total: Totals,
@@ -36,7 +36,7 @@ pub(super) struct Totals {
 #[derive(Default)]
 struct Durations {
     moments: Moments,
-    /// In milliseconds; sorted in ascending order once all are added.
+    /// Durations in milliseconds, in ascending order after all are added.
     sorted: Vec<f64>,
 }
 
@@ -82,7 +82,7 @@ impl Totals {
         self.by_state.values().sum()
     }
 
-    /// Returns the number of requests in this state.
+    /// Returns the number of requests in the given state.
     pub(super) fn in_state(&self, state: RequestState) -> u64 {
         self.by_state.get(&state).copied().unwrap_or(0)
     }

@@ -12,9 +12,10 @@ use crate::{
 const MAX_DISTINCT: usize = 10_000;
 /// Number of most frequent values in a profile.
 const TOP_VALUES: usize = 5;
-/// Maximum length of a value in a profile, in characters; longer ones are truncated.
+/// Maximum length of a value in a profile, in characters; longer values are truncated.
 const MAX_VALUE_CHARS: usize = 100;
-/// Larger numbers are treated as text: the sum of their squares could overflow.
+/// Maximum magnitude of a number; larger numbers are treated as text, because the sum of their squares could
+/// overflow.
 const MAX_MAGNITUDE: f64 = 1e150;
 
 /// Builds the profile of a column from its values.
@@ -26,7 +27,7 @@ pub(super) struct ColumnProfiler {
     occurrences: HashMap<String, u64>,
     has_more_distinct: bool,
     possible: PossibleTypes,
-    /// All values, while every value is a number.
+    /// All values, as long as every value is a number.
     numbers: Vec<f64>,
 }
 
@@ -126,7 +127,7 @@ fn is_integer(value: &str) -> bool {
     !digits.is_empty() && digits.bytes().all(|byte| byte.is_ascii_digit())
 }
 
-/// Parses a decimal number; `inf` and `nan`, which Rust parses too, are text.
+/// Parses a decimal number; `inf` and `nan`, which Rust also parses, are text.
 fn parse_number(value: &str) -> Option<f64> {
     let decimal = |byte: u8| byte.is_ascii_digit() || b"+-.eE".contains(&byte);
     if !value.bytes().all(decimal) {

@@ -36,14 +36,14 @@ pub struct ColumnProfile {
     /// Whether `distinct` is a lower bound because there are too many distinct values to count.
     #[serde(default)]
     pub distinct_is_lower_bound: bool,
-    /// Most frequent values, by descending frequency; equally frequent ones in order of value.
+    /// Most frequent values, by descending frequency; equally frequent values are in order of value.
     pub top: Vec<ValueCount>,
     /// Statistics, for numeric columns only.
     #[serde(flatten)]
     pub numbers: Option<NumericSummary>,
 }
 
-/// Type of a column: the narrowest one that matches all values.
+/// Type of a column: the narrowest type that matches all values.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Deserialize, Serialize)]
 #[serde(rename_all = "lowercase")]
 pub enum ColumnType {
@@ -62,7 +62,7 @@ pub enum ColumnType {
 }
 
 impl ColumnType {
-    /// Returns the name that the result uses.
+    /// Returns the name of the type in the result.
     #[must_use]
     pub const fn as_str(self) -> &'static str {
         match self {
@@ -79,7 +79,7 @@ impl ColumnType {
 /// Value and its number of occurrences.
 #[derive(Clone, Debug, PartialEq, Eq, Deserialize, Serialize)]
 pub struct ValueCount {
-    /// The value; a long one is truncated and ends in `…`.
+    /// Value; a long value is truncated and ends with `…`.
     pub value: String,
     /// Number of occurrences.
     pub count: u64,

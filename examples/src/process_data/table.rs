@@ -5,12 +5,12 @@ use std::collections::HashSet;
 use csv::{ErrorKind, Reader, ReaderBuilder, StringRecord, Trim};
 use streamer_handler::HandlerError;
 
-/// Maximum number of columns: since the profile of each column is bounded too, the result stays well
+/// Maximum number of columns. Because the size of each column's profile is also bounded, the result stays well
 /// below the server's limit.
 const MAX_COLUMNS: usize = 500;
 /// Maximum length of a column's name, in characters.
 const MAX_COLUMN_NAME_CHARS: usize = 256;
-/// Delimiters that are detected; the first of equally frequent ones takes precedence.
+/// Delimiters that are detected; the first of equally frequent delimiters takes precedence.
 const DELIMITERS: [u8; 4] = [b',', b';', b'\t', b'|'];
 
 /// Table whose header has been read. White space around fields is ignored.
@@ -61,14 +61,14 @@ impl<'a> Table<'a> {
         &self.names
     }
 
-    /// Returns the rows after the header, from the first.
+    /// Returns the rows after the header, starting with the first.
     pub(super) fn rows(&self) -> Rows<'a> {
         let reader = reader(self.text, self.delimiter);
         Rows { text: self.text, reader, row: StringRecord::new(), number: 0 }
     }
 }
 
-/// Reads rows into a buffer that is reused for each.
+/// Reads rows into a buffer that is reused for each row.
 pub(super) struct Rows<'a> {
     text: &'a str,
     reader: Reader<&'a [u8]>,
@@ -89,7 +89,7 @@ impl Rows<'_> {
         }
     }
 
-    /// Returns the number of the row that was read last, from 1; 0 before the first.
+    /// Returns the number of the row that was read last, from 1; 0 before the first row.
     pub(super) fn number(&self) -> u64 {
         self.number
     }
@@ -148,7 +148,7 @@ fn unique_names(header: &StringRecord) -> Vec<String> {
     header.iter().enumerate().map(|(position, name)| unique(position, name)).collect()
 }
 
-/// Returns the error of a row, with its row number and its line number: a row can contain line breaks,
+/// Returns the error for an invalid row, with its row number and its line number: a row can contain line breaks,
 /// and empty lines are not rows.
 fn invalid_row(text: &str, number: u64, error: &csv::Error) -> HandlerError {
     match error.kind() {
@@ -164,7 +164,7 @@ fn invalid_row(text: &str, number: u64, error: &csv::Error) -> HandlerError {
     }
 }
 
-/// Returns the line of the row that starts at `start`, or after the line breaks there: the position from
+/// Returns the line of the row that starts at `start`, or after the line breaks at `start`: the position from
 /// the csv crate is the end of the previous row.
 fn line_at(text: &str, start: usize) -> usize {
     let (before, after) = text.split_at_checked(start).unwrap_or(("", text));

@@ -35,20 +35,20 @@ use crate::{
 pub(crate) enum Reply {
     /// A frame to send unchanged.
     Frame(Bytes),
-    /// A request was submitted; its events are delivered from now on.
+    /// The outcome of a submission. The events of a stored request are delivered to the connection.
     Submitted {
         outcome: Result<Box<SubmitResponse>, Status>,
         request_id: String,
         latest: bool,
         trace: Option<Box<TraceContext>>,
     },
-    /// A watch was opened for a subscription.
+    /// The outcome of opening a watch for a subscription.
     Opened { outcome: Result<Box<OpenedWatch>, Status>, request_id: String, latest: bool },
-    /// A page of a log was read.
+    /// The outcome of reading a page of a log.
     LogPage(Arc<Subscriber>, Result<Vec<Event>, Status>),
-    /// A new token was verified.
+    /// The verified credentials of a new token.
     Authenticated(Caller),
-    /// A call failed.
+    /// The error of a failed call.
     Failed { request_id: Option<String>, error: RequestError },
 }
 
@@ -77,7 +77,7 @@ impl Session {
         }
     }
 
-    /// Reserves a subscription that is about to open. Returns a failed call if a limit is reached.
+    /// Reserves a subscription that is about to open. Returns a rejected call if a limit is reached.
     fn reserve_subscription(&mut self, request_id: &str) -> Result<(), Call> {
         let limit = self.gateway.options.max_subscriptions;
         if self.subscriptions.count() >= limit {
@@ -114,7 +114,7 @@ impl Session {
         let request_id = request.id.clone();
         let mut router = self.gateway.upstreams.router();
         let mut request = self.handle.call(request);
-        // Makes a retry by the channel the same request.
+        // The `uid` identifies the request if the channel retries the call.
         let uid = Uid::new(self.gateway.clock.now()).to_string();
         if let Ok(uid) = uid.parse() {
             request.metadata_mut().insert(REQUEST_UID, uid);
@@ -261,7 +261,7 @@ impl Session {
         call.boxed()
     }
 
-    /// Queues the reply of a call. Returns code and reason when the connection must be closed.
+    /// Queues the reply of a call. Returns the close code and reason if the connection must be closed.
     pub(crate) fn finish_call(
         &mut self,
         reply: Reply,
@@ -329,12 +329,12 @@ impl Session {
             }
             None => return,
         };
-        // A duplicate belongs to the trace of the first submission.
+        // A duplicate submission belongs to the trace of the first submission.
         let trace = trace.filter(|_| !acknowledgment.duplicate);
         let state = state_from_proto(acknowledgment.state);
         let status = state.map_or("unknown", streamer_core::RequestState::as_str).to_lowercase();
         let message = if acknowledgment.duplicate {
-            "this id was submitted before; no new request was started"
+            "this ID was submitted before; no new request was started"
         } else {
             "accepted for execution"
         };
@@ -348,12 +348,12 @@ impl Session {
         };
         out.push(server_message::acknowledgment(&ids, &content, now));
         let Ok(uid) = ids.uid.parse::<Uid>() else { return };
-        // A complete subscription is replaced, so that the events are replayed.
+        // A completed subscription is replaced, so that the events are replayed.
         if self.subscriptions.get(uid).is_some_and(Subscription::is_complete) {
             self.unsubscribe(uid);
         }
         let Some(watch) = watch.filter(|_| self.subscriptions.get(uid).is_none()) else { return };
-        // The acknowledgment stands for the first event. All later events follow, also when a client
+        // The acknowledgment replaces the first event. All later events follow, even if a client
         // submits again because the acknowledgment was lost.
         let cursor = 1;
         let subscriber = Subscriber::new(uid, self.handle.clone());
@@ -373,7 +373,7 @@ impl Session {
     ) {
         let uid = opened.uid;
         out.push(server_message::subscribed(&opened.snapshot, self.gateway.clock.now()));
-        // A repeated subscription moves the cursor.
+        // A repeated subscription replaces the previous one and its cursor.
         self.unsubscribe(uid);
         let subscriber = Subscriber::new(uid, self.handle.clone());
         let (topic, cursor) = self.gateway.fanout.join(opened, subscriber.clone());

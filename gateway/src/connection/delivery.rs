@@ -1,4 +1,4 @@
-//! Delivers events to one connection: a cursor for each subscription.
+//! Delivers events to a connection, with a cursor for each subscription.
 
 use std::sync::Arc;
 
@@ -19,7 +19,7 @@ use crate::{
     ws::send_buffer::SendBuffer,
 };
 
-/// Maximum number of pending log reads of one connection.
+/// Maximum number of pending log reads per connection.
 const MAX_LOG_READS: usize = 4;
 
 /// Subscription of one connection to one request.
@@ -30,13 +30,13 @@ pub(crate) struct Subscription {
     /// `seq` of the last event that was sent or skipped.
     cursor: i64,
     latest: Option<Latest>,
-    /// A page of the log is being read.
+    /// Whether a page of the log is being read.
     reading_log: bool,
-    /// Trace context of the submission, if it is traced: the delivery of the outcome is traced too.
+    /// Trace context of the submission, if it is traced. The delivery of the outcome is then also traced.
     trace: Option<Box<TraceContext>>,
 }
 
-/// State of mode `latest`, which sends only the newest progress and limits its rate.
+/// State of the mode `latest`, which sends only the newest progress event and limits the rate.
 #[derive(Default)]
 struct Latest {
     sent_at: Option<Instant>,
@@ -65,7 +65,7 @@ impl Subscription {
         !self.reading_log && matches!(self.topic.next(self.cursor), Next::Ended)
     }
 
-    /// Queues the events of a segment after the cursor.
+    /// Queues the events of a segment that follow the cursor.
     fn queue_segment(&mut self, segment: &Segment, out: &mut SendBuffer) {
         match &mut self.latest {
             None => out.push(segment.after(self.cursor)),
@@ -74,7 +74,7 @@ impl Subscription {
                     if droppable {
                         latest.held = Some(frame);
                     } else {
-                        // Held progress precedes this event and may stay the newest for a long time.
+                        // The held progress event precedes this event and may remain the newest for a long time.
                         if let Some(held) = latest.held.take() {
                             latest.sent_at = Some(Instant::now());
                             out.push(held);
@@ -87,7 +87,7 @@ impl Subscription {
         self.cursor = segment.last_seq();
     }
 
-    /// Records the time from when the outcome was stored until now, when it is queued for the socket.
+    /// Records the time between storing the outcome and queueing it for the socket.
     fn record_delivery(&mut self, segment: &Segment, gateway: &Gateway) {
         let Some(terminal) = &segment.terminal else { return };
         let Some(trace) = self.trace.take() else { return };
@@ -95,7 +95,7 @@ impl Subscription {
         gateway.traces.delivery(self.topic.uid, terminal.attempt, &trace, (stored, now));
     }
 
-    /// Sends held progress if the interval has ended. Returns whether it has to wait.
+    /// Queues the held progress event if the interval has ended. Returns whether the event must still wait.
     fn send_held_progress(&mut self, out: &mut SendBuffer) -> bool {
         let Some(latest) = &mut self.latest else { return false };
         if latest.held.is_none() {
@@ -132,7 +132,7 @@ impl Session {
         reads
     }
 
-    /// Advances one subscription. Returns whether more events wait for buffer space.
+    /// Advances a subscription. Returns whether it must be advanced again once capacity is available.
     fn deliver_one(
         &mut self,
         uid: Uid,
@@ -185,7 +185,7 @@ impl Session {
         }
     }
 
-    /// Queues a page of the log, if the subscription that it was read for still exists.
+    /// Queues a page of the log if the subscription for which it was read still exists.
     pub(crate) fn handle_log_page(
         &mut self,
         subscriber: &Arc<Subscriber>,
@@ -202,7 +202,7 @@ impl Session {
         let events = match page {
             Ok(events) => events,
             Err(status) if is_transient(status.code()) => {
-                // Retried when deferred subscribers are notified.
+                // The read is retried when deferred subscribers are notified.
                 tracing::warn!(%uid, %status, "failed to read a log; retrying");
                 self.gateway.fanout.defer(subscription.subscriber.clone());
                 return;
@@ -257,7 +257,7 @@ fn is_transient(code: Code) -> bool {
             | Code::DeadlineExceeded
             | Code::Cancelled
             | Code::Aborted
-            // The result of a connection that breaks during a response.
+            // Returned if the connection breaks during a response.
             | Code::Unknown
     )
 }

@@ -1,4 +1,4 @@
-//! Pending calls of a connection, and their cost.
+//! Pending calls of a connection and their cost.
 
 use std::{
     future::Future,
@@ -25,12 +25,12 @@ impl Future for InFlight {
     }
 }
 
-/// Resources that a pending call holds.
+/// Resources that pending calls use.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub(super) struct Cost {
     pub(super) calls: usize,
     pub(super) bytes: usize,
-    /// Calls whose replies may be large.
+    /// Number of calls whose replies may be large.
     pub(super) large: usize,
 }
 

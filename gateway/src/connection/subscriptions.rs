@@ -1,4 +1,4 @@
-//! Subscriptions of a connection, open and pending, indexed by `request_id` and uid, so that a lookup
+//! Open and pending subscriptions of a connection, indexed by `request_id` and uid, so that a lookup
 //! does not scan them.
 
 use std::collections::{BTreeSet, HashMap};
@@ -10,15 +10,16 @@ use super::delivery::Subscription;
 #[derive(Default)]
 pub(crate) struct Subscriptions {
     by_uid: HashMap<Uid, Subscription>,
-    /// By `request_id`, if it is not the uid; requests of different users may share one.
+    /// Open subscriptions by `request_id`, if it differs from the uid. Requests of different users may have the same
+    /// `request_id`.
     by_request_id: BTreeSet<(Box<str>, Uid)>,
     pending: Pending,
 }
 
-/// Subscriptions that are not open yet.
+/// Subscriptions that have not been opened yet.
 #[derive(Default)]
 struct Pending {
-    /// By the identifier that the client sent; those without a watch were cancelled.
+    /// Watches of pending subscriptions by the identifier that the client sent; `None` for a cancelled subscription.
     by_request_id: HashMap<Box<str>, Vec<Option<WatchPermit>>>,
     count: usize,
 }
@@ -55,7 +56,7 @@ impl Subscriptions {
         Some(subscription)
     }
 
-    /// Returns the subscribed request with this `request_id` or uid.
+    /// Returns the subscribed request with the given `request_id` or uid.
     pub(crate) fn find(&self, request_id: &str) -> Option<Uid> {
         let first = (request_id.into(), Uid::first_of(Timestamp::default()));
         let matching =
@@ -65,14 +66,14 @@ impl Subscriptions {
             .or_else(|| request_id.parse().ok().filter(|uid| self.by_uid.contains_key(uid)))
     }
 
-    /// Adds a pending subscription with this identifier.
+    /// Adds a pending subscription with the given identifier.
     pub(crate) fn add_pending(&mut self, request_id: &str, watch: WatchPermit) {
         self.pending.by_request_id.entry(request_id.into()).or_default().push(Some(watch));
         self.pending.count += 1;
     }
 
-    /// Removes the oldest pending subscription with this identifier. Returns its watch unless it was
-    /// cancelled.
+    /// Removes the oldest pending subscription with the given identifier. Returns its watch, or `None` if the
+    /// subscription was cancelled.
     pub(crate) fn take_pending(&mut self, request_id: &str) -> Option<WatchPermit> {
         let pending = self.pending.by_request_id.get_mut(request_id)?;
         self.pending.count -= 1;
@@ -83,7 +84,7 @@ impl Subscriptions {
         watch
     }
 
-    /// Cancels the pending subscriptions with this identifier.
+    /// Cancels the pending subscriptions with the given identifier.
     pub(crate) fn cancel_pending(&mut self, request_id: &str) {
         let pending = self.pending.by_request_id.get_mut(request_id).into_iter().flatten();
         pending.for_each(|watch| *watch = None);

@@ -1,10 +1,11 @@
-//! Decodes client frames: RFC 6455 section 5, as a pure function over bytes.
+//! Decodes client frames (RFC 6455 section 5) as a pure function over bytes.
 
-/// Largest header of a client frame, including the mask.
+/// Maximum size of the header of a client frame, including the mask, in bytes.
 const MAX_HEADER: usize = 14;
+/// Maximum size of the payload of a control frame, in bytes.
 const MAX_CONTROL: usize = 125;
 
-/// A client message, borrowed from the buffer that it was read into.
+/// A client message, borrowed from the buffer into which it was read.
 #[derive(Debug, PartialEq, Eq)]
 pub(crate) enum Message<'a> {
     /// A complete text message.
@@ -19,18 +20,18 @@ pub(crate) enum Message<'a> {
     Close(Option<u16>),
 }
 
-/// Whether to continue with the input.
+/// Specifies how the decoder proceeds after a message.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) enum Flow {
-    /// Continue with the next message.
+    /// Continues with the next message.
     Continue,
-    /// Pause: the remaining input is kept until [`Decoder::feed`] is called again.
+    /// Pauses: the decoder keeps the remaining input until the next call of [`Decoder::feed`].
     Pause,
-    /// Stop: the remaining input is discarded.
+    /// Stops: the decoder discards the remaining input.
     Stop,
 }
 
-/// A violation of the protocol by the client; the connection must be closed.
+/// A protocol violation by the client, after which the connection must be closed.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub(crate) struct Violation {
     /// Close code.
@@ -53,18 +54,18 @@ impl Violation {
 /// incomplete.
 pub(crate) struct Decoder {
     max_message_bytes: usize,
-    /// The beginning of an incomplete frame.
+    /// Beginning of an incomplete frame.
     partial: Vec<u8>,
-    /// `partial` may contain complete frames.
+    /// Whether decoding is paused, in which case `partial` may contain complete frames.
     paused: bool,
-    /// The fragments received of a message.
+    /// Received fragments of an incomplete message.
     fragments: Option<Fragments>,
 }
 
 struct Fragments {
     bytes: Vec<u8>,
     is_text: bool,
-    /// Length of the prefix that is valid UTF-8.
+    /// Length of the prefix of `bytes` that is valid UTF-8.
     checked: usize,
 }
 
@@ -103,7 +104,7 @@ impl Decoder {
         Self { max_message_bytes, partial: Vec::new(), paused: false, fragments: None }
     }
 
-    /// Returns the bytes of memory that an incomplete message uses.
+    /// Returns the number of bytes of memory that an incomplete message uses.
     pub(crate) fn buffered_bytes(&self) -> usize {
         let fragments = self.fragments.as_ref().map_or(0, |fragments| fragments.bytes.capacity());
         self.partial.capacity() + fragments
@@ -119,8 +120,8 @@ impl Decoder {
         self.paused
     }
 
-    /// Decodes input and passes every complete message to `on_message`, until it returns a value
-    /// other than [`Flow::Continue`]. Unmasks `input` in place.
+    /// Decodes input and passes every complete message to `on_message`, until `on_message` returns a
+    /// value other than [`Flow::Continue`]. Unmasks `input` in place.
     pub(crate) fn feed(
         &mut self,
         input: &mut [u8],
@@ -140,16 +141,16 @@ impl Decoder {
         if used == 0 {
             self.keep(buffered, &[], frame_bytes);
         } else if used < buffered.len() {
-            // A new buffer, since the old one may be much larger than the remaining bytes.
+            // A new buffer is used, because the old one may be much larger than the remaining bytes.
             self.keep(Vec::new(), &buffered[used..], frame_bytes);
         }
         Ok(())
     }
 
-    /// Buffers the beginning of a frame of this size, in memory that grows with the bytes received.
+    /// Buffers the beginning of a frame of `frame_bytes` bytes, in memory that grows with the number of received bytes.
     fn keep(&mut self, mut partial: Vec<u8>, rest: &[u8], frame_bytes: usize) {
         let length = partial.len() + rest.len();
-        // In growing steps, since otherwise each read would copy all bytes before it.
+        // The capacity grows in increasing steps; otherwise each read would copy all previous bytes.
         if partial.capacity() < frame_bytes.min(length.saturating_add(length / 2)) {
             let grown = length.saturating_mul(2).min(frame_bytes);
             partial.reserve_exact(grown.saturating_sub(partial.len()));
@@ -158,8 +159,8 @@ impl Decoder {
         self.partial = partial;
     }
 
-    /// Returns the number of bytes decoded, and the size of the incomplete frame that follows, or 0
-    /// if it is unknown.
+    /// Returns the number of decoded bytes and the size of the incomplete frame that follows, or 0 if
+    /// its size is unknown.
     fn decode(
         &mut self,
         buffer: &mut [u8],
@@ -205,7 +206,7 @@ impl Decoder {
             short => (u64::from(short), 2, 0),
         };
         if length < least {
-            return Err(Violation::protocol("a length must have its shortest encoding"));
+            return Err(Violation::protocol("a length must use its shortest encoding"));
         }
         let (fin, opcode) = (first & 0x80 != 0, first & 0x0f);
         self.check(fin, opcode, length)?;
@@ -213,7 +214,7 @@ impl Decoder {
             return Ok(None);
         };
         debug_assert!(at + 4 <= MAX_HEADER);
-        // It fits, since `check` compares it with the limit.
+        // The conversion cannot fail, because `check` compares the length with the limit.
         let length = usize::try_from(length).unwrap_or(usize::MAX);
         Ok(Some(Header { fin, opcode, mask, size: at + 4, length }))
     }
@@ -225,7 +226,7 @@ impl Decoder {
                 return Err(Violation::protocol("control frames must not be fragmented"));
             }
             0x8..=0xA if length > MAX_CONTROL as u64 => {
-                return Err(Violation::protocol("control frames hold at most 125 bytes"));
+                return Err(Violation::protocol("control frames must be at most 125 bytes"));
             }
             0x8..=0xA => return Ok(()),
             0x0 if self.fragments.is_none() => {
@@ -299,7 +300,7 @@ fn close_code(payload: &[u8]) -> Result<Option<u16>, Violation> {
         [high, low, ref reason @ ..] => (u16::from_be_bytes([high, low]), reason),
         [_] => return Err(Violation::protocol("a close code must have two bytes")),
     };
-    // RFC 6455 section 7.4 and the IANA registry of close codes.
+    // See RFC 6455 section 7.4 and the IANA registry of close codes.
     let valid = matches!(code, 1000..=1003 | 1007..=1014 | 3000..=4999);
     if !valid {
         return Err(Violation::protocol("the close code must not be sent by a client"));
@@ -308,7 +309,7 @@ fn close_code(payload: &[u8]) -> Result<Option<u16>, Violation> {
     Ok(Some(code))
 }
 
-/// Unmasks eight bytes at a time, which the compiler vectorizes.
+/// Unmasks the payload in steps of eight bytes, which the compiler vectorizes.
 fn unmask(payload: &mut [u8], mask: [u8; 4]) {
     let wide = u64::from_ne_bytes([
         mask[0], mask[1], mask[2], mask[3], mask[0], mask[1], mask[2], mask[3],

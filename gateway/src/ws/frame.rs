@@ -1,10 +1,11 @@
-//! Encodes server frames: RFC 6455 section 5.2, unmasked.
+//! Encodes unmasked server frames (RFC 6455 section 5.2).
 
 use bytes::Bytes;
 
-/// Largest header of a server frame: two bytes and a 64-bit length.
+/// Maximum size of the header of a server frame, in bytes: two bytes and a 64-bit length.
 const MAX_HEADER: usize = 10;
-/// Largest reason in a close frame: a control frame holds 125 bytes, of which two are the code.
+/// Maximum size of the reason in a close frame, in bytes: a control frame has at most 125 bytes, of which two are
+/// the code.
 const MAX_CLOSE_REASON: usize = 123;
 
 const FIN: u8 = 0x80;
@@ -15,7 +16,7 @@ const PONG: u8 = 0xA;
 /// A ping without a payload.
 pub(crate) const PING: Bytes = Bytes::from_static(&[0x89, 0]);
 
-/// A text frame that is written in place, after space for the header.
+/// A text frame that is written in place, after the space reserved for the header.
 pub(crate) struct TextFrame {
     buffer: Vec<u8>,
 }
@@ -27,7 +28,7 @@ impl TextFrame {
         Self { buffer }
     }
 
-    /// Returns the buffer to which the text is appended; it must become valid UTF-8.
+    /// Returns the buffer to which to append the text. The complete text must be valid UTF-8.
     pub(crate) fn text(&mut self) -> &mut Vec<u8> {
         &mut self.buffer
     }

@@ -1,4 +1,4 @@
-//! Opening handshake (RFC 6455 section 4.2) and the sources of the token.
+//! Parses the opening handshake (RFC 6455 section 4.2) and the sources of the token.
 
 use std::borrow::Cow;
 
@@ -7,10 +7,10 @@ use http::{HeaderMap, HeaderName, Method, StatusCode, Uri, header};
 use percent_encoding::percent_decode_str;
 use sha1::{Digest, Sha1};
 
-/// The supported subprotocol, and the default.
+/// The supported subprotocol, which is also the default.
 pub(crate) const JSON_PROTOCOL: &str = "streamer.v1.json";
 const BEARER_PROTOCOL: &str = "bearer.";
-/// RFC 6455 section 1.3.
+/// Constant that is appended to the key of the client (RFC 6455 section 1.3).
 const MAGIC: &str = "258EAFA5-E914-47DA-95CA-C5AB0DC85B11";
 
 /// A request to open a WebSocket.
@@ -18,12 +18,12 @@ const MAGIC: &str = "258EAFA5-E914-47DA-95CA-C5AB0DC85B11";
 pub(crate) struct Handshake {
     /// Value of `Sec-WebSocket-Accept`.
     pub(crate) accept: String,
-    /// Subprotocol of the response; `None` when the client requested none. A browser fails the handshake, and
-    /// exposes no close code, unless the response selects a subprotocol that it requested.
+    /// Subprotocol of the response; `None` if the client requested none. A browser fails the handshake and exposes
+    /// no close code unless the response selects a subprotocol that the browser requested.
     pub(crate) protocol: Option<String>,
-    /// The client requested subprotocols, none of which is supported.
+    /// Whether the client requested subprotocols, none of which is supported.
     pub(crate) unknown_protocol: bool,
-    /// The token, from any of its sources.
+    /// Token from the first source that contains one.
     pub(crate) token: Option<String>,
     /// Value of `Origin`.
     pub(crate) origin: Option<String>,
@@ -34,7 +34,7 @@ pub(crate) struct Handshake {
 /// Parses a request.
 ///
 /// # Errors
-/// HTTP status and reason of the response when the request is not a valid handshake.
+/// Returns the HTTP status and reason of the response if the request is not a valid handshake.
 pub(crate) fn read(
     method: &Method,
     uri: &Uri,
@@ -69,7 +69,7 @@ pub(crate) fn read(
     }
     let protocols: Vec<&str> = tokens(headers, &header::SEC_WEBSOCKET_PROTOCOL).collect();
     let is_supported = protocols.contains(&JSON_PROTOCOL);
-    // A token is selected only if nothing else was requested, since response headers may be logged.
+    // A token is selected only if no other subprotocol was requested, because response headers may be logged.
     let other = protocols.iter().find(|protocol| !protocol.starts_with(BEARER_PROTOCOL));
     let selected = if is_supported { Some(&JSON_PROTOCOL) } else { other.or(protocols.first()) };
     Ok(Handshake {
@@ -89,8 +89,8 @@ pub(crate) fn read(
     })
 }
 
-/// Returns the token from `Authorization`, else from subprotocol `bearer.<token>`, else from query
-/// parameter `token` or `Authorization`.
+/// Returns the token from the header `Authorization`, else from the subprotocol `bearer.<token>`, else from the
+/// query parameter `token` or `Authorization`.
 fn find_token(uri: &Uri, headers: &HeaderMap, protocols: &[&str]) -> Option<String> {
     // Browsers add `Basic` credentials when a proxy requires them; these are skipped.
     // A value that is not text is kept and rejected as an invalid token.
@@ -111,7 +111,7 @@ fn find_token(uri: &Uri, headers: &HeaderMap, protocols: &[&str]) -> Option<Stri
 }
 
 fn decode_parameter(value: &str) -> Cow<'_, str> {
-    // In a query, `+` means a space; a token contains neither.
+    // In a query, `+` stands for a space. A token contains neither.
     let spaced = value.replace('+', " ");
     Cow::Owned(percent_decode_str(&spaced).decode_utf8_lossy().into_owned())
 }
@@ -167,7 +167,7 @@ mod tests {
 
     #[test]
     fn the_accept_key_matches_the_example_of_the_rfc() {
-        // RFC 6455 section 1.3.
+        // From RFC 6455 section 1.3.
         assert_eq!(handshake("/ws", &[]).accept, "s3pPLMBiTxaQ9kYGzzhZRbK+xOo=");
     }
 
@@ -194,7 +194,7 @@ mod tests {
         assert_eq!(selected("graphql-ws, streamer.v1.json"), (JSON_PROTOCOL.into(), false));
         assert_eq!(selected("bearer.x, streamer.v1.json"), (JSON_PROTOCOL.into(), false));
         assert_eq!(selected("bearer.x"), ("bearer.x".into(), false));
-        // A close code follows, which a browser exposes only after this selection.
+        // A browser exposes the close code that follows only after this selection.
         assert_eq!(selected("bearer.x, other"), ("other".into(), true));
         assert_eq!(selected("graphql-ws, other"), ("graphql-ws".into(), true));
         assert_eq!(handshake("/ws", &[]).protocol, None);

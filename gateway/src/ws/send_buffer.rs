@@ -1,4 +1,4 @@
-//! Send buffer of one socket.
+//! Send buffer of a socket.
 
 use std::{
     collections::VecDeque,
@@ -12,10 +12,10 @@ use tokio::io::AsyncWrite;
 
 /// Maximum number of buffers in one vectored write.
 const MAX_SLICES: usize = 64;
-/// Capacity above which an empty queue is freed.
+/// Maximum capacity of an empty queue, in frames. A larger queue is freed.
 const MAX_IDLE_CAPACITY: usize = 16;
 
-/// Complete frames, which may be shared with other sockets; many are written at a time.
+/// Queue of complete frames, which may be shared with other sockets. Many frames are written at a time.
 #[derive(Default)]
 pub(crate) struct SendBuffer {
     frames: VecDeque<Bytes>,
@@ -36,7 +36,7 @@ impl SendBuffer {
         self.frames.is_empty()
     }
 
-    /// Writes until the buffer is empty or the socket is full.
+    /// Writes until the buffer is empty or the socket accepts no more data.
     pub(crate) fn poll_write<S: AsyncWrite + Unpin>(
         &mut self,
         socket: &mut S,

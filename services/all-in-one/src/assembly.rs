@@ -8,14 +8,14 @@ use streamer_auth::{
 };
 use streamer_config::{Config, StoreEngine};
 use streamer_core::{Clock, LimitsByTenant, OpenWatches};
-use streamer_dynamodb::DynamoStore;
 use streamer_gateway::{GatewayServer, PeerGateways};
 use streamer_handler::Handlers;
 use streamer_processor::{HandlerThreads, Processor};
 use streamer_progress::{Progress, Ring};
 use streamer_router::{PeerRouters, Router};
 use streamer_rpc::{Instance, Instances, local};
-use streamer_store::{Engine, Store};
+use streamer_store::Store;
+use streamer_store_dynamodb::DynamoStore;
 use streamer_telemetry::{Metrics, Traces};
 use tokio::{sync::watch, task::JoinHandle};
 
@@ -31,12 +31,12 @@ use crate::{
     tenant_limits,
 };
 
-/// Maximum number of file descriptors that is assumed, whatever the limit.
+/// Maximum number of file descriptors that is assumed, even if the system's limit is higher.
 const MAX_DESCRIPTORS: usize = 1 << 20;
-/// Minimum of `server.max_undecoded_bytes` beyond four of the largest messages, in bytes.
+/// Minimum number of bytes by which `server.max_undecoded_bytes` exceeds the size of four messages of maximum size.
 const UNDECODED_MARGIN: usize = 64 * 1024 * 1024;
 
-/// Services that run in this process, and the state that they share.
+/// Services that run in this process, and their shared state.
 pub(crate) struct Services {
     pub(crate) router: Option<Router>,
     pub(crate) processor: Option<Processor>,
@@ -56,13 +56,13 @@ pub(crate) struct Services {
     pub(crate) tenant_limits: LimitsByTenant,
 }
 
-/// Input from which services are built.
+/// Input from which the services are built.
 pub(crate) struct Plan<'a> {
     pub(crate) config: &'a Config,
     pub(crate) role: Role,
     pub(crate) handlers: Handlers,
     pub(crate) clock: Arc<dyn Clock>,
-    /// Address at which other processes reach this one.
+    /// Address at which other processes reach this process.
     pub(crate) own_address: String,
     pub(crate) traces: Traces,
 }
@@ -135,7 +135,7 @@ impl Services {
                     serving: is_serving.clone(),
                 }),
                 open_watches: open_watches.clone(),
-                // A message of the maximum size must fit.
+                // The limit must allow a message of the maximum size.
                 max_unread_bytes: size(config.limits.max_unread_watch_bytes.0)
                     .max(limits.max_message_bytes().saturating_mul(2)),
                 is_shared: config.store.engine == StoreEngine::Dynamodb,
@@ -276,10 +276,10 @@ impl Services {
         let limits = ConnectionLimits { total, per_address };
         let connections = ConnectionLimiter::new(limits, &self.metrics);
         let undecoded = match self.role {
-            // A message of the maximum size must fit.
+            // The limit must allow messages of the maximum size.
             Role::All | Role::Gateway => size(section.max_undecoded_bytes.0)
                 .max(self.max_message_bytes.saturating_mul(4).saturating_add(UNDECODED_MARGIN)),
-            // Other services limit what they send.
+            // Only services call these roles, and services limit the bytes that they send.
             Role::Router | Role::Processor | Role::Progress => usize::MAX,
         };
         let timeout = section.body_timeout;
@@ -325,7 +325,7 @@ impl Services {
     }
 }
 
-/// Returns the number of file descriptors that this process may open.
+/// Returns the maximum number of file descriptors that this process may open.
 fn descriptors() -> usize {
     let limit = rustix::process::getrlimit(rustix::process::Resource::Nofile).current;
     limit
@@ -334,11 +334,11 @@ fn descriptors() -> usize {
         .min(MAX_DESCRIPTORS)
 }
 
-/// Opens the audit log of section `audit`.
+/// Opens the audit log as configured in the section `audit`.
 fn audit(config: &Config, clock: &Arc<dyn Clock>, metrics: &Metrics) -> Result<Audit, StartError> {
     let dropped = metrics.counter(
         "streamer_audit_dropped",
-        "Audit records lost because the log could not be written fast enough",
+        "Audit records dropped because the log could not be written fast enough",
     );
     let path = config.audit.file.as_path();
     let on_dropped = move || {
@@ -348,7 +348,7 @@ fn audit(config: &Config, clock: &Arc<dyn Clock>, metrics: &Metrics) -> Result<A
     opened.map_err(|error| StartError::Audit(path.to_owned(), error))
 }
 
-/// Returns a check that passes when at least one instance of a service is known and healthy.
+/// Returns a check that passes if at least one instance of a service is known and healthy.
 fn any_healthy(members: Instances) -> ReadinessCheck {
     Box::new(move || {
         let all = members.all();
@@ -363,7 +363,7 @@ fn any_healthy(members: Instances) -> ReadinessCheck {
     })
 }
 
-/// Opens the store. Returns it with the maximum size of a value, if the engine has one.
+/// Opens the store. Returns the store and the maximum size of a value, if the engine limits it.
 async fn open_store(
     config: &Config,
     metrics: &Metrics,
@@ -374,8 +374,8 @@ async fn open_store(
         let largest = store.max_value_bytes();
         return Ok((Arc::new(store), largest));
     }
-    let engine = Engine::Sqlite { data: config.server.data_dir.clone() };
-    Ok((streamer_store::open(&engine).map_err(StartError::Store)?, None))
+    let store = streamer_store_sqlite::open(&config.server.data_dir).map_err(StartError::Store)?;
+    Ok((store, None))
 }
 
 fn authenticator(

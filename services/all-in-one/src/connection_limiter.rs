@@ -1,13 +1,15 @@
-//! Limits open TCP connections and decides which new ones are admitted.
+//! Limits the number of open TCP connections and decides which new connections are admitted.
 //!
-//! Their number is limited, in total and per address, so that file descriptors remain for other
-//! uses. Unauthenticated connections, which have not sent a valid token yet, get half of the total,
-//! and one address gets half of that. When an address uses a quarter of the unauthenticated limit,
-//! each new connection evicts its oldest one that has been unauthenticated for a second; when it
-//! uses half, its oldest one in any case. When the whole unauthenticated limit is used, a new
-//! connection evicts the oldest one of all addresses that has been unauthenticated for a second, or
-//! is rejected. So a flood from one address does not lock out a client from a different one, which
-//! sends its token in its first request, and many clients behind one proxy can connect at once.
+//! The number of connections is limited in total and per address, so that file descriptors remain
+//! available for other uses. Unauthenticated connections, which have not sent a valid token yet, may use
+//! half of the total, and one address may use half of that limit. When an address uses a quarter of the
+//! unauthenticated limit, each new connection from it evicts its oldest unauthenticated connection if
+//! that connection has been unauthenticated for a second; when the address uses half of the limit, the
+//! connection is evicted in any case. When the whole unauthenticated limit is used, a new connection
+//! evicts the oldest unauthenticated connection of all addresses if that connection has been
+//! unauthenticated for a second; otherwise the new connection is rejected. Therefore, a flood from one
+//! address does not lock out a client at a different address, which sends its token in its first request,
+//! and many clients behind one proxy can connect at the same time.
 
 use std::{
     collections::{BTreeMap, BTreeSet, HashMap},
@@ -29,15 +31,15 @@ use streamer_telemetry::Metrics;
 use tokio::time::Instant;
 use tokio_util::sync::CancellationToken;
 
-/// A connection without a valid token is not evicted in favor of other addresses before this.
+/// Minimum age at which a connection without a valid token is evicted in favor of other addresses.
 const TOKEN_GRACE_PERIOD: Duration = Duration::from_secs(1);
 
 /// Maximum numbers of connections.
 #[derive(Clone, Copy, Debug)]
 pub(crate) struct ConnectionLimits {
-    /// In total.
+    /// Maximum number of connections in total.
     pub(crate) total: usize,
-    /// From one address.
+    /// Maximum number of connections from one address.
     pub(crate) per_address: usize,
 }
 
@@ -63,7 +65,7 @@ struct State {
 #[derive(Default)]
 struct AddressState {
     count: usize,
-    /// Numbers of the connections without a valid token.
+    /// Numbers of the address's connections without a valid token, in order of arrival.
     unauthenticated: BTreeSet<u64>,
 }
 
@@ -71,12 +73,12 @@ struct AddressState {
 struct Unauthenticated {
     address: IpAddr,
     since: Instant,
-    /// Must not be upgraded under the lock, since dropping the connection takes the lock.
+    /// Must not be upgraded while the lock is held, because dropping the connection acquires the lock.
     connection: Weak<OpenConnection>,
 }
 
 impl State {
-    /// Removes a connection from the unauthenticated ones.
+    /// Removes a connection from the unauthenticated connections.
     fn remove_unauthenticated(&mut self, number: u64) -> Option<Weak<OpenConnection>> {
         let found = self.unauthenticated.remove(&number)?;
         if let Some(of_address) = self.by_address.get_mut(&found.address) {
@@ -85,8 +87,8 @@ impl State {
         Some(found.connection)
     }
 
-    /// Removes and returns the oldest unauthenticated connection of this address; with `if_stale`,
-    /// only if its grace period is over.
+    /// Removes and returns the oldest unauthenticated connection of the given address. If `if_stale` is
+    /// set, does so only if its grace period has ended.
     fn take_oldest_of(&mut self, address: IpAddr, if_stale: bool) -> Option<Weak<OpenConnection>> {
         let number = *self.by_address.get(&address)?.unauthenticated.first()?;
         if if_stale && self.unauthenticated.get(&number)?.since.elapsed() < TOKEN_GRACE_PERIOD {
@@ -95,7 +97,7 @@ impl State {
         self.remove_unauthenticated(number)
     }
 
-    /// Removes and returns the oldest unauthenticated connection, if its grace period is over.
+    /// Removes and returns the oldest unauthenticated connection if its grace period has ended.
     fn take_oldest(&mut self) -> Option<Weak<OpenConnection>> {
         let (number, oldest) = self.unauthenticated.first_key_value()?;
         let (number, is_stale) = (*number, oldest.since.elapsed() >= TOKEN_GRACE_PERIOD);
@@ -111,11 +113,11 @@ struct ConnectionMetrics {
     evicted: Counter,
 }
 
-/// A connection that counts as open until this is dropped.
+/// A connection that counts as open until the value is dropped.
 pub(crate) struct OpenConnection {
     number: u64,
     address: SocketAddr,
-    /// Whether a valid token was received.
+    /// Whether a valid token has been received.
     is_authenticated: AtomicBool,
     /// Cancelled when the connection is evicted.
     pub(crate) evicted: CancellationToken,
@@ -132,15 +134,15 @@ impl ConnectionLimiter {
             ),
             unauthenticated: metrics.gauge(
                 "streamer_server_unauthenticated_connections",
-                "Open TCP connections without a valid token; they get half of the limit",
+                "Open TCP connections without a valid token, which may use half of the limit",
             ),
             rejected: metrics.counter(
                 "streamer_server_rejected_connections",
-                "TCP connections rejected by the limit in total or per address",
+                "TCP connections rejected because of the total limit or the limit per address",
             ),
             evicted: metrics.counter(
                 "streamer_server_evicted_connections",
-                "TCP connections without a valid token closed to admit new ones",
+                "TCP connections without a valid token closed to admit new connections",
             ),
         };
         metrics.limit.set(i64::try_from(limits.total).unwrap_or(i64::MAX));
@@ -150,7 +152,7 @@ impl ConnectionLimiter {
     /// Admits a connection if the limits allow it.
     ///
     /// # Errors
-    /// The name of the option whose limit is reached.
+    /// Returns the name of the option whose limit is reached.
     pub(crate) fn admit(&self, address: SocketAddr) -> Result<Arc<OpenConnection>, &'static str> {
         let Shared { limits, metrics, .. } = &*self.0;
         let ip = rate_limit_key(address.ip());
@@ -159,8 +161,8 @@ impl ConnectionLimiter {
         let of_address = state.by_address.get(&ip);
         let (count, unauthenticated) =
             of_address.map_or((0, 0), |found| (found.count, found.unauthenticated.len()));
-        // An evicted connection frees its descriptor only once it has closed, so at the limits this
-        // one is still rejected.
+        // An evicted connection frees its descriptor only when it is closed, so the new connection is
+        // still rejected at the limits.
         let (outcome, evicted) = if count >= limits.per_address {
             (Err("server.max_connections_per_address"), state.take_oldest_of(ip, false))
         } else if state.count >= limits.total {
@@ -219,7 +221,7 @@ impl Shared {
 }
 
 impl OpenConnection {
-    /// Returns whether no valid token was received.
+    /// Returns whether no valid token has been received.
     pub(crate) fn is_unauthenticated(&self) -> bool {
         !self.is_authenticated.load(Ordering::Relaxed)
     }

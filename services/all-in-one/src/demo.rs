@@ -31,7 +31,7 @@ pub(crate) async fn run(arguments: &DemoArguments) -> ExitCode {
 
 async fn run_demo(arguments: &DemoArguments) -> anyhow::Result<()> {
     let (name, csv) = read(arguments.file.as_deref())?;
-    let data = TempDir::with_prefix("streamer-demo-").context("creating a data folder")?;
+    let data = TempDir::with_prefix("streamer-demo-").context("failed to create a data folder")?;
     let mut config = Config::default();
     config.server.listen = SocketAddr::from(([127, 0, 0, 1], 0));
     config.server.data_dir = data.path().to_owned();
@@ -44,7 +44,7 @@ async fn run_demo(arguments: &DemoArguments) -> anyhow::Result<()> {
         permissions: Vec::new(),
         expires_in: Duration::from_secs(3600),
     };
-    let token = server.dev_token(&token).context("signing a token")?;
+    let token = server.dev_token(&token).context("failed to sign a token")?;
     println!(
         "Server running at {url}: gateway, router, processor, progress and store in one process."
     );
@@ -56,7 +56,7 @@ async fn run_demo(arguments: &DemoArguments) -> anyhow::Result<()> {
     let payload = json!({ "profile": profile.result });
     let report = follow(&url, &token, "generate_report", &payload).await?;
     fs::write(&arguments.report, report.text)
-        .with_context(|| format!("writing {}", arguments.report.display()))?;
+        .with_context(|| format!("failed to write {}", arguments.report.display()))?;
     println!(
         "\nReport: {} ({} durable events were delivered, each exactly once)",
         arguments.report.display(),
@@ -78,7 +78,8 @@ fn read(file: Option<&Path>) -> anyhow::Result<(String, String)> {
     let Some(file) = file else {
         return Ok(("penguins.csv".into(), streamer_examples::PENGUINS.into()));
     };
-    let csv = fs::read_to_string(file).with_context(|| format!("reading {}", file.display()))?;
+    let csv =
+        fs::read_to_string(file).with_context(|| format!("failed to read {}", file.display()))?;
     let name = file.file_name().map(|name| name.to_string_lossy().into_owned());
     Ok((name.unwrap_or_default(), csv))
 }
@@ -86,7 +87,7 @@ fn read(file: Option<&Path>) -> anyhow::Result<(String, String)> {
 /// Outcome of a request.
 struct Outcome {
     result: Value,
-    /// The text of its output chunks.
+    /// Concatenated text of the output chunks.
     text: String,
     events: usize,
 }
@@ -137,7 +138,7 @@ fn draw_progress(percentage: f64, message: &str) {
         if percentage >= 100.0 {
             println!();
         }
-        // A failed flush only delays the bar.
+        // A failed flush only delays the progress bar.
         drop(io::stdout().flush());
     } else {
         println!("{line}");

@@ -1,4 +1,4 @@
-//! Discovery of services in other processes: resolved by name, called over HTTP/2.
+//! Discovers services in other processes, which are resolved by name and called over HTTP/2.
 
 use std::{
     collections::{BTreeMap, HashMap},
@@ -29,20 +29,22 @@ use tower::{Service, ServiceExt};
 use crate::listener::MAX_HTTP2_WINDOW;
 
 const CONNECT_TIMEOUT: Duration = Duration::from_secs(1);
-/// Time after which a silent peer is pinged; the connection is closed when it does not respond.
+/// Time after which a silent peer is pinged. The connection is closed if the peer does not respond within
+/// [`KEEP_ALIVE_TIMEOUT`].
 const KEEP_ALIVE: Duration = Duration::from_secs(2);
 const KEEP_ALIVE_TIMEOUT: Duration = Duration::from_secs(6);
-/// Interval of health probes of peers.
+/// Interval between health probes of a peer.
 const PROBE_INTERVAL: Duration = Duration::from_secs(1);
 const PROBE_TIMEOUT: Duration = Duration::from_millis(1500);
-/// Consecutive failed probes after which watches at a peer end. Together with the times above, less than 5 s.
+/// Number of consecutive failed probes after which watches at a peer end. With the interval and timeout of probes,
+/// watches end in less than 5 s.
 const MAX_FAILED_PROBES: u32 = 2;
-/// Window of one stream. The connection has the maximum window, so that a stream that is not read
-/// does not block the others.
+/// Window of a stream, in bytes. The connection has the maximum window, so that a stream that is not
+/// read does not block the others.
 const HTTP2_WINDOW: u32 = 512 * 1024;
 const RESOLVE_TIMEOUT: Duration = Duration::from_secs(3);
 const MIN_SECRET_BYTES: usize = 32;
-/// Name of the secret file in the data folder.
+/// Name of the file in the data folder that contains the secret.
 const SECRET_FILE: &str = "service-token";
 
 /// Secret that the services share.
@@ -50,12 +52,12 @@ const SECRET_FILE: &str = "service-token";
 pub(crate) struct ServiceToken {
     /// Secret that this process sends.
     own: HeaderValue,
-    /// Secrets that it accepts: its own and, during a rotation, others.
+    /// Secrets that this process accepts: `own` and, during a rotation, others.
     accepted: Arc<[HeaderValue]>,
 }
 
 impl ServiceToken {
-    /// Loads the secret from this file; without one, from the data folder, where it is created if it
+    /// Loads the secret from `file`. If `file` is empty, loads it from the data folder and creates it if it
     /// does not exist.
     pub(crate) fn load(file: &str, data: &Path) -> Result<Self, String> {
         if !file.is_empty() {
@@ -85,8 +87,8 @@ impl ServiceToken {
                 )));
             }
             let value = HeaderValue::from_str(secret);
-            let mut value =
-                value.map_err(|_| failed("must hold visible ASCII characters only".to_owned()))?;
+            let mut value = value
+                .map_err(|_| failed("must contain visible ASCII characters only".to_owned()))?;
             value.set_sensitive(true);
             accepted.push(value);
         }
@@ -94,17 +96,17 @@ impl ServiceToken {
         Ok(Self { own, accepted: accepted.into() })
     }
 
-    /// Returns whether this secret is accepted. The time does not depend on its content.
+    /// Returns whether the given secret is accepted. The comparison takes constant time.
     pub(crate) fn is_accepted(&self, given: &[u8]) -> bool {
         let matches = |secret: &HeaderValue| secret.as_bytes().ct_eq(given);
         self.accepted.iter().map(matches).fold(Choice::from(0), |any, one| any | one).into()
     }
 }
 
-/// Tracks the instances of one service.
+/// Tracks the instances of a service.
 pub(crate) struct PeerList {
     service: &'static str,
-    /// HOST:PORT of each entry.
+    /// Configured entries, in the form HOST:PORT.
     entries: Vec<String>,
     token: ServiceToken,
     resolve_interval: Duration,
@@ -127,7 +129,7 @@ impl PeerList {
         Instances::of(self.service, self.list.subscribe())
     }
 
-    /// Resolves the names at an interval, and probes the instances, until `shutdown`.
+    /// Resolves the names at an interval and probes the instances until `shutdown` is cancelled.
     pub(crate) async fn run(self, shutdown: CancellationToken) {
         let probing = AbortOnDropHandle::new(tokio::spawn(probe_all(self.list.subscribe())));
         self.resolve_all(shutdown).await;
@@ -148,7 +150,7 @@ impl PeerList {
                     Ok(addresses) => {
                         known.insert(entry.clone(), addresses);
                     }
-                    // The known addresses stay: the name may resolve later, and probes detect instances that are down.
+                    // The known addresses are kept: the name may resolve later, and probes detect failed instances.
                     Err(error) => {
                         let service = self.service;
                         tracing::warn!(%error, service, entry, "failed to resolve the name of a peer");
@@ -159,7 +161,7 @@ impl PeerList {
         }
     }
 
-    /// Publishes the members; those that stay keep their channels.
+    /// Publishes the members. Unchanged members keep their channels.
     fn publish(&self, addresses: impl Iterator<Item = SocketAddr>) {
         let before = self.list.borrow().clone();
         let names: BTreeMap<String, SocketAddr> =
@@ -193,8 +195,8 @@ async fn resolve(entry: &str) -> io::Result<Vec<SocketAddr>> {
     }
 }
 
-/// Probes every peer until dropped, so that an unresponsive peer is detected before calls to it are lost, and
-/// is called again once it responds.
+/// Probes every peer until the future is dropped, so that an unresponsive peer is detected before calls to it
+/// fail, and is called again once it responds.
 async fn probe_all(list: watch::Receiver<Arc<[Instance]>>) {
     let mut ticks = interval(PROBE_INTERVAL);
     ticks.set_missed_tick_behavior(MissedTickBehavior::Delay);
@@ -213,7 +215,7 @@ async fn probe_all(list: watch::Receiver<Arc<[Instance]>>) {
                 Probe::NotServing => MAX_FAILED_PROBES,
                 Probe::Failed => *failed + 1,
             };
-            // When all probes fail, or this process is at fault, watches cannot move to a better peer.
+            // If all probes fail, possibly because of this process, watches cannot move to a healthy peer.
             member.set_healthy(*failed < MAX_FAILED_PROBES || !any_healthy);
         }
     }
@@ -292,7 +294,7 @@ mod tests {
             let error = ServiceToken::load(file.to_str().unwrap(), data.path()).err().unwrap();
             assert!(error.contains(rule), "{error}");
         }
-        // The first process creates the secret for all.
+        // The first process creates the secret for all processes.
         let made = ServiceToken::load("", data.path()).unwrap();
         assert!(ServiceToken::load("", data.path()).unwrap().is_accepted(made.own.as_bytes()));
     }

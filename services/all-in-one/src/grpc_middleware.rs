@@ -1,5 +1,5 @@
-//! Middleware for gRPC calls: service authentication, tracing, the end of watches, and the proxy of
-//! a gateway.
+//! Middleware for gRPC calls: service authentication, tracing, ending watches at shutdown, and the proxy
+//! of a gateway.
 
 use std::{collections::HashSet, sync::Arc, time::Duration};
 
@@ -28,14 +28,14 @@ use tower::ServiceExt;
 use crate::discovery::ServiceToken;
 
 const GRPC_TIMEOUT: &str = "grpc-timeout";
-/// Path prefix of the streams of workers, which last as long as a worker.
+/// Path prefix of worker streams, which remain open for the lifetime of a worker.
 const WORKER_STREAMS: &str = "/streamer.processor.v1.";
-/// Methods that stream for as long as a request runs.
+/// Suffixes of the paths of the methods that stream while a request runs.
 const WATCHES: [&str; 2] = ["/Watch", "/SubmitAndWatch"];
 
-/// Removes the headers that only services may set from calls without the service token. Without a
-/// token there are no other services. Rejects a call with a wrong service token, which must not be
-/// treated as a call of a client.
+/// Removes the headers that only services may set from calls without the service token. If `services` is
+/// `None`, no other services exist. Rejects calls with an invalid service token, which must not be treated
+/// as calls from a client.
 pub(crate) fn strip_untrusted_headers(
     router: Router,
     services: Option<ServiceToken>,
@@ -76,7 +76,7 @@ async fn authenticate_service(
     next.run(request).await
 }
 
-/// Rejects a call with a wrong service token.
+/// Rejects a call with an invalid service token.
 fn reject(mut request: Request, reason: &str, auth: &AuthLayer) -> Response {
     request.headers_mut().remove(CLIENT_ADDRESS);
     let (rejection, (parts, _)) = (Status::unauthenticated(reason), request.into_parts());
@@ -84,7 +84,7 @@ fn reject(mut request: Request, reason: &str, auth: &AuthLayer) -> Response {
     rejection.into_http::<Body>()
 }
 
-/// Marks a call that has a valid service token.
+/// Marks a call with a valid service token.
 #[derive(Clone, Copy)]
 struct FromService;
 
@@ -96,10 +96,11 @@ pub(crate) fn trace_calls(router: Router, traces: Traces) -> Router {
     router.layer(middleware::from_fn_with_state(tracing, trace_call))
 }
 
-/// Traces, and the methods that are traced.
+/// State of [`trace_call`].
 struct Tracing {
     traces: Traces,
-    /// Paths of the public methods, so that callers cannot invent span names.
+    /// Paths of the public methods. Calls from clients to other paths are not traced, so that clients cannot create
+    /// span names.
     methods: HashSet<String>,
 }
 
@@ -126,7 +127,7 @@ async fn trace_call(State(tracing): State<Arc<Tracing>>, request: Request, next:
     }
 }
 
-/// Admits calls of services only. Runs after [`strip_untrusted_headers`].
+/// Admits only calls from services. Runs after [`strip_untrusted_headers`].
 pub(crate) fn services_only(router: Router) -> Router {
     router.layer(middleware::from_fn(require_service))
 }
@@ -141,12 +142,12 @@ async fn require_service(request: Request, next: Next) -> Response {
     status.into_http::<Body>()
 }
 
-/// Proxy for the public services of other processes.
+/// Forwards calls to the public services of other processes.
 #[derive(Clone)]
 pub(crate) struct GrpcProxy {
     pub(crate) router: Channel,
     pub(crate) progress: Channel,
-    /// Channel for the streams of workers.
+    /// Channel for worker streams.
     pub(crate) processor: Channel,
     pub(crate) clock: Arc<dyn Clock>,
     pub(crate) auth: AuthLayer,
@@ -169,8 +170,8 @@ impl GrpcProxy {
     }
 }
 
-/// Ends watches when this process stops, with a status that lets clients resume at a different
-/// instance immediately. Other calls complete on their own.
+/// Ends watches when this process stops, with a status after which clients resume immediately at a
+/// different instance. Other calls are not interrupted.
 pub(crate) async fn end_watches(
     State(stopping): State<CancellationToken>,
     request: Request,
@@ -203,7 +204,7 @@ async fn forward(
         return reject(status);
     }
     let mut request = Request::from_parts(parts, body);
-    // Makes a retry of a submission by the channel the same request.
+    // The `uid` identifies the request if the channel retries a submission.
     if let Ok(uid) = Uid::new(proxy.clock.now()).to_string().parse() {
         request.headers_mut().insert(REQUEST_UID, uid);
     }
@@ -212,7 +213,7 @@ async fn forward(
     {
         request.headers_mut().insert(CLIENT_ADDRESS, address);
     }
-    // Enforced here, so that the called instance is not blamed when the caller's deadline expires.
+    // The proxy enforces the deadline, so that its expiry does not mark the called instance as unhealthy.
     let limit = request.headers_mut().remove(GRPC_TIMEOUT);
     let limit = limit.as_ref().and_then(grpc_timeout);
     let call = channel.oneshot(request.map(tonic::body::Body::new));
@@ -228,7 +229,7 @@ async fn forward(
     }
 }
 
-/// Parses the header: up to eight digits and a unit, as in gRPC's protocol over HTTP/2.
+/// Parses the header `grpc-timeout`: up to eight digits and a unit, as specified by gRPC over HTTP/2.
 fn grpc_timeout(value: &HeaderValue) -> Option<Duration> {
     let text = value.to_str().ok()?;
     let (digits, unit) = text.split_at_checked(text.len().checked_sub(1)?)?;

@@ -1,4 +1,4 @@
-//! `streamer health`: a health check for probes of containers without a shell.
+//! `streamer health`: checks the health of a server, for probes of containers without a shell.
 
 use std::{process::ExitCode, time::Duration};
 

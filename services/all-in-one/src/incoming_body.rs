@@ -1,7 +1,7 @@
-//! Bodies of gRPC calls: limits the bytes of incomplete messages and the time to receive them.
+//! Body of an incoming gRPC call. Limits the bytes of incomplete messages and the time to receive them.
 //!
-//! A message is decoded once it is complete; until then its bytes are buffered. Without a limit, a
-//! caller that sends all but the last byte of many messages could exhaust the memory.
+//! A message is decoded when it is complete; until then, its bytes are buffered. Without a limit, a
+//! caller that omits only the last byte of many messages could exhaust the memory.
 
 use std::{
     collections::{HashMap, HashSet},
@@ -27,19 +27,19 @@ use streamer_telemetry::Metrics;
 use tokio::time::{Instant, Sleep, sleep};
 use tonic::Status;
 
-/// Approximate memory of an incomplete message beyond its bytes.
+/// Approximate memory overhead of an incomplete message, in bytes.
 const OVERHEAD_BYTES: usize = 32 * 1024;
 /// Path prefix of the unauthenticated services: health and reflection.
 const UNAUTHENTICATED_PREFIX: &str = "/grpc.";
-/// Prefix of each message: compression flag and length.
+/// Size of the prefix of each message, in bytes: compression flag and length.
 const PREFIX_BYTES: usize = 5;
-/// Paths of the methods whose request is one message, all of which must arrive in time.
+/// Paths of the methods whose request is a single message, which must arrive completely within the timeout.
 static UNARY: LazyLock<HashSet<String>> = LazyLock::new(|| {
     let unary = public_methods().into_iter().filter(|method| !method.client_streaming);
     unary.map(|method| method.path).chain(["/grpc.health.v1.Health/Check".into()]).collect()
 });
 
-/// Budget of bytes of incomplete messages, over all calls of a server.
+/// Budget of bytes for incomplete messages, across all calls of a server.
 #[derive(Clone)]
 pub(crate) struct UndecodedBudget(Arc<Budget>);
 
@@ -50,7 +50,7 @@ struct Budget {
     gauge: Gauge,
     /// Share of calls without a token.
     unauthenticated: Arc<Share>,
-    /// Share of each token, by its hash, while it holds bytes.
+    /// Shares of tokens, by the hash of the token. A share exists while it has reserved bytes.
     tokens: Mutex<Tokens>,
     hasher: RandomState,
 }
@@ -58,19 +58,19 @@ struct Budget {
 #[derive(Default)]
 struct Tokens {
     shares: HashMap<u64, Weak<Share>>,
-    /// Number of shares at which unused ones are removed.
+    /// Number of shares at which unused shares are removed.
     cleanup_threshold: usize,
 }
 
-/// A part of the budget.
+/// Part of the budget for one token, or for all calls without a token.
 struct Share {
     bytes: AtomicUsize,
     max: usize,
 }
 
 impl UndecodedBudget {
-    /// Limits the bytes to `max` in total, a quarter of it per token, and a sixteenth without a token. A
-    /// message must be complete within `timeout`.
+    /// Creates a budget of `max` bytes in total, a quarter of `max` per token, and a sixteenth of `max` for
+    /// calls without a token. A message must be complete within `timeout`.
     pub(crate) fn new(max: usize, timeout: Duration, metrics: &Metrics) -> Self {
         let limit = metrics.gauge(
             "streamer_server_undecoded_bytes_limit",
@@ -79,7 +79,7 @@ impl UndecodedBudget {
         limit.set(i64::try_from(max).unwrap_or(i64::MAX));
         let gauge = metrics.gauge(
             "streamer_server_undecoded_bytes",
-            "Bytes of incomplete messages of calls, with their overhead",
+            "Bytes of incomplete messages of calls, including overhead",
         );
         let unauthenticated = Arc::new(Share { bytes: AtomicUsize::new(0), max: max / 16 });
         Self(Arc::new(Budget {
@@ -100,7 +100,7 @@ impl Budget {
         self.gauge.set(bytes);
     }
 
-    /// Returns the share of this token. All calls without a token have one share.
+    /// Returns the share of the given token. All calls without a token have one share.
     fn share(&self, authorization: Option<&HeaderValue>) -> Arc<Share> {
         let Some(token) = authorization else { return self.unauthenticated.clone() };
         let hash = self.hasher.hash_one(token.as_bytes());
@@ -123,18 +123,19 @@ impl Budget {
 struct Framing {
     prefix: [u8; PREFIX_BYTES],
     prefix_bytes: usize,
-    /// Bytes of the message that were received, and that remain.
+    /// Number of received bytes of the message.
     received: usize,
+    /// Number of missing bytes of the message.
     remaining: usize,
 }
 
 impl Framing {
-    /// Returns the bytes buffered of an incomplete message.
+    /// Returns the number of buffered bytes of an incomplete message.
     fn buffered(&self) -> usize {
         self.prefix_bytes + self.received
     }
 
-    /// Reads data. Returns whether a message began in it that is incomplete.
+    /// Processes received data. Returns whether an incomplete message begins in it.
     fn feed(&mut self, mut data: &[u8]) -> bool {
         let mut is_new = false;
         while !data.is_empty() {
@@ -163,19 +164,19 @@ impl Framing {
     }
 }
 
-/// Body of a call.
+/// Body of an incoming call.
 pub(crate) struct IncomingBody {
     body: hyper::body::Incoming,
     framing: Framing,
     budget: UndecodedBudget,
-    /// Share of the budget that it uses, once it uses any.
+    /// Share of the budget; `None` while no bytes are reserved.
     share: Option<Arc<Share>>,
     authorization: Option<HeaderValue>,
-    /// Bytes reserved for this body.
+    /// Number of bytes reserved for this body.
     reserved: usize,
-    /// Whether the whole body must arrive in time, not only each message that has begun.
+    /// Whether the timeout applies to the whole body instead of each message that has begun.
     is_unary: bool,
-    /// Time spent waiting for the message, without the current wait.
+    /// Time spent waiting for data of the message, excluding the current wait.
     waited: Duration,
     wait: Option<Wait>,
 }
@@ -188,7 +189,7 @@ struct Wait {
 impl IncomingBody {
     pub(crate) fn new(body: hyper::body::Incoming, head: &Parts, budget: UndecodedBudget) -> Self {
         let path = head.uri.path();
-        // Unauthenticated services do not verify the token, so it gets no share.
+        // Unauthenticated services do not verify tokens, so a token does not have a separate share.
         let is_unauthenticated = path.starts_with(UNAUTHENTICATED_PREFIX);
         let authorization = head.headers.get(header::AUTHORIZATION).filter(|_| !is_unauthenticated);
         Self {
@@ -204,7 +205,7 @@ impl IncomingBody {
         }
     }
 
-    /// Reserves the bytes that are buffered now.
+    /// Sets the reservation to the number of buffered bytes and their overhead.
     fn reserve(&mut self, buffered: usize) -> Result<(), Status> {
         let buffered = if buffered == 0 { 0 } else { buffered.saturating_add(OVERHEAD_BYTES) };
         if buffered == self.reserved {
@@ -234,7 +235,7 @@ impl IncomingBody {
         Err(status(&RequestError::limited("server.max_undecoded_bytes", message, pause)))
     }
 
-    /// Waits for more data, up to the timeout. Time in which nothing is read does not count.
+    /// Waits for more data until the timeout. Time during which the body is not read does not count.
     fn wait(&mut self, context: &mut Context<'_>) -> Poll<Status> {
         let timeout = self.budget.0.timeout;
         let left = timeout.saturating_sub(self.waited);

@@ -1,7 +1,7 @@
-//! Assembles all services in one process, or runs a single one.
+//! Assembles all services in one process, or runs a single service.
 //!
-//! One process and separate processes use the same constructors of services; in one process the
-//! services call each other as generated clients over in-process channels.
+//! Both modes use the same constructors of the services. In one process, the services call each other
+//! through generated clients over in-process channels.
 
 mod assembly;
 mod connection_limiter;
@@ -18,9 +18,9 @@ use std::{io, net::SocketAddr, path::PathBuf, sync::Arc, time::Duration};
 use streamer_auth::{DevKey, DevKeyError, KeyError, NewToken};
 use streamer_config::{Config, StoreEngine};
 use streamer_core::{Clock, SystemClock};
-use streamer_dynamodb::OpenError;
 use streamer_handler::Handlers;
 use streamer_store::StoreError;
+use streamer_store_dynamodb::OpenError;
 use streamer_telemetry::{Metrics, Traces};
 use tokio::{
     net::{TcpListener, UdpSocket},
@@ -37,61 +37,61 @@ use crate::{
 
 pub use service_options::dynamo_options;
 
-/// Limits of connections to the metrics address.
+/// Connection limits of the metrics address.
 const METRICS_CONNECTIONS: ConnectionLimits = ConnectionLimits { total: 128, per_address: 64 };
 /// Timeout for writing the last audit records.
 const AUDIT_FLUSH_TIMEOUT: Duration = Duration::from_secs(1);
 
-/// Services that a process runs.
+/// Selects the services that a process runs.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Role {
     /// All services.
     All,
     /// The gateway, which serves clients.
     Gateway,
-    /// Admission of requests.
+    /// The router, which admits requests.
     Router,
-    /// Execution of requests.
+    /// The processor, which runs requests.
     Processor,
-    /// The event log.
+    /// The progress service, which serves the event log.
     Progress,
 }
 
 impl Role {
-    /// Returns whether the process runs this service.
+    /// Returns whether the process runs the given service.
     fn has(self, service: Self) -> bool {
         self == Self::All || self == service
     }
 }
 
-/// Why the server cannot start.
+/// Reason why the server cannot start.
 #[derive(Debug)]
 pub enum StartError {
     /// The store cannot be opened.
     Store(StoreError),
-    /// The store over DynamoDB cannot be opened.
+    /// The DynamoDB store cannot be opened.
     Open(OpenError),
     /// The service token cannot be loaded.
     Secret(String),
-    /// Separate processes cannot share the embedded engine.
+    /// The configured store engine cannot be shared by separate processes.
     Engine,
-    /// A required service runs neither in this process nor at a configured peer.
+    /// No peer is configured for a required service, which does not run in this process.
     Peers(&'static str),
     /// A key cannot be used.
     Key(KeyError),
     /// The development key cannot be used.
     DevKey(DevKeyError),
-    /// `server.metrics_listen` is not an address.
+    /// `server.metrics_listen` is not a valid address.
     MetricsAddress(String),
     /// The threads for handlers cannot be started.
     Threads(io::Error),
-    /// The address cannot be listened on.
+    /// The server cannot listen on the address.
     Listen(SocketAddr, io::Error),
     /// The audit log cannot be opened.
     Audit(PathBuf, io::Error),
-    /// The server is not ready, although everything could be opened.
+    /// The server is not ready after all resources were opened.
     Unhealthy(String),
-    /// The schema for reflection cannot be read; the tests of a build rule this out.
+    /// The schema for reflection cannot be read. The tests ensure that this error does not occur.
     Reflection(String),
 }
 
@@ -123,7 +123,7 @@ impl std::fmt::Display for StartError {
 }
 
 impl StartError {
-    /// Returns whether the configuration is at fault.
+    /// Returns whether the error is caused by the configuration.
     #[must_use]
     pub fn is_usage(&self) -> bool {
         match self {
@@ -155,7 +155,7 @@ pub struct AllInOne {
     services: Arc<Services>,
     drain_timeout: Duration,
     shutdown: Shutdown,
-    /// Ends with the last connection.
+    /// Task that serves connections. It ends with the last connection.
     serving: JoinHandle<()>,
     tasks: Vec<JoinHandle<()>>,
 }
@@ -163,21 +163,21 @@ pub struct AllInOne {
 /// Steps of the shutdown, in order.
 #[derive(Clone, Default)]
 pub(crate) struct Shutdown {
-    /// Accept no more connections; let pending calls complete.
+    /// Cancelled to stop accepting connections; pending calls may complete.
     pub(crate) accepting: CancellationToken,
-    /// Accept no more work; let running attempts complete.
+    /// Cancelled to stop accepting work; running attempts may complete.
     pub(crate) working: CancellationToken,
-    /// End everything that is left.
+    /// Cancelled to end all remaining calls and tasks.
     pub(crate) serving: CancellationToken,
-    /// No caller of other services is left.
+    /// Cancelled after the last task that calls other services has ended.
     pub(crate) ended: CancellationToken,
 }
 
 impl AllInOne {
-    /// Opens the store, builds the services and serves them. Returns once the server is ready.
+    /// Opens the store, builds the services and serves them. Returns when the server is ready.
     ///
     /// # Errors
-    /// When a required resource is unavailable.
+    /// Returns an error if the configuration is invalid or a required resource is unavailable.
     pub async fn start(
         config: &Config,
         handlers: Handlers,
@@ -185,7 +185,7 @@ impl AllInOne {
         traces: Traces,
     ) -> Result<Self, StartError> {
         check_role(config, role)?;
-        // The port first: it fails most often, and nothing has been changed by then.
+        // The port is opened first: this step fails most often, and nothing has been changed yet.
         let (listener, address) = listen(config.server.listen).await?;
         let metrics_listener = match config.server.metrics_listen.as_str() {
             "" => None,
@@ -198,7 +198,7 @@ impl AllInOne {
         let shutdown = Shutdown::default();
         let own_address = match config.peers.advertise_address.as_str() {
             "" => advertised_address(address, config).await.to_string(),
-            // In the format of the addresses of peers.
+            // Formats the address in the same way as the addresses of peers.
             text => match text.parse::<SocketAddr>() {
                 Ok(advertised) => advertised.to_string(),
                 Err(_) => text.to_owned(),
@@ -213,7 +213,7 @@ impl AllInOne {
         }
         let healthy = match role {
             Role::All => services.health.check_now().await,
-            // Other services may not be running yet.
+            // The other services may not be running yet.
             _ => services.health.check_store().await,
         };
         healthy.map_err(StartError::Unhealthy)?;
@@ -224,7 +224,7 @@ impl AllInOne {
         let metrics_address = metrics_listener.as_ref().map(|(_, address)| *address);
         if let Some((listener, _)) = metrics_listener {
             let router = services.metrics_routes();
-            // Connections to the public address do not count towards this limit.
+            // Connections to the metrics address have a separate limit.
             let connections = ConnectionLimiter::new(METRICS_CONNECTIONS, &Metrics::new());
             let server = Server { connections, ..server };
             tasks.push(tokio::spawn(listener::serve(listener, router, server, shutdown.clone())));
@@ -243,26 +243,26 @@ impl AllInOne {
         })
     }
 
-    /// Returns the address that the server listens on.
+    /// Returns the address on which the server listens.
     #[must_use]
     pub fn address(&self) -> SocketAddr {
         self.address
     }
 
-    /// Returns the address of the metrics, if they have a separate one.
+    /// Returns the address of the metrics; `None` if they have no separate address.
     #[must_use]
     pub fn metrics_address(&self) -> Option<SocketAddr> {
         self.metrics_address
     }
 
-    /// Returns a token signed with the development key; `None` when other keys are in use.
+    /// Returns a token signed with the development key; `None` if the server uses other keys.
     #[must_use]
     pub fn dev_token(&self, token: &NewToken) -> Option<String> {
         let dev_key = self.dev_key.as_ref()?;
         dev_key.sign(token, self.clock.now()).ok()
     }
 
-    /// Replaces the tenant limits with those of this configuration; its other options have no effect.
+    /// Replaces the tenant limits with those of `config`. The other options of `config` have no effect.
     pub fn replace_limits(&self, config: &Config) {
         tenant_limits::replace(&self.services.tenant_limits, config);
     }
@@ -292,7 +292,7 @@ impl AllInOne {
         }
         self.shutdown.ended.cancel();
         let audit = self.services.auth.audit().clone();
-        // It only waits for the writer thread.
+        // `flush` only waits for the writer thread.
         drop(tokio::task::spawn_blocking(move || audit.flush(AUDIT_FLUSH_TIMEOUT)).await);
     }
 }
@@ -304,15 +304,15 @@ async fn listen(address: SocketAddr) -> Result<(TcpListener, SocketAddr), StartE
     Ok((listener, bound))
 }
 
-/// Returns the address at which other processes reach a listener on `address`. If that is
-/// unspecified, returns the source address of the route to them, which a datagram socket reveals
-/// without sending anything.
+/// Returns the address at which other processes reach a listener on `address`. If `address` is
+/// unspecified, returns the source address of the route to those processes, which a datagram socket
+/// provides without sending a packet.
 async fn advertised_address(address: SocketAddr, config: &Config) -> SocketAddr {
     if !address.ip().is_unspecified() {
         return address;
     }
-    // Peers first, since they connect to this process. The last address belongs to no machine and
-    // selects the default route.
+    // The peers come first, because they connect to this process. The last address belongs to no machine
+    // and selects the default route.
     let endpoint = config.dynamodb.endpoint.trim_start_matches("http://");
     let peers = config.peers.progress.iter().map(|peer| peer.trim_start_matches("http://"));
     for other in peers.chain([endpoint, "192.0.2.1:9"]) {

@@ -35,17 +35,17 @@ use crate::{
     routes::is_grpc,
 };
 
-/// Delay after a failure to accept, mostly for lack of file descriptors.
+/// Delay after a failure to accept a connection, which is usually caused by a lack of file descriptors.
 const ACCEPT_RETRY_DELAY: Duration = Duration::from_millis(50);
-/// Failures to accept are logged at most once per interval.
+/// Minimum interval between log entries about failures to accept connections.
 const ACCEPT_LOG_INTERVAL: Duration = Duration::from_secs(10);
-/// Time after which a connection without a valid token is closed, once it has no pending request.
+/// Maximum lifetime of a connection without a valid token. The connection is closed after its pending requests.
 const UNAUTHENTICATED_LIFETIME: Duration = Duration::from_secs(60);
 /// Maximum size of the header of an HTTP/1 request, in bytes.
 const MAX_HEADER_BYTES: usize = 64 * 1024;
 const KEEP_ALIVE: Duration = Duration::from_secs(20);
 const HTTP2_WINDOW: u32 = 1024 * 1024;
-/// Maximum by RFC 9113.
+/// Maximum window size that RFC 9113 allows, in bytes.
 pub(crate) const MAX_HTTP2_WINDOW: u32 = (1 << 31) - 1;
 
 #[derive(Clone, Copy)]
@@ -57,7 +57,7 @@ pub(crate) struct Options {
 
 impl Options {
     pub(crate) fn new(config: &Config, role: Role) -> Self {
-        // Behind a gateway all watches are streams of a few connections, and one that is not read
+        // Behind a gateway, all watches are streams of a few connections, and a stream that is not read
         // must not block the others.
         if !matches!(role, Role::All | Role::Gateway) {
             return Self {
@@ -101,7 +101,7 @@ pub(crate) async fn serve(
             Ok(accepted) => accepted,
             Err(error) if is_connection_error(&error) => continue,
             Err(error) => {
-                // Every retry may fail.
+                // Rate-limited, because every retry may fail.
                 if last_error.is_none_or(|at| at.elapsed() > ACCEPT_LOG_INTERVAL) {
                     tracing::error!(%error, "cannot accept connections");
                     last_error = Some(Instant::now());
@@ -189,7 +189,7 @@ async fn serve_connection(
             }
             Some(()) = evicted => {
                 eviction = None;
-                // It may have sent a valid token meanwhile.
+                // The client may have sent a valid token in the meantime.
                 if connection.is_unauthenticated() {
                     tracing::debug!(%peer, "unauthenticated connection evicted");
                     return;
@@ -217,13 +217,13 @@ async fn serve_connection(
     }
 }
 
-/// Handles the requests of one connection.
+/// Handles the requests of a connection.
 #[derive(Clone)]
 struct Requests {
     router: Router,
     peer: Peer,
     undecoded: UndecodedBudget,
-    /// Whether a request was received.
+    /// Whether a request has been received.
     has_request: Arc<AtomicBool>,
 }
 
@@ -255,7 +255,7 @@ impl Service<Request<Incoming>> for Requests {
     }
 }
 
-/// Returns whether the error concerns one client, and not the listener.
+/// Returns whether the error is specific to one connection and does not affect the listener.
 fn is_connection_error(error: &io::Error) -> bool {
     matches!(
         error.kind(),

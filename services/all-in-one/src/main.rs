@@ -12,8 +12,8 @@ use clap::Parser;
 use streamer_all_in_one::Role;
 use streamer_cli::{Cli, Command, Exit};
 
-/// Returns memory to the system promptly and has little overhead for small objects: at 10,000
-/// connections the system's allocator holds half as much again.
+/// Allocator that returns memory to the system promptly and has little overhead for small objects. At
+/// 10,000 connections, the system's allocator uses 50 % more memory.
 #[global_allocator]
 static ALLOCATOR: mimalloc::MiMalloc = mimalloc::MiMalloc;
 

@@ -24,28 +24,28 @@ use tower::util::MapResponseLayer;
 
 use crate::{Role, StartError, assembly::Services, grpc_middleware};
 
-/// Interval of background health checks, and timeout of the store.
+/// Schedule of background health checks.
 const HEALTH_SCHEDULE: CheckSchedule = CheckSchedule {
     interval: Duration::from_secs(5),
     timeout: Duration::from_secs(5),
     attempts: 1,
 };
-/// The same for a progress service: its watches must move to a different instance within 5 s of an event
-/// that it cannot read. One slow response of the store is not a reason to move them.
+/// Schedule of background health checks of a progress service. Its watches must move to a different instance
+/// within 5 s of an event that it cannot read, but not because of a single slow response from the store.
 const PROGRESS_HEALTH_SCHEDULE: CheckSchedule = CheckSchedule {
     interval: Duration::from_secs(1),
     timeout: Duration::from_millis(1500),
     attempts: 2,
 };
-/// Time for which an outcome is cached, and interval of health checks while the server is not ready.
+/// Time for which the outcome of a health check is cached, and interval of checks while the server is not ready.
 const HEALTH_CACHE: Duration = Duration::from_millis(500);
 /// Maximum size of a message to unauthenticated services (health, reflection), in bytes.
 const MAX_UNAUTHENTICATED_MESSAGE: usize = 16 * 1024;
-/// Maximum length of a path in a response.
+/// Maximum length of a path in a response, in characters.
 const MAX_PATH_CHARS: usize = 128;
-/// Prometheus' content type of OpenMetrics text.
+/// Content type of the OpenMetrics text format.
 const OPEN_METRICS: &str = "application/openmetrics-text; version=1.0.0; charset=utf-8";
-/// Services with a health status, and the roles that run them; the empty name is the server.
+/// Services with a health status and the roles that run them. The empty name stands for the server.
 const SERVICES: [(&str, Option<Role>); 6] = [
     ("", None),
     ("streamer.router.v1.RouterService", Some(Role::Router)),
@@ -55,22 +55,22 @@ const SERVICES: [(&str, Option<Role>); 6] = [
     ("google.longrunning.Operations", Some(Role::Router)),
 ];
 
-/// How metrics are served.
+/// Access to the metrics.
 #[derive(Clone, Copy)]
 pub(crate) struct MetricsAccess {
-    /// They have a separate address (`server.metrics_listen`).
+    /// Whether the metrics have a separate address (`server.metrics_listen`).
     pub(crate) has_separate_address: bool,
-    /// They require the token of an operator (`server.metrics_require_operator`).
+    /// Whether the metrics require the token of an operator (`server.metrics_require_operator`).
     pub(crate) needs_operator: bool,
 }
 
-/// A readiness condition besides the store; the error is the reason why it is not met.
+/// Checks a readiness condition in addition to the store. Returns the reason if the condition is not met.
 pub(crate) type ReadinessCheck = Box<dyn Fn() -> Result<(), String> + Send + Sync>;
 
 struct CheckSchedule {
     interval: Duration,
     timeout: Duration,
-    /// Consecutive failed checks that count as one failure.
+    /// Number of consecutive failed checks that count as one failure.
     attempts: u32,
 }
 
@@ -83,13 +83,13 @@ impl CheckSchedule {
     }
 }
 
-/// Health of the server, which requires durable writes.
+/// Checks and reports the health of the server, which requires durable writes.
 pub(crate) struct Health {
     store: Arc<dyn Store>,
     role: Role,
     readiness_checks: Vec<ReadinessCheck>,
     reporter: HealthReporter,
-    /// The latest outcome, for services in this process.
+    /// Whether the latest check was successful, for services in this process.
     serving: watch::Sender<bool>,
     latest: Mutex<Option<(Instant, Result<(), String>)>>,
     stopping: CancellationToken,
@@ -113,7 +113,7 @@ impl Health {
         }
     }
 
-    /// Checks health, unless the cached outcome is recent.
+    /// Checks the health of the server, or returns the cached outcome if it is recent.
     pub(crate) async fn refresh(&self) -> Result<(), String> {
         if self.stopping.is_cancelled() {
             return Err("the server is stopping".into());
@@ -139,13 +139,13 @@ impl Health {
         outcome
     }
 
-    /// Checks health and ignores the cached outcome.
+    /// Checks the health of the server and ignores the cached outcome.
     pub(crate) async fn check_now(&self) -> Result<(), String> {
         *self.latest.lock().await = None;
         self.refresh().await
     }
 
-    /// Checks whether the store accepts writes, which is required to start.
+    /// Checks whether the store accepts writes, which the server requires to start.
     pub(crate) async fn check_store(&self) -> Result<(), String> {
         let schedule = CheckSchedule::of(self.role);
         let mut outcome = self.check_store_once(schedule.timeout).await;
@@ -161,14 +161,14 @@ impl Health {
         match timeout(limit, self.store.check()).await {
             // Health checks are unauthenticated, so the reason is only logged.
             Ok(checked) => checked.map_err(|error| {
-                tracing::debug!(%error, "store check failed");
+                tracing::debug!(%error, "failed to check the store");
                 "the store does not accept writes".to_owned()
             }),
             Err(_) => Err("the store does not respond".to_owned()),
         }
     }
 
-    /// Reports from now on that the server does not serve.
+    /// Reports permanently that the server does not serve.
     pub(crate) async fn not_serving(&self) {
         self.stopping.cancel();
         self.report(ServingStatus::NotServing).await;
@@ -220,7 +220,7 @@ impl Services {
             tonic_health::server::HealthService::from_health_reporter(self.health.reporter.clone()),
         )
         .max_decoding_message_size(MAX_UNAUTHENTICATED_MESSAGE);
-        // Unauthenticated, and so with a separate limit.
+        // These services are unauthenticated and therefore have a separate message limit.
         let open = Routes::new(health)
             .add_service(
                 builder()
@@ -272,7 +272,7 @@ impl Services {
         let grpc = grpc_middleware::trace_calls(grpc, self.traces.clone());
         let grpc =
             grpc_middleware::strip_untrusted_headers(grpc, self.token.clone(), self.auth.clone());
-        // In one process the services end their watches.
+        // If all services run in one process, they end their watches themselves.
         let grpc = match self.role {
             Role::All | Role::Processor => grpc,
             Role::Gateway | Role::Router | Role::Progress => {
@@ -298,7 +298,7 @@ impl Services {
     }
 }
 
-/// Returns whether this is a content type of gRPC.
+/// Returns whether the given content type is a gRPC content type.
 pub(crate) fn is_grpc(content_type: &HeaderValue) -> bool {
     const GRPC: &[u8] = b"application/grpc";
     let start = content_type.as_bytes().get(..GRPC.len());
@@ -309,7 +309,7 @@ fn has_grpc_content_type(request: &Request) -> bool {
     request.headers().get(header::CONTENT_TYPE).is_some_and(is_grpc)
 }
 
-/// Responds with 404 to requests for gRPC methods that are not gRPC.
+/// Responds with 404 to requests for gRPC methods without a gRPC content type.
 async fn grpc_only(request: Request, next: Next) -> Response {
     if has_grpc_content_type(&request) {
         next.run(request).await
@@ -318,7 +318,7 @@ async fn grpc_only(request: Request, next: Next) -> Response {
     }
 }
 
-/// gRPC has a separate status for methods that do not exist.
+/// Responds to a request for an unknown path, with UNIMPLEMENTED to gRPC calls and with 404 to other requests.
 async fn unknown_path(request: Request) -> Response {
     if has_grpc_content_type(&request) {
         let path = request.uri().path();

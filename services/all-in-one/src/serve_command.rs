@@ -1,5 +1,4 @@
-//! `streamer up`, `gateway`, `router`, `processor` and `progress`: run a server until a signal stops
-//! it.
+//! `streamer up`, `gateway`, `router`, `processor` and `progress`: run a server until a signal stops it.
 
 use std::{
     env,
@@ -21,7 +20,7 @@ use tokio::{
     time::Instant,
 };
 
-/// Minimum time to export the last spans, however long the rest of the shutdown took.
+/// Minimum timeout for exporting the last spans, regardless of the duration of the shutdown.
 const MIN_FLUSH_TIMEOUT: Duration = Duration::from_secs(1);
 /// Lifetime of the printed token.
 const TOKEN_LIFETIME: Duration = Duration::from_secs(24 * 3600);
@@ -85,16 +84,16 @@ pub(crate) async fn run(arguments: &ServerArguments, role: Role) -> ExitCode {
     };
     tokio::select! {
         () = stop => {}
-        // Interrupted work continues after a restart, or at other processors.
+        // Interrupted work is resumed after a restart or by other processors.
         () = signals.stop() => {}
     }
     Exit::Done.code()
 }
 
-/// Reloads the tenant limits. An error in the configuration changes nothing.
+/// Reloads the tenant limits. If the configuration has an error, the limits remain unchanged.
 fn reload(server: &AllInOne, arguments: &ServerArguments, had_file: bool) {
     let mut arguments = arguments.clone();
-    // A file that was deleted since the start is an error, not a configuration without overrides.
+    // If the file has been deleted since the start, the reload fails instead of removing all overrides.
     if had_file && arguments.config.config.is_none() {
         arguments.config.config = Some(DEFAULT_FILE.into());
     }
@@ -113,7 +112,7 @@ fn reload(server: &AllInOne, arguments: &ServerArguments, had_file: bool) {
     }
 }
 
-/// Prints a line to standard error. If that is closed, the server must continue.
+/// Prints a line to standard error. The server must continue even if standard error is closed.
 fn print_to_stderr(text: &str) {
     if let Err(error) = writeln!(io::stderr(), "{text}") {
         tracing::debug!(%error, text, "cannot write to standard error");
@@ -146,7 +145,7 @@ fn trace_options(config: &Config, role: Role) -> TraceOptions {
     }
 }
 
-/// Returns the handlers of these actions; all of them for `*`.
+/// Returns the handlers of the given actions; `*` selects all handlers.
 pub(crate) fn select_handlers(all: Handlers, actions: &[String]) -> Result<Handlers, String> {
     if actions.iter().any(|action| action == "*") {
         return Ok(all);
@@ -197,14 +196,14 @@ pub(crate) fn sources(from: &ConfigSources, mut flags: Vec<(String, String)>) ->
     Sources { file: from.config.clone(), environment: environment(), flags }
 }
 
-/// Returns the environment variables that are valid text.
+/// Returns the environment variables whose names and values are valid UTF-8.
 pub(crate) fn environment() -> Vec<(String, String)> {
     env::vars_os()
         .filter_map(|(name, value)| Some((name.into_string().ok()?, value.into_string().ok()?)))
         .collect()
 }
 
-/// Prints the addresses and the token in one write, so that a reader that exits after the first line
+/// Prints the addresses and the token in a single write, so that a reader that exits after the first line
 /// does not end the server.
 fn announce(server: &AllInOne, config: &Config, role: Role) {
     let metrics =
@@ -250,12 +249,12 @@ enum ServerSignal {
     Reload,
 }
 
-/// Listens for SIGTERM, Ctrl-C and SIGHUP all the time, so that no second signal is missed.
+/// Listens continuously for SIGTERM, Ctrl-C and SIGHUP, so that a second signal is not missed.
 struct Signals {
     terminate: Signal,
     interrupt: Signal,
     hang_up: Signal,
-    /// Which standard streams are terminals: closing a terminal sends SIGHUP too.
+    /// Whether each standard stream is a terminal. Closing a terminal also sends SIGHUP.
     terminals: [bool; 3],
 }
 
@@ -275,7 +274,7 @@ impl Signals {
             _ = self.terminate.recv() => ServerSignal::Stop,
             _ = self.interrupt.recv() => ServerSignal::Stop,
             _ = self.hang_up.recv() => {
-                // A stream to a closed terminal is not a terminal.
+                // A stream is no longer a terminal after its terminal is closed.
                 if self.terminals == terminals() { ServerSignal::Reload } else { ServerSignal::Stop }
             }
         }

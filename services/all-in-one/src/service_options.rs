@@ -1,14 +1,14 @@
-//! Converts sections of the configuration to options of the services.
+//! Converts sections of the configuration to options of the services and the store.
 
 use std::time::Duration;
 
 use streamer_config::Config;
 use streamer_core::{Limits, limits::PAYLOAD_OPTION};
-use streamer_dynamodb::DynamoOptions;
 use streamer_gateway::GatewayOptions;
 use streamer_processor::ProcessorOptions;
+use streamer_store_dynamodb::DynamoOptions;
 
-/// Converts section `dynamodb`.
+/// Converts the section `dynamodb`.
 #[must_use]
 pub fn dynamo_options(config: &Config) -> DynamoOptions {
     let dynamodb = &config.dynamodb;
@@ -25,10 +25,10 @@ pub fn dynamo_options(config: &Config) -> DynamoOptions {
     }
 }
 
-/// Named in errors when the engine limits values; the option allows larger ones.
+/// Rule that errors name if the limit of the store engine is lower than the configured limit.
 const ENGINE_RULE: &str = "store.engine dynamodb without dynamodb.object_store_url";
 
-/// Returns the limits of payloads and results for a store whose values have at most `largest` bytes.
+/// Returns the limits of payloads and results for a store whose maximum value size is `largest` bytes.
 pub(crate) fn limits(config: &Config, largest: Option<usize>) -> Limits {
     let max_payload_bytes = size(config.limits.max_payload_bytes.0);
     let max_output_chunk_bytes = size(config.limits.max_output_chunk_bytes.0);
@@ -40,10 +40,10 @@ pub(crate) fn limits(config: &Config, largest: Option<usize>) -> Limits {
     }
 }
 
-/// Converts section `execution`; `shared` when other processes write to the store.
+/// Converts the section `execution`. `shared` states whether other processes write to the store.
 pub(crate) fn processor_options(config: &Config, limits: Limits, shared: bool) -> ProcessorOptions {
     let execution = &config.execution;
-    // A tenant gets half of it, and its reports may wait for a pending batch.
+    // A tenant may use half of the buffer, and its reports may wait for a pending batch.
     let least_output = limits.max_worker_message_bytes().saturating_mul(4);
     ProcessorOptions {
         max_concurrent_attempts: number(execution.max_concurrent_attempts),
@@ -62,10 +62,10 @@ pub(crate) fn processor_options(config: &Config, limits: Limits, shared: bool) -
     }
 }
 
-/// Converts section `gateway`.
+/// Converts the section `gateway`.
 pub(crate) fn gateway_options(config: &Config, limits: Limits) -> GatewayOptions {
     let gateway = &config.gateway;
-    // A message of the maximum size must fit: its fragments and the next frame.
+    // The budget must be sufficient for a message of the maximum size: its fragments and the next frame.
     let largest_message = limits.max_message_bytes().saturating_mul(2);
     GatewayOptions {
         allowed_origins: gateway.allowed_origins.clone(),
@@ -88,7 +88,7 @@ pub(crate) fn gateway_options(config: &Config, limits: Limits) -> GatewayOptions
     }
 }
 
-/// Converts an option to 32 bits, saturating.
+/// Converts the value of an option to 32 bits, saturating.
 fn number(value: u64) -> u32 {
     u32::try_from(value).unwrap_or(u32::MAX)
 }

@@ -1,11 +1,11 @@
-//! `streamer tables`: manages the tables of engine dynamodb.
+//! `streamer tables`: manages the tables of the store engine `dynamodb`.
 
 use std::process::ExitCode;
 
 use streamer_all_in_one::dynamo_options;
 use streamer_cli::{Exit, TablesArguments, TablesCommand};
 use streamer_config::Config;
-use streamer_dynamodb::{
+use streamer_store_dynamodb::{
     DynamoOptions, OpenError,
     tables::{self, Difference},
 };

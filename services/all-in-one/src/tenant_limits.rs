@@ -1,4 +1,4 @@
-//! Limits of tenants: their configuration and their metric.
+//! Configuration and metric of the tenant limits.
 
 use std::time::Duration;
 
@@ -13,17 +13,17 @@ use streamer_telemetry::Metrics;
 use tokio::time::{MissedTickBehavior, interval};
 use tokio_util::sync::CancellationToken;
 
-/// The reported use is the highest of the last one to two intervals.
+/// Interval at which old usage is discarded. The metric reports the highest usage of the last one to two intervals.
 const USE_INTERVAL: Duration = Duration::from_secs(30);
 
-/// Returns the limits of a configuration.
+/// Creates tenant limits from a configuration.
 pub(crate) fn new(config: &Config) -> LimitsByTenant {
     let limits = LimitsByTenant::default();
     replace(&limits, config);
     limits
 }
 
-/// Replaces all limits with those of a configuration.
+/// Replaces all tenant limits with those of a configuration.
 pub(crate) fn replace(limits: &LimitsByTenant, config: &Config) {
     let of_tenants = config.tenants.limits(&config.limits);
     let of_tenants = of_tenants.map(|(tenant, limits)| (tenant.to_owned(), tenant_limits(&limits)));
@@ -42,14 +42,14 @@ fn tenant_limits(limits: &Limits) -> TenantLimits {
     })
 }
 
-/// Reports how close the use of the limits is to them.
+/// Collects the highest used fraction of each limit.
 #[derive(Debug)]
 struct LimitUse(LimitsByTenant);
 
 impl Collector for LimitUse {
     fn encode(&self, mut encoder: DescriptorEncoder<'_>) -> Result<(), std::fmt::Error> {
-        let help = "Highest fraction of a limit that a tenant or user had used when it last requested more, within 30 \
-                    to 60 s, by the option that sets the limit: 1 means that it was reached.";
+        let help = "Highest fraction of a limit used by any tenant or user, measured when it requested more in the \
+                    last 30 to 60 s, by the option that sets the limit. 1 means that the limit was reached.";
         let name = "streamer_tenant_limit_use_ratio";
         let mut family = encoder.encode_descriptor(name, help, None, MetricType::Gauge)?;
         for limit in TenantLimit::ALL {
@@ -65,7 +65,7 @@ pub(crate) fn register(limits: &LimitsByTenant, metrics: &Metrics) {
     metrics.collect(LimitUse(limits.clone()));
 }
 
-/// Discards old use at an interval, until `shutdown`.
+/// Discards old usage every [`USE_INTERVAL`] until `shutdown` is cancelled.
 pub(crate) async fn rotate_use(limits: LimitsByTenant, shutdown: CancellationToken) {
     let mut ticks = interval(USE_INTERVAL);
     ticks.set_missed_tick_behavior(MissedTickBehavior::Delay);

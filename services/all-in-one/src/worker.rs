@@ -8,7 +8,7 @@ use streamer_core::ErrorCode;
 use streamer_telemetry::{LogFormat, TraceOptions, Traces, init};
 use streamer_worker::{Worker, WorkerError};
 
-/// Log filter of a worker unless `STREAMER_LOG` sets one.
+/// Log filter of a worker if `STREAMER_LOG` is not set.
 const LOG_FILTER: &str = "info";
 /// Timeout for exporting the last spans.
 const FLUSH_TIMEOUT: Duration = Duration::from_secs(1);
@@ -50,8 +50,8 @@ pub(crate) async fn run(arguments: WorkerArguments) -> ExitCode {
     }
 }
 
-/// Configures tracing from OpenTelemetry's variables. A worker makes no sampling decision: a request is
-/// traced if its submission is.
+/// Configures tracing from OpenTelemetry's environment variables. A worker makes no sampling decision: a
+/// request is traced if its submission is traced.
 fn traces(filter: &str) -> anyhow::Result<Traces> {
     let trace = Trace::from_environment(&super::serve_command::environment())?;
     let options = TraceOptions {

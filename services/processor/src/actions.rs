@@ -1,5 +1,5 @@
-//! Catalog of actions: handlers in this process, actions that workers offer, and saved declarations
-//! of workers that left.
+//! Catalog of actions: those of handlers in this process, those that workers offer, and saved declarations of workers
+//! that have disconnected.
 
 use std::{
     collections::{BTreeMap, HashMap, HashSet},
@@ -17,13 +17,13 @@ use tokio::sync::watch;
 
 use crate::worker_pool::{ActionKey, WorkerPool, WorkerSlotPermit};
 
-/// Maximum number of saved declarations of one tenant, or for all tenants together.
+/// Maximum number of saved declarations for one tenant, or of those that apply to all tenants.
 const MAX_DECLARATIONS: usize = 1000;
-/// Maximum bytes of their schemas and descriptions.
+/// Maximum total size of the schemas and descriptions of these declarations, in bytes.
 pub(crate) const MAX_DECLARATION_BYTES: usize = 1024 * 1024;
 /// Age at which a declaration is saved again.
 const SAVE_INTERVAL: Duration = Duration::from_secs(24 * 3600);
-/// Time after which an action that no worker offers is forgotten.
+/// Time after which a saved declaration expires unless it is saved again.
 const RETENTION: Duration = Duration::from_secs(30 * 24 * 3600);
 
 pub(crate) struct Actions {
@@ -31,35 +31,35 @@ pub(crate) struct Actions {
     pub(crate) workers: Arc<WorkerPool>,
     sync_threshold: Duration,
     saved: Mutex<SavedDeclarations>,
-    /// Held while declarations are saved, so that concurrent saves count towards the same limits.
+    /// Lock that serializes saves, so that concurrent saves count towards the same limits.
     save_lock: tokio::sync::Mutex<()>,
     loaded: watch::Sender<bool>,
 }
 
-/// Declarations of workers, kept in the store.
+/// Declarations of workers that are saved in the store.
 #[derive(Default)]
 struct SavedDeclarations {
     specs: BTreeMap<ActionKey, Arc<ActionSpec>>,
-    /// When this process last saved each declaration.
+    /// Time at which this process last saved each declaration.
     saved_at: HashMap<ActionKey, Timestamp>,
 }
 
-/// Reason why declarations are rejected.
+/// Error that occurs when declarations are saved.
 #[derive(Debug, thiserror::Error)]
 pub(crate) enum SaveDeclarationsError {
-    /// The store failed.
+    /// An operation of the store failed.
     #[error(transparent)]
     Store(#[from] StoreError),
-    /// The tenant has too many declarations.
+    /// The declarations for a tenant, or for all tenants, exceed a limit.
     #[error(
-        "more than {MAX_DECLARATIONS} actions, or {MAX_DECLARATION_BYTES} bytes of schemas and \
-         descriptions, are declared for {0}"
+        "too many declarations for {0}: the maximum is {MAX_DECLARATIONS} actions, with \
+         {MAX_DECLARATION_BYTES} bytes of schemas and descriptions"
     )]
     TooMany(String),
 }
 
 impl SavedDeclarations {
-    /// Checks that these declarations fit within the limits.
+    /// Checks that the saved declarations, together with `unsaved`, do not exceed the limits.
     fn check_capacity(
         &self,
         unsaved: &[(ActionKey, Arc<ActionSpec>)],
@@ -85,15 +85,15 @@ impl SavedDeclarations {
     }
 }
 
-/// Declaration of an action, as a tenant's request finds it.
+/// Declaration of an action that applies to the requests of a tenant.
 #[derive(Clone)]
 pub(crate) struct Declaration {
-    /// Identifies the declaration.
+    /// Key of the declaration.
     pub(crate) key: ActionKey,
     pub(crate) spec: Arc<ActionSpec>,
 }
 
-/// Where an attempt runs.
+/// Runner of an attempt: a handler in this process or a worker.
 pub(crate) enum Runner {
     /// A handler in this process.
     Local(Arc<dyn DynHandler>),
@@ -108,7 +108,7 @@ impl Actions {
         Self { local, workers, sync_threshold, saved: Mutex::default(), save_lock, loaded }
     }
 
-    /// Loads the declarations that were saved before this process started.
+    /// Loads the saved declarations from the store.
     pub(crate) async fn load(
         &self,
         store: &dyn Store,
@@ -118,7 +118,7 @@ impl Actions {
         {
             let mut saved = self.saved.lock();
             for DeclaredAction { tenant, action } in declared {
-                // It was validated when it was declared.
+                // The action was validated when it was declared.
                 let spec = action_from_proto(&action, "action", &mut Violations::default());
                 let key = ActionKey { action: action.name, tenant };
                 saved.specs.entry(key).or_insert_with(|| Arc::new(spec));
@@ -130,11 +130,11 @@ impl Actions {
 
     /// Waits until [`Self::load`] has succeeded.
     pub(crate) async fn loaded(&self) {
-        // The sender lives as long as `self`.
+        // Cannot fail, because `self` owns the sender.
         drop(self.loaded.subscribe().wait_for(|loaded| *loaded).await);
     }
 
-    /// Saves declarations durably, except those that are saved already.
+    /// Saves declarations to the store, except those that are already saved.
     pub(crate) async fn save(
         &self,
         declared: Vec<(ActionKey, Arc<ActionSpec>)>,
@@ -170,15 +170,15 @@ impl Actions {
         Ok(())
     }
 
-    /// Returns the declaration of this action for this tenant, from a worker that offers it now or
-    /// did before.
+    /// Returns the declaration of `action` for `tenant`: that of a handler in this process, or of a worker that offers
+    /// the action now or has offered it before.
     pub(crate) fn find(&self, action: &str, tenant: &str) -> Option<Declaration> {
         if let Some((spec, _)) = self.local.get(action) {
             let key = ActionKey { action: action.to_owned(), tenant: None };
             return Some(Declaration { key, spec: spec.clone() });
         }
         // A tenant's own declaration takes precedence over one for all tenants, as in the router's
-        // catalog, whether its workers are connected or not.
+        // catalog, even while none of its workers is connected.
         [Some(tenant.to_owned()), None].into_iter().find_map(|tenant| {
             let key = ActionKey { action: action.to_owned(), tenant };
             let present = self.workers.spec(&key);
@@ -192,7 +192,7 @@ impl Actions {
         self.local.get(action).is_some()
     }
 
-    /// Returns a runner for one more attempt of this action and tenant, if one is available.
+    /// Returns a runner for an additional attempt of the given action and tenant, if one is available.
     pub(crate) fn runner(&self, action: &str, tenant: &str) -> Option<Runner> {
         match self.local.get(action) {
             Some((_, handler)) => Some(Runner::Local(handler.clone())),
@@ -203,8 +203,8 @@ impl Actions {
         }
     }
 
-    /// Returns how many attempts of this action and tenant can run concurrently, at most `limit`; 0
-    /// if no handler or worker is available.
+    /// Returns the number of attempts of the given action and tenant that can run concurrently, at most `limit`; 0 if
+    /// no handler or worker is available.
     pub(crate) fn slots(&self, action: &str, tenant: &str, limit: u32) -> u32 {
         let Some(Declaration { key, spec }) = self.find(action, tenant) else { return 0 };
         let limit = spec.max_concurrency.map_or(limit, |of_action| of_action.min(limit));
@@ -227,7 +227,7 @@ impl Actions {
             let workers = i32::try_from(workers).unwrap_or(i32::MAX);
             all.insert(key, Action { workers, available: true, ..declare(&spec) });
         }
-        // A handler of this process hides workers' declarations of the same name.
+        // A handler in this process takes precedence over declarations of workers with the same action name.
         all.retain(|key, _| !self.is_local(&key.action));
         for spec in self.local() {
             let key = ActionKey { action: spec.name.clone(), tenant: None };

@@ -1,5 +1,4 @@
-//! Driver of one attempt: runs the handler and appends its reports to the log, in order, in
-//! batches.
+//! Runs the handler of one attempt, and appends its reports to the log, in order and in batches.
 
 mod handle;
 mod time_limit;
@@ -40,15 +39,15 @@ use crate::{
 pub(crate) use handle::AttemptHandle;
 use time_limit::TimeLimit;
 
-/// Backoff after the first failed publish call; doubled up to [`MAX_PUBLISH_BACKOFF`].
+/// Initial backoff after a failed publish call; it doubles up to [`MAX_PUBLISH_BACKOFF`].
 const PUBLISH_BACKOFF: Duration = Duration::from_millis(20);
 const MAX_PUBLISH_BACKOFF: Duration = Duration::from_secs(1);
 
-/// Shared dependencies of attempts.
+/// Dependencies that all attempts share.
 pub(crate) struct Environment {
     pub(crate) clock: Arc<dyn Clock>,
     pub(crate) log: EventLogClient,
-    /// Spawns the handlers of this process.
+    /// Spawns the handlers that run in this process.
     pub(crate) handlers: HandlerSpawner,
     pub(crate) history: Arc<dyn RequestHistory>,
     pub(crate) limits: Limits,
@@ -63,25 +62,25 @@ pub(crate) struct AttemptSpec {
     pub(crate) reports: Arc<ReportQueue>,
     pub(crate) payload: StoredPayload,
     pub(crate) checkpoint: Option<Bytes>,
-    /// The stored `started` event; absent when the attempt is resumed.
+    /// Stored `started` event; `None` when the attempt is resumed.
     pub(crate) started: Option<Event>,
-    /// Output so far.
+    /// Digest of the output that the attempt has already produced.
     pub(crate) output: OutputDigest,
-    /// Whether a worker runs it.
+    /// Whether a worker runs the attempt.
     pub(crate) is_remote: bool,
 }
 
-/// How an attempt left this processor.
+/// Result of an attempt on this processor.
 pub(crate) enum AttemptResult {
-    /// With this final event, the time of the next attempt if it is `retrying`, and the reason of
-    /// the cancellation if one was requested.
+    /// The final event is durable. Contains the event, the time of the next attempt if the event is `retrying`, and the
+    /// cancellation reason if cancellation was requested.
     Recorded(Kind, Option<Timestamp>, Option<String>),
-    /// Another holder has the attempt, or will recover it.
+    /// The attempt was fenced: a different holder owns the attempt, or will recover it.
     Fenced,
 }
 
 impl AttemptResult {
-    /// Returns the outcome, for traces.
+    /// Returns the outcome as the value of a trace attribute.
     pub(crate) fn outcome(&self) -> &'static str {
         match self {
             Self::Fenced => "lost",
@@ -97,7 +96,7 @@ impl AttemptResult {
         }
     }
 
-    /// Returns the code of the error that the attempt finished with.
+    /// Returns the code of the error with which the attempt finished, if any.
     pub(crate) fn error(&self) -> Option<&'static str> {
         let error = match self {
             Self::Fenced => return Some(ErrorCode::Unavailable.as_str()),
@@ -109,7 +108,7 @@ impl AttemptResult {
     }
 }
 
-/// Runs an attempt until it finishes.
+/// Runs an attempt until it finishes or is fenced.
 pub(crate) async fn run(
     environment: &Environment,
     attempt_spec: AttemptSpec,
@@ -186,14 +185,14 @@ pub(crate) async fn run(
     attempt.drive(started, work).await
 }
 
-/// Marks the span of a handler that failed.
+/// Marks the span of a handler as failed if the handler has failed.
 pub(crate) fn record_failure<T>(span: &Span, ended: &Result<T, HandlerError>) {
     if ended.is_err() {
         span.record("otel.status_code", "ERROR");
     }
 }
 
-/// Returns the span of a handler, local or in a worker.
+/// Creates the span of a handler: on a worker if `is_remote`, otherwise in this process.
 pub(crate) fn handler_span(is_remote: bool) -> Span {
     if is_remote {
         trace_span!("worker.task", otel.kind = "client", otel.status_code = Empty)
@@ -230,7 +229,7 @@ impl Attempt<'_> {
         };
         let mut handler_running = true;
         let mut outcome = None;
-        // Reservation for the result. The handler has returned by then, so no time limit applies.
+        // Pending reservation for the result. The handler has already returned, so no time limit applies.
         let mut reserving: Reserving = Fuse::terminated();
         let mut result_reserved = Reservation::default();
         let mut last = None;
@@ -247,7 +246,7 @@ impl Attempt<'_> {
                 sent = &mut sending, if !sending.is_terminated() => match sent {
                     Ok(cancel_reason) => {
                         self.published_at = Instant::now();
-                        // The final event of an attempt is not a report of its handler.
+                        // The final event of an attempt is not a report from its handler.
                         let final_events = i64::from(last.is_some());
                         self.reports.set_durable(self.next_seq - 1 - self.attempt_seq - final_events);
                         if let Some(reason) = cancel_reason {
@@ -272,7 +271,7 @@ impl Attempt<'_> {
                     if let Outcome::Succeeded(result) = &ended {
                         let mut reserve = self.reserve(result.len());
                         match (&mut reserve).now_or_never() {
-                            // Reserved already, so that the final event joins the last batch.
+                            // Reserved without waiting, so that the final event is part of the last batch.
                             Some(reserved) => result_reserved = reserved,
                             None => reserving = reserve,
                         }
@@ -294,7 +293,7 @@ impl Attempt<'_> {
                         work.abort();
                         outcome = Some(Outcome::Failed(RequestError::new(
                             ErrorCode::Timeout,
-                            "the handler reported nothing for longer than its heartbeat timeout",
+                            "the handler sent no report within its heartbeat timeout",
                         )));
                     }
                 }
@@ -342,13 +341,13 @@ impl Attempt<'_> {
         }
     }
 
-    /// Reserves the bytes of the result.
+    /// Reserves buffer space for the result.
     fn reserve(&self, bytes: usize) -> Reserving {
         let reports = self.reports.clone();
         async move { reports.reserve(bytes).await }.boxed().fuse()
     }
 
-    /// Delivers the `started` event, which the claim has made durable.
+    /// Announces the `started` event, which the claim has already stored.
     fn announce(&self, started: Event) -> Sending {
         let (log, uid) = (self.environment.log.clone(), self.uid);
         let announced = async move {
@@ -358,7 +357,7 @@ impl Attempt<'_> {
         announced.boxed().fuse()
     }
 
-    /// Checks the size of the result; a retry would exceed the limit again.
+    /// Checks the size of the result. A result that is too large is not retried: a retry would exceed the limit too.
     fn check(&self, ended: Result<Bytes, HandlerError>) -> Outcome {
         match ended {
             Ok(result) => match self.environment.limits.check_result(result.len()) {
@@ -370,8 +369,8 @@ impl Attempt<'_> {
         }
     }
 
-    /// Returns when the heartbeat timeout expires. None applies while reports are being published:
-    /// the handler may be waiting for that.
+    /// Returns the time at which the heartbeat timeout expires; `None` if the action has no heartbeat timeout, or while
+    /// reports are being published, because the handler may be waiting for that.
     fn heartbeat_deadline(&self, sending: bool) -> Option<Instant> {
         let limit = self.spec.heartbeat_timeout.filter(|_| !sending)?;
         Some(self.reports.last_activity().max(self.published_at) + limit)
@@ -455,7 +454,7 @@ impl Attempt<'_> {
                     // Fenced, or not retryable: lease recovery finishes the attempt.
                     Err(status) if is_permanent(&status) => return Err(status),
                     Err(status) => {
-                        tracing::warn!(%uid, %status, ?wait, "publish failed, retrying");
+                        tracing::warn!(%uid, %status, ?wait, "failed to publish events, retrying");
                         sleep(wait.mul_f64(retry::random_fraction())).await;
                         wait = (wait * 2).min(MAX_PUBLISH_BACKOFF);
                     }

@@ -1,4 +1,4 @@
-//! Tenants with queued requests, which hints must not overtake.
+//! Tenants with queued requests. A request that a hint announces must not start before queued requests of its tenant.
 
 use std::{collections::HashSet, mem};
 
@@ -9,14 +9,14 @@ pub(crate) struct Backlog(Mutex<State>);
 
 #[derive(Debug, Default)]
 struct State {
-    /// `None` if the queue has not been scanned completely.
+    /// Tenants that may have queued requests; `None` if the queue has not been scanned completely.
     known: Option<HashSet<String>>,
-    /// Added since the current scan began, which may not see them.
+    /// Tenants added since the current scan began, which may not find their requests.
     added: HashSet<String>,
 }
 
 impl Backlog {
-    /// Returns whether this tenant may have queued requests.
+    /// Returns whether the given tenant may have queued requests.
     pub(crate) fn may_contain(&self, tenant: &str) -> bool {
         self.0.lock().known.as_ref().is_none_or(|tenants| tenants.contains(tenant))
     }
@@ -37,22 +37,22 @@ impl Backlog {
         self.0.lock().added.clear();
     }
 
-    /// Finishes a scan of the whole queue, which left requests of these tenants.
+    /// Finishes a scan of the whole queue. `tenants` contains the tenants whose requests remain queued.
     pub(crate) fn finish_scan(&self, mut tenants: HashSet<String>) {
         let mut state = self.0.lock();
         tenants.extend(mem::take(&mut state.added));
         state.known = Some(tenants);
     }
 
-    /// Finishes a scan of the whole queue for some of the actions: these tenants, and those known
-    /// before, may have queued requests.
+    /// Finishes a scan of the whole queue for some of the actions. The tenants in `tenants`, and those that the backlog
+    /// already contains, may have queued requests.
     pub(crate) fn finish_partial_scan(&self, tenants: HashSet<String>) {
         if let Some(known) = &mut self.0.lock().known {
             known.extend(tenants);
         }
     }
 
-    /// Forgets the tenants: the scan did not cover the whole queue.
+    /// Clears the backlog, because a scan did not cover the whole queue: every tenant may have queued requests.
     pub(crate) fn reset(&self) {
         self.0.lock().known = None;
     }

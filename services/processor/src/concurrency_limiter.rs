@@ -1,4 +1,4 @@
-//! Limits of concurrent attempts: in total, per action and per tenant.
+//! Limits the number of concurrent attempts: in total, per action and per tenant.
 
 use std::{borrow::Borrow, collections::HashMap, hash::Hash, sync::Arc};
 
@@ -6,7 +6,7 @@ use parking_lot::Mutex;
 
 use crate::{actions::Declaration, worker_pool::ActionKey};
 
-/// Counts running attempts.
+/// Issues permits for concurrent attempts.
 pub(crate) struct ConcurrencyLimiter {
     total_limit: u32,
     tenant_limit: u32,
@@ -28,14 +28,14 @@ pub(crate) struct ConcurrencyPermit {
 }
 
 impl ConcurrencyLimiter {
-    /// Creates a limiter of `total_limit` attempts, of which one tenant uses at most `tenant_share`
-    /// percent: the rest stays available while one tenant floods the queue.
+    /// Creates a limiter that allows `total_limit` concurrent attempts, of which each tenant may use at most
+    /// `tenant_share` percent. The rest remains available to other tenants while one tenant floods the queue.
     pub(crate) fn new(total_limit: u32, tenant_share: u32) -> Self {
         let tenant_limit = percent_of(total_limit, tenant_share);
         Self { total_limit, tenant_limit, in_use: Mutex::default() }
     }
 
-    /// Acquires a permit for this action and tenant, if one is available.
+    /// Acquires a permit for the given action and tenant, if one is available.
     pub(crate) fn try_acquire(
         self: &Arc<Self>,
         declared: &Declaration,
@@ -56,17 +56,17 @@ impl ConcurrencyLimiter {
         })
     }
 
-    /// Returns how many more attempts may run in total.
+    /// Returns the number of additional attempts that may run in total.
     pub(crate) fn available(&self) -> u32 {
         self.total_limit.saturating_sub(self.in_use.lock().total)
     }
 
-    /// Returns whether one more attempt of this action may run.
+    /// Returns whether an additional attempt of the given action may run.
     pub(crate) fn has_capacity(&self, declared: &Declaration) -> bool {
         self.admits(&self.in_use.lock(), declared)
     }
 
-    /// Returns how many more attempts may run, for each tenant with running attempts.
+    /// Returns the number of additional attempts that may run, for each tenant with running attempts.
     pub(crate) fn available_by_tenant(&self) -> HashMap<String, usize> {
         let in_use = self.in_use.lock();
         let available = |count: &u32| {
@@ -75,7 +75,7 @@ impl ConcurrencyLimiter {
         in_use.by_tenant.iter().map(|(tenant, count)| (tenant.clone(), available(count))).collect()
     }
 
-    /// Returns the number of running attempts of each tenant that has any.
+    /// Returns the number of running attempts, for each tenant with running attempts.
     pub(crate) fn running_by_tenant(&self) -> HashMap<String, u32> {
         self.in_use.lock().by_tenant.clone()
     }
@@ -87,7 +87,7 @@ impl ConcurrencyLimiter {
     }
 }
 
-/// Returns this percentage, but at least one.
+/// Returns `percent` percent of `of`, but at least 1.
 pub(crate) fn percent_of(of: u32, percent: u32) -> u32 {
     let part = u64::from(of) * u64::from(percent.min(100)) / 100;
     u32::try_from(part).unwrap_or(u32::MAX).max(1)

@@ -35,12 +35,12 @@ use crate::{
     worker_session::WorkerSession,
 };
 
-/// Maximum time to release running attempts when the processor stops.
+/// Timeout for the release of running attempts when the processor stops.
 const RELEASE_TIMEOUT: Duration = Duration::from_secs(2);
-/// Interval between scans of the queue when `queue_polling` is off. A hint is lost if it arrives
-/// before the index shows its request, or at a processor that cannot run it.
+/// Interval between scans of the queue when `queue_polling` is off. They find requests whose hint arrived before the
+/// index contained the request, or at a processor that cannot run it.
 const FALLBACK_SCAN_INTERVAL: Duration = Duration::from_secs(30);
-/// Interval between measurements of the queue.
+/// Interval between updates of the queue metrics.
 const MEASURE_INTERVAL: Duration = Duration::from_secs(5);
 
 /// Dependencies of the dispatcher.
@@ -60,12 +60,12 @@ pub(crate) struct Parts {
 }
 
 pub(crate) struct Dispatcher {
-    /// Name of the lease holder.
+    /// Name under which this processor holds leases.
     name: String,
     store: Arc<dyn Store>,
     actions: Arc<Actions>,
     environment: Environment,
-    /// Budget of reports that are not durable yet, shared by the attempts that run here.
+    /// Memory budget for reports that are not yet durable, shared by all attempts of this processor.
     output_budget: Arc<MemoryBudget>,
     metrics: ProcessorMetrics,
     traces: Traces,
@@ -74,7 +74,7 @@ pub(crate) struct Dispatcher {
     running: Mutex<HashMap<Uid, RunningAttempt>>,
     wakeup: Arc<Wakeup>,
     stopping: CancellationToken,
-    /// When the earliest known delayed request is due.
+    /// Time at which the earliest known delayed request is due.
     next_due: Mutex<Option<Timestamp>>,
     /// Tenant after which the next scan continues; a scan reads a limited number of tenants.
     after_tenant: Mutex<Option<String>>,
@@ -87,18 +87,18 @@ pub(crate) struct Dispatcher {
     calls: TaskTracker,
 }
 
-/// Estimate of the time that a request waits.
+/// Data for an estimate of the time until a queued request starts.
 pub(crate) struct QueueEstimate {
-    /// Whether the request is running already.
+    /// Whether the request was started or is already running.
     pub(crate) started: bool,
-    /// Number of requests for the action that can run concurrently.
+    /// Maximum number of requests for the action that can run concurrently.
     pub(crate) slots: u32,
-    /// Mean duration of recent attempts.
+    /// Mean duration of recent attempts; `None` before the first measurement.
     pub(crate) mean_run_duration: Option<Duration>,
 }
 
 struct RunningAttempt {
-    /// 0 until the claim is durable.
+    /// Number of the attempt; 0 until the claim is durable.
     attempt: u32,
     tenant: String,
     handle: Arc<AttemptHandle>,
@@ -165,16 +165,16 @@ impl Dispatcher {
         self.environment.clock.now()
     }
 
-    /// Returns the budget of reports that are not durable yet, shared by the attempts that run
-    /// here.
+    /// Returns the memory budget for reports that are not yet durable, shared by all attempts of this processor.
     pub(crate) fn output_budget(&self) -> &Arc<MemoryBudget> {
         &self.output_budget
     }
 
-    /// Loads the declarations that were saved before this process started.
+    /// Loads the saved declarations with retries. If other processors share the store, also saves those of this
+    /// processor.
     pub(crate) async fn load_actions(&self, shutdown: &CancellationToken) {
         while let Err(error) = self.actions.load(&*self.store, &*self.environment.clock).await {
-            tracing::warn!(%error, "loading the declared actions failed, retrying");
+            tracing::warn!(%error, "failed to load the declared actions, retrying");
             tokio::select! {
                 () = shutdown.cancelled() => return,
                 () = tokio::time::sleep(self.options.poll_interval) => {}
@@ -183,7 +183,7 @@ impl Dispatcher {
         if self.options.shared
             && let Err(error) = self.save_local_actions().await
         {
-            tracing::warn!(%error, "saving the actions of this processor failed");
+            tracing::warn!(%error, "failed to save the actions of this processor");
         }
     }
 
@@ -196,7 +196,7 @@ impl Dispatcher {
         self.actions.save(local, &*self.store, &*self.environment.clock).await
     }
 
-    /// Saves a worker's declarations for the time when no worker offers the actions.
+    /// Saves the declarations of a worker, so that they remain available while no worker offers the actions.
     pub(crate) async fn save_declarations(
         &self,
         worker: &WorkerSession,
@@ -205,8 +205,8 @@ impl Dispatcher {
         self.actions.save(declared, &*self.store, &*self.environment.clock).await
     }
 
-    /// Handles a hint that a request is queued: starts it if a permit is available and no request
-    /// of its tenant is queued before it.
+    /// Handles a hint that a request is queued: starts the request if a permit is available and no other request of the
+    /// tenant is queued before it. Returns data for an estimate of its start.
     pub(crate) fn notify_queued(
         self: &Arc<Self>,
         uid: Uid,
@@ -228,7 +228,7 @@ impl Dispatcher {
         }
     }
 
-    /// Returns whether the request was started, or is running already.
+    /// Starts or queues the request. Returns whether the request was started or is already running.
     fn start_or_queue(self: &Arc<Self>, uid: Uid, action: &str, tenant: &str) -> bool {
         if self.running.lock().contains_key(&uid) {
             return true;
@@ -236,8 +236,8 @@ impl Dispatcher {
         if self.is_stopping() {
             return false;
         }
-        // No request overtakes queued requests of the same tenant, also during a scan with a free
-        // slot; requests of other tenants wait for their own slots.
+        // A request does not overtake queued requests of its tenant, even if a slot is free during a scan. It may
+        // overtake those of other tenants, which wait for their own slots.
         let behind = self.backlog.may_contain(tenant);
         let placement = if behind { None } else { self.find_placement(action, tenant) };
         match placement {
@@ -261,9 +261,9 @@ impl Dispatcher {
         }
     }
 
-    /// Dispatches until `shutdown`, then drains running attempts within the drain timeout.
+    /// Dispatches requests until `shutdown` is cancelled, then drains running attempts within the drain timeout.
     pub(crate) async fn run(self: &Arc<Self>, shutdown: CancellationToken) {
-        // In a separate task, so that it takes effect while the loop below is busy.
+        // A separate task, so that the signal takes effect while the loop below is busy.
         let stopping = self.stopping.clone();
         let stop_requested = shutdown.clone();
         let _stopper = AbortOnDropHandle::new(tokio::spawn(async move {
@@ -297,7 +297,7 @@ impl Dispatcher {
                 }
             }
             if let Err(error) = self.dispatch().await {
-                tracing::warn!(%error, "scanning the queue failed");
+                tracing::warn!(%error, "failed to scan the queue");
             }
         }
         drop(notifications);
@@ -308,7 +308,7 @@ impl Dispatcher {
         }
     }
 
-    /// Follows the store's notifications of queued requests.
+    /// Follows the notifications of queued requests from the store, if it sends any.
     fn follow_queue_notifications(
         self: &Arc<Self>,
         shutdown: CancellationToken,
@@ -331,7 +331,7 @@ impl Dispatcher {
         self.tasks.close();
         let deadline = self.now().plus(self.options.drain_timeout);
         let until = Instant::now() + self.options.drain_timeout;
-        // Sync calls end with the streams of their workers, so those streams close last.
+        // Sync calls fail when the streams of their workers end, so these streams end last.
         self.actions.workers.drain(deadline, |worker| !worker.answers_calls());
         self.calls.close();
         if timeout_at(until, self.calls.wait()).await.is_err() {
@@ -351,8 +351,8 @@ impl Dispatcher {
         }
     }
 
-    /// Leaves running attempts to their workers, which resume them on another processor; releases
-    /// those that were not assigned yet.
+    /// Detaches the running attempts on workers, so that the workers can resume them on another processor; releases
+    /// those that were not yet assigned.
     fn detach_remote_attempts(&self) {
         for running in self.running.lock().values().filter(|running| running.remote) {
             if running.attempt == 0 {
@@ -363,7 +363,7 @@ impl Dispatcher {
         }
     }
 
-    /// Leaves this worker's resumed attempts to it, to be resumed on another processor.
+    /// Detaches the attempts of the given worker, so that it can resume them on another processor.
     pub(crate) fn detach_attempts_of(&self, worker: &WorkerSession) {
         let tasks = worker.tasks();
         let running = self.running.lock();
@@ -376,8 +376,7 @@ impl Dispatcher {
         self.stopping.is_cancelled()
     }
 
-    /// Returns a token that keeps workers' streams open during a call; `None` once the processor is
-    /// stopping.
+    /// Returns a token that keeps the streams of workers open during a call; `None` if the processor is stopping.
     pub(crate) fn track_call(&self) -> Option<TaskTrackerToken> {
         let call = self.calls.token();
         (!self.is_stopping()).then_some(call)
@@ -388,7 +387,7 @@ impl Dispatcher {
         self.stopping.clone().cancelled_owned()
     }
 
-    /// Returns a placement for one attempt of this action and tenant, if one is available.
+    /// Returns a placement for one attempt of the given action and tenant, if one is available.
     fn find_placement(&self, action: &str, tenant: &str) -> Option<Placement> {
         let declared = self.actions.find(action, tenant)?;
         let permit = self.limiter.try_acquire(&declared, tenant)?;
@@ -396,7 +395,7 @@ impl Dispatcher {
         Some(Placement { permit, declared, runner })
     }
 
-    /// Claims a request and runs the attempt, in a separate task.
+    /// Claims a request and runs its attempt in a separate task.
     fn start(self: &Arc<Self>, uid: Uid, tenant: &str, placement: Placement) {
         let handle = Arc::new(AttemptHandle::default());
         let remote = matches!(placement.runner, Runner::Remote(_));
@@ -414,13 +413,13 @@ impl Dispatcher {
         let Placement { permit, declared, runner } = placement;
         let spec = declared.spec;
         let guard = RunningGuard { dispatcher: self.clone(), uid, permit: Some(permit) };
-        // Boxed, because tokio copies a task several times on its way to the heap.
+        // Boxed, because tokio copies the future several times before it allocates the task.
         self.tasks.spawn(Box::pin(async move {
             guard.dispatcher.claim_and_run(uid, spec, runner, handle).await;
         }));
     }
 
-    /// Registers the running attempt of a request; returns false if it has one already.
+    /// Registers the running attempt of a request; returns `false` if the request already has one.
     fn register(&self, uid: Uid, running: RunningAttempt) -> bool {
         let mut running_attempts = self.running.lock();
         if running_attempts.contains_key(&uid) {
@@ -437,7 +436,7 @@ impl Dispatcher {
                 let age = stats.oldest_due.map_or(Duration::ZERO, |due| self.now().since(due));
                 self.metrics.queue_age_ms.set(i64::try_from(age.as_millis()).unwrap_or(i64::MAX));
             }
-            Err(error) => tracing::warn!(%error, "measuring the queue failed"),
+            Err(error) => tracing::warn!(%error, "failed to measure the queue"),
         }
     }
 
@@ -450,14 +449,13 @@ impl Dispatcher {
     }
 
     fn until_next_due(&self) -> Duration {
-        // If none is known, the poll timer fires first.
+        // If no delayed request is known, the poll timer fires before this delay ends.
         let next_due = *self.next_due.lock();
         next_due.map_or(self.options.poll_interval * 2, |due| due.since(self.now()))
     }
 }
 
-/// Entry of a running attempt; when dropped, removes it, releases the permit and wakes the
-/// dispatcher.
+/// Guard of a running attempt. When dropped, it removes the attempt, releases its permit and wakes the dispatcher.
 struct RunningGuard {
     dispatcher: Arc<Dispatcher>,
     uid: Uid,

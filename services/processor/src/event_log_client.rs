@@ -1,4 +1,4 @@
-//! Client of the event log, an internal service of the progress service.
+//! Client of the event log, which is the internal API of the progress service.
 
 use std::sync::Arc;
 
@@ -15,17 +15,17 @@ use streamer_rpc::{Channel, Untraced, is_terminal, run_to_completion, with_route
 use streamer_telemetry::is_sampled;
 use tonic::Status;
 
-/// Maximum bytes of large batches in transit. A batch is held several times: as reports, encoded
-/// for the call, decoded, and encoded for the store. A higher limit would not store them faster,
-/// and would delay all other tasks behind the copies.
+/// Maximum total size of large batches in transit, in bytes. Several copies of a batch exist in memory: as reports,
+/// encoded for the call, decoded, and encoded for the store. A higher limit would not increase the throughput, and
+/// would delay all other tasks during the copies.
 const MAX_LARGE_BATCHES_BYTES: usize = 8 * 1024 * 1024;
-/// Batches up to this size do not wait for large ones.
+/// Maximum size of a small batch, in bytes. Small batches do not wait for large ones.
 const SMALL_BATCH_BYTES: usize = 64 * 1024;
 
 #[derive(Clone)]
 pub(crate) struct EventLogClient {
     client: EventLogServiceClient<Channel>,
-    /// Budget of large batches in transit.
+    /// Memory budget for large batches in transit.
     large: Arc<MemoryBudget>,
 }
 
@@ -33,14 +33,13 @@ impl EventLogClient {
     pub(crate) fn new(progress: Channel, max_batch_bytes: usize) -> Self {
         let client =
             EventLogServiceClient::new(progress).max_encoding_message_size(max_batch_bytes);
-        // Two tenants with the largest batches at the same time.
+        // Allows two tenants to publish a batch of the maximum size at the same time.
         let large =
             MemoryBudget::new(MAX_LARGE_BATCHES_BYTES.max(max_batch_bytes.saturating_mul(2)));
         Self { client, large }
     }
 
-    /// Appends events of a tenant's request; returns the reason of the cancellation if one was
-    /// requested.
+    /// Appends events to the log of a tenant's request; returns the cancellation reason if cancellation was requested.
     pub(crate) async fn publish(
         &self,
         tenant: &Arc<str>,
@@ -53,7 +52,7 @@ impl EventLogClient {
             0..=SMALL_BATCH_BYTES => None,
             large => Some(self.large.reserve(tenant, large).await),
         };
-        // Calls that occur once per event are not traced.
+        // Calls that may occur once per event are not traced.
         let is_untraced = is_sampled() && !request.events.last().is_some_and(ends_attempt);
         let mut call = with_route(request, uid);
         if is_untraced {
@@ -63,8 +62,8 @@ impl EventLogClient {
         Ok(response.into_inner().cancel_reason)
     }
 
-    /// Delivers durable events, even when the caller stops waiting. A hint: if it fails, watchers
-    /// read the events from the store.
+    /// Announces durable events to watchers, even if the caller stops waiting. The call is a hint: if it fails,
+    /// watchers read the events from the store.
     pub(crate) async fn announce(&self, uid: Uid, events: Vec<Event>) {
         let uid_bytes = uid.to_bytes().to_vec().into();
         let request = AnnounceRequest { uid: uid_bytes, events, created: None };
@@ -72,7 +71,7 @@ impl EventLogClient {
         let announced =
             run_to_completion(async move { client.announce(with_route(request, uid)).await });
         if let Err(status) = announced.await {
-            tracing::warn!(%uid, %status, "announcing events failed");
+            tracing::warn!(%uid, %status, "failed to announce events");
         }
     }
 }

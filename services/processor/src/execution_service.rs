@@ -1,4 +1,4 @@
-//! `streamer.internal.v1.ExecutionService`.
+//! Implementation of `streamer.internal.v1.ExecutionService`.
 
 use std::{panic::AssertUnwindSafe, sync::Arc, time::Duration};
 
@@ -34,15 +34,15 @@ use crate::{
     worker_pool::WorkerSlotPermit,
 };
 
-/// Maximum bytes of one message of the action list, unless a single action is larger.
+/// Maximum size of one message of the action list in bytes, unless a single action is larger.
 const MAX_LIST_MESSAGE_BYTES: usize = 256 * 1024;
-/// Retry delay while all sync slots are in use: sync actions are short.
+/// Delay after which a caller may retry while all sync slots are in use. It is short because sync actions are short.
 const SYNC_RETRY_AFTER: Duration = Duration::from_millis(100);
 
-/// A call that a worker executes, with the worker's slot.
+/// Handler of a call that a worker executes, with the permit for the worker's slot.
 type RemoteCall = (Arc<RemoteHandler>, WorkerSlotPermit);
 
-/// Serves routers.
+/// Execution API for routers.
 pub struct ExecutionApi {
     dispatcher: Arc<Dispatcher>,
     actions: Arc<Actions>,
@@ -85,7 +85,7 @@ impl ExecutionApi {
         let spec = declared.spec;
         let limit = spec.start_to_close.unwrap_or(self.options.sync_timeout);
         let cancellation = CancellationToken::new();
-        // Notifies a handler that still runs on another task after the timeout.
+        // Notifies a handler that is still running in a different task after the timeout.
         let _cancelled_on_drop = cancellation.clone().drop_guard();
         let (content_type, payload) = payload_into_parts(request.payload);
         let scope = if is_sampled() {
@@ -115,7 +115,7 @@ impl ExecutionApi {
             None,
         );
         let (handler, remote) = self.select_handler(&spec, &context)?;
-        // Calls that workers execute also depend on the worker's stream.
+        // Keeps the streams of workers open until a call that a worker executes has ended.
         let _call = match &remote {
             None => None,
             Some(_) => Some(self.dispatcher.track_call().ok_or_else(|| {
@@ -147,7 +147,7 @@ impl ExecutionApi {
                 ));
             }
             Err(_) => {
-                let message = format!("the action took longer than {} ms", limit.as_millis());
+                let message = format!("the action timed out after {} ms", limit.as_millis());
                 return Err(error_status(ErrorCode::Timeout, message));
             }
         };
@@ -158,7 +158,7 @@ impl ExecutionApi {
 }
 
 impl ExecutionApi {
-    /// Returns the handler for this call, with the worker's slot if it is remote.
+    /// Returns the handler for the given call, with the permit for the worker's slot if the handler is remote.
     fn select_handler(
         &self,
         spec: &Arc<ActionSpec>,
@@ -250,11 +250,11 @@ impl ExecutionService for ExecutionApi {
         &self,
         _: Request<WatchActionsRequest>,
     ) -> Result<Response<Self::WatchActionsStream>, Status> {
-        // An incomplete list would make routers refuse requests for declared actions.
+        // An incomplete list would make routers reject requests for declared actions.
         self.actions.loaded().await;
         let actions = self.actions.clone();
         let changes = WatchStream::new(self.actions.workers.subscribe_changes());
-        // Routers that watch must not delay the shutdown.
+        // The streams end on shutdown, so that routers that watch the list do not delay it.
         let lists = changes
             .flat_map(move |_| tokio_stream::iter(split_list(actions.list())))
             .take_until(self.dispatcher.stopped());
@@ -262,7 +262,7 @@ impl ExecutionService for ExecutionApi {
     }
 }
 
-/// Splits a list into messages of bounded size: declarations can be large and numerous.
+/// Splits a list into messages of bounded size, because declarations can be large and numerous.
 fn split_list(actions: Vec<ActionDeclaration>) -> Vec<Result<WatchActionsResponse, Status>> {
     let mut messages = vec![WatchActionsResponse::default()];
     let mut bytes = 0;

@@ -1,8 +1,8 @@
-//! Order in which due requests start: by priority, then fair between tenants, then oldest first.
+//! Orders due requests: by priority, then fairly among tenants, then by age, oldest first.
 //!
-//! Tenants with fewer running attempts come first; among equals, start-time fair queueing decides
-//! (Goyal, Vin and Cheng, 1996): each start advances its tenant's finish tag by one, and a tenant
-//! without a tag begins at the current virtual time.
+//! Tenants with fewer running attempts come first. Start-time fair queueing (Goyal, Vin and Cheng, 1996) breaks ties:
+//! each start advances the finish tag of its tenant by one, and a tenant without a tag begins at the current virtual
+//! time.
 
 use std::{
     cmp::Reverse,
@@ -13,7 +13,7 @@ use parking_lot::Mutex;
 use streamer_core::{Timestamp, Uid};
 use streamer_store::DueRequest;
 
-/// Number of tags beyond which those of idle tenants are dropped.
+/// Maximum number of finish tags; when it is exceeded, the tags of idle tenants are dropped.
 const MAX_TAGS: usize = 4096;
 
 /// Start-time fair queue of tenants.
@@ -24,7 +24,7 @@ pub(crate) struct FairQueue {
 
 #[derive(Clone, Debug, Default)]
 struct State {
-    /// Start tag of the latest start; where a new tenant begins.
+    /// Start tag of the latest start; also the start tag of a new tenant.
     virtual_time: u64,
     finish_tags: HashMap<String, u64>,
 }
@@ -36,7 +36,7 @@ impl State {
 }
 
 impl FairQueue {
-    /// Charges a tenant for a start.
+    /// Charges a tenant for the start of a request.
     pub(crate) fn charge(&self, tenant: &str) {
         let mut state = self.state.lock();
         let tag = state.start_tag(tenant);
@@ -48,8 +48,8 @@ impl FairQueue {
         }
     }
 
-    /// Orders due requests, which the store returns tenant by tenant. `running` is the number of
-    /// running attempts per tenant; each request counts as running once ordered.
+    /// Orders due requests, which must be grouped by tenant. `running` contains the number of running attempts of each
+    /// tenant; an ordered request counts as a running attempt.
     pub(crate) fn order(
         &self,
         due: Vec<DueRequest>,
@@ -98,7 +98,7 @@ struct TenantQueue {
     requests: VecDeque<DueRequest>,
 }
 
-/// Lowest first.
+/// Sort key of the first request of a tenant; the lowest key is first.
 type Head = (Reverse<i32>, u32, u64, Timestamp, Uid);
 
 impl TenantQueue {

@@ -4,15 +4,16 @@ use std::collections::{BTreeSet, HashMap};
 
 use streamer_auth::Principal;
 
-/// Actions and tenants that a token allows: permissions `worker:<action>` (of the token's own
-/// tenant), `worker:<action>@<tenant>` and `worker:<action>@*`; `*` stands for every action.
+/// Actions and tenants that a token allows, from the permissions `worker:<action>` (for the token's own tenant),
+/// `worker:<action>@<tenant>` and `worker:<action>@*`. The action `*` stands for every action.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub(crate) struct Grants {
     every_action: Tenants,
     by_action: HashMap<String, Tenants>,
 }
 
-/// Tenants for which an action may be run. A wildcard is not a name: no tenant has it as its name.
+/// Tenants for which an action may be run. The wildcard has a separate field, so that a tenant named `*` is not a
+/// wildcard.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 struct Tenants {
     all: bool,
@@ -33,7 +34,7 @@ impl Grants {
     pub(crate) fn from_principal(principal: &Principal) -> Self {
         let mut grants = Self::default();
         for permission in &principal.permissions {
-            // `*` grants everything, in the token's own tenant.
+            // The permission `*` allows every action for the token's own tenant.
             let grant = match permission.as_str() {
                 "*" => "*",
                 other => match other.strip_prefix("worker:") {
@@ -65,17 +66,17 @@ impl Grants {
         self.by_action.get(action).into_iter().chain([&self.every_action])
     }
 
-    /// Returns whether the worker may run this action for at least one tenant.
+    /// Returns whether the worker may run the given action for at least one tenant.
     pub(crate) fn allows_any_tenant(&self, action: &str) -> bool {
         self.tenants_of(action).any(|tenants| !tenants.is_empty())
     }
 
-    /// Returns whether the worker may run this action for every tenant.
+    /// Returns whether the worker may run the given action for every tenant.
     pub(crate) fn allows_all_tenants(&self, action: &str) -> bool {
         self.tenants_of(action).any(|tenants| tenants.all)
     }
 
-    /// Returns the tenants for which the worker may run this action; `None` for all of them.
+    /// Returns the tenants for which the worker may run the given action; `None` for all tenants.
     pub(crate) fn tenants(&self, action: &str) -> Option<BTreeSet<&str>> {
         if self.allows_all_tenants(action) {
             return None;
@@ -84,7 +85,7 @@ impl Grants {
         Some(named.map(String::as_str).collect())
     }
 
-    /// Returns whether the worker may run this action for this tenant.
+    /// Returns whether the worker may run the given action for the given tenant.
     pub(crate) fn allows(&self, action: &str, tenant: &str) -> bool {
         self.tenants_of(action).any(|tenants| tenants.contains(tenant))
     }

@@ -1,5 +1,5 @@
-//! Threads for the handlers of this process. A handler that computes without yielding slows down
-//! other handlers, but not the threads that serve calls, renew leases and deliver events.
+//! Threads for the handlers that run in this process. A handler that computes without yielding slows down other
+//! handlers, but not the threads that serve calls, renew leases and deliver events.
 
 use std::{io, num::NonZero, sync::Arc, thread};
 
@@ -10,13 +10,18 @@ use tokio::{
 
 use crate::handler_turns::HandlerTurns;
 
-/// Niceness of the threads: under contention a thread gets a tenth of the processor time of a thread with niceness 0.
-const NICENESS: i32 = 10;
+/// Niceness of the threads in addition to that of the process: under contention, a thread gets a third of the
+/// processor time of a thread of the server.
+#[cfg(target_os = "linux")]
+const ADDED_NICENESS: i32 = 5;
+#[cfg(target_os = "linux")]
+const MAX_NICENESS: i32 = 19;
 
-/// Threads per processor. One tenant uses at most one thread per processor, the rest is for other tenants.
+/// Number of handler threads per CPU. One tenant uses at most one thread per CPU; the others remain available to other
+/// tenants.
 const THREADS_PER_PROCESSOR: usize = 2;
 
-/// Threads that run handlers. When this is dropped, each thread ends once its handler yields.
+/// Threads that run handlers. After this is dropped, each thread ends once its current handler yields.
 pub struct HandlerThreads {
     spawner: HandlerSpawner,
     runtime: Option<Runtime>,
@@ -30,12 +35,12 @@ pub(crate) struct HandlerSpawner {
 }
 
 impl HandlerSpawner {
-    /// Creates a spawner for a runtime with `threads` threads, of which one tenant uses at most `max_of_tenant`.
+    /// Creates a spawner for a runtime with `threads` threads, of which each tenant uses at most `max_of_tenant`.
     pub(crate) fn new(handle: Handle, threads: usize, max_of_tenant: usize) -> Self {
         Self { handle, turns: HandlerTurns::new(threads, max_of_tenant) }
     }
 
-    /// Spawns a handler for an attempt of this tenant.
+    /// Spawns a handler for an attempt of the given tenant.
     pub(crate) fn spawn<F>(&self, tenant: Arc<str>, handler: F) -> JoinHandle<F::Output>
     where
         F: Future<Output: Send + 'static> + Send + 'static,
@@ -48,7 +53,7 @@ impl HandlerThreads {
     /// Starts the threads.
     ///
     /// # Errors
-    /// Fails if the system cannot create them.
+    /// Fails if the operating system cannot create the threads.
     pub fn start() -> io::Result<Self> {
         let processors = thread::available_parallelism().map_or(1, NonZero::get);
         let threads = THREADS_PER_PROCESSOR * processors;
@@ -62,19 +67,26 @@ impl HandlerThreads {
         Ok(Self { spawner, runtime: Some(runtime) })
     }
 
-    /// Returns a spawner for these threads.
+    /// Returns a spawner for the handler threads.
     pub(crate) fn spawner(&self) -> HandlerSpawner {
         self.spawner.clone()
     }
 }
 
-/// Lowers the priority of the calling thread below that of the threads of the server.
+/// Lowers the priority of the calling thread. On systems other than Linux the call would affect the whole process.
+#[cfg(target_os = "linux")]
 fn lower_priority() {
-    // Linux applies it to the calling thread; POSIX specifies the process.
-    if let Err(error) = rustix::process::setpriority_process(None, NICENESS) {
-        tracing::debug!(%error, "cannot lower the priority of a handler thread");
+    use rustix::process::{getpriority_process, setpriority_process};
+    let lowered = getpriority_process(None).and_then(|niceness| {
+        setpriority_process(None, (niceness + ADDED_NICENESS).min(MAX_NICENESS))
+    });
+    if let Err(error) = lowered {
+        tracing::warn!(%error, "failed to lower the priority of a handler thread");
     }
 }
+
+#[cfg(not(target_os = "linux"))]
+fn lower_priority() {}
 
 impl Drop for HandlerThreads {
     fn drop(&mut self) {

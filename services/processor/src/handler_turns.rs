@@ -1,5 +1,5 @@
-//! Fair use of the handler threads: handlers of one tenant that compute for a long time wait for each other and
-//! leave threads for the handlers of other tenants; the operating system then divides the processors.
+//! Shares the handler threads fairly. Handlers of one tenant that compute for a long time wait for each other, and
+//! leave threads for the handlers of other tenants. The operating system divides the CPU time among the threads.
 
 use std::{
     collections::{BTreeSet, HashMap, HashSet, VecDeque},
@@ -11,52 +11,64 @@ use std::{
 
 use parking_lot::Mutex;
 
-/// Permits to run on the handler threads; a turn is one poll of one handler. The number of concurrent turns of a
-/// tenant is bounded. The next turn goes to the waiting tenant with the least processor time (start-time fair
-/// queueing; the time of a tenant without handlers is not kept).
+/// Grants turns on the handler threads; a turn is one poll of one handler. The number of concurrent turns of a tenant
+/// is limited. The next turn is granted to the waiting tenant with the least processor time (start-time fair queueing:
+/// a tenant that becomes active continues with its previous time, or with the virtual time if that is more).
 pub(crate) struct HandlerTurns {
     state: Mutex<State>,
 }
 
 struct State {
-    /// Idle threads. If there are any, every waiting tenant is at its own limit.
+    /// Number of idle threads. If it is not 0, every tenant with waiting handlers has reached its limit.
     free: usize,
     /// Maximum number of concurrent turns of one tenant.
     max_of_tenant: usize,
     tenants: HashMap<Arc<str>, Tenant>,
-    /// Tenants below their limit with waiting handlers, by processor time.
-    waiting: BTreeSet<(Duration, Arc<str>)>,
-    /// Waiting handlers whose turn was granted and has not begun.
-    granted: HashSet<u64>,
-    /// Processor time of the tenant that was granted the last turn; new tenants begin with it.
+    /// Maximum processor time of a tenant at the beginning of a turn.
     virtual_time: Duration,
+    /// Number of tenants with running or waiting handlers.
+    active: usize,
+    /// Other tenants whose processor time exceeds the virtual time, by processor time.
+    idle: BTreeSet<(Duration, Arc<str>)>,
+    /// Tenants with waiting handlers that are below their limit, by processor time and the number of the first of these
+    /// handlers.
+    waiting: BTreeSet<(Duration, u64, Arc<str>)>,
+    /// Numbers of waiting handlers whose turn was granted and has not begun.
+    granted: HashSet<u64>,
     next_number: u64,
 }
 
 #[derive(Default)]
 struct Tenant {
-    /// Virtual time at its first handler plus processor time since then.
     time: Duration,
     running: usize,
     waiters: VecDeque<(u64, Waker)>,
 }
 
+impl Tenant {
+    fn is_active(&self) -> bool {
+        self.running > 0 || !self.waiters.is_empty()
+    }
+}
+
 impl HandlerTurns {
-    /// Creates turns for `threads` threads, of which one tenant uses at most `max_of_tenant`.
+    /// Creates turns for `threads` threads, of which each tenant uses at most `max_of_tenant`.
     pub(crate) fn new(threads: usize, max_of_tenant: usize) -> Arc<Self> {
         let state = State {
             free: threads.max(1),
             max_of_tenant: max_of_tenant.max(1),
             tenants: HashMap::new(),
+            virtual_time: Duration::ZERO,
+            active: 0,
+            idle: BTreeSet::new(),
             waiting: BTreeSet::new(),
             granted: HashSet::new(),
-            virtual_time: Duration::ZERO,
             next_number: 0,
         };
         Arc::new(Self { state: Mutex::new(state) })
     }
 
-    /// Returns a future that polls `future` in turns of this tenant.
+    /// Returns a future that polls `future` in turns of the given tenant.
     pub(crate) fn run<F: Future>(self: &Arc<Self>, tenant: Arc<str>, future: F) -> InTurns<F> {
         let ticket = Ticket { turns: self.clone(), tenant, number: None };
         InTurns { future: Box::pin(future), ticket }
@@ -64,37 +76,78 @@ impl HandlerTurns {
 }
 
 impl State {
-    /// Begins a turn if a thread is available to this tenant.
+    /// Begins a turn if a thread is available to the given tenant; returns whether it has begun.
     fn try_begin(&mut self, name: &Arc<str>) -> bool {
         let (free, max) = (self.free, self.max_of_tenant);
-        let tenant = self.tenant(name);
-        if free == 0 || tenant.running >= max || !tenant.waiters.is_empty() {
+        let can_begin = |tenant: &Tenant| tenant.running < max && tenant.waiters.is_empty();
+        if free == 0 || !self.tenants.get(name).is_none_or(can_begin) {
             return false;
         }
-        tenant.running += 1;
-        self.free -= 1;
+        self.begin_turn(name, |_| ());
         true
     }
 
-    fn tenant(&mut self, name: &Arc<str>) -> &mut Tenant {
-        let time = self.virtual_time;
-        self.tenants.entry(name.clone()).or_insert_with(|| Tenant { time, ..Tenant::default() })
-    }
-
+    /// Adds a waiting handler; returns its number.
     fn wait(&mut self, name: &Arc<str>, waker: Waker) -> u64 {
         let number = self.next_number;
         self.next_number += 1;
-        let max = self.max_of_tenant;
-        let tenant = self.tenant(name);
-        tenant.waiters.push_back((number, waker));
-        if tenant.running < max {
-            let time = tenant.time;
-            self.waiting.insert((time, name.clone()));
-        }
+        self.change(name, |tenant| tenant.waiters.push_back((number, waker)));
         number
     }
 
-    /// Begins the turn of a waiting handler if it was granted; otherwise replaces its waker.
+    /// Counts a turn of a tenant.
+    fn begin_turn<T>(&mut self, name: &Arc<str>, take: impl FnOnce(&mut Tenant) -> T) -> T {
+        let (time, taken) = self.change(name, |tenant| {
+            tenant.running += 1;
+            (tenant.time, take(tenant))
+        });
+        self.free -= 1;
+        self.virtual_time = self.virtual_time.max(time);
+        self.remove_idle();
+        taken
+    }
+
+    /// Changes a tenant and updates its places in the ordered sets.
+    fn change<T>(&mut self, name: &Arc<str>, change: impl FnOnce(&mut Tenant) -> T) -> T {
+        let tenant = self.tenants.entry(name.clone()).or_default();
+        let place = |tenant: &Tenant, max: usize| {
+            let first = tenant.waiters.front().map(|(number, _)| *number)?;
+            (tenant.running < max).then(|| (tenant.time, first, name.clone()))
+        };
+        let (was_active, before) = (tenant.is_active(), tenant.time);
+        if let Some(place) = place(tenant, self.max_of_tenant) {
+            self.waiting.remove(&place);
+        }
+        if was_active {
+            self.active -= 1;
+        } else {
+            self.idle.remove(&(before, name.clone()));
+            tenant.time = tenant.time.max(self.virtual_time);
+        }
+        let result = change(tenant);
+        let (is_active, time) = (tenant.is_active(), tenant.time);
+        self.waiting.extend(place(tenant, self.max_of_tenant));
+        if is_active {
+            self.active += 1;
+        } else {
+            self.idle.insert((time, name.clone()));
+        }
+        result
+    }
+
+    /// Removes idle tenants that would continue with the virtual time.
+    fn remove_idle(&mut self) {
+        let limit = if self.active == 0 { Duration::MAX } else { self.virtual_time };
+        while let Some((time, name)) = self.idle.pop_first() {
+            if time > limit {
+                self.idle.insert((time, name));
+                return;
+            }
+            self.tenants.remove(&name);
+        }
+    }
+
+    /// Begins the turn of a waiting handler if it was granted; otherwise replaces the handler's waker.
     fn begin(&mut self, name: &Arc<str>, number: u64, waker: &Waker) -> bool {
         if self.granted.remove(&number) {
             return true;
@@ -108,51 +161,33 @@ impl State {
         false
     }
 
-    /// Ends a turn that took `took`. Returns the waker of the handler with the next turn.
+    /// Ends a turn of the given duration. Returns the waker of the handler to which the next turn is granted, if any.
     fn end(&mut self, name: &Arc<str>, took: Duration) -> Option<Waker> {
         self.free += 1;
-        if let Some(tenant) = self.tenants.get_mut(name) {
-            let before = tenant.time;
+        self.change(name, |tenant| {
             tenant.time += took;
             tenant.running -= 1;
-            let (after, waits) = (tenant.time, !tenant.waiters.is_empty());
-            if waits {
-                self.waiting.remove(&(before, name.clone()));
-                self.waiting.insert((after, name.clone()));
-            } else if tenant.running == 0 {
-                self.tenants.remove(name);
-            }
-        }
-        self.grant()
+        });
+        let next = self.grant();
+        self.remove_idle();
+        next
     }
 
     fn grant(&mut self) -> Option<Waker> {
-        let (time, name) = self.waiting.pop_first()?;
-        self.virtual_time = self.virtual_time.max(time);
-        let tenant = self.tenants.get_mut(&name)?;
-        let (number, waker) = tenant.waiters.pop_front()?;
-        tenant.running += 1;
-        if !tenant.waiters.is_empty() && tenant.running < self.max_of_tenant {
-            self.waiting.insert((time, name));
-        }
-        self.free -= 1;
+        let (_, _, name) = self.waiting.first().cloned()?;
+        let (number, waker) = self.begin_turn(&name, |tenant| tenant.waiters.pop_front())?;
         self.granted.insert(number);
         Some(waker)
     }
 
-    /// Removes a waiting handler. Returns the waker of the handler that gets its turn, if it had one.
+    /// Removes a waiting handler. If its turn was granted, returns the waker of the handler that receives the turn
+    /// instead.
     fn leave(&mut self, name: &Arc<str>, number: u64) -> Option<Waker> {
         if self.granted.remove(&number) {
             return self.end(name, Duration::ZERO);
         }
-        let tenant = self.tenants.get_mut(name)?;
-        tenant.waiters.retain(|waiter| waiter.0 != number);
-        if tenant.waiters.is_empty() {
-            self.waiting.remove(&(tenant.time, name.clone()));
-            if tenant.running == 0 {
-                self.tenants.remove(name);
-            }
-        }
+        self.change(name, |tenant| tenant.waiters.retain(|waiter| waiter.0 != number));
+        self.remove_idle();
         None
     }
 }
@@ -166,12 +201,12 @@ pub(crate) struct InTurns<F> {
 struct Ticket {
     turns: Arc<HandlerTurns>,
     tenant: Arc<str>,
-    /// Number of the waiting handler; `None` while it does not wait.
+    /// Number of the handler while it waits for a turn; otherwise `None`.
     number: Option<u64>,
 }
 
 impl Ticket {
-    /// Begins a turn, or waits for one. Returns whether the turn has begun.
+    /// Begins a turn, or registers the handler as waiting. Returns whether the turn has begun.
     fn begin(&mut self, waker: &Waker) -> bool {
         let mut state = self.turns.state.lock();
         let has_begun = match self.number {
@@ -196,7 +231,7 @@ impl Drop for Ticket {
     }
 }
 
-/// A turn. It ends on drop, so that a handler that panics ends its turn too.
+/// Turn in progress. It ends on drop, so that a handler that panics ends its turn too.
 struct Turn<'a> {
     ticket: &'a Ticket,
     since: Instant,
@@ -258,6 +293,68 @@ mod tests {
         assert_eq!(next(&mut state, &flooder, MS), Some(first[2]));
         assert_eq!(next(&mut state, &flooder, MS), None);
         assert!(state.tenants.is_empty() && state.waiting.is_empty() && state.free == 1);
+    }
+
+    /// Ends the only turn of `name`, whose handler is ready for its next turn at once.
+    fn yield_turn(state: &mut State, name: &Arc<str>, took: Duration) {
+        state.end(name, took);
+        if !state.try_begin(name) {
+            state.wait(name, Waker::noop().clone());
+        }
+        state.granted.clear();
+    }
+
+    #[test]
+    fn tenants_with_one_handler_that_yields_all_get_turns() {
+        let names: Vec<Arc<str>> = ["a", "b", "c", "d"].map(Arc::from).to_vec();
+        let turns = HandlerTurns::new(1, 1);
+        let mut state = turns.state.lock();
+        for name in &names {
+            if !state.try_begin(name) {
+                state.wait(name, Waker::noop().clone());
+            }
+        }
+        let mut counts = HashMap::<Arc<str>, u32>::new();
+        for _ in 0..4000 {
+            let running = state.tenants.iter().find(|(_, tenant)| tenant.running > 0);
+            let name = running.map(|(name, _)| name.clone()).unwrap();
+            *counts.entry(name.clone()).or_default() += 1;
+            yield_turn(&mut state, &name, MS);
+        }
+        assert!(names.iter().all(|name| counts[name] > 900), "{counts:?}");
+    }
+
+    #[test]
+    fn a_tenant_that_used_idle_threads_is_not_starved_afterwards() {
+        let [old, new] = names();
+        let turns = HandlerTurns::new(1, 1);
+        let mut state = turns.state.lock();
+        assert!(state.try_begin(&old));
+        for _ in 0..1000 {
+            yield_turn(&mut state, &old, 100 * MS);
+        }
+        state.wait(&new, Waker::noop().clone());
+        let mut of_old = 0;
+        for _ in 0..100 {
+            let is_old = state.tenants[&old].running > 0;
+            of_old += u32::from(is_old);
+            yield_turn(&mut state, if is_old { &old } else { &new }, MS);
+        }
+        assert!((40..=60).contains(&of_old), "{of_old}");
+    }
+
+    #[test]
+    fn a_tenant_that_is_idle_for_a_moment_keeps_its_time() {
+        let [greedy, modest] = names();
+        let turns = HandlerTurns::new(1, 1);
+        let mut state = turns.state.lock();
+        assert!(state.try_begin(&greedy));
+        let waits: Vec<_> = (0..3).map(|_| state.wait(&modest, Waker::noop().clone())).collect();
+        assert_eq!(next(&mut state, &greedy, 100 * MS), Some(waits[0]));
+        let again = state.wait(&greedy, Waker::noop().clone());
+        assert_eq!(next(&mut state, &modest, MS), Some(waits[1]));
+        assert_eq!(next(&mut state, &modest, MS), Some(waits[2]));
+        assert_eq!(next(&mut state, &modest, MS), Some(again));
     }
 
     #[test]

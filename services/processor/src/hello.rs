@@ -17,15 +17,15 @@ use crate::{
 
 /// Maximum number of actions of one worker.
 const MAX_ACTIONS: usize = 1000;
-/// Maximum number of declarations: one per action and tenant that the token names.
+/// Maximum number of declarations of one worker: one per action and tenant that its token names.
 const MAX_DECLARATIONS: usize = 10_000;
-/// Maximum length of a text that describes the worker, in bytes.
+/// Maximum length of each text that describes the worker, in bytes.
 const MAX_TEXT_BYTES: usize = 128;
-/// Display name of a worker that sends none.
+/// Display name of a worker that does not send one.
 const DEFAULT_DISPLAY_NAME: &str = "worker";
 
-/// Validates `hello` and returns the worker. The schemas that it declares are validated afterwards,
-/// since that takes longer.
+/// Validates `hello` and returns the session of the worker. The declared schemas are validated afterwards, because that
+/// takes longer.
 pub(crate) fn validate_hello(
     hello: &Hello,
     secret: &SessionSecret,
@@ -70,8 +70,8 @@ pub(crate) fn validate_hello(
     let declared = worker.declarations().len();
     if declared > MAX_DECLARATIONS {
         let rule = format!(
-            "must be at most {MAX_DECLARATIONS} counting each for every tenant that the token is \
-             for, are {declared}"
+            "must have at most {MAX_DECLARATIONS} entries, each counted once for every tenant that the \
+             token names, has {declared}"
         );
         return Err(violation("hello.actions", &rule));
     }
@@ -103,11 +103,11 @@ fn parse_actions(
     specs
 }
 
-/// Returns the secret that the worker repeats, or a new one on its first stream.
+/// Returns the session secret from `hello`, or a new one on the first stream of the worker.
 pub(crate) fn session_secret(hello: &Hello) -> Result<SessionSecret, Status> {
     if hello.session_secret.is_empty() {
         return SessionSecret::generate().map_err(|error| {
-            tracing::error!(%error, "generating a session secret failed");
+            tracing::error!(%error, "failed to generate a session secret");
             error_status(
                 ErrorCode::InternalError,
                 "the processor cannot generate random bytes".into(),

@@ -1,4 +1,4 @@
-//! Recovery of attempts whose lease expired.
+//! Recovers attempts whose leases expired.
 
 use streamer_core::{ErrorCode, OutputDigest, RequestError, RetryPolicy, Timestamp, retry};
 use streamer_proto::common::v1::event::Kind;
@@ -7,8 +7,9 @@ use streamer_store::{RequestRecord, Store, StoreError};
 
 use crate::outcome::{self, AttemptSummary, FinalEvent, Outcome};
 
-/// Events read per page.
+/// Maximum number of events per page.
 const PAGE: usize = 512;
+/// Maximum size of a page, in bytes.
 const PAGE_BYTES: usize = 1024 * 1024;
 
 /// Returns the final event of an attempt whose lease expired: a retry, a failure, or the requested
@@ -41,7 +42,7 @@ pub(crate) async fn final_event(
     Ok(outcome::final_event(Outcome::Failed(error), &summary))
 }
 
-/// Reads the output of the latest attempt from the log.
+/// Reads the output of the latest attempt from the log; returns its digest.
 pub(crate) async fn read_output(
     store: &dyn Store,
     record: &RequestRecord,

@@ -1,11 +1,10 @@
 //! Execution service: claims and leases requests, runs handlers, retries attempts and enforces time
 //! limits.
 //!
-//! Sync actions run immediately, within the router's call. Async requests are claimed from the
-//! store; the claim assigns the attempt number, which is the fencing token of everything that the
-//! attempt reports to the progress service. A hint from the router triggers a claim immediately; a
-//! slow poll finds requests whose hint was lost. A lease that is not renewed in time is recovered
-//! by the first processor that finds it.
+//! Sync actions run immediately, within the call from the router. Async requests are claimed from the store; the claim
+//! assigns the attempt number, which is the fencing token for all reports of the attempt to the progress service. A
+//! hint from the router triggers a claim immediately; infrequent polls find requests whose hints were lost. An attempt
+//! whose lease is not renewed in time is recovered by the first processor that finds the expired lease.
 
 mod actions;
 mod attempt;
@@ -58,35 +57,36 @@ use crate::{
     wakeup::Wakeup, worker_pool::WorkerPool, worker_service::WorkerApi,
 };
 
-/// Settings of the operator.
+/// Options of the processor, which the operator sets.
 #[derive(Clone, Copy, Debug)]
 pub struct ProcessorOptions {
     /// Maximum number of async attempts that run concurrently.
     pub max_concurrent_attempts: u32,
-    /// Maximum percentage of those, and of the slots of all workers, that one tenant uses.
+    /// Maximum percentage of the concurrent attempts, of the concurrent sync actions, and of the slots of all workers,
+    /// that one tenant uses.
     pub tenant_share: u32,
     /// Maximum number of sync actions that run concurrently.
     pub max_concurrent_sync: usize,
-    /// Timeout of a sync action that declares none.
+    /// Timeout of a sync action that does not declare one.
     pub sync_timeout: Duration,
-    /// Duration of a lease; it expires unless renewed.
+    /// Duration of a lease, after which the lease expires unless it is renewed.
     pub lease: Duration,
-    /// Time that a handler has to finish after cancellation is requested.
+    /// Time that a handler has to finish after cancellation was requested.
     pub cancellation_grace_period: Duration,
     /// Interval between polls of the store for requests whose hint was lost.
     pub poll_interval: Duration,
     /// Time that running attempts have to finish when the processor stops.
     pub drain_timeout: Duration,
-    /// Maximum bytes of reports and results that are not durable yet, over all attempts.
+    /// Maximum total bytes of reports and results that are not yet durable, over all attempts.
     pub max_buffered_output_bytes: usize,
-    /// Limits of payloads, results and chunks.
+    /// Size limits for payloads, results and chunks.
     pub limits: Limits,
-    /// Actions that take less than this are sync.
+    /// Sync threshold: actions with a shorter estimated duration are sync.
     pub sync_threshold: Duration,
-    /// Whether the queue is scanned at every poll, also without a hint.
+    /// Whether the queue is scanned at every poll, even without a hint.
     pub queue_polling: bool,
-    /// Whether other processors share the store: the actions of this one are then saved for the
-    /// time when it is unavailable.
+    /// Whether other processors share the store. If so, the actions of this processor are saved, so that they remain
+    /// declared while it is unavailable.
     pub shared: bool,
 }
 
@@ -102,15 +102,15 @@ pub struct Dependencies {
     pub auth: AuthLayer,
     /// Handlers that run in this process.
     pub handlers: Handlers,
-    /// Threads that those run on.
+    /// Threads that run the handlers.
     pub handler_threads: HandlerThreads,
     /// Channel to the progress service.
     pub progress: Channel,
     /// Metrics registry.
     pub metrics: Metrics,
-    /// Tracing.
+    /// Decides which requests are traced, and exports their spans.
     pub traces: Traces,
-    /// Settings of the operator.
+    /// Options that the operator sets.
     pub options: ProcessorOptions,
 }
 
@@ -121,7 +121,7 @@ pub struct Processor {
     /// Public service for workers.
     pub workers: AuthService<WorkerServiceServer<WorkerApi>>,
     dispatcher: Arc<Dispatcher>,
-    /// Handlers run on these until the processor is dropped.
+    /// Threads that run the handlers until the processor is dropped.
     _handler_threads: HandlerThreads,
     worker_pool: Arc<WorkerPool>,
     sweep_interval: Duration,
@@ -193,8 +193,8 @@ impl Processor {
         }
     }
 
-    /// Loads the saved action declarations, then claims and runs requests until `shutdown`; then
-    /// drains running attempts within the drain timeout.
+    /// Loads the saved action declarations, then claims and runs requests until `shutdown` is cancelled; then drains
+    /// running attempts within the drain timeout.
     pub async fn run(&self, shutdown: CancellationToken) {
         let worker_pool = self.worker_pool.clone();
         let mut ticks = interval(self.sweep_interval);

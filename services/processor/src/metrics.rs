@@ -1,4 +1,4 @@
-//! Metrics of this service.
+//! Metrics of the processor.
 
 use prometheus_client::metrics::{counter::Counter, gauge::Gauge, histogram::Histogram};
 use streamer_handler::MemoryBudget;
@@ -39,11 +39,11 @@ impl ProcessorMetrics {
                 "streamer_processor_cancelled",
                 "Requests that were cancelled on this processor",
             ),
-            retried: counter("streamer_processor_retried", "Attempts that are retried"),
+            retried: counter("streamer_processor_retried", "Attempts with a scheduled retry"),
             lost: counter("streamer_processor_attempts_fenced", "Attempts that were fenced"),
             claims_missed: counter(
                 "streamer_processor_claim_conflicts",
-                "Claims that failed because the request was claimed already",
+                "Claims that failed because the request was already claimed",
             ),
             lease_expiries: counter(
                 "streamer_processor_lease_expiries",
@@ -55,9 +55,9 @@ impl ProcessorMetrics {
             ),
             wait_seconds: metrics.latency(
                 "streamer_processor_queue_wait_seconds",
-                "Time from when a request is due to its claim",
+                "Time from the due time of a request to its claim",
             ),
-            sync_calls: counter("streamer_processor_sync_calls", "Sync calls"),
+            sync_calls: counter("streamer_processor_sync_calls", "Sync calls received"),
             sync_failures: counter("streamer_processor_sync_failures", "Sync calls that failed"),
             queue_depth: metrics.gauge("streamer_processor_queue_depth", "Queued requests"),
             queue_age_ms: metrics.gauge(
@@ -76,7 +76,7 @@ impl ProcessorMetrics {
         }
     }
 
-    /// Exports the usage of the budget.
+    /// Exports the usage and the limit of the output budget.
     pub(crate) fn watch_output(&self, budget: &MemoryBudget, limit: usize) {
         let number = |bytes: usize| i64::try_from(bytes).unwrap_or(i64::MAX);
         self.output_bytes_limit.set(number(limit));

@@ -1,4 +1,4 @@
-//! Pure decisions about the final event of an attempt.
+//! Pure functions that determine the final event of an attempt.
 
 use std::time::Duration;
 
@@ -12,23 +12,23 @@ use streamer_proto::{
 use streamer_rpc::{error_to_proto, json_payload};
 use streamer_store::RequestRecord;
 
-/// An attempt up to this number that is released is retried without a delay.
+/// Maximum attempt number that is retried without a delay after a release.
 const MAX_IMMEDIATE_RELEASES: u32 = 3;
 
-/// How an attempt finished.
+/// Outcome of an attempt.
 pub(crate) enum Outcome {
-    /// With this JSON result.
+    /// The handler succeeded with this JSON result.
     Succeeded(bytes::Bytes),
-    /// With this error.
+    /// The attempt failed with this error.
     Failed(RequestError),
-    /// Released unfinished, for this reason.
+    /// The attempt was released unfinished, for the reason in this error.
     Released(RequestError),
 }
 
-/// The final event of an attempt.
+/// Final event of an attempt.
 pub(crate) struct FinalEvent {
     pub(crate) kind: Kind,
-    /// When the next attempt is due.
+    /// Time at which the next attempt is due; `None` if no attempt follows.
     pub(crate) retry_at: Option<Timestamp>,
 }
 
@@ -38,18 +38,18 @@ pub(crate) struct AttemptSummary<'a> {
     /// `seq` of its `started` event.
     pub(crate) attempt_seq: i64,
     pub(crate) output: &'a OutputDigest,
-    /// Reason of the cancellation if one was requested.
+    /// Cancellation reason; `None` if cancellation was not requested.
     pub(crate) cancel_reason: Option<String>,
     pub(crate) policy: RetryPolicy,
-    /// No attempt may start from this time on.
+    /// Time from which no attempt may start; `None` if no limit applies.
     pub(crate) close_by: Option<Timestamp>,
     pub(crate) now: Timestamp,
-    /// 0.0 to 1.0.
+    /// Random fraction for the backoff, from 0.0 to 1.0.
     pub(crate) random: f64,
 }
 
-/// Returns the final event of an attempt. A requested cancellation takes precedence over failure,
-/// success over both.
+/// Returns the final event of an attempt. Success takes precedence over a requested cancellation, which takes
+/// precedence over failure.
 pub(crate) fn final_event(outcome: Outcome, summary: &AttemptSummary<'_>) -> FinalEvent {
     let last = |kind| FinalEvent { kind, retry_at: None };
     let (error, released) = match outcome {
@@ -71,7 +71,7 @@ pub(crate) fn final_event(outcome: Outcome, summary: &AttemptSummary<'_>) -> Fin
     let in_time =
         |wait: Duration| summary.close_by.is_none_or(|limit| summary.now.plus(wait) < limit);
     let wait = if released {
-        // A release does not count as a failed attempt, but repeated releases back off.
+        // A release does not count as a failed attempt, but repeated releases are retried with backoff.
         let again = summary.attempt.saturating_sub(MAX_IMMEDIATE_RELEASES);
         let unbounded = RetryPolicy { max_attempts: u32::MAX, ..summary.policy };
         let backoff = |failed| unbounded.backoff(failed, summary.random);
@@ -87,7 +87,7 @@ pub(crate) fn final_event(outcome: Outcome, summary: &AttemptSummary<'_>) -> Fin
     }
 }
 
-/// Truncates an error to what is stored and shown.
+/// Truncates the message of an error that is too long, and removes details that are too large.
 fn bounded(error: RequestError) -> RequestError {
     RequestError {
         message: validate::cut(error.message, limits::MAX_ERROR_MESSAGE_BYTES),
@@ -106,7 +106,7 @@ fn retrying(error: &RequestError, wait: Duration, summary: &AttemptSummary<'_>) 
     FinalEvent { kind, retry_at: Some(retry_at) }
 }
 
-/// Returns the final event of a failed request whose output after `rewind_to_seq` is void.
+/// Returns the final event of a failed request whose output after `rewind_to_seq` is invalid.
 pub(crate) fn failed(error: &RequestError, rewind_to_seq: i64) -> Kind {
     Kind::Failed(Failed {
         error: Some(error_to_proto(error)),
@@ -115,7 +115,7 @@ pub(crate) fn failed(error: &RequestError, rewind_to_seq: i64) -> Kind {
     })
 }
 
-/// Returns the final event of a request that waited too long for its first or its next attempt.
+/// Returns the final event of a request whose first or next attempt did not start in time.
 pub(crate) fn overdue(record: &RequestRecord, now: Timestamp) -> Kind {
     let passed = |limit: Option<Timestamp>| limit.filter(|limit| *limit <= now);
     let message = match (passed(record.close_by), passed(record.deadline)) {
@@ -135,7 +135,7 @@ pub(crate) fn output_summary(output: &OutputDigest) -> OutputSummary {
     OutputSummary { chunks: output.chunks(), sha256: output.sha256().to_vec().into() }
 }
 
-/// Returns an event of an attempt.
+/// Creates an event of an attempt.
 pub(crate) fn event(seq: i64, attempt: u32, now: Timestamp, kind: Kind) -> Event {
     Event {
         seq,

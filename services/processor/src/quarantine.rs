@@ -1,14 +1,14 @@
-//! Requests that cannot be claimed because their stored data is corrupt. They stay queued for an
-//! operator to repair, but are retried rarely, so that they do not block the requests behind them.
+//! Quarantine of requests that cannot be claimed because their stored data is corrupt. They stay queued until an
+//! operator repairs them, but are retried rarely, so that they do not block the requests behind them.
 
 use std::{collections::HashMap, time::Duration};
 
 use parking_lot::Mutex;
 use streamer_core::{Timestamp, Uid};
 
-/// Time until a quarantined request is retried.
+/// Interval between retries of a quarantined request.
 const RETRY_INTERVAL: Duration = Duration::from_secs(30);
-/// Requests beyond these are not quarantined.
+/// Maximum number of quarantined requests; further ones are not quarantined.
 const MAX_ENTRIES: usize = 256;
 
 #[derive(Debug, Default)]
@@ -22,7 +22,7 @@ impl Quarantine {
         }
     }
 
-    /// Returns the number of quarantined requests; removes those that are due for a retry.
+    /// Removes requests that are due for a retry, and returns the number of the remaining ones.
     pub(crate) fn count(&self, now: Timestamp) -> usize {
         let mut entries = self.0.lock();
         entries.retain(|_, until| *until > now);

@@ -1,5 +1,4 @@
-//! Handler whose work a worker does: its reports take the same path as those of a handler in this
-//! process.
+//! Handler that delegates an attempt to a worker. Its reports take the same path as those of a handler in this process.
 
 use std::{sync::Arc, time::Duration};
 
@@ -17,19 +16,19 @@ use streamer_rpc::{JSON, error_from_proto, payload_bytes};
 
 use crate::{attempt::AttemptHandle, remote_task::RemoteTask, worker_session::WorkerSession};
 
-/// One attempt that a worker runs.
+/// Handler of one attempt that a worker runs.
 pub(crate) struct RemoteHandler {
     pub(crate) worker: Arc<WorkerSession>,
     pub(crate) task: Arc<RemoteTask>,
     pub(crate) spec: Arc<ActionSpec>,
-    /// Sent to the worker first; `None` when it runs the attempt already.
+    /// Assignment to send to the worker; `None` if the worker already runs the attempt.
     assignment: Option<Assignment>,
-    /// Holds the reason of a cancellation; `None` for sync actions.
+    /// Handle of the attempt, which provides the cancellation reason; `None` for sync actions.
     handle: Option<Arc<AttemptHandle>>,
     cancellation_grace_period: Duration,
 }
 
-/// Fields of a task that its context does not contain.
+/// Fields of a task that the context of the handler does not contain.
 pub(crate) struct Assignment {
     pub(crate) sync: bool,
 }
@@ -69,7 +68,7 @@ impl RemoteHandler {
         }))
     }
 
-    /// Forwards reports until the last one.
+    /// Forwards reports from the worker to the attempt; returns the result once the last one has arrived.
     async fn relay(&self, context: &Context) -> Result<Bytes, HandlerError> {
         loop {
             let (kind, reserved) = self.task.buffer.next().await;
@@ -106,7 +105,7 @@ impl RemoteHandler {
                 }
                 report::Kind::Error(error) => {
                     let mut error = error_from_proto(&error);
-                    // They are embedded in messages as they are.
+                    // Details are embedded in messages unchanged, so they must be JSON.
                     error.details.take_if(|text| serde_json::from_str::<&RawValue>(text).is_err());
                     return Err(HandlerError::from_request_error(error));
                 }
@@ -125,13 +124,15 @@ impl RemoteHandler {
         }
     }
 
-    /// Requests dropped reports from the worker whenever the budget has room for them.
+    /// Requests dropped reports from the worker again whenever the budget has capacity for them.
     async fn request_resends(&self) {
         loop {
-            let resend = self.task.request_resend().await;
-            // Announces the window for them.
-            self.worker.send(Message::Acknowledgment(self.task.acknowledgment(false)));
-            self.worker.send(Message::Resend(resend));
+            let send = |resend| {
+                // Announces the window for the reports that are requested.
+                self.worker.send(Message::Acknowledgment(self.task.acknowledgment(false)));
+                self.worker.send(Message::Resend(resend));
+            };
+            self.task.request_resend(send).await;
         }
     }
 
@@ -145,7 +146,7 @@ impl RemoteHandler {
         std::future::pending::<()>().await;
     }
 
-    /// Notifies the worker that the attempt has finished durably.
+    /// Notifies the worker that the end of the attempt is durable.
     pub(crate) fn send_ended(&self) {
         if let Some(reason) = self.task.revoke_reason() {
             self.send_revoke(&reason);
@@ -170,7 +171,7 @@ impl DynHandler for RemoteHandler {
 
     async fn run(&self, context: &Context, payload: Bytes) -> Result<Bytes, HandlerError> {
         if let Some(reason) = self.task.revoke_reason() {
-            // Revoked before the task was sent.
+            // The attempt was revoked before the task was sent.
             return Err(HandlerError::released(reason));
         }
         if let Some(assignment) = &self.assignment
@@ -197,7 +198,7 @@ impl DynHandler for RemoteHandler {
     }
 }
 
-/// Revokes an attempt that was dropped before it finished: cut off, or fenced.
+/// Revokes the attempt if the handler is dropped before the attempt has finished: it was aborted or fenced.
 impl Drop for RemoteHandler {
     fn drop(&mut self) {
         self.task.buffer.close();

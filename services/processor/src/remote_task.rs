@@ -1,4 +1,4 @@
-//! Task of a worker, on the processor's side.
+//! State of a task of a worker, in the processor.
 
 mod arrivals;
 
@@ -25,7 +25,7 @@ use tonic::Status;
 use self::arrivals::{Arrival, Arrivals};
 use crate::report_buffer::ReportBuffer;
 
-/// One attempt on a worker.
+/// State of one attempt that a worker runs.
 pub(crate) struct RemoteTask {
     pub(crate) uid: Uid,
     pub(crate) attempt: u32,
@@ -33,16 +33,19 @@ pub(crate) struct RemoteTask {
     pub(crate) action: String,
     /// Tenant of the request.
     pub(crate) tenant: String,
-    /// A sync task ends with its worker's stream.
+    /// Whether the task is a sync call, which ends with the stream of its worker.
     pub(crate) sync: bool,
     created_at: Instant,
     pub(crate) buffer: ReportBuffer,
     arrivals: Mutex<Arrivals>,
     /// Signals that reports were dropped.
     dropped: Notify,
-    /// Paused until dropped reports are sent again.
+    /// Source of the reports; paused while dropped reports have not been resent.
     source: Arc<ReportSource>,
+    /// Guard that pauses `source`; `None` while it is not paused.
     paused: Mutex<Option<PauseGuard>>,
+    /// When dropped reports were requested again, until one of them arrives.
+    requested_at: Mutex<Option<Instant>>,
     /// Signals that the worker no longer runs the attempt.
     revoked: CancellationToken,
     revoke_reason: Mutex<Option<String>>,
@@ -98,6 +101,7 @@ impl RemoteTask {
             dropped: Notify::new(),
             source,
             paused: Mutex::default(),
+            requested_at: Mutex::default(),
             revoked: CancellationToken::new(),
             revoke_reason: Mutex::default(),
             never_started: AtomicBool::new(false),
@@ -106,7 +110,7 @@ impl RemoteTask {
         }
     }
 
-    /// Returns an acknowledgment of all durable reports.
+    /// Returns an acknowledgment of all durable reports; `ended` states whether the end of the attempt is durable.
     pub(crate) fn acknowledgment(&self, ended: bool) -> Acknowledgment {
         Acknowledgment {
             uid: self.uid.to_string(),
@@ -117,7 +121,7 @@ impl RemoteTask {
         }
     }
 
-    /// Follows the number of durable reports.
+    /// Returns a receiver for the number of durable reports.
     pub(crate) fn durable(&self) -> watch::Receiver<i64> {
         self.reports.durable()
     }
@@ -127,19 +131,20 @@ impl RemoteTask {
         Revoke { uid: self.uid.to_string(), attempt, reason: reason.into() }
     }
 
-    /// Sets the reservation for the worker's next report.
+    /// Sets the reservation for the next report from the worker.
     pub(crate) fn prepay(&self, reserved: Reservation) {
         self.reports.prepay(reserved);
     }
 
-    /// Begins a new stream of the worker; the previous one must have ended.
+    /// Prepares the task for a new stream of the worker; the previous stream must have ended.
     pub(crate) fn restart(&self) {
         self.arrivals.lock().restart();
         *self.paused.lock() = None;
+        *self.requested_at.lock() = None;
     }
 
-    /// Delivers a report of the worker. Without room, it is dropped together with all later ones
-    /// until [`Self::request_resend`]. A report of an ended stream is dropped too.
+    /// Delivers a report from the worker. If the buffer lacks capacity, the report and all later ones are dropped until
+    /// [`Self::request_resend`] requests them again. A report from a stream that has ended is dropped too.
     ///
     /// # Errors
     /// Fails if the report violates the protocol.
@@ -149,13 +154,13 @@ impl RemoteTask {
         kind: report::Kind,
         stream_has_ended: impl FnOnce() -> bool,
     ) -> Result<(), Status> {
-        // Held to the end, because reports of an old stream may still arrive.
+        // Locked until the report is delivered, because reports from an old stream may still arrive.
         let mut arrivals = self.arrivals.lock();
         if stream_has_ended() {
             return Ok(());
         }
         match arrivals.accept(&self.buffer, report.number, report.resends, kind)? {
-            Arrival::Delivered => *self.paused.lock() = None,
+            Arrival::Delivered => *self.requested_at.lock() = None,
             Arrival::Dropped => {
                 self.paused.lock().get_or_insert_with(|| self.source.pause());
                 self.dropped.notify_one();
@@ -165,8 +170,8 @@ impl RemoteTask {
         Ok(())
     }
 
-    /// Waits until there is room for dropped reports; returns the message that requests them.
-    pub(crate) async fn request_resend(&self) -> Resend {
+    /// Waits until the buffer has capacity for dropped reports, and sends the message that requests them again.
+    pub(crate) async fn request_resend(&self, send: impl FnOnce(Resend)) {
         loop {
             let needed = self.arrivals.lock().bytes_to_reserve();
             let Some(needed) = needed else {
@@ -174,11 +179,20 @@ impl RemoteTask {
                 continue;
             };
             let reserved = self.buffer.reserve(needed).await;
-            if let Some((number, resends)) = self.arrivals.lock().request_resend(reserved) {
+            // Locked until the message is sent, so that it cannot reach a later stream.
+            let mut arrivals = self.arrivals.lock();
+            if let Some((number, resends)) = arrivals.request_resend(reserved) {
+                *self.paused.lock() = None;
+                *self.requested_at.lock() = Some(Instant::now());
                 let attempt = i32::try_from(self.attempt).unwrap_or(i32::MAX);
-                return Resend { uid: self.uid.to_string(), attempt, number, resends };
+                return send(Resend { uid: self.uid.to_string(), attempt, number, resends });
             }
         }
+    }
+
+    /// Returns whether the worker has not sent a requested report again for longer than `timeout`.
+    pub(crate) fn ignores_resend(&self, timeout: Duration) -> bool {
+        self.requested_at.lock().is_some_and(|at| at.elapsed() > timeout)
     }
 
     /// Revokes the attempt: the worker no longer runs it.
@@ -187,10 +201,10 @@ impl RemoteTask {
         self.revoked.cancel();
     }
 
-    /// Records that a healthy worker does not know the task: it may have been lost with its stream.
-    /// If the worker has not reported anything, the attempt is not counted.
+    /// Revokes the attempt because a healthy worker does not run it: the task may have been lost with its stream. If
+    /// the worker has sent no report, the attempt does not count as a failed one.
     pub(crate) fn lost_on_worker(&self, reason: impl Into<String>) {
-        if self.arrivals.lock().received() == 0 {
+        if !self.arrivals.lock().has_any() {
             self.never_started.store(true, Ordering::SeqCst);
         }
         self.revoke(reason);
@@ -200,7 +214,7 @@ impl RemoteTask {
         !self.never_started.load(Ordering::SeqCst)
     }
 
-    /// Returns the reason if the attempt is revoked.
+    /// Returns the reason of the revocation if the attempt is revoked.
     pub(crate) fn revoke_reason(&self) -> Option<String> {
         self.revoke_reason.lock().clone()
     }
@@ -211,7 +225,7 @@ impl RemoteTask {
         self.revoke_reason.lock().clone().unwrap_or_default()
     }
 
-    /// Records the cancellation, so that heartbeat replies repeat it.
+    /// Stores the cancellation, so that replies to heartbeats repeat it.
     pub(crate) fn set_cancel(&self, reason: String, grace: Duration) -> Cancel {
         let cancel = Cancel {
             uid: self.uid.to_string(),
@@ -227,8 +241,8 @@ impl RemoteTask {
         self.cancel.lock().clone()
     }
 
-    /// Returns whether a heartbeat that does not name the attempt means that the worker has lost
-    /// it, rather than that the task had not arrived.
+    /// Returns whether the task is older than `grace`. If so, a heartbeat that does not list the attempt means that the
+    /// worker has lost it, not that the task is still in transit.
     pub(crate) fn past_heartbeat_grace(&self, grace: Duration) -> bool {
         self.created_at.elapsed() > grace
     }

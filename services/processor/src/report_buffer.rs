@@ -1,5 +1,5 @@
-//! Buffer of one remote attempt's reports, between the worker's stream and the attempt: in order,
-//! bounded in number and bytes.
+//! Buffer for the reports of one remote attempt, between the worker's stream and the attempt. Keeps their order, and
+//! limits their number and bytes.
 
 use std::{collections::VecDeque, sync::Arc};
 
@@ -15,22 +15,23 @@ use tokio::sync::Notify;
 
 /// Maximum number of pending progress and output reports.
 pub(crate) const MAX_REPORTS: usize = MAX_PENDING_REPORTS;
-/// Bytes of those at which no more are accepted.
+/// Bytes of pending progress and output reports at which no further ones are accepted.
 pub(crate) const MAX_BYTES: usize = 1024 * 1024;
-/// Bytes of checkpoints between them at which no more are accepted.
+/// Bytes of pending checkpoints at which no further ones are accepted.
 const MAX_CHECKPOINT_BYTES: usize = 64 * 1024 * 1024;
-/// Minimum window of an attempt, in bytes, when the budget is low.
+/// Minimum window of an attempt, in bytes; applies when the budget is low.
 pub(crate) const MIN_WINDOW_BYTES: usize = 64 * 1024;
-/// Pending bytes that need no reservation: most attempts never have more. It is half of what a
-/// `ReportQueue` takes without a reservation, where each report counts slightly more. So a report
-/// without a reservation never waits for one, with reports behind it that have reservations.
+/// Maximum bytes of pending reports that need no reservation; most attempts never have more. The limit is half of that
+/// of a `ReportQueue`, where each report counts slightly more, so that a report without a reservation never waits for
+/// one in the queue, ahead of reports that have reservations.
 const UNRESERVED_BYTES: usize = 2 * 1024;
 
 pub(crate) struct ReportBuffer {
     state: Mutex<State>,
     filled: Notify,
-    /// Budget shared by all attempts, and the tenant that uses it.
+    /// Memory budget that all attempts share.
     budget: Arc<MemoryBudget>,
+    /// Tenant whose share of the budget the attempt uses.
     tenant: Arc<str>,
 }
 
@@ -41,12 +42,12 @@ struct State {
     events: usize,
     bytes: usize,
     checkpoint_bytes: usize,
-    /// The last report has arrived, or further reports are discarded.
+    /// Whether the last report has arrived, or the attempt has finished; further reports are then discarded.
     closed: bool,
 }
 
 impl State {
-    /// Adds or subtracts the size of a report.
+    /// Adds or subtracts the size of a report, as `change` defines.
     fn count(&mut self, kind: &Kind, change: fn(usize, usize) -> usize) {
         match kind {
             Kind::Checkpoint(data) => {
@@ -57,12 +58,12 @@ impl State {
     }
 }
 
-/// No room: the worker exceeds its window.
+/// Error for a worker that exceeds its window.
 #[derive(Debug, PartialEq, Eq)]
 pub(crate) struct Full;
 
 impl ReportBuffer {
-    /// Creates a buffer that reserves the bytes of pending reports in `budget`, for this tenant.
+    /// Creates a buffer that reserves the bytes of pending reports in `budget`, for the given tenant.
     pub(crate) fn new(budget: Arc<MemoryBudget>, tenant: &str) -> Self {
         Self { state: Mutex::default(), filled: Notify::new(), budget, tenant: tenant.into() }
     }
@@ -77,22 +78,22 @@ impl ReportBuffer {
         if waiting + held <= UNRESERVED_BYTES { 0 } else { held }
     }
 
-    /// Reserves bytes, if the budget has room now.
+    /// Reserves bytes if the budget has capacity for them.
     pub(crate) fn try_reserve(&self, bytes: usize) -> Option<Reservation> {
         self.budget.try_reserve(&self.tenant, bytes)
     }
 
-    /// Reserves bytes; waits until the budget has room.
+    /// Reserves bytes; waits until the budget has capacity for them.
     pub(crate) async fn reserve(&self, bytes: usize) -> Reservation {
         self.budget.reserve(&self.tenant, bytes).await
     }
 
-    /// Returns the bytes of unacknowledged reports that the worker may have from now on.
+    /// Returns the maximum bytes of unacknowledged reports that the worker may have from now on.
     pub(crate) fn window(&self) -> usize {
         window(self.budget.available_to(&self.tenant))
     }
 
-    /// Adds a report. Reports added after [`Self::close`] are dropped.
+    /// Adds a report. Reports added after the last one, or after [`Self::close`], are dropped.
     pub(crate) fn push(&self, kind: Kind, reserved: Reservation) -> Result<(), Full> {
         {
             let mut state = self.state.lock();
@@ -106,7 +107,7 @@ impl ReportBuffer {
                     }
                     state.events += 1;
                 }
-                // The last one counts.
+                // Of two consecutive checkpoints, only the later one is kept.
                 Kind::Checkpoint(_) => {
                     if let Some((Kind::Checkpoint(before), _)) = state.reports.back() {
                         state.checkpoint_bytes -= before.len();
@@ -128,7 +129,7 @@ impl ReportBuffer {
         Ok(())
     }
 
-    /// Waits for the next report; returns it with its reservation. For one reader.
+    /// Waits for the next report; returns it with its reservation. Only one task may call this.
     pub(crate) async fn next(&self) -> (Kind, Reservation) {
         loop {
             {
@@ -145,7 +146,7 @@ impl ReportBuffer {
         }
     }
 
-    /// Drops pending and later reports: the attempt has finished.
+    /// Drops pending and later reports, because the attempt has finished.
     pub(crate) fn close(&self) {
         let dropped =
             std::mem::replace(&mut *self.state.lock(), State { closed: true, ..State::default() });
@@ -153,17 +154,15 @@ impl ReportBuffer {
     }
 }
 
-/// Returns the window of one attempt while `available` bytes are left for its tenant: small enough
-/// for many attempts to report concurrently, and large enough that a report need not wait for the
-/// previous one.
+/// Returns the window of one attempt, in bytes, while `available` bytes remain for its tenant. It is small enough for
+/// many attempts to report concurrently, and large enough that a report does not have to wait for the previous one.
 fn window(available: usize) -> usize {
     const SHARE: usize = 64;
     (available / SHARE).clamp(MIN_WINDOW_BYTES, MAX_BYTES)
 }
 
-/// Compacts a report to the form that takes the least memory: with its payload as bytes, without
-/// the buffer that it was received in. A content type that is too long is truncated, but not to an
-/// allowed length.
+/// Compacts a report to reduce its memory: stores its payload as bytes, and copies it from the buffer in which it was
+/// received. A content type that is too long is truncated to a length that is still not allowed.
 pub(crate) fn compact(kind: Kind) -> Kind {
     let payload = |payload: Payload| {
         let data = match payload.body {
@@ -191,7 +190,7 @@ pub(crate) fn compact(kind: Kind) -> Kind {
     }
 }
 
-/// Returns the size that a report counts for, as defined in docs/worker-protocol.md.
+/// Returns the size of a report that counts towards the window, as defined in docs/worker-protocol.md.
 fn bytes(kind: &Kind) -> usize {
     match kind {
         Kind::Progress(_) | Kind::Output(_) => payload_size(kind),
@@ -203,7 +202,7 @@ fn bytes(kind: &Kind) -> usize {
     }
 }
 
-/// Returns the bytes that a report holds in memory, without its numbers and short texts.
+/// Returns the bytes of a report in memory, except its numbers and short texts.
 pub(crate) fn payload_size(kind: &Kind) -> usize {
     let payload =
         |payload: Option<&Payload>| payload.map_or(0, |data| payload_bytes(Some(data)).len());

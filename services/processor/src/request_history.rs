@@ -1,4 +1,4 @@
-//! A user's own requests, for handlers that report on them.
+//! History of a user's requests, for handlers that report on it.
 
 use std::sync::Arc;
 
@@ -41,7 +41,7 @@ impl RequestHistory for StoredHistory {
                 limit: PAGE.min(limit - found.len()),
             };
             let page = self.store.list_requests(query).await?;
-            // A page of a tenant's requests may contain none of this user.
+            // A page of the tenant's requests may contain no request of the user.
             before = page.next.filter(|next| next.time() >= from);
             for record in page.requests {
                 if record.create_time < from {

@@ -1,16 +1,15 @@
-//! Mean duration of recent attempts by tenant and action, for estimates of when a queued request
-//! starts.
+//! Mean duration of recent attempts per tenant and action, for estimates of when a queued request starts.
 
 use std::{collections::HashMap, time::Duration};
 
 use parking_lot::Mutex;
 
-/// Weight of the latest duration: the average covers about the last ten.
+/// Weight of the latest duration in the average, which covers approximately the last ten durations.
 const WEIGHT: f64 = 0.2;
-/// Maximum number of averages. Beyond that all are dropped and measured again.
+/// Maximum number of averages; when it is reached, all averages are dropped and measured again.
 const MAX_AVERAGES: usize = 100_000;
 
-/// Averages in seconds: by tenant, so that no tenant sees or influences another's estimates.
+/// Average durations. Each tenant has its own, so that no tenant sees or influences the estimates of other tenants.
 #[derive(Default)]
 pub(crate) struct RuntimeEstimates {
     averages: Mutex<Averages>,
@@ -38,7 +37,7 @@ impl RuntimeEstimates {
         averages.by_tenant.entry(tenant.to_owned()).or_default().insert(action.to_owned(), seconds);
     }
 
-    /// Returns `None` before the first measurement.
+    /// Returns the mean duration of recent attempts; `None` before the first measurement.
     pub(crate) fn mean(&self, tenant: &str, action: &str) -> Option<Duration> {
         let averages = self.averages.lock();
         averages.by_tenant.get(tenant)?.get(action).copied().map(Duration::from_secs_f64)

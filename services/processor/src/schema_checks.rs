@@ -18,7 +18,7 @@ const MAX_CACHED_SCHEMAS: usize = 10_000;
 
 pub(crate) struct SchemaChecks {
     pool: Pool,
-    /// SHA-256 of accepted schemas: workers repeat theirs when they reconnect.
+    /// SHA-256 hashes of accepted schemas, which workers declare again when they reconnect.
     accepted: Cache<[u8; 32], ()>,
 }
 
@@ -29,8 +29,8 @@ impl Default for SchemaChecks {
 }
 
 impl SchemaChecks {
-    /// Validates the schemas of these actions in order; returns the first violation. The rest of
-    /// the declarations is valid already.
+    /// Validates the schemas of `actions` in order; returns the first violation. The other fields of the declarations
+    /// were validated before.
     pub(crate) async fn check(&self, tenant: &str, actions: &[Action]) -> Result<(), Status> {
         let bytes = actions.iter().map(|action| action.payload_schema.len()).sum::<usize>();
         if bytes > MAX_DECLARATION_BYTES {

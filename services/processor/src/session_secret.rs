@@ -1,28 +1,29 @@
-//! Secret that binds attempts to a worker: resuming them requires the secret of the worker's first
-//! `welcome` and a token of the same tenant and user.
+//! Secret that binds attempts to a worker: to resume an attempt, a worker needs the secret from its first `welcome`,
+//! and a token of the same tenant and user.
 
 use bytes::Bytes;
 use sha2::{Digest, Sha256};
 use streamer_store::Owner;
 
-/// As long as the stored hash.
+/// Length of a secret, in bytes: equal to that of the stored hash.
 pub(crate) const SECRET_BYTES: usize = 32;
 
-/// Sent to a worker once; the worker repeats it on each later stream. Never stored or logged.
+/// Secret of one worker. `welcome` contains the secret, and the worker sends it on each later stream. Never stored or
+/// logged.
 pub(crate) struct SessionSecret([u8; SECRET_BYTES]);
 
 impl SessionSecret {
     /// Generates a secret.
     ///
     /// # Errors
-    /// Fails if the operating system returns no random bytes.
+    /// Fails if the operating system does not return random bytes.
     pub(crate) fn generate() -> Result<Self, getrandom::Error> {
         let mut secret = [0; SECRET_BYTES];
         getrandom::fill(&mut secret)?;
         Ok(Self(secret))
     }
 
-    /// Returns the secret that a worker repeats; `None` if its length is wrong.
+    /// Parses the secret that a worker sends; returns `None` if its length is wrong.
     pub(crate) fn from_bytes(bytes: &[u8]) -> Option<Self> {
         bytes.try_into().ok().map(Self)
     }
@@ -31,11 +32,11 @@ impl SessionSecret {
         Bytes::copy_from_slice(&self.0)
     }
 
-    /// Returns the identity that leases store: SHA-256 of the secret with tenant and user, in
+    /// Returns the identity of the worker, which leases store: the SHA-256 of the secret, the tenant and the user, in
     /// hexadecimal digits.
     pub(crate) fn identity(&self, principal: &Owner) -> String {
         let hash = Sha256::new_with_prefix(self.0)
-            // Otherwise tenant `ab` with user `c` would equal tenant `a` with user `bc`.
+            // Without the length, tenant `ab` with user `c` would equal tenant `a` with user `bc`.
             .chain_update((principal.tenant.len() as u64).to_be_bytes())
             .chain_update(&principal.tenant)
             .chain_update(&principal.user)

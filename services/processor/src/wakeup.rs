@@ -1,21 +1,22 @@
-//! Wake-up of the dispatcher when requests may be startable.
+//! Wakes the dispatcher when queued requests may be able to start.
 
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 
 use tokio::sync::Notify;
 
-/// Notified about queued requests and free slots.
+/// Notifies the dispatcher of queued requests and free slots.
 pub(crate) struct Wakeup {
-    /// The queue may contain requests that hints did not start: later hints must not overtake them.
+    /// Whether a scan is pending: the queue may contain requests that hints did not start, and that later hints must
+    /// not overtake.
     scan_pending: AtomicBool,
-    /// Number of slots that were released.
+    /// Number of slots that were released since the process started.
     freed_slots: AtomicU64,
     notify: Notify,
 }
 
 impl Default for Wakeup {
     fn default() -> Self {
-        // Requests from before the process start are found first.
+        // The first scan finds requests that were queued before the process started.
         Self {
             scan_pending: AtomicBool::new(true),
             freed_slots: AtomicU64::new(0),
@@ -31,12 +32,12 @@ impl Wakeup {
         self.notify.notify_one();
     }
 
-    /// As [`Self::request_scan`], without waking the dispatcher, which is awake.
+    /// Same as [`Self::request_scan`], but does not wake the dispatcher, which is already awake.
     pub(crate) fn mark_scan_pending(&self) {
         self.scan_pending.store(true, Ordering::SeqCst);
     }
 
-    /// Wakes the dispatcher for a free slot if a scan is pending.
+    /// Records that a slot was freed, and wakes the dispatcher if a scan is pending.
     pub(crate) fn slot_freed(&self) {
         self.freed_slots.fetch_add(1, Ordering::SeqCst);
         if self.is_scan_pending() {

@@ -21,8 +21,8 @@ use crate::{
     worker_session::{Outbox, StreamEnd, WorkerSession},
 };
 
-/// Identifies a declaration: an action, for one tenant or for all. Declarations of different
-/// tenants are independent.
+/// Identifies the declaration of an action for one tenant or for all tenants. Declarations for different tenants are
+/// independent.
 #[derive(Clone, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
 pub(crate) struct ActionKey {
     pub(crate) action: String,
@@ -30,13 +30,13 @@ pub(crate) struct ActionKey {
     pub(crate) tenant: Option<String>,
 }
 
-/// All workers that have a stream, or had one recently.
+/// Registry of all workers that have a stream, or recently had one.
 pub(crate) struct WorkerPool {
     by_identity: Mutex<HashMap<String, Arc<WorkerSession>>>,
-    /// Number of changes of the offered actions and slots.
+    /// Number of changes to the offered actions and slots.
     changes: watch::Sender<u64>,
     wakeup: Arc<Wakeup>,
-    /// A worker that is silent for this long loses its attempts.
+    /// Time without a message after which a worker loses its attempts.
     lease: Duration,
     /// Maximum percentage of all slots that one tenant uses.
     tenant_share: u32,
@@ -62,7 +62,7 @@ impl WorkerPool {
         Self { by_identity: Mutex::default(), changes, wakeup, lease, tenant_share }
     }
 
-    /// Registers a worker, or renews the one of the same identity with the new declarations.
+    /// Registers a worker, or updates the session with the same identity to the new declarations.
     pub(crate) fn register(&self, worker: WorkerSession) -> Arc<WorkerSession> {
         let worker = {
             let mut by_identity = self.by_identity.lock();
@@ -82,20 +82,21 @@ impl WorkerPool {
         worker
     }
 
-    /// Supersedes workers of the same principal and name: one whose first `welcome` was lost, or a
-    /// program that restarted under its old name.
+    /// Supersedes workers with the same principal and ID: one whose first `welcome` was lost, or a program that
+    /// restarted with the same ID.
     pub(crate) fn supersede(&self, newer: &WorkerSession) {
         let same =
             |older: &WorkerSession| older.id == newer.id && older.principal == newer.principal;
         // A delayed `hello` does not supersede a worker that sent a later one.
         let is_older = |older: &WorkerSession| older.declared_at() < newer.declared_at();
         for older in self.sessions().into_iter().filter(|older| same(older) && is_older(older)) {
-            // It stays registered until it is swept: an attempt may be about to be assigned to it.
+            // The worker stays registered until the next sweep, because an attempt may be about to be assigned to it.
             older.supersede();
         }
     }
 
-    /// Attaches a stream to the worker; from now on it receives tasks.
+    /// Attaches a stream to the worker, on which it then receives tasks. Returns the stream's number and the signal of
+    /// its end.
     pub(crate) fn connect(
         &self,
         worker: &Arc<WorkerSession>,
@@ -103,7 +104,7 @@ impl WorkerPool {
     ) -> (u64, Arc<StreamEnd>) {
         let connected = {
             let mut by_identity = self.by_identity.lock();
-            // It was removed if reconnecting took longer than a lease.
+            // The worker was removed if reconnecting took longer than a lease duration.
             by_identity.insert(worker.assigned.identity.clone(), worker.clone());
             worker.connect(outbox)
         };
@@ -121,7 +122,7 @@ impl WorkerPool {
         self.changes.subscribe()
     }
 
-    /// Returns the declarations of connected workers, and how many workers offer each.
+    /// Returns the declarations of connected workers, each with the number of workers that offer it.
     pub(crate) fn declarations(&self) -> BTreeMap<ActionKey, (Arc<ActionSpec>, u32)> {
         let mut available: Vec<_> = self.sessions();
         available.retain(|worker| worker.is_available());
@@ -135,7 +136,7 @@ impl WorkerPool {
         actions
     }
 
-    /// Returns the names of offered actions, each with whether a worker has a free slot for it.
+    /// Returns the names of offered actions, and for each whether a worker has a free slot for it.
     pub(crate) fn offered_actions(&self) -> BTreeMap<String, bool> {
         let by_identity = self.by_identity.lock();
         let mut names = BTreeMap::new();
@@ -148,23 +149,23 @@ impl WorkerPool {
         names
     }
 
-    /// Returns the spec that connected workers declare under this key.
+    /// Returns the latest spec that a connected worker declares under the given key.
     pub(crate) fn spec(&self, key: &ActionKey) -> Option<Arc<ActionSpec>> {
         let by_identity = self.by_identity.lock();
         let able = by_identity.values().filter(|worker| worker.declares(key));
         able.max_by_key(|worker| worker.declared_at())?.action(&key.action)
     }
 
-    /// Returns how many attempts of the declaration under this key can run concurrently.
+    /// Returns the number of attempts that can run concurrently under the given key.
     pub(crate) fn slots(&self, key: &ActionKey) -> u32 {
         let by_identity = self.by_identity.lock();
         let able = by_identity.values().filter(|worker| worker.declares(key));
         able.fold(0, |slots, worker| slots.saturating_add(worker.slots()))
     }
 
-    /// Acquires a slot for this tenant, from the worker with the most free slots. Requests that
-    /// were admitted by a declaration go only to workers that declare the action under the same
-    /// key: others may require other permissions and payloads.
+    /// Acquires a slot for the given tenant, from the worker with the most free slots. Requests that were admitted by a
+    /// declaration are sent only to workers that declare the action under the same key, because other workers may
+    /// require different permissions and payloads.
     pub(crate) fn acquire_slot(&self, key: &ActionKey, tenant: &str) -> Option<WorkerSlotPermit> {
         let by_identity = self.by_identity.lock();
         let able = || by_identity.values().filter(|worker| worker.declares(key));
@@ -178,15 +179,14 @@ impl WorkerPool {
         worker.try_acquire_slot(tenant).then(|| self.slot_permit(worker.clone(), tenant))
     }
 
-    /// Acquires a slot of this worker for an attempt that it runs already.
+    /// Acquires a slot of the given worker for an attempt that it already runs.
     pub(crate) fn acquire_slot_for_running(
         &self,
         worker: Arc<WorkerSession>,
         tenant: &str,
     ) -> WorkerSlotPermit {
         worker.force_acquire_slot(tenant);
-        // A sweep during the reconnection may have removed it; then no sweep would find the
-        // attempt.
+        // A sweep may have removed the worker while it reconnected; later sweeps would then not find the attempt.
         let identity = worker.assigned.identity.clone();
         self.by_identity.lock().entry(identity).or_insert_with(|| worker.clone());
         self.slot_permit(worker, tenant)
@@ -196,7 +196,7 @@ impl WorkerPool {
         WorkerSlotPermit { worker, tenant: tenant.to_owned(), wakeup: self.wakeup.clone() }
     }
 
-    /// Revokes the attempts of silent workers, and removes workers that left.
+    /// Revokes the attempts of silent workers, and removes those that have no stream.
     pub(crate) fn sweep(&self, now: Instant) {
         let silent: Vec<_> = {
             let by_identity = self.by_identity.lock();
@@ -211,11 +211,11 @@ impl WorkerPool {
             if worker.mark_silent(self.lease) {
                 tracing::warn!(
                     worker = worker.id,
-                    "worker silent for a lease; its attempts are revoked"
+                    "worker was silent for a lease duration, revoking its attempts"
                 );
                 changed = true;
             }
-            // It may be reconnecting at this moment.
+            // The worker may have reconnected in the meantime.
             let mut by_identity = self.by_identity.lock();
             if !worker.has_stream() && worker.silent_for(now) >= self.lease {
                 by_identity.remove(&worker.assigned.identity);
@@ -227,7 +227,7 @@ impl WorkerPool {
         }
     }
 
-    /// Asks these workers to reconnect to another processor, and ends their streams.
+    /// Asks the workers that `select` accepts to reconnect to another processor, and ends their streams.
     pub(crate) fn drain(&self, deadline: Timestamp, select: impl Fn(&WorkerSession) -> bool) {
         for worker in self.sessions().into_iter().filter(|worker| select(worker)) {
             let deadline = Some(timestamp(deadline.as_millis()));

@@ -1,4 +1,4 @@
-//! `streamer.processor.v1.WorkerService`: the stream protocol of workers.
+//! Implementation of `streamer.processor.v1.WorkerService`, the stream protocol of workers.
 
 use std::{collections::HashSet, sync::Arc, time::Duration};
 
@@ -38,18 +38,18 @@ use crate::{
 
 /// Maximum number of messages queued for a worker.
 const OUTBOX: usize = 4096;
-/// Time limit for the first message.
+/// Timeout for the arrival of `hello`, the first message.
 const HELLO_TIMEOUT: Duration = Duration::from_secs(10);
 /// Maximum number of slots of one worker.
 pub(crate) const MAX_SLOTS: i64 = 10_000;
-/// Maximum number of attempts that a worker resumes: as many as it has slots, running or finished.
+/// Maximum number of attempts that a worker may list: one running and one finished attempt per slot.
 const MAX_ATTEMPTS: usize = 20_000;
-/// Maximum number of revocations in one reply: replies stay in memory if the worker does not read.
+/// Maximum number of revocations in one heartbeat reply, because replies stay in memory until the worker reads them.
 const MAX_REVOKED: usize = 64;
-/// Number of attempts that are resumed concurrently.
+/// Maximum number of attempts of one worker that are resumed concurrently.
 const MAX_CONCURRENT_RESUMES: usize = 64;
 
-/// Serves workers.
+/// Worker API of the processor.
 pub struct WorkerApi {
     shared: Arc<Shared>,
 }
@@ -110,7 +110,7 @@ impl WorkerService for WorkerApi {
             self.shared.actions.workers.supersede(&worker);
         }
         let worker = self.shared.actions.workers.register(worker);
-        // Without a stream it receives no tasks, so that none is missed below.
+        // Without a stream the worker receives no tasks while its attempts are resumed, so that none is missed.
         worker.detach();
         let resumed = self.shared.resume(&worker, &hello.attempts).await?;
         if let Err(stopping) = self.shared.check_accepting() {
@@ -124,7 +124,7 @@ impl WorkerService for WorkerApi {
         }
         let (stream_number, end) = self.shared.actions.workers.connect(&worker, outbox.clone());
         for task in worker.tasks() {
-            // No acknowledgment was sent for reports that became durable in between.
+            // Acknowledge reports that became durable while the worker had no stream.
             worker.send(Message::Acknowledgment(task.acknowledgment(false)));
         }
         tracing::info!(worker = worker.id, hello.sdk, hello.version, "worker connected");
@@ -136,7 +136,7 @@ impl WorkerService for WorkerApi {
             worker_stream.shared.actions.workers.notify_changed();
             tracing::info!(worker = worker_stream.worker.id, ?ending, "worker disconnected");
             if let Err(status) = ending {
-                // The worker may have disconnected already.
+                // The worker may already have disconnected.
                 drop(outbox.try_send(Err(status)));
             }
         });
@@ -145,7 +145,7 @@ impl WorkerService for WorkerApi {
 }
 
 impl Shared {
-    /// Resumes the attempts that the worker names, and abandons those it does not name.
+    /// Resumes the attempts that the worker lists, and revokes its other attempts as lost.
     async fn resume(
         &self,
         worker: &Arc<WorkerSession>,
@@ -220,7 +220,7 @@ impl Shared {
     }
 }
 
-/// One stream of one worker.
+/// One stream of one worker, and its context.
 struct WorkerStream {
     shared: Arc<Shared>,
     worker: Arc<WorkerSession>,
@@ -229,8 +229,8 @@ struct WorkerStream {
 }
 
 impl WorkerStream {
-    /// Handles messages until the worker ends the stream, violates the protocol, or is replaced by
-    /// another stream.
+    /// Handles messages until the worker ends the stream or violates the protocol, the token expires, or a newer stream
+    /// replaces this one.
     async fn run(&mut self, end: &StreamEnd) -> Result<(), Status> {
         loop {
             let accepted_until = self.shared.authenticator.accepted_until(&self.caller);
@@ -266,7 +266,7 @@ impl WorkerStream {
                 self.refresh_token(&refresh.token, end).await
             }
             Some(work_request::Message::Hello(_)) => {
-                Err(violation("hello", "must be the first message only"))
+                Err(violation("hello", "is allowed only as the first message"))
             }
             None => Err(violation("message", "is missing or of an unknown kind")),
         }
@@ -303,7 +303,7 @@ impl WorkerStream {
             report::Kind::Progress(progress) => {
                 ("progress.message", progress.message.len(), limits::MAX_PROGRESS_MESSAGE_BYTES)
             }
-            // A result that is too large fails its request, not its worker.
+            // A result that is too large fails its request, but does not end the stream.
             report::Kind::Result(_) | report::Kind::Error(_) | report::Kind::KeepAlive(_) => {
                 return Ok(());
             }
@@ -332,10 +332,14 @@ impl WorkerStream {
             }
             match self.worker.task(uid, number) {
                 Some(task) => reply.cancelled.extend(task.cancel()),
-                // The next heartbeat names the rest again.
+                // The next heartbeat lists the remaining attempts again.
                 None if reply.revoked.len() >= MAX_REVOKED => {}
                 None => reply.revoked.push(revoke_unowned(attempt.uid.clone(), attempt.attempt)),
             }
+        }
+        if self.worker.tasks().iter().any(|task| task.ignores_resend(self.shared.options.lease)) {
+            let reason = "the worker did not send a report again that was requested with `resend`";
+            return Err(error_status(ErrorCode::Unavailable, reason.into()));
         }
         for task in self.worker.tasks() {
             if !named.contains(&(task.uid, task.attempt))
@@ -397,7 +401,7 @@ fn token_status(caller: &Caller, now: Timestamp) -> Message {
 
 fn revoke_unowned(uid: String, attempt: i32) -> Revoke {
     let reason = "the attempt does not belong to this worker: its lease expired, it has ended, or it \
-                  was never assigned here";
+                  was never assigned to this worker";
     Revoke { uid, attempt, reason: reason.into() }
 }
 

@@ -17,15 +17,15 @@ use tonic::Status;
 
 use crate::{grants::Grants, remote_task::RemoteTask, worker_pool::ActionKey};
 
-/// Sender of a worker's stream.
+/// Sender for the messages on a worker's stream.
 pub(crate) type Outbox = mpsc::Sender<Result<WorkResponse, Status>>;
 
 pub(crate) struct WorkerSession {
-    /// Name that the worker chose, for logs.
+    /// ID that the worker chose, for logs.
     pub(crate) id: String,
-    /// Owner of the token that opened its streams.
+    /// Principal of the token that opened the worker's streams.
     pub(crate) principal: Owner,
-    /// Its identity, and the name shown to the owners of its requests.
+    /// Identity of the worker, and the name shown to the owners of the requests that it runs.
     pub(crate) assigned: AssignedWorker,
     state: Mutex<State>,
 }
@@ -39,7 +39,7 @@ struct State {
     stream: Option<Stream>,
     streams: u64,
     last_seen: Instant,
-    /// Whether no message has arrived for a lease.
+    /// Whether no message has arrived for a lease duration.
     silent: bool,
     tasks: HashMap<Uid, Arc<RemoteTask>>,
 }
@@ -50,7 +50,7 @@ struct Stream {
     end: Arc<StreamEnd>,
 }
 
-/// Signals that a stream has ended, with the status.
+/// Signal that a stream has ended, with the status.
 #[derive(Default)]
 pub(crate) struct StreamEnd {
     ended: CancellationToken,
@@ -76,14 +76,14 @@ impl StreamEnd {
 }
 
 impl State {
-    /// Revokes sync tasks: their callers wait for a result on this stream.
+    /// Revokes sync tasks, whose callers wait for a result on the stream that ended.
     fn revoke_sync_tasks(&self) {
         for task in self.tasks.values().filter(|task| task.sync) {
             task.revoke("the worker's stream ended");
         }
     }
 
-    /// Revokes the tasks that its token no longer allows.
+    /// Revokes the tasks that the worker's token no longer allows.
     fn revoke_unauthorized_tasks(&mut self) {
         let grants = &self.grants;
         self.tasks.retain(|_, task| {
@@ -125,7 +125,7 @@ impl WorkerSession {
         }
     }
 
-    /// Renews the session after a reconnect, with the new declarations.
+    /// Updates the session after a reconnect to the declarations, permissions and slots of `newer`.
     pub(crate) fn renew(&self, newer: Self) {
         let newer = newer.state.into_inner();
         let mut state = self.state.lock();
@@ -145,7 +145,7 @@ impl WorkerSession {
         self.end_stream(Status::already_exists(reason));
     }
 
-    /// Attaches a stream. Returns its number, and the signal of its end.
+    /// Attaches a stream. Returns its number and the signal of its end.
     pub(crate) fn connect(&self, outbox: Outbox) -> (u64, Arc<StreamEnd>) {
         self.detach();
         let end = Arc::new(StreamEnd::default());
@@ -158,7 +158,7 @@ impl WorkerSession {
         (number, end)
     }
 
-    /// Ends the stream, if any, with this status.
+    /// Ends the stream, if any, with the given status.
     pub(crate) fn end_stream(&self, status: Status) {
         let mut state = self.state.lock();
         if let Some(stream) = state.stream.take() {
@@ -167,7 +167,7 @@ impl WorkerSession {
         }
     }
 
-    /// Records that this stream has ended.
+    /// Records that the stream with the given number has ended.
     pub(crate) fn disconnect(&self, number: u64) {
         let mut state = self.state.lock();
         if state.stream.as_ref().is_none_or(|stream| stream.number == number) {
@@ -176,7 +176,7 @@ impl WorkerSession {
         }
     }
 
-    /// Records a message of the worker; returns whether it was silent before.
+    /// Records a message from the worker; returns whether the worker was silent before.
     pub(crate) fn record_activity(&self) -> bool {
         let mut state = self.state.lock();
         state.last_seen = Instant::now();
@@ -187,18 +187,17 @@ impl WorkerSession {
         now.saturating_duration_since(self.state.lock().last_seen)
     }
 
-    /// Ends the stream and revokes all attempts: another program of the same principal has taken
-    /// its id.
+    /// Ends the stream and revokes all attempts, because a different worker of the same principal uses the same ID.
     pub(crate) fn supersede(&self) {
         self.detach();
         let tasks = mem::take(&mut self.state.lock().tasks);
         for task in tasks.values() {
-            // It may have started.
+            // The attempt may have started, so it counts as a failed one.
             task.revoke("replaced by another worker with the same id");
         }
     }
 
-    /// Revokes all attempts; returns whether the worker was not silent before.
+    /// Marks the worker as silent and revokes all its attempts; returns whether it was not silent before.
     pub(crate) fn mark_silent(&self, lease: Duration) -> bool {
         let (tasks, first) = {
             let mut state = self.state.lock();
@@ -233,7 +232,7 @@ impl WorkerSession {
         self.state.lock().actions.get(action).cloned()
     }
 
-    /// Returns whether the worker can receive tasks of the declaration under this key.
+    /// Returns whether the worker can receive tasks of the declaration with the given key.
     pub(crate) fn declares(&self, key: &ActionKey) -> bool {
         let state = self.state.lock();
         state.stream.is_some()
@@ -248,7 +247,7 @@ impl WorkerSession {
             }
     }
 
-    /// Returns its declarations, one for each tenant.
+    /// Returns the declarations of the worker: one per action and tenant.
     pub(crate) fn declarations(&self) -> Vec<(ActionKey, Arc<ActionSpec>)> {
         let state = self.state.lock();
         let mut declared = Vec::new();
@@ -295,7 +294,7 @@ impl WorkerSession {
         self.state.lock().used_slots.get(tenant).copied().unwrap_or(0)
     }
 
-    /// Acquires a slot, if one is free.
+    /// Acquires a slot for the given tenant if one is free; returns whether it was acquired.
     pub(crate) fn try_acquire_slot(&self, tenant: &str) -> bool {
         let mut state = self.state.lock();
         let free = state.slots.saturating_sub(state.used_slots.values().sum()) > 0;
@@ -305,7 +304,7 @@ impl WorkerSession {
         free
     }
 
-    /// Acquires a slot even if none is free: for an attempt that the worker runs already.
+    /// Acquires a slot even if none is free, for an attempt that the worker already runs.
     pub(crate) fn force_acquire_slot(&self, tenant: &str) {
         *self.state.lock().used_slots.entry(tenant.to_owned()).or_insert(0) += 1;
     }
@@ -320,7 +319,7 @@ impl WorkerSession {
         }
     }
 
-    /// Adds a task, unless the token no longer allows it.
+    /// Adds a task, and revokes it if the token no longer allows it.
     pub(crate) fn assign(&self, task: Arc<RemoteTask>) {
         let mut state = self.state.lock();
         state.tasks.insert(task.uid, task);
@@ -343,7 +342,7 @@ impl WorkerSession {
         state.tasks.get(&uid).filter(is_this).cloned()
     }
 
-    /// Returns whether a sync call waits for this worker.
+    /// Returns whether a sync call waits for a result from this worker.
     pub(crate) fn answers_calls(&self) -> bool {
         self.state.lock().tasks.values().any(|task| task.sync)
     }
@@ -352,8 +351,8 @@ impl WorkerSession {
         self.state.lock().tasks.values().cloned().collect()
     }
 
-    /// Sends a message; returns whether it was queued on a stream. A stream whose outbox is full is
-    /// ended: the worker reconnects and resumes.
+    /// Sends a message; returns whether it was queued on a stream. A stream whose outbox is full is ended; the worker
+    /// then reconnects and resumes its attempts.
     pub(crate) fn send(&self, message: Message) -> bool {
         let mut state = self.state.lock();
         let Some(stream) = &state.stream else { return false };

@@ -1,9 +1,9 @@
-//! Event log: appends, replays and streams events to watchers.
+//! Event log service: appends events, replays them, and streams them to watchers.
 //!
-//! Processors publish events; gateways and clients watch them. An event reaches a watcher only once
-//! it is durable. A watcher is a cursor: it reads the events after the last one that it has, from the
-//! tail in memory if that has them, otherwise from the store. Replay therefore joins live delivery
-//! without a gap or a duplicate, and a slow watcher delays no other watcher.
+//! Processors publish events; gateways and clients watch them. An event is delivered to watchers only after it is
+//! durable. A watcher is a cursor: it reads the events after its position from the tail in memory if the tail contains
+//! them, otherwise from the store. Therefore replay continues with live delivery without gaps or duplicates, and a slow
+//! watcher does not delay other watchers.
 
 mod log_service;
 mod metrics;
@@ -36,41 +36,40 @@ use crate::{
 
 /// Dependencies of the progress service.
 pub struct Dependencies {
-    /// The store of the logs.
+    /// Store of the event logs.
     pub store: Arc<dyn Store>,
-    /// The source of timestamps.
+    /// Source of timestamps.
     pub clock: Arc<dyn Clock>,
     /// Authenticates calls to the public service.
     pub auth: AuthLayer,
-    /// The metrics registry.
+    /// Metrics registry.
     pub metrics: Metrics,
     /// Size limits for payloads, results and chunks.
     pub limits: Limits,
     /// All instances of this service; `None` if this is the only one.
     pub ring: Option<Ring>,
-    /// Open watches of tenants and users in this process.
+    /// Counts the open watches of tenants and users in this process.
     pub open_watches: Arc<OpenWatches>,
-    /// Maximum bytes of messages that were sent to watchers and not read, over all watchers.
+    /// Maximum total bytes of messages that were sent to watchers and not read, over all watchers.
     pub max_unread_bytes: usize,
     /// Whether other processes write to the store.
     pub is_shared: bool,
 }
 
-/// All instances of this service. Each request belongs to one of them, to which its events are
-/// published first. This only reduces latency: an instance finds unannounced events in the store.
+/// All instances of this service. Each request belongs to one instance, to which its events are published first. This
+/// only reduces latency, because every instance also finds unannounced events in the store.
 #[derive(Clone)]
 pub struct Ring {
     /// Name of this instance among the members.
     pub own: String,
     /// All instances, including this one.
     pub members: Instances,
-    /// Whether this instance is ready. While it is not, it rejects watches, which other members
-    /// serve instead.
+    /// Whether this instance is ready. While it is not ready, it rejects watches, and other members serve them.
     pub serving: watch::Receiver<bool>,
 }
 
 impl Ring {
-    /// Returns the instance that a request belongs to; `None` if that is this one.
+    /// Returns the instance to which a request belongs; `None` if it is this instance.
     fn owner(&self, uid: Uid) -> Option<Instance> {
         self.members.owner(uid).filter(|member| *member.name != *self.own)
     }
@@ -80,7 +79,7 @@ impl Ring {
         if *self.serving.borrow() { Ok(()) } else { Err(not_serving()) }
     }
 
-    /// Returns once this instance is not ready.
+    /// Waits until this instance is not ready.
     async fn until_not_serving(&self) {
         let mut serving = self.serving.clone();
         if serving.wait_for(|serving| !serving).await.is_err() {
@@ -91,14 +90,14 @@ impl Ring {
 }
 
 fn not_serving() -> Status {
-    Status::unavailable("this progress service cannot reach its store; watch again")
+    Status::unavailable("this progress service cannot reach its store; retry the watch")
 }
 
 /// The progress service, ready to be served.
 pub struct Progress {
-    /// The public API `streamer.progress.v1`.
+    /// Public API, `streamer.progress.v1`.
     pub public: AuthService<ProgressServiceServer<WatchService>>,
-    /// The API for routers and processors, `streamer.internal.v1`.
+    /// API for routers and processors, `streamer.internal.v1`.
     pub internal: EventLogServiceServer<LogService>,
     topics: Arc<Topics>,
 }
@@ -137,7 +136,8 @@ impl Progress {
         self.topics.draining.cancel();
     }
 
-    /// Evicts tails, and compares watched requests with the store in case a hint was lost, until `shutdown`.
+    /// Drops unneeded topics, and compares watched requests with the store in case an announcement was lost, until
+    /// `shutdown` is cancelled.
     pub async fn run(&self, shutdown: CancellationToken) {
         self.topics.maintain(shutdown).await;
     }

@@ -20,7 +20,7 @@ use tracing::Instrument;
 
 use crate::{metrics::ProgressMetrics, topics::Topics};
 
-/// The event log API for processors and routers.
+/// Event log API for processors and routers.
 #[derive(Clone)]
 pub struct LogService {
     topics: Arc<Topics>,
@@ -41,8 +41,8 @@ impl LogService {
 }
 
 impl LogService {
-    /// Appends to the log and delivers to watchers. Must run to completion: events that are stored but not
-    /// pushed are found only by comparing the topic with the store.
+    /// Appends events to the log and delivers them to watchers. Must run to completion: events that are stored but not
+    /// delivered are found only when the topic is compared with the store.
     async fn append(
         &self,
         uid: Uid,

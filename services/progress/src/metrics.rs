@@ -20,7 +20,7 @@ pub(crate) struct ProgressMetrics {
     pub(crate) undelivered_seconds: Gauge<f64, AtomicU64>,
 }
 
-/// Exports the use and the limit of the budget for unread messages.
+/// Exports the usage and the limit of the budget for unread messages.
 pub(crate) fn observe_unread(metrics: &Metrics, budget: &MemoryBudget, limit: usize) {
     let number = |bytes: usize| i64::try_from(bytes).unwrap_or(i64::MAX);
     let name = "streamer_progress_unread_watch_bytes";
@@ -44,7 +44,7 @@ impl ProgressMetrics {
             ),
             fenced: metrics.counter(
                 "streamer_progress_fenced",
-                "Publish calls of attempts that are fenced",
+                "Publish calls that failed because their attempts are fenced",
             ),
             watchers: metrics.gauge("streamer_progress_watchers", "Open watch streams"),
             topics: metrics.gauge("streamer_progress_topics", "Requests with a tail in memory"),
@@ -54,18 +54,17 @@ impl ProgressMetrics {
             ),
             missed: metrics.counter(
                 "streamer_progress_missed_events",
-                "Events of watched requests that were found by comparing with the store and not \
-                 announced within 5 s of the first one found",
+                "Events of watched requests that were found in the store and not announced within 5 s \
+                 after the first of them was found",
             ),
             unannounced: metrics.gauge(
                 "streamer_progress_unannounced_events",
-                "Events of watched requests that were found by comparing with the store and may still be \
-                 announced",
+                "Events of watched requests that were found in the store and may still be announced",
             ),
             undelivered_seconds: metrics.register(
                 "streamer_progress_undelivered_age_seconds",
-                "Age of the newest event that a watcher which was up to date has not received; the \
-                 maximum over all watched requests",
+                "Maximum age, over all watched requests, of the newest event that has not been \
+                 delivered to a watcher that was up to date",
                 Gauge::default(),
             ),
             replayed: metrics.counter(

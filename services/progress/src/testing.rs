@@ -7,7 +7,7 @@ use streamer_store::{Claim, ClaimOutcome, NewRequest, Owner, Quota, Store, Store
 
 const LEASE: Duration = Duration::from_secs(60);
 
-/// Stores a request that runs its first attempt; its events are 1 and 2.
+/// Stores a request whose first attempt is running; its log contains events 1 and 2.
 pub(crate) async fn running_request(store: &dyn Store, uid: Uid, now: Timestamp) {
     let new = NewRequest {
         uid,

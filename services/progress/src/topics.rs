@@ -1,4 +1,4 @@
-//! Requests whose latest events are in memory.
+//! Registry of requests whose latest events are in memory.
 
 mod delivery;
 mod pending_announcements;
@@ -29,34 +29,36 @@ pub(crate) use delivery::Position;
 pub(crate) use tail::Read;
 pub(crate) use topic::{Subscription, Topic};
 
-/// Maximum bytes of all events in memory. Beyond it they are reduced to half: unwatched topics are
-/// dropped, and watched topics keep an equal share.
+/// Maximum total bytes of all events in memory. When it is exceeded, the total is reduced to half: unwatched topics are
+/// dropped, and each watched topic keeps an equal share.
 const MAX_TOTAL_BYTES: usize = 64 * 1024 * 1024;
-/// Number of topics beyond which unwatched topics are dropped at once.
+/// Number of topics above which unwatched topics are dropped immediately.
 const MAX_TOPICS: usize = 32_768;
 /// Maximum number of requests recorded as missed in one round.
 const MAX_MISSED: usize = 65_536;
-/// For a store to which only this process writes, so that each event is announced.
+/// Schedule for a store to which only this process writes, so that every event is announced.
 const EXCLUSIVE_STORE: Maintenance =
     Maintenance { round: Duration::from_secs(5), unwatched_rounds: 2, compare_rounds: 3 };
-/// For a store to which other processes write: a process that crashes between storing an event and announcing
-/// it, or does not know this instance, leaves watchers here without the event. Each comparison reads one item.
+/// Schedule for a store to which other processes write. A process that crashes between storing an event and announcing
+/// it, or that has not discovered this instance, leaves the event unannounced; a comparison with the store finds it.
+/// Each comparison reads one item.
 const SHARED_STORE: Maintenance =
     Maintenance { round: Duration::from_secs(1), unwatched_rounds: 10, compare_rounds: 4 };
 /// Maximum number of concurrent comparisons with the store.
 const MAX_CONCURRENT_COMPARISONS: usize = 32;
 
-/// Schedule of the maintenance of topics.
+/// Schedule of topic maintenance.
 struct Maintenance {
-    /// Time between two rounds of maintenance.
+    /// Interval between rounds of maintenance.
     round: Duration,
-    /// Rounds after which an unwatched topic without new events is dropped.
+    /// Number of rounds after which an unwatched topic without new events is dropped.
     unwatched_rounds: u32,
-    /// Rounds without new events between two comparisons of a watched topic with the store.
+    /// Number of rounds without new events between comparisons of a watched topic with the store.
     compare_rounds: u32,
 }
 
-/// Requests missed in this and the previous round of maintenance, which together outlast any pending call.
+/// Requests for which events arrived while the requests were not in memory, in the current and the previous round of
+/// maintenance. Two rounds last longer than any pending call.
 #[derive(Default)]
 struct Missed {
     current: HashSet<Uid>,
@@ -80,17 +82,17 @@ impl Missed {
     }
 }
 
-/// All requests in memory.
+/// Registry of all requests in memory.
 pub(crate) struct Topics {
     by_uid: Mutex<HashMap<Uid, Arc<Topic>>>,
-    /// Requests of which events arrived recently while they were not in memory. Changes only while
-    /// `by_uid` is locked.
+    /// Requests for which events arrived recently while the requests were not in memory. Modified only while `by_uid`
+    /// is locked.
     missed: Mutex<Missed>,
-    /// Number of topics at which unwatched ones are dropped.
+    /// Number of topics at which unwatched topics are dropped.
     prune_at: AtomicUsize,
-    /// Bytes of the events of all tails.
+    /// Total bytes of the events of all tails.
     total_bytes: Arc<AtomicUsize>,
-    /// Held while tails are shrunk.
+    /// Lock that is held while tails are shrunk.
     shrinking: Mutex<()>,
     store: Arc<dyn Store>,
     metrics: ProgressMetrics,
@@ -101,7 +103,7 @@ pub(crate) struct Topics {
 }
 
 impl Topics {
-    /// Creates an empty registry; `is_shared` if other processes write to the store.
+    /// Creates an empty registry; `is_shared` means that other processes write to the store.
     pub(crate) fn new(
         store: Arc<dyn Store>,
         metrics: ProgressMetrics,
@@ -126,7 +128,7 @@ impl Topics {
         &self.metrics
     }
 
-    /// Returns the reason once watches must end, so that they continue at another instance.
+    /// Waits until watches must end; returns the status to end them with. Clients then continue at another instance.
     pub(crate) async fn until_watches_end(&self) -> Status {
         let not_serving = async {
             match &self.ring {
@@ -142,9 +144,9 @@ impl Topics {
         }
     }
 
-    /// Subscribes to a request if it is in memory with its snapshot.
+    /// Subscribes to a request if its snapshot is in memory.
     pub(crate) fn subscribe_loaded(&self, uid: Uid) -> Option<Subscription> {
-        // Under the lock, so that the topic is not dropped before the subscription holds it.
+        // The lock prevents the topic from being dropped before the subscription exists.
         let by_uid = self.by_uid.lock();
         let topic = by_uid.get(&uid)?;
         topic.is_loaded().then(|| Subscription::new(topic))
@@ -152,8 +154,8 @@ impl Topics {
 
     /// Subscribes to a request and loads it into memory if necessary; `None` if it does not exist.
     pub(crate) async fn load(&self, uid: Uid) -> Result<Option<Subscription>, StoreError> {
-        // In the map before the store is read: later events are pushed to it, and earlier ones are in
-        // the store.
+        // The topic is in the map before the store is read: later events are pushed to the topic, and earlier events
+        // are in the store.
         let subscription = self.subscribe(uid);
         let topic = subscription.topic.clone();
         let loading = topic.load_once(async {
@@ -169,18 +171,18 @@ impl Topics {
         match loading.await {
             Ok(_) => {
                 if subscription.topic.snapshot().is_none() {
-                    // Events arrived that do not follow those in memory.
+                    // Events arrived after a gap, so that the topic has no snapshot.
                     self.catch_up(&subscription.topic).await?;
                 }
                 Ok(Some(subscription))
             }
-            // The entry remains, as other callers may hold it; unwatched entries are swept.
+            // The entry remains because other callers may use it; the next sweeps remove unwatched entries.
             Err(error) => error.map_or(Ok(None), Err),
         }
     }
 
-    /// Adds a new request, whose first event is durable. A processor may have started it before this
-    /// call: the events are then stale, and watchers read the store.
+    /// Adds a new request whose first event is durable. A processor may have started the request before this call:
+    /// `events` is then stale, and watchers read the store.
     pub(crate) fn create(&self, uid: Uid, created: &Request, events: &[Event]) {
         let topic = {
             let mut by_uid = self.by_uid.lock();
@@ -195,8 +197,8 @@ impl Topics {
         self.shrink_if_full();
     }
 
-    /// Delivers durable events to watchers. Events of a request that is not in memory are dropped, as the store
-    /// has them.
+    /// Delivers durable events to watchers. Events of a request that is not in memory are dropped, because the store
+    /// contains them.
     pub(crate) fn push(&self, uid: Uid, events: &[Event]) {
         let topic = {
             let by_uid = self.by_uid.lock();
@@ -219,8 +221,8 @@ impl Topics {
         }
     }
 
-    /// Shrinks tails once their total exceeds the limit. This visits every topic, once for each half of the
-    /// limit that is pushed.
+    /// Shrinks tails if their total exceeds the limit. This visits every topic, at most once per half of the limit that
+    /// is pushed.
     fn shrink_if_full(&self) {
         if self.total_bytes.load(Ordering::Relaxed) <= MAX_TOTAL_BYTES {
             return;
@@ -234,8 +236,8 @@ impl Topics {
         }
     }
 
-    /// Drops unwatched topics and records them as missed: a later announcement of one of these requests
-    /// may be older than the stored state.
+    /// Drops unwatched topics and records them as missed, because a later announcement of such a request may be older
+    /// than the stored state.
     fn drop_unwatched(&self, by_uid: &mut HashMap<Uid, Arc<Topic>>) {
         let mut missed = self.missed.lock();
         by_uid.retain(|uid, topic| {
@@ -254,7 +256,7 @@ impl Topics {
     fn subscribe_in(&self, by_uid: &mut HashMap<Uid, Arc<Topic>>, uid: Uid) -> Subscription {
         if by_uid.len() >= self.prune_at.load(Ordering::Relaxed) && !by_uid.contains_key(&uid) {
             self.drop_unwatched(by_uid);
-            // If most topics are watched, a scan for each new one would be expensive and find nothing.
+            // If most topics are watched, a scan for each new topic would be expensive and would find nothing.
             let prune_at = (by_uid.len() + by_uid.len() / 8).max(MAX_TOPICS);
             self.prune_at.store(prune_at, Ordering::Relaxed);
         }
@@ -264,8 +266,8 @@ impl Topics {
         Subscription::new(topic)
     }
 
-    /// Drops unneeded topics, and compares watched topics without new events with the store in case a
-    /// hint was lost.
+    /// Drops unneeded topics, and compares watched topics without new events with the store in case an announcement was
+    /// lost, until `shutdown` is cancelled.
     pub(crate) async fn maintain(&self, shutdown: CancellationToken) {
         let mut ticks = interval(self.maintenance.round);
         ticks.set_missed_tick_behavior(MissedTickBehavior::Delay);
@@ -277,7 +279,7 @@ impl Topics {
             stream::iter(self.sweep(Instant::now()))
                 .for_each_concurrent(MAX_CONCURRENT_COMPARISONS, |topic| async move {
                     if let Err(error) = self.reconcile(&topic).await {
-                        tracing::warn!(%error, uid = %topic.uid, "comparing with the store failed");
+                        tracing::warn!(%error, uid = %topic.uid, "failed to compare a request with the store");
                     }
                 })
                 .await;
@@ -287,7 +289,7 @@ impl Topics {
     /// Compares a topic with the store and counts unannounced events.
     async fn reconcile(&self, topic: &Arc<Topic>) -> Result<(), StoreError> {
         let Some(record) = self.store.get_request(topic.uid).await? else {
-            // The request was deleted: its watches would never end.
+            // The request was deleted, so its watches would never end.
             topic.end();
             return Ok(());
         };
@@ -299,7 +301,7 @@ impl Topics {
         Ok(())
     }
 
-    /// Drops unneeded topics; returns those that must be compared with the store.
+    /// Drops unneeded topics; returns the topics that must be compared with the store.
     fn sweep(&self, now: Instant) -> Vec<Arc<Topic>> {
         let mut by_uid = self.by_uid.lock();
         self.missed.lock().rotate();
@@ -336,15 +338,15 @@ impl Topics {
         compare
     }
 
-    /// Whether to compare a topic that has had no new events for this number of rounds.
+    /// Returns whether to compare a topic that has had no new events for `idle_rounds` rounds.
     fn must_compare(&self, uid: Uid, idle_rounds: u32) -> bool {
         idle_rounds > 0
             && (idle_rounds.is_multiple_of(self.maintenance.compare_rounds)
                 || !self.receives_announcements_of(uid))
     }
 
-    /// Whether events of this request are published to this instance. A request of another instance is served
-    /// here only while that instance is unreachable, and its events are found by comparing.
+    /// Returns whether the events of the given request are published to this instance. This instance serves a request
+    /// of another instance only while that instance is unreachable, and finds its events by comparison with the store.
     fn receives_announcements_of(&self, uid: Uid) -> bool {
         self.ring.as_ref().is_none_or(|ring| ring.owner(uid).is_none())
     }

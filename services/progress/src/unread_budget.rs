@@ -1,4 +1,4 @@
-//! Limits the messages that were sent to watchers and not read.
+//! Limits the memory of messages that were sent to watchers and not read.
 //!
 //! An encoded message stays in memory until its client reads it. Small messages are not counted.
 
@@ -12,7 +12,7 @@ use streamer_handler::{MemoryBudget, Reservation};
 use streamer_proto::progress::v1::WatchResponse;
 use tonic::Status;
 
-/// Messages of at most this many bytes are not counted.
+/// Maximum size of a message that is not counted, in bytes.
 const UNCOUNTED_BYTES: usize = 16 * 1024;
 
 /// Budget of one watcher for unread messages. All watchers of a user share one part of the total budget.
@@ -23,12 +23,12 @@ pub(crate) struct UnreadBudget {
 
 impl UnreadBudget {
     pub(crate) fn for_user(budget: &Arc<MemoryBudget>, principal: &Principal) -> Self {
-        // Neither name contains control characters.
+        // Names contain no control characters, so that the key is unambiguous.
         let user = format!("{}\n{}", principal.tenant, principal.user);
         Self { budget: budget.clone(), user: user.into() }
     }
 
-    /// Reserves the bytes of a message if they are available now; otherwise returns their number.
+    /// Reserves the bytes of a message if they are available; otherwise returns the number of bytes as an error.
     pub(crate) fn try_reserve(&self, message: &WatchResponse) -> Result<Reservation, usize> {
         match message.encoded_len() {
             0..=UNCOUNTED_BYTES => Ok(Reservation::default()),
@@ -36,13 +36,13 @@ impl UnreadBudget {
         }
     }
 
-    /// Reserves this number of bytes; waits until they are available.
+    /// Reserves the given number of bytes; waits until they are available.
     pub(crate) async fn reserve(&self, bytes: usize) -> Reservation {
         self.budget.reserve(&self.user, bytes).await
     }
 }
 
-/// Relays a watch of another instance, which counts as open while this stream exists.
+/// Relays a watch from another instance. The watch counts as open while the returned stream exists.
 pub(crate) fn relay(
     watch: BoxStream<'static, Result<WatchResponse, Status>>,
     open_watch: Option<WatchPermit>,
@@ -50,7 +50,7 @@ pub(crate) fn relay(
 ) -> BoxStream<'static, Result<WatchResponse, Status>> {
     let state = (watch, open_watch, budget, Reservation::default());
     let relayed = stream::unfold(state, |(mut watch, open_watch, budget, unread)| async move {
-        // The previous message was read.
+        // The client has read the previous message.
         drop(unread);
         let item = watch.next().await?;
         let unread = match (&item, &budget) {

@@ -33,15 +33,15 @@ use crate::{
     watcher::Watcher,
 };
 
-/// Time in which another instance must start a stream, before this instance serves it.
+/// Timeout for another instance to start a watch, after which this instance serves the watch.
 const FORWARD_TIMEOUT: Duration = Duration::from_secs(3);
-/// Number of pending lookups beyond which abandoned ones are removed.
+/// Number of pending lookups at which abandoned ones are removed.
 const MAX_PENDING_LOOKUPS: usize = 1024;
 const MAX_PAGE: i32 = 1000;
 const DEFAULT_PAGE: usize = 100;
 const MAX_PAGE_BYTES: usize = 1024 * 1024;
 
-/// The public API for watchers.
+/// Public API for watchers.
 pub struct WatchService {
     topics: Arc<Topics>,
     store: Arc<dyn Store>,
@@ -52,10 +52,10 @@ pub struct WatchService {
     lookups: PendingLookups,
 }
 
-/// Pending lookups of request ids; concurrent calls for the same id share one lookup.
+/// Pending lookups of request IDs; concurrent calls for the same ID share one lookup.
 type PendingLookups = Mutex<HashMap<(Owner, String), Weak<OnceCell<Option<ResolvedRequest>>>>>;
 
-/// The request that an id refers to.
+/// Request to which a request ID refers.
 #[derive(Clone)]
 struct ResolvedRequest {
     uid: Uid,
@@ -74,15 +74,15 @@ impl WatchService {
         Self { topics, store, ring, limits, open_watches, unread, lookups: Mutex::default() }
     }
 
-    /// Forwards a watch to the instance that the request belongs to, where its events arrive first. Returns
-    /// `None` if that is this instance or it is unreachable.
+    /// Forwards a watch to the instance to which the request belongs, where its events arrive first. Returns `None` if
+    /// it is this instance or is unreachable.
     async fn forward(
         &self,
         caller: &Caller,
         request: &WatchRequest,
     ) -> Result<Option<BoxStream<'static, Result<WatchResponse, Status>>>, Status> {
         let Some(ring) = &self.ring else { return Ok(None) };
-        // A client id that parses as a uid may select a different instance, which can serve it too.
+        // A client ID that is also a valid UID may select a different instance, which can serve the watch too.
         let mut watch = request.clone();
         let uid = match request.request_id.parse::<Uid>() {
             Ok(uid) => uid,
@@ -111,7 +111,7 @@ impl WatchService {
         }
     }
 
-    /// Subscribes to the request with this `uid` or client id, if the caller may read it.
+    /// Subscribes to the request whose `uid` or client ID is `name`, if the caller may read it.
     async fn subscribe(&self, principal: &Principal, name: &str) -> Result<Subscription, Status> {
         if let Ok(uid) = name.parse::<Uid>()
             && let Some(subscription) = self.topics.subscribe_loaded(uid)
@@ -125,7 +125,7 @@ impl WatchService {
         subscription.ok_or_else(|| not_found(name))
     }
 
-    /// Returns the `uid` of the request with this `uid` or client id, if the caller may read it.
+    /// Returns the `uid` of the request whose `uid` or client ID is `name`, if the caller may read it.
     async fn resolve(&self, principal: &Principal, name: &str) -> Result<Uid, Status> {
         let owner = Owner { tenant: principal.tenant.clone(), user: principal.user.clone() };
         let key = (owner, name.to_owned());
@@ -134,7 +134,7 @@ impl WatchService {
             match lookups.get(&key).and_then(Weak::upgrade) {
                 Some(lookup) => (lookup, true),
                 None => {
-                    // Abandoned lookups leave their entries.
+                    // Callers that abandon a lookup leave its entry in the map.
                     if lookups.len() >= MAX_PENDING_LOOKUPS {
                         lookups.retain(|_, lookup| lookup.strong_count() > 0);
                     }
@@ -172,7 +172,7 @@ impl WatchService {
         }
     }
 
-    /// Returns a page of the log if it is in memory and the caller may read it.
+    /// Returns a page of the event log if it is in memory and the caller may read it.
     fn read_in_memory(
         &self,
         principal: &Principal,

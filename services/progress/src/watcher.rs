@@ -19,12 +19,12 @@ use crate::{
     unread_budget::UnreadBudget,
 };
 
-/// Maximum number of events of a message.
+/// Maximum number of events in a message.
 const MAX_EVENTS: usize = 512;
 /// Approximate maximum bytes of a message; a single event may be larger.
 const MAX_BYTES: usize = 256 * 1024;
 
-/// One watch of a request.
+/// Watch of one request.
 pub(crate) struct Watcher {
     subscription: Subscription,
     topics: Arc<Topics>,
@@ -37,11 +37,11 @@ pub(crate) struct Watcher {
     snapshot_sent: bool,
     ended: bool,
     _gauge: GaugeGuard,
-    /// Counts as an open watch of the user; `None` if a gateway counts it.
+    /// Permit that counts the watch as an open watch of the user; `None` if a gateway or another instance counts it.
     _open_watch: Option<WatchPermit>,
-    /// `None` for a watch of a gateway.
+    /// Budget for unread messages; `None` for a watch from a gateway.
     budget: Option<UnreadBudget>,
-    /// Reservation of the last message, which the client may not have read.
+    /// Reservation for the last message, which the client may not have read.
     unread: Reservation,
 }
 
@@ -51,7 +51,7 @@ impl Drop for Watcher {
     }
 }
 
-/// Counts an open stream while it exists.
+/// Counts an open stream until it is dropped.
 struct GaugeGuard(Gauge);
 
 impl Drop for GaugeGuard {
@@ -61,7 +61,7 @@ impl Drop for GaugeGuard {
 }
 
 impl Watcher {
-    /// Creates a watch that starts after `request.after_seq`, or at the snapshot if that is absent. A watch that
+    /// Creates a watch that starts after `request.after_seq`, or at the snapshot if `after_seq` is absent. A watch that
     /// starts at the snapshot of an ended request also sends the terminal event.
     pub(crate) fn new(
         subscription: Subscription,
@@ -97,8 +97,8 @@ impl Watcher {
         }))
     }
 
-    /// Returns the next message once the budget has room for it. The stream calls this after the client has read the
-    /// previous message.
+    /// Returns the next message once the budget has capacity for it. The stream calls this after the client has read
+    /// the previous message.
     async fn next_within_budget(&mut self) -> Option<Result<WatchResponse, Status>> {
         self.unread = Reservation::default();
         let checkpoint = (self.cursor, self.snapshot_sent, self.ended);
@@ -111,7 +111,7 @@ impl Watcher {
             }
             Err(bytes) => bytes,
         };
-        // A waiting watcher holds no message; it reads the message again.
+        // While the watcher waits, it does not keep the message in memory; it reads the message again afterwards.
         drop(item);
         (self.cursor, self.snapshot_sent, self.ended) = checkpoint;
         tokio::select! {
@@ -139,7 +139,7 @@ impl Watcher {
     /// Returns the snapshot with the events that are available.
     async fn first_message(&mut self) -> Result<WatchResponse, Status> {
         if self.subscription.topic.snapshot().is_none() {
-            // Events have arrived that do not follow those in memory.
+            // Events have arrived after a gap, so that the topic has no snapshot.
             let result = self.topics.catch_up(&self.subscription.topic).await;
             result.map_err(|error| store_status(&error))?;
         }
@@ -164,7 +164,7 @@ impl Watcher {
         WatchResponse { snapshot: None, events }
     }
 
-    /// Waits for the next events; empty if no event will follow.
+    /// Waits for the next events and returns them; returns no events if no event will follow.
     async fn next_events(&mut self) -> Result<Vec<Event>, Status> {
         loop {
             if let Some(events) = self.read().await? {
@@ -179,7 +179,8 @@ impl Watcher {
         }
     }
 
-    /// Reads the next events to send; `None` if no newer event exists yet, empty if no event will follow.
+    /// Reads the next events to send. Returns `None` if no newer event exists yet, and no events if no event will
+    /// follow.
     async fn read(&mut self) -> Result<Option<Vec<Event>>, Status> {
         if !self.outcome_only {
             return self.read_all().await;
@@ -197,7 +198,7 @@ impl Watcher {
     }
 
     async fn read_all(&mut self) -> Result<Option<Vec<Event>>, Status> {
-        // Marked as seen before the read, so that an event in between wakes this watcher.
+        // Marked as seen before the read, so that an event that arrives in between wakes this watcher.
         self.subscription.updates.borrow_and_update();
         let topic = &self.subscription.topic;
         match topic.read_for_watcher(&mut self.position, self.cursor, MAX_EVENTS, MAX_BYTES) {
@@ -226,7 +227,6 @@ mod tests {
     use futures_util::StreamExt;
     use streamer_core::{Timestamp, Uid};
     use streamer_proto::common::v1::{Accepted, Progress, Request, Succeeded, event::Kind};
-    use streamer_store::{Engine, open};
     use streamer_telemetry::Metrics;
 
     use super::*;
@@ -239,7 +239,7 @@ mod tests {
     #[tokio::test]
     async fn an_outcome_only_watch_receives_only_the_terminal_event() {
         let data = tempfile::tempdir().unwrap();
-        let store = open(&Engine::Sqlite { data: data.path().to_owned() }).unwrap();
+        let store = streamer_store_sqlite::open(data.path()).unwrap();
         let metrics = ProgressMetrics::new(&Metrics::new());
         let topics = Arc::new(Topics::new(store.clone(), metrics, None, false));
         let uid = Uid::new(Timestamp::default());

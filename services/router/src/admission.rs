@@ -10,7 +10,7 @@ use streamer_proto::{millis, router::v1::SubmitRequest};
 use streamer_rpc::{JSON, payload_into_parts};
 use streamer_store::StoredPayload;
 
-/// A submission that has passed every check except those of its action.
+/// Parsed submission, before the checks that depend on its action.
 pub(crate) struct Submission {
     pub(crate) client_id: Option<String>,
     pub(crate) action: String,
@@ -20,11 +20,11 @@ pub(crate) struct Submission {
     pub(crate) priority: i32,
     pub(crate) delay_ms: i64,
     pub(crate) deadline: Option<Timestamp>,
-    /// The `uid` that the calling service has assigned.
+    /// `uid` assigned by the calling service.
     pub(crate) uid: Option<Uid>,
 }
 
-/// Parses a submission and records every violation.
+/// Parses a submission and adds every violation to `violations`.
 pub(crate) fn parse(
     request: SubmitRequest,
     server_limits: &Limits,
@@ -82,7 +82,7 @@ pub(crate) fn parse(
     }
 }
 
-/// Returns the hash that all submissions with the same `client_id` must have.
+/// Returns the hash of an action and payload, which must be equal in all submissions with the same `client_id`.
 pub(crate) fn fingerprint(action: &str, payload: &StoredPayload) -> [u8; 32] {
     let mut hash = Sha256::new();
     for part in [action.as_bytes(), payload.content_type.as_bytes(), &payload.data[..]] {
@@ -92,7 +92,7 @@ pub(crate) fn fingerprint(action: &str, payload: &StoredPayload) -> [u8; 32] {
     hash.finalize().into()
 }
 
-/// Validates JSON of any depth without building a value.
+/// Validates JSON of any nesting depth without building a value.
 fn well_formed_json(data: &[u8]) -> Result<&RawValue, String> {
     serde_json::from_slice(data).map_err(|error| format!("is not JSON: {error}"))
 }
@@ -106,7 +106,7 @@ fn check_metadata(metadata: &[u8]) -> Result<(), String> {
     }
 }
 
-/// Checks the range of `google.protobuf.Timestamp`.
+/// Checks that a time is within the range of `google.protobuf.Timestamp`.
 pub(crate) fn well_formed_time(time: &prost_types::Timestamp) -> Result<(), String> {
     const YEARS_1_TO_9999: RangeInclusive<i64> = -62_135_596_800..=253_402_300_799;
     if YEARS_1_TO_9999.contains(&time.seconds) && (0..1_000_000_000).contains(&time.nanos) {

@@ -15,8 +15,9 @@ use tonic_types::StatusExt;
 
 use crate::upstreams::Upstreams;
 
-/// Backoff between watches, with full jitter.
+/// Initial backoff between watches, with full jitter.
 const INITIAL_BACKOFF: Duration = Duration::from_millis(20);
+/// Maximum backoff between watches.
 const MAX_BACKOFF: Duration = Duration::from_secs(1);
 
 /// Returns the terminal event of a request; `None` if it does not occur within `limit`.
@@ -32,7 +33,7 @@ pub(crate) async fn terminal_event(
     }
 }
 
-/// Watches a request until its terminal event; restarts a watch that fails.
+/// Watches a request until its terminal event, and restarts the watch if it fails.
 async fn watch_until_terminal(
     upstreams: &Upstreams,
     caller: &Caller,
@@ -55,14 +56,14 @@ async fn watch_until_terminal(
             Ok(Some(event)) => return Ok(event),
             Ok(None) => {}
             Err(status) if is_permanent(&status) => return Err(status),
-            Err(status) => tracing::debug!(%uid, %status, "a watch failed and is restarted"),
+            Err(status) => tracing::debug!(%uid, %status, "failed to watch the request; retrying"),
         }
         sleep(backoff.mul_f64(retry::random_fraction())).await;
         backoff = (backoff * 2).min(MAX_BACKOFF);
     }
 }
 
-/// Reads a watch to the terminal event; `None` if the stream ends without one.
+/// Reads a watch stream up to the terminal event; returns `None` if the stream ends without one.
 async fn read_terminal_event(
     mut stream: Streaming<WatchResponse>,
 ) -> Result<Option<Event>, Status> {
@@ -76,13 +77,14 @@ async fn read_terminal_event(
     Ok(None)
 }
 
-/// Whether a new watch would fail in the same way.
+/// Returns whether a new watch would fail with the same status.
 fn is_permanent(status: &Status) -> bool {
     matches!(status.code(), Code::NotFound | Code::PermissionDenied | Code::Unauthenticated)
         || is_over_watch_limit(status)
 }
 
-/// Whether the caller has too many open watches. `RESOURCE_EXHAUSTED` of an overloaded store is retried instead.
+/// Returns whether `status` reports that the caller has too many open watches. A `RESOURCE_EXHAUSTED` status from an
+/// overloaded store is retried instead.
 pub(crate) fn is_over_watch_limit(status: &Status) -> bool {
     let limits = [TenantLimit::WatchesPerUser, TenantLimit::WatchesPerTenant];
     let quota = status.get_details_quota_failure();

@@ -29,22 +29,22 @@ use crate::{
     upstreams::Upstreams,
 };
 
-/// Maximum backoff between attempts to follow a processor, with full jitter.
+/// Maximum backoff between attempts to watch the action list of a processor, with full jitter.
 const MAX_BACKOFF: Duration = Duration::from_secs(2);
-/// Consecutive failures after which the actions of a processor become unavailable.
+/// Number of consecutive failures after which the actions of a processor become unavailable.
 const MAX_FAILURES: u32 = 3;
-/// Timeout of the first list of a processor.
+/// Timeout for the first list from a processor.
 const FIRST_LIST_TIMEOUT: Duration = Duration::from_secs(5);
-/// Interval at which the failure of a processor is logged as a warning.
+/// Minimum interval between warnings about the same processor.
 const WARN_INTERVAL: Duration = Duration::from_secs(60);
-/// Maximum wait for an unknown action while lists of processors are pending.
+/// Maximum time to wait for an unknown action while lists of processors are pending.
 const LOOKUP_TIMEOUT: Duration = Duration::from_secs(5);
 
 /// An action, its payload schema, and the processors that offer it.
 pub(crate) struct CatalogEntry {
     pub(crate) action: Action,
     schema: Option<Arc<DeclaredSchema>>,
-    /// Names of the processors that can run it now.
+    /// Names of the processors that can currently run the action.
     pub(crate) offered_by: Vec<Arc<str>>,
 }
 
@@ -55,42 +55,43 @@ struct ListedAction {
     schema: Option<Arc<DeclaredSchema>>,
 }
 
-/// Entries by action name and by the tenant that they are declared for; the empty tenant means all tenants.
+/// Entries by action name and by the tenant for which they are declared; an empty tenant stands for all tenants.
 type ByName = BTreeMap<String, BTreeMap<String, Arc<CatalogEntry>>>;
 
 /// Name of the list of actions whose processors are unknown or removed.
 const STORED_LIST: &str = "~stored";
 
-/// The latest lists. They are kept while no processor is reachable, so that requests are still accepted.
+/// Latest action lists of all processors. They are retained while no processor is reachable, so that the router
+/// continues to accept requests.
 #[derive(Default)]
 pub(crate) struct Catalog {
-    /// By the name of the processor that sent it. Changes together with `by_name`.
+    /// Lists by the name of the processor that sent them. Updated together with `by_name`.
     lists: Mutex<BTreeMap<Arc<str>, Vec<ListedAction>>>,
     by_name: RwLock<Arc<ByName>>,
     discovery: watch::Sender<Discovery>,
     schemas: CompiledSchemas,
 }
 
-/// Which processors have sent their lists.
+/// State of the discovery of action lists.
 #[derive(Default)]
 struct Discovery {
-    /// Whether a list exists: of a processor, or of the declared actions in the store.
+    /// Whether at least one list has been received, from a processor or from the store.
     is_loaded: bool,
-    /// Known and reachable processors that have not sent a list yet.
+    /// Names of known and reachable processors that have not yet sent a list.
     pending: HashSet<Arc<str>>,
 }
 
 impl Catalog {
-    /// Returns the action as declared for this tenant.
+    /// Returns the action as declared for the given tenant.
     pub(crate) fn get(&self, action: &str, tenant: &str) -> Option<Arc<CatalogEntry>> {
         for_tenant(self.by_name.read().get(action)?, tenant)
     }
 
-    /// Returns the action as declared for this tenant. If it is unknown, waits until every processor has sent its
-    /// list: a router that has just started does not have all lists.
+    /// Returns the action as declared for the given tenant. If the action is unknown, waits until every processor has
+    /// sent its list, because a router that has just started does not have all lists.
     ///
     /// # Errors
-    /// `NOT_FOUND` if no list has the action; `UNAVAILABLE` if lists are missing.
+    /// Returns `NOT_FOUND` if no list contains the action; `UNAVAILABLE` if lists are missing.
     pub(crate) async fn find(
         &self,
         action: &str,
@@ -102,7 +103,7 @@ impl Catalog {
         let mut discovery = self.discovery.subscribe();
         let complete =
             discovery.wait_for(|discovery| discovery.is_loaded && discovery.pending.is_empty());
-        // The result holds a read lock and is dropped at once.
+        // The result contains a read lock and is dropped immediately.
         let is_complete =
             timeout(LOOKUP_TIMEOUT, complete).await.is_ok_and(|discovery| discovery.is_ok());
         match self.get(action, tenant) {
@@ -112,8 +113,8 @@ impl Catalog {
         }
     }
 
-    /// Returns the action as [`Self::find`] does. If no list has it, queries the processors: lists may not yet include
-    /// the declarations of a worker that has just connected.
+    /// Returns the action in the same way as [`Self::find`]. If no list contains the action, queries the processors,
+    /// because lists may not yet include the declarations of a worker that has just connected.
     pub(crate) async fn find_or_query(
         &self,
         action: &str,
@@ -129,7 +130,7 @@ impl Catalog {
                 }
                 let mut discovery = self.discovery.subscribe();
                 let listed = discovery.wait_for(|_| self.get(action, tenant).is_some());
-                // The result holds a read lock and is dropped at once.
+                // The result contains a read lock and is dropped immediately.
                 drop(timeout(LOOKUP_TIMEOUT, listed).await);
                 self.get(action, tenant).ok_or_else(|| not_yet_known(action))
             }
@@ -137,14 +138,14 @@ impl Catalog {
         }
     }
 
-    /// Returns the actions of this tenant.
+    /// Returns the actions that are declared for the given tenant or for all tenants.
     pub(crate) fn list(&self, tenant: &str) -> Vec<Action> {
         let by_name = self.by_name.read().clone();
         let entries = by_name.values().filter_map(|by_tenant| for_tenant(by_tenant, tenant));
         entries.map(|entry| entry.action.clone()).collect()
     }
 
-    /// Returns once a list has been received.
+    /// Waits until a list has been received.
     pub(crate) async fn ready(&self) {
         // The sender lives as long as `self`, so the wait cannot fail.
         drop(self.discovery.subscribe().wait_for(|discovery| discovery.is_loaded).await);
@@ -155,7 +156,7 @@ impl Catalog {
         self.discovery.borrow().is_loaded
     }
 
-    /// Follows the lists of all processors until `shutdown`.
+    /// Watches the lists of all processors until `shutdown` is cancelled.
     pub(crate) async fn follow(
         self: &Arc<Self>,
         upstreams: &Arc<Upstreams>,
@@ -187,7 +188,7 @@ impl Catalog {
     }
 
     /// Loads the declared actions from the store, so that requests are accepted before any processor is
-    /// found.
+    /// discovered.
     async fn load_declared(&self, store: &dyn Store, since: Timestamp) {
         match store.list_actions(since).await {
             Ok(declared) if declared.is_empty() => {}
@@ -198,11 +199,11 @@ impl Catalog {
                 });
                 self.record_list(&STORED_LIST.into(), offered.collect());
             }
-            Err(error) => tracing::warn!(%error, "reading the declared actions failed"),
+            Err(error) => tracing::warn!(%error, "failed to read the declared actions"),
         }
     }
 
-    /// Marks the lists of these processors as pending, except those already followed.
+    /// Marks the lists of the processors in `all` as pending, except those that are already followed.
     fn mark_pending(&self, all: &HashSet<Arc<str>>, is_followed: impl Fn(&str) -> bool) {
         self.discovery.send_modify(|discovery| {
             discovery.pending.retain(|name| all.contains(name));
@@ -225,14 +226,14 @@ impl Catalog {
                     if failures == MAX_FAILURES {
                         catalog.mark_lost(name);
                     }
-                    // A processor that starts or stops is not a reason for a warning.
+                    // A processor that is starting or stopping does not cause a warning.
                     let is_due =
                         last_warning.is_none_or(|at: Instant| at.elapsed() > WARN_INTERVAL);
                     if failures >= MAX_FAILURES && is_due {
-                        tracing::warn!(%status, name, "following an action list failed");
+                        tracing::warn!(%status, name, "failed to watch an action list");
                         last_warning = Some(Instant::now());
                     } else {
-                        tracing::debug!(%status, name, "following an action list failed");
+                        tracing::debug!(%status, name, "failed to watch an action list");
                     }
                 } else {
                     failures = 0;
@@ -263,7 +264,7 @@ impl Catalog {
                         self.record_list(&member.name, std::mem::take(&mut actions));
                     }
                 }
-                // The processor was reachable; the next attempt finds out whether it still is.
+                // The processor was reachable; the next attempt determines whether it still is.
                 Ok(None) | Err(_) if is_first_received => return Ok(()),
                 Ok(None) => return Err(Status::unavailable("the processor ended the stream")),
                 Err(status) => return Err(status),
@@ -271,7 +272,7 @@ impl Catalog {
         }
     }
 
-    /// Moves the actions of removed processors to the stored list: they remain declared and become
+    /// Moves the actions of removed processors to the stored list, where they remain declared but become
     /// unavailable.
     fn retire_removed(&self, all: &[Instance]) {
         let mut lists = self.lists.lock();
@@ -291,7 +292,7 @@ impl Catalog {
         self.merge(&lists);
     }
 
-    /// Marks a processor as unreachable: its actions remain declared and become unavailable.
+    /// Marks a processor as unreachable: its actions remain declared but become unavailable.
     fn mark_lost(&self, from: &str) {
         let mut lists = self.lists.lock();
         if let Some(list) = lists.get_mut(from) {
@@ -334,7 +335,7 @@ impl Catalog {
         self.schemas.check(schema, &entry.action, tenant, payload, violations).await
     }
 
-    /// Returns the schema of an action, from its present entry if the text is unchanged.
+    /// Returns the schema of an action, and reuses the schema of `entry` if its text is unchanged.
     fn schema_of(
         &self,
         action: &Action,
@@ -349,8 +350,8 @@ impl Catalog {
         Some(schema.unwrap_or_else(|| Arc::new(self.schemas.declare(tenant))))
     }
 
-    /// Merges all lists into `by_name`. An available action takes precedence over one that is only declared, and
-    /// otherwise the first processor by name does.
+    /// Merges all lists into `by_name`. If several lists contain an action, an available one takes precedence over an
+    /// unavailable one, then the one whose processor sorts first by name.
     fn merge(&self, lists: &BTreeMap<Arc<str>, Vec<ListedAction>>) {
         let mut by_name = BTreeMap::<String, BTreeMap<String, CatalogEntry>>::new();
         for (from, list) in lists {
@@ -381,7 +382,7 @@ fn not_yet_known(action: &str) -> Status {
     status(&RequestError::new(ErrorCode::Unavailable, message))
 }
 
-/// Marks these actions as unavailable.
+/// Marks the given actions as unavailable.
 fn mark_unavailable(list: &mut [ListedAction]) {
     for ListedAction { action, .. } in list {
         action.available = false;
@@ -401,7 +402,7 @@ fn for_tenant(
 }
 
 impl CatalogEntry {
-    /// Merges the same action of a different processor into this entry.
+    /// Merges the entry of a different processor for the same action into `self`.
     fn merge(&mut self, mut other: Self) {
         if !self.action.available && other.action.available {
             std::mem::swap(self, &mut other);

@@ -1,4 +1,4 @@
-//! Bounds the number of changes that run to completion after their callers disconnect.
+//! Limits the number of changes that run to completion after their callers disconnect.
 
 use std::sync::Arc;
 
@@ -6,8 +6,8 @@ use streamer_rpc::run_to_completion;
 use tokio::sync::Semaphore;
 use tonic::Status;
 
-/// Permits of all running changes: one for each change, and one for each KiB that it stores.
-/// Clients that submit and disconnect must not exhaust memory while the store is slow.
+/// Total number of permits. Each change requires one permit, plus one for each KiB that it stores.
+/// The limit prevents clients that submit and disconnect from exhausting memory while the store is slow.
 const PERMITS: u32 = 64 * 1024;
 
 /// Runs changes concurrently, within a fixed number of permits.
@@ -20,8 +20,8 @@ impl Default for ChangeLimiter {
 }
 
 impl ChangeLimiter {
-    /// Waits for permits, then runs a change that stores `bytes` to completion. If the caller disconnects while
-    /// it waits, the change does not run.
+    /// Waits for permits, then runs to completion a change that stores `bytes` bytes. If the caller disconnects
+    /// while waiting for permits, the change does not run.
     pub(crate) async fn run<T: Send + 'static>(
         &self,
         bytes: usize,

@@ -21,26 +21,27 @@ use tonic::Status;
 
 use crate::error::failed_precondition;
 
-/// Maximum text size of the cached compiled schemas, in bytes; other schemas are compiled again on use. A compiled
-/// schema is many times larger than its text.
+/// Maximum total text size of the cached compiled schemas, in bytes. Evicted schemas are compiled again on use. A
+/// compiled schema is many times larger than its text.
 const MAX_BYTES: u64 = 4 * 1024 * 1024;
-/// Minimum size that a compiled schema counts for.
+/// Minimum size that is counted for a compiled schema, in bytes.
 const MIN_SCHEMA_BYTES: usize = 1024;
-/// Maximum wait for the compilation of a schema.
+/// Maximum time to wait for the compilation of a schema.
 const COMPILE_TIMEOUT: Duration = Duration::from_secs(15);
 
-/// The declared schema of a catalog entry. Most are never compiled by this router.
+/// Declared schema of a catalog entry. This router never compiles most declared schemas.
 pub(crate) struct DeclaredSchema {
     /// Tenant for which the schema is declared; empty for all tenants.
     tenant: String,
-    /// Identifies the schema in this router.
+    /// Identifier of the schema within this router.
     id: u64,
-    /// Whether its compilation error has been logged.
+    /// Whether the compilation error of the schema has been logged.
     is_error_logged: AtomicBool,
 }
 
 struct CompiledSchema {
-    /// The schema, or why it is rejected; an earlier version may have stored a schema that this one rejects.
+    /// The schema, or the reason for its rejection: an earlier version may have stored a schema that this version
+    /// rejects.
     outcome: Result<Arc<PayloadSchema>, String>,
     text_bytes: usize,
 }
@@ -70,7 +71,7 @@ impl Default for CompiledSchemas {
 impl CompiledSchemas {
     fn new(max_bytes: u64) -> Self {
         let items = usize::try_from(max_bytes).unwrap_or(usize::MAX) / MIN_SCHEMA_BYTES;
-        // One shard, half of it for new schemas, so that a large schema fits.
+        // A single shard, half of whose capacity is for new schemas, so that a large schema fits.
         let options = OptionsBuilder::new()
             .shards(1)
             .hot_allocation(0.5)
@@ -90,7 +91,7 @@ impl CompiledSchemas {
         Self { pool: Pool::default(), compiled, next_id: AtomicU64::new(0) }
     }
 
-    /// Returns a new schema that is declared for this tenant.
+    /// Returns a new schema that is declared for the given tenant.
     pub(crate) fn declare(&self, tenant: &str) -> DeclaredSchema {
         let id = self.next_id.fetch_add(1, Ordering::Relaxed);
         DeclaredSchema { tenant: tenant.to_owned(), id, is_error_logged: AtomicBool::new(false) }
@@ -130,7 +131,7 @@ impl CompiledSchemas {
         let compile = async {
             let text = action.payload_schema.clone();
             let text_bytes = text.len();
-            // On behalf of the declaring tenant: callers of other tenants wait for the same compilation.
+            // Runs on behalf of the declaring tenant, because callers of other tenants wait for the same compilation.
             let compiled = self.pool.run(&schema.tenant, move || PayloadSchema::compile(&text));
             let outcome = compiled.await?.map(Arc::new).map_err(|error| {
                 if !schema.is_error_logged.swap(true, Ordering::Relaxed) {

@@ -26,9 +26,9 @@ pub(crate) fn forbidden(permission: &str) -> Status {
     status(&RequestError::forbidden(permission))
 }
 
-/// Returns `FAILED_PRECONDITION`: the state of the request or action does not allow the call.
+/// Returns a `FAILED_PRECONDITION` status: the state of the request or action does not allow the call.
 pub(crate) fn failed_precondition(message: String) -> Status {
-    // The protocols' error code is CONFLICT; its gRPC code here is FAILED_PRECONDITION.
+    // The application error code is CONFLICT; the gRPC code of this error is FAILED_PRECONDITION.
     let conflict = status(&RequestError::new(ErrorCode::Conflict, message));
     Status::with_details_and_metadata(
         tonic::Code::FailedPrecondition,
@@ -38,7 +38,7 @@ pub(crate) fn failed_precondition(message: String) -> Status {
     )
 }
 
-/// Returns a validation error if there are violations.
+/// Returns a validation error if `violations` is not empty.
 pub(crate) fn ensure_valid(violations: &Violations) -> Result<(), Status> {
     if violations.is_empty() { Ok(()) } else { Err(validation_status(violations)) }
 }

@@ -1,9 +1,9 @@
 //! Request admission: authenticates, authorises and validates requests, then runs or queues them. Also
 //! serves queries, cancellation and redrive.
 //!
-//! The router writes the request to the store, so that requests are accepted while every processor
-//! is down; its later notifications to processors and progress are hints. It rejects invalid input with
-//! all violations at once, before it changes any state.
+//! The router writes each request to the store, so that it accepts requests while every processor is down;
+//! its subsequent notifications to the processors and the progress service are hints. It validates input
+//! before it changes any state, and reports all violations together.
 
 mod admission;
 mod await_outcome;
@@ -57,11 +57,11 @@ pub struct Dependencies {
     pub clock: Arc<dyn Clock>,
     /// Authenticates calls to the public services.
     pub auth: AuthLayer,
-    /// The processors' internal services.
+    /// Instances of the processor's internal API.
     pub processors: Instances,
-    /// Channel to the internal service of progress.
+    /// Channel to the internal API of the progress service.
     pub event_log: Channel,
-    /// Channel to the public service of progress.
+    /// Channel to the public API of the progress service.
     pub progress: Channel,
     /// The metrics registry.
     pub metrics: Metrics,
@@ -69,33 +69,33 @@ pub struct Dependencies {
     pub limits: Limits,
     /// Rate limits and quotas of tenants and users.
     pub tenant_limits: LimitsByTenant,
-    /// All routers; `None` if this is the only one.
+    /// This router and its peers; `None` if this router is the only one.
     pub others: Option<PeerRouters>,
     /// Whether processors are notified of new requests.
     pub hints: bool,
 }
 
-/// Maximum size of a `ListActions` response beyond the payload limit: 1 MiB of schemas of the tenant, 1 MiB
-/// of schemas shared by all tenants, and the other fields.
+/// Maximum number of bytes by which a `ListActions` response may exceed the payload limit: 1 MiB for the
+/// tenant's schemas, 1 MiB for the schemas shared by all tenants, and the other fields.
 const ACTIONS_BYTES: usize = 3 * 1024 * 1024;
 
-/// An action that no processor has offered for this long is forgotten. Processors use the same period.
+/// Retention period of an action that no processor offers. Processors use the same period.
 const ACTION_RETENTION: Duration = Duration::from_secs(30 * 24 * 3600);
 
-/// The router, ready to be served.
+/// The router's gRPC services and background tasks.
 pub struct Router {
     /// The public API `streamer.router.v1`.
     pub public: AuthService<RouterServiceServer<RouterApi>>,
     /// The public API `google.longrunning`.
     pub operations: AuthService<OperationsServer<OperationsApi>>,
-    /// The API for other routers, `streamer.internal.v1`.
+    /// The internal API `streamer.internal.v1`, which other routers call.
     pub internal: AdmissionServiceServer<AdmissionApi>,
     others: Option<PeerRouters>,
     service: Arc<RequestService>,
 }
 
 impl Router {
-    /// Builds the service from its dependencies.
+    /// Creates a router from its dependencies.
     #[must_use]
     pub fn build(dependencies: Dependencies) -> Self {
         let max_message_bytes = dependencies.limits.max_message_bytes();
@@ -141,7 +141,7 @@ impl Router {
         }
     }
 
-    /// Follows the action lists of all processors, and exchanges rate reports, until `shutdown`.
+    /// Watches the action lists of all processors and exchanges rate reports until `shutdown` is cancelled.
     pub async fn run(&self, shutdown: CancellationToken) {
         let RequestService { catalog, upstreams, store, clock, submissions, .. } = &*self.service;
         let since = clock.now().minus(ACTION_RETENTION);
@@ -151,13 +151,13 @@ impl Router {
         tokio::join!(catalog, OptionFuture::from(reports));
     }
 
-    /// Returns a check of whether the action catalog is loaded.
+    /// Returns a readiness check that reports whether the action catalog is loaded.
     pub fn readiness(&self) -> impl Fn() -> bool + Send + Sync + 'static {
         let catalog = self.service.catalog.clone();
         move || catalog.is_loaded()
     }
 
-    /// Returns once the action catalog is loaded.
+    /// Waits until the action catalog is loaded.
     pub async fn ready(&self) {
         self.service.catalog.ready().await;
     }

@@ -19,7 +19,7 @@ impl RouterMetrics {
             submitted_async: metrics
                 .counter("streamer_router_submitted_async", "Stored async requests"),
             duplicates: metrics
-                .counter("streamer_router_duplicates", "Submissions with the id of an existing request"),
+                .counter("streamer_router_duplicates", "Submissions with the ID of an existing request"),
             refused: metrics.counter("streamer_router_refused", "Rejected submissions"),
             submit_seconds: metrics.latency(
                 "streamer_router_submit_seconds",

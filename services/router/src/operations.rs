@@ -30,7 +30,7 @@ use crate::{
 
 const COLLECTION: &str = "operations";
 
-/// The public operations API.
+/// Implements the public operations API.
 pub struct OperationsApi {
     service: Arc<RequestService>,
 }
@@ -166,7 +166,7 @@ impl Operations for OperationsApi {
 fn wait_limit(timeout: Option<&prost_types::Duration>) -> Result<Duration, Status> {
     let max_wait = Duration::from_millis(limits::MAX_WAIT_MS.unsigned_abs());
     let Some(timeout) = timeout else { return Ok(max_wait) };
-    // Checked before the conversion, which overflows for the smallest number of seconds.
+    // The sign is checked before the conversion, which overflows for the minimum number of seconds.
     let is_negative = timeout.seconds < 0 || timeout.nanos < 0;
     let timeout = (!is_negative).then(|| Duration::try_from(*timeout).ok()).flatten();
     match timeout {
@@ -179,7 +179,7 @@ fn wait_limit(timeout: Option<&prost_types::Duration>) -> Result<Duration, Statu
     }
 }
 
-/// Returns the request id or uid in an operation name.
+/// Returns the request ID or `uid` in an operation name.
 fn request_name(name: &str) -> Result<&str, Status> {
     let request = name.strip_prefix(COLLECTION).and_then(|rest| rest.strip_prefix('/'));
     request.ok_or_else(|| {

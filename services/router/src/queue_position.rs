@@ -6,12 +6,13 @@ use streamer_core::{RequestState, Timestamp};
 use streamer_proto::{common::v1::QueuePosition, internal::v1::NotifyQueuedResponse, timestamp};
 use streamer_store::{QueueAhead, RequestRecord, Store, StoreError};
 
-/// Maximum number of preceding requests that a query counts: of the same tenant, and of all other tenants.
+/// Maximum number of preceding requests that a query counts, separately for the same tenant and all other tenants.
 pub(crate) const MAX_AHEAD: usize = 1000;
-/// The same limit for an acknowledgement, which is lower because every submission pays for it.
+/// Maximum number of preceding requests that an acknowledgement counts. It is lower than [`MAX_AHEAD`], because every
+/// submission computes a position.
 pub(crate) const MAX_AHEAD_OF_NEW: usize = 100;
 
-/// Returns the queue position of a request; `None` unless it is queued and due.
+/// Returns the queue position of a request; `None` unless the request is queued and due.
 pub(crate) async fn compute(
     store: &dyn Store,
     record: &RequestRecord,
@@ -45,8 +46,8 @@ fn to_proto(
     }
 }
 
-/// Estimates the wait, assuming that half of the other tenants' requests start first and that the slots share the
-/// work equally.
+/// Estimates the wait, assuming that half of the other tenants' requests start first and that the work is
+/// divided equally among the slots.
 fn estimate_wait(
     ahead: QueueAhead,
     estimate: &NotifyQueuedResponse,
@@ -61,7 +62,7 @@ fn estimate_wait(
         return None;
     }
     let mean_run = Duration::from_millis(u64::try_from(estimate.mean_run_ms?).unwrap_or(0));
-    // All slots are occupied: half a run on average remains, followed by the preceding requests.
+    // All slots are occupied: on average, half a run remains, followed by the preceding requests.
     let before = ahead.own as f64 + ahead.others as f64 / 2.0;
     Some(mean_run.mul_f64(0.5 + before / f64::from(slots)))
 }

@@ -7,7 +7,7 @@ use streamer_rpc::status;
 use streamer_store::{Quota, QuotaUsage};
 use tonic::Status;
 
-/// Retry delay that a caller with a full queue receives.
+/// Retry delay returned to a caller whose queue is full.
 const QUEUE_FULL_RETRY_DELAY: Duration = Duration::from_secs(1);
 
 /// Returns the quota of a tenant and its users.
@@ -20,7 +20,7 @@ pub(crate) fn for_tenant(limits: &LimitsByTenant, tenant: &str) -> Quota {
     }
 }
 
-/// Records how much of a quota is used.
+/// Records the usage of a quota.
 pub(crate) fn record_usage(limits: &LimitsByTenant, quota: &Quota, used: QuotaUsage) {
     let QuotaUsage { queued_of_tenant, queued_of_user, stored_bytes_of_tenant } = used;
     limits.record_usage(TenantLimit::QueuedPerTenant, queued_of_tenant, quota.queued_of_tenant);

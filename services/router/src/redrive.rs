@@ -39,7 +39,7 @@ impl RequestService {
         let old = self.find(caller, name, Access::Write).await?;
         if !is_redrivable(old.state) {
             return Err(failed_precondition(format!(
-                "only a FAILED or CANCELLED request can be redriven, this one is {}",
+                "only a FAILED or CANCELLED request can be redriven; this request is {}",
                 old.state
             )));
         }
@@ -61,7 +61,7 @@ impl RequestService {
     ) -> Result<RedriveManyResponse, Status> {
         let (query, from) = parse_query(caller, &request)?;
         let page = self.store.list_requests(query).await.map_err(|error| store_status(&error))?;
-        // Newest first: the first request older than the bound ends the listing.
+        // Requests are listed newest first: the first one older than the bound ends the listing.
         let is_too_old =
             |record: &RequestRecord| from.is_some_and(|from| record.create_time < from);
         let mut next = page.next.filter(|_| !page.requests.last().is_some_and(is_too_old));
@@ -77,7 +77,7 @@ impl RequestService {
             match self.redrive_once(caller, old).await {
                 Ok(None) => {}
                 Ok(request) => redriven.push(Redriven { uid, request, error: None }),
-                // The cause is not this request: the caller retries from here.
+                // The error is not specific to this request. The caller retries from this request.
                 Err(status) if is_temporary(&status) && last.is_none() => return Err(status),
                 Err(status) if is_temporary(&status) => {
                     next = last;
@@ -94,7 +94,7 @@ impl RequestService {
         Ok(RedriveManyResponse { redriven, next_page_token })
     }
 
-    /// Returns the new request; `None` if this request has been redriven before.
+    /// Redrives `old`. Returns the new request; `None` if `old` has been redriven before.
     async fn redrive_once(
         self: &Arc<Self>,
         caller: &Caller,
@@ -130,7 +130,7 @@ impl RequestService {
     }
 }
 
-/// Whether a retry may succeed: the store is unavailable, or the queue is full.
+/// Returns whether a retry may succeed: the store is unavailable, or the queue is full.
 fn is_temporary(status: &Status) -> bool {
     matches!(status.code(), Code::Unavailable | Code::ResourceExhausted)
 }

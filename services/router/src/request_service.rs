@@ -62,16 +62,16 @@ pub(crate) struct RequestService {
     pub(crate) tenant_limits: LimitsByTenant,
 }
 
-/// A request that is stored, with what its acknowledgement reports.
+/// Stored request, with the data for its acknowledgement.
 pub(crate) struct StoredRequest {
     pub(crate) record: RequestRecord,
-    /// Whether an earlier submission stored it.
+    /// Whether an earlier submission stored the request.
     pub(crate) duplicate: bool,
-    /// Estimate of the processors; `None` if none was asked or none answered.
+    /// Queue estimate from the processors; `None` if no processor was notified or none responded.
     pub(crate) queue_estimate: Option<NotifyQueuedResponse>,
 }
 
-/// The access to a request that a caller needs.
+/// Access to a request that an operation requires.
 #[derive(Clone, Copy, PartialEq, Eq)]
 pub(crate) enum Access {
     Read,
@@ -106,7 +106,7 @@ impl RequestService {
         let mut violations = Violations::default();
         let mut submission = admission::parse(request, &self.limits, now, &mut violations);
         submission.uid = uid.map(|preassigned| preassigned.uid);
-        // An acknowledged request is not validated again: the clock and the catalog may have changed.
+        // A stored request is not validated again, because the clock and the catalog may have changed.
         if let Some(preassigned) = uid.filter(|preassigned| preassigned.is_retry)
             && let Some(record) = self.find_stored(caller, preassigned.uid).await?
         {
@@ -116,7 +116,7 @@ impl RequestService {
         let count_rejected = |_: &Status| {
             self.metrics.refused.inc();
         };
-        // A retry was counted when it was first sent.
+        // A retry is not counted, because the first attempt was counted.
         if !uid.is_some_and(|preassigned| preassigned.is_retry) {
             self.submissions.admit(&caller.principal, now).inspect_err(count_rejected)?;
         }
@@ -173,7 +173,7 @@ impl RequestService {
         self.acknowledge(caller, stored, wait_ms, now).await
     }
 
-    /// Returns the stored request with this `uid`, if it belongs to the caller.
+    /// Returns the stored request with the given `uid` if it belongs to the caller.
     async fn find_stored(
         &self,
         caller: &Caller,
@@ -183,7 +183,7 @@ impl RequestService {
         Ok(record.filter(|record| record.owner == owner(caller)))
     }
 
-    /// Notifies processors again of a request that an earlier call stored and whose response was lost.
+    /// Notifies processors again of a request that was stored by an earlier call, whose response was lost.
     async fn notify_again(&self, record: RequestRecord) -> StoredRequest {
         let entry = self.catalog.get(&record.action, &record.owner.tenant);
         let offered_by = entry.as_ref().map_or(&[][..], |entry| &entry.offered_by);
@@ -222,17 +222,17 @@ impl RequestService {
                 }
                 Ok(None) => {}
                 Err(status) if await_outcome::is_over_watch_limit(&status) => {
-                    tracing::debug!(uid = %record.uid, %status, "no watch left to wait for the outcome");
+                    tracing::debug!(uid = %record.uid, %status, "cannot wait for the outcome: watch limit reached");
                 }
                 Err(status) => {
-                    tracing::warn!(uid = %record.uid, %status, "waiting for the outcome failed");
+                    tracing::warn!(uid = %record.uid, %status, "failed to wait for the outcome");
                 }
             }
         }
         Ok(response)
     }
 
-    /// Returns the queue position of a new request. An error is only logged: the request is stored.
+    /// Returns the queue position of a new request. Only logs errors, because the request is already stored.
     async fn position_of_new(
         &self,
         stored: &StoredRequest,
@@ -245,13 +245,13 @@ impl RequestService {
             Ok(position) => position,
             Err(error) => {
                 let uid = stored.record.uid;
-                tracing::warn!(%error, %uid, "computing the queue position failed");
+                tracing::warn!(%error, %uid, "failed to compute the queue position");
                 None
             }
         }
     }
 
-    /// Stores a request, then announces it to progress and notifies a processor.
+    /// Stores a request, then announces it to the progress service and notifies a processor.
     pub(crate) async fn create(
         self: &Arc<Self>,
         owner: Owner,
@@ -310,14 +310,14 @@ impl RequestService {
                 tracing::error!(%uid, "the uid belongs to a request of a different owner");
                 Err(status(&RequestError::new(ErrorCode::InternalError, "the uid is in use")))
             }
-            // A retry between services, whose first response was lost.
+            // A retry by the calling service, which did not receive the first response.
             CreateOutcome::Existing(record) if record.uid == uid => {
                 Ok(self.notify_again(*record).await)
             }
             CreateOutcome::Created(record, accepted, used) => {
                 self.metrics.submitted_async.inc();
                 quota::record_usage(&self.tenant_limits, &quota, used);
-                // In this order: the log must exist before a processor writes to it.
+                // The announcement comes first, because the log must exist before a processor writes to it.
                 self.upstreams
                     .announce(record.uid, *accepted, Some(request_to_proto(&record)))
                     .await;
@@ -347,7 +347,7 @@ impl RequestService {
         }
     }
 
-    /// Returns the request with this `uid` or client id, if the caller has the access.
+    /// Returns the request with the given `uid` or client ID if the caller has the required access.
     pub(crate) async fn find(
         &self,
         caller: &Caller,
@@ -398,7 +398,7 @@ impl RequestService {
         if record.state != streamer_core::RequestState::Queued || record.not_before > now {
             return Ok(None);
         }
-        // The response carries the estimate; an additional notification is harmless.
+        // The response to a notification contains the estimate; a repeated notification is harmless.
         let entry = self.catalog.get(&record.action, &record.owner.tenant);
         let offered_by = entry.as_ref().map_or(&[][..], |entry| &entry.offered_by);
         let estimate = self.upstreams.notify_queued(record, None, offered_by).await;
@@ -407,7 +407,7 @@ impl RequestService {
         position.map_err(|error| store_status(&error))
     }
 
-    /// Returns the result of a request that succeeded, from the last event of its log.
+    /// Returns the result of a succeeded request from the last event of its log; `None` in any other state.
     pub(crate) async fn result(&self, record: &RequestRecord) -> Result<Option<Payload>, Status> {
         if record.state != streamer_core::RequestState::Succeeded {
             return Ok(None);
@@ -420,7 +420,7 @@ impl RequestService {
         }))
     }
 
-    /// Reads a page of requests. The caller must have checked access.
+    /// Returns a page of requests. The caller must check access first.
     pub(crate) async fn list(&self, query: ListRequests) -> Result<RequestPage, Status> {
         self.store.list_requests(query).await.map_err(|error| store_status(&error))
     }
@@ -443,7 +443,7 @@ impl RequestService {
         cancelled.await?.ok_or_else(|| not_found(name))
     }
 
-    /// Returns the request after the change; `None` if it does not exist.
+    /// Stores a cancellation. Returns the updated request; `None` if the request does not exist.
     async fn store_cancel(
         &self,
         uid: Uid,
@@ -479,7 +479,7 @@ impl RequestService {
         match deleted.await? {
             DeleteOutcome::Deleted => Ok(()),
             DeleteOutcome::NotEnded => Err(failed_precondition(format!(
-                "only an ended request can be deleted, this one is {}; cancel it first",
+                "only an ended request can be deleted: this request is {}; cancel it first",
                 record.state
             ))),
         }

@@ -29,10 +29,10 @@ use crate::{
 
 pub(crate) const MAX_PAGE: i32 = 500;
 pub(crate) const DEFAULT_PAGE: usize = 50;
-/// Maximum size of a page, unless its first entry is larger.
+/// Maximum size of the entries of a page, in bytes. The first entry may exceed it.
 const MAX_PAGE_BYTES: usize = 1024 * 1024;
 
-/// The public request API.
+/// Implements the public request API.
 pub struct RouterApi {
     service: Arc<RequestService>,
 }
@@ -89,7 +89,7 @@ impl RouterService for RouterApi {
         if let Some(uid) = stored_uid {
             watch.extensions_mut().insert(RouteKey(uid));
         }
-        // The request is stored and will run: the caller gets the acknowledgement even if the watch fails.
+        // The request is stored and will run: the caller receives the acknowledgement even if the watch fails.
         let events = match self.service.upstreams.progress().watch(watch).await {
             Ok(events) => events.into_inner().boxed(),
             Err(status) => stream::once(std::future::ready(Err(status))).boxed(),
@@ -183,8 +183,9 @@ impl RouterService for RouterApi {
     }
 }
 
-/// Returns the tenant and user whose requests a caller may list: its own, all of its tenant with
-/// `requests:read`, or all of the named tenant for an operator.
+/// Returns the tenant and the user whose requests the caller may list: its own requests, all requests of its tenant
+/// with the permission `requests:read`, or all requests of `tenant` for an operator. The user is `None` if the
+/// caller may list the requests of all users of the tenant.
 pub(crate) fn list_scope(
     caller: &Caller,
     tenant: String,
@@ -202,12 +203,12 @@ pub(crate) fn list_scope(
     }
 }
 
-/// Bytes of the entries of a page so far.
+/// Total size of the entries counted for a page, in bytes.
 #[derive(Default)]
 pub(crate) struct PageBytes(usize);
 
 impl PageBytes {
-    /// Counts an entry and returns whether the page has room for it; the first entry always fits.
+    /// Counts an entry and returns whether it fits on the page. The first entry always fits.
     pub(crate) fn has_room(&mut self, entry: &impl prost::Message) -> bool {
         let bytes = self.0.saturating_add(entry.encoded_len());
         let room = self.0 == 0 || bytes <= MAX_PAGE_BYTES;
@@ -216,7 +217,7 @@ impl PageBytes {
     }
 }
 
-/// Returns the token of the next page, after a response with the first `sent` entries of this one.
+/// Returns the token of the page that follows a response with the first `sent` entries of `page`.
 pub(crate) fn next_page_token(page: &RequestPage, sent: usize) -> String {
     let next = if sent < page.requests.len() {
         sent.checked_sub(1).map(|last| page.requests[last].uid)
@@ -252,7 +253,7 @@ pub(crate) fn read_page_size(size: i32, violations: &mut Violations) -> usize {
     }
 }
 
-/// Drops the snapshot at the start of a watch: the stream contains the whole log.
+/// Converts a watch response. Drops the snapshot at the start of the watch, because the stream contains the whole log.
 fn into_events(
     response: Result<WatchResponse, Status>,
 ) -> Option<Result<SubmitAndWatchResponse, Status>> {
@@ -266,7 +267,7 @@ fn into_events(
 }
 
 /// Returns the `uid` that the calling service has assigned to the request. The server removes the header from
-/// calls of other callers.
+/// calls that do not come from a service.
 fn preassigned_uid<T>(request: &Request<T>) -> Option<PreassignedUid> {
     let uid = request.metadata().get(REQUEST_UID)?.to_str().ok()?.parse().ok()?;
     Some(PreassignedUid { uid, is_retry: request.metadata().contains_key(PREVIOUS_ATTEMPTS) })

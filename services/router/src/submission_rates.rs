@@ -1,7 +1,7 @@
 //! Submission rate limits of tenants and users.
 //!
 //! Each router admits its share of a limit: an equal part, or the part that the other routers do not use,
-//! whichever is larger. Routers report to each other once a second how much they admitted.
+//! whichever is larger. Once per second, routers report to each other the number of submissions that they admitted.
 
 mod reports;
 
@@ -27,47 +27,48 @@ use tonic::Status;
 pub(crate) use reports::exchange_reports;
 pub use reports::{AdmissionApi, PeerRouters};
 
-/// Maximum number of tenants, and of users, whose rates are tracked. An evicted one restarts with a full burst.
+/// Maximum number of tenants, and of users, whose rates are tracked. After its eviction, a tenant or user restarts
+/// with a full burst.
 const MAX_TRACKED: usize = 100_000;
-/// Burst size, in seconds of the rate.
+/// Burst size, as a multiple of the rate per second.
 const BURST_SECONDS: u32 = 2;
-/// The highest count that another router has reported is valid for this long, so that recurring bursts do not get
-/// the whole rate at each router each time.
+/// Validity period of the highest count that another router has reported. The period is long enough that recurring
+/// bursts do not receive the whole rate at every router each time.
 const REPORT_TTL: Duration = Duration::from_secs(10);
-/// A count of at most the share of a router divided by this is not reported.
+/// Divisor of a router's share of a limit. Counts up to the quotient are not reported.
 const REPORT_DIVISOR: u64 = 8;
 
 type Entries = Cache<RateKey, Arc<Mutex<Entry>>>;
 
-/// A user, or a tenant as a whole.
+/// Key of a rate: a user, or a tenant as a whole.
 #[derive(Clone, Debug, PartialEq, Eq, Hash)]
 struct RateKey {
     tenant: String,
-    /// Empty for the tenant as a whole: no user has an empty name.
+    /// User name; empty for the tenant as a whole, because no user has an empty name.
     user: String,
 }
 
-/// Rates at which tenants and users submit, over all APIs.
+/// Limits the rates at which tenants and users submit requests, across all APIs.
 pub(crate) struct SubmissionRates {
     limits: LimitsByTenant,
     tenants: Entries,
     users: Entries,
-    /// Healthy routers, including this one.
+    /// Number of healthy routers, including this one.
     routers: AtomicU32,
     /// Entries with submissions admitted since the last report; empty if there is only one router.
     active: Mutex<Vec<(RateKey, Arc<Mutex<Entry>>)>>,
 }
 
-/// Rate of one user or tenant.
+/// Submission rate of one user or tenant.
 #[derive(Debug)]
 struct Entry {
     limiter: RateLimiter,
-    /// Admitted since the last report.
+    /// Number of submissions admitted since the last report.
     admitted: u32,
     reports: Vec<Report>,
 }
 
-/// The highest recent count of a different router, admitted in a second.
+/// Highest recent number of submissions that a different router admitted in one second.
 #[derive(Debug)]
 struct Report {
     router: Arc<str>,
@@ -80,7 +81,7 @@ impl Entry {
         Self { limiter: RateLimiter::new(0, 1), admitted: 0, reports: Vec::new() }
     }
 
-    /// Returns how many submissions of `limit` per second this router may admit.
+    /// Returns the part of `limit` that this router may admit, in submissions per second.
     fn share(&mut self, limit: u32, routers: u32, now: Timestamp) -> u32 {
         self.reports.retain(|report| now.since(report.reported_at) < REPORT_TTL);
         let counts = self.reports.iter().map(|report| report.count);
@@ -110,7 +111,7 @@ impl SubmissionRates {
         }
     }
 
-    /// Waits until one more submission is admitted, for batch operations on behalf of a caller.
+    /// Waits until the limits admit one more submission. Used by batch operations on behalf of a caller.
     pub(crate) async fn wait(&self, principal: &Principal, clock: &dyn Clock) {
         while let Err(excess) = self.try_admit(principal, clock.now()) {
             sleep(excess.wait).await;
@@ -132,7 +133,7 @@ impl SubmissionRates {
     fn try_admit(&self, principal: &Principal, now: Timestamp) -> Result<(), Excess> {
         let Principal { tenant, user, .. } = principal;
         let limits = self.limits.of(tenant);
-        // The user first: a submission rejected there does not consume the tenant's rate.
+        // The user's limit comes first: a submission that exceeds it does not consume the tenant's rate.
         for (entries, user, limit) in [
             (&self.users, user.as_str(), TenantLimit::SubmissionsPerUser),
             (&self.tenants, "", TenantLimit::SubmissionsPerTenant),
@@ -178,13 +179,13 @@ impl SubmissionRates {
         self.routers.store(healthy.max(1), Ordering::Relaxed);
     }
 
-    /// Records the count of a different router for a user, or for a tenant if `user` is empty.
+    /// Records the count that a different router reported for a user, or for a tenant if `name.user` is empty.
     fn record_report(&self, router: &Arc<str>, name: &RateKey, count: u32, now: Timestamp) {
         let entries = if name.user.is_empty() { &self.tenants } else { &self.users };
         get_or_create(entries, name).lock().record_report(router, count, now);
     }
 
-    /// Returns and resets the counts since the last call, without those that are a small part of a limit.
+    /// Returns and resets the counts since the last call. Omits counts that are a small part of a limit.
     fn take_admitted(&self) -> Vec<(RateKey, u32)> {
         let active = std::mem::take(&mut *self.active.lock());
         let routers = u64::from(self.routers.load(Ordering::Relaxed));
@@ -202,7 +203,7 @@ impl SubmissionRates {
     }
 }
 
-/// Returns the entry of this name; creates a missing one.
+/// Returns the entry with the given name, and creates it if it does not exist.
 fn get_or_create(entries: &Entries, name: &RateKey) -> Arc<Mutex<Entry>> {
     let new = || Ok::<_, Infallible>(Arc::new(Mutex::new(Entry::new())));
     match entries.get_or_insert_with(name, new) {
@@ -211,11 +212,11 @@ fn get_or_create(entries: &Entries, name: &RateKey) -> Arc<Mutex<Entry>> {
     }
 }
 
-/// A submission that exceeds a rate.
+/// Describes a submission that exceeds a rate limit.
 struct Excess {
     limit: TenantLimit,
     per_second: u32,
-    /// The part of `per_second` of this router.
+    /// This router's share of `per_second`.
     share: u32,
     wait: Duration,
 }

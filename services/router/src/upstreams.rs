@@ -31,16 +31,16 @@ use streamer_store::RequestRecord;
 use tokio::{sync::Semaphore, time::timeout};
 use tonic::{Code, Status};
 
-/// Timeout of a hint. A lost hint only delays: its receiver also polls the store.
+/// Timeout of a hint. A lost hint only causes a delay, because its receiver also polls the store.
 const HINT_TIMEOUT: Duration = Duration::from_secs(2);
 
 /// Maximum number of concurrent lookups of unknown actions.
 const MAX_CONCURRENT_LOOKUPS: usize = 64;
 
-/// Maximum number of processors that are notified of one queued request.
+/// Maximum number of processors that are notified of a queued request.
 const MAX_NOTIFIED: usize = 3;
 
-/// Processors and progress, as the router calls them.
+/// Clients of the processors and of the progress service.
 pub(crate) struct Upstreams {
     pub(crate) processors: Instances,
     event_log: EventLogServiceClient<Channel>,
@@ -74,13 +74,13 @@ impl Upstreams {
 
     pub(crate) fn processor(&self, member: &Instance) -> ExecutionServiceClient<Channel> {
         ExecutionServiceClient::new(member.channel.clone())
-            // A declared action may be larger than a payload.
+            // The declaration of an action may be larger than a payload.
             .max_decoding_message_size(self.limits.max_worker_message_bytes())
             .max_encoding_message_size(self.limits.max_message_bytes())
     }
 
-    /// Returns the processors with these names, or all if none matches, in the order in which to call
-    /// them.
+    /// Returns the processors with the given names, or all processors if no name matches, in the order in which
+    /// to call them.
     fn candidates(&self, names: &[Arc<str>]) -> Vec<Instance> {
         let all = self.processors.all();
         if all.len() == 1 {
@@ -106,7 +106,7 @@ impl Upstreams {
         self.progress.clone()
     }
 
-    /// Runs a sync action on one of these processors, with the caller's token.
+    /// Runs a sync action on one of the given processors, authenticated with the caller's token.
     pub(crate) async fn execute(
         &self,
         authorization: HeaderValue,
@@ -117,7 +117,7 @@ impl Upstreams {
         let mut members = self.candidates(processors).into_iter().peekable();
         let mut request = Some(request);
         while let Some(member) = members.next() {
-            // The last candidate does not need a copy.
+            // The last candidate receives the request itself instead of a copy.
             let message = if members.peek().is_some() { request.clone() } else { request.take() };
             let Some(message) = message else { break };
             let call = with_authorization(message, authorization.clone());
@@ -137,8 +137,8 @@ impl Upstreams {
         Err(last.unwrap_or_else(|| Status::unavailable("no processor is available")))
     }
 
-    /// Returns whether any processor reports that this action is declared for this tenant; `None` if none does and
-    /// some did not answer.
+    /// Returns whether any processor reports that `action` is declared for `tenant`; `None` if no processor reports
+    /// it and at least one did not respond.
     pub(crate) async fn is_declared(&self, action: &str, tenant: &str) -> Option<bool> {
         let _permit = self.lookup_permits.acquire().await.ok()?;
         let request = FindActionRequest { action: action.to_owned(), tenant_id: tenant.to_owned() };
@@ -153,7 +153,7 @@ impl Upstreams {
             match answer {
                 Ok(Ok(answer)) if answer.get_ref().declared => return Some(true),
                 Ok(Ok(_)) => {}
-                // An earlier version, which declares exactly the actions of its list.
+                // The processor has an earlier version, whose list contains all declared actions.
                 Ok(Err(status)) if status.code() == Code::Unimplemented => {}
                 Ok(Err(_)) | Err(_) => all_answered = false,
             }
@@ -161,20 +161,20 @@ impl Upstreams {
         all_answered.then_some(false)
     }
 
-    /// Announces a durable event to progress, as a hint.
+    /// Announces a durable event to the progress service, as a hint.
     pub(crate) async fn announce(&self, uid: Uid, event: Event, created: Option<Request>) {
         let uid_bytes = uid.to_bytes().to_vec().into();
         let request = AnnounceRequest { uid: uid_bytes, events: vec![event], created };
         let request = with_route(request, uid);
         match timeout(HINT_TIMEOUT, self.event_log.clone().announce(request)).await {
             Ok(Ok(_)) => {}
-            Ok(Err(status)) => tracing::warn!(%uid, %status, "announcing an event failed"),
-            Err(_) => tracing::warn!(%uid, "announcing an event timed out"),
+            Ok(Err(status)) => tracing::warn!(%uid, %status, "failed to announce an event"),
+            Err(_) => tracing::warn!(%uid, "timed out announcing an event"),
         }
     }
 
-    /// Notifies up to [`MAX_NOTIFIED`] of these processors of a queued request, as a hint, until one starts it.
-    /// Returns their estimate.
+    /// Notifies up to [`MAX_NOTIFIED`] of the given processors of a queued request, as a hint, until one starts it.
+    /// Returns their merged estimate.
     pub(crate) async fn notify_queued(
         &self,
         record: &RequestRecord,
@@ -205,11 +205,11 @@ impl Upstreams {
                     }
                 }
                 Ok(Err(status)) => {
-                    tracing::warn!(%uid, %status, "notifying a processor failed; a poll finds the request");
+                    tracing::warn!(%uid, %status, "failed to notify a processor; polling will find the request");
                     member.note(false);
                 }
                 Err(_) => {
-                    tracing::warn!(%uid, "notifying a processor timed out; a poll finds the request");
+                    tracing::warn!(%uid, "timed out notifying a processor; polling will find the request");
                     member.note(false);
                 }
             }
@@ -227,7 +227,7 @@ impl Upstreams {
             async move {
                 let outcome = timeout(HINT_TIMEOUT, client.signal_cancel(request)).await;
                 if !matches!(outcome, Ok(Ok(_))) {
-                    tracing::warn!(%uid, "signalling a cancellation failed; a lease renewal reports it");
+                    tracing::warn!(%uid, "failed to signal a cancellation; a lease renewal will report it");
                 }
             }
         }))
@@ -235,7 +235,7 @@ impl Upstreams {
     }
 }
 
-/// Merges the estimates of several processors.
+/// Merges the estimate of one processor into the estimate of the previous ones.
 fn merge_estimates(
     merged: Option<NotifyQueuedResponse>,
     response: NotifyQueuedResponse,

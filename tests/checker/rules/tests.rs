@@ -16,9 +16,9 @@ fn output(seq: i64, attempt: i64, index: i64, data: &str) -> Value {
     event(seq, attempt, "output", more)
 }
 
-/// Returns a valid history with two attempts; the output of the first is discarded.
+/// Returns a valid history with two attempts, of which the first is retried and its output discarded.
 fn valid_history() -> Vec<Value> {
-    let sha256 = "fb8e20fc2e4c3f248c60c39bd652f3c1347298bb977b8b4d5903b85055620603"; // of "ab"
+    let sha256 = "fb8e20fc2e4c3f248c60c39bd652f3c1347298bb977b8b4d5903b85055620603"; // SHA-256 of "ab"
     let log = vec![
         event(1, 0, "accepted", json!({})),
         event(2, 1, "started", json!({})),
@@ -50,7 +50,7 @@ fn log(history: &mut [Value]) -> &mut Vec<Value> {
     history.last_mut().unwrap()["events"].as_array_mut().unwrap()
 }
 
-/// Returns the violations of the valid history after this change.
+/// Returns the violations that a change of the valid history causes.
 fn violations(change: impl FnOnce(&mut Vec<Value>)) -> String {
     let mut history = valid_history();
     change(&mut history);

@@ -1,4 +1,4 @@
-//! The table: the expected reply to each kind of caller, by method and by message.
+//! Table of the expected reply to each kind of caller, by method and by message.
 
 use futures_util::{StreamExt, future::BoxFuture, stream};
 use serde_json::{Value, json};
@@ -27,22 +27,22 @@ pub(crate) const ACTION: &str = "private-report";
 pub(crate) const READ: &[&str] = &["requests:read"];
 pub(crate) const WRITE: &[&str] = &["requests:read", "requests:write"];
 
-/// A text that the reply contains.
+/// Expected reply, as a text that the reply must contain.
 #[derive(Clone, Copy)]
 pub(crate) enum Expected {
     Sees(&'static str),
-    /// The reply is also the same as for an object that does not exist.
+    /// The reply must also be the same as for an object that does not exist.
     Hidden(&'static str),
 }
 pub(crate) use Expected::{Hidden, Sees};
 
 const DENIED: Expected = Hidden("PermissionDenied");
 
-/// The columns of the table.
+/// Kind of caller: a column of the table.
 #[derive(Clone, Copy, Debug)]
 pub(crate) enum Caller {
     Owner,
-    /// A different user of the tenant, with just the permissions of the row.
+    /// A different user of the tenant, with only the permissions of the row.
     Permitted,
     /// A different user of the tenant, without permissions.
     WithoutPermission,
@@ -56,7 +56,7 @@ pub(crate) struct Row {
     /// Path of a method, or type of a WebSocket message.
     pub(crate) name: String,
     pub(crate) permissions: &'static [&'static str],
-    /// Expected reply by caller.
+    /// Expected replies, by caller.
     pub(crate) expected: [Expected; 5],
     pub(crate) call: Call,
 }
@@ -69,13 +69,13 @@ pub(crate) enum Call {
 /// Object of the owner, or an object that does not exist.
 #[derive(Clone)]
 pub(crate) struct Object {
-    /// A running request.
+    /// `uid` of a running request.
     pub(crate) uid: String,
-    /// First message with which its worker resumes it.
+    /// First message with which the worker resumes the running request.
     pub(crate) resume_hello: Hello,
-    /// A cancelled request.
+    /// `uid` of a cancelled request.
     pub(crate) ended: String,
-    /// The owner's own id of the cancelled request.
+    /// The owner's ID of the cancelled request.
     pub(crate) request_id: String,
     pub(crate) user: String,
     pub(crate) connection: String,
@@ -83,7 +83,7 @@ pub(crate) struct Object {
     pub(crate) token: String,
 }
 
-/// Expects that the owner and permitted users of the tenant see an object.
+/// Expects that only the owner and permitted users of the tenant see an object.
 const fn hidden(seen: &'static str, hidden: &'static str) -> [Expected; 5] {
     [Sees(seen), Sees(seen), Hidden(hidden), Hidden(hidden), Hidden(hidden)]
 }
@@ -103,8 +103,8 @@ const fn own(seen: &'static str, hidden: &'static str) -> [Expected; 5] {
     [Sees(seen), Hidden(hidden), Hidden(hidden), Hidden(hidden), Hidden(hidden)]
 }
 
-/// Rows of methods: name, permissions, expected replies, and the message about an object. `first` selects
-/// the first message of a stream.
+/// Creates the rows of methods: name, permissions, expected replies, and the message about an object. `first`
+/// selects the first message of a stream.
 macro_rules! methods {
     ($service:literal, $client:ident: $($name:ident.$method:ident $(.$first:ident)?,
         $permissions:expr, $expected:expr, |$it:pat_param| $message:expr;)*) => {
@@ -122,7 +122,7 @@ macro_rules! methods {
     };
 }
 
-/// Rows of WebSocket messages.
+/// Creates the rows of WebSocket messages.
 macro_rules! messages {
     ($($name:literal, $permissions:expr, $expected:expr, |$it:pat_param| {$($message:tt)*};)*) => {
         vec![$(Row {
@@ -214,7 +214,7 @@ pub(crate) fn rows() -> Vec<Row> {
     all.into_iter().flatten().collect()
 }
 
-/// Returns a submission that repeats one of the owner.
+/// Returns a submission that repeats a submission of the owner.
 pub(crate) fn repeat(object: &Object) -> router::SubmitRequest {
     let (id, action) = (object.request_id.clone(), "echo_async".into());
     let payload = Some(json_payload(r#"{"steps":1}"#));
@@ -237,7 +237,7 @@ async fn first<T>(mut stream: Streaming<T>) -> Result<Option<T>, Status> {
     stream.message().await
 }
 
-/// Resumes the attempt as its worker does, and reports its result.
+/// Resumes the attempt like its worker, and reports its result.
 async fn resume(object: Object, channel: Channel, token: String) -> Result<String, Status> {
     let Attempt { uid, attempt } = object.resume_hello.attempts[0].clone();
     let kind = Some(Kind::Result(json_payload("0")));
@@ -251,7 +251,7 @@ async fn resume(object: Object, channel: Channel, token: String) -> Result<Strin
     Ok("revoked".into())
 }
 
-/// Opens the stream of a worker and sends these messages.
+/// Opens the stream of a worker and sends the given messages.
 pub(crate) async fn work(
     channel: Channel,
     token: &str,
@@ -261,7 +261,7 @@ pub(crate) async fn work(
     let report = report.map(work_request::Message::Report);
     let messages = [Some(work_request::Message::Hello(hello)), report].into_iter().flatten();
     let requests = messages.map(|message| WorkRequest { message: Some(message) });
-    // The stream stays open.
+    // The stream remains open.
     let requests = stream::iter(requests.collect::<Vec<_>>()).chain(stream::pending());
     let response = WorkerServiceClient::new(channel).work(authorized(requests, token)).await?;
     Ok(response.into_inner())

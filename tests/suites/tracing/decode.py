@@ -1,5 +1,5 @@
 """Decodes OTLP messages, one per line in hexadecimal digits on standard input, with OpenTelemetry's own
-protocol buffers; prints trace, span, parent and name of each span."""
+protocol buffers; prints trace ID, span ID, parent ID and name of each span."""
 
 import sys
 

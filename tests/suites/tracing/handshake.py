@@ -1,4 +1,4 @@
-"""Submits a request over a WebSocket whose handshake carries a trace context; prints the trace id of the
+"""Submits a request over a WebSocket whose handshake carries a trace context; prints the trace ID of the
 acknowledgment."""
 
 import asyncio

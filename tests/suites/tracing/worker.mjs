@@ -1,5 +1,5 @@
-// Loaded before a worker of examples/workers: OpenTelemetry's SDK, which exports spans to the collector at
-// OTEL_EXPORTER_OTLP_ENDPOINT. Its packages are in the folder STREAMER_TESTS_MODULES.
+// Sets up OpenTelemetry's SDK before a worker of examples/workers is loaded. It exports spans to the collector
+// at OTEL_EXPORTER_OTLP_ENDPOINT; its packages are in the folder STREAMER_TESTS_MODULES.
 
 import { createRequire } from 'node:module';
 

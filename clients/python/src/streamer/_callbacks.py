@@ -16,14 +16,14 @@ OnRetry: TypeAlias = "Callable[[Retrying], Awaitable[None] | None]"
 
 @dataclass(frozen=True)
 class Callbacks:
-    """One callback for each kind of event: plain or async functions, called one at a time."""
+    """Callbacks by type of event: plain or async functions, which are called one at a time."""
 
     on_progress: OnProgress | None = None
     on_output: OnOutput | None = None
     on_retry: OnRetry | None = None
 
     async def notify(self, event: Event) -> None:
-        """Calls the callback for this kind of event, if one is set."""
+        """Calls the callback for the type of `event`, if one is set."""
         if isinstance(event, Progress):
             await _call(self.on_progress, event)
         elif isinstance(event, Output):

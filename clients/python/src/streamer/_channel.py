@@ -15,22 +15,25 @@ from streamer._proto import progress_pb2, router_pb2, worker_pb2
 from streamer.errors import ErrorCode, ServiceError, Violation
 
 _OPTIONS: list[tuple[str, int]] = [
-    # The server limits its messages, and this package checks sizes before it sends.
+    # No limits: the server limits the size of its messages, and this package checks sizes before it
+    # sends a message.
     ("grpc.max_receive_message_length", -1),
     ("grpc.max_send_message_length", -1),
-    # Reconnect quickly: the delays of this package have jitter.
+    # Short delays before reconnects: this package adds its own delays, which have jitter.
     ("grpc.initial_reconnect_backoff_ms", 100),
-    # Despite its name, this is the minimum connection timeout: a server that takes longer to accept
-    # a connection is never reached.
+    # Despite its name, this option is the minimum connection timeout: a server that takes longer to
+    # accept a connection is never reached.
     ("grpc.min_reconnect_backoff_ms", 10_000),
     ("grpc.max_reconnect_backoff_ms", 1000),
-    # Detect a dead connection, also while it is idle.
+    # Interval between keepalive pings, which detect a dead connection even while it is idle.
     ("grpc.keepalive_time_ms", 30_000),
+    # Timeout of keepalive pings.
     ("grpc.keepalive_timeout_ms", 10_000),
-    # Timeout of bandwidth probes; gRPC sends no keepalive ping while one is pending.
+    # Timeout of bandwidth probes; gRPC sends no keepalive ping while a probe is pending.
     ("grpc.http2.ping_timeout_ms", 10_000),
+    # No limit on the number of pings without data.
     ("grpc.http2.max_pings_without_data", 0),
-    # One connection for each channel, so that a broken one affects no other channel.
+    # A separate connection for each channel, so that a broken connection affects no other channel.
     ("grpc.use_local_subchannel_pool", 1),
 ]
 
@@ -58,7 +61,7 @@ class Address:
 
 def parse_server(server: str) -> Address:
     """Parses `http://host:port`, `https://host:port` or `host:port` (short for `http`). Raises
-    ValueError."""
+    ValueError if `server` has a different form."""
     url = urlsplit(server if "://" in server else f"http://{server}")
     if url.scheme not in ("http", "https") or not url.hostname or url.path not in ("", "/"):
         raise ValueError(f"server: must be http://host:port or https://host:port, is {server!r}")
@@ -68,7 +71,7 @@ def parse_server(server: str) -> Address:
 
 
 def open_channel(address: Address) -> grpc.aio.Channel:
-    """Returns a channel that connects on its first call."""
+    """Returns a channel that connects when the first call is made."""
     if address.secure:
         credentials = grpc.ssl_channel_credentials()
         return grpc.aio.secure_channel(address.target, credentials, _OPTIONS)
@@ -76,7 +79,7 @@ def open_channel(address: Address) -> grpc.aio.Channel:
 
 
 class Calls:
-    """The methods that clients call on one channel."""
+    """Methods of the server that clients call, on one channel."""
 
     def __init__(self, channel: grpc.aio.Channel) -> None:
         self.closed = False
@@ -123,7 +126,7 @@ WorkCall = grpc.aio.StreamStreamCall[worker_pb2.WorkRequest, worker_pb2.WorkResp
 
 
 def open_work(channel: grpc.aio.Channel, metadata: tuple[tuple[str, str], ...]) -> WorkCall:
-    """Opens the stream of a worker."""
+    """Opens a `Work` stream, which connects a worker to the server."""
     work = channel.stream_stream(
         "/streamer.processor.v1.WorkerService/Work",
         _serialize,
@@ -137,7 +140,7 @@ def _serialize(request: worker_pb2.WorkRequest) -> bytes:
 
 
 def service_error(error: grpc.aio.AioRpcError) -> ServiceError:
-    """Returns the error of a failed call, with the `google.rpc` details of its status."""
+    """Converts the error of a failed call, including the `google.rpc` details of its status."""
     code = _CODES.get(error.code(), ErrorCode.INTERNAL_ERROR)
     violations: list[Violation] = []
     retry_after: float | None = None
@@ -161,8 +164,8 @@ def service_error(error: grpc.aio.AioRpcError) -> ServiceError:
 
 
 def is_unreachable(error: grpc.aio.AioRpcError) -> bool:
-    """Returns whether the server could not be reached or did not respond in time. (A sync action
-    that times out has the same status, but with details.)"""
+    """Returns whether the server could not be reached or did not respond in time. If a sync action
+    times out, the status code is the same, but the status has details."""
     timed_out = error.code() is grpc.StatusCode.DEADLINE_EXCEEDED and not _details(error)
     return timed_out or error.code() is grpc.StatusCode.UNAVAILABLE
 

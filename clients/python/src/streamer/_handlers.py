@@ -14,22 +14,24 @@ from streamer.context import Context
 from streamer.errors import ErrorCode, FatalError, HandlerError, InvalidPayload
 
 Handler: TypeAlias = Callable[[Context, Any], Awaitable[Any]]
-"""An async function that runs one attempt: context and parsed payload in, result out."""
+"""Async function that runs one attempt: receives the context and the parsed payload, and returns
+the result."""
 
 _logger = logging.getLogger("streamer.worker")
 
 
 @dataclass(frozen=True)
 class HandlerResult:
-    """Result of one handler run: JSON, or an error."""
+    """Result of one handler run: the returned value as JSON, or an error."""
 
     result: bytes = b""
     error: HandlerError | None = None
 
 
 async def run(handler: Handler, context: Context) -> HandlerResult:
-    """Runs a handler. Raises only `asyncio.CancelledError`, when the handler was interrupted with
-    it. An exception that is not a `HandlerError` becomes a retryable PROCESSING_FAILED."""
+    """Runs a handler and returns its result or error. Converts an exception that is not a
+    `HandlerError` to a retryable error with code PROCESSING_FAILED. Raises only
+    `asyncio.CancelledError`, if the handler was interrupted."""
     try:
         result = await handler(context, _parse(context))
         return HandlerResult(result=_encode(result, context))
@@ -45,12 +47,14 @@ async def run(handler: Handler, context: Context) -> HandlerResult:
 
 
 def interrupted_error() -> HandlerError:
-    """Error of an attempt whose handler raised `asyncio.CancelledError` without being cancelled."""
+    """Returns the error of an attempt whose handler raised `asyncio.CancelledError` although the
+    request was not cancelled."""
     return HandlerError("the handler ended with asyncio.CancelledError")
 
 
 def cancelled_error() -> HandlerError:
-    """Error of an attempt whose handler was interrupted because the request was cancelled."""
+    """Returns the error of an attempt whose handler was interrupted because the request was
+    cancelled."""
     message = "the handler was interrupted: the request was cancelled"
     return FatalError(message, code=ErrorCode.CANCELLED)
 
@@ -60,8 +64,8 @@ def _describe(error: Exception) -> str:
     try:
         return f"{name}: {error}"
     except Exception:
-        # `__str__` is code of the application and may raise.
-        _logger.warning("str() of a %s failed", name, exc_info=True)
+        # `__str__` is application code and may raise an exception.
+        _logger.warning("failed to convert a %s to a string", name, exc_info=True)
         return name
 
 

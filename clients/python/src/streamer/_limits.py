@@ -1,4 +1,4 @@
-"""Size limits of reports, checked before anything is sent."""
+"""Size limits of reports, which are checked before a report is sent."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ MAX_ERROR_DETAILS_BYTES = 64 * 1024
 
 @dataclass(frozen=True)
 class Limits:
-    """Limits that the operator of a server sets; the defaults are the server's defaults."""
+    """Limits that the operator of a server can set; the defaults are those of the server."""
 
     max_payload_bytes: int = 4 * 1024 * 1024
     max_output_chunk_bytes: int = 1024 * 1024
@@ -27,7 +27,7 @@ class Limits:
 
     @classmethod
     def of(cls, welcome: worker_pb2.Welcome) -> Limits:
-        """Returns the limits in a server's `welcome`."""
+        """Returns the limits in `welcome`, with defaults for those that it does not contain."""
         defaults = cls()
         return cls(
             welcome.max_payload_bytes or defaults.max_payload_bytes,

@@ -22,7 +22,7 @@ _ResponseT = TypeVar("_ResponseT")
 UNARY_TIMEOUT = 30.0
 """Default timeout of one call, in seconds."""
 
-# Status codes of a stream that was lost, rather than rejected.
+# Status codes after which a stream can be reopened: it was lost, not rejected.
 _RETRYABLE_CODES = {
     grpc.StatusCode.UNAVAILABLE,
     grpc.StatusCode.UNKNOWN,
@@ -35,10 +35,10 @@ _RETRYABLE_CODES = {
 
 
 class RetryBudget:
-    """Time limit for retries while a server cannot be reached, with full jitter between them."""
+    """Limits the time during which operations are retried, with full jitter between retries."""
 
     def __init__(self, limit: float | None) -> None:
-        """`limit` is the longest time of uninterrupted failure, in seconds; None means no limit."""
+        """`limit` is the maximum time of continuous failure, in seconds; None means no limit."""
         self._limit = limit
         self._backoff = Backoff()
         self._since: float | None = None
@@ -49,8 +49,8 @@ class RetryBudget:
         self._backoff.reset()
 
     async def wait(self, at_least: float = 0.0) -> bool:
-        """Waits at least `at_least` seconds before the next retry and returns True; returns False
-        at once if the budget is exhausted."""
+        """Waits for at least `at_least` seconds before the next retry, and returns True. If the
+        budget is exhausted, returns False without waiting."""
         now = time.monotonic()
         if self._since is None:
             self._since = now
@@ -71,7 +71,7 @@ async def unary(
     timeout: float = UNARY_TIMEOUT,
 ) -> _ResponseT:
     """Makes a call and, if `repeat` is set, retries it until the server responds or the budget is
-    exhausted. `timeout` applies to each attempt, in seconds. Raises `ServiceError`."""
+    exhausted. `timeout`, in seconds, applies to each attempt. Raises `ServiceError`."""
     while True:
         metadata = await call_metadata(tokens)
         try:
@@ -92,7 +92,7 @@ async def call_metadata(tokens: TokenSource) -> tuple[tuple[str, str], ...]:
 
 @contextmanager
 def raises_if_closed(calls: Calls) -> Iterator[None]:
-    """Raises `ServiceError` if the client is closed before or during the call in the block."""
+    """Raises `ServiceError` if the client is closed before or during the enclosed call."""
     try:
         yield
     except (asyncio.CancelledError, grpc.aio.AioRpcError, grpc.aio.UsageError) as error:
@@ -102,11 +102,11 @@ def raises_if_closed(calls: Calls) -> Iterator[None]:
 
 
 def _is_cancelled() -> bool:
-    """Returns whether the task, not the call, was cancelled; always False on Python 3.10."""
+    """Returns whether the current task, not the call, was cancelled; False on Python 3.10."""
     cancelling = getattr(asyncio.current_task(), "cancelling", None)
     return cancelling is not None and cancelling() > 0
 
 
 def is_retryable(error: grpc.aio.AioRpcError) -> bool:
-    """Returns whether a stream that ended with this error can be reopened."""
+    """Returns whether a stream that ended with `error` can be reopened."""
     return error.code() in _RETRYABLE_CODES

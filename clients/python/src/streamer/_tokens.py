@@ -15,8 +15,8 @@ Token: TypeAlias = "str | Callable[[], Awaitable[str]]"
 
 
 def token_file(path: str | os.PathLike[str]) -> Callable[[], Awaitable[str]]:
-    """Returns a token source that reads `path` whenever a token is needed, for a file that a
-    sidecar or a mounted secret keeps fresh."""
+    """Returns a token source that reads the file at `path` each time a token is needed. Use it for
+    a file that a sidecar or a mounted secret keeps up to date."""
 
     async def read() -> str:
         return await asyncio.to_thread(Path(path).read_text, encoding="utf-8")
@@ -25,7 +25,7 @@ def token_file(path: str | os.PathLike[str]) -> Callable[[], Awaitable[str]]:
 
 
 class InvalidToken(ValueError):
-    """The token is malformed. The message does not contain it."""
+    """The token is malformed. The message does not contain the token."""
 
 
 class TokenSource:
@@ -41,14 +41,14 @@ class TokenSource:
         return not isinstance(self._token, str)
 
     async def get(self) -> str:
-        """Returns the token to use now. Raises `InvalidToken`, and whatever the application's
-        function raises."""
+        """Returns the current token. Raises `InvalidToken`, and the exceptions of the application's
+        function."""
         if isinstance(self._token, str):
             return self._token
         return _validated(await self._token())
 
     async def metadata(self) -> tuple[tuple[str, str], ...]:
-        """Returns the metadata of a gRPC call."""
+        """Returns the metadata of a gRPC call: the token and the trace context."""
         return (("authorization", f"Bearer {await self.get()}"), *_tracing.headers().items())
 
 

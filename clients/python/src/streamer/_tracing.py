@@ -1,4 +1,4 @@
-"""OpenTelemetry, if it is installed (`pip install streamer-client[tracing]`).
+"""Integration with OpenTelemetry, if it is installed (`pip install streamer-client[tracing]`).
 
 This package uses only the API: the application's SDK exports the spans. Without an SDK, the trace
 context is still propagated.
@@ -23,8 +23,8 @@ else:
 
 
 def headers() -> dict[str, str]:
-    """Returns the current trace context as W3C `traceparent` and `tracestate`; empty outside a
-    trace."""
+    """Returns the current trace context as the W3C headers `traceparent` and `tracestate`; empty
+    outside a trace."""
     carrier: dict[str, str] = {}
     if _installed:
         TraceContextTextMapPropagator().inject(carrier)

@@ -21,7 +21,7 @@ from streamer.output import LogVerifier, contiguous
 async def watch(
     calls: Calls, tokens: TokenSource, budget: RetryBudget, request_id: str, after_seq: int
 ) -> AsyncGenerator[Event, None]:
-    """See `Client.watch`."""
+    """Implements `Client.watch`."""
     verifier = LogVerifier() if after_seq == 0 else None
     last_seq = after_seq
     while True:
@@ -46,7 +46,7 @@ async def watch(
 async def wait(
     calls: Calls, tokens: TokenSource, budget: RetryBudget, request_id: str
 ) -> Completed:
-    """See `Client.wait`."""
+    """Implements `Client.wait`."""
     uid = ""
     while True:
         stream = _stream(calls, tokens, budget, request_id, None)
@@ -65,8 +65,8 @@ async def wait(
 async def _stream(
     calls: Calls, tokens: TokenSource, budget: RetryBudget, request_id: str, after_seq: int | None
 ) -> AsyncGenerator[progress_pb2.WatchResponse, None]:
-    """Yields the responses of one stream. Returns after a delay if the stream is lost; raises if a
-    retry cannot succeed."""
+    """Yields the responses of one stream. Returns after a delay if the stream is lost. Raises
+    `ServiceError` if a retry cannot succeed."""
     request = progress_pb2.WatchRequest(request_id=request_id, after_seq=after_seq)
     metadata = await call_metadata(tokens)
     with raises_if_closed(calls):
@@ -88,7 +88,7 @@ async def _stream(
             raise service_error(error) from error
     else:
         if not await budget.wait():
-            message = "the server closes every watch before the terminal event"
+            message = "the server closed every watch before the terminal event"
             raise ServiceError(ErrorCode.UNAVAILABLE, message)
     finally:
         call.cancel()

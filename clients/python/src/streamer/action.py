@@ -12,7 +12,7 @@ from streamer._proto import common_pb2
 from streamer.errors import ErrorCode
 
 Seconds: TypeAlias = "float | timedelta"
-"""A duration: a number of seconds, or a timedelta."""
+"""Duration: a number of seconds, or a timedelta."""
 
 
 @dataclass(frozen=True)
@@ -21,40 +21,45 @@ class Action:
     attempts, backoff from 1 s to 1 min, and no limit for everything else."""
 
     name: str
-    """`[a-z][a-z0-9_.-]{0,63}`"""
+    """Name of the action; must match `[a-z][a-z0-9_.-]{0,63}`."""
     description: str = ""
     sync: bool = False
-    """Whether the call returns the result and nothing is stored, rather than queued and logged."""
+    """Whether a call returns the result directly, and the request is neither queued nor stored."""
     estimated_duration: Seconds | None = None
-    """Usual duration of a run. Below the server's threshold (5 s) an action is sync."""
+    """Typical duration of a run. If it is below the server's threshold (5 s by default), the action
+    is sync."""
     max_attempts: int | None = None
+    """Maximum number of attempts."""
     start_to_close: Seconds | None = None
-    """Longest run of one attempt."""
+    """Maximum duration of one attempt."""
     heartbeat_timeout: Seconds | None = None
-    """Longest time without a report from a running handler; then the attempt fails."""
+    """Maximum time between reports of a running handler; the attempt fails when it is exceeded."""
     schedule_to_start: Seconds | None = None
-    """Longest wait for the first attempt, from when the request is due."""
+    """Maximum time between the due time of a request and its first attempt."""
     schedule_to_close: Seconds | None = None
-    """Longest time for all attempts and the waits between them, from when the request is due."""
+    """Maximum time between the due time of a request and its end, including all retries."""
     initial_backoff: Seconds | None = None
-    """Bound of the wait before the second attempt; doubled each time, with full jitter."""
+    """Initial bound of the wait between attempts. It doubles after each attempt; waits have full
+    jitter."""
     max_backoff: Seconds | None = None
+    """Maximum bound of the wait between attempts."""
     final_errors: tuple[ErrorCode, ...] = ()
     """Error codes that are not retried."""
     permission: str = ""
-    """Permission that a caller needs; empty means none."""
+    """Permission that a caller requires; empty if none is required."""
     max_concurrency: int | None = None
-    """Most runs at the same time on one processor."""
+    """Maximum number of concurrent runs on one processor."""
     payload_schema: str = ""
     """JSON Schema (2020-12) of the payload, as JSON text; empty if any payload is valid."""
     workers: int = 0
-    """Number of workers that offer the action; 0 if the processor runs it itself, or if it is not
-    available. Set by the server; ignored in a declaration."""
+    """Number of workers that offer the action; 0 if the processor runs it itself or if the action
+    is not available. Set by the server; ignored in a declaration."""
     available: bool = True
-    """Whether a worker or a processor offers it. Set by the server; ignored in a declaration."""
+    """Whether a worker or a processor offers the action. Set by the server; ignored in a
+    declaration."""
 
     def to_proto(self) -> common_pb2.Action:
-        """Returns the declaration as a message."""
+        """Returns the declaration as a protobuf message."""
         return common_pb2.Action(
             name=self.name,
             description=self.description,
@@ -75,7 +80,7 @@ class Action:
 
     @classmethod
     def from_proto(cls, action: common_pb2.Action) -> Action:
-        """Returns the action in a message of the server."""
+        """Returns the action in a message from the server."""
         return cls(
             name=action.name,
             description=action.description,
@@ -98,25 +103,25 @@ class Action:
 
 
 def schema_text(schema: Any) -> str:
-    """Returns a JSON Schema as text, from text or from a value that `json.dumps` accepts."""
+    """Returns the text of a JSON Schema, which is text or a value that `json.dumps` accepts."""
     if schema is None or isinstance(schema, str):
         return schema or ""
     return payload.encode_json(schema).decode()
 
 
 def codes(names: Iterable[ErrorCode | str]) -> tuple[ErrorCode, ...]:
-    """Returns error codes by name. Raises ValueError for an unknown name."""
+    """Returns the error codes with the given names. Raises ValueError if a name is unknown."""
     return tuple(ErrorCode(name) for name in names)
 
 
 def code_to_proto(code: ErrorCode) -> str:
-    """Returns the name of an error code in the schema."""
+    """Returns the name of an error code in the protobuf schema."""
     return f"ERROR_CODE_{code.value}"
 
 
 def code_from_proto(number: int) -> ErrorCode:
-    """Returns the error code of a number; INTERNAL_ERROR for one that this version does not
-    know."""
+    """Returns the error code with the given number in the protobuf schema; INTERNAL_ERROR if this
+    version does not know the number."""
     try:
         name = common_pb2.ErrorCode.Name(number)
         return ErrorCode(name.removeprefix("ERROR_CODE_"))

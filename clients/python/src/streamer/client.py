@@ -27,7 +27,7 @@ Actions: TypeAlias = list[Action]
 _RequestT = TypeVar("_RequestT")
 _ResponseT = TypeVar("_ResponseT")
 
-# Timeout of a submission; a sync action runs within the call.
+# Timeout of a submission, in seconds. It is long because a sync action runs within the call.
 _SUBMIT_TIMEOUT = 600.0
 
 
@@ -37,7 +37,7 @@ class Client:
 
     `server` is `http://host:port` or `https://host:port`; `token` is a JWT, or an async callable
     that returns a fresh one for every call. While the server cannot be reached, calls that are safe
-    to repeat are retried with full jitter, for `retry_for` seconds (None: without limit). Every
+    to repeat are retried with full jitter, for `retry_for` seconds (None means no limit). Every
     method raises `ServiceError` if the server rejects the call or cannot be reached.
     """
 
@@ -59,7 +59,7 @@ class Client:
         await self.close()
 
     async def close(self) -> None:
-        """Ends pending calls, which raise `ServiceError`. Requests on the server continue."""
+        """Closes the client. Pending calls raise `ServiceError`; submitted requests continue."""
         self._calls.closed = True
         await self._channel.close()
 
@@ -75,15 +75,18 @@ class Client:
         deadline: datetime | None = None,
         metadata: dict[str, Any] | None = None,
     ) -> Submitted:
-        """Submits a request for an action. A sync action returns its result; an async request is
-        durable on return, and has its result if it ends within `wait` (up to 300 s).
+        """Submits a request for an action. A request for a sync action has its result on return. A
+        request for an async action is durable on return, and has its result if it ends within
+        `wait` (at most 300 s).
 
         `payload` is a JSON-encodable value or `RawJson`; None means `{}`. `id` is the idempotency
         and correlation key: the same `id` returns the same request. A call with an `id` is safe to
-        repeat, and is retried while the server cannot be reached. `priority` is 0 to 9, higher runs
-        first. The request starts after `delay` at the earliest, and fails without a run if it has
-        not started by `deadline`. `metadata` is stored with the request. Those four are for async
-        actions.
+        repeat, and is retried while the server cannot be reached.
+
+        The following arguments apply to async actions only. `priority` is from 0 to 9; requests
+        with a higher priority run first. The request starts after `delay` at the earliest, and
+        fails without being run if it has not started by `deadline`. `metadata` is stored with the
+        request.
         """
         request = router_pb2.SubmitRequest(id=id or "", action=action, priority=priority)
         _fill(request, payload, metadata, wait, delay)
@@ -141,7 +144,7 @@ class Client:
 
     def watch(self, request_id: str, after_seq: int = 0) -> AsyncGenerator[Event, None]:
         """Yields the events of a request after `after_seq`, past and future, up to the terminal
-        one.
+        event.
 
         A lost stream is reopened after the last event, with full jitter. Raises `BrokenLog` if an
         event is missing or, when all events are read (`after_seq` 0), if the output does not match
@@ -170,8 +173,8 @@ class Client:
         page_token: str = "",
     ) -> Page:
         """Returns a page of the caller's requests (with permission `requests:read`, of all requests
-        of the tenant), newest first, without payloads and results. `page_size` is 1 to 500; 0
-        means 50."""
+        of the tenant), newest first, without payloads and results. `page_size` is 1 to 500;
+        0 selects the default of 50."""
         request = router_pb2.ListRequest(
             states=[model.state_to_proto(RequestState(state)) for state in states],
             action=action,
@@ -182,8 +185,9 @@ class Client:
         return Page([model.request(one) for one in response.requests], response.next_page_token)
 
     async def cancel(self, request_id: str, reason: str = "") -> Request:
-        """Requests cancellation. A queued request is cancelled at once, a running one when its
-        handler stops: check `state`. Cancelling a request that has ended has no effect."""
+        """Requests cancellation. A queued request is cancelled immediately, a running request when
+        its handler stops: check the returned `state`. Cancelling a request that has ended has no
+        effect."""
         request = router_pb2.CancelRequest(request_id=request_id, reason=reason)
         response = await self._unary(self._calls.cancel, request, repeat=True)
         return model.request(response.request)

@@ -1,4 +1,4 @@
-"""The context of a handler: its attempt, and the methods that report."""
+"""Context of a handler: describes its attempt, and sends its reports."""
 
 from __future__ import annotations
 
@@ -33,30 +33,30 @@ class Reporter(Protocol):
 
 @dataclass(eq=False)
 class Context:
-    """One attempt, as its handler sees it.
+    """Context of a handler: describes its attempt, and sends its reports.
 
-    Reports are sent in order, survive a lost connection, and block only while too many of them are
-    not durable. They raise `Cancelled` once the attempt has ended. Reports of a sync action are
-    discarded.
+    Reports are sent in order and survive a lost connection. The methods that report block only
+    while too many reports are not durable, and raise `Cancelled` once the attempt has ended.
+    Reports of a sync action are discarded.
     """
 
     uid: str
-    """The server's id of the request: the idempotency key for side effects in other systems."""
+    """Server's ID of the request; the idempotency key for side effects in other systems."""
     request_id: str
-    """The caller's id of the request."""
+    """Caller's ID of the request."""
     tenant_id: str
     user_id: str
     action: str
     attempt: int
-    """From 1. Execution is at least once."""
+    """Number of the attempt, from 1. Execution is at least once."""
     payload_bytes: bytes
-    """The exact bytes of the payload."""
+    """Exact bytes of the payload."""
     content_type: str
     """Content type of the payload, usually `application/json`."""
     checkpoint_bytes: bytes | None
-    """Checkpoint that an earlier attempt saved; None if there is none."""
+    """Checkpoint that an earlier attempt saved; None if no checkpoint was saved."""
     deadline: datetime | None
-    """When the attempt times out; None if it has no time limit."""
+    """Time at which the attempt times out; None if it has no time limit."""
     trace_parent: str
     """W3C `traceparent` to send with calls that the handler makes; empty if the request is not part
     of a trace. With `opentelemetry-api` installed, it is also the current context."""
@@ -64,15 +64,15 @@ class Context:
     trace_state: str = ""
     """W3C `tracestate` that belongs to `trace_parent`."""
     cancelled: asyncio.Event = field(default_factory=asyncio.Event, repr=False)
-    """Set when the request is cancelled: the handler should then raise `Cancelled`. After the
-    server's grace period it is interrupted with `asyncio.CancelledError`."""
+    """Event that is set when the request is cancelled. The handler should then raise `Cancelled`;
+    after the server's grace period, it is interrupted with `asyncio.CancelledError`."""
     cancel_reason: str = ""
     """Reason given with the cancellation."""
 
     @property
     def checkpoint(self) -> Any:
-        """Checkpoint that an earlier attempt saved, parsed; None if there is none. Raises
-        ValueError if it is not JSON: use `checkpoint_bytes`."""
+        """Parsed checkpoint of an earlier attempt; None if no checkpoint was saved. Raises
+        ValueError if the checkpoint is not JSON: use `checkpoint_bytes` instead."""
         if self.checkpoint_bytes is None:
             return None
         return payload.decode_json(self.checkpoint_bytes)
@@ -80,8 +80,8 @@ class Context:
     async def progress(
         self, percentage: float | None = None, message: str = "", metadata: Any = None
     ) -> None:
-        """Reports progress: a percentage from 0 to 100 or None, a message for people of up to 4,096
-        bytes, and JSON-encodable metadata of up to 64 KiB."""
+        """Reports progress: a percentage from 0 to 100 or None, a human-readable message of at most
+        4,096 bytes, and JSON-encodable metadata of at most 64 KiB."""
         if percentage is not None and not 0 <= percentage <= 100:
             raise ValueError(f"percentage: must be 0 to 100, is {percentage}")
         size = len(message.encode())
@@ -96,27 +96,28 @@ class Context:
 
     async def output(self, chunk: Any) -> None:
         """Sends the next chunk of output: str as `text/plain`, bytes as `application/octet-stream`,
-        anything else as JSON. Raises `LimitExceeded` above the server's
-        `max_output_chunk_bytes`."""
+        anything else as JSON. Raises `LimitExceeded` if the chunk exceeds the server's
+        `limits.max_output_chunk_bytes`."""
         content_type, data = payload.encode_chunk(chunk)
         limit = self.reporter.limits.max_output_chunk_bytes
         check("output", len(data), limit, "limits.max_output_chunk_bytes")
         await self.reporter.output(payload.to_proto(data, content_type))
 
     async def save_checkpoint(self, value: Any) -> None:
-        """Saves the state that the next attempt starts from, replacing the previous checkpoint:
-        bytes unchanged, anything else as JSON. Raises `LimitExceeded` above 256 KiB."""
+        """Saves the state from which the next attempt starts, replacing the previous checkpoint.
+        Bytes are saved unchanged, any other value as JSON. Raises `LimitExceeded` if the state
+        exceeds 256 KiB."""
         data = bytes(value) if isinstance(value, (bytes, bytearray)) else payload.encode_json(value)
         check("checkpoint", len(data), _limits.MAX_CHECKPOINT_BYTES, "256 KiB")
         await self.reporter.checkpoint(data)
 
     async def heartbeat(self) -> None:
         """Reports that the handler is alive, for actions with a `heartbeat_timeout`. Every other
-        report counts as a heartbeat, too."""
+        report also counts as a heartbeat."""
         await self.reporter.keep_alive()
 
     async def sleep(self, seconds: float) -> None:
-        """Sleeps. Raises `Cancelled` as soon as the request is cancelled."""
+        """Sleeps for `seconds`. Raises `Cancelled` as soon as the request is cancelled."""
         try:
             await asyncio.wait_for(self.cancelled.wait(), seconds)
         except asyncio.TimeoutError:

@@ -1,4 +1,4 @@
-"""Errors that handlers raise, and errors that clients and workers raise."""
+"""Errors that handlers, clients and workers raise."""
 
 from __future__ import annotations
 
@@ -40,14 +40,14 @@ class Failure:
 
 
 class StreamerError(Exception):
-    """Base class of all errors of this package."""
+    """Base class of all errors in this package."""
 
 
 # Raised by handlers.
 
 
 class HandlerError(StreamerError):
-    """The attempt failed. `retryable` says whether another attempt may succeed."""
+    """The attempt failed. Another attempt may succeed if `retryable` is true."""
 
     def __init__(
         self,
@@ -57,7 +57,7 @@ class HandlerError(StreamerError):
         code: ErrorCode | str = ErrorCode.PROCESSING_FAILED,
         details: Any = None,
     ) -> None:
-        """`code` is an `ErrorCode` or its name; raises ValueError for an unknown name."""
+        """`code` is an `ErrorCode` or its name. Raises ValueError if the name is unknown."""
         super().__init__(message)
         self.failure = Failure(ErrorCode(code), str(message), bool(retryable), details)
 
@@ -98,7 +98,7 @@ class InvalidPayload(FatalError):
 
 
 class LimitExceeded(FatalError):
-    """A value exceeds a size limit of the server; it was not sent."""
+    """A value exceeds a size limit of the server, and was not sent."""
 
     def __init__(self, field: str, size: int, limit: int, limit_name: str) -> None:
         super().__init__(f"{field}: must be at most {limit} bytes ({limit_name}), is {size}")
@@ -140,9 +140,9 @@ class ServiceError(StreamerError):
         self.code = code
         self.message = message
         self.violations = violations
-        """Every rule that the call violates."""
+        """Rules that the call violates."""
         self.retry_after = retry_after
-        """Seconds to wait before a retry; None if the server did not say."""
+        """Seconds to wait before a retry; None if the server did not specify a delay."""
 
 
 class WorkerRefused(StreamerError):
@@ -173,8 +173,8 @@ class BrokenLog(StreamerError):
 
 
 def sync_failure(error: ServiceError, request_id: str) -> StreamerError:
-    """Returns the error for a caller that waits for a result: `RequestFailed` if a sync action,
-    which has no log, failed."""
+    """Returns the error for a caller that waits for a result: `RequestFailed` if `error` is the
+    failure of a sync action, which has no log, and `error` otherwise."""
     if error.code in (ErrorCode.PROCESSING_FAILED, ErrorCode.TIMEOUT):
         return RequestFailed(request_id, Failure(error.code, error.message))
     return error

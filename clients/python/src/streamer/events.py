@@ -1,4 +1,4 @@
-"""The events of a request's log.
+"""Events of a request's log.
 
 Every log begins with `Accepted` (seq 1) and ends with one terminal event: `Succeeded`, `Failed` or
 `Cancelled`. Events are numbered without gaps and never change.
@@ -21,9 +21,9 @@ class _Event:
     seq: int
     """Position in the log, from 1."""
     attempt: int
-    """The attempt it belongs to, from 1; 0 before the first."""
+    """Number of the attempt to which the event belongs, from 1; 0 before the first attempt."""
     time: datetime
-    """When it was reported, according to the server's clock."""
+    """Time at which the event was reported, according to the server's clock."""
 
 
 @dataclass(frozen=True)
@@ -38,7 +38,7 @@ class Started(_Event):
     """An attempt started."""
 
     worker: str
-    """The processor or worker that runs it."""
+    """Processor or worker that runs the attempt."""
 
 
 @dataclass(frozen=True)
@@ -46,7 +46,7 @@ class Progress(_Event):
     """Progress of the attempt."""
 
     percentage: float | None
-    """0 to 100; None if unknown."""
+    """From 0 to 100; None if unknown."""
     message: str
     metadata: Any = None
 
@@ -57,14 +57,14 @@ class Output(_Event):
     `rewind_to_seq` is less than its `seq`."""
 
     data: bytes
-    """The chunk, as the handler reported it."""
+    """Exact bytes of the chunk."""
     content_type: str
     chunk_index: int
-    """Position within the attempt's output, from 0."""
+    """Position in the output of the attempt, from 0."""
 
     @property
     def value(self) -> Any:
-        """Parsed JSON, str for `text/…`, bytes for everything else."""
+        """Value of the chunk: parsed JSON, str for `text/…`, bytes for all other types."""
         return payload.decode(self.content_type, self.data)
 
 
@@ -79,17 +79,17 @@ class Retrying(_Event):
 
 @dataclass(frozen=True)
 class Succeeded(_Event):
-    """Terminal: the request succeeded."""
+    """Terminal event: the request succeeded."""
 
     result: Any
     output: OutputSummary
     result_bytes: bytes = b""
-    """The exact bytes of the result."""
+    """Exact bytes of the result."""
 
 
 @dataclass(frozen=True)
 class Failed(_Event):
-    """Terminal: the request failed. Output after `rewind_to_seq` is void."""
+    """Terminal event: the request failed. Output after `rewind_to_seq` is void."""
 
     failure: Failure
     rewind_to_seq: int
@@ -98,7 +98,7 @@ class Failed(_Event):
 
 @dataclass(frozen=True)
 class Cancelled(_Event):
-    """Terminal: the request was cancelled. Its output remains valid."""
+    """Terminal event: the request was cancelled. Its output remains valid."""
 
     reason: str
     output: OutputSummary
@@ -106,7 +106,7 @@ class Cancelled(_Event):
 
 @dataclass(frozen=True)
 class Unknown(_Event):
-    """An event of a kind that this version of the package does not know."""
+    """Event of a type that this version of the package does not know."""
 
 
 Event: TypeAlias = (

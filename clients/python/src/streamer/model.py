@@ -35,14 +35,14 @@ class ProgressInfo:
     """Progress of a running attempt."""
 
     percentage: float | None
-    """0 to 100; None if unknown."""
+    """From 0 to 100; None if unknown."""
     message: str
     metadata: Any = None
 
 
 @dataclass(frozen=True)
 class OutputSummary:
-    """Summary of the output: the number of valid chunks, and SHA-256 over their bytes."""
+    """Summary of the output: the number of valid chunks, and the SHA-256 of their bytes."""
 
     chunks: int
     sha256: bytes
@@ -56,15 +56,15 @@ class Completed:
     uid: str
     state: RequestState
     result: Any = None
-    """The result, if it succeeded."""
+    """Result, if the request succeeded."""
     failure: Failure | None = None
-    """The failure, if it did not succeed."""
+    """Failure, if the request did not succeed."""
     output: OutputSummary | None = None
-    """None for a sync action, which has no log."""
+    """Summary of the output; None for a sync action, which has no log."""
     seq: int = 0
-    """The `seq` of the terminal event; 0 for a sync action."""
+    """`seq` of the terminal event; 0 for a sync action."""
     result_bytes: bytes = b""
-    """The exact bytes of the result."""
+    """Exact bytes of the result."""
 
     def unwrap(self) -> Any:
         """Returns the result. Raises `RequestFailed` or `RequestCancelled`."""
@@ -82,25 +82,25 @@ class QueuePosition:
     """Position of a queued request: a range, because tenants share the queue fairly."""
 
     earliest: int
-    """From 1, if no request of another tenant runs first."""
+    """Position if no request of another tenant runs first, from 1."""
     latest: int
-    """From 1, if all requests of other tenants run first."""
+    """Position if all requests of other tenants run first, from 1."""
     estimated_start_time: datetime | None
-    """Estimated from recent requests; None if no estimate is available."""
+    """Start time, estimated from recent requests; None if no estimate is available."""
 
 
 @dataclass(frozen=True)
 class Submitted:
-    """Response to a submission: the request is durable, or has ended."""
+    """Response to a submission: the request is durable or has ended."""
 
     request_id: str
-    """The caller's `id`, or the `uid` if none was given."""
+    """`id` of the caller, or the `uid` if the caller did not specify an `id`."""
     uid: str
     duplicate: bool
-    """Whether this `id` was submitted before; no new request was created."""
+    """Whether the `id` was submitted before, so that no new request was created."""
     state: RequestState
     last_seq: int
-    """The `seq` of the latest event; 0 for a sync action."""
+    """`seq` of the latest event; 0 for a sync action."""
     completed: Completed | None
     """Result or failure of a sync action, or of an async request that ended within `wait`."""
     queue_position: QueuePosition | None = None
@@ -134,7 +134,7 @@ class Request:
     output: OutputSummary | None
     redrive_of: str
     queue_position: QueuePosition | None
-    """Set only if the request is queued and due; not in lists."""
+    """Position in the queue, if the request is queued and due; None in lists."""
 
 
 @dataclass(frozen=True)
@@ -143,29 +143,29 @@ class Page:
 
     requests: list[Request]
     next_page_token: str
-    """Empty on the last page."""
+    """Token of the next page; empty on the last page."""
 
 
 def timestamp(time: datetime) -> Timestamp:
-    """Returns a datetime as a message; one without a time zone is local time."""
+    """Converts a datetime to a protobuf message; without a time zone, it is local time."""
     stamp = Timestamp()
     stamp.FromDatetime(time.astimezone(timezone.utc))
     return stamp
 
 
 def moment(stamp: Timestamp) -> datetime:
-    """Returns a timestamp as a datetime in UTC."""
+    """Converts a protobuf message to a datetime in UTC."""
     return stamp.ToDatetime(timezone.utc)
 
 
 def state(number: int) -> RequestState:
-    """Returns the state of a number. Raises ValueError for an unknown one."""
+    """Returns the state with the given number. Raises ValueError if the number is unknown."""
     name = common_pb2.RequestState.Name(number)
     return RequestState(name.removeprefix("REQUEST_STATE_"))
 
 
 def state_to_proto(one: RequestState) -> str:
-    """Returns the name of a state in the schema."""
+    """Returns the name of a state in the protobuf schema."""
     return f"REQUEST_STATE_{one.value}"
 
 

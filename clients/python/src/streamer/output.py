@@ -1,4 +1,4 @@
-"""Output of a request: its valid chunks, and the check that none is missing."""
+"""Collects the output of a request, and verifies that no chunk is missing."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ class OutputCollector:
 
     def __init__(self) -> None:
         self.chunks: list[Output] = []
-        """The valid chunks so far."""
+        """Valid chunks so far."""
 
     def apply(self, event: Event) -> None:
         """Applies the next event: adds a chunk, or drops the chunks that a rewind makes void."""
@@ -27,12 +27,12 @@ class OutputCollector:
 
     @property
     def values(self) -> list[Any]:
-        """The values of the valid chunks."""
+        """Values of the valid chunks."""
         return [chunk.value for chunk in self.chunks]
 
     @property
     def data(self) -> bytes:
-        """The concatenated bytes of the valid chunks."""
+        """Concatenated bytes of the valid chunks."""
         return b"".join(chunk.data for chunk in self.chunks)
 
 
@@ -48,7 +48,7 @@ class _Mark:
 
 class LogVerifier:
     """Verifies a log that is read from the beginning: no event may be missing, and the output must
-    match the digest in the terminal event. Keeps one hash per attempt, and no chunks."""
+    match the digest in the terminal event. Stores one hash per attempt, and no chunks."""
 
     def __init__(self) -> None:
         self._last_seq = 0
@@ -57,7 +57,7 @@ class LogVerifier:
         self._marks: list[_Mark] = []
 
     def apply(self, event: Event) -> None:
-        """Verifies the next event. Raises `BrokenLog`."""
+        """Verifies the next event. Raises `BrokenLog` if the log is incomplete."""
         contiguous(self._last_seq, event.seq)
         self._last_seq = event.seq
         if isinstance(event, Output):
@@ -68,7 +68,7 @@ class LogVerifier:
             self._verify(event.output.chunks, event.output.sha256)
 
     def skip_first(self) -> None:
-        """Skips the first event, which contains no output and was acknowledged instead of read."""
+        """Skips the first event, which contains no output and was replaced by an acknowledgment."""
         self._last_seq = 1
 
     def _add(self, chunk: Output) -> None:
@@ -79,7 +79,7 @@ class LogVerifier:
         self._hash.update(chunk.data)
 
     def _rewind(self, seq: int) -> None:
-        """Restores the state before void output; a rewind always covers whole attempts."""
+        """Restores the state before the void output. A rewind always covers whole attempts."""
         while self._marks and self._marks[-1].first_seq > seq:
             mark = self._marks.pop()
             self._chunks, self._hash = mark.chunks, mark.hash

@@ -15,7 +15,7 @@ BYTES = "application/octet-stream"
 
 @dataclass(frozen=True)
 class RawJson:
-    """JSON text that is sent unchanged. Raises ValueError if it is not JSON."""
+    """JSON text that is sent unchanged. Raises ValueError if `data` is not JSON."""
 
     data: bytes
 
@@ -24,7 +24,7 @@ class RawJson:
 
 
 def encode_json(value: Any) -> bytes:
-    """Encodes a value as JSON. Raises TypeError or ValueError if it cannot be encoded."""
+    """Encodes a value as JSON. Raises TypeError or ValueError if the value cannot be encoded."""
     if isinstance(value, RawJson):
         return value.data
     text = json.dumps(value, ensure_ascii=False, allow_nan=False, separators=(",", ":"))
@@ -32,7 +32,7 @@ def encode_json(value: Any) -> bytes:
 
 
 def decode_json(data: bytes | str) -> Any:
-    """Decodes JSON; integers of any size remain exact. Raises ValueError if it is not JSON."""
+    """Decodes JSON; integers of any size remain exact. Raises ValueError if `data` is not JSON."""
     try:
         return json.loads(data, parse_constant=_refuse_constant)
     except RecursionError:
@@ -40,7 +40,7 @@ def decode_json(data: bytes | str) -> Any:
 
 
 def encode_chunk(chunk: Any) -> tuple[str, bytes]:
-    """Returns the content type and bytes of a chunk: text, bytes, or anything else as JSON."""
+    """Returns the content type and bytes of a chunk: text, bytes, or any other value as JSON."""
     if isinstance(chunk, str):
         return TEXT, chunk.encode()
     if isinstance(chunk, (bytes, bytearray, memoryview)):
@@ -49,7 +49,7 @@ def encode_chunk(chunk: Any) -> tuple[str, bytes]:
 
 
 def decode(content_type: str, data: bytes) -> Any:
-    """Decodes a payload: parsed JSON, str for `text/…`, bytes for everything else."""
+    """Decodes a payload to parsed JSON, str for `text/…`, or bytes for all other types."""
     if is_json(content_type):
         return decode_json(data)
     if content_type.startswith("text/"):
@@ -63,7 +63,7 @@ def is_json(content_type: str) -> bool:
 
 
 def to_proto(data: bytes, content_type: str = JSON) -> common_pb2.Payload:
-    """Returns bytes as a payload message."""
+    """Returns a payload message that contains `data`."""
     return common_pb2.Payload(content_type=content_type, data=data)
 
 

@@ -30,23 +30,23 @@ class HandlerRun:
 
     progress: list[ProgressInfo] = field(default_factory=list)
     output: list[Any] = field(default_factory=list)
-    """The chunks: str, bytes, or parsed JSON."""
+    """Output chunks: str, bytes, or parsed JSON."""
     checkpoints: list[Any] = field(default_factory=list)
-    """Every checkpoint: parsed JSON, or bytes that are not JSON."""
+    """Checkpoints: parsed JSON, or bytes if they are not JSON."""
     heartbeats: int = 0
     """Number of heartbeats."""
     result: Any = None
     error: HandlerError | None = None
-    """Why it failed; an exception of another type is its `__cause__`."""
+    """Error of the handler; an exception of a different type is its `__cause__`."""
 
     @property
     def checkpoint(self) -> Any:
-        """The last checkpoint; None if none was saved."""
+        """Last checkpoint; None if no checkpoint was saved."""
         return self.checkpoints[-1] if self.checkpoints else None
 
     @property
     def cancelled(self) -> bool:
-        """Whether it ended because of a cancellation."""
+        """Whether the handler ended because of a cancellation."""
         return self.error is not None and self.error.code is ErrorCode.CANCELLED
 
 
@@ -70,7 +70,8 @@ async def run_handler(
 
     `cancel_when` is called before the handler starts and after each report. When it returns True,
     the request is cancelled: `context.cancelled` is set, and the handler is interrupted if it has
-    not ended `cancel_grace` seconds later. Exceptions of the handler are not raised: see `error`.
+    not ended `cancel_grace` seconds later. Exceptions of the handler are recorded in `error`, not
+    raised.
     """
     reporter = _Recorder(limits or Limits(), cancel_when, cancel_grace)
     context = Context(
@@ -91,7 +92,7 @@ async def run_handler(
 
 
 class _Recorder:
-    """A `Reporter` that records reports."""
+    """Implements `Reporter` by recording reports."""
 
     def __init__(
         self,

@@ -1,6 +1,6 @@
 """The WebSocket client: many requests over one connection, with automatic reconnects.
 
-Needs the extra `websocket`: `pip install streamer-client[websocket]`.
+Requires the extra `websocket`: `pip install streamer-client[websocket]`.
 """
 
 from __future__ import annotations
@@ -34,8 +34,8 @@ class WebSocketClient:
     fresh one: it is called for each connection, and when the token in use is about to expire. The
     client connects on first use, and reconnects with full jitter: it sends unacknowledged messages
     again, and resumes events after the last one received. Methods raise `ServiceError` if the
-    server rejects the call, closes with 4400, 4401 or 4403 (no reconnect follows), or cannot be
-    reached for `retry_for` seconds (None: no limit).
+    server rejects the call, closes the connection with code 4400, 4401 or 4403 (the client does not
+    reconnect), or cannot be reached for `retry_for` seconds (None means no limit).
     """
 
     def __init__(self, url: str, token: Token, *, retry_for: float | None = 60.0) -> None:
@@ -82,7 +82,7 @@ class WebSocketClient:
     ) -> Any:
         """Submits a request, watches it until it ends, and returns its result.
 
-        The arguments are those of `Client.run`. Without an `id` a random one is used, so that the
+        The arguments are those of `Client.run`. Without an `id`, a random ID is used, so that the
         submission can be retried. Cancelling this call does not cancel the request. Raises
         `RequestFailed`, `RequestCancelled`, and `BrokenLog` if events or output are missing.
         """
@@ -105,7 +105,7 @@ class WebSocketClient:
 
     async def watch(self, request_id: str, after_seq: int = 0) -> AsyncGenerator[Event, None]:
         """Yields the events of a request after `after_seq`, past and future, up to the terminal
-        one.
+        event.
 
         Raises `BrokenLog` if an event is missing or, when all events are read (`after_seq` 0), if
         the output does not match the digest in the terminal event. A slow reader does not delay
@@ -161,7 +161,7 @@ def _submission(
     delay: Seconds | None,
     metadata: dict[str, Any] | None,
 ) -> str:
-    """Returns the submission message; `RawJson` in it is sent unchanged."""
+    """Returns the submission message, in which `RawJson` values are unchanged."""
     message: dict[str, Any] = {"type": "request", "id": request_id, "action": action}
     if content is not None:
         message["payload"] = content

@@ -1,4 +1,4 @@
-"""Workers: declare actions and run them for a server.
+"""Workers, which declare actions and run them for a server.
 
 A worker implements docs/worker-protocol.md. Attempts survive a lost connection: handlers keep
 running while the worker opens a new stream, and reports that are not durable are sent again,
@@ -27,7 +27,7 @@ from streamer.action import Action, Seconds, codes, schema_text
 from streamer.errors import ErrorCode
 
 DEFAULT_GRACE = 20.0
-"""How long handlers may keep running when a worker stops, in seconds."""
+"""Default time for which handlers may keep running when a worker stops, in seconds."""
 _ACKNOWLEDGMENT_TIMEOUT = 10.0
 _MAX_SLOTS = 10_000
 
@@ -40,11 +40,11 @@ class Worker:
     `server` is `http://host:port` or `https://host:port`. `token` is a JWT with permission
     `worker:<action>` for every action, or an async callable that returns a fresh one: it is called
     for each stream, and before the stream's token expires. Before a plain token expires, running
-    attempts are released and `serve` raises `WorkerRefused`. `slots` is the number of tasks that
-    run at the same time, 1 to 10,000. `worker_id` identifies this run in the logs of the server; by
-    default the host name and 80 random bits. `display_name` is shown to the owners of the requests
-    that this worker runs, who may belong to other tenants; by default the host name. `version` is
-    the build of the program, for people.
+    attempts are released and `serve` raises `WorkerRefused`. `slots` is the maximum number of
+    concurrent tasks, 1 to 10,000. `worker_id` identifies this run in the logs of the server; by
+    default, it consists of the host name and 80 random bits. `display_name` is shown to the owners
+    of the requests that this worker runs, who may belong to other tenants; by default, it is the
+    host name. `version` is the human-readable version of the program.
     """
 
     def __init__(
@@ -134,7 +134,7 @@ class Worker:
 
     def run(self, grace: float = DEFAULT_GRACE) -> None:
         """Serves until SIGTERM or SIGINT, then calls `stop(grace)`; a second signal ends the grace
-        period. For programs that do nothing else. Raises `WorkerRefused`."""
+        period. Use it in programs that do nothing else. Raises `WorkerRefused`."""
         asyncio.run(self._run(grace))
 
     async def serve(self) -> None:
@@ -151,9 +151,9 @@ class Worker:
             self._registry.close()
 
     async def stop(self, grace: float = DEFAULT_GRACE) -> None:
-        """Stops in order: accepts no more tasks, waits up to `grace` seconds for handlers, releases
-        the remaining attempts (each is retried at once from its last checkpoint), waits for the
-        acknowledgments, and closes the stream."""
+        """Stops gracefully: stops accepting tasks, waits up to `grace` seconds for handlers,
+        releases the remaining attempts (each is retried immediately from its last checkpoint),
+        waits for the acknowledgments, and closes the stream."""
         self._registry.stop_accepting()
         await self._registry.wait_for_handlers(grace)
         await self._registry.release_all()

@@ -1,4 +1,4 @@
-/** A fake processor, driven by the test. */
+/** A fake processor that a test drives. */
 
 import { Server, ServerCredentials } from '@grpc/grpc-js';
 
@@ -65,7 +65,7 @@ export class FakeStream {
   }
 
   /**
-   * Returns the next message of a kind, and discards the messages before it.
+   * Returns the next message of the given kind, and discards the messages before it.
    * @param {string} kind
    * @returns {Promise<any>}
    */
@@ -110,7 +110,7 @@ export class FakeStream {
   }
 }
 
-/** Accepts workers. */
+/** Accepts the streams of workers. */
 export class FakeProcessor {
   #server = new Server();
   /** @type {FakeStream[]} */

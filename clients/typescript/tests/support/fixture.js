@@ -1,4 +1,4 @@
-/** A server with a worker and a client, for most tests. */
+/** A server with a worker and a client, which most tests use. */
 
 import { Client } from '../../src/index.js';
 import { Server } from './server.js';
@@ -6,7 +6,7 @@ import { withTimeout } from './wait.js';
 import { quietWorker } from './worker.js';
 
 /**
- * Resolves once workers offer an action.
+ * Resolves once a worker offers the given action.
  * @param {Client} client
  * @param {string} name
  */

@@ -1,6 +1,6 @@
 /**
- * A real server for the tests: runs the binary `STREAMER_TESTS_BINARY` with its own loopback
- * address and data folder, and can be killed and restarted with the same ones.
+ * A real server for the tests: runs the binary `STREAMER_TESTS_BINARY` with a separate loopback
+ * address and data folder, which it keeps when it is killed and restarted.
  */
 
 import { execFileSync, spawn } from 'node:child_process';
@@ -16,12 +16,12 @@ import { withTimeout } from './wait.js';
 const binary = process.env.STREAMER_TESTS_BINARY ?? '';
 if (!binary) throw new Error('STREAMER_TESTS_BINARY must be the path of the streamer binary');
 
-/** The environment without `STREAMER_…` variables, which configure the server. */
+/** Environment without `STREAMER_…` variables, which configure the server. */
 const env = Object.fromEntries(
   Object.entries(process.env).filter(([name]) => !name.startsWith('STREAMER_')),
 );
 
-/** Short times, so that lost attempts and requests are recovered quickly. */
+/** Settings with short intervals, so that lost attempts and requests are recovered quickly. */
 const SETTINGS = ['execution.lease_duration=1500ms', 'execution.poll_interval=50ms', 'log.filter=warn'];
 
 /** Port that is bound on an address while it is claimed, as in tests/harness/loopback.rs. */

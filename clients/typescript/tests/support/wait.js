@@ -1,11 +1,11 @@
-/** Waits with a timeout that only a failure reaches. */
+/** Waits with a timeout that is reached only if a test fails. */
 
 const TIMEOUT_MS = 30_000;
 
 /**
  * @template T
  * @param {Promise<T>} promise
- * @param {string} description Used in the error message.
+ * @param {string} description Description of the promise for the error message.
  * @returns {Promise<T>}
  */
 export async function withTimeout(promise, description) {

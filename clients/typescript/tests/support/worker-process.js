@@ -1,7 +1,7 @@
 /**
  * A worker program: `node worker-process.js URL TOKEN`. For each step, its action `steps` sends one
- * chunk of output, saves a checkpoint, and prints `at <step>`. Its first attempt waits before the
- * step `hold` until it is stopped or cancelled.
+ * chunk of output, saves a checkpoint, and prints `at <step>`. The first attempt waits before step
+ * `hold` until it is stopped or cancelled.
  */
 
 import { Worker } from '../../src/index.js';

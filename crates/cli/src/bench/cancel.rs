@@ -32,7 +32,7 @@ pub(super) async fn run(target: &LoadTarget, count: usize) -> anyhow::Result<Rep
     Ok(report)
 }
 
-/// Reads messages until one of this kind.
+/// Reads messages up to the first one of the given kind.
 async fn read_until(session: &mut Session, kind: &str) -> anyhow::Result<()> {
     loop {
         let message = session.next().await?;

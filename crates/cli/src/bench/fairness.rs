@@ -1,5 +1,5 @@
-//! Time from submission to start: without load, while one tenant floods the queue, and with the resulting
-//! queue.
+//! Time from the submission of a request to its start: without load, while one tenant floods the queue, and
+//! with the resulting queue.
 
 use std::{collections::HashMap, sync::Arc, time::Duration};
 
@@ -19,11 +19,11 @@ use super::{
     text_after,
 };
 
-/// Maximum number of concurrent calls of the flood.
+/// Maximum number of concurrent calls of the flooding tenant.
 const FLOOD_CALLS: usize = 128;
-/// Number of flood requests that are queued before the measurement starts.
+/// Number of requests of the flooding tenant that are queued before the measurement starts.
 const MIN_FLOODED: usize = 10_000;
-/// Timeout for the last requests to start.
+/// Timeout for the start of the last requests.
 const START_TIMEOUT: Duration = Duration::from_secs(60);
 
 #[derive(Clone, Copy)]
@@ -70,7 +70,7 @@ pub(super) async fn run(target: &LoadTarget, load: Load) -> anyhow::Result<Repor
     Ok(report)
 }
 
-/// Submits `count` requests as fast as the server accepts them, and returns how many it accepted.
+/// Submits `count` requests as fast as the server accepts them, and returns the number of accepted requests.
 async fn flood(api: Arc<Api>, count: usize, flooded: Arc<Semaphore>) -> anyhow::Result<usize> {
     let mut calls = JoinSet::new();
     let mut accepted = 0;
@@ -97,7 +97,7 @@ async fn flood(api: Arc<Api>, count: usize, flooded: Arc<Semaphore>) -> anyhow::
     Ok(accepted)
 }
 
-/// Measures the time from when each request was due to its start, for the tenants with these tokens.
+/// Measures the time between the due time and the start of each request, for the tenants with the given tokens.
 async fn measure(
     target: &LoadTarget,
     tokens: &[String],
@@ -110,7 +110,7 @@ async fn measure(
     for (position, token) in tokens.iter().enumerate() {
         let mut session = Session::connect(&target.url, token).await?;
         session.next_text().await?;
-        // Tenants start spread over one interval.
+        // The start times of the tenants are distributed over one interval.
         let begin = Instant::now() + interval.mul_f64(position as f64 / tokens.len() as f64);
         drivers.spawn(drive(session, name.to_owned(), begin, end, interval));
     }
@@ -121,7 +121,7 @@ async fn measure(
     Ok(waits)
 }
 
-/// Submits requests on schedule, and returns the times from when each was due to its start.
+/// Submits requests on schedule, and returns the time between the due time and the start of each request.
 async fn drive(
     mut session: Session,
     name: String,

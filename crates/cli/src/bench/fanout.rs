@@ -9,11 +9,12 @@ use tokio::time::{Instant, sleep, timeout};
 use super::{LoadTarget, Report, report::MAX_LATENCY, seq_of};
 use crate::server_process::ServerProcess;
 
-/// Delay of each request, to which `START_DELAY_PER_WATCHER` is added for each watcher, so that all watchers
-/// have subscribed before it starts.
+/// Delay before a request starts, so that all watchers have subscribed by then. `START_DELAY_PER_WATCHER` is
+/// added for each watcher.
 const START_DELAY: Duration = Duration::from_millis(500);
+/// Additional delay per watcher.
 const START_DELAY_PER_WATCHER: Duration = Duration::from_micros(500);
-/// Timeout of each event.
+/// Timeout for the receipt of each event.
 const EVENT_TIMEOUT: Duration = Duration::from_secs(120);
 
 #[derive(Clone, Copy)]
@@ -40,7 +41,7 @@ struct Memory {
     after: u64,
 }
 
-/// Time for the server to free the topics of ended requests.
+/// Time allowed for the server to free the topics of ended requests.
 const SETTLE: Duration = Duration::from_secs(12);
 
 pub(super) async fn run(target: &LoadTarget, load: Load) -> anyhow::Result<Report> {
@@ -123,14 +124,14 @@ async fn submit_all(target: &LoadTarget, load: Load, start_delay: Duration) -> a
     Ok(session.close().await?)
 }
 
-/// Events that watchers received.
+/// Statistics of the events that watchers received.
 #[derive(Default)]
 struct Deliveries {
     events: u64,
     faults: u64,
     first: Option<Instant>,
     last: Option<Instant>,
-    /// The longest time from one event to the next.
+    /// Maximum time between two consecutive events.
     silence: Duration,
 }
 
@@ -144,7 +145,7 @@ impl Deliveries {
     }
 }
 
-/// Watches one request from its second event, `started`, to its end. Its handler sends an event every `pause`.
+/// Watches one request from its second event, `started`, to its end. The handler sends an event every `pause`.
 async fn watch(
     mut session: Session,
     request_id: String,

@@ -10,12 +10,12 @@ use super::{LoadTarget, Report};
 
 /// Maximum number of concurrent handshakes.
 const MAX_OPENING: usize = 64;
-/// Size of the client's read buffer in bytes; small, since almost nothing is read.
+/// Size of the client's read buffer, in bytes; small, because the client reads very little.
 const READ_BUFFER: usize = 512;
-/// Time for the server to free the memory of handshakes.
+/// Time allowed for the server to free the memory of handshakes.
 const SETTLE: Duration = Duration::from_secs(2);
-/// Connections opened and closed before the measurement, so that the server has allocated the memory that it
-/// never frees.
+/// Number of connections to open and close before the measurement, so that the server has allocated the memory
+/// that it never frees.
 const WARM_UP_CONNECTIONS: usize = 200;
 
 pub(super) async fn run(target: &LoadTarget, connections: usize) -> anyhow::Result<Report> {

@@ -12,9 +12,9 @@ use super::{
     seq_of, text_after,
 };
 
-/// Time for the server to count the last attempt after its request has ended.
+/// Time allowed for the server to count the last attempt after its request has ended.
 const SETTLE: Duration = Duration::from_millis(200);
-/// Timeout for the last requests to end.
+/// Timeout for the end of the last requests.
 const END_TIMEOUT: Duration = Duration::from_secs(30);
 
 #[derive(Clone, Copy)]
@@ -38,7 +38,7 @@ pub(super) async fn run(target: &LoadTarget, load: Load) -> anyhow::Result<Repor
     let end = begin + load.duration;
     let mut tasks = Vec::with_capacity(connections);
     for (position, session) in sessions.into_iter().enumerate() {
-        // The first connections share the remainder.
+        // The remainder of the division is distributed over the first connections.
         let window =
             load.in_flight / connections + usize::from(position < load.in_flight % connections);
         let interval =
@@ -90,18 +90,18 @@ pub(super) async fn run(target: &LoadTarget, load: Load) -> anyhow::Result<Repor
     Ok(report)
 }
 
-/// Load of one connection.
+/// Generates the load of one connection.
 struct Driver {
     session: Session,
     name: String,
-    /// Number of concurrent requests of a closed loop.
+    /// Number of concurrent requests in a closed loop.
     window: usize,
-    /// Interval between submissions of an open loop.
+    /// Interval between submissions in an open loop; `None` in a closed loop.
     interval: Option<Duration>,
     steps: u32,
     begin: Instant,
     end: Instant,
-    /// Time when each request was due, and `seq` of its last event, by id.
+    /// Time when each running request was due and `seq` of its last event, by request ID.
     running: HashMap<String, (Instant, i64)>,
     submitted: u64,
     latencies: Histogram<u64>,
@@ -163,7 +163,7 @@ impl Driver {
         self.session.feed(message).await
     }
 
-    /// Handles a message. Returns whether a request ended with it.
+    /// Handles a message. Returns whether the message ends a request.
     fn handle(&mut self, message: &str) -> bool {
         let Some(id) = text_after(message, "\"request_id\":\"") else {
             self.faults += 1;
@@ -189,8 +189,8 @@ impl Driver {
             self.faults += 1;
         }
         let now = Instant::now();
-        // Throughput covers requests that ended within the measurement, latency those that were due within
-        // it, even if they ended later.
+        // The throughput includes requests that ended during the measurement; the latency includes requests
+        // that were due during the measurement, even if they ended later.
         self.completed += u64::from(now >= self.begin && now < self.end);
         if *due >= self.begin && *due < self.end {
             record(&mut self.latencies, now - *due);

@@ -33,12 +33,13 @@ pub(super) struct Load {
 struct Case {
     settings: &'static [&'static str],
     flood: Flood,
-    /// Names of the figures: p50 and p99 alone, p50 and p99 beside the flood, rejected messages.
+    /// Names of the figures: p50 and p99 without the flood, p50 and p99 during the flood, and the number of
+    /// rejected messages.
     figures: [&'static str; 5],
 }
 
 enum Flood {
-    /// Sends messages, each of which has one response. The function returns the message with this number.
+    /// Sends messages, each of which has one response. The function returns the message with the given number.
     Messages(fn(u64) -> String),
     /// Opens connections.
     Connections,
@@ -140,11 +141,11 @@ pub(super) async fn run(load: &Load, set: &[String]) -> anyhow::Result<Report> {
     Ok(report)
 }
 
-/// One of the connections that exceed a limit together.
+/// One of the tasks that together exceed a limit.
 struct Flooder {
     url: String,
     token: String,
-    /// Number of its first message; the numbers of the others follow in steps of [`CONNECTIONS`].
+    /// Number of the first message; subsequent numbers increase in steps of [`CONNECTIONS`].
     first: u64,
     per_second: u64,
     stop: Arc<AtomicBool>,

@@ -15,9 +15,9 @@ use tokio::{task::JoinSet, time::sleep};
 
 use super::{LoadTarget, Report, small_requests::measure};
 
-/// Timeout of each request of the flood.
+/// Timeout for each request of the flooding tenant.
 const FLOOD_TIMEOUT: Duration = Duration::from_secs(300);
-/// Time for the server to free memory after the flood.
+/// Time allowed for the server to free memory after the flood.
 const SETTLE: Duration = Duration::from_secs(5);
 
 #[derive(Clone, Copy)]
@@ -70,7 +70,7 @@ pub(super) async fn run(target: &LoadTarget, load: Load) -> anyhow::Result<Repor
     Ok(report)
 }
 
-/// Submits requests with large outputs, each when the one before has ended.
+/// Submits requests with large outputs, each after the previous one has ended, and returns their number.
 async fn flood(api: Api, load: Load, stop: Arc<AtomicBool>) -> anyhow::Result<usize> {
     let payload = format!(
         r#"{{"steps":1,"output_chunks":{},"chunk_bytes":{}}}"#,

@@ -10,7 +10,7 @@ use crate::server_process::ServerProcess;
 
 /// Counter of succeeded requests.
 pub(crate) const SUCCEEDED: &str = "streamer_processor_succeeded_total";
-/// Maximum latency: a stored event must reach its watchers within this time, and every longer latency is a
+/// Maximum latency: the time within which a stored event must reach its watchers. Every longer latency is a
 /// fault.
 pub(crate) const MAX_LATENCY: Duration = Duration::from_secs(5);
 
@@ -46,7 +46,7 @@ impl Report {
         self.figures.push((name, value.into(), unit));
     }
 
-    /// Adds the rate of `count` in `elapsed`, per second.
+    /// Adds the rate per second that corresponds to `count` within `elapsed`.
     pub(crate) fn rate(&mut self, name: &'static str, count: u64, elapsed: Duration) {
         #[expect(clippy::cast_precision_loss, reason = "far below 2^52")]
         let rate = count as f64 / elapsed.as_secs_f64();
@@ -69,8 +69,8 @@ impl Report {
         self.faults += histogram.count_between(limit + 1, u64::MAX);
     }
 
-    /// Adds the events that the server delivered only after a comparison with its store, and the attempts that
-    /// it lost, as faults: neither happens in a single healthy process.
+    /// Adds as faults the events that the server delivered only after a comparison with its store, and the
+    /// attempts that it lost: neither occurs in a single healthy process.
     pub(crate) async fn check_delivery(&mut self, server: &ServerProcess) -> anyhow::Result<()> {
         // Wait for late announcements, which the gauge counts until they arrive.
         while server.metric::<i64>("streamer_progress_unannounced_events").await? > 0 {
@@ -96,7 +96,7 @@ impl Report {
         }
     }
 
-    /// Adds lost, repeated or wrong messages. A benchmark with faults fails.
+    /// Adds the number of lost, repeated or wrong messages. A benchmark with faults fails.
     pub(crate) fn add_faults(&mut self, faults: u64) {
         self.faults += faults;
     }

@@ -15,8 +15,8 @@ use super::{
 /// Timeout of each request.
 const REQUEST_TIMEOUT: Duration = Duration::from_secs(60);
 
-/// Measures the time from the submission of each request to its end. Requests run one after the other, at
-/// most `rate` per second.
+/// Measures the time from the submission of each request to its end. Requests run sequentially, at most `rate`
+/// per second.
 pub(super) async fn measure(
     target: &LoadTarget,
     token: &str,
@@ -39,7 +39,7 @@ pub(super) async fn measure(
         loop {
             let message = timeout(REQUEST_TIMEOUT, session.next_text())
                 .await
-                .context("waiting for the outcome")??;
+                .context("failed to receive the outcome in time")??;
             if message.starts_with("{\"type\":\"complete\"") {
                 break;
             }

@@ -10,7 +10,7 @@ use streamer_proto::{
     timestamp,
 };
 use streamer_store::{
-    Append, Claim, ClaimOutcome, Engine, NewRequest, Owner, Quota, Store, StoredPayload, Writer,
+    Append, Claim, ClaimOutcome, NewRequest, Owner, Quota, Store, StoredPayload, Writer,
 };
 use tempfile::TempDir;
 use tokio::{
@@ -23,7 +23,7 @@ use crate::server_process::ServerProcess;
 
 /// Number of concurrent store operations while the store is filled.
 const WRITERS: usize = 256;
-/// How long claims are counted.
+/// Period during which claims are counted.
 const CLAIM_PERIOD: Duration = Duration::from_secs(3);
 /// Number of server starts, of which the median is reported.
 const STARTS: usize = 5;
@@ -33,7 +33,7 @@ pub(super) async fn run(
     queued: usize,
     settings: &[String],
 ) -> anyhow::Result<Report> {
-    let data = TempDir::with_prefix("streamer-bench-").context("creating a data folder")?;
+    let data = TempDir::with_prefix("streamer-bench-").context("failed to create a data folder")?;
     let began = Instant::now();
     fill(data.path(), finished, queued).await?;
     let fill_time = began.elapsed();
@@ -72,9 +72,9 @@ pub(super) async fn run(
     Ok(report)
 }
 
-/// Creates the requests in the store, with several writers.
+/// Creates the requests in the store with [`WRITERS`] concurrent operations.
 async fn fill(data: &Path, finished: usize, queued: usize) -> anyhow::Result<()> {
-    let store = streamer_store::open(&Engine::Sqlite { data: data.to_owned() })?;
+    let store = streamer_store_sqlite::open(data)?;
     let mut writers = JoinSet::new();
     for position in 0..WRITERS {
         let share = |total: usize| total / WRITERS + usize::from(position < total % WRITERS);

@@ -38,7 +38,7 @@ pub(super) async fn run(
         .into_iter()
         .enumerate()
         .map(|(position, session)| {
-            // Connections start spread over one interval, so that requests are not all due at once.
+            // The start times are distributed over one interval, so that requests are not all due at once.
             let offset =
                 interval.map(|interval| interval.mul_f64(position as f64 / connections as f64));
             tokio::spawn(drive(session, begin, end, interval.zip(offset)))
@@ -64,7 +64,7 @@ pub(super) async fn run(
 }
 
 /// Sends requests until `end`, and returns the latencies since `begin` and the number of faults. `schedule` is
-/// the interval and the first offset of an open loop.
+/// the interval between requests and the offset of the first request in an open loop.
 async fn drive(
     mut session: Session,
     begin: Instant,

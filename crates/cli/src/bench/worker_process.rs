@@ -76,7 +76,8 @@ fn spawn(
             shell
         }
         None => {
-            let mut worker = Command::new(env::current_exe().context("finding this program")?);
+            let mut worker =
+                Command::new(env::current_exe().context("failed to find this program")?);
             worker.args(["worker", "--actions", "echo_async", "--slots", &slots.to_string()]);
             worker
         }
@@ -88,6 +89,6 @@ fn spawn(
         .env("STREAMER_LOG", "warn")
         .stdin(Stdio::null())
         .spawn()
-        .context("starting a worker")?;
+        .context("failed to start a worker")?;
     Ok(WorkerProcess(child))
 }

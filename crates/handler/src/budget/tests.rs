@@ -21,12 +21,12 @@ fn start_waiting(
 ) -> PendingReservation {
     let (budget, tenant) = (budget.clone(), tenant.clone());
     let mut reserving = Box::pin(async move { budget.reserve(&tenant, bytes).await });
-    assert!((&mut reserving).now_or_never().is_none(), "the budget has room");
+    assert!((&mut reserving).now_or_never().is_none(), "the budget has capacity");
     reserving
 }
 
 fn reserve_now(budget: &Arc<MemoryBudget>, tenant: &Arc<str>, bytes: usize) -> Reservation {
-    budget.reserve(tenant, bytes).now_or_never().expect("the budget has room")
+    budget.reserve(tenant, bytes).now_or_never().expect("the budget has capacity")
 }
 
 #[test]
@@ -52,7 +52,7 @@ fn the_tenant_with_the_least_bytes_is_served_first() {
     let third: Arc<str> = "initech".into();
     let (held, small) = (reserve_now(&budget, &acme, 40), reserve_now(&budget, &third, 10));
     let mut first = start_waiting(&budget, &globex, 60);
-    // The budget has room for this one, but not for the earlier one, whose tenant holds less.
+    // The budget has capacity for this reservation, but not for the earlier one, whose tenant has fewer reserved bytes.
     let mut second = start_waiting(&budget, &third, 1);
     drop(held);
     assert_eq!((&mut first).now_or_never().map(|granted| granted.bytes()), Some(60));
@@ -67,7 +67,7 @@ fn a_dropped_waiter_does_not_block_others() {
     let held = reserve_now(&budget, &globex, 60);
     let large = start_waiting(&budget, &acme, 100);
     let mut small = start_waiting(&budget, &acme, 30);
-    // The next waiter is served immediately, and the dropped one leaves nothing behind.
+    // The next waiter is served immediately, and the dropped waiter leaves no state.
     drop(large);
     let granted = (&mut small).now_or_never().unwrap();
     assert_eq!((granted.bytes(), budget.used()), (30, 90));

@@ -30,7 +30,7 @@ async fn only_large_reports_wait_for_the_budget() {
     assert!(!is_ready(waiting.as_mut()));
     let small = ReportQueue::with_budget(budget.clone(), "acme");
     small.push(output(1000)).await.unwrap();
-    // Taken reports hold their reservation until they are dropped.
+    // Reports that were taken keep their reservation until they are dropped.
     let batch = first.take_batch();
     assert!(!is_ready(waiting.as_mut()));
     drop(batch);
@@ -61,7 +61,7 @@ async fn a_small_report_behind_others_is_pushed_once_they_are_taken() {
     let _rest = budget.reserve(&"initech".into(), LARGE / 2 - 64).await;
     let mut waiting = pin!(queue.push(output(1000)));
     assert!(!is_ready(waiting.as_mut()));
-    // Still held, as by a batch in transit.
+    // The batch keeps its reservation, like a batch in transit.
     let _batch = queue.take_batch();
     waiting.await.unwrap();
 }

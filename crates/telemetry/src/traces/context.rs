@@ -1,4 +1,4 @@
-//! Position of a piece of work in a trace, in the format of W3C Trace Context.
+//! Position of an operation in a trace, in the format of W3C Trace Context.
 
 use opentelemetry::{
     Context,
@@ -8,14 +8,15 @@ use opentelemetry::{
 use opentelemetry_sdk::propagation::TraceContextPropagator;
 use streamer_core::TraceParent;
 
-/// A larger `tracestate` is ignored. W3C requires at least 512 characters to be propagated.
+/// Maximum size of a `tracestate`, in bytes; a larger one is ignored. W3C requires that at least 512 characters
+/// are propagated.
 pub const MAX_TRACE_STATE_BYTES: usize = 512;
 /// Length of a `traceparent` of version 00.
 const TRACE_PARENT_BYTES: usize = 55;
 /// Maximum length of a `traceparent`; later versions may be longer than version 00.
 pub(super) const MAX_TRACE_PARENT_BYTES: usize = 256;
 
-/// Position of a piece of work in a trace.
+/// Position of an operation in a trace.
 #[derive(Clone, Debug, PartialEq)]
 pub struct TraceContext(pub(super) SpanContext);
 
@@ -36,14 +37,14 @@ impl Extractor for Headers<'_> {
 }
 
 impl TraceContext {
-    /// Parses the W3C headers. Returns `None` if `traceparent` is invalid; an invalid or too long
-    /// `tracestate` is ignored, as W3C requires.
+    /// Parses the W3C headers. Returns `None` if `traceparent` is invalid. A `tracestate` that is invalid or too
+    /// long is ignored, as W3C requires.
     #[must_use]
     pub fn parse(trace_parent: &str, trace_state: Option<&str>) -> Option<Self> {
         if let (Some(parent), None) = (TraceParent::parse(trace_parent), trace_state) {
             return Some(Self::from_header(parent, TraceState::NONE));
         }
-        // Checked here because the propagator accepts shorter fields.
+        // The length is checked because the propagator accepts shorter fields.
         let is_of_version_00 = trace_parent.starts_with("00-");
         if trace_parent.len() > MAX_TRACE_PARENT_BYTES
             || (is_of_version_00 && trace_parent.len() != TRACE_PARENT_BYTES)
@@ -70,7 +71,7 @@ impl TraceContext {
         span.is_valid().then_some(Self(span))
     }
 
-    /// Returns the W3C `traceparent`, 55 characters.
+    /// Returns the W3C `traceparent`, which has 55 characters.
     #[must_use]
     pub fn trace_parent(&self) -> String {
         self.header().to_text()
@@ -93,20 +94,20 @@ impl TraceContext {
         Self(SpanContext::new(trace, span, flags, true, state))
     }
 
-    /// Returns the W3C `tracestate`, at most [`MAX_TRACE_STATE_BYTES`].
+    /// Returns the W3C `tracestate`, which has at most [`MAX_TRACE_STATE_BYTES`] bytes.
     #[must_use]
     pub fn trace_state(&self) -> Option<String> {
         let state = self.0.trace_state().header();
         (!state.is_empty()).then_some(state)
     }
 
-    /// Returns the trace id: 32 hexadecimal digits.
+    /// Returns the trace ID: 32 hexadecimal digits.
     #[must_use]
     pub fn trace_id(&self) -> String {
         self.header().trace_id_text()
     }
 
-    /// Returns the span id, 16 hexadecimal digits, if this process records the span.
+    /// Returns the span ID, which has 16 hexadecimal digits, if this process records the span.
     pub(crate) fn local_span_id(&self) -> Option<String> {
         let is_local = self.0.is_sampled() && !self.0.is_remote();
         is_local.then(|| self.0.span_id().to_string())
@@ -118,7 +119,7 @@ impl TraceContext {
         self.0.is_sampled()
     }
 
-    /// Returns the same position with this sampling decision.
+    /// Returns the same position with the given sampling decision.
     pub(super) fn with_sampled(&self, sampled: bool) -> Self {
         let state = self.0.trace_state().clone();
         Self(SpanContext::new(self.0.trace_id(), self.0.span_id(), flags(sampled), true, state))

@@ -34,9 +34,9 @@ const QUEUE_CAPACITY: usize = 32_768;
 /// Maximum number of spans per export: the default of `OTEL_BSP_MAX_EXPORT_BATCH_SIZE` in the
 /// OpenTelemetry specification.
 const BATCH_SIZE: usize = 512;
-/// Timeout of an export, including connecting.
+/// Timeout of an export, including the connection setup.
 const EXPORT_TIMEOUT: Duration = Duration::from_secs(10);
-/// How long the first span of a batch waits for further spans.
+/// Maximum time for which the first span of a batch waits for further spans.
 const LINGER: Duration = Duration::from_secs(1);
 
 /// Handle to the exporter.
@@ -59,10 +59,10 @@ impl Pipeline {
         &self.tracer
     }
 
-    /// Starts a root span with these ids and this `tracestate`.
+    /// Starts a root span with the trace ID, span ID, flags and `tracestate` of `ids`.
     pub(super) fn build_with_ids(&self, ids: &SpanContext, builder: SpanBuilder) -> Span {
         NEXT_IDS.set(Some((ids.trace_id(), ids.span_id())));
-        // The SDK ignores the ids of an invalid parent, but uses its `tracestate`.
+        // The SDK ignores the IDs of an invalid parent, but uses its `tracestate`.
         let (flags, state) = (ids.trace_flags(), ids.trace_state().clone());
         let parent = SpanContext::new(TraceId::INVALID, SpanId::INVALID, flags, true, state);
         let parent = Context::new().with_remote_span_context(parent);
@@ -94,7 +94,7 @@ impl Pipeline {
         let (done, is_done) = oneshot::channel();
         let flush = async {
             if self.flushes.send(done).await.is_ok() {
-                // Fails if the exporter has exited: no spans are pending then.
+                // This fails if the exporter has exited, and then no spans are pending.
                 drop(is_done.await);
             }
         };
@@ -248,7 +248,7 @@ impl Exporter {
             Err(error) => {
                 self.counters.failed.inc_by(count);
                 if !std::mem::replace(&mut self.is_failing, true) {
-                    tracing::warn!(%error, "exporting traces failed; spans are dropped");
+                    tracing::warn!(%error, "failed to export traces; spans are dropped");
                 }
             }
         }
@@ -256,11 +256,11 @@ impl Exporter {
 }
 
 thread_local! {
-    /// Ids of the next span that is started on this thread.
+    /// IDs of the next span that is started on this thread.
     static NEXT_IDS: Cell<Option<(TraceId, SpanId)>> = const { Cell::new(None) };
 }
 
-/// Id generator that returns preset ids, or else random ids.
+/// ID generator that returns preset IDs if set, and random IDs otherwise.
 #[derive(Debug, Default)]
 struct PresetIds(RandomIdGenerator);
 
@@ -274,7 +274,7 @@ impl IdGenerator for PresetIds {
     }
 }
 
-/// Returns the ids of an attempt's trace and of its root span.
+/// Returns the IDs of an attempt's trace and of the trace's root span.
 pub(super) fn attempt_ids(uid: [u8; 16], attempt: u32) -> (TraceId, SpanId) {
     let hash = Sha256::new_with_prefix(uid).chain_update(attempt.to_be_bytes()).finalize();
     let mut trace = [0; 16];

@@ -110,7 +110,7 @@ fn a_message_over_the_limit_is_rejected_before_its_payload_arrives() {
 
 #[test]
 fn random_input_is_decoded_or_rejected() {
-    // A generator with a fixed seed (Numerical Recipes' LCG) makes the frames reproducible.
+    // A random number generator with a fixed seed (Numerical Recipes' LCG) makes the frames reproducible.
     let mut state = 1_u32;
     let mut random = || {
         state = state.wrapping_mul(1_664_525).wrapping_add(1_013_904_223);
@@ -159,7 +159,7 @@ fn input_after_a_pause_is_decoded_later() {
 #[test]
 fn buffered_input_uses_at_most_twice_its_bytes() {
     let large = frame(0x81, &vec![b'x'; 1 << 20]);
-    // A large frame in two pieces, and the first byte of the next one.
+    // A large frame in two pieces, and the first byte of the next frame.
     let mut input = [&large[..], &large[..1]].concat();
     let (first, rest) = input.split_at_mut(1 << 19);
     let (mut decoder, mut count) = (Decoder::new(1 << 22), 0);

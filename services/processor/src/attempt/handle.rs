@@ -1,42 +1,42 @@
-//! Control of a running attempt from other tasks.
+//! Handle through which other tasks control a running attempt.
 
 use std::sync::atomic::{AtomicBool, AtomicU32, Ordering};
 
 use parking_lot::Mutex;
 use tokio_util::sync::CancellationToken;
 
-/// Failed renewals that an attempt survives while its final event is being appended. A lease is
-/// renewed three times per lease duration.
+/// Maximum number of renewals that may find no lease while the final event of an attempt is being appended. Equal to
+/// the number of renewals per lease duration.
 pub(super) const MAX_MISSED_RENEWALS: u32 = 3;
 
-/// Control of a running attempt from other tasks.
+/// Handle through which other tasks control a running attempt.
 #[derive(Default)]
 pub(crate) struct AttemptHandle {
-    /// Notifies the handler that cancellation is requested.
+    /// Token that notifies the handler of a requested cancellation.
     pub(crate) cancellation: CancellationToken,
     cancel_reason: Mutex<Option<String>>,
-    /// The lease is lost or abandoned.
+    /// Whether the lease is lost or abandoned.
     fenced: AtomicBool,
     fenced_signal: CancellationToken,
-    /// The final event is being appended: only the log's response decides how the attempt finished.
+    /// Whether the final event is being appended; the response of the log then determines how the attempt finishes.
     finishing: AtomicBool,
-    /// Renewals that did not find the lease.
+    /// Number of renewals that did not find the lease.
     missed_renewals: AtomicU32,
     release_reason: Mutex<Option<&'static str>>,
     release_signal: CancellationToken,
 }
 
 impl AttemptHandle {
-    /// Requests cancellation; the first reason is kept.
+    /// Requests cancellation. Only the reason of the first call is kept.
     pub(crate) fn cancel(&self, reason: &str) {
         self.cancel_reason.lock().get_or_insert_with(|| reason.to_owned());
         self.cancellation.cancel();
     }
 
-    /// Records that the store does not show this attempt as the lease holder. The attempt is
-    /// fenced, unless it is appending its final event: the append ends the lease, and may be
-    /// committed while its response is still in transit. The store rejects an append that arrives
-    /// too late; one that is neither stored nor rejected for a whole lease is abandoned.
+    /// Records that the store does not list this attempt as the holder of the lease. Fences the attempt, unless it is
+    /// appending its final event: the append ends the lease, and may be committed before its response arrives. The
+    /// store rejects an append that arrives too late. An append that is neither stored nor rejected for a lease
+    /// duration is abandoned.
     pub(crate) fn record_missing_lease(&self) {
         let missed = self.missed_renewals.fetch_add(1, Ordering::SeqCst) + 1;
         if !self.finishing.load(Ordering::SeqCst) || missed > MAX_MISSED_RENEWALS {
@@ -44,7 +44,7 @@ impl AttemptHandle {
         }
     }
 
-    /// Fences the attempt: the store rejects whatever it still writes.
+    /// Fences the attempt: it stops, and the store rejects its later writes.
     pub(crate) fn fence(&self) {
         self.fenced.store(true, Ordering::SeqCst);
         self.fenced_signal.cancel();
@@ -57,7 +57,7 @@ impl AttemptHandle {
         self.release_signal.cancel();
     }
 
-    /// Returns the reason of the cancellation if one was requested.
+    /// Returns the cancellation reason if cancellation was requested.
     pub(crate) fn cancel_reason(&self) -> Option<String> {
         self.cancel_reason.lock().clone()
     }

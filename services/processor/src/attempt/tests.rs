@@ -1,4 +1,4 @@
-//! Attempts with an event log that responds when the test says so.
+//! Tests of attempts with an event log whose responses the test controls.
 
 use std::sync::Arc;
 
@@ -24,7 +24,7 @@ use super::*;
 
 type Answer = Result<PublishResponse, Status>;
 
-/// Passes each batch to the test, with a sender for the response.
+/// Event log that passes each batch to the test, with a sender for the response.
 struct ScriptedLog(mpsc::UnboundedSender<(PublishRequest, oneshot::Sender<Answer>)>);
 
 #[tonic::async_trait]
@@ -62,7 +62,7 @@ impl RequestHistory for NoHistory {
     }
 }
 
-/// Succeeds once the token is cancelled.
+/// Handler that succeeds once the token is cancelled.
 struct WaitsForToken(CancellationToken);
 
 #[async_trait]
@@ -153,8 +153,8 @@ async fn a_missing_lease_during_the_final_append_does_not_fence_the_attempt() {
     fixture.may_end.cancel();
     let (batch, answer) = fixture.batches.recv().await.unwrap();
     assert!(matches!(batch.events[0].kind, Some(Kind::Succeeded(_))));
-    // The store has committed the event, which ended the lease; a renewal sees that before the
-    // attempt does.
+    // The store has committed the event, which ended the lease. A renewal observes that before the attempt receives the
+    // response.
     fixture.handle.record_missing_lease();
     tokio::task::yield_now().await;
     assert!(!fixture.handle.is_fenced());

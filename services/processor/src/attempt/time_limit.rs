@@ -4,7 +4,7 @@ use streamer_core::{ActionSpec, ErrorCode, RequestError, Timestamp};
 use streamer_store::RequestRecord;
 use tokio::time::Instant;
 
-/// Earliest time limit of an attempt, and the error to fail with.
+/// Earliest time limit of an attempt, and the error with which the attempt fails when the limit passes.
 pub(super) struct TimeLimit {
     pub(super) at: Instant,
     pub(super) error: RequestError,
@@ -22,13 +22,10 @@ impl TimeLimit {
             error: RequestError::new(ErrorCode::Timeout, message),
         };
         let attempt = spec.start_to_close.map(|limit| {
-            timeout(
-                start_time.plus(limit),
-                "the attempt took longer than its start-to-close timeout",
-            )
+            timeout(start_time.plus(limit), "the attempt exceeded its start-to-close timeout")
         });
         let all = record.close_by.map(|at| {
-            let message = "the request took longer than its schedule-to-close timeout";
+            let message = "the request exceeded its schedule-to-close timeout";
             let mut limit = timeout(at, message);
             limit.error.retryable = false;
             limit

@@ -1,4 +1,4 @@
-//! Leases: renewal for the attempts that run here, and recovery of expired ones.
+//! Renews the leases of running attempts, and recovers attempts whose leases expired.
 
 use std::sync::Arc;
 
@@ -11,17 +11,17 @@ use tokio_util::sync::CancellationToken;
 use super::Dispatcher;
 use crate::{lease_recovery, outcome};
 
-/// Requests read from an index per page.
+/// Maximum number of requests read from an index per page.
 const PAGE: usize = 256;
 
 impl Dispatcher {
-    /// Fails a request that waited too long.
+    /// Fails a queued request whose deadline or schedule-to-close timeout has passed.
     pub(super) async fn fail_unstarted(&self, record: &RequestRecord) {
         let kind = outcome::overdue(record, self.now());
         self.append_final_event(record, Writer::Queued(record.attempt), kind, None).await;
     }
 
-    /// Appends the final event of an attempt that no processor runs, and delivers it.
+    /// Appends and announces the final event of an attempt that no processor runs.
     async fn append_final_event(
         &self,
         record: &RequestRecord,
@@ -47,15 +47,15 @@ impl Dispatcher {
                     self.record_due(retry_at);
                 }
             }
-            // Another processor was first.
+            // Another processor has already finished the attempt.
             Ok(_) => {}
             Err(error) => {
-                tracing::warn!(%error, uid = %record.uid, "finishing an attempt failed; it will be retried");
+                tracing::warn!(%error, uid = %record.uid, "failed to finish an attempt, will retry");
             }
         }
     }
 
-    /// Fails requests that waited too long, also those that this processor cannot run.
+    /// Fails overdue requests, including those that this processor cannot run.
     pub(super) async fn fail_overdue(&self) {
         match self.store.overdue_requests(self.now(), PAGE).await {
             Ok(overdue) => {
@@ -63,16 +63,16 @@ impl Dispatcher {
                     self.fail_unstarted(&record).await;
                 }
             }
-            Err(error) => tracing::warn!(%error, "reading overdue requests failed"),
+            Err(error) => tracing::warn!(%error, "failed to read overdue requests"),
         }
     }
 
-    /// Finishes attempts whose lease expired.
+    /// Finishes attempts whose leases expired.
     pub(super) async fn recover_expired_leases(&self) {
         let expired = match self.store.expired_leases(self.now(), PAGE).await {
             Ok(expired) => expired,
             Err(error) => {
-                tracing::warn!(%error, "reading expired leases failed");
+                tracing::warn!(%error, "failed to read expired leases");
                 return;
             }
         };
@@ -82,10 +82,10 @@ impl Dispatcher {
             }
             let mut declared = self.actions.find(&record.action, &record.owner.tenant);
             if declared.is_none() && self.options.shared {
-                // It may have been declared to another processor since.
+                // The action may have been declared to another processor in the meantime.
                 if let Err(error) = self.actions.load(&*self.store, &*self.environment.clock).await
                 {
-                    tracing::warn!(%error, "loading the declared actions failed");
+                    tracing::warn!(%error, "failed to load the declared actions");
                     return;
                 }
                 declared = self.actions.find(&record.action, &record.owner.tenant);
@@ -98,13 +98,13 @@ impl Dispatcher {
                     self.append_final_event(&record, writer, event.kind, event.retry_at).await;
                 }
                 Err(error) => {
-                    tracing::warn!(%error, uid = %record.uid, "recovering an attempt failed");
+                    tracing::warn!(%error, uid = %record.uid, "failed to recover an attempt");
                 }
             }
         }
     }
 
-    /// Renews the leases of all attempts that run here, with one timer, until `stop`.
+    /// Renews the leases of all running attempts, with one timer, until `stop` is cancelled.
     pub(super) async fn renew_leases_until(self: Arc<Self>, stop: CancellationToken) {
         let mut ticks = interval(self.options.lease / 3);
         ticks.set_missed_tick_behavior(MissedTickBehavior::Delay);
@@ -127,7 +127,7 @@ impl Dispatcher {
             let until = now.plus(self.options.lease);
             match self.store.renew_leases(self.name.clone(), leases, until, now).await {
                 Ok(renewed) => renewed.into_iter().for_each(|renewed| self.apply_renewal(&renewed)),
-                Err(error) => tracing::warn!(%error, "renewing leases failed"),
+                Err(error) => tracing::warn!(%error, "failed to renew leases"),
             }
         }
     }

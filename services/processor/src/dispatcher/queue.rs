@@ -1,4 +1,4 @@
-//! Scan of the queue: starts requests that are due and have capacity.
+//! Scans the queue, and starts due requests while capacity is available.
 
 use std::{
     collections::{HashMap, HashSet},
@@ -9,26 +9,26 @@ use streamer_store::{DueQuery, StoreError};
 
 use super::Dispatcher;
 
-/// Requests of one tenant read from the queue's index per page.
+/// Maximum number of requests of one tenant read from the queue's index per page.
 const PER_TENANT: usize = 256;
-/// Tenants read per page.
+/// Maximum number of tenants read per page.
 const TENANTS: usize = 256;
 
 impl Dispatcher {
-    /// Starts requests that are due while capacity is available.
+    /// Starts due requests while capacity is available.
     pub(super) async fn dispatch(self: &Arc<Self>) -> Result<(), StoreError> {
         let mut scanned_at = self.now();
-        // Due times recorded from here on are compared with the store's at the end.
+        // Due times that are recorded after this point are compared with the store's at the end.
         if self.next_due.lock().take().is_some_and(|due| due <= scanned_at) {
             self.wakeup.mark_scan_pending();
         }
-        // Requests that could not start do not hide those queued behind them.
+        // Pairs of tenant and action without capacity. Later scans skip their requests, and find those behind them.
         let mut blocked = HashSet::new();
         while !self.is_stopping() && self.wakeup.take_pending_scan() {
             let freed = self.wakeup.freed_slots();
             let (actions, full) = self.startable_actions();
             if full {
-                // A released slot starts another scan.
+                // The release of a slot triggers a new scan.
                 self.wakeup.mark_scan_pending();
             }
             if actions.is_empty() {
@@ -57,15 +57,14 @@ impl Dispatcher {
                 blocked.clear();
             }
         }
-        // The scans did not see requests that became due since.
+        // The scans did not find requests that became due after `scanned_at`.
         let due = self.store.next_due(scanned_at).await?;
         let mut next_due = self.next_due.lock();
         *next_due = [*next_due, due].into_iter().flatten().min();
         Ok(())
     }
 
-    /// Returns the actions with capacity for one more attempt, and whether an offered action has
-    /// none at present.
+    /// Returns the actions with capacity for an additional attempt, and whether an offered action has no capacity.
     fn startable_actions(&self) -> (Vec<String>, bool) {
         let mut full = false;
         let mut startable = Vec::new();
@@ -86,15 +85,15 @@ impl Dispatcher {
         (startable, full)
     }
 
-    /// Scans the queue once for these actions; others are excluded if `full`. Returns how many
-    /// requests were started, and whether more may be queued.
+    /// Scans the queue once for `actions`; `full` means that actions without capacity are excluded. Returns the number
+    /// of started requests, and whether more due requests may be queued.
     async fn start_due(
         self: &Arc<Self>,
         actions: &[String],
         full: bool,
         blocked: &mut HashSet<(String, String)>,
     ) -> Result<(usize, bool), StoreError> {
-        // Quarantined requests appear in the page; the limits leave room for them.
+        // The page includes quarantined requests, so the limits are increased by their number.
         let quarantined = self.quarantine.count(self.now());
         let mut limits = self.limits();
         limits.values_mut().filter(|limit| **limit > 0).for_each(|limit| *limit += quarantined);
@@ -115,7 +114,7 @@ impl Dispatcher {
         let page = self.store.due_requests(query).await?;
         let is_complete = page.next_tenant.is_none() && is_first_page;
         *self.after_tenant.lock() = page.next_tenant;
-        // Tenants without capacity, or with as many due requests as the limit, may have more.
+        // Tenants without capacity, or whose due requests reach the limit, may have more due requests.
         let mut counts: HashMap<String, usize> = HashMap::new();
         for request in &page.requests {
             *counts.entry(request.tenant.clone()).or_insert(0) += 1;
@@ -135,9 +134,9 @@ impl Dispatcher {
             let attempt = self.running.lock().get(&request.uid).map(|running| running.attempt);
             match attempt {
                 None => {}
-                // The index does not show the claim yet.
+                // The index does not reflect the claim yet.
                 Some(0) => continue,
-                // A finished attempt is being removed; the next one may start then.
+                // The finished attempt is being removed; the next one may start after that.
                 Some(_) => {
                     remaining.insert(request.tenant);
                     continue;
@@ -166,8 +165,8 @@ impl Dispatcher {
         Ok((started, any_remaining))
     }
 
-    /// Returns how many requests to read for each tenant with running attempts. The index still
-    /// shows requests that are being claimed, so the limits include those.
+    /// Returns the maximum number of requests to read for each tenant with running attempts. The index still contains
+    /// requests that are being claimed, so the limits include those.
     fn limits(&self) -> HashMap<String, usize> {
         let mut limits = self.limiter.available_by_tenant();
         let running = self.running.lock();

@@ -1,4 +1,4 @@
-//! Resumption of attempts that workers still run, started by another processor or before a restart.
+//! Resumes attempts that workers still run, and that another processor or an earlier process has started.
 
 use std::sync::Arc;
 
@@ -16,8 +16,8 @@ use crate::{
 };
 
 impl Dispatcher {
-    /// Resumes an attempt that this worker has; returns `None` if the attempt does not belong to
-    /// the worker. The task knows how many of its reports are durable.
+    /// Resumes an attempt that `worker` runs. Returns its task, which contains the number of durable reports; `None` if
+    /// the attempt does not belong to the worker.
     pub(crate) async fn resume_attempt(
         self: &Arc<Self>,
         worker: &Arc<WorkerSession>,
@@ -44,7 +44,7 @@ impl Dispatcher {
         };
         let Some(record) = self.store.adopt(adopt).await? else { return Ok(None) };
         let handle = Arc::new(AttemptHandle::default());
-        // Only once the lease is held, because an entry blocks other workers from resuming it.
+        // Registered after the lease is acquired, because an entry prevents other workers from resuming the attempt.
         let tenant = record.owner.tenant.clone();
         if !self
             .register(uid, RunningAttempt { attempt, tenant, handle: handle.clone(), remote: true })
@@ -81,7 +81,7 @@ impl Dispatcher {
             spec,
             handler: remote.clone(),
             reports,
-            // The worker has the payload.
+            // The worker already has the payload.
             payload: StoredPayload { content_type: String::new(), data: Bytes::new() },
             checkpoint: None,
             started: None,

@@ -1,4 +1,4 @@
-//! Claim of a request and execution of the attempt, in this process or in a worker.
+//! Claims requests and runs their attempts, in this process or on a worker.
 
 use std::{sync::Arc, time::Duration};
 
@@ -18,7 +18,7 @@ use crate::{
     remote_task::RemoteTask,
 };
 
-/// When an attempt was claimed.
+/// Start and duration of a claim.
 #[derive(Clone, Copy)]
 pub(super) struct ClaimTiming {
     started_at: Timestamp,
@@ -62,17 +62,17 @@ impl Dispatcher {
             }
             Err(error) => {
                 if matches!(error, StoreError::Corrupt { .. }) {
-                    tracing::error!(%error, %uid, "claim failed: the stored request is corrupt");
+                    tracing::error!(%error, %uid, "failed to claim a request: the stored data is corrupt");
                     self.quarantine.insert(uid, now);
                 } else {
-                    tracing::warn!(%error, %uid, "claim failed; the request stays queued");
+                    tracing::warn!(%error, %uid, "failed to claim a request; it stays queued");
                 }
                 self.wakeup.mark_scan_pending();
             }
         }
     }
 
-    /// Returns a queue for the reports of an attempt.
+    /// Creates the queue for the reports of an attempt.
     pub(super) fn report_queue(&self, record: &RequestRecord) -> ReportQueue {
         ReportQueue::with_budget(self.output_budget.clone(), &record.owner.tenant)
     }
@@ -133,14 +133,14 @@ impl Dispatcher {
         if self.run_attempt(attempt_spec, handle, claim_timing).await {
             remote.send_ended();
         } else if self.is_stopping() {
-            // The worker still has the attempt, and will resume it on another processor.
+            // The worker still runs the attempt, and will resume it on another processor.
             remote.worker.unassign(&remote.task);
         } else {
             remote.send_revoke("the attempt has a different owner");
         }
     }
 
-    /// Runs an attempt; returns whether this processor recorded its end durably.
+    /// Runs an attempt; returns whether its final event is durable.
     async fn run_attempt(
         &self,
         attempt_spec: AttemptSpec,
@@ -171,7 +171,7 @@ impl Dispatcher {
                 self.runtime_estimates.record(&tenant, &action, started_at.elapsed());
                 self.count(&kind);
                 match (retry_at, cancel_reason) {
-                    // Requested after the final event was decided.
+                    // Cancellation was requested after the final event was determined.
                     (Some(_), Some(reason)) => self.cancel_queued(uid, reason).await,
                     (Some(retry_at), None) => self.record_due(retry_at),
                     (None, _) => {}
@@ -185,12 +185,12 @@ impl Dispatcher {
         }
     }
 
-    /// Returns the trace of an attempt: a separate one if the submission is sampled.
+    /// Returns the scope of an attempt: with a separate trace if the trace of the submission is sampled.
     fn trace(&self, record: &RequestRecord, claim_timing: Option<ClaimTiming>) -> Scope {
         let Some(parent) = &record.trace_parent else { return Scope::default() };
         let submission = TraceContext::parse(parent, record.trace_state.as_deref());
         let Some(submission) = submission else { return Scope::default() };
-        // Most requests are not sampled, and need no id.
+        // Most requests are not sampled, and do not need the request ID.
         let request_id = if submission.is_sampled() { record.request_id() } else { String::new() };
         self.traces.attempt(&AttemptSpan {
             uid: record.uid,
@@ -214,10 +214,10 @@ impl Dispatcher {
                 self.metrics.cancelled.inc();
                 self.environment.log.announce(record.uid, vec![*event]).await;
             }
-            // It is running again, and the attempt will be notified.
+            // The request is already running again, and its attempt will be notified.
             Ok(_) => {}
             Err(error) => {
-                tracing::warn!(%error, %uid, "cancelling failed; the next attempt will be notified");
+                tracing::warn!(%error, %uid, "failed to cancel a request; its next attempt will be notified");
             }
         }
     }

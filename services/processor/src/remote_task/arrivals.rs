@@ -1,5 +1,4 @@
-//! Tracks which reports of a remote attempt have arrived, and which were dropped and must be sent
-//! again.
+//! Tracks which reports of a remote attempt have arrived, and which were dropped and must be resent.
 
 use std::mem;
 
@@ -11,53 +10,57 @@ use crate::report_buffer::{
     Full, MAX_BYTES, MAX_REPORTS, MIN_WINDOW_BYTES, ReportBuffer, compact, payload_size,
 };
 
-/// What happened to a report.
+/// Result of the arrival of a report.
 #[derive(Debug, PartialEq, Eq)]
 pub(super) enum Arrival {
-    /// Added to the buffer.
+    /// The report was added to the buffer.
     Delivered,
-    /// No room: this report and all later ones are dropped until they are requested again.
+    /// The buffer lacks capacity: the report and all later ones are dropped until they are requested again.
     Dropped,
-    /// A duplicate, or a report that follows a dropped one.
+    /// The report is a duplicate, or follows a dropped one.
     Ignored,
 }
 
 #[derive(Debug, Default)]
 pub(super) struct Arrivals {
+    /// Whether any report has arrived, including dropped ones.
+    has_any: bool,
     /// Number of progress and output reports that have arrived.
     received: i64,
-    /// Number of times that reports were dropped on this stream.
+    /// Number of times that reports were dropped on the current stream.
     resends: i32,
     dropped: Option<Dropped>,
     /// Reservation for the dropped reports.
     reserved: Reservation,
 }
 
-/// Reports dropped since the first one without room.
+/// Dropped reports, starting with the first one for which the buffer lacked capacity.
 #[derive(Debug)]
 struct Dropped {
-    /// Bytes to reserve before they are requested again; 0 afterwards.
+    /// Bytes to reserve before the reports are requested again; 0 once they were requested.
     to_reserve: usize,
-    /// Highest number among them.
+    /// Highest number of the dropped reports.
     last_number: i64,
-    /// Number and bytes of progress and output reports among them.
+    /// Number of progress and output reports among the dropped ones.
     events: usize,
+    /// Total bytes of these progress and output reports.
     bytes: usize,
 }
 
 impl Arrivals {
-    /// State of an attempt whose first `received` reports have arrived.
+    /// Creates the state of an attempt whose first `received` reports have arrived.
     pub(super) fn new(received: i64) -> Self {
         Self { received, ..Self::default() }
     }
 
-    pub(super) fn received(&self) -> i64 {
-        self.received
+    /// Returns whether the worker has sent any report.
+    pub(super) fn has_any(&self) -> bool {
+        self.has_any || self.received > 0
     }
 
-    /// Begins a new stream: the worker sends again what is not durable.
+    /// Resets the state for a new stream, on which the worker resends the reports that are not durable.
     pub(super) fn restart(&mut self) {
-        *self = Self::new(self.received);
+        *self = Self { has_any: self.has_any, ..Self::new(self.received) };
     }
 
     /// Returns the bytes to reserve before dropped reports are requested again; `None` if none are
@@ -66,8 +69,8 @@ impl Arrivals {
         self.dropped.as_ref().map(|dropped| dropped.to_reserve).filter(|bytes| *bytes > 0)
     }
 
-    /// Returns the number after which reports can be sent again, and the number of resends; `None`
-    /// if none are pending.
+    /// Requests dropped reports again, with a reservation for them. Returns the number of the last report that has
+    /// arrived, and the number of resends; `None` if no dropped reports are pending.
     pub(super) fn request_resend(&mut self, reserved: Reservation) -> Option<(i64, i32)> {
         let dropped = self.dropped.as_mut().filter(|dropped| dropped.to_reserve > 0)?;
         dropped.to_reserve = 0;
@@ -75,7 +78,7 @@ impl Arrivals {
         Some((self.received, self.resends))
     }
 
-    /// Accepts a report that the worker sent after `resends` requests to resend.
+    /// Accepts a report that the worker sent after it received `resends` requests to resend.
     ///
     /// # Errors
     /// Fails if the report violates the protocol.
@@ -86,11 +89,9 @@ impl Arrivals {
         resends: i32,
         kind: Kind,
     ) -> Result<Arrival, Status> {
+        self.has_any = true;
         if resends != self.resends {
-            if let Some(dropped) = &mut self.dropped {
-                dropped.add(number, &kind)?;
-            }
-            return Ok(Arrival::Ignored);
+            return self.ignore(number, resends, &kind);
         }
         if self.is_repeat(number, &kind)? {
             return Ok(Arrival::Ignored);
@@ -112,12 +113,27 @@ impl Arrivals {
         Ok(Arrival::Delivered)
     }
 
-    /// Returns whether a report has arrived before.
+    /// Ignores a report that the worker sent before it received the latest request to resend.
+    fn ignore(&mut self, number: i64, resends: i32, kind: &Kind) -> Result<Arrival, Status> {
+        let (received, current) = (self.received, self.resends);
+        let in_flight = received.saturating_add(i64::try_from(MAX_REPORTS).unwrap_or(i64::MAX));
+        match &mut self.dropped {
+            Some(dropped) if resends < current && (0..=in_flight).contains(&number) => {
+                dropped.add(number, kind)?;
+                Ok(Arrival::Ignored)
+            }
+            _ => Err(Status::invalid_argument(format!(
+                "report.resends: must be {current}, is {resends}, with report.number {number} after {received}"
+            ))),
+        }
+    }
+
+    /// Returns whether a report has already arrived. Fails if its number is out of order.
     fn is_repeat(&self, number: i64, kind: &Kind) -> Result<bool, Status> {
         let received = self.received;
         if is_event(kind) {
             if number <= received && number > 0 {
-                return Ok(true); // sent again after a reconnect
+                return Ok(true); // resent after a reconnect
             }
             if number != received + 1 {
                 return Err(Status::invalid_argument(format!(
@@ -130,18 +146,18 @@ impl Arrivals {
                 return Ok(true);
             }
             return Err(Status::invalid_argument(format!(
-                "report.number: must be {received}, the last progress or output report, is {number}"
+                "report.number: must be {received}, as in the last progress or output report, is {number}"
             )));
         }
         Ok(false)
     }
 
-    /// Reserves bytes for a report, from the reservation for dropped reports first.
+    /// Reserves bytes for a report, preferably from the reservation for dropped reports.
     fn reserve(&mut self, buffer: &ReportBuffer, bytes: usize) -> Option<Reservation> {
         if self.reserved.bytes() >= bytes {
             return Some(self.reserved.split(bytes));
         }
-        // Attempts that hold a part while they wait for the whole could wait for each other.
+        // Attempts that keep part of a reservation while they wait for the rest could deadlock.
         drop(mem::take(&mut self.reserved));
         buffer.try_reserve(bytes)
     }
@@ -149,11 +165,11 @@ impl Arrivals {
 
 impl Dropped {
     fn new(needed: usize) -> Self {
-        // With room for this report alone, each report after it would be dropped again.
+        // With capacity for this report alone, each later report would be dropped again.
         Self { to_reserve: needed.max(MIN_WINDOW_BYTES), last_number: 0, events: 0, bytes: 0 }
     }
 
-    /// Counts a dropped report. A worker has no more in transit than may be unacknowledged.
+    /// Counts a dropped report. Fails if the worker exceeds the limits on unacknowledged reports.
     fn add(&mut self, number: i64, kind: &Kind) -> Result<(), Status> {
         self.last_number = self.last_number.max(number);
         if is_event(kind) {
@@ -173,7 +189,7 @@ fn is_event(kind: &Kind) -> bool {
 
 fn full(Full: Full) -> Status {
     Status::resource_exhausted(format!(
-        "more than {MAX_REPORTS} reports or {MAX_BYTES} bytes of them are not acknowledged \
+        "more than {MAX_REPORTS} reports, or {MAX_BYTES} bytes of reports, are unacknowledged \
          (welcome.max_unacknowledged, welcome.max_unacknowledged_bytes)"
     ))
 }
@@ -226,7 +242,7 @@ mod tests {
             assert_eq!(arrivals.accept(&buffer, number, 1, kind).unwrap(), Arrival::Delivered);
         }
         assert_eq!(arrivals.accept(&buffer, 4, 1, small()).unwrap(), Arrival::Delivered);
-        assert_eq!((arrivals.received(), budget.used()), (4, 103_000));
+        assert_eq!((arrivals.received, budget.used()), (4, 103_000));
     }
 
     #[tokio::test]

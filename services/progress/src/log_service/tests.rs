@@ -1,9 +1,8 @@
-//! Appends whose caller disconnects.
+//! Tests of appends whose callers disconnect.
 
 use futures_util::poll;
 use streamer_core::SystemClock;
 use streamer_proto::common::v1::{Succeeded, event::Kind};
-use streamer_store::{Engine, open};
 use streamer_telemetry::Metrics;
 use tempfile::TempDir;
 
@@ -13,7 +12,7 @@ use crate::{testing::running_request, topics::Read};
 #[tokio::test]
 async fn an_append_reaches_watchers_after_its_caller_disconnects() {
     let data = TempDir::new().unwrap();
-    let store = open(&Engine::Sqlite { data: data.path().to_owned() }).unwrap();
+    let store = streamer_store_sqlite::open(data.path()).unwrap();
     let metrics = ProgressMetrics::new(&Metrics::new());
     let topics = Arc::new(Topics::new(store.clone(), metrics.clone(), None, false));
     let clock = Arc::new(SystemClock);
@@ -32,7 +31,7 @@ async fn an_append_reaches_watchers_after_its_caller_disconnects() {
         ..PublishRequest::default()
     };
     {
-        // The store's writer has the append when the call is dropped.
+        // The call is dropped after the store's writer has received the append.
         let mut call = Box::pin(service.publish(Request::new(batch)));
         assert!(poll!(&mut call).is_pending());
         tokio::task::yield_now().await;

@@ -1,22 +1,22 @@
-//! Counts which watchers of a topic have its newest event, without I/O.
+//! Counts the watchers of a topic that have its newest event. Performs no I/O.
 
 use std::time::Duration;
 
 use tokio::time::Instant;
 
-/// Watchers of one topic that have been up to date at least once.
+/// Delivery state of the watchers of one topic that have been up to date at least once.
 #[derive(Debug, Default)]
 pub(crate) struct Delivery {
     newest_seq: i64,
     newest_at: Option<Instant>,
-    /// Watchers that have the newest event.
+    /// Number of watchers that have the newest event.
     up_to_date: usize,
-    /// Watchers that were up to date and lack the newest event.
+    /// Number of watchers that were up to date before and do not have the newest event.
     behind: usize,
 }
 
-/// State of one watcher in a [`Delivery`]: the newest event when the watcher was last up to date; `None` during
-/// its initial replay.
+/// State of one watcher in a [`Delivery`]: `seq` of the newest event when the watcher was last up to date; `None`
+/// during the initial replay of the watcher.
 #[derive(Clone, Copy, Debug, Default)]
 pub(crate) struct Position(Option<i64>);
 
@@ -51,7 +51,7 @@ impl Delivery {
         }
     }
 
-    /// Returns for how long the newest event has been undelivered to a watcher; zero if all have it.
+    /// Returns the time for which the newest event has not reached every watcher; zero if all watchers have it.
     pub(crate) fn undelivered_for(&self, now: Instant) -> Duration {
         match self.newest_at {
             Some(at) if self.behind > 0 => now.saturating_duration_since(at),

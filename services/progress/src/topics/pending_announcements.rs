@@ -1,4 +1,4 @@
-//! Counts events of a topic that were found in the store before their announcement, without I/O.
+//! Counts the events of a topic that were found in the store before their announcement. Performs no I/O.
 
 use std::time::Duration;
 
@@ -9,15 +9,16 @@ use tokio::time::Instant;
 /// as a lost announcement.
 const ANNOUNCEMENT_TIMEOUT: Duration = Duration::from_secs(5);
 
-/// The latest gap between the announced and the stored events.
+/// Latest gap between the announced and the stored events.
 #[derive(Debug, Default)]
 pub(crate) struct PendingAnnouncements {
-    /// The gap begins after this `seq` and ends at `last_seq`.
+    /// `seq` of the last event before the gap.
     after_seq: i64,
+    /// `seq` of the last event in the gap.
     last_seq: i64,
-    /// Events of the gap that have not been announced.
+    /// Number of events in the gap that have not been announced.
     pending: i64,
-    /// When the gap was found.
+    /// Time at which the gap was found.
     since: Option<Instant>,
 }
 
@@ -33,7 +34,8 @@ impl PendingAnnouncements {
         stored - known
     }
 
-    /// Records that the events from `first` to `last` were announced. Returns how many of them were pending.
+    /// Records that the events from `first` to `last` were announced. Returns the number of these events that were
+    /// pending.
     pub(crate) fn record_announced(&mut self, first: i64, last: i64) -> i64 {
         let announced = last.min(self.last_seq) - first.max(self.after_seq + 1) + 1;
         let confirmed = announced.clamp(0, self.pending);
@@ -45,7 +47,7 @@ impl PendingAnnouncements {
         confirmed
     }
 
-    /// Returns and resets the number of pending events once they are overdue.
+    /// Returns and resets the number of pending events if they are overdue; otherwise returns 0.
     pub(crate) fn take_lost(&mut self, now: Instant) -> i64 {
         match self.since {
             Some(since) if now.saturating_duration_since(since) >= ANNOUNCEMENT_TIMEOUT => {

@@ -1,4 +1,4 @@
-//! The latest events of one request in memory, without I/O.
+//! Latest events of one request, kept in memory. Performs no I/O.
 
 use std::collections::VecDeque;
 
@@ -6,9 +6,9 @@ use prost::Message;
 use streamer_proto::common::v1::{Event, Request};
 use streamer_rpc::{apply_event, compact_event, compact_request, is_terminal};
 
-/// Maximum number of events.
+/// Maximum number of events in a tail.
 const MAX_EVENTS: usize = 1024;
-/// Maximum bytes of events, unless a single event is larger.
+/// Maximum bytes of the events in a tail, unless a single event is larger.
 const MAX_BYTES: usize = 256 * 1024;
 
 /// Result of a read.
@@ -16,18 +16,18 @@ const MAX_BYTES: usize = 256 * 1024;
 pub(crate) enum Read {
     /// The next events.
     Events(Vec<Event>),
-    /// The next events are not in memory: read them from the store.
+    /// The next events are not in memory and must be read from the store.
     InStore,
     /// No newer event exists yet.
     UpToDate,
-    /// No event will follow.
+    /// The log has ended: no event will follow.
     Ended,
 }
 
-/// A contiguous run of events that ends with the latest known one.
+/// Contiguous sequence of events that ends with the latest known one.
 #[derive(Debug, Default)]
 pub(crate) struct Tail {
-    /// The request as of the latest event; `None` until it is loaded.
+    /// Request as of the latest event; `None` until it is loaded.
     snapshot: Option<Request>,
     events: VecDeque<Event>,
     bytes: usize,
@@ -37,7 +37,7 @@ pub(crate) struct Tail {
 }
 
 impl Tail {
-    /// Returns the request as of the latest event.
+    /// Returns the request as of the latest event; `None` if it is not loaded.
     pub(crate) fn snapshot(&self) -> Option<&Request> {
         self.snapshot.as_ref()
     }
@@ -46,7 +46,7 @@ impl Tail {
         self.last_seq
     }
 
-    /// Returns the bytes of the events.
+    /// Returns the total bytes of the events.
     pub(crate) fn bytes(&self) -> usize {
         self.bytes
     }
@@ -55,7 +55,7 @@ impl Tail {
         self.ended
     }
 
-    /// Replaces the snapshot by the stored request, which may be older than the events in memory.
+    /// Replaces the snapshot with the stored request, which may be older than the events in memory.
     pub(crate) fn load(&mut self, request: &Request) {
         use streamer_core::RequestState;
         let next = self.events.front().map_or(self.last_seq + 1, |first| first.seq);
@@ -77,8 +77,8 @@ impl Tail {
         self.snapshot = Some(request);
     }
 
-    /// Adds durable events. Known events are skipped; after a gap, the events before it are dropped, and
-    /// readers read them from the store.
+    /// Adds durable events. Known events are skipped. If a gap precedes an event, all events before the gap are
+    /// dropped, and readers read them from the store.
     pub(crate) fn push(&mut self, events: &[Event]) {
         for event in events {
             if event.seq <= self.last_seq {
@@ -103,8 +103,8 @@ impl Tail {
         }
     }
 
-    /// Drops the oldest events until the rest have at most `bytes`. Readers read dropped events from the
-    /// store.
+    /// Drops the oldest events until the remaining ones have at most `bytes` bytes. Readers read dropped events from
+    /// the store.
     pub(crate) fn shrink_to(&mut self, bytes: usize) {
         while self.bytes > bytes {
             self.drop_oldest();
@@ -124,7 +124,7 @@ impl Tail {
         self.ended = true;
     }
 
-    /// Reads the events after `after_seq`: at most `max_events`, ending once `max_bytes` are reached.
+    /// Reads at most `max_events` events after `after_seq`; the events end once they have `max_bytes` bytes.
     pub(crate) fn read(&self, after_seq: i64, max_events: usize, max_bytes: usize) -> Read {
         if after_seq >= self.last_seq {
             return if self.ended { Read::Ended } else { Read::UpToDate };
@@ -153,7 +153,7 @@ impl Tail {
     }
 }
 
-/// Memory of an event that shares no buffers: its fields and what they point to.
+/// Returns the approximate memory of an event that shares no buffers: its fields and the data that they refer to.
 fn memory_bytes(event: &Event) -> usize {
     size_of::<Event>() + event.encoded_len()
 }

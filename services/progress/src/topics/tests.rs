@@ -1,8 +1,8 @@
-//! Topics of several requests.
+//! Tests of the registry of topics.
 
 use streamer_core::Timestamp;
 use streamer_proto::common::v1::{Accepted, Output, Payload, Started, event::Kind, payload::Body};
-use streamer_store::{Append, AppendOutcome, Engine, Writer, open};
+use streamer_store::{Append, AppendOutcome, Writer};
 use streamer_telemetry::Metrics;
 
 use super::*;
@@ -15,7 +15,7 @@ fn event(seq: i64, kind: Kind) -> Event {
 #[tokio::test]
 async fn a_stale_announcement_of_a_running_request_is_ignored() {
     let data = tempfile::tempdir().unwrap();
-    let store = open(&Engine::Sqlite { data: data.path().to_owned() }).unwrap();
+    let store = streamer_store_sqlite::open(data.path()).unwrap();
     let topics = Topics::new(store, ProgressMetrics::new(&Metrics::new()), None, false);
     let accepted = event(1, Kind::Accepted(Accepted::default()));
     let created = |uid: Uid| Request { uid: uid.to_string(), last_seq: 1, ..Request::default() };
@@ -33,7 +33,7 @@ async fn a_stale_announcement_of_a_running_request_is_ignored() {
 async fn the_total_of_all_tails_stays_within_its_limit() {
     const CHUNK: usize = 1024 * 1024;
     let data = tempfile::tempdir().unwrap();
-    let store = open(&Engine::Sqlite { data: data.path().to_owned() }).unwrap();
+    let store = streamer_store_sqlite::open(data.path()).unwrap();
     let topics = Topics::new(store, ProgressMetrics::new(&Metrics::new()), None, false);
     let chunk = |seq| {
         let data = Payload { body: Some(Body::Data(vec![7; CHUNK].into())), ..Payload::default() };
@@ -77,7 +77,7 @@ async fn the_total_of_all_tails_stays_within_its_limit() {
 #[tokio::test]
 async fn only_events_that_are_never_announced_count_as_missed() {
     let data = tempfile::tempdir().unwrap();
-    let store = open(&Engine::Sqlite { data: data.path().to_owned() }).unwrap();
+    let store = streamer_store_sqlite::open(data.path()).unwrap();
     let metrics = ProgressMetrics::new(&Metrics::new());
     let topics = Topics::new(store.clone(), metrics.clone(), None, false);
     let uid = Uid::new(Timestamp::default());
@@ -120,7 +120,7 @@ async fn only_events_that_are_never_announced_count_as_missed() {
 #[tokio::test]
 async fn a_comparison_that_finds_nothing_does_not_delay_the_next_one() {
     let data = tempfile::tempdir().unwrap();
-    let store = open(&Engine::Sqlite { data: data.path().to_owned() }).unwrap();
+    let store = streamer_store_sqlite::open(data.path()).unwrap();
     let metrics = ProgressMetrics::new(&Metrics::new());
     let topics = Topics::new(store.clone(), metrics, None, true);
     let uid = Uid::new(Timestamp::default());

@@ -1,4 +1,4 @@
-//! One request in memory, with the notification of its watchers.
+//! One request in memory, which notifies its watchers of new events.
 
 use std::{
     sync::{
@@ -31,9 +31,9 @@ pub(crate) struct Topic {
     /// Publishes `last_seq`, which wakes watchers when it changes.
     updates: watch::Sender<i64>,
     loaded: OnceCell<()>,
-    /// Rounds of maintenance since the last new event.
+    /// Number of rounds of maintenance since the last new event.
     idle_rounds: AtomicU32,
-    /// Bytes of the events of all tails, including this one.
+    /// Total bytes of the events of all tails, including this one.
     total_bytes: Arc<AtomicUsize>,
 }
 
@@ -72,7 +72,7 @@ impl Topic {
         self.state.lock().tail.read(after_seq, max_events, max_bytes)
     }
 
-    /// Reads the events after `after_seq` for a watcher that has all events up to there.
+    /// Reads the events after `after_seq` for a watcher that has all events up to `after_seq`.
     pub(crate) fn read_for_watcher(
         &self,
         position: &mut Position,
@@ -95,7 +95,7 @@ impl Topic {
         self.state.lock().delivery.remove(position);
     }
 
-    /// Adds announced events. Returns how many of them had been found in the store before.
+    /// Adds announced events. Returns the number of these events that were found in the store before.
     pub(super) fn push(&self, events: &[Event]) -> i64 {
         self.change(|state| {
             self.track_bytes(&mut state.tail, |tail| tail.push(events));
@@ -113,13 +113,13 @@ impl Topic {
         self.change(|state| self.track_bytes(&mut state.tail, |tail| tail.load(request)));
     }
 
-    /// Loads the stored request if it is newer. Returns the number of events by which it is ahead.
+    /// Loads the stored request if it is newer. Returns the number of events by which the store is ahead.
     pub(super) fn catch_up(&self, record: &RequestRecord) -> i64 {
         self.change(|state| self.catch_up_in(state, record))
     }
 
-    /// Loads the stored request if it is newer, and expects the announcement of the events by which it is
-    /// ahead. Returns their number.
+    /// Loads the stored request if it is newer, and records that the events by which the store is ahead have yet to be
+    /// announced. Returns the number of these events.
     pub(super) fn expect_announcement(&self, record: &RequestRecord) -> i64 {
         self.change(|state| {
             let known = state.tail.last_seq();
@@ -143,7 +143,7 @@ impl Topic {
         self.state.lock().unannounced.take_lost(now)
     }
 
-    /// Changes the topic, and wakes watchers if that adds newer events.
+    /// Changes the topic, and wakes watchers if the change adds newer events.
     fn change<T>(&self, change: impl FnOnce(&mut TopicState) -> T) -> T {
         let (result, last_seq) = {
             let mut state = self.state.lock();
@@ -181,17 +181,17 @@ impl Topic {
         }
     }
 
-    /// Drops the oldest events until the rest have at most `bytes`.
+    /// Drops the oldest events until the remaining ones have at most `bytes` bytes.
     pub(super) fn shrink_to(&self, bytes: usize) {
         self.track_bytes(&mut self.state.lock().tail, |tail| tail.shrink_to(bytes));
     }
 
-    /// Returns for how long the newest event has been undelivered to a watcher.
+    /// Returns the time for which the newest event has not reached every watcher.
     pub(super) fn undelivered_for(&self, now: Instant) -> Duration {
         self.state.lock().delivery.undelivered_for(now)
     }
 
-    /// Starts a round of maintenance. Returns the number of rounds before it since the last new event.
+    /// Starts a round of maintenance. Returns the number of previous rounds since the last new event.
     pub(super) fn next_round(&self) -> u32 {
         self.idle_rounds.fetch_add(1, Ordering::Relaxed)
     }
@@ -202,11 +202,11 @@ impl Topic {
 
     /// Marks the request as loaded: it has been read from the store, or announced.
     pub(super) fn set_loaded(&self) {
-        // Fails only if another call has loaded it, with the same effect.
+        // Fails only if the request is already marked as loaded.
         drop(self.loaded.set(()));
     }
 
-    /// Runs `load` unless the request is loaded. Concurrent calls wait for one of them.
+    /// Runs `load` unless the request is loaded. Concurrent calls wait for the one that runs `load`.
     pub(super) async fn load_once<E>(
         &self,
         load: impl Future<Output = Result<(), E>>,
@@ -222,7 +222,7 @@ impl Topic {
         self.updates.receiver_count() > 0
     }
 
-    /// Whether the topic must stay in memory: it is watched, or an announcement is expected.
+    /// Returns whether the topic must stay in memory: it is watched, or an announcement is pending.
     pub(super) fn is_needed(&self) -> bool {
         self.is_watched() || self.state.lock().unannounced.is_pending()
     }
@@ -235,10 +235,10 @@ impl Drop for Topic {
     }
 }
 
-/// Keeps a topic in memory while it exists.
+/// Subscription to a topic, which keeps the topic in memory.
 pub(crate) struct Subscription {
     pub(crate) topic: Arc<Topic>,
-    /// The `last_seq` of the topic.
+    /// Receiver for the `last_seq` of the topic.
     pub(crate) updates: watch::Receiver<i64>,
 }
 

@@ -1,4 +1,4 @@
-//! Changes whose caller disconnects.
+//! Tests of changes whose caller disconnects.
 
 use futures_util::poll;
 use streamer_auth::Principal;
@@ -8,7 +8,6 @@ use streamer_proto::internal::v1::{
     event_log_service_server::{EventLogService, EventLogServiceServer},
 };
 use streamer_rpc::{Instances, local};
-use streamer_store::{Engine, open};
 use streamer_telemetry::Metrics;
 use tempfile::TempDir;
 use tokio::sync::{Semaphore, mpsc};
@@ -16,7 +15,7 @@ use tonic::{Request, Response};
 
 use super::*;
 
-/// Forwards announcements to the test, each once `gate` has a permit.
+/// Forwards each announcement to the test after acquiring a permit from `gate`.
 struct Announcements {
     gate: Arc<Semaphore>,
     announced: mpsc::UnboundedSender<AnnounceRequest>,
@@ -51,7 +50,7 @@ struct Fixture {
 
 fn fixture() -> Fixture {
     let data = TempDir::new().unwrap();
-    let store = open(&Engine::Sqlite { data: data.path().to_owned() }).unwrap();
+    let store = streamer_store_sqlite::open(data.path()).unwrap();
     let (sender, announced) = mpsc::unbounded_channel();
     let gate = Arc::new(Semaphore::new(0));
     let announcements = Announcements { gate: gate.clone(), announced: sender };
@@ -128,7 +127,7 @@ async fn a_stored_cancellation_is_announced_after_its_caller_disconnects() {
     fixture.announced.recv().await.unwrap();
     {
         let mut call = Box::pin(fixture.service.cancel(&fixture.caller, "one", "enough".into()));
-        // Polls until the cancellation is stored; the gate holds its announcement.
+        // Polls until the cancellation is stored; the gate blocks its announcement.
         let mut is_cancelled = false;
         while !is_cancelled {
             assert!(poll!(&mut call).is_pending());

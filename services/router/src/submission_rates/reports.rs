@@ -17,11 +17,11 @@ use super::{RateKey, SubmissionRates};
 
 const REPORT_INTERVAL: Duration = Duration::from_secs(1);
 const REPORT_TIMEOUT: Duration = Duration::from_secs(1);
-/// Maximum size of a report; the largest counts come first.
+/// Maximum size of a report, in bytes. The largest counts are included first.
 const MAX_REPORT_BYTES: usize = 1024 * 1024;
 /// Maximum number of entries that are read from a report.
 const MAX_REPORT_ENTRIES: usize = 20_000;
-/// Size of an entry without its names, in bytes.
+/// Size of a report entry without its names, in bytes.
 const ENTRY_BYTES: usize = 32;
 
 /// This router and its peers.
@@ -33,7 +33,7 @@ pub struct PeerRouters {
     pub members: Instances,
 }
 
-/// Receives the reports of other routers.
+/// Receives reports from other routers.
 pub struct AdmissionApi {
     rates: Arc<SubmissionRates>,
     clock: Arc<dyn Clock>,
@@ -59,7 +59,7 @@ impl AdmissionService for AdmissionApi {
         }
         let (router, now): (Arc<str>, _) = (router.into(), self.clock.now());
         if *router == *self.own {
-            // This router reported to itself, through an address that it does not recognise.
+            // This router sent the report to itself, through an address that it does not recognise as its own.
             return Ok(Response::new(ReportSubmissionsResponse {}));
         }
         for AdmittedSubmissions { tenant_id, user_id, count } in
@@ -72,7 +72,7 @@ impl AdmissionService for AdmissionApi {
     }
 }
 
-/// Reports the submissions that this router admitted to the other routers, until `shutdown`.
+/// Reports to the other routers the submissions that this router admitted, until `shutdown` is cancelled.
 pub(crate) async fn exchange_reports(
     rates: &SubmissionRates,
     others: PeerRouters,
@@ -118,7 +118,7 @@ async fn send(member: &Instance, report: ReportSubmissionsRequest) {
     let name = &*member.name;
     match timeout(REPORT_TIMEOUT, client.report_submissions(report)).await {
         Ok(Ok(_)) => {}
-        Ok(Err(status)) => tracing::debug!(%status, name, "reporting submissions failed"),
-        Err(_) => tracing::debug!(name, "reporting submissions timed out"),
+        Ok(Err(status)) => tracing::debug!(%status, name, "failed to report submissions"),
+        Err(_) => tracing::debug!(name, "timed out reporting submissions"),
     }
 }

@@ -1,4 +1,4 @@
-//! Rates of one router and of several routers.
+//! Tests of the rates of one router and of several routers.
 
 use std::collections::HashMap;
 

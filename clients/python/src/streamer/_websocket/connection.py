@@ -1,4 +1,4 @@
-"""Connects, and reconnects while the session needs a connection."""
+"""Opens WebSocket connections, and reconnects while the session needs a connection."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from streamer.errors import ErrorCode, ServiceError
 
 _PROTOCOL = Subprotocol("streamer.v1.json")
 _MAX_FRAME_BYTES = 256 * 1024 * 1024
-# Close codes and HTTP statuses after which reconnecting with the same configuration fails again.
+# Close codes and HTTP status codes after which a reconnect with the same configuration would fail.
 _FATAL_CODES = {
     4400: ErrorCode.VALIDATION_ERROR,
     4401: ErrorCode.UNAUTHORIZED,
@@ -29,10 +29,11 @@ _FATAL_CODES = {
     404: ErrorCode.NOT_FOUND,
 }
 # Close code for too many connections or too many messages. The server may close a connection with
-# it after a successful handshake.
+# this code after a successful handshake.
 _RATE_LIMITED = 4429
+# Additional delay before a reconnect after close code `_RATE_LIMITED`, in seconds.
 _RATE_LIMITED_DELAY = 1.0
-# A connection that stays open for this long after `connected` resets the retry budget.
+# Time for which a connection must stay open after `connected` to reset the retry budget.
 _STABLE_SECONDS = 3.0
 
 _logger = logging.getLogger("streamer.websocket")
@@ -41,7 +42,7 @@ _logger = logging.getLogger("streamer.websocket")
 async def keep_connected(
     url: str, tokens: TokenSource, session: Session, retry_for: float | None
 ) -> None:
-    """Connects whenever the session needs a connection, until a fatal error closes the session."""
+    """Connects while the session needs a connection, until a fatal error closes the session."""
     try:
         await _reconnect_loop(url, tokens, session, retry_for)
     except ServiceError as fatal:
@@ -56,7 +57,7 @@ async def keep_connected(
 async def _reconnect_loop(
     url: str, tokens: TokenSource, session: Session, retry_for: float | None
 ) -> None:
-    """Runs one connection at a time. Raises `ServiceError` when reconnecting cannot succeed."""
+    """Runs one connection at a time. Raises `ServiceError` if a reconnect cannot succeed."""
     budget = RetryBudget(retry_for)
     while True:
         while not session.needs_connection:
@@ -79,14 +80,14 @@ async def _reconnect_loop(
 async def _run_connection(
     url: str, tokens: TokenSource, session: Session, budget: RetryBudget
 ) -> Exception:
-    """Runs one connection until it is lost, and returns the reason. Raises `ServiceError` when
-    reconnecting cannot succeed."""
+    """Runs one connection until it is lost, and returns the reason. Raises `ServiceError` if a
+    reconnect cannot succeed."""
     try:
         token = await tokens.get()
     except InvalidToken as error:
         raise ServiceError(ErrorCode.UNAUTHORIZED, str(error)) from error
     except Exception as error:
-        _logger.warning("getting a token failed", exc_info=True)
+        _logger.warning("failed to get a token", exc_info=True)
         return error
     headers = {"Authorization": f"Bearer {token}"}
     try:
@@ -107,7 +108,7 @@ async def _run_connection(
 
 
 async def _read_and_write(socket: ClientConnection, session: Session, budget: RetryBudget) -> None:
-    """Reads and writes concurrently until one of them fails, and raises its error."""
+    """Reads and writes messages concurrently until one of the two fails, and raises its error."""
     tasks = [
         asyncio.create_task(_read(socket, session, budget)),
         asyncio.create_task(_write(socket, session)),

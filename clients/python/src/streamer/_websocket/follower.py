@@ -20,7 +20,7 @@ from streamer.events import Event, Terminal
 from streamer.model import RequestState
 from streamer.output import LogVerifier, contiguous
 
-# At most this many events are queued for a slow reader; the server's log keeps the rest.
+# Maximum number of events queued for a slow reader; later events remain in the server's log.
 _MAX_QUEUED_EVENTS = 1000
 
 
@@ -28,11 +28,11 @@ class Phase(Enum):
     """State of a follower."""
 
     OPENING = auto()
-    """The opening message is not sent, or not acknowledged."""
+    """The opening message has not been sent, or has not been acknowledged."""
     LIVE = auto()
     """The server sends events."""
     PAUSED = auto()
-    """The reader is slow: unsubscribed until the queue is empty."""
+    """The reader is slow; the follower is unsubscribed until the queue is empty."""
     ENDED = auto()
     """No more events follow."""
 
@@ -46,12 +46,12 @@ class Response:
 
 
 class Follower:
-    """State of one request, and the events queued for its reader."""
+    """Follows one request, and queues its events for the reader."""
 
     def __init__(
         self, request_id: str, submission: str | None, after_seq: int, retry_budget: RetryBudget
     ) -> None:
-        """`submission` is the message that submits the request; None if the request exists.
+        """`submission` is the message that submits the request; None if it already exists.
         `retry_budget` limits retries after transient errors of the server."""
         self.request_id = request_id
         self.phase = Phase.OPENING
@@ -59,7 +59,7 @@ class Follower:
         self.was_sent = False
         """Whether the opening message was sent on any connection."""
         self._submission = submission
-        # The `seq` after which missing events were requested again.
+        # `seq` after which missing events were last requested again.
         self._gap_requested_after: int | None = None
         self._last_seq = after_seq
         self._verifier = LogVerifier() if after_seq == 0 else None
@@ -68,11 +68,11 @@ class Follower:
 
     @property
     def is_submitting(self) -> bool:
-        """Whether the submission is not acknowledged yet."""
+        """Whether the submission has not been acknowledged yet."""
         return self._submission is not None
 
     def opening_message(self) -> str:
-        """Returns the message to send on a new connection: the submission (under the same id)
+        """Returns the message to send on a new connection: the submission (with the same ID)
         until it is acknowledged, then a subscription to the events after the last one received."""
         if self._submission is not None:
             return self._submission
@@ -84,7 +84,7 @@ class Follower:
         return json.dumps(subscribe)
 
     def reopen(self) -> None:
-        """Marks the subscription as lost, to be opened again."""
+        """Marks the subscription as lost, so that it is opened again."""
         if self.phase is Phase.LIVE:
             self.phase = Phase.OPENING
 
@@ -103,7 +103,7 @@ class Follower:
         state = str(frame.get("state"))
         ended = state in RequestState.__members__ and RequestState(state).is_terminal
         if ended and int(frame.get("last_seq", 0)) <= self._last_seq:
-            # The terminal event was received before: no events follow.
+            # The terminal event was received earlier: no events follow.
             self.fail(EOFError())
 
     def on_response(self, frame: Frame) -> None:
@@ -112,11 +112,11 @@ class Follower:
         self.phase = Phase.ENDED
 
     def on_event(self, frame: Frame) -> bool:
-        """Handles an event of the log. Returns False if the reader is too slow for more. Raises
-        `BrokenLog`, and whatever `frames.event` raises.
+        """Handles an event of the log. Returns False if the reader is too slow to receive more
+        events. Raises `BrokenLog`, and the exceptions of `frames.event`.
 
-        Missing events are requested again once (the phase is then OPENING): a subscription to the
-        same request under its other id moves the server's position in the log.
+        Missing events are requested again once (the phase is then OPENING), because a subscription
+        to the same request with its other ID moves the server's position in the log.
         """
         if self.phase is not Phase.LIVE:
             return True  # the server sends it again after the next subscription
@@ -139,13 +139,13 @@ class Follower:
         return self.phase is not Phase.PAUSED
 
     def fail(self, error: Exception) -> None:
-        """Ends the follower; the reader gets `error` after the queued events."""
+        """Ends the follower; the reader receives `error` after the queued events."""
         if self.phase is not Phase.ENDED:
             self.phase = Phase.ENDED
             self._put(error)
 
     async def next(self) -> Event | Response:
-        """Returns the next event or the response. Raises the error passed to `fail`; that is
+        """Returns the next event or the response. Raises the error passed to `fail`, which is
         `EOFError` if no events follow."""
         while not self._queue:
             self._not_empty.clear()

@@ -1,4 +1,4 @@
-"""Parses the server's messages of `streamer.v1.json`."""
+"""Parses messages from the server in protocol `streamer.v1.json`."""
 
 from __future__ import annotations
 
@@ -22,24 +22,24 @@ class Frame:
     members: dict[str, Member]
 
     def get(self, name: str, otherwise: Any = None) -> Any:
-        """Returns the value of a member, or `otherwise` if it is missing."""
+        """Returns the value of member `name`, or `otherwise` if the member is missing."""
         member = self.members.get(name)
         return otherwise if member is None else member.value
 
     @property
     def type(self) -> str:
-        """The type of the message."""
+        """Type of the message."""
         return str(self.get("type", ""))
 
 
 def parse(text: str) -> Frame:
-    """Parses a message. Raises ValueError if it is not a JSON object."""
+    """Parses a message. Raises ValueError if `text` is not a JSON object."""
     return Frame(rawjson.members(text))
 
 
 def event(frame: Frame) -> Event:
-    """Returns an event of a request's log. Raises ValueError or KeyError if a field is missing or
-    invalid."""
+    """Returns the event of a request's log in a message. Raises ValueError or KeyError if a field
+    is missing or invalid."""
     seq, attempt = int(frame.get("seq")), int(frame.get("attempt", 0))
     time, kind = _timestamp(frame.get("timestamp")), frame.type
     if kind == "accepted":
@@ -76,8 +76,8 @@ def _terminal(frame: Frame, seq: int, attempt: int, time: datetime) -> Event:
 
 
 def content(frame: Frame, name: str) -> tuple[str, bytes]:
-    """Returns the content type and bytes of a payload: JSON is the source text of the member, text
-    is a string, everything else is base64."""
+    """Returns the content type and bytes of the payload in member `name`. The member contains JSON
+    as its source text, text as a string, and all other payloads in base64."""
     member = frame.members[name]
     content_type = str(frame.get("content_type", payload.JSON))
     if payload.is_json(content_type):
@@ -88,7 +88,7 @@ def content(frame: Frame, name: str) -> tuple[str, bytes]:
 
 
 def failure(frame: Frame) -> Failure:
-    """Returns the `error` of an event."""
+    """Returns the failure in member `error` of an event."""
     error = frame.get("error") or {}
     return Failure(
         _code(error.get("code")),
@@ -99,7 +99,7 @@ def failure(frame: Frame) -> Failure:
 
 
 def service_error(frame: Frame) -> ServiceError:
-    """Returns the `error` of a message that rejects one of the client's messages."""
+    """Returns the error in a message that rejects a message of the client."""
     error = failure(frame)
     details = error.details if isinstance(error.details, dict) else {}
     violations = [

@@ -1,5 +1,5 @@
-"""Parses a JSON object and keeps the source text of each member: the digest of the output is over
-those bytes, and encoding a parsed value again may give different ones."""
+"""Parses a JSON object and keeps the source text of each member. The digest of the output is
+computed over the source text; encoding a parsed value again may yield different text."""
 
 from __future__ import annotations
 
@@ -14,26 +14,26 @@ from streamer import payload
 _SPACE = re.compile(r"[ \t\n\r]*")
 _STRING = r'"[^"\\]*(?:\\.[^"\\]*)*"'
 _NAME = re.compile(_STRING, re.DOTALL)
-# The tokens that matter for finding the end of a value; strings, because they may contain brackets.
+# Tokens that determine the end of a value; includes strings, because they may contain brackets.
 _MARK = re.compile(rf"{_STRING}|[{{}}\[\],]", re.DOTALL)
 
 
 @dataclass(frozen=True)
 class Member:
-    """Value of a member, parsed on first use."""
+    """Member of a JSON object, whose value is parsed on first use."""
 
     text: str
-    """Everything between the colon and the comma or brace that follows, including white space."""
+    """Source text between the colon and the comma or brace that follows, with white space."""
 
     @cached_property
     def value(self) -> Any:
-        """The parsed value. Raises ValueError if the text is not valid JSON."""
+        """Parsed value. Raises ValueError if the text is not valid JSON."""
         return payload.decode_json(self.text)
 
 
 def members(text: str) -> dict[str, Member]:
     """Returns the members of the JSON object in `text`. Raises ValueError if it is not an object.
-    Values are parsed lazily: an invalid one raises when it is read, not here."""
+    Values are parsed lazily: an invalid value raises ValueError when it is read."""
     found: dict[str, Member] = {}
     at = _expect(text, 0, "{")
     if text[at : at + 1] == "}":

@@ -1,4 +1,4 @@
-"""Requests followed over one connection, and the dispatch of its messages. No I/O."""
+"""Follows the requests of a client over one connection, and dispatches its messages. No I/O."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ _logger = logging.getLogger("streamer.websocket")
 
 
 class Session:
-    """Followed requests and pending cancellations of a client, across reconnects."""
+    """Manages the followed requests and pending cancellations of a client, across reconnects."""
 
     def __init__(self, tokens: TokenSource, retry_for: float | None) -> None:
         self.outbox: deque[str] = deque()
@@ -38,15 +38,15 @@ class Session:
         self.changed = asyncio.Event()
         """Set when `outbox` is not empty or a connection is needed."""
         self.reconnect_after = 0.0
-        """Set while the server drains: reconnect within this many seconds."""
+        """Maximum delay before the next reconnect, in seconds, if the server drains; else 0."""
         self._tokens = tokens
         self._retry_for = retry_for
-        # In the order in which they started.
+        # Followers by request ID, in the order in which they were created.
         self._followers: dict[str, Follower] = {}
-        # Submissions that were sent and have no reader, until the server responds: later messages
-        # about the same request must not overtake them.
+        # Followers without a reader whose submissions were sent, by request ID, until the server
+        # responds: later messages about the same request must not overtake a submission.
         self._detached: dict[str, Follower] = {}
-        # Cancellations without a response.
+        # Cancellations without a response, by request ID: the message, and the future result.
         self._cancels: dict[str, tuple[str, asyncio.Future[None]]] = {}
         self._connected = False
         self._max_message_bytes: int | None = None
@@ -63,11 +63,11 @@ class Session:
         """Whether the server has sent `connected` on the current connection."""
         return self._connected
 
-    # Calls of the client.
+    # Methods that the client calls.
 
     def follow(self, request_id: str, submission: str | None, after_seq: int) -> Follower:
-        """Starts to follow a request. Raises the error of a closed session, and ValueError if this
-        client follows the request already."""
+        """Starts following a request. Raises the error with which the session was closed, and
+        ValueError if the client already follows the request."""
         if self._close_error is not None:
             raise self._close_error
         if request_id in self._followers:
@@ -93,7 +93,7 @@ class Session:
             self._send_cancel(request_id)
 
     def resume(self, follower: Follower) -> None:
-        """Subscribes again for a paused follower whose reader has caught up."""
+        """Renews the subscription of a paused follower whose reader has caught up."""
         follower.phase = Phase.OPENING
         self._open(follower)
 
@@ -109,7 +109,7 @@ class Session:
             self._send_cancel(request_id)
         await asyncio.shield(self._cancels[request_id][1])
 
-    # Changes of the connection.
+    # Changes in the state of the connection.
 
     def on_disconnect(self) -> None:
         """Handles the loss of the connection: messages that were sent may not have arrived."""
@@ -129,17 +129,17 @@ class Session:
                 answered.set_exception(error)
 
     def close(self, error: Exception) -> None:
-        """Closes the session after a fatal error, or with the client; later calls raise `error`."""
+        """Closes the session after a fatal error or with the client. Later calls raise `error`."""
         self._close_error = error
         self.fail_all(error)
         for task in self._tasks:
             task.cancel()
 
-    # Messages of the server.
+    # Messages from the server.
 
     def handle_message(self, text: str) -> None:
-        """Dispatches one message. Raises ValueError if it is malformed. A message that is malformed
-        for one request fails that request only."""
+        """Dispatches one message. Raises ValueError if it is not a JSON object. A malformed message
+        about one request fails only that request."""
         frame = frames.parse(text)
         kind = frame.type
         if kind == "connected":
@@ -167,8 +167,9 @@ class Session:
             self._send_cancel(request_id)
 
     def _follower_of(self, frame: Frame) -> Follower | None:
-        """Returns the follower that a message is for. Of two followers of one request, by `id` and
-        by `uid`, the first gets the messages; the second fails once the server has responded."""
+        """Returns the follower of the request that a message is about. If a request has two
+        followers, by `id` and by `uid`, the first receives the messages; the second fails once the
+        server has responded."""
         request_id, uid = _request_ids(frame)
         if request_id in self._detached:
             return self._detached[request_id]
@@ -224,8 +225,8 @@ class Session:
             self._release_detached(follower)
 
     def _fail(self, follower: Follower, error: Exception, *, acknowledged: bool = False) -> None:
-        """Fails a follower. A cancellation that waits for its opening message is sent if the server
-        has `acknowledged` that message, and fails otherwise."""
+        """Fails a follower. A cancellation that waits for the opening message of the follower is
+        sent if the server has `acknowledged` that message, and fails otherwise."""
         opening = follower.phase is Phase.OPENING
         follower.fail(error)
         self._release_detached(follower)
@@ -284,7 +285,7 @@ class Session:
         if self._tokens.renewable:
             self._send(json.dumps({"type": "auth", "token": await self._tokens.get()}))
 
-    # Messages to the server: none before it has sent `connected`.
+    # Messages to the server. None is sent before the server has sent `connected`.
 
     def _open(self, follower: Follower) -> None:
         if self._detached.get(follower.request_id, follower) is not follower:
@@ -320,16 +321,17 @@ class Session:
     def _on_task_done(self, task: asyncio.Task[None]) -> None:
         self._tasks.discard(task)
         if not task.cancelled() and task.exception() is not None:
-            _logger.warning("getting a fresh token failed", exc_info=task.exception())
+            _logger.warning("failed to get a fresh token", exc_info=task.exception())
 
 
 def _request_ids(frame: Frame) -> tuple[str, str]:
-    """Returns the ids of the request that a message is about: the caller's `id` and the `uid`."""
+    """Returns the IDs of the request that a message is about: the caller's `id` and the `uid`."""
     return str(frame.get("request_id")), str(frame.get("uid"))
 
 
 def _is_transient(error: ServiceError) -> bool:
-    """Returns whether the same message may succeed later; a rate limit must come with a delay."""
+    """Returns whether the same message may succeed later. A RATE_LIMITED error is transient only if
+    it specifies a delay."""
     if error.code is ErrorCode.RATE_LIMITED:
         return error.retry_after is not None
     return error.code is ErrorCode.UNAVAILABLE

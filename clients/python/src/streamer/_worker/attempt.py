@@ -1,4 +1,4 @@
-"""One attempt: its handler, context and reports."""
+"""Runs one attempt: its handler, context and reports."""
 
 from __future__ import annotations
 
@@ -23,13 +23,13 @@ from streamer.context import Context
 from streamer.errors import Cancelled, ErrorCode, FatalError, HandlerError
 
 Key = tuple[str, int]
-"""Identifies an attempt: `uid` and attempt number."""
+"""Key of an attempt: `uid` and attempt number."""
 
 _logger = logging.getLogger("streamer.worker")
 
 
 class Attempt:
-    """Runs one handler; receives its reports as the `Reporter` of the context."""
+    """Runs the handler of an attempt, and receives its reports as `Reporter` of the context."""
 
     def __init__(
         self,
@@ -46,14 +46,14 @@ class Attempt:
         self._handler = handler
         self._on_change = on_change
         self._room_available = asyncio.Event()
-        # Why the attempt was dropped. A dropped attempt sends no reports.
+        # Reason why the attempt was dropped, if it was. A dropped attempt sends no reports.
         self._drop_reason: str | None = None
-        # Why the attempt is released.
+        # Reason why the attempt is released, if it is.
         self._release_reason: str | None = None
         self._interruption: asyncio.TimerHandle | None = None
         self._task: asyncio.Task[None] | None = None
 
-    # Calls of the registry.
+    # Methods that the registry calls.
 
     def start(self) -> asyncio.Task[None]:
         """Starts the handler."""
@@ -63,29 +63,30 @@ class Attempt:
         return self._task
 
     def acknowledge(self, number: int, max_unacknowledged_bytes: int = 0) -> None:
-        """Removes durable reports: those up to `number`. `max_unacknowledged_bytes` replaces the
-        limit; 0 keeps it."""
+        """Removes the reports up to `number`, which are durable. `max_unacknowledged_bytes`
+        replaces the current limit; 0 keeps it."""
         if max_unacknowledged_bytes > 0:
             self.limits = replace(self.limits, max_unacknowledged_bytes=max_unacknowledged_bytes)
         self.reports.acknowledge(number)
         self._room_available.set()
-        # Reports may be waiting for room in the send window.
+        # Reports may be waiting for capacity in the send window.
         self._on_change(self)
 
     def resume(self, number: int, limits: Limits) -> None:
-        """Continues on a new stream after report `number`."""
+        """Continues on a new stream, on which the reports after report `number` are sent."""
         self.limits = limits
         self.reports.resume(number)
         self._room_available.set()
         self._on_change(self)
 
     def resend(self, number: int, resends: int) -> None:
-        """Sends the reports after `number` again, which the server dropped."""
+        """Resends the reports after report `number`, which the server dropped. `resends` is the
+        number of `resend` messages on the current stream."""
         self.reports.resend(number, resends)
         self._on_change(self)
 
     def next_report(self) -> worker_pb2.Report | None:
-        """Returns the next report to send."""
+        """Returns the next report to send; None if no report can be sent."""
         return self.reports.next_unsent(self.limits)
 
     def cancel(self, reason: str, grace: float) -> None:
@@ -99,8 +100,8 @@ class Attempt:
         self._interruption = loop.call_later(grace, self._task.cancel)
 
     def drop(self, reason: str) -> None:
-        """Interrupts the handler and sends no further reports: this worker no longer owns the
-        attempt."""
+        """Interrupts the handler and sends no further reports, because this worker no longer owns
+        the attempt."""
         self._drop_reason = reason
         self._interrupt()
 
@@ -119,14 +120,14 @@ class Attempt:
     # Implementation of `Reporter`.
 
     async def progress(self, progress: common_pb2.Progress) -> None:
-        """Queues a progress report, once there is room."""
+        """Queues a progress report once the queue has capacity."""
         await self._wait_for_room()
         if not self.sync:
             self.reports.add_progress(progress)
             self._on_change(self)
 
     async def output(self, chunk: common_pb2.Payload) -> None:
-        """Queues an output report, once there is room."""
+        """Queues an output report once the queue has capacity."""
         await self._wait_for_room()
         if not self.sync:
             self.reports.add_output(chunk)
@@ -177,7 +178,9 @@ class Attempt:
             self._finish(outcome)
         except Exception:
             # Without a final report the attempt would never end.
-            _logger.exception("reporting the end of %s on %s/%s", self.context.action, *self.key)
+            _logger.exception(
+                "failed to report the end of %s on %s/%s", self.context.action, *self.key
+            )
             fallback = HandlerError("the error could not be reported")
             self._finish(_handlers.HandlerResult(error=fallback))
 
@@ -192,7 +195,7 @@ class Attempt:
             assert outcome is not None and outcome.error is not None
             self.reports.finish(error=_error(outcome.error))
         elif self.sync:
-            # A sync action cannot be released: its caller gets an error and may retry.
+            # A sync action cannot be released: its caller receives an error and may retry.
             error = HandlerError(self._release_reason, code=ErrorCode.UNAVAILABLE)
             self.reports.finish(error=_error(error))
         else:
@@ -209,7 +212,7 @@ class Attempt:
 
 
 async def handle_unknown_action(context: Context, payload: object) -> None:
-    """Handler for actions that this worker did not declare."""
+    """Handler for actions that this worker does not declare; fails the attempt."""
     message = f"this worker does not declare action {context.action!r}"
     raise FatalError(message, code=ErrorCode.INVALID_ACTION)
 
@@ -246,7 +249,7 @@ def _error(error: HandlerError) -> common_pb2.Error:
 
 
 def _details(details: object) -> bytes | None:
-    """Returns the details of an error as JSON; None if they cannot be sent [26]."""
+    """Returns the details of an error as JSON; None if they are not valid JSON or too large."""
     if details is None:
         return None
     try:

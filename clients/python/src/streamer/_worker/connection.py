@@ -1,4 +1,4 @@
-"""Opens streams, and reconnects until the worker is closed. Numbers in brackets are rules of
+"""Opens `Work` streams, and reconnects until the worker is closed. Numbers in brackets are rules of
 docs/worker-protocol.md."""
 
 from __future__ import annotations
@@ -83,7 +83,7 @@ class Connection:
             except grpc.aio.AioRpcError as error:
                 resets_backoff = self._check_status(error.code(), error.details(), stream.welcomed)
             except asyncio.InvalidStateError:
-                # A write after the end of the stream raises this error; the status has the reason.
+                # A write to an ended stream raises this error; the status contains the reason.
                 status = await call.code(), await call.details()
                 resets_backoff = self._check_status(*status, stream.welcomed)
             finally:
@@ -94,8 +94,8 @@ class Connection:
         return stream.heartbeat_answered and resets_backoff
 
     async def _metadata(self) -> tuple[tuple[str, str], ...] | None:
-        """Returns the metadata with a token; None if getting one fails, or the worker is closed
-        meanwhile."""
+        """Returns the metadata of a stream, including a token; None if no token can be obtained or
+        the worker is closed first."""
         getting = asyncio.ensure_future(self._tokens.metadata())
         closed = asyncio.ensure_future(self._registry.closed.wait())
         try:
@@ -104,22 +104,22 @@ class Connection:
         except InvalidToken as error:
             raise WorkerRefused(str(error)) from error
         except Exception:
-            _logger.warning("getting a token failed", exc_info=True)
+            _logger.warning("failed to get a token", exc_info=True)
             return None
         finally:
             getting.cancel()
             closed.cancel()
 
     def _check_status(self, code: grpc.StatusCode, details: str | None, welcomed: bool) -> bool:
-        """Logs why a stream ended; returns whether the status permits resetting the backoff. Raises
-        `WorkerRefused` if reconnecting cannot succeed."""
+        """Logs why a stream ended; returns whether its status allows resetting the backoff. Raises
+        `WorkerRefused` if a reconnect cannot succeed."""
         status = f"{code.name}: {details}"
-        # A token that cannot be renewed stays invalid once it has expired.
+        # A token that cannot be renewed remains invalid after it has expired.
         expired = code is grpc.StatusCode.UNAUTHENTICATED and not self._tokens.renewable
         if (code in _FATAL_CODES and not welcomed) or expired:
             raise WorkerRefused(f"{self._server} rejected this worker: {status}")
         if code is grpc.StatusCode.ALREADY_EXISTS:
-            raise WorkerRefused(f"another program uses this worker's id: {status}")
+            raise WorkerRefused(f"another program uses this worker's ID: {status}")
         if code is grpc.StatusCode.INVALID_ARGUMENT:
             _logger.error("stream to %s violated the protocol: %s", self._server, status)
         elif not self._registry.closed.is_set():

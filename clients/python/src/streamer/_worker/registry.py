@@ -1,4 +1,4 @@
-"""All attempts of a worker, and the dispatch of the server's messages to them. No I/O."""
+"""Manages the attempts of a worker, and dispatches messages from the server to them. No I/O."""
 
 from __future__ import annotations
 
@@ -19,19 +19,20 @@ _logger = logging.getLogger("streamer.worker")
 
 
 class AttemptRegistry:
-    """The attempts of a worker, the queue of those with reports to send, and the shutdown state."""
+    """Manages the attempts of a worker, the queue of attempts with reports to send, and the
+    shutdown of the worker."""
 
     def __init__(self, handlers: Mapping[str, Handler]) -> None:
         self.changed = asyncio.Event()
-        """Set when a message can be sent, or the shutdown state has changed."""
+        """Set when a message can be sent or the shutdown state has changed."""
         self.connected = asyncio.Event()
         """Set while a stream is open and the server has sent `welcome`."""
         self.session_secret = b""
-        """Authenticates later streams as this worker's; empty before the first `welcome`."""
+        """Secret that identifies later streams as this worker's; empty before `welcome`."""
         self.stopping = False
         """Whether the worker accepts no more tasks."""
         self.closed = asyncio.Event()
-        """Set when nothing remains to be sent: the stream can be closed."""
+        """Set when nothing remains to be sent, so that the stream can be closed."""
         self._handlers = handlers
         self._limits = Limits()
         self._attempts: dict[Key, Attempt] = {}
@@ -43,17 +44,17 @@ class AttemptRegistry:
     # Messages to the server.
 
     def resumable(self) -> list[worker_pb2.Attempt]:
-        """Returns the attempts that a new stream can resume: all but sync tasks."""
+        """Returns the attempts that a new stream can resume: all except sync tasks."""
         keys = [attempt.key for attempt in self._attempts.values() if not attempt.sync]
         return [worker_pb2.Attempt(uid=uid, attempt=number) for uid, number in keys]
 
     def heartbeat(self) -> worker_pb2.Heartbeat:
-        """Returns a heartbeat with every attempt that runs or whose end is not acknowledged."""
+        """Returns a heartbeat that lists all attempts that run or whose end is not acknowledged."""
         attempts = [worker_pb2.Attempt(uid=uid, attempt=number) for uid, number in self._attempts]
         return worker_pb2.Heartbeat(attempts=attempts)
 
     def next_report(self) -> worker_pb2.Report | None:
-        """Returns the next report to send, round-robin over the attempts that have any."""
+        """Returns the next report to send, in round-robin order of the attempts with reports."""
         while self._ready:
             key, _ = self._ready.popitem(last=False)
             attempt = self._attempts.get(key)
@@ -63,11 +64,11 @@ class AttemptRegistry:
                 return report
         return None
 
-    # Messages of the server.
+    # Messages from the server.
 
     def on_welcome(self, welcome: worker_pb2.Welcome, declared: list[worker_pb2.Attempt]) -> None:
-        """Starts a stream: resumes the attempts that `hello` declared and the server still assigns
-        to this worker, and drops the others."""
+        """Handles the start of a stream: of the attempts that `hello` declared, resumes those that
+        the server still assigns to this worker, and drops the others."""
         self.connected.set()
         # Older servers send no secret.
         self.session_secret = welcome.session_secret or self.session_secret
@@ -83,14 +84,14 @@ class AttemptRegistry:
                 self._drop(key, "the server did not resume it")
 
     def on_stream_end(self) -> None:
-        """Drops sync tasks, which end with their stream."""
+        """Handles the end of a stream: drops sync tasks, which end with it."""
         self.connected.clear()
         sync = [key for key, attempt in self._attempts.items() if attempt.sync]
         for key in sync:
             self._drop(key, "its stream has ended")
 
     def on_task(self, task: worker_pb2.Task) -> None:
-        """Starts an attempt, or releases it at once while the worker stops."""
+        """Starts an attempt, or releases it immediately if the worker is stopping."""
         key = (task.uid, task.attempt)
         if key in self._attempts:
             return
@@ -114,7 +115,7 @@ class AttemptRegistry:
                 self._drop(attempt.key, "it has ended")
 
     def on_resend(self, one: worker_pb2.Resend) -> None:
-        """Sends reports again that the server dropped."""
+        """Resends reports that the server dropped."""
         attempt = self._attempts.get((one.uid, one.attempt))
         if attempt is not None:
             attempt.resend(one.number, one.resends)
@@ -134,12 +135,12 @@ class AttemptRegistry:
     # Shutdown.
 
     def stop_accepting(self) -> None:
-        """Accepts no more tasks."""
+        """Stops accepting tasks."""
         self.stopping = True
         self.changed.set()
 
     async def wait_for_handlers(self, timeout: float) -> None:
-        """Waits until no handler runs, at most `timeout` seconds."""
+        """Waits until no handler is running, for at most `timeout` seconds."""
         if self._running and timeout > 0:
             await asyncio.wait(self._running, timeout=timeout)
 
@@ -152,8 +153,8 @@ class AttemptRegistry:
             attempt.force_release()
 
     async def wait_until_empty(self, timeout: float) -> bool:
-        """Waits until the end of every attempt is acknowledged, at most `timeout` seconds; returns
-        whether it is."""
+        """Waits until the end of every attempt is acknowledged, for at most `timeout` seconds.
+        Returns False on timeout."""
         try:
             await asyncio.wait_for(self._empty.wait(), timeout)
         except asyncio.TimeoutError:
@@ -161,7 +162,7 @@ class AttemptRegistry:
         return True
 
     def close(self) -> None:
-        """Drops the remaining attempts and lets the stream close."""
+        """Drops the remaining attempts, and allows the stream to close."""
         for key in list(self._attempts):
             self._drop(key, STOPPING)
         self.closed.set()

@@ -1,5 +1,6 @@
-"""Reports of one attempt: numbered, kept until durable, sent in order, and sent again on a new
-stream. No I/O. Numbers in brackets are rules of docs/worker-protocol.md."""
+"""Queue of the reports of one attempt, which are numbered, kept until they are durable, sent in
+order, and sent again on a new stream. No I/O. Numbers in brackets are rules of
+docs/worker-protocol.md."""
 
 from __future__ import annotations
 
@@ -8,22 +9,24 @@ from streamer._proto import common_pb2, worker_pb2
 
 
 class ReportQueue:
-    """Reports of one attempt that are not known to be durable."""
+    """Queues the reports of one attempt until they are known to be durable."""
 
     def __init__(self, uid: str, attempt: int) -> None:
         self._uid = uid
         self._attempt = attempt
         # Unacknowledged progress and output reports by number, with their size in bytes.
         self._unacknowledged: dict[int, tuple[worker_pb2.Report, int]] = {}
+        # Total size of the unacknowledged reports, in bytes.
         self._bytes = 0
-        # Bytes of those that were sent on the current stream.
+        # Total size of the unacknowledged reports sent on the current stream, in bytes.
         self._sent_bytes = 0
-        # Numbers of the last report created, the last one durable, and the last one sent on the
-        # current stream.
+        # Number of the last progress or output report created.
         self._created = 0
+        # Number of the last durable report.
         self._durable = 0
+        # Number of the last report sent on the current stream.
         self._sent = 0
-        # Only the latest checkpoint is kept [14].
+        # Latest checkpoint; earlier ones are not kept [14].
         self._checkpoint: worker_pb2.Report | None = None
         self._checkpoint_sent = False
         self._keep_alive = False
@@ -38,7 +41,7 @@ class ReportQueue:
         return self._final is not None
 
     def has_room(self, limits: Limits) -> bool:
-        """Returns whether another progress or output report may be added [12]."""
+        """Returns whether the limits allow another progress or output report [12]."""
         has_slot = len(self._unacknowledged) < limits.max_unacknowledged
         return has_slot and self._bytes < limits.max_unacknowledged_bytes
 
@@ -67,13 +70,13 @@ class ReportQueue:
         error: common_pb2.Error | None = None,
         release: worker_pb2.Release | None = None,
     ) -> None:
-        """Adds the final report [13]: exactly one of the three arguments."""
+        """Adds the final report [13]. Pass exactly one of the three arguments."""
         payload = None if result is None else common_pb2.Payload(data=result)
         self._final = self._report(self._created, result=payload, error=error, release=release)
 
     def next_unsent(self, limits: Limits | None = None) -> worker_pb2.Report | None:
-        """Returns the next report to send on the current stream, in order [11]; None if there is
-        none, or the send window is full [12]."""
+        """Returns the next report to send on the current stream, in order [11]; None if all reports
+        were sent or the send window is full [12]."""
         report = self._next_unsent(limits)
         if report is not None:
             report.resends = self._resends
@@ -99,7 +102,7 @@ class ReportQueue:
         return None
 
     def acknowledge(self, number: int) -> None:
-        """Removes reports up to `number`, and a checkpoint before it: they are durable."""
+        """Removes the reports up to `number`, and a checkpoint before it, which are durable."""
         for durable in range(self._durable + 1, min(number, self._created) + 1):
             size = self._unacknowledged.pop(durable)[1]
             self._bytes -= size
@@ -111,7 +114,7 @@ class ReportQueue:
             self._checkpoint = None
 
     def resume(self, number: int) -> None:
-        """Starts a new stream, on which the reports after `number` are sent (again) [18]."""
+        """Handles a new stream, on which the reports after report `number` are sent [18]."""
         self.acknowledge(number)
         self._sent = self._durable
         self._sent_bytes = 0
@@ -120,7 +123,8 @@ class ReportQueue:
         self._resends = 0
 
     def resend(self, number: int, resends: int) -> None:
-        """Sends the reports after `number` again, which the server dropped [12]."""
+        """Resends the reports after report `number`, which the server dropped [12]. `resends` is
+        the number of `resend` messages on the current stream."""
         self._resends = resends
         self._sent = max(self._durable, min(self._sent, number))
         sent = range(self._durable + 1, self._sent + 1)

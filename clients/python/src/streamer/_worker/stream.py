@@ -1,5 +1,6 @@
-"""One stream: `hello` and `welcome`, then reading, writing, heartbeats and token renewal run
-concurrently until the stream ends. Numbers in brackets are rules of docs/worker-protocol.md."""
+"""Runs one stream: exchanges `hello` and `welcome`, then concurrently reads and writes messages,
+sends heartbeats and renews the token until the stream ends. Numbers in brackets are rules of
+docs/worker-protocol.md."""
 
 from __future__ import annotations
 
@@ -17,10 +18,10 @@ from streamer._worker.registry import AttemptRegistry
 
 _WELCOME_TIMEOUT = 15.0
 _CLOSE_TIMEOUT = 5.0
-# Running attempts are released this long before a token that cannot be renewed expires, or at half
-# of its remaining time if that is later. Their acknowledgments may take this long.
+# Time between the release of the running attempts and the expiry of a token that cannot be renewed
+# (at most half of its remaining lifetime), and timeout of the acknowledgments of the releases.
 _RELEASE_LEAD_SECONDS = 5.0
-# A token is renewed when this fraction of its remaining time has passed.
+# Fraction of the remaining lifetime of a token after which the token is renewed.
 _RENEWAL_FRACTION = 0.8
 _MIN_RENEWAL_DELAY = 1.0
 
@@ -28,11 +29,11 @@ _logger = logging.getLogger("streamer.worker")
 
 
 class StreamLost(Exception):
-    """The worker abandons the stream."""
+    """The worker abandoned the stream."""
 
 
 class WorkStream:
-    """Exchanges the messages of the registry over one stream."""
+    """Exchanges messages between the registry and the server over one stream."""
 
     def __init__(self, call: WorkCall, registry: AttemptRegistry, tokens: TokenSource) -> None:
         self.welcomed = False
@@ -40,12 +41,12 @@ class WorkStream:
         self.heartbeat_answered = False
         """Whether the server has answered a heartbeat."""
         self.token_expired = False
-        """Whether the stream ended because the token cannot be renewed."""
+        """Whether the stream ended because its token expires and cannot be renewed."""
         self._call = call
         self._registry = registry
         self._tokens = tokens
         self._heartbeat_due: float | None = None
-        # When the unanswered heartbeats were due.
+        # Times at which the unanswered heartbeats were due.
         self._unanswered: deque[float] = deque()
         self._fresh_token: str | None = None
         self._token_expires_at = 0.0
@@ -54,7 +55,7 @@ class WorkStream:
 
     async def run(self, hello: worker_pb2.Hello) -> None:
         """Runs until the worker closes the stream. Raises `grpc.aio.AioRpcError` or `StreamLost` if
-        it ends for another reason."""
+        the stream ends for a different reason."""
         declared = list(hello.attempts)
         await self._call.write(worker_pb2.WorkRequest(hello=hello))
         welcome = await self._receive_welcome()
@@ -159,7 +160,7 @@ class WorkStream:
             await asyncio.sleep(interval)
             now = time.monotonic()
             oldest = self._unanswered[0] if self._unanswered else self._heartbeat_due
-            # If the event loop was blocked, replies may have arrived that are not read yet.
+            # If the event loop was blocked, replies may have arrived but not been read yet.
             paused = now - before > 2 * interval
             if paused:
                 blocked = now - before - interval
@@ -184,7 +185,7 @@ class WorkStream:
             try:
                 self._fresh_token = await self._tokens.get()
             except Exception:
-                _logger.warning("getting a fresh token failed", exc_info=True)
+                _logger.warning("failed to get a fresh token", exc_info=True)
                 self._token_status.set()
             self._registry.changed.set()
 
@@ -208,7 +209,7 @@ class WorkStream:
 
 
 async def _race(*coroutines: Coroutine[Any, Any, None]) -> None:
-    """Runs coroutines until the first one ends, cancels the others, and raises its exception."""
+    """Runs coroutines until one of them ends, cancels the others, and raises the first error."""
     tasks = [asyncio.ensure_future(coroutine) for coroutine in coroutines]
     try:
         await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)

@@ -1,0 +1,326 @@
+//! Creates, reads, claims, cancels and deletes requests.
+
+mod change;
+mod client_ids;
+mod read;
+mod values;
+
+use std::collections::HashMap;
+
+use aws_sdk_dynamodb::error::ProvideErrorMetadata;
+use aws_sdk_dynamodb::operation::update_item::UpdateItemError;
+use aws_sdk_dynamodb::types::{
+    AttributeValue, Delete, KeysAndAttributes, Put, ReturnConsumedCapacity, ReturnValue,
+    ReturnValuesOnConditionCheckFailure, TransactWriteItem,
+};
+use futures_util::future::try_join_all;
+use streamer_core::{OutputDigest, RequestState as State, Timestamp, Uid};
+use streamer_proto::{
+    common::v1::{Accepted, Cancelled, Event, OutputSummary, Started, event::Kind},
+    timestamp,
+};
+use streamer_store::{
+    Adopt, CancelOutcome, Claim, ClaimOutcome, Claimed, CreateOutcome, DeleteOutcome, ListRequests,
+    NewRequest, Owner, RequestPage, RequestRecord, StoreError, StoredPayload, Writer,
+};
+
+use crate::{
+    client::{Backoff, Dynamo},
+    error::{corrupt, is_conflict, is_throttled, store_error, transaction_error},
+    expression::{Expression, Filter, key, number, text},
+    item::{
+        Blob, RequestItem, RequestState, StoredEvent, StoredRef, StoredValue, decode, encode,
+        encode_item, size,
+    },
+    item_ops::uid_of,
+    log::{Change, ChangeOutcome},
+};
+
+pub(crate) use client_ids::client_id_key;
+pub(crate) use read::by_uid;
+
+/// Maximum size of a payload in the request's item, in bytes. Every write of the item is charged for the payload.
+const INLINE_PAYLOAD_BYTES: usize = 512;
+/// Maximum number of query rounds for one page of a list.
+const MAX_ROUNDS: usize = 10;
+/// Maximum number of index pages to read from each shard in one round.
+const MAX_PAGES: usize = 4;
+/// Number of rows in an index page that is read with a filter, and maximum number of rows without a filter.
+const FILTERED_PAGE_ROWS: usize = 1000;
+/// Maximum number of items in one `BatchGetItem` call.
+const MAX_BATCH_GET: usize = 100;
+/// Maximum number of concurrent `BatchGetItem` calls.
+const MAX_CONCURRENT_BATCHES: usize = 4;
+
+/// Key of the part that contains the payload.
+const PAYLOAD: &str = "payload";
+/// Attributes that make a request appear in the indexes of the queue.
+pub(crate) const QUEUE_ATTRIBUTES: [&str; 6] =
+    ["queue_shard", "queue_rank", "delay_shard", "delay_until", "expiry_shard", "expire_at"];
+
+impl Dynamo {
+    pub(crate) async fn create(&self, new: &NewRequest) -> Result<CreateOutcome, StoreError> {
+        let doing = "creating a request";
+        if let Some(client_id) = &new.client_id
+            && let Some(existing) = self.find_by_client_id(&new.owner, client_id).await?
+        {
+            return existing_or_conflict(&existing, new);
+        }
+        let used = match self.admit_queued(&new.owner, &new.quota) {
+            Ok(used) => used,
+            Err(limit) => return Ok(CreateOutcome::OverQuota(limit)),
+        };
+        let uid = new.uid.to_string();
+        let payload = self.store_payload(&uid, &new.payload).await?;
+        let accepted =
+            event(1, 0, new.create_time, Kind::Accepted(Accepted { action: new.action.clone() }));
+        let stored = StoredEvent::new(&accepted)?;
+        let mut item = RequestItem::new(new, payload, stored);
+        item.events_bytes = events_size(&item.events)?;
+        self.set_queue_attributes(&mut item, new.create_time);
+        let mut backoff = Backoff::default();
+        loop {
+            let outcome = match &new.client_id {
+                None => self.put_request(doing, &item).await,
+                Some(client_id) => {
+                    self.put_request_with_client_id(doing, &item, new, client_id).await
+                }
+            };
+            let found = match outcome {
+                Ok(found) => found,
+                Err(error) => match backoff.wait(error).await {
+                    Ok(()) => continue,
+                    // An earlier attempt may have succeeded without a response.
+                    Err(error) => match self.get(&uid).await {
+                        Ok(Some(found)) => Some(found),
+                        Ok(None) | Err(_) => return Err(error),
+                    },
+                },
+            };
+            match found {
+                None => {
+                    let record = Box::new(item.to_record()?);
+                    return Ok(CreateOutcome::Created(record, Box::new(accepted), used));
+                }
+                // The request was written by an earlier attempt of this call whose response was lost, or by an earlier
+                // identical call.
+                Some(existing) if existing.uid == uid => {
+                    let record = Box::new(existing.to_record()?);
+                    // Returns the stored event, which may differ from the event that this call would have stored.
+                    let first = existing.events.first().filter(|_| existing.last_seq == 1);
+                    return Ok(match first {
+                        Some(first) => {
+                            let accepted = Box::new(first.clone().into_event());
+                            CreateOutcome::Created(record, accepted, used)
+                        }
+                        None => CreateOutcome::Existing(record),
+                    });
+                }
+                Some(existing) => {
+                    self.delete_payload(&uid, &item.payload).await;
+                    return existing_or_conflict(&existing, new);
+                }
+            }
+        }
+    }
+
+    /// Stores a request without a client ID. Returns the existing request, if any.
+    async fn put_request(
+        &self,
+        doing: &'static str,
+        item: &RequestItem,
+    ) -> Result<Option<RequestItem>, StoreError> {
+        let put = self
+            .client
+            .put_item()
+            .table_name(&self.tables.requests)
+            .set_item(Some(encode_item(item)?))
+            .condition_expression("attribute_not_exists(uid)")
+            .return_values_on_condition_check_failure(ReturnValuesOnConditionCheckFailure::AllOld)
+            .return_consumed_capacity(ReturnConsumedCapacity::Total);
+        match put.send().await {
+            Ok(done) => {
+                self.metrics.record_write(done.consumed_capacity());
+                Ok(None)
+            }
+            Err(error) => match error.as_service_error() {
+                Some(service) if service.is_conditional_check_failed_exception() => {
+                    self.get(&item.uid).await
+                }
+                _ => Err(store_error(doing, &error)),
+            },
+        }
+    }
+
+    /// Stores a request and its client ID in one transaction. Returns the existing request, if any.
+    async fn put_request_with_client_id(
+        &self,
+        doing: &'static str,
+        item: &RequestItem,
+        new: &NewRequest,
+        client_id: &str,
+    ) -> Result<Option<RequestItem>, StoreError> {
+        let mut name = key([("name", client_id_key(&new.owner, client_id).as_str())]);
+        name.insert("uid".into(), text(item.uid.as_str()));
+        let puts = [
+            (&self.tables.names, name, "attribute_not_exists(#n)", Some(("#n", "name"))),
+            (&self.tables.requests, encode_item(item)?, "attribute_not_exists(uid)", None),
+        ];
+        let mut transaction = self
+            .client
+            .transact_write_items()
+            .return_consumed_capacity(ReturnConsumedCapacity::Total);
+        for (table, item, condition, placeholder) in puts {
+            let mut put = Put::builder()
+                .table_name(table)
+                .set_item(Some(item))
+                .condition_expression(condition);
+            if let Some((placeholder, attribute)) = placeholder {
+                put = put.expression_attribute_names(placeholder, attribute);
+            }
+            let put = put.build().map_err(|error| corrupt(doing, error))?;
+            transaction = transaction.transact_items(TransactWriteItem::builder().put(put).build());
+        }
+        match transaction.send().await {
+            Ok(done) => {
+                self.metrics.record_write(done.consumed_capacity());
+                Ok(None)
+            }
+            Err(error) => {
+                let Some(reasons) = cancellation_reasons(&error) else {
+                    return Err(store_error(doing, &error));
+                };
+                let is_retryable = is_transient(reasons);
+                // Checked after a conflict as well, because the other transaction may have stored the same client ID.
+                let Some(target) = self.uid_of_client_id(&new.owner, client_id).await? else {
+                    return Err(if is_retryable {
+                        transaction_error(doing, reasons)
+                    } else {
+                        StoreError::Unavailable { doing, reason: "the client ID was in use".into() }
+                    });
+                };
+                match self.get(&target).await? {
+                    Some(existing) => Ok(Some(existing)),
+                    // The client ID refers to a deleted request.
+                    None => {
+                        self.release_client_id(&new.owner, client_id, &target).await?;
+                        Err(StoreError::Unavailable {
+                            doing,
+                            reason: "the client ID was in use".into(),
+                        })
+                    }
+                }
+            }
+        }
+    }
+
+    /// Updates the item of a request. Returns the existing item if a condition was not met.
+    pub(crate) async fn update_request(
+        &self,
+        doing: &'static str,
+        uid: &str,
+        expression: Expression,
+    ) -> Result<ConditionalUpdate, StoreError> {
+        let mut backoff = Backoff::default();
+        loop {
+            let update = self
+                .client
+                .update_item()
+                .table_name(&self.tables.requests)
+                .set_key(Some(key([("uid", uid)])))
+                .set_update_expression(expression.update())
+                .set_condition_expression(expression.condition())
+                .set_expression_attribute_names(expression.names())
+                .set_expression_attribute_values(expression.values())
+                .return_values(ReturnValue::AllNew)
+                .return_values_on_condition_check_failure(
+                    ReturnValuesOnConditionCheckFailure::AllOld,
+                )
+                .return_consumed_capacity(ReturnConsumedCapacity::Total);
+            let error = match update.send().await {
+                Ok(mut done) => {
+                    self.metrics.record_write(done.consumed_capacity());
+                    let item = done.attributes.take().unwrap_or_default();
+                    return Ok(ConditionalUpdate::Applied(decode(doing, item)?));
+                }
+                Err(error) => error,
+            };
+            match error.as_service_error() {
+                Some(UpdateItemError::ConditionalCheckFailedException(failed)) => {
+                    // Not every implementation returns the existing item.
+                    let found = match failed.item.clone() {
+                        Some(item) => Some(decode(doing, item)?),
+                        None => self.get(uid).await?,
+                    };
+                    return Ok(ConditionalUpdate::ConditionFailed(found));
+                }
+                // The update conflicted with a transaction; the conditions make a retry safe.
+                _ if error.code().is_some_and(is_conflict) => {
+                    backoff.wait(store_error(doing, &error)).await?;
+                }
+                _ => return Err(store_error(doing, &error)),
+            }
+        }
+    }
+}
+
+/// Returns the number of bytes that the given events add to the item.
+pub(crate) fn events_size(events: &[StoredEvent]) -> Result<i64, StoreError> {
+    let mut bytes = 0;
+    for event in events {
+        bytes += size(&encode(event)?) + 1;
+    }
+    Ok(i64::try_from(bytes).unwrap_or(i64::MAX))
+}
+
+/// Outcome of an update.
+pub(crate) enum ConditionalUpdate {
+    /// The update is stored. Contains the new item.
+    Applied(RequestItem),
+    /// A condition was not met. Contains the current item, if it exists.
+    ConditionFailed(Option<RequestItem>),
+}
+
+/// Returns the cancellation reasons if a transaction was cancelled.
+pub(crate) fn cancellation_reasons<R>(
+    error: &aws_sdk_dynamodb::error::SdkError<
+        aws_sdk_dynamodb::operation::transact_write_items::TransactWriteItemsError,
+        R,
+    >,
+) -> Option<&[aws_sdk_dynamodb::types::CancellationReason]> {
+    use aws_sdk_dynamodb::operation::transact_write_items::TransactWriteItemsError as Error;
+    match error.as_service_error() {
+        Some(Error::TransactionCanceledException(cancelled)) => {
+            Some(cancelled.cancellation_reasons())
+        }
+        _ => None,
+    }
+}
+
+/// Returns whether a transaction failed only because of conflicts or throttling.
+pub(crate) fn is_transient(reasons: &[aws_sdk_dynamodb::types::CancellationReason]) -> bool {
+    let mut codes =
+        reasons.iter().filter_map(|reason| reason.code()).filter(|code| *code != "None");
+    codes.all(|code| is_conflict(code) || is_throttled(code))
+}
+
+fn existing_or_conflict(
+    existing: &RequestItem,
+    new: &NewRequest,
+) -> Result<CreateOutcome, StoreError> {
+    let record = Box::new(existing.to_record()?);
+    Ok(if existing.fingerprint.0[..] == new.fingerprint {
+        CreateOutcome::Existing(record)
+    } else {
+        CreateOutcome::Conflict(record)
+    })
+}
+
+pub(crate) fn event(seq: i64, attempt: u32, time: Timestamp, kind: Kind) -> Event {
+    Event {
+        seq,
+        attempt: i32::try_from(attempt).unwrap_or(i32::MAX),
+        time: Some(timestamp(time.as_millis())),
+        kind: Some(kind),
+    }
+}

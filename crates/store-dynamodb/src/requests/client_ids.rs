@@ -1,0 +1,61 @@
+//! Client IDs of requests.
+
+use super::*;
+
+impl Dynamo {
+    /// Returns the request with the given client ID.
+    pub(crate) async fn find_by_client_id(
+        &self,
+        owner: &Owner,
+        client_id: &str,
+    ) -> Result<Option<RequestItem>, StoreError> {
+        match self.uid_of_client_id(owner, client_id).await? {
+            Some(uid) => self.get(&uid).await,
+            None => Ok(None),
+        }
+    }
+
+    /// Returns the UID for a client ID, even if the request no longer exists.
+    pub(crate) async fn uid_of_client_id(
+        &self,
+        owner: &Owner,
+        client_id: &str,
+    ) -> Result<Option<String>, StoreError> {
+        let key = key([("name", client_id_key(owner, client_id).as_str())]);
+        let found = self.get_item("finding a request", &self.tables.names, key).await?;
+        match found.as_ref().and_then(|item| item.get("uid")) {
+            Some(AttributeValue::S(uid)) => Ok(Some(uid.clone())),
+            _ => Ok(None),
+        }
+    }
+
+    /// Deletes the client ID of a deleted request, unless it already identifies a different request.
+    pub(crate) async fn release_client_id(
+        &self,
+        owner: &Owner,
+        client_id: &str,
+        target: &str,
+    ) -> Result<(), StoreError> {
+        let unchanged = Expression::default().when("uid", "=", text(target));
+        let freed = self
+            .client
+            .delete_item()
+            .table_name(&self.tables.names)
+            .set_key(Some(key([("name", client_id_key(owner, client_id).as_str())])))
+            .set_condition_expression(unchanged.condition())
+            .set_expression_attribute_names(unchanged.names())
+            .set_expression_attribute_values(unchanged.values())
+            .send()
+            .await;
+        match freed {
+            Ok(_) => Ok(()),
+            Err(error) if error.code() == Some("ConditionalCheckFailedException") => Ok(()),
+            Err(error) => Err(store_error("releasing a client ID", &error)),
+        }
+    }
+}
+
+/// Returns the key of a client ID: a JSON list of tenant, user and client ID, each of which may contain any character.
+pub(crate) fn client_id_key(owner: &Owner, client_id: &str) -> String {
+    serde_json::json!([owner.tenant, owner.user, client_id]).to_string()
+}

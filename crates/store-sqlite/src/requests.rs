@@ -1,0 +1,481 @@
+//! State changes of requests and their logs. Each change reads the current state, and then performs the writes that
+//! this state allows.
+
+mod read;
+
+use bytes::Bytes;
+use prost::Message;
+use rusqlite::{Connection, OptionalExtension, params};
+use streamer_core::{OutputDigest, RequestState, Timestamp, Uid};
+use streamer_proto::common::v1::{Accepted, Cancelled, Event, OutputSummary, Started, event::Kind};
+
+use super::{
+    checksum, large_values, row,
+    usage::{BATCH_BYTES, Db, REQUEST_BYTES, signed},
+};
+pub(super) use read::{events, expired, find, get, list, payload, sql_count, tenant};
+use streamer_store::{
+    Adopt, Append, AppendOutcome, CancelOutcome, Claim, ClaimOutcome, Claimed, CreateOutcome,
+    DeleteOutcome, Lease, LeaseRenewal, LogHead, NewRequest, Owner, RequestRecord, StoredPayload,
+    Writer,
+};
+
+pub(super) fn create(db: &Db<'_>, new: &NewRequest) -> rusqlite::Result<CreateOutcome> {
+    if let Some(existing) = find_existing(db, new)? {
+        let (record, fingerprint) = existing;
+        return Ok(if fingerprint == new.fingerprint {
+            CreateOutcome::Existing(Box::new(record))
+        } else {
+            CreateOutcome::Conflict(Box::new(record))
+        });
+    }
+    let accepted =
+        event(1, 0, new.create_time, Kind::Accepted(Accepted { action: new.action.clone() }));
+    let batch = encode_batch(std::slice::from_ref(&accepted));
+    let metadata = new.metadata.as_ref().map_or(0, Bytes::len);
+    let bytes = REQUEST_BYTES + new.payload.data.len() + metadata + BATCH_BYTES + batch.len();
+    let mut used = db.usage_of(&new.owner)?;
+    used.queued_of_tenant += 1;
+    used.queued_of_user += 1;
+    used.stored_bytes_of_tenant += bytes as u64;
+    if let Some(limit) = new.quota.exceeded_by(used) {
+        return Ok(CreateOutcome::OverQuota(limit));
+    }
+    let record = RequestRecord {
+        uid: new.uid,
+        client_id: new.client_id.clone(),
+        owner: new.owner.clone(),
+        action: new.action.clone(),
+        state: RequestState::Queued,
+        attempt: 0,
+        last_seq: 1,
+        attempt_seq: 0,
+        priority: new.priority,
+        create_time: new.create_time,
+        start_time: None,
+        finish_time: None,
+        not_before: new.not_before,
+        deadline: new.deadline,
+        close_by: new.close_by,
+        progress: None,
+        metadata: new.metadata.clone(),
+        cancel_reason: None,
+        error: None,
+        output: None,
+        redrive_of: new.redrive_of,
+        trace_parent: new.trace_parent.clone(),
+        trace_state: new.trace_state.clone(),
+    };
+    db.prepare_cached(
+        "INSERT INTO requests (uid, client_id, tenant, user, action, state, attempt, last_seq,
+             attempt_seq, priority, create_time, not_before, deadline, close_by, expire_at,
+             metadata, redrive_of, trace_parent, trace_state, fingerprint, crc, bytes)
+         VALUES (?1, ?2, ?3, ?4, ?5, 0, 0, 1, 0, ?6, ?7, ?8, ?9, ?10, ?11, ?12, ?13, ?14, ?15,
+             ?16, ?17, ?18)",
+    )?
+    .execute(params![
+        new.uid.to_bytes(),
+        new.client_id,
+        new.owner.tenant,
+        new.owner.user,
+        new.action,
+        new.priority,
+        new.create_time.as_millis(),
+        new.not_before.as_millis(),
+        new.deadline.map(Timestamp::as_millis),
+        new.close_by.map(Timestamp::as_millis),
+        [new.deadline, new.close_by].into_iter().flatten().min().map(Timestamp::as_millis),
+        new.metadata.as_deref(),
+        new.redrive_of.map(Uid::to_bytes),
+        new.trace_parent,
+        new.trace_state,
+        new.fingerprint,
+        checksum::of_request(&record),
+        signed(bytes),
+    ])?;
+    let payload = large_values::insert(db, &new.payload.data)?;
+    db.prepare_cached("INSERT INTO payloads VALUES (?1, ?2, ?3, ?4, ?5)")?.execute(params![
+        new.uid.to_bytes(),
+        new.payload.content_type,
+        payload.inline,
+        checksum::of_value(new.uid, 0, &new.payload.data),
+        payload.large,
+    ])?;
+    insert_batch(db, new.uid, 1, &batch)?;
+    db.change_usage(&new.owner, 1, signed(bytes))?;
+    Ok(CreateOutcome::Created(Box::new(record), Box::new(accepted), used))
+}
+
+/// Returns the stored request of a repeated submission: the request with the same client ID or, without a client ID,
+/// with the same UID.
+fn find_existing(
+    db: &Connection,
+    new: &NewRequest,
+) -> rusqlite::Result<Option<(RequestRecord, Vec<u8>)>> {
+    let with_fingerprint =
+        |row: &rusqlite::Row<'_>| Ok((row::record(row)?, row.get("fingerprint")?));
+    let columns = row::COLUMNS;
+    if let Some(client_id) = &new.client_id {
+        db.prepare_cached(&format!(
+            "SELECT {columns}, fingerprint FROM requests
+             WHERE tenant = ?1 AND user = ?2 AND client_id = ?3"
+        ))?
+        .query_row(params![new.owner.tenant, new.owner.user, client_id], with_fingerprint)
+        .optional()
+    } else {
+        db.prepare_cached(&format!("SELECT {columns}, fingerprint FROM requests WHERE uid = ?1"))?
+            .query_row([new.uid.to_bytes()], with_fingerprint)
+            .optional()
+    }
+}
+
+pub(super) fn claim(db: &Db<'_>, claim: &Claim) -> rusqlite::Result<ClaimOutcome> {
+    let Some(mut record) = get(db, claim.uid)? else { return Ok(ClaimOutcome::NotClaimable) };
+    if record.state != RequestState::Queued || record.not_before > claim.now {
+        return Ok(ClaimOutcome::NotClaimable);
+    }
+    if record.is_overdue(claim.now) {
+        return Ok(ClaimOutcome::Overdue(Box::new(record)));
+    }
+    let Some(payload) = payload(db, claim.uid)? else { return Ok(ClaimOutcome::NotClaimable) };
+    record.state = RequestState::Running;
+    record.attempt += 1;
+    record.last_seq += 1;
+    record.attempt_seq = record.last_seq;
+    record.start_time = Some(claim.now);
+    record.progress = None;
+    let started = event(
+        record.last_seq,
+        record.attempt,
+        claim.now,
+        Kind::Started(Started { worker: claim.worker_display_name().to_owned() }),
+    );
+    let bytes = insert_events(db, claim.uid, std::slice::from_ref(&started))?;
+    db.prepare_cached(
+        "UPDATE requests SET state = 1, attempt = ?2, last_seq = ?3, attempt_seq = ?3,
+             start_time = ?4, lease_until = ?5, lease_holder = ?6, worker = ?7, progress = NULL,
+             bytes = bytes + ?8
+         WHERE uid = ?1",
+    )?
+    .execute(params![
+        claim.uid.to_bytes(),
+        record.attempt,
+        record.last_seq,
+        claim.now.as_millis(),
+        claim.lease_until.as_millis(),
+        claim.holder,
+        claim.worker_identity(),
+        bytes,
+    ])?;
+    db.change_usage(&record.owner, -1, bytes)?;
+    let checkpoint = db
+        .prepare_cached(
+            "SELECT COALESCE((SELECT data FROM large_values WHERE id = large), data), crc
+             FROM checkpoints WHERE uid = ?1",
+        )?
+        .query_row([claim.uid.to_bytes()], |row| {
+            let data = row.get::<_, Vec<u8>>(0)?;
+            row::verify(row, 1, || checksum::of_value(claim.uid, 0, &data))?;
+            Ok(data)
+        })
+        .optional()?;
+    Ok(ClaimOutcome::Claimed(Box::new(Claimed {
+        record,
+        payload,
+        checkpoint: checkpoint.map(Bytes::from),
+        started,
+    })))
+}
+
+pub(super) fn adopt(db: &Connection, adopt: &Adopt) -> rusqlite::Result<Option<RequestRecord>> {
+    let changed = db
+        .prepare_cached(
+            "UPDATE requests SET lease_holder = ?4, lease_until = MAX(lease_until, ?5)
+             WHERE uid = ?1 AND state = 1 AND attempt = ?2 AND worker = ?3",
+        )?
+        .execute(params![
+            adopt.lease.uid.to_bytes(),
+            adopt.lease.attempt,
+            adopt.worker_identity,
+            adopt.holder,
+            adopt.lease_until.as_millis()
+        ])?;
+    if changed == 1 { get(db, adopt.lease.uid) } else { Ok(None) }
+}
+
+/// Columns that a change of an existing request depends on.
+struct RequestHead {
+    log: LogHead,
+    cancel_reason: Option<String>,
+    owner: Owner,
+    bytes: i64,
+}
+
+fn request_head(db: &Connection, uid: Uid) -> rusqlite::Result<Option<RequestHead>> {
+    db.prepare_cached(
+        "SELECT state, attempt, last_seq, lease_until, cancel_reason, tenant, user, bytes
+         FROM requests WHERE uid = ?1",
+    )?
+    .query_row([uid.to_bytes()], |row| {
+        Ok(RequestHead {
+            log: LogHead {
+                state: row::state(row, 0)?,
+                attempt: row.get(1)?,
+                last_seq: row.get(2)?,
+                lease_until: Timestamp::from_millis(row.get::<_, Option<i64>>(3)?.unwrap_or(0)),
+            },
+            cancel_reason: row.get(4)?,
+            owner: Owner { tenant: row.get(5)?, user: row.get(6)? },
+            bytes: row.get(7)?,
+        })
+    })
+    .optional()
+}
+
+pub(super) fn append(db: &Db<'_>, append: &Append) -> rusqlite::Result<AppendOutcome> {
+    let Some(head) = request_head(db, append.uid)? else { return Ok(AppendOutcome::NotFound) };
+    let applied = || AppendOutcome::Applied { cancel_reason: head.cancel_reason.clone() };
+    let [first_seq, last_seq] =
+        [append.events.first(), append.events.last()].map(|event| event.map(|event| event.seq));
+    if head.log.may_contain(last_seq) && is_stored(db, append.uid, &append.events)? {
+        return Ok(applied());
+    }
+    if let Some(fenced) = head.log.fence(append.writer, first_seq, append.now) {
+        return Ok(fenced);
+    }
+    let mut bytes = insert_events(db, append.uid, &append.events)?;
+    if let Some(checkpoint) = &append.checkpoint {
+        bytes += replace_checkpoint(db, append.uid, checkpoint)?;
+    }
+    let is_queued = match append.events.last() {
+        Some(last) => {
+            set_state(db, append, last, bytes)?;
+            match last.kind {
+                Some(Kind::Retrying(_)) => true,
+                Some(Kind::Succeeded(_) | Kind::Failed(_) | Kind::Cancelled(_)) => false,
+                _ => head.log.state == RequestState::Queued,
+            }
+        }
+        None => {
+            db.prepare_cached("UPDATE requests SET bytes = bytes + ?2 WHERE uid = ?1")?
+                .execute(params![append.uid.to_bytes(), bytes])?;
+            head.log.state == RequestState::Queued
+        }
+    };
+    let queued = i64::from(is_queued) - i64::from(head.log.state == RequestState::Queued);
+    db.change_usage(&head.owner, queued, bytes)?;
+    Ok(applied())
+}
+
+/// Stores the checkpoint. Returns the difference in bytes between its size and that of the previous checkpoint.
+fn replace_checkpoint(db: &Connection, uid: Uid, checkpoint: &Bytes) -> rusqlite::Result<i64> {
+    let previous = large_values::delete_of_checkpoint(db, uid)?;
+    let value = large_values::insert(db, checkpoint)?;
+    db.prepare_cached("INSERT OR REPLACE INTO checkpoints VALUES (?1, ?2, ?3, ?4)")?.execute(
+        params![uid.to_bytes(), value.inline, checksum::of_value(uid, 0, checkpoint), value.large],
+    )?;
+    Ok(signed(checkpoint.len()) - previous.unwrap_or(0))
+}
+
+/// Sets the state that results from the last event, and adds `bytes` to the size of the request.
+fn set_state(db: &Connection, append: &Append, last: &Event, bytes: i64) -> rusqlite::Result<()> {
+    let uid = append.uid.to_bytes();
+    let progress = append.events.iter().rev().find_map(|event| match &event.kind {
+        Some(Kind::Progress(progress)) => Some(progress.encode_to_vec()),
+        _ => None,
+    });
+    let finish = |state, error: Option<Vec<u8>>, output: Option<&OutputSummary>| {
+        db.prepare_cached(
+            "UPDATE requests SET state = ?2, last_seq = ?3, finish_time = ?4, error = ?5,
+                 output_chunks = ?6, output_sha256 = ?7, progress = COALESCE(?8, progress),
+                 lease_until = NULL, lease_holder = NULL, worker = NULL, bytes = bytes + ?9
+             WHERE uid = ?1",
+        )?
+        .execute(params![
+            uid,
+            row::state_number(state),
+            last.seq,
+            append.now.as_millis(),
+            error,
+            output.map_or(0, |output| output.chunks),
+            output.map(|output| &output.sha256[..]),
+            progress,
+            bytes,
+        ])
+    };
+    match &last.kind {
+        Some(Kind::Succeeded(succeeded)) => {
+            finish(RequestState::Succeeded, None, succeeded.output.as_ref())?
+        }
+        Some(Kind::Failed(failed)) => {
+            let error = failed.error.as_ref().map(Message::encode_to_vec);
+            finish(RequestState::Failed, error, failed.output.as_ref())?
+        }
+        Some(Kind::Cancelled(cancelled)) => {
+            finish(RequestState::Cancelled, None, cancelled.output.as_ref())?
+        }
+        Some(Kind::Retrying(_)) => {
+            let retry_at = append.retry_at.unwrap_or(append.now);
+            db.prepare_cached(
+                "UPDATE requests SET state = 0, last_seq = ?2, not_before = ?3, progress = NULL,
+                     lease_until = NULL, lease_holder = NULL, worker = NULL, expire_at = close_by,
+                     bytes = bytes + ?4
+                 WHERE uid = ?1",
+            )?
+            .execute(params![uid, last.seq, retry_at.as_millis(), bytes])?
+        }
+        _ => db
+            .prepare_cached(
+                "UPDATE requests SET last_seq = ?2, progress = COALESCE(?3, progress),
+                     bytes = bytes + ?4
+                 WHERE uid = ?1",
+            )?
+            .execute(params![uid, last.seq, progress, bytes])?,
+    };
+    Ok(())
+}
+
+pub(super) fn cancel(
+    db: &Db<'_>,
+    uid: Uid,
+    reason: &str,
+    now: Timestamp,
+) -> rusqlite::Result<CancelOutcome> {
+    let Some(mut record) = get(db, uid)? else { return Ok(CancelOutcome::NotFound) };
+    match record.state {
+        RequestState::Succeeded | RequestState::Failed | RequestState::Cancelled => {
+            Ok(CancelOutcome::Ended(Box::new(record)))
+        }
+        RequestState::Running => {
+            if record.cancel_reason.is_none() {
+                db.prepare_cached("UPDATE requests SET cancel_reason = ?2 WHERE uid = ?1")?
+                    .execute(params![uid.to_bytes(), reason])?;
+                record.cancel_reason = Some(reason.to_owned());
+            }
+            Ok(CancelOutcome::Requested(Box::new(record)))
+        }
+        RequestState::Queued => {
+            // The output of earlier attempts is void, so the final output is empty.
+            let empty = OutputDigest::default();
+            let output = OutputSummary { chunks: 0, sha256: empty.sha256().to_vec().into() };
+            let cancelled = event(
+                record.last_seq + 1,
+                record.attempt,
+                now,
+                Kind::Cancelled(Cancelled {
+                    reason: reason.to_owned(),
+                    output: Some(output.clone()),
+                }),
+            );
+            let append = Append {
+                uid,
+                writer: Writer::Queued(record.attempt),
+                events: vec![cancelled.clone()],
+                checkpoint: None,
+                retry_at: None,
+                now,
+            };
+            let bytes = insert_events(db, uid, &append.events)?;
+            set_state(db, &append, &cancelled, bytes)?;
+            db.change_usage(&record.owner, -1, bytes)?;
+            db.prepare_cached("UPDATE requests SET cancel_reason = ?2 WHERE uid = ?1")?
+                .execute(params![uid.to_bytes(), reason])?;
+            record.state = RequestState::Cancelled;
+            record.last_seq = cancelled.seq;
+            record.finish_time = Some(now);
+            record.cancel_reason = Some(reason.to_owned());
+            record.output = Some(output);
+            Ok(CancelOutcome::Cancelled(Box::new(record), Box::new(cancelled)))
+        }
+    }
+}
+
+pub(super) fn renew(
+    db: &Connection,
+    holder: &str,
+    leases: &[Lease],
+    until: Timestamp,
+) -> rusqlite::Result<Vec<LeaseRenewal>> {
+    let mut update = db.prepare_cached(
+        "UPDATE requests SET lease_until = MAX(lease_until, ?4)
+         WHERE uid = ?1 AND state = 1 AND attempt = ?2 AND lease_holder = ?3",
+    )?;
+    let mut renewed = Vec::with_capacity(leases.len());
+    for lease in leases {
+        let changed = update.execute(params![
+            lease.uid.to_bytes(),
+            lease.attempt,
+            holder,
+            until.as_millis()
+        ])?;
+        let cancel_reason = request_head(db, lease.uid)?.and_then(|head| head.cancel_reason);
+        renewed.push(LeaseRenewal { lease: *lease, held: changed == 1, cancel_reason });
+    }
+    Ok(renewed)
+}
+
+pub(super) fn delete(db: &Db<'_>, uid: Uid) -> rusqlite::Result<DeleteOutcome> {
+    let Some(head) = request_head(db, uid)? else { return Ok(DeleteOutcome::Deleted) };
+    if !head.log.state.is_terminal() {
+        return Ok(DeleteOutcome::NotEnded);
+    }
+    db.change_usage(&head.owner, 0, -head.bytes)?;
+    large_values::delete_of_request(db, uid)?;
+    for statement in [
+        "DELETE FROM events WHERE uid = ?1",
+        "DELETE FROM payloads WHERE uid = ?1",
+        "DELETE FROM checkpoints WHERE uid = ?1",
+        "DELETE FROM requests WHERE uid = ?1",
+    ] {
+        db.prepare_cached(statement)?.execute([uid.to_bytes()])?;
+    }
+    Ok(DeleteOutcome::Deleted)
+}
+
+fn event(seq: i64, attempt: u32, time: Timestamp, kind: Kind) -> Event {
+    Event {
+        seq,
+        attempt: i32::try_from(attempt).unwrap_or(i32::MAX),
+        time: Some(streamer_proto::timestamp(time.as_millis())),
+        kind: Some(kind),
+    }
+}
+
+/// Stores a batch of events and returns its size in bytes.
+fn insert_events(db: &Connection, uid: Uid, events: &[Event]) -> rusqlite::Result<i64> {
+    let Some(last) = events.last() else { return Ok(0) };
+    let batch = encode_batch(events);
+    insert_batch(db, uid, last.seq, &batch)?;
+    Ok(signed(BATCH_BYTES + batch.len()))
+}
+
+/// Encodes an `EventBatch` event by event, to avoid copying the events.
+fn encode_batch(events: &[Event]) -> Vec<u8> {
+    let mut batch = Vec::new();
+    for event in events {
+        prost::encoding::message::encode(1, event, &mut batch);
+    }
+    batch
+}
+
+fn insert_batch(db: &Connection, uid: Uid, last_seq: i64, batch: &[u8]) -> rusqlite::Result<()> {
+    let crc = checksum::of_value(uid, last_seq, batch);
+    let batch = large_values::insert(db, batch)?;
+    db.prepare_cached("INSERT INTO events VALUES (?1, ?2, ?3, ?4, ?5)")?
+        .execute(params![uid.to_bytes(), last_seq, batch.inline, crc, batch.large])
+        .map(drop)
+}
+
+/// Returns whether the log contains exactly the given events, for example after an earlier identical append.
+fn is_stored(db: &Connection, uid: Uid, events: &[Event]) -> rusqlite::Result<bool> {
+    let Some(first) = events.first() else { return Ok(true) };
+    let page = read::events(db, uid, first.seq - 1, events.len(), usize::MAX)?;
+    Ok(page.events == events)
+}
+
+/// Reads a payload from the columns `content_type`, `data` and `crc`.
+fn stored_payload(row: &rusqlite::Row<'_>, uid: Uid) -> rusqlite::Result<StoredPayload> {
+    let data = row.get::<_, Vec<u8>>(1)?;
+    row::verify(row, 2, || checksum::of_value(uid, 0, &data))?;
+    Ok(StoredPayload { content_type: row.get(0)?, data: data.into() })
+}

@@ -1,0 +1,329 @@
+//! Opens the database file, and defines its tables and its schema version.
+
+use std::path::Path;
+
+use rusqlite::{Connection, OpenFlags};
+
+use super::sqlite_error;
+use streamer_store::StoreError;
+
+/// Schema version that this program writes.
+const VERSION: i64 = 5;
+
+/// Tables of the current schema version, except `usage` and `large_values`. Payloads, events and frequently updated
+/// columns are in separate tables, so that a state change rewrites only a small row, regardless of the size of the
+/// payload. Times are in milliseconds since the Unix epoch. `uid` is a big-endian ULID, so that rows are written in
+/// order. `state` is defined in `row.rs`. `crc` is defined in `checksum.rs`, and absent in rows that version 1 wrote.
+/// In table `actions`, an empty tenant means all tenants.
+const TABLES: &str = "
+CREATE TABLE requests (
+    uid BLOB PRIMARY KEY,
+    client_id TEXT,
+    tenant TEXT NOT NULL,
+    user TEXT NOT NULL,
+    action TEXT NOT NULL,
+    state INTEGER NOT NULL,
+    attempt INTEGER NOT NULL,
+    last_seq INTEGER NOT NULL,
+    attempt_seq INTEGER NOT NULL,
+    priority INTEGER NOT NULL,
+    create_time INTEGER NOT NULL,
+    start_time INTEGER,
+    finish_time INTEGER,
+    not_before INTEGER NOT NULL,
+    deadline INTEGER,
+    close_by INTEGER,
+    expire_at INTEGER,
+    lease_until INTEGER,
+    lease_holder TEXT,
+    worker TEXT,
+    progress BLOB,
+    metadata BLOB,
+    cancel_reason TEXT,
+    error BLOB,
+    output_chunks INTEGER,
+    output_sha256 BLOB,
+    redrive_of BLOB,
+    trace_parent TEXT,
+    trace_state TEXT,
+    fingerprint BLOB NOT NULL,
+    bytes INTEGER NOT NULL DEFAULT 0,
+    crc INTEGER
+) WITHOUT ROWID;
+CREATE UNIQUE INDEX requests_by_client_id ON requests (tenant, user, client_id)
+    WHERE client_id IS NOT NULL;
+CREATE INDEX requests_by_owner ON requests (tenant, user, uid);
+CREATE INDEX requests_by_tenant ON requests (tenant, uid);
+CREATE INDEX requests_queued ON requests (tenant, action, priority, not_before, uid)
+    WHERE state = 0;
+CREATE INDEX requests_expiring ON requests (expire_at) WHERE state = 0 AND expire_at IS NOT NULL;
+CREATE INDEX requests_waiting ON requests (not_before) WHERE state = 0;
+CREATE INDEX requests_leased ON requests (lease_until) WHERE state = 1;
+
+CREATE TABLE payloads (
+    uid BLOB PRIMARY KEY,
+    content_type TEXT NOT NULL,
+    data BLOB NOT NULL,
+    crc INTEGER,
+    large INTEGER
+) WITHOUT ROWID;
+
+CREATE TABLE checkpoints (
+    uid BLOB PRIMARY KEY,
+    data BLOB NOT NULL,
+    crc INTEGER,
+    large INTEGER
+) WITHOUT ROWID;
+
+CREATE TABLE events (
+    uid BLOB NOT NULL,
+    last_seq INTEGER NOT NULL,
+    batch BLOB NOT NULL,
+    crc INTEGER,
+    large INTEGER,
+    PRIMARY KEY (uid, last_seq)
+) WITHOUT ROWID;
+
+CREATE TABLE connections (
+    id BLOB PRIMARY KEY,
+    tenant TEXT NOT NULL,
+    user TEXT NOT NULL,
+    gateway TEXT NOT NULL,
+    remote_address TEXT NOT NULL,
+    user_agent TEXT NOT NULL,
+    connect_time INTEGER NOT NULL
+) WITHOUT ROWID;
+CREATE INDEX connections_by_tenant ON connections (tenant, id);
+
+CREATE TABLE gateways (
+    gateway TEXT PRIMARY KEY,
+    alive_until INTEGER NOT NULL
+) WITHOUT ROWID;
+
+CREATE TABLE actions (
+    tenant TEXT NOT NULL,
+    name TEXT NOT NULL,
+    declare_time INTEGER NOT NULL,
+    declaration BLOB NOT NULL,
+    PRIMARY KEY (tenant, name)
+) WITHOUT ROWID;
+
+CREATE TABLE health (only_row INTEGER PRIMARY KEY CHECK (only_row = 1), checks INTEGER NOT NULL);
+INSERT INTO health VALUES (1, 0);
+";
+
+/// Table of the usage of each tenant (the row with an empty user) and of each user: the number of queued requests, and
+/// the size in bytes of the requests with their payloads, metadata, events and checkpoints.
+pub(super) const USAGE: &str = "
+CREATE TABLE usage (
+    tenant TEXT NOT NULL,
+    user TEXT NOT NULL,
+    queued INTEGER NOT NULL,
+    bytes INTEGER NOT NULL,
+    PRIMARY KEY (tenant, user)
+) WITHOUT ROWID;
+";
+
+/// Changes from version 1 to version 2.
+const FROM_1_TO_2: &str = "
+ALTER TABLE requests ADD COLUMN close_by INTEGER;
+ALTER TABLE requests ADD COLUMN expire_at INTEGER;
+ALTER TABLE requests ADD COLUMN worker TEXT;
+UPDATE requests SET expire_at = deadline WHERE state = 0 AND attempt = 0;
+DROP INDEX requests_queued;
+CREATE INDEX requests_queued ON requests (tenant, action, priority, not_before, uid)
+    WHERE state = 0;
+CREATE INDEX requests_expiring ON requests (expire_at) WHERE state = 0 AND expire_at IS NOT NULL;
+ALTER TABLE requests ADD COLUMN crc INTEGER;
+ALTER TABLE payloads ADD COLUMN crc INTEGER;
+ALTER TABLE checkpoints ADD COLUMN crc INTEGER;
+ALTER TABLE events ADD COLUMN crc INTEGER;
+CREATE TABLE actions (
+    tenant TEXT NOT NULL,
+    name TEXT NOT NULL,
+    declare_time INTEGER NOT NULL,
+    declaration BLOB NOT NULL,
+    PRIMARY KEY (tenant, name)
+) WITHOUT ROWID;
+";
+
+/// Changes from version 2 to version 3.
+const FROM_2_TO_3: &str = "ALTER TABLE requests ADD COLUMN trace_state TEXT;";
+
+/// Changes from version 3 to version 4, except the creation of table `usage`.
+const FROM_3_TO_4: &str = "
+ALTER TABLE requests ADD COLUMN bytes INTEGER NOT NULL DEFAULT 0;
+UPDATE requests SET bytes = 1024 + COALESCE(LENGTH(metadata), 0)
+    + COALESCE((SELECT LENGTH(data) FROM payloads WHERE payloads.uid = requests.uid), 0)
+    + COALESCE((SELECT LENGTH(data) FROM checkpoints WHERE checkpoints.uid = requests.uid), 0)
+    + COALESCE((SELECT SUM(64 + LENGTH(batch)) FROM events WHERE events.uid = requests.uid), 0);
+INSERT INTO usage SELECT tenant, '', SUM(state = 0), SUM(bytes) FROM requests GROUP BY tenant;
+INSERT INTO usage SELECT tenant, user, COUNT(*), 0 FROM requests WHERE state = 0
+    GROUP BY tenant, user;
+";
+
+/// Table of large payloads, checkpoints and batches of events; see `large_values.rs`.
+const LARGE_VALUES: &str = "
+CREATE TABLE large_values (
+    id INTEGER PRIMARY KEY,
+    data BLOB NOT NULL
+);
+";
+
+/// Changes from version 4 to version 5, except the creation of table `large_values`. Existing values stay in their
+/// rows.
+const FROM_4_TO_5: &str = "
+ALTER TABLE payloads ADD COLUMN large INTEGER;
+ALTER TABLE checkpoints ADD COLUMN large INTEGER;
+ALTER TABLE events ADD COLUMN large INTEGER;
+";
+
+pub(super) fn open_for_writing(path: &Path) -> rusqlite::Result<Connection> {
+    let connection = Connection::open(path)?;
+    connection.execute_batch(
+        "PRAGMA journal_mode = WAL;
+         PRAGMA synchronous = FULL;
+         PRAGMA wal_autocheckpoint = 4000;
+         PRAGMA temp_store = MEMORY;
+         PRAGMA cache_size = -16384;",
+    )?;
+    connection.set_prepared_statement_cache_capacity(64);
+    Ok(connection)
+}
+
+/// Opens the connection of the checkpointer thread.
+pub(super) fn open_for_checkpoints(path: &Path) -> rusqlite::Result<Connection> {
+    let connection = Connection::open(path)?;
+    connection.execute_batch(
+        "PRAGMA synchronous = FULL;
+         PRAGMA cache_size = -64;",
+    )?;
+    Ok(connection)
+}
+
+pub(super) fn open_for_reading(path: &Path) -> rusqlite::Result<Connection> {
+    let flags = OpenFlags::SQLITE_OPEN_READ_ONLY | OpenFlags::SQLITE_OPEN_NO_MUTEX;
+    let connection = Connection::open_with_flags(path, flags)?;
+    connection.execute_batch("PRAGMA cache_size = -4096; PRAGMA busy_timeout = 5000;")?;
+    connection.set_prepared_statement_cache_capacity(32);
+    Ok(connection)
+}
+
+/// Checkpoints the write-ahead log of the previous process, and verifies that the database file is complete.
+pub(super) fn check_size(connection: &Connection, path: &Path) -> Result<(), StoreError> {
+    let doing = "checking the file size";
+    let failed = |error: &rusqlite::Error| sqlite_error("checkpointing the write-ahead log", error);
+    connection.execute_batch("PRAGMA wal_checkpoint(TRUNCATE)").map_err(|e| failed(&e))?;
+    let number = |name: &str| -> Result<u64, StoreError> {
+        let number = connection.pragma_query_value(None, name, |row| row.get::<_, i64>(0));
+        number.map(|number| u64::try_from(number).unwrap_or(0)).map_err(|e| sqlite_error(doing, &e))
+    };
+    let expected = number("page_count")? * number("page_size")?;
+    let found = path.metadata().map_or(0, |metadata| metadata.len());
+    if found < expected {
+        let reason = format!("{} has {found} bytes, expected {expected}", path.display());
+        return Err(StoreError::Corrupt { doing, reason });
+    }
+    Ok(())
+}
+
+/// Migrates the schema to [`VERSION`].
+pub(super) fn migrate(connection: &Connection) -> Result<(), StoreError> {
+    let doing = "reading the schema version";
+    let found: i64 = connection
+        .pragma_query_value(None, "user_version", |row| row.get(0))
+        .map_err(|error| sqlite_error(doing, &error))?;
+    let steps = match found {
+        0 => format!("{TABLES} {USAGE} {LARGE_VALUES}"),
+        1 => format!(
+            "{FROM_1_TO_2} {FROM_2_TO_3} {USAGE} {FROM_3_TO_4} {LARGE_VALUES} {FROM_4_TO_5}"
+        ),
+        2 => format!("{FROM_2_TO_3} {USAGE} {FROM_3_TO_4} {LARGE_VALUES} {FROM_4_TO_5}"),
+        3 => format!("{USAGE} {FROM_3_TO_4} {LARGE_VALUES} {FROM_4_TO_5}"),
+        4 => format!("{LARGE_VALUES} {FROM_4_TO_5}"),
+        VERSION => return Ok(()),
+        _ => return Err(StoreError::UnsupportedVersion { found, known: VERSION }),
+    };
+    connection
+        .execute_batch(&format!("BEGIN; {steps} PRAGMA user_version = {VERSION}; COMMIT;"))
+        .map_err(|error| sqlite_error("migrating the schema", &error))
+}
+
+/// Resets the state that the previous process left. Only one process can have the file open, so the leases of the
+/// previous process are void, except for attempts that workers run: a worker reconnects and resumes its attempt, or its
+/// lease expires.
+pub(super) fn reset_after_restart(connection: &Connection) -> rusqlite::Result<()> {
+    connection.execute_batch(
+        "BEGIN;
+         UPDATE requests SET lease_until = 0 WHERE state = 1 AND worker IS NULL;
+         DELETE FROM connections;
+         DELETE FROM gateways;
+         COMMIT;",
+    )
+}
+
+/// Writes a row, to verify that the store is writable.
+pub(super) fn write_probe(db: &Connection) -> rusqlite::Result<()> {
+    db.prepare_cached("UPDATE health SET checks = checks + 1")?.execute([]).map(drop)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::{
+        super::usage::{BATCH_BYTES, REQUEST_BYTES},
+        *,
+    };
+
+    #[test]
+    fn the_migration_uses_the_size_estimates_of_the_writer() {
+        for (part, bytes) in [
+            (format!("bytes = {REQUEST_BYTES} +"), REQUEST_BYTES),
+            (format!("SUM({BATCH_BYTES} +"), BATCH_BYTES),
+        ] {
+            assert!(FROM_3_TO_4.contains(&part), "{bytes}");
+        }
+    }
+
+    #[test]
+    fn a_version_2_file_is_migrated() {
+        let db = Connection::open_in_memory().unwrap();
+        let mut tables = TABLES.to_owned();
+        for column in [
+            "    trace_state TEXT,\n",
+            "    bytes INTEGER NOT NULL DEFAULT 0,\n",
+            ",\n    large INTEGER",
+        ] {
+            assert!(tables.contains(column));
+            tables = tables.replace(column, "");
+        }
+        db.execute_batch(&tables).unwrap();
+        db.execute_batch(
+            "PRAGMA user_version = 2;
+             INSERT INTO requests (uid, tenant, user, action, state, attempt, last_seq, attempt_seq,
+                 priority, create_time, not_before, metadata, fingerprint)
+             VALUES (x'00', 't', 'u', 'a', 0, 0, 1, 0, 0, 1, 1, x'0102', x'00'),
+                 (x'01', 't', 'v', 'a', 2, 0, 1, 0, 0, 1, 1, NULL, x'00');
+             INSERT INTO payloads VALUES (x'00', '', x'010203', 0);
+             INSERT INTO events VALUES (x'00', 1, x'01', 0), (x'00', 2, x'0102', 0),
+                 (x'01', 1, x'010203', 0);",
+        )
+        .unwrap();
+        migrate(&db).unwrap();
+        let large =
+            db.query_row("SELECT large FROM events WHERE last_seq = 2", [], |row| row.get(0));
+        assert_eq!(large, Ok(None::<i64>));
+        let version: i64 = db.pragma_query_value(None, "user_version", |row| row.get(0)).unwrap();
+        assert_eq!(version, VERSION);
+        let state = db
+            .query_row("SELECT trace_state FROM requests WHERE uid = x'00'", [], |row| row.get(0));
+        assert_eq!(state, Ok(None::<String>));
+        let usage = |user: &str| {
+            db.query_row("SELECT queued, bytes FROM usage WHERE user = ?1", [user], |row| {
+                Ok((row.get::<_, i64>(0)?, row.get::<_, i64>(1)?))
+            })
+        };
+        assert_eq!((usage(""), usage("u")), (Ok((1, 11 + 2 * 1024 + 3 * 64)), Ok((1, 0))));
+        assert!(usage("v").is_err());
+        migrate(&db).unwrap();
+    }
+}
