@@ -290,8 +290,10 @@ impl RequestService {
         };
         // A stored request must be announced even if its client disconnects.
         let service = self.clone();
-        let bytes = new.payload.data.len();
-        self.changes.run(bytes, async move { service.store_new(new, owner, entry).await }).await
+        let metadata = new.metadata.as_ref().map_or(0, bytes::Bytes::len);
+        let (bytes, tenant) = (new.payload.data.len() + metadata, owner.tenant.clone());
+        let stored = async move { service.store_new(new, owner, entry).await };
+        self.changes.run(&tenant, bytes, stored).await
     }
 
     async fn store_new(
@@ -436,11 +438,11 @@ impl RequestService {
         violations
             .check("reason", validate::at_most(reason.len(), limits::MAX_REASON_BYTES, "reason"));
         ensure_valid(&violations)?;
-        let uid = self.find(caller, name, Access::Write).await?.uid;
+        let RequestRecord { uid, owner, .. } = self.find(caller, name, Access::Write).await?;
         // A stored cancellation must reach watchers and processors even if the client disconnects.
         let service = self.clone();
-        let cancelled = self.changes.run(0, async move { service.store_cancel(uid, reason).await });
-        cancelled.await?.ok_or_else(|| not_found(name))
+        let cancelled = async move { service.store_cancel(uid, reason).await };
+        self.changes.run(&owner.tenant, 0, cancelled).await?.ok_or_else(|| not_found(name))
     }
 
     /// Stores a cancellation. Returns the updated request; `None` if the request does not exist.
@@ -473,10 +475,9 @@ impl RequestService {
     ) -> Result<(), Status> {
         let record = self.find(caller, name, Access::Write).await?;
         let (store, uid) = (self.store.clone(), record.uid);
-        let deleted = self.changes.run(0, async move {
-            store.delete_request(uid).await.map_err(|error| store_status(&error))
-        });
-        match deleted.await? {
+        let deleted =
+            async move { store.delete_request(uid).await.map_err(|error| store_status(&error)) };
+        match self.changes.run(&record.owner.tenant, 0, deleted).await? {
             DeleteOutcome::Deleted => Ok(()),
             DeleteOutcome::NotEnded => Err(failed_precondition(format!(
                 "only an ended request can be deleted: this request is {}; cancel it first",
