@@ -61,7 +61,7 @@ pub fn open(data: &Path) -> Result<Arc<dyn Store>, StoreError> {
 }
 
 /// SQLite store in a data folder.
-pub struct SqliteStore {
+struct SqliteStore {
     writer: WriterThread,
     readers: Arc<Readers>,
     /// Lock file, which is locked while the store is open; the operating system releases the lock when the process
@@ -77,11 +77,7 @@ struct Readers {
 }
 
 impl SqliteStore {
-    /// Opens the store, like [`open`].
-    ///
-    /// # Errors
-    /// Returns the same errors as [`open`].
-    pub fn open(data: &Path) -> Result<Self, StoreError> {
+    fn open(data: &Path) -> Result<Self, StoreError> {
         let doing = "opening the data folder";
         let lock = files::create_folder(data)
             .and_then(|()| files::open_private(&data.join("lock")))

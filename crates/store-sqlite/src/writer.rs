@@ -3,6 +3,7 @@
 mod schedule;
 
 use std::{
+    sync::Arc,
     thread::{self, JoinHandle, Thread},
     time::Instant,
 };
@@ -10,6 +11,7 @@ use std::{
 use rusqlite::Connection;
 use streamer_core::Uid;
 use tokio::sync::{
+    OwnedSemaphorePermit, Semaphore,
     mpsc::{self, error::TryRecvError},
     oneshot,
 };
@@ -23,8 +25,11 @@ use super::{
 };
 use streamer_store::StoreError;
 
-/// Capacity of each operation queue; while a queue is full, further callers wait.
-const QUEUE_CAPACITY: usize = 4096;
+/// Capacity of each channel to the writer, which empties the channels between two commits.
+const CHANNEL_CAPACITY: usize = 4096;
+/// Maximum total size of queued operations, in KiB; beyond it, callers wait in order of arrival. It is more than the
+/// budgets that tenants share fairly (changes in a router, reports in a processor), so that these apply first.
+const MAX_QUEUED_KIB: u32 = 512 * 1024;
 /// Size above which an operation is large, in bytes.
 const LARGE_BYTES: usize = 16 * 1024;
 
@@ -85,6 +90,8 @@ struct QueuedOperation<F, T> {
     run: F,
     output: Option<T>,
     reply: oneshot::Sender<Result<T, StoreError>>,
+    /// Share of [`MAX_QUEUED_KIB`]. The caller may disconnect; the operation is queued until it is committed.
+    _permit: OwnedSemaphorePermit,
 }
 
 impl<F, T> Operation for QueuedOperation<F, T>
@@ -128,6 +135,7 @@ pub(super) struct WriterThread {
 struct QueueSenders {
     small: mpsc::Sender<BoxedOperation>,
     large: mpsc::Sender<BoxedOperation>,
+    capacity: Arc<Semaphore>,
     writer: Thread,
 }
 
@@ -137,8 +145,8 @@ impl WriterThread {
         files: FileIdentities,
         checkpointer: Checkpointer,
     ) -> Result<Self, StoreError> {
-        let (small, small_operations) = mpsc::channel(QUEUE_CAPACITY);
-        let (large, large_operations) = mpsc::channel(QUEUE_CAPACITY);
+        let (small, small_operations) = mpsc::channel(CHANNEL_CAPACITY);
+        let (large, large_operations) = mpsc::channel(CHANNEL_CAPACITY);
         let queue = OperationQueue::new(small_operations, large_operations);
         let thread = thread::Builder::new()
             .name("store-writer".into())
@@ -147,7 +155,8 @@ impl WriterThread {
                 doing: "starting the writer",
                 reason: error.to_string(),
             })?;
-        let queues = QueueSenders { small, large, writer: thread.thread().clone() };
+        let capacity = Arc::new(Semaphore::new(MAX_QUEUED_KIB as usize));
+        let queues = QueueSenders { small, large, capacity, writer: thread.thread().clone() };
         Ok(Self { queues: Some(queues), thread: Some(thread) })
     }
 
@@ -162,9 +171,13 @@ impl WriterThread {
     ) -> Result<T, StoreError> {
         let closed = || StoreError::Unavailable { doing, reason: "the store is closed".into() };
         let queues = self.queues.as_ref().ok_or_else(closed)?;
+        let kib = u32::try_from(cost.bytes / 1024 + 1).unwrap_or(MAX_QUEUED_KIB);
+        let permit = queues.capacity.clone().acquire_many_owned(kib.min(MAX_QUEUED_KIB));
+        let _permit = permit.await.map_err(|_| closed())?;
         let (reply, result) = oneshot::channel();
         let queue = if cost.bytes > LARGE_BYTES { &queues.large } else { &queues.small };
-        let operation = Box::new(QueuedOperation { cost, doing, run, output: None, reply });
+        let operation =
+            Box::new(QueuedOperation { cost, doing, run, output: None, reply, _permit });
         queue.send(operation).await.map_err(|_| closed())?;
         queues.writer.unpark();
         result.await.map_err(|_| closed())?
@@ -173,7 +186,7 @@ impl WriterThread {
 
 impl Drop for WriterThread {
     fn drop(&mut self) {
-        if let Some(QueueSenders { small, large, writer }) = self.queues.take() {
+        if let Some(QueueSenders { small, large, writer, .. }) = self.queues.take() {
             drop((small, large));
             writer.unpark();
         }
@@ -213,8 +226,7 @@ impl OperationQueue {
     }
 
     /// Moves all queued operations to the schedule, so that no operation waits behind operations of a different tenant.
-    /// Each operation belongs to a pending call, which keeps its data in memory in any case. Returns whether more
-    /// operations can follow.
+    /// Returns whether more operations can follow.
     fn receive(&mut self, db: &Connection) -> bool {
         let schedule = &mut self.schedule;
         let small = receive_all(&mut self.small, |operation| {

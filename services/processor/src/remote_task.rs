@@ -162,6 +162,7 @@ impl RemoteTask {
         match arrivals.accept(&self.buffer, report.number, report.resends, kind)? {
             Arrival::Delivered => *self.requested_at.lock() = None,
             Arrival::Dropped => {
+                *self.requested_at.lock() = None;
                 self.paused.lock().get_or_insert_with(|| self.source.pause());
                 self.dropped.notify_one();
             }
@@ -245,5 +246,63 @@ impl RemoteTask {
     /// worker has lost it, not that the task is still in transit.
     pub(crate) fn past_heartbeat_grace(&self, grace: Duration) -> bool {
         self.created_at.elapsed() > grace
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use streamer_core::Timestamp;
+    use streamer_proto::common::v1::{Payload, payload::Body};
+    use tokio::time::advance;
+
+    use super::*;
+
+    const BUDGET: usize = 1 << 20;
+    const LEASE: Duration = Duration::from_secs(10);
+
+    fn report(resends: i32) -> (Report, report::Kind) {
+        let body = Some(Body::Data(vec![0; 100_000].into()));
+        let output = Payload { content_type: String::new(), body };
+        (Report { number: 1, resends, ..Report::default() }, report::Kind::Output(output))
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn a_worker_has_a_lease_to_send_a_requested_report_again() {
+        let budget = MemoryBudget::new(BUDGET);
+        let all = budget.try_reserve(&"globex".into(), BUDGET).unwrap();
+        let task = RemoteTask::sync(Uid::new(Timestamp::default()), "echo", "acme", &budget);
+        let (first, kind) = report(0);
+        task.deliver(&first, kind, || false).unwrap();
+        advance(LEASE * 2).await;
+        assert!(!task.ignores_resend(LEASE), "it was not requested again");
+        drop(all);
+        let mut resend = None;
+        task.request_resend(|message| resend = Some(message)).await;
+        assert_eq!(resend.map(|message| (message.number, message.resends)), Some((0, 1)));
+        advance(LEASE).await;
+        assert!(!task.ignores_resend(LEASE));
+        advance(Duration::from_millis(1)).await;
+        assert!(task.ignores_resend(LEASE));
+        let (second, kind) = report(1);
+        task.deliver(&second, kind, || false).unwrap();
+        assert!(!task.ignores_resend(LEASE));
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn a_report_that_is_dropped_again_does_not_count_as_missing() {
+        let budget = MemoryBudget::new(BUDGET);
+        let all = budget.try_reserve(&"globex".into(), BUDGET).unwrap();
+        let task = RemoteTask::sync(Uid::new(Timestamp::default()), "echo", "acme", &budget);
+        let (first, kind) = report(0);
+        task.deliver(&first, kind, || false).unwrap();
+        drop(all);
+        task.request_resend(drop).await;
+        let _rest = budget.try_reserve(&"globex".into(), BUDGET - 100_000).unwrap();
+        let (larger, _) = report(1);
+        let body = Some(Body::Data(vec![0; 200_000].into()));
+        let output = Payload { content_type: String::new(), body };
+        task.deliver(&larger, report::Kind::Output(output), || false).unwrap();
+        advance(LEASE * 2).await;
+        assert!(!task.ignores_resend(LEASE));
     }
 }

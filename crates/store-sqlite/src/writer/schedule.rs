@@ -1,10 +1,10 @@
 //! Decides which operations the writer commits next.
 //!
-//! Small operations, such as the end of a small request, wait for at most one group of large operations; those of the
-//! server, such as renewals of leases, come first. After such a group, the writer is reserved for small operations for at least the duration of the group:
-//! the steps of a small request follow each other within less than a millisecond, and without the reservation, each
-//! step would wait for a separate group. Large operations take turns by tenant (start-time fair queueing over bytes),
-//! and still receive half of the writer's time.
+//! Small operations, such as the end of a small request, wait for at most one group of large operations. After such a
+//! group, the writer is reserved for small operations for the duration of the group: the steps of a small request
+//! follow each other within less than a millisecond, and without the reservation, each step would wait for a separate
+//! group. Among small operations, those of the server, such as renewals of leases, come first. Large operations take
+//! turns by tenant (start-time fair queueing over bytes), and receive at least half of the writer's time.
 
 use std::{
     collections::{BTreeMap, BTreeSet, HashMap, VecDeque},

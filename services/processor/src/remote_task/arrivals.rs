@@ -39,6 +39,8 @@ pub(super) struct Arrivals {
 struct Dropped {
     /// Bytes to reserve before the reports are requested again; 0 once they were requested.
     to_reserve: usize,
+    /// Bytes that were reserved for the reports; 0 before they were requested, and once one of them has arrived.
+    requested: usize,
     /// Highest number of the dropped reports.
     last_number: i64,
     /// Number of progress and output reports among the dropped ones.
@@ -73,7 +75,7 @@ impl Arrivals {
     /// arrived, and the number of resends; `None` if no dropped reports are pending.
     pub(super) fn request_resend(&mut self, reserved: Reservation) -> Option<(i64, i32)> {
         let dropped = self.dropped.as_mut().filter(|dropped| dropped.to_reserve > 0)?;
-        dropped.to_reserve = 0;
+        dropped.requested = mem::take(&mut dropped.to_reserve);
         self.reserved = reserved;
         Some((self.received, self.resends))
     }
@@ -98,14 +100,21 @@ impl Arrivals {
         }
         let needed = buffer.bytes_to_reserve(&kind);
         let Some(reserved) = self.reserve(buffer, needed) else {
-            let mut dropped = Dropped::new(needed);
+            // Reports before the first dropped one can be sent again too: without capacity for both, an attempt could
+            // lose its reservation to the former each time.
+            let before = self.dropped.as_ref().map_or(0, |dropped| dropped.requested);
+            let mut dropped = Dropped::new(needed + before.min(MAX_BYTES));
             dropped.add(number, &kind)?;
             self.dropped = Some(dropped);
             self.resends += 1;
             return Ok(Arrival::Dropped);
         };
+        let is_new_event = is_event(&kind);
         buffer.push(compact(kind), reserved).map_err(full)?;
         self.received = self.received.max(number);
+        if let Some(dropped) = self.dropped.as_mut().filter(|_| is_new_event) {
+            dropped.requested = 0;
+        }
         if self.dropped.as_ref().is_some_and(|dropped| dropped.last_number <= number) {
             self.dropped = None;
             self.reserved = Reservation::default();
@@ -166,7 +175,8 @@ impl Arrivals {
 impl Dropped {
     fn new(needed: usize) -> Self {
         // With capacity for this report alone, each later report would be dropped again.
-        Self { to_reserve: needed.max(MIN_WINDOW_BYTES), last_number: 0, events: 0, bytes: 0 }
+        let to_reserve = needed.max(MIN_WINDOW_BYTES);
+        Self { to_reserve, requested: 0, last_number: 0, events: 0, bytes: 0 }
     }
 
     /// Counts a dropped report. Fails if the worker exceeds the limits on unacknowledged reports.
@@ -265,6 +275,34 @@ mod tests {
             );
         }
         assert_eq!(budget.used(), BUDGET - MIN_WINDOW_BYTES + 10_000);
+    }
+
+    #[tokio::test]
+    async fn a_checkpoint_that_is_sent_again_does_not_take_the_reservation_each_time() {
+        let budget = MemoryBudget::new(BUDGET);
+        let buffer = ReportBuffer::new(budget.clone(), "acme");
+        let large_checkpoint = || Kind::Checkpoint(vec![0; 200_000].into());
+        let mut arrivals = Arrivals::default();
+        assert_eq!(arrivals.accept(&buffer, 0, 0, large_checkpoint()).unwrap(), Arrival::Delivered);
+        drop(buffer.next().await);
+        let other = budget.try_reserve(&"globex".into(), BUDGET).unwrap();
+        assert_eq!(arrivals.accept(&buffer, 1, 0, output(5000)).unwrap(), Arrival::Dropped);
+        drop(other);
+        let mut wanted = Vec::new();
+        for resends in 1.. {
+            let bytes = arrivals.bytes_to_reserve().unwrap();
+            wanted.push(bytes);
+            let reserved = buffer.reserve(bytes).await;
+            // Other tenants take the rest.
+            let _rest = budget.try_reserve(&"globex".into(), BUDGET - bytes).unwrap();
+            assert!(arrivals.request_resend(reserved).is_some());
+            arrivals.accept(&buffer, 0, resends, large_checkpoint()).unwrap();
+            let output = arrivals.accept(&buffer, 1, resends, output(5000)).unwrap();
+            if output == Arrival::Delivered {
+                break;
+            }
+        }
+        assert_eq!(wanted, [MIN_WINDOW_BYTES, MIN_WINDOW_BYTES + 200_000]);
     }
 
     #[test]
