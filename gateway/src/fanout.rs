@@ -4,12 +4,13 @@ use std::{collections::HashMap, sync::Arc, time::Duration};
 
 use http::HeaderValue;
 use parking_lot::Mutex;
+use streamer_cluster::RouteKey;
 use streamer_core::{RequestState, Uid, retry};
 use streamer_proto::{
     common::v1::{Event, Output, Payload, Request, event::Kind, payload::Body},
     progress::v1::{ListEventsRequest, WatchRequest, WatchResponse},
 };
-use streamer_rpc::{RouteKey, WATCH_COUNTED, state_from_proto, with_authorization};
+use streamer_rpc::{WATCH_COUNTED, state_from_proto, with_authorization};
 use tokio::{
     sync::Notify,
     time::{Instant, sleep, timeout},

@@ -13,6 +13,7 @@ mod connection_handle;
 mod connection_registry;
 mod connections_service;
 mod fanout;
+mod grpc_proxy;
 mod json_writer;
 mod large_segments;
 mod metrics;
@@ -27,9 +28,10 @@ use std::{sync::Arc, time::Duration};
 
 use axum::routing::any;
 use streamer_auth::{AuthLayer, AuthService, Authenticator};
+use streamer_cluster::{Instances, Service};
 use streamer_core::{Clock, OpenWatches};
 use streamer_proto::connections::v1::connections_service_server::ConnectionsServiceServer;
-use streamer_rpc::{Channel, Instances};
+use streamer_rpc::Channel;
 use streamer_store::Store;
 use streamer_telemetry::{Metrics, Traces};
 use tokio::time::timeout;
@@ -91,6 +93,9 @@ pub struct Dependencies {
     pub router: Channel,
     /// Channel to the progress service.
     pub progress: Channel,
+    /// Channel to the processors for the streams of workers, if the services run in other processes: the gateway
+    /// then forwards public gRPC calls.
+    pub processor: Option<Channel>,
     /// This gateway and its peers; `None` if this gateway is the only one.
     pub others: Option<PeerGateways>,
     /// The metrics registry.
@@ -118,6 +123,8 @@ pub struct GatewayServer {
     pub http: axum::Router,
     /// The API `streamer.connections.v1`, for services that send messages to connected users.
     pub connections: AuthService<ConnectionsServiceServer<ConnectionsApi>>,
+    /// Routes of the public gRPC services of other processes; empty if all services run in this process.
+    pub forwarded: axum::Router,
     gateway: Arc<Gateway>,
 }
 
@@ -132,12 +139,21 @@ impl GatewayServer {
             auth,
             router,
             progress,
+            processor,
             others,
             metrics,
             traces,
             options,
             open_watches,
         } = dependencies;
+        let forwarded = processor.map_or_else(axum::Router::new, |processor| {
+            let services = [
+                (Service::Router, router.clone()),
+                (Service::Processor, processor),
+                (Service::Progress, progress.clone()),
+            ];
+            grpc_proxy::routes(services, clock.clone(), auth.clone())
+        });
         let options = Arc::new(options);
         let metrics = GatewayMetrics::new(&metrics);
         let upstreams = Arc::new(Upstreams::new(router, progress, options.max_message_bytes));
@@ -163,7 +179,7 @@ impl GatewayServer {
         let api =
             ConnectionsServiceServer::new(ConnectionsApi::new(gateway.clone(), store, others));
         let http = axum::Router::new().route("/ws", any(upgrade::open)).with_state(gateway.clone());
-        Self { http, connections: auth.wrap(api), gateway }
+        Self { http, connections: auth.wrap(api), forwarded, gateway }
     }
 
     /// Runs the background tasks until `shutdown` is cancelled.

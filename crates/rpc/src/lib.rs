@@ -6,7 +6,6 @@ mod channel;
 mod compact;
 mod completion;
 mod ended_body;
-mod load_balancer;
 mod payload;
 mod proto_conversions;
 mod spans;
@@ -21,7 +20,6 @@ pub use channel::{
 pub use compact::{compact_bytes, compact_event, compact_request};
 pub use completion::run_to_completion;
 pub use ended_body::end_when;
-pub use load_balancer::{Instance, Instances, RouteKey, is_safe_to_retry, with_route};
 pub use payload::{
     JSON, empty_object, encode_event, encode_payload, json_payload, payload_bytes,
     payload_into_parts,

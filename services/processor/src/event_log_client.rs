@@ -3,6 +3,7 @@
 use std::sync::Arc;
 
 use prost::Message;
+use streamer_cluster::with_route;
 use streamer_core::Uid;
 use streamer_handler::MemoryBudget;
 use streamer_proto::{
@@ -11,7 +12,7 @@ use streamer_proto::{
         AnnounceRequest, PublishRequest, event_log_service_client::EventLogServiceClient,
     },
 };
-use streamer_rpc::{Channel, Untraced, is_terminal, run_to_completion, with_route};
+use streamer_rpc::{Channel, Untraced, is_terminal, run_to_completion};
 use streamer_telemetry::is_sampled;
 use tonic::Status;
 

@@ -17,13 +17,13 @@ mod watcher;
 use std::sync::Arc;
 
 use streamer_auth::{AuthLayer, AuthService};
+use streamer_cluster::{Instance, Instances};
 use streamer_core::{Clock, Limits, OpenWatches, Uid};
 use streamer_handler::MemoryBudget;
 use streamer_proto::{
     internal::v1::event_log_service_server::EventLogServiceServer,
     progress::v1::progress_service_server::ProgressServiceServer,
 };
-use streamer_rpc::{Instance, Instances};
 use streamer_store::Store;
 use streamer_telemetry::Metrics;
 use tokio::sync::watch;

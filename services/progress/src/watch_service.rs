@@ -9,6 +9,7 @@ use std::{
 use futures_util::stream::BoxStream;
 use parking_lot::Mutex;
 use streamer_auth::{Caller, Principal};
+use streamer_cluster::Instance;
 use streamer_core::{Limits, OpenWatches, Uid, Violations, validate};
 use streamer_handler::MemoryBudget;
 use streamer_proto::{
@@ -19,8 +20,8 @@ use streamer_proto::{
     },
 };
 use streamer_rpc::{
-    FORWARDED, Instance, WATCH_COUNTED, encode_event, not_found, status, store_status,
-    validation_status, with_authorization,
+    FORWARDED, WATCH_COUNTED, encode_event, not_found, status, store_status, validation_status,
+    with_authorization,
 };
 use streamer_store::{Owner, RequestRecord, Store, StoreError, find_by_client_id_or_uid};
 use tokio::{sync::OnceCell, time::timeout};

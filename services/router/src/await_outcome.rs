@@ -3,12 +3,13 @@
 use std::time::Duration;
 
 use streamer_auth::Caller;
+use streamer_cluster::RouteKey;
 use streamer_core::{TenantLimit, Uid, retry};
 use streamer_proto::{
     common::v1::Event,
     progress::v1::{WatchRequest, WatchResponse},
 };
-use streamer_rpc::{RouteKey, is_terminal, with_authorization};
+use streamer_rpc::{is_terminal, with_authorization};
 use tokio::time::{sleep, timeout};
 use tonic::{Code, Status, Streaming};
 use tonic_types::StatusExt;

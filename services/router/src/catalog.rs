@@ -8,12 +8,13 @@ use std::{
 
 use bytes::Bytes;
 use parking_lot::{Mutex, RwLock};
+use streamer_cluster::Instance;
 use streamer_core::{ErrorCode, RequestError, Timestamp, Violations, retry};
 use streamer_proto::{
     common::v1::Action,
     internal::v1::{ActionDeclaration, WatchActionsRequest},
 };
-use streamer_rpc::{Instance, status};
+use streamer_rpc::status;
 use streamer_store::{DeclaredAction, Store};
 use tokio::{
     sync::watch,

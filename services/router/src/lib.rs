@@ -25,13 +25,14 @@ use std::{sync::Arc, time::Duration};
 
 use futures_util::future::OptionFuture;
 use streamer_auth::{AuthLayer, AuthService};
+use streamer_cluster::Instances;
 use streamer_core::{Clock, Limits, LimitsByTenant};
 use streamer_proto::{
     internal::v1::admission_service_server::AdmissionServiceServer,
     longrunning::operations_server::OperationsServer,
     router::v1::router_service_server::RouterServiceServer,
 };
-use streamer_rpc::{Channel, Instances};
+use streamer_rpc::Channel;
 use streamer_store::Store;
 use streamer_telemetry::Metrics;
 use tokio_util::sync::CancellationToken;

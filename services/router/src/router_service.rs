@@ -4,6 +4,7 @@ use std::sync::Arc;
 
 use futures_util::{StreamExt, stream, stream::BoxStream};
 use streamer_auth::{Caller, Principal, Subject, permissions};
+use streamer_cluster::RouteKey;
 use streamer_core::{Uid, Violations, validate};
 use streamer_proto::{
     progress::v1::{WatchRequest, WatchResponse},
@@ -16,7 +17,7 @@ use streamer_proto::{
     },
 };
 use streamer_rpc::{
-    PREVIOUS_ATTEMPTS, REQUEST_UID, RouteKey, encode_payload, request_to_proto, state_from_proto,
+    PREVIOUS_ATTEMPTS, REQUEST_UID, encode_payload, request_to_proto, state_from_proto,
     validation_status, with_authorization,
 };
 use streamer_store::{ListRequests, RequestPage};

@@ -13,6 +13,7 @@ use futures_util::{
     stream::{FuturesUnordered, StreamExt},
 };
 use http::HeaderValue;
+use streamer_cluster::{Instance, Instances, is_safe_to_retry, with_route};
 use streamer_core::{Limits, Timestamp, Uid};
 use streamer_proto::{
     common::v1::{Event, Payload, Request},
@@ -24,9 +25,7 @@ use streamer_proto::{
     progress::v1::progress_service_client::ProgressServiceClient,
     timestamp,
 };
-use streamer_rpc::{
-    Channel, Instance, Instances, NOT_ADMITTED, is_safe_to_retry, with_authorization, with_route,
-};
+use streamer_rpc::{Channel, NOT_ADMITTED, with_authorization};
 use streamer_store::RequestRecord;
 use tokio::{sync::Semaphore, time::timeout};
 use tonic::{Code, Status};

@@ -2,12 +2,13 @@
 
 use futures_util::poll;
 use streamer_auth::Principal;
+use streamer_cluster::Instances;
 use streamer_core::{RequestState, SystemClock};
 use streamer_proto::internal::v1::{
     AnnounceRequest, AnnounceResponse, PublishRequest, PublishResponse,
     event_log_service_server::{EventLogService, EventLogServiceServer},
 };
-use streamer_rpc::{Instances, local};
+use streamer_rpc::local;
 use streamer_telemetry::Metrics;
 use tempfile::TempDir;
 use tokio::sync::{Semaphore, mpsc};
@@ -60,7 +61,7 @@ fn fixture() -> Fixture {
         max_output_chunk_bytes: 1024,
         payload_option: limits::PAYLOAD_OPTION,
     };
-    let processors = Instances::one("processor", log.clone());
+    let processors = Instances::one(streamer_cluster::Service::Processor, log.clone());
     let service = Arc::new(RequestService {
         store,
         clock: Arc::new(SystemClock),

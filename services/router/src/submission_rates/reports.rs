@@ -3,12 +3,12 @@
 use std::{sync::Arc, time::Duration};
 
 use futures_util::future::join_all;
+use streamer_cluster::{Instance, Instances};
 use streamer_core::Clock;
 use streamer_proto::internal::v1::{
     AdmittedSubmissions, ReportSubmissionsRequest, ReportSubmissionsResponse,
     admission_service_client::AdmissionServiceClient, admission_service_server::AdmissionService,
 };
-use streamer_rpc::{Instance, Instances};
 use tokio::time::{MissedTickBehavior, interval, timeout};
 use tokio_util::sync::CancellationToken;
 use tonic::{Request, Response, Status};

@@ -1,0 +1,301 @@
+//! Client-side load balancing over the instances of a service.
+//!
+//! Within a process, a service has one instance, and a call is a function call. Between processes, a call goes
+//! to the instance that ranks first for the call's key (rendezvous hashing), or to the instances in turn if it
+//! has no key. If that instance is unreachable and a retry is safe, the call is retried at the next instance,
+//! within a retry budget.
+
+use std::{
+    convert::Infallible,
+    sync::{Arc, atomic::AtomicUsize},
+    task::{Context, Poll},
+    time::Duration,
+};
+
+use bytes::Bytes;
+use futures_util::future::BoxFuture;
+use http::{Extensions, HeaderMap, HeaderValue, Request, Response, Uri, Version};
+use http_body_util::{BodyExt, Full, LengthLimitError, Limited};
+use streamer_core::Uid;
+use streamer_rpc::{Channel, PREVIOUS_ATTEMPTS};
+use tokio::time::timeout;
+use tonic::{Code, ConnectError, Status, body::Body};
+use tower::{
+    Service, ServiceExt,
+    retry::budget::{Budget, TpsBudget},
+    util::BoxCloneSyncService,
+};
+
+use crate::{Instance, Instances};
+
+/// Maximum number of instances to which a call is sent.
+const MAX_TRIES: usize = 3;
+/// Timeout of a unary call between services.
+const INTERNAL_TIMEOUT: Duration = Duration::from_secs(5);
+/// Timeout of a public unary call that reads or writes one resource.
+const SHORT_TIMEOUT: Duration = Duration::from_secs(10);
+/// Timeout for receiving a complete request message.
+const MESSAGE_TIMEOUT: Duration = Duration::from_secs(30);
+/// Size of the prefix of a gRPC message.
+const FRAME_BYTES: usize = 5;
+/// Maximum ratio of retries to calls; ten retries per second are always allowed.
+const RETRY_RATIO: f32 = 0.2;
+
+/// UID of the request that a call concerns: calls with the same key go to the same instance while it exists.
+#[derive(Clone, Copy, Debug)]
+pub struct RouteKey(pub Uid);
+
+impl Instances {
+    /// Returns a channel for calls with one request message of at most `max_bytes`, which can be
+    /// retried at a different instance.
+    #[must_use]
+    pub fn channel(&self, max_bytes: usize) -> Channel {
+        self.load_balanced(Some(max_bytes))
+    }
+
+    /// Returns a channel for calls with streams of request messages, which are never retried.
+    #[must_use]
+    pub fn streaming_channel(&self) -> Channel {
+        self.load_balanced(None)
+    }
+
+    fn load_balanced(&self, max_message_bytes: Option<usize>) -> Channel {
+        if let Some(local) = self.local_channel() {
+            return local.clone();
+        }
+        BoxCloneSyncService::new(LoadBalancer {
+            members: self.clone(),
+            round_robin: Arc::default(),
+            budget: Arc::new(TpsBudget::new(Duration::from_secs(10), 10, RETRY_RATIO)),
+            max_message_bytes,
+        })
+    }
+}
+
+#[derive(Clone)]
+struct LoadBalancer {
+    members: Instances,
+    round_robin: Arc<AtomicUsize>,
+    budget: Arc<TpsBudget>,
+    /// Maximum size of the request message; `None` for streams of messages.
+    max_message_bytes: Option<usize>,
+}
+
+impl Service<Request<Body>> for LoadBalancer {
+    type Response = Response<Body>;
+    type Error = Status;
+    type Future = BoxFuture<'static, Result<Response<Body>, Status>>;
+
+    fn poll_ready(&mut self, _: &mut Context<'_>) -> Poll<Result<(), Status>> {
+        Poll::Ready(Ok(()))
+    }
+
+    fn call(&mut self, request: Request<Body>) -> Self::Future {
+        let balancer = self.clone();
+        Box::pin(async move {
+            match balancer.max_message_bytes {
+                Some(max_bytes) => balancer.call_buffered(request, max_bytes).await,
+                None => balancer.call_streaming(request).await,
+            }
+        })
+    }
+}
+
+impl LoadBalancer {
+    fn candidates(&self, extensions: &Extensions) -> Result<Vec<Instance>, Status> {
+        let key = extensions.get::<RouteKey>().map(|RouteKey(uid)| *uid);
+        let members = self.members.ranked(key, &self.round_robin);
+        if members.is_empty() {
+            let service = self.members.service();
+            return Err(Status::unavailable(format!("no instance of {service} is known")));
+        }
+        Ok(members)
+    }
+
+    async fn call_streaming(&self, request: Request<Body>) -> Result<Response<Body>, Status> {
+        let members = self.candidates(request.extensions())?;
+        let Some(member) = members.into_iter().next() else {
+            return Err(Status::unavailable("no healthy instance"));
+        };
+        let outcome = member.channel.clone().oneshot(request).await;
+        member.note(outcome.is_ok());
+        outcome
+    }
+
+    async fn call_buffered(
+        &self,
+        request: Request<Body>,
+        max_bytes: usize,
+    ) -> Result<Response<Body>, Status> {
+        let members = self.candidates(request.extensions())?;
+        let (parts, body) = request.into_parts();
+        let message = BufferedRequest {
+            uri: parts.uri,
+            headers: parts.headers,
+            extensions: parts.extensions,
+            body: read_message(body, max_bytes).await?,
+        };
+        let policy = MethodPolicy::of(message.uri.path());
+        self.budget.deposit();
+        let mut last = None;
+        for (position, member) in members.iter().take(MAX_TRIES).enumerate() {
+            if position > 0 && !self.budget.withdraw() {
+                break;
+            }
+            let call = member.channel.clone().oneshot(message.request(position > 0));
+            let outcome = match policy.timeout {
+                Some(limit) => timeout(limit, call)
+                    .await
+                    .unwrap_or_else(|_| Err(Status::deadline_exceeded("the call timed out"))),
+                None => call.await,
+            };
+            match outcome {
+                Ok(response) => {
+                    if policy.retry_if_unavailable && is_unavailable(response.headers()) {
+                        last = Some(Ok(response));
+                        continue;
+                    }
+                    member.note(true);
+                    return Ok(if policy.is_watch {
+                        response.map(|body| member.end_when_unhealthy(body))
+                    } else {
+                        response
+                    });
+                }
+                Err(status) => {
+                    let unsent = is_safe_to_retry(&status);
+                    member.note(false);
+                    if !unsent && !policy.idempotent {
+                        return Err(status);
+                    }
+                    last = Some(Err(status));
+                }
+            }
+        }
+        last.unwrap_or_else(|| Err(Status::unavailable("no healthy instance")))
+    }
+}
+
+/// Reads the complete message.
+async fn read_message(body: Body, max_bytes: usize) -> Result<Bytes, Status> {
+    let whole = Limited::new(body, max_bytes.saturating_add(FRAME_BYTES)).collect();
+    match timeout(MESSAGE_TIMEOUT, whole).await {
+        Ok(Ok(message)) => Ok(message.to_bytes()),
+        Ok(Err(error)) if error.is::<LengthLimitError>() => {
+            Err(Status::out_of_range(format!("a message must be at most {max_bytes} bytes")))
+        }
+        Ok(Err(error)) => Err(Status::from_error(error)),
+        Err(_) => Err(Status::deadline_exceeded("timed out waiting for the request message")),
+    }
+}
+
+/// Request that can be sent again.
+struct BufferedRequest {
+    uri: Uri,
+    headers: HeaderMap,
+    extensions: Extensions,
+    body: Bytes,
+}
+
+impl BufferedRequest {
+    fn request(&self, is_retry: bool) -> Request<Body> {
+        let body = Full::new(self.body.clone()).map_err(|never: Infallible| match never {});
+        let mut request = Request::new(Body::new(body));
+        *request.method_mut() = http::Method::POST;
+        *request.version_mut() = Version::HTTP_2;
+        *request.uri_mut() = self.uri.clone();
+        *request.headers_mut() = self.headers.clone();
+        *request.extensions_mut() = self.extensions.clone();
+        if is_retry {
+            request.headers_mut().insert(PREVIOUS_ATTEMPTS, HeaderValue::from_static("1"));
+        }
+        request
+    }
+}
+
+/// Retry policy and timeout of a method.
+struct MethodPolicy {
+    /// Whether a retry is safe even if the first call may have been executed.
+    idempotent: bool,
+    /// Whether the call is retried at a different instance if an instance responds with UNAVAILABLE.
+    retry_if_unavailable: bool,
+    /// Whether the response is a stream that lasts while a request runs and can be opened again at a different
+    /// instance. The stream of a submission cannot: its first message reports what was stored.
+    is_watch: bool,
+    timeout: Option<Duration>,
+}
+
+impl MethodPolicy {
+    fn of(path: &str) -> Self {
+        let method = path.rsplit('/').next().unwrap_or_default();
+        // Each call of these methods has an effect.
+        let not_idempotent = ["Execute", "Redrive", "RedriveMany", "Send", "Broadcast"];
+        // A submission identifies its request, but a sync action may have run without being stored.
+        let submissions = ["Submit", "SubmitAndWatch"];
+        let short = ["Get", "List", "ListEvents", "ListActions", "Cancel", "GetOperation"];
+        let internal = ["Publish", "Announce", "NotifyQueued", "SignalCancel"];
+        let is_one_of = |names: &[&str]| names.contains(&method);
+        Self {
+            idempotent: !is_one_of(&not_idempotent),
+            retry_if_unavailable: !is_one_of(&not_idempotent) && !is_one_of(&submissions),
+            is_watch: method == "Watch",
+            timeout: if is_one_of(&internal) {
+                Some(INTERNAL_TIMEOUT)
+            } else {
+                is_one_of(&short).then_some(SHORT_TIMEOUT)
+            },
+        }
+    }
+}
+
+/// Returns whether a call was not executed: it was not sent, or the peer was shutting down and did not
+/// process it. It can then be retried even if it is not idempotent (gRPC calls this a transparent
+/// retry).
+#[must_use]
+pub fn is_safe_to_retry(status: &Status) -> bool {
+    let mut source = std::error::Error::source(status);
+    while let Some(error) = source {
+        let unsent = error.is::<ConnectError>()
+            || error.downcast_ref::<hyper::Error>().is_some_and(hyper::Error::is_canceled)
+            || error.downcast_ref::<h2::Error>().is_some_and(is_refused);
+        if unsent {
+            return true;
+        }
+        source = error.source();
+    }
+    false
+}
+
+/// RFC 9113, section 8.7: refused streams and streams after the last stream of a GOAWAY were not processed.
+fn is_refused(error: &h2::Error) -> bool {
+    let is_beyond_goaway = error.is_go_away() && error.reason() == Some(h2::Reason::NO_ERROR);
+    error.is_remote() && (is_beyond_goaway || error.reason() == Some(h2::Reason::REFUSED_STREAM))
+}
+
+/// Returns whether a response is trailers-only with UNAVAILABLE.
+fn is_unavailable(headers: &HeaderMap) -> bool {
+    let unavailable = i32::from(Code::Unavailable).to_string();
+    headers.get("grpc-status").is_some_and(|status| status.as_bytes() == unavailable.as_bytes())
+}
+
+/// Returns a gRPC request that is routed by the given UID.
+pub fn with_route<T>(message: T, uid: Uid) -> tonic::Request<T> {
+    let mut request = tonic::Request::new(message);
+    request.extensions_mut().insert(RouteKey(uid));
+    request
+}
+
+#[cfg(test)]
+mod tests {
+    use crate::Service as Callee;
+    use tokio::sync::watch;
+
+    use super::*;
+
+    #[tokio::test]
+    async fn calls_without_an_instance_are_unavailable() {
+        let none = Instances::of(Callee::Router, watch::channel(Arc::default()).1);
+        let status = none.channel(1000).oneshot(Request::new(Body::empty())).await.unwrap_err();
+        assert_eq!(status.message(), "no instance of router is known");
+    }
+}

@@ -1,0 +1,73 @@
+//! Errors when a server starts.
+
+use std::{io, net::SocketAddr, path::PathBuf};
+
+use streamer_auth::{DevKeyError, KeyError};
+use streamer_cluster::Service;
+use streamer_store::StoreError;
+use streamer_store_dynamodb::OpenError;
+
+/// Reason why the server cannot start.
+#[derive(Debug, thiserror::Error)]
+pub(crate) enum StartError {
+    /// The store cannot be opened.
+    #[error("cannot open the store: {0}")]
+    Store(StoreError),
+    /// The DynamoDB store cannot be opened.
+    #[error("cannot open the store: {0}")]
+    Open(OpenError),
+    /// The service token cannot be loaded.
+    #[error("peers.shared_secret_file: {0}")]
+    Secret(String),
+    /// The configured store engine cannot be shared by separate processes.
+    #[error("store.engine: must be dynamodb for services in separate processes")]
+    Engine,
+    /// No peer is configured for a required service, which does not run in this process.
+    #[error("peers.{0}: is required")]
+    Peers(Service),
+    /// A key cannot be used.
+    #[error("auth.keys, auth.jwks_url: {0}")]
+    Key(KeyError),
+    /// The development key cannot be used.
+    #[error("{0}")]
+    DevKey(DevKeyError),
+    /// `server.metrics_listen` is not a valid address.
+    #[error("server.metrics_listen: must be ADDRESS:PORT, is {0:?}")]
+    MetricsAddress(String),
+    /// The threads for handlers cannot be started.
+    #[error("cannot start threads for handlers: {0}")]
+    Threads(io::Error),
+    /// The server cannot listen on the address.
+    #[error("cannot listen on {0}: {1}")]
+    Listen(SocketAddr, io::Error),
+    /// The audit log cannot be opened.
+    #[error("audit.file: cannot open {path}: {1}", path = .0.display())]
+    Audit(PathBuf, io::Error),
+    /// The server is not ready after all resources were opened.
+    #[error("{0}")]
+    Unhealthy(String),
+    /// The schema for reflection cannot be read. The tests ensure that this error does not occur.
+    #[error("cannot serve reflection: {0}")]
+    Reflection(String),
+}
+
+impl StartError {
+    /// Returns whether the error is caused by the configuration.
+    pub(crate) fn is_usage(&self) -> bool {
+        match self {
+            Self::Open(error) => error.is_usage(),
+            Self::Secret(_)
+            | Self::Engine
+            | Self::Peers(_)
+            | Self::Key(_)
+            | Self::Audit(..)
+            | Self::MetricsAddress(_) => true,
+            Self::Store(_)
+            | Self::DevKey(_)
+            | Self::Threads(_)
+            | Self::Listen(..)
+            | Self::Unhealthy(_)
+            | Self::Reflection(_) => false,
+        }
+    }
+}

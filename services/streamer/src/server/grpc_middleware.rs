@@ -1,0 +1,88 @@
+//! Middleware for gRPC calls: tracing, and ending watches at shutdown.
+
+use std::{collections::HashSet, sync::Arc};
+
+use axum::{
+    Router,
+    body::{Body, HttpBody},
+    extract::{Request, State},
+    middleware::{self, Next},
+    response::Response,
+};
+use http::{HeaderValue, header};
+use streamer_cluster::FromService;
+use streamer_proto::public_methods;
+use streamer_rpc::{end_when, enter, is_server_error, recorded};
+use streamer_telemetry::{InScope, Traces};
+use tokio_util::sync::CancellationToken;
+use tonic::Status;
+
+/// Path prefix of worker streams, which remain open for the lifetime of a worker.
+const WORKER_STREAMS: &str = "/streamer.processor.v1.";
+/// Suffixes of the paths of the methods that stream while a request runs.
+const WATCHES: [&str; 2] = ["/Watch", "/SubmitAndWatch"];
+
+/// Traces gRPC calls. Runs after [`streamer_cluster::strip_untrusted_headers`], which determines whether the caller is
+/// a service.
+pub(crate) fn trace_calls(router: Router, traces: Traces) -> Router {
+    let methods = public_methods().into_iter().map(|method| method.path);
+    let tracing = Arc::new(Tracing { traces, methods: methods.collect() });
+    router.layer(middleware::from_fn_with_state(tracing, trace_call))
+}
+
+/// State of [`trace_call`].
+struct Tracing {
+    traces: Traces,
+    /// Paths of the public methods. Calls from clients to other paths are not traced, so that clients cannot create
+    /// span names.
+    methods: HashSet<String>,
+}
+
+async fn trace_call(State(tracing): State<Arc<Tracing>>, request: Request, next: Next) -> Response {
+    let is_grpc = request.headers().get(header::CONTENT_TYPE).is_some_and(is_grpc);
+    let path = request.uri().path();
+    let is_service = request.extensions().get::<FromService>().is_some();
+    let is_known = is_service || tracing.methods.contains(path);
+    if !is_grpc || !is_known || path.starts_with(WORKER_STREAMS) {
+        return next.run(request).await;
+    }
+    let scope = enter(&tracing.traces, &request, is_service);
+    let span = scope.span();
+    if span.is_disabled() {
+        return next.run(request).in_scope(scope).await;
+    }
+    let response = async move { Ok::<_, std::convert::Infallible>(next.run(request).await) };
+    match recorded(response, span, is_server_error).in_scope(scope).await {
+        Ok(response) => response,
+        Err(never) => match never {},
+    }
+}
+
+/// Ends watches when this process stops, with a status after which clients resume immediately at a
+/// different instance. Other calls are not interrupted.
+pub(crate) async fn end_watches(
+    State(stopping): State<CancellationToken>,
+    request: Request,
+    next: Next,
+) -> Response {
+    let is_watch = WATCHES.iter().any(|method| request.uri().path().ends_with(method));
+    let response = next.run(request).await;
+    // A rejected call has no body.
+    if !is_watch || response.body().is_end_stream() {
+        return response;
+    }
+    response.map(|body| {
+        let stopped = async move {
+            stopping.cancelled().await;
+            Status::unavailable("the server is stopping")
+        };
+        Body::new(end_when(body, stopped))
+    })
+}
+
+/// Returns whether the given content type is a gRPC content type.
+pub(crate) fn is_grpc(content_type: &HeaderValue) -> bool {
+    const GRPC: &[u8] = b"application/grpc";
+    let start = content_type.as_bytes().get(..GRPC.len());
+    start.is_some_and(|start| start.eq_ignore_ascii_case(GRPC))
+}
