@@ -16,6 +16,7 @@ from hatchling.builders.hooks.plugin.interface import BuildHookInterface
 
 SCHEMA = [
     "streamer/common/v1/common.proto",
+    "streamer/common/v1/method_options.proto",
     "streamer/processor/v1/worker.proto",
     "streamer/progress/v1/progress.proto",
     "streamer/router/v1/router.proto",

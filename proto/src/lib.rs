@@ -5,6 +5,9 @@
 use prost::Message;
 
 pub mod codec;
+mod methods;
+
+pub use methods::{MethodPolicy, is_known_method, method_policy};
 
 /// Types shared by all packages.
 pub mod common {
@@ -110,4 +113,24 @@ pub fn timestamp(millis: i64) -> prost_types::Timestamp {
 #[must_use]
 pub fn millis(timestamp: &prost_types::Timestamp) -> i64 {
     timestamp.seconds.saturating_mul(1000).saturating_add(i64::from(timestamp.nanos) / 1_000_000)
+}
+
+#[cfg(test)]
+mod tests {
+    use std::collections::BTreeSet;
+
+    use prost::Message;
+    use prost_types::FileDescriptorSet;
+
+    use crate::PUBLIC_DESCRIPTOR_SET;
+
+    #[test]
+    fn the_public_schema_contains_its_imports() {
+        let files = FileDescriptorSet::decode(PUBLIC_DESCRIPTOR_SET).unwrap().file;
+        let names: BTreeSet<_> = files.iter().map(|file| file.name()).collect();
+        assert!(names.contains("streamer/common/v1/method_options.proto"));
+        for import in files.iter().flat_map(|file| &file.dependency) {
+            assert!(names.contains(import.as_str()), "{import}");
+        }
+    }
 }
