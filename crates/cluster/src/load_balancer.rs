@@ -2,8 +2,8 @@
 //!
 //! Within a process, a service has one instance, and a call is a function call. Between processes, a call goes
 //! to the instance that ranks first for the call's key (rendezvous hashing), or to the instances in turn if it
-//! has no key. If that instance is unreachable and a retry is safe, the call is retried at the next instance,
-//! within a retry budget.
+//! has no key. If that instance is unreachable and the policy of the method (`proto/src/methods.rs`) allows it,
+//! the call is retried at the next instance, within a retry budget.
 
 use std::{
     convert::Infallible,
@@ -17,6 +17,7 @@ use futures_util::future::BoxFuture;
 use http::{Extensions, HeaderMap, HeaderValue, Request, Response, Uri, Version};
 use http_body_util::{BodyExt, Full, LengthLimitError, Limited};
 use streamer_core::Uid;
+use streamer_proto::method_policy;
 use streamer_rpc::{Channel, PREVIOUS_ATTEMPTS};
 use tokio::time::timeout;
 use tonic::{Code, ConnectError, Status, body::Body};
@@ -30,10 +31,6 @@ use crate::{Instance, Instances};
 
 /// Maximum number of instances to which a call is sent.
 const MAX_TRIES: usize = 3;
-/// Timeout of a unary call between services.
-const INTERNAL_TIMEOUT: Duration = Duration::from_secs(5);
-/// Timeout of a public unary call that reads or writes one resource.
-const SHORT_TIMEOUT: Duration = Duration::from_secs(10);
 /// Timeout for receiving a complete request message.
 const MESSAGE_TIMEOUT: Duration = Duration::from_secs(30);
 /// Size of the prefix of a gRPC message.
@@ -135,7 +132,7 @@ impl LoadBalancer {
             extensions: parts.extensions,
             body: read_message(body, max_bytes).await?,
         };
-        let policy = MethodPolicy::of(message.uri.path());
+        let policy = method_policy(message.uri.path());
         self.budget.deposit();
         let mut last = None;
         for (position, member) in members.iter().take(MAX_TRIES).enumerate() {
@@ -156,7 +153,7 @@ impl LoadBalancer {
                         continue;
                     }
                     member.note(true);
-                    return Ok(if policy.is_watch {
+                    return Ok(if policy.is_movable_watch() {
                         response.map(|body| member.end_when_unhealthy(body))
                     } else {
                         response
@@ -165,7 +162,7 @@ impl LoadBalancer {
                 Err(status) => {
                     let unsent = is_safe_to_retry(&status);
                     member.note(false);
-                    if !unsent && !policy.idempotent {
+                    if !unsent && !policy.repeatable {
                         return Err(status);
                     }
                     last = Some(Err(status));
@@ -213,41 +210,6 @@ impl BufferedRequest {
     }
 }
 
-/// Retry policy and timeout of a method.
-struct MethodPolicy {
-    /// Whether a retry is safe even if the first call may have been executed.
-    idempotent: bool,
-    /// Whether the call is retried at a different instance if an instance responds with UNAVAILABLE.
-    retry_if_unavailable: bool,
-    /// Whether the response is a stream that lasts while a request runs and can be opened again at a different
-    /// instance. The stream of a submission cannot: its first message reports what was stored.
-    is_watch: bool,
-    timeout: Option<Duration>,
-}
-
-impl MethodPolicy {
-    fn of(path: &str) -> Self {
-        let method = path.rsplit('/').next().unwrap_or_default();
-        // Each call of these methods has an effect.
-        let not_idempotent = ["Execute", "Redrive", "RedriveMany", "Send", "Broadcast"];
-        // A submission identifies its request, but a sync action may have run without being stored.
-        let submissions = ["Submit", "SubmitAndWatch"];
-        let short = ["Get", "List", "ListEvents", "ListActions", "Cancel", "GetOperation"];
-        let internal = ["Publish", "Announce", "NotifyQueued", "SignalCancel"];
-        let is_one_of = |names: &[&str]| names.contains(&method);
-        Self {
-            idempotent: !is_one_of(&not_idempotent),
-            retry_if_unavailable: !is_one_of(&not_idempotent) && !is_one_of(&submissions),
-            is_watch: method == "Watch",
-            timeout: if is_one_of(&internal) {
-                Some(INTERNAL_TIMEOUT)
-            } else {
-                is_one_of(&short).then_some(SHORT_TIMEOUT)
-            },
-        }
-    }
-}
-
 /// Returns whether a call was not executed: it was not sent, or the peer was shutting down and did not
 /// process it. It can then be retried even if it is not idempotent (gRPC calls this a transparent
 /// retry).
@@ -287,6 +249,8 @@ pub fn with_route<T>(message: T, uid: Uid) -> tonic::Request<T> {
 
 #[cfg(test)]
 mod tests {
+    use std::sync::atomic::Ordering;
+
     use crate::Service as Callee;
     use tokio::sync::watch;
 
@@ -297,5 +261,38 @@ mod tests {
         let none = Instances::of(Callee::Router, watch::channel(Arc::default()).1);
         let status = none.channel(1000).oneshot(Request::new(Body::empty())).await.unwrap_err();
         assert_eq!(status.message(), "no instance of router is known");
+    }
+
+    /// Returns the number of instances, of two, that receive a call of `path` if each responds with `outcome`.
+    async fn tried(path: &'static str, outcome: fn() -> Result<Response<Body>, Status>) -> usize {
+        let calls = Arc::new(AtomicUsize::new(0));
+        let list = ["a", "b"].map(|name| {
+            let calls = calls.clone();
+            let channel = BoxCloneSyncService::new(tower::service_fn(move |_: Request<Body>| {
+                calls.fetch_add(1, Ordering::Relaxed);
+                std::future::ready(outcome())
+            }));
+            Instance::new(name, channel)
+        });
+        let instances = Instances::of(Callee::Router, watch::channel(list.into()).1);
+        let mut request = Request::new(Body::empty());
+        *request.uri_mut() = Uri::from_static(path);
+        let _ = instances.channel(1000).oneshot(request).await;
+        calls.load(Ordering::Relaxed)
+    }
+
+    #[tokio::test]
+    async fn only_declared_methods_are_retried() {
+        let lost = || Err(Status::unknown("the connection was lost"));
+        let unavailable = || Ok(Status::unavailable("overloaded").into_http());
+        for (path, after_loss, if_unavailable) in [
+            ("/streamer.router.v1.RouterService/Get", 2, 2),
+            ("/streamer.router.v1.RouterService/Submit", 2, 1),
+            ("/streamer.router.v1.RouterService/Redrive", 1, 1),
+            ("/other.Service/Get", 1, 1),
+        ] {
+            assert_eq!(tried(path, lost).await, after_loss, "{path}");
+            assert_eq!(tried(path, unavailable).await, if_unavailable, "{path}");
+        }
     }
 }
