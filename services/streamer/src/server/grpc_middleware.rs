@@ -11,16 +11,11 @@ use axum::{
 };
 use http::{HeaderValue, header};
 use streamer_cluster::FromService;
-use streamer_proto::public_methods;
+use streamer_proto::{common::v1::StreamKind, is_known_method, method_policy, public_methods};
 use streamer_rpc::{end_when, enter, is_server_error, recorded};
 use streamer_telemetry::{InScope, Traces};
 use tokio_util::sync::CancellationToken;
 use tonic::Status;
-
-/// Path prefix of worker streams, which remain open for the lifetime of a worker.
-const WORKER_STREAMS: &str = "/streamer.processor.v1.";
-/// Suffixes of the paths of the methods that stream while a request runs.
-const WATCHES: [&str; 2] = ["/Watch", "/SubmitAndWatch"];
 
 /// Traces gRPC calls. Runs after [`streamer_cluster::strip_untrusted_headers`], which determines whether the caller is
 /// a service.
@@ -42,8 +37,10 @@ async fn trace_call(State(tracing): State<Arc<Tracing>>, request: Request, next:
     let is_grpc = request.headers().get(header::CONTENT_TYPE).is_some_and(is_grpc);
     let path = request.uri().path();
     let is_service = request.extensions().get::<FromService>().is_some();
-    let is_known = is_service || tracing.methods.contains(path);
-    if !is_grpc || !is_known || path.starts_with(WORKER_STREAMS) {
+    let is_known = is_service && is_known_method(path) || tracing.methods.contains(path);
+    // The span of a session would end only when its caller stops.
+    let is_session = method_policy(path).stream_kind == StreamKind::Session;
+    if !is_grpc || !is_known || is_session {
         return next.run(request).await;
     }
     let scope = enter(&tracing.traces, &request, is_service);
@@ -65,7 +62,7 @@ pub(crate) async fn end_watches(
     request: Request,
     next: Next,
 ) -> Response {
-    let is_watch = WATCHES.iter().any(|method| request.uri().path().ends_with(method));
+    let is_watch = method_policy(request.uri().path()).stream_kind == StreamKind::Watch;
     let response = next.run(request).await;
     // A rejected call has no body.
     if !is_watch || response.body().is_end_stream() {
