@@ -81,11 +81,7 @@ fn find(path: &str) -> Option<MethodPolicy> {
 
 #[cfg(test)]
 mod tests {
-    use std::{
-        alloc::{GlobalAlloc, Layout, System},
-        cell::Cell,
-        collections::BTreeSet,
-    };
+    use std::collections::BTreeSet;
 
     use prost::Message;
     use prost_types::FileDescriptorSet;
@@ -96,30 +92,6 @@ mod tests {
         common::v1::StreamKind::{self, Session, Unspecified, Watch},
         public_methods,
     };
-
-    thread_local! {
-        static ALLOCATIONS: Cell<usize> = const { Cell::new(0) };
-    }
-
-    /// Counts the allocations of each thread.
-    struct CountingAllocator;
-
-    // SAFETY: all calls are forwarded to the allocator of the system.
-    unsafe impl GlobalAlloc for CountingAllocator {
-        unsafe fn alloc(&self, layout: Layout) -> *mut u8 {
-            ALLOCATIONS.with(|count| count.set(count.get() + 1));
-            // SAFETY: the caller guarantees the requirements.
-            unsafe { System.alloc(layout) }
-        }
-
-        unsafe fn dealloc(&self, allocation: *mut u8, layout: Layout) {
-            // SAFETY: the caller guarantees the requirements, and `alloc` used the same allocator.
-            unsafe { System.dealloc(allocation, layout) }
-        }
-    }
-
-    #[global_allocator]
-    static ALLOCATOR: CountingAllocator = CountingAllocator;
 
     /// Returns a policy; a timeout of 0 means none.
     fn policy(
@@ -216,15 +188,5 @@ mod tests {
             let options = method.options.as_ref();
             assert!(options.is_some_and(|o| o.idempotency_level.is_some()), "{}", method.name());
         }
-    }
-
-    #[test]
-    fn lookups_do_not_allocate() {
-        let before = ALLOCATIONS.get();
-        for (path, policy) in DECLARED.iter().chain(&EXTERNAL) {
-            assert_eq!(method_policy(path), *policy);
-        }
-        assert_eq!(method_policy("/other.Service/Get"), MethodPolicy::NOT_REPEATABLE);
-        assert_eq!(ALLOCATIONS.get(), before);
     }
 }
