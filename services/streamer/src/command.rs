@@ -1,4 +1,4 @@
-//! The command line: every command of the `streamer` binary, and what runs it.
+//! The command line: all commands of the `streamer` binary, and the functions that run them.
 
 use std::process::ExitCode;
 
