@@ -21,7 +21,7 @@ use std::{
 
 use bytes::Bytes;
 use futures_util::{StreamExt, stream::FuturesUnordered};
-use streamer_core::{ErrorCode, RateLimiter, RequestError, Uid, UserWatches};
+use streamer_core::{CloseCode, ErrorCode, RateLimiter, RequestError, Uid, UserWatches};
 use streamer_rpc::Peer;
 use streamer_telemetry::TraceContext;
 use tokio::io::{AsyncRead, AsyncWrite, ReadBuf};
@@ -29,7 +29,7 @@ use tokio::io::{AsyncRead, AsyncWrite, ReadBuf};
 use crate::{
     buffer_budget::Reservation,
     client_message,
-    connection_handle::{ConnectionHandle, close_code},
+    connection_handle::ConnectionHandle,
     server_message,
     upgrade::Gateway,
     ws::{
@@ -164,9 +164,9 @@ impl<S: AsyncRead + AsyncWrite + Unpin> Connection<S> {
     }
 
     /// Queues a close frame and starts the closing handshake.
-    pub(crate) fn close(&mut self, code: u16, reason: &str) {
+    pub(crate) fn close(&mut self, code: CloseCode, reason: &str) {
         if self.phase == Phase::Open {
-            if code == close_code::SLOW_CONSUMER {
+            if code == CloseCode::SlowConsumer {
                 self.session.gateway.metrics.slow_consumers.inc();
             }
             self.send(frame::close(code, reason));
@@ -262,7 +262,7 @@ impl<S: AsyncRead + AsyncWrite + Unpin> Connection<S> {
         }
         let outcome = gateway.registry.buffer_budget.update(&handle.owner(), reservation, buffered);
         outcome.map_err(|option| Violation {
-            code: close_code::LIMIT_EXCEEDED,
+            code: CloseCode::LimitExceeded,
             reason: format!("too many bytes of incomplete messages ({option})"),
         })
     }
@@ -271,7 +271,7 @@ impl<S: AsyncRead + AsyncWrite + Unpin> Connection<S> {
         match message {
             Message::Close(code) => {
                 if self.phase == Phase::Open {
-                    self.send(frame::close(code.unwrap_or(1000), ""));
+                    self.send(frame::close(code.unwrap_or(CloseCode::Normal), ""));
                 }
                 self.phase = Phase::Closed;
                 return Flow::Stop;
@@ -340,9 +340,9 @@ impl<S: AsyncRead + AsyncWrite + Unpin> Connection<S> {
         self.session.consecutive_rejections += 1;
         if self.session.consecutive_rejections > MAX_CONSECUTIVE_REJECTIONS {
             let code = if error.code == ErrorCode::RateLimited {
-                close_code::LIMIT_EXCEEDED
+                CloseCode::LimitExceeded
             } else {
-                close_code::PROTOCOL_ERROR
+                CloseCode::InvalidRequest
             };
             self.close(code, "too many consecutive messages were rejected");
             return;

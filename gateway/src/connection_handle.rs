@@ -13,25 +13,13 @@ use futures_util::task::AtomicWaker;
 use http::HeaderValue;
 use parking_lot::Mutex;
 use streamer_auth::{Caller, Principal};
-use streamer_core::{Timestamp, Uid};
+use streamer_core::{CloseCode, Timestamp, Uid};
 use streamer_rpc::{CLIENT_ADDRESS, with_authorization};
 use streamer_store::Owner;
 use tonic::metadata::{Ascii, MetadataValue};
 
 /// Maximum number of pending pushed bytes of a connection. A connection that exceeds it is a slow consumer.
 const MAX_PUSHED_BYTES: usize = 1024 * 1024;
-
-/// Close codes of the subprotocol `streamer.v1.json`.
-pub(crate) mod close_code {
-    pub(crate) const GOING_AWAY: u16 = 1001;
-    pub(crate) const POLICY: u16 = 1008;
-    pub(crate) const PROTOCOL_ERROR: u16 = 4400;
-    pub(crate) const UNAUTHENTICATED: u16 = 4401;
-    pub(crate) const FORBIDDEN: u16 = 4403;
-    pub(crate) const TRY_AGAIN_LATER: u16 = 1013;
-    pub(crate) const SLOW_CONSUMER: u16 = 4408;
-    pub(crate) const LIMIT_EXCEEDED: u16 = 4429;
-}
 
 /// Shared state of a connection.
 pub(crate) struct ConnectionHandle {
@@ -75,7 +63,7 @@ pub(crate) struct Inbox {
     pub(crate) frames: Vec<Bytes>,
     frame_bytes: usize,
     /// Code and reason of the close frame that follows `frames`.
-    pub(crate) close: Option<(u16, String)>,
+    pub(crate) close: Option<(CloseCode, String)>,
     /// Whether to drop the connection immediately.
     pub(crate) abort: bool,
 }
@@ -141,7 +129,7 @@ impl ConnectionHandle {
             let mut inbox = self.inbox.lock();
             if inbox.frame_bytes + frame.len() > MAX_PUSHED_BYTES {
                 let reason = "slow consumer: too many pushed bytes are pending".to_owned();
-                inbox.close.get_or_insert((close_code::SLOW_CONSUMER, reason));
+                inbox.close.get_or_insert((CloseCode::SlowConsumer, reason));
             } else {
                 inbox.frame_bytes += frame.len();
                 inbox.frames.push(frame);
@@ -151,7 +139,7 @@ impl ConnectionHandle {
     }
 
     /// Closes the connection. If it is called repeatedly, the first code and reason apply.
-    pub(crate) fn close(&self, code: u16, reason: &str) {
+    pub(crate) fn close(&self, code: CloseCode, reason: &str) {
         self.inbox.lock().close.get_or_insert_with(|| (code, reason.to_owned()));
         self.waker.wake();
     }

@@ -13,7 +13,7 @@ use std::{
 
 use bytes::Bytes;
 use parking_lot::Mutex;
-use streamer_core::{Clock, Timestamp, Uid, rate_limit_key};
+use streamer_core::{Clock, CloseCode, Timestamp, Uid, rate_limit_key};
 use streamer_store::{ConnectionRecord, Owner, Store};
 use tokio::{
     sync::Notify,
@@ -22,12 +22,8 @@ use tokio::{
 use tokio_util::sync::CancellationToken;
 
 use crate::{
-    GatewayOptions,
-    buffer_budget::BufferBudget,
-    connection_handle::{ConnectionHandle, close_code},
-    metrics::GatewayMetrics,
-    server_message,
-    ws::frame,
+    GatewayOptions, buffer_budget::BufferBudget, connection_handle::ConnectionHandle,
+    metrics::GatewayMetrics, server_message, ws::frame,
 };
 
 /// Time within which a client must respond to a close frame, in seconds.
@@ -283,7 +279,7 @@ impl ConnectionRegistry {
             }
             begun if since(begun) > limit => {
                 let rule = "a message was not complete in time (gateway.message_timeout)";
-                handle.close(close_code::POLICY, rule);
+                handle.close(CloseCode::PolicyViolation, rule);
                 return;
             }
             _ => {}
@@ -292,7 +288,7 @@ impl ConnectionRegistry {
         let blocked = liveness.blocked_since.load(Ordering::Relaxed);
         if blocked != 0 && since(blocked) >= slow {
             let reason = "slow consumer: send buffer full (gateway.slow_consumer_timeout)";
-            handle.close(close_code::SLOW_CONSUMER, reason);
+            handle.close(CloseCode::SlowConsumer, reason);
             return;
         }
         if quiet >= heartbeat && since(liveness.last_ping.load(Ordering::Relaxed)) >= heartbeat {
@@ -301,7 +297,7 @@ impl ConnectionRegistry {
         }
         let expires_at = handle.principal().expires_at;
         if expires_at <= time {
-            handle.close(close_code::UNAUTHENTICATED, "the token has expired");
+            handle.close(CloseCode::Unauthenticated, "the token has expired");
         } else if expires_at.since(time) <= EXPIRY_NOTICE
             && !liveness.expiry_notified.swap(true, Ordering::Relaxed)
         {
@@ -320,7 +316,7 @@ impl ConnectionRegistry {
         let frame = server_message::draining(reconnect_after_ms, self.clock.now());
         for handle in all {
             handle.push(frame.clone());
-            handle.close(close_code::GOING_AWAY, "the gateway is stopping");
+            handle.close(CloseCode::GoingAway, "the gateway is stopping");
         }
     }
 

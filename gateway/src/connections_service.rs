@@ -3,7 +3,9 @@
 use std::sync::Arc;
 
 use streamer_auth::{Caller, Principal, Subject, permissions};
-use streamer_core::{ErrorCode, RequestError, Timestamp, Uid, Violations, limits, validate};
+use streamer_core::{
+    CloseCode, ErrorCode, RequestError, Timestamp, Uid, Violations, limits, validate,
+};
 use streamer_proto::{
     common::v1::Payload,
     connections::v1::{
@@ -19,7 +21,6 @@ use tonic::{Request, Response, Status};
 
 use crate::{
     PeerGateways,
-    connection_handle::close_code,
     peer_gateways::{PeerRequest, PeerResponses, is_forwarded, response_or_error},
     server_message,
     upgrade::Gateway,
@@ -166,7 +167,7 @@ impl ConnectionsService for ConnectionsApi {
         let handle = connection_id.parse().ok().and_then(|id| self.gateway.registry.get(id));
         match handle.filter(|handle| handle.principal().tenant == principal.tenant) {
             Some(handle) => {
-                handle.close(close_code::POLICY, &reason);
+                handle.close(CloseCode::PolicyViolation, &reason);
                 Ok(Response::new(DisconnectResponse {}))
             }
             None => {

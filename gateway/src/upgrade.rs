@@ -13,7 +13,7 @@ use http::{HeaderValue, StatusCode, header};
 use hyper::upgrade::OnUpgrade;
 use hyper_util::rt::TokioIo;
 use streamer_auth::{Audit, Authenticator};
-use streamer_core::{Clock, ErrorCode, OpenWatches, Timestamp, Uid, is_loopback_host};
+use streamer_core::{Clock, CloseCode, ErrorCode, OpenWatches, Timestamp, Uid, is_loopback_host};
 use streamer_rpc::{Peer, trace_context};
 use streamer_telemetry::{TraceContext, Traces};
 use tokio::{io::AsyncWriteExt, net::TcpStream, time::timeout};
@@ -21,7 +21,7 @@ use tokio::{io::AsyncWriteExt, net::TcpStream, time::timeout};
 use crate::{
     GatewayOptions,
     connection::Connection,
-    connection_handle::{ConnectionHandle, close_code},
+    connection_handle::ConnectionHandle,
     connection_registry::{AdmissionError, ConnectionRegistry},
     fanout::Fanout,
     metrics::GatewayMetrics,
@@ -49,7 +49,7 @@ pub(crate) struct Gateway {
 /// Close code and reason of a connection that is closed immediately after the handshake. Browsers expose
 /// close codes to pages, but not HTTP statuses.
 struct Rejection {
-    code: u16,
+    code: CloseCode,
     reason: String,
 }
 
@@ -137,8 +137,8 @@ async fn serve(
         Err(rejection) => {
             gateway.metrics.rejected.inc();
             let code = match rejection.code {
-                close_code::UNAUTHENTICATED => Some(tonic::Code::Unauthenticated),
-                close_code::FORBIDDEN => Some(tonic::Code::PermissionDenied),
+                CloseCode::Unauthenticated => Some(tonic::Code::Unauthenticated),
+                CloseCode::Forbidden => Some(tonic::Code::PermissionDenied),
                 _ => None,
             };
             if let Some(code) = code {
@@ -158,25 +158,24 @@ async fn admit(
     let rejection = |code, reason: String| Rejection { code, reason };
     if handshake.unknown_protocol {
         let reason = format!("unsupported subprotocol: use {JSON_PROTOCOL}");
-        return Err(rejection(close_code::PROTOCOL_ERROR, reason));
+        return Err(rejection(CloseCode::InvalidRequest, reason));
     }
     if let Some(origin) = &handshake.origin
         && !gateway.options.allows_origin(origin)
     {
         let reason = format!("origin {origin} is not allowed (gateway.allowed_origins)");
-        return Err(rejection(close_code::FORBIDDEN, reason));
+        return Err(rejection(CloseCode::Forbidden, reason));
     }
     let token = handshake.token.unwrap_or_default();
     if token.is_empty() {
         let reason = "a token is required: header Authorization, subprotocol bearer.<token> or \
                       query parameter token";
-        return Err(rejection(close_code::UNAUTHENTICATED, reason.into()));
+        return Err(rejection(CloseCode::Unauthenticated, reason.into()));
     }
     let caller = gateway.authenticator.authenticate(&token).await.map_err(|error| {
         // The token cannot be verified without the keys; the client should retry.
         let unavailable = error.code() == ErrorCode::Unavailable;
-        let code =
-            if unavailable { close_code::TRY_AGAIN_LATER } else { close_code::UNAUTHENTICATED };
+        let code = if unavailable { CloseCode::TryAgainLater } else { CloseCode::Unauthenticated };
         rejection(code, error.to_string())
     })?;
     let now = gateway.clock.now();
@@ -185,22 +184,22 @@ async fn admit(
     match gateway.registry.add(&handle) {
         Ok(()) => Ok(handle),
         Err(AdmissionError::User(limit)) => Err(rejection(
-            close_code::LIMIT_EXCEEDED,
+            CloseCode::LimitExceeded,
             format!("more than {limit} connections of one user (gateway.max_connections_per_user)"),
         )),
         Err(AdmissionError::Address(limit)) => Err(rejection(
-            close_code::LIMIT_EXCEEDED,
+            CloseCode::LimitExceeded,
             format!(
                 "more than {limit} connections from one address \
                  (gateway.max_connections_per_address)"
             ),
         )),
         Err(AdmissionError::Total(limit)) => Err(rejection(
-            close_code::LIMIT_EXCEEDED,
+            CloseCode::LimitExceeded,
             format!("more than {limit} connections (gateway.max_connections)"),
         )),
         Err(AdmissionError::Draining) => {
-            Err(rejection(close_code::GOING_AWAY, "the gateway is stopping".into()))
+            Err(rejection(CloseCode::GoingAway, "the gateway is stopping".into()))
         }
     }
 }

@@ -11,12 +11,12 @@ use ed25519_dalek::{
 use jsonwebtoken::{Algorithm, EncodingKey, Header, encode};
 use serde_json::{Value, json};
 use streamer_client::ClientError;
-use streamer_core::{Clock, SystemClock};
+use streamer_core::{Clock, CloseCode, SystemClock};
 use streamer_tests::{Client, Server};
 
 async fn rejection(server: &Server, token: &str) -> (u16, String) {
     match Client::try_connect(&server.url, token).await {
-        Err(ClientError::Closed { code, reason }) => (code, reason),
+        Err(ClientError::Closed { code, reason }) => (code.code(), reason),
         Err(other) => panic!("{other}"),
         Ok(_) => panic!("the server accepted the connection"),
     }
@@ -175,5 +175,8 @@ async fn only_a_fresh_token_of_the_same_user_extends_a_connection() {
     assert_eq!(rejected["error"]["code"], "UNAUTHORIZED");
     client.send(json!({"type": "auth", "token": server.token("acme", "bob", &[])})).await;
     let closed = client.try_next().await;
-    assert!(matches!(closed, Err(ClientError::Closed { code: 4403, .. })), "{closed:?}");
+    assert!(
+        matches!(closed, Err(ClientError::Closed { code: CloseCode::Forbidden, .. })),
+        "{closed:?}"
+    );
 }

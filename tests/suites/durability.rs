@@ -10,7 +10,8 @@ use std::{
 };
 
 use serde_json::{Value, json};
-use streamer_client::Session;
+use streamer_client::{ClientError, Session};
+use streamer_core::CloseCode;
 use streamer_tests::{Client, Log, Server};
 use tokio::sync::Notify;
 
@@ -110,7 +111,7 @@ async fn a_stopping_server_closes_connections_and_exits_successfully() {
     assert_eq!(client.next().await["type"], "draining");
     let closed = client.try_next().await;
     assert!(
-        matches!(closed, Err(streamer_client::ClientError::Closed { code: 1001, .. })),
+        matches!(closed, Err(ClientError::Closed { code: CloseCode::GoingAway, .. })),
         "{closed:?}"
     );
     drop(client);

@@ -77,7 +77,7 @@ fn start(settings: &[&str]) -> Server {
 /// Returns the code and the reason with which a token is rejected, or `None` if the token is accepted.
 async fn try_connect(server: &Server, token: &str) -> Option<(u16, String)> {
     match Client::try_connect(&server.url, token).await {
-        Err(ClientError::Closed { code, reason }) => Some((code, reason)),
+        Err(ClientError::Closed { code, reason }) => Some((code.code(), reason)),
         Err(other) => panic!("{other}"),
         Ok(_) => None,
     }

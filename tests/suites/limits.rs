@@ -3,6 +3,7 @@
 
 use serde_json::json;
 use streamer_client::{Api, ClientError};
+use streamer_core::CloseCode;
 use streamer_proto::{processor::v1::report::Kind, router::v1::SubmitRequest};
 use streamer_rpc::json_payload;
 use streamer_tests::{
@@ -43,7 +44,7 @@ async fn connections_are_limited_per_address_and_in_total() {
         let mut first = Client::connect(&server.url, &token("a")).await;
         let second = Client::connect(&server.url, &token("b")).await;
         match Client::try_connect(&server.url, &token("c")).await {
-            Err(ClientError::Closed { code: 4429, reason }) => {
+            Err(ClientError::Closed { code: CloseCode::LimitExceeded, reason }) => {
                 assert!(reason.contains(name), "{reason}");
             }
             Err(other) => panic!("{other}"),

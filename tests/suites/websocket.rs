@@ -3,6 +3,7 @@
 
 use serde_json::{Value, json};
 use streamer_client::ClientError;
+use streamer_core::CloseCode;
 use streamer_tests::{Client, Log, Server};
 
 async fn open() -> (Server, Client) {
@@ -101,7 +102,7 @@ async fn messages_over_the_limit_report_the_option() {
     assert!(message.contains("at most 2048 bytes (limits.max_payload_bytes)"), "{message}");
     client.send(json!({"action": "echo", "payload": "x".repeat(100_000)})).await;
     match client.try_next().await {
-        Err(ClientError::Closed { code: 1009, reason }) => {
+        Err(ClientError::Closed { code: CloseCode::MessageTooBig, reason }) => {
             assert!(reason.contains("limits.max_payload_bytes"), "{reason}");
         }
         other => panic!("{other:?}"),

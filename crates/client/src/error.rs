@@ -1,7 +1,6 @@
 //! Errors of a client.
 
-use streamer_core::{ErrorCode, RequestError};
-
+use streamer_core::{CloseCode, ErrorCode, RequestError};
 use streamer_rpc::TokenError;
 
 use crate::OutputMismatch;
@@ -21,7 +20,7 @@ pub enum ClientError {
     #[error("the server closed the connection: {code} {reason}")]
     Closed {
         /// Close code.
-        code: u16,
+        code: CloseCode,
         /// Close reason.
         reason: String,
     },
@@ -51,15 +50,12 @@ pub enum ClientError {
 }
 
 impl ClientError {
-    /// Returns whether the call may succeed on a new connection. It cannot succeed after the close codes
-    /// 4400, 4401 and 4403.
+    /// Returns whether the call may succeed on a new connection.
     #[must_use]
     pub fn is_transient(&self) -> bool {
         match self {
             Self::Unreachable { .. } => true,
-            Self::Closed { code, .. } => {
-                !matches!(code, 1002 | 1003 | 1007 | 1008 | 1009 | 4400 | 4401 | 4403)
-            }
+            Self::Closed { code, .. } => code.is_retryable(),
             Self::Rejected(error) => error.retryable,
             Self::InvalidUrl { .. }
             | Self::MalformedToken
@@ -73,9 +69,32 @@ impl ClientError {
     #[must_use]
     pub fn is_unauthenticated(&self) -> bool {
         match self {
-            Self::Closed { code, .. } => *code == 4401,
+            Self::Closed { code, .. } => code.error_code() == Some(ErrorCode::Unauthorized),
             Self::Rejected(error) => error.code == ErrorCode::Unauthorized,
             _ => false,
         }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn closed(code: CloseCode) -> ClientError {
+        ClientError::Closed { code, reason: "because".into() }
+    }
+
+    #[test]
+    fn a_close_code_decides_whether_a_client_reconnects() {
+        assert!(closed(CloseCode::GoingAway).is_transient());
+        assert!(!closed(CloseCode::Forbidden).is_transient());
+        assert!(closed(CloseCode::Unauthenticated).is_unauthenticated());
+        assert!(!closed(CloseCode::Forbidden).is_unauthenticated());
+    }
+
+    #[test]
+    fn the_number_of_the_close_code_is_displayed() {
+        let text = "the server closed the connection: 4408 because";
+        assert_eq!(closed(CloseCode::SlowConsumer).to_string(), text);
     }
 }

@@ -7,7 +7,7 @@ use futures_util::{SinkExt, StreamExt};
 use http::{HeaderValue, Uri, header::AUTHORIZATION};
 use serde::Deserialize;
 use serde_json::value::RawValue;
-use streamer_core::{ErrorCode, RequestError, RequestState};
+use streamer_core::{CloseCode, ErrorCode, RequestError, RequestState};
 use tokio::{net::TcpStream, time::timeout};
 use tokio_tungstenite::{
     WebSocketStream, client_async_with_config,
@@ -312,10 +312,10 @@ impl Session {
 
 fn closed(frame: Option<CloseFrame>) -> ClientError {
     match frame {
-        Some(frame) => {
-            ClientError::Closed { code: frame.code.into(), reason: frame.reason.to_string() }
-        }
-        // RFC 6455 section 7.1.5: 1005 means that the close frame had no status.
-        None => ClientError::Closed { code: 1005, reason: String::new() },
+        Some(frame) => ClientError::Closed {
+            code: u16::from(frame.code).into(),
+            reason: frame.reason.to_string(),
+        },
+        None => ClientError::Closed { code: CloseCode::NoStatus, reason: String::new() },
     }
 }

@@ -5,6 +5,7 @@
 
 pub mod action;
 pub mod clock;
+pub mod close_code;
 pub mod error;
 pub mod host;
 pub mod id;
@@ -20,6 +21,7 @@ pub mod validate;
 
 pub use action::{ActionSpec, DEFAULT_SYNC_THRESHOLD};
 pub use clock::{Clock, ManualClock, SystemClock, Timestamp};
+pub use close_code::CloseCode;
 pub use error::{ErrorCode, ErrorCodes, RequestError};
 pub use host::{is_loopback_host, rate_limit_key};
 pub use id::Uid;

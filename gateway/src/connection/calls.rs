@@ -6,7 +6,7 @@ use bytes::Bytes;
 use futures_util::FutureExt;
 use serde_json::value::RawValue;
 use streamer_auth::Caller;
-use streamer_core::{RequestError, Timestamp, Uid, WatchPermit};
+use streamer_core::{CloseCode, RequestError, Timestamp, Uid, WatchPermit};
 use streamer_proto::{
     common::v1::{Event, Request},
     router::v1::{
@@ -24,7 +24,6 @@ use tracing::field::Empty;
 use super::{Call, Session, delivery::Subscription};
 use crate::{
     client_message::{ClientMessage, RequestMessage},
-    connection_handle::close_code,
     fanout::OpenedWatch,
     server_message::{self, RequestIds},
     topic::Subscriber,
@@ -266,7 +265,7 @@ impl Session {
         &mut self,
         reply: Reply,
         out: &mut SendBuffer,
-    ) -> Option<(u16, String)> {
+    ) -> Option<(CloseCode, String)> {
         let now = self.gateway.clock.now();
         match reply {
             Reply::Frame(frame) => out.push(frame),
@@ -302,7 +301,7 @@ impl Session {
                 let (old, new) = (self.handle.principal(), &credentials.principal);
                 if (&old.tenant, &old.user) != (&new.tenant, &new.user) {
                     let reason = "token subject does not match this connection".to_owned();
-                    return Some((close_code::FORBIDDEN, reason));
+                    return Some((CloseCode::Forbidden, reason));
                 }
                 out.push(server_message::authenticated(new.expires_at, now));
                 self.handle.set_credentials(credentials);

@@ -1,5 +1,7 @@
 //! Decodes client frames (RFC 6455 section 5) as a pure function over bytes.
 
+use streamer_core::CloseCode;
+
 /// Maximum size of the header of a client frame, including the mask, in bytes.
 const MAX_HEADER: usize = 14;
 /// Maximum size of the payload of a control frame, in bytes.
@@ -17,7 +19,7 @@ pub(crate) enum Message<'a> {
     /// A pong.
     Pong,
     /// A close frame, with its code if it has one.
-    Close(Option<u16>),
+    Close(Option<CloseCode>),
 }
 
 /// Specifies how the decoder proceeds after a message.
@@ -35,18 +37,18 @@ pub(crate) enum Flow {
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub(crate) struct Violation {
     /// Close code.
-    pub(crate) code: u16,
+    pub(crate) code: CloseCode,
     /// Human-readable reason.
     pub(crate) reason: String,
 }
 
 impl Violation {
     fn protocol(reason: &str) -> Self {
-        Self { code: 1002, reason: reason.to_owned() }
+        Self { code: CloseCode::ProtocolError, reason: reason.to_owned() }
     }
 
     fn not_utf8() -> Self {
-        Self { code: 1007, reason: "a text message must be UTF-8".into() }
+        Self { code: CloseCode::InvalidPayload, reason: "a text message must be UTF-8".into() }
     }
 }
 
@@ -242,7 +244,7 @@ impl Decoder {
         let total = before.saturating_add(length);
         if total > self.max_message_bytes as u64 {
             return Err(Violation {
-                code: 1009,
+                code: CloseCode::MessageTooBig,
                 reason: format!(
                     "a message must be at most {} bytes (limits.max_payload_bytes and overhead), is \
                      {total}",
@@ -294,7 +296,7 @@ fn utf8(payload: &[u8]) -> Result<&str, Violation> {
     std::str::from_utf8(payload).map_err(|_| Violation::not_utf8())
 }
 
-fn close_code(payload: &[u8]) -> Result<Option<u16>, Violation> {
+fn close_code(payload: &[u8]) -> Result<Option<CloseCode>, Violation> {
     let (code, reason) = match *payload {
         [] => return Ok(None),
         [high, low, ref reason @ ..] => (u16::from_be_bytes([high, low]), reason),
@@ -306,7 +308,7 @@ fn close_code(payload: &[u8]) -> Result<Option<u16>, Violation> {
         return Err(Violation::protocol("the close code must not be sent by a client"));
     }
     utf8(reason)?;
-    Ok(Some(code))
+    Ok(Some(code.into()))
 }
 
 /// Unmasks the payload in steps of eight bytes, which the compiler vectorizes.

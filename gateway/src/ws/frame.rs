@@ -1,6 +1,7 @@
 //! Encodes unmasked server frames (RFC 6455 section 5.2).
 
 use bytes::Bytes;
+use streamer_core::CloseCode;
 
 /// Maximum size of the header of a server frame, in bytes: two bytes and a 64-bit length.
 const MAX_HEADER: usize = 10;
@@ -48,12 +49,12 @@ pub(crate) fn pong(payload: &[u8]) -> Bytes {
 }
 
 /// Encodes a close frame. A reason that is too long is truncated at a character boundary.
-pub(crate) fn close(code: u16, reason: &str) -> Bytes {
+pub(crate) fn close(code: CloseCode, reason: &str) -> Bytes {
     let mut end = reason.len().min(MAX_CLOSE_REASON);
     while !reason.is_char_boundary(end) {
         end -= 1;
     }
-    let mut payload = code.to_be_bytes().to_vec();
+    let mut payload = code.code().to_be_bytes().to_vec();
     payload.extend_from_slice(&reason.as_bytes()[..end]);
     control(CLOSE, &payload)
 }
@@ -102,7 +103,7 @@ mod tests {
 
     #[test]
     fn close_reasons_are_truncated_at_a_character_boundary() {
-        let frame = close(4400, &"é".repeat(100));
+        let frame = close(CloseCode::InvalidRequest, &"é".repeat(100));
         assert_eq!(frame[0], 0x88);
         assert_eq!(usize::from(frame[1]), 2 + 122);
         assert!(std::str::from_utf8(&frame[4..]).is_ok());

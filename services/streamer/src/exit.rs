@@ -81,16 +81,42 @@ fn exit_of(error: &anyhow::Error) -> Exit {
     }
     match error.downcast_ref::<ClientError>() {
         Some(ClientError::Unreachable { .. }) => Exit::Unreachable,
-        Some(ClientError::Closed { code: 4401 | 4403, .. }) => Exit::NotPermitted,
-        Some(ClientError::Closed { code: 1009 | 4400, .. } | ClientError::MalformedToken) => {
-            Exit::Usage
-        }
-        Some(ClientError::Closed { .. }) => Exit::Unreachable,
+        Some(ClientError::Closed { code, .. }) => match code.error_code() {
+            Some(code) => Exit::from_error_code(Some(code)),
+            None => Exit::Unreachable,
+        },
         Some(ClientError::Rejected(error)) if error.code == ErrorCode::Unavailable => {
             Exit::Unreachable
         }
         Some(ClientError::Rejected(error)) => Exit::from_error_code(Some(error.code)),
-        Some(ClientError::InvalidUrl { .. } | ClientError::TokenSource(_)) => Exit::Usage,
+        Some(
+            ClientError::InvalidUrl { .. }
+            | ClientError::MalformedToken
+            | ClientError::TokenSource(_),
+        ) => Exit::Usage,
         Some(ClientError::Protocol(_) | ClientError::OutputMismatch(_)) | None => Exit::Failed,
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use streamer_core::CloseCode;
+
+    use super::*;
+
+    #[test]
+    fn close_codes_have_the_exit_code_of_their_error() {
+        for (code, expected) in [
+            (CloseCode::Unauthenticated, Exit::NotPermitted),
+            (CloseCode::Forbidden, Exit::NotPermitted),
+            (CloseCode::InvalidRequest, Exit::Usage),
+            (CloseCode::MessageTooBig, Exit::Usage),
+            (CloseCode::GoingAway, Exit::Unreachable),
+            (CloseCode::LimitExceeded, Exit::Unreachable),
+            (CloseCode::Other(4999), Exit::Unreachable),
+        ] {
+            let error = ClientError::Closed { code, reason: String::new() };
+            assert_eq!(exit_of(&error.into()), expected, "{code}");
+        }
     }
 }

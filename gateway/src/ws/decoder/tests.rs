@@ -48,7 +48,7 @@ fn decode(bytes: &[u8], size: usize) -> (Vec<String>, Option<Violation>) {
 
 fn violation(bytes: &[u8]) -> (u16, String) {
     let violation = decode(bytes, bytes.len()).1.expect("a violation");
-    (violation.code, violation.reason)
+    (violation.code.code(), violation.reason)
 }
 
 #[test]
@@ -68,7 +68,7 @@ fn messages_are_decoded_however_the_input_is_split() {
         "Binary",
         "text of 70000",
         "Pong",
-        "Close(Some(1000))",
+        "Close(Some(Normal))",
     ];
     for size in [1, 2, 3, 7, 64, 1000, bytes.len()] {
         let (messages, violation) = decode(&bytes, size);
