@@ -4,6 +4,7 @@ mod arguments;
 mod command;
 mod commands;
 mod exit;
+mod progress_bar;
 mod server;
 mod terminal;
 mod token_source;

@@ -2,7 +2,6 @@
 
 use std::{
     fs,
-    io::{self, IsTerminal, Write},
     net::SocketAddr,
     path::{Path, PathBuf},
     process::ExitCode,
@@ -20,6 +19,7 @@ use tempfile::TempDir;
 
 use crate::{
     Exit,
+    progress_bar::ProgressBar,
     server::{Role, Server},
 };
 
@@ -113,19 +113,25 @@ async fn follow(url: &str, token: &str, action: &str, payload: &Value) -> anyhow
         json!({ "type": "request", "id": id, "action": action, "payload": payload }).to_string();
     let mut follower = Follower::new(url, token.to_owned(), Target::Submit { id, message });
     let mut outcome = Outcome { result: Value::Null, text: String::new(), events: 0 };
+    let bar = ProgressBar::on_stdout();
     while let Some(message) = follower.next().await? {
         outcome.events += 1;
-        apply_message(&message, &mut outcome)?;
+        apply_message(&message, &mut outcome, &bar)?;
     }
+    bar.finish()?;
     Ok(outcome)
 }
 
-fn apply_message(message: &Message, outcome: &mut Outcome) -> anyhow::Result<()> {
+fn apply_message(
+    message: &Message,
+    outcome: &mut Outcome,
+    bar: &ProgressBar,
+) -> anyhow::Result<()> {
     let value: Value = serde_json::from_str(&message.text)?;
     match message.kind.as_str() {
         "progress" => {
             let percentage = value["percentage"].as_f64().unwrap_or(0.0);
-            draw_progress(percentage, value["message"].as_str().unwrap_or(""));
+            bar.update(percentage, value["message"].as_str().unwrap_or(""))?;
         }
         "output" => outcome.text.push_str(value["data"].as_str().unwrap_or("")),
         "retrying" => outcome.text.clear(),
@@ -138,26 +144,6 @@ fn apply_message(message: &Message, outcome: &mut Outcome) -> anyhow::Result<()>
         _ => {}
     }
     Ok(())
-}
-
-fn draw_progress(percentage: f64, message: &str) {
-    const WIDTH: usize = 30;
-    #[expect(clippy::cast_possible_truncation, clippy::cast_sign_loss, reason = "0 to WIDTH")]
-    let full = (percentage / 100.0 * WIDTH as f64).round() as usize;
-    let full = full.min(WIDTH);
-    let line =
-        format!("  {}{} {percentage:5.1} %  {message}", "█".repeat(full), "░".repeat(WIDTH - full));
-    if io::stdout().is_terminal() {
-        // Redraws the line in place.
-        print!("\r\x1b[2K{line}");
-        if percentage >= 100.0 {
-            println!();
-        }
-        // A failed flush only delays the progress bar.
-        drop(io::stdout().flush());
-    } else {
-        println!("{line}");
-    }
 }
 
 fn print_profile(profile: &Value) {

@@ -4,12 +4,10 @@ use std::{
     env, fs,
     io::{self, Read},
     path::PathBuf,
-    time::Duration,
 };
 
 use anyhow::Context;
 use clap::Args;
-use indicatif::{ProgressBar, ProgressStyle};
 use serde_json::{Value, json, value::RawValue};
 use streamer_client::{Follower, Message, Target};
 use streamer_core::{Clock, SystemClock, Uid};
@@ -19,7 +17,8 @@ use crate::{
     Exit,
     arguments::CommonArguments,
     exit::UsageError,
-    terminal::{print_line, printable},
+    progress_bar::ProgressBar,
+    terminal::print_line,
 };
 
 /// Arguments of `streamer submit`.
@@ -141,7 +140,7 @@ pub(crate) async fn follow(follower: &mut Follower, screen: Screen) -> anyhow::R
             message = follower.next() => message?,
             interrupted = tokio::signal::ctrl_c() => {
                 interrupted.context("failed to wait for Ctrl-C")?;
-                printer.bar.finish_and_clear();
+                printer.bar.clear();
                 let (id, seq) = (follower.request_id(), follower.last_seq());
                 if follower.is_accepted() {
                     eprintln!(
@@ -229,11 +228,8 @@ struct Printer {
 
 impl Printer {
     fn new(screen: Screen) -> Self {
-        let bar =
-            if screen == Screen::Terminal { ProgressBar::new(1000) } else { ProgressBar::hidden() };
-        if let Ok(style) = ProgressStyle::with_template("{bar:32} {percent:>3} %  {msg}") {
-            bar.set_style(style);
-        }
+        let is_terminal = screen == Screen::Terminal;
+        let bar = if is_terminal { ProgressBar::on_stderr() } else { ProgressBar::hidden() };
         Self { screen, bar }
     }
 
@@ -252,25 +248,19 @@ impl Printer {
         match message.kind.as_str() {
             "acknowledgment" => {
                 let accepted = format!("accepted as {} ({})", text("/request_id"), text("/uid"));
-                self.bar.println(printable(&accepted));
-                self.bar.enable_steady_tick(Duration::from_millis(100));
+                self.bar.print_above(&accepted);
+                self.bar.start();
             }
             "progress" => {
                 let percentage = value["percentage"].as_f64().unwrap_or(0.0);
-                #[expect(
-                    clippy::cast_possible_truncation,
-                    clippy::cast_sign_loss,
-                    reason = "0 to 1000"
-                )]
-                self.bar.set_position((percentage * 10.0) as u64);
-                self.bar.set_message(printable(text("/message")).into_owned());
+                self.bar.update(percentage, text("/message"))?;
             }
-            "retrying" => self.bar.println(printable(&format!(
+            "retrying" => self.bar.print_above(&format!(
                 "attempt {} failed: {}; retrying at {}",
                 value["attempt"],
                 text("/error/message"),
                 text("/retry_at"),
-            ))),
+            )),
             "response" => self.finish(&pretty(&value["data"])?)?,
             "complete" => self.finish(&pretty(&value["result"])?)?,
             "cancelled" => self.finish(&format!("cancelled: {}", text("/reason")))?,
@@ -283,7 +273,7 @@ impl Printer {
     }
 
     fn finish(&self, outcome: &str) -> anyhow::Result<()> {
-        self.bar.finish_and_clear();
+        self.bar.clear();
         print_line(outcome)
     }
 }
