@@ -351,6 +351,9 @@ fn payload(object: JsonWriter, name: &str, payload: Option<&Payload>) -> JsonWri
 }
 
 #[cfg(test)]
+mod client_tests;
+
+#[cfg(test)]
 mod tests {
     use streamer_proto::common::v1 as proto;
     use streamer_rpc::json_payload;

@@ -13,7 +13,8 @@ use std::{
 };
 
 use serde_json::{Value, json};
-use streamer_client::{Follower, Session, Target};
+use streamer_client::{Follower, ReceivedMessage, ServerMessage, Session, Target};
+use streamer_core::ErrorCode;
 use tokio::{sync::Notify, task::JoinSet};
 
 use crate::{Process, Random, checker};
@@ -196,37 +197,41 @@ async fn follow_once(watch: &mut Watch, submission: Option<&Value>, history: &Hi
         history.record(opened(last_seq));
     }
     loop {
-        let Ok(message) = session.next().await else { return false };
-        let value: Value = serde_json::from_str(&message.text).unwrap();
-        match (message.kind.as_str(), message.seq) {
+        let Ok(ReceivedMessage { message, text, .. }) = session.next().await else { return false };
+        let value: Value = serde_json::from_str(&text).unwrap();
+        match (&message, message.seq()) {
             // The acknowledgment replaces the first event; the later events follow.
-            ("acknowledgment", _) => {
-                let (id, uid) = (&value["request_id"], &value["uid"]);
+            (ServerMessage::Acknowledgment(acknowledgment), _) => {
+                let (id, uid) = (&acknowledgment.request_id, &acknowledgment.uid);
                 history.record(opened(1));
                 history.record(json!({"record": "acknowledged", "id": id, "uid": uid}));
                 (watch.last_seq, watch.acknowledged) = (Some(1), true);
             }
-            (kind, Some(seq)) => {
+            (_, Some(seq)) => {
                 let record =
                     json!({"record": "received", "watcher": watch.watcher, "event": value});
                 history.record(record);
                 watch.last_seq = Some(seq);
-                if matches!(kind, "complete" | "error" | "cancelled") {
+                if let ServerMessage::Complete(_)
+                | ServerMessage::Error(_)
+                | ServerMessage::Cancelled(_) = message
+                {
                     return true;
                 }
             }
-            ("error", None) => {
-                let code = value["error"]["code"].as_str().unwrap().to_owned();
-                if code == "NOT_FOUND" && !acknowledged {
+            (ServerMessage::Error(rejection), None) => {
+                let code = rejection.error.error_code();
+                if code == ErrorCode::NotFound && !acknowledged {
                     return false;
                 }
                 // On a busy machine, no progress service can serve a watch while one is killed and the other cannot
                 // reach its store; clients retry.
-                let message = value["error"]["message"].as_str().unwrap_or_default();
-                if code == "UNAVAILABLE" && message.contains("cannot reach its store") {
+                let message = &rejection.error.message;
+                if code == ErrorCode::Unavailable && message.contains("cannot reach its store") {
                     return false;
                 }
-                if matches!(code.as_str(), "NOT_FOUND" | "INVALID_ACTION") || history.strict {
+                if matches!(code, ErrorCode::NotFound | ErrorCode::InvalidAction) || history.strict
+                {
                     let record =
                         json!({"record": "rejected", "watcher": watch.watcher, "error": value});
                     history.record(record);
@@ -253,9 +258,9 @@ async fn record_logs(url: &str, token: &str, history: &History) {
         let target = Target::Watch { request_id: uid.clone(), after_seq: 0 };
         let mut follower = Follower::new(url, token.to_owned(), target);
         let mut events = Vec::new();
-        while let Some(message) = follower.next().await.unwrap() {
-            if message.seq.is_some() {
-                events.push(serde_json::from_str::<Value>(&message.text).unwrap());
+        while let Some(received) = follower.next().await.unwrap() {
+            if received.message.seq().is_some() {
+                events.push(serde_json::from_str::<Value>(&received.text).unwrap());
             }
         }
         history.record(json!({"record": "log", "uid": uid, "events": events}));

@@ -10,7 +10,7 @@ use std::{
 };
 
 use serde_json::{Value, json};
-use streamer_client::{ClientError, Session};
+use streamer_client::{ClientError, ReceivedMessage, ServerMessage, Session};
 use streamer_core::CloseCode;
 use streamer_tests::{Client, Log, Server};
 use tokio::sync::Notify;
@@ -68,16 +68,18 @@ async fn submit_until_killed(
             }
             submitted += 1;
         }
-        let Ok(message) = session.next().await else { return received };
-        let value: Value = serde_json::from_str(&message.text).unwrap();
-        let Some(id) = message.request_id else { continue };
-        if message.kind == "acknowledgment" {
+        let Ok(ReceivedMessage { message, text, .. }) = session.next().await else {
+            return received;
+        };
+        let value: Value = serde_json::from_str(&text).unwrap();
+        let Some(id) = message.request_id().map(str::to_owned) else { continue };
+        if let ServerMessage::Acknowledgment(_) = message {
             received.acknowledged.push(id);
             continue;
         }
         let log = logs.entry(id.clone()).or_default();
         log.push(value);
-        if message.kind == "complete" {
+        if let ServerMessage::Complete(_) = message {
             received.ended.insert(id.clone(), logs.remove(&id).unwrap());
             if ended.fetch_add(1, Ordering::SeqCst) + 1 == ENOUGH {
                 enough.notify_one();

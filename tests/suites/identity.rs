@@ -289,8 +289,8 @@ async fn watches_continue_with_fresh_tokens() {
     };
     let over_websocket = async {
         let mut types = Vec::new();
-        while let Some(message) = follower.next().await.unwrap() {
-            types.push(message.kind);
+        while let Some(received) = follower.next().await.unwrap() {
+            types.push(received.message.kind().to_owned());
         }
         types
     };

@@ -3,11 +3,11 @@
 use std::{sync::Arc, time::Duration};
 
 use serde_json::json;
-use streamer_core::retry::Backoff;
+use streamer_core::{RequestState, retry::Backoff};
 use streamer_rpc::TokenSource;
 use tokio::time::sleep;
 
-use crate::{ClientError, Message, OutputVerifier, Session};
+use crate::{ClientError, OutputVerifier, ReceivedMessage, ServerMessage, Session};
 
 const FIRST_BACKOFF: Duration = Duration::from_millis(200);
 const MAX_BACKOFF: Duration = Duration::from_secs(10);
@@ -95,7 +95,7 @@ impl Follower {
     /// # Errors
     /// Returns an error if the server rejects the call, stays unreachable after all retries, or skips events,
     /// or if the output does not match its checksum.
-    pub async fn next(&mut self) -> Result<Option<Message>, ClientError> {
+    pub async fn next(&mut self) -> Result<Option<ReceivedMessage>, ClientError> {
         while !self.ended {
             match self.try_next().await {
                 Ok(Some(message)) => {
@@ -119,7 +119,7 @@ impl Follower {
         Ok(None)
     }
 
-    async fn try_next(&mut self) -> Result<Option<Message>, ClientError> {
+    async fn try_next(&mut self) -> Result<Option<ReceivedMessage>, ClientError> {
         let session = match &mut self.session {
             Some(session) => session,
             None => {
@@ -130,23 +130,27 @@ impl Follower {
                 self.session.insert(session)
             }
         };
-        let message = session.next().await?;
-        if message.kind == "error" && message.seq.is_none() {
+        let received = session.next().await?;
+        if let ServerMessage::Error(message) = &received.message
+            && message.seq.is_none()
+        {
             // Without a `seq`, the error concerns this call and not the request's outcome.
-            return Err(ClientError::Rejected(message.error()));
+            return Err(ClientError::Rejected(message.error.clone().into()));
         }
-        if let Some(seq) = message.seq
-            && message.kind != "response"
+        if let Some(seq) = received.message.seq()
+            && !matches!(received.message, ServerMessage::Response(_))
             && seq > self.last_seq.max(1) + 1
         {
             let last_seq = self.last_seq;
             return Err(ClientError::Protocol(format!("event {seq} follows event {last_seq}")));
         }
-        let message = self.accept(message);
-        if let (Some(check), Some(message)) = (&mut self.check, &message) {
-            message.check_output(check)?;
+        if !self.accept(&received.message) {
+            return Ok(None);
         }
-        Ok(message)
+        if let Some(check) = &mut self.check {
+            verify(check, &received.message)?;
+        }
+        Ok(Some(received))
     }
 
     /// Returns whether the server has accepted the request.
@@ -167,26 +171,148 @@ impl Follower {
         }
     }
 
-    /// Skips messages that do not concern the request, and events that were already received.
-    fn accept(&mut self, message: Message) -> Option<Message> {
-        match message.kind.as_str() {
-            "connected" | "draining" | "auth_expiring" | "pong" | "message" => return None,
-            "acknowledgment" if self.last_seq == 0 => self.last_seq = 1,
-            "acknowledgment" => return None,
+    /// Records a message. Returns false for messages that do not concern the request, and for events that were already
+    /// received.
+    fn accept(&mut self, message: &ServerMessage) -> bool {
+        match message {
+            ServerMessage::Connected(_)
+            | ServerMessage::Draining(_)
+            | ServerMessage::AuthExpiring(_)
+            | ServerMessage::Pong
+            | ServerMessage::Push(_) => return false,
+            // The acknowledgment replaces the first event.
+            ServerMessage::Acknowledgment(_) if self.last_seq == 0 => self.last_seq = 1,
+            ServerMessage::Acknowledgment(_) => return false,
             _ => {}
         }
-        if let Some(seq) = message.seq {
+        if let Some(seq) = message.seq() {
             if seq <= self.last_seq {
-                return None;
+                return false;
             }
             self.last_seq = seq;
         }
-        self.ended = match message.kind.as_str() {
-            "response" | "complete" | "cancelled" | "error" => true,
+        self.ended = match message {
+            ServerMessage::Response(_)
+            | ServerMessage::Complete(_)
+            | ServerMessage::Cancelled(_)
+            | ServerMessage::Error(_) => true,
             // The terminal event was already received, so no message follows.
-            "subscribed" => message.is_terminal() && message.last_seq <= Some(self.last_seq),
+            ServerMessage::Subscribed(snapshot) => {
+                snapshot.state.is_some_and(RequestState::is_terminal)
+                    && snapshot.last_seq <= self.last_seq
+            }
             _ => false,
         };
-        Some(message)
+        true
+    }
+}
+
+/// Updates `check` with the event, and verifies the output if the event is terminal.
+fn verify(check: &mut OutputVerifier, message: &ServerMessage) -> Result<(), ClientError> {
+    let summary = match message {
+        ServerMessage::Started(started) => {
+            check.started(started.event.seq);
+            None
+        }
+        ServerMessage::Output(output) => {
+            check.chunk(&output.bytes()?);
+            None
+        }
+        ServerMessage::Retrying(retrying) => {
+            check.rewind(retrying.rewind_to_seq);
+            None
+        }
+        ServerMessage::Complete(complete) => complete.output.as_ref(),
+        ServerMessage::Error(failed) if failed.seq.is_some() => {
+            check.rewind(failed.rewind_to_seq);
+            failed.output.as_ref()
+        }
+        ServerMessage::Cancelled(cancelled) if cancelled.seq.is_some() => cancelled.output.as_ref(),
+        _ => None,
+    };
+    if let Some(summary) = summary {
+        check.verify(summary.chunks, &summary.sha256)?;
+    }
+    Ok(())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    const EMPTY_SHA256: &str = "e3b0c44298fc1c149afbf4c8996fb92427ae41e4649b934ca495991b7852b855";
+
+    fn parse(kind: &str, members: &str) -> ServerMessage {
+        let text = format!("{{\"type\":\"{kind}\",\"timestamp\":\"\"{members}}}");
+        ReceivedMessage::parse(text).unwrap().message
+    }
+
+    fn event(kind: &str, seq: i64, members: &str) -> ServerMessage {
+        let head = format!(r#","request_id":"r","uid":"U","seq":{seq},"attempt":1{members}"#);
+        parse(kind, &head)
+    }
+
+    fn subscribed(state: &str, last_seq: i64) -> ServerMessage {
+        let members = format!(
+            r#","request_id":"r","uid":"U","last_seq":{last_seq},"state":"{state}","action":"a",
+               "attempt":1"#
+        );
+        parse("subscribed", &members)
+    }
+
+    fn acknowledgment() -> ServerMessage {
+        let members = r#","request_id":"r","uid":"U","status":"queued","message":"",
+            "duplicate":false,"last_seq":1"#;
+        parse("acknowledgment", members)
+    }
+
+    fn follower(after_seq: i64) -> Follower {
+        let target = Target::Watch { request_id: "r".into(), after_seq };
+        Follower::new("http://127.0.0.1:1", String::new(), target)
+    }
+
+    #[test]
+    fn each_event_is_returned_once() {
+        let mut follower = follower(0);
+        assert!(!follower.accept(&parse("pong", "")));
+        assert!(follower.accept(&acknowledgment()));
+        assert!(!follower.accept(&event("accepted", 1, r#","action":"a""#)));
+        assert!(follower.accept(&event("started", 2, r#","worker":"w""#)));
+        // After a reconnect, the submission is repeated.
+        assert!(!follower.accept(&acknowledgment()));
+        assert!(!follower.accept(&event("started", 2, r#","worker":"w""#)));
+        // The sequence numbers of events that this version does not know count.
+        assert!(follower.accept(&event("paused", 3, "")));
+        assert_eq!((follower.last_seq(), follower.has_ended()), (3, false));
+        assert!(follower.accept(&event("cancelled", 4, r#","reason":"enough""#)));
+        assert!(follower.has_ended());
+    }
+
+    #[test]
+    fn a_snapshot_is_the_last_message_if_no_event_follows() {
+        for (state, last_seq, is_last) in
+            [("SUCCEEDED", 5, true), ("SUCCEEDED", 6, false), ("RUNNING", 5, false)]
+        {
+            let mut follower = follower(5);
+            assert!(follower.accept(&subscribed(state, last_seq)));
+            assert_eq!(follower.has_ended(), is_last, "{state} {last_seq}");
+        }
+    }
+
+    #[test]
+    fn the_output_is_verified_at_the_terminal_event() {
+        let mut check = OutputVerifier::default();
+        let started = event("started", 2, r#","worker":"w""#);
+        let chunk = event("output", 3, r#","chunk_index":0,"data":1"#);
+        let summary = format!(r#","output":{{"chunks":0,"sha256":"{EMPTY_SHA256}"}}"#);
+        let complete = event("complete", 4, &format!(r#","result":null{summary}"#));
+        let error = r#""error":{"code":"TIMEOUT","message":"","retryable":true}"#;
+        let failed = event("error", 4, &format!(r#","rewind_to_seq":2,{error}{summary}"#));
+        verify(&mut check, &started).unwrap();
+        verify(&mut check, &chunk).unwrap();
+        let mismatch = verify(&mut check, &complete).unwrap_err();
+        assert!(matches!(mismatch, ClientError::OutputMismatch(_)), "{mismatch}");
+        // The output of the failed attempt is void.
+        verify(&mut check, &failed).unwrap();
     }
 }

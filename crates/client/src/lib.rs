@@ -9,6 +9,7 @@ mod api;
 mod error;
 mod follower;
 mod output;
+pub mod server_message;
 mod session;
 mod watch;
 
@@ -16,6 +17,7 @@ pub use api::Api;
 pub use error::ClientError;
 pub use follower::{Follower, Target};
 pub use output::{OutputMismatch, OutputVerifier};
-pub use session::{Message, Session};
+pub use server_message::{ReceivedMessage, ServerMessage};
+pub use session::Session;
 pub use streamer_rpc::{TokenError, TokenFile, TokenSource};
 pub use watch::{Watch, json};

@@ -2,12 +2,9 @@
 
 use std::time::Duration;
 
-use base64::{Engine, engine::general_purpose::STANDARD};
 use futures_util::{SinkExt, StreamExt};
 use http::{HeaderValue, Uri, header::AUTHORIZATION};
-use serde::Deserialize;
-use serde_json::value::RawValue;
-use streamer_core::{CloseCode, ErrorCode, RequestError, RequestState};
+use streamer_core::CloseCode;
 use tokio::{net::TcpStream, time::timeout};
 use tokio_tungstenite::{
     WebSocketStream, client_async_with_config,
@@ -18,7 +15,7 @@ use tokio_tungstenite::{
     },
 };
 
-use crate::{ClientError, OutputVerifier};
+use crate::{ClientError, ReceivedMessage, ServerMessage};
 
 /// Timeout for each step of opening a WebSocket.
 const OPEN_TIMEOUT: Duration = Duration::from_secs(10);
@@ -29,136 +26,12 @@ const PING_GRACE: Duration = Duration::from_secs(5);
 /// Maximum size of a message.
 const MAX_MESSAGE_BYTES: usize = 256 * 1024 * 1024;
 
-/// Message from the server, with the members that every client reads.
-#[derive(Clone, Debug, Default, Deserialize)]
-pub struct Message {
-    /// Type of the message.
-    #[serde(rename = "type")]
-    pub kind: String,
-    /// ID of the request.
-    #[serde(default)]
-    pub request_id: Option<String>,
-    /// UID of the request, which the server assigned.
-    #[serde(default)]
-    pub uid: Option<String>,
-    /// Sequence number of the event in the log.
-    #[serde(default)]
-    pub seq: Option<i64>,
-    /// In a snapshot: sequence number of the latest event.
-    #[serde(default)]
-    pub last_seq: Option<i64>,
-    /// In a snapshot: state of the request.
-    #[serde(default)]
-    pub state: Option<String>,
-    /// The message as received.
-    #[serde(skip)]
-    pub text: String,
-}
-
-impl Message {
-    /// Returns the error of an `error` message.
-    #[must_use]
-    pub fn error(&self) -> RequestError {
-        #[derive(Default, Deserialize)]
-        struct ErrorMessage {
-            #[serde(default)]
-            error: ErrorBody,
-        }
-        #[derive(Default, Deserialize)]
-        struct ErrorBody {
-            #[serde(default)]
-            code: String,
-            #[serde(default)]
-            message: String,
-            #[serde(default)]
-            retryable: bool,
-            details: Option<Box<RawValue>>,
-        }
-        let ErrorMessage { error } = serde_json::from_str(&self.text).unwrap_or_default();
-        RequestError {
-            code: ErrorCode::from_name(&error.code).unwrap_or(ErrorCode::InternalError),
-            message: error.message,
-            retryable: error.retryable,
-            details: error.details.map(|details| details.get().to_owned()),
-        }
-    }
-
-    /// Updates `check` with the event, and verifies the output if the event is terminal.
-    pub(crate) fn check_output(&self, check: &mut OutputVerifier) -> Result<(), ClientError> {
-        let unreadable = |error| ClientError::Protocol(format!("{error} in {}", self.text));
-        let parse = || serde_json::from_str::<OutputMembers<'_>>(&self.text).map_err(unreadable);
-        match (self.kind.as_str(), self.seq) {
-            ("started", Some(seq)) => check.started(seq),
-            ("output", _) => check.chunk(&parse()?.chunk()?),
-            ("retrying", _) => check.rewind(parse()?.rewind_to_seq),
-            ("complete" | "error" | "cancelled", Some(_)) => {
-                let members = parse()?;
-                if self.kind == "error" {
-                    check.rewind(members.rewind_to_seq);
-                }
-                if let Some(output) = members.output {
-                    check.verify(output.chunks, output.sha256)?;
-                }
-            }
-            _ => {}
-        }
-        Ok(())
-    }
-
-    /// Returns whether the message is a snapshot of a request that has ended.
-    #[must_use]
-    pub fn is_terminal(&self) -> bool {
-        let state = self.state.as_deref().and_then(|state| state.parse().ok());
-        state.is_some_and(RequestState::is_terminal)
-    }
-}
-
-/// Members of event messages that concern the output.
-#[derive(Deserialize)]
-struct OutputMembers<'a> {
-    /// Output chunk as raw text, because the checksum covers the JSON bytes as sent.
-    #[serde(borrow)]
-    data: Option<&'a RawValue>,
-    #[serde(default)]
-    content_type: Option<String>,
-    #[serde(default)]
-    encoding: Option<String>,
-    #[serde(default)]
-    rewind_to_seq: i64,
-    #[serde(borrow)]
-    output: Option<OutputSummary<'a>>,
-}
-
-#[derive(Deserialize)]
-struct OutputSummary<'a> {
-    chunks: i64,
-    sha256: &'a str,
-}
-
-impl OutputMembers<'_> {
-    /// Returns the bytes of the chunk.
-    fn chunk(&self) -> Result<Vec<u8>, ClientError> {
-        let data = self.data.map_or("", RawValue::get);
-        if self.content_type.is_none() {
-            return Ok(data.as_bytes().to_vec());
-        }
-        let malformed = |error: &dyn std::fmt::Display| {
-            ClientError::Protocol(format!("malformed output chunk: {error}"))
-        };
-        let text: String = serde_json::from_str(data).map_err(|error| malformed(&error))?;
-        match self.encoding.as_deref() {
-            Some("base64") => STANDARD.decode(text).map_err(|error| malformed(&error)),
-            _ => Ok(text.into_bytes()),
-        }
-    }
-}
-
 /// An open WebSocket with the subprotocol `streamer.v1.json`.
 pub struct Session {
     socket: WebSocketStream<TcpStream>,
     server: String,
-    /// Maximum time without a message or a ping, after which the connection is considered lost.
-    read_timeout: Duration,
+    /// Ping interval of the server; `None` before `connected`, which announces it.
+    heartbeat: Option<Duration>,
 }
 
 impl Session {
@@ -215,7 +88,7 @@ impl Session {
         let opening = client_async_with_config(request, stream, Some(config));
         let opened = timeout(OPEN_TIMEOUT, opening).await.map_err(|_| timed_out())?;
         let (socket, _) = opened.map_err(|error| unreachable(error.to_string()))?;
-        Ok(Self { socket, server: server.to_owned(), read_timeout: FIRST_MESSAGE_TIMEOUT })
+        Ok(Self { socket, server: server.to_owned(), heartbeat: None })
     }
 
     /// Sends a message.
@@ -253,13 +126,14 @@ impl Session {
     /// Returns an error if the connection is lost or the server closes it.
     pub async fn next_text(&mut self) -> Result<tungstenite::Utf8Bytes, ClientError> {
         loop {
-            let Ok(message) = timeout(self.read_timeout, self.socket.next()).await else {
-                let reason = format!("no message for {} s", self.read_timeout.as_secs());
+            let read_timeout = self.read_timeout();
+            let Ok(message) = timeout(read_timeout, self.socket.next()).await else {
+                let reason = format!("no message for {} s", read_timeout.as_secs());
                 return Err(ClientError::Unreachable { server: self.server.clone(), reason });
             };
             match message {
                 Some(Ok(tungstenite::Message::Text(text))) => {
-                    self.apply_heartbeat(&text);
+                    self.read_heartbeat(&text);
                     return Ok(text);
                 }
                 Some(Ok(tungstenite::Message::Close(frame))) => return Err(closed(frame)),
@@ -270,17 +144,18 @@ impl Session {
         }
     }
 
-    /// Sets the read timeout to twice the ping interval that `connected` announces.
-    fn apply_heartbeat(&mut self, text: &str) {
-        #[derive(Deserialize)]
-        struct Connected {
-            heartbeat_ms: u64,
-        }
-        if self.read_timeout == FIRST_MESSAGE_TIMEOUT
-            && text.starts_with("{\"type\":\"connected\"")
-            && let Ok(Connected { heartbeat_ms }) = serde_json::from_str(text)
+    /// Returns the maximum time without a message or a ping, after which the connection is considered lost.
+    fn read_timeout(&self) -> Duration {
+        self.heartbeat.map_or(FIRST_MESSAGE_TIMEOUT, |heartbeat| heartbeat * 2 + PING_GRACE)
+    }
+
+    /// Sets the heartbeat if the message is `connected`.
+    fn read_heartbeat(&mut self, text: &str) {
+        if self.heartbeat.is_none()
+            && let Ok(received) = ReceivedMessage::parse(text)
+            && let ServerMessage::Connected(connected) = received.message
         {
-            self.read_timeout = Duration::from_millis(heartbeat_ms) * 2 + PING_GRACE;
+            self.heartbeat = Some(Duration::from_millis(connected.heartbeat_ms));
         }
     }
 
@@ -288,12 +163,8 @@ impl Session {
     ///
     /// # Errors
     /// Returns an error if the connection is lost, the server closes it, or the message is malformed.
-    pub async fn next(&mut self) -> Result<Message, ClientError> {
-        let text = self.next_text().await?;
-        let mut message: Message = serde_json::from_str(&text)
-            .map_err(|error| ClientError::Protocol(format!("{error} in {text}")))?;
-        message.text = text.as_str().to_owned();
-        Ok(message)
+    pub async fn next(&mut self) -> Result<ReceivedMessage, ClientError> {
+        ReceivedMessage::parse(self.next_text().await?.as_str())
     }
 
     /// Closes the connection.

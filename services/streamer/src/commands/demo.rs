@@ -12,7 +12,7 @@ use anyhow::{Context, bail};
 use clap::Args;
 use serde_json::{Value, json};
 use streamer_auth::NewToken;
-use streamer_client::{Follower, Message, Target};
+use streamer_client::{Follower, ServerMessage, Target};
 use streamer_config::Config;
 use streamer_telemetry::Traces;
 use tempfile::TempDir;
@@ -70,7 +70,7 @@ async fn run_demo(arguments: &DemoArguments) -> anyhow::Result<()> {
     print_profile(&profile.result);
     let payload = json!({ "profile": profile.result });
     let report = follow(&url, &token, "generate_report", &payload).await?;
-    fs::write(&arguments.report, report.text)
+    fs::write(&arguments.report, report.output)
         .with_context(|| format!("failed to write {}", arguments.report.display()))?;
     println!(
         "\nReport: {} ({} durable events were delivered, each exactly once)",
@@ -102,8 +102,8 @@ fn read(file: Option<&Path>) -> anyhow::Result<(String, String)> {
 /// Outcome of a request.
 struct Outcome {
     result: Value,
-    /// Concatenated text of the output chunks.
-    text: String,
+    /// Concatenated output chunks.
+    output: Vec<u8>,
     events: usize,
 }
 
@@ -112,35 +112,31 @@ async fn follow(url: &str, token: &str, action: &str, payload: &Value) -> anyhow
     let message =
         json!({ "type": "request", "id": id, "action": action, "payload": payload }).to_string();
     let mut follower = Follower::new(url, token.to_owned(), Target::Submit { id, message });
-    let mut outcome = Outcome { result: Value::Null, text: String::new(), events: 0 };
+    let mut outcome = Outcome { result: Value::Null, output: Vec::new(), events: 0 };
     let bar = ProgressBar::on_stdout();
-    while let Some(message) = follower.next().await? {
+    while let Some(received) = follower.next().await? {
         outcome.events += 1;
-        apply_message(&message, &mut outcome, &bar)?;
+        apply_message(&received.message, &mut outcome, &bar)?;
     }
     bar.finish()?;
     Ok(outcome)
 }
 
 fn apply_message(
-    message: &Message,
+    message: &ServerMessage,
     outcome: &mut Outcome,
     bar: &ProgressBar,
 ) -> anyhow::Result<()> {
-    let value: Value = serde_json::from_str(&message.text)?;
-    match message.kind.as_str() {
-        "progress" => {
-            let percentage = value["percentage"].as_f64().unwrap_or(0.0);
-            bar.update(percentage, value["message"].as_str().unwrap_or(""))?;
+    match message {
+        ServerMessage::Progress(progress) => {
+            bar.update(progress.percentage.unwrap_or(0.0), &progress.message)?;
         }
-        "output" => outcome.text.push_str(value["data"].as_str().unwrap_or("")),
-        "retrying" => outcome.text.clear(),
-        "complete" => outcome.result = value["result"].clone(),
-        "error" => bail!(
-            "{}: {}",
-            value["error"]["code"].as_str().unwrap_or("error"),
-            value["error"]["message"].as_str().unwrap_or("")
-        ),
+        ServerMessage::Output(output) => outcome.output.extend_from_slice(&output.bytes()?),
+        ServerMessage::Retrying(_) => outcome.output.clear(),
+        ServerMessage::Complete(complete) => {
+            outcome.result = serde_json::from_str(complete.result.get())?;
+        }
+        ServerMessage::Error(failed) => bail!("{}: {}", failed.error.code, failed.error.message),
         _ => {}
     }
     Ok(())

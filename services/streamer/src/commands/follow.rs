@@ -9,8 +9,8 @@ use std::{
 use anyhow::Context;
 use clap::Args;
 use serde_json::{Value, json, value::RawValue};
-use streamer_client::{Follower, Message, Target};
-use streamer_core::{Clock, SystemClock, Uid};
+use streamer_client::{Follower, ReceivedMessage, ServerMessage, Target};
+use streamer_core::{Clock, RequestState, SystemClock, Uid};
 use streamer_telemetry::TraceContext;
 
 use crate::{
@@ -153,9 +153,9 @@ pub(crate) async fn follow(follower: &mut Follower, screen: Screen) -> anyhow::R
                 return Ok(Exit::Interrupted);
             }
         };
-        let Some(message) = message else { return Ok(Exit::Done) };
-        printer.print(&message)?;
-        if let Some(exit) = exit_of(&message, follower.has_ended()) {
+        let Some(received) = message else { return Ok(Exit::Done) };
+        printer.print(&received)?;
+        if let Some(exit) = exit_of(&received.message, follower.has_ended()) {
             return Ok(exit);
         }
     }
@@ -163,26 +163,28 @@ pub(crate) async fn follow(follower: &mut Follower, screen: Screen) -> anyhow::R
 
 async fn print_first(follower: &mut Follower) -> anyhow::Result<Exit> {
     match follower.next().await? {
-        Some(message) => {
-            print_line(&message.text)?;
-            Ok(exit_of(&message, follower.has_ended()).unwrap_or(Exit::Done))
+        Some(received) => {
+            print_line(&received.text)?;
+            Ok(exit_of(&received.message, follower.has_ended()).unwrap_or(Exit::Done))
         }
         None => Ok(Exit::Done),
     }
 }
 
 /// Returns the exit code if the message contains an outcome. `is_last` states that no message follows.
-fn exit_of(message: &Message, is_last: bool) -> Option<Exit> {
-    match message.kind.as_str() {
-        "response" | "complete" => Some(Exit::Done),
-        "cancelled" => Some(Exit::Cancelled),
-        "error" => Some(Exit::from_error_code(Some(message.error().code))),
+fn exit_of(message: &ServerMessage, is_last: bool) -> Option<Exit> {
+    match message {
+        ServerMessage::Response(_) | ServerMessage::Complete(_) => Some(Exit::Done),
+        ServerMessage::Cancelled(_) => Some(Exit::Cancelled),
+        ServerMessage::Error(failed) => {
+            Some(Exit::from_error_code(Some(failed.error.error_code())))
+        }
         // The watch started after the request's terminal event.
-        "subscribed" if is_last => match message.state.as_deref() {
-            Some("SUCCEEDED") => Some(Exit::Done),
-            Some("CANCELLED") => Some(Exit::Cancelled),
-            Some("FAILED") => Some(Exit::Failed),
-            _ => None,
+        ServerMessage::Subscribed(snapshot) if is_last => match snapshot.state? {
+            RequestState::Succeeded => Some(Exit::Done),
+            RequestState::Cancelled => Some(Exit::Cancelled),
+            RequestState::Failed => Some(Exit::Failed),
+            RequestState::Queued | RequestState::Running => None,
         },
         _ => None,
     }
@@ -233,39 +235,38 @@ impl Printer {
         Self { screen, bar }
     }
 
-    fn print(&mut self, message: &Message) -> anyhow::Result<()> {
+    fn print(&mut self, received: &ReceivedMessage) -> anyhow::Result<()> {
         match self.screen {
-            Screen::Json => print_line(&message.text),
-            Screen::OutcomeAsJson if exit_of(message, false).is_some() => print_line(&message.text),
+            Screen::Json => print_line(&received.text),
+            Screen::OutcomeAsJson if exit_of(&received.message, false).is_some() => {
+                print_line(&received.text)
+            }
             Screen::OutcomeAsJson => Ok(()),
-            Screen::Terminal => self.draw(message),
+            Screen::Terminal => self.draw(&received.message),
         }
     }
 
-    fn draw(&mut self, message: &Message) -> anyhow::Result<()> {
-        let value: Value = serde_json::from_str(&message.text)?;
-        let text = |pointer: &str| value.pointer(pointer).and_then(Value::as_str).unwrap_or("");
-        match message.kind.as_str() {
-            "acknowledgment" => {
-                let accepted = format!("accepted as {} ({})", text("/request_id"), text("/uid"));
-                self.bar.print_above(&accepted);
+    fn draw(&mut self, message: &ServerMessage) -> anyhow::Result<()> {
+        match message {
+            ServerMessage::Acknowledgment(acknowledgment) => {
+                let (id, uid) = (&acknowledgment.request_id, &acknowledgment.uid);
+                self.bar.print_above(&format!("accepted as {id} ({uid})"));
                 self.bar.start();
             }
-            "progress" => {
-                let percentage = value["percentage"].as_f64().unwrap_or(0.0);
-                self.bar.update(percentage, text("/message"))?;
+            ServerMessage::Progress(progress) => {
+                self.bar.update(progress.percentage.unwrap_or(0.0), &progress.message)?;
             }
-            "retrying" => self.bar.print_above(&format!(
+            ServerMessage::Retrying(retrying) => self.bar.print_above(&format!(
                 "attempt {} failed: {}; retrying at {}",
-                value["attempt"],
-                text("/error/message"),
-                text("/retry_at"),
+                retrying.event.attempt, retrying.error.message, retrying.retry_at,
             )),
-            "response" => self.finish(&pretty(&value["data"])?)?,
-            "complete" => self.finish(&pretty(&value["result"])?)?,
-            "cancelled" => self.finish(&format!("cancelled: {}", text("/reason")))?,
-            "error" => {
-                self.finish(&format!("{}: {}", text("/error/code"), text("/error/message")))?;
+            ServerMessage::Response(response) => self.finish(&pretty(&response.data)?)?,
+            ServerMessage::Complete(complete) => self.finish(&pretty(&complete.result)?)?,
+            ServerMessage::Cancelled(cancelled) => {
+                self.finish(&format!("cancelled: {}", cancelled.reason))?;
+            }
+            ServerMessage::Error(failed) => {
+                self.finish(&format!("{}: {}", failed.error.code, failed.error.message))?;
             }
             _ => {}
         }
@@ -278,6 +279,7 @@ impl Printer {
     }
 }
 
-fn pretty(value: &Value) -> anyhow::Result<String> {
-    Ok(serde_json::to_string_pretty(value)?)
+fn pretty(json: &RawValue) -> anyhow::Result<String> {
+    let value: Value = serde_json::from_str(json.get())?;
+    Ok(serde_json::to_string_pretty(&value)?)
 }

@@ -3,8 +3,9 @@
 use std::time::Duration;
 
 use clap::Args;
+use serde::Deserialize;
 use serde_json::{Value, json};
-use streamer_client::{Api, ClientError, Message, Session, TokenSource};
+use streamer_client::{Api, ClientError, ReceivedMessage, ServerMessage, Session, TokenSource};
 use streamer_core::{Clock, SystemClock, Timestamp};
 use streamer_proto::{
     millis,
@@ -105,20 +106,13 @@ pub(crate) async fn get(arguments: GetArguments) -> anyhow::Result<Exit> {
 }
 
 pub(crate) async fn list(arguments: ListArguments) -> anyhow::Result<Exit> {
-    let states: Vec<&str> = arguments.states.iter().map(|state| state.as_str()).collect();
-    let value: Value = if arguments.tenant.is_empty() {
-        let message = json!({
-            "type": "list", "states": states, "limit": arguments.limit,
-            "page_token": arguments.page_token,
-        });
-        let response = exchange(&arguments.common, &message, "requests").await?;
-        serde_json::from_str(&response.text)?
+    let page = if arguments.tenant.is_empty() {
+        list_own(&arguments).await?
     } else {
         list_of_tenant(&arguments).await?
     };
-    let requests = value["requests"].as_array().cloned().unwrap_or_default();
     if arguments.common.prints_json() {
-        for request in &requests {
+        for request in &page.requests {
             print_line(request)?;
         }
     } else {
@@ -126,21 +120,51 @@ pub(crate) async fn list(arguments: ListArguments) -> anyhow::Result<Exit> {
             "{:<26}  {:<9}  {:<20}  {:<24}  ID",
             "UID", "STATE", "ACTION", "CREATED"
         ))?;
-        for request in &requests {
-            let text = |name: &str| request[name].as_str().unwrap_or("").to_owned();
-            let (uid, state, action) = (text("uid"), text("state"), text("action"));
-            let (created, id) = (text("create_time"), text("request_id"));
-            print_line(format_args!("{uid:<26}  {state:<9}  {action:<20}  {created:<24}  {id}"))?;
+        for request in &page.requests {
+            let Row { uid, state, action, create_time, request_id } = Row::deserialize(request)?;
+            let (state, created) = (state.unwrap_or_default(), create_time.unwrap_or_default());
+            print_line(format_args!(
+                "{uid:<26}  {state:<9}  {action:<20}  {created:<24}  {request_id}"
+            ))?;
         }
     }
-    if let Some(next) = value["next_page_token"].as_str().filter(|next| !next.is_empty()) {
-        print_error_line(&format!("More requests exist: --page-token {next}"));
+    if !page.next_page_token.is_empty() {
+        print_error_line(&format!("More requests exist: --page-token {}", page.next_page_token));
     }
     Ok(Exit::Done)
 }
 
-/// Lists a tenant's requests for an operator, in the format of the response to `list`.
-async fn list_of_tenant(arguments: &ListArguments) -> anyhow::Result<Value> {
+/// Page of requests, in the format of message `requests`. The requests are printed with all their members, including
+/// those that this version does not know.
+#[derive(Deserialize)]
+struct Page {
+    requests: Vec<Value>,
+    next_page_token: String,
+}
+
+/// Members of a request that are printed on a terminal.
+#[derive(Deserialize)]
+struct Row {
+    uid: String,
+    state: Option<String>,
+    action: String,
+    create_time: Option<String>,
+    request_id: String,
+}
+
+/// Lists the caller's requests.
+async fn list_own(arguments: &ListArguments) -> anyhow::Result<Page> {
+    let states: Vec<&str> = arguments.states.iter().map(|state| state.as_str()).collect();
+    let message = json!({
+        "type": "list", "states": states, "limit": arguments.limit,
+        "page_token": arguments.page_token,
+    });
+    let response = exchange(&arguments.common, &message, "requests").await?;
+    Ok(serde_json::from_str(&response.text)?)
+}
+
+/// Lists a tenant's requests for an operator.
+async fn list_of_tenant(arguments: &ListArguments) -> anyhow::Result<Page> {
     let api = arguments.common.api().await?;
     let call = api.call(router::v1::ListRequest {
         states: arguments.states.iter().map(|state| state_to_proto(*state).into()).collect(),
@@ -160,8 +184,7 @@ async fn list_of_tenant(arguments: &ListArguments) -> anyhow::Result<Value> {
             }),
         })
     });
-    let requests: Vec<Value> = requests.collect();
-    Ok(json!({ "requests": requests, "next_page_token": page.next_page_token }))
+    Ok(Page { requests: requests.collect(), next_page_token: page.next_page_token })
 }
 
 pub(crate) async fn cancel(arguments: CancelArguments) -> anyhow::Result<Exit> {
@@ -239,23 +262,23 @@ async fn exchange(
     common: &CommonArguments,
     message: &Value,
     expected: &str,
-) -> anyhow::Result<Message> {
+) -> anyhow::Result<ReceivedMessage> {
     let token = common.tokens().token().await.map_err(ClientError::from)?;
     let mut session = Session::connect(&common.server, &token).await?;
     session.send(message.to_string()).await?;
     loop {
         let response = session.next().await?;
-        if response.kind == expected {
+        if response.message.kind() == expected {
             session.close().await?;
             return Ok(response);
         }
-        if response.kind == "error" {
-            return Err(ClientError::Rejected(response.error()).into());
+        if let ServerMessage::Error(message) = response.message {
+            return Err(ClientError::Rejected(message.error.into()).into());
         }
     }
 }
 
-fn print_response(common: &CommonArguments, response: &Message) -> anyhow::Result<Exit> {
+fn print_response(common: &CommonArguments, response: &ReceivedMessage) -> anyhow::Result<Exit> {
     if common.prints_json() {
         print_line(&response.text)?;
     } else {

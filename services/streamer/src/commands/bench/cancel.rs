@@ -1,7 +1,7 @@
 //! Time from a cancellation to the end of the running request, as its submitter observes it.
 
 use anyhow::bail;
-use streamer_client::Session;
+use streamer_client::{ServerMessage, Session};
 use tokio::time::Instant;
 
 use super::{
@@ -32,15 +32,15 @@ pub(super) async fn run(target: &LoadTarget, count: usize) -> anyhow::Result<Rep
     Ok(report)
 }
 
-/// Reads messages up to the first one of the given kind.
+/// Reads messages up to the first one of the given type.
 async fn read_until(session: &mut Session, kind: &str) -> anyhow::Result<()> {
     loop {
-        let message = session.next().await?;
-        if message.kind == kind {
+        let received = session.next().await?;
+        if received.message.kind() == kind {
             return Ok(());
         }
-        if matches!(message.kind.as_str(), "error" | "complete") {
-            bail!("expected {kind}, received {}", message.text);
+        if let ServerMessage::Error(_) | ServerMessage::Complete(_) = received.message {
+            bail!("expected {kind}, received {}", received.text);
         }
     }
 }
