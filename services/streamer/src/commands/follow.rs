@@ -14,10 +14,7 @@ use streamer_core::{Clock, RequestState, SystemClock, Uid};
 use streamer_telemetry::TraceContext;
 
 use crate::{
-    Exit,
-    arguments::CommonArguments,
-    exit::UsageError,
-    progress_bar::ProgressBar,
+    Exit, arguments::CommonArguments, exit::UsageError, progress_bar::ProgressBar,
     terminal::print_line,
 };
 
