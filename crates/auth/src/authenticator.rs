@@ -1,6 +1,6 @@
 //! Token verification.
 
-use std::{borrow::Cow, sync::Arc, time::Duration};
+use std::{sync::Arc, time::Duration};
 
 use base64::{Engine, engine::general_purpose::URL_SAFE_NO_PAD};
 use http::HeaderValue;
@@ -10,47 +10,13 @@ use serde_json::Value;
 use streamer_core::{Clock, Timestamp};
 
 use crate::{
-    Caller, JwksSource, Principal, VerificationKey,
+    AuthError, Caller, JwksSource, Principal, VerificationKey,
     claims::{AcceptedClaims, Claims, TokenRules},
     unique_json::UniqueJson,
 };
 
 /// Maximum number of cached verified tokens.
 const CACHED_TOKENS: usize = 16_384;
-
-/// Reason why a caller is not authenticated.
-#[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
-pub enum AuthError {
-    /// No token was sent.
-    #[error("a token is required: send `authorization: Bearer <token>`")]
-    Missing,
-    /// The token cannot be parsed.
-    #[error("the token is malformed: {0}")]
-    Malformed(String),
-    /// No configured key has the token's algorithm.
-    #[error("the token's algorithm is not accepted")]
-    Algorithm,
-    /// No configured key signed the token.
-    #[error("the token's signature does not match any accepted key")]
-    Signature,
-    /// The token has expired.
-    #[error("the token expired at {0}")]
-    Expired(Timestamp),
-    /// The token is not valid yet.
-    #[error("the token is not valid before {0}")]
-    NotYetValid(Timestamp),
-    /// A claim is missing or violates a rule.
-    #[error("claim {claim} {rule}")]
-    Claim {
-        /// Name of the claim.
-        claim: Cow<'static, str>,
-        /// Violated rule.
-        rule: String,
-    },
-    /// The keys, or the key that signed the token, are temporarily unavailable.
-    #[error("the token cannot be verified now: {0}")]
-    KeysUnavailable(String),
-}
 
 /// Verifies tokens against the configured keys.
 pub struct Authenticator {

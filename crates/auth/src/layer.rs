@@ -23,7 +23,9 @@ use tokio::time::sleep;
 use tonic::{Code, Status, body::Body, server::NamedService};
 use tower_service::Service;
 
-use crate::{Audit, AuthError, Authenticator, Principal, Subject, audit::Record, permissions};
+use crate::{
+    Audit, AuthError, Authenticator, Caller, Principal, Subject, audit::Record, permissions,
+};
 
 /// Maximum size of a method's path in the audit log, in bytes.
 const MAX_PATH_BYTES: usize = 256;
@@ -62,32 +64,6 @@ struct MethodRules {
     ends_at_expiry: bool,
     /// Whether each call is recorded in the audit log.
     is_audited: bool,
-}
-
-/// Caller of a request; stored in the extensions of every request that [`AuthService`] accepts.
-#[derive(Clone)]
-pub struct Caller {
-    /// Identity and permissions from the token.
-    pub principal: Arc<Principal>,
-    /// Header with the token, for the next hop.
-    pub authorization: HeaderValue,
-    /// Object of the call, if the call is recorded.
-    subject: Option<Arc<Mutex<Option<Subject>>>>,
-}
-
-impl Caller {
-    /// Returns the caller with the given identity and `authorization` header.
-    #[must_use]
-    pub fn new(principal: Arc<Principal>, authorization: HeaderValue) -> Self {
-        Self { principal, authorization, subject: None }
-    }
-
-    /// Records the object of the call, for the audit log.
-    pub fn set_audit_subject(&self, subject: impl FnOnce() -> Subject) {
-        if let Some(recorded) = &self.subject {
-            *recorded.lock() = Some(subject());
-        }
-    }
 }
 
 /// Wraps services in [`AuthService`].
@@ -399,23 +375,6 @@ fn end_at_expiry(response: Response<Body>, time_left: Option<Duration>) -> Respo
 
 fn status(error: &AuthError) -> Status {
     streamer_rpc::status(&RequestError::new(error.code(), error.to_string()))
-}
-
-impl AuthError {
-    /// Returns the error code that the protocols use.
-    #[must_use]
-    pub fn code(&self) -> ErrorCode {
-        match self {
-            Self::KeysUnavailable(_) => ErrorCode::Unavailable,
-            Self::Missing
-            | Self::Malformed(_)
-            | Self::Algorithm
-            | Self::Signature
-            | Self::Expired(_)
-            | Self::NotYetValid(_)
-            | Self::Claim { .. } => ErrorCode::Unauthorized,
-        }
-    }
 }
 
 /// Response future of [`AuthService`].

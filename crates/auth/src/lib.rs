@@ -7,8 +7,10 @@
 
 mod audit;
 mod authenticator;
+mod caller;
 mod claims;
 mod dev_key;
+mod error;
 mod jwk;
 mod jwks;
 mod keys;
@@ -18,11 +20,13 @@ mod private_file;
 mod unique_json;
 
 pub use audit::{Audit, Subject};
-pub use authenticator::{AuthError, Authenticator};
+pub use authenticator::Authenticator;
+pub use caller::Caller;
 pub use claims::TokenRules;
 pub use dev_key::{DEV_AUDIENCE, DEV_ISSUER, DevKey, DevKeyError, NewToken};
+pub use error::AuthError;
 pub use jwks::{JwksRefresh, JwksSource};
 pub use keys::{KeyError, VerificationKey};
-pub use layer::{AuthLayer, AuthService, Caller, caller_of};
+pub use layer::{AuthLayer, AuthService, caller_of};
 pub use principal::{Principal, permissions};
 pub use private_file::{create_private_file, warn_if_readable_by_others};

@@ -1,0 +1,34 @@
+//! Caller of a request.
+
+use std::sync::Arc;
+
+use http::HeaderValue;
+use parking_lot::Mutex;
+
+use crate::{Principal, Subject};
+
+/// Caller of a request; stored in the extensions of every request that [`AuthService`](crate::AuthService) accepts.
+#[derive(Clone)]
+pub struct Caller {
+    /// Identity and permissions from the token.
+    pub principal: Arc<Principal>,
+    /// Header with the token, for the next hop.
+    pub authorization: HeaderValue,
+    /// Object of the call, if the call is recorded.
+    pub(crate) subject: Option<Arc<Mutex<Option<Subject>>>>,
+}
+
+impl Caller {
+    /// Returns the caller with the given identity and `authorization` header.
+    #[must_use]
+    pub fn new(principal: Arc<Principal>, authorization: HeaderValue) -> Self {
+        Self { principal, authorization, subject: None }
+    }
+
+    /// Records the object of the call, for the audit log.
+    pub fn set_audit_subject(&self, subject: impl FnOnce() -> Subject) {
+        if let Some(recorded) = &self.subject {
+            *recorded.lock() = Some(subject());
+        }
+    }
+}
