@@ -10,6 +10,7 @@
 mod opentelemetry;
 mod options;
 mod setting;
+mod tenant_overrides;
 mod tenants;
 
 use std::{
@@ -21,7 +22,7 @@ pub use options::{
     Auth, Config, Dynamodb, Execution, Gateway, Limits, Log, Peers, Server, Store, Trace,
 };
 pub use setting::{ByteSize, LogFormat, StoreEngine};
-pub use tenants::TenantOverrides;
+pub use tenant_overrides::TenantOverrides;
 
 /// Sources of options, other than the defaults.
 #[derive(Clone, Debug, Default)]
@@ -118,7 +119,7 @@ fn read_file(config: &mut Config, file: Option<&Path>, problems: &mut Vec<String
             problems.push(format!("{shown}: {section}: must be a section, [{section}]"));
             continue;
         };
-        if section == tenants::SECTION {
+        if section == tenant_overrides::SECTION {
             config.tenants.read(options, &shown.to_string(), problems);
             continue;
         }

@@ -9,7 +9,7 @@ use std::{
 use crate::{
     ByteSize, LogFormat, StoreEngine,
     setting::{Setting, check_range},
-    tenants::TenantOverrides,
+    tenant_overrides::TenantOverrides,
 };
 
 /// Declares the sections and their options, and generates the structs, their defaults, the setters and the
