@@ -16,7 +16,7 @@ use tokio::time::{Instant, sleep};
 
 use crate::{
     DynamoOptions, OpenError, claim_jitter::ClaimJitter, large_objects::LargeObjects,
-    quota::QueueCounts,
+    queue_counts::QueueCounts,
 };
 
 /// Timeout of one attempt of a call. DynamoDB responds within milliseconds, so a slower call is better retried.

@@ -2,6 +2,7 @@
 
 use aws_sdk_dynamodb::{
     error::{ProvideErrorMetadata, SdkError},
+    operation::transact_write_items::TransactWriteItemsError,
     types::CancellationReason,
 };
 use streamer_store::StoreError;
@@ -98,6 +99,25 @@ pub(crate) fn transaction_error(doing: &'static str, reasons: &[CancellationReas
         code.unwrap_or_default(),
         format!("transaction cancelled: {}", messages.join(", ")),
     )
+}
+
+/// Returns the cancellation reasons if a transaction was cancelled.
+pub(crate) fn cancellation_reasons<R>(
+    error: &SdkError<TransactWriteItemsError, R>,
+) -> Option<&[CancellationReason]> {
+    match error.as_service_error() {
+        Some(TransactWriteItemsError::TransactionCanceledException(cancelled)) => {
+            Some(cancelled.cancellation_reasons())
+        }
+        _ => None,
+    }
+}
+
+/// Returns whether a transaction failed only because of conflicts or throttling.
+pub(crate) fn is_transient(reasons: &[CancellationReason]) -> bool {
+    let mut codes =
+        reasons.iter().filter_map(|reason| reason.code()).filter(|code| *code != "None");
+    codes.all(|code| is_conflict(code) || is_throttled(code))
 }
 
 fn error_for_code(doing: &'static str, code: &str, reason: String) -> StoreError {

@@ -11,8 +11,10 @@ use serde::{Serialize, de::DeserializeOwned};
 use streamer_store::StoreError;
 
 pub(crate) use blob::Blob;
-pub(crate) use event::{StoredEvent, StoredKind, StoredObject, StoredValue};
-pub(crate) use request::{RequestItem, RequestState, StoredRef, latest_progress};
+pub(crate) use event::{StoredEvent, StoredKind, StoredObject, StoredValue, events_size};
+pub(crate) use request::{
+    QUEUE_ATTRIBUTES, RequestItem, RequestState, StoredRef, by_uid, client_id_key, latest_progress,
+};
 pub(crate) use size::size;
 
 use crate::{error::corrupt, expression::Attributes};

@@ -14,11 +14,11 @@ use streamer_store::{Lease, LeaseRenewal, RequestRecord, StoreError};
 
 use crate::{
     client::Dynamo,
+    conditional_update::ConditionalUpdate,
     error::store_error,
     expression::{Attributes, Expression, key, number, text},
-    item::{RequestItem, RequestState, encode},
+    item::{RequestItem, RequestState, by_uid, encode},
     item_ops::{number_of, numbers_by_name, text_of},
-    requests::{ConditionalUpdate, by_uid},
 };
 
 /// Kind of lease holders in the fleet table.

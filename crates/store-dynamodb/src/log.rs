@@ -16,17 +16,14 @@ use streamer_store::{Append, AppendOutcome, EventPage, LogHead, StoreError, Writ
 
 use crate::{
     client::{Backoff, Dynamo},
-    error::{corrupt, store_error, transaction_error},
+    conditional_update::ConditionalUpdate,
+    error::{cancellation_reasons, corrupt, is_transient, store_error, transaction_error},
     expression::{Attributes, Expression, key, number, text},
     item::{
-        Blob, RequestItem, RequestState, StoredEvent, StoredKind, StoredRef, StoredValue, encode,
-        latest_progress, size,
+        Blob, QUEUE_ATTRIBUTES, RequestItem, RequestState, StoredEvent, StoredKind, StoredRef,
+        StoredValue, client_id_key, encode, events_size, latest_progress, size,
     },
     lease_holders::HOLDER,
-    requests::{
-        ConditionalUpdate, QUEUE_ATTRIBUTES, cancellation_reasons, client_id_key, events_size,
-        is_transient,
-    },
     tables::TIME_TO_LIVE,
 };
 

@@ -14,9 +14,8 @@ use crate::{
     client::Dynamo,
     error::{corrupt, store_error},
     expression::{Expression, number, text},
-    item::RequestItem,
+    item::{RequestItem, by_uid},
     item_ops::{number_of, text_of},
-    requests::by_uid,
 };
 
 /// Separator of the fields of a rank. Tenants and actions contain no control characters.

@@ -5,12 +5,9 @@ mod client_ids;
 mod read;
 mod values;
 
-use std::collections::HashMap;
-
 use aws_sdk_dynamodb::error::ProvideErrorMetadata;
-use aws_sdk_dynamodb::operation::update_item::UpdateItemError;
 use aws_sdk_dynamodb::types::{
-    AttributeValue, Delete, KeysAndAttributes, Put, ReturnConsumedCapacity, ReturnValue,
+    AttributeValue, Delete, KeysAndAttributes, Put, ReturnConsumedCapacity,
     ReturnValuesOnConditionCheckFailure, TransactWriteItem,
 };
 use futures_util::future::try_join_all;
@@ -26,38 +23,21 @@ use streamer_store::{
 
 use crate::{
     client::{Backoff, Dynamo},
-    error::{corrupt, is_conflict, is_throttled, store_error, transaction_error},
+    conditional_update::ConditionalUpdate,
+    error::{cancellation_reasons, corrupt, is_transient, store_error, transaction_error},
     expression::{Expression, Filter, key, number, text},
     item::{
-        Blob, RequestItem, RequestState, StoredEvent, StoredRef, StoredValue, decode, encode,
-        encode_item, size,
+        Blob, QUEUE_ATTRIBUTES, RequestItem, RequestState, StoredEvent, StoredRef, StoredValue,
+        client_id_key, decode, encode, encode_item, events_size,
     },
     item_ops::uid_of,
     log::{Change, ChangeOutcome},
 };
 
-pub(crate) use client_ids::client_id_key;
-pub(crate) use read::by_uid;
-
 /// Maximum size of a payload in the request's item, in bytes. Every write of the item is charged for the payload.
 const INLINE_PAYLOAD_BYTES: usize = 512;
-/// Maximum number of query rounds for one page of a list.
-const MAX_ROUNDS: usize = 10;
-/// Maximum number of index pages to read from each shard in one round.
-const MAX_PAGES: usize = 4;
-/// Number of rows in an index page that is read with a filter, and maximum number of rows without a filter.
-const FILTERED_PAGE_ROWS: usize = 1000;
-/// Maximum number of items in one `BatchGetItem` call.
-const MAX_BATCH_GET: usize = 100;
-/// Maximum number of concurrent `BatchGetItem` calls.
-const MAX_CONCURRENT_BATCHES: usize = 4;
-
 /// Key of the part that contains the payload.
 const PAYLOAD: &str = "payload";
-/// Attributes that make a request appear in the indexes of the queue.
-pub(crate) const QUEUE_ATTRIBUTES: [&str; 6] =
-    ["queue_shard", "queue_rank", "delay_shard", "delay_until", "expiry_shard", "expire_at"];
-
 impl Dynamo {
     pub(crate) async fn create(&self, new: &NewRequest) -> Result<CreateOutcome, StoreError> {
         let doing = "creating a request";
@@ -213,95 +193,6 @@ impl Dynamo {
             }
         }
     }
-
-    /// Updates the item of a request. Returns the existing item if a condition was not met.
-    pub(crate) async fn update_request(
-        &self,
-        doing: &'static str,
-        uid: &str,
-        expression: Expression,
-    ) -> Result<ConditionalUpdate, StoreError> {
-        let mut backoff = Backoff::default();
-        loop {
-            let update = self
-                .client
-                .update_item()
-                .table_name(&self.tables.requests)
-                .set_key(Some(key([("uid", uid)])))
-                .set_update_expression(expression.update())
-                .set_condition_expression(expression.condition())
-                .set_expression_attribute_names(expression.names())
-                .set_expression_attribute_values(expression.values())
-                .return_values(ReturnValue::AllNew)
-                .return_values_on_condition_check_failure(
-                    ReturnValuesOnConditionCheckFailure::AllOld,
-                )
-                .return_consumed_capacity(ReturnConsumedCapacity::Total);
-            let error = match update.send().await {
-                Ok(mut done) => {
-                    self.metrics.record_write(done.consumed_capacity());
-                    let item = done.attributes.take().unwrap_or_default();
-                    return Ok(ConditionalUpdate::Applied(decode(doing, item)?));
-                }
-                Err(error) => error,
-            };
-            match error.as_service_error() {
-                Some(UpdateItemError::ConditionalCheckFailedException(failed)) => {
-                    // Not every implementation returns the existing item.
-                    let found = match failed.item.clone() {
-                        Some(item) => Some(decode(doing, item)?),
-                        None => self.get(uid).await?,
-                    };
-                    return Ok(ConditionalUpdate::ConditionFailed(found));
-                }
-                // The update conflicted with a transaction; the conditions make a retry safe.
-                _ if error.code().is_some_and(is_conflict) => {
-                    backoff.wait(store_error(doing, &error)).await?;
-                }
-                _ => return Err(store_error(doing, &error)),
-            }
-        }
-    }
-}
-
-/// Returns the number of bytes that the given events add to the item.
-pub(crate) fn events_size(events: &[StoredEvent]) -> Result<i64, StoreError> {
-    let mut bytes = 0;
-    for event in events {
-        bytes += size(&encode(event)?) + 1;
-    }
-    Ok(i64::try_from(bytes).unwrap_or(i64::MAX))
-}
-
-/// Outcome of an update.
-pub(crate) enum ConditionalUpdate {
-    /// The update is stored. Contains the new item.
-    Applied(RequestItem),
-    /// A condition was not met. Contains the current item, if it exists.
-    ConditionFailed(Option<RequestItem>),
-}
-
-/// Returns the cancellation reasons if a transaction was cancelled.
-pub(crate) fn cancellation_reasons<R>(
-    error: &aws_sdk_dynamodb::error::SdkError<
-        aws_sdk_dynamodb::operation::transact_write_items::TransactWriteItemsError,
-        R,
-    >,
-) -> Option<&[aws_sdk_dynamodb::types::CancellationReason]> {
-    use aws_sdk_dynamodb::operation::transact_write_items::TransactWriteItemsError as Error;
-    match error.as_service_error() {
-        Some(Error::TransactionCanceledException(cancelled)) => {
-            Some(cancelled.cancellation_reasons())
-        }
-        _ => None,
-    }
-}
-
-/// Returns whether a transaction failed only because of conflicts or throttling.
-pub(crate) fn is_transient(reasons: &[aws_sdk_dynamodb::types::CancellationReason]) -> bool {
-    let mut codes =
-        reasons.iter().filter_map(|reason| reason.code()).filter(|code| *code != "None");
-    codes.all(|code| is_conflict(code) || is_throttled(code))
 }
 
 fn existing_or_conflict(

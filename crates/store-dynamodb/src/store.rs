@@ -22,7 +22,7 @@ use crate::{
     expression::{Expression, key},
     large_objects::{LargeObjects, MAX_INLINE_BYTES},
     lease_holders::LeaseHolders,
-    quota::QueueCounts,
+    queue_counts::QueueCounts,
     spans::CallSpans,
     stream::StreamNotifier,
 };

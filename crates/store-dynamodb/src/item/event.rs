@@ -10,7 +10,7 @@ use streamer_proto::{
 };
 use streamer_store::StoreError;
 
-use super::Blob;
+use super::{Blob, encode, size};
 
 /// Value of any size.
 #[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
@@ -291,4 +291,13 @@ impl StoredOutput {
     pub(crate) fn into_summary(self) -> OutputSummary {
         OutputSummary { chunks: self.chunks, sha256: self.sha256.0 }
     }
+}
+
+/// Returns the number of bytes that the given events add to the item.
+pub(crate) fn events_size(events: &[StoredEvent]) -> Result<i64, StoreError> {
+    let mut bytes = 0;
+    for event in events {
+        bytes += size(&encode(event)?) + 1;
+    }
+    Ok(i64::try_from(bytes).unwrap_or(i64::MAX))
 }

@@ -1,5 +1,7 @@
 //! Item of a request.
 
+use std::collections::HashMap;
+
 use serde::{Deserialize, Serialize};
 use streamer_core::{Timestamp, Uid};
 use streamer_store::{NewRequest, Owner, RequestRecord, StoreError};
@@ -54,6 +56,10 @@ pub(crate) struct StoredRef {
     #[serde(skip_serializing_if = "Option::is_none", default)]
     pub(crate) part: Option<String>,
 }
+
+/// Attributes that make a request appear in the indexes of the queue.
+pub(crate) const QUEUE_ATTRIBUTES: [&str; 6] =
+    ["queue_shard", "queue_rank", "delay_shard", "delay_until", "expiry_shard", "expire_at"];
 
 /// Item of a request. It contains all data of the request except older events and values that are too large for an
 /// item.
@@ -239,4 +245,14 @@ pub(crate) fn latest_progress(
         }
     }
     before.cloned()
+}
+
+/// Returns a map from UID to item.
+pub(crate) fn by_uid(items: Vec<RequestItem>) -> HashMap<String, RequestItem> {
+    items.into_iter().map(|item| (item.uid.clone(), item)).collect()
+}
+
+/// Returns the key of a client ID: a JSON list of tenant, user and client ID, each of which may contain any character.
+pub(crate) fn client_id_key(owner: &Owner, client_id: &str) -> String {
+    serde_json::json!([owner.tenant, owner.user, client_id]).to_string()
 }

@@ -54,8 +54,3 @@ impl Dynamo {
         }
     }
 }
-
-/// Returns the key of a client ID: a JSON list of tenant, user and client ID, each of which may contain any character.
-pub(crate) fn client_id_key(owner: &Owner, client_id: &str) -> String {
-    serde_json::json!([owner.tenant, owner.user, client_id]).to_string()
-}

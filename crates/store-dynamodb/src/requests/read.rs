@@ -2,6 +2,17 @@
 
 use super::*;
 
+/// Maximum number of query rounds for one page of a list.
+const MAX_ROUNDS: usize = 10;
+/// Maximum number of index pages to read from each shard in one round.
+const MAX_PAGES: usize = 4;
+/// Number of rows in an index page that is read with a filter, and maximum number of rows without a filter.
+const FILTERED_PAGE_ROWS: usize = 1000;
+/// Maximum number of items in one `BatchGetItem` call.
+const MAX_BATCH_GET: usize = 100;
+/// Maximum number of concurrent `BatchGetItem` calls.
+const MAX_CONCURRENT_BATCHES: usize = 4;
+
 impl Dynamo {
     pub(crate) async fn find(
         &self,
@@ -186,9 +197,4 @@ impl Dynamo {
         let stopped = start.as_ref().map(uid_of).transpose()?;
         Ok((uids, stopped))
     }
-}
-
-/// Returns a map from UID to item.
-pub(crate) fn by_uid(items: Vec<RequestItem>) -> HashMap<String, RequestItem> {
-    items.into_iter().map(|item| (item.uid.clone(), item)).collect()
 }
