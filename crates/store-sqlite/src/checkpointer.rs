@@ -9,7 +9,7 @@ use std::{
 
 use rusqlite::Connection;
 
-use super::{schema, sqlite_error};
+use super::{error::sqlite_error, schema};
 use streamer_store::StoreError;
 
 /// Number of pages in the log that triggers a checkpoint; the same as the default of SQLite.

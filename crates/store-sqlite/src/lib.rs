@@ -9,6 +9,7 @@ mod actions;
 mod checkpointer;
 mod checksum;
 mod connections;
+mod error;
 mod files;
 mod large_values;
 mod queue;
@@ -20,7 +21,6 @@ mod writer;
 
 use std::{
     fs::{File, TryLockError},
-    io,
     path::Path,
     sync::Arc,
 };
@@ -32,6 +32,7 @@ use rusqlite::Connection;
 use streamer_core::{Timestamp, Uid};
 
 use checkpointer::Checkpointer;
+use error::{io_error, sqlite_error};
 use files::FileIdentities;
 use streamer_store::{
     Adopt, Append, AppendOutcome, CancelOutcome, Claim, ClaimOutcome, ConnectionPage,
@@ -148,29 +149,6 @@ impl SqliteStore {
             Ok(output) => output.map_err(|error| sqlite_error(doing, &error)),
             Err(_) => Err(unavailable("the reader task failed")),
         }
-    }
-}
-
-fn io_error(doing: &'static str, path: &Path, error: &io::Error) -> StoreError {
-    StoreError::Unavailable { doing, reason: format!("{}: {error}", path.display()) }
-}
-
-fn sqlite_error(doing: &'static str, error: &rusqlite::Error) -> StoreError {
-    use rusqlite::ErrorCode;
-    let reason = error.to_string();
-    let corrupt = match error {
-        rusqlite::Error::SqliteFailure(failure, _) => {
-            matches!(failure.code, ErrorCode::DatabaseCorrupt | ErrorCode::NotADatabase)
-        }
-        rusqlite::Error::FromSqlConversionFailure(..) | rusqlite::Error::InvalidColumnType(..) => {
-            true
-        }
-        _ => false,
-    };
-    if corrupt {
-        StoreError::Corrupt { doing, reason }
-    } else {
-        StoreError::Unavailable { doing, reason }
     }
 }
 

@@ -16,8 +16,7 @@ use super::{
 pub(super) use read::{events, expired, find, get, list, payload, sql_count, tenant};
 use streamer_store::{
     Adopt, Append, AppendOutcome, CancelOutcome, Claim, ClaimOutcome, Claimed, CreateOutcome,
-    DeleteOutcome, Lease, LeaseRenewal, LogHead, NewRequest, Owner, RequestRecord, StoredPayload,
-    Writer,
+    DeleteOutcome, Lease, LeaseRenewal, LogHead, NewRequest, Owner, RequestRecord, Writer,
 };
 
 pub(super) fn create(db: &Db<'_>, new: &NewRequest) -> rusqlite::Result<CreateOutcome> {
@@ -471,11 +470,4 @@ fn is_stored(db: &Connection, uid: Uid, events: &[Event]) -> rusqlite::Result<bo
     let Some(first) = events.first() else { return Ok(true) };
     let page = read::events(db, uid, first.seq - 1, events.len(), usize::MAX)?;
     Ok(page.events == events)
-}
-
-/// Reads a payload from the columns `content_type`, `data` and `crc`.
-fn stored_payload(row: &rusqlite::Row<'_>, uid: Uid) -> rusqlite::Result<StoredPayload> {
-    let data = row.get::<_, Vec<u8>>(1)?;
-    row::verify(row, 2, || checksum::of_value(uid, 0, &data))?;
-    Ok(StoredPayload { content_type: row.get(0)?, data: data.into() })
 }

@@ -4,7 +4,7 @@ use std::path::Path;
 
 use rusqlite::{Connection, OpenFlags};
 
-use super::sqlite_error;
+use super::error::sqlite_error;
 use streamer_store::StoreError;
 
 /// Schema version that this program writes.

@@ -19,8 +19,9 @@ use tokio::sync::{
 use self::schedule::{Next, Schedule};
 use super::{
     checkpointer::Checkpointer,
+    error::sqlite_error,
     files::FileIdentities,
-    requests, sqlite_error,
+    requests,
     usage::{Db, Usage},
 };
 use streamer_store::StoreError;

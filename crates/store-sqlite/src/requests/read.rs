@@ -4,7 +4,7 @@ use prost::Message;
 use rusqlite::{Connection, OptionalExtension, params, params_from_iter, types::Value};
 use streamer_core::{Timestamp, Uid};
 
-use crate::row;
+use crate::{checksum, row};
 use streamer_store::{EventPage, ListRequests, Owner, RequestPage, RequestRecord, StoredPayload};
 
 pub(crate) fn get(db: &Connection, uid: Uid) -> rusqlite::Result<Option<RequestRecord>> {
@@ -37,8 +37,15 @@ pub(crate) fn payload(db: &Connection, uid: Uid) -> rusqlite::Result<Option<Stor
         "SELECT content_type, COALESCE((SELECT data FROM large_values WHERE id = large), data), crc
          FROM payloads WHERE uid = ?1",
     )?
-    .query_row([uid.to_bytes()], |row| super::stored_payload(row, uid))
+    .query_row([uid.to_bytes()], |row| stored_payload(row, uid))
     .optional()
+}
+
+/// Reads a payload from the columns `content_type`, `data` and `crc`.
+fn stored_payload(row: &rusqlite::Row<'_>, uid: Uid) -> rusqlite::Result<StoredPayload> {
+    let data = row.get::<_, Vec<u8>>(1)?;
+    row::verify(row, 2, || checksum::of_value(uid, 0, &data))?;
+    Ok(StoredPayload { content_type: row.get(0)?, data: data.into() })
 }
 
 pub(crate) fn list(db: &Connection, query: &ListRequests) -> rusqlite::Result<RequestPage> {
