@@ -1,10 +1,12 @@
 //! Logs, metrics and traces: a binary initializes them once and passes the handles to the services.
 
+mod error;
 mod logs;
 mod metrics;
 mod traces;
 
-pub use logs::{LogFormat, TelemetryError, init};
+pub use error::TelemetryError;
+pub use logs::{LogFormat, init};
 pub use metrics::Metrics;
 pub use traces::{
     AttemptSpan, InScope, MAX_TRACE_STATE_BYTES, Scope, Scoped, TRACE_TARGET, TraceContext,

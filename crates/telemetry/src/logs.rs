@@ -17,7 +17,10 @@ use tracing_subscriber::{
     util::SubscriberInitExt,
 };
 
-use crate::traces::{TRACE_TARGET, TraceContext, TraceOptions, Traces, start};
+use crate::{
+    error::TelemetryError,
+    traces::{TRACE_TARGET, TraceContext, TraceOptions, Traces, start},
+};
 
 /// Format of log lines.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Default)]
@@ -27,30 +30,6 @@ pub enum LogFormat {
     Text,
     /// One JSON object per line.
     Json,
-}
-
-/// Error from the initialization of logs or traces.
-#[derive(Debug, thiserror::Error)]
-pub enum TelemetryError {
-    /// The filter cannot be parsed.
-    #[error("log filter {filter:?} is malformed: {reason}")]
-    Filter {
-        /// Configured filter.
-        filter: String,
-        /// Reason.
-        reason: String,
-    },
-    /// Traces cannot be sent to the configured endpoint.
-    #[error("cannot send traces to {endpoint:?}: {reason}")]
-    Traces {
-        /// Configured endpoint.
-        endpoint: String,
-        /// Reason.
-        reason: String,
-    },
-    /// Logging is already initialized.
-    #[error("logging is already initialized: {0}")]
-    Twice(String),
 }
 
 /// Initializes logs to standard error, and spans to a collector. `filter` is a level (`info`) or

@@ -6,6 +6,7 @@
 //! it is propagated as W3C `traceparent` and `tracestate` (<https://www.w3.org/TR/trace-context/>).
 
 mod context;
+mod options;
 mod pipeline;
 
 use std::{
@@ -18,35 +19,20 @@ use opentelemetry::{
     Context, KeyValue,
     trace::{Link, SpanContext, SpanKind, Status, TraceContextExt, TraceFlags, TraceState, Tracer},
 };
-use opentelemetry_sdk::trace::{IdGenerator, RandomIdGenerator};
+use opentelemetry_sdk::trace::{IdGenerator, RandomIdGenerator, SdkTracer};
 use pin_project_lite::pin_project;
 use streamer_core::Uid;
 use tracing::Span;
 use tracing_opentelemetry::OpenTelemetrySpanExt;
 
-use crate::Metrics;
+use crate::{Metrics, TelemetryError};
 use context::flags;
 pub use context::{MAX_TRACE_STATE_BYTES, TraceContext};
+pub use options::TraceOptions;
 use pipeline::Pipeline;
-pub(crate) use pipeline::start;
 
 /// Target of all exported spans; logs exclude it.
 pub const TRACE_TARGET: &str = "streamer::trace";
-
-/// Options of tracing.
-#[derive(Clone, Debug, Default, PartialEq)]
-pub struct TraceOptions {
-    /// `http://` URL of an OTLP/gRPC collector; `None` disables spans.
-    pub endpoint: Option<String>,
-    /// Ratio of requests that are traced, 0 to 1, unless the caller's decision is trusted.
-    pub sample_ratio: f64,
-    /// Whether callers decide which of their requests are traced.
-    pub trust_callers: bool,
-    /// Value of `service.name`, unless `OTEL_SERVICE_NAME` is set.
-    pub service: &'static str,
-    /// Value of `service.version`.
-    pub version: &'static str,
-}
 
 /// Opens a child of the current span, with a name and fields as in `tracing::info_span!`. Outside a
 /// sampled trace it returns `Span::none()` without evaluating the fields.
@@ -236,6 +222,17 @@ pub struct Waited {
     pub until: SystemTime,
     /// Duration of the claim.
     pub claim: Duration,
+}
+
+/// Starts the exporter, if an endpoint is configured.
+pub(crate) fn start(options: &TraceOptions) -> Result<(Traces, Option<SdkTracer>), TelemetryError> {
+    let pipeline = match &options.endpoint {
+        Some(endpoint) => Some(Pipeline::start(endpoint, options)?),
+        None => None,
+    };
+    let tracer = pipeline.as_ref().map(|pipeline| pipeline.tracer().clone());
+    let TraceOptions { sample_ratio, trust_callers, .. } = *options;
+    Ok((Traces { pipeline, sample_ratio, trust_callers }, tracer))
 }
 
 impl Traces {

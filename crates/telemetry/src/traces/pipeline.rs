@@ -26,7 +26,7 @@ use tokio::{
     time::{Instant, sleep_until, timeout},
 };
 
-use super::{TraceOptions, Traces};
+use super::options::TraceOptions;
 use crate::{Metrics, TelemetryError};
 
 /// Maximum number of spans waiting for export; further spans are dropped. A span is about 500 bytes.
@@ -55,6 +55,40 @@ struct Counters {
 }
 
 impl Pipeline {
+    /// Starts the exporter.
+    pub(super) fn start(endpoint: &str, options: &TraceOptions) -> Result<Self, TelemetryError> {
+        let failed =
+            |reason: String| TelemetryError::Traces { endpoint: endpoint.to_owned(), reason };
+        let runtime = runtime::Builder::new_current_thread().enable_all().build();
+        let runtime = runtime.map_err(|error| failed(error.to_string()))?;
+        let exporter = {
+            // The exporter's connection belongs to this runtime.
+            let _entered = runtime.enter();
+            SpanExporter::builder().with_tonic().with_endpoint(endpoint).build()
+        };
+        let mut exporter = exporter.map_err(|error| failed(error.to_string()))?;
+        let resource = resource(options);
+        exporter.set_resource(&resource);
+        let (spans, ended) = mpsc::channel(QUEUE_CAPACITY);
+        let (flushes, flush) = mpsc::channel(1);
+        let counters = Counters::default();
+        let worker =
+            Exporter { exporter, ended, flush, counters: counters.clone(), is_failing: false };
+        thread::Builder::new()
+            .name("traces".into())
+            .spawn(move || runtime.block_on(worker.run()))
+            .map_err(|error| failed(error.to_string()))?;
+        let provider = SdkTracerProvider::builder()
+            .with_span_processor(SpanQueue { spans, dropped: counters.dropped.clone() })
+            .with_id_generator(PresetIds::default())
+            // The sampling decision is made before a span is opened.
+            .with_sampler(Sampler::AlwaysOn)
+            .with_resource(resource)
+            .build();
+        let tracer = provider.tracer("streamer");
+        Ok(Self { tracer, flushes, counters })
+    }
+
     pub(super) fn tracer(&self) -> &SdkTracer {
         &self.tracer
     }
@@ -102,45 +136,6 @@ impl Pipeline {
             tracing::warn!("timed out exporting the remaining spans");
         }
     }
-}
-
-/// Starts the exporter, if an endpoint is configured.
-pub(crate) fn start(options: &TraceOptions) -> Result<(Traces, Option<SdkTracer>), TelemetryError> {
-    let disabled = Traces {
-        pipeline: None,
-        sample_ratio: options.sample_ratio,
-        trust_callers: options.trust_callers,
-    };
-    let Some(endpoint) = &options.endpoint else { return Ok((disabled, None)) };
-    let failed = |reason: String| TelemetryError::Traces { endpoint: endpoint.clone(), reason };
-    let runtime = runtime::Builder::new_current_thread().enable_all().build();
-    let runtime = runtime.map_err(|error| failed(error.to_string()))?;
-    let exporter = {
-        // The exporter's connection belongs to this runtime.
-        let _entered = runtime.enter();
-        SpanExporter::builder().with_tonic().with_endpoint(endpoint).build()
-    };
-    let mut exporter = exporter.map_err(|error| failed(error.to_string()))?;
-    let resource = resource(options);
-    exporter.set_resource(&resource);
-    let (spans, ended) = mpsc::channel(QUEUE_CAPACITY);
-    let (flushes, flush) = mpsc::channel(1);
-    let counters = Counters::default();
-    let worker = Exporter { exporter, ended, flush, counters: counters.clone(), is_failing: false };
-    thread::Builder::new()
-        .name("traces".into())
-        .spawn(move || runtime.block_on(worker.run()))
-        .map_err(|error| failed(error.to_string()))?;
-    let provider = SdkTracerProvider::builder()
-        .with_span_processor(SpanQueue { spans, dropped: counters.dropped.clone() })
-        .with_id_generator(PresetIds::default())
-        // The sampling decision is made before a span is opened.
-        .with_sampler(Sampler::AlwaysOn)
-        .with_resource(resource)
-        .build();
-    let tracer = provider.tracer("streamer");
-    let pipeline = Pipeline { tracer: tracer.clone(), flushes, counters };
-    Ok((Traces { pipeline: Some(pipeline), ..disabled }, Some(tracer)))
 }
 
 fn resource(options: &TraceOptions) -> Resource {
