@@ -5,7 +5,7 @@ use std::{panic::AssertUnwindSafe, sync::Arc};
 use bytes::Bytes;
 use futures_util::FutureExt;
 use parking_lot::Mutex;
-use streamer_core::{ErrorCode, Limits, RequestError, Timestamp, TraceParent, Uid};
+use streamer_core::{ErrorCode, Limits, RequestError, Timestamp, TraceParent};
 use streamer_handler::{
     AttemptInfo, Context, DynHandler, HandlerError, Report as HandlerReport, ReportQueue,
 };
@@ -19,12 +19,10 @@ use tokio_util::{sync::CancellationToken, task::AbortOnDropHandle};
 use tracing::field::Empty;
 
 use crate::{
+    attempt_key::AttemptKey,
     ready_set::{ReadyFlag, ReadySet},
     send_window::{SendWindow, WindowLimits},
 };
-
-/// Key of an attempt: the `uid` of its request, and the attempt number, which is the fencing token.
-pub(crate) type AttemptKey = (Uid, u32);
 
 /// Slot for the result of the handler; `None` until the handler returns.
 type Returned = Arc<Mutex<Option<Result<Bytes, HandlerError>>>>;

@@ -7,9 +7,7 @@ use streamer_handler::Handlers;
 use streamer_proto::processor::v1::{self as proto, Acknowledgment, Report, Resend, Revoke};
 
 use crate::{
-    attempt::{Attempt, AttemptKey},
-    ready_set::ReadySet,
-    send_window::WindowLimits,
+    attempt::Attempt, attempt_key::AttemptKey, ready_set::ReadySet, send_window::WindowLimits,
 };
 
 pub(crate) struct Attempts {

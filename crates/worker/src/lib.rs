@@ -16,14 +16,16 @@
 //! ```
 
 mod attempt;
+mod attempt_key;
 mod attempts;
+mod error;
 mod ready_set;
 mod send_window;
 mod session;
 
 use std::{sync::Arc, time::Duration};
 
-use streamer_core::{ErrorCode, RequestError, retry::Backoff};
+use streamer_core::{ErrorCode, retry::Backoff};
 pub use streamer_handler::{
     ActionSpec, Context, Handler, HandlerError, Handlers, RetryPolicy, async_trait,
 };
@@ -39,6 +41,7 @@ use tonic::{
     transport::{Channel, Endpoint},
 };
 
+pub use error::WorkerError;
 pub use streamer_rpc::{TokenError, TokenFile, TokenSource};
 
 use crate::{
@@ -53,32 +56,6 @@ const CONNECT_TIMEOUT: Duration = Duration::from_secs(10);
 const KEEP_ALIVE: Duration = Duration::from_secs(10);
 const FIRST_BACKOFF: Duration = Duration::from_millis(100);
 const MAX_BACKOFF: Duration = Duration::from_secs(10);
-
-/// Error that stops a worker.
-#[derive(Debug, thiserror::Error)]
-pub enum WorkerError {
-    /// The server URL is invalid.
-    #[error("invalid server URL {0:?}: must have the form http://127.0.0.1:8080")]
-    Url(String),
-    /// The token is missing or invalid.
-    #[error(transparent)]
-    Token(#[from] TokenError),
-    /// The worker has no handlers.
-    #[error("a worker needs at least one handler")]
-    NoHandlers,
-    /// The token has expired and cannot be renewed.
-    #[error(
-        "the token has expired and cannot be renewed; use a token file that is \
-         kept up to date (--token-file), or a TokenSource"
-    )]
-    TokenExpired,
-    /// The server rejected this worker, and a retry cannot succeed.
-    #[error("the server rejected this worker: {0}")]
-    Rejected(RequestError),
-    /// The signal handlers cannot be installed.
-    #[error("failed to install the signal handlers: {0}")]
-    Signal(std::io::Error),
-}
 
 /// Configures and runs a worker.
 pub struct Worker {

@@ -5,7 +5,7 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use parking_lot::Mutex;
 use tokio::sync::Notify;
 
-use crate::attempt::AttemptKey;
+use crate::attempt_key::AttemptKey;
 
 #[derive(Default)]
 pub(crate) struct ReadySet {

@@ -470,7 +470,7 @@ impl Connection<'_> {
 /// Events that the loop of a session handles.
 enum Event {
     Message(Option<Box<WorkResponse>>),
-    Ready(Vec<crate::attempt::AttemptKey>),
+    Ready(Vec<crate::attempt_key::AttemptKey>),
     Heartbeat,
     Refresh,
     Refreshed(Result<String, TokenError>),
