@@ -9,20 +9,20 @@ mod html;
 mod page;
 mod profile_page;
 mod requests_page;
+mod summary;
 mod usage;
 
-use serde::{Deserialize, Serialize};
+use serde::Deserialize;
 use serde_json::json;
 use streamer_handler::{ActionSpec, Context, Handler, HandlerError, async_trait};
 
 use crate::{date::Date, process_data::Profile};
 
+use requests_page::MAX_REQUESTS;
+pub use summary::ReportSummary;
+
 /// Maximum period of a report, in days: each day is a bar of the histogram.
 const MAX_DAYS: i64 = 366;
-/// Maximum number of requests in a report; if more requests exist, the report covers the newest ones and
-/// states this.
-const MAX_REQUESTS: usize = 10_000;
-
 /// Writes a report as a web page.
 #[derive(Clone, Copy, Debug, Default)]
 pub struct GenerateReport;
@@ -36,17 +36,6 @@ pub struct GenerateReportPayload {
     pub from: Option<String>,
     /// Last day of the requests to report on, inclusive.
     pub to: Option<String>,
-}
-
-/// Result of [`GenerateReport`]; the page itself is the output.
-#[derive(Debug, PartialEq, Serialize)]
-pub struct ReportSummary {
-    /// Title of the page.
-    pub title: String,
-    /// Size of the page in bytes.
-    pub bytes: u64,
-    /// Number of output chunks.
-    pub chunks: u64,
 }
 
 #[async_trait]

@@ -2,7 +2,7 @@
 
 use streamer_handler::{Context, HandlerError};
 
-use crate::generate_report::{ReportSummary, html};
+use super::{html, summary::ReportSummary};
 
 const CONTENT_TYPE: &str = "text/html; charset=utf-8";
 

@@ -4,10 +4,10 @@ use streamer_handler::{Context, HandlerError};
 
 use crate::{
     generate_report::{
-        ReportSummary,
         chart::{Bar, histogram},
         html::{self, count, count_of, escape, facts, number, row, share, share_bar},
         page::Page,
+        summary::ReportSummary,
     },
     process_data::{ColumnProfile, Histogram, NumericSummary, Profile},
 };

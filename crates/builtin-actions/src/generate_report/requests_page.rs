@@ -4,13 +4,16 @@ use streamer_core::RequestState;
 use streamer_handler::{Context, HandlerError};
 
 use crate::generate_report::{
-    MAX_REQUESTS, ReportSummary,
     chart::{Bar, histogram},
     html::{self, count, count_of, duration, escape, facts, number, row, share, share_bar},
     page::Page,
+    summary::ReportSummary,
     usage::{Totals, Usage},
 };
 
+/// Maximum number of requests in a report; if more requests exist, the report covers the newest ones and
+/// states this.
+pub(super) const MAX_REQUESTS: usize = 10_000;
 const SECTIONS: u64 = 3;
 
 /// Writes the page. `is_truncated` states whether more requests may exist than were read.
