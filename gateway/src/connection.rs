@@ -9,6 +9,9 @@
 mod calls;
 mod delivery;
 mod in_flight;
+mod reply;
+mod session;
+mod subscription;
 mod subscriptions;
 
 use std::{
@@ -21,26 +24,25 @@ use std::{
 
 use bytes::Bytes;
 use futures_util::{StreamExt, stream::FuturesUnordered};
-use streamer_core::{CloseCode, ErrorCode, RateLimiter, RequestError, Uid, UserWatches};
+use streamer_core::{CloseCode, ErrorCode, RequestError};
 use streamer_rpc::Peer;
 use streamer_telemetry::TraceContext;
 use tokio::io::{AsyncRead, AsyncWrite, ReadBuf};
 
 use crate::{
-    buffer_budget::Reservation,
     client_message,
     connection_handle::ConnectionHandle,
+    gateway::Gateway,
     server_message,
-    upgrade::Gateway,
     ws::{
         decoder::{Decoder, Flow, Message, Violation},
         frame,
         send_buffer::SendBuffer,
     },
 };
-use calls::Reply;
 use in_flight::{Call, Cost, InFlight};
-use subscriptions::Subscriptions;
+use reply::Reply;
+use session::Session;
 
 /// Size of the read buffer that the connections of a thread share, in bytes.
 const READ_BUFFER_BYTES: usize = 64 * 1024;
@@ -82,27 +84,6 @@ enum Phase {
     Closed,
 }
 
-/// State of a connection apart from its socket.
-pub(crate) struct Session {
-    pub(crate) gateway: Arc<Gateway>,
-    pub(crate) handle: Arc<ConnectionHandle>,
-    pub(crate) subscriptions: Subscriptions,
-    /// Open watches of the user, across all its connections.
-    watches: Option<Arc<UserWatches>>,
-    /// Identifiers of the requests with events to send, in order.
-    pub(crate) ready: Vec<Uid>,
-    /// Number of pending log reads.
-    pub(crate) log_reads: usize,
-    rate: RateLimiter,
-    consecutive_rejections: u32,
-    /// Reservation of bytes for an incomplete message.
-    reservation: Reservation,
-    /// Keeps the connection counted as open in the server's connection limit.
-    _peer: Option<Peer>,
-    /// Trace context of the handshake, for requests without a trace context.
-    trace: Option<Box<TraceContext>>,
-}
-
 impl<S: AsyncRead + AsyncWrite + Unpin> Connection<S> {
     pub(crate) fn new(
         socket: S,
@@ -112,9 +93,7 @@ impl<S: AsyncRead + AsyncWrite + Unpin> Connection<S> {
         trace: Option<TraceContext>,
         peer: Option<Peer>,
     ) -> Self {
-        let options = &gateway.options;
-        let decoder = Decoder::new(options.max_message_bytes);
-        let rate = RateLimiter::new(options.rate_limit, options.rate_limit_burst);
+        let decoder = Decoder::new(gateway.options.max_message_bytes);
         Self {
             socket,
             early,
@@ -122,19 +101,7 @@ impl<S: AsyncRead + AsyncWrite + Unpin> Connection<S> {
             out: SendBuffer::default(),
             calls: FuturesUnordered::new(),
             pending: Cost::default(),
-            session: Session {
-                gateway,
-                handle,
-                subscriptions: Subscriptions::default(),
-                watches: None,
-                ready: Vec::new(),
-                log_reads: 0,
-                rate,
-                consecutive_rejections: 0,
-                reservation: Reservation::default(),
-                _peer: peer,
-                trace: trace.map(Box::new),
-            },
+            session: Session::new(gateway, handle, trace, peer),
             phase: Phase::Open,
         }
     }
@@ -462,20 +429,5 @@ impl<S: AsyncRead + AsyncWrite + Unpin> Future for Connection<S> {
         }
         context.waker().wake_by_ref();
         Poll::Pending
-    }
-}
-
-impl Drop for Session {
-    fn drop(&mut self) {
-        for subscription in self.subscriptions.values() {
-            self.gateway.fanout.leave(&subscription.topic, self.handle.id);
-        }
-        let registry = &self.gateway.registry;
-        if self.reservation.differs(0) {
-            let released =
-                registry.buffer_budget.update(&self.handle.owner(), &mut self.reservation, 0);
-            debug_assert_eq!(released, Ok(()), "a smaller reservation never fails");
-        }
-        registry.remove(&self.handle);
     }
 }

@@ -22,8 +22,12 @@ use tokio::{
 use tokio_util::sync::CancellationToken;
 
 use crate::{
-    GatewayOptions, buffer_budget::BufferBudget, connection_handle::ConnectionHandle,
-    metrics::GatewayMetrics, server_message, ws::frame,
+    buffer_budget::BufferBudget,
+    connection_handle::ConnectionHandle,
+    metrics::GatewayMetrics,
+    options::GatewayOptions,
+    server_message,
+    ws::frame,
 };
 
 /// Time within which a client must respond to a close frame, in seconds.

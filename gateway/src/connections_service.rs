@@ -20,10 +20,9 @@ use streamer_store::{ConnectionRecord, Store};
 use tonic::{Request, Response, Status};
 
 use crate::{
-    PeerGateways,
-    peer_gateways::{PeerRequest, PeerResponses, is_forwarded, response_or_error},
+    gateway::Gateway,
+    peer_gateways::{PeerGateways, PeerRequest, PeerResponses, is_forwarded, response_or_error},
     server_message,
-    upgrade::Gateway,
 };
 
 const MAX_PAGE: i32 = 1000;

@@ -14,9 +14,11 @@ mod connection_registry;
 mod connections_service;
 mod fanout;
 mod grpc_proxy;
+mod gateway;
 mod json_writer;
 mod large_segments;
 mod metrics;
+mod options;
 mod peer_gateways;
 mod server_message;
 mod topic;
@@ -37,47 +39,13 @@ use streamer_telemetry::{Metrics, Traces};
 use tokio::time::timeout;
 use tokio_util::sync::CancellationToken;
 
+pub use options::GatewayOptions;
+pub use peer_gateways::PeerGateways;
+
 use crate::{
     connection_registry::ConnectionRegistry, connections_service::ConnectionsApi, fanout::Fanout,
-    metrics::GatewayMetrics, upgrade::Gateway, upstreams::Upstreams,
+    gateway::Gateway, metrics::GatewayMetrics, upstreams::Upstreams,
 };
-
-/// Gateway options.
-#[derive(Clone, Debug)]
-pub struct GatewayOptions {
-    /// Origins whose pages may connect. An empty list allows only pages served from this machine; `*` allows all.
-    pub allowed_origins: Vec<String>,
-    /// Maximum number of connections.
-    pub max_connections: usize,
-    /// Maximum number of connections per user.
-    pub max_connections_per_user: usize,
-    /// Maximum number of connections per client address.
-    pub max_connections_per_address: usize,
-    /// Maximum number of subscriptions per connection.
-    pub max_subscriptions: usize,
-    /// Maximum number of pending calls per connection. The gateway does not read from a connection at the limit.
-    pub max_in_flight_requests: usize,
-    /// Maximum number of messages per second from one connection; 0 disables the limit.
-    pub rate_limit: u32,
-    /// Maximum number of messages that one connection may send in a burst above `rate_limit`.
-    pub rate_limit_burst: u32,
-    /// Maximum number of bytes buffered for incomplete client messages of all connections.
-    pub max_buffered_bytes: usize,
-    /// Maximum number of bytes buffered for incomplete messages of one user.
-    pub max_buffered_bytes_per_user: usize,
-    /// Maximum time from the start of a message to its end.
-    pub message_timeout: Duration,
-    /// Maximum size of a client message, in bytes.
-    pub max_message_bytes: usize,
-    /// Interval at which the gateway pings a silent client. The connection is dropped after twice the interval.
-    pub heartbeat: Duration,
-    /// Time after which a connection is closed if its pending output makes no progress.
-    pub slow_consumer_timeout: Duration,
-    /// Timeout for the closing handshake of a rejected connection.
-    pub handshake_timeout: Duration,
-    /// Maximum delay before a client reconnects after a drain.
-    pub reconnect_after: Duration,
-}
 
 /// Dependencies of the gateway.
 pub struct Dependencies {
@@ -106,15 +74,6 @@ pub struct Dependencies {
     pub options: GatewayOptions,
     /// Registry of the open watches of tenants and users in this process.
     pub open_watches: Arc<OpenWatches>,
-}
-
-/// This gateway and its peers.
-#[derive(Clone)]
-pub struct PeerGateways {
-    /// Name of this gateway among the members.
-    pub own: String,
-    /// All gateways, including this one.
-    pub members: Instances,
 }
 
 /// The gateway's HTTP and gRPC services and background tasks.

@@ -9,16 +9,23 @@ use streamer_proto::connections::v1::{
     BroadcastRequest, DisconnectRequest, SendRequest,
     connections_service_client::ConnectionsServiceClient,
 };
-use streamer_rpc::{Channel, FORWARDED, with_authorization};
+use streamer_rpc::{Channel, FORWARDED, Instances, with_authorization};
 use tokio::time::timeout;
 use tonic::{Code, Request, Response, Status, metadata::MetadataValue};
-
-use crate::PeerGateways;
 
 /// Timeout of a call to a gateway.
 const CALL_TIMEOUT: Duration = Duration::from_secs(3);
 /// Timeout of a call to a gateway that was unreachable at the last attempt.
 const UNREACHABLE_CALL_TIMEOUT: Duration = Duration::from_millis(500);
+
+/// This gateway and its peers.
+#[derive(Clone)]
+pub struct PeerGateways {
+    /// Name of this gateway among the members.
+    pub own: String,
+    /// All gateways, including this one.
+    pub members: Instances,
+}
 
 /// Combined responses of the other gateways.
 #[derive(Default)]

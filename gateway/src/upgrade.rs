@@ -12,39 +12,21 @@ use futures_util::future::OptionFuture;
 use http::{HeaderValue, StatusCode, header};
 use hyper::upgrade::OnUpgrade;
 use hyper_util::rt::TokioIo;
-use streamer_auth::{Audit, Authenticator};
-use streamer_core::{Clock, CloseCode, ErrorCode, OpenWatches, Timestamp, Uid, is_loopback_host};
+use streamer_core::{CloseCode, ErrorCode, Timestamp, Uid};
 use streamer_rpc::{Peer, trace_context};
-use streamer_telemetry::{TraceContext, Traces};
+use streamer_telemetry::TraceContext;
 use tokio::{io::AsyncWriteExt, net::TcpStream, time::timeout};
 
 use crate::{
-    GatewayOptions,
     connection::Connection,
     connection_handle::ConnectionHandle,
-    connection_registry::{AdmissionError, ConnectionRegistry},
-    fanout::Fanout,
-    metrics::GatewayMetrics,
-    upstreams::Upstreams,
+    connection_registry::AdmissionError,
+    gateway::Gateway,
     ws::{
         frame,
         handshake::{self, Handshake, JSON_PROTOCOL},
     },
 };
-
-/// State shared by all connections.
-pub(crate) struct Gateway {
-    pub(crate) options: Arc<GatewayOptions>,
-    pub(crate) clock: Arc<dyn Clock>,
-    pub(crate) authenticator: Arc<Authenticator>,
-    pub(crate) upstreams: Arc<Upstreams>,
-    pub(crate) fanout: Arc<Fanout>,
-    pub(crate) registry: Arc<ConnectionRegistry>,
-    pub(crate) metrics: GatewayMetrics,
-    pub(crate) audit: Audit,
-    pub(crate) traces: Traces,
-    pub(crate) open_watches: Arc<OpenWatches>,
-}
 
 /// Close code and reason of a connection that is closed immediately after the handshake. Browsers expose
 /// close codes to pages, but not HTTP statuses.
@@ -217,19 +199,6 @@ async fn send_rejection(gateway: &Gateway, mut socket: TcpStream, rejection: &Re
     };
     if timeout(gateway.options.handshake_timeout, closing).await.is_err() {
         tracing::debug!("a rejected client did not close the connection in time");
-    }
-}
-
-impl GatewayOptions {
-    /// Returns whether a page of the given origin may connect. If the list is empty, only pages served
-    /// from this machine may connect.
-    fn allows_origin(&self, origin: &str) -> bool {
-        if self.allowed_origins.is_empty() {
-            let host = origin.split_once("://").map_or(origin, |(_, rest)| rest);
-            let name = host.rsplit_once(':').map_or(host, |(name, _)| name);
-            return is_loopback_host(name) || is_loopback_host(host);
-        }
-        self.allowed_origins.iter().any(|allowed| allowed == "*" || allowed == origin)
     }
 }
 

@@ -1,14 +1,13 @@
 //! Calls of a connection: each client message starts a call, and each call returns a reply.
 
-use std::{borrow::Cow, sync::Arc};
+use std::borrow::Cow;
 
 use bytes::Bytes;
 use futures_util::FutureExt;
 use serde_json::value::RawValue;
-use streamer_auth::Caller;
 use streamer_core::{CloseCode, RequestError, Timestamp, Uid, WatchPermit};
 use streamer_proto::{
-    common::v1::{Event, Request},
+    common::v1::Request,
     router::v1::{
         CancelRequest, GetRequest, ListRequest, SubmitRequest, SubmitResponse,
         submit_response::Outcome,
@@ -21,7 +20,7 @@ use streamer_telemetry::{InScope, Scope, TraceContext, trace_span};
 use tonic::Status;
 use tracing::field::Empty;
 
-use super::{Call, Session, delivery::Subscription};
+use super::{Call, Reply, Session, subscription::Subscription};
 use crate::{
     client_message::{ClientMessage, RequestMessage},
     fanout::OpenedWatch,
@@ -29,27 +28,6 @@ use crate::{
     topic::Subscriber,
     ws::send_buffer::SendBuffer,
 };
-
-/// Result of a call.
-pub(crate) enum Reply {
-    /// A frame to send unchanged.
-    Frame(Bytes),
-    /// The outcome of a submission. The events of a stored request are delivered to the connection.
-    Submitted {
-        outcome: Result<Box<SubmitResponse>, Status>,
-        request_id: String,
-        latest: bool,
-        trace: Option<Box<TraceContext>>,
-    },
-    /// The outcome of opening a watch for a subscription.
-    Opened { outcome: Result<Box<OpenedWatch>, Status>, request_id: String, latest: bool },
-    /// The outcome of reading a page of a log.
-    LogPage(Arc<Subscriber>, Result<Vec<Event>, Status>),
-    /// The verified credentials of a new token.
-    Authenticated(Caller),
-    /// The error of a failed call.
-    Failed { request_id: Option<String>, error: RequestError },
-}
 
 impl Session {
     /// Starts the call that a message requests.

@@ -2,116 +2,20 @@
 
 use std::sync::Arc;
 
-use bytes::Bytes;
-use streamer_core::{ErrorCode, RequestError, Uid, WatchPermit};
+use streamer_core::{ErrorCode, RequestError, Uid};
 use streamer_proto::common::v1::Event;
 use streamer_rpc::{is_terminal, request_error};
-use streamer_telemetry::TraceContext;
-use tokio::time::Instant;
 use tonic::{Code, Status};
 
-use super::{Call, Session, calls::Reply};
+use super::{Call, Reply, Session};
 use crate::{
-    fanout::LATEST_INTERVAL,
     server_message,
-    topic::{Next, Segment, Subscriber, Topic},
-    upgrade::Gateway,
+    topic::{Next, Segment, Subscriber},
     ws::send_buffer::SendBuffer,
 };
 
 /// Maximum number of pending log reads per connection.
 const MAX_LOG_READS: usize = 4;
-
-/// Subscription of one connection to one request.
-pub(crate) struct Subscription {
-    pub(crate) topic: Arc<Topic>,
-    pub(crate) subscriber: Arc<Subscriber>,
-    _watch: WatchPermit,
-    /// `seq` of the last event that was sent or skipped.
-    cursor: i64,
-    latest: Option<Latest>,
-    /// Whether a page of the log is being read.
-    reading_log: bool,
-    /// Trace context of the submission, if it is traced. The delivery of the outcome is then also traced.
-    trace: Option<Box<TraceContext>>,
-}
-
-/// State of the mode `latest`, which sends only the newest progress event and limits the rate.
-#[derive(Default)]
-struct Latest {
-    sent_at: Option<Instant>,
-    held: Option<Bytes>,
-}
-
-impl Subscription {
-    pub(crate) fn new(
-        topic: Arc<Topic>,
-        subscriber: Arc<Subscriber>,
-        watch: WatchPermit,
-        cursor: i64,
-        latest: bool,
-    ) -> Self {
-        let latest = latest.then(Latest::default);
-        Self { topic, subscriber, _watch: watch, cursor, latest, reading_log: false, trace: None }
-    }
-
-    /// Attaches the trace context of the submission that created this subscription.
-    pub(crate) fn with_trace(self, trace: Option<Box<TraceContext>>) -> Self {
-        Self { trace: trace.filter(|trace| trace.is_sampled()), ..self }
-    }
-
-    /// Returns whether the terminal event has been sent.
-    pub(crate) fn is_complete(&self) -> bool {
-        !self.reading_log && matches!(self.topic.next(self.cursor), Next::Ended)
-    }
-
-    /// Queues the events of a segment that follow the cursor.
-    fn queue_segment(&mut self, segment: &Segment, out: &mut SendBuffer) {
-        match &mut self.latest {
-            None => out.push(segment.after(self.cursor)),
-            Some(latest) => {
-                for (frame, droppable) in segment.each_after(self.cursor) {
-                    if droppable {
-                        latest.held = Some(frame);
-                    } else {
-                        // The held progress event precedes this event and may remain the newest for a long time.
-                        if let Some(held) = latest.held.take() {
-                            latest.sent_at = Some(Instant::now());
-                            out.push(held);
-                        }
-                        out.push(frame);
-                    }
-                }
-            }
-        }
-        self.cursor = segment.last_seq();
-    }
-
-    /// Records the time between storing the outcome and queueing it for the socket.
-    fn record_delivery(&mut self, segment: &Segment, gateway: &Gateway) {
-        let Some(terminal) = &segment.terminal else { return };
-        let Some(trace) = self.trace.take() else { return };
-        let (stored, now) = (terminal.time.into(), gateway.clock.now().into());
-        gateway.traces.delivery(self.topic.uid, terminal.attempt, &trace, (stored, now));
-    }
-
-    /// Queues the held progress event if the interval has ended. Returns whether the event must still wait.
-    fn send_held_progress(&mut self, out: &mut SendBuffer) -> bool {
-        let Some(latest) = &mut self.latest else { return false };
-        if latest.held.is_none() {
-            return false;
-        }
-        let now = Instant::now();
-        if latest.sent_at.is_some_and(|at| now.duration_since(at) < LATEST_INTERVAL) {
-            return true;
-        }
-        if let Some(frame) = latest.held.take() {
-            latest.sent_at = Some(now);
-            out.push(frame);
-        }
-        false
-    }
-}
 
 impl Session {
     /// Advances ready subscriptions until the high-water mark is reached. Returns the log reads that

@@ -6,7 +6,7 @@ use std::{
     task::{Context, Poll},
 };
 
-use super::calls::Reply;
+use super::reply::Reply;
 
 pub(super) type Call = Pin<Box<dyn Future<Output = Reply> + Send>>;
 

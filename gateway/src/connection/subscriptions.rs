@@ -5,7 +5,7 @@ use std::collections::{BTreeSet, HashMap};
 
 use streamer_core::{Timestamp, Uid, WatchPermit};
 
-use super::delivery::Subscription;
+use super::subscription::Subscription;
 
 #[derive(Default)]
 pub(crate) struct Subscriptions {

@@ -1,0 +1,71 @@
+//! State of a connection apart from its socket. `calls.rs` starts calls with it, and `delivery.rs` advances its
+//! subscriptions.
+
+use std::sync::Arc;
+
+use streamer_core::{RateLimiter, Uid, UserWatches};
+use streamer_rpc::Peer;
+use streamer_telemetry::TraceContext;
+
+use super::subscriptions::Subscriptions;
+use crate::{buffer_budget::Reservation, connection_handle::ConnectionHandle, gateway::Gateway};
+
+/// State of a connection apart from its socket.
+pub(crate) struct Session {
+    pub(super) gateway: Arc<Gateway>,
+    pub(super) handle: Arc<ConnectionHandle>,
+    pub(super) subscriptions: Subscriptions,
+    /// Open watches of the user, across all its connections.
+    pub(super) watches: Option<Arc<UserWatches>>,
+    /// Identifiers of the requests with events to send, in order.
+    pub(super) ready: Vec<Uid>,
+    /// Number of pending log reads.
+    pub(super) log_reads: usize,
+    pub(super) rate: RateLimiter,
+    pub(super) consecutive_rejections: u32,
+    /// Reservation of bytes for an incomplete message.
+    pub(super) reservation: Reservation,
+    /// Keeps the connection counted as open in the server's connection limit.
+    _peer: Option<Peer>,
+    /// Trace context of the handshake, for requests without a trace context.
+    pub(super) trace: Option<Box<TraceContext>>,
+}
+
+impl Session {
+    pub(super) fn new(
+        gateway: Arc<Gateway>,
+        handle: Arc<ConnectionHandle>,
+        trace: Option<TraceContext>,
+        peer: Option<Peer>,
+    ) -> Self {
+        let rate = RateLimiter::new(gateway.options.rate_limit, gateway.options.rate_limit_burst);
+        Self {
+            gateway,
+            handle,
+            subscriptions: Subscriptions::default(),
+            watches: None,
+            ready: Vec::new(),
+            log_reads: 0,
+            rate,
+            consecutive_rejections: 0,
+            reservation: Reservation::default(),
+            _peer: peer,
+            trace: trace.map(Box::new),
+        }
+    }
+}
+
+impl Drop for Session {
+    fn drop(&mut self) {
+        for subscription in self.subscriptions.values() {
+            self.gateway.fanout.leave(&subscription.topic, self.handle.id);
+        }
+        let registry = &self.gateway.registry;
+        if self.reservation.differs(0) {
+            let released =
+                registry.buffer_budget.update(&self.handle.owner(), &mut self.reservation, 0);
+            debug_assert_eq!(released, Ok(()), "a smaller reservation never fails");
+        }
+        registry.remove(&self.handle);
+    }
+}
