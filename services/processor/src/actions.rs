@@ -15,7 +15,10 @@ use streamer_rpc::{action_from_proto, action_to_proto};
 use streamer_store::{DeclaredAction, Store, StoreError};
 use tokio::sync::watch;
 
-use crate::worker_pool::{ActionKey, WorkerPool, WorkerSlotPermit};
+use crate::{
+    declaration::{ActionKey, Declaration},
+    worker_pool::{WorkerPool, WorkerSlotPermit},
+};
 
 /// Maximum number of saved declarations for one tenant, or of those that apply to all tenants.
 const MAX_DECLARATIONS: usize = 1000;
@@ -83,14 +86,6 @@ impl SavedDeclarations {
         }
         Ok(())
     }
-}
-
-/// Declaration of an action that applies to the requests of a tenant.
-#[derive(Clone)]
-pub(crate) struct Declaration {
-    /// Key of the declaration.
-    pub(crate) key: ActionKey,
-    pub(crate) spec: Arc<ActionSpec>,
 }
 
 /// Runner of an attempt: a handler in this process or a worker.

@@ -4,7 +4,7 @@ use std::{borrow::Borrow, collections::HashMap, hash::Hash, sync::Arc};
 
 use parking_lot::Mutex;
 
-use crate::{actions::Declaration, worker_pool::ActionKey};
+use crate::declaration::{ActionKey, Declaration};
 
 /// Issues permits for concurrent attempts.
 pub(crate) struct ConcurrencyLimiter {

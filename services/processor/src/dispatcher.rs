@@ -19,19 +19,19 @@ use tokio_util::{
 };
 
 use crate::{
-    ProcessorOptions,
-    actions::{Actions, Declaration, Runner, SaveDeclarationsError},
+    actions::{Actions, Runner, SaveDeclarationsError},
     attempt::{AttemptHandle, Environment},
     backlog::Backlog,
     concurrency_limiter::{ConcurrencyLimiter, ConcurrencyPermit},
+    declaration::{ActionKey, Declaration},
     event_log_client::EventLogClient,
     fair_queue::FairQueue,
     handler_threads::HandlerSpawner,
     metrics::ProcessorMetrics,
+    options::ProcessorOptions,
     quarantine::Quarantine,
     runtime_estimates::RuntimeEstimates,
     wakeup::Wakeup,
-    worker_pool::ActionKey,
     worker_session::WorkerSession,
 };
 

@@ -23,14 +23,15 @@ use tokio_util::sync::CancellationToken;
 use tonic::{Request, Response, Status, metadata::MetadataValue};
 
 use crate::{
-    ProcessorOptions,
     actions::{Actions, Runner},
     attempt::{handler_span, record_failure},
     concurrency_limiter::ConcurrencyLimiter,
     dispatcher::Dispatcher,
     metrics::ProcessorMetrics,
+    options::ProcessorOptions,
     remote_handler::{Assignment, RemoteHandler},
     remote_task::RemoteTask,
+    status::error_status,
     worker_pool::WorkerSlotPermit,
 };
 
@@ -292,8 +293,4 @@ fn parse_uid(bytes: &[u8]) -> Result<Uid, Status> {
 fn not_admitted(mut status: Status) -> Status {
     status.metadata_mut().insert(NOT_ADMITTED, MetadataValue::from_static("1"));
     status
-}
-
-fn error_status(code: ErrorCode, message: String) -> Status {
-    status(&RequestError::new(code, message))
 }

@@ -11,8 +11,8 @@ use crate::{
     actions::Actions,
     grants::Grants,
     session_secret::{SECRET_BYTES, SessionSecret},
-    worker_service::{MAX_SLOTS, error_status, violation},
-    worker_session::WorkerSession,
+    status::{error_status, violation},
+    worker_session::{MAX_SLOTS, WorkerSession},
 };
 
 /// Maximum number of actions of one worker.

@@ -10,6 +10,7 @@ mod actions;
 mod attempt;
 mod backlog;
 mod concurrency_limiter;
+mod declaration;
 mod dispatcher;
 mod event_log_client;
 mod execution_service;
@@ -20,6 +21,7 @@ mod handler_turns;
 mod hello;
 mod lease_recovery;
 mod metrics;
+mod options;
 mod outcome;
 mod quarantine;
 mod remote_handler;
@@ -29,6 +31,7 @@ mod request_history;
 mod runtime_estimates;
 mod schema_checks;
 mod session_secret;
+mod status;
 mod wakeup;
 mod worker_pool;
 mod worker_service;
@@ -37,7 +40,7 @@ mod worker_session;
 use std::{sync::Arc, time::Duration};
 
 use streamer_auth::{AuthLayer, AuthService, Authenticator};
-use streamer_core::{Clock, Limits, Timestamp, Uid};
+use streamer_core::{Clock, Timestamp, Uid};
 use streamer_handler::{Handlers, MemoryBudget};
 use streamer_proto::{
     internal::v1::execution_service_server::ExecutionServiceServer,
@@ -50,45 +53,13 @@ use tokio::time::{MissedTickBehavior, interval};
 use tokio_util::{sync::CancellationToken, task::AbortOnDropHandle};
 
 pub use handler_threads::HandlerThreads;
+pub use options::ProcessorOptions;
 
 use crate::{
     actions::Actions, dispatcher::Dispatcher, event_log_client::EventLogClient,
     execution_service::ExecutionApi, metrics::ProcessorMetrics, request_history::StoredHistory,
     wakeup::Wakeup, worker_pool::WorkerPool, worker_service::WorkerApi,
 };
-
-/// Options of the processor, which the operator sets.
-#[derive(Clone, Copy, Debug)]
-pub struct ProcessorOptions {
-    /// Maximum number of async attempts that run concurrently.
-    pub max_concurrent_attempts: u32,
-    /// Maximum percentage of the concurrent attempts, of the concurrent sync actions, and of the slots of all workers,
-    /// that one tenant uses.
-    pub tenant_share: u32,
-    /// Maximum number of sync actions that run concurrently.
-    pub max_concurrent_sync: usize,
-    /// Timeout of a sync action that does not declare one.
-    pub sync_timeout: Duration,
-    /// Duration of a lease, after which the lease expires unless it is renewed.
-    pub lease: Duration,
-    /// Time that a handler has to finish after cancellation was requested.
-    pub cancellation_grace_period: Duration,
-    /// Interval between polls of the store for requests whose hint was lost.
-    pub poll_interval: Duration,
-    /// Time that running attempts have to finish when the processor stops.
-    pub drain_timeout: Duration,
-    /// Maximum total bytes of reports and results that are not yet durable, over all attempts.
-    pub max_buffered_output_bytes: usize,
-    /// Size limits for payloads, results and chunks.
-    pub limits: Limits,
-    /// Sync threshold: actions with a shorter estimated duration are sync.
-    pub sync_threshold: Duration,
-    /// Whether the queue is scanned at every poll, even without a hint.
-    pub queue_polling: bool,
-    /// Whether other processors share the store. If so, the actions of this processor are saved, so that they remain
-    /// declared while it is unavailable.
-    pub shared: bool,
-}
 
 /// Dependencies of the processor.
 pub struct Dependencies {

@@ -10,7 +10,7 @@ use tonic::Status;
 
 use crate::{
     actions::MAX_DECLARATION_BYTES,
-    worker_service::{error_status, violation},
+    status::{error_status, violation},
 };
 
 /// Maximum number of accepted schemas in the cache.

@@ -17,18 +17,10 @@ use tonic::Status;
 
 use crate::{
     concurrency_limiter::percent_of,
+    declaration::ActionKey,
     wakeup::Wakeup,
     worker_session::{Outbox, StreamEnd, WorkerSession},
 };
-
-/// Identifies the declaration of an action for one tenant or for all tenants. Declarations for different tenants are
-/// independent.
-#[derive(Clone, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
-pub(crate) struct ActionKey {
-    pub(crate) action: String,
-    /// `None` for all tenants.
-    pub(crate) tenant: Option<String>,
-}
 
 /// Registry of all workers that have a stream, or recently had one.
 pub(crate) struct WorkerPool {

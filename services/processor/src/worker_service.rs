@@ -7,7 +7,7 @@ use futures_util::{
     stream::{self, BoxStream},
 };
 use streamer_auth::{Authenticator, Caller};
-use streamer_core::{Clock, ErrorCode, RequestError, Timestamp, Uid, Violations, limits, validate};
+use streamer_core::{Clock, ErrorCode, Timestamp, Uid, limits, validate};
 use streamer_proto::{
     processor::v1::{
         Acknowledgment, Attempt, Capacity, Heartbeat, HeartbeatReply, Report, Revoke, TokenStatus,
@@ -16,7 +16,7 @@ use streamer_proto::{
     },
     timestamp,
 };
-use streamer_rpc::{payload_bytes, status, store_status, validation_status};
+use streamer_rpc::{payload_bytes, store_status};
 use streamer_store::StoreError;
 use tokio::{
     sync::mpsc,
@@ -26,22 +26,22 @@ use tokio_stream::wrappers::ReceiverStream;
 use tonic::{Request, Response, Status, Streaming};
 
 use crate::{
-    ProcessorOptions,
     actions::{Actions, SaveDeclarationsError},
     dispatcher::Dispatcher,
     grants::Grants,
-    hello, report_buffer,
+    hello,
+    options::ProcessorOptions,
+    report_buffer,
     schema_checks::SchemaChecks,
     session_secret::SessionSecret,
-    worker_session::{StreamEnd, WorkerSession},
+    status::{error_status, violation},
+    worker_session::{MAX_SLOTS, StreamEnd, WorkerSession},
 };
 
 /// Maximum number of messages queued for a worker.
 const OUTBOX: usize = 4096;
 /// Timeout for the arrival of `hello`, the first message.
 const HELLO_TIMEOUT: Duration = Duration::from_secs(10);
-/// Maximum number of slots of one worker.
-pub(crate) const MAX_SLOTS: i64 = 10_000;
 /// Maximum number of attempts that a worker may list: one running and one finished attempt per slot.
 const MAX_ATTEMPTS: usize = 20_000;
 /// Maximum number of revocations in one heartbeat reply, because replies stay in memory until the worker reads them.
@@ -411,14 +411,4 @@ fn parse_attempt(uid: &str, attempt: i32) -> Result<(Uid, u32), Status> {
         Ok(attempt) if attempt > 0 => Ok((uid, attempt)),
         _ => Err(violation("attempt", &format!("must be at least 1, is {attempt}"))),
     }
-}
-
-pub(crate) fn violation(field: &str, rule: &str) -> Status {
-    let mut violations = Violations::default();
-    violations.push(field, rule);
-    validation_status(&violations)
-}
-
-pub(crate) fn error_status(code: ErrorCode, message: String) -> Status {
-    status(&RequestError::new(code, message))
 }

@@ -15,7 +15,10 @@ use tokio::{sync::mpsc, time::Instant};
 use tokio_util::sync::CancellationToken;
 use tonic::Status;
 
-use crate::{grants::Grants, remote_task::RemoteTask, worker_pool::ActionKey};
+use crate::{declaration::ActionKey, grants::Grants, remote_task::RemoteTask};
+
+/// Maximum number of slots of one worker.
+pub(crate) const MAX_SLOTS: i64 = 10_000;
 
 /// Sender for the messages on a worker's stream.
 pub(crate) type Outbox = mpsc::Sender<Result<WorkResponse, Status>>;

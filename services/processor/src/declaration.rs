@@ -1,0 +1,22 @@
+//! Declaration of an action, and its key.
+
+use std::sync::Arc;
+
+use streamer_core::ActionSpec;
+
+/// Identifies the declaration of an action for one tenant or for all tenants. Declarations for different tenants are
+/// independent.
+#[derive(Clone, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
+pub(crate) struct ActionKey {
+    pub(crate) action: String,
+    /// `None` for all tenants.
+    pub(crate) tenant: Option<String>,
+}
+
+/// Declaration of an action that applies to the requests of a tenant.
+#[derive(Clone)]
+pub(crate) struct Declaration {
+    /// Key of the declaration.
+    pub(crate) key: ActionKey,
+    pub(crate) spec: Arc<ActionSpec>,
+}
