@@ -7,6 +7,7 @@
 
 mod log_service;
 mod metrics;
+mod ring;
 #[cfg(test)]
 mod testing;
 mod topics;
@@ -17,8 +18,7 @@ mod watcher;
 use std::sync::Arc;
 
 use streamer_auth::{AuthLayer, AuthService};
-use streamer_cluster::{Instance, Instances};
-use streamer_core::{Clock, Limits, OpenWatches, Uid};
+use streamer_core::{Clock, Limits, OpenWatches};
 use streamer_handler::MemoryBudget;
 use streamer_proto::{
     internal::v1::event_log_service_server::EventLogServiceServer,
@@ -26,9 +26,9 @@ use streamer_proto::{
 };
 use streamer_store::Store;
 use streamer_telemetry::Metrics;
-use tokio::sync::watch;
 use tokio_util::sync::CancellationToken;
-use tonic::Status;
+
+pub use ring::Ring;
 
 use crate::{
     log_service::LogService, metrics::ProgressMetrics, topics::Topics, watch_service::WatchService,
@@ -54,43 +54,6 @@ pub struct Dependencies {
     pub max_unread_bytes: usize,
     /// Whether other processes write to the store.
     pub is_shared: bool,
-}
-
-/// All instances of this service. Each request belongs to one instance, to which its events are published first. This
-/// only reduces latency, because every instance also finds unannounced events in the store.
-#[derive(Clone)]
-pub struct Ring {
-    /// Name of this instance among the members.
-    pub own: String,
-    /// All instances, including this one.
-    pub members: Instances,
-    /// Whether this instance is ready. While it is not ready, it rejects watches, and other members serve them.
-    pub serving: watch::Receiver<bool>,
-}
-
-impl Ring {
-    /// Returns the instance to which a request belongs; `None` if it is this instance.
-    fn owner(&self, uid: Uid) -> Option<Instance> {
-        self.members.owner(uid).filter(|member| *member.name != *self.own)
-    }
-
-    /// Returns `UNAVAILABLE` while this instance is not ready.
-    fn check_serving(&self) -> Result<(), Status> {
-        if *self.serving.borrow() { Ok(()) } else { Err(not_serving()) }
-    }
-
-    /// Waits until this instance is not ready.
-    async fn until_not_serving(&self) {
-        let mut serving = self.serving.clone();
-        if serving.wait_for(|serving| !serving).await.is_err() {
-            // The sender is dropped when the server exits, which ends all streams.
-            std::future::pending::<()>().await;
-        }
-    }
-}
-
-fn not_serving() -> Status {
-    Status::unavailable("this progress service cannot reach its store; retry the watch")
 }
 
 /// The progress service, ready to be served.

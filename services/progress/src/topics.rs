@@ -24,7 +24,10 @@ use tokio::time::{Instant, MissedTickBehavior, interval};
 use tokio_util::sync::CancellationToken;
 use tonic::Status;
 
-use crate::{Ring, metrics::ProgressMetrics};
+use crate::{
+    metrics::ProgressMetrics,
+    ring::{self, Ring},
+};
 pub(crate) use delivery::Position;
 pub(crate) use tail::Read;
 pub(crate) use topic::{Subscription, Topic};
@@ -140,7 +143,7 @@ impl Topics {
             () = self.draining.cancelled() => {
                 Status::unavailable("the progress service is stopping")
             }
-            () = not_serving => crate::not_serving(),
+            () = not_serving => ring::not_serving(),
         }
     }
 

@@ -28,7 +28,7 @@ use tokio::{sync::OnceCell, time::timeout};
 use tonic::{Code, Request, Response, Status, metadata::MetadataValue};
 
 use crate::{
-    Ring,
+    ring::Ring,
     topics::{Read, Subscription, Topics},
     unread_budget::{UnreadBudget, relay},
     watcher::Watcher,

@@ -1,0 +1,44 @@
+//! All instances of the progress service, and whether this one is ready.
+
+use streamer_core::Uid;
+use streamer_rpc::{Instance, Instances};
+use tokio::sync::watch;
+use tonic::Status;
+
+/// All instances of this service. Each request belongs to one instance, to which its events are published first. This
+/// only reduces latency, because every instance also finds unannounced events in the store.
+#[derive(Clone)]
+pub struct Ring {
+    /// Name of this instance among the members.
+    pub own: String,
+    /// All instances, including this one.
+    pub members: Instances,
+    /// Whether this instance is ready. While it is not ready, it rejects watches, and other members serve them.
+    pub serving: watch::Receiver<bool>,
+}
+
+impl Ring {
+    /// Returns the instance to which a request belongs; `None` if it is this instance.
+    pub(crate) fn owner(&self, uid: Uid) -> Option<Instance> {
+        self.members.owner(uid).filter(|member| *member.name != *self.own)
+    }
+
+    /// Returns `UNAVAILABLE` while this instance is not ready.
+    pub(crate) fn check_serving(&self) -> Result<(), Status> {
+        if *self.serving.borrow() { Ok(()) } else { Err(not_serving()) }
+    }
+
+    /// Waits until this instance is not ready.
+    pub(crate) async fn until_not_serving(&self) {
+        let mut serving = self.serving.clone();
+        if serving.wait_for(|serving| !serving).await.is_err() {
+            // The sender is dropped when the server exits, which ends all streams.
+            std::future::pending::<()>().await;
+        }
+    }
+}
+
+/// Returns the status of watches while this instance is not ready.
+pub(crate) fn not_serving() -> Status {
+    Status::unavailable("this progress service cannot reach its store; retry the watch")
+}
