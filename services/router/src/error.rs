@@ -1,21 +1,8 @@
 //! Error statuses of the router.
 
-use streamer_auth::Caller;
 use streamer_core::{ErrorCode, RequestError, Violations};
 use streamer_rpc::{status, validation_status};
 use tonic::Status;
-
-use crate::catalog::CatalogEntry;
-
-/// Checks that the caller has the permission that the action requires.
-pub(crate) fn check_permission(caller: &Caller, entry: &CatalogEntry) -> Result<(), Status> {
-    let permission = &entry.action.permission;
-    if permission.is_empty() || caller.principal.has_permission(permission) {
-        Ok(())
-    } else {
-        Err(forbidden(permission))
-    }
-}
 
 pub(crate) fn action_not_found(action: &str) -> Status {
     let message = format!("action {action:?} not found");

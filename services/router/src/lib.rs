@@ -13,6 +13,7 @@ mod compiled_schemas;
 mod error;
 mod metrics;
 mod operations;
+mod permission;
 mod queue_position;
 mod quota;
 mod redrive;

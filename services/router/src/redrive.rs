@@ -18,7 +18,8 @@ use tonic::{Code, Status};
 
 use crate::{
     admission::{Submission, well_formed_time},
-    error::{check_permission, ensure_valid, failed_precondition},
+    error::{ensure_valid, failed_precondition},
+    permission::check_permission,
     request_service::{Access, RequestService, StoredRequest},
     router_service::{read_page_size, read_page_token},
 };
