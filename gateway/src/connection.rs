@@ -30,10 +30,9 @@ use streamer_telemetry::TraceContext;
 use tokio::io::{AsyncRead, AsyncWrite, ReadBuf};
 
 use crate::{
-    client_message,
     connection_handle::ConnectionHandle,
     gateway::Gateway,
-    server_message,
+    protocol::{client_message, server_message},
     ws::{
         decoder::{Decoder, Flow, Message, Violation},
         frame,

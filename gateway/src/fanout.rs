@@ -21,7 +21,7 @@ use tonic::{Code, Status, Streaming, metadata::MetadataValue};
 use crate::{
     large_segments::LargeSegments,
     metrics::GatewayMetrics,
-    server_message::RequestIds,
+    protocol::server_message::RequestIds,
     topic::{Subscriber, Topic},
     upstreams::Upstreams,
 };

@@ -7,7 +7,7 @@ use streamer_core::{Clock, OpenWatches};
 use streamer_telemetry::Traces;
 
 use crate::{
-    connection_registry::ConnectionRegistry, fanout::Fanout, metrics::GatewayMetrics,
+    connections::connection_registry::ConnectionRegistry, fanout::Fanout, metrics::GatewayMetrics,
     options::GatewayOptions, upstreams::Upstreams,
 };
 

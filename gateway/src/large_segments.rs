@@ -79,7 +79,7 @@ mod tests {
     use streamer_proto::common::v1::{Event, Output, Payload, event::Kind, payload::Body};
 
     use super::*;
-    use crate::{server_message::RequestIds, topic::Next};
+    use crate::{protocol::server_message::RequestIds, topic::Next};
 
     #[test]
     fn the_oldest_large_segments_are_dropped_from_their_topics() {

@@ -7,20 +7,16 @@
 //! that are encoded once, so that a slow subscriber delays only itself.
 
 mod buffer_budget;
-mod client_message;
 mod connection;
 mod connection_handle;
-mod connection_registry;
-mod connections_service;
+mod connections;
 mod fanout;
 mod grpc_proxy;
 mod gateway;
-mod json_writer;
 mod large_segments;
 mod metrics;
 mod options;
-mod peer_gateways;
-mod server_message;
+mod protocol;
 mod topic;
 mod upgrade;
 mod upstreams;
@@ -39,12 +35,15 @@ use streamer_telemetry::{Metrics, Traces};
 use tokio::time::timeout;
 use tokio_util::sync::CancellationToken;
 
+pub use connections::peer_gateways::PeerGateways;
 pub use options::GatewayOptions;
-pub use peer_gateways::PeerGateways;
 
 use crate::{
-    connection_registry::ConnectionRegistry, connections_service::ConnectionsApi, fanout::Fanout,
-    gateway::Gateway, metrics::GatewayMetrics, upstreams::Upstreams,
+    connections::{connection_registry::ConnectionRegistry, connections_service::ConnectionsApi},
+    fanout::Fanout,
+    gateway::Gateway,
+    metrics::GatewayMetrics,
+    upstreams::Upstreams,
 };
 
 /// Dependencies of the gateway.

@@ -21,7 +21,7 @@ use tonic::Status;
 
 use crate::{
     connection_handle::ConnectionHandle,
-    server_message::{self, RequestIds},
+    protocol::server_message::{self, RequestIds},
 };
 
 /// Maximum number of bytes of frames in memory, unless a single segment is larger. Subscribers further

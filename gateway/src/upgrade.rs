@@ -20,7 +20,7 @@ use tokio::{io::AsyncWriteExt, net::TcpStream, time::timeout};
 use crate::{
     connection::Connection,
     connection_handle::ConnectionHandle,
-    connection_registry::AdmissionError,
+    connections::connection_registry::AdmissionError,
     gateway::Gateway,
     ws::{
         frame,

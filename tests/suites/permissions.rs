@@ -304,7 +304,8 @@ fn absent() -> Object {
 
 /// Returns the types of the messages that a client can send.
 fn message_types() -> BTreeSet<String> {
-    let source = Path::new(env!("CARGO_MANIFEST_DIR")).join("../gateway/src/client_message.rs");
+    let source =
+        Path::new(env!("CARGO_MANIFEST_DIR")).join("../gateway/src/protocol/client_message.rs");
     let text = fs::read_to_string(source).unwrap();
     let (_, rest) = text.split_once("enum ClientMessage<'a> {\n").unwrap();
     let lines =

@@ -22,9 +22,11 @@ use tracing::field::Empty;
 
 use super::{Call, Reply, Session, subscription::Subscription};
 use crate::{
-    client_message::{ClientMessage, RequestMessage},
     fanout::OpenedWatch,
-    server_message::{self, RequestIds},
+    protocol::{
+        client_message::{ClientMessage, RequestMessage},
+        server_message::{self, RequestIds},
+    },
     topic::Subscriber,
     ws::send_buffer::SendBuffer,
 };

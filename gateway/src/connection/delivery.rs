@@ -9,7 +9,7 @@ use tonic::{Code, Status};
 
 use super::{Call, Reply, Session};
 use crate::{
-    server_message,
+    protocol::server_message,
     topic::{Next, Segment, Subscriber},
     ws::send_buffer::SendBuffer,
 };

@@ -17,7 +17,7 @@ use tokio::sync::watch;
 
 use crate::{
     declaration::{ActionKey, Declaration},
-    worker_pool::{WorkerPool, WorkerSlotPermit},
+    workers::worker_pool::{WorkerPool, WorkerSlotPermit},
 };
 
 /// Maximum number of saved declarations for one tenant, or of those that apply to all tenants.

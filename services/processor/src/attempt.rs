@@ -32,7 +32,7 @@ use tracing::{Span, field::Empty};
 
 use crate::{
     event_log_client::EventLogClient,
-    handler_threads::HandlerSpawner,
+    handlers::handler_threads::HandlerSpawner,
     outcome::{AttemptSummary, Outcome, event, final_event},
 };
 

@@ -26,13 +26,13 @@ use crate::{
     declaration::{ActionKey, Declaration},
     event_log_client::EventLogClient,
     fair_queue::FairQueue,
-    handler_threads::HandlerSpawner,
+    handlers::handler_threads::HandlerSpawner,
     metrics::ProcessorMetrics,
     options::ProcessorOptions,
     quarantine::Quarantine,
     runtime_estimates::RuntimeEstimates,
     wakeup::Wakeup,
-    worker_session::WorkerSession,
+    workers::worker_session::WorkerSession,
 };
 
 /// Timeout for the release of running attempts when the processor stops.

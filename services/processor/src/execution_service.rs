@@ -29,10 +29,12 @@ use crate::{
     dispatcher::Dispatcher,
     metrics::ProcessorMetrics,
     options::ProcessorOptions,
-    remote_handler::{Assignment, RemoteHandler},
-    remote_task::RemoteTask,
     status::error_status,
-    worker_pool::WorkerSlotPermit,
+    workers::{
+        remote_handler::{Assignment, RemoteHandler},
+        remote_task::RemoteTask,
+        worker_pool::WorkerSlotPermit,
+    },
 };
 
 /// Maximum size of one message of the action list in bytes, unless a single action is larger.

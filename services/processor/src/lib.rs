@@ -15,27 +15,18 @@ mod dispatcher;
 mod event_log_client;
 mod execution_service;
 mod fair_queue;
-mod grants;
-mod handler_threads;
-mod handler_turns;
-mod hello;
+mod handlers;
 mod lease_recovery;
 mod metrics;
 mod options;
 mod outcome;
 mod quarantine;
-mod remote_handler;
-mod remote_task;
-mod report_buffer;
 mod request_history;
 mod runtime_estimates;
 mod schema_checks;
-mod session_secret;
 mod status;
 mod wakeup;
-mod worker_pool;
-mod worker_service;
-mod worker_session;
+mod workers;
 
 use std::{sync::Arc, time::Duration};
 
@@ -52,13 +43,18 @@ use streamer_telemetry::{Metrics, Traces};
 use tokio::time::{MissedTickBehavior, interval};
 use tokio_util::{sync::CancellationToken, task::AbortOnDropHandle};
 
-pub use handler_threads::HandlerThreads;
+pub use handlers::handler_threads::HandlerThreads;
 pub use options::ProcessorOptions;
 
 use crate::{
-    actions::Actions, dispatcher::Dispatcher, event_log_client::EventLogClient,
-    execution_service::ExecutionApi, metrics::ProcessorMetrics, request_history::StoredHistory,
-    wakeup::Wakeup, worker_pool::WorkerPool, worker_service::WorkerApi,
+    actions::Actions,
+    dispatcher::Dispatcher,
+    event_log_client::EventLogClient,
+    execution_service::ExecutionApi,
+    metrics::ProcessorMetrics,
+    request_history::StoredHistory,
+    wakeup::Wakeup,
+    workers::{worker_pool::WorkerPool, worker_service::WorkerApi},
 };
 
 /// Dependencies of the processor.

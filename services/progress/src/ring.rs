@@ -1,7 +1,7 @@
 //! All instances of the progress service, and whether this one is ready.
 
+use streamer_cluster::{Instance, Instances};
 use streamer_core::Uid;
-use streamer_rpc::{Instance, Instances};
 use tokio::sync::watch;
 use tonic::Status;
 

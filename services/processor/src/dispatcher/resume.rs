@@ -10,9 +10,9 @@ use super::{Dispatcher, RunningAttempt, RunningGuard};
 use crate::{
     attempt::{AttemptHandle, AttemptSpec},
     lease_recovery,
-    remote_handler::RemoteHandler,
-    remote_task::RemoteTask,
-    worker_session::WorkerSession,
+    workers::{
+        remote_handler::RemoteHandler, remote_task::RemoteTask, worker_session::WorkerSession,
+    },
 };
 
 impl Dispatcher {

@@ -14,8 +14,10 @@ use super::Dispatcher;
 use crate::{
     actions::Runner,
     attempt::{self, AttemptHandle, AttemptResult, AttemptSpec},
-    remote_handler::{Assignment, RemoteHandler},
-    remote_task::RemoteTask,
+    workers::{
+        remote_handler::{Assignment, RemoteHandler},
+        remote_task::RemoteTask,
+    },
 };
 
 /// Start and duration of a claim.

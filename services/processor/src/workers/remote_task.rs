@@ -23,7 +23,7 @@ use tokio_util::sync::CancellationToken;
 use tonic::Status;
 
 use self::arrivals::{Arrival, Arrivals};
-use crate::report_buffer::ReportBuffer;
+use crate::workers::report_buffer::ReportBuffer;
 
 /// State of one attempt that a worker runs.
 pub(crate) struct RemoteTask {

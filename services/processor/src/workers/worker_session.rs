@@ -15,7 +15,10 @@ use tokio::{sync::mpsc, time::Instant};
 use tokio_util::sync::CancellationToken;
 use tonic::Status;
 
-use crate::{declaration::ActionKey, grants::Grants, remote_task::RemoteTask};
+use crate::{
+    declaration::ActionKey,
+    workers::{grants::Grants, remote_task::RemoteTask},
+};
 
 /// Maximum number of slots of one worker.
 pub(crate) const MAX_SLOTS: i64 = 10_000;

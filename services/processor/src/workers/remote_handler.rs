@@ -14,7 +14,10 @@ use streamer_proto::{
 };
 use streamer_rpc::{JSON, error_from_proto, payload_bytes};
 
-use crate::{attempt::AttemptHandle, remote_task::RemoteTask, worker_session::WorkerSession};
+use crate::{
+    attempt::AttemptHandle,
+    workers::{remote_task::RemoteTask, worker_session::WorkerSession},
+};
 
 /// Handler of one attempt that a worker runs.
 pub(crate) struct RemoteHandler {

@@ -20,9 +20,11 @@ use streamer_store::{ConnectionRecord, Store};
 use tonic::{Request, Response, Status};
 
 use crate::{
+    connections::peer_gateways::{
+        PeerGateways, PeerRequest, PeerResponses, is_forwarded, response_or_error,
+    },
     gateway::Gateway,
-    peer_gateways::{PeerGateways, PeerRequest, PeerResponses, is_forwarded, response_or_error},
-    server_message,
+    protocol::server_message,
 };
 
 const MAX_PAGE: i32 = 1000;

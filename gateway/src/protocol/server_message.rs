@@ -13,7 +13,7 @@ use streamer_proto::{
 };
 use streamer_rpc::{JSON, error_from_proto, state_from_proto};
 
-use crate::json_writer::{JsonWriter, write_text};
+use crate::protocol::json_writer::{JsonWriter, write_text};
 
 /// Identifiers of a request, present in every message about it.
 #[derive(Clone, Debug, PartialEq, Eq)]

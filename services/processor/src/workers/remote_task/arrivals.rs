@@ -6,7 +6,7 @@ use streamer_handler::Reservation;
 use streamer_proto::processor::v1::report::Kind;
 use tonic::Status;
 
-use crate::report_buffer::{
+use crate::workers::report_buffer::{
     Full, MAX_BYTES, MAX_REPORTS, MIN_WINDOW_BYTES, ReportBuffer, compact, payload_size,
 };
 

@@ -26,7 +26,7 @@ use crate::{
     connection_handle::ConnectionHandle,
     metrics::GatewayMetrics,
     options::GatewayOptions,
-    server_message,
+    protocol::server_message,
     ws::frame,
 };
 

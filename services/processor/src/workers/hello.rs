@@ -9,10 +9,12 @@ use tonic::Status;
 
 use crate::{
     actions::Actions,
-    grants::Grants,
-    session_secret::{SECRET_BYTES, SessionSecret},
     status::{error_status, violation},
-    worker_session::{MAX_SLOTS, WorkerSession},
+    workers::{
+        grants::Grants,
+        session_secret::{SECRET_BYTES, SessionSecret},
+        worker_session::{MAX_SLOTS, WorkerSession},
+    },
 };
 
 /// Maximum number of actions of one worker.

@@ -8,7 +8,7 @@ use tokio::{
     task::JoinHandle,
 };
 
-use crate::handler_turns::HandlerTurns;
+use crate::handlers::handler_turns::HandlerTurns;
 
 /// Niceness of the threads in addition to that of the process: under contention, a thread gets a third of the
 /// processor time of a thread of the server.

@@ -19,7 +19,7 @@ use crate::{
     concurrency_limiter::percent_of,
     declaration::ActionKey,
     wakeup::Wakeup,
-    worker_session::{Outbox, StreamEnd, WorkerSession},
+    workers::worker_session::{Outbox, StreamEnd, WorkerSession},
 };
 
 /// Registry of all workers that have a stream, or recently had one.

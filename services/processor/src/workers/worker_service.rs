@@ -28,14 +28,15 @@ use tonic::{Request, Response, Status, Streaming};
 use crate::{
     actions::{Actions, SaveDeclarationsError},
     dispatcher::Dispatcher,
-    grants::Grants,
-    hello,
     options::ProcessorOptions,
-    report_buffer,
     schema_checks::SchemaChecks,
-    session_secret::SessionSecret,
     status::{error_status, violation},
-    worker_session::{MAX_SLOTS, StreamEnd, WorkerSession},
+    workers::{
+        grants::Grants,
+        hello, report_buffer,
+        session_secret::SessionSecret,
+        worker_session::{MAX_SLOTS, StreamEnd, WorkerSession},
+    },
 };
 
 /// Maximum number of messages queued for a worker.
