@@ -11,8 +11,8 @@ mod connection;
 mod connection_handle;
 mod connections;
 mod fanout;
-mod grpc_proxy;
 mod gateway;
+mod grpc_proxy;
 mod large_segments;
 mod metrics;
 mod options;
@@ -26,7 +26,7 @@ use std::{sync::Arc, time::Duration};
 
 use axum::routing::any;
 use streamer_auth::{AuthLayer, AuthService, Authenticator};
-use streamer_cluster::{Instances, Service};
+use streamer_cluster::Service;
 use streamer_core::{Clock, OpenWatches};
 use streamer_proto::connections::v1::connections_service_server::ConnectionsServiceServer;
 use streamer_rpc::Channel;

@@ -22,12 +22,8 @@ use tokio::{
 use tokio_util::sync::CancellationToken;
 
 use crate::{
-    buffer_budget::BufferBudget,
-    connection_handle::ConnectionHandle,
-    metrics::GatewayMetrics,
-    options::GatewayOptions,
-    protocol::server_message,
-    ws::frame,
+    buffer_budget::BufferBudget, connection_handle::ConnectionHandle, metrics::GatewayMetrics,
+    options::GatewayOptions, protocol::server_message, ws::frame,
 };
 
 /// Time within which a client must respond to a close frame, in seconds.

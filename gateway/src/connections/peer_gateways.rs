@@ -5,11 +5,12 @@ use std::time::Duration;
 use futures_util::future::join_all;
 use http::HeaderValue;
 use streamer_auth::Caller;
+use streamer_cluster::Instances;
 use streamer_proto::connections::v1::{
     BroadcastRequest, DisconnectRequest, SendRequest,
     connections_service_client::ConnectionsServiceClient,
 };
-use streamer_rpc::{Channel, FORWARDED, Instances, with_authorization};
+use streamer_rpc::{Channel, FORWARDED, with_authorization};
 use tokio::time::timeout;
 use tonic::{Code, Request, Response, Status, metadata::MetadataValue};
 

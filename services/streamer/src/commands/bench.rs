@@ -10,7 +10,9 @@ mod fanout;
 mod idle;
 mod lifecycle;
 mod limits;
+mod load_target;
 mod output;
+mod raw_message;
 mod report;
 mod server_process;
 mod small_requests;
@@ -23,8 +25,7 @@ use std::time::Duration;
 use clap::{Args, Subcommand};
 
 use crate::{Exit, arguments::parse_duration};
-use report::Report;
-use server_process::ServerProcess;
+use load_target::{BenchCommon, LoadTarget};
 
 /// Arguments of `streamer bench`.
 #[derive(Args, Clone, Debug)]
@@ -212,82 +213,6 @@ pub(crate) enum Bench {
     },
 }
 
-/// Arguments for the server under load and the output format.
-#[derive(Args, Clone, Debug)]
-pub(crate) struct BenchCommon {
-    /// URL of a running server; requires --token.
-    #[arg(long, requires = "token", value_name = "URL")]
-    pub(crate) server: Option<String>,
-    /// Token for the server.
-    #[arg(long, requires = "server", hide_env_values = true, value_name = "TOKEN")]
-    pub(crate) token: Option<String>,
-    /// Set a configuration option of the started server; may be repeated.
-    #[arg(long = "set", value_name = "SECTION.OPTION=VALUE")]
-    pub(crate) set: Vec<String>,
-    /// Print one JSON object.
-    #[arg(long)]
-    pub(crate) json: bool,
-}
-
-/// Server under load.
-pub(crate) struct LoadTarget {
-    pub(crate) url: String,
-    pub(crate) token: String,
-    /// Server process, for readings of its memory and processor time; `None` if this program did not start
-    /// the server.
-    pub(crate) process: Option<ServerProcess>,
-}
-
-impl LoadTarget {
-    fn open(common: &BenchCommon) -> anyhow::Result<Self> {
-        Self::open_with(common, &[])
-    }
-
-    fn open_with(common: &BenchCommon, settings: &[String]) -> anyhow::Result<Self> {
-        let extra_settings = settings;
-        if let (Some(url), Some(token)) = (&common.server, &common.token) {
-            return Ok(Self { url: url.clone(), token: token.clone(), process: None });
-        }
-        let mut settings: Vec<String> = [
-            "gateway.rate_limit=0",
-            "limits.submissions_per_second_per_tenant=0",
-            "limits.submissions_per_second_per_user=0",
-            "limits.queued_requests_per_tenant=0",
-            "limits.queued_requests_per_user=0",
-            "limits.watches_per_tenant=0",
-            "limits.watches_per_user=0",
-            "gateway.max_connections_per_user=1000000",
-            "gateway.max_connections_per_address=1000000",
-            "server.max_connections_per_address=1000000",
-            "gateway.max_buffered_bytes_per_user=268435456",
-        ]
-        .map(str::to_owned)
-        .to_vec();
-        settings.extend(extra_settings.iter().chain(&common.set).cloned());
-        let process = ServerProcess::start(&settings)?;
-        Ok(Self {
-            url: process.url.clone(),
-            token: process.token("bench")?,
-            process: Some(process),
-        })
-    }
-
-    /// Adds to the report the delivery faults that the server counted, if this program started the server.
-    async fn check(&self, mut report: Report) -> anyhow::Result<Report> {
-        if let Some(process) = &self.process {
-            report.check_delivery(process).await?;
-        }
-        Ok(report)
-    }
-
-    /// Returns the processor time that the server has used, in milliseconds, or 0 if this program did not
-    /// start the server.
-    pub(crate) fn processor_ms(&self) -> u64 {
-        let process = self.process.as_ref().map(ServerProcess::processor_ms);
-        process.and_then(Result::ok).unwrap_or(0)
-    }
-}
-
 pub(crate) async fn run(arguments: BenchArguments) -> anyhow::Result<Exit> {
     let (report, json) = match arguments.bench {
         Bench::Sync { connections, rate, duration, common } => {
@@ -366,26 +291,4 @@ pub(crate) async fn run(arguments: BenchArguments) -> anyhow::Result<Exit> {
 fn local_actions(workers: usize) -> String {
     let local = if workers > 0 { "echo,health" } else { "*" };
     format!("execution.builtin_actions={local}")
-}
-
-/// Duration of the load before the measurement starts.
-const WARM_UP: Duration = Duration::from_secs(1);
-
-/// Returns the number that follows `"seq":`. The message is not parsed, because the generator must use less
-/// processor time than the server.
-pub(crate) fn seq_of(message: &str) -> Option<i64> {
-    number_after(message, "\"seq\":")
-}
-
-/// Returns the number that follows `name` in the message.
-pub(crate) fn number_after(message: &str, name: &str) -> Option<i64> {
-    let digits = &message[message.find(name)? + name.len()..];
-    let end = digits.find(|c: char| !c.is_ascii_digit()).unwrap_or(digits.len());
-    digits[..end].parse().ok()
-}
-
-/// Returns the text that follows `name` in the message, up to the next quotation mark.
-pub(crate) fn text_after<'a>(message: &'a str, name: &str) -> Option<&'a str> {
-    let rest = &message[message.find(name)? + name.len()..];
-    rest.split('"').next()
 }

@@ -5,8 +5,8 @@ use streamer_client::{ServerMessage, Session};
 use tokio::time::Instant;
 
 use super::{
-    LoadTarget, Report,
-    report::{histogram, record},
+    load_target::LoadTarget,
+    report::{Report, histogram, record},
 };
 
 pub(super) async fn run(target: &LoadTarget, count: usize) -> anyhow::Result<Report> {

@@ -14,9 +14,9 @@ use tokio::{
 };
 
 use super::{
-    LoadTarget, Report,
-    report::{histogram, record},
-    text_after,
+    load_target::LoadTarget,
+    raw_message::text_after,
+    report::{Report, histogram, record},
 };
 
 /// Maximum number of concurrent calls of the flooding tenant.

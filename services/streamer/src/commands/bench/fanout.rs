@@ -6,8 +6,12 @@ use anyhow::bail;
 use streamer_client::{ClientError, Session};
 use tokio::time::{Instant, sleep, timeout};
 
-use super::{LoadTarget, Report, report::MAX_LATENCY, seq_of};
-use crate::commands::bench::server_process::ServerProcess;
+use super::server_process::ServerProcess;
+use super::{
+    load_target::LoadTarget,
+    raw_message::seq_of,
+    report::{MAX_LATENCY, Report},
+};
 
 /// Delay before a request starts, so that all watchers have subscribed by then. `START_DELAY_PER_WATCHER` is
 /// added for each watcher.

@@ -6,7 +6,7 @@ use anyhow::Context;
 use streamer_client::{ClientError, Session};
 use tokio::{task::JoinSet, time::sleep};
 
-use super::{LoadTarget, Report};
+use super::{load_target::LoadTarget, report::Report};
 
 /// Maximum number of concurrent handshakes.
 const MAX_OPENING: usize = 64;

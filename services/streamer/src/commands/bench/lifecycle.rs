@@ -7,9 +7,9 @@ use streamer_client::{ClientError, Session};
 use tokio::time::{Instant, sleep, sleep_until, timeout_at};
 
 use super::{
-    LoadTarget, Report, WARM_UP,
-    report::{SUCCEEDED, histogram, record},
-    seq_of, text_after,
+    load_target::{LoadTarget, WARM_UP},
+    raw_message::{seq_of, text_after},
+    report::{Report, SUCCEEDED, histogram, record},
 };
 
 /// Time allowed for the server to count the last attempt after its request has ended.

@@ -16,7 +16,11 @@ use tokio::{
     time::{Instant, sleep, sleep_until},
 };
 
-use super::{BenchCommon, LoadTarget, Report, small_requests::measure};
+use super::{
+    load_target::{BenchCommon, LoadTarget},
+    report::Report,
+    small_requests::measure,
+};
 
 /// Number of WebSocket connections of the tenant that exceeds a limit.
 const CONNECTIONS: u64 = 8;

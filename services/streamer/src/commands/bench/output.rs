@@ -13,7 +13,7 @@ use streamer_client::{Api, json};
 use streamer_proto::router::v1::SubmitRequest;
 use tokio::{task::JoinSet, time::sleep};
 
-use super::{LoadTarget, Report, small_requests::measure};
+use super::{load_target::LoadTarget, report::Report, small_requests::measure};
 
 /// Timeout for each request of the flooding tenant.
 const FLOOD_TIMEOUT: Duration = Duration::from_secs(300);

@@ -6,7 +6,7 @@ use hdrhistogram::Histogram;
 use serde_json::{Map, Value, json};
 use tokio::time::sleep;
 
-use crate::commands::bench::server_process::ServerProcess;
+use super::server_process::ServerProcess;
 
 /// Counter of succeeded requests.
 pub(crate) const SUCCEEDED: &str = "streamer_processor_succeeded_total";

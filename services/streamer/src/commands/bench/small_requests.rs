@@ -8,7 +8,7 @@ use streamer_client::Session;
 use tokio::time::{Instant, sleep_until, timeout};
 
 use super::{
-    LoadTarget,
+    load_target::LoadTarget,
     report::{histogram, record},
 };
 

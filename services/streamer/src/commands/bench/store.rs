@@ -18,8 +18,8 @@ use tokio::{
     time::{Instant, sleep},
 };
 
-use super::{Report, report::SUCCEEDED};
-use crate::commands::bench::server_process::ServerProcess;
+use super::report::{Report, SUCCEEDED};
+use super::server_process::ServerProcess;
 
 /// Number of concurrent store operations while the store is filled.
 const WRITERS: usize = 256;

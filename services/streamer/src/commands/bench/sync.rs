@@ -7,8 +7,8 @@ use streamer_client::{ClientError, Session};
 use tokio::time::{Instant, sleep_until};
 
 use super::{
-    LoadTarget, Report, WARM_UP,
-    report::{histogram, record},
+    load_target::{LoadTarget, WARM_UP},
+    report::{Report, histogram, record},
 };
 
 const MESSAGE: &str = r#"{"action":"echo","payload":{"hello":"world","n":9223372036854775807}}"#;

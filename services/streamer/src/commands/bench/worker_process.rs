@@ -11,7 +11,7 @@ use streamer_client::Api;
 use streamer_proto::router::v1::ListActionsRequest;
 use tokio::time::{Instant, sleep};
 
-use super::LoadTarget;
+use super::load_target::LoadTarget;
 
 /// Timeout for all workers to connect.
 const CONNECT_TIMEOUT: Duration = Duration::from_secs(30);
