@@ -4,6 +4,7 @@
 //! so that a test can call any function directly.
 
 pub mod action;
+pub mod attempt_number;
 pub mod clock;
 pub mod close_code;
 pub mod error;
@@ -14,12 +15,14 @@ pub mod open_watches;
 pub mod output;
 pub mod rate;
 pub mod retry;
+pub mod seq;
 pub mod state;
 pub mod tenant_limits;
 pub mod trace_parent;
 pub mod validate;
 
 pub use action::{ActionSpec, DEFAULT_SYNC_THRESHOLD};
+pub use attempt_number::{AttemptNumber, InvalidAttemptNumber};
 pub use clock::{Clock, ManualClock, SystemClock, Timestamp};
 pub use close_code::CloseCode;
 pub use error::{ErrorCode, ErrorCodes, RequestError};
@@ -30,6 +33,7 @@ pub use open_watches::{OpenWatches, UserWatches, WatchPermit};
 pub use output::OutputDigest;
 pub use rate::RateLimiter;
 pub use retry::RetryPolicy;
+pub use seq::{InvalidSeq, Seq};
 pub use state::RequestState;
 pub use tenant_limits::{LimitsByTenant, TenantLimit, TenantLimits};
 pub use trace_parent::TraceParent;
