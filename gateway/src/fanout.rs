@@ -5,12 +5,13 @@ use std::{collections::HashMap, sync::Arc, time::Duration};
 use http::HeaderValue;
 use parking_lot::Mutex;
 use streamer_cluster::RouteKey;
-use streamer_core::{RequestState, Uid, retry};
+use streamer_core::{RequestState, Seq, Uid, retry};
 use streamer_proto::{
     common::v1::{Event, Output, Payload, Request, event::Kind, payload::Body},
     progress::v1::{ListEventsRequest, WatchRequest, WatchResponse},
 };
 use streamer_rpc::{WATCH_COUNTED, state_from_proto, with_authorization};
+use streamer_store::{EventNumbers, InvalidNumber, RequestNumbers, check_events};
 use tokio::{
     sync::Notify,
     time::{Instant, sleep, timeout},
@@ -62,9 +63,9 @@ pub(crate) struct OpenedWatch {
     events: Vec<Event>,
     stream: Streaming<WatchResponse>,
     /// `seq` after which the subscription starts.
-    cursor: i64,
+    cursor: Seq,
     /// `seq` after which the stream starts.
-    stream_after: i64,
+    stream_after: Seq,
 }
 
 impl Fanout {
@@ -84,7 +85,7 @@ impl Fanout {
     pub(crate) async fn open(
         &self,
         request_id: String,
-        after_seq: Option<i64>,
+        after_seq: Option<Seq>,
         authorization: HeaderValue,
     ) -> Result<OpenedWatch, Status> {
         let mut attempts = 1;
@@ -105,7 +106,9 @@ impl Fanout {
         let WatchResponse { snapshot, events } = first.ok_or_else(malformed)?;
         let snapshot = snapshot.ok_or_else(malformed)?;
         let uid = snapshot.uid.parse().map_err(|_| malformed())?;
-        let from = events.first().map_or(snapshot.last_seq, |event| event.seq - 1);
+        snapshot.check_numbers().map_err(|error| invalid(&error))?;
+        check_events(&events).map_err(|error| invalid(&error))?;
+        let from = events.first().map_or(snapshot.last_seq(), |event| event.seq().previous());
         let after = after_seq.unwrap_or(from);
         Ok(OpenedWatch { uid, events, stream, cursor: after, stream_after: after, snapshot })
     }
@@ -113,10 +116,11 @@ impl Fanout {
     async fn watch(
         &self,
         request_id: String,
-        after_seq: Option<i64>,
+        after_seq: Option<Seq>,
         authorization: HeaderValue,
     ) -> Result<Streaming<WatchResponse>, Status> {
         let key = request_id.parse().ok();
+        let after_seq = after_seq.map(Seq::as_i64);
         let watch = WatchRequest { request_id, after_seq, ..WatchRequest::default() };
         let mut watch = with_authorization(watch, authorization);
         if let Some(uid) = key {
@@ -132,14 +136,14 @@ impl Fanout {
         self: &Arc<Self>,
         opened: OpenedWatch,
         subscriber: Arc<Subscriber>,
-    ) -> (Arc<Topic>, i64) {
+    ) -> (Arc<Topic>, Seq) {
         let OpenedWatch { uid, snapshot, events, stream, cursor, stream_after } = opened;
         let mut topics = self.topics.lock();
         if let Some(topic) = topics.get(&uid) {
             topic.subscribe(subscriber);
             return (topic.clone(), cursor);
         }
-        let last_seq = snapshot.last_seq;
+        let last_seq = snapshot.last_seq();
         let ids = RequestIds { request_id: snapshot.request_id, uid: snapshot.uid };
         // A client may send an `after_seq` that does not exist yet. The topic also serves other
         // subscribers, so it must not start after the last event.
@@ -166,7 +170,7 @@ impl Fanout {
         self: &Arc<Self>,
         uid: Uid,
         ids: RequestIds,
-        last_seq: i64,
+        last_seq: Seq,
         subscriber: Arc<Subscriber>,
     ) -> Arc<Topic> {
         let mut topics = self.topics.lock();
@@ -204,18 +208,20 @@ impl Fanout {
     pub(crate) async fn read_log(
         &self,
         uid: Uid,
-        after_seq: i64,
+        after_seq: Seq,
         authorization: HeaderValue,
     ) -> Result<Vec<Event>, Status> {
         self.metrics.log_reads.inc();
         let list = ListEventsRequest {
             request_id: uid.to_string(),
-            after_seq,
+            after_seq: after_seq.as_i64(),
             page_size: LOG_PAGE,
             ..ListEventsRequest::default()
         };
         let list = with_authorization(list, authorization);
-        Ok(self.upstreams.progress().list_events(list).await?.into_inner().events)
+        let events = self.upstreams.progress().list_events(list).await?.into_inner().events;
+        check_events(&events).map_err(|error| invalid(&error))?;
+        Ok(events)
     }
 
     /// Notifies the subscriber again after [`LATEST_INTERVAL`].
@@ -335,14 +341,15 @@ impl Fanout {
                 stream.message().await?
             };
             let Some(response) = next else { return Ok(WatchEnd::Ended) };
+            check_events(&response.events).map_err(|error| invalid(&error))?;
             is_large |= has_large_output(&response.events);
             self.metrics.upstream_events.inc_by(response.events.len() as u64);
             self.publish(topic, &response.events);
-            let ended = |snapshot: &Request| {
-                has_ended(snapshot.state) && snapshot.last_seq <= topic.last_seq()
-            };
-            if response.snapshot.as_ref().is_some_and(ended) {
-                topic.end();
+            if let Some(snapshot) = &response.snapshot {
+                snapshot.check_numbers().map_err(|error| invalid(&error))?;
+                if has_ended(snapshot.state) && snapshot.last_seq() <= topic.last_seq() {
+                    topic.end();
+                }
             }
         }
     }
@@ -377,6 +384,10 @@ enum WatchEnd {
 
 fn is_registered(topics: &HashMap<Uid, Arc<Topic>>, topic: &Topic) -> bool {
     topics.get(&topic.uid).is_some_and(|known| std::ptr::eq(Arc::as_ptr(known), topic))
+}
+
+fn invalid(error: &InvalidNumber) -> Status {
+    Status::internal(format!("the progress service sent an invalid message: {error}"))
 }
 
 fn has_ended(state: i32) -> bool {

@@ -75,7 +75,7 @@ impl LargeSegments {
 
 #[cfg(test)]
 mod tests {
-    use streamer_core::{Timestamp, Uid};
+    use streamer_core::{Seq, Timestamp, Uid};
     use streamer_proto::common::v1::{Event, Output, Payload, event::Kind, payload::Body};
 
     use super::*;
@@ -87,7 +87,7 @@ mod tests {
         let topic = || {
             let uid = Uid::new(Timestamp::default());
             let ids = RequestIds { request_id: "r".into(), uid: uid.to_string() };
-            Arc::new(Topic::new(uid, ids, 0))
+            Arc::new(Topic::new(uid, ids, Seq::NONE))
         };
         let output = |bytes: usize| {
             let body = Some(Body::Data(format!("\"{}\"", "x".repeat(bytes)).into()));
@@ -104,7 +104,7 @@ mod tests {
         };
         let (small, first) = (publish(1000, 0), publish(1_000_000, 0));
         let others: Vec<_> = (0..70).map(|number| publish(1_000_000, 2 + number)).collect();
-        let is_retained = |topic: &Topic| matches!(topic.next(0), Next::Segment(_));
+        let is_retained = |topic: &Topic| matches!(topic.next(Seq::NONE), Next::Segment(_));
         assert!(is_retained(&small) && !is_retained(&first) && is_retained(&others[69]));
         let retained = others.iter().filter(|topic| is_retained(topic)).count();
         assert!((60..=67).contains(&retained), "{retained}");

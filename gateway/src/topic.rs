@@ -10,12 +10,13 @@ use std::{
 
 use bytes::{Bytes, BytesMut};
 use parking_lot::Mutex;
-use streamer_core::{Timestamp, Uid};
+use streamer_core::{AttemptNumber, Seq, Timestamp, Uid};
 use streamer_proto::{
     common::v1::{Event, event::Kind},
     millis,
 };
 use streamer_rpc::is_terminal;
+use streamer_store::EventNumbers;
 use tokio::task::AbortHandle;
 use tonic::Status;
 
@@ -31,7 +32,7 @@ const MAX_BYTES: usize = 256 * 1024;
 /// Events that arrived together, as consecutive frames. They are encoded once and sent to any number of
 /// sockets.
 pub(crate) struct Segment {
-    first_seq: i64,
+    first_seq: Seq,
     frames: Bytes,
     index: Vec<FrameEnd>,
     /// Data of the last event, if it is terminal.
@@ -40,7 +41,7 @@ pub(crate) struct Segment {
 
 /// Attempt and time of a terminal event.
 pub(crate) struct TerminalEvent {
-    pub(crate) attempt: u32,
+    pub(crate) attempt: AttemptNumber,
     pub(crate) time: Timestamp,
 }
 
@@ -71,29 +72,29 @@ impl Segment {
                 joined.freeze()
             }
         };
-        let first_seq = events.first().map_or(0, |event| event.seq);
+        let first_seq = events.first().map_or(Seq::NONE, EventNumbers::seq);
         let terminal = events.last().filter(|last| is_terminal(last)).map(|last| TerminalEvent {
-            attempt: u32::try_from(last.attempt).unwrap_or(0),
+            attempt: last.attempt_number(),
             time: Timestamp::from_millis(last.time.as_ref().map_or(0, millis)),
         });
         Self { first_seq, frames, index, terminal }
     }
 
-    pub(crate) fn last_seq(&self) -> i64 {
-        self.first_seq + i64::try_from(self.index.len()).unwrap_or(0) - 1
+    pub(crate) fn last_seq(&self) -> Seq {
+        self.first_seq.plus(self.index.len()).previous()
     }
 
     /// Returns all frames after `cursor`.
-    pub(crate) fn after(&self, cursor: i64) -> Bytes {
-        match usize::try_from(cursor - self.first_seq) {
-            Err(_) => self.frames.clone(),
-            Ok(position) => self.frames.slice(self.index[position].end..),
+    pub(crate) fn after(&self, cursor: Seq) -> Bytes {
+        match cursor.index_from(self.first_seq) {
+            None => self.frames.clone(),
+            Some(position) => self.frames.slice(self.index[position].end..),
         }
     }
 
     /// Returns an iterator over the frames after `cursor`, each with a flag that is set if it may be dropped.
-    pub(crate) fn each_after(&self, cursor: i64) -> impl Iterator<Item = (Bytes, bool)> {
-        let skip = usize::try_from(cursor + 1 - self.first_seq).unwrap_or(0);
+    pub(crate) fn each_after(&self, cursor: Seq) -> impl Iterator<Item = (Bytes, bool)> {
+        let skip = cursor.next().index_from(self.first_seq).unwrap_or(0);
         (skip..self.index.len()).map(|position| {
             let begin = position.checked_sub(1).map_or(0, |before| self.index[before].end);
             let frame = &self.index[position];
@@ -104,7 +105,7 @@ impl Segment {
 
 /// Size and last `seq` of a published segment.
 pub(crate) struct Published {
-    pub(crate) last_seq: i64,
+    pub(crate) last_seq: Seq,
     pub(crate) bytes: usize,
 }
 
@@ -166,7 +167,7 @@ pub(crate) struct Topic {
 struct State {
     segments: VecDeque<Arc<Segment>>,
     bytes: usize,
-    last_seq: i64,
+    last_seq: Seq,
     ended: bool,
     subscribers: HashMap<Uid, Arc<Subscriber>>,
     upstream: Option<AbortHandle>,
@@ -174,7 +175,7 @@ struct State {
 
 impl Topic {
     /// Creates a topic for the events after `last_seq`.
-    pub(crate) fn new(uid: Uid, ids: RequestIds, last_seq: i64) -> Self {
+    pub(crate) fn new(uid: Uid, ids: RequestIds, last_seq: Seq) -> Self {
         let state = State {
             segments: VecDeque::new(),
             bytes: 0,
@@ -186,7 +187,7 @@ impl Topic {
         Self { uid, ids, state: Mutex::new(state) }
     }
 
-    pub(crate) fn last_seq(&self) -> i64 {
+    pub(crate) fn last_seq(&self) -> Seq {
         self.state.lock().last_seq
     }
 
@@ -202,14 +203,14 @@ impl Topic {
     pub(crate) fn publish(&self, events: &[Event]) -> Option<Published> {
         let last = events.last()?;
         let segment = Arc::new(Segment::encode(events, &self.ids));
-        let published = Published { last_seq: last.seq, bytes: segment.frames.len() };
+        let published = Published { last_seq: last.seq(), bytes: segment.frames.len() };
         let mut state = self.state.lock();
-        if segment.first_seq != state.last_seq + 1 {
+        if segment.first_seq != state.last_seq.next() {
             // The missing events are only in the log.
             state.segments.clear();
             state.bytes = 0;
         }
-        state.last_seq = last.seq;
+        state.last_seq = last.seq();
         state.ended |= is_terminal(last);
         state.bytes += segment.frames.len();
         state.segments.push_back(segment);
@@ -223,7 +224,7 @@ impl Topic {
     }
 
     /// Drops segments that end at or before `seq`; subscribers behind them read from the log.
-    pub(crate) fn drop_through(&self, seq: i64) {
+    pub(crate) fn drop_through(&self, seq: Seq) {
         let mut state = self.state.lock();
         while state.segments.front().is_some_and(|first| first.last_seq() <= seq) {
             if let Some(dropped) = state.segments.pop_front() {
@@ -240,14 +241,14 @@ impl Topic {
     }
 
     /// Returns what follows `cursor`.
-    pub(crate) fn next(&self, cursor: i64) -> Next {
+    pub(crate) fn next(&self, cursor: Seq) -> Next {
         let state = self.state.lock();
         if cursor >= state.last_seq {
             return if state.ended { Next::Ended } else { Next::UpToDate };
         }
         let found = state.segments.partition_point(|segment| segment.last_seq() <= cursor);
         match state.segments.get(found) {
-            Some(segment) if segment.first_seq <= cursor + 1 => Next::Segment(segment.clone()),
+            Some(segment) if segment.first_seq <= cursor.next() => Next::Segment(segment.clone()),
             _ => Next::InLog,
         }
     }
@@ -299,7 +300,11 @@ mod tests {
 
     fn topic() -> Topic {
         let uid = Uid::new(Timestamp::default());
-        Topic::new(uid, RequestIds { request_id: "r".into(), uid: uid.to_string() }, 1)
+        Topic::new(uid, RequestIds { request_id: "r".into(), uid: uid.to_string() }, Seq::FIRST)
+    }
+
+    fn next(topic: &Topic, cursor: u32) -> Next {
+        topic.next(cursor.into())
     }
 
     fn progress(seq: i64) -> Event {
@@ -311,18 +316,18 @@ mod tests {
         let ids = RequestIds { request_id: "r".into(), uid: "u".into() };
         let events = [progress(2), event(3, Kind::Output(Output::default())), progress(4)];
         let segment = Segment::encode(&events, &ids);
-        let each: Vec<_> = segment.each_after(1).collect();
+        let each: Vec<_> = segment.each_after(Seq::from(1)).collect();
         assert_eq!(
             each.iter().map(|(_, droppable)| *droppable).collect::<Vec<_>>(),
             [true, false, true]
         );
         let joined =
             |from: usize| each[from..].iter().flat_map(|(f, _)| f.to_vec()).collect::<Vec<_>>();
-        assert_eq!(segment.after(1), joined(0));
-        assert_eq!(segment.after(2), joined(1));
-        assert_eq!(segment.after(4), joined(3));
-        assert_eq!(segment.each_after(3).next().unwrap().0, each[2].0);
-        assert_eq!(segment.last_seq(), 4);
+        assert_eq!(segment.after(Seq::from(1)), joined(0));
+        assert_eq!(segment.after(Seq::from(2)), joined(1));
+        assert_eq!(segment.after(Seq::from(4)), joined(3));
+        assert_eq!(segment.each_after(Seq::from(3)).next().unwrap().0, each[2].0);
+        assert_eq!(segment.last_seq(), Seq::from(4));
     }
 
     #[test]
@@ -330,17 +335,17 @@ mod tests {
         let topic = topic();
         topic.publish(&[progress(2), progress(3)]);
         topic.publish(&[progress(4)]);
-        assert!(matches!(topic.next(0), Next::InLog));
+        assert!(matches!(next(&topic, 0), Next::InLog));
         for (cursor, last) in [(1, 3), (2, 3), (3, 4)] {
-            let Next::Segment(segment) = topic.next(cursor) else {
+            let Next::Segment(segment) = next(&topic, cursor) else {
                 panic!("nothing after {cursor}")
             };
-            assert_eq!(segment.last_seq(), last);
+            assert_eq!(segment.last_seq(), Seq::from(last));
         }
-        assert!(matches!(topic.next(4), Next::UpToDate));
+        assert!(matches!(next(&topic, 4), Next::UpToDate));
         topic.publish(&[event(5, Kind::Succeeded(Succeeded::default()))]);
-        assert!(matches!(topic.next(4), Next::Segment(_)));
-        assert!(matches!(topic.next(5), Next::Ended));
+        assert!(matches!(next(&topic, 4), Next::Segment(_)));
+        assert!(matches!(next(&topic, 5), Next::Ended));
     }
 
     #[test]
@@ -351,7 +356,7 @@ mod tests {
             let progress = Progress { message: large.clone(), ..Progress::default() };
             topic.publish(&[event(seq, Kind::Progress(progress))]);
         }
-        assert!(matches!(topic.next(1), Next::InLog));
-        assert!(matches!(topic.next(4), Next::Segment(_)));
+        assert!(matches!(next(&topic, 1), Next::InLog));
+        assert!(matches!(next(&topic, 4), Next::Segment(_)));
     }
 }

@@ -9,7 +9,7 @@ use std::{
 };
 
 use bytes::Bytes;
-use streamer_core::{RequestState, TenantLimit, Timestamp, Uid};
+use streamer_core::{AttemptNumber, RequestState, Seq, TenantLimit, Timestamp, Uid};
 use streamer_proto::common::v1::{
     Action, Event, Failed, Output, OutputSummary, Payload, Progress, Retrying, Succeeded,
     event::Kind, payload::Body,
@@ -137,14 +137,18 @@ fn append_as(uid: Uid, writer: Writer, events: Vec<Event>) -> Append {
     Append { uid, writer, events, checkpoint: None, retry_at: None, now: at(5000) }
 }
 
-async fn append(store: &dyn Store, uid: Uid, attempt: u32, events: Vec<Event>) -> AppendOutcome {
-    store.append(append_as(uid, Writer::Attempt(attempt), events)).await.unwrap()
+async fn append(store: &dyn Store, uid: Uid, attempt: u16, events: Vec<Event>) -> AppendOutcome {
+    store.append(append_as(uid, Writer::Attempt(attempt.into()), events)).await.unwrap()
 }
 
 const APPLIED: AppendOutcome = AppendOutcome::Applied { cancel_reason: None };
 
-async fn seqs(store: &dyn Store, uid: Uid, after: i64) -> Vec<i64> {
-    let page = store.read_events(uid, after, 1000, usize::MAX).await.unwrap();
+fn fenced(state: RequestState, attempt: u16, last_seq: u32) -> AppendOutcome {
+    AppendOutcome::Fenced { state, attempt: attempt.into(), last_seq: last_seq.into() }
+}
+
+async fn seqs(store: &dyn Store, uid: Uid, after: u32) -> Vec<i64> {
+    let page = store.read_events(uid, after.into(), 1000, usize::MAX).await.unwrap();
     page.events.iter().map(|event| event.seq).collect()
 }
 
@@ -154,7 +158,7 @@ async fn a_created_request_exists_with_its_first_event() {
         let uid = create(&*store, new_request(Some("req-1"))).await;
         let record = store.get_request(uid).await.unwrap().unwrap();
         assert_eq!(record.state, RequestState::Queued);
-        assert_eq!((record.attempt, record.last_seq), (0, 1));
+        assert_eq!((record.attempt, record.last_seq), (AttemptNumber::NONE, Seq::FIRST));
         assert_eq!(record.request_id(), "req-1");
         assert_eq!(record.trace_parent.as_deref(), Some("00-a-b-01"));
         assert_eq!(record.trace_state.as_deref(), Some("vendor=1"));
@@ -266,7 +270,7 @@ async fn queued_requests_of_an_owner_are_limited_by_its_quota() {
         store.cancel(uids[1], "enough".into(), at(2000)).await.unwrap();
         fill(&*store, ann, 1, TenantLimit::QueuedPerTenant).await;
         let failed = event(2, 0, Kind::Failed(Failed::default()));
-        let overdue = append_as(of_bob[0], Writer::Queued(0), vec![failed]);
+        let overdue = append_as(of_bob[0], Writer::Queued(AttemptNumber::NONE), vec![failed]);
         assert_eq!(store.append(overdue).await.unwrap(), APPLIED);
         fill(&*store, bob, 1, TenantLimit::QueuedPerTenant).await;
         // A retry is never rejected, but counts again.
@@ -336,12 +340,12 @@ async fn one_claim_succeeds_and_its_attempt_fences_other_writers() {
     for Subject { store, .. } in engines().await {
         let uid = create(&*store, new_request(None)).await;
         let claimed = claim(&*store, uid, 2000).await;
-        assert_eq!((claimed.record.attempt, claimed.record.last_seq), (1, 2));
+        let running = (AttemptNumber::FIRST, Seq::from(2));
+        assert_eq!((claimed.record.attempt, claimed.record.last_seq), running);
         assert_eq!(claimed.started.seq, 2);
         assert!(matches!(try_claim(&*store, uid, 2000).await, ClaimOutcome::NotClaimable));
         assert_eq!(append(&*store, uid, 1, vec![progress(3, 1), progress(4, 1)]).await, APPLIED);
-        let fenced =
-            AppendOutcome::Fenced { state: RequestState::Running, attempt: 1, last_seq: 4 };
+        let fenced = fenced(RequestState::Running, 1, 4);
         assert_eq!(append(&*store, uid, 2, vec![progress(5, 2)]).await, fenced);
         assert_eq!(append(&*store, uid, 1, vec![progress(6, 1)]).await, fenced, "a gap");
         assert_eq!(
@@ -381,8 +385,7 @@ async fn appends_after_a_terminal_event_are_fenced() {
         assert_eq!(record.state, RequestState::Succeeded);
         assert_eq!(record.finish_time, Some(at(5000)));
         assert_eq!(record.output.unwrap().chunks, 1);
-        let fenced =
-            AppendOutcome::Fenced { state: RequestState::Succeeded, attempt: 1, last_seq: 3 };
+        let fenced = fenced(RequestState::Succeeded, 1, 3);
         assert_eq!(append(&*store, uid, 1, vec![progress(4, 1)]).await, fenced);
         assert!(matches!(try_claim(&*store, uid, 9000).await, ClaimOutcome::NotClaimable));
         let cancelled = store.cancel(uid, "late".into(), at(9000)).await.unwrap();
@@ -398,25 +401,24 @@ async fn a_retry_is_claimable_when_due_and_has_the_checkpoint() {
         claim(&*store, uid, 2000).await;
         let checkpoint = Append {
             checkpoint: Some(Bytes::from_static(b"half")),
-            ..append_as(uid, Writer::Attempt(1), Vec::new())
+            ..append_as(uid, Writer::Attempt(AttemptNumber::FIRST), Vec::new())
         };
         assert_eq!(store.append(checkpoint.clone()).await.unwrap(), APPLIED);
         let retry = Append {
             retry_at: Some(at(8000)),
-            ..append_as(uid, Writer::Attempt(1), vec![retrying(3, 1)])
+            ..append_as(uid, Writer::Attempt(AttemptNumber::FIRST), vec![retrying(3, 1)])
         };
         assert_eq!(store.append(retry).await.unwrap(), APPLIED);
         assert!(matches!(store.append(checkpoint).await.unwrap(), AppendOutcome::Fenced { .. }));
         assert!(matches!(try_claim(&*store, uid, 7999).await, ClaimOutcome::NotClaimable));
         assert_eq!(store.next_due(at(5000)).await.unwrap(), Some(at(8000)));
         let again = claim(&*store, uid, 8000).await;
-        assert_eq!((again.record.attempt, again.record.attempt_seq), (2, 4));
+        let second = (AttemptNumber::from(2), Seq::from(4));
+        assert_eq!((again.record.attempt, again.record.attempt_seq), second);
         assert_eq!(again.checkpoint.as_deref(), Some(&b"half"[..]));
         // The first attempt is fenced.
-        assert!(matches!(
-            append(&*store, uid, 1, vec![progress(5, 1)]).await,
-            AppendOutcome::Fenced { attempt: 2, .. }
-        ));
+        let late = append(&*store, uid, 1, vec![progress(5, 1)]).await;
+        assert_eq!(late, fenced(RequestState::Running, 2, 4));
     }
 }
 
@@ -449,7 +451,7 @@ async fn leases_are_renewed_only_by_their_holder_and_expire() {
     for Subject { store, .. } in engines().await {
         let uid = create(&*store, new_request(None)).await;
         claim(&*store, uid, 2000).await;
-        let lease = Lease { uid, attempt: 1 };
+        let lease = Lease { uid, attempt: AttemptNumber::FIRST };
         assert!(store.expired_leases(at(2999), 10).await.unwrap().is_empty());
         let renew = |holder: &str, until| {
             let (store, holder) = (store.clone(), holder.to_owned());
@@ -464,7 +466,7 @@ async fn leases_are_renewed_only_by_their_holder_and_expire() {
         let recovery = |now| Append {
             now: at(now),
             retry_at: Some(at(now)),
-            ..append_as(uid, Writer::ExpiredLease(1), vec![retrying(3, 1)])
+            ..append_as(uid, Writer::ExpiredLease(AttemptNumber::FIRST), vec![retrying(3, 1)])
         };
         assert!(matches!(
             store.append(recovery(3999)).await.unwrap(),
@@ -577,8 +579,8 @@ async fn an_attempt_is_adopted_only_for_its_worker() {
         };
         let Some(Kind::Started(started)) = &claimed.started.kind else { panic!() };
         assert_eq!(started.worker, "shown");
-        let adopt = |worker: &str, attempt| Adopt {
-            lease: Lease { uid, attempt },
+        let adopt = |worker: &str, attempt: u16| Adopt {
+            lease: Lease { uid, attempt: attempt.into() },
             holder: "p2".into(),
             worker_identity: worker.into(),
             now: at(2500),
@@ -589,9 +591,9 @@ async fn an_attempt_is_adopted_only_for_its_worker() {
         }
         for _ in 0..2 {
             let adopted = store.adopt(adopt("w1", 1)).await.unwrap().unwrap();
-            assert_eq!((adopted.attempt, adopted.last_seq), (1, 2));
+            assert_eq!((adopted.attempt, adopted.last_seq), (AttemptNumber::FIRST, Seq::from(2)));
         }
-        let lease = vec![Lease { uid, attempt: 1 }];
+        let lease = vec![Lease { uid, attempt: AttemptNumber::FIRST }];
         let renewed =
             store.renew_leases("p1".into(), lease.clone(), at(9999), at(2500)).await.unwrap();
         assert!(!renewed[0].held, "the previous holder has lost the lease");
@@ -620,7 +622,7 @@ async fn overdue_requests_are_found_also_between_attempts() {
         assert_eq!(overdue(2600).await, [unstarted], "running requests are excluded");
         let retry = Append {
             retry_at: Some(at(2700)),
-            ..append_as(retried, Writer::Attempt(1), vec![retrying(3, 1)])
+            ..append_as(retried, Writer::Attempt(AttemptNumber::FIRST), vec![retrying(3, 1)])
         };
         assert_eq!(store.append(retry).await.unwrap(), APPLIED);
         assert_eq!(overdue(3999).await, [unstarted], "the deadline applies to the first attempt");
@@ -664,7 +666,7 @@ async fn a_claim_past_the_deadline_is_overdue_and_the_request_can_be_failed() {
         let outcome = try_claim(&*store, uid, 1500).await;
         assert!(matches!(outcome, ClaimOutcome::Overdue(_)), "{outcome:?}");
         let failed = event(2, 0, Kind::Failed(Failed::default()));
-        let fail = append_as(uid, Writer::Queued(0), vec![failed]);
+        let fail = append_as(uid, Writer::Queued(AttemptNumber::NONE), vec![failed]);
         assert_eq!(store.append(fail).await.unwrap(), APPLIED);
         let record = store.get_request(uid).await.unwrap().unwrap();
         assert_eq!(record.state, RequestState::Failed);
@@ -680,11 +682,12 @@ async fn a_log_is_read_from_any_position_within_limits() {
         append(&*store, uid, 1, vec![progress(10, 1)]).await;
         assert_eq!(seqs(&*store, uid, 4).await, [5, 6, 7, 8, 9, 10]);
         assert!(seqs(&*store, uid, 10).await.is_empty());
-        let page = store.read_events(uid, 2, 3, usize::MAX).await.unwrap();
+        let started = Seq::from(2);
+        let page = store.read_events(uid, started, 3, usize::MAX).await.unwrap();
         assert_eq!((page.events.len(), page.more), (3, true));
-        let page = store.read_events(uid, 2, 100, 1).await.unwrap();
+        let page = store.read_events(uid, started, 100, 1).await.unwrap();
         assert_eq!((page.events.len(), page.more), (1, true), "at least one");
-        let page = store.read_events(uid, 2, 8, usize::MAX).await.unwrap();
+        let page = store.read_events(uid, started, 8, usize::MAX).await.unwrap();
         assert_eq!((page.events.len(), page.more), (8, false));
     }
 }
@@ -723,26 +726,26 @@ async fn a_long_log_is_read_completely_for_all_event_and_batch_sizes() {
             }
             expected.extend(events);
         }
-        let mut after = 2;
+        let mut after = Seq::from(2);
         let mut read = Vec::new();
         loop {
             let page = store.read_events(uid, after, 50, 1_000_000).await.unwrap();
-            after += i64::try_from(page.events.len()).unwrap();
+            after = after.plus(page.events.len());
             read.extend(page.events);
             if !page.more {
                 break;
             }
         }
         assert!(read == expected, "all events, as they were appended");
-        let last = store.read_events(uid, seq - 2, 10, 1000).await.unwrap();
+        let last = store.read_events(uid, after.previous(), 10, 1000).await.unwrap();
         assert!(last.events[..] == expected[expected.len() - 1..]);
-        assert!(store.read_events(uid, i64::MAX, 10, 1000).await.unwrap().events.is_empty());
+        assert!(store.read_events(uid, Seq::MAX, 10, 1000).await.unwrap().events.is_empty());
         // More data than one transaction of any engine can contain.
         let large: Vec<_> = (seq..seq + 30).map(|seq| chunk(seq, 1, 60_000)).collect();
         for _ in 0..2 {
             assert_eq!(append(&*store, uid, 1, large.clone()).await, APPLIED);
         }
-        let page = store.read_events(uid, seq - 1, 100, usize::MAX).await.unwrap();
+        let page = store.read_events(uid, after, 100, usize::MAX).await.unwrap();
         assert!(page.events == large);
     }
 }
@@ -767,13 +770,13 @@ async fn checkpoints_and_events_of_any_size_are_appended_together() {
             seq += i64::try_from(events.len()).unwrap();
             let append = Append {
                 checkpoint: Some(vec![7; checkpoint].into()),
-                ..append_as(uid, Writer::Attempt(1), events)
+                ..append_as(uid, Writer::Attempt(AttemptNumber::FIRST), events)
             };
             assert_eq!(store.append(append).await.unwrap(), APPLIED);
         }
         let retry = Append {
             retry_at: Some(at(6000)),
-            ..append_as(uid, Writer::Attempt(1), vec![retrying(seq, 1)])
+            ..append_as(uid, Writer::Attempt(AttemptNumber::FIRST), vec![retrying(seq, 1)])
         };
         assert_eq!(store.append(retry).await.unwrap(), APPLIED);
         let again = claim(&*store, uid, 6000).await;
@@ -781,7 +784,7 @@ async fn checkpoints_and_events_of_any_size_are_appended_together() {
         let cancel = store.cancel(uid, "enough".into(), at(6500)).await.unwrap();
         assert!(matches!(cancel, CancelOutcome::Requested(_)));
         let applied = AppendOutcome::Applied { cancel_reason: Some("enough".into()) };
-        let next = again.record.last_seq + 1;
+        let next = again.record.last_seq.next().as_i64();
         let large = vec![chunk(next, 2, 5000), chunk(next + 1, 2, 5000)];
         assert_eq!(append(&*store, uid, 2, large).await, applied);
         let ended = vec![succeeded(next + 2, 2)];
@@ -821,7 +824,7 @@ async fn unusual_values_are_read_back_unchanged() {
             })
             .collect();
         assert_eq!(append(&*store, uid, 1, events.clone()).await, APPLIED);
-        let page = store.read_events(uid, 2, 10, 10_000).await.unwrap();
+        let page = store.read_events(uid, Seq::from(2), 10, 10_000).await.unwrap();
         assert_eq!(page.events, events);
         // The progress of the attempt is kept for any amount of output after it.
         for seq in 7..12 {
@@ -839,7 +842,7 @@ async fn a_claim_that_its_holder_does_not_renew_expires() {
             (create(&*store, new_request(None)).await, create(&*store, new_request(None)).await);
         claim(&*store, known, 2000).await;
         claim(&*store, unknown, 2000).await;
-        let lease = vec![Lease { uid: known, attempt: 1 }];
+        let lease = vec![Lease { uid: known, attempt: AttemptNumber::FIRST }];
         for now in [2300, 2600, 2900, 3200, 3500] {
             let renewed =
                 store.renew_leases("p1".into(), lease.clone(), at(now + 1000), at(now)).await;

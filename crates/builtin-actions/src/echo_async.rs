@@ -263,7 +263,8 @@ mod tests {
     async fn first_attempts_fail_halfway_and_a_later_one_succeeds() {
         let payload = json!({ "steps": 8, "output_chunks": 4, "fail_attempts": 2, "result": 7 });
         for attempt in [1, 2] {
-            let (context, reports) = TestContext { attempt, ..Default::default() }.build();
+            let (context, reports) =
+                TestContext { attempt: attempt.into(), ..Default::default() }.build();
             let error = run(&EchoAsync, &context, &payload).await.unwrap_err();
             let error = error.into_request_error();
             assert!(error.retryable);
@@ -272,7 +273,7 @@ mod tests {
             assert_eq!((reported.progress.len(), reported.output.len()), (4, 2));
             assert_eq!(reported.progress[3].0, 50.0);
         }
-        let (context, reports) = TestContext { attempt: 3, ..Default::default() }.build();
+        let (context, reports) = TestContext { attempt: 3.into(), ..Default::default() }.build();
         assert_eq!(run(&EchoAsync, &context, &payload).await.unwrap(), 7);
         let reported = Reported::take(&reports);
         assert_eq!((reported.progress.len(), reported.output.len()), (8, 4));

@@ -3,7 +3,7 @@
 use std::sync::Arc;
 
 use serde_json::Value;
-use streamer_core::{Limits, Timestamp, Uid};
+use streamer_core::{AttemptNumber, Limits, Timestamp, Uid};
 use streamer_handler::{
     AttemptInfo, Context, DynHandler, HandlerError, Report, ReportQueue, RequestHistory,
 };
@@ -12,7 +12,7 @@ use tokio_util::sync::CancellationToken;
 /// Builder of a test context with more options than [`Context::for_test`].
 #[derive(Default)]
 pub(crate) struct TestContext {
-    pub(crate) attempt: u32,
+    pub(crate) attempt: AttemptNumber,
     pub(crate) cancelled: bool,
     pub(crate) history: Option<Arc<dyn RequestHistory>>,
 }
@@ -27,7 +27,7 @@ impl TestContext {
             user: "test".into(),
             action: "test".into(),
             content_type: "application/json".into(),
-            attempt: self.attempt.max(1),
+            attempt: self.attempt.max(AttemptNumber::FIRST),
             checkpoint: None,
             trace_parent: None,
             trace_state: None,

@@ -52,6 +52,11 @@ impl Violations {
         }
     }
 
+    /// Returns the value of `outcome`. If it is an error, adds a violation, and returns `None`.
+    pub fn accept<T>(&mut self, field: &str, outcome: Result<T, impl fmt::Display>) -> Option<T> {
+        outcome.map_err(|rule| self.push(field, rule.to_string())).ok()
+    }
+
     /// Returns whether no rule is violated.
     #[must_use]
     pub fn is_empty(&self) -> bool {
@@ -161,6 +166,7 @@ pub fn at_most(bytes: usize, limit: usize, limit_name: &str) -> Result<(), Strin
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::Seq;
 
     #[test]
     fn ids_are_checked_for_length_and_characters() {
@@ -194,6 +200,15 @@ mod tests {
         violations = Violations::default();
         (0..100).for_each(|_| violations.push("payload", "é".repeat(100_000)));
         assert!(violations.to_string().len() < 4096);
+    }
+
+    #[test]
+    fn a_value_is_accepted_or_its_error_is_a_violation() {
+        let mut violations = Violations::default();
+        assert_eq!(violations.accept("after_seq", Seq::from_i64(7)), Some(Seq::from(7)));
+        assert!(violations.is_empty());
+        assert_eq!(violations.accept("after_seq", Seq::from_i64(-1)), None);
+        assert_eq!(violations.to_string(), "after_seq: must be 0 to 9223372036854775807, is -1");
     }
 
     #[test]

@@ -5,7 +5,7 @@ use std::sync::Arc;
 use async_trait::async_trait;
 use bytes::Bytes;
 use serde::{Serialize, de::DeserializeOwned};
-use streamer_core::{Limits, RequestState, Timestamp, TraceParent, Uid, limits};
+use streamer_core::{AttemptNumber, Limits, RequestState, Timestamp, TraceParent, Uid, limits};
 use tokio_util::sync::CancellationToken;
 
 use crate::{HandlerError, Report, ReportQueue};
@@ -29,7 +29,7 @@ pub struct AttemptInfo {
     /// IANA media type of the payload.
     pub content_type: String,
     /// Number of the attempt, starting at 1.
-    pub attempt: u32,
+    pub attempt: AttemptNumber,
     /// Checkpoint that an earlier attempt saved, if any.
     pub checkpoint: Option<Bytes>,
     /// W3C `traceparent` of the attempt, for calls that the handler makes.
@@ -106,7 +106,7 @@ impl Context {
             user: "test".into(),
             action: action.into(),
             content_type: "application/json".into(),
-            attempt: 1,
+            attempt: AttemptNumber::FIRST,
             checkpoint: None,
             trace_parent: None,
             trace_state: None,
@@ -149,7 +149,7 @@ impl Context {
     /// Returns the number of the attempt, starting at 1.
     #[must_use]
     pub fn attempt(&self) -> u32 {
-        self.info.attempt
+        self.info.attempt.as_u32()
     }
 
     /// Returns the time at which the attempt is aborted if it has not finished; `None` for no time limit.

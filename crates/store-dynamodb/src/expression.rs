@@ -4,6 +4,7 @@
 use std::collections::HashMap;
 
 use aws_sdk_dynamodb::types::AttributeValue;
+use streamer_core::{AttemptNumber, Seq};
 
 pub(crate) type Attributes = HashMap<String, AttributeValue>;
 
@@ -13,6 +14,14 @@ pub(crate) fn text(value: impl Into<String>) -> AttributeValue {
 
 pub(crate) fn number(value: impl Into<i64>) -> AttributeValue {
     AttributeValue::N(value.into().to_string())
+}
+
+pub(crate) fn seq(value: Seq) -> AttributeValue {
+    number(value.as_i64())
+}
+
+pub(crate) fn attempt_number(value: AttemptNumber) -> AttributeValue {
+    number(value.as_u32())
 }
 
 /// Expressions of one call, with their placeholders.

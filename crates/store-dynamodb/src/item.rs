@@ -3,6 +3,7 @@
 
 mod blob;
 mod event;
+mod numbers;
 mod request;
 mod size;
 

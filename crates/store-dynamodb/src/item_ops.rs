@@ -6,7 +6,7 @@ use aws_sdk_dynamodb::{
     error::ProvideErrorMetadata,
     types::{AttributeValue, ReturnConsumedCapacity},
 };
-use streamer_core::Uid;
+use streamer_core::{AttemptNumber, Uid};
 use streamer_store::StoreError;
 
 use crate::{
@@ -129,6 +129,11 @@ pub(crate) fn number_of(item: &Attributes, name: &str) -> Result<i64, StoreError
         _ => None,
     };
     number.ok_or_else(|| corrupt("reading an item", format!("attribute {name} is not a number")))
+}
+
+pub(crate) fn attempt_of(item: &Attributes, name: &str) -> Result<AttemptNumber, StoreError> {
+    AttemptNumber::from_i64(number_of(item, name)?)
+        .map_err(|rule| corrupt("reading an item", format!("attribute {name} {rule}")))
 }
 
 pub(crate) fn uid_of(item: &Attributes) -> Result<Uid, StoreError> {

@@ -9,16 +9,16 @@ use std::{
 
 use aws_sdk_dynamodb::{error::ProvideErrorMetadata, types::ReturnConsumedCapacity};
 use parking_lot::Mutex;
-use streamer_core::Timestamp;
+use streamer_core::{AttemptNumber, Timestamp};
 use streamer_store::{Lease, LeaseRenewal, RequestRecord, StoreError};
 
 use crate::{
     client::Dynamo,
     conditional_update::ConditionalUpdate,
     error::store_error,
-    expression::{Attributes, Expression, key, number, text},
+    expression::{Attributes, Expression, attempt_number, key, number, text},
     item::{RequestItem, RequestState, by_uid, encode},
-    item_ops::{number_of, numbers_by_name, text_of},
+    item_ops::{attempt_of, number_of, numbers_by_name, text_of},
 };
 
 /// Kind of lease holders in the fleet table.
@@ -173,19 +173,20 @@ impl Dynamo {
         let rows = self.rows_of(holder, usize::MAX).await?;
         let mut reasons = HashMap::with_capacity(rows.len());
         for row in &rows {
-            let key = (text_of(row, "uid")?, number_of(row, "attempt")?);
+            let key = (text_of(row, "uid")?, attempt_of(row, "attempt")?);
             reasons.insert(key, text_of(row, "cancel_reason").ok().map(str::to_owned));
         }
-        let attempts: HashMap<String, i64> =
-            leases.iter().map(|lease| (lease.uid.to_string(), i64::from(lease.attempt))).collect();
-        let is_shown =
-            |(uid, attempt): (&String, &i64)| reasons.contains_key(&(uid.as_str(), *attempt));
+        let attempts: HashMap<String, AttemptNumber> =
+            leases.iter().map(|lease| (lease.uid.to_string(), lease.attempt)).collect();
+        let is_shown = |(uid, attempt): (&String, &AttemptNumber)| {
+            reasons.contains_key(&(uid.as_str(), *attempt))
+        };
         let unseen =
             attempts.iter().filter(|attempt| !is_shown(*attempt)).map(|(uid, _)| uid.clone());
         let items = by_uid(self.get_many(unseen.collect()).await?);
         let renewed = leases.iter().map(|lease| {
             let uid = lease.uid.to_string();
-            if let Some(reason) = reasons.get(&(uid.as_str(), i64::from(lease.attempt))) {
+            if let Some(reason) = reasons.get(&(uid.as_str(), lease.attempt)) {
                 return LeaseRenewal { lease: *lease, held: true, cancel_reason: reason.clone() };
             }
             let item = items.get(&uid);
@@ -226,7 +227,7 @@ impl Dynamo {
                 .set("lease_holder", text(NO_HOLDER))
                 .set("lease_until", number(until.as_millis()))
                 .when("state", "=", encode(&RequestState::Running)?)
-                .when("attempt", "=", number(item.attempt))
+                .when("attempt", "=", attempt_number(item.attempt))
                 .when_or_missing("lease_until", "<=", number(now.as_millis()))
                 .when("lease_holder", "=", text(holder));
             match self.update_request("releasing a lease", &item.uid, update).await? {

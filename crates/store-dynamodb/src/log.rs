@@ -11,14 +11,14 @@ use aws_sdk_dynamodb::types::{
     ReturnValuesOnConditionCheckFailure, TransactWriteItem, Update,
 };
 use prost::Message;
-use streamer_core::{Timestamp, Uid};
+use streamer_core::{Seq, Timestamp, Uid};
 use streamer_store::{Append, AppendOutcome, EventPage, LogHead, StoreError, Writer};
 
 use crate::{
     client::{Backoff, Dynamo},
     conditional_update::ConditionalUpdate,
     error::{cancellation_reasons, corrupt, is_transient, store_error, transaction_error},
-    expression::{Attributes, Expression, key, number, text},
+    expression::{Attributes, Expression, attempt_number, key, number, seq, text},
     item::{
         Blob, QUEUE_ATTRIBUTES, RequestItem, RequestState, StoredEvent, StoredKind, StoredRef,
         StoredValue, client_id_key, encode, events_size, latest_progress, size,
@@ -190,7 +190,8 @@ impl Dynamo {
         };
         if let (Some(first), Some(last)) = (change.events.first(), change.events.last())
             && head.may_contain(Some(last.seq))
-            && self.stored_events(item, first.seq - 1, change.events.len()).await? == change.events
+            && self.stored_events(item, first.seq.previous(), change.events.len()).await?
+                == change.events
         {
             if let Some(retention) = self.retention
                 && is_terminal(last)
@@ -277,7 +278,7 @@ impl Dynamo {
             expression = expression.set("cancel_reason", text(reason));
         }
         let Some(last) = change.events.last() else { return Ok(expression) };
-        expression = expression.set("last_seq", number(last.seq));
+        expression = expression.set("last_seq", seq(last.seq));
         let finish = |expression: Expression, state| -> Result<Expression, StoreError> {
             let mut expression = expression
                 .set("state", encode(&state)?)
@@ -357,10 +358,10 @@ fn conditions(change: &Change<'_>) -> Result<Expression, StoreError> {
     let mut expression = Expression::default().when("state", "=", encode(&state)?).when(
         "attempt",
         "=",
-        number(attempt),
+        attempt_number(attempt),
     );
     if let Some(first) = change.events.first() {
-        expression = expression.when("last_seq", "=", number(first.seq - 1));
+        expression = expression.when("last_seq", "=", seq(first.seq.previous()));
     }
     Ok(expression)
 }
@@ -392,6 +393,6 @@ fn is_terminal(event: &StoredEvent) -> bool {
 }
 
 /// Returns the key of the part whose last event is `last_seq`. The keys sort in the order of the numbers.
-fn event_part_key(last_seq: i64) -> String {
+fn event_part_key(last_seq: Seq) -> String {
     format!("event {last_seq:019}")
 }

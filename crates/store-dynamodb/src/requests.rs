@@ -11,21 +11,19 @@ use aws_sdk_dynamodb::types::{
     ReturnValuesOnConditionCheckFailure, TransactWriteItem,
 };
 use futures_util::future::try_join_all;
-use streamer_core::{OutputDigest, RequestState as State, Timestamp, Uid};
-use streamer_proto::{
-    common::v1::{Accepted, Cancelled, Event, OutputSummary, Started, event::Kind},
-    timestamp,
-};
+use streamer_core::{AttemptNumber, OutputDigest, RequestState as State, Seq, Timestamp, Uid};
+use streamer_proto::common::v1::{Accepted, Cancelled, Event, OutputSummary, Started, event::Kind};
 use streamer_store::{
-    Adopt, CancelOutcome, Claim, ClaimOutcome, Claimed, CreateOutcome, DeleteOutcome, ListRequests,
-    NewRequest, Owner, RequestPage, RequestRecord, StoreError, StoredPayload, Writer,
+    Adopt, CancelOutcome, Claim, ClaimOutcome, Claimed, CreateOutcome, DeleteOutcome, EventNumbers,
+    ListRequests, NewRequest, Owner, RequestPage, RequestRecord, StoreError, StoredPayload, Writer,
+    log_event,
 };
 
 use crate::{
     client::{Backoff, Dynamo},
     conditional_update::ConditionalUpdate,
     error::{cancellation_reasons, corrupt, is_transient, store_error, transaction_error},
-    expression::{Expression, Filter, key, number, text},
+    expression::{Expression, Filter, attempt_number, key, number, seq, text},
     item::{
         Blob, QUEUE_ATTRIBUTES, RequestItem, RequestState, StoredEvent, StoredRef, StoredValue,
         client_id_key, decode, encode, encode_item, events_size,
@@ -52,8 +50,8 @@ impl Dynamo {
         };
         let uid = new.uid.to_string();
         let payload = self.store_payload(&uid, &new.payload).await?;
-        let accepted =
-            event(1, 0, new.create_time, Kind::Accepted(Accepted { action: new.action.clone() }));
+        let kind = Kind::Accepted(Accepted { action: new.action.clone() });
+        let accepted = log_event(Seq::FIRST, AttemptNumber::NONE, new.create_time, kind);
         let stored = StoredEvent::new(&accepted)?;
         let mut item = RequestItem::new(new, payload, stored);
         item.events_bytes = events_size(&item.events)?;
@@ -87,7 +85,7 @@ impl Dynamo {
                 Some(existing) if existing.uid == uid => {
                     let record = Box::new(existing.to_record()?);
                     // Returns the stored event, which may differ from the event that this call would have stored.
-                    let first = existing.events.first().filter(|_| existing.last_seq == 1);
+                    let first = existing.events.first().filter(|_| existing.last_seq == Seq::FIRST);
                     return Ok(match first {
                         Some(first) => {
                             let accepted = Box::new(first.clone().into_event());
@@ -205,13 +203,4 @@ fn existing_or_conflict(
     } else {
         CreateOutcome::Conflict(record)
     })
-}
-
-pub(crate) fn event(seq: i64, attempt: u32, time: Timestamp, kind: Kind) -> Event {
-    Event {
-        seq,
-        attempt: i32::try_from(attempt).unwrap_or(i32::MAX),
-        time: Some(timestamp(time.as_millis())),
-        kind: Some(kind),
-    }
 }

@@ -4,7 +4,7 @@ use std::sync::Arc;
 
 use async_trait::async_trait;
 use aws_sdk_dynamodb::{Client, config::Builder};
-use streamer_core::{Timestamp, Uid};
+use streamer_core::{Seq, Timestamp, Uid};
 use streamer_store::{
     Adopt, Append, AppendOutcome, CancelOutcome, Claim, ClaimOutcome, ConnectionPage,
     ConnectionRecord, CreateOutcome, DeclaredAction, DeleteOutcome, DuePage, DueQuery, EventPage,
@@ -230,7 +230,7 @@ impl Store for DynamoStore {
     async fn read_events(
         &self,
         uid: Uid,
-        after_seq: i64,
+        after_seq: Seq,
         max_events: usize,
         max_bytes: usize,
     ) -> Result<EventPage, StoreError> {

@@ -1,15 +1,20 @@
 //! CRC-32 checksums of stored values and their keys. SQLite detects corrupt structures, but not corrupt values.
 
 use crc32fast::Hasher;
-use streamer_core::{Timestamp, Uid};
+use streamer_core::{Seq, Timestamp, Uid};
 
 use streamer_store::RequestRecord;
 
-/// Returns the checksum of a value, its number and the UID of its request.
-pub(super) fn of_value(uid: Uid, number: i64, value: &[u8]) -> u32 {
+/// Returns the checksum of a payload or a checkpoint, and the UID of its request.
+pub(super) fn of_value(uid: Uid, value: &[u8]) -> u32 {
+    of_batch(uid, Seq::NONE, value)
+}
+
+/// Returns the checksum of a batch of events, the position of its last event, and the UID of its request.
+pub(super) fn of_batch(uid: Uid, last_seq: Seq, value: &[u8]) -> u32 {
     let mut hasher = Hasher::new();
     hasher.update(&uid.to_bytes());
-    hasher.update(&number.to_be_bytes());
+    hasher.update(&last_seq.as_i64().to_be_bytes());
     hasher.update(value);
     hasher.finalize()
 }

@@ -29,7 +29,7 @@ use async_trait::async_trait;
 use parking_lot::Mutex;
 use prost::Message;
 use rusqlite::Connection;
-use streamer_core::{Timestamp, Uid};
+use streamer_core::{Seq, Timestamp, Uid};
 
 use checkpointer::Checkpointer;
 use error::{io_error, sqlite_error};
@@ -276,7 +276,7 @@ impl Store for SqliteStore {
     async fn read_events(
         &self,
         uid: Uid,
-        after_seq: i64,
+        after_seq: Seq,
         max_events: usize,
         max_bytes: usize,
     ) -> Result<EventPage, StoreError> {

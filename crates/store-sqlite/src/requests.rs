@@ -6,7 +6,7 @@ mod read;
 use bytes::Bytes;
 use prost::Message;
 use rusqlite::{Connection, OptionalExtension, params};
-use streamer_core::{OutputDigest, RequestState, Timestamp, Uid};
+use streamer_core::{AttemptNumber, OutputDigest, RequestState, Seq, Timestamp, Uid};
 use streamer_proto::common::v1::{Accepted, Cancelled, Event, OutputSummary, Started, event::Kind};
 
 use super::{
@@ -16,7 +16,7 @@ use super::{
 pub(super) use read::{events, expired, find, get, list, payload, sql_count, tenant};
 use streamer_store::{
     Adopt, Append, AppendOutcome, CancelOutcome, Claim, ClaimOutcome, Claimed, CreateOutcome,
-    DeleteOutcome, Lease, LeaseRenewal, LogHead, NewRequest, Owner, RequestRecord, Writer,
+    DeleteOutcome, EventNumbers, Lease, LeaseRenewal, LogHead, NewRequest, Owner, RequestRecord, Writer, log_event,
 };
 
 pub(super) fn create(db: &Db<'_>, new: &NewRequest) -> rusqlite::Result<CreateOutcome> {
@@ -28,8 +28,8 @@ pub(super) fn create(db: &Db<'_>, new: &NewRequest) -> rusqlite::Result<CreateOu
             CreateOutcome::Conflict(Box::new(record))
         });
     }
-    let accepted =
-        event(1, 0, new.create_time, Kind::Accepted(Accepted { action: new.action.clone() }));
+    let kind = Kind::Accepted(Accepted { action: new.action.clone() });
+    let accepted = log_event(Seq::FIRST, AttemptNumber::NONE, new.create_time, kind);
     let batch = encode_batch(std::slice::from_ref(&accepted));
     let metadata = new.metadata.as_ref().map_or(0, Bytes::len);
     let bytes = REQUEST_BYTES + new.payload.data.len() + metadata + BATCH_BYTES + batch.len();
@@ -46,9 +46,9 @@ pub(super) fn create(db: &Db<'_>, new: &NewRequest) -> rusqlite::Result<CreateOu
         owner: new.owner.clone(),
         action: new.action.clone(),
         state: RequestState::Queued,
-        attempt: 0,
-        last_seq: 1,
-        attempt_seq: 0,
+        attempt: AttemptNumber::NONE,
+        last_seq: Seq::FIRST,
+        attempt_seq: Seq::NONE,
         priority: new.priority,
         create_time: new.create_time,
         start_time: None,
@@ -97,10 +97,10 @@ pub(super) fn create(db: &Db<'_>, new: &NewRequest) -> rusqlite::Result<CreateOu
         new.uid.to_bytes(),
         new.payload.content_type,
         payload.inline,
-        checksum::of_value(new.uid, 0, &new.payload.data),
+        checksum::of_value(new.uid, &new.payload.data),
         payload.large,
     ])?;
-    insert_batch(db, new.uid, 1, &batch)?;
+    insert_batch(db, new.uid, Seq::FIRST, &batch)?;
     db.change_usage(&new.owner, 1, signed(bytes))?;
     Ok(CreateOutcome::Created(Box::new(record), Box::new(accepted), used))
 }
@@ -138,12 +138,12 @@ pub(super) fn claim(db: &Db<'_>, claim: &Claim) -> rusqlite::Result<ClaimOutcome
     }
     let Some(payload) = payload(db, claim.uid)? else { return Ok(ClaimOutcome::NotClaimable) };
     record.state = RequestState::Running;
-    record.attempt += 1;
-    record.last_seq += 1;
+    record.attempt = record.attempt.next();
+    record.last_seq = record.last_seq.next();
     record.attempt_seq = record.last_seq;
     record.start_time = Some(claim.now);
     record.progress = None;
-    let started = event(
+    let started = log_event(
         record.last_seq,
         record.attempt,
         claim.now,
@@ -158,8 +158,8 @@ pub(super) fn claim(db: &Db<'_>, claim: &Claim) -> rusqlite::Result<ClaimOutcome
     )?
     .execute(params![
         claim.uid.to_bytes(),
-        record.attempt,
-        record.last_seq,
+        record.attempt.as_u32(),
+        record.last_seq.as_i64(),
         claim.now.as_millis(),
         claim.lease_until.as_millis(),
         claim.holder,
@@ -174,7 +174,7 @@ pub(super) fn claim(db: &Db<'_>, claim: &Claim) -> rusqlite::Result<ClaimOutcome
         )?
         .query_row([claim.uid.to_bytes()], |row| {
             let data = row.get::<_, Vec<u8>>(0)?;
-            row::verify(row, 1, || checksum::of_value(claim.uid, 0, &data))?;
+            row::verify(row, 1, || checksum::of_value(claim.uid, &data))?;
             Ok(data)
         })
         .optional()?;
@@ -194,7 +194,7 @@ pub(super) fn adopt(db: &Connection, adopt: &Adopt) -> rusqlite::Result<Option<R
         )?
         .execute(params![
             adopt.lease.uid.to_bytes(),
-            adopt.lease.attempt,
+            adopt.lease.attempt.as_u32(),
             adopt.worker_identity,
             adopt.holder,
             adopt.lease_until.as_millis()
@@ -219,8 +219,8 @@ fn request_head(db: &Connection, uid: Uid) -> rusqlite::Result<Option<RequestHea
         Ok(RequestHead {
             log: LogHead {
                 state: row::state(row, 0)?,
-                attempt: row.get(1)?,
-                last_seq: row.get(2)?,
+                attempt: row::attempt(row, 1)?,
+                last_seq: row::seq(row, 2)?,
                 lease_until: Timestamp::from_millis(row.get::<_, Option<i64>>(3)?.unwrap_or(0)),
             },
             cancel_reason: row.get(4)?,
@@ -235,7 +235,7 @@ pub(super) fn append(db: &Db<'_>, append: &Append) -> rusqlite::Result<AppendOut
     let Some(head) = request_head(db, append.uid)? else { return Ok(AppendOutcome::NotFound) };
     let applied = || AppendOutcome::Applied { cancel_reason: head.cancel_reason.clone() };
     let [first_seq, last_seq] =
-        [append.events.first(), append.events.last()].map(|event| event.map(|event| event.seq));
+        [append.events.first(), append.events.last()].map(|event| event.map(EventNumbers::seq));
     if head.log.may_contain(last_seq) && is_stored(db, append.uid, &append.events)? {
         return Ok(applied());
     }
@@ -271,14 +271,14 @@ fn replace_checkpoint(db: &Connection, uid: Uid, checkpoint: &Bytes) -> rusqlite
     let previous = large_values::delete_of_checkpoint(db, uid)?;
     let value = large_values::insert(db, checkpoint)?;
     db.prepare_cached("INSERT OR REPLACE INTO checkpoints VALUES (?1, ?2, ?3, ?4)")?.execute(
-        params![uid.to_bytes(), value.inline, checksum::of_value(uid, 0, checkpoint), value.large],
+        params![uid.to_bytes(), value.inline, checksum::of_value(uid, checkpoint), value.large],
     )?;
     Ok(signed(checkpoint.len()) - previous.unwrap_or(0))
 }
 
 /// Sets the state that results from the last event, and adds `bytes` to the size of the request.
 fn set_state(db: &Connection, append: &Append, last: &Event, bytes: i64) -> rusqlite::Result<()> {
-    let uid = append.uid.to_bytes();
+    let (uid, last_seq) = (append.uid.to_bytes(), last.seq().as_i64());
     let progress = append.events.iter().rev().find_map(|event| match &event.kind {
         Some(Kind::Progress(progress)) => Some(progress.encode_to_vec()),
         _ => None,
@@ -293,7 +293,7 @@ fn set_state(db: &Connection, append: &Append, last: &Event, bytes: i64) -> rusq
         .execute(params![
             uid,
             row::state_number(state),
-            last.seq,
+            last_seq,
             append.now.as_millis(),
             error,
             output.map_or(0, |output| output.chunks),
@@ -321,7 +321,7 @@ fn set_state(db: &Connection, append: &Append, last: &Event, bytes: i64) -> rusq
                      bytes = bytes + ?4
                  WHERE uid = ?1",
             )?
-            .execute(params![uid, last.seq, retry_at.as_millis(), bytes])?
+            .execute(params![uid, last_seq, retry_at.as_millis(), bytes])?
         }
         _ => db
             .prepare_cached(
@@ -329,7 +329,7 @@ fn set_state(db: &Connection, append: &Append, last: &Event, bytes: i64) -> rusq
                      bytes = bytes + ?4
                  WHERE uid = ?1",
             )?
-            .execute(params![uid, last.seq, progress, bytes])?,
+            .execute(params![uid, last_seq, progress, bytes])?,
     };
     Ok(())
 }
@@ -357,8 +357,8 @@ pub(super) fn cancel(
             // The output of earlier attempts is void, so the final output is empty.
             let empty = OutputDigest::default();
             let output = OutputSummary { chunks: 0, sha256: empty.sha256().to_vec().into() };
-            let cancelled = event(
-                record.last_seq + 1,
+            let cancelled = log_event(
+                record.last_seq.next(),
                 record.attempt,
                 now,
                 Kind::Cancelled(Cancelled {
@@ -380,7 +380,7 @@ pub(super) fn cancel(
             db.prepare_cached("UPDATE requests SET cancel_reason = ?2 WHERE uid = ?1")?
                 .execute(params![uid.to_bytes(), reason])?;
             record.state = RequestState::Cancelled;
-            record.last_seq = cancelled.seq;
+            record.last_seq = cancelled.seq();
             record.finish_time = Some(now);
             record.cancel_reason = Some(reason.to_owned());
             record.output = Some(output);
@@ -403,7 +403,7 @@ pub(super) fn renew(
     for lease in leases {
         let changed = update.execute(params![
             lease.uid.to_bytes(),
-            lease.attempt,
+            lease.attempt.as_u32(),
             holder,
             until.as_millis()
         ])?;
@@ -431,20 +431,11 @@ pub(super) fn delete(db: &Db<'_>, uid: Uid) -> rusqlite::Result<DeleteOutcome> {
     Ok(DeleteOutcome::Deleted)
 }
 
-fn event(seq: i64, attempt: u32, time: Timestamp, kind: Kind) -> Event {
-    Event {
-        seq,
-        attempt: i32::try_from(attempt).unwrap_or(i32::MAX),
-        time: Some(streamer_proto::timestamp(time.as_millis())),
-        kind: Some(kind),
-    }
-}
-
 /// Stores a batch of events and returns its size in bytes.
 fn insert_events(db: &Connection, uid: Uid, events: &[Event]) -> rusqlite::Result<i64> {
     let Some(last) = events.last() else { return Ok(0) };
     let batch = encode_batch(events);
-    insert_batch(db, uid, last.seq, &batch)?;
+    insert_batch(db, uid, last.seq(), &batch)?;
     Ok(signed(BATCH_BYTES + batch.len()))
 }
 
@@ -457,17 +448,17 @@ fn encode_batch(events: &[Event]) -> Vec<u8> {
     batch
 }
 
-fn insert_batch(db: &Connection, uid: Uid, last_seq: i64, batch: &[u8]) -> rusqlite::Result<()> {
-    let crc = checksum::of_value(uid, last_seq, batch);
+fn insert_batch(db: &Connection, uid: Uid, last_seq: Seq, batch: &[u8]) -> rusqlite::Result<()> {
+    let crc = checksum::of_batch(uid, last_seq, batch);
     let batch = large_values::insert(db, batch)?;
     db.prepare_cached("INSERT INTO events VALUES (?1, ?2, ?3, ?4, ?5)")?
-        .execute(params![uid.to_bytes(), last_seq, batch.inline, crc, batch.large])
+        .execute(params![uid.to_bytes(), last_seq.as_i64(), batch.inline, crc, batch.large])
         .map(drop)
 }
 
 /// Returns whether the log contains exactly the given events, for example after an earlier identical append.
 fn is_stored(db: &Connection, uid: Uid, events: &[Event]) -> rusqlite::Result<bool> {
     let Some(first) = events.first() else { return Ok(true) };
-    let page = read::events(db, uid, first.seq - 1, events.len(), usize::MAX)?;
+    let page = read::events(db, uid, first.seq().previous(), events.len(), usize::MAX)?;
     Ok(page.events == events)
 }

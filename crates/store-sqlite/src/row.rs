@@ -3,11 +3,11 @@
 use bytes::Bytes;
 use prost::Message;
 use rusqlite::{Row, types::Type};
-use streamer_core::{RequestState, Timestamp, Uid};
+use streamer_core::{AttemptNumber, RequestState, Seq, Timestamp, Uid};
 use streamer_proto::{common::v1::OutputSummary, internal::v1::EventBatch};
 
 use super::checksum;
-use streamer_store::{Owner, RequestRecord};
+use streamer_store::{Owner, RequestRecord, check_events};
 
 /// Columns that [`record`] reads, in this order.
 pub(super) const COLUMNS: &str = "uid, client_id, tenant, user, action, state, attempt, last_seq, attempt_seq, priority, \
@@ -24,9 +24,9 @@ pub(super) fn record(row: &Row<'_>) -> rusqlite::Result<RequestRecord> {
         owner: Owner { tenant: row.get(2)?, user: row.get(3)? },
         action: row.get(4)?,
         state: state(row, 5)?,
-        attempt: row.get(6)?,
-        last_seq: row.get(7)?,
-        attempt_seq: row.get(8)?,
+        attempt: attempt(row, 6)?,
+        last_seq: seq(row, 7)?,
+        attempt_seq: seq(row, 8)?,
         priority: row.get(9)?,
         create_time: Timestamp::from_millis(row.get(10)?),
         start_time: optional_time(row, 11)?,
@@ -83,6 +83,20 @@ pub(super) fn state(row: &Row<'_>, column: usize) -> rusqlite::Result<RequestSta
         .ok_or_else(|| corrupt(column, Type::Integer, format!("invalid state {number}")))
 }
 
+pub(super) fn seq(row: &Row<'_>, column: usize) -> rusqlite::Result<Seq> {
+    Seq::from_i64(row.get(column)?).map_err(|rule| out_of_range(row, column, &rule.to_string()))
+}
+
+pub(super) fn attempt(row: &Row<'_>, column: usize) -> rusqlite::Result<AttemptNumber> {
+    AttemptNumber::from_i64(row.get(column)?)
+        .map_err(|rule| out_of_range(row, column, &rule.to_string()))
+}
+
+fn out_of_range(row: &Row<'_>, column: usize, rule: &str) -> rusqlite::Error {
+    let name = row.as_ref().column_name(column).unwrap_or("column");
+    corrupt(column, Type::Integer, format!("{name}: {rule}"))
+}
+
 pub(super) fn uid(row: &Row<'_>, column: usize) -> rusqlite::Result<Uid> {
     let bytes = row.get_ref(column)?.as_blob()?;
     Uid::from_slice(bytes)
@@ -93,10 +107,13 @@ pub(super) fn uid(row: &Row<'_>, column: usize) -> rusqlite::Result<Uid> {
 pub(super) fn batch(row: &Row<'_>, uid: Uid) -> rusqlite::Result<EventBatch> {
     let column = 0;
     let bytes = row.get_ref(column)?.as_blob()?;
-    let last_seq = row.get(1)?;
-    verify(row, 2, || checksum::of_value(uid, last_seq, bytes))?;
+    let last_seq = seq(row, 1)?;
+    verify(row, 2, || checksum::of_batch(uid, last_seq, bytes))?;
     let bytes = Bytes::copy_from_slice(bytes);
-    EventBatch::decode(bytes).map_err(|error| corrupt(column, Type::Blob, error.to_string()))
+    let invalid = |reason: String| corrupt(column, Type::Blob, reason);
+    let batch = EventBatch::decode(bytes).map_err(|error| invalid(error.to_string()))?;
+    check_events(&batch.events).map_err(|error| invalid(error.to_string()))?;
+    Ok(batch)
 }
 
 pub(super) fn message<M: Message + Default>(
@@ -115,4 +132,47 @@ fn optional_time(row: &Row<'_>, column: usize) -> rusqlite::Result<Option<Timest
 
 fn corrupt(column: usize, kind: Type, reason: String) -> rusqlite::Error {
     rusqlite::Error::FromSqlConversionFailure(column, kind, reason.into())
+}
+
+#[cfg(test)]
+mod tests {
+    use rusqlite::Connection;
+
+    use super::*;
+
+    fn read<T>(
+        query: &str,
+        read: impl FnOnce(&Row<'_>, usize) -> rusqlite::Result<T>,
+    ) -> rusqlite::Result<T> {
+        let connection = Connection::open_in_memory().unwrap();
+        connection.query_row(query, [], |row| read(row, 0))
+    }
+
+    #[test]
+    fn numbers_of_events_and_attempts_are_read() {
+        assert_eq!(read("SELECT 7 AS last_seq", seq), Ok(Seq::from(7)));
+        assert_eq!(read("SELECT 2 AS attempt", attempt), Ok(AttemptNumber::from(2)));
+    }
+
+    #[test]
+    fn a_number_out_of_range_is_reported_with_its_column() {
+        let rejected = read("SELECT -1 AS last_seq", seq).unwrap_err().to_string();
+        assert!(
+            rejected.contains("last_seq: must be 0 to 9223372036854775807, is -1"),
+            "{rejected}"
+        );
+        let rejected = read("SELECT 2147483648 AS attempt", attempt).unwrap_err().to_string();
+        assert!(rejected.contains("attempt: must be 0 to 2147483647, is 2147483648"), "{rejected}");
+    }
+
+    #[test]
+    fn a_batch_with_a_number_out_of_range_is_corrupt() {
+        // An `EventBatch` with one event, whose `seq` is 7 and whose `attempt` is 2 or -1.
+        let good = "SELECT x'0A0408071002', 7, NULL";
+        let bad = "SELECT x'0A0D080710FFFFFFFFFFFFFFFFFF01', 7, NULL";
+        let batch = |query| read(query, |row, _| batch(row, Uid::first_of(Timestamp::default())));
+        assert_eq!(batch(good).unwrap().events[0].attempt, 2);
+        let rejected = batch(bad).unwrap_err().to_string();
+        assert!(rejected.contains("event.attempt: must be 0 to 2147483647, is -1"), "{rejected}");
+    }
 }

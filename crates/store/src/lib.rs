@@ -10,6 +10,7 @@
 
 mod append_rules;
 mod error;
+mod log_numbers;
 mod lookup;
 mod model;
 mod queue_notifier;
@@ -17,6 +18,7 @@ mod store;
 
 pub use append_rules::LogHead;
 pub use error::StoreError;
+pub use log_numbers::{EventNumbers, InvalidNumber, RequestNumbers, check_events, log_event};
 pub use lookup::find_by_client_id_or_uid;
 pub use model::{
     Adopt, Append, AppendOutcome, AssignedWorker, CancelOutcome, Claim, ClaimOutcome, Claimed,

@@ -3,7 +3,7 @@
 use std::collections::{HashMap, HashSet};
 
 use bytes::Bytes;
-use streamer_core::{RequestState, TenantLimit, Timestamp, Uid};
+use streamer_core::{AttemptNumber, RequestState, Seq, TenantLimit, Timestamp, Uid};
 use streamer_proto::common::v1::{Action, Error, Event, OutputSummary, Progress};
 
 /// Owner of a request, which is the scope of its client ID and of access to it.
@@ -127,11 +127,11 @@ pub struct RequestRecord {
     /// Current state.
     pub state: RequestState,
     /// Number of the latest attempt, starting at 1; 0 before the first attempt.
-    pub attempt: u32,
+    pub attempt: AttemptNumber,
     /// `seq` of the latest event.
-    pub last_seq: i64,
+    pub last_seq: Seq,
     /// `seq` of the `started` event of the latest attempt; 0 before the first attempt.
-    pub attempt_seq: i64,
+    pub attempt_seq: Seq,
     /// Priority, from 0 (lowest) to 9 (highest).
     pub priority: i32,
     /// Time at which the request was created.
@@ -176,7 +176,7 @@ impl RequestRecord {
     #[must_use]
     pub fn is_overdue(&self, now: Timestamp) -> bool {
         let passed = |limit: Option<Timestamp>| limit.is_some_and(|limit| limit <= now);
-        (self.attempt == 0 && passed(self.deadline)) || passed(self.close_by)
+        (self.attempt == AttemptNumber::NONE && passed(self.deadline)) || passed(self.close_by)
     }
 }
 
@@ -261,12 +261,12 @@ pub struct Claimed {
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Writer {
     /// Holder of the lease of the given attempt. The request must be running this attempt.
-    Attempt(u32),
+    Attempt(AttemptNumber),
     /// Writer without a lease. The request must be queued, and its latest attempt must be the given one.
-    Queued(u32),
+    Queued(AttemptNumber),
     /// Writer that replaces a lost holder. The request must be running the given attempt, with a lease that has expired
     /// at `now`.
-    ExpiredLease(u32),
+    ExpiredLease(AttemptNumber),
 }
 
 /// Events to append to a log. The last event determines the new state of the request.
@@ -300,9 +300,9 @@ pub enum AppendOutcome {
         /// State of the request.
         state: RequestState,
         /// Number of the current attempt.
-        attempt: u32,
+        attempt: AttemptNumber,
         /// `seq` of the latest event.
-        last_seq: i64,
+        last_seq: Seq,
     },
     /// The request does not exist.
     NotFound,
@@ -398,7 +398,7 @@ pub struct Lease {
     /// UID of the request.
     pub uid: Uid,
     /// Number of the attempt.
-    pub attempt: u32,
+    pub attempt: AttemptNumber,
 }
 
 /// Outcome of a lease renewal.

@@ -3,7 +3,7 @@
 use std::sync::Arc;
 
 use async_trait::async_trait;
-use streamer_core::{Timestamp, Uid};
+use streamer_core::{Seq, Timestamp, Uid};
 
 use crate::{
     Adopt, Append, AppendOutcome, CancelOutcome, Claim, ClaimOutcome, ConnectionPage,
@@ -113,7 +113,7 @@ pub trait Store: Send + Sync + 'static {
     async fn read_events(
         &self,
         uid: Uid,
-        after_seq: i64,
+        after_seq: Seq,
         max_events: usize,
         max_bytes: usize,
     ) -> Result<EventPage, StoreError>;

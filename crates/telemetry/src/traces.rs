@@ -21,7 +21,7 @@ use opentelemetry::{
 };
 use opentelemetry_sdk::trace::{IdGenerator, RandomIdGenerator, SdkTracer};
 use pin_project_lite::pin_project;
-use streamer_core::Uid;
+use streamer_core::{AttemptNumber, Uid};
 use tracing::Span;
 use tracing_opentelemetry::OpenTelemetrySpanExt;
 
@@ -200,7 +200,7 @@ pub struct AttemptSpan<'a> {
     /// `uid` of the request.
     pub uid: Uid,
     /// Number of the attempt, from 1.
-    pub attempt: u32,
+    pub attempt: AttemptNumber,
     /// Trace context of the submission.
     pub submission: &'a TraceContext,
     /// Time in the queue; `None` if a different process started the attempt.
@@ -295,8 +295,8 @@ impl Traces {
         };
         let (number, uid) = (attempt.attempt, attempt.uid.to_bytes());
         let mut links = vec![Link::with_context(attempt.submission.0.clone())];
-        if number > 1 {
-            links.push(Link::with_context(attempt_context(uid, number - 1).0));
+        if number > AttemptNumber::FIRST {
+            links.push(Link::with_context(attempt_context(uid, number.previous()).0));
         }
         let state = attempt.submission.0.trace_state();
         let root = attempt_context(uid, number).with_state(state);
@@ -306,7 +306,7 @@ impl Traces {
             .with_kind(SpanKind::Consumer)
             .with_attributes([
                 KeyValue::new("streamer.action", attempt.action.to_owned()),
-                KeyValue::new("streamer.attempt", i64::from(number)),
+                KeyValue::new("streamer.attempt", i64::from(number.as_u32())),
                 KeyValue::new("streamer.request_id", attempt.request_id.to_owned()),
                 KeyValue::new("streamer.tenant", attempt.tenant.to_owned()),
                 KeyValue::new("streamer.uid", attempt.uid.to_string()),
@@ -336,7 +336,7 @@ impl Traces {
     pub fn delivery(
         &self,
         uid: Uid,
-        attempt: u32,
+        attempt: AttemptNumber,
         submission: &TraceContext,
         time: (SystemTime, SystemTime),
     ) {
@@ -344,7 +344,7 @@ impl Traces {
             return;
         }
         let parent = match attempt {
-            0 => submission.clone(),
+            AttemptNumber::NONE => submission.clone(),
             attempt => attempt_context(uid.to_bytes(), attempt),
         };
         self.record("delivery", &parent.context(), time);
@@ -383,7 +383,7 @@ impl Scope {
 }
 
 /// Returns the context of the root span of an attempt's trace.
-fn attempt_context(uid: [u8; 16], attempt: u32) -> TraceContext {
+fn attempt_context(uid: [u8; 16], attempt: AttemptNumber) -> TraceContext {
     let (trace, span) = pipeline::attempt_ids(uid, attempt);
     TraceContext(SpanContext::new(trace, span, TraceFlags::SAMPLED, true, TraceState::NONE))
 }

@@ -5,7 +5,7 @@ use std::{panic::AssertUnwindSafe, sync::Arc};
 use bytes::Bytes;
 use futures_util::FutureExt;
 use parking_lot::Mutex;
-use streamer_core::{ErrorCode, Limits, RequestError, Timestamp, TraceParent};
+use streamer_core::{AttemptNumber, ErrorCode, Limits, RequestError, Timestamp, TraceParent};
 use streamer_handler::{
     AttemptInfo, Context, DynHandler, HandlerError, Report as HandlerReport, ReportQueue,
 };
@@ -169,7 +169,7 @@ impl Attempt {
         let ((uid, attempt), resends) = (self.key, self.resends);
         let report = |(number, kind)| Report {
             uid: uid.to_string(),
-            attempt: i32::try_from(attempt).unwrap_or(i32::MAX),
+            attempt: attempt.as_i32(),
             number,
             kind: Some(kind),
             resends,

@@ -2,7 +2,7 @@
 
 use std::{collections::HashMap, sync::Arc};
 
-use streamer_core::Limits;
+use streamer_core::{AttemptNumber, Limits};
 use streamer_handler::Handlers;
 use streamer_proto::processor::v1::{self as proto, Acknowledgment, Report, Resend, Revoke};
 
@@ -33,7 +33,7 @@ impl Attempts {
     pub(crate) fn ids(&self) -> Vec<proto::Attempt> {
         let name = |(uid, attempt): &AttemptKey| proto::Attempt {
             uid: uid.to_string(),
-            attempt: i32::try_from(*attempt).unwrap_or(i32::MAX),
+            attempt: attempt.as_i32(),
         };
         self.by_key.keys().map(name).collect()
     }
@@ -111,7 +111,7 @@ impl Attempts {
             }
             None => {
                 let reason = "the server did not resume the attempt";
-                tracing::warn!(uid = %key.0, attempt = key.1, reason, "attempt revoked");
+                tracing::warn!(uid = %key.0, attempt = key.1.as_u32(), reason, "attempt revoked");
                 false
             }
         });
@@ -139,5 +139,5 @@ impl Attempts {
 }
 
 fn parse_key(uid: &str, attempt: i32) -> Option<AttemptKey> {
-    Some((uid.parse().ok()?, u32::try_from(attempt).ok()?))
+    Some((uid.parse().ok()?, AttemptNumber::from_i32(attempt).ok()?))
 }

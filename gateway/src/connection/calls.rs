@@ -5,7 +5,7 @@ use std::borrow::Cow;
 use bytes::Bytes;
 use futures_util::FutureExt;
 use serde_json::value::RawValue;
-use streamer_core::{CloseCode, RequestError, Timestamp, Uid, WatchPermit};
+use streamer_core::{CloseCode, RequestError, Seq, Timestamp, Uid, WatchPermit};
 use streamer_proto::{
     common::v1::Request,
     router::v1::{
@@ -141,7 +141,7 @@ impl Session {
         })
     }
 
-    fn subscribe(&mut self, request_id: String, after_seq: Option<i64>, latest: bool) -> Call {
+    fn subscribe(&mut self, request_id: String, after_seq: Option<Seq>, latest: bool) -> Call {
         if let Err(rejected) = self.reserve_subscription(&request_id) {
             return rejected;
         }
@@ -334,7 +334,7 @@ impl Session {
         let Some(watch) = watch.filter(|_| self.subscriptions.get(uid).is_none()) else { return };
         // The acknowledgment replaces the first event. All later events follow, even if a client
         // submits again because the acknowledgment was lost.
-        let cursor = 1;
+        let cursor = Seq::FIRST;
         let subscriber = Subscriber::new(uid, self.handle.clone());
         let topic = self.gateway.fanout.join_submitted(uid, ids, cursor, subscriber.clone());
         let subscription =

@@ -3,7 +3,7 @@
 use std::sync::Arc;
 
 use bytes::Bytes;
-use streamer_core::WatchPermit;
+use streamer_core::{Seq, WatchPermit};
 use streamer_telemetry::TraceContext;
 use tokio::time::Instant;
 
@@ -20,7 +20,7 @@ pub(crate) struct Subscription {
     pub(crate) subscriber: Arc<Subscriber>,
     _watch: WatchPermit,
     /// `seq` of the last event that was sent or skipped.
-    pub(super) cursor: i64,
+    pub(super) cursor: Seq,
     latest: Option<Latest>,
     /// Whether a page of the log is being read.
     pub(super) reading_log: bool,
@@ -40,7 +40,7 @@ impl Subscription {
         topic: Arc<Topic>,
         subscriber: Arc<Subscriber>,
         watch: WatchPermit,
-        cursor: i64,
+        cursor: Seq,
         latest: bool,
     ) -> Self {
         let latest = latest.then(Latest::default);

@@ -4,7 +4,7 @@ use std::borrow::Cow;
 
 use serde::{Deserialize, Deserializer};
 use serde_json::value::RawValue;
-use streamer_core::{RequestState, Violations, limits, validate};
+use streamer_core::{RequestState, Seq, Violations, limits, validate};
 use streamer_telemetry::TraceContext;
 
 /// A client message. Unknown fields are ignored.
@@ -13,7 +13,7 @@ pub(crate) enum ClientMessage<'a> {
     /// Submits a request.
     Request(RequestMessage<'a>),
     /// Subscribes to the events of a request.
-    Subscribe { request_id: Cow<'a, str>, after_seq: Option<i64>, latest: bool },
+    Subscribe { request_id: Cow<'a, str>, after_seq: Option<Seq>, latest: bool },
     /// Ends a subscription.
     Unsubscribe { request_id: Cow<'a, str> },
     /// Cancels a request.
@@ -161,7 +161,9 @@ impl Reader {
             "request" => ClientMessage::Request(self.request(fields)),
             "subscribe" => ClientMessage::Subscribe {
                 request_id: self.request_id(fields),
-                after_seq: self.integer("after_seq", fields.after_seq, 0, i64::MAX, ""),
+                after_seq: self
+                    .integer("after_seq", fields.after_seq, 0, i64::MAX, "")
+                    .and_then(|number| Seq::from_i64(number).ok()),
                 latest: self.latest(fields.mode),
             },
             "unsubscribe" => ClientMessage::Unsubscribe { request_id: self.request_id(fields) },

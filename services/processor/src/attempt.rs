@@ -11,7 +11,8 @@ use futures_util::{
     future::{Fuse, FusedFuture, OptionFuture},
 };
 use streamer_core::{
-    ActionSpec, Clock, ErrorCode, Limits, OutputDigest, RequestError, Timestamp, Uid, retry,
+    ActionSpec, AttemptNumber, Clock, ErrorCode, Limits, OutputDigest, RequestError, Seq,
+    Timestamp, Uid, retry,
 };
 use streamer_handler::{
     AttemptInfo, Context, DynHandler, HandlerError, Report, ReportBatch, ReportQueue,
@@ -23,7 +24,7 @@ use streamer_proto::{
     timestamp,
 };
 use streamer_rpc::{error_from_proto, json_payload};
-use streamer_store::{RequestRecord, StoredPayload};
+use streamer_store::{RequestRecord, StoredPayload, log_event};
 use streamer_telemetry::{InScope, Scope, TraceContext, trace_span};
 use tokio::time::{Instant, sleep, sleep_until};
 use tokio_util::task::AbortOnDropHandle;
@@ -33,7 +34,7 @@ use tracing::{Span, field::Empty};
 use crate::{
     event_log_client::EventLogClient,
     handlers::handler_threads::HandlerSpawner,
-    outcome::{AttemptSummary, Outcome, event, final_event},
+    outcome::{AttemptSummary, Outcome, final_event},
 };
 
 pub(crate) use handle::AttemptHandle;
@@ -173,7 +174,7 @@ pub(crate) async fn run(
         tenant,
         number: record.attempt,
         attempt_seq: record.attempt_seq,
-        next_seq: record.last_seq + 1,
+        next_seq: record.last_seq.next(),
         digest: output,
         reports,
         handle,
@@ -209,9 +210,9 @@ struct Attempt<'a> {
     environment: &'a Environment,
     uid: Uid,
     tenant: Arc<str>,
-    number: u32,
-    attempt_seq: i64,
-    next_seq: i64,
+    number: AttemptNumber,
+    attempt_seq: Seq,
+    next_seq: Seq,
     digest: OutputDigest,
     reports: Arc<ReportQueue>,
     handle: Arc<AttemptHandle>,
@@ -248,13 +249,14 @@ impl Attempt<'_> {
                         self.published_at = Instant::now();
                         // The final event of an attempt is not a report from its handler.
                         let final_events = i64::from(last.is_some());
-                        self.reports.set_durable(self.next_seq - 1 - self.attempt_seq - final_events);
+                        let events = self.next_seq.previous().events_since(self.attempt_seq);
+                        self.reports.set_durable(events - final_events);
                         if let Some(reason) = cancel_reason {
                             self.handle.cancel(&reason);
                         }
                     }
                     Err(status) => {
-                        tracing::info!(uid = %self.uid, attempt = self.number, %status, "attempt fenced");
+                        tracing::info!(uid = %self.uid, attempt = self.number.as_u32(), %status, "attempt fenced");
                         self.handle.fence();
                     }
                 },
@@ -379,7 +381,7 @@ impl Attempt<'_> {
     fn new_batch(&self) -> PublishRequest {
         PublishRequest {
             uid: self.uid.to_bytes().to_vec().into(),
-            attempt: i32::try_from(self.number).unwrap_or(i32::MAX),
+            attempt: self.number.as_i32(),
             events: Vec::new(),
             checkpoint: None,
             retry_at: None,
@@ -436,8 +438,8 @@ impl Attempt<'_> {
 
     fn next_event(&mut self, kind: Kind) -> Event {
         let seq = self.next_seq;
-        self.next_seq += 1;
-        event(seq, self.number, self.environment.clock.now(), kind)
+        self.next_seq = seq.next();
+        log_event(seq, self.number, self.environment.clock.now(), kind)
     }
 
     /// Publishes a batch with retries until it is stored or the attempt is fenced. The sequence

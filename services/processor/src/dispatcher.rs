@@ -8,7 +8,7 @@ mod start;
 use std::{collections::HashMap, sync::Arc, time::Duration};
 
 use parking_lot::Mutex;
-use streamer_core::{Clock, Timestamp, Uid};
+use streamer_core::{AttemptNumber, Clock, Timestamp, Uid};
 use streamer_handler::{MemoryBudget, RequestHistory};
 use streamer_store::{QueuedRequest, Store};
 use streamer_telemetry::Traces;
@@ -99,7 +99,7 @@ pub(crate) struct QueueEstimate {
 
 struct RunningAttempt {
     /// Number of the attempt; 0 until the claim is durable.
-    attempt: u32,
+    attempt: AttemptNumber,
     tenant: String,
     handle: Arc<AttemptHandle>,
     remote: bool,
@@ -355,7 +355,7 @@ impl Dispatcher {
     /// those that were not yet assigned.
     fn detach_remote_attempts(&self) {
         for running in self.running.lock().values().filter(|running| running.remote) {
-            if running.attempt == 0 {
+            if running.attempt == AttemptNumber::NONE {
                 running.handle.release("the processor is shutting down");
             } else {
                 running.handle.fence();
@@ -402,7 +402,7 @@ impl Dispatcher {
         if !self.register(
             uid,
             RunningAttempt {
-                attempt: 0,
+                attempt: AttemptNumber::NONE,
                 tenant: tenant.to_owned(),
                 handle: handle.clone(),
                 remote,

@@ -5,7 +5,7 @@ use std::{panic::AssertUnwindSafe, sync::Arc, time::Duration};
 use futures_util::{FutureExt, StreamExt, stream::BoxStream};
 use prost::Message;
 use streamer_auth::{Authenticator, caller_of};
-use streamer_core::{ActionSpec, ErrorCode, RequestError, Timestamp, Uid};
+use streamer_core::{ActionSpec, AttemptNumber, ErrorCode, RequestError, Timestamp, Uid};
 use streamer_handler::{AttemptInfo, Context, DynHandler, ReportQueue};
 use streamer_proto::{
     internal::v1::{
@@ -105,7 +105,7 @@ impl ExecutionApi {
                 user: caller.principal.user.clone(),
                 action: request.action,
                 content_type,
-                attempt: 1,
+                attempt: AttemptNumber::FIRST,
                 checkpoint: None,
                 trace_parent: trace.as_ref().map(TraceContext::header),
                 trace_state: trace.as_ref().and_then(TraceContext::trace_state),

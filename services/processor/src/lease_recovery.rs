@@ -3,7 +3,7 @@
 use streamer_core::{ErrorCode, OutputDigest, RequestError, RetryPolicy, Timestamp, retry};
 use streamer_proto::common::v1::event::Kind;
 use streamer_rpc::payload_bytes;
-use streamer_store::{RequestRecord, Store, StoreError};
+use streamer_store::{EventNumbers, RequestRecord, Store, StoreError};
 
 use crate::outcome::{self, AttemptSummary, FinalEvent, Outcome};
 
@@ -52,7 +52,7 @@ pub(crate) async fn read_output(
     loop {
         let page = store.read_events(record.uid, after_seq, PAGE, PAGE_BYTES).await?;
         for event in &page.events {
-            after_seq = event.seq;
+            after_seq = event.seq();
             if let Some(Kind::Output(output)) = &event.kind {
                 digest.push(&payload_bytes(output.data.as_ref()));
             }

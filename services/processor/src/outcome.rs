@@ -3,10 +3,11 @@
 use std::time::Duration;
 
 use streamer_core::{
-    ErrorCode, OutputDigest, RequestError, RetryPolicy, Timestamp, limits, validate,
+    AttemptNumber, ErrorCode, OutputDigest, RequestError, RetryPolicy, Seq, Timestamp, limits,
+    validate,
 };
 use streamer_proto::{
-    common::v1::{Cancelled, Event, Failed, OutputSummary, Retrying, Succeeded, event::Kind},
+    common::v1::{Cancelled, Failed, OutputSummary, Retrying, Succeeded, event::Kind},
     timestamp,
 };
 use streamer_rpc::{error_to_proto, json_payload};
@@ -34,9 +35,9 @@ pub(crate) struct FinalEvent {
 
 /// State of an attempt when it finishes.
 pub(crate) struct AttemptSummary<'a> {
-    pub(crate) attempt: u32,
+    pub(crate) attempt: AttemptNumber,
     /// `seq` of its `started` event.
-    pub(crate) attempt_seq: i64,
+    pub(crate) attempt_seq: Seq,
     pub(crate) output: &'a OutputDigest,
     /// Cancellation reason; `None` if cancellation was not requested.
     pub(crate) cancel_reason: Option<String>,
@@ -72,12 +73,12 @@ pub(crate) fn final_event(outcome: Outcome, summary: &AttemptSummary<'_>) -> Fin
         |wait: Duration| summary.close_by.is_none_or(|limit| summary.now.plus(wait) < limit);
     let wait = if released {
         // A release does not count as a failed attempt, but repeated releases are retried with backoff.
-        let again = summary.attempt.saturating_sub(MAX_IMMEDIATE_RELEASES);
+        let again = summary.attempt.as_u32().saturating_sub(MAX_IMMEDIATE_RELEASES);
         let unbounded = RetryPolicy { max_attempts: u32::MAX, ..summary.policy };
         let backoff = |failed| unbounded.backoff(failed, summary.random);
         if again == 0 { Some(Duration::ZERO) } else { backoff(again) }
     } else if error.retryable && !summary.policy.final_errors.contains(error.code) {
-        summary.policy.backoff(summary.attempt, summary.random)
+        summary.policy.backoff(summary.attempt.as_u32(), summary.random)
     } else {
         None
     };
@@ -100,17 +101,17 @@ fn retrying(error: &RequestError, wait: Duration, summary: &AttemptSummary<'_>) 
     let retry_at = summary.now.plus(wait);
     let kind = Kind::Retrying(Retrying {
         retry_at: Some(timestamp(retry_at.as_millis())),
-        rewind_to_seq: summary.attempt_seq,
+        rewind_to_seq: summary.attempt_seq.as_i64(),
         error: Some(error_to_proto(error)),
     });
     FinalEvent { kind, retry_at: Some(retry_at) }
 }
 
 /// Returns the final event of a failed request whose output after `rewind_to_seq` is invalid.
-pub(crate) fn failed(error: &RequestError, rewind_to_seq: i64) -> Kind {
+pub(crate) fn failed(error: &RequestError, rewind_to_seq: Seq) -> Kind {
     Kind::Failed(Failed {
         error: Some(error_to_proto(error)),
-        rewind_to_seq,
+        rewind_to_seq: rewind_to_seq.as_i64(),
         output: Some(output_summary(&OutputDigest::default())),
     })
 }
@@ -128,21 +129,11 @@ pub(crate) fn overdue(record: &RequestRecord, now: Timestamp) -> Kind {
         ),
     };
     let error = RequestError { retryable: false, ..RequestError::new(ErrorCode::Timeout, message) };
-    failed(&error, 0)
+    failed(&error, Seq::NONE)
 }
 
 pub(crate) fn output_summary(output: &OutputDigest) -> OutputSummary {
     OutputSummary { chunks: output.chunks(), sha256: output.sha256().to_vec().into() }
-}
-
-/// Creates an event of an attempt.
-pub(crate) fn event(seq: i64, attempt: u32, now: Timestamp, kind: Kind) -> Event {
-    Event {
-        seq,
-        attempt: i32::try_from(attempt).unwrap_or(i32::MAX),
-        time: Some(timestamp(now.as_millis())),
-        kind: Some(kind),
-    }
 }
 
 #[cfg(test)]
@@ -151,10 +142,10 @@ mod tests {
 
     use super::*;
 
-    fn summary(attempt: u32, output: &OutputDigest) -> AttemptSummary<'_> {
+    fn summary(attempt: u16, output: &OutputDigest) -> AttemptSummary<'_> {
         AttemptSummary {
-            attempt,
-            attempt_seq: 7,
+            attempt: attempt.into(),
+            attempt_seq: Seq::from(7),
             output,
             cancel_reason: None,
             policy: RetryPolicy {

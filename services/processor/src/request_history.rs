@@ -51,7 +51,7 @@ impl RequestHistory for StoredHistory {
                     uid: record.uid,
                     action: record.action,
                     state: record.state,
-                    attempts: record.attempt,
+                    attempts: record.attempt.as_u32(),
                     create_time: record.create_time,
                     start_time: record.start_time,
                     finish_time: record.finish_time,

@@ -2,7 +2,7 @@
 
 use std::sync::Arc;
 
-use streamer_core::{Clock, ErrorCode, RequestError, Timestamp, Uid};
+use streamer_core::{AttemptNumber, Clock, ErrorCode, RequestError, Seq, Timestamp, Uid};
 use streamer_proto::{
     common::v1::Event,
     internal::v1::{
@@ -12,7 +12,9 @@ use streamer_proto::{
     millis,
 };
 use streamer_rpc::{run_to_completion, status, store_status};
-use streamer_store::{Append, AppendOutcome, Store, Writer};
+use streamer_store::{
+    Append, AppendOutcome, EventNumbers, RequestNumbers, Store, Writer, check_events,
+};
 use streamer_telemetry::trace_span;
 use tokio::time::Instant;
 use tonic::{Code, Request, Response, Status};
@@ -46,7 +48,7 @@ impl LogService {
     async fn append(
         &self,
         uid: Uid,
-        attempt: u32,
+        attempt: AttemptNumber,
         request: PublishRequest,
     ) -> Result<PublishResponse, Status> {
         let start = Instant::now();
@@ -99,7 +101,8 @@ impl EventLogService for LogService {
         if !request.events.is_empty() || request.checkpoint.is_none() {
             check_contiguous(&request.events)?;
         }
-        let attempt = u32::try_from(request.attempt).ok().filter(|attempt| *attempt > 0);
+        let attempt = AttemptNumber::from_i32(request.attempt).ok();
+        let attempt = attempt.filter(|attempt| *attempt >= AttemptNumber::FIRST);
         let attempt =
             attempt.ok_or_else(|| Status::invalid_argument("attempt must be positive"))?;
         let service = self.clone();
@@ -116,7 +119,10 @@ impl EventLogService for LogService {
         let uid = parse_uid(&request.uid)?;
         check_contiguous(&request.events)?;
         match request.created {
-            Some(created) => self.topics.create(uid, &created, &request.events),
+            Some(created) => {
+                created.check_numbers().map_err(|error| invalid(&error.to_string()))?;
+                self.topics.create(uid, &created, &request.events);
+            }
             None => self.topics.push(uid, &request.events),
         }
         Ok(Response::new(AnnounceResponse {}))
@@ -128,9 +134,10 @@ fn parse_uid(bytes: &[u8]) -> Result<Uid, Status> {
 }
 
 fn check_contiguous(events: &[Event]) -> Result<(), Status> {
-    let contiguous = events.windows(2).all(|pair| pair[1].seq == pair[0].seq + 1);
+    check_events(events).map_err(|error| invalid(&error.to_string()))?;
+    let contiguous = events.windows(2).all(|pair| pair[1].seq() == pair[0].seq().next());
     match events.first() {
-        Some(first) if contiguous && first.seq > 0 => Ok(()),
+        Some(first) if contiguous && first.seq() > Seq::NONE => Ok(()),
         Some(_) => Err(invalid("events must have consecutive sequence numbers, from 1")),
         None => Err(invalid("events must not be empty")),
     }

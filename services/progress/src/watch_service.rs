@@ -10,7 +10,7 @@ use futures_util::stream::BoxStream;
 use parking_lot::Mutex;
 use streamer_auth::{Caller, Principal};
 use streamer_cluster::Instance;
-use streamer_core::{Limits, OpenWatches, Uid, Violations, validate};
+use streamer_core::{Limits, OpenWatches, Seq, Uid, Violations, validate};
 use streamer_handler::MemoryBudget;
 use streamer_proto::{
     common::v1::Event,
@@ -178,6 +178,7 @@ impl WatchService {
         &self,
         principal: &Principal,
         request: &ListEventsRequest,
+        after_seq: Seq,
         limit: usize,
     ) -> Option<Vec<Event>> {
         let uid = request.request_id.parse().ok()?;
@@ -186,7 +187,7 @@ impl WatchService {
         if !principal.can_read(&snapshot.tenant_id, &snapshot.user_id) {
             return None;
         }
-        match topic.read(request.after_seq, limit, MAX_PAGE_BYTES) {
+        match topic.read(after_seq, limit, MAX_PAGE_BYTES) {
             Read::Events(events) => Some(events),
             Read::InStore | Read::UpToDate | Read::Ended => None,
         }
@@ -207,9 +208,8 @@ impl ProgressService for WatchService {
         let is_from_gateway = request.metadata().contains_key(WATCH_COUNTED);
         let request = request.into_inner();
         let mut violations = check_request_id(&request.request_id);
-        if let Some(after_seq) = request.after_seq {
-            violations.check("after_seq", validate::in_range(after_seq, 0, i64::MAX, ""));
-        }
+        let after_seq = request.after_seq.map(Seq::from_i64).transpose();
+        let after_seq = violations.accept("after_seq", after_seq).flatten();
         ensure_valid(&violations)?;
         if let Some(ring) = &self.ring {
             ring.check_serving()?;
@@ -227,7 +227,8 @@ impl ProgressService for WatchService {
         }
         let subscription = self.subscribe(principal, &request.request_id).await?;
         let (topics, store) = (self.topics.clone(), self.store.clone());
-        let watcher = Watcher::new(subscription, topics, store, &request, (open_watch, unread));
+        let guards = (open_watch, unread);
+        let watcher = Watcher::new(subscription, topics, store, &request, after_seq, guards);
         Ok(Response::new(watcher.into_stream()))
     }
 
@@ -240,19 +241,19 @@ impl ProgressService for WatchService {
         let mut violations = check_request_id(&request.request_id);
         let page_size = i64::from(request.page_size);
         violations.check("page_size", validate::in_range(page_size, 0, i64::from(MAX_PAGE), ""));
-        violations.check("after_seq", validate::in_range(request.after_seq, 0, i64::MAX, ""));
+        let after_seq = violations.accept("after_seq", Seq::from_i64(request.after_seq));
+        let after_seq = after_seq.unwrap_or_default();
         ensure_valid(&violations)?;
         let limit = match request.page_size {
             0 => DEFAULT_PAGE,
             size => usize::try_from(size).unwrap_or(DEFAULT_PAGE),
         };
         let encoding = request.payload_encoding();
-        let mut events = match self.read_in_memory(&caller.principal, &request, limit) {
+        let mut events = match self.read_in_memory(&caller.principal, &request, after_seq, limit) {
             Some(events) => events,
             None => {
                 let uid = self.resolve(&caller.principal, &request.request_id).await?;
-                let page =
-                    self.store.read_events(uid, request.after_seq, limit, MAX_PAGE_BYTES).await;
+                let page = self.store.read_events(uid, after_seq, limit, MAX_PAGE_BYTES).await;
                 page.map_err(|error| store_status(&error))?.events
             }
         };

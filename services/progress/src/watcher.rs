@@ -4,14 +4,14 @@ use std::sync::Arc;
 
 use futures_util::stream::{self, BoxStream};
 use prometheus_client::metrics::gauge::Gauge;
-use streamer_core::WatchPermit;
+use streamer_core::{Seq, WatchPermit};
 use streamer_handler::Reservation;
 use streamer_proto::{
     common::v1::{Event, PayloadEncoding},
     progress::v1::{WatchRequest, WatchResponse},
 };
 use streamer_rpc::{encode_event, is_terminal, store_status};
-use streamer_store::Store;
+use streamer_store::{EventNumbers, RequestNumbers, Store};
 use tonic::Status;
 
 use crate::{
@@ -29,7 +29,10 @@ pub(crate) struct Watcher {
     subscription: Subscription,
     topics: Arc<Topics>,
     store: Arc<dyn Store>,
-    cursor: i64,
+    /// `seq` of the last event that was sent or skipped.
+    cursor: Seq,
+    /// Whether the watch starts at the snapshot, which determines the cursor.
+    starts_at_snapshot: bool,
     position: Position,
     encoding: PayloadEncoding,
     /// Whether to send only the terminal event.
@@ -61,13 +64,14 @@ impl Drop for GaugeGuard {
 }
 
 impl Watcher {
-    /// Creates a watch that starts after `request.after_seq`, or at the snapshot if `after_seq` is absent. A watch that
+    /// Creates a watch that starts after `after_seq`, or at the snapshot if `after_seq` is absent. A watch that
     /// starts at the snapshot of an ended request also sends the terminal event.
     pub(crate) fn new(
         subscription: Subscription,
         topics: Arc<Topics>,
         store: Arc<dyn Store>,
         request: &WatchRequest,
+        after_seq: Option<Seq>,
         (open_watch, budget): (Option<WatchPermit>, Option<UnreadBudget>),
     ) -> Self {
         let watchers = topics.metrics().watchers.clone();
@@ -76,7 +80,8 @@ impl Watcher {
             subscription,
             topics,
             store,
-            cursor: request.after_seq.unwrap_or(-1),
+            cursor: after_seq.unwrap_or_default(),
+            starts_at_snapshot: after_seq.is_none(),
             position: Position::default(),
             encoding: request.payload_encoding(),
             outcome_only: request.outcome_only,
@@ -144,10 +149,11 @@ impl Watcher {
             result.map_err(|error| store_status(&error))?;
         }
         let snapshot = self.subscription.topic.snapshot();
-        if let (Some(snapshot), -1) = (&snapshot, self.cursor) {
+        if let Some(snapshot) = snapshot.as_ref().filter(|_| self.starts_at_snapshot) {
             let state = streamer_rpc::state_from_proto(snapshot.state);
             let ended = state.is_some_and(streamer_core::RequestState::is_terminal);
-            self.cursor = snapshot.last_seq - i64::from(ended);
+            let last_seq = snapshot.last_seq();
+            self.cursor = if ended { last_seq.previous() } else { last_seq };
         }
         let events = self.read().await?.unwrap_or_default();
         Ok(WatchResponse { snapshot, ..self.message(events) })
@@ -155,7 +161,7 @@ impl Watcher {
 
     fn message(&mut self, mut events: Vec<Event>) -> WatchResponse {
         if let Some(last) = events.last() {
-            self.cursor = last.seq;
+            self.cursor = last.seq();
             self.ended = is_terminal(last);
         }
         for event in &mut events {
@@ -187,10 +193,10 @@ impl Watcher {
         }
         loop {
             // Only the last event can be terminal.
-            self.cursor = self.cursor.max(self.subscription.topic.last_seq() - 1);
+            self.cursor = self.cursor.max(self.subscription.topic.last_seq().previous());
             let Some(mut events) = self.read_all().await? else { return Ok(None) };
             let Some(last) = events.pop() else { return Ok(Some(events)) };
-            self.cursor = last.seq;
+            self.cursor = last.seq();
             if is_terminal(&last) {
                 return Ok(Some(vec![last]));
             }
@@ -248,7 +254,8 @@ mod tests {
         let request = WatchRequest { outcome_only: true, ..WatchRequest::default() };
         let subscription = topics.subscribe_loaded(uid).unwrap();
         let mut watch =
-            Watcher::new(subscription, topics.clone(), store, &request, (None, None)).into_stream();
+            Watcher::new(subscription, topics.clone(), store, &request, None, (None, None))
+                .into_stream();
         let first = watch.next().await.unwrap().unwrap();
         assert!(first.snapshot.is_some() && first.events.is_empty(), "{first:?}");
         let progress = |seq| event(seq, Kind::Progress(Progress::default()));

@@ -208,7 +208,7 @@ impl RequestService {
             outcome: Some(Outcome::Acknowledgment(Acknowledgment {
                 state: state_to_proto(record.state).into(),
                 duplicate,
-                last_seq: record.last_seq,
+                last_seq: record.last_seq.as_i64(),
                 queue_position,
             })),
         };
@@ -415,7 +415,8 @@ impl RequestService {
         if record.state != streamer_core::RequestState::Succeeded {
             return Ok(None);
         }
-        let last = self.store.read_events(record.uid, record.last_seq - 1, 1, usize::MAX).await;
+        let last =
+            self.store.read_events(record.uid, record.last_seq.previous(), 1, usize::MAX).await;
         let last = last.map_err(|error| store_status(&error))?.events.pop();
         Ok(last.and_then(|event| match event.kind {
             Some(Kind::Succeeded(succeeded)) => succeeded.result,

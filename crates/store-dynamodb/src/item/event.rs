@@ -1,6 +1,7 @@
 //! Stored form of events.
 
 use serde::{Deserialize, Serialize};
+use streamer_core::{AttemptNumber, Seq};
 use streamer_proto::{
     common::v1::{
         Accepted, Cancelled, Error, Event, Failed, Output, OutputSummary, Payload, Progress,
@@ -8,9 +9,9 @@ use streamer_proto::{
     },
     millis, timestamp,
 };
-use streamer_store::StoreError;
+use streamer_store::{EventNumbers, StoreError};
 
-use super::{Blob, encode, size};
+use super::{Blob, encode, numbers, size};
 
 /// Value of any size.
 #[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
@@ -77,7 +78,8 @@ pub(crate) enum StoredKind {
     Retrying {
         #[serde(skip_serializing_if = "Option::is_none", default)]
         retry_at: Option<i64>,
-        rewind_to_seq: i64,
+        #[serde(with = "numbers::seq")]
+        rewind_to_seq: Seq,
         #[serde(skip_serializing_if = "Option::is_none", default)]
         error: Option<StoredError>,
     },
@@ -90,7 +92,8 @@ pub(crate) enum StoredKind {
     Failed {
         #[serde(skip_serializing_if = "Option::is_none", default)]
         error: Option<StoredError>,
-        rewind_to_seq: i64,
+        #[serde(with = "numbers::seq")]
+        rewind_to_seq: Seq,
         #[serde(skip_serializing_if = "Option::is_none", default)]
         output: Option<StoredOutput>,
     },
@@ -104,8 +107,10 @@ pub(crate) enum StoredKind {
 
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 pub(crate) struct StoredEvent {
-    pub(crate) seq: i64,
-    pub(crate) attempt: i32,
+    #[serde(with = "numbers::seq")]
+    pub(crate) seq: Seq,
+    #[serde(with = "numbers::attempt")]
+    pub(crate) attempt: AttemptNumber,
     #[serde(skip_serializing_if = "Option::is_none", default)]
     pub(crate) time: Option<i64>,
     #[serde(flatten)]
@@ -118,10 +123,11 @@ impl StoredEvent {
             doing: "storing an event",
             reason: reason.into(),
         };
+        event.check_numbers().map_err(|error| rejected(&error.to_string()))?;
         let Some(kind) = &event.kind else { return Err(rejected("the event has no kind")) };
         Ok(Self {
-            seq: event.seq,
-            attempt: event.attempt,
+            seq: event.seq(),
+            attempt: event.attempt_number(),
             time: event.time.as_ref().map(millis),
             kind: StoredKind::new(kind).ok_or_else(|| rejected("a payload is not bytes"))?,
         })
@@ -129,8 +135,8 @@ impl StoredEvent {
 
     pub(crate) fn into_event(self) -> Event {
         Event {
-            seq: self.seq,
-            attempt: self.attempt,
+            seq: self.seq.as_i64(),
+            attempt: self.attempt.as_i32(),
             time: self.time.map(timestamp),
             kind: Some(self.kind.into_kind()),
         }
@@ -147,7 +153,7 @@ impl StoredEvent {
 }
 
 impl StoredKind {
-    /// Converts the kind of an event to its stored form. Returns `None` if a payload is not bytes.
+    /// Converts the kind of a checked event to its stored form. Returns `None` if a payload is not bytes.
     fn new(kind: &Kind) -> Option<Self> {
         Some(match kind {
             Kind::Accepted(accepted) => Self::Accepted { action: accepted.action.clone() },
@@ -159,7 +165,7 @@ impl StoredKind {
             }
             Kind::Retrying(retrying) => Self::Retrying {
                 retry_at: retrying.retry_at.as_ref().map(millis),
-                rewind_to_seq: retrying.rewind_to_seq,
+                rewind_to_seq: Seq::from_i64(retrying.rewind_to_seq).ok()?,
                 error: optional(retrying.error.as_ref(), StoredError::new)?,
             },
             Kind::Succeeded(succeeded) => Self::Succeeded {
@@ -168,7 +174,7 @@ impl StoredKind {
             },
             Kind::Failed(failed) => Self::Failed {
                 error: optional(failed.error.as_ref(), StoredError::new)?,
-                rewind_to_seq: failed.rewind_to_seq,
+                rewind_to_seq: Seq::from_i64(failed.rewind_to_seq).ok()?,
                 output: failed.output.as_ref().map(StoredOutput::new),
             },
             Kind::Cancelled(cancelled) => Self::Cancelled {
@@ -188,7 +194,7 @@ impl StoredKind {
             }
             Self::Retrying { retry_at, rewind_to_seq, error } => Kind::Retrying(Retrying {
                 retry_at: retry_at.map(timestamp),
-                rewind_to_seq,
+                rewind_to_seq: rewind_to_seq.as_i64(),
                 error: error.map(StoredError::into_error),
             }),
             Self::Succeeded { result, output } => Kind::Succeeded(Succeeded {
@@ -197,7 +203,7 @@ impl StoredKind {
             }),
             Self::Failed { error, rewind_to_seq, output } => Kind::Failed(Failed {
                 error: error.map(StoredError::into_error),
-                rewind_to_seq,
+                rewind_to_seq: rewind_to_seq.as_i64(),
                 output: output.map(StoredOutput::into_summary),
             }),
             Self::Cancelled { reason, output } => Kind::Cancelled(Cancelled {
@@ -300,4 +306,46 @@ pub(crate) fn events_size(events: &[StoredEvent]) -> Result<i64, StoreError> {
         bytes += size(&encode(event)?) + 1;
     }
     Ok(i64::try_from(bytes).unwrap_or(i64::MAX))
+}
+
+#[cfg(test)]
+mod tests {
+    use aws_sdk_dynamodb::types::AttributeValue;
+    use streamer_core::Timestamp;
+    use streamer_store::log_event;
+
+    use super::*;
+    use crate::item::{decode, encode_item};
+
+    fn retrying() -> Event {
+        let retrying = Retrying { rewind_to_seq: 2, ..Retrying::default() };
+        let (seq, attempt) = (Seq::from(7), AttemptNumber::FIRST);
+        log_event(seq, attempt, Timestamp::default(), Kind::Retrying(retrying))
+    }
+
+    #[test]
+    fn numbers_are_stored_as_numbers() {
+        let stored = StoredEvent::new(&retrying()).unwrap();
+        let item = encode_item(&stored).unwrap();
+        let number = |text: &str| AttributeValue::N(text.into());
+        assert_eq!((&item["seq"], &item["attempt"]), (&number("7"), &number("1")));
+        let AttributeValue::M(kind) = &item["retrying"] else { panic!("{item:?}") };
+        assert_eq!(kind["rewind_to_seq"], number("2"));
+        let read: StoredEvent = decode("reading an event", item).unwrap();
+        assert_eq!(read.into_event(), retrying());
+    }
+
+    #[test]
+    fn numbers_out_of_range_are_rejected_and_reported_with_their_field() {
+        let event = Event { seq: -1, ..retrying() };
+        let rejected = StoredEvent::new(&event).unwrap_err().to_string();
+        assert!(rejected.contains("event.seq: must be 0 to"), "{rejected}");
+        for (attribute, number) in [("seq", "-1"), ("attempt", "2147483648")] {
+            let mut item = encode_item(&StoredEvent::new(&retrying()).unwrap()).unwrap();
+            item.insert(attribute.into(), AttributeValue::N(number.into()));
+            let read: Result<StoredEvent, _> = decode("reading an event", item);
+            let corrupt = read.unwrap_err().to_string();
+            assert!(corrupt.contains(&format!("{attribute}: must be 0 to")), "{corrupt}");
+        }
+    }
 }

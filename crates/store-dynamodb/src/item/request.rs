@@ -3,12 +3,13 @@
 use std::collections::HashMap;
 
 use serde::{Deserialize, Serialize};
-use streamer_core::{Timestamp, Uid};
+use streamer_core::{AttemptNumber, Seq, Timestamp, Uid};
 use streamer_store::{NewRequest, Owner, RequestRecord, StoreError};
 
 use super::{
     Blob, StoredKind, StoredValue,
     event::{StoredError, StoredEvent, StoredOutput, StoredProgress},
+    numbers,
 };
 use crate::error::corrupt;
 
@@ -72,9 +73,12 @@ pub(crate) struct RequestItem {
     pub(crate) user: String,
     pub(crate) action: String,
     pub(crate) state: RequestState,
-    pub(crate) attempt: u32,
-    pub(crate) last_seq: i64,
-    pub(crate) attempt_seq: i64,
+    #[serde(with = "numbers::attempt")]
+    pub(crate) attempt: AttemptNumber,
+    #[serde(with = "numbers::seq")]
+    pub(crate) last_seq: Seq,
+    #[serde(with = "numbers::seq")]
+    pub(crate) attempt_seq: Seq,
     pub(crate) priority: i32,
     pub(crate) create_time: i64,
     #[serde(skip_serializing_if = "Option::is_none", default)]
@@ -147,9 +151,9 @@ impl RequestItem {
             user: new.owner.user.clone(),
             action: new.action.clone(),
             state: RequestState::Queued,
-            attempt: 0,
-            last_seq: 1,
-            attempt_seq: 0,
+            attempt: AttemptNumber::NONE,
+            last_seq: Seq::FIRST,
+            attempt_seq: Seq::NONE,
             priority: new.priority,
             create_time: new.create_time.as_millis(),
             start_time: None,

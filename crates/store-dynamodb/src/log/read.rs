@@ -6,7 +6,7 @@ impl Dynamo {
     pub(crate) async fn read_events(
         &self,
         uid: Uid,
-        after_seq: i64,
+        after_seq: Seq,
         max_events: usize,
         max_bytes: usize,
     ) -> Result<EventPage, StoreError> {
@@ -25,7 +25,7 @@ impl Dynamo {
                 if event.seq <= after || event.seq > item.last_seq {
                     continue;
                 }
-                gap = event.seq != after + 1;
+                gap = event.seq != after.next();
                 full = page.events.len() + selected.len() >= max_events
                     || (bytes >= max_bytes && !(page.events.is_empty() && selected.is_empty()));
                 if gap || full {
@@ -49,7 +49,7 @@ impl Dynamo {
                 rereads += 1;
                 item = match self.get(&uid).await? {
                     Some(_) if rereads > MAX_REREADS => {
-                        let reason = format!("request {uid} has no event {}", after + 1);
+                        let reason = format!("request {uid} has no event {}", after.next());
                         return Err(corrupt("reading events", reason));
                     }
                     Some(item) => item,
@@ -63,9 +63,9 @@ impl Dynamo {
     pub(crate) async fn events_after(
         &self,
         item: &RequestItem,
-        after: i64,
+        after: Seq,
     ) -> Result<(Vec<StoredEvent>, bool), StoreError> {
-        let here = item.events.first().is_some_and(|first| first.seq <= after.saturating_add(1));
+        let here = item.events.first().is_some_and(|first| first.seq <= after.next());
         if here || after >= item.last_seq {
             return Ok((item.events.clone(), false));
         }
@@ -81,7 +81,7 @@ impl Dynamo {
     pub(crate) async fn read_parts(
         &self,
         uid: &str,
-        after: i64,
+        after: Seq,
         start: Option<Attributes>,
     ) -> Result<(Vec<StoredEvent>, Option<Attributes>), StoreError> {
         let doing = "reading events";
@@ -91,8 +91,8 @@ impl Dynamo {
             .table_name(&self.tables.parts)
             .key_condition_expression("uid = :u AND part BETWEEN :f AND :t")
             .expression_attribute_values(":u", text(uid))
-            .expression_attribute_values(":f", text(event_part_key(after.saturating_add(1))))
-            .expression_attribute_values(":t", text(event_part_key(i64::MAX)))
+            .expression_attribute_values(":f", text(event_part_key(after.next())))
+            .expression_attribute_values(":t", text(event_part_key(Seq::MAX)))
             .consistent_read(true)
             .limit(MAX_PAGE_PARTS)
             .set_exclusive_start_key(start)
@@ -115,11 +115,11 @@ impl Dynamo {
     pub(crate) async fn stored_events(
         &self,
         item: &RequestItem,
-        after: i64,
+        after: Seq,
         count: usize,
     ) -> Result<Vec<StoredEvent>, StoreError> {
         let mut events = Vec::new();
-        if item.events.first().is_none_or(|first| first.seq > after + 1) {
+        if item.events.first().is_none_or(|first| first.seq > after.next()) {
             let mut start = None;
             loop {
                 let (part_events, next) = self.read_parts(&item.uid, after, start).await?;

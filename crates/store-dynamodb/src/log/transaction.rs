@@ -17,7 +17,7 @@ impl Dynamo {
         // The outcome contains the cancellation reason, which must not change in the meantime.
         let mut expression = expression
             .when_unchanged("cancel_reason", item.cancel_reason.as_deref().map(text))
-            .when("last_seq", "=", number(item.last_seq));
+            .when("last_seq", "=", seq(item.last_seq));
         let mut writes = Vec::new();
         if fits_item {
             if !change.events.is_empty() {
@@ -132,8 +132,8 @@ fn split_into_parts<'a>(
 ) -> Result<Vec<(Attributes, bool)>, StoreError> {
     let mut parts = Vec::new();
     let mut list = Vec::new();
-    let (mut bytes, mut last_seq) = (0, 0);
-    let finish = |list: &mut Vec<AttributeValue>, last_seq: i64| {
+    let (mut bytes, mut last_seq) = (0, Seq::NONE);
+    let finish = |list: &mut Vec<AttributeValue>, last_seq: Seq| {
         let mut part = key([("uid", uid), ("part", event_part_key(last_seq).as_str())]);
         part.insert("events".into(), AttributeValue::L(std::mem::take(list)));
         (part, true)

@@ -24,15 +24,15 @@ impl Dynamo {
             }
             None => None,
         };
-        let (attempt, seq) = (item.attempt + 1, item.last_seq + 1);
+        let (attempt, next) = (item.attempt.next(), item.last_seq.next());
         let worker = claim.worker_display_name().to_owned();
-        let started = event(seq, attempt, claim.now, Kind::Started(Started { worker }));
+        let started = log_event(next, attempt, claim.now, Kind::Started(Started { worker }));
         let events = [StoredEvent::new(&started)?];
         let update = Expression::default()
             .set("state", encode(&RequestState::Running)?)
-            .set("attempt", number(attempt))
-            .set("last_seq", number(seq))
-            .set("attempt_seq", number(seq))
+            .set("attempt", attempt_number(attempt))
+            .set("last_seq", seq(next))
+            .set("attempt_seq", seq(next))
             .set("start_time", number(claim.now.as_millis()))
             .set("lease_until", number(claim.lease_until.as_millis()))
             .set("lease_holder", text(claim.holder.as_str()))
@@ -42,7 +42,7 @@ impl Dynamo {
             .remove(&QUEUE_ATTRIBUTES)
             .remove(&["progress"])
             .when("state", "=", encode(&RequestState::Queued)?)
-            .when("last_seq", "=", number(item.last_seq));
+            .when("last_seq", "=", seq(item.last_seq));
         let claimed = match self.update_request(doing, &uid, update).await? {
             ConditionalUpdate::Applied(item) => item,
             // The holder has already claimed the request, in this call or in an earlier call whose response was lost.
@@ -57,7 +57,7 @@ impl Dynamo {
             ConditionalUpdate::ConditionFailed(_) => return Ok(ClaimOutcome::NotClaimable),
         };
         // Returns the stored event, which may differ from the event that this call would have stored.
-        let stored = self.stored_events(&claimed, seq - 1, 1).await?.into_iter().next();
+        let stored = self.stored_events(&claimed, item.last_seq, 1).await?.into_iter().next();
         let started = stored.map_or(started, StoredEvent::into_event);
         let record = claimed.to_record()?;
         Ok(ClaimOutcome::Claimed(Box::new(Claimed { record, payload, checkpoint, started })))
@@ -70,7 +70,7 @@ impl Dynamo {
             .set("lease_holder", text(adopt.holder.as_str()))
             .set("lease_until", number(until))
             .when("state", "=", encode(&RequestState::Running)?)
-            .when("attempt", "=", number(adopt.lease.attempt))
+            .when("attempt", "=", attempt_number(adopt.lease.attempt))
             .when("worker", "=", text(adopt.worker_identity.as_str()));
         match self.update_request("adopting an attempt", &uid, update).await? {
             ConditionalUpdate::Applied(item) => item.to_record().map(Some),
@@ -102,7 +102,7 @@ impl Dynamo {
                     let update = Expression::default()
                         .set("cancel_reason", text(reason))
                         .when("state", "=", encode(&RequestState::Running)?)
-                        .when("attempt", "=", number(item.attempt))
+                        .when("attempt", "=", attempt_number(item.attempt))
                         .when_missing("cancel_reason");
                     match self.update_request(doing, &uid, update).await? {
                         ConditionalUpdate::Applied(item) => {
@@ -120,7 +120,7 @@ impl Dynamo {
                         reason: reason.to_owned(),
                         output: Some(output.clone()),
                     });
-                    let event = event(item.last_seq + 1, item.attempt, now, kind);
+                    let event = log_event(item.last_seq.next(), item.attempt, now, kind);
                     let change = Change {
                         cancel_reason: Some(reason),
                         ..Change::new(
@@ -218,7 +218,7 @@ fn cancelled_record(
 ) -> RequestRecord {
     RequestRecord {
         state: State::Cancelled,
-        last_seq: event.seq,
+        last_seq: event.seq(),
         finish_time: Some(now),
         cancel_reason: Some(reason.to_owned()),
         output: Some(output),

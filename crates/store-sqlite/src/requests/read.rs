@@ -2,10 +2,10 @@
 
 use prost::Message;
 use rusqlite::{Connection, OptionalExtension, params, params_from_iter, types::Value};
-use streamer_core::{Timestamp, Uid};
+use streamer_core::{Seq, Timestamp, Uid};
 
 use crate::{checksum, row};
-use streamer_store::{EventPage, ListRequests, Owner, RequestPage, RequestRecord, StoredPayload};
+use streamer_store::{EventNumbers, EventPage, ListRequests, Owner, RequestPage, RequestRecord, StoredPayload};
 
 pub(crate) fn get(db: &Connection, uid: Uid) -> rusqlite::Result<Option<RequestRecord>> {
     db.prepare_cached(&format!("SELECT {} FROM requests WHERE uid = ?1", row::COLUMNS))?
@@ -97,7 +97,7 @@ pub(crate) fn expired(
 pub(crate) fn events(
     db: &Connection,
     uid: Uid,
-    after_seq: i64,
+    after_seq: Seq,
     max_events: usize,
     max_bytes: usize,
 ) -> rusqlite::Result<EventPage> {
@@ -105,12 +105,12 @@ pub(crate) fn events(
         "SELECT COALESCE((SELECT data FROM large_values WHERE id = large), batch), last_seq, crc
          FROM events WHERE uid = ?1 AND last_seq > ?2 ORDER BY last_seq",
     )?;
-    let mut rows = query.query(params![uid.to_bytes(), after_seq])?;
+    let mut rows = query.query(params![uid.to_bytes(), after_seq.as_i64()])?;
     let mut page = EventPage { events: Vec::new(), more: false };
     let mut bytes = 0;
     while let Some(row) = rows.next()? {
         for event in row::batch(row, uid)?.events {
-            if event.seq <= after_seq {
+            if event.seq() <= after_seq {
                 continue;
             }
             if page.events.len() >= max_events || (bytes >= max_bytes && !page.events.is_empty()) {

@@ -20,6 +20,7 @@ use opentelemetry_sdk::{
 };
 use prometheus_client::metrics::counter::Counter;
 use sha2::{Digest, Sha256};
+use streamer_core::AttemptNumber;
 use tokio::{
     runtime,
     sync::{mpsc, oneshot},
@@ -270,8 +271,8 @@ impl IdGenerator for PresetIds {
 }
 
 /// Returns the IDs of an attempt's trace and of the trace's root span.
-pub(super) fn attempt_ids(uid: [u8; 16], attempt: u32) -> (TraceId, SpanId) {
-    let hash = Sha256::new_with_prefix(uid).chain_update(attempt.to_be_bytes()).finalize();
+pub(super) fn attempt_ids(uid: [u8; 16], attempt: AttemptNumber) -> (TraceId, SpanId) {
+    let hash = Sha256::new_with_prefix(uid).chain_update(attempt.as_u32().to_be_bytes()).finalize();
     let mut trace = [0; 16];
     trace.copy_from_slice(&hash[..16]);
     let mut span = [0; 8];

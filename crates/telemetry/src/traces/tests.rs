@@ -64,9 +64,10 @@ fn the_ratio_selects_that_share_of_all_numbers() {
 
 #[test]
 fn each_attempt_has_distinct_derivable_ids() {
-    let first = attempt_context([7; 16], 1);
-    assert_eq!(first, attempt_context([7; 16], 1));
-    assert_ne!(first.trace_id(), attempt_context([7; 16], 2).trace_id());
-    assert_ne!(first.trace_id(), attempt_context([8; 16], 1).trace_id());
+    let context = |uid: u8, attempt: u16| attempt_context([uid; 16], attempt.into());
+    let first = context(7, 1);
+    assert_eq!(first, context(7, 1));
+    assert_ne!(first.trace_id(), context(7, 2).trace_id());
+    assert_ne!(first.trace_id(), context(8, 1).trace_id());
     assert!(first.is_sampled());
 }

@@ -2,9 +2,11 @@
 
 use std::sync::Arc;
 
-use streamer_core::{RetryPolicy, Timestamp};
+use streamer_core::{AttemptNumber, RetryPolicy, Timestamp};
 use streamer_proto::common::v1::event::Kind;
-use streamer_store::{Append, AppendOutcome, Lease, LeaseRenewal, RequestRecord, Writer};
+use streamer_store::{
+    Append, AppendOutcome, Lease, LeaseRenewal, RequestRecord, Writer, log_event,
+};
 use tokio::time::{MissedTickBehavior, interval};
 use tokio_util::sync::CancellationToken;
 
@@ -30,7 +32,7 @@ impl Dispatcher {
         retry_at: Option<Timestamp>,
     ) {
         let now = self.now();
-        let event = outcome::event(record.last_seq + 1, record.attempt, now, kind.clone());
+        let event = log_event(record.last_seq.next(), record.attempt, now, kind.clone());
         let append = Append {
             uid: record.uid,
             writer,
@@ -115,7 +117,8 @@ impl Dispatcher {
             }
             let leases: Vec<Lease> = {
                 let running = self.running.lock();
-                let claimed = running.iter().filter(|(_, running)| running.attempt > 0);
+                let claimed =
+                    running.iter().filter(|(_, running)| running.attempt > AttemptNumber::NONE);
                 claimed
                     .map(|(uid, running)| Lease { uid: *uid, attempt: running.attempt })
                     .collect()

@@ -5,6 +5,7 @@ use std::{
     sync::Arc,
 };
 
+use streamer_core::AttemptNumber;
 use streamer_store::{DueQuery, StoreError};
 
 use super::Dispatcher;
@@ -135,7 +136,7 @@ impl Dispatcher {
             match attempt {
                 None => {}
                 // The index does not reflect the claim yet.
-                Some(0) => continue,
+                Some(AttemptNumber::NONE) => continue,
                 // The finished attempt is being removed; the next one may start after that.
                 Some(_) => {
                     remaining.insert(request.tenant);
@@ -170,7 +171,7 @@ impl Dispatcher {
     fn limits(&self) -> HashMap<String, usize> {
         let mut limits = self.limiter.available_by_tenant();
         let running = self.running.lock();
-        for claiming in running.values().filter(|running| running.attempt == 0) {
+        for claiming in running.values().filter(|running| running.attempt == AttemptNumber::NONE) {
             if let Some(limit) = limits.get_mut(&claiming.tenant).filter(|limit| **limit > 0) {
                 *limit += 1;
             }

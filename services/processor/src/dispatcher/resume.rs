@@ -3,7 +3,7 @@
 use std::sync::Arc;
 
 use bytes::Bytes;
-use streamer_core::Uid;
+use streamer_core::{AttemptNumber, Uid};
 use streamer_store::{Adopt, Lease, StoreError, StoredPayload};
 
 use super::{Dispatcher, RunningAttempt, RunningGuard};
@@ -22,7 +22,7 @@ impl Dispatcher {
         self: &Arc<Self>,
         worker: &Arc<WorkerSession>,
         uid: Uid,
-        attempt: u32,
+        attempt: AttemptNumber,
     ) -> Result<Option<Arc<RemoteTask>>, StoreError> {
         if self.is_stopping() {
             return Ok(None);
@@ -60,7 +60,7 @@ impl Dispatcher {
         let Some(spec) = declared.map(|declared| declared.spec) else { return Ok(None) };
         let output = lease_recovery::read_output(&*self.store, &record).await?;
         let reports = Arc::new(self.report_queue(&record));
-        let durable = record.last_seq - record.attempt_seq;
+        let durable = record.last_seq.events_since(record.attempt_seq);
         let task = RemoteTask::new(&record, durable, reports.clone(), &self.output_budget);
         let permit =
             self.actions.workers.acquire_slot_for_running(worker.clone(), &record.owner.tenant);

@@ -157,7 +157,7 @@ impl Dispatcher {
             uid = %record.uid,
             tenant_id = record.owner.tenant,
             action = record.action,
-            attempt = record.attempt,
+            attempt = record.attempt.as_u32(),
         );
         let started_at = Instant::now();
         let (uid, action) = (record.uid, record.action.clone());

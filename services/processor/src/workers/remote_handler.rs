@@ -54,7 +54,7 @@ impl RemoteHandler {
         let info = context.info();
         self.worker.send(Message::Task(Task {
             uid: info.uid.to_string(),
-            attempt: i32::try_from(self.task.attempt).unwrap_or(i32::MAX),
+            attempt: self.task.attempt.as_i32(),
             request_id: info.request_id.clone(),
             tenant_id: info.tenant.clone(),
             user_id: info.user.clone(),

@@ -11,7 +11,7 @@ use std::{
 };
 
 use parking_lot::Mutex;
-use streamer_core::Uid;
+use streamer_core::{AttemptNumber, Uid};
 use streamer_handler::{MemoryBudget, PauseGuard, ReportQueue, ReportSource, Reservation};
 use streamer_proto::processor::v1::{Acknowledgment, Cancel, Report, Resend, Revoke, report};
 use streamer_store::RequestRecord;
@@ -28,7 +28,7 @@ use crate::workers::report_buffer::ReportBuffer;
 /// State of one attempt that a worker runs.
 pub(crate) struct RemoteTask {
     pub(crate) uid: Uid,
-    pub(crate) attempt: u32,
+    pub(crate) attempt: AttemptNumber,
     /// Name of the action.
     pub(crate) action: String,
     /// Tenant of the request.
@@ -76,12 +76,15 @@ impl RemoteTask {
     pub(crate) fn sync(uid: Uid, action: &str, tenant: &str, budget: &Arc<MemoryBudget>) -> Self {
         let reports = Arc::new(ReportQueue::discarding());
         let buffer = ReportBuffer::new(budget.clone(), tenant);
-        Self { sync: true, ..Self::begin(uid, 1, action, tenant, reports, buffer) }
+        Self {
+            sync: true,
+            ..Self::begin(uid, AttemptNumber::FIRST, action, tenant, reports, buffer)
+        }
     }
 
     fn begin(
         uid: Uid,
-        attempt: u32,
+        attempt: AttemptNumber,
         action: &str,
         tenant: &str,
         reports: Arc<ReportQueue>,
@@ -114,7 +117,7 @@ impl RemoteTask {
     pub(crate) fn acknowledgment(&self, ended: bool) -> Acknowledgment {
         Acknowledgment {
             uid: self.uid.to_string(),
-            attempt: i32::try_from(self.attempt).unwrap_or(i32::MAX),
+            attempt: self.attempt.as_i32(),
             number: *self.reports.durable().borrow(),
             ended,
             max_unacknowledged_bytes: i64::try_from(self.buffer.window()).unwrap_or(i64::MAX),
@@ -127,7 +130,7 @@ impl RemoteTask {
     }
 
     pub(crate) fn revocation(&self, reason: impl Into<String>) -> Revoke {
-        let attempt = i32::try_from(self.attempt).unwrap_or(i32::MAX);
+        let attempt = self.attempt.as_i32();
         Revoke { uid: self.uid.to_string(), attempt, reason: reason.into() }
     }
 
@@ -185,7 +188,7 @@ impl RemoteTask {
             if let Some((number, resends)) = arrivals.request_resend(reserved) {
                 *self.paused.lock() = None;
                 *self.requested_at.lock() = Some(Instant::now());
-                let attempt = i32::try_from(self.attempt).unwrap_or(i32::MAX);
+                let attempt = self.attempt.as_i32();
                 return send(Resend { uid: self.uid.to_string(), attempt, number, resends });
             }
         }
@@ -230,7 +233,7 @@ impl RemoteTask {
     pub(crate) fn set_cancel(&self, reason: String, grace: Duration) -> Cancel {
         let cancel = Cancel {
             uid: self.uid.to_string(),
-            attempt: i32::try_from(self.attempt).unwrap_or(i32::MAX),
+            attempt: self.attempt.as_i32(),
             reason,
             grace_ms: i64::try_from(grace.as_millis()).unwrap_or(i64::MAX),
         };

@@ -7,7 +7,7 @@ use futures_util::{
     stream::{self, BoxStream},
 };
 use streamer_auth::{Authenticator, Caller};
-use streamer_core::{Clock, ErrorCode, Timestamp, Uid, limits, validate};
+use streamer_core::{AttemptNumber, Clock, ErrorCode, Timestamp, Uid, limits, validate};
 use streamer_proto::{
     processor::v1::{
         Acknowledgment, Attempt, Capacity, Heartbeat, HeartbeatReply, Report, Revoke, TokenStatus,
@@ -156,7 +156,7 @@ impl Shared {
             let rule = format!("must have at most {MAX_ATTEMPTS} entries, has {}", attempts.len());
             return Err(violation("hello.attempts", &rule));
         }
-        let named: HashSet<(Uid, u32)> = attempts
+        let named: HashSet<(Uid, AttemptNumber)> = attempts
             .iter()
             .map(|attempt| parse_attempt(&attempt.uid, attempt.attempt))
             .collect::<Result<_, _>>()?;
@@ -406,10 +406,10 @@ fn revoke_unowned(uid: String, attempt: i32) -> Revoke {
     Revoke { uid, attempt, reason: reason.into() }
 }
 
-fn parse_attempt(uid: &str, attempt: i32) -> Result<(Uid, u32), Status> {
+fn parse_attempt(uid: &str, attempt: i32) -> Result<(Uid, AttemptNumber), Status> {
     let uid = uid.parse().map_err(|_| violation("uid", "must be a ULID of 26 characters"))?;
-    match u32::try_from(attempt) {
-        Ok(attempt) if attempt > 0 => Ok((uid, attempt)),
+    match AttemptNumber::from_i32(attempt) {
+        Ok(number) if number >= AttemptNumber::FIRST => Ok((uid, number)),
         _ => Err(violation("attempt", &format!("must be at least 1, is {attempt}"))),
     }
 }

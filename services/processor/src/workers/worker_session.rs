@@ -8,7 +8,7 @@ use std::{
 };
 
 use parking_lot::Mutex;
-use streamer_core::{ActionSpec, Uid};
+use streamer_core::{ActionSpec, AttemptNumber, Uid};
 use streamer_proto::processor::v1::{WorkResponse, work_response::Message};
 use streamer_store::{AssignedWorker, Owner};
 use tokio::{sync::mpsc, time::Instant};
@@ -340,7 +340,7 @@ impl WorkerSession {
         }
     }
 
-    pub(crate) fn task(&self, uid: Uid, attempt: u32) -> Option<Arc<RemoteTask>> {
+    pub(crate) fn task(&self, uid: Uid, attempt: AttemptNumber) -> Option<Arc<RemoteTask>> {
         let state = self.state.lock();
         let is_this = |task: &&Arc<RemoteTask>| {
             task.attempt == attempt && state.grants.allows(&task.action, &task.tenant)

@@ -2,6 +2,7 @@
 
 use std::time::Duration;
 
+use streamer_core::Seq;
 use tokio::time::Instant;
 
 /// Maximum delay of an announcement after its event was found in the store. A slow store or a busy
@@ -13,9 +14,9 @@ const ANNOUNCEMENT_TIMEOUT: Duration = Duration::from_secs(5);
 #[derive(Debug, Default)]
 pub(crate) struct PendingAnnouncements {
     /// `seq` of the last event before the gap.
-    after_seq: i64,
+    after_seq: Seq,
     /// `seq` of the last event in the gap.
-    last_seq: i64,
+    last_seq: Seq,
     /// Number of events in the gap that have not been announced.
     pending: i64,
     /// Time at which the gap was found.
@@ -24,23 +25,25 @@ pub(crate) struct PendingAnnouncements {
 
 impl PendingAnnouncements {
     /// Records that the events after `known`, up to `stored`, were found in the store. Returns their number.
-    pub(crate) fn record_found(&mut self, known: i64, stored: i64, now: Instant) -> i64 {
+    pub(crate) fn record_found(&mut self, known: Seq, stored: Seq, now: Instant) -> i64 {
         if self.pending == 0 {
             self.after_seq = known;
             self.since = Some(now);
         }
         self.last_seq = stored;
-        self.pending += stored - known;
-        stored - known
+        let found = stored.events_since(known);
+        self.pending += found;
+        found
     }
 
     /// Records that the events from `first` to `last` were announced. Returns the number of these events that were
     /// pending.
-    pub(crate) fn record_announced(&mut self, first: i64, last: i64) -> i64 {
-        let announced = last.min(self.last_seq) - first.max(self.after_seq + 1) + 1;
+    pub(crate) fn record_announced(&mut self, first: Seq, last: Seq) -> i64 {
+        let first_pending = first.max(self.after_seq.next());
+        let announced = last.min(self.last_seq).events_since(first_pending) + 1;
         let confirmed = announced.clamp(0, self.pending);
         self.pending -= confirmed;
-        if first <= self.after_seq + 1 {
+        if first <= self.after_seq.next() {
             // A repeated announcement must not confirm further events.
             self.after_seq = self.after_seq.max(last.min(self.last_seq));
         }
@@ -66,17 +69,25 @@ impl PendingAnnouncements {
 mod tests {
     use super::*;
 
+    fn found(pending: &mut PendingAnnouncements, known: u32, stored: u32, now: Instant) -> i64 {
+        pending.record_found(known.into(), stored.into(), now)
+    }
+
+    fn announced(pending: &mut PendingAnnouncements, first: u32, last: u32) -> i64 {
+        pending.record_announced(first.into(), last.into())
+    }
+
     #[test]
     fn a_delayed_announcement_is_not_lost() {
         let now = Instant::now();
         let mut pending = PendingAnnouncements::default();
-        assert_eq!(pending.record_announced(1, 9), 0, "no event was found in the store");
-        assert_eq!(pending.record_found(3, 6, now), 3);
-        assert_eq!(pending.record_announced(1, 3), 0);
-        assert_eq!(pending.record_announced(2, 5), 2);
-        assert_eq!(pending.record_announced(2, 5), 0, "a repeated announcement");
+        assert_eq!(announced(&mut pending, 1, 9), 0, "no event was found in the store");
+        assert_eq!(found(&mut pending, 3, 6, now), 3);
+        assert_eq!(announced(&mut pending, 1, 3), 0);
+        assert_eq!(announced(&mut pending, 2, 5), 2);
+        assert_eq!(announced(&mut pending, 2, 5), 0, "a repeated announcement");
         assert!(pending.is_pending());
-        assert_eq!(pending.record_announced(6, 9), 1);
+        assert_eq!(announced(&mut pending, 6, 9), 1);
         assert!(!pending.is_pending());
         assert_eq!(pending.take_lost(now + 2 * ANNOUNCEMENT_TIMEOUT), 0);
     }
@@ -85,12 +96,12 @@ mod tests {
     fn an_overdue_announcement_is_lost() {
         let now = Instant::now();
         let mut pending = PendingAnnouncements::default();
-        pending.record_found(3, 6, now);
-        pending.record_announced(5, 5);
-        assert_eq!(pending.record_found(6, 8, now + ANNOUNCEMENT_TIMEOUT / 2), 2);
+        found(&mut pending, 3, 6, now);
+        announced(&mut pending, 5, 5);
+        assert_eq!(found(&mut pending, 6, 8, now + ANNOUNCEMENT_TIMEOUT / 2), 2);
         assert_eq!(pending.take_lost(now + ANNOUNCEMENT_TIMEOUT / 2), 0);
         assert_eq!(pending.take_lost(now + ANNOUNCEMENT_TIMEOUT), 4);
         assert_eq!(pending.take_lost(now + 2 * ANNOUNCEMENT_TIMEOUT), 0, "lost events count once");
-        assert_eq!(pending.record_announced(4, 8), 0);
+        assert_eq!(announced(&mut pending, 4, 8), 0);
     }
 }

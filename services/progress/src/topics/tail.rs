@@ -3,8 +3,10 @@
 use std::collections::VecDeque;
 
 use prost::Message;
+use streamer_core::Seq;
 use streamer_proto::common::v1::{Event, Request};
 use streamer_rpc::{apply_event, compact_event, compact_request, is_terminal};
+use streamer_store::{EventNumbers, RequestNumbers};
 
 /// Maximum number of events in a tail.
 const MAX_EVENTS: usize = 1024;
@@ -32,7 +34,7 @@ pub(crate) struct Tail {
     events: VecDeque<Event>,
     bytes: usize,
     /// `seq` of the latest event known to be durable, in memory or not.
-    last_seq: i64,
+    last_seq: Seq,
     ended: bool,
 }
 
@@ -42,7 +44,7 @@ impl Tail {
         self.snapshot.as_ref()
     }
 
-    pub(crate) fn last_seq(&self) -> i64 {
+    pub(crate) fn last_seq(&self) -> Seq {
         self.last_seq
     }
 
@@ -58,15 +60,16 @@ impl Tail {
     /// Replaces the snapshot with the stored request, which may be older than the events in memory.
     pub(crate) fn load(&mut self, request: &Request) {
         use streamer_core::RequestState;
-        let next = self.events.front().map_or(self.last_seq + 1, |first| first.seq);
-        if request.last_seq + 1 < next {
+        let next = self.events.front().map_or(self.last_seq.next(), EventNumbers::seq);
+        let stored = request.last_seq();
+        if stored.next() < next {
             // Events are missing between the stored request and the events in memory.
             return;
         }
-        if request.last_seq > self.last_seq {
+        if stored > self.last_seq {
             // The store is ahead: readers read the missing events from it.
             self.clear();
-            self.last_seq = request.last_seq;
+            self.last_seq = stored;
         }
         let mut request = compact_request(request);
         for event in &self.events {
@@ -81,10 +84,11 @@ impl Tail {
     /// dropped, and readers read them from the store.
     pub(crate) fn push(&mut self, events: &[Event]) {
         for event in events {
-            if event.seq <= self.last_seq {
+            let seq = event.seq();
+            if seq <= self.last_seq {
                 continue;
             }
-            if event.seq != self.last_seq + 1 {
+            if seq != self.last_seq.next() {
                 self.clear();
                 // The missing events may have changed fields that this event does not contain.
                 self.snapshot = None;
@@ -93,7 +97,7 @@ impl Tail {
             if let Some(snapshot) = &mut self.snapshot {
                 apply_event(snapshot, &event);
             }
-            self.last_seq = event.seq;
+            self.last_seq = seq;
             self.ended |= is_terminal(&event);
             self.bytes += memory_bytes(&event);
             self.events.push_back(event);
@@ -125,12 +129,12 @@ impl Tail {
     }
 
     /// Reads at most `max_events` events after `after_seq`; the events end once they have `max_bytes` bytes.
-    pub(crate) fn read(&self, after_seq: i64, max_events: usize, max_bytes: usize) -> Read {
+    pub(crate) fn read(&self, after_seq: Seq, max_events: usize, max_bytes: usize) -> Read {
         if after_seq >= self.last_seq {
             return if self.ended { Read::Ended } else { Read::UpToDate };
         }
         let Some(first) = self.events.front() else { return Read::InStore };
-        let Ok(skip) = usize::try_from(after_seq + 1 - first.seq) else { return Read::InStore };
+        let Some(skip) = after_seq.next().index_from(first.seq()) else { return Read::InStore };
         let mut bytes = 0;
         let events = self
             .events
@@ -175,6 +179,10 @@ mod tests {
         }
     }
 
+    fn read(tail: &Tail, after_seq: u32, max_events: usize) -> Read {
+        tail.read(after_seq.into(), max_events, 1000)
+    }
+
     fn loaded(last_seq: i64) -> Tail {
         let mut tail = Tail::default();
         tail.load(&Request { last_seq, state: 2, ..Request::default() });
@@ -185,10 +193,10 @@ mod tests {
     fn a_read_returns_the_events_after_the_cursor() {
         let mut tail = loaded(2);
         tail.push(&[progress(3), progress(4), progress(5)]);
-        assert_eq!(seqs(&tail.read(2, 10, 1000)), [3, 4, 5]);
-        assert_eq!(seqs(&tail.read(3, 1, 1000)), [4]);
-        assert_eq!(tail.read(5, 10, 1000), Read::UpToDate);
-        assert_eq!(tail.read(1, 10, 1000), Read::InStore);
+        assert_eq!(seqs(&read(&tail, 2, 10)), [3, 4, 5]);
+        assert_eq!(seqs(&read(&tail, 3, 1)), [4]);
+        assert_eq!(read(&tail, 5, 10), Read::UpToDate);
+        assert_eq!(read(&tail, 1, 10), Read::InStore);
     }
 
     #[test]
@@ -196,10 +204,10 @@ mod tests {
         let mut tail = loaded(0);
         tail.push(&[progress(1), progress(2)]);
         tail.push(&[progress(2), progress(3)]);
-        assert_eq!(seqs(&tail.read(0, 10, 1000)), [1, 2, 3]);
+        assert_eq!(seqs(&read(&tail, 0, 10)), [1, 2, 3]);
         tail.push(&[progress(6)]);
-        assert_eq!(tail.read(3, 10, 1000), Read::InStore);
-        assert_eq!(seqs(&tail.read(5, 10, 1000)), [6]);
+        assert_eq!(read(&tail, 3, 10), Read::InStore);
+        assert_eq!(seqs(&read(&tail, 5, 10)), [6]);
     }
 
     #[test]
@@ -208,8 +216,8 @@ mod tests {
         for seq in 1..=2000 {
             tail.push(&[progress(seq)]);
         }
-        assert_eq!(tail.read(0, 10, 1000), Read::InStore);
-        assert_eq!(seqs(&tail.read(1999, 10, 1000)), [2000]);
+        assert_eq!(read(&tail, 0, 10), Read::InStore);
+        assert_eq!(seqs(&read(&tail, 1999, 10)), [2000]);
     }
 
     #[test]
@@ -217,13 +225,13 @@ mod tests {
         let mut tail = loaded(0);
         tail.push(&[progress(1), progress(2), progress(3)]);
         tail.shrink_to(memory_bytes(&progress(3)));
-        assert_eq!(tail.read(1, 10, 1000), Read::InStore);
-        assert_eq!(seqs(&tail.read(2, 10, 1000)), [3]);
+        assert_eq!(read(&tail, 1, 10), Read::InStore);
+        assert_eq!(seqs(&read(&tail, 2, 10)), [3]);
         tail.shrink_to(0);
-        assert_eq!(tail.read(2, 10, 1000), Read::InStore);
-        assert_eq!(tail.read(3, 10, 1000), Read::UpToDate);
+        assert_eq!(read(&tail, 2, 10), Read::InStore);
+        assert_eq!(read(&tail, 3, 10), Read::UpToDate);
         tail.push(&[progress(4)]);
-        assert_eq!(seqs(&tail.read(3, 10, 1000)), [4]);
+        assert_eq!(seqs(&read(&tail, 3, 10)), [4]);
     }
 
     #[test]
@@ -232,10 +240,10 @@ mod tests {
         tail.push(&[progress(4), progress(5)]);
         tail.load(&Request { last_seq: 4, state: 2, ..Request::default() });
         assert_eq!(tail.snapshot().unwrap().last_seq, 5);
-        assert_eq!(seqs(&tail.read(3, 10, 1000)), [4, 5]);
+        assert_eq!(seqs(&read(&tail, 3, 10)), [4, 5]);
         tail.load(&Request { last_seq: 9, state: 2, ..Request::default() });
-        assert_eq!(tail.read(5, 10, 1000), Read::InStore);
-        assert_eq!(tail.read(9, 10, 1000), Read::UpToDate);
+        assert_eq!(read(&tail, 5, 10), Read::InStore);
+        assert_eq!(read(&tail, 9, 10), Read::UpToDate);
     }
 
     #[test]
@@ -243,7 +251,7 @@ mod tests {
         let mut tail = loaded(1);
         let kind = Some(Kind::Succeeded(Succeeded::default()));
         tail.push(&[Event { seq: 2, attempt: 1, time: None, kind }]);
-        assert_eq!(seqs(&tail.read(1, 10, 1000)), [2]);
-        assert_eq!(tail.read(2, 10, 1000), Read::Ended);
+        assert_eq!(seqs(&read(&tail, 1, 10)), [2]);
+        assert_eq!(read(&tail, 2, 10), Read::Ended);
     }
 }

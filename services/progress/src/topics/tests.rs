@@ -1,6 +1,6 @@
 //! Tests of the registry of topics.
 
-use streamer_core::Timestamp;
+use streamer_core::{AttemptNumber, Seq, Timestamp};
 use streamer_proto::common::v1::{Accepted, Output, Payload, Started, event::Kind, payload::Body};
 use streamer_store::{Append, AppendOutcome, Writer};
 use streamer_telemetry::Metrics;
@@ -54,11 +54,11 @@ async fn the_total_of_all_tails_stays_within_its_limit() {
     assert!(total <= MAX_TOTAL_BYTES + CHUNK, "{total}");
     let first = watched[0].as_ref().unwrap();
     assert_eq!(
-        first.topic.read(0, 10, CHUNK),
+        first.topic.read(Seq::NONE, 10, CHUNK),
         Read::InStore,
         "the share of a topic is less than a chunk"
     );
-    let read = topics.subscribe_loaded(small).unwrap().topic.read(0, 10, CHUNK);
+    let read = topics.subscribe_loaded(small).unwrap().topic.read(Seq::NONE, 10, CHUNK);
     assert!(matches!(read, Read::Events(_)), "small tails keep their events");
 
     drop(watched);
@@ -88,7 +88,7 @@ async fn only_events_that_are_never_announced_count_as_missed() {
         let events = vec![Event { attempt: 1, ..event(seq, Kind::Output(chunk)) }];
         let appended = store.append(Append {
             uid,
-            writer: Writer::Attempt(1),
+            writer: Writer::Attempt(AttemptNumber::FIRST),
             events: events.clone(),
             checkpoint: None,
             retry_at: None,
@@ -103,7 +103,7 @@ async fn only_events_that_are_never_announced_count_as_missed() {
     topics.reconcile(&subscription.topic).await.unwrap();
     assert_eq!(
         *subscription.updates.borrow_and_update(),
-        3,
+        Seq::from(3),
         "watchers receive the event without its announcement"
     );
     assert_eq!(counts(), (1, 0));

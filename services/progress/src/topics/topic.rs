@@ -9,10 +9,10 @@ use std::{
 };
 
 use parking_lot::Mutex;
-use streamer_core::Uid;
+use streamer_core::{Seq, Uid};
 use streamer_proto::common::v1::{Event, Request};
 use streamer_rpc::request_to_proto;
-use streamer_store::RequestRecord;
+use streamer_store::{EventNumbers, RequestRecord};
 use tokio::{
     sync::{OnceCell, watch},
     time::Instant,
@@ -29,7 +29,7 @@ pub(crate) struct Topic {
     pub(crate) uid: Uid,
     state: Mutex<TopicState>,
     /// Publishes `last_seq`, which wakes watchers when it changes.
-    updates: watch::Sender<i64>,
+    updates: watch::Sender<Seq>,
     loaded: OnceCell<()>,
     /// Number of rounds of maintenance since the last new event.
     idle_rounds: AtomicU32,
@@ -50,7 +50,7 @@ impl Topic {
         Self {
             uid,
             state: Mutex::default(),
-            updates: watch::Sender::new(0),
+            updates: watch::Sender::new(Seq::NONE),
             loaded: OnceCell::new(),
             idle_rounds: AtomicU32::new(0),
             total_bytes,
@@ -63,12 +63,12 @@ impl Topic {
     }
 
     /// Returns the `seq` of the latest event.
-    pub(crate) fn last_seq(&self) -> i64 {
+    pub(crate) fn last_seq(&self) -> Seq {
         self.state.lock().tail.last_seq()
     }
 
     /// Reads the events after `after_seq`.
-    pub(crate) fn read(&self, after_seq: i64, max_events: usize, max_bytes: usize) -> Read {
+    pub(crate) fn read(&self, after_seq: Seq, max_events: usize, max_bytes: usize) -> Read {
         self.state.lock().tail.read(after_seq, max_events, max_bytes)
     }
 
@@ -76,14 +76,14 @@ impl Topic {
     pub(crate) fn read_for_watcher(
         &self,
         position: &mut Position,
-        after_seq: i64,
+        after_seq: Seq,
         max_events: usize,
         max_bytes: usize,
     ) -> Read {
         let mut state = self.state.lock();
         let read = state.tail.read(after_seq, max_events, max_bytes);
         let delivered = match &read {
-            Read::Events(events) => events.last().map_or(after_seq, |last| last.seq),
+            Read::Events(events) => events.last().map_or(after_seq, EventNumbers::seq),
             Read::InStore | Read::UpToDate | Read::Ended => after_seq,
         };
         state.delivery.record_delivered(position, delivered);
@@ -101,7 +101,7 @@ impl Topic {
             self.track_bytes(&mut state.tail, |tail| tail.push(events));
             match (events.first(), events.last()) {
                 (Some(first), Some(last)) => {
-                    state.unannounced.record_announced(first.seq, last.seq)
+                    state.unannounced.record_announced(first.seq(), last.seq())
                 }
                 _ => 0,
             }
@@ -131,7 +131,7 @@ impl Topic {
     }
 
     fn catch_up_in(&self, state: &mut TopicState, record: &RequestRecord) -> i64 {
-        let ahead = record.last_seq - state.tail.last_seq();
+        let ahead = record.last_seq.events_since(state.tail.last_seq());
         if ahead > 0 || state.tail.snapshot().is_none() {
             self.track_bytes(&mut state.tail, |tail| tail.load(&request_to_proto(record)));
         }
@@ -239,7 +239,7 @@ impl Drop for Topic {
 pub(crate) struct Subscription {
     pub(crate) topic: Arc<Topic>,
     /// Receiver for the `last_seq` of the topic.
-    pub(crate) updates: watch::Receiver<i64>,
+    pub(crate) updates: watch::Receiver<Seq>,
 }
 
 impl Subscription {

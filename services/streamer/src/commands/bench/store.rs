@@ -115,14 +115,14 @@ async fn create_finished(store: &Arc<dyn Store>) -> anyhow::Result<()> {
     let empty = OutputDigest::default();
     let output = OutputSummary { chunks: 0, sha256: empty.sha256().to_vec().into() };
     let end = Event {
-        seq: claimed.record.last_seq + 1,
+        seq: claimed.record.last_seq.next().as_i64(),
         attempt: 1,
         time: Some(timestamp(now.as_millis())),
         kind: Some(Kind::Succeeded(Succeeded { result: None, output: Some(output) })),
     };
     let append = Append {
         uid,
-        writer: Writer::Attempt(1),
+        writer: Writer::Attempt(claimed.record.attempt),
         events: vec![end],
         checkpoint: None,
         retry_at: None,
