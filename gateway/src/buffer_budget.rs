@@ -3,6 +3,7 @@
 use std::collections::HashMap;
 
 use parking_lot::Mutex;
+use streamer_core::saturate;
 use streamer_store::Owner;
 
 use crate::metrics::GatewayMetrics;
@@ -37,7 +38,7 @@ impl Reservation {
 
 impl BufferBudget {
     pub(crate) fn new(max: usize, max_per_user: usize, metrics: GatewayMetrics) -> Self {
-        metrics.buffered_bytes_limit.set(i64::try_from(max).unwrap_or(i64::MAX));
+        metrics.buffered_bytes_limit.set(saturate::to_i64(max));
         Self { max, max_per_user, usage: Mutex::default(), metrics }
     }
 
@@ -70,7 +71,7 @@ impl BufferBudget {
         } else {
             usage.by_user.insert(owner.clone(), of_user);
         }
-        self.metrics.buffered_bytes.set(i64::try_from(total).unwrap_or(i64::MAX));
+        self.metrics.buffered_bytes.set(saturate::to_i64(total));
         Ok(())
     }
 }

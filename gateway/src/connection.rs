@@ -114,8 +114,7 @@ impl<S: AsyncRead + AsyncWrite + Unpin> Connection<S> {
                 connection_id: &handle.id.to_string(),
                 user_id: &principal.user,
                 tenant_id: &principal.tenant,
-                heartbeat_ms: i64::try_from(gateway.options.heartbeat.as_millis())
-                    .unwrap_or(i64::MAX),
+                heartbeat_ms: saturate::to_millis(gateway.options.heartbeat),
                 max_message_bytes: gateway.options.max_message_bytes,
                 expires_at: principal.expires_at,
             };

@@ -6,6 +6,8 @@ use std::{
     time::{Duration, SystemTime, UNIX_EPOCH},
 };
 
+use crate::saturate;
+
 /// Point in time: milliseconds since the Unix epoch, UTC.
 #[derive(Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash, Default)]
 pub struct Timestamp(i64);
@@ -13,7 +15,7 @@ pub struct Timestamp(i64);
 impl From<Timestamp> for SystemTime {
     /// Times before the Unix epoch become the Unix epoch.
     fn from(at: Timestamp) -> Self {
-        UNIX_EPOCH + Duration::from_millis(u64::try_from(at.0).unwrap_or(0))
+        UNIX_EPOCH + saturate::from_millis(at.0)
     }
 }
 
@@ -33,19 +35,19 @@ impl Timestamp {
     /// Returns the time `duration` later, saturating on overflow.
     #[must_use]
     pub fn plus(self, duration: Duration) -> Self {
-        Self(self.0.saturating_add(i64::try_from(duration.as_millis()).unwrap_or(i64::MAX)))
+        Self(self.0.saturating_add(saturate::to_millis(duration)))
     }
 
     /// Returns the time `duration` earlier, saturating on overflow.
     #[must_use]
     pub fn minus(self, duration: Duration) -> Self {
-        Self(self.0.saturating_sub(i64::try_from(duration.as_millis()).unwrap_or(i64::MAX)))
+        Self(self.0.saturating_sub(saturate::to_millis(duration)))
     }
 
     /// Returns the time elapsed since `earlier`; zero if `earlier` is later.
     #[must_use]
     pub fn since(self, earlier: Self) -> Duration {
-        Duration::from_millis(u64::try_from(self.0.saturating_sub(earlier.0)).unwrap_or(0))
+        saturate::from_millis(self.0.saturating_sub(earlier.0))
     }
 }
 
@@ -98,7 +100,7 @@ impl Clock for SystemClock {
     #[expect(clippy::disallowed_methods, reason = "the only place that reads wall-clock time")]
     fn now(&self) -> Timestamp {
         let since_epoch = SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default();
-        Timestamp(i64::try_from(since_epoch.as_millis()).unwrap_or(i64::MAX))
+        Timestamp(saturate::to_millis(since_epoch))
     }
 }
 
@@ -115,7 +117,7 @@ impl ManualClock {
 
     /// Advances the clock.
     pub fn advance(&self, by: Duration) {
-        self.0.fetch_add(i64::try_from(by.as_millis()).unwrap_or(i64::MAX), Ordering::SeqCst);
+        self.0.fetch_add(saturate::to_millis(by), Ordering::SeqCst);
     }
 }
 

@@ -4,7 +4,7 @@ use std::{fmt, str::FromStr};
 
 use ulid::Ulid;
 
-use crate::Timestamp;
+use crate::{Timestamp, saturate};
 
 /// Identifier that the server assigns: a ULID. Identifiers sort by creation time. The text form consists of 26
 /// characters of Crockford's Base32; the binary form consists of 16 bytes, big-endian.
@@ -21,13 +21,13 @@ impl Uid {
         let mut random = [0; 16];
         getrandom::fill(&mut random[..10]).expect("the operating system provides random bytes");
         let random = u128::from_le_bytes(random);
-        Self(Ulid::from_parts(u64::try_from(now.as_millis()).unwrap_or(0), random))
+        Self(Ulid::from_parts(saturate::to_u64(now.as_millis()), random))
     }
 
     /// Returns the smallest ID with the timestamp `moment`, for use as a bound of range queries by time.
     #[must_use]
     pub fn first_of(moment: Timestamp) -> Self {
-        Self(Ulid::from_parts(u64::try_from(moment.as_millis()).unwrap_or(0), 0))
+        Self(Ulid::from_parts(saturate::to_u64(moment.as_millis()), 0))
     }
 
     /// Returns the 16 bytes of the ID, big-endian. The bytes sort in the same order as the IDs.
@@ -45,7 +45,7 @@ impl Uid {
     /// Returns the creation time.
     #[must_use]
     pub fn time(self) -> Timestamp {
-        Timestamp::from_millis(i64::try_from(self.0.timestamp_ms()).unwrap_or(i64::MAX))
+        Timestamp::from_millis(saturate::to_i64(self.0.timestamp_ms()))
     }
 
     /// Returns a uniformly distributed number that is derived from the ID, for sharding.

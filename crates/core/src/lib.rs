@@ -15,6 +15,7 @@ pub mod open_watches;
 pub mod output;
 pub mod rate;
 pub mod retry;
+pub mod saturate;
 pub mod seq;
 pub mod state;
 pub mod tenant_limits;

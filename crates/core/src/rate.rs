@@ -2,7 +2,7 @@
 
 use std::time::Duration;
 
-use crate::Timestamp;
+use crate::{Timestamp, saturate};
 
 /// Admits events up to a maximum rate per second, with bursts.
 #[derive(Debug)]
@@ -53,7 +53,7 @@ impl RateLimiter {
     #[must_use]
     pub fn used_of_burst(&self, now: Timestamp) -> (u64, u64) {
         let now = now.as_millis().saturating_mul(1_000_000);
-        let used = u64::try_from(self.busy_until.saturating_sub(now)).unwrap_or(0);
+        let used = saturate::to_u64(self.busy_until.saturating_sub(now));
         let spacing = u64::from((1_000_000_000 / self.per_second.max(1)).max(1));
         (used, spacing.saturating_mul(self.burst.into()))
     }

@@ -2,7 +2,7 @@
 
 use std::time::Duration;
 
-use streamer_core::{ActionSpec, ErrorCodes, RetryPolicy, Violations, validate};
+use streamer_core::{ActionSpec, ErrorCodes, RetryPolicy, Violations, saturate, validate};
 use streamer_proto::common::v1::{Action, ErrorCode as ProtoCode};
 
 use crate::proto_conversions::{code_from_proto, code_to_proto};
@@ -20,19 +20,19 @@ const MAX_SCHEMA_BYTES: usize = 256 * 1024;
 /// `threshold`.
 #[must_use]
 pub fn action_to_proto(spec: &ActionSpec, threshold: Duration) -> Action {
-    let limit = |duration: Option<Duration>| duration.map_or(0, millis);
+    let limit = |duration: Option<Duration>| duration.map_or(0, saturate::to_millis);
     Action {
         name: spec.name.clone(),
         description: spec.description.clone(),
         sync: spec.is_sync(threshold),
-        estimated_duration_ms: millis(spec.estimated_duration),
-        max_attempts: i32::try_from(spec.retry.max_attempts).unwrap_or(i32::MAX),
+        estimated_duration_ms: saturate::to_millis(spec.estimated_duration),
+        max_attempts: saturate::to_i32(spec.retry.max_attempts),
         start_to_close_ms: limit(spec.start_to_close),
         permission: spec.permission.clone().unwrap_or_default(),
-        max_concurrency: i32::try_from(spec.max_concurrency.unwrap_or(0)).unwrap_or(i32::MAX),
+        max_concurrency: saturate::to_i32(spec.max_concurrency.unwrap_or(0)),
         payload_schema: spec.payload_schema.clone().unwrap_or_default(),
-        initial_backoff_ms: millis(spec.retry.initial_backoff),
-        max_backoff_ms: millis(spec.retry.max_backoff),
+        initial_backoff_ms: saturate::to_millis(spec.retry.initial_backoff),
+        max_backoff_ms: saturate::to_millis(spec.retry.max_backoff),
         schedule_to_start_ms: limit(spec.schedule_to_start),
         schedule_to_close_ms: limit(spec.schedule_to_close),
         heartbeat_timeout_ms: limit(spec.heartbeat_timeout),
@@ -103,10 +103,6 @@ pub fn action_from_proto(action: &Action, field: &str, violations: &mut Violatio
         max_concurrency: number(action.max_concurrency),
         payload_schema: text(&action.payload_schema),
     }
-}
-
-fn millis(duration: Duration) -> i64 {
-    i64::try_from(duration.as_millis()).unwrap_or(i64::MAX)
 }
 
 #[cfg(test)]

@@ -6,7 +6,7 @@ use std::{
     sync::atomic::{AtomicUsize, Ordering},
 };
 
-use streamer_core::Uid;
+use streamer_core::{Uid, saturate};
 
 /// Maximum jitter, in milliseconds. A request that is older than another request by more than this always precedes it.
 const MAX_JITTER_MS: u64 = 1000;
@@ -41,7 +41,7 @@ impl ClaimJitter {
         if self.is_alone() {
             return 0;
         }
-        i64::try_from(self.order.hash_one(uid) % MAX_JITTER_MS).unwrap_or(0)
+        saturate::to_i64(self.order.hash_one(uid) % MAX_JITTER_MS)
     }
 
     fn is_alone(&self) -> bool {

@@ -6,7 +6,7 @@ use aws_sdk_dynamodb::{
     error::ProvideErrorMetadata,
     types::{AttributeValue, ReturnConsumedCapacity},
 };
-use streamer_core::{AttemptNumber, Uid};
+use streamer_core::{AttemptNumber, Uid, saturate};
 use streamer_store::StoreError;
 
 use crate::{
@@ -100,7 +100,7 @@ impl Dynamo {
                 .set_key_condition_expression(condition.condition())
                 .set_expression_attribute_names(condition.names())
                 .set_expression_attribute_values(condition.values())
-                .limit(i32::try_from(left).unwrap_or(i32::MAX))
+                .limit(saturate::to_i32(left))
                 .set_exclusive_start_key(start)
                 .return_consumed_capacity(ReturnConsumedCapacity::Total)
                 .send()

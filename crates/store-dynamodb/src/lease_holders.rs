@@ -9,7 +9,7 @@ use std::{
 
 use aws_sdk_dynamodb::{error::ProvideErrorMetadata, types::ReturnConsumedCapacity};
 use parking_lot::Mutex;
-use streamer_core::{AttemptNumber, Timestamp};
+use streamer_core::{AttemptNumber, Timestamp, saturate};
 use streamer_store::{Lease, LeaseRenewal, RequestRecord, StoreError};
 
 use crate::{
@@ -275,8 +275,8 @@ impl Dynamo {
                 if holder != NO_HOLDER {
                     holders.set_empty(holder, *until, now);
                 }
-                let long_dead = now.as_millis().saturating_sub(*until)
-                    > i64::try_from(REMOVE_AFTER.as_millis()).unwrap_or(i64::MAX);
+                let long_dead =
+                    now.as_millis().saturating_sub(*until) > saturate::to_millis(REMOVE_AFTER);
                 if long_dead && holder != NO_HOLDER {
                     self.remove_member(HOLDER, holder, *until).await?;
                 }

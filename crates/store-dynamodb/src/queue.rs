@@ -5,7 +5,7 @@ use std::collections::VecDeque;
 
 use aws_sdk_dynamodb::types::{ReturnConsumedCapacity, Select};
 use futures_util::future::try_join_all;
-use streamer_core::{Timestamp, Uid};
+use streamer_core::{Timestamp, Uid, saturate};
 use streamer_store::{
     DuePage, DueQuery, DueRequest, QueueAhead, QueueStats, RequestRecord, StoreError,
 };
@@ -119,7 +119,7 @@ impl Cursor<'_> {
             .set_key_condition_expression(condition.condition())
             .set_expression_attribute_names(condition.names())
             .set_expression_attribute_values(condition.values())
-            .limit(i32::try_from(self.page).unwrap_or(i32::MAX))
+            .limit(saturate::to_i32(self.page))
             .return_consumed_capacity(ReturnConsumedCapacity::Total)
             .send()
             .await
@@ -270,7 +270,7 @@ impl Dynamo {
             let Some(tenant) = next_tenant(&mut cursors, &from).await? else { break };
             from = key_after_tenant(&tenant);
             let own = tenant == record.owner.tenant;
-            let others = usize::try_from(ahead.others).unwrap_or(usize::MAX);
+            let others = saturate::to_usize(ahead.others);
             let left = if own { limit } else { limit.saturating_sub(others) };
             if left == 0 {
                 continue;
@@ -370,7 +370,7 @@ impl Dynamo {
                 .await
                 .map_err(|error| store_error("counting the queue", &error))?;
             self.metrics.record_read(page.consumed_capacity());
-            counted += u64::try_from(page.count).unwrap_or(0);
+            counted += saturate::to_u64(page.count);
             start = page.last_evaluated_key;
             if counted >= MAX_COUNTED || start.is_none() {
                 return Ok(counted);

@@ -11,7 +11,9 @@ use aws_sdk_dynamodb::types::{
     ReturnValuesOnConditionCheckFailure, TransactWriteItem,
 };
 use futures_util::future::try_join_all;
-use streamer_core::{AttemptNumber, OutputDigest, RequestState as State, Seq, Timestamp, Uid};
+use streamer_core::{
+    AttemptNumber, OutputDigest, RequestState as State, Seq, Timestamp, Uid, saturate,
+};
 use streamer_proto::common::v1::{Accepted, Cancelled, Event, OutputSummary, Started, event::Kind};
 use streamer_store::{
     Adopt, CancelOutcome, Claim, ClaimOutcome, Claimed, CreateOutcome, DeleteOutcome, EventNumbers,

@@ -1,7 +1,7 @@
 //! CRC-32 checksums of stored values and their keys. SQLite detects corrupt structures, but not corrupt values.
 
 use crc32fast::Hasher;
-use streamer_core::{Seq, Timestamp, Uid};
+use streamer_core::{Seq, Timestamp, Uid, saturate};
 
 use streamer_store::RequestRecord;
 
@@ -24,7 +24,7 @@ pub(super) fn of_request(record: &RequestRecord) -> u32 {
     let mut hasher = Hasher::new();
     let mut part = |bytes: Option<&[u8]>| {
         // The length is included, so that moving a byte from one field to the next changes the checksum.
-        let length = bytes.map_or(-1, |bytes| i64::try_from(bytes.len()).unwrap_or(i64::MAX));
+        let length = bytes.map_or(-1, |bytes| saturate::to_i64(bytes.len()));
         hasher.update(&length.to_be_bytes());
         hasher.update(bytes.unwrap_or_default());
     };

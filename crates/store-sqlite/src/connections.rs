@@ -1,7 +1,7 @@
 //! Live connections and the gateways that serve them.
 
 use rusqlite::{Connection, params};
-use streamer_core::{Timestamp, Uid};
+use streamer_core::{Timestamp, Uid, saturate};
 
 use super::row;
 use streamer_store::{ConnectionPage, ConnectionRecord, Owner};
@@ -57,7 +57,7 @@ pub(super) fn list(
          ORDER BY id LIMIT ?5",
     )?;
     let after = after.map_or_else(Vec::new, |id| id.to_bytes().to_vec());
-    let wanted = i64::try_from(limit.saturating_add(1)).unwrap_or(i64::MAX);
+    let wanted = saturate::to_i64(limit.saturating_add(1));
     let rows = query.query_map(params![tenant, after, user, now.as_millis(), wanted], |row| {
         Ok(ConnectionRecord {
             id: row::uid(row, 0)?,

@@ -2,9 +2,9 @@
 //! queued or have ended.
 
 use rusqlite::{Connection, OptionalExtension, params};
-use streamer_core::Timestamp;
+use streamer_core::{Timestamp, saturate};
 
-use super::{requests::sql_count, row};
+use super::row;
 use streamer_store::{DuePage, DueQuery, DueRequest, QueueAhead, QueueStats, RequestRecord};
 
 /// Maximum number of queued requests to count. The exact length of a longer queue is not worth the cost of counting.
@@ -75,7 +75,8 @@ fn push_due(
         let found: Option<i32> =
             highest.query_row(params![tenant, action, below], |row| row.get(0))?;
         let Some(priority) = found else { break };
-        let bounds = params![tenant, action, priority, now.as_millis(), sql_count(remaining)];
+        let bounds =
+            params![tenant, action, priority, now.as_millis(), saturate::to_i64(remaining)];
         let rows = requests.query_map(bounds, |row| {
             Ok(DueRequest {
                 uid: row::uid(row, 0)?,
@@ -103,7 +104,7 @@ pub(super) fn overdue(
         "SELECT {} FROM requests WHERE state = 0 AND expire_at <= ?1 ORDER BY expire_at LIMIT ?2",
         row::COLUMNS
     ))?
-    .query_map(params![now.as_millis(), sql_count(limit)], row::record)?
+    .query_map(params![now.as_millis(), saturate::to_i64(limit)], row::record)?
     .collect()
 }
 
@@ -117,7 +118,7 @@ pub(super) fn ahead(
     let mut after: Option<String> = None;
     for _ in 0..MAX_TENANTS {
         let Some(tenant) = next_tenant(db, after.as_deref())? else { break };
-        let others = usize::try_from(ahead.others).unwrap_or(usize::MAX);
+        let others = saturate::to_usize(ahead.others);
         let own = tenant == record.owner.tenant;
         let left = if own { limit } else { limit.saturating_sub(others) };
         let found = if left == 0 { 0 } else { ahead_of_tenant(db, record, &tenant, now, left)? };
@@ -154,11 +155,11 @@ fn ahead_of_tenant(
                 record.priority,
                 record.not_before.as_millis(),
                 record.uid.to_bytes(),
-                sql_count(limit)
+                saturate::to_i64(limit)
             ],
             |row| row.get(0),
         )?;
-    Ok(u64::try_from(counted).unwrap_or(0))
+    Ok(saturate::to_u64(counted))
 }
 
 pub(super) fn next_due(db: &Connection, now: Timestamp) -> rusqlite::Result<Option<Timestamp>> {
@@ -171,14 +172,14 @@ pub(super) fn next_due(db: &Connection, now: Timestamp) -> rusqlite::Result<Opti
 pub(super) fn stats(db: &Connection, now: Timestamp) -> rusqlite::Result<QueueStats> {
     let queued: i64 = db
         .prepare_cached("SELECT COUNT(*) FROM (SELECT 1 FROM requests WHERE state = 0 LIMIT ?1)")?
-        .query_row([sql_count(MAX_COUNTED)], |row| row.get(0))?;
+        .query_row([saturate::to_i64(MAX_COUNTED)], |row| row.get(0))?;
     let oldest_due: Option<i64> = db
         .prepare_cached(
             "SELECT MIN(not_before) FROM requests WHERE state = 0 AND not_before <= ?1",
         )?
         .query_row([now.as_millis()], |row| row.get(0))?;
     Ok(QueueStats {
-        queued: u64::try_from(queued).unwrap_or(0),
+        queued: saturate::to_u64(queued),
         oldest_due: oldest_due.map(Timestamp::from_millis),
     })
 }

@@ -6,14 +6,14 @@ mod read;
 use bytes::Bytes;
 use prost::Message;
 use rusqlite::{Connection, OptionalExtension, params};
-use streamer_core::{AttemptNumber, OutputDigest, RequestState, Seq, Timestamp, Uid};
+use streamer_core::{AttemptNumber, OutputDigest, RequestState, Seq, Timestamp, Uid, saturate};
 use streamer_proto::common::v1::{Accepted, Cancelled, Event, OutputSummary, Started, event::Kind};
 
 use super::{
     checksum, large_values, row,
-    usage::{BATCH_BYTES, Db, REQUEST_BYTES, signed},
+    usage::{BATCH_BYTES, Db, REQUEST_BYTES},
 };
-pub(super) use read::{events, expired, find, get, list, payload, sql_count, tenant};
+pub(super) use read::{events, expired, find, get, list, payload, tenant};
 use streamer_store::{
     Adopt, Append, AppendOutcome, CancelOutcome, Claim, ClaimOutcome, Claimed, CreateOutcome,
     DeleteOutcome, EventNumbers, Lease, LeaseRenewal, LogHead, NewRequest, Owner, RequestRecord, Writer, log_event,
@@ -90,7 +90,7 @@ pub(super) fn create(db: &Db<'_>, new: &NewRequest) -> rusqlite::Result<CreateOu
         new.trace_state,
         new.fingerprint,
         checksum::of_request(&record),
-        signed(bytes),
+        saturate::to_i64(bytes),
     ])?;
     let payload = large_values::insert(db, &new.payload.data)?;
     db.prepare_cached("INSERT INTO payloads VALUES (?1, ?2, ?3, ?4, ?5)")?.execute(params![
@@ -101,7 +101,7 @@ pub(super) fn create(db: &Db<'_>, new: &NewRequest) -> rusqlite::Result<CreateOu
         payload.large,
     ])?;
     insert_batch(db, new.uid, Seq::FIRST, &batch)?;
-    db.change_usage(&new.owner, 1, signed(bytes))?;
+    db.change_usage(&new.owner, 1, saturate::to_i64(bytes))?;
     Ok(CreateOutcome::Created(Box::new(record), Box::new(accepted), used))
 }
 
@@ -273,7 +273,7 @@ fn replace_checkpoint(db: &Connection, uid: Uid, checkpoint: &Bytes) -> rusqlite
     db.prepare_cached("INSERT OR REPLACE INTO checkpoints VALUES (?1, ?2, ?3, ?4)")?.execute(
         params![uid.to_bytes(), value.inline, checksum::of_value(uid, checkpoint), value.large],
     )?;
-    Ok(signed(checkpoint.len()) - previous.unwrap_or(0))
+    Ok(saturate::to_i64(checkpoint.len()) - previous.unwrap_or(0))
 }
 
 /// Sets the state that results from the last event, and adds `bytes` to the size of the request.
@@ -436,7 +436,7 @@ fn insert_events(db: &Connection, uid: Uid, events: &[Event]) -> rusqlite::Resul
     let Some(last) = events.last() else { return Ok(0) };
     let batch = encode_batch(events);
     insert_batch(db, uid, last.seq(), &batch)?;
-    Ok(signed(BATCH_BYTES + batch.len()))
+    Ok(saturate::to_i64(BATCH_BYTES + batch.len()))
 }
 
 /// Encodes an `EventBatch` event by event, to avoid copying the events.

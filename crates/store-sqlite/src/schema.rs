@@ -5,6 +5,7 @@ use std::path::Path;
 use rusqlite::{Connection, OpenFlags};
 
 use super::error::sqlite_error;
+use streamer_core::saturate;
 use streamer_store::StoreError;
 
 /// Schema version that this program writes.
@@ -216,7 +217,7 @@ pub(super) fn check_size(connection: &Connection, path: &Path) -> Result<(), Sto
     connection.execute_batch("PRAGMA wal_checkpoint(TRUNCATE)").map_err(|e| failed(&e))?;
     let number = |name: &str| -> Result<u64, StoreError> {
         let number = connection.pragma_query_value(None, name, |row| row.get::<_, i64>(0));
-        number.map(|number| u64::try_from(number).unwrap_or(0)).map_err(|e| sqlite_error(doing, &e))
+        number.map(saturate::to_u64).map_err(|e| sqlite_error(doing, &e))
     };
     let expected = number("page_count")? * number("page_size")?;
     let found = path.metadata().map_or(0, |metadata| metadata.len());

@@ -5,6 +5,7 @@ use std::{cell::RefCell, collections::HashMap, ops::Deref, sync::Arc};
 
 use rusqlite::{Connection, OptionalExtension, params};
 
+use streamer_core::saturate;
 use streamer_store::{Owner, QuotaUsage};
 
 /// Estimated size of the rows and index entries of a request without its payload, metadata, events and checkpoint, in
@@ -38,9 +39,9 @@ impl Db<'_> {
         let tenant = *rows.get(self, &owner.tenant, WHOLE_TENANT)?;
         let user = *rows.get(self, &owner.tenant, &owner.user)?;
         Ok(QuotaUsage {
-            queued_of_tenant: unsigned(tenant.queued),
-            queued_of_user: unsigned(user.queued),
-            stored_bytes_of_tenant: unsigned(tenant.bytes),
+            queued_of_tenant: saturate::to_u64(tenant.queued),
+            queued_of_user: saturate::to_u64(user.queued),
+            stored_bytes_of_tenant: saturate::to_u64(tenant.bytes),
         })
     }
 
@@ -153,15 +154,6 @@ impl Rows {
         }
         Ok(())
     }
-}
-
-fn unsigned(count: i64) -> u64 {
-    u64::try_from(count).unwrap_or(0)
-}
-
-/// Converts a size to SQLite's integer type.
-pub(super) fn signed(bytes: usize) -> i64 {
-    i64::try_from(bytes).unwrap_or(i64::MAX)
 }
 
 #[cfg(test)]

@@ -9,7 +9,7 @@ use std::{
 };
 
 use rusqlite::Connection;
-use streamer_core::Uid;
+use streamer_core::{Uid, saturate};
 use tokio::sync::{
     OwnedSemaphorePermit, Semaphore,
     mpsc::{self, error::TryRecvError},
@@ -172,7 +172,7 @@ impl WriterThread {
     ) -> Result<T, StoreError> {
         let closed = || StoreError::Unavailable { doing, reason: "the store is closed".into() };
         let queues = self.queues.as_ref().ok_or_else(closed)?;
-        let kib = u32::try_from(cost.bytes / 1024 + 1).unwrap_or(MAX_QUEUED_KIB);
+        let kib = saturate::to_u32(cost.bytes / 1024 + 1);
         let permit = queues.capacity.clone().acquire_many_owned(kib.min(MAX_QUEUED_KIB));
         let _permit = permit.await.map_err(|_| closed())?;
         let (reply, result) = oneshot::channel();

@@ -5,7 +5,7 @@ use std::time::Duration;
 use bytes::Bytes;
 use futures_util::future::{BoxFuture, OptionFuture};
 use http::HeaderValue;
-use streamer_core::{Clock, Limits, SystemClock, Timestamp, Uid};
+use streamer_core::{Clock, Limits, SystemClock, Timestamp, Uid, saturate};
 use streamer_handler::Handlers;
 use streamer_proto::{
     common::v1::Action,
@@ -73,7 +73,7 @@ impl Identity {
             worker_id: self.worker_id.clone(),
             version: self.version.clone(),
             sdk: concat!("rust/", env!("CARGO_PKG_VERSION")).to_owned(),
-            slots: i32::try_from(slots).unwrap_or(i32::MAX),
+            slots: saturate::to_i32(slots),
             actions: self.actions.clone(),
             attempts: attempts.ids(),
             session_secret: self.secret.clone(),
@@ -153,7 +153,7 @@ impl Session<'_> {
             self.identity.secret = welcome.session_secret.clone();
         }
         self.attempts.resume(&welcome.resumed);
-        let heartbeat = duration(welcome.heartbeat_ms).max(Duration::from_millis(1));
+        let heartbeat = saturate::from_millis(welcome.heartbeat_ms).max(Duration::from_millis(1));
         let mut heartbeats = interval(heartbeat);
         heartbeats.set_missed_tick_behavior(MissedTickBehavior::Delay);
         let connection = Connection {
@@ -196,7 +196,7 @@ impl ServerLimits {
                 reports: size(welcome.max_unacknowledged.into()),
                 bytes: size(welcome.max_unacknowledged_bytes),
             },
-            lease: duration(welcome.lease_ms),
+            lease: saturate::from_millis(welcome.lease_ms),
         }
     }
 }
@@ -388,7 +388,7 @@ impl Connection<'_> {
     fn schedule_expiry(&mut self, status: &TokenStatus) {
         let Some(expires) = &status.expire_time else { return };
         let expires_at = Timestamp::from_millis(millis(expires));
-        let left = match duration(status.time_left_ms) {
+        let left = match saturate::from_millis(status.time_left_ms) {
             Duration::ZERO => expires_at.since(SystemClock.now()),
             left => left,
         };
@@ -491,8 +491,4 @@ impl Drain {
 /// Returns the delay until `lead` before the expiry, but at least half of `left`, the time until the expiry.
 fn delay_before_expiry(left: Duration, lead: Duration) -> Duration {
     left.saturating_sub(lead).max(left / 2)
-}
-
-fn duration(millis: i64) -> Duration {
-    Duration::from_millis(u64::try_from(millis).unwrap_or(0))
 }

@@ -13,7 +13,7 @@ use std::{
 
 use bytes::Bytes;
 use parking_lot::Mutex;
-use streamer_core::{Clock, CloseCode, Timestamp, Uid, rate_limit_key};
+use streamer_core::{Clock, CloseCode, Timestamp, Uid, rate_limit_key, saturate};
 use streamer_store::{ConnectionRecord, Owner, Store};
 use tokio::{
     sync::Notify,
@@ -166,8 +166,8 @@ impl ConnectionRegistry {
         connections.by_id.insert(handle.id, handle.clone());
         drop(connections);
         // Spreads the pings of all connections over the heartbeat interval.
-        let heartbeat = u32::try_from(options.heartbeat.as_secs()).unwrap_or(25).max(1);
-        let spread = u32::try_from(handle.id.spread() % u64::from(heartbeat)).unwrap_or(0);
+        let heartbeat = saturate::to_u32(options.heartbeat.as_secs()).max(1);
+        let spread = saturate::to_u32(handle.id.spread() % u64::from(heartbeat));
         let now = self.seconds();
         handle.liveness.last_frame.store(now, Ordering::Relaxed);
         handle.liveness.reading.store(true, Ordering::Relaxed);
@@ -257,7 +257,7 @@ impl ConnectionRegistry {
             }
             return;
         }
-        let heartbeat = u32::try_from(self.options.heartbeat.as_secs()).unwrap_or(25).max(1);
+        let heartbeat = saturate::to_u32(self.options.heartbeat.as_secs()).max(1);
         if !liveness.reading.load(Ordering::Relaxed) {
             liveness.last_frame.store(now, Ordering::Relaxed);
         }
@@ -268,7 +268,7 @@ impl ConnectionRegistry {
         }
         let partial = &liveness.partial_since;
         let limit = self.options.message_timeout.as_millis().div_ceil(1000);
-        let limit = u32::try_from(limit).unwrap_or(u32::MAX);
+        let limit = saturate::to_u32(limit);
         match partial.load(Ordering::Relaxed) {
             0 => {}
             // The gateway does not read from the connection, so the client does not cause the delay.
@@ -284,7 +284,7 @@ impl ConnectionRegistry {
             }
             _ => {}
         }
-        let slow = u32::try_from(self.options.slow_consumer_timeout.as_secs()).unwrap_or(30).max(1);
+        let slow = saturate::to_u32(self.options.slow_consumer_timeout.as_secs()).max(1);
         let blocked = liveness.blocked_since.load(Ordering::Relaxed);
         if blocked != 0 && since(blocked) >= slow {
             let reason = "slow consumer: send buffer full (gateway.slow_consumer_timeout)";
@@ -312,7 +312,7 @@ impl ConnectionRegistry {
             connections.draining = true;
             connections.by_id.values().cloned().collect()
         };
-        let reconnect_after_ms = i64::try_from(reconnect_after.as_millis()).unwrap_or(0);
+        let reconnect_after_ms = saturate::to_millis(reconnect_after);
         let frame = server_message::draining(reconnect_after_ms, self.clock.now());
         for handle in all {
             handle.push(frame.clone());

@@ -4,7 +4,7 @@ use std::sync::Arc;
 
 use streamer_auth::{Caller, Principal, Subject, permissions};
 use streamer_core::{
-    CloseCode, ErrorCode, RequestError, Timestamp, Uid, Violations, limits, validate,
+    CloseCode, ErrorCode, RequestError, Timestamp, Uid, Violations, limits, saturate, validate,
 };
 use streamer_proto::{
     common::v1::Payload,
@@ -124,7 +124,7 @@ impl ConnectionsService for ConnectionsApi {
             _ => PeerResponses::default(),
         };
         let all = recipients + responses.recipients;
-        let response = SendResponse { recipients: i32::try_from(all).unwrap_or(i32::MAX) };
+        let response = SendResponse { recipients: saturate::to_i32(all) };
         response_or_error(&responses, || not_connected(&description), response, all)
     }
 
@@ -149,7 +149,7 @@ impl ConnectionsService for ConnectionsApi {
                 return Err(Status::unavailable(reason));
             }
         }
-        let recipients = i32::try_from(recipients).unwrap_or(i32::MAX);
+        let recipients = saturate::to_i32(recipients);
         Ok(Response::new(BroadcastResponse { recipients }))
     }
 

@@ -2,7 +2,7 @@
 
 use base64::{Engine, engine::general_purpose::STANDARD};
 use bytes::Bytes;
-use streamer_core::{RequestError, Timestamp, limits::MAX_REQUEST_ID_CHARS, output::hex};
+use streamer_core::{RequestError, Timestamp, limits::MAX_REQUEST_ID_CHARS, output::hex, saturate};
 use streamer_proto::{
     common::v1::{
         Error, Event, OutputSummary, Payload, Progress, QueuePosition, Request, RequestState,
@@ -96,7 +96,7 @@ pub(crate) fn connected(connected: &Connected<'_>, now: Timestamp) -> Bytes {
         .text("user_id", connected.user_id)
         .text("tenant_id", connected.tenant_id)
         .number("heartbeat_ms", connected.heartbeat_ms)
-        .number("max_message_bytes", i64::try_from(connected.max_message_bytes).unwrap_or(i64::MAX))
+        .number("max_message_bytes", saturate::to_i64(connected.max_message_bytes))
         .text("expires_at", &connected.expires_at.to_string())
         .finish()
 }

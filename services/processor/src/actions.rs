@@ -8,7 +8,7 @@ use std::{
 };
 
 use parking_lot::Mutex;
-use streamer_core::{ActionSpec, Clock, Timestamp, Violations};
+use streamer_core::{ActionSpec, Clock, Timestamp, Violations, saturate};
 use streamer_handler::{DynHandler, Handlers};
 use streamer_proto::{common::v1::Action, internal::v1::ActionDeclaration};
 use streamer_rpc::{action_from_proto, action_to_proto};
@@ -219,7 +219,7 @@ impl Actions {
             saved.specs.iter().map(|(key, spec)| (key.clone(), declare(spec))).collect()
         };
         for (key, (spec, workers)) in self.workers.declarations() {
-            let workers = i32::try_from(workers).unwrap_or(i32::MAX);
+            let workers = saturate::to_i32(workers);
             all.insert(key, Action { workers, available: true, ..declare(&spec) });
         }
         // A handler in this process takes precedence over declarations of workers with the same action name.

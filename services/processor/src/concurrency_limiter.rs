@@ -3,6 +3,7 @@
 use std::{borrow::Borrow, collections::HashMap, hash::Hash, sync::Arc};
 
 use parking_lot::Mutex;
+use streamer_core::saturate;
 
 use crate::declaration::{ActionKey, Declaration};
 
@@ -69,9 +70,7 @@ impl ConcurrencyLimiter {
     /// Returns the number of additional attempts that may run, for each tenant with running attempts.
     pub(crate) fn available_by_tenant(&self) -> HashMap<String, usize> {
         let in_use = self.in_use.lock();
-        let available = |count: &u32| {
-            usize::try_from(self.tenant_limit.saturating_sub(*count)).unwrap_or(usize::MAX)
-        };
+        let available = |count: &u32| saturate::to_usize(self.tenant_limit.saturating_sub(*count));
         in_use.by_tenant.iter().map(|(tenant, count)| (tenant.clone(), available(count))).collect()
     }
 
@@ -90,7 +89,7 @@ impl ConcurrencyLimiter {
 /// Returns `percent` percent of `of`, but at least 1.
 pub(crate) fn percent_of(of: u32, percent: u32) -> u32 {
     let part = u64::from(of) * u64::from(percent.min(100)) / 100;
-    u32::try_from(part).unwrap_or(u32::MAX).max(1)
+    saturate::to_u32(part).max(1)
 }
 
 impl Drop for ConcurrencyPermit {

@@ -5,7 +5,7 @@ use std::{panic::AssertUnwindSafe, sync::Arc, time::Duration};
 use futures_util::{FutureExt, StreamExt, stream::BoxStream};
 use prost::Message;
 use streamer_auth::{Authenticator, caller_of};
-use streamer_core::{ActionSpec, AttemptNumber, ErrorCode, RequestError, Timestamp, Uid};
+use streamer_core::{ActionSpec, AttemptNumber, ErrorCode, RequestError, Timestamp, Uid, saturate};
 use streamer_handler::{AttemptInfo, Context, DynHandler, ReportQueue};
 use streamer_proto::{
     internal::v1::{
@@ -63,7 +63,7 @@ impl ExecutionApi {
         metrics: ProcessorMetrics,
         options: ProcessorOptions,
     ) -> Self {
-        let total = u32::try_from(options.max_concurrent_sync).unwrap_or(u32::MAX);
+        let total = saturate::to_u32(options.max_concurrent_sync);
         let sync_limiter = Arc::new(ConcurrencyLimiter::new(total, options.tenant_share));
         Self { dispatcher, actions, authenticator, metrics, options, sync_limiter }
     }
@@ -224,10 +224,8 @@ impl ExecutionService for ExecutionApi {
             self.dispatcher.notify_queued(uid, &request.action, &request.tenant_id, not_before);
         Ok(Response::new(NotifyQueuedResponse {
             started: estimate.started,
-            slots: i32::try_from(estimate.slots).unwrap_or(i32::MAX),
-            mean_run_ms: estimate
-                .mean_run_duration
-                .map(|mean| i64::try_from(mean.as_millis()).unwrap_or(i64::MAX)),
+            slots: saturate::to_i32(estimate.slots),
+            mean_run_ms: estimate.mean_run_duration.map(saturate::to_millis),
         }))
     }
 

@@ -1,6 +1,7 @@
 //! Metrics of the processor.
 
 use prometheus_client::metrics::{counter::Counter, gauge::Gauge, histogram::Histogram};
+use streamer_core::saturate;
 use streamer_handler::MemoryBudget;
 use streamer_telemetry::Metrics;
 
@@ -78,11 +79,10 @@ impl ProcessorMetrics {
 
     /// Exports the usage and the limit of the output budget.
     pub(crate) fn watch_output(&self, budget: &MemoryBudget, limit: usize) {
-        let number = |bytes: usize| i64::try_from(bytes).unwrap_or(i64::MAX);
-        self.output_bytes_limit.set(number(limit));
+        self.output_bytes_limit.set(saturate::to_i64(limit));
         let gauge = self.output_bytes.clone();
         budget.observe(move |used| {
-            gauge.set(number(used));
+            gauge.set(saturate::to_i64(used));
         });
     }
 }

@@ -3,6 +3,7 @@
 use std::sync::atomic::AtomicU64;
 
 use prometheus_client::metrics::{counter::Counter, gauge::Gauge, histogram::Histogram};
+use streamer_core::saturate;
 use streamer_handler::MemoryBudget;
 use streamer_telemetry::Metrics;
 
@@ -22,15 +23,14 @@ pub(crate) struct ProgressMetrics {
 
 /// Exports the usage and the limit of the budget for unread messages.
 pub(crate) fn observe_unread(metrics: &Metrics, budget: &MemoryBudget, limit: usize) {
-    let number = |bytes: usize| i64::try_from(bytes).unwrap_or(i64::MAX);
     let name = "streamer_progress_unread_watch_bytes";
     let gauge =
         metrics.gauge(name, "Bytes of large messages that were sent to watchers and not read");
     let limit_name = "streamer_progress_unread_watch_bytes_limit";
     let help = "Limit of streamer_progress_unread_watch_bytes (limits.max_unread_watch_bytes)";
-    metrics.gauge(limit_name, help).set(number(limit));
+    metrics.gauge(limit_name, help).set(saturate::to_i64(limit));
     budget.observe(move |used| {
-        gauge.set(number(used));
+        gauge.set(saturate::to_i64(used));
     });
 }
 

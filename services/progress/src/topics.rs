@@ -16,7 +16,7 @@ use std::{
 
 use futures_util::{StreamExt, stream};
 use parking_lot::Mutex;
-use streamer_core::Uid;
+use streamer_core::{Uid, saturate};
 use streamer_proto::common::v1::{Event, Request};
 use streamer_rpc::request_to_proto;
 use streamer_store::{Store, StoreError};
@@ -335,8 +335,9 @@ impl Topics {
             self.metrics.unannounced.dec_by(total_lost);
             self.metrics.missed.inc_by(total_lost.unsigned_abs());
         }
-        self.metrics.topics.set(count(by_uid.len()));
-        self.metrics.tail_bytes.set(count(self.total_bytes.load(Ordering::Relaxed)));
+        self.metrics.topics.set(saturate::to_i64(by_uid.len()));
+        let tail_bytes = self.total_bytes.load(Ordering::Relaxed);
+        self.metrics.tail_bytes.set(saturate::to_i64(tail_bytes));
         self.metrics.undelivered_seconds.set(undelivered.as_secs_f64());
         compare
     }
@@ -361,10 +362,6 @@ impl Topics {
         }
         Ok(())
     }
-}
-
-fn count(number: usize) -> i64 {
-    i64::try_from(number).unwrap_or(i64::MAX)
 }
 
 #[cfg(test)]

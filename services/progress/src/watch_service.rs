@@ -244,9 +244,9 @@ impl ProgressService for WatchService {
         let after_seq = violations.accept("after_seq", Seq::from_i64(request.after_seq));
         let after_seq = after_seq.unwrap_or_default();
         ensure_valid(&violations)?;
-        let limit = match request.page_size {
-            0 => DEFAULT_PAGE,
-            size => usize::try_from(size).unwrap_or(DEFAULT_PAGE),
+        let limit = match usize::try_from(request.page_size) {
+            Ok(0) | Err(_) => DEFAULT_PAGE,
+            Ok(size) => size,
         };
         let encoding = request.payload_encoding();
         let mut events = match self.read_in_memory(&caller.principal, &request, after_seq, limit) {

@@ -12,7 +12,7 @@ use bytes::Bytes;
 use quick_cache::{
     DefaultHashBuilder, OptionsBuilder, Weighter, sync::Cache, sync::DefaultLifecycle,
 };
-use streamer_core::{RequestError, Violations};
+use streamer_core::{RequestError, Violations, saturate};
 use streamer_proto::common::v1::Action;
 use streamer_rpc::status;
 use streamer_schema::{Busy, PayloadSchema, Pool};
@@ -70,7 +70,7 @@ impl Default for CompiledSchemas {
 
 impl CompiledSchemas {
     fn new(max_bytes: u64) -> Self {
-        let items = usize::try_from(max_bytes).unwrap_or(usize::MAX) / MIN_SCHEMA_BYTES;
+        let items = saturate::to_usize(max_bytes) / MIN_SCHEMA_BYTES;
         // A single shard, half of whose capacity is for new schemas, so that a large schema fits.
         let options = OptionsBuilder::new()
             .shards(1)

@@ -2,7 +2,7 @@
 
 use std::time::Duration;
 
-use streamer_core::{RequestState, Timestamp};
+use streamer_core::{RequestState, Timestamp, saturate};
 use streamer_proto::{common::v1::QueuePosition, internal::v1::NotifyQueuedResponse, timestamp};
 use streamer_store::{QueueAhead, RequestRecord, Store, StoreError};
 
@@ -36,7 +36,7 @@ fn to_proto(
     now: Timestamp,
     max_ahead: usize,
 ) -> QueuePosition {
-    let number = |count: u64| i64::try_from(count).unwrap_or(i64::MAX).saturating_add(1);
+    let number = |count: u64| saturate::to_i64(count).saturating_add(1);
     let wait = estimate.and_then(|estimate| estimate_wait(ahead, estimate, max_ahead));
     let start = wait.map(|wait| now.plus(wait));
     QueuePosition {
@@ -56,12 +56,12 @@ fn estimate_wait(
     if estimate.started {
         return Some(Duration::ZERO);
     }
-    let counted = u64::try_from(max_ahead).unwrap_or(u64::MAX);
+    let counted = max_ahead as u64;
     let slots = u32::try_from(estimate.slots).ok().filter(|slots| *slots > 0)?;
     if ahead.own >= counted || ahead.others >= counted {
         return None;
     }
-    let mean_run = Duration::from_millis(u64::try_from(estimate.mean_run_ms?).unwrap_or(0));
+    let mean_run = saturate::from_millis(estimate.mean_run_ms?);
     // All slots are occupied: on average, half a run remains, followed by the preceding requests.
     let before = ahead.own as f64 + ahead.others as f64 / 2.0;
     Some(mean_run.mul_f64(0.5 + before / f64::from(slots)))

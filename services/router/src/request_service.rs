@@ -5,7 +5,7 @@ use std::{sync::Arc, time::Duration};
 use streamer_auth::{Caller, Principal, Subject};
 use streamer_core::{
     Clock, ErrorCode, Limits, LimitsByTenant, RequestError, Timestamp, Uid, Violations, limits,
-    validate,
+    saturate, validate,
 };
 use streamer_proto::{
     common::v1::{
@@ -213,7 +213,7 @@ impl RequestService {
             })),
         };
         if wait_ms > 0 {
-            let limit = Duration::from_millis(u64::try_from(wait_ms).unwrap_or(0));
+            let limit = saturate::from_millis(wait_ms);
             // The request is stored and will run, so an error while waiting is not returned.
             match await_outcome::terminal_event(&self.upstreams, caller, record.uid, limit).await {
                 Ok(Some(event)) => {
@@ -260,7 +260,7 @@ impl RequestService {
         now: Timestamp,
         redrive_of: Option<Uid>,
     ) -> Result<StoredRequest, Status> {
-        let delay = Duration::from_millis(u64::try_from(submission.delay_ms).unwrap_or(0));
+        let delay = saturate::from_millis(submission.delay_ms);
         let not_before = now.plus(delay);
         let entry = self.catalog.get(&submission.action, &owner.tenant);
         let limit = |millis: fn(&Action) -> i64| {

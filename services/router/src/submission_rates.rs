@@ -19,6 +19,7 @@ use quick_cache::sync::Cache;
 use streamer_auth::Principal;
 use streamer_core::{
     Clock, LimitsByTenant, RateLimiter, RequestError, TenantLimit, TenantLimits, Timestamp,
+    saturate,
 };
 use streamer_rpc::status;
 use tokio::time::sleep;
@@ -156,7 +157,7 @@ impl SubmissionRates {
     ) -> Result<(), Excess> {
         let shared = get_or_create(entries, &name);
         let mut entry = shared.lock();
-        let per_second = u32::try_from(limits.get(limit)).unwrap_or(u32::MAX);
+        let per_second = saturate::to_u32(limits.get(limit));
         let routers = self.routers.load(Ordering::Relaxed);
         let share = entry.share(per_second, routers, now);
         entry.limiter.set_rate(share, share.saturating_mul(BURST_SECONDS));

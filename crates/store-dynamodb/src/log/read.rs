@@ -1,5 +1,7 @@
 //! Reads the log of a request.
 
+use streamer_core::saturate;
+
 use super::*;
 
 impl Dynamo {
@@ -171,7 +173,7 @@ impl Dynamo {
 fn event_size(event: &mut StoredEvent) -> usize {
     let large = event.value_mut().and_then(|value| value.object.as_ref()).map(|o| o.bytes);
     match large {
-        Some(bytes) => usize::try_from(bytes).unwrap_or(usize::MAX),
+        Some(bytes) => saturate::to_usize(bytes),
         None => event.clone().into_event().encoded_len(),
     }
 }

@@ -174,7 +174,7 @@ impl Dynamo {
                 .set_expression_attribute_names(condition.names())
                 .set_expression_attribute_values(condition.values())
                 .scan_index_forward(false)
-                .limit(i32::try_from(page_size).unwrap_or(1000))
+                .limit(saturate::to_i32(page_size))
                 .set_exclusive_start_key(start)
                 .return_consumed_capacity(ReturnConsumedCapacity::Total)
                 .send()

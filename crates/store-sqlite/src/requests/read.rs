@@ -2,7 +2,7 @@
 
 use prost::Message;
 use rusqlite::{Connection, OptionalExtension, params, params_from_iter, types::Value};
-use streamer_core::{Seq, Timestamp, Uid};
+use streamer_core::{Seq, Timestamp, Uid, saturate};
 
 use crate::{checksum, row};
 use streamer_store::{EventNumbers, EventPage, ListRequests, Owner, RequestPage, RequestRecord, StoredPayload};
@@ -69,7 +69,7 @@ pub(crate) fn list(db: &Connection, query: &ListRequests) -> rusqlite::Result<Re
         values.extend(query.states.iter().map(|state| row::state_number(*state).into()));
     }
     sql.push_str(" ORDER BY uid DESC LIMIT ?");
-    values.push(sql_count(query.limit.saturating_add(1)).into());
+    values.push(saturate::to_i64(query.limit.saturating_add(1)).into());
 
     let mut statement = db.prepare_cached(&sql)?;
     let rows = statement.query_map(params_from_iter(values), row::record)?;
@@ -90,7 +90,7 @@ pub(crate) fn expired(
          ORDER BY lease_until LIMIT ?2",
         row::COLUMNS
     ))?
-    .query_map(params![now.as_millis(), sql_count(limit)], row::record)?
+    .query_map(params![now.as_millis(), saturate::to_i64(limit)], row::record)?
     .collect()
 }
 
@@ -122,9 +122,4 @@ pub(crate) fn events(
         }
     }
     Ok(page)
-}
-
-/// Converts a count to SQLite's integer type.
-pub(crate) fn sql_count(number: usize) -> i64 {
-    i64::try_from(number).unwrap_or(i64::MAX)
 }

@@ -5,7 +5,7 @@ use std::{
     sync::Arc,
 };
 
-use streamer_core::AttemptNumber;
+use streamer_core::{AttemptNumber, saturate};
 use streamer_store::{DueQuery, StoreError};
 
 use super::Dispatcher;
@@ -98,7 +98,7 @@ impl Dispatcher {
         let quarantined = self.quarantine.count(self.now());
         let mut limits = self.limits();
         limits.values_mut().filter(|limit| **limit > 0).for_each(|limit| *limit += quarantined);
-        let room = usize::try_from(self.limiter.available()).unwrap_or(usize::MAX);
+        let room = saturate::to_usize(self.limiter.available());
         let per_tenant = room.clamp(1, PER_TENANT) + quarantined;
         let after_tenant = self.after_tenant.lock().take();
         let is_first_page = after_tenant.is_none();

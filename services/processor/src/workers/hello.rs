@@ -57,7 +57,7 @@ pub(crate) fn validate_hello(
             ));
         }
     }
-    let slots = u32::try_from(hello.slots).unwrap_or(0);
+    let slots = hello.slots.unsigned_abs();
     let Principal { tenant, user, .. } = &*caller.principal;
     let principal = Owner { tenant: tenant.clone(), user: user.clone() };
     let assigned = AssignedWorker {

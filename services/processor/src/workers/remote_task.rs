@@ -11,7 +11,7 @@ use std::{
 };
 
 use parking_lot::Mutex;
-use streamer_core::{AttemptNumber, Uid};
+use streamer_core::{AttemptNumber, Uid, saturate};
 use streamer_handler::{MemoryBudget, PauseGuard, ReportQueue, ReportSource, Reservation};
 use streamer_proto::processor::v1::{Acknowledgment, Cancel, Report, Resend, Revoke, report};
 use streamer_store::RequestRecord;
@@ -120,7 +120,7 @@ impl RemoteTask {
             attempt: self.attempt.as_i32(),
             number: *self.reports.durable().borrow(),
             ended,
-            max_unacknowledged_bytes: i64::try_from(self.buffer.window()).unwrap_or(i64::MAX),
+            max_unacknowledged_bytes: saturate::to_i64(self.buffer.window()),
         }
     }
 
@@ -235,7 +235,7 @@ impl RemoteTask {
             uid: self.uid.to_string(),
             attempt: self.attempt.as_i32(),
             reason,
-            grace_ms: i64::try_from(grace.as_millis()).unwrap_or(i64::MAX),
+            grace_ms: saturate::to_millis(grace),
         };
         *self.cancel.lock() = Some(cancel.clone());
         cancel

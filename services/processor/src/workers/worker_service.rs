@@ -7,7 +7,7 @@ use futures_util::{
     stream::{self, BoxStream},
 };
 use streamer_auth::{Authenticator, Caller};
-use streamer_core::{AttemptNumber, Clock, ErrorCode, Timestamp, Uid, limits, validate};
+use streamer_core::{AttemptNumber, Clock, ErrorCode, Timestamp, Uid, limits, saturate, validate};
 use streamer_proto::{
     processor::v1::{
         Acknowledgment, Attempt, Capacity, Heartbeat, HeartbeatReply, Report, Revoke, TokenStatus,
@@ -199,17 +199,15 @@ impl Shared {
         caller: &Caller,
     ) -> [Message; 2] {
         let limits = &self.options.limits;
-        let number = |size: usize| i64::try_from(size).unwrap_or(i64::MAX);
-        let millis =
-            |duration: Duration| i64::try_from(duration.as_millis()).unwrap_or(i64::MAX).max(1);
+        let millis = |duration: Duration| saturate::to_millis(duration).max(1);
         let welcome = Welcome {
             processor: self.name.clone(),
             heartbeat_ms: millis(self.heartbeat()),
             lease_ms: millis(self.options.lease),
-            max_payload_bytes: number(limits.max_result_bytes()),
-            max_output_chunk_bytes: number(limits.max_output_chunk_bytes),
-            max_unacknowledged: i32::try_from(report_buffer::MAX_REPORTS).unwrap_or(i32::MAX),
-            max_unacknowledged_bytes: number(report_buffer::MAX_BYTES),
+            max_payload_bytes: saturate::to_i64(limits.max_result_bytes()),
+            max_output_chunk_bytes: saturate::to_i64(limits.max_output_chunk_bytes),
+            max_unacknowledged: saturate::to_i32(report_buffer::MAX_REPORTS),
+            max_unacknowledged_bytes: saturate::to_i64(report_buffer::MAX_BYTES),
             resumed,
             session_secret: secret.to_bytes(),
         };
@@ -358,7 +356,7 @@ impl WorkerStream {
         if let Err(rule) = validate::in_range(slots, 0, MAX_SLOTS, "") {
             return Err(violation("capacity.slots", &rule));
         }
-        self.worker.set_slots(u32::try_from(capacity.slots).unwrap_or(0));
+        self.worker.set_slots(capacity.slots.unsigned_abs());
         self.shared.actions.workers.notify_changed();
         Ok(())
     }
@@ -395,7 +393,7 @@ fn save_status(error: &SaveDeclarationsError) -> Status {
 
 fn token_status(caller: &Caller, now: Timestamp) -> Message {
     let expires_at = caller.principal.expires_at;
-    let left = i64::try_from(expires_at.since(now).as_millis()).unwrap_or(i64::MAX);
+    let left = saturate::to_millis(expires_at.since(now));
     let expire_time = Some(timestamp(expires_at.as_millis()));
     Message::TokenStatus(TokenStatus { expire_time, time_left_ms: left.max(1) })
 }

@@ -4,7 +4,7 @@ use std::{sync::Arc, time::Duration};
 
 use futures_util::future::join_all;
 use streamer_cluster::{Instance, Instances};
-use streamer_core::Clock;
+use streamer_core::{Clock, saturate};
 use streamer_proto::internal::v1::{
     AdmittedSubmissions, ReportSubmissionsRequest, ReportSubmissionsResponse,
     admission_service_client::AdmissionServiceClient, admission_service_server::AdmissionService,
@@ -90,7 +90,7 @@ pub(crate) async fn exchange_reports(
             .iter()
             .filter(|member| *member.name != *others.own && member.is_reachable())
             .collect();
-        rates.set_router_count(u32::try_from(healthy.len() + 1).unwrap_or(u32::MAX));
+        rates.set_router_count(saturate::to_u32(healthy.len() + 1));
         let mut admitted = rates.take_admitted();
         if admitted.is_empty() {
             continue;

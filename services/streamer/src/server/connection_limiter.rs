@@ -25,7 +25,7 @@ use std::{
 
 use parking_lot::Mutex;
 use prometheus_client::metrics::{counter::Counter, gauge::Gauge};
-use streamer_core::rate_limit_key;
+use streamer_core::{rate_limit_key, saturate};
 use streamer_rpc::Connection;
 use streamer_telemetry::Metrics;
 use tokio::time::Instant;
@@ -145,7 +145,7 @@ impl ConnectionLimiter {
                 "TCP connections without a valid token closed to admit new connections",
             ),
         };
-        metrics.limit.set(i64::try_from(limits.total).unwrap_or(i64::MAX));
+        metrics.limit.set(saturate::to_i64(limits.total));
         Self(Arc::new(Shared { limits, state: Mutex::default(), metrics }))
     }
 
@@ -214,9 +214,8 @@ impl ConnectionLimiter {
 
 impl Shared {
     fn update_metrics(&self, state: &State) {
-        let number = |count: usize| i64::try_from(count).unwrap_or(i64::MAX);
-        self.metrics.open.set(number(state.count));
-        self.metrics.unauthenticated.set(number(state.unauthenticated.len()));
+        self.metrics.open.set(saturate::to_i64(state.count));
+        self.metrics.unauthenticated.set(saturate::to_i64(state.unauthenticated.len()));
     }
 }
 

@@ -20,7 +20,7 @@ use http::{HeaderValue, header, request::Parts};
 use hyper::body::{Body, Frame, SizeHint};
 use parking_lot::Mutex;
 use prometheus_client::metrics::gauge::Gauge;
-use streamer_core::{ErrorCode, RequestError};
+use streamer_core::{ErrorCode, RequestError, saturate};
 use streamer_proto::public_methods;
 use streamer_rpc::status;
 use streamer_telemetry::Metrics;
@@ -76,7 +76,7 @@ impl UndecodedBudget {
             "streamer_server_undecoded_bytes_limit",
             "Limit of streamer_server_undecoded_bytes (server.max_undecoded_bytes)",
         );
-        limit.set(i64::try_from(max).unwrap_or(i64::MAX));
+        limit.set(saturate::to_i64(max));
         let gauge = metrics.gauge(
             "streamer_server_undecoded_bytes",
             "Bytes of incomplete messages of calls, including overhead",
@@ -96,7 +96,7 @@ impl UndecodedBudget {
 
 impl Budget {
     fn update_gauge(&self) {
-        let bytes = i64::try_from(self.bytes.load(Ordering::Relaxed)).unwrap_or(i64::MAX);
+        let bytes = saturate::to_i64(self.bytes.load(Ordering::Relaxed));
         self.gauge.set(bytes);
     }
 
@@ -149,7 +149,7 @@ impl Framing {
                     break;
                 }
                 let [_, length @ ..] = self.prefix;
-                self.remaining = usize::try_from(u32::from_be_bytes(length)).unwrap_or(usize::MAX);
+                self.remaining = saturate::to_usize(u32::from_be_bytes(length));
             }
             let count = data.len().min(self.remaining);
             self.received += count;

@@ -21,6 +21,7 @@ use hyper_util::{
 };
 use streamer_cluster::MAX_HTTP2_WINDOW;
 use streamer_config::Config;
+use streamer_core::saturate;
 use streamer_rpc::{Connection, Peer};
 use tokio::{
     net::{TcpListener, TcpStream},
@@ -69,8 +70,7 @@ impl Options {
         Self {
             connection_window: HTTP2_WINDOW,
             header_timeout: config.gateway.handshake_timeout,
-            max_concurrent_streams: u32::try_from(config.server.max_concurrent_streams)
-                .unwrap_or(u32::MAX),
+            max_concurrent_streams: saturate::to_u32(config.server.max_concurrent_streams),
         }
     }
 }

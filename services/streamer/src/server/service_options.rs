@@ -3,7 +3,7 @@
 use std::time::Duration;
 
 use streamer_config::Config;
-use streamer_core::{Limits, limits::PAYLOAD_OPTION};
+use streamer_core::{Limits, limits::PAYLOAD_OPTION, saturate};
 use streamer_gateway::GatewayOptions;
 use streamer_processor::ProcessorOptions;
 use streamer_store_dynamodb::DynamoOptions;
@@ -89,10 +89,10 @@ pub(crate) fn gateway_options(config: &Config, limits: Limits) -> GatewayOptions
 
 /// Converts the value of an option to 32 bits, saturating.
 fn number(value: u64) -> u32 {
-    u32::try_from(value).unwrap_or(u32::MAX)
+    saturate::to_u32(value)
 }
 
 /// Converts a size or count, saturating.
 pub(crate) fn size(value: u64) -> usize {
-    usize::try_from(value).unwrap_or(usize::MAX)
+    saturate::to_usize(value)
 }

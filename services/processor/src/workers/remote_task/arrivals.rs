@@ -2,6 +2,7 @@
 
 use std::mem;
 
+use streamer_core::saturate;
 use streamer_handler::Reservation;
 use streamer_proto::processor::v1::report::Kind;
 use tonic::Status;
@@ -125,7 +126,7 @@ impl Arrivals {
     /// Ignores a report that the worker sent before it received the latest request to resend.
     fn ignore(&mut self, number: i64, resends: i32, kind: &Kind) -> Result<Arrival, Status> {
         let (received, current) = (self.received, self.resends);
-        let in_flight = received.saturating_add(i64::try_from(MAX_REPORTS).unwrap_or(i64::MAX));
+        let in_flight = received.saturating_add(saturate::to_i64(MAX_REPORTS));
         match &mut self.dropped {
             Some(dropped) if resends < current && (0..=in_flight).contains(&number) => {
                 dropped.add(number, kind)?;
