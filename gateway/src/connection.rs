@@ -24,7 +24,7 @@ use std::{
 
 use bytes::Bytes;
 use futures_util::{StreamExt, stream::FuturesUnordered};
-use streamer_core::{CloseCode, ErrorCode, RequestError};
+use streamer_core::{CloseCode, ErrorCode, RequestError, saturate};
 use streamer_rpc::Peer;
 use streamer_telemetry::TraceContext;
 use tokio::io::{AsyncRead, AsyncWrite, ReadBuf};

@@ -16,7 +16,8 @@ use super::{
 pub(super) use read::{events, expired, find, get, list, payload, tenant};
 use streamer_store::{
     Adopt, Append, AppendOutcome, CancelOutcome, Claim, ClaimOutcome, Claimed, CreateOutcome,
-    DeleteOutcome, EventNumbers, Lease, LeaseRenewal, LogHead, NewRequest, Owner, RequestRecord, Writer, log_event,
+    DeleteOutcome, EventNumbers, Lease, LeaseRenewal, LogHead, NewRequest, Owner, RequestRecord,
+    Writer, log_event,
 };
 
 pub(super) fn create(db: &Db<'_>, new: &NewRequest) -> rusqlite::Result<CreateOutcome> {

@@ -5,7 +5,7 @@ use std::{panic::AssertUnwindSafe, sync::Arc};
 use bytes::Bytes;
 use futures_util::FutureExt;
 use parking_lot::Mutex;
-use streamer_core::{AttemptNumber, ErrorCode, Limits, RequestError, Timestamp, TraceParent};
+use streamer_core::{ErrorCode, Limits, RequestError, Timestamp, TraceParent};
 use streamer_handler::{
     AttemptInfo, Context, DynHandler, HandlerError, Report as HandlerReport, ReportQueue,
 };

@@ -2,7 +2,7 @@
 
 use std::sync::Arc;
 
-use streamer_core::{ErrorCode, RequestError, Seq, Uid};
+use streamer_core::{ErrorCode, RequestError, Uid};
 use streamer_proto::common::v1::Event;
 use streamer_rpc::{is_terminal, request_error};
 use tonic::{Code, Status};

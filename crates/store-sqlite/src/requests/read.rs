@@ -5,7 +5,9 @@ use rusqlite::{Connection, OptionalExtension, params, params_from_iter, types::V
 use streamer_core::{Seq, Timestamp, Uid, saturate};
 
 use crate::{checksum, row};
-use streamer_store::{EventNumbers, EventPage, ListRequests, Owner, RequestPage, RequestRecord, StoredPayload};
+use streamer_store::{
+    EventNumbers, EventPage, ListRequests, Owner, RequestPage, RequestRecord, StoredPayload,
+};
 
 pub(crate) fn get(db: &Connection, uid: Uid) -> rusqlite::Result<Option<RequestRecord>> {
     db.prepare_cached(&format!("SELECT {} FROM requests WHERE uid = ?1", row::COLUMNS))?
@@ -44,7 +46,7 @@ pub(crate) fn payload(db: &Connection, uid: Uid) -> rusqlite::Result<Option<Stor
 /// Reads a payload from the columns `content_type`, `data` and `crc`.
 fn stored_payload(row: &rusqlite::Row<'_>, uid: Uid) -> rusqlite::Result<StoredPayload> {
     let data = row.get::<_, Vec<u8>>(1)?;
-    row::verify(row, 2, || checksum::of_value(uid, 0, &data))?;
+    row::verify(row, 2, || checksum::of_value(uid, &data))?;
     Ok(StoredPayload { content_type: row.get(0)?, data: data.into() })
 }
 
