@@ -154,3 +154,31 @@ fn texts_are_plain_technical_english() {
     assert!(found.is_empty(), "tests/phrases.txt names the terms to use instead of:\n{found}");
     assert_eq!(used.len(), exceptions.len(), "an exception is unused");
 }
+
+/// Decisions and the changelog may name files that no longer exist.
+#[test]
+fn documents_and_comments_name_existing_files() {
+    let path = Regex::new(r"`((?:[\w.-]+/)*[\w.-]+\.(?:rs|proto|py|js|toml|md))`").unwrap();
+    let all = sources("*");
+    let mut missing = String::new();
+    let is_exempt = |file: &str| file.starts_with("docs/adr/") || file == "CHANGELOG.md";
+    for file in [sources("*.md"), sources("*.rs"), sources("*.proto")].concat() {
+        let text = std::fs::read_to_string(root().join(&file)).unwrap();
+        let is_markdown = file.ends_with(".md");
+        let lines = text.lines().filter(|line| is_markdown || line.trim().starts_with("//"));
+        for line in lines.filter(|_| !is_exempt(&file)) {
+            for captures in path.captures_iter(line.as_bytes()) {
+                let named = String::from_utf8_lossy(&captures[1]).into_owned();
+                let named = named.trim_start_matches("../");
+                let exists = all.iter().any(|path| {
+                    path.strip_suffix(named).is_some_and(|before| before.is_empty() || before.ends_with('/'))
+                });
+                // A file of the user.
+                if !exists && named != "streamer.toml" {
+                    missing.push_str(&format!("{file}: {named}\n"));
+                }
+            }
+        }
+    }
+    assert!(missing.is_empty(), "these files do not exist:\n{missing}");
+}

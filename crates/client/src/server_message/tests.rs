@@ -1,4 +1,4 @@
-//! Parses messages as `gateway/src/server_message.rs` writes them.
+//! Parses messages as `gateway/src/protocol/server_message.rs` writes them.
 
 use streamer_core::{ErrorCode, RequestError, RequestState};
 
