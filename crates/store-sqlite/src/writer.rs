@@ -243,7 +243,7 @@ impl OperationQueue {
                 // An operation on a request that does not exist writes nothing.
                 Payer::OwnerOf(uid) => requests::tenant(db, uid).ok().flatten().unwrap_or_default(),
             };
-            schedule.add_large(tenant, bytes, operation);
+            schedule.add_large(tenant.into(), bytes, operation);
         });
         small || large
     }

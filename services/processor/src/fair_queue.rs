@@ -1,8 +1,6 @@
 //! Orders due requests: by priority, then fairly among tenants, then by age, oldest first.
 //!
-//! Tenants with fewer running attempts come first. Start-time fair queueing (Goyal, Vin and Cheng, 1996) breaks ties:
-//! each start advances the finish tag of its tenant by one, and a tenant without a tag begins at the current virtual
-//! time.
+//! Tenants with fewer running attempts come first. Start-time fair queueing breaks ties: each start costs 1.
 
 use std::{
     cmp::Reverse,
@@ -10,42 +8,22 @@ use std::{
 };
 
 use parking_lot::Mutex;
-use streamer_core::{Timestamp, Uid};
+use streamer_core::{FairTags, Timestamp, Uid};
 use streamer_store::DueRequest;
-
-/// Maximum number of finish tags; when it is exceeded, the tags of idle tenants are dropped.
-const MAX_TAGS: usize = 4096;
 
 /// Start-time fair queue of tenants.
 #[derive(Debug, Default)]
 pub(crate) struct FairQueue {
-    state: Mutex<State>,
-}
-
-#[derive(Clone, Debug, Default)]
-struct State {
-    /// Start tag of the latest start; also the start tag of a new tenant.
-    virtual_time: u64,
-    finish_tags: HashMap<String, u64>,
-}
-
-impl State {
-    fn start_tag(&self, tenant: &str) -> u64 {
-        self.finish_tags.get(tenant).copied().unwrap_or(0).max(self.virtual_time)
-    }
+    tags: Mutex<FairTags<u64>>,
 }
 
 impl FairQueue {
     /// Charges a tenant for the start of a request.
     pub(crate) fn charge(&self, tenant: &str) {
-        let mut state = self.state.lock();
-        let tag = state.start_tag(tenant);
-        state.virtual_time = tag;
-        state.finish_tags.insert(tenant.to_owned(), tag + 1);
-        if state.finish_tags.len() > MAX_TAGS {
-            let virtual_time = state.virtual_time;
-            state.finish_tags.retain(|_, tag| *tag > virtual_time);
-        }
+        let mut tags = self.tags.lock();
+        let tag = tags.start_tag(tenant);
+        tags.start(tag);
+        tags.finish(&tenant.into(), tag + 1);
     }
 
     /// Orders due requests, which must be grouped by tenant. `running` contains the number of running attempts of each
@@ -75,14 +53,14 @@ impl FairQueue {
     }
 
     fn queues(&self, due: Vec<DueRequest>, running: &HashMap<String, u32>) -> Vec<TenantQueue> {
-        let state = self.state.lock();
+        let tags = self.tags.lock();
         let mut queues: Vec<TenantQueue> = Vec::new();
         for request in due {
             match queues.last_mut() {
                 Some(queue) if queue.is_for(&request.tenant) => queue.requests.push_back(request),
                 _ => queues.push(TenantQueue {
                     load: running.get(&request.tenant).copied().unwrap_or(0),
-                    tag: state.start_tag(&request.tenant),
+                    tag: tags.start_tag(&request.tenant),
                     requests: VecDeque::from([request]),
                 }),
             }

@@ -7,9 +7,12 @@
 //! turns by tenant (start-time fair queueing over bytes), and receive at least half of the writer's time.
 
 use std::{
-    collections::{BTreeMap, BTreeSet, HashMap, VecDeque},
+    collections::{BTreeMap, HashMap, VecDeque},
+    sync::Arc,
     time::{Duration, Instant},
 };
+
+use streamer_core::FairTags;
 
 /// Maximum number of operations in one group, which limits the time that the first operation waits.
 const MAX_GROUP_OPERATIONS: usize = 512;
@@ -68,7 +71,7 @@ impl<T> Schedule<T> {
         queue.push_back((operation, bytes));
     }
 
-    pub(super) fn add_large(&mut self, tenant: String, bytes: usize, operation: T) {
+    pub(super) fn add_large(&mut self, tenant: Arc<str>, bytes: usize, operation: T) {
         self.large.push(tenant, bytes, operation);
     }
 
@@ -130,85 +133,62 @@ impl<T> Schedule<T> {
     }
 }
 
-/// Queue in which tenants take turns. The next operation is the one with the smallest start tag (P. Goyal, H. Vin and
-/// H. Cheng, "Start-time Fair Queueing", 1996).
+/// Queue in which tenants take turns. The next operation is the one with the smallest start tag.
 struct FairQueue<T> {
     len: usize,
-    tenants: HashMap<String, Tenant<T>>,
-    /// Names of the tenants with operations, ordered by the start tag of their first operation and by arrival.
-    order: BTreeMap<(u64, u64), String>,
-    /// Names of the other tenants, ordered by finish tag. Tenants whose finish tag the virtual time has passed are
-    /// removed.
-    idle: BTreeSet<(u64, String)>,
-    /// Start tag of the last dequeued operation.
-    virtual_time: u64,
+    /// Operations and their sizes, by tenant; no tenant has an empty list.
+    operations: HashMap<Arc<str>, VecDeque<(T, usize)>>,
+    /// Names of these tenants, ordered by the start tag of their first operation and by arrival.
+    order: BTreeMap<(u64, u64), Arc<str>>,
+    /// Accounts of the other tenants.
+    idle: FairTags<u64>,
     arrivals: u64,
-}
-
-struct Tenant<T> {
-    operations: VecDeque<(T, usize)>,
-    /// Finish tag of the last dequeued operation of the tenant.
-    finish: u64,
 }
 
 impl<T> Default for FairQueue<T> {
     fn default() -> Self {
         Self {
             len: 0,
-            tenants: HashMap::new(),
+            operations: HashMap::new(),
             order: BTreeMap::new(),
-            idle: BTreeSet::new(),
-            virtual_time: 0,
+            idle: FairTags::default(),
             arrivals: 0,
         }
     }
 }
 
 impl<T> FairQueue<T> {
-    fn push(&mut self, name: String, bytes: usize, operation: T) {
+    fn push(&mut self, tenant: Arc<str>, bytes: usize, operation: T) {
         self.len += 1;
-        let new = || Tenant { operations: VecDeque::new(), finish: 0 };
-        let tenant = self.tenants.entry(name.clone()).or_insert_with(new);
-        tenant.operations.push_back((operation, bytes));
-        if tenant.operations.len() == 1 {
-            let finish = tenant.finish;
-            self.idle.remove(&(finish, name.clone()));
-            self.enqueue(finish.max(self.virtual_time), name);
+        let operations = self.operations.entry(tenant.clone()).or_default();
+        operations.push_back((operation, bytes));
+        if operations.len() == 1 {
+            self.enqueue(self.idle.start_tag(&tenant), tenant);
         }
     }
 
     fn pop(&mut self) -> Option<(T, usize)> {
-        let ((start, _), name) = self.order.pop_first()?;
-        self.virtual_time = start;
-        let tenant = self.tenants.get_mut(&name)?;
-        let (operation, bytes) = tenant.operations.pop_front()?;
+        let ((start, _), tenant) = self.order.pop_first()?;
+        self.idle.start(start);
+        let operations = self.operations.get_mut(&tenant)?;
+        let (operation, bytes) = operations.pop_front()?;
         self.len -= 1;
-        tenant.finish = start.saturating_add(bytes as u64);
-        let (finish, is_idle) = (tenant.finish, tenant.operations.is_empty());
-        if is_idle {
-            self.idle.insert((finish, name));
+        let finish = start.saturating_add(bytes as u64);
+        if operations.is_empty() {
+            self.operations.remove(&tenant);
+            self.idle.finish(&tenant, finish);
         } else {
-            self.enqueue(finish, name);
+            self.enqueue(finish, tenant);
         }
-        self.remove_idle();
+        if self.len == 0 {
+            self.idle.clear();
+        }
         Some((operation, bytes))
     }
 
-    fn enqueue(&mut self, start: u64, name: String) {
+    fn enqueue(&mut self, start: u64, tenant: Arc<str>) {
         self.arrivals += 1;
-        self.order.insert((start, self.arrivals), name);
-    }
-
-    /// Removes idle tenants whose next operation would start at the virtual time.
-    fn remove_idle(&mut self) {
-        let limit = if self.len == 0 { u64::MAX } else { self.virtual_time };
-        while let Some((finish, name)) = self.idle.pop_first() {
-            if finish > limit {
-                self.idle.insert((finish, name));
-                return;
-            }
-            self.tenants.remove(&name);
-        }
+        self.order.insert((start, self.arrivals), tenant);
     }
 }
 
@@ -295,9 +275,9 @@ mod tests {
             order,
             ["flooder", "small", "small", "flooder", "small", "small", "flooder", "flooder"]
         );
-        assert!(queue.tenants.is_empty(), "no tenant is remembered when the queue is empty");
+        assert!(queue.operations.is_empty(), "no tenant is remembered when the queue is empty");
         queue.push("flooder".into(), 1000, ("flooder", 4));
-        assert_eq!((queue.len, queue.tenants.len(), queue.order.len()), (1, 1, 1));
+        assert_eq!((queue.len, queue.operations.len(), queue.order.len()), (1, 1, 1));
     }
 
     #[test]

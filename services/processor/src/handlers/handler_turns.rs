@@ -10,10 +10,10 @@ use std::{
 };
 
 use parking_lot::Mutex;
+use streamer_core::FairTags;
 
 /// Grants turns on the handler threads; a turn is one poll of one handler. The number of concurrent turns of a tenant
-/// is limited. The next turn is granted to the waiting tenant with the least processor time (start-time fair queueing:
-/// a tenant that becomes active continues with its previous time, or with the virtual time if that is more).
+/// is limited. The next turn is granted to the waiting tenant with the least processor time (start-time fair queueing).
 pub(crate) struct HandlerTurns {
     state: Mutex<State>,
 }
@@ -23,13 +23,10 @@ struct State {
     free: usize,
     /// Maximum number of concurrent turns of one tenant.
     max_of_tenant: usize,
+    /// Tenants with running or waiting handlers.
     tenants: HashMap<Arc<str>, Tenant>,
-    /// Maximum processor time of a tenant at the beginning of a turn.
-    virtual_time: Duration,
-    /// Number of tenants with running or waiting handlers.
-    active: usize,
-    /// Other tenants whose processor time exceeds the virtual time, by processor time.
-    idle: BTreeSet<(Duration, Arc<str>)>,
+    /// Processor times of the other tenants.
+    idle: FairTags<Duration>,
     /// Tenants with waiting handlers that are below their limit, by processor time and the number of the first of these
     /// handlers.
     waiting: BTreeSet<(Duration, u64, Arc<str>)>,
@@ -38,14 +35,18 @@ struct State {
     next_number: u64,
 }
 
-#[derive(Default)]
 struct Tenant {
+    /// Processor time, which includes the start tag.
     time: Duration,
     running: usize,
     waiters: VecDeque<(u64, Waker)>,
 }
 
 impl Tenant {
+    fn new(time: Duration) -> Self {
+        Self { time, running: 0, waiters: VecDeque::new() }
+    }
+
     fn is_active(&self) -> bool {
         self.running > 0 || !self.waiters.is_empty()
     }
@@ -58,9 +59,7 @@ impl HandlerTurns {
             free: threads.max(1),
             max_of_tenant: max_of_tenant.max(1),
             tenants: HashMap::new(),
-            virtual_time: Duration::ZERO,
-            active: 0,
-            idle: BTreeSet::new(),
+            idle: FairTags::default(),
             waiting: BTreeSet::new(),
             granted: HashSet::new(),
             next_number: 0,
@@ -102,49 +101,31 @@ impl State {
             (tenant.time, take(tenant))
         });
         self.free -= 1;
-        self.virtual_time = self.virtual_time.max(time);
-        self.remove_idle();
+        self.idle.start(time);
         taken
     }
 
-    /// Changes a tenant and updates its places in the ordered sets.
+    /// Changes a tenant and updates its place in the order.
     fn change<T>(&mut self, name: &Arc<str>, change: impl FnOnce(&mut Tenant) -> T) -> T {
-        let tenant = self.tenants.entry(name.clone()).or_default();
+        let new = || Tenant::new(self.idle.start_tag(name));
+        let tenant = self.tenants.entry(name.clone()).or_insert_with(new);
         let place = |tenant: &Tenant, max: usize| {
             let first = tenant.waiters.front().map(|(number, _)| *number)?;
             (tenant.running < max).then(|| (tenant.time, first, name.clone()))
         };
-        let (was_active, before) = (tenant.is_active(), tenant.time);
         if let Some(place) = place(tenant, self.max_of_tenant) {
             self.waiting.remove(&place);
         }
-        if was_active {
-            self.active -= 1;
-        } else {
-            self.idle.remove(&(before, name.clone()));
-            tenant.time = tenant.time.max(self.virtual_time);
-        }
         let result = change(tenant);
-        let (is_active, time) = (tenant.is_active(), tenant.time);
         self.waiting.extend(place(tenant, self.max_of_tenant));
-        if is_active {
-            self.active += 1;
-        } else {
-            self.idle.insert((time, name.clone()));
+        if !tenant.is_active() {
+            self.idle.finish(name, tenant.time);
+            self.tenants.remove(name);
+            if self.tenants.is_empty() {
+                self.idle.clear();
+            }
         }
         result
-    }
-
-    /// Removes idle tenants that would continue with the virtual time.
-    fn remove_idle(&mut self) {
-        let limit = if self.active == 0 { Duration::MAX } else { self.virtual_time };
-        while let Some((time, name)) = self.idle.pop_first() {
-            if time > limit {
-                self.idle.insert((time, name));
-                return;
-            }
-            self.tenants.remove(&name);
-        }
     }
 
     /// Begins the turn of a waiting handler if it was granted; otherwise replaces the handler's waker.
@@ -168,9 +149,7 @@ impl State {
             tenant.time += took;
             tenant.running -= 1;
         });
-        let next = self.grant();
-        self.remove_idle();
-        next
+        self.grant()
     }
 
     fn grant(&mut self) -> Option<Waker> {
@@ -187,7 +166,6 @@ impl State {
             return self.end(name, Duration::ZERO);
         }
         self.change(name, |tenant| tenant.waiters.retain(|waiter| waiter.0 != number));
-        self.remove_idle();
         None
     }
 }
