@@ -6,6 +6,8 @@ use std::{
     time::{Duration, SystemTime, UNIX_EPOCH},
 };
 
+use time::UtcDateTime;
+
 use crate::saturate;
 
 /// Point in time: milliseconds since the Unix epoch, UTC.
@@ -57,33 +59,16 @@ impl fmt::Debug for Timestamp {
     }
 }
 
-/// Formats the time as RFC 3339 with milliseconds, in UTC.
+/// Formats the time as RFC 3339 with milliseconds, in UTC. Dates outside of the years -9999 to 9999 are shown as the
+/// nearest one within.
 impl fmt::Display for Timestamp {
     fn fmt(&self, formatter: &mut fmt::Formatter<'_>) -> fmt::Result {
         let (days, millis) = (self.0.div_euclid(86_400_000), self.0.rem_euclid(86_400_000));
-        let (year, month, day) = civil_from_days(days);
+        let date = UtcDateTime::UNIX_EPOCH.date().saturating_add(time::Duration::days(days));
         let (seconds, millis) = (millis / 1000, millis % 1000);
         let (hour, minute, second) = (seconds / 3600, seconds / 60 % 60, seconds % 60);
-        write!(
-            formatter,
-            "{year:04}-{month:02}-{day:02}T{hour:02}:{minute:02}:{second:02}.{millis:03}Z"
-        )
+        write!(formatter, "{date}T{hour:02}:{minute:02}:{second:02}.{millis:03}Z")
     }
-}
-
-/// Converts days since 1970-01-01 to year, month and day of the proleptic Gregorian calendar. Algorithm: Howard
-/// Hinnant, "chrono-compatible low-level date algorithms".
-fn civil_from_days(days: i64) -> (i64, i64, i64) {
-    let shifted = days + 719_468;
-    let era = shifted.div_euclid(146_097);
-    let day_of_era = shifted.rem_euclid(146_097);
-    let year_of_era =
-        (day_of_era - day_of_era / 1_460 + day_of_era / 36_524 - day_of_era / 146_096) / 365;
-    let day_of_year = day_of_era - (365 * year_of_era + year_of_era / 4 - year_of_era / 100);
-    let shifted_month = (5 * day_of_year + 2) / 153;
-    let day = day_of_year - (153 * shifted_month + 2) / 5 + 1;
-    let month = if shifted_month < 10 { shifted_month + 3 } else { shifted_month - 9 };
-    (year_of_era + era * 400 + i64::from(month <= 2), month, day)
 }
 
 /// Source of wall-clock time.
@@ -138,6 +123,7 @@ mod tests {
             (951_782_400_000, "2000-02-29T00:00:00.000Z"),
             (1_795_493_100_007, "2026-11-24T04:05:00.007Z"),
             (-1, "1969-12-31T23:59:59.999Z"),
+            (i64::MAX, "9999-12-31T07:12:55.807Z"),
         ] {
             assert_eq!(Timestamp::from_millis(millis).to_string(), text);
         }
