@@ -5,6 +5,7 @@ use std::collections::{BTreeMap, HashMap};
 use base64::{Engine, engine::general_purpose::STANDARD};
 use serde_json::Value;
 use sha2::{Digest, Sha256};
+use streamer_core::hex;
 
 /// Result of a check.
 pub(crate) struct Report {
@@ -195,7 +196,7 @@ fn check_output(id: &str, log: &[Value], violations: &mut Violations) {
         if is_terminal(event) {
             let mut hash = Sha256::new();
             chunks.iter().for_each(|(_, chunk)| hash.update(chunk));
-            let sha256: String = hash.finalize().iter().map(|byte| format!("{byte:02x}")).collect();
+            let sha256 = hex(&hash.finalize());
             let output = &event["output"];
             let (count, reported) = (number(output, "chunks"), text(output, "sha256"));
             violations.expect(

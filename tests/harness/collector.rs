@@ -15,6 +15,7 @@ use opentelemetry_proto::tonic::{
     trace::v1::Span as ProtoSpan,
 };
 use prost::Message;
+use streamer_core::hex;
 use tokio::{
     runtime::{self, Runtime},
     sync::watch,
@@ -270,8 +271,4 @@ fn texts(attributes: &[KeyValue]) -> BTreeMap<String, String> {
         other => format!("{other:?}"),
     };
     attributes.iter().map(|attribute| (attribute.key.clone(), text(&attribute.value))).collect()
-}
-
-fn hex(bytes: &[u8]) -> String {
-    bytes.iter().map(|byte| format!("{byte:02x}")).collect()
 }

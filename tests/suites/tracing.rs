@@ -10,6 +10,7 @@ use std::{
 
 use serde_json::{Value, json};
 use streamer_client::Api;
+use streamer_core::hex;
 use streamer_proto::{processor::v1::report::Kind, router::v1::GetRequest};
 use streamer_rpc::json_payload;
 use streamer_tests::{
@@ -121,8 +122,7 @@ fn check_independently(collector: &mut Collector, count: usize) {
     let mut decoder = Process::spawn(&mut command);
     let mut input = decoder.stdin();
     for message in collector.exported() {
-        let line: String = message.iter().map(|byte| format!("{byte:02x}")).collect();
-        writeln!(input, "{line}").unwrap();
+        writeln!(input, "{}", hex(&message)).unwrap();
     }
     drop(input);
     let names = std::io::read_to_string(decoder.stdout()).unwrap();

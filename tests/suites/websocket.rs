@@ -213,7 +213,7 @@ async fn a_failed_attempt_is_retried_and_its_output_rewound() {
     valid.iter().for_each(|(_, chunk)| digest.push(chunk.as_bytes()));
     let output = &log.events.last().unwrap()["output"];
     assert_eq!(output["chunks"], digest.chunks());
-    assert_eq!(output["sha256"], streamer_core::output::hex(&digest.sha256()));
+    assert_eq!(output["sha256"], streamer_core::hex(&digest.sha256()));
 }
 
 #[tokio::test]

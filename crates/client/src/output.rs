@@ -1,6 +1,6 @@
 //! Verifies, from the events of a request alone, that a reader received the complete output.
 
-use streamer_core::{OutputDigest, output::hex};
+use streamer_core::{OutputDigest, hex};
 
 /// Count and checksum of the valid chunks of a log that is read from its beginning.
 #[derive(Clone, Debug, Default)]

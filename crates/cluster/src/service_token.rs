@@ -4,6 +4,7 @@ use std::{fs, path::Path, sync::Arc};
 
 use http::HeaderValue;
 use streamer_auth::{create_private_file, warn_if_readable_by_others};
+use streamer_core::hex;
 use subtle::{Choice, ConstantTimeEq};
 
 const MIN_SECRET_BYTES: usize = 32;
@@ -34,8 +35,7 @@ impl ServiceToken {
         if !path.exists() {
             let mut secret = [0; MIN_SECRET_BYTES];
             getrandom::fill(&mut secret).map_err(|error| failed(error.to_string()))?;
-            let text: String = secret.iter().map(|byte| format!("{byte:02x}")).collect();
-            create_private_file(&path, text.as_bytes())
+            create_private_file(&path, hex(&secret).as_bytes())
                 .map_err(|error| failed(error.to_string()))?;
         }
         Self::read(&path)

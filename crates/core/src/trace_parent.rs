@@ -2,6 +2,8 @@
 
 use std::fmt;
 
+use crate::hex::{hex, read_hex, write_hex};
+
 /// Length of a `traceparent` of version 00, in bytes.
 const LENGTH: usize = 55;
 
@@ -46,15 +48,13 @@ impl TraceParent {
         write_hex(&mut text[3..35], &self.trace_id);
         write_hex(&mut text[36..52], &self.span_id);
         text[54] += u8::from(self.is_sampled);
-        ascii(&text)
+        std::str::from_utf8(&text).unwrap_or_default().to_owned()
     }
 
     /// Returns the trace ID as 32 hexadecimal digits.
     #[must_use]
     pub fn trace_id_text(self) -> String {
-        let mut text = [0; 32];
-        write_hex(&mut text, &self.trace_id);
-        ascii(&text)
+        hex(&self.trace_id)
     }
 }
 
@@ -62,43 +62,6 @@ impl fmt::Display for TraceParent {
     fn fmt(&self, formatter: &mut fmt::Formatter<'_>) -> fmt::Result {
         formatter.write_str(&self.to_text())
     }
-}
-
-fn ascii(text: &[u8]) -> String {
-    std::str::from_utf8(text).unwrap_or_default().to_owned()
-}
-
-/// Two hexadecimal digits for each byte value.
-const HEX: [[u8; 2]; 256] = {
-    const DIGITS: &[u8; 16] = b"0123456789abcdef";
-    let mut pairs = [[0; 2]; 256];
-    let mut byte = 0;
-    while byte < 256 {
-        pairs[byte] = [DIGITS[byte >> 4], DIGITS[byte & 15]];
-        byte += 1;
-    }
-    pairs
-};
-
-fn write_hex(text: &mut [u8], bytes: &[u8]) {
-    let (pairs, _) = text.as_chunks_mut::<2>();
-    for (pair, byte) in pairs.iter_mut().zip(bytes) {
-        *pair = HEX[usize::from(*byte)];
-    }
-}
-
-/// Decodes hexadecimal digits. Only lowercase digits are valid, as W3C requires.
-fn read_hex(text: &[u8], bytes: &mut [u8]) -> Option<()> {
-    let digit = |byte: u8| match byte {
-        b'0'..=b'9' => Some(byte - b'0'),
-        b'a'..=b'f' => Some(byte - b'a' + 10),
-        _ => None,
-    };
-    let (pairs, _) = text.as_chunks::<2>();
-    for (byte, [high, low]) in bytes.iter_mut().zip(pairs) {
-        *byte = digit(*high)? << 4 | digit(*low)?;
-    }
-    Some(())
 }
 
 #[cfg(test)]

@@ -17,6 +17,7 @@ use object_store::{
 };
 use rustls::crypto::{CryptoProvider, ring};
 use sha2::{Digest, Sha256};
+use streamer_core::hex;
 use streamer_store::StoreError;
 
 use crate::{
@@ -107,8 +108,7 @@ impl LargeObjects {
         let Some(Blob(data)) = value.data.take_if(|data| data.0.len() > OFFLOAD_BYTES) else {
             return Ok(());
         };
-        let name: String = Sha256::digest(&data)[..16].iter().map(|b| format!("{b:02x}")).collect();
-        let path = format!("{uid}/{name}");
+        let path = format!("{uid}/{}", hex(&Sha256::digest(&data)[..16]));
         let bytes = data.len() as u64;
         self.store
             .put(&Path::from(path.as_str()), PutPayload::from_bytes(data))

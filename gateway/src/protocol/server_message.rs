@@ -2,7 +2,7 @@
 
 use base64::{Engine, engine::general_purpose::STANDARD};
 use bytes::Bytes;
-use streamer_core::{RequestError, Timestamp, limits::MAX_REQUEST_ID_CHARS, output::hex, saturate};
+use streamer_core::{RequestError, Timestamp, hex, limits::MAX_REQUEST_ID_CHARS, saturate};
 use streamer_proto::{
     common::v1::{
         Error, Event, OutputSummary, Payload, Progress, QueuePosition, Request, RequestState,

@@ -3,6 +3,7 @@
 
 use bytes::Bytes;
 use sha2::{Digest, Sha256};
+use streamer_core::hex;
 use streamer_store::Owner;
 
 /// Length of a secret, in bytes: equal to that of the stored hash.
@@ -41,7 +42,7 @@ impl SessionSecret {
             .chain_update(&principal.tenant)
             .chain_update(&principal.user)
             .finalize();
-        hash.iter().map(|byte| format!("{byte:02x}")).collect()
+        hex(&hash)
     }
 }
 

@@ -10,7 +10,7 @@ use anyhow::Context;
 use clap::Args;
 use serde_json::{Value, json, value::RawValue};
 use streamer_client::{Follower, ReceivedMessage, ServerMessage, Target};
-use streamer_core::{Clock, RequestState, SystemClock, Uid};
+use streamer_core::{Clock, RequestState, SystemClock, Uid, hex};
 use streamer_telemetry::TraceContext;
 
 use crate::{
@@ -190,7 +190,6 @@ fn exit_of(message: &ServerMessage, is_last: bool) -> Option<Exit> {
 /// Continues the trace of `parent`, or starts a new one.
 fn trace(parent: Option<&str>) -> anyhow::Result<TraceContext> {
     let new = || {
-        let hex = |bytes: &[u8]| bytes.iter().map(|byte| format!("{byte:02x}")).collect::<String>();
         let [trace, span] = [(); 2].map(|()| Uid::new(SystemClock.now()).to_bytes());
         // The second half of an ID is random; the first half consists mostly of the time.
         format!("00-{}-{}-01", hex(&trace), hex(&span[8..]))
