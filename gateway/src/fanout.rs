@@ -284,7 +284,7 @@ impl Fanout {
                 Ok(WatchEnd::Ended) => {}
             }
             if !topic.has_ended() {
-                sleep(MAX_BACKOFF.mul_f64(retry::random_fraction())).await;
+                sleep(retry::jitter(MAX_BACKOFF)).await;
             }
         }
     }
@@ -332,7 +332,7 @@ impl Fanout {
         let UpstreamWatch { mut stream, mut is_large } = upstream;
         loop {
             let next = if is_large {
-                let release_after = RELEASE_AFTER.mul_f64(1.0 + retry::random_fraction());
+                let release_after = RELEASE_AFTER + retry::jitter(RELEASE_AFTER);
                 match timeout(release_after, stream.message()).await {
                     Ok(next) => next?,
                     Err(_) => return Ok(WatchEnd::Idle),

@@ -48,8 +48,8 @@ impl RetryPolicy {
         if failed_attempts >= self.max_attempts {
             return None;
         }
-        let doublings = failed_attempts.saturating_sub(1).min(31);
-        let bound = self.initial_backoff.saturating_mul(1 << doublings).min(self.max_backoff);
+        let doublings = failed_attempts.saturating_sub(1);
+        let bound = upper_bound(self.initial_backoff, self.max_backoff, doublings);
         Some(bound.mul_f64(random.clamp(0.0, 1.0)))
     }
 }
@@ -79,15 +79,25 @@ impl Backoff {
     /// Records a failure and returns the delay before the next retry.
     #[must_use]
     pub fn wait(&mut self) -> Duration {
-        let bound = self.first.saturating_mul(1 << self.failures.min(31)).min(self.longest);
+        let bound = upper_bound(self.first, self.longest, self.failures);
         self.failures = self.failures.saturating_add(1);
-        bound.mul_f64(random_fraction())
+        jitter(bound)
     }
 
     /// Records a success, which resets the number of failures.
     pub const fn reset(&mut self) {
         self.failures = 0;
     }
+}
+
+fn upper_bound(first: Duration, longest: Duration, doublings: u32) -> Duration {
+    first.saturating_mul(1 << doublings.min(31)).min(longest)
+}
+
+/// Returns a random duration from zero to `max`: full jitter.
+#[must_use]
+pub fn jitter(max: Duration) -> Duration {
+    max.mul_f64(random_fraction())
 }
 
 /// Returns a random number from 0.0 to 1.0, for jitter.

@@ -174,23 +174,26 @@ fn is_local(endpoint: &str) -> bool {
 /// Exponential backoff with full jitter, up to a deadline.
 pub(crate) struct Backoff {
     deadline: Instant,
-    delay: Duration,
+    delays: retry::Backoff,
 }
 
 impl Default for Backoff {
     fn default() -> Self {
-        Self { deadline: Instant::now() + TRANSACTION_RETRY_TIMEOUT, delay: FIRST_BACKOFF }
+        Self {
+            deadline: Instant::now() + TRANSACTION_RETRY_TIMEOUT,
+            delays: retry::Backoff::new(FIRST_BACKOFF, MAX_BACKOFF),
+        }
     }
 }
 
 impl Backoff {
     /// Waits before a retry. Returns `error` if the deadline would be exceeded or a retry does not help.
     pub(crate) async fn wait(&mut self, error: StoreError) -> Result<(), StoreError> {
-        if !error.is_retryable() || Instant::now() + self.delay > self.deadline {
+        let delay = self.delays.wait();
+        if !error.is_retryable() || Instant::now() + delay > self.deadline {
             return Err(error);
         }
-        sleep(self.delay.mul_f64(retry::random_fraction())).await;
-        self.delay = (self.delay * 2).min(MAX_BACKOFF);
+        sleep(delay).await;
         Ok(())
     }
 }

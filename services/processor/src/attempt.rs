@@ -12,7 +12,8 @@ use futures_util::{
 };
 use streamer_core::{
     ActionSpec, AttemptNumber, Clock, ErrorCode, Limits, OutputDigest, RequestError, Seq,
-    Timestamp, Uid, retry,
+    Timestamp, Uid,
+    retry::{self, Backoff},
 };
 use streamer_handler::{
     AttemptInfo, Context, DynHandler, HandlerError, Report, ReportBatch, ReportQueue,
@@ -449,16 +450,16 @@ impl Attempt<'_> {
         let (uid, tenant) = (self.uid, self.tenant.clone());
         let publishing = async move {
             let _reserved = reserved;
-            let mut wait = PUBLISH_BACKOFF;
+            let mut backoff = Backoff::new(PUBLISH_BACKOFF, MAX_PUBLISH_BACKOFF);
             loop {
                 match log.publish(&tenant, batch.clone()).await {
                     Ok(cancel_reason) => return Ok(cancel_reason),
                     // Fenced, or not retryable: lease recovery finishes the attempt.
                     Err(status) if is_permanent(&status) => return Err(status),
                     Err(status) => {
+                        let wait = backoff.wait();
                         tracing::warn!(%uid, %status, ?wait, "failed to publish events, retrying");
-                        sleep(wait.mul_f64(retry::random_fraction())).await;
-                        wait = (wait * 2).min(MAX_PUBLISH_BACKOFF);
+                        sleep(wait).await;
                     }
                 }
             }

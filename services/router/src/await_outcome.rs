@@ -4,7 +4,7 @@ use std::time::Duration;
 
 use streamer_auth::Caller;
 use streamer_cluster::RouteKey;
-use streamer_core::{TenantLimit, Uid, retry};
+use streamer_core::{TenantLimit, Uid, retry::Backoff};
 use streamer_proto::{
     common::v1::Event,
     progress::v1::{WatchRequest, WatchResponse},
@@ -40,7 +40,7 @@ async fn watch_until_terminal(
     caller: &Caller,
     uid: Uid,
 ) -> Result<Event, Status> {
-    let mut backoff = INITIAL_BACKOFF;
+    let mut backoff = Backoff::new(INITIAL_BACKOFF, MAX_BACKOFF);
     loop {
         let watch = WatchRequest {
             request_id: uid.to_string(),
@@ -59,8 +59,7 @@ async fn watch_until_terminal(
             Err(status) if is_permanent(&status) => return Err(status),
             Err(status) => tracing::debug!(%uid, %status, "failed to watch the request; retrying"),
         }
-        sleep(backoff.mul_f64(retry::random_fraction())).await;
-        backoff = (backoff * 2).min(MAX_BACKOFF);
+        sleep(backoff.wait()).await;
     }
 }
 

@@ -239,7 +239,7 @@ impl Catalog {
                 } else {
                     failures = 0;
                 }
-                sleep(MAX_BACKOFF.mul_f64(retry::random_fraction())).await;
+                sleep(retry::jitter(MAX_BACKOFF)).await;
             }
         })
     }
