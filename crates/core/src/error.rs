@@ -1,10 +1,13 @@
 //! Errors of requests, with the codes that the protocols use.
 
-use std::{fmt, time::Duration};
+use std::time::Duration;
+
+use strum::{Display, IntoStaticStr, VariantArray};
 
 /// Error code. The same names are used in gRPC (`ErrorInfo.reason`), WebSocket messages and the
 /// event log.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, Display, IntoStaticStr, VariantArray)]
+#[strum(serialize_all = "SCREAMING_SNAKE_CASE")]
 pub enum ErrorCode {
     /// The input violates a rule.
     ValidationError,
@@ -34,44 +37,18 @@ pub enum ErrorCode {
 
 impl ErrorCode {
     /// All codes.
-    pub const ALL: [Self; 12] = [
-        Self::ValidationError,
-        Self::InvalidAction,
-        Self::Unauthorized,
-        Self::Forbidden,
-        Self::NotFound,
-        Self::Conflict,
-        Self::RateLimited,
-        Self::Timeout,
-        Self::Cancelled,
-        Self::ProcessingFailed,
-        Self::Unavailable,
-        Self::InternalError,
-    ];
+    pub const ALL: &'static [Self] = Self::VARIANTS;
 
     /// Returns the name that the protocols use, such as `VALIDATION_ERROR`.
     #[must_use]
-    pub const fn as_str(self) -> &'static str {
-        match self {
-            Self::ValidationError => "VALIDATION_ERROR",
-            Self::InvalidAction => "INVALID_ACTION",
-            Self::Unauthorized => "UNAUTHORIZED",
-            Self::Forbidden => "FORBIDDEN",
-            Self::NotFound => "NOT_FOUND",
-            Self::Conflict => "CONFLICT",
-            Self::RateLimited => "RATE_LIMITED",
-            Self::Timeout => "TIMEOUT",
-            Self::Cancelled => "CANCELLED",
-            Self::ProcessingFailed => "PROCESSING_FAILED",
-            Self::Unavailable => "UNAVAILABLE",
-            Self::InternalError => "INTERNAL_ERROR",
-        }
+    pub fn as_str(self) -> &'static str {
+        self.into()
     }
 
     /// Returns the code with the given name, if it exists.
     #[must_use]
     pub fn from_name(name: &str) -> Option<Self> {
-        Self::ALL.into_iter().find(|code| code.as_str() == name)
+        Self::ALL.iter().copied().find(|code| code.as_str() == name)
     }
 
     /// Returns whether the same request may succeed if it is sent again unchanged.
@@ -103,13 +80,7 @@ impl ErrorCodes {
 
     /// Returns the codes in the set.
     pub fn iter(self) -> impl Iterator<Item = ErrorCode> {
-        ErrorCode::ALL.into_iter().filter(move |code| self.contains(*code))
-    }
-}
-
-impl fmt::Display for ErrorCode {
-    fn fmt(&self, formatter: &mut fmt::Formatter<'_>) -> fmt::Result {
-        formatter.write_str(self.as_str())
+        ErrorCode::ALL.iter().copied().filter(move |code| self.contains(*code))
     }
 }
 
@@ -165,9 +136,19 @@ mod tests {
 
     #[test]
     fn names_round_trip() {
-        for code in ErrorCode::ALL {
+        for &code in ErrorCode::ALL {
             assert_eq!(ErrorCode::from_name(code.as_str()), Some(code));
         }
         assert_eq!(ErrorCode::from_name("OOPS"), None);
+    }
+
+    #[test]
+    fn names_are_those_of_the_protocols() {
+        let names: Vec<_> = ErrorCode::ALL.iter().map(ToString::to_string).collect();
+        assert_eq!(
+            names.join(" "),
+            "VALIDATION_ERROR INVALID_ACTION UNAUTHORIZED FORBIDDEN NOT_FOUND CONFLICT \
+             RATE_LIMITED TIMEOUT CANCELLED PROCESSING_FAILED UNAVAILABLE INTERNAL_ERROR"
+        );
     }
 }

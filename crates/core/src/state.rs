@@ -1,9 +1,14 @@
 //! States of a request and the transitions between them.
 
-use std::{fmt, str::FromStr};
+use std::str::FromStr;
+
+use strum::{Display, IntoStaticStr, VariantArray};
 
 /// State of a request.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
+#[derive(
+    Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash, Display, IntoStaticStr, VariantArray,
+)]
+#[strum(serialize_all = "SCREAMING_SNAKE_CASE")]
 pub enum RequestState {
     /// Stored, and waiting to run.
     Queued,
@@ -19,8 +24,7 @@ pub enum RequestState {
 
 impl RequestState {
     /// All states, in the order of a request's life cycle.
-    pub const ALL: [Self; 5] =
-        [Self::Queued, Self::Running, Self::Succeeded, Self::Failed, Self::Cancelled];
+    pub const ALL: &'static [Self] = Self::VARIANTS;
 
     /// Returns whether the state is terminal: no transition leaves it.
     #[must_use]
@@ -42,20 +46,8 @@ impl RequestState {
 
     /// Returns the name that the protocols use, such as `QUEUED`.
     #[must_use]
-    pub const fn as_str(self) -> &'static str {
-        match self {
-            Self::Queued => "QUEUED",
-            Self::Running => "RUNNING",
-            Self::Succeeded => "SUCCEEDED",
-            Self::Failed => "FAILED",
-            Self::Cancelled => "CANCELLED",
-        }
-    }
-}
-
-impl fmt::Display for RequestState {
-    fn fmt(&self, formatter: &mut fmt::Formatter<'_>) -> fmt::Result {
-        formatter.write_str(self.as_str())
+    pub fn as_str(self) -> &'static str {
+        self.into()
     }
 }
 
@@ -69,7 +61,8 @@ impl FromStr for RequestState {
 
     fn from_str(text: &str) -> Result<Self, InvalidState> {
         Self::ALL
-            .into_iter()
+            .iter()
+            .copied()
             .find(|state| state.as_str().eq_ignore_ascii_case(text))
             .ok_or(InvalidState)
     }
@@ -82,17 +75,18 @@ mod tests {
     #[test]
     fn no_transition_leaves_a_terminal_state() {
         for from in RequestState::ALL {
-            let has_transition =
-                RequestState::ALL.into_iter().any(|next| from.can_transition_to(next));
+            let has_transition = RequestState::ALL.iter().any(|next| from.can_transition_to(*next));
             assert_eq!(has_transition, !from.is_terminal(), "{from}");
         }
     }
 
     #[test]
     fn names_round_trip() {
-        for state in RequestState::ALL {
+        for &state in RequestState::ALL {
             assert_eq!(state.as_str().parse::<RequestState>().unwrap(), state);
         }
+        let names: Vec<_> = RequestState::ALL.iter().map(|state| state.as_str()).collect();
+        assert_eq!(names.join(" "), "QUEUED RUNNING SUCCEEDED FAILED CANCELLED");
         assert!("DONE".parse::<RequestState>().is_err());
     }
 }

@@ -205,7 +205,7 @@ mod tests {
 
     #[test]
     fn errors_round_trip_through_statuses() {
-        for code in ErrorCode::ALL {
+        for &code in ErrorCode::ALL {
             let error = RequestError {
                 retryable: !code.is_retryable(),
                 details: Some("{\"a\":1}".into()),

@@ -78,7 +78,8 @@ pub(super) fn state_number(state: RequestState) -> i64 {
 pub(super) fn state(row: &Row<'_>, column: usize) -> rusqlite::Result<RequestState> {
     let number: i64 = row.get(column)?;
     RequestState::ALL
-        .into_iter()
+        .iter()
+        .copied()
         .find(|state| state_number(*state) == number)
         .ok_or_else(|| corrupt(column, Type::Integer, format!("invalid state {number}")))
 }

@@ -93,7 +93,8 @@ mod tests {
         assert!(!is_allowed(running, attempt(1), Some(8), 0));
         assert!(!is_allowed(running, attempt(3), Some(8), 0));
         assert!(!is_allowed(running, queued(2), Some(8), 0));
-        for state in RequestState::ALL.into_iter().filter(|state| *state != RequestState::Running) {
+        let others = RequestState::ALL.iter().copied();
+        for state in others.filter(|state| *state != RequestState::Running) {
             assert!(!is_allowed(head(state, 2), attempt(2), Some(8), 0), "{state:?}");
         }
     }

@@ -95,7 +95,7 @@ impl Operations for OperationsApi {
         if !matches!(request.filter.as_str(), "" | "done=true" | "done=false") {
             violations.push("filter", "must be empty, \"done=true\" or \"done=false\"");
         }
-        let states = RequestState::ALL.into_iter().filter(in_filter).collect();
+        let states = RequestState::ALL.iter().copied().filter(in_filter).collect();
         let before = read_page_token(&request.page_token, &mut violations);
         let limit = read_page_size(request.page_size, &mut violations);
         ensure_valid(&violations)?;

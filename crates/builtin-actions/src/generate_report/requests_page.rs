@@ -43,7 +43,7 @@ fn totals_section(total: &Totals) -> String {
         ("95 % within", optional_duration(total.p95_duration())),
         ("Attempts", count(total.attempts)),
     ];
-    for state in RequestState::ALL {
+    for &state in RequestState::ALL {
         rows.push((state_name(state), count(total.in_state(state))));
     }
     format!(
@@ -86,7 +86,7 @@ fn actions_section(usage: &Usage) -> String {
         let rows: String =
             usage.by_action.iter().map(|(action, totals)| action_row(action, totals)).collect();
         let mut heads = vec!["Action", "Requests"];
-        heads.extend(RequestState::ALL.map(state_name));
+        heads.extend(RequestState::ALL.iter().copied().map(state_name));
         heads.extend(["Success rate", "Mean duration", "95 % within", "Attempts per request"]);
         html::table("All actions", &heads, &rows)
     };
@@ -97,7 +97,7 @@ fn actions_section(usage: &Usage) -> String {
 
 fn action_row(action: &str, totals: &Totals) -> String {
     let mut cells = vec![count(totals.requests())];
-    cells.extend(RequestState::ALL.map(|state| count(totals.in_state(state))));
+    cells.extend(RequestState::ALL.iter().map(|state| count(totals.in_state(*state))));
     let attempts = totals.attempts as f64 / totals.requests().max(1) as f64;
     cells.extend([
         match totals.succeeded_or_failed() {
