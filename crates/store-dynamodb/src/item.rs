@@ -14,7 +14,7 @@ use streamer_store::StoreError;
 pub(crate) use blob::Blob;
 pub(crate) use event::{StoredEvent, StoredKind, StoredObject, StoredValue, events_size};
 pub(crate) use request::{
-    QUEUE_ATTRIBUTES, RequestItem, RequestState, StoredRef, by_uid, client_id_key, latest_progress,
+    QUEUE_ATTRIBUTES, RequestItem, StoredRef, by_uid, client_id_key, latest_progress,
 };
 pub(crate) use size::size;
 

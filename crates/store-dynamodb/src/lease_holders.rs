@@ -9,7 +9,7 @@ use std::{
 
 use aws_sdk_dynamodb::{error::ProvideErrorMetadata, types::ReturnConsumedCapacity};
 use parking_lot::Mutex;
-use streamer_core::{AttemptNumber, Timestamp, saturate};
+use streamer_core::{AttemptNumber, RequestState, Timestamp, saturate};
 use streamer_store::{Lease, LeaseRenewal, RequestRecord, StoreError};
 
 use crate::{
@@ -17,7 +17,7 @@ use crate::{
     conditional_update::ConditionalUpdate,
     error::store_error,
     expression::{Attributes, Expression, attempt_number, key, number, text},
-    item::{RequestItem, RequestState, by_uid, encode},
+    item::{RequestItem, by_uid},
     item_ops::{attempt_of, number_of, numbers_by_name, text_of},
 };
 
@@ -226,7 +226,7 @@ impl Dynamo {
             let update = Expression::default()
                 .set("lease_holder", text(NO_HOLDER))
                 .set("lease_until", number(until.as_millis()))
-                .when("state", "=", encode(&RequestState::Running)?)
+                .when("state", "=", text(RequestState::Running.as_str()))
                 .when("attempt", "=", attempt_number(item.attempt))
                 .when_or_missing("lease_until", "<=", number(now.as_millis()))
                 .when("lease_holder", "=", text(holder));

@@ -11,7 +11,7 @@ use aws_sdk_dynamodb::types::{
     ReturnValuesOnConditionCheckFailure, TransactWriteItem, Update,
 };
 use prost::Message;
-use streamer_core::{Seq, Timestamp, Uid};
+use streamer_core::{RequestState, Seq, Timestamp, Uid};
 use streamer_store::{Append, AppendOutcome, EventPage, LogHead, StoreError, Writer};
 
 use crate::{
@@ -20,8 +20,8 @@ use crate::{
     error::{cancellation_reasons, corrupt, is_transient, store_error, transaction_error},
     expression::{Attributes, Expression, attempt_number, key, number, seq, text},
     item::{
-        Blob, QUEUE_ATTRIBUTES, RequestItem, RequestState, StoredEvent, StoredKind, StoredRef,
-        StoredValue, client_id_key, encode, events_size, latest_progress, size,
+        Blob, QUEUE_ATTRIBUTES, RequestItem, StoredEvent, StoredKind, StoredRef, StoredValue,
+        client_id_key, encode, events_size, latest_progress, size,
     },
     lease_holders::HOLDER,
     tables::TIME_TO_LIVE,
@@ -183,7 +183,7 @@ impl Dynamo {
         change: &Change<'_>,
     ) -> Result<Option<AppendOutcome>, StoreError> {
         let mut head = LogHead {
-            state: item.core_state(),
+            state: item.state,
             attempt: item.attempt,
             last_seq: item.last_seq,
             lease_until: Timestamp::default(),
@@ -224,7 +224,7 @@ impl Dynamo {
         let added = change.bytes;
         let fits_item =
             previous.is_none_or(|item| item.events_bytes + added <= INLINE_EVENTS_BYTES);
-        let mut expression = conditions(change)?;
+        let mut expression = conditions(change);
         if previous.is_none() {
             let max_bytes = (INLINE_EVENTS_BYTES - added).max(0);
             expression = expression.when("events_bytes", "<=", number(max_bytes));
@@ -279,9 +279,9 @@ impl Dynamo {
         }
         let Some(last) = change.events.last() else { return Ok(expression) };
         expression = expression.set("last_seq", seq(last.seq));
-        let finish = |expression: Expression, state| -> Result<Expression, StoreError> {
+        let finish = |expression: Expression, state: RequestState| {
             let mut expression = expression
-                .set("state", encode(&state)?)
+                .set("state", text(state.as_str()))
                 .set("finish_time", number(change.now.as_millis()))
                 .remove(&["lease_until", "lease_holder", "worker"]);
             if matches!(change.writer, Writer::Queued(_)) {
@@ -291,23 +291,23 @@ impl Dynamo {
                 let seconds = change.now.plus(retention).as_millis() / 1000;
                 expression = expression.set(TIME_TO_LIVE, number(seconds));
             }
-            Ok(expression)
+            expression
         };
         match &last.kind {
             StoredKind::Succeeded { output, .. } => {
                 let output = output.as_ref().map(encode).transpose()?;
-                Ok(finish(expression, RequestState::Succeeded)?.set_or_remove("output", output))
+                Ok(finish(expression, RequestState::Succeeded).set_or_remove("output", output))
             }
             StoredKind::Failed { error, output, .. } => {
                 let error = error.as_ref().map(encode).transpose()?;
                 let output = output.as_ref().map(encode).transpose()?;
-                Ok(finish(expression, RequestState::Failed)?
+                Ok(finish(expression, RequestState::Failed)
                     .set_or_remove("error", error)
                     .set_or_remove("output", output))
             }
             StoredKind::Cancelled { output, .. } => {
                 let output = output.as_ref().map(encode).transpose()?;
-                Ok(finish(expression, RequestState::Cancelled)?.set_or_remove("output", output))
+                Ok(finish(expression, RequestState::Cancelled).set_or_remove("output", output))
             }
             StoredKind::Retrying { .. } => {
                 let retry_at = change.retry_at.unwrap_or(change.now);
@@ -321,7 +321,7 @@ impl Dynamo {
                 let delay_until = queued.delay_until.map(number);
                 let expire_at = queued.expire_at.map(number);
                 Ok(expression
-                    .set("state", encode(&RequestState::Queued)?)
+                    .set("state", text(RequestState::Queued.as_str()))
                     .set("not_before", number(retry_at.as_millis()))
                     .remove(&["lease_until", "lease_holder", "worker", "progress"])
                     .set_or_remove("queue_shard", queued.queue_shard.map(text))
@@ -352,10 +352,9 @@ impl Dynamo {
 }
 
 /// Returns the conditions of a change.
-fn conditions(change: &Change<'_>) -> Result<Expression, StoreError> {
+fn conditions(change: &Change<'_>) -> Expression {
     let (state, attempt) = change.writer.required();
-    let state = RequestState::from(state);
-    let mut expression = Expression::default().when("state", "=", encode(&state)?).when(
+    let mut expression = Expression::default().when("state", "=", text(state.as_str())).when(
         "attempt",
         "=",
         attempt_number(attempt),
@@ -363,7 +362,7 @@ fn conditions(change: &Change<'_>) -> Result<Expression, StoreError> {
     if let Some(first) = change.events.first() {
         expression = expression.when("last_seq", "=", seq(first.seq.previous()));
     }
-    Ok(expression)
+    expression
 }
 
 fn is_large(value: &StoredValue) -> bool {

@@ -11,9 +11,7 @@ use aws_sdk_dynamodb::types::{
     ReturnValuesOnConditionCheckFailure, TransactWriteItem,
 };
 use futures_util::future::try_join_all;
-use streamer_core::{
-    AttemptNumber, OutputDigest, RequestState as State, Seq, Timestamp, Uid, saturate,
-};
+use streamer_core::{AttemptNumber, OutputDigest, RequestState, Seq, Timestamp, Uid, saturate};
 use streamer_proto::common::v1::{Accepted, Cancelled, Event, OutputSummary, Started, event::Kind};
 use streamer_store::{
     Adopt, CancelOutcome, Claim, ClaimOutcome, Claimed, CreateOutcome, DeleteOutcome, EventNumbers,
@@ -27,8 +25,8 @@ use crate::{
     error::{cancellation_reasons, corrupt, is_transient, store_error, transaction_error},
     expression::{Expression, Filter, attempt_number, key, number, seq, text},
     item::{
-        Blob, QUEUE_ATTRIBUTES, RequestItem, RequestState, StoredEvent, StoredRef, StoredValue,
-        client_id_key, decode, encode, encode_item, events_size,
+        Blob, QUEUE_ATTRIBUTES, RequestItem, StoredEvent, StoredRef, StoredValue, client_id_key,
+        decode, encode, encode_item, events_size,
     },
     item_ops::uid_of,
     log::{Change, ChangeOutcome},

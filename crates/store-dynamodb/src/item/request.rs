@@ -3,7 +3,7 @@
 use std::collections::HashMap;
 
 use serde::{Deserialize, Serialize};
-use streamer_core::{AttemptNumber, Seq, Timestamp, Uid};
+use streamer_core::{AttemptNumber, RequestState, Seq, Timestamp, Uid};
 use streamer_store::{NewRequest, Owner, RequestRecord, StoreError};
 
 use super::{
@@ -12,41 +12,6 @@ use super::{
     numbers,
 };
 use crate::error::corrupt;
-
-/// State of a request, which is serialized in upper case, such as `QUEUED`.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
-#[serde(rename_all = "SCREAMING_SNAKE_CASE")]
-pub(crate) enum RequestState {
-    Queued,
-    Running,
-    Succeeded,
-    Failed,
-    Cancelled,
-}
-
-impl From<streamer_core::RequestState> for RequestState {
-    fn from(state: streamer_core::RequestState) -> Self {
-        match state {
-            streamer_core::RequestState::Queued => Self::Queued,
-            streamer_core::RequestState::Running => Self::Running,
-            streamer_core::RequestState::Succeeded => Self::Succeeded,
-            streamer_core::RequestState::Failed => Self::Failed,
-            streamer_core::RequestState::Cancelled => Self::Cancelled,
-        }
-    }
-}
-
-impl From<RequestState> for streamer_core::RequestState {
-    fn from(state: RequestState) -> Self {
-        match state {
-            RequestState::Queued => Self::Queued,
-            RequestState::Running => Self::Running,
-            RequestState::Succeeded => Self::Succeeded,
-            RequestState::Failed => Self::Failed,
-            RequestState::Cancelled => Self::Cancelled,
-        }
-    }
-}
 
 /// Reference to a value of a request: in the item, in a part, or in the object store.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
@@ -72,6 +37,7 @@ pub(crate) struct RequestItem {
     pub(crate) tenant: String,
     pub(crate) user: String,
     pub(crate) action: String,
+    #[serde(with = "state_name")]
     pub(crate) state: RequestState,
     #[serde(with = "numbers::attempt")]
     pub(crate) attempt: AttemptNumber,
@@ -196,10 +162,6 @@ impl RequestItem {
         Owner { tenant: self.tenant.clone(), user: self.user.clone() }
     }
 
-    pub(crate) fn core_state(&self) -> streamer_core::RequestState {
-        self.state.into()
-    }
-
     /// Returns the latest progress of the latest attempt. A later attempt discards it.
     pub(crate) fn latest_progress(&self) -> Option<StoredProgress> {
         latest_progress(&self.events, self.progress.as_ref())
@@ -213,7 +175,7 @@ impl RequestItem {
             client_id: self.client_id.clone(),
             owner: self.owner(),
             action: self.action.clone(),
-            state: self.core_state(),
+            state: self.state,
             attempt: self.attempt,
             last_seq: self.last_seq,
             attempt_seq: self.attempt_seq,
@@ -259,4 +221,23 @@ pub(crate) fn by_uid(items: Vec<RequestItem>) -> HashMap<String, RequestItem> {
 /// Returns the key of a client ID: a JSON list of tenant, user and client ID, each of which may contain any character.
 pub(crate) fn client_id_key(owner: &Owner, client_id: &str) -> String {
     serde_json::json!([owner.tenant, owner.user, client_id]).to_string()
+}
+
+/// A state is stored as its name, such as `QUEUED`.
+mod state_name {
+    use serde::{Deserialize, Deserializer, Serializer, de::Error};
+    use streamer_core::RequestState;
+
+    pub(super) fn serialize<S: Serializer>(
+        state: &RequestState,
+        serializer: S,
+    ) -> Result<S::Ok, S::Error> {
+        serializer.serialize_str(state.as_str())
+    }
+
+    pub(super) fn deserialize<'de, D: Deserializer<'de>>(
+        deserializer: D,
+    ) -> Result<RequestState, D::Error> {
+        String::deserialize(deserializer)?.parse().map_err(Error::custom)
+    }
 }

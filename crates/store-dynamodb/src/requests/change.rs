@@ -29,7 +29,7 @@ impl Dynamo {
         let started = log_event(next, attempt, claim.now, Kind::Started(Started { worker }));
         let events = [StoredEvent::new(&started)?];
         let update = Expression::default()
-            .set("state", encode(&RequestState::Running)?)
+            .set("state", text(RequestState::Running.as_str()))
             .set("attempt", attempt_number(attempt))
             .set("last_seq", seq(next))
             .set("attempt_seq", seq(next))
@@ -41,7 +41,7 @@ impl Dynamo {
             .add("events_bytes", events_size(&events)?)
             .remove(&QUEUE_ATTRIBUTES)
             .remove(&["progress"])
-            .when("state", "=", encode(&RequestState::Queued)?)
+            .when("state", "=", text(RequestState::Queued.as_str()))
             .when("last_seq", "=", seq(item.last_seq));
         let claimed = match self.update_request(doing, &uid, update).await? {
             ConditionalUpdate::Applied(item) => item,
@@ -69,7 +69,7 @@ impl Dynamo {
         let update = Expression::default()
             .set("lease_holder", text(adopt.holder.as_str()))
             .set("lease_until", number(until))
-            .when("state", "=", encode(&RequestState::Running)?)
+            .when("state", "=", text(RequestState::Running.as_str()))
             .when("attempt", "=", attempt_number(adopt.lease.attempt))
             .when("worker", "=", text(adopt.worker_identity.as_str()));
         match self.update_request("adopting an attempt", &uid, update).await? {
@@ -92,16 +92,16 @@ impl Dynamo {
             let Some(item) = found else { return Ok(CancelOutcome::NotFound) };
             let record = item.to_record()?;
             found = match record.state {
-                State::Succeeded | State::Failed | State::Cancelled => {
+                RequestState::Succeeded | RequestState::Failed | RequestState::Cancelled => {
                     return Ok(CancelOutcome::Ended(Box::new(record)));
                 }
-                State::Running if record.cancel_reason.is_some() => {
+                RequestState::Running if record.cancel_reason.is_some() => {
                     return Ok(CancelOutcome::Requested(Box::new(record)));
                 }
-                State::Running => {
+                RequestState::Running => {
                     let update = Expression::default()
                         .set("cancel_reason", text(reason))
-                        .when("state", "=", encode(&RequestState::Running)?)
+                        .when("state", "=", text(RequestState::Running.as_str()))
                         .when("attempt", "=", attempt_number(item.attempt))
                         .when_missing("cancel_reason");
                     match self.update_request(doing, &uid, update).await? {
@@ -111,7 +111,7 @@ impl Dynamo {
                         ConditionalUpdate::ConditionFailed(found) => found,
                     }
                 }
-                State::Queued => {
+                RequestState::Queued => {
                     // The output of earlier attempts is void, so the final output is empty.
                     let empty = OutputDigest::default();
                     let output =
@@ -161,7 +161,7 @@ impl Dynamo {
         let doing = "deleting a request";
         let uid = uid.to_string();
         let Some(item) = self.get(&uid).await? else { return Ok(DeleteOutcome::Deleted) };
-        if !item.core_state().is_terminal() {
+        if !item.state.is_terminal() {
             return Ok(DeleteOutcome::NotEnded);
         }
         // Parts are deleted first, so that an interrupted deletion can be repeated.
@@ -217,7 +217,7 @@ fn cancelled_record(
     output: OutputSummary,
 ) -> RequestRecord {
     RequestRecord {
-        state: State::Cancelled,
+        state: RequestState::Cancelled,
         last_seq: event.seq(),
         finish_time: Some(now),
         cancel_reason: Some(reason.to_owned()),

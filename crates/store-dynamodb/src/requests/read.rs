@@ -93,7 +93,7 @@ impl Dynamo {
             let mut items = self.get_many(names).await?;
             items.sort_by(|one, other| other.uid.cmp(&one.uid));
             for item in items {
-                if query.states.is_empty() || query.states.contains(&item.core_state()) {
+                if query.states.is_empty() || query.states.contains(&item.state) {
                     found.push(item.to_record()?);
                 }
             }
