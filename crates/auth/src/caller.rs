@@ -4,6 +4,9 @@ use std::sync::Arc;
 
 use http::HeaderValue;
 use parking_lot::Mutex;
+use streamer_core::RequestError;
+use streamer_rpc::status;
+use tonic::Status;
 
 use crate::{Principal, Subject};
 
@@ -23,6 +26,26 @@ impl Caller {
     #[must_use]
     pub fn new(principal: Arc<Principal>, authorization: HeaderValue) -> Self {
         Self { principal, authorization, subject: None }
+    }
+
+    /// Returns the caller that [`AuthService`](crate::AuthService) has added to the request.
+    ///
+    /// # Errors
+    /// Returns `INTERNAL` if the service runs without its authentication layer.
+    pub fn of<T>(request: &tonic::Request<T>) -> Result<Self, Status> {
+        let caller = request.extensions().get::<Self>().cloned();
+        caller.ok_or_else(|| Status::internal("the service runs without its authentication layer"))
+    }
+
+    /// Checks that the caller has a permission.
+    ///
+    /// # Errors
+    /// Returns `PERMISSION_DENIED` if it does not.
+    pub fn require(&self, permission: &str) -> Result<(), Status> {
+        if self.principal.has_permission(permission) {
+            return Ok(());
+        }
+        Err(status(&RequestError::forbidden(permission)))
     }
 
     /// Records the object of the call, for the audit log.

@@ -16,9 +16,9 @@ use http::{
     request::Parts,
 };
 use parking_lot::Mutex;
-use streamer_core::{ErrorCode, RequestError, validate::cut};
+use streamer_core::{ErrorCode, validate::cut};
 use streamer_proto::public_methods;
-use streamer_rpc::{CLIENT_ADDRESS, FORWARDED, Peer, code_name, end_when};
+use streamer_rpc::{CLIENT_ADDRESS, FORWARDED, Peer, code_name, end_when, error_status};
 use tokio::time::sleep;
 use tonic::{Code, Status, body::Body, server::NamedService};
 use tower_service::Service;
@@ -94,12 +94,10 @@ impl AuthLayer {
         // The header is not trusted: no service makes such a request on behalf of a client.
         request.headers.remove(CLIENT_ADDRESS);
         let caller = self.caller_of(&request).await?;
-        if caller.principal.has_permission(permissions::OPERATOR) {
-            return Ok(());
-        }
-        let status = streamer_rpc::status(&RequestError::forbidden(permissions::OPERATOR));
-        self.record_rejection(&request, Some(caller.principal), &status);
-        Err(status)
+        let outcome = caller.require(permissions::OPERATOR);
+        outcome.inspect_err(|status| {
+            self.record_rejection(&request, Some(caller.principal), status);
+        })
     }
 
     /// Returns the caller of an HTTP request. Marks the connection as authenticated if the token is valid.
@@ -367,14 +365,13 @@ fn end_at_expiry(response: Response<Body>, time_left: Option<Duration>) -> Respo
     let Some(time_left) = time_left else { return response };
     let expired = async move {
         sleep(time_left).await;
-        let error = RequestError::new(ErrorCode::Unauthorized, "the token has expired");
-        streamer_rpc::status(&error)
+        error_status(ErrorCode::Unauthorized, "the token has expired")
     };
     response.map(|body| end_when(body, expired))
 }
 
 fn status(error: &AuthError) -> Status {
-    streamer_rpc::status(&RequestError::new(error.code(), error.to_string()))
+    error_status(error.code(), error.to_string())
 }
 
 /// Response future of [`AuthService`].

@@ -11,6 +11,7 @@ mod proto_conversions;
 mod spans;
 mod status;
 mod token_source;
+mod validation;
 
 pub use action::{action_from_proto, action_to_proto};
 pub use channel::{
@@ -30,7 +31,8 @@ pub use proto_conversions::{
 };
 pub use spans::{Untraced, code_name, enter, is_server_error, recorded, trace_context};
 pub use status::{
-    map_message_too_large, not_found, request_error, status, store_status, validation_status,
-    violations_details,
+    error_status, map_message_too_large, not_found, request_error, status, store_status,
+    validation_status, violation_status, violations_details,
 };
 pub use token_source::{TokenError, TokenFile, TokenSource};
+pub use validation::{ensure_valid, parse_uid, read_page_size, read_page_token};

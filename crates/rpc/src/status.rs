@@ -40,6 +40,11 @@ pub fn status(error: &RequestError) -> Status {
     Status::with_error_details(grpc_code(error.code), message, details)
 }
 
+/// Converts an error that is retryable if `code` is retryable to a status.
+pub fn error_status(code: ErrorCode, message: impl Into<String>) -> Status {
+    status(&RequestError::new(code, message))
+}
+
 /// Limit and retry delay in the details of an error.
 #[derive(Default, Deserialize)]
 struct Quota {
@@ -69,6 +74,14 @@ pub fn validation_status(violations: &Violations) -> Status {
     Status::with_error_details(Code::InvalidArgument, violations.to_string(), details)
 }
 
+/// Returns `INVALID_ARGUMENT` for a field that violates a rule.
+#[must_use]
+pub fn violation_status(field: &str, rule: &str) -> Status {
+    let mut violations = Violations::default();
+    violations.push(field, rule);
+    validation_status(&violations)
+}
+
 /// Returns the violations as the JSON object in `Error.details`.
 #[must_use]
 pub fn violations_details(violations: &Violations) -> String {
@@ -89,7 +102,7 @@ fn violations_json<'a>(fields: impl Iterator<Item = (&'a str, &'a str)>) -> Stri
 #[must_use]
 pub fn not_found(name: &str) -> Status {
     let shown: String = name.chars().take(140).collect();
-    status(&RequestError::new(ErrorCode::NotFound, format!("request not found: {shown:?}")))
+    error_status(ErrorCode::NotFound, format!("request not found: {shown:?}"))
 }
 
 /// Converts a store error to a status. It logs the engine's message, which is for operators, and omits it
@@ -121,7 +134,7 @@ pub fn store_status(error: &StoreError) -> Status {
             (ErrorCode::InternalError, "storage is corrupt or unusable; contact the operator")
         }
     };
-    status(&RequestError::new(code, message))
+    error_status(code, message)
 }
 
 /// Converts a status to an error with the Streamer code that the status contains, or otherwise with the
@@ -157,12 +170,8 @@ where
     if !is_too_large {
         return response;
     }
-    let mut violations = Violations::default();
-    violations.push(
-        "message",
-        format!("must be at most {limit} bytes (limits.max_payload_bytes plus overhead)"),
-    );
-    validation_status(&violations).into_http()
+    let rule = format!("must be at most {limit} bytes (limits.max_payload_bytes plus overhead)");
+    violation_status("message", &rule).into_http()
 }
 
 fn grpc_code(code: ErrorCode) -> Code {

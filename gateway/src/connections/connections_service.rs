@@ -2,10 +2,8 @@
 
 use std::sync::Arc;
 
-use streamer_auth::{Caller, Principal, Subject, permissions};
-use streamer_core::{
-    CloseCode, ErrorCode, RequestError, Timestamp, Uid, Violations, limits, saturate, validate,
-};
+use streamer_auth::{Caller, Subject, permissions};
+use streamer_core::{CloseCode, ErrorCode, Timestamp, Uid, Violations, limits, saturate, validate};
 use streamer_proto::{
     common::v1::Payload,
     connections::v1::{
@@ -15,7 +13,10 @@ use streamer_proto::{
     },
     timestamp,
 };
-use streamer_rpc::{JSON, payload_bytes, status, store_status, validation_status};
+use streamer_rpc::{
+    JSON, ensure_valid, error_status, payload_bytes, read_page_size, read_page_token, store_status,
+    validation_status,
+};
 use streamer_store::{ConnectionRecord, Store};
 use tonic::{Request, Response, Status};
 
@@ -61,22 +62,14 @@ impl ConnectionsApi {
 #[tonic::async_trait]
 impl ConnectionsService for ConnectionsApi {
     async fn list(&self, request: Request<ListRequest>) -> Result<Response<ListResponse>, Status> {
-        let principal = authorized_principal(&request, permissions::CONNECTIONS_READ)?;
+        let caller = authorized_caller(&request, permissions::CONNECTIONS_READ)?;
         let request = request.into_inner();
         let mut violations = Violations::default();
-        let range = validate::in_range(request.page_size.into(), 0, MAX_PAGE.into(), "");
-        violations.check("page_size", range);
-        let after = request.page_token.parse().ok();
-        if after.is_none() && !request.page_token.is_empty() {
-            violations.push("page_token", "must be the next_page_token of an earlier response");
-        }
+        let limit = read_page_size(request.page_size, MAX_PAGE, DEFAULT_PAGE, &mut violations);
+        let after = read_page_token(&request.page_token, &mut violations);
         ensure_valid(&violations)?;
-        let limit = match usize::try_from(request.page_size) {
-            Ok(size) if size > 0 => size,
-            _ => DEFAULT_PAGE,
-        };
         let user = (!request.user_id.is_empty()).then_some(request.user_id);
-        let tenant = principal.tenant.clone();
+        let tenant = caller.principal.tenant.clone();
         let page = self.store.list_connections(tenant, user, after, limit, self.now()).await;
         let page = page.map_err(|error| store_status(&error))?;
         Ok(Response::new(ListResponse {
@@ -188,21 +181,10 @@ impl ConnectionsService for ConnectionsApi {
     }
 }
 
-fn authorized_principal<T>(
-    request: &Request<T>,
-    permission: &str,
-) -> Result<Arc<Principal>, Status> {
-    authorized_caller(request, permission).map(|caller| caller.principal)
-}
-
 fn authorized_caller<T>(request: &Request<T>, permission: &str) -> Result<Caller, Status> {
-    let caller = request.extensions().get::<Caller>();
-    let caller = caller
-        .ok_or_else(|| Status::internal("the service runs without its authentication layer"))?;
-    if caller.principal.has_permission(permission) {
-        return Ok(caller.clone());
-    }
-    Err(status(&RequestError::forbidden(permission)))
+    let caller = Caller::of(request)?;
+    caller.require(permission)?;
+    Ok(caller)
 }
 
 fn check_message(topic: &str, data: Option<&Payload>, violations: &mut Violations) {
@@ -221,13 +203,9 @@ fn check_message(topic: &str, data: Option<&Payload>, violations: &mut Violation
     }
 }
 
-fn ensure_valid(violations: &Violations) -> Result<(), Status> {
-    if violations.is_empty() { Ok(()) } else { Err(validation_status(violations)) }
-}
-
 fn not_connected(description: &str) -> Status {
     let truncated: String = description.chars().take(160).collect();
-    status(&RequestError::new(ErrorCode::NotFound, format!("{truncated} is not connected")))
+    error_status(ErrorCode::NotFound, format!("{truncated} is not connected"))
 }
 
 fn to_proto(record: ConnectionRecord) -> Connection {

@@ -12,7 +12,7 @@ use streamer_proto::{
         AnnounceRequest, PublishRequest, event_log_service_client::EventLogServiceClient,
     },
 };
-use streamer_rpc::{Channel, Untraced, is_terminal, run_to_completion};
+use streamer_rpc::{Channel, Untraced, is_terminal, parse_uid, run_to_completion};
 use streamer_telemetry::is_sampled;
 use tonic::Status;
 
@@ -46,9 +46,7 @@ impl EventLogClient {
         tenant: &Arc<str>,
         request: PublishRequest,
     ) -> Result<Option<String>, Status> {
-        let Some(uid) = Uid::from_slice(&request.uid) else {
-            return Err(Status::invalid_argument("uid must be 16 bytes"));
-        };
+        let uid = parse_uid(&request.uid)?;
         let _reserved = match request.encoded_len() {
             0..=SMALL_BATCH_BYTES => None,
             large => Some(self.large.reserve(tenant, large).await),

@@ -15,7 +15,9 @@ use streamer_proto::{
     },
     millis,
 };
-use streamer_rpc::{NOT_ADMITTED, json_payload, payload_into_parts, status};
+use streamer_rpc::{
+    NOT_ADMITTED, error_status, json_payload, parse_uid, payload_into_parts, status,
+};
 use streamer_telemetry::{InScope, Scope, TraceContext, is_sampled};
 use tokio::time::timeout;
 use tokio_stream::wrappers::WatchStream;
@@ -29,7 +31,6 @@ use crate::{
     dispatcher::Dispatcher,
     metrics::ProcessorMetrics,
     options::ProcessorOptions,
-    status::error_status,
     workers::{
         remote_handler::{Assignment, RemoteHandler},
         remote_task::RemoteTask,
@@ -122,10 +123,7 @@ impl ExecutionApi {
         let _call = match &remote {
             None => None,
             Some(_) => Some(self.dispatcher.track_call().ok_or_else(|| {
-                not_admitted(error_status(
-                    ErrorCode::Unavailable,
-                    "the processor is shutting down".into(),
-                ))
+                not_admitted(error_status(ErrorCode::Unavailable, "the processor is shutting down"))
             })?),
         };
         let running = AssertUnwindSafe(handler.run(&context, payload)).catch_unwind();
@@ -144,10 +142,7 @@ impl ExecutionApi {
             Ok(Ok(Err(error))) => return Err(status(&error.into_request_error())),
             Ok(Err(_)) => {
                 tracing::error!(action = spec.name, "handler panicked");
-                return Err(error_status(
-                    ErrorCode::ProcessingFailed,
-                    "the handler panicked".into(),
-                ));
+                return Err(error_status(ErrorCode::ProcessingFailed, "the handler panicked"));
             }
             Err(_) => {
                 let message = format!("the action timed out after {} ms", limit.as_millis());
@@ -282,11 +277,6 @@ fn split_list(actions: Vec<ActionDeclaration>) -> Vec<Result<WatchActionsRespons
     let last = messages.len() - 1;
     messages.iter_mut().take(last).for_each(|message| message.more = true);
     messages.into_iter().map(Ok).collect()
-}
-
-fn parse_uid(bytes: &[u8]) -> Result<Uid, Status> {
-    Uid::from_slice(bytes)
-        .ok_or_else(|| error_status(ErrorCode::ValidationError, "uid must be 16 bytes".into()))
 }
 
 /// Marks an error that occurred before the call was admitted.

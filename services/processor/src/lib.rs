@@ -24,7 +24,6 @@ mod quarantine;
 mod request_history;
 mod runtime_estimates;
 mod schema_checks;
-mod status;
 mod wakeup;
 mod workers;
 

@@ -4,14 +4,11 @@ use quick_cache::sync::Cache;
 use sha2::{Digest, Sha256};
 use streamer_core::{ErrorCode, RequestError};
 use streamer_proto::common::v1::Action;
-use streamer_rpc::status;
+use streamer_rpc::{error_status, status, violation_status};
 use streamer_schema::{PayloadSchema, Pool};
 use tonic::Status;
 
-use crate::{
-    actions::MAX_DECLARATION_BYTES,
-    status::{error_status, violation},
-};
+use crate::actions::MAX_DECLARATION_BYTES;
 
 /// Maximum number of accepted schemas in the cache.
 const MAX_CACHED_SCHEMAS: usize = 10_000;
@@ -50,7 +47,7 @@ impl SchemaChecks {
             let outcome = outcome.map_err(|busy| status(&RequestError::from(&busy)))?;
             if let Err(error) = outcome {
                 let field = format!("hello.actions[{index}].payload_schema");
-                return Err(violation(&field, &error.to_string()));
+                return Err(violation_status(&field, &error.to_string()));
             }
             self.accepted.insert(hash, ());
         }

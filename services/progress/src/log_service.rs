@@ -2,7 +2,7 @@
 
 use std::sync::Arc;
 
-use streamer_core::{AttemptNumber, Clock, ErrorCode, RequestError, Seq, Timestamp, Uid};
+use streamer_core::{AttemptNumber, Clock, ErrorCode, Seq, Timestamp, Uid};
 use streamer_proto::{
     common::v1::Event,
     internal::v1::{
@@ -11,7 +11,7 @@ use streamer_proto::{
     },
     millis,
 };
-use streamer_rpc::{run_to_completion, status, store_status};
+use streamer_rpc::{error_status, parse_uid, run_to_completion, store_status};
 use streamer_store::{
     Append, AppendOutcome, EventNumbers, RequestNumbers, Store, Writer, check_events,
 };
@@ -120,7 +120,7 @@ impl EventLogService for LogService {
         check_contiguous(&request.events)?;
         match request.created {
             Some(created) => {
-                created.check_numbers().map_err(|error| invalid(&error.to_string()))?;
+                created.check_numbers().map_err(|error| invalid(error.to_string()))?;
                 self.topics.create(uid, &created, &request.events);
             }
             None => self.topics.push(uid, &request.events),
@@ -129,12 +129,8 @@ impl EventLogService for LogService {
     }
 }
 
-fn parse_uid(bytes: &[u8]) -> Result<Uid, Status> {
-    Uid::from_slice(bytes).ok_or_else(|| invalid("uid must be 16 bytes"))
-}
-
 fn check_contiguous(events: &[Event]) -> Result<(), Status> {
-    check_events(events).map_err(|error| invalid(&error.to_string()))?;
+    check_events(events).map_err(|error| invalid(error.to_string()))?;
     let contiguous = events.windows(2).all(|pair| pair[1].seq() == pair[0].seq().next());
     match events.first() {
         Some(first) if contiguous && first.seq() > Seq::NONE => Ok(()),
@@ -143,8 +139,8 @@ fn check_contiguous(events: &[Event]) -> Result<(), Status> {
     }
 }
 
-fn invalid(rule: &str) -> Status {
-    status(&RequestError::new(ErrorCode::ValidationError, rule))
+fn invalid(rule: impl Into<String>) -> Status {
+    error_status(ErrorCode::ValidationError, rule)
 }
 
 #[cfg(test)]

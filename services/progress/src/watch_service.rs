@@ -20,8 +20,8 @@ use streamer_proto::{
     },
 };
 use streamer_rpc::{
-    FORWARDED, WATCH_COUNTED, encode_event, not_found, status, store_status, validation_status,
-    with_authorization,
+    FORWARDED, WATCH_COUNTED, encode_event, ensure_valid, not_found, read_page_size, status,
+    store_status, with_authorization,
 };
 use streamer_store::{Owner, RequestRecord, Store, StoreError, find_by_client_id_or_uid};
 use tokio::{sync::OnceCell, time::timeout};
@@ -202,7 +202,7 @@ impl ProgressService for WatchService {
         &self,
         request: Request<WatchRequest>,
     ) -> Result<Response<Self::WatchStream>, Status> {
-        let caller = caller(&request)?;
+        let caller = Caller::of(&request)?;
         let is_forwarded = request.metadata().contains_key(FORWARDED);
         // A gateway watches on behalf of its subscribers and counts them itself.
         let is_from_gateway = request.metadata().contains_key(WATCH_COUNTED);
@@ -236,18 +236,13 @@ impl ProgressService for WatchService {
         &self,
         request: Request<ListEventsRequest>,
     ) -> Result<Response<ListEventsResponse>, Status> {
-        let caller = caller(&request)?;
+        let caller = Caller::of(&request)?;
         let request = request.into_inner();
         let mut violations = check_request_id(&request.request_id);
-        let page_size = i64::from(request.page_size);
-        violations.check("page_size", validate::in_range(page_size, 0, i64::from(MAX_PAGE), ""));
+        let limit = read_page_size(request.page_size, MAX_PAGE, DEFAULT_PAGE, &mut violations);
         let after_seq = violations.accept("after_seq", Seq::from_i64(request.after_seq));
         let after_seq = after_seq.unwrap_or_default();
         ensure_valid(&violations)?;
-        let limit = match usize::try_from(request.page_size) {
-            Ok(0) | Err(_) => DEFAULT_PAGE,
-            Ok(size) => size,
-        };
         let encoding = request.payload_encoding();
         let mut events = match self.read_in_memory(&caller.principal, &request, after_seq, limit) {
             Some(events) => events,
@@ -264,17 +259,8 @@ impl ProgressService for WatchService {
     }
 }
 
-fn caller<T>(request: &Request<T>) -> Result<Caller, Status> {
-    let caller = request.extensions().get::<Caller>().cloned();
-    caller.ok_or_else(|| Status::internal("the service runs without its authentication layer"))
-}
-
 fn check_request_id(name: &str) -> Violations {
     let mut violations = Violations::default();
     violations.check("request_id", validate::request_id(name));
     violations
-}
-
-fn ensure_valid(violations: &Violations) -> Result<(), Status> {
-    if violations.is_empty() { Ok(()) } else { Err(validation_status(violations)) }
 }

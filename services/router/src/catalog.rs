@@ -9,12 +9,12 @@ use std::{
 use bytes::Bytes;
 use parking_lot::{Mutex, RwLock};
 use streamer_cluster::Instance;
-use streamer_core::{ErrorCode, RequestError, Timestamp, Violations, retry};
+use streamer_core::{ErrorCode, Timestamp, Violations, retry};
 use streamer_proto::{
     common::v1::Action,
     internal::v1::{ActionDeclaration, WatchActionsRequest},
 };
-use streamer_rpc::status;
+use streamer_rpc::error_status;
 use streamer_store::{DeclaredAction, Store};
 use tokio::{
     sync::watch,
@@ -380,7 +380,7 @@ impl Catalog {
 fn not_yet_known(action: &str) -> Status {
     let message =
         format!("action {action:?} not found, and not all action lists are loaded; try again");
-    status(&RequestError::new(ErrorCode::Unavailable, message))
+    error_status(ErrorCode::Unavailable, message)
 }
 
 /// Marks the given actions as unavailable.

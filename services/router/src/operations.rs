@@ -4,6 +4,7 @@ use std::{sync::Arc, time::Duration};
 
 use prost::Message;
 use prost_types::Any;
+use streamer_auth::Caller;
 use streamer_core::{RequestState, Violations, limits};
 use streamer_proto::{
     common::v1::PayloadEncoding,
@@ -15,17 +16,17 @@ use streamer_proto::{
     router::v1::{OperationMetadata, OperationResponse},
     rpc,
 };
-use streamer_rpc::{encode_payload, error_from_proto, request_to_proto, status, validation_status};
+use streamer_rpc::{
+    encode_payload, ensure_valid, error_from_proto, read_page_size, read_page_token,
+    request_to_proto, status, violation_status,
+};
 use streamer_store::{ListRequests, RequestRecord};
 use tonic::{Request, Response, Status};
 
 use crate::{
     await_outcome,
-    error::ensure_valid,
     request_service::{Access, RequestService},
-    router_service::{
-        PageBytes, caller, list_scope, next_page_token, read_page_size, read_page_token,
-    },
+    router_service::{DEFAULT_PAGE, MAX_PAGE, PageBytes, list_scope, next_page_token},
 };
 
 const COLLECTION: &str = "operations";
@@ -81,7 +82,7 @@ impl Operations for OperationsApi {
         &self,
         request: Request<ListOperationsRequest>,
     ) -> Result<Response<ListOperationsResponse>, Status> {
-        let caller = caller(&request)?;
+        let caller = Caller::of(&request)?;
         let request = request.into_inner();
         let mut violations = Violations::default();
         if !matches!(request.name.as_str(), "" | COLLECTION) {
@@ -97,7 +98,7 @@ impl Operations for OperationsApi {
         }
         let states = RequestState::ALL.iter().copied().filter(in_filter).collect();
         let before = read_page_token(&request.page_token, &mut violations);
-        let limit = read_page_size(request.page_size, &mut violations);
+        let limit = read_page_size(request.page_size, MAX_PAGE, DEFAULT_PAGE, &mut violations);
         ensure_valid(&violations)?;
         let (tenant, user) = list_scope(&caller, String::new())?;
         let query = ListRequests { tenant, user, states, action: None, before, limit };
@@ -119,7 +120,7 @@ impl Operations for OperationsApi {
         &self,
         request: Request<GetOperationRequest>,
     ) -> Result<Response<Operation>, Status> {
-        let caller = caller(&request)?;
+        let caller = Caller::of(&request)?;
         let name = request_name(&request.get_ref().name)?;
         let record = self.service.find(&caller, name, Access::Read).await?;
         Ok(Response::new(self.operation(&record).await?))
@@ -129,7 +130,7 @@ impl Operations for OperationsApi {
         &self,
         request: Request<DeleteOperationRequest>,
     ) -> Result<Response<()>, Status> {
-        let caller = caller(&request)?;
+        let caller = Caller::of(&request)?;
         self.service.delete(&caller, request_name(&request.get_ref().name)?).await?;
         Ok(Response::new(()))
     }
@@ -138,7 +139,7 @@ impl Operations for OperationsApi {
         &self,
         request: Request<CancelOperationRequest>,
     ) -> Result<Response<()>, Status> {
-        let caller = caller(&request)?;
+        let caller = Caller::of(&request)?;
         let name = request_name(&request.get_ref().name)?;
         self.service.cancel(&caller, name, String::new()).await?;
         Ok(Response::new(()))
@@ -148,7 +149,7 @@ impl Operations for OperationsApi {
         &self,
         request: Request<WaitOperationRequest>,
     ) -> Result<Response<Operation>, Status> {
-        let caller = caller(&request)?;
+        let caller = Caller::of(&request)?;
         let request = request.into_inner();
         let name = request_name(&request.name)?;
         let record = self.service.find(&caller, name, Access::Read).await?;
@@ -171,22 +172,15 @@ fn wait_limit(timeout: Option<&prost_types::Duration>) -> Result<Duration, Statu
     let timeout = (!is_negative).then(|| Duration::try_from(*timeout).ok()).flatten();
     match timeout {
         Some(timeout) => Ok(timeout.min(max_wait)),
-        None => {
-            let mut violations = Violations::default();
-            violations.push("timeout", "must not be negative");
-            Err(validation_status(&violations))
-        }
+        None => Err(violation_status("timeout", "must not be negative")),
     }
 }
 
 /// Returns the request ID or `uid` in an operation name.
 fn request_name(name: &str) -> Result<&str, Status> {
     let request = name.strip_prefix(COLLECTION).and_then(|rest| rest.strip_prefix('/'));
-    request.ok_or_else(|| {
-        let mut violations = Violations::default();
-        violations.push("name", "must be \"operations/\" followed by the uid or id of a request");
-        validation_status(&violations)
-    })
+    let rule = "must be \"operations/\" followed by the uid or id of a request";
+    request.ok_or_else(|| violation_status("name", rule))
 }
 
 fn any(type_name: &str, message: &impl Message) -> Any {

@@ -3,14 +3,10 @@
 use streamer_auth::Caller;
 use tonic::Status;
 
-use crate::{catalog::CatalogEntry, error::forbidden};
+use crate::catalog::CatalogEntry;
 
 /// Checks that the caller has the permission that the action requires.
 pub(crate) fn check_permission(caller: &Caller, entry: &CatalogEntry) -> Result<(), Status> {
     let permission = &entry.action.permission;
-    if permission.is_empty() || caller.principal.has_permission(permission) {
-        Ok(())
-    } else {
-        Err(forbidden(permission))
-    }
+    if permission.is_empty() { Ok(()) } else { caller.require(permission) }
 }

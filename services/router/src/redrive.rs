@@ -3,25 +3,25 @@
 use std::sync::Arc;
 
 use streamer_auth::{Caller, permissions};
-use streamer_core::{ErrorCode, RequestError, RequestState, Timestamp, Uid, Violations, validate};
+use streamer_core::{ErrorCode, RequestState, Timestamp, Uid, Violations, validate};
 use streamer_proto::{
     common::v1::Request,
     millis,
     router::v1::{RedriveManyRequest, RedriveManyResponse, Redriven},
 };
 use streamer_rpc::{
-    error_to_proto, not_found, request_error, request_to_proto, state_from_proto, status,
-    store_status,
+    ensure_valid, error_status, error_to_proto, not_found, read_page_size, read_page_token,
+    request_error, request_to_proto, state_from_proto, store_status,
 };
 use streamer_store::{ListRequests, RequestRecord};
 use tonic::{Code, Status};
 
 use crate::{
     admission::{Submission, well_formed_time},
-    error::{ensure_valid, failed_precondition},
+    error::failed_precondition,
     permission::check_permission,
     request_service::{Access, RequestService, StoredRequest},
-    router_service::{read_page_size, read_page_token},
+    router_service::{DEFAULT_PAGE, MAX_PAGE},
 };
 
 impl RequestService {
@@ -49,7 +49,7 @@ impl RequestService {
         if stored.record.redrive_of != Some(old.uid) {
             let (name, uid) = (stored.record.request_id(), stored.record.uid);
             let message = format!("id {name:?} was used by request {uid}");
-            return Err(status(&RequestError::new(ErrorCode::Conflict, message)));
+            return Err(error_status(ErrorCode::Conflict, message));
         }
         Ok(stored.record)
     }
@@ -160,7 +160,7 @@ fn parse_query(
     if let Some(action) = &action {
         violations.check("action", validate::action_name(action));
     }
-    let limit = read_page_size(request.page_size, &mut violations);
+    let limit = read_page_size(request.page_size, MAX_PAGE, DEFAULT_PAGE, &mut violations);
     let before = read_page_token(&request.page_token, &mut violations);
     for (field, time) in [
         ("create_time_from", &request.create_time_from),

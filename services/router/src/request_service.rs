@@ -4,8 +4,8 @@ use std::{sync::Arc, time::Duration};
 
 use streamer_auth::{Caller, Principal, Subject};
 use streamer_core::{
-    Clock, ErrorCode, Limits, LimitsByTenant, RequestError, Timestamp, Uid, Violations, limits,
-    saturate, validate,
+    Clock, ErrorCode, Limits, LimitsByTenant, Timestamp, Uid, Violations, limits, saturate,
+    validate,
 };
 use streamer_proto::{
     common::v1::{
@@ -17,7 +17,8 @@ use streamer_proto::{
     },
 };
 use streamer_rpc::{
-    completed, encode_payload, not_found, request_to_proto, state_to_proto, status, store_status,
+    completed, encode_payload, ensure_valid, error_status, not_found, request_to_proto,
+    state_to_proto, store_status,
 };
 use streamer_store::{
     CancelOutcome, CreateOutcome, DeleteOutcome, ListRequests, NewRequest, Owner, RequestPage,
@@ -33,7 +34,7 @@ use crate::{
     await_outcome,
     catalog::{Catalog, CatalogEntry},
     change_limiter::ChangeLimiter,
-    error::{ensure_valid, failed_precondition, forbidden},
+    error::{failed_precondition, forbidden},
     metrics::RouterMetrics,
     permission::check_permission,
     queue_position::{self, MAX_AHEAD, MAX_AHEAD_OF_NEW},
@@ -311,7 +312,7 @@ impl RequestService {
                 if record.owner != owner =>
             {
                 tracing::error!(%uid, "the uid belongs to a request of a different owner");
-                Err(status(&RequestError::new(ErrorCode::InternalError, "the uid is in use")))
+                Err(error_status(ErrorCode::InternalError, "the uid is in use"))
             }
             // A retry by the calling service, which did not receive the first response.
             CreateOutcome::Existing(record) if record.uid == uid => {
@@ -339,14 +340,14 @@ impl RequestService {
                 self.tenant_limits.record_usage(limit, 1, 1);
                 Err(quota::exceeded(limit, &quota))
             }
-            CreateOutcome::Conflict(record) => Err(status(&RequestError::new(
+            CreateOutcome::Conflict(record) => Err(error_status(
                 ErrorCode::Conflict,
                 format!(
                     "id {:?} was used with a different action or payload, in request {}",
                     record.request_id(),
                     record.uid
                 ),
-            ))),
+            )),
         }
     }
 

@@ -5,7 +5,7 @@ use std::sync::Arc;
 use futures_util::{StreamExt, stream, stream::BoxStream};
 use streamer_auth::{Caller, Principal, Subject, permissions};
 use streamer_cluster::RouteKey;
-use streamer_core::{Uid, Violations, validate};
+use streamer_core::{Violations, validate};
 use streamer_proto::{
     progress::v1::{WatchRequest, WatchResponse},
     router::v1::{
@@ -17,16 +17,13 @@ use streamer_proto::{
     },
 };
 use streamer_rpc::{
-    PREVIOUS_ATTEMPTS, REQUEST_UID, encode_payload, request_to_proto, state_from_proto,
-    validation_status, with_authorization,
+    PREVIOUS_ATTEMPTS, REQUEST_UID, encode_payload, ensure_valid, read_page_size, read_page_token,
+    request_to_proto, state_from_proto, violation_status, with_authorization,
 };
 use streamer_store::{ListRequests, RequestPage};
 use tonic::{Request, Response, Status};
 
-use crate::{
-    error::{ensure_valid, forbidden},
-    request_service::{Access, PreassignedUid, RequestService},
-};
+use crate::request_service::{Access, PreassignedUid, RequestService};
 
 pub(crate) const MAX_PAGE: i32 = 500;
 pub(crate) const DEFAULT_PAGE: usize = 50;
@@ -52,7 +49,7 @@ impl RouterService for RouterApi {
         &self,
         request: Request<SubmitRequest>,
     ) -> Result<Response<SubmitResponse>, Status> {
-        let caller = caller(&request)?;
+        let caller = Caller::of(&request)?;
         let uid = preassigned_uid(&request);
         let response = self.service.submit(&caller, request.into_inner(), uid).await?;
         Ok(Response::new(response))
@@ -62,12 +59,10 @@ impl RouterService for RouterApi {
         &self,
         request: Request<SubmitAndWatchRequest>,
     ) -> Result<Response<Self::SubmitAndWatchStream>, Status> {
-        let caller = caller(&request)?;
+        let caller = Caller::of(&request)?;
         let uid = preassigned_uid(&request);
         let Some(mut submit) = request.into_inner().request else {
-            let mut violations = Violations::default();
-            violations.push("request", "is required");
-            return Err(validation_status(&violations));
+            return Err(violation_status("request", "is required"));
         };
         submit.wait = None;
         let payload_encoding = submit.payload_encoding;
@@ -100,7 +95,7 @@ impl RouterService for RouterApi {
     }
 
     async fn get(&self, request: Request<GetRequest>) -> Result<Response<GetResponse>, Status> {
-        let caller = caller(&request)?;
+        let caller = Caller::of(&request)?;
         let request = request.into_inner();
         let encoding = request.payload_encoding();
         let record = self.service.find(&caller, &request.request_id, Access::Read).await?;
@@ -113,7 +108,7 @@ impl RouterService for RouterApi {
     }
 
     async fn list(&self, request: Request<ListRequest>) -> Result<Response<ListResponse>, Status> {
-        let caller = caller(&request)?;
+        let caller = Caller::of(&request)?;
         let request = request.into_inner();
         let mut violations = Violations::default();
         let mut states = Vec::new();
@@ -129,7 +124,7 @@ impl RouterService for RouterApi {
             violations.check("action", validate::action_name(action));
         }
         let before = read_page_token(&request.page_token, &mut violations);
-        let limit = read_page_size(request.page_size, &mut violations);
+        let limit = read_page_size(request.page_size, MAX_PAGE, DEFAULT_PAGE, &mut violations);
         ensure_valid(&violations)?;
         let (tenant, user) = list_scope(&caller, request.tenant_id)?;
         let query = ListRequests { tenant, user, states, action, before, limit };
@@ -151,7 +146,7 @@ impl RouterService for RouterApi {
         &self,
         request: Request<CancelRequest>,
     ) -> Result<Response<CancelResponse>, Status> {
-        let caller = caller(&request)?;
+        let caller = Caller::of(&request)?;
         let CancelRequest { request_id, reason } = request.into_inner();
         let record = self.service.cancel(&caller, &request_id, reason).await?;
         Ok(Response::new(CancelResponse { request: Some(request_to_proto(&record)) }))
@@ -161,7 +156,7 @@ impl RouterService for RouterApi {
         &self,
         request: Request<RedriveRequest>,
     ) -> Result<Response<RedriveResponse>, Status> {
-        let caller = caller(&request)?;
+        let caller = Caller::of(&request)?;
         let RedriveRequest { request_id, id } = request.into_inner();
         let record = self.service.redrive(&caller, &request_id, id).await?;
         Ok(Response::new(RedriveResponse { request: Some(request_to_proto(&record)) }))
@@ -171,7 +166,7 @@ impl RouterService for RouterApi {
         &self,
         request: Request<RedriveManyRequest>,
     ) -> Result<Response<RedriveManyResponse>, Status> {
-        let caller = caller(&request)?;
+        let caller = Caller::of(&request)?;
         Ok(Response::new(self.service.redrive_many(&caller, request.into_inner()).await?))
     }
 
@@ -179,7 +174,7 @@ impl RouterService for RouterApi {
         &self,
         request: Request<ListActionsRequest>,
     ) -> Result<Response<ListActionsResponse>, Status> {
-        let tenant = &caller(&request)?.principal.tenant;
+        let tenant = &Caller::of(&request)?.principal.tenant;
         Ok(Response::new(ListActionsResponse { actions: self.service.catalog.list(tenant) }))
     }
 }
@@ -197,11 +192,8 @@ pub(crate) fn list_scope(
         return Ok((own.clone(), (!is_tenant_wide).then(|| user.clone())));
     }
     caller.set_audit_subject(|| Subject::named(&tenant));
-    if caller.principal.has_permission(permissions::OPERATOR) {
-        Ok((tenant, None))
-    } else {
-        Err(forbidden(permissions::OPERATOR))
-    }
+    caller.require(permissions::OPERATOR)?;
+    Ok((tenant, None))
 }
 
 /// Total size of the entries counted for a page, in bytes.
@@ -226,32 +218,6 @@ pub(crate) fn next_page_token(page: &RequestPage, sent: usize) -> String {
         page.next
     };
     next.map(|uid| uid.to_string()).unwrap_or_default()
-}
-
-/// Returns the caller, which the authentication layer has added to the request.
-pub(crate) fn caller<T>(request: &Request<T>) -> Result<Caller, Status> {
-    let caller = request.extensions().get::<Caller>().cloned();
-    caller.ok_or_else(|| Status::internal("the service runs without its authentication layer"))
-}
-
-pub(crate) fn read_page_token(token: &str, violations: &mut Violations) -> Option<Uid> {
-    if token.is_empty() {
-        return None;
-    }
-    let uid = token.parse().ok();
-    if uid.is_none() {
-        violations.push("page_token", "must be the next_page_token of an earlier response");
-    }
-    uid
-}
-
-pub(crate) fn read_page_size(size: i32, violations: &mut Violations) -> usize {
-    let range = validate::in_range(size.into(), 0, MAX_PAGE.into(), "");
-    violations.check("page_size", range);
-    match usize::try_from(size) {
-        Ok(size) if size > 0 => size,
-        _ => DEFAULT_PAGE,
-    }
 }
 
 /// Converts a watch response. Drops the snapshot at the start of the watch, because the stream contains the whole log.

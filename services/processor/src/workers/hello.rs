@@ -3,13 +3,12 @@
 use streamer_auth::{Caller, Principal};
 use streamer_core::{ActionSpec, ErrorCode, Violations, validate};
 use streamer_proto::{common::v1::Action, processor::v1::Hello};
-use streamer_rpc::{action_from_proto, validation_status};
+use streamer_rpc::{action_from_proto, error_status, validation_status, violation_status};
 use streamer_store::{AssignedWorker, Owner};
 use tonic::Status;
 
 use crate::{
     actions::Actions,
-    status::{error_status, violation},
     workers::{
         grants::Grants,
         session_secret::{SECRET_BYTES, SessionSecret},
@@ -75,7 +74,7 @@ pub(crate) fn validate_hello(
             "must have at most {MAX_DECLARATIONS} entries, each counted once for every tenant that the \
              token names, has {declared}"
         );
-        return Err(violation("hello.actions", &rule));
+        return Err(violation_status("hello.actions", &rule));
     }
     Ok(worker)
 }
@@ -110,14 +109,14 @@ pub(crate) fn session_secret(hello: &Hello) -> Result<SessionSecret, Status> {
     if hello.session_secret.is_empty() {
         return SessionSecret::generate().map_err(|error| {
             tracing::error!(%error, "failed to generate a session secret");
-            error_status(
-                ErrorCode::InternalError,
-                "the processor cannot generate random bytes".into(),
-            )
+            error_status(ErrorCode::InternalError, "the processor cannot generate random bytes")
         });
     }
     SessionSecret::from_bytes(&hello.session_secret).ok_or_else(|| {
         let length = hello.session_secret.len();
-        violation("hello.session_secret", &format!("must have {SECRET_BYTES} bytes, has {length}"))
+        violation_status(
+            "hello.session_secret",
+            &format!("must have {SECRET_BYTES} bytes, has {length}"),
+        )
     })
 }

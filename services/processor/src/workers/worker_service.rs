@@ -16,7 +16,7 @@ use streamer_proto::{
     },
     timestamp,
 };
-use streamer_rpc::{payload_bytes, store_status};
+use streamer_rpc::{error_status, payload_bytes, store_status, violation_status};
 use streamer_store::StoreError;
 use tokio::{
     sync::mpsc,
@@ -30,7 +30,6 @@ use crate::{
     dispatcher::Dispatcher,
     options::ProcessorOptions,
     schema_checks::SchemaChecks,
-    status::{error_status, violation},
     workers::{
         grants::Grants,
         hello, report_buffer,
@@ -90,7 +89,7 @@ impl WorkerService for WorkerApi {
         request: Request<Streaming<WorkRequest>>,
     ) -> Result<Response<Self::WorkStream>, Status> {
         let Some(caller) = request.extensions().get::<Caller>().cloned() else {
-            return Err(error_status(ErrorCode::Unauthorized, "a token is required".into()));
+            return Err(error_status(ErrorCode::Unauthorized, "a token is required"));
         };
         let mut inbound = request.into_inner();
         let first = timeout(HELLO_TIMEOUT, inbound.message()).await.map_err(|_| {
@@ -98,7 +97,7 @@ impl WorkerService for WorkerApi {
         })??;
         let Some(work_request::Message::Hello(hello)) = first.and_then(|first| first.message)
         else {
-            return Err(violation("message", "the first message must be hello"));
+            return Err(violation_status("message", "the first message must be hello"));
         };
         let secret = hello::session_secret(&hello)?;
         let worker = hello::validate_hello(&hello, &secret, &caller, &self.shared.actions)?;
@@ -154,7 +153,7 @@ impl Shared {
     ) -> Result<Vec<Acknowledgment>, Status> {
         if attempts.len() > MAX_ATTEMPTS {
             let rule = format!("must have at most {MAX_ATTEMPTS} entries, has {}", attempts.len());
-            return Err(violation("hello.attempts", &rule));
+            return Err(violation_status("hello.attempts", &rule));
         }
         let named: HashSet<(Uid, AttemptNumber)> = attempts
             .iter()
@@ -184,10 +183,7 @@ impl Shared {
     /// Returns an error if the processor is stopping.
     fn check_accepting(&self) -> Result<(), Status> {
         if self.dispatcher.is_stopping() {
-            return Err(error_status(
-                ErrorCode::Unavailable,
-                "the processor is shutting down".into(),
-            ));
+            return Err(error_status(ErrorCode::Unavailable, "the processor is shutting down"));
         }
         Ok(())
     }
@@ -238,7 +234,7 @@ impl WorkerStream {
                 biased;
                 status = end.ended() => return Err(status),
                 () = sleep_until(Instant::now() + left) => {
-                    return Err(error_status(ErrorCode::Unauthorized, "the token has expired".into()));
+                    return Err(error_status(ErrorCode::Unauthorized, "the token has expired"));
                 }
                 message = self.inbound.message() => match message? {
                     Some(message) => self.handle_message(message, end).await?,
@@ -265,16 +261,16 @@ impl WorkerStream {
                 self.refresh_token(&refresh.token, end).await
             }
             Some(work_request::Message::Hello(_)) => {
-                Err(violation("hello", "is allowed only as the first message"))
+                Err(violation_status("hello", "is allowed only as the first message"))
             }
-            None => Err(violation("message", "is missing or of an unknown kind")),
+            None => Err(violation_status("message", "is missing or of an unknown kind")),
         }
     }
 
     fn report(&self, mut report: Report, end: &StreamEnd) -> Result<(), Status> {
         let (uid, attempt) = parse_attempt(&report.uid, report.attempt)?;
         let Some(kind) = report.kind.take() else {
-            return Err(violation("report.kind", "is required"));
+            return Err(violation_status("report.kind", "is required"));
         };
         self.check_sizes(&kind)?;
         match self.worker.task(uid, attempt) {
@@ -310,7 +306,7 @@ impl WorkerStream {
         if size <= limit {
             return Ok(());
         }
-        Err(violation(
+        Err(violation_status(
             &format!("report.{field}"),
             &format!("must be at most {limit} bytes, is {size}"),
         ))
@@ -320,7 +316,7 @@ impl WorkerStream {
         if heartbeat.attempts.len() > MAX_ATTEMPTS {
             let count = heartbeat.attempts.len();
             let rule = format!("must have at most {MAX_ATTEMPTS} entries, has {count}");
-            return Err(violation("heartbeat.attempts", &rule));
+            return Err(violation_status("heartbeat.attempts", &rule));
         }
         let mut reply = HeartbeatReply::default();
         let mut named = HashSet::with_capacity(heartbeat.attempts.len());
@@ -338,7 +334,7 @@ impl WorkerStream {
         }
         if self.worker.tasks().iter().any(|task| task.ignores_resend(self.shared.options.lease)) {
             let reason = "the worker did not send a report again that was requested with `resend`";
-            return Err(error_status(ErrorCode::Unavailable, reason.into()));
+            return Err(error_status(ErrorCode::Unavailable, reason));
         }
         for task in self.worker.tasks() {
             if !named.contains(&(task.uid, task.attempt))
@@ -354,7 +350,7 @@ impl WorkerStream {
     fn capacity(&self, capacity: &Capacity) -> Result<(), Status> {
         let slots = i64::from(capacity.slots);
         if let Err(rule) = validate::in_range(slots, 0, MAX_SLOTS, "") {
-            return Err(violation("capacity.slots", &rule));
+            return Err(violation_status("capacity.slots", &rule));
         }
         self.worker.set_slots(capacity.slots.unsigned_abs());
         self.shared.actions.workers.notify_changed();
@@ -367,7 +363,7 @@ impl WorkerStream {
         let same = |of: &Caller| (of.principal.tenant.clone(), of.principal.user.clone());
         if same(&fresh) != same(&self.caller) {
             let rule = "must be for the same tenant and user";
-            return Err(violation("refresh_token.token", rule));
+            return Err(violation_status("refresh_token.token", rule));
         }
         if end.has_ended() {
             // A newer stream has its own token.
@@ -405,9 +401,10 @@ fn revoke_unowned(uid: String, attempt: i32) -> Revoke {
 }
 
 fn parse_attempt(uid: &str, attempt: i32) -> Result<(Uid, AttemptNumber), Status> {
-    let uid = uid.parse().map_err(|_| violation("uid", "must be a ULID of 26 characters"))?;
+    let uid =
+        uid.parse().map_err(|_| violation_status("uid", "must be a ULID of 26 characters"))?;
     match AttemptNumber::from_i32(attempt) {
         Ok(number) if number >= AttemptNumber::FIRST => Ok((uid, number)),
-        _ => Err(violation("attempt", &format!("must be at least 1, is {attempt}"))),
+        _ => Err(violation_status("attempt", &format!("must be at least 1, is {attempt}"))),
     }
 }
