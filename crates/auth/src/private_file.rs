@@ -1,12 +1,12 @@
 //! Files that contain secrets, in the data folder.
 
 use std::{
-    fs::{self, DirBuilder, OpenOptions},
+    fs::{self, DirBuilder},
     io::{self, Write},
     path::Path,
-    process,
-    sync::atomic::{AtomicU32, Ordering},
 };
+
+use tempfile::NamedTempFile;
 
 /// Atomically creates a file that only its owner can read, unless it exists: if several processes call this
 /// function at the same time, one process creates the file and the others find it.
@@ -14,20 +14,21 @@ use std::{
 /// # Errors
 /// Returns an error if the file cannot be written.
 pub fn create_private_file(path: &Path, bytes: &[u8]) -> io::Result<()> {
-    static TEMPORARY_FILES: AtomicU32 = AtomicU32::new(0);
     let folder = path.parent().unwrap_or(Path::new("."));
     let mut builder = DirBuilder::new();
     #[cfg(unix)]
     std::os::unix::fs::DirBuilderExt::mode(&mut builder, 0o700);
     builder.recursive(true).create(folder)?;
-    let number = TEMPORARY_FILES.fetch_add(1, Ordering::Relaxed);
-    let temporary = path.with_extension(format!("{}-{number}.new", process::id()));
-    let written = write(&temporary, bytes).and_then(|()| match fs::hard_link(&temporary, path) {
-        Err(error) if error.kind() == io::ErrorKind::AlreadyExists => Ok(()),
-        linked => linked,
-    });
-    let removed = fs::remove_file(&temporary);
-    written.and(removed)?;
+    // Only its owner can access the temporary file.
+    let mut file = NamedTempFile::new_in(folder)?;
+    file.write_all(bytes)?;
+    file.as_file().sync_all()?;
+    match file.persist_noclobber(path) {
+        Err(failed) if failed.error.kind() != io::ErrorKind::AlreadyExists => {
+            return Err(failed.error);
+        }
+        Ok(_) | Err(_) => {}
+    }
     fs::File::open(folder)?.sync_all()
 }
 
@@ -50,16 +51,6 @@ pub fn warn_if_readable_by_others(path: &Path) {
     }
 }
 
-fn write(path: &Path, bytes: &[u8]) -> io::Result<()> {
-    let mut options = OpenOptions::new();
-    options.write(true).create(true).truncate(true);
-    #[cfg(unix)]
-    std::os::unix::fs::OpenOptionsExt::mode(&mut options, 0o600);
-    let mut file = options.open(path)?;
-    file.write_all(bytes)?;
-    file.sync_all()
-}
-
 #[cfg(test)]
 mod tests {
     use std::thread;
@@ -68,7 +59,8 @@ mod tests {
 
     #[test]
     fn concurrent_creators_all_read_the_same_file() {
-        let folder = std::env::temp_dir().join(format!("streamer-private-{}", process::id()));
+        let parent = tempfile::tempdir().unwrap();
+        let folder = parent.path().join("data");
         let path = folder.join("secret");
         let create = |number: u8| {
             create_private_file(&path, &[number; 32]).unwrap();
@@ -85,6 +77,5 @@ mod tests {
             assert_eq!(fs::metadata(&path).unwrap().permissions().mode() & 0o777, 0o600);
         }
         assert_eq!(fs::read_dir(&folder).unwrap().count(), 1, "no temporary file is left");
-        fs::remove_dir_all(&folder).unwrap();
     }
 }
