@@ -4,6 +4,7 @@ use std::collections::HashMap;
 
 use aws_sdk_dynamodb::{
     error::ProvideErrorMetadata,
+    operation::query::{QueryOutput, builders::QueryFluentBuilder},
     types::{AttributeValue, ReturnConsumedCapacity},
 };
 use streamer_core::{AttemptNumber, Uid, saturate};
@@ -80,6 +81,59 @@ impl Dynamo {
         }
     }
 
+    /// Deletes an item if the conditions are met.
+    pub(crate) async fn delete_item(
+        &self,
+        doing: &'static str,
+        table: &str,
+        key: Attributes,
+        condition: &Expression,
+    ) -> Result<(), StoreError> {
+        let deleted = self
+            .client
+            .delete_item()
+            .table_name(table)
+            .set_key(Some(key))
+            .set_condition_expression(condition.condition())
+            .set_expression_attribute_names(condition.names())
+            .set_expression_attribute_values(condition.values())
+            .send()
+            .await;
+        match deleted {
+            Ok(_) => Ok(()),
+            Err(error) if error.code() == Some("ConditionalCheckFailedException") => Ok(()),
+            Err(error) => Err(store_error(doing, &error)),
+        }
+    }
+
+    /// Returns a query for the rows of a table, or of one of its indexes, that meet `condition`.
+    pub(crate) fn query(
+        &self,
+        table: &str,
+        index: Option<&str>,
+        condition: &Expression,
+    ) -> QueryFluentBuilder {
+        self.client
+            .query()
+            .table_name(table)
+            .set_index_name(index.map(ToOwned::to_owned))
+            .set_key_condition_expression(condition.condition())
+            .set_expression_attribute_names(condition.names())
+            .set_expression_attribute_values(condition.values())
+    }
+
+    /// Reads one page of the rows of a query.
+    pub(crate) async fn read_page(
+        &self,
+        doing: &'static str,
+        query: QueryFluentBuilder,
+    ) -> Result<QueryOutput, StoreError> {
+        let query = query.return_consumed_capacity(ReturnConsumedCapacity::Total);
+        let page = query.send().await.map_err(|error| store_error(doing, &error))?;
+        self.metrics.record_read(page.consumed_capacity());
+        Ok(page)
+    }
+
     /// Reads the first rows of an index that meet `condition`, at most `limit`.
     pub(crate) async fn query_index(
         &self,
@@ -92,21 +146,11 @@ impl Dynamo {
         let mut start = None;
         loop {
             let left = (limit - items.len()).min(MAX_PAGE_ROWS);
-            let page = self
-                .client
-                .query()
-                .table_name(table)
-                .index_name(index)
-                .set_key_condition_expression(condition.condition())
-                .set_expression_attribute_names(condition.names())
-                .set_expression_attribute_values(condition.values())
+            let query = self
+                .query(table, Some(index), &condition)
                 .limit(saturate::to_i32(left))
-                .set_exclusive_start_key(start)
-                .return_consumed_capacity(ReturnConsumedCapacity::Total)
-                .send()
-                .await
-                .map_err(|error| store_error("reading an index", &error))?;
-            self.metrics.record_read(page.consumed_capacity());
+                .set_exclusive_start_key(start);
+            let page = self.read_page("reading an index", query).await?;
             items.extend(page.items.unwrap_or_default());
             start = page.last_evaluated_key;
             if items.len() >= limit || start.is_none() {

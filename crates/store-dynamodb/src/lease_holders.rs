@@ -7,7 +7,6 @@ use std::{
     time::Duration,
 };
 
-use aws_sdk_dynamodb::{error::ProvideErrorMetadata, types::ReturnConsumedCapacity};
 use parking_lot::Mutex;
 use streamer_core::{AttemptNumber, RequestState, Timestamp, saturate};
 use streamer_store::{Lease, LeaseRenewal, RequestRecord, StoreError};
@@ -15,7 +14,6 @@ use streamer_store::{Lease, LeaseRenewal, RequestRecord, StoreError};
 use crate::{
     client::Dynamo,
     conditional_update::ConditionalUpdate,
-    error::store_error,
     expression::{Attributes, Expression, attempt_number, key, number, text},
     item::{RequestItem, by_uid},
     item_ops::{attempt_of, number_of, numbers_by_name, text_of},
@@ -98,22 +96,15 @@ impl Dynamo {
 
     /// Reads all members of one kind from the fleet table.
     pub(crate) async fn fleet(&self, kind: &str) -> Result<Vec<Attributes>, StoreError> {
+        let condition = Expression::default().when("kind", "=", text(kind));
         let mut items = Vec::new();
         let mut start = None;
         loop {
-            let page = self
-                .client
-                .query()
-                .table_name(&self.tables.fleet)
-                .key_condition_expression("kind = :k")
-                .expression_attribute_values(":k", text(kind))
+            let query = self
+                .query(&self.tables.fleet, None, &condition)
                 .consistent_read(true)
-                .set_exclusive_start_key(start)
-                .return_consumed_capacity(ReturnConsumedCapacity::Total)
-                .send()
-                .await
-                .map_err(|error| store_error("reading the fleet", &error))?;
-            self.metrics.record_read(page.consumed_capacity());
+                .set_exclusive_start_key(start);
+            let page = self.read_page("reading the fleet", query).await?;
             items.extend(page.items.unwrap_or_default());
             start = page.last_evaluated_key;
             if start.is_none() {
@@ -130,21 +121,8 @@ impl Dynamo {
         alive_until: i64,
     ) -> Result<(), StoreError> {
         let unchanged = Expression::default().when("alive_until", "=", number(alive_until));
-        let deleted = self
-            .client
-            .delete_item()
-            .table_name(&self.tables.fleet)
-            .set_key(Some(key([("kind", kind), ("name", name)])))
-            .set_condition_expression(unchanged.condition())
-            .set_expression_attribute_names(unchanged.names())
-            .set_expression_attribute_values(unchanged.values())
-            .send()
-            .await;
-        match deleted {
-            Ok(_) => Ok(()),
-            Err(error) if error.code() == Some("ConditionalCheckFailedException") => Ok(()),
-            Err(error) => Err(store_error("removing a fleet member", &error)),
-        }
+        let key = key([("kind", kind), ("name", name)]);
+        self.delete_item("removing a fleet member", &self.tables.fleet, key, &unchanged).await
     }
 
     /// Returns the time at which the lease of the current attempt of a request expires.

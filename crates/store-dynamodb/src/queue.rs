@@ -3,7 +3,7 @@
 
 use std::collections::VecDeque;
 
-use aws_sdk_dynamodb::types::{ReturnConsumedCapacity, Select};
+use aws_sdk_dynamodb::types::Select;
 use futures_util::future::try_join_all;
 use streamer_core::{Timestamp, Uid, saturate};
 use streamer_store::{
@@ -12,7 +12,7 @@ use streamer_store::{
 
 use crate::{
     client::Dynamo,
-    error::{corrupt, store_error},
+    error::corrupt,
     expression::{Expression, number, text},
     item::{RequestItem, by_uid},
     item_ops::{number_of, text_of},
@@ -110,21 +110,11 @@ impl Cursor<'_> {
         if !from.is_empty() {
             condition = condition.when("queue_rank", ">=", text(from));
         }
-        let page = self
+        let query = self
             .dynamo
-            .client
-            .query()
-            .table_name(&self.dynamo.tables.requests)
-            .index_name("queue")
-            .set_key_condition_expression(condition.condition())
-            .set_expression_attribute_names(condition.names())
-            .set_expression_attribute_values(condition.values())
-            .limit(saturate::to_i32(self.page))
-            .return_consumed_capacity(ReturnConsumedCapacity::Total)
-            .send()
-            .await
-            .map_err(|error| store_error(doing, &error))?;
-        self.dynamo.metrics.record_read(page.consumed_capacity());
+            .query(&self.dynamo.tables.requests, Some("queue"), &condition)
+            .limit(saturate::to_i32(self.page));
+        let page = self.dynamo.read_page(doing, query).await?;
         self.exhausted = page.last_evaluated_key.is_none();
         for item in page.items() {
             let rank = text_of(item, "queue_rank")?;
@@ -355,21 +345,11 @@ impl Dynamo {
         let mut counted = 0;
         let mut start = None;
         loop {
-            let page = self
-                .client
-                .query()
-                .table_name(&self.tables.requests)
-                .index_name("queue")
+            let query = self
+                .query(&self.tables.requests, Some("queue"), &condition)
                 .select(Select::Count)
-                .set_key_condition_expression(condition.condition())
-                .set_expression_attribute_names(condition.names())
-                .set_expression_attribute_values(condition.values())
-                .set_exclusive_start_key(start)
-                .return_consumed_capacity(ReturnConsumedCapacity::Total)
-                .send()
-                .await
-                .map_err(|error| store_error("counting the queue", &error))?;
-            self.metrics.record_read(page.consumed_capacity());
+                .set_exclusive_start_key(start);
+            let page = self.read_page("counting the queue", query).await?;
             counted += saturate::to_u64(page.count);
             start = page.last_evaluated_key;
             if counted >= MAX_COUNTED || start.is_none() {

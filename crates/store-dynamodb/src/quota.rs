@@ -4,14 +4,12 @@
 
 use std::{collections::HashMap, time::Instant};
 
-use aws_sdk_dynamodb::types::ReturnConsumedCapacity;
 use futures_util::future::try_join_all;
 use streamer_core::TenantLimit;
 use streamer_store::{Owner, Quota, QuotaUsage, StoreError};
 
 use crate::{
     client::Dynamo,
-    error::store_error,
     expression::{Expression, text},
     item_ops::text_of,
     queue::tenant_prefix,
@@ -82,22 +80,12 @@ impl Dynamo {
         let mut total = 0;
         let mut start = None;
         loop {
-            let page = self
-                .client
-                .query()
-                .table_name(&self.tables.requests)
-                .index_name("queue")
+            let query = self
+                .query(&self.tables.requests, Some("queue"), &condition)
                 .projection_expression("#user")
-                .set_key_condition_expression(condition.condition())
-                .set_expression_attribute_names(condition.names())
                 .expression_attribute_names("#user", "user")
-                .set_expression_attribute_values(condition.values())
-                .set_exclusive_start_key(start)
-                .return_consumed_capacity(ReturnConsumedCapacity::Total)
-                .send()
-                .await
-                .map_err(|error| store_error("counting a tenant's queue", &error))?;
-            self.metrics.record_read(page.consumed_capacity());
+                .set_exclusive_start_key(start);
+            let page = self.read_page("counting a tenant's queue", query).await?;
             for item in page.items() {
                 // An index that was created before it included users also has one row for each request.
                 let user = text_of(item, "user").unwrap_or_default();

@@ -87,7 +87,7 @@ impl Dynamo {
         start: Option<Attributes>,
     ) -> Result<(Vec<StoredEvent>, Option<Attributes>), StoreError> {
         let doing = "reading events";
-        let page = self
+        let query = self
             .client
             .query()
             .table_name(&self.tables.parts)
@@ -97,12 +97,8 @@ impl Dynamo {
             .expression_attribute_values(":t", text(event_part_key(Seq::MAX)))
             .consistent_read(true)
             .limit(MAX_PAGE_PARTS)
-            .set_exclusive_start_key(start)
-            .return_consumed_capacity(ReturnConsumedCapacity::Total)
-            .send()
-            .await
-            .map_err(|error| store_error(doing, &error))?;
-        self.metrics.record_read(page.consumed_capacity());
+            .set_exclusive_start_key(start);
+        let page = self.read_page(doing, query).await?;
         let mut events = Vec::new();
         for mut item in page.items.unwrap_or_default() {
             let list = item.remove("events").unwrap_or(AttributeValue::L(Vec::new()));
@@ -140,22 +136,16 @@ impl Dynamo {
 
     /// Returns the keys of all parts of a request.
     pub(crate) async fn part_keys(&self, uid: &str) -> Result<Vec<String>, StoreError> {
-        let doing = "reading parts";
+        let condition = Expression::default().when("uid", "=", text(uid));
         let mut names = Vec::new();
         let mut start = None;
         loop {
-            let page = self
-                .client
-                .query()
-                .table_name(&self.tables.parts)
-                .key_condition_expression("uid = :u")
-                .expression_attribute_values(":u", text(uid))
+            let query = self
+                .query(&self.tables.parts, None, &condition)
                 .projection_expression("part")
                 .consistent_read(true)
-                .set_exclusive_start_key(start)
-                .send()
-                .await
-                .map_err(|error| store_error(doing, &error))?;
+                .set_exclusive_start_key(start);
+            let page = self.read_page("reading parts", query).await?;
             for item in page.items() {
                 if let Some(AttributeValue::S(name)) = item.get("part") {
                     names.push(name.clone());

@@ -37,20 +37,7 @@ impl Dynamo {
         target: &str,
     ) -> Result<(), StoreError> {
         let unchanged = Expression::default().when("uid", "=", text(target));
-        let freed = self
-            .client
-            .delete_item()
-            .table_name(&self.tables.names)
-            .set_key(Some(key([("name", client_id_key(owner, client_id).as_str())])))
-            .set_condition_expression(unchanged.condition())
-            .set_expression_attribute_names(unchanged.names())
-            .set_expression_attribute_values(unchanged.values())
-            .send()
-            .await;
-        match freed {
-            Ok(_) => Ok(()),
-            Err(error) if error.code() == Some("ConditionalCheckFailedException") => Ok(()),
-            Err(error) => Err(store_error("releasing a client ID", &error)),
-        }
+        let key = key([("name", client_id_key(owner, client_id).as_str())]);
+        self.delete_item("releasing a client ID", &self.tables.names, key, &unchanged).await
     }
 }

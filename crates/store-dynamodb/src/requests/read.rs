@@ -144,13 +144,11 @@ impl Dynamo {
         before: Option<Uid>,
         limit: usize,
     ) -> Result<(Vec<Uid>, Option<Uid>), StoreError> {
-        let doing = "listing requests";
         let mut condition = Expression::default().when("tenant_shard", "=", text(partition));
         if let Some(before) = before {
             condition = condition.when("uid", "<", text(before.to_string()));
         }
         // Both expressions share one set of placeholders.
-        let keys = condition.condition();
         let filters = [("user", &query.user), ("action", &query.action)];
         let is_filtered = filters.iter().any(|(_, value)| value.is_some());
         let mut filter = Filter::default();
@@ -164,23 +162,13 @@ impl Dynamo {
         let mut uids = Vec::new();
         let mut start = None;
         for _ in 0..MAX_PAGES {
-            let page = self
-                .client
-                .query()
-                .table_name(&self.tables.requests)
-                .index_name("tenant")
-                .set_key_condition_expression(keys.clone())
+            let query = self
+                .query(&self.tables.requests, Some("tenant"), &condition)
                 .set_filter_expression(filter.expression())
-                .set_expression_attribute_names(condition.names())
-                .set_expression_attribute_values(condition.values())
                 .scan_index_forward(false)
                 .limit(saturate::to_i32(page_size))
-                .set_exclusive_start_key(start)
-                .return_consumed_capacity(ReturnConsumedCapacity::Total)
-                .send()
-                .await
-                .map_err(|error| store_error(doing, &error))?;
-            self.metrics.record_read(page.consumed_capacity());
+                .set_exclusive_start_key(start);
+            let page = self.read_page("listing requests", query).await?;
             for item in page.items() {
                 uids.push(uid_of(item)?);
             }
