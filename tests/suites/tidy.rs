@@ -171,7 +171,8 @@ fn documents_and_comments_name_existing_files() {
                 let named = String::from_utf8_lossy(&captures[1]).into_owned();
                 let named = named.trim_start_matches("../");
                 let exists = all.iter().any(|path| {
-                    path.strip_suffix(named).is_some_and(|before| before.is_empty() || before.ends_with('/'))
+                    path.strip_suffix(named)
+                        .is_some_and(|before| before.is_empty() || before.ends_with('/'))
                 });
                 // A file of the user.
                 if !exists && named != "streamer.toml" {
