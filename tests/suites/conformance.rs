@@ -395,6 +395,27 @@ async fn appends_after_a_terminal_event_are_fenced() {
 }
 
 #[tokio::test]
+async fn events_with_numbers_out_of_range_are_rejected() {
+    for Subject { store, .. } in engines().await {
+        let uid = create(&*store, new_request(None)).await;
+        claim(&*store, uid, 2000).await;
+        let rewind = Kind::Retrying(Retrying { rewind_to_seq: -1, ..Retrying::default() });
+        for (invalid, field) in [
+            (progress(-3, 1), "event.seq"),
+            (progress(3, -1), "event.attempt"),
+            (event(3, 1, rewind), "event.retrying.rewind_to_seq"),
+        ] {
+            let rejected = store
+                .append(append_as(uid, Writer::Attempt(AttemptNumber::FIRST), vec![invalid]))
+                .await
+                .unwrap_err();
+            assert!(rejected.to_string().contains(field), "{rejected}");
+        }
+        assert_eq!(append(&*store, uid, 1, vec![progress(3, 1)]).await, APPLIED);
+    }
+}
+
+#[tokio::test]
 async fn a_retry_is_claimable_when_due_and_has_the_checkpoint() {
     for Subject { store, .. } in engines().await {
         let uid = create(&*store, new_request(None)).await;

@@ -16,6 +16,7 @@ mod replies;
 #[cfg(test)]
 mod tests;
 
+use events::LogEvent;
 pub use events::{
     Accepted, Cancelled, Complete, ErrorBody, ErrorMessage, EventHead, Output, OutputSummary,
     Progress, Retrying, Started,
@@ -119,12 +120,12 @@ impl ServerMessage {
             "unsubscribed" => Self::Unsubscribed(members(text)?),
             "request" => Self::Request(members(text)?),
             "requests" => Self::Requests(members(text)?),
-            "accepted" => Self::Accepted(members(text)?),
-            "started" => Self::Started(members(text)?),
-            "progress" => Self::Progress(members(text)?),
-            "output" => Self::Output(members(text)?),
-            "retrying" => Self::Retrying(members(text)?),
-            "complete" => Self::Complete(members(text)?),
+            "accepted" => Self::Accepted(LogEvent::parse(text)?),
+            "started" => Self::Started(LogEvent::parse(text)?),
+            "progress" => Self::Progress(LogEvent::parse(text)?),
+            "output" => Self::Output(LogEvent::parse(text)?),
+            "retrying" => Self::Retrying(LogEvent::parse(text)?),
+            "complete" => Self::Complete(LogEvent::parse(text)?),
             "error" => Self::Error(members(text)?),
             "cancelled" => Self::Cancelled(members(text)?),
             "message" => Self::Push(members(text)?),

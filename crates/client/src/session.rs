@@ -4,6 +4,7 @@ use std::time::Duration;
 
 use futures_util::{SinkExt, StreamExt};
 use http::{HeaderValue, Uri, header::AUTHORIZATION};
+use serde::Deserialize;
 use streamer_core::CloseCode;
 use tokio::{net::TcpStream, time::timeout};
 use tokio_tungstenite::{
@@ -15,7 +16,7 @@ use tokio_tungstenite::{
     },
 };
 
-use crate::{ClientError, ReceivedMessage, ServerMessage};
+use crate::{ClientError, ReceivedMessage};
 
 /// Timeout for each step of opening a WebSocket.
 const OPEN_TIMEOUT: Duration = Duration::from_secs(10);
@@ -151,11 +152,15 @@ impl Session {
 
     /// Sets the heartbeat if the message is `connected`.
     fn read_heartbeat(&mut self, text: &str) {
+        #[derive(Deserialize)]
+        struct Heartbeat {
+            heartbeat_ms: u64,
+        }
+        // Only `connected` has this member, and only it is needed here.
         if self.heartbeat.is_none()
-            && let Ok(received) = ReceivedMessage::parse(text)
-            && let ServerMessage::Connected(connected) = received.message
+            && let Ok(Heartbeat { heartbeat_ms }) = serde_json::from_str(text)
         {
-            self.heartbeat = Some(Duration::from_millis(connected.heartbeat_ms));
+            self.heartbeat = Some(Duration::from_millis(heartbeat_ms));
         }
     }
 

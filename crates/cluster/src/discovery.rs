@@ -92,8 +92,8 @@ impl PeerList {
                     }
                     // The known addresses are kept: the name may resolve later, and probes detect failed instances.
                     Err(error) => {
-                        let service = self.service.name();
-                        tracing::warn!(%error, service, entry, "failed to resolve the name of a peer");
+                        let service = self.service;
+                        tracing::warn!(%error, %service, entry, "failed to resolve the name of a peer");
                     }
                 }
             }
@@ -121,9 +121,9 @@ impl PeerList {
                 },
             }
         }
-        let service = self.service.name();
+        let service = self.service;
         let names: Vec<_> = members.iter().map(|member| &*member.name).collect();
-        tracing::info!(service, ?names, "peer set changed");
+        tracing::info!(%service, ?names, "peer set changed");
         self.list.send_replace(members.into());
     }
 }

@@ -36,8 +36,16 @@ pub struct Call {
     pub need: Need,
 }
 
+const _: () = {
+    let mut index = 0;
+    while index < Service::ALL.len() {
+        assert!(Service::ALL[index] as usize == index);
+        index += 1;
+    }
+};
+
 impl Service {
-    /// All services, in the order of their discriminants.
+    /// All services; each is at the index of its discriminant.
     pub const ALL: [Self; 4] = [Self::Gateway, Self::Router, Self::Processor, Self::Progress];
 
     /// Returns the services that this service calls. In one process, all services call each other directly.
@@ -74,7 +82,7 @@ impl Service {
         }
     }
 
-    /// Returns the name of the service, which is also the name of its option in the section `peers`.
+    /// Returns the name of the service's option in the section `peers`.
     #[must_use]
     pub const fn name(self) -> &'static str {
         match self {
@@ -88,6 +96,9 @@ impl Service {
 
 impl fmt::Display for Service {
     fn fmt(&self, formatter: &mut fmt::Formatter<'_>) -> fmt::Result {
-        formatter.write_str(self.name())
+        match self {
+            Self::Progress => formatter.write_str("progress service"),
+            Self::Gateway | Self::Router | Self::Processor => formatter.write_str(self.name()),
+        }
     }
 }

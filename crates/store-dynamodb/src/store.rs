@@ -9,7 +9,7 @@ use streamer_store::{
     Adopt, Append, AppendOutcome, CancelOutcome, Claim, ClaimOutcome, ConnectionPage,
     ConnectionRecord, CreateOutcome, DeclaredAction, DeleteOutcome, DuePage, DueQuery, EventPage,
     Lease, LeaseRenewal, ListRequests, NewRequest, Owner, QueueAhead, QueueNotifier, QueueStats,
-    RequestPage, RequestRecord, Store, StoreError, StoredPayload,
+    RequestPage, RequestRecord, Store, StoreError, StoredPayload, check_appended,
 };
 use streamer_telemetry::Metrics;
 use tokio::time::Instant;
@@ -140,6 +140,7 @@ impl Store for DynamoStore {
     }
 
     async fn append(&self, append: Append) -> Result<AppendOutcome, StoreError> {
+        check_appended(&append.events)?;
         let _permit = self.admit(Purpose::Execution).await?;
         let began = Instant::now();
         let appended = self.record_throttling(self.dynamo.append(&append).await);

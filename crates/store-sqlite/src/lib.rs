@@ -38,7 +38,7 @@ use streamer_store::{
     Adopt, Append, AppendOutcome, CancelOutcome, Claim, ClaimOutcome, ConnectionPage,
     ConnectionRecord, CreateOutcome, DeclaredAction, DeleteOutcome, DuePage, DueQuery, EventPage,
     Lease, LeaseRenewal, ListRequests, NewRequest, Owner, QueueAhead, QueueStats, RequestPage,
-    RequestRecord, Store, StoreError, StoredPayload,
+    RequestRecord, Store, StoreError, StoredPayload, check_appended,
 };
 use writer::{Cost, Payer, WriterThread};
 
@@ -195,6 +195,7 @@ impl Store for SqliteStore {
     }
 
     async fn append(&self, append: Append) -> Result<AppendOutcome, StoreError> {
+        check_appended(&append.events)?;
         let checkpoint = append.checkpoint.as_ref().map_or(0, bytes::Bytes::len);
         let bytes = checkpoint + append.events.iter().map(Message::encoded_len).sum::<usize>();
         let cost = Cost::new(bytes, Payer::OwnerOf(append.uid));

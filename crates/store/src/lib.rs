@@ -18,7 +18,9 @@ mod store;
 
 pub use append_rules::LogHead;
 pub use error::StoreError;
-pub use log_numbers::{EventNumbers, InvalidNumber, RequestNumbers, check_events, log_event};
+pub use log_numbers::{
+    EventNumbers, InvalidNumber, RequestNumbers, check_appended, check_events, log_event,
+};
 pub use lookup::find_by_client_id_or_uid;
 pub use model::{
     Adopt, Append, AppendOutcome, AssignedWorker, CancelOutcome, Claim, ClaimOutcome, Claimed,

@@ -1,5 +1,6 @@
 //! Numbers in the messages of a log: conversion between protobuf fields and the types of the core.
 
+use crate::StoreError;
 use streamer_core::{AttemptNumber, Seq, Timestamp};
 use streamer_proto::{
     common::v1::{Event, Request, event::Kind},
@@ -86,6 +87,19 @@ impl RequestNumbers for Request {
 /// Returns the first field that is out of range.
 pub fn check_events(events: &[Event]) -> Result<(), InvalidNumber> {
     events.iter().try_for_each(EventNumbers::check_numbers)
+}
+
+/// Checks the events of an append, which both engines do before anything else: an event with a number out of range
+/// could not be read again.
+///
+/// # Errors
+/// Returns [`StoreError::Rejected`] with the first field that is out of range.
+pub fn check_appended(events: &[Event]) -> Result<(), StoreError> {
+    let rejected = |error: InvalidNumber| StoreError::Rejected {
+        doing: "storing an event",
+        reason: error.to_string(),
+    };
+    check_events(events).map_err(rejected)
 }
 
 /// Error returned for a field of a message that is out of range.

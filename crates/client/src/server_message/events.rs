@@ -3,14 +3,14 @@
 use std::borrow::Cow;
 
 use base64::{Engine, engine::general_purpose::STANDARD};
-use serde::Deserialize;
+use serde::{Deserialize, de::DeserializeOwned};
 use serde_json::value::RawValue;
 use streamer_core::{ErrorCode, RequestError};
 
 use crate::ClientError;
 
 /// Members that identify an event of a request's log.
-#[derive(Clone, Debug, Deserialize)]
+#[derive(Clone, Debug, Default, Deserialize)]
 pub struct EventHead {
     /// ID that the caller specified.
     pub request_id: String,
@@ -22,11 +22,36 @@ pub struct EventHead {
     pub attempt: i32,
 }
 
+/// Event of a log, whose head is parsed separately: serde's `flatten` would buffer, and thus check, members that this
+/// version does not know.
+pub(super) trait LogEvent: DeserializeOwned {
+    fn head(&mut self) -> &mut EventHead;
+
+    /// Parses the text of a message.
+    fn parse(text: &str) -> serde_json::Result<Self> {
+        let mut event: Self = serde_json::from_str(text)?;
+        *event.head() = serde_json::from_str(text)?;
+        Ok(event)
+    }
+}
+
+macro_rules! log_events {
+    ($($name:ty),*) => {
+        $(impl LogEvent for $name {
+            fn head(&mut self) -> &mut EventHead {
+                &mut self.event
+            }
+        })*
+    };
+}
+
+log_events!(Accepted, Started, Progress, Output, Retrying, Complete);
+
 /// `accepted`.
 #[derive(Clone, Debug, Deserialize)]
 pub struct Accepted {
     /// Identifies the event.
-    #[serde(flatten)]
+    #[serde(skip)]
     pub event: EventHead,
     /// Action of the request.
     pub action: String,
@@ -36,7 +61,7 @@ pub struct Accepted {
 #[derive(Clone, Debug, Deserialize)]
 pub struct Started {
     /// Identifies the event.
-    #[serde(flatten)]
+    #[serde(skip)]
     pub event: EventHead,
     /// Name of the processor or worker that runs the attempt.
     pub worker: String,
@@ -46,7 +71,7 @@ pub struct Started {
 #[derive(Clone, Debug, Deserialize)]
 pub struct Progress {
     /// Identifies the event.
-    #[serde(flatten)]
+    #[serde(skip)]
     pub event: EventHead,
     /// Completed percentage, if it is known.
     pub percentage: Option<f64>,
@@ -60,7 +85,7 @@ pub struct Progress {
 #[derive(Clone, Debug, Deserialize)]
 pub struct Output {
     /// Identifies the event.
-    #[serde(flatten)]
+    #[serde(skip)]
     pub event: EventHead,
     /// Index of the chunk, starting at 0.
     pub chunk_index: i64,
@@ -97,7 +122,7 @@ impl Output {
 #[derive(Clone, Debug, Deserialize)]
 pub struct Retrying {
     /// Identifies the event.
-    #[serde(flatten)]
+    #[serde(skip)]
     pub event: EventHead,
     /// Time at which the next attempt is due.
     pub retry_at: String,
@@ -111,7 +136,7 @@ pub struct Retrying {
 #[derive(Clone, Debug, Deserialize)]
 pub struct Complete {
     /// Identifies the event.
-    #[serde(flatten)]
+    #[serde(skip)]
     pub event: EventHead,
     /// The result.
     pub result: Box<RawValue>,

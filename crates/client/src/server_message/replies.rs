@@ -1,6 +1,6 @@
 //! Messages that are replies to the client, or that concern the connection.
 
-use serde::{Deserialize, Deserializer};
+use serde::{Deserialize, Deserializer, de::DeserializeOwned};
 use serde_json::value::RawValue;
 use streamer_core::RequestState;
 
@@ -208,9 +208,21 @@ pub struct Unknown {
     #[serde(rename = "type")]
     pub kind: String,
     /// ID that the caller specified, if the message concerns one request.
+    #[serde(default, deserialize_with = "if_readable")]
     pub request_id: Option<String>,
     /// Sequence number, if the message is an event.
+    #[serde(default, deserialize_with = "if_readable")]
     pub seq: Option<i64>,
+}
+
+/// Reads a member of a message that this version does not know; `None` if it has a different type.
+fn if_readable<'de, D, T>(deserializer: D) -> Result<Option<T>, D::Error>
+where
+    D: Deserializer<'de>,
+    T: DeserializeOwned,
+{
+    let text = Box::<RawValue>::deserialize(deserializer)?;
+    Ok(serde_json::from_str(text.get()).ok())
 }
 
 /// Reads the name of a state; `None` if this version does not know it.

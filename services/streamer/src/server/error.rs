@@ -23,7 +23,7 @@ pub(crate) enum StartError {
     #[error("store.engine: must be dynamodb for services in separate processes")]
     Engine,
     /// No peer is configured for a required service, which does not run in this process.
-    #[error("peers.{0}: is required")]
+    #[error("peers.{name}: is required", name = .0.name())]
     Peers(Service),
     /// A key cannot be used.
     #[error("auth.keys, auth.jwks_url: {0}")]
