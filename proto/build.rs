@@ -5,7 +5,8 @@ use std::{
 };
 
 use protox::prost_reflect::{
-    DescriptorPool, DynamicMessage, ExtensionDescriptor, MethodDescriptor, Value,
+    DescriptorPool, DynamicMessage, ExtensionDescriptor, MessageDescriptor, MethodDescriptor,
+    ServiceDescriptor, Value,
     prost_types::{self, method_options::IdempotencyLevel},
 };
 
@@ -45,7 +46,9 @@ fn main() -> Result<(), Box<dyn Error>> {
         .codec_path("crate::codec::SmallBufferCodec")
         .compile_fds(compiled)?;
 
-    fs::write(out.join("method_policies.rs"), method_policies(&compiler.descriptor_pool())?)?;
+    let pool = compiler.descriptor_pool();
+    fs::write(out.join("method_policies.rs"), method_policies(&pool)?)?;
+    fs::write(out.join("stubs.rs"), stubs(&pool))?;
     Ok(())
 }
 
@@ -59,7 +62,7 @@ fn method_policies(pool: &DescriptorPool) -> Result<String, Box<dyn Error>> {
             continue;
         }
         for method in service.methods() {
-            let path = format!("/{}/{}", service.full_name(), method.name());
+            let path = path(&method);
             let policy = method_policy(&method, &call_policy);
             let policy = policy.map_err(|error| format!("rpc {path}: {error}"))?;
             entries.insert(path, policy);
@@ -95,7 +98,11 @@ fn method_policy(
         let timeout = field(declared, "timeout")?;
         let timeout = timeout.as_message().ok_or("timeout is not a message")?;
         let timeout = Duration::try_from(timeout.transcode_to::<prost_types::Duration>()?)?;
-        format!("Some(Duration::from_millis({}))", timeout.as_millis())
+        let millis = timeout.as_millis();
+        if millis == 0 || Duration::from_millis(millis.try_into()?) != timeout {
+            return Err("timeout must be a positive number of milliseconds".into());
+        }
+        format!("Some(Duration::from_millis({millis}))")
     } else {
         "None".into()
     };
@@ -117,4 +124,209 @@ fn method_policy(
 /// Returns a field of a message, or its default value.
 fn field<'a>(message: &'a DynamicMessage, name: &str) -> Result<Cow<'a, Value>, String> {
     message.get_field_by_name(name).ok_or_else(|| format!("{name} is not declared"))
+}
+
+/// Returns the stubs and endpoints of our services (see `src/seam.rs`). Services with streams of request messages have
+/// none: they are only called over the network.
+fn stubs(pool: &DescriptorPool) -> String {
+    let services = pool.services().filter(|service| {
+        service.package_name().starts_with("streamer.")
+            && service.methods().all(|method| !method.is_client_streaming())
+    });
+    services.map(|service| stub(&service) + &endpoint(&service)).collect()
+}
+
+/// Returns the path of the Rust module of a package.
+fn module(package: &str) -> String {
+    format!("crate::{}", package.trim_start_matches("streamer.").replace('.', "::"))
+}
+
+/// Returns the path of the Rust type of a message.
+fn rust_type(message: &MessageDescriptor) -> String {
+    format!("{}::{}", module(message.package_name()), message.name())
+}
+
+fn snake_case(name: &str) -> String {
+    let mut text = String::new();
+    for letter in name.chars() {
+        if letter.is_ascii_uppercase() && !text.is_empty() {
+            text.push('_');
+        }
+        text.push(letter.to_ascii_lowercase());
+    }
+    text
+}
+
+fn stub(service: &ServiceDescriptor) -> String {
+    let (name, module) = (service.name(), module(service.package_name()));
+    let client = format!("{module}::{}_client::{name}Client<Channel>", snake_case(name));
+    let methods = service.methods().map(|method| {
+        let (function, path) = (snake_case(method.name()), path(&method));
+        let input = rust_type(&method.input());
+        let output = rust_type(&method.output());
+        let (call, output, convert) = if method.is_server_streaming() {
+            let convert = ".map(|response| response.map(Responses::Remote))";
+            ("server_streaming", format!("Responses<{output}>"), convert)
+        } else {
+            ("unary", output, "")
+        };
+        format!(
+            "    pub async fn {function}(
+        &mut self,
+        request: impl tonic::IntoRequest<{input}>,
+    ) -> Result<Response<{output}>, Status> {{
+        match self {{
+            Self::Local(local) => local.{call}({path:?}, request.into_request()).await,
+            Self::Remote(remote) => remote.{function}(request).await{convert},
+        }}
+    }}
+"
+        )
+    });
+    format!(
+        "/// Client of `{full_name}`.
+#[derive(Clone, Debug)]
+pub enum {name}Stub {{
+    /// Of a server in this process.
+    Local(LocalStub),
+    /// Of servers in different processes.
+    Remote({client}),
+}}
+
+impl {name}Stub {{
+    /// Returns a client that uses the given channel.
+    #[must_use]
+    pub fn new(channel: Channel) -> Self {{
+        match channel {{
+            Channel::Local(transport) => Self::Local(LocalStub::new(transport)),
+            Channel::Remote(_) => Self::Remote(<{client}>::new(channel)),
+        }}
+    }}
+
+    /// Sets the maximum size of a received message, in bytes.
+    #[must_use]
+    pub fn max_decoding_message_size(self, limit: usize) -> Self {{
+        match self {{
+            Self::Local(mut local) => {{
+                local.limits.received = limit;
+                Self::Local(local)
+            }}
+            Self::Remote(remote) => Self::Remote(remote.max_decoding_message_size(limit)),
+        }}
+    }}
+
+    /// Sets the maximum size of a sent message, in bytes.
+    #[must_use]
+    pub fn max_encoding_message_size(self, limit: usize) -> Self {{
+        match self {{
+            Self::Local(mut local) => {{
+                local.limits.sent = limit;
+                Self::Local(local)
+            }}
+            Self::Remote(remote) => Self::Remote(remote.max_encoding_message_size(limit)),
+        }}
+    }}
+
+{methods}}}
+
+",
+        full_name = service.full_name(),
+        methods = methods.collect::<String>(),
+    )
+}
+
+fn endpoint(service: &ServiceDescriptor) -> String {
+    let (name, module) = (service.name(), module(service.package_name()));
+    let server_module = format!("{module}::{}_server", snake_case(name));
+    let (server, interface) =
+        (format!("{server_module}::{name}Server"), format!("{server_module}::{name}"));
+    let methods = service.methods().map(|method| {
+        let (function, path) = (snake_case(method.name()), path(&method));
+        let call = if method.is_server_streaming() { "server_streaming" } else { "unary" };
+        format!(
+            "            {path:?} => Box::pin(seam::{call}(request, limits, move |request| async move {{
+                T::{function}(&service, request).await
+            }})),
+"
+        )
+    });
+    format!(
+        "/// Server of `{full_name}`, for calls from this process and over the network.
+#[derive(Debug)]
+pub struct {name}Endpoint<T> {{
+    service: std::sync::Arc<T>,
+    remote: {server}<T>,
+    limits: MessageLimits,
+}}
+
+impl<T> Clone for {name}Endpoint<T> {{
+    fn clone(&self) -> Self {{
+        Self {{ service: self.service.clone(), remote: self.remote.clone(), limits: self.limits }}
+    }}
+}}
+
+impl<T> {name}Endpoint<T> {{
+    /// Returns a server that calls the given implementation.
+    pub fn new(service: T) -> Self {{
+        let service = std::sync::Arc::new(service);
+        let remote = {server}::from_arc(service.clone());
+        Self {{ service, remote, limits: MessageLimits::default() }}
+    }}
+
+    /// Sets the maximum size of a received message, in bytes.
+    #[must_use]
+    pub fn max_decoding_message_size(mut self, limit: usize) -> Self {{
+        self.limits.received = limit;
+        self.remote = self.remote.max_decoding_message_size(limit);
+        self
+    }}
+
+    /// Sets the maximum size of a sent message, in bytes.
+    #[must_use]
+    pub fn max_encoding_message_size(mut self, limit: usize) -> Self {{
+        self.limits.sent = limit;
+        self.remote = self.remote.max_encoding_message_size(limit);
+        self
+    }}
+}}
+
+impl<T> tonic::server::NamedService for {name}Endpoint<T> {{
+    const NAME: &'static str = {full_name:?};
+}}
+
+impl<T, B> tower::Service<http::Request<B>> for {name}Endpoint<T>
+where
+    T: {interface},
+    B: tonic::codegen::Body + Send + 'static,
+    B::Error: Into<tonic::codegen::StdError> + Send + 'static,
+{{
+    type Response = http::Response<Body>;
+    type Error = Infallible;
+    type Future = BoxFuture<Result<http::Response<Body>, Infallible>>;
+
+    fn poll_ready(&mut self, _: &mut Context<'_>) -> Poll<Result<(), Infallible>> {{
+        Poll::Ready(Ok(()))
+    }}
+
+    fn call(&mut self, request: http::Request<B>) -> Self::Future {{
+        if !seam::is_local(&request) {{
+            return self.remote.call(request);
+        }}
+        let (service, limits) = (self.service.clone(), self.limits);
+        match request.uri().path() {{
+{methods}            // A stub calls only methods of its service.
+            _ => Box::pin(std::future::ready(Ok(Status::unimplemented(\"unknown method\").into_http()))),
+        }}
+    }}
+}}
+
+",
+        full_name = service.full_name(),
+        methods = methods.collect::<String>(),
+    )
+}
+
+/// Returns the path of a method in HTTP.
+fn path(method: &MethodDescriptor) -> String {
+    format!("/{}/{}", method.parent_service().full_name(), method.name())
 }

@@ -10,14 +10,14 @@ use streamer_proto::{
     common::v1::{Event, Output, Payload, Request, event::Kind, payload::Body},
     progress::v1::{ListEventsRequest, WatchRequest, WatchResponse},
 };
-use streamer_rpc::{WATCH_COUNTED, state_from_proto, with_authorization};
+use streamer_rpc::{Responses, WATCH_COUNTED, state_from_proto, with_authorization};
 use streamer_store::{EventNumbers, InvalidNumber, RequestNumbers, check_events};
 use tokio::{
     sync::Notify,
     time::{Instant, sleep, timeout},
 };
 use tokio_util::sync::CancellationToken;
-use tonic::{Code, Status, Streaming, metadata::MetadataValue};
+use tonic::{Code, Status, metadata::MetadataValue};
 
 use crate::{
     large_segments::LargeSegments,
@@ -61,7 +61,7 @@ pub(crate) struct OpenedWatch {
     pub(crate) uid: Uid,
     pub(crate) snapshot: Request,
     events: Vec<Event>,
-    stream: Streaming<WatchResponse>,
+    stream: Responses<WatchResponse>,
     /// `seq` after which the subscription starts.
     cursor: Seq,
     /// `seq` after which the stream starts.
@@ -118,7 +118,7 @@ impl Fanout {
         request_id: String,
         after_seq: Option<Seq>,
         authorization: HeaderValue,
-    ) -> Result<Streaming<WatchResponse>, Status> {
+    ) -> Result<Responses<WatchResponse>, Status> {
         let key = request_id.parse().ok();
         let after_seq = after_seq.map(Seq::as_i64);
         let watch = WatchRequest { request_id, after_seq, ..WatchRequest::default() };
@@ -319,7 +319,7 @@ impl Fanout {
         &self,
         topic: &Topic,
         subscriber: &Subscriber,
-    ) -> Result<Streaming<WatchResponse>, Status> {
+    ) -> Result<Responses<WatchResponse>, Status> {
         let after_seq = Some(topic.last_seq());
         self.watch(topic.uid.to_string(), after_seq, subscriber.handle.authorization()).await
     }
@@ -357,7 +357,7 @@ impl Fanout {
 
 /// Stream of an upstream watch, and whether the watch has large buffers.
 struct UpstreamWatch {
-    stream: Streaming<WatchResponse>,
+    stream: Responses<WatchResponse>,
     is_large: bool,
 }
 

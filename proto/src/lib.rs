@@ -6,8 +6,10 @@ use prost::Message;
 
 pub mod codec;
 mod methods;
+pub mod seam;
+pub mod stubs;
 
-pub use methods::{MethodPolicy, is_known_method, method_policy};
+pub use methods::{MethodPolicy, declared_methods, is_known_method, method_policy};
 
 /// Types shared by all packages.
 pub mod common {

@@ -72,6 +72,11 @@ pub fn is_known_method(path: &str) -> bool {
     find(path).is_some()
 }
 
+/// Returns the paths of all methods that have a policy.
+pub fn declared_methods() -> impl Iterator<Item = &'static str> {
+    DECLARED.iter().chain(&EXTERNAL).map(|(path, _)| *path)
+}
+
 fn find(path: &str) -> Option<MethodPolicy> {
     [DECLARED, &EXTERNAL].into_iter().find_map(|policies| {
         let index = policies.binary_search_by_key(&path, |(method, _)| method).ok()?;

@@ -18,7 +18,7 @@ use http::{
 use parking_lot::Mutex;
 use streamer_core::{ErrorCode, validate::cut};
 use streamer_proto::public_methods;
-use streamer_rpc::{CLIENT_ADDRESS, FORWARDED, Peer, code_name, end_when, error_status};
+use streamer_rpc::{CLIENT_ADDRESS, FORWARDED, Peer, code_name, end_response_when, error_status};
 use tokio::time::sleep;
 use tonic::{Code, Status, body::Body, server::NamedService};
 use tower_service::Service;
@@ -367,7 +367,7 @@ fn end_at_expiry(response: Response<Body>, time_left: Option<Duration>) -> Respo
         sleep(time_left).await;
         error_status(ErrorCode::Unauthorized, "the token has expired")
     };
-    response.map(|body| end_when(body, expired))
+    end_response_when(response, expired)
 }
 
 fn status(error: &AuthError) -> Status {

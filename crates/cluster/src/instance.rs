@@ -55,14 +55,20 @@ impl Instance {
     /// Returns a channel for watches, which end when the instance becomes unhealthy.
     #[must_use]
     pub fn watch_channel(&self) -> Channel {
+        if matches!(self.channel, Channel::Local(_)) {
+            // An instance in this process is as healthy as its caller.
+            return self.channel.clone();
+        }
         let member = self.clone();
-        BoxCloneSyncService::new(tower::service_fn(move |request: Request<Body>| {
-            let member = member.clone();
-            async move {
-                let response = member.channel.clone().oneshot(request).await?;
-                Ok(response.map(|body| member.end_when_unhealthy(body)))
-            }
-        }))
+        Channel::Remote(BoxCloneSyncService::new(tower::service_fn(
+            move |request: Request<Body>| {
+                let member = member.clone();
+                async move {
+                    let response = member.channel.clone().oneshot(request).await?;
+                    Ok(response.map(|body| member.end_when_unhealthy(body)))
+                }
+            },
+        )))
     }
 
     pub(crate) fn end_when_unhealthy(&self, body: Body) -> Body {
@@ -186,9 +192,9 @@ mod tests {
 
     fn members(names: &[&str]) -> Instances {
         let channel = || {
-            BoxCloneSyncService::new(tower::service_fn(|_: Request<Body>| async {
+            Channel::Remote(BoxCloneSyncService::new(tower::service_fn(|_: Request<Body>| async {
                 Err(Status::unimplemented("in tests"))
-            }))
+            })))
         };
         let list: Vec<_> = names.iter().map(|name| Instance::new(name, channel())).collect();
         Instances::of(Service::Router, watch::channel(list.into()).1)

@@ -60,12 +60,12 @@ impl Instances {
         if let Some(local) = self.local_channel() {
             return local.clone();
         }
-        BoxCloneSyncService::new(LoadBalancer {
+        Channel::Remote(BoxCloneSyncService::new(LoadBalancer {
             members: self.clone(),
             round_robin: Arc::default(),
             budget: Arc::new(TpsBudget::new(Duration::from_secs(10), 10, RETRY_RATIO)),
             max_message_bytes,
-        })
+        }))
     }
 }
 
@@ -272,6 +272,7 @@ mod tests {
                 calls.fetch_add(1, Ordering::Relaxed);
                 std::future::ready(outcome())
             }));
+            let channel = Channel::Remote(channel);
             Instance::new(name, channel)
         });
         let instances = Instances::of(Callee::Router, watch::channel(list.into()).1);

@@ -3,16 +3,18 @@
 use std::{convert::Infallible, future::Future, net::SocketAddr, pin::Pin, sync::Arc};
 
 use http::{HeaderMap, HeaderValue, Request, Response, header::AUTHORIZATION};
+use streamer_proto::seam::Channel;
 use tonic::{Extensions, Status, body::Body, metadata::MetadataMap};
 use tower::{Service, ServiceExt, util::BoxCloneSyncService};
 
-use crate::spans::{ClientSpans, ServerSpans};
+use crate::{
+    RpcMetrics,
+    rpc_metrics::Measured,
+    spans::{ClientSpans, ServerSpans},
+};
 
-/// Transport of a generated client. The client returns the transport's error to the caller.
-pub type Channel = BoxCloneSyncService<Request<Body>, Response<Body>, Status>;
-
-/// Returns a channel to a server in this process: calls are function calls, without sockets.
-pub fn local<S>(server: S) -> Channel
+/// Returns a channel to a server in this process: calls are function calls, and messages are moved.
+pub fn local<S>(server: S, metrics: &RpcMetrics) -> Channel
 where
     S: Service<Request<Body>, Response = Response<Body>, Error = Infallible>
         + Clone
@@ -21,7 +23,9 @@ where
         + 'static,
     S::Future: Send + 'static,
 {
-    BoxCloneSyncService::new(ServerSpans(server.map_err(|never| match never {})))
+    let service = server.map_err(|never| match never {});
+    let service = Measured { service, metrics: metrics.clone() };
+    Channel::Local(BoxCloneSyncService::new(ServerSpans(service)))
 }
 
 /// Returns a channel to a server in a different process.
@@ -34,7 +38,7 @@ where
         + 'static,
     S::Future: Send + 'static,
 {
-    BoxCloneSyncService::new(ClientSpans(server))
+    Channel::Remote(BoxCloneSyncService::new(ClientSpans(server)))
 }
 
 /// Header of a submission between services: the `uid` to assign to the request, so that a repeated

@@ -2,9 +2,10 @@
 
 use bytes::Bytes;
 use futures_util::{StreamExt, stream};
-use http::HeaderMap;
+use http::{HeaderMap, Response};
 use http_body_util::{BodyStream, StreamBody};
 use hyper::body::{Body as HttpBody, Frame};
+use streamer_proto::seam::end_local;
 use tonic::{Status, body::Body};
 
 type BoxError = Box<dyn std::error::Error + Send + Sync>;
@@ -40,6 +41,17 @@ where
         }
     });
     Body::new(StreamBody::new(stream))
+}
+
+/// Ends the stream of a response when `ended` completes, with its status. See [`end_when`].
+pub fn end_response_when(
+    response: Response<Body>,
+    ended: impl Future<Output = Status> + Send + 'static,
+) -> Response<Body> {
+    match end_local(&response, ended) {
+        Ok(()) => response,
+        Err(ended) => response.map(|body| end_when(body, ended)),
+    }
 }
 
 #[cfg(test)]

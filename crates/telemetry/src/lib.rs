@@ -7,7 +7,7 @@ mod traces;
 
 pub use error::TelemetryError;
 pub use logs::{LogFormat, init};
-pub use metrics::Metrics;
+pub use metrics::{Metrics, latency_histogram};
 pub use traces::{
     AttemptSpan, InScope, MAX_TRACE_STATE_BYTES, Scope, Scoped, TRACE_TARGET, TraceContext,
     TraceOptions, Traces, Waited, is_sampled,

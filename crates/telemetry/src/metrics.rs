@@ -53,7 +53,7 @@ impl Metrics {
     /// Registers a histogram of durations in seconds.
     #[must_use]
     pub fn latency(&self, name: &str, help: &str) -> Histogram {
-        self.register(name, help, Histogram::new(LATENCY_BOUNDS))
+        self.register(name, help, latency_histogram())
     }
 
     /// Returns all metrics in the OpenMetrics text format, which Prometheus reads.
@@ -66,4 +66,10 @@ impl Metrics {
             Err(fmt::Error) => String::from("# EOF\n"),
         }
     }
+}
+
+/// Returns a histogram of durations in seconds.
+#[must_use]
+pub fn latency_histogram() -> Histogram {
+    Histogram::new(LATENCY_BOUNDS)
 }

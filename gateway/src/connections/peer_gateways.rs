@@ -6,9 +6,9 @@ use futures_util::future::join_all;
 use http::HeaderValue;
 use streamer_auth::Caller;
 use streamer_cluster::Instances;
-use streamer_proto::connections::v1::{
-    BroadcastRequest, DisconnectRequest, SendRequest,
-    connections_service_client::ConnectionsServiceClient,
+use streamer_proto::{
+    connections::v1::{BroadcastRequest, DisconnectRequest, SendRequest},
+    stubs::ConnectionsServiceStub,
 };
 use streamer_rpc::{Channel, FORWARDED, with_authorization};
 use tokio::time::timeout;
@@ -48,7 +48,7 @@ pub(crate) enum PeerRequest {
 impl PeerRequest {
     /// Calls a gateway. Returns the number of connections that received the request.
     async fn send(self, channel: Channel, authorization: HeaderValue) -> Result<usize, Status> {
-        let mut client = ConnectionsServiceClient::new(channel);
+        let mut client = ConnectionsServiceStub::new(channel);
         recipient_count(match self {
             Self::Send(request) => {
                 let response = client.send(forwarded(request, authorization)).await;

@@ -8,9 +8,8 @@ use streamer_core::Uid;
 use streamer_handler::MemoryBudget;
 use streamer_proto::{
     common::v1::{Event, event::Kind},
-    internal::v1::{
-        AnnounceRequest, PublishRequest, event_log_service_client::EventLogServiceClient,
-    },
+    internal::v1::{AnnounceRequest, PublishRequest},
+    stubs::EventLogServiceStub,
 };
 use streamer_rpc::{Channel, Untraced, is_terminal, parse_uid, run_to_completion};
 use streamer_telemetry::is_sampled;
@@ -25,15 +24,14 @@ const SMALL_BATCH_BYTES: usize = 64 * 1024;
 
 #[derive(Clone)]
 pub(crate) struct EventLogClient {
-    client: EventLogServiceClient<Channel>,
+    client: EventLogServiceStub,
     /// Memory budget for large batches in transit.
     large: Arc<MemoryBudget>,
 }
 
 impl EventLogClient {
     pub(crate) fn new(progress: Channel, max_batch_bytes: usize) -> Self {
-        let client =
-            EventLogServiceClient::new(progress).max_encoding_message_size(max_batch_bytes);
+        let client = EventLogServiceStub::new(progress).max_encoding_message_size(max_batch_bytes);
         // Allows two tenants to publish a batch of the maximum size at the same time.
         let large =
             MemoryBudget::new(MAX_LARGE_BATCHES_BYTES.max(max_batch_bytes.saturating_mul(2)));

@@ -33,8 +33,7 @@ use streamer_auth::{AuthLayer, AuthService, Authenticator};
 use streamer_core::{Clock, Timestamp, Uid};
 use streamer_handler::{Handlers, MemoryBudget};
 use streamer_proto::{
-    internal::v1::execution_service_server::ExecutionServiceServer,
-    processor::v1::worker_service_server::WorkerServiceServer,
+    processor::v1::worker_service_server::WorkerServiceServer, stubs::ExecutionServiceEndpoint,
 };
 use streamer_rpc::Channel;
 use streamer_store::Store;
@@ -83,7 +82,7 @@ pub struct Dependencies {
 /// The processor service, ready to be served.
 pub struct Processor {
     /// Internal service for routers: `streamer.internal.v1`.
-    pub internal: ExecutionServiceServer<ExecutionApi>,
+    pub internal: ExecutionServiceEndpoint<ExecutionApi>,
     /// Public service for workers.
     pub workers: AuthService<WorkerServiceServer<WorkerApi>>,
     dispatcher: Arc<Dispatcher>,
@@ -146,7 +145,7 @@ impl Processor {
             .max_encoding_message_size(max_worker_message_bytes);
         let service =
             ExecutionApi::new(dispatcher.clone(), actions, authenticator.clone(), metrics, options);
-        let internal = ExecutionServiceServer::new(service)
+        let internal = ExecutionServiceEndpoint::new(service)
             .max_decoding_message_size(max_message_bytes)
             .max_encoding_message_size(max_worker_message_bytes);
         Self {

@@ -20,10 +20,7 @@ use std::sync::Arc;
 use streamer_auth::{AuthLayer, AuthService};
 use streamer_core::{Clock, Limits, OpenWatches};
 use streamer_handler::MemoryBudget;
-use streamer_proto::{
-    internal::v1::event_log_service_server::EventLogServiceServer,
-    progress::v1::progress_service_server::ProgressServiceServer,
-};
+use streamer_proto::stubs::{EventLogServiceEndpoint, ProgressServiceEndpoint};
 use streamer_store::Store;
 use streamer_telemetry::Metrics;
 use tokio_util::sync::CancellationToken;
@@ -59,9 +56,9 @@ pub struct Dependencies {
 /// The progress service, ready to be served.
 pub struct Progress {
     /// Public API, `streamer.progress.v1`.
-    pub public: AuthService<ProgressServiceServer<WatchService>>,
+    pub public: AuthService<ProgressServiceEndpoint<WatchService>>,
     /// API for routers and processors, `streamer.internal.v1`.
-    pub internal: EventLogServiceServer<LogService>,
+    pub internal: EventLogServiceEndpoint<LogService>,
     topics: Arc<Topics>,
 }
 
@@ -86,11 +83,11 @@ impl Progress {
         let topics = Arc::new(Topics::new(store.clone(), metrics.clone(), ring.clone(), is_shared));
         let watch =
             WatchService::new(topics.clone(), store.clone(), ring, limits, open_watches, unread);
-        let public =
-            ProgressServiceServer::new(watch).max_decoding_message_size(limits.max_message_bytes());
+        let public = ProgressServiceEndpoint::new(watch)
+            .max_decoding_message_size(limits.max_message_bytes());
         let log = LogService::new(topics.clone(), store, clock, metrics);
         let internal =
-            EventLogServiceServer::new(log).max_decoding_message_size(limits.max_batch_bytes());
+            EventLogServiceEndpoint::new(log).max_decoding_message_size(limits.max_batch_bytes());
         Self { public: auth.wrap(public), internal, topics }
     }
 

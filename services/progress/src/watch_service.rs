@@ -16,8 +16,9 @@ use streamer_proto::{
     common::v1::Event,
     progress::v1::{
         ListEventsRequest, ListEventsResponse, WatchRequest, WatchResponse,
-        progress_service_client::ProgressServiceClient, progress_service_server::ProgressService,
+        progress_service_server::ProgressService,
     },
+    stubs::ProgressServiceStub,
 };
 use streamer_rpc::{
     FORWARDED, WATCH_COUNTED, encode_event, ensure_valid, not_found, read_page_size, status,
@@ -96,7 +97,7 @@ impl WatchService {
         let Some(owner) = ring.owner(uid).filter(Instance::is_reachable) else { return Ok(None) };
         let mut watch = with_authorization(watch, caller.authorization.clone());
         watch.metadata_mut().insert(FORWARDED, MetadataValue::from_static("1"));
-        let mut client = ProgressServiceClient::new(owner.watch_channel())
+        let mut client = ProgressServiceStub::new(owner.watch_channel())
             .max_decoding_message_size(self.limits.max_message_bytes().saturating_mul(2));
         match timeout(FORWARD_TIMEOUT, client.watch(watch)).await {
             Ok(Ok(response)) => Ok(Some(Box::pin(response.into_inner()))),

@@ -9,9 +9,9 @@ use streamer_proto::{
     common::v1::Event,
     progress::v1::{WatchRequest, WatchResponse},
 };
-use streamer_rpc::{is_terminal, with_authorization};
+use streamer_rpc::{Responses, is_terminal, with_authorization};
 use tokio::time::{sleep, timeout};
-use tonic::{Code, Status, Streaming};
+use tonic::{Code, Status};
 use tonic_types::StatusExt;
 
 use crate::upstreams::Upstreams;
@@ -65,7 +65,7 @@ async fn watch_until_terminal(
 
 /// Reads a watch stream up to the terminal event; returns `None` if the stream ends without one.
 async fn read_terminal_event(
-    mut stream: Streaming<WatchResponse>,
+    mut stream: Responses<WatchResponse>,
 ) -> Result<Option<Event>, Status> {
     while let Some(response) = stream.message().await? {
         if let Some(last) = response.events.into_iter().last()

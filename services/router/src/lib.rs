@@ -30,8 +30,7 @@ use streamer_cluster::Instances;
 use streamer_core::{Clock, Limits, LimitsByTenant};
 use streamer_proto::{
     internal::v1::admission_service_server::AdmissionServiceServer,
-    longrunning::operations_server::OperationsServer,
-    router::v1::router_service_server::RouterServiceServer,
+    longrunning::operations_server::OperationsServer, stubs::RouterServiceEndpoint,
 };
 use streamer_rpc::Channel;
 use streamer_store::Store;
@@ -87,7 +86,7 @@ const ACTION_RETENTION: Duration = Duration::from_secs(30 * 24 * 3600);
 /// The router's gRPC services and background tasks.
 pub struct Router {
     /// The public API `streamer.router.v1`.
-    pub public: AuthService<RouterServiceServer<RouterApi>>,
+    pub public: AuthService<RouterServiceEndpoint<RouterApi>>,
     /// The public API `google.longrunning`.
     pub operations: AuthService<OperationsServer<OperationsApi>>,
     /// The internal API `streamer.internal.v1`, which other routers call.
@@ -126,7 +125,7 @@ impl Router {
             submissions,
             tenant_limits: dependencies.tenant_limits,
         });
-        let public = RouterServiceServer::new(RouterApi::new(service.clone()))
+        let public = RouterServiceEndpoint::new(RouterApi::new(service.clone()))
             .max_decoding_message_size(max_message_bytes)
             .max_encoding_message_size(
                 max_message_bytes.saturating_mul(2).saturating_add(ACTIONS_BYTES),

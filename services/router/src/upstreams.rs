@@ -19,10 +19,9 @@ use streamer_proto::{
     common::v1::{Event, Payload, Request},
     internal::v1::{
         AnnounceRequest, ExecuteRequest, FindActionRequest, NotifyQueuedRequest,
-        NotifyQueuedResponse, SignalCancelRequest, event_log_service_client::EventLogServiceClient,
-        execution_service_client::ExecutionServiceClient,
+        NotifyQueuedResponse, SignalCancelRequest,
     },
-    progress::v1::progress_service_client::ProgressServiceClient,
+    stubs::{EventLogServiceStub, ExecutionServiceStub, ProgressServiceStub},
     timestamp,
 };
 use streamer_rpc::{Channel, NOT_ADMITTED, with_authorization};
@@ -42,8 +41,8 @@ const MAX_NOTIFIED: usize = 3;
 /// Clients of the processors and of the progress service.
 pub(crate) struct Upstreams {
     pub(crate) processors: Instances,
-    event_log: EventLogServiceClient<Channel>,
-    progress: ProgressServiceClient<Channel>,
+    event_log: EventLogServiceStub,
+    progress: ProgressServiceStub,
     limits: Limits,
     hints: bool,
     rotation: AtomicUsize,
@@ -61,8 +60,8 @@ impl Upstreams {
     ) -> Self {
         Self {
             processors,
-            event_log: EventLogServiceClient::new(event_log),
-            progress: ProgressServiceClient::new(progress)
+            event_log: EventLogServiceStub::new(event_log),
+            progress: ProgressServiceStub::new(progress)
                 .max_decoding_message_size(limits.max_message_bytes().saturating_mul(2)),
             limits,
             hints,
@@ -71,8 +70,8 @@ impl Upstreams {
         }
     }
 
-    pub(crate) fn processor(&self, member: &Instance) -> ExecutionServiceClient<Channel> {
-        ExecutionServiceClient::new(member.channel.clone())
+    pub(crate) fn processor(&self, member: &Instance) -> ExecutionServiceStub {
+        ExecutionServiceStub::new(member.channel.clone())
             // The declaration of an action may be larger than a payload.
             .max_decoding_message_size(self.limits.max_worker_message_bytes())
             .max_encoding_message_size(self.limits.max_message_bytes())
@@ -101,7 +100,7 @@ impl Upstreams {
         found
     }
 
-    pub(crate) fn progress(&self) -> ProgressServiceClient<Channel> {
+    pub(crate) fn progress(&self) -> ProgressServiceStub {
         self.progress.clone()
     }
 

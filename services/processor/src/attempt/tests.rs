@@ -5,12 +5,16 @@ use std::sync::Arc;
 use bytes::Bytes;
 use streamer_core::{ManualClock, RequestState};
 use streamer_handler::{RequestSummary, async_trait};
-use streamer_proto::internal::v1::{
-    AnnounceRequest, AnnounceResponse, PublishResponse,
-    event_log_service_server::{EventLogService, EventLogServiceServer},
+use streamer_proto::{
+    internal::v1::{
+        AnnounceRequest, AnnounceResponse, PublishResponse,
+        event_log_service_server::EventLogService,
+    },
+    stubs::EventLogServiceEndpoint,
 };
-use streamer_rpc::local;
+use streamer_rpc::{RpcMetrics, local};
 use streamer_store::Owner;
+use streamer_telemetry::Metrics;
 use tokio::{
     runtime::Handle,
     sync::{mpsc, oneshot},
@@ -86,7 +90,8 @@ struct Fixture {
 
 fn start() -> Fixture {
     let (sender, batches) = mpsc::unbounded_channel();
-    let log = local(EventLogServiceServer::new(ScriptedLog(sender)));
+    let log =
+        local(EventLogServiceEndpoint::new(ScriptedLog(sender)), &RpcMetrics::new(&Metrics::new()));
     let environment = Environment {
         clock: Arc::new(ManualClock::at(Timestamp::default())),
         log: EventLogClient::new(log, usize::MAX),

@@ -4,11 +4,14 @@ use futures_util::poll;
 use streamer_auth::Principal;
 use streamer_cluster::Instances;
 use streamer_core::{RequestState, SystemClock};
-use streamer_proto::internal::v1::{
-    AnnounceRequest, AnnounceResponse, PublishRequest, PublishResponse,
-    event_log_service_server::{EventLogService, EventLogServiceServer},
+use streamer_proto::{
+    internal::v1::{
+        AnnounceRequest, AnnounceResponse, PublishRequest, PublishResponse,
+        event_log_service_server::EventLogService,
+    },
+    stubs::EventLogServiceEndpoint,
 };
-use streamer_rpc::local;
+use streamer_rpc::{RpcMetrics, local};
 use streamer_telemetry::Metrics;
 use tempfile::TempDir;
 use tokio::sync::{Semaphore, mpsc};
@@ -55,7 +58,7 @@ fn fixture() -> Fixture {
     let (sender, announced) = mpsc::unbounded_channel();
     let gate = Arc::new(Semaphore::new(0));
     let announcements = Announcements { gate: gate.clone(), announced: sender };
-    let log = local(EventLogServiceServer::new(announcements));
+    let log = local(EventLogServiceEndpoint::new(announcements), &RpcMetrics::new(&Metrics::new()));
     let limits = Limits {
         max_payload_bytes: 1024,
         max_output_chunk_bytes: 1024,

@@ -5,9 +5,12 @@ use std::{sync::Arc, time::Duration};
 use futures_util::future::join_all;
 use streamer_cluster::{Instance, Instances};
 use streamer_core::{Clock, saturate};
-use streamer_proto::internal::v1::{
-    AdmittedSubmissions, ReportSubmissionsRequest, ReportSubmissionsResponse,
-    admission_service_client::AdmissionServiceClient, admission_service_server::AdmissionService,
+use streamer_proto::{
+    internal::v1::{
+        AdmittedSubmissions, ReportSubmissionsRequest, ReportSubmissionsResponse,
+        admission_service_server::AdmissionService,
+    },
+    stubs::AdmissionServiceStub,
 };
 use tokio::time::{MissedTickBehavior, interval, timeout};
 use tokio_util::sync::CancellationToken;
@@ -114,7 +117,7 @@ pub(crate) async fn exchange_reports(
 
 /// Sends a report. A lost report has the same effect as an empty one.
 async fn send(member: &Instance, report: ReportSubmissionsRequest) {
-    let mut client = AdmissionServiceClient::new(member.channel.clone());
+    let mut client = AdmissionServiceStub::new(member.channel.clone());
     let name = &*member.name;
     match timeout(REPORT_TIMEOUT, client.report_submissions(report)).await {
         Ok(Ok(_)) => {}

@@ -11,7 +11,7 @@ use streamer_handler::Handlers;
 use streamer_processor::{HandlerThreads, Processor};
 use streamer_progress::{Progress, Ring};
 use streamer_router::{PeerRouters, Router};
-use streamer_rpc::{Channel, local};
+use streamer_rpc::{Channel, RpcMetrics, local};
 use streamer_store::Store;
 use streamer_telemetry::{Metrics, Traces};
 use tokio::{sync::watch, task::JoinHandle};
@@ -45,6 +45,7 @@ pub(crate) struct Services {
     pub(crate) role: Role,
     pub(crate) health: Health,
     pub(crate) metrics: Metrics,
+    pub(crate) rpc_metrics: RpcMetrics,
     pub(crate) traces: Traces,
     pub(crate) auth: AuthLayer,
     pub(crate) metrics_access: MetricsAccess,
@@ -82,6 +83,7 @@ struct Shared<'a> {
     authenticator: Arc<Authenticator>,
     auth: AuthLayer,
     metrics: Metrics,
+    rpc_metrics: RpcMetrics,
     traces: Traces,
     limits: Limits,
     tenant_limits: LimitsByTenant,
@@ -216,6 +218,7 @@ impl Services {
             own_address,
             store,
             authenticator,
+            rpc_metrics: RpcMetrics::new(&metrics),
             metrics,
             traces,
             tenant_limits,
@@ -239,21 +242,22 @@ impl Services {
         let event_log_channel = shared.channel(
             Service::Progress,
             limits.max_batch_bytes(),
-            progress.as_ref().map(|progress| local(progress.internal.clone())),
+            progress.as_ref().map(|progress| local(progress.internal.clone(), &shared.rpc_metrics)),
         )?;
         let progress_channel = shared.channel(
             Service::Progress,
             limits.max_message_bytes(),
-            progress.as_ref().map(|progress| local(progress.public.clone())),
+            progress.as_ref().map(|progress| local(progress.public.clone(), &shared.rpc_metrics)),
         )?;
         let processor = role.has(Service::Processor);
         let processor = processor.then(|| shared.processor(handlers, event_log_channel.clone()));
         let processor = processor.transpose()?;
         let processors = match (&processor, &shared.peers) {
             (_, Some(peers)) => peers.instances(Service::Processor),
-            (Some(processor), None) => {
-                Instances::one(Service::Processor, local(processor.internal.clone()))
-            }
+            (Some(processor), None) => Instances::one(
+                Service::Processor,
+                local(processor.internal.clone(), &shared.rpc_metrics),
+            ),
             (None, None) => return Err(StartError::Peers(Service::Processor)),
         };
         let router = role
@@ -262,7 +266,7 @@ impl Services {
         let router_channel = shared.channel(
             Service::Router,
             limits.max_message_bytes(),
-            router.as_ref().map(|router| local(router.public.clone())),
+            router.as_ref().map(|router| local(router.public.clone(), &shared.rpc_metrics)),
         )?;
         let gateway = role.has(Service::Gateway);
         let gateway = gateway.then(|| shared.gateway(router_channel, progress_channel));
@@ -286,6 +290,7 @@ impl Services {
             role,
             health: Health::new(shared.store, role, readiness_checks, serving),
             metrics: shared.metrics,
+            rpc_metrics: shared.rpc_metrics,
             traces: shared.traces,
             auth: shared.auth,
             metrics_access: MetricsAccess {

@@ -1,4 +1,4 @@
-//! Middleware for gRPC calls: tracing, and ending watches at shutdown.
+//! Middleware for gRPC calls: metrics, traces, and ending watches at shutdown.
 
 use std::{collections::HashSet, sync::Arc};
 
@@ -12,38 +12,52 @@ use axum::{
 use http::{HeaderValue, header};
 use streamer_cluster::FromService;
 use streamer_proto::{common::v1::StreamKind, is_known_method, method_policy, public_methods};
-use streamer_rpc::{end_when, enter, is_server_error, recorded};
+use streamer_rpc::{RpcMetrics, end_when, enter, is_server_error, recorded};
 use streamer_telemetry::{InScope, Traces};
 use tokio_util::sync::CancellationToken;
 use tonic::Status;
 
-/// Traces gRPC calls. Runs after [`streamer_cluster::strip_untrusted_headers`], which determines whether the caller is
+/// Measures and traces gRPC calls. Runs after [`streamer_cluster::strip_untrusted_headers`], which determines whether the caller is
 /// a service.
-pub(crate) fn trace_calls(router: Router, traces: Traces) -> Router {
+pub(crate) fn observe_calls(router: Router, traces: Traces, metrics: RpcMetrics) -> Router {
     let methods = public_methods().into_iter().map(|method| method.path);
-    let tracing = Arc::new(Tracing { traces, methods: methods.collect() });
-    router.layer(middleware::from_fn_with_state(tracing, trace_call))
+    let observers = Arc::new(Observers { traces, metrics, methods: methods.collect() });
+    router.layer(middleware::from_fn_with_state(observers, observe_call))
 }
 
-/// State of [`trace_call`].
-struct Tracing {
+/// State of [`observe_call`].
+struct Observers {
     traces: Traces,
+    metrics: RpcMetrics,
     /// Paths of the public methods. Calls from clients to other paths are not traced, so that clients cannot create
     /// span names.
     methods: HashSet<String>,
 }
 
-async fn trace_call(State(tracing): State<Arc<Tracing>>, request: Request, next: Next) -> Response {
-    let is_grpc = request.headers().get(header::CONTENT_TYPE).is_some_and(is_grpc);
-    let path = request.uri().path();
-    let is_service = request.extensions().get::<FromService>().is_some();
-    let is_known = is_service && is_known_method(path) || tracing.methods.contains(path);
-    // The span of a session would end only when its caller stops.
-    let is_session = method_policy(path).stream_kind == StreamKind::Session;
-    if !is_grpc || !is_known || is_session {
+async fn observe_call(
+    State(observers): State<Arc<Observers>>,
+    request: Request,
+    next: Next,
+) -> Response {
+    if !request.headers().get(header::CONTENT_TYPE).is_some_and(is_grpc) {
         return next.run(request).await;
     }
-    let scope = enter(&tracing.traces, &request, is_service);
+    let mut timer = observers.metrics.start(request.uri().path());
+    let response = trace_call(&observers, request, next).await;
+    timer.record(response.headers());
+    response
+}
+
+async fn trace_call(observers: &Observers, request: Request, next: Next) -> Response {
+    let path = request.uri().path();
+    let is_service = request.extensions().get::<FromService>().is_some();
+    let is_known = is_service && is_known_method(path) || observers.methods.contains(path);
+    // The span of a session would end only when its caller stops.
+    let is_session = method_policy(path).stream_kind == StreamKind::Session;
+    if !is_known || is_session {
+        return next.run(request).await;
+    }
+    let scope = enter(&observers.traces, &request, is_service);
     let span = scope.span();
     if span.is_disabled() {
         return next.run(request).in_scope(scope).await;

@@ -88,7 +88,8 @@ impl Services {
         if let Some(gateway) = &self.gateway {
             grpc = grpc.merge(gateway.http.clone());
         }
-        let grpc = grpc_middleware::trace_calls(grpc, self.traces.clone());
+        let metrics = self.rpc_metrics.clone();
+        let grpc = grpc_middleware::observe_calls(grpc, self.traces.clone(), metrics);
         let grpc = strip_untrusted_headers(grpc, self.token.clone(), self.auth.clone());
         // If all services run in one process, they end their watches themselves.
         let grpc = match self.role {

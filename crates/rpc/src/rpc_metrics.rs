@@ -1,0 +1,219 @@
+//! Metrics of the calls that a process serves, from other processes and from its own services.
+
+use std::{
+    collections::HashMap,
+    pin::Pin,
+    sync::{Arc, OnceLock},
+    task::{Context, Poll},
+};
+
+use http::{HeaderMap, Request, Response};
+use pin_project_lite::pin_project;
+use prometheus_client::{
+    encoding::EncodeLabelSet,
+    metrics::{counter::Counter, family::Family, histogram::Histogram},
+};
+use streamer_proto::declared_methods;
+use streamer_telemetry::{Metrics, latency_histogram};
+use tokio::time::Instant;
+use tonic::Code;
+use tower::Service;
+
+use crate::spans::code_name;
+
+/// Header with the status of a call that failed before its response began.
+const GRPC_STATUS: &str = "grpc-status";
+/// Label value of methods that no service declares, so that clients cannot create label values.
+const OTHER: &str = "_other";
+/// Number of gRPC status codes.
+const CODES: usize = 17;
+
+#[derive(Clone, Debug, Hash, PartialEq, Eq, EncodeLabelSet)]
+struct MethodLabel {
+    method: &'static str,
+}
+
+#[derive(Clone, Debug, Hash, PartialEq, Eq, EncodeLabelSet)]
+struct CallLabels {
+    method: &'static str,
+    code: &'static str,
+}
+
+/// Counts and measures served calls by method.
+#[derive(Clone)]
+pub struct RpcMetrics(Arc<Methods>);
+
+struct Methods {
+    declared: HashMap<&'static str, MethodMetrics>,
+    other: MethodMetrics,
+    calls: Family<CallLabels, Counter>,
+    durations: Family<MethodLabel, Histogram, fn() -> Histogram>,
+}
+
+/// Metrics of a method. A series exists after the first call that it counts.
+struct MethodMetrics {
+    name: &'static str,
+    /// By code.
+    calls: [OnceLock<Counter>; CODES],
+    duration: OnceLock<Histogram>,
+}
+
+impl MethodMetrics {
+    fn new(name: &'static str) -> Self {
+        Self { name, calls: Default::default(), duration: OnceLock::new() }
+    }
+}
+
+impl RpcMetrics {
+    /// Registers the metrics.
+    #[must_use]
+    pub fn new(metrics: &Metrics) -> Self {
+        let calls = metrics.register(
+            "streamer_rpc_calls",
+            "Calls served, from clients and from services, by method and gRPC status code. The code of a call with \
+             a response stream is OK once the stream has begun",
+            Family::default(),
+        );
+        let durations = metrics.register(
+            "streamer_rpc_duration_seconds",
+            "Time from the arrival of a call to its response, or to the beginning of its response stream, by method",
+            Family::new_with_constructor(latency_histogram as fn() -> Histogram),
+        );
+        // Names are without the leading slash, like the attribute `rpc.method` of spans.
+        let declared =
+            declared_methods().map(|path| (path, MethodMetrics::new(path.trim_start_matches('/'))));
+        Self(Arc::new(Methods {
+            declared: declared.collect(),
+            other: MethodMetrics::new(OTHER),
+            calls,
+            durations,
+        }))
+    }
+
+    /// Returns a measurement of a call of the method with the given path, which starts now.
+    #[must_use]
+    pub fn start(&self, path: &str) -> RpcTimer {
+        let method = self.0.declared.get_key_value(path).map(|(path, _)| *path);
+        RpcTimer { metrics: self.clone(), method, start: Instant::now(), is_recorded: false }
+    }
+
+    fn record(&self, method: Option<&'static str>, code: Code, start: Instant) {
+        let methods = &*self.0;
+        let method = method.and_then(|path| methods.declared.get(path)).unwrap_or(&methods.other);
+        let name = method.name;
+        let new = || methods.durations.get_or_create(&MethodLabel { method: name }).clone();
+        method.duration.get_or_init(new).observe(start.elapsed().as_secs_f64());
+        let Some(counter) = method.calls.get(code as usize) else { return };
+        let labels = CallLabels { method: name, code: code_name(code) };
+        counter.get_or_init(|| methods.calls.get_or_create(&labels).clone()).inc();
+    }
+}
+
+/// Measurement of a call in progress. A call whose caller does not wait for the response is recorded as CANCELLED.
+pub struct RpcTimer {
+    metrics: RpcMetrics,
+    /// Path of a declared method.
+    method: Option<&'static str>,
+    start: Instant,
+    is_recorded: bool,
+}
+
+impl RpcTimer {
+    /// Records the response of the call, from its headers.
+    pub fn record(&mut self, headers: &HeaderMap) {
+        let status = headers.get(GRPC_STATUS);
+        let code = status.map_or(Code::Ok, |status| Code::from_bytes(status.as_bytes()));
+        self.is_recorded = true;
+        self.metrics.record(self.method, code, self.start);
+    }
+}
+
+impl Drop for RpcTimer {
+    fn drop(&mut self) {
+        if !self.is_recorded {
+            self.metrics.record(self.method, Code::Cancelled, self.start);
+        }
+    }
+}
+
+/// Measures the calls of a service in this process.
+#[derive(Clone)]
+pub(crate) struct Measured<S> {
+    pub(crate) service: S,
+    pub(crate) metrics: RpcMetrics,
+}
+
+impl<S, B, C> Service<Request<B>> for Measured<S>
+where
+    S: Service<Request<B>, Response = Response<C>>,
+{
+    type Response = Response<C>;
+    type Error = S::Error;
+    type Future = MeasuredFuture<S::Future>;
+
+    fn poll_ready(&mut self, context: &mut Context<'_>) -> Poll<Result<(), S::Error>> {
+        self.service.poll_ready(context)
+    }
+
+    fn call(&mut self, request: Request<B>) -> Self::Future {
+        let timer = self.metrics.start(request.uri().path());
+        MeasuredFuture { timer, call: self.service.call(request) }
+    }
+}
+
+pin_project! {
+    /// Response future of [`Measured`].
+    pub(crate) struct MeasuredFuture<F> {
+        timer: RpcTimer,
+        #[pin]
+        call: F,
+    }
+}
+
+impl<F, C, E> Future for MeasuredFuture<F>
+where
+    F: Future<Output = Result<Response<C>, E>>,
+{
+    type Output = F::Output;
+
+    fn poll(self: Pin<&mut Self>, context: &mut Context<'_>) -> Poll<Self::Output> {
+        let this = self.project();
+        let Poll::Ready(result) = this.call.poll(context) else { return Poll::Pending };
+        if let Ok(response) = &result {
+            this.timer.record(response.headers());
+        }
+        Poll::Ready(result)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use tonic::Status;
+
+    use super::*;
+
+    #[test]
+    fn calls_are_counted_by_method_and_code() {
+        let metrics = Metrics::new();
+        let rpc = RpcMetrics::new(&metrics);
+        let get = "/streamer.router.v1.RouterService/Get";
+        rpc.start(get).record(&HeaderMap::new());
+        let missing = Status::not_found("no such request").into_http::<()>();
+        rpc.start(get).record(missing.headers());
+        for path in ["/a.B/C", "/d.E/F", ""] {
+            rpc.start(path).record(&HeaderMap::new());
+        }
+        drop(rpc.start(get));
+        let text = metrics.encode();
+        for line in [
+            "streamer_rpc_calls_total{method=\"streamer.router.v1.RouterService/Get\",code=\"OK\"} 1",
+            "streamer_rpc_calls_total{method=\"streamer.router.v1.RouterService/Get\",code=\"NOT_FOUND\"} 1",
+            "streamer_rpc_calls_total{method=\"_other\",code=\"OK\"} 3",
+            "streamer_rpc_calls_total{method=\"streamer.router.v1.RouterService/Get\",code=\"CANCELLED\"} 1",
+            "streamer_rpc_duration_seconds_count{method=\"streamer.router.v1.RouterService/Get\"} 3",
+        ] {
+            assert!(text.contains(line), "{line} is missing in {text}");
+        }
+        assert!(!text.contains("a.B"), "{text}");
+    }
+}
