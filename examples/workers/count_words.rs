@@ -1,9 +1,11 @@
 //! Rust worker of the action `count_words`: counts the words of a text, with progress, a checkpoint and a pause
 //! between lines, so that its progress can be watched.
 //!
-//!     streamer token --permissions 'worker:*' > worker.token
-//!     STREAMER_TOKEN_FILE=worker.token cargo run -p streamer-examples
-//!     streamer submit count_words --payload '{"text":"one two\nthree","pause_ms":500}'
+//! ```text
+//! streamer token --permissions 'worker:*' > worker.token
+//! STREAMER_TOKEN_FILE=worker.token cargo run -p streamer-examples
+//! streamer submit count_words --payload '{"text":"one two\nthree","pause_ms":500}'
+//! ```
 //!
 //! `STREAMER_SERVER` is the URL of the server, and `STREAMER_TOKEN_FILE` or `STREAMER_TOKEN` the token of the
 //! worker, which requires the permission `worker:count_words` or `worker:*`.

@@ -2,7 +2,7 @@
 //!
 //! Sources: RFC 6455 section 7.4.1 and the IANA "WebSocket Close Code Number Registry" for codes below 3000; codes from
 //! 4000 are for private use (RFC 6455 section 7.4.2) and belong to subprotocol `streamer.v1.json`. To add a code, add a
-//! variant, its row in [`CloseCode::row`], and an entry in [`CloseCode::ALL`].
+//! variant, its row in `CloseCode::row`, and an entry in [`CloseCode::ALL`].
 
 use std::fmt;
 
