@@ -131,9 +131,7 @@ impl<S: AsyncRead + AsyncWrite + Unpin> Connection<S> {
     /// Queues a close frame and starts the closing handshake.
     pub(crate) fn close(&mut self, code: CloseCode, reason: &str) {
         if self.phase == Phase::Open {
-            if code == CloseCode::SlowConsumer {
-                self.session.gateway.metrics.slow_consumers.inc();
-            }
+            self.session.close_code = Some(code);
             self.send(frame::close(code, reason));
             self.phase = Phase::Closing;
             let now = self.session.gateway.registry.seconds();
@@ -206,7 +204,7 @@ impl<S: AsyncRead + AsyncWrite + Unpin> Connection<S> {
             let released = self.reserve_buffered(true);
             debug_assert_eq!(released, Ok(()), "a smaller reservation never fails");
             if self.phase == Phase::Open {
-                self.session.gateway.metrics.invalid_messages.inc();
+                self.session.gateway.metrics.message_rejected(ErrorCode::ValidationError);
                 self.close(code, &reason);
             }
         }
@@ -236,7 +234,9 @@ impl<S: AsyncRead + AsyncWrite + Unpin> Connection<S> {
         match message {
             Message::Close(code) => {
                 if self.phase == Phase::Open {
-                    self.send(frame::close(code.unwrap_or(CloseCode::Normal), ""));
+                    let code = code.unwrap_or(CloseCode::Normal);
+                    self.session.close_code = Some(code);
+                    self.send(frame::close(code, ""));
                 }
                 self.phase = Phase::Closed;
                 return Flow::Stop;
@@ -270,10 +270,8 @@ impl<S: AsyncRead + AsyncWrite + Unpin> Connection<S> {
 
     fn on_text(&mut self, text: &str, context: &mut Context<'_>) {
         let gateway = self.session.gateway.clone();
-        gateway.metrics.messages_in.inc();
         let now = gateway.clock.now();
         if let Err(wait) = self.session.rate.admit(now) {
-            gateway.metrics.rate_limited.inc();
             let limit = gateway.options.rate_limit;
             let error = RequestError::limited(
                 "gateway.rate_limit",
@@ -286,6 +284,7 @@ impl<S: AsyncRead + AsyncWrite + Unpin> Connection<S> {
         match client_message::parse(text) {
             Ok(message) => {
                 self.session.consecutive_rejections = 0;
+                gateway.metrics.message_received(message.kind());
                 let large = usize::from(message.has_large_reply());
                 let call = self.session.start_call(message, now);
                 self.start(call, Cost { calls: 1, bytes: text.len(), large }, context);
@@ -301,7 +300,7 @@ impl<S: AsyncRead + AsyncWrite + Unpin> Connection<S> {
     }
 
     fn reject(&mut self, request_id: Option<&str>, error: &RequestError) {
-        self.session.gateway.metrics.invalid_messages.inc();
+        self.session.gateway.metrics.message_rejected(error.code);
         self.session.consecutive_rejections += 1;
         if self.session.consecutive_rejections > MAX_CONSECUTIVE_REJECTIONS {
             let code = if error.code == ErrorCode::RateLimited {

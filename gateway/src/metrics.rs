@@ -1,24 +1,48 @@
 //! Metrics of the gateway.
 
-use prometheus_client::metrics::{counter::Counter, gauge::Gauge};
+use std::time::Duration;
+
+use prometheus_client::{
+    encoding::EncodeLabelSet,
+    metrics::{counter::Counter, family::Family, gauge::Gauge, histogram::Histogram},
+};
+use streamer_core::{CloseCode, ErrorCode};
 use streamer_telemetry::Metrics;
+
+/// Bucket bounds of the duration of connections, in seconds: 1 s to 1 day.
+const CONNECTION_BOUNDS: [f64; 7] = [1.0, 10.0, 60.0, 300.0, 1800.0, 7200.0, 86_400.0];
 
 #[derive(Clone)]
 pub(crate) struct GatewayMetrics {
     pub(crate) connections: Gauge,
     pub(crate) accepted: Counter,
-    pub(crate) rejected: Counter,
-    pub(crate) messages_in: Counter,
+    rejected: Family<CodeLabel, Counter>,
+    closed: Family<CodeLabel, Counter>,
+    connection_seconds: Histogram,
+    messages_received: Family<TypeLabel, Counter>,
+    messages_rejected: Family<ReasonLabel, Counter>,
     pub(crate) bytes_in: Counter,
     pub(crate) bytes_out: Counter,
-    pub(crate) invalid_messages: Counter,
-    pub(crate) rate_limited: Counter,
-    pub(crate) slow_consumers: Counter,
     pub(crate) buffered_bytes: Gauge,
     pub(crate) buffered_bytes_limit: Gauge,
     pub(crate) log_reads: Counter,
     pub(crate) upstream_events: Counter,
     pub(crate) upstream_lost: Counter,
+}
+
+#[derive(Clone, Debug, Hash, PartialEq, Eq, EncodeLabelSet)]
+struct CodeLabel {
+    code: &'static str,
+}
+
+#[derive(Clone, Debug, Hash, PartialEq, Eq, EncodeLabelSet)]
+struct TypeLabel {
+    r#type: &'static str,
+}
+
+#[derive(Clone, Debug, Hash, PartialEq, Eq, EncodeLabelSet)]
+struct ReasonLabel {
+    reason: &'static str,
 }
 
 impl GatewayMetrics {
@@ -31,22 +55,33 @@ impl GatewayMetrics {
                 "streamer_gateway_connections_accepted",
                 "WebSocket connections accepted",
             ),
-            rejected: counter(
+            rejected: metrics.register(
                 "streamer_gateway_connections_rejected",
-                "WebSocket connections rejected",
+                "WebSocket connections rejected, by close code",
+                Family::default(),
             ),
-            messages_in: counter(
+            closed: metrics.register(
+                "streamer_gateway_connections_closed",
+                "WebSocket connections that ended, by close code: lost if there was none, _other if it is unknown",
+                Family::default(),
+            ),
+            connection_seconds: metrics.register(
+                "streamer_gateway_connection_duration_seconds",
+                "Duration of WebSocket connections that ended",
+                Histogram::new(CONNECTION_BOUNDS),
+            ),
+            messages_received: metrics.register(
                 "streamer_gateway_messages_received",
-                "Messages received from clients",
+                "Valid messages received from clients, by type",
+                Family::default(),
+            ),
+            messages_rejected: metrics.register(
+                "streamer_gateway_messages_rejected",
+                "Messages rejected, by reason: the error code",
+                Family::default(),
             ),
             bytes_in: counter("streamer_gateway_received_bytes", "Bytes read from sockets"),
             bytes_out: counter("streamer_gateway_sent_bytes", "Bytes queued for sockets"),
-            invalid_messages: counter("streamer_gateway_invalid_messages", "Messages rejected"),
-            rate_limited: counter("streamer_gateway_rate_limited", "Messages over the rate limit"),
-            slow_consumers: counter(
-                "streamer_gateway_slow_consumers",
-                "Connections of slow consumers closed with code 4408",
-            ),
             buffered_bytes: metrics.gauge(
                 "streamer_gateway_buffered_bytes",
                 "Bytes buffered for incomplete client messages",
@@ -68,5 +103,27 @@ impl GatewayMetrics {
                 "Watches of progress services that were lost or could not be opened",
             ),
         }
+    }
+
+    /// Counts a rejected connection.
+    pub(crate) fn connection_rejected(&self, code: CloseCode) {
+        self.rejected.get_or_create(&CodeLabel { code: code.label() }).inc();
+    }
+
+    /// Counts a connection that ended, with the close code if it had one.
+    pub(crate) fn connection_closed(&self, code: Option<CloseCode>, duration: Duration) {
+        let code = code.map_or("lost", CloseCode::label);
+        self.closed.get_or_create(&CodeLabel { code }).inc();
+        self.connection_seconds.observe(duration.as_secs_f64());
+    }
+
+    /// Counts a valid message of the given type.
+    pub(crate) fn message_received(&self, r#type: &'static str) {
+        self.messages_received.get_or_create(&TypeLabel { r#type }).inc();
+    }
+
+    /// Counts a rejected message.
+    pub(crate) fn message_rejected(&self, code: ErrorCode) {
+        self.messages_rejected.get_or_create(&ReasonLabel { reason: code.as_str() }).inc();
     }
 }

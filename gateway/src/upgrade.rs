@@ -117,7 +117,7 @@ async fn serve(
             tokio::spawn(connection);
         }
         Err(rejection) => {
-            gateway.metrics.rejected.inc();
+            gateway.metrics.connection_rejected(rejection.code);
             let code = match rejection.code {
                 CloseCode::Unauthenticated => Some(tonic::Code::Unauthenticated),
                 CloseCode::Forbidden => Some(tonic::Code::PermissionDenied),

@@ -25,7 +25,7 @@ pub use client::{Client, Log};
 pub use cluster::{Cluster, Service};
 pub use load::Load;
 pub use loopback::LoopbackAddress;
-pub use metrics::metrics;
+pub use metrics::{metrics, sum};
 pub use process::{Process, Signal};
 pub use proxy::Proxy;
 pub use random::Random;

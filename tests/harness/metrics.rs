@@ -23,11 +23,33 @@ pub async fn metrics(url: &str) -> String {
     read.await.expect("reading does not panic").expect("the server responds")
 }
 
-/// Returns the value of a counter or gauge; `None` if the server does not respond or has no such metric.
+/// Returns the value of a counter or gauge without labels; `None` if the server does not respond or has no such metric.
 pub(crate) fn value<T: FromStr>(address: SocketAddr, name: &str) -> Option<T> {
     let metrics = read(address).ok()?;
     let value = metrics.lines().find_map(|line| line.strip_prefix(name)?.strip_prefix(' '));
     value?.parse().ok()
+}
+
+/// Returns the sum of the series of a counter or gauge with all the given labels, such as
+/// `name{outcome="succeeded"}`; 0 if there are none.
+///
+/// # Panics
+/// Panics if a value is not a number.
+#[must_use]
+pub fn sum(metrics: &str, series: &str) -> usize {
+    let (name, labels) = series.split_once('{').unwrap_or((series, "}"));
+    let wanted: Vec<_> =
+        labels.trim_end_matches('}').split(',').filter(|l| !l.is_empty()).collect();
+    let values = metrics.lines().filter_map(|line| {
+        let rest = line.strip_prefix(name)?;
+        let (labels, value) = match rest.strip_prefix('{') {
+            Some(labelled) => labelled.split_once("} ")?,
+            None => ("", rest.strip_prefix(' ')?),
+        };
+        let matches = wanted.iter().all(|wanted| labels.split(',').any(|label| label == *wanted));
+        matches.then(|| value.parse::<usize>().expect("a whole number"))
+    });
+    values.sum()
 }
 
 fn read(address: SocketAddr) -> std::io::Result<String> {

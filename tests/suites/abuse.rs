@@ -18,7 +18,8 @@ use streamer_proto::{
 use streamer_rpc::json_payload;
 use streamer_store::DeclaredAction;
 use streamer_tests::{
-    Client, Log, ScriptedWorker, Server, declare, hello, metrics, wait_for_workers, within_timeout,
+    Client, Log, ScriptedWorker, Server, declare, hello, metrics, sum, wait_for_workers,
+    within_timeout,
 };
 use tokio::{
     io::{AsyncReadExt, AsyncWriteExt},
@@ -354,8 +355,7 @@ async fn unauthenticated_connections_do_not_keep_clients_out() {
 /// Returns the value of a metric of the server.
 async fn metric(server: &Server, name: &str) -> usize {
     let text = within_timeout("the metrics", metrics(&server.url)).await;
-    let line = text.lines().find_map(|line| line.strip_prefix(name)?.strip_prefix(' '));
-    line.unwrap().parse().unwrap()
+    sum(&text, name)
 }
 
 /// Opens a WebSocket and sends the first `sent` bytes of a message.
@@ -577,7 +577,9 @@ async fn output_of_one_tenant_is_bounded_and_does_not_delay_others() {
     }
     let mut client = Client::connect(&server.url, &server.token("acme", "ann", &[])).await;
     let mut rounds = 0;
-    while metric(&server, "streamer_processor_succeeded_total").await < FLOOD + rounds {
+    while metric(&server, r#"streamer_processor_attempts_total{outcome="succeeded"}"#).await
+        < FLOOD + rounds
+    {
         let id = format!("small-{rounds}");
         client.submit(&id, "echo_async", json!({ "steps": 2, "result": 1 })).await;
         assert_eq!(client.follow(Log::after(1)).await.last_type(), "complete");
@@ -587,9 +589,12 @@ async fn output_of_one_tenant_is_bounded_and_does_not_delay_others() {
         rounds += 1;
     }
     assert!(rounds > 1, "other requests complete during the flood");
-    for counter in
-        ["lease_expiries_total", "attempts_fenced_total", "retried_total", "buffered_output_bytes"]
-    {
+    for counter in [
+        "lease_expiries_total",
+        r#"attempts_total{outcome="fenced"}"#,
+        r#"attempts_total{outcome="retrying"}"#,
+        "buffered_output_bytes",
+    ] {
         assert_eq!(metric(&server, &format!("streamer_processor_{counter}")).await, 0, "{counter}");
     }
     // A debug build uses 50 MB when idle.
@@ -664,7 +669,10 @@ async fn reports_beyond_the_budget_are_resent_and_do_not_delay_other_tenants() {
         }
     }
     assert!(resends > 0 && ended_before < TASKS / 2, "{resends}, {ended_before}");
-    assert_eq!(metric(&server, "streamer_processor_succeeded_total").await, TASKS + 1);
+    assert_eq!(
+        metric(&server, r#"streamer_processor_attempts_total{outcome="succeeded"}"#).await,
+        TASKS + 1
+    );
     assert_eq!(metric(&server, "streamer_processor_buffered_output_bytes").await, 0);
     let peak = server.peak_resident_bytes();
     assert!(peak < 350 << 20, "{peak}");

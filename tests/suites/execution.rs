@@ -10,7 +10,8 @@ use streamer_proto::{
 };
 use streamer_rpc::json_payload;
 use streamer_tests::{
-    Client, Log, ScriptedWorker, Server, declare, hello, metrics, wait_for_workers, within_timeout,
+    Client, Log, ScriptedWorker, Server, declare, hello, metrics, sum, wait_for_workers,
+    within_timeout,
 };
 
 struct Scene {
@@ -382,11 +383,8 @@ async fn requests_that_end_during_lease_renewal_are_neither_lost_nor_delayed() {
     }
     // A client can receive the last event before the attempt that appended it is counted.
     let counts = |metrics: &str| {
-        let names =
-            ["streamer_processor_succeeded_total ", "streamer_processor_attempts_fenced_total "];
-        let counts = names.map(|name| {
-            let count = metrics.lines().find_map(|line| line.strip_prefix(name)).unwrap();
-            count.parse::<usize>().unwrap()
+        let counts = ["succeeded", "fenced"].map(|outcome| {
+            sum(metrics, &format!("streamer_processor_attempts_total{{outcome=\"{outcome}\"}}"))
         });
         (counts[0] + counts[1] == requests).then_some(counts)
     };

@@ -7,7 +7,7 @@ use streamer_core::CloseCode;
 use streamer_proto::{processor::v1::report::Kind, router::v1::SubmitRequest};
 use streamer_rpc::json_payload;
 use streamer_tests::{
-    Client, Log, ScriptedWorker, Server, declare, hello, metrics, within_timeout,
+    Client, Log, ScriptedWorker, Server, declare, hello, metrics, sum, within_timeout,
 };
 use tokio::{
     io::{AsyncReadExt, AsyncWriteExt},
@@ -134,7 +134,11 @@ async fn a_slow_consumer_is_disconnected_and_can_resume() {
     let log = client.follow(Log::after(1)).await;
 
     // The client reads nothing until the metrics report the disconnect.
-    while !metrics(&server.url).await.contains("streamer_gateway_slow_consumers_total 1") {
+    while sum(
+        &metrics(&server.url).await,
+        r#"streamer_gateway_connections_closed_total{code="4408"}"#,
+    ) == 0
+    {
         tokio::task::yield_now().await;
     }
     let mut all = Vec::new();

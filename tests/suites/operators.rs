@@ -2,6 +2,7 @@
 #![allow(clippy::unwrap_used, reason = "in tests, a panic is the report")]
 
 use std::{
+    collections::{BTreeMap, BTreeSet},
     fs,
     io::{Read, Write},
     net::TcpStream,
@@ -15,7 +16,7 @@ use streamer_proto::{
     router::v1::{CancelRequest, ListRequest},
 };
 use streamer_rpc::json_payload;
-use streamer_tests::{Client, LoopbackAddress, Server};
+use streamer_tests::{Client, LoopbackAddress, Process, Server};
 use tonic::Code;
 
 /// Starts a server with an audit log in its data folder.
@@ -202,7 +203,68 @@ async fn metrics_can_use_a_separate_address_and_require_an_operator() {
     assert_eq!((status, &*body), (403, "permission operator is required\n"));
     let (status, body) =
         get(&separate, "/metrics", &bearer(server.token("ops", "olga", &["operator"])));
-    assert_eq!((status, body.contains("streamer_router_refused_total")), (200, true));
+    assert_eq!((status, body.contains("process_cpu_seconds_total")), (200, true));
+}
+
+/// Returns type and meaning of each metric in `docs/metrics.md`, by name without `_total`.
+fn documented_metrics() -> BTreeMap<String, (String, String)> {
+    let path = concat!(env!("CARGO_MANIFEST_DIR"), "/../docs/metrics.md");
+    let text = fs::read_to_string(path).unwrap();
+    let rows = text.lines().filter_map(|line| line.strip_prefix("| `"));
+    let cells = rows.map(|row| row.trim_end_matches(" |").split(" | ").collect::<Vec<_>>());
+    let metrics = cells.map(|cells| {
+        let name = cells[0].trim_end_matches('`');
+        let name = name.strip_suffix("_total").filter(|_| cells[1] == "counter").unwrap_or(name);
+        (name.to_owned(), (cells[1].to_owned(), cells[3].to_owned()))
+    });
+    metrics.collect()
+}
+
+#[tokio::test]
+async fn the_metrics_of_a_server_are_those_in_the_reference() {
+    let server = Server::start(&[]);
+    let mut client = Client::connect(&server.url, &server.token("acme", "ann", &[])).await;
+    client.submit("a", "echo_async", json!({ "steps": 1 })).await;
+    client.submit("b", "echo", json!({})).await;
+    let (_, text) = get(&server.url, "/metrics", "");
+    let documented = documented_metrics();
+    let mut types = BTreeMap::new();
+    for line in text.lines() {
+        if let Some((name, kind)) = line.strip_prefix("# TYPE ").and_then(|l| l.split_once(' ')) {
+            types.insert(name, kind);
+        }
+    }
+    assert!(types.len() > 40, "{text}");
+    for line in text.lines() {
+        let Some((name, help)) = line.strip_prefix("# HELP ").and_then(|l| l.split_once(' '))
+        else {
+            continue;
+        };
+        let (kind, meaning) = documented.get(name).unwrap_or_else(|| panic!("{name} is missing"));
+        assert_eq!((&**kind, &**meaning), (types[name], help.trim_end_matches('.')), "{name}");
+    }
+    // Series with labels of clients would grow without limit.
+    assert!(!text.contains("acme"), "{text}");
+}
+
+/// Metrics that a server registers only with other settings, or exports only after an event, are found in the sources.
+#[test]
+fn metrics_in_the_sources_are_those_in_the_reference() {
+    let root = concat!(env!("CARGO_MANIFEST_DIR"), "/..");
+    let mut command = Process::command("git");
+    command.args(["ls-files", "gateway/src/*.rs", "services/*.rs", "crates/*.rs"]);
+    let listed = Process::output(command.current_dir(root));
+    let name = regex::Regex::new(r#""((?:streamer|process)_[a-z_]+)"[,)]?\s"#).unwrap();
+    let mut found = BTreeSet::new();
+    for file in String::from_utf8(listed.stdout).unwrap().lines() {
+        let text = fs::read_to_string(format!("{root}/{file}")).unwrap();
+        if text.contains("Metrics") && !file.contains("/bench/") {
+            found.extend(name.captures_iter(&text).map(|captures| captures[1].to_owned()));
+        }
+    }
+    found.remove("process_data");
+    let documented: BTreeSet<_> = documented_metrics().into_keys().collect();
+    assert_eq!(found, documented);
 }
 
 #[tokio::test]

@@ -140,6 +140,8 @@ options! {
         metrics_listen: String = String::new();
         /// Whether /metrics requires a token with permission operator.
         metrics_require_operator: bool = false;
+        /// Maximum number of actions with separate series in metrics; all others are counted as `_other`.
+        metrics_max_actions: u64 = 100;
     }
     /// Storage of requests and their logs.
     store: Store {

@@ -127,6 +127,28 @@ impl CloseCode {
         self.row().code
     }
 
+    /// Returns the number as text; `_other` for an unknown code, so that clients cannot create label values.
+    #[must_use]
+    pub const fn label(self) -> &'static str {
+        match self {
+            Self::Normal => "1000",
+            Self::GoingAway => "1001",
+            Self::ProtocolError => "1002",
+            Self::UnsupportedData => "1003",
+            Self::NoStatus => "1005",
+            Self::InvalidPayload => "1007",
+            Self::PolicyViolation => "1008",
+            Self::MessageTooBig => "1009",
+            Self::TryAgainLater => "1013",
+            Self::InvalidRequest => "4400",
+            Self::Unauthenticated => "4401",
+            Self::Forbidden => "4403",
+            Self::SlowConsumer => "4408",
+            Self::LimitExceeded => "4429",
+            Self::Other(_) => "_other",
+        }
+    }
+
     /// Returns what the code means, such as `a message is too large`.
     #[must_use]
     pub const fn meaning(self) -> &'static str {
@@ -172,6 +194,7 @@ mod tests {
         assert_eq!(numbers, expected);
         for code in CloseCode::ALL {
             assert_eq!(CloseCode::from(code.code()), code);
+            assert_eq!(code.label(), code.to_string());
         }
     }
 

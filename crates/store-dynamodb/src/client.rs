@@ -1,6 +1,10 @@
 //! Configuration of the SDK client: endpoint, timeouts and retries.
 
-use std::{env, sync::Arc, time::Duration};
+use std::{
+    env,
+    sync::{Arc, atomic::AtomicU64},
+    time::Duration,
+};
 
 use aws_config::{BehaviorVersion, Region, SdkConfig, retry::RetryConfig, timeout::TimeoutConfig};
 use aws_sdk_dynamodb::{Client, config::Credentials, types::ConsumedCapacity};
@@ -76,10 +80,8 @@ pub(crate) struct Dynamo {
 
 #[derive(Clone)]
 pub(crate) struct DynamoMetrics {
-    /// Consumed read capacity, in thousandths of a unit.
-    read: Counter,
-    /// Consumed write capacity, in thousandths of a unit.
-    write: Counter,
+    read: Counter<f64, AtomicU64>,
+    write: Counter<f64, AtomicU64>,
     pub(crate) throttled: Counter,
     pub(crate) append_seconds: Histogram,
 }
@@ -87,41 +89,41 @@ pub(crate) struct DynamoMetrics {
 impl DynamoMetrics {
     pub(crate) fn new(metrics: &Metrics) -> Self {
         Self {
-            read: metrics.counter(
-                "streamer_dynamodb_read_milliunits",
-                "Consumed read capacity units, in thousandths",
+            read: metrics.register(
+                "streamer_dynamodb_consumed_read_capacity_units",
+                "Consumed read capacity units",
+                Counter::default(),
             ),
-            write: metrics.counter(
-                "streamer_dynamodb_write_milliunits",
-                "Consumed write capacity units, in thousandths",
+            write: metrics.register(
+                "streamer_dynamodb_consumed_write_capacity_units",
+                "Consumed write capacity units",
+                Counter::default(),
             ),
             throttled: metrics.counter(
                 "streamer_dynamodb_throttled",
                 "Calls that were still throttled after all retries",
             ),
-            append_seconds: metrics
-                .latency("streamer_dynamodb_append_seconds", "Duration of an append in the store"),
+            append_seconds: metrics.latency(
+                "streamer_dynamodb_append_duration_seconds",
+                "Duration of an append in the store",
+            ),
         }
     }
 
     pub(crate) fn record_read<'a>(&self, consumed: impl IntoIterator<Item = &'a ConsumedCapacity>) {
-        self.read.inc_by(milliunits(consumed));
+        self.read.inc_by(units(consumed));
     }
 
     pub(crate) fn record_write<'a>(
         &self,
         consumed: impl IntoIterator<Item = &'a ConsumedCapacity>,
     ) {
-        self.write.inc_by(milliunits(consumed));
+        self.write.inc_by(units(consumed));
     }
 }
 
-fn milliunits<'a>(consumed: impl IntoIterator<Item = &'a ConsumedCapacity>) -> u64 {
-    let units: f64 = consumed.into_iter().filter_map(ConsumedCapacity::capacity_units).sum();
-    // `as` saturates; a call consumes far less.
-    #[expect(clippy::cast_possible_truncation, clippy::cast_sign_loss, reason = "saturates")]
-    let milliunits = (units * 1000.0).round() as u64;
-    milliunits
+fn units<'a>(consumed: impl IntoIterator<Item = &'a ConsumedCapacity>) -> f64 {
+    consumed.into_iter().filter_map(ConsumedCapacity::capacity_units).sum()
 }
 
 /// Returns the SDK configuration. Credentials come from the default credential provider chain; a local endpoint accepts

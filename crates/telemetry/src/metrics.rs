@@ -5,10 +5,12 @@ use std::{fmt, sync::Arc};
 use parking_lot::Mutex;
 use prometheus_client::{
     collector::Collector,
-    encoding::text::encode,
-    metrics::{counter::Counter, gauge::Gauge, histogram::Histogram},
+    encoding::{EncodeLabelSet, text::encode},
+    metrics::{counter::Counter, family::Family, gauge::Gauge, histogram::Histogram},
     registry::{Metric, Registry},
 };
+
+use crate::action_labels::ActionLabels;
 
 /// Bucket bounds of latency histograms, in seconds: 0.1 ms to 10 s.
 const LATENCY_BOUNDS: [f64; 12] =
@@ -18,13 +20,41 @@ const LATENCY_BOUNDS: [f64; 12] =
 #[derive(Clone, Default)]
 pub struct Metrics {
     registry: Arc<Mutex<Registry>>,
+    actions: ActionLabels,
 }
+
+/// Labels of metrics by action.
+#[derive(Clone, Debug, Hash, PartialEq, Eq, EncodeLabelSet)]
+pub struct ActionLabel {
+    action: Arc<str>,
+}
+
+/// Histograms by action.
+pub type ActionHistograms = Family<ActionLabel, Histogram, fn() -> Histogram>;
 
 impl Metrics {
     /// Returns an empty registry.
     #[must_use]
     pub fn new() -> Self {
         Self::default()
+    }
+
+    /// Returns an empty registry with at most `limit` actions as label values; all others are `_other`.
+    #[must_use]
+    pub fn with_max_actions(limit: usize) -> Self {
+        Self { actions: ActionLabels::new(limit), ..Self::default() }
+    }
+
+    /// Returns the label value of an action.
+    #[must_use]
+    pub fn action(&self, action: &str) -> Arc<str> {
+        self.actions.of(action)
+    }
+
+    /// Returns the labels of an action.
+    #[must_use]
+    pub fn action_label(&self, action: &str) -> ActionLabel {
+        ActionLabel { action: self.actions.of(action) }
     }
 
     /// Registers a metric under `name`, which ends with the unit; the name of a counter omits `_total`.
@@ -54,6 +84,16 @@ impl Metrics {
     #[must_use]
     pub fn latency(&self, name: &str, help: &str) -> Histogram {
         self.register(name, help, latency_histogram())
+    }
+
+    /// Registers histograms of durations in seconds, by action.
+    #[must_use]
+    pub fn latency_by_action(&self, name: &str, help: &str) -> ActionHistograms {
+        self.register(
+            name,
+            help,
+            Family::new_with_constructor(latency_histogram as fn() -> Histogram),
+        )
     }
 
     /// Returns all metrics in the OpenMetrics text format, which Prometheus reads.

@@ -3,9 +3,10 @@
 
 use std::sync::Arc;
 
-use streamer_core::{RateLimiter, Uid, UserWatches};
+use streamer_core::{CloseCode, RateLimiter, Uid, UserWatches};
 use streamer_rpc::Peer;
 use streamer_telemetry::TraceContext;
+use tokio::time::Instant;
 
 use super::subscriptions::Subscriptions;
 use crate::{buffer_budget::Reservation, connection_handle::ConnectionHandle, gateway::Gateway};
@@ -23,6 +24,9 @@ pub(crate) struct Session {
     pub(super) log_reads: usize,
     pub(super) rate: RateLimiter,
     pub(super) consecutive_rejections: u32,
+    opened_at: Instant,
+    /// Code of the close frame that was sent or received first.
+    pub(super) close_code: Option<CloseCode>,
     /// Reservation of bytes for an incomplete message.
     pub(super) reservation: Reservation,
     /// Keeps the connection counted as open in the server's connection limit.
@@ -48,6 +52,8 @@ impl Session {
             log_reads: 0,
             rate,
             consecutive_rejections: 0,
+            opened_at: Instant::now(),
+            close_code: None,
             reservation: Reservation::default(),
             _peer: peer,
             trace: trace.map(Box::new),
@@ -67,5 +73,6 @@ impl Drop for Session {
             debug_assert_eq!(released, Ok(()), "a smaller reservation never fails");
         }
         registry.remove(&self.handle);
+        self.gateway.metrics.connection_closed(self.close_code, self.opened_at.elapsed());
     }
 }

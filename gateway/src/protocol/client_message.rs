@@ -29,6 +29,20 @@ pub(crate) enum ClientMessage<'a> {
 }
 
 impl ClientMessage<'_> {
+    /// Returns the `type` of the message.
+    pub(crate) fn kind(&self) -> &'static str {
+        match self {
+            Self::Request(_) => "request",
+            Self::Subscribe { .. } => "subscribe",
+            Self::Unsubscribe { .. } => "unsubscribe",
+            Self::Cancel { .. } => "cancel",
+            Self::Get { .. } => "get",
+            Self::List { .. } => "list",
+            Self::Auth { .. } => "auth",
+            Self::Ping => "ping",
+        }
+    }
+
     /// Returns whether the reply contains payloads or many requests.
     pub(crate) fn has_large_reply(&self) -> bool {
         matches!(self, Self::Get { .. } | Self::List { .. })

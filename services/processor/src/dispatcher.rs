@@ -8,7 +8,7 @@ mod start;
 use std::{collections::HashMap, sync::Arc, time::Duration};
 
 use parking_lot::Mutex;
-use streamer_core::{AttemptNumber, Clock, Timestamp, Uid, saturate};
+use streamer_core::{AttemptNumber, Clock, Timestamp, Uid};
 use streamer_handler::{MemoryBudget, RequestHistory};
 use streamer_store::{QueuedRequest, Store};
 use streamer_telemetry::Traces;
@@ -432,9 +432,8 @@ impl Dispatcher {
     async fn measure_queue(&self) {
         match self.store.queue_stats(self.now()).await {
             Ok(stats) => {
-                self.metrics.queue_depth.set(saturate::to_i64(stats.queued));
                 let age = stats.oldest_due.map_or(Duration::ZERO, |due| self.now().since(due));
-                self.metrics.queue_age_ms.set(saturate::to_millis(age));
+                self.metrics.set_queue(stats.queued, age);
             }
             Err(error) => tracing::warn!(%error, "failed to measure the queue"),
         }

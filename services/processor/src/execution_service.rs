@@ -198,14 +198,11 @@ impl ExecutionService for ExecutionApi {
         &self,
         request: Request<ExecuteRequest>,
     ) -> Result<Response<ExecuteResponse>, Status> {
-        self.metrics.sync_calls.inc();
-        match self.execute_now(request).await {
-            Ok(result) => Ok(Response::new(ExecuteResponse { result: Some(json_payload(result)) })),
-            Err(status) => {
-                self.metrics.sync_failures.inc();
-                Err(status)
-            }
-        }
+        let start = tokio::time::Instant::now();
+        let action = request.get_ref().action.clone();
+        let result = self.execute_now(request).await;
+        self.metrics.sync_request(&action, result.is_ok(), start.elapsed());
+        Ok(Response::new(ExecuteResponse { result: Some(json_payload(result?)) }))
     }
 
     async fn notify_queued(

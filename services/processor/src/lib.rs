@@ -8,6 +8,7 @@
 
 mod actions;
 mod attempt;
+mod attempt_log;
 mod backlog;
 mod concurrency_limiter;
 mod declaration;
@@ -116,7 +117,7 @@ impl Processor {
             Arc::new(WorkerPool::new(wakeup.clone(), options.lease, options.tenant_share));
         let actions = Arc::new(Actions::new(handlers, worker_pool.clone(), options.sync_threshold));
         let output_budget = MemoryBudget::new(options.max_buffered_output_bytes);
-        metrics.watch_output(&output_budget, options.max_buffered_output_bytes);
+        metrics.export_output(&output_budget, options.max_buffered_output_bytes);
         let dispatcher = Arc::new(Dispatcher::new(dispatcher::Parts {
             name: name.clone(),
             history: Arc::new(StoredHistory::new(store.clone())),

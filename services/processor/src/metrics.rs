@@ -1,69 +1,97 @@
 //! Metrics of the processor.
 
-use prometheus_client::metrics::{counter::Counter, gauge::Gauge, histogram::Histogram};
-use streamer_core::saturate;
+use std::{
+    sync::{Arc, atomic::AtomicU64},
+    time::Duration,
+};
+
+use prometheus_client::{
+    encoding::EncodeLabelSet,
+    metrics::{counter::Counter, family::Family, gauge::Gauge},
+};
+use streamer_core::{ErrorCode, saturate};
 use streamer_handler::MemoryBudget;
-use streamer_telemetry::Metrics;
+use streamer_proto::common::v1::event::Kind;
+use streamer_rpc::error_from_proto;
+use streamer_telemetry::{ActionHistograms, Metrics};
 
 #[derive(Clone)]
 pub(crate) struct ProcessorMetrics {
-    pub(crate) running: Gauge,
-    pub(crate) succeeded: Counter,
-    pub(crate) failed: Counter,
-    pub(crate) cancelled: Counter,
-    pub(crate) retried: Counter,
-    pub(crate) lost: Counter,
-    pub(crate) claims_missed: Counter,
+    metrics: Metrics,
+    pub(crate) attempts_in_progress: Gauge,
+    attempts: Family<OutcomeLabels, Counter>,
+    attempt_seconds: ActionHistograms,
+    retries: Family<ReasonLabel, Counter>,
+    pub(crate) claim_conflicts: Counter,
     pub(crate) lease_expiries: Counter,
-    pub(crate) run_seconds: Histogram,
-    pub(crate) wait_seconds: Histogram,
-    pub(crate) sync_calls: Counter,
-    pub(crate) sync_failures: Counter,
-    pub(crate) queue_depth: Gauge,
-    pub(crate) queue_age_ms: Gauge,
+    queue_wait_seconds: ActionHistograms,
+    sync_requests: Family<OutcomeLabels, Counter>,
+    sync_seconds: ActionHistograms,
+    queued_requests: Gauge,
+    oldest_age_seconds: Gauge<f64, AtomicU64>,
     output_bytes: Gauge,
     output_bytes_limit: Gauge,
 }
 
+#[derive(Clone, Debug, Hash, PartialEq, Eq, EncodeLabelSet)]
+struct OutcomeLabels {
+    action: Arc<str>,
+    outcome: &'static str,
+}
+
+#[derive(Clone, Debug, Hash, PartialEq, Eq, EncodeLabelSet)]
+struct ReasonLabel {
+    reason: &'static str,
+}
+
 impl ProcessorMetrics {
     pub(crate) fn new(metrics: &Metrics) -> Self {
-        let counter = |name, help| metrics.counter(name, help);
         Self {
-            running: metrics
+            metrics: metrics.clone(),
+            attempts_in_progress: metrics
                 .gauge("streamer_processor_attempts_in_progress", "Attempts in progress"),
-            succeeded: counter(
-                "streamer_processor_succeeded",
-                "Requests that succeeded on this processor",
+            attempts: metrics.register(
+                "streamer_processor_attempts",
+                "Attempts that ended, by action and outcome: succeeded, failed, cancelled, retrying, or fenced if the \
+                 attempt had lost its lease",
+                Family::default(),
             ),
-            failed: counter("streamer_processor_failed", "Requests that failed on this processor"),
-            cancelled: counter(
-                "streamer_processor_cancelled",
-                "Requests that were cancelled on this processor",
+            attempt_seconds: metrics.latency_by_action(
+                "streamer_processor_attempt_duration_seconds",
+                "Time from the claim to the final event of an attempt, by action",
             ),
-            retried: counter("streamer_processor_retried", "Attempts with a scheduled retry"),
-            lost: counter("streamer_processor_attempts_fenced", "Attempts that were fenced"),
-            claims_missed: counter(
+            retries: metrics.register(
+                "streamer_processor_retries",
+                "Attempts that are retried, by reason: the error code",
+                Family::default(),
+            ),
+            claim_conflicts: metrics.counter(
                 "streamer_processor_claim_conflicts",
                 "Claims that failed because the request was already claimed",
             ),
-            lease_expiries: counter(
+            lease_expiries: metrics.counter(
                 "streamer_processor_lease_expiries",
                 "Expired leases that this processor recovered",
             ),
-            run_seconds: metrics.latency(
-                "streamer_processor_attempt_duration_seconds",
-                "Time from the claim to the final event of an attempt",
-            ),
-            wait_seconds: metrics.latency(
+            queue_wait_seconds: metrics.latency_by_action(
                 "streamer_processor_queue_wait_seconds",
-                "Time from the due time of a request to its claim",
+                "Time from the due time of a request to its claim, by action",
             ),
-            sync_calls: counter("streamer_processor_sync_calls", "Sync calls received"),
-            sync_failures: counter("streamer_processor_sync_failures", "Sync calls that failed"),
-            queue_depth: metrics.gauge("streamer_processor_queue_depth", "Queued requests"),
-            queue_age_ms: metrics.gauge(
-                "streamer_processor_queue_age_milliseconds",
+            sync_requests: metrics.register(
+                "streamer_processor_sync_requests",
+                "Sync requests, by action and outcome: succeeded or failed",
+                Family::default(),
+            ),
+            sync_seconds: metrics.latency_by_action(
+                "streamer_processor_sync_duration_seconds",
+                "Duration of sync requests, by action",
+            ),
+            queued_requests: metrics
+                .gauge("streamer_processor_queued_requests", "Queued requests"),
+            oldest_age_seconds: metrics.register(
+                "streamer_processor_queue_oldest_age_seconds",
                 "Age of the oldest due request",
+                Gauge::default(),
             ),
             output_bytes: metrics.gauge(
                 "streamer_processor_buffered_output_bytes",
@@ -77,12 +105,64 @@ impl ProcessorMetrics {
         }
     }
 
+    /// Counts the final event of an attempt.
+    pub(crate) fn attempt_ended(&self, action: &str, kind: &Kind) {
+        let outcome = match kind {
+            Kind::Succeeded(_) => "succeeded",
+            Kind::Failed(_) => "failed",
+            Kind::Cancelled(_) => "cancelled",
+            Kind::Retrying(retrying) => {
+                let code = retrying.error.as_ref().map(|error| error_from_proto(error).code);
+                let reason = code.unwrap_or(ErrorCode::InternalError).as_str();
+                self.retries.get_or_create(&ReasonLabel { reason }).inc();
+                "retrying"
+            }
+            Kind::Accepted(_) | Kind::Started(_) | Kind::Progress(_) | Kind::Output(_) => return,
+        };
+        self.attempts.get_or_create(&self.outcome(action, outcome)).inc();
+    }
+
+    /// Counts an attempt that had lost its lease.
+    pub(crate) fn attempt_fenced(&self, action: &str) {
+        self.attempts.get_or_create(&self.outcome(action, "fenced")).inc();
+    }
+
+    /// Records the duration of an attempt.
+    pub(crate) fn attempt_took(&self, action: &str, duration: Duration) {
+        let histogram = self.attempt_seconds.get_or_create(&self.metrics.action_label(action));
+        histogram.observe(duration.as_secs_f64());
+    }
+
+    /// Records the time from the due time of a request to its claim.
+    pub(crate) fn waited(&self, action: &str, duration: Duration) {
+        let histogram = self.queue_wait_seconds.get_or_create(&self.metrics.action_label(action));
+        histogram.observe(duration.as_secs_f64());
+    }
+
+    /// Counts a sync request.
+    pub(crate) fn sync_request(&self, action: &str, has_succeeded: bool, duration: Duration) {
+        let outcome = if has_succeeded { "succeeded" } else { "failed" };
+        self.sync_requests.get_or_create(&self.outcome(action, outcome)).inc();
+        let histogram = self.sync_seconds.get_or_create(&self.metrics.action_label(action));
+        histogram.observe(duration.as_secs_f64());
+    }
+
+    /// Exports the state of the queue.
+    pub(crate) fn set_queue(&self, queued: u64, oldest_age: Duration) {
+        self.queued_requests.set(saturate::to_i64(queued));
+        self.oldest_age_seconds.set(oldest_age.as_secs_f64());
+    }
+
     /// Exports the usage and the limit of the output budget.
-    pub(crate) fn watch_output(&self, budget: &MemoryBudget, limit: usize) {
+    pub(crate) fn export_output(&self, budget: &MemoryBudget, limit: usize) {
         self.output_bytes_limit.set(saturate::to_i64(limit));
         let gauge = self.output_bytes.clone();
         budget.observe(move |used| {
             gauge.set(saturate::to_i64(used));
         });
+    }
+
+    fn outcome(&self, action: &str, outcome: &'static str) -> OutcomeLabels {
+        OutcomeLabels { action: self.metrics.action(action), outcome }
     }
 }

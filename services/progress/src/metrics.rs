@@ -39,7 +39,7 @@ impl ProgressMetrics {
         Self {
             events: metrics.counter("streamer_progress_events", "Events appended by publishers"),
             append_seconds: metrics.latency(
-                "streamer_progress_append_seconds",
+                "streamer_progress_append_duration_seconds",
                 "Time from a publish call until its events are durable",
             ),
             fenced: metrics.counter(

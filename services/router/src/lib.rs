@@ -19,6 +19,7 @@ mod quota;
 mod redrive;
 mod request_service;
 mod router_service;
+mod submission_check;
 mod submission_rates;
 mod upstreams;
 

@@ -1,30 +1,78 @@
 //! Metrics of the router.
 
-use prometheus_client::metrics::{counter::Counter, histogram::Histogram};
+use std::sync::Arc;
+
+use prometheus_client::{
+    encoding::EncodeLabelSet,
+    metrics::{counter::Counter, family::Family, histogram::Histogram},
+};
 use streamer_telemetry::Metrics;
 
 pub(crate) struct RouterMetrics {
-    pub(crate) submitted_sync: Counter,
-    pub(crate) submitted_async: Counter,
-    pub(crate) duplicates: Counter,
-    pub(crate) refused: Counter,
+    metrics: Metrics,
+    requests: Family<RequestLabels, Counter>,
+    rejections: Family<ReasonLabel, Counter>,
     pub(crate) submit_seconds: Histogram,
+}
+
+#[derive(Clone, Debug, Hash, PartialEq, Eq, EncodeLabelSet)]
+struct RequestLabels {
+    action: Arc<str>,
+    mode: &'static str,
+    result: &'static str,
+}
+
+#[derive(Clone, Debug, Hash, PartialEq, Eq, EncodeLabelSet)]
+struct ReasonLabel {
+    reason: &'static str,
+}
+
+/// Result of a submission that was not rejected.
+#[derive(Clone, Copy, Debug)]
+pub(crate) enum Submitted {
+    /// A sync request was forwarded to a processor.
+    Sync,
+    /// An async request was stored.
+    Async,
+    /// A request with the same `id` existed.
+    Duplicate,
 }
 
 impl RouterMetrics {
     pub(crate) fn new(metrics: &Metrics) -> Self {
         Self {
-            submitted_sync: metrics
-                .counter("streamer_router_submitted_sync", "Admitted sync requests"),
-            submitted_async: metrics
-                .counter("streamer_router_submitted_async", "Stored async requests"),
-            duplicates: metrics
-                .counter("streamer_router_duplicates", "Submissions with the ID of an existing request"),
-            refused: metrics.counter("streamer_router_refused", "Rejected submissions"),
+            metrics: metrics.clone(),
+            requests: metrics.register(
+                "streamer_router_requests",
+                "Submissions that were not rejected, by action, mode (sync, async) and result: accepted, or duplicate \
+                 if a request with the same id existed",
+                Family::default(),
+            ),
+            rejections: metrics.register(
+                "streamer_router_rejections",
+                "Submissions that were rejected, by reason: the error code",
+                Family::default(),
+            ),
             submit_seconds: metrics.latency(
-                "streamer_router_submit_seconds",
-                "Time from an async submission to its acknowledgement, without waiting for the outcome",
+                "streamer_router_submit_duration_seconds",
+                "Time from an async submission to its acknowledgment, without waiting for the outcome",
             ),
         }
+    }
+
+    /// Counts a submission that was not rejected.
+    pub(crate) fn submitted(&self, action: &str, submitted: Submitted) {
+        let (mode, result) = match submitted {
+            Submitted::Sync => ("sync", "accepted"),
+            Submitted::Async => ("async", "accepted"),
+            Submitted::Duplicate => ("async", "duplicate"),
+        };
+        let labels = RequestLabels { action: self.metrics.action(action), mode, result };
+        self.requests.get_or_create(&labels).inc();
+    }
+
+    /// Counts a rejected submission.
+    pub(crate) fn rejected(&self, reason: &'static str) {
+        self.rejections.get_or_create(&ReasonLabel { reason }).inc();
     }
 }

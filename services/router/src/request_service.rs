@@ -2,7 +2,7 @@
 
 use std::{sync::Arc, time::Duration};
 
-use streamer_auth::{Caller, Principal, Subject};
+use streamer_auth::{Caller, Subject};
 use streamer_core::{
     Clock, ErrorCode, Limits, LimitsByTenant, Timestamp, Uid, Violations, limits, saturate,
     validate,
@@ -17,8 +17,8 @@ use streamer_proto::{
     },
 };
 use streamer_rpc::{
-    completed, encode_payload, ensure_valid, error_status, not_found, request_to_proto,
-    state_to_proto, store_status,
+    completed, encode_payload, ensure_valid, error_status, not_found, request_error,
+    request_to_proto, state_to_proto, store_status,
 };
 use streamer_store::{
     CancelOutcome, CreateOutcome, DeleteOutcome, ListRequests, NewRequest, Owner, RequestPage,
@@ -35,10 +35,10 @@ use crate::{
     catalog::{Catalog, CatalogEntry},
     change_limiter::ChangeLimiter,
     error::{failed_precondition, forbidden},
-    metrics::RouterMetrics,
-    permission::check_permission,
+    metrics::{RouterMetrics, Submitted},
     queue_position::{self, MAX_AHEAD, MAX_AHEAD_OF_NEW},
     quota,
+    submission_check::Checked,
     submission_rates::SubmissionRates,
     upstreams::Upstreams,
 };
@@ -105,36 +105,19 @@ impl RequestService {
         uid: Option<PreassignedUid>,
     ) -> Result<SubmitResponse, Status> {
         let now = self.clock.now();
-        let mut violations = Violations::default();
-        let mut submission = admission::parse(request, &self.limits, now, &mut violations);
-        submission.uid = uid.map(|preassigned| preassigned.uid);
-        // A stored request is not validated again, because the clock and the catalog may have changed.
-        if let Some(preassigned) = uid.filter(|preassigned| preassigned.is_retry)
-            && let Some(record) = self.find_stored(caller, preassigned.uid).await?
-        {
-            let stored = self.notify_again(record).await;
-            return self.acknowledge(caller, stored, submission.wait_ms, now).await;
-        }
-        let count_rejected = |_: &Status| {
-            self.metrics.refused.inc();
-        };
-        // A retry is not counted, because the first attempt was counted.
-        if !uid.is_some_and(|preassigned| preassigned.is_retry) {
-            self.submissions.admit(&caller.principal, now).inspect_err(count_rejected)?;
-        }
-        ensure_valid(&violations).inspect_err(count_rejected)?;
-        let Principal { tenant, .. } = &*caller.principal;
-        let entry = self.catalog.find_or_query(&submission.action, tenant, &self.upstreams).await;
-        let entry = entry.inspect_err(count_rejected)?;
-        check_permission(caller, &entry)?;
-        let payload = &submission.payload.data;
-        let checked = self.catalog.check_payload(&entry, tenant, payload, &mut violations).await;
-        checked.inspect_err(count_rejected)?;
-        ensure_valid(&violations).inspect_err(count_rejected)?;
-        if entry.action.sync {
-            self.run_now(caller, submission, now, &entry.offered_by).await
-        } else {
-            self.store_and_notify(caller, submission, now).await
+        let checked = self.check(caller, request, uid, now).await;
+        let checked = checked.inspect_err(|status| {
+            self.metrics.rejected(request_error(status).code.as_str());
+        });
+        match checked? {
+            Checked::Stored(record, wait_ms) => {
+                let stored = self.notify_again(*record).await;
+                self.acknowledge(caller, stored, wait_ms, now).await
+            }
+            Checked::New(submission, entry) if entry.action.sync => {
+                self.run_now(caller, submission, now, &entry.offered_by).await
+            }
+            Checked::New(submission, _) => self.store_and_notify(caller, submission, now).await,
         }
     }
 
@@ -145,7 +128,7 @@ impl RequestService {
         now: Timestamp,
         processors: &[Arc<str>],
     ) -> Result<SubmitResponse, Status> {
-        self.metrics.submitted_sync.inc();
+        self.metrics.submitted(&submission.action, Submitted::Sync);
         let uid = Uid::new(now).to_string();
         let request_id = submission.client_id.unwrap_or_else(|| uid.clone());
         let StoredPayload { content_type, data } = submission.payload;
@@ -176,7 +159,7 @@ impl RequestService {
     }
 
     /// Returns the stored request with the given `uid` if it belongs to the caller.
-    async fn find_stored(
+    pub(crate) async fn find_stored(
         &self,
         caller: &Caller,
         uid: Uid,
@@ -319,7 +302,11 @@ impl RequestService {
                 Ok(self.notify_again(*record).await)
             }
             CreateOutcome::Created(record, accepted, used) => {
-                self.metrics.submitted_async.inc();
+                self.metrics.submitted(&record.action, Submitted::Async);
+                tracing::info!(
+                    request_id = record.request_id(), %uid, tenant_id = owner.tenant, action = record.action,
+                    "request accepted"
+                );
                 quota::record_usage(&self.tenant_limits, &quota, used);
                 // The announcement comes first, because the log must exist before a processor writes to it.
                 self.upstreams
@@ -332,11 +319,11 @@ impl RequestService {
                 Ok(StoredRequest { record: *record, duplicate: false, queue_estimate })
             }
             CreateOutcome::Existing(record) => {
-                self.metrics.duplicates.inc();
+                self.metrics.submitted(&record.action, Submitted::Duplicate);
                 Ok(StoredRequest { record: *record, duplicate: true, queue_estimate: None })
             }
             CreateOutcome::OverQuota(limit) => {
-                self.metrics.refused.inc();
+                self.metrics.rejected(ErrorCode::RateLimited.as_str());
                 self.tenant_limits.record_usage(limit, 1, 1);
                 Err(quota::exceeded(limit, &quota))
             }

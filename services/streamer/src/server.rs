@@ -12,6 +12,7 @@ mod grpc_middleware;
 mod health;
 mod incoming_body;
 mod listener;
+mod process_metrics;
 mod role;
 mod routes;
 mod service_options;

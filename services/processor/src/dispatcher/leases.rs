@@ -11,7 +11,10 @@ use tokio::time::{MissedTickBehavior, interval};
 use tokio_util::sync::CancellationToken;
 
 use super::Dispatcher;
-use crate::{lease_recovery, outcome};
+use crate::{
+    attempt_log::{attempt_span, log_end},
+    lease_recovery, outcome,
+};
 
 /// Maximum number of requests read from an index per page.
 const PAGE: usize = 256;
@@ -43,7 +46,8 @@ impl Dispatcher {
         };
         match self.store.append(append).await {
             Ok(AppendOutcome::Applied { .. }) => {
-                self.count(&kind);
+                self.metrics.attempt_ended(&record.action, &kind);
+                attempt_span(record).in_scope(|| log_end(&kind, None));
                 self.environment.log.announce(record.uid, vec![event]).await;
                 if let Some(retry_at) = retry_at {
                     self.record_due(retry_at);

@@ -4,7 +4,7 @@ use std::{sync::Arc, time::Duration};
 
 use streamer_core::{ActionSpec, OutputDigest, Timestamp, Uid};
 use streamer_handler::{DynHandler, ReportQueue};
-use streamer_proto::common::v1::event::Kind;
+use streamer_proto::common::v1::{Cancelled, event::Kind};
 use streamer_store::{CancelOutcome, Claim, ClaimOutcome, Claimed, RequestRecord, StoreError};
 use streamer_telemetry::{AttemptSpan, InScope, Scope, TraceContext, Waited};
 use tokio::time::Instant;
@@ -14,6 +14,7 @@ use super::Dispatcher;
 use crate::{
     actions::Runner,
     attempt::{self, AttemptHandle, AttemptResult, AttemptSpec},
+    attempt_log::{attempt_span, log_end},
     workers::{
         remote_handler::{Assignment, RemoteHandler},
         remote_task::RemoteTask,
@@ -52,15 +53,14 @@ impl Dispatcher {
                 if let Some(running) = self.running.lock().get_mut(&uid) {
                     running.attempt = claimed.record.attempt;
                 }
-                self.metrics
-                    .wait_seconds
-                    .observe(now.since(claimed.record.not_before).as_secs_f64());
+                let record = &claimed.record;
+                self.metrics.waited(&record.action, now.since(record.not_before));
                 let claim_timing = ClaimTiming { started_at: now, duration: started_at.elapsed() };
                 self.run_claimed(*claimed, spec, runner, handle, claim_timing).await;
             }
             Ok(ClaimOutcome::Overdue(record)) => self.fail_unstarted(&record).await,
             Ok(ClaimOutcome::NotClaimable) => {
-                self.metrics.claims_missed.inc();
+                self.metrics.claim_conflicts.inc();
             }
             Err(error) => {
                 if matches!(error, StoreError::Corrupt { .. }) {
@@ -151,27 +151,21 @@ impl Dispatcher {
     ) -> bool {
         let record = &attempt_spec.record;
         let scope = self.trace(record, claim_timing);
-        let span = tracing::info_span!(
-            "attempt",
-            request_id = record.request_id(),
-            uid = %record.uid,
-            tenant_id = record.owner.tenant,
-            action = record.action,
-            attempt = record.attempt.as_u32(),
-        );
+        let span = attempt_span(record);
         let started_at = Instant::now();
         let (uid, action) = (record.uid, record.action.clone());
         let tenant = record.owner.tenant.clone();
-        self.metrics.running.inc();
+        self.metrics.attempts_in_progress.inc();
         let running = attempt::run(&self.environment, attempt_spec, handle);
-        let result = Box::pin(running).instrument(span).in_scope(scope.clone()).await;
+        let result = Box::pin(running).instrument(span.clone()).in_scope(scope.clone()).await;
         scope.end_attempt(result.outcome(), result.error());
-        self.metrics.running.dec();
-        self.metrics.run_seconds.observe(started_at.elapsed().as_secs_f64());
+        self.metrics.attempts_in_progress.dec();
+        self.metrics.attempt_took(&action, started_at.elapsed());
         match result {
             AttemptResult::Recorded(kind, retry_at, cancel_reason) => {
                 self.runtime_estimates.record(&tenant, &action, started_at.elapsed());
-                self.count(&kind);
+                self.metrics.attempt_ended(&action, &kind);
+                span.in_scope(|| log_end(&kind, Some(started_at.elapsed())));
                 match (retry_at, cancel_reason) {
                     // Cancellation was requested after the final event was determined.
                     (Some(_), Some(reason)) => self.cancel_queued(uid, reason).await,
@@ -181,7 +175,7 @@ impl Dispatcher {
                 true
             }
             AttemptResult::Fenced => {
-                self.metrics.lost.inc();
+                self.metrics.attempt_fenced(&action);
                 false
             }
         }
@@ -213,7 +207,7 @@ impl Dispatcher {
     async fn cancel_queued(&self, uid: Uid, reason: String) {
         match self.store.cancel(uid, reason, self.now()).await {
             Ok(CancelOutcome::Cancelled(record, event)) => {
-                self.metrics.cancelled.inc();
+                self.metrics.attempt_ended(&record.action, &Kind::Cancelled(Cancelled::default()));
                 self.environment.log.announce(record.uid, vec![*event]).await;
             }
             // The request is already running again, and its attempt will be notified.
@@ -222,15 +216,5 @@ impl Dispatcher {
                 tracing::warn!(%error, %uid, "failed to cancel a request; its next attempt will be notified");
             }
         }
-    }
-
-    pub(super) fn count(&self, kind: &Kind) {
-        match kind {
-            Kind::Succeeded(_) => self.metrics.succeeded.inc(),
-            Kind::Failed(_) => self.metrics.failed.inc(),
-            Kind::Cancelled(_) => self.metrics.cancelled.inc(),
-            Kind::Retrying(_) => self.metrics.retried.inc(),
-            Kind::Accepted(_) | Kind::Started(_) | Kind::Progress(_) | Kind::Output(_) => return,
-        };
     }
 }

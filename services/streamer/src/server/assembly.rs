@@ -23,6 +23,7 @@ use crate::server::{
     health::{Health, ReadinessCheck},
     incoming_body::UndecodedBudget,
     listener::{ListenerState, Options},
+    process_metrics,
     role::Role,
     service_options::{gateway_options, limits, processor_options, size},
     shutdown::Shutdown,
@@ -190,7 +191,8 @@ impl Services {
         shutdown: &Shutdown,
     ) -> Result<(Self, Option<DevKey>), StartError> {
         let Plan { config, role, handlers, clock, own_address, traces } = plan;
-        let metrics = Metrics::new();
+        let metrics = Metrics::with_max_actions(size(config.server.metrics_max_actions));
+        process_metrics::register(&metrics, clock.now());
         traces.register(&metrics);
         let (store, largest) = store_engine::open(config, &metrics).await?;
         let (authenticator, dev_key) = authentication::authenticator(config, clock.clone())?;

@@ -9,7 +9,7 @@ use tokio::time::sleep;
 use super::server_process::ServerProcess;
 
 /// Counter of succeeded requests.
-pub(crate) const SUCCEEDED: &str = "streamer_processor_succeeded_total";
+pub(crate) const SUCCEEDED: &str = r#"streamer_processor_attempts_total{outcome="succeeded"}"#;
 /// Maximum latency: the time within which a stored event must reach its watchers. Every longer latency is a
 /// fault.
 pub(crate) const MAX_LATENCY: Duration = Duration::from_secs(5);
@@ -73,12 +73,12 @@ impl Report {
     /// attempts that it lost: neither occurs in a single healthy process.
     pub(crate) async fn check_delivery(&mut self, server: &ServerProcess) -> anyhow::Result<()> {
         // Wait for late announcements, which the gauge counts until they arrive.
-        while server.metric::<i64>("streamer_progress_unannounced_events").await? > 0 {
+        while server.metric("streamer_progress_unannounced_events").await? > 0 {
             sleep(Duration::from_millis(100)).await;
         }
         for (name, counter) in [
             ("events delivered late", "streamer_progress_missed_events_total"),
-            ("attempts lost", "streamer_processor_attempts_fenced_total"),
+            ("attempts lost", r#"streamer_processor_attempts_total{outcome="fenced"}"#),
         ] {
             let count: u64 = server.metric(counter).await?;
             self.figure(name, count, "");

@@ -4,7 +4,6 @@ use std::{
     env, fs,
     io::{BufRead, BufReader},
     process::{Child, Command, Stdio},
-    str::FromStr,
 };
 
 use anyhow::{Context, bail};
@@ -98,11 +97,9 @@ impl ServerProcess {
         Ok(kilobytes * 1024)
     }
 
-    /// Returns the value of the counter or gauge `name` from /metrics.
-    pub(crate) async fn metric<T>(&self, name: &str) -> anyhow::Result<T>
-    where
-        T: FromStr<Err: std::error::Error + Send + Sync + 'static>,
-    {
+    /// Returns the value of a counter or gauge from /metrics: the sum of the series with the given label, such as
+    /// `name{outcome="succeeded"}`; 0 if there are none.
+    pub(crate) async fn metric(&self, series: &str) -> anyhow::Result<u64> {
         let address = self.url.trim_start_matches("http://");
         let mut stream = TcpStream::connect(address).await?;
         let request =
@@ -110,8 +107,17 @@ impl ServerProcess {
         stream.write_all(request.as_bytes()).await?;
         let mut text = String::new();
         stream.read_to_string(&mut text).await?;
-        let value = text.lines().find_map(|line| line.strip_prefix(name)?.strip_prefix(' '));
-        Ok(value.with_context(|| format!("{name} is missing"))?.parse()?)
+        let (name, label) = series.split_once('{').unwrap_or((series, ""));
+        let label = label.trim_end_matches('}');
+        let mut sum = 0;
+        for line in text.lines() {
+            let Some((series, value)) = line.rsplit_once(' ') else { continue };
+            let (of, labels) = series.split_once('{').unwrap_or((series, ""));
+            if of == name && labels.contains(label) {
+                sum += value.parse::<u64>().with_context(|| format!("{series} is not a number"))?;
+            }
+        }
+        Ok(sum)
     }
 
     /// Returns the processor time that the server has used, in milliseconds.
