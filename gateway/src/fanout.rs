@@ -5,7 +5,7 @@ use std::{collections::HashMap, sync::Arc, time::Duration};
 use http::HeaderValue;
 use parking_lot::Mutex;
 use streamer_cluster::RouteKey;
-use streamer_core::{RequestState, Seq, Uid, retry};
+use streamer_core::{RequestState, Seq, Uid, backoff};
 use streamer_proto::{
     common::v1::{Event, Output, Payload, Request, event::Kind, payload::Body},
     progress::v1::{ListEventsRequest, WatchRequest, WatchResponse},
@@ -284,7 +284,7 @@ impl Fanout {
                 Ok(WatchEnd::Ended) => {}
             }
             if !topic.has_ended() {
-                sleep(retry::jitter(MAX_BACKOFF)).await;
+                sleep(backoff::jitter(MAX_BACKOFF)).await;
             }
         }
     }
@@ -332,7 +332,7 @@ impl Fanout {
         let UpstreamWatch { mut stream, mut is_large } = upstream;
         loop {
             let next = if is_large {
-                let release_after = RELEASE_AFTER + retry::jitter(RELEASE_AFTER);
+                let release_after = RELEASE_AFTER + backoff::jitter(RELEASE_AFTER);
                 match timeout(release_after, stream.message()).await {
                     Ok(next) => next?,
                     Err(_) => return Ok(WatchEnd::Idle),

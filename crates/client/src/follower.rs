@@ -3,7 +3,7 @@
 use std::{sync::Arc, time::Duration};
 
 use serde_json::json;
-use streamer_core::{RequestState, retry::Backoff};
+use streamer_core::{Backoff, RequestState};
 use streamer_rpc::TokenSource;
 use tokio::time::sleep;
 

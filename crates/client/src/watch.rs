@@ -2,7 +2,7 @@
 
 use std::time::Duration;
 
-use streamer_core::{hex, retry::Backoff};
+use streamer_core::{Backoff, hex};
 use streamer_proto::{
     common::v1::{Event, OutputSummary, Payload, RequestState, event::Kind, payload::Body},
     progress::v1::{WatchRequest, WatchResponse},

@@ -5,6 +5,8 @@
 
 pub mod action;
 pub mod attempt_number;
+pub mod attempt_retry;
+pub mod backoff;
 pub mod clock;
 pub mod close_code;
 pub mod error;
@@ -16,7 +18,6 @@ pub mod limits;
 pub mod open_watches;
 pub mod output;
 pub mod rate;
-pub mod retry;
 pub mod saturate;
 pub mod seq;
 pub mod state;
@@ -26,6 +27,8 @@ pub mod validate;
 
 pub use action::{ActionSpec, DEFAULT_SYNC_THRESHOLD};
 pub use attempt_number::{AttemptNumber, InvalidAttemptNumber};
+pub use attempt_retry::RetryPolicy;
+pub use backoff::Backoff;
 pub use clock::{Clock, ManualClock, SystemClock, Timestamp};
 pub use close_code::CloseCode;
 pub use error::{ErrorCode, ErrorCodes, RequestError};
@@ -37,7 +40,6 @@ pub use limits::Limits;
 pub use open_watches::{OpenWatches, UserWatches, WatchPermit};
 pub use output::OutputDigest;
 pub use rate::RateLimiter;
-pub use retry::RetryPolicy;
 pub use seq::{InvalidSeq, Seq};
 pub use state::RequestState;
 pub use tenant_limits::{LimitsByTenant, TenantLimit, TenantLimits};

@@ -13,7 +13,7 @@ use aws_smithy_http_client::{
     tls::{Provider, rustls_provider::CryptoMode},
 };
 use prometheus_client::metrics::{counter::Counter, histogram::Histogram};
-use streamer_core::{is_loopback_host, retry};
+use streamer_core::{backoff, is_loopback_host};
 use streamer_store::StoreError;
 use streamer_telemetry::Metrics;
 use tokio::time::{Instant, sleep};
@@ -176,14 +176,14 @@ fn is_local(endpoint: &str) -> bool {
 /// Exponential backoff with full jitter, up to a deadline.
 pub(crate) struct Backoff {
     deadline: Instant,
-    delays: retry::Backoff,
+    delays: backoff::Backoff,
 }
 
 impl Default for Backoff {
     fn default() -> Self {
         Self {
             deadline: Instant::now() + TRANSACTION_RETRY_TIMEOUT,
-            delays: retry::Backoff::new(FIRST_BACKOFF, MAX_BACKOFF),
+            delays: backoff::Backoff::new(FIRST_BACKOFF, MAX_BACKOFF),
         }
     }
 }

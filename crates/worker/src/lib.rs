@@ -25,7 +25,7 @@ mod session;
 
 use std::{sync::Arc, time::Duration};
 
-use streamer_core::{ErrorCode, retry::Backoff};
+use streamer_core::{Backoff, ErrorCode};
 pub use streamer_handler::{
     ActionSpec, Context, Handler, HandlerError, Handlers, RetryPolicy, async_trait,
 };

@@ -13,7 +13,7 @@ use futures_util::{
 use streamer_core::{
     ActionSpec, AttemptNumber, Clock, ErrorCode, Limits, OutputDigest, RequestError, Seq,
     Timestamp, Uid,
-    retry::{self, Backoff},
+    backoff::{self, Backoff},
 };
 use streamer_handler::{
     AttemptInfo, Context, DynHandler, HandlerError, Report, ReportBatch, ReportQueue,
@@ -429,7 +429,7 @@ impl Attempt<'_> {
             policy: self.spec.retry,
             close_by: self.close_by,
             now: self.environment.clock.now(),
-            random: retry::random_fraction(),
+            random: backoff::random_fraction(),
         };
         let final_event = final_event(outcome, &summary);
         batch.retry_at = final_event.retry_at.map(|at| timestamp(at.as_millis()));

@@ -1,6 +1,6 @@
 //! Recovers attempts whose leases expired.
 
-use streamer_core::{ErrorCode, OutputDigest, RequestError, RetryPolicy, Timestamp, retry};
+use streamer_core::{ErrorCode, OutputDigest, RequestError, RetryPolicy, Timestamp, backoff};
 use streamer_proto::common::v1::event::Kind;
 use streamer_rpc::payload_bytes;
 use streamer_store::{EventNumbers, RequestRecord, Store, StoreError};
@@ -37,7 +37,7 @@ pub(crate) async fn final_event(
         policy,
         close_by: record.close_by,
         now,
-        random: retry::random_fraction(),
+        random: backoff::random_fraction(),
     };
     Ok(outcome::final_event(Outcome::Failed(error), &summary))
 }

@@ -4,7 +4,7 @@ use std::time::Duration;
 
 use streamer_auth::Caller;
 use streamer_cluster::RouteKey;
-use streamer_core::{TenantLimit, Uid, retry::Backoff};
+use streamer_core::{Backoff, TenantLimit, Uid};
 use streamer_proto::{
     common::v1::Event,
     progress::v1::{WatchRequest, WatchResponse},

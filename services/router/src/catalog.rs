@@ -9,7 +9,7 @@ use std::{
 use bytes::Bytes;
 use parking_lot::{Mutex, RwLock};
 use streamer_cluster::Instance;
-use streamer_core::{ErrorCode, Timestamp, Violations, retry};
+use streamer_core::{ErrorCode, Timestamp, Violations, backoff};
 use streamer_proto::{
     common::v1::Action,
     internal::v1::{ActionDeclaration, WatchActionsRequest},
@@ -239,7 +239,7 @@ impl Catalog {
                 } else {
                     failures = 0;
                 }
-                sleep(retry::jitter(MAX_BACKOFF)).await;
+                sleep(backoff::jitter(MAX_BACKOFF)).await;
             }
         })
     }
