@@ -348,7 +348,7 @@ async fn a_worker_whose_token_cannot_be_renewed_releases_its_attempts_and_report
     wait_for_workers(&server, &user, "echo_async", 1).await;
     let mut client = Client::connect(&server.url, &user).await;
     client.submit("r", "echo_async", json!({"steps": 1, "delay_ms": 600_000})).await;
-    worker.wait_for_log("error: the token has expired and cannot be renewed");
+    worker.wait_for_log("error: the token has expired and cannot be refreshed");
     assert_eq!(worker.wait(), Some(4));
     // The next attempt starts before the lease expires, which takes longer than the timeout of the test.
     let lasting = server.token("acme", "worker", &["worker:*"]);

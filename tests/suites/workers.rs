@@ -131,7 +131,7 @@ async fn a_stopping_worker_releases_its_attempts() {
         log.push(client.next().await);
     }
     let retrying = log.events.last().unwrap();
-    assert_eq!(retrying["error"]["message"], "the worker stops");
+    assert_eq!(retrying["error"]["message"], "the worker is shutting down");
     let _second = WorkerProcess::start(&server, &token, "echo_async", &[]);
     while log.last_type() != "started" {
         log.push(client.next().await);
@@ -207,7 +207,7 @@ async fn a_stopping_server_waits_for_sync_calls_in_workers() {
     });
     let task = worker.next_task().await;
     server.terminate();
-    // The server is stopping once it rejects new connections.
+    // The server is shutting down once it rejects new connections.
     let address = server.url.trim_start_matches("http://").to_owned();
     while TcpStream::connect(&address).await.is_ok() {
         tokio::task::yield_now().await;

@@ -382,7 +382,7 @@ async def test_running_attempts_are_released_before_a_plain_token_expires(
     first = asyncio.ensure_future(short.serve())
     running = asyncio.ensure_future(client.run("brief"))
     await within_timeout(started.wait())
-    with pytest.raises(WorkerRefused, match="cannot be renewed"):
+    with pytest.raises(WorkerRefused, match="cannot be refreshed"):
         await within_timeout(first)
     lasting = Worker(server.url, server.token("worker:*"))
     lasting.action("brief")(brief)

@@ -47,7 +47,7 @@ const MAX_TIMER_MS = 2 ** 31 - 1;
  * @property {(attempt: Attempt, reason: string) => void} dropAttempt Called for an attempt that has
  *   ended, or that this worker no longer owns.
  * @property {() => void} onDraining Called when the server is draining.
- * @property {() => void} onTokenExpiring Called before a token that cannot be renewed expires.
+ * @property {() => void} onTokenExpiring Called before a token that cannot be refreshed expires.
  * @property {import('./worker.js').Log} log
  */
 
@@ -288,7 +288,7 @@ export class WorkStream {
   }
 
   /**
-   * Schedules the renewal of the token, or the release of the attempts if it cannot be renewed.
+   * Schedules the refresh of the token, or the release of the attempts if it cannot be refreshed.
    * @param {Date | null} expireTime Time at which the token of the stream expires.
    */
   #renewToken(expireTime) {
@@ -299,7 +299,7 @@ export class WorkStream {
       const seconds = Math.round(remaining / 1000);
       this.host.log(
         'warn',
-        `the token expires in ${seconds} s and cannot be renewed: before that, the worker` +
+        `the token expires in ${seconds} s and cannot be refreshed: before that, the worker` +
           ' releases its running attempts and exits; pass a function that returns fresh tokens,' +
           ' such as tokenFile',
       );

@@ -227,10 +227,10 @@ export class Worker {
     };
   }
 
-  /** Releases the running attempts before a token that cannot be renewed expires. */
+  /** Releases the running attempts before a token that cannot be refreshed expires. */
   #onTokenExpiring() {
     this.#tokenExpired = new CallError(
-      'the token has expired and cannot be renewed; pass a function that returns fresh tokens,' +
+      'the token has expired and cannot be refreshed; pass a function that returns fresh tokens,' +
         ' such as tokenFile',
       { code: 'UNAUTHORIZED', status: status.UNAUTHENTICATED },
     );
@@ -318,7 +318,7 @@ export class Worker {
 
   /** @param {Attempt} attempt */
   #release(attempt) {
-    const reason = 'the worker stops';
+    const reason = 'the worker is shutting down';
     if (!attempt.info.sync) return attempt.release(reason);
     // A sync action cannot be released: its caller receives an error and may retry.
     attempt.cancel(reason);

@@ -325,7 +325,7 @@ test('running attempts are released before a plain token expires', async (t) => 
   assert.deepEqual(await stream.receive('capacity'), { slots: 0 });
   assert.deepEqual(await stream.reports(1), ['release 0']);
   stream.send({ acknowledgment: { ...id, ended: true } });
-  await assert.rejects(serving, { code: 'UNAUTHORIZED', message: /cannot be renewed/ });
+  await assert.rejects(serving, { code: 'UNAUTHORIZED', message: /cannot be refreshed/ });
 });
 
 test('a handler that awaits no report does not crash the worker', async (t) => {

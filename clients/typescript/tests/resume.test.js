@@ -229,5 +229,5 @@ test('an attempt of a worker that gets SIGTERM resumes from its checkpoint', asy
   assert.deepEqual(await withTimeout(run, 'the result'), { begin: 3, attempt: 2 });
   const log = await readLog(client, 'steps-1');
   const [released] = log.filter((event) => event.type === 'retrying');
-  assert.equal(released.error.message, 'the worker stops');
+  assert.equal(released.error.message, 'the worker is shutting down');
 });

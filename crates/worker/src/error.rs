@@ -15,9 +15,9 @@ pub enum WorkerError {
     /// The worker has no handlers.
     #[error("a worker needs at least one handler")]
     NoHandlers,
-    /// The token has expired and cannot be renewed.
+    /// The token has expired and cannot be refreshed.
     #[error(
-        "the token has expired and cannot be renewed; use a token file that is \
+        "the token has expired and cannot be refreshed; use a token file that is \
          kept up to date (--token-file), or a TokenSource"
     )]
     TokenExpired,

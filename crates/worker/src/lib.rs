@@ -21,7 +21,7 @@ mod attempts;
 mod error;
 mod ready_set;
 mod send_window;
-mod session;
+mod stream;
 
 use std::{sync::Arc, time::Duration};
 
@@ -46,7 +46,7 @@ pub use streamer_rpc::{TokenError, TokenFile, TokenSource};
 
 use crate::{
     attempts::Attempts,
-    session::{Identity, Session, SessionEnd},
+    stream::{Identity, StreamEnd, WorkStream},
 };
 
 /// Maximum size of a message to or from the server, in bytes.
@@ -88,8 +88,8 @@ impl Worker {
         self
     }
 
-    /// Sets the time that running attempts have to finish when the worker stops; the remaining ones are then released.
-    /// The default is 30 s.
+    /// Sets the time that running attempts have to finish when the worker shuts down; the remaining ones are then
+    /// released. The default is 30 s.
     #[must_use]
     pub fn drain_timeout(mut self, timeout: Duration) -> Self {
         self.drain_timeout = timeout;
@@ -144,40 +144,40 @@ impl Worker {
         let mut identity = Identity::new(self.slots, self.version, &self.handlers);
         let mut attempts = Attempts::new(self.handlers);
         let mut backoff = Backoff::new(FIRST_BACKOFF, MAX_BACKOFF);
-        let mut drain_at: Option<Instant> = None;
+        let mut drain_deadline: Option<Instant> = None;
         loop {
             let client = WorkerServiceClient::new(channel.clone())
                 .max_decoding_message_size(MAX_MESSAGE_BYTES)
                 .max_encoding_message_size(MAX_MESSAGE_BYTES);
-            let session = Session {
+            let stream = WorkStream {
                 identity: &mut identity,
                 token: self.token.as_ref(),
                 attempts: &mut attempts,
                 shutdown: &shutdown,
-                drain_at: &mut drain_at,
+                drain_deadline: &mut drain_deadline,
                 drain_timeout: self.drain_timeout,
             };
-            let status = match session.run(client).await? {
-                SessionEnd::Drained => return Ok(()),
-                SessionEnd::TokenExpired => return Err(WorkerError::TokenExpired),
-                SessionEnd::BeforeWelcome(status) if is_permanent(&status) => {
+            let status = match stream.run(client).await? {
+                StreamEnd::Drained => return Ok(()),
+                StreamEnd::TokenExpired => return Err(WorkerError::TokenExpired),
+                StreamEnd::BeforeWelcome(status) if is_permanent(&status) => {
                     return Err(WorkerError::Rejected(request_error(&status)));
                 }
-                SessionEnd::BeforeWelcome(status) => status,
+                StreamEnd::BeforeWelcome(status) => status,
                 // After a retry, two workers with the same ID would only replace each other.
-                SessionEnd::AfterWelcome(status) | SessionEnd::AfterHeartbeat(status)
+                StreamEnd::AfterWelcome(status) | StreamEnd::AfterHeartbeatReply(status)
                     if status.code() == Code::AlreadyExists =>
                 {
                     return Err(WorkerError::Rejected(request_error(&status)));
                 }
-                SessionEnd::AfterWelcome(status) | SessionEnd::AfterHeartbeat(status)
+                StreamEnd::AfterWelcome(status) | StreamEnd::AfterHeartbeatReply(status)
                     if status.code() == Code::InvalidArgument =>
                 {
                     tracing::error!(status = %status.message(), "the worker violated the protocol");
                     status
                 }
-                SessionEnd::AfterWelcome(status) => status,
-                SessionEnd::AfterHeartbeat(status) => {
+                StreamEnd::AfterWelcome(status) => status,
+                StreamEnd::AfterHeartbeatReply(status) => {
                     backoff.reset();
                     status
                 }
@@ -187,7 +187,7 @@ impl Worker {
             tracing::warn!(status = %status.message(), ?wait, "lost the stream to the server");
             if shutdown.is_cancelled() {
                 // Attempts that cannot be released are recovered when their leases expire.
-                let at = *drain_at.get_or_insert_with(|| Instant::now() + self.drain_timeout);
+                let at = *drain_deadline.get_or_insert_with(|| Instant::now() + self.drain_timeout);
                 if attempts.is_empty() || timeout_at(at, sleep(wait)).await.is_err() {
                     return Ok(());
                 }

@@ -36,7 +36,7 @@ _PROTOCOL_ERROR_CODES = {
 _logger = logging.getLogger("streamer.worker")
 
 TOKEN_EXPIRED = (
-    "the token has expired and cannot be renewed; pass a function that returns fresh tokens, such"
+    "the token has expired and cannot be refreshed; pass a function that returns fresh tokens, such"
     " as token_file"
 )
 
@@ -114,7 +114,7 @@ class Connection:
         """Logs why a stream ended; returns whether its status allows resetting the backoff. Raises
         `WorkerRefused` if a reconnect cannot succeed."""
         status = f"{code.name}: {details}"
-        # A token that cannot be renewed remains invalid after it has expired.
+        # A token that cannot be refreshed remains invalid after it has expired.
         expired = code is grpc.StatusCode.UNAUTHENTICATED and not self._tokens.renewable
         if (code in _FATAL_CODES and not welcomed) or expired:
             raise WorkerRefused(f"{self._server} rejected this worker: {status}")

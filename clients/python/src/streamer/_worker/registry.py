@@ -12,7 +12,7 @@ from streamer._limits import Limits
 from streamer._proto import worker_pb2
 from streamer._worker.attempt import Attempt, Key, handle_unknown_action
 
-STOPPING = "the worker stops"
+STOPPING = "the worker is shutting down"
 _INTERRUPT_TIMEOUT = 5.0
 
 _logger = logging.getLogger("streamer.worker")
@@ -91,7 +91,7 @@ class AttemptRegistry:
             self._drop(key, "its stream has ended")
 
     def on_task(self, task: worker_pb2.Task) -> None:
-        """Starts an attempt, or releases it immediately if the worker is stopping."""
+        """Starts an attempt, or releases it immediately if the worker is shutting down."""
         key = (task.uid, task.attempt)
         if key in self._attempts:
             return

@@ -18,8 +18,9 @@ from streamer._worker.registry import AttemptRegistry
 
 _WELCOME_TIMEOUT = 15.0
 _CLOSE_TIMEOUT = 5.0
-# Time between the release of the running attempts and the expiry of a token that cannot be renewed
-# (at most half of its remaining lifetime), and timeout of the acknowledgments of the releases.
+# Time between the release of the running attempts and the expiry of a token that cannot be
+# refreshed (at most half of its remaining lifetime), and timeout of the acknowledgments of the
+# releases.
 _RELEASE_LEAD_SECONDS = 5.0
 # Fraction of the remaining lifetime of a token after which the token is renewed.
 _RENEWAL_FRACTION = 0.8
@@ -41,7 +42,7 @@ class WorkStream:
         self.heartbeat_answered = False
         """Whether the server has answered a heartbeat."""
         self.token_expired = False
-        """Whether the stream ended because its token expires and cannot be renewed."""
+        """Whether the stream ended because its token expires and cannot be refreshed."""
         self._call = call
         self._registry = registry
         self._tokens = tokens
@@ -190,11 +191,11 @@ class WorkStream:
             self._registry.changed.set()
 
     async def _release_before_expiry(self, remaining: float) -> None:
-        """Releases the running attempts before a token that cannot be renewed expires, and closes
+        """Releases the running attempts before a token that cannot be refreshed expires, and closes
         the stream."""
         _logger.warning(
-            "the token expires in %d s and cannot be renewed: before that, the worker releases its"
-            " running attempts and exits; pass a function that returns fresh tokens, such as"
+            "the token expires in %d s and cannot be refreshed: before that, the worker releases"
+            " its running attempts and exits; pass a function that returns fresh tokens, such as"
             " token_file",
             remaining,
         )

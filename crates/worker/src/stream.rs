@@ -1,4 +1,4 @@
-//! Session of a worker: one stream to the server, from `hello` to its end.
+//! Stream of a worker (`WorkerService.Work`), from `hello` to its end.
 
 use std::time::Duration;
 
@@ -28,7 +28,7 @@ use tonic::{Code, Status, Streaming, transport::Channel};
 use crate::{TokenError, TokenSource, WorkerError, attempts::Attempts, send_window::WindowLimits};
 
 /// Maximum number of queued outgoing messages; while the queue is full, incoming messages are not read.
-const OUTBOX: usize = 1024;
+const OUTBOUND_CAPACITY: usize = 1024;
 /// Timeout for the arrival of `welcome`.
 const WELCOME_TIMEOUT: Duration = Duration::from_secs(30);
 /// Time between the request for a new token and the expiry of the current one; at most half of the remaining time.
@@ -82,45 +82,45 @@ impl Identity {
     }
 }
 
-/// Reason why a session ended.
-pub(crate) enum SessionEnd {
+/// Reason why a stream ended.
+pub(crate) enum StreamEnd {
     /// The worker is drained.
     Drained,
-    /// The token is about to expire and cannot be renewed; all attempts were released.
+    /// The token is about to expire and cannot be refreshed; all attempts were released.
     TokenExpired,
     /// The stream failed before `welcome`.
     BeforeWelcome(Status),
     /// The stream failed after `welcome`, and before a reply to a heartbeat.
     AfterWelcome(Status),
     /// The stream failed after a reply to a heartbeat: it was healthy before.
-    AfterHeartbeat(Status),
+    AfterHeartbeatReply(Status),
 }
 
-pub(crate) struct Session<'a> {
+pub(crate) struct WorkStream<'a> {
     pub(crate) identity: &'a mut Identity,
     pub(crate) token: &'a dyn TokenSource,
     pub(crate) attempts: &'a mut Attempts,
     pub(crate) shutdown: &'a CancellationToken,
-    /// Time at which a stopping worker releases its remaining attempts; the same on every stream.
-    pub(crate) drain_at: &'a mut Option<Instant>,
+    /// Time at which a worker that is shutting down releases its remaining attempts; the same on every stream.
+    pub(crate) drain_deadline: &'a mut Option<Instant>,
     pub(crate) drain_timeout: Duration,
 }
 
-impl Session<'_> {
+impl WorkStream<'_> {
     pub(crate) async fn run(
         self,
         mut client: WorkerServiceClient<Channel>,
-    ) -> Result<SessionEnd, WorkerError> {
+    ) -> Result<StreamEnd, WorkerError> {
         let token = self.token.token().await?;
         let authorization = HeaderValue::try_from(format!("Bearer {token}"))
             .map_err(|_| TokenError("the token must consist of visible ASCII".into()))?;
-        let (outbound, messages) = mpsc::channel(OUTBOX);
+        let (outbound, messages) = mpsc::channel(OUTBOUND_CAPACITY);
         let hello = work_request::Message::Hello(
             self.identity.hello(self.attempts, self.shutdown.is_cancelled()),
         );
         let hello = WorkRequest { message: Some(hello) };
         if outbound.send(hello).await.is_err() {
-            return Ok(SessionEnd::BeforeWelcome(Status::unavailable("failed to open the stream")));
+            return Ok(StreamEnd::BeforeWelcome(Status::unavailable("failed to open the stream")));
         }
         let call = with_authorization(ReceiverStream::new(messages), authorization);
         let opening = async {
@@ -141,11 +141,11 @@ impl Session<'_> {
         };
         let opened = tokio::select! {
             opened = timeout(WELCOME_TIMEOUT, opening) => opened.unwrap_or(timed_out),
-            () = already_drained => return Ok(SessionEnd::Drained),
+            () = already_drained => return Ok(StreamEnd::Drained),
         };
         let (inbound, welcome) = match opened {
             Ok(opened) => opened,
-            Err(status) => return Ok(SessionEnd::BeforeWelcome(status)),
+            Err(status) => return Ok(StreamEnd::BeforeWelcome(status)),
         };
         tracing::info!(processor = welcome.processor, "connected");
         // An older server sends no secret.
@@ -156,7 +156,7 @@ impl Session<'_> {
         let heartbeat = saturate::from_millis(welcome.heartbeat_ms).max(Duration::from_millis(1));
         let mut heartbeats = interval(heartbeat);
         heartbeats.set_missed_tick_behavior(MissedTickBehavior::Delay);
-        let connection = Connection {
+        let open = OpenStream {
             outbound: Some(outbound),
             inbound,
             limits: ServerLimits::of(&welcome),
@@ -166,12 +166,12 @@ impl Session<'_> {
             heartbeat_answered: false,
             refresh_at: None,
             refreshing: None,
-            release_at: None,
+            token_release_at: None,
             token,
             drain: Drain::Inactive,
-            session: self,
+            stream: self,
         };
-        Ok(connection.run().await)
+        Ok(open.run().await)
     }
 }
 
@@ -213,8 +213,8 @@ enum Drain {
     TokenExpiring(Instant),
 }
 
-struct Connection<'a> {
-    session: Session<'a>,
+struct OpenStream<'a> {
+    stream: WorkStream<'a>,
     outbound: Option<mpsc::Sender<WorkRequest>>,
     inbound: Streaming<WorkResponse>,
     limits: ServerLimits,
@@ -228,52 +228,52 @@ struct Connection<'a> {
     refresh_at: Option<Instant>,
     refreshing: Option<BoxFuture<'a, Result<String, TokenError>>>,
     token: String,
-    /// Time at which all attempts are released because the token cannot be renewed.
-    release_at: Option<Instant>,
+    /// Time at which all attempts are released because the token cannot be refreshed.
+    token_release_at: Option<Instant>,
     drain: Drain,
 }
 
-impl Connection<'_> {
+impl OpenStream<'_> {
     /// Handles events until the worker is drained or the stream is lost.
-    async fn run(mut self) -> SessionEnd {
+    async fn run(mut self) -> StreamEnd {
         let ended = self.run_until_drained().await;
         match ended {
-            Ok(()) if matches!(self.drain, Drain::TokenExpiring(_)) => SessionEnd::TokenExpired,
+            Ok(()) if matches!(self.drain, Drain::TokenExpiring(_)) => StreamEnd::TokenExpired,
             // The release was not acknowledged in time, or before the token expired.
             Err(status)
                 if matches!(self.drain, Drain::TokenExpiring(_))
                     && matches!(status.code(), Code::DeadlineExceeded | Code::Unauthenticated) =>
             {
-                SessionEnd::TokenExpired
+                StreamEnd::TokenExpired
             }
-            Ok(()) => SessionEnd::Drained,
-            Err(status) if self.heartbeat_answered => SessionEnd::AfterHeartbeat(status),
-            Err(status) => SessionEnd::AfterWelcome(status),
+            Ok(()) => StreamEnd::Drained,
+            Err(status) if self.heartbeat_answered => StreamEnd::AfterHeartbeatReply(status),
+            Err(status) => StreamEnd::AfterWelcome(status),
         }
     }
 
     async fn run_until_drained(&mut self) -> Result<(), Status> {
-        let left = self.session.attempts.collect_all(self.limits.window);
+        let left = self.stream.attempts.collect_all(self.limits.window);
         self.report(left).await?;
         loop {
             if self.is_drained() {
                 return self.close().await;
             }
-            let ready = self.session.attempts.ready.clone();
+            let ready = self.stream.attempts.ready.clone();
             let event = {
                 let refresh = OptionFuture::from(self.refresh_at.map(sleep_until));
                 let refreshed = OptionFuture::from(self.refreshing.as_mut());
-                let drain_deadline = OptionFuture::from(self.drain.until().map(sleep_until));
-                let release_due = OptionFuture::from(self.release_at.map(sleep_until));
+                let drain_due = OptionFuture::from(self.drain.until().map(sleep_until));
+                let release_due = OptionFuture::from(self.token_release_at.map(sleep_until));
                 tokio::select! {
                     message = self.inbound.message() => Event::Message(message?.map(Box::new)),
                     keys = ready.take() => Event::Ready(keys),
                     _ = self.heartbeats.tick() => Event::Heartbeat,
                     Some(()) = refresh => Event::Refresh,
                     Some(token) = refreshed => Event::Refreshed(token),
-                    Some(()) = drain_deadline => Event::DrainDeadline,
+                    Some(()) = drain_due => Event::DrainDeadline,
                     Some(()) = release_due => Event::TokenExpiring,
-                    () = self.session.shutdown.cancelled(), if matches!(self.drain, Drain::Inactive) => {
+                    () = self.stream.shutdown.cancelled(), if matches!(self.drain, Drain::Inactive) => {
                         Event::BeginDrain
                     }
                 }
@@ -291,7 +291,7 @@ impl Connection<'_> {
             }
             Event::Ready(keys) => {
                 for key in keys {
-                    let reports = self.session.attempts.collect(key, self.limits.window);
+                    let reports = self.stream.attempts.collect(key, self.limits.window);
                     self.report(reports).await?;
                 }
                 Ok(())
@@ -300,21 +300,25 @@ impl Connection<'_> {
                 // This process may have been suspended: read pending messages before the stream is considered lost.
                 let silent = self.last_message_at.elapsed() > self.limits.lease;
                 if std::mem::replace(&mut self.was_silent, silent) && silent {
-                    return Err(Status::unavailable("the server was silent for a lease duration"));
+                    return Err(Status::unavailable(format!(
+                        "no message from the server for more than {:?}",
+                        self.limits.lease
+                    )));
                 }
-                let attempts = self.session.attempts.ids();
+                let attempts = self.stream.attempts.ids();
                 self.send(work_request::Message::Heartbeat(Heartbeat { attempts })).await
             }
             Event::Refresh => {
                 self.refresh_at = None;
-                self.refreshing = Some(self.session.token.token());
+                self.refreshing = Some(self.stream.token.token());
                 Ok(())
             }
             Event::Refreshed(token) => self.refreshed(token).await,
             Event::BeginDrain => {
-                tracing::info!(running = self.session.attempts.len(), "draining");
-                let timeout = self.session.drain_timeout;
-                let at = *self.session.drain_at.get_or_insert_with(|| Instant::now() + timeout);
+                tracing::info!(running = self.stream.attempts.len(), "draining");
+                let timeout = self.stream.drain_timeout;
+                let at =
+                    *self.stream.drain_deadline.get_or_insert_with(|| Instant::now() + timeout);
                 self.drain = Drain::Waiting(at);
                 self.send(work_request::Message::Capacity(Capacity { slots: 0 })).await
             }
@@ -326,16 +330,16 @@ impl Connection<'_> {
                 }
                 Drain::Inactive | Drain::Waiting(_) => {
                     self.drain = Drain::Released(Instant::now() + RELEASE_TIMEOUT);
-                    self.release_all("the worker stops").await
+                    self.release_all("the worker is shutting down").await
                 }
             },
-            // The worker is already stopping.
+            // The worker is already shutting down.
             Event::TokenExpiring if matches!(self.drain, Drain::Released(_)) => {
-                self.release_at = None;
+                self.token_release_at = None;
                 Ok(())
             }
             Event::TokenExpiring => {
-                self.release_at = None;
+                self.token_release_at = None;
                 self.drain = Drain::TokenExpiring(Instant::now() + RELEASE_TIMEOUT);
                 self.send(work_request::Message::Capacity(Capacity { slots: 0 })).await?;
                 self.release_all("the worker's token is about to expire").await
@@ -345,7 +349,7 @@ impl Connection<'_> {
 
     async fn handle_message(&mut self, response: WorkResponse) -> Result<(), Status> {
         use work_response::Message;
-        let attempts = &mut *self.session.attempts;
+        let attempts = &mut *self.stream.attempts;
         match response.message {
             Some(Message::Task(task)) => self.start(task).await,
             Some(Message::Acknowledgment(acknowledgment)) => {
@@ -384,7 +388,7 @@ impl Connection<'_> {
         }
     }
 
-    /// Schedules the renewal of the token or, if it cannot be renewed, the release of all attempts before it expires.
+    /// Schedules the refresh of the token or, if it cannot be refreshed, the release of all attempts before it expires.
     fn schedule_expiry(&mut self, status: &TokenStatus) {
         let Some(expires) = &status.expire_time else { return };
         let expires_at = Timestamp::from_millis(millis(expires));
@@ -392,27 +396,27 @@ impl Connection<'_> {
             Duration::ZERO => expires_at.since(SystemClock.now()),
             left => left,
         };
-        if !self.session.token.is_fixed() {
+        if !self.stream.token.is_fixed() {
             self.refresh_at = Some(Instant::now() + delay_before_expiry(left, REFRESH_LEAD));
             return;
         }
         tracing::warn!(
             %expires_at,
-            "the token cannot be renewed: the worker releases its running attempts and exits before the token \
-             expires; to avoid this, use a token that can be renewed (--token-file, TokenSource)"
+            "the token cannot be refreshed: the worker releases its running attempts and exits before the token \
+             expires; to avoid this, use a token that can be refreshed (--token-file, TokenSource)"
         );
-        self.release_at = Some(Instant::now() + delay_before_expiry(left, RELEASE_TIMEOUT));
+        self.token_release_at = Some(Instant::now() + delay_before_expiry(left, RELEASE_TIMEOUT));
     }
 
     async fn release_all(&mut self, reason: &str) -> Result<(), Status> {
-        self.session.attempts.release_all(reason);
-        let reports = self.session.attempts.collect_all(self.limits.window);
+        self.stream.attempts.release_all(reason);
+        let reports = self.stream.attempts.collect_all(self.limits.window);
         self.report(reports).await
     }
 
     async fn start(&mut self, task: streamer_proto::processor::v1::Task) -> Result<(), Status> {
         let (uid, attempt, action) = (task.uid.clone(), task.attempt, task.action.clone());
-        if self.session.attempts.start(task, self.limits.payload_limits) {
+        if self.stream.attempts.start(task, self.limits.payload_limits) {
             return Ok(());
         }
         let message = format!("this worker has no handler for {action:?}");
@@ -424,22 +428,23 @@ impl Connection<'_> {
     async fn refreshed(&mut self, token: Result<String, TokenError>) -> Result<(), Status> {
         self.refreshing = None;
         match token {
-            // The token cannot be renewed; the server ends the stream when the token expires.
+            // The token cannot be refreshed; the server ends the stream when the token expires.
             Ok(token) if token == self.token => Ok(()),
             Ok(token) => {
                 self.token.clone_from(&token);
                 self.send(work_request::Message::RefreshToken(RefreshToken { token })).await
             }
             Err(error) => {
-                tracing::warn!(%error, "failed to renew the token, retrying");
-                self.refresh_at = Some(Instant::now() + REFRESH_LEAD / 10);
+                let retry_in = REFRESH_LEAD / 10;
+                tracing::warn!(%error, "failed to refresh the token; retrying in {retry_in:?}");
+                self.refresh_at = Some(Instant::now() + retry_in);
                 Ok(())
             }
         }
     }
 
     fn is_drained(&self) -> bool {
-        !matches!(self.drain, Drain::Inactive) && self.session.attempts.is_empty()
+        !matches!(self.drain, Drain::Inactive) && self.stream.attempts.is_empty()
     }
 
     /// Closes the sending side, and waits until the server ends the stream.
@@ -467,7 +472,7 @@ impl Connection<'_> {
     }
 }
 
-/// Events that the loop of a session handles.
+/// Events that the loop of a stream handles.
 enum Event {
     Message(Option<Box<WorkResponse>>),
     Ready(Vec<crate::attempt_key::AttemptKey>),
