@@ -51,7 +51,7 @@ impl Dynamo {
     ) -> Result<Vec<DeclaredAction>, StoreError> {
         let doing = "reading actions";
         let mut actions = Vec::new();
-        for item in self.fleet(KIND).await? {
+        for item in self.list_members(KIND).await? {
             if number_of(&item, "declare_time")? < since.as_millis() {
                 continue;
             }

@@ -115,14 +115,14 @@ impl Dynamo {
         gateway: &str,
         until: Timestamp,
     ) -> Result<(), StoreError> {
-        self.keep_alive(KIND, gateway, until).await?;
+        self.renew_member(KIND, gateway, until).await?;
         self.remove_dead_gateways(until).await
     }
 
     /// Removes the connections of dead gateways.
     async fn remove_dead_gateways(&self, now: Timestamp) -> Result<(), StoreError> {
         let dead_since = now.minus(REMOVE_AFTER).as_millis();
-        let gateways = numbers_by_name(&self.fleet(KIND).await?, "name", "alive_until");
+        let gateways = numbers_by_name(&self.list_members(KIND).await?, "name", "alive_until");
         for (gateway, until) in gateways.into_iter().filter(|(_, until)| *until < dead_since) {
             let left = self.connections_of(&gateway).await?;
             if left.is_empty() {
@@ -137,9 +137,9 @@ impl Dynamo {
 
     async fn connections_of(&self, gateway: &str) -> Result<Vec<String>, StoreError> {
         let condition = Expression::default().when("gateway", "=", text(gateway));
-        let rows =
+        let items =
             self.query_index(&self.tables.connections, "gateway", condition, MAX_REMOVED).await?;
-        rows.iter().map(|row| text_of(row, "id").map(str::to_owned)).collect()
+        items.iter().map(|item| text_of(item, "id").map(str::to_owned)).collect()
     }
 
     pub(crate) async fn list_connections(
@@ -150,7 +150,7 @@ impl Dynamo {
         limit: usize,
         now: Timestamp,
     ) -> Result<ConnectionPage, StoreError> {
-        let gateways = numbers_by_name(&self.fleet(KIND).await?, "name", "alive_until");
+        let gateways = numbers_by_name(&self.list_members(KIND).await?, "name", "alive_until");
         let mut after = after;
         let mut connections: Vec<ConnectionRecord> = Vec::new();
         let wanted = limit.saturating_add(1);

@@ -16,8 +16,8 @@ use crate::{
     expression::{Attributes, Expression},
 };
 
-/// Maximum number of rows in one page of an index.
-const MAX_PAGE_ROWS: usize = 1000;
+/// Maximum number of items in one page of an index.
+const MAX_PAGE_ITEMS: usize = 1000;
 
 impl Dynamo {
     /// Reads an item with strong consistency.
@@ -106,7 +106,7 @@ impl Dynamo {
         }
     }
 
-    /// Returns a query for the rows of a table, or of one of its indexes, that meet `condition`.
+    /// Returns a query for the items of a table, or of one of its indexes, that meet `condition`.
     pub(crate) fn query(
         &self,
         table: &str,
@@ -122,7 +122,7 @@ impl Dynamo {
             .set_expression_attribute_values(condition.values())
     }
 
-    /// Reads one page of the rows of a query.
+    /// Reads one page of the items of a query.
     pub(crate) async fn read_page(
         &self,
         doing: &'static str,
@@ -134,7 +134,7 @@ impl Dynamo {
         Ok(page)
     }
 
-    /// Reads the first rows of an index that meet `condition`, at most `limit`.
+    /// Reads the first items of an index that meet `condition`, at most `limit`.
     pub(crate) async fn query_index(
         &self,
         table: &str,
@@ -145,7 +145,7 @@ impl Dynamo {
         let mut items = Vec::new();
         let mut start = None;
         loop {
-            let left = (limit - items.len()).min(MAX_PAGE_ROWS);
+            let left = (limit - items.len()).min(MAX_PAGE_ITEMS);
             let query = self
                 .query(table, Some(index), &condition)
                 .limit(saturate::to_i32(left))

@@ -1,6 +1,6 @@
 //! Leases of attempts and their holders. A processor renews a single item, regardless of the number of attempts that it
 //! runs: the lease of a request lasts until the later of its own `lease_until` and the `alive_until` of its holder. A
-//! lease that a live holder no longer knows is released.
+//! lease that a live holder does not renew is released.
 
 use std::{
     collections::{HashMap, HashSet},
@@ -35,7 +35,7 @@ pub(crate) struct LeaseHolders {
     /// Time until which the store records each holder of this process as alive.
     alive_until: Mutex<HashMap<String, Timestamp>>,
     /// Dead holders without leases, with their `alive_until` and the time at which they were checked.
-    empty: Mutex<HashMap<String, (i64, Timestamp)>>,
+    without_leases: Mutex<HashMap<String, (i64, Timestamp)>>,
 }
 
 impl LeaseHolders {
@@ -53,7 +53,7 @@ impl LeaseHolders {
         if known.is_some_and(|alive_until| alive_until > enough) {
             return Ok(());
         }
-        dynamo.keep_alive(HOLDER, holder, until).await?;
+        dynamo.renew_member(HOLDER, holder, until).await?;
         self.set_alive(holder, until);
         Ok(())
     }
@@ -63,25 +63,25 @@ impl LeaseHolders {
         self.alive_until.lock().insert(holder.to_owned(), until);
     }
 
-    fn set_empty(&self, holder: &str, alive_until: i64, now: Timestamp) {
-        self.empty.lock().insert(holder.to_owned(), (alive_until, now));
+    fn set_without_leases(&self, holder: &str, alive_until: i64, now: Timestamp) {
+        self.without_leases.lock().insert(holder.to_owned(), (alive_until, now));
     }
 
     /// Returns whether a dead holder had no leases when it was recently checked, and has not been alive since.
-    fn is_empty(&self, holder: &str, alive_until: i64, now: Timestamp) -> bool {
-        self.empty.lock().get(holder).is_some_and(|(until, seen)| {
+    fn is_without_leases(&self, holder: &str, alive_until: i64, now: Timestamp) -> bool {
+        self.without_leases.lock().get(holder).is_some_and(|(until, seen)| {
             *until == alive_until && now >= *seen && now.since(*seen) < RECHECK_INTERVAL
         })
     }
 
     fn keep_only(&self, known: &HashMap<String, i64>) {
-        self.empty.lock().retain(|holder, _| known.contains_key(holder));
+        self.without_leases.lock().retain(|holder, _| known.contains_key(holder));
     }
 }
 
 impl Dynamo {
     /// Records in the fleet table that a member is alive until `until`, unless a later time is already recorded.
-    pub(crate) async fn keep_alive(
+    pub(crate) async fn renew_member(
         &self,
         kind: &str,
         name: &str,
@@ -95,7 +95,7 @@ impl Dynamo {
     }
 
     /// Reads all members of one kind from the fleet table.
-    pub(crate) async fn fleet(&self, kind: &str) -> Result<Vec<Attributes>, StoreError> {
+    pub(crate) async fn list_members(&self, kind: &str) -> Result<Vec<Attributes>, StoreError> {
         let condition = Expression::default().when("kind", "=", text(kind));
         let mut items = Vec::new();
         let mut start = None;
@@ -126,7 +126,7 @@ impl Dynamo {
     }
 
     /// Returns the time at which the lease of the current attempt of a request expires.
-    pub(crate) async fn lease_end(&self, item: &RequestItem) -> Result<i64, StoreError> {
+    pub(crate) async fn lease_expiry(&self, item: &RequestItem) -> Result<i64, StoreError> {
         let own = item.lease_until.unwrap_or(0);
         let Some(holder) = &item.lease_holder else { return Ok(own) };
         let key = key([("kind", HOLDER), ("name", holder)]);
@@ -145,23 +145,24 @@ impl Dynamo {
         until: Timestamp,
         now: Timestamp,
     ) -> Result<Vec<LeaseRenewal>, StoreError> {
-        self.keep_alive(HOLDER, holder, until).await?;
-        // Reading about sixty rows of the index costs as much as reading one item. A row may be slightly stale, which
-        // is harmless. A lease without a row may be too new for the index, so its item is read.
-        let rows = self.rows_of(holder, usize::MAX).await?;
-        let mut reasons = HashMap::with_capacity(rows.len());
-        for row in &rows {
-            let key = (text_of(row, "uid")?, attempt_of(row, "attempt")?);
-            reasons.insert(key, text_of(row, "cancel_reason").ok().map(str::to_owned));
+        self.renew_member(HOLDER, holder, until).await?;
+        // Reading about sixty items of the index costs as much as reading one item of the table. The index is
+        // eventually consistent: a stale item is harmless, and a lease without an item may be too new for the index,
+        // so the item of the table is read.
+        let indexed = self.index_items_of(holder, usize::MAX).await?;
+        let mut reasons = HashMap::with_capacity(indexed.len());
+        for item in &indexed {
+            let key = (text_of(item, "uid")?, attempt_of(item, "attempt")?);
+            reasons.insert(key, text_of(item, "cancel_reason").ok().map(str::to_owned));
         }
         let attempts: HashMap<String, AttemptNumber> =
             leases.iter().map(|lease| (lease.uid.to_string(), lease.attempt)).collect();
-        let is_shown = |(uid, attempt): (&String, &AttemptNumber)| {
+        let is_indexed = |(uid, attempt): (&String, &AttemptNumber)| {
             reasons.contains_key(&(uid.as_str(), *attempt))
         };
-        let unseen =
-            attempts.iter().filter(|attempt| !is_shown(*attempt)).map(|(uid, _)| uid.clone());
-        let items = by_uid(self.get_many(unseen.collect()).await?);
+        let unindexed =
+            attempts.iter().filter(|attempt| !is_indexed(*attempt)).map(|(uid, _)| uid.clone());
+        let items = by_uid(self.get_many(unindexed.collect()).await?);
         let renewed = leases.iter().map(|lease| {
             let uid = lease.uid.to_string();
             if let Some(reason) = reasons.get(&(uid.as_str(), lease.attempt)) {
@@ -177,8 +178,8 @@ impl Dynamo {
             LeaseRenewal { lease: *lease, held, cancel_reason }
         });
         let renewed = renewed.collect();
-        let shown = reasons.keys().map(|(uid, _)| (*uid).to_owned());
-        let unknown = shown.filter(|uid| !attempts.contains_key(uid)).collect();
+        let uids = reasons.keys().map(|(uid, _)| (*uid).to_owned());
+        let unknown = uids.filter(|uid| !attempts.contains_key(uid)).collect();
         self.release_unknown(holder, unknown, until, now).await?;
         Ok(renewed)
     }
@@ -218,30 +219,34 @@ impl Dynamo {
         Ok(())
     }
 
-    /// Returns the index rows of the running requests of `holder`.
-    async fn rows_of(&self, holder: &str, limit: usize) -> Result<Vec<Attributes>, StoreError> {
+    /// Returns the index items of the running requests of `holder`.
+    async fn index_items_of(
+        &self,
+        holder: &str,
+        limit: usize,
+    ) -> Result<Vec<Attributes>, StoreError> {
         let condition = Expression::default().when("lease_holder", "=", text(holder));
         self.query_index(&self.tables.requests, "running", condition, limit).await
     }
 
     async fn held_by(&self, holder: &str, limit: usize) -> Result<Vec<String>, StoreError> {
-        let rows = self.rows_of(holder, limit).await?;
-        rows.iter().map(|row| text_of(row, "uid").map(str::to_owned)).collect()
+        let items = self.index_items_of(holder, limit).await?;
+        items.iter().map(|item| text_of(item, "uid").map(str::to_owned)).collect()
     }
 
-    pub(crate) async fn expired(
+    pub(crate) async fn requests_with_expired_leases(
         &self,
         holders: &LeaseHolders,
         now: Timestamp,
         limit: usize,
     ) -> Result<Vec<RequestRecord>, StoreError> {
-        let fleet = self.fleet(HOLDER).await?;
-        let alive_until = numbers_by_name(&fleet, "name", "alive_until");
+        let members = self.list_members(HOLDER).await?;
+        let alive_until = numbers_by_name(&members, "name", "alive_until");
         let mut dead: Vec<_> =
             alive_until.iter().filter(|(_, until)| **until <= now.as_millis()).collect();
         self.claim_jitter.set_processors(alive_until.len() - dead.len());
         holders.keep_only(&alive_until);
-        dead.retain(|(holder, until)| !holders.is_empty(holder, **until, now));
+        dead.retain(|(holder, until)| !holders.is_without_leases(holder, **until, now));
         dead.sort_by_key(|(name, until)| (**until, *name));
         let no_holder = (NO_HOLDER.to_owned(), 0);
         let all = dead.into_iter().chain([(&no_holder.0, &no_holder.1)]);
@@ -251,7 +256,7 @@ impl Dynamo {
             let uids = self.held_by(holder, limit.saturating_mul(2)).await?;
             if uids.is_empty() {
                 if holder != NO_HOLDER {
-                    holders.set_empty(holder, *until, now);
+                    holders.set_without_leases(holder, *until, now);
                 }
                 let long_dead =
                     now.as_millis().saturating_sub(*until) > saturate::to_millis(REMOVE_AFTER);

@@ -203,7 +203,7 @@ impl Dynamo {
             return Ok(Some(AppendOutcome::Applied { cancel_reason: item.cancel_reason.clone() }));
         }
         if matches!(change.writer, Writer::ExpiredLease(_)) {
-            head.lease_until = Timestamp::from_millis(self.lease_end(item).await?);
+            head.lease_until = Timestamp::from_millis(self.lease_expiry(item).await?);
         }
         let first_seq = change.events.first().map(|first| first.seq);
         Ok(head.fence(change.writer, first_seq, change.now))

@@ -1,5 +1,5 @@
 //! Queue of requests. Its index is distributed over shards. In each shard, requests are ordered by tenant, action,
-//! priority and due time, and reads skip the rows that they do not need.
+//! priority and due time, and reads skip the items that they do not need.
 
 use std::collections::VecDeque;
 
@@ -24,10 +24,10 @@ const SEPARATOR: char = '\t';
 const AFTER_SEPARATOR: char = '\n';
 /// Highest priority of a request.
 const HIGHEST_PRIORITY: i32 = 9;
-/// Minimum number of index rows to read at once.
-const MIN_PAGE: usize = 32;
-/// Maximum number of index rows to read at once.
-const MAX_PAGE: usize = 256;
+/// Minimum number of index items to read at once.
+const MIN_PAGE_ITEMS: usize = 32;
+/// Maximum number of index items to read at once.
+const MAX_PAGE_ITEMS: usize = 256;
 /// Maximum number of requests to count; a longer queue is reported with this length.
 const MAX_COUNTED: u64 = 5_000;
 /// Maximum number of groups of tenant, action and priority to search for the oldest request.
@@ -35,9 +35,9 @@ const MAX_GROUPS: usize = 100;
 /// Maximum number of tenants whose queues are counted.
 const MAX_TENANTS: usize = 16;
 
-/// Row of the index, parsed from its rank.
+/// Item of the index, parsed from its rank.
 #[derive(Clone, Debug)]
-struct Row {
+struct IndexItem {
     rank: String,
     tenant: String,
     action: String,
@@ -60,7 +60,7 @@ fn group_prefix(tenant: &str, action: &str, priority: i32) -> String {
     format!("{tenant}{SEPARATOR}{action}{SEPARATOR}{inverted}{SEPARATOR}")
 }
 
-impl Row {
+impl IndexItem {
     fn parse(rank: &str) -> Option<Self> {
         let mut fields = rank.split(SEPARATOR);
         let (tenant, action) = (fields.next()?.to_owned(), fields.next()?.to_owned());
@@ -86,21 +86,21 @@ struct Cursor<'a> {
     dynamo: &'a Dynamo,
     shard: String,
     page: usize,
-    rows: VecDeque<Row>,
-    /// Whether no rows follow those in `rows`.
+    items: VecDeque<IndexItem>,
+    /// Whether no items follow those in `items`.
     exhausted: bool,
 }
 
 impl Cursor<'_> {
-    /// Returns the first row at or after the key `from`.
-    async fn seek(&mut self, from: &str) -> Result<Option<&Row>, StoreError> {
-        while self.rows.front().is_some_and(|row| row.rank.as_str() < from) {
-            self.rows.pop_front();
+    /// Returns the first item at or after the key `from`.
+    async fn seek(&mut self, from: &str) -> Result<Option<&IndexItem>, StoreError> {
+        while self.items.front().is_some_and(|item| item.rank.as_str() < from) {
+            self.items.pop_front();
         }
-        if self.rows.is_empty() && !self.exhausted {
+        if self.items.is_empty() && !self.exhausted {
             self.read(from).await?;
         }
-        Ok(self.rows.front())
+        Ok(self.items.front())
     }
 
     async fn read(&mut self, from: &str) -> Result<(), StoreError> {
@@ -118,14 +118,14 @@ impl Cursor<'_> {
         self.exhausted = page.last_evaluated_key.is_none();
         for item in page.items() {
             let rank = text_of(item, "queue_rank")?;
-            let row =
-                Row::parse(rank).ok_or_else(|| corrupt(doing, format!("invalid rank {rank:?}")))?;
-            self.rows.push_back(row);
+            let item = IndexItem::parse(rank)
+                .ok_or_else(|| corrupt(doing, format!("invalid rank {rank:?}")))?;
+            self.items.push_back(item);
         }
         Ok(())
     }
 
-    /// Moves up to `limit` due rows of one tenant and action to `due`.
+    /// Moves up to `limit` due items of one tenant and action to `due`.
     async fn pop_due(
         &mut self,
         (tenant, action): (&str, &str),
@@ -136,16 +136,16 @@ impl Cursor<'_> {
         let mut from = format!("{tenant}{SEPARATOR}{action}{SEPARATOR}");
         let mut taken = 0;
         while taken < limit {
-            let Some(row) = self.seek(&from).await? else { return Ok(()) };
-            if row.tenant != tenant || row.action != action {
+            let Some(item) = self.seek(&from).await? else { return Ok(()) };
+            if item.tenant != tenant || item.action != action {
                 return Ok(());
             }
-            if row.not_before <= now {
-                due.push(row.due());
-                from = key_after(&row.rank);
+            if item.not_before <= now {
+                due.push(item.due());
+                from = key_after(&item.rank);
                 taken += 1;
             } else {
-                from = group_prefix(tenant, action, row.priority - 1);
+                from = group_prefix(tenant, action, item.priority - 1);
             }
         }
         Ok(())
@@ -170,7 +170,7 @@ fn key_after_tenant(tenant: &str) -> String {
 /// Returns the first tenant at or after the key `from`, in any shard.
 async fn next_tenant(cursors: &mut [Cursor<'_>], from: &str) -> Result<Option<String>, StoreError> {
     let firsts = try_join_all(cursors.iter_mut().map(|cursor| cursor.seek(from))).await?;
-    Ok(firsts.into_iter().flatten().map(|row| row.tenant.clone()).min())
+    Ok(firsts.into_iter().flatten().map(|item| item.tenant.clone()).min())
 }
 
 impl Dynamo {
@@ -197,11 +197,11 @@ impl Dynamo {
         (0..self.queue_shards.max(1)).map(|shard| shard.to_string())
     }
 
-    /// Returns cursors that read somewhat more than `wanted` rows at once.
+    /// Returns cursors that read somewhat more than `wanted` items at once.
     fn cursors(&self, wanted: usize) -> Vec<Cursor<'_>> {
-        let page = wanted.saturating_add(8).clamp(MIN_PAGE, MAX_PAGE);
+        let page = wanted.saturating_add(8).clamp(MIN_PAGE_ITEMS, MAX_PAGE_ITEMS);
         let cursor =
-            |shard| Cursor { dynamo: self, shard, page, rows: VecDeque::new(), exhausted: false };
+            |shard| Cursor { dynamo: self, shard, page, items: VecDeque::new(), exhausted: false };
         self.shards().map(cursor).collect()
     }
 
@@ -307,16 +307,16 @@ impl Dynamo {
             self.query_index(&self.tables.requests, "expiring", condition, limit)
         }))
         .await?;
-        let mut rows = Vec::new();
+        let mut overdue = Vec::new();
         for item in found.iter().flatten() {
-            rows.push((number_of(item, "expire_at")?, text_of(item, "uid")?.to_owned()));
+            overdue.push((number_of(item, "expire_at")?, text_of(item, "uid")?.to_owned()));
         }
-        rows.sort();
-        rows.truncate(limit);
-        let uids = rows.iter().map(|(_, uid)| uid.clone()).collect();
+        overdue.sort();
+        overdue.truncate(limit);
+        let uids = overdue.iter().map(|(_, uid)| uid.clone()).collect();
         let mut items = by_uid(self.get_many(uids).await?);
         let mut records = Vec::new();
-        for (_, uid) in rows {
+        for (_, uid) in overdue {
             // The index may contain a request whose state has changed in the meantime.
             let Some(item) = items.remove(&uid) else { continue };
             let is_overdue = item.expire_at.is_some_and(|at| at <= now.as_millis());
@@ -359,7 +359,7 @@ impl Dynamo {
     }
 }
 
-/// Counts the due rows of `tenant` for the action of `record` that precede `record` in the queue.
+/// Counts the due items of `tenant` for the action of `record` that precede `record` in the queue.
 async fn count_ahead(
     cursor: &mut Cursor<'_>,
     record: &RequestRecord,
@@ -371,31 +371,32 @@ async fn count_ahead(
     let own = (-record.priority, record.not_before.as_millis(), record.uid);
     let mut counted = 0;
     while counted < limit {
-        let Some(row) = cursor.seek(&from).await? else { break };
-        if row.tenant != tenant || row.action != record.action || row.priority < record.priority {
+        let Some(item) = cursor.seek(&from).await? else { break };
+        if item.tenant != tenant || item.action != record.action || item.priority < record.priority
+        {
             break;
         }
-        let before = (-row.priority, row.not_before, row.uid) < own;
-        if row.not_before <= now.as_millis() && before {
+        let before = (-item.priority, item.not_before, item.uid) < own;
+        if item.not_before <= now.as_millis() && before {
             counted += 1;
-            from = key_after(&row.rank);
+            from = key_after(&item.rank);
         } else {
-            from = group_prefix(tenant, &record.action, row.priority - 1);
+            from = group_prefix(tenant, &record.action, item.priority - 1);
         }
     }
     Ok(counted as u64)
 }
 
-/// Returns the earliest due time up to `now`. The first row of each group has the earliest due time of the group.
+/// Returns the earliest due time up to `now`. The first item of each group has the earliest due time of the group.
 async fn oldest_due(cursor: &mut Cursor<'_>, now: i64) -> Result<Option<i64>, StoreError> {
     let mut oldest = None;
     let mut from = String::new();
     for _ in 0..MAX_GROUPS {
-        let Some(row) = cursor.seek(&from).await? else { break };
-        if row.not_before <= now {
-            oldest = Some(oldest.map_or(row.not_before, |known: i64| known.min(row.not_before)));
+        let Some(item) = cursor.seek(&from).await? else { break };
+        if item.not_before <= now {
+            oldest = Some(oldest.map_or(item.not_before, |known: i64| known.min(item.not_before)));
         }
-        from = group_prefix(&row.tenant, &row.action, row.priority - 1);
+        from = group_prefix(&item.tenant, &item.action, item.priority - 1);
     }
     Ok(oldest)
 }

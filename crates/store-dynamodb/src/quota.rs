@@ -1,5 +1,5 @@
 //! Counts the queued requests of tenants and users. The numbers are not stored in an item, because every submission
-//! would have to write it. Instead, a process counts the rows of the tenant in the index of the queue, adds its own
+//! would have to write it. Instead, a process counts the items of the tenant in the index of the queue, adds its own
 //! submissions, and counts again when a limit may be reached.
 
 use std::{collections::HashMap, time::Instant};
@@ -16,7 +16,7 @@ use crate::{
     queue_counts::Decision,
 };
 
-/// Maximum number of rows to count for a tenant without a limit.
+/// Maximum number of index items to count for a tenant without a limit.
 const MAX_COUNTED: u64 = 1_000_000;
 
 impl Dynamo {
@@ -87,7 +87,7 @@ impl Dynamo {
                 .set_exclusive_start_key(start);
             let page = self.read_page("counting a tenant's queue", query).await?;
             for item in page.items() {
-                // An index that was created before it included users also has one row for each request.
+                // An index that was created before it included users also has one item for each request.
                 let user = text_of(item, "user").unwrap_or_default();
                 match counted.get_mut(user) {
                     Some(count) => *count += 1,

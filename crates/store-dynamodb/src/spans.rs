@@ -39,7 +39,7 @@ struct Call {
 }
 
 impl Drop for Call {
-    /// Records an error for a call that was dropped because it took too long.
+    /// Records an error for a call that was dropped before its response, because of a timeout or a cancellation.
     fn drop(&mut self) {
         if !*self.has_response.get_mut() {
             self.span.record("otel.status_code", "ERROR");

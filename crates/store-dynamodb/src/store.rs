@@ -179,7 +179,9 @@ impl Store for DynamoStore {
         limit: usize,
     ) -> Result<Vec<RequestRecord>, StoreError> {
         let _permit = self.admit(Purpose::Execution).await?;
-        self.record_throttling(self.dynamo.expired(&self.holders, now, limit).await)
+        self.record_throttling(
+            self.dynamo.requests_with_expired_leases(&self.holders, now, limit).await,
+        )
     }
 
     async fn adopt(&self, mut adopt: Adopt) -> Result<Option<RequestRecord>, StoreError> {

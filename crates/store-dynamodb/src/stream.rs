@@ -32,7 +32,8 @@ const READER_KIND: &str = "reader";
 const SHARD_LEASE: Duration = Duration::from_secs(10);
 /// Interval at which shards are rebalanced and their leases renewed.
 const REBALANCE_INTERVAL: Duration = Duration::from_secs(3);
-/// Interval between reads of a shard. All readers together can read a shard five times per second.
+/// Interval between reads of a shard. Shards are leased, because DynamoDB throttles reads of a shard by more
+/// than two readers at the same time.
 const POLL_INTERVAL: Duration = Duration::from_millis(400);
 /// Maximum number of records in one response.
 const MAX_RECORDS: usize = 1000;
@@ -135,7 +136,7 @@ impl StreamNotifier {
     }
 
     async fn shard_states(&self) -> Result<BTreeMap<String, ShardState>, StoreError> {
-        let items = self.dynamo.fleet(SHARD_KIND).await?;
+        let items = self.dynamo.list_members(SHARD_KIND).await?;
         let states = items.iter().filter_map(|item| {
             Some((text_of(item, "name").ok()?.to_owned(), ShardState::of(item)?))
         });
@@ -241,9 +242,9 @@ impl StreamNotifier {
         shard_list: &mut Option<(Timestamp, ShardList)>,
     ) -> Result<(), StoreError> {
         let now = reader.clock.now();
-        self.dynamo.keep_alive(READER_KIND, &reader.name, now.plus(SHARD_LEASE)).await?;
+        self.dynamo.renew_member(READER_KIND, &reader.name, now.plus(SHARD_LEASE)).await?;
         let readers =
-            numbers_by_name(&self.dynamo.fleet(READER_KIND).await?, "name", "alive_until");
+            numbers_by_name(&self.dynamo.list_members(READER_KIND).await?, "name", "alive_until");
         let alive = readers.values().filter(|until| **until > now.as_millis()).count().max(1);
         for (name, until) in &readers {
             if now.minus(SHARD_STATE_TTL).as_millis() > *until {

@@ -6,8 +6,8 @@ use super::*;
 const MAX_ROUNDS: usize = 10;
 /// Maximum number of index pages to read from each shard in one round.
 const MAX_PAGES: usize = 4;
-/// Number of rows in an index page that is read with a filter, and maximum number of rows without a filter.
-const FILTERED_PAGE_ROWS: usize = 1000;
+/// Number of items in an index page that is read with a filter, and maximum number of items without a filter.
+const FILTERED_PAGE_ITEMS: usize = 1000;
 /// Maximum number of items in one `BatchGetItem` call.
 const MAX_BATCH_GET: usize = 100;
 /// Maximum number of concurrent `BatchGetItem` calls.
@@ -158,7 +158,7 @@ impl Dynamo {
             }
         }
         let page_size =
-            if is_filtered { FILTERED_PAGE_ROWS } else { limit.clamp(1, FILTERED_PAGE_ROWS) };
+            if is_filtered { FILTERED_PAGE_ITEMS } else { limit.clamp(1, FILTERED_PAGE_ITEMS) };
         let mut uids = Vec::new();
         let mut start = None;
         for _ in 0..MAX_PAGES {
