@@ -64,10 +64,10 @@ fn rsa(jwk: &Value) -> Result<DecodingKey, SkipReason> {
     let (modulus, exponent) = (bytes(jwk, "n")?, bytes(jwk, "e")?);
     let significant = |bytes: &[u8]| bytes.iter().skip_while(|byte| **byte == 0).count();
     if !RSA_BYTES.contains(&significant(&modulus)) {
-        return Err("n: must have 2048 to 4096 bits");
+        return Err("n: must be 2048 to 4096 bits long");
     }
     if !(1..=MAX_EXPONENT_BYTES).contains(&significant(&exponent)) {
-        return Err("e: must have 1 to 4 bytes");
+        return Err("e: must be 1 to 4 bytes long");
     }
     Ok(DecodingKey::from_rsa_raw_components(&modulus, &exponent))
 }

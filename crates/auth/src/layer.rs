@@ -330,7 +330,7 @@ impl AuditEntry {
     }
 
     fn record_response(&mut self, response: &Response<Body>) {
-        // The response to a failed unary call is trailers-only: its status is in the headers.
+        // The response to a failed unary call is Trailers-Only: its status is in the headers.
         let status = Status::from_header_map(response.headers());
         let code = status.as_ref().map_or(Code::Ok, Status::code);
         let outcome = code_name(code);

@@ -69,7 +69,7 @@ impl Follower {
         }
     }
 
-    /// Returns the ID with which the request can be watched again.
+    /// Returns the ID with which the watch can be resumed.
     #[must_use]
     pub fn request_id(&self) -> &str {
         match &self.target {
@@ -141,8 +141,9 @@ impl Follower {
             && !matches!(received.message, ServerMessage::Response(_))
             && seq > self.last_seq.max(1) + 1
         {
-            let last_seq = self.last_seq;
-            return Err(ClientError::Protocol(format!("event {seq} follows event {last_seq}")));
+            let expected = self.last_seq.max(1) + 1;
+            let text = format!("expected event {expected}, received event {seq}");
+            return Err(ClientError::Protocol(text));
         }
         if !self.accept(&received.message) {
             return Ok(None);

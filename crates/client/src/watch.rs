@@ -171,8 +171,10 @@ impl Watch {
     fn accept(&mut self, event: Event) -> Result<Event, ClientError> {
         if event.seq != self.last_seq + 1 {
             return Err(ClientError::Protocol(format!(
-                "event {} of {} follows event {}",
-                event.seq, self.request_id, self.last_seq
+                "expected event {} of request {}, received event {}",
+                self.last_seq + 1,
+                self.request_id,
+                event.seq
             )));
         }
         self.last_seq = event.seq;

@@ -2,7 +2,8 @@
 //!
 //! Sources: RFC 6455 section 7.4.1 and the IANA "WebSocket Close Code Number Registry" for codes below 3000; codes from
 //! 4000 are for private use (RFC 6455 section 7.4.2) and belong to subprotocol `streamer.v1.json`. To add a code, add a
-//! variant, its row in `CloseCode::row`, and an entry in [`CloseCode::ALL`].
+//! variant, its row in `CloseCode::row`, and an entry in [`CloseCode::ALL`]; and extend the lists of the Python client
+//! (`_websocket/connection.py`) and of the TypeScript client (`websocket-connection.js`, `errors.js`).
 
 use std::fmt;
 
@@ -14,7 +15,7 @@ pub enum CloseCode {
     /// 1000 (RFC 6455): The connection is no longer needed. The gateway confirms a client's close frame without a code
     /// with it.
     Normal,
-    /// 1001 (RFC 6455): The gateway is stopping, or the user left the page.
+    /// 1001 (RFC 6455): The gateway is shutting down, or the user left the page.
     GoingAway,
     /// 1002 (RFC 6455): A frame violates the WebSocket protocol.
     ProtocolError,
@@ -90,7 +91,7 @@ impl CloseCode {
         use ErrorCode::{Forbidden, Unauthorized, ValidationError};
         match self {
             Self::Normal => Row::temporary(1000, "the connection is no longer needed"),
-            Self::GoingAway => Row::temporary(1001, "the peer is stopping"),
+            Self::GoingAway => Row::temporary(1001, "the peer is shutting down"),
             Self::ProtocolError => {
                 Row::permanent(1002, "a frame violates the WebSocket protocol", None)
             }

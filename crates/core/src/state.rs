@@ -53,7 +53,7 @@ impl RequestState {
 
 /// Error returned for a text that is not the name of a state.
 #[derive(Debug, thiserror::Error)]
-#[error("is not a state: QUEUED, RUNNING, SUCCEEDED, FAILED or CANCELLED")]
+#[error("must be QUEUED, RUNNING, SUCCEEDED, FAILED or CANCELLED")]
 pub struct InvalidState;
 
 impl FromStr for RequestState {

@@ -25,7 +25,7 @@ pub fn run_to_completion<T: Send + 'static>(
                 tracing::error!(%error, "a call panicked");
                 Err(Status::internal("internal error"))
             }
-            Err(_) => Err(Status::unavailable("the server is stopping")),
+            Err(_) => Err(Status::unavailable("the server is shutting down")),
         }
     }
 }

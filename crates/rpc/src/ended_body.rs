@@ -11,14 +11,14 @@ use tonic::{Status, body::Body};
 type BoxError = Box<dyn std::error::Error + Send + Sync>;
 
 /// Forwards the frames of a response body until `ended` completes, and then ends the body with the status from
-/// `ended`, in trailers: the client receives the reason and can watch again. A body that always has a frame
+/// `ended`, in trailers: the client receives the reason and can resume the watch. A body that always has a frame
 /// ready also ends.
 pub fn end_when<B>(body: B, ended: impl Future<Output = Status> + Send + 'static) -> Body
 where
     B: HttpBody<Data = Bytes> + Send + 'static,
     B::Error: Into<BoxError>,
 {
-    // In a trailers-only response, the status is in the headers, and the stream must end with the headers.
+    // In a Trailers-Only response, the status is in the headers, and the stream must end with the headers.
     if body.is_end_stream() {
         return Body::new(body);
     }

@@ -51,7 +51,7 @@ impl<'a> Page<'a> {
         self.context.output_bytes(CONTENT_TYPE, chunk).await?;
         let total = self.sections + 2;
         self.context.progress(100.0 * self.chunks as f64 / total as f64, message).await?;
-        // Writing a section is CPU-bound: yield to other tasks before the next section.
+        // Rendering is CPU-bound: yields to other tasks after each chunk.
         tokio::task::yield_now().await;
         Ok(())
     }

@@ -11,9 +11,9 @@ use super::{ErrorBody, OutputSummary};
 pub struct Connected {
     /// ID of the connection.
     pub connection_id: String,
-    /// User of the token.
+    /// User that the token identifies.
     pub user_id: String,
-    /// Tenant of the token.
+    /// Tenant that the token identifies.
     pub tenant_id: String,
     /// Interval at which the server sends pings.
     pub heartbeat_ms: u64,
