@@ -52,7 +52,7 @@ fn main() -> Result<(), Box<dyn Error>> {
     Ok(())
 }
 
-/// Returns the paths and policies of our methods, sorted by path, as a Rust expression for `methods.rs`.
+/// Returns the paths and policies of our methods, sorted by path, as a Rust expression for `method_policy.rs`.
 fn method_policies(pool: &DescriptorPool) -> Result<String, Box<dyn Error>> {
     let call_policy = pool.get_extension_by_name("streamer.common.v1.call_policy");
     let call_policy = call_policy.ok_or("option call_policy is not declared")?;
@@ -88,11 +88,11 @@ fn method_policy(
     let declared = declared.as_message().ok_or("call_policy is not a message")?;
     let flag = |name| field(declared, name)?.as_bool().ok_or(format!("{name} is not a bool"));
 
-    let repeatable =
+    let idempotent =
         level != IdempotencyLevel::IdempotencyUnknown || flag("repeatable_by_services")?;
     let retry_if_unavailable = flag("retry_if_unavailable")?;
-    if retry_if_unavailable && !repeatable {
-        return Err("retry_if_unavailable requires calls that can be repeated".into());
+    if retry_if_unavailable && !idempotent {
+        return Err("retry_if_unavailable requires an idempotent method".into());
     }
     let timeout = if declared.has_field_by_name("timeout") {
         let timeout = field(declared, "timeout")?;
@@ -116,7 +116,7 @@ fn method_policy(
         return Err("stream_kind is required if the response is a stream, and only then".into());
     }
     Ok(format!(
-        "MethodPolicy {{ repeatable: {repeatable}, retry_if_unavailable: {retry_if_unavailable}, \
+        "MethodPolicy {{ idempotent: {idempotent}, retry_if_unavailable: {retry_if_unavailable}, \
          timeout: {timeout}, stream_kind: StreamKind::{stream_kind} }}"
     ))
 }

@@ -64,7 +64,7 @@ pub struct Dependencies {
     /// then forwards public gRPC calls.
     pub processor: Option<Channel>,
     /// This gateway and its peers; `None` if this gateway is the only one.
-    pub others: Option<PeerGateways>,
+    pub peers: Option<PeerGateways>,
     /// The metrics registry.
     pub metrics: Metrics,
     /// Exports traces and decides which requests are traced.
@@ -98,7 +98,7 @@ impl GatewayServer {
             router,
             progress,
             processor,
-            others,
+            peers,
             metrics,
             traces,
             options,
@@ -134,9 +134,10 @@ impl GatewayServer {
             traces,
             open_watches,
         });
-        let api =
-            ConnectionsServiceServer::new(ConnectionsApi::new(gateway.clone(), store, others));
-        let http = axum::Router::new().route("/ws", any(upgrade::open)).with_state(gateway.clone());
+        let api = ConnectionsServiceServer::new(ConnectionsApi::new(gateway.clone(), store, peers));
+        let http = axum::Router::new()
+            .route("/ws", any(upgrade::handle_upgrade))
+            .with_state(gateway.clone());
         Self { http, connections: auth.wrap(api), forwarded, gateway }
     }
 

@@ -24,7 +24,7 @@ use crate::{
     gateway::Gateway,
     ws::{
         frame,
-        handshake::{self, Handshake, JSON_PROTOCOL},
+        handshake::{self, Handshake, JSON_SUBPROTOCOL},
     },
 };
 
@@ -36,8 +36,11 @@ struct Rejection {
 }
 
 /// Handles `GET /ws`.
-pub(crate) async fn open(State(gateway): State<Arc<Gateway>>, mut request: Request) -> Response {
-    let handshake = match handshake::read(request.method(), request.uri(), request.headers()) {
+pub(crate) async fn handle_upgrade(
+    State(gateway): State<Arc<Gateway>>,
+    mut request: Request,
+) -> Response {
+    let handshake = match handshake::parse(request.method(), request.uri(), request.headers()) {
         Ok(handshake) => handshake,
         Err((status, reason)) => return http_error(status, reason),
     };
@@ -66,8 +69,8 @@ fn switch_protocols(handshake: &Handshake) -> Response {
     if let Ok(accept) = HeaderValue::from_str(&handshake.accept) {
         headers.insert(header::SEC_WEBSOCKET_ACCEPT, accept);
     }
-    if let Some(Ok(protocol)) = handshake.protocol.as_deref().map(HeaderValue::from_str) {
-        headers.insert(header::SEC_WEBSOCKET_PROTOCOL, protocol);
+    if let Some(Ok(subprotocol)) = handshake.subprotocol.as_deref().map(HeaderValue::from_str) {
+        headers.insert(header::SEC_WEBSOCKET_PROTOCOL, subprotocol);
     }
     response
 }
@@ -138,8 +141,8 @@ async fn admit(
     address: Option<IpAddr>,
 ) -> Result<Arc<ConnectionHandle>, Rejection> {
     let rejection = |code, reason: String| Rejection { code, reason };
-    if handshake.unknown_protocol {
-        let reason = format!("unsupported subprotocol: use {JSON_PROTOCOL}");
+    if handshake.unsupported_subprotocol {
+        let reason = format!("unsupported subprotocol: use {JSON_SUBPROTOCOL}");
         return Err(rejection(CloseCode::InvalidRequest, reason));
     }
     if let Some(origin) = &handshake.origin
@@ -163,25 +166,21 @@ async fn admit(
     let now = gateway.clock.now();
     let handle =
         Arc::new(ConnectionHandle::new(Uid::new(now), address, handshake.user_agent, now, caller));
+    let reached = |what: &str, limit: usize, option: &str| {
+        let reason = format!("maximum number of connections{what} reached: {limit} ({option})");
+        Err(rejection(CloseCode::LimitExceeded, reason))
+    };
     match gateway.registry.add(&handle) {
         Ok(()) => Ok(handle),
-        Err(AdmissionError::User(limit)) => Err(rejection(
-            CloseCode::LimitExceeded,
-            format!("more than {limit} connections of one user (gateway.max_connections_per_user)"),
-        )),
-        Err(AdmissionError::Address(limit)) => Err(rejection(
-            CloseCode::LimitExceeded,
-            format!(
-                "more than {limit} connections from one address \
-                 (gateway.max_connections_per_address)"
-            ),
-        )),
-        Err(AdmissionError::Total(limit)) => Err(rejection(
-            CloseCode::LimitExceeded,
-            format!("more than {limit} connections (gateway.max_connections)"),
-        )),
+        Err(AdmissionError::TooManyPerUser(limit)) => {
+            reached(" per user", limit, "gateway.max_connections_per_user")
+        }
+        Err(AdmissionError::TooManyPerAddress(limit)) => {
+            reached(" per address", limit, "gateway.max_connections_per_address")
+        }
+        Err(AdmissionError::TooMany(limit)) => reached("", limit, "gateway.max_connections"),
         Err(AdmissionError::Draining) => {
-            Err(rejection(CloseCode::GoingAway, "the gateway is stopping".into()))
+            Err(rejection(CloseCode::GoingAway, "the gateway is shutting down".into()))
         }
     }
 }

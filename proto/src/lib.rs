@@ -5,11 +5,11 @@
 use prost::Message;
 
 pub mod codec;
-mod methods;
+mod method_policy;
 pub mod seam;
 pub mod stubs;
 
-pub use methods::{MethodPolicy, declared_methods, is_known_method, method_policy};
+pub use method_policy::{MethodPolicy, declared_methods, is_known_method, method_policy};
 
 /// Types shared by all packages.
 pub mod common {

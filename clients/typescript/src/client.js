@@ -207,7 +207,7 @@ export class Client {
 
   /**
    * Requests cancellation. A queued request is cancelled immediately, a running request when its
-   * handler stops. Safe to repeat.
+   * handler stops. Safe to retry.
    * @param {string} requestId `requestId` or `uid`.
    * @param {string} [reason] At most 1,024 bytes.
    * @param {CallOptions} [options]
@@ -271,7 +271,7 @@ export class Client {
   /**
    * Submits failed or cancelled requests again, newest first, one page at a time: those of the
    * caller, or with permission `requests:write` those of the tenant. Ending the iteration leaves
-   * the remaining requests unchanged. Safe to repeat: a request that was redriven this way is not
+   * the remaining requests unchanged. Safe to retry: a request that was redriven this way is not
    * redriven again.
    * @param {object} [options]
    * @param {('FAILED' | 'CANCELLED')[]} [options.states] States of the requests; default `FAILED`

@@ -153,7 +153,7 @@ export class StreamerSocket {
 
   /**
    * Requests cancellation. A queued request is cancelled immediately, a running request when its
-   * handler stops. Safe to repeat.
+   * handler stops. Safe to retry.
    * @param {string} requestId `request_id` or `uid`.
    * @param {string} [reason] At most 1,024 bytes.
    * @returns {Promise<string>} `cancelling`, or the terminal state of the request.

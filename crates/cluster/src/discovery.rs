@@ -26,14 +26,14 @@ use tower::{Service as _, ServiceExt};
 use crate::{Instance, Instances, Service, ServiceToken};
 
 const CONNECT_TIMEOUT: Duration = Duration::from_secs(1);
-/// Time after which a silent peer is pinged. The connection is closed if the peer does not respond within
+/// Time after which a silent instance is pinged. The connection is closed if the instance does not respond within
 /// [`KEEP_ALIVE_TIMEOUT`].
 const KEEP_ALIVE: Duration = Duration::from_secs(2);
 const KEEP_ALIVE_TIMEOUT: Duration = Duration::from_secs(6);
-/// Interval between health probes of a peer.
+/// Interval between health probes of an instance.
 const PROBE_INTERVAL: Duration = Duration::from_secs(1);
 const PROBE_TIMEOUT: Duration = Duration::from_millis(1500);
-/// Number of consecutive failed probes after which watches at a peer end. With the interval and timeout of probes,
+/// Number of consecutive failed probes after which watches at an instance end. With the interval and timeout of probes,
 /// watches end in less than 5 s.
 const MAX_FAILED_PROBES: u32 = 2;
 /// Window of a stream, in bytes. The connection has the maximum window, so that a stream that is not
@@ -43,8 +43,8 @@ const RESOLVE_TIMEOUT: Duration = Duration::from_secs(3);
 /// Maximum window size that RFC 9113 allows, in bytes.
 pub const MAX_HTTP2_WINDOW: u32 = (1 << 31) - 1;
 
-/// Tracks the instances of a service.
-pub(crate) struct PeerList {
+/// Discovers the instances of a service.
+pub(crate) struct Discovery {
     service: Service,
     /// Configured entries, in the form HOST:PORT.
     entries: Vec<String>,
@@ -53,7 +53,7 @@ pub(crate) struct PeerList {
     list: watch::Sender<Arc<[Instance]>>,
 }
 
-impl PeerList {
+impl Discovery {
     pub(crate) fn new(
         service: Service,
         entries: &[String],
@@ -65,7 +65,7 @@ impl PeerList {
         Self { service, entries: entries.collect(), token, resolve_interval, list }
     }
 
-    pub(crate) fn members(&self) -> Instances {
+    pub(crate) fn instances(&self) -> Instances {
         Instances::of(self.service, self.list.subscribe())
     }
 
@@ -93,7 +93,7 @@ impl PeerList {
                     // The known addresses are kept: the name may resolve later, and probes detect failed instances.
                     Err(error) => {
                         let service = self.service;
-                        tracing::warn!(%error, %service, entry, "failed to resolve the name of a peer");
+                        tracing::warn!(%error, %service, entry, "failed to resolve a configured address");
                     }
                 }
             }
@@ -101,30 +101,30 @@ impl PeerList {
         }
     }
 
-    /// Publishes the members. Unchanged members keep their channels.
+    /// Publishes the instances. Unchanged instances keep their channels.
     fn publish(&self, addresses: impl Iterator<Item = SocketAddr>) {
         let before = self.list.borrow().clone();
         let names: BTreeMap<String, SocketAddr> =
             addresses.map(|address| (address.to_string(), address)).collect();
         let unchanged = before.len() == names.len()
-            && before.iter().all(|member| names.contains_key(&*member.name));
+            && before.iter().all(|instance| names.contains_key(&*instance.name));
         if unchanged {
             return;
         }
-        let mut members = Vec::with_capacity(names.len());
+        let mut instances = Vec::with_capacity(names.len());
         for (name, address) in names {
-            match before.iter().find(|member| *member.name == *name) {
-                Some(member) => members.push(member.clone()),
+            match before.iter().find(|instance| *instance.name == *name) {
+                Some(instance) => instances.push(instance.clone()),
                 None => match connect(address, self.token.clone()) {
-                    Ok(channel) => members.push(Instance::new(&name, channel)),
-                    Err(error) => tracing::error!(%error, name, "invalid peer address"),
+                    Ok(channel) => instances.push(Instance::new(&name, channel)),
+                    Err(error) => tracing::error!(%error, name, "invalid address of an instance"),
                 },
             }
         }
         let service = self.service;
-        let names: Vec<_> = members.iter().map(|member| &*member.name).collect();
-        tracing::info!(%service, ?names, "peer set changed");
-        self.list.send_replace(members.into());
+        let names: Vec<_> = instances.iter().map(|instance| &*instance.name).collect();
+        tracing::info!(%service, ?names, "instances changed");
+        self.list.send_replace(instances.into());
     }
 }
 
@@ -135,7 +135,7 @@ async fn resolve(entry: &str) -> io::Result<Vec<SocketAddr>> {
     }
 }
 
-/// Probes every peer until the future is dropped, so that an unresponsive peer is detected before calls to it
+/// Probes every instance until the future is dropped, so that an unresponsive instance is detected before calls to it
 /// fail, and is called again once it responds.
 async fn probe_all(list: watch::Receiver<Arc<[Instance]>>) {
     let mut ticks = interval(PROBE_INTERVAL);
@@ -143,20 +143,20 @@ async fn probe_all(list: watch::Receiver<Arc<[Instance]>>) {
     let mut failures: HashMap<Arc<str>, u32> = HashMap::new();
     loop {
         ticks.tick().await;
-        let members = list.borrow().clone();
-        let probes = join_all(members.iter().map(probe)).await;
-        failures.retain(|name, _| members.iter().any(|member| member.name == *name));
+        let instances = list.borrow().clone();
+        let probes = join_all(instances.iter().map(probe)).await;
+        failures.retain(|name, _| instances.iter().any(|instance| instance.name == *name));
         let any_healthy = probes.contains(&Probe::Serving);
-        for (member, probe) in members.iter().zip(probes) {
-            member.note(probe == Probe::Serving);
-            let failed = failures.entry(member.name.clone()).or_default();
+        for (instance, probe) in instances.iter().zip(probes) {
+            instance.record_reachable(probe == Probe::Serving);
+            let failed = failures.entry(instance.name.clone()).or_default();
             *failed = match probe {
                 Probe::Serving => 0,
                 Probe::NotServing => MAX_FAILED_PROBES,
                 Probe::Failed => *failed + 1,
             };
-            // If all probes fail, possibly because of this process, watches cannot move to a healthy peer.
-            member.set_healthy(*failed < MAX_FAILED_PROBES || !any_healthy);
+            // If all probes fail, possibly because of this process, watches cannot move to a healthy instance.
+            instance.set_healthy(*failed < MAX_FAILED_PROBES || !any_healthy);
         }
     }
 }
@@ -168,16 +168,16 @@ enum Probe {
     Failed,
 }
 
-async fn probe(member: &Instance) -> Probe {
-    let mut client = HealthClient::new(member.channel.clone());
+async fn probe(instance: &Instance) -> Probe {
+    let mut client = HealthClient::new(instance.channel.clone());
     let response = timeout(PROBE_TIMEOUT, client.check(HealthCheckRequest::default())).await;
     match response {
         Ok(Ok(response)) if response.get_ref().status() == ServingStatus::Serving => Probe::Serving,
         Ok(Ok(_)) => Probe::NotServing,
         Ok(Err(status)) => {
-            if status.code() == Code::Unauthenticated && member.is_reachable() {
-                let name = &*member.name;
-                tracing::error!(%status, name, "a peer has a different secret (peers.shared_secret_file)");
+            if status.code() == Code::Unauthenticated && instance.is_reachable() {
+                let name = &*instance.name;
+                tracing::error!(%status, name, "an instance has a different secret (peers.shared_secret_file)");
             }
             Probe::Failed
         }

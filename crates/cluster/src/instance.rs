@@ -42,8 +42,8 @@ impl Instance {
     }
 
     /// Records whether a call reached the instance.
-    pub fn note(&self, reached: bool) {
-        self.unreachable.store(!reached, Ordering::Relaxed);
+    pub fn record_reachable(&self, reachable: bool) {
+        self.unreachable.store(!reachable, Ordering::Relaxed);
     }
 
     /// Sets whether the instance may serve watches. If not, its watches end with UNAVAILABLE, so that
@@ -59,13 +59,13 @@ impl Instance {
             // An instance in this process is as healthy as its caller.
             return self.channel.clone();
         }
-        let member = self.clone();
+        let instance = self.clone();
         Channel::Remote(BoxCloneSyncService::new(tower::service_fn(
             move |request: Request<Body>| {
-                let member = member.clone();
+                let instance = instance.clone();
                 async move {
-                    let response = member.channel.clone().oneshot(request).await?;
-                    Ok(response.map(|body| member.end_when_unhealthy(body)))
+                    let response = instance.channel.clone().oneshot(request).await?;
+                    Ok(response.map(|body| instance.end_when_unhealthy(body)))
                 }
             },
         )))
@@ -75,7 +75,7 @@ impl Instance {
         let unhealthy = self.wait_until_unhealthy();
         end_when(body, async move {
             unhealthy.await;
-            Status::unavailable("the instance that served this watch is down; watch again")
+            Status::unavailable("the instance that served this watch is down; resume the watch")
         })
     }
 
@@ -160,25 +160,25 @@ impl Instances {
     /// Returns the instance that ranks first for the key, even if it is unreachable.
     #[must_use]
     pub fn owner(&self, key: Uid) -> Option<Instance> {
-        self.all().iter().max_by_key(|member| member.weight(key)).cloned()
+        self.all().iter().max_by_key(|instance| instance.weight(key)).cloned()
     }
 
     /// Returns the instances in the order in which to try them.
     pub(crate) fn ranked(&self, key: Option<Uid>, round_robin: &AtomicUsize) -> Vec<Instance> {
-        let mut members = self.all().to_vec();
+        let mut instances = self.all().to_vec();
         match key {
             Some(key) => {
-                members.sort_by_key(|member| std::cmp::Reverse(member.weight(key)));
+                instances.sort_by_key(|instance| std::cmp::Reverse(instance.weight(key)));
             }
-            None if !members.is_empty() => {
-                let first = round_robin.fetch_add(1, Ordering::Relaxed) % members.len();
-                members.rotate_left(first);
+            None if !instances.is_empty() => {
+                let first = round_robin.fetch_add(1, Ordering::Relaxed) % instances.len();
+                instances.rotate_left(first);
             }
             None => {}
         }
         // The sort is stable: unreachable instances are last, in the same order.
-        members.sort_by_key(|member| !member.is_reachable());
-        members
+        instances.sort_by_key(|instance| !instance.is_reachable());
+        instances
     }
 }
 
@@ -190,7 +190,7 @@ mod tests {
 
     use super::*;
 
-    fn members(names: &[&str]) -> Instances {
+    fn instances(names: &[&str]) -> Instances {
         let channel = || {
             Channel::Remote(BoxCloneSyncService::new(tower::service_fn(|_: Request<Body>| async {
                 Err(Status::unimplemented("in tests"))
@@ -202,8 +202,8 @@ mod tests {
 
     #[test]
     fn keys_are_distributed_evenly_and_keep_their_instance_when_others_leave() {
-        let three = members(&["10.0.0.1:80", "10.0.0.2:80", "10.0.0.3:80"]);
-        let two = members(&["10.0.0.1:80", "10.0.0.3:80"]);
+        let three = instances(&["10.0.0.1:80", "10.0.0.2:80", "10.0.0.3:80"]);
+        let two = instances(&["10.0.0.1:80", "10.0.0.3:80"]);
         let mut counts: HashMap<Arc<str>, u32> = HashMap::new();
         for _ in 0..3000 {
             let key = Uid::new(Timestamp::default());
@@ -218,13 +218,19 @@ mod tests {
 
     #[test]
     fn unreachable_instances_rank_last() {
-        let three = members(&["a", "b", "c"]);
+        let three = instances(&["a", "b", "c"]);
         let key = Uid::new(Timestamp::default());
         let round_robin = AtomicUsize::new(0);
-        let names =
-            |members: Vec<Instance>| members.into_iter().map(|m| m.name).collect::<Vec<_>>();
+        let names = |instances: Vec<Instance>| {
+            instances.into_iter().map(|one| one.name).collect::<Vec<_>>()
+        };
         let before = names(three.ranked(Some(key), &round_robin));
-        three.all().iter().find(|member| member.name == before[0]).unwrap().note(false);
+        three
+            .all()
+            .iter()
+            .find(|instance| instance.name == before[0])
+            .unwrap()
+            .record_reachable(false);
         let after = names(three.ranked(Some(key), &round_robin));
         assert_eq!(after, [before[1].clone(), before[2].clone(), before[0].clone()]);
     }

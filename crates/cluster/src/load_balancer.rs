@@ -2,7 +2,7 @@
 //!
 //! Within a process, a service has one instance, and a call is a function call. Between processes, a call goes
 //! to the instance that ranks first for the call's key (rendezvous hashing), or to the instances in turn if it
-//! has no key. If that instance is unreachable and the policy of the method (`proto/src/methods.rs`) allows it,
+//! has no key. If that instance is unreachable and the policy of the method (`proto/src/method_policy.rs`) allows it,
 //! the call is retried at the next instance, within a retry budget.
 
 use std::{
@@ -30,7 +30,7 @@ use tower::{
 use crate::{Instance, Instances};
 
 /// Maximum number of instances to which a call is sent.
-const MAX_TRIES: usize = 3;
+const MAX_INSTANCES_PER_CALL: usize = 3;
 /// Timeout for receiving a complete request message.
 const MESSAGE_TIMEOUT: Duration = Duration::from_secs(30);
 /// Size of the prefix of a gRPC message.
@@ -61,7 +61,7 @@ impl Instances {
             return local.clone();
         }
         Channel::Remote(BoxCloneSyncService::new(LoadBalancer {
-            members: self.clone(),
+            instances: self.clone(),
             round_robin: Arc::default(),
             budget: Arc::new(TpsBudget::new(Duration::from_secs(10), 10, RETRY_RATIO)),
             max_message_bytes,
@@ -71,7 +71,7 @@ impl Instances {
 
 #[derive(Clone)]
 struct LoadBalancer {
-    members: Instances,
+    instances: Instances,
     round_robin: Arc<AtomicUsize>,
     budget: Arc<TpsBudget>,
     /// Maximum size of the request message; `None` for streams of messages.
@@ -101,21 +101,21 @@ impl Service<Request<Body>> for LoadBalancer {
 impl LoadBalancer {
     fn candidates(&self, extensions: &Extensions) -> Result<Vec<Instance>, Status> {
         let key = extensions.get::<RouteKey>().map(|RouteKey(uid)| *uid);
-        let members = self.members.ranked(key, &self.round_robin);
-        if members.is_empty() {
-            let service = self.members.service();
+        let instances = self.instances.ranked(key, &self.round_robin);
+        if instances.is_empty() {
+            let service = self.instances.service();
             return Err(Status::unavailable(format!("no instance of {service} is known")));
         }
-        Ok(members)
+        Ok(instances)
     }
 
     async fn call_streaming(&self, request: Request<Body>) -> Result<Response<Body>, Status> {
-        let members = self.candidates(request.extensions())?;
-        let Some(member) = members.into_iter().next() else {
+        let instances = self.candidates(request.extensions())?;
+        let Some(instance) = instances.into_iter().next() else {
             return Err(Status::unavailable("no healthy instance"));
         };
-        let outcome = member.channel.clone().oneshot(request).await;
-        member.note(outcome.is_ok());
+        let outcome = instance.channel.clone().oneshot(request).await;
+        instance.record_reachable(outcome.is_ok());
         outcome
     }
 
@@ -124,7 +124,7 @@ impl LoadBalancer {
         request: Request<Body>,
         max_bytes: usize,
     ) -> Result<Response<Body>, Status> {
-        let members = self.candidates(request.extensions())?;
+        let instances = self.candidates(request.extensions())?;
         let (parts, body) = request.into_parts();
         let message = BufferedRequest {
             uri: parts.uri,
@@ -135,11 +135,11 @@ impl LoadBalancer {
         let policy = method_policy(message.uri.path());
         self.budget.deposit();
         let mut last = None;
-        for (position, member) in members.iter().take(MAX_TRIES).enumerate() {
+        for (position, instance) in instances.iter().take(MAX_INSTANCES_PER_CALL).enumerate() {
             if position > 0 && !self.budget.withdraw() {
                 break;
             }
-            let call = member.channel.clone().oneshot(message.request(position > 0));
+            let call = instance.channel.clone().oneshot(message.request(position > 0));
             let outcome = match policy.timeout {
                 Some(limit) => timeout(limit, call)
                     .await
@@ -152,17 +152,16 @@ impl LoadBalancer {
                         last = Some(Ok(response));
                         continue;
                     }
-                    member.note(true);
+                    instance.record_reachable(true);
                     return Ok(if policy.is_movable_watch() {
-                        response.map(|body| member.end_when_unhealthy(body))
+                        response.map(|body| instance.end_when_unhealthy(body))
                     } else {
                         response
                     });
                 }
                 Err(status) => {
-                    let unsent = is_safe_to_retry(&status);
-                    member.note(false);
-                    if !unsent && !policy.repeatable {
+                    instance.record_reachable(false);
+                    if !is_safe_to_retry(&status) && !policy.idempotent {
                         return Err(status);
                     }
                     last = Some(Err(status));
@@ -179,6 +178,7 @@ async fn read_message(body: Body, max_bytes: usize) -> Result<Bytes, Status> {
     match timeout(MESSAGE_TIMEOUT, whole).await {
         Ok(Ok(message)) => Ok(message.to_bytes()),
         Ok(Err(error)) if error.is::<LengthLimitError>() => {
+            // The same status as tonic's for a message that exceeds its limit.
             Err(Status::out_of_range(format!("a message must be at most {max_bytes} bytes")))
         }
         Ok(Err(error)) => Err(Status::from_error(error)),
@@ -186,7 +186,7 @@ async fn read_message(body: Body, max_bytes: usize) -> Result<Bytes, Status> {
     }
 }
 
-/// Request that can be sent again.
+/// Request that can be retried.
 struct BufferedRequest {
     uri: Uri,
     headers: HeaderMap,
@@ -234,7 +234,7 @@ fn is_refused(error: &h2::Error) -> bool {
     error.is_remote() && (is_beyond_goaway || error.reason() == Some(h2::Reason::REFUSED_STREAM))
 }
 
-/// Returns whether a response is trailers-only with UNAVAILABLE.
+/// Returns whether a response is Trailers-Only with UNAVAILABLE.
 fn is_unavailable(headers: &HeaderMap) -> bool {
     let unavailable = i32::from(Code::Unavailable).to_string();
     headers.get("grpc-status").is_some_and(|status| status.as_bytes() == unavailable.as_bytes())

@@ -4,13 +4,13 @@ use std::time::Duration;
 
 use tokio_util::sync::CancellationToken;
 
-use crate::{Instance, Instances, Need, Service, ServiceToken, discovery::PeerList};
+use crate::{Instance, Instances, Need, Service, ServiceToken, discovery::Discovery};
 
 /// Known instances of all services in other processes.
 pub struct Peers {
     caller: Service,
     /// In the order of [`Service::ALL`].
-    lists: [PeerList; Service::ALL.len()],
+    discoveries: [Discovery; Service::ALL.len()],
 }
 
 impl Peers {
@@ -23,17 +23,17 @@ impl Peers {
         resolve_interval: Duration,
     ) -> Self {
         let is_called = |service| caller.calls().iter().any(|call| call.callee == service);
-        let list = |service| {
+        let discovery = |service| {
             let entries = if is_called(service) { entries(service) } else { &[] };
-            PeerList::new(service, entries, token.clone(), resolve_interval)
+            Discovery::new(service, entries, token.clone(), resolve_interval)
         };
-        Self { caller, lists: Service::ALL.map(list) }
+        Self { caller, discoveries: Service::ALL.map(discovery) }
     }
 
     /// Returns the instances of a service.
     #[must_use]
     pub fn instances(&self, service: Service) -> Instances {
-        self.lists[service as usize].members()
+        self.discoveries[service as usize].instances()
     }
 
     /// Returns a check that fails, with the reason, while no instance of a service is reachable without which
@@ -46,15 +46,15 @@ impl Peers {
 
     /// Resolves names and probes instances in the background until `shutdown` is cancelled.
     pub fn spawn(self, shutdown: &CancellationToken) {
-        for list in self.lists {
-            tokio::spawn(list.run(shutdown.clone()));
+        for discovery in self.discoveries {
+            tokio::spawn(discovery.run(shutdown.clone()));
         }
     }
 }
 
-fn any_reachable(members: &Instances) -> Result<(), String> {
-    let all = members.all();
-    let service = members.service();
+fn any_reachable(instances: &Instances) -> Result<(), String> {
+    let all = instances.all();
+    let service = instances.service();
     if all.is_empty() {
         return Err(format!("no instance of {service} is known"));
     }

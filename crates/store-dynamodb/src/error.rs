@@ -26,7 +26,7 @@ pub enum OpenError {
 impl OpenError {
     /// Returns whether the error is caused by an invalid configuration.
     #[must_use]
-    pub fn is_usage(&self) -> bool {
+    pub fn is_configuration_error(&self) -> bool {
         match self {
             Self::Region | Self::Objects(_) => true,
             Self::Tables(_) => false,

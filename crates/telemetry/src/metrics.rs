@@ -64,7 +64,7 @@ impl Metrics {
     }
 
     /// Registers a collector, which runs each time the metrics are read.
-    pub fn collect(&self, collector: impl Collector + 'static) {
+    pub fn register_collector(&self, collector: impl Collector + 'static) {
         self.registry.lock().register_collector(Box::new(collector));
     }
 

@@ -95,11 +95,11 @@ struct PendingWrites {
 /// Reason for the rejection of a connection.
 pub(crate) enum AdmissionError {
     /// The user has reached the given maximum number of connections.
-    User(usize),
+    TooManyPerUser(usize),
     /// The address has reached the given maximum number of connections.
-    Address(usize),
+    TooManyPerAddress(usize),
     /// The gateway has reached the given maximum number of connections.
-    Total(usize),
+    TooMany(usize),
     /// The gateway is draining.
     Draining,
 }
@@ -146,17 +146,17 @@ impl ConnectionRegistry {
             return Err(AdmissionError::Draining);
         }
         if connections.by_id.len() >= options.max_connections {
-            return Err(AdmissionError::Total(options.max_connections));
+            return Err(AdmissionError::TooMany(options.max_connections));
         }
         let of_user = connections.of_user(&owner.tenant, &owner.user).map_or(0, HashMap::len);
         if of_user >= options.max_connections_per_user {
-            return Err(AdmissionError::User(options.max_connections_per_user));
+            return Err(AdmissionError::TooManyPerUser(options.max_connections_per_user));
         }
         if let Some(address) = handle.remote_address {
             let of_address =
                 connections.count_by_address.entry(rate_limit_key(address)).or_insert(0);
             if *of_address >= options.max_connections_per_address {
-                return Err(AdmissionError::Address(options.max_connections_per_address));
+                return Err(AdmissionError::TooManyPerAddress(options.max_connections_per_address));
             }
             *of_address += 1;
         }
@@ -316,7 +316,7 @@ impl ConnectionRegistry {
         let frame = server_message::draining(reconnect_after_ms, self.clock.now());
         for handle in all {
             handle.push(frame.clone());
-            handle.close(CloseCode::GoingAway, "the gateway is stopping");
+            handle.close(CloseCode::GoingAway, "the gateway is shutting down");
         }
     }
 

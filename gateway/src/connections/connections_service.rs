@@ -28,8 +28,8 @@ use crate::{
     protocol::server_message,
 };
 
-const MAX_PAGE: i32 = 1000;
-const DEFAULT_PAGE: usize = 100;
+const MAX_PAGE_SIZE: i32 = 1000;
+const DEFAULT_PAGE_SIZE: usize = 100;
 /// Maximum size of the reason in a close frame, in bytes.
 const MAX_REASON_BYTES: usize = 123;
 
@@ -37,21 +37,21 @@ const MAX_REASON_BYTES: usize = 123;
 pub struct ConnectionsApi {
     gateway: Arc<Gateway>,
     store: Arc<dyn Store>,
-    others: Option<PeerGateways>,
+    peers: Option<PeerGateways>,
 }
 
 impl ConnectionsApi {
     pub(crate) fn new(
         gateway: Arc<Gateway>,
         store: Arc<dyn Store>,
-        others: Option<PeerGateways>,
+        peers: Option<PeerGateways>,
     ) -> Self {
-        Self { gateway, store, others }
+        Self { gateway, store, peers }
     }
 
     /// Returns the gateways to which to forward a call; `None` if a gateway forwarded it.
-    fn others<T>(&self, request: &Request<T>) -> Option<PeerGateways> {
-        self.others.clone().filter(|_| !is_forwarded(request))
+    fn peers<T>(&self, request: &Request<T>) -> Option<PeerGateways> {
+        self.peers.clone().filter(|_| !is_forwarded(request))
     }
 
     fn now(&self) -> Timestamp {
@@ -65,7 +65,8 @@ impl ConnectionsService for ConnectionsApi {
         let caller = authorized_caller(&request, permissions::CONNECTIONS_READ)?;
         let request = request.into_inner();
         let mut violations = Violations::default();
-        let limit = read_page_size(request.page_size, MAX_PAGE, DEFAULT_PAGE, &mut violations);
+        let limit =
+            read_page_size(request.page_size, MAX_PAGE_SIZE, DEFAULT_PAGE_SIZE, &mut violations);
         let after = read_page_token(&request.page_token, &mut violations);
         ensure_valid(&violations)?;
         let user = (!request.user_id.is_empty()).then_some(request.user_id);
@@ -80,7 +81,7 @@ impl ConnectionsService for ConnectionsApi {
 
     async fn send(&self, request: Request<SendRequest>) -> Result<Response<SendResponse>, Status> {
         let caller = authorized_caller(&request, permissions::CONNECTIONS_SEND)?;
-        let (principal, others) = (caller.principal.clone(), self.others(&request));
+        let (principal, peers) = (caller.principal.clone(), self.peers(&request));
         let is_one = matches!(request.get_ref().target, Some(Target::ConnectionId(_)));
         let peer_request = PeerRequest::Send(request.get_ref().clone());
         let SendRequest { target, topic, data } = request.into_inner();
@@ -110,9 +111,9 @@ impl ConnectionsService for ConnectionsApi {
                 (usize::from(handle.is_some()), format!("connection {id:?}"))
             }
         };
-        let responses = match &others {
-            Some(others) if !(is_one && recipients > 0) => {
-                others.call_all(&caller, peer_request).await
+        let responses = match &peers {
+            Some(peers) if !(is_one && recipients > 0) => {
+                peers.call_all(&caller, peer_request).await
             }
             _ => PeerResponses::default(),
         };
@@ -126,7 +127,7 @@ impl ConnectionsService for ConnectionsApi {
         request: Request<BroadcastRequest>,
     ) -> Result<Response<BroadcastResponse>, Status> {
         let caller = authorized_caller(&request, permissions::CONNECTIONS_SEND)?;
-        let (principal, others) = (caller.principal.clone(), self.others(&request));
+        let (principal, peers) = (caller.principal.clone(), self.peers(&request));
         let peer_request = PeerRequest::Broadcast(request.get_ref().clone());
         let BroadcastRequest { topic, data } = request.into_inner();
         let mut violations = Violations::default();
@@ -134,8 +135,8 @@ impl ConnectionsService for ConnectionsApi {
         ensure_valid(&violations)?;
         let frame = server_message::push(&topic, data.as_ref(), self.now());
         let mut recipients = self.gateway.registry.push(&principal.tenant, None, &frame);
-        if let Some(others) = others {
-            let responses = others.call_all(&caller, peer_request).await;
+        if let Some(peers) = peers {
+            let responses = peers.call_all(&caller, peer_request).await;
             recipients += responses.recipients;
             if recipients == 0 && responses.unreachable > 0 {
                 let reason = "a gateway is unreachable, and no client is connected to the others";
@@ -151,7 +152,7 @@ impl ConnectionsService for ConnectionsApi {
         request: Request<DisconnectRequest>,
     ) -> Result<Response<DisconnectResponse>, Status> {
         let caller = authorized_caller(&request, permissions::CONNECTIONS_DISCONNECT)?;
-        let (principal, others) = (caller.principal.clone(), self.others(&request));
+        let (principal, peers) = (caller.principal.clone(), self.peers(&request));
         let peer_request = PeerRequest::Disconnect(request.get_ref().clone());
         let DisconnectRequest { connection_id, reason } = request.into_inner();
         let mut violations = Violations::default();
@@ -165,8 +166,8 @@ impl ConnectionsService for ConnectionsApi {
                 Ok(Response::new(DisconnectResponse {}))
             }
             None => {
-                let responses = match others {
-                    Some(others) => others.call_all(&caller, peer_request).await,
+                let responses = match peers {
+                    Some(peers) => peers.call_all(&caller, peer_request).await,
                     None => PeerResponses::default(),
                 };
                 let not_connected = || not_connected(&format!("connection {connection_id:?}"));

@@ -22,10 +22,10 @@ const UNREACHABLE_CALL_TIMEOUT: Duration = Duration::from_millis(500);
 /// This gateway and its peers.
 #[derive(Clone)]
 pub struct PeerGateways {
-    /// Name of this gateway among the members.
+    /// Name of this gateway among the instances.
     pub own: String,
     /// All gateways, including this one.
-    pub members: Instances,
+    pub instances: Instances,
 }
 
 /// Combined responses of the other gateways.
@@ -71,11 +71,12 @@ impl PeerGateways {
     pub(crate) async fn call_all(&self, caller: &Caller, request: PeerRequest) -> PeerResponses {
         let mut calls = Vec::new();
         let mut responses = PeerResponses::default();
-        for member in self.members.all().iter().filter(|member| *member.name != *self.own) {
+        for instance in self.instances.all().iter().filter(|instance| *instance.name != *self.own) {
             // An unhealthy gateway may still have connections, but callers should not wait long for it.
-            let limit = if member.is_reachable() { CALL_TIMEOUT } else { UNREACHABLE_CALL_TIMEOUT };
-            let call = request.clone().send(member.channel.clone(), caller.authorization.clone());
-            let gateway = member.name.clone();
+            let limit =
+                if instance.is_reachable() { CALL_TIMEOUT } else { UNREACHABLE_CALL_TIMEOUT };
+            let call = request.clone().send(instance.channel.clone(), caller.authorization.clone());
+            let gateway = instance.name.clone();
             calls.push(async move {
                 let response = timeout(limit, call).await;
                 let response = response.unwrap_or_else(|_| Err(Status::unavailable("no response")));

@@ -8,10 +8,10 @@ use percent_encoding::percent_decode_str;
 use sha1::{Digest, Sha1};
 
 /// The supported subprotocol, which is also the default.
-pub(crate) const JSON_PROTOCOL: &str = "streamer.v1.json";
-const BEARER_PROTOCOL: &str = "bearer.";
+pub(crate) const JSON_SUBPROTOCOL: &str = "streamer.v1.json";
+const BEARER_PREFIX: &str = "bearer.";
 /// Constant that is appended to the key of the client (RFC 6455 section 1.3).
-const MAGIC: &str = "258EAFA5-E914-47DA-95CA-C5AB0DC85B11";
+const ACCEPT_GUID: &str = "258EAFA5-E914-47DA-95CA-C5AB0DC85B11";
 
 /// A request to open a WebSocket.
 #[derive(Debug, PartialEq, Eq)]
@@ -20,9 +20,9 @@ pub(crate) struct Handshake {
     pub(crate) accept: String,
     /// Subprotocol of the response; `None` if the client requested none. A browser fails the handshake and exposes
     /// no close code unless the response selects a subprotocol that the browser requested.
-    pub(crate) protocol: Option<String>,
+    pub(crate) subprotocol: Option<String>,
     /// Whether the client requested subprotocols, none of which is supported.
-    pub(crate) unknown_protocol: bool,
+    pub(crate) unsupported_subprotocol: bool,
     /// Token from the first source that contains one.
     pub(crate) token: Option<String>,
     /// Value of `Origin`.
@@ -35,7 +35,7 @@ pub(crate) struct Handshake {
 ///
 /// # Errors
 /// Returns the HTTP status and reason of the response if the request is not a valid handshake.
-pub(crate) fn read(
+pub(crate) fn parse(
     method: &Method,
     uri: &Uri,
     headers: &HeaderMap,
@@ -65,18 +65,19 @@ pub(crate) fn read(
         return bad("Sec-WebSocket-Key is required");
     };
     if !STANDARD.decode(key).is_ok_and(|nonce| nonce.len() == 16) {
-        return bad("Sec-WebSocket-Key must be 16 bytes in base64");
+        return bad("Sec-WebSocket-Key must be a Base64-encoded 16-byte value");
     }
-    let protocols: Vec<&str> = tokens(headers, &header::SEC_WEBSOCKET_PROTOCOL).collect();
-    let is_supported = protocols.contains(&JSON_PROTOCOL);
+    let subprotocols: Vec<&str> = tokens(headers, &header::SEC_WEBSOCKET_PROTOCOL).collect();
+    let is_supported = subprotocols.contains(&JSON_SUBPROTOCOL);
     // A token is selected only if no other subprotocol was requested, because response headers may be logged.
-    let other = protocols.iter().find(|protocol| !protocol.starts_with(BEARER_PROTOCOL));
-    let selected = if is_supported { Some(&JSON_PROTOCOL) } else { other.or(protocols.first()) };
+    let other = subprotocols.iter().find(|subprotocol| !subprotocol.starts_with(BEARER_PREFIX));
+    let selected =
+        if is_supported { Some(&JSON_SUBPROTOCOL) } else { other.or(subprotocols.first()) };
     Ok(Handshake {
-        accept: STANDARD.encode(Sha1::new().chain_update(key).chain_update(MAGIC).finalize()),
-        protocol: selected.map(|protocol| (*protocol).to_owned()),
-        unknown_protocol: other.is_some() && !is_supported,
-        token: find_token(uri, headers, &protocols),
+        accept: STANDARD.encode(Sha1::new().chain_update(key).chain_update(ACCEPT_GUID).finalize()),
+        subprotocol: selected.map(|subprotocol| (*subprotocol).to_owned()),
+        unsupported_subprotocol: other.is_some() && !is_supported,
+        token: find_token(uri, headers, &subprotocols),
         // An invalid value is kept, so that it matches no allowed origin.
         origin: headers
             .get(header::ORIGIN)
@@ -91,7 +92,7 @@ pub(crate) fn read(
 
 /// Returns the token from the header `Authorization`, else from the subprotocol `bearer.<token>`, else from the
 /// query parameter `token` or `Authorization`.
-fn find_token(uri: &Uri, headers: &HeaderMap, protocols: &[&str]) -> Option<String> {
+fn find_token(uri: &Uri, headers: &HeaderMap, subprotocols: &[&str]) -> Option<String> {
     // Browsers add `Basic` credentials when a proxy requires them; these are skipped.
     // A value that is not text is kept and rejected as an invalid token.
     let authorization = headers.get(header::AUTHORIZATION);
@@ -99,7 +100,7 @@ fn find_token(uri: &Uri, headers: &HeaderMap, protocols: &[&str]) -> Option<Stri
     if let Some(token) = authorization.as_deref().and_then(bearer) {
         return Some(token.to_owned());
     }
-    if let Some(token) = protocols.iter().find_map(|name| name.strip_prefix(BEARER_PROTOCOL)) {
+    if let Some(token) = subprotocols.iter().find_map(|name| name.strip_prefix(BEARER_PREFIX)) {
         return Some(token.to_owned());
     }
     let parameters = uri.query()?.split('&').filter_map(|pair| pair.split_once('='));
@@ -162,7 +163,7 @@ mod tests {
     }
 
     fn handshake(uri: &str, extra: &[(&'static str, &str)]) -> Handshake {
-        read(&Method::GET, &uri.parse().unwrap(), &headers(extra)).unwrap()
+        parse(&Method::GET, &uri.parse().unwrap(), &headers(extra)).unwrap()
     }
 
     #[test]
@@ -175,10 +176,10 @@ mod tests {
     fn the_token_is_read_from_every_source() {
         let token = |uri, extra: &[_]| handshake(uri, extra).token;
         assert_eq!(token("/ws", &[("authorization", "Bearer a.b.c")]).as_deref(), Some("a.b.c"));
-        let protocols = ("sec-websocket-protocol", "streamer.v1.json, bearer.a.b.c");
-        assert_eq!(token("/ws", &[protocols]).as_deref(), Some("a.b.c"));
+        let subprotocols = ("sec-websocket-protocol", "streamer.v1.json, bearer.a.b.c");
+        assert_eq!(token("/ws", &[subprotocols]).as_deref(), Some("a.b.c"));
         let basic = ("authorization", "Basic dXNlcjpwYXNz");
-        assert_eq!(token("/ws", &[protocols, basic]).as_deref(), Some("a.b.c"));
+        assert_eq!(token("/ws", &[subprotocols, basic]).as_deref(), Some("a.b.c"));
         assert_eq!(token("/ws?x=1&token=a.b.c", &[]).as_deref(), Some("a.b.c"));
         assert_eq!(token("/ws?Authorization=Bearer%20a.b.c", &[]).as_deref(), Some("a.b.c"));
         assert_eq!(token("/ws?Authorization=Bearer+a.b.c", &[]).as_deref(), Some("a.b.c"));
@@ -189,15 +190,15 @@ mod tests {
     fn the_response_selects_a_requested_subprotocol() {
         let selected = |value| {
             let handshake = handshake("/ws", &[("sec-websocket-protocol", value)]);
-            (handshake.protocol.unwrap(), handshake.unknown_protocol)
+            (handshake.subprotocol.unwrap(), handshake.unsupported_subprotocol)
         };
-        assert_eq!(selected("graphql-ws, streamer.v1.json"), (JSON_PROTOCOL.into(), false));
-        assert_eq!(selected("bearer.x, streamer.v1.json"), (JSON_PROTOCOL.into(), false));
+        assert_eq!(selected("graphql-ws, streamer.v1.json"), (JSON_SUBPROTOCOL.into(), false));
+        assert_eq!(selected("bearer.x, streamer.v1.json"), (JSON_SUBPROTOCOL.into(), false));
         assert_eq!(selected("bearer.x"), ("bearer.x".into(), false));
         // A browser exposes the close code that follows only after this selection.
         assert_eq!(selected("bearer.x, other"), ("other".into(), true));
         assert_eq!(selected("graphql-ws, other"), ("graphql-ws".into(), true));
-        assert_eq!(handshake("/ws", &[]).protocol, None);
+        assert_eq!(handshake("/ws", &[]).subprotocol, None);
     }
 
     #[test]
@@ -209,7 +210,7 @@ mod tests {
             let mut missing = headers(&[]);
             missing.remove(name);
             for headers in [twice, missing] {
-                let rejected = read(&Method::GET, &"/ws".parse().unwrap(), &headers).unwrap_err();
+                let rejected = parse(&Method::GET, &"/ws".parse().unwrap(), &headers).unwrap_err();
                 assert_eq!(rejected.0, StatusCode::BAD_REQUEST, "{name}");
             }
         }
@@ -218,7 +219,7 @@ mod tests {
     #[test]
     fn other_requests_are_rejected() {
         let rejected = |method, headers: &HeaderMap| {
-            read(&method, &"/ws".parse().unwrap(), headers).unwrap_err().0
+            parse(&method, &"/ws".parse().unwrap(), headers).unwrap_err().0
         };
         assert_eq!(rejected(Method::POST, &headers(&[])), StatusCode::METHOD_NOT_ALLOWED);
         assert_eq!(rejected(Method::GET, &HeaderMap::new()), StatusCode::UPGRADE_REQUIRED);

@@ -1,5 +1,5 @@
-//! Catalog of actions: those of handlers in this process, those that workers offer, and saved declarations of workers
-//! that have disconnected.
+//! Actions that this processor knows: those of handlers in this process, those that workers offer, and saved
+//! declarations of workers that have disconnected.
 
 use std::{
     collections::{BTreeMap, HashMap, HashSet},
@@ -55,7 +55,7 @@ pub(crate) enum SaveDeclarationsError {
     Store(#[from] StoreError),
     /// The declarations for a tenant, or for all tenants, exceed a limit.
     #[error(
-        "too many declarations for {0}: the maximum is {MAX_DECLARATIONS} actions, with \
+        "the declarations for {0} exceed the limit of {MAX_DECLARATIONS} actions or \
          {MAX_DECLARATION_BYTES} bytes of schemas and descriptions"
     )]
     TooMany(String),
@@ -124,7 +124,7 @@ impl Actions {
     }
 
     /// Waits until [`Self::load`] has succeeded.
-    pub(crate) async fn loaded(&self) {
+    pub(crate) async fn wait_until_loaded(&self) {
         // Cannot fail, because `self` owns the sender.
         drop(self.loaded.subscribe().wait_for(|loaded| *loaded).await);
     }
@@ -187,8 +187,8 @@ impl Actions {
         self.local.get(action).is_some()
     }
 
-    /// Returns a runner for an additional attempt of the given action and tenant, if one is available.
-    pub(crate) fn runner(&self, action: &str, tenant: &str) -> Option<Runner> {
+    /// Acquires a runner for an additional attempt of the given action and tenant; `None` if none is available.
+    pub(crate) fn acquire_runner(&self, action: &str, tenant: &str) -> Option<Runner> {
         match self.local.get(action) {
             Some((_, handler)) => Some(Runner::Local(handler.clone())),
             None => {

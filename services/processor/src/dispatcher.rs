@@ -239,7 +239,7 @@ impl Dispatcher {
         // A request does not overtake queued requests of its tenant, even if a slot is free during a scan. It may
         // overtake those of other tenants, which wait for their own slots.
         let behind = self.backlog.may_contain(tenant);
-        let placement = if behind { None } else { self.find_placement(action, tenant) };
+        let placement = if behind { None } else { self.acquire_placement(action, tenant) };
         match placement {
             Some(placement) => {
                 self.fair_queue.charge(tenant);
@@ -376,22 +376,22 @@ impl Dispatcher {
         self.stopping.is_cancelled()
     }
 
-    /// Returns a token that keeps the streams of workers open during a call; `None` if the processor is stopping.
+    /// Returns a token that keeps the streams of workers open during a call; `None` if the processor is shutting down.
     pub(crate) fn track_call(&self) -> Option<TaskTrackerToken> {
         let call = self.calls.token();
         (!self.is_stopping()).then_some(call)
     }
 
-    /// Waits until the processor is stopping.
+    /// Waits until the processor is shutting down.
     pub(crate) fn stopped(&self) -> WaitForCancellationFutureOwned {
         self.stopping.clone().cancelled_owned()
     }
 
-    /// Returns a placement for one attempt of the given action and tenant, if one is available.
-    fn find_placement(&self, action: &str, tenant: &str) -> Option<Placement> {
+    /// Acquires a placement for one attempt of the given action and tenant; `None` if none is available.
+    fn acquire_placement(&self, action: &str, tenant: &str) -> Option<Placement> {
         let declared = self.actions.find(action, tenant)?;
         let permit = self.limiter.try_acquire(&declared, tenant)?;
-        let runner = self.actions.runner(action, tenant)?;
+        let runner = self.actions.acquire_runner(action, tenant)?;
         Some(Placement { permit, declared, runner })
     }
 

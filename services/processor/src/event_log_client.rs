@@ -15,9 +15,9 @@ use streamer_rpc::{Channel, Untraced, is_terminal, parse_uid, run_to_completion}
 use streamer_telemetry::is_sampled;
 use tonic::Status;
 
-/// Maximum total size of large batches in transit, in bytes. Several copies of a batch exist in memory: as reports,
-/// encoded for the call, decoded, and encoded for the store. A higher limit would not increase the throughput, and
-/// would delay all other tasks during the copies.
+/// Budget for large batches in flight, in bytes; raised to two batches of the maximum size. Several copies of a batch
+/// exist in memory: as reports, encoded for the call, decoded, and encoded for the store. A higher limit would not
+/// increase the throughput, and would delay all other tasks during the copies.
 const MAX_LARGE_BATCHES_BYTES: usize = 8 * 1024 * 1024;
 /// Maximum size of a small batch, in bytes. Small batches do not wait for large ones.
 const SMALL_BATCH_BYTES: usize = 64 * 1024;
@@ -25,13 +25,13 @@ const SMALL_BATCH_BYTES: usize = 64 * 1024;
 #[derive(Clone)]
 pub(crate) struct EventLogClient {
     client: EventLogServiceStub,
-    /// Memory budget for large batches in transit.
+    /// Memory budget for large batches in flight.
     large: Arc<MemoryBudget>,
 }
 
 impl EventLogClient {
-    pub(crate) fn new(progress: Channel, max_batch_bytes: usize) -> Self {
-        let client = EventLogServiceStub::new(progress).max_encoding_message_size(max_batch_bytes);
+    pub(crate) fn new(event_log: Channel, max_batch_bytes: usize) -> Self {
+        let client = EventLogServiceStub::new(event_log).max_encoding_message_size(max_batch_bytes);
         // Allows two tenants to publish a batch of the maximum size at the same time.
         let large =
             MemoryBudget::new(MAX_LARGE_BATCHES_BYTES.max(max_batch_bytes.saturating_mul(2)));

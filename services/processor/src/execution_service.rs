@@ -118,7 +118,7 @@ impl ExecutionApi {
             self.options.limits,
             None,
         );
-        let (handler, remote) = self.select_handler(&spec, &context)?;
+        let (handler, remote) = self.acquire_handler(&spec, &context)?;
         // Keeps the streams of workers open until a call that a worker executes has ended.
         let _call = match &remote {
             None => None,
@@ -156,13 +156,13 @@ impl ExecutionApi {
 }
 
 impl ExecutionApi {
-    /// Returns the handler for the given call, with the permit for the worker's slot if the handler is remote.
-    fn select_handler(
+    /// Acquires the handler for the given call, with the permit for the worker's slot if the handler is remote.
+    fn acquire_handler(
         &self,
         spec: &Arc<ActionSpec>,
         context: &Context,
     ) -> Result<(Arc<dyn DynHandler>, Option<RemoteCall>), Status> {
-        match self.actions.runner(&spec.name, context.tenant()) {
+        match self.actions.acquire_runner(&spec.name, context.tenant()) {
             Some(Runner::Local(handler)) => Ok((handler, None)),
             Some(Runner::Remote(permit)) => {
                 let budget = self.dispatcher.output_budget();
@@ -244,7 +244,7 @@ impl ExecutionService for ExecutionApi {
         _: Request<WatchActionsRequest>,
     ) -> Result<Response<Self::WatchActionsStream>, Status> {
         // An incomplete list would make routers reject requests for declared actions.
-        self.actions.loaded().await;
+        self.actions.wait_until_loaded().await;
         let actions = self.actions.clone();
         let changes = WatchStream::new(self.actions.workers.subscribe_changes());
         // The streams end on shutdown, so that routers that watch the list do not delay it.

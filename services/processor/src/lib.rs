@@ -70,8 +70,8 @@ pub struct Dependencies {
     pub handlers: Handlers,
     /// Threads that run the handlers.
     pub handler_threads: HandlerThreads,
-    /// Channel to the progress service.
-    pub progress: Channel,
+    /// Channel to the internal API of the progress service, the event log.
+    pub event_log: Channel,
     /// Metrics registry.
     pub metrics: Metrics,
     /// Decides which requests are traced, and exports their spans.
@@ -104,7 +104,7 @@ impl Processor {
             auth,
             handlers,
             handler_threads,
-            progress,
+            event_log,
             metrics,
             traces,
             options,
@@ -125,7 +125,7 @@ impl Processor {
             clock: clock.clone(),
             actions: actions.clone(),
             wakeup,
-            log: EventLogClient::new(progress, options.limits.max_batch_bytes()),
+            log: EventLogClient::new(event_log, options.limits.max_batch_bytes()),
             output_budget,
             handlers: handler_threads.spawner(),
             metrics: metrics.clone(),

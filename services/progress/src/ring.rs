@@ -9,18 +9,18 @@ use tonic::Status;
 /// only reduces latency, because every instance also finds unannounced events in the store.
 #[derive(Clone)]
 pub struct Ring {
-    /// Name of this instance among the members.
+    /// Name of this instance among the instances.
     pub own: String,
     /// All instances, including this one.
-    pub members: Instances,
-    /// Whether this instance is ready. While it is not ready, it rejects watches, and other members serve them.
+    pub instances: Instances,
+    /// Whether this instance is ready. While it is not ready, it rejects watches, and other instances serve them.
     pub serving: watch::Receiver<bool>,
 }
 
 impl Ring {
     /// Returns the instance to which a request belongs; `None` if it is this instance.
     pub(crate) fn owner(&self, uid: Uid) -> Option<Instance> {
-        self.members.owner(uid).filter(|member| *member.name != *self.own)
+        self.instances.owner(uid).filter(|instance| *instance.name != *self.own)
     }
 
     /// Returns `UNAVAILABLE` while this instance is not ready.

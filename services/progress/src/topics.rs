@@ -141,7 +141,7 @@ impl Topics {
         };
         tokio::select! {
             () = self.draining.cancelled() => {
-                Status::unavailable("the progress service is stopping")
+                Status::unavailable("the progress service is shutting down")
             }
             () = not_serving => ring::not_serving(),
         }

@@ -39,8 +39,8 @@ use crate::{
 const FORWARD_TIMEOUT: Duration = Duration::from_secs(3);
 /// Number of pending lookups at which abandoned ones are removed.
 const MAX_PENDING_LOOKUPS: usize = 1024;
-const MAX_PAGE: i32 = 1000;
-const DEFAULT_PAGE: usize = 100;
+const MAX_PAGE_SIZE: i32 = 1000;
+const DEFAULT_PAGE_SIZE: usize = 100;
 const MAX_PAGE_BYTES: usize = 1024 * 1024;
 
 /// Public API for watchers.
@@ -77,7 +77,7 @@ impl WatchService {
     }
 
     /// Forwards a watch to the instance to which the request belongs, where its events arrive first. Returns `None` if
-    /// it is this instance or is unreachable.
+    /// the owner is this instance, is unreachable or does not respond in time.
     async fn forward(
         &self,
         caller: &Caller,
@@ -102,12 +102,12 @@ impl WatchService {
         match timeout(FORWARD_TIMEOUT, client.watch(watch)).await {
             Ok(Ok(response)) => Ok(Some(Box::pin(response.into_inner()))),
             Ok(Err(status)) if status.code() == Code::Unavailable => {
-                owner.note(false);
+                owner.record_reachable(false);
                 Ok(None)
             }
             Ok(Err(status)) => Err(status),
             Err(_) => {
-                owner.note(false);
+                owner.record_reachable(false);
                 Ok(None)
             }
         }
@@ -240,7 +240,8 @@ impl ProgressService for WatchService {
         let caller = Caller::of(&request)?;
         let request = request.into_inner();
         let mut violations = check_request_id(&request.request_id);
-        let limit = read_page_size(request.page_size, MAX_PAGE, DEFAULT_PAGE, &mut violations);
+        let limit =
+            read_page_size(request.page_size, MAX_PAGE_SIZE, DEFAULT_PAGE_SIZE, &mut violations);
         let after_seq = violations.accept("after_seq", Seq::from_i64(request.after_seq));
         let after_seq = after_seq.unwrap_or_default();
         ensure_valid(&violations)?;

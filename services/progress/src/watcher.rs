@@ -178,7 +178,7 @@ impl Watcher {
             }
             tokio::select! {
                 changed = self.subscription.updates.changed() => {
-                    changed.map_err(|_| Status::unavailable("the progress service is stopping"))?;
+                    changed.map_err(|_| Status::unavailable("the progress service is shutting down"))?;
                 }
                 status = self.topics.until_watches_end() => return Err(status),
             }

@@ -165,25 +165,27 @@ impl Catalog {
         since: Timestamp,
         shutdown: CancellationToken,
     ) {
-        let mut members = upstreams.processors.clone();
+        let mut instances = upstreams.processors.clone();
         let mut following: HashMap<Arc<str>, AbortOnDropHandle<()>> = HashMap::new();
-        if !members.is_local() {
+        if !instances.is_local() {
             self.load_declared(store, since).await;
         }
         loop {
-            let all = members.all();
-            following.retain(|name, _| all.iter().any(|member| member.name == *name));
+            let all = instances.all();
+            following.retain(|name, _| all.iter().any(|instance| instance.name == *name));
             self.retire_removed(&all);
-            let names = all.iter().map(|member| member.name.clone()).collect();
+            let names = all.iter().map(|instance| instance.name.clone()).collect();
             self.mark_pending(&names, |name| following.contains_key(name));
-            for member in all.iter() {
-                following.entry(member.name.clone()).or_insert_with(|| {
-                    AbortOnDropHandle::new(self.follow_member(upstreams.clone(), member.clone()))
+            for instance in all.iter() {
+                following.entry(instance.name.clone()).or_insert_with(|| {
+                    AbortOnDropHandle::new(
+                        self.follow_processor(upstreams.clone(), instance.clone()),
+                    )
                 });
             }
             tokio::select! {
                 () = shutdown.cancelled() => return,
-                () = members.changed() => {}
+                () = instances.changed() => {}
             }
         }
     }
@@ -212,17 +214,17 @@ impl Catalog {
         });
     }
 
-    fn follow_member(
+    fn follow_processor(
         self: &Arc<Self>,
         upstreams: Arc<Upstreams>,
-        member: Instance,
+        instance: Instance,
     ) -> JoinHandle<()> {
         let catalog = self.clone();
         tokio::spawn(async move {
             let (mut failures, mut last_warning) = (0, None);
             loop {
-                if let Err(status) = catalog.follow_once(&upstreams, &member).await {
-                    let name = &*member.name;
+                if let Err(status) = catalog.follow_once(&upstreams, &instance).await {
+                    let name = &*instance.name;
                     failures += 1;
                     if failures == MAX_FAILURES {
                         catalog.mark_lost(name);
@@ -244,8 +246,8 @@ impl Catalog {
         })
     }
 
-    async fn follow_once(&self, upstreams: &Upstreams, member: &Instance) -> Result<(), Status> {
-        let mut client = upstreams.processor(member);
+    async fn follow_once(&self, upstreams: &Upstreams, instance: &Instance) -> Result<(), Status> {
+        let mut client = upstreams.processor(instance);
         let mut lists = client.watch_actions(WatchActionsRequest {}).await?.into_inner();
         let mut actions = Vec::new();
         let mut is_first_received = false;
@@ -262,7 +264,7 @@ impl Catalog {
                     actions.extend(list.actions);
                     if !list.more {
                         is_first_received = true;
-                        self.record_list(&member.name, std::mem::take(&mut actions));
+                        self.record_list(&instance.name, std::mem::take(&mut actions));
                     }
                 }
                 // The processor was reachable; the next attempt determines whether it still is.
@@ -278,7 +280,7 @@ impl Catalog {
     fn retire_removed(&self, all: &[Instance]) {
         let mut lists = self.lists.lock();
         let is_known =
-            |name: &str| name == STORED_LIST || all.iter().any(|member| *member.name == *name);
+            |name: &str| name == STORED_LIST || all.iter().any(|instance| *instance.name == *name);
         let removed: Vec<_> = lists.keys().filter(|name| !is_known(name)).cloned().collect();
         if removed.is_empty() {
             return;
@@ -429,10 +431,10 @@ mod tests {
     #[tokio::test(start_paused = true)]
     async fn an_unknown_action_is_not_found_only_after_every_list_is_received() {
         let catalog = Catalog::default();
-        let members = HashSet::from(["one".into(), "two".into()]);
+        let names = HashSet::from(["one".into(), "two".into()]);
         let error = catalog.find("work", "acme").await.err().unwrap();
         assert_eq!(error.code(), Code::Unavailable, "no processor is known");
-        catalog.mark_pending(&members, |_| false);
+        catalog.mark_pending(&names, |_| false);
         catalog.record_list(&"one".into(), vec![offered("other")]);
         let mut found = Box::pin(catalog.find("work", "acme"));
         assert!(poll!(&mut found).is_pending());
@@ -441,7 +443,7 @@ mod tests {
         let error = catalog.find("missing", "acme").await.err().unwrap();
         assert_eq!(error.code(), Code::NotFound);
         // The list of an unreachable processor is not pending.
-        catalog.mark_pending(&members, |name| name == "one");
+        catalog.mark_pending(&names, |name| name == "one");
         let mut found = Box::pin(catalog.find("missing", "acme"));
         assert!(poll!(&mut found).is_pending());
         catalog.mark_lost("two");

@@ -72,9 +72,9 @@ pub struct Dependencies {
     /// Rate limits and quotas of tenants and users.
     pub tenant_limits: LimitsByTenant,
     /// This router and its peers; `None` if this router is the only one.
-    pub others: Option<PeerRouters>,
-    /// Whether processors are notified of new requests.
-    pub hints: bool,
+    pub peers: Option<PeerRouters>,
+    /// Whether processors are notified of new requests, with hints.
+    pub push_notifications: bool,
 }
 
 /// Maximum number of bytes by which a `ListActions` response may exceed the payload limit: 1 MiB for the
@@ -92,7 +92,7 @@ pub struct Router {
     pub operations: AuthService<OperationsServer<OperationsApi>>,
     /// The internal API `streamer.internal.v1`, which other routers call.
     pub internal: AdmissionServiceServer<AdmissionApi>,
-    others: Option<PeerRouters>,
+    peers: Option<PeerRouters>,
     service: Arc<RequestService>,
 }
 
@@ -106,10 +106,10 @@ impl Router {
             dependencies.event_log,
             dependencies.progress,
             dependencies.limits,
-            dependencies.hints,
+            dependencies.push_notifications,
         ));
         let submissions = Arc::new(SubmissionRates::new(dependencies.tenant_limits.clone()));
-        let own_name = dependencies.others.as_ref().map(|others| others.own.clone());
+        let own_name = dependencies.peers.as_ref().map(|peers| peers.own.clone());
         let admission = AdmissionApi::new(
             submissions.clone(),
             dependencies.clock.clone(),
@@ -138,7 +138,7 @@ impl Router {
             public: auth.wrap(public),
             operations: auth.wrap(operations),
             internal: AdmissionServiceServer::new(admission),
-            others: dependencies.others,
+            peers: dependencies.peers,
             service,
         }
     }
@@ -147,8 +147,8 @@ impl Router {
     pub async fn run(&self, shutdown: CancellationToken) {
         let RequestService { catalog, upstreams, store, clock, submissions, .. } = &*self.service;
         let since = clock.now().minus(ACTION_RETENTION);
-        let others = self.others.clone();
-        let reports = others.map(|others| exchange_reports(submissions, others, shutdown.clone()));
+        let peers = self.peers.clone();
+        let reports = peers.map(|peers| exchange_reports(submissions, peers, shutdown.clone()));
         let catalog = catalog.follow(upstreams, &**store, since, shutdown);
         tokio::join!(catalog, OptionFuture::from(reports));
     }

@@ -1,4 +1,5 @@
-//! Implementation of `google.longrunning.Operations` (AIP-151): each request is an operation.
+//! Implementation of `google.longrunning.Operations` (AIP-151): each request is represented as a long-running
+//! operation.
 
 use std::{sync::Arc, time::Duration};
 
@@ -26,7 +27,7 @@ use tonic::{Request, Response, Status};
 use crate::{
     await_outcome,
     request_service::{Access, RequestService},
-    router_service::{DEFAULT_PAGE, MAX_PAGE, PageBytes, list_scope, next_page_token},
+    router_service::{DEFAULT_PAGE_SIZE, MAX_PAGE_SIZE, PageBytes, list_scope, next_page_token},
 };
 
 const COLLECTION: &str = "operations";
@@ -50,7 +51,7 @@ impl OperationsApi {
                     encode_payload(result, PayloadEncoding::JsonValue);
                 }
                 let response = OperationResponse { result, output: request.output.clone() };
-                Some(operation::Result::Response(any(
+                Some(operation::Result::Response(pack_any(
                     "streamer.router.v1.OperationResponse",
                     &response,
                 )))
@@ -69,7 +70,7 @@ impl OperationsApi {
         let metadata = OperationMetadata { request: Some(request) };
         Ok(Operation {
             name: format!("{COLLECTION}/{}", record.uid),
-            metadata: Some(any("streamer.router.v1.OperationMetadata", &metadata)),
+            metadata: Some(pack_any("streamer.router.v1.OperationMetadata", &metadata)),
             done: record.state.is_terminal(),
             result,
         })
@@ -98,7 +99,8 @@ impl Operations for OperationsApi {
         }
         let states = RequestState::ALL.iter().copied().filter(in_filter).collect();
         let before = read_page_token(&request.page_token, &mut violations);
-        let limit = read_page_size(request.page_size, MAX_PAGE, DEFAULT_PAGE, &mut violations);
+        let limit =
+            read_page_size(request.page_size, MAX_PAGE_SIZE, DEFAULT_PAGE_SIZE, &mut violations);
         ensure_valid(&violations)?;
         let (tenant, user) = list_scope(&caller, String::new())?;
         let query = ListRequests { tenant, user, states, action: None, before, limit };
@@ -107,7 +109,7 @@ impl Operations for OperationsApi {
         let mut operations = Vec::with_capacity(page.requests.len());
         for record in &page.requests {
             let operation = self.operation(record).await?;
-            if !page_bytes.has_room(&operation) {
+            if !page_bytes.try_add(&operation) {
                 break;
             }
             operations.push(operation);
@@ -121,7 +123,7 @@ impl Operations for OperationsApi {
         request: Request<GetOperationRequest>,
     ) -> Result<Response<Operation>, Status> {
         let caller = Caller::of(&request)?;
-        let name = request_name(&request.get_ref().name)?;
+        let name = request_id_of_name(&request.get_ref().name)?;
         let record = self.service.find(&caller, name, Access::Read).await?;
         Ok(Response::new(self.operation(&record).await?))
     }
@@ -131,7 +133,7 @@ impl Operations for OperationsApi {
         request: Request<DeleteOperationRequest>,
     ) -> Result<Response<()>, Status> {
         let caller = Caller::of(&request)?;
-        self.service.delete(&caller, request_name(&request.get_ref().name)?).await?;
+        self.service.delete(&caller, request_id_of_name(&request.get_ref().name)?).await?;
         Ok(Response::new(()))
     }
 
@@ -140,7 +142,7 @@ impl Operations for OperationsApi {
         request: Request<CancelOperationRequest>,
     ) -> Result<Response<()>, Status> {
         let caller = Caller::of(&request)?;
-        let name = request_name(&request.get_ref().name)?;
+        let name = request_id_of_name(&request.get_ref().name)?;
         self.service.cancel(&caller, name, String::new()).await?;
         Ok(Response::new(()))
     }
@@ -151,9 +153,9 @@ impl Operations for OperationsApi {
     ) -> Result<Response<Operation>, Status> {
         let caller = Caller::of(&request)?;
         let request = request.into_inner();
-        let name = request_name(&request.name)?;
+        let name = request_id_of_name(&request.name)?;
         let record = self.service.find(&caller, name, Access::Read).await?;
-        let limit = wait_limit(request.timeout.as_ref())?;
+        let limit = wait_timeout(request.timeout.as_ref())?;
         if !record.state.is_terminal() {
             let service = &self.service;
             await_outcome::terminal_event(&service.upstreams, &caller, record.uid, limit).await?;
@@ -164,7 +166,7 @@ impl Operations for OperationsApi {
     }
 }
 
-fn wait_limit(timeout: Option<&prost_types::Duration>) -> Result<Duration, Status> {
+fn wait_timeout(timeout: Option<&prost_types::Duration>) -> Result<Duration, Status> {
     let max_wait = Duration::from_millis(limits::MAX_WAIT_MS.unsigned_abs());
     let Some(timeout) = timeout else { return Ok(max_wait) };
     // The sign is checked before the conversion, which overflows for the minimum number of seconds.
@@ -177,13 +179,13 @@ fn wait_limit(timeout: Option<&prost_types::Duration>) -> Result<Duration, Statu
 }
 
 /// Returns the request ID or `uid` in an operation name.
-fn request_name(name: &str) -> Result<&str, Status> {
+fn request_id_of_name(name: &str) -> Result<&str, Status> {
     let request = name.strip_prefix(COLLECTION).and_then(|rest| rest.strip_prefix('/'));
     let rule = "must be \"operations/\" followed by the uid or id of a request";
     request.ok_or_else(|| violation_status("name", rule))
 }
 
-fn any(type_name: &str, message: &impl Message) -> Any {
+fn pack_any(type_name: &str, message: &impl Message) -> Any {
     Any { type_url: format!("type.googleapis.com/{type_name}"), value: message.encode_to_vec() }
 }
 
@@ -194,10 +196,10 @@ mod tests {
     #[test]
     fn a_negative_timeout_is_rejected_and_a_long_one_is_capped() {
         let wait =
-            |seconds, nanos| wait_limit(Some(&prost_types::Duration { seconds, nanos })).ok();
+            |seconds, nanos| wait_timeout(Some(&prost_types::Duration { seconds, nanos })).ok();
         assert_eq!(wait(1, 5), Some(Duration::new(1, 5)));
         let max_wait = Duration::from_millis(limits::MAX_WAIT_MS.unsigned_abs());
-        assert_eq!((wait(i64::MAX, 0), wait_limit(None).ok()), (Some(max_wait), Some(max_wait)));
+        assert_eq!((wait(i64::MAX, 0), wait_timeout(None).ok()), (Some(max_wait), Some(max_wait)));
         for (seconds, nanos) in [(-1, 0), (0, -1), (i64::MIN, 0), (i64::MIN, i32::MIN)] {
             assert_eq!(wait(seconds, nanos), None, "{seconds} {nanos}");
         }

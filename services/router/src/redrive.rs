@@ -21,7 +21,7 @@ use crate::{
     error::failed_precondition,
     permission::check_permission,
     request_service::{Access, RequestService, StoredRequest},
-    router_service::{DEFAULT_PAGE, MAX_PAGE},
+    router_service::{DEFAULT_PAGE_SIZE, MAX_PAGE_SIZE},
 };
 
 impl RequestService {
@@ -160,7 +160,8 @@ fn parse_query(
     if let Some(action) = &action {
         violations.check("action", validate::action_name(action));
     }
-    let limit = read_page_size(request.page_size, MAX_PAGE, DEFAULT_PAGE, &mut violations);
+    let limit =
+        read_page_size(request.page_size, MAX_PAGE_SIZE, DEFAULT_PAGE_SIZE, &mut violations);
     let before = read_page_token(&request.page_token, &mut violations);
     for (field, time) in [
         ("create_time_from", &request.create_time_from),

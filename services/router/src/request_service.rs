@@ -470,7 +470,7 @@ impl RequestService {
         match self.changes.run(&record.owner.tenant, 0, deleted).await? {
             DeleteOutcome::Deleted => Ok(()),
             DeleteOutcome::NotEnded => Err(failed_precondition(format!(
-                "only an ended request can be deleted: this request is {}; cancel it first",
+                "only an ended request can be deleted; this request is {}: cancel it first",
                 record.state
             ))),
         }

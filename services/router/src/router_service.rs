@@ -25,8 +25,8 @@ use tonic::{Request, Response, Status};
 
 use crate::request_service::{Access, PreassignedUid, RequestService};
 
-pub(crate) const MAX_PAGE: i32 = 500;
-pub(crate) const DEFAULT_PAGE: usize = 50;
+pub(crate) const MAX_PAGE_SIZE: i32 = 500;
+pub(crate) const DEFAULT_PAGE_SIZE: usize = 50;
 /// Maximum size of the entries of a page, in bytes. The first entry may exceed it.
 const MAX_PAGE_BYTES: usize = 1024 * 1024;
 
@@ -124,7 +124,8 @@ impl RouterService for RouterApi {
             violations.check("action", validate::action_name(action));
         }
         let before = read_page_token(&request.page_token, &mut violations);
-        let limit = read_page_size(request.page_size, MAX_PAGE, DEFAULT_PAGE, &mut violations);
+        let limit =
+            read_page_size(request.page_size, MAX_PAGE_SIZE, DEFAULT_PAGE_SIZE, &mut violations);
         ensure_valid(&violations)?;
         let (tenant, user) = list_scope(&caller, request.tenant_id)?;
         let query = ListRequests { tenant, user, states, action, before, limit };
@@ -133,7 +134,7 @@ impl RouterService for RouterApi {
         let mut requests = Vec::with_capacity(page.requests.len());
         for record in &page.requests {
             let request = request_to_proto(record);
-            if !page_bytes.has_room(&request) {
+            if !page_bytes.try_add(&request) {
                 break;
             }
             requests.push(request);
@@ -201,12 +202,14 @@ pub(crate) fn list_scope(
 pub(crate) struct PageBytes(usize);
 
 impl PageBytes {
-    /// Counts an entry and returns whether it fits on the page. The first entry always fits.
-    pub(crate) fn has_room(&mut self, entry: &impl prost::Message) -> bool {
+    /// Adds an entry if it fits on the page, and returns whether it does. The first entry always fits.
+    pub(crate) fn try_add(&mut self, entry: &impl prost::Message) -> bool {
         let bytes = self.0.saturating_add(entry.encoded_len());
-        let room = self.0 == 0 || bytes <= MAX_PAGE_BYTES;
-        self.0 = bytes;
-        room
+        let fits = self.0 == 0 || bytes <= MAX_PAGE_BYTES;
+        if fits {
+            self.0 = bytes;
+        }
+        fits
     }
 }
 

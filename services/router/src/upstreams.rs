@@ -44,7 +44,7 @@ pub(crate) struct Upstreams {
     event_log: EventLogServiceStub,
     progress: ProgressServiceStub,
     limits: Limits,
-    hints: bool,
+    push_notifications: bool,
     rotation: AtomicUsize,
     /// Permits for lookups of unknown actions.
     lookup_permits: Semaphore,
@@ -56,7 +56,7 @@ impl Upstreams {
         event_log: Channel,
         progress: Channel,
         limits: Limits,
-        hints: bool,
+        push_notifications: bool,
     ) -> Self {
         Self {
             processors,
@@ -64,14 +64,14 @@ impl Upstreams {
             progress: ProgressServiceStub::new(progress)
                 .max_decoding_message_size(limits.max_message_bytes().saturating_mul(2)),
             limits,
-            hints,
+            push_notifications,
             rotation: AtomicUsize::new(0),
             lookup_permits: Semaphore::new(MAX_CONCURRENT_LOOKUPS),
         }
     }
 
-    pub(crate) fn processor(&self, member: &Instance) -> ExecutionServiceStub {
-        ExecutionServiceStub::new(member.channel.clone())
+    pub(crate) fn processor(&self, instance: &Instance) -> ExecutionServiceStub {
+        ExecutionServiceStub::new(instance.channel.clone())
             // The declaration of an action may be larger than a payload.
             .max_decoding_message_size(self.limits.max_worker_message_bytes())
             .max_encoding_message_size(self.limits.max_message_bytes())
@@ -84,7 +84,7 @@ impl Upstreams {
         if all.len() == 1 {
             return all.to_vec();
         }
-        let named = all.iter().filter(|member| names.contains(&member.name));
+        let named = all.iter().filter(|instance| names.contains(&instance.name));
         let mut found: Vec<_> = named.cloned().collect();
         if found.is_empty() {
             found = all.to_vec();
@@ -112,17 +112,17 @@ impl Upstreams {
         processors: &[Arc<str>],
     ) -> Result<Option<Payload>, Status> {
         let mut last = None;
-        let mut members = self.candidates(processors).into_iter().peekable();
+        let mut instances = self.candidates(processors).into_iter().peekable();
         let mut request = Some(request);
-        while let Some(member) = members.next() {
+        while let Some(instance) = instances.next() {
             // The last candidate receives the request itself instead of a copy.
-            let message = if members.peek().is_some() { request.clone() } else { request.take() };
+            let message = if instances.peek().is_some() { request.clone() } else { request.take() };
             let Some(message) = message else { break };
             let call = with_authorization(message, authorization.clone());
-            match self.processor(&member).execute(call).await {
+            match self.processor(&instance).execute(call).await {
                 Ok(response) => return Ok(response.into_inner().result),
                 Err(status) if is_safe_to_retry(&status) => {
-                    member.note(false);
+                    instance.record_reachable(false);
                     last = Some(status);
                 }
                 Err(mut status) if status.metadata().contains_key(NOT_ADMITTED) => {
@@ -140,9 +140,9 @@ impl Upstreams {
     pub(crate) async fn is_declared(&self, action: &str, tenant: &str) -> Option<bool> {
         let _permit = self.lookup_permits.acquire().await.ok()?;
         let request = FindActionRequest { action: action.to_owned(), tenant_id: tenant.to_owned() };
-        let members = self.candidates(&[]);
-        let answers = members.iter().map(|member| {
-            let (mut client, request) = (self.processor(member), request.clone());
+        let instances = self.candidates(&[]);
+        let answers = instances.iter().map(|instance| {
+            let (mut client, request) = (self.processor(instance), request.clone());
             async move { timeout(HINT_TIMEOUT, client.find_action(request)).await }
         });
         let mut answers: FuturesUnordered<_> = answers.collect();
@@ -179,7 +179,7 @@ impl Upstreams {
         not_before: Option<Timestamp>,
         processors: &[Arc<str>],
     ) -> Option<NotifyQueuedResponse> {
-        if !self.hints {
+        if !self.push_notifications {
             return None;
         }
         let uid = record.uid;
@@ -190,8 +190,8 @@ impl Upstreams {
             not_before: not_before.map(|at| timestamp(at.as_millis())),
         };
         let mut estimate: Option<NotifyQueuedResponse> = None;
-        for member in self.candidates(processors).into_iter().take(MAX_NOTIFIED) {
-            match timeout(HINT_TIMEOUT, self.processor(&member).notify_queued(request.clone()))
+        for instance in self.candidates(processors).into_iter().take(MAX_NOTIFIED) {
+            match timeout(HINT_TIMEOUT, self.processor(&instance).notify_queued(request.clone()))
                 .await
             {
                 Ok(Ok(response)) => {
@@ -204,11 +204,11 @@ impl Upstreams {
                 }
                 Ok(Err(status)) => {
                     tracing::warn!(%uid, %status, "failed to notify a processor; polling will find the request");
-                    member.note(false);
+                    instance.record_reachable(false);
                 }
                 Err(_) => {
                     tracing::warn!(%uid, "timed out notifying a processor; polling will find the request");
-                    member.note(false);
+                    instance.record_reachable(false);
                 }
             }
         }
@@ -219,9 +219,9 @@ impl Upstreams {
     pub(crate) async fn signal_cancel(&self, uid: Uid, reason: &str) {
         let uid_bytes = uid.to_bytes().to_vec().into();
         let request = SignalCancelRequest { uid: uid_bytes, reason: reason.to_owned() };
-        let members = self.candidates(&[]);
-        join_all(members.iter().map(|member| {
-            let (mut client, request) = (self.processor(member), request.clone());
+        let instances = self.candidates(&[]);
+        join_all(instances.iter().map(|instance| {
+            let (mut client, request) = (self.processor(instance), request.clone());
             async move {
                 let outcome = timeout(HINT_TIMEOUT, client.signal_cancel(request)).await;
                 if !matches!(outcome, Ok(Ok(_))) {

@@ -2,13 +2,13 @@
 
 pub(crate) mod actions;
 pub(crate) mod bench;
-mod builtin_handlers;
 pub(crate) mod config;
 pub(crate) mod connections;
 pub(crate) mod demo;
 pub(crate) mod follow;
 pub(crate) mod health;
 pub(crate) mod requests;
+mod select_handlers;
 pub(crate) mod serve;
 pub(crate) mod tables;
 pub(crate) mod token;

@@ -1,7 +1,7 @@
 //! The `streamer` binary: all services in one process, a single service, and the commands that call a server.
 
 mod arguments;
-mod command;
+mod cli;
 mod commands;
 mod exit;
 mod progress_bar;
@@ -13,7 +13,7 @@ use std::process::ExitCode;
 
 use clap::Parser;
 
-use crate::{command::Cli, exit::Exit};
+use crate::{cli::Cli, exit::Exit};
 
 /// Allocator that returns memory to the system promptly and has little overhead for small objects. At
 /// 10,000 connections, the system's allocator uses 50 % more memory.

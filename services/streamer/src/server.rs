@@ -58,7 +58,8 @@ pub(crate) struct Server {
 }
 
 impl Server {
-    /// Opens the store, builds the services and serves them. Returns when the server is ready.
+    /// Opens the store, builds the services and serves them. Returns when the server is listening; with all services in
+    /// one process, when it is ready.
     ///
     /// # Errors
     /// Returns an error if the configuration is invalid or a required resource is unavailable.
@@ -88,12 +89,12 @@ impl Server {
         if let (Role::All, Some(router)) = (role, &services.router) {
             router.ready().await;
         }
-        let healthy = match role {
+        let ready = match role {
             Role::All => services.health.check_now().await,
             // The other services may not be running yet.
             Role::Only(_) => services.health.check_store().await,
         };
-        healthy.map_err(StartError::Unhealthy)?;
+        ready.map_err(StartError::NotReady)?;
         let router = services.routes()?;
         let state = services.listener_state(config);
         let serving =
@@ -144,7 +145,7 @@ impl Server {
     /// Disconnects clients, lets running work complete within the drain timeout, and closes the store.
     pub(crate) async fn stop(mut self) {
         self.shutdown.accepting.cancel();
-        self.services.health.not_serving().await;
+        self.services.health.set_not_serving().await;
         self.shutdown.working.cancel();
         if let Some(gateway) = &self.services.gateway {
             gateway.drain(self.drain_timeout).await;
@@ -156,7 +157,7 @@ impl Server {
         let timed_out = timeout(self.drain_timeout, &mut self.serving).await.is_err();
         self.shutdown.serving.cancel();
         if timed_out {
-            tracing::warn!("some calls did not complete in time");
+            tracing::warn!("calls still pending after the drain timeout are cancelled");
             self.tasks.push(self.serving);
         }
         for task in self.tasks {

@@ -143,7 +143,7 @@ impl Dispatcher {
                     continue;
                 }
             }
-            match self.find_placement(&request.action, &request.tenant) {
+            match self.acquire_placement(&request.action, &request.tenant) {
                 Some(placement) => {
                     self.fair_queue.charge(&request.tenant);
                     self.start(request.uid, &request.tenant, placement);

@@ -39,7 +39,7 @@ use crate::{
 };
 
 /// Maximum number of messages queued for a worker.
-const OUTBOX: usize = 4096;
+const OUTBOUND_CAPACITY: usize = 4096;
 /// Timeout for the arrival of `hello`, the first message.
 const HELLO_TIMEOUT: Duration = Duration::from_secs(10);
 /// Maximum number of attempts that a worker may list: one running and one finished attempt per slot.
@@ -97,7 +97,7 @@ impl WorkerService for WorkerApi {
         })??;
         let Some(work_request::Message::Hello(hello)) = first.and_then(|first| first.message)
         else {
-            return Err(violation_status("message", "the first message must be hello"));
+            return Err(violation_status("message", "must be `hello` in the first message"));
         };
         let secret = hello::session_secret(&hello)?;
         let worker = hello::validate_hello(&hello, &secret, &caller, &self.shared.actions)?;
@@ -117,7 +117,7 @@ impl WorkerService for WorkerApi {
             self.shared.dispatcher.detach_attempts_of(&worker);
             return Err(stopping);
         }
-        let (outbox, outgoing) = mpsc::channel(OUTBOX);
+        let (outbox, outgoing) = mpsc::channel(OUTBOUND_CAPACITY);
         for message in self.shared.welcome_messages(&secret, resumed, &caller) {
             // The channel is empty and has capacity.
             drop(outbox.try_send(Ok(WorkResponse { message: Some(message) })));
@@ -180,7 +180,7 @@ impl Shared {
         Ok(tasks.into_iter().flatten().map(|task| task.acknowledgment(false)).collect())
     }
 
-    /// Returns an error if the processor is stopping.
+    /// Returns an error if the processor is shutting down.
     fn check_accepting(&self) -> Result<(), Status> {
         if self.dispatcher.is_stopping() {
             return Err(error_status(ErrorCode::Unavailable, "the processor is shutting down"));
@@ -333,7 +333,7 @@ impl WorkerStream {
             }
         }
         if self.worker.tasks().iter().any(|task| task.ignores_resend(self.shared.options.lease)) {
-            let reason = "the worker did not send a report again that was requested with `resend`";
+            let reason = "the worker did not resend a report requested with `resend`";
             return Err(error_status(ErrorCode::Unavailable, reason));
         }
         for task in self.worker.tasks() {

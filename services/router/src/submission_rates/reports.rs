@@ -30,17 +30,17 @@ const ENTRY_BYTES: usize = 32;
 /// This router and its peers.
 #[derive(Clone)]
 pub struct PeerRouters {
-    /// Name of this router among the members.
+    /// Name of this router among the instances.
     pub own: String,
     /// All routers, including this one.
-    pub members: Instances,
+    pub instances: Instances,
 }
 
 /// Receives reports from other routers.
 pub struct AdmissionApi {
     rates: Arc<SubmissionRates>,
     clock: Arc<dyn Clock>,
-    /// Name of this router among the members.
+    /// Name of this router among the instances.
     own: String,
 }
 
@@ -78,7 +78,7 @@ impl AdmissionService for AdmissionApi {
 /// Reports to the other routers the submissions that this router admitted, until `shutdown` is cancelled.
 pub(crate) async fn exchange_reports(
     rates: &SubmissionRates,
-    others: PeerRouters,
+    peers: PeerRouters,
     shutdown: CancellationToken,
 ) {
     let mut ticks = interval(REPORT_INTERVAL);
@@ -88,10 +88,10 @@ pub(crate) async fn exchange_reports(
             () = shutdown.cancelled() => return,
             _ = ticks.tick() => {}
         }
-        let all = others.members.all();
+        let all = peers.instances.all();
         let healthy: Vec<&Instance> = all
             .iter()
-            .filter(|member| *member.name != *others.own && member.is_reachable())
+            .filter(|instance| *instance.name != *peers.own && instance.is_reachable())
             .collect();
         rates.set_router_count(saturate::to_u32(healthy.len() + 1));
         let mut admitted = rates.take_admitted();
@@ -110,15 +110,15 @@ pub(crate) async fn exchange_reports(
             count,
         });
         let report =
-            ReportSubmissionsRequest { router: others.own.clone(), admitted: admitted.collect() };
-        join_all(healthy.into_iter().map(|member| send(member, report.clone()))).await;
+            ReportSubmissionsRequest { router: peers.own.clone(), admitted: admitted.collect() };
+        join_all(healthy.into_iter().map(|instance| send(instance, report.clone()))).await;
     }
 }
 
 /// Sends a report. A lost report has the same effect as an empty one.
-async fn send(member: &Instance, report: ReportSubmissionsRequest) {
-    let mut client = AdmissionServiceStub::new(member.channel.clone());
-    let name = &*member.name;
+async fn send(instance: &Instance, report: ReportSubmissionsRequest) {
+    let mut client = AdmissionServiceStub::new(instance.channel.clone());
+    let name = &*instance.name;
     match timeout(REPORT_TIMEOUT, client.report_submissions(report)).await {
         Ok(Ok(_)) => {}
         Ok(Err(status)) => tracing::debug!(%status, name, "failed to report submissions"),

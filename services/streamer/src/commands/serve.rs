@@ -21,7 +21,7 @@ use tokio::{
 use crate::{
     Exit,
     arguments::ConfigSources,
-    commands::{builtin_handlers::select, config::sources},
+    commands::{config::sources, select_handlers::select_handlers},
     server::{Role, Server},
 };
 
@@ -70,19 +70,23 @@ pub(crate) async fn run(arguments: &ServerArguments, role: Role) -> ExitCode {
             return Exit::Usage.code();
         }
     };
-    let handlers = match select(streamer_builtin_actions::all(), &config.execution.builtin_actions)
-    {
-        Ok(handlers) => handlers,
-        Err(error) => {
-            eprintln!("error: execution.builtin_actions: {error}");
-            return Exit::Usage.code();
-        }
-    };
+    let handlers =
+        match select_handlers(streamer_builtin_actions::all(), &config.execution.builtin_actions) {
+            Ok(handlers) => handlers,
+            Err(error) => {
+                eprintln!("error: execution.builtin_actions: {error}");
+                return Exit::Usage.code();
+            }
+        };
     let server = match Server::start(&config, handlers, role, traces.clone()).await {
         Ok(server) => server,
         Err(error) => {
             eprintln!("error: {error}");
-            return if error.is_usage() { Exit::Usage.code() } else { Exit::Failed.code() };
+            return if error.is_configuration_error() {
+                Exit::Usage.code()
+            } else {
+                Exit::Failed.code()
+            };
         }
     };
     let mut signals = match Signals::listen() {

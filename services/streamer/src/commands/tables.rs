@@ -92,5 +92,5 @@ fn report(differences: &[Difference]) -> ExitCode {
 
 fn failed(error: &OpenError) -> ExitCode {
     eprintln!("error: {error}");
-    if error.is_usage() { Exit::Usage.code() } else { Exit::Unreachable.code() }
+    if error.is_configuration_error() { Exit::Usage.code() } else { Exit::Unreachable.code() }
 }

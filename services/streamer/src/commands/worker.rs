@@ -11,7 +11,7 @@ use streamer_worker::{Worker, WorkerError};
 use crate::{
     Exit,
     arguments::{CommonArguments, parse_duration},
-    commands::{builtin_handlers::select, config::environment},
+    commands::{config::environment, select_handlers::select_handlers},
 };
 
 /// Arguments of `streamer worker`.
@@ -55,7 +55,7 @@ pub(crate) async fn run(arguments: WorkerArguments) -> ExitCode {
         [] => vec!["*".to_owned()],
         names => names.to_vec(),
     };
-    let handlers = match select(all, &actions) {
+    let handlers = match select_handlers(all, &actions) {
         Ok(handlers) => handlers,
         Err(error) => {
             eprintln!("error: --actions: {error}");

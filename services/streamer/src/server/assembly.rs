@@ -31,7 +31,7 @@ use crate::server::{
 };
 
 /// Maximum number of file descriptors that is assumed, even if the system's limit is higher.
-const MAX_DESCRIPTORS: usize = 1 << 20;
+const MAX_FILE_DESCRIPTORS: usize = 1 << 20;
 /// Minimum number of bytes by which `server.max_undecoded_bytes` exceeds the size of four messages of maximum size.
 const UNDECODED_MARGIN: usize = 64 * 1024 * 1024;
 
@@ -42,7 +42,7 @@ pub(crate) struct Services {
     pub(crate) progress: Option<Progress>,
     pub(crate) gateway: Option<GatewayServer>,
     /// Authenticates services in separate processes.
-    pub(crate) token: Option<ServiceToken>,
+    pub(crate) service_token: Option<ServiceToken>,
     pub(crate) role: Role,
     pub(crate) health: Health,
     pub(crate) metrics: Metrics,
@@ -74,7 +74,7 @@ pub(crate) struct Plan<'a> {
     pub(crate) traces: Traces,
 }
 
-/// What the services of a process have in common.
+/// Dependencies that the services of a process share.
 struct Shared<'a> {
     config: &'a Config,
     role: Role,
@@ -118,7 +118,7 @@ impl Shared<'_> {
             limits: self.limits,
             ring: self.peers.as_ref().map(|peers| Ring {
                 own: self.own_address.clone(),
-                members: peers.instances(Service::Progress),
+                instances: peers.instances(Service::Progress),
                 serving,
             }),
             open_watches: self.open_watches.clone(),
@@ -137,7 +137,7 @@ impl Shared<'_> {
             auth: self.auth.clone(),
             handlers,
             handler_threads: HandlerThreads::start().map_err(StartError::Threads)?,
-            progress: event_log,
+            event_log,
             metrics: self.metrics.clone(),
             traces: self.traces.clone(),
             options: processor_options(self.config, self.limits, self.peers.is_some()),
@@ -155,11 +155,11 @@ impl Shared<'_> {
             metrics: self.metrics.clone(),
             limits: self.limits,
             tenant_limits: self.tenant_limits.clone(),
-            others: self.peers.as_ref().map(|peers| PeerRouters {
+            peers: self.peers.as_ref().map(|peers| PeerRouters {
                 own: self.own_address.clone(),
-                members: peers.instances(Service::Router),
+                instances: peers.instances(Service::Router),
             }),
-            hints: self.config.execution.push_notifications,
+            push_notifications: self.config.execution.push_notifications,
         })
     }
 
@@ -173,9 +173,9 @@ impl Shared<'_> {
             router,
             progress,
             processor: peers.map(|peers| peers.instances(Service::Processor).streaming_channel()),
-            others: peers.map(|peers| PeerGateways {
+            peers: peers.map(|peers| PeerGateways {
                 own: self.own_address.clone(),
-                members: peers.instances(Service::Gateway),
+                instances: peers.instances(Service::Gateway),
             }),
             metrics: self.metrics.clone(),
             traces: self.traces.clone(),
@@ -194,26 +194,26 @@ impl Services {
         let metrics = Metrics::with_max_actions(size(config.server.metrics_max_actions));
         process_metrics::register(&metrics, clock.now());
         traces.register(&metrics);
-        let (store, largest) = store_engine::open(config, &metrics).await?;
+        let (store, max_value_bytes) = store_engine::open(config, &metrics).await?;
         let (authenticator, dev_key) = authentication::authenticator(config, clock.clone())?;
         let audit = authentication::audit(config, &clock, &metrics)?;
         let tenant_limits = tenant_limits::new(config);
         tenant_limits::register(&tenant_limits, &metrics);
-        let (token, peers) = match role {
+        let (service_token, peers) = match role {
             Role::All => (None, None),
             Role::Only(service) => {
                 let (file, data) = (&config.peers.shared_secret_file, &config.server.data_dir);
-                let token = ServiceToken::load(file, data).map_err(StartError::Secret)?;
+                let service_token = ServiceToken::load(file, data).map_err(StartError::Secret)?;
                 let entries = |callee| addresses::configured(config, callee);
                 let interval = config.peers.dns_refresh_interval;
-                let peers = Peers::new(service, entries, &token, interval);
-                (Some(token), Some(peers))
+                let peers = Peers::new(service, entries, &service_token, interval);
+                (Some(service_token), Some(peers))
             }
         };
         let shared = Shared {
             auth: AuthLayer::new(authenticator.clone(), audit),
             open_watches: Arc::new(OpenWatches::new(tenant_limits.clone())),
-            limits: limits(config, largest),
+            limits: limits(config, max_value_bytes),
             config,
             role,
             clock,
@@ -226,21 +226,21 @@ impl Services {
             tenant_limits,
             peers,
         };
-        let services = Self::connect(shared, handlers, token, shutdown)?;
+        let services = Self::build_services(shared, handlers, service_token, shutdown)?;
         Ok((services, dev_key))
     }
 
     /// Builds the services of the role, each with channels to those that it calls.
-    fn connect(
+    fn build_services(
         shared: Shared<'_>,
         handlers: Handlers,
-        token: Option<ServiceToken>,
+        service_token: Option<ServiceToken>,
         shutdown: &Shutdown,
     ) -> Result<Self, StartError> {
         let role = shared.role;
         let (limits, server) = (shared.limits, &shared.config.server);
-        let (serving, is_serving) = watch::channel(true);
-        let progress = role.has(Service::Progress).then(|| shared.progress(is_serving));
+        let (serving, serving_updates) = watch::channel(true);
+        let progress = role.has(Service::Progress).then(|| shared.progress(serving_updates));
         let event_log_channel = shared.channel(
             Service::Progress,
             limits.max_batch_bytes(),
@@ -288,7 +288,7 @@ impl Services {
             processor,
             progress,
             gateway,
-            token,
+            service_token,
             role,
             health: Health::new(shared.store, role, readiness_checks, serving),
             metrics: shared.metrics,
@@ -308,8 +308,8 @@ impl Services {
     pub(crate) fn listener_state(&self, config: &Config) -> ListenerState {
         let section = &config.server;
         let total = match size(section.max_connections) {
-            0 => (descriptors() / 5 * 4).max(16),
-            limit => limit.min(descriptors()),
+            0 => (max_file_descriptors() / 5 * 4).max(16),
+            limit => limit.min(max_file_descriptors()),
         };
         let per_address = match size(section.max_connections_per_address) {
             0 => (total / 10 * 9).max(1),
@@ -368,10 +368,10 @@ impl Services {
 }
 
 /// Returns the maximum number of file descriptors that this process may open.
-fn descriptors() -> usize {
+fn max_file_descriptors() -> usize {
     let limit = rustix::process::getrlimit(rustix::process::Resource::Nofile).current;
     limit
         .and_then(|limit| usize::try_from(limit).ok())
-        .unwrap_or(MAX_DESCRIPTORS)
-        .min(MAX_DESCRIPTORS)
+        .unwrap_or(MAX_FILE_DESCRIPTORS)
+        .min(MAX_FILE_DESCRIPTORS)
 }

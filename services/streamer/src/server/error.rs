@@ -1,4 +1,4 @@
-//! Errors when a server starts.
+//! Errors that prevent a server from starting.
 
 use std::{io, net::SocketAddr, path::PathBuf};
 
@@ -7,15 +7,15 @@ use streamer_cluster::Service;
 use streamer_store::StoreError;
 use streamer_store_dynamodb::OpenError;
 
-/// Reason why the server cannot start.
+/// Error that prevents a server from starting.
 #[derive(Debug, thiserror::Error)]
 pub(crate) enum StartError {
     /// The store cannot be opened.
     #[error("cannot open the store: {0}")]
     Store(StoreError),
     /// The DynamoDB store cannot be opened.
-    #[error("cannot open the store: {0}")]
-    Open(OpenError),
+    #[error("cannot open the DynamoDB store: {0}")]
+    OpenDynamo(OpenError),
     /// The service token cannot be loaded.
     #[error("peers.shared_secret_file: {0}")]
     Secret(String),
@@ -29,7 +29,7 @@ pub(crate) enum StartError {
     #[error("auth.keys, auth.jwks_url: {0}")]
     Key(KeyError),
     /// The development key cannot be used.
-    #[error("{0}")]
+    #[error(transparent)]
     DevKey(DevKeyError),
     /// `server.metrics_listen` is not a valid address.
     #[error("server.metrics_listen: must be ADDRESS:PORT, is {0:?}")]
@@ -45,7 +45,7 @@ pub(crate) enum StartError {
     Audit(PathBuf, io::Error),
     /// The server is not ready after all resources were opened.
     #[error("{0}")]
-    Unhealthy(String),
+    NotReady(String),
     /// The schema for reflection cannot be read. The tests ensure that this error does not occur.
     #[error("cannot serve reflection: {0}")]
     Reflection(String),
@@ -53,9 +53,9 @@ pub(crate) enum StartError {
 
 impl StartError {
     /// Returns whether the error is caused by the configuration.
-    pub(crate) fn is_usage(&self) -> bool {
+    pub(crate) fn is_configuration_error(&self) -> bool {
         match self {
-            Self::Open(error) => error.is_usage(),
+            Self::OpenDynamo(error) => error.is_configuration_error(),
             Self::Secret(_)
             | Self::Engine
             | Self::Peers(_)
@@ -66,7 +66,7 @@ impl StartError {
             | Self::DevKey(_)
             | Self::Threads(_)
             | Self::Listen(..)
-            | Self::Unhealthy(_)
+            | Self::NotReady(_)
             | Self::Reflection(_) => false,
         }
     }

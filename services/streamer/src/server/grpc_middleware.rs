@@ -85,7 +85,7 @@ pub(crate) async fn end_watches(
     response.map(|body| {
         let stopped = async move {
             stopping.cancelled().await;
-            Status::unavailable("the server is stopping")
+            Status::unavailable("the server is shutting down")
         };
         Body::new(end_when(body, stopped))
     })

@@ -82,7 +82,7 @@ impl Health {
     /// Checks the health of the server, or returns the cached outcome if it is recent.
     pub(crate) async fn refresh(&self) -> Result<(), String> {
         if self.stopping.is_cancelled() {
-            return Err("the server is stopping".into());
+            return Err("the server is shutting down".into());
         }
         let mut latest = self.latest.lock().await;
         if let Some((at, outcome)) = &*latest
@@ -95,7 +95,7 @@ impl Health {
             .await
             .and_then(|()| self.readiness_checks.iter().try_for_each(|check| check()));
         if self.stopping.is_cancelled() {
-            return Err("the server is stopping".into());
+            return Err("the server is shutting down".into());
         }
         *latest = Some((Instant::now(), outcome.clone()));
         let healthy = outcome.is_ok();
@@ -145,7 +145,7 @@ impl Health {
     }
 
     /// Reports permanently that the server does not serve.
-    pub(crate) async fn not_serving(&self) {
+    pub(crate) async fn set_not_serving(&self) {
         self.stopping.cancel();
         self.report(ServingStatus::NotServing).await;
     }

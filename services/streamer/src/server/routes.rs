@@ -90,7 +90,7 @@ impl Services {
         }
         let metrics = self.rpc_metrics.clone();
         let grpc = grpc_middleware::observe_calls(grpc, self.traces.clone(), metrics);
-        let grpc = strip_untrusted_headers(grpc, self.token.clone(), self.auth.clone());
+        let grpc = strip_untrusted_headers(grpc, self.service_token.clone(), self.auth.clone());
         // If all services run in one process, they end their watches themselves.
         let grpc = match self.role {
             Role::All | Role::Only(Service::Processor) => grpc,

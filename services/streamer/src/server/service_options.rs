@@ -27,15 +27,19 @@ pub(crate) fn dynamo_options(config: &Config) -> DynamoOptions {
 /// Rule that errors name if the limit of the store engine is lower than the configured limit.
 const ENGINE_RULE: &str = "store.engine dynamodb without dynamodb.object_store_url";
 
-/// Returns the limits of payloads and results for a store whose maximum value size is `largest` bytes.
-pub(crate) fn limits(config: &Config, largest: Option<usize>) -> Limits {
+/// Returns the limits of payloads and results for a store whose maximum value size is `max_value_bytes`.
+pub(crate) fn limits(config: &Config, max_value_bytes: Option<usize>) -> Limits {
     let max_payload_bytes = size(config.limits.max_payload_bytes.0);
     let max_output_chunk_bytes = size(config.limits.max_output_chunk_bytes.0);
-    let largest = largest.unwrap_or(usize::MAX);
+    let max_value_bytes = max_value_bytes.unwrap_or(usize::MAX);
     Limits {
-        max_payload_bytes: max_payload_bytes.min(largest),
-        max_output_chunk_bytes: max_output_chunk_bytes.min(largest),
-        payload_option: if max_payload_bytes <= largest { PAYLOAD_OPTION } else { ENGINE_RULE },
+        max_payload_bytes: max_payload_bytes.min(max_value_bytes),
+        max_output_chunk_bytes: max_output_chunk_bytes.min(max_value_bytes),
+        payload_option: if max_payload_bytes <= max_value_bytes {
+            PAYLOAD_OPTION
+        } else {
+            ENGINE_RULE
+        },
     }
 }
 
@@ -65,7 +69,7 @@ pub(crate) fn processor_options(config: &Config, limits: Limits, shared: bool) -
 pub(crate) fn gateway_options(config: &Config, limits: Limits) -> GatewayOptions {
     let gateway = &config.gateway;
     // The budget must be sufficient for a message of the maximum size: its fragments and the next frame.
-    let largest_message = limits.max_message_bytes().saturating_mul(2);
+    let min_buffered_bytes = limits.max_message_bytes().saturating_mul(2);
     GatewayOptions {
         allowed_origins: gateway.allowed_origins.clone(),
         max_connections: size(gateway.max_connections),
@@ -76,9 +80,9 @@ pub(crate) fn gateway_options(config: &Config, limits: Limits) -> GatewayOptions
         rate_limit: number(gateway.rate_limit),
         rate_limit_burst: number(gateway.rate_limit_burst),
         max_message_bytes: limits.max_message_bytes(),
-        max_buffered_bytes: size(gateway.max_buffered_bytes.0).max(largest_message),
+        max_buffered_bytes: size(gateway.max_buffered_bytes.0).max(min_buffered_bytes),
         max_buffered_bytes_per_user: size(gateway.max_buffered_bytes_per_user.0)
-            .max(largest_message),
+            .max(min_buffered_bytes),
         message_timeout: gateway.message_timeout,
         heartbeat: gateway.ping_interval,
         slow_consumer_timeout: gateway.slow_consumer_timeout,

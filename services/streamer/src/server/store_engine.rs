@@ -21,9 +21,10 @@ pub(crate) async fn open(
         }
         StoreEngine::Dynamodb => {
             let options = dynamo_options(config);
-            let store = DynamoStore::open(&options, metrics).await.map_err(StartError::Open)?;
-            let largest = store.max_value_bytes();
-            Ok((Arc::new(store), largest))
+            let store =
+                DynamoStore::open(&options, metrics).await.map_err(StartError::OpenDynamo)?;
+            let max_value_bytes = store.max_value_bytes();
+            Ok((Arc::new(store), max_value_bytes))
         }
     }
 }

@@ -62,7 +62,7 @@ impl Collector for LimitUse {
 
 /// Registers the metric.
 pub(crate) fn register(limits: &LimitsByTenant, metrics: &Metrics) {
-    metrics.collect(LimitUse(limits.clone()));
+    metrics.register_collector(LimitUse(limits.clone()));
 }
 
 /// Discards old usage every [`USE_INTERVAL`] until `shutdown` is cancelled.

@@ -8,9 +8,9 @@ use crate::common::v1::StreamKind;
 /// How services call a method.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct MethodPolicy {
-    /// Whether a call is repeated although an earlier call may have been executed.
-    pub repeatable: bool,
-    /// Whether a call is repeated at a different instance if an instance responds with UNAVAILABLE.
+    /// Whether a call is retried although an earlier attempt may have been executed.
+    pub idempotent: bool,
+    /// Whether a call is retried at a different instance if an instance responds with UNAVAILABLE.
     pub retry_if_unavailable: bool,
     /// Maximum time until the response of one instance begins; `None` means no limit.
     pub timeout: Option<Duration>,
@@ -20,8 +20,8 @@ pub struct MethodPolicy {
 
 impl MethodPolicy {
     /// Policy of unknown methods.
-    const NOT_REPEATABLE: Self = Self {
-        repeatable: false,
+    const NOT_IDEMPOTENT: Self = Self {
+        idempotent: false,
         retry_if_unavailable: false,
         timeout: None,
         stream_kind: StreamKind::Unspecified,
@@ -39,31 +39,31 @@ impl MethodPolicy {
 static DECLARED: &[(&str, MethodPolicy)] =
     include!(concat!(env!("OUT_DIR"), "/method_policies.rs"));
 
-const REPEATABLE: MethodPolicy =
-    MethodPolicy { repeatable: true, retry_if_unavailable: true, ..MethodPolicy::NOT_REPEATABLE };
+const IDEMPOTENT: MethodPolicy =
+    MethodPolicy { idempotent: true, retry_if_unavailable: true, ..MethodPolicy::NOT_IDEMPOTENT };
 
 /// Policies of methods whose `.proto` files belong to others.
 static EXTERNAL: [(&str, MethodPolicy); 6] = [
-    ("/google.longrunning.Operations/CancelOperation", REPEATABLE),
+    ("/google.longrunning.Operations/CancelOperation", IDEMPOTENT),
     // The name of an operation may be an `id`, which a new request can have after the first call.
-    ("/google.longrunning.Operations/DeleteOperation", MethodPolicy::NOT_REPEATABLE),
+    ("/google.longrunning.Operations/DeleteOperation", MethodPolicy::NOT_IDEMPOTENT),
     (
         "/google.longrunning.Operations/GetOperation",
-        MethodPolicy { timeout: Some(Duration::from_secs(10)), ..REPEATABLE },
+        MethodPolicy { timeout: Some(Duration::from_secs(10)), ..IDEMPOTENT },
     ),
-    ("/google.longrunning.Operations/ListOperations", REPEATABLE),
-    ("/google.longrunning.Operations/WaitOperation", REPEATABLE),
+    ("/google.longrunning.Operations/ListOperations", IDEMPOTENT),
+    ("/google.longrunning.Operations/WaitOperation", IDEMPOTENT),
     (
         "/grpc.health.v1.Health/Watch",
-        MethodPolicy { stream_kind: StreamKind::Watch, ..MethodPolicy::NOT_REPEATABLE },
+        MethodPolicy { stream_kind: StreamKind::Watch, ..MethodPolicy::NOT_IDEMPOTENT },
     ),
 ];
 
 /// Returns the policy of the method with a path `/package.Service/Method`. Calls of an unknown method are not
-/// repeated.
+/// retried, except if they were not executed (transparent retry).
 #[must_use]
 pub fn method_policy(path: &str) -> MethodPolicy {
-    find(path).unwrap_or(MethodPolicy::NOT_REPEATABLE)
+    find(path).unwrap_or(MethodPolicy::NOT_IDEMPOTENT)
 }
 
 /// Returns whether the method with this path has a policy.
@@ -100,13 +100,13 @@ mod tests {
 
     /// Returns a policy; a timeout of 0 means none.
     fn policy(
-        repeatable: bool,
+        idempotent: bool,
         retry_if_unavailable: bool,
         seconds: u64,
         stream_kind: StreamKind,
     ) -> MethodPolicy {
         let timeout = (seconds > 0).then(|| std::time::Duration::from_secs(seconds));
-        MethodPolicy { repeatable, retry_if_unavailable, timeout, stream_kind }
+        MethodPolicy { idempotent, retry_if_unavailable, timeout, stream_kind }
     }
 
     #[test]
@@ -158,7 +158,7 @@ mod tests {
     }
 
     #[test]
-    fn calls_of_unknown_methods_are_not_repeated() {
+    fn calls_of_unknown_methods_are_not_retried() {
         let unknown = [
             "",
             "/",
@@ -167,12 +167,12 @@ mod tests {
             "/other.Service/Get",
         ];
         for path in unknown {
-            assert_eq!(method_policy(path), MethodPolicy::NOT_REPEATABLE, "{path}");
+            assert_eq!(method_policy(path), MethodPolicy::NOT_IDEMPOTENT, "{path}");
         }
     }
 
     #[test]
-    fn only_watches_that_repeat_no_submission_move_to_a_different_instance() {
+    fn only_watches_that_retry_no_submission_move_to_a_different_instance() {
         let methods = DECLARED.iter().chain(&EXTERNAL);
         let movable = methods.filter(|(_, policy)| policy.is_movable_watch());
         let movable: Vec<_> = movable.map(|(path, _)| *path).collect();

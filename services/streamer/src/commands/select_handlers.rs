@@ -3,7 +3,7 @@
 use streamer_handler::Handlers;
 
 /// Returns the handlers of the given actions; `*` selects all handlers.
-pub(crate) fn select(all: Handlers, actions: &[String]) -> Result<Handlers, String> {
+pub(crate) fn select_handlers(all: Handlers, actions: &[String]) -> Result<Handlers, String> {
     if actions.iter().any(|action| action == "*") {
         return Ok(all);
     }
