@@ -135,11 +135,13 @@ impl LoadBalancer {
         let policy = method_policy(message.uri.path());
         self.budget.deposit();
         let mut last = None;
+        // Number of attempts that may have been executed: transparent retries do not count.
+        let mut previous_attempts = 0;
         for (position, instance) in instances.iter().take(MAX_INSTANCES_PER_CALL).enumerate() {
             if position > 0 && !self.budget.withdraw() {
                 break;
             }
-            let call = instance.channel.clone().oneshot(message.request(position > 0));
+            let call = instance.channel.clone().oneshot(message.request(previous_attempts));
             let outcome = match policy.timeout {
                 Some(limit) => timeout(limit, call)
                     .await
@@ -149,6 +151,7 @@ impl LoadBalancer {
             match outcome {
                 Ok(response) => {
                     if policy.retry_if_unavailable && is_unavailable(response.headers()) {
+                        previous_attempts += 1;
                         last = Some(Ok(response));
                         continue;
                     }
@@ -161,8 +164,11 @@ impl LoadBalancer {
                 }
                 Err(status) => {
                     instance.record_reachable(false);
-                    if !is_safe_to_retry(&status) && !policy.idempotent {
-                        return Err(status);
+                    if !is_safe_to_retry(&status) {
+                        if !policy.idempotent {
+                            return Err(status);
+                        }
+                        previous_attempts += 1;
                     }
                     last = Some(Err(status));
                 }
@@ -195,7 +201,7 @@ struct BufferedRequest {
 }
 
 impl BufferedRequest {
-    fn request(&self, is_retry: bool) -> Request<Body> {
+    fn request(&self, previous_attempts: usize) -> Request<Body> {
         let body = Full::new(self.body.clone()).map_err(|never: Infallible| match never {});
         let mut request = Request::new(Body::new(body));
         *request.method_mut() = http::Method::POST;
@@ -203,8 +209,8 @@ impl BufferedRequest {
         *request.uri_mut() = self.uri.clone();
         *request.headers_mut() = self.headers.clone();
         *request.extensions_mut() = self.extensions.clone();
-        if is_retry {
-            request.headers_mut().insert(PREVIOUS_ATTEMPTS, HeaderValue::from_static("1"));
+        if previous_attempts > 0 {
+            request.headers_mut().insert(PREVIOUS_ATTEMPTS, HeaderValue::from(previous_attempts));
         }
         request
     }
@@ -249,7 +255,7 @@ pub fn with_route<T>(message: T, uid: Uid) -> tonic::Request<T> {
 
 #[cfg(test)]
 mod tests {
-    use std::sync::atomic::Ordering;
+    use std::sync::{Mutex, atomic::Ordering};
 
     use crate::Service as Callee;
     use tokio::sync::watch;
@@ -280,6 +286,41 @@ mod tests {
         *request.uri_mut() = Uri::from_static(path);
         let _ = instances.channel(1000).oneshot(request).await;
         calls.load(Ordering::Relaxed)
+    }
+
+    #[tokio::test]
+    async fn retries_send_the_number_of_attempts_that_may_have_been_executed() {
+        let lost: fn() -> Status = || Status::unknown("the connection was lost");
+        let unsent: fn() -> Status = || {
+            let mut status = Status::unavailable("cannot connect");
+            status.set_source(Arc::new(ConnectError("refused".into())));
+            status
+        };
+        for (outcomes, expected) in [
+            ([lost, lost, lost], [None, Some("1"), Some("2")]),
+            ([unsent, lost, lost], [None, None, Some("1")]),
+            ([lost, unsent, lost], [None, Some("1"), Some("1")]),
+        ] {
+            let sent = Arc::new(Mutex::new(Vec::new()));
+            let list = ["a", "b", "c"].map(|name| {
+                let sent = sent.clone();
+                let channel = tower::service_fn(move |request: Request<Body>| {
+                    let mut sent = sent.lock().unwrap();
+                    let outcome = outcomes[sent.len()]();
+                    let header = request.headers().get(PREVIOUS_ATTEMPTS);
+                    sent.push(header.map(|value| value.to_str().unwrap().to_owned()));
+                    std::future::ready(Err::<Response<Body>, _>(outcome))
+                });
+                Instance::new(name, Channel::Remote(BoxCloneSyncService::new(channel)))
+            });
+            let instances = Instances::of(Callee::Router, watch::channel(list.into()).1);
+            let mut request = Request::new(Body::empty());
+            *request.uri_mut() = Uri::from_static("/streamer.router.v1.RouterService/Submit");
+            drop(instances.channel(1000).oneshot(request).await);
+            let sent = sent.lock().unwrap();
+            let sent: Vec<_> = sent.iter().map(Option::as_deref).collect();
+            assert_eq!(sent, expected);
+        }
     }
 
     #[tokio::test]

@@ -41,10 +41,11 @@ where
     Channel::Remote(BoxCloneSyncService::new(ClientSpans(server)))
 }
 
-/// Header of a submission between services: the `uid` to assign to the request, so that a repeated
-/// call is idempotent. Ignored in calls from clients.
+/// Header of a submission between services: the `uid` to assign to the request, so that a
+/// retry is idempotent. Ignored in calls from clients.
 pub const REQUEST_UID: &str = "streamer-request-uid";
-/// Header of a retry: an earlier call, whose outcome is unknown, may have been executed.
+/// Header of a retry: the number of previous attempts, which may have been executed (gRFC A6). Attempts that were not
+/// executed (transparent retries) do not count. Ignored in calls from clients.
 pub const PREVIOUS_ATTEMPTS: &str = "grpc-previous-rpc-attempts";
 /// Header of every call between services: the token that all services share.
 pub const SERVICE_TOKEN: &str = "streamer-service-token";
