@@ -27,7 +27,11 @@ use streamer_config::Config;
 use streamer_core::{Clock, SystemClock};
 use streamer_handler::Handlers;
 use streamer_telemetry::{Metrics, Traces};
-use tokio::{net::TcpListener, task::JoinHandle, time::timeout};
+use tokio::{
+    net::TcpListener,
+    task::JoinHandle,
+    time::{Instant, timeout_at},
+};
 
 use assembly::{Plan, Services};
 use connection_limiter::{ConnectionLimiter, ConnectionLimits};
@@ -144,6 +148,7 @@ impl Server {
 
     /// Disconnects clients, lets running work complete within the drain timeout, and closes the store.
     pub(crate) async fn stop(mut self) {
+        let deadline = Instant::now() + self.drain_timeout;
         self.shutdown.accepting.cancel();
         self.services.health.set_not_serving().await;
         self.shutdown.working.cancel();
@@ -153,8 +158,8 @@ impl Server {
         if let Some(progress) = &self.services.progress {
             progress.drain();
         }
-        // Pending calls complete, or are cancelled after the timeout.
-        let timed_out = timeout(self.drain_timeout, &mut self.serving).await.is_err();
+        // Pending calls complete, or are cancelled at the deadline.
+        let timed_out = timeout_at(deadline, &mut self.serving).await.is_err();
         self.shutdown.serving.cancel();
         if timed_out {
             tracing::warn!("calls still pending after the drain timeout are cancelled");
