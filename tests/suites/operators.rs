@@ -175,7 +175,7 @@ async fn the_audit_log_records_caller_action_owner_and_address() {
 #[tokio::test]
 async fn the_server_does_not_start_if_the_audit_log_cannot_be_opened() {
     let data = tempfile::tempdir().unwrap();
-    let output = streamer_tests::Process::command(streamer_tests::binary())
+    let output = Process::command(streamer_tests::binary())
         .args(["up", "--listen", "127.0.0.1:0", "--set", "audit.file=/does/not/exist", "--data"])
         .arg(data.path())
         .env_clear()

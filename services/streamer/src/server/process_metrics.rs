@@ -25,7 +25,7 @@ pub(crate) fn register(metrics: &Metrics, now: Timestamp) {
         Family::default(),
     );
     info.get_or_create(&[("version", env!("CARGO_PKG_VERSION"))]).set(1);
-    metrics.collect(ProcessMetrics { start_seconds: now.as_millis() as f64 / 1000.0 });
+    metrics.register_collector(ProcessMetrics { start_seconds: now.as_millis() as f64 / 1000.0 });
 }
 
 #[derive(Debug)]
