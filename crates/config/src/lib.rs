@@ -12,6 +12,7 @@ mod options;
 mod setting;
 mod tenant_overrides;
 mod tenants;
+mod validation;
 
 use std::{
     fmt, fs, io,
