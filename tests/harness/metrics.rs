@@ -10,7 +10,7 @@ use std::{
 /// Timeout of a request for the metrics, which applies if the server is stopped or blocked.
 const TIMEOUT: Duration = Duration::from_secs(5);
 
-/// Returns all metrics of the server at `url`, in the OpenMetrics text format.
+/// Returns all metrics of the server at `url`, in the text format of Prometheus.
 ///
 /// # Panics
 /// Panics if the server cannot be reached.

@@ -4,6 +4,7 @@ mod action_labels;
 mod error;
 mod logs;
 mod metrics;
+mod text_format;
 mod traces;
 
 pub use error::TelemetryError;

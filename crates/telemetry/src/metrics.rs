@@ -10,7 +10,7 @@ use prometheus_client::{
     registry::{Metric, Registry},
 };
 
-use crate::action_labels::ActionLabels;
+use crate::{action_labels::ActionLabels, text_format::from_open_metrics};
 
 /// Bucket bounds of latency histograms, in seconds: 0.1 ms to 10 s.
 const LATENCY_BOUNDS: [f64; 12] =
@@ -96,7 +96,13 @@ impl Metrics {
         )
     }
 
-    /// Returns all metrics in the OpenMetrics text format, which Prometheus reads.
+    /// Returns all metrics in the text format of Prometheus, version 0.0.4.
+    #[must_use]
+    pub fn encode_text(&self) -> String {
+        from_open_metrics(&self.encode())
+    }
+
+    /// Returns all metrics in the OpenMetrics text format.
     #[must_use]
     pub fn encode(&self) -> String {
         let mut text = String::new();

@@ -23,6 +23,10 @@ const MAX_UNAUTHENTICATED_MESSAGE: usize = 16 * 1024;
 /// Maximum length of a path in a response, in characters.
 const MAX_PATH_CHARS: usize = 128;
 /// Content type of the OpenMetrics text format.
+const OPEN_METRICS_TYPE: &str = "application/openmetrics-text";
+/// Content type of the text format of Prometheus.
+const TEXT_FORMAT: &str = "text/plain; version=0.0.4; charset=utf-8";
+/// Complete content type of the OpenMetrics text format.
 const OPEN_METRICS: &str = "application/openmetrics-text; version=1.0.0; charset=utf-8";
 impl Services {
     /// Returns the routes of the public port.
@@ -148,6 +152,9 @@ async fn ready(State(services): State<Arc<Services>>) -> (StatusCode, String) {
 }
 
 async fn metrics(State(services): State<Arc<Services>>, request: Request) -> Response {
+    let accepted = request.headers().get(header::ACCEPT);
+    let is_open_metrics = accepted
+        .is_some_and(|accepted| accepted.to_str().is_ok_and(|a| a.contains(OPEN_METRICS_TYPE)));
     if services.metrics_access.needs_operator
         && let Err(rejection) = services.auth.check_operator(request.into_parts().0).await
     {
@@ -159,5 +166,8 @@ async fn metrics(State(services): State<Arc<Services>>, request: Request) -> Res
         let challenge = [(header::WWW_AUTHENTICATE, "Bearer")];
         return (status, challenge, format!("{}\n", rejection.message())).into_response();
     }
-    ([(header::CONTENT_TYPE, OPEN_METRICS)], services.metrics.encode()).into_response()
+    if is_open_metrics {
+        return ([(header::CONTENT_TYPE, OPEN_METRICS)], services.metrics.encode()).into_response();
+    }
+    ([(header::CONTENT_TYPE, TEXT_FORMAT)], services.metrics.encode_text()).into_response()
 }
