@@ -10,13 +10,14 @@ use protox::prost_reflect::{
     prost_types::{self, method_options::IdempotencyLevel},
 };
 
-const FILES: [&str; 9] = [
+const FILES: [&str; 10] = [
     "streamer/common/v1/common.proto",
     "streamer/common/v1/method_options.proto",
     "streamer/router/v1/router.proto",
     "streamer/progress/v1/progress.proto",
     "streamer/processor/v1/worker.proto",
     "streamer/connections/v1/connections.proto",
+    "streamer/admin/v1/admin.proto",
     "streamer/internal/v1/internal.proto",
     "google/longrunning/operations.proto",
     // Error details; included so that clients can decode them through reflection.
@@ -110,6 +111,7 @@ fn method_policy(
         Some(0) => "Unspecified",
         Some(1) => "Watch",
         Some(2) => "Session",
+        Some(3) => "Transfer",
         _ => return Err("unknown stream_kind".into()),
     };
     if method.is_server_streaming() != (stream_kind != "Unspecified") {

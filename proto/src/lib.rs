@@ -51,6 +51,14 @@ pub mod connections {
     }
 }
 
+/// `AdminService`.
+pub mod admin {
+    /// `streamer.admin.v1`
+    pub mod v1 {
+        tonic::include_proto!("streamer.admin.v1");
+    }
+}
+
 /// Calls between services.
 pub mod internal {
     /// `streamer.internal.v1`

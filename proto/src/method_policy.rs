@@ -94,7 +94,7 @@ mod tests {
     use super::{DECLARED, EXTERNAL, MethodPolicy, method_policy};
     use crate::{
         PUBLIC_DESCRIPTOR_SET,
-        common::v1::StreamKind::{self, Session, Unspecified, Watch},
+        common::v1::StreamKind::{self, Session, Transfer, Unspecified, Watch},
         public_methods,
     };
 
@@ -122,6 +122,7 @@ mod tests {
             ("/google.longrunning.Operations/ListOperations", unlimited),
             ("/google.longrunning.Operations/WaitOperation", unlimited),
             ("/grpc.health.v1.Health/Watch", policy(false, false, 0, Watch)),
+            ("/streamer.admin.v1.AdminService/Backup", policy(true, false, 0, Transfer)),
             ("/streamer.connections.v1.ConnectionsService/Broadcast", once),
             ("/streamer.connections.v1.ConnectionsService/Disconnect", unlimited),
             ("/streamer.connections.v1.ConnectionsService/List", read),

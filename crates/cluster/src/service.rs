@@ -76,7 +76,11 @@ impl Service {
     pub const fn grpc_services(self) -> &'static [&'static str] {
         match self {
             Self::Gateway => &["streamer.connections.v1.ConnectionsService"],
-            Self::Router => &["streamer.router.v1.RouterService", "google.longrunning.Operations"],
+            Self::Router => &[
+                "streamer.router.v1.RouterService",
+                "streamer.admin.v1.AdminService",
+                "google.longrunning.Operations",
+            ],
             Self::Processor => &["streamer.processor.v1.WorkerService"],
             Self::Progress => &["streamer.progress.v1.ProgressService"],
         }

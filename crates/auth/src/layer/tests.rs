@@ -75,6 +75,7 @@ fn unaudited_methods_exist_and_all_others_are_audited() {
     assert_eq!(
         audited,
         [
+            "AdminService/Backup",
             "ConnectionsService/Broadcast",
             "ConnectionsService/Disconnect",
             "ConnectionsService/Send",
