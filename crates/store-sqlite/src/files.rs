@@ -1,7 +1,7 @@
 //! Creates the files of the store with access for their owner only, and detects their removal or replacement.
 
 use std::{
-    fs::{self, DirBuilder, File, OpenOptions},
+    fs::{self, DirBuilder, File, OpenOptions, TryLockError},
     io,
     path::{Path, PathBuf},
 };
@@ -9,6 +9,11 @@ use std::{
 #[cfg(unix)]
 use std::os::unix::fs::{DirBuilderExt, MetadataExt, OpenOptionsExt, PermissionsExt};
 
+use super::error::io_error;
+use streamer_store::StoreError;
+
+/// Operation of this module, for error messages.
+pub(super) const OPENING: &str = "opening the data folder";
 /// Mode of files: read and write access for the owner, no access for other users. SQLite creates its other files with
 /// the same mode.
 #[cfg(unix)]
@@ -28,11 +33,28 @@ pub(super) fn create_folder(data: &Path) -> io::Result<()> {
     builder.mode(PRIVATE_FOLDER);
     builder.create(data)?;
     // The directory entry of the folder must also survive a crash.
-    let parent = match data.parent() {
+    sync_folder(match data.parent() {
         Some(parent) if !parent.as_os_str().is_empty() => parent,
         _ => Path::new("."),
-    };
-    File::open(parent)?.sync_all()
+    })
+}
+
+/// Makes the entries of a folder durable.
+pub(super) fn sync_folder(folder: &Path) -> io::Result<()> {
+    File::open(folder)?.sync_all()
+}
+
+/// Locks the data folder. The operating system releases the lock when the returned file is closed.
+pub(super) fn lock(data: &Path) -> Result<File, StoreError> {
+    let failed = |error| io_error(OPENING, data, &error);
+    let lock = open_private(&data.join("lock")).map_err(failed)?;
+    match lock.try_lock() {
+        Ok(()) => Ok(lock),
+        Err(TryLockError::WouldBlock) => {
+            Err(StoreError::Locked { path: data.display().to_string() })
+        }
+        Err(TryLockError::Error(error)) => Err(failed(error)),
+    }
 }
 
 /// Opens a file that only its owner can access, and creates it if it does not exist. Removes the permissions of other
@@ -55,6 +77,51 @@ pub(super) fn open_private(path: &Path) -> io::Result<File> {
         );
     }
     Ok(file)
+}
+
+/// Temporary file of a database, which is removed when it is dropped, together with its journal.
+pub(super) struct TemporaryFile {
+    path: PathBuf,
+    file: File,
+}
+
+impl TemporaryFile {
+    /// Creates an empty file that only its owner can access. Replaces the file of a process that was killed.
+    pub(super) fn create(path: &Path) -> io::Result<Self> {
+        remove_temporary(path)?;
+        Ok(Self { path: path.to_owned(), file: open_private(path)? })
+    }
+
+    /// Returns the file.
+    pub(super) fn file(&self) -> &File {
+        &self.file
+    }
+
+    /// Removes the file. Returns an error if it cannot be removed.
+    pub(super) fn remove(self) -> io::Result<()> {
+        remove_temporary(&self.path)
+    }
+}
+
+impl Drop for TemporaryFile {
+    fn drop(&mut self) {
+        if let Err(error) = remove_temporary(&self.path) {
+            tracing::warn!(path = %self.path.display(), %error, "failed to remove a temporary file");
+        }
+    }
+}
+
+/// Removes the temporary file of a database and its journal, if they exist.
+pub(super) fn remove_temporary(path: &Path) -> io::Result<()> {
+    let mut journal = path.as_os_str().to_owned();
+    journal.push("-journal");
+    for path in [path, Path::new(&journal)] {
+        match fs::remove_file(path) {
+            Err(error) if error.kind() != io::ErrorKind::NotFound => return Err(error),
+            Ok(()) | Err(_) => {}
+        }
+    }
+    Ok(())
 }
 
 /// Identities of the database and its write-ahead log when the store was opened. Data written to a removed file is lost

@@ -6,6 +6,7 @@
 //! commit.
 
 mod actions;
+mod backup;
 mod checkpointer;
 mod checksum;
 mod connections;
@@ -14,16 +15,13 @@ mod files;
 mod large_values;
 mod queue;
 mod requests;
+mod restore;
 mod row;
 mod schema;
 mod usage;
 mod writer;
 
-use std::{
-    fs::{File, TryLockError},
-    path::Path,
-    sync::Arc,
-};
+use std::{fs::File, path::Path, sync::Arc};
 
 use async_trait::async_trait;
 use parking_lot::Mutex;
@@ -31,17 +29,21 @@ use prost::Message;
 use rusqlite::Connection;
 use streamer_core::{Seq, Timestamp, Uid};
 
+use backup::Backups;
 use checkpointer::Checkpointer;
 use error::{io_error, sqlite_error};
-use files::FileIdentities;
+use files::{FileIdentities, OPENING};
+pub use restore::{RestoreError, RestoreStep, Restored, restore};
 use streamer_store::{
-    Adopt, Append, AppendOutcome, CancelOutcome, Claim, ClaimOutcome, ConnectionPage,
-    ConnectionRecord, CreateOutcome, DeclaredAction, DeleteOutcome, DuePage, DueQuery, EventPage,
-    Lease, LeaseRenewal, ListRequests, NewRequest, Owner, QueueAhead, QueueStats, RequestPage,
-    RequestRecord, Store, StoreError, StoredPayload, check_appended,
+    Adopt, Append, AppendOutcome, BackupOutcome, CancelOutcome, Claim, ClaimOutcome,
+    ConnectionPage, ConnectionRecord, CreateOutcome, DeclaredAction, DeleteOutcome, DuePage,
+    DueQuery, EventPage, Lease, LeaseRenewal, ListRequests, NewRequest, Owner, QueueAhead,
+    QueueStats, RequestPage, RequestRecord, Store, StoreError, StoredPayload, check_appended,
 };
 use writer::{Cost, Payer, WriterThread};
 
+/// Name of the database in the data folder.
+const DATABASE: &str = "streamer.db";
 /// Maximum number of reader connections; further reads wait for a free connection.
 const MAX_READERS: usize = 4;
 /// Maximum number of reader connections for pages of events, payloads and lists. The other reader connections are
@@ -65,6 +67,7 @@ pub fn open(data: &Path) -> Result<Arc<dyn Store>, StoreError> {
 struct SqliteStore {
     writer: WriterThread,
     readers: Arc<Readers>,
+    backups: Backups,
     /// Lock file, which is locked while the store is open; the operating system releases the lock when the process
     /// exits.
     _lock: File,
@@ -79,19 +82,14 @@ struct Readers {
 
 impl SqliteStore {
     fn open(data: &Path) -> Result<Self, StoreError> {
-        let doing = "opening the data folder";
-        let lock = files::create_folder(data)
-            .and_then(|()| files::open_private(&data.join("lock")))
-            .map_err(|error| io_error(doing, data, &error))?;
-        match lock.try_lock() {
-            Ok(()) => {}
-            Err(TryLockError::WouldBlock) => {
-                return Err(StoreError::Locked { path: data.display().to_string() });
-            }
-            Err(TryLockError::Error(error)) => return Err(io_error(doing, data, &error)),
+        files::create_folder(data).map_err(|error| io_error(OPENING, data, &error))?;
+        let lock = files::lock(data)?;
+        for name in [backup::FILE, restore::FILE] {
+            let path = data.join(name);
+            files::remove_temporary(&path).map_err(|error| io_error(OPENING, &path, &error))?;
         }
-        let path = data.join("streamer.db");
-        files::open_private(&path).map_err(|error| io_error(doing, &path, &error))?;
+        let path = data.join(DATABASE);
+        files::open_private(&path).map_err(|error| io_error(OPENING, &path, &error))?;
         let connection = schema::open_for_writing(&path)
             .map_err(|error| sqlite_error("opening the database", &error))?;
         schema::check_size(&connection, &path)?;
@@ -99,7 +97,8 @@ impl SqliteStore {
         schema::reset_after_restart(&connection)
             .map_err(|error| sqlite_error("opening the database", &error))?;
         let checkpointer = Checkpointer::start(&path)?;
-        let files = FileIdentities::read(&path).map_err(|error| io_error(doing, &path, &error))?;
+        let files =
+            FileIdentities::read(&path).map_err(|error| io_error(OPENING, &path, &error))?;
         let readers = Readers {
             idle: Mutex::new(Vec::new()),
             permits: tokio::sync::Semaphore::new(MAX_READERS),
@@ -109,6 +108,7 @@ impl SqliteStore {
         Ok(Self {
             writer: WriterThread::start(connection, files, checkpointer)?,
             readers: Arc::new(readers),
+            backups: Backups::new(data),
             _lock: lock,
         })
     }
@@ -333,6 +333,10 @@ impl Store for SqliteStore {
 
     async fn list_actions(&self, since: Timestamp) -> Result<Vec<DeclaredAction>, StoreError> {
         self.read("reading actions", move |db| actions::list(db, since)).await
+    }
+
+    async fn back_up(&self) -> Result<BackupOutcome, StoreError> {
+        self.backups.create(self.readers.path.clone()).await
     }
 
     async fn check(&self) -> Result<(), StoreError> {

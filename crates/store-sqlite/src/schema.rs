@@ -9,7 +9,7 @@ use streamer_core::saturate;
 use streamer_store::StoreError;
 
 /// Schema version that this program writes.
-const VERSION: i64 = 5;
+pub(super) const VERSION: i64 = 5;
 
 /// Tables of the current schema version, except `usage` and `large_values`. Payloads, events and frequently updated
 /// columns are in separate tables, so that a state change rewrites only a small row, regardless of the size of the
@@ -215,17 +215,22 @@ pub(super) fn check_size(connection: &Connection, path: &Path) -> Result<(), Sto
     let doing = "checking the file size";
     let failed = |error: &rusqlite::Error| sqlite_error("checkpointing the write-ahead log", error);
     connection.execute_batch("PRAGMA wal_checkpoint(TRUNCATE)").map_err(|e| failed(&e))?;
-    let number = |name: &str| -> Result<u64, StoreError> {
-        let number = connection.pragma_query_value(None, name, |row| row.get::<_, i64>(0));
-        number.map(saturate::to_u64).map_err(|e| sqlite_error(doing, &e))
-    };
-    let expected = number("page_count")? * number("page_size")?;
+    let expected = size(connection).map_err(|error| sqlite_error(doing, &error))?;
     let found = path.metadata().map_or(0, |metadata| metadata.len());
     if found < expected {
         let reason = format!("{} has {found} bytes, expected {expected}", path.display());
         return Err(StoreError::Corrupt { doing, reason });
     }
     Ok(())
+}
+
+/// Returns the size of the database in bytes.
+pub(super) fn size(connection: &Connection) -> rusqlite::Result<u64> {
+    let number = |name: &str| {
+        let number = connection.pragma_query_value(None, name, |row| row.get::<_, i64>(0));
+        number.map(saturate::to_u64)
+    };
+    Ok(number("page_count")? * number("page_size")?)
 }
 
 /// Migrates the schema to [`VERSION`].
@@ -261,6 +266,11 @@ pub(super) fn reset_after_restart(connection: &Connection) -> rusqlite::Result<(
          DELETE FROM gateways;
          COMMIT;",
     )
+}
+
+/// Prevents workers from resuming the attempts that they run.
+pub(super) fn release_workers(connection: &Connection) -> rusqlite::Result<()> {
+    connection.execute_batch("UPDATE requests SET worker = NULL WHERE state = 1")
 }
 
 /// Writes a row, to verify that the store is writable.

@@ -9,6 +9,7 @@
 //! - The events of a request are numbered from 1 without gaps; only the current attempt writes them.
 
 mod append_rules;
+mod backup;
 mod error;
 mod log_numbers;
 mod lookup;
@@ -17,6 +18,7 @@ mod queue_notifier;
 mod store;
 
 pub use append_rules::LogHead;
+pub use backup::{Backup, BackupContent, BackupOutcome};
 pub use error::StoreError;
 pub use log_numbers::{
     EventNumbers, InvalidNumber, RequestNumbers, check_appended, check_events, log_event,

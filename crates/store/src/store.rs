@@ -6,10 +6,10 @@ use async_trait::async_trait;
 use streamer_core::{Seq, Timestamp, Uid};
 
 use crate::{
-    Adopt, Append, AppendOutcome, CancelOutcome, Claim, ClaimOutcome, ConnectionPage,
-    ConnectionRecord, CreateOutcome, DeclaredAction, DeleteOutcome, DuePage, DueQuery, EventPage,
-    Lease, LeaseRenewal, ListRequests, NewRequest, Owner, QueueAhead, QueueNotifier, QueueStats,
-    RequestPage, RequestRecord, StoreError, StoredPayload,
+    Adopt, Append, AppendOutcome, BackupOutcome, CancelOutcome, Claim, ClaimOutcome,
+    ConnectionPage, ConnectionRecord, CreateOutcome, DeclaredAction, DeleteOutcome, DuePage,
+    DueQuery, EventPage, Lease, LeaseRenewal, ListRequests, NewRequest, Owner, QueueAhead,
+    QueueNotifier, QueueStats, RequestPage, RequestRecord, StoreError, StoredPayload,
 };
 
 /// Store of all durable state. Each method documents its precondition and the effect of a repeated call. When a method
@@ -152,6 +152,13 @@ pub trait Store: Send + Sync + 'static {
     /// Returns the notifier of queued requests, if the engine has one.
     fn queue_notifier(&self) -> Option<Arc<dyn QueueNotifier>> {
         None
+    }
+
+    /// Copies the state of one moment, with all changes that were durable before the call, to temporary disk space that
+    /// is freed when the copy is dropped, the call is cancelled, or the process exits. Other operations continue. The
+    /// store must have no other copy. A repeated call makes a new copy.
+    async fn back_up(&self) -> Result<BackupOutcome, StoreError> {
+        Ok(BackupOutcome::NotSupported)
     }
 
     /// Verifies that the store can write durably.
