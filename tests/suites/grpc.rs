@@ -59,6 +59,7 @@ fn all_services_can_be_discovered_and_called() {
         "streamer.router.v1.RouterService",
         "streamer.progress.v1.ProgressService",
         "streamer.connections.v1.ConnectionsService",
+        "streamer.admin.v1.AdminService",
         "google.longrunning.Operations",
         "grpc.health.v1.Health",
     ] {

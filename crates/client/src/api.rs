@@ -5,6 +5,7 @@ use std::sync::Arc;
 use http::HeaderValue;
 use parking_lot::RwLock;
 use streamer_proto::{
+    admin::v1::admin_service_client::AdminServiceClient,
     connections::v1::connections_service_client::ConnectionsServiceClient,
     progress::v1::progress_service_client::ProgressServiceClient,
     router::v1::router_service_client::RouterServiceClient,
@@ -94,6 +95,12 @@ impl Api {
     #[must_use]
     pub fn connections(&self) -> ConnectionsServiceClient<Channel> {
         ConnectionsServiceClient::new(self.channel.clone())
+    }
+
+    /// Returns a client of the service for operators.
+    #[must_use]
+    pub fn admin(&self) -> AdminServiceClient<Channel> {
+        AdminServiceClient::new(self.channel.clone())
     }
 
     /// Returns a gRPC request that carries the token.

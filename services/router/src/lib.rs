@@ -1,10 +1,11 @@
 //! Request admission: authenticates, authorises and validates requests, then runs or queues them. Also
-//! serves queries, cancellation and redrive.
+//! serves queries, cancellation, redrive and the API for operators.
 //!
 //! The router writes each request to the store, so that it accepts requests while every processor is down;
 //! its subsequent notifications to the processors and the progress service are hints. It validates input
 //! before it changes any state, and reports all violations together.
 
+mod admin_service;
 mod admission;
 mod await_outcome;
 mod catalog;
@@ -30,6 +31,7 @@ use streamer_auth::{AuthLayer, AuthService};
 use streamer_cluster::Instances;
 use streamer_core::{Clock, Limits, LimitsByTenant};
 use streamer_proto::{
+    admin::v1::admin_service_server::AdminServiceServer,
     internal::v1::admission_service_server::AdmissionServiceServer,
     longrunning::operations_server::OperationsServer, stubs::RouterServiceEndpoint,
 };
@@ -39,6 +41,7 @@ use streamer_telemetry::Metrics;
 use tokio_util::sync::CancellationToken;
 
 use crate::{
+    admin_service::AdminApi,
     catalog::Catalog,
     change_limiter::ChangeLimiter,
     metrics::RouterMetrics,
@@ -90,6 +93,8 @@ pub struct Router {
     pub public: AuthService<RouterServiceEndpoint<RouterApi>>,
     /// The public API `google.longrunning`.
     pub operations: AuthService<OperationsServer<OperationsApi>>,
+    /// The public API `streamer.admin.v1`.
+    pub admin: AuthService<AdminServiceServer<AdminApi>>,
     /// The internal API `streamer.internal.v1`, which other routers call.
     pub internal: AdmissionServiceServer<AdmissionApi>,
     peers: Option<PeerRouters>,
@@ -115,6 +120,7 @@ impl Router {
             dependencies.clock.clone(),
             own_name.unwrap_or_default(),
         );
+        let admin = AdminApi::new(dependencies.store.clone(), dependencies.clock.clone());
         let service = Arc::new(RequestService {
             store: dependencies.store,
             clock: dependencies.clock,
@@ -137,6 +143,7 @@ impl Router {
         Self {
             public: auth.wrap(public),
             operations: auth.wrap(operations),
+            admin: auth.wrap(AdminServiceServer::new(admin)),
             internal: AdmissionServiceServer::new(admission),
             peers: dependencies.peers,
             service,

@@ -62,6 +62,7 @@ impl Services {
         if let Some(router) = &self.router {
             public = public.add_service(router.public.clone());
             public = public.add_service(router.operations.clone());
+            public = public.add_service(router.admin.clone());
             internal = internal.add_service(router.internal.clone());
         }
         if let Some(progress) = &self.progress {
