@@ -10,8 +10,8 @@ use crate::{
     Exit,
     arguments::CommonArguments,
     commands::{
-        actions, bench, config, connections, demo, follow, health, requests, serve, tables, token,
-        worker,
+        actions, bench, config, connections, demo, follow, health, requests, serve, store, tables,
+        token, worker,
     },
     exit,
     server::Role,
@@ -62,6 +62,8 @@ pub(crate) enum Command {
     /// Requires store.engine=dynamodb and peers.progress (the URLs of all progress services, including this
     /// one), and peers.shared_secret_file to listen on an address other than loopback.
     Progress(serve::ServerArguments),
+    /// Back up a running server's store, or restore a backup.
+    Store(store::StoreArguments),
     /// Create, check or print the tables of engine dynamodb.
     Tables(tables::TablesArguments),
     /// Check whether a server is ready; exit with code 0 if it is.
@@ -121,6 +123,7 @@ impl Command {
             Self::Demo(arguments) => return demo::run(&arguments).await,
             Self::Worker(arguments) => return worker::run(arguments).await,
             Self::Config(arguments) => return config::run(&arguments),
+            Self::Store(arguments) => store::run(arguments).await,
             Self::Submit(arguments) => follow::submit(arguments).await,
             Self::Watch(arguments) => follow::watch(arguments).await,
             Self::Get(arguments) => requests::get(arguments).await,

@@ -10,6 +10,7 @@ pub(crate) mod health;
 pub(crate) mod requests;
 mod select_handlers;
 pub(crate) mod serve;
+pub(crate) mod store;
 pub(crate) mod tables;
 pub(crate) mod token;
 pub(crate) mod worker;

@@ -7,7 +7,7 @@ use std::{
 };
 
 use async_trait::async_trait;
-use streamer_auth::{DevKey, NewToken};
+use streamer_auth::{DevKey, NewToken, permissions};
 use streamer_client::{Api, TokenError, TokenFile, TokenSource};
 use streamer_core::{Clock, SystemClock, is_loopback_host};
 
@@ -23,8 +23,8 @@ pub(crate) enum CommandTokenSource {
     Fixed(String),
     /// A file that is read for each token.
     File(TokenFile),
-    /// The development key in the given data folder, if it exists.
-    DevKey(PathBuf),
+    /// The development key in the given data folder, if it exists. The tokens have the given permission.
+    DevKey(PathBuf, &'static str),
 }
 
 #[async_trait]
@@ -33,7 +33,7 @@ impl TokenSource for CommandTokenSource {
         match self {
             Self::Fixed(token) => Ok(token.clone()),
             Self::File(file) => file.token().await,
-            Self::DevKey(data) => Ok(dev_token(data)),
+            Self::DevKey(data, permission) => Ok(dev_token(data, permission)),
         }
     }
 
@@ -47,10 +47,17 @@ impl CommonArguments {
     /// on this machine.
     #[must_use]
     pub(crate) fn tokens(&self) -> CommandTokenSource {
+        self.tokens_with("*")
+    }
+
+    /// Like [`Self::tokens`]; tokens that are signed with the development key have the given permission.
+    fn tokens_with(&self, permission: &'static str) -> CommandTokenSource {
         match (&self.token, &self.token_file) {
             (Some(token), _) => CommandTokenSource::Fixed(token.clone()),
             (None, Some(path)) => CommandTokenSource::File(TokenFile(path.clone())),
-            (None, None) if is_local(&self.server) => CommandTokenSource::DevKey(self.data.clone()),
+            (None, None) if is_local(&self.server) => {
+                CommandTokenSource::DevKey(self.data.clone(), permission)
+            }
             (None, None) => CommandTokenSource::Fixed(String::new()),
         }
     }
@@ -58,13 +65,19 @@ impl CommonArguments {
     pub(crate) async fn api(&self) -> anyhow::Result<Api> {
         Ok(Api::with_tokens(&self.server, Arc::new(self.tokens())).await?)
     }
+
+    /// Like [`Self::api`], for calls that require permission `operator`, which `*` does not include.
+    pub(crate) async fn operator_api(&self) -> anyhow::Result<Api> {
+        let tokens = self.tokens_with(permissions::OPERATOR);
+        Ok(Api::with_tokens(&self.server, Arc::new(tokens)).await?)
+    }
 }
 
-fn dev_token(data: &Path) -> String {
+fn dev_token(data: &Path, permission: &str) -> String {
     let token = NewToken {
         user: "dev".into(),
         tenant: "dev".into(),
-        permissions: vec!["*".into()],
+        permissions: vec![permission.into()],
         expires_in: DEV_TOKEN_LIFETIME,
     };
     // Without a key, no token is sent, and the server responds that a token is required.
