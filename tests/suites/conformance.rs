@@ -15,13 +15,13 @@ use streamer_proto::common::v1::{
     event::Kind, payload::Body,
 };
 use streamer_store::{
-    Adopt, Append, AppendOutcome, AssignedWorker, CancelOutcome, Claim, ClaimOutcome, Claimed,
-    ConnectionRecord, CreateOutcome, DeclaredAction, DeleteOutcome, DuePage, DueQuery, Lease,
-    ListRequests, NewRequest, Owner, Quota, Store, StoreError, StoredPayload, Writer,
-    find_by_client_id_or_uid,
+    Adopt, Append, AppendOutcome, AssignedWorker, Backup, BackupOutcome, CancelOutcome, Claim,
+    ClaimOutcome, Claimed, ConnectionRecord, CreateOutcome, DeclaredAction, DeleteOutcome, DuePage,
+    DueQuery, Lease, ListRequests, NewRequest, Owner, Quota, Store, StoreError, StoredPayload,
+    Writer, find_by_client_id_or_uid,
 };
 use streamer_store_dynamodb::{DynamoOptions, DynamoStore, tables};
-use streamer_store_sqlite::open;
+use streamer_store_sqlite::{open, restore};
 use streamer_telemetry::Metrics;
 use streamer_tests::dynamodb::{Implementation, endpoint};
 use tempfile::TempDir;
@@ -957,6 +957,49 @@ async fn connections_are_listed_while_their_gateway_is_alive() {
         store.update_connections(Vec::new(), vec![ann.id]).await.unwrap();
         assert_eq!(list(None, 10).await.len(), 1);
         store.check().await.unwrap();
+    }
+}
+
+async fn read_backup(backup: Backup) -> Vec<u8> {
+    let (mut bytes, mut content) = (Vec::new(), backup.content);
+    loop {
+        let next = content.next(10_000).await.unwrap();
+        if next.is_empty() {
+            assert_eq!(bytes.len() as u64, backup.size);
+            return bytes;
+        }
+        assert!(next.len() == 10_000 || bytes.len() + next.len() == backup.size as usize);
+        bytes.extend_from_slice(&next);
+    }
+}
+
+#[tokio::test]
+async fn a_backup_contains_the_state_of_one_moment() {
+    for Subject { store, is_exact, .. } in engines().await {
+        let uid = create(&*store, new_request(Some("before"))).await;
+        claim(&*store, uid, 2000).await;
+        append(&*store, uid, 1, vec![chunk(3, 1, 100_000)]).await;
+        let outcome = store.back_up().await.unwrap();
+        if !is_exact {
+            assert!(matches!(outcome, BackupOutcome::NotSupported));
+            continue;
+        }
+        let BackupOutcome::Created(backup) = outcome else { panic!("no backup was made") };
+        let second = store.back_up().await.unwrap();
+        assert!(matches!(second, BackupOutcome::InProgress), "only one backup can exist");
+        let later = create(&*store, new_request(Some("after"))).await;
+        append(&*store, uid, 1, vec![succeeded(4, 1)]).await;
+        let folder = TempDir::new().unwrap();
+        let (file, data) = (folder.path().join("backup"), folder.path().join("data"));
+        std::fs::write(&file, read_backup(backup).await).unwrap();
+        restore(&file, &data, |_| {}).unwrap();
+        let restored = open(&data).unwrap();
+        assert_eq!(seqs(&*restored, uid, 0).await, [1, 2, 3]);
+        assert_eq!(restored.get_request(uid).await.unwrap().unwrap().state, RequestState::Running);
+        assert!(restored.get_request(later).await.unwrap().is_none());
+        assert_eq!(restored.expired_leases(at(0), 10).await.unwrap()[0].uid, uid);
+        let third = store.back_up().await.unwrap();
+        assert!(matches!(third, BackupOutcome::Created(_)), "the first backup was dropped");
     }
 }
 

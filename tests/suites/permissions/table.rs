@@ -3,6 +3,7 @@
 use futures_util::{StreamExt, future::BoxFuture, stream};
 use serde_json::{Value, json};
 use streamer_proto::{
+    admin::v1::{BackupRequest, admin_service_client::AdminServiceClient},
     common::v1::RequestState,
     connections::v1::{
         self as connections, connections_service_client::ConnectionsServiceClient as Connections,
@@ -18,7 +19,7 @@ use streamer_proto::{
 };
 use streamer_rpc::{json_payload, with_authorization};
 use streamer_tests::within_timeout;
-use tonic::{Request, Status, Streaming, transport::Channel};
+use tonic::{Code, Request, Status, Streaming, transport::Channel};
 
 pub(crate) const HOUR_S: i64 = 3600;
 pub(crate) const OWNER: &str = "ann@acme";
@@ -210,7 +211,13 @@ pub(crate) fn rows() -> Vec<Row> {
         expected: [Sees("resumed"), Hidden("revoked"), DENIED, Hidden("revoked"), DENIED],
         call: Call::Method(|it, channel, token| Box::pin(resume(it, channel, token))),
     };
-    let all = [router, progress, connections, operations, messages, vec![work]];
+    let backup = Row {
+        name: "/streamer.admin.v1.AdminService/Backup".into(),
+        permissions: &["*"],
+        expected: [DENIED, DENIED, DENIED, DENIED, Sees("permitted")],
+        call: Call::Method(|_, channel, token| Box::pin(backup(channel, token))),
+    };
+    let all = [router, progress, connections, operations, messages, vec![work, backup]];
     all.into_iter().flatten().collect()
 }
 
@@ -235,6 +242,16 @@ fn news(target: Target) -> connections::SendRequest {
 
 async fn first<T>(mut stream: Streaming<T>) -> Result<Option<T>, Status> {
     stream.message().await
+}
+
+/// Begins a backup, which only one engine makes.
+async fn backup(channel: Channel, token: String) -> Result<String, Status> {
+    let call = authorized(BackupRequest {}, &token);
+    match AdminServiceClient::new(channel).backup(call).await {
+        Err(status) if status.code() != Code::FailedPrecondition => Err(status),
+        Err(status) if !status.message().contains("point-in-time recovery") => Err(status),
+        Ok(_) | Err(_) => Ok("permitted".into()),
+    }
 }
 
 /// Resumes the attempt like its worker, and reports its result.
