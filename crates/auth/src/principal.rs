@@ -12,8 +12,8 @@ pub mod permissions {
     pub const CONNECTIONS_READ: &str = "connections:read";
     /// Send messages to the tenant's connections.
     pub const CONNECTIONS_SEND: &str = "connections:send";
-    /// Operate the whole system: read the resources of all tenants, and the metrics. Neither `*` nor
-    /// any other permission includes it.
+    /// Operate the whole system: read the resources of all tenants and the metrics, and back up the store. Neither
+    /// `*` nor any other permission includes it.
     pub const OPERATOR: &str = "operator";
     /// Close the tenant's connections.
     pub const CONNECTIONS_DISCONNECT: &str = "connections:disconnect";

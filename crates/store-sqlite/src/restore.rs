@@ -87,7 +87,8 @@ pub struct Restored {
 /// the backup does not contain.
 ///
 /// # Errors
-/// Returns an error if `data` contains a store or is in use, the backup is invalid, or a file cannot be read or written.
+/// Returns an error if `data` contains a store or is in use, the backup is invalid, or a file cannot be read or
+/// written.
 pub fn restore(
     backup: &Path,
     data: &Path,
