@@ -247,6 +247,46 @@ async fn the_metrics_of_a_server_are_those_in_the_reference() {
     assert!(!text.contains("acme"), "{text}");
 }
 
+#[tokio::test]
+async fn promtool_accepts_the_metrics_of_a_server() {
+    let server = Server::start(&[]);
+    let mut client = Client::connect(&server.url, &server.token("acme", "ann", &[])).await;
+    client.submit("a", "echo_async", json!({ "steps": 1 })).await;
+    let (_, text) = get(&server.url, "/metrics", "");
+    let promtool = std::env::var("STREAMER_TESTS_PROMTOOL").expect("set by tests/run");
+    let file = tempfile::NamedTempFile::new().unwrap();
+    fs::write(file.path(), text).unwrap();
+    let mut command = Process::command("sh");
+    command.args(["-c", "exec \"$0\" check metrics <\"$1\"", &promtool]).arg(file.path());
+    let checked = Process::output(&mut command);
+    let findings = String::from_utf8_lossy(&checked.stderr).into_owned();
+    assert!(checked.status.success() && findings.is_empty(), "{findings}");
+}
+
+#[test]
+fn alerts_and_dashboard_use_documented_metrics_and_alerts_have_a_runbook() {
+    let read = |file: &str| {
+        fs::read_to_string(format!(concat!(env!("CARGO_MANIFEST_DIR"), "/../{}"), file)).unwrap()
+    };
+    let documented = documented_metrics();
+    let name = regex::Regex::new(r"\b(?:streamer|process)_[a-z_]+").unwrap();
+    let alerts = read("deploy/prometheus/alerts.yaml");
+    for text in [&alerts, &read("deploy/grafana/streamer.json"), &read("docs/operations.md")] {
+        let names: BTreeSet<_> = name.find_iter(text).map(|found| found.as_str()).collect();
+        assert!(names.len() > 5, "{names:?}");
+        for name in names {
+            let family = name.strip_suffix("_bucket").unwrap_or(name);
+            assert!(documented.contains_key(family), "{name} is not in docs/metrics.md");
+        }
+    }
+    let operations = read("docs/operations.md");
+    let alerts: Vec<_> = alerts.lines().filter_map(|line| line.split_once("alert: ")).collect();
+    assert!(alerts.len() > 10);
+    for (_, alert) in alerts {
+        assert!(operations.contains(&format!("\n### {alert}\n")), "{alert} has no runbook");
+    }
+}
+
 /// Metrics that a server registers only with other settings, or exports only after an event, are found in the sources.
 #[test]
 fn metrics_in_the_sources_are_those_in_the_reference() {
