@@ -6,6 +6,7 @@
 //! local subscribers of a request share one upstream watch. Each subscriber is a cursor over frames
 //! that are encoded once, so that a slow subscriber delays only itself.
 
+mod access_log;
 mod buffer_budget;
 mod connection;
 mod connection_handle;
@@ -35,6 +36,7 @@ use streamer_telemetry::{Metrics, Traces};
 use tokio::time::timeout;
 use tokio_util::sync::CancellationToken;
 
+pub use access_log::ACCESS_LOG;
 pub use connections::peer_gateways::PeerGateways;
 pub use options::GatewayOptions;
 
@@ -141,6 +143,12 @@ impl GatewayServer {
         Self { http, connections: auth.wrap(api), forwarded, gateway }
     }
 
+    /// Returns whether the HTTP requests of the process are logged.
+    #[must_use]
+    pub fn logs_access(&self) -> bool {
+        self.gateway.options.access_log
+    }
+
     /// Runs the background tasks until `shutdown` is cancelled.
     pub async fn run(&self, shutdown: CancellationToken) {
         let Gateway { registry, fanout, .. } = &*self.gateway;
@@ -153,6 +161,10 @@ impl GatewayServer {
 
     /// Closes every connection and waits until all clients have disconnected, at most for `limit`.
     pub async fn drain(&self, limit: Duration) {
+        tracing::info!(
+            connections = self.gateway.metrics.connections.get(),
+            "draining: disconnecting clients"
+        );
         self.gateway.registry.drain(self.gateway.options.reconnect_after);
         if timeout(limit, self.gateway.registry.wait_until_empty()).await.is_err() {
             tracing::warn!("some clients did not disconnect in time");

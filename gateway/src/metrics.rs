@@ -7,7 +7,7 @@ use prometheus_client::{
     metrics::{counter::Counter, family::Family, gauge::Gauge, histogram::Histogram},
 };
 use streamer_core::{CloseCode, ErrorCode};
-use streamer_telemetry::Metrics;
+use streamer_telemetry::{LatencyHistogram, Metrics};
 
 /// Bucket bounds of the duration of connections, in seconds: 1 s to 1 day.
 const CONNECTION_BOUNDS: [f64; 7] = [1.0, 10.0, 60.0, 300.0, 1800.0, 7200.0, 86_400.0];
@@ -28,6 +28,7 @@ pub(crate) struct GatewayMetrics {
     pub(crate) log_reads: Counter,
     pub(crate) upstream_events: Counter,
     pub(crate) upstream_lost: Counter,
+    pub(crate) delivery_seconds: LatencyHistogram,
 }
 
 #[derive(Clone, Debug, Hash, PartialEq, Eq, EncodeLabelSet)]
@@ -101,6 +102,12 @@ impl GatewayMetrics {
             upstream_lost: counter(
                 "streamer_gateway_upstream_lost",
                 "Watches of progress services that were lost or could not be opened",
+            ),
+            delivery_seconds: metrics.latency(
+                "streamer_gateway_delivery_duration_seconds",
+                "Time from an event to its queueing for a socket, including its storage, for events after the \
+                 beginning of the subscription. The time of the event is from the clock of the processor, in \
+                 milliseconds",
             ),
         }
     }

@@ -39,6 +39,8 @@ pub struct GatewayOptions {
     pub handshake_timeout: Duration,
     /// Maximum delay before a client reconnects after a drain.
     pub reconnect_after: Duration,
+    /// Whether to log each connection, and each HTTP request of the process.
+    pub access_log: bool,
 }
 
 impl GatewayOptions {

@@ -35,14 +35,10 @@ pub(crate) struct Segment {
     first_seq: Seq,
     frames: Bytes,
     index: Vec<FrameEnd>,
-    /// Data of the last event, if it is terminal.
-    pub(crate) terminal: Option<TerminalEvent>,
-}
-
-/// Attempt and time of a terminal event.
-pub(crate) struct TerminalEvent {
-    pub(crate) attempt: AttemptNumber,
+    /// Time of the last event.
     pub(crate) time: Timestamp,
+    /// Attempt of the last event, if it is terminal.
+    pub(crate) terminal: Option<AttemptNumber>,
 }
 
 struct FrameEnd {
@@ -73,11 +69,10 @@ impl Segment {
             }
         };
         let first_seq = events.first().map_or(Seq::NONE, EventNumbers::seq);
-        let terminal = events.last().filter(|last| is_terminal(last)).map(|last| TerminalEvent {
-            attempt: last.attempt_number(),
-            time: Timestamp::from_millis(last.time.as_ref().map_or(0, millis)),
-        });
-        Self { first_seq, frames, index, terminal }
+        let last = events.last();
+        let time = last.and_then(|last| last.time.as_ref()).map_or(0, millis);
+        let terminal = last.filter(|last| is_terminal(last)).map(EventNumbers::attempt_number);
+        Self { first_seq, frames, index, time: Timestamp::from_millis(time), terminal }
     }
 
     pub(crate) fn last_seq(&self) -> Seq {

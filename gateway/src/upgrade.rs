@@ -18,6 +18,7 @@ use streamer_telemetry::TraceContext;
 use tokio::{io::AsyncWriteExt, net::TcpStream, time::timeout};
 
 use crate::{
+    access_log,
     connection::Connection,
     connection_handle::ConnectionHandle,
     connections::connection_registry::AdmissionError,
@@ -114,6 +115,7 @@ async fn serve(
             if let Some(peer) = &peer {
                 peer.authenticated();
             }
+            access_log::opened(&gateway, &handle, peer.as_ref());
             let mut connection = Connection::new(socket, early, gateway, handle, trace, peer);
             connection.send_connected();
             // The connection runs in a separate task, which does not keep the state of the handshake.
@@ -121,6 +123,7 @@ async fn serve(
         }
         Err(rejection) => {
             gateway.metrics.connection_rejected(rejection.code);
+            access_log::rejected(&gateway, rejection.code, &rejection.reason, peer.as_ref());
             let code = match rejection.code {
                 CloseCode::Unauthenticated => Some(tonic::Code::Unauthenticated),
                 CloseCode::Forbidden => Some(tonic::Code::PermissionDenied),

@@ -5,7 +5,7 @@ use std::{
     io::{BufRead, BufReader},
     net::SocketAddr,
     path::{Path, PathBuf},
-    process::{ChildStderr, Output, Stdio},
+    process::{ChildStderr, ChildStdout, Output, Stdio},
     thread,
     time::Duration,
 };
@@ -123,6 +123,16 @@ impl Server {
         (server, log)
     }
 
+    /// Starts a server with the given settings; also returns what it prints after the line with its address.
+    ///
+    /// # Panics
+    /// Panics if the server does not start.
+    #[must_use]
+    pub fn start_printing(settings: &[&str]) -> (Self, BufReader<ChildStdout>) {
+        let data = TempDir::with_prefix("streamer-test-").expect("a temporary folder");
+        Self::launch_printing(data, settings, &[], Stdio::inherit())
+    }
+
     /// Starts a server with the given data folder and environment variables; also returns its log.
     ///
     /// # Panics
@@ -143,15 +153,25 @@ impl Server {
         environment: &[(&str, &str)],
         stderr: Stdio,
     ) -> Self {
+        Self::launch_printing(data, settings, environment, stderr).0
+    }
+
+    fn launch_printing(
+        data: TempDir,
+        settings: &[&str],
+        environment: &[(&str, &str)],
+        stderr: Stdio,
+    ) -> (Self, BufReader<ChildStdout>) {
         let mut all = engine_settings(&data);
         all.extend(settings.iter().map(ToString::to_string));
         let owned = |(name, value): &(&str, &str)| ((*name).to_owned(), (*value).to_owned());
         let environment: Vec<_> = environment.iter().map(owned).collect();
         let claim = LoopbackAddress::claim();
         let address = claim.next();
-        let process = spawn_service("up", data.path(), &all, &environment, address, stderr);
+        let (process, printed) =
+            spawn_printing("up", data.path(), &all, &environment, address, stderr);
         let url = format!("http://{address}");
-        Self {
+        let server = Self {
             process,
             data,
             settings: all,
@@ -160,7 +180,8 @@ impl Server {
             shares_store: false,
             _claim: claim,
             url,
-        }
+        };
+        (server, printed)
     }
 
     /// Kills the server with SIGKILL and restarts it on the same address with the same data.
@@ -355,6 +376,18 @@ pub(crate) fn spawn_service(
     address: SocketAddr,
     stderr: Stdio,
 ) -> Process {
+    spawn_printing(service, data, settings, environment, address, stderr).0
+}
+
+/// Starts a service like [`spawn_service`]; also returns what it prints after the line with its address.
+fn spawn_printing(
+    service: &str,
+    data: &Path,
+    settings: &[String],
+    environment: &[(String, String)],
+    address: SocketAddr,
+    stderr: Stdio,
+) -> (Process, BufReader<ChildStdout>) {
     let mut command = Process::command(binary());
     command.args([service, "--listen", &address.to_string(), "--data"]).arg(data);
     for setting in settings {
@@ -364,10 +397,10 @@ pub(crate) fn spawn_service(
     command.env_clear().envs(environment.iter().cloned()).current_dir(data);
     command.stdin(Stdio::null()).stdout(Stdio::piped()).stderr(stderr);
     let mut process = Process::spawn(&mut command);
+    let mut printed = BufReader::new(process.stdout());
     let mut first_line = String::new();
-    let count = BufReader::new(process.stdout()).read_line(&mut first_line);
-    count.expect("the output of the server can be read");
+    printed.read_line(&mut first_line).expect("the output of the server can be read");
     let ready = format!("{READY}http://{address} ");
     assert!(first_line.starts_with(&ready), "the server printed {first_line:?}");
-    process
+    (process, printed)
 }

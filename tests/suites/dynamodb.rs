@@ -136,7 +136,7 @@ async fn the_cloudformation_template_is_valid_and_its_tables_work() {
         c.create_stack(StackName='streamer', TemplateBody=t)\n\
         s = c.describe_stacks(StackName='streamer')['Stacks'][0]\n\
         assert s['StackStatus'] == 'CREATE_COMPLETE', s\n\
-        assert len(c.describe_stack_resources(StackName='streamer')['StackResources']) == 11\n\
+        assert len(c.describe_stack_resources(StackName='streamer')['StackResources']) == 19\n\
         # moto ignores these properties of the template.\n\
         d = client('dynamodb'); pitr = {'PointInTimeRecoveryEnabled': True}; spec = {'Enabled': True, 'AttributeName': 'remove_after'}\n\
         for r in json.loads(t)['Resources'].values():\n    \

@@ -4,8 +4,9 @@
 use std::{
     collections::{BTreeMap, BTreeSet},
     fs,
-    io::{Read, Write},
+    io::{BufRead, Read, Write},
     net::TcpStream,
+    time::Duration,
 };
 
 use serde_json::{Value, json};
@@ -13,10 +14,10 @@ use streamer_client::Api;
 use streamer_proto::{
     connections::v1::{BroadcastRequest, SendRequest, send_request::Target},
     longrunning::{DeleteOperationRequest, operations_client::OperationsClient},
-    router::v1::{CancelRequest, ListRequest},
+    router::v1::{CancelRequest, GetRequest, ListRequest},
 };
 use streamer_rpc::json_payload;
-use streamer_tests::{Client, LoopbackAddress, Process, Server};
+use streamer_tests::{Client, Log, LoopbackAddress, Process, Server, metrics, sum};
 use tonic::Code;
 
 /// Starts a server with an audit log in its data folder.
@@ -248,6 +249,118 @@ async fn the_metrics_of_a_server_are_those_in_the_reference() {
 }
 
 #[tokio::test]
+async fn store_operations_are_measured_and_sampled_traces_are_exemplars() {
+    // Spans are recorded, although no collector receives them.
+    let server = Server::start(&["trace.endpoint=http://127.0.0.1:9", "trace.sample_ratio=1"]);
+    let mut client = Client::connect(&server.url, &server.token("acme", "ann", &[])).await;
+    client.submit("a", "echo_async", json!({ "steps": 1 })).await;
+    client.follow(Log::after(1)).await;
+    // The attempt is measured after its last event was delivered.
+    let text = loop {
+        let text = metrics(&server.url).await;
+        if sum(&text, "streamer_processor_attempts_total{}") == 1 {
+            break text;
+        }
+        tokio::time::sleep(Duration::from_millis(10)).await;
+    };
+    for series in [
+        "streamer_store_operations_total{operation=\"create_request\",outcome=\"ok\"} 1",
+        "streamer_store_operations_total{operation=\"claim\",outcome=\"ok\"} 1",
+        "streamer_store_operation_duration_seconds_count{operation=\"create_request\"} 1",
+        "streamer_router_submit_duration_seconds_count 1",
+    ] {
+        assert!(text.lines().any(|line| line == series), "{series} is missing in {text}");
+    }
+    assert!(!text.contains("trace_id"), "{text}");
+    let open_metrics = "Accept: application/openmetrics-text;version=1.0.0\r\n";
+    let (_, text) = get(&server.url, "/metrics", open_metrics);
+    for histogram in [
+        "streamer_router_submit_duration_seconds",
+        "streamer_processor_attempt_duration_seconds",
+        "streamer_processor_report_duration_seconds",
+        "streamer_gateway_delivery_duration_seconds",
+        "streamer_rpc_duration_seconds",
+    ] {
+        let bucket = format!("{histogram}_bucket");
+        let mut buckets = text.lines().filter(|line| line.starts_with(&bucket));
+        let has_exemplar = buckets.any(|line| line.contains(" # {trace_id=\""));
+        assert!(has_exemplar, "{histogram} has no exemplar in {text}");
+    }
+}
+
+#[tokio::test]
+async fn metrics_are_written_for_cloudwatch() {
+    let (mut server, lines) = Server::start_printing(&["cloudwatch.interval=1s"]);
+    let mut client = Client::connect(&server.url, &server.token("acme", "ann", &[])).await;
+    client.submit("a", "echo_async", json!({ "steps": 1, "fail_attempts": 1 })).await;
+    client.follow(Log::after(1)).await;
+    client.send_text("not JSON").await;
+    assert_eq!(client.next().await["type"], "error");
+    drop(client);
+    assert_eq!(server.stop(), Some(0));
+    let mut totals = BTreeMap::new();
+    let lines = lines.lines().map(Result::unwrap);
+    for line in lines.filter(|line| line.starts_with('{')) {
+        let line: Value = serde_json::from_str(&line).unwrap();
+        assert_eq!(line["Service"], "streamer");
+        let directive = &line["_aws"]["CloudWatchMetrics"][0];
+        assert_eq!(directive["Namespace"], "Streamer");
+        for metric in directive["Metrics"].as_array().unwrap() {
+            let name = metric["Name"].as_str().unwrap();
+            let value = &line[name];
+            let count = value["Count"].as_f64().or_else(|| value.as_f64()).unwrap();
+            *totals.entry(name.to_owned()).or_insert(0.0) += count;
+        }
+    }
+    // Throttles are a metric of engine `dynamodb`.
+    for (name, count) in [
+        ("FailedAttempts", 1.0),
+        ("FailedMessages", 1.0),
+        ("SubmitLatency", 1.0),
+        ("StoreErrors", 0.0),
+    ] {
+        assert_eq!(totals.get(name), Some(&count), "{name} in {totals:?}");
+    }
+    for name in ["AuthenticationFailures", "DeliveryLatency", "QueueAge"] {
+        assert!(totals.contains_key(name), "{name} in {totals:?}");
+    }
+}
+
+#[tokio::test]
+async fn the_access_log_has_requests_and_connections_without_tokens() {
+    let (mut server, log) = Server::start_logged(&["gateway.access_log=true", "log.format=json"]);
+    let token = server.token("acme", "ann", &[]);
+    let client = Client::connect(&server.url, &token).await;
+    drop(client);
+    assert_eq!(get(&server.url, &format!("/healthz?token={token}"), "").0, 200);
+    let ann = api(&server, "acme", "ann", &[]);
+    let missing = ann.call(GetRequest { request_id: "missing".into(), ..GetRequest::default() });
+    assert_eq!(ann.router().get(missing).await.unwrap_err().code(), Code::NotFound);
+    assert_eq!(server.stop(), Some(0));
+    let lines: Vec<String> = log.lines().map(Result::unwrap).collect();
+    let records: Vec<Value> =
+        lines.iter().filter_map(|line| serde_json::from_str(line).ok()).collect();
+    assert!(lines.iter().all(|line| !line.contains(&token)), "{lines:?}");
+    let find = |message: &str, field: &str, value: Value| {
+        let found = records.iter().find(|record| {
+            record["target"] == "streamer::access"
+                && record["message"] == message
+                && record[field] == value
+        });
+        found.unwrap_or_else(|| panic!("no line {message} with {field} {value} in {records:#?}"))
+    };
+    let opened = find("connection opened", "user_id", json!("ann"));
+    assert_eq!(opened["tenant_id"], "acme");
+    let closed = find("connection closed", "connection_id", opened["connection_id"].clone());
+    assert!(closed["duration_ms"].is_number(), "{closed}");
+    let health = find("request", "path", json!("/healthz"));
+    assert_eq!((&health["status"], &health["method"]), (&json!(200), &json!("GET")));
+    let call = find("request", "path", json!("/streamer.router.v1.RouterService/Get"));
+    assert_eq!((&call["status"], &call["code"]), (&json!(200), &json!("NOT_FOUND")));
+    assert!(call["client"].as_str().unwrap().starts_with("127."), "{call}");
+}
+
+#[tokio::test]
 async fn promtool_accepts_the_metrics_of_a_server() {
     let server = Server::start(&[]);
     let mut client = Client::connect(&server.url, &server.token("acme", "ann", &[])).await;
@@ -271,7 +384,10 @@ fn alerts_and_dashboard_use_documented_metrics_and_alerts_have_a_runbook() {
     let documented = documented_metrics();
     let name = regex::Regex::new(r"\b(?:streamer|process)_[a-z_]+").unwrap();
     let alerts = read("deploy/prometheus/alerts.yaml");
-    for text in [&alerts, &read("deploy/grafana/streamer.json"), &read("docs/operations.md")] {
+    let cloudwatch =
+        read("services/streamer/src/server/cloudwatch.rs").replace("use streamer_", "");
+    let dashboard = read("deploy/grafana/streamer.json");
+    for text in [&alerts, &dashboard, &read("docs/operations.md"), &cloudwatch] {
         let names: BTreeSet<_> = name.find_iter(text).map(|found| found.as_str()).collect();
         assert!(names.len() > 5, "{names:?}");
         for name in names {
@@ -298,7 +414,7 @@ fn metrics_in_the_sources_are_those_in_the_reference() {
     let mut found = BTreeSet::new();
     for file in String::from_utf8(listed.stdout).unwrap().lines() {
         let text = fs::read_to_string(format!("{root}/{file}")).unwrap();
-        if text.contains("Metrics") && !file.contains("/bench/") {
+        if text.contains("Metrics") && !file.contains("/bench/") && !file.contains("/cloudwatch") {
             found.extend(name.captures_iter(&text).map(|captures| captures[1].to_owned()));
         }
     }

@@ -20,7 +20,8 @@ use std::{
 };
 
 pub use options::{
-    Auth, Config, Dynamodb, Execution, Gateway, Limits, Log, Peers, Server, Store, Trace,
+    Auth, Cloudwatch, Config, Dynamodb, Execution, Gateway, Limits, Log, Peers, Server, Store,
+    Trace,
 };
 pub use setting::{ByteSize, LogFormat, StoreEngine};
 pub use tenant_overrides::TenantOverrides;
@@ -34,6 +35,23 @@ pub struct Sources {
     pub environment: Vec<(String, String)>,
     /// Options set by flags, as `section.option` and value.
     pub flags: Vec<(String, String)>,
+}
+
+impl Sources {
+    /// Returns the path of the configuration file; `None` if there is none.
+    #[must_use]
+    pub fn existing_file(&self) -> Option<&Path> {
+        let default = Path::new(DEFAULT_FILE);
+        self.file.as_deref().or_else(|| default.exists().then_some(default))
+    }
+
+    /// Returns the names of the environment variables that set options.
+    #[must_use]
+    pub fn variables(&self) -> Vec<&str> {
+        let variables = self.environment.iter();
+        let options = variables.filter(|(name, value)| option_of_variable(name, value).is_some());
+        options.map(|(name, _)| name.as_str()).collect()
+    }
 }
 
 /// All errors in a configuration.
@@ -132,10 +150,11 @@ fn read_file(config: &mut Config, file: Option<&Path>, problems: &mut Vec<String
     }
 }
 
-fn read_variable(config: &mut Config, name: &str, value: &str, problems: &mut Vec<String>) {
-    let Some(rest) = name.strip_prefix(PREFIX) else { return };
+/// Returns the option that an environment variable sets, as `section_option`; `None` if it sets none.
+fn option_of_variable(name: &str, value: &str) -> Option<String> {
+    let rest = name.strip_prefix(PREFIX)?;
     if CLI_VARIABLES.contains(&name) {
-        return;
+        return None;
     }
     let rest = rest.to_lowercase();
     // Kubernetes sets such variables in the pods of a namespace for each service whose name starts with `streamer`.
@@ -144,9 +163,11 @@ fn read_variable(config: &mut Config, name: &str, value: &str, problems: &mut Ve
         || rest.starts_with("port_")
         || rest.starts_with("service_")
         || ["_port_", "_service_host", "_service_port"].iter().any(|part| rest.contains(part));
-    if is_from_kubernetes {
-        return;
-    }
+    (!is_from_kubernetes).then_some(rest)
+}
+
+fn read_variable(config: &mut Config, name: &str, value: &str, problems: &mut Vec<String>) {
+    let Some(rest) = option_of_variable(name, value) else { return };
     let outcome = match rest.split_once('_') {
         None if rest == "log" => config.set_text("log", "filter", value),
         None => Err("unknown option".to_owned()),

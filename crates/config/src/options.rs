@@ -288,6 +288,9 @@ options! {
         handshake_timeout: Duration = Duration::from_secs(10), in "100ms"..="1m";
         /// Time within which clients are asked to reconnect when the gateway drains.
         reconnect_after: Duration = Duration::from_secs(5), in "0s"..="10m";
+        /// Whether to log each HTTP request, gRPC call and WebSocket connection, regardless of log.filter. The target
+        /// of the lines is streamer::access. Applies only to processes with a gateway.
+        access_log: bool = false;
     }
     /// Execution of actions.
     execution: Execution {
@@ -326,6 +329,14 @@ options! {
     audit: Audit {
         /// File to which each record is appended as a line of JSON; - means standard error, empty means none.
         file: PathBuf = PathBuf::new();
+    }
+    /// Metrics for CloudWatch, as lines on standard output: docs/operations.md, "CloudWatch".
+    cloudwatch: Cloudwatch {
+        /// Interval of lines in the embedded metric format, from which CloudWatch Logs creates metrics; 0s means none,
+        /// otherwise at least 1s. The alarms of `streamer tables cloudformation` expect 1m.
+        interval: Duration = Duration::ZERO, in "0s"..="1h";
+        /// Namespace of the metrics.
+        namespace: String = String::from("Streamer");
     }
     /// Logs, written to standard error.
     log: Log {

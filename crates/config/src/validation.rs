@@ -2,10 +2,12 @@
 
 use std::{net::SocketAddr, time::Duration};
 
-use crate::{Config, Gateway, StoreEngine, Trace};
+use crate::{Cloudwatch, Config, Gateway, StoreEngine, Trace};
 
 /// Minimum retention: a smaller one is probably a typing error, like `6m` for six months.
 const MIN_RETENTION: Duration = Duration::from_secs(3600);
+/// Minimum interval of metrics for CloudWatch.
+const MIN_METRICS_INTERVAL: Duration = Duration::from_secs(1);
 
 impl Gateway {
     pub(crate) fn check(&self, problems: &mut Vec<String>) {
@@ -35,6 +37,26 @@ impl Trace {
             problems.push(format!(
                 "trace.endpoint: must begin with http:// (use a local collector to forward over TLS), is \
                  {endpoint:?}"
+            ));
+        }
+    }
+}
+
+impl Cloudwatch {
+    pub(crate) fn check(&self, problems: &mut Vec<String>) {
+        let interval = self.interval;
+        if !interval.is_zero() && interval < MIN_METRICS_INTERVAL {
+            problems.push(format!(
+                "cloudwatch.interval: must be 0s or at least 1s, is {}",
+                humantime::format_duration(interval)
+            ));
+        }
+        // The characters that CloudWatch allows.
+        let is_allowed = |letter: char| letter.is_ascii_alphanumeric() || "_.#/-".contains(letter);
+        let namespace = &self.namespace;
+        if namespace.is_empty() || namespace.len() > 255 || !namespace.chars().all(is_allowed) {
+            problems.push(format!(
+                "cloudwatch.namespace: must have 1 to 255 letters, digits or _.#/-, is {namespace:?}"
             ));
         }
     }
@@ -143,6 +165,7 @@ impl Config {
         self.check_stored_bytes(problems);
         self.trace.check(problems);
         self.gateway.check(problems);
+        self.cloudwatch.check(problems);
         self.check_peers(problems);
     }
 }

@@ -81,6 +81,8 @@ pub struct ReportBatch {
     pub reports: VecDeque<Report>,
     /// Reservation of the bytes of the reports; must be dropped together with them.
     pub reserved: Reservation,
+    /// Time at which the first of the reports was pushed.
+    pub oldest: Option<Instant>,
 }
 
 #[derive(Debug)]
@@ -126,6 +128,7 @@ impl State {
     }
 
     fn push(&mut self, report: Report, bytes: usize, reserved: Reservation) {
+        self.pending.oldest.get_or_insert_with(Instant::now);
         self.pending.reports.push_back(report);
         self.pending.reserved.merge(reserved);
         self.bytes += bytes;
@@ -344,8 +347,8 @@ impl ReportQueue {
             let report = state.pending.reports.pop_front()?;
             state.bytes -= report.bytes();
             let is_last = state.pending.reports.is_empty();
-            let reserved = is_last.then(|| std::mem::take(&mut state.pending.reserved));
-            (report, reserved)
+            let rest = is_last.then(|| std::mem::take(&mut state.pending));
+            (report, rest.map(|rest| rest.reserved))
         };
         drop(reserved);
         self.emptied.notify_waiters();

@@ -30,7 +30,7 @@ pub use proto_conversions::{
     apply_event, completed, error_from_proto, error_to_proto, is_terminal, request_to_proto,
     state_from_proto, state_to_proto,
 };
-pub use rpc_metrics::{RpcMetrics, RpcTimer};
+pub use rpc_metrics::{RpcMetrics, RpcTimer, response_code};
 pub use spans::{Untraced, code_name, enter, is_server_error, recorded, trace_context};
 pub use status::{
     error_status, map_message_too_large, not_found, request_error, status, store_status,

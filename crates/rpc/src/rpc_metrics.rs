@@ -11,10 +11,10 @@ use http::{HeaderMap, Request, Response};
 use pin_project_lite::pin_project;
 use prometheus_client::{
     encoding::EncodeLabelSet,
-    metrics::{counter::Counter, family::Family, histogram::Histogram},
+    metrics::{counter::Counter, family::Family},
 };
 use streamer_proto::declared_methods;
-use streamer_telemetry::{Metrics, latency_histogram};
+use streamer_telemetry::{LatencyFamily, LatencyHistogram, Metrics, TraceContext, is_sampled};
 use tokio::time::Instant;
 use tonic::Code;
 use tower::Service;
@@ -47,7 +47,7 @@ struct Methods {
     declared: HashMap<&'static str, MethodMetrics>,
     other: MethodMetrics,
     calls: Family<CallLabels, Counter>,
-    durations: Family<MethodLabel, Histogram, fn() -> Histogram>,
+    durations: LatencyFamily<MethodLabel>,
 }
 
 /// Metrics of a method. A series exists after the first call that it counts.
@@ -55,7 +55,7 @@ struct MethodMetrics {
     name: &'static str,
     /// By code.
     calls: [OnceLock<Counter>; CODES],
-    duration: OnceLock<Histogram>,
+    duration: OnceLock<LatencyHistogram>,
 }
 
 impl MethodMetrics {
@@ -77,7 +77,7 @@ impl RpcMetrics {
         let durations = metrics.register(
             "streamer_rpc_duration_seconds",
             "Time from the arrival of a call to its response, or to the beginning of its response stream, by method",
-            Family::new_with_constructor(latency_histogram as fn() -> Histogram),
+            LatencyFamily::default(),
         );
         // Names are without the leading slash, like the attribute `rpc.method` of spans.
         let declared =
@@ -90,19 +90,21 @@ impl RpcMetrics {
         }))
     }
 
-    /// Returns a measurement of a call of the method with the given path, which starts now.
+    /// Returns a measurement of a call of the method with the given path, which starts now, in the current trace.
     #[must_use]
     pub fn start(&self, path: &str) -> RpcTimer {
         let method = self.0.declared.get_key_value(path).map(|(path, _)| *path);
-        RpcTimer { metrics: self.clone(), method, start: Instant::now(), is_recorded: false }
+        let trace = if is_sampled() { TraceContext::current() } else { None };
+        RpcTimer { metrics: self.clone(), method, start: Instant::now(), trace, is_recorded: false }
     }
 
-    fn record(&self, method: Option<&'static str>, code: Code, start: Instant) {
+    fn record(&self, timer: &RpcTimer, code: Code) {
         let methods = &*self.0;
-        let method = method.and_then(|path| methods.declared.get(path)).unwrap_or(&methods.other);
+        let declared = timer.method.and_then(|path| methods.declared.get(path));
+        let method = declared.unwrap_or(&methods.other);
         let name = method.name;
         let new = || methods.durations.get_or_create(&MethodLabel { method: name }).clone();
-        method.duration.get_or_init(new).observe(start.elapsed().as_secs_f64());
+        method.duration.get_or_init(new).observe_in(timer.start.elapsed(), timer.trace.as_ref());
         let Some(counter) = method.calls.get(code as usize) else { return };
         let labels = CallLabels { method: name, code: code_name(code) };
         counter.get_or_init(|| methods.calls.get_or_create(&labels).clone()).inc();
@@ -115,23 +117,34 @@ pub struct RpcTimer {
     /// Path of a declared method.
     method: Option<&'static str>,
     start: Instant,
+    trace: Option<TraceContext>,
     is_recorded: bool,
 }
 
 impl RpcTimer {
+    /// Sets the trace of the call.
+    pub fn set_trace(&mut self, trace: Option<TraceContext>) {
+        self.trace = trace;
+    }
+
     /// Records the response of the call, from its headers.
     pub fn record(&mut self, headers: &HeaderMap) {
-        let status = headers.get(GRPC_STATUS);
-        let code = status.map_or(Code::Ok, |status| Code::from_bytes(status.as_bytes()));
         self.is_recorded = true;
-        self.metrics.record(self.method, code, self.start);
+        self.metrics.record(self, response_code(headers));
     }
+}
+
+/// Returns the code of a gRPC response from its headers: OK if the response has begun.
+#[must_use]
+pub fn response_code(headers: &HeaderMap) -> Code {
+    let status = headers.get(GRPC_STATUS);
+    status.map_or(Code::Ok, |status| Code::from_bytes(status.as_bytes()))
 }
 
 impl Drop for RpcTimer {
     fn drop(&mut self) {
         if !self.is_recorded {
-            self.metrics.record(self.method, Code::Cancelled, self.start);
+            self.metrics.record(self, Code::Cancelled);
         }
     }
 }

@@ -12,7 +12,7 @@ use aws_smithy_http_client::{
     Builder,
     tls::{Provider, rustls_provider::CryptoMode},
 };
-use prometheus_client::metrics::{counter::Counter, histogram::Histogram};
+use prometheus_client::metrics::counter::Counter;
 use streamer_core::{backoff, is_loopback_host};
 use streamer_store::StoreError;
 use streamer_telemetry::Metrics;
@@ -83,7 +83,6 @@ pub(crate) struct DynamoMetrics {
     read: Counter<f64, AtomicU64>,
     write: Counter<f64, AtomicU64>,
     pub(crate) throttled: Counter,
-    pub(crate) append_seconds: Histogram,
 }
 
 impl DynamoMetrics {
@@ -102,10 +101,6 @@ impl DynamoMetrics {
             throttled: metrics.counter(
                 "streamer_dynamodb_throttled",
                 "Calls that were still throttled after all retries",
-            ),
-            append_seconds: metrics.latency(
-                "streamer_dynamodb_append_duration_seconds",
-                "Duration of an append in the store",
             ),
         }
     }

@@ -142,10 +142,7 @@ impl Store for DynamoStore {
     async fn append(&self, append: Append) -> Result<AppendOutcome, StoreError> {
         check_appended(&append.events)?;
         let _permit = self.admit(Purpose::Execution).await?;
-        let began = Instant::now();
-        let appended = self.record_throttling(self.dynamo.append(&append).await);
-        self.dynamo.metrics.append_seconds.observe(began.elapsed().as_secs_f64());
-        appended
+        self.record_throttling(self.dynamo.append(&append).await)
     }
 
     async fn cancel(

@@ -5,7 +5,7 @@ mod manage;
 
 use aws_sdk_dynamodb::types::ScalarAttributeType;
 
-pub use cloudformation::cloudformation;
+pub use cloudformation::{Alarm, Statistic, cloudformation};
 pub use manage::{Difference, check, create};
 
 /// Definition of a table.

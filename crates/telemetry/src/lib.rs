@@ -2,14 +2,18 @@
 
 mod action_labels;
 mod error;
+mod latency;
+mod log_limiter;
 mod logs;
 mod metrics;
 mod text_format;
 mod traces;
 
 pub use error::TelemetryError;
-pub use logs::{LogFormat, init};
-pub use metrics::{ActionHistograms, ActionLabel, Metrics, latency_histogram};
+pub use latency::{LatencyFamily, LatencyHistogram};
+pub use log_limiter::Logs;
+pub use logs::{LogFormat, Telemetry, init};
+pub use metrics::{ActionLabel, Metrics};
 pub use traces::{
     AttemptSpan, InScope, MAX_TRACE_STATE_BYTES, Scope, Scoped, TRACE_TARGET, TraceContext,
     TraceOptions, Traces, Waited, is_sampled,

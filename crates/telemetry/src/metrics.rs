@@ -6,15 +6,13 @@ use parking_lot::Mutex;
 use prometheus_client::{
     collector::Collector,
     encoding::{EncodeLabelSet, text::encode},
-    metrics::{counter::Counter, family::Family, gauge::Gauge, histogram::Histogram},
+    metrics::{counter::Counter, gauge::Gauge},
     registry::{Metric, Registry},
 };
 
-use crate::{action_labels::ActionLabels, text_format::from_open_metrics};
-
-/// Bucket bounds of latency histograms, in seconds: 0.1 ms to 10 s.
-const LATENCY_BOUNDS: [f64; 12] =
-    [0.0001, 0.00025, 0.0005, 0.001, 0.0025, 0.005, 0.01, 0.025, 0.1, 0.5, 2.0, 10.0];
+use crate::{
+    LatencyFamily, LatencyHistogram, action_labels::ActionLabels, text_format::from_open_metrics,
+};
 
 /// Handle to the metrics of a process.
 #[derive(Clone, Default)]
@@ -28,9 +26,6 @@ pub struct Metrics {
 pub struct ActionLabel {
     action: Arc<str>,
 }
-
-/// Histograms by action.
-pub type ActionHistograms = Family<ActionLabel, Histogram, fn() -> Histogram>;
 
 impl Metrics {
     /// Returns an empty registry.
@@ -82,18 +77,14 @@ impl Metrics {
 
     /// Registers a histogram of durations in seconds.
     #[must_use]
-    pub fn latency(&self, name: &str, help: &str) -> Histogram {
-        self.register(name, help, latency_histogram())
+    pub fn latency(&self, name: &str, help: &str) -> LatencyHistogram {
+        self.register(name, help, LatencyHistogram::default())
     }
 
     /// Registers histograms of durations in seconds, by action.
     #[must_use]
-    pub fn latency_by_action(&self, name: &str, help: &str) -> ActionHistograms {
-        self.register(
-            name,
-            help,
-            Family::new_with_constructor(latency_histogram as fn() -> Histogram),
-        )
+    pub fn latency_by_action(&self, name: &str, help: &str) -> LatencyFamily<ActionLabel> {
+        self.register(name, help, LatencyFamily::default())
     }
 
     /// Returns all metrics in the text format of Prometheus, version 0.0.4.
@@ -112,10 +103,4 @@ impl Metrics {
             Err(fmt::Error) => String::from("# EOF\n"),
         }
     }
-}
-
-/// Returns a histogram of durations in seconds.
-#[must_use]
-pub fn latency_histogram() -> Histogram {
-    Histogram::new(LATENCY_BOUNDS)
 }

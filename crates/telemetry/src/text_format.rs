@@ -3,7 +3,7 @@
 use std::{collections::HashSet, fmt::Write};
 
 /// Converts metrics from the OpenMetrics text format: the metadata of a counter has the name of its series, which ends
-/// with `_total`, and there is no end marker.
+/// with `_total`, there are no exemplars, and there is no end marker.
 pub(crate) fn from_open_metrics(text: &str) -> String {
     let types = text.lines().filter_map(|line| line.strip_prefix("# TYPE "));
     let counters: HashSet<&str> = types.filter_map(|line| line.strip_suffix(" counter")).collect();
@@ -17,7 +17,9 @@ pub(crate) fn from_open_metrics(text: &str) -> String {
             Some((prefix, (name, rest))) if counters.contains(name) => {
                 writeln!(converted, "{prefix}{name}_total {rest}")
             }
-            _ => writeln!(converted, "{line}"),
+            Some(_) => writeln!(converted, "{line}"),
+            // No label value contains the separator of an exemplar.
+            None => writeln!(converted, "{}", line.split(" # {").next().unwrap_or(line)),
         };
         debug_assert!(written.is_ok());
     }

@@ -337,8 +337,10 @@ impl Session {
         let cursor = Seq::FIRST;
         let subscriber = Subscriber::new(uid, self.handle.clone());
         let topic = self.gateway.fanout.join_submitted(uid, ids, cursor, subscriber.clone());
-        let subscription =
-            Subscription::new(topic, subscriber, watch, cursor, latest).with_trace(trace);
+        // The first events may precede the acknowledgment.
+        let submitted = uid.time();
+        let subscription = Subscription::new(topic, subscriber, watch, cursor, latest, submitted)
+            .with_trace(trace);
         self.subscriptions.insert(uid, subscription);
         self.ready.push(uid);
     }
@@ -351,12 +353,14 @@ impl Session {
         out: &mut SendBuffer,
     ) {
         let uid = opened.uid;
-        out.push(server_message::subscribed(&opened.snapshot, self.gateway.clock.now()));
+        let now = self.gateway.clock.now();
+        out.push(server_message::subscribed(&opened.snapshot, now));
         // A repeated subscription replaces the previous one and its cursor.
         self.unsubscribe(uid);
         let subscriber = Subscriber::new(uid, self.handle.clone());
         let (topic, cursor) = self.gateway.fanout.join(opened, subscriber.clone());
-        self.subscriptions.insert(uid, Subscription::new(topic, subscriber, watch, cursor, latest));
+        let subscription = Subscription::new(topic, subscriber, watch, cursor, latest, now);
+        self.subscriptions.insert(uid, subscription);
         self.ready.push(uid);
     }
 }

@@ -9,7 +9,9 @@ use streamer_telemetry::TraceContext;
 use tokio::time::Instant;
 
 use super::subscriptions::Subscriptions;
-use crate::{buffer_budget::Reservation, connection_handle::ConnectionHandle, gateway::Gateway};
+use crate::{
+    access_log, buffer_budget::Reservation, connection_handle::ConnectionHandle, gateway::Gateway,
+};
 
 /// State of a connection apart from its socket.
 pub(crate) struct Session {
@@ -30,7 +32,7 @@ pub(crate) struct Session {
     /// Reservation of bytes for an incomplete message.
     pub(super) reservation: Reservation,
     /// Keeps the connection counted as open in the server's connection limit.
-    _peer: Option<Peer>,
+    peer: Option<Peer>,
     /// Trace context of the handshake, for requests without a trace context.
     pub(super) trace: Option<Box<TraceContext>>,
 }
@@ -55,7 +57,7 @@ impl Session {
             opened_at: Instant::now(),
             close_code: None,
             reservation: Reservation::default(),
-            _peer: peer,
+            peer,
             trace: trace.map(Box::new),
         }
     }
@@ -73,6 +75,14 @@ impl Drop for Session {
             debug_assert_eq!(released, Ok(()), "a smaller reservation never fails");
         }
         registry.remove(&self.handle);
-        self.gateway.metrics.connection_closed(self.close_code, self.opened_at.elapsed());
+        let duration = self.opened_at.elapsed();
+        self.gateway.metrics.connection_closed(self.close_code, duration);
+        access_log::closed(
+            &self.gateway,
+            &self.handle,
+            self.peer.as_ref(),
+            self.close_code,
+            duration,
+        );
     }
 }

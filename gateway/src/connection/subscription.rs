@@ -3,7 +3,7 @@
 use std::sync::Arc;
 
 use bytes::Bytes;
-use streamer_core::{Seq, WatchPermit};
+use streamer_core::{Seq, Timestamp, WatchPermit};
 use streamer_telemetry::TraceContext;
 use tokio::time::Instant;
 
@@ -26,6 +26,8 @@ pub(crate) struct Subscription {
     pub(super) reading_log: bool,
     /// Trace context of the submission, if it is traced. The delivery of the outcome is then also traced.
     trace: Option<Box<TraceContext>>,
+    /// Time from which the delivery of events is measured. Earlier events are replayed.
+    since: Timestamp,
 }
 
 /// State of the mode `latest`, which sends only the newest progress event and limits the rate.
@@ -42,9 +44,18 @@ impl Subscription {
         watch: WatchPermit,
         cursor: Seq,
         latest: bool,
+        now: Timestamp,
     ) -> Self {
-        let latest = latest.then(Latest::default);
-        Self { topic, subscriber, _watch: watch, cursor, latest, reading_log: false, trace: None }
+        Self {
+            topic,
+            subscriber,
+            _watch: watch,
+            cursor,
+            latest: latest.then(Latest::default),
+            reading_log: false,
+            trace: None,
+            since: now,
+        }
     }
 
     /// Attaches the trace context of the submission that created this subscription.
@@ -79,12 +90,22 @@ impl Subscription {
         self.cursor = segment.last_seq();
     }
 
-    /// Records the time between storing the outcome and queueing it for the socket.
+    /// Records the time between the last event of a segment and queueing it for the socket.
     pub(super) fn record_delivery(&mut self, segment: &Segment, gateway: &Gateway) {
-        let Some(terminal) = &segment.terminal else { return };
+        // In mode `latest`, progress is delayed or dropped.
+        let is_measured = segment.time >= self.since && self.latest.is_none();
+        if !is_measured && segment.terminal.is_none() {
+            return;
+        }
+        let now = gateway.clock.now();
+        if is_measured {
+            let delay = now.since(segment.time);
+            gateway.metrics.delivery_seconds.observe_in(delay, self.trace.as_deref());
+        }
+        let Some(attempt) = segment.terminal else { return };
         let Some(trace) = self.trace.take() else { return };
-        let (stored, now) = (terminal.time.into(), gateway.clock.now().into());
-        gateway.traces.delivery(self.topic.uid, terminal.attempt, &trace, (stored, now));
+        let interval = (segment.time.into(), now.into());
+        gateway.traces.delivery(self.topic.uid, attempt, &trace, interval);
     }
 
     /// Queues the held progress event if the interval has ended. Returns whether the event must still wait.

@@ -12,12 +12,11 @@ use futures_util::{
 };
 use streamer_core::{
     ActionSpec, AttemptNumber, Clock, ErrorCode, Limits, OutputDigest, RequestError, Seq,
-    Timestamp, Uid,
-    backoff::{self, Backoff},
+    Timestamp, Uid, backoff,
 };
 use streamer_handler::{
-    AttemptInfo, Context, DynHandler, HandlerError, Report, ReportBatch, ReportQueue,
-    RequestHistory, Reservation,
+    AttemptInfo, Context, DynHandler, HandlerError, Report, ReportQueue, RequestHistory,
+    Reservation,
 };
 use streamer_proto::{
     common::v1::{Event, Output, Payload, Progress, event::Kind, payload::Body},
@@ -27,23 +26,19 @@ use streamer_proto::{
 use streamer_rpc::{error_from_proto, json_payload};
 use streamer_store::{RequestRecord, StoredPayload, log_event};
 use streamer_telemetry::{InScope, Scope, TraceContext, trace_span};
-use tokio::time::{Instant, sleep, sleep_until};
+use tokio::time::{Instant, sleep_until};
 use tokio_util::task::AbortOnDropHandle;
-use tonic::{Code, Status};
+use tonic::Status;
 use tracing::{Span, field::Empty};
 
 use crate::{
-    event_log_client::EventLogClient,
+    event_log_client::{EventLogClient, ReportedBatch},
     handlers::handler_threads::HandlerSpawner,
     outcome::{AttemptSummary, Outcome, final_event},
 };
 
 pub(crate) use handle::AttemptHandle;
 use time_limit::TimeLimit;
-
-/// Initial backoff after a failed publish call; it doubles up to [`MAX_PUBLISH_BACKOFF`].
-const PUBLISH_BACKOFF: Duration = Duration::from_millis(20);
-const MAX_PUBLISH_BACKOFF: Duration = Duration::from_secs(1);
 
 /// Dependencies that all attempts share.
 pub(crate) struct Environment {
@@ -327,19 +322,20 @@ impl Attempt<'_> {
                 return AttemptResult::Recorded(kind, retry_at, self.handle.cancel_reason());
             }
             let mut batch = self.new_batch();
-            let mut reserved = self.add_reports(&mut batch);
+            let mut source = ReportedBatch::default();
+            self.add_reports(&mut batch, &mut source);
             if reserving.is_terminated()
                 && let Some(outcome) = outcome.take()
             {
                 // Later reports are discarded.
                 self.reports.close();
                 self.handle.mark_finishing();
-                reserved.merge(self.add_reports(&mut batch));
-                reserved.merge(std::mem::take(&mut result_reserved));
+                self.add_reports(&mut batch, &mut source);
+                source.reserve(std::mem::take(&mut result_reserved));
                 last = Some(self.add_final_event(&mut batch, outcome));
             }
             if !batch.events.is_empty() || batch.checkpoint.is_some() {
-                sending = self.publish(batch, reserved);
+                sending = self.publish(batch, source);
             }
         }
     }
@@ -389,9 +385,11 @@ impl Attempt<'_> {
         }
     }
 
-    /// Adds pending reports to the batch; returns their reservation.
-    fn add_reports(&mut self, batch: &mut PublishRequest) -> Reservation {
-        let ReportBatch { reports, reserved } = self.reports.take_batch();
+    /// Adds pending reports to the batch.
+    fn add_reports(&mut self, batch: &mut PublishRequest, source: &mut ReportedBatch) {
+        let mut taken = self.reports.take_batch();
+        let reports = std::mem::take(&mut taken.reports);
+        source.add(taken);
         for report in reports {
             let kind = match report {
                 Report::Progress { percentage, message, metadata } => Kind::Progress(Progress {
@@ -413,7 +411,6 @@ impl Attempt<'_> {
             };
             batch.events.push(self.next_event(kind));
         }
-        reserved
     }
 
     fn add_final_event(
@@ -443,50 +440,11 @@ impl Attempt<'_> {
         log_event(seq, self.number, self.environment.clock.now(), kind)
     }
 
-    /// Publishes a batch with retries until it is stored or the attempt is fenced. The sequence
-    /// numbers of the events make retries idempotent.
-    fn publish(&self, batch: PublishRequest, reserved: Reservation) -> Sending {
+    /// Publishes a batch until it is stored or the attempt is fenced.
+    fn publish(&self, batch: PublishRequest, source: ReportedBatch) -> Sending {
         let log = self.environment.log.clone();
         let (uid, tenant) = (self.uid, self.tenant.clone());
-        let publishing = async move {
-            let _reserved = reserved;
-            let mut backoff = Backoff::new(PUBLISH_BACKOFF, MAX_PUBLISH_BACKOFF);
-            loop {
-                match log.publish(&tenant, batch.clone()).await {
-                    Ok(cancel_reason) => return Ok(cancel_reason),
-                    // Fenced, or not retryable: lease recovery finishes the attempt.
-                    Err(status) if is_permanent(&status) => return Err(status),
-                    Err(status) => {
-                        let wait = backoff.wait();
-                        tracing::warn!(%uid, %status, ?wait, "failed to publish events, retrying");
-                        sleep(wait).await;
-                    }
-                }
-            }
-        };
-        publishing.boxed().fuse()
-    }
-}
-
-fn is_permanent(status: &Status) -> bool {
-    match status.code() {
-        Code::Aborted
-        | Code::InvalidArgument
-        | Code::OutOfRange
-        | Code::FailedPrecondition
-        | Code::Unimplemented
-        | Code::DataLoss => true,
-        Code::Ok
-        | Code::Cancelled
-        | Code::Unknown
-        | Code::DeadlineExceeded
-        | Code::NotFound
-        | Code::AlreadyExists
-        | Code::PermissionDenied
-        | Code::ResourceExhausted
-        | Code::Internal
-        | Code::Unavailable
-        | Code::Unauthenticated => false,
+        async move { log.publish(uid, &tenant, batch, source).await }.boxed().fuse()
     }
 }
 

@@ -5,14 +5,14 @@ mod queue;
 mod resume;
 mod start;
 
-use std::{collections::HashMap, sync::Arc, time::Duration};
+use std::{collections::HashMap, pin::pin, sync::Arc, time::Duration};
 
 use parking_lot::Mutex;
 use streamer_core::{AttemptNumber, Clock, Timestamp, Uid};
 use streamer_handler::{MemoryBudget, RequestHistory};
 use streamer_store::{QueuedRequest, Store};
 use streamer_telemetry::Traces;
-use tokio::time::{Instant, MissedTickBehavior, interval, timeout, timeout_at};
+use tokio::time::{Instant, MissedTickBehavior, interval, sleep_until, timeout};
 use tokio_util::{
     sync::{CancellationToken, WaitForCancellationFutureOwned},
     task::{AbortOnDropHandle, TaskTracker, task_tracker::TaskTrackerToken},
@@ -40,6 +40,8 @@ const RELEASE_TIMEOUT: Duration = Duration::from_secs(2);
 /// Interval between scans of the queue when `queue_polling` is off. They find requests whose hint arrived before the
 /// index contained the request, or at a processor that cannot run it.
 const FALLBACK_SCAN_INTERVAL: Duration = Duration::from_secs(30);
+/// Interval between log lines about the progress of a drain.
+const DRAIN_LOG_INTERVAL: Duration = Duration::from_secs(5);
 /// Interval between updates of the queue metrics.
 const MEASURE_INTERVAL: Duration = Duration::from_secs(5);
 
@@ -324,6 +326,23 @@ impl Dispatcher {
         Some(AbortOnDropHandle::new(tokio::spawn(following)))
     }
 
+    /// Waits for `work`, and logs the progress. Returns whether the work has ended by the given time.
+    async fn drained_by(&self, until: Instant, work: impl Future<Output = ()>) -> bool {
+        let mut work = pin!(work);
+        let mut ticks = interval(DRAIN_LOG_INTERVAL);
+        loop {
+            tokio::select! {
+                biased;
+                () = &mut work => return true,
+                () = sleep_until(until) => return false,
+                _ = ticks.tick() => {
+                    let (attempts, sync_calls) = (self.running.lock().len(), self.calls.len());
+                    tracing::info!(attempts, sync_calls, "draining: waiting for running work");
+                }
+            }
+        }
+    }
+
     /// Drains running attempts, and releases those that do not finish in time. Attempts on workers
     /// continue: the workers reconnect to this or another processor.
     async fn stop(&self) {
@@ -334,12 +353,12 @@ impl Dispatcher {
         // Sync calls fail when the streams of their workers end, so these streams end last.
         self.actions.workers.drain(deadline, |worker| !worker.answers_calls());
         self.calls.close();
-        if timeout_at(until, self.calls.wait()).await.is_err() {
+        if !self.drained_by(until, self.calls.wait()).await {
             tracing::warn!("drain timed out with sync calls in progress");
         }
         self.actions.workers.drain(deadline, |_| true);
         self.detach_remote_attempts();
-        if timeout_at(until, self.tasks.wait()).await.is_ok() {
+        if self.drained_by(until, self.tasks.wait()).await {
             return;
         }
         for running in self.running.lock().values() {

@@ -109,6 +109,7 @@ impl Processor {
             traces,
             options,
         } = dependencies;
+        let log = EventLogClient::new(event_log, options.limits.max_batch_bytes(), &metrics);
         let metrics = ProcessorMetrics::new(&metrics);
         let max_message_bytes = options.limits.max_message_bytes();
         let name = name(clock.now());
@@ -125,7 +126,7 @@ impl Processor {
             clock: clock.clone(),
             actions: actions.clone(),
             wakeup,
-            log: EventLogClient::new(event_log, options.limits.max_batch_bytes()),
+            log,
             output_budget,
             handlers: handler_threads.spawner(),
             metrics: metrics.clone(),

@@ -13,20 +13,20 @@ use streamer_core::{ErrorCode, saturate};
 use streamer_handler::MemoryBudget;
 use streamer_proto::common::v1::event::Kind;
 use streamer_rpc::error_from_proto;
-use streamer_telemetry::{ActionHistograms, Metrics};
+use streamer_telemetry::{ActionLabel, LatencyFamily, Metrics};
 
 #[derive(Clone)]
 pub(crate) struct ProcessorMetrics {
     metrics: Metrics,
     pub(crate) attempts_in_progress: Gauge,
     attempts: Family<OutcomeLabels, Counter>,
-    attempt_seconds: ActionHistograms,
+    attempt_seconds: LatencyFamily<ActionLabel>,
     retries: Family<ReasonLabel, Counter>,
     pub(crate) claim_conflicts: Counter,
     pub(crate) lease_expiries: Counter,
-    queue_wait_seconds: ActionHistograms,
+    queue_wait_seconds: LatencyFamily<ActionLabel>,
     sync_requests: Family<OutcomeLabels, Counter>,
-    sync_seconds: ActionHistograms,
+    sync_seconds: LatencyFamily<ActionLabel>,
     queued_requests: Gauge,
     oldest_age_seconds: Gauge<f64, AtomicU64>,
     output_bytes: Gauge,
@@ -130,13 +130,13 @@ impl ProcessorMetrics {
     /// Records the duration of an attempt.
     pub(crate) fn attempt_took(&self, action: &str, duration: Duration) {
         let histogram = self.attempt_seconds.get_or_create(&self.metrics.action_label(action));
-        histogram.observe(duration.as_secs_f64());
+        histogram.observe(duration);
     }
 
     /// Records the time from the due time of a request to its claim.
     pub(crate) fn waited(&self, action: &str, duration: Duration) {
         let histogram = self.queue_wait_seconds.get_or_create(&self.metrics.action_label(action));
-        histogram.observe(duration.as_secs_f64());
+        histogram.observe(duration);
     }
 
     /// Counts a sync request.
@@ -144,7 +144,7 @@ impl ProcessorMetrics {
         let outcome = if has_succeeded { "succeeded" } else { "failed" };
         self.sync_requests.get_or_create(&self.outcome(action, outcome)).inc();
         let histogram = self.sync_seconds.get_or_create(&self.metrics.action_label(action));
-        histogram.observe(duration.as_secs_f64());
+        histogram.observe(duration);
     }
 
     /// Exports the state of the queue.

@@ -68,7 +68,7 @@ impl LogService {
         match appended {
             AppendOutcome::Applied { cancel_reason } => {
                 self.metrics.events.inc_by(request.events.len() as u64);
-                self.metrics.append_seconds.observe(start.elapsed().as_secs_f64());
+                self.metrics.append_seconds.observe(start.elapsed());
                 self.topics.push(uid, &request.events);
                 Ok(PublishResponse { cancel_reason })
             }

@@ -2,15 +2,15 @@
 
 use std::sync::atomic::AtomicU64;
 
-use prometheus_client::metrics::{counter::Counter, gauge::Gauge, histogram::Histogram};
+use prometheus_client::metrics::{counter::Counter, gauge::Gauge};
 use streamer_core::saturate;
 use streamer_handler::MemoryBudget;
-use streamer_telemetry::Metrics;
+use streamer_telemetry::{LatencyHistogram, Metrics};
 
 #[derive(Clone)]
 pub(crate) struct ProgressMetrics {
     pub(crate) events: Counter,
-    pub(crate) append_seconds: Histogram,
+    pub(crate) append_seconds: LatencyHistogram,
     pub(crate) fenced: Counter,
     pub(crate) watchers: Gauge,
     pub(crate) topics: Gauge,

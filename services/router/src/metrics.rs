@@ -4,15 +4,15 @@ use std::sync::Arc;
 
 use prometheus_client::{
     encoding::EncodeLabelSet,
-    metrics::{counter::Counter, family::Family, histogram::Histogram},
+    metrics::{counter::Counter, family::Family},
 };
-use streamer_telemetry::Metrics;
+use streamer_telemetry::{LatencyHistogram, Metrics};
 
 pub(crate) struct RouterMetrics {
     metrics: Metrics,
     requests: Family<RequestLabels, Counter>,
     rejections: Family<ReasonLabel, Counter>,
-    pub(crate) submit_seconds: Histogram,
+    pub(crate) submit_seconds: LatencyHistogram,
 }
 
 #[derive(Clone, Debug, Hash, PartialEq, Eq, EncodeLabelSet)]

@@ -154,7 +154,7 @@ impl RequestService {
         let start = Instant::now();
         let wait_ms = submission.wait_ms;
         let stored = self.create(owner(caller), submission, now, None).await?;
-        self.metrics.submit_seconds.observe(start.elapsed().as_secs_f64());
+        self.metrics.submit_seconds.observe(start.elapsed());
         self.acknowledge(caller, stored, wait_ms, now).await
     }
 

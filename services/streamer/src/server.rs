@@ -3,15 +3,18 @@
 //! Both modes use the same constructors of the services. In one process, the services call each other
 //! through generated clients over in-process channels.
 
+mod access_log;
 mod addresses;
 mod assembly;
 mod authentication;
+mod cloudwatch;
 mod connection_limiter;
 mod error;
 mod grpc_middleware;
 mod health;
 mod incoming_body;
 mod listener;
+mod measured_store;
 mod process_metrics;
 mod role;
 mod routes;
@@ -26,7 +29,7 @@ use streamer_auth::{DevKey, NewToken};
 use streamer_config::Config;
 use streamer_core::{Clock, SystemClock};
 use streamer_handler::Handlers;
-use streamer_telemetry::{Metrics, Traces};
+use streamer_telemetry::{Metrics, Telemetry};
 use tokio::{
     net::TcpListener,
     task::JoinHandle,
@@ -34,13 +37,16 @@ use tokio::{
 };
 
 use assembly::{Plan, Services};
+use cloudwatch::CloudWatch;
 use connection_limiter::{ConnectionLimiter, ConnectionLimits};
 use error::StartError;
 use listener::ListenerState;
 use shutdown::Shutdown;
 
+pub(crate) use cloudwatch::alarms as service_alarms;
 pub(crate) use role::Role;
 pub(crate) use service_options::dynamo_options;
+pub(crate) use streamer_gateway::ACCESS_LOG;
 
 /// Connection limits of the metrics address.
 const METRICS_CONNECTIONS: ConnectionLimits = ConnectionLimits { total: 128, per_address: 64 };
@@ -71,7 +77,7 @@ impl Server {
         config: &Config,
         handlers: Handlers,
         role: Role,
-        traces: Traces,
+        telemetry: Telemetry,
     ) -> Result<Self, StartError> {
         addresses::check(config, role)?;
         // The port is opened first: this step fails most often, and nothing has been changed yet.
@@ -86,10 +92,20 @@ impl Server {
         let clock: Arc<dyn Clock> = Arc::new(SystemClock);
         let shutdown = Shutdown::default();
         let own_address = addresses::own(address, config).await;
-        let plan = Plan { config, role, handlers, clock: clock.clone(), own_address, traces };
+        let plan = Plan { config, role, handlers, clock: clock.clone(), own_address, telemetry };
         let (services, dev_key) = Services::build(plan, &shutdown).await?;
         let services = Arc::new(services);
         let mut tasks = services.clone().spawn(&shutdown);
+        if !config.cloudwatch.interval.is_zero() {
+            let cloudwatch = CloudWatch {
+                metrics: services.metrics.clone(),
+                clock: clock.clone(),
+                namespace: config.cloudwatch.namespace.clone(),
+                service: role.trace_name(),
+            };
+            let stop = shutdown.serving.clone();
+            tasks.push(tokio::spawn(cloudwatch.run(config.cloudwatch.interval, stop)));
+        }
         if let (Role::All, Some(router)) = (role, &services.router) {
             router.ready().await;
         }

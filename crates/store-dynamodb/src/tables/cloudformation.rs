@@ -4,10 +4,35 @@ use serde_json::{Map, Value, json};
 
 use super::{Projection, TABLES, TIME_TO_LIVE, Table};
 
+/// Alarm of a metric that the services write to CloudWatch, for all services together.
+#[derive(Clone, Copy, Debug)]
+pub struct Alarm {
+    /// Name of the metric; the alarm has the same name.
+    pub metric: &'static str,
+    /// Meaning of the alarm.
+    pub description: &'static str,
+    /// Statistic of one minute that is compared with the threshold.
+    pub statistic: Statistic,
+    /// Value above which the alarm is triggered, in 3 of 5 minutes.
+    pub threshold: f64,
+}
+
+/// Statistic of a metric.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Statistic {
+    /// Sum of the values.
+    Sum,
+    /// Maximum of the values.
+    Maximum,
+    /// 99th percentile of the values.
+    P99,
+}
+
 /// Returns the template as JSON. It contains on-demand tables with streams, time to live, point-in-time recovery,
-/// encryption and alarms. The tables are retained when the stack is deleted.
+/// encryption and alarms, and the given alarms of the services, whose metrics are in `namespace` by default. The tables
+/// are retained when the stack is deleted.
 #[must_use]
-pub fn cloudformation(default_prefix: &str) -> String {
+pub fn cloudformation(default_prefix: &str, namespace: &str, alarms: &[Alarm]) -> String {
     let mut resources = Map::new();
     let mut outputs = Map::new();
     for table in &TABLES {
@@ -31,9 +56,12 @@ pub fn cloudformation(default_prefix: &str) -> String {
         }
     }
     resources.insert("SystemErrorAlarm".into(), system_error_alarm());
+    for alarm in alarms {
+        resources.insert(format!("{}Alarm", alarm.metric), service_alarm(alarm));
+    }
     let template = json!({
         "AWSTemplateFormatVersion": "2010-09-09",
-        "Description": "Tables of Streamer",
+        "Description": "Tables and alarms of Streamer",
         "Parameters": {
             "TablePrefix": {
                 "Type": "String",
@@ -45,6 +73,12 @@ pub fn cloudformation(default_prefix: &str) -> String {
                 "Type": "String",
                 "Default": "",
                 "Description": "SNS topic that receives alarms; empty for none",
+            },
+            "MetricNamespace": {
+                "Type": "String",
+                "Default": namespace,
+                "AllowedPattern": "[A-Za-z0-9_.#/-]{1,255}",
+                "Description": "CloudWatch namespace of the metrics of the services (cloudwatch.namespace)",
             },
             "MaxUnitsPerSecond": {
                 "Type": "Number",
@@ -133,12 +167,16 @@ fn table_resource(table: &Table) -> Value {
     })
 }
 
-fn alarm(description: &str, metric: &str, dimensions: &Value, threshold: u32) -> Value {
+fn alarm(
+    description: &str,
+    (namespace, metric): (&Value, &str),
+    statistic: Statistic,
+    threshold: f64,
+) -> Value {
     let mut properties = json!({
         "AlarmDescription": description,
-        "Namespace": "AWS/DynamoDB",
+        "Namespace": namespace,
         "MetricName": metric,
-        "Statistic": "Sum",
         "Period": 60,
         "EvaluationPeriods": 5,
         "DatapointsToAlarm": 3,
@@ -153,30 +191,46 @@ fn alarm(description: &str, metric: &str, dimensions: &Value, threshold: u32) ->
             ]
         },
     });
-    properties["Dimensions"] = dimensions.clone();
+    match statistic {
+        Statistic::Sum => properties["Statistic"] = "Sum".into(),
+        Statistic::Maximum => properties["Statistic"] = "Maximum".into(),
+        Statistic::P99 => properties["ExtendedStatistic"] = "p99".into(),
+    }
     json!({ "Type": "AWS::CloudWatch::Alarm", "Properties": properties })
 }
 
+fn table_alarm(description: &str, metric: &str, dimensions: Value, threshold: f64) -> Value {
+    let metric = (&"AWS/DynamoDB".into(), metric);
+    let mut alarm = alarm(description, metric, Statistic::Sum, threshold);
+    alarm["Properties"]["Dimensions"] = dimensions;
+    alarm
+}
+
+fn service_alarm(service: &Alarm) -> Value {
+    let metric = (&json!({ "Ref": "MetricNamespace" }), service.metric);
+    alarm(service.description, metric, service.statistic, service.threshold)
+}
+
 fn throttle_alarm(table: &Table, id: &str) -> Value {
-    alarm(
+    table_alarm(
         &format!(
             "Writes to the {} table are throttled: requests are delayed, but not lost",
             table.name
         ),
         "WriteThrottleEvents",
-        &json!([{ "Name": "TableName", "Value": { "Ref": id } }]),
-        10,
+        json!([{ "Name": "TableName", "Value": { "Ref": id } }]),
+        10.0,
     )
 }
 
 fn system_error_alarm() -> Value {
-    alarm(
+    table_alarm(
         "DynamoDB fails to append events",
         "SystemErrors",
-        &json!([
+        json!([
             { "Name": "TableName", "Value": { "Ref": "RequestsTable" } },
             { "Name": "Operation", "Value": "UpdateItem" },
         ]),
-        5,
+        5.0,
     )
 }

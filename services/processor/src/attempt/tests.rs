@@ -94,7 +94,7 @@ fn start() -> Fixture {
         local(EventLogServiceEndpoint::new(ScriptedLog(sender)), &RpcMetrics::new(&Metrics::new()));
     let environment = Environment {
         clock: Arc::new(ManualClock::at(Timestamp::default())),
-        log: EventLogClient::new(log, usize::MAX),
+        log: EventLogClient::new(log, usize::MAX, &Metrics::new()),
         handlers: HandlerSpawner::new(Handle::current(), 1, 1),
         history: Arc::new(NoHistory),
         limits: Limits {

@@ -100,6 +100,9 @@ impl Dispatcher {
             match lease_recovery::final_event(&*self.store, &record, policy, self.now()).await {
                 Ok(event) => {
                     self.metrics.lease_expiries.inc();
+                    attempt_span(&record).in_scope(|| {
+                        tracing::info!("recovering an attempt: its lease expired");
+                    });
                     let writer = Writer::ExpiredLease(record.attempt);
                     self.append_final_event(&record, writer, event.kind, event.retry_at).await;
                 }

@@ -9,6 +9,7 @@ use streamer_store::{Adopt, Lease, StoreError, StoredPayload};
 use super::{Dispatcher, RunningAttempt, RunningGuard};
 use crate::{
     attempt::{AttemptHandle, AttemptSpec},
+    attempt_log::attempt_span,
     lease_recovery,
     workers::{
         remote_handler::RemoteHandler, remote_task::RemoteTask, worker_session::WorkerSession,
@@ -77,6 +78,9 @@ impl Dispatcher {
             grace,
         ));
         let resumed = remote.task.clone();
+        attempt_span(&record).in_scope(|| {
+            tracing::info!(worker = worker.id, "took over a running attempt of a worker");
+        });
         let attempt_spec = AttemptSpec {
             spec,
             handler: remote.clone(),

@@ -158,14 +158,14 @@ impl Dispatcher {
         self.metrics.attempts_in_progress.inc();
         let running = attempt::run(&self.environment, attempt_spec, handle);
         let result = Box::pin(running).instrument(span.clone()).in_scope(scope.clone()).await;
+        scope.run(|| self.metrics.attempt_took(&action, started_at.elapsed()));
         scope.end_attempt(result.outcome(), result.error());
         self.metrics.attempts_in_progress.dec();
-        self.metrics.attempt_took(&action, started_at.elapsed());
         match result {
             AttemptResult::Recorded(kind, retry_at, cancel_reason) => {
                 self.runtime_estimates.record(&tenant, &action, started_at.elapsed());
                 self.metrics.attempt_ended(&action, &kind);
-                span.in_scope(|| log_end(&kind, Some(started_at.elapsed())));
+                scope.run(|| span.in_scope(|| log_end(&kind, Some(started_at.elapsed()))));
                 match (retry_at, cancel_reason) {
                     // Cancellation was requested after the final event was determined.
                     (Some(_), Some(reason)) => self.cancel_queued(uid, reason).await,

@@ -14,7 +14,7 @@ use serde_json::{Value, json};
 use streamer_auth::NewToken;
 use streamer_client::{Follower, ServerMessage, Target};
 use streamer_config::Config;
-use streamer_telemetry::Traces;
+use streamer_telemetry::Telemetry;
 use tempfile::TempDir;
 
 use crate::{
@@ -50,7 +50,7 @@ async fn run_demo(arguments: &DemoArguments) -> anyhow::Result<()> {
     config.server.listen = SocketAddr::from(([127, 0, 0, 1], 0));
     config.server.data_dir = data.path().to_owned();
     let server =
-        Server::start(&config, streamer_builtin_actions::all(), Role::All, Traces::default())
+        Server::start(&config, streamer_builtin_actions::all(), Role::All, Telemetry::default())
             .await?;
     let url = format!("http://{}", server.address());
     let token = NewToken {

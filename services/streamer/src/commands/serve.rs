@@ -11,7 +11,7 @@ use std::{
 use clap::Args;
 use rustix::process::{Resource, getrlimit, setrlimit};
 use streamer_auth::NewToken;
-use streamer_config::{Config, ConfigError, DEFAULT_FILE};
+use streamer_config::{Config, ConfigError, DEFAULT_FILE, Sources};
 use streamer_telemetry::{LogFormat, TraceOptions, init};
 use tokio::{
     signal::unix::{Signal, SignalKind, signal},
@@ -22,7 +22,7 @@ use crate::{
     Exit,
     arguments::ConfigSources,
     commands::{config::sources, select_handlers::select_handlers},
-    server::{Role, Server},
+    server::{ACCESS_LOG, Role, Server},
 };
 
 /// Text that `streamer up` prints before its address.
@@ -63,13 +63,14 @@ pub(crate) async fn run(arguments: &ServerArguments, role: Role) -> ExitCode {
         streamer_config::LogFormat::Json => LogFormat::Json,
     };
     raise_descriptors();
-    let traces = match init(&config.log.filter, format, &trace_options(&config, role)) {
-        Ok(traces) => traces,
+    let telemetry = match init(&log_filter(&config), format, &trace_options(&config, role)) {
+        Ok(telemetry) => telemetry,
         Err(error) => {
             eprintln!("error: {error}");
             return Exit::Usage.code();
         }
     };
+    log_start(role, &config_sources(arguments));
     let handlers =
         match select_handlers(streamer_builtin_actions::all(), &config.execution.builtin_actions) {
             Ok(handlers) => handlers,
@@ -78,7 +79,8 @@ pub(crate) async fn run(arguments: &ServerArguments, role: Role) -> ExitCode {
                 return Exit::Usage.code();
             }
         };
-    let server = match Server::start(&config, handlers, role, traces.clone()).await {
+    let traces = telemetry.traces.clone();
+    let server = match Server::start(&config, handlers, role, telemetry).await {
         Ok(server) => server,
         Err(error) => {
             eprintln!("error: {error}");
@@ -116,6 +118,16 @@ pub(crate) async fn run(arguments: &ServerArguments, role: Role) -> ExitCode {
         () = signals.stop() => {}
     }
     Exit::Done.code()
+}
+
+/// Logs the version and the sources of the configuration, without values, which may be secret.
+fn log_start(role: Role, sources: &Sources) {
+    let service = role.trace_name();
+    let file = sources.existing_file().map(|path| path.display().to_string());
+    let variables = sources.variables();
+    let flags: Vec<&str> = sources.flags.iter().map(|(name, _)| name.as_str()).collect();
+    let version = env!("CARGO_PKG_VERSION");
+    tracing::info!(version, service, file, ?variables, ?flags, "starting");
 }
 
 /// Reloads the tenant limits. If the configuration has an error, the limits remain unchanged.
@@ -156,6 +168,12 @@ fn raise_descriptors() {
     }
 }
 
+/// Returns the filter of log lines, which includes the access log if it is enabled.
+fn log_filter(config: &Config) -> String {
+    let filter = &config.log.filter;
+    if config.gateway.access_log { format!("{filter},{ACCESS_LOG}=info") } else { filter.clone() }
+}
+
 fn trace_options(config: &Config, role: Role) -> TraceOptions {
     let trace = &config.trace;
     TraceOptions {
@@ -168,6 +186,10 @@ fn trace_options(config: &Config, role: Role) -> TraceOptions {
 }
 
 fn load(arguments: &ServerArguments) -> Result<Config, ConfigError> {
+    Config::load(&config_sources(arguments))
+}
+
+fn config_sources(arguments: &ServerArguments) -> Sources {
     let mut flags = Vec::new();
     if let Some(listen) = arguments.listen {
         flags.push(("server.listen".to_owned(), listen.to_string()));
@@ -175,7 +197,7 @@ fn load(arguments: &ServerArguments) -> Result<Config, ConfigError> {
     if let Some(data) = &arguments.data {
         flags.push(("server.data_dir".to_owned(), data.display().to_string()));
     }
-    Config::load(&sources(&arguments.config, flags))
+    sources(&arguments.config, flags)
 }
 
 /// Prints the addresses and the token in a single write, so that a reader that exits after the first line

@@ -9,7 +9,12 @@ use streamer_store_dynamodb::{
     tables::{self, Difference},
 };
 
-use crate::{Exit, arguments::ConfigSources, commands::config::sources, server::dynamo_options};
+use crate::{
+    Exit,
+    arguments::ConfigSources,
+    commands::config::sources,
+    server::{dynamo_options, service_alarms},
+};
 
 /// Arguments of `streamer tables`.
 #[derive(Args, Clone, Debug)]
@@ -26,7 +31,7 @@ pub(crate) enum TablesCommand {
     Create(ConfigSources),
     /// Compare the tables with their required definitions.
     Check(ConfigSources),
-    /// Print the tables as a CloudFormation template.
+    /// Print the tables, and the alarms of tables and services, as a CloudFormation template.
     Cloudformation(ConfigSources),
 }
 
@@ -46,7 +51,11 @@ pub(crate) async fn run(arguments: &TablesArguments) -> ExitCode {
         TablesCommand::Create(_) => create(&options).await,
         TablesCommand::Check(_) => check(&options).await,
         TablesCommand::Cloudformation(_) => {
-            print!("{}", tables::cloudformation(&options.table_prefix));
+            let namespace = &config.cloudwatch.namespace;
+            print!(
+                "{}",
+                tables::cloudformation(&options.table_prefix, namespace, &service_alarms())
+            );
             Exit::Done.code()
         }
     }

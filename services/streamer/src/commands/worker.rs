@@ -88,7 +88,7 @@ fn traces(filter: &str) -> anyhow::Result<Traces> {
         version: env!("CARGO_PKG_VERSION"),
         ..TraceOptions::default()
     };
-    Ok(init(filter, LogFormat::default(), &options)?)
+    Ok(init(filter, LogFormat::default(), &options)?.traces)
 }
 
 fn exit_code_of(error: &WorkerError) -> Exit {

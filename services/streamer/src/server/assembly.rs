@@ -13,7 +13,7 @@ use streamer_progress::{Progress, Ring};
 use streamer_router::{PeerRouters, Router};
 use streamer_rpc::{Channel, RpcMetrics, local};
 use streamer_store::Store;
-use streamer_telemetry::{Metrics, Traces};
+use streamer_telemetry::{Metrics, Telemetry, Traces};
 use tokio::{sync::watch, task::JoinHandle};
 
 use crate::server::{
@@ -71,7 +71,7 @@ pub(crate) struct Plan<'a> {
     pub(crate) clock: Arc<dyn Clock>,
     /// Address at which other processes reach this process.
     pub(crate) own_address: String,
-    pub(crate) traces: Traces,
+    pub(crate) telemetry: Telemetry,
 }
 
 /// Dependencies that the services of a process share.
@@ -190,10 +190,10 @@ impl Services {
         plan: Plan<'_>,
         shutdown: &Shutdown,
     ) -> Result<(Self, Option<DevKey>), StartError> {
-        let Plan { config, role, handlers, clock, own_address, traces } = plan;
+        let Plan { config, role, handlers, clock, own_address, telemetry } = plan;
         let metrics = Metrics::with_max_actions(size(config.server.metrics_max_actions));
         process_metrics::register(&metrics, clock.now());
-        traces.register(&metrics);
+        telemetry.register(&metrics);
         let (store, max_value_bytes) = store_engine::open(config, &metrics).await?;
         let (authenticator, dev_key) = authentication::authenticator(config, clock.clone())?;
         let audit = authentication::audit(config, &clock, &metrics)?;
@@ -222,7 +222,7 @@ impl Services {
             authenticator,
             rpc_metrics: RpcMetrics::new(&metrics),
             metrics,
-            traces,
+            traces: telemetry.traces,
             tenant_limits,
             peers,
         };

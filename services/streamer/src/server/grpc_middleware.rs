@@ -12,7 +12,7 @@ use axum::{
 use http::{HeaderValue, header};
 use streamer_cluster::FromService;
 use streamer_proto::{common::v1::StreamKind, is_known_method, method_policy, public_methods};
-use streamer_rpc::{RpcMetrics, end_when, enter, is_server_error, recorded};
+use streamer_rpc::{RpcMetrics, RpcTimer, end_when, enter, is_server_error, recorded};
 use streamer_telemetry::{InScope, Traces};
 use tokio_util::sync::CancellationToken;
 use tonic::Status;
@@ -43,12 +43,17 @@ async fn observe_call(
         return next.run(request).await;
     }
     let mut timer = observers.metrics.start(request.uri().path());
-    let response = trace_call(&observers, request, next).await;
+    let response = trace_call(&observers, &mut timer, request, next).await;
     timer.record(response.headers());
     response
 }
 
-async fn trace_call(observers: &Observers, request: Request, next: Next) -> Response {
+async fn trace_call(
+    observers: &Observers,
+    timer: &mut RpcTimer,
+    request: Request,
+    next: Next,
+) -> Response {
     let path = request.uri().path();
     let is_service = request.extensions().get::<FromService>().is_some();
     let is_known = is_service && is_known_method(path) || observers.methods.contains(path);
@@ -58,6 +63,7 @@ async fn trace_call(observers: &Observers, request: Request, next: Next) -> Resp
         return next.run(request).await;
     }
     let scope = enter(&observers.traces, &request, is_service);
+    timer.set_trace(scope.trace_context());
     let span = scope.span();
     if span.is_disabled() {
         return next.run(request).in_scope(scope).await;

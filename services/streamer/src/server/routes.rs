@@ -5,7 +5,7 @@ use std::sync::Arc;
 use axum::{
     Router,
     extract::{Request, State},
-    http::{StatusCode, header},
+    http::{StatusCode, Uri, header},
     middleware::{self, Next},
     response::{IntoResponse, Response},
     routing::get,
@@ -16,11 +16,13 @@ use streamer_rpc::map_message_too_large;
 use tonic::{Code, Status, service::Routes};
 use tower::util::MapResponseLayer;
 
-use crate::server::{assembly::Services, error::StartError, grpc_middleware, role::Role};
+use crate::server::{
+    access_log::log_access, assembly::Services, error::StartError, grpc_middleware, role::Role,
+};
 
 /// Maximum size of a message to unauthenticated services (health, reflection), in bytes.
 const MAX_UNAUTHENTICATED_MESSAGE: usize = 16 * 1024;
-/// Maximum length of a path in a response, in characters.
+/// Maximum length of a path in a response or log line, in characters.
 const MAX_PATH_CHARS: usize = 128;
 /// Content type of the OpenMetrics text format.
 const OPEN_METRICS_TYPE: &str = "application/openmetrics-text";
@@ -28,6 +30,7 @@ const OPEN_METRICS_TYPE: &str = "application/openmetrics-text";
 const TEXT_FORMAT: &str = "text/plain; version=0.0.4; charset=utf-8";
 /// Complete content type of the OpenMetrics text format.
 const OPEN_METRICS: &str = "application/openmetrics-text; version=1.0.0; charset=utf-8";
+
 impl Services {
     /// Returns the routes of the public port.
     pub(crate) fn routes(self: &Arc<Self>) -> Result<Router, StartError> {
@@ -109,11 +112,13 @@ impl Services {
             .route("/readyz", get(ready))
             .with_state(self.clone());
         let all = grpc.merge(plain).reset_fallback().fallback(unknown_path);
-        Ok(if self.metrics_access.has_separate_address {
+        let all = if self.metrics_access.has_separate_address {
             all
         } else {
             all.merge(self.metrics_routes())
-        })
+        };
+        let logs_access = self.gateway.as_ref().is_some_and(|gateway| gateway.logs_access());
+        Ok(if logs_access { all.layer(middleware::from_fn(log_access)) } else { all })
     }
 
     /// Returns the route `/metrics`.
@@ -135,12 +140,16 @@ async fn grpc_only(request: Request, next: Next) -> Response {
     }
 }
 
+/// Returns the beginning of the path of a request, without its query.
+pub(crate) fn truncated_path(uri: &Uri) -> String {
+    uri.path().chars().take(MAX_PATH_CHARS).collect()
+}
+
 /// Responds to a request for an unknown path, with UNIMPLEMENTED to gRPC calls and with 404 to other requests.
 async fn unknown_path(request: Request) -> Response {
     if has_grpc_content_type(&request) {
-        let path = request.uri().path();
-        let truncated: String = path.chars().take(MAX_PATH_CHARS).collect();
-        return Status::unimplemented(format!("unknown method {truncated}")).into_http();
+        let path = truncated_path(request.uri());
+        return Status::unimplemented(format!("unknown method {path}")).into_http();
     }
     (StatusCode::NOT_FOUND, "no such path\n").into_response()
 }

@@ -88,6 +88,7 @@ pub(crate) fn gateway_options(config: &Config, limits: Limits) -> GatewayOptions
         slow_consumer_timeout: gateway.slow_consumer_timeout,
         handshake_timeout: gateway.handshake_timeout,
         reconnect_after: gateway.reconnect_after,
+        access_log: gateway.access_log,
     }
 }
 
