@@ -43,6 +43,14 @@ pub fn compact_bytes(bytes: Bytes) -> Bytes {
     if bytes.len() < COPY_BELOW_BYTES { Bytes::copy_from_slice(&bytes) } else { bytes }
 }
 
+/// Returns bytes that can be retained although they are a slice of a received message of up to `max_message_bytes`
+/// bytes, of which any part may be fields that no receiver knows. Bytes that are less than half of such a message are
+/// copied, so that the memory that they retain is at most twice their size.
+#[must_use]
+pub fn compact_received(bytes: Bytes, max_message_bytes: usize) -> Bytes {
+    if bytes.len() < max_message_bytes / 2 { Bytes::copy_from_slice(&bytes) } else { bytes }
+}
+
 #[cfg(test)]
 mod tests {
     use streamer_proto::common::v1::{
@@ -98,6 +106,15 @@ mod tests {
         assert_eq!(copy, event);
         let Some(Kind::Succeeded(succeeded)) = copy.kind else { panic!("{copy:?}") };
         assert!(!is_within(&succeeded.output.unwrap().sha256, &buffer));
+    }
+
+    #[test]
+    fn received_bytes_retain_at_most_twice_their_size() {
+        let message = Bytes::from(vec![1; 1000]);
+        let part = message.slice(..499);
+        assert!(!is_within(&compact_received(part.clone(), 1000), &message));
+        assert_eq!(compact_received(part, 1000).len(), 499);
+        assert!(is_within(&compact_received(message.slice(..500), 1000), &message));
     }
 
     #[test]

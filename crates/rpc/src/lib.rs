@@ -19,7 +19,7 @@ pub use channel::{
     CLIENT_ADDRESS, Connection, FORWARDED, NOT_ADMITTED, PREVIOUS_ATTEMPTS, Peer, REQUEST_UID,
     SERVICE_TOKEN, WATCH_COUNTED, local, remote, with_authorization,
 };
-pub use compact::{compact_bytes, compact_event, compact_request};
+pub use compact::{compact_bytes, compact_event, compact_received, compact_request};
 pub use completion::run_to_completion;
 pub use ended_body::{end_response_when, end_when};
 pub use payload::{

@@ -7,7 +7,7 @@ use serde_json::value::RawValue;
 use sha2::{Digest, Sha256};
 use streamer_core::{Limits, Timestamp, Uid, Violations, limits, validate};
 use streamer_proto::{millis, router::v1::SubmitRequest};
-use streamer_rpc::{JSON, payload_into_parts};
+use streamer_rpc::{JSON, compact_received, payload_into_parts};
 use streamer_store::StoredPayload;
 
 /// Parsed submission, before the checks that depend on its action.
@@ -37,7 +37,10 @@ pub(crate) fn parse(
     }
     violations.check("action", validate::action_name(&request.action));
 
+    // The payload and the metadata outlive the message that contained them.
+    let max_message_bytes = server_limits.max_message_bytes();
     let (content_type, data) = payload_into_parts(request.payload);
+    let data = compact_received(data, max_message_bytes);
     let content_type_limit = limits::MAX_CONTENT_TYPE_BYTES;
     violations.check(
         "payload.content_type",
@@ -53,6 +56,7 @@ pub(crate) fn parse(
     }
 
     let metadata = request.metadata.map(|metadata| payload_into_parts(Some(metadata)).1);
+    let metadata = metadata.map(|metadata| compact_received(metadata, max_message_bytes));
     if let Some(metadata) = &metadata {
         violations.check("metadata", check_metadata(metadata));
     }
@@ -123,6 +127,7 @@ fn duration_ms(duration: &prost_types::Duration) -> i64 {
 
 #[cfg(test)]
 mod tests {
+    use prost::Message;
     use streamer_rpc::json_payload;
 
     use super::*;
@@ -132,6 +137,31 @@ mod tests {
         let limits = Limits { max_payload_bytes: 10, ..Limits::default() };
         parse(request, &limits, Timestamp::from_millis(0), &mut violations);
         violations.to_string()
+    }
+
+    #[test]
+    fn a_submission_does_not_retain_the_message_that_contained_it() {
+        let request = SubmitRequest {
+            action: "echo".into(),
+            payload: Some(json_payload("{\"a\":1}")),
+            metadata: Some(json_payload("{\"b\":2}")),
+            ..SubmitRequest::default()
+        };
+        let mut message = request.encode_to_vec();
+        // A field that no receiver knows: number 1000 with a million bytes.
+        prost::encoding::bytes::encode(1000, &vec![0_u8; 1_000_000], &mut message);
+        let message = Bytes::from(message);
+        let request = SubmitRequest::decode(message.clone()).unwrap();
+        let mut violations = Violations::default();
+        let now = Timestamp::from_millis(0);
+        let submission = parse(request, &Limits::default(), now, &mut violations);
+        let is_within = |bytes: &Bytes| message.as_ptr_range().contains(&bytes.as_ptr());
+        assert_eq!(
+            (violations.to_string(), &*submission.payload.data),
+            (String::new(), &b"{\"a\":1}"[..])
+        );
+        assert!(!is_within(&submission.payload.data));
+        assert!(!is_within(&submission.metadata.unwrap()));
     }
 
     #[test]

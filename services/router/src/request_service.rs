@@ -196,10 +196,13 @@ impl RequestService {
                 queue_position,
             })),
         };
+        // The record is not kept while the call waits.
+        let uid = record.uid;
+        drop(record);
         if wait_ms > 0 {
             let limit = saturate::from_millis(wait_ms);
             // The request is stored and will run, so an error while waiting is not returned.
-            match await_outcome::terminal_event(&self.upstreams, caller, record.uid, limit).await {
+            match await_outcome::terminal_event(&self.upstreams, caller, uid, limit).await {
                 Ok(Some(event)) => {
                     let completed =
                         completed(event).map(|completed| Completed { duplicate, ..completed });
@@ -207,10 +210,10 @@ impl RequestService {
                 }
                 Ok(None) => {}
                 Err(status) if await_outcome::is_over_watch_limit(&status) => {
-                    tracing::debug!(uid = %record.uid, %status, "cannot wait for the outcome: watch limit reached");
+                    tracing::debug!(%uid, %status, "cannot wait for the outcome: watch limit reached");
                 }
                 Err(status) => {
-                    tracing::warn!(uid = %record.uid, %status, "failed to wait for the outcome");
+                    tracing::warn!(%uid, %status, "failed to wait for the outcome");
                 }
             }
         }

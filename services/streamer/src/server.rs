@@ -50,6 +50,8 @@ pub(crate) use streamer_gateway::ACCESS_LOG;
 
 /// Connection limits of the metrics address.
 const METRICS_CONNECTIONS: ConnectionLimits = ConnectionLimits { total: 128, per_address: 64 };
+/// Time after the drain timeout within which attempts are released and all tasks end.
+const TASKS_TIMEOUT: Duration = Duration::from_secs(4);
 /// Timeout for writing the last audit records.
 const AUDIT_FLUSH_TIMEOUT: Duration = Duration::from_secs(1);
 
@@ -169,7 +171,8 @@ impl Server {
         self.services.health.set_not_serving().await;
         self.shutdown.working.cancel();
         if let Some(gateway) = &self.services.gateway {
-            gateway.drain(self.drain_timeout).await;
+            // The rest of the time is for watches, which end after the clients of the gateway.
+            gateway.drain(self.drain_timeout / 2).await;
         }
         if let Some(progress) = &self.services.progress {
             progress.drain();
@@ -181,9 +184,15 @@ impl Server {
             tracing::warn!("calls still pending after the drain timeout are cancelled");
             self.tasks.push(self.serving);
         }
-        for task in self.tasks {
-            if let Err(error) = task.await {
-                tracing::error!(%error, "a task failed during shutdown");
+        let tasks_deadline = deadline + TASKS_TIMEOUT;
+        for mut task in self.tasks {
+            match timeout_at(tasks_deadline, &mut task).await {
+                Ok(Ok(())) => {}
+                Ok(Err(error)) => tracing::error!(%error, "a task failed during shutdown"),
+                Err(_) => {
+                    tracing::warn!("a task did not end in time; it is aborted");
+                    task.abort();
+                }
             }
         }
         self.shutdown.ended.cancel();

@@ -13,8 +13,9 @@ use streamer_core::{Clock, SystemClock, is_loopback_host};
 
 use crate::arguments::CommonArguments;
 
-/// Lifetime of the tokens that commands sign with the development key.
-const DEV_TOKEN_LIFETIME: Duration = Duration::from_secs(24 * 3600);
+/// Lifetime of the tokens that commands sign with the development key. Commands renew them; a short lifetime limits the
+/// use of a token that a different program on the port of a stopped server received.
+const DEV_TOKEN_LIFETIME: Duration = Duration::from_secs(3600);
 
 /// Token source of a command.
 #[derive(Clone, Debug)]

@@ -114,8 +114,13 @@ pub(crate) async fn serve(
             Ok(connection) => {
                 let (service, builder) = (router.clone(), builder.clone());
                 let (state, stop) = (state.clone(), shutdown.accepting.clone());
+                let serving = shutdown.serving.clone();
                 open.spawn(async move {
-                    serve_connection(&builder, service, stream, connection, &state, stop).await;
+                    tokio::select! {
+                        () = serve_connection(&builder, service, stream, connection, &state, stop) => {}
+                        // Cancels the pending calls of the connection.
+                        () = serving.cancelled() => {}
+                    }
                 });
             }
             Err(option) => tracing::debug!(%peer, option, "connection rejected"),
@@ -123,10 +128,7 @@ pub(crate) async fn serve(
     }
     drop(listener);
     open.close();
-    tokio::select! {
-        () = open.wait() => {}
-        () = shutdown.serving.cancelled() => {}
-    }
+    open.wait().await;
 }
 
 fn builder(options: Options) -> Builder<TokioExecutor> {
