@@ -17,8 +17,8 @@ use streamer_proto::common::v1::{
 use streamer_store::{
     Adopt, Append, AppendOutcome, AssignedWorker, Backup, BackupOutcome, CancelOutcome, Claim,
     ClaimOutcome, Claimed, ConnectionRecord, CreateOutcome, DeclaredAction, DeleteOutcome, DuePage,
-    DueQuery, Lease, ListRequests, NewRequest, Owner, Quota, Store, StoreError, StoredPayload,
-    Writer, find_by_client_id_or_uid,
+    DueQuery, Lease, ListRequests, NewRequest, Owner, Quota, ReleasedRequests, Store, StoreError,
+    StoredPayload, Writer, find_by_client_id_or_uid,
 };
 use streamer_store_dynamodb::{DynamoOptions, DynamoStore, tables};
 use streamer_store_sqlite::{open, restore};
@@ -432,7 +432,8 @@ async fn a_retry_is_claimable_when_due_and_has_the_checkpoint() {
         assert_eq!(store.append(retry).await.unwrap(), APPLIED);
         assert!(matches!(store.append(checkpoint).await.unwrap(), AppendOutcome::Fenced { .. }));
         assert!(matches!(try_claim(&*store, uid, 7999).await, ClaimOutcome::NotClaimable));
-        assert_eq!(store.next_due(at(5000)).await.unwrap(), Some(at(8000)));
+        let released = store.release_delayed(at(5000), 10).await.unwrap();
+        assert_eq!(released, ReleasedRequests { count: 0, next_due: Some(at(8000)) });
         let again = claim(&*store, uid, 8000).await;
         let second = (AttemptNumber::from(2), Seq::from(4));
         assert_eq!((again.record.attempt, again.record.attempt_seq), second);
@@ -510,6 +511,7 @@ async fn due(store: &dyn Store, actions: &[&str], per_tenant: usize) -> Vec<Uid>
         limits: HashMap::new(),
         blocked: HashSet::new(),
     };
+    store.release_delayed(query.now, 10).await.unwrap();
     let page = store.due_requests(query).await.unwrap();
     page.requests.into_iter().map(|request| request.uid).collect()
 }
@@ -537,6 +539,7 @@ async fn the_queue_is_read_by_tenant_in_pages() {
             blocked: HashSet::new(),
         };
         let uids = |page: &DuePage| page.requests.iter().map(|due| due.uid).collect::<Vec<_>>();
+        store.release_delayed(at(2000), 10).await.unwrap();
         let first = store.due_requests(query(None, 2)).await.unwrap();
         assert_eq!(uids(&first), [by_tenant[0], by_tenant[1], by_tenant[3], by_tenant[4]]);
         assert_eq!(first.next_tenant.as_deref(), Some("b"));
@@ -650,6 +653,36 @@ async fn overdue_requests_are_found_also_between_attempts() {
         assert_eq!(overdue(4000).await, [unstarted, retried]);
         let outcome = try_claim(&*store, retried, 4000).await;
         assert!(matches!(outcome, ClaimOutcome::Overdue(_)), "{outcome:?}");
+    }
+}
+
+#[tokio::test]
+async fn delayed_requests_are_in_the_queue_after_their_release() {
+    for Subject { store, .. } in engines().await {
+        let mut uids = Vec::new();
+        for not_before in [1900, 1500, 9000, 1000] {
+            let new = NewRequest { not_before: at(not_before), ..new_request(None) };
+            uids.push(create(&*store, new).await);
+        }
+        // A request can be claimed before its release. After a retry without a delay, it is in the queue.
+        claim(&*store, uids[0], 2000).await;
+        let writer = Writer::Attempt(AttemptNumber::FIRST);
+        let retry = append_as(uids[0], writer, vec![retrying(3, 1)]);
+        let retry = Append { retry_at: Some(at(2000)), now: at(2000), ..retry };
+        assert_eq!(store.append(retry).await.unwrap(), APPLIED);
+        let next_due = loop {
+            let released = store.release_delayed(at(2000), 1).await.unwrap();
+            if released.count == 0 {
+                break released.next_due;
+            }
+        };
+        assert_eq!(next_due, Some(at(9000)));
+        assert_eq!(due(&*store, &["work"], 10).await, [uids[3], uids[1], uids[0]]);
+        assert_eq!(due(&*store, &["other"], 10).await, []);
+        let stats = store.queue_stats(at(2000)).await.unwrap();
+        assert_eq!((stats.queued, stats.oldest_due), (4, Some(at(1000))));
+        let last = store.get_request(uids[0]).await.unwrap().unwrap();
+        assert_eq!(store.queue_ahead(last, at(2000), 10).await.unwrap().own, 2);
     }
 }
 

@@ -9,7 +9,7 @@ use streamer_store::{
     Adopt, Append, AppendOutcome, CancelOutcome, Claim, ClaimOutcome, ConnectionPage,
     ConnectionRecord, CreateOutcome, DeclaredAction, DeleteOutcome, DuePage, DueQuery, EventPage,
     Lease, LeaseRenewal, ListRequests, NewRequest, Owner, QueueAhead, QueueNotifier, QueueStats,
-    RequestPage, RequestRecord, Store, StoreError, StoredPayload, check_appended,
+    ReleasedRequests, RequestPage, RequestRecord, Store, StoreError, StoredPayload, check_appended,
 };
 use streamer_telemetry::Metrics;
 use tokio::time::Instant;
@@ -217,9 +217,15 @@ impl Store for DynamoStore {
         self.record_throttling(self.dynamo.ahead(&record, now, limit).await)
     }
 
-    async fn next_due(&self, now: Timestamp) -> Result<Option<Timestamp>, StoreError> {
+    async fn release_delayed(
+        &self,
+        now: Timestamp,
+        _limit: usize,
+    ) -> Result<ReleasedRequests, StoreError> {
         let _permit = self.admit(Purpose::Execution).await?;
-        self.record_throttling(self.dynamo.next_due(now).await)
+        // The index of the queue contains delayed requests too; reads skip them.
+        let next_due = self.record_throttling(self.dynamo.next_due(now).await)?;
+        Ok(ReleasedRequests { count: 0, next_due })
     }
 
     async fn queue_stats(&self, now: Timestamp) -> Result<QueueStats, StoreError> {

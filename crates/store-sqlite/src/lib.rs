@@ -38,7 +38,8 @@ use streamer_store::{
     Adopt, Append, AppendOutcome, BackupOutcome, CancelOutcome, Claim, ClaimOutcome,
     ConnectionPage, ConnectionRecord, CreateOutcome, DeclaredAction, DeleteOutcome, DuePage,
     DueQuery, EventPage, Lease, LeaseRenewal, ListRequests, NewRequest, Owner, QueueAhead,
-    QueueStats, RequestPage, RequestRecord, Store, StoreError, StoredPayload, check_appended,
+    QueueStats, ReleasedRequests, RequestPage, RequestRecord, Store, StoreError, StoredPayload,
+    check_appended,
 };
 use writer::{Cost, Payer, WriterThread};
 
@@ -266,8 +267,20 @@ impl Store for SqliteStore {
         self.read("reading the queue", move |db| queue::ahead(db, &record, now, limit)).await
     }
 
-    async fn next_due(&self, now: Timestamp) -> Result<Option<Timestamp>, StoreError> {
-        self.read("reading the queue", move |db| queue::next_due(db, now)).await
+    async fn release_delayed(
+        &self,
+        now: Timestamp,
+        limit: usize,
+    ) -> Result<ReleasedRequests, StoreError> {
+        let next_due = self.read("reading the queue", |db| queue::next_delayed(db)).await?;
+        if next_due.is_none_or(|due| due > now) {
+            return Ok(ReleasedRequests { count: 0, next_due });
+        }
+        self.writer
+            .run("releasing delayed requests", Cost::SERVER, move |db| {
+                queue::release_delayed(db, now, limit)
+            })
+            .await
     }
 
     async fn queue_stats(&self, now: Timestamp) -> Result<QueueStats, StoreError> {

@@ -69,9 +69,9 @@ pub(super) fn create(db: &Db<'_>, new: &NewRequest) -> rusqlite::Result<CreateOu
     db.prepare_cached(
         "INSERT INTO requests (uid, client_id, tenant, user, action, state, attempt, last_seq,
              attempt_seq, priority, create_time, not_before, deadline, close_by, expire_at,
-             metadata, redrive_of, trace_parent, trace_state, fingerprint, crc, bytes)
+             metadata, redrive_of, trace_parent, trace_state, fingerprint, crc, bytes, delayed)
          VALUES (?1, ?2, ?3, ?4, ?5, 0, 0, 1, 0, ?6, ?7, ?8, ?9, ?10, ?11, ?12, ?13, ?14, ?15,
-             ?16, ?17, ?18)",
+             ?16, ?17, ?18, ?19)",
     )?
     .execute(params![
         new.uid.to_bytes(),
@@ -92,6 +92,7 @@ pub(super) fn create(db: &Db<'_>, new: &NewRequest) -> rusqlite::Result<CreateOu
         new.fingerprint,
         checksum::of_request(&record),
         saturate::to_i64(bytes),
+        new.not_before > new.create_time,
     ])?;
     let payload = large_values::insert(db, &new.payload.data)?;
     db.prepare_cached("INSERT INTO payloads VALUES (?1, ?2, ?3, ?4, ?5)")?.execute(params![
@@ -319,10 +320,16 @@ fn set_state(db: &Connection, append: &Append, last: &Event, bytes: i64) -> rusq
             db.prepare_cached(
                 "UPDATE requests SET state = 0, last_seq = ?2, not_before = ?3, progress = NULL,
                      lease_until = NULL, lease_holder = NULL, worker = NULL, expire_at = close_by,
-                     bytes = bytes + ?4
+                     bytes = bytes + ?4, delayed = ?5
                  WHERE uid = ?1",
             )?
-            .execute(params![uid, last_seq, retry_at.as_millis(), bytes])?
+            .execute(params![
+                uid,
+                last_seq,
+                retry_at.as_millis(),
+                bytes,
+                retry_at > append.now
+            ])?
         }
         _ => db
             .prepare_cached(

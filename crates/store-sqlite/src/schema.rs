@@ -1,5 +1,7 @@
 //! Opens the database file, and defines its tables and its schema version.
 
+mod migrations;
+
 use std::path::Path;
 
 use rusqlite::{Connection, OpenFlags};
@@ -8,14 +10,20 @@ use super::error::sqlite_error;
 use streamer_core::saturate;
 use streamer_store::StoreError;
 
+pub(super) use migrations::migrate;
+
 /// Schema version that this program writes.
-pub(super) const VERSION: i64 = 5;
+pub(super) const VERSION: i64 = 6;
 
 /// Tables of the current schema version, except `usage` and `large_values`. Payloads, events and frequently updated
 /// columns are in separate tables, so that a state change rewrites only a small row, regardless of the size of the
 /// payload. Times are in milliseconds since the Unix epoch. `uid` is a big-endian ULID, so that rows are written in
 /// order. `state` is defined in `row.rs`. `crc` is defined in `checksum.rs`, and absent in rows that version 1 wrote.
 /// In table `actions`, an empty tenant means all tenants.
+///
+/// `delayed` is 1 from the time at which a request is queued with a later due time until it is released. Only released
+/// requests are in the index of the queue, which begins with the action, so that a scan for the actions of a processor
+/// passes neither delayed requests nor requests for other actions.
 const TABLES: &str = "
 CREATE TABLE requests (
     uid BLOB PRIMARY KEY,
@@ -49,14 +57,16 @@ CREATE TABLE requests (
     trace_state TEXT,
     fingerprint BLOB NOT NULL,
     bytes INTEGER NOT NULL DEFAULT 0,
-    crc INTEGER
+    crc INTEGER,
+    delayed INTEGER NOT NULL DEFAULT 0
 ) WITHOUT ROWID;
 CREATE UNIQUE INDEX requests_by_client_id ON requests (tenant, user, client_id)
     WHERE client_id IS NOT NULL;
 CREATE INDEX requests_by_owner ON requests (tenant, user, uid);
 CREATE INDEX requests_by_tenant ON requests (tenant, uid);
-CREATE INDEX requests_queued ON requests (tenant, action, priority, not_before, uid)
-    WHERE state = 0;
+CREATE INDEX requests_ready ON requests (action, tenant, priority, not_before, uid)
+    WHERE state = 0 AND delayed = 0;
+CREATE INDEX requests_delayed ON requests (not_before) WHERE state = 0 AND delayed = 1;
 CREATE INDEX requests_expiring ON requests (expire_at) WHERE state = 0 AND expire_at IS NOT NULL;
 CREATE INDEX requests_waiting ON requests (not_before) WHERE state = 0;
 CREATE INDEX requests_leased ON requests (lease_until) WHERE state = 1;
@@ -125,58 +135,12 @@ CREATE TABLE usage (
 ) WITHOUT ROWID;
 ";
 
-/// Changes from version 1 to version 2.
-const FROM_1_TO_2: &str = "
-ALTER TABLE requests ADD COLUMN close_by INTEGER;
-ALTER TABLE requests ADD COLUMN expire_at INTEGER;
-ALTER TABLE requests ADD COLUMN worker TEXT;
-UPDATE requests SET expire_at = deadline WHERE state = 0 AND attempt = 0;
-DROP INDEX requests_queued;
-CREATE INDEX requests_queued ON requests (tenant, action, priority, not_before, uid)
-    WHERE state = 0;
-CREATE INDEX requests_expiring ON requests (expire_at) WHERE state = 0 AND expire_at IS NOT NULL;
-ALTER TABLE requests ADD COLUMN crc INTEGER;
-ALTER TABLE payloads ADD COLUMN crc INTEGER;
-ALTER TABLE checkpoints ADD COLUMN crc INTEGER;
-ALTER TABLE events ADD COLUMN crc INTEGER;
-CREATE TABLE actions (
-    tenant TEXT NOT NULL,
-    name TEXT NOT NULL,
-    declare_time INTEGER NOT NULL,
-    declaration BLOB NOT NULL,
-    PRIMARY KEY (tenant, name)
-) WITHOUT ROWID;
-";
-
-/// Changes from version 2 to version 3.
-const FROM_2_TO_3: &str = "ALTER TABLE requests ADD COLUMN trace_state TEXT;";
-
-/// Changes from version 3 to version 4, except the creation of table `usage`.
-const FROM_3_TO_4: &str = "
-ALTER TABLE requests ADD COLUMN bytes INTEGER NOT NULL DEFAULT 0;
-UPDATE requests SET bytes = 1024 + COALESCE(LENGTH(metadata), 0)
-    + COALESCE((SELECT LENGTH(data) FROM payloads WHERE payloads.uid = requests.uid), 0)
-    + COALESCE((SELECT LENGTH(data) FROM checkpoints WHERE checkpoints.uid = requests.uid), 0)
-    + COALESCE((SELECT SUM(64 + LENGTH(batch)) FROM events WHERE events.uid = requests.uid), 0);
-INSERT INTO usage SELECT tenant, '', SUM(state = 0), SUM(bytes) FROM requests GROUP BY tenant;
-INSERT INTO usage SELECT tenant, user, COUNT(*), 0 FROM requests WHERE state = 0
-    GROUP BY tenant, user;
-";
-
 /// Table of large payloads, checkpoints and batches of events; see `large_values.rs`.
 const LARGE_VALUES: &str = "
 CREATE TABLE large_values (
     id INTEGER PRIMARY KEY,
     data BLOB NOT NULL
 );
-";
-
-/// Changes from version 4 to version 5, except the creation of table `large_values`. Existing values stay in their
-/// rows.
-const FROM_4_TO_5: &str = "
-ALTER TABLE payloads ADD COLUMN large INTEGER;
-ALTER TABLE checkpoints ADD COLUMN large INTEGER;
-ALTER TABLE events ADD COLUMN large INTEGER;
 ";
 
 pub(super) fn open_for_writing(path: &Path) -> rusqlite::Result<Connection> {
@@ -233,28 +197,6 @@ pub(super) fn size(connection: &Connection) -> rusqlite::Result<u64> {
     Ok(number("page_count")? * number("page_size")?)
 }
 
-/// Migrates the schema to [`VERSION`].
-pub(super) fn migrate(connection: &Connection) -> Result<(), StoreError> {
-    let doing = "reading the schema version";
-    let found: i64 = connection
-        .pragma_query_value(None, "user_version", |row| row.get(0))
-        .map_err(|error| sqlite_error(doing, &error))?;
-    let steps = match found {
-        0 => format!("{TABLES} {USAGE} {LARGE_VALUES}"),
-        1 => format!(
-            "{FROM_1_TO_2} {FROM_2_TO_3} {USAGE} {FROM_3_TO_4} {LARGE_VALUES} {FROM_4_TO_5}"
-        ),
-        2 => format!("{FROM_2_TO_3} {USAGE} {FROM_3_TO_4} {LARGE_VALUES} {FROM_4_TO_5}"),
-        3 => format!("{USAGE} {FROM_3_TO_4} {LARGE_VALUES} {FROM_4_TO_5}"),
-        4 => format!("{LARGE_VALUES} {FROM_4_TO_5}"),
-        VERSION => return Ok(()),
-        _ => return Err(StoreError::UnsupportedVersion { found, known: VERSION }),
-    };
-    connection
-        .execute_batch(&format!("BEGIN; {steps} PRAGMA user_version = {VERSION}; COMMIT;"))
-        .map_err(|error| sqlite_error("migrating the schema", &error))
-}
-
 /// Resets the state that the previous process left. Only one process can have the file open, so the leases of the
 /// previous process are void, except for attempts that workers run: a worker reconnects and resumes its attempt, or its
 /// lease expires.
@@ -276,65 +218,4 @@ pub(super) fn release_workers(connection: &Connection) -> rusqlite::Result<()> {
 /// Writes a row, to verify that the store is writable.
 pub(super) fn write_probe(db: &Connection) -> rusqlite::Result<()> {
     db.prepare_cached("UPDATE health SET checks = checks + 1")?.execute([]).map(drop)
-}
-
-#[cfg(test)]
-mod tests {
-    use super::{
-        super::usage::{BATCH_BYTES, REQUEST_BYTES},
-        *,
-    };
-
-    #[test]
-    fn the_migration_uses_the_size_estimates_of_the_writer() {
-        for (part, bytes) in [
-            (format!("bytes = {REQUEST_BYTES} +"), REQUEST_BYTES),
-            (format!("SUM({BATCH_BYTES} +"), BATCH_BYTES),
-        ] {
-            assert!(FROM_3_TO_4.contains(&part), "{bytes}");
-        }
-    }
-
-    #[test]
-    fn a_version_2_file_is_migrated() {
-        let db = Connection::open_in_memory().unwrap();
-        let mut tables = TABLES.to_owned();
-        for column in [
-            "    trace_state TEXT,\n",
-            "    bytes INTEGER NOT NULL DEFAULT 0,\n",
-            ",\n    large INTEGER",
-        ] {
-            assert!(tables.contains(column));
-            tables = tables.replace(column, "");
-        }
-        db.execute_batch(&tables).unwrap();
-        db.execute_batch(
-            "PRAGMA user_version = 2;
-             INSERT INTO requests (uid, tenant, user, action, state, attempt, last_seq, attempt_seq,
-                 priority, create_time, not_before, metadata, fingerprint)
-             VALUES (x'00', 't', 'u', 'a', 0, 0, 1, 0, 0, 1, 1, x'0102', x'00'),
-                 (x'01', 't', 'v', 'a', 2, 0, 1, 0, 0, 1, 1, NULL, x'00');
-             INSERT INTO payloads VALUES (x'00', '', x'010203', 0);
-             INSERT INTO events VALUES (x'00', 1, x'01', 0), (x'00', 2, x'0102', 0),
-                 (x'01', 1, x'010203', 0);",
-        )
-        .unwrap();
-        migrate(&db).unwrap();
-        let large =
-            db.query_row("SELECT large FROM events WHERE last_seq = 2", [], |row| row.get(0));
-        assert_eq!(large, Ok(None::<i64>));
-        let version: i64 = db.pragma_query_value(None, "user_version", |row| row.get(0)).unwrap();
-        assert_eq!(version, VERSION);
-        let state = db
-            .query_row("SELECT trace_state FROM requests WHERE uid = x'00'", [], |row| row.get(0));
-        assert_eq!(state, Ok(None::<String>));
-        let usage = |user: &str| {
-            db.query_row("SELECT queued, bytes FROM usage WHERE user = ?1", [user], |row| {
-                Ok((row.get::<_, i64>(0)?, row.get::<_, i64>(1)?))
-            })
-        };
-        assert_eq!((usage(""), usage("u")), (Ok((1, 11 + 2 * 1024 + 3 * 64)), Ok((1, 0))));
-        assert!(usage("v").is_err());
-        migrate(&db).unwrap();
-    }
 }

@@ -368,6 +368,15 @@ pub struct DuePage {
     pub next_tenant: Option<String>,
 }
 
+/// Delayed requests that were released.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct ReleasedRequests {
+    /// Number of requests; 0 for engines in which delayed requests need not be released.
+    pub count: usize,
+    /// Time at which the next delayed request becomes due; in the past if the limit was reached.
+    pub next_due: Option<Timestamp>,
+}
+
 /// Numbers of due requests for the same action that precede a request in the queue.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct QueueAhead {

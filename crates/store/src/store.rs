@@ -9,7 +9,8 @@ use crate::{
     Adopt, Append, AppendOutcome, BackupOutcome, CancelOutcome, Claim, ClaimOutcome,
     ConnectionPage, ConnectionRecord, CreateOutcome, DeclaredAction, DeleteOutcome, DuePage,
     DueQuery, EventPage, Lease, LeaseRenewal, ListRequests, NewRequest, Owner, QueueAhead,
-    QueueNotifier, QueueStats, RequestPage, RequestRecord, StoreError, StoredPayload,
+    QueueNotifier, QueueStats, ReleasedRequests, RequestPage, RequestRecord, StoreError,
+    StoredPayload,
 };
 
 /// Store of all durable state. Each method documents its precondition and the effect of a repeated call. When a method
@@ -91,7 +92,9 @@ pub trait Store: Send + Sync + 'static {
     ) -> Result<Vec<RequestRecord>, StoreError>;
 
     /// Reads due requests of several tenants, for each tenant in the order of priority (highest first) and age (oldest
-    /// first). The cost does not depend on the number of other requests that a tenant has queued.
+    /// first). A request that was not due when it was queued is included after it was released by
+    /// [`Self::release_delayed`]. The cost does not depend on the number of other queued requests: those with a delay,
+    /// for other actions, or behind the limit of their tenant.
     async fn due_requests(&self, query: DueQuery) -> Result<DuePage, StoreError>;
 
     /// Counts the due requests for the same action that precede `record` in the queue, each count up to `limit`.
@@ -102,8 +105,13 @@ pub trait Store: Send + Sync + 'static {
         limit: usize,
     ) -> Result<QueueAhead, StoreError>;
 
-    /// Returns the time at which the next queued request that is not due at `now` becomes due.
-    async fn next_due(&self, now: Timestamp) -> Result<Option<Timestamp>, StoreError>;
+    /// Includes delayed requests that are due at `now` in the results of [`Self::due_requests`]: at most `limit` of
+    /// them, earliest first. A repeated call is harmless.
+    async fn release_delayed(
+        &self,
+        now: Timestamp,
+        limit: usize,
+    ) -> Result<ReleasedRequests, StoreError>;
 
     /// Returns statistics of the queue at `now`.
     async fn queue_stats(&self, now: Timestamp) -> Result<QueueStats, StoreError>;

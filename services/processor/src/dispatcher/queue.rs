@@ -5,24 +5,22 @@ use std::{
     sync::Arc,
 };
 
-use streamer_core::{AttemptNumber, saturate};
+use streamer_core::{AttemptNumber, Timestamp, saturate};
 use streamer_store::{DueQuery, StoreError};
 
 use super::Dispatcher;
 
 /// Maximum number of requests of one tenant read from the queue's index per page.
 const PER_TENANT: usize = 256;
+/// Maximum number of delayed requests that are released at once.
+const MAX_RELEASED: usize = 256;
 /// Maximum number of tenants read per page.
 const TENANTS: usize = 256;
 
 impl Dispatcher {
     /// Starts due requests while capacity is available.
     pub(super) async fn dispatch(self: &Arc<Self>) -> Result<(), StoreError> {
-        let mut scanned_at = self.now();
-        // Due times that are recorded after this point are compared with the store's at the end.
-        if self.next_due.lock().take().is_some_and(|due| due <= scanned_at) {
-            self.wakeup.mark_scan_pending();
-        }
+        self.release_delayed().await?;
         // Pairs of tenant and action without capacity. Later scans skip their requests, and find those behind them.
         let mut blocked = HashSet::new();
         while !self.is_stopping() && self.wakeup.take_pending_scan() {
@@ -38,7 +36,6 @@ impl Dispatcher {
                 }
                 break;
             }
-            scanned_at = self.now();
             let blocked_before = blocked.len();
             let (started, remaining) = match self.start_due(&actions, full, &mut blocked).await {
                 Ok(outcome) => outcome,
@@ -58,11 +55,34 @@ impl Dispatcher {
                 blocked.clear();
             }
         }
-        // The scans did not find requests that became due after `scanned_at`.
-        let due = self.store.next_due(scanned_at).await?;
+        Ok(())
+    }
+
+    /// Releases the delayed requests that are due, and records when the next one becomes due.
+    async fn release_delayed(&self) -> Result<(), StoreError> {
+        let now = self.now();
+        // Due times that are recorded from here on are compared with the store's below.
+        let known = self.next_due.lock().take();
+        if known.is_some_and(|due| due <= now) {
+            self.wakeup.mark_scan_pending();
+        }
+        let outcome = self.release_delayed_until(now).await;
+        let due = outcome.as_ref().map_or(known, |due| *due);
         let mut next_due = self.next_due.lock();
         *next_due = [*next_due, due].into_iter().flatten().min();
-        Ok(())
+        outcome.map(drop)
+    }
+
+    async fn release_delayed_until(&self, now: Timestamp) -> Result<Option<Timestamp>, StoreError> {
+        loop {
+            let released = self.store.release_delayed(now, MAX_RELEASED).await?;
+            if released.count > 0 {
+                self.wakeup.mark_scan_pending();
+            }
+            if released.count < MAX_RELEASED {
+                return Ok(released.next_due);
+            }
+        }
     }
 
     /// Returns the actions with capacity for an additional attempt, and whether an offered action has no capacity.

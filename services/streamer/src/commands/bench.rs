@@ -12,6 +12,7 @@ mod lifecycle;
 mod limits;
 mod load_target;
 mod output;
+mod queue;
 mod raw_message;
 mod report;
 mod server_process;
@@ -43,6 +44,7 @@ Examples:
   streamer bench cancel --workers 1
   streamer bench fairness
   streamer bench output
+  streamer bench queue --tenants 1000 --waiting unavailable
   streamer bench store --finished 1000 --queued 20000
   streamer bench idle --connections 15000"
 )]
@@ -192,6 +194,26 @@ pub(crate) enum Bench {
         #[arg(long)]
         json: bool,
     },
+    /// Measure the latency of small requests, alone and beside many tenants whose requests cannot start.
+    Queue {
+        /// Number of the other tenants.
+        #[arg(long, default_value_t = 300)]
+        tenants: usize,
+        /// Number of requests of each of them.
+        #[arg(long, default_value_t = 1)]
+        requests: usize,
+        /// Kind of their requests.
+        #[arg(long, value_enum, default_value = "delayed")]
+        waiting: queue::Waiting,
+        /// Number of small requests per second.
+        #[arg(long, default_value_t = 20)]
+        rate: u64,
+        /// Duration of each of the two measurements.
+        #[arg(long, default_value = "8s", value_parser = parse_duration)]
+        duration: Duration,
+        #[command(flatten)]
+        common: BenchCommon,
+    },
     /// Measure start-up and claims on a large store.
     Store {
         /// Number of finished requests.
@@ -234,8 +256,14 @@ pub(crate) async fn run(arguments: BenchArguments) -> anyhow::Result<Exit> {
         } => {
             let target = LoadTarget::open_with(&common, &[local_actions(workers)])?;
             let slots = in_flight.div_ceil(workers.max(1)) + 1;
-            let _workers =
-                worker_process::start(&target, workers, slots, worker_command.as_deref()).await?;
+            let _workers = worker_process::start(
+                &target,
+                "echo_async",
+                workers,
+                slots,
+                worker_command.as_deref(),
+            )
+            .await?;
             let load = lifecycle::Load { in_flight, connections, steps, rate, duration };
             (target.check(lifecycle::run(&target, load).await?).await?, common.json)
         }
@@ -256,7 +284,8 @@ pub(crate) async fn run(arguments: BenchArguments) -> anyhow::Result<Exit> {
         Bench::Cancel { count, workers, worker_command, common } => {
             let target = LoadTarget::open_with(&common, &[local_actions(workers)])?;
             let _workers =
-                worker_process::start(&target, workers, 8, worker_command.as_deref()).await?;
+                worker_process::start(&target, "echo_async", workers, 8, worker_command.as_deref())
+                    .await?;
             (target.check(cancel::run(&target, count).await?).await?, common.json)
         }
         Bench::Fairness { tenants, flood, rate, duration, common } => {
@@ -269,6 +298,11 @@ pub(crate) async fn run(arguments: BenchArguments) -> anyhow::Result<Exit> {
             let target = LoadTarget::open(&common)?;
             let load = output::Load { attempts, output_chunks, chunk_bytes, rate, duration };
             (target.check(output::run(&target, load).await?).await?, common.json)
+        }
+        Bench::Queue { tenants, requests, waiting, rate, duration, common } => {
+            let target = LoadTarget::open_with(&common, &[queue::local_actions()])?;
+            let load = queue::Load { tenants, requests, waiting, rate, duration };
+            (target.check(queue::run(&target, load).await?).await?, common.json)
         }
         Bench::Limits { flood_rate, rate, duration, set, json } => {
             (limits::run(&limits::Load { flood_rate, rate, duration }, &set).await?, json)

@@ -12,7 +12,8 @@ use streamer_store::{
     Adopt, Append, AppendOutcome, BackupOutcome, CancelOutcome, Claim, ClaimOutcome,
     ConnectionPage, ConnectionRecord, CreateOutcome, DeclaredAction, DeleteOutcome, DuePage,
     DueQuery, EventPage, Lease, LeaseRenewal, ListRequests, NewRequest, Owner, QueueAhead,
-    QueueNotifier, QueueStats, RequestPage, RequestRecord, Store, StoreError, StoredPayload,
+    QueueNotifier, QueueStats, ReleasedRequests, RequestPage, RequestRecord, Store, StoreError,
+    StoredPayload,
 };
 use streamer_telemetry::{LatencyFamily, LatencyHistogram, Metrics};
 use strum::{EnumCount, IntoStaticStr};
@@ -37,7 +38,7 @@ enum Operation {
     OverdueRequests,
     DueRequests,
     QueueAhead,
-    NextDue,
+    ReleaseDelayed,
     QueueStats,
     ReadEvents,
     UpdateConnections,
@@ -202,7 +203,7 @@ measured! {
     OverdueRequests: overdue_requests(now: Timestamp, limit: usize) -> Vec<RequestRecord>;
     DueRequests: due_requests(query: DueQuery) -> DuePage;
     QueueAhead: queue_ahead(record: RequestRecord, now: Timestamp, limit: usize) -> QueueAhead;
-    NextDue: next_due(now: Timestamp) -> Option<Timestamp>;
+    ReleaseDelayed: release_delayed(now: Timestamp, limit: usize) -> ReleasedRequests;
     QueueStats: queue_stats(now: Timestamp) -> QueueStats;
     ReadEvents: read_events(uid: Uid, after_seq: Seq, max_events: usize, max_bytes: usize) -> EventPage;
     UpdateConnections: update_connections(opened: Vec<ConnectionRecord>, closed: Vec<Uid>) -> ();

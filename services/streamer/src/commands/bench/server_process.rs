@@ -69,10 +69,15 @@ impl ServerProcess {
 
     /// Returns a token for the given tenant with all permissions.
     pub(crate) fn token(&self, tenant: &str) -> anyhow::Result<String> {
+        self.token_with(tenant, "*")
+    }
+
+    /// Returns a token for the given tenant with one permission.
+    pub(crate) fn token_with(&self, tenant: &str, permission: &str) -> anyhow::Result<String> {
         let token = NewToken {
             user: "bench".into(),
             tenant: tenant.to_owned(),
-            permissions: vec!["*".into()],
+            permissions: vec![permission.to_owned()],
             expires_in: std::time::Duration::from_secs(24 * 3600),
         };
         Ok(DevKey::load(self.data.path())?.sign(&token, SystemClock.now())?)

@@ -29,16 +29,17 @@ impl Drop for WorkerProcess {
     }
 }
 
-/// Starts `count` workers of `echo_async` and waits until all of them have connected.
+/// Starts `count` workers of `action` and waits until all of them have connected.
 pub(super) async fn start(
     target: &LoadTarget,
+    action: &str,
     count: usize,
     slots: usize,
     command: Option<&str>,
 ) -> anyhow::Result<Vec<WorkerProcess>> {
     let mut workers = Vec::with_capacity(count);
     for _ in 0..count {
-        workers.push(spawn(target, slots, command)?);
+        workers.push(spawn(target, action, slots, command)?);
     }
     if count == 0 {
         return Ok(workers);
@@ -50,13 +51,13 @@ pub(super) async fn start(
         let listed = api.router().list_actions(call).await.map_err(|status| api.error(&status))?;
         let mut actions = listed.into_inner().actions.into_iter();
         let connected =
-            actions.find(|action| action.name == "echo_async").map_or(0, |action| action.workers);
+            actions.find(|listed| listed.name == action).map_or(0, |action| action.workers);
         if usize::try_from(connected).is_ok_and(|connected| connected >= count) {
             return Ok(workers);
         }
         if Instant::now() > deadline {
             bail!(
-                "only {connected} of {count} workers of echo_async connected within {} s",
+                "only {connected} of {count} workers of {action} connected within {} s",
                 CONNECT_TIMEOUT.as_secs()
             );
         }
@@ -66,6 +67,7 @@ pub(super) async fn start(
 
 fn spawn(
     target: &LoadTarget,
+    action: &str,
     slots: usize,
     command: Option<&str>,
 ) -> anyhow::Result<WorkerProcess> {
@@ -78,7 +80,7 @@ fn spawn(
         None => {
             let mut worker =
                 Command::new(env::current_exe().context("failed to find this program")?);
-            worker.args(["worker", "--actions", "echo_async", "--slots", &slots.to_string()]);
+            worker.args(["worker", "--actions", action, "--slots", &slots.to_string()]);
             worker
         }
     };
