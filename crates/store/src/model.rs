@@ -441,7 +441,7 @@ pub struct ListRequests {
 /// Page of requests.
 #[derive(Clone, Debug)]
 pub struct RequestPage {
-    /// Requests, newest first.
+    /// Requests, newest first. The page may be short, or empty, although further pages follow.
     pub requests: Vec<RequestRecord>,
     /// Value of [`ListRequests::before`] for the next page; `None` if no page follows.
     pub next: Option<Uid>,

@@ -6,7 +6,7 @@ use clap::Args;
 use serde::Deserialize;
 use serde_json::{Value, json};
 use streamer_client::{Api, ClientError, ReceivedMessage, ServerMessage, Session, TokenSource};
-use streamer_core::{Clock, SystemClock, Timestamp};
+use streamer_core::{Clock, SystemClock, Timestamp, saturate};
 use streamer_proto::{
     millis,
     router::{
@@ -106,11 +106,7 @@ pub(crate) async fn get(arguments: GetArguments) -> anyhow::Result<Exit> {
 }
 
 pub(crate) async fn list(arguments: ListArguments) -> anyhow::Result<Exit> {
-    let page = if arguments.tenant.is_empty() {
-        list_own(&arguments).await?
-    } else {
-        list_of_tenant(&arguments).await?
-    };
+    let page = list_up_to(arguments.clone()).await?;
     if arguments.common.prints_json() {
         for request in &page.requests {
             print_line(request)?;
@@ -150,6 +146,25 @@ struct Row {
     action: String,
     create_time: Option<String>,
     request_id: String,
+}
+
+/// Lists requests up to the limit of the arguments. A page of the server may be short, or empty, although further pages
+/// follow.
+async fn list_up_to(mut arguments: ListArguments) -> anyhow::Result<Page> {
+    let mut requests = Vec::new();
+    loop {
+        let page = if arguments.tenant.is_empty() {
+            list_own(&arguments).await?
+        } else {
+            list_of_tenant(&arguments).await?
+        };
+        arguments.limit -= saturate::to_i32(page.requests.len());
+        requests.extend(page.requests);
+        if arguments.limit <= 0 || page.next_page_token.is_empty() {
+            return Ok(Page { requests, next_page_token: page.next_page_token });
+        }
+        arguments.page_token = page.next_page_token;
+    }
 }
 
 /// Lists the caller's requests.
