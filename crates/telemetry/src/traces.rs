@@ -27,7 +27,7 @@ use tracing_opentelemetry::OpenTelemetrySpanExt;
 
 use crate::{Metrics, TelemetryError};
 use context::flags;
-pub use context::{MAX_TRACE_STATE_BYTES, TraceContext};
+pub use context::{MAX_TRACE_STATE_BYTES, TraceContext, is_sampled};
 pub use options::TraceOptions;
 use pipeline::Pipeline;
 
@@ -45,14 +45,6 @@ macro_rules! trace_span {
             $crate::tracing::Span::none()
         }
     };
-}
-
-/// Returns whether the current trace is sampled.
-#[must_use]
-pub fn is_sampled() -> bool {
-    Context::map_current(|context| {
-        context.has_active_span() && context.span().span_context().is_sampled()
-    })
 }
 
 /// Scope of a future: a span, a context without a span, or neither.

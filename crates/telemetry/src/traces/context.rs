@@ -36,6 +36,14 @@ impl Extractor for Headers<'_> {
     }
 }
 
+/// Returns whether the current trace is sampled.
+#[must_use]
+pub fn is_sampled() -> bool {
+    Context::map_current(|context| {
+        context.has_active_span() && context.span().span_context().is_sampled()
+    })
+}
+
 impl TraceContext {
     /// Parses the W3C headers. Returns `None` if `traceparent` is invalid. A `tracestate` that is invalid or too
     /// long is ignored, as W3C requires.

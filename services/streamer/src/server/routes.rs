@@ -5,7 +5,7 @@ use std::sync::Arc;
 use axum::{
     Router,
     extract::{Request, State},
-    http::{StatusCode, Uri, header},
+    http::{StatusCode, header},
     middleware::{self, Next},
     response::{IntoResponse, Response},
     routing::get,
@@ -17,13 +17,15 @@ use tonic::{Code, Status, service::Routes};
 use tower::util::MapResponseLayer;
 
 use crate::server::{
-    access_log::log_access, assembly::Services, error::StartError, grpc_middleware, role::Role,
+    access_log::{log_access, truncated_path},
+    assembly::Services,
+    error::StartError,
+    grpc_middleware,
+    role::Role,
 };
 
 /// Maximum size of a message to unauthenticated services (health, reflection), in bytes.
 const MAX_UNAUTHENTICATED_MESSAGE: usize = 16 * 1024;
-/// Maximum length of a path in a response or log line, in characters.
-const MAX_PATH_CHARS: usize = 128;
 /// Content type of the OpenMetrics text format.
 const OPEN_METRICS_TYPE: &str = "application/openmetrics-text";
 /// Content type of the text format of Prometheus.
@@ -138,11 +140,6 @@ async fn grpc_only(request: Request, next: Next) -> Response {
     } else {
         unknown_path(request).await
     }
-}
-
-/// Returns the beginning of the path of a request, without its query.
-pub(crate) fn truncated_path(uri: &Uri) -> String {
-    uri.path().chars().take(MAX_PATH_CHARS).collect()
 }
 
 /// Responds to a request for an unknown path, with UNIMPLEMENTED to gRPC calls and with 404 to other requests.
