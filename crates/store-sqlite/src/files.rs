@@ -14,6 +14,10 @@ use streamer_store::StoreError;
 
 /// Operation of this module, for error messages.
 pub(super) const OPENING: &str = "opening the data folder";
+/// Name of the lock file in the data folder.
+pub(super) const LOCK: &str = "lock";
+/// Suffixes of the files that SQLite keeps next to a database, and applies to a database with the same name.
+const SQLITE_SUFFIXES: [&str; 3] = ["-journal", "-wal", "-shm"];
 /// Mode of files: read and write access for the owner, no access for other users. SQLite creates its other files with
 /// the same mode.
 #[cfg(unix)]
@@ -47,14 +51,19 @@ pub(super) fn sync_folder(folder: &Path) -> io::Result<()> {
 /// Locks the data folder. The operating system releases the lock when the returned file is closed.
 pub(super) fn lock(data: &Path) -> Result<File, StoreError> {
     let failed = |error| io_error(OPENING, data, &error);
-    let lock = open_private(&data.join("lock")).map_err(failed)?;
+    let locked = || StoreError::Locked { path: data.display().to_string() };
+    let path = data.join(LOCK);
+    let lock = open_private(&path).map_err(failed)?;
     match lock.try_lock() {
-        Ok(()) => Ok(lock),
-        Err(TryLockError::WouldBlock) => {
-            Err(StoreError::Locked { path: data.display().to_string() })
-        }
-        Err(TryLockError::Error(error)) => Err(failed(error)),
+        Ok(()) => {}
+        Err(TryLockError::WouldBlock) => return Err(locked()),
+        Err(TryLockError::Error(error)) => return Err(failed(error)),
     }
+    // A failed restore removes its lock file while it holds the lock. A lock on a removed file excludes no process.
+    let is_current = lock.metadata().is_ok_and(|metadata| {
+        identity(&path).is_ok_and(|current| current == identity_of(&metadata))
+    });
+    if is_current { Ok(lock) } else { Err(locked()) }
 }
 
 /// Opens a file that only its owner can access, and creates it if it does not exist. Removes the permissions of other
@@ -79,7 +88,7 @@ pub(super) fn open_private(path: &Path) -> io::Result<File> {
     Ok(file)
 }
 
-/// Temporary file of a database, which is removed when it is dropped, together with its journal.
+/// Temporary file of a database, which is removed when it is dropped, together with the other files of the database.
 pub(super) struct TemporaryFile {
     path: PathBuf,
     file: File,
@@ -111,17 +120,24 @@ impl Drop for TemporaryFile {
     }
 }
 
-/// Removes the temporary file of a database and its journal, if they exist.
+/// Removes the temporary file of a database and the other files of the database, if they exist.
 pub(super) fn remove_temporary(path: &Path) -> io::Result<()> {
-    let mut journal = path.as_os_str().to_owned();
-    journal.push("-journal");
-    for path in [path, Path::new(&journal)] {
+    for path in [path.to_owned()].into_iter().chain(companions(path)) {
         match fs::remove_file(path) {
             Err(error) if error.kind() != io::ErrorKind::NotFound => return Err(error),
             Ok(()) | Err(_) => {}
         }
     }
     Ok(())
+}
+
+/// Returns the paths of the files that SQLite keeps next to a database.
+pub(super) fn companions(database: &Path) -> impl Iterator<Item = PathBuf> {
+    SQLITE_SUFFIXES.into_iter().map(move |suffix| {
+        let mut path = database.as_os_str().to_owned();
+        path.push(suffix);
+        path.into()
+    })
 }
 
 /// Identities of the database and its write-ahead log when the store was opened. Data written to a removed file is lost
@@ -157,12 +173,16 @@ impl FileIdentities {
 }
 
 fn identity(path: &Path) -> io::Result<Identity> {
-    let metadata = fs::metadata(path)?;
-    #[cfg(unix)]
-    return Ok((metadata.dev(), metadata.ino()));
-    #[cfg(not(unix))]
-    return Ok(drop(metadata));
+    fs::metadata(path).map(|metadata| identity_of(&metadata))
 }
+
+#[cfg(unix)]
+fn identity_of(metadata: &fs::Metadata) -> Identity {
+    (metadata.dev(), metadata.ino())
+}
+
+#[cfg(not(unix))]
+fn identity_of(_metadata: &fs::Metadata) -> Identity {}
 
 #[cfg(all(test, unix))]
 mod tests {

@@ -1,9 +1,16 @@
 //! Restores a backup to a data folder without a store.
+//!
+//! The backup is not trusted: it may be damaged, incomplete, or changed on purpose. It is copied first, and only the
+//! copy is checked, so that exactly the bytes that were checked become the store.
+
+mod schema_check;
+mod target;
 
 use std::{
     fs::{self, File},
-    io::{self, Read},
-    path::{Path, PathBuf},
+    io::{self, Read, Seek},
+    ops::Range,
+    path::Path,
 };
 
 use rusqlite::{Connection, Row};
@@ -15,6 +22,7 @@ use super::{
     files::{self, TemporaryFile},
     row, schema,
 };
+use target::Target;
 
 /// Name of the database in the data folder while it is incomplete.
 pub(super) const FILE: &str = "restore.tmp";
@@ -22,8 +30,9 @@ pub(super) const FILE: &str = "restore.tmp";
 const HEADER_BYTES: usize = 100;
 /// First bytes of a database.
 const MAGIC: &[u8] = b"SQLite format 3\0";
-/// Position of the format version in the header. A backup has version 1, the database of a store version 2 (WAL).
-const FORMAT_VERSION: usize = 18;
+/// Position of the format versions for writing and for reading in the header. They are 1 in a backup, and 2 (WAL) in the
+/// database of a store.
+const FORMAT_VERSIONS: Range<usize> = 18..20;
 
 /// Error of a restore.
 #[derive(Debug, thiserror::Error)]
@@ -65,10 +74,10 @@ pub enum RestoreError {
 /// Step of a restore.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum RestoreStep {
-    /// The backup is being checked.
-    Check,
     /// The backup is being copied to the data folder.
     Copy,
+    /// The copy is being checked.
+    Check,
 }
 
 /// Backup that was restored.
@@ -80,8 +89,8 @@ pub struct Restored {
     pub size: u64,
 }
 
-/// Checks a backup and copies it to the folder `data`, which is created if it does not exist. `on_step` is called at
-/// the start of each step. The folder is unchanged if the backup is invalid.
+/// Copies a backup to the folder `data`, which is created if it does not exist, and checks the copy. `on_step` is
+/// called at the start of each step. The folder is unchanged if the restore fails.
 ///
 /// No worker can resume the attempts that were running at the time of the backup: it would continue after reports that
 /// the backup does not contain.
@@ -95,75 +104,47 @@ pub fn restore(
     mut on_step: impl FnMut(RestoreStep),
 ) -> Result<Restored, RestoreError> {
     check_vacant(data)?;
-    on_step(RestoreStep::Check);
-    let restored = verify(backup)?;
-    on_step(RestoreStep::Copy);
-    files::create_folder(data).map_err(|error| file_error(data, error))?;
-    let _lock = files::lock(data)?;
+    let mut source = File::open(backup).map_err(|error| file_error(backup, error))?;
+    let size = verify_header(&mut source, backup)?;
+    let target = Target::open(data)?;
     check_vacant(data)?;
     let path = data.join(FILE);
     let failed = |error| file_error(&path, error);
     let temporary = TemporaryFile::create(&path).map_err(failed)?;
-    let mut source = File::open(backup).map_err(|error| file_error(backup, error))?;
+    on_step(RestoreStep::Copy);
     let copied = io::copy(&mut source, &mut temporary.file()).map_err(failed)?;
-    if copied != restored.size {
+    if copied != size {
         return Err(invalid(backup, "the file was changed during the restore".into()));
     }
-    adapt(&path, restored.schema_version).map_err(|error| match error {
-        AdaptError::Store(error) => error.into(),
-        AdaptError::Sqlite(error) => invalid(backup, error),
-    })?;
+    on_step(RestoreStep::Check);
+    let schema_version = prepare(&path, backup)?;
     temporary.file().sync_all().map_err(failed)?;
     fs::rename(&path, data.join(DATABASE)).map_err(failed)?;
+    target.complete();
     files::sync_folder(data).map_err(|error| file_error(data, error))?;
-    Ok(restored)
+    Ok(Restored { schema_version, size })
 }
 
+/// Checks that a folder contains no database, and no file that SQLite would apply to a restored one.
 fn check_vacant(data: &Path) -> Result<(), RestoreError> {
-    let names = [DATABASE.to_owned(), format!("{DATABASE}-wal")];
-    if names.iter().any(|name| data.join(name).exists()) {
+    let database = data.join(DATABASE);
+    if database.exists() || files::companions(&database).any(|path| path.exists()) {
         return Err(RestoreError::HasStore(data.display().to_string()));
     }
     Ok(())
 }
 
-/// Checks the file of a backup without changing it.
-fn verify(path: &Path) -> Result<Restored, RestoreError> {
-    let size = verify_header(path)?;
-    let sqlite = |error: rusqlite::Error| invalid(path, error.to_string());
-    let db = schema::open_for_reading(path).map_err(sqlite)?;
-    let schema_version: i64 =
-        db.pragma_query_value(None, "user_version", |row| row.get(0)).map_err(sqlite)?;
-    if schema_version > schema::VERSION {
-        let known = schema::VERSION;
-        return Err(RestoreError::UnsupportedVersion { found: schema_version, known });
-    }
-    if schema_version < 1 {
-        return Err(invalid(path, "it was not made by Streamer".into()));
-    }
-    let found: String =
-        db.query_row("PRAGMA integrity_check(1)", [], |row| row.get(0)).map_err(sqlite)?;
-    if found != "ok" {
-        return Err(invalid(path, found));
-    }
-    // The values of earlier versions are verified after their migration.
-    if schema_version == schema::VERSION {
-        verify_values(&db).map_err(|reason| invalid(path, reason))?;
-    }
-    Ok(Restored { schema_version, size })
-}
-
 /// Checks the header and the size of a backup; returns the size in bytes.
-fn verify_header(path: &Path) -> Result<u64, RestoreError> {
+fn verify_header(file: &mut File, path: &Path) -> Result<u64, RestoreError> {
     let failed = |error| file_error(path, error);
-    let mut file = File::open(path).map_err(failed)?;
     let size = file.metadata().map_err(failed)?.len();
     let mut header = Vec::with_capacity(HEADER_BYTES);
     file.by_ref().take(HEADER_BYTES as u64).read_to_end(&mut header).map_err(failed)?;
+    file.rewind().map_err(failed)?;
     if header.len() < HEADER_BYTES || !header.starts_with(MAGIC) {
         return Err(invalid(path, "it is not an SQLite database".into()));
     }
-    if header[FORMAT_VERSION] != 1 {
+    if header[FORMAT_VERSIONS] != [1, 1] {
         let reason = "it is the database of a store, which may be incomplete without the other \
                       files of its data folder; make a backup with `streamer store backup`";
         return Err(invalid(path, reason.into()));
@@ -178,6 +159,40 @@ fn verify_header(path: &Path) -> Result<u64, RestoreError> {
         return Err(invalid(path, format!("it has {size} bytes, expected {expected}")));
     }
     Ok(size)
+}
+
+/// Checks the copy of a backup, migrates it, and ends its sessions with workers. Returns the schema version of the
+/// backup.
+fn prepare(copy: &Path, backup: &Path) -> Result<i64, RestoreError> {
+    let rejected = |reason: String| invalid(backup, reason);
+    let sqlite = |error: rusqlite::Error| rejected(error.to_string());
+    let db = schema::open_untrusted(copy).map_err(sqlite)?;
+    let found: i64 =
+        db.pragma_query_value(None, "user_version", |row| row.get(0)).map_err(sqlite)?;
+    if found > schema::VERSION {
+        return Err(RestoreError::UnsupportedVersion { found, known: schema::VERSION });
+    }
+    if found < 1 {
+        return Err(rejected("it was not made by Streamer".into()));
+    }
+    // First, because the other checks and the migration evaluate what the schema contains.
+    schema_check::check_types(&db).map_err(rejected)?;
+    if found == schema::VERSION {
+        schema_check::compare(&db).map_err(rejected)?;
+    }
+    let integrity: String =
+        db.query_row("PRAGMA integrity_check(1)", [], |row| row.get(0)).map_err(sqlite)?;
+    if integrity != "ok" {
+        return Err(rejected(integrity));
+    }
+    if found < schema::VERSION {
+        schema::migrate(&db)?;
+        schema_check::compare(&db).map_err(rejected)?;
+    }
+    verify_values(&db).map_err(rejected)?;
+    schema::release_workers(&db).map_err(sqlite)?;
+    db.close().map_err(|(_, error)| sqlite(error))?;
+    Ok(found)
 }
 
 /// Verifies the checksums of all values. SQLite detects corrupt structures, but not corrupt values.
@@ -219,22 +234,6 @@ fn for_each(
     verified.map_err(|error| format!("table {table}: {error}"))
 }
 
-enum AdaptError {
-    Store(StoreError),
-    Sqlite(String),
-}
-
-/// Migrates the copy of a backup, and ends its sessions with workers.
-fn adapt(path: &PathBuf, schema_version: i64) -> Result<(), AdaptError> {
-    let sqlite = |error: rusqlite::Error| AdaptError::Sqlite(error.to_string());
-    let db = Connection::open(path).map_err(sqlite)?;
-    schema::migrate(&db).map_err(AdaptError::Store)?;
-    if schema_version < schema::VERSION {
-        verify_values(&db).map_err(AdaptError::Sqlite)?;
-    }
-    schema::release_workers(&db).map_err(sqlite)
-}
-
 fn file_error(path: &Path, error: io::Error) -> RestoreError {
     RestoreError::File { path: path.display().to_string(), error }
 }
@@ -244,92 +243,4 @@ fn invalid(path: &Path, reason: String) -> RestoreError {
 }
 
 #[cfg(test)]
-mod tests {
-    use tempfile::TempDir;
-
-    use super::*;
-
-    /// Returns a folder with a backup of an empty store.
-    fn backup() -> (TempDir, PathBuf) {
-        let folder = TempDir::new().unwrap();
-        let path = folder.path().join("backup");
-        schema::migrate(&Connection::open(&path).unwrap()).unwrap();
-        (folder, path)
-    }
-
-    fn reason(backup: &Path) -> String {
-        let data = backup.with_file_name("data");
-        let reason = restore(backup, &data, |_| {}).unwrap_err().to_string();
-        assert!(!data.exists(), "{reason}");
-        reason
-    }
-
-    #[test]
-    fn an_invalid_backup_is_rejected() {
-        let (folder, path) = backup();
-        let bytes = fs::read(&path).unwrap();
-        let other = folder.path().join("other");
-        let write = |bytes: &[u8]| fs::write(&other, bytes).unwrap();
-        write(b"text");
-        assert!(reason(&other).ends_with("it is not an SQLite database"));
-        write(&bytes[..bytes.len() - 1]);
-        assert!(reason(&other).ends_with(&format!("expected {}", bytes.len())));
-        let mut corrupt = bytes.clone();
-        corrupt[4096..4200].fill(0xa5);
-        write(&corrupt);
-        assert!(reason(&other).contains("is not a valid backup"));
-        let mut in_wal_mode = bytes;
-        in_wal_mode[18..20].fill(2);
-        write(&in_wal_mode);
-        assert!(reason(&other).contains("the database of a store"));
-        assert!(reason(&folder.path().join("missing")).contains("missing: No such file"));
-    }
-
-    #[test]
-    fn a_backup_of_a_newer_version_is_rejected() {
-        let (_folder, path) = backup();
-        let version = schema::VERSION + 1;
-        let db = Connection::open(&path).unwrap();
-        db.pragma_update(None, "user_version", version).unwrap();
-        assert!(reason(&path).starts_with(&format!("the backup has schema version {version}")));
-        db.pragma_update(None, "user_version", 0).unwrap();
-        assert!(reason(&path).ends_with("it was not made by Streamer"));
-    }
-
-    #[test]
-    fn a_corrupt_value_is_found() {
-        let (_folder, path) = backup();
-        let db = Connection::open(&path).unwrap();
-        db.execute_batch("INSERT INTO payloads VALUES (zeroblob(16), '', x'01', 7, NULL)").unwrap();
-        let reason = reason(&path);
-        assert!(reason.contains("table payloads: ") && reason.contains("checksum"), "{reason}");
-    }
-
-    #[test]
-    fn a_store_is_never_replaced() {
-        let (folder, path) = backup();
-        let data = folder.path().join("data");
-        let mut steps = Vec::new();
-        restore(&path, &data, |step| steps.push(step)).unwrap();
-        assert_eq!(steps, [RestoreStep::Check, RestoreStep::Copy]);
-        let again = restore(&path, &data, |_| {}).unwrap_err();
-        assert!(matches!(again, RestoreError::HasStore(_)), "{again}");
-    }
-
-    #[test]
-    fn workers_cannot_resume_attempts_of_a_restored_store() {
-        let (folder, path) = backup();
-        let db = Connection::open(&path).unwrap();
-        db.execute_batch(
-            "INSERT INTO requests (uid, tenant, user, action, state, attempt, last_seq, attempt_seq,
-                 priority, create_time, not_before, lease_until, worker, fingerprint)
-             VALUES (zeroblob(16), 't', 'u', 'a', 1, 1, 2, 1, 0, 1, 1, 9, 'w', x'00');",
-        )
-        .unwrap();
-        let data = folder.path().join("data");
-        restore(&path, &data, |_| {}).unwrap();
-        let db = Connection::open(data.join(DATABASE)).unwrap();
-        let worker = db.query_row("SELECT worker FROM requests", [], |row| row.get(0));
-        assert_eq!(worker, Ok(None::<String>));
-    }
-}
+mod tests;

@@ -4,7 +4,7 @@ mod migrations;
 
 use std::path::Path;
 
-use rusqlite::{Connection, OpenFlags};
+use rusqlite::{Connection, OpenFlags, config::DbConfig};
 
 use super::error::sqlite_error;
 use streamer_core::saturate;
@@ -174,6 +174,24 @@ pub(super) fn open_for_reading(path: &Path) -> rusqlite::Result<Connection> {
     Ok(connection)
 }
 
+/// Opens a database whose content is not trusted. Its schema can call no function with a side effect, its triggers and
+/// views are disabled, no statement can damage it, and corrupt pages are detected when they are read.
+pub(super) fn open_untrusted(path: &Path) -> rusqlite::Result<Connection> {
+    let flags = OpenFlags::SQLITE_OPEN_READ_WRITE | OpenFlags::SQLITE_OPEN_NO_MUTEX;
+    let connection = Connection::open_with_flags(path, flags)?;
+    // SQLite reads the schema with the first query, which follows.
+    for (option, value) in [
+        (DbConfig::SQLITE_DBCONFIG_DEFENSIVE, true),
+        (DbConfig::SQLITE_DBCONFIG_TRUSTED_SCHEMA, false),
+        (DbConfig::SQLITE_DBCONFIG_ENABLE_TRIGGER, false),
+        (DbConfig::SQLITE_DBCONFIG_ENABLE_VIEW, false),
+    ] {
+        connection.set_db_config(option, value)?;
+    }
+    connection.execute_batch("PRAGMA cell_size_check = ON; PRAGMA cache_size = -4096;")?;
+    Ok(connection)
+}
+
 /// Checkpoints the write-ahead log of the previous process, and verifies that the database file is complete.
 pub(super) fn check_size(connection: &Connection, path: &Path) -> Result<(), StoreError> {
     let doing = "checking the file size";
@@ -218,4 +236,29 @@ pub(super) fn release_workers(connection: &Connection) -> rusqlite::Result<()> {
 /// Writes a row, to verify that the store is writable.
 pub(super) fn write_probe(db: &Connection) -> rusqlite::Result<()> {
     db.prepare_cached("UPDATE health SET checks = checks + 1")?.execute([]).map(drop)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_schema_of_an_untrusted_file_is_not_executed() {
+        let folder = tempfile::TempDir::new().unwrap();
+        let path = folder.path().join("file");
+        let db = Connection::open(&path).unwrap();
+        db.execute_batch(
+            "CREATE TABLE a (b);
+             CREATE TRIGGER t AFTER INSERT ON a BEGIN SELECT RAISE(FAIL, 'it runs'); END;
+             CREATE VIEW v AS SELECT 1;",
+        )
+        .unwrap();
+        let untrusted = open_untrusted(&path).unwrap();
+        untrusted.execute_batch("INSERT INTO a VALUES (1)").unwrap();
+        for denied in ["SELECT * FROM v", "PRAGMA writable_schema = ON; DELETE FROM sqlite_schema"]
+        {
+            assert!(untrusted.execute_batch(denied).is_err(), "{denied}");
+        }
+        assert!(open_untrusted(&folder.path().join("missing")).is_err());
+    }
 }

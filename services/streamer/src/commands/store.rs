@@ -67,8 +67,9 @@ To restore it:
     },
     /// Create a data folder from a backup, without a server.
     ///
-    /// Checks the file (structure, checksums of all values, schema version) before it changes the folder. The folder is
-    /// created if it does not exist; it must not contain a store. Start a server with it afterwards.
+    /// Copies the file to the folder and checks the copy (structure, schema, checksums of all values, schema version)
+    /// before it becomes the store; the folder is unchanged if the file is invalid. The folder is created if it does
+    /// not exist; it must not contain a store. Start a server with it afterwards.
     ///
     /// Requests that were queued run; attempts that were running end as interrupted, and are retried if their action
     /// allows it. Requests that were accepted after the backup do not exist: submit them again with the same `id`.
@@ -220,8 +221,8 @@ async fn restore_to(file: PathBuf, data: PathBuf, prints_json: bool) -> anyhow::
     let restoring = tokio::task::spawn_blocking(move || {
         let restored = restore(&source, &target, |step| {
             let (percentage, message) = match step {
-                RestoreStep::Check => (0.0, "checking the backup"),
-                RestoreStep::Copy => (50.0, "copying the backup"),
+                RestoreStep::Copy => (0.0, "copying the backup"),
+                RestoreStep::Check => (50.0, "checking the copy"),
             };
             // Only a bar on standard output can fail.
             drop(bar.update(percentage, message));
