@@ -86,6 +86,12 @@ impl AuthLayer {
         &self.audit
     }
 
+    /// Returns the remaining duration for which the token of `caller` is accepted.
+    #[must_use]
+    pub fn time_left(&self, caller: &Caller) -> Duration {
+        self.authenticator.time_left(caller)
+    }
+
     /// Checks that the caller of an HTTP request is an operator.
     ///
     /// # Errors

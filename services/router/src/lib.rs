@@ -8,6 +8,7 @@
 mod admin_service;
 mod admission;
 mod await_outcome;
+mod backup_stream;
 mod catalog;
 mod change_limiter;
 mod compiled_schemas;
@@ -120,7 +121,9 @@ impl Router {
             dependencies.clock.clone(),
             own_name.unwrap_or_default(),
         );
-        let admin = AdminApi::new(dependencies.store.clone(), dependencies.clock.clone());
+        let auth = dependencies.auth;
+        let admin =
+            AdminApi::new(dependencies.store.clone(), dependencies.clock.clone(), auth.clone());
         let service = Arc::new(RequestService {
             store: dependencies.store,
             clock: dependencies.clock,
@@ -139,7 +142,6 @@ impl Router {
             );
         let operations = OperationsServer::new(OperationsApi::new(service.clone()))
             .max_encoding_message_size(max_message_bytes.saturating_mul(2));
-        let auth = dependencies.auth;
         Self {
             public: auth.wrap(public),
             operations: auth.wrap(operations),
