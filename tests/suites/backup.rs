@@ -6,7 +6,8 @@ use std::{
     fs,
     os::unix::fs::PermissionsExt,
     path::Path,
-    process::{Command, Output},
+    process::{Command, Output, Stdio},
+    time::Duration,
 };
 
 use serde_json::{Value, json};
@@ -32,7 +33,17 @@ const MIB: usize = 1024 * 1024;
 const QUIET: &str = "execution.poll_interval=60000ms";
 
 fn command(server: &Server, arguments: &[&str], file: &Path) -> Command {
-    let mut command = Process::command(binary());
+    complete(Process::command(binary()), server, arguments, file)
+}
+
+/// Returns a command with an option of `env` that determines which signals are ignored at its start.
+fn command_with_signals(option: &str, server: &Server, arguments: &[&str], file: &Path) -> Command {
+    let mut command = Process::command("env");
+    command.arg(option).arg(binary());
+    complete(command, server, arguments, file)
+}
+
+fn complete(mut command: Command, server: &Server, arguments: &[&str], file: &Path) -> Command {
     command.args(["store", "backup"]).arg(file).args(arguments).env_clear();
     command.env("STREAMER_SERVER", &server.url).env("STREAMER_DATA", server.data());
     command
@@ -287,6 +298,17 @@ fn temporary_files(server: &Server) -> Vec<String> {
     names(server.data()).into_iter().filter(|name| name.contains("backup")).collect()
 }
 
+/// Waits until a command has received data.
+async fn wait_for_incomplete_file(folder: &Path) {
+    let has_received = || {
+        let name = names(folder).pop();
+        name.is_some_and(|name| fs::metadata(folder.join(name)).unwrap().len() > 0)
+    };
+    while !has_received() {
+        tokio::task::yield_now().await;
+    }
+}
+
 #[tokio::test]
 async fn a_client_that_does_not_read_or_is_killed_leaves_no_file() {
     let server = Server::start(&[QUIET]);
@@ -321,15 +343,13 @@ async fn a_client_that_does_not_read_or_is_killed_leaves_no_file() {
     let url = format!("http://{}", proxy.address);
     let folder = TempDir::new().unwrap();
     let file = folder.path().join("backup");
-    for signal in [Signal::KILL, Signal::TERM, Signal::INT] {
-        let mut client = Process::spawn(&mut command(&server, &["--server", &url], &file));
-        let has_received = || {
-            let name = names(folder.path()).pop();
-            name.is_some_and(|name| fs::metadata(folder.path().join(name)).unwrap().len() > 0)
-        };
-        while !has_received() {
-            tokio::task::yield_now().await;
-        }
+    for signal in [Signal::KILL, Signal::TERM, Signal::INT, Signal::HUP, Signal::QUIT] {
+        let arguments = ["--server", &url];
+        let mut command = command_with_signals("--default-signal", &server, &arguments, &file);
+        let mut client = Process::spawn(command.stderr(Stdio::piped()));
+        // Like a terminal that is closed.
+        drop(client.stderr());
+        wait_for_incomplete_file(folder.path()).await;
         proxy.pause();
         client.signal(signal);
         let code = client.wait().code();
@@ -347,4 +367,46 @@ async fn a_client_that_does_not_read_or_is_killed_leaves_no_file() {
         open_after_previous(&api).await;
         assert_eq!(temporary_files(&server), [""; 0]);
     }
+}
+
+#[tokio::test]
+async fn a_hangup_that_is_ignored_does_not_end_a_backup() {
+    let server = Server::start(&[QUIET]);
+    submit(&server, 128).await;
+    let loopback = LoopbackAddress::claim();
+    let target = server.url.trim_start_matches("http://").parse().unwrap();
+    let proxy = Proxy::start(loopback.next(), target).await;
+    let url = format!("http://{}", proxy.address);
+    let folder = TempDir::new().unwrap();
+    let file = folder.path().join("backup");
+    // As `nohup` starts it.
+    let arguments = ["--server", &url];
+    let mut command = command_with_signals("--ignore-signal=HUP", &server, &arguments, &file);
+    command.stdout(Stdio::null());
+    let mut client = Process::spawn(&mut command);
+    wait_for_incomplete_file(folder.path()).await;
+    proxy.pause();
+    client.signal(Signal::HUP);
+    proxy.resume();
+    let code = tokio::task::spawn_blocking(move || client.wait().code()).await.unwrap();
+    assert_eq!(code, Some(0));
+    assert_eq!(names(folder.path()), ["backup"]);
+}
+
+#[tokio::test]
+async fn a_client_that_stops_reading_loses_the_backup_when_its_token_expires() {
+    let server = Server::start(&[QUIET, "auth.leeway=0ms"]);
+    submit(&server, 128).await;
+    let token = server.token_for("acme", "olga", &["operator"], Duration::from_secs(5));
+    let reader = Api::new(&server.url, &token).unwrap();
+    let (_, mut unread) = open(&reader).await.unwrap();
+    // The client answers the pings of the server, but does not read.
+    open_after_previous(&api(&server, &["operator"])).await;
+    let status = loop {
+        match unread.message().await {
+            Ok(part) => assert!(matches!(part.unwrap().part, Some(Part::Data(_)))),
+            Err(status) => break status,
+        }
+    };
+    assert_eq!(status.code(), Code::Unauthenticated, "{status}");
 }

@@ -1,9 +1,11 @@
 //! `streamer store`: backs up the store of a running server, and restores backups.
 
 use std::{
-    fs::File,
-    io::Write,
+    fs::{self, File},
+    future::poll_fn,
+    io::{self, IsTerminal, Write},
     path::{Path, PathBuf},
+    task::Poll,
 };
 
 use anyhow::{Context, bail, ensure};
@@ -94,22 +96,45 @@ To restore it:
 pub(crate) async fn run(arguments: StoreArguments) -> anyhow::Result<Exit> {
     match arguments.command {
         StoreCommand::Backup { file, force, common } => {
-            let mut interrupt = signal(SignalKind::interrupt())?;
-            let mut terminate = signal(SignalKind::terminate())?;
+            let interrupted = interruption()?;
             // Dropping the transfer removes the incomplete file.
             tokio::select! {
                 saved = backup(&file, force, &common) => return saved.map(|()| Exit::Done),
-                _ = interrupt.recv() => {}
-                _ = terminate.recv() => {}
+                () = interrupted => {}
             }
-            eprintln!("Interrupted; no backup was saved.");
+            // After SIGHUP, the terminal may be closed.
+            drop(writeln!(io::stderr(), "Interrupted; no backup was saved."));
             Ok(Exit::Interrupted)
         }
         StoreCommand::Restore { file, data, json } => {
-            let prints_json = json || !std::io::IsTerminal::is_terminal(&std::io::stdout());
+            let prints_json = json || !io::stdout().is_terminal();
             restore_to(file, data, prints_json).await
         }
     }
+}
+
+/// Listens for the signals that end a command, and returns a future that completes with the first one.
+fn interruption() -> io::Result<impl Future<Output = ()>> {
+    let mut kinds = vec![SignalKind::interrupt(), SignalKind::terminate(), SignalKind::quit()];
+    // A handler would replace the setting of `nohup`, with which a command survives the end of its terminal.
+    let status = fs::read_to_string("/proc/self/status").unwrap_or_default();
+    if !is_ignored(SignalKind::hangup(), &status) {
+        kinds.push(SignalKind::hangup());
+    }
+    let mut signals = kinds.into_iter().map(signal).collect::<io::Result<Vec<_>>>()?;
+    Ok(poll_fn(move |context| {
+        match signals.iter_mut().any(|signal| signal.poll_recv(context).is_ready()) {
+            true => Poll::Ready(()),
+            false => Poll::Pending,
+        }
+    }))
+}
+
+/// Returns whether this process ignores a signal. `status` is its file `status` in `/proc`, which only Linux has.
+fn is_ignored(kind: SignalKind, status: &str) -> bool {
+    let mask = status.lines().find_map(|line| line.strip_prefix("SigIgn:"));
+    let mask = mask.and_then(|mask| u64::from_str_radix(mask.trim(), 16).ok()).unwrap_or(0);
+    mask >> (kind.as_raw_value() - 1) & 1 == 1
 }
 
 async fn backup(path: &Path, force: bool, common: &CommonArguments) -> anyhow::Result<()> {
@@ -207,7 +232,7 @@ impl Progress {
 }
 
 /// Makes the file durable and gives it its name.
-fn save(file: NamedTempFile, path: &Path, folder: &Path, force: bool) -> std::io::Result<()> {
+fn save(file: NamedTempFile, path: &Path, folder: &Path, force: bool) -> io::Result<()> {
     file.as_file().sync_all()?;
     let saved = if force { file.persist(path) } else { file.persist_noclobber(path) };
     saved.map_err(|failed| failed.error)?;
@@ -254,6 +279,15 @@ mod tests {
 
     fn progress(size_bytes: i64) -> Progress {
         Progress::new(&BackupHeader { size_bytes, ..BackupHeader::default() })
+    }
+
+    #[test]
+    fn ignored_signals_are_found_in_the_status_of_the_process() {
+        let status =
+            "SigBlk:\t0000000000000000\nSigIgn:\t0000000000001001\nSigCgt:\t0000000000000004\n";
+        assert!(is_ignored(SignalKind::hangup(), status));
+        assert!(!is_ignored(SignalKind::quit(), status));
+        assert!(!is_ignored(SignalKind::hangup(), ""));
     }
 
     #[test]
