@@ -12,6 +12,9 @@ use std::os::unix::fs::{DirBuilderExt, MetadataExt, OpenOptionsExt, PermissionsE
 use super::error::io_error;
 use streamer_store::StoreError;
 
+/// Name of the database in the data folder.
+pub(crate) const DATABASE: &str = "streamer.db";
+
 /// Operation of this module, for error messages.
 pub(super) const OPENING: &str = "opening the data folder";
 /// Name of the lock file in the data folder.

@@ -32,7 +32,7 @@ use streamer_core::{Seq, Timestamp, Uid};
 use backup::Backups;
 use checkpointer::Checkpointer;
 use error::{io_error, sqlite_error};
-use files::{FileIdentities, OPENING};
+use files::{DATABASE, FileIdentities, OPENING};
 pub use restore::{RestoreError, RestoreStep, Restored, restore};
 use streamer_store::{
     Adopt, Append, AppendOutcome, BackupOutcome, CancelOutcome, Claim, ClaimOutcome,
@@ -43,8 +43,6 @@ use streamer_store::{
 };
 use writer::{Cost, Payer, WriterThread};
 
-/// Name of the database in the data folder.
-const DATABASE: &str = "streamer.db";
 /// Maximum number of reader connections; further reads wait for a free connection.
 const MAX_READERS: usize = 4;
 /// Maximum number of reader connections for pages of events, payloads and lists. The other reader connections are

@@ -18,8 +18,8 @@ use streamer_core::Timestamp;
 use streamer_store::StoreError;
 
 use super::{
-    DATABASE, actions, checksum,
-    files::{self, TemporaryFile},
+    actions, checksum,
+    files::{self, DATABASE, TemporaryFile},
     row, schema,
 };
 use target::Target;

@@ -166,13 +166,13 @@ mod tests {
                 Ok((row.get::<_, i64>(0)?, row.get::<_, i64>(1)?))
             })
         };
-        // Three requests with 2 + 3 bytes of metadata and payload, and events of 1, 2 and 3 bytes.
-        assert_eq!(usage(""), Ok((2, 11 + 3 * 1024 + 3 * 64)));
+        // Three requests with 2 + 3 bytes of metadata and payload, and events of 2, 4 and 6 bytes.
+        assert_eq!(usage(""), Ok((2, 17 + 3 * 1024 + 3 * 64)));
         assert_eq!(usage("u"), Ok((2, 0)));
         assert!(usage("v").is_err());
         let delayed = |uid: &str| {
             let sql = format!(
-                "SELECT delayed, expire_at, trace_state FROM requests WHERE uid = x'{uid}'"
+                "SELECT delayed, expire_at, trace_state FROM requests WHERE hex(uid) LIKE '{uid}%'"
             );
             db.query_row(&sql, [], |row| {
                 Ok((

@@ -75,9 +75,10 @@ INSERT INTO health VALUES (1, 0);
 
 INSERT INTO requests (uid, tenant, user, action, state, attempt, last_seq, attempt_seq, priority, create_time,
     not_before, deadline, metadata, fingerprint)
-VALUES (x'00', 't', 'u', 'a', 0, 0, 2, 0, 0, 1, 1, 9, x'0102', x'00'),
-    (x'01', 't', 'v', 'a', 2, 1, 1, 0, 0, 1, 1, NULL, NULL, x'00'),
-    (x'02', 't', 'u', 'a', 0, 0, 1, 0, 0, 1, 9999999999999, NULL, NULL, x'00');
-INSERT INTO payloads VALUES (x'00', '', x'010203');
-INSERT INTO events VALUES (x'00', 1, x'01'), (x'00', 2, x'0102'), (x'01', 1, x'010203');
+VALUES (x'00000000000000000000000000000000', 't', 'u', 'a', 0, 0, 2, 0, 0, 1, 1, 9, x'0102', x'00'),
+    (x'01000000000000000000000000000000', 't', 'v', 'a', 2, 1, 1, 0, 0, 1, 1, NULL, NULL, x'00'),
+    (x'02000000000000000000000000000000', 't', 'u', 'a', 0, 0, 1, 0, 0, 1, 9999999999999, NULL, NULL, x'00');
+INSERT INTO payloads VALUES (x'00000000000000000000000000000000', '', x'010203');
+INSERT INTO events VALUES (x'00000000000000000000000000000000', 1, x'7800'), (x'00000000000000000000000000000000', 2, x'78007800'),
+    (x'01000000000000000000000000000000', 1, x'780078007800');
 PRAGMA user_version = 1;
