@@ -3,6 +3,7 @@
 //! The backup is not trusted: it may be damaged, incomplete, or changed on purpose. It is copied first, and only the
 //! copy is checked, so that exactly the bytes that were checked become the store.
 
+mod error;
 mod schema_check;
 mod target;
 
@@ -15,13 +16,14 @@ use std::{
 
 use rusqlite::{Connection, Row};
 use streamer_core::Timestamp;
-use streamer_store::StoreError;
 
 use super::{
     actions, checksum,
     files::{self, DATABASE, TemporaryFile},
     row, schema,
 };
+pub use error::RestoreError;
+use error::file_error;
 use target::Target;
 
 /// Name of the database in the data folder while it is incomplete.
@@ -33,43 +35,6 @@ const MAGIC: &[u8] = b"SQLite format 3\0";
 /// Position of the format versions for writing and for reading in the header. They are 1 in a backup, and 2 (WAL) in the
 /// database of a store.
 const FORMAT_VERSIONS: Range<usize> = 18..20;
-
-/// Error of a restore.
-#[derive(Debug, thiserror::Error)]
-pub enum RestoreError {
-    /// The data folder contains a store.
-    #[error("{0} already contains a store; specify a new folder")]
-    HasStore(String),
-    /// A file cannot be read or written.
-    #[error("{path}: {error}")]
-    File {
-        /// Path of the file or folder.
-        path: String,
-        /// Error of the file system.
-        error: io::Error,
-    },
-    /// The file is not a complete backup, or it is corrupt.
-    #[error("{path} is not a valid backup: {reason}")]
-    Invalid {
-        /// Path of the backup.
-        path: String,
-        /// What is wrong with it.
-        reason: String,
-    },
-    /// A newer version of Streamer made the backup.
-    #[error(
-        "the backup has schema version {found}; this version of Streamer supports up to {known}"
-    )]
-    UnsupportedVersion {
-        /// Schema version of the backup.
-        found: i64,
-        /// Highest schema version that this program supports.
-        known: i64,
-    },
-    /// The new store cannot be opened.
-    #[error(transparent)]
-    Store(#[from] StoreError),
-}
 
 /// Step of a restore.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -232,10 +197,6 @@ fn for_each(
         Ok(())
     });
     verified.map_err(|error| format!("table {table}: {error}"))
-}
-
-fn file_error(path: &Path, error: io::Error) -> RestoreError {
-    RestoreError::File { path: path.display().to_string(), error }
 }
 
 fn invalid(path: &Path, reason: String) -> RestoreError {

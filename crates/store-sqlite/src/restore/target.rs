@@ -5,7 +5,10 @@ use std::{
     path::{Path, PathBuf},
 };
 
-use super::{RestoreError, file_error, files};
+use super::{
+    error::{RestoreError, file_error},
+    files,
+};
 
 /// Data folder of a restore, locked. Unless the restore is complete, dropping it removes the folders and the lock file
 /// that did not exist before.
