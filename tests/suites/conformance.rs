@@ -657,6 +657,34 @@ async fn overdue_requests_are_found_also_between_attempts() {
 }
 
 #[tokio::test]
+async fn failed_attempts_are_counted_and_released_attempts_are_not() {
+    for Subject { store, .. } in engines().await {
+        let uid = create(&*store, new_request(None)).await;
+        let mut counts = Vec::new();
+        for (attempt, released) in [(1, false), (2, true), (3, false)] {
+            let claimed = claim(&*store, uid, 2000).await;
+            counts.push(claimed.record.failed_attempts);
+            let seq = claimed.record.last_seq.next().as_i64();
+            let kind = Retrying { rewind_to_seq: seq - 1, released, ..Retrying::default() };
+            let writer = Writer::Attempt(claimed.record.attempt);
+            let events = vec![event(seq, attempt, Kind::Retrying(kind))];
+            let retry = Append { retry_at: Some(at(2000)), ..append_as(uid, writer, events) };
+            assert_eq!(store.append(retry.clone()).await.unwrap(), APPLIED);
+            assert_eq!(store.append(retry).await.unwrap(), APPLIED, "a repetition");
+        }
+        let record = store.get_request(uid).await.unwrap().unwrap();
+        counts.push(record.failed_attempts);
+        assert_eq!((counts, record.attempt), (vec![0, 1, 1, 2], AttemptNumber::from(3)));
+        let log = store.read_events(uid, Seq::NONE, 100, usize::MAX).await.unwrap();
+        let released = log.events.iter().filter_map(|event| match &event.kind {
+            Some(Kind::Retrying(retrying)) => Some(retrying.released),
+            _ => None,
+        });
+        assert_eq!(released.collect::<Vec<_>>(), [false, true, false]);
+    }
+}
+
+#[tokio::test]
 async fn delayed_requests_are_in_the_queue_after_their_release() {
     for Subject { store, .. } in engines().await {
         let mut uids = Vec::new();

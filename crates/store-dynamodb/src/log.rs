@@ -309,11 +309,12 @@ impl Dynamo {
                 let output = output.as_ref().map(encode).transpose()?;
                 Ok(finish(expression, RequestState::Cancelled).set_or_remove("output", output))
             }
-            StoredKind::Retrying { .. } => {
+            StoredKind::Retrying { released, .. } => {
                 let retry_at = change.retry_at.unwrap_or(change.now);
                 let Some(item) = previous else {
                     return Err(corrupt("appending events", "the request was not read"));
                 };
+                let failed_attempts = item.failed_attempts.saturating_add((!released).into());
                 let mut queued = item.clone();
                 queued.not_before = retry_at.as_millis();
                 queued.deadline = None;
@@ -323,6 +324,7 @@ impl Dynamo {
                 Ok(expression
                     .set("state", text(RequestState::Queued.as_str()))
                     .set("not_before", number(retry_at.as_millis()))
+                    .set("failed_attempts", number(failed_attempts))
                     .remove(&["lease_until", "lease_holder", "worker", "progress"])
                     .set_or_remove("queue_shard", queued.queue_shard.map(text))
                     .set_or_remove("queue_rank", queued.queue_rank.map(text))

@@ -48,6 +48,7 @@ pub(super) fn create(db: &Db<'_>, new: &NewRequest) -> rusqlite::Result<CreateOu
         action: new.action.clone(),
         state: RequestState::Queued,
         attempt: AttemptNumber::NONE,
+        failed_attempts: 0,
         last_seq: Seq::FIRST,
         attempt_seq: Seq::NONE,
         priority: new.priority,
@@ -315,12 +316,12 @@ fn set_state(db: &Connection, append: &Append, last: &Event, bytes: i64) -> rusq
         Some(Kind::Cancelled(cancelled)) => {
             finish(RequestState::Cancelled, None, cancelled.output.as_ref())?
         }
-        Some(Kind::Retrying(_)) => {
+        Some(Kind::Retrying(retrying)) => {
             let retry_at = append.retry_at.unwrap_or(append.now);
             db.prepare_cached(
                 "UPDATE requests SET state = 0, last_seq = ?2, not_before = ?3, progress = NULL,
                      lease_until = NULL, lease_holder = NULL, worker = NULL, expire_at = close_by,
-                     bytes = bytes + ?4, delayed = ?5
+                     bytes = bytes + ?4, delayed = ?5, failed_attempts = failed_attempts + ?6
                  WHERE uid = ?1",
             )?
             .execute(params![
@@ -328,7 +329,8 @@ fn set_state(db: &Connection, append: &Append, last: &Event, bytes: i64) -> rusq
                 last_seq,
                 retry_at.as_millis(),
                 bytes,
-                retry_at > append.now
+                retry_at > append.now,
+                !retrying.released,
             ])?
         }
         _ => db

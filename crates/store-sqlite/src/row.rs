@@ -13,7 +13,7 @@ use streamer_store::{Owner, RequestRecord, check_events};
 pub(super) const COLUMNS: &str = "uid, client_id, tenant, user, action, state, attempt, last_seq, attempt_seq, priority, \
      create_time, start_time, finish_time, not_before, deadline, progress, metadata, \
      cancel_reason, error, output_chunks, output_sha256, redrive_of, trace_parent, close_by, \
-     trace_state, crc";
+     trace_state, crc, failed_attempts";
 
 pub(super) fn record(row: &Row<'_>) -> rusqlite::Result<RequestRecord> {
     let chunks: Option<i64> = row.get(19)?;
@@ -25,6 +25,7 @@ pub(super) fn record(row: &Row<'_>) -> rusqlite::Result<RequestRecord> {
         action: row.get(4)?,
         state: state(row, 5)?,
         attempt: attempt(row, 6)?,
+        failed_attempts: row.get(26)?,
         last_seq: seq(row, 7)?,
         attempt_seq: seq(row, 8)?,
         priority: row.get(9)?,

@@ -58,7 +58,8 @@ CREATE TABLE requests (
     fingerprint BLOB NOT NULL,
     bytes INTEGER NOT NULL DEFAULT 0,
     crc INTEGER,
-    delayed INTEGER NOT NULL DEFAULT 0
+    delayed INTEGER NOT NULL DEFAULT 0,
+    failed_attempts INTEGER NOT NULL DEFAULT 0
 ) WITHOUT ROWID;
 CREATE UNIQUE INDEX requests_by_client_id ON requests (tenant, user, client_id)
     WHERE client_id IS NOT NULL;

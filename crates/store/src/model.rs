@@ -128,6 +128,8 @@ pub struct RequestRecord {
     pub state: RequestState,
     /// Number of the latest attempt, starting at 1; 0 before the first attempt.
     pub attempt: AttemptNumber,
+    /// Number of attempts that failed and are retried, without those that were handed back.
+    pub failed_attempts: u32,
     /// `seq` of the latest event.
     pub last_seq: Seq,
     /// `seq` of the `started` event of the latest attempt; 0 before the first attempt.

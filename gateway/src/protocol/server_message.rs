@@ -56,6 +56,7 @@ pub(crate) fn event(event: &Event, ids: &RequestIds) -> Bytes {
             from_log("retrying", 256)
                 .text("retry_at", &Timestamp::from_millis(retry_at).to_string())
                 .number("rewind_to_seq", retrying.rewind_to_seq)
+                .boolean("released", retrying.released)
                 .object("error", |object| logged_error(object, retrying.error.as_ref()))
                 .finish()
         }

@@ -169,6 +169,7 @@ pub(crate) async fn run(
         uid: record.uid,
         tenant,
         number: record.attempt,
+        failed_attempts: record.failed_attempts,
         attempt_seq: record.attempt_seq,
         next_seq: record.last_seq.next(),
         digest: output,
@@ -207,6 +208,7 @@ struct Attempt<'a> {
     uid: Uid,
     tenant: Arc<str>,
     number: AttemptNumber,
+    failed_attempts: u32,
     attempt_seq: Seq,
     next_seq: Seq,
     digest: OutputDigest,
@@ -420,6 +422,7 @@ impl Attempt<'_> {
     ) -> (Kind, Option<Timestamp>) {
         let summary = AttemptSummary {
             attempt: self.number,
+            failed_attempts: self.failed_attempts,
             attempt_seq: self.attempt_seq,
             output: &self.digest,
             cancel_reason: self.handle.cancel_reason(),

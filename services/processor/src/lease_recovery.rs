@@ -31,6 +31,7 @@ pub(crate) async fn final_event(
     );
     let summary = AttemptSummary {
         attempt: record.attempt,
+        failed_attempts: record.failed_attempts,
         attempt_seq: record.attempt_seq,
         output: &output,
         cancel_reason: record.cancel_reason.clone(),

@@ -13,7 +13,7 @@ use streamer_proto::{
 use streamer_rpc::{error_to_proto, json_payload};
 use streamer_store::RequestRecord;
 
-/// Maximum attempt number that is retried without a delay after a release.
+/// Maximum number of releases of a request after which the next attempt starts without a delay.
 const MAX_IMMEDIATE_RELEASES: u32 = 3;
 
 /// Outcome of an attempt.
@@ -36,6 +36,8 @@ pub(crate) struct FinalEvent {
 /// State of an attempt when it finishes.
 pub(crate) struct AttemptSummary<'a> {
     pub(crate) attempt: AttemptNumber,
+    /// Number of earlier attempts that failed.
+    pub(crate) failed_attempts: u32,
     /// `seq` of its `started` event.
     pub(crate) attempt_seq: Seq,
     pub(crate) output: &'a OutputDigest,
@@ -73,17 +75,18 @@ pub(crate) fn final_event(outcome: Outcome, summary: &AttemptSummary<'_>) -> Fin
         |wait: Duration| summary.close_by.is_none_or(|limit| summary.now.plus(wait) < limit);
     let wait = if released {
         // A release does not count as a failed attempt, but repeated releases are retried with backoff.
-        let again = summary.attempt.as_u32().saturating_sub(MAX_IMMEDIATE_RELEASES);
+        let releases = summary.attempt.as_u32().saturating_sub(summary.failed_attempts);
+        let again = releases.saturating_sub(MAX_IMMEDIATE_RELEASES);
         let unbounded = RetryPolicy { max_attempts: u32::MAX, ..summary.policy };
         let backoff = |failed| unbounded.backoff(failed, summary.random);
         if again == 0 { Some(Duration::ZERO) } else { backoff(again) }
     } else if error.retryable && !summary.policy.final_errors.contains(error.code) {
-        summary.policy.backoff(summary.attempt.as_u32(), summary.random)
+        summary.policy.backoff(summary.failed_attempts.saturating_add(1), summary.random)
     } else {
         None
     };
     match wait {
-        Some(wait) if in_time(wait) => retrying(&error, wait, summary),
+        Some(wait) if in_time(wait) => retrying(&error, wait, released, summary),
         _ => last(failed(&error, summary.attempt_seq)),
     }
 }
@@ -97,12 +100,18 @@ fn bounded(error: RequestError) -> RequestError {
     }
 }
 
-fn retrying(error: &RequestError, wait: Duration, summary: &AttemptSummary<'_>) -> FinalEvent {
+fn retrying(
+    error: &RequestError,
+    wait: Duration,
+    released: bool,
+    summary: &AttemptSummary<'_>,
+) -> FinalEvent {
     let retry_at = summary.now.plus(wait);
     let kind = Kind::Retrying(Retrying {
         retry_at: Some(timestamp(retry_at.as_millis())),
         rewind_to_seq: summary.attempt_seq.as_i64(),
         error: Some(error_to_proto(error)),
+        released,
     });
     FinalEvent { kind, retry_at: Some(retry_at) }
 }
@@ -145,6 +154,7 @@ mod tests {
     fn summary(attempt: u16, output: &OutputDigest) -> AttemptSummary<'_> {
         AttemptSummary {
             attempt: attempt.into(),
+            failed_attempts: u32::from(attempt) - 1,
             attempt_seq: Seq::from(7),
             output,
             cancel_reason: None,
@@ -197,6 +207,27 @@ mod tests {
     fn a_released_attempt_is_retried_immediately_even_if_it_was_the_last() {
         let released = Outcome::Released(RequestError::new(ErrorCode::Unavailable, "stopping"));
         let event = final_event(released, &summary(2, &OutputDigest::default()));
+        assert_eq!(event.retry_at, Some(Timestamp::from_millis(1000)));
+    }
+
+    #[test]
+    fn only_failed_attempts_use_up_the_policy() {
+        let output = OutputDigest::default();
+        // Nine attempts were released; the tenth is the first that fails.
+        let released = AttemptSummary { failed_attempts: 0, ..summary(10, &output) };
+        let event = final_event(failure(true), &released);
+        assert_eq!(event.retry_at, Some(Timestamp::from_millis(1500)));
+        let Kind::Retrying(retrying) = event.kind else { panic!("{:?}", event.kind) };
+        assert!(!retrying.released);
+        let last = AttemptSummary { failed_attempts: 1, ..summary(10, &output) };
+        assert!(matches!(final_event(failure(true), &last).kind, Kind::Failed(_)));
+        let release = || Outcome::Released(RequestError::new(ErrorCode::Unavailable, "stopping"));
+        let event = final_event(release(), &last);
+        let Kind::Retrying(retrying) = event.kind else { panic!("{:?}", event.kind) };
+        assert!(retrying.released && event.retry_at > Some(Timestamp::from_millis(1000)));
+        // Two releases and four failures.
+        let event =
+            final_event(release(), &AttemptSummary { failed_attempts: 4, ..summary(6, &output) });
         assert_eq!(event.retry_at, Some(Timestamp::from_millis(1000)));
     }
 

@@ -128,6 +128,9 @@ pub struct Retrying {
     pub retry_at: String,
     /// Sequence number after which output chunks are void.
     pub rewind_to_seq: i64,
+    /// Whether the attempt was handed back unfinished, and does not count as failed.
+    #[serde(default)]
+    pub released: bool,
     /// Error of the failed attempt.
     pub error: ErrorBody,
 }

@@ -82,6 +82,8 @@ pub(crate) enum StoredKind {
         rewind_to_seq: Seq,
         #[serde(skip_serializing_if = "Option::is_none", default)]
         error: Option<StoredError>,
+        #[serde(default)]
+        released: bool,
     },
     Succeeded {
         #[serde(skip_serializing_if = "Option::is_none", default)]
@@ -167,6 +169,7 @@ impl StoredKind {
                 retry_at: retrying.retry_at.as_ref().map(millis),
                 rewind_to_seq: Seq::from_i64(retrying.rewind_to_seq).ok()?,
                 error: optional(retrying.error.as_ref(), StoredError::new)?,
+                released: retrying.released,
             },
             Kind::Succeeded(succeeded) => Self::Succeeded {
                 result: optional(succeeded.result.as_ref(), StoredValue::new)?,
@@ -192,11 +195,14 @@ impl StoredKind {
             Self::Output { data, chunk_index } => {
                 Kind::Output(Output { data: data.map(StoredValue::into_payload), chunk_index })
             }
-            Self::Retrying { retry_at, rewind_to_seq, error } => Kind::Retrying(Retrying {
-                retry_at: retry_at.map(timestamp),
-                rewind_to_seq: rewind_to_seq.as_i64(),
-                error: error.map(StoredError::into_error),
-            }),
+            Self::Retrying { retry_at, rewind_to_seq, error, released } => {
+                Kind::Retrying(Retrying {
+                    retry_at: retry_at.map(timestamp),
+                    rewind_to_seq: rewind_to_seq.as_i64(),
+                    error: error.map(StoredError::into_error),
+                    released,
+                })
+            }
             Self::Succeeded { result, output } => Kind::Succeeded(Succeeded {
                 result: result.map(StoredValue::into_payload),
                 output: output.map(StoredOutput::into_summary),

@@ -41,6 +41,8 @@ pub(crate) struct RequestItem {
     pub(crate) state: RequestState,
     #[serde(with = "numbers::attempt")]
     pub(crate) attempt: AttemptNumber,
+    #[serde(default)]
+    pub(crate) failed_attempts: u32,
     #[serde(with = "numbers::seq")]
     pub(crate) last_seq: Seq,
     #[serde(with = "numbers::seq")]
@@ -118,6 +120,7 @@ impl RequestItem {
             action: new.action.clone(),
             state: RequestState::Queued,
             attempt: AttemptNumber::NONE,
+            failed_attempts: 0,
             last_seq: Seq::FIRST,
             attempt_seq: Seq::NONE,
             priority: new.priority,
@@ -177,6 +180,7 @@ impl RequestItem {
             action: self.action.clone(),
             state: self.state,
             attempt: self.attempt,
+            failed_attempts: self.failed_attempts,
             last_seq: self.last_seq,
             attempt_seq: self.attempt_seq,
             priority: self.priority,

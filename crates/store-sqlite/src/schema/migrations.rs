@@ -55,6 +55,8 @@ ALTER TABLE events ADD COLUMN large INTEGER;
 /// Changes from version 5 to version 6.
 const FROM_5_TO_6: &str = "
 ALTER TABLE requests ADD COLUMN delayed INTEGER NOT NULL DEFAULT 0;
+ALTER TABLE requests ADD COLUMN failed_attempts INTEGER NOT NULL DEFAULT 0;
+UPDATE requests SET failed_attempts = MAX(attempt - state, 0) WHERE state IN (0, 1);
 UPDATE requests SET delayed = 1 WHERE state = 0 AND not_before > 1000 * CAST(strftime('%s') AS INTEGER);
 DROP INDEX requests_queued;
 CREATE INDEX requests_ready ON requests (action, tenant, priority, not_before, uid)

@@ -95,6 +95,7 @@ fn events_are_parsed() {
                 retry_at: Some(timestamp(1500)),
                 rewind_to_seq: 2,
                 error: error.clone(),
+                released: true,
             })),
         ),
         (

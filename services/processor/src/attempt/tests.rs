@@ -132,6 +132,7 @@ fn record() -> RequestRecord {
         action: "waits".into(),
         state: RequestState::Running,
         attempt: AttemptNumber::FIRST,
+        failed_attempts: 0,
         last_seq: Seq::from(2),
         attempt_seq: Seq::from(2),
         priority: 0,
