@@ -59,6 +59,13 @@ static EXTERNAL: [(&str, MethodPolicy); 6] = [
     ),
 ];
 
+/// Methods of other external services that servers offer. Services do not call them with a policy.
+static SERVED: [&str; 3] = [
+    "/grpc.health.v1.Health/Check",
+    "/grpc.reflection.v1.ServerReflection/ServerReflectionInfo",
+    "/grpc.reflection.v1alpha.ServerReflection/ServerReflectionInfo",
+];
+
 /// Returns the policy of the method with a path `/package.Service/Method`. Calls of an unknown method are not
 /// retried, except if they were not executed (transparent retry).
 #[must_use]
@@ -72,9 +79,9 @@ pub fn is_known_method(path: &str) -> bool {
     find(path).is_some()
 }
 
-/// Returns the paths of all methods that have a policy.
+/// Returns the paths of all methods that servers offer.
 pub fn declared_methods() -> impl Iterator<Item = &'static str> {
-    DECLARED.iter().chain(&EXTERNAL).map(|(path, _)| *path)
+    DECLARED.iter().chain(&EXTERNAL).map(|(path, _)| *path).chain(SERVED)
 }
 
 fn find(path: &str) -> Option<MethodPolicy> {

@@ -9,10 +9,13 @@ use std::{
     time::Duration,
 };
 
+use prost::Message;
+use prost_types::FileDescriptorSet;
 use serde_json::{Value, json};
 use streamer_client::Api;
 use streamer_proto::{
     connections::v1::{BroadcastRequest, SendRequest, send_request::Target},
+    declared_methods,
     longrunning::{DeleteOperationRequest, operations_client::OperationsClient},
     router::v1::{CancelRequest, GetRequest, ListRequest},
 };
@@ -285,6 +288,53 @@ async fn store_operations_are_measured_and_sampled_traces_are_exemplars() {
         let mut buckets = text.lines().filter(|line| line.starts_with(&bucket));
         let has_exemplar = buckets.any(|line| line.contains(" # {trace_id=\""));
         assert!(has_exemplar, "{histogram} has no exemplar in {text}");
+    }
+}
+
+#[track_caller]
+fn assert_sums(text: &str, expected: &[(&str, usize)]) {
+    for (series, count) in expected {
+        assert_eq!(sum(text, series), *count, "{series} in {text}");
+    }
+}
+
+#[tokio::test]
+async fn health_checks_and_reflection_are_counted_by_method() {
+    let server = Server::start(&[]);
+    let endpoint = tonic::transport::Endpoint::new(server.url.clone()).unwrap();
+    let channel = endpoint.connect().await.unwrap();
+    let mut health = tonic_health::pb::health_client::HealthClient::new(channel);
+    let check = tonic_health::pb::HealthCheckRequest::default;
+    health.check(check()).await.unwrap();
+    drop(health.watch(check()).await.unwrap());
+    let text = metrics(&server.url).await;
+    let calls = |method: &str| format!("streamer_rpc_calls_total{{method=\"{method}\"}}");
+    assert_sums(
+        &text,
+        &[
+            (&calls("grpc.health.v1.Health/Check"), 1),
+            (&calls("grpc.health.v1.Health/Watch"), 1),
+            (&calls("_other"), 0),
+        ],
+    );
+}
+
+#[test]
+fn methods_of_external_services_are_declared() {
+    let declared: BTreeSet<_> = declared_methods().collect();
+    for set in [
+        tonic_health::pb::FILE_DESCRIPTOR_SET,
+        tonic_reflection::pb::v1::FILE_DESCRIPTOR_SET,
+        tonic_reflection::pb::v1alpha::FILE_DESCRIPTOR_SET,
+    ] {
+        for file in FileDescriptorSet::decode(set).unwrap().file {
+            for service in &file.service {
+                for method in &service.method {
+                    let path = format!("/{}.{}/{}", file.package(), service.name(), method.name());
+                    assert!(declared.contains(&*path), "{path}");
+                }
+            }
+        }
     }
 }
 

@@ -5,6 +5,7 @@ use std::{
     pin::Pin,
     sync::{Arc, OnceLock},
     task::{Context, Poll},
+    thread,
 };
 
 use http::{HeaderMap, Request, Response};
@@ -111,7 +112,8 @@ impl RpcMetrics {
     }
 }
 
-/// Measurement of a call in progress. A call whose caller does not wait for the response is recorded as CANCELLED.
+/// Measurement of a call in progress. A call whose caller does not wait for the response is recorded as CANCELLED, and a
+/// call that panics as INTERNAL.
 pub struct RpcTimer {
     metrics: RpcMetrics,
     /// Path of a declared method.
@@ -144,7 +146,8 @@ pub fn response_code(headers: &HeaderMap) -> Code {
 impl Drop for RpcTimer {
     fn drop(&mut self) {
         if !self.is_recorded {
-            self.metrics.record(self, Code::Cancelled);
+            let code = if thread::panicking() { Code::Internal } else { Code::Cancelled };
+            self.metrics.record(self, code);
         }
     }
 }
@@ -228,5 +231,20 @@ mod tests {
             assert!(text.contains(line), "{line} is missing in {text}");
         }
         assert!(!text.contains("a.B"), "{text}");
+    }
+
+    #[test]
+    fn a_call_that_panics_is_an_internal_error() {
+        let metrics = Metrics::new();
+        let timer = RpcMetrics::new(&metrics).start("/streamer.router.v1.RouterService/Get");
+        let panicked = thread::spawn(move || {
+            let _timer = timer;
+            panic!("a defect");
+        });
+        panicked.join().unwrap_err();
+        let text = metrics.encode();
+        let line = "streamer_rpc_calls_total{method=\"streamer.router.v1.RouterService/Get\",code=\"INTERNAL\"} 1";
+        assert!(text.contains(line), "{text}");
+        assert!(!text.contains("CANCELLED"), "{text}");
     }
 }
