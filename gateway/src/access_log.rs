@@ -2,7 +2,7 @@
 
 use std::time::Duration;
 
-use streamer_core::CloseCode;
+use streamer_core::{CloseCode, validate};
 use streamer_rpc::Peer;
 
 use crate::{connection_handle::ConnectionHandle, gateway::Gateway};
@@ -24,6 +24,8 @@ pub(crate) fn opened(gateway: &Gateway, handle: &ConnectionHandle, peer: Option<
 pub(crate) fn rejected(gateway: &Gateway, code: CloseCode, reason: &str, peer: Option<&Peer>) {
     if gateway.options.access_log {
         let (client, code) = (client(peer), code.code());
+        // The reason may contain the origin that the client sent.
+        let reason = validate::logged_text(reason);
         tracing::info!(target: ACCESS_LOG, client, code, reason, "connection rejected");
     }
 }

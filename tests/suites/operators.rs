@@ -14,13 +14,18 @@ use prost_types::FileDescriptorSet;
 use serde_json::{Value, json};
 use streamer_client::Api;
 use streamer_proto::{
+    common::v1::{Action, Error, ErrorCode},
     connections::v1::{BroadcastRequest, SendRequest, send_request::Target},
     declared_methods,
     longrunning::{DeleteOperationRequest, operations_client::OperationsClient},
+    processor::v1::{Task, report::Kind, work_request},
     router::v1::{CancelRequest, GetRequest, ListRequest},
 };
 use streamer_rpc::json_payload;
-use streamer_tests::{Client, Log, LoopbackAddress, Process, Server, metrics, sum};
+use streamer_tests::{
+    Client, Log, LoopbackAddress, Process, ScriptedWorker, Server, declare, hello, metrics, sum,
+    wait_for_workers,
+};
 use tonic::Code;
 
 /// Starts a server with an audit log in its data folder.
@@ -52,12 +57,19 @@ fn api(server: &Server, tenant: &str, user: &str, permissions: &[&str]) -> Api {
 
 /// Returns the status and the body of the response to a plain HTTP request.
 fn get(address: &str, path: &str, token: &str) -> (u16, String) {
-    let mut socket = TcpStream::connect(address.trim_start_matches("http://")).unwrap();
-    write!(socket, "GET {path} HTTP/1.1\r\nHost: a\r\nConnection: close\r\n{token}\r\n").unwrap();
-    let mut reply = String::new();
-    socket.read_to_string(&mut reply).unwrap();
+    let request = format!("GET {path} HTTP/1.1\r\nHost: a\r\nConnection: close\r\n{token}\r\n");
+    let reply = String::from_utf8(exchange(address, &request)).unwrap();
     let (head, body) = reply.split_once("\r\n\r\n").unwrap();
     (head.split(' ').nth(1).unwrap().parse().unwrap(), body.to_owned())
+}
+
+/// Sends an HTTP request; returns all bytes until the server closes the connection.
+fn exchange(address: &str, request: &str) -> Vec<u8> {
+    let mut socket = TcpStream::connect(address.trim_start_matches("http://")).unwrap();
+    socket.write_all(request.as_bytes()).unwrap();
+    let mut reply = Vec::new();
+    socket.read_to_end(&mut reply).unwrap();
+    reply
 }
 
 #[tokio::test]
@@ -338,6 +350,53 @@ fn methods_of_external_services_are_declared() {
     }
 }
 
+/// Connects a worker of the tenant `acme` that has one action.
+async fn connect_worker(server: &Server, permission: &str, action: Action) -> ScriptedWorker {
+    let token = server.token("acme", "worker", &[permission]);
+    let name = action.name.clone();
+    let worker = ScriptedWorker::connect(server, &token, hello("w", 4, vec![action])).await;
+    wait_for_workers(server, &token, &name, 1).await;
+    worker
+}
+
+async fn fail(worker: &ScriptedWorker, task: &Task, message: &str, retryable: bool) {
+    let code = ErrorCode::ProcessingFailed.into();
+    let error = Error { code, message: message.into(), retryable, details: None };
+    worker.report(task, 0, Kind::Error(error)).await;
+}
+
+#[tokio::test]
+async fn text_of_handlers_and_workers_is_logged_at_level_debug_and_bounded() {
+    for (level, expected) in [("info", 0..=0), ("debug", 1..=256)] {
+        let filter = format!("log.filter=streamer_processor={level}");
+        let settings = [&filter, "log.format=json", "server.drain_timeout=500ms"];
+        let (mut server, log) = Server::start_logged(&settings);
+        let mut worker = connect_worker(&server, "worker:*", declare("work")).await;
+        let mut client = Client::connect(&server.url, &server.token("acme", "ann", &[])).await;
+        client.submit("a", "work", json!({})).await;
+        let task = worker.next_task().await;
+        fail(&worker, &task, &"é".repeat(2000), false).await;
+        worker.wait_for_end(&task).await;
+        worker.send(work_request::Message::Hello(hello("w", 1, Vec::new()))).await;
+        while worker.next().await.is_ok() {}
+        assert_eq!(server.stop(), Some(0));
+        let records: Vec<Value> =
+            log.lines().filter_map(|line| serde_json::from_str(&line.unwrap()).ok()).collect();
+        let find = |message: &str| {
+            let found = records.iter().find(|record| record["message"] == message);
+            found.unwrap_or_else(|| panic!("no line {message} in {records:#?}"))
+        };
+        let lengths = records.iter().map(|record| record.to_string().matches('é').count() * 2);
+        let longest = lengths.max().unwrap();
+        assert!(expected.contains(&longest), "{longest} bytes at level {level}");
+        let failed = find("request failed");
+        assert_eq!(failed["code"], "PROCESSING_FAILED", "{failed}");
+        assert!(failed["duration_ms"].is_number(), "{failed}");
+        let disconnected = find("worker disconnected");
+        assert_eq!(disconnected["code"], "INVALID_ARGUMENT", "{disconnected}");
+    }
+}
+
 #[tokio::test]
 async fn metrics_are_written_for_cloudwatch() {
     let (mut server, lines) = Server::start_printing(&["cloudwatch.interval=1s"]);
@@ -378,11 +437,23 @@ async fn metrics_are_written_for_cloudwatch() {
 
 #[tokio::test]
 async fn the_access_log_has_requests_and_connections_without_tokens() {
-    let (mut server, log) = Server::start_logged(&["gateway.access_log=true", "log.format=json"]);
+    let settings = ["gateway.access_log=true", "log.format=json", "server.drain_timeout=500ms"];
+    let (mut server, log) = Server::start_logged(&settings);
     let token = server.token("acme", "ann", &[]);
     let client = Client::connect(&server.url, &token).await;
     drop(client);
     assert_eq!(get(&server.url, &format!("/healthz?token={token}"), "").0, 200);
+    let long = "X".repeat(3000);
+    exchange(
+        &server.url,
+        &format!("{long} /healthz HTTP/1.1\r\nHost: a\r\nConnection: close\r\n\r\n"),
+    );
+    let upgrade = "Upgrade: websocket\r\nConnection: Upgrade\r\nSec-WebSocket-Version: 13";
+    let key = "Sec-WebSocket-Key: dGhlIHNhbXBsZSBub25jZQ==";
+    let request = format!(
+        "GET /ws HTTP/1.1\r\nHost: a\r\n{upgrade}\r\n{key}\r\nOrigin: https://{long}\r\n\r\n"
+    );
+    exchange(&server.url, &request);
     let ann = api(&server, "acme", "ann", &[]);
     let missing = ann.call(GetRequest { request_id: "missing".into(), ..GetRequest::default() });
     assert_eq!(ann.router().get(missing).await.unwrap_err().code(), Code::NotFound);
@@ -403,6 +474,11 @@ async fn the_access_log_has_requests_and_connections_without_tokens() {
     assert_eq!(opened["tenant_id"], "acme");
     let closed = find("connection closed", "connection_id", opened["connection_id"].clone());
     assert!(closed["duration_ms"].is_number(), "{closed}");
+    let rejected = find("connection rejected", "code", json!(4403));
+    for text in [&rejected["reason"], &find("request", "status", json!(405))["method"]] {
+        let length = text.as_str().unwrap().len();
+        assert!((200..=256).contains(&length), "{length} bytes");
+    }
     let health = find("request", "path", json!("/healthz"));
     assert_eq!((&health["status"], &health["method"]), (&json!(200), &json!("GET")));
     let call = find("request", "path", json!("/streamer.router.v1.RouterService/Get"));

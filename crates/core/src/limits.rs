@@ -36,6 +36,8 @@ pub const MAX_PENDING_REPORTS: usize = 1024;
 pub const MAX_ERROR_MESSAGE_BYTES: usize = 4096;
 /// Maximum size of an error's details, in bytes; larger details are omitted.
 pub const MAX_ERROR_DETAILS_BYTES: usize = 64 * 1024;
+/// Maximum size of text of a client, handler or worker in a log line, in bytes; longer text is truncated.
+pub const MAX_LOGGED_TEXT_BYTES: usize = 256;
 /// Allowance for the fields of a message other than its payload, in bytes.
 pub const ENVELOPE_BYTES: usize = 64 * 1024;
 

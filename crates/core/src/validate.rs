@@ -94,6 +94,12 @@ pub fn cut(mut text: String, max_bytes: usize) -> String {
     text
 }
 
+/// Returns text of a client, handler or worker for a log line: truncated, so that its author cannot fill the log.
+#[must_use]
+pub fn logged_text(text: &str) -> String {
+    cut(text.to_owned(), limits::MAX_LOGGED_TEXT_BYTES)
+}
+
 /// Checks the ID of a request: 1 to 128 characters from `[A-Za-z0-9._:@/+=-]`.
 ///
 /// # Errors
@@ -179,6 +185,13 @@ mod tests {
         );
         assert!(request_id("a b").is_err());
         assert!(request_id("a\n").unwrap_err().ends_with("has \\n"));
+    }
+
+    #[test]
+    fn logged_text_is_truncated_at_a_character_boundary() {
+        assert_eq!(logged_text("short"), "short");
+        let text = logged_text(&"é".repeat(4096));
+        assert_eq!((text.len(), text.chars().last()), (255, Some('…')));
     }
 
     #[test]

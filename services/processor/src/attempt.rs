@@ -12,7 +12,7 @@ use futures_util::{
 };
 use streamer_core::{
     ActionSpec, AttemptNumber, Clock, ErrorCode, Limits, OutputDigest, RequestError, Seq,
-    Timestamp, Uid, backoff,
+    Timestamp, Uid, backoff, validate,
 };
 use streamer_handler::{
     AttemptInfo, Context, DynHandler, HandlerError, Report, ReportQueue, RequestHistory,
@@ -452,7 +452,8 @@ impl Attempt<'_> {
 }
 
 fn panicked(error: &tokio::task::JoinError) -> RequestError {
-    tracing::error!(%error, "handler panicked");
+    let error = validate::logged_text(&error.to_string());
+    tracing::error!(error, "handler panicked");
     let error = RequestError::new(ErrorCode::ProcessingFailed, "the handler panicked");
     RequestError { retryable: true, ..error }
 }

@@ -2,7 +2,7 @@
 
 use std::time::Duration;
 
-use streamer_core::ErrorCode;
+use streamer_core::{ErrorCode, validate};
 use streamer_proto::common::v1::{Error, event::Kind};
 use streamer_rpc::error_from_proto;
 use streamer_store::RequestRecord;
@@ -39,7 +39,10 @@ pub(crate) fn log_end(kind: &Kind, duration: Option<Duration>) {
 
 fn log(error: Option<&Error>, duration: Option<Duration>, message: &'static str) {
     let code = error.map(|error| ErrorCode::as_str(error_from_proto(error).code));
-    let error = error.map(|error| &*error.message);
     let duration_ms = duration.map(|duration| duration.as_secs_f64() * 1000.0);
-    tracing::info!(code, error, duration_ms, "{message}");
+    tracing::info!(code, duration_ms, "{message}");
+    // The message is text of the handler, which may contain data of the payload.
+    if let Some(error) = error {
+        tracing::debug!(error = validate::logged_text(&error.message), "error of the attempt");
+    }
 }

@@ -12,7 +12,7 @@ use bytes::Bytes;
 use quick_cache::{
     DefaultHashBuilder, OptionsBuilder, Weighter, sync::Cache, sync::DefaultLifecycle,
 };
-use streamer_core::{RequestError, Violations, saturate};
+use streamer_core::{RequestError, Violations, saturate, validate};
 use streamer_proto::common::v1::Action;
 use streamer_rpc::status;
 use streamer_schema::{Busy, PayloadSchema, Pool};
@@ -135,8 +135,10 @@ impl CompiledSchemas {
             let compiled = self.pool.run(&schema.tenant, move || PayloadSchema::compile(&text));
             let outcome = compiled.await?.map(Arc::new).map_err(|error| {
                 if !schema.is_error_logged.swap(true, Ordering::Relaxed) {
-                    let action = &action.name;
-                    tracing::error!(action, %error, "a payload schema is invalid");
+                    let (action, error) = (&action.name, error.to_string());
+                    // The error contains text of the schema.
+                    let error = validate::logged_text(&error);
+                    tracing::error!(action, error, "a payload schema is invalid");
                 }
                 error.to_string()
             });

@@ -16,7 +16,7 @@ use streamer_proto::{
     },
     timestamp,
 };
-use streamer_rpc::{error_status, payload_bytes, store_status, violation_status};
+use streamer_rpc::{code_name, error_status, payload_bytes, store_status, violation_status};
 use streamer_store::StoreError;
 use tokio::{
     sync::mpsc,
@@ -134,7 +134,7 @@ impl WorkerService for WorkerApi {
             let ending = worker_stream.run(&end).await;
             worker_stream.worker.disconnect(stream_number);
             worker_stream.shared.actions.workers.notify_changed();
-            tracing::info!(worker = worker_stream.worker.id, ?ending, "worker disconnected");
+            log_disconnected(&worker_stream.worker.id, &ending);
             if let Err(status) = ending {
                 // The worker may already have disconnected.
                 drop(outbox.try_send(Err(status)));
@@ -376,6 +376,14 @@ impl WorkerStream {
         self.worker.send(token_status(&self.caller, now));
         Ok(())
     }
+}
+
+fn log_disconnected(worker: &str, ending: &Result<(), Status>) {
+    let error = ending.as_ref().err();
+    let code = error.map(|status| code_name(status.code()));
+    // The message may contain text of the worker.
+    let reason = error.map(|status| validate::logged_text(status.message()));
+    tracing::info!(worker, code, reason, "worker disconnected");
 }
 
 fn save_status(error: &SaveDeclarationsError) -> Status {

@@ -4,6 +4,7 @@ use std::time::Instant;
 
 use axum::{extract::Request, middleware::Next, response::Response};
 use http::{Uri, header};
+use streamer_core::validate;
 use streamer_gateway::ACCESS_LOG;
 use streamer_rpc::{Peer, code_name, response_code};
 
@@ -15,7 +16,7 @@ const MAX_PATH_CHARS: usize = 128;
 /// Logs a request after the beginning of its response. The line omits the query, which may contain a token.
 pub(crate) async fn log_access(request: Request, next: Next) -> Response {
     let start = Instant::now();
-    let method = request.method().clone();
+    let method = validate::logged_text(request.method().as_str());
     let path = truncated_path(request.uri());
     let client = request.extensions().get::<Peer>().map(|peer| peer.address().ip());
     let response = next.run(request).await;
@@ -24,7 +25,7 @@ pub(crate) async fn log_access(request: Request, next: Next) -> Response {
     let code = is_grpc.then(|| code_name(response_code(response.headers())));
     let client = client.map(tracing::field::display);
     let duration_ms = start.elapsed().as_secs_f64() * 1000.0;
-    tracing::info!(target: ACCESS_LOG, client, %method, path, status, code, duration_ms, "request");
+    tracing::info!(target: ACCESS_LOG, client, method, path, status, code, duration_ms, "request");
     response
 }
 
