@@ -24,7 +24,7 @@ use streamer_proto::{
 use streamer_rpc::json_payload;
 use streamer_tests::{
     Client, Log, LoopbackAddress, Process, ScriptedWorker, Server, declare, hello, metrics, sum,
-    wait_for_workers,
+    wait_for_workers, within_timeout,
 };
 use tonic::Code;
 
@@ -303,6 +303,19 @@ async fn store_operations_are_measured_and_sampled_traces_are_exemplars() {
     }
 }
 
+/// Returns the metrics once the sum of the given series has reached `count`: calls end before they are counted.
+async fn metrics_with(server: &Server, series: &str, count: usize) -> String {
+    let counted = async {
+        loop {
+            let text = metrics(&server.url).await;
+            if sum(&text, series) >= count {
+                return text;
+            }
+        }
+    };
+    within_timeout(series, counted).await
+}
+
 #[track_caller]
 fn assert_sums(text: &str, expected: &[(&str, usize)]) {
     for (series, count) in expected {
@@ -363,6 +376,36 @@ async fn fail(worker: &ScriptedWorker, task: &Task, message: &str, retryable: bo
     let code = ErrorCode::ProcessingFailed.into();
     let error = Error { code, message: message.into(), retryable, details: None };
     worker.report(task, 0, Kind::Error(error)).await;
+}
+
+#[tokio::test]
+async fn actions_of_one_tenant_have_a_label_only_if_the_operator_allows_it() {
+    for (settings, permission, label) in [
+        (&[][..], "worker:*", "_other"),
+        (&["server.metrics_tenant_actions=true"][..], "worker:*", "project_x"),
+        (&[][..], "worker:*@*", "project_x"),
+    ] {
+        let server = Server::start(settings);
+        let mut worker = connect_worker(&server, permission, declare("project_x")).await;
+        let mut client = Client::connect(&server.url, &server.token("acme", "ann", &[])).await;
+        client.submit("a", "project_x", json!({})).await;
+        let task = worker.next_task().await;
+        worker.report(&task, 0, Kind::Result(json_payload("1"))).await;
+        client.follow(Log::after(1)).await;
+        client.submit("b", "echo_async", json!({ "steps": 1 })).await;
+        let text = metrics_with(&server, "streamer_processor_attempts_total{}", 2).await;
+        for label in [label, "echo_async"] {
+            for series in [
+                "streamer_router_requests_total",
+                "streamer_processor_attempts_total",
+                "streamer_processor_attempt_duration_seconds_count",
+                "streamer_processor_queue_wait_seconds_count",
+            ] {
+                assert_sums(&text, &[(&format!("{series}{{action=\"{label}\"}}"), 1)]);
+            }
+        }
+        assert_eq!(text.contains("project_x"), label == "project_x", "{text}");
+    }
 }
 
 #[tokio::test]

@@ -137,8 +137,12 @@ options! {
         metrics_listen: String = String::new();
         /// Whether /metrics requires a token with permission operator.
         metrics_require_operator: bool = false;
-        /// Maximum number of actions with separate series in metrics; all others are counted as `_other`.
+        /// Maximum number of actions with separate series in metrics, among those that are declared for all tenants;
+        /// all others are counted as `_other`.
         metrics_max_actions: u64 = 100;
+        /// Whether actions that workers declare for single tenants also have separate series, up to the same number. A
+        /// tenant chooses the names of its actions, which are visible in /metrics.
+        metrics_tenant_actions: bool = false;
     }
     /// Storage of requests and their logs.
     store: Store {

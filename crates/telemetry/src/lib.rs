@@ -9,6 +9,7 @@ mod metrics;
 mod text_format;
 mod traces;
 
+pub use action_labels::{ActionLabelOptions, ActionScope};
 pub use error::TelemetryError;
 pub use latency::{LatencyFamily, LatencyHistogram};
 pub use log_limiter::Logs;

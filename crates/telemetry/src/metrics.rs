@@ -11,7 +11,8 @@ use prometheus_client::{
 };
 
 use crate::{
-    LatencyFamily, LatencyHistogram, action_labels::ActionLabels, text_format::from_open_metrics,
+    ActionLabelOptions, ActionScope, LatencyFamily, LatencyHistogram, action_labels::ActionLabels,
+    text_format::from_open_metrics,
 };
 
 /// Handle to the metrics of a process.
@@ -21,7 +22,7 @@ pub struct Metrics {
     actions: ActionLabels,
 }
 
-/// Labels of metrics by action.
+/// Label of metrics by action.
 #[derive(Clone, Debug, Hash, PartialEq, Eq, EncodeLabelSet)]
 pub struct ActionLabel {
     action: Arc<str>,
@@ -34,22 +35,22 @@ impl Metrics {
         Self::default()
     }
 
-    /// Returns an empty registry with at most `limit` actions as label values; all others are `_other`.
+    /// Returns an empty registry with the given options of the label `action`.
     #[must_use]
-    pub fn with_max_actions(limit: usize) -> Self {
-        Self { actions: ActionLabels::new(limit), ..Self::default() }
+    pub fn with_action_labels(options: ActionLabelOptions) -> Self {
+        Self { actions: ActionLabels::new(options), ..Self::default() }
     }
 
-    /// Returns the label value of an action.
+    /// Returns the label of an action that is declared for the given scope.
     #[must_use]
-    pub fn action(&self, action: &str) -> Arc<str> {
-        self.actions.of(action)
+    pub fn action_label(&self, action: &str, scope: ActionScope) -> ActionLabel {
+        ActionLabel { action: self.actions.of(action, scope) }
     }
 
-    /// Returns the labels of an action.
+    /// Returns the label of an action without a declaration, whose scope is unknown.
     #[must_use]
-    pub fn action_label(&self, action: &str) -> ActionLabel {
-        ActionLabel { action: self.actions.of(action) }
+    pub fn other_action_label(&self) -> ActionLabel {
+        ActionLabel { action: self.actions.other() }
     }
 
     /// Registers a metric under `name`, which ends with the unit; the name of a counter omits `_total`.

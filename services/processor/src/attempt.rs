@@ -32,6 +32,7 @@ use tonic::Status;
 use tracing::{Span, field::Empty};
 
 use crate::{
+    declaration::Declaration,
     event_log_client::{EventLogClient, ReportedBatch},
     handlers::handler_threads::HandlerSpawner,
     outcome::{AttemptSummary, Outcome, final_event},
@@ -54,7 +55,7 @@ pub(crate) struct Environment {
 /// An attempt to start or to resume.
 pub(crate) struct AttemptSpec {
     pub(crate) record: RequestRecord,
-    pub(crate) spec: Arc<ActionSpec>,
+    pub(crate) declared: Declaration,
     pub(crate) handler: Arc<dyn DynHandler>,
     pub(crate) reports: Arc<ReportQueue>,
     pub(crate) payload: StoredPayload,
@@ -113,7 +114,7 @@ pub(crate) async fn run(
 ) -> AttemptResult {
     let AttemptSpec {
         record,
-        spec,
+        declared: Declaration { spec, .. },
         handler,
         reports,
         payload,

@@ -3,6 +3,7 @@
 use std::sync::Arc;
 
 use streamer_core::ActionSpec;
+use streamer_telemetry::ActionScope;
 
 /// Identifies the declaration of an action for one tenant or for all tenants. Declarations for different tenants are
 /// independent.
@@ -11,6 +12,16 @@ pub(crate) struct ActionKey {
     pub(crate) action: String,
     /// `None` for all tenants.
     pub(crate) tenant: Option<String>,
+}
+
+impl ActionKey {
+    /// Returns for whom the action is declared.
+    pub(crate) fn scope(&self) -> ActionScope {
+        match self.tenant {
+            None => ActionScope::AllTenants,
+            Some(_) => ActionScope::OneTenant,
+        }
+    }
 }
 
 /// Declaration of an action that applies to the requests of a tenant.

@@ -430,11 +430,10 @@ impl Dispatcher {
             return;
         }
         let Placement { permit, declared, runner } = placement;
-        let spec = declared.spec;
         let guard = RunningGuard { dispatcher: self.clone(), uid, permit: Some(permit) };
         // Boxed, because tokio copies the future several times before it allocates the task.
         self.tasks.spawn(Box::pin(async move {
-            guard.dispatcher.claim_and_run(uid, spec, runner, handle).await;
+            guard.dispatcher.claim_and_run(uid, declared, runner, handle).await;
         }));
     }
 

@@ -18,7 +18,7 @@ use streamer_proto::{
 use streamer_rpc::{
     NOT_ADMITTED, error_status, json_payload, parse_uid, payload_into_parts, status,
 };
-use streamer_telemetry::{InScope, Scope, TraceContext, is_sampled};
+use streamer_telemetry::{ActionLabel, InScope, Scope, TraceContext, is_sampled};
 use tokio::time::timeout;
 use tokio_stream::wrappers::WatchStream;
 use tokio_util::sync::CancellationToken;
@@ -69,7 +69,12 @@ impl ExecutionApi {
         Self { dispatcher, actions, authenticator, metrics, options, sync_limiter }
     }
 
-    async fn execute_now(&self, request: Request<ExecuteRequest>) -> Result<bytes::Bytes, Status> {
+    /// Executes a sync action. Sets `label` to the label of the action once it is known.
+    async fn execute_now(
+        &self,
+        request: Request<ExecuteRequest>,
+        label: &mut ActionLabel,
+    ) -> Result<bytes::Bytes, Status> {
         let caller = caller_of(&self.authenticator, request.metadata().as_ref()).await?;
         let request = request.into_inner();
         let declared = self.actions.find(&request.action, &caller.principal.tenant);
@@ -78,6 +83,7 @@ impl ExecutionApi {
                 format!("no handler or worker is available for action {:?}", request.action);
             return Err(not_admitted(error_status(ErrorCode::Unavailable, message)));
         };
+        *label = self.metrics.label(Some(&declared));
         let Some(_permit) = self.sync_limiter.try_acquire(&declared, &caller.principal.tenant)
         else {
             return Err(not_admitted(status(&RequestError::limited(
@@ -199,9 +205,9 @@ impl ExecutionService for ExecutionApi {
         request: Request<ExecuteRequest>,
     ) -> Result<Response<ExecuteResponse>, Status> {
         let start = tokio::time::Instant::now();
-        let action = request.get_ref().action.clone();
-        let result = self.execute_now(request).await;
-        self.metrics.sync_request(&action, result.is_ok(), start.elapsed());
+        let mut label = self.metrics.label(None);
+        let result = self.execute_now(request, &mut label).await;
+        self.metrics.sync_request(&label, result.is_ok(), start.elapsed());
         Ok(Response::new(ExecuteResponse { result: Some(json_payload(result?)) }))
     }
 

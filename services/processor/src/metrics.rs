@@ -1,9 +1,6 @@
 //! Metrics of the processor.
 
-use std::{
-    sync::{Arc, atomic::AtomicU64},
-    time::Duration,
-};
+use std::{sync::atomic::AtomicU64, time::Duration};
 
 use prometheus_client::{
     encoding::EncodeLabelSet,
@@ -14,6 +11,8 @@ use streamer_handler::MemoryBudget;
 use streamer_proto::common::v1::event::Kind;
 use streamer_rpc::error_from_proto;
 use streamer_telemetry::{ActionLabel, LatencyFamily, Metrics};
+
+use crate::declaration::{ActionKey, Declaration};
 
 #[derive(Clone)]
 pub(crate) struct ProcessorMetrics {
@@ -35,7 +34,8 @@ pub(crate) struct ProcessorMetrics {
 
 #[derive(Clone, Debug, Hash, PartialEq, Eq, EncodeLabelSet)]
 struct OutcomeLabels {
-    action: Arc<str>,
+    #[prometheus(flatten)]
+    action: ActionLabel,
     outcome: &'static str,
 }
 
@@ -105,8 +105,15 @@ impl ProcessorMetrics {
         }
     }
 
+    /// Returns the label of an action with the given declaration; `None` if it has none.
+    pub(crate) fn label(&self, declared: Option<&Declaration>) -> ActionLabel {
+        let label = |key: &ActionKey| self.metrics.action_label(&key.action, key.scope());
+        let key = declared.map(|declared| &declared.key);
+        key.map_or_else(|| self.metrics.other_action_label(), label)
+    }
+
     /// Counts the final event of an attempt.
-    pub(crate) fn attempt_ended(&self, action: &str, kind: &Kind) {
+    pub(crate) fn attempt_ended(&self, action: &ActionLabel, kind: &Kind) {
         let outcome = match kind {
             Kind::Succeeded(_) => "succeeded",
             Kind::Failed(_) => "failed",
@@ -119,31 +126,36 @@ impl ProcessorMetrics {
             }
             Kind::Accepted(_) | Kind::Started(_) | Kind::Progress(_) | Kind::Output(_) => return,
         };
-        self.attempts.get_or_create(&self.outcome(action, outcome)).inc();
+        self.attempts.get_or_create(&Self::outcome(action, outcome)).inc();
     }
 
     /// Counts an attempt that had lost its lease.
-    pub(crate) fn attempt_fenced(&self, action: &str) {
-        self.attempts.get_or_create(&self.outcome(action, "fenced")).inc();
+    pub(crate) fn attempt_fenced(&self, action: &ActionLabel) {
+        self.attempts.get_or_create(&Self::outcome(action, "fenced")).inc();
     }
 
     /// Records the duration of an attempt.
-    pub(crate) fn attempt_took(&self, action: &str, duration: Duration) {
-        let histogram = self.attempt_seconds.get_or_create(&self.metrics.action_label(action));
+    pub(crate) fn attempt_took(&self, action: &ActionLabel, duration: Duration) {
+        let histogram = self.attempt_seconds.get_or_create(action);
         histogram.observe(duration);
     }
 
     /// Records the time from the due time of a request to its claim.
-    pub(crate) fn waited(&self, action: &str, duration: Duration) {
-        let histogram = self.queue_wait_seconds.get_or_create(&self.metrics.action_label(action));
+    pub(crate) fn waited(&self, action: &ActionLabel, duration: Duration) {
+        let histogram = self.queue_wait_seconds.get_or_create(action);
         histogram.observe(duration);
     }
 
     /// Counts a sync request.
-    pub(crate) fn sync_request(&self, action: &str, has_succeeded: bool, duration: Duration) {
+    pub(crate) fn sync_request(
+        &self,
+        action: &ActionLabel,
+        has_succeeded: bool,
+        duration: Duration,
+    ) {
         let outcome = if has_succeeded { "succeeded" } else { "failed" };
-        self.sync_requests.get_or_create(&self.outcome(action, outcome)).inc();
-        let histogram = self.sync_seconds.get_or_create(&self.metrics.action_label(action));
+        self.sync_requests.get_or_create(&Self::outcome(action, outcome)).inc();
+        let histogram = self.sync_seconds.get_or_create(action);
         histogram.observe(duration);
     }
 
@@ -162,7 +174,7 @@ impl ProcessorMetrics {
         });
     }
 
-    fn outcome(&self, action: &str, outcome: &'static str) -> OutcomeLabels {
-        OutcomeLabels { action: self.metrics.action(action), outcome }
+    fn outcome(action: &ActionLabel, outcome: &'static str) -> OutcomeLabels {
+        OutcomeLabels { action: action.clone(), outcome }
     }
 }

@@ -16,6 +16,7 @@ use streamer_proto::{
 };
 use streamer_rpc::error_status;
 use streamer_store::{DeclaredAction, Store};
+use streamer_telemetry::ActionScope;
 use tokio::{
     sync::watch,
     task::JoinHandle,
@@ -47,6 +48,8 @@ pub(crate) struct CatalogEntry {
     schema: Option<Arc<DeclaredSchema>>,
     /// Names of the processors that can currently run the action.
     pub(crate) offered_by: Vec<Arc<str>>,
+    /// For whom the action is declared.
+    pub(crate) scope: ActionScope,
 }
 
 /// An action in the list of one processor.
@@ -361,8 +364,13 @@ impl Catalog {
             for ListedAction { tenant_id, action, schema } in list {
                 let by_tenant = by_name.entry(action.name.clone()).or_default();
                 let offered_by = if action.available { vec![from.clone()] } else { Vec::new() };
-                let entry =
-                    CatalogEntry { action: action.clone(), schema: schema.clone(), offered_by };
+                let is_shared = tenant_id.is_empty();
+                let entry = CatalogEntry {
+                    action: action.clone(),
+                    schema: schema.clone(),
+                    offered_by,
+                    scope: if is_shared { ActionScope::AllTenants } else { ActionScope::OneTenant },
+                };
                 match by_tenant.get_mut(tenant_id) {
                     None => {
                         by_tenant.insert(tenant_id.clone(), entry);

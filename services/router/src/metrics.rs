@@ -1,12 +1,12 @@
 //! Metrics of the router.
 
-use std::sync::Arc;
-
 use prometheus_client::{
     encoding::EncodeLabelSet,
     metrics::{counter::Counter, family::Family},
 };
-use streamer_telemetry::{LatencyHistogram, Metrics};
+use streamer_telemetry::{ActionLabel, LatencyHistogram, Metrics};
+
+use crate::catalog::CatalogEntry;
 
 pub(crate) struct RouterMetrics {
     metrics: Metrics,
@@ -17,7 +17,8 @@ pub(crate) struct RouterMetrics {
 
 #[derive(Clone, Debug, Hash, PartialEq, Eq, EncodeLabelSet)]
 struct RequestLabels {
-    action: Arc<str>,
+    #[prometheus(flatten)]
+    action: ActionLabel,
     mode: &'static str,
     result: &'static str,
 }
@@ -60,15 +61,17 @@ impl RouterMetrics {
         }
     }
 
-    /// Counts a submission that was not rejected.
-    pub(crate) fn submitted(&self, action: &str, submitted: Submitted) {
+    /// Counts a submission that was not rejected. The declaration of its action is `None` if it is unknown.
+    pub(crate) fn submitted(&self, declared: Option<&CatalogEntry>, submitted: Submitted) {
         let (mode, result) = match submitted {
             Submitted::Sync => ("sync", "accepted"),
             Submitted::Async => ("async", "accepted"),
             Submitted::Duplicate => ("async", "duplicate"),
         };
-        let labels = RequestLabels { action: self.metrics.action(action), mode, result };
-        self.requests.get_or_create(&labels).inc();
+        let label =
+            |entry: &CatalogEntry| self.metrics.action_label(&entry.action.name, entry.scope);
+        let action = declared.map_or_else(|| self.metrics.other_action_label(), label);
+        self.requests.get_or_create(&RequestLabels { action, mode, result }).inc();
     }
 
     /// Counts a rejected submission.

@@ -115,7 +115,7 @@ impl RequestService {
                 self.acknowledge(caller, stored, wait_ms, now).await
             }
             Checked::New(submission, entry) if entry.action.sync => {
-                self.run_now(caller, submission, now, &entry.offered_by).await
+                self.run_now(caller, submission, now, &entry).await
             }
             Checked::New(submission, _) => self.store_and_notify(caller, submission, now).await,
         }
@@ -126,9 +126,9 @@ impl RequestService {
         caller: &Caller,
         submission: Submission,
         now: Timestamp,
-        processors: &[Arc<str>],
+        entry: &CatalogEntry,
     ) -> Result<SubmitResponse, Status> {
-        self.metrics.submitted(&submission.action, Submitted::Sync);
+        self.metrics.submitted(Some(entry), Submitted::Sync);
         let uid = Uid::new(now).to_string();
         let request_id = submission.client_id.unwrap_or_else(|| uid.clone());
         let StoredPayload { content_type, data } = submission.payload;
@@ -138,8 +138,8 @@ impl RequestService {
             uid: uid.clone(),
             request_id: request_id.clone(),
         };
-        let result =
-            self.upstreams.execute(caller.authorization.clone(), execute, processors).await?;
+        let authorization = caller.authorization.clone();
+        let result = self.upstreams.execute(authorization, execute, &entry.offered_by).await?;
         let state = RequestState::Succeeded.into();
         let completed = Completed { state, result, ..Completed::default() };
         Ok(SubmitResponse { request_id, uid, outcome: Some(Outcome::Completed(completed)) })
@@ -305,7 +305,7 @@ impl RequestService {
                 Ok(self.notify_again(*record).await)
             }
             CreateOutcome::Created(record, accepted, used) => {
-                self.metrics.submitted(&record.action, Submitted::Async);
+                self.metrics.submitted(entry.as_deref(), Submitted::Async);
                 tracing::info!(
                     request_id = record.request_id(), %uid, tenant_id = owner.tenant, action = record.action,
                     "request accepted"
@@ -322,7 +322,7 @@ impl RequestService {
                 Ok(StoredRequest { record: *record, duplicate: false, queue_estimate })
             }
             CreateOutcome::Existing(record) => {
-                self.metrics.submitted(&record.action, Submitted::Duplicate);
+                self.metrics.submitted(entry.as_deref(), Submitted::Duplicate);
                 Ok(StoredRequest { record: *record, duplicate: true, queue_estimate: None })
             }
             CreateOutcome::OverQuota(limit) => {

@@ -25,6 +25,7 @@ use tonic::{Request, Response};
 use tokio_util::sync::CancellationToken;
 
 use super::*;
+use crate::declaration::ActionKey;
 
 type Answer = Result<PublishResponse, Status>;
 
@@ -107,7 +108,10 @@ fn start() -> Fixture {
     let may_end = CancellationToken::new();
     let attempt_spec = AttemptSpec {
         record: record(),
-        spec: Arc::new(ActionSpec::new("waits")),
+        declared: Declaration {
+            key: ActionKey { action: "waits".into(), tenant: None },
+            spec: Arc::new(ActionSpec::new("waits")),
+        },
         handler: Arc::new(WaitsForToken(may_end.clone())),
         reports: Arc::default(),
         payload: StoredPayload { content_type: String::new(), data: Bytes::new() },

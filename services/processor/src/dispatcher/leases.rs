@@ -7,6 +7,7 @@ use streamer_proto::common::v1::event::Kind;
 use streamer_store::{
     Append, AppendOutcome, Lease, LeaseRenewal, RequestRecord, Writer, log_event,
 };
+use streamer_telemetry::ActionLabel;
 use tokio::time::{MissedTickBehavior, interval};
 use tokio_util::sync::CancellationToken;
 
@@ -23,7 +24,10 @@ impl Dispatcher {
     /// Fails a queued request whose deadline or schedule-to-close timeout has passed.
     pub(super) async fn fail_unstarted(&self, record: &RequestRecord) {
         let kind = outcome::overdue(record, self.now());
-        self.append_final_event(record, Writer::Queued(record.attempt), kind, None).await;
+        let declared = self.actions.find(&record.action, &record.owner.tenant);
+        let label = self.metrics.label(declared.as_ref());
+        let writer = Writer::Queued(record.attempt);
+        self.append_final_event(record, writer, kind, None, &label).await;
     }
 
     /// Appends and announces the final event of an attempt that no processor runs.
@@ -33,6 +37,7 @@ impl Dispatcher {
         writer: Writer,
         kind: Kind,
         retry_at: Option<Timestamp>,
+        label: &ActionLabel,
     ) {
         let now = self.now();
         let event = log_event(record.last_seq.next(), record.attempt, now, kind.clone());
@@ -46,7 +51,7 @@ impl Dispatcher {
         };
         match self.store.append(append).await {
             Ok(AppendOutcome::Applied { .. }) => {
-                self.metrics.attempt_ended(&record.action, &kind);
+                self.metrics.attempt_ended(label, &kind);
                 attempt_span(record).in_scope(|| log_end(&kind, None));
                 self.environment.log.announce(record.uid, vec![event]).await;
                 if let Some(retry_at) = retry_at {
@@ -96,6 +101,7 @@ impl Dispatcher {
                 }
                 declared = self.actions.find(&record.action, &record.owner.tenant);
             }
+            let label = self.metrics.label(declared.as_ref());
             let policy = declared.map_or_else(RetryPolicy::default, |declared| declared.spec.retry);
             match lease_recovery::final_event(&*self.store, &record, policy, self.now()).await {
                 Ok(event) => {
@@ -104,7 +110,8 @@ impl Dispatcher {
                         tracing::info!("recovering an attempt: its lease expired");
                     });
                     let writer = Writer::ExpiredLease(record.attempt);
-                    self.append_final_event(&record, writer, event.kind, event.retry_at).await;
+                    let (kind, retry_at) = (event.kind, event.retry_at);
+                    self.append_final_event(&record, writer, kind, retry_at, &label).await;
                 }
                 Err(error) => {
                     tracing::warn!(%error, uid = %record.uid, "failed to recover an attempt");

@@ -58,7 +58,7 @@ impl Dispatcher {
             return Ok(None);
         }
         let declared = self.actions.find(&record.action, &record.owner.tenant);
-        let Some(spec) = declared.map(|declared| declared.spec) else { return Ok(None) };
+        let Some(declared) = declared else { return Ok(None) };
         let output = lease_recovery::read_output(&*self.store, &record).await?;
         let reports = Arc::new(self.report_queue(&record));
         let durable = record.last_seq.events_since(record.attempt_seq);
@@ -71,7 +71,7 @@ impl Dispatcher {
         let grace = self.options.cancellation_grace_period;
         let remote = Arc::new(RemoteHandler::new(
             worker.clone(),
-            spec.clone(),
+            declared.spec.clone(),
             task,
             None,
             Some(handle.clone()),
@@ -82,7 +82,7 @@ impl Dispatcher {
             tracing::info!(worker = worker.id, "took over a running attempt of a worker");
         });
         let attempt_spec = AttemptSpec {
-            spec,
+            declared,
             handler: remote.clone(),
             reports,
             // The worker already has the payload.

@@ -2,11 +2,11 @@
 
 use std::{sync::Arc, time::Duration};
 
-use streamer_core::{ActionSpec, OutputDigest, Timestamp, Uid};
+use streamer_core::{OutputDigest, Timestamp, Uid};
 use streamer_handler::{DynHandler, ReportQueue};
 use streamer_proto::common::v1::{Cancelled, event::Kind};
 use streamer_store::{CancelOutcome, Claim, ClaimOutcome, Claimed, RequestRecord, StoreError};
-use streamer_telemetry::{AttemptSpan, InScope, Scope, TraceContext, Waited};
+use streamer_telemetry::{ActionLabel, AttemptSpan, InScope, Scope, TraceContext, Waited};
 use tokio::time::Instant;
 use tracing::Instrument;
 
@@ -15,6 +15,7 @@ use crate::{
     actions::Runner,
     attempt::{self, AttemptHandle, AttemptResult, AttemptSpec},
     attempt_log::{attempt_span, log_end},
+    declaration::Declaration,
     workers::{
         remote_handler::{Assignment, RemoteHandler},
         remote_task::RemoteTask,
@@ -32,7 +33,7 @@ impl Dispatcher {
     pub(super) async fn claim_and_run(
         &self,
         uid: Uid,
-        spec: Arc<ActionSpec>,
+        declared: Declaration,
         runner: Runner,
         handle: Arc<AttemptHandle>,
     ) {
@@ -54,9 +55,10 @@ impl Dispatcher {
                     running.attempt = claimed.record.attempt;
                 }
                 let record = &claimed.record;
-                self.metrics.waited(&record.action, now.since(record.not_before));
+                self.metrics
+                    .waited(&self.metrics.label(Some(&declared)), now.since(record.not_before));
                 let claim_timing = ClaimTiming { started_at: now, duration: started_at.elapsed() };
-                self.run_claimed(*claimed, spec, runner, handle, claim_timing).await;
+                self.run_claimed(*claimed, declared, runner, handle, claim_timing).await;
             }
             Ok(ClaimOutcome::Overdue(record)) => self.fail_unstarted(&record).await,
             Ok(ClaimOutcome::NotClaimable) => {
@@ -82,7 +84,7 @@ impl Dispatcher {
     async fn run_claimed(
         &self,
         claimed: Claimed,
-        spec: Arc<ActionSpec>,
+        declared: Declaration,
         runner: Runner,
         handle: Arc<AttemptHandle>,
         claim_timing: ClaimTiming,
@@ -94,7 +96,7 @@ impl Dispatcher {
         let reports = Arc::new(self.report_queue(&record));
         let is_remote = matches!(runner, Runner::Remote(_));
         let attempt_spec = |handler: Arc<dyn DynHandler>| AttemptSpec {
-            spec: spec.clone(),
+            declared: declared.clone(),
             handler,
             reports: reports.clone(),
             payload,
@@ -113,7 +115,7 @@ impl Dispatcher {
                 let assignment = Some(Assignment { sync: false });
                 let remote = Arc::new(RemoteHandler::new(
                     permit.worker.clone(),
-                    spec.clone(),
+                    declared.spec.clone(),
                     task,
                     assignment,
                     Some(handle.clone()),
@@ -155,27 +157,28 @@ impl Dispatcher {
         let started_at = Instant::now();
         let (uid, action) = (record.uid, record.action.clone());
         let tenant = record.owner.tenant.clone();
+        let label = self.metrics.label(Some(&attempt_spec.declared));
         self.metrics.attempts_in_progress.inc();
         let running = attempt::run(&self.environment, attempt_spec, handle);
         let result = Box::pin(running).instrument(span.clone()).in_scope(scope.clone()).await;
-        scope.run(|| self.metrics.attempt_took(&action, started_at.elapsed()));
+        scope.run(|| self.metrics.attempt_took(&label, started_at.elapsed()));
         scope.end_attempt(result.outcome(), result.error());
         self.metrics.attempts_in_progress.dec();
         match result {
             AttemptResult::Recorded(kind, retry_at, cancel_reason) => {
                 self.runtime_estimates.record(&tenant, &action, started_at.elapsed());
-                self.metrics.attempt_ended(&action, &kind);
+                self.metrics.attempt_ended(&label, &kind);
                 scope.run(|| span.in_scope(|| log_end(&kind, Some(started_at.elapsed()))));
                 match (retry_at, cancel_reason) {
                     // Cancellation was requested after the final event was determined.
-                    (Some(_), Some(reason)) => self.cancel_queued(uid, reason).await,
+                    (Some(_), Some(reason)) => self.cancel_queued(uid, reason, &label).await,
                     (Some(retry_at), None) => self.record_due(retry_at),
                     (None, _) => {}
                 }
                 true
             }
             AttemptResult::Fenced => {
-                self.metrics.attempt_fenced(&action);
+                self.metrics.attempt_fenced(&label);
                 false
             }
         }
@@ -204,10 +207,10 @@ impl Dispatcher {
     }
 
     /// Cancels a request that waits for its next attempt.
-    async fn cancel_queued(&self, uid: Uid, reason: String) {
+    async fn cancel_queued(&self, uid: Uid, reason: String, label: &ActionLabel) {
         match self.store.cancel(uid, reason, self.now()).await {
             Ok(CancelOutcome::Cancelled(record, event)) => {
-                self.metrics.attempt_ended(&record.action, &Kind::Cancelled(Cancelled::default()));
+                self.metrics.attempt_ended(label, &Kind::Cancelled(Cancelled::default()));
                 self.environment.log.announce(record.uid, vec![*event]).await;
             }
             // The request is already running again, and its attempt will be notified.

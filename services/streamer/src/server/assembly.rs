@@ -13,7 +13,7 @@ use streamer_progress::{Progress, Ring};
 use streamer_router::{PeerRouters, Router};
 use streamer_rpc::{Channel, RpcMetrics, local};
 use streamer_store::Store;
-use streamer_telemetry::{Metrics, Telemetry, Traces};
+use streamer_telemetry::{ActionLabelOptions, Metrics, Telemetry, Traces};
 use tokio::{sync::watch, task::JoinHandle};
 
 use crate::server::{
@@ -191,7 +191,10 @@ impl Services {
         shutdown: &Shutdown,
     ) -> Result<(Self, Option<DevKey>), StartError> {
         let Plan { config, role, handlers, clock, own_address, telemetry } = plan;
-        let metrics = Metrics::with_max_actions(size(config.server.metrics_max_actions));
+        let metrics = Metrics::with_action_labels(ActionLabelOptions {
+            limit: size(config.server.metrics_max_actions),
+            has_tenant_actions: config.server.metrics_tenant_actions,
+        });
         process_metrics::register(&metrics, clock.now());
         telemetry.register(&metrics);
         let (store, max_value_bytes) = store_engine::open(config, &metrics).await?;
