@@ -10,6 +10,8 @@ use prometheus_client::{
     metrics::{MetricType, TypedMetric, exemplar::HistogramWithExemplars, family::Family},
 };
 
+use streamer_core::{Clock, SystemClock};
+
 use crate::traces::{TraceContext, is_sampled};
 
 /// Bucket bounds in seconds: 0.1 ms to 10 s. They include the latency objectives of 50 ms and 100 ms.
@@ -49,7 +51,7 @@ impl LatencyHistogram {
     pub fn observe_in(&self, duration: Duration, trace: Option<&TraceContext>) {
         let trace = trace.filter(|trace| trace.is_sampled());
         let label = trace.map(|trace| TraceLabel { trace_id: trace.trace_id() });
-        let time = label.as_ref().map(|_| SystemTime::now());
+        let time = label.as_ref().map(|_| SystemTime::from(SystemClock.now()));
         self.0.observe(duration.as_secs_f64(), label, time);
     }
 }
