@@ -324,6 +324,39 @@ fn assert_sums(text: &str, expected: &[(&str, usize)]) {
 }
 
 #[tokio::test]
+async fn each_submission_is_counted_once() {
+    let server = Server::start(&[]);
+    let mut client = Client::connect(&server.url, &server.token("acme", "ann", &[])).await;
+    client.submit("a", "echo_async", json!({ "steps": 1 })).await;
+    client.follow(Log::after(1)).await;
+    let duplicate = client.submit("a", "echo_async", json!({ "steps": 1 })).await;
+    assert_eq!(duplicate["duplicate"], true, "{duplicate}");
+    // A connection without events.
+    let mut client = Client::connect(&server.url, &server.token("acme", "ann", &[])).await;
+    for (id, action, payload, code) in [
+        ("a", "echo_async", json!({ "steps": 2 }), "CONFLICT"),
+        ("b", "missing", json!({}), "INVALID_ACTION"),
+        ("c", "echo_async", json!({ "steps": "x" }), "VALIDATION_ERROR"),
+    ] {
+        let message = json!({ "id": id, "action": action, "payload": payload });
+        let rejected = client.request(message).await;
+        assert_eq!(rejected["error"]["code"], code, "{rejected}");
+    }
+    assert_sums(
+        &metrics(&server.url).await,
+        &[
+            ("streamer_router_requests_total{mode=\"async\",result=\"accepted\"}", 1),
+            ("streamer_router_requests_total{mode=\"async\",result=\"duplicate\"}", 1),
+            ("streamer_router_requests_total{}", 2),
+            ("streamer_router_rejections_total{reason=\"CONFLICT\"}", 1),
+            ("streamer_router_rejections_total{reason=\"INVALID_ACTION\"}", 1),
+            ("streamer_router_rejections_total{reason=\"VALIDATION_ERROR\"}", 1),
+            ("streamer_router_rejections_total{}", 3),
+        ],
+    );
+}
+
+#[tokio::test]
 async fn health_checks_and_reflection_are_counted_by_method() {
     let server = Server::start(&[]);
     let endpoint = tonic::transport::Endpoint::new(server.url.clone()).unwrap();

@@ -9,6 +9,7 @@ mod admin_service;
 mod admission;
 mod await_outcome;
 mod backup_stream;
+mod cancellation;
 mod catalog;
 mod change_limiter;
 mod compiled_schemas;
@@ -129,7 +130,7 @@ impl Router {
             clock: dependencies.clock,
             upstreams,
             catalog: Arc::new(Catalog::default()),
-            metrics: RouterMetrics::new(&dependencies.metrics),
+            metrics: Arc::new(RouterMetrics::new(&dependencies.metrics)),
             limits: dependencies.limits,
             changes: ChangeLimiter::default(),
             submissions,

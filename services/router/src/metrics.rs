@@ -1,12 +1,21 @@
 //! Metrics of the router.
 
+use std::{
+    sync::{
+        Arc, OnceLock,
+        atomic::{AtomicBool, Ordering},
+    },
+    thread,
+};
+
 use prometheus_client::{
     encoding::EncodeLabelSet,
     metrics::{counter::Counter, family::Family},
 };
-use streamer_telemetry::{ActionLabel, LatencyHistogram, Metrics};
-
-use crate::catalog::CatalogEntry;
+use streamer_core::ErrorCode;
+use streamer_rpc::request_error;
+use streamer_telemetry::{ActionLabel, ActionScope, LatencyHistogram, Metrics};
+use tonic::Status;
 
 pub(crate) struct RouterMetrics {
     metrics: Metrics,
@@ -28,15 +37,13 @@ struct ReasonLabel {
     reason: &'static str,
 }
 
-/// Result of a submission that was not rejected.
+/// Mode of a submission.
 #[derive(Clone, Copy, Debug)]
-pub(crate) enum Submitted {
-    /// A sync request was forwarded to a processor.
+pub(crate) enum Mode {
+    /// The request is forwarded to a processor.
     Sync,
-    /// An async request was stored.
+    /// The request is stored.
     Async,
-    /// A request with the same `id` existed.
-    Duplicate,
 }
 
 impl RouterMetrics {
@@ -45,13 +52,16 @@ impl RouterMetrics {
             metrics: metrics.clone(),
             requests: metrics.register(
                 "streamer_router_requests",
-                "Submissions that were not rejected, by action, mode (sync, async) and result: accepted, or duplicate \
-                 if a request with the same id existed",
+                "Submissions and redrives that were not rejected, by action, mode (sync, async) and result: accepted, \
+                 duplicate if a request with the same id existed, or cancelled if the caller did not wait until the \
+                 request was stored or its sync action had ended. The mode of a submission that was cancelled before \
+                 its action was known is unknown",
                 Family::default(),
             ),
             rejections: metrics.register(
                 "streamer_router_rejections",
-                "Submissions that were rejected, by reason: the error code",
+                "Submissions and redrives that were rejected, by the router or by all processors, by reason: the \
+                 error code",
                 Family::default(),
             ),
             submit_seconds: metrics.latency(
@@ -61,21 +71,145 @@ impl RouterMetrics {
         }
     }
 
-    /// Counts a submission that was not rejected. The declaration of its action is `None` if it is unknown.
-    pub(crate) fn submitted(&self, declared: Option<&CatalogEntry>, submitted: Submitted) {
-        let (mode, result) = match submitted {
-            Submitted::Sync => ("sync", "accepted"),
-            Submitted::Async => ("async", "accepted"),
-            Submitted::Duplicate => ("async", "duplicate"),
-        };
-        let label =
-            |entry: &CatalogEntry| self.metrics.action_label(&entry.action.name, entry.scope);
-        let action = declared.map_or_else(|| self.metrics.other_action_label(), label);
+    /// Returns the count of a submission that begins now.
+    pub(crate) fn submission(self: &Arc<Self>) -> Arc<SubmissionCount> {
+        Arc::new(SubmissionCount {
+            metrics: self.clone(),
+            labels: OnceLock::new(),
+            is_counted: AtomicBool::new(false),
+        })
+    }
+
+    fn count_request(&self, action: ActionLabel, mode: &'static str, result: &'static str) {
         self.requests.get_or_create(&RequestLabels { action, mode, result }).inc();
     }
 
+    fn count_rejection(&self, reason: ErrorCode) {
+        self.rejections.get_or_create(&ReasonLabel { reason: reason.as_str() }).inc();
+    }
+}
+
+/// Count of one submission. Only the first result is counted. The count is shared by the call and by the task that
+/// stores the request, which continues after the caller has disconnected; if neither has recorded a result in the end, the
+/// submission is counted as cancelled.
+pub(crate) struct SubmissionCount {
+    metrics: Arc<RouterMetrics>,
+    /// Action and mode, once they are known.
+    labels: OnceLock<(ActionLabel, &'static str)>,
+    is_counted: AtomicBool,
+}
+
+impl SubmissionCount {
+    /// Records the action and the mode of the submission.
+    pub(crate) fn set_action(&self, action: &str, scope: ActionScope, mode: Mode) {
+        let mode = match mode {
+            Mode::Sync => "sync",
+            Mode::Async => "async",
+        };
+        self.labels.get_or_init(|| (self.metrics.metrics.action_label(action, scope), mode));
+    }
+
+    /// Counts a submission whose request was stored, or executed by a processor.
+    pub(crate) fn accepted(&self) {
+        self.count("accepted");
+    }
+
+    /// Counts a submission for which a request with the same `id` existed.
+    pub(crate) fn duplicate(&self) {
+        self.count("duplicate");
+    }
+
+    /// Does not count a repeated call, because an earlier call was counted.
+    pub(crate) fn repeated(&self) {
+        self.is_counted.store(true, Ordering::Relaxed);
+    }
+
     /// Counts a rejected submission.
-    pub(crate) fn rejected(&self, reason: &'static str) {
-        self.rejections.get_or_create(&ReasonLabel { reason }).inc();
+    pub(crate) fn rejected(&self, status: &Status) {
+        if self.is_first() {
+            self.metrics.count_rejection(request_error(status).code);
+        }
+    }
+
+    fn count(&self, result: &'static str) {
+        if self.is_first() {
+            let labels = self.labels.get().cloned();
+            let unknown = || (self.metrics.metrics.other_action_label(), "unknown");
+            let (action, mode) = labels.unwrap_or_else(unknown);
+            self.metrics.count_request(action, mode, result);
+        }
+    }
+
+    fn is_first(&self) -> bool {
+        !self.is_counted.swap(true, Ordering::Relaxed)
+    }
+}
+
+impl Drop for SubmissionCount {
+    fn drop(&mut self) {
+        if !thread::panicking() {
+            self.count("cancelled");
+        } else if self.is_first() {
+            self.metrics.count_rejection(ErrorCode::InternalError);
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// Returns the counters after a submission.
+    fn counters(submit: impl FnOnce(Arc<SubmissionCount>)) -> Vec<String> {
+        let metrics = Metrics::new();
+        submit(Arc::new(RouterMetrics::new(&metrics)).submission());
+        let text = metrics.encode();
+        let counters = text.lines().filter_map(|line| line.strip_prefix("streamer_router_re"));
+        counters.map(str::to_owned).collect()
+    }
+
+    #[test]
+    fn a_submission_is_counted_once_with_its_first_result() {
+        let accepted = "quests_total{action=\"a\",mode=\"sync\",result=\"accepted\"} 1";
+        let counted = counters(|count| {
+            count.set_action("a", ActionScope::AllTenants, Mode::Sync);
+            count.accepted();
+            count.rejected(&Status::unavailable("the handler failed"));
+        });
+        assert_eq!(counted, [accepted]);
+        let counted = counters(|count| {
+            count.rejected(&Status::unavailable("no processor"));
+            count.accepted();
+        });
+        assert_eq!(counted, ["jections_total{reason=\"UNAVAILABLE\"} 1"]);
+        assert!(counters(|count| count.repeated()).is_empty());
+    }
+
+    #[test]
+    fn a_submission_without_a_result_is_cancelled_when_its_last_user_ends() {
+        let counted = counters(|count| {
+            count.set_action("a", ActionScope::OneTenant, Mode::Async);
+            let task = count.clone();
+            drop(count);
+            task.duplicate();
+        });
+        assert_eq!(
+            counted,
+            ["quests_total{action=\"_other\",mode=\"async\",result=\"duplicate\"} 1"]
+        );
+        let cancelled = "quests_total{action=\"_other\",mode=\"unknown\",result=\"cancelled\"} 1";
+        assert_eq!(counters(drop), [cancelled]);
+    }
+
+    #[test]
+    fn a_submission_that_panics_is_rejected() {
+        let counted = counters(|count| {
+            let panicked = thread::spawn(move || {
+                let _count = count;
+                panic!("a defect");
+            });
+            panicked.join().unwrap_err();
+        });
+        assert_eq!(counted, ["jections_total{reason=\"INTERNAL_ERROR\"} 1"]);
     }
 }

@@ -19,6 +19,7 @@ use tonic::{Code, Status};
 use crate::{
     admission::{Submission, well_formed_time},
     error::failed_precondition,
+    metrics::{Mode, SubmissionCount},
     permission::check_permission,
     request_service::{Access, RequestService, StoredRequest},
     router_service::{DEFAULT_PAGE_SIZE, MAX_PAGE_SIZE},
@@ -44,8 +45,12 @@ impl RequestService {
                 old.state
             )));
         }
-        self.submissions.admit(&caller.principal, self.clock.now())?;
-        let stored = self.create_redrive(caller, &old, (!id.is_empty()).then_some(id)).await?;
+        let count = self.metrics.submission();
+        let redriven = async {
+            self.submissions.admit(&caller.principal, self.clock.now())?;
+            self.create_redrive(caller, &old, (!id.is_empty()).then_some(id), &count).await
+        };
+        let stored = redriven.await.inspect_err(|status| count.rejected(status))?;
         if stored.record.redrive_of != Some(old.uid) {
             let (name, uid) = (stored.record.request_id(), stored.record.uid);
             let message = format!("id {name:?} was used by request {uid}");
@@ -101,7 +106,10 @@ impl RequestService {
         caller: &Caller,
         old: &RequestRecord,
     ) -> Result<Option<Request>, Status> {
-        let stored = self.create_redrive(caller, old, Some(format!("redrive:{}", old.uid))).await?;
+        let count = self.metrics.submission();
+        let id = Some(format!("redrive:{}", old.uid));
+        let stored = self.create_redrive(caller, old, id, &count).await;
+        let stored = stored.inspect_err(|status| count.rejected(status))?;
         Ok((!stored.duplicate).then(|| request_to_proto(&stored.record)))
     }
 
@@ -110,10 +118,12 @@ impl RequestService {
         caller: &Caller,
         old: &RequestRecord,
         client_id: Option<String>,
+        count: &Arc<SubmissionCount>,
     ) -> Result<StoredRequest, Status> {
         let tenant = &old.owner.tenant;
         let entry = self.catalog.find_or_query(&old.action, tenant, &self.upstreams).await?;
         check_permission(caller, &entry)?;
+        count.set_action(&old.action, entry.scope, Mode::Async);
         let payload =
             self.store.read_payload(old.uid).await.map_err(|error| store_status(&error))?;
         let submission = Submission {
@@ -127,7 +137,7 @@ impl RequestService {
             deadline: None,
             uid: None,
         };
-        self.create(old.owner.clone(), submission, self.clock.now(), Some(old.uid)).await
+        self.create(old.owner.clone(), submission, self.clock.now(), Some(old.uid), count).await
     }
 }
 

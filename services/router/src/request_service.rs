@@ -4,8 +4,7 @@ use std::{sync::Arc, time::Duration};
 
 use streamer_auth::{Caller, Subject};
 use streamer_core::{
-    Clock, ErrorCode, Limits, LimitsByTenant, Timestamp, Uid, Violations, limits, saturate,
-    validate,
+    Clock, ErrorCode, Limits, LimitsByTenant, Timestamp, Uid, Violations, saturate, validate,
 };
 use streamer_proto::{
     common::v1::{
@@ -17,12 +16,12 @@ use streamer_proto::{
     },
 };
 use streamer_rpc::{
-    completed, encode_payload, ensure_valid, error_status, not_found, request_error,
-    request_to_proto, state_to_proto, store_status,
+    completed, encode_payload, ensure_valid, error_status, not_found, request_to_proto,
+    state_to_proto, store_status,
 };
 use streamer_store::{
-    CancelOutcome, CreateOutcome, DeleteOutcome, ListRequests, NewRequest, Owner, RequestPage,
-    RequestRecord, Store, StoredPayload, find_by_client_id_or_uid,
+    CreateOutcome, DeleteOutcome, ListRequests, NewRequest, Owner, RequestPage, RequestRecord,
+    Store, StoredPayload, find_by_client_id_or_uid,
 };
 use streamer_telemetry::{TraceContext, trace_span};
 use tokio::time::Instant;
@@ -35,12 +34,12 @@ use crate::{
     catalog::{Catalog, CatalogEntry},
     change_limiter::ChangeLimiter,
     error::{failed_precondition, forbidden},
-    metrics::{RouterMetrics, Submitted},
+    metrics::{Mode, RouterMetrics, SubmissionCount},
     queue_position::{self, MAX_AHEAD, MAX_AHEAD_OF_NEW},
     quota,
     submission_check::Checked,
     submission_rates::SubmissionRates,
-    upstreams::Upstreams,
+    upstreams::{ExecuteError, Upstreams},
 };
 
 /// A `uid` that the calling service has assigned to a submission.
@@ -57,7 +56,7 @@ pub(crate) struct RequestService {
     pub(crate) clock: Arc<dyn Clock>,
     pub(crate) upstreams: Arc<Upstreams>,
     pub(crate) catalog: Arc<Catalog>,
-    pub(crate) metrics: RouterMetrics,
+    pub(crate) metrics: Arc<RouterMetrics>,
     pub(crate) limits: Limits,
     pub(crate) changes: ChangeLimiter,
     pub(crate) submissions: Arc<SubmissionRates>,
@@ -81,7 +80,7 @@ pub(crate) enum Access {
 }
 
 impl RequestService {
-    /// Admits a submission, then runs or stores it.
+    /// Admits a submission, then runs or stores it. Counts each submission once.
     pub(crate) async fn submit(
         self: &Arc<Self>,
         caller: &Caller,
@@ -89,7 +88,9 @@ impl RequestService {
         uid: Option<PreassignedUid>,
     ) -> Result<SubmitResponse, Status> {
         let encoding = request.payload_encoding();
-        let mut response = self.admit(caller, request, uid).await?;
+        let count = self.metrics.submission();
+        let admitted = self.admit(caller, request, uid, &count).await;
+        let mut response = admitted.inspect_err(|status| count.rejected(status))?;
         if let Some(Outcome::Completed(completed)) = &mut response.outcome
             && let Some(result) = &mut completed.result
         {
@@ -103,21 +104,23 @@ impl RequestService {
         caller: &Caller,
         request: SubmitRequest,
         uid: Option<PreassignedUid>,
+        count: &Arc<SubmissionCount>,
     ) -> Result<SubmitResponse, Status> {
         let now = self.clock.now();
-        let checked = self.check(caller, request, uid, now).await;
-        let checked = checked.inspect_err(|status| {
-            self.metrics.rejected(request_error(status).code.as_str());
-        });
-        match checked? {
+        match self.check(caller, request, uid, now).await? {
             Checked::Stored(record, wait_ms) => {
+                count.repeated();
                 let stored = self.notify_again(*record).await;
                 self.acknowledge(caller, stored, wait_ms, now).await
             }
             Checked::New(submission, entry) if entry.action.sync => {
-                self.run_now(caller, submission, now, &entry).await
+                count.set_action(&submission.action, entry.scope, Mode::Sync);
+                self.run_now(caller, submission, now, &entry.offered_by, count).await
             }
-            Checked::New(submission, _) => self.store_and_notify(caller, submission, now).await,
+            Checked::New(submission, entry) => {
+                count.set_action(&submission.action, entry.scope, Mode::Async);
+                self.store_and_notify(caller, submission, now, count).await
+            }
         }
     }
 
@@ -126,9 +129,9 @@ impl RequestService {
         caller: &Caller,
         submission: Submission,
         now: Timestamp,
-        entry: &CatalogEntry,
+        processors: &[Arc<str>],
+        count: &SubmissionCount,
     ) -> Result<SubmitResponse, Status> {
-        self.metrics.submitted(Some(entry), Submitted::Sync);
         let uid = Uid::new(now).to_string();
         let request_id = submission.client_id.unwrap_or_else(|| uid.clone());
         let StoredPayload { content_type, data } = submission.payload;
@@ -139,7 +142,11 @@ impl RequestService {
             request_id: request_id.clone(),
         };
         let authorization = caller.authorization.clone();
-        let result = self.upstreams.execute(authorization, execute, &entry.offered_by).await?;
+        let executed = self.upstreams.execute(authorization, execute, processors).await;
+        if !matches!(executed, Err(ExecuteError::Rejected(_))) {
+            count.accepted();
+        }
+        let result = executed.map_err(ExecuteError::into_status)?;
         let state = RequestState::Succeeded.into();
         let completed = Completed { state, result, ..Completed::default() };
         Ok(SubmitResponse { request_id, uid, outcome: Some(Outcome::Completed(completed)) })
@@ -150,10 +157,11 @@ impl RequestService {
         caller: &Caller,
         submission: Submission,
         now: Timestamp,
+        count: &Arc<SubmissionCount>,
     ) -> Result<SubmitResponse, Status> {
         let start = Instant::now();
         let wait_ms = submission.wait_ms;
-        let stored = self.create(owner(caller), submission, now, None).await?;
+        let stored = self.create(owner(caller), submission, now, None, count).await?;
         self.metrics.submit_seconds.observe(start.elapsed());
         self.acknowledge(caller, stored, wait_ms, now).await
     }
@@ -246,6 +254,7 @@ impl RequestService {
         submission: Submission,
         now: Timestamp,
         redrive_of: Option<Uid>,
+        count: &Arc<SubmissionCount>,
     ) -> Result<StoredRequest, Status> {
         let delay = saturate::from_millis(submission.delay_ms);
         let not_before = now.plus(delay);
@@ -277,10 +286,10 @@ impl RequestService {
             quota: quota::for_tenant(&self.tenant_limits, &owner.tenant),
         };
         // A stored request must be announced even if its client disconnects.
-        let service = self.clone();
+        let (service, count) = (self.clone(), count.clone());
         let metadata = new.metadata.as_ref().map_or(0, bytes::Bytes::len);
         let (bytes, tenant) = (new.payload.data.len() + metadata, owner.tenant.clone());
-        let stored = async move { service.store_new(new, owner, entry).await };
+        let stored = async move { service.store_new(new, owner, entry, &count).await };
         self.changes.run(&tenant, bytes, stored).await
     }
 
@@ -289,6 +298,7 @@ impl RequestService {
         new: NewRequest,
         owner: Owner,
         entry: Option<Arc<CatalogEntry>>,
+        count: &SubmissionCount,
     ) -> Result<StoredRequest, Status> {
         let (uid, is_delayed, quota) = (new.uid, new.not_before > new.create_time, new.quota);
         let created =
@@ -302,10 +312,11 @@ impl RequestService {
             }
             // A retry by the calling service, which did not receive the first response.
             CreateOutcome::Existing(record) if record.uid == uid => {
+                count.repeated();
                 Ok(self.notify_again(*record).await)
             }
             CreateOutcome::Created(record, accepted, used) => {
-                self.metrics.submitted(entry.as_deref(), Submitted::Async);
+                count.accepted();
                 tracing::info!(
                     request_id = record.request_id(), %uid, tenant_id = owner.tenant, action = record.action,
                     "request accepted"
@@ -322,11 +333,10 @@ impl RequestService {
                 Ok(StoredRequest { record: *record, duplicate: false, queue_estimate })
             }
             CreateOutcome::Existing(record) => {
-                self.metrics.submitted(entry.as_deref(), Submitted::Duplicate);
+                count.duplicate();
                 Ok(StoredRequest { record: *record, duplicate: true, queue_estimate: None })
             }
             CreateOutcome::OverQuota(limit) => {
-                self.metrics.rejected(ErrorCode::RateLimited.as_str());
                 self.tenant_limits.record_usage(limit, 1, 1);
                 Err(quota::exceeded(limit, &quota))
             }
@@ -418,46 +428,6 @@ impl RequestService {
     /// Returns a page of requests. The caller must check access first.
     pub(crate) async fn list(&self, query: ListRequests) -> Result<RequestPage, Status> {
         self.store.list_requests(query).await.map_err(|error| store_status(&error))
-    }
-
-    /// Requests the cancellation of a request.
-    pub(crate) async fn cancel(
-        self: &Arc<Self>,
-        caller: &Caller,
-        name: &str,
-        reason: String,
-    ) -> Result<RequestRecord, Status> {
-        let mut violations = Violations::default();
-        violations
-            .check("reason", validate::at_most(reason.len(), limits::MAX_REASON_BYTES, "reason"));
-        ensure_valid(&violations)?;
-        let RequestRecord { uid, owner, .. } = self.find(caller, name, Access::Write).await?;
-        // A stored cancellation must reach watchers and processors even if the client disconnects.
-        let service = self.clone();
-        let cancelled = async move { service.store_cancel(uid, reason).await };
-        self.changes.run(&owner.tenant, 0, cancelled).await?.ok_or_else(|| not_found(name))
-    }
-
-    /// Stores a cancellation. Returns the updated request; `None` if the request does not exist.
-    async fn store_cancel(
-        &self,
-        uid: Uid,
-        reason: String,
-    ) -> Result<Option<RequestRecord>, Status> {
-        let cancelled = self.store.cancel(uid, reason, self.clock.now()).await;
-        match cancelled.map_err(|error| store_status(&error))? {
-            CancelOutcome::Cancelled(record, event) => {
-                self.upstreams.announce(uid, *event, None).await;
-                Ok(Some(*record))
-            }
-            CancelOutcome::Requested(record) => {
-                let reason = record.cancel_reason.clone().unwrap_or_default();
-                self.upstreams.signal_cancel(uid, &reason).await;
-                Ok(Some(*record))
-            }
-            CancelOutcome::Ended(record) => Ok(Some(*record)),
-            CancelOutcome::NotFound => Ok(None),
-        }
     }
 
     /// Deletes an ended request.

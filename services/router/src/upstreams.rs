@@ -38,6 +38,22 @@ const MAX_CONCURRENT_LOOKUPS: usize = 64;
 /// Maximum number of processors that are notified of a queued request.
 const MAX_NOTIFIED: usize = 3;
 
+/// Error of a sync action.
+pub(crate) enum ExecuteError {
+    /// No processor has started the action.
+    Rejected(Status),
+    /// A processor may have started the action.
+    Failed(Status),
+}
+
+impl ExecuteError {
+    pub(crate) fn into_status(self) -> Status {
+        match self {
+            Self::Rejected(status) | Self::Failed(status) => status,
+        }
+    }
+}
+
 /// Clients of the processors and of the progress service.
 pub(crate) struct Upstreams {
     pub(crate) processors: Instances,
@@ -110,7 +126,7 @@ impl Upstreams {
         authorization: HeaderValue,
         request: ExecuteRequest,
         processors: &[Arc<str>],
-    ) -> Result<Option<Payload>, Status> {
+    ) -> Result<Option<Payload>, ExecuteError> {
         let mut last = None;
         let mut instances = self.candidates(processors).into_iter().peekable();
         let mut request = Some(request);
@@ -129,10 +145,11 @@ impl Upstreams {
                     status.metadata_mut().remove(NOT_ADMITTED);
                     last = Some(status);
                 }
-                Err(status) => return Err(status),
+                Err(status) => return Err(ExecuteError::Failed(status)),
             }
         }
-        Err(last.unwrap_or_else(|| Status::unavailable("no processor is available")))
+        let unavailable = || Status::unavailable("no processor is available");
+        Err(ExecuteError::Rejected(last.unwrap_or_else(unavailable)))
     }
 
     /// Returns whether any processor reports that `action` is declared for `tenant`; `None` if no processor reports

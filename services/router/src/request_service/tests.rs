@@ -49,6 +49,7 @@ struct Fixture {
     gate: Arc<Semaphore>,
     announced: mpsc::UnboundedReceiver<AnnounceRequest>,
     caller: Caller,
+    metrics: Metrics,
     _data: TempDir,
 }
 
@@ -62,15 +63,16 @@ fn fixture() -> Fixture {
     let limits = Limits {
         max_payload_bytes: 1024,
         max_output_chunk_bytes: 1024,
-        payload_option: limits::PAYLOAD_OPTION,
+        payload_option: streamer_core::limits::PAYLOAD_OPTION,
     };
+    let metrics = Metrics::new();
     let processors = Instances::one(streamer_cluster::Service::Processor, log.clone());
     let service = Arc::new(RequestService {
         store,
         clock: Arc::new(SystemClock),
         upstreams: Arc::new(Upstreams::new(processors, log.clone(), log, limits, false)),
         catalog: Arc::default(),
-        metrics: RouterMetrics::new(&Metrics::new()),
+        metrics: Arc::new(RouterMetrics::new(&metrics)),
         limits,
         changes: ChangeLimiter::default(),
         submissions: Arc::new(SubmissionRates::new(LimitsByTenant::default())),
@@ -84,7 +86,7 @@ fn fixture() -> Fixture {
     };
     let authorization = http::HeaderValue::from_static("Bearer t");
     let caller = Caller::new(Arc::new(principal), authorization);
-    Fixture { service, gate, announced, caller, _data: data }
+    Fixture { service, gate, announced, caller, metrics, _data: data }
 }
 
 fn submission() -> Submission {
@@ -105,6 +107,14 @@ impl Fixture {
     fn now(&self) -> Timestamp {
         self.service.clock.now()
     }
+
+    /// Returns the counts of submissions by result.
+    fn counts(&self) -> Vec<String> {
+        let text = self.metrics.encode();
+        let requests =
+            text.lines().filter(|line| line.starts_with("streamer_router_requests_total"));
+        requests.filter_map(|line| Some(line.split_once("result=")?.1.to_owned())).collect()
+    }
 }
 
 #[tokio::test]
@@ -112,7 +122,8 @@ async fn a_stored_submission_is_announced_after_its_caller_disconnects() {
     let mut fixture = fixture();
     {
         let (owner, now) = (owner(&fixture.caller), fixture.now());
-        let mut call = Box::pin(fixture.service.create(owner, submission(), now, None));
+        let count = fixture.service.metrics.submission();
+        let mut call = Box::pin(fixture.service.create(owner, submission(), now, None, &count));
         assert!(poll!(&mut call).is_pending());
         tokio::task::yield_now().await;
     }
@@ -120,6 +131,19 @@ async fn a_stored_submission_is_announced_after_its_caller_disconnects() {
     let announced = fixture.announced.recv().await.unwrap();
     assert_eq!(announced.events[0].seq, 1);
     assert_eq!(announced.created.unwrap().request_id, "one");
+    assert_eq!(fixture.counts(), ["\"accepted\"} 1"]);
+}
+
+#[tokio::test]
+async fn a_submission_whose_caller_disconnects_before_it_is_stored_is_cancelled() {
+    let fixture = fixture();
+    // The catalog waits for the lists of processors.
+    let request = SubmitRequest { action: "a".into(), ..SubmitRequest::default() };
+    let mut call = Box::pin(fixture.service.submit(&fixture.caller, request, None));
+    assert!(poll!(&mut call).is_pending());
+    assert!(fixture.counts().is_empty());
+    drop(call);
+    assert_eq!(fixture.counts(), ["\"cancelled\"} 1"]);
 }
 
 #[tokio::test]
@@ -127,7 +151,8 @@ async fn a_stored_cancellation_is_announced_after_its_caller_disconnects() {
     let mut fixture = fixture();
     let (owner, now) = (owner(&fixture.caller), fixture.now());
     fixture.gate.add_permits(1);
-    fixture.service.create(owner, submission(), now, None).await.unwrap();
+    let count = fixture.service.metrics.submission();
+    fixture.service.create(owner, submission(), now, None, &count).await.unwrap();
     fixture.announced.recv().await.unwrap();
     {
         let mut call = Box::pin(fixture.service.cancel(&fixture.caller, "one", "enough".into()));
