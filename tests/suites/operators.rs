@@ -19,7 +19,7 @@ use streamer_proto::{
     declared_methods,
     longrunning::{DeleteOperationRequest, operations_client::OperationsClient},
     processor::v1::{Task, report::Kind, work_request},
-    router::v1::{CancelRequest, GetRequest, ListRequest},
+    router::v1::{CancelRequest, GetRequest, ListRequest, SubmitRequest},
 };
 use streamer_rpc::json_payload;
 use streamer_tests::{
@@ -321,6 +321,50 @@ fn assert_sums(text: &str, expected: &[(&str, usize)]) {
     for (series, count) in expected {
         assert_eq!(sum(text, series), *count, "{series} in {text}");
     }
+}
+
+#[tokio::test]
+async fn each_sync_request_is_counted_once() {
+    let server = Server::start(&["execution.max_tenant_share_percent=100"]);
+    let quick = Action { sync: true, max_concurrency: 1, ..declare("quick") };
+    let mut worker = connect_worker(&server, "worker:*@*", quick).await;
+    let ann = api(&server, "acme", "ann", &[]);
+    let submit = || {
+        let request = SubmitRequest { action: "quick".into(), ..SubmitRequest::default() };
+        let (mut router, call) = (ann.router(), ann.call(request));
+        tokio::spawn(async move { router.submit(call).await })
+    };
+    let succeeded = submit();
+    let task = worker.next_task().await;
+    let rejected = submit().await.unwrap().unwrap_err();
+    assert_eq!(rejected.code(), Code::ResourceExhausted, "{rejected}");
+    worker.report(&task, 0, Kind::Result(json_payload("1"))).await;
+    succeeded.await.unwrap().unwrap();
+    let failed = submit();
+    let task = worker.next_task().await;
+    fail(&worker, &task, "no", false).await;
+    failed.await.unwrap().unwrap_err();
+    let dropped = submit();
+    worker.next_task().await;
+    dropped.abort();
+    let text =
+        metrics_with(&server, "streamer_router_requests_total{result=\"cancelled\"}", 1).await;
+    assert_sums(
+        &text,
+        &[
+            ("streamer_router_requests_total{mode=\"sync\",result=\"accepted\"}", 2),
+            ("streamer_router_requests_total{mode=\"sync\",result=\"cancelled\"}", 1),
+            ("streamer_router_requests_total{}", 3),
+            ("streamer_router_rejections_total{reason=\"RATE_LIMITED\"}", 1),
+            ("streamer_router_rejections_total{}", 1),
+            ("streamer_processor_sync_requests_total{outcome=\"succeeded\"}", 1),
+            ("streamer_processor_sync_requests_total{outcome=\"failed\"}", 1),
+            ("streamer_processor_sync_requests_total{outcome=\"rejected\"}", 1),
+            ("streamer_processor_sync_requests_total{outcome=\"cancelled\"}", 1),
+            // The rejected call did not run.
+            ("streamer_processor_sync_duration_seconds_count{}", 3),
+        ],
+    );
 }
 
 #[tokio::test]

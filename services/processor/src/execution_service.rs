@@ -18,7 +18,7 @@ use streamer_proto::{
 use streamer_rpc::{
     NOT_ADMITTED, error_status, json_payload, parse_uid, payload_into_parts, status,
 };
-use streamer_telemetry::{ActionLabel, InScope, Scope, TraceContext, is_sampled};
+use streamer_telemetry::{InScope, Scope, TraceContext, is_sampled};
 use tokio::time::timeout;
 use tokio_stream::wrappers::WatchStream;
 use tokio_util::sync::CancellationToken;
@@ -29,7 +29,7 @@ use crate::{
     attempt::{handler_span, record_failure},
     concurrency_limiter::ConcurrencyLimiter,
     dispatcher::Dispatcher,
-    metrics::ProcessorMetrics,
+    metrics::{ProcessorMetrics, SyncTimer},
     options::ProcessorOptions,
     workers::{
         remote_handler::{Assignment, RemoteHandler},
@@ -69,13 +69,13 @@ impl ExecutionApi {
         Self { dispatcher, actions, authenticator, metrics, options, sync_limiter }
     }
 
-    /// Executes a sync action. Sets `label` to the label of the action once it is known.
     async fn execute_now(
         &self,
         request: Request<ExecuteRequest>,
-        label: &mut ActionLabel,
+        timer: &mut SyncTimer<'_>,
     ) -> Result<bytes::Bytes, Status> {
-        let caller = caller_of(&self.authenticator, request.metadata().as_ref()).await?;
+        let caller = caller_of(&self.authenticator, request.metadata().as_ref()).await;
+        let caller = caller.map_err(not_admitted)?;
         let request = request.into_inner();
         let declared = self.actions.find(&request.action, &caller.principal.tenant);
         let Some(declared) = declared else {
@@ -83,7 +83,7 @@ impl ExecutionApi {
                 format!("no handler or worker is available for action {:?}", request.action);
             return Err(not_admitted(error_status(ErrorCode::Unavailable, message)));
         };
-        *label = self.metrics.label(Some(&declared));
+        timer.set_declaration(&declared);
         let Some(_permit) = self.sync_limiter.try_acquire(&declared, &caller.principal.tenant)
         else {
             return Err(not_admitted(status(&RequestError::limited(
@@ -132,6 +132,7 @@ impl ExecutionApi {
                 not_admitted(error_status(ErrorCode::Unavailable, "the processor is shutting down"))
             })?),
         };
+        timer.set_started();
         let running = AssertUnwindSafe(handler.run(&context, payload)).catch_unwind();
         let span = scope.span();
         let running = running.in_scope(scope);
@@ -204,10 +205,9 @@ impl ExecutionService for ExecutionApi {
         &self,
         request: Request<ExecuteRequest>,
     ) -> Result<Response<ExecuteResponse>, Status> {
-        let start = tokio::time::Instant::now();
-        let mut label = self.metrics.label(None);
-        let result = self.execute_now(request, &mut label).await;
-        self.metrics.sync_request(&label, result.is_ok(), start.elapsed());
+        let mut timer = self.metrics.sync_request();
+        let result = self.execute_now(request, &mut timer).await;
+        timer.record(result.is_ok());
         Ok(Response::new(ExecuteResponse { result: Some(json_payload(result?)) }))
     }
 

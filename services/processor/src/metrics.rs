@@ -1,6 +1,6 @@
 //! Metrics of the processor.
 
-use std::{sync::atomic::AtomicU64, time::Duration};
+use std::{sync::atomic::AtomicU64, thread, time::Duration};
 
 use prometheus_client::{
     encoding::EncodeLabelSet,
@@ -11,6 +11,7 @@ use streamer_handler::MemoryBudget;
 use streamer_proto::common::v1::event::Kind;
 use streamer_rpc::error_from_proto;
 use streamer_telemetry::{ActionLabel, LatencyFamily, Metrics};
+use tokio::time::Instant;
 
 use crate::declaration::{ActionKey, Declaration};
 
@@ -79,12 +80,13 @@ impl ProcessorMetrics {
             ),
             sync_requests: metrics.register(
                 "streamer_processor_sync_requests",
-                "Sync requests, by action and outcome: succeeded or failed",
+                "Sync requests, by action and outcome: succeeded, failed, cancelled if the caller did not wait for the \
+                 result, or rejected if this processor did not start the action",
                 Family::default(),
             ),
             sync_seconds: metrics.latency_by_action(
                 "streamer_processor_sync_duration_seconds",
-                "Duration of sync requests, by action",
+                "Duration of sync requests whose action was started, by action",
             ),
             queued_requests: metrics
                 .gauge("streamer_processor_queued_requests", "Queued requests"),
@@ -146,17 +148,15 @@ impl ProcessorMetrics {
         histogram.observe(duration);
     }
 
-    /// Counts a sync request.
-    pub(crate) fn sync_request(
-        &self,
-        action: &ActionLabel,
-        has_succeeded: bool,
-        duration: Duration,
-    ) {
-        let outcome = if has_succeeded { "succeeded" } else { "failed" };
-        self.sync_requests.get_or_create(&Self::outcome(action, outcome)).inc();
-        let histogram = self.sync_seconds.get_or_create(action);
-        histogram.observe(duration);
+    /// Returns a measurement of a sync request that begins now.
+    pub(crate) fn sync_request(&self) -> SyncTimer<'_> {
+        SyncTimer {
+            metrics: self,
+            action: self.label(None),
+            start: Instant::now(),
+            is_started: false,
+            outcome: None,
+        }
     }
 
     /// Exports the state of the queue.
@@ -176,5 +176,89 @@ impl ProcessorMetrics {
 
     fn outcome(action: &ActionLabel, outcome: &'static str) -> OutcomeLabels {
         OutcomeLabels { action: action.clone(), outcome }
+    }
+}
+
+/// Measurement of a sync request in progress. If its caller does not wait for the result, it is recorded as cancelled.
+pub(crate) struct SyncTimer<'a> {
+    metrics: &'a ProcessorMetrics,
+    action: ActionLabel,
+    start: Instant,
+    is_started: bool,
+    outcome: Option<&'static str>,
+}
+
+impl SyncTimer<'_> {
+    /// Sets the declaration of the action.
+    pub(crate) fn set_declaration(&mut self, declared: &Declaration) {
+        self.action = self.metrics.label(Some(declared));
+    }
+
+    /// Records that the action is started.
+    pub(crate) fn set_started(&mut self) {
+        self.is_started = true;
+    }
+
+    /// Records the end of the request.
+    pub(crate) fn record(mut self, has_succeeded: bool) {
+        self.outcome = Some(match (has_succeeded, self.is_started) {
+            (true, _) => "succeeded",
+            (false, true) => "failed",
+            (false, false) => "rejected",
+        });
+    }
+}
+
+impl Drop for SyncTimer<'_> {
+    fn drop(&mut self) {
+        let unrecorded = if thread::panicking() { "failed" } else { "cancelled" };
+        let outcome = self.outcome.unwrap_or(unrecorded);
+        let labels = ProcessorMetrics::outcome(&self.action, outcome);
+        self.metrics.sync_requests.get_or_create(&labels).inc();
+        if self.is_started {
+            self.metrics.sync_seconds.get_or_create(&self.action).observe(self.start.elapsed());
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::sync::Arc;
+
+    use streamer_core::ActionSpec;
+
+    use super::*;
+
+    #[test]
+    fn each_sync_request_has_one_outcome_and_a_duration_if_it_was_started() {
+        let metrics = Metrics::new();
+        let processor = ProcessorMetrics::new(&metrics);
+        let key = ActionKey { action: "a".into(), tenant: None };
+        let declared = Declaration { key, spec: Arc::new(ActionSpec::new("a")) };
+        let start = || {
+            let mut timer = processor.sync_request();
+            timer.set_declaration(&declared);
+            timer.set_started();
+            timer
+        };
+        start().record(true);
+        start().record(false);
+        drop(start());
+        let mut rejected = processor.sync_request();
+        rejected.set_declaration(&declared);
+        rejected.record(false);
+        processor.sync_request().record(false);
+        let text = metrics.encode();
+        for line in [
+            "streamer_processor_sync_requests_total{action=\"a\",outcome=\"succeeded\"} 1",
+            "streamer_processor_sync_requests_total{action=\"a\",outcome=\"failed\"} 1",
+            "streamer_processor_sync_requests_total{action=\"a\",outcome=\"cancelled\"} 1",
+            "streamer_processor_sync_requests_total{action=\"a\",outcome=\"rejected\"} 1",
+            "streamer_processor_sync_requests_total{action=\"_other\",outcome=\"rejected\"} 1",
+            "streamer_processor_sync_duration_seconds_count{action=\"a\"} 3",
+        ] {
+            assert!(text.lines().any(|found| found == line), "{line} is missing in {text}");
+        }
+        assert!(!text.contains("sync_duration_seconds_count{action=\"_other\"}"), "{text}");
     }
 }
