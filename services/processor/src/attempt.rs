@@ -35,6 +35,7 @@ use crate::{
     declaration::Declaration,
     event_log_client::{EventLogClient, ReportedBatch},
     handlers::handler_threads::HandlerSpawner,
+    metrics::outcome_name,
     outcome::{AttemptSummary, Outcome, final_event},
 };
 
@@ -82,15 +83,7 @@ impl AttemptResult {
     pub(crate) fn outcome(&self) -> &'static str {
         match self {
             Self::Fenced => "lost",
-            Self::Recorded(kind, ..) => match kind {
-                Kind::Succeeded(_) => "succeeded",
-                Kind::Failed(_) => "failed",
-                Kind::Cancelled(_) => "cancelled",
-                Kind::Retrying(_) => "retrying",
-                Kind::Accepted(_) | Kind::Started(_) | Kind::Progress(_) | Kind::Output(_) => {
-                    "unknown"
-                }
-            },
+            Self::Recorded(kind, ..) => outcome_name(kind).unwrap_or("unknown"),
         }
     }
 

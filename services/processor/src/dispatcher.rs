@@ -486,3 +486,6 @@ impl Drop for RunningGuard {
         self.dispatcher.wakeup.slot_freed();
     }
 }
+
+#[cfg(test)]
+mod tests;

@@ -22,6 +22,7 @@ pub(crate) struct ProcessorMetrics {
     attempts: Family<OutcomeLabels, Counter>,
     attempt_seconds: LatencyFamily<ActionLabel>,
     retries: Family<ReasonLabel, Counter>,
+    queued_requests_ended: Family<OutcomeLabels, Counter>,
     pub(crate) claim_conflicts: Counter,
     pub(crate) lease_expiries: Counter,
     queue_wait_seconds: LatencyFamily<ActionLabel>,
@@ -54,7 +55,7 @@ impl ProcessorMetrics {
             attempts: metrics.register(
                 "streamer_processor_attempts",
                 "Attempts that ended, by action and outcome: succeeded, failed, cancelled, retrying, or fenced if the \
-                 attempt had lost its lease",
+                 attempt had lost its lease, so that a different processor ends it",
                 Family::default(),
             ),
             attempt_seconds: metrics.latency_by_action(
@@ -64,6 +65,13 @@ impl ProcessorMetrics {
             retries: metrics.register(
                 "streamer_processor_retries",
                 "Attempts that are retried, by reason: the error code",
+                Family::default(),
+            ),
+            queued_requests_ended: metrics.register(
+                "streamer_processor_queued_requests_ended",
+                "Requests that this processor ended while they waited for an attempt, by action and outcome: failed \
+                 if a deadline or timeout had passed, or cancelled if their last attempt had ended before it was \
+                 cancelled",
                 Family::default(),
             ),
             claim_conflicts: metrics.counter(
@@ -116,19 +124,21 @@ impl ProcessorMetrics {
 
     /// Counts the final event of an attempt.
     pub(crate) fn attempt_ended(&self, action: &ActionLabel, kind: &Kind) {
-        let outcome = match kind {
-            Kind::Succeeded(_) => "succeeded",
-            Kind::Failed(_) => "failed",
-            Kind::Cancelled(_) => "cancelled",
-            Kind::Retrying(retrying) => {
-                let code = retrying.error.as_ref().map(|error| error_from_proto(error).code);
-                let reason = code.unwrap_or(ErrorCode::InternalError).as_str();
-                self.retries.get_or_create(&ReasonLabel { reason }).inc();
-                "retrying"
-            }
-            Kind::Accepted(_) | Kind::Started(_) | Kind::Progress(_) | Kind::Output(_) => return,
-        };
-        self.attempts.get_or_create(&Self::outcome(action, outcome)).inc();
+        if let Kind::Retrying(retrying) = kind {
+            let code = retrying.error.as_ref().map(|error| error_from_proto(error).code);
+            let reason = code.unwrap_or(ErrorCode::InternalError).as_str();
+            self.retries.get_or_create(&ReasonLabel { reason }).inc();
+        }
+        if let Some(outcome) = outcome_name(kind) {
+            self.attempts.get_or_create(&Self::outcome(action, outcome)).inc();
+        }
+    }
+
+    /// Counts the final event of a request that waited for an attempt.
+    pub(crate) fn queued_request_ended(&self, action: &ActionLabel, kind: &Kind) {
+        if let Some(outcome) = outcome_name(kind) {
+            self.queued_requests_ended.get_or_create(&Self::outcome(action, outcome)).inc();
+        }
     }
 
     /// Counts an attempt that had lost its lease.
@@ -176,6 +186,17 @@ impl ProcessorMetrics {
 
     fn outcome(action: &ActionLabel, outcome: &'static str) -> OutcomeLabels {
         OutcomeLabels { action: action.clone(), outcome }
+    }
+}
+
+/// Returns the outcome in the final event of an attempt or request; `None` if the event is a different one.
+pub(crate) fn outcome_name(kind: &Kind) -> Option<&'static str> {
+    match kind {
+        Kind::Succeeded(_) => Some("succeeded"),
+        Kind::Failed(_) => Some("failed"),
+        Kind::Cancelled(_) => Some("cancelled"),
+        Kind::Retrying(_) => Some("retrying"),
+        Kind::Accepted(_) | Kind::Started(_) | Kind::Progress(_) | Kind::Output(_) => None,
     }
 }
 

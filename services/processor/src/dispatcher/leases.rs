@@ -30,7 +30,7 @@ impl Dispatcher {
         self.append_final_event(record, writer, kind, None, &label).await;
     }
 
-    /// Appends and announces the final event of an attempt that no processor runs.
+    /// Appends and announces the final event of an attempt that no processor runs, or of a queued request.
     async fn append_final_event(
         &self,
         record: &RequestRecord,
@@ -51,7 +51,12 @@ impl Dispatcher {
         };
         match self.store.append(append).await {
             Ok(AppendOutcome::Applied { .. }) => {
-                self.metrics.attempt_ended(label, &kind);
+                match writer {
+                    Writer::Queued(_) => self.metrics.queued_request_ended(label, &kind),
+                    Writer::Attempt(_) | Writer::ExpiredLease(_) => {
+                        self.metrics.attempt_ended(label, &kind);
+                    }
+                }
                 attempt_span(record).in_scope(|| log_end(&kind, None));
                 self.environment.log.announce(record.uid, vec![event]).await;
                 if let Some(retry_at) = retry_at {

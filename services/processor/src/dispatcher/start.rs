@@ -210,7 +210,7 @@ impl Dispatcher {
     async fn cancel_queued(&self, uid: Uid, reason: String, label: &ActionLabel) {
         match self.store.cancel(uid, reason, self.now()).await {
             Ok(CancelOutcome::Cancelled(record, event)) => {
-                self.metrics.attempt_ended(label, &Kind::Cancelled(Cancelled::default()));
+                self.metrics.queued_request_ended(label, &Kind::Cancelled(Cancelled::default()));
                 self.environment.log.announce(record.uid, vec![*event]).await;
             }
             // The request is already running again, and its attempt will be notified.
