@@ -119,7 +119,8 @@ impl Services {
         } else {
             all.merge(self.metrics_routes())
         };
-        let logs_access = self.gateway.as_ref().is_some_and(|gateway| gateway.logs_access());
+        let logs_access =
+            self.gateway.as_ref().is_some_and(streamer_gateway::GatewayServer::logs_access);
         Ok(if logs_access { all.layer(middleware::from_fn(log_access)) } else { all })
     }
 
