@@ -270,7 +270,7 @@ impl Store for SqliteStore {
         now: Timestamp,
         limit: usize,
     ) -> Result<ReleasedRequests, StoreError> {
-        let next_due = self.read("reading the queue", |db| queue::next_delayed(db)).await?;
+        let next_due = self.read("reading the queue", queue::next_delayed).await?;
         if next_due.is_none_or(|due| due > now) {
             return Ok(ReleasedRequests { count: 0, next_due });
         }
