@@ -12,6 +12,7 @@ mod backup_stream;
 mod cancellation;
 mod catalog;
 mod change_limiter;
+mod checked_submission;
 mod compiled_schemas;
 mod error;
 mod metrics;

@@ -33,22 +33,14 @@ use crate::{
     await_outcome,
     catalog::{Catalog, CatalogEntry},
     change_limiter::ChangeLimiter,
+    checked_submission::{Checked, PreassignedUid},
     error::{failed_precondition, forbidden},
     metrics::{Mode, RouterMetrics, SubmissionCount},
     queue_position::{self, MAX_AHEAD, MAX_AHEAD_OF_NEW},
     quota,
-    submission_check::Checked,
     submission_rates::SubmissionRates,
     upstreams::{ExecuteError, Upstreams},
 };
-
-/// A `uid` that the calling service has assigned to a submission.
-#[derive(Clone, Copy)]
-pub(crate) struct PreassignedUid {
-    pub(crate) uid: Uid,
-    /// Whether the call is a retry, so that an earlier call may have stored the request.
-    pub(crate) is_retry: bool,
-}
 
 /// Submits, queries, cancels, redrives and deletes requests.
 pub(crate) struct RequestService {

@@ -23,7 +23,10 @@ use streamer_rpc::{
 use streamer_store::{ListRequests, RequestPage};
 use tonic::{Request, Response, Status};
 
-use crate::request_service::{Access, PreassignedUid, RequestService};
+use crate::{
+    checked_submission::PreassignedUid,
+    request_service::{Access, RequestService},
+};
 
 pub(crate) const MAX_PAGE_SIZE: i32 = 500;
 pub(crate) const DEFAULT_PAGE_SIZE: usize = 50;

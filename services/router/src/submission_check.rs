@@ -1,28 +1,17 @@
 //! Checks of a submission before it is stored or run.
 
-use std::sync::Arc;
-
 use streamer_auth::{Caller, Principal};
 use streamer_core::{Timestamp, Violations};
 use streamer_proto::router::v1::SubmitRequest;
 use streamer_rpc::ensure_valid;
-use streamer_store::RequestRecord;
 use tonic::Status;
 
 use crate::{
-    admission::{self, Submission},
-    catalog::CatalogEntry,
+    admission,
+    checked_submission::{Checked, PreassignedUid},
     permission::check_permission,
-    request_service::{PreassignedUid, RequestService},
+    request_service::RequestService,
 };
-
-/// A submission that passed the checks.
-pub(crate) enum Checked {
-    /// A new request.
-    New(Submission, Arc<CatalogEntry>),
-    /// A repeated call whose request is already stored, and the wait time of the caller.
-    Stored(Box<RequestRecord>, i64),
-}
 
 impl RequestService {
     /// Checks whether a submission is admitted.

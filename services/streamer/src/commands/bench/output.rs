@@ -13,7 +13,11 @@ use streamer_client::{Api, json};
 use streamer_proto::router::v1::SubmitRequest;
 use tokio::{task::JoinSet, time::sleep};
 
-use super::{load_target::LoadTarget, report::Report, small_requests::measure};
+use super::{
+    load_target::LoadTarget,
+    report::Report,
+    small_requests::{add_figures, measure},
+};
 
 /// Timeout for each request of the flooding tenant.
 const FLOOD_TIMEOUT: Duration = Duration::from_secs(300);
@@ -53,17 +57,7 @@ pub(super) async fn run(target: &LoadTarget, load: Load) -> anyhow::Result<Repor
     report.figure("attempts at once", load.attempts, "");
     report.figure("attempts in all", flooded, "");
     report.figure("bytes of each", u64::from(load.output_chunks) * u64::from(load.chunk_bytes), "");
-    for (latencies, names) in [
-        (&alone, ["requests alone", "p50 alone", "p99 alone", "max alone"]),
-        (&beside, ["requests beside", "p50 beside", "p99 beside", "max beside"]),
-    ] {
-        let [count, p50, p99, max] = names;
-        report.figure(count, latencies.len(), "");
-        report.figure(p50, latencies.value_at_quantile(0.5), "µs");
-        report.figure(p99, latencies.value_at_quantile(0.99), "µs");
-        report.figure(max, latencies.max(), "µs");
-        report.check_latencies(latencies);
-    }
+    add_figures(&mut report, &alone, &beside);
     report.figure("resident before", before / 1024, "KiB");
     report.figure("resident at the peak", peak / 1024, "KiB");
     report.figure("resident after", process.resident_bytes()? / 1024, "KiB");

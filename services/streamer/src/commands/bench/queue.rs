@@ -8,7 +8,12 @@ use streamer_client::{Api, json};
 use streamer_proto::router::v1::SubmitRequest;
 use tokio::task::JoinSet;
 
-use super::{load_target::LoadTarget, report::Report, small_requests::measure, worker_process};
+use super::{
+    load_target::LoadTarget,
+    report::Report,
+    small_requests::{add_figures, measure},
+    worker_process,
+};
 
 /// Maximum number of concurrent submissions.
 const CONCURRENT_TENANTS: usize = 64;
@@ -69,17 +74,7 @@ pub(super) async fn run(target: &LoadTarget, load: Load) -> anyhow::Result<Repor
     let mut report = Report::new("queue");
     report.figure("tenants", load.tenants, "");
     report.figure("requests of each", load.requests, "");
-    for (latencies, names) in [
-        (&alone, ["requests alone", "p50 alone", "p99 alone", "max alone"]),
-        (&beside, ["requests beside", "p50 beside", "p99 beside", "max beside"]),
-    ] {
-        let [count, p50, p99, max] = names;
-        report.figure(count, latencies.len(), "");
-        report.figure(p50, latencies.value_at_quantile(0.5), "µs");
-        report.figure(p99, latencies.value_at_quantile(0.99), "µs");
-        report.figure(max, latencies.max(), "µs");
-        report.check_latencies(latencies);
-    }
+    add_figures(&mut report, &alone, &beside);
     report.figure("resident", process.resident_bytes()? / 1024, "KiB");
     Ok(report)
 }

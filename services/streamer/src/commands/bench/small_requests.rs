@@ -9,7 +9,7 @@ use tokio::time::{Instant, sleep_until, timeout};
 
 use super::{
     load_target::LoadTarget,
-    report::{histogram, record},
+    report::{Report, histogram, record},
 };
 
 /// Timeout of each request.
@@ -52,4 +52,19 @@ pub(super) async fn measure(
         sleep_until(begin + interval).await;
     }
     Ok(latencies)
+}
+
+/// Adds the latencies that were measured alone and beside the load of other tenants to a report.
+pub(super) fn add_figures(report: &mut Report, alone: &Histogram<u64>, beside: &Histogram<u64>) {
+    for (latencies, names) in [
+        (alone, ["requests alone", "p50 alone", "p99 alone", "max alone"]),
+        (beside, ["requests beside", "p50 beside", "p99 beside", "max beside"]),
+    ] {
+        let [count, p50, p99, max] = names;
+        report.figure(count, latencies.len(), "");
+        report.figure(p50, latencies.value_at_quantile(0.5), "µs");
+        report.figure(p99, latencies.value_at_quantile(0.99), "µs");
+        report.figure(max, latencies.max(), "µs");
+        report.check_latencies(latencies);
+    }
 }
