@@ -7,7 +7,7 @@ use crate::{ErrorCodes, backoff::upper_bound};
 /// Policy that determines the number of attempts and the backoff between them.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct RetryPolicy {
-    /// Maximum number of attempts, at least 1.
+    /// Maximum number of attempts, at least 1. Attempts that were handed back unfinished do not count.
     pub max_attempts: u32,
     /// Initial upper bound of the backoff, which doubles after each further attempt.
     pub initial_backoff: Duration,
