@@ -106,7 +106,8 @@ impl Server {
                 service: role.trace_name(),
             };
             let stop = shutdown.serving.clone();
-            tasks.push(tokio::spawn(cloudwatch.run(config.cloudwatch.interval, stop)));
+            let running = cloudwatch.run(config.cloudwatch.interval, std::io::stdout(), stop);
+            tasks.push(tokio::spawn(running));
         }
         if let (Role::All, Some(router)) = (role, &services.router) {
             router.ready().await;

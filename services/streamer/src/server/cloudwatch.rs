@@ -4,13 +4,25 @@
 
 mod samples;
 
-use std::{collections::BTreeMap, io::Write, sync::Arc, time::Duration};
+use std::{
+    collections::BTreeMap,
+    io::{self, Write},
+    sync::{
+        Arc,
+        mpsc::{SyncSender, TrySendError, sync_channel},
+    },
+    thread,
+    time::Duration,
+};
 
 use serde_json::{Map, Value, json};
 use streamer_core::{Clock, Timestamp};
 use streamer_store_dynamodb::tables::{Alarm, Statistic};
 use streamer_telemetry::Metrics;
-use tokio::time::{MissedTickBehavior, interval, timeout};
+use tokio::{
+    sync::oneshot,
+    time::{MissedTickBehavior, interval, timeout},
+};
 use tokio_util::sync::CancellationToken;
 
 use samples::Samples;
@@ -138,8 +150,21 @@ pub(crate) struct CloudWatch {
 }
 
 impl CloudWatch {
-    /// Writes a line to standard output at each interval, and when `shutdown` is cancelled.
-    pub(crate) async fn run(self, every: Duration, shutdown: CancellationToken) {
+    /// Writes a line to `out` at each interval, and when `shutdown` is cancelled. If `out` is blocked, the next line
+    /// contains the changes.
+    pub(crate) async fn run(
+        self,
+        every: Duration,
+        out: impl Write + Send + 'static,
+        shutdown: CancellationToken,
+    ) {
+        let lines = match write_lines(out) {
+            Ok(lines) => lines,
+            Err(error) => {
+                tracing::error!(%error, "cannot write metrics for CloudWatch");
+                return;
+            }
+        };
         let mut ticks = interval(every);
         ticks.set_missed_tick_behavior(MissedTickBehavior::Delay);
         ticks.tick().await;
@@ -150,18 +175,20 @@ impl CloudWatch {
                 _ = ticks.tick() => false,
             };
             let next = Snapshot::of(&Samples::parse(&self.metrics.encode()));
-            let line = self.line(&last, &next, self.clock.now());
-            last = next;
-            // Standard output may block while it is not read.
-            let writing = tokio::task::spawn_blocking(move || write_line(&line));
+            let (done, written) = oneshot::channel();
+            let line = Line { text: self.line(&last, &next, self.clock.now()), done };
+            match lines.try_send(line) {
+                Ok(()) => last = next,
+                Err(TrySendError::Full(_)) => {
+                    tracing::warn!("metrics for CloudWatch are late: the output is blocked");
+                }
+                Err(TrySendError::Disconnected(_)) => return,
+            }
             if is_last {
-                if timeout(LAST_LINE_TIMEOUT, writing).await.is_err() {
+                if timeout(LAST_LINE_TIMEOUT, written).await.is_err() {
                     tracing::warn!("timed out writing the last metrics for CloudWatch");
                 }
                 return;
-            }
-            if let Err(error) = writing.await {
-                tracing::error!(%error, "failed to write metrics for CloudWatch");
             }
         }
     }
@@ -187,11 +214,25 @@ impl CloudWatch {
     }
 }
 
-fn write_line(line: &str) {
-    let mut out = std::io::stdout().lock();
-    if let Err(error) = writeln!(out, "{line}").and_then(|()| out.flush()) {
-        tracing::warn!(%error, "failed to write metrics for CloudWatch");
-    }
+/// A line to write, and a channel that is closed afterwards.
+struct Line {
+    text: String,
+    done: oneshot::Sender<()>,
+}
+
+/// Starts a thread that writes lines. It is not a task, because the process waits for its tasks at the end, and an output
+/// that is not read would block it.
+fn write_lines(mut out: impl Write + Send + 'static) -> io::Result<SyncSender<Line>> {
+    let (sender, lines) = sync_channel::<Line>(1);
+    thread::Builder::new().name("cloudwatch".into()).spawn(move || {
+        for Line { text, done } in lines {
+            if let Err(error) = writeln!(out, "{text}").and_then(|()| out.flush()) {
+                tracing::warn!(%error, "failed to write metrics for CloudWatch");
+            }
+            drop(done);
+        }
+    })?;
+    Ok(sender)
 }
 
 /// Values of the metrics at one moment, by name.
@@ -310,6 +351,38 @@ mod tests {
         }
         assert_eq!(line["Service"], "streamer");
         assert_eq!((&line["FailedAttempts"], &line["QueueAge"]), (&json!(2.0), &json!(0.5)));
+    }
+
+    /// Output that blocks until the sender is dropped.
+    struct Blocked(std::sync::mpsc::Receiver<()>);
+
+    impl Write for Blocked {
+        fn write(&mut self, bytes: &[u8]) -> io::Result<usize> {
+            assert!(self.0.recv().is_err(), "nothing is sent");
+            Ok(bytes.len())
+        }
+
+        fn flush(&mut self) -> io::Result<()> {
+            Ok(())
+        }
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn a_blocked_output_does_not_delay_the_shutdown() {
+        let (unblock, blocked) = std::sync::mpsc::channel();
+        let cloudwatch = CloudWatch {
+            metrics: Metrics::new(),
+            clock: Arc::new(ManualClock::at(Timestamp::from_millis(7))),
+            namespace: "Test".into(),
+            service: "streamer",
+        };
+        let shutdown = CancellationToken::new();
+        let every = Duration::from_secs(60);
+        let running = tokio::spawn(cloudwatch.run(every, Blocked(blocked), shutdown.clone()));
+        tokio::time::sleep(every * 5).await;
+        shutdown.cancel();
+        timeout(LAST_LINE_TIMEOUT * 2, running).await.unwrap().unwrap();
+        drop(unblock);
     }
 
     #[test]
