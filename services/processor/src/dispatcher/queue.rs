@@ -5,7 +5,7 @@ use std::{
     sync::Arc,
 };
 
-use streamer_core::{AttemptNumber, Timestamp, saturate};
+use streamer_core::{AttemptNumber, saturate};
 use streamer_store::{DueQuery, StoreError};
 
 use super::Dispatcher;
@@ -58,7 +58,8 @@ impl Dispatcher {
         Ok(())
     }
 
-    /// Releases the delayed requests that are due, and records when the next one becomes due.
+    /// Releases delayed requests that are due, and records when the next one becomes due. If more of them are due, that
+    /// time has passed, and the dispatcher continues at once, but not before leases and other tenants had their turn.
     async fn release_delayed(&self) -> Result<(), StoreError> {
         let now = self.now();
         // Due times that are recorded from here on are compared with the store's below.
@@ -66,23 +67,19 @@ impl Dispatcher {
         if known.is_some_and(|due| due <= now) {
             self.wakeup.mark_scan_pending();
         }
-        let outcome = self.release_delayed_until(now).await;
-        let due = outcome.as_ref().map_or(known, |due| *due);
+        let outcome = self.store.release_delayed(now, MAX_RELEASED).await;
+        let due = match &outcome {
+            Ok(released) => {
+                if released.count > 0 {
+                    self.wakeup.mark_scan_pending();
+                }
+                released.next_due
+            }
+            Err(_) => known,
+        };
         let mut next_due = self.next_due.lock();
         *next_due = [*next_due, due].into_iter().flatten().min();
         outcome.map(drop)
-    }
-
-    async fn release_delayed_until(&self, now: Timestamp) -> Result<Option<Timestamp>, StoreError> {
-        loop {
-            let released = self.store.release_delayed(now, MAX_RELEASED).await?;
-            if released.count > 0 {
-                self.wakeup.mark_scan_pending();
-            }
-            if released.count < MAX_RELEASED {
-                return Ok(released.next_due);
-            }
-        }
     }
 
     /// Returns the actions with capacity for an additional attempt, and whether an offered action has no capacity.
