@@ -45,7 +45,9 @@ struct CallLabels {
 pub struct RpcMetrics(Arc<Methods>);
 
 struct Methods {
-    declared: HashMap<&'static str, MethodMetrics>,
+    /// Position of each declared method in `methods`, by path.
+    positions: HashMap<&'static str, usize>,
+    methods: Vec<MethodMetrics>,
     other: MethodMetrics,
     calls: Family<CallLabels, Counter>,
     durations: LatencyFamily<MethodLabel>,
@@ -81,10 +83,10 @@ impl RpcMetrics {
             LatencyFamily::default(),
         );
         // Names are without the leading slash, like the attribute `rpc.method` of spans.
-        let declared =
-            declared_methods().map(|path| (path, MethodMetrics::new(path.trim_start_matches('/'))));
+        let new = |path: &'static str| MethodMetrics::new(path.trim_start_matches('/'));
         Self(Arc::new(Methods {
-            declared: declared.collect(),
+            positions: declared_methods().zip(0..).collect(),
+            methods: declared_methods().map(new).collect(),
             other: MethodMetrics::new(OTHER),
             calls,
             durations,
@@ -94,14 +96,14 @@ impl RpcMetrics {
     /// Returns a measurement of a call of the method with the given path, which starts now, in the current trace.
     #[must_use]
     pub fn start(&self, path: &str) -> RpcTimer {
-        let method = self.0.declared.get_key_value(path).map(|(path, _)| *path);
+        let method = self.0.positions.get(path).copied();
         let trace = if is_sampled() { TraceContext::current() } else { None };
         RpcTimer { metrics: self.clone(), method, start: Instant::now(), trace, is_recorded: false }
     }
 
     fn record(&self, timer: &RpcTimer, code: Code) {
         let methods = &*self.0;
-        let declared = timer.method.and_then(|path| methods.declared.get(path));
+        let declared = timer.method.and_then(|position| methods.methods.get(position));
         let method = declared.unwrap_or(&methods.other);
         let name = method.name;
         let new = || methods.durations.get_or_create(&MethodLabel { method: name }).clone();
@@ -116,8 +118,8 @@ impl RpcMetrics {
 /// call that panics as INTERNAL.
 pub struct RpcTimer {
     metrics: RpcMetrics,
-    /// Path of a declared method.
-    method: Option<&'static str>,
+    /// Position of a declared method.
+    method: Option<usize>,
     start: Instant,
     trace: Option<TraceContext>,
     is_recorded: bool,
