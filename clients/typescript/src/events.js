@@ -45,7 +45,8 @@ import { Payload } from './payload.js';
 /** @typedef {EventHead & {type: 'progress', progress: Progress}} ProgressEvent */
 /** @typedef {EventHead & {type: 'output', chunk: Payload, chunkIndex: number}} OutputEvent */
 /**
- * The attempt failed and another follows; output with a `seq` above `rewindToSeq` is void.
+ * The attempt failed or was handed back, and another follows; output with a `seq` above
+ * `rewindToSeq` is void.
  * @typedef {EventHead & {type: 'retrying', retryAt: Date, rewindToSeq: number,
  *   error: StreamerError}} RetryingEvent
  */

@@ -70,7 +70,7 @@ class Output(_Event):
 
 @dataclass(frozen=True)
 class Retrying(_Event):
-    """The attempt failed, and another follows. Output after `rewind_to_seq` is void."""
+    """The attempt failed or was handed back, and another follows. Output after `rewind_to_seq` is void."""
 
     retry_at: datetime
     rewind_to_seq: int

@@ -131,7 +131,7 @@ pub struct Retrying {
     /// Whether the attempt was handed back unfinished, and does not count as failed.
     #[serde(default)]
     pub released: bool,
-    /// Error of the failed attempt.
+    /// Error of the attempt, or why it was handed back.
     pub error: ErrorBody,
 }
 

@@ -1,6 +1,6 @@
 //! Latency of small requests beside many tenants whose requests cannot start.
 
-use std::{sync::Arc, time::Duration};
+use std::time::Duration;
 
 use anyhow::{Context, bail};
 use clap::ValueEnum;
@@ -64,7 +64,7 @@ pub(super) async fn run(target: &LoadTarget, load: Load) -> anyhow::Result<Repor
         {
             submitted??;
         }
-        let api = Arc::new(Api::new(&target.url, &process.token(&format!("tenant-{number}"))?)?);
+        let api = Api::new(&target.url, &process.token(&format!("tenant-{number}"))?)?;
         submitting.spawn(submit(api, load));
     }
     while let Some(submitted) = submitting.join_next().await {
@@ -80,7 +80,7 @@ pub(super) async fn run(target: &LoadTarget, load: Load) -> anyhow::Result<Repor
 }
 
 /// Submits the requests of one tenant.
-async fn submit(api: Arc<Api>, load: Load) -> anyhow::Result<()> {
+async fn submit(api: Api, load: Load) -> anyhow::Result<()> {
     for _ in 0..load.requests {
         let echo = || SubmitRequest {
             action: "echo_async".into(),
