@@ -1,13 +1,16 @@
 //! Metrics of the gateway.
 
-use std::time::Duration;
+use std::{sync::Arc, time::Duration};
 
 use prometheus_client::{
     encoding::EncodeLabelSet,
     metrics::{counter::Counter, family::Family, gauge::Gauge, histogram::Histogram},
 };
 use streamer_core::{CloseCode, ErrorCode};
-use streamer_telemetry::{LatencyHistogram, Metrics};
+use streamer_telemetry::{IndexedFamily, LatencyHistogram, Metrics};
+use strum::EnumCount;
+
+use crate::protocol::client_message::MessageType;
 
 /// Bucket bounds of the duration of connections, in seconds: 1 s to 1 day.
 const CONNECTION_BOUNDS: [f64; 7] = [1.0, 10.0, 60.0, 300.0, 1800.0, 7200.0, 86_400.0];
@@ -19,7 +22,7 @@ pub(crate) struct GatewayMetrics {
     rejected: Family<CodeLabel, Counter>,
     closed: Family<CodeLabel, Counter>,
     connection_seconds: Histogram,
-    messages_received: Family<TypeLabel, Counter>,
+    messages_received: Arc<IndexedFamily<TypeLabel, Counter>>,
     messages_rejected: Family<ReasonLabel, Counter>,
     pub(crate) bytes_in: Counter,
     pub(crate) bytes_out: Counter,
@@ -71,11 +74,12 @@ impl GatewayMetrics {
                 "Duration of WebSocket connections that ended",
                 Histogram::new(CONNECTION_BOUNDS),
             ),
-            messages_received: metrics.register(
+            messages_received: Arc::new(IndexedFamily::register(
+                metrics,
                 "streamer_gateway_messages_received",
                 "Valid messages received from clients, by type",
-                Family::default(),
-            ),
+                MessageType::COUNT,
+            )),
             messages_rejected: metrics.register(
                 "streamer_gateway_messages_rejected",
                 "Messages rejected, by reason: the error code",
@@ -125,8 +129,11 @@ impl GatewayMetrics {
     }
 
     /// Counts a valid message of the given type.
-    pub(crate) fn message_received(&self, r#type: &'static str) {
-        self.messages_received.get_or_create(&TypeLabel { r#type }).inc();
+    pub(crate) fn message_received(&self, r#type: MessageType) {
+        let label = || TypeLabel { r#type: r#type.into() };
+        self.messages_received.with(r#type as usize, label, |counter| {
+            counter.inc();
+        });
     }
 
     /// Counts a rejected message.

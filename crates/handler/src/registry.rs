@@ -1,6 +1,9 @@
 //! Registry of handlers.
 
-use std::{collections::BTreeMap, sync::Arc};
+use std::{
+    collections::{BTreeMap, btree_map},
+    sync::Arc,
+};
 
 use streamer_core::ActionSpec;
 
@@ -49,5 +52,15 @@ impl Handlers {
     /// Returns the declarations of the actions, sorted by name.
     pub fn specs(&self) -> impl Iterator<Item = &Arc<ActionSpec>> {
         self.by_action.values().map(|(spec, _)| spec)
+    }
+}
+
+impl IntoIterator for Handlers {
+    type Item = (Arc<ActionSpec>, Arc<dyn DynHandler>);
+    type IntoIter = btree_map::IntoValues<String, Self::Item>;
+
+    /// Iterates over the declarations and the handlers, sorted by the name of the action.
+    fn into_iter(self) -> Self::IntoIter {
+        self.by_action.into_values()
     }
 }

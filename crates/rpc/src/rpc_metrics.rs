@@ -3,19 +3,16 @@
 use std::{
     collections::HashMap,
     pin::Pin,
-    sync::{Arc, OnceLock},
+    sync::Arc,
     task::{Context, Poll},
     thread,
 };
 
 use http::{HeaderMap, Request, Response};
 use pin_project_lite::pin_project;
-use prometheus_client::{
-    encoding::EncodeLabelSet,
-    metrics::{counter::Counter, family::Family},
-};
+use prometheus_client::{encoding::EncodeLabelSet, metrics::counter::Counter};
 use streamer_proto::declared_methods;
-use streamer_telemetry::{LatencyFamily, LatencyHistogram, Metrics, TraceContext, is_sampled};
+use streamer_telemetry::{IndexedFamily, LatencyHistogram, Metrics, TraceContext, is_sampled};
 use tokio::time::Instant;
 use tonic::Code;
 use tower::Service;
@@ -45,72 +42,65 @@ struct CallLabels {
 pub struct RpcMetrics(Arc<Methods>);
 
 struct Methods {
-    /// Position of each declared method in `methods`, by path.
-    positions: HashMap<&'static str, usize>,
-    methods: Vec<MethodMetrics>,
-    other: MethodMetrics,
-    calls: Family<CallLabels, Counter>,
-    durations: LatencyFamily<MethodLabel>,
+    /// Declared methods by path.
+    by_path: HashMap<&'static str, Method>,
+    other: Method,
+    calls: IndexedFamily<CallLabels, Counter>,
+    durations: IndexedFamily<MethodLabel, LatencyHistogram>,
 }
 
-/// Metrics of a method. A series exists after the first call that it counts.
-struct MethodMetrics {
+/// Method, as in the labels.
+#[derive(Clone, Copy)]
+struct Method {
     name: &'static str,
-    /// By code.
-    calls: [OnceLock<Counter>; CODES],
-    duration: OnceLock<LatencyHistogram>,
-}
-
-impl MethodMetrics {
-    fn new(name: &'static str) -> Self {
-        Self { name, calls: Default::default(), duration: OnceLock::new() }
-    }
+    index: usize,
 }
 
 impl RpcMetrics {
     /// Registers the metrics.
     #[must_use]
     pub fn new(metrics: &Metrics) -> Self {
-        let calls = metrics.register(
+        // Names are without the leading slash, like the attribute `rpc.method` of spans.
+        let declared = declared_methods()
+            .enumerate()
+            .map(|(index, path)| (path, Method { name: path.trim_start_matches('/'), index }));
+        let by_path: HashMap<_, _> = declared.collect();
+        let count = by_path.len() + 1;
+        let calls = IndexedFamily::register(
+            metrics,
             "streamer_rpc_calls",
             "Calls served, from clients and from services, by method and gRPC status code. The code of a call with \
              a response stream is OK once the stream has begun",
-            Family::default(),
+            count * CODES,
         );
-        let durations = metrics.register(
+        let durations = IndexedFamily::register(
+            metrics,
             "streamer_rpc_duration_seconds",
             "Time from the arrival of a call to its response, or to the beginning of its response stream, by method",
-            LatencyFamily::default(),
+            count,
         );
-        // Names are without the leading slash, like the attribute `rpc.method` of spans.
-        let new = |path: &'static str| MethodMetrics::new(path.trim_start_matches('/'));
-        Self(Arc::new(Methods {
-            positions: declared_methods().zip(0..).collect(),
-            methods: declared_methods().map(new).collect(),
-            other: MethodMetrics::new(OTHER),
-            calls,
-            durations,
-        }))
+        let other = Method { name: OTHER, index: by_path.len() };
+        Self(Arc::new(Methods { by_path, other, calls, durations }))
     }
 
     /// Returns a measurement of a call of the method with the given path, which starts now, in the current trace.
     #[must_use]
     pub fn start(&self, path: &str) -> RpcTimer {
-        let method = self.0.positions.get(path).copied();
+        let method = self.0.by_path.get(path).copied().unwrap_or(self.0.other);
         let trace = if is_sampled() { TraceContext::current() } else { None };
         RpcTimer { metrics: self.clone(), method, start: Instant::now(), trace, is_recorded: false }
     }
 
     fn record(&self, timer: &RpcTimer, code: Code) {
-        let methods = &*self.0;
-        let declared = timer.method.and_then(|position| methods.methods.get(position));
-        let method = declared.unwrap_or(&methods.other);
-        let name = method.name;
-        let new = || methods.durations.get_or_create(&MethodLabel { method: name }).clone();
-        method.duration.get_or_init(new).observe_in(timer.start.elapsed(), timer.trace.as_ref());
-        let Some(counter) = method.calls.get(code as usize) else { return };
-        let labels = CallLabels { method: name, code: code_name(code) };
-        counter.get_or_init(|| methods.calls.get_or_create(&labels).clone()).inc();
+        let Method { name, index } = timer.method;
+        let label = || MethodLabel { method: name };
+        self.0.durations.with(index, label, |latency| {
+            latency.observe_in(timer.start.elapsed(), timer.trace.as_ref());
+        });
+        let labels = || CallLabels { method: name, code: code_name(code) };
+        self.0.calls.with(index * CODES + code as usize, labels, |counter| {
+            counter.inc();
+        });
     }
 }
 
@@ -118,8 +108,7 @@ impl RpcMetrics {
 /// call that panics as INTERNAL.
 pub struct RpcTimer {
     metrics: RpcMetrics,
-    /// Position of a declared method.
-    method: Option<usize>,
+    method: Method,
     start: Instant,
     trace: Option<TraceContext>,
     is_recorded: bool,

@@ -1,8 +1,9 @@
 //! Names of actions as label values.
 
-use std::{collections::HashSet, sync::Arc};
+use std::{collections::HashMap, sync::Arc};
 
 use parking_lot::RwLock;
+use prometheus_client::encoding::EncodeLabelSet;
 
 /// Label value of all actions without a value of their own.
 const OTHER: &str = "_other";
@@ -34,13 +35,28 @@ impl Default for ActionLabelOptions {
     }
 }
 
+/// Label of metrics by action.
+#[derive(Clone, Debug, Hash, PartialEq, Eq, EncodeLabelSet)]
+pub struct ActionLabel {
+    action: Arc<str>,
+}
+
+/// Label of an action, with its index among the labels.
+#[derive(Clone, Debug)]
+pub struct IndexedActionLabel {
+    /// The label.
+    pub label: ActionLabel,
+    /// Index below [`Metrics::action_label_count`](crate::Metrics::action_label_count).
+    pub index: usize,
+}
+
 /// Names of actions that are label values. Their number is limited, because each name has its own series. Actions of
 /// single tenants are counted separately, so that a tenant cannot use up the values for actions of all tenants.
 #[derive(Clone)]
 pub(crate) struct ActionLabels {
     of_all_tenants: Arc<Names>,
     of_one_tenant: Arc<Names>,
-    other: Arc<str>,
+    other: IndexedActionLabel,
 }
 
 impl Default for ActionLabels {
@@ -54,15 +70,21 @@ impl ActionLabels {
         let ActionLabelOptions { limit, has_tenant_actions } = options;
         let tenant_limit = if has_tenant_actions { limit } else { 0 };
         Self {
-            of_all_tenants: Arc::new(Names::new(limit)),
-            of_one_tenant: Arc::new(Names::new(tenant_limit)),
-            other: OTHER.into(),
+            of_all_tenants: Arc::new(Names::new(limit, 1)),
+            of_one_tenant: Arc::new(Names::new(tenant_limit, limit.saturating_add(1))),
+            other: IndexedActionLabel { label: ActionLabel { action: OTHER.into() }, index: 0 },
         }
+    }
+
+    /// Returns the maximum number of labels.
+    pub(crate) fn count(&self) -> usize {
+        let limits = self.of_all_tenants.limit.saturating_add(self.of_one_tenant.limit);
+        limits.saturating_add(1)
     }
 
     /// Returns the label value of an action: its name, or `_other` if names of its scope are not label values, or if
     /// their limit was reached before it was first seen.
-    pub(crate) fn of(&self, action: &str, scope: ActionScope) -> Arc<str> {
+    pub(crate) fn of(&self, action: &str, scope: ActionScope) -> IndexedActionLabel {
         let names = match scope {
             ActionScope::AllTenants => &self.of_all_tenants,
             ActionScope::OneTenant => &self.of_one_tenant,
@@ -71,42 +93,46 @@ impl ActionLabels {
     }
 
     /// Returns `_other`.
-    pub(crate) fn other(&self) -> Arc<str> {
+    pub(crate) fn other(&self) -> IndexedActionLabel {
         self.other.clone()
     }
 }
 
 /// Set of names with a maximum size.
 struct Names {
-    names: RwLock<HashSet<Arc<str>>>,
+    labels: RwLock<HashMap<Arc<str>, IndexedActionLabel>>,
     limit: usize,
+    /// Index of the first name.
+    first_index: usize,
 }
 
 impl Names {
-    fn new(limit: usize) -> Self {
-        Self { names: RwLock::default(), limit }
+    fn new(limit: usize, first_index: usize) -> Self {
+        Self { labels: RwLock::default(), limit, first_index }
     }
 
-    /// Returns the name, which is added if it is new; `None` if the set is full.
-    fn get_or_add(&self, name: &str) -> Option<Arc<str>> {
-        let names = self.names.read();
-        if let Some(name) = names.get(name) {
-            return Some(name.clone());
+    /// Returns the label of the name, which is added if it is new; `None` if the set is full.
+    fn get_or_add(&self, name: &str) -> Option<IndexedActionLabel> {
+        let labels = self.labels.read();
+        if let Some(label) = labels.get(name) {
+            return Some(label.clone());
         }
-        if names.len() >= self.limit {
+        if labels.len() >= self.limit {
             return None;
         }
-        drop(names);
-        let mut names = self.names.write();
-        if let Some(name) = names.get(name) {
-            return Some(name.clone());
+        drop(labels);
+        let mut labels = self.labels.write();
+        if let Some(label) = labels.get(name) {
+            return Some(label.clone());
         }
-        if names.len() >= self.limit {
+        if labels.len() >= self.limit {
             return None;
         }
         let name: Arc<str> = name.into();
-        names.insert(name.clone());
-        Some(name)
+        let index = self.first_index + labels.len();
+        let label = IndexedActionLabel { label: ActionLabel { action: name.clone() }, index };
+        labels.insert(name, label.clone());
+        Some(label)
     }
 }
 
@@ -118,7 +144,19 @@ mod tests {
     };
 
     fn values(labels: &ActionLabels, scope: ActionScope, actions: &[&str]) -> Vec<String> {
-        actions.iter().map(|action| labels.of(action, scope).to_string()).collect()
+        let value = |action: &&str| labels.of(action, scope).label.action.to_string();
+        actions.iter().map(value).collect()
+    }
+
+    #[test]
+    fn each_label_has_an_index() {
+        let options = ActionLabelOptions { limit: 2, has_tenant_actions: true };
+        let labels = ActionLabels::new(options);
+        let index = |action, scope| labels.of(action, scope).index;
+        let of_all_tenants = ["a", "b", "c", "a"].map(|action| index(action, AllTenants));
+        let of_one_tenant = ["a", "b", "c", "a"].map(|action| index(action, OneTenant));
+        assert_eq!((of_all_tenants, of_one_tenant), ([1, 2, 0, 1], [3, 4, 0, 3]));
+        assert_eq!((labels.other().index, labels.count()), (0, 5));
     }
 
     #[test]

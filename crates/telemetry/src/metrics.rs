@@ -5,14 +5,14 @@ use std::{fmt, sync::Arc};
 use parking_lot::Mutex;
 use prometheus_client::{
     collector::Collector,
-    encoding::{EncodeLabelSet, text::encode},
+    encoding::text::encode,
     metrics::{counter::Counter, gauge::Gauge},
     registry::{Metric, Registry},
 };
 
 use crate::{
-    ActionLabelOptions, ActionScope, LatencyFamily, LatencyHistogram, action_labels::ActionLabels,
-    text_format::from_open_metrics,
+    ActionLabelOptions, ActionScope, IndexedActionLabel, LatencyHistogram,
+    action_labels::ActionLabels, text_format::from_open_metrics,
 };
 
 /// Handle to the metrics of a process.
@@ -20,12 +20,6 @@ use crate::{
 pub struct Metrics {
     registry: Arc<Mutex<Registry>>,
     actions: ActionLabels,
-}
-
-/// Label of metrics by action.
-#[derive(Clone, Debug, Hash, PartialEq, Eq, EncodeLabelSet)]
-pub struct ActionLabel {
-    action: Arc<str>,
 }
 
 impl Metrics {
@@ -43,14 +37,20 @@ impl Metrics {
 
     /// Returns the label of an action that is declared for the given scope.
     #[must_use]
-    pub fn action_label(&self, action: &str, scope: ActionScope) -> ActionLabel {
-        ActionLabel { action: self.actions.of(action, scope) }
+    pub fn action_label(&self, action: &str, scope: ActionScope) -> IndexedActionLabel {
+        self.actions.of(action, scope)
     }
 
     /// Returns the label of an action without a declaration, whose scope is unknown.
     #[must_use]
-    pub fn other_action_label(&self) -> ActionLabel {
-        ActionLabel { action: self.actions.other() }
+    pub fn other_action_label(&self) -> IndexedActionLabel {
+        self.actions.other()
+    }
+
+    /// Returns the maximum number of labels of actions.
+    #[must_use]
+    pub fn action_label_count(&self) -> usize {
+        self.actions.count()
     }
 
     /// Registers a metric under `name`, which ends with the unit; the name of a counter omits `_total`.
@@ -80,12 +80,6 @@ impl Metrics {
     #[must_use]
     pub fn latency(&self, name: &str, help: &str) -> LatencyHistogram {
         self.register(name, help, LatencyHistogram::default())
-    }
-
-    /// Registers histograms of durations in seconds, by action.
-    #[must_use]
-    pub fn latency_by_action(&self, name: &str, help: &str) -> LatencyFamily<ActionLabel> {
-        self.register(name, help, LatencyFamily::default())
     }
 
     /// Returns all metrics in the text format of Prometheus, version 0.0.4.

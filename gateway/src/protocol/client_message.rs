@@ -6,6 +6,7 @@ use serde::{Deserialize, Deserializer};
 use serde_json::value::RawValue;
 use streamer_core::{RequestState, Seq, Violations, limits, validate};
 use streamer_telemetry::TraceContext;
+use strum::{EnumCount, IntoStaticStr};
 
 /// A client message. Unknown fields are ignored.
 #[derive(Debug)]
@@ -28,18 +29,32 @@ pub(crate) enum ClientMessage<'a> {
     Ping,
 }
 
+/// `type` of a message.
+#[derive(Clone, Copy, Debug, EnumCount, IntoStaticStr)]
+#[strum(serialize_all = "snake_case")]
+pub(crate) enum MessageType {
+    Request,
+    Subscribe,
+    Unsubscribe,
+    Cancel,
+    Get,
+    List,
+    Auth,
+    Ping,
+}
+
 impl ClientMessage<'_> {
     /// Returns the `type` of the message.
-    pub(crate) fn kind(&self) -> &'static str {
+    pub(crate) fn kind(&self) -> MessageType {
         match self {
-            Self::Request(_) => "request",
-            Self::Subscribe { .. } => "subscribe",
-            Self::Unsubscribe { .. } => "unsubscribe",
-            Self::Cancel { .. } => "cancel",
-            Self::Get { .. } => "get",
-            Self::List { .. } => "list",
-            Self::Auth { .. } => "auth",
-            Self::Ping => "ping",
+            Self::Request(_) => MessageType::Request,
+            Self::Subscribe { .. } => MessageType::Subscribe,
+            Self::Unsubscribe { .. } => MessageType::Unsubscribe,
+            Self::Cancel { .. } => MessageType::Cancel,
+            Self::Get { .. } => MessageType::Get,
+            Self::List { .. } => MessageType::List,
+            Self::Auth { .. } => MessageType::Auth,
+            Self::Ping => MessageType::Ping,
         }
     }
 

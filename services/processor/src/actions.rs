@@ -30,13 +30,20 @@ const SAVE_INTERVAL: Duration = Duration::from_secs(24 * 3600);
 const RETENTION: Duration = Duration::from_secs(30 * 24 * 3600);
 
 pub(crate) struct Actions {
-    local: Handlers,
+    /// Handlers in this process, by action.
+    local: HashMap<String, LocalAction>,
     pub(crate) workers: Arc<WorkerPool>,
     sync_threshold: Duration,
     saved: Mutex<SavedDeclarations>,
     /// Lock that serializes saves, so that concurrent saves count towards the same limits.
     save_lock: tokio::sync::Mutex<()>,
     loaded: watch::Sender<bool>,
+}
+
+/// Handler in this process, and the declaration of its action.
+struct LocalAction {
+    declared: Arc<Declaration>,
+    handler: Arc<dyn DynHandler>,
 }
 
 /// Declarations of workers that are saved in the store.
@@ -100,6 +107,12 @@ impl Actions {
     pub(crate) fn new(local: Handlers, workers: Arc<WorkerPool>, sync_threshold: Duration) -> Self {
         let loaded = watch::Sender::new(false);
         let save_lock = tokio::sync::Mutex::default();
+        let local = local.into_iter().map(|(spec, handler)| {
+            let name = spec.name.clone();
+            let key = ActionKey { action: name.clone(), tenant: None };
+            (name, LocalAction { declared: Arc::new(Declaration::new(key, spec)), handler })
+        });
+        let local = local.collect();
         Self { local, workers, sync_threshold, saved: Mutex::default(), save_lock, loaded }
     }
 
@@ -167,10 +180,9 @@ impl Actions {
 
     /// Returns the declaration of `action` for `tenant`: that of a handler in this process, or of a worker that offers
     /// the action now or has offered it before.
-    pub(crate) fn find(&self, action: &str, tenant: &str) -> Option<Declaration> {
-        if let Some((spec, _)) = self.local.get(action) {
-            let key = ActionKey { action: action.to_owned(), tenant: None };
-            return Some(Declaration { key, spec: spec.clone() });
+    pub(crate) fn find(&self, action: &str, tenant: &str) -> Option<Arc<Declaration>> {
+        if let Some(local) = self.local.get(action) {
+            return Some(local.declared.clone());
         }
         // A tenant's own declaration takes precedence over one for all tenants, as in the router's
         // catalog, even while none of its workers is connected.
@@ -178,19 +190,19 @@ impl Actions {
             let key = ActionKey { action: action.to_owned(), tenant };
             let present = self.workers.spec(&key);
             let spec = present.or_else(|| self.saved.lock().specs.get(&key).cloned())?;
-            Some(Declaration { key, spec })
+            Some(Arc::new(Declaration::new(key, spec)))
         })
     }
 
     /// Returns whether a handler in this process runs the action.
     pub(crate) fn is_local(&self, action: &str) -> bool {
-        self.local.get(action).is_some()
+        self.local.contains_key(action)
     }
 
     /// Acquires a runner for an additional attempt of the given action and tenant; `None` if none is available.
     pub(crate) fn acquire_runner(&self, action: &str, tenant: &str) -> Option<Runner> {
         match self.local.get(action) {
-            Some((_, handler)) => Some(Runner::Local(handler.clone())),
+            Some(local) => Some(Runner::Local(local.handler.clone())),
             None => {
                 let declared = self.find(action, tenant)?;
                 self.workers.acquire_slot(&declared.key, tenant).map(Runner::Remote)
@@ -201,14 +213,14 @@ impl Actions {
     /// Returns the number of attempts of the given action and tenant that can run concurrently, at most `limit`; 0 if
     /// no handler or worker is available.
     pub(crate) fn slots(&self, action: &str, tenant: &str, limit: u32) -> u32 {
-        let Some(Declaration { key, spec }) = self.find(action, tenant) else { return 0 };
-        let limit = spec.max_concurrency.map_or(limit, |of_action| of_action.min(limit));
-        if self.is_local(action) { limit } else { limit.min(self.workers.slots(&key)) }
+        let Some(declared) = self.find(action, tenant) else { return 0 };
+        let limit = declared.spec.max_concurrency.map_or(limit, |of_action| of_action.min(limit));
+        if self.is_local(action) { limit } else { limit.min(self.workers.slots(&declared.key)) }
     }
 
     /// Returns the actions that handlers in this process run.
     pub(crate) fn local(&self) -> impl Iterator<Item = &Arc<ActionSpec>> {
-        self.local.specs()
+        self.local.values().map(|local| &local.declared.spec)
     }
 
     /// Lists all actions, for routers.

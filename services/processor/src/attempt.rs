@@ -35,7 +35,7 @@ use crate::{
     declaration::Declaration,
     event_log_client::{EventLogClient, ReportedBatch},
     handlers::handler_threads::HandlerSpawner,
-    metrics::outcome_name,
+    metrics::OutcomeLabel,
     outcome::{AttemptSummary, Outcome, final_event},
 };
 
@@ -56,7 +56,7 @@ pub(crate) struct Environment {
 /// An attempt to start or to resume.
 pub(crate) struct AttemptSpec {
     pub(crate) record: RequestRecord,
-    pub(crate) declared: Declaration,
+    pub(crate) declared: Arc<Declaration>,
     pub(crate) handler: Arc<dyn DynHandler>,
     pub(crate) reports: Arc<ReportQueue>,
     pub(crate) payload: StoredPayload,
@@ -83,7 +83,7 @@ impl AttemptResult {
     pub(crate) fn outcome(&self) -> &'static str {
         match self {
             Self::Fenced => "lost",
-            Self::Recorded(kind, ..) => outcome_name(kind).unwrap_or("unknown"),
+            Self::Recorded(kind, ..) => OutcomeLabel::of(kind).map_or("unknown", Into::into),
         }
     }
 
@@ -107,7 +107,7 @@ pub(crate) async fn run(
 ) -> AttemptResult {
     let AttemptSpec {
         record,
-        declared: Declaration { spec, .. },
+        declared,
         handler,
         reports,
         payload,
@@ -116,6 +116,7 @@ pub(crate) async fn run(
         output,
         is_remote,
     } = attempt_spec;
+    let spec = declared.spec.clone();
     let scope = Scope::of(handler_span(is_remote));
     let trace = scope.trace_context();
     let now = environment.clock.now();

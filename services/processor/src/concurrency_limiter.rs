@@ -122,7 +122,7 @@ mod tests {
 
     fn declared(spec: ActionSpec) -> Declaration {
         let key = ActionKey { action: spec.name.clone(), tenant: None };
-        Declaration { key, spec: Arc::new(spec) }
+        Declaration::new(key, Arc::new(spec))
     }
 
     #[test]

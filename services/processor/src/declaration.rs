@@ -1,9 +1,9 @@
 //! Declaration of an action, and its key.
 
-use std::sync::Arc;
+use std::sync::{Arc, OnceLock};
 
 use streamer_core::ActionSpec;
-use streamer_telemetry::ActionScope;
+use streamer_telemetry::{ActionScope, IndexedActionLabel};
 
 /// Identifies the declaration of an action for one tenant or for all tenants. Declarations for different tenants are
 /// independent.
@@ -25,9 +25,16 @@ impl ActionKey {
 }
 
 /// Declaration of an action that applies to the requests of a tenant.
-#[derive(Clone)]
 pub(crate) struct Declaration {
     /// Key of the declaration.
     pub(crate) key: ActionKey,
     pub(crate) spec: Arc<ActionSpec>,
+    /// Label of the action in metrics, after its first use.
+    pub(crate) label: OnceLock<IndexedActionLabel>,
+}
+
+impl Declaration {
+    pub(crate) fn new(key: ActionKey, spec: Arc<ActionSpec>) -> Self {
+        Self { key, spec, label: OnceLock::new() }
+    }
 }

@@ -110,7 +110,7 @@ struct RunningAttempt {
 /// Permit and runner for one attempt.
 struct Placement {
     permit: ConcurrencyPermit,
-    declared: Declaration,
+    declared: Arc<Declaration>,
     runner: Runner,
 }
 

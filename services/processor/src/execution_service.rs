@@ -92,7 +92,7 @@ impl ExecutionApi {
                 Some(SYNC_RETRY_AFTER),
             ))));
         };
-        let spec = declared.spec;
+        let spec = declared.spec.clone();
         let limit = spec.start_to_close.unwrap_or(self.options.sync_timeout);
         let cancellation = CancellationToken::new();
         // Notifies a handler that is still running in a different task after the timeout.

@@ -1,6 +1,10 @@
 //! Metrics of the processor.
 
-use std::{sync::atomic::AtomicU64, thread, time::Duration};
+use std::{
+    sync::{Arc, atomic::AtomicU64},
+    thread,
+    time::Duration,
+};
 
 use prometheus_client::{
     encoding::EncodeLabelSet,
@@ -10,24 +14,30 @@ use streamer_core::{ErrorCode, saturate};
 use streamer_handler::MemoryBudget;
 use streamer_proto::common::v1::event::Kind;
 use streamer_rpc::error_from_proto;
-use streamer_telemetry::{ActionLabel, LatencyFamily, Metrics};
+use streamer_telemetry::{
+    ActionLabel, IndexedActionLabel, IndexedFamily, LatencyHistogram, Metrics,
+};
+use strum::{EnumCount, IntoStaticStr};
 use tokio::time::Instant;
 
-use crate::declaration::{ActionKey, Declaration};
+use crate::declaration::Declaration;
+
+type CountersByOutcome = Arc<IndexedFamily<OutcomeLabels, Counter>>;
+type LatenciesByAction = Arc<IndexedFamily<ActionLabel, LatencyHistogram>>;
 
 #[derive(Clone)]
 pub(crate) struct ProcessorMetrics {
     metrics: Metrics,
     pub(crate) attempts_in_progress: Gauge,
-    attempts: Family<OutcomeLabels, Counter>,
-    attempt_seconds: LatencyFamily<ActionLabel>,
+    attempts: CountersByOutcome,
+    attempt_seconds: LatenciesByAction,
     retries: Family<ReasonLabel, Counter>,
-    queued_requests_ended: Family<OutcomeLabels, Counter>,
+    queued_requests_ended: CountersByOutcome,
     pub(crate) claim_conflicts: Counter,
     pub(crate) lease_expiries: Counter,
-    queue_wait_seconds: LatencyFamily<ActionLabel>,
-    sync_requests: Family<OutcomeLabels, Counter>,
-    sync_seconds: LatencyFamily<ActionLabel>,
+    queue_wait_seconds: LatenciesByAction,
+    sync_requests: CountersByOutcome,
+    sync_seconds: LatenciesByAction,
     queued_requests: Gauge,
     oldest_age_seconds: Gauge<f64, AtomicU64>,
     output_bytes: Gauge,
@@ -46,19 +56,51 @@ struct ReasonLabel {
     reason: &'static str,
 }
 
+/// Outcome of an attempt or of a request.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, EnumCount, IntoStaticStr)]
+#[strum(serialize_all = "snake_case")]
+pub(crate) enum OutcomeLabel {
+    Succeeded,
+    Failed,
+    Cancelled,
+    Retrying,
+    Fenced,
+    Rejected,
+}
+
+impl OutcomeLabel {
+    /// Returns the outcome in the final event of an attempt or request; `None` if the event is a different one.
+    pub(crate) fn of(kind: &Kind) -> Option<Self> {
+        match kind {
+            Kind::Succeeded(_) => Some(Self::Succeeded),
+            Kind::Failed(_) => Some(Self::Failed),
+            Kind::Cancelled(_) => Some(Self::Cancelled),
+            Kind::Retrying(_) => Some(Self::Retrying),
+            Kind::Accepted(_) | Kind::Started(_) | Kind::Progress(_) | Kind::Output(_) => None,
+        }
+    }
+}
+
 impl ProcessorMetrics {
     pub(crate) fn new(metrics: &Metrics) -> Self {
+        let actions = metrics.action_label_count();
+        let counters = |name: &str, help: &str| {
+            let size = actions.saturating_mul(OutcomeLabel::COUNT);
+            Arc::new(IndexedFamily::register(metrics, name, help, size))
+        };
+        let latencies = |name: &str, help: &str| {
+            Arc::new(IndexedFamily::register(metrics, name, help, actions))
+        };
         Self {
             metrics: metrics.clone(),
             attempts_in_progress: metrics
                 .gauge("streamer_processor_attempts_in_progress", "Attempts in progress"),
-            attempts: metrics.register(
+            attempts: counters(
                 "streamer_processor_attempts",
                 "Attempts that ended, by action and outcome: succeeded, failed, cancelled, retrying, or fenced if the \
                  attempt had lost its lease, so that a different processor ends it",
-                Family::default(),
             ),
-            attempt_seconds: metrics.latency_by_action(
+            attempt_seconds: latencies(
                 "streamer_processor_attempt_duration_seconds",
                 "Time from the claim to the final event of an attempt, by action",
             ),
@@ -67,12 +109,11 @@ impl ProcessorMetrics {
                 "Attempts that are retried, by reason: the error code",
                 Family::default(),
             ),
-            queued_requests_ended: metrics.register(
+            queued_requests_ended: counters(
                 "streamer_processor_queued_requests_ended",
                 "Requests that this processor ended while they waited for an attempt, by action and outcome: failed \
                  if a deadline or timeout had passed, or cancelled if their last attempt had ended before it was \
                  cancelled",
-                Family::default(),
             ),
             claim_conflicts: metrics.counter(
                 "streamer_processor_claim_conflicts",
@@ -82,22 +123,20 @@ impl ProcessorMetrics {
                 "streamer_processor_lease_expiries",
                 "Expired leases that this processor recovered",
             ),
-            queue_wait_seconds: metrics.latency_by_action(
+            queue_wait_seconds: latencies(
                 "streamer_processor_queue_wait_seconds",
                 "Time from the due time of a request to its claim, by action",
             ),
-            sync_requests: metrics.register(
+            sync_requests: counters(
                 "streamer_processor_sync_requests",
                 "Sync requests, by action and outcome: succeeded, failed, cancelled if the caller did not wait for the \
                  result, or rejected if this processor did not start the action",
-                Family::default(),
             ),
-            sync_seconds: metrics.latency_by_action(
+            sync_seconds: latencies(
                 "streamer_processor_sync_duration_seconds",
                 "Duration of sync requests whose action was started, by action",
             ),
-            queued_requests: metrics
-                .gauge("streamer_processor_queued_requests", "Queued requests"),
+            queued_requests: metrics.gauge("streamer_processor_queued_requests", "Queued requests"),
             oldest_age_seconds: metrics.register(
                 "streamer_processor_queue_oldest_age_seconds",
                 "Age of the oldest due request",
@@ -116,53 +155,52 @@ impl ProcessorMetrics {
     }
 
     /// Returns the label of an action with the given declaration; `None` if it has none.
-    pub(crate) fn label(&self, declared: Option<&Declaration>) -> ActionLabel {
-        let label = |key: &ActionKey| self.metrics.action_label(&key.action, key.scope());
-        let key = declared.map(|declared| &declared.key);
-        key.map_or_else(|| self.metrics.other_action_label(), label)
+    pub(crate) fn label(&self, declared: Option<&Declaration>) -> IndexedActionLabel {
+        let Some(declared) = declared else { return self.metrics.other_action_label() };
+        let key = &declared.key;
+        let label = || self.metrics.action_label(&key.action, key.scope());
+        declared.label.get_or_init(label).clone()
     }
 
     /// Counts the final event of an attempt.
-    pub(crate) fn attempt_ended(&self, action: &ActionLabel, kind: &Kind) {
+    pub(crate) fn attempt_ended(&self, action: &IndexedActionLabel, kind: &Kind) {
         if let Kind::Retrying(retrying) = kind {
             let code = retrying.error.as_ref().map(|error| error_from_proto(error).code);
             let reason = code.unwrap_or(ErrorCode::InternalError).as_str();
             self.retries.get_or_create(&ReasonLabel { reason }).inc();
         }
-        if let Some(outcome) = outcome_name(kind) {
-            self.attempts.get_or_create(&Self::outcome(action, outcome)).inc();
+        if let Some(outcome) = OutcomeLabel::of(kind) {
+            count(&self.attempts, action, outcome);
         }
     }
 
     /// Counts the final event of a request that waited for an attempt.
-    pub(crate) fn queued_request_ended(&self, action: &ActionLabel, kind: &Kind) {
-        if let Some(outcome) = outcome_name(kind) {
-            self.queued_requests_ended.get_or_create(&Self::outcome(action, outcome)).inc();
+    pub(crate) fn queued_request_ended(&self, action: &IndexedActionLabel, kind: &Kind) {
+        if let Some(outcome) = OutcomeLabel::of(kind) {
+            count(&self.queued_requests_ended, action, outcome);
         }
     }
 
     /// Counts an attempt that had lost its lease.
-    pub(crate) fn attempt_fenced(&self, action: &ActionLabel) {
-        self.attempts.get_or_create(&Self::outcome(action, "fenced")).inc();
+    pub(crate) fn attempt_fenced(&self, action: &IndexedActionLabel) {
+        count(&self.attempts, action, OutcomeLabel::Fenced);
     }
 
     /// Records the duration of an attempt.
-    pub(crate) fn attempt_took(&self, action: &ActionLabel, duration: Duration) {
-        let histogram = self.attempt_seconds.get_or_create(action);
-        histogram.observe(duration);
+    pub(crate) fn attempt_took(&self, action: &IndexedActionLabel, duration: Duration) {
+        observe(&self.attempt_seconds, action, duration);
     }
 
     /// Records the time from the due time of a request to its claim.
-    pub(crate) fn waited(&self, action: &ActionLabel, duration: Duration) {
-        let histogram = self.queue_wait_seconds.get_or_create(action);
-        histogram.observe(duration);
+    pub(crate) fn waited(&self, action: &IndexedActionLabel, duration: Duration) {
+        observe(&self.queue_wait_seconds, action, duration);
     }
 
     /// Returns a measurement of a sync request that begins now.
     pub(crate) fn sync_request(&self) -> SyncTimer<'_> {
         SyncTimer {
             metrics: self,
-            action: self.label(None),
+            action: None,
             start: Instant::now(),
             is_started: false,
             outcome: None,
@@ -183,36 +221,35 @@ impl ProcessorMetrics {
             gauge.set(saturate::to_i64(used));
         });
     }
-
-    fn outcome(action: &ActionLabel, outcome: &'static str) -> OutcomeLabels {
-        OutcomeLabels { action: action.clone(), outcome }
-    }
 }
 
-/// Returns the outcome in the final event of an attempt or request; `None` if the event is a different one.
-pub(crate) fn outcome_name(kind: &Kind) -> Option<&'static str> {
-    match kind {
-        Kind::Succeeded(_) => Some("succeeded"),
-        Kind::Failed(_) => Some("failed"),
-        Kind::Cancelled(_) => Some("cancelled"),
-        Kind::Retrying(_) => Some("retrying"),
-        Kind::Accepted(_) | Kind::Started(_) | Kind::Progress(_) | Kind::Output(_) => None,
-    }
+fn count(counters: &CountersByOutcome, action: &IndexedActionLabel, outcome: OutcomeLabel) {
+    let labels = || OutcomeLabels { action: action.label.clone(), outcome: outcome.into() };
+    let index = action.index * OutcomeLabel::COUNT + outcome as usize;
+    counters.with(index, labels, |counter| {
+        counter.inc();
+    });
+}
+
+fn observe(latencies: &LatenciesByAction, action: &IndexedActionLabel, duration: Duration) {
+    let label = || action.label.clone();
+    latencies.with(action.index, label, |latency| latency.observe(duration));
 }
 
 /// Measurement of a sync request in progress. If its caller does not wait for the result, it is recorded as cancelled.
 pub(crate) struct SyncTimer<'a> {
     metrics: &'a ProcessorMetrics,
-    action: ActionLabel,
+    /// `None` until the declaration of the action is found.
+    action: Option<IndexedActionLabel>,
     start: Instant,
     is_started: bool,
-    outcome: Option<&'static str>,
+    outcome: Option<OutcomeLabel>,
 }
 
 impl SyncTimer<'_> {
     /// Sets the declaration of the action.
     pub(crate) fn set_declaration(&mut self, declared: &Declaration) {
-        self.action = self.metrics.label(Some(declared));
+        self.action = Some(self.metrics.label(Some(declared)));
     }
 
     /// Records that the action is started.
@@ -223,39 +260,38 @@ impl SyncTimer<'_> {
     /// Records the end of the request.
     pub(crate) fn record(mut self, has_succeeded: bool) {
         self.outcome = Some(match (has_succeeded, self.is_started) {
-            (true, _) => "succeeded",
-            (false, true) => "failed",
-            (false, false) => "rejected",
+            (true, _) => OutcomeLabel::Succeeded,
+            (false, true) => OutcomeLabel::Failed,
+            (false, false) => OutcomeLabel::Rejected,
         });
     }
 }
 
 impl Drop for SyncTimer<'_> {
     fn drop(&mut self) {
-        let unrecorded = if thread::panicking() { "failed" } else { "cancelled" };
-        let outcome = self.outcome.unwrap_or(unrecorded);
-        let labels = ProcessorMetrics::outcome(&self.action, outcome);
-        self.metrics.sync_requests.get_or_create(&labels).inc();
+        let is_panic = thread::panicking();
+        let unrecorded = if is_panic { OutcomeLabel::Failed } else { OutcomeLabel::Cancelled };
+        let action = self.action.take().unwrap_or_else(|| self.metrics.label(None));
+        count(&self.metrics.sync_requests, &action, self.outcome.unwrap_or(unrecorded));
         if self.is_started {
-            self.metrics.sync_seconds.get_or_create(&self.action).observe(self.start.elapsed());
+            observe(&self.metrics.sync_seconds, &action, self.start.elapsed());
         }
     }
 }
 
 #[cfg(test)]
 mod tests {
-    use std::sync::Arc;
-
     use streamer_core::ActionSpec;
 
     use super::*;
+    use crate::declaration::ActionKey;
 
     #[test]
     fn each_sync_request_has_one_outcome_and_a_duration_if_it_was_started() {
         let metrics = Metrics::new();
         let processor = ProcessorMetrics::new(&metrics);
         let key = ActionKey { action: "a".into(), tenant: None };
-        let declared = Declaration { key, spec: Arc::new(ActionSpec::new("a")) };
+        let declared = Declaration::new(key, Arc::new(ActionSpec::new("a")));
         let start = || {
             let mut timer = processor.sync_request();
             timer.set_declaration(&declared);

@@ -2,7 +2,7 @@
 
 use std::{
     collections::{BTreeMap, HashMap, HashSet},
-    sync::Arc,
+    sync::{Arc, OnceLock},
     time::Duration,
 };
 
@@ -16,7 +16,7 @@ use streamer_proto::{
 };
 use streamer_rpc::error_status;
 use streamer_store::{DeclaredAction, Store};
-use streamer_telemetry::ActionScope;
+use streamer_telemetry::{ActionScope, IndexedActionLabel};
 use tokio::{
     sync::watch,
     task::JoinHandle,
@@ -50,6 +50,8 @@ pub(crate) struct CatalogEntry {
     pub(crate) offered_by: Vec<Arc<str>>,
     /// For whom the action is declared.
     pub(crate) scope: ActionScope,
+    /// Label of the action in metrics, after its first use.
+    pub(crate) label: OnceLock<IndexedActionLabel>,
 }
 
 /// An action in the list of one processor.
@@ -365,12 +367,9 @@ impl Catalog {
                 let by_tenant = by_name.entry(action.name.clone()).or_default();
                 let offered_by = if action.available { vec![from.clone()] } else { Vec::new() };
                 let is_shared = tenant_id.is_empty();
-                let entry = CatalogEntry {
-                    action: action.clone(),
-                    schema: schema.clone(),
-                    offered_by,
-                    scope: if is_shared { ActionScope::AllTenants } else { ActionScope::OneTenant },
-                };
+                let scope =
+                    if is_shared { ActionScope::AllTenants } else { ActionScope::OneTenant };
+                let entry = CatalogEntry::new(action.clone(), schema.clone(), scope, offered_by);
                 match by_tenant.get_mut(tenant_id) {
                     None => {
                         by_tenant.insert(tenant_id.clone(), entry);
@@ -413,6 +412,15 @@ fn for_tenant(
 }
 
 impl CatalogEntry {
+    pub(crate) fn new(
+        action: Action,
+        schema: Option<Arc<DeclaredSchema>>,
+        scope: ActionScope,
+        offered_by: Vec<Arc<str>>,
+    ) -> Self {
+        Self { action, schema, offered_by, scope, label: OnceLock::new() }
+    }
+
     /// Merges the entry of a different processor for the same action into `self`.
     fn merge(&mut self, mut other: Self) {
         if !self.action.available && other.action.available {

@@ -14,12 +14,17 @@ use prometheus_client::{
 };
 use streamer_core::ErrorCode;
 use streamer_rpc::request_error;
-use streamer_telemetry::{ActionLabel, ActionScope, LatencyHistogram, Metrics};
+use streamer_telemetry::{
+    ActionLabel, IndexedActionLabel, IndexedFamily, LatencyHistogram, Metrics,
+};
+use strum::{EnumCount, IntoStaticStr};
 use tonic::Status;
+
+use crate::catalog::CatalogEntry;
 
 pub(crate) struct RouterMetrics {
     metrics: Metrics,
-    requests: Family<RequestLabels, Counter>,
+    requests: IndexedFamily<RequestLabels, Counter>,
     rejections: Family<ReasonLabel, Counter>,
     pub(crate) submit_seconds: LatencyHistogram,
 }
@@ -38,25 +43,39 @@ struct ReasonLabel {
 }
 
 /// Mode of a submission.
-#[derive(Clone, Copy, Debug)]
+#[derive(Clone, Copy, Debug, EnumCount, IntoStaticStr)]
+#[strum(serialize_all = "snake_case")]
 pub(crate) enum Mode {
     /// The request is forwarded to a processor.
     Sync,
     /// The request is stored.
     Async,
+    /// The action is not yet known.
+    Unknown,
+}
+
+/// Result of a submission that was not rejected.
+#[derive(Clone, Copy, Debug, EnumCount, IntoStaticStr)]
+#[strum(serialize_all = "snake_case")]
+enum SubmissionResult {
+    Accepted,
+    Duplicate,
+    Cancelled,
 }
 
 impl RouterMetrics {
     pub(crate) fn new(metrics: &Metrics) -> Self {
+        let kinds = Mode::COUNT * SubmissionResult::COUNT;
         Self {
             metrics: metrics.clone(),
-            requests: metrics.register(
+            requests: IndexedFamily::register(
+                metrics,
                 "streamer_router_requests",
                 "Submissions and redrives that were not rejected, by action, mode (sync, async) and result: accepted, \
                  duplicate if a request with the same id existed, or cancelled if the caller did not wait until the \
                  request was stored or its sync action had ended. The mode of a submission that was cancelled before \
                  its action was known is unknown",
-                Family::default(),
+                metrics.action_label_count().saturating_mul(kinds),
             ),
             rejections: metrics.register(
                 "streamer_router_rejections",
@@ -80,8 +99,17 @@ impl RouterMetrics {
         })
     }
 
-    fn count_request(&self, action: ActionLabel, mode: &'static str, result: &'static str) {
-        self.requests.get_or_create(&RequestLabels { action, mode, result }).inc();
+    fn count_request(&self, action: &IndexedActionLabel, mode: Mode, result: SubmissionResult) {
+        let of_action = action.index * Mode::COUNT + mode as usize;
+        let index = of_action * SubmissionResult::COUNT + result as usize;
+        let labels = || RequestLabels {
+            action: action.label.clone(),
+            mode: mode.into(),
+            result: result.into(),
+        };
+        self.requests.with(index, labels, |counter| {
+            counter.inc();
+        });
     }
 
     fn count_rejection(&self, reason: ErrorCode) {
@@ -95,28 +123,26 @@ impl RouterMetrics {
 pub(crate) struct SubmissionCount {
     metrics: Arc<RouterMetrics>,
     /// Action and mode, once they are known.
-    labels: OnceLock<(ActionLabel, &'static str)>,
+    labels: OnceLock<(IndexedActionLabel, Mode)>,
     is_counted: AtomicBool,
 }
 
 impl SubmissionCount {
     /// Records the action and the mode of the submission.
-    pub(crate) fn set_action(&self, action: &str, scope: ActionScope, mode: Mode) {
-        let mode = match mode {
-            Mode::Sync => "sync",
-            Mode::Async => "async",
-        };
-        self.labels.get_or_init(|| (self.metrics.metrics.action_label(action, scope), mode));
+    pub(crate) fn set_action(&self, entry: &CatalogEntry, mode: Mode) {
+        let metrics = &self.metrics.metrics;
+        let label = || metrics.action_label(&entry.action.name, entry.scope);
+        self.labels.get_or_init(|| (entry.label.get_or_init(label).clone(), mode));
     }
 
     /// Counts a submission whose request was stored, or executed by a processor.
     pub(crate) fn accepted(&self) {
-        self.count("accepted");
+        self.count(SubmissionResult::Accepted);
     }
 
     /// Counts a submission for which a request with the same `id` existed.
     pub(crate) fn duplicate(&self) {
-        self.count("duplicate");
+        self.count(SubmissionResult::Duplicate);
     }
 
     /// Does not count a repeated call, because an earlier call was counted.
@@ -131,12 +157,11 @@ impl SubmissionCount {
         }
     }
 
-    fn count(&self, result: &'static str) {
+    fn count(&self, result: SubmissionResult) {
         if self.is_first() {
-            let labels = self.labels.get().cloned();
-            let unknown = || (self.metrics.metrics.other_action_label(), "unknown");
-            let (action, mode) = labels.unwrap_or_else(unknown);
-            self.metrics.count_request(action, mode, result);
+            let unknown = || (self.metrics.metrics.other_action_label(), Mode::Unknown);
+            let (action, mode) = self.labels.get_or_init(unknown);
+            self.metrics.count_request(action, *mode, result);
         }
     }
 
@@ -148,7 +173,7 @@ impl SubmissionCount {
 impl Drop for SubmissionCount {
     fn drop(&mut self) {
         if !thread::panicking() {
-            self.count("cancelled");
+            self.count(SubmissionResult::Cancelled);
         } else if self.is_first() {
             self.metrics.count_rejection(ErrorCode::InternalError);
         }
@@ -157,7 +182,19 @@ impl Drop for SubmissionCount {
 
 #[cfg(test)]
 mod tests {
+    use streamer_proto::common::v1::Action;
+    use streamer_telemetry::ActionScope;
+
     use super::*;
+
+    fn entry(action: &str, scope: ActionScope) -> CatalogEntry {
+        CatalogEntry::new(
+            Action { name: action.into(), ..Action::default() },
+            None,
+            scope,
+            Vec::new(),
+        )
+    }
 
     /// Returns the counters after a submission.
     fn counters(submit: impl FnOnce(Arc<SubmissionCount>)) -> Vec<String> {
@@ -172,7 +209,7 @@ mod tests {
     fn a_submission_is_counted_once_with_its_first_result() {
         let accepted = "quests_total{action=\"a\",mode=\"sync\",result=\"accepted\"} 1";
         let counted = counters(|count| {
-            count.set_action("a", ActionScope::AllTenants, Mode::Sync);
+            count.set_action(&entry("a", ActionScope::AllTenants), Mode::Sync);
             count.accepted();
             count.rejected(&Status::unavailable("the handler failed"));
         });
@@ -188,7 +225,7 @@ mod tests {
     #[test]
     fn a_submission_without_a_result_is_cancelled_when_its_last_user_ends() {
         let counted = counters(|count| {
-            count.set_action("a", ActionScope::OneTenant, Mode::Async);
+            count.set_action(&entry("a", ActionScope::OneTenant), Mode::Async);
             let task = count.clone();
             drop(count);
             task.duplicate();

@@ -123,7 +123,7 @@ impl RequestService {
         let tenant = &old.owner.tenant;
         let entry = self.catalog.find_or_query(&old.action, tenant, &self.upstreams).await?;
         check_permission(caller, &entry)?;
-        count.set_action(&old.action, entry.scope, Mode::Async);
+        count.set_action(&entry, Mode::Async);
         let payload =
             self.store.read_payload(old.uid).await.map_err(|error| store_status(&error))?;
         let submission = Submission {

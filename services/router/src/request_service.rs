@@ -106,11 +106,11 @@ impl RequestService {
                 self.acknowledge(caller, stored, wait_ms, now).await
             }
             Checked::New(submission, entry) if entry.action.sync => {
-                count.set_action(&submission.action, entry.scope, Mode::Sync);
+                count.set_action(&entry, Mode::Sync);
                 self.run_now(caller, submission, now, &entry.offered_by, count).await
             }
             Checked::New(submission, entry) => {
-                count.set_action(&submission.action, entry.scope, Mode::Async);
+                count.set_action(&entry, Mode::Async);
                 self.store_and_notify(caller, submission, now, count).await
             }
         }

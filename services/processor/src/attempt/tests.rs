@@ -108,10 +108,10 @@ fn start() -> Fixture {
     let may_end = CancellationToken::new();
     let attempt_spec = AttemptSpec {
         record: record(),
-        declared: Declaration {
-            key: ActionKey { action: "waits".into(), tenant: None },
-            spec: Arc::new(ActionSpec::new("waits")),
-        },
+        declared: Arc::new(Declaration::new(
+            ActionKey { action: "waits".into(), tenant: None },
+            Arc::new(ActionSpec::new("waits")),
+        )),
         handler: Arc::new(WaitsForToken(may_end.clone())),
         reports: Arc::default(),
         payload: StoredPayload { content_type: String::new(), data: Bytes::new() },

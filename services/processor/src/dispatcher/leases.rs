@@ -7,7 +7,7 @@ use streamer_proto::common::v1::event::Kind;
 use streamer_store::{
     Append, AppendOutcome, Lease, LeaseRenewal, RequestRecord, Writer, log_event,
 };
-use streamer_telemetry::ActionLabel;
+use streamer_telemetry::IndexedActionLabel;
 use tokio::time::{MissedTickBehavior, interval};
 use tokio_util::sync::CancellationToken;
 
@@ -25,7 +25,7 @@ impl Dispatcher {
     pub(super) async fn fail_unstarted(&self, record: &RequestRecord) {
         let kind = outcome::overdue(record, self.now());
         let declared = self.actions.find(&record.action, &record.owner.tenant);
-        let label = self.metrics.label(declared.as_ref());
+        let label = self.metrics.label(declared.as_deref());
         let writer = Writer::Queued(record.attempt);
         self.append_final_event(record, writer, kind, None, &label).await;
     }
@@ -37,7 +37,7 @@ impl Dispatcher {
         writer: Writer,
         kind: Kind,
         retry_at: Option<Timestamp>,
-        label: &ActionLabel,
+        label: &IndexedActionLabel,
     ) {
         let now = self.now();
         let event = log_event(record.last_seq.next(), record.attempt, now, kind.clone());
@@ -106,7 +106,7 @@ impl Dispatcher {
                 }
                 declared = self.actions.find(&record.action, &record.owner.tenant);
             }
-            let label = self.metrics.label(declared.as_ref());
+            let label = self.metrics.label(declared.as_deref());
             let policy = declared.map_or_else(RetryPolicy::default, |declared| declared.spec.retry);
             match lease_recovery::final_event(&*self.store, &record, policy, self.now()).await {
                 Ok(event) => {

@@ -6,7 +6,7 @@ use streamer_core::{OutputDigest, Timestamp, Uid};
 use streamer_handler::{DynHandler, ReportQueue};
 use streamer_proto::common::v1::{Cancelled, event::Kind};
 use streamer_store::{CancelOutcome, Claim, ClaimOutcome, Claimed, RequestRecord, StoreError};
-use streamer_telemetry::{ActionLabel, AttemptSpan, InScope, Scope, TraceContext, Waited};
+use streamer_telemetry::{AttemptSpan, InScope, IndexedActionLabel, Scope, TraceContext, Waited};
 use tokio::time::Instant;
 use tracing::Instrument;
 
@@ -33,7 +33,7 @@ impl Dispatcher {
     pub(super) async fn claim_and_run(
         &self,
         uid: Uid,
-        declared: Declaration,
+        declared: Arc<Declaration>,
         runner: Runner,
         handle: Arc<AttemptHandle>,
     ) {
@@ -84,7 +84,7 @@ impl Dispatcher {
     async fn run_claimed(
         &self,
         claimed: Claimed,
-        declared: Declaration,
+        declared: Arc<Declaration>,
         runner: Runner,
         handle: Arc<AttemptHandle>,
         claim_timing: ClaimTiming,
@@ -207,7 +207,7 @@ impl Dispatcher {
     }
 
     /// Cancels a request that waits for its next attempt.
-    async fn cancel_queued(&self, uid: Uid, reason: String, label: &ActionLabel) {
+    async fn cancel_queued(&self, uid: Uid, reason: String, label: &IndexedActionLabel) {
         match self.store.cancel(uid, reason, self.now()).await {
             Ok(CancelOutcome::Cancelled(record, event)) => {
                 self.metrics.queued_request_ended(label, &Kind::Cancelled(Cancelled::default()));

@@ -1,12 +1,9 @@
 //! Metrics of the store operations, for every engine.
 
-use std::sync::{Arc, OnceLock};
+use std::sync::Arc;
 
 use async_trait::async_trait;
-use prometheus_client::{
-    encoding::EncodeLabelSet,
-    metrics::{counter::Counter, family::Family},
-};
+use prometheus_client::{encoding::EncodeLabelSet, metrics::counter::Counter};
 use streamer_core::{Seq, Timestamp, Uid};
 use streamer_store::{
     Adopt, Append, AppendOutcome, BackupOutcome, CancelOutcome, Claim, ClaimOutcome,
@@ -15,7 +12,7 @@ use streamer_store::{
     QueueNotifier, QueueStats, ReleasedRequests, RequestPage, RequestRecord, Store, StoreError,
     StoredPayload,
 };
-use streamer_telemetry::{LatencyFamily, LatencyHistogram, Metrics};
+use streamer_telemetry::{IndexedFamily, LatencyHistogram, Metrics};
 use strum::{EnumCount, IntoStaticStr};
 use tokio::time::Instant;
 
@@ -89,32 +86,26 @@ struct OperationLabel {
 
 /// Metrics of all operations. A series exists after the first operation that it counts.
 struct StoreMetrics {
-    operations: Family<OutcomeLabels, Counter>,
-    durations: LatencyFamily<OperationLabel>,
-    by_operation: [OperationMetrics; Operation::COUNT],
-}
-
-#[derive(Default)]
-struct OperationMetrics {
-    by_outcome: [OnceLock<Counter>; Outcome::COUNT],
-    duration: OnceLock<LatencyHistogram>,
+    operations: IndexedFamily<OutcomeLabels, Counter>,
+    durations: IndexedFamily<OperationLabel, LatencyHistogram>,
 }
 
 impl StoreMetrics {
     fn new(metrics: &Metrics) -> Self {
         Self {
-            operations: metrics.register(
+            operations: IndexedFamily::register(
+                metrics,
                 "streamer_store_operations",
                 "Operations of the store, by operation and outcome: ok, cancelled if the caller did not wait, or \
                  the kind of the error",
-                Family::default(),
+                Operation::COUNT * Outcome::COUNT,
             ),
-            durations: metrics.register(
+            durations: IndexedFamily::register(
+                metrics,
                 "streamer_store_operation_duration_seconds",
                 "Duration of the operations of the store, with waiting and retries, by operation",
-                LatencyFamily::default(),
+                Operation::COUNT,
             ),
-            by_operation: Default::default(),
         }
     }
 
@@ -144,13 +135,12 @@ impl Drop for Timer<'_> {
         let Self { metrics, operation, outcome, .. } = *self;
         let labels = || OutcomeLabels { operation: operation.into(), outcome: outcome.into() };
         let label = || OperationLabel { operation: operation.into() };
-        // The indices exist: the sizes of the arrays are the numbers of variants.
-        let Some(measured) = metrics.by_operation.get(operation as usize) else { return };
-        let duration =
-            measured.duration.get_or_init(|| metrics.durations.get_or_create(&label()).clone());
-        duration.observe(self.start.elapsed());
-        let Some(counter) = measured.by_outcome.get(outcome as usize) else { return };
-        counter.get_or_init(|| metrics.operations.get_or_create(&labels()).clone()).inc();
+        let (position, duration) = (operation as usize, self.start.elapsed());
+        metrics.durations.with(position, label, |latency| latency.observe(duration));
+        let index = position * Outcome::COUNT + outcome as usize;
+        metrics.operations.with(index, labels, |counter| {
+            counter.inc();
+        });
     }
 }
 
