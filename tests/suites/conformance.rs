@@ -17,8 +17,8 @@ use streamer_proto::common::v1::{
 use streamer_store::{
     Adopt, Append, AppendOutcome, AssignedWorker, Backup, BackupOutcome, CancelOutcome, Claim,
     ClaimOutcome, Claimed, ConnectionRecord, CreateOutcome, DeclaredAction, DeleteOutcome, DuePage,
-    DueQuery, Lease, ListRequests, NewRequest, Owner, Quota, ReleasedRequests, Store, StoreError,
-    StoredPayload, Writer, find_by_client_id_or_uid,
+    DueQuery, Lease, ListRequests, NewRequest, Owner, QueueKey, Quota, ReleasedRequests, Store,
+    StoreError, StoredPayload, Writer, find_by_client_id_or_uid,
 };
 use streamer_store_dynamodb::{DynamoOptions, DynamoStore, tables};
 use streamer_store_sqlite::{open, restore};
@@ -505,9 +505,11 @@ async fn due(store: &dyn Store, actions: &[&str], per_tenant: usize) -> Vec<Uid>
     let query = DueQuery {
         actions: actions.iter().map(ToString::to_string).collect(),
         now: at(2000),
-        after_tenant: None,
+        after: None,
         tenants: 10,
         per_tenant,
+        users: 10,
+        after_users: HashMap::new(),
         limits: HashMap::new(),
         blocked: HashSet::new(),
     };
@@ -529,12 +531,14 @@ async fn the_queue_is_read_by_tenant_in_pages() {
                 by_tenant.push(create(&*store, new).await);
             }
         }
-        let query = |after_tenant: Option<String>, tenants| DueQuery {
+        let query = |after: Option<QueueKey>, tenants| DueQuery {
             actions: vec!["work".into()],
             now: at(2000),
-            after_tenant,
+            after,
             tenants,
             per_tenant: 2,
+            users: 10,
+            after_users: HashMap::new(),
             limits: HashMap::new(),
             blocked: HashSet::new(),
         };
@@ -542,10 +546,12 @@ async fn the_queue_is_read_by_tenant_in_pages() {
         store.release_delayed(at(2000), 10).await.unwrap();
         let first = store.due_requests(query(None, 2)).await.unwrap();
         assert_eq!(uids(&first), [by_tenant[0], by_tenant[1], by_tenant[3], by_tenant[4]]);
-        assert_eq!(first.next_tenant.as_deref(), Some("b"));
-        let second = store.due_requests(query(first.next_tenant, 2)).await.unwrap();
+        let last = QueueKey { action: "work".into(), tenant: "b".into() };
+        assert_eq!(first.next, Some(last));
+        assert_eq!(first.incomplete, HashSet::from(["a".to_owned(), "b".to_owned()]));
+        let second = store.due_requests(query(first.next, 2)).await.unwrap();
         assert_eq!(uids(&second), [by_tenant[6], by_tenant[7]]);
-        assert_eq!(second.next_tenant, None);
+        assert_eq!(second.next, None);
 
         let limits = HashMap::from([("a".to_owned(), 0), ("b".to_owned(), 1)]);
         let limited = DueQuery { limits, ..query(None, 10) };
@@ -561,6 +567,88 @@ async fn the_queue_is_read_by_tenant_in_pages() {
         assert_eq!((ahead.own, ahead.others), (2, 6));
         let ahead = store.queue_ahead(last, at(2000), 4).await.unwrap();
         assert_eq!((ahead.own, ahead.others), (2, 4), "counts up to the limit");
+    }
+}
+
+#[tokio::test]
+async fn the_limit_of_a_tenant_is_divided_among_its_users() {
+    for Subject { store, .. } in engines().await {
+        let mut uids = HashMap::new();
+        for (user, priority, count) in [("ann", 5, 20), ("bob", 5, 1), ("eve", 0, 2)] {
+            for number in 0..count {
+                let owner = Owner { tenant: "acme".into(), user: user.into() };
+                let not_before = at(1000 + number);
+                let new = NewRequest { owner, priority, not_before, ..new_request(None) };
+                uids.insert((user, number), create(&*store, new).await);
+            }
+        }
+        store.release_delayed(at(2000), 100).await.unwrap();
+        let query = |per_tenant, users, after: Option<&str>| DueQuery {
+            actions: vec!["absent".into(), "work".into()],
+            now: at(2000),
+            after: None,
+            tenants: 10,
+            per_tenant,
+            users,
+            after_users: after
+                .map(|user| ("acme".to_owned(), user.to_owned()))
+                .into_iter()
+                .collect(),
+            limits: HashMap::new(),
+            blocked: HashSet::new(),
+        };
+        let read = async |query| {
+            let page = store.due_requests(query).await.unwrap();
+            let mut read = Vec::new();
+            for due in &page.requests {
+                assert_eq!((&*due.tenant, &*due.action), ("acme", "work"));
+                let (key, _) = uids.iter().find(|(_, uid)| **uid == due.uid).unwrap();
+                assert_eq!(key.0, due.user);
+                read.push(*key);
+            }
+            read.sort_unstable();
+            (read, page)
+        };
+        let (four, page) = read(query(4, 10, None)).await;
+        assert_eq!(four, [("ann", 0), ("ann", 1), ("ann", 2), ("bob", 0), ("eve", 0)]);
+        assert!(page.incomplete.contains("acme") && page.next_users.is_empty());
+        let (one, _) = read(query(1, 10, None)).await;
+        assert_eq!(one, [("ann", 0), ("bob", 0), ("eve", 0)], "at least one request of each user");
+        let (all, page) = read(query(100, 10, None)).await;
+        assert_eq!((all.len(), page.incomplete.len()), (23, 0));
+
+        let (first, page) = read(query(2, 1, None)).await;
+        assert_eq!(first, [("ann", 0), ("ann", 1), ("eve", 0)]);
+        assert_eq!(page.next_users["acme"], "ann");
+        let (second, page) = read(query(2, 1, Some("ann"))).await;
+        assert_eq!(second, [("bob", 0), ("eve", 0)], "a lower priority fills the page");
+        assert_eq!(page.next_users["acme"], "bob");
+        let (third, _) = read(query(2, 1, Some("bob"))).await;
+        assert_eq!(third, [("ann", 0), ("ann", 1), ("eve", 0)], "begins with the first user again");
+    }
+}
+
+#[tokio::test]
+async fn requests_of_other_users_may_start_first() {
+    for Subject { store, .. } in engines().await {
+        for (tenant, user, priority) in [
+            ("acme", "ann", 1),
+            ("acme", "bob", 0),
+            ("acme", "ann", 0),
+            ("globex", "dan", 0),
+            ("globex", "dan", 1),
+        ] {
+            let owner = Owner { tenant: tenant.into(), user: user.into() };
+            let not_before = at(1000);
+            create(&*store, NewRequest { owner, priority, not_before, ..new_request(None) }).await;
+        }
+        let owner = Owner { tenant: "acme".into(), user: "ann".into() };
+        let new = NewRequest { owner, not_before: at(1001), ..new_request(None) };
+        let uid = create(&*store, new).await;
+        store.release_delayed(at(2000), 100).await.unwrap();
+        let last = store.get_request(uid).await.unwrap().unwrap();
+        let ahead = store.queue_ahead(last, at(2000), 100).await.unwrap();
+        assert_eq!((ahead.own, ahead.others), (2, 3));
     }
 }
 
@@ -734,7 +822,8 @@ async fn due_requests_are_filtered_by_action_and_ordered_by_priority_then_age() 
             expected.push(create(&*store, new).await);
         }
         assert_eq!(due(&*store, &["work"], 10).await, [expected[2], expected[1], expected[0]]);
-        assert_eq!(due(&*store, &["work", "other"], 1).await, [expected[4]]);
+        let one_of_each_priority = [expected[4], expected[2], expected[1]];
+        assert_eq!(due(&*store, &["work", "other"], 1).await, one_of_each_priority);
         let stats = store.queue_stats(at(2000)).await.unwrap();
         assert_eq!((stats.queued, stats.oldest_due), (5, Some(at(1000))));
     }

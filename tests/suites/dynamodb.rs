@@ -340,6 +340,39 @@ async fn hints_stream_and_polling_each_suffice() {
     }
 }
 
+#[tokio::test]
+async fn requests_that_an_earlier_version_has_queued_are_executed() {
+    let mut server = server(local(), &[]);
+    let token = server.token("acme", "ann", &[]);
+    let mut client = Client::connect(&server.url, &token).await;
+    for id in ["ready", "delayed"] {
+        let submission = json!({"id": id, "action": "echo_async", "delay_ms": 3_600_000});
+        client.request(submission).await;
+    }
+    server.stop();
+    let settings = server.settings();
+    let prefix = settings.iter().find_map(|s| s.strip_prefix("dynamodb.table_prefix=")).unwrap();
+    // The rank began with the tenant, and the partition had no prefix, also for delayed requests.
+    let script = "c = client('dynamodb'); t = sys.argv[2] + 'requests'\n\
+        for r in c.scan(TableName=t)['Items']:\n    \
+        uid, shard = r['uid'], r['queue_shard']['S']\n    \
+        assert shard[0] == 'd' and 'delay_shard' in r, r\n    \
+        delayed = r['client_id']['S'] == 'delayed'\n    \
+        due = int(r['not_before']['N']) - (3598_000 if delayed else 3601_000)\n    \
+        rank = 'acme\\techo_async\\t9\\t%015d\\t%s' % (due, uid['S'])\n    \
+        change = 'SET queue_shard=:s, queue_rank=:r, not_before=:d'\n    \
+        values = {':s': {'S': shard[1:]}, ':r': {'S': rank}, ':d': {'N': str(due)}}\n    \
+        change += ', delay_until=:d' if delayed else ' REMOVE delay_shard, delay_until'\n    \
+        c.update_item(TableName=t, Key={'uid': uid}, UpdateExpression=change, ExpressionAttributeValues=values)\n";
+    python(script, local(), &[prefix]);
+    server.restart();
+    let mut client = Client::connect(&server.url, &token).await;
+    for id in ["ready", "delayed"] {
+        client.send(json!({"type": "subscribe", "request_id": id, "after_seq": 1})).await;
+        assert_eq!(client.follow(Log::after(1)).await.last_type(), "complete");
+    }
+}
+
 #[tokio::test(flavor = "multi_thread")]
 async fn the_stream_continues_after_shards_are_split_and_records_trimmed() {
     let streams = Resharding::start(local()).await;

@@ -306,6 +306,9 @@ options! {
         /// Maximum percentage of max_concurrent_attempts, and of the slots of all workers, that one tenant may use.
         /// The remainder stays available to other tenants while one tenant floods the queue.
         max_tenant_share_percent: u64 = 75, in 1..=100;
+        /// Waiting time after which the priority of a due request counts as one higher, so that a request of a low
+        /// priority starts eventually; 0 means never.
+        priority_aging: Duration = Duration::from_secs(60), in "0s"..="1d";
         /// Maximum number of concurrent sync actions.
         max_concurrent_sync: u64 = 4_096, in 1..=1_000_000;
         /// Maximum total size of progress, output, checkpoints and results that are not stored yet, across all

@@ -8,7 +8,7 @@ use std::{
     thread,
 };
 
-use http::{HeaderMap, Request, Response};
+use http::{HeaderMap, HeaderName, Request, Response};
 use pin_project_lite::pin_project;
 use prometheus_client::{encoding::EncodeLabelSet, metrics::counter::Counter};
 use streamer_proto::declared_methods;
@@ -20,7 +20,7 @@ use tower::Service;
 use crate::spans::code_name;
 
 /// Header with the status of a call that failed before its response began.
-const GRPC_STATUS: &str = "grpc-status";
+const GRPC_STATUS: HeaderName = HeaderName::from_static("grpc-status");
 /// Label value of methods that no service declares, so that clients cannot create label values.
 const OTHER: &str = "_other";
 /// Number of gRPC status codes.
@@ -42,8 +42,8 @@ struct CallLabels {
 pub struct RpcMetrics(Arc<Methods>);
 
 struct Methods {
-    /// Declared methods by path.
-    by_path: HashMap<&'static str, Method>,
+    /// Declared methods by path. The hash need not resist collisions: clients cannot add paths.
+    by_path: HashMap<&'static str, Method, foldhash::fast::FixedState>,
     other: Method,
     calls: IndexedFamily<CallLabels, Counter>,
     durations: IndexedFamily<MethodLabel, LatencyHistogram>,
@@ -64,7 +64,7 @@ impl RpcMetrics {
         let declared = declared_methods()
             .enumerate()
             .map(|(index, path)| (path, Method { name: path.trim_start_matches('/'), index }));
-        let by_path: HashMap<_, _> = declared.collect();
+        let by_path: HashMap<_, _, _> = declared.collect();
         let count = by_path.len() + 1;
         let calls = IndexedFamily::register(
             metrics,
@@ -130,7 +130,7 @@ impl RpcTimer {
 /// Returns the code of a gRPC response from its headers: OK if the response has begun.
 #[must_use]
 pub fn response_code(headers: &HeaderMap) -> Code {
-    let status = headers.get(GRPC_STATUS);
+    let status = headers.get(&GRPC_STATUS);
     status.map_or(Code::Ok, |status| Code::from_bytes(status.as_bytes()))
 }
 

@@ -12,6 +12,7 @@ use aws_smithy_http_client::{
     Builder,
     tls::{Provider, rustls_provider::CryptoMode},
 };
+use parking_lot::Mutex;
 use prometheus_client::metrics::counter::Counter;
 use streamer_core::{backoff, is_loopback_host};
 use streamer_store::StoreError;
@@ -75,6 +76,8 @@ pub(crate) struct Dynamo {
     pub(crate) retention: Option<Duration>,
     pub(crate) claim_jitter: Arc<ClaimJitter>,
     pub(crate) queue_counts: Arc<QueueCounts>,
+    /// Time of the last search for requests that an earlier version has queued.
+    pub(crate) earlier_version_searched_at: Arc<Mutex<Option<Instant>>>,
     pub(crate) metrics: DynamoMetrics,
 }
 

@@ -1,14 +1,17 @@
-//! Queue of requests. Its index is distributed over shards. In each shard, requests are ordered by tenant, action,
-//! priority and due time, and reads skip the items that they do not need.
+//! Queue of requests. Its index is distributed over shards. In each shard, requests are ordered by action, tenant,
+//! priority, user and due time, and reads skip the items that they do not need. Requests that are delayed are in
+//! partitions of their own until they are released.
+
+mod ahead;
+mod delayed;
+mod due;
 
 use std::collections::VecDeque;
 
 use aws_sdk_dynamodb::types::Select;
 use futures_util::future::try_join_all;
 use streamer_core::{Timestamp, Uid, saturate};
-use streamer_store::{
-    DuePage, DueQuery, DueRequest, QueueAhead, QueueStats, RequestRecord, StoreError,
-};
+use streamer_store::{DueRequest, QueueStats, RequestRecord, StoreError};
 
 use crate::{
     client::Dynamo,
@@ -18,7 +21,7 @@ use crate::{
     item_ops::{number_of, text_of},
 };
 
-/// Separator of the fields of a rank. Tenants and actions contain no control characters.
+/// Separator of the fields of a rank. Tenants, users and actions contain no control characters.
 const SEPARATOR: char = '\t';
 /// Replacement for the separator in a key that sorts after all keys with the same field.
 const AFTER_SEPARATOR: char = '\n';
@@ -30,44 +33,98 @@ const MIN_PAGE_ITEMS: usize = 32;
 const MAX_PAGE_ITEMS: usize = 256;
 /// Maximum number of requests to count; a longer queue is reported with this length.
 const MAX_COUNTED: u64 = 5_000;
-/// Maximum number of groups of tenant, action and priority to search for the oldest request.
+/// Maximum number of groups of action, tenant, priority and user to search for the oldest request.
 const MAX_GROUPS: usize = 100;
-/// Maximum number of tenants whose queues are counted.
-const MAX_TENANTS: usize = 16;
+/// Maximum length of a user's name in a rank, in bytes. A sort key has at most 1,024 bytes. Users whose names begin
+/// with the same bytes share their turns.
+const MAX_USER_BYTES: usize = 256;
+
+/// Partitions of the index.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Partition {
+    /// Requests that were due when they were queued, or were released since then.
+    Ready,
+    /// Requests that were delayed when they were queued.
+    Delayed,
+}
+
+impl Partition {
+    /// Returns the partition key of a shard.
+    pub(crate) fn key(self, shard: u64) -> String {
+        match self {
+            Self::Ready => format!("r{shard}"),
+            Self::Delayed => format!("d{shard}"),
+        }
+    }
+}
 
 /// Item of the index, parsed from its rank.
 #[derive(Clone, Debug)]
 struct IndexItem {
     rank: String,
-    tenant: String,
     action: String,
+    tenant: String,
     priority: i32,
+    user: String,
     not_before: i64,
     uid: Uid,
 }
 
-fn rank(tenant: &str, action: &str, priority: i32, not_before: i64, uid: &str) -> String {
+fn rank(item: &RequestItem) -> String {
     // Padded to a fixed length, so that earlier times sort first.
-    let time = not_before.max(0);
-    format!("{}{time:015}{SEPARATOR}{uid}", group_prefix(tenant, action, priority))
+    let time = item.not_before.max(0);
+    let user = first_bytes(&item.user, MAX_USER_BYTES);
+    let user = user_prefix(&item.action, &item.tenant, item.priority, user);
+    format!("{user}{time:015}{SEPARATOR}{}", item.uid)
 }
 
-/// Returns the prefix of all ranks of one tenant, action and priority. One character encodes the priority, such that
-/// the highest priority sorts first; a priority below the lowest sorts last.
-fn group_prefix(tenant: &str, action: &str, priority: i32) -> String {
+/// Returns the longest prefix with at most `max` bytes.
+fn first_bytes(text: &str, max: usize) -> &str {
+    text.get(..text.floor_char_boundary(max)).unwrap_or(text)
+}
+
+/// Returns the prefix of all ranks of an action.
+fn action_prefix(action: &str) -> String {
+    format!("{action}{SEPARATOR}")
+}
+
+/// Returns the prefix of all ranks of an action and tenant.
+pub(crate) fn tenant_prefix(action: &str, tenant: &str) -> String {
+    format!("{action}{SEPARATOR}{tenant}{SEPARATOR}")
+}
+
+/// Returns the prefix of all ranks of an action, tenant and priority. One character encodes the priority, such that the
+/// highest priority sorts first; a priority below the lowest sorts last.
+fn priority_prefix(action: &str, tenant: &str, priority: i32) -> String {
     let inverted = u8::try_from(HIGHEST_PRIORITY - priority).unwrap_or(0);
     let inverted = char::from(b'0' + inverted);
-    format!("{tenant}{SEPARATOR}{action}{SEPARATOR}{inverted}{SEPARATOR}")
+    format!("{}{inverted}{SEPARATOR}", tenant_prefix(action, tenant))
+}
+
+/// Returns the prefix of all ranks of an action, tenant, priority and user.
+fn user_prefix(action: &str, tenant: &str, priority: i32, user: &str) -> String {
+    format!("{}{user}{SEPARATOR}", priority_prefix(action, tenant, priority))
+}
+
+/// Returns the key that follows all ranks with the given prefix, which ends with the separator.
+fn key_after_prefix(prefix: &str) -> String {
+    format!("{}{AFTER_SEPARATOR}", prefix.trim_end_matches(SEPARATOR))
+}
+
+/// Returns the key that directly follows `rank`.
+fn key_after(rank: &str) -> String {
+    format!("{rank}\0")
 }
 
 impl IndexItem {
     fn parse(rank: &str) -> Option<Self> {
         let mut fields = rank.split(SEPARATOR);
-        let (tenant, action) = (fields.next()?.to_owned(), fields.next()?.to_owned());
+        let (action, tenant) = (fields.next()?.to_owned(), fields.next()?.to_owned());
         let priority = HIGHEST_PRIORITY - fields.next()?.parse::<i32>().ok()?;
+        let user = fields.next()?.to_owned();
         let not_before = fields.next()?.parse().ok()?;
         let uid = fields.next()?.parse().ok()?;
-        Some(Self { rank: rank.to_owned(), tenant, action, priority, not_before, uid })
+        Some(Self { rank: rank.to_owned(), action, tenant, priority, user, not_before, uid })
     }
 
     fn due(&self) -> DueRequest {
@@ -75,16 +132,21 @@ impl IndexItem {
             uid: self.uid,
             action: self.action.clone(),
             tenant: self.tenant.clone(),
+            user: self.user.clone(),
             priority: self.priority,
             not_before: Timestamp::from_millis(self.not_before),
         }
     }
+
+    fn is_of(&self, action: &str, tenant: &str) -> bool {
+        self.action == action && self.tenant == tenant
+    }
 }
 
-/// Cursor that moves forward through one shard of the index.
+/// Cursor that moves forward through one partition of the index.
 struct Cursor<'a> {
     dynamo: &'a Dynamo,
-    shard: String,
+    partition: String,
     page: usize,
     items: VecDeque<IndexItem>,
     /// Whether no items follow those in `items`.
@@ -106,7 +168,7 @@ impl Cursor<'_> {
     async fn read(&mut self, from: &str) -> Result<(), StoreError> {
         let doing = "reading the queue";
         let mut condition =
-            Expression::default().when("queue_shard", "=", text(self.shard.as_str()));
+            Expression::default().when("queue_shard", "=", text(self.partition.as_str()));
         if !from.is_empty() {
             condition = condition.when("queue_rank", ">=", text(from));
         }
@@ -124,68 +186,31 @@ impl Cursor<'_> {
         }
         Ok(())
     }
-
-    /// Moves up to `limit` due items of one tenant and action to `due`.
-    async fn pop_due(
-        &mut self,
-        (tenant, action): (&str, &str),
-        now: i64,
-        limit: usize,
-        due: &mut Vec<DueRequest>,
-    ) -> Result<(), StoreError> {
-        let mut from = format!("{tenant}{SEPARATOR}{action}{SEPARATOR}");
-        let mut taken = 0;
-        while taken < limit {
-            let Some(item) = self.seek(&from).await? else { return Ok(()) };
-            if item.tenant != tenant || item.action != action {
-                return Ok(());
-            }
-            if item.not_before <= now {
-                due.push(item.due());
-                from = key_after(&item.rank);
-                taken += 1;
-            } else {
-                from = group_prefix(tenant, action, item.priority - 1);
-            }
-        }
-        Ok(())
-    }
 }
 
-/// Returns the key that directly follows `rank`.
-fn key_after(rank: &str) -> String {
-    format!("{rank}\0")
-}
-
-/// Returns the prefix of all ranks of a tenant.
-pub(crate) fn tenant_prefix(tenant: &str) -> String {
-    format!("{tenant}{SEPARATOR}")
-}
-
-/// Returns the key that follows all ranks of a tenant.
-fn key_after_tenant(tenant: &str) -> String {
-    format!("{tenant}{AFTER_SEPARATOR}")
-}
-
-/// Returns the first tenant at or after the key `from`, in any shard.
-async fn next_tenant(cursors: &mut [Cursor<'_>], from: &str) -> Result<Option<String>, StoreError> {
+/// Returns the first item at or after the key `from` in any of the partitions.
+async fn first_item(
+    cursors: &mut [Cursor<'_>],
+    from: &str,
+) -> Result<Option<IndexItem>, StoreError> {
     let firsts = try_join_all(cursors.iter_mut().map(|cursor| cursor.seek(from))).await?;
-    Ok(firsts.into_iter().flatten().map(|item| item.tenant.clone()).min())
+    let first = firsts.into_iter().flatten().min_by(|one, other| one.rank.cmp(&other.rank));
+    Ok(first.cloned())
 }
 
 impl Dynamo {
     /// Sets the attributes that put a request into the indexes of the queue.
     pub(crate) fn set_queue_attributes(&self, item: &mut RequestItem, now: Timestamp) {
-        let shard = self.shard_of(&item.uid).to_string();
+        let shard = self.shard_of(&item.uid);
         item.tenant_shard = format!("{}{SEPARATOR}{shard}", item.tenant);
-        item.queue_rank =
-            Some(rank(&item.tenant, &item.action, item.priority, item.not_before, &item.uid));
+        item.queue_rank = Some(rank(item));
         let delayed = item.not_before > now.as_millis();
+        let partition = if delayed { Partition::Delayed } else { Partition::Ready };
+        item.queue_shard = Some(partition.key(shard));
         item.delay_until = delayed.then_some(item.not_before);
-        item.delay_shard = delayed.then(|| shard.clone());
+        item.delay_shard = delayed.then(|| shard.to_string());
         item.expire_at = [item.deadline, item.close_by].into_iter().flatten().min();
-        item.expiry_shard = item.expire_at.map(|_| shard.clone());
-        item.queue_shard = Some(shard);
+        item.expiry_shard = item.expire_at.map(|_| shard.to_string());
     }
 
     pub(crate) fn shard_of(&self, uid: &str) -> u64 {
@@ -197,100 +222,22 @@ impl Dynamo {
         (0..self.queue_shards.max(1)).map(|shard| shard.to_string())
     }
 
-    /// Returns cursors that read somewhat more than `wanted` items at once.
+    /// Returns the keys of all partitions of the given kind.
+    pub(crate) fn partitions(&self, partition: Partition) -> impl Iterator<Item = String> + use<> {
+        (0..self.queue_shards.max(1)).map(move |shard| partition.key(shard.into()))
+    }
+
+    /// Returns cursors through the requests that are ready. They read somewhat more than `wanted` items at once.
     fn cursors(&self, wanted: usize) -> Vec<Cursor<'_>> {
         let page = wanted.saturating_add(8).clamp(MIN_PAGE_ITEMS, MAX_PAGE_ITEMS);
-        let cursor =
-            |shard| Cursor { dynamo: self, shard, page, items: VecDeque::new(), exhausted: false };
-        self.shards().map(cursor).collect()
-    }
-
-    pub(crate) async fn due(&self, query: &DueQuery) -> Result<DuePage, StoreError> {
-        let mut page = DuePage::default();
-        let mut cursors = self.cursors(query.per_tenant);
-        let mut actions = query.actions.clone();
-        actions.sort();
-        let mut from = query.after_tenant.as_deref().map_or(String::new(), key_after_tenant);
-        for _ in 0..query.tenants {
-            let Some(tenant) = next_tenant(&mut cursors, &from).await? else {
-                page.next_tenant = None;
-                return Ok(page);
-            };
-            let limit = query.limits.get(&tenant).map_or(query.per_tenant, |limit| *limit);
-            let first = page.requests.len();
-            let candidates = self.claim_jitter.read_limit(limit);
-            if limit > 0 {
-                for action in &actions {
-                    if query.blocked.contains(&(tenant.clone(), action.clone())) {
-                        continue;
-                    }
-                    let found = try_join_all(cursors.iter_mut().map(async |cursor| {
-                        let mut due = Vec::new();
-                        let of = (tenant.as_str(), action.as_str());
-                        cursor.pop_due(of, query.now.as_millis(), candidates, &mut due).await?;
-                        Ok::<_, StoreError>(due)
-                    }))
-                    .await?;
-                    page.requests.extend(found.into_iter().flatten());
-                }
-            }
-            let of_tenant = &mut page.requests[first..];
-            of_tenant.sort_by_cached_key(|request| {
-                let jitter_ms = self.claim_jitter.jitter_ms(request.uid);
-                let order = request.not_before.as_millis() + jitter_ms;
-                (-request.priority, order, request.uid)
-            });
-            page.requests.truncate(first + limit);
-            from = key_after_tenant(&tenant);
-            page.next_tenant = Some(tenant);
-        }
-        Ok(page)
-    }
-
-    pub(crate) async fn ahead(
-        &self,
-        record: &RequestRecord,
-        now: Timestamp,
-        limit: usize,
-    ) -> Result<QueueAhead, StoreError> {
-        let mut ahead = QueueAhead::default();
-        let mut cursors = self.cursors(limit);
-        let mut from = String::new();
-        for _ in 0..MAX_TENANTS {
-            let Some(tenant) = next_tenant(&mut cursors, &from).await? else { break };
-            from = key_after_tenant(&tenant);
-            let own = tenant == record.owner.tenant;
-            let others = saturate::to_usize(ahead.others);
-            let left = if own { limit } else { limit.saturating_sub(others) };
-            if left == 0 {
-                continue;
-            }
-            let counted = try_join_all(
-                cursors.iter_mut().map(|cursor| count_ahead(cursor, record, &tenant, now, left)),
-            );
-            let found = counted.await?.into_iter().sum::<u64>().min(left as u64);
-            if own {
-                ahead.own = found;
-            } else {
-                ahead.others += found;
-            }
-        }
-        Ok(ahead)
-    }
-
-    pub(crate) async fn next_due(&self, now: Timestamp) -> Result<Option<Timestamp>, StoreError> {
-        let firsts = try_join_all(self.shards().map(|shard| self.next_due_in(shard, now))).await?;
-        Ok(firsts.into_iter().flatten().min().map(Timestamp::from_millis))
-    }
-
-    async fn next_due_in(&self, shard: String, now: Timestamp) -> Result<Option<i64>, StoreError> {
-        let condition = Expression::default().when("delay_shard", "=", text(shard)).when(
-            "delay_until",
-            ">",
-            number(now.as_millis()),
-        );
-        let items = self.query_index(&self.tables.requests, "delayed", condition, 1).await?;
-        items.first().map(|item| number_of(item, "delay_until")).transpose()
+        let cursor = |partition| Cursor {
+            dynamo: self,
+            partition,
+            page,
+            items: VecDeque::new(),
+            exhausted: false,
+        };
+        self.partitions(Partition::Ready).map(cursor).collect()
     }
 
     pub(crate) async fn overdue(
@@ -328,7 +275,8 @@ impl Dynamo {
     }
 
     pub(crate) async fn stats(&self, now: Timestamp) -> Result<QueueStats, StoreError> {
-        let counts = try_join_all(self.shards().map(|shard| self.count(shard))).await?;
+        let counts = self.partitions(Partition::Ready).chain(self.partitions(Partition::Delayed));
+        let counts = try_join_all(counts.map(|partition| self.count(partition))).await?;
         let queued = counts.into_iter().sum::<u64>().min(MAX_COUNTED);
         if queued == 0 {
             return Ok(QueueStats::default());
@@ -340,8 +288,8 @@ impl Dynamo {
         Ok(QueueStats { queued, oldest_due: oldest.map(Timestamp::from_millis) })
     }
 
-    async fn count(&self, shard: String) -> Result<u64, StoreError> {
-        let condition = Expression::default().when("queue_shard", "=", text(shard));
+    async fn count(&self, partition: String) -> Result<u64, StoreError> {
+        let condition = Expression::default().when("queue_shard", "=", text(partition));
         let mut counted = 0;
         let mut start = None;
         loop {
@@ -359,34 +307,6 @@ impl Dynamo {
     }
 }
 
-/// Counts the due items of `tenant` for the action of `record` that precede `record` in the queue.
-async fn count_ahead(
-    cursor: &mut Cursor<'_>,
-    record: &RequestRecord,
-    tenant: &str,
-    now: Timestamp,
-    limit: usize,
-) -> Result<u64, StoreError> {
-    let mut from = format!("{tenant}{SEPARATOR}{}{SEPARATOR}", record.action);
-    let own = (-record.priority, record.not_before.as_millis(), record.uid);
-    let mut counted = 0;
-    while counted < limit {
-        let Some(item) = cursor.seek(&from).await? else { break };
-        if item.tenant != tenant || item.action != record.action || item.priority < record.priority
-        {
-            break;
-        }
-        let before = (-item.priority, item.not_before, item.uid) < own;
-        if item.not_before <= now.as_millis() && before {
-            counted += 1;
-            from = key_after(&item.rank);
-        } else {
-            from = group_prefix(tenant, &record.action, item.priority - 1);
-        }
-    }
-    Ok(counted as u64)
-}
-
 /// Returns the earliest due time up to `now`. The first item of each group has the earliest due time of the group.
 async fn oldest_due(cursor: &mut Cursor<'_>, now: i64) -> Result<Option<i64>, StoreError> {
     let mut oldest = None;
@@ -396,7 +316,8 @@ async fn oldest_due(cursor: &mut Cursor<'_>, now: i64) -> Result<Option<i64>, St
         if item.not_before <= now {
             oldest = Some(oldest.map_or(item.not_before, |known: i64| known.min(item.not_before)));
         }
-        from = group_prefix(&item.tenant, &item.action, item.priority - 1);
+        let group = user_prefix(&item.action, &item.tenant, item.priority, &item.user);
+        from = key_after_prefix(&group);
     }
     Ok(oldest)
 }

@@ -1,7 +1,7 @@
 //! Counts of the queued requests of tenants and users, and decisions about submissions. `quota.rs` reads the counts.
 
 use std::{
-    collections::HashMap,
+    collections::{BTreeSet, HashMap},
     convert::Infallible,
     sync::Arc,
     time::{Duration, Instant},
@@ -95,8 +95,14 @@ impl QueueCounts {
     }
 }
 
+/// Maximum number of actions of a tenant whose queues are counted. Beyond it, the action that sorts first is not counted
+/// until a request for it is submitted again.
+const MAX_ACTIONS: usize = 256;
+
 #[derive(Debug, Default)]
 pub(crate) struct TenantCount {
+    /// Actions for which requests were submitted in this process.
+    actions: BTreeSet<String>,
     /// Number of requests in the last count.
     counted: u64,
     /// Number of requests in the last count of each user with many requests.
@@ -191,6 +197,22 @@ impl TenantCount {
         };
         // Other tenants also need the permits.
         now.saturating_duration_since(began) >= interval.max(took.saturating_mul(2))
+    }
+
+    /// Adds an action whose queue is counted from now on.
+    pub(crate) fn add_action(&mut self, action: &str) {
+        if self.actions.contains(action) {
+            return;
+        }
+        if self.actions.len() >= MAX_ACTIONS {
+            self.actions.pop_first();
+        }
+        self.actions.insert(action.to_owned());
+    }
+
+    /// Returns the actions whose queues are counted.
+    pub(crate) fn actions(&self) -> Vec<String> {
+        self.actions.iter().cloned().collect()
     }
 
     pub(crate) fn begin(&mut self) {

@@ -12,7 +12,7 @@ use crate::{
     client::Dynamo,
     expression::{Expression, text},
     item_ops::text_of,
-    queue::tenant_prefix,
+    queue::{Partition, tenant_prefix},
     queue_counts::Decision,
 };
 
@@ -24,6 +24,7 @@ impl Dynamo {
     pub(crate) fn admit_queued(
         &self,
         owner: &Owner,
+        action: &str,
         quota: &Quota,
     ) -> Result<QuotaUsage, TenantLimit> {
         if quota.queued_of_tenant == 0 && quota.queued_of_user == 0 {
@@ -33,14 +34,17 @@ impl Dynamo {
         let user = self.queue_counts.of_user(owner);
         let now = Instant::now();
         let mut known = tenant.lock();
+        known.add_action(action);
         let Decision { outcome, count } = known.admit(&owner.user, &mut user.lock(), quota, now);
         if count && let Some(permit) = self.queue_counts.try_acquire_permit() {
             known.begin();
+            let actions = known.actions();
             drop(known);
             let (dynamo, name, quota) = (self.clone(), owner.tenant.clone(), *quota);
             tokio::spawn(async move {
                 let _permit = permit;
-                let counted = dynamo.count_queued(&name, quota.queued_of_tenant).await;
+                let limit = quota.queued_of_tenant;
+                let counted = dynamo.count_queued(&name, &actions, limit).await;
                 if let Err(error) = &counted {
                     dynamo.queue_counts.record_failure(error);
                 }
@@ -50,16 +54,20 @@ impl Dynamo {
         outcome
     }
 
-    /// Counts the queued requests of each user of a tenant, up to about `limit` in total. A `limit` of 0 means no
-    /// limit.
+    /// Counts the queued requests for the given actions of each user of a tenant, up to about `limit` in total. A `limit`
+    /// of 0 means no limit.
     async fn count_queued(
         &self,
         tenant: &str,
+        actions: &[String],
         limit: u64,
     ) -> Result<HashMap<String, u64>, StoreError> {
         let limit = if limit == 0 { MAX_COUNTED } else { limit };
         let limit = limit.div_ceil(u64::from(self.queue_shards));
-        let counts = self.shards().map(|shard| self.count_queued_in_shard(shard, tenant, limit));
+        let partitions =
+            self.partitions(Partition::Ready).chain(self.partitions(Partition::Delayed));
+        let counts =
+            partitions.map(|partition| self.count_in_partition(partition, tenant, actions, limit));
         let mut counted: HashMap<String, u64> = HashMap::new();
         for (user, count) in try_join_all(counts).await?.into_iter().flatten() {
             *counted.entry(user).or_default() += count;
@@ -67,21 +75,39 @@ impl Dynamo {
         Ok(counted)
     }
 
-    async fn count_queued_in_shard(
+    async fn count_in_partition(
         &self,
-        shard: String,
+        partition: String,
         tenant: &str,
+        actions: &[String],
         limit: u64,
     ) -> Result<HashMap<String, u64>, StoreError> {
-        let condition = Expression::default()
-            .when("queue_shard", "=", text(shard))
-            .when_begins("queue_rank", &tenant_prefix(tenant));
         let mut counted: HashMap<String, u64> = HashMap::new();
         let mut total = 0;
+        for action in actions {
+            let condition = Expression::default()
+                .when("queue_shard", "=", text(partition.as_str()))
+                .when_begins("queue_rank", &tenant_prefix(action, tenant));
+            self.count_matching(&condition, limit, &mut counted, &mut total).await?;
+            if total >= limit.saturating_mul(2) {
+                break;
+            }
+        }
+        Ok(counted)
+    }
+
+    /// Adds the number of matching items of the queue to the count of each user and to the total.
+    async fn count_matching(
+        &self,
+        condition: &Expression,
+        limit: u64,
+        counted: &mut HashMap<String, u64>,
+        total: &mut u64,
+    ) -> Result<(), StoreError> {
         let mut start = None;
         loop {
             let query = self
-                .query(&self.tables.requests, Some("queue"), &condition)
+                .query(&self.tables.requests, Some("queue"), condition)
                 .projection_expression("#user")
                 .expression_attribute_names("#user", "user")
                 .set_exclusive_start_key(start);
@@ -93,12 +119,12 @@ impl Dynamo {
                     Some(count) => *count += 1,
                     None => drop(counted.insert(user.to_owned(), 1)),
                 }
-                total += 1;
+                *total += 1;
             }
             start = page.last_evaluated_key;
             // Twice the limit, because the requests are not distributed equally over the shards.
-            if start.is_none() || total >= limit.saturating_mul(2) {
-                return Ok(counted);
+            if start.is_none() || *total >= limit.saturating_mul(2) {
+                return Ok(());
             }
         }
     }

@@ -44,7 +44,7 @@ impl Dynamo {
         {
             return existing_or_conflict(&existing, new);
         }
-        let used = match self.admit_queued(&new.owner, &new.quota) {
+        let used = match self.admit_queued(&new.owner, &new.action, &new.quota) {
             Ok(used) => used,
             Err(limit) => return Ok(CreateOutcome::OverQuota(limit)),
         };

@@ -55,6 +55,7 @@ impl DynamoStore {
             retention: options.retention,
             claim_jitter: Arc::default(),
             queue_counts: Arc::new(QueueCounts::new(metrics)),
+            earlier_version_searched_at: Arc::default(),
             metrics: DynamoMetrics::new(metrics),
         };
         let trigger = options.stream.then(|| {
@@ -220,12 +221,10 @@ impl Store for DynamoStore {
     async fn release_delayed(
         &self,
         now: Timestamp,
-        _limit: usize,
+        limit: usize,
     ) -> Result<ReleasedRequests, StoreError> {
         let _permit = self.admit(Purpose::Execution).await?;
-        // The index of the queue contains delayed requests too; reads skip them.
-        let next_due = self.record_throttling(self.dynamo.next_due(now).await)?;
-        Ok(ReleasedRequests { count: 0, next_due })
+        self.record_throttling(self.dynamo.release_delayed(now, limit).await)
     }
 
     async fn queue_stats(&self, now: Timestamp) -> Result<QueueStats, StoreError> {

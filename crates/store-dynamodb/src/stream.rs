@@ -427,6 +427,7 @@ fn queued_request(image: &HashMap<String, AttributeValue>) -> Option<QueuedReque
         uid: image_text(image, "uid")?.parse::<Uid>().ok()?,
         action: image_text(image, "action")?.to_owned(),
         tenant: image_text(image, "tenant")?.to_owned(),
+        user: image_text(image, "user")?.to_owned(),
         not_before: Timestamp::from_millis(not_before.parse().ok()?),
     })
 }

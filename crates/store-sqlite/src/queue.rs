@@ -2,11 +2,12 @@
 //! queued or have ended.
 
 use rusqlite::{Connection, OptionalExtension, params};
-use streamer_core::{Timestamp, saturate};
+use streamer_core::{Timestamp, Uid, saturate};
 
 use super::row;
 use streamer_store::{
-    DuePage, DueQuery, DueRequest, QueueAhead, QueueStats, ReleasedRequests, RequestRecord,
+    DuePage, DueQuery, DueRequest, QueueAhead, QueueKey, QueueStats, ReleasedRequests,
+    RequestRecord,
 };
 
 /// Maximum number of queued requests to count. The exact length of a longer queue is not worth the cost of counting.
@@ -14,75 +15,37 @@ const MAX_COUNTED: usize = 1_000_000;
 
 /// Maximum number of tenants whose queues are counted.
 const MAX_TENANTS: usize = 256;
+/// Maximum number of users of a tenant whose queues are counted.
+const MAX_USERS: usize = 16;
 
 pub(super) fn due(db: &Connection, query: &DueQuery) -> rusqlite::Result<DuePage> {
     let mut page = DuePage::default();
-    let mut tenants = Tenants::begin(db, &query.actions, query.after_tenant.as_deref())?;
-    for _ in 0..query.tenants {
-        let Some((tenant, actions)) = tenants.next(db)? else {
-            page.next_tenant = None;
-            return Ok(page);
+    let mut actions: Vec<&String> = query.actions.iter().collect();
+    actions.sort_unstable();
+    for action in actions {
+        let mut after_tenant = match &query.after {
+            Some(after) if *action < after.action => continue,
+            Some(after) if *action == after.action => after.tenant.clone(),
+            _ => String::new(),
         };
-        let first = page.requests.len();
-        let limit = query.limits.get(&tenant).map_or(query.per_tenant, |limit| *limit);
-        if limit > 0 {
-            let is_included = |action: &&String| {
-                let pair = (tenant.clone(), (*action).clone());
-                query.blocked.is_empty() || !query.blocked.contains(&pair)
-            };
-            for action in actions.into_iter().filter(is_included) {
-                push_due(db, (&tenant, action), query.now, limit, &mut page.requests)?;
+        while let Some(tenant) = next_tenant(db, action, &after_tenant)? {
+            if page.tenants >= query.tenants {
+                return Ok(page);
             }
+            let limit = query.limit_of(action, &tenant);
+            if limit == 0 {
+                page.incomplete.insert(tenant.clone());
+            } else {
+                let queue = Queue { db, tenant: &tenant, action, now: query.now };
+                queue.read_due(limit, query, &mut page)?;
+            }
+            page.tenants += 1;
+            page.next = Some(QueueKey { action: action.clone(), tenant: tenant.clone() });
+            after_tenant = tenant;
         }
-        let of_tenant = &mut page.requests[first..];
-        of_tenant.sort_by_key(|request| (-request.priority, request.not_before, request.uid));
-        page.requests.truncate(first + limit);
-        page.next_tenant = Some(tenant);
     }
+    page.next = None;
     Ok(page)
-}
-
-/// Tenants with requests for some of the given actions, in the order of their names.
-struct Tenants<'a> {
-    /// Each action with the next tenant that has requests for it.
-    next: Vec<(&'a String, String)>,
-}
-
-impl<'a> Tenants<'a> {
-    fn begin(
-        db: &Connection,
-        actions: &'a [String],
-        after: Option<&str>,
-    ) -> rusqlite::Result<Self> {
-        let mut next = Vec::new();
-        for action in actions {
-            if let Some(tenant) = next_tenant(db, action, after.unwrap_or_default())? {
-                next.push((action, tenant));
-            }
-        }
-        Ok(Self { next })
-    }
-
-    /// Returns the next tenant, and the actions for which it has requests.
-    fn next(&mut self, db: &Connection) -> rusqlite::Result<Option<(String, Vec<&'a String>)>> {
-        let Some(tenant) = self.next.iter().map(|(_, tenant)| tenant).min().cloned() else {
-            return Ok(None);
-        };
-        let mut actions = Vec::new();
-        let mut remaining = Vec::with_capacity(self.next.len());
-        for (action, of_action) in self.next.drain(..) {
-            if of_action != tenant {
-                remaining.push((action, of_action));
-                continue;
-            }
-            actions.push(action);
-            if let Some(following) = next_tenant(db, action, &tenant)? {
-                remaining.push((action, following));
-            }
-        }
-        self.next = remaining;
-        Ok(Some((tenant, actions)))
-    }
 }
 
 /// Returns the first tenant after `after` with released requests for an action. Names of tenants are never empty.
@@ -95,49 +58,156 @@ fn next_tenant(db: &Connection, action: &str, after: &str) -> rusqlite::Result<O
     .optional()
 }
 
-/// Adds up to `limit` due requests of a tenant and action to `due`. Seeks in the index once for each priority that
-/// occurs, so that requests that are not due are never read.
-fn push_due(
-    db: &Connection,
-    (tenant, action): (&str, &str),
+/// Released requests of a tenant for an action.
+struct Queue<'a> {
+    db: &'a Connection,
+    tenant: &'a str,
+    action: &'a str,
     now: Timestamp,
-    limit: usize,
-    due: &mut Vec<DueRequest>,
-) -> rusqlite::Result<()> {
-    let mut highest = db.prepare_cached(
-        "SELECT MAX(priority) FROM requests
-         WHERE state = 0 AND delayed = 0 AND action = ?2 AND tenant = ?1 AND priority < ?3",
-    )?;
-    let mut requests = db.prepare_cached(
-        "SELECT uid, not_before FROM requests
-         WHERE state = 0 AND delayed = 0 AND action = ?2 AND tenant = ?1 AND priority = ?3
-             AND not_before <= ?4
-         ORDER BY not_before, uid LIMIT ?5",
-    )?;
-    let mut remaining = limit;
-    let mut below = i32::MAX;
-    while remaining > 0 {
-        let found: Option<i32> =
-            highest.query_row(params![tenant, action, below], |row| row.get(0))?;
-        let Some(priority) = found else { break };
-        let bounds =
-            params![tenant, action, priority, now.as_millis(), saturate::to_i64(remaining)];
-        let rows = requests.query_map(bounds, |row| {
+}
+
+/// Priority and user, in the order of the index: the highest priority first.
+type Group = (i32, String);
+
+impl Queue<'_> {
+    /// Adds due requests to the page, as [`DueQuery`] describes. Seeks in the index once for each priority and user, so
+    /// that no request is read that is not returned.
+    fn read_due(&self, limit: usize, query: &DueQuery, page: &mut DuePage) -> rusqlite::Result<()> {
+        let mut left = limit;
+        let after_user = query.after_users.get(self.tenant).map(String::as_str);
+        let mut is_complete = true;
+        let mut next = self.first_group(i32::MAX)?;
+        while let Some((priority, first_user)) = next {
+            let max_users = if left == 0 { 1 } else { query.users.max(1) };
+            let (users, has_more_users) =
+                self.users(priority, &first_user, after_user, max_users)?;
+            if has_more_users && let Some(last) = users.last() {
+                page.next_users.insert(self.tenant.to_owned(), last.clone());
+            }
+            let each = left.div_ceil(users.len().max(1)).max(1);
+            let mut unfinished = Vec::new();
+            for user in users {
+                let read = self.read_user((priority, &user), None, each, &mut page.requests)?;
+                left = left.saturating_sub(read);
+                if read == each {
+                    let last = page.requests.last();
+                    unfinished.extend(last.map(|last| (user, (last.not_before, last.uid))));
+                }
+            }
+            is_complete &= !has_more_users;
+            for (user, last) in unfinished {
+                let of_user = (priority, user.as_str());
+                let read = self.read_user(of_user, Some(last), left, &mut page.requests)?;
+                is_complete &= left > 0 && read < left;
+                left -= read;
+            }
+            next = self.first_group(priority)?;
+        }
+        if !is_complete {
+            page.incomplete.insert(self.tenant.to_owned());
+        }
+        Ok(())
+    }
+
+    /// Returns the highest priority below `below`, and its first user.
+    fn first_group(&self, below: i32) -> rusqlite::Result<Option<Group>> {
+        self.db
+            .prepare_cached(
+                "SELECT priority, user FROM requests
+                 WHERE state = 0 AND delayed = 0 AND action = ?1 AND tenant = ?2 AND priority < ?3
+                 ORDER BY priority DESC, user LIMIT 1",
+            )?
+            .query_row(params![self.action, self.tenant, below], |row| {
+                Ok((row.get(0)?, row.get(1)?))
+            })
+            .optional()
+    }
+
+    /// Returns at most `max` users of a priority, beginning after `after`, and whether there are more.
+    fn users(
+        &self,
+        priority: i32,
+        first: &str,
+        after: Option<&str>,
+        max: usize,
+    ) -> rusqlite::Result<(Vec<String>, bool)> {
+        let mut next = self.db.prepare_cached(
+            "SELECT user FROM requests
+             WHERE state = 0 AND delayed = 0 AND action = ?1 AND tenant = ?2 AND priority = ?3 AND user > ?4
+             ORDER BY user LIMIT 1",
+        )?;
+        let mut next = |after: &str| {
+            next.query_row(params![self.action, self.tenant, priority, after], |row| row.get(0))
+                .optional()
+        };
+        let begin: Option<String> = match after {
+            Some(after) => next(after)?,
+            None => None,
+        };
+        let begin = begin.unwrap_or_else(|| first.to_owned());
+        let mut users = vec![begin.clone()];
+        let mut last = begin.clone();
+        loop {
+            let following: Option<String> = next(&last)?;
+            let user = following.unwrap_or_else(|| first.to_owned());
+            if user == begin {
+                return Ok((users, false));
+            }
+            if users.len() >= max {
+                return Ok((users, true));
+            }
+            last.clone_from(&user);
+            users.push(user);
+        }
+    }
+
+    /// Adds up to `limit` due requests of a user to `due`, oldest first, beginning after the request with the given due
+    /// time and UID. Returns their number.
+    fn read_user(
+        &self,
+        (priority, user): (i32, &str),
+        after: Option<(Timestamp, Uid)>,
+        limit: usize,
+        due: &mut Vec<DueRequest>,
+    ) -> rusqlite::Result<usize> {
+        if limit == 0 {
+            return Ok(0);
+        }
+        let (after, after_uid) = after.map_or((i64::MIN, Vec::new()), |(time, uid)| {
+            (time.as_millis(), uid.to_bytes().to_vec())
+        });
+        let mut statement = self.db.prepare_cached(
+            "SELECT uid, not_before FROM requests
+             WHERE state = 0 AND delayed = 0 AND action = ?1 AND tenant = ?2 AND priority = ?3 AND user = ?4
+                 AND (not_before, uid) > (?5, ?6) AND not_before <= ?7
+             ORDER BY not_before, uid LIMIT ?8",
+        )?;
+        let bounds = params![
+            self.action,
+            self.tenant,
+            priority,
+            user,
+            after,
+            after_uid,
+            self.now.as_millis(),
+            saturate::to_i64(limit)
+        ];
+        let rows = statement.query_map(bounds, |row| {
             Ok(DueRequest {
                 uid: row::uid(row, 0)?,
-                action: action.to_owned(),
-                tenant: tenant.to_owned(),
+                action: self.action.to_owned(),
+                tenant: self.tenant.to_owned(),
+                user: user.to_owned(),
                 priority,
                 not_before: Timestamp::from_millis(row.get(1)?),
             })
         })?;
+        let before = due.len();
         for request in rows {
             due.push(request?);
-            remaining -= 1;
         }
-        below = priority;
+        Ok(due.len() - before)
     }
-    Ok(())
 }
 
 pub(super) fn overdue(
@@ -164,48 +234,96 @@ pub(super) fn ahead(
     for _ in 0..MAX_TENANTS {
         let after_tenant = after.as_deref().unwrap_or_default();
         let Some(tenant) = next_tenant(db, &record.action, after_tenant)? else { break };
-        let others = saturate::to_usize(ahead.others);
-        let own = tenant == record.owner.tenant;
-        let left = if own { limit } else { limit.saturating_sub(others) };
-        let found = if left == 0 { 0 } else { ahead_of_tenant(db, record, &tenant, now, left)? };
-        if own {
-            ahead.own = found;
+        let queue = Queue { db, tenant: &tenant, action: &record.action, now };
+        if tenant == record.owner.tenant {
+            ahead.own = queue.count_higher(record, limit)?;
+            let user = &record.owner.user;
+            ahead.own += queue.count_older(record, user, left(limit, ahead.own))?;
         } else {
-            ahead.others += found;
+            ahead.others += queue.count_higher(record, left(limit, ahead.others))?;
+        }
+        if left(limit, ahead.others) > 0 {
+            for user in queue.users_of(record.priority)? {
+                if record.owner.tenant != tenant || record.owner.user != user {
+                    let left = left(limit, ahead.others);
+                    ahead.others += queue.count_older(record, &user, left)?;
+                }
+            }
         }
         after = Some(tenant);
     }
     Ok(ahead)
 }
 
-fn ahead_of_tenant(
-    db: &Connection,
-    record: &RequestRecord,
-    tenant: &str,
-    now: Timestamp,
-    limit: usize,
-) -> rusqlite::Result<u64> {
-    let counted: i64 = db
-        .prepare_cached(
-            "SELECT COUNT(*) FROM (
-                 SELECT 1 FROM requests
-                 WHERE state = 0 AND delayed = 0 AND action = ?2 AND tenant = ?1 AND not_before <= ?3
-                     AND (priority > ?4 OR (priority = ?4 AND (not_before, uid) < (?5, ?6)))
-                 LIMIT ?7)",
-        )?
-        .query_row(
-            params![
-                tenant,
-                record.action,
-                now.as_millis(),
-                record.priority,
-                record.not_before.as_millis(),
-                record.uid.to_bytes(),
-                saturate::to_i64(limit)
-            ],
-            |row| row.get(0),
-        )?;
-    Ok(saturate::to_u64(counted))
+fn left(limit: usize, counted: u64) -> usize {
+    limit.saturating_sub(saturate::to_usize(counted))
+}
+
+impl Queue<'_> {
+    /// Counts the due requests with a higher priority than `record`, up to `limit`.
+    fn count_higher(&self, record: &RequestRecord, limit: usize) -> rusqlite::Result<u64> {
+        if limit == 0 {
+            return Ok(0);
+        }
+        let counted: i64 = self
+            .db
+            .prepare_cached(
+                "SELECT COUNT(*) FROM (
+                     SELECT 1 FROM requests
+                     WHERE state = 0 AND delayed = 0 AND action = ?1 AND tenant = ?2 AND priority > ?3
+                     LIMIT ?4)",
+            )?
+            .query_row(
+                params![self.action, self.tenant, record.priority, saturate::to_i64(limit)],
+                |row| row.get(0),
+            )?;
+        Ok(saturate::to_u64(counted))
+    }
+
+    /// Counts the due requests of a user with the same priority as `record` that are older, up to `limit`.
+    fn count_older(
+        &self,
+        record: &RequestRecord,
+        user: &str,
+        limit: usize,
+    ) -> rusqlite::Result<u64> {
+        if limit == 0 {
+            return Ok(0);
+        }
+        let counted: i64 = self
+            .db
+            .prepare_cached(
+                "SELECT COUNT(*) FROM (
+                     SELECT 1 FROM requests
+                     WHERE state = 0 AND delayed = 0 AND action = ?1 AND tenant = ?2 AND priority = ?3
+                         AND user = ?4 AND (not_before, uid) < (?5, ?6) AND not_before <= ?7
+                     LIMIT ?8)",
+            )?
+            .query_row(
+                params![
+                    self.action,
+                    self.tenant,
+                    record.priority,
+                    user,
+                    record.not_before.as_millis(),
+                    record.uid.to_bytes(),
+                    self.now.as_millis(),
+                    saturate::to_i64(limit)
+                ],
+                |row| row.get(0),
+            )?;
+        Ok(saturate::to_u64(counted))
+    }
+
+    /// Returns the first [`MAX_USERS`] users with requests of a priority.
+    fn users_of(&self, priority: i32) -> rusqlite::Result<Vec<String>> {
+        match self.first_group(priority.saturating_add(1))? {
+            Some((found, first)) if found == priority => {
+                Ok(self.users(priority, &first, None, MAX_USERS)?.0)
+            }
+            _ => Ok(Vec::new()),
+        }
+    }
 }
 
 /// Returns the time at which the next delayed request becomes due.
@@ -267,14 +385,26 @@ mod tests {
         not_before: i64,
         delayed: bool,
     ) {
+        insert_of_user(db, number, (tenant, "u"), action, 0, not_before, delayed);
+    }
+
+    fn insert_of_user(
+        db: &Connection,
+        number: u8,
+        (tenant, user): (&str, &str),
+        action: &str,
+        priority: i32,
+        not_before: i64,
+        delayed: bool,
+    ) {
         let uid = [number; 16];
         db.prepare_cached(
             "INSERT INTO requests (uid, tenant, user, action, state, attempt, last_seq, attempt_seq,
                  priority, create_time, not_before, delayed, fingerprint)
-             VALUES (?1, ?2, 'u', ?3, 0, 0, 1, 0, 0, 1, ?4, ?5, x'00')",
+             VALUES (?1, ?2, ?3, ?4, 0, 0, 1, 0, ?5, 1, ?6, ?7, x'00')",
         )
         .unwrap()
-        .execute(params![uid, tenant, action, not_before, delayed])
+        .execute(params![uid, tenant, user, action, priority, not_before, delayed])
         .unwrap();
     }
 
@@ -282,9 +412,11 @@ mod tests {
         DueQuery {
             actions: actions.iter().map(ToString::to_string).collect(),
             now: Timestamp::from_millis(100),
-            after_tenant: None,
+            after: None,
             tenants,
             per_tenant: 10,
+            users: 3,
+            after_users: HashMap::new(),
             limits: HashMap::new(),
             blocked: HashSet::new(),
         }
@@ -304,12 +436,56 @@ mod tests {
         insert(&db, 200, "x", "a", 1, false);
         insert(&db, 201, "y", "b", 1, false);
         insert(&db, 202, "x", "b", 1, false);
-        let page = due(&db, &query(&["a", "b"], 3)).unwrap();
-        assert_eq!((tenants(&page), page.next_tenant.as_deref()), (vec!["x", "x", "y"], None));
-        let page = due(&db, &query(&["a", "b"], 1)).unwrap();
-        assert_eq!((tenants(&page), page.next_tenant.as_deref()), (vec!["x", "x"], Some("x")));
-        let next = DueQuery { after_tenant: page.next_tenant, ..query(&["a", "b"], 2) };
+        let page = due(&db, &query(&["b", "a"], 3)).unwrap();
+        assert_eq!((tenants(&page), page.next.as_ref()), (vec!["x", "x", "y"], None));
+        let page = due(&db, &query(&["a", "b"], 2)).unwrap();
+        let last = QueueKey { action: "b".into(), tenant: "x".into() };
+        assert_eq!((tenants(&page), page.next.as_ref()), (vec!["x", "x"], Some(&last)));
+        let next = DueQuery { after: page.next, ..query(&["a", "b"], 2) };
         assert_eq!(tenants(&due(&db, &next).unwrap()), ["y"]);
+    }
+
+    fn uids(page: &DuePage) -> Vec<u8> {
+        page.requests.iter().map(|request| request.uid.to_bytes()[0]).collect()
+    }
+
+    #[test]
+    fn the_limit_of_a_tenant_is_divided_among_its_users() {
+        let db = database();
+        for number in 0..100 {
+            insert_of_user(&db, number, ("t", "ann"), "a", 5, number.into(), false);
+        }
+        insert_of_user(&db, 100, ("t", "bob"), "a", 5, 99, false);
+        insert_of_user(&db, 101, ("t", "eve"), "a", 0, 1, false);
+        insert_of_user(&db, 102, ("t", "eve"), "a", 0, 2, false);
+        let limited = |per_tenant| DueQuery { per_tenant, ..query(&["a"], 3) };
+        let page = due(&db, &limited(4)).unwrap();
+        assert_eq!(uids(&page), [0, 1, 100, 2, 101], "bob has one request, eve has waited");
+        assert!(page.incomplete.contains("t"));
+        let page = due(&db, &limited(1)).unwrap();
+        assert_eq!(uids(&page), [0, 100, 101], "one request of each user");
+        assert_eq!(due(&db, &limited(200)).unwrap().requests.len(), 103);
+        assert!(due(&db, &limited(200)).unwrap().incomplete.is_empty());
+    }
+
+    #[test]
+    fn the_users_of_a_tenant_are_read_in_turn() {
+        let db = database();
+        for (number, user) in (0..).zip(["ann", "bob", "cid", "dan", "eve"]) {
+            insert_of_user(&db, number, ("t", user), "a", 0, 1, false);
+        }
+        let mut query = DueQuery { users: 2, ..query(&["a"], 3) };
+        let mut read = Vec::new();
+        for _ in 0..5 {
+            let page = due(&db, &query).unwrap();
+            assert!(page.incomplete.contains("t"));
+            read.push(uids(&page));
+            query.after_users = page.next_users;
+        }
+        assert_eq!(read, [[0, 1], [2, 3], [4, 0], [1, 2], [3, 4]]);
+        query.users = 5;
+        let page = due(&db, &query).unwrap();
+        assert_eq!((uids(&page), page.next_users.len()), (vec![0, 1, 2, 3, 4], 0));
     }
 
     #[test]
@@ -340,11 +516,25 @@ mod tests {
         let ready = "state = 0 AND delayed = 0 AND action = 'a' AND";
         for (sql, index) in [
             (format!("SELECT tenant FROM requests WHERE {ready} tenant > 't' ORDER BY tenant LIMIT 1"), "ready"),
-            (format!("SELECT MAX(priority) FROM requests WHERE {ready} tenant = 't' AND priority < 3"), "ready"),
             (
                 format!(
-                    "SELECT uid, not_before FROM requests WHERE {ready} tenant = 't' AND priority = 3
-                         AND not_before <= 4 ORDER BY not_before, uid LIMIT 5"
+                    "SELECT priority, user FROM requests WHERE {ready} tenant = 't' AND priority < 3
+                         ORDER BY priority DESC, user LIMIT 1"
+                ),
+                "ready",
+            ),
+            (
+                format!(
+                    "SELECT user FROM requests WHERE {ready} tenant = 't' AND priority = 3 AND user > 'u'
+                         ORDER BY user LIMIT 1"
+                ),
+                "ready",
+            ),
+            (
+                format!(
+                    "SELECT uid, not_before FROM requests WHERE {ready} tenant = 't' AND priority = 3 AND user = 'u'
+                         AND (not_before, uid) > (1, x'00') AND not_before <= 4
+                     ORDER BY not_before, uid LIMIT 5"
                 ),
                 "ready",
             ),

@@ -13,7 +13,7 @@ use streamer_store::StoreError;
 pub(super) use migrations::migrate;
 
 /// Schema version that this program writes.
-pub(super) const VERSION: i64 = 6;
+pub(super) const VERSION: i64 = 7;
 
 /// Tables of the current schema version, except `usage` and `large_values`. Payloads, events and frequently updated
 /// columns are in separate tables, so that a state change rewrites only a small row, regardless of the size of the
@@ -65,7 +65,7 @@ CREATE UNIQUE INDEX requests_by_client_id ON requests (tenant, user, client_id)
     WHERE client_id IS NOT NULL;
 CREATE INDEX requests_by_owner ON requests (tenant, user, uid);
 CREATE INDEX requests_by_tenant ON requests (tenant, uid);
-CREATE INDEX requests_ready ON requests (action, tenant, priority, not_before, uid)
+CREATE INDEX requests_ready ON requests (action, tenant, priority DESC, user, not_before, uid)
     WHERE state = 0 AND delayed = 0;
 CREATE INDEX requests_delayed ON requests (not_before) WHERE state = 0 AND delayed = 1;
 CREATE INDEX requests_expiring ON requests (expire_at) WHERE state = 0 AND expire_at IS NOT NULL;

@@ -28,8 +28,8 @@ pub use model::{
     Adopt, Append, AppendOutcome, AssignedWorker, CancelOutcome, Claim, ClaimOutcome, Claimed,
     ConnectionPage, ConnectionRecord, CreateOutcome, DeclaredAction, DeleteOutcome, DuePage,
     DueQuery, DueRequest, EventPage, Lease, LeaseRenewal, ListRequests, NewRequest, Owner,
-    QueueAhead, QueueStats, Quota, QuotaUsage, ReleasedRequests, RequestPage, RequestRecord,
-    StoredPayload, Writer,
+    QueueAhead, QueueKey, QueueStats, Quota, QuotaUsage, ReleasedRequests, RequestPage,
+    RequestRecord, StoredPayload, Writer,
 };
 pub use queue_notifier::{QueueCallback, QueueNotifier, QueuedRequest};
 pub use store::Store;

@@ -15,6 +15,8 @@ pub struct QueuedRequest {
     pub action: String,
     /// Tenant of the owner.
     pub tenant: String,
+    /// User name of the owner.
+    pub user: String,
     /// Time at which the request becomes due.
     pub not_before: Timestamp,
 }

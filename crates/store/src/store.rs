@@ -91,10 +91,9 @@ pub trait Store: Send + Sync + 'static {
         limit: usize,
     ) -> Result<Vec<RequestRecord>, StoreError>;
 
-    /// Reads due requests of several tenants, for each tenant in the order of priority (highest first) and age (oldest
-    /// first). A request that was not due when it was queued is included after it was released by
+    /// Reads due requests of several tenants and their users; see [`DueQuery`]. A request that was not due when it was queued is included after it was released by
     /// [`Self::release_delayed`]. The cost does not depend on the number of other queued requests: those with a delay,
-    /// for other actions, or behind the limit of their tenant.
+    /// for other actions, or behind the limits of their tenant and user.
     async fn due_requests(&self, query: DueQuery) -> Result<DuePage, StoreError>;
 
     /// Counts the due requests for the same action that precede `record` in the queue, each count up to `limit`.

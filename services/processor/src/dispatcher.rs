@@ -3,9 +3,10 @@
 mod leases;
 mod queue;
 mod resume;
+mod running_attempts;
 mod start;
 
-use std::{collections::HashMap, pin::pin, sync::Arc, time::Duration};
+use std::{pin::pin, sync::Arc, time::Duration};
 
 use parking_lot::Mutex;
 use streamer_core::{AttemptNumber, Clock, Timestamp, Uid};
@@ -21,22 +22,26 @@ use tokio_util::{
 use crate::{
     actions::{Actions, Runner, SaveDeclarationsError},
     attempt::{AttemptHandle, Environment},
-    backlog::Backlog,
-    concurrency_limiter::{ConcurrencyLimiter, ConcurrencyPermit},
     declaration::{ActionKey, Declaration},
     event_log_client::EventLogClient,
-    fair_queue::FairQueue,
     handlers::handler_threads::HandlerSpawner,
     metrics::ProcessorMetrics,
     options::ProcessorOptions,
-    quarantine::Quarantine,
-    runtime_estimates::RuntimeEstimates,
-    wakeup::Wakeup,
+    scheduler::{
+        Hint, HintDecision, Scheduler,
+        concurrency_limiter::{ConcurrencyLimiter, ConcurrencyPermit},
+        runtime_estimates::RuntimeEstimates,
+        wakeup::Wakeup,
+    },
     workers::worker_session::WorkerSession,
 };
 
+use running_attempts::{RunningAttempt, RunningAttempts};
+
 /// Timeout for the release of running attempts when the processor stops.
 const RELEASE_TIMEOUT: Duration = Duration::from_secs(2);
+/// Reason for the release of attempts when the processor stops.
+const SHUTTING_DOWN: &str = "the processor is shutting down";
 /// Interval between scans of the queue when `queue_polling` is off. They find requests whose hint arrived before the
 /// index contained the request, or at a processor that cannot run it.
 const FALLBACK_SCAN_INTERVAL: Duration = Duration::from_secs(30);
@@ -73,17 +78,11 @@ pub(crate) struct Dispatcher {
     traces: Traces,
     options: ProcessorOptions,
     limiter: Arc<ConcurrencyLimiter>,
-    running: Mutex<HashMap<Uid, RunningAttempt>>,
+    running: RunningAttempts,
+    scheduler: Mutex<Scheduler>,
     wakeup: Arc<Wakeup>,
     stopping: CancellationToken,
-    /// Time at which the earliest known delayed request is due.
-    next_due: Mutex<Option<Timestamp>>,
-    /// Tenant after which the next scan continues; a scan reads a limited number of tenants.
-    after_tenant: Mutex<Option<String>>,
     runtime_estimates: RuntimeEstimates,
-    fair_queue: FairQueue,
-    backlog: Backlog,
-    quarantine: Quarantine,
     tasks: TaskTracker,
     /// Sync calls that workers execute.
     calls: TaskTracker,
@@ -97,14 +96,6 @@ pub(crate) struct QueueEstimate {
     pub(crate) slots: u32,
     /// Mean duration of recent attempts; `None` before the first measurement.
     pub(crate) mean_run_duration: Option<Duration>,
-}
-
-struct RunningAttempt {
-    /// Number of the attempt; 0 until the claim is durable.
-    attempt: AttemptNumber,
-    tenant: String,
-    handle: Arc<AttemptHandle>,
-    remote: bool,
 }
 
 /// Permit and runner for one attempt.
@@ -149,15 +140,11 @@ impl Dispatcher {
             traces,
             options,
             limiter: Arc::new(limiter),
-            running: Mutex::default(),
+            running: RunningAttempts::default(),
+            scheduler: Mutex::new(Scheduler::new(options.priority_aging)),
             wakeup,
             stopping: CancellationToken::new(),
-            next_due: Mutex::default(),
-            after_tenant: Mutex::default(),
             runtime_estimates: RuntimeEstimates::default(),
-            fair_queue: FairQueue::default(),
-            backlog: Backlog::default(),
-            quarantine: Quarantine::default(),
             tasks: TaskTracker::new(),
             calls: TaskTracker::new(),
         }
@@ -213,54 +200,40 @@ impl Dispatcher {
         self: &Arc<Self>,
         uid: Uid,
         action: &str,
-        tenant: &str,
-        not_before: Option<Timestamp>,
+        hint: Hint<'_>,
     ) -> QueueEstimate {
-        let started = match not_before {
-            Some(not_before) if not_before > self.now() => {
-                self.record_due(not_before);
-                false
-            }
-            _ => self.start_or_queue(uid, action, tenant),
-        };
         QueueEstimate {
-            started,
-            slots: self.actions.slots(action, tenant, self.options.max_concurrent_attempts),
-            mean_run_duration: self.runtime_estimates.mean(tenant, action),
+            started: self.start_or_queue(uid, action, hint),
+            slots: self.actions.slots(action, hint.tenant, self.options.max_concurrent_attempts),
+            mean_run_duration: self.runtime_estimates.mean(hint.tenant, action),
         }
     }
 
     /// Starts or queues the request. Returns whether the request was started or is already running.
-    fn start_or_queue(self: &Arc<Self>, uid: Uid, action: &str, tenant: &str) -> bool {
-        if self.running.lock().contains_key(&uid) {
+    fn start_or_queue(self: &Arc<Self>, uid: Uid, action: &str, hint: Hint<'_>) -> bool {
+        if self.running.contains(uid) {
             return true;
         }
         if self.is_stopping() {
             return false;
         }
-        // A request does not overtake queued requests of its tenant, even if a slot is free during a scan. It may
-        // overtake those of other tenants, which wait for their own slots.
-        let behind = self.backlog.may_contain(tenant);
-        let placement = if behind { None } else { self.acquire_placement(action, tenant) };
-        match placement {
-            Some(placement) => {
-                self.fair_queue.charge(tenant);
-                self.start(uid, tenant, placement);
-                true
+        let acquire = || self.acquire_placement(action, hint.tenant);
+        let decision = self.scheduler.lock().on_hint(hint, self.now(), acquire);
+        match decision {
+            HintDecision::Start(placement) => {
+                self.start(uid, hint.tenant, hint.user, placement);
+                return true;
             }
-            None => {
-                self.backlog.insert(tenant);
-                self.wakeup.request_scan();
-                false
-            }
+            HintDecision::Scan => self.wakeup.request_scan(),
+            HintDecision::Delayed(true) => self.wakeup.notify(),
+            HintDecision::Delayed(false) => {}
         }
+        false
     }
 
     /// Handles a hint that cancellation of a request was requested.
     pub(crate) fn signal_cancel(&self, uid: Uid, reason: &str) {
-        if let Some(running) = self.running.lock().get(&uid) {
-            running.handle.cancel(reason);
-        }
+        self.running.cancel(uid, reason);
     }
 
     /// Dispatches requests until `shutdown` is cancelled, then drains running attempts within the drain timeout.
@@ -318,8 +291,9 @@ impl Dispatcher {
         let trigger = self.store.queue_notifier()?;
         let dispatcher = self.clone();
         let on_queued = Arc::new(move |request: QueuedRequest| {
-            let QueuedRequest { uid, action, tenant, not_before } = request;
-            dispatcher.notify_queued(uid, &action, &tenant, Some(not_before));
+            let QueuedRequest { uid, action, tenant, user, not_before } = request;
+            let hint = Hint { tenant: &tenant, user: &user, not_before: Some(not_before) };
+            dispatcher.notify_queued(uid, &action, hint);
         });
         let (name, clock) = (self.name.clone(), self.environment.clock.clone());
         let following = trigger.follow(name, clock, on_queued, shutdown);
@@ -336,7 +310,7 @@ impl Dispatcher {
                 () = &mut work => return true,
                 () = sleep_until(until) => return false,
                 _ = ticks.tick() => {
-                    let (attempts, sync_calls) = (self.running.lock().len(), self.calls.len());
+                    let (attempts, sync_calls) = (self.running.len(), self.calls.len());
                     tracing::info!(attempts, sync_calls, "draining: waiting for running work");
                 }
             }
@@ -357,38 +331,20 @@ impl Dispatcher {
             tracing::warn!("drain timed out with sync calls in progress");
         }
         self.actions.workers.drain(deadline, |_| true);
-        self.detach_remote_attempts();
+        self.running.detach_remote(SHUTTING_DOWN);
         if self.drained_by(until, self.tasks.wait()).await {
             return;
         }
-        for running in self.running.lock().values() {
-            running.handle.release("the processor is shutting down");
-        }
+        self.running.release_all(SHUTTING_DOWN);
         if timeout(RELEASE_TIMEOUT, self.tasks.wait()).await.is_err() {
-            let left = self.running.lock().len();
+            let left = self.running.len();
             tracing::warn!(left, "drain timed out with running attempts; their leases will expire");
-        }
-    }
-
-    /// Detaches the running attempts on workers, so that the workers can resume them on another processor; releases
-    /// those that were not yet assigned.
-    fn detach_remote_attempts(&self) {
-        for running in self.running.lock().values().filter(|running| running.remote) {
-            if running.attempt == AttemptNumber::NONE {
-                running.handle.release("the processor is shutting down");
-            } else {
-                running.handle.fence();
-            }
         }
     }
 
     /// Detaches the attempts of the given worker, so that it can resume them on another processor.
     pub(crate) fn detach_attempts_of(&self, worker: &WorkerSession) {
-        let tasks = worker.tasks();
-        let running = self.running.lock();
-        for running in tasks.iter().filter_map(|task| running.get(&task.uid)) {
-            running.handle.fence();
-        }
+        self.running.fence(worker.tasks().iter().map(|task| task.uid));
     }
 
     pub(crate) fn is_stopping(&self) -> bool {
@@ -415,18 +371,18 @@ impl Dispatcher {
     }
 
     /// Claims a request and runs its attempt in a separate task.
-    fn start(self: &Arc<Self>, uid: Uid, tenant: &str, placement: Placement) {
+    fn start(self: &Arc<Self>, uid: Uid, tenant: &str, user: &str, placement: Placement) {
         let handle = Arc::new(AttemptHandle::default());
-        let remote = matches!(placement.runner, Runner::Remote(_));
-        if !self.register(
-            uid,
-            RunningAttempt {
-                attempt: AttemptNumber::NONE,
-                tenant: tenant.to_owned(),
-                handle: handle.clone(),
-                remote,
-            },
-        ) {
+        let attempt = RunningAttempt {
+            attempt: AttemptNumber::NONE,
+            tenant: tenant.to_owned(),
+            user: user.to_owned(),
+            handle: handle.clone(),
+            is_remote: matches!(placement.runner, Runner::Remote(_)),
+        };
+        if !self.running.insert(uid, attempt) {
+            drop(placement);
+            self.wakeup.slot_freed();
             return;
         }
         let Placement { permit, declared, runner } = placement;
@@ -435,16 +391,6 @@ impl Dispatcher {
         self.tasks.spawn(Box::pin(async move {
             guard.dispatcher.claim_and_run(uid, declared, runner, handle).await;
         }));
-    }
-
-    /// Registers the running attempt of a request; returns `false` if the request already has one.
-    fn register(&self, uid: Uid, running: RunningAttempt) -> bool {
-        let mut running_attempts = self.running.lock();
-        if running_attempts.contains_key(&uid) {
-            return false;
-        }
-        running_attempts.insert(uid, running);
-        true
     }
 
     async fn measure_queue(&self) {
@@ -458,16 +404,14 @@ impl Dispatcher {
     }
 
     fn record_due(&self, at: Timestamp) {
-        let mut next_due = self.next_due.lock();
-        if next_due.is_none_or(|due| at < due) {
-            *next_due = Some(at);
+        if self.scheduler.lock().on_delayed(at) {
             self.wakeup.notify();
         }
     }
 
     fn until_next_due(&self) -> Duration {
         // If no delayed request is known, the poll timer fires before this delay ends.
-        let next_due = *self.next_due.lock();
+        let next_due = self.scheduler.lock().next_due();
         next_due.map_or(self.options.poll_interval * 2, |due| due.since(self.now()))
     }
 }
@@ -481,7 +425,7 @@ struct RunningGuard {
 
 impl Drop for RunningGuard {
     fn drop(&mut self) {
-        self.dispatcher.running.lock().remove(&self.uid);
+        self.dispatcher.running.remove(self.uid);
         drop(self.permit.take());
         self.dispatcher.wakeup.slot_freed();
     }

@@ -27,10 +27,10 @@ use tonic::{Request, Response, Status, metadata::MetadataValue};
 use crate::{
     actions::{Actions, Runner},
     attempt::{handler_span, record_failure},
-    concurrency_limiter::ConcurrencyLimiter,
     dispatcher::Dispatcher,
     metrics::{ProcessorMetrics, SyncTimer},
     options::ProcessorOptions,
+    scheduler::{Hint, concurrency_limiter::ConcurrencyLimiter},
     workers::{
         remote_handler::{Assignment, RemoteHandler},
         remote_task::RemoteTask,
@@ -218,8 +218,8 @@ impl ExecutionService for ExecutionApi {
         let request = request.into_inner();
         let not_before = request.not_before.map(|at| Timestamp::from_millis(millis(&at)));
         let uid = parse_uid(&request.uid)?;
-        let estimate =
-            self.dispatcher.notify_queued(uid, &request.action, &request.tenant_id, not_before);
+        let hint = Hint { tenant: &request.tenant_id, user: &request.user_id, not_before };
+        let estimate = self.dispatcher.notify_queued(uid, &request.action, hint);
         Ok(Response::new(NotifyQueuedResponse {
             started: estimate.started,
             slots: saturate::to_i32(estimate.slots),

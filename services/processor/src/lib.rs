@@ -9,23 +9,18 @@
 mod actions;
 mod attempt;
 mod attempt_log;
-mod backlog;
-mod concurrency_limiter;
 mod declaration;
 mod dispatcher;
 mod event_log_client;
 mod execution_service;
-mod fair_queue;
 mod handlers;
 mod lease_recovery;
 mod metrics;
 mod options;
 mod outcome;
-mod quarantine;
 mod request_history;
-mod runtime_estimates;
+mod scheduler;
 mod schema_checks;
-mod wakeup;
 mod workers;
 
 use std::{sync::Arc, time::Duration};
@@ -52,7 +47,7 @@ use crate::{
     execution_service::ExecutionApi,
     metrics::ProcessorMetrics,
     request_history::StoredHistory,
-    wakeup::Wakeup,
+    scheduler::wakeup::Wakeup,
     workers::{worker_pool::WorkerPool, worker_service::WorkerApi},
 };
 

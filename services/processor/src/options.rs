@@ -12,6 +12,8 @@ pub struct ProcessorOptions {
     /// Maximum percentage of the concurrent attempts, of the concurrent sync actions, and of the slots of all workers,
     /// that one tenant uses.
     pub tenant_share: u32,
+    /// Waiting time after which the priority of a request counts as one higher; zero means never.
+    pub priority_aging: Duration,
     /// Maximum number of sync actions that run concurrently.
     pub max_concurrent_sync: usize,
     /// Timeout of a sync action that does not declare one.

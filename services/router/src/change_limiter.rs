@@ -24,19 +24,22 @@ impl Default for ChangeLimiter {
 impl ChangeLimiter {
     /// Waits for capacity, then runs to completion a change of the given tenant that stores `bytes` bytes. If the caller
     /// disconnects while waiting for capacity, the change does not run.
-    pub(crate) async fn run<T: Send + 'static>(
+    pub(crate) fn run<T: Send + 'static>(
         &self,
         tenant: &str,
         bytes: usize,
         change: impl Future<Output = Result<T, Status>> + Send + 'static,
-    ) -> Result<T, Status> {
+    ) -> impl Future<Output = Result<T, Status>> + Send {
+        // Boxed before the returned future exists, which would contain it several times.
         let change = Box::pin(change);
-        let reserved = self.0.reserve(&tenant.into(), bytes.saturating_add(BASE_BYTES)).await;
-        run_to_completion(async move {
-            let _reserved = reserved;
-            change.await
-        })
-        .await
+        async move {
+            let reserved = self.0.reserve(&tenant.into(), bytes.saturating_add(BASE_BYTES)).await;
+            run_to_completion(async move {
+                let _reserved = reserved;
+                change.await
+            })
+            .await
+        }
     }
 }
 

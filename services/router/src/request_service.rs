@@ -111,7 +111,8 @@ impl RequestService {
             }
             Checked::New(submission, entry) => {
                 count.set_action(&entry, Mode::Async);
-                self.store_and_notify(caller, submission, now, count).await
+                // Boxed, so that a sync request does not copy the larger future of an async one.
+                Box::pin(self.store_and_notify(caller, submission, now, count)).await
             }
         }
     }

@@ -204,6 +204,7 @@ impl Upstreams {
             uid: uid.to_bytes().to_vec().into(),
             action: record.action.clone(),
             tenant_id: record.owner.tenant.clone(),
+            user_id: record.owner.user.clone(),
             not_before: not_before.map(|at| timestamp(at.as_millis())),
         };
         let mut estimate: Option<NotifyQueuedResponse> = None;

@@ -64,13 +64,21 @@ CREATE INDEX requests_ready ON requests (action, tenant, priority, not_before, u
 CREATE INDEX requests_delayed ON requests (not_before) WHERE state = 0 AND delayed = 1;
 ";
 
+/// Changes from version 6 to version 7.
+const FROM_6_TO_7: &str = "
+DROP INDEX requests_ready;
+CREATE INDEX requests_ready ON requests (action, tenant, priority DESC, user, not_before, uid)
+    WHERE state = 0 AND delayed = 0;
+";
+
 /// Changes to each version from the version before it; the first changes lead from version 1 to version 2.
-const STEPS: [&[&str]; 5] = [
+const STEPS: [&[&str]; 6] = [
     &[FROM_1_TO_2],
     &[FROM_2_TO_3],
     &[USAGE, FROM_3_TO_4],
     &[LARGE_VALUES, FROM_4_TO_5],
     &[FROM_5_TO_6],
+    &[FROM_6_TO_7],
 ];
 
 /// Migrates the schema to [`VERSION`]. A new file gets the tables of the current version.

@@ -79,7 +79,7 @@ impl AttemptHandle {
     }
 
     /// Returns whether the attempt is fenced.
-    pub(super) fn is_fenced(&self) -> bool {
+    pub(crate) fn is_fenced(&self) -> bool {
         self.fenced.load(Ordering::SeqCst)
     }
 }

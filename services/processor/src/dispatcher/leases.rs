@@ -2,11 +2,9 @@
 
 use std::sync::Arc;
 
-use streamer_core::{AttemptNumber, RetryPolicy, Timestamp};
+use streamer_core::{RetryPolicy, Timestamp};
 use streamer_proto::common::v1::event::Kind;
-use streamer_store::{
-    Append, AppendOutcome, Lease, LeaseRenewal, RequestRecord, Writer, log_event,
-};
+use streamer_store::{Append, AppendOutcome, RequestRecord, Writer, log_event};
 use streamer_telemetry::IndexedActionLabel;
 use tokio::time::{MissedTickBehavior, interval};
 use tokio_util::sync::CancellationToken;
@@ -134,37 +132,16 @@ impl Dispatcher {
                 () = stop.cancelled() => return,
                 _ = ticks.tick() => {}
             }
-            let leases: Vec<Lease> = {
-                let running = self.running.lock();
-                let claimed =
-                    running.iter().filter(|(_, running)| running.attempt > AttemptNumber::NONE);
-                claimed
-                    .map(|(uid, running)| Lease { uid: *uid, attempt: running.attempt })
-                    .collect()
-            };
+            let leases = self.running.leases();
             if leases.is_empty() {
                 continue;
             }
             let now = self.now();
             let until = now.plus(self.options.lease);
             match self.store.renew_leases(self.name.clone(), leases, until, now).await {
-                Ok(renewed) => renewed.into_iter().for_each(|renewed| self.apply_renewal(&renewed)),
+                Ok(renewed) => renewed.iter().for_each(|one| self.running.apply_renewal(one)),
                 Err(error) => tracing::warn!(%error, "failed to renew leases"),
             }
-        }
-    }
-
-    fn apply_renewal(&self, renewed: &LeaseRenewal) {
-        let running = self.running.lock();
-        let Some(running) = running.get(&renewed.lease.uid) else { return };
-        if running.attempt != renewed.lease.attempt {
-            return;
-        }
-        if let Some(reason) = &renewed.cancel_reason {
-            running.handle.cancel(reason);
-        }
-        if !renewed.held {
-            running.handle.record_missing_lease();
         }
     }
 }

@@ -1,58 +1,45 @@
-//! Scans the queue, and starts due requests while capacity is available.
+//! Reads the queue, and starts the requests that the scheduler selects while capacity is available.
 
-use std::{
-    collections::{HashMap, HashSet},
-    sync::Arc,
-};
+use std::sync::Arc;
 
 use streamer_core::{AttemptNumber, saturate};
-use streamer_store::{DueQuery, StoreError};
+use streamer_store::{DueRequest, StoreError};
 
-use super::Dispatcher;
+use super::{Dispatcher, Placement};
+use crate::scheduler::{Capacity, Slot};
 
-/// Maximum number of requests of one tenant read from the queue's index per page.
-const PER_TENANT: usize = 256;
 /// Maximum number of delayed requests that are released at once.
 const MAX_RELEASED: usize = 256;
-/// Maximum number of tenants read per page.
-const TENANTS: usize = 256;
 
 impl Dispatcher {
     /// Starts due requests while capacity is available.
     pub(super) async fn dispatch(self: &Arc<Self>) -> Result<(), StoreError> {
         self.release_delayed().await?;
-        // Pairs of tenant and action without capacity. Later scans skip their requests, and find those behind them.
-        let mut blocked = HashSet::new();
+        self.scheduler.lock().on_slots_freed();
         while !self.is_stopping() && self.wakeup.take_pending_scan() {
             let freed = self.wakeup.freed_slots();
-            let (actions, full) = self.startable_actions();
-            if full {
+            let capacity = self.capacity();
+            if capacity.is_partial {
                 // The release of a slot triggers a new scan.
                 self.wakeup.mark_scan_pending();
             }
-            if actions.is_empty() {
+            if capacity.actions.is_empty() {
                 if self.wakeup.freed_slots() != freed {
                     continue;
                 }
                 break;
             }
-            let blocked_before = blocked.len();
-            let (started, remaining) = match self.start_due(&actions, full, &mut blocked).await {
-                Ok(outcome) => outcome,
+            let may_continue = match self.start_due(capacity).await {
+                Ok(may_continue) => may_continue,
                 Err(error) => {
                     self.wakeup.mark_scan_pending();
                     return Err(error);
                 }
             };
-            if remaining {
-                self.wakeup.mark_scan_pending();
-            }
-            let may_find_more = blocked.len() > blocked_before && self.limiter.available() > 0;
-            if started == 0 && !may_find_more && self.wakeup.freed_slots() == freed {
-                break;
-            }
             if self.wakeup.freed_slots() != freed {
-                blocked.clear();
+                self.scheduler.lock().on_slots_freed();
+            } else if !may_continue {
+                break;
             }
         }
         Ok(())
@@ -62,8 +49,7 @@ impl Dispatcher {
     /// time has passed, and the dispatcher continues at once, but not before leases and other tenants had their turn.
     async fn release_delayed(&self) -> Result<(), StoreError> {
         let now = self.now();
-        // Due times that are recorded from here on are compared with the store's below.
-        let known = self.next_due.lock().take();
+        let known = self.scheduler.lock().begin_release();
         if known.is_some_and(|due| due <= now) {
             self.wakeup.mark_scan_pending();
         }
@@ -77,123 +63,59 @@ impl Dispatcher {
             }
             Err(_) => known,
         };
-        let mut next_due = self.next_due.lock();
-        *next_due = [*next_due, due].into_iter().flatten().min();
+        self.scheduler.lock().end_release(due);
         outcome.map(drop)
     }
 
-    /// Returns the actions with capacity for an additional attempt, and whether an offered action has no capacity.
-    fn startable_actions(&self) -> (Vec<String>, bool) {
-        let mut full = false;
-        let mut startable = Vec::new();
-        let mut add = |name: &str, room: bool| {
-            if room {
-                startable.push(name.to_owned());
+    /// Returns the capacity for additional attempts.
+    fn capacity(&self) -> Capacity {
+        let total = self.limiter.available();
+        let mut capacity = Capacity { total: saturate::to_usize(total), ..Capacity::default() };
+        let mut add = |name: &str, has_slot: bool| {
+            if has_slot {
+                capacity.actions.push(name.to_owned());
             }
-            full |= !room;
+            capacity.is_partial |= !has_slot;
         };
         for spec in self.actions.local() {
             let declared = self.actions.find(&spec.name, "");
             add(&spec.name, declared.is_some_and(|declared| self.limiter.has_capacity(&declared)));
         }
-        let any = self.limiter.available() > 0;
-        for (name, free) in self.actions.workers.offered_actions() {
-            add(&name, free && any);
+        for (name, has_slot) in self.actions.workers.offered_actions() {
+            add(&name, has_slot && total > 0);
         }
-        (startable, full)
+        capacity.by_tenant = self.limiter.available_by_tenant();
+        // The index still contains requests that are being claimed.
+        self.running.add_claiming(&mut capacity.by_tenant);
+        capacity
     }
 
-    /// Scans the queue once for `actions`; `full` means that actions without capacity are excluded. Returns the number
-    /// of started requests, and whether more due requests may be queued.
-    async fn start_due(
-        self: &Arc<Self>,
-        actions: &[String],
-        full: bool,
-        blocked: &mut HashSet<(String, String)>,
-    ) -> Result<(usize, bool), StoreError> {
-        // The page includes quarantined requests, so the limits are increased by their number.
-        let quarantined = self.quarantine.count(self.now());
-        let mut limits = self.limits();
-        limits.values_mut().filter(|limit| **limit > 0).for_each(|limit| *limit += quarantined);
-        let room = saturate::to_usize(self.limiter.available());
-        let per_tenant = room.clamp(1, PER_TENANT) + quarantined;
-        let after_tenant = self.after_tenant.lock().take();
-        let is_first_page = after_tenant.is_none();
-        let query = DueQuery {
-            actions: actions.to_vec(),
-            now: self.now(),
-            after_tenant,
-            tenants: TENANTS,
-            per_tenant,
-            limits: limits.clone(),
-            blocked: blocked.clone(),
-        };
-        self.backlog.begin_scan();
+    /// Reads a page of the queue and starts its requests. Returns whether the next page may contain requests that can
+    /// start.
+    async fn start_due(self: &Arc<Self>, capacity: Capacity) -> Result<bool, StoreError> {
+        let query = self.scheduler.lock().next_query(capacity, self.now());
         let page = self.store.due_requests(query).await?;
-        let is_complete = page.next_tenant.is_none() && is_first_page;
-        *self.after_tenant.lock() = page.next_tenant;
-        // Tenants without capacity, or whose due requests reach the limit, may have more due requests.
-        let mut counts: HashMap<String, usize> = HashMap::new();
-        for request in &page.requests {
-            *counts.entry(request.tenant.clone()).or_insert(0) += 1;
+        let (load, now) = (self.running.load(), self.now());
+        let plan = self.scheduler.lock().plan(page, &load, now, |request| self.find_slot(request));
+        if plan.has_more {
+            self.wakeup.mark_scan_pending();
         }
-        let limit = |tenant: &str| limits.get(tenant).map_or(per_tenant, |limit| *limit);
-        let more = counts.iter().filter(|(tenant, count)| **count >= limit(tenant));
-        let mut remaining: HashSet<String> = more.map(|(tenant, _)| tenant.clone()).collect();
-        remaining.extend(blocked.iter().map(|(tenant, _)| tenant.clone()));
-        remaining
-            .extend(limits.iter().filter(|(_, limit)| **limit == 0).map(|(name, _)| name.clone()));
-        let mut started = 0;
-        for request in self.fair_queue.order(page.requests, &self.limiter.running_by_tenant()) {
-            if quarantined > 0 && self.quarantine.contains(request.uid) {
-                remaining.insert(request.tenant);
-                continue;
-            }
-            let attempt = self.running.lock().get(&request.uid).map(|running| running.attempt);
-            match attempt {
-                None => {}
-                // The index does not reflect the claim yet.
-                Some(AttemptNumber::NONE) => continue,
-                // The finished attempt is being removed; the next one may start after that.
-                Some(_) => {
-                    remaining.insert(request.tenant);
-                    continue;
-                }
-            }
-            match self.acquire_placement(&request.action, &request.tenant) {
-                Some(placement) => {
-                    self.fair_queue.charge(&request.tenant);
-                    self.start(request.uid, &request.tenant, placement);
-                    started += 1;
-                }
-                None => {
-                    remaining.insert(request.tenant.clone());
-                    blocked.insert((request.tenant, request.action));
-                }
-            }
+        let may_continue =
+            !plan.starts.is_empty() || (plan.has_blocked && self.limiter.available() > 0);
+        for (request, placement) in plan.starts {
+            self.start(request.uid, &request.tenant, &request.user, placement);
         }
-        let any_remaining = !is_complete || !remaining.is_empty();
-        if is_complete && full {
-            self.backlog.finish_partial_scan(remaining);
-        } else if is_complete {
-            self.backlog.finish_scan(remaining);
-        } else {
-            self.backlog.reset();
-        }
-        Ok((started, any_remaining))
+        Ok(may_continue)
     }
 
-    /// Returns the maximum number of requests to read for each tenant with running attempts. The index still contains
-    /// requests that are being claimed, so the limits include those.
-    fn limits(&self) -> HashMap<String, usize> {
-        let mut limits = self.limiter.available_by_tenant();
-        let running = self.running.lock();
-        for claiming in running.values().filter(|running| running.attempt == AttemptNumber::NONE) {
-            if let Some(limit) = limits.get_mut(&claiming.tenant).filter(|limit| **limit > 0) {
-                *limit += 1;
-            }
+    fn find_slot(&self, request: &DueRequest) -> Slot<Placement> {
+        match self.running.number(request.uid) {
+            Some(AttemptNumber::NONE) => Slot::Claiming,
+            Some(_) => Slot::Ending,
+            None => match self.acquire_placement(&request.action, &request.tenant) {
+                Some(placement) => Slot::Free(placement),
+                None => Slot::None,
+            },
         }
-        limits.values_mut().for_each(|limit| *limit = (*limit).min(PER_TENANT));
-        limits
     }
 }

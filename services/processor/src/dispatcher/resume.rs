@@ -32,7 +32,7 @@ impl Dispatcher {
         if !worker.may_run(&record.action, &record.owner.tenant) {
             return Ok(None);
         }
-        if self.running.lock().contains_key(&uid) {
+        if self.running.contains(uid) {
             return Ok(None);
         }
         let now = self.now();
@@ -46,10 +46,14 @@ impl Dispatcher {
         let Some(record) = self.store.adopt(adopt).await? else { return Ok(None) };
         let handle = Arc::new(AttemptHandle::default());
         // Registered after the lease is acquired, because an entry prevents other workers from resuming the attempt.
-        let tenant = record.owner.tenant.clone();
-        if !self
-            .register(uid, RunningAttempt { attempt, tenant, handle: handle.clone(), remote: true })
-        {
+        let running = RunningAttempt {
+            attempt,
+            tenant: record.owner.tenant.clone(),
+            user: record.owner.user.clone(),
+            handle: handle.clone(),
+            is_remote: true,
+        };
+        if !self.running.insert(uid, running) {
             return Ok(None);
         }
         // Removes the entry on an early return.

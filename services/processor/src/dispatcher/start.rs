@@ -51,9 +51,7 @@ impl Dispatcher {
         let started_at = Instant::now();
         match self.store.claim(claim).await {
             Ok(ClaimOutcome::Claimed(claimed)) => {
-                if let Some(running) = self.running.lock().get_mut(&uid) {
-                    running.attempt = claimed.record.attempt;
-                }
+                self.running.set_claimed(uid, claimed.record.attempt);
                 let record = &claimed.record;
                 self.metrics
                     .waited(&self.metrics.label(Some(&declared)), now.since(record.not_before));
@@ -67,7 +65,7 @@ impl Dispatcher {
             Err(error) => {
                 if matches!(error, StoreError::Corrupt { .. }) {
                     tracing::error!(%error, %uid, "failed to claim a request: the stored data is corrupt");
-                    self.quarantine.insert(uid, now);
+                    self.scheduler.lock().quarantine(uid, now);
                 } else {
                     tracing::warn!(%error, %uid, "failed to claim a request; it stays queued");
                 }

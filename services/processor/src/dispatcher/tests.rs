@@ -108,6 +108,7 @@ fn fixture() -> Fixture {
         options: ProcessorOptions {
             max_concurrent_attempts: 4,
             tenant_share: 100,
+            priority_aging: Duration::ZERO,
             max_concurrent_sync: 1,
             sync_timeout: LEASE,
             lease: LEASE,

@@ -16,9 +16,8 @@ use tokio::{sync::watch, time::Instant};
 use tonic::Status;
 
 use crate::{
-    concurrency_limiter::percent_of,
     declaration::ActionKey,
-    wakeup::Wakeup,
+    scheduler::{concurrency_limiter::percent_of, wakeup::Wakeup},
     workers::worker_session::{Outbox, StreamEnd, WorkerSession},
 };
 

@@ -51,6 +51,7 @@ pub(crate) fn processor_options(config: &Config, limits: Limits, shared: bool) -
     ProcessorOptions {
         max_concurrent_attempts: number(execution.max_concurrent_attempts),
         tenant_share: number(execution.max_tenant_share_percent),
+        priority_aging: execution.priority_aging,
         max_concurrent_sync: size(execution.max_concurrent_sync),
         sync_timeout: execution.sync_threshold.max(Duration::from_millis(1)),
         lease: execution.lease_duration,

@@ -2,13 +2,8 @@
 
 use std::{collections::HashSet, mem};
 
-use parking_lot::Mutex;
-
 #[derive(Debug, Default)]
-pub(crate) struct Backlog(Mutex<State>);
-
-#[derive(Debug, Default)]
-struct State {
+pub(crate) struct Backlog {
     /// Tenants that may have queued requests; `None` if the queue has not been scanned completely.
     known: Option<HashSet<String>>,
     /// Tenants added since the current scan began, which may not find their requests.
@@ -18,14 +13,12 @@ struct State {
 impl Backlog {
     /// Returns whether the given tenant may have queued requests.
     pub(crate) fn may_contain(&self, tenant: &str) -> bool {
-        self.0.lock().known.as_ref().is_none_or(|tenants| tenants.contains(tenant))
+        self.known.as_ref().is_none_or(|tenants| tenants.contains(tenant))
     }
 
     /// Adds a tenant with a queued request.
-    pub(crate) fn insert(&self, tenant: &str) {
-        let mut state = self.0.lock();
-        let State { known, added } = &mut *state;
-        for tenants in known.iter_mut().chain([added]) {
+    pub(crate) fn insert(&mut self, tenant: &str) {
+        for tenants in self.known.iter_mut().chain([&mut self.added]) {
             if !tenants.contains(tenant) {
                 tenants.insert(tenant.to_owned());
             }
@@ -33,28 +26,27 @@ impl Backlog {
     }
 
     /// Begins a scan of the queue.
-    pub(crate) fn begin_scan(&self) {
-        self.0.lock().added.clear();
+    pub(crate) fn begin_scan(&mut self) {
+        self.added.clear();
     }
 
     /// Finishes a scan of the whole queue. `tenants` contains the tenants whose requests remain queued.
-    pub(crate) fn finish_scan(&self, mut tenants: HashSet<String>) {
-        let mut state = self.0.lock();
-        tenants.extend(mem::take(&mut state.added));
-        state.known = Some(tenants);
+    pub(crate) fn finish_scan(&mut self, mut tenants: HashSet<String>) {
+        tenants.extend(mem::take(&mut self.added));
+        self.known = Some(tenants);
     }
 
     /// Finishes a scan of the whole queue for some of the actions. The tenants in `tenants`, and those that the backlog
     /// already contains, may have queued requests.
-    pub(crate) fn finish_partial_scan(&self, tenants: HashSet<String>) {
-        if let Some(known) = &mut self.0.lock().known {
+    pub(crate) fn finish_partial_scan(&mut self, tenants: HashSet<String>) {
+        if let Some(known) = &mut self.known {
             known.extend(tenants);
         }
     }
 
     /// Clears the backlog, because a scan did not cover the whole queue: every tenant may have queued requests.
-    pub(crate) fn reset(&self) {
-        self.0.lock().known = None;
+    pub(crate) fn reset(&mut self) {
+        self.known = None;
     }
 }
 
@@ -64,7 +56,7 @@ mod tests {
 
     #[test]
     fn tenants_added_during_a_scan_remain_in_the_backlog() {
-        let backlog = Backlog::default();
+        let mut backlog = Backlog::default();
         assert!(backlog.may_contain("acme"), "the queue has not been scanned");
         backlog.insert("early");
         backlog.begin_scan();
