@@ -104,7 +104,7 @@ async fn create(store: &dyn Store, new: NewRequest) -> Uid {
 
 async fn try_claim(store: &dyn Store, uid: Uid, now: i64) -> ClaimOutcome {
     let (holder, lease_until) = ("p1".into(), at(now + 1000));
-    let claim = Claim { uid, holder, worker: None, now: at(now), lease_until };
+    let claim = Claim { uid, holder, worker: None, now: at(now), lease_until, repeats: None };
     store.claim(claim).await.unwrap()
 }
 
@@ -676,6 +676,44 @@ async fn declarations_are_stored_per_tenant() {
 }
 
 #[tokio::test]
+async fn a_repeated_claim_returns_the_attempt_that_its_first_call_started() {
+    for Subject { store, .. } in engines().await {
+        let uid = create(&*store, new_request(None)).await;
+        let worker = |identity: &str| {
+            Some(AssignedWorker { identity: identity.into(), display_name: "shown".into() })
+        };
+        let claim = |holder: &str, identity: &str, now, repeats: Option<i64>| Claim {
+            uid,
+            holder: holder.into(),
+            worker: worker(identity),
+            now: at(now),
+            lease_until: at(now + 1000),
+            repeats: repeats.map(at),
+        };
+        // The first call was not stored.
+        let first = store.claim(claim("p1", "w1", 2100, Some(2000))).await.unwrap();
+        let ClaimOutcome::Claimed(first) = first else { panic!("{first:?}") };
+        for since in [2000, 2100] {
+            let again = store.claim(claim("p1", "w1", 2200, Some(since))).await.unwrap();
+            let ClaimOutcome::Claimed(again) = again else { panic!("{again:?}") };
+            assert_eq!(again.started, first.started);
+            assert_eq!(again.payload, first.payload);
+            assert_eq!(again.record.attempt, first.record.attempt);
+        }
+        for other in [
+            claim("p1", "w1", 2200, None),
+            claim("p1", "w1", 2200, Some(2101)),
+            claim("p2", "w1", 2200, Some(2000)),
+            claim("p1", "w2", 2200, Some(2000)),
+        ] {
+            let outcome = store.claim(other).await.unwrap();
+            assert!(matches!(outcome, ClaimOutcome::NotClaimable), "{outcome:?}");
+        }
+        assert_eq!(seqs(&*store, uid, 0).await, [1, 2]);
+    }
+}
+
+#[tokio::test]
 async fn an_attempt_is_adopted_only_for_its_worker() {
     for Subject { store, .. } in engines().await {
         let uid = create(&*store, new_request(None)).await;
@@ -685,6 +723,7 @@ async fn an_attempt_is_adopted_only_for_its_worker() {
             worker: Some(AssignedWorker { identity: "w1".into(), display_name: "shown".into() }),
             now: at(2000),
             lease_until: at(3000),
+            repeats: None,
         };
         let ClaimOutcome::Claimed(claimed) = store.claim(new_claim).await.unwrap() else {
             panic!()

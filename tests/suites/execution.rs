@@ -176,6 +176,27 @@ async fn higher_priority_starts_first_and_tenants_alternate() {
 }
 
 #[tokio::test]
+async fn a_user_does_not_wait_behind_the_queue_of_another_user() {
+    let settings = ["execution.max_tenant_share_percent=100"];
+    let mut scene = Scene::new(&settings, 1, declare("work")).await;
+    scene.client.submit("first", "work", json!({})).await;
+    let mut task = scene.worker.next_task().await;
+    for number in 0..20 {
+        scene.submit(json!({"id": format!("a{number}"), "action": "work"})).await;
+    }
+    let bob = scene.server.token("acme", "bob", &[]);
+    let mut bob = Client::connect(&scene.server.url, &bob).await;
+    bob.submit("b", "work", json!({})).await;
+    let mut order = Vec::new();
+    while task.request_id != "b" {
+        scene.succeed(&task).await;
+        task = scene.worker.next_task().await;
+        order.push(task.request_id.clone());
+    }
+    assert!(order.len() <= 2, "{order:?}");
+}
+
+#[tokio::test]
 async fn a_flooding_tenant_leaves_slots_to_other_tenants() {
     let settings = ["execution.max_tenant_share_percent=75"];
     let mut scene = Scene::new(&settings, 4, declare("work")).await;

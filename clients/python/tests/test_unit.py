@@ -238,6 +238,8 @@ def test_invalid_declarations_raise() -> None:
             worker.action(name)(handler)
     with pytest.raises(ValueError):
         worker.action("timed", start_to_close=0)(handler)
+    with pytest.raises(ValueError, match="max_attempts: must be at least 1"):
+        worker.action("never", max_attempts=0)(handler)
     with pytest.raises(ValueError):
         worker.action("final", final_errors=["NO_SUCH_CODE"])
     with pytest.raises(TypeError):

@@ -72,6 +72,10 @@ export function declaration(name, options) {
     if (!Number.isSafeInteger(value) || value < 0) {
       throw new TypeError(`${name}: ${field} must be a non-negative integer, is ${value}`);
     }
+    // In the protocol, 0 stands for the default.
+    if (field === 'maxAttempts' && value === 0) {
+      throw new TypeError(`${name}: maxAttempts must be at least 1`);
+    }
     declared[field] = value;
   }
   const { sync = false, estimatedDurationMs, payloadSchema = '', finalErrors = [] } = options;

@@ -222,6 +222,7 @@ test('invalid declarations and options throw', () => {
   const worker = new Worker({ server: 'http://127.0.0.1:1', token: 'x' });
   assert.throws(() => worker.action('No', () => null), /must match/);
   assert.throws(() => worker.action('a', { maxAttempts: -1 }, () => null), /maxAttempts/);
+  assert.throws(() => worker.action('a', { maxAttempts: 0 }, () => null), /at least 1/);
   assert.throws(() => new Worker({ server: 'localhost:1', token: 'x' }), /http:\/\//);
   assert.throws(() => new Worker({ server: 'http://x', token: 'x', slots: 0 }), /slots/);
   assert.throws(() => new RawJson('{'), SyntaxError);

@@ -133,6 +133,9 @@ fn find_existing(
 
 pub(super) fn claim(db: &Db<'_>, claim: &Claim) -> rusqlite::Result<ClaimOutcome> {
     let Some(mut record) = get(db, claim.uid)? else { return Ok(ClaimOutcome::NotClaimable) };
+    if record.state == RequestState::Running && is_repetition(db, claim, &record)? {
+        return repeated_claim(db, record);
+    }
     if record.state != RequestState::Queued || record.not_before > claim.now {
         return Ok(ClaimOutcome::NotClaimable);
     }
@@ -170,23 +173,39 @@ pub(super) fn claim(db: &Db<'_>, claim: &Claim) -> rusqlite::Result<ClaimOutcome
         bytes,
     ])?;
     db.change_usage(&record.owner, -1, bytes)?;
-    let checkpoint = db
-        .prepare_cached(
-            "SELECT COALESCE((SELECT data FROM large_values WHERE id = large), data), crc
-             FROM checkpoints WHERE uid = ?1",
-        )?
-        .query_row([claim.uid.to_bytes()], |row| {
-            let data = row.get::<_, Vec<u8>>(0)?;
-            row::verify(row, 1, || checksum::of_value(claim.uid, &data))?;
-            Ok(data)
-        })
-        .optional()?;
-    Ok(ClaimOutcome::Claimed(Box::new(Claimed {
-        record,
-        payload,
-        checkpoint: checkpoint.map(Bytes::from),
-        started,
-    })))
+    let checkpoint = checkpoint(db, claim.uid)?;
+    Ok(ClaimOutcome::Claimed(Box::new(Claimed { record, payload, checkpoint, started })))
+}
+
+fn checkpoint(db: &Connection, uid: Uid) -> rusqlite::Result<Option<Bytes>> {
+    db.prepare_cached(
+        "SELECT COALESCE((SELECT data FROM large_values WHERE id = large), data), crc
+         FROM checkpoints WHERE uid = ?1",
+    )?
+    .query_row([uid.to_bytes()], |row| {
+        let data = row.get::<_, Vec<u8>>(0)?;
+        row::verify(row, 1, || checksum::of_value(uid, &data))?;
+        Ok(Bytes::from(data))
+    })
+    .optional()
+}
+
+/// Returns whether an earlier call, which `claim` repeats, started the running attempt.
+fn is_repetition(db: &Connection, claim: &Claim, record: &RequestRecord) -> rusqlite::Result<bool> {
+    let (holder, worker): (Option<String>, Option<String>) = db
+        .prepare_cached("SELECT lease_holder, worker FROM requests WHERE uid = ?1")?
+        .query_row([claim.uid.to_bytes()], |row| Ok((row.get(0)?, row.get(1)?)))?;
+    Ok(claim.is_repetition(record.start_time, holder.as_deref(), worker.as_deref()))
+}
+
+/// Returns the attempt that an earlier call started.
+fn repeated_claim(db: &Connection, record: RequestRecord) -> rusqlite::Result<ClaimOutcome> {
+    let Some(payload) = payload(db, record.uid)? else { return Ok(ClaimOutcome::NotClaimable) };
+    let after = record.attempt_seq.previous();
+    let started = events(db, record.uid, after, 1, usize::MAX)?.events.pop();
+    let Some(started) = started else { return Ok(ClaimOutcome::NotClaimable) };
+    let checkpoint = checkpoint(db, record.uid)?;
+    Ok(ClaimOutcome::Claimed(Box::new(Claimed { record, payload, checkpoint, started })))
 }
 
 pub(super) fn adopt(db: &Connection, adopt: &Adopt) -> rusqlite::Result<Option<RequestRecord>> {

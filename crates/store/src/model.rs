@@ -195,6 +195,26 @@ pub struct Claim {
     pub now: Timestamp,
     /// Time at which the lease expires unless it is renewed.
     pub lease_until: Timestamp,
+    /// Time of the first call, if this call repeats it because its response was lost. The holder must not have claimed
+    /// the request in any other call since then.
+    pub repeats: Option<Timestamp>,
+}
+
+impl Claim {
+    /// Returns whether a running attempt was started by an earlier call that this call repeats. `start_time`, `holder`
+    /// and `worker` are those of the attempt.
+    #[must_use]
+    pub fn is_repetition(
+        &self,
+        start_time: Option<Timestamp>,
+        holder: Option<&str>,
+        worker: Option<&str>,
+    ) -> bool {
+        let is_since = |since: Timestamp| start_time.is_some_and(|start| start >= since);
+        self.repeats.is_some_and(is_since)
+            && holder == Some(self.holder.as_str())
+            && worker == self.worker_identity()
+    }
 }
 
 /// Worker that an attempt is assigned to.

@@ -44,7 +44,8 @@ pub trait Store: Send + Sync + 'static {
     async fn delete_request(&self, uid: Uid) -> Result<DeleteOutcome, StoreError>;
 
     /// Starts the next attempt of a request. The request must be queued and due; it becomes running, with the next
-    /// attempt number and a `started` event. A repeated call returns `NotClaimable`.
+    /// attempt number and a `started` event. A repeated call returns `NotClaimable`, unless [`Claim::repeats`] is set:
+    /// then it returns the attempt that an earlier call started.
     async fn claim(&self, claim: Claim) -> Result<ClaimOutcome, StoreError>;
 
     /// Appends events and updates the state of the request accordingly. The writer must be the current one, and the

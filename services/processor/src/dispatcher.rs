@@ -1,5 +1,6 @@
 //! Dispatcher: finds requests that are due and starts them while permits are available.
 
+mod claim;
 mod leases;
 mod queue;
 mod resume;

@@ -28,6 +28,13 @@ pub(crate) async fn running_request(store: &dyn Store, uid: Uid, now: Timestamp)
         trace_state: None,
     };
     store.create_request(new).await.unwrap();
-    let claim = Claim { uid, holder: "p".into(), worker: None, now, lease_until: now.plus(LEASE) };
+    let claim = Claim {
+        uid,
+        holder: "p".into(),
+        worker: None,
+        now,
+        lease_until: now.plus(LEASE),
+        repeats: None,
+    };
     assert!(matches!(store.claim(claim).await.unwrap(), ClaimOutcome::Claimed(_)));
 }

@@ -29,7 +29,7 @@ class Action:
     """Typical duration of a run. If it is below the server's threshold (5 s by default), the action
     is sync."""
     max_attempts: int | None = None
-    """Maximum number of attempts."""
+    """Maximum number of attempts, at least 1. Attempts that were handed back do not count."""
     start_to_close: Seconds | None = None
     """Maximum duration of one attempt."""
     heartbeat_timeout: Seconds | None = None

@@ -122,6 +122,9 @@ class Worker:
     def _declare(self, action: Action, handler: _Function) -> _Function:
         if re.fullmatch(r"[a-z][a-z0-9_.-]{0,63}", action.name) is None:
             raise ValueError(f"name: must match [a-z][a-z0-9_.-]{{0,63}}, is {action.name!r}")
+        # In the protocol, 0 stands for the default.
+        if action.max_attempts is not None and action.max_attempts < 1:
+            raise ValueError(f"max_attempts: must be at least 1, is {action.max_attempts}")
         if action.name in self._actions:
             raise ValueError(f"name: {action.name!r} is already declared")
         is_async: bool = iscoroutinefunction(handler)

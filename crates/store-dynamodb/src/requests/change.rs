@@ -1,12 +1,31 @@
 //! Claims, adopts, cancels and deletes requests.
 
+use bytes::Bytes;
+
 use super::*;
+
+/// Returns whether an earlier call, which `claim` repeats, started the running attempt.
+fn is_repetition(claim: &Claim, item: &RequestItem) -> bool {
+    let start_time = item.start_time.map(Timestamp::from_millis);
+    claim.is_repetition(start_time, item.lease_holder.as_deref(), item.worker.as_deref())
+}
 
 impl Dynamo {
     pub(crate) async fn claim(&self, claim: &Claim) -> Result<ClaimOutcome, StoreError> {
         let doing = "claiming a request";
         let uid = claim.uid.to_string();
         let Some(item) = self.get(&uid).await? else { return Ok(ClaimOutcome::NotClaimable) };
+        if item.state == RequestState::Running && is_repetition(claim, &item) {
+            let payload = self.load_value(&uid, &item.payload).await?;
+            let payload = payload.ok_or_else(|| corrupt(doing, "the payload is missing"))?;
+            let checkpoint = self.load_checkpoint(&uid, &item).await?;
+            let started = self.stored_events(&item, item.attempt_seq.previous(), 1).await?;
+            let started = started.into_iter().next().map(StoredEvent::into_event);
+            let started = started.ok_or_else(|| corrupt(doing, "the log is incomplete"))?;
+            let record = item.to_record()?;
+            let claimed = Claimed { record, payload, checkpoint, started };
+            return Ok(ClaimOutcome::Claimed(Box::new(claimed)));
+        }
         if item.state != RequestState::Queued || item.not_before > claim.now.as_millis() {
             return Ok(ClaimOutcome::NotClaimable);
         }
@@ -18,12 +37,7 @@ impl Dynamo {
         // after the update.
         let payload = self.load_value(&uid, &item.payload).await?;
         let payload = payload.ok_or_else(|| corrupt(doing, "the payload is missing"))?;
-        let checkpoint = match &item.checkpoint {
-            Some(stored_ref) => {
-                self.load_value(&uid, stored_ref).await?.map(|checkpoint| checkpoint.data)
-            }
-            None => None,
-        };
+        let checkpoint = self.load_checkpoint(&uid, &item).await?;
         let (attempt, next) = (item.attempt.next(), item.last_seq.next());
         let worker = claim.worker_display_name().to_owned();
         let started = log_event(next, attempt, claim.now, Kind::Started(Started { worker }));
@@ -61,6 +75,16 @@ impl Dynamo {
         let started = stored.map_or(started, StoredEvent::into_event);
         let record = claimed.to_record()?;
         Ok(ClaimOutcome::Claimed(Box::new(Claimed { record, payload, checkpoint, started })))
+    }
+
+    async fn load_checkpoint(
+        &self,
+        uid: &str,
+        item: &RequestItem,
+    ) -> Result<Option<Bytes>, StoreError> {
+        let Some(stored_ref) = &item.checkpoint else { return Ok(None) };
+        let checkpoint = self.load_value(uid, stored_ref).await?;
+        Ok(checkpoint.map(|checkpoint| checkpoint.data))
     }
 
     pub(crate) async fn adopt(&self, adopt: &Adopt) -> Result<Option<RequestRecord>, StoreError> {

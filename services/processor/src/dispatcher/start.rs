@@ -1,8 +1,8 @@
 //! Claims requests and runs their attempts, in this process or on a worker.
 
-use std::{sync::Arc, time::Duration};
+use std::sync::Arc;
 
-use streamer_core::{OutputDigest, Timestamp, Uid};
+use streamer_core::{OutputDigest, Uid};
 use streamer_handler::{DynHandler, ReportQueue};
 use streamer_proto::common::v1::{Cancelled, event::Kind};
 use streamer_store::{CancelOutcome, Claim, ClaimOutcome, Claimed, RequestRecord, StoreError};
@@ -10,7 +10,10 @@ use streamer_telemetry::{AttemptSpan, InScope, IndexedActionLabel, Scope, TraceC
 use tokio::time::Instant;
 use tracing::Instrument;
 
-use super::Dispatcher;
+use super::{
+    Dispatcher,
+    claim::{ClaimTiming, claim_until_answered},
+};
 use crate::{
     actions::Runner,
     attempt::{self, AttemptHandle, AttemptResult, AttemptSpec},
@@ -21,13 +24,6 @@ use crate::{
         remote_task::RemoteTask,
     },
 };
-
-/// Start and duration of a claim.
-#[derive(Clone, Copy)]
-pub(super) struct ClaimTiming {
-    started_at: Timestamp,
-    duration: Duration,
-}
 
 impl Dispatcher {
     pub(super) async fn claim_and_run(
@@ -47,16 +43,21 @@ impl Dispatcher {
             },
             now,
             lease_until: now.plus(self.options.lease),
+            repeats: None,
         };
-        let started_at = Instant::now();
-        match self.store.claim(claim).await {
+        let clock = &*self.environment.clock;
+        let (outcome, timing) =
+            claim_until_answered(claim, clock, self.stopped(), |claim| self.store.claim(claim))
+                .await;
+        match outcome {
             Ok(ClaimOutcome::Claimed(claimed)) => {
                 self.running.set_claimed(uid, claimed.record.attempt);
                 let record = &claimed.record;
-                self.metrics
-                    .waited(&self.metrics.label(Some(&declared)), now.since(record.not_before));
-                let claim_timing = ClaimTiming { started_at: now, duration: started_at.elapsed() };
-                self.run_claimed(*claimed, declared, runner, handle, claim_timing).await;
+                self.metrics.waited(
+                    &self.metrics.label(Some(&declared)),
+                    timing.started_at.since(record.not_before),
+                );
+                self.run_claimed(*claimed, declared, runner, handle, timing).await;
             }
             Ok(ClaimOutcome::Overdue(record)) => self.fail_unstarted(&record).await,
             Ok(ClaimOutcome::NotClaimable) => {
@@ -65,7 +66,7 @@ impl Dispatcher {
             Err(error) => {
                 if matches!(error, StoreError::Corrupt { .. }) {
                     tracing::error!(%error, %uid, "failed to claim a request: the stored data is corrupt");
-                    self.scheduler.lock().quarantine(uid, now);
+                    self.scheduler.lock().quarantine(uid, timing.started_at);
                 } else {
                     tracing::warn!(%error, %uid, "failed to claim a request; it stays queued");
                 }

@@ -208,8 +208,14 @@ async fn an_attempt_ends_when_its_lease_is_recovered() {
     let fixture = fixture();
     let uid = fixture.create().await;
     let now = fixture.clock.now();
-    let claim =
-        Claim { uid, holder: "killed".into(), worker: None, now, lease_until: now.plus(LEASE) };
+    let claim = Claim {
+        uid,
+        holder: "killed".into(),
+        worker: None,
+        now,
+        lease_until: now.plus(LEASE),
+        repeats: None,
+    };
     fixture.store.claim(claim).await.unwrap();
     fixture.clock.advance(LEASE * 2);
     fixture.dispatcher.recover_expired_leases().await;

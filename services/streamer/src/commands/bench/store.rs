@@ -108,6 +108,7 @@ async fn create_finished(store: &Arc<dyn Store>) -> anyhow::Result<()> {
         worker: None,
         now,
         lease_until: now.plus(Duration::from_secs(60)),
+        repeats: None,
     };
     let ClaimOutcome::Claimed(claimed) = store.claim(claim).await? else {
         bail!("a new request could not be claimed")
