@@ -1,44 +1,37 @@
-//! Runs the handler of one attempt, and appends its reports to the log, in order and in batches.
+//! An attempt: its state, its driver, and the events that it appends to the log.
 
+mod attempt_state;
+mod driver;
+mod event_batch;
+pub(crate) mod event_log_client;
 mod handle;
+pub(crate) mod log_lines;
+pub(crate) mod outcome;
+pub(crate) mod recovery;
 mod time_limit;
 
-use std::{pin::Pin, sync::Arc, time::Duration};
+use std::{sync::Arc, time::Duration};
 
 use bytes::Bytes;
-use futures_util::{
-    FutureExt,
-    future::{Fuse, FusedFuture, OptionFuture},
-};
-use streamer_core::{
-    ActionSpec, AttemptNumber, Clock, ErrorCode, Limits, OutputDigest, RequestError, Seq,
-    Timestamp, Uid, backoff, validate,
-};
+use streamer_core::{Clock, ErrorCode, Limits, OutputDigest, Timestamp};
 use streamer_handler::{
-    AttemptInfo, Context, DynHandler, HandlerError, Report, ReportQueue, RequestHistory,
-    Reservation,
+    AttemptInfo, Context, DynHandler, HandlerError, ReportQueue, RequestHistory,
 };
-use streamer_proto::{
-    common::v1::{Event, Output, Payload, Progress, event::Kind, payload::Body},
-    internal::v1::PublishRequest,
-    timestamp,
-};
-use streamer_rpc::{error_from_proto, json_payload};
-use streamer_store::{RequestRecord, StoredPayload, log_event};
+use streamer_proto::common::v1::{Event, event::Kind};
+use streamer_rpc::error_from_proto;
+use streamer_store::{RequestRecord, StoredPayload};
 use streamer_telemetry::{InScope, Scope, TraceContext, trace_span};
-use tokio::time::{Instant, sleep_until};
+use tokio::time::Instant;
 use tokio_util::task::AbortOnDropHandle;
-use tonic::Status;
 use tracing::{Span, field::Empty};
 
 use crate::{
-    declaration::Declaration,
-    event_log_client::{EventLogClient, ReportedBatch},
-    handlers::handler_threads::HandlerSpawner,
-    metrics::OutcomeLabel,
-    outcome::{AttemptSummary, Outcome, final_event},
+    declaration::Declaration, handlers::handler_threads::HandlerSpawner, metrics::OutcomeLabel,
 };
-
+use attempt_state::AttemptState;
+use driver::Driver;
+use event_batch::EventBatch;
+use event_log_client::EventLogClient;
 pub(crate) use handle::AttemptHandle;
 use time_limit::TimeLimit;
 
@@ -159,23 +152,28 @@ pub(crate) async fn run(
         environment.handlers.spawn(tenant.clone(), work)
     };
     let work = AbortOnDropHandle::new(work);
-    let attempt = Attempt {
+    let seqs = (record.attempt_seq, record.last_seq);
+    let clock = environment.clock.clone();
+    let driver = Driver {
         environment,
         uid: record.uid,
         tenant,
         number: record.attempt,
         failed_attempts: record.failed_attempts,
         attempt_seq: record.attempt_seq,
-        next_seq: record.last_seq.next(),
-        digest: output,
+        close_by: record.close_by,
+        state: AttemptState::new(
+            TimeLimit::earliest(&record, &spec, now),
+            spec.heartbeat_timeout,
+            environment.cancellation_grace_period,
+            Instant::now(),
+        ),
+        batch: EventBatch::new(record.uid, record.attempt, seqs, output, clock),
+        spec,
         reports,
         handle,
-        deadline: TimeLimit::earliest(&record, &spec, now),
-        close_by: record.close_by,
-        published_at: Instant::now(),
-        spec,
     };
-    attempt.drive(started, work).await
+    driver.run(started, work).await
 }
 
 /// Marks the span of a handler as failed if the handler has failed.
@@ -194,264 +192,6 @@ pub(crate) fn handler_span(is_remote: bool) -> Span {
     }
 }
 
-type Work = AbortOnDropHandle<Result<Bytes, HandlerError>>;
-type Reserving = Fuse<Pin<Box<dyn Future<Output = Reservation> + Send>>>;
-type Sending = Fuse<Pin<Box<dyn Future<Output = Result<Option<String>, Status>> + Send>>>;
-
-struct Attempt<'a> {
-    environment: &'a Environment,
-    uid: Uid,
-    tenant: Arc<str>,
-    number: AttemptNumber,
-    failed_attempts: u32,
-    attempt_seq: Seq,
-    next_seq: Seq,
-    digest: OutputDigest,
-    reports: Arc<ReportQueue>,
-    handle: Arc<AttemptHandle>,
-    spec: Arc<ActionSpec>,
-    deadline: Option<TimeLimit>,
-    close_by: Option<Timestamp>,
-    published_at: Instant,
-}
-
-impl Attempt<'_> {
-    async fn drive(mut self, started: Option<Event>, mut work: Work) -> AttemptResult {
-        let mut sending = match started {
-            Some(started) => self.announce(started),
-            None => Fuse::terminated(),
-        };
-        let mut handler_running = true;
-        let mut outcome = None;
-        // Pending reservation for the result. The handler has already returned, so no time limit applies.
-        let mut reserving: Reserving = Fuse::terminated();
-        let mut result_reserved = Reservation::default();
-        let mut last = None;
-        let mut abort_at: Option<Instant> = None;
-        loop {
-            let deadline =
-                OptionFuture::from(self.deadline.as_ref().map(|limit| sleep_until(limit.at)));
-            let heartbeat_deadline = self.heartbeat_deadline(!sending.is_terminated());
-            let heartbeat_expired = OptionFuture::from(heartbeat_deadline.map(sleep_until));
-            let grace = OptionFuture::from(abort_at.map(sleep_until));
-            tokio::select! {
-                biased;
-                () = self.handle.fenced() => {}
-                sent = &mut sending, if !sending.is_terminated() => match sent {
-                    Ok(cancel_reason) => {
-                        self.published_at = Instant::now();
-                        // The final event of an attempt is not a report from its handler.
-                        let final_events = i64::from(last.is_some());
-                        let events = self.next_seq.previous().events_since(self.attempt_seq);
-                        self.reports.set_durable(events - final_events);
-                        if let Some(reason) = cancel_reason {
-                            self.handle.cancel(&reason);
-                        }
-                    }
-                    Err(status) => {
-                        tracing::info!(uid = %self.uid, attempt = self.number.as_u32(), %status, "attempt fenced");
-                        self.handle.fence();
-                    }
-                },
-                ended = &mut work, if handler_running => {
-                    handler_running = false;
-                    let ended = match ended {
-                        Ok(ended) => self.check(ended),
-                        Err(error) if error.is_cancelled() => Outcome::Released(RequestError::new(
-                            ErrorCode::Unavailable,
-                            "the processor is shutting down",
-                        )),
-                        Err(panic) => Outcome::Failed(panicked(&panic)),
-                    };
-                    if let Outcome::Succeeded(result) = &ended {
-                        let mut reserve = self.reserve(result.len());
-                        match (&mut reserve).now_or_never() {
-                            // Reserved without waiting, so that the final event is part of the last batch.
-                            Some(reserved) => result_reserved = reserved,
-                            None => reserving = reserve,
-                        }
-                    }
-                    outcome = Some(ended);
-                }
-                reserved = &mut reserving, if !reserving.is_terminated() => {
-                    result_reserved = reserved;
-                }
-                Some(()) = deadline, if handler_running => {
-                    handler_running = false;
-                    work.abort();
-                    outcome = self.deadline.take().map(|limit| Outcome::Failed(limit.error));
-                }
-                Some(()) = heartbeat_expired, if handler_running => {
-                    // The handler may have reported since the timer was set.
-                    if self.heartbeat_deadline(false).is_some_and(|at| at <= Instant::now()) {
-                        handler_running = false;
-                        work.abort();
-                        outcome = Some(Outcome::Failed(RequestError::new(
-                            ErrorCode::Timeout,
-                            "the handler sent no report within its heartbeat timeout",
-                        )));
-                    }
-                }
-                reason = self.handle.released(), if handler_running => {
-                    handler_running = false;
-                    work.abort();
-                    outcome = Some(Outcome::Released(RequestError::new(ErrorCode::Unavailable, reason)));
-                }
-                () = self.handle.cancellation.cancelled(), if abort_at.is_none() => {
-                    abort_at = Some(Instant::now() + self.environment.cancellation_grace_period);
-                }
-                Some(()) = grace, if handler_running => {
-                    handler_running = false;
-                    work.abort();
-                    outcome = Some(Outcome::Failed(HandlerError::cancelled().into_request_error()));
-                }
-                () = self.reports.filled(), if sending.is_terminated() && handler_running => {}
-            }
-            if self.handle.is_fenced() {
-                self.reports.close();
-                drop(self.reports.take_batch());
-                return AttemptResult::Fenced;
-            }
-            if !sending.is_terminated() {
-                continue;
-            }
-            if let Some((kind, retry_at)) = last.take() {
-                return AttemptResult::Recorded(kind, retry_at, self.handle.cancel_reason());
-            }
-            let mut batch = self.new_batch();
-            let mut source = ReportedBatch::default();
-            self.add_reports(&mut batch, &mut source);
-            if reserving.is_terminated()
-                && let Some(outcome) = outcome.take()
-            {
-                // Later reports are discarded.
-                self.reports.close();
-                self.handle.mark_finishing();
-                self.add_reports(&mut batch, &mut source);
-                source.reserve(std::mem::take(&mut result_reserved));
-                last = Some(self.add_final_event(&mut batch, outcome));
-            }
-            if !batch.events.is_empty() || batch.checkpoint.is_some() {
-                sending = self.publish(batch, source);
-            }
-        }
-    }
-
-    /// Reserves buffer space for the result.
-    fn reserve(&self, bytes: usize) -> Reserving {
-        let reports = self.reports.clone();
-        async move { reports.reserve(bytes).await }.boxed().fuse()
-    }
-
-    /// Announces the `started` event, which the claim has already stored.
-    fn announce(&self, started: Event) -> Sending {
-        let (log, uid) = (self.environment.log.clone(), self.uid);
-        let announced = async move {
-            log.announce(uid, vec![started]).await;
-            Ok(None)
-        };
-        announced.boxed().fuse()
-    }
-
-    /// Checks the size of the result. A result that is too large is not retried: a retry would exceed the limit too.
-    fn check(&self, ended: Result<Bytes, HandlerError>) -> Outcome {
-        match ended {
-            Ok(result) => match self.environment.limits.check_result(result.len()) {
-                Ok(()) => Outcome::Succeeded(result),
-                Err(rule) => Outcome::Failed(RequestError::new(ErrorCode::ProcessingFailed, rule)),
-            },
-            Err(error) if error.is_released() => Outcome::Released(error.into_request_error()),
-            Err(error) => Outcome::Failed(error.into_request_error()),
-        }
-    }
-
-    /// Returns the time at which the heartbeat timeout expires; `None` if the action has no heartbeat timeout, or while
-    /// reports are being published, because the handler may be waiting for that.
-    fn heartbeat_deadline(&self, sending: bool) -> Option<Instant> {
-        let limit = self.spec.heartbeat_timeout.filter(|_| !sending)?;
-        Some(self.reports.last_activity().max(self.published_at) + limit)
-    }
-
-    fn new_batch(&self) -> PublishRequest {
-        PublishRequest {
-            uid: self.uid.to_bytes().to_vec().into(),
-            attempt: self.number.as_i32(),
-            events: Vec::new(),
-            checkpoint: None,
-            retry_at: None,
-        }
-    }
-
-    /// Adds pending reports to the batch.
-    fn add_reports(&mut self, batch: &mut PublishRequest, source: &mut ReportedBatch) {
-        let mut taken = self.reports.take_batch();
-        let reports = std::mem::take(&mut taken.reports);
-        source.add(taken);
-        for report in reports {
-            let kind = match report {
-                Report::Progress { percentage, message, metadata } => Kind::Progress(Progress {
-                    percentage,
-                    message,
-                    metadata: metadata.map(json_payload),
-                }),
-                Report::Output { content_type, data } => {
-                    let chunk_index = self.digest.chunks();
-                    self.digest.push(&data);
-                    let data = Payload { content_type, body: Some(Body::Data(data)) };
-                    Kind::Output(Output { data: Some(data), chunk_index })
-                }
-                Report::Checkpoint(data) => {
-                    batch.checkpoint = Some(data);
-                    continue;
-                }
-                Report::KeepAlive => continue,
-            };
-            batch.events.push(self.next_event(kind));
-        }
-    }
-
-    fn add_final_event(
-        &mut self,
-        batch: &mut PublishRequest,
-        outcome: Outcome,
-    ) -> (Kind, Option<Timestamp>) {
-        let summary = AttemptSummary {
-            attempt: self.number,
-            failed_attempts: self.failed_attempts,
-            attempt_seq: self.attempt_seq,
-            output: &self.digest,
-            cancel_reason: self.handle.cancel_reason(),
-            policy: self.spec.retry,
-            close_by: self.close_by,
-            now: self.environment.clock.now(),
-            random: backoff::random_fraction(),
-        };
-        let final_event = final_event(outcome, &summary);
-        batch.retry_at = final_event.retry_at.map(|at| timestamp(at.as_millis()));
-        batch.events.push(self.next_event(final_event.kind.clone()));
-        (final_event.kind, final_event.retry_at)
-    }
-
-    fn next_event(&mut self, kind: Kind) -> Event {
-        let seq = self.next_seq;
-        self.next_seq = seq.next();
-        log_event(seq, self.number, self.environment.clock.now(), kind)
-    }
-
-    /// Publishes a batch until it is stored or the attempt is fenced.
-    fn publish(&self, batch: PublishRequest, source: ReportedBatch) -> Sending {
-        let log = self.environment.log.clone();
-        let (uid, tenant) = (self.uid, self.tenant.clone());
-        async move { log.publish(uid, &tenant, batch, source).await }.boxed().fuse()
-    }
-}
-
-fn panicked(error: &tokio::task::JoinError) -> RequestError {
-    let error = validate::logged_text(&error.to_string());
-    tracing::error!(error, "handler panicked");
-    let error = RequestError::new(ErrorCode::ProcessingFailed, "the handler panicked");
-    RequestError { retryable: true, ..error }
-}
-
 #[cfg(test)]
+#[path = "attempt/driver_tests.rs"]
 mod tests;

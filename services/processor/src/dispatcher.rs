@@ -22,9 +22,8 @@ use tokio_util::{
 
 use crate::{
     actions::{Actions, Runner, SaveDeclarationsError},
-    attempt::{AttemptHandle, Environment},
+    attempt::{AttemptHandle, Environment, event_log_client::EventLogClient},
     declaration::{ActionKey, Declaration},
-    event_log_client::EventLogClient,
     handlers::handler_threads::HandlerSpawner,
     metrics::ProcessorMetrics,
     options::ProcessorOptions,

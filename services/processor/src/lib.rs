@@ -8,19 +8,13 @@
 
 mod actions;
 mod attempt;
-mod attempt_log;
 mod declaration;
 mod dispatcher;
-mod event_log_client;
 mod execution_service;
 mod handlers;
-mod lease_recovery;
 mod metrics;
 mod options;
-mod outcome;
-mod request_history;
 mod scheduler;
-mod schema_checks;
 mod workers;
 
 use std::{sync::Arc, time::Duration};
@@ -42,11 +36,11 @@ pub use options::ProcessorOptions;
 
 use crate::{
     actions::Actions,
+    attempt::event_log_client::EventLogClient,
     dispatcher::Dispatcher,
-    event_log_client::EventLogClient,
     execution_service::ExecutionApi,
+    handlers::request_history::StoredHistory,
     metrics::ProcessorMetrics,
-    request_history::StoredHistory,
     scheduler::wakeup::Wakeup,
     workers::{worker_pool::WorkerPool, worker_service::WorkerApi},
 };

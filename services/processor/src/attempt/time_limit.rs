@@ -5,6 +5,7 @@ use streamer_store::RequestRecord;
 use tokio::time::Instant;
 
 /// Earliest time limit of an attempt, and the error with which the attempt fails when the limit passes.
+#[derive(Debug)]
 pub(super) struct TimeLimit {
     pub(super) at: Instant,
     pub(super) error: RequestError,

@@ -10,9 +10,9 @@ use tokio::time::{MissedTickBehavior, interval};
 use tokio_util::sync::CancellationToken;
 
 use super::Dispatcher;
-use crate::{
-    attempt_log::{attempt_span, log_end},
-    lease_recovery, outcome,
+use crate::attempt::{
+    log_lines::{attempt_span, log_end},
+    outcome, recovery,
 };
 
 /// Maximum number of requests read from an index per page.
@@ -106,7 +106,7 @@ impl Dispatcher {
             }
             let label = self.metrics.label(declared.as_deref());
             let policy = declared.map_or_else(RetryPolicy::default, |declared| declared.spec.retry);
-            match lease_recovery::final_event(&*self.store, &record, policy, self.now()).await {
+            match recovery::final_event(&*self.store, &record, policy, self.now()).await {
                 Ok(event) => {
                     self.metrics.lease_expiries.inc();
                     attempt_span(&record).in_scope(|| {

@@ -8,9 +8,7 @@ use streamer_store::{Adopt, Lease, StoreError, StoredPayload};
 
 use super::{Dispatcher, RunningAttempt, RunningGuard};
 use crate::{
-    attempt::{AttemptHandle, AttemptSpec},
-    attempt_log::attempt_span,
-    lease_recovery,
+    attempt::{AttemptHandle, AttemptSpec, log_lines::attempt_span, recovery},
     workers::{
         remote_handler::RemoteHandler, remote_task::RemoteTask, worker_session::WorkerSession,
     },
@@ -63,7 +61,7 @@ impl Dispatcher {
         }
         let declared = self.actions.find(&record.action, &record.owner.tenant);
         let Some(declared) = declared else { return Ok(None) };
-        let output = lease_recovery::read_output(&*self.store, &record).await?;
+        let output = recovery::read_output(&*self.store, &record).await?;
         let reports = Arc::new(self.report_queue(&record));
         let durable = record.last_seq.events_since(record.attempt_seq);
         let task = RemoteTask::new(&record, durable, reports.clone(), &self.output_budget);

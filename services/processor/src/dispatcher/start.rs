@@ -16,8 +16,10 @@ use super::{
 };
 use crate::{
     actions::Runner,
-    attempt::{self, AttemptHandle, AttemptResult, AttemptSpec},
-    attempt_log::{attempt_span, log_end},
+    attempt::{
+        self, AttemptHandle, AttemptResult, AttemptSpec,
+        log_lines::{attempt_span, log_end},
+    },
     declaration::Declaration,
     workers::{
         remote_handler::{Assignment, RemoteHandler},

@@ -22,7 +22,7 @@ use tokio::runtime::Handle;
 use tonic::{Request, Response, Status};
 
 use super::*;
-use crate::{request_history::StoredHistory, workers::worker_pool::WorkerPool};
+use crate::{handlers::request_history::StoredHistory, workers::worker_pool::WorkerPool};
 
 const LEASE: Duration = Duration::from_secs(10);
 

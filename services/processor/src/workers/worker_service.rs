@@ -29,10 +29,10 @@ use crate::{
     actions::{Actions, SaveDeclarationsError},
     dispatcher::Dispatcher,
     options::ProcessorOptions,
-    schema_checks::SchemaChecks,
     workers::{
         grants::Grants,
         hello, report_buffer,
+        schema_checks::SchemaChecks,
         session_secret::SessionSecret,
         worker_session::{MAX_SLOTS, StreamEnd, WorkerSession},
     },

@@ -17,6 +17,7 @@ use streamer_store::RequestRecord;
 const MAX_IMMEDIATE_RELEASES: u32 = 3;
 
 /// Outcome of an attempt.
+#[derive(Debug)]
 pub(crate) enum Outcome {
     /// The handler succeeded with this JSON result.
     Succeeded(bytes::Bytes),

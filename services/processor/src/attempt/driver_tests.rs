@@ -3,11 +3,11 @@
 use std::sync::Arc;
 
 use bytes::Bytes;
-use streamer_core::{ManualClock, RequestState};
+use streamer_core::{ActionSpec, AttemptNumber, ManualClock, RequestState, Seq, Uid};
 use streamer_handler::{RequestSummary, async_trait};
 use streamer_proto::{
     internal::v1::{
-        AnnounceRequest, AnnounceResponse, PublishResponse,
+        AnnounceRequest, AnnounceResponse, PublishRequest, PublishResponse,
         event_log_service_server::EventLogService,
     },
     stubs::EventLogServiceEndpoint,
@@ -20,7 +20,7 @@ use tokio::{
     sync::{mpsc, oneshot},
     task::JoinHandle,
 };
-use tonic::{Request, Response};
+use tonic::{Request, Response, Status};
 
 use tokio_util::sync::CancellationToken;
 

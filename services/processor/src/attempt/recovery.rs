@@ -5,7 +5,7 @@ use streamer_proto::common::v1::event::Kind;
 use streamer_rpc::payload_bytes;
 use streamer_store::{EventNumbers, RequestRecord, Store, StoreError};
 
-use crate::outcome::{self, AttemptSummary, FinalEvent, Outcome};
+use super::outcome::{self, AttemptSummary, FinalEvent, Outcome};
 
 /// Maximum number of events per page.
 const PAGE: usize = 512;
