@@ -11,6 +11,7 @@ mod delivery;
 mod in_flight;
 mod reply;
 mod session;
+mod submission_order;
 mod subscription;
 mod subscriptions;
 

@@ -13,7 +13,7 @@ use http::HeaderValue;
 use streamer_auth::AuthLayer;
 use streamer_cluster::Service;
 use streamer_core::{Clock, Uid};
-use streamer_rpc::{CLIENT_ADDRESS, Channel, Peer, REQUEST_UID};
+use streamer_rpc::{AFTER_UID, CLIENT_ADDRESS, Channel, Peer, REQUEST_UID};
 use tokio::time::timeout;
 use tonic::Status;
 use tower::ServiceExt;
@@ -59,6 +59,7 @@ async fn forward(
     if let Ok(uid) = Uid::new(proxy.clock.now()).to_string().parse() {
         request.headers_mut().insert(REQUEST_UID, uid);
     }
+    request.headers_mut().remove(AFTER_UID);
     if let Some(peer) = request.extensions().get::<Peer>()
         && let Ok(address) = HeaderValue::try_from(peer.address().ip().to_string())
     {

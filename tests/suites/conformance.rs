@@ -504,7 +504,6 @@ async fn leases_are_renewed_only_by_their_holder_and_expire() {
 async fn due(store: &dyn Store, actions: &[&str], per_tenant: usize) -> Vec<Uid> {
     let query = DueQuery {
         actions: actions.iter().map(ToString::to_string).collect(),
-        now: at(2000),
         after: None,
         tenants: 10,
         per_tenant,
@@ -513,7 +512,7 @@ async fn due(store: &dyn Store, actions: &[&str], per_tenant: usize) -> Vec<Uid>
         limits: HashMap::new(),
         blocked: HashSet::new(),
     };
-    store.release_delayed(query.now, 10).await.unwrap();
+    store.release_delayed(at(2000), 10).await.unwrap();
     let page = store.due_requests(query).await.unwrap();
     page.requests.into_iter().map(|request| request.uid).collect()
 }
@@ -533,7 +532,6 @@ async fn the_queue_is_read_by_tenant_in_pages() {
         }
         let query = |after: Option<QueueKey>, tenants| DueQuery {
             actions: vec!["work".into()],
-            now: at(2000),
             after,
             tenants,
             per_tenant: 2,
@@ -563,9 +561,9 @@ async fn the_queue_is_read_by_tenant_in_pages() {
         assert_eq!(uids(&unblocked), [by_tenant[0], by_tenant[1]]);
 
         let last = store.get_request(by_tenant[8]).await.unwrap().unwrap();
-        let ahead = store.queue_ahead(last.clone(), at(2000), 100).await.unwrap();
+        let ahead = store.queue_ahead(last.clone(), 100).await.unwrap();
         assert_eq!((ahead.own, ahead.others), (2, 6));
-        let ahead = store.queue_ahead(last, at(2000), 4).await.unwrap();
+        let ahead = store.queue_ahead(last, 4).await.unwrap();
         assert_eq!((ahead.own, ahead.others), (2, 4), "counts up to the limit");
     }
 }
@@ -585,7 +583,6 @@ async fn the_limit_of_a_tenant_is_divided_among_its_users() {
         store.release_delayed(at(2000), 100).await.unwrap();
         let query = |per_tenant, users, after: Option<&str>| DueQuery {
             actions: vec!["absent".into(), "work".into()],
-            now: at(2000),
             after: None,
             tenants: 10,
             per_tenant,
@@ -647,7 +644,7 @@ async fn requests_of_other_users_may_start_first() {
         let uid = create(&*store, new).await;
         store.release_delayed(at(2000), 100).await.unwrap();
         let last = store.get_request(uid).await.unwrap().unwrap();
-        let ahead = store.queue_ahead(last, at(2000), 100).await.unwrap();
+        let ahead = store.queue_ahead(last, 100).await.unwrap();
         assert_eq!((ahead.own, ahead.others), (2, 3));
     }
 }
@@ -672,6 +669,20 @@ async fn declarations_are_stored_per_tenant() {
         let since = store.list_actions(at(1001)).await.unwrap();
         assert_eq!(since, [declared(Some("acme"), "newer")]);
         assert_eq!(store.list_actions(at(0)).await.unwrap().len(), 2);
+    }
+}
+
+#[tokio::test]
+async fn a_request_without_a_delay_is_due_for_every_clock() {
+    for Subject { store, .. } in engines().await {
+        let now = at(500_000);
+        let undelayed = NewRequest { create_time: now, not_before: now, ..new_request(None) };
+        let undelayed = create(&*store, undelayed).await;
+        let delayed = NewRequest { create_time: now, not_before: at(500_001), ..new_request(None) };
+        let delayed = create(&*store, delayed).await;
+        assert_eq!(due(&*store, &["work"], 10).await, [undelayed]);
+        assert!(matches!(try_claim(&*store, delayed, 2000).await, ClaimOutcome::NotClaimable));
+        assert_eq!(claim(&*store, undelayed, 2000).await.record.attempt, AttemptNumber::FIRST);
     }
 }
 
@@ -837,7 +848,7 @@ async fn delayed_requests_are_in_the_queue_after_their_release() {
         let stats = store.queue_stats(at(2000)).await.unwrap();
         assert_eq!((stats.queued, stats.oldest_due), (4, Some(at(1000))));
         let last = store.get_request(uids[0]).await.unwrap().unwrap();
-        assert_eq!(store.queue_ahead(last, at(2000), 10).await.unwrap().own, 2);
+        assert_eq!(store.queue_ahead(last, 10).await.unwrap().own, 2);
     }
 }
 

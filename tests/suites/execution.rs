@@ -175,6 +175,23 @@ async fn higher_priority_starts_first_and_tenants_alternate() {
     assert!(index("a1") < index("a2") && index("a2") < index("a3"), "{order:?}");
 }
 
+#[tokio::test(flavor = "multi_thread")]
+async fn pipelined_requests_start_in_the_order_of_their_messages() {
+    let settings = ["execution.max_tenant_share_percent=100"];
+    let mut scene = Scene::new(&settings, 1, declare("work")).await;
+    for round in 0..8 {
+        let ids: Vec<String> = (0..16).map(|number| format!("{round}-{number}")).collect();
+        for id in &ids {
+            scene.client.send(json!({"id": id, "action": "work"})).await;
+        }
+        for id in &ids {
+            let task = scene.worker.next_task().await;
+            assert_eq!(task.request_id, *id);
+            scene.succeed(&task).await;
+        }
+    }
+}
+
 #[tokio::test]
 async fn a_user_does_not_wait_behind_the_queue_of_another_user() {
     let settings = ["execution.max_tenant_share_percent=100"];

@@ -9,7 +9,8 @@ use axum::{
 };
 use streamer_auth::AuthLayer;
 use streamer_rpc::{
-    CLIENT_ADDRESS, FORWARDED, PREVIOUS_ATTEMPTS, Peer, REQUEST_UID, SERVICE_TOKEN, WATCH_COUNTED,
+    AFTER_UID, CLIENT_ADDRESS, FORWARDED, PREVIOUS_ATTEMPTS, Peer, REQUEST_UID, SERVICE_TOKEN,
+    WATCH_COUNTED,
 };
 use tonic::Status;
 
@@ -49,8 +50,14 @@ async fn authenticate_service(
             return reject(request, text, &auth);
         }
         (_, None) => {
-            for header in [REQUEST_UID, PREVIOUS_ATTEMPTS, FORWARDED, WATCH_COUNTED, CLIENT_ADDRESS]
-            {
+            for header in [
+                REQUEST_UID,
+                AFTER_UID,
+                PREVIOUS_ATTEMPTS,
+                FORWARDED,
+                WATCH_COUNTED,
+                CLIENT_ADDRESS,
+            ] {
                 request.headers_mut().remove(header);
             }
         }

@@ -24,6 +24,20 @@ impl Uid {
         Self(Ulid::from_parts(saturate::to_u64(now.as_millis()), random))
     }
 
+    /// Returns a new ID that follows this one, with the timestamp `now` unless that is not later. The IDs after this one
+    /// are not predictable, but have fewer random bits.
+    ///
+    /// # Panics
+    /// Panics if the operating system cannot provide random bytes.
+    #[must_use]
+    pub fn next(self, now: Timestamp) -> Self {
+        if now > self.time() {
+            return Self::new(now);
+        }
+        let random = getrandom::u32().expect("the operating system provides random bytes");
+        Self(Ulid(self.0.0.saturating_add(u128::from(random) + 1)))
+    }
+
     /// Returns the smallest ID with the timestamp `moment`, for use as a bound of range queries by time.
     #[must_use]
     pub fn first_of(moment: Timestamp) -> Self {
@@ -90,6 +104,18 @@ impl FromStr for Uid {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn the_next_id_follows() {
+        let at = Timestamp::from_millis;
+        let mut last = Uid::new(at(1_000));
+        for now in [1_000, 1_000, 900, 1_001] {
+            let next = last.next(at(now));
+            assert!(next > last);
+            last = next;
+        }
+        assert_eq!(last.time(), at(1_001));
+    }
 
     #[test]
     fn text_and_bytes_round_trip() {

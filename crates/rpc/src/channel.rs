@@ -44,6 +44,9 @@ where
 /// Header of a submission between services: the `uid` to assign to the request, so that a
 /// retry is idempotent. Ignored in calls from clients.
 pub const REQUEST_UID: &str = "streamer-request-uid";
+/// Header of a submission between services: the `uid` of the submission of the same client that this one must follow.
+/// Ignored in calls from clients.
+pub const AFTER_UID: &str = "streamer-after-uid";
 /// Header of a retry: the number of previous attempts, which may have been executed (gRFC A6). Attempts that were not
 /// executed (transparent retries) do not count. Ignored in calls from clients.
 pub const PREVIOUS_ATTEMPTS: &str = "grpc-previous-rpc-attempts";

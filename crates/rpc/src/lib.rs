@@ -16,8 +16,8 @@ mod validation;
 
 pub use action::{action_from_proto, action_to_proto};
 pub use channel::{
-    CLIENT_ADDRESS, Connection, FORWARDED, NOT_ADMITTED, PREVIOUS_ATTEMPTS, Peer, REQUEST_UID,
-    SERVICE_TOKEN, WATCH_COUNTED, local, remote, with_authorization,
+    AFTER_UID, CLIENT_ADDRESS, Connection, FORWARDED, NOT_ADMITTED, PREVIOUS_ATTEMPTS, Peer,
+    REQUEST_UID, SERVICE_TOKEN, WATCH_COUNTED, local, remote, with_authorization,
 };
 pub use compact::{compact_bytes, compact_event, compact_received, compact_request};
 pub use completion::run_to_completion;

@@ -211,11 +211,10 @@ impl Store for DynamoStore {
     async fn queue_ahead(
         &self,
         record: RequestRecord,
-        now: Timestamp,
         limit: usize,
     ) -> Result<QueueAhead, StoreError> {
         let _permit = self.admit(Purpose::Caller).await?;
-        self.record_throttling(self.dynamo.ahead(&record, now, limit).await)
+        self.record_throttling(self.dynamo.ahead(&record, limit).await)
     }
 
     async fn release_delayed(

@@ -422,13 +422,17 @@ fn queued_request(image: &HashMap<String, AttributeValue>) -> Option<QueuedReque
     if image_text(image, "state")? != "QUEUED" {
         return None;
     }
-    let Some(AttributeValue::N(not_before)) = image.get("not_before") else { return None };
+    let delay_until = image.get("delay_until").and_then(|until| until.as_n().ok());
+    let not_before = match delay_until {
+        Some(until) => Some(Timestamp::from_millis(until.parse().ok()?)),
+        None => None,
+    };
     Some(QueuedRequest {
         uid: image_text(image, "uid")?.parse::<Uid>().ok()?,
         action: image_text(image, "action")?.to_owned(),
         tenant: image_text(image, "tenant")?.to_owned(),
         user: image_text(image, "user")?.to_owned(),
-        not_before: Timestamp::from_millis(not_before.parse().ok()?),
+        not_before,
     })
 }
 

@@ -259,10 +259,9 @@ impl Store for SqliteStore {
     async fn queue_ahead(
         &self,
         record: RequestRecord,
-        now: Timestamp,
         limit: usize,
     ) -> Result<QueueAhead, StoreError> {
-        self.read("reading the queue", move |db| queue::ahead(db, &record, now, limit)).await
+        self.read("reading the queue", move |db| queue::ahead(db, &record, limit)).await
     }
 
     async fn release_delayed(

@@ -36,7 +36,7 @@ pub(super) fn due(db: &Connection, query: &DueQuery) -> rusqlite::Result<DuePage
             if limit == 0 {
                 page.incomplete.insert(tenant.clone());
             } else {
-                let queue = Queue { db, tenant: &tenant, action, now: query.now };
+                let queue = Queue { db, tenant: &tenant, action };
                 queue.read_due(limit, query, &mut page)?;
             }
             page.tenants += 1;
@@ -63,7 +63,6 @@ struct Queue<'a> {
     db: &'a Connection,
     tenant: &'a str,
     action: &'a str,
-    now: Timestamp,
 }
 
 /// Priority and user, in the order of the index: the highest priority first.
@@ -179,8 +178,8 @@ impl Queue<'_> {
         let mut statement = self.db.prepare_cached(
             "SELECT uid, not_before FROM requests
              WHERE state = 0 AND delayed = 0 AND action = ?1 AND tenant = ?2 AND priority = ?3 AND user = ?4
-                 AND (not_before, uid) > (?5, ?6) AND not_before <= ?7
-             ORDER BY not_before, uid LIMIT ?8",
+                 AND (not_before, uid) > (?5, ?6)
+             ORDER BY not_before, uid LIMIT ?7",
         )?;
         let bounds = params![
             self.action,
@@ -189,7 +188,6 @@ impl Queue<'_> {
             user,
             after,
             after_uid,
-            self.now.as_millis(),
             saturate::to_i64(limit)
         ];
         let rows = statement.query_map(bounds, |row| {
@@ -226,7 +224,6 @@ pub(super) fn overdue(
 pub(super) fn ahead(
     db: &Connection,
     record: &RequestRecord,
-    now: Timestamp,
     limit: usize,
 ) -> rusqlite::Result<QueueAhead> {
     let mut ahead = QueueAhead::default();
@@ -234,7 +231,7 @@ pub(super) fn ahead(
     for _ in 0..MAX_TENANTS {
         let after_tenant = after.as_deref().unwrap_or_default();
         let Some(tenant) = next_tenant(db, &record.action, after_tenant)? else { break };
-        let queue = Queue { db, tenant: &tenant, action: &record.action, now };
+        let queue = Queue { db, tenant: &tenant, action: &record.action };
         if tenant == record.owner.tenant {
             ahead.own = queue.count_higher(record, limit)?;
             let user = &record.owner.user;
@@ -296,8 +293,8 @@ impl Queue<'_> {
                 "SELECT COUNT(*) FROM (
                      SELECT 1 FROM requests
                      WHERE state = 0 AND delayed = 0 AND action = ?1 AND tenant = ?2 AND priority = ?3
-                         AND user = ?4 AND (not_before, uid) < (?5, ?6) AND not_before <= ?7
-                     LIMIT ?8)",
+                         AND user = ?4 AND (not_before, uid) < (?5, ?6)
+                     LIMIT ?7)",
             )?
             .query_row(
                 params![
@@ -307,7 +304,6 @@ impl Queue<'_> {
                     user,
                     record.not_before.as_millis(),
                     record.uid.to_bytes(),
-                    self.now.as_millis(),
                     saturate::to_i64(limit)
                 ],
                 |row| row.get(0),
@@ -411,7 +407,6 @@ mod tests {
     fn query(actions: &[&str], tenants: usize) -> DueQuery {
         DueQuery {
             actions: actions.iter().map(ToString::to_string).collect(),
-            now: Timestamp::from_millis(100),
             after: None,
             tenants,
             per_tenant: 10,
@@ -533,7 +528,7 @@ mod tests {
             (
                 format!(
                     "SELECT uid, not_before FROM requests WHERE {ready} tenant = 't' AND priority = 3 AND user = 'u'
-                         AND (not_before, uid) > (1, x'00') AND not_before <= 4
+                         AND (not_before, uid) > (1, x'00')
                      ORDER BY not_before, uid LIMIT 5"
                 ),
                 "ready",

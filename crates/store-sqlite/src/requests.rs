@@ -136,7 +136,9 @@ pub(super) fn claim(db: &Db<'_>, claim: &Claim) -> rusqlite::Result<ClaimOutcome
     if record.state == RequestState::Running && is_repetition(db, claim, &record)? {
         return repeated_claim(db, record);
     }
-    if record.state != RequestState::Queued || record.not_before > claim.now {
+    if record.state != RequestState::Queued
+        || (record.not_before > claim.now && is_delayed(db, claim.uid)?)
+    {
         return Ok(ClaimOutcome::NotClaimable);
     }
     if record.is_overdue(claim.now) {
@@ -188,6 +190,13 @@ fn checkpoint(db: &Connection, uid: Uid) -> rusqlite::Result<Option<Bytes>> {
         Ok(Bytes::from(data))
     })
     .optional()
+}
+
+/// Returns whether a request was queued with a later due time, and has not been released since. A request without a delay
+/// is due for every clock.
+fn is_delayed(db: &Connection, uid: Uid) -> rusqlite::Result<bool> {
+    db.prepare_cached("SELECT delayed FROM requests WHERE uid = ?1")?
+        .query_row([uid.to_bytes()], |row| row.get(0))
 }
 
 /// Returns whether an earlier call, which `claim` repeats, started the running attempt.

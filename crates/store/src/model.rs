@@ -361,8 +361,6 @@ pub enum DeleteOutcome {
 pub struct DueQuery {
     /// Actions to include.
     pub actions: Vec<String>,
-    /// Current time. Only requests that are due at this time are returned.
-    pub now: Timestamp,
     /// Last action and tenant of the previous page, if any. Actions, and the tenants of each, are read in the order of
     /// their names.
     pub after: Option<QueueKey>,

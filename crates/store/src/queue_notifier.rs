@@ -17,8 +17,8 @@ pub struct QueuedRequest {
     pub tenant: String,
     /// User name of the owner.
     pub user: String,
-    /// Time at which the request becomes due.
-    pub not_before: Timestamp,
+    /// Time at which the request becomes due; `None` if it has no delay.
+    pub not_before: Option<Timestamp>,
 }
 
 /// Callback that receives each queued request.

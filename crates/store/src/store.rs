@@ -101,7 +101,6 @@ pub trait Store: Send + Sync + 'static {
     async fn queue_ahead(
         &self,
         record: RequestRecord,
-        now: Timestamp,
         limit: usize,
     ) -> Result<QueueAhead, StoreError>;
 

@@ -5,6 +5,7 @@ use std::borrow::Cow;
 use bytes::Bytes;
 use futures_util::FutureExt;
 use serde_json::value::RawValue;
+use streamer_cluster::RouteKey;
 use streamer_core::{CloseCode, RequestError, Seq, Timestamp, Uid, WatchPermit};
 use streamer_proto::{
     common::v1::Request,
@@ -14,7 +15,8 @@ use streamer_proto::{
     },
 };
 use streamer_rpc::{
-    REQUEST_UID, is_server_error, json_payload, request_error, state_from_proto, state_to_proto,
+    AFTER_UID, REQUEST_UID, is_server_error, json_payload, request_error, state_from_proto,
+    state_to_proto,
 };
 use streamer_telemetry::{InScope, Scope, TraceContext, trace_span};
 use tonic::Status;
@@ -94,10 +96,18 @@ impl Session {
         let mut router = self.gateway.upstreams.router();
         let mut request = self.handle.call(request);
         // The `uid` identifies the request if the channel retries the call.
-        let uid = Uid::new(self.gateway.clock.now()).to_string();
-        if let Ok(uid) = uid.parse() {
+        let now = self.gateway.clock.now();
+        let waits = message.wait_ms > 0;
+        let (uid, after) =
+            self.submission_order.next(&message.action, message.priority, waits, now);
+        if let Ok(uid) = uid.to_string().parse() {
             request.metadata_mut().insert(REQUEST_UID, uid);
         }
+        if let Some(after) = after.and_then(|after| after.to_string().parse().ok()) {
+            request.metadata_mut().insert(AFTER_UID, after);
+        }
+        // All submissions of a connection go to the same router, as long as it is reachable.
+        request.extensions_mut().insert(RouteKey(self.handle.id));
         let scope = self.trace(message);
         let span = scope.span();
         let call = async move {
@@ -119,7 +129,7 @@ impl Session {
                 .as_ref()
                 .is_ok_and(|response| matches!(response.outcome, Some(Outcome::Acknowledgment(_))));
             let trace = if is_stored { TraceContext::current().map(Box::new) } else { None };
-            Reply::Submitted { outcome, request_id, latest, trace }
+            Reply::Submitted { uid, outcome, request_id, latest, trace }
         };
         Box::pin(call.in_scope(scope))
     }
@@ -253,7 +263,12 @@ impl Session {
                 out.push(server_message::error(request_id.as_deref(), &error, now));
             }
             Reply::LogPage(subscriber, page) => self.handle_log_page(&subscriber, page, out),
-            Reply::Submitted { outcome, request_id, latest, trace } => {
+            Reply::Submitted { uid, outcome, request_id, latest, trace } => {
+                let is_completed = |response: &SubmitResponse| {
+                    matches!(response.outcome, Some(Outcome::Completed(_)))
+                };
+                let has_result = outcome.as_ref().is_ok_and(|response| is_completed(response));
+                self.submission_order.answered(uid, has_result);
                 let watch = self.subscriptions.take_pending(&request_id);
                 match outcome {
                     Ok(response) => self.submitted(*response, watch, latest, trace, out),

@@ -4,7 +4,7 @@ use std::sync::Arc;
 
 use bytes::Bytes;
 use streamer_auth::Caller;
-use streamer_core::RequestError;
+use streamer_core::{RequestError, Uid};
 use streamer_proto::{common::v1::Event, router::v1::SubmitResponse};
 use streamer_telemetry::TraceContext;
 use tonic::Status;
@@ -17,6 +17,7 @@ pub(crate) enum Reply {
     Frame(Bytes),
     /// The outcome of a submission. The events of a stored request are delivered to the connection.
     Submitted {
+        uid: Uid,
         outcome: Result<Box<SubmitResponse>, Status>,
         request_id: String,
         latest: bool,

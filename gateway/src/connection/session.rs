@@ -8,7 +8,7 @@ use streamer_rpc::Peer;
 use streamer_telemetry::TraceContext;
 use tokio::time::Instant;
 
-use super::subscriptions::Subscriptions;
+use super::{submission_order::SubmissionOrder, subscriptions::Subscriptions};
 use crate::{
     access_log, buffer_budget::Reservation, connection_handle::ConnectionHandle, gateway::Gateway,
 };
@@ -25,6 +25,7 @@ pub(crate) struct Session {
     /// Number of pending log reads.
     pub(super) log_reads: usize,
     pub(super) rate: RateLimiter,
+    pub(super) submission_order: SubmissionOrder,
     pub(super) consecutive_rejections: u32,
     opened_at: Instant,
     /// Code of the close frame that was sent or received first.
@@ -53,6 +54,7 @@ impl Session {
             ready: Vec::new(),
             log_reads: 0,
             rate,
+            submission_order: SubmissionOrder::default(),
             consecutive_rejections: 0,
             opened_at: Instant::now(),
             close_code: None,

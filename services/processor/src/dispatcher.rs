@@ -292,7 +292,7 @@ impl Dispatcher {
         let dispatcher = self.clone();
         let on_queued = Arc::new(move |request: QueuedRequest| {
             let QueuedRequest { uid, action, tenant, user, not_before } = request;
-            let hint = Hint { tenant: &tenant, user: &user, not_before: Some(not_before) };
+            let hint = Hint { tenant: &tenant, user: &user, not_before };
             dispatcher.notify_queued(uid, &action, hint);
         });
         let (name, clock) = (self.name.clone(), self.environment.clock.clone());

@@ -210,7 +210,6 @@ impl Scheduler {
         self.backlog.begin_scan();
         DueQuery {
             actions: capacity.actions,
-            now,
             after,
             tenants: TENANTS,
             per_tenant: with_quarantined(capacity.total.max(1)),

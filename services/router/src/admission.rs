@@ -20,13 +20,16 @@ pub(crate) struct Submission {
     pub(crate) priority: i32,
     pub(crate) delay_ms: i64,
     pub(crate) deadline: Option<Timestamp>,
-    /// `uid` assigned by the calling service.
-    pub(crate) uid: Option<Uid>,
+    /// UID of the request, assigned by the calling service or by this router.
+    pub(crate) uid: Uid,
+    /// The submission that this one must follow. Boxed, because most have none.
+    pub(crate) after: Option<Box<Uid>>,
 }
 
 /// Parses a submission and adds every violation to `violations`.
 pub(crate) fn parse(
     request: SubmitRequest,
+    uid: Uid,
     server_limits: &Limits,
     now: Timestamp,
     violations: &mut Violations,
@@ -82,7 +85,8 @@ pub(crate) fn parse(
         priority: request.priority,
         delay_ms,
         deadline,
-        uid: None,
+        uid,
+        after: None,
     }
 }
 
@@ -135,7 +139,8 @@ mod tests {
     fn violations_of(request: SubmitRequest) -> String {
         let mut violations = Violations::default();
         let limits = Limits { max_payload_bytes: 10, ..Limits::default() };
-        parse(request, &limits, Timestamp::from_millis(0), &mut violations);
+        let now = Timestamp::from_millis(0);
+        parse(request, Uid::new(now), &limits, now, &mut violations);
         violations.to_string()
     }
 
@@ -154,7 +159,7 @@ mod tests {
         let request = SubmitRequest::decode(message.clone()).unwrap();
         let mut violations = Violations::default();
         let now = Timestamp::from_millis(0);
-        let submission = parse(request, &Limits::default(), now, &mut violations);
+        let submission = parse(request, Uid::new(now), &Limits::default(), now, &mut violations);
         let is_within = |bytes: &Bytes| message.as_ptr_range().contains(&bytes.as_ptr());
         assert_eq!(
             (violations.to_string(), &*submission.payload.data),

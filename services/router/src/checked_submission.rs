@@ -11,6 +11,8 @@ use crate::{admission::Submission, catalog::CatalogEntry};
 #[derive(Clone, Copy)]
 pub(crate) struct PreassignedUid {
     pub(crate) uid: Uid,
+    /// The submission that this one must follow.
+    pub(crate) after: Option<Uid>,
     /// Whether the call is a retry, so that an earlier call may have stored the request.
     pub(crate) is_retry: bool,
 }

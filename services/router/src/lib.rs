@@ -49,7 +49,7 @@ use crate::{
     change_limiter::ChangeLimiter,
     metrics::RouterMetrics,
     operations::OperationsApi,
-    request_service::RequestService,
+    request_service::{RequestService, SubmissionOrder},
     router_service::RouterApi,
     submission_rates::{SubmissionRates, exchange_reports},
     upstreams::Upstreams,
@@ -134,6 +134,7 @@ impl Router {
             metrics: Arc::new(RouterMetrics::new(&dependencies.metrics)),
             limits: dependencies.limits,
             changes: ChangeLimiter::default(),
+            order: SubmissionOrder::default(),
             submissions,
             tenant_limits: dependencies.tenant_limits,
         });

@@ -25,7 +25,7 @@ pub(crate) async fn compute(
     }
     let ahead = match estimate {
         Some(estimate) if estimate.started => QueueAhead::default(),
-        _ => store.queue_ahead(record.clone(), now, max_ahead).await?,
+        _ => store.queue_ahead(record.clone(), max_ahead).await?,
     };
     Ok(Some(to_proto(ahead, estimate, now, max_ahead)))
 }

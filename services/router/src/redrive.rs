@@ -126,6 +126,7 @@ impl RequestService {
         count.set_action(&entry, Mode::Async);
         let payload =
             self.store.read_payload(old.uid).await.map_err(|error| store_status(&error))?;
+        let now = self.clock.now();
         let submission = Submission {
             client_id,
             action: old.action.clone(),
@@ -135,9 +136,10 @@ impl RequestService {
             priority: old.priority,
             delay_ms: 0,
             deadline: None,
-            uid: None,
+            uid: Uid::new(now),
+            after: None,
         };
-        self.create(old.owner.clone(), submission, self.clock.now(), Some(old.uid), count).await
+        self.create(old.owner.clone(), submission, now, Some(old.uid), count).await
     }
 }
 

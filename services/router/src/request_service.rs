@@ -1,6 +1,8 @@
 //! Operations on requests, independent of the API through which they are called.
 
-use std::{sync::Arc, time::Duration};
+mod submission_order;
+
+use std::{future::poll_fn, pin::pin, sync::Arc, task::Poll, time::Duration};
 
 use streamer_auth::{Caller, Subject};
 use streamer_core::{
@@ -42,6 +44,12 @@ use crate::{
     upstreams::{ExecuteError, Upstreams},
 };
 
+pub(crate) use submission_order::SubmissionOrder;
+use submission_order::{Stage, Turn};
+
+/// Maximum difference between the clocks of two services at which the creation time of a request is that of its UID.
+const MAX_CLOCK_DIFFERENCE: Duration = Duration::from_secs(60);
+
 /// Submits, queries, cancels, redrives and deletes requests.
 pub(crate) struct RequestService {
     pub(crate) store: Arc<dyn Store>,
@@ -51,6 +59,7 @@ pub(crate) struct RequestService {
     pub(crate) metrics: Arc<RouterMetrics>,
     pub(crate) limits: Limits,
     pub(crate) changes: ChangeLimiter,
+    pub(crate) order: SubmissionOrder,
     pub(crate) submissions: Arc<SubmissionRates>,
     pub(crate) tenant_limits: LimitsByTenant,
 }
@@ -107,7 +116,7 @@ impl RequestService {
             }
             Checked::New(submission, entry) if entry.action.sync => {
                 count.set_action(&entry, Mode::Sync);
-                self.run_now(caller, submission, now, &entry.offered_by, count).await
+                self.run_now(caller, submission, &entry.offered_by, count).await
             }
             Checked::New(submission, entry) => {
                 count.set_action(&entry, Mode::Async);
@@ -121,11 +130,10 @@ impl RequestService {
         &self,
         caller: &Caller,
         submission: Submission,
-        now: Timestamp,
         processors: &[Arc<str>],
         count: &SubmissionCount,
     ) -> Result<SubmitResponse, Status> {
-        let uid = Uid::new(now).to_string();
+        let uid = submission.uid.to_string();
         let request_id = submission.client_id.unwrap_or_else(|| uid.clone());
         let StoredPayload { content_type, data } = submission.payload;
         let execute = ExecuteRequest {
@@ -250,6 +258,10 @@ impl RequestService {
         count: &Arc<SubmissionCount>,
     ) -> Result<StoredRequest, Status> {
         let delay = saturate::from_millis(submission.delay_ms);
+        let uid = submission.uid;
+        // The UIDs of a connection increase, and therefore also its due times, over several routers.
+        let difference = uid.time().since(now).max(now.since(uid.time()));
+        let now = if difference <= MAX_CLOCK_DIFFERENCE { uid.time() } else { now };
         let not_before = now.plus(delay);
         let entry = self.catalog.get(&submission.action, &owner.tenant);
         let limit = |millis: fn(&Action) -> i64| {
@@ -259,7 +271,6 @@ impl RequestService {
         };
         let trace = TraceContext::current();
         let start_by = limit(|action| action.schedule_to_start_ms);
-        let uid = submission.uid.unwrap_or_else(|| Uid::new(now));
         let new = NewRequest {
             uid,
             client_id: submission.client_id,
@@ -282,7 +293,10 @@ impl RequestService {
         let (service, count) = (self.clone(), count.clone());
         let metadata = new.metadata.as_ref().map_or(0, bytes::Bytes::len);
         let (bytes, tenant) = (new.payload.data.len() + metadata, owner.tenant.clone());
-        let stored = async move { service.store_new(new, owner, entry, &count).await };
+        let turn = self.order.begin(uid);
+        let after = submission.after.as_deref().copied();
+        let stored =
+            async move { service.store_new(new, owner, entry, &count, (turn, after)).await };
         self.changes.run(&tenant, bytes, stored).await
     }
 
@@ -292,11 +306,22 @@ impl RequestService {
         owner: Owner,
         entry: Option<Arc<CatalogEntry>>,
         count: &SubmissionCount,
+        (turn, after): (Turn, Option<Uid>),
     ) -> Result<StoredRequest, Status> {
         let (uid, is_delayed, quota) = (new.uid, new.not_before > new.create_time, new.quota);
-        let created =
-            self.store.create_request(new).instrument(trace_span!("store.create_request"));
-        match created.await.map_err(|error| store_status(&error))? {
+        if let Some(after) = after {
+            self.order.wait(after, Stage::Queued).await;
+        }
+        let mut created =
+            pin!(self.store.create_request(new).instrument(trace_span!("store.create_request")));
+        // An operation of the store is queued when it is first polled.
+        let first = poll_fn(|context| Poll::Ready(created.as_mut().poll(context))).await;
+        turn.queued();
+        let created = match first {
+            Poll::Ready(created) => created,
+            Poll::Pending => created.await,
+        };
+        match created.map_err(|error| store_status(&error))? {
             CreateOutcome::Created(record, ..) | CreateOutcome::Existing(record)
                 if record.owner != owner =>
             {
@@ -315,6 +340,9 @@ impl RequestService {
                     "request accepted"
                 );
                 quota::record_usage(&self.tenant_limits, &quota, used);
+                if let Some(after) = after {
+                    self.order.wait(after, Stage::Ended).await;
+                }
                 // The announcement comes first, because the log must exist before a processor writes to it.
                 self.upstreams
                     .announce(record.uid, *accepted, Some(request_to_proto(&record)))

@@ -17,8 +17,8 @@ use streamer_proto::{
     },
 };
 use streamer_rpc::{
-    PREVIOUS_ATTEMPTS, REQUEST_UID, encode_payload, ensure_valid, read_page_size, read_page_token,
-    request_to_proto, state_from_proto, violation_status, with_authorization,
+    AFTER_UID, PREVIOUS_ATTEMPTS, REQUEST_UID, encode_payload, ensure_valid, read_page_size,
+    read_page_token, request_to_proto, state_from_proto, violation_status, with_authorization,
 };
 use streamer_store::{ListRequests, RequestPage};
 use tonic::{Request, Response, Status};
@@ -242,6 +242,11 @@ fn into_events(
 /// Returns the `uid` that the calling service has assigned to the request. The server removes the header from
 /// calls that do not come from a service.
 fn preassigned_uid<T>(request: &Request<T>) -> Option<PreassignedUid> {
-    let uid = request.metadata().get(REQUEST_UID)?.to_str().ok()?.parse().ok()?;
-    Some(PreassignedUid { uid, is_retry: request.metadata().contains_key(PREVIOUS_ATTEMPTS) })
+    let uid = |header| request.metadata().get(header)?.to_str().ok()?.parse().ok();
+    let (uid, after) = (uid(REQUEST_UID)?, uid(AFTER_UID));
+    Some(PreassignedUid {
+        uid,
+        after,
+        is_retry: request.metadata().contains_key(PREVIOUS_ATTEMPTS),
+    })
 }

@@ -1,7 +1,7 @@
 //! Checks of a submission before it is stored or run.
 
 use streamer_auth::{Caller, Principal};
-use streamer_core::{Timestamp, Violations};
+use streamer_core::{Timestamp, Uid, Violations};
 use streamer_proto::router::v1::SubmitRequest;
 use streamer_rpc::ensure_valid;
 use tonic::Status;
@@ -23,8 +23,9 @@ impl RequestService {
         now: Timestamp,
     ) -> Result<Checked, Status> {
         let mut violations = Violations::default();
-        let mut submission = admission::parse(request, &self.limits, now, &mut violations);
-        submission.uid = uid.map(|preassigned| preassigned.uid);
+        let new_uid = uid.map_or_else(|| Uid::new(now), |preassigned| preassigned.uid);
+        let mut submission = admission::parse(request, new_uid, &self.limits, now, &mut violations);
+        submission.after = uid.and_then(|preassigned| preassigned.after).map(Box::new);
         // A stored request is not validated again, because the clock and the catalog may have changed.
         if let Some(preassigned) = uid.filter(|preassigned| preassigned.is_retry)
             && let Some(record) = self.find_stored(caller, preassigned.uid).await?

@@ -1,7 +1,7 @@
 //! Counts the requests that precede a request.
 
 use futures_util::future::try_join_all;
-use streamer_core::{Timestamp, saturate};
+use streamer_core::saturate;
 use streamer_store::{QueueAhead, RequestRecord, StoreError};
 
 use super::{
@@ -17,7 +17,6 @@ impl Dynamo {
     pub(crate) async fn ahead(
         &self,
         record: &RequestRecord,
-        now: Timestamp,
         limit: usize,
     ) -> Result<QueueAhead, StoreError> {
         let mut ahead = QueueAhead::default();
@@ -36,7 +35,7 @@ impl Dynamo {
                 continue;
             }
             let counts =
-                cursors.iter_mut().map(|cursor| count_ahead(cursor, record, &tenant, now, limit));
+                cursors.iter_mut().map(|cursor| count_ahead(cursor, record, &tenant, limit));
             for counted in try_join_all(counts).await? {
                 if own {
                     ahead.own += counted.own;
@@ -58,7 +57,6 @@ async fn count_ahead(
     cursor: &mut Cursor<'_>,
     record: &RequestRecord,
     tenant: &str,
-    now: Timestamp,
     limit: usize,
 ) -> Result<QueueAhead, StoreError> {
     let limit = limit as u64;
@@ -75,7 +73,7 @@ async fn count_ahead(
         let count = if is_own { &mut ahead.own } else { &mut ahead.others };
         let is_older =
             is_higher || (item.not_before, item.uid) < (record.not_before.as_millis(), record.uid);
-        if item.not_before <= now.as_millis() && is_older && *count < limit {
+        if is_older && *count < limit {
             *count += 1;
             from = key_after(&item.rank);
         } else if is_higher && *count >= limit {

@@ -161,14 +161,12 @@ impl Queue<'_> {
     ) -> Result<UserRequests, StoreError> {
         let jitter = &self.dynamo.claim_jitter;
         let wanted = jitter.read_limit(limit);
-        let now = self.query.now.as_millis();
         let found = try_join_all(cursors.iter_mut().map(async |cursor| {
             let mut due = Vec::new();
             let mut from = prefix.to_owned();
             while due.len() < wanted
                 && let Some(item) = cursor.seek(&from).await?
                 && item.rank.starts_with(prefix)
-                && item.not_before <= now
             {
                 due.push(item.due());
                 from = key_after(&item.rank);

@@ -26,7 +26,9 @@ impl Dynamo {
             let claimed = Claimed { record, payload, checkpoint, started };
             return Ok(ClaimOutcome::Claimed(Box::new(claimed)));
         }
-        if item.state != RequestState::Queued || item.not_before > claim.now.as_millis() {
+        // A request without a delay is due for every clock.
+        let is_delayed = item.delay_until.is_some_and(|until| until > claim.now.as_millis());
+        if item.state != RequestState::Queued || is_delayed {
             return Ok(ClaimOutcome::NotClaimable);
         }
         let record = item.to_record()?;

@@ -75,6 +75,7 @@ fn fixture() -> Fixture {
         metrics: Arc::new(RouterMetrics::new(&metrics)),
         limits,
         changes: ChangeLimiter::default(),
+        order: SubmissionOrder::default(),
         submissions: Arc::new(SubmissionRates::new(LimitsByTenant::default())),
         tenant_limits: LimitsByTenant::default(),
     });
@@ -99,7 +100,8 @@ fn submission() -> Submission {
         priority: 0,
         delay_ms: 0,
         deadline: None,
-        uid: None,
+        uid: Uid::new(SystemClock.now()),
+        after: None,
     }
 }
 

@@ -192,7 +192,7 @@ measured! {
     Adopt: adopt(adopt: Adopt) -> Option<RequestRecord>;
     OverdueRequests: overdue_requests(now: Timestamp, limit: usize) -> Vec<RequestRecord>;
     DueRequests: due_requests(query: DueQuery) -> DuePage;
-    QueueAhead: queue_ahead(record: RequestRecord, now: Timestamp, limit: usize) -> QueueAhead;
+    QueueAhead: queue_ahead(record: RequestRecord, limit: usize) -> QueueAhead;
     ReleaseDelayed: release_delayed(now: Timestamp, limit: usize) -> ReleasedRequests;
     QueueStats: queue_stats(now: Timestamp) -> QueueStats;
     ReadEvents: read_events(uid: Uid, after_seq: Seq, max_events: usize, max_bytes: usize) -> EventPage;
