@@ -6,12 +6,12 @@ mod ahead;
 mod delayed;
 mod due;
 
-use std::collections::VecDeque;
+use std::collections::{BTreeMap, VecDeque};
 
 use aws_sdk_dynamodb::types::Select;
-use futures_util::future::try_join_all;
+use futures_util::future::{try_join, try_join_all};
 use streamer_core::{Timestamp, Uid, saturate};
-use streamer_store::{DueRequest, QueueStats, RequestRecord, StoreError};
+use streamer_store::{ActionQueue, DueRequest, QueueStats, RequestRecord, StoreError};
 
 use crate::{
     client::Dynamo,
@@ -33,7 +33,10 @@ const MIN_PAGE_ITEMS: usize = 32;
 const MAX_PAGE_ITEMS: usize = 256;
 /// Maximum number of requests to count; a longer queue is reported with this length.
 const MAX_COUNTED: u64 = 5_000;
-/// Maximum number of groups of action, tenant, priority and user to search for the oldest request.
+/// Maximum number of requests of one action to count in a shard.
+const MAX_COUNTED_PER_ACTION: u64 = 1_000;
+/// Maximum number of groups of action, tenant, priority and user to search for the oldest request, and of actions to
+/// count, in a shard.
 const MAX_GROUPS: usize = 100;
 /// Maximum length of a user's name in a rank, in bytes. A sort key has at most 1,024 bytes. Users whose names begin
 /// with the same bytes share their turns.
@@ -274,18 +277,23 @@ impl Dynamo {
         Ok(records)
     }
 
-    pub(crate) async fn stats(&self, now: Timestamp) -> Result<QueueStats, StoreError> {
-        let counts = self.partitions(Partition::Ready).chain(self.partitions(Partition::Delayed));
-        let counts = try_join_all(counts.map(|partition| self.count(partition))).await?;
-        let queued = counts.into_iter().sum::<u64>().min(MAX_COUNTED);
-        if queued == 0 {
-            return Ok(QueueStats::default());
+    pub(crate) async fn stats(&self) -> Result<QueueStats, StoreError> {
+        let mut cursors = self.cursors(MAX_PAGE_ITEMS);
+        let counts = try_join_all(cursors.iter_mut().map(count_by_action));
+        let delayed = self.partitions(Partition::Delayed);
+        let delayed = try_join_all(delayed.map(|partition| self.count(partition)));
+        let (counts, delayed) = try_join(counts, delayed).await?;
+        let mut stats = QueueStats::default();
+        for (action, queue) in counts.into_iter().flatten() {
+            stats.queued += queue.queued;
+            stats.oldest_due =
+                [stats.oldest_due, Some(queue.oldest_due)].into_iter().flatten().min();
+            let all = stats.by_action.entry(action).or_insert(ActionQueue { queued: 0, ..queue });
+            all.queued += queue.queued;
+            all.oldest_due = all.oldest_due.min(queue.oldest_due);
         }
-        let mut cursors = self.cursors(1);
-        let oldest =
-            try_join_all(cursors.iter_mut().map(|cursor| oldest_due(cursor, now.as_millis())));
-        let oldest = oldest.await?.into_iter().flatten().min();
-        Ok(QueueStats { queued, oldest_due: oldest.map(Timestamp::from_millis) })
+        stats.queued = stats.queued.saturating_add(delayed.into_iter().sum()).min(MAX_COUNTED);
+        Ok(stats)
     }
 
     async fn count(&self, partition: String) -> Result<u64, StoreError> {
@@ -307,17 +315,31 @@ impl Dynamo {
     }
 }
 
-/// Returns the earliest due time up to `now`. The first item of each group has the earliest due time of the group.
-async fn oldest_due(cursor: &mut Cursor<'_>, now: i64) -> Result<Option<i64>, StoreError> {
-    let mut oldest = None;
+/// Counts the items of a partition by action: each up to [`MAX_COUNTED_PER_ACTION`], and with the earliest due time of
+/// the first [`MAX_GROUPS`] groups. The first item of each group has the earliest due time of the group.
+async fn count_by_action(
+    cursor: &mut Cursor<'_>,
+) -> Result<BTreeMap<String, ActionQueue>, StoreError> {
+    let mut counts: BTreeMap<String, ActionQueue> = BTreeMap::new();
+    let mut groups = 0;
     let mut from = String::new();
-    for _ in 0..MAX_GROUPS {
-        let Some(item) = cursor.seek(&from).await? else { break };
-        if item.not_before <= now {
-            oldest = Some(oldest.map_or(item.not_before, |known: i64| known.min(item.not_before)));
+    while let Some(item) = cursor.seek(&from).await? {
+        let oldest_due = Timestamp::from_millis(item.not_before);
+        let count =
+            counts.entry(item.action.clone()).or_insert(ActionQueue { queued: 0, oldest_due });
+        count.oldest_due = count.oldest_due.min(oldest_due);
+        if count.queued < MAX_COUNTED_PER_ACTION {
+            count.queued += 1;
+            from = key_after(&item.rank);
+        } else if groups < MAX_GROUPS {
+            groups += 1;
+            let group = user_prefix(&item.action, &item.tenant, item.priority, &item.user);
+            from = key_after_prefix(&group);
+        } else if counts.len() < MAX_GROUPS {
+            from = key_after_prefix(&action_prefix(&item.action));
+        } else {
+            break;
         }
-        let group = user_prefix(&item.action, &item.tenant, item.priority, &item.user);
-        from = key_after_prefix(&group);
     }
-    Ok(oldest)
+    Ok(counts)
 }

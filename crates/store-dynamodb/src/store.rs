@@ -226,9 +226,9 @@ impl Store for DynamoStore {
         self.record_throttling(self.dynamo.release_delayed(now, limit).await)
     }
 
-    async fn queue_stats(&self, now: Timestamp) -> Result<QueueStats, StoreError> {
+    async fn queue_stats(&self) -> Result<QueueStats, StoreError> {
         let _permit = self.admit(Purpose::Execution).await?;
-        self.record_throttling(self.dynamo.stats(now).await)
+        self.record_throttling(self.dynamo.stats().await)
     }
 
     async fn read_events(

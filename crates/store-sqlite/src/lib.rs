@@ -280,8 +280,8 @@ impl Store for SqliteStore {
             .await
     }
 
-    async fn queue_stats(&self, now: Timestamp) -> Result<QueueStats, StoreError> {
-        self.read("reading queue statistics", move |db| queue::stats(db, now)).await
+    async fn queue_stats(&self) -> Result<QueueStats, StoreError> {
+        self.read("reading queue statistics", queue::stats).await
     }
 
     async fn read_events(

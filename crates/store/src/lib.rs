@@ -25,9 +25,9 @@ pub use log_numbers::{
 };
 pub use lookup::find_by_client_id_or_uid;
 pub use model::{
-    Adopt, Append, AppendOutcome, AssignedWorker, CancelOutcome, Claim, ClaimOutcome, Claimed,
-    ConnectionPage, ConnectionRecord, CreateOutcome, DeclaredAction, DeleteOutcome, DuePage,
-    DueQuery, DueRequest, EventPage, Lease, LeaseRenewal, ListRequests, NewRequest, Owner,
+    ActionQueue, Adopt, Append, AppendOutcome, AssignedWorker, CancelOutcome, Claim, ClaimOutcome,
+    Claimed, ConnectionPage, ConnectionRecord, CreateOutcome, DeclaredAction, DeleteOutcome,
+    DuePage, DueQuery, DueRequest, EventPage, Lease, LeaseRenewal, ListRequests, NewRequest, Owner,
     QueueAhead, QueueKey, QueueStats, Quota, QuotaUsage, ReleasedRequests, RequestPage,
     RequestRecord, StoredPayload, Writer,
 };

@@ -1,6 +1,6 @@
 //! Input and output types of the store.
 
-use std::collections::{HashMap, HashSet};
+use std::collections::{BTreeMap, HashMap, HashSet};
 
 use bytes::Bytes;
 use streamer_core::{AttemptNumber, RequestState, Seq, TenantLimit, Timestamp, Uid};
@@ -547,10 +547,21 @@ pub struct ConnectionPage {
 }
 
 /// Statistics of the queue.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct QueueStats {
     /// Number of queued requests.
     pub queued: u64,
     /// Earliest due time of the queued requests that are due; `None` if no request is due.
     pub oldest_due: Option<Timestamp>,
+    /// Due requests by action. An engine may count up to a limit.
+    pub by_action: BTreeMap<String, ActionQueue>,
+}
+
+/// Due requests of an action.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct ActionQueue {
+    /// Number of requests.
+    pub queued: u64,
+    /// Earliest due time.
+    pub oldest_due: Timestamp,
 }

@@ -112,8 +112,8 @@ pub trait Store: Send + Sync + 'static {
         limit: usize,
     ) -> Result<ReleasedRequests, StoreError>;
 
-    /// Returns statistics of the queue at `now`.
-    async fn queue_stats(&self, now: Timestamp) -> Result<QueueStats, StoreError>;
+    /// Returns statistics of the queue.
+    async fn queue_stats(&self) -> Result<QueueStats, StoreError>;
 
     /// Reads the events after `after_seq`: at most `max_events`, and no further events once `max_bytes` is reached, but
     /// at least one event if one exists.

@@ -394,10 +394,10 @@ impl Dispatcher {
     }
 
     async fn measure_queue(&self) {
-        match self.store.queue_stats(self.now()).await {
+        match self.store.queue_stats().await {
             Ok(stats) => {
-                let age = stats.oldest_due.map_or(Duration::ZERO, |due| self.now().since(due));
-                self.metrics.set_queue(stats.queued, age);
+                let find = |action: &str| self.actions.find(action, "");
+                self.metrics.set_queue(&stats, find, self.now());
             }
             Err(error) => tracing::warn!(%error, "failed to measure the queue"),
         }

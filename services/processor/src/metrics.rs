@@ -1,19 +1,22 @@
 //! Metrics of the processor.
 
 use std::{
+    collections::{HashMap, HashSet},
     sync::{Arc, atomic::AtomicU64},
     thread,
     time::Duration,
 };
 
+use parking_lot::Mutex;
 use prometheus_client::{
     encoding::EncodeLabelSet,
     metrics::{counter::Counter, family::Family, gauge::Gauge},
 };
-use streamer_core::{ErrorCode, saturate};
+use streamer_core::{ErrorCode, Timestamp, saturate};
 use streamer_handler::MemoryBudget;
 use streamer_proto::common::v1::event::Kind;
 use streamer_rpc::error_from_proto;
+use streamer_store::QueueStats;
 use streamer_telemetry::{
     ActionLabel, IndexedActionLabel, IndexedFamily, LatencyHistogram, Metrics,
 };
@@ -40,6 +43,10 @@ pub(crate) struct ProcessorMetrics {
     sync_seconds: LatenciesByAction,
     queued_requests: Gauge,
     oldest_age_seconds: Gauge<f64, AtomicU64>,
+    action_queued_requests: Family<ActionLabel, Gauge>,
+    action_oldest_age_seconds: Family<ActionLabel, Gauge<f64, AtomicU64>>,
+    /// Labels of the queues that were exported.
+    exported_queues: Arc<Mutex<HashSet<ActionLabel>>>,
     output_bytes: Gauge,
     output_bytes_limit: Gauge,
 }
@@ -142,6 +149,17 @@ impl ProcessorMetrics {
                 "Age of the oldest due request",
                 Gauge::default(),
             ),
+            action_queued_requests: metrics.register(
+                "streamer_processor_action_queued_requests",
+                "Due requests, by action. Engine dynamodb counts up to 1,000 of each action in each shard",
+                Family::default(),
+            ),
+            action_oldest_age_seconds: metrics.register(
+                "streamer_processor_action_queue_oldest_age_seconds",
+                "Age of the oldest due request, by action",
+                Family::default(),
+            ),
+            exported_queues: Arc::default(),
             output_bytes: metrics.gauge(
                 "streamer_processor_buffered_output_bytes",
                 "Bytes of reports and results that are not durable yet",
@@ -207,10 +225,35 @@ impl ProcessorMetrics {
         }
     }
 
-    /// Exports the state of the queue.
-    pub(crate) fn set_queue(&self, queued: u64, oldest_age: Duration) {
-        self.queued_requests.set(saturate::to_i64(queued));
-        self.oldest_age_seconds.set(oldest_age.as_secs_f64());
+    /// Exports the state of the queue. `find` returns the declaration of an action for all tenants.
+    pub(crate) fn set_queue(
+        &self,
+        stats: &QueueStats,
+        find: impl Fn(&str) -> Option<Arc<Declaration>>,
+        now: Timestamp,
+    ) {
+        let age = |due: Timestamp| now.since(due).as_secs_f64();
+        self.queued_requests.set(saturate::to_i64(stats.queued));
+        self.oldest_age_seconds.set(stats.oldest_due.map_or(0.0, age));
+        let mut by_label: HashMap<ActionLabel, (u64, f64)> = HashMap::new();
+        for (action, queue) in &stats.by_action {
+            let label = self.label(find(action).as_deref()).label;
+            let (queued, oldest_age) = by_label.entry(label).or_default();
+            *queued += queue.queued;
+            *oldest_age = oldest_age.max(age(queue.oldest_due));
+        }
+        // The queues of actions that were exported before may be empty now.
+        let mut exported = self.exported_queues.lock();
+        for label in exported.iter() {
+            by_label.entry(label.clone()).or_default();
+        }
+        for (label, (queued, oldest_age)) in by_label {
+            let gauge = self.action_queued_requests.get_or_create(&label);
+            gauge.set(saturate::to_i64(queued));
+            drop(gauge);
+            self.action_oldest_age_seconds.get_or_create(&label).set(oldest_age);
+            exported.insert(label);
+        }
     }
 
     /// Exports the usage and the limit of the output budget.
@@ -282,9 +325,41 @@ impl Drop for SyncTimer<'_> {
 #[cfg(test)]
 mod tests {
     use streamer_core::ActionSpec;
+    use streamer_store::ActionQueue;
 
     use super::*;
     use crate::declaration::ActionKey;
+
+    #[test]
+    fn queues_are_exported_by_action_and_reset_when_they_are_empty() {
+        let metrics = Metrics::new();
+        let processor = ProcessorMetrics::new(&metrics);
+        let at = Timestamp::from_millis;
+        let find = |action: &str| {
+            let key = ActionKey { action: action.into(), tenant: None };
+            let declared = || Declaration::new(key, Arc::new(ActionSpec::new(action)));
+            (action == "a").then(|| Arc::new(declared()))
+        };
+        let queue = |action: &str, queued, due| {
+            (action.to_owned(), ActionQueue { queued, oldest_due: at(due) })
+        };
+        let stats = QueueStats {
+            queued: 10,
+            oldest_due: Some(at(2_000)),
+            by_action: [queue("a", 3, 4_000), queue("x", 1, 3_000), queue("y", 2, 2_000)].into(),
+        };
+        processor.set_queue(&stats, find, at(5_000));
+        let has = |line: &str| metrics.encode().lines().any(|found| found == line);
+        assert!(has("streamer_processor_queued_requests 10"));
+        assert!(has("streamer_processor_queue_oldest_age_seconds 3.0"));
+        assert!(has("streamer_processor_action_queued_requests{action=\"a\"} 3"));
+        assert!(has("streamer_processor_action_queued_requests{action=\"_other\"} 3"));
+        let age = "streamer_processor_action_queue_oldest_age_seconds{action=\"_other\"}";
+        assert!(has(&format!("{age} 3.0")));
+        processor.set_queue(&QueueStats::default(), find, at(5_000));
+        assert!(has("streamer_processor_action_queued_requests{action=\"a\"} 0"));
+        assert!(has(&format!("{age} 0.0")));
+    }
 
     #[test]
     fn each_sync_request_has_one_outcome_and_a_duration_if_it_was_started() {

@@ -1,7 +1,7 @@
 //! Decides which queued requests start, and which part of the queue is read next.
 //!
 //! [`Scheduler`] has no I/O and no clock: the dispatcher reads the pages of the queue that it asks for, starts the
-//! requests that it selects, and tells it about hints and times.
+//! requests that it selects, and passes hints and times to it.
 
 mod backlog;
 pub(crate) mod concurrency_limiter;

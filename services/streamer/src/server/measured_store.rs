@@ -194,7 +194,7 @@ measured! {
     DueRequests: due_requests(query: DueQuery) -> DuePage;
     QueueAhead: queue_ahead(record: RequestRecord, limit: usize) -> QueueAhead;
     ReleaseDelayed: release_delayed(now: Timestamp, limit: usize) -> ReleasedRequests;
-    QueueStats: queue_stats(now: Timestamp) -> QueueStats;
+    QueueStats: queue_stats() -> QueueStats;
     ReadEvents: read_events(uid: Uid, after_seq: Seq, max_events: usize, max_bytes: usize) -> EventPage;
     UpdateConnections: update_connections(opened: Vec<ConnectionRecord>, closed: Vec<Uid>) -> ();
     RenewGateway: renew_gateway(gateway: String, until: Timestamp) -> ();
