@@ -14,6 +14,7 @@ mod error;
 mod log_numbers;
 mod lookup;
 mod model;
+mod queue;
 mod queue_notifier;
 mod store;
 
@@ -25,11 +26,13 @@ pub use log_numbers::{
 };
 pub use lookup::find_by_client_id_or_uid;
 pub use model::{
-    ActionQueue, Adopt, Append, AppendOutcome, AssignedWorker, CancelOutcome, Claim, ClaimOutcome,
-    Claimed, ConnectionPage, ConnectionRecord, CreateOutcome, DeclaredAction, DeleteOutcome,
-    DuePage, DueQuery, DueRequest, EventPage, Lease, LeaseRenewal, ListRequests, NewRequest, Owner,
-    QueueAhead, QueueKey, QueueStats, Quota, QuotaUsage, ReleasedRequests, RequestPage,
+    Adopt, Append, AppendOutcome, AssignedWorker, CancelOutcome, Claim, ClaimOutcome, Claimed,
+    ConnectionPage, ConnectionRecord, CreateOutcome, DeclaredAction, DeleteOutcome, EventPage,
+    Lease, LeaseRenewal, ListRequests, NewRequest, Owner, Quota, QuotaUsage, RequestPage,
     RequestRecord, StoredPayload, Writer,
+};
+pub use queue::{
+    ActionQueue, DuePage, DueQuery, DueRequest, QueueAhead, QueueKey, QueueStats, ReleasedRequests,
 };
 pub use queue_notifier::{QueueCallback, QueueNotifier, QueuedRequest};
 pub use store::Store;
