@@ -509,6 +509,7 @@ async fn due(store: &dyn Store, actions: &[&str], per_tenant: usize) -> Vec<Uid>
         per_tenant,
         users: 10,
         after_users: HashMap::new(),
+        extra_per_user: 0,
         limits: HashMap::new(),
         blocked: HashSet::new(),
     };
@@ -537,6 +538,7 @@ async fn the_queue_is_read_by_tenant_in_pages() {
             per_tenant: 2,
             users: 10,
             after_users: HashMap::new(),
+            extra_per_user: 0,
             limits: HashMap::new(),
             blocked: HashSet::new(),
         };
@@ -581,6 +583,7 @@ async fn the_limit_of_a_tenant_is_divided_among_its_users() {
             }
         }
         store.release_delayed(at(2000), 100).await.unwrap();
+        let position = (QueueKey { action: "work".into(), tenant: "acme".into() }, 5);
         let query = |per_tenant, users, after: Option<&str>| DueQuery {
             actions: vec!["absent".into(), "work".into()],
             after: None,
@@ -588,9 +591,10 @@ async fn the_limit_of_a_tenant_is_divided_among_its_users() {
             per_tenant,
             users,
             after_users: after
-                .map(|user| ("acme".to_owned(), user.to_owned()))
+                .map(|user| (position.clone(), user.to_owned()))
                 .into_iter()
                 .collect(),
+            extra_per_user: 0,
             limits: HashMap::new(),
             blocked: HashSet::new(),
         };
@@ -616,10 +620,10 @@ async fn the_limit_of_a_tenant_is_divided_among_its_users() {
 
         let (first, page) = read(query(2, 1, None)).await;
         assert_eq!(first, [("ann", 0), ("ann", 1), ("eve", 0)]);
-        assert_eq!(page.next_users["acme"], "ann");
+        assert_eq!(page.next_users[&position], "ann");
         let (second, page) = read(query(2, 1, Some("ann"))).await;
         assert_eq!(second, [("bob", 0), ("eve", 0)], "a lower priority fills the page");
-        assert_eq!(page.next_users["acme"], "bob");
+        assert_eq!(page.next_users[&position], "bob");
         let (third, _) = read(query(2, 1, Some("bob"))).await;
         assert_eq!(third, [("ann", 0), ("ann", 1), ("eve", 0)], "begins with the first user again");
     }

@@ -76,8 +76,8 @@ pub(crate) struct Dynamo {
     pub(crate) retention: Option<Duration>,
     pub(crate) claim_jitter: Arc<ClaimJitter>,
     pub(crate) queue_counts: Arc<QueueCounts>,
-    /// Time of the last search for requests that an earlier version has queued.
-    pub(crate) earlier_version_searched_at: Arc<Mutex<Option<Instant>>>,
+    /// Time of the next search for requests that an earlier version has queued; `None` for now.
+    pub(crate) search_earlier_version_at: Arc<Mutex<Option<Instant>>>,
     pub(crate) metrics: DynamoMetrics,
 }
 

@@ -15,7 +15,6 @@ use streamer_store::{ActionQueue, DueRequest, QueueStats, RequestRecord, StoreEr
 
 use crate::{
     client::Dynamo,
-    error::corrupt,
     expression::{Expression, number, text},
     item::{RequestItem, by_uid},
     item_ops::{number_of, text_of},
@@ -162,13 +161,16 @@ impl Cursor<'_> {
         while self.items.front().is_some_and(|item| item.rank.as_str() < from) {
             self.items.pop_front();
         }
-        if self.items.is_empty() && !self.exhausted {
-            self.read(from).await?;
+        let mut from = from.to_owned();
+        while self.items.is_empty() && !self.exhausted {
+            from = self.read(&from).await?;
         }
         Ok(self.items.front())
     }
 
-    async fn read(&mut self, from: &str) -> Result<(), StoreError> {
+    /// Reads a page of items at or after the key `from`. Returns the key after them.
+    async fn read(&mut self, from: &str) -> Result<String, StoreError> {
+        let mut next = from.to_owned();
         let doing = "reading the queue";
         let mut condition =
             Expression::default().when("queue_shard", "=", text(self.partition.as_str()));
@@ -183,11 +185,14 @@ impl Cursor<'_> {
         self.exhausted = page.last_evaluated_key.is_none();
         for item in page.items() {
             let rank = text_of(item, "queue_rank")?;
-            let item = IndexItem::parse(rank)
-                .ok_or_else(|| corrupt(doing, format!("invalid rank {rank:?}")))?;
-            self.items.push_back(item);
+            next = key_after(rank);
+            match IndexItem::parse(rank) {
+                Some(item) => self.items.push_back(item),
+                // One damaged item must not hide all others.
+                None => tracing::error!(rank, "an item of the queue has an invalid rank"),
+            }
         }
-        Ok(())
+        Ok(next)
     }
 }
 
@@ -321,24 +326,26 @@ async fn count_by_action(
     cursor: &mut Cursor<'_>,
 ) -> Result<BTreeMap<String, ActionQueue>, StoreError> {
     let mut counts: BTreeMap<String, ActionQueue> = BTreeMap::new();
-    let mut groups = 0;
+    let (mut groups, mut total) = (0, 0);
     let mut from = String::new();
     while let Some(item) = cursor.seek(&from).await? {
+        if counts.len() >= MAX_GROUPS && !counts.contains_key(&item.action) {
+            break;
+        }
         let oldest_due = Timestamp::from_millis(item.not_before);
         let count =
             counts.entry(item.action.clone()).or_insert(ActionQueue { queued: 0, oldest_due });
         count.oldest_due = count.oldest_due.min(oldest_due);
-        if count.queued < MAX_COUNTED_PER_ACTION {
+        if count.queued < MAX_COUNTED_PER_ACTION && total < MAX_COUNTED {
             count.queued += 1;
+            total += 1;
             from = key_after(&item.rank);
         } else if groups < MAX_GROUPS {
             groups += 1;
             let group = user_prefix(&item.action, &item.tenant, item.priority, &item.user);
             from = key_after_prefix(&group);
-        } else if counts.len() < MAX_GROUPS {
-            from = key_after_prefix(&action_prefix(&item.action));
         } else {
-            break;
+            from = key_after_prefix(&action_prefix(&item.action));
         }
     }
     Ok(counts)

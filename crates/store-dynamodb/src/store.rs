@@ -55,7 +55,7 @@ impl DynamoStore {
             retention: options.retention,
             claim_jitter: Arc::default(),
             queue_counts: Arc::new(QueueCounts::new(metrics)),
-            earlier_version_searched_at: Arc::default(),
+            search_earlier_version_at: Arc::default(),
             metrics: DynamoMetrics::new(metrics),
         };
         let trigger = options.stream.then(|| {

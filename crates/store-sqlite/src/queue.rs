@@ -208,6 +208,7 @@ mod tests {
             per_tenant: 10,
             users: 3,
             after_users: HashMap::new(),
+            extra_per_user: 0,
             limits: HashMap::new(),
             blocked: HashSet::new(),
         }

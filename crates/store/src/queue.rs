@@ -23,8 +23,11 @@ pub struct DueQuery {
     pub per_tenant: usize,
     /// Maximum number of users per tenant, action and priority; at least 1.
     pub users: usize,
-    /// User after whom the users of a tenant are read, in the order of their names; the first user follows the last.
-    pub after_users: HashMap<String, String>,
+    /// User after whom the users of a part of the queue with a priority are read, in the order of their names; the first
+    /// user follows the last.
+    pub after_users: HashMap<(QueueKey, i32), String>,
+    /// Number of requests to read of each user in addition to the user's share of the limit.
+    pub extra_per_user: usize,
     /// Limits that replace `per_tenant` for individual tenants; 0 skips the tenant.
     pub limits: HashMap<String, usize>,
     /// Pairs of tenant and action to skip.
@@ -61,9 +64,9 @@ pub struct DuePage {
     pub requests: Vec<DueRequest>,
     /// Tenants that may have more due requests for the actions.
     pub incomplete: HashSet<String>,
-    /// Last user that was read, for each tenant with more users than were read: values of [`DueQuery::after_users`]
-    /// for the next query.
-    pub next_users: HashMap<String, String>,
+    /// Last user that was read, for each part of the queue and priority with more users than were read: values of
+    /// [`DueQuery::after_users`] for the next query.
+    pub next_users: HashMap<(QueueKey, i32), String>,
     /// Number of tenants that were read; a tenant counts once for each action.
     pub tenants: usize,
     /// Value of [`DueQuery::after`] for the next page: the last action and tenant that were read; `None` if none

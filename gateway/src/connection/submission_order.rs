@@ -44,6 +44,10 @@ impl SubmissionOrder {
     /// Records the response to a submission. `has_result` states whether it contained the outcome.
     pub(crate) fn answered(&mut self, uid: Uid, has_result: bool) {
         let Some(submission) = self.unanswered.take_if(|submission| submission.uid == uid) else {
+            // The action may have become async.
+            if !has_result {
+                self.sync_action = None;
+            }
             return;
         };
         if has_result && !submission.waits {
@@ -89,8 +93,12 @@ mod tests {
         let mut order = SubmissionOrder::default();
         let (first, _) = order.next("a", 0, false, NOW);
         order.answered(first, true);
-        order.next("a", 0, false, NOW);
+        let (second, _) = order.next("a", 0, false, NOW);
         assert_eq!(order.next("a", 0, false, NOW).1, None);
+        order.answered(second, false);
+        let (third, _) = order.next("a", 0, false, NOW);
+        assert_eq!(order.next("a", 0, false, NOW).1, Some(third), "the action is async now");
+        order.answered(third, true);
         let (other, _) = order.next("b", 0, true, NOW);
         order.answered(other, true);
         let (other, _) = order.next("b", 0, false, NOW);

@@ -29,8 +29,7 @@ const PER_TENANT: usize = 256;
 const TENANTS: usize = 256;
 /// Maximum number of users of a tenant, action and priority read per page.
 const USERS: usize = 16;
-/// Maximum number of tenants for which the position among the users is kept; when it is exceeded, all of them begin with
-/// their first user again.
+/// Maximum number of positions among users; when it is exceeded, all of them begin with the first user again.
 const MAX_USER_POSITIONS: usize = 10_000;
 
 /// State of the scheduling of one processor.
@@ -43,8 +42,8 @@ pub(crate) struct Scheduler {
     next_due: Option<Timestamp>,
     /// Where the next page begins; a page contains a limited number of tenants.
     after: Option<QueueKey>,
-    /// User after whom the next page begins, by tenant.
-    after_users: HashMap<String, String>,
+    /// User after whom the next page begins, by part of the queue and priority.
+    after_users: HashMap<(QueueKey, i32), String>,
     /// Pairs of tenant and action without capacity. Later pages skip their requests, and find those behind them.
     blocked: HashSet<(String, String)>,
     /// The page that is being read.
@@ -197,14 +196,8 @@ impl Scheduler {
 
     /// Returns the query for the next page of due requests.
     pub(crate) fn next_query(&mut self, capacity: Capacity, now: Timestamp) -> DueQuery {
-        // The page includes quarantined requests, so the limits are increased by their number.
-        let quarantined = self.quarantine.count(now);
-        let with_quarantined = |limit: usize| match limit {
-            0 => 0,
-            limit => limit.min(PER_TENANT) + quarantined,
-        };
         let limits = capacity.by_tenant.into_iter();
-        let limits = limits.map(|(tenant, limit)| (tenant, with_quarantined(limit))).collect();
+        let limits = limits.map(|(tenant, limit)| (tenant, limit.min(PER_TENANT))).collect();
         let after = self.after.take();
         self.page = PageState { is_first: after.is_none(), is_partial: capacity.is_partial };
         self.backlog.begin_scan();
@@ -212,9 +205,11 @@ impl Scheduler {
             actions: capacity.actions,
             after,
             tenants: TENANTS,
-            per_tenant: with_quarantined(capacity.total.max(1)),
+            per_tenant: capacity.total.clamp(1, PER_TENANT),
             users: USERS,
             after_users: self.after_users.clone(),
+            // The page includes quarantined requests.
+            extra_per_user: self.quarantine.count(now),
             limits,
             blocked: self.blocked.clone(),
         }
@@ -262,11 +257,12 @@ impl Scheduler {
         plan
     }
 
-    /// Continues after the users of a page; tenants whose users were all read begin with their first user again.
-    fn move_users(&mut self, next_users: HashMap<String, String>, read: &[DueRequest]) {
+    /// Continues after the users of a page; where all users were read, the next page begins with the first user again.
+    fn move_users(&mut self, next_users: HashMap<(QueueKey, i32), String>, read: &[DueRequest]) {
         if !self.after_users.is_empty() {
-            for request in read {
-                self.after_users.remove(&request.tenant);
+            for DueRequest { action, tenant, priority, .. } in read {
+                let key = QueueKey { action: action.clone(), tenant: tenant.clone() };
+                self.after_users.remove(&(key, *priority));
             }
         }
         if self.after_users.len() + next_users.len() > MAX_USER_POSITIONS {

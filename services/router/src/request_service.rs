@@ -47,6 +47,9 @@ use crate::{
 pub(crate) use submission_order::SubmissionOrder;
 use submission_order::{Stage, Turn};
 
+/// Maximum size of a request that the store commits before those that it receives later, in bytes. Tenants take turns
+/// with larger ones.
+const MAX_ORDERED_BYTES: usize = 8 * 1024;
 /// Maximum difference between the clocks of two services at which the creation time of a request is that of its UID.
 const MAX_CLOCK_DIFFERENCE: Duration = Duration::from_secs(60);
 
@@ -133,7 +136,8 @@ impl RequestService {
         processors: &[Arc<str>],
         count: &SubmissionCount,
     ) -> Result<SubmitResponse, Status> {
-        let uid = submission.uid.to_string();
+        // Not that of the submission: a repeated call is a different run.
+        let uid = Uid::new(self.clock.now()).to_string();
         let request_id = submission.client_id.unwrap_or_else(|| uid.clone());
         let StoredPayload { content_type, data } = submission.payload;
         let execute = ExecuteRequest {
@@ -309,6 +313,8 @@ impl RequestService {
         (turn, after): (Turn, Option<Uid>),
     ) -> Result<StoredRequest, Status> {
         let (uid, is_delayed, quota) = (new.uid, new.not_before > new.create_time, new.quota);
+        let metadata = new.metadata.as_ref().map_or(0, bytes::Bytes::len);
+        let is_small = new.payload.data.len() + metadata <= MAX_ORDERED_BYTES;
         if let Some(after) = after {
             self.order.wait(after, Stage::Queued).await;
         }
@@ -316,11 +322,14 @@ impl RequestService {
             pin!(self.store.create_request(new).instrument(trace_span!("store.create_request")));
         // An operation of the store is queued when it is first polled.
         let first = poll_fn(|context| Poll::Ready(created.as_mut().poll(context))).await;
-        turn.queued();
+        if is_small {
+            turn.queued();
+        }
         let created = match first {
             Poll::Ready(created) => created,
             Poll::Pending => created.await,
         };
+        turn.queued();
         match created.map_err(|error| store_status(&error))? {
             CreateOutcome::Created(record, ..) | CreateOutcome::Existing(record)
                 if record.owner != owner =>

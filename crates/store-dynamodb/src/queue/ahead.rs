@@ -12,6 +12,8 @@ use crate::client::Dynamo;
 
 /// Maximum number of tenants whose queues are counted.
 const MAX_TENANTS: usize = 16;
+/// Maximum number of users of a tenant and priority whose requests are counted.
+const MAX_USERS: usize = 16;
 
 impl Dynamo {
     pub(crate) async fn ahead(
@@ -64,6 +66,8 @@ async fn count_ahead(
     let mut from = tenant_prefix(&record.action, tenant);
     let lowest = priority_prefix(&record.action, tenant, record.priority);
     let user = first_bytes(&record.owner.user, MAX_USER_BYTES);
+    let own_prefix = user_prefix(&record.action, tenant, record.priority, user);
+    let mut skipped_users = 0;
     while let Some(item) = cursor.seek(&from).await? {
         if !item.is_of(&record.action, tenant) || item.priority < record.priority {
             break;
@@ -79,8 +83,16 @@ async fn count_ahead(
         } else if is_higher && *count >= limit {
             from.clone_from(&lowest);
         } else {
+            // The rest of the user's requests are not counted.
+            skipped_users += 1;
             let of_user = user_prefix(&item.action, tenant, item.priority, &item.user);
             from = key_after_prefix(&of_user);
+            if skipped_users >= MAX_USERS || ahead.others >= limit {
+                if tenant != record.owner.tenant || from > own_prefix {
+                    break;
+                }
+                from.clone_from(&own_prefix);
+            }
         }
     }
     Ok(ahead)

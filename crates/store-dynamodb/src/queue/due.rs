@@ -71,35 +71,45 @@ impl Queue<'_> {
         page: &mut DuePage,
     ) -> Result<(), StoreError> {
         let mut left = limit;
-        let after_user = self.query.after_users.get(self.tenant);
+        let mut key =
+            (QueueKey { action: self.action.to_owned(), tenant: self.tenant.to_owned() }, i32::MAX);
+        let extra = self.query.extra_per_user;
         let mut from = tenant_prefix(self.action, self.tenant);
         let mut is_complete = true;
         while let Some(first) = self.first(cursors, &from).await? {
             let priority = first.priority;
             let start = priority_prefix(self.action, self.tenant, priority);
-            let max_users = if left == 0 { 1 } else { self.query.users.max(1) };
+            let is_full = left == 0;
+            let max_users = if is_full { 1 } else { self.query.users.max(1) };
+            let wanted_of_user = left.max(1) + extra;
+            key.1 = priority;
+            let after_user = self.query.after_users.get(&key);
             let begin = match after_user {
                 Some(user) => key_after_prefix(&self.user_prefix(priority, user)),
                 None => start.clone(),
             };
             let (mut users, mut has_more_users) =
-                self.users(cursors, priority, (&begin, None), max_users, left.max(1)).await?;
+                self.users(cursors, priority, (&begin, None), max_users, wanted_of_user).await?;
             if after_user.is_some() && !has_more_users {
                 // Begins with the first user again, which needs cursors at the beginning.
                 let mut cursors = self.dynamo.cursors(self.query.per_tenant);
                 let wanted = max_users - users.len();
                 let until = Some(begin.as_str());
                 let (wrapped, has_more) = self
-                    .users(&mut cursors, priority, (&start, until), wanted, left.max(1))
+                    .users(&mut cursors, priority, (&start, until), wanted, wanted_of_user)
                     .await?;
                 has_more_users = has_more;
                 users.extend(wrapped);
             }
-            if has_more_users && let Some(last) = users.last() {
-                page.next_users.insert(self.tenant.to_owned(), last.user.clone());
+            if has_more_users
+                && !is_full
+                && let Some(last) = users.last()
+            {
+                page.next_users.insert(key.clone(), last.user.clone());
             }
             is_complete &= !has_more_users;
-            let (shares, has_more) = divide(users, left);
+            let all_extra = extra * users.len();
+            let (shares, has_more) = divide(users, left + all_extra);
             is_complete &= !has_more;
             left = left.saturating_sub(shares.len());
             page.requests.extend(shares);

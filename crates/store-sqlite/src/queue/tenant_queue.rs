@@ -2,7 +2,7 @@
 
 use rusqlite::{Connection, OptionalExtension, params};
 use streamer_core::{Timestamp, Uid, saturate};
-use streamer_store::{DuePage, DueQuery, DueRequest, RequestRecord};
+use streamer_store::{DuePage, DueQuery, DueRequest, QueueKey, RequestRecord};
 
 use crate::row;
 
@@ -29,17 +29,24 @@ impl Queue<'_> {
         page: &mut DuePage,
     ) -> rusqlite::Result<()> {
         let mut left = limit;
-        let after_user = query.after_users.get(self.tenant).map(String::as_str);
+        let mut key =
+            (QueueKey { action: self.action.to_owned(), tenant: self.tenant.to_owned() }, i32::MAX);
         let mut is_complete = true;
         let mut next = self.first_group(i32::MAX)?;
         while let Some((priority, first_user)) = next {
-            let max_users = if left == 0 { 1 } else { query.users.max(1) };
+            let is_full = left == 0;
+            let max_users = if is_full { 1 } else { query.users.max(1) };
+            key.1 = priority;
+            let after_user = query.after_users.get(&key).map(String::as_str);
             let (users, has_more_users) =
                 self.users(priority, &first_user, after_user, max_users)?;
-            if has_more_users && let Some(last) = users.last() {
-                page.next_users.insert(self.tenant.to_owned(), last.clone());
+            if has_more_users
+                && !is_full
+                && let Some(last) = users.last()
+            {
+                page.next_users.insert(key.clone(), last.clone());
             }
-            let each = left.div_ceil(users.len().max(1)).max(1);
+            let each = left.div_ceil(users.len().max(1)).max(1) + query.extra_per_user;
             let mut unfinished = Vec::new();
             for user in users {
                 let read = self.read_user((priority, &user), None, each, &mut page.requests)?;

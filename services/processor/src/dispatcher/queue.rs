@@ -1,6 +1,6 @@
 //! Reads the queue, and starts the requests that the scheduler selects while capacity is available.
 
-use std::sync::Arc;
+use std::{sync::Arc, time::Duration};
 
 use streamer_core::{AttemptNumber, saturate};
 use streamer_store::{DueRequest, StoreError};
@@ -11,10 +11,15 @@ use crate::scheduler::{Capacity, Slot};
 /// Maximum number of delayed requests that are released at once.
 const MAX_RELEASED: usize = 256;
 
+/// Time after a release at which the queue is scanned again, if the store is shared.
+const RESCAN_DELAY: Duration = Duration::from_millis(200);
+
 impl Dispatcher {
     /// Starts due requests while capacity is available.
     pub(super) async fn dispatch(self: &Arc<Self>) -> Result<(), StoreError> {
-        self.release_delayed().await?;
+        if let Err(error) = self.release_delayed().await {
+            tracing::warn!(%error, "failed to release delayed requests");
+        }
         self.scheduler.lock().on_slots_freed();
         while !self.is_stopping() && self.wakeup.take_pending_scan() {
             let freed = self.wakeup.freed_slots();
@@ -59,7 +64,10 @@ impl Dispatcher {
                 if released.count > 0 {
                     self.wakeup.mark_scan_pending();
                 }
-                released.next_due
+                // The index may contain the released requests only some time later.
+                let again = released.count > 0 && self.options.shared;
+                let again = again.then(|| now.plus(RESCAN_DELAY));
+                [released.next_due, again].into_iter().flatten().min()
             }
             Err(_) => known,
         };

@@ -13,6 +13,8 @@ use std::{
 use streamer_core::{FairTags, Timestamp, Uid, limits};
 use streamer_store::DueRequest;
 
+/// Maximum number of tenants whose users have turns; when it is exceeded, the turns of all users begin again.
+const MAX_TENANTS: usize = 4096;
 /// Separator of the tenant and the user in a key. Names contain no control characters.
 const SEPARATOR: char = '\n';
 
@@ -20,7 +22,8 @@ const SEPARATOR: char = '\n';
 #[derive(Debug)]
 pub(crate) struct FairQueue {
     tenants: FairTags<u64>,
-    users: FairTags<u64>,
+    /// Users by tenant: the turns of a tenant's users do not depend on those of other tenants.
+    users: HashMap<String, FairTags<u64>>,
     aging: Duration,
 }
 
@@ -49,13 +52,21 @@ fn user_key(tenant: &str, user: &str) -> String {
 impl FairQueue {
     /// Creates a queue in which the priority of a request grows by 1 for each `aging`; zero means never.
     pub(crate) fn new(aging: Duration) -> Self {
-        Self { tenants: FairTags::default(), users: FairTags::default(), aging }
+        Self { tenants: FairTags::default(), users: HashMap::new(), aging }
     }
 
     /// Charges a tenant and its user for the start of a request.
     pub(crate) fn charge(&mut self, tenant: &str, user: &str) {
         charge(&mut self.tenants, tenant);
-        charge(&mut self.users, &user_key(tenant, user));
+        if !self.users.contains_key(tenant) {
+            if self.users.len() >= MAX_TENANTS {
+                self.users.clear();
+            }
+            self.users.insert(tenant.to_owned(), FairTags::default());
+        }
+        if let Some(users) = self.users.get_mut(tenant) {
+            charge(users, user);
+        }
     }
 
     /// Orders due requests.
@@ -112,7 +123,10 @@ impl FairQueue {
                         user: request.user.clone(),
                         turn: Turn {
                             load: load.by_user.get(&key).copied().unwrap_or(0),
-                            tag: self.users.start_tag(&key),
+                            tag: self
+                                .users
+                                .get(&request.tenant)
+                                .map_or(0, |users| users.start_tag(&request.user)),
                         },
                         levels: Vec::new(),
                     });
@@ -120,7 +134,7 @@ impl FairQueue {
                     &mut queue.users[last]
                 }
             };
-            user.push(Level { priority, stored: request.priority }, request);
+            user.push(priority, request);
         }
         queues
     }
@@ -170,16 +184,17 @@ struct TenantQueue {
 struct UserQueue {
     user: String,
     turn: Turn,
-    levels: Vec<(Level, VecDeque<DueRequest>)>,
+    levels: Vec<Level>,
 }
 
-/// Requests with the same priority. Those of each are in the order of the page.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+/// Requests for the same action and with the same priority, in the order of the page.
 struct Level {
     /// Priority, including that for age.
     priority: i32,
     /// Priority of the submission.
     stored: i32,
+    action: String,
+    requests: VecDeque<DueRequest>,
 }
 
 /// Sort key of a tenant; the lowest key is first.
@@ -205,22 +220,32 @@ impl TenantQueue {
         self.turn.advance();
         let user = &mut self.users[user];
         user.turn.advance();
-        user.levels[level].1.pop_front()
+        user.levels[level].requests.pop_front()
     }
 }
 
 impl UserQueue {
-    fn push(&mut self, level: Level, request: DueRequest) {
-        match self.levels.iter_mut().find(|(existing, _)| *existing == level) {
-            Some((_, requests)) => requests.push_back(request),
-            None => self.levels.push((level, VecDeque::from([request]))),
+    fn push(&mut self, priority: i32, request: DueRequest) {
+        let is_of_level = |level: &&mut Level| {
+            level.priority == priority
+                && level.stored == request.priority
+                && level.action == request.action
+        };
+        match self.levels.iter_mut().find(is_of_level) {
+            Some(level) => level.requests.push_back(request),
+            None => self.levels.push(Level {
+                priority,
+                stored: request.priority,
+                action: request.action.clone(),
+                requests: VecDeque::from([request]),
+            }),
         }
     }
 
     /// Returns the key of the next request of this user, and the position of its level.
     fn head(&self) -> Option<(UserHead, usize)> {
-        let heads = self.levels.iter().enumerate().filter_map(|(index, (level, requests))| {
-            let first = requests.front()?;
+        let heads = self.levels.iter().enumerate().filter_map(|(index, level)| {
+            let first = level.requests.front()?;
             Some(((Reverse(level.priority), first.not_before, first.uid), index))
         });
         heads.min()
@@ -322,6 +347,40 @@ mod tests {
             started.push(first);
         }
         assert_eq!(names(&started), ["ax1", "bz8", "ay3", "bz9", "ax2"]);
+    }
+
+    #[test]
+    fn users_alternate_also_beside_another_tenant() {
+        let mut queue = queue();
+        let mut waiting: Vec<DueRequest> = (0..20).map(|age| due("a", "x", 0, age)).collect();
+        waiting.extend((100..120).map(|age| due("a", "y", 0, age)));
+        waiting.extend((0..40).map(|age| due("b", "z", 0, age)));
+        let mut started = Vec::new();
+        for _ in 0..40 {
+            let first = queue.order(waiting.clone(), &Load::default(), NOW).remove(0);
+            queue.charge(&first.tenant, &first.user);
+            waiting.retain(|request| request.uid != first.uid);
+            started.push(first.user);
+        }
+        let count = |user: &str| started.iter().filter(|started| *started == user).count();
+        assert_eq!((count("x"), count("y"), count("z")), (10, 10, 20), "{started:?}");
+    }
+
+    #[test]
+    fn the_number_of_tenants_with_turns_is_limited() {
+        let mut queue = queue();
+        (0..=MAX_TENANTS).for_each(|number| queue.charge(&number.to_string(), "u"));
+        assert_eq!(queue.users.len(), 1);
+    }
+
+    #[test]
+    fn the_oldest_request_of_all_actions_is_first() {
+        let for_action =
+            |action: &str, age| DueRequest { action: action.into(), ..due("a", "x", 0, age) };
+        let waiting =
+            vec![for_action("a", 2), for_action("a", 4), for_action("b", 1), for_action("b", 3)];
+        let ordered = queue().order(waiting, &Load::default(), NOW);
+        assert_eq!(names(&ordered), ["ax1", "ax2", "ax3", "ax4"]);
     }
 
     #[test]

@@ -25,6 +25,11 @@ fn page(requests: Vec<DueRequest>) -> DuePage {
     DuePage { requests, ..DuePage::default() }
 }
 
+/// Returns a position among the users of a tenant.
+fn position(tenant: &str) -> (QueueKey, i32) {
+    (QueueKey { action: "a".into(), tenant: tenant.into() }, 0)
+}
+
 fn hint(tenant: &str) -> Hint<'_> {
     Hint { tenant, user: "u", not_before: None }
 }
@@ -147,7 +152,8 @@ fn a_quarantined_request_does_not_start_and_does_not_take_the_place_of_others() 
     scheduler.quarantine(corrupt.uid, NOW);
     let by_tenant = HashMap::from([("t".to_owned(), 2), ("full".to_owned(), 0)]);
     let query = scheduler.next_query(Capacity { by_tenant, ..capacity() }, NOW);
-    assert_eq!((query.per_tenant, query.limits["t"], query.limits["full"]), (9, 3, 0));
+    assert_eq!((query.per_tenant, query.limits["t"], query.limits["full"]), (8, 2, 0));
+    assert_eq!(query.extra_per_user, 1);
     let requests = page(vec![corrupt.clone(), due("t", 2)]);
     let plan = scheduler.plan(requests.clone(), &Load::default(), NOW, |_| Slot::Free(()));
     assert_eq!(plan.starts.len(), 1);
@@ -173,15 +179,19 @@ fn the_limits_of_a_query_are_bounded() {
 #[test]
 fn the_users_of_a_tenant_are_read_in_turn() {
     let mut scheduler = scheduler();
-    let next_users = HashMap::from([("t".to_owned(), "m".to_owned())]);
+    let next_users = HashMap::from([(position("t"), "m".to_owned())]);
     scan(&mut scheduler, DuePage { next_users, ..page(vec![due("t", 1)]) }, 8);
-    assert_eq!(scheduler.next_query(capacity(), NOW).after_users["t"], "m");
+    assert_eq!(scheduler.next_query(capacity(), NOW).after_users[&position("t")], "m");
     scan(&mut scheduler, page(vec![due("other", 1)]), 8);
-    assert_eq!(scheduler.next_query(capacity(), NOW).after_users["t"], "m", "it was not read");
+    assert_eq!(
+        scheduler.next_query(capacity(), NOW).after_users[&position("t")],
+        "m",
+        "it was not read"
+    );
     scan(&mut scheduler, page(vec![due("t", 2)]), 8);
     assert!(scheduler.next_query(capacity(), NOW).after_users.is_empty(), "all users were read");
     for number in 0..=MAX_USER_POSITIONS {
-        let next_users = HashMap::from([(number.to_string(), "m".to_owned())]);
+        let next_users = HashMap::from([(position(&number.to_string()), "m".to_owned())]);
         scan(&mut scheduler, DuePage { next_users, ..page(Vec::new()) }, 8);
     }
     assert_eq!(scheduler.after_users.len(), 1);
