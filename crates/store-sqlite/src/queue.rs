@@ -93,10 +93,7 @@ pub(super) fn ahead(
         let Some(next) = next_tenant(db, &record.action, &after_tenant)? else { break };
         if next != *tenant {
             let queue = Queue { db, tenant: &next, action: &record.action };
-            ahead.others += queue.count_higher(record, left(limit, ahead.others))?;
-            for user in queue.users_of(record.priority)? {
-                ahead.others += queue.count_older(record, &user, left(limit, ahead.others))?;
-            }
+            ahead.others += queue.count_ahead(record, left(limit, ahead.others))?;
         }
         after_tenant = next;
     }

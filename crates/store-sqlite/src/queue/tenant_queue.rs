@@ -9,6 +9,9 @@ use crate::row;
 /// Maximum number of users of a tenant whose queues are counted.
 const MAX_USERS: usize = 16;
 
+/// Number of requests of another tenant to consider for each one to count.
+const CONSIDERED_PER_COUNTED: usize = 4;
+
 /// Released requests of a tenant for an action.
 pub(super) struct Queue<'a> {
     pub(super) db: &'a Connection,
@@ -194,6 +197,36 @@ impl Queue<'_> {
                 |row| row.get(0),
             )?;
         Ok(saturate::to_u64(counted))
+    }
+
+    /// Counts the due requests of another tenant that have a higher priority than `record` or are older, up to `limit`.
+    /// Considers a limited number of requests, because newer ones are between them.
+    pub(super) fn count_ahead(
+        &self,
+        record: &RequestRecord,
+        limit: usize,
+    ) -> rusqlite::Result<u64> {
+        let counted: i64 = self
+            .db
+            .prepare_cached(
+                "SELECT COUNT(*) FROM (
+                     SELECT priority, not_before, uid FROM requests
+                     WHERE state = 0 AND delayed = 0 AND action = ?1 AND tenant = ?2 AND priority >= ?3
+                     ORDER BY priority DESC, user LIMIT ?6)
+                 WHERE priority > ?3 OR (not_before, uid) < (?4, ?5)",
+            )?
+            .query_row(
+                params![
+                    self.action,
+                    self.tenant,
+                    record.priority,
+                    record.not_before.as_millis(),
+                    record.uid.to_bytes(),
+                    saturate::to_i64(limit.saturating_mul(CONSIDERED_PER_COUNTED))
+                ],
+                |row| row.get(0),
+            )?;
+        Ok(saturate::to_u64(counted).min(limit as u64))
     }
 
     /// Counts the due requests of a user with the same priority as `record` that are older, up to `limit`.
