@@ -69,7 +69,6 @@ CREATE INDEX requests_ready ON requests (action, tenant, priority DESC, user, no
     WHERE state = 0 AND delayed = 0;
 CREATE INDEX requests_delayed ON requests (not_before) WHERE state = 0 AND delayed = 1;
 CREATE INDEX requests_expiring ON requests (expire_at) WHERE state = 0 AND expire_at IS NOT NULL;
-CREATE INDEX requests_waiting ON requests (not_before) WHERE state = 0;
 CREATE INDEX requests_leased ON requests (lease_until) WHERE state = 1;
 
 CREATE TABLE payloads (

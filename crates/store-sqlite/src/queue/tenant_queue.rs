@@ -8,7 +8,6 @@ use crate::row;
 
 /// Maximum number of users of a tenant whose queues are counted.
 const MAX_USERS: usize = 16;
-
 /// Number of requests of another tenant to consider for each one to count.
 const CONSIDERED_PER_COUNTED: usize = 4;
 
@@ -172,9 +171,7 @@ impl Queue<'_> {
         }
         Ok(due.len() - before)
     }
-}
 
-impl Queue<'_> {
     /// Counts the due requests with a higher priority than `record`, up to `limit`.
     pub(super) fn count_higher(
         &self,

@@ -66,6 +66,7 @@ CREATE INDEX requests_delayed ON requests (not_before) WHERE state = 0 AND delay
 
 /// Changes from version 6 to version 7.
 const FROM_6_TO_7: &str = "
+DROP INDEX requests_waiting;
 DROP INDEX requests_ready;
 CREATE INDEX requests_ready ON requests (action, tenant, priority DESC, user, not_before, uid)
     WHERE state = 0 AND delayed = 0;
