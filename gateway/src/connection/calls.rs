@@ -22,7 +22,7 @@ use streamer_telemetry::{InScope, Scope, TraceContext, trace_span};
 use tonic::Status;
 use tracing::field::Empty;
 
-use super::{Call, Reply, Session, subscription::Subscription};
+use super::{Call, Reply, Session, submission_order::Place, subscription::Subscription};
 use crate::{
     fanout::OpenedWatch,
     protocol::{
@@ -98,7 +98,7 @@ impl Session {
         // The `uid` identifies the request if the channel retries the call.
         let now = self.gateway.clock.now();
         let waits = message.wait_ms > 0;
-        let (uid, after) =
+        let Place { uid, is_ordered, after } =
             self.submission_order.next(&message.action, message.priority, waits, now);
         if let Ok(uid) = uid.to_string().parse() {
             request.metadata_mut().insert(REQUEST_UID, uid);
@@ -106,8 +106,10 @@ impl Session {
         if let Some(after) = after.and_then(|after| after.to_string().parse().ok()) {
             request.metadata_mut().insert(AFTER_UID, after);
         }
-        // All submissions of a connection go to the same router, as long as it is reachable.
-        request.extensions_mut().insert(RouteKey(self.handle.id));
+        // The async submissions of a connection go to the same router, as long as it is reachable.
+        if is_ordered {
+            request.extensions_mut().insert(RouteKey(self.handle.id));
+        }
         let scope = self.trace(message);
         let span = scope.span();
         let call = async move {

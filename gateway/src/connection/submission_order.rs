@@ -20,25 +20,34 @@ struct Submission {
     waits: bool,
 }
 
+/// UID of a submission, and its place in the order.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) struct Place {
+    pub(crate) uid: Uid,
+    /// Whether later submissions may have to follow this one.
+    pub(crate) is_ordered: bool,
+    /// The unanswered submission before this one, if it has the same action and priority.
+    pub(crate) after: Option<Uid>,
+}
+
 impl SubmissionOrder {
-    /// Returns the UID of a new submission, and that of the unanswered submission before it, if it has the same action
-    /// and priority.
+    /// Returns the place of a new submission.
     pub(crate) fn next(
         &mut self,
         action: &str,
         priority: i32,
         waits: bool,
         now: Timestamp,
-    ) -> (Uid, Option<Uid>) {
+    ) -> Place {
         let uid = self.last_uid.map_or_else(|| Uid::new(now), |last| last.next(now));
         self.last_uid = Some(uid);
         if self.sync_action.as_deref() == Some(action) {
-            return (uid, None);
+            return Place { uid, is_ordered: false, after: None };
         }
         let before = self.unanswered.take();
         let before = before.filter(|before| before.action == action && before.priority == priority);
         self.unanswered = Some(Submission { uid, action: action.to_owned(), priority, waits });
-        (uid, before.map(|before| before.uid))
+        Place { uid, is_ordered: true, after: before.map(|before| before.uid) }
     }
 
     /// Records the response to a submission. `has_result` states whether it contained the outcome.
@@ -67,41 +76,43 @@ mod tests {
     #[test]
     fn a_pipelined_submission_follows_the_one_before_it() {
         let mut order = SubmissionOrder::default();
-        let (first, before) = order.next("a", 0, false, NOW);
+        let Place { uid: first, after: before, .. } = order.next("a", 0, false, NOW);
         assert_eq!(before, None);
-        let (second, before) = order.next("a", 0, false, NOW);
+        let Place { uid: second, after: before, .. } = order.next("a", 0, false, NOW);
         assert_eq!(before, Some(first));
         assert!(first < second);
         order.answered(first, false);
-        let (third, before) = order.next("a", 0, false, Timestamp::default());
+        let Place { uid: third, after: before, .. } =
+            order.next("a", 0, false, Timestamp::default());
         assert_eq!(before, Some(second), "its response has not arrived");
         assert!(second < third, "the clock was set back");
         order.answered(third, false);
-        assert_eq!(order.next("a", 0, false, NOW).1, None);
+        assert_eq!(order.next("a", 0, false, NOW).after, None);
     }
 
     #[test]
     fn submissions_with_another_action_or_priority_have_no_order() {
         let mut order = SubmissionOrder::default();
         order.next("a", 0, false, NOW);
-        assert_eq!(order.next("b", 0, false, NOW).1, None);
-        assert_eq!(order.next("b", 1, false, NOW).1, None);
+        assert_eq!(order.next("b", 0, false, NOW).after, None);
+        assert_eq!(order.next("b", 1, false, NOW).after, None);
     }
 
     #[test]
     fn sync_actions_have_no_order() {
         let mut order = SubmissionOrder::default();
-        let (first, _) = order.next("a", 0, false, NOW);
+        let first = order.next("a", 0, false, NOW).uid;
         order.answered(first, true);
-        let (second, _) = order.next("a", 0, false, NOW);
-        assert_eq!(order.next("a", 0, false, NOW).1, None);
+        let second = order.next("a", 0, false, NOW).uid;
+        let third = order.next("a", 0, false, NOW);
+        assert_eq!((third.is_ordered, third.after), (false, None));
         order.answered(second, false);
-        let (third, _) = order.next("a", 0, false, NOW);
-        assert_eq!(order.next("a", 0, false, NOW).1, Some(third), "the action is async now");
+        let third = order.next("a", 0, false, NOW).uid;
+        assert_eq!(order.next("a", 0, false, NOW).after, Some(third), "the action is async now");
         order.answered(third, true);
-        let (other, _) = order.next("b", 0, true, NOW);
+        let other = order.next("b", 0, true, NOW).uid;
         order.answered(other, true);
-        let (other, _) = order.next("b", 0, false, NOW);
-        assert_eq!(order.next("b", 0, false, NOW).1, Some(other), "the caller waited");
+        let other = order.next("b", 0, false, NOW).uid;
+        assert_eq!(order.next("b", 0, false, NOW).after, Some(other), "the caller waited");
     }
 }
