@@ -161,9 +161,12 @@ impl Cursor<'_> {
         while self.items.front().is_some_and(|item| item.rank.as_str() < from) {
             self.items.pop_front();
         }
-        let mut from = from.to_owned();
-        while self.items.is_empty() && !self.exhausted {
-            from = self.read(&from).await?;
+        if self.items.is_empty() && !self.exhausted {
+            let mut next = self.read(from).await?;
+            // A page may contain only damaged items.
+            while self.items.is_empty() && !self.exhausted {
+                next = self.read(&next).await?;
+            }
         }
         Ok(self.items.front())
     }

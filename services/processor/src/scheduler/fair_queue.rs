@@ -15,8 +15,6 @@ use streamer_store::DueRequest;
 
 /// Maximum number of tenants whose users have turns; when it is exceeded, the turns of all users begin again.
 const MAX_TENANTS: usize = 4096;
-/// Separator of the tenant and the user in a key. Names contain no control characters.
-const SEPARATOR: char = '\n';
 
 /// Start-time fair queue of tenants and of their users.
 #[derive(Debug)]
@@ -27,26 +25,41 @@ pub(crate) struct FairQueue {
     aging: Duration,
 }
 
-/// Numbers of running attempts. An ordered request counts as a running attempt.
+/// Numbers of running attempts, by tenant. An ordered request counts as a running attempt.
 #[derive(Clone, Debug, Default)]
-pub(crate) struct Load {
-    by_tenant: HashMap<String, u32>,
+pub(crate) struct Load(HashMap<String, TenantLoad>);
+
+#[derive(Clone, Debug, Default)]
+struct TenantLoad {
+    attempts: u32,
     by_user: HashMap<String, u32>,
 }
 
 impl Load {
     /// Adds a running attempt.
     pub(crate) fn add(&mut self, tenant: &str, user: &str) {
-        match self.by_tenant.get_mut(tenant) {
-            Some(count) => *count += 1,
-            None => drop(self.by_tenant.insert(tenant.to_owned(), 1)),
-        }
-        *self.by_user.entry(user_key(tenant, user)).or_insert(0) += 1;
+        update(&mut self.0, tenant, |of_tenant| {
+            of_tenant.attempts += 1;
+            update(&mut of_tenant.by_user, user, |attempts| *attempts += 1);
+        });
+    }
+
+    fn of_tenant(&self, tenant: &str) -> u32 {
+        self.0.get(tenant).map_or(0, |of_tenant| of_tenant.attempts)
+    }
+
+    fn of_user(&self, tenant: &str, user: &str) -> u32 {
+        let of_user = self.0.get(tenant).and_then(|of_tenant| of_tenant.by_user.get(user));
+        of_user.copied().unwrap_or(0)
     }
 }
 
-fn user_key(tenant: &str, user: &str) -> String {
-    format!("{tenant}{SEPARATOR}{user}")
+/// Changes the value of a name, of which a copy is made only if it is new.
+fn update<T: Default>(values: &mut HashMap<String, T>, name: &str, change: impl FnOnce(&mut T)) {
+    match values.get_mut(name) {
+        Some(value) => change(value),
+        None => change(values.entry(name.to_owned()).or_default()),
+    }
 }
 
 impl FairQueue {
@@ -58,15 +71,10 @@ impl FairQueue {
     /// Charges a tenant and its user for the start of a request.
     pub(crate) fn charge(&mut self, tenant: &str, user: &str) {
         charge(&mut self.tenants, tenant);
-        if !self.users.contains_key(tenant) {
-            if self.users.len() >= MAX_TENANTS {
-                self.users.clear();
-            }
-            self.users.insert(tenant.to_owned(), FairTags::default());
+        if self.users.len() >= MAX_TENANTS && !self.users.contains_key(tenant) {
+            self.users.clear();
         }
-        if let Some(users) = self.users.get_mut(tenant) {
-            charge(users, user);
-        }
+        update(&mut self.users, tenant, |users| charge(users, user));
     }
 
     /// Orders due requests.
@@ -103,7 +111,7 @@ impl FairQueue {
                     let tenant = &request.tenant;
                     queues.push(TenantQueue {
                         turn: Turn {
-                            load: load.by_tenant.get(tenant).copied().unwrap_or(0),
+                            load: load.of_tenant(tenant),
                             tag: self.tenants.start_tag(tenant),
                         },
                         users: Vec::new(),
@@ -118,11 +126,10 @@ impl FairQueue {
             let user = match queue.users.iter_mut().find(of_user) {
                 Some(user) => user,
                 None => {
-                    let key = user_key(&request.tenant, &request.user);
                     queue.users.push(UserQueue {
                         user: request.user.clone(),
                         turn: Turn {
-                            load: load.by_user.get(&key).copied().unwrap_or(0),
+                            load: load.of_user(&request.tenant, &request.user),
                             tag: self
                                 .users
                                 .get(&request.tenant)
